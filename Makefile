@@ -1,0 +1,33 @@
+# make demo      runs jobs/demo.yaml on this machine, from nothing
+# make test      runs every check
+# make install   only the environment
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test install
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/p2r run jobs/demo.yaml
+
+test: $(VENV)/.installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+install: $(VENV)/.installed
+
+# --no-compile: Python compiles what is imported, when it is first imported; compiling all of torch and ray takes minutes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "p2r needs Python 3.11 or 3.12, found " + sys.version.split()[0] + "; call make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-tests: $(VENV)/.installed
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[tests]'
+	touch $@

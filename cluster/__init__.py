@@ -1,0 +1,1 @@
+"""Ray orchestration: where and when. No tensor arithmetic happens here."""

@@ -1,0 +1,243 @@
+"""The `p2r` command. Results go to stdout, progress to stderr.
+
+Exit codes: 0 done; 2 the user's input, with one message; 1 anything else; 130 interrupted.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from p2r.errors import InputError, JobError, P2RError
+from p2r.job import json_schema, read_job
+from p2r.storage import Storage
+
+app = typer.Typer(
+    name="p2r",
+    help="Pixel-level foundation models for MRI: from scans to a few-shot report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the job, such as pretrain.steps=20."),
+]
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as jobs/demo.yaml.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, and what workers print.")]
+
+
+@app.command()
+def validate(
+    jobs: Annotated[list[Path], typer.Argument(metavar="JOB...", help="Job files.")],
+    set_: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Check job files without running them."""
+    refused = 0
+    for path in jobs:
+        unset: dict[str, str] = {}
+        try:
+            job = read_job(path, tuple(set_ or ()), unset=unset)
+        except JobError as error:
+            refused += 1
+            print(f"refused  {error}", file=sys.stderr)
+        else:
+            print(f"valid    {path}  {job.kind}  {job.storage}" + "".join(f"  needs {name}" for name in unset))
+    if refused:
+        raise JobError(f"{refused} of {len(jobs)} job files refused")
+
+
+@app.command()
+def run(
+    path: JobPath,
+    set_: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Run a job on Ray; running it again resumes it."""
+    job = read_job(path, tuple(set_ or ()))
+    _print_made(_run_on_ray(job, address, debug=debug))
+
+
+def _run_on_ray(job: Any, address: str | None, *, debug: bool) -> dict[str, Any]:
+    # Ray and torch take seconds to import; `p2r validate` needs neither.
+    from cluster.executor import RayExecutor
+    from cluster.session import session
+    from p2r.engine.pipeline import run_job
+
+    with session(address, show_worker_logs=debug):
+        return run_job(job, RayExecutor(job), say=_say)
+
+
+@app.command()
+def submit(
+    path: JobPath,
+    set_: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="Job server, http://HOST:8265; default: RAY_API_SERVER_ADDRESS.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Submit a job to a Ray cluster from the repository's root, and follow its log."""
+    read_job(path, tuple(set_ or ()))
+    from cluster.submit import submit as submit_to_ray
+
+    submit_to_ray(path, tuple(set_ or ()), address=address)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of job files."""
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def inspect(
+    url: Annotated[str, typer.Argument(help="A corpus, backbone, model, or a job's storage.")], debug: Debug = False
+) -> None:
+    """Show what lies at a URL."""
+    storage = Storage(url)
+    names = storage.list()
+    if "manifest.json" in names:
+        manifest = storage.read_json("manifest.json")
+        hidden = {"subject_digests", "voxel_digests", "salt"}
+        print(json.dumps(_without(manifest, hidden), indent=2))
+        return
+    manifests = [name for name in names if name.endswith("/manifest.json")]
+    if not manifests:
+        raise InputError(f"{storage.url} holds nothing of p2r's: no manifest.json at any depth")
+    for name in manifests:
+        print(f"{storage.read_json(name).get('format', '?'):20} {storage.at(name.removesuffix('/manifest.json'))}")
+
+
+@app.command()
+def verify(url: Annotated[str, typer.Argument(help="A corpus, backbone or model.")], debug: Debug = False) -> None:
+    """Check every digest of what lies at a URL."""
+    from p2r.backbone import BACKBONE_FORMAT, load_backbone, load_model
+    from p2r.data.corpus import verify_corpus
+
+    storage = Storage(url)
+    kind = str(storage.read_json("manifest.json").get("format"))
+    if kind.startswith("p2r-corpus/"):
+        problems = verify_corpus(storage)
+        if problems:
+            raise InputError(f"{storage.url} is damaged:\n" + "\n".join(f"  {problem}" for problem in problems))
+    elif kind == BACKBONE_FORMAT:
+        load_backbone(url)
+    else:
+        load_model(url)
+    print(f"sound    {kind}  {storage.url}")
+
+
+@app.command()
+def status(path: JobPath, set_: Overrides = None, debug: Debug = False) -> None:
+    """Show how far a job has come, from its storage alone."""
+    from cluster.status import show
+
+    show(read_job(path, tuple(set_ or ())))
+
+
+@app.command()
+def embed(
+    backbone: Annotated[str, typer.Argument(metavar="BACKBONE", help="URL of a published backbone.")],
+    scan: Annotated[Path, typer.Argument(help="A NIfTI scan.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="NIfTI of the features: X, Y, Z, F.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Write the features of every pixel of a scan, on the backbone's grid, in the scan's world coordinates."""
+    from p2r.backbone import load_backbone
+    from p2r.data.volume import read_volume, write_nifti
+    from p2r.evaluate.inference import embed_volume
+
+    _check_output(output)
+    loaded = load_backbone(backbone, device=device)
+    volume = read_volume(scan)
+    features, affine = embed_volume(loaded, volume, preparation=loaded.preparation, device=device)
+    frames, channels = features.shape[3:]
+    write_nifti(output, features.reshape(*features.shape[:3], frames * channels), affine)
+    print(
+        f"{output}: {channels} features of {' x '.join(map(str, features.shape[:3]))} voxels"
+        + f", {frames} frames" * (frames > 1)
+    )
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="URL of a published model.")],
+    scan: Annotated[Path, typer.Argument(help="A NIfTI scan.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="NIfTI of the segmentation, on the scan's own grid.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Segment a scan."""
+    from p2r.backbone import load_model
+    from p2r.data.volume import read_volume, to_source_grid, write_nifti
+    from p2r.evaluate.inference import predict_volume
+
+    _check_output(output)
+    segmenter, config, _ = load_model(model, device=device)
+    volume = read_volume(scan)
+    labels = predict_volume(
+        segmenter, volume, preparation=config.preparation, num_classes=len(config.classes) + 1, device=device
+    )
+    on_scan = to_source_grid(labels, volume)
+    write_nifti(output, on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan, volume.source_affine, like=volume)
+    voxel_ml = volume.spacing_mm[0] * volume.spacing_mm[1] * volume.spacing_mm[2] / 1000
+    for value, name in config.classes.items():
+        print(f"{value} {name}: {(labels == value).sum() * voxel_ml:.1f} ml")
+    print(output)
+
+
+def main() -> None:
+    """Run the command line and turn errors into exit codes."""
+    try:
+        app(standalone_mode=False)
+    except KeyboardInterrupt:
+        print("p2r: interrupted; run the same command again to go on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except P2RError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        print(f"p2r: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(2)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_made(made: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    table = made.pop("table", None)
+    if table is not None:
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+    for name, value in made.items():
+        print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def _check_output(path: Path) -> None:
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise InputError(f"output {path} must end in .nii or .nii.gz")
+    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"output {path}: the folder {path.absolute().parent} does not exist or cannot be written")
+
+
+def _without(value: Any, hidden: set[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(child, hidden) for key, child in value.items() if key not in hidden}
+    return value

@@ -1,0 +1,43 @@
+"""The heavy parts of a job on Ray: what `p2r.engine.pipeline.run_job` is given by `p2r run`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from cluster import finetune, ingest, pretrain
+from cluster.progress import Say
+from cluster.session import refuse_unshared_folder
+from p2r.config import IngestConfig, PretrainConfig
+from p2r.engine.finetune import TrialSetup
+from p2r.evaluate.protocol import Trial
+from p2r.job import Job
+from p2r.storage import Storage
+
+
+class RayExecutor:
+    """Runs ingest as tasks, pretraining by Ray Train, trials by Ray Tune, with the job's resources and retries."""
+
+    def __init__(self, job: Job) -> None:
+        self._resources, self._retries = job.resources, job.retries
+        refuse_unshared_folder(Storage(job.storage))
+
+    def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
+        """One Ray task per shard."""
+        ingest.ingest(
+            config,
+            storage,
+            subjects=subjects,
+            cpus_per_task=self._resources.cpus_per_ingest_task,
+            retries=self._retries,
+            say=say,
+        )
+
+    def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
+        """A Ray Train worker group; it ends with the last step."""
+        pretrain.pretrain(
+            config, storage=storage, corpus=corpus, resources=self._resources, retries=self._retries, say=say
+        )
+        return True
+
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[dict[str, Any]]:
+        """A Ray Tune experiment."""
+        return finetune.run_trials(trials, resources=self._resources, retries=self._retries, say=say)

@@ -1,0 +1,99 @@
+"""Joining a Ray cluster, or starting one on this machine, and giving its processes what they need from the environment."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from p2r.errors import StorageError
+from p2r.storage import Storage
+
+_FORWARDED_PREFIXES = ("AWS_", "P2R_", "NCCL_", "GLOO_", "OMP_")
+
+
+@contextmanager
+def session(address: str | None = None, *, show_worker_logs: bool = False) -> Iterator[None]:
+    """Be connected to Ray.
+
+    Args:
+        address: Of a cluster; None: the one that `RAY_ADDRESS` names (Ray sets it in a submitted job), else a local one that
+            ends with the session.
+        show_worker_logs: Print what Ray and its workers print, too; it is in Ray's log folder in any case.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables: ours are shorter
+    already = ray.is_initialized()
+    if not already:
+        where = address or os.environ.get("RAY_ADDRESS")
+        ray.init(
+            address=where or "local",
+            runtime_env={"env_vars": forwarded_environment()},
+            log_to_driver=show_worker_logs,
+            logging_level="error",
+            **({} if where else {"include_dashboard": False}),
+        )
+    try:
+        yield
+    finally:
+        if not already:
+            ray.shutdown()
+
+
+def forwarded_environment() -> dict[str, str]:
+    """Variables that every worker gets: credentials of the storage, p2r's own, and the network's. Never written to a file or log."""
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "RAY_DEDUP_LOGS": "0",
+        "AWS_EC2_METADATA_DISABLED": os.environ.get("AWS_EC2_METADATA_DISABLED", "true"),
+        **{name: value for name, value in os.environ.items() if name.startswith(_FORWARDED_PREFIXES)},
+    }
+
+
+def num_gpus() -> int:
+    """GPUs of the cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def num_cpus() -> int:
+    """CPU cores of the cluster."""
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def refuse_unshared_folder(storage: Storage) -> None:
+    """Refuse a `file://` storage that some node of the cluster does not see.
+
+    Raises:
+        StorageError: naming the nodes: their workers would write into folders of their own, and nobody would find the pieces.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if not storage.url.startswith("file://") or len(nodes) < 2:
+        return
+    probe = f".tmp-probe-{uuid.uuid4().hex}"
+    storage.write_bytes(probe, b"p2r")
+    try:
+        path = str(Path(storage.url.removeprefix("file://")) / probe)
+        sees = ray.remote(num_cpus=0)(_is_file)
+        seen = ray.get(
+            [
+                sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                    path
+                )
+                for node in nodes
+            ]
+        )
+    finally:
+        storage.delete(probe)
+    blind = [node["NodeManagerAddress"] for node, is_seen in zip(nodes, seen, strict=True) if not is_seen]
+    if blind:
+        raise StorageError(
+            f"storage {storage.url} is a folder that {len(blind)} of {len(nodes)} nodes do not see ({', '.join(blind[:5])}): "
+            "use a folder that all nodes mount, or s3://"
+        )
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).is_file()

@@ -1,0 +1,44 @@
+"""`p2r submit`: what `ray job submit --working-dir . -- JOB` does, with overrides and the environment's credentials."""
+
+import asyncio
+import shlex
+import sys
+from pathlib import Path
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from cluster.session import forwarded_environment
+from p2r.errors import JobError, TrainingError
+
+_IGNORED = [".venv", ".git", "runs", "*.nii", "*.nii.gz", "*.tar", "*.safetensors"]
+
+
+def submit(path: Path, overrides: tuple[str, ...], *, address: str | None) -> None:
+    """Submit the job, follow its log, and return when it has succeeded.
+
+    Raises:
+        JobError: if the job file does not lie below the current folder, which is what the cluster gets.
+        TrainingError: if the job did not succeed.
+    """
+    try:
+        relative = path.absolute().relative_to(Path.cwd())
+    except ValueError:
+        raise JobError(
+            f"job {path} must lie below the current folder {Path.cwd()}: the cluster gets this folder"
+        ) from None
+    client = JobSubmissionClient(address)
+    arguments = [word for override in overrides for word in ("--set", override)]
+    submission = client.submit_job(
+        entrypoint=shlex.join(["python", "-m", "cluster", "run", relative.as_posix(), *arguments]),
+        runtime_env={"working_dir": ".", "excludes": _IGNORED, "env_vars": forwarded_environment()},
+    )
+    print(f"submitted {submission}", file=sys.stderr)
+    asyncio.run(_follow(client, submission))
+    state = client.get_job_status(submission)
+    if state != JobStatus.SUCCEEDED:
+        raise TrainingError(f"job {submission} ended as {state}: its log is above")
+
+
+async def _follow(client: JobSubmissionClient, submission: str) -> None:
+    async for lines in client.tail_job_logs(submission):
+        print(lines, end="", file=sys.stderr, flush=True)

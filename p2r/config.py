@@ -1,0 +1,293 @@
+"""What p2r can be told to do: one frozen pydantic model per section of a job file.
+
+Unknown keys are refused everywhere (`p2r.job` adds the nearest valid name). Units stand in the names; the text under a
+field is its documentation and its description in the JSON Schema.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Range = tuple[float, float]
+Mode = Literal["scratch", "linear_probe", "fine_tune"]
+
+
+class Section(BaseModel):
+    """A part of a job file: frozen, and without room for keys that nobody reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class SubjectsOf(Section):
+    """Take the subjects of one split of a task, so that a corpus and its task cannot drift apart."""
+
+    task: str
+    """Path of the task's YAML, relative to the job file."""
+    split: Literal["train", "validation", "test"] = "train"
+    """Which split's subjects enter the corpus. Pretraining on `test` would be a leak, and fine-tuning refuses it."""
+
+
+class IngestConfig(Section):
+    """Scans -> a corpus of WebDataset shards."""
+
+    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Folders, files or URLs (`file://`, `s3://`) searched for `.nii` and `.nii.gz`, or `template://icbm152?subjects=N`."""
+    licence: Annotated[str, Field(min_length=1)]
+    """SPDX identifier or name of the data's licence. It travels into every manifest made from this corpus."""
+    provenance: str = ""
+    """Where the data come from, and how to cite them."""
+    cohort: str = "default"
+    """Name space of the subjects' names: `sub-01` of one cohort is not `sub-01` of another."""
+    subject_pattern: str = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
+    """Regular expression searched in a scan's file name; its first group is the subject."""
+    subjects: tuple[str, ...] | None = None
+    """Only these subjects, as names or ranges such as `patient[001-014]`. None: all."""
+    subjects_of: SubjectsOf | None = None
+    """Only the subjects of one split of a task. None: all."""
+    slice_axis: Literal["auto", 0, 1, 2] = "auto"
+    """Axis (of the RAS volume) across which planes are cut. auto: the axis of the largest spacing; the third where all are equal."""
+    intensity_percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (
+        0.5,
+        99.5,
+    )
+    """Percentiles of the non-zero voxels, recorded with each scan, that become 0 and 1 of the network's input."""
+    min_size: PositiveInt = 16
+    """Smallest number of voxels along each axis of a plane; smaller scans are refused as `too_small`."""
+    shard_size_mib: PositiveFloat = 64.0
+    """A shard is closed once its records reach this size; a subject is never spread over two shards."""
+    seed: int = 0
+    """Shuffles subjects over shards."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.intensity_percentiles
+        if low >= high:
+            raise ValueError(f"intensity_percentiles must rise, got {low} and {high}")
+        if self.subjects is not None and self.subjects_of is not None:
+            raise ValueError("give either subjects or subjects_of, not both")
+        return self
+
+
+class ImageConfig(Section):
+    """How one plane of a scan becomes the network's input image; the same in training and in use."""
+
+    spacing_mm: PositiveFloat = 1.5
+    """In-plane pixel size after resampling, mm."""
+    size: PositiveInt = 160
+    """Height and width of the image, pixels: planes are cropped or padded about their centre."""
+
+
+class GeometryConfig(Section):
+    """Range of the geometric draw. Every parameter is drawn per image, uniformly, and composed into one warp."""
+
+    rotation_deg: Annotated[float, Field(ge=0, le=180)] = 90.0
+    """Largest rotation to either side, degrees."""
+    scale: Range = (0.8, 1.25)
+    """Smallest and largest magnification, drawn log-uniformly."""
+    shear_deg: Annotated[float, Field(ge=0, lt=60)] = 5.0
+    """Largest shear to either side, degrees."""
+    translation_mm: NonNegativeFloat = 10.0
+    """Largest shift along each axis, mm."""
+    flip_probability: Fraction = 0.5
+    """Probability of mirroring, for each axis."""
+    elastic_mm: NonNegativeFloat = 4.0
+    """Standard deviation of the displacement of the elastic control points, mm; 0: none."""
+    elastic_spacing_mm: PositiveFloat = 32.0
+    """Distance of the elastic control points, mm."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be positive and rise, got {list(self.scale)}")
+        return self
+
+
+class IntensityConfig(Section):
+    """Range of the intensity draw, on images in [0, 1]. Two independent draws make the two views differ in contrast."""
+
+    gamma: Range = (0.6, 1.6)
+    """Exponent, drawn log-uniformly."""
+    contrast: Range = (0.75, 1.25)
+    """Factor about the image's mean, drawn log-uniformly."""
+    bias_field: NonNegativeFloat = 0.4
+    """Largest log-amplitude of a smooth multiplicative field; 0: none."""
+    noise: NonNegativeFloat = 0.06
+    """Largest standard deviation of additive Gaussian noise; drawn uniformly from 0."""
+    blur_mm: NonNegativeFloat = 1.5
+    """Largest standard deviation of a Gaussian blur, mm; drawn uniformly from 0, in half of the images."""
+    inversion_probability: Fraction = 0.25
+    """Probability that dark and bright change places."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("gamma", "contrast"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be positive and rise, got {[low, high]}")
+        return self
+
+
+class ViewsConfig(Section):
+    """The two views of an image: two intensity draws, one geometric draw."""
+
+    geometry: GeometryConfig = GeometryConfig()
+    """The warp between the views."""
+    intensity: IntensityConfig = IntensityConfig()
+    """What each view's contrast may become."""
+
+
+class ModelConfig(Section):
+    """Encoder-decoder, and the projection head used in pretraining only."""
+
+    name: Literal["basic_unet"] = "basic_unet"
+    """MONAI's BasicUNet (two convolutions per level, four levels down), with instance normalisation, which never mixes samples."""
+    channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (16, 32, 64, 128, 256)
+    """Channels at the five levels, finest first."""
+    feature_channels: PositiveInt = 32
+    """F, channels of the dense representation at full resolution: what a backbone gives for every pixel."""
+    head_channels: PositiveInt = 256
+    """Hidden width of the projection head."""
+    embedding_channels: PositiveInt = 128
+    """E, length of the vectors that the loss compares."""
+
+
+class LossConfig(Section):
+    """The objective over pixel pairs."""
+
+    name: Literal["info_nce", "barlow_twins"] = "info_nce"
+    """InfoNCE contrasts every pixel with all others (Pix2Rep); Barlow Twins decorrelates channels (Pix2Rep-v2)."""
+    pixel_pairs_per_image: PositiveInt = 256
+    """Corresponding pixels drawn from each pair of views; N of a step is this times the global batch."""
+    form: Literal["cross_view", "nt_xent"] = "nt_xent"
+    """InfoNCE only: negatives from the other view (N x N), or from both without the diagonal (2N x 2N, as Pix2Rep)."""
+    temperature: PositiveFloat = 0.2
+    """InfoNCE only: tau, the width of the softmax over cosine similarities."""
+    off_diagonal_weight: NonNegativeFloat = 0.005
+    """Barlow Twins only: weight of the off-diagonal terms."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up and cosine decay to zero."""
+
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Decoupled weight decay."""
+    warmup_fraction: Fraction = 0.05
+    """Part of all steps in which the rate rises linearly."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Global gradient norm above which gradients are scaled down; 0: never."""
+
+
+class PretrainConfig(Section):
+    """Corpus -> pixel representation."""
+
+    corpus: str | None = None
+    """URL of the corpus. None: `<storage>/corpus`, made by this job's ingest section if it is absent."""
+    image: ImageConfig = ImageConfig()
+    """The network's input."""
+    views: ViewsConfig = ViewsConfig()
+    """Augmentation: what the representation must follow (geometry) and what it must ignore (intensity)."""
+    model: ModelConfig = ModelConfig()
+    """Network."""
+    loss: LossConfig = LossConfig()
+    """Objective."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and schedule."""
+    steps: PositiveInt
+    """Optimizer steps."""
+    global_batch: PositiveInt
+    """Images per optimizer step, over all workers together."""
+    seed: int = 0
+    """Seeds weights, order, views and points."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network; sums of the loss are fp32 in both."""
+    zero_stage: Literal[0, 1, 2] = 1
+    """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 gradients too are partitioned over the workers."""
+    report_interval: PositiveInt = 10
+    """Steps between two reports (a line on the terminal, a line in history.jsonl)."""
+    checkpoint_interval: PositiveInt = 100
+    """Steps between two checkpoints; the last step always makes one."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints stay on the storage."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.image.size % 16:
+            raise ValueError(f"image.size must be divisible by 16 (U-Net depth 4), got {self.image.size}")
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError("precision bf16 needs zero_stage 1 or 2 (DeepSpeed's stage 0 drifts), got 0")
+        return self
+
+
+class PublishConfig(Section):
+    """Checkpoint -> backbone that others load."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    """Folder under `<storage>/backbones/`."""
+    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "1"
+    """Folder under the name. A published version is never overwritten with other weights."""
+    licence: str | None = None
+    """Licence of the weights. None: the corpus's, which is also the only one allowed where the corpus forbids others."""
+    description: str = ""
+    """One paragraph for the model card."""
+
+
+class SearchConfig(Section):
+    """Hyper-parameters chosen on validation patients, the same number of candidates for every mode, then frozen."""
+
+    num_labelled: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
+    """Numbers of labelled patients at which candidates are compared (first draw), by mean validation Dice."""
+    learning_rates: dict[Mode, Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]] = {
+        "scratch": (1e-3, 3e-3),
+        "linear_probe": (3e-3, 1e-2),
+        "fine_tune": (1e-3, 3e-3),
+    }
+    """Candidates of the peak learning rate, per mode."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len({len(rates) for rates in self.learning_rates.values()}) > 1:
+            raise ValueError(
+                "learning_rates must hold equally many candidates for every mode: a fair comparison searches equally"
+            )
+        return self
+
+
+class FinetuneConfig(Section):
+    """Backbone x task x labelled patients x draw x mode -> figures on test patients."""
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Paths of task YAMLs, relative to the job file."""
+    backbone: str | None = None
+    """URL of a published backbone. None: the one that this job publishes."""
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("scratch", "linear_probe", "fine_tune")
+    """What is compared: from scratch, a 1x1 convolution on frozen features, all weights."""
+    num_labelled: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 5)
+    """Numbers of labelled patients."""
+    draws: PositiveInt = 3
+    """How often the labelled patients are drawn, for each number; the same draws for every mode."""
+    seed: int = 0
+    """Seeds the draws, weights and augmentation."""
+    steps: PositiveInt = 300
+    """Optimizer steps of every trial, equal for all modes."""
+    batch_size: PositiveInt = 8
+    """Images per step."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Decoupled weight decay of AdamW."""
+    search: SearchConfig = SearchConfig()
+    """Choice of the learning rate."""
+    views: ViewsConfig = ViewsConfig(geometry=GeometryConfig(rotation_deg=180.0))
+    """Augmentation of labelled images, equal for all modes."""
+    nsd_tolerance_mm: PositiveFloat = 2.0
+    """Tolerance of the normalised surface Dice, mm."""
+    publish_model: bool = True
+    """Publish the model of the best validation Dice as `models/<task>/<version>`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        missing = [mode for mode in self.modes if mode not in self.search.learning_rates]
+        if missing:
+            raise ValueError(f"search.learning_rates has no candidates for {', '.join(missing)}")
+        return self

@@ -1,0 +1,235 @@
+"""A volume -> planes as the network sees them, and maps of the network -> back onto the volume's grid. Pure functions.
+
+Choices: a plane is cut across the axis of the largest spacing, so that it is the sharpest cut there is; intensities are
+stretched between two percentiles of the whole volume, so that planes of one scan stay comparable; planes are resampled
+to one pixel size *before* they are cropped or padded about their centre, so that a pixel means the same length in every
+scan. Training and use go through the same code: what the backbone saw is what it will see.
+
+Shapes: X Y Z T a volume; P = T * Z planes, frame by frame; h w a plane's voxels; H W its pixels after resampling.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from p2r.data.volume import Volume
+from p2r.errors import RefusedScan
+
+SliceAxis = Literal["auto", 0, 1, 2]
+
+_TIED_SPACING = 0.01
+_MAX_PERCENTILE_VOXELS = 1 << 20
+
+
+class Preparation(BaseModel):
+    """How a scan becomes images: the part of a corpus and of a job that a published backbone must carry along."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    slice_axis: SliceAxis = "auto"
+    """Rule for the axis across which planes are cut."""
+    intensity_percentiles: tuple[float, float] = (0.5, 99.5)
+    """Percentiles of the non-zero voxels that become 0 and 1."""
+    spacing_mm: PositiveFloat
+    """Pixel size, mm."""
+    image_size: PositiveInt
+    """Height and width of an image in training, pixels."""
+
+
+@dataclass(frozen=True)
+class Planes:
+    """All planes of one volume, ready for a network."""
+
+    images: Tensor
+    """(P, 1, H, W) float32 in [0, 1]."""
+    inside: Tensor
+    """(P, H, W) bool: pixels that are part of the scan, not padding."""
+    axis: int
+    """Axis of the volume across which the planes were cut."""
+    low: float
+    """Intensity that became 0."""
+    high: float
+    """Intensity that became 1."""
+    shape: tuple[int, int]
+    """(h, w) of a plane on the volume's own grid."""
+    spacing_mm: tuple[float, float]
+    """In-plane voxel size on the volume's own grid, mm."""
+    num_frames: int
+    """T."""
+
+
+def slice_axis(spacing_mm: tuple[float, ...], rule: SliceAxis = "auto") -> int:
+    """Return the axis across which planes are cut: the rule's, or the one of the largest spacing.
+
+    Spacings within 1 % of the largest tie, and the last of them wins: an isotropic scan is cut axially.
+    """
+    if rule != "auto":
+        return int(rule)
+    largest = max(spacing_mm)
+    return max(axis for axis, spacing in enumerate(spacing_mm) if spacing >= largest * (1 - _TIED_SPACING))
+
+
+def plane_axes(axis: int) -> tuple[int, int]:
+    """Return the two axes of a volume that become rows and columns of a plane cut across `axis`."""
+    rows, columns = (other for other in range(3) if other != axis)
+    return rows, columns
+
+
+def intensity_window(data: NDArray[Any], percentiles: tuple[float, float]) -> tuple[float, float]:
+    """Return the intensities that become 0 and 1: percentiles of the non-zero voxels, or of all if those are constant.
+
+    Raises:
+        RefusedScan: `constant`, if both percentiles fall on one value.
+    """
+    # A stride that shares no factor with the size visits every plane, row and column, in a fixed pattern.
+    stride = math.ceil(data.size / _MAX_PERCENTILE_VOXELS)
+    while math.gcd(stride, data.size) > 1:
+        stride += 1
+    sample = data.reshape(-1)[::stride]
+    for voxels in (sample[sample != 0], sample):
+        if voxels.size:
+            low, high = (float(value) for value in np.percentile(voxels, percentiles))
+            if low < high:
+                return low, high
+    raise RefusedScan(
+        "constant", f"percentiles {percentiles[0]} and {percentiles[1]} of the voxels are equal: hardly any contrast"
+    )
+
+
+def normalise(planes: Tensor, low: float, high: float) -> Tensor:
+    """Map [low, high] to [0, 1] in float32, and clip what lies outside."""
+    return ((planes.float() - low) / (high - low)).clamp_(0.0, 1.0)
+
+
+def to_grid(
+    planes: Tensor,
+    spacing_mm: tuple[float, float],
+    *,
+    target_mm: float,
+    size: int | None,
+    mode: Literal["bilinear", "nearest"] = "bilinear",
+) -> tuple[Tensor, Tensor]:
+    """Resample planes to square pixels, then crop or pad them about their centre.
+
+    Args:
+        planes: (B, C, h, w) float32.
+        spacing_mm: Row and column spacing of `planes`, mm.
+        target_mm: Pixel size of the result, mm.
+        size: Height and width of the result; None: whatever the resampling gives.
+        mode: bilinear for intensities (with antialiasing where pixels grow), nearest for labels.
+
+    Returns:
+        (B, C, H, W), and (B, H, W) bool: True where a pixel comes from the scan.
+    """
+    height, width = _resampled_shape(planes.shape[-2:], spacing_mm, target_mm)
+    resampled = _resample(planes, (height, width), mode)  # (B, C, H, W)
+    inside = torch.ones(planes.shape[0], height, width, dtype=torch.bool, device=planes.device)
+    if size is None:
+        return resampled, inside
+    padding = _centring((height, width), (size, size))
+    return F.pad(resampled, padding), F.pad(inside, padding)
+
+
+def from_grid(maps: Tensor, shape: tuple[int, int], *, spacing_mm: tuple[float, float], target_mm: float) -> Tensor:
+    """Bring maps of the network back to the planes' own voxels: the way of `to_grid`, backwards.
+
+    Args:
+        maps: (B, C, H, W) on the grid that `to_grid` made, cropped, padded or neither.
+        shape: (h, w) of the planes before `to_grid`.
+        spacing_mm: Row and column spacing of those planes, mm.
+        target_mm: Pixel size of `maps`, mm.
+
+    Returns:
+        (B, C, h, w); zero where `to_grid` had cropped the plane away.
+    """
+    resampled = _resampled_shape(shape, spacing_mm, target_mm)
+    whole = F.pad(maps, _centring((maps.shape[-2], maps.shape[-1]), resampled, inverse=True))
+    return _resample(whole, shape, "bilinear")
+
+
+def prepare(
+    planes: NDArray[Any],
+    window: tuple[float, float],
+    spacing_mm: tuple[float, float],
+    *,
+    target_mm: float,
+    size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Turn raw planes (B, h, w) into images (B, 1, H, W) in [0, 1], and `inside` (B, H, W): `normalise`, `to_grid`."""
+    # PyTorch has no arithmetic for uint16.
+    stored = torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32))
+    return to_grid(normalise(stored[:, None], *window), spacing_mm, target_mm=target_mm, size=size)
+
+
+def planes_of(volume: Volume, *, preparation: Preparation, size: int | None) -> Planes:
+    """Cut a volume into images.
+
+    Args:
+        volume: The scan.
+        preparation: Rules.
+        size: Height and width of the images, usually `preparation.image_size`; None: the planes' whole extent.
+    """
+    axis = slice_axis(volume.spacing_mm, preparation.slice_axis)
+    window = intensity_window(volume.data, preparation.intensity_percentiles)
+    planes = volume_to_planes(volume.data, axis)  # (P, h, w)
+    spacing = plane_spacing(volume.spacing_mm, axis)
+    images, inside = prepare(planes, window, spacing, target_mm=preparation.spacing_mm, size=size)
+    shape = (planes.shape[1], planes.shape[2])
+    return Planes(images, inside, axis, *window, shape, spacing, num_frames=volume.data.shape[3])
+
+
+def label_planes_of(labels: Volume, *, preparation: Preparation, axis: int, size: int | None) -> Tensor:
+    """Cut a label map into (P, H, W) int64, on the grid that `planes_of` gives its scan."""
+    planes = torch.from_numpy(volume_to_planes(labels.data, axis).astype(np.float32))[:, None]
+    spacing = plane_spacing(labels.spacing_mm, axis)
+    resampled, _ = to_grid(planes, spacing, target_mm=preparation.spacing_mm, size=size, mode="nearest")
+    return resampled[:, 0].long()
+
+
+def plane_spacing(spacing_mm: tuple[float, ...], axis: int) -> tuple[float, float]:
+    """Return the row and column spacing of planes cut across `axis`, mm."""
+    rows, columns = plane_axes(axis)
+    return spacing_mm[rows], spacing_mm[columns]
+
+
+def volume_to_planes(data: NDArray[Any], axis: int) -> NDArray[Any]:
+    """Cut (X, Y, Z, T) across `axis` into (P, h, w), frame by frame; rows are the lower of the two remaining axes."""
+    frames_first = np.moveaxis(data, (3, axis), (0, 1))  # (T, Z, h, w)
+    return np.ascontiguousarray(frames_first.reshape(-1, *frames_first.shape[2:]))
+
+
+def planes_to_volume(planes: NDArray[Any], axis: int, num_frames: int) -> NDArray[Any]:
+    """Put planes (P, h, w, ...) together to (X, Y, Z, T, ...): undoes `volume_to_planes`; further axes come along."""
+    if planes.shape[0] % num_frames:
+        raise ValueError(f"{planes.shape[0]} planes do not make {num_frames} frames")
+    frames_first = planes.reshape(num_frames, -1, *planes.shape[1:])  # (T, Z, h, w, ...)
+    return np.ascontiguousarray(np.moveaxis(frames_first, (0, 1), (3, axis)))
+
+
+def _resampled_shape(shape: tuple[int, ...], spacing_mm: tuple[float, float], target_mm: float) -> tuple[int, int]:
+    height, width = (max(1, round(n * mm / target_mm)) for n, mm in zip(shape, spacing_mm, strict=True))
+    return height, width
+
+
+def _resample(planes: Tensor, shape: tuple[int, int], mode: Literal["bilinear", "nearest"]) -> Tensor:
+    if planes.shape[-2:] == shape:
+        return planes
+    if mode == "nearest":
+        return F.interpolate(planes, size=shape, mode="nearest-exact")
+    return F.interpolate(planes, size=shape, mode="bilinear", align_corners=False, antialias=True)
+
+
+def _centring(shape: tuple[int, int], size: tuple[int, int], *, inverse: bool = False) -> list[int]:
+    """Padding for `F.pad` (negative: cropping) that takes `shape` to `size`; `inverse` undoes the opposite way."""
+    padding: list[int] = []
+    for have, want in zip(reversed(shape), reversed(size), strict=True):  # F.pad starts at the last axis
+        before = -((have - want) // 2) if inverse else (want - have) // 2
+        padding += [before, want - have - before]
+    return padding

@@ -1,0 +1,97 @@
+"""`python -m p2r.engine JOB`: a job in this process, without Ray.
+
+    python -m p2r.engine jobs/demo.yaml --set pretrain.steps=20 --minutes 8
+
+With `--minutes`, pretraining saves a checkpoint and ends when the time is over; the same command goes on from there.
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from p2r.config import IngestConfig, PretrainConfig
+from p2r.data.corpus import ingest_locally
+from p2r.engine.finetune import TrialSetup, run_trial
+from p2r.engine.pipeline import Say, run_job
+from p2r.engine.pretrain import pretrain
+from p2r.errors import InputError, P2RError
+from p2r.evaluate.protocol import Trial
+from p2r.job import read_job
+from p2r.storage import Storage
+
+
+class LocalExecutor:
+    """Every heavy part as a loop in this process."""
+
+    def __init__(self, device: torch.device, max_seconds: float | None) -> None:
+        self._device, self._max_seconds = device, max_seconds
+
+    def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
+        """Shard after shard."""
+        for progress in ingest_locally(config, storage, allowed_subjects=subjects):
+            say(f"ingest | shard {progress.done}/{progress.num_shards}")
+
+    def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
+        """On this process's device."""
+        step = config.steps
+        for report in pretrain(
+            config, storage=storage, corpus=corpus, device=self._device, max_seconds=self._max_seconds
+        ):
+            if report.resumed_from is not None:
+                say(f"pretrain | resumed from step {report.resumed_from}")
+            say(f"pretrain | {report.line()}")
+            step = report.step
+        return step == config.steps
+
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[dict[str, Any]]:
+        """One after the other."""
+        results = []
+        for number, (setup, trial) in enumerate(trials, start=1):
+            result = run_trial(setup, trial, device=self._device.type, say=lambda line: say(f"finetune | {line}"))
+            say(
+                f"finetune | {number}/{len(trials)} | {trial.id} | validation Dice {result['validation']['dice_mean']:.3f}"
+            )
+            results.append(result)
+        return results
+
+
+def main() -> int:
+    """Run a job and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m p2r.engine", description="Run a job in one process, without Ray.")
+    parser.add_argument("job", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the job")
+    parser.add_argument("--minutes", type=float, help="end pretraining after this time, to go on later")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a refused input")
+    arguments = parser.parse_args()
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        job = read_job(arguments.job, tuple(arguments.set))
+        made = run_job(job, LocalExecutor(device, arguments.minutes and arguments.minutes * 60), say=say)
+    except KeyboardInterrupt:
+        say("p2r: interrupted; run the same command again to go on from the newest checkpoint")
+        return 130
+    except P2RError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        say(f"p2r: {error}")
+        return 2 if isinstance(error, InputError) else 1
+    table = made.pop("table", None)
+    if table is not None:
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+    for name, value in made.items():
+        print(f"{name}: {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""A job, stage by stage: ingest -> pretrain -> publish -> fine-tune -> report.
+
+What is expensive or wants many machines (reading scans, training, trials) is done by an `Executor`: a plain loop in
+`p2r.engine.__main__`, Ray in `cluster`. Everything else is here, once. Each stage finds what an earlier call has already
+made on the job's storage and goes on from there, so running a job again after a kill is how it is resumed.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import load_file
+
+from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, load_backbone, publish
+from p2r.config import IngestConfig, PretrainConfig, PublishConfig
+from p2r.data.corpus import corpus_digest, load_manifest, manifest_sha256
+from p2r.data.preprocess import Preparation
+from p2r.engine.fewshot import check_task, few_shot, publish_best
+from p2r.engine.finetune import TrialSetup
+from p2r.engine.pretrain import finished_checkpoint
+from p2r.engine.reporting import make_report
+from p2r.errors import DataError, JobError
+from p2r.evaluate.protocol import Trial
+from p2r.evaluate.tasks import load_task
+from p2r.job import Job
+from p2r.storage import Storage
+
+Say = Callable[[str], None]
+
+
+class Executor(Protocol):
+    """Who does the heavy parts of a job."""
+
+    def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
+        """Make a corpus at `storage`; its manifest is there when this returns."""
+
+    def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
+        """Train to the end, or as far as there was time; tell whether it is the end."""
+
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[dict[str, Any]]:
+        """Run fine-tuning trials in any order; return their results in the given one."""
+
+
+def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
+    """Run the stages of a job's kind and return what they made: URLs and figures.
+
+    Args:
+        job: From `p2r.job.read_job`.
+        executor: Who does the heavy parts.
+        say: Receives lines of progress.
+
+    Raises:
+        InputError: for anything in job or data that cannot be used; nothing is left half-written.
+    """
+    storage = Storage(job.storage)
+    storage.check_writable()
+    made: dict[str, Any] = {"storage": storage.url}
+    stages = {"pipeline": ("ingest", "pretrain", "publish", "finetune")}.get(job.kind, (job.kind,))
+    if "finetune" in stages:
+        _check_tasks(job)
+    if "ingest" in stages or ("pretrain" in stages and job.ingest is not None):
+        made["corpus"] = _ingest(job, storage, executor, say)
+    if "pretrain" in stages:
+        made["checkpoint"] = _pretrain(job, storage, executor, say)
+        if made["checkpoint"] is None:
+            return {**made, "unfinished": "pretrain"}
+    if "publish" in stages:
+        made["backbone"] = publish_backbone(job, storage, say)["url"]
+    if "finetune" in stages:
+        made.update(_finetune(job, storage, executor, say))
+    return made
+
+
+def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
+    """Publish the last checkpoint's weights without the projection head, and return the artefact's manifest."""
+    config = job.publish
+    assert config is not None
+    where = storage.child(f"backbones/{config.name}/{config.version}")
+    if job.pretrain is None:
+        raise JobError("kind publish needs the pretrain section of the run whose checkpoint it publishes")
+    checkpoint = finished_checkpoint(storage.child("pretrain"), job.pretrain)
+    corpus = _corpus(job, storage)
+    manifest = load_manifest(corpus)
+    if checkpoint["state"]["stream"]["manifest_sha256"] != manifest_sha256(manifest):
+        raise DataError(
+            f"{corpus.url} is not the corpus that {storage.at(checkpoint['path'])} was trained on: its manifest changed"
+        )
+    licence = _licence(config, manifest["licence"])
+    entry = checkpoint["files"]["model.safetensors"]
+    weights = load_file(
+        storage.child("pretrain").local(
+            f"{checkpoint['path']}/model.safetensors", sha256=entry["sha256"], num_bytes=entry["num_bytes"]
+        )
+    )
+    published = publish(
+        where,
+        format=BACKBONE_FORMAT,
+        weights={
+            name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")
+        },
+        config=ArtefactConfig(
+            model=job.pretrain.model,
+            preparation=Preparation(
+                slice_axis=manifest["preprocessing"]["slice_axis"],
+                intensity_percentiles=tuple(manifest["preprocessing"]["intensity_percentiles"]),
+                spacing_mm=job.pretrain.image.spacing_mm,
+                image_size=job.pretrain.image.size,
+            ),
+        ),
+        card=_card(job, config, manifest, where.url, licence, step=checkpoint["step"]),
+        facts={
+            "licence": licence,
+            "job": job.name,
+            "step": checkpoint["step"],
+            "samples_seen": checkpoint["step"] * job.pretrain.global_batch,
+            "pretrain": checkpoint["config"],
+            "corpus": {
+                "url": corpus.url,
+                "sha256": manifest_sha256(manifest),
+                **{key: manifest[key] for key in ("licence", "provenance", "cohort", "num_samples", "num_subjects")},
+                # What fine-tuning needs to refuse a task whose validation or test patients are in the corpus.
+                **{key: manifest[key] for key in ("salt", "subject_digests", "voxel_digests")},
+            },
+        },
+    )
+    say(f"publish | {where.url} | sha256 {published['sha256'][:12]} | licence {licence}")
+    return published
+
+
+def _check_tasks(job: Job) -> None:
+    """Refuse a job whose tasks cannot be loaded before an hour of pretraining, not after it."""
+    assert job.finetune is not None
+    for task in job.finetune.tasks:
+        load_task(Path(task))
+
+
+def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
+    config = job.ingest
+    assert config is not None
+    corpus = storage.child("corpus")
+    subjects = None
+    if config.subjects_of is not None:
+        task = load_task(Path(config.subjects_of.task))
+        if task.config.cohort != config.cohort:
+            raise JobError(
+                f"ingest.cohort is {config.cohort!r}, but task {task.name}, which names the subjects, has cohort "
+                f"{task.config.cohort!r}: they must be equal, or fine-tuning could not tell that a patient is in the corpus"
+            )
+        subjects = frozenset(task.subjects[config.subjects_of.split])
+    if corpus.exists("manifest.json"):
+        if load_manifest(corpus).get("config_sha256") != corpus_digest(config, subjects):
+            raise DataError(
+                f"{corpus.url} holds a corpus that another ingest section made; give the job another storage URL, or remove that corpus"
+            )
+        say(f"ingest | {corpus.url} is complete")
+        return corpus.url
+    executor.ingest(config, corpus, subjects=subjects, say=say)
+    manifest = load_manifest(corpus)
+    counts = ", ".join(f"{count} {reason}" for reason, count in manifest["reasons"].items())
+    say(
+        f"ingest | {manifest['num_records']} scans of {manifest['num_subjects']} subjects, {manifest['num_samples']} planes in "
+        f"{len(manifest['shards'])} shards | ledger: {counts} | {corpus.url}"
+    )
+    return corpus.url
+
+
+def _pretrain(job: Job, storage: Storage, executor: Executor, say: Say) -> str | None:
+    assert job.pretrain is not None
+    where = storage.child("pretrain")
+    if not executor.pretrain(job.pretrain, storage=where, corpus=_corpus(job, storage), say=say):
+        return None
+    checkpoint = finished_checkpoint(where, job.pretrain)
+    say(f"pretrain | done at step {checkpoint['step']} | {where.at(checkpoint['path'])}")
+    return where.at(checkpoint["path"])
+
+
+def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
+    assert job.finetune is not None
+    url = job.finetune.backbone
+    if url is None:
+        assert job.publish is not None
+        url = storage.at(f"backbones/{job.publish.name}/{job.publish.version}")
+    backbone = load_backbone(url)
+    setups = []
+    for path in job.finetune.tasks:
+        task = load_task(Path(path))
+        setup = TrialSetup(
+            config=job.finetune,
+            task=path,
+            backbone=url,
+            backbone_sha256=backbone.manifest["sha256"],
+            storage=storage.at(f"finetune/{task.name}"),
+        )
+        say(f"finetune | checking {len(task.scans)} scans of task {task.name}")
+        check_task(task, backbone, setup)
+        setups.append(setup)
+    results = few_shot(setups, run_trials=lambda trials: executor.run_trials(trials, say=say), say=say)
+    models = {}
+    if job.finetune.publish_model:
+        for setup in setups:
+            name = load_task(Path(setup.task)).name
+            of_task = [result for result in results if result["trial"]["task"] == name]
+            models[name] = publish_best(setup, of_task, backbone, storage.child("models"))["url"]
+            say(f"finetune | best model of {name} by validation Dice: {models[name]}")
+    report = make_report(
+        job, storage, backbone=backbone, setups=setups, rows=[result["row"] for result in results], models=models
+    )
+    return {"models": models, **report}
+
+
+def _corpus(job: Job, storage: Storage) -> Storage:
+    assert job.pretrain is not None
+    return Storage(job.pretrain.corpus) if job.pretrain.corpus else storage.child("corpus")
+
+
+def _licence(config: PublishConfig, corpus_licence: str) -> str:
+    if config.licence is None or config.licence == corpus_licence:
+        return corpus_licence
+    if any(word in corpus_licence.upper() for word in ("NC", "SA", "ND")):
+        raise JobError(
+            f"publish.licence is {config.licence!r}, but the corpus is under {corpus_licence!r}, which forbids other terms: leave it out"
+        )
+    return config.licence
+
+
+def _card(job: Job, config: PublishConfig, manifest: dict[str, Any], url: str, licence: str, *, step: int) -> str:
+    assert job.pretrain is not None
+    model, loss, image = job.pretrain.model, job.pretrain.loss, job.pretrain.image
+    batch = job.pretrain.global_batch
+    facts = {
+        "method": f"{loss.name} over {loss.pixel_pairs_per_image * batch} pixel pairs a step, {step} steps of {batch} images",
+        "network": f"{model.name}, channels {', '.join(map(str, model.channels))}",
+        "input": f"one contrast, {image.size} x {image.size} pixels of {image.spacing_mm:g} mm; intensities as in config.json",
+        "corpus": f"{manifest['num_subjects']} subjects, {manifest['num_records']} scans, {manifest['num_samples']} planes",
+        "corpus, sha256": manifest_sha256(manifest),
+        "licence": licence,
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return f"""# {config.name} {config.version}
+
+A backbone that gives {model.feature_channels} features for every pixel of an MRI slice, pretrained without labels by p2r.
+{config.description}
+
+    import p2r
+    backbone = p2r.load_backbone("{url}")
+    features = backbone(backbone.prepare("scan.nii.gz").images)
+
+| | |
+|---|---|
+{rows}
+
+{manifest["provenance"]}
+
+Not a medical device. A figure is worth what its test patients say: see the report of the job that made this.
+"""

@@ -1,0 +1,241 @@
+"""Pretraining as a generator of reports: corpus -> stream -> steps -> checkpoints.
+
+The same function runs in a for-loop on a laptop and on every worker of a cluster; whoever calls it decides what to do
+with a report. All ranks yield at the same steps, because saving is collective.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from p2r.config import PretrainConfig
+from p2r.data.corpus import load_manifest
+from p2r.data.stream import StreamState, stream
+from p2r.engine.build import build_engine, join_process_group
+from p2r.engine.checkpoint import load_checkpoint, newest_checkpoint, refuse_other_config, save_checkpoint
+from p2r.engine.schedule import learning_rate
+from p2r.engine.step import pretrain_step
+from p2r.errors import CheckpointError, InputError, TrainingError
+from p2r.model.pix2rep import Pix2Rep
+from p2r.storage import Storage
+
+HISTORY = "history.jsonl"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a caller learns about a run. Means are over the steps since the report before."""
+
+    step: int
+    """Optimizer steps taken."""
+    num_steps: int
+    """Length of the run."""
+    samples_seen: int
+    """Images consumed by all ranks, each giving two views."""
+    loss: float
+    """Mean loss: nats for InfoNCE."""
+    learning_rate: float
+    """Rate of the last step."""
+    gradient_norm: float
+    """Global norm of the last step, before clipping."""
+    images_per_s: float
+    """All ranks together."""
+    wait_fraction: float
+    """Part of the time in which this rank waited for data."""
+    eta_s: float
+    """Seconds to the end at this speed."""
+    resumed_from: int | None = None
+    """In the first report of a resumed run: the step it went on from."""
+    checkpoint: str | None = None
+    """Path of the checkpoint that this step made, below `<storage>/pretrain`."""
+
+    def line(self) -> str:
+        """Return the report as one line for a terminal."""
+        minutes, seconds = divmod(round(self.eta_s), 60)
+        return (
+            f"step {self.step}/{self.num_steps} | loss {self.loss:.4f} | {self.images_per_s:.1f} img/s | "
+            f"wait {self.wait_fraction:.1%} | lr {self.learning_rate:.1e} | grad {self.gradient_norm:.2f} | "
+            f"ETA {minutes}:{seconds:02d}" + (f" | checkpoint {self.checkpoint}" if self.checkpoint else "")
+        )
+
+
+def pretrain(
+    config: PretrainConfig, *, storage: Storage, corpus: Storage, device: torch.device, max_seconds: float | None = None
+) -> Iterator[Report]:
+    """Train to `config.steps`, from the newest checkpoint if there is one.
+
+    Args:
+        config: What to train.
+        storage: `<storage>/pretrain`.
+        corpus: Where the corpus's manifest lies.
+        device: This process's device.
+        max_seconds: Save a checkpoint and end early after this time, to go on in a later call.
+
+    Raises:
+        InputError: for a corpus, checkpoint or number of workers that does not fit.
+        TrainingError: when the loss is no longer finite.
+    """
+    began = time.monotonic()
+    manifest = load_manifest(corpus)
+    checkpoint = newest_checkpoint(storage)
+    if checkpoint is not None:
+        refuse_other_config(checkpoint, config, where=storage.at(checkpoint["path"]))
+        if checkpoint["step"] >= config.steps:
+            return
+    rank, world_size = join_process_group(device)
+    if config.global_batch % world_size:
+        raise InputError(
+            f"pretrain.global_batch must be divisible by the number of workers, got {config.global_batch} for {world_size}"
+        )
+    torch.manual_seed(config.seed)
+    engine = build_engine(Pix2Rep(config.model).to(device), config, world_size=world_size)
+    resumed_from, running, state = None, _Running(), None
+    if checkpoint is not None:
+        load_checkpoint(engine, storage, checkpoint, config=config)
+        resumed_from = checkpoint["step"]
+        running = _Running(**checkpoint["state"]["running"])
+        state = StreamState.from_dict(
+            checkpoint["state"]["stream"], manifest=manifest, seed=config.seed, global_batch=config.global_batch
+        )
+    history = _History(storage, rank, first_step=resumed_from or 0)
+
+    batches = stream(
+        corpus,
+        manifest,
+        image=config.image,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        rank=rank,
+        world_size=world_size,
+        state=state,
+    )
+    try:
+        clock = _Clock()
+        for step in range((resumed_from or 0) + 1, config.steps + 1):
+            batch, state = next(batches)
+            rate = learning_rate(
+                step - 1,
+                peak=config.optimizer.learning_rate,
+                num_steps=config.steps,
+                warmup_fraction=config.optimizer.warmup_fraction,
+            )
+            loss = float(pretrain_step(engine, batch, config=config, learning_rate=rate))
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"step {step}: the loss is {loss}; the last good checkpoint stays. "
+                    "Lower pretrain.optimizer.learning_rate, or use precision fp32"
+                )
+            running.add(loss)
+            clock.add(batch.wait_s)
+            timed_out = _any_rank(max_seconds is not None and time.monotonic() - began > max_seconds, device)
+            saves = step % config.checkpoint_interval == 0 or step == config.steps or timed_out
+            reports = step % config.report_interval == 0 or step == config.steps
+            path, mean_loss = None, running.mean()
+            if reports:
+                running.reset()
+            if saves:
+                path = save_checkpoint(
+                    engine,
+                    storage,
+                    step=step,
+                    config=config,
+                    keep=config.keep_checkpoints,
+                    state={"stream": state.to_dict(), "running": asdict(running)},
+                )
+            if reports or saves:
+                seconds = clock.lap()
+                report = Report(
+                    step=step,
+                    num_steps=config.steps,
+                    samples_seen=step * config.global_batch,
+                    loss=mean_loss,
+                    learning_rate=rate,
+                    gradient_norm=float(engine.get_global_grad_norm() or 0.0),
+                    images_per_s=clock.steps * config.global_batch / seconds,
+                    wait_fraction=clock.wait_s / seconds,
+                    eta_s=(config.steps - step) * seconds / clock.steps,
+                    resumed_from=resumed_from,
+                    checkpoint=path,
+                )
+                resumed_from = None
+                history.add(report, flush=saves)
+                clock = _Clock()
+                yield report
+            if timed_out:
+                return
+    finally:
+        batches.close()
+        engine.destroy()
+
+
+@dataclass
+class _Running:
+    """Sum of the losses since the last report; part of the checkpoint, so that a resumed curve is the same curve."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, loss: float) -> None:
+        self.total += loss
+        self.count += 1
+
+    def mean(self) -> float:
+        return self.total / max(1, self.count)
+
+    def reset(self) -> None:
+        self.total, self.count = 0.0, 0
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.steps, self.wait_s, self._began = 0, 0.0, time.monotonic()
+
+    def add(self, wait_s: float) -> None:
+        self.steps += 1
+        self.wait_s += wait_s
+
+    def lap(self) -> float:
+        return max(1e-9, time.monotonic() - self._began)
+
+
+class _History:
+    """`history.jsonl`: one JSON object per report. Object storage cannot append, so the whole file is written again, not too often."""
+
+    def __init__(self, storage: Storage, rank: int, *, first_step: int) -> None:
+        self._storage, self._rank, self._written_at = storage, rank, 0.0
+        self._rows: list[dict[str, Any]] = []
+        if rank == 0 and first_step and storage.exists(HISTORY):
+            rows = (json.loads(line) for line in storage.read_bytes(HISTORY).decode().splitlines())
+            self._rows = [row for row in rows if row["step"] <= first_step]
+
+    def add(self, report: Report, *, flush: bool) -> None:
+        self._rows.append(asdict(report))
+        if self._rank == 0 and (flush or time.monotonic() - self._written_at > 10):
+            self._storage.write_bytes(HISTORY, "".join(json.dumps(row) + "\n" for row in self._rows).encode())
+            self._written_at = time.monotonic()
+
+
+def _any_rank(flag: bool, device: torch.device) -> bool:
+    if torch.distributed.get_world_size() == 1:
+        return flag
+    value = torch.tensor([float(flag)], device=device)
+    torch.distributed.all_reduce(value)
+    return bool(value.item() > 0)
+
+
+def finished_checkpoint(storage: Storage, config: PretrainConfig) -> dict[str, Any]:
+    """Return the manifest of the last step's checkpoint.
+
+    Raises:
+        CheckpointError: if there is none yet, or it belongs to another run.
+    """
+    checkpoint = newest_checkpoint(storage)
+    if checkpoint is None:
+        raise CheckpointError(f"{storage.at('checkpoints')} holds no checkpoint: run the pretrain stage first")
+    refuse_other_config(checkpoint, config, where=storage.at(checkpoint["path"]))
+    return checkpoint

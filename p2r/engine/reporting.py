@@ -1,0 +1,166 @@
+"""The last stage: rows of test figures and the backbone -> report.json, report.md and pictures.
+
+Pictures show training images (view pairs) and validation patients (embedding, outlines): making them reads no test patient.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from p2r.backbone import Backbone, load_model
+from p2r.data.corpus import load_manifest
+from p2r.data.preprocess import volume_to_planes
+from p2r.data.stream import stream
+from p2r.engine.finetune import TrialSetup
+from p2r.evaluate.inference import predict_volume
+from p2r.evaluate.tasks import LabelledScan, Task, load_scan, load_task
+from p2r.job import Job
+from p2r.loss import corresponding_points
+from p2r.randomness import keyed_generator
+from p2r.report import embedding_pca, few_shot_curve, outlines, table, view_pairs, write_report
+from p2r.storage import Storage
+from p2r.views.pair import make_views
+
+_NUM_VIEWS = 4
+_NUM_SLICES = 3
+
+
+def make_report(
+    job: Job,
+    storage: Storage,
+    *,
+    backbone: Backbone,
+    setups: Sequence[TrialSetup],
+    rows: Sequence[dict[str, Any]],
+    models: dict[str, str],
+) -> dict[str, Any]:
+    """Write the report below `<storage>/report` and return its URLs, and the table for a terminal."""
+    pictures: dict[str, bytes] = {}
+    captions: dict[str, str] = {}
+    tasks = [load_task(Path(setup.task)) for setup in setups]
+    if job.pretrain is not None:
+        pictures["view-pairs"] = _view_pairs(job, storage)
+        captions["view-pairs"] = "Two views of training images, and points that show the same anatomy in both."
+    for task in tasks:
+        of_task = [row for row in rows if row["task"] == task.name]
+        pictures[f"few-shot-{task.name}"] = few_shot_curve(of_task, task.name)
+        scan = load_scan(task.scans_of(task.subjects["validation"][:1])[0], task, backbone.preparation)
+        pictures[f"embedding-{task.name}"] = _embedding(backbone, scan)
+        captions[f"few-shot-{task.name}"] = (
+            "Dice on test patients against the number of labelled patients; a dot is one draw."
+        )
+        captions[f"embedding-{task.name}"] = (
+            f"Features of validation patient {scan.scan.subject}: three principal components as red, green and blue."
+        )
+        if task.name in models:
+            captions[f"outlines-{task.name}"] = f"The published model on validation patient {scan.scan.subject}."
+            pictures[f"outlines-{task.name}"] = _outlines(models[task.name], scan, task)
+    where = storage.child("report")
+    written = write_report(
+        where,
+        rows=list(rows),
+        context={**_context(job, backbone, tasks, models), "captions": captions},
+        pictures=pictures,
+    )
+    return {"report": where.at("report.md"), "pictures": where.at("pictures"), "table": table(written["rows"])}
+
+
+def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[str, str]) -> dict[str, Any]:
+    assert job.finetune is not None
+    corpus = backbone.manifest.get("corpus") or {}
+    return {
+        "title": f"Few-shot report of {job.name}",
+        "job": job.name,
+        "caveats": [task.config.caveat for task in tasks if task.config.caveat],
+        "backbone": {
+            "url": backbone.manifest["url"],
+            "sha256": backbone.manifest["sha256"],
+            "step": backbone.manifest.get("step"),
+        },
+        "corpus": {
+            key: corpus.get(key) for key in ("url", "sha256", "licence", "provenance", "num_samples", "num_subjects")
+        },
+        "licence": backbone.manifest["licence"],
+        "code": backbone.manifest.get("code"),
+        "seed": job.finetune.seed,
+        "finetune": job.finetune.model_dump(mode="json", exclude={"tasks", "backbone"}),
+        "models": models,
+        "tasks": {
+            task.name: {
+                "title": task.config.title,
+                "licence": task.config.licence,
+                "citation": task.config.citation,
+                "splits": {split: list(subjects) for split, subjects in task.subjects.items()},
+            }
+            for task in tasks
+        },
+    }
+
+
+def _view_pairs(job: Job, storage: Storage) -> bytes:
+    config = job.pretrain
+    assert config is not None
+    corpus = Storage(config.corpus) if config.corpus else storage.child("corpus")
+    batches = stream(
+        corpus, load_manifest(corpus), image=config.image, seed=config.seed, global_batch=config.global_batch
+    )
+    try:
+        batch, _ = next(batches)
+    finally:
+        batches.close()
+    # The fullest images of the batch: a picture of air explains nothing.
+    fullest = batch.image.mean(dim=(1, 2, 3)).argsort(descending=True)[:_NUM_VIEWS]
+    positions = batch.positions[fullest.numpy()]
+    views = make_views(
+        batch.image[fullest],
+        batch.inside[fullest],
+        config=config.views,
+        spacing_mm=batch.spacing_mm,
+        seed=config.seed,
+        epoch=batch.epoch,
+        positions=positions,
+    )
+    points_a, points_b = corresponding_points(
+        views.warp,
+        views.valid,
+        num_points=12,
+        generators=[keyed_generator(config.seed, "points", batch.epoch, int(position)) for position in positions],
+    )
+    return view_pairs(batch.image[fullest], views, points_a, points_b)
+
+
+def _embedding(backbone: Backbone, scan: LabelledScan) -> bytes:
+    chosen = _slices(scan)
+    images = backbone.prepare(scan.volume).images[chosen]
+    with torch.inference_mode():
+        features = backbone(images)
+    return embedding_pca(images, features)
+
+
+def _outlines(model: str, scan: LabelledScan, task: Task) -> bytes:
+    segmenter, config, _ = load_model(model)
+    prediction = predict_volume(segmenter, scan.volume, preparation=config.preparation, num_classes=task.num_classes)
+    chosen = _slices(scan)
+    planes, predicted, reference = (
+        volume_to_planes(data, scan.planes.axis)[chosen] for data in (scan.volume.data, prediction, scan.labels.data)
+    )
+    low, high = scan.planes.low, scan.planes.high
+    images = np.clip((planes.astype(np.float32) - low) / (high - low), 0, 1)
+    return outlines(
+        images,
+        predicted,
+        reference,
+        list(task.config.classes.values()),
+        title=f"Validation patient {scan.scan.subject}",
+    )
+
+
+def _slices(scan: LabelledScan) -> list[int]:
+    """Planes evenly spread over those that have any foreground."""
+    labelled = (scan.label_planes > 0).flatten(1).any(dim=1).nonzero().flatten().tolist() or list(
+        range(len(scan.label_planes))
+    )
+    return [labelled[len(labelled) * (2 * number + 1) // (2 * _NUM_SLICES)] for number in range(_NUM_SLICES)]

@@ -1,0 +1,58 @@
+"""Every error that p2r raises on purpose, drawn as a tree.
+
+    P2RError
+    ├── InputError          the user's input: a job, a path, a scan, a storage URL -> exit code 2, one message
+    │   ├── JobError        a job file or an override of it
+    │   ├── DataError       a corpus, a task or a label that breaks a rule
+    │   │   └── RefusedScan one scan that cannot be used; carries the reason code of the ledger
+    │   ├── StorageError    a storage URL that cannot be read or written, or holds something damaged
+    │   └── CheckpointError a checkpoint or published artefact that does not fit
+    └── TrainingError       training itself went wrong (a loss that is not finite) -> exit code 1
+
+An `InputError`'s message names what, where, the rule, and the way out; the command line prints it without a traceback.
+"""
+
+
+class P2RError(Exception):
+    """Root of the tree: `except P2RError` catches what p2r itself refuses, and nothing else."""
+
+
+class InputError(P2RError):
+    """Something that the user gave cannot be used as it is."""
+
+
+class JobError(InputError):
+    """A job file, or a `--set` override, breaks the schema or a rule between its fields."""
+
+
+class DataError(InputError):
+    """A corpus, task or label breaks a rule that the whole job depends on."""
+
+
+class RefusedScan(DataError):
+    """One scan cannot be used. Ingest writes it into the ledger and goes on.
+
+    Args:
+        code: The ledger's reason code, in snake case, such as `truncated`.
+        message: What was found, where, and which rule it breaks.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.code}]"
+
+
+class StorageError(InputError):
+    """A storage URL cannot be read or written, or what lies there is damaged."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint, backbone or model does not fit what it is asked for."""
+
+
+class TrainingError(P2RError):
+    """Training cannot go on, for a reason that is not in the user's input."""

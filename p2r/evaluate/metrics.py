@@ -1,0 +1,179 @@
+"""One segmented scan and its reference -> Dice, HD95 and NSD per class; many scans -> means over patients.
+
+    prediction, reference (X, Y, Z) on the scan's own grid -> {class: Score} -> Summary
+
+MONAI measures; the rules for absent classes are ours, because MONAI answers NaN or infinity there and its mean drops
+NaN, so that a model which finds nothing would look better than one which finds a little:
+
+    absent in         Dice   NSD   HD95
+    both              left out of every mean, and counted
+    one of the two    0      0     the grid's diagonal, mm
+
+Dice is hard and in 3D. HD95 is the larger of the two directed 95th percentiles of distances between border voxels, mm.
+NSD is the fraction of both borders' voxels that lie within the tolerance of the other border. Borders are voxels that a
+3D erosion removes, so that with thick slices the first and the last slice of an organ are border as a whole.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+from numpy.typing import NDArray
+from torch import Tensor
+
+Absent = Literal["none", "both", "prediction", "reference"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One class of one scan. The three figures are None where the class is absent in both."""
+
+    dice: float | None
+    hd95_mm: float | None
+    nsd: float | None
+    absent: Absent
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Means over patients; None where no patient has the class, in prediction or reference."""
+
+    dice: dict[str, float | None]
+    hd95_mm_by_class: dict[str, float | None]
+    nsd_by_class: dict[str, float | None]
+    dice_mean: float | None
+    hd95_mm: float | None
+    nsd: float | None
+    dice_by_subject: dict[str, float | None]
+    absent: dict[str, dict[str, int]]
+    """For each class, in how many scans it is absent in both, only in the prediction, only in the reference."""
+    num_test_subjects: int
+    num_scans: int
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the figures as they stand in a row of `report.json`."""
+        return asdict(self)
+
+
+def score_volume(
+    prediction: NDArray[Any],
+    reference: NDArray[Any],
+    *,
+    classes: Mapping[int, str],
+    spacing_mm: Sequence[float],
+    nsd_tolerance_mm: float,
+) -> dict[str, Score]:
+    """Compare one segmentation with its reference.
+
+    Args:
+        prediction: Labels (X, Y, Z), whole numbers; 0 is background.
+        reference: Labels on the same grid.
+        classes: Name of each foreground label.
+        spacing_mm: Voxel size along the three axes, mm.
+        nsd_tolerance_mm: Largest distance of borders that NSD calls equal, mm.
+
+    Raises:
+        ValueError: for grids that differ or are not 3D, values that are no class, or a spacing that is not positive.
+    """
+    if prediction.shape != reference.shape or prediction.ndim != 3:
+        raise ValueError(
+            f"prediction and reference must share one 3D grid, got {prediction.shape} and {reference.shape}"
+        )
+    if len(spacing_mm) != 3 or not all(math.isfinite(mm) and mm > 0 for mm in spacing_mm):
+        raise ValueError(f"spacing_mm must be three positive numbers, got {list(spacing_mm)}")
+    for name, labels in (("prediction", prediction), ("reference", reference)):
+        unknown = sorted(set(np.unique(labels).tolist()) - {0, *classes})
+        if unknown:
+            raise ValueError(f"{name} holds labels {unknown}, which are no class of {dict(classes)}")
+    diagonal_mm = math.hypot(*(size * mm for size, mm in zip(prediction.shape, spacing_mm, strict=True)))
+    scores = {}
+    for value, name in classes.items():
+        found, true = torch.from_numpy(prediction == value), torch.from_numpy(reference == value)
+        in_prediction, in_reference = bool(found.any()), bool(true.any())
+        if in_prediction and in_reference:
+            scores[name] = _measure(found, true, spacing_mm=spacing_mm, tolerance_mm=nsd_tolerance_mm)
+        elif in_prediction or in_reference:
+            scores[name] = Score(0.0, diagonal_mm, 0.0, absent="reference" if in_prediction else "prediction")
+        else:
+            scores[name] = Score(None, None, None, absent="both")
+    return scores
+
+
+def _measure(found: Tensor, true: Tensor, *, spacing_mm: Sequence[float], tolerance_mm: float) -> Score:
+    # One crop around both masks: MONAI would make a dense copy of the whole grid for every figure.
+    nonzero = (found | true).nonzero()
+    low, high = nonzero.amin(dim=0), nonzero.amax(dim=0) + 1
+    box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    y_pred, y = found[box][None, None].float(), true[box][None, None].float()  # (1, 1, x, y, z)
+    spacing = [float(mm) for mm in spacing_mm]
+    with warnings.catch_warnings():
+        # MONAI 1.6 passes this argument to itself and warns of it once per figure.
+        warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+        dice = compute_dice(y_pred, y, include_background=True)
+        hd95_mm = compute_hausdorff_distance(y_pred, y, include_background=True, percentile=95, spacing=spacing)
+        nsd = compute_surface_dice(y_pred, y, [float(tolerance_mm)], include_background=True, spacing=spacing)
+    figures = [float(figure.item()) for figure in (dice, hd95_mm, nsd)]
+    if not all(math.isfinite(figure) for figure in figures):
+        raise ValueError(f"MONAI gave {figures} (Dice, HD95, NSD) although both masks hold voxels")
+    return Score(figures[0], figures[1], figures[2], absent="none")
+
+
+def summarise(scores: Iterable[tuple[str, Mapping[str, Score]]]) -> Summary:
+    """Average frames within a patient, then patients, class by class.
+
+    Args:
+        scores: Pairs of subject and that scan's scores; a subject may come several times (end-diastole, end-systole).
+
+    Returns:
+        The means; `dice_mean`, `hd95_mm` and `nsd` are means of the classes' means.
+    """
+    by_subject: dict[str, list[Mapping[str, Score]]] = {}
+    for subject, scan in scores:
+        by_subject.setdefault(subject, []).append(scan)
+    if not by_subject:
+        raise ValueError("there are no scores to summarise")
+    scans = [scan for of_subject in by_subject.values() for scan in of_subject]
+    classes = list(scans[0])
+    if any(list(scan) != classes for scan in scans):
+        raise ValueError(f"every scan must be scored on the same classes {classes}")
+
+    def mean_over_patients(figure: str) -> dict[str, float | None]:
+        return {
+            name: _mean(_mean(getattr(scan[name], figure) for scan in of_subject) for of_subject in by_subject.values())
+            for name in classes
+        }
+
+    dice, hd95_mm, nsd = (mean_over_patients(figure) for figure in ("dice", "hd95_mm", "nsd"))
+    return Summary(
+        dice=dice,
+        dice_mean=_mean(dice.values()),
+        hd95_mm=_mean(hd95_mm.values()),
+        nsd=_mean(nsd.values()),
+        hd95_mm_by_class=hd95_mm,
+        nsd_by_class=nsd,
+        dice_by_subject={
+            subject: _mean(_mean(scan[name].dice for scan in of_subject) for name in classes)
+            for subject, of_subject in by_subject.items()
+        },
+        absent={
+            name: {
+                where: sum(scan[name].absent == where for scan in scans)
+                for where in get_args(Absent)
+                if where != "none"
+            }
+            for name in classes
+        },
+        num_test_subjects=len(by_subject),
+        num_scans=len(scans),
+    )
+
+
+def _mean(figures: Iterable[float | None]) -> float | None:
+    present = [figure for figure in figures if figure is not None]
+    return fmean(present) if present else None

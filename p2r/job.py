@@ -1,0 +1,256 @@
+"""One YAML file is one job: read here into a frozen model, or refused with the key's path, the rule and the way out.
+
+    YAML + `--set key=value` -> environment variables filled in -> no secrets -> `Job`
+
+The file is self-contained: the same job runs under Ray (`p2r run`), as a Ray job's entrypoint, and in one process
+(`python -m p2r.engine`).
+"""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from p2r.config import FinetuneConfig, IngestConfig, PretrainConfig, PublishConfig, Section
+from p2r.errors import JobError
+
+Model = TypeVar("Model", bound=BaseModel)
+Kind = Literal["ingest", "pretrain", "publish", "finetune", "pipeline"]
+
+_STAGES: dict[Kind, tuple[str, ...]] = {
+    "ingest": ("ingest",),
+    "pretrain": ("pretrain",),
+    "publish": ("publish",),
+    "finetune": ("finetune",),
+    "pipeline": ("ingest", "pretrain", "publish", "finetune"),
+}
+_SECRET_KEY = re.compile(r"(secret|password|passwd|token|credential|access_?key|api_?key)", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s:@]+:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+class Resources(Section):
+    """What the job asks of the cluster. Ray places it; the science does not depend on it."""
+
+    num_workers: PositiveInt | Literal["auto"] = "auto"
+    """Pretraining processes. auto: as many as the cluster has GPUs (CPUs where it has none) and the global batch is divisible by."""
+    cpus_per_worker: PositiveFloat = 1
+    """CPU cores reserved for each pretraining process."""
+    gpus_per_worker: Literal[0, 1, "auto"] = "auto"
+    """GPUs of each pretraining process. auto: one where the cluster has any."""
+    cpus_per_trial: PositiveFloat = 1
+    """CPU cores of one fine-tuning trial."""
+    gpus_per_trial: NonNegativeFloat | Literal["auto"] = "auto"
+    """GPU share of one fine-tuning trial; 0.25 puts four on one GPU. auto: 0.25 where the cluster has any."""
+    cpus_per_ingest_task: PositiveFloat = 1
+    """CPU cores of one ingest task (one shard)."""
+
+
+class Job(Section):
+    """A job file."""
+
+    kind: Kind
+    """Which stage to run; pipeline: all of them and the report, in order."""
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    """The job's name; the last folder of the default storage."""
+    storage: str = ""
+    """URL (`file://`, `s3://`) that holds everything the job makes. Default: `${P2R_STORAGE}/<name>`, or `~/p2r/<name>`."""
+    retries: NonNegativeInt = 2
+    """How often a failed worker group or trial is started again before the job fails."""
+    resources: Resources = Resources()
+    """What the job asks of the cluster."""
+    ingest: IngestConfig | None = None
+    """Scans -> corpus. In a pretrain job: how to make the corpus if it is absent."""
+    pretrain: PretrainConfig | None = None
+    """Corpus -> representation."""
+    publish: PublishConfig | None = None
+    """Checkpoint -> published backbone."""
+    finetune: FinetuneConfig | None = None
+    """Backbone -> few-shot figures."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        missing = [stage for stage in _STAGES[self.kind] if getattr(self, stage) is None]
+        if missing:
+            raise ValueError(f"kind {self.kind} needs the section{'s' * (len(missing) > 1)} {', '.join(missing)}")
+        if self.kind == "finetune" and self.finetune and self.finetune.backbone is None and self.publish is None:
+            raise ValueError(
+                "kind finetune needs finetune.backbone (a URL), or a publish section that names one of this storage"
+            )
+        return self
+
+
+def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, str] | None = None) -> Job:
+    """Read a job file and apply `key=value` overrides.
+
+    Args:
+        path: The YAML file. Task paths inside it are made absolute, relative to its folder.
+        overrides: Dotted keys with YAML values, such as `pretrain.steps=20`.
+        unset: If given, environment variables that are not set are noted here instead of refused: for validation on a
+            machine that does not have the data.
+
+    Raises:
+        JobError: naming the file, the key, the rule and the value.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"job {path} cannot be read: {error}; give the path of a YAML file") from None
+    values = _parse(text, where=f"job {path}")
+    if not isinstance(values, dict):
+        raise JobError(f"job {path} must be a mapping that begins with `kind:`, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    _refuse_secrets(values, path, ())
+    values = _fill_in(values, path, (), unset)
+    job = validated(Job, values, where=f"job {path}")
+    storage = job.storage or f"{os.environ.get('P2R_STORAGE') or Path.home() / 'p2r'}/{job.name}"
+    if "://" not in storage and not Path(storage).expanduser().is_absolute():
+        raise JobError(
+            f"job {path}: storage must be a URL or an absolute path, got {storage!r}: "
+            "a relative folder would vanish with the job's working directory on a cluster"
+        )
+    return _with_absolute_tasks(job.model_copy(update={"storage": storage}), path.absolute().parent)
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a job file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Job.model_json_schema(), "title": "p2r job"}
+
+
+def validated(model: type[Model], values: object, *, where: str) -> Model:
+    """Validate `values`, turning pydantic's findings into one message.
+
+    Raises:
+        JobError: with one line per finding: the key's full path, the rule, the value, and the nearest valid name.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(model, finding) for finding in error.errors(include_url=False)]
+        raise JobError(f"{where} is not valid:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def fill_in_variables(text: str, *, where: str, unset: dict[str, str] | None = None) -> str:
+    """Replace `${NAME}` and `${NAME:-default}` by environment variables; note the unset ones in `unset` if it is given.
+
+    Raises:
+        JobError: naming the variable that is not set.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name) or default
+        if found is None and unset is not None:
+            unset[name] = where
+            return match.group()
+        if found is None:
+            raise JobError(f"{where}: environment variable {name} is not set; set it, or write ${{{name}:-default}}")
+        return found
+
+    return _VARIABLE.sub(value, text)
+
+
+def _parse(text: str, *, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise JobError(f"{where} is not YAML: {str(error).strip()}") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise JobError(f"--set {override}: write KEY=VALUE, as in --set pretrain.steps=20")
+    target = values
+    *parents, last = key.split(".")
+    for depth, parent in enumerate(parents):
+        if target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent]
+        if not isinstance(target, dict):
+            raise JobError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value and has no keys below it")
+    target[last] = _parse(text, where=f"--set {key}")
+
+
+def _refuse_secrets(value: Any, path: Path, key: tuple[str, ...]) -> None:
+    where = ".".join(key)
+    if isinstance(value, dict):
+        for name, child in value.items():
+            if _SECRET_KEY.search(str(name)):
+                raise JobError(f"job {path}: key {'.'.join((*key, str(name)))} looks like a secret; {_SECRET_RULE}")
+            _refuse_secrets(child, path, (*key, str(name)))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            _refuse_secrets(child, path, (*key, str(index)))
+    elif isinstance(value, str) and _SECRET_VALUE.search(value):
+        raise JobError(f"job {path}: the value of {where} looks like a secret; {_SECRET_RULE}")
+
+
+_SECRET_RULE = (
+    "credentials come from the environment only (AWS_ACCESS_KEY_ID and the like) and never stand in a job file"
+)
+
+
+def _fill_in(value: Any, path: Path, key: tuple[str, ...], unset: dict[str, str] | None) -> Any:
+    if isinstance(value, dict):
+        return {name: _fill_in(child, path, (*key, str(name)), unset) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_fill_in(child, path, (*key, str(index)), unset) for index, child in enumerate(value)]
+    if isinstance(value, str):
+        return fill_in_variables(value, where=f"job {path}: {'.'.join(key)}", unset=unset)
+    return value
+
+
+def _with_absolute_tasks(job: Job, folder: Path) -> Job:
+    update: dict[str, Any] = {}
+    if job.finetune is not None:
+        tasks = tuple(str(folder / task) for task in job.finetune.tasks)
+        update["finetune"] = job.finetune.model_copy(update={"tasks": tasks})
+    if job.ingest is not None and job.ingest.subjects_of is not None:
+        chosen = job.ingest.subjects_of.model_copy(update={"task": str(folder / job.ingest.subjects_of.task)})
+        update["ingest"] = job.ingest.model_copy(update={"subjects_of": chosen})
+    return job.model_copy(update=update)
+
+
+def _explain(model: type[BaseModel], finding: ErrorDetails) -> str:
+    location = [str(part) for part in finding["loc"]]
+    key = ".".join(location) or "the job"
+    if finding["type"] == "extra_forbidden":
+        names = _names_at(model, location[:-1])
+        nearest = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+        return f"{key}: unknown key; " + (
+            f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(names)}"
+        )
+    if finding["type"] == "missing":
+        return f"{key}: missing; it has no default"
+    message = finding["msg"].removeprefix("Value error, ")
+    shown = finding.get("input")
+    return f"{key}: {message}" + ("" if isinstance(shown, dict | list) else f", got {shown!r}")
+
+
+def _names_at(model: type[BaseModel], location: list[str]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        candidates = [field.annotation, *get_args(field.annotation)]
+        models = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return sorted(model.model_fields)

@@ -1,0 +1,7 @@
+"""Networks: an encoder-decoder that gives F channels for every pixel, and the heads that read them."""
+
+from p2r.model.backbones import build_backbone
+from p2r.model.heads import ProjectionHead, SegmentationHead
+from p2r.model.pix2rep import Pix2Rep, Segmenter, read_at
+
+__all__ = ["Pix2Rep", "ProjectionHead", "SegmentationHead", "Segmenter", "build_backbone", "read_at"]

@@ -1,0 +1,21 @@
+"""Rows of few-shot figures -> what people read: a table on the terminal, a page, pictures.
+
+`write_report` makes the page; `table` prints; every picture function returns the bytes of a PNG.
+"""
+
+from p2r.report.document import write_report
+from p2r.report.few_shot_curve import few_shot_curve
+from p2r.report.pictures import embedding_pca, outlines, view_pairs
+from p2r.report.tables import Cell, Spread, aggregate, table
+
+__all__ = [
+    "Cell",
+    "Spread",
+    "aggregate",
+    "embedding_pca",
+    "few_shot_curve",
+    "outlines",
+    "table",
+    "view_pairs",
+    "write_report",
+]

@@ -1,0 +1,300 @@
+"""Tensors of one example -> pictures: two views and their pixel pairs, what features see, segmentations as outlines.
+
+Shape letters: B or P images or slices, H W, F features, n points per image.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.lines import Line2D
+from matplotlib.patches import ConnectionPatch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from p2r.report.canvas import (
+    CLASS_COLOURS,
+    FAINT,
+    INK,
+    as_array,
+    as_slices,
+    box_around,
+    evenly,
+    headline,
+    new_figure,
+    show,
+    to_png,
+)
+from p2r.views.pair import ViewPair
+
+Slices = Tensor | NDArray[Any]
+
+_LEFT = 0.42  # inches beside a row of panels, for its label
+_TISSUE = 0.05  # of the intensity window: darker pixels are air
+_FULL = 0.05  # share of tissue, or of the largest label: emptier slices show nothing
+_PAIR_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7", "#ffffff", "#8fb9ff")
+_OUTSIDE = np.array(to_rgb("#9a6a85"))
+
+
+def view_pairs(
+    image: Slices, views: ViewPair, points_a: Slices, points_b: Slices, *, num_rows: int = 3, num_points: int = 8
+) -> bytes:
+    """Draw images, their two views, and some of the pixel pairs that the loss compares.
+
+    Args:
+        image: (B, 1, H, W) in [0, 1].
+        views: The views of these images.
+        points_a: (B, n, 2) row and column in view a.
+        points_b: (B, n, 2) the same anatomy in view b.
+        num_rows: Images shown.
+        num_points: Pairs shown per image, far apart from one another and on tissue where possible.
+    """
+    originals, firsts, seconds = as_slices(image), as_slices(views.a), as_slices(views.b)
+    valid, at_a, at_b = as_array(views.valid), as_array(points_a), as_array(points_b)
+    rows = min(num_rows, len(originals))
+    edge, gap, top, bottom = 2.5, 0.18, 1.0, 0.42
+    width, height = 3 * edge + 4 * gap, rows * edge + (rows - 1) * gap + top + bottom
+    figure = new_figure(width, height)
+    for row in range(rows):
+        panels = []
+        for column in range(3):
+            left, low = gap + column * (edge + gap), bottom + (rows - 1 - row) * (edge + gap)
+            panels.append(figure.add_axes((left / width, low / height, edge / width, edge / height)))
+        show(panels[0], originals[row], vmin=0, vmax=1)
+        show(panels[1], firsts[row], vmin=0, vmax=1)
+        show(panels[2], _tinted(seconds[row], valid[row]))
+        if row == 0:
+            for panel, name in zip(
+                panels, ("image", "view a: contrast drawn", "view b: contrast and geometry"), strict=True
+            ):
+                panel.set_title(name, fontsize=10, color=INK, pad=5)
+        chosen = _far_apart(at_a[row], at_b[row], originals[row], num_points)
+        for colour, index in zip(_PAIR_COLOURS * num_points, chosen, strict=False):
+            _connect(panels[1], at_a[row, index], panels[2], at_b[row, index], colour)
+    headline(
+        figure, "Two views of one slice", "joined points show the same anatomy: their features are pulled together"
+    )
+    figure.text(
+        1 - gap / width,
+        0.13 / height,
+        "shaded: from outside the scan, never compared",
+        ha="right",
+        fontsize=9,
+        color=FAINT,
+    )
+    return to_png(figure)
+
+
+def embedding_pca(image: Slices, features: Slices, *, num_slices: int = 6) -> bytes:
+    """Draw slices above the first three principal components of their features, as red, green and blue.
+
+    The components and their colours are the same for all slices: equal colours are equal features, across slices too.
+
+    Args:
+        image: (P, 1, H, W) or (P, H, W) in [0, 1].
+        features: (P, F, H, W).
+        num_slices: How many, evenly spread.
+    """
+    slices, maps = as_slices(image), as_array(features).astype(np.float32)
+    if maps.ndim != 4 or maps.shape[0] != slices.shape[0] or maps.shape[2:] != slices.shape[1:]:
+        raise ValueError(f"features {maps.shape} do not fit the slices {slices.shape}")
+    tissue = slices > _TISSUE
+    full = np.flatnonzero(tissue.mean(axis=(1, 2)) > _FULL)
+    shown = evenly(full if full.size else np.arange(len(slices)), num_slices)
+    slices, maps, tissue = slices[shown], maps[shown], tissue[shown]
+    if not tissue.any():
+        tissue = np.ones_like(tissue)
+    colours, explained = _principal_colours(maps, tissue)
+    box = box_around(tissue, margin=2)
+    slices, tissue, colours = slices[:, *box], tissue[:, *box], colours[:, *box]
+    figure, panels = _grid(2, len(slices), slices.shape[1:], labels=("slice", "features"))
+    for column, plane in enumerate(slices):
+        show(panels[0][column], plane, vmin=0, vmax=1)
+        show(panels[1][column], np.where(tissue[column][..., None], colours[column], 1.0))
+    headline(
+        figure,
+        "What the representation tells apart",
+        f"principal components 1 to 3 of {maps.shape[1]} features as red, green, blue: {explained:.0%} of the variance",
+    )
+    return to_png(figure)
+
+
+def outlines(
+    slices: Slices,
+    prediction: Slices | Mapping[str, Slices],
+    reference: Slices,
+    class_names: Sequence[str],
+    *,
+    spacing_mm: tuple[float, float] | None = None,
+    num_slices: int = 6,
+    title: str = "Segmentation and reference",
+) -> bytes:
+    """Draw segmentations over slices: predictions filled in, the reference as a line of the same colour.
+
+    Args:
+        slices: (P, H, W) or (P, 1, H, W), any intensities.
+        prediction: (P, H, W) labels, or several of them by name (of modes): one line of pictures for each.
+        reference: (P, H, W) labels.
+        class_names: Of the labels 1, 2, ...
+        spacing_mm: Row and column spacing of the slices; None: square pixels of unknown size.
+        num_slices: How many, evenly spread over those that the reference labels.
+        title: Headline.
+    """
+    planes, truth = as_slices(slices), as_array(reference)
+    by_name = prediction if isinstance(prediction, Mapping) else {"prediction": prediction}
+    found = {name: as_array(labels) for name, labels in by_name.items()}
+    for name, labels in (*found.items(), ("reference", truth)):
+        if labels.shape != planes.shape:
+            raise ValueError(f"{name} has the shape {labels.shape}, the slices {planes.shape}")
+    area = (truth > 0).sum(axis=(1, 2))
+    labelled = np.flatnonzero(area > area.max() * _FULL)
+    shown = evenly(labelled if labelled.size else np.arange(len(planes)), num_slices)
+    planes, truth, found = planes[shown], truth[shown], {name: labels[shown] for name, labels in found.items()}
+    low, high = np.percentile(planes, (0.5, 99.5))
+    box = box_around(truth > 0, margin=10, least=48)
+    planes, truth, found = planes[:, *box], truth[:, *box], {name: labels[:, *box] for name, labels in found.items()}
+    names = ("slice", *found)
+    figure, panels = _grid(
+        len(names), len(planes), planes.shape[1:], labels=names, below=0.38, pixel=spacing_mm or (1, 1)
+    )
+    for column, plane in enumerate(planes):
+        for line, name in enumerate(names):
+            show(panels[line][column], plane, vmin=low, vmax=max(high, low + 1e-6), interpolation="bilinear")
+            if name != "slice":
+                _overlay(panels[line][column], found[name][column], truth[column], len(class_names))
+    keys = [
+        Line2D([], [], color=_class_colour(value), linewidth=6, label=name)
+        for value, name in enumerate(class_names, start=1)
+    ]
+    start = (_LEFT / float(figure.get_figwidth()), 0.0)
+    figure.legend(
+        handles=keys,
+        loc="lower left",
+        bbox_to_anchor=start,
+        borderaxespad=0.3,
+        borderpad=0,
+        ncols=len(keys),
+        frameon=False,
+        fontsize=10,
+        handlelength=1.0,
+    )
+    if spacing_mm is not None:
+        _scale_bar(panels[0][0], planes.shape[1:], spacing_mm)
+    headline(figure, title, "filled: prediction; line: reference")
+    return to_png(figure)
+
+
+def _grid(
+    rows: int,
+    columns: int,
+    shape: tuple[int, ...],
+    *,
+    labels: Sequence[str],
+    below: float = 0.1,
+    pixel: tuple[float, float] = (1, 1),
+) -> tuple[Any, list[list[Axes]]]:
+    """Return a figure with rows x columns panels for planes of one shape, the rows labelled at their left."""
+    panel_width = min(2.4, 9.0 / columns)
+    panel_height = panel_width * shape[1] * pixel[1] / (shape[0] * pixel[0])  # shown with the first axis to the right
+    gap, left, top = 0.06, _LEFT, 0.74
+    width = max(left + columns * (panel_width + gap), 7.0)
+    height = top + rows * (panel_height + gap) + below
+    figure = new_figure(width, height)
+    panels = []
+    for row in range(rows):
+        low = below + (rows - 1 - row) * (panel_height + gap)
+        line = [
+            figure.add_axes(
+                (
+                    (left + column * (panel_width + gap)) / width,
+                    low / height,
+                    panel_width / width,
+                    panel_height / height,
+                )
+            )
+            for column in range(columns)
+        ]
+        middle = (low + panel_height / 2) / height
+        figure.text(
+            left / 2 / width, middle, labels[row], rotation=90, ha="center", va="center", fontsize=10, color=INK
+        )
+        panels.append(line)
+    return figure, panels
+
+
+def _tinted(plane: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
+    grey = np.repeat(plane.clip(0, 1)[..., None], 3, axis=2)
+    mixed: NDArray[np.float32] = np.where(valid[..., None], grey, 0.1 * grey + 0.9 * _OUTSIDE)
+    return mixed
+
+
+def _far_apart(at_a: NDArray[Any], at_b: NDArray[Any], plane: NDArray[np.float32], count: int) -> list[int]:
+    """Choose pairs one after another, each the farthest from those before: spread out, and the same every time.
+
+    Pairs on tissue and away from the pictures' edges come first: on air, nobody sees that they match.
+    """
+    size = np.array(plane.shape)
+    rows, columns = at_a.round().astype(int).clip(0, size - 1).T
+    inner = np.all([(at > 0.05 * size) & (at < 0.95 * size - 1) for at in (at_a, at_b)], axis=(0, 2))
+    good = inner & (plane[rows, columns] > 3 * _TISSUE)
+    candidates = np.flatnonzero(good) if good.any() else np.arange(len(at_b))
+    places = at_b[candidates]
+    distance = -np.linalg.norm(places - places.mean(axis=0), axis=1)
+    chosen: list[int] = []
+    for step in range(min(count, len(candidates))):
+        best = int(np.argmax(distance))
+        chosen.append(int(candidates[best]))
+        away = np.linalg.norm(places - places[best], axis=1)
+        distance = away if step == 0 else np.minimum(distance, away)
+    return chosen
+
+
+def _connect(first: Axes, at_a: NDArray[Any], second: Axes, at_b: NDArray[Any], colour: str) -> None:
+    for axes, point in ((first, at_a), (second, at_b)):
+        axes.plot(point[0], point[1], "o", color=colour, markersize=6.5, markeredgecolor="black", markeredgewidth=0.8)
+    line = ConnectionPatch(
+        tuple(at_a), tuple(at_b), "data", "data", axesA=first, axesB=second, color=colour, linewidth=0.9, alpha=0.75
+    )
+    line.set_in_layout(False)
+    second.figure.add_artist(line)
+
+
+def _principal_colours(maps: NDArray[np.float32], tissue: NDArray[np.bool_]) -> tuple[NDArray[np.float32], float]:
+    """Return (P, H, W, 3) colours in [0, 1], and the share of the variance that the three explain together."""
+    pixels = np.moveaxis(maps, 1, -1)  # (P, H, W, F)
+    sample = pixels[tissue].astype(np.float64)
+    mean = sample.mean(axis=0)
+    values, vectors = np.linalg.eigh(np.cov(sample - mean, rowvar=False).reshape(maps.shape[1], -1))
+    axes = vectors[:, ::-1][:, :3]
+    # An eigenvector's sign is arbitrary: fix it, so that the same features always give the same picture.
+    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
+    scores = (pixels - mean) @ axes
+    low, high = np.percentile(scores[tissue], (2, 98), axis=0)
+    colours = np.zeros((*scores.shape[:3], 3), np.float32)
+    colours[..., : axes.shape[1]] = ((scores - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    total = max(float(values.sum()), 1e-12)
+    return colours, float(values[::-1][:3].sum()) / total
+
+
+def _overlay(axes: Axes, found: NDArray[Any], truth: NDArray[Any], num_classes: int) -> None:
+    paint = np.zeros((*found.shape, 4), np.float32)
+    for value in range(1, num_classes + 1):
+        colour = _class_colour(value)
+        paint[found == value] = (*to_rgb(colour), 0.45)
+        if (truth == value).any() and not (truth == value).all():
+            axes.contour((truth == value).T.astype(float), levels=[0.5], colors=[colour], linewidths=1.6)
+    show(axes, paint, interpolation="nearest")
+
+
+def _class_colour(value: int) -> str:
+    return CLASS_COLOURS[(value - 1) % len(CLASS_COLOURS)]
+
+
+def _scale_bar(axes: Axes, shape: tuple[int, ...], spacing_mm: tuple[float, float]) -> None:
+    width_mm = shape[0] * spacing_mm[0]
+    length_mm = max(mm for mm in (1, 2, 5, 10, 20, 50, 100) if mm <= max(1.0, width_mm / 3))
+    left, low = shape[0] * 0.06, shape[1] * 0.07
+    axes.plot((left, left + length_mm / spacing_mm[0]), (low, low), color="white", linewidth=2.5, solid_capstyle="butt")
+    axes.text(left, low + shape[1] * 0.03, f"{length_mm} mm", color="white", fontsize=8, va="bottom")

@@ -1,0 +1,129 @@
+"""Rows (one trial each) -> cells (a mode and a number of patients each), averaged over draws; a table for the terminal.
+
+A row is a mean over test patients; a cell's spread is the standard deviation over draws of labelled patients (n - 1 in
+the denominator; none for one draw). The gain of a mode over training from scratch is averaged over the draws that both
+have, so that it compares networks trained on the same patients.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.table import Table
+
+MODE_NAMES = {"scratch": "from scratch", "linear_probe": "linear probe", "fine_tune": "fine-tuned"}
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over draws; None where there is no figure, or only one."""
+
+    mean: float | None
+    sd: float | None
+
+    def text(self, digits: int) -> str:
+        """Return `mean ± sd` with so many digits, or a dash."""
+        if self.mean is None:
+            return "–"
+        return f"{self.mean:.{digits}f}" + ("" if self.sd is None else f" ± {self.sd:.{digits}f}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All draws of one mode with one number of labelled patients."""
+
+    task: str
+    protocol: str
+    mode: str
+    num_labelled: int
+    num_draws: int
+    dice_mean: Spread
+    dice: dict[str, Spread]
+    hd95_mm: Spread
+    nsd: Spread
+    gain: float | None
+    """Mean Dice above that of training from scratch on the same patients."""
+
+
+def aggregate(rows: Sequence[Row]) -> list[Cell]:
+    """Average rows over draws, sorted by task, protocol, number of patients and mode."""
+    groups: dict[tuple[str, str, int, str], dict[int, Row]] = {}
+    for row in rows:
+        key = (row["task"], row["protocol"], row["num_labelled"], row["mode"])
+        if groups.setdefault(key, {}).setdefault(row["draw"], row) is not row:
+            raise ValueError(f"draw {row['draw']} of {key} has two rows")
+    order = list(MODE_NAMES)
+    keys = sorted(groups, key=lambda key: (*key[:3], order.index(key[3]) if key[3] in order else len(order), key[3]))
+    return [_cell(key, groups[key], groups.get((*key[:3], "scratch"))) for key in keys]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Return the figures of all tasks as one table for the terminal."""
+    cells = aggregate(rows)
+    result = Table(title="Dice on test patients, mean ± standard deviation over draws", title_justify="left")
+    for name in ("task", "patients", "mode"):
+        result.add_column(name, justify="right" if name == "patients" else "left", no_wrap=True)
+    for name in ("Dice", "over scratch", "per class", "HD95 mm", "NSD"):
+        result.add_column(name, justify="left" if name == "per class" else "right")
+    best = best_cells(cells)
+    for index, cell in enumerate(cells):
+        per_class = ", ".join(f"{name} {spread.text(2).split(' ')[0]}" for name, spread in cell.dice.items())
+        dice = cell.dice_mean.text(3)
+        result.add_row(
+            f"{cell.task}" if cell.protocol == "leak-free" else f"{cell.task} ({cell.protocol})",
+            str(cell.num_labelled),
+            MODE_NAMES.get(cell.mode, cell.mode),
+            f"[bold]{dice}[/bold]" if cell in best else dice,
+            gain_text(cell),
+            per_class,
+            cell.hd95_mm.text(1),
+            cell.nsd.text(3),
+            end_section=index + 1 == len(cells) or _setting(cells[index + 1]) != _setting(cell),
+        )
+    return result
+
+
+def best_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """Return, for every task and number of patients with several modes, the cell of the highest mean Dice."""
+    settings: dict[tuple[str, str, int], list[Cell]] = {}
+    for cell in cells:
+        if cell.dice_mean.mean is not None:
+            settings.setdefault(_setting(cell), []).append(cell)
+    return [max(group, key=lambda cell: cell.dice_mean.mean or 0.0) for group in settings.values() if len(group) > 1]
+
+
+def gain_text(cell: Cell) -> str:
+    """Return the gain over training from scratch with its sign, or nothing."""
+    return "" if cell.gain is None or cell.mode == "scratch" else f"{cell.gain:+.3f}"
+
+
+def _setting(cell: Cell) -> tuple[str, str, int]:
+    return cell.task, cell.protocol, cell.num_labelled
+
+
+def _cell(key: tuple[str, str, int, str], draws: dict[int, Row], scratch: dict[int, Row] | None) -> Cell:
+    task, protocol, num_labelled, mode = key
+    rows = list(draws.values())
+    classes = list(rows[0]["dice"])
+    pairs = [(row["dice_mean"], (scratch or {}).get(draw, {}).get("dice_mean")) for draw, row in draws.items()]
+    gains = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+    return Cell(
+        task=task,
+        protocol=protocol,
+        mode=mode,
+        num_labelled=num_labelled,
+        num_draws=len(rows),
+        dice_mean=_spread(row["dice_mean"] for row in rows),
+        dice={name: _spread(row["dice"].get(name) for row in rows) for name in classes},
+        hd95_mm=_spread(row["hd95_mm"] for row in rows),
+        nsd=_spread(row["nsd"] for row in rows),
+        gain=fmean(gains) if gains else None,
+    )
+
+
+def _spread(figures: Iterable[float | None]) -> Spread:
+    present = [figure for figure in figures if figure is not None]
+    return Spread(fmean(present) if present else None, stdev(present) if len(present) > 1 else None)

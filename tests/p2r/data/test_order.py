@@ -1,0 +1,172 @@
+"""The order of samples: a pure function with the invariants that pretraining leans on."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2r.data import order
+from p2r.data.order import check_world_size, global_batch, locate, num_lanes, rank_batch, steps_per_epoch
+from p2r.errors import DataError
+
+
+def manifest_of(*counts: int) -> dict[str, object]:
+    shards = [{"name": f"shard-{i:06d}.tar", "num_samples": n} for i, n in enumerate(counts)]
+    return {"num_samples": sum(counts), "shards": shards}
+
+
+UNEVEN = manifest_of(31, 7, 90, 1, 44, 120, 12)  # 305 samples
+GOLDEN = [163, 228, 237, 282, 62, 105, 8, 147]
+
+
+def epoch_of(manifest: dict[str, object], size: int, *, seed: int = 0, epoch: int = 0) -> np.ndarray:
+    steps = range(steps_per_epoch(manifest, size))
+    return np.concatenate([global_batch(manifest, seed=seed, epoch=epoch, step=s, global_batch=size) for s in steps])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    size=st.integers(1, 60),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 5),
+)
+def test_an_epoch_takes_every_sample_at_most_once_and_leaves_out_less_than_a_batch(
+    counts: list[int], size: int, seed: int, epoch: int
+) -> None:
+    manifest, total = manifest_of(*counts), sum(counts)
+    if total < size:
+        with pytest.raises(DataError, match=str(total)):
+            steps_per_epoch(manifest, size)
+        return
+    taken = epoch_of(manifest, size, seed=seed, epoch=epoch)
+    assert len(np.unique(taken)) == len(taken) == total - total % size
+    assert taken.min() >= 0
+    assert taken.max() < total
+
+
+def test_where_the_batch_divides_the_corpus_every_sample_comes_exactly_once() -> None:
+    np.testing.assert_array_equal(np.sort(epoch_of(UNEVEN, 61)), np.arange(305))
+
+
+def test_windows_within_a_long_lane_take_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "_WINDOW", 10)
+    order._window_order.cache_clear()
+    np.testing.assert_array_equal(np.sort(epoch_of(UNEVEN, 5)), np.arange(305))
+    order._window_order.cache_clear()
+
+
+def test_lanes_longer_than_a_window_of_the_real_size_take_everything_once() -> None:
+    prime = 4001  # its only lane is longer than two windows, and steps straddle them
+    manifest = manifest_of(20_000, 15_000, 10 * prime - 35_000)
+    assert num_lanes(prime) == 1
+    np.testing.assert_array_equal(np.sort(epoch_of(manifest, prime)), np.arange(10 * prime))
+
+
+@pytest.mark.parametrize("size", [8, 12, 24])
+def test_every_world_size_reads_the_same_global_batches(size: int) -> None:
+    for epoch, step in itertools.product((0, 1), (0, 3, steps_per_epoch(UNEVEN, size) - 1)):
+        whole = global_batch(UNEVEN, seed=3, epoch=epoch, step=step, global_batch=size)
+        for world_size in (n for n in range(1, size + 1) if num_lanes(size) % n == 0):
+            parts = [
+                rank_batch(UNEVEN, seed=3, epoch=epoch, step=step, global_batch=size, rank=rank, world_size=world_size)
+                for rank in range(world_size)
+            ]
+            assert {len(part) for part in parts} == {size // world_size}
+            np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_a_batch_larger_than_the_lanes_still_divides_over_ranks() -> None:
+    manifest = manifest_of(5000, 4000)
+    assert num_lanes(3000) == 1000
+    whole = global_batch(manifest, seed=0, epoch=0, step=1, global_batch=3000)
+    parts = [
+        rank_batch(manifest, seed=0, epoch=0, step=1, global_batch=3000, rank=rank, world_size=8) for rank in range(8)
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    assert len(np.unique(epoch_of(manifest, 3000))) == 9000
+
+
+def test_two_ranks_never_read_the_same_sample() -> None:
+    mine, theirs = (
+        np.concatenate(
+            [
+                rank_batch(UNEVEN, seed=0, epoch=0, step=step, global_batch=16, rank=rank, world_size=2)
+                for step in range(steps_per_epoch(UNEVEN, 16))
+            ]
+        )
+        for rank in (0, 1)
+    )
+    assert not set(mine) & set(theirs)
+
+
+def test_epochs_and_seeds_differ_and_repeat_exactly() -> None:
+    first = epoch_of(UNEVEN, 16)
+    np.testing.assert_array_equal(first, epoch_of(UNEVEN, 16))
+    for other in (epoch_of(UNEVEN, 16, epoch=1), epoch_of(UNEVEN, 16, seed=1)):
+        assert (first != other).mean() > 0.9
+
+
+def test_other_samples_sit_out_each_epoch() -> None:
+    left_out = [set(range(305)) - set(epoch_of(UNEVEN, 16, epoch=epoch)) for epoch in range(30)]
+    assert all(len(out) == 305 % 16 for out in left_out)
+    assert len(set().union(*left_out)) > 10
+    single = [set(range(30)) - set(epoch_of(manifest_of(30), 16, epoch=epoch)) for epoch in range(30)]
+    assert len(set().union(*single)) > 20
+
+
+def test_batches_mix_shards() -> None:
+    manifest = manifest_of(*[50] * 20)
+    shards, _ = locate(manifest, global_batch(manifest, seed=0, epoch=0, step=0, global_batch=20))
+    assert len(set(shards.tolist())) >= 15
+
+
+def test_steps_are_shuffled_within_a_lane() -> None:
+    taken = np.stack([global_batch(UNEVEN, seed=0, epoch=0, step=step, global_batch=4) for step in range(40)])
+    assert (np.abs(np.diff(taken, axis=0)) == 1).mean() < 0.2
+
+
+def test_the_order_is_the_same_in_another_process() -> None:
+    code = (
+        "from p2r.data.order import global_batch\n"
+        f"print(global_batch({UNEVEN!r}, seed=7, epoch=2, step=5, global_batch=12).tolist())"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == str(global_batch(UNEVEN, seed=7, epoch=2, step=5, global_batch=12).tolist())
+
+
+def test_the_order_is_the_one_that_earlier_runs_had() -> None:
+    """A change here breaks the resuming of every run that exists: rename `order.ORDER` with it."""
+    assert order.ORDER == "lanes/1"
+    assert global_batch(UNEVEN, seed=0, epoch=0, step=0, global_batch=8).tolist() == GOLDEN
+
+
+def test_positions_count_planes_over_the_shards() -> None:
+    shards, samples = locate(UNEVEN, np.array([0, 30, 31, 37, 38, 304]))
+    assert shards.tolist() == [0, 0, 1, 1, 2, 6]
+    assert samples.tolist() == [0, 30, 0, 6, 0, 11]
+
+
+def test_a_world_size_that_does_not_divide_the_lanes_is_refused_with_those_that_do() -> None:
+    check_world_size(12, 6)
+    for world_size in (5, 8, 24, 0):
+        with pytest.raises(DataError, match="use 1, 2, 3, 4, 6, 12 ranks"):
+            check_world_size(12, world_size)
+
+
+def test_a_corpus_smaller_than_a_global_batch_is_refused_with_both_numbers() -> None:
+    with pytest.raises(DataError, match=r"305 samples.*306"):
+        global_batch(UNEVEN, seed=0, epoch=0, step=0, global_batch=306)
+
+
+def test_steps_and_ranks_out_of_range_are_value_errors() -> None:
+    with pytest.raises(ValueError, match="step"):
+        global_batch(UNEVEN, seed=0, epoch=0, step=19, global_batch=16)
+    with pytest.raises(ValueError, match="rank"):
+        rank_batch(UNEVEN, seed=0, epoch=0, step=0, global_batch=16, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="global_batch"):
+        num_lanes(0)

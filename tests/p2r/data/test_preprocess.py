@@ -1,0 +1,201 @@
+"""From voxels to the network's grid, and back to the voxels."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from p2r.data.preprocess import (
+    Preparation,
+    from_grid,
+    intensity_window,
+    label_planes_of,
+    normalise,
+    planes_of,
+    planes_to_volume,
+    slice_axis,
+    to_grid,
+    volume_to_planes,
+)
+from p2r.data.volume import Volume
+from p2r.errors import RefusedScan
+
+RULES = Preparation(spacing_mm=1.5, image_size=32)
+
+
+def volume_of(data: NDArray[Any], spacing_mm: tuple[float, float, float] = (1.5, 1.5, 8.0)) -> Volume:
+    affine = np.diag([*spacing_mm, 1.0])
+    return Volume(data, affine, affine, data.shape[:3], spacing_mm, "scan")
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "axis"),
+    [
+        ((1.0, 1.0, 8.0), 2),
+        ((5.0, 1.0, 1.0), 0),
+        ((1.0, 3.0, 1.0), 1),
+        ((1.0, 1.0, 1.0), 2),
+        ((1.0, 1.0, 0.995), 2),
+        ((1.0, 1.0, 0.9), 1),
+    ],
+)
+def test_planes_are_cut_across_the_largest_spacing(spacing_mm: tuple[float, ...], axis: int) -> None:
+    assert slice_axis(spacing_mm) == axis
+    assert slice_axis(spacing_mm, 0) == 0
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_cutting_and_stacking_undo_each_other(axis: int, num_frames: int) -> None:
+    data = np.random.default_rng(0).integers(0, 99, (4, 5, 6, num_frames))
+    planes = volume_to_planes(data, axis)
+    assert len(planes) == num_frames * data.shape[axis]
+    for number, plane in enumerate(planes):
+        frame, position = divmod(number, data.shape[axis])
+        np.testing.assert_array_equal(plane, data[..., frame].take(position, axis))
+    np.testing.assert_array_equal(planes_to_volume(planes, axis, num_frames), data)
+    vectors = np.stack([planes, -planes], axis=-1)
+    np.testing.assert_array_equal(planes_to_volume(vectors, axis, num_frames)[..., 1], -data)
+
+
+def test_stacking_refuses_planes_that_make_no_whole_frames() -> None:
+    with pytest.raises(ValueError, match="frames"):
+        planes_to_volume(np.zeros((5, 2, 2)), 0, 2)
+
+
+def test_the_window_ignores_the_background() -> None:
+    data = np.zeros((20, 20, 20), np.int16)
+    data[5:15, 5:15, 5:15] = np.arange(1, 1001).reshape(10, 10, 10)
+    low, high = intensity_window(data, (0.5, 99.5))
+    assert (low, high) == pytest.approx(tuple(np.percentile(np.arange(1, 1001), (0.5, 99.5))))
+
+
+def test_the_window_of_a_mask_falls_back_to_all_voxels() -> None:
+    data = np.zeros((10, 10, 10), np.int16)
+    data[:5] = 7
+    assert intensity_window(data, (0.5, 99.5)) == (0.0, 7.0)
+
+
+def test_hardly_any_contrast_is_constant() -> None:
+    data = np.zeros((20, 20, 20), np.int16)
+    data[0, 0, 0] = 1
+    with pytest.raises(RefusedScan) as refusal:
+        intensity_window(data, (0.5, 99.5))
+    assert refusal.value.code == "constant"
+
+
+def test_the_window_of_a_large_scan_sees_every_plane() -> None:
+    # A stride of 16 along the last axis would see one plane in sixteen.
+    data = np.broadcast_to(np.arange(1, 65, dtype=np.int16), (512, 512, 64))
+    low, high = intensity_window(data, (0.5, 99.5))
+    assert (low, high) == (1.0, 64.0)
+
+
+def test_normalising_clips() -> None:
+    assert normalise(torch.tensor([0, 10, 15, 20, 99]), 10.0, 20.0).tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+
+
+def test_a_plane_on_the_grid_already_is_left_as_it_is() -> None:
+    planes = noise(2, 1, 20, 24)
+    image, inside = to_grid(planes, (1.5, 1.5), target_mm=1.5, size=None)
+    assert torch.equal(image, planes)
+    assert inside.all()
+
+
+def test_padding_is_central_and_marked() -> None:
+    planes = noise(2, 1, 20, 25)
+    image, inside = to_grid(planes, (1.0, 1.0), target_mm=1.0, size=32)
+    assert image.shape == (2, 1, 32, 32)
+    assert torch.equal(image[:, :, 6:26, 3:28], planes)
+    assert inside[:, 6:26, 3:28].all()
+    assert inside.sum() == 2 * 20 * 25
+    assert not image[~inside[:, None]].any()
+
+
+def test_cropping_is_central() -> None:
+    planes = noise(1, 1, 40, 35)
+    image, inside = to_grid(planes, (1.0, 1.0), target_mm=1.0, size=32)
+    assert torch.equal(image, planes[..., 4:36, 2:34])
+    assert inside.all()
+
+
+def test_resampling_gives_square_pixels_of_the_stated_size() -> None:
+    image, _ = to_grid(noise(1, 1, 20, 40), (3.0, 0.75), target_mm=1.5, size=None)
+    assert image.shape[-2:] == (40, 20)
+
+
+def test_a_disc_stays_where_it_is_in_millimetres() -> None:
+    rows, columns = np.meshgrid(np.arange(60), np.arange(30), indexing="ij")
+    centre = np.array([20.0, 18.0])
+    disc = np.exp(-(((rows - centre[0]) * 1.0) ** 2 + ((columns - centre[1]) * 2.0) ** 2) / 50)
+    image, _ = to_grid(torch.from_numpy(disc).float()[None, None], (1.0, 2.0), target_mm=1.5, size=64)
+    mass = image[0, 0] / image.sum()
+    found = [(mass.sum(1 - axis) * torch.arange(64)).sum().item() for axis in (0, 1)]
+    from_middle_mm = [(20 - 29.5) * 1.0, (18 - 14.5) * 2.0]
+    assert [(value - 31.5) * 1.5 for value in found] == pytest.approx(from_middle_mm, abs=0.3)
+
+
+def test_labels_are_resampled_without_new_values() -> None:
+    labels = torch.randint(0, 4, (1, 1, 20, 20), generator=torch.Generator().manual_seed(0)).float() * 3
+    image, _ = to_grid(labels, (1.0, 1.0), target_mm=0.7, size=None, mode="nearest")
+    assert set(image.unique().tolist()) == {0.0, 3.0, 6.0, 9.0}
+
+
+@pytest.mark.parametrize("shape", [(20, 25), (40, 35), (41, 20), (7, 64)])
+@pytest.mark.parametrize("size", [32, 33, None])
+def test_coming_back_undoes_cropping_and_padding(shape: tuple[int, int], size: int | None) -> None:
+    planes = noise(1, 2, *shape)
+    image, inside = to_grid(planes, (1.5, 1.5), target_mm=1.5, size=size)
+    back = from_grid(image, shape, spacing_mm=(1.5, 1.5), target_mm=1.5)
+    kept = from_grid(inside[:, None].float(), shape, spacing_mm=(1.5, 1.5), target_mm=1.5).bool().expand_as(back)
+    assert torch.equal(back[kept], planes[kept])
+    assert not back[~kept].any()
+    assert kept[0, 0].sum() == min(shape[0], size or shape[0]) * min(shape[1], size or shape[1])
+
+
+def test_coming_back_from_other_pixels_nearly_undoes_a_smooth_image() -> None:
+    rows, columns = torch.meshgrid(torch.linspace(0, 3, 40), torch.linspace(0, 2, 30), indexing="ij")
+    planes = (torch.sin(rows) * torch.cos(columns))[None, None]
+    image, _ = to_grid(planes, (1.25, 1.4), target_mm=1.0, size=64)
+    back = from_grid(image, (40, 30), spacing_mm=(1.25, 1.4), target_mm=1.0)
+    assert (back - planes).abs().max() < 0.02
+
+
+def test_planes_of_a_volume_are_its_planes_in_order() -> None:
+    data = np.random.default_rng(0).integers(0, 1000, (20, 24, 5, 2)).astype(np.uint16)
+    planes = planes_of(volume_of(data), preparation=RULES, size=32)
+    assert planes.images.shape == (10, 1, 32, 32)
+    assert planes.inside.shape == (10, 32, 32)
+    assert (planes.axis, planes.shape, planes.spacing_mm, planes.num_frames) == (2, (20, 24), (1.5, 1.5), 2)
+    expected = np.clip((data[:, :, 3, 1].astype(np.float32) - planes.low) / (planes.high - planes.low), 0, 1)
+    np.testing.assert_allclose(planes.images[8, 0, 6:26, 4:28], expected, atol=1e-6)
+
+
+def test_label_planes_lie_on_their_images() -> None:
+    data = np.random.default_rng(0).integers(0, 1000, (20, 24, 5, 1)).astype(np.int16)
+    labels = (data > 500).astype(np.int16)
+    planes = planes_of(volume_of(data), preparation=RULES, size=32)
+    label = label_planes_of(volume_of(labels), preparation=RULES, axis=planes.axis, size=32)
+    assert label.dtype == torch.int64
+    assert torch.equal(label.bool(), planes.images[:, 0] * (planes.high - planes.low) + planes.low > 500.5)
+
+
+def test_the_size_of_the_batch_does_not_change_a_plane() -> None:
+    data = np.random.default_rng(0).integers(0, 1000, (37, 29, 6, 1)).astype(np.int16)
+    whole = planes_of(volume_of(data, (1.1, 0.9, 8.0)), preparation=RULES, size=32)
+    for number, plane in enumerate(volume_to_planes(data, 2)):
+        raw = torch.from_numpy(plane.astype(np.float32))[None, None]
+        alone, _ = to_grid(normalise(raw, whole.low, whole.high), (1.1, 0.9), target_mm=1.5, size=32)
+        assert torch.equal(alone[0], whole.images[number])
+
+
+def test_preparation_refuses_unknown_keys() -> None:
+    with pytest.raises(ValidationError):
+        Preparation.model_validate({"spacing_mm": 1.5, "image_size": 32, "spacing": 1})

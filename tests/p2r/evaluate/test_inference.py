@@ -1,0 +1,168 @@
+"""Segmentations land on the scan's own voxels, features at the right place in the patient."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from p2r.data.preprocess import Preparation
+from p2r.data.volume import Volume, read_labels, read_volume, to_source_grid, write_nifti
+from p2r.evaluate.inference import embed_volume, predict_volume
+
+
+class Threshold(nn.Module):
+    """Class 1 where the image is brighter than one half; remembers the sizes that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[tuple[int, ...]] = set()
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.sizes.add(tuple(image.shape[1:]))
+        assert not self.training
+        return torch.cat([0.5 - image, image - 0.5], dim=1) * 50
+
+
+class Identity(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        assert image.shape[-1] % 16 == image.shape[-2] % 16 == 0
+        return torch.cat([image, 1 - image], dim=1)
+
+
+def oblique_affine(spacing_mm: tuple[float, float, float]) -> NDArray[np.float64]:
+    """Axes permuted (file axis 0 runs towards inferior), one flipped, all tilted."""
+    tilt, turn = np.deg2rad(12), np.deg2rad(-9)
+    about_x = np.array([[1, 0, 0], [0, np.cos(tilt), -np.sin(tilt)], [0, np.sin(tilt), np.cos(tilt)]])
+    about_z = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
+    permuted = np.array([[0, -1, 0], [0, 0, 1], [-1, 0, 0]], float)
+    affine = np.eye(4)
+    affine[:3, :3] = about_z @ about_x @ permuted @ np.diag(spacing_mm)
+    affine[:3, 3] = (31.0, -12.5, 7.25)
+    return affine
+
+
+def scan_with_blob(
+    folder: Path, *, spacing_mm: tuple[float, float, float], shape: tuple[int, ...]
+) -> tuple[Volume, NDArray[np.uint8]]:
+    """An asymmetric bright ellipsoid, far from the middle, in a dark textured scan; written and read again."""
+    grid = np.indices(shape[:3]).astype(float)
+    centre = np.array([0.3, 0.6, 0.55]) * shape[:3]
+    radius = np.array([0.16, 0.22, 0.3]) * shape[:3]
+    distance = (((grid.T - centre) / radius) ** 2).sum(axis=-1).T
+    inside = distance < 1
+    dark = 100 + np.random.default_rng(0).integers(0, 20, size=shape)
+    lit = inside[..., None] if len(shape) == 4 else inside
+    image = np.where(lit, 1000, dark).astype(np.int16)
+    affine = oblique_affine(spacing_mm)
+    write_nifti(folder / "scan.nii.gz", image, affine)
+    return read_volume(folder / "scan.nii.gz"), np.broadcast_to(lit, shape).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "shape", "target_mm", "size"),
+    [
+        ((1.5, 1.5, 6.0), (48, 40, 8), 1.5, 32),  # planes larger than the windows, same pixels
+        ((6.0, 1.2, 0.9), (7, 52, 60), 1.5, 96),  # planes smaller than the windows, coarser pixels
+        ((1.0, 5.0, 1.3), (60, 6, 45), 0.8, 32),  # finer pixels
+        ((1.5, 1.5, 6.0), (40, 48, 5, 3), 2.0, 32),  # a cine
+    ],
+)
+def test_a_segmentation_lies_on_the_scans_own_grid(
+    tmp_path: Path, spacing_mm: tuple[float, float, float], shape: tuple[int, ...], target_mm: float, size: int
+) -> None:
+    volume, truth = scan_with_blob(tmp_path, spacing_mm=spacing_mm, shape=shape)
+    segmenter = Threshold().train()
+    found = predict_volume(
+        segmenter, volume, preparation=Preparation(spacing_mm=target_mm, image_size=size), num_classes=2, batch_size=4
+    )
+    assert found.shape == volume.data.shape
+    assert found.dtype == np.uint8
+    assert segmenter.training, "the network must be left as it was"
+    assert segmenter.sizes == {(1, size, size)}
+    in_file_order = to_source_grid(found, volume)
+    truth = truth if truth.ndim == 4 else truth[..., None]
+    dice = 2 * (in_file_order & truth).sum() / (in_file_order.sum() + truth.sum())
+    assert dice > (0.999 if target_mm == 1.5 == spacing_mm[0] else 0.93)
+    write_nifti(tmp_path / "mask.nii.gz", in_file_order, volume.source_affine, like=volume)
+    again = read_labels(tmp_path / "mask.nii.gz")
+    assert np.array_equal(again.data, found)
+    np.testing.assert_allclose(again.affine, volume.affine, atol=1e-5)
+
+
+def test_windows_agree_with_the_whole_plane_for_a_network_without_context(tmp_path: Path) -> None:
+    volume, _ = scan_with_blob(tmp_path, spacing_mm=(1.5, 1.5, 6.0), shape=(50, 70, 4))
+    small, large = (
+        predict_volume(Threshold(), volume, preparation=Preparation(spacing_mm=1.5, image_size=size), num_classes=2)
+        for size in (16, 96)
+    )
+    assert np.array_equal(small, large)
+
+
+def test_the_batch_size_does_not_change_a_segmentation(tmp_path: Path) -> None:
+    volume, _ = scan_with_blob(tmp_path, spacing_mm=(1.0, 1.0, 4.0), shape=(40, 40, 7))
+    torch.manual_seed(0)
+    segmenter = nn.Conv2d(1, 3, 5, padding=2)
+    one, many = (
+        predict_volume(
+            segmenter,
+            volume,
+            preparation=Preparation(spacing_mm=1.3, image_size=32),
+            num_classes=3,
+            batch_size=batch_size,
+        )
+        for batch_size in (1, 16)
+    )
+    assert (one == many).mean() > 0.9999  # ties may fall either way
+
+
+def test_a_network_with_another_number_of_classes_is_refused(tmp_path: Path) -> None:
+    volume, _ = scan_with_blob(tmp_path, spacing_mm=(1.0, 1.0, 4.0), shape=(20, 20, 4))
+    with pytest.raises(ValueError, match="gives 2 classes, 4 were expected"):
+        predict_volume(Threshold(), volume, preparation=Preparation(spacing_mm=1.0, image_size=32), num_classes=4)
+
+
+def scan_with_bright_spot(
+    folder: Path, *, spacing_mm: tuple[float, float, float]
+) -> tuple[Volume, NDArray[np.float64]]:
+    """A smooth spot about the voxel (19, 10, 2), and where that is in mm."""
+    i, j, k = np.indices((36, 44, 6))
+    image = np.exp(-((i - 19) ** 2 + (j - 10) ** 2) / (2 * 2.0**2)) * (k == 2)
+    affine = oblique_affine(spacing_mm)
+    write_nifti(folder / "scan.nii.gz", image.astype(np.float32), affine)
+    return read_volume(folder / "scan.nii.gz"), (affine @ [19, 10, 2, 1])[:3]
+
+
+@pytest.mark.parametrize("target_mm", [0.7, 1.5, 2.3])
+@pytest.mark.parametrize("spacing_mm", [(1.5, 1.5, 6.0), (1.1, 1.9, 6.0)])
+def test_features_of_a_bright_spot_lie_where_it_lies_in_the_patient(
+    tmp_path: Path, spacing_mm: tuple[float, float, float], target_mm: float
+) -> None:
+    volume, spot_mm = scan_with_bright_spot(tmp_path, spacing_mm=spacing_mm)
+    preparation = Preparation(spacing_mm=target_mm, image_size=32, intensity_percentiles=(0, 100))
+    features, affine = embed_volume(Identity(), volume, preparation=preparation)
+    assert features.ndim == 5
+    assert features.dtype == np.float32
+    assert features.shape[3:] == (1, 2)
+    weight = features[..., 0, 0].astype(float)
+    indices = np.indices(weight.shape).reshape(3, -1)
+    centre = (indices * weight.reshape(-1)).sum(axis=1) / weight.sum()
+    np.testing.assert_allclose((affine @ [*centre, 1])[:3], spot_mm, atol=0.02)
+
+
+def test_the_grid_of_features_covers_exactly_the_scan(tmp_path: Path) -> None:
+    volume, _ = scan_with_bright_spot(tmp_path, spacing_mm=(1.1, 1.9, 6.0))
+    features, affine = embed_volume(Identity(), volume, preparation=Preparation(spacing_mm=1.5, image_size=32))
+    for corner in (np.zeros(3), np.ones(3)):
+        ours = affine @ [*(corner * features.shape[:3] - 0.5), 1]
+        scans = volume.affine @ [*(corner * volume.data.shape[:3] - 0.5), 1]
+        np.testing.assert_allclose(ours, scans, atol=1e-9)
+
+
+def test_features_of_a_cine_keep_their_frames(tmp_path: Path) -> None:
+    volume, truth = scan_with_blob(tmp_path, spacing_mm=(1.5, 1.5, 6.0), shape=(20, 24, 4, 3))
+    features, _ = embed_volume(Identity(), volume, preparation=Preparation(spacing_mm=1.5, image_size=32), batch_size=5)
+    assert features.shape == (*volume.data.shape, 2)
+    np.testing.assert_array_equal(to_source_grid(features, volume)[..., 0] > 0.5, truth)

@@ -1,0 +1,89 @@
+"""Barlow Twins against its definition written out, one pair of channels at a time."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from p2r.loss import barlow_twins
+
+
+def embeddings(num: int, channels: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(num, channels, generator=generator, dtype=torch.float64) * 2 + 5
+    return a, a + torch.randn(num, channels, generator=generator, dtype=torch.float64)
+
+
+def written_out(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    total = a.new_zeros(())
+    for i in range(a.shape[1]):
+        for j in range(a.shape[1]):
+            x, y = a[:, i] - a[:, i].mean(), b[:, j] - b[:, j].mean()
+            correlation = (x * y).mean() / ((x * x).mean().sqrt() * (y * y).mean().sqrt())
+            total = total + ((1 - correlation) ** 2 if i == j else weight * correlation**2)
+    return total
+
+
+def test_loss_and_gradient_equal_the_definition() -> None:
+    a, b = (x.requires_grad_() for x in embeddings(15, 6))
+    loss, expected = barlow_twins(a, b, off_diagonal_weight=0.3), written_out(a, b, 0.3)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(loss, (a, b)), torch.autograd.grad(expected, (a, b)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_gradient_equals_finite_differences() -> None:
+    a, b = (x.requires_grad_() for x in embeddings(8, 3, seed=1))
+    assert torch.autograd.gradcheck(lambda x, y: barlow_twins(x, y, off_diagonal_weight=0.1), (a, b))
+
+
+def test_shift_and_scale_of_a_channel_do_not_matter() -> None:
+    a, b = embeddings(50, 4)
+    loss = barlow_twins(a, b, off_diagonal_weight=0.1)
+    factor = torch.tensor([2.0, 0.1, 30.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(barlow_twins(a * factor + 3, b / factor - 1, off_diagonal_weight=0.1), loss)
+
+
+def test_equal_views_of_independent_channels_cost_nothing() -> None:
+    a = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    assert barlow_twins(a, a, off_diagonal_weight=1.0) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_large_mean_does_not_cost_float32_its_digits() -> None:
+    a, b = embeddings(200, 5)
+    expected = barlow_twins((a + 1000).float().double(), (b + 1000).float().double(), off_diagonal_weight=0.1)
+    loss = barlow_twins((a + 1000).float(), (b + 1000).float(), off_diagonal_weight=0.1)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_a_constant_channel_correlates_with_nothing_and_has_no_gradient() -> None:
+    a, b = embeddings(20, 3)
+    a[:, 1] = 0.0
+    a.requires_grad_()
+    loss = barlow_twins(a, b, off_diagonal_weight=0.0)
+    expected = barlow_twins(a[:, [0, 2]].detach(), b[:, [0, 2]], off_diagonal_weight=0.0) + 1
+    torch.testing.assert_close(loss.detach(), expected)
+    assert torch.isfinite(torch.autograd.grad(loss, a)[0]).all()
+
+
+def test_bfloat16_embeddings_are_summed_in_float32() -> None:
+    a, b = (x.bfloat16() for x in embeddings(60, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = barlow_twins(a, b, off_diagonal_weight=0.1)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(
+        loss.double(), barlow_twins(a.double(), b.double(), off_diagonal_weight=0.1), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("shape_a", "shape_b"), [((5, 4), (6, 4)), ((5, 4), (5, 3)), ((0, 4), (0, 4)), ((4,), (4,))])
+def test_shapes_that_do_not_fit_are_refused(shape_a: tuple[int, ...], shape_b: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="a and b"):
+        barlow_twins(torch.ones(shape_a), torch.ones(shape_b), off_diagonal_weight=0.1)
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
+def test_a_weight_that_is_negative_or_not_finite_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match="off_diagonal_weight"):
+        barlow_twins(torch.ones(2, 3), torch.ones(2, 3), off_diagonal_weight=weight)

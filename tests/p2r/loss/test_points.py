@@ -1,0 +1,92 @@
+"""Which pixel pairs are drawn, and where they lie."""
+
+import numpy as np
+import pytest
+import torch
+
+from p2r.loss import corresponding_points
+from p2r.randomness import keyed_generator
+
+SHAPE = (3, 12, 17)  # B, H, W
+
+
+def make_generators(num: int = SHAPE[0]) -> list[np.random.Generator]:
+    return [keyed_generator(0, "points", image) for image in range(num)]
+
+
+@pytest.fixture
+def warp() -> torch.Tensor:
+    """Positions that name their own pixel: image 1's pixel (r, c) points to (r / 4 + 1, c / 4 + 1)."""
+    rows, cols = torch.meshgrid(torch.arange(12.0), torch.arange(17.0), indexing="ij")
+    return torch.stack([torch.stack((rows, cols), -1) / 4 + image for image in range(3)])
+
+
+def test_points_of_b_are_valid_pixels_and_points_of_a_are_where_the_warp_says(warp: torch.Tensor) -> None:
+    valid = torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)) < 0.5
+    points_a, points_b = corresponding_points(warp, valid, num_points=40, generators=make_generators())
+    assert points_a.shape == points_b.shape == (3, 40, 2)
+    assert points_a.dtype == points_b.dtype == torch.float32
+    for image in range(3):
+        for a, b in zip(points_a[image], points_b[image], strict=True):
+            row, col = int(b[0]), int(b[1])
+            assert valid[image, row, col]
+            assert torch.equal(a, warp[image, row, col])
+
+
+def test_no_pixel_is_drawn_twice_while_there_are_enough(warp: torch.Tensor) -> None:
+    valid = torch.zeros(SHAPE, dtype=torch.bool)
+    valid[:, 2:6, 3:13] = True  # 40 pixels
+    _, points_b = corresponding_points(warp, valid, num_points=40, generators=make_generators())
+    for image in range(3):
+        assert len({tuple(point) for point in points_b[image].tolist()}) == 40
+
+
+def test_too_few_valid_pixels_are_drawn_with_replacement(warp: torch.Tensor) -> None:
+    valid = torch.zeros(SHAPE, dtype=torch.bool)
+    valid[:, 4, 5:7] = True
+    _, points_b = corresponding_points(warp, valid, num_points=30, generators=make_generators())
+    assert {tuple(point) for point in points_b.flatten(0, 1).tolist()} == {(4.0, 5.0), (4.0, 6.0)}
+
+
+def test_an_image_without_valid_pixels_gives_points_within_it_and_leaves_the_others_alone(warp: torch.Tensor) -> None:
+    valid = torch.ones(SHAPE, dtype=torch.bool)
+    before = corresponding_points(warp, valid, num_points=20, generators=make_generators())
+    valid[1] = False
+    warp = warp.clone()
+    warp[1] += 100
+    points_a, points_b = corresponding_points(warp, valid, num_points=20, generators=make_generators())
+    assert points_a[1].min() >= 0
+    assert (points_a[1] <= torch.tensor([11.0, 16.0])).all()
+    for image in (0, 2):
+        assert torch.equal(points_a[image], before[0][image])
+        assert torch.equal(points_b[image], before[1][image])
+
+
+def test_an_image_gets_the_same_points_in_any_batch(warp: torch.Tensor) -> None:
+    valid = torch.rand(SHAPE, generator=torch.Generator().manual_seed(1)) < 0.7
+    together = corresponding_points(warp, valid, num_points=25, generators=make_generators())
+    alone = corresponding_points(warp[2:], valid[2:], num_points=25, generators=make_generators()[2:])
+    assert torch.equal(together[0][2:], alone[0])
+    assert torch.equal(together[1][2:], alone[1])
+
+
+def test_every_valid_pixel_is_drawn_equally_often() -> None:
+    valid = torch.zeros(1, 8, 8, dtype=torch.bool)
+    valid[0, :5, :4] = True  # 20 pixels
+    warp = torch.zeros(1, 8, 8, 2)
+    counts = np.zeros((8, 8))
+    for repeat in range(2000):
+        _, points_b = corresponding_points(warp, valid, num_points=5, generators=[keyed_generator(3, repeat)])
+        for row, col in points_b[0].long().tolist():
+            counts[row, col] += 1
+    expected = 2000 * 5 / 20
+    assert counts[:5, :4].sum() == 2000 * 5
+    assert np.abs(counts[:5, :4] - expected).max() < 5 * np.sqrt(expected * 0.75)
+
+
+def test_shapes_that_do_not_fit_are_refused(warp: torch.Tensor) -> None:
+    valid = torch.ones(SHAPE, dtype=torch.bool)
+    with pytest.raises(ValueError, match="warp"):
+        corresponding_points(warp[:, :-1], valid, num_points=4, generators=make_generators())
+    with pytest.raises(ValueError, match="generators"):
+        corresponding_points(warp, valid, num_points=4, generators=make_generators(2))

@@ -1,0 +1,116 @@
+"""Reading features at points, and the two networks that are trained."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from p2r.config import ModelConfig
+from p2r.model import Pix2Rep, ProjectionHead, SegmentationHead, Segmenter, build_backbone, read_at
+
+SMALL = ModelConfig(channels=(4, 4, 8, 8, 8), feature_channels=6, head_channels=10, embedding_channels=5)
+
+
+def test_reading_at_whole_pixels_is_direct_indexing() -> None:
+    features = torch.randn(3, 7, 20, 33)
+    rows, columns = torch.randint(0, 20, (3, 50)), torch.randint(0, 33, (3, 50))
+    rows[:, 0], columns[:, 0] = 19, 32  # the last pixel has no neighbours beyond it
+    result = read_at(features, torch.stack([rows, columns], -1).float())
+    expected = torch.stack([features[image, :, rows[image], columns[image]].T for image in range(3)])
+    assert torch.equal(result, expected)
+
+
+def test_reading_between_pixels_is_bilinear() -> None:
+    rows, columns = torch.meshgrid(torch.arange(9.0), torch.arange(12.0), indexing="ij")
+    bilinear = (2 + 3 * rows - columns + 0.5 * rows * columns)[None, None].double()
+    points = torch.rand(1, 40, 2, dtype=torch.float64) * torch.tensor([8.0, 11.0])
+    row, column = points[0].unbind(-1)
+    expected = 2 + 3 * row - column + 0.5 * row * column
+    # A product of row and column is bilinear within every cell, so interpolation is exact.
+    torch.testing.assert_close(read_at(bilinear, points)[0, :, 0], expected)
+
+
+def test_reading_beyond_the_border_gives_the_borders_value() -> None:
+    features = torch.randn(1, 2, 4, 5)
+    points = torch.tensor([[[-3.0, 1.0], [9.0, 9.0]]])
+    assert torch.equal(read_at(features, points)[0, 0], features[0, :, 0, 1])
+    assert torch.equal(read_at(features, points)[0, 1], features[0, :, 3, 4])
+
+
+def test_half_precision_features_are_interpolated_in_float32() -> None:
+    features = torch.randn(2, 3, 8, 8).bfloat16()
+    points = torch.rand(2, 6, 2) * 7
+    result = read_at(features, points)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, read_at(features.float(), points))
+
+
+def test_the_gradient_of_reading_is_right() -> None:
+    features = torch.randn(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    points = torch.rand(2, 6, 2, dtype=torch.float64) * 3
+    assert torch.autograd.gradcheck(lambda maps: read_at(maps, points), features)
+
+
+def test_points_that_do_not_fit_the_maps_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(B, n, 2\)"):
+        read_at(torch.randn(2, 3, 8, 8), torch.rand(1, 6, 2))
+
+
+def test_queries_come_from_a_and_keys_from_b_in_the_order_of_images_and_points() -> None:
+    torch.manual_seed(0)
+    model = Pix2Rep(SMALL)
+    a, b = torch.rand(2, 1, 32, 48), torch.rand(2, 1, 32, 48)
+    points_a, points_b = torch.rand(2, 7, 2) * 31, torch.randint(0, 32, (2, 7, 2)).float()
+    queries, keys = model(a, b, points_a, points_b)
+    assert queries.shape == keys.shape == (14, 5)
+    expected = model.head(read_at(model.backbone(b[1:]), points_b[1:]))[0]
+    torch.testing.assert_close(keys[7:], expected, rtol=1e-4, atol=1e-5)
+    expected = model.head(read_at(model.backbone(a[:1]), points_a[:1]))[0]
+    torch.testing.assert_close(queries[:7], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_on_the_embeddings_reaches_every_weight() -> None:
+    model = Pix2Rep(SMALL)
+    views = torch.rand(2, 2, 1, 32, 32)
+    points = torch.rand(2, 2, 9, 2) * 31
+    queries, keys = model(*views, *points)
+    (queries * keys).square().sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+    norms = {name: float(weight.grad.norm()) for name, weight in model.named_parameters() if weight.grad is not None}
+    # A convolution's bias is taken away again by the instance normalisation behind it.
+    assert all(norm > 0 for name, norm in norms.items() if not name.endswith("conv.bias"))
+
+
+def test_the_projection_head_does_not_mix_points() -> None:
+    head = ProjectionHead(6, 10, 5)
+    features = torch.randn(4, 9, 6)
+    torch.testing.assert_close(head(features)[2, 3], head(features[2, 3]))
+
+
+class Pointwise(nn.Module):
+    """A backbone that acts on every pixel alone, and so follows any warp onto whole pixels."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.cat([image, image.sin(), image**2, image.cos(), image**3, image.exp()], dim=1)
+
+
+def test_an_equivariant_backbone_gives_equal_queries_and_keys() -> None:
+    model = Pix2Rep(SMALL)
+    model.backbone = Pointwise()
+    a = torch.rand(1, 1, 32, 32)
+    b = a.rot90(1, (2, 3))
+    points_b = torch.randint(0, 32, (1, 20, 2)).float()
+    points_a = torch.stack([points_b[..., 1], 31 - points_b[..., 0]], -1)
+    queries, keys = model(a, b, points_a, points_b)
+    torch.testing.assert_close(queries, keys)
+
+
+def test_a_frozen_backbone_keeps_nothing_for_a_backward_pass() -> None:
+    backbone = build_backbone(SMALL)
+    segmenter = Segmenter(backbone, SegmentationHead(6, 4))
+    logits = segmenter(torch.rand(2, 1, 32, 32))
+    assert logits.shape == (2, 4, 32, 32)
+    backbone.requires_grad_(False)
+    assert not backbone(torch.rand(2, 1, 32, 32)).requires_grad
+    segmenter(torch.rand(2, 1, 32, 32)).sum().backward()
+    assert all(weight.grad is None for weight in backbone.parameters())
+    assert all(weight.grad is not None for weight in segmenter.head.parameters())

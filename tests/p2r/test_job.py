@@ -1,0 +1,113 @@
+from pathlib import Path
+
+import pytest
+
+from p2r.errors import JobError
+from p2r.job import json_schema, read_job
+
+GOOD = "kind: pretrain\nname: x\npretrain: {steps: 10, global_batch: 4}\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(JobError) as caught:
+        read_job(write(folder, text), overrides)
+    return str(caught.value)
+
+
+def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_name(tmp_path: Path) -> None:
+    message = refusal(tmp_path, GOOD + "pretrian: {}\n")
+    assert "pretrian: unknown key; did you mean pretrain?" in message
+    message = refusal(tmp_path, GOOD.replace("steps: 10", "steps: 10, loss: {temprature: 1}"))
+    assert "pretrain.loss.temprature: unknown key; did you mean temperature?" in message
+
+
+def test_every_finding_is_listed_at_once(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "kind: pretrain\nname: x\npretrain: {steps: 0, global_batch: many}\n")
+    assert "pretrain.steps" in message
+    assert "pretrain.global_batch" in message
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    assert "kind pipeline needs the sections ingest, publish, finetune" in refusal(
+        tmp_path, GOOD.replace("kind: pretrain", "kind: pipeline")
+    )
+
+
+def test_rules_between_fields_are_checked(tmp_path: Path) -> None:
+    assert "divisible by 16 (U-Net depth 4), got 100" in refusal(tmp_path, GOOD, "pretrain.image.size=100")
+    assert "bf16 needs zero_stage 1 or 2" in refusal(tmp_path, GOOD, "pretrain.precision=bf16", "pretrain.zero_stage=0")
+
+
+def test_an_override_reaches_any_field(tmp_path: Path) -> None:
+    job = read_job(write(tmp_path, GOOD), ("pretrain.views.geometry.rotation_deg=30", "resources.num_workers=3"))
+    assert job.pretrain is not None
+    assert job.pretrain.views.geometry.rotation_deg == 30
+    assert job.resources.num_workers == 3
+
+
+def test_an_override_of_a_value_s_child_is_refused(tmp_path: Path) -> None:
+    assert "kind is a value and has no keys below it" in refusal(tmp_path, GOOD, "kind.x=1")
+    assert "write KEY=VALUE" in refusal(tmp_path, GOOD, "pretrain.steps")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "aws_secret_access_key: x",
+        "storage: s3://key:secret@host/bucket",
+        "description: AKIAABCDEFGHIJKLMNOP",
+    ],
+)
+def test_a_secret_in_a_job_file_is_refused_without_being_repeated(tmp_path: Path, line: str) -> None:
+    message = refusal(tmp_path, GOOD + line + "\n")
+    assert "looks like a secret" in message
+    assert "environment only" in message
+    assert line.partition(": ")[2] not in message.replace(str(tmp_path), "") or line.endswith(" x")
+
+
+def test_an_unset_variable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("P2R_NOWHERE", raising=False)
+    assert "environment variable P2R_NOWHERE is not set" in refusal(tmp_path, GOOD + "storage: ${P2R_NOWHERE}/x\n")
+    unset: dict[str, str] = {}
+    read_job(write(tmp_path, GOOD + "storage: s3://${P2R_NOWHERE}/x\n"), unset=unset)
+    assert list(unset) == ["P2R_NOWHERE"]
+
+
+def test_storage_defaults_to_the_environment_then_to_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2R_STORAGE", "s3://bucket/runs")
+    assert read_job(write(tmp_path, GOOD)).storage == "s3://bucket/runs/x"
+    monkeypatch.delenv("P2R_STORAGE")
+    assert read_job(write(tmp_path, GOOD)).storage == str(Path.home() / "p2r/x")
+
+
+def test_a_relative_storage_is_refused(tmp_path: Path) -> None:
+    assert "absolute path, got 'runs/x'" in refusal(tmp_path, GOOD + "storage: runs/x\n")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "kind: [\n", "\x00"])
+def test_rubbish_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    assert "job.yaml" in refusal(tmp_path, text)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"absent\.yaml cannot be read"):
+        read_job(tmp_path / "absent.yaml")
+
+
+def test_jobs_are_frozen(tmp_path: Path) -> None:
+    job = read_job(write(tmp_path, GOOD))
+    with pytest.raises(ValueError, match="frozen"):
+        job.name = "y"  # type: ignore[misc]
+
+
+def test_every_field_of_the_schema_says_what_it_is() -> None:
+    schema = json_schema()
+    for name, model in {"Job": schema, **schema["$defs"]}.items():
+        for field, description in model.get("properties", {}).items():
+            assert description.get("description"), f"{name}.{field} has no text"

@@ -1,0 +1,236 @@
+"""The report says what the rows say, names where they come from, and its pictures are drawn from any sensible input."""
+
+import json
+import re
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from rich.console import Console
+
+from p2r.config import ViewsConfig
+from p2r.report import (
+    aggregate,
+    embedding_pca,
+    few_shot_curve,
+    outlines,
+    table,
+    view_pairs,
+    write_report,
+)
+from p2r.report.few_shot_curve import _apart
+from p2r.storage import Storage
+from p2r.views.pair import make_views
+
+CLASSES = ["RV", "LV"]
+
+
+def row(mode: str = "scratch", dice: float | None = 0.5, **changes: Any) -> dict[str, Any]:
+    return {
+        "task": "acdc",
+        "protocol": "leak-free",
+        "mode": mode,
+        "num_labelled": 1,
+        "draw": 0,
+        "subjects": ["patient001"],
+        "dice": {"RV": None if dice is None else dice - 0.1, "LV": None if dice is None else dice + 0.1},
+        "dice_mean": dice,
+        "hd95_mm": 12.0,
+        "nsd": 0.4,
+        "backbone_sha256": None if mode == "scratch" else "ab" * 32,
+        "seed": 3,
+        "split": "test",
+        "num_test_subjects": 20,
+        "absent": {"RV": {"both": 0, "prediction": 2, "reference": 0}},
+        **changes,
+    }
+
+
+def rows_of_a_job() -> list[dict[str, Any]]:
+    generator = np.random.default_rng(0)
+    return [
+        row(mode, float(base + 0.05 * np.log(n) + generator.normal() * 0.02), num_labelled=n, draw=draw)
+        for n in (1, 5, 20)
+        for draw in range(3)
+        for mode, base in (("scratch", 0.5), ("linear_probe", 0.6), ("fine_tune", 0.62))
+    ]
+
+
+def pixels(png: bytes) -> np.ndarray[Any, Any]:
+    assert png.startswith(b"\x89PNG")
+    return np.asarray(imread(BytesIO(png)))
+
+
+def test_a_cell_is_the_mean_and_standard_deviation_over_draws() -> None:
+    (cell,) = aggregate([row(dice=0.4, draw=0), row(dice=0.5, draw=1), row(dice=0.6, draw=2)])
+    assert cell.num_draws == 3
+    assert cell.dice_mean.mean == pytest.approx(0.5)
+    assert cell.dice_mean.sd == pytest.approx(0.1)
+    assert cell.dice["RV"].mean == pytest.approx(0.4)
+    assert cell.dice_mean.text(3) == "0.500 ± 0.100"
+
+
+def test_one_draw_has_no_spread_and_a_missing_figure_is_a_dash() -> None:
+    (cell,) = aggregate([row(dice=0.4)])
+    assert cell.dice_mean.text(2) == "0.40"
+    (cell,) = aggregate([row(dice=None)])
+    assert cell.dice_mean.text(2) == "–"
+
+
+def test_cells_come_by_task_then_patients_then_mode() -> None:
+    rows = [row("fine_tune", num_labelled=10), row("scratch", num_labelled=10), row("linear_probe"), row(task="a")]
+    found = [(cell.task, cell.num_labelled, cell.mode) for cell in aggregate(rows)]
+    assert found == [
+        ("a", 1, "scratch"),
+        ("acdc", 1, "linear_probe"),
+        ("acdc", 10, "scratch"),
+        ("acdc", 10, "fine_tune"),
+    ]
+
+
+def test_the_gain_over_scratch_compares_equal_draws_only() -> None:
+    rows = [row("scratch", 0.4, draw=0), row("fine_tune", 0.5, draw=0), row("fine_tune", 0.9, draw=1)]
+    assert aggregate(rows)[1].gain == pytest.approx(0.1)
+    assert aggregate(rows[1:])[0].gain is None
+
+
+def test_a_draw_reported_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="two rows"):
+        aggregate([row(), row(dice=0.6)])
+
+
+def test_figures_of_two_protocols_are_never_averaged() -> None:
+    cells = aggregate([row(dice=0.4), row(dice=0.8, protocol="paper-compat")])
+    assert [cell.dice_mean.mean for cell in cells] == [0.4, 0.8]
+
+
+def test_the_terminal_shows_every_figure() -> None:
+    console = Console(width=140, file=StringIO())
+    console.print(table([row("scratch", 0.4), row("fine_tune", 0.5)]))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for expected in ("acdc", "from scratch", "fine-tuned", "0.400", "0.500", "+0.100", "RV 0.40", "12.0"):
+        assert expected in text
+
+
+def test_the_page_holds_tables_pictures_caveats_and_provenance(tmp_path: Path) -> None:
+    context = {
+        "title": "Few-shot figures",
+        "caveats": ["Only two frames of each patient were seen."],
+        "captions": {"few-shot-acdc": "Dice over labelled patients"},
+        "tasks": {
+            "acdc": {"title": "Heart chambers", "licence": "CC-BY-NC-SA-4.0", "splits": {"test": ["patient017"]}}
+        },
+        "backbone": {"sha256": "cd" * 32, "licence": "CC-BY-NC-SA-4.0"},
+        "corpus": {"sha256": "ef" * 32, "planes": list(range(99))},
+    }
+    rows = rows_of_a_job()
+    pictures = {"few-shot-acdc": few_shot_curve(rows, "acdc")}
+    report = write_report(Storage(str(tmp_path)), rows=rows, context=context, pictures=pictures)
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        text.index("Only two frames") < text.index("| labelled patients |") < text.index("![") < text.index("## Prov")
+    )
+    lines = [line for line in text.splitlines() if re.match(r"\| \d+ \| (from|linear|fine)", line)]
+    assert len(lines) == 9
+    for expected in ("Heart chambers", "20 patients of the test split", "cd" * 32, "ef" * 32, "ab" * 32, "patient017"):
+        assert expected in text
+    assert "| corpus.planes | 99 entries, in report.json |" in text
+    assert "RV in prediction 54 times" in text
+    assert "| 5 | 2 | 3 | patient001 |" in text, "number of patients, draw, seed, who"
+    for link in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (tmp_path / link).read_bytes() == pictures[Path(link).stem]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<img") == 1
+    assert "data:image/png;base64," in page
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert report["rows"] == rows
+
+
+def test_text_from_outside_cannot_break_the_page(tmp_path: Path) -> None:
+    context = {"caveats": ["<script>alert(1)</script>"], "job": "a|b"}
+    write_report(Storage(str(tmp_path)), rows=[row()], context=context, pictures={})
+    assert "<script>" not in (tmp_path / "report.html").read_text()
+    assert "| job | a\\|b |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_report_without_rows_says_so(tmp_path: Path) -> None:
+    write_report(Storage(str(tmp_path)), rows=[], context={}, pictures={})
+    assert "There are no figures." in (tmp_path / "report.md").read_text()
+
+
+def test_no_json_is_written_when_a_figure_is_not_a_number(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_report(Storage(str(tmp_path)), rows=[row(dice=float("nan"))], context={}, pictures={})
+    assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("num_labelled", [(1,), (1, 5, 20)])
+def test_the_curve_is_drawn_for_one_number_of_patients_and_for_many(num_labelled: tuple[int, ...]) -> None:
+    rows = [one for one in rows_of_a_job() if one["num_labelled"] in num_labelled]
+    assert pixels(few_shot_curve(rows, "acdc")).shape[1] > 800
+
+
+def test_the_same_rows_give_the_same_bytes() -> None:
+    rows = rows_of_a_job()
+    assert few_shot_curve(rows, "acdc") == few_shot_curve(rows, "acdc")
+
+
+def test_the_curve_of_an_unknown_task_is_refused() -> None:
+    with pytest.raises(ValueError, match="no row of task brain"):
+        few_shot_curve([row()], "brain")
+
+
+def test_labels_of_close_curves_do_not_overlap() -> None:
+    placed = _apart([0.50, 0.51, 0.90, 0.505], 0.05)
+    assert min(np.diff(sorted(placed))) >= 0.05 - 1e-9
+    assert placed[0] < placed[3] < placed[1] < placed[2] == 0.90
+
+
+def test_view_pairs_are_drawn_with_points_on_the_same_anatomy() -> None:
+    image = torch.rand(2, 1, 48, 48)
+    inside = torch.ones(2, 48, 48, dtype=torch.bool)
+    views = make_views(
+        image, inside, config=ViewsConfig(), spacing_mm=1.5, seed=0, epoch=0, positions=np.arange(2, dtype=np.int64)
+    )
+    points = torch.randint(0, 48, (2, 30, 2)).float()
+    assert pixels(view_pairs(image, views, points, points)).ndim == 3
+
+
+def test_equal_features_get_equal_colours_in_every_slice() -> None:
+    image = torch.ones(2, 1, 32, 32)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(1, 5, 32, 32, generator=generator).repeat(2, 1, 1, 1)
+    drawn = pixels(embedding_pca(image, features))[..., :3]
+    lower = drawn[drawn.shape[0] // 2 :]  # the features' panels: the second is the first, shifted
+    colourful = np.flatnonzero((np.ptp(lower, axis=2) > 0.2).any(axis=0))
+    first, second = np.split(colourful, [int(np.argmax(np.diff(colourful))) + 1])
+    width = min(len(first), len(second)) - 4
+    difference = np.abs(lower[:, first[2] : first[2] + width] - lower[:, second[2] : second[2] + width])
+    assert np.median(difference) < 0.05
+
+
+def test_slices_without_tissue_or_with_few_features_do_not_break_the_embedding() -> None:
+    pixels(embedding_pca(torch.zeros(1, 1, 16, 16), torch.rand(1, 4, 16, 16)))
+    pixels(embedding_pca(torch.rand(1, 16, 16), torch.rand(1, 1, 16, 16)))
+    pixels(embedding_pca(torch.rand(1, 16, 16), torch.ones(1, 4, 16, 16)))
+    with pytest.raises(ValueError, match="do not fit"):
+        embedding_pca(torch.zeros(1, 1, 16, 16), torch.rand(1, 4, 16, 17))
+
+
+def test_outlines_show_one_line_of_pictures_per_prediction() -> None:
+    slices = np.random.default_rng(0).random((3, 40, 50))
+    reference = np.zeros((3, 40, 50), np.int16)
+    reference[1:, 10:20, 10:30] = 1
+    one = pixels(outlines(slices, reference, reference, CLASSES, spacing_mm=(1.5, 1.5)))
+    two = pixels(outlines(slices, {"scratch": reference, "probe": reference * 0}, reference, CLASSES))
+    assert two.shape[0] > one.shape[0]
+    pixels(outlines(slices, reference * 0, reference * 0, CLASSES))
+
+
+def test_outlines_of_another_grid_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="probe has the shape"):
+        outlines(np.zeros((1, 4, 4)), {"probe": np.zeros((1, 4, 5))}, np.zeros((1, 4, 4)), CLASSES)

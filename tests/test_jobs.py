@@ -1,0 +1,60 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from p2r.job import json_schema, read_job
+
+JOBS = sorted((Path(__file__).parent.parent / "jobs").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2R_DATA", "/data")
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_every_job_is_valid_executable_and_documented(path: Path) -> None:
+    job = read_job(path)
+    assert os.access(path, os.X_OK)
+    lines = path.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env -S python -m cluster run"
+    assert lines[1] == "# yaml-language-server: $schema=job.schema.json"
+    comments = "\n".join(line for line in lines if line.startswith("#"))
+    for word in ("Hardware:", "Time:", "Command:", "Figure to expect:"):
+        assert word in comments, f"{path.name} does not state its {word}"
+    jsonschema.validate(yaml.safe_load(path.read_text()), json_schema())
+    for task in job.finetune.tasks if job.finetune else ():
+        assert Path(task).is_file()
+
+
+def test_the_committed_schema_is_current(repository: Path) -> None:
+    committed = json.loads((repository / "jobs/job.schema.json").read_text())
+    assert committed == json_schema(), "run: p2r schema > jobs/job.schema.json"
+
+
+def test_the_publish_job_fits_the_pretrain_job(repository: Path) -> None:
+    publish, pretrain = (read_job(repository / f"jobs/{name}.yaml") for name in ("publish", "pretrain"))
+    assert publish.storage == pretrain.storage
+    assert publish.pretrain is not None and pretrain.pretrain is not None
+    free = {"checkpoint_interval", "report_interval", "keep_checkpoints"}
+    assert publish.pretrain.model_dump(exclude=free) == pretrain.pretrain.model_dump(exclude=free)
+
+
+def test_a_job_file_is_a_program(repository: Path, tmp_path: Path) -> None:
+    """What `ray job submit JOB` does with it, up to the first thing that it cannot know."""
+    job = tmp_path / "job.yaml"
+    job.write_text("#!/usr/bin/env -S python -m cluster run\nkind: pretrain\nname: x\n")
+    job.chmod(0o755)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [job], cwd=repository, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "kind pretrain needs the section pretrain" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,24 @@
+import subprocess
+import sys
+from pathlib import Path
+
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+
+def test_the_science_does_not_know_the_cluster_and_layers_point_one_way(repository: Path) -> None:
+    assert lint_imports(config_filename=str(repository / "pyproject.toml"), cache_dir=None) == EXIT_STATUS_SUCCESS
+
+
+def test_the_engine_runs_where_ray_is_not_installed(repository: Path) -> None:
+    code = "import sys; sys.modules['ray'] = None; sys.modules['prometheus_client'] = None; import p2r.engine.__main__, p2r.backbone"
+    subprocess.run([sys.executable, "-c", code], cwd=repository, check=True, timeout=120)
+
+
+def test_validating_a_job_imports_neither_torch_nor_ray(repository: Path) -> None:
+    code = "import sys, cluster.cli; assert not {'torch', 'ray', 'deepspeed'} & set(sys.modules), 'slow imports'"
+    subprocess.run([sys.executable, "-c", code], cwd=repository, check=True, timeout=120)
+
+
+def test_no_file_is_named_after_nothing(repository: Path) -> None:
+    names = {path.stem for folder in ("p2r", "cluster") for path in (repository / folder).rglob("*.py")}
+    assert not names & {"utils", "util", "common", "helpers", "helper", "misc"}
