@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -94,12 +94,37 @@ finetune:
 """
 
 
-@pytest.fixture
-def toy_job(toy_data: Path, tmp_path: Path) -> Path:
-    """A job file for the whole pipeline on the toy data, in seconds."""
-    path = tmp_path / "toy.yaml"
-    path.write_text(TOY_JOB.format(data=toy_data, num_workers=2) + f"storage: {tmp_path}/storage\n")
-    return path
+@pytest.fixture(scope="session")
+def write_toy_job(toy_data: Path) -> Callable[..., Path]:
+    """A function that writes a job file for the whole pipeline on the toy data, seconds long, into a folder."""
+
+    def write(folder: Path, *, num_workers: int = 1) -> Path:
+        path = folder / "toy.yaml"
+        path.write_text(TOY_JOB.format(data=toy_data, num_workers=num_workers) + f"storage: {folder}/storage\n")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def published(write_toy_job: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the toy job makes, run once in this process: URLs of corpus, backbone, model and report."""
+    import torch
+
+    from p2r.engine.__main__ import LocalExecutor
+    from p2r.engine.pipeline import run_job
+    from p2r.job import read_job
+
+    job = read_job(write_toy_job(tmp_path_factory.mktemp("published")))
+    lines: list[str] = []
+    made = run_job(job, LocalExecutor(torch.device("cpu"), None), say=lines.append)
+    return {
+        "storage": made["storage"],
+        "corpus": made["corpus"],
+        "backbone": made["backbone"],
+        "model": made["models"]["disc"],
+        "report": made["report"],
+    }
 
 
 @pytest.fixture(scope="session")

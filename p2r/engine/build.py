@@ -1,12 +1,11 @@
 """The one door to DeepSpeed: a process group and a training engine, on GPUs (NCCL) and on CPUs (gloo) alike.
 
-DeepSpeed would compile C++ helpers at first use; the optimizer is torch's and the one helper that gloo would want is
-declared absent, so that no compiler is needed.
+DeepSpeed would compile C++ operators at first use; the optimizer is torch's and all others are declared absent, so that no
+compiler is needed.
 """
 
 import logging
 import os
-import socket
 from typing import Any
 
 import torch
@@ -26,13 +25,16 @@ def join_process_group(device: torch.device) -> tuple[int, int]:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Set before anything asks: DeepSpeed would probe all its C++ operators with the compiler, and build one for gloo.
+    deepspeed.ops.__compatible_ops__ = {}
     if not torch.distributed.is_initialized():
-        if "WORLD_SIZE" not in os.environ:
-            os.environ.update(
-                RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port()
-            )
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "WORLD_SIZE" in os.environ:
+            torch.distributed.init_process_group(backend)
+        else:
+            # No address, no port: nothing that another process, or a child of this one, could collide with.
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False, dist_init_required=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
@@ -67,9 +69,3 @@ def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -
         },
     )
     return engine
-
-
-def _free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])

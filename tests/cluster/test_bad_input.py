@@ -1,0 +1,199 @@
+"""Everything that a user can get wrong: exit code 2, one message that names what, where and the way out, nothing half-written."""
+
+import gzip
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+import p2r.engine.__main__ as engine
+from cluster import cli
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run(
+    write_toy_job: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Run:
+    """Run the toy job in this process; return its exit code and what it said."""
+
+    def run(*overrides: str) -> tuple[int, str]:
+        arguments = [word for override in overrides for word in ("--set", override)]
+        monkeypatch.setattr(sys, "argv", ["p2r.engine", str(write_toy_job(tmp_path)), *arguments])
+        code = engine.main()
+        return code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def p2r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Call the `p2r` command in this process."""
+
+    def call(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["p2r", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        else:
+            code = 0
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return call
+
+
+@pytest.fixture
+def copy(toy_data: Path, tmp_path: Path) -> Path:
+    """A copy of the toy data, to be broken."""
+    return Path(shutil.copytree(toy_data, tmp_path / "data"))
+
+
+def refused(outcome: tuple[int, str], *words: str) -> None:
+    code, said = outcome
+    assert code == 2, said
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said, said
+
+
+def test_a_missing_path(run: Run, tmp_path: Path) -> None:
+    refused(run("ingest.sources=[/nowhere/at/all]", "ingest.subjects_of=null"), "/nowhere/at/all does not exist")
+    assert not list((tmp_path / "storage").rglob("manifest.json"))
+
+
+def test_an_empty_corpus(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(run(f"ingest.sources=[{tmp_path}/empty]", "ingest.subjects_of=null"), "holds no .nii or .nii.gz")
+
+
+def test_a_corpus_smaller_than_a_global_batch(run: Run) -> None:
+    refused(run("pretrain.global_batch=64"), "15", "64", "global")
+
+
+def _broken(path: Path) -> dict[str, Callable[[], None]]:
+    def save(data: np.ndarray) -> None:
+        nibabel.Nifti1Image(data, np.diag([2.0, 2.0, 8.0, 1.0])).to_filename(path)
+
+    shape = (36, 40, 3)
+    return {
+        "truncated": lambda: path.write_bytes(path.read_bytes()[:-800]) and None,
+        "not_nifti": lambda: path.write_bytes(gzip.compress(b"this is not an image" * 50)) and None,
+        "nonfinite": lambda: save(np.full(shape, np.nan, np.float32)),
+        "constant": lambda: save(np.full(shape, 7, np.int16)),
+        "not_3d": lambda: save(np.arange(36 * 40, dtype=np.int16).reshape(36, 40)),
+    }
+
+
+@pytest.mark.parametrize("reason", ["truncated", "not_nifti", "nonfinite", "constant", "not_3d"])
+def test_a_scan_that_cannot_be_used_gets_a_row_in_the_ledger(run: Run, copy: Path, tmp_path: Path, reason: str) -> None:
+    _broken(copy / "images/sub-01_T1w.nii.gz")[reason]()
+    code, said = run("kind=ingest", f"ingest.sources=[{copy}/images]", "ingest.subjects_of=null")
+    assert code == 0, said
+    assert f"1 {reason}" in said
+    ledger = (tmp_path / "storage/corpus/ledger.jsonl").read_text()
+    assert f'"reason": "{reason}"' in ledger
+
+
+@pytest.mark.parametrize("reason", ["truncated", "not_nifti", "nonfinite", "constant", "not_3d"])
+def test_a_scan_that_cannot_be_used_is_refused_by_predict_and_embed(
+    p2r: Run, published: dict[str, str], copy: Path, tmp_path: Path, reason: str
+) -> None:
+    scan, output = copy / "images/sub-01_T1w.nii.gz", tmp_path / "out.nii.gz"
+    _broken(scan)[reason]()
+    refused(p2r("predict", published["model"], scan, "-o", output), "sub-01_T1w.nii.gz", reason)
+    refused(p2r("embed", published["backbone"], scan, "-o", output), "sub-01_T1w.nii.gz", reason)
+    assert not output.exists()
+
+
+def test_labels_on_another_grid(run: Run, copy: Path, tmp_path: Path) -> None:
+    label = copy / "labels/sub-06_T1w.nii.gz"
+    image = nibabel.load(label)
+    nibabel.Nifti1Image(np.asarray(image.dataobj)[:-1], image.affine).to_filename(label)
+    refused(run(f"finetune.tasks=[{copy}/task.yaml]"), "sub-06_T1w.nii.gz has the grid (35, 40, 3)")
+    assert not (tmp_path / "storage/finetune").exists()
+
+
+def test_a_label_that_the_task_does_not_name(run: Run, copy: Path) -> None:
+    label = copy / "labels/sub-06_T1w.nii.gz"
+    image = nibabel.load(label)
+    nibabel.Nifti1Image(np.asarray(image.dataobj) * 5, image.affine).to_filename(label)
+    refused(run(f"finetune.tasks=[{copy}/task.yaml]"), "holds the value 5", "0 background, 1 DISC")
+
+
+def test_more_labelled_patients_than_there_are(run: Run) -> None:
+    refused(run("finetune.num_labelled=[1, 40]"), "40 labelled patients", "has 5")
+
+
+def test_a_storage_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(run(f"storage={tmp_path}/file/run"), "cannot write", "permissions")
+
+
+def test_a_checkpoint_of_another_configuration(run: Run) -> None:
+    assert run("kind=pretrain")[0] == 0
+    refused(run("kind=pretrain", "pretrain.loss.temperature=0.3"), "0.2 in the checkpoint, 0.3 in the job")
+
+
+def test_a_corpus_of_another_ingest_section(run: Run) -> None:
+    assert run("kind=ingest")[0] == 0
+    refused(run("kind=ingest", "ingest.licence=CC-BY-4.0"), "another ingest section made")
+
+
+def test_test_patients_in_the_backbone_s_corpus(run: Run) -> None:
+    refused(run("ingest.subjects_of=null"), "sub-06 of the validation split", "would leak")
+
+
+def test_a_cohort_that_hides_a_leak(run: Run) -> None:
+    refused(run("ingest.cohort=other"), "ingest.cohort is 'other'", "'default'")
+
+
+def test_what_is_published_is_never_replaced(run: Run, tmp_path: Path) -> None:
+    assert run("kind=pretrain")[0] == 0
+    assert run("kind=publish")[0] == 0
+    shutil.rmtree(tmp_path / "storage/pretrain")
+    assert run("kind=pretrain", "pretrain.seed=1")[0] == 0
+    refused(run("kind=publish", "pretrain.seed=1"), "already published with other weights", "publish.version")
+
+
+def test_a_url_that_holds_no_backbone(p2r: Run, tmp_path: Path, toy_data: Path) -> None:
+    scan = toy_data / "images/sub-01_T1w.nii.gz"
+    refused(p2r("embed", tmp_path, scan, "-o", tmp_path / "x.nii.gz"), "holds no manifest.json")
+
+
+def test_an_output_that_is_no_nifti_or_nowhere(
+    p2r: Run, published: dict[str, str], toy_data: Path, tmp_path: Path
+) -> None:
+    scan = toy_data / "images/sub-01_T1w.nii.gz"
+    refused(p2r("embed", published["backbone"], scan, "-o", tmp_path / "x.txt"), "must end in .nii or .nii.gz")
+    refused(
+        p2r("embed", published["backbone"], scan, "-o", tmp_path / "no/x.nii"), "does not exist or cannot be written"
+    )
+
+
+def test_a_damaged_backbone(p2r: Run, published: dict[str, str], tmp_path: Path) -> None:
+    copy = shutil.copytree(published["backbone"].removeprefix("file://"), tmp_path / "backbone")
+    assert p2r("verify", copy)[0] == 0
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    refused(p2r("verify", copy), "does not have the sha256 of its manifest", "damaged")
+
+
+def test_an_unknown_command_or_option(p2r: Run) -> None:
+    refused(p2r("predcit"))
+    refused(p2r("run"))
+
+
+def test_a_job_file_that_is_none(p2r: Run, tmp_path: Path) -> None:
+    refused(p2r("run", tmp_path / "absent.yaml"), "absent.yaml cannot be read")
+    refused(p2r("validate", tmp_path / "absent.yaml"), "absent.yaml cannot be read")

@@ -1,0 +1,124 @@
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from cluster import cli, submit_hook
+
+Call = Callable[..., str]
+
+
+@pytest.fixture
+def p2r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Call the `p2r` command in this process and return what it printed to stdout."""
+
+    def call(*arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["p2r", *map(str, arguments)])
+        cli.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def oblique_scan(toy_data: Path, tmp_path: Path) -> Path:
+    """A toy scan turned by 20 degrees about two axes, with its axes in another order, as scanners leave them."""
+    image = nibabel.load(toy_data / "images/sub-07_T1w.nii.gz")
+    turn = np.eye(4)
+    c, s = np.cos(np.radians(20)), np.sin(np.radians(20))
+    turn[:3, :3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+    swapped = image.as_reoriented([[2, 1], [0, -1], [1, 1]])
+    path = tmp_path / "oblique.nii.gz"
+    nibabel.Nifti1Image(np.asarray(swapped.dataobj), turn @ swapped.affine).to_filename(path)
+    return path
+
+
+def test_predict_puts_the_segmentation_on_the_scan_s_own_grid(
+    p2r: Call, published: dict[str, str], oblique_scan: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    printed = p2r("predict", published["model"], oblique_scan, "-o", tmp_path / "seg.nii.gz")
+    scan, found = nibabel.load(oblique_scan), nibabel.load(tmp_path / "seg.nii.gz")
+    assert found.shape == scan.shape
+    assert np.allclose(found.affine, scan.affine, atol=1e-5)
+    assert "1 DISC:" in printed
+    # The disc is bright in the scan: it must be bright under the segmentation too, or the grid is wrong.
+    voxels, labels = np.asarray(scan.dataobj), np.asarray(found.dataobj)
+    assert set(np.unique(labels)) == {0, 1}
+    assert voxels[labels == 1].mean() > 2 * voxels[labels == 0].mean()
+
+
+def test_embed_writes_features_in_the_scan_s_world(
+    p2r: Call, published: dict[str, str], oblique_scan: Path, tmp_path: Path
+) -> None:
+    p2r("embed", published["backbone"], oblique_scan, "-o", tmp_path / "features.nii.gz")
+    scan, features = nibabel.load(oblique_scan), nibabel.load(tmp_path / "features.nii.gz")
+    assert features.ndim == 4
+    assert features.shape[3] == 4
+    assert features.get_data_dtype() == np.float32
+
+    def centre(image: nibabel.Nifti1Image) -> np.ndarray:
+        return np.asarray(image.affine @ [*((np.array(image.shape[:3]) - 1) / 2), 1])
+
+    assert np.allclose(centre(scan), centre(features), atol=1e-3)
+
+
+def test_validate_names_what_is_missing_in_the_environment(
+    p2r: Call, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("P2R_DATA", raising=False)
+    printed = p2r("validate", *sorted((repository / "jobs").glob("*.yaml")))
+    assert printed.count("valid ") == len(list((repository / "jobs").glob("*.yaml")))
+    assert "acdc-small  needs P2R_DATA" in printed
+
+
+def test_schema_is_json(p2r: Call) -> None:
+    assert json.loads(p2r("schema"))["title"] == "p2r job"
+
+
+def test_inspect_lists_what_lies_at_a_url(p2r: Call, published: dict[str, str]) -> None:
+    printed = p2r("inspect", published["storage"])
+    for kind in ("p2r-corpus/1", "p2r-backbone/1", "p2r-model/1", "p2r-checkpoint/1"):
+        assert kind in printed
+    manifest = json.loads(p2r("inspect", published["backbone"]))
+    assert manifest["licence"] == "CC0-1.0"
+    assert "subject_digests" not in manifest["corpus"]
+
+
+def test_verify_reads_every_digest(p2r: Call, published: dict[str, str]) -> None:
+    for name in ("corpus", "backbone", "model"):
+        assert "sound" in p2r("verify", published[name])
+
+
+def test_status_reads_the_storage_alone(
+    p2r: Call, published: dict[str, str], write_toy_job: Callable[..., Path]
+) -> None:
+    job = write_toy_job(Path(published["storage"].removeprefix("file://")).parent)
+    printed = p2r("status", job)
+    assert "step 6/6" in printed
+    assert "3 search and 6 final trials done" in printed
+
+
+def test_the_hook_adds_the_working_directory(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr(submit_hook.os, "execv", lambda program, arguments: called.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["ray", "job", "submit", "--no-wait", "jobs/pretrain.yaml"])
+    submit_hook.default_working_dir(working_dir=None, entrypoint=("jobs/pretrain.yaml",), address=None)
+    expected = ["ray", "job", "submit", "--working-dir", ".", "--no-wait", "jobs/pretrain.yaml"]
+    assert called == [[sys.executable, *expected]]
+
+
+@pytest.mark.parametrize(
+    ("working_dir", "entrypoint"),
+    [("x", ("jobs/pretrain.yaml",)), (None, ("python", "-c", "1")), (None, ("jobs/absent.yaml",)), (None, ())],
+)
+def test_the_hook_leaves_other_submissions_alone(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, working_dir: str | None, entrypoint: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr(submit_hook.os, "execv", lambda *_: pytest.fail("it submitted again"))
+    submit_hook.default_working_dir(working_dir=working_dir, entrypoint=entrypoint)

@@ -1,0 +1,78 @@
+"""The whole job on a real local Ray cluster, with two workers: once, run again, and after damage."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.executor import RayExecutor
+from p2r.engine.pipeline import run_job
+from p2r.errors import CheckpointError, InputError
+from p2r.job import Job, read_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture(scope="module")
+def job_file(write_toy_job: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_job(tmp_path_factory.mktemp("ray"), num_workers=2)
+
+
+def _run(job: Job) -> tuple[dict[str, object], list[str]]:
+    lines: list[str] = []
+    return run_job(job, RayExecutor(job), say=lines.append), lines
+
+
+def test_scans_become_a_report_and_running_again_repeats_nothing(job_file: Path) -> None:
+    job = read_job(job_file)
+    made, lines = _run(job)
+    storage = Path(job.storage)
+    said = "\n".join(lines)
+    assert "2 workers on CPU" in said
+    assert "step 6/6" in said
+    assert "3 trials to run, 0 done already" in said
+    report = json.loads((storage / "report/report.json").read_text())
+    assert len(report["rows"]) == 6
+    backbone = json.loads((storage / "backbones/toy/1/manifest.json").read_text())
+    for row in report["rows"]:
+        assert row["split"] == "test"
+        assert row["num_test_subjects"] == 2
+        assert set(row["subjects"]) <= {f"sub-{number:02d}" for number in range(1, 6)}
+        assert (row["backbone_sha256"] is None) == (row["mode"] == "scratch")
+    same_patients = {(row["num_labelled"], row["draw"]): set() for row in report["rows"]}
+    for row in report["rows"]:
+        same_patients[row["num_labelled"], row["draw"]].add(tuple(row["subjects"]))
+    assert all(len(subjects) == 1 for subjects in same_patients.values())
+    assert backbone["licence"] == "CC0-1.0"
+    for picture in report["pictures"]:
+        assert (storage / "report" / picture).read_bytes().startswith(b"\x89PNG")
+
+    before = {path: path.stat().st_mtime_ns for path in storage.rglob("*.json") if "report" not in path.parts}
+    again, lines = _run(job)
+    assert {key: again[key] for key in ("corpus", "checkpoint", "backbone", "models")} == {
+        key: made[key] for key in ("corpus", "checkpoint", "backbone", "models")
+    }
+    assert not any("trials to run" in line or ("step " in line and "/6 |" in line) for line in lines)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_another_number_of_workers_is_refused_before_any_is_started(job_file: Path, tmp_path: Path) -> None:
+    job = read_job(job_file, ("kind=pretrain", "resources.num_workers=1", "pretrain.steps=6"))
+    checkpoints = Path(job.storage) / "pretrain/checkpoints"
+    newest = max(checkpoints.glob("step-*/manifest.json"))
+    manifest = json.loads(newest.read_text())
+    newest.write_text(json.dumps({**manifest, "step": 5}))  # as if the run had not ended
+    try:
+        with pytest.raises(CheckpointError, match=r"made by 2 workers with ZeRO stage 1.*set resources\.num_workers=2"):
+            _run(job)
+    finally:
+        newest.write_text(json.dumps(manifest))
+
+
+def test_more_workers_than_the_cluster_has_room_for_are_refused(job_file: Path, tmp_path: Path) -> None:
+    job = read_job(
+        job_file, ("kind=pretrain", "resources.num_workers=40", "pretrain.global_batch=40", f"storage={tmp_path}")
+    )
+    with pytest.raises(InputError, match=r"asks for 40 workers, the cluster has room for 4"):
+        _run(job)

@@ -1,0 +1,226 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from p2r.data.corpus import ingest_locally
+from p2r.engine.pretrain import Report, finished_checkpoint, pretrain
+from p2r.errors import CheckpointError, DataError, InputError, StorageError, TrainingError
+from p2r.job import Job, read_job
+from p2r.storage import Storage
+
+CPU = torch.device("cpu")
+
+
+JobOf = Callable[..., Job]
+
+
+@pytest.fixture(scope="module")
+def job_of(write_toy_job: Callable[..., Path]) -> JobOf:
+    """A function that gives the toy job, whose storage is a folder, with overrides."""
+    return lambda folder, *overrides: read_job(write_toy_job(folder), overrides)
+
+
+@pytest.fixture(scope="module")
+def corpus(job_of: JobOf, tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    job = job_of(tmp_path_factory.mktemp("job"))
+    storage = Storage(str(tmp_path_factory.mktemp("corpus")))
+    for _ in ingest_locally(job.ingest.model_copy(update={"subjects_of": None}), storage):
+        pass
+    return storage
+
+
+@pytest.fixture
+def job(job_of: JobOf, tmp_path: Path) -> Job:
+    return job_of(tmp_path)
+
+
+def _train(
+    job: Job, storage: Storage, corpus: Storage, *, most: int | None = None, seconds: float | None = None
+) -> list[Report]:
+    assert job.pretrain is not None
+    reports = []
+    run = pretrain(job.pretrain, storage=storage, corpus=corpus, device=CPU, max_seconds=seconds)
+    for report in run:
+        reports.append(report)
+        if len(reports) == most:
+            run.close()
+            break
+    return reports
+
+
+def _losses(storage: Storage) -> dict[int, float]:
+    rows = [json.loads(line) for line in storage.read_bytes("history.jsonl").decode().splitlines()]
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def test_training_reports_checkpoints_and_a_history(job: Job, corpus: Storage, tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "pretrain"))
+    reports = _train(job, storage, corpus)
+    assert [report.step for report in reports] == [2, 4, 6]
+    assert [report.samples_seen for report in reports] == [8, 16, 24]
+    assert list(_losses(storage)) == [2, 4, 6]
+    kept = sorted({path.split("/")[1] for path in storage.list("checkpoints")})
+    assert kept == ["step-00000004", "step-00000006"]  # keep_checkpoints: 2
+    assert job.pretrain is not None
+    assert finished_checkpoint(storage, job.pretrain)["step"] == 6
+
+
+def test_a_run_that_stops_after_a_checkpoint_goes_on_to_the_same_digits(
+    job: Job, corpus: Storage, tmp_path: Path
+) -> None:
+    whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"))
+    _train(job, whole, corpus)
+    _train(job, broken, corpus, most=1)
+    resumed = _train(job, broken, corpus)
+    assert resumed[0].resumed_from == 2
+    assert _losses(broken) == _losses(whole)
+    assert _weights(broken, "step-00000006") == _weights(whole, "step-00000006")
+
+
+def test_a_checkpoint_between_two_reports_keeps_the_running_mean(
+    job_of: JobOf, corpus: Storage, tmp_path: Path
+) -> None:
+    job = job_of(tmp_path, "pretrain.report_interval=3", "pretrain.checkpoint_interval=2")
+    whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"))
+    _train(job, whole, corpus)
+    _train(job, broken, corpus, most=1)  # at step 2, in the middle of a report's interval
+    _train(job, broken, corpus)
+    assert _losses(broken)[3] == _losses(whole)[3]
+    assert _losses(broken)[6] == _losses(whole)[6]
+
+
+def test_slices_of_time_add_up_to_the_same_run(job: Job, corpus: Storage, tmp_path: Path) -> None:
+    whole, sliced = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "sliced"))
+    _train(job, whole, corpus)
+    for _ in range(6):
+        assert len(_train(job, sliced, corpus, seconds=0.0)) == 1  # every slice: one step, one checkpoint
+    assert _train(job, sliced, corpus) == []
+    assert _weights(sliced, "step-00000006") == _weights(whole, "step-00000006")
+
+
+def test_a_finished_run_is_left_as_it_is(job: Job, corpus: Storage, tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "pretrain"))
+    _train(job, storage, corpus)
+    assert _train(job, storage, corpus) == []
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_key_by_key(
+    job_of: JobOf, job: Job, corpus: Storage, tmp_path: Path
+) -> None:
+    storage = Storage(str(tmp_path / "pretrain"))
+    _train(job, storage, corpus, most=1)
+    other = job_of(tmp_path, "pretrain.loss.temperature=0.5", "pretrain.seed=3")
+    with pytest.raises(CheckpointError) as caught:
+        _train(other, storage, corpus)
+    assert "pretrain.loss.temperature: 0.2 in the checkpoint, 0.5 in the job" in str(caught.value)
+    assert "pretrain.seed: 0 in the checkpoint, 3 in the job" in str(caught.value)
+
+
+def test_the_intervals_of_reports_and_checkpoints_may_change_on_the_way(
+    job_of: JobOf, job: Job, corpus: Storage, tmp_path: Path
+) -> None:
+    storage = Storage(str(tmp_path / "pretrain"))
+    _train(job, storage, corpus, most=1)
+    other = job_of(tmp_path, "pretrain.report_interval=1", "pretrain.checkpoint_interval=3")
+    assert [report.step for report in _train(other, storage, corpus)] == [3, 4, 5, 6]
+
+
+def test_a_damaged_checkpoint_is_refused_with_the_way_out(job: Job, corpus: Storage, tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "pretrain"))
+    _train(job, storage, corpus, most=1)
+    victim = next(path for path in storage.list("checkpoints") if path.endswith(".pt"))
+    content = bytearray(storage.read_bytes(victim))
+    content[len(content) // 2] ^= 1
+    storage.write_bytes(victim, bytes(content))
+    with pytest.raises(
+        CheckpointError, match=r"is damaged; remove .*step-00000002 to resume from the checkpoint before it"
+    ):
+        _train(job, storage, corpus)
+
+
+def test_a_half_uploaded_checkpoint_does_not_exist(job: Job, corpus: Storage, tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "pretrain"))
+    _train(job, storage, corpus, most=2)
+    storage.delete("checkpoints/step-00000004/manifest.json")
+    assert _train(job, storage, corpus)[0].resumed_from == 2
+
+
+def test_a_corpus_smaller_than_a_global_batch_is_refused(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
+    job = job_of(tmp_path, "pretrain.global_batch=512")
+    with pytest.raises(DataError, match=r"24 .*512"):
+        _train(job, Storage(str(tmp_path / "pretrain")), corpus)
+
+
+def test_a_missing_corpus_is_refused(job: Job, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no corpus at"):
+        _train(job, Storage(str(tmp_path / "pretrain")), Storage(str(tmp_path / "nothing")))
+
+
+def test_a_damaged_shard_is_refused_by_name(job: Job, corpus: Storage, tmp_path: Path) -> None:
+    copy = Storage(str(tmp_path / "copy"))
+    for path in corpus.list():
+        copy.write_bytes(path, corpus.read_bytes(path))
+    copy.write_bytes("shard-000000.tar", copy.read_bytes("shard-000000.tar")[:-2048])
+    with pytest.raises((StorageError, DataError), match="shard-000000"):
+        _train(job, Storage(str(tmp_path / "pretrain")), copy)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
+    job = job_of(tmp_path, "pretrain.optimizer.learning_rate=1.0e+30", "pretrain.optimizer.clip_norm=0")
+    with pytest.raises(TrainingError, match="the loss is nan"):
+        _train(job, Storage(str(tmp_path / "pretrain")), corpus)
+
+
+def test_barlow_twins_is_one_key_away(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
+    job = job_of(tmp_path, "pretrain.loss.name=barlow_twins")
+    assert len(_train(job, Storage(str(tmp_path / "pretrain")), corpus)) == 3
+
+
+def test_a_run_killed_at_a_random_moment_ends_with_the_same_digits(
+    job_of: JobOf, tmp_path: Path, repository: Path
+) -> None:
+    def start(folder: Path) -> subprocess.Popen[str]:
+        job_of(folder)
+        overrides = ["--set", "kind=pretrain", "--set", "pretrain.steps=60", "--set", "pretrain.report_interval=1"]
+        command = [sys.executable, "-m", "p2r.engine", str(folder / "toy.yaml"), *overrides]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(
+            command, cwd=repository, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    process = start(whole)
+    _, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    process = start(broken)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step 10/60" in line:
+            time.sleep(random.uniform(0, 1))
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    history = broken / "storage/pretrain/history.jsonl"
+    assert len(history.read_text().splitlines()) < 60, "it was too fast to be killed"
+    process = start(broken)
+    _, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    assert "resumed from step" in log
+    assert _losses(Storage(str(broken / "storage/pretrain"))) == _losses(Storage(str(whole / "storage/pretrain")))
+
+
+def _weights(storage: Storage, checkpoint: str) -> str:
+    manifest = storage.read_json(f"checkpoints/{checkpoint}/manifest.json")
+    digest: str = manifest["files"]["model.safetensors"]["sha256"]
+    return digest

@@ -1,0 +1,110 @@
+"""What the README says is true: its commands exist, its tree is the tree, its code runs."""
+
+import json
+import re
+import shlex
+import tarfile
+from pathlib import Path
+
+import blosc2
+import nibabel
+import numpy as np
+import pytest
+import typer
+import webdataset
+
+from cluster.cli import app
+from p2r.config import IngestConfig
+from p2r.data.corpus import ingest_locally
+from p2r.storage import Storage
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+COMMANDS = [
+    line.strip().split("  ")[0].split("#")[0].strip() for line in re.findall(r"^    (.+)$", README, re.MULTILINE)
+]
+
+
+def test_every_p2r_command_exists_with_its_options() -> None:
+    group = typer.main.get_command(app)
+    seen = set()
+    for command in COMMANDS:
+        words = shlex.split(command)
+        while words and "=" in words[0]:
+            words = words[1:]
+        if not words or words[0] != "p2r":
+            continue
+        known = group.commands[words[1]]  # type: ignore[attr-defined]
+        seen.add(words[1])
+        options = {name for parameter in known.params for name in parameter.opts}
+        assert {word for word in words[2:] if word.startswith("-")} <= options, command
+    assert seen == {"run", "validate", "status", "inspect", "verify", "schema", "embed", "predict", "submit"}
+
+
+def test_every_make_target_exists(repository: Path) -> None:
+    makefile = (repository / "Makefile").read_text()
+    for command in COMMANDS:
+        if command.startswith("make "):
+            assert f"\n{command.split()[1]}:" in makefile
+
+
+def test_every_file_that_it_names_exists(repository: Path) -> None:
+    names = set(re.findall(r"`((?:p2r|cluster|jobs|infra|tests)/[^`\s]*)`", README))
+    names |= set(re.findall(r"\]\(([^)#:]+)\)", README))
+    names |= set(re.findall(r"\b(jobs/[\w/-]+\.yaml)", README))
+    assert len(names) > 20
+    for name in names:
+        assert (repository / name).exists(), name
+
+
+def test_the_tree_is_the_tree(repository: Path) -> None:
+    block = README.split("## The tree\n")[1].split("\n## ")[0]
+    folder, listed = "", {"": set(), "p2r/": set()}
+    for line in re.findall(r"^    ( *)(\S+) ", block, re.MULTILINE):
+        indent, name = line
+        folder = "p2r/" if indent else ""
+        assert (repository / folder / name).exists(), name
+        listed[folder].add(name.rstrip("/"))
+    assert listed[""] == {"p2r", "cluster", "jobs", "infra", "tests"}
+    there = {path.name for path in (repository / "p2r").iterdir() if not path.name.startswith("__")}
+    assert listed["p2r/"] == there
+
+
+def test_every_job_is_in_the_table(repository: Path) -> None:
+    table = README.split("## Jobs\n")[1]
+    for path in (repository / "jobs").glob("*.yaml"):
+        assert f"`jobs/{path.name}`" in table
+        assert f"`{path.name}`" in (repository / "jobs/README.md").read_text()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # webdataset's
+@pytest.mark.parametrize("kind", ["int16", "float", "oblique", "cine"])
+def test_the_stock_library_and_five_lines_read_the_shards(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    shape = (20, 24, 5, 3) if kind == "cine" else (20, 24, 18)
+    data = rng.integers(-200, 3000, shape).astype(np.float32 if kind == "float" else np.int16) / (
+        3 if kind == "float" else 1
+    )
+    affine = np.diag([-2.0, 1.5, 8.0, 1.0])
+    if kind == "oblique":
+        affine = np.array([[0.1, -1.4, 0.3, 5], [0.2, 0.3, 3.9, -7], [-1.5, 0.0, 0.4, 2], [0, 0, 0, 1]])
+    (tmp_path / "scans").mkdir()
+    image = nibabel.Nifti1Image(data.astype(np.float32 if kind == "float" else np.int16), affine)
+    image.to_filename(tmp_path / "scans/sub-01_T1w.nii.gz")
+    config = IngestConfig(sources=(str(tmp_path / "scans"),), licence="CC0-1.0")
+    for _ in ingest_locally(config, Storage(str(tmp_path / "corpus"))):
+        pass
+
+    code = re.search(r"```python\n(def voxels.*?)```", README, re.DOTALL)
+    assert code is not None
+    names = {"json": json, "np": np, "blosc2": blosc2}
+    exec(code[1], names)
+    records = list(webdataset.WebDataset(str(tmp_path / "corpus/shard-000000.tar"), shardshuffle=False))
+    assert len(records) == 1
+    assert {type(records[0][name]) for name in ("json", "planes")} == {bytes}
+    expected = np.asarray(nibabel.as_closest_canonical(image).dataobj)
+    found = names["voxels"](records[0])  # type: ignore[operator]
+    assert np.array_equal(found, expected if kind == "cine" else expected[..., None])
+    with tarfile.open(tmp_path / "corpus/shard-000000.tar") as tar:
+        assert sorted(tar.getnames()) == ["sub-01_T1w.json", "sub-01_T1w.planes"]
