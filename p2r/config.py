@@ -280,6 +280,9 @@ class FinetuneConfig(Section):
     """Choice of the learning rate."""
     views: ViewsConfig = ViewsConfig(geometry=GeometryConfig(rotation_deg=180.0))
     """Augmentation of labelled images, equal for all modes."""
+    planes: Literal["whole", "centre"] = "whole"
+    """What a model reads of a plane. whole: all of it, by overlapping windows of the backbone's image size, and training windows lie
+    anywhere. centre: that size about the plane's centre; what lies outside is background. Neither looks at a label."""
     nsd_tolerance_mm: PositiveFloat = 2.0
     """Tolerance of the normalised surface Dice, mm."""
     publish_model: bool = True

@@ -41,6 +41,8 @@ class Preparation(BaseModel):
     """Pixel size, mm."""
     image_size: PositiveInt
     """Height and width of an image in training, pixels."""
+    planes: Literal["whole", "centre"] = "whole"
+    """What a segmentation model reads of a plane: all of it, by windows of `image_size`, or that size about its centre."""
 
 
 @dataclass(frozen=True)

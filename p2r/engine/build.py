@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # there, but not in __all__
 
 from p2r.config import PretrainConfig
 
@@ -34,7 +35,7 @@ def join_process_group(device: torch.device) -> tuple[int, int]:
         else:
             # No address, no port: nothing that another process, or a child of this one, could collide with.
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
-            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+            torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False, dist_init_required=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 

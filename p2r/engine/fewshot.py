@@ -104,7 +104,7 @@ Licence of the weights: {licence}. {task.config.citation}
         format=MODEL_FORMAT,
         weights=weights,
         config=ArtefactConfig(
-            model=backbone.config.model, preparation=backbone.preparation, classes=task.config.classes
+            model=backbone.config.model, preparation=setup.preparation(backbone), classes=task.config.classes
         ),
         card=card,
         facts={

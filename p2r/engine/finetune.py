@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceCELoss
+from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -54,11 +56,15 @@ class TrialSetup:
     storage: str
     """URL of `<storage>/finetune/<task>`."""
 
+    def preparation(self, backbone: Backbone) -> Preparation:
+        """What the trials' models do to a scan: the backbone's way, and how much of a plane they read."""
+        return backbone.preparation.model_copy(update={"planes": self.config.planes})
+
     def result_path(self, trial: Trial) -> str:
         """Where the trial's result lies below `storage`: its name holds a digest of everything that it depends on."""
         task = hashlib.sha256(Path(self.task).read_bytes()).hexdigest()
         config = self.config.model_dump(
-            mode="json", include={"seed", "steps", "batch_size", "weight_decay", "views", "nsd_tolerance_mm"}
+            mode="json", include={"seed", "steps", "batch_size", "weight_decay", "views", "planes", "nsd_tolerance_mm"}
         )
         recipe = {"config": config, "trial": asdict(trial), "task": task, "backbone": self.backbone_sha256}
         return f"trials/{trial.id}-{hashlib.sha256(json_bytes(recipe)).hexdigest()[:12]}.json"
@@ -88,8 +94,9 @@ def run_trial(
         raise DataError(f"{setup.backbone} changed while its trials ran: run the job again")
 
     segmenter = build_segmenter(trial.mode, backbone, num_classes=task.num_classes, seed=config.seed).to(device)
+    preparation = setup.preparation(backbone)
     scans = task.scans_of(trial.subjects)
-    images, inside, labels = _labelled_planes([load_scan(scan, task, backbone.preparation) for scan in scans])
+    images, inside, labels = _labelled_planes([load_scan(scan, task, preparation) for scan in scans])
     train_loss = train_segmenter(
         segmenter,
         images,
@@ -97,14 +104,14 @@ def run_trial(
         labels,
         trial=trial,
         config=config,
-        preparation=backbone.preparation,
+        preparation=preparation,
         device=device,
         say=say,
     )
-    validation = _score(segmenter, task, "validation", backbone, config, device)
+    validation = _score(segmenter, task, "validation", backbone, setup, device)
     result: dict[str, Any] = {"trial": trial.to_row(), "train_loss": train_loss, "validation": validation.to_row()}
     if trial.purpose == "final":
-        test = _score(segmenter, task, "test", backbone, config, device)
+        test = _score(segmenter, task, "test", backbone, setup, device)
         result["row"] = {
             **trial.to_row(),
             "seed": config.seed,
@@ -167,14 +174,15 @@ def train_segmenter(
         key = ("finetune", trial.task, trial.num_labelled, trial.draw, step)
         chosen = keyed_generator(config.seed, *key).integers(len(images), size=config.batch_size)
         generators = [keyed_generator(config.seed, *key, slot) for slot in range(config.batch_size)]
+        windows = _windows(images, inside, labels, chosen, generators, preparation)
         image, label = augment_labelled(
-            images[chosen],
-            labels[chosen],
+            windows[0],
+            windows[2],
             config=config.views,
             size=preparation.image_size,
             spacing_mm=preparation.spacing_mm,
             generators=generators,
-            inside=inside[chosen],
+            inside=windows[1],
         )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
@@ -197,6 +205,41 @@ def train_segmenter(
     return sum(tail) / len(tail)
 
 
+def _windows(
+    images: Tensor,
+    inside: Tensor,
+    labels: Tensor,
+    chosen: NDArray[np.int64],
+    generators: list[np.random.Generator],
+    preparation: Preparation,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The chosen planes about their centre, or, if the model is to read whole planes, about a place drawn anywhere in them.
+
+    The windows have twice the edge of the network's image, room for augmentation to turn and cut about their centre.
+    """
+    if preparation.planes == "centre":
+        return images[chosen], inside[chosen], labels[chosen]
+    size = preparation.image_size
+    cut = []
+    for plane, generator in zip(chosen, generators, strict=True):
+        # A window may reach over the edge only as far as it must: a plane that fits is always seen whole.
+        starts = [_start(extent, size, generator) - size // 2 for extent in images.shape[-2:]]
+        padding = [
+            amount
+            for start, extent in zip(reversed(starts), reversed(images.shape[-2:]), strict=True)
+            for amount in (-start, start + 2 * size - extent)
+        ]
+        cut.append([F.pad(planes[int(plane)], padding) for planes in (images, inside, labels)])
+    window_images, window_inside, window_labels = (torch.stack(parts) for parts in zip(*cut, strict=True))
+    return window_images, window_inside, window_labels
+
+
+def _start(extent: int, size: int, generator: np.random.Generator) -> int:
+    if extent <= size:
+        return -((size - extent) // 2)
+    return int(generator.integers(extent - size + 1))
+
+
 def _labelled_planes(scans: list[LabelledScan]) -> tuple[Tensor, Tensor, Tensor]:
     """All planes of the scans: images (P, 1, H, W), inside (P, H, W) and labels (P, H, W).
 
@@ -217,14 +260,15 @@ def _labelled_planes(scans: list[LabelledScan]) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _score(
-    segmenter: Segmenter, task: Task, split: Split, backbone: Backbone, config: FinetuneConfig, device: str
+    segmenter: Segmenter, task: Task, split: Split, backbone: Backbone, setup: TrialSetup, device: str
 ) -> Summary:
+    preparation = setup.preparation(backbone)
     scores = []
     for scan in task.scans_of(task.subjects[split]):
-        loaded = load_scan(scan, task, backbone.preparation)
+        loaded = load_scan(scan, task, preparation)
         _refuse_known(loaded, backbone, split)
         prediction = predict_volume(
-            segmenter, loaded.volume, preparation=backbone.preparation, num_classes=task.num_classes, device=device
+            segmenter, loaded.volume, preparation=preparation, num_classes=task.num_classes, device=device
         )
         scores += [
             (
@@ -234,7 +278,7 @@ def _score(
                     loaded.labels.data[..., frame],
                     classes=task.config.classes,
                     spacing_mm=loaded.volume.spacing_mm,
-                    nsd_tolerance_mm=config.nsd_tolerance_mm,
+                    nsd_tolerance_mm=setup.config.nsd_tolerance_mm,
                 ),
             )
             for frame in range(prediction.shape[3])

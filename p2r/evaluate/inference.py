@@ -47,7 +47,8 @@ def predict_volume(
     Returns:
         Labels (X, Y, Z, T) on the grid of `volume.data`.
     """
-    planes = planes_of(volume, preparation=preparation, size=None)
+    size = preparation.image_size if preparation.planes == "centre" else None
+    planes = planes_of(volume, preparation=preparation, size=size)
 
     def probabilities(windows: Tensor) -> Tensor:
         logits: Tensor = segmenter(windows)
