@@ -126,7 +126,7 @@ def _view_pairs(job: Job, storage: Storage) -> bytes:
     points_a, points_b = corresponding_points(
         views.warp,
         views.valid,
-        num_points=12,
+        num_points=64,  # the picture shows a few of them, far apart
         generators=[keyed_generator(config.seed, "points", batch.epoch, int(position)) for position in positions],
     )
     return view_pairs(batch.image[fullest], views, points_a, points_b)

@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch
 from numpy.typing import NDArray
+from scipy.ndimage import uniform_filter
 from torch import Tensor
 
 from p2r.report.canvas import (
@@ -100,7 +101,8 @@ def embedding_pca(image: Slices, features: Slices, *, num_slices: int = 6) -> by
     slices, maps = as_slices(image), as_array(features).astype(np.float32)
     if maps.ndim != 4 or maps.shape[0] != slices.shape[0] or maps.shape[2:] != slices.shape[1:]:
         raise ValueError(f"features {maps.shape} do not fit the slices {slices.shape}")
-    tissue = slices > _TISSUE
+    # Averaged over neighbours: noise in the air is no tissue.
+    tissue = uniform_filter(slices, size=(1, 5, 5)) > 2 * _TISSUE
     full = np.flatnonzero(tissue.mean(axis=(1, 2)) > _FULL)
     shown = evenly(full if full.size else np.arange(len(slices)), num_slices)
     slices, maps, tissue = slices[shown], maps[shown], tissue[shown]
