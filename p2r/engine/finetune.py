@@ -174,15 +174,15 @@ def train_segmenter(
         key = ("finetune", trial.task, trial.num_labelled, trial.draw, step)
         chosen = keyed_generator(config.seed, *key).integers(len(images), size=config.batch_size)
         generators = [keyed_generator(config.seed, *key, slot) for slot in range(config.batch_size)]
-        windows = _windows(images, inside, labels, chosen, generators, preparation)
+        image, is_scan, label = _windows(images, inside, labels, chosen, generators, preparation)
         image, label = augment_labelled(
-            windows[0],
-            windows[2],
+            image,
+            label,
             config=config.views,
             size=preparation.image_size,
             spacing_mm=preparation.spacing_mm,
             generators=generators,
-            inside=windows[1],
+            inside=is_scan,
         )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(

@@ -1,9 +1,9 @@
 """A network and a whole scan -> a segmentation, or features, on a grid whose place in the patient is known.
 
-Every plane is read at its full extent: nothing is cropped about its centre, let alone about a label. A plane larger
-than the training images is covered by overlapping windows of that size, because instance normalisation would see
-another field of view otherwise; probabilities, not logits, are blended, brought back to the scan's own voxels, and only
-there become labels. So an edge is as sharp as the scan, not as the network's grid.
+A plane is read at its full extent, or, where the model was trained for that (`Preparation.planes`), about its centre;
+never about a label. A plane larger than the training images is covered by overlapping windows of that size, because
+instance normalisation would see another field of view otherwise; probabilities, not logits, are blended, brought back
+to the scan's own voxels, and only there become labels. So an edge is as sharp as the scan, not as the network's grid.
 
 Shapes: X Y Z T a volume; P = T * Z planes; h w a plane's voxels; H W its pixels after resampling; K classes; F features
 """

@@ -166,3 +166,24 @@ def test_features_of_a_cine_keep_their_frames(tmp_path: Path) -> None:
     features, _ = embed_volume(Identity(), volume, preparation=Preparation(spacing_mm=1.5, image_size=32), batch_size=5)
     assert features.shape == (*volume.data.shape, 2)
     np.testing.assert_array_equal(to_source_grid(features, volume)[..., 0] > 0.5, truth)
+
+
+def test_a_model_of_the_centre_says_background_outside_it(tmp_path: Path) -> None:
+    bright = np.full((96, 80, 2), 1000, np.int16)
+    bright[0, 0, 0] = 1  # not constant
+    write_nifti(tmp_path / "scan.nii.gz", bright, np.diag([1.0, 1.0, 8.0, 1.0]))
+    volume = read_volume(tmp_path / "scan.nii.gz")
+    low_high = (0.0, 100.0)
+    found = {
+        planes: predict_volume(
+            Threshold(),
+            volume,
+            preparation=Preparation(spacing_mm=1.0, image_size=32, intensity_percentiles=low_high, planes=planes),
+            num_classes=2,
+        )
+        for planes in ("whole", "centre")
+    }
+    centre = np.zeros((96, 80), bool)
+    centre[32:64, 24:56] = True
+    assert np.array_equal(found["centre"][..., 1, 0] == 1, centre)
+    assert (found["whole"][..., 1, 0] == 1).all()
