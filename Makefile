@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Where bytecode is not kept, every process compiles torch and ray again: a quarter of a minute each, for nothing.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test install
 .DELETE_ON_ERROR:
 

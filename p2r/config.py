@@ -159,10 +159,20 @@ class LossConfig(Section):
     """InfoNCE contrasts every pixel with all others (Pix2Rep); Barlow Twins decorrelates channels (Pix2Rep-v2)."""
     pixel_pairs_per_image: PositiveInt = 256
     """Corresponding pixels drawn from each pair of views; N of a step is this times the global batch."""
+    foreground_share: Fraction = 0.0
+    """Part of these that is drawn among pixels brighter than their image's mean; the rest is drawn anywhere in the scan."""
+    negatives: Literal["global_batch", "micro_batch"] = "global_batch"
+    """With `micro_batch`: contrast the pixels of the whole step, which costs encoding twice, or of one micro-batch of all workers."""
     form: Literal["cross_view", "nt_xent"] = "nt_xent"
     """InfoNCE only: negatives from the other view (N x N), or from both without the diagonal (2N x 2N, as Pix2Rep)."""
     temperature: PositiveFloat = 0.2
     """InfoNCE only: tau, the width of the softmax over cosine similarities."""
+    learn_temperature: bool = False
+    """InfoNCE only: train tau along with the weights, from `temperature` on; it is kept within [0.01, 1]."""
+    decoupled: bool = False
+    """InfoNCE only: leave the positive out of the denominator (decoupled contrastive learning)."""
+    exclude_within_mm: PositiveFloat | None = None
+    """InfoNCE only: pixels of one image at most this far apart are no negatives of one another (.inf: all of an image). None: all are."""
     off_diagonal_weight: NonNegativeFloat = 0.005
     """Barlow Twins only: weight of the off-diagonal terms."""
 
@@ -199,6 +209,8 @@ class PretrainConfig(Section):
     """Optimizer steps."""
     global_batch: PositiveInt
     """Images per optimizer step, over all workers together."""
+    micro_batch: PositiveInt | None = None
+    """Images that a worker encodes at once, for when its part of the global batch does not fit into memory. None: all of its part."""
     seed: int = 0
     """Seeds weights, order, views and points."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -219,6 +231,13 @@ class PretrainConfig(Section):
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("precision bf16 needs zero_stage 1 or 2 (DeepSpeed's stage 0 drifts), got 0")
         return self
+
+    @property
+    def negatives(self) -> str:
+        """What each pixel is contrasted with, for reports."""
+        if self.loss.negatives == "micro_batch" and self.micro_batch is not None:
+            return f"of micro-batches only ({self.micro_batch} images of each worker)"
+        return "of the global batch"
 
 
 class PublishConfig(Section):
@@ -256,7 +275,7 @@ class SearchConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """Backbone x task x labelled patients x draw x mode -> figures on test patients."""
+    """Backbone x task x labelled patients x draw x mode -> figures on test (or validation) patients."""
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     """Paths of task YAMLs, relative to the job file."""
@@ -278,6 +297,8 @@ class FinetuneConfig(Section):
     """Decoupled weight decay of AdamW."""
     search: SearchConfig = SearchConfig()
     """Choice of the learning rate."""
+    score_on: Literal["test", "validation"] = "test"
+    """Whose figures are reported. validation: while recipes are still being compared, so that test patients stay unread."""
     views: ViewsConfig = ViewsConfig(geometry=GeometryConfig(rotation_deg=180.0))
     """Augmentation of labelled images, equal for all modes."""
     planes: Literal["whole", "centre"] = "whole"

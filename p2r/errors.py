@@ -8,6 +8,7 @@
     │   ├── StorageError    a storage URL that cannot be read or written, or holds something damaged
     │   └── CheckpointError a checkpoint or published artefact that does not fit
     └── TrainingError       training itself went wrong (a loss that is not finite) -> exit code 1
+        └── EmbeddingError  embeddings that a loss cannot compare; a ValueError as well
 
 An `InputError`'s message names what, where, the rule, and the way out; the command line prints it without a traceback.
 """
@@ -56,3 +57,7 @@ class CheckpointError(InputError):
 
 class TrainingError(P2RError):
     """Training cannot go on, for a reason that is not in the user's input."""
+
+
+class EmbeddingError(TrainingError, ValueError):
+    """Embeddings are not finite, or zero: weights have diverged, or a network has died."""

@@ -29,7 +29,7 @@ from p2r.config import FinetuneConfig, IngestConfig, PretrainConfig, PublishConf
 from p2r.errors import JobError
 
 Model = TypeVar("Model", bound=BaseModel)
-Kind = Literal["ingest", "pretrain", "publish", "finetune", "pipeline"]
+Kind = Literal["ingest", "pretrain", "publish", "finetune", "pipeline", "ablation"]
 
 _STAGES: dict[Kind, tuple[str, ...]] = {
     "ingest": ("ingest",),
@@ -37,6 +37,7 @@ _STAGES: dict[Kind, tuple[str, ...]] = {
     "publish": ("publish",),
     "finetune": ("finetune",),
     "pipeline": ("ingest", "pretrain", "publish", "finetune"),
+    "ablation": ("pretrain", "publish", "finetune"),
 }
 _SECRET_KEY = re.compile(r"(secret|password|passwd|token|credential|access_?key|api_?key)", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s:@]+:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY")
@@ -64,7 +65,7 @@ class Job(Section):
     """A job file."""
 
     kind: Kind
-    """Which stage to run; pipeline: all of them and the report, in order."""
+    """Which stage to run; pipeline: all of them and the report, in order; ablation: the same for every variant, on one corpus."""
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     """The job's name; the last folder of the default storage."""
     storage: str = ""
@@ -81,6 +82,8 @@ class Job(Section):
     """Checkpoint -> published backbone."""
     finetune: FinetuneConfig | None = None
     """Backbone -> few-shot figures."""
+    variants: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")], dict[str, Any]] = Field(default={})
+    """Ablation only: what each variant changes of the sections above, as dotted keys and values."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -90,6 +93,12 @@ class Job(Section):
         if self.kind == "finetune" and self.finetune and self.finetune.backbone is None and self.publish is None:
             raise ValueError(
                 "kind finetune needs finetune.backbone (a URL), or a publish section that names one of this storage"
+            )
+        if (self.kind == "ablation") != bool(self.variants):
+            raise ValueError("kind ablation needs variants, and no other kind has them")
+        if self.kind == "ablation" and self.finetune and self.finetune.score_on != "validation":
+            raise ValueError(
+                "kind ablation needs finetune.score_on: validation, for a recipe that was chosen on test patients proves nothing"
             )
         return self
 
@@ -124,7 +133,34 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
             f"job {path}: storage must be a URL or an absolute path, got {storage!r}: "
             "a relative folder would vanish with the job's working directory on a cluster"
         )
-    return _with_absolute_tasks(job.model_copy(update={"storage": storage}), path.absolute().parent)
+    job = _with_absolute_tasks(job.model_copy(update={"storage": storage}), path.absolute().parent)
+    variants_of(job)
+    return job
+
+
+def variants_of(job: Job) -> dict[str, Job]:
+    """Return the jobs of an ablation by name: each below `<storage>/variants`, on the corpus of the whole.
+
+    Raises:
+        JobError: naming the variant, the key and the rule.
+    """
+    found = {}
+    for name, changes in job.variants.items():
+        values = job.model_dump(exclude={"variants"})
+        for key, value in changes.items():
+            *parents, last = key.split(".")
+            target = values
+            for parent in parents:
+                target = target.get(parent)  # type: ignore[assignment]
+                if not isinstance(target, dict):
+                    raise JobError(f"variants.{name}: {key} is not a key of this job")
+            target[last] = value
+        values["kind"] = "pipeline" if job.ingest is not None else "finetune"
+        values["storage"] = f"{job.storage}/variants/{name}"
+        if values["pretrain"]["corpus"] is None:
+            values["pretrain"]["corpus"] = f"{job.storage}/corpus"
+        found[name] = validated(Job, values, where=f"variants.{name}")
+    return found
 
 
 def json_schema() -> dict[str, Any]:

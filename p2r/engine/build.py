@@ -53,13 +53,15 @@ def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -
         [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.optimizer.learning_rate,
     )
+    micro_batch = config.micro_batch or config.global_batch // world_size
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         dist_init_required=False,
         config={
             "train_batch_size": config.global_batch,
-            "train_micro_batch_size_per_gpu": config.global_batch // world_size,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": config.global_batch // (world_size * micro_batch),
             "zero_optimization": {"stage": config.zero_stage},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,

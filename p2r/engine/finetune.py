@@ -67,6 +67,8 @@ class TrialSetup:
             mode="json", include={"seed", "steps", "batch_size", "weight_decay", "views", "planes", "nsd_tolerance_mm"}
         )
         recipe = {"config": config, "trial": asdict(trial), "task": task, "backbone": self.backbone_sha256}
+        if trial.purpose == "final":
+            recipe["score_on"] = self.config.score_on
         return f"trials/{trial.id}-{hashlib.sha256(json_bytes(recipe)).hexdigest()[:12]}.json"
 
 
@@ -75,7 +77,8 @@ def run_trial(
 ) -> dict[str, Any]:
     """Train and score one trial, or return the result that the storage already holds.
 
-    A search trial is scored on validation patients. A final one is scored on both, and leaves its weights beside its result.
+    A search trial is scored on validation patients. A final one is scored on the split that is reported too, and leaves
+    its weights beside its result.
 
     Args:
         setup: What the task's trials share.
@@ -111,15 +114,17 @@ def run_trial(
     validation = _score(segmenter, task, "validation", backbone, setup, device)
     result: dict[str, Any] = {"trial": trial.to_row(), "train_loss": train_loss, "validation": validation.to_row()}
     if trial.purpose == "final":
-        test = _score(segmenter, task, "test", backbone, setup, device)
+        reported = validation
+        if config.score_on == "test":
+            reported = _score(segmenter, task, "test", backbone, setup, device)
         result["row"] = {
             **trial.to_row(),
             "seed": config.seed,
-            "split": "test",
+            "split": config.score_on,
             "validation_dice_mean": validation.dice_mean,
             # From scratch, nothing of the backbone is used but its architecture and its way to prepare a scan.
             "backbone_sha256": None if trial.mode == "scratch" else setup.backbone_sha256,
-            **test.to_row(),
+            **reported.to_row(),
         }
         result["weights"] = path.removesuffix(".json") + ".safetensors"
         storage.write_bytes(

@@ -18,11 +18,12 @@ from p2r.data.preprocess import Preparation
 from p2r.engine.fewshot import check_task, few_shot, publish_best
 from p2r.engine.finetune import TrialSetup
 from p2r.engine.pretrain import finished_checkpoint
-from p2r.engine.reporting import make_report
+from p2r.engine.reporting import make_report, write_variants
 from p2r.errors import DataError, JobError
 from p2r.evaluate.protocol import Trial
 from p2r.evaluate.tasks import load_task
-from p2r.job import Job
+from p2r.job import Job, variants_of
+from p2r.report import variants_table
 from p2r.storage import Storage
 
 Say = Callable[[str], None]
@@ -55,11 +56,21 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
     storage = Storage(job.storage)
     storage.check_writable()
     made: dict[str, Any] = {"storage": storage.url}
-    stages = {"pipeline": ("ingest", "pretrain", "publish", "finetune")}.get(job.kind, (job.kind,))
-    if "finetune" in stages:
+    stages = {
+        "pipeline": ("ingest", "pretrain", "publish", "finetune"),
+        "ablation": ("ingest", "variants") if job.ingest is not None else ("variants",),
+    }.get(job.kind, (job.kind,))
+    if job.finetune is not None:
         _check_tasks(job)
     if "ingest" in stages or ("pretrain" in stages and job.ingest is not None):
         made["corpus"] = _ingest(job, storage, executor, say)
+    if "variants" in stages:
+        return {**made, **_run_variants(job, storage, executor, say)}
+    return {**made, **_train_and_score(job, storage, executor, stages, say)}
+
+
+def _train_and_score(job: Job, storage: Storage, executor: Executor, stages: Sequence[str], say: Say) -> dict[str, Any]:
+    made: dict[str, Any] = {}
     if "pretrain" in stages:
         made["checkpoint"] = _pretrain(job, storage, executor, say)
         if made["checkpoint"] is None:
@@ -69,6 +80,19 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
     if "finetune" in stages:
         made.update(_finetune(job, storage, executor, say))
     return made
+
+
+def _run_variants(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
+    """Run every variant of an ablation, one after the other, and write what they reached side by side."""
+    rows = []
+    for name, variant in variants_of(job).items():
+        where = Storage(variant.storage)
+        say(f"variant {name} | " + ", ".join(f"{key}: {value}" for key, value in job.variants[name].items()))
+        made = _train_and_score(variant, where, executor, ("pretrain", "publish", "finetune"), say)
+        if "unfinished" in made:
+            return {"unfinished": f"variant {name}"}
+        rows += [{**row, "variant": name} for row in where.read_json("report/report.json")["rows"]]
+    return {"report": write_variants(job, storage, rows), "table": variants_table(rows)}
 
 
 def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
@@ -114,6 +138,7 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             "step": checkpoint["step"],
             "samples_seen": checkpoint["step"] * job.pretrain.global_batch,
             "pretrain": checkpoint["config"],
+            "negatives": job.pretrain.negatives,
             "corpus": {
                 "url": corpus.url,
                 "sha256": manifest_sha256(manifest),
@@ -229,6 +254,7 @@ def _card(job: Job, config: PublishConfig, manifest: dict[str, Any], url: str, l
     batch = job.pretrain.global_batch
     facts = {
         "method": f"{loss.name} over {loss.pixel_pairs_per_image * batch} pixel pairs a step, {step} steps of {batch} images",
+        "negatives": job.pretrain.negatives,
         "network": f"{model.name}, channels {', '.join(map(str, model.channels))}",
         "input": f"one contrast, {image.size} x {image.size} pixels of {image.spacing_mm:g} mm; intensities as in config.json",
         "corpus": f"{manifest['num_subjects']} subjects, {manifest['num_records']} scans, {manifest['num_samples']} planes",

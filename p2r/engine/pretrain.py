@@ -20,7 +20,7 @@ from p2r.engine.build import build_engine, join_process_group
 from p2r.engine.checkpoint import load_checkpoint, newest_checkpoint, refuse_other_config, save_checkpoint
 from p2r.engine.schedule import learning_rate
 from p2r.engine.step import pretrain_step
-from p2r.errors import CheckpointError, InputError, TrainingError
+from p2r.errors import CheckpointError, EmbeddingError, InputError, TrainingError
 from p2r.model.pix2rep import Pix2Rep
 from p2r.storage import Storage
 
@@ -49,6 +49,8 @@ class Report:
     """Part of the time in which this rank waited for data."""
     eta_s: float
     """Seconds to the end at this speed."""
+    negatives: str
+    """Which pixels were contrasted with one another."""
     resumed_from: int | None = None
     """In the first report of a resumed run: the step it went on from."""
     checkpoint: str | None = None
@@ -60,7 +62,9 @@ class Report:
         return (
             f"step {self.step}/{self.num_steps} | loss {self.loss:.4f} | {self.images_per_s:.1f} img/s | "
             f"wait {self.wait_fraction:.1%} | lr {self.learning_rate:.1e} | grad {self.gradient_norm:.2f} | "
-            f"ETA {minutes}:{seconds:02d}" + (f" | checkpoint {self.checkpoint}" if self.checkpoint else "")
+            f"ETA {minutes}:{seconds:02d}"
+            + (f" | negatives {self.negatives}" if "micro" in self.negatives else "")
+            + (f" | checkpoint {self.checkpoint}" if self.checkpoint else "")
         )
 
 
@@ -92,8 +96,15 @@ def pretrain(
         raise InputError(
             f"pretrain.global_batch must be divisible by the number of workers, got {config.global_batch} for {world_size}"
         )
+    if config.micro_batch is not None and config.global_batch // world_size % config.micro_batch:
+        raise InputError(
+            f"pretrain.micro_batch must divide a worker's part of the global batch, got {config.micro_batch} "
+            f"for {config.global_batch} images over {world_size} workers: {config.global_batch // world_size} each"
+        )
     torch.manual_seed(config.seed)
-    engine = build_engine(Pix2Rep(config.model).to(device), config, world_size=world_size)
+    learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
+    model = Pix2Rep(config.model, learnt_temperature=learnt_temperature)
+    engine = build_engine(model.to(device), config, world_size=world_size)
     resumed_from, running, state = None, _Running(), None
     if checkpoint is not None:
         load_checkpoint(engine, storage, checkpoint, config=config)
@@ -124,12 +135,15 @@ def pretrain(
                 num_steps=config.steps,
                 warmup_fraction=config.optimizer.warmup_fraction,
             )
-            loss = float(pretrain_step(engine, batch, config=config, learning_rate=rate))
-            if not math.isfinite(loss):
+            try:
+                loss = float(pretrain_step(engine, batch, config=config, learning_rate=rate))
+                if not math.isfinite(loss):
+                    raise EmbeddingError(f"the loss is {loss}")
+            except EmbeddingError as error:
                 raise TrainingError(
-                    f"step {step}: the loss is {loss}; the last good checkpoint stays. "
+                    f"step {step}: {error}; the last good checkpoint stays. "
                     "Lower pretrain.optimizer.learning_rate, or use precision fp32"
-                )
+                ) from error
             running.add(loss)
             clock.add(batch.wait_s)
             timed_out = _any_rank(max_seconds is not None and time.monotonic() - began > max_seconds, device)
@@ -159,6 +173,7 @@ def pretrain(
                     images_per_s=clock.steps * config.global_batch / seconds,
                     wait_fraction=clock.wait_s / seconds,
                     eta_s=(config.steps - step) * seconds / clock.steps,
+                    negatives=config.negatives,
                     resumed_from=resumed_from,
                     checkpoint=path,
                 )

@@ -20,7 +20,17 @@ from p2r.evaluate.tasks import LabelledScan, Task, load_scan, load_task
 from p2r.job import Job
 from p2r.loss import corresponding_points
 from p2r.randomness import keyed_generator
-from p2r.report import embedding_pca, few_shot_curve, outlines, table, view_pairs, write_report
+from p2r.report import (
+    embedding_pca,
+    few_shot_curve,
+    markdown_variants,
+    outlines,
+    split_of,
+    table,
+    variants_picture,
+    view_pairs,
+    write_report,
+)
 from p2r.storage import Storage
 from p2r.views.pair import make_views
 
@@ -50,7 +60,7 @@ def make_report(
         scan = load_scan(task.scans_of(task.subjects["validation"][:1])[0], task, backbone.preparation)
         pictures[f"embedding-{task.name}"] = _embedding(backbone, scan)
         captions[f"few-shot-{task.name}"] = (
-            "Dice on test patients against the number of labelled patients; a dot is one draw."
+            f"Dice on {split_of(of_task)} patients against the number of labelled patients; a dot is one draw."
         )
         captions[f"embedding-{task.name}"] = (
             f"Features of validation patient {scan.scan.subject}: three principal components as red, green and blue."
@@ -68,6 +78,21 @@ def make_report(
     return {"report": where.at("report.md"), "pictures": where.at("pictures"), "table": table(written["rows"])}
 
 
+def write_variants(job: Job, storage: Storage, rows: Sequence[dict[str, Any]]) -> str:
+    """Write what the variants of an ablation reached below `<storage>/report`, and return the URL of the page."""
+    where = storage.child("report")
+    where.write_bytes("pictures/variants.png", variants_picture(rows, title=f"{job.name}: what each variant reaches"))
+    facts = {"job": job.name, "variants": job.variants, "seed": job.finetune.seed if job.finetune else None}
+    where.write_json("report.json", {"format": "p2r-ablation/1", **facts, "rows": list(rows)})
+    lines = [f"# {job.name}", "", f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws.", ""]
+    lines += markdown_variants(rows)
+    lines += ["", "![what each variant reaches](pictures/variants.png)", "", "| variant | changes |", "| --- | --- |"]
+    for name, changes in job.variants.items():
+        lines.append(f"| {name} | {', '.join(f'`{key}: {value}`' for key, value in changes.items())} |")
+    where.write_bytes("report.md", ("\n".join(lines) + "\n").encode())
+    return where.at("report.md")
+
+
 def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[str, str]) -> dict[str, Any]:
     assert job.finetune is not None
     corpus = backbone.manifest.get("corpus") or {}
@@ -79,6 +104,7 @@ def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[s
             "url": backbone.manifest["url"],
             "sha256": backbone.manifest["sha256"],
             "step": backbone.manifest.get("step"),
+            "negatives": backbone.manifest.get("negatives"),
         },
         "corpus": {
             key: corpus.get(key) for key in ("url", "sha256", "licence", "provenance", "num_samples", "num_subjects")
@@ -123,13 +149,13 @@ def _view_pairs(job: Job, storage: Storage) -> bytes:
         epoch=batch.epoch,
         positions=positions,
     )
-    points_a, points_b = corresponding_points(
+    pairs = corresponding_points(
         views.warp,
         views.valid,
         num_points=64,  # the picture shows a few of them, far apart
         generators=[keyed_generator(config.seed, "points", batch.epoch, int(position)) for position in positions],
     )
-    return view_pairs(batch.image[fullest], views, points_a, points_b)
+    return view_pairs(batch.image[fullest], views, pairs.a, pairs.b)
 
 
 def _embedding(backbone: Backbone, scan: LabelledScan) -> bytes:

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from p2r.loss.ranks import GradientScale, all_reduce_sum, own_gradient_factor
+from p2r.loss.ranks import (
+    GradientScale,
+    agree,
+    all_reduce_sum,
+    own_gradient_factor,
+    refuse_pair,
+    refuse_values,
+    refuse_weights,
+)
 
 _SMALLEST_VARIANCE = 1e-12
 """A channel that varies less is constant; it correlates with nothing, rather than dividing by zero."""
@@ -29,6 +37,7 @@ def barlow_twins(
     b: Tensor,
     *,
     off_diagonal_weight: float,
+    weights: Tensor | None = None,
     group: ProcessGroup | None = None,
     gradient_scale: GradientScale = "mean",
 ) -> Tensor:
@@ -38,31 +47,50 @@ def barlow_twins(
         a: (n, E) embeddings of pixels in view a; computed in float32 or better.
         b: (n, E) embeddings of the same places in view b.
         off_diagonal_weight: Weight of the redundancy term, >= 0.
-        group: Ranks whose pairs are taken together.
+        weights: (n,) of each pair in the moments, >= 0. A pair of weight 0 takes no part.
+        group: Ranks whose pairs are taken together; they may hold different numbers of them.
         gradient_scale: What the caller's reducer does with the ranks' gradients.
 
     Returns:
         Scalar `sum_i (1 - C_ii)^2 + weight * sum_{i != j} C_ij^2`, the same on every rank.
 
     Raises:
-        ValueError: Shapes differ, or the weight is negative or not finite.
+        ValueError: On every rank, if an argument on any rank breaks a rule, or fewer than two pairs are left.
+        EmbeddingError: On every rank, if embeddings on any are not finite.
     """
-    if a.ndim != 2 or a.shape != b.shape or len(a) == 0:
-        raise ValueError(f"want a and b (N, E) with N > 0, got {tuple(a.shape)} and {tuple(b.shape)}")
-    if not (math.isfinite(off_diagonal_weight) and off_diagonal_weight >= 0):
-        raise ValueError(f"off_diagonal_weight must be finite and not negative, got {off_diagonal_weight}")
     factor = own_gradient_factor(gradient_scale, group)
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    problem: ValueError | None = None
+    try:
+        if not (math.isfinite(off_diagonal_weight) and off_diagonal_weight >= 0):
+            raise ValueError(f"off_diagonal_weight must be finite and not negative, got {off_diagonal_weight}")
+        refuse_pair(a=a, b=b)
+        if weights is not None:
+            refuse_weights(weights, a)
+            kept = weights > 0
+            a, b, weights = a[kept], b[kept], weights[kept]
+        refuse_values(a=a, b=b, zeros=True)
+    except ValueError as error:
+        problem = error
+    equal = {} if problem else {"embedding channels": float(a.shape[1]), "off_diagonal_weight": off_diagonal_weight}
+    counts = agree(problem, len(a) if a.ndim else 0, equal, device=a.device, group=group)
+    if sum(counts) < 2:
+        raise ValueError(f"want at least 2 pixel pairs of positive weight over all ranks, got {sum(counts)}")
+
+    dtype = torch.promote_types(a.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
         a, b = a.to(dtype), b.to(dtype)
+        weights = a.new_ones(len(a)) if weights is None else weights.to(dtype)
         channels = a.shape[1]
-        sums = torch.cat((a.detach().sum(0), b.detach().sum(0), a.new_tensor([len(a)])))
+        column = weights[:, None]
+        sums = torch.cat(((column * a.detach()).sum(0), (column * b.detach()).sum(0), weights.sum()[None]))
         totals = all_reduce_sum(sums, group)
-        num_pairs = totals[-1]
-        a = a - totals[:channels] / num_pairs
-        b = b - totals[channels:-1] / num_pairs
-        moments = torch.cat((a.square().sum(0)[None], b.square().sum(0)[None], a.T @ b))  # (2 + E, E)
-        moments = _SumOverRanks.apply(moments, group, factor) / num_pairs  # type: ignore[no-untyped-call]
+        total_weight = totals[-1]
+        a = a - totals[:channels] / total_weight
+        b = b - totals[channels:-1] / total_weight
+        moments = torch.cat(
+            ((column * a.square()).sum(0)[None], (column * b.square()).sum(0)[None], (column * a).T @ b)
+        )  # (2 + E, E)
+        moments = _SumOverRanks.apply(moments, group, factor) / total_weight  # type: ignore[no-untyped-call]
         deviation_a, deviation_b = moments[:2].clamp_min(_SMALLEST_VARIANCE).sqrt()
         correlation = moments[2:] / (deviation_a[:, None] * deviation_b)
         diagonal = correlation.diagonal()

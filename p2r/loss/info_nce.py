@@ -6,27 +6,32 @@ Each embedding must find its partner among all candidates by cosine similarity s
     nt_xent     candidates are all 2N embeddings but itself (SimCLR's form, which Pix2Rep uses)
 
 The loss of one anchor is written over its negatives only, `softplus(lse_j(k s_ij) - k s_positive)`: as training
-converges, the usual `lse - k s_positive` loses all its digits, and its gradient with them.
+converges, the usual `lse - k s_positive` loses all its digits, and its gradient with them. The decoupled variant, with
+the positive left out of the denominator, is the same without the softplus.
 
-Similarities are computed tile by tile and never stored; the backward pass computes them again. Both forms share one
-gradient, for s is symmetric between anchors and candidates:
+Similarities are computed tile by tile and never stored; the backward pass computes them again:
 
-    d loss / d z_i = k / 2N * ( sum over negatives j of (exp(k s_ij - l_i) + exp(k s_ij - l_j)) z_j
-                                - (sigmoid(x_i) + sigmoid(x_partner)) z_partner )
+    d loss / d z_i = k / (2 sum w) * ( sum over negatives j of (w_i exp(k s_ij - l_i) + w_j exp(k s_ij - l_j)) z_j
+                                       - w_i (sigmoid(x_i) + sigmoid(x_partner)) z_partner )
 
-with x_i the softplus's argument, and l_i = k s_positive + softplus(x_i) the log-sum-exp over all candidates of i.
+with x_i the softplus's argument, l_i = k s_positive + softplus(x_i) the log-sum-exp over all candidates of i, and w the
+pairs' weights. The loss depends on k only through k s, so its derivative is a dot product of rows and their gradients.
 
-Ranks gather embeddings and log-sums in the forward pass; each then has all it needs for its own rows' gradient, and
+Ranks exchange embeddings and log-sums in the forward pass; each then has all it needs for its own rows' gradient, and
 the backward pass does not communicate. Tiles follow a rank's own rows: where their number is a multiple of the tile,
-every rank does the same arithmetic as one process would.
+every rank does the same arithmetic as one process would. A ring of ranks does the same with the rows of one other rank
+at a time, for when those of all do not fit; it passes them around once more in the backward pass.
 
-Source: van den Oord et al. 2018, arXiv:1807.03748; Chen et al. 2020 (SimCLR), eq. 1, arXiv:2002.05709.
+Source: van den Oord et al. 2018, arXiv:1807.03748; Chen et al. 2020 (SimCLR), eq. 1, arXiv:2002.05709; Yeh et al. 2022
+(decoupled), arXiv:2110.06848.
 
-Shape letters: N pixel pairs of all ranks, n of this rank, E embedding channels, M candidates (N or 2N).
+Shape letters: N pixel pairs of all ranks, n of this rank, E embedding channels, D spatial dimensions.
 """
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -35,150 +40,438 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from p2r.loss.ranks import GradientScale, all_gather_rows, check_equal_rows, own_gradient_factor, rank_and_size
-
-_TILE = 512
-"""Rows of a tile; 512 x 1024 float32 stay in a core's cache."""
+from p2r.loss import tiles
+from p2r.loss.ranks import (
+    GradientScale,
+    agree,
+    all_gather_rows,
+    circulate,
+    own_columns,
+    own_gradient_factor,
+    rank_and_size,
+    refuse_pair,
+    refuse_values,
+    refuse_weights,
+)
+from p2r.loss.tiles import Rows, Scale, static_shift
 
 Form = Literal["cross_view", "nt_xent"]
+Exchange = Literal["all_gather", "ring"]
+
+
+@dataclass(frozen=True)
+class SameImage:
+    """Pixels of one image that are no negatives of one another, for they show nearly the same."""
+
+    image: Tensor
+    """(n,) integers: which image each pixel pair comes from, unique among all ranks."""
+    position_mm: Tensor | None = None
+    """(n, D) where each pixel pair lies in its image, mm. None: all pixels of an image are excluded."""
+    radius_mm: float = math.inf
+    """Pixels at most this far apart are excluded."""
 
 
 def info_nce(
     queries: Tensor,
     keys: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     form: Form = "cross_view",
+    decoupled: bool = False,
+    weights: Tensor | None = None,
+    exclude: SameImage | None = None,
+    exchange: Exchange = "all_gather",
     group: ProcessGroup | None = None,
     gradient_scale: GradientScale = "mean",
 ) -> Tensor:
     """Contrast every pixel pair with all others.
 
+    Products are taken in the dtype of the embeddings on CUDA (bfloat16 runs at full speed there) and in float32 or
+    better elsewhere; sums are in float32, in float64 for float64 embeddings. Autocast does not reach inside.
+
     Args:
-        queries: (n, E) embeddings of pixels in view a; any length, normalised inside, in float32 or better.
+        queries: (n, E) embeddings of pixels in view a; any length, normalised inside.
         keys: (n, E) embeddings of the same places in view b.
-        temperature: Width of the softmax over cosine similarities, > 0.
+        temperature: Width of the softmax over cosine similarities, > 0. A tensor of one element is learnt.
         form: Which candidates an anchor has, see the module.
-        group: Ranks whose pairs are contrasted together.
+        decoupled: Leave the positive out of the denominator.
+        weights: (n,) of each pair in the mean, >= 0. A pair of weight 0 takes no part, not even as a negative.
+        exclude: Which negatives are left out. A pair that keeps none costs nothing.
+        exchange: Hold the rows of all ranks at once, or those of one other rank at a time.
+        group: Ranks whose pairs are contrasted together; they may hold different numbers of them.
         gradient_scale: What the caller's reducer does with the ranks' gradients.
 
     Returns:
         Scalar, nats: the loss of all ranks' pairs together, the same on every rank.
 
     Raises:
-        ValueError: Shapes differ, between queries and keys or between ranks, or temperature is not positive and finite.
+        ValueError: On every rank, if an argument on any rank breaks a rule, or fewer than two pairs are left.
+        EmbeddingError: On every rank, if embeddings on any are not finite or rows of zeros.
     """
-    if queries.ndim != 2 or queries.shape != keys.shape or len(queries) == 0:
-        raise ValueError(f"want queries and keys (N, E) with N > 0, got {tuple(queries.shape)} and {tuple(keys.shape)}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if form not in ("cross_view", "nt_xent"):
-        raise ValueError(f"form must be 'cross_view' or 'nt_xent', got {form!r}")
     factor = own_gradient_factor(gradient_scale, group)
-    check_equal_rows(queries, group)
-    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
-    queries, keys = F.normalize(queries.to(dtype), dim=1), F.normalize(keys.to(dtype), dim=1)
-    loss: Tensor = _InfoNCE.apply(queries, keys, 1 / temperature, form, group, factor)  # type: ignore[no-untyped-call]
+    problem: ValueError | None = None
+    try:
+        _refuse_arguments(queries, keys, temperature, form, weights, exclude, exchange)
+        if weights is not None:
+            queries, keys, weights, exclude = _of_positive_weight(queries, keys, weights, exclude)
+        refuse_values(queries=queries, keys=keys)
+    except ValueError as error:
+        problem = error
+    equal = {} if problem else _equal_on_all_ranks(queries, temperature, form, decoupled, exclude, exchange)
+    counts = agree(problem, len(queries) if queries.ndim else 0, equal, device=queries.device, group=group)
+    if sum(counts) < 2:
+        raise ValueError(f"want at least 2 pixel pairs of positive weight over all ranks, got {sum(counts)}")
+
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    contrast = _Contrast(
+        form, decoupled, exchange, group, counts, factor, _product_dtype(queries), 1 / _number(temperature), exclude
+    )
+    if weights is None:
+        weights = torch.ones(len(queries), dtype=dtype, device=queries.device)
+    with torch.autocast(queries.device.type, enabled=False):
+        loss: Tensor = _InfoNCE.apply(  # type: ignore[no-untyped-call]
+            _unit(queries.to(dtype)),
+            _unit(keys.to(dtype)),
+            temperature if isinstance(temperature, Tensor) else None,
+            weights.to(dtype),
+            contrast,
+        )
     return loss
 
 
+@dataclass(frozen=True)
+class _Contrast:
+    """What does not change between the two passes of one call."""
+
+    form: Form
+    decoupled: bool
+    exchange: Exchange
+    group: ProcessGroup | None
+    counts: list[int]
+    factor: float
+    product_dtype: torch.dtype
+    k: float
+    exclude: SameImage | None
+
+    @property
+    def num_pairs(self) -> int:
+        return sum(self.counts)
+
+    def first(self, rank: int) -> int:
+        """Return the number of a rank's first pair among all."""
+        return sum(self.counts[:rank])
+
+    @property
+    def own_first(self) -> int:
+        return self.first(rank_and_size(self.group)[0])
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.product_dtype, torch.float32)
+
+    @property
+    def metadata(self) -> tuple[Tensor | None, Tensor | None]:
+        """What tiles need of `exclude`: images, and positions if a radius is asked for."""
+        if self.exclude is None:
+            return None, None
+        return self.exclude.image, self.exclude.position_mm if math.isfinite(self.exclude.radius_mm) else None
+
+    @property
+    def scale(self) -> Scale | None:
+        """None: no static shift serves, rows need a maximum each."""
+        candidates = self.num_pairs * (2 if self.form == "nt_xent" else 1)
+        shift = static_shift(self.k, candidates, self.product_dtype)
+        return None if shift is None else Scale(self.k, self.radius_mm, shift)
+
+    @property
+    def radius_mm(self) -> float:
+        return math.inf if self.exclude is None else self.exclude.radius_mm
+
+    @property
+    def by_rows(self) -> bool:
+        """Each direction on its own: rows of others come one rank at a time, or need a maximum each."""
+        return self.exchange == "ring" or self.scale is None
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pixel pairs of this rank, of another, or of all."""
+
+    queries: Tensor
+    """(m, E) unit rows."""
+    keys: Tensor
+    """(m, E)."""
+    image: Tensor | None
+    """(m,)."""
+    position_mm: Tensor | None
+    """(m, D)."""
+    softmax: Tensor | None = None
+    """(m, 2) weights of a query's and a key's entries in the gradient; not there before the backward pass."""
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.queries, self.keys, self.image, self.position_mm, self.softmax
+
+    def towers(self, first: int) -> tuple[Rows, Rows]:
+        """Return queries and keys, numbered from `first`."""
+        of_queries, of_keys = (None, None) if self.softmax is None else self.softmax.T.contiguous()
+        return (
+            Rows(self.queries, first, self.image, self.position_mm, of_queries),
+            Rows(self.keys, first, self.image, self.position_mm, of_keys),
+        )
+
+
 class _InfoNCE(torch.autograd.Function):
-    """Unit rows of this rank -> the loss of all ranks; backward gives this rank's rows' gradient times `factor`."""
+    """Unit rows of this rank -> the loss of all ranks; backward gives this rank's rows' gradient times the factor."""
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, k: float, form: Form, group: ProcessGroup | None, factor: float
+        ctx: Any, queries: Tensor, keys: Tensor, temperature: Tensor | None, weights: Tensor, contrast: _Contrast
     ) -> Tensor:
-        with torch.autocast(queries.device.type, enabled=False):
-            first_row = rank_and_size(group)[0] * len(queries)
-            all_queries, all_keys = all_gather_rows(queries, group), all_gather_rows(keys, group)
-            num_pairs = len(all_queries)
-            if form == "cross_view":
-                query_candidates, key_candidates = all_keys, all_queries
-                excluded: tuple[int, ...] = (first_row,)  # the partner
-            else:
-                query_candidates = key_candidates = torch.cat((all_queries, all_keys))
-                excluded = (first_row, first_row + num_pairs)  # itself and the partner, in either order
-            positive = k * (queries * keys).sum(1)
-            x_queries = _log_sum(queries, query_candidates, k, excluded) - positive
-            x_keys = _log_sum(keys, key_candidates, k, excluded) - positive
-            losses = torch.stack((_softplus(x_queries), _softplus(x_keys)), 1)  # (n, 2)
-            log_sums = positive[:, None] + losses
-            all_losses, all_log_sums = all_gather_rows(losses, group), all_gather_rows(log_sums, group)
-            if form == "cross_view":
-                query_log_sums, key_log_sums = all_log_sums[:, 1], all_log_sums[:, 0]
-            else:
-                query_log_sums = key_log_sums = all_log_sums.T.flatten()
-        pull_of_partner = torch.sigmoid(x_queries) + torch.sigmoid(x_keys)
+        own = _Pairs(queries.to(contrast.product_dtype), keys.to(contrast.product_dtype), *contrast.metadata)
+        everyone = None if contrast.exchange == "ring" else _all_gather(own, contrast)
+        positive = contrast.k * (own.queries.to(queries.dtype) * own.keys.to(queries.dtype)).sum(1)
+        log_sums = (_log_sums_by_rows if contrast.by_rows else _log_sums)(own, everyone, contrast)
+        x = torch.stack(log_sums, 1) - positive[:, None]  # (n, 2)
+        losses = x if contrast.decoupled else _softplus(x)
+        weighted = torch.cat((losses * weights[:, None], weights[:, None]), 1)
+        of_all = all_gather_rows(weighted, contrast.counts, contrast.group)
+        if contrast.decoupled and (alone := int(torch.isinf(of_all).any(1).sum())):
+            raise ValueError(
+                f"the decoupled loss needs a negative for every pixel pair, {alone} of {contrast.num_pairs} have none: "
+                "exclude fewer, or draw pairs from more images"
+            )
+        total_queries, total_keys, total_weight = of_all.sum(0)
+        log_norms = positive[:, None] + losses
+        if contrast.scale is None:
+            softmax = log_norms - weights.log()[:, None]
+        else:
+            softmax = weights[:, None] * torch.exp(contrast.scale.shift - log_norms)
+        own = replace(own, softmax=softmax)
+        if everyone is not None:
+            everyone = replace(everyone, softmax=all_gather_rows(softmax, contrast.counts, contrast.group))
+        pull = weights * (2.0 if contrast.decoupled else torch.sigmoid(x).sum(1))
+        ctx.contrast, ctx.gathered = contrast, everyone is not None
         ctx.save_for_backward(
-            queries, keys, query_candidates, key_candidates, log_sums, query_log_sums, key_log_sums, pull_of_partner
+            pull, total_weight, temperature, *own.tensors(), *(() if everyone is None else everyone.tensors())
         )
-        ctx.k, ctx.excluded, ctx.scale = k, excluded, factor * k / (2 * num_pairs)
-        return all_losses.mean()
+        loss: Tensor = (total_queries + total_keys) / (2 * total_weight)
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, query_candidates, key_candidates, log_sums, query_log_sums, key_log_sums, partner = (
-            ctx.saved_tensors
-        )
-        with torch.autocast(queries.device.type, enabled=False):
-            of_queries = _push(queries, log_sums[:, 0], query_candidates, query_log_sums, ctx.k, ctx.excluded)
-            of_keys = _push(keys, log_sums[:, 1], key_candidates, key_log_sums, ctx.k, ctx.excluded)
-            of_queries.addcmul_(partner[:, None], keys, value=-1)
-            of_keys.addcmul_(partner[:, None], queries, value=-1)
-        scale = gradient * ctx.scale
-        return of_queries.mul_(scale), of_keys.mul_(scale), None, None, None, None
+        contrast: _Contrast = ctx.contrast
+        pull, total_weight, temperature, *tensors = ctx.saved_tensors
+        own, everyone = _Pairs(*tensors[:5]), _Pairs(*tensors[5:]) if ctx.gathered else None
+        of_queries, of_keys = (_push_by_rows if contrast.by_rows else _push)(own, everyone, contrast)
+        of_queries.addcmul_(pull[:, None], own.keys.to(pull.dtype), value=-1)
+        of_keys.addcmul_(pull[:, None], own.queries.to(pull.dtype), value=-1)
+        scale = gradient * contrast.factor * contrast.k / (2 * total_weight)
+        of_queries *= scale
+        of_keys *= scale
+        of_temperature = None
+        if temperature is not None:
+            dots = (own.queries * of_queries).sum() + (own.keys * of_keys).sum()
+            of_temperature = (-contrast.k / 2 * dots).to(temperature.dtype).reshape(temperature.shape)
+        return of_queries, of_keys, of_temperature, None, None
 
 
-def _log_sum(anchors: Tensor, candidates: Tensor, k: float, excluded: tuple[int, ...]) -> Tensor:
-    """Log-sum-exp of each anchor's logits over its negatives: (n, E), (M, E) -> (n,); -inf where it has none."""
-    result = torch.empty_like(anchors[:, 0])
-    for rows in _blocks(len(anchors), _TILE):
-        parts = [
-            _logits(anchors, candidates, k, excluded, rows, columns).logsumexp(1)
-            for columns in _blocks(len(candidates), 2 * _TILE)
-        ]
-        result[rows] = torch.stack(parts).logsumexp(0)
-    return result
+def _log_sums(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of each own row's logits over its negatives, (n,) twice; one product serves both directions."""
+    assert everyone is not None and contrast.scale is not None
+    (queries, keys), (all_queries, all_keys) = own.towers(contrast.own_first), everyone.towers(0)
+    scale, sums = contrast.scale, _backend(own.queries).sums
+    of_queries, of_columns = sums(queries, all_keys, scale, of_columns=True)
+    of_keys = own_columns(of_columns, contrast.counts, contrast.group)
+    if contrast.form == "nt_xent":
+        of_queries += sums(queries, all_queries, scale, of_columns=False)[0]
+        of_keys += sums(keys, all_keys, scale, of_columns=False)[0]
+    return of_queries.log() + scale.shift, of_keys.log() + scale.shift
 
 
-def _push(
-    anchors: Tensor,
-    log_sums: Tensor,
-    candidates: Tensor,
-    candidate_log_sums: Tensor,
-    k: float,
-    excluded: tuple[int, ...],
-) -> Tensor:
-    """Sum each anchor's negatives, weighted by their share in its own softmax and its share in theirs: -> (n, E)."""
-    result = torch.zeros_like(anchors)
-    for rows in _blocks(len(anchors), _TILE):
-        for columns in _blocks(len(candidates), 2 * _TILE):
-            logits = _logits(anchors, candidates, k, excluded, rows, columns)
-            weight = (logits - log_sums[rows, None]).exp_()
-            weight += logits.sub_(candidate_log_sums[columns]).exp_()
-            result[rows].addmm_(weight, candidates[columns])
-    return result
+def _log_sums_by_rows(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tuple[Tensor, Tensor]:
+    """Do the same for each direction on its own, with others' rows as they come."""
+    queries, keys = own.towers(contrast.own_first)
+    of_queries, of_keys = (torch.full_like(own.queries[:, 0], -math.inf, dtype=contrast.sum_dtype) for _ in range(2))
+    for other_queries, other_keys in _others(own, everyone, contrast):
+        for total, anchors, candidates in _directions(
+            (of_queries, queries), (of_keys, keys), other_queries, other_keys, contrast.form
+        ):
+            if contrast.scale is None:
+                log_sums = tiles.online_log_sums(anchors, candidates, contrast.k, contrast.radius_mm)
+            else:
+                sums, _ = _backend(own.queries).sums(anchors, candidates, contrast.scale, of_columns=False)
+                log_sums = sums.log() + contrast.scale.shift
+            torch.logaddexp(total, log_sums, out=total)
+    return of_queries, of_keys
 
 
-def _logits(
-    anchors: Tensor, candidates: Tensor, k: float, excluded: tuple[int, ...], rows: slice, columns: slice
-) -> Tensor:
-    """One tile of k s_ij, -inf where candidate j is anchor i plus one of the `excluded` offsets."""
-    tile = (k * anchors[rows]) @ candidates[columns].T
-    height, width = tile.shape
-    for offset in excluded:
-        diagonal = rows.start + offset - columns.start
-        if -height < diagonal < width:
-            tile.diagonal(diagonal).fill_(-math.inf)
-    return tile
+def _push(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tuple[Tensor, Tensor]:
+    """Sum each own row's negatives, weighted by their share in its own softmax and its share in theirs: (n, E) twice."""
+    assert everyone is not None and contrast.scale is not None
+    (queries, keys), (all_queries, all_keys) = own.towers(contrast.own_first), everyone.towers(0)
+    scale, push = contrast.scale, _backend(own.queries).push
+    if len(contrast.counts) == 1:
+        of_queries, of_keys = push(queries, keys, scale, to_candidates=True)
+    else:
+        of_queries, _ = push(queries, all_keys, scale)
+        # Queries stay the rows of a tile, as in one process.
+        _, of_keys = push(all_queries, keys, scale, to_anchors=False, to_candidates=True)
+    if contrast.form == "nt_xent":
+        of_queries += push(queries, all_queries, scale)[0]
+        of_keys += push(keys, all_keys, scale)[0]
+    return of_queries, of_keys
 
 
-def _blocks(length: int, block: int) -> Iterator[slice]:
-    return (slice(start, min(start + block, length)) for start in range(0, length, block))
+def _push_by_rows(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tuple[Tensor, Tensor]:
+    """Do the same for each direction on its own, with others' rows as they come."""
+    queries, keys = own.towers(contrast.own_first)
+    of_queries, of_keys = (torch.zeros_like(own.queries, dtype=contrast.sum_dtype) for _ in range(2))
+    for other_queries, other_keys in _others(own, everyone, contrast):
+        for total, anchors, candidates in _directions(
+            (of_queries, queries), (of_keys, keys), other_queries, other_keys, contrast.form
+        ):
+            if contrast.scale is None:
+                total += tiles.online_push(anchors, candidates, contrast.k, contrast.radius_mm)
+            else:
+                total += _backend(own.queries).push(anchors, candidates, contrast.scale)[0]
+    return of_queries, of_keys
+
+
+def _directions(
+    queries: tuple[Tensor, Rows], keys: tuple[Tensor, Rows], other_queries: Rows, other_keys: Rows, form: Form
+) -> Iterator[tuple[Tensor, Rows, Rows]]:
+    """Yield a result, the anchors that it belongs to, and candidates of theirs."""
+    yield *queries, other_keys
+    yield *keys, other_queries
+    if form == "nt_xent":
+        yield *queries, other_queries
+        yield *keys, other_keys
+
+
+def _others(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> Iterator[tuple[Rows, Rows]]:
+    """Yield queries and keys of all ranks, at once or, around the ring, one rank after another."""
+    if everyone is not None:
+        yield everyone.towers(0)
+        return
+    sent = [tensor for tensor in own.tensors() if tensor is not None]
+    for rank, tensors in circulate(sent, contrast.counts, contrast.group):
+        arrived = iter(tensors)
+        pairs = _Pairs(*(None if tensor is None else next(arrived) for tensor in own.tensors()))  # type: ignore[arg-type]
+        yield pairs.towers(contrast.first(rank))
+
+
+def _all_gather(own: _Pairs, contrast: _Contrast) -> _Pairs:
+    return _Pairs(
+        *(
+            None if tensor is None else all_gather_rows(tensor, contrast.counts, contrast.group)
+            for tensor in own.tensors()
+        )  # type: ignore[arg-type]
+    )
+
+
+def _backend(rows: Tensor) -> Any:
+    """Return the module whose `sums` and `push` take these rows: Triton's kernels where they run, torch's tiles elsewhere."""
+    if rows.device.type == "cuda" and find_spec("triton") is not None:
+        from p2r.loss import kernels
+
+        if kernels.fit(rows):
+            return kernels
+    return tiles
+
+
+def _product_dtype(rows: Tensor) -> torch.dtype:
+    """Return the dtype in which rows are multiplied."""
+    return torch.promote_types(rows.dtype, torch.float32) if _backend(rows) is tiles else rows.dtype
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Normalise rows of any length: squares of very long or short ones would leave the dtype's range."""
+    longest = rows.detach().abs().amax(1, keepdim=True) if len(rows) else 1
+    unit: Tensor = F.normalize(rows / longest, dim=1)
+    return unit
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 
 def _softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)) without the threshold of F.softplus, which costs float64 half its digits."""
     return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def _of_positive_weight(
+    queries: Tensor, keys: Tensor, weights: Tensor, exclude: SameImage | None
+) -> tuple[Tensor, Tensor, Tensor, SameImage | None]:
+    kept = weights > 0
+    if kept.all():
+        return queries, keys, weights, exclude
+    if exclude is not None:
+        position_mm = None if exclude.position_mm is None else exclude.position_mm[kept]
+        exclude = SameImage(exclude.image[kept], position_mm, exclude.radius_mm)
+    return queries[kept], keys[kept], weights[kept], exclude
+
+
+def _equal_on_all_ranks(
+    queries: Tensor,
+    temperature: float | Tensor,
+    form: Form,
+    decoupled: bool,
+    exclude: SameImage | None,
+    exchange: Exchange,
+) -> dict[str, float]:
+    return {
+        "the number of embedding channels": float(queries.shape[1]),
+        "bytes per number of the embeddings": float(queries.element_size()),
+        "temperature": _number(temperature),
+        "form (1: nt_xent)": float(form == "nt_xent"),
+        "decoupled": float(decoupled),
+        "exchange (1: ring)": float(exchange == "ring"),
+        "spatial dimensions of exclude (0: none)": 0.0
+        if exclude is None
+        else float(1 if exclude.position_mm is None else 1 + exclude.position_mm.shape[1]),
+        "exclude.radius_mm": 0.0 if exclude is None else exclude.radius_mm,
+    }
+
+
+def _refuse_arguments(
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    form: str,
+    weights: Tensor | None,
+    exclude: SameImage | None,
+    exchange: str,
+) -> None:
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
+    if not (math.isfinite(_number(temperature)) and _number(temperature) > 0):
+        raise ValueError(f"temperature must be positive and finite, got {_number(temperature)}")
+    if form not in ("cross_view", "nt_xent"):
+        raise ValueError(f"form must be 'cross_view' or 'nt_xent', got {form!r}")
+    if exchange not in ("all_gather", "ring"):
+        raise ValueError(f"exchange must be 'all_gather' or 'ring', got {exchange!r}")
+    refuse_pair(queries=queries, keys=keys)
+    num, device = len(queries), queries.device
+    if weights is not None:
+        refuse_weights(weights, queries)
+    if exclude is None:
+        return
+    image, position_mm = exclude.image, exclude.position_mm
+    if image.shape != (num,) or image.dtype.is_floating_point or image.device != device:
+        raise ValueError(
+            f"want exclude.image ({num},) of integers on {device}, got {tuple(image.shape)} of {image.dtype} on {image.device}"
+        )
+    if not exclude.radius_mm > 0:
+        raise ValueError(f"exclude.radius_mm must be positive, got {exclude.radius_mm}")
+    if position_mm is None:
+        if math.isfinite(exclude.radius_mm):
+            raise ValueError("exclude.position_mm is needed for a radius")
+        return
+    if position_mm.ndim != 2 or len(position_mm) != num or position_mm.device != device:
+        raise ValueError(
+            f"want exclude.position_mm ({num}, D) on {device}, got {tuple(position_mm.shape)} on {position_mm.device}"
+        )
+    if not torch.isfinite(position_mm).all():
+        raise ValueError("exclude.position_mm must be finite")

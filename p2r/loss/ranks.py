@@ -1,8 +1,11 @@
 """What a loss over all ranks' rows needs of the other ranks.
 
 `group=None` means the default process group where torch.distributed is initialised, and one process elsewhere.
+
+Nothing here is differentiable: every loss knows its own rows' part of the gradient.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -10,8 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from p2r.errors import EmbeddingError
+
 GradientScale = Literal["mean", "sum"]
 """How the reducer of gradients over ranks works: DDP and ZeRO average (`mean`), a plain all-reduce adds (`sum`)."""
+
+_LONGEST_MESSAGE = 400
+_MOST_NUMBERS = 16
 
 
 def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
@@ -28,28 +36,192 @@ def own_gradient_factor(gradient_scale: GradientScale, group: ProcessGroup | Non
     return float(rank_and_size(group)[1]) if gradient_scale == "mean" else 1.0
 
 
-def check_equal_rows(rows: Tensor, group: ProcessGroup | None) -> None:
-    """Raise ValueError on every rank unless all ranks hold tensors of one shape (gathering others would be garbage)."""
+def agree(
+    problem: ValueError | None,
+    num_rows: int,
+    equal: Mapping[str, float],
+    *,
+    device: torch.device,
+    group: ProcessGroup | None,
+) -> list[int]:
+    """Tell all ranks how many rows each has, or raise on all of them what is wrong on any.
+
+    A rank that raised alone would leave the others waiting for it. This is why every check of a loss comes before its
+    first exchange, and its finding comes here.
+
+    Args:
+        problem: What is wrong with this rank's arguments; None if nothing is.
+        num_rows: This rank's number of rows.
+        equal: Numbers that must be the same on every rank, by name; of no matter where there is a problem.
+        device: One that the group can send from.
+        group: The ranks.
+
+    Returns:
+        Number of rows by rank.
+
+    Raises:
+        ValueError: On every rank, with the problem of the first rank that has one, or the number that differs.
+    """
     if rank_and_size(group)[1] == 1:
-        return
-    shapes = all_gather_rows(torch.tensor([rows.shape], device=rows.device), group).tolist()
-    if any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"every rank must give equally many rows of one length, got shapes {shapes} by rank")
+        if problem is not None:
+            raise problem
+        return [num_rows]
+    kind = 0 if problem is None else 2 if isinstance(problem, EmbeddingError) else 1
+    values = [*equal.values()][:_MOST_NUMBERS]
+    own = torch.tensor([kind, num_rows, *values, *[0] * (_MOST_NUMBERS - len(values))], dtype=torch.float64)
+    facts = torch.stack(_gather_equal(own.to(device), group)).tolist()
+    if any(row[0] for row in facts):
+        text = str(problem or "").encode()[:_LONGEST_MESSAGE].ljust(_LONGEST_MESSAGE, b"\0")
+        texts = _gather_equal(torch.tensor(list(text), dtype=torch.uint8, device=device), group)
+        rank = next(rank for rank, row in enumerate(facts) if row[0])
+        message = f"rank {rank}: {bytes(texts[rank].tolist()).rstrip(bytes(1)).decode(errors='replace')}"
+        raise EmbeddingError(message) if facts[rank][0] == 2 else ValueError(message)
+    for column, name in enumerate(equal, start=2):
+        by_rank = [row[column] for row in facts]
+        if any(value != by_rank[0] for value in by_rank):
+            raise ValueError(f"{name} must be the same on every rank, got by rank {by_rank}")
+    return [int(row[1]) for row in facts]
 
 
-def all_gather_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Concatenate all ranks' rows in the order of ranks. Not differentiable: the caller knows its own part."""
-    _, size = rank_and_size(group)
-    if size == 1:
+def refuse_pair(**towers: Tensor) -> None:
+    """Raise ValueError unless both embeddings are (n, E) of one floating dtype on one device."""
+    (one_name, one), (other_name, other) = towers.items()
+    both = f"{one_name} and {other_name}"
+    if one.ndim != 2 or one.shape != other.shape:
+        raise ValueError(f"want {both} of one shape (n, E), got {tuple(one.shape)} and {tuple(other.shape)}")
+    if one.dtype != other.dtype or not one.dtype.is_floating_point:
+        raise ValueError(f"want {both} of one floating dtype, got {one.dtype} and {other.dtype}")
+    if one.device != other.device:
+        raise ValueError(f"want {both} on one device, got {one.device} and {other.device}")
+
+
+def refuse_weights(weights: Tensor, rows: Tensor) -> None:
+    """Raise ValueError unless there is one finite weight, not negative, for each of `rows`, on its device."""
+    if weights.shape != (len(rows),) or weights.device != rows.device:
+        raise ValueError(
+            f"want weights ({len(rows)},) on {rows.device}, got {tuple(weights.shape)} on {weights.device}"
+        )
+    if not (torch.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError("weights must be finite and not negative")
+
+
+def refuse_values(*, zeros: bool = False, **towers: Tensor) -> None:
+    """Raise EmbeddingError for embeddings that are not finite or, unless `zeros`, have no direction.
+
+    The device is waited for once.
+    """
+    found = [
+        count
+        for rows in (tower.detach() for tower in towers.values())
+        for count in ((~torch.isfinite(rows)).any(1).sum(), (rows == 0).all(1).sum())
+    ]
+    counts = iter(torch.stack(found).tolist())
+    for name, rows in towers.items():
+        infinite, zero = next(counts), next(counts)
+        if infinite:
+            raise EmbeddingError(f"{name}: {infinite} of {len(rows)} embeddings are not finite")
+        if zero and not zeros:
+            raise EmbeddingError(f"{name}: {zero} of {len(rows)} embeddings are all zeros, and have no direction")
+
+
+def all_gather_rows(rows: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
+    """Concatenate all ranks' rows in the order of ranks.
+
+    Args:
+        rows: (n, ...).
+        counts: n of each rank.
+        group: The ranks.
+    """
+    if len(counts) == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(size)]
-    dist.all_gather(parts, rows.contiguous(), group=group)
-    return torch.cat(parts)
+    longest = max(counts)
+    padded = rows if len(rows) == longest else torch.cat((rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])))
+    parts = _gather_equal(padded, group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def own_columns(partial_sums: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
+    """Add up what all ranks have for this rank's columns, always in the same order.
+
+    Args:
+        partial_sums: (P, N) this rank's; P may differ between ranks.
+        counts: Columns of each rank, N together.
+        group: The ranks.
+
+    Returns:
+        (n,) for n columns of this rank.
+    """
+    rank, size = rank_and_size(group)
+    received = [partial_sums]
+    if size > 1:
+        panels = [int(value) for value in _gather_equal(partial_sums.new_tensor(len(partial_sums)).long(), group)]
+        sent = [part.contiguous() for part in torch.split(partial_sums, list(counts), dim=1)]
+        received = [partial_sums.new_empty(num_panels, counts[rank]) for num_panels in panels]
+        flat = partial_sums.new_empty(sum(part.numel() for part in received))
+        dist.all_to_all_single(
+            flat,
+            torch.cat([part.flatten() for part in sent]),
+            [part.numel() for part in received],
+            [part.numel() for part in sent],
+            group=group,
+        )
+        sizes = [part.numel() for part in received]
+        received = [
+            part.view(num_panels, counts[rank])
+            for part, num_panels in zip(torch.split(flat, sizes), panels, strict=True)
+        ]
+    total = partial_sums.new_zeros(counts[rank])
+    for part in received:
+        for panel in part:
+            total += panel
+    return total
+
+
+def circulate(
+    own: Sequence[Tensor], counts: Sequence[int], group: ProcessGroup | None
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield every rank's tensors in turn, own first, while each is passed on around the ring.
+
+    A rank holds its own and at most two others' at a time: one to work on, one arriving.
+
+    Args:
+        own: Tensors (n, ...) of this rank.
+        counts: n of each rank.
+        group: The ranks.
+
+    Yields:
+        The rank that they come from, and the tensors.
+    """
+    rank, size = rank_and_size(group)
+    here = [tensor.contiguous() for tensor in own]
+    for turn in range(size):
+        source = (rank - turn) % size
+        arriving: list[Tensor] = []
+        requests = []
+        if turn < size - 1:
+            coming = counts[(source - 1) % size]
+            arriving = [tensor.new_empty(coming, *tensor.shape[1:]) for tensor in here]
+            to, come_from = ((rank + 1) % size, (rank - 1) % size)
+            if group is not None:
+                to, come_from = dist.get_global_rank(group, to), dist.get_global_rank(group, come_from)
+            transfers = [dist.P2POp(dist.isend, tensor, to, group) for tensor in here if tensor.numel()]
+            transfers += [dist.P2POp(dist.irecv, tensor, come_from, group) for tensor in arriving if tensor.numel()]
+            requests = dist.batch_isend_irecv(transfers) if transfers else []
+        yield source, here
+        for request in requests:
+            request.wait()
+        here = arriving
 
 
 def all_reduce_sum(value: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Add up all ranks' tensors into a new one. Not differentiable."""
+    """Add up all ranks' tensors into a new one."""
     total = value.clone()
     if rank_and_size(group)[1] > 1:
         dist.all_reduce(total, group=group)
     return total
+
+
+def _gather_equal(value: Tensor, group: ProcessGroup | None) -> list[Tensor]:
+    parts = [torch.empty_like(value) for _ in range(rank_and_size(group)[1])]
+    dist.all_gather(parts, value.contiguous(), group=group)
+    return parts

@@ -7,6 +7,11 @@ and only those are projected.
 Letters: B images, C contrasts, H W rows and columns, F feature channels, n points per image, E embedding channels.
 """
 
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -21,10 +26,14 @@ class Pix2Rep(nn.Module):
     Args:
         config: Both networks.
         in_channels: C.
+        learnt_temperature: Where the loss's temperature starts, if it is learnt; None if it is not.
     """
 
-    def __init__(self, config: ModelConfig, *, in_channels: int = 1) -> None:
+    def __init__(self, config: ModelConfig, *, in_channels: int = 1, learnt_temperature: float | None = None) -> None:
         super().__init__()
+        self.log_temperature: nn.Parameter | None = None
+        if learnt_temperature is not None:
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(learnt_temperature)]))
         self.backbone = build_backbone(config, in_channels=in_channels)
         self.head = ProjectionHead(config.feature_channels, config.head_channels, config.embedding_channels)
 
@@ -35,23 +44,24 @@ class Pix2Rep(nn.Module):
             view_a: (B, C, H, W).
             view_b: (B, C, H, W).
             points_a: (B, n, 2) row and column in view a, pixels; fractions are interpolated.
-            points_b: (B, n, 2) where the same anatomy lies in view b.
+            points_b: (B, n, 2) where the same anatomy lies in view b: whole pixels.
 
         Returns:
             Queries, from a, and keys, from b: (B * n, E) each; row i of both is the same anatomy.
         """
         features = self.backbone(torch.cat([view_a, view_b]))  # (2B, F, H, W)
-        at_points = read_at(features, torch.cat([points_a, points_b]))  # (2B, n, F)
+        features_a, features_b = features.chunk(2)
+        at_points = torch.cat([read_at(features_a, points_a), read_pixels(features_b, points_b)])  # (2B, n, F)
         queries, keys = self.head(at_points).flatten(0, 1).chunk(2)  # (B * n, E) each
         return queries, keys
 
 
 def read_at(features: Tensor, points: Tensor) -> Tensor:
-    """Read maps at points, by bilinear interpolation in fp32 (float64 stays); exact where a point is a pixel.
+    """Read maps at points, by linear interpolation along each axis in fp32 (float64 stays); exact where a point is a pixel.
 
     Args:
-        features: (B, F, H, W).
-        points: (B, n, 2) row and column, pixels, within [0, H - 1] and [0, W - 1]; beyond, the border's value is read.
+        features: (B, F, *S), S of D dimensions.
+        points: (B, n, D) pixels along each axis, within [0, S - 1]; beyond, the border's value is read.
 
     Returns:
         (B, n, F).
@@ -59,23 +69,65 @@ def read_at(features: Tensor, points: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes do not fit each other.
     """
-    if features.ndim != 4 or points.ndim != 3 or points.shape[-1] != 2 or len(points) != len(features):
-        raise ValueError(f"expected (B, F, H, W) and (B, n, 2), got {tuple(features.shape)} and {tuple(points.shape)}")
+    size = _check_points(features, points)
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    height, width = features.shape[-2:]
-    row = points[..., 0].to(dtype).clamp(0, height - 1)
-    column = points[..., 1].to(dtype).clamp(0, width - 1)
-    top, left = row.long(), column.long()
-    bottom, right = (top + 1).clamp(max=height - 1), (left + 1).clamp(max=width - 1)
-    down, across = row - top, column - left  # weights of bottom and right, in [0, 1)
+    last = torch.tensor([length - 1 for length in size], device=points.device)
+    position = points.to(dtype).clamp(min=torch.zeros_like(last), max=last)
+    low = position.long()
+    high = torch.minimum(low + 1, last)
+    fraction = position - low  # weight of `high`, in [0, 1)
 
-    pixels = features.flatten(2)  # (B, F, H * W)
-    corners = torch.cat([top * width + left, top * width + right, bottom * width + left, bottom * width + right], dim=1)
-    weights = torch.cat(
-        [(1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across], dim=1
-    )  # (B, 4n)
-    values = pixels.gather(2, corners[:, None].expand(-1, pixels.shape[1], -1)).to(dtype) * weights[:, None]
-    return values.view(*values.shape[:2], 4, -1).sum(2).transpose(1, 2)  # (B, F, 4n) -> (B, n, F)
+    indices, weights = [], []
+    for corner in itertools.product((0, 1), repeat=len(size)):  # 2^D, from all low to all high
+        of_axes = [(high if up else low)[..., axis] for axis, up in enumerate(corner)]
+        indices.append(_flat_index(of_axes, size))
+        shares = [fraction[..., axis] if up else 1 - fraction[..., axis] for axis, up in enumerate(corner)]
+        weights.append(functools.reduce(torch.mul, shares))
+    values = _take(features, torch.cat(indices, 1)).to(dtype) * torch.cat(weights, 1)[..., None]  # (B, 2^D n, F)
+    at_points: Tensor = values.view(len(points), len(indices), -1, values.shape[-1]).sum(1)
+    return at_points
+
+
+def read_pixels(features: Tensor, points: Tensor) -> Tensor:
+    """Read maps at whole pixels: what `read_at` gives there, for a fraction of the reading.
+
+    Args:
+        features: (B, F, *S).
+        points: (B, n, D) whole numbers within [0, S - 1].
+
+    Returns:
+        (B, n, F) in fp32 (float64 stays).
+    """
+    size = _check_points(features, points)
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    return _take(features, _flat_index(list(points.long().unbind(-1)), size)).to(dtype)
+
+
+def _check_points(features: Tensor, points: Tensor) -> list[int]:
+    _, _, *size = features.shape
+    if points.ndim != 3 or points.shape[-1] != len(size) or len(points) != len(features) or len(size) not in (2, 3):
+        raise ValueError(
+            f"expected features (B, F, H, W) and points (B, n, 2), or the same in 3D, "
+            f"got {tuple(features.shape)} and {tuple(points.shape)}"
+        )
+    return size
+
+
+def _flat_index(of_axes: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    flat = torch.zeros_like(of_axes[0])
+    for of_axis, length in zip(of_axes, size, strict=True):
+        flat = flat * length + of_axis
+    return flat
+
+
+def _take(features: Tensor, index: Tensor) -> Tensor:
+    """Read (B, F, *S) at (B, m) flat positions -> (B, m, F), with a backward pass that gives the same bits every time."""
+    flat = features.flatten(2)
+    if features.device.type == "cuda":
+        # Adds what meets in one pixel in the order of a sort; the backward pass of gather would add atomically.
+        image = torch.arange(len(flat), device=index.device)[:, None]
+        return flat.transpose(1, 2)[image, index]
+    return flat.gather(2, index[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2)
 
 
 class Segmenter(nn.Module):

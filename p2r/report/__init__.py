@@ -6,7 +6,8 @@
 from p2r.report.document import write_report
 from p2r.report.few_shot_curve import few_shot_curve
 from p2r.report.pictures import embedding_pca, outlines, view_pairs
-from p2r.report.tables import Cell, Spread, aggregate, table
+from p2r.report.tables import Cell, Spread, aggregate, split_of, table
+from p2r.report.variants import markdown_variants, variants_picture, variants_table
 
 __all__ = [
     "Cell",
@@ -14,8 +15,12 @@ __all__ = [
     "aggregate",
     "embedding_pca",
     "few_shot_curve",
+    "markdown_variants",
     "outlines",
+    "split_of",
     "table",
+    "variants_picture",
+    "variants_table",
     "view_pairs",
     "write_report",
 ]

@@ -20,7 +20,7 @@ FORMAT = "p2r-report/1"
 _OWN_PLACE = ("title", "caveats", "captions", "tasks")
 _MAX_ENTRIES = 30
 _HOW_TO_READ = (
-    "Dice is hard, in 3D, on the scan's own grid, per patient (frames averaged first), then over test patients. "
+    "Dice is hard, in 3D, on the scan's own grid, per patient (frames averaged first), then over patients. "
     "± is the standard deviation over draws of the labelled patients; every mode is given the same draws, and `over "
     "scratch` is the difference on them. HD95 and NSD are means over classes. A class that only the prediction or only "
     "the reference lacks counts as Dice 0, NSD 0, HD95 the grid's diagonal; one that both lack is left out. "

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from p2r.report.canvas import FAINT, INK, MODE_COLOURS, headline, new_figure, to_png
-from p2r.report.tables import MODE_NAMES, Cell, Row, aggregate
+from p2r.report.tables import MODE_NAMES, Cell, Row, aggregate, split_of
 
 _DODGE = 0.022  # of the axis, between modes: otherwise their error bars hide one another
 _LABEL_GAP = 0.062  # least distance of two labels, of the axis
@@ -49,7 +49,7 @@ def few_shot_curve(rows: Sequence[Row], task: str, *, title: str | None = None) 
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([str(number) for number in numbers])
     axes.set_xlabel("labelled patients", color=INK)
-    axes.set_ylabel("mean Dice on test patients", color=INK)
+    axes.set_ylabel(f"mean Dice on {split_of(rows)} patients", color=INK)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=FAINT, labelcolor=INK, length=3)

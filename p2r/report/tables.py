@@ -1,6 +1,6 @@
 """Rows (one trial each) -> cells (a mode and a number of patients each), averaged over draws; a table for the terminal.
 
-A row is a mean over test patients; a cell's spread is the standard deviation over draws of labelled patients (n - 1 in
+A row is a mean over patients; a cell's spread is the standard deviation over draws of labelled patients (n - 1 in
 the denominator; none for one draw). The gain of a mode over training from scratch is averaged over the draws that both
 have, so that it compares networks trained on the same patients.
 """
@@ -63,7 +63,9 @@ def aggregate(rows: Sequence[Row]) -> list[Cell]:
 def table(rows: Sequence[Row]) -> Table:
     """Return the figures of all tasks as one table for the terminal."""
     cells = aggregate(rows)
-    result = Table(title="Dice on test patients, mean ± standard deviation over draws", title_justify="left")
+    result = Table(
+        title=f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws", title_justify="left"
+    )
     for name in ("task", "patients", "mode"):
         result.add_column(name, justify="right" if name == "patients" else "left", no_wrap=True)
     for name in ("Dice", "over scratch", "per class", "HD95 mm", "NSD"):
@@ -84,6 +86,11 @@ def table(rows: Sequence[Row]) -> Table:
             end_section=index + 1 == len(cells) or _setting(cells[index + 1]) != _setting(cell),
         )
     return result
+
+
+def split_of(rows: Sequence[Row]) -> str:
+    """Return the name of the split that the rows were read on."""
+    return " and ".join(sorted({str(row.get("split", "test")) for row in rows})) or "test"
 
 
 def best_cells(cells: Sequence[Cell]) -> list[Cell]:

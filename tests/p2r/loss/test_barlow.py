@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from p2r.errors import EmbeddingError
 from p2r.loss import barlow_twins
 
 
@@ -77,10 +78,36 @@ def test_bfloat16_embeddings_are_summed_in_float32() -> None:
     )
 
 
-@pytest.mark.parametrize(("shape_a", "shape_b"), [((5, 4), (6, 4)), ((5, 4), (5, 3)), ((0, 4), (0, 4)), ((4,), (4,))])
+@pytest.mark.parametrize(("shape_a", "shape_b"), [((5, 4), (6, 4)), ((5, 4), (5, 3)), ((4,), (4,))])
 def test_shapes_that_do_not_fit_are_refused(shape_a: tuple[int, ...], shape_b: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="a and b"):
         barlow_twins(torch.ones(shape_a), torch.ones(shape_b), off_diagonal_weight=0.1)
+
+
+def test_a_pair_of_weight_zero_is_not_there_and_one_of_weight_two_is_there_twice() -> None:
+    a, b = embeddings(12, 4)
+    weights = torch.ones(12)
+    weights[3], weights[5] = 0, 2
+    rows = [0, 1, 2, 4, 5, 5, 6, 7, 8, 9, 10, 11]
+    expected = barlow_twins(a[rows], b[rows], off_diagonal_weight=0.1)
+    a[3] = math.nan  # whatever it holds
+    torch.testing.assert_close(barlow_twins(a, b, off_diagonal_weight=0.1, weights=weights), expected)
+
+
+def test_embeddings_that_are_not_finite_are_refused_and_counted() -> None:
+    a, b = embeddings(12, 4)
+    b[[2, 7], 1] = math.inf
+    with pytest.raises(EmbeddingError, match="b: 2 of 12 embeddings are not finite"):
+        barlow_twins(a, b, off_diagonal_weight=0.1)
+
+
+def test_fewer_than_two_pairs_and_towers_of_different_kinds_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        barlow_twins(torch.ones(1, 3), torch.ones(1, 3), off_diagonal_weight=0.1)
+    with pytest.raises(ValueError, match="one floating dtype"):
+        barlow_twins(torch.ones(5, 3), torch.ones(5, 3).double(), off_diagonal_weight=0.1)
+    with pytest.raises(ValueError, match=r"weights \(5,\)"):
+        barlow_twins(torch.ones(5, 3), torch.ones(5, 3), off_diagonal_weight=0.1, weights=torch.ones(4))
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])

@@ -1,13 +1,17 @@
 """InfoNCE against its definition written out, one anchor at a time, in float64."""
 
+import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from p2r.loss import info_nce
-from p2r.loss.info_nce import _TILE
+from p2r.errors import EmbeddingError
+from p2r.loss import SameImage, info_nce
+from p2r.loss.tiles import TILE
 
 FORMS = ("cross_view", "nt_xent")
 
@@ -19,19 +23,42 @@ def embeddings(num: int, channels: int, *, seed: int = 0, noise: float = 1.0) ->
     return queries * 3, keys
 
 
-def written_out(queries: Tensor, keys: Tensor, *, temperature: float, form: str) -> Tensor:
+def written_out(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float | Tensor,
+    form: str,
+    decoupled: bool = False,
+    weights: Tensor | None = None,
+    exclude: SameImage | None = None,
+) -> Tensor:
     """Minus the log of the probability of picking the partner, averaged over anchors."""
     q = [row / row.norm() for row in queries]
     k = [row / row.norm() for row in keys]
-    losses = []
+    weight = [1.0] * len(q) if weights is None else weights.tolist()
+
+    def is_negative(i: int, j: int) -> bool:
+        if i == j or weight[j] == 0:
+            return False
+        if exclude is None or exclude.image[i] != exclude.image[j]:
+            return True
+        if exclude.position_mm is None:
+            return False
+        return bool((exclude.position_mm[i] - exclude.position_mm[j]).norm() > exclude.radius_mm)
+
+    total = queries.new_zeros(())
     for i in range(len(q)):
+        negatives = [j for j in range(len(q)) if is_negative(i, j)]
         for anchor, partner, same_view, other_view in ((q[i], k[i], q, k), (k[i], q[i], k, q)):
-            candidates = list(other_view)
-            if form == "nt_xent":
-                candidates += [row for j, row in enumerate(same_view) if j != i]
-            scores = torch.stack([anchor @ row / temperature for row in candidates])
-            losses.append(scores.logsumexp(0) - anchor @ partner / temperature)
-    return torch.stack(losses).mean()
+            candidates = [other_view[j] for j in negatives]
+            candidates += [same_view[j] for j in negatives] if form == "nt_xent" else []
+            positive = anchor @ partner / temperature
+            scores = [anchor @ row / temperature for row in candidates]
+            if scores or not decoupled:
+                lse = torch.stack(scores if decoupled else [*scores, positive]).logsumexp(0)
+                total = total + weight[i] * (lse - positive)
+    return total / (2 * sum(weight))
 
 
 def matrix_form(queries: Tensor, keys: Tensor, *, temperature: float, form: str) -> Tensor:
@@ -71,7 +98,7 @@ def test_gradient_equals_finite_differences(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_tiles_do_not_show(form: str) -> None:
-    num = 2 * _TILE + 37  # several tiles both ways, none of them whole at the end
+    num = 2 * TILE + 37  # several tiles both ways, none of them whole at the end
     queries, keys = (x.requires_grad_() for x in embeddings(num, 8, seed=2))
     expected = matrix_form(queries, keys, temperature=0.1, form=form)
     loss = info_nce(queries, keys, temperature=0.1, form=form)
@@ -111,14 +138,6 @@ def test_length_of_rows_and_order_of_pairs_do_not_matter(form: str) -> None:
     torch.testing.assert_close(info_nce(queries[order], keys[order], temperature=0.2, form=form), loss)
 
 
-def test_one_pair_has_no_negatives_and_costs_nothing() -> None:
-    queries, keys = (x.requires_grad_() for x in embeddings(1, 4))
-    for form in FORMS:
-        loss = info_nce(queries, keys, temperature=0.2, form=form)
-        assert loss == 0
-        assert all((gradient == 0).all() for gradient in gradients(loss, queries, keys))
-
-
 def test_indistinguishable_embeddings_cost_the_log_of_the_number_of_candidates() -> None:
     same = torch.ones(10, 4)
     assert info_nce(same, same, temperature=0.2, form="cross_view") == pytest.approx(math.log(10), rel=1e-6)
@@ -156,18 +175,221 @@ def test_memory_does_not_grow_with_the_square_of_the_pairs() -> None:
                     self.num_elements = max(self.num_elements, tensor.numel())
             return result
 
-    queries, keys = (x.float().requires_grad_() for x in embeddings(4 * _TILE, 4))
+    queries, keys = (x.float().requires_grad_() for x in embeddings(4 * TILE, 4))
     with Largest() as largest:
         info_nce(queries, keys, temperature=0.1, form="nt_xent").backward()
-    assert 0 < largest.num_elements <= 2 * _TILE**2
+    assert 0 < largest.num_elements <= 2 * TILE**2
 
 
 @pytest.mark.parametrize(
-    ("shape_queries", "shape_keys"), [((5, 4), (6, 4)), ((5, 4), (5, 3)), ((0, 4), (0, 4)), ((2, 5, 4), (2, 5, 4))]
+    ("shape_queries", "shape_keys"), [((5, 4), (6, 4)), ((5, 4), (5, 3)), ((5,), (5,)), ((2, 5, 4), (2, 5, 4))]
 )
 def test_shapes_that_do_not_fit_are_refused(shape_queries: tuple[int, ...], shape_keys: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="queries and keys"):
         info_nce(torch.ones(shape_queries), torch.ones(shape_keys), temperature=0.1)
+
+
+OPTIONS = {
+    "decoupled": {"decoupled": True},
+    "weights": {"weights": torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 0.1, 3.0, 0.0, 1.0], dtype=torch.float64)},
+    "same image": {"exclude": SameImage(torch.tensor([0, 0, 0, 4, 4, 7, 7, 7, 9]))},
+    "radius": {
+        "exclude": SameImage(
+            torch.tensor([0, 0, 0, 4, 4, 7, 7, 7, 9]),
+            torch.tensor([[0, 0], [0, 5], [9, 9], [0, 0], [30, 0], [1, 1], [2, 2], [3, 3], [0, 0]]).double(),
+            radius_mm=5.0,
+        )
+    },
+}
+OPTIONS["all"] = {key: value for name in ("decoupled", "weights", "radius") for key, value in OPTIONS[name].items()}
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.002])  # a static shift, and a maximum per row
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_options_equal_the_definition(form: str, options: str, temperature: float) -> None:
+    queries, keys = (x.requires_grad_() for x in embeddings(9, 5))
+    tau, their_tau = (torch.tensor(temperature, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    expected = written_out(queries, keys, temperature=their_tau, form=form, **OPTIONS[options])
+    loss = info_nce(queries, keys, temperature=tau, form=form, **OPTIONS[options])  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    theirs = gradients(expected, queries, keys, their_tau)
+    for ours, their in zip(gradients(loss, queries, keys, tau), theirs, strict=True):
+        torch.testing.assert_close(ours, their, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", ["decoupled", "radius"])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_with_options_and_temperature_equals_finite_differences(form: str, options: str) -> None:
+    queries, keys = (x.requires_grad_() for x in embeddings(9, 4, seed=1))
+    tau = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda q, k, t: info_nce(q, k, temperature=t, form=form, **OPTIONS[options]), (queries, keys, tau)
+    )
+
+
+@pytest.mark.parametrize("radius_mm", [math.inf, 6.0])
+@pytest.mark.parametrize("form", FORMS)
+def test_excluded_negatives_are_found_in_every_tile(form: str, radius_mm: float) -> None:
+    num = 2 * TILE + 37
+    queries, keys = (x.requires_grad_() for x in embeddings(num, 8, seed=2))
+    generator = torch.Generator().manual_seed(0)
+    image = torch.arange(num) // 90  # images lie across the borders of tiles
+    position_mm = 30 * torch.rand(num, 3, generator=generator, dtype=torch.float64)
+    exclude = SameImage(image, position_mm, radius_mm)
+    near = (image[:, None] == image) & ((position_mm[:, None] - position_mm).norm(dim=-1) <= radius_mm)
+    assert 3 * num < near.sum() < num**2 / 2
+    expected = stable_form(queries, keys, temperature=0.1, form=form, near=near)
+    loss = info_nce(queries, keys, temperature=0.1, form=form, exclude=exclude)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(gradients(loss, queries, keys), gradients(expected, queries, keys), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
+    shuffled = torch.randperm(num, generator=generator)
+    exclude = SameImage(image[shuffled], position_mm[shuffled], radius_mm)
+    again = info_nce(queries[shuffled], keys[shuffled], temperature=0.1, form=form, exclude=exclude)  # type: ignore[arg-type]
+    torch.testing.assert_close(again, expected, rtol=1e-12, atol=1e-12)
+
+
+def stable_form(q: Tensor, k: Tensor, *, temperature: float, form: str, near: Tensor | None = None) -> Tensor:
+    """The dense form over negatives only: exact in float64 however small the loss is."""
+    q, k = q / q.norm(dim=1, keepdim=True), k / k.norm(dim=1, keepdim=True)
+    excluded = torch.eye(len(q), dtype=torch.bool) if near is None else near | torch.eye(len(q), dtype=torch.bool)
+    positive = (q * k).sum(1) / temperature
+    losses = []
+    for anchors, others in ((q, k), (k, q)):
+        logits = (anchors @ others.T / temperature).masked_fill(excluded, -math.inf)
+        if form == "nt_xent":
+            logits = torch.cat((logits, (anchors @ anchors.T / temperature).masked_fill(excluded, -math.inf)), 1)
+        losses.append(torch.logaddexp(logits.logsumexp(1) - positive, torch.zeros(()).double()))
+    return torch.stack(losses).mean()
+
+
+REGIMES = {"random": 10.0, "learning": 0.5, "converged": 0.003, "duplicated": 10.0}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.1, 0.07, 0.02, 0.0127])
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("form", FORMS)
+def test_float32_gradients_are_right_where_the_usual_ones_are_not(
+    form: str, regime: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With respect to the unit rows: normalising is a step of its own, with its own rounding.
+    monkeypatch.setattr(importlib.import_module("p2r.loss.info_nce"), "_unit", lambda rows: rows)
+    queries, keys = embeddings(700, 128, seed=6, noise=REGIMES[regime])
+    if regime == "duplicated":
+        queries[100:200], keys[100:200] = queries[:100], keys[:100]
+    single = [F.normalize(x.float(), dim=1).requires_grad_() for x in (queries, keys)]
+    exact = [x.detach().double().requires_grad_() for x in single]
+    loss = info_nce(*single, temperature=temperature, form=form)  # type: ignore[arg-type]
+    positive = (exact[0] * exact[1]).sum(1)
+    expected = of_unit_rows(*exact, positive / temperature, temperature=temperature, form=form)
+    bound = 2e-7 / temperature + 1e-6
+    assert abs(loss.double() - expected) <= bound * abs(expected)
+    for ours, theirs in zip(gradients(loss, *single), gradients(expected, *exact), strict=True):
+        assert (ours - theirs).norm() <= bound * theirs.norm()
+
+
+def of_unit_rows(q: Tensor, k: Tensor, positive: Tensor, *, temperature: float, form: str, both: bool = True) -> Tensor:
+    """`stable_form` without normalising, in both directions or from queries to keys only."""
+    diagonal = torch.eye(len(q), dtype=torch.bool)
+    losses = []
+    for anchors, others in ((q, k), (k, q))[: 2 if both else 1]:
+        logits = (anchors @ others.T / temperature).masked_fill(diagonal, -math.inf)
+        if form == "nt_xent":
+            logits = torch.cat((logits, (anchors @ anchors.T / temperature).masked_fill(diagonal, -math.inf)), 1)
+        losses.append(torch.logaddexp(logits.logsumexp(1) - positive, torch.zeros(()).double()))
+    return torch.stack(losses).mean()
+
+
+def test_the_usual_float32_loss_fails_the_bound_that_ours_keeps() -> None:
+    queries, keys = embeddings(700, 128, seed=6, noise=0.003)
+    single = [F.normalize(x.float(), dim=1).requires_grad_() for x in (queries, keys)]
+    exact = [x.detach().double().requires_grad_() for x in single]
+    usual = F.cross_entropy(single[0] @ single[1].T / 0.02, torch.arange(700))
+    positive = (exact[0] * exact[1]).sum(1) / 0.02
+    expected = of_unit_rows(*exact, positive, temperature=0.02, form="cross_view", both=False)
+    ours, theirs = gradients(usual, *single)[0], gradients(expected, *exact)[0]
+    assert (ours - theirs).norm() > 0.1 * theirs.norm()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pair_without_negatives_costs_nothing(form: str) -> None:
+    queries, keys = (x.requires_grad_() for x in embeddings(6, 4))
+    lonely = SameImage(torch.zeros(6, dtype=torch.long))
+    for temperature in (0.2, 0.001):
+        loss = info_nce(queries, keys, temperature=temperature, form=form, exclude=lonely)  # type: ignore[arg-type]
+        assert loss == 0
+        assert all((gradient == 0).all() for gradient in gradients(loss, queries, keys))
+        with pytest.raises(ValueError, match="6 of 6 have none"):
+            info_nce(queries, keys, temperature=temperature, form=form, exclude=lonely, decoupled=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pair_of_weight_zero_is_not_there(form: str) -> None:
+    queries, keys = (x.requires_grad_() for x in embeddings(10, 4))
+    with torch.no_grad():
+        queries[3] = math.nan  # whatever it holds
+    weights = torch.ones(10).index_fill(0, torch.tensor([3]), 0)
+    others = [i for i in range(10) if i != 3]
+    loss = info_nce(queries, keys, temperature=0.2, form=form, weights=weights)  # type: ignore[arg-type]
+    assert loss == info_nce(queries[others], keys[others], temperature=0.2, form=form)  # type: ignore[arg-type]
+    assert (gradients(loss, keys)[0][3] == 0).all()
+
+
+def test_very_long_and_very_short_embeddings_are_normalised() -> None:
+    queries, keys = (x.float() for x in embeddings(10, 4))
+    expected = info_nce(queries, keys, temperature=0.2)
+    torch.testing.assert_close(info_nce(queries * 1e30, keys * 1e-30, temperature=0.2), expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (math.nan, "keys: 2 of 5 embeddings are not finite"),
+        (math.inf, "not finite"),
+        (0.0, "keys: 2 of 5 .* all zeros"),
+    ],
+)
+def test_embeddings_without_a_direction_are_refused_and_counted(value: float, message: str) -> None:
+    keys = torch.ones(5, 4)
+    keys[[1, 4]] = value
+    with pytest.raises(EmbeddingError, match=message):
+        info_nce(torch.ones(5, 4), keys, temperature=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": torch.ones(4)}, r"weights \(5,\)"),
+        ({"weights": torch.tensor([1.0, -1, 1, 1, 1])}, "not negative"),
+        ({"weights": torch.tensor([1.0, 0, 0, 0, 0])}, "at least 2 pixel pairs .* got 1"),
+        ({"weights": torch.zeros(5)}, "got 0"),
+        ({"temperature": torch.tensor([0.1, 0.2])}, "temperature must be one number"),
+        ({"exchange": "all-gather"}, "exchange"),
+        ({"exclude": SameImage(torch.zeros(5))}, "integers"),
+        ({"exclude": SameImage(torch.zeros(4).long())}, r"exclude.image \(5,\)"),
+        ({"exclude": SameImage(torch.zeros(5).long(), radius_mm=3.0)}, "position_mm is needed"),
+        (
+            {"exclude": SameImage(torch.zeros(5).long(), torch.zeros(5, 2), radius_mm=-1.0)},
+            "radius_mm must be positive",
+        ),
+        ({"exclude": SameImage(torch.zeros(5).long(), torch.full((5, 2), math.nan), 1.0)}, "must be finite"),
+        ({"exclude": SameImage(torch.zeros(5).long(), torch.zeros(4, 2), 1.0)}, r"position_mm \(5, D\)"),
+    ],
+)
+def test_options_that_break_a_rule_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        info_nce(torch.ones(5, 4), torch.ones(5, 4), **{"temperature": 0.1, **options})
+
+
+def test_towers_of_different_kinds_are_refused() -> None:
+    for keys in (torch.ones(5, 4).double(), torch.ones(5, 4).long()):
+        with pytest.raises(ValueError, match="one floating dtype"):
+            info_nce(torch.ones(5, 4), keys, temperature=0.1)
+    with pytest.raises(ValueError, match="on one device"):
+        info_nce(torch.ones(5, 4), torch.ones(5, 4, device="meta"), temperature=0.1)
+    with pytest.raises(ValueError, match="at least 2"):
+        info_nce(torch.ones(1, 4), torch.ones(1, 4), temperature=0.1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])

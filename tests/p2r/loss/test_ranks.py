@@ -1,8 +1,12 @@
-"""The loss of two ranks is the loss of their rows in one process, and so are the gradients of the weights.
+"""The loss of several ranks is the loss of their rows in one process, and so are its gradients.
 
-Two processes are started once, over gloo; each computes everything and writes it down, and the tests read it.
+Four processes are started once, over gloo; each computes everything in groups of one, two and four, and writes it down;
+the tests read it.
 """
 
+import itertools
+import os
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -13,128 +17,272 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from p2r.loss import barlow_twins, info_nce
-from p2r.loss.info_nce import _TILE
+from p2r.errors import EmbeddingError
+from p2r.loss import SameImage, barlow_twins, info_nce
+from p2r.loss.tiles import TILE_COLUMNS
 
-WORLD_SIZE = 2
+PROCESSES = 4
+WORLDS = (2, 4)
+NUM = 52
 FORMS = ("cross_view", "nt_xent")
-LOSSES = {
-    "cross_view": partial(info_nce, temperature=0.1, form="cross_view"),
-    "nt_xent": partial(info_nce, temperature=0.1, form="nt_xent"),
-    "barlow_twins": partial(barlow_twins, off_diagonal_weight=0.1),
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "cross_view": partial(info_nce, form="cross_view"),
+    "nt_xent": partial(info_nce, form="nt_xent"),
+    "ring, cross_view": partial(info_nce, form="cross_view", exchange="ring"),
+    "ring, nt_xent": partial(info_nce, form="nt_xent", exchange="ring"),
+    "decoupled": partial(info_nce, decoupled=True),
+    "barlow_twins": lambda a, b, *, temperature, **rest: barlow_twins(a, b, off_diagonal_weight=0.1, **rest),
 }
+ZERO = [(0, False), (0, True), (1, False), (2, False)]  # ZeRO stage, prescale_gradients
 
 
-def rows(num: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rows(num: int, dtype: torch.dtype, channels: int = 6) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    a = torch.randn(num, 6, generator=generator, dtype=torch.float64)
-    return a.to(dtype), (a + 0.5 * torch.randn(num, 6, generator=generator, dtype=torch.float64)).to(dtype)
+    a = torch.randn(num, channels, generator=generator, dtype=torch.float64)
+    return a.to(dtype), (a + 0.5 * torch.randn(num, channels, generator=generator, dtype=torch.float64)).to(dtype)
 
 
-def network() -> nn.Linear:
-    torch.manual_seed(1)
-    return nn.Linear(6, 5).double()
+def parts(num: int, world: int, *, unequal: bool) -> list[slice]:
+    """Rows of each rank; of unequal ones, the last has none."""
+    if not unequal:
+        bounds = [num * rank // world for rank in range(world + 1)]
+    else:
+        bounds = [0, *(num - 3 * rank for rank in range(world - 2, -1, -1)), num]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
-def part(tensor: Tensor, rank: int) -> Tensor:
-    return tensor.chunk(WORLD_SIZE)[rank]
+class Network(nn.Module):
+    """A layer and a temperature, trained by a loss within the forward pass: all that a reducer has to see."""
+
+    def __init__(self, loss: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(6, 5, dtype=dtype)
+        self.log_temperature = nn.Parameter(torch.tensor([-2.0], dtype=dtype))
+        self.loss = LOSSES[loss]
+
+    def forward(self, a: Tensor, b: Tensor, **options: Any) -> Tensor:
+        temperature = self.log_temperature.exp()
+        used = 0 * self.log_temperature  # by Barlow Twins too: a reducer waits for every parameter
+        return (self.loss(self.layer(a), self.layer(b), temperature=temperature, **options) + used).squeeze()
+
+    def gradients(self) -> list[Tensor]:
+        return [parameter.grad.clone() for parameter in self.parameters() if parameter.grad is not None]
 
 
 def through_network(loss: str, a: Tensor, b: Tensor, **options: Any) -> tuple[Tensor, list[Tensor]]:
-    model = network()
-    value = LOSSES[loss](model(a), model(b), **options)
-    return value.detach(), list(torch.autograd.grad(value, list(model.parameters())))
+    model = Network(loss, a.dtype)
+    value = model(a, b, **options)
+    value.backward()
+    return value.detach(), model.gradients()
 
 
-def of_rows(loss: str, a: Tensor, b: Tensor, **options: Any) -> list[Tensor]:
+def of_rows(loss: Callable[..., Tensor], a: Tensor, b: Tensor, **options: Any) -> list[Tensor]:
     a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
-    return list(torch.autograd.grad(LOSSES[loss](a, b, **options), (a, b)))
+    return list(torch.autograd.grad(loss(a, b, temperature=0.1, **options), (a, b)))
+
+
+def metadata(part: slice) -> SameImage:
+    position_mm = torch.arange(NUM).double()[:, None].expand(-1, 2) % 7
+    return SameImage((torch.arange(NUM) // 9)[part], position_mm[part], radius_mm=4.0)
+
+
+def in_group(group: Any, world: int) -> dict[str, Any]:
+    rank = dist.get_rank(group)
+    results: dict[str, Any] = {}
+    for loss in LOSSES:
+        for unequal in (False, True):
+            part = parts(NUM, world, unequal=unequal)[rank]
+            a, b = (x[part] for x in rows(NUM, torch.float64))
+            model = Network(loss, torch.float64)
+            ddp = DistributedDataParallel(model, process_group=group)
+            value = ddp(a, b, group=group)
+            value.backward()
+            added = through_network(loss, a, b, group=group, gradient_scale="sum")[1]
+            for gradient in added:
+                dist.all_reduce(gradient, group=group)
+            options = {"group": group, "gradient_scale": "sum"}
+            results[loss, unequal] = {
+                "loss": value.detach(),
+                "averaged": model.gradients(),
+                "added": added,
+                "rows": of_rows(LOSSES[loss], a, b, **options),
+            }
+            if loss != "barlow_twins":
+                results[loss, unequal]["excluding"] = of_rows(LOSSES[loss], a, b, exclude=metadata(part), **options)
+    for form in FORMS:
+        part = parts(PROCESSES * TILE_COLUMNS, world, unequal=False)[rank]
+        a, b = (x[part] for x in rows(PROCESSES * TILE_COLUMNS, torch.float32))
+        results["whole tiles", form] = of_rows(LOSSES[form], a, b, group=group, gradient_scale="sum")
+    return results
+
+
+def refusals(rank: int) -> Iterator[str]:
+    """What a rank is told when rank 2 gives rubbish, or something else than the others."""
+    odd = rank == 2
+    a = torch.ones(3, 4)
+    for loss in (partial(info_nce, temperature=0.1), partial(barlow_twins, off_diagonal_weight=0.1)):
+        wide, broken = torch.ones(3, 5 if odd else 4), a.clone()
+        broken[1] = torch.nan if odd else 1.0
+        for x, y in ((wide, wide), (a, torch.ones(2 if odd else 3, 4)), (a, broken)):
+            try:
+                loss(x, y)
+            except ValueError as error:
+                yield f"{type(error).__name__}: {error}"
+    for options in (
+        {"temperature": 0.2 if odd else 0.1},
+        {"temperature": -1.0 if odd else 0.1},
+        {"temperature": 0.1, "form": FORMS[odd]},
+    ):
+        try:
+            info_nce(a, a, **options)  # type: ignore[arg-type]
+        except ValueError as error:
+            yield f"{type(error).__name__}: {error}"
+
+
+def through_deepspeed(stage: int, prescale: bool, rank: int) -> list[Tensor]:
+    """Gradients of the layer and the temperature, as one step of plain descent takes them."""
+    import deepspeed
+
+    model = Network("nt_xent", torch.float32)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        dist_init_required=False,
+        config={
+            "train_batch_size": PROCESSES,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "prescale_gradients": prescale,
+            "gradient_clipping": 0.0,  # it clips at 1 if not told otherwise
+            "steps_per_print": 2**62,
+        },
+    )
+    part = parts(NUM, PROCESSES, unequal=True)[rank]
+    engine.backward(engine(*(x[part] for x in rows(NUM, torch.float32))))
+    engine.step()
+    after = [parameter.detach() for parameter in engine.module.parameters()]
+    engine.destroy()
+    return [old - new for old, new in zip(before, after, strict=True)]
 
 
 def run_rank(rank: int, folder: str) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed insists
     torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    minute = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD_SIZE, timeout=minute)
-    alone = [dist.new_group([member]) for member in range(WORLD_SIZE)][rank]
-    results: dict[str, Any] = {}
-    a, b = (part(x, rank) for x in rows(26, torch.float64))
-    for loss in LOSSES:
-        value, averaged = through_network(loss, a, b)
-        _, added = through_network(loss, a, b, gradient_scale="sum")
-        for gradient in (*averaged, *added):
-            dist.all_reduce(gradient)
-        results[loss] = {
-            "loss": value,
-            "averaged": [gradient / WORLD_SIZE for gradient in averaged],
-            "added": added,
-            "rows": of_rows(loss, a, b, gradient_scale="sum"),
-            "alone": LOSSES[loss](a, b, group=alone),
-        }
-    whole_tiles = [part(x, rank) for x in rows(WORLD_SIZE * _TILE, torch.float32)]
-    results["whole tiles"] = {form: of_rows(form, *whole_tiles, gradient_scale="sum") for form in FORMS}
-    try:
-        info_nce(torch.ones(3 + rank, 4), torch.ones(3 + rank, 4), temperature=0.1)
-    except ValueError as error:
-        results["unequal"] = str(error)
+    minutes = timedelta(seconds=240)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES, timeout=minutes
+    )
+    results: dict[Any, Any] = {4: in_group(dist.group.WORLD, 4)}
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    alone = [dist.new_group([member]) for member in range(PROCESSES)][rank]
+    results[2] = in_group(pairs[rank // 2], 2)
+    a, b = rows(NUM, torch.float64)
+    results["alone"] = {name: loss(a, b, temperature=0.1, group=alone) for name, loss in LOSSES.items()}
+    results["refusals"] = list(refusals(rank))
+    from p2r.engine.build import join_process_group
+
+    join_process_group(torch.device("cpu"))
+    results["deepspeed"] = {case: through_deepspeed(*case, rank) for case in ZERO}
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(run_rank, (str(folder),), nprocs=WORLD_SIZE)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    multiprocessing.spawn(run_rank, (str(folder),), nprocs=PROCESSES)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
+@pytest.mark.parametrize("unequal", [False, True])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_rank_returns_the_loss_of_all_rows(ranks: list[dict[str, Any]], loss: str) -> None:
-    expected = LOSSES[loss](*(network()(x) for x in rows(26, torch.float64)))
+def test_every_rank_returns_the_loss_of_all_rows(ranks: list[Any], loss: str, world: int, unequal: bool) -> None:
+    expected, _ = through_network(loss, *rows(NUM, torch.float64))
     for results in ranks:
-        torch.testing.assert_close(results[loss]["loss"], expected.detach(), rtol=1e-12, atol=1e-12)
-    assert torch.equal(ranks[0][loss]["loss"], ranks[1][loss]["loss"])
+        torch.testing.assert_close(results[world][loss, unequal]["loss"], expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(results[world][loss, unequal]["loss"], ranks[0][world][loss, unequal]["loss"])
 
 
 @pytest.mark.parametrize("reduced", ["averaged", "added"])
+@pytest.mark.parametrize("unequal", [False, True])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_reduced_gradients_of_the_weights_are_those_of_one_process(
-    ranks: list[dict[str, Any]], loss: str, reduced: str
+def test_reduced_gradients_of_weights_and_temperature_are_those_of_one_process(
+    ranks: list[Any], loss: str, world: int, unequal: bool, reduced: str
 ) -> None:
-    _, expected = through_network(loss, *rows(26, torch.float64))
+    _, expected = through_network(loss, *rows(NUM, torch.float64))
     for results in ranks:
-        for ours, theirs in zip(results[loss][reduced], expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+        for ours, theirs in zip(results[world][loss, unequal][reduced], expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("unequal", [False, True])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_rank_computes_the_gradient_of_its_own_rows(ranks: list[dict[str, Any]], loss: str) -> None:
-    expected = of_rows(loss, *rows(26, torch.float64))
+def test_a_rank_computes_the_gradient_of_its_own_rows(ranks: list[Any], loss: str, world: int, unequal: bool) -> None:
+    expected = of_rows(LOSSES[loss], *rows(NUM, torch.float64))
     for rank, results in enumerate(ranks):
-        for ours, theirs in zip(results[loss]["rows"], expected, strict=True):
-            torch.testing.assert_close(ours, part(theirs, rank), rtol=1e-10, atol=1e-13)
+        part = parts(NUM, world, unequal=unequal)[rank % world]
+        for ours, theirs in zip(results[world][loss, unequal]["rows"], expected, strict=True):
+            torch.testing.assert_close(ours, theirs[part], rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("unequal", [False, True])
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "barlow_twins"])
+def test_negatives_are_excluded_across_ranks(ranks: list[Any], loss: str, world: int, unequal: bool) -> None:
+    expected = of_rows(LOSSES[loss], *rows(NUM, torch.float64), exclude=metadata(slice(None)))
+    assert not torch.allclose(expected[0], of_rows(LOSSES[loss], *rows(NUM, torch.float64))[0])
+    for rank, results in enumerate(ranks):
+        part = parts(NUM, world, unequal=unequal)[rank % world]
+        for ours, theirs in zip(results[world][loss, unequal]["excluding"], expected, strict=True):
+            torch.testing.assert_close(ours, theirs[part], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_of_whole_tiles_are_the_same_to_the_bit(ranks: list[dict[str, Any]], form: str) -> None:
+def test_gradients_of_whole_tiles_are_the_same_to_the_bit(ranks: list[Any], form: str, world: int) -> None:
+    num = PROCESSES * TILE_COLUMNS
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    expected = of_rows(form, *rows(WORLD_SIZE * _TILE, torch.float32))
+    expected = of_rows(LOSSES[form], *rows(num, torch.float32))
     torch.set_num_threads(threads)
     for rank, results in enumerate(ranks):
-        for ours, theirs in zip(results["whole tiles"][form], expected, strict=True):
-            assert torch.equal(ours, part(theirs, rank))
+        part = parts(num, world, unequal=False)[rank % world]
+        for ours, theirs in zip(results[world]["whole tiles", form], expected, strict=True):
+            assert torch.equal(ours, theirs[part])
+
+
+@pytest.mark.parametrize(("stage", "prescale"), ZERO)
+def test_deepspeed_arrives_at_the_gradients_of_one_process(ranks: list[Any], stage: int, prescale: bool) -> None:
+    _, expected = through_network("nt_xent", *rows(NUM, torch.float32))
+    for results in ranks:
+        for ours, theirs in zip(results["deepspeed"][stage, prescale], expected, strict=True):
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_group_of_one_rank_is_one_process(ranks: list[dict[str, Any]], loss: str) -> None:
-    a, b = rows(26, torch.float64)
-    for rank, results in enumerate(ranks):
-        torch.testing.assert_close(results[loss]["alone"], LOSSES[loss](part(a, rank), part(b, rank)))
-
-
-def test_unequal_numbers_of_rows_are_refused_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+def test_a_group_of_one_rank_is_one_process(ranks: list[Any], loss: str) -> None:
+    expected = LOSSES[loss](*rows(NUM, torch.float64), temperature=0.1)
     for results in ranks:
-        assert "[3, 4]" in results["unequal"]
-        assert "[4, 4]" in results["unequal"]
+        assert results["alone"][loss] == expected
+
+
+def test_what_is_wrong_on_one_rank_is_refused_on_all_of_them(ranks: list[Any]) -> None:
+    for results in ranks:
+        assert results["refusals"] == ranks[0]["refusals"]
+    of_info_nce, of_barlow, rest = (ranks[0]["refusals"][start : start + 3] for start in (0, 3, 6))
+    for channels, shapes, values in (of_info_nce, of_barlow):
+        assert channels.endswith("embedding channels must be the same on every rank, got by rank [4.0, 4.0, 5.0, 4.0]")
+        assert shapes.startswith("ValueError: rank 2: want ")
+        assert "(3, 4) and (2, 4)" in shapes
+        assert values.startswith(f"{EmbeddingError.__name__}: rank 2: ")
+        assert "1 of 3 embeddings are not finite" in values
+    assert "temperature must be the same on every rank, got by rank [0.1, 0.1, 0.2, 0.1]" in rest[0]
+    assert "rank 2: temperature must be positive and finite, got -1.0" in rest[1]
+    assert "form (1: nt_xent) must be the same on every rank" in rest[2]

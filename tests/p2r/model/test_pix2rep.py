@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from p2r.config import ModelConfig
-from p2r.model import Pix2Rep, ProjectionHead, SegmentationHead, Segmenter, build_backbone, read_at
+from p2r.model import Pix2Rep, ProjectionHead, SegmentationHead, Segmenter, build_backbone, read_at, read_pixels
 
 SMALL = ModelConfig(channels=(4, 4, 8, 8, 8), feature_channels=6, head_channels=10, embedding_channels=5)
 
@@ -17,6 +17,7 @@ def test_reading_at_whole_pixels_is_direct_indexing() -> None:
     result = read_at(features, torch.stack([rows, columns], -1).float())
     expected = torch.stack([features[image, :, rows[image], columns[image]].T for image in range(3)])
     assert torch.equal(result, expected)
+    assert torch.equal(read_pixels(features, torch.stack([rows, columns], -1).float()), expected)
 
 
 def test_reading_between_pixels_is_bilinear() -> None:
@@ -27,6 +28,17 @@ def test_reading_between_pixels_is_bilinear() -> None:
     expected = 2 + 3 * row - column + 0.5 * row * column
     # A product of row and column is bilinear within every cell, so interpolation is exact.
     torch.testing.assert_close(read_at(bilinear, points)[0, :, 0], expected)
+
+
+def test_reading_between_voxels_is_trilinear() -> None:
+    z, y, x = torch.meshgrid(torch.arange(5.0), torch.arange(6.0), torch.arange(7.0), indexing="ij")
+    maps = torch.stack([2 + 3 * z - x + 0.5 * z * y * x, y - z * x])[None].double()
+    points = torch.rand(1, 40, 3, dtype=torch.float64) * torch.tensor([4.0, 5.0, 6.0])
+    z, y, x = points[0].unbind(-1)
+    expected = torch.stack([2 + 3 * z - x + 0.5 * z * y * x, y - z * x], -1)
+    torch.testing.assert_close(read_at(maps, points)[0], expected)
+    whole = points.round()
+    assert torch.equal(read_pixels(maps, whole), read_at(maps, whole))
 
 
 def test_reading_beyond_the_border_gives_the_borders_value() -> None:

@@ -1,0 +1,199 @@
+"""Sums over all pairs of rows, tile by tile, in torch: on any device, in memory linear in the number of rows.
+
+One entry, for anchor i and candidate j with cosine similarity s_ij and sharpness k = 1 / temperature:
+
+    E_ij = exp(k s_ij - shift), or 0 where j is no negative of i
+
+`shift` is one number for all entries, chosen so that neither a sum overflows nor the smallest entry vanishes
+(`static_shift`): rows and columns of a tile can then be summed at once, where a running maximum would serve only one
+of them. Temperatures for which no such number exists take the `online` functions, which keep a maximum per row.
+
+Tiles follow the rows that are given: the same rows in the same tiles are the same arithmetic, whoever computes them.
+
+Shape letters: n anchors, m candidates, E channels, P panels, D spatial dimensions.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE = 512
+"""Anchors of a tile."""
+TILE_COLUMNS = 1024
+"""Candidates of a tile; 512 x 1024 float32 stay in a core's cache."""
+PANELS = 64
+"""Column sums are kept for at most about this many groups of tiles: what ranks exchange, m numbers each."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Unit embeddings of one view, with what tells which of them are no negatives of one another."""
+
+    values: Tensor
+    """(n, E)."""
+    first: int
+    """Number of the first row's pixel pair among those of all ranks; a row and a row of the same pair are no negatives."""
+    image: Tensor | None = None
+    """(n,) integers: the image that a row comes from. None: only rows of the same pair are excluded."""
+    position_mm: Tensor | None = None
+    """(n, D). None: all rows of an image are excluded from one another."""
+    weight: Tensor | None = None
+    """(n,) what `push` weighs a row's entries with; `online_push` takes its negative logarithm."""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How similarities become entries."""
+
+    k: float
+    """1 / temperature."""
+    radius_mm: float = math.inf
+    """Rows of one image at most this far apart are no negatives of one another."""
+    shift: float = 0.0
+
+
+def static_shift(k: float, num_candidates: int, dtype: torch.dtype) -> float | None:
+    """Return the shift that keeps every sum of `num_candidates` entries within `dtype`, None if there is none."""
+    limits = torch.finfo(torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype)
+    # 1.01: rows rounded to bfloat16 are a little longer or shorter than 1.
+    shift = max(0.0, 1.01 * k + math.log(num_candidates) - (math.log(limits.max) - 1))
+    return shift if 1.01 * k + shift <= -math.log(limits.tiny) else None
+
+
+def sums(anchors: Rows, candidates: Rows, scale: Scale, *, of_columns: bool) -> tuple[Tensor, Tensor | None]:
+    """Add up entries over candidates and, of the same tiles, over anchors.
+
+    Returns:
+        (n,) sums over candidates, and with `of_columns` (P, m) sums over each panel of anchors.
+    """
+    panel = TILE * math.ceil(len(anchors) / (TILE * PANELS)) if len(anchors) else TILE
+    over_candidates = anchors.values.new_zeros(len(anchors))
+    over_anchors = anchors.values.new_zeros(math.ceil(len(anchors) / panel), len(candidates)) if of_columns else None
+    for rows, columns, entries in _entries(anchors, candidates, scale):
+        over_candidates[rows] += entries.sum(1)
+        if over_anchors is not None:
+            over_anchors[rows.start // panel, columns] += entries.sum(0)
+    return over_candidates, over_anchors
+
+
+def push(
+    anchors: Rows, candidates: Rows, scale: Scale, *, to_anchors: bool = True, to_candidates: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Move rows by their negatives, each weighted by W_ij = E_ij (weight_i + weight_j).
+
+    Both directions at once share the tile, and give to the bit what each gives alone.
+
+    Returns:
+        `W @ candidates` (n, E) if `to_anchors`, and `W.T @ anchors` (m, E) if `to_candidates`; zeros for what is not asked.
+    """
+    assert anchors.weight is not None and candidates.weight is not None
+    moved_anchors, moved_candidates = torch.zeros_like(anchors.values), torch.zeros_like(candidates.values)
+    weights = _Scratch(anchors.values)
+    for rows, columns, entries in _entries(anchors, candidates, scale):
+        weight = weights.tile(*entries.shape)
+        torch.add(anchors.weight[rows, None], candidates.weight[columns], out=weight)
+        entries.mul_(weight)
+        if to_anchors:
+            moved_anchors[rows].addmm_(entries, candidates.values[columns])
+        if to_candidates:
+            moved_candidates[columns].addmm_(entries.T, anchors.values[rows])
+    return moved_anchors, moved_candidates
+
+
+def online_log_sums(anchors: Rows, candidates: Rows, k: float, radius_mm: float) -> Tensor:
+    """Return the log of each anchor's sum of exp(k s_ij), (n,): -inf for one without negatives."""
+    result = anchors.values.new_full((len(anchors),), -math.inf)
+    for rows, _, logits in _logits(anchors, candidates, k, radius_mm):
+        result[rows] = torch.logaddexp(result[rows], logits.logsumexp(1))
+    return result
+
+
+def online_push(anchors: Rows, candidates: Rows, k: float, radius_mm: float) -> Tensor:
+    """Do what `push` does to anchors, with the weights' negative logarithms: their products with entries are at most 1."""
+    assert anchors.weight is not None and candidates.weight is not None
+    moved = torch.zeros_like(anchors.values)
+    for rows, columns, logits in _logits(anchors, candidates, k, radius_mm):
+        weight = (logits - anchors.weight[rows, None]).exp_()
+        weight += logits.sub_(candidates.weight[columns]).exp_()
+        moved[rows].addmm_(weight, candidates.values[columns])
+    return moved
+
+
+def _entries(anchors: Rows, candidates: Rows, scale: Scale) -> Iterator[tuple[slice, slice, Tensor]]:
+    for rows, columns, tile in _logits(anchors, candidates, scale.k, scale.radius_mm):
+        yield rows, columns, (tile.sub_(scale.shift) if scale.shift else tile).exp_()
+
+
+def _logits(anchors: Rows, candidates: Rows, k: float, radius_mm: float) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield tiles of k s_ij, -inf where j is no negative of i. A tile is overwritten by the next one."""
+    scratch = _Scratch(anchors.values)
+    images = _ImageRanges(anchors, candidates)
+    for rows in blocks(len(anchors), TILE):
+        sharpened = k * anchors.values[rows]
+        for columns in blocks(len(candidates), TILE_COLUMNS):
+            tile = scratch.tile(rows.stop - rows.start, columns.stop - columns.start)
+            torch.mm(sharpened, candidates.values[columns].T, out=tile)
+            diagonal = anchors.first + rows.start - candidates.first - columns.start
+            if -tile.shape[0] < diagonal < tile.shape[1]:
+                tile.diagonal(diagonal).fill_(-math.inf)
+            if images.may_meet(rows, columns):
+                tile.masked_fill_(_near(anchors, candidates, rows, columns, radius_mm), -math.inf)
+            yield rows, columns, tile
+
+
+def _near(anchors: Rows, candidates: Rows, rows: slice, columns: slice, radius_mm: float) -> Tensor:
+    assert anchors.image is not None and candidates.image is not None
+    near = anchors.image[rows, None] == candidates.image[columns]
+    if anchors.position_mm is not None and candidates.position_mm is not None and math.isfinite(radius_mm):
+        squared = torch.zeros_like(near, dtype=anchors.position_mm.dtype)
+        for of_anchors, of_candidates in zip(
+            anchors.position_mm[rows].unbind(1), candidates.position_mm[columns].unbind(1), strict=True
+        ):
+            squared += (of_anchors[:, None] - of_candidates).square_()
+        near &= squared <= radius_mm**2
+    return near
+
+
+class _ImageRanges:
+    """Smallest and largest image number of every block: blocks whose ranges are apart share no image.
+
+    Rows come image by image, so nearly all tiles are told apart by two comparisons. Looking would make a CUDA device
+    wait; there, all tiles may meet.
+    """
+
+    def __init__(self, anchors: Rows, candidates: Rows) -> None:
+        self._masks = anchors.image is not None
+        self._ranges: tuple[dict[int, tuple[int, int]], dict[int, tuple[int, int]]] | None = None
+        if anchors.image is not None and candidates.image is not None and anchors.image.device.type == "cpu":
+            self._ranges = (_ranges(anchors.image, TILE), _ranges(candidates.image, TILE_COLUMNS))
+
+    def may_meet(self, rows: slice, columns: slice) -> bool:
+        if self._ranges is None:
+            return self._masks
+        (low, high), (other_low, other_high) = self._ranges[0][rows.start], self._ranges[1][columns.start]
+        return low <= other_high and other_low <= high
+
+
+def _ranges(image: Tensor, block: int) -> dict[int, tuple[int, int]]:
+    return {rows.start: (int(image[rows].min()), int(image[rows].max())) for rows in blocks(len(image), block)}
+
+
+class _Scratch:
+    """Memory of one tile, used again by the next: asking the system for it anew costs more than filling it."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._memory = like.new_empty(TILE * TILE_COLUMNS)
+
+    def tile(self, height: int, width: int) -> Tensor:
+        return self._memory[: height * width].view(height, width)
+
+
+def blocks(length: int, block: int) -> Iterator[slice]:
+    """Yield slices that cover `length` in steps of `block`."""
+    return (slice(start, min(start + block, length)) for start in range(0, length, block))

@@ -1,0 +1,75 @@
+"""An ablation: one job, several variants on one corpus, side by side, and no test patient read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from p2r.engine.__main__ import LocalExecutor
+from p2r.engine.pipeline import run_job
+from p2r.errors import JobError
+from p2r.job import Job, read_job, variants_of
+from p2r.storage import Storage
+
+VARIANTS = "variants={few: {pretrain.loss.pixel_pairs_per_image: 4}, many: {pretrain.loss.pixel_pairs_per_image: 32}}"
+ABLATION = ("kind=ablation", "finetune.score_on=validation", "finetune.modes=[linear_probe]")
+
+
+@pytest.fixture
+def ablation(write_toy_job: Callable[..., Path], tmp_path: Path) -> Callable[..., Job]:
+    path = write_toy_job(tmp_path)
+    return lambda *overrides: read_job(path, (*ABLATION, *overrides))
+
+
+def test_variants_differ_in_what_they_name_and_share_the_corpus(ablation: Callable[..., Job]) -> None:
+    job = ablation(VARIANTS)
+    few, many = variants_of(job).values()
+    assert few.pretrain is not None and many.pretrain is not None
+    assert (few.pretrain.loss.pixel_pairs_per_image, many.pretrain.loss.pixel_pairs_per_image) == (4, 32)
+    assert few.pretrain.corpus == many.pretrain.corpus == f"{job.storage}/corpus"
+    assert few.storage == f"{job.storage}/variants/few"
+    same = {"pretrain", "storage"}
+    assert few.model_dump(exclude=same) == many.model_dump(exclude=same)
+
+
+def test_variants_are_run_and_put_side_by_side(ablation: Callable[..., Job]) -> None:
+    job = ablation(VARIANTS, "finetune.num_labelled=[1]", "finetune.steps=4")
+    lines: list[str] = []
+    made = run_job(job, LocalExecutor(torch.device("cpu"), None), say=lines.append)
+    storage = Storage(job.storage)
+    report = storage.read_json("report/report.json")
+    assert [row["variant"] for row in report["rows"]] == ["few", "many"]
+    assert {row["split"] for row in report["rows"]} == {"validation"}
+    assert len({row["backbone_sha256"] for row in report["rows"]}) == 2
+    page = storage.read_bytes("report/report.md").decode()
+    assert "Dice on validation patients" in page
+    assert "| few | `pretrain.loss.pixel_pairs_per_image: 4` |" in page
+    assert storage.read_bytes("report/pictures/variants.png").startswith(b"\x89PNG")
+    assert made["report"].endswith("report/report.md")
+    trials = [storage.read_json(path) for path in storage.list() if "/trials/" in path and path.endswith(".json")]
+    assert trials
+    assert "sub-07" not in json.dumps(trials) and "sub-08" not in json.dumps(trials)  # the test subjects
+
+    lines.clear()
+    run_job(job, LocalExecutor(torch.device("cpu"), None), say=lines.append)
+    assert not [line for line in lines if "step" in line and "done at step" not in line], lines
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), "kind ablation needs variants"),
+        (("kind=pipeline", VARIANTS), "no other kind has them"),
+        ((VARIANTS, "finetune.score_on=test"), "proves nothing"),
+        (("variants={a: {pretrain.loss.pixel_pairs: 4}}",), r"variants.a.*pixel_pairs: unknown key; did you mean"),
+        (("variants={a: {pretrain.nothing.deep: 4}}",), "variants.a: pretrain.nothing.deep is not a key"),
+        (("variants={a: {pretrain.steps: none}}",), r"variants.a is not valid:\n  pretrain.steps"),
+    ],
+)
+def test_an_ablation_that_makes_no_sense_is_refused(
+    ablation: Callable[..., Job], overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(JobError, match=f"(?s){message}"):
+        ablation(*overrides)

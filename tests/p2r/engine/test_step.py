@@ -1,0 +1,134 @@
+"""However a step is cut over ranks and micro-batches, it is the same step."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from p2r.config import PretrainConfig
+from p2r.data.stream import Batch
+from p2r.engine.build import build_engine, join_process_group
+from p2r.engine.step import pretrain_step
+from p2r.model.pix2rep import Pix2Rep
+
+IMAGES = 4
+STEPS = 2
+LOSSES: dict[str, dict[str, Any]] = {
+    "info_nce": {"temperature": 0.3, "learn_temperature": True, "exclude_within_mm": 6.0, "foreground_share": 0.5},
+    "barlow_twins": {"name": "barlow_twins"},
+}
+CUTS = {"1 x 4": (1, 1), "2 x 2": (2, 1), "4 x 1": (4, 1)}  # ranks, images of a micro-batch
+WHOLE = "1 x 1, whole"
+
+
+def config(loss: dict[str, Any], micro_batch: int | None, zero_stage: int = 1) -> PretrainConfig:
+    return PretrainConfig.model_validate(
+        {
+            "image": {"size": 32, "spacing_mm": 2.0},
+            "model": {"channels": (4, 4, 8, 8, 8), "feature_channels": 6, "head_channels": 8, "embedding_channels": 6},
+            "loss": {"pixel_pairs_per_image": 20, **loss},
+            "steps": STEPS,
+            "global_batch": IMAGES,
+            "micro_batch": micro_batch,
+            "zero_stage": zero_stage,
+        }
+    )
+
+
+def batch(step: int, rank: int, world_size: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    image = torch.rand(IMAGES, 1, 32, 32, generator=generator)
+    part = slice(rank * IMAGES // world_size, (rank + 1) * IMAGES // world_size)
+    positions = np.arange(IMAGES, dtype=np.int64) + IMAGES * step
+    inside = torch.ones(IMAGES, 32, 32, dtype=torch.bool)
+    inside[1] = step != 1  # an image that shows nothing
+    return Batch(image[part], inside[part], positions[part], epoch=0, spacing_mm=2.0, wait_s=0.0)
+
+
+def train(settings: PretrainConfig, rank: int, world_size: int) -> dict[str, list[float]]:
+    torch.manual_seed(0)
+    learnt = settings.loss.temperature if settings.loss.learn_temperature else None
+    engine = build_engine(Pix2Rep(settings.model, learnt_temperature=learnt), settings, world_size=world_size)
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss = pretrain_step(engine, batch(step, rank, world_size), config=settings, learning_rate=1e-3)
+        losses.append(float(loss))
+        norms.append(float(engine.get_global_grad_norm() or 0.0))  # DeepSpeed's stage 0 does not tell
+    temperature = [] if engine.module.log_temperature is None else engine.module.log_temperature.tolist()
+    engine.destroy()
+    return {"losses": losses, "norms": norms, "temperature": temperature}
+
+
+def run_rank(rank: int, folder: str, world_size: int, cases: dict[str, PretrainConfig]) -> None:
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous-{world_size}", rank=rank, world_size=world_size
+    )
+    join_process_group(torch.device("cpu"))
+    results = {name: train(settings, rank, world_size) for name, settings in cases.items()}
+    Path(folder, f"{world_size}-{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
+    folder = tmp_path_factory.mktemp("steps")
+    cases: dict[int, dict[str, PretrainConfig]] = {1: {}, 2: {}, 4: {}}
+    for loss, options in LOSSES.items():
+        cases[1][f"{loss}, {WHOLE}"] = config(options, None)
+        for cut, (world_size, micro_batch) in CUTS.items():
+            cases[world_size][f"{loss}, {cut}"] = config(options, micro_batch)
+    cases[1]["zero 2"] = config(LOSSES["info_nce"], 1, zero_stage=2)
+    cases[1]["zero 0"] = config(LOSSES["info_nce"], 2, zero_stage=0)
+    cases[2]["cheap"] = config({**LOSSES["info_nce"], "negatives": "micro_batch"}, 1)
+    starts = {
+        size: multiprocessing.spawn(run_rank, (str(folder), size, cases[size]), nprocs=size, join=False)
+        for size in (2, 4)
+    }
+    join_process_group(torch.device("cpu"))
+    found = {name: train(settings, 0, 1) for name, settings in cases[1].items()}
+    for size, start in starts.items():
+        while not start.join():
+            pass
+        of_ranks = [json.loads((folder / f"{size}-{rank}.json").read_text()) for rank in range(size)]
+        assert all(of_rank == of_ranks[0] for of_rank in of_ranks)  # every rank reports the same
+        found |= of_ranks[0]
+    return found
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_ranks_and_micro_batches_do_not_change_the_step(runs: dict[str, Any], loss: str, cut: str) -> None:
+    whole, ours = runs[f"{loss}, {WHOLE}"], runs[f"{loss}, {cut}"]
+    assert len(ours["losses"]) == STEPS
+    assert whole["losses"][0] != pytest.approx(whole["losses"][1], rel=1e-3)
+    assert ours["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert ours["norms"] == pytest.approx(whole["norms"], rel=1e-4)
+    assert ours["temperature"] == pytest.approx(whole["temperature"], rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_nor_does_the_zero_stage(runs: dict[str, Any], stage: int) -> None:
+    whole, ours = runs[f"info_nce, {WHOLE}"], runs[f"zero {stage}"]
+    assert ours["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+
+
+def test_a_learnt_temperature_moves(runs: dict[str, Any]) -> None:
+    assert runs[f"info_nce, {WHOLE}"]["temperature"] != pytest.approx([np.log(0.3)], abs=1e-4)
+
+
+def test_negatives_of_micro_batches_are_another_objective(runs: dict[str, Any]) -> None:
+    assert max(runs["cheap"]["losses"]) < min(runs[f"info_nce, {WHOLE}"]["losses"])
+
+
+def test_reports_name_the_cheap_negatives() -> None:
+    assert config({}, 1).negatives == "of the global batch"
+    cheap = config({"negatives": "micro_batch"}, 1)
+    assert cheap.negatives == "of micro-batches only (1 images of each worker)"
