@@ -173,6 +173,8 @@ class LossConfig(Section):
     """InfoNCE only: leave the positive out of the denominator (decoupled contrastive learning)."""
     exclude_within_mm: PositiveFloat | None = None
     """InfoNCE only: pixels of one image at most this far apart are no negatives of one another (.inf: all of an image). None: all are."""
+    exchange: Literal["all_gather", "ring"] = "all_gather"
+    """InfoNCE only: each worker holds the embeddings of all, or (slower) those of one other at a time, passed around a ring."""
     off_diagonal_weight: NonNegativeFloat = 0.005
     """Barlow Twins only: weight of the off-diagonal terms."""
 

@@ -110,6 +110,7 @@ def pixel_pair_loss(
         decoupled=config.decoupled,
         weights=weights,
         exclude=exclude,
+        exchange=config.exchange,
     )
 
 

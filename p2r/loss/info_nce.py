@@ -126,6 +126,8 @@ def info_nce(
     contrast = _Contrast(
         form, decoupled, exchange, group, counts, factor, _product_dtype(queries), 1 / _number(temperature), exclude
     )
+    if contrast.scale is None:  # sharper than half precision could tell apart
+        contrast = replace(contrast, product_dtype=dtype)
     if weights is None:
         weights = torch.ones(len(queries), dtype=dtype, device=queries.device)
     with torch.autocast(queries.device.type, enabled=False):

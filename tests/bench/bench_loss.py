@@ -12,6 +12,7 @@ so its rate says how long a contender takes, not how busy it is. Gradient errors
 """
 
 import argparse
+import ctypes
 import gc
 import importlib.util
 import json
@@ -174,6 +175,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, and counts again when it is used
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
             self._before = self._status("VmRSS")
         return self
@@ -212,10 +214,13 @@ def timed(loss: Loss, queries: Tensor, keys: Tensor) -> tuple[float, float, tupl
     return middle - began, now() - middle, gradients
 
 
-def error(gradients: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    difference = sum(
-        float((ours.double() - theirs).square().sum()) for ours, theirs in zip(gradients, exact, strict=True)
-    )
+def error(gradients: tuple[Tensor, ...], exact: tuple[Tensor, ...], towers: tuple[Tensor, ...]) -> float:
+    """Relative, over both towers, along the sphere: ours normalises inside, and has no other part."""
+    along = [
+        ours.double() - rows * (ours.double() * rows).sum(1, keepdim=True)
+        for ours, rows in zip(gradients, (tower.detach().double() for tower in towers), strict=True)
+    ]
+    difference = sum(float((ours - theirs).square().sum()) for ours, theirs in zip(along, exact, strict=True))
     return math.sqrt(difference / sum(float(theirs.square().sum()) for theirs in exact))
 
 
@@ -243,17 +248,26 @@ def available_memory(device: torch.device) -> float:
 
 
 def measure(
-    num: int, channels: int, temperature: float, dtype: torch.dtype, device: torch.device, rounds: int, rate: float
+    num: int,
+    channels: int,
+    temperature: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+    rate: float,
+    only: list[str] | None,
 ) -> list[dict[str, Any]]:
     """Measure every contender at one size."""
     queries, keys = towers(num, channels, dtype, device)
     exact = None
     if num <= 16384:  # float64 on all pairs takes long beyond
         doubles = [rows.detach().double().requires_grad_() for rows in (queries, keys)]
-        exact = torch.autograd.grad(naive_in_blocks(*doubles, temperature=temperature), doubles)
+        exact = torch.autograd.grad(exactly(*doubles, temperature), doubles)
     rows: list[dict[str, Any]] = []
     running: dict[str, tuple[Loss, dict[str, Any]]] = {}
     for name, loss in contenders(temperature, device, channels):
+        if only is not None and name not in (OURS, *only):
+            continue
         row: dict[str, Any] = {"contender": name, "num": num, "channels": channels, "temperature": temperature}
         row |= {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
         rows.append(row)
@@ -275,7 +289,7 @@ def measure(
             row["extra_mib"] = memory.extra / 2**20
             row["runs_agree"] = all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
             if exact is not None and not name.startswith("lightly"):
-                row["gradient_error"] = error(first, exact)
+                row["gradient_error"] = error(first, exact, (queries, keys))
             del first, second
             running[name] = (loss, row)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
@@ -293,13 +307,8 @@ def measure(
     return rows
 
 
-def naive_in_blocks(queries: Tensor, keys: Tensor, *, temperature: float) -> Tensor:
-    """The reference: float64, over negatives only, so that small losses keep their digits; blocks of rows."""
-    return info_nce_reference(queries, keys, temperature)
-
-
 class _Reference(torch.autograd.Function):
-    """Written out with explicit gradients, in blocks: W = P_rows + P_columns - 2 I."""
+    """The reference, for float64: explicit gradients, in blocks of rows; W = P_rows + P_columns - 2 I."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, temperature: float) -> Tensor:
@@ -326,7 +335,7 @@ class _Reference(torch.autograd.Function):
         return grad_q * scale, grad_k * scale, None
 
 
-def info_nce_reference(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+def exactly(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
     unit = [F.normalize(rows, dim=1) for rows in (queries, keys)]
     loss: Tensor = _Reference.apply(*unit, temperature)
     return loss
@@ -414,6 +423,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders to measure; ours always is")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
@@ -421,7 +431,7 @@ def main() -> None:
     rate = matmul_rate(dtype, device)
     rows = []
     for num in options.num:
-        rows += measure(num, options.channels, options.temperature, dtype, device, options.rounds, rate)
+        rows += measure(num, options.channels, options.temperature, dtype, device, options.rounds, rate, options.only)
     console = Console(width=170)
     console.print(table(rows))
     name = torch.cuda.get_device_name() if cuda and device.type == "cuda" else "CPU"

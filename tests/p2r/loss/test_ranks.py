@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from p2r.errors import EmbeddingError
 from p2r.loss import SameImage, barlow_twins, info_nce
-from p2r.loss.tiles import TILE_COLUMNS
+from p2r.loss.tiles import TILE
 
 PROCESSES = 4
 WORLDS = (2, 4)
@@ -113,8 +113,8 @@ def in_group(group: Any, world: int) -> dict[str, Any]:
             if loss != "barlow_twins":
                 results[loss, unequal]["excluding"] = of_rows(LOSSES[loss], a, b, exclude=metadata(part), **options)
     for form in FORMS:
-        part = parts(PROCESSES * TILE_COLUMNS, world, unequal=False)[rank]
-        a, b = (x[part] for x in rows(PROCESSES * TILE_COLUMNS, torch.float32))
+        part = parts(PROCESSES * TILE, world, unequal=False)[rank]
+        a, b = (x[part] for x in rows(PROCESSES * TILE, torch.float32))
         results["whole tiles", form] = of_rows(LOSSES[form], a, b, group=group, gradient_scale="sum")
     return results
 
@@ -247,7 +247,7 @@ def test_negatives_are_excluded_across_ranks(ranks: list[Any], loss: str, world:
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_whole_tiles_are_the_same_to_the_bit(ranks: list[Any], form: str, world: int) -> None:
-    num = PROCESSES * TILE_COLUMNS
+    num = PROCESSES * TILE
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     expected = of_rows(LOSSES[form], *rows(num, torch.float32))
