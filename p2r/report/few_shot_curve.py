@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from p2r.report.canvas import FAINT, INK, MODE_COLOURS, headline, new_figure, to_png
 from p2r.report.tables import MODE_NAMES, Cell, Row, aggregate, split_of
@@ -44,6 +44,7 @@ def few_shot_curve(rows: Sequence[Row], task: str, *, title: str | None = None) 
     bottom, top = max(0.0, math.floor(min(drawn) * 10 - 0.3) / 10), min(1.0, math.ceil(max(drawn) * 10 + 0.3) / 10)
     axes.set_ylim(bottom, top)
     axes.set_xlim(math.exp(low - 0.1 * span), math.exp(high + (0.06 if high > low else 0.1) * span))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))  # two digits, beside the axis's name
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(numbers))
     axes.xaxis.set_minor_locator(NullLocator())

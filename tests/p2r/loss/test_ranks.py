@@ -35,7 +35,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "decoupled": partial(info_nce, decoupled=True),
     "barlow_twins": lambda a, b, *, temperature, **rest: barlow_twins(a, b, off_diagonal_weight=0.1, **rest),
 }
-ZERO = [(0, False), (0, True), (1, False), (2, False)]  # ZeRO stage, prescale_gradients
+ZERO = [(stage, prescale) for stage in (0, 1, 2) for prescale in (False, True)]  # prescale_gradients
 
 
 def rows(num: int, dtype: torch.dtype, channels: int = 6) -> tuple[Tensor, Tensor]:
@@ -154,7 +154,7 @@ def through_deepspeed(stage: int, prescale: bool, rank: int) -> list[Tensor]:
         dist_init_required=False,
         config={
             "train_batch_size": PROCESSES,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {"stage": stage, "reduce_scatter": not prescale},  # it refuses both together
             "zero_allow_untested_optimizer": True,
             "prescale_gradients": prescale,
             "gradient_clipping": 0.0,  # it clips at 1 if not told otherwise
