@@ -77,7 +77,7 @@ def _trial(config: dict[str, Any], *, trials: list[tuple[TrialSetup, Trial]], qu
     validation, row = result["validation"]["dice_mean"], result.get("row")
     queue.put(
         f"finetune | {trial.id} | validation Dice {validation:.3f}"
-        + (f" | test Dice {row['dice_mean']:.3f}" if row else "")
+        + (f" | test Dice {row['dice_mean']:.3f}" if row and row["split"] == "test" else "")
         + f" | {time.monotonic() - began:.0f} s"
     )
     tune.report({"validation_dice": validation})
