@@ -31,6 +31,15 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def plain(axes: Axes) -> None:
+    """Leave of a chart's frame what helps to read heights: faint lines across, and the axis below."""
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=FAINT, labelcolor=INK, length=3)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+
+
 def to_png(figure: Figure) -> bytes:
     """Return the figure as a PNG file; equal figures are equal bytes."""
     buffer = BytesIO()

@@ -7,7 +7,7 @@ from itertools import pairwise
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from p2r.report.canvas import FAINT, INK, MODE_COLOURS, headline, new_figure, to_png
+from p2r.report.canvas import INK, MODE_COLOURS, headline, new_figure, plain, to_png
 from p2r.report.tables import MODE_NAMES, Cell, Row, aggregate, split_of
 
 _DODGE = 0.022  # of the axis, between modes: otherwise their error bars hide one another
@@ -51,11 +51,7 @@ def few_shot_curve(rows: Sequence[Row], task: str, *, title: str | None = None) 
     axes.set_xticklabels([str(number) for number in numbers])
     axes.set_xlabel("labelled patients", color=INK)
     axes.set_ylabel(f"mean Dice on {split_of(rows)} patients", color=INK)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=FAINT, labelcolor=INK, length=3)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    plain(axes)
     axes.spines["bottom"].set_color("#b0b0b0")
 
     spread = (top - bottom) * _LABEL_GAP

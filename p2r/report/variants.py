@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from matplotlib.ticker import FixedLocator
 from rich.table import Table
 
-from p2r.report.canvas import FAINT, INK, MODE_COLOURS, headline, new_figure, to_png
+from p2r.report.canvas import INK, MODE_COLOURS, headline, new_figure, plain, to_png
 from p2r.report.tables import MODE_NAMES, Cell, Row, aggregate, split_of
 
 _COLUMNS = ("variant", "task", "labelled patients", "mode", "Dice", "per class", "backbone")
@@ -57,11 +57,7 @@ def variants_picture(rows: Sequence[Row], *, title: str) -> bytes:
     axes.set_xticklabels(names)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_ylabel(f"mean Dice on {split_of(rows)} patients", color=INK)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=FAINT, labelcolor=INK, length=3)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    plain(axes)
     axes.legend(frameon=False, fontsize=9, loc="best")
     headline(figure, title, "points: mean over draws of the labelled patients, bars: standard deviation, dots: draws")
     return to_png(figure)
