@@ -41,6 +41,9 @@ _STAGES: dict[Kind, tuple[str, ...]] = {
 }
 _SECRET_KEY = re.compile(r"(secret|password|passwd|token|credential|access_?key|api_?key)", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s:@]+:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY")
+_ABLATION_RULE = (
+    "kind ablation needs finetune.score_on: validation, for a recipe that was chosen on test patients proves nothing"
+)
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
@@ -97,9 +100,7 @@ class Job(Section):
         if (self.kind == "ablation") != bool(self.variants):
             raise ValueError("kind ablation needs variants, and no other kind has them")
         if self.kind == "ablation" and self.finetune and self.finetune.score_on != "validation":
-            raise ValueError(
-                "kind ablation needs finetune.score_on: validation, for a recipe that was chosen on test patients proves nothing"
-            )
+            raise ValueError(_ABLATION_RULE)
         return self
 
 
@@ -150,6 +151,8 @@ def variants_of(job: Job) -> dict[str, Job]:
         for key, value in changes.items():
             *parents, last = key.split(".")
             target = values
+            if not parents:
+                raise JobError(f"variants.{name}: {key} is not a key of a section, such as pretrain.steps")
             for parent in parents:
                 target = target.get(parent)  # type: ignore[assignment]
                 if not isinstance(target, dict):
@@ -159,6 +162,8 @@ def variants_of(job: Job) -> dict[str, Job]:
         values["storage"] = f"{job.storage}/variants/{name}"
         if values["pretrain"]["corpus"] is None:
             values["pretrain"]["corpus"] = f"{job.storage}/corpus"
+        if values["finetune"]["score_on"] != "validation":
+            raise JobError(f"variants.{name}: {_ABLATION_RULE}")
         found[name] = validated(Job, values, where=f"variants.{name}")
     return found
 

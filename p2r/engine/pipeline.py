@@ -60,7 +60,7 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
         "pipeline": ("ingest", "pretrain", "publish", "finetune"),
         "ablation": ("ingest", "variants") if job.ingest is not None else ("variants",),
     }.get(job.kind, (job.kind,))
-    if job.finetune is not None:
+    if "finetune" in stages or "variants" in stages:
         _check_tasks(job)
     if "ingest" in stages or ("pretrain" in stages and job.ingest is not None):
         made["corpus"] = _ingest(job, storage, executor, say)

@@ -65,6 +65,8 @@ def test_variants_are_run_and_put_side_by_side(ablation: Callable[..., Job]) -> 
         ((VARIANTS, "finetune.score_on=test"), "proves nothing"),
         (("variants={a: {pretrain.loss.pixel_pairs: 4}}",), r"variants.a.*pixel_pairs: unknown key; did you mean"),
         (("variants={a: {pretrain.nothing.deep: 4}}",), "variants.a: pretrain.nothing.deep is not a key"),
+        (("variants={a: {finetune: null}}",), "variants.a: finetune is not a key of a section"),
+        (("variants={a: {finetune.score_on: test}}",), "variants.a: .*proves nothing"),
         (("variants={a: {pretrain.steps: none}}",), r"variants.a is not valid:\n  pretrain.steps"),
     ],
 )
