@@ -12,6 +12,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 Mode = Literal["scratch", "linear_probe", "fine_tune"]
 
+PERCENTILES = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)
+"""Percentiles of intensity that are recorded with every scan, so that the choice among them is training's, not ingest's."""
+
 
 class Section(BaseModel):
     """A part of a job file: frozen, and without room for keys that nobody reads."""
@@ -47,11 +50,6 @@ class IngestConfig(Section):
     """Only the subjects of one split of a task. None: all."""
     slice_axis: Literal["auto", 0, 1, 2] = "auto"
     """Axis (of the RAS volume) across which planes are cut. auto: the axis of the largest spacing; the third where all are equal."""
-    intensity_percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (
-        0.5,
-        99.5,
-    )
-    """Percentiles of the non-zero voxels, recorded with each scan, that become 0 and 1 of the network's input."""
     min_size: PositiveInt = 16
     """Smallest number of voxels along each axis of a plane; smaller scans are refused as `too_small`."""
     shard_size_mib: PositiveFloat = 64.0
@@ -61,9 +59,6 @@ class IngestConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        low, high = self.intensity_percentiles
-        if low >= high:
-            raise ValueError(f"intensity_percentiles must rise, got {low} and {high}")
         if self.subjects is not None and self.subjects_of is not None:
             raise ValueError("give either subjects or subjects_of, not both")
         return self
@@ -76,6 +71,17 @@ class ImageConfig(Section):
     """In-plane pixel size after resampling, mm."""
     size: PositiveInt = 160
     """Height and width of the image, pixels: planes are cropped or padded about their centre."""
+    intensity_percentiles: tuple[float, float] = (0.5, 99.5)
+    """Percentiles of a scan's non-zero voxels that become 0 and 1; two of those that are recorded with every scan."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.intensity_percentiles
+        if low >= high or not {low, high} <= set(PERCENTILES):
+            raise ValueError(
+                f"intensity_percentiles must be two rising ones of {', '.join(f'{p:g}' for p in PERCENTILES)}; got {low:g}, {high:g}"
+            )
+        return self
 
 
 class GeometryConfig(Section):

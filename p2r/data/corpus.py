@@ -27,7 +27,7 @@ from p2r.data.manifest import contains as contains
 from p2r.data.manifest import load_manifest as load_manifest
 from p2r.data.manifest import manifest_sha256 as manifest_sha256
 from p2r.data.manifest import verify_corpus as verify_corpus
-from p2r.data.preprocess import intensity_window, plane_axes, slice_axis
+from p2r.data.preprocess import percentile_table, plane_axes, slice_axis
 from p2r.data.scans import Scan as Scan
 from p2r.data.scans import expand_subjects as expand_subjects
 from p2r.data.scans import find_scans as find_scans
@@ -159,7 +159,6 @@ def finish_corpus(
         "source": list(config.sources),
         "preprocessing": {
             "slice_axis": config.slice_axis,
-            "intensity_percentiles": list(config.intensity_percentiles),
             "min_size": config.min_size,
         },
         "config_sha256": corpus_digest(config, allowed_subjects),
@@ -211,7 +210,7 @@ def _records(plan: ShardPlan, config: IngestConfig, rows: list[LedgerRow]) -> It
             volume = read_volume(scan.path, key=scan.key)
             axis = slice_axis(volume.spacing_mm, config.slice_axis)
             _check_size(volume, axis, config.min_size, scan.path)
-            window = intensity_window(volume.data, config.intensity_percentiles)
+            percentiles = percentile_table(volume.data)
             digest = voxels_sha256(volume)
             if original := seen.get((subject, digest)):
                 raise RefusedScan("duplicate", f"{scan.path} has exactly the voxels of {original}")
@@ -228,7 +227,7 @@ def _records(plan: ShardPlan, config: IngestConfig, rows: list[LedgerRow]) -> It
                 "subject": subject,
                 "cohort": config.cohort,
                 "slice_axis": axis,
-                "window": list(window),
+                "percentiles": list(percentiles),
                 "source": scan.name,
                 "voxels_sha256": digest,
                 "licence": config.licence,

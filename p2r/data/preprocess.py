@@ -9,6 +9,7 @@ Shapes: X Y Z T a volume; P = T * Z planes, frame by frame; h w a plane's voxels
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from p2r.config import PERCENTILES
 from p2r.data.volume import Volume
 from p2r.errors import RefusedScan
 
@@ -36,7 +38,7 @@ class Preparation(BaseModel):
     slice_axis: SliceAxis = "auto"
     """Rule for the axis across which planes are cut."""
     intensity_percentiles: tuple[float, float] = (0.5, 99.5)
-    """Percentiles of the non-zero voxels that become 0 and 1."""
+    """Percentiles of the non-zero voxels that become 0 and 1; two of `PERCENTILES`."""
     spacing_mm: PositiveFloat
     """Pixel size, mm."""
     image_size: PositiveInt
@@ -84,11 +86,11 @@ def plane_axes(axis: int) -> tuple[int, int]:
     return rows, columns
 
 
-def intensity_window(data: NDArray[Any], percentiles: tuple[float, float]) -> tuple[float, float]:
-    """Return the intensities that become 0 and 1: percentiles of the non-zero voxels, or of all if those are constant.
+def percentile_table(data: NDArray[Any]) -> tuple[float, ...]:
+    """Return the intensities at `PERCENTILES` of the non-zero voxels, or of all if those are constant.
 
     Raises:
-        RefusedScan: `constant`, if both percentiles fall on one value.
+        RefusedScan: `constant`, if 99 of 100 voxels have one value.
     """
     # A stride that shares no factor with the size visits every plane, row and column, in a fixed pattern.
     stride = math.ceil(data.size / _MAX_PERCENTILE_VOXELS)
@@ -97,12 +99,21 @@ def intensity_window(data: NDArray[Any], percentiles: tuple[float, float]) -> tu
     sample = data.reshape(-1)[::stride]
     for voxels in (sample[sample != 0], sample):
         if voxels.size:
-            low, high = (float(value) for value in np.percentile(voxels, percentiles))
-            if low < high:
-                return low, high
-    raise RefusedScan(
-        "constant", f"percentiles {percentiles[0]} and {percentiles[1]} of the voxels are equal: hardly any contrast"
-    )
+            table = tuple(float(value) for value in np.percentile(voxels, PERCENTILES))
+            if table[PERCENTILES.index(0.5)] < table[PERCENTILES.index(99.5)]:
+                return table
+    raise RefusedScan("constant", "percentiles 0.5 and 99.5 of the voxels are equal: hardly any contrast")
+
+
+def intensity_window(table: Sequence[float], percentiles: tuple[float, float]) -> tuple[float, float]:
+    """Return the intensities that become 0 and 1.
+
+    Args:
+        table: From `percentile_table`.
+        percentiles: Two of `PERCENTILES`. Where both fall on one value, the darkest and the brightest stand in.
+    """
+    low, high = (table[PERCENTILES.index(percentile)] for percentile in percentiles)
+    return (low, high) if low < high else (table[0], table[-1])
 
 
 def normalise(planes: Tensor, low: float, high: float) -> Tensor:
@@ -179,7 +190,7 @@ def planes_of(volume: Volume, *, preparation: Preparation, size: int | None) -> 
         size: Height and width of the images, usually `preparation.image_size`; None: the planes' whole extent.
     """
     axis = slice_axis(volume.spacing_mm, preparation.slice_axis)
-    window = intensity_window(volume.data, preparation.intensity_percentiles)
+    window = intensity_window(percentile_table(volume.data), preparation.intensity_percentiles)
     planes = volume_to_planes(volume.data, axis)  # (P, h, w)
     spacing = plane_spacing(volume.spacing_mm, axis)
     images, inside = prepare(planes, window, spacing, target_mm=preparation.spacing_mm, size=size)

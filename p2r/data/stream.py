@@ -24,8 +24,8 @@ from torch import Tensor
 from p2r.config import ImageConfig
 from p2r.data.manifest import manifest_sha256
 from p2r.data.order import ORDER, check_world_size, locate, rank_batch, steps_per_epoch
-from p2r.data.preprocess import plane_spacing, prepare
-from p2r.data.shards import ShardReader, read_index
+from p2r.data.preprocess import intensity_window, plane_spacing, prepare
+from p2r.data.shards import ShardReader, local_ranges, read_index
 from p2r.errors import CheckpointError
 from p2r.storage import Storage
 
@@ -185,7 +185,8 @@ def _load_plane(reader: ShardReader, sample: int, image: ImageConfig) -> tuple[T
     row, _ = reader.locate(sample)
     spacing_mm = plane_spacing(row.spacing_mm, row.slice_axis)
     planes = reader.read_plane(sample)[None]
-    return prepare(planes, row.window, spacing_mm, target_mm=image.spacing_mm, size=image.size)
+    window = intensity_window(row.percentiles, image.intensity_percentiles)
+    return prepare(planes, window, spacing_mm, target_mm=image.spacing_mm, size=image.size)
 
 
 class _Shards:
@@ -217,7 +218,7 @@ class _Shards:
         entry = self._entries[number]
         index = self._storage.local(entry["name"].removesuffix(".tar") + ".idx", sha256=entry["index_sha256"])
         tar = self._storage.local(entry["name"], sha256=entry["sha256"], num_bytes=entry["num_bytes"])
-        return ShardReader(tar, read_index(index, sha256=entry["index_sha256"]))
+        return ShardReader(str(tar), read_index(index, sha256=entry["index_sha256"]), local_ranges(tar))
 
 
 def _check_same(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -126,7 +126,7 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             model=job.pretrain.model,
             preparation=Preparation(
                 slice_axis=manifest["preprocessing"]["slice_axis"],
-                intensity_percentiles=tuple(manifest["preprocessing"]["intensity_percentiles"]),
+                intensity_percentiles=job.pretrain.image.intensity_percentiles,
                 spacing_mm=job.pretrain.image.spacing_mm,
                 image_size=job.pretrain.image.size,
             ),

@@ -14,6 +14,7 @@ from p2r.data.preprocess import (
     intensity_window,
     label_planes_of,
     normalise,
+    percentile_table,
     planes_of,
     planes_to_volume,
     slice_axis,
@@ -73,28 +74,36 @@ def test_stacking_refuses_planes_that_make_no_whole_frames() -> None:
 def test_the_window_ignores_the_background() -> None:
     data = np.zeros((20, 20, 20), np.int16)
     data[5:15, 5:15, 5:15] = np.arange(1, 1001).reshape(10, 10, 10)
-    low, high = intensity_window(data, (0.5, 99.5))
+    low, high = intensity_window(percentile_table(data), (0.5, 99.5))
     assert (low, high) == pytest.approx(tuple(np.percentile(np.arange(1, 1001), (0.5, 99.5))))
 
 
 def test_the_window_of_a_mask_falls_back_to_all_voxels() -> None:
     data = np.zeros((10, 10, 10), np.int16)
     data[:5] = 7
-    assert intensity_window(data, (0.5, 99.5)) == (0.0, 7.0)
+    assert intensity_window(percentile_table(data), (0.5, 99.5)) == (0.0, 7.0)
+
+
+def test_a_window_whose_percentiles_fall_together_takes_the_extremes() -> None:
+    data = np.zeros((10, 10, 10), np.int16)
+    data[:3] = 5
+    data[0, 0] = 9
+    table = percentile_table(data)
+    assert intensity_window(table, (10.0, 90.0)) == (5.0, 9.0) and intensity_window(table, (25.0, 50.0)) == (5.0, 9.0)
 
 
 def test_hardly_any_contrast_is_constant() -> None:
     data = np.zeros((20, 20, 20), np.int16)
     data[0, 0, 0] = 1
     with pytest.raises(RefusedScan) as refusal:
-        intensity_window(data, (0.5, 99.5))
+        intensity_window(percentile_table(data), (0.5, 99.5))
     assert refusal.value.code == "constant"
 
 
 def test_the_window_of_a_large_scan_sees_every_plane() -> None:
     # A stride of 16 along the last axis would see one plane in sixteen.
     data = np.broadcast_to(np.arange(1, 65, dtype=np.int16), (512, 512, 64))
-    low, high = intensity_window(data, (0.5, 99.5))
+    low, high = intensity_window(percentile_table(data), (0.5, 99.5))
     assert (low, high) == (1.0, 64.0)
 
 

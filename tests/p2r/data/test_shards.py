@@ -1,4 +1,6 @@
+import contextlib
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -11,13 +13,15 @@ import nibabel
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from p2r.data.preprocess import volume_to_planes
+from p2r.data.preprocess import percentile_table, volume_to_planes
 from p2r.data.shards import (
-    ShardReader,
     decode_record,
     encode_record,
     index_shard,
+    open_shard,
     read_index,
     voxels_sha256,
     write_shard,
@@ -50,7 +54,7 @@ def a_record(path: Path, *, axis: int = 2) -> tuple[Volume, dict[str, Any]]:
         "subject": volume.key,
         "cohort": "test",
         "slice_axis": axis,
-        "window": [0.0, 200.0],
+        "percentiles": list(percentile_table(volume.data)),
         "source": path.name,
         "voxels_sha256": voxels_sha256(volume),
         "licence": "CC0-1.0",
@@ -85,11 +89,9 @@ def test_stock_webdataset_and_five_plain_lines_give_the_voxels_of_nibabel(
     assert [sample["__key__"] for sample in samples] == list(SCANS)
     for sample, path in zip(samples, scans, strict=True):
         meta, raw = json.loads(sample["json"]), sample["planes"]
-        ends = meta["plane_offsets"]
-        planes = [np.frombuffer(blosc2.decompress2(raw[a:b]), meta["dtype"]) for a, b in pairwise(ends)]
-        axis, frames = meta["slice_axis"], meta["shape"][3]
-        sides = [n for i, n in enumerate(meta["shape"][:3]) if i != axis]
-        voxels = np.moveaxis(np.reshape(planes, (frames, -1, *sides)), (0, 1), (3, axis))
+        cuts = pairwise(meta["chunk_offsets"])
+        planes = [np.frombuffer(blosc2.decompress2(raw[a:b]), meta["dtype"]) for a, b in cuts]
+        voxels = np.moveaxis(np.reshape(planes, meta["stored_shape"]), (0, 1), (3, meta["slice_axis"]))
 
         canonical = nibabel.as_closest_canonical(nibabel.load(path))
         expected = np.asarray(canonical.dataobj).reshape(voxels.shape)
@@ -103,7 +105,7 @@ def test_stock_webdataset_and_five_plain_lines_give_the_voxels_of_nibabel(
 def test_every_plane_comes_back_by_its_number(tmp_path: Path, scans: list[Path]) -> None:
     records = [a_record(path, axis=axis % 3) for axis, path in enumerate(scans)]
     entry = write_shard(tmp_path / "shard.tar", records)
-    reader = ShardReader(tmp_path / "shard.tar", read_index(tmp_path / "shard.idx", sha256=entry["index_sha256"]))
+    reader = open_shard(tmp_path / "shard.tar")
     planes = [plane for volume, meta in records for plane in volume_to_planes(volume.data, meta["slice_axis"])]
     assert reader.num_samples == entry["num_samples"] == len(planes)
     assert entry["num_records"] == len(scans)
@@ -113,6 +115,46 @@ def test_every_plane_comes_back_by_its_number(tmp_path: Path, scans: list[Path])
         np.testing.assert_array_equal(found, plane)
     with pytest.raises(ValueError, match="samples, asked for number"):
         reader.read_plane(len(planes))
+
+
+LAYOUTS = [("planes", "lz4"), ("planes", "zstd"), ("blocks", "lz4"), ("blocks", "zstd"), ("npy", "lz4")]
+
+
+@pytest.mark.parametrize(("record", "codec"), LAYOUTS)
+def test_every_layout_gives_volumes_planes_and_boxes(tmp_path: Path, record: Any, codec: Any) -> None:
+    path = a_scan(tmp_path, "cine", shape=(70, 33, 40, 2))
+    for axis in range(3):
+        volume, meta = a_record(path, axis=axis)
+        write_shard(tmp_path / "shard.tar", [(volume, meta)], record=record, codec=codec)
+        (sample,) = stock_samples(tmp_path / "shard.tar")
+        np.testing.assert_array_equal(decode_record(sample[record], json.loads(sample["json"])), volume.data)
+        reader = open_shard(tmp_path / "shard.tar")
+        frames = np.moveaxis(volume.data, (3, axis), (0, 1))  # (T, P, h, w)
+        row, frame = reader.locate_volume(1)
+        assert frame == 1 and row.stored_shape == frames.shape
+        for number in (0, frames.shape[1], 2 * frames.shape[1] - 1):
+            np.testing.assert_array_equal(reader.read_plane(number), volume_to_planes(volume.data, axis)[number])
+        rng = np.random.default_rng(axis)
+        for _ in range(10):
+            ends = [sorted(rng.choice(n + 1, 2, replace=False)) for n in frames.shape[1:]]
+            box = tuple(slice(int(start), int(stop)) for start, stop in ends)
+            np.testing.assert_array_equal(reader.read_box(row, frame, box), frames[1][box])
+        with pytest.raises(ValueError, match="no volume number 2"):
+            reader.locate_volume(2)
+
+
+def test_a_record_of_npy_needs_no_decoder_of_ours(tmp_path: Path) -> None:
+    volume, meta = a_record(a_scan(tmp_path, "scan", shape=(9, 8, 4)))
+    write_shard(tmp_path / "shard.tar", [(volume, meta)], record="npy")
+    (sample,) = webdataset.WebDataset(str(tmp_path / "shard.tar"), shardshuffle=False).decode()
+    np.testing.assert_array_equal(sample["npy"][0], np.moveaxis(volume.data[..., 0], 2, 0))
+
+
+def test_zstd_is_smaller_than_lz4(tmp_path: Path) -> None:
+    smooth = np.add.outer(np.arange(64), np.arange(64))[..., None] + np.arange(8)
+    nibabel.save(nibabel.Nifti1Image((smooth * 3).astype(np.int16), OBLIQUE), tmp_path / "smooth.nii")
+    record = a_record(tmp_path / "smooth.nii")
+    assert len(encode_record(*record, codec="zstd")[0]) < len(encode_record(*record, codec="lz4")[0])
 
 
 def test_equal_records_give_equal_bytes(tmp_path: Path, scans: list[Path]) -> None:
@@ -155,10 +197,10 @@ def test_one_flipped_bit_in_any_plane_is_named(tmp_path: Path, scans: list[Path]
     for row in rows:
         for plane in (0, row.num_planes - 1):
             damaged = bytearray(sound)
-            damaged[(row.plane_offsets[plane] + row.plane_offsets[plane + 1]) // 2] ^= 4
+            damaged[(row.chunk_offsets[plane] + row.chunk_offsets[plane + 1]) // 2] ^= 4
             path.write_bytes(damaged)
-            reader = ShardReader(path, rows)
-            with pytest.raises(DataError, match=rf"shard\.tar: plane {plane} of {row.key} is damaged"):
+            reader = open_shard(path)
+            with pytest.raises(DataError, match=rf"shard\.tar: chunk {plane} of {row.key} is damaged"):
                 reader.read_plane(first + plane)
             reader.read_plane(first + (plane + 1) % row.num_planes)  # its neighbour is sound
         first += row.num_planes
@@ -168,18 +210,18 @@ def test_a_shard_that_was_cut_is_named(tmp_path: Path, scans: list[Path]) -> Non
     path = tmp_path / "shard.tar"
     write_shard(path, map(a_record, scans))
     rows = read_index(tmp_path / "shard.idx")
-    os.truncate(path, rows[-1].offset + 3)
-    reader = ShardReader(path, rows)
+    reader = open_shard(path)
+    os.truncate(path, rows[-1].offset + 3)  # while it is open
     reader.read_plane(0)
-    with pytest.raises(DataError, match="plane 1 of tiny is damaged"):
+    with pytest.raises(DataError, match="chunk 1 of tiny is damaged"):
         reader.read_plane(reader.num_samples - 1)
 
 
 def test_a_damaged_record_is_not_decoded(scans: list[Path]) -> None:
     planes, meta = encode_record(*a_record(scans[0]))
     damaged = bytearray(planes)
-    damaged[meta["plane_offsets"][2] + 20] ^= 1
-    with pytest.raises(DataError, match="record int16: plane 2 is damaged"):
+    damaged[meta["chunk_offsets"][2] + 20] ^= 1
+    with pytest.raises(DataError, match="chunk 2 of int16 is damaged"):
         decode_record(bytes(damaged), meta)
 
 
@@ -196,6 +238,100 @@ def test_a_damaged_index_is_refused(tmp_path: Path, scans: list[Path], damage: A
         read_index(index)
 
 
+HOSTILE_ROWS: dict[str, dict[str, Any]] = {
+    "negative offset": {"offset": -1},
+    "a fraction": {"shape": [20, 18, 5, 1.5]},
+    "more than memory": {"shape": [1 << 20, 1 << 20, 5, 1], "chunk_shape": [1, 1 << 20, 1 << 20]},
+    "no axis": {"slice_axis": 3},
+    "objects": {"dtype": "|O"},
+    "big-endian": {"dtype": ">i2"},
+    "chunks that go back": {"chunk_offsets": [9, 3, 9, 9, 9, 9]},
+    "chunks elsewhere": {"chunk_offsets": [0, 0, 0, 0, 0, 1 << 40]},
+    "too few checksums": {"chunk_crc32": [0]},
+    "no chunk": {"chunk_shape": [0, 18, 5]},
+    "spacing": {"spacing_mm": [1.0, float("nan"), 1.0]},
+    "percentiles": {"percentiles": [1.0]},
+    "key": {"key": ["a"]},
+    "beyond the tar": {"size": 1 << 50},
+    "a key that nobody knows": {"more": 1},
+    "nothing": {"shape": None},
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE_ROWS.values(), ids=HOSTILE_ROWS)
+def test_a_hostile_index_is_refused_before_anything_is_read(tmp_path: Path, change: dict[str, Any]) -> None:
+    write_shard(tmp_path / "shard.tar", [a_record(a_scan(tmp_path, "scan"))])
+    index = tmp_path / "shard.idx"
+    index.write_text(json.dumps({**json.loads(index.read_text()), **change}) + "\n")
+    with pytest.raises(DataError, match=r"breaks a rule|cannot be parsed"):
+        open_shard(tmp_path / "shard.tar")
+
+
+def test_a_chunk_that_decodes_to_another_size_is_named(tmp_path: Path) -> None:
+    write_shard(tmp_path / "shard.tar", [a_record(a_scan(tmp_path, "scan"))])
+    index = tmp_path / "shard.idx"
+    row = json.loads(index.read_text())
+    row["shape"][0] *= 2
+    row["chunk_shape"][1] *= 2
+    index.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="does not decode to its shape"):
+        open_shard(tmp_path / "shard.tar").read_plane(0)
+
+
+def a_tar(path: Path, members: list[tuple[str, bytes, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content, kind in members:
+            member = tarfile.TarInfo(name)
+            member.size, member.type, member.linkname = len(content), kind, "/etc/passwd"
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("../../evil.json", b"{}", tarfile.REGTYPE)],
+        [("a.json", b"", tarfile.SYMTYPE)],
+        [("a.json", b"", tarfile.LNKTYPE)],
+        [("a.planes", b"x", tarfile.REGTYPE)],
+        [("a.json", b"{}", tarfile.REGTYPE), ("b.planes", b"x", tarfile.REGTYPE)],
+        [("a.json", b"{}", tarfile.REGTYPE)],
+        [("a.json", b"[" * 100_000, tarfile.REGTYPE), ("a.planes", b"x", tarfile.REGTYPE)],
+        [("a.json", b"null", tarfile.REGTYPE), ("a.planes", b"x", tarfile.REGTYPE)],
+    ],
+)
+def test_a_tar_that_is_no_shard_is_refused(tmp_path: Path, members: list[tuple[str, bytes, bytes]]) -> None:
+    with pytest.raises(DataError, match="not a shard, or damaged"):
+        index_shard(a_tar(tmp_path / "shard.tar", members))
+
+
+@settings(max_examples=600, derandomize=True, deadline=None, database=None)
+@given(data=st.data())
+def test_no_damage_to_a_tar_or_an_index_is_worse_than_an_error(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "fuzz"
+    if not folder.exists():
+        folder.mkdir()
+        write_shard(folder / "sound.tar", [a_record(a_scan(folder, name)) for name in ("a", "b")])
+    suffix = data.draw(st.sampled_from([".tar", ".idx"]))
+    content = bytearray((folder / f"sound{suffix}").read_bytes())
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(len(content) // 2, len(content)))]
+    for other in (".tar", ".idx"):
+        sound = (folder / f"sound{other}").read_bytes()
+        (folder / f"damaged{other}").write_bytes(content if other == suffix else sound)
+    with contextlib.suppress(DataError):
+        index_shard(folder / "damaged.tar")
+    with contextlib.suppress(DataError):
+        reader, sound_reader = open_shard(folder / "damaged.tar"), open_shard(folder / "sound.tar")
+        for sample in range(reader.num_samples):
+            plane = reader.read_plane(sample)
+            if suffix == ".tar":  # what is given is what was written
+                np.testing.assert_array_equal(plane, sound_reader.read_plane(sample))
+
+
 def test_a_key_that_webdataset_would_cut_is_refused(tmp_path: Path, scans: list[Path]) -> None:
     volume, meta = a_record(scans[0])
     with pytest.raises(ValueError, match="letters, digits"):
@@ -208,7 +344,7 @@ def test_a_key_longer_than_a_plain_tar_name_survives(tmp_path: Path, scans: list
     write_shard(tmp_path / "shard.tar", [(volume, {**meta, "key": key})])
     (sample,) = stock_samples(tmp_path / "shard.tar")
     assert sample["__key__"] == key
-    reader = ShardReader(tmp_path / "shard.tar", read_index(tmp_path / "shard.idx"))
+    reader = open_shard(tmp_path / "shard.tar")
     np.testing.assert_array_equal(reader.read_plane(3), volume.data[:, :, 3, 0])
 
 

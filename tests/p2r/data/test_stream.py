@@ -14,8 +14,8 @@ import torch
 from p2r.config import ImageConfig, IngestConfig
 from p2r.data.corpus import find_scans, ingest_locally, load_manifest, verify_corpus
 from p2r.data.order import global_batch, locate, steps_per_epoch
-from p2r.data.preprocess import plane_spacing, prepare
-from p2r.data.shards import ShardReader, read_index
+from p2r.data.preprocess import intensity_window, plane_spacing, prepare
+from p2r.data.shards import open_shard, read_index
 from p2r.data.stream import Batch, StreamState, stream
 from p2r.errors import CheckpointError, DataError, InputError
 from p2r.storage import Storage
@@ -54,10 +54,10 @@ def test_a_batch_holds_the_planes_that_the_order_names(small_corpus: Corpus) -> 
     assert not batch.image[:, 0][~batch.inside].any() and batch.inside.any(dim=(1, 2)).all()
     for image, shard, sample in zip(batch.image, *locate(manifest, expected), strict=True):
         name = manifest["shards"][shard]["name"]
-        reader = ShardReader(storage.local(name), read_index(storage.local(name.replace(".tar", ".idx"))))
+        reader = open_shard(storage.local(name))
         row, _ = reader.locate(int(sample))
         plane, spacing = reader.read_plane(int(sample))[None], plane_spacing(row.spacing_mm, row.slice_axis)
-        alone, _ = prepare(plane, row.window, spacing, target_mm=2.0, size=32)
+        alone, _ = prepare(plane, intensity_window(row.percentiles, (0.5, 99.5)), spacing, target_mm=2.0, size=32)
         assert torch.equal(alone[0], image)
 
 
@@ -164,9 +164,9 @@ def test_one_damaged_byte_stops_the_stream_and_is_named(damageable: tuple[Path, 
     folder, corpus = damageable
     row = read_index(folder / "shard-000001.idx")[0]
     content = bytearray((folder / "shard-000001.tar").read_bytes())
-    content[row.plane_offsets[1] + 40] ^= 128
+    content[row.chunk_offsets[1] + 40] ^= 128
     (folder / "shard-000001.tar").write_bytes(content)
-    with pytest.raises(DataError, match=rf"shard-000001\.tar: plane 1 of {row.key} is damaged"):
+    with pytest.raises(DataError, match=rf"shard-000001\.tar: chunk 1 of {row.key} is damaged"):
         batches(corpus, 30)
 
 
