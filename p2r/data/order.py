@@ -1,21 +1,26 @@
-"""(manifest, seed, epoch, step) -> which samples make a global batch: a pure function, the same for every world size.
+"""(corpora, seed, step) -> which samples make a global batch: a pure function, the same for every world size.
 
-A sample is one plane; its position counts planes over the manifest's shards. For each epoch the shards are permuted
-and their planes laid end to end as a ring, which starts at a random place. L lanes cut the ring into equal stretches; a
-step takes the next G / L planes of every lane, after each lane was shuffled in windows. Rank r of R reads L / R
-neighbouring lanes. So
+A sample is one plane (or one volume, for 3D); its position counts samples over the manifest's shards. For each epoch the
+shards are permuted and their samples laid end to end as a ring, which starts at a random place. L lanes cut the ring into
+equal stretches; a step takes the next G / L samples of every lane, after each lane was shuffled in windows. Rank r of R
+reads L / R neighbouring lanes. So
 
 - ranks never overlap, all have the same number of steps, and their union is the same batch for every R that divides L;
 - each shard is read by one or two ranks per epoch, nearly in sequence: about one download per shard and epoch;
 - a batch mixes as many places of the corpus as there are lanes;
-- nothing has to be saved but (seed, epoch, step). Fewer than G planes sit out an epoch, other ones each time.
+- nothing has to be saved but (seed, step). Fewer than G + L samples sit out an epoch, other ones each time.
 
-The permutations sort raw Philox words instead of calling `Generator.permutation`, whose results numpy may change.
+Several corpora share the lanes by weight, and each has its own epochs: a small one comes round more often.
+
+Within a window a sample's place is computed, not looked up: a Feistel network with cycle walking is a permutation of any
+length in constant time and no memory (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Shards are
+permuted by sorting raw Philox words. Neither leans on functions whose results numpy may change.
 
 Letters: N samples, G global batch, L lanes, R ranks, W window.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -25,13 +30,163 @@ from numpy.typing import NDArray
 from p2r.errors import DataError
 from p2r.randomness import keyed_generator
 
-ORDER = "lanes/1"  # the name of this order; a resumed run must find the order that it began with
+ORDER = "lanes/2"  # the name of this order; a resumed run must find the order that it began with
 
 _MAX_LANES = 1024
 _WINDOW = 16_384
+_ROUNDS = 4
 
 Positions = NDArray[np.int64]
+Words = NDArray[np.uint64]
 Manifest = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some samples of one step."""
+
+    positions: Positions
+    """(B,) places in the corpus; in a mixture, those of corpus k follow those of corpus k - 1."""
+    epochs: Positions
+    """(B,) how often each sample's corpus has been passed before."""
+
+
+class Order:
+    """The order of one run, prepared once: after that every step is equally far away.
+
+    Args:
+        corpora: For each corpus, the number of samples in each of its shards.
+        seed: Of the run.
+        global_batch: G, samples per step over all ranks.
+        weights: Part of each corpus in every batch, up to one lane; None: in proportion to the sizes.
+
+    Raises:
+        DataError: A corpus is smaller than its part of a global batch, or its part is less than a lane.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[Sequence[int]],
+        *,
+        seed: int,
+        global_batch: int,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.num_lanes = num_lanes(global_batch)
+        self._per_lane = global_batch // self.num_lanes
+        self._global_batch = global_batch
+        sizes = [sum(counts) for counts in corpora]
+        self._owner, self._lane = _deal_lanes(sizes if weights is None else weights, self.num_lanes)
+        self._first = np.cumsum([0, *sizes])
+        self._rings = [
+            _Ring(np.asarray(counts, dtype=np.int64), seed, number, int((self._owner == number).sum()), self._per_lane)
+            for number, counts in enumerate(corpora)
+        ]
+
+    @property
+    def steps_per_epoch(self) -> tuple[int, ...]:
+        """Steps in one pass over each corpus."""
+        return tuple(ring.num_steps for ring in self._rings)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Part that each corpus has in every batch."""
+        return tuple(float((self._owner == number).mean()) for number in range(len(self._rings)))
+
+    def samples(self, step: int, *, rank: int = 0, world_size: int = 1) -> Samples:
+        """Return one rank's part of a global batch: its contiguous slice number `rank` of `world_size` equal ones.
+
+        Args:
+            step: Since the run began, over all epochs.
+            rank: 0 to `world_size` - 1.
+            world_size: Must divide the lanes.
+
+        Raises:
+            DataError: The world size does not divide the lanes; names the sizes that do.
+            ValueError: step or rank is out of range.
+        """
+        check_world_size(self._global_batch, world_size)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be 0 to {world_size - 1}, got {rank}")
+        size = self._global_batch // world_size
+        return self.slice(step, rank * size, (rank + 1) * size)
+
+    def slice(self, step: int, start: int, stop: int) -> Samples:
+        """Return samples `start` to `stop` - 1 of a global batch."""
+        if step < 0:
+            raise ValueError(f"step must be at least 0, got {step}")
+        lanes, offsets = np.divmod(np.arange(start, stop), self._per_lane)
+        owners = self._owner[lanes]
+        positions, epochs = np.empty_like(lanes), np.empty_like(lanes)
+        for number, ring in enumerate(self._rings):
+            mine = owners == number
+            if mine.any():
+                epochs[mine], step_of_epoch = divmod(step, ring.num_steps)
+                places = ring.positions(int(epochs[mine][0]), step_of_epoch, self._lane[lanes[mine]], offsets[mine])
+                positions[mine] = self._first[number] + places
+        return Samples(positions, epochs)
+
+    def locate(self, positions: Positions) -> tuple[Positions, Positions, Positions]:
+        """Sample positions -> number of the corpus, of the shard in its manifest, and of the sample in that shard."""
+        corpora = np.asarray(np.searchsorted(self._first[1:], positions, side="right"), dtype=np.int64)
+        shards, samples = np.empty_like(corpora), np.empty_like(corpora)
+        for number, ring in enumerate(self._rings):
+            mine = corpora == number
+            places = positions[mine] - self._first[number]
+            shards[mine] = np.searchsorted(ring.ends, places, side="right")
+            samples[mine] = places - (ring.ends - ring.counts)[shards[mine]]
+        return corpora, shards, samples
+
+
+class _Ring:
+    """One corpus: its samples in the order of each epoch, cut into lanes."""
+
+    def __init__(self, counts: Positions, seed: int, number: int, lanes: int, per_lane: int) -> None:
+        self.counts, self.ends = counts, np.cumsum(counts)
+        num_samples = int(counts.sum())
+        if num_samples < lanes * per_lane:
+            raise DataError(
+                f"the corpus has {num_samples} samples, fewer than one global batch of {lanes * per_lane}: "
+                f"ingest more scans, or set global_batch to {num_samples} or less"
+                + ("" if number == 0 else "; with several corpora this is the part of one of them in a batch")
+            )
+        self._seed, self._number, self._per_lane = seed, number, per_lane
+        self._lane_length = num_samples // lanes
+        self.num_steps = self._lane_length // per_lane
+        self._epoch = lru_cache(maxsize=4)(self._prepare)
+
+    def positions(self, epoch: int, step: int, lanes: Positions, offsets: Positions) -> Positions:
+        """Positions in the corpus of sample number `offsets` that `lanes` take in a step."""
+        order, ends, shift, key = self._epoch(epoch)
+        places = self._shuffled(step * self._per_lane + offsets, lanes, key)
+        ring = (lanes * self._lane_length + places + shift) % self.ends[-1]
+        slots = np.searchsorted(ends, ring, side="right")  # which shard of the permuted sequence
+        shards = order[slots]
+        within = ring - (ends[slots] - self.counts[shards])
+        return np.asarray((self.ends - self.counts)[shards] + within, dtype=np.int64)
+
+    def _prepare(self, epoch: int) -> tuple[Positions, Positions, int, np.uint64]:
+        """The shards' order; where each ends on the ring; where the ring begins; the key of the shuffling in lanes."""
+        words = self._generator(epoch, "shards").random_raw(len(self.counts))
+        order = np.asarray(np.argsort(words, kind="stable"), dtype=np.int64)
+        shift = int(self._generator(epoch, "shift").random_raw()) % int(self.ends[-1])
+        return order, np.cumsum(self.counts[order]), shift, np.uint64(self._generator(epoch, "lanes").random_raw())
+
+    def _generator(self, epoch: int, name: str) -> Any:
+        return keyed_generator(self._seed, "order", self._number, epoch, name).bit_generator
+
+    def _shuffled(self, offsets: Positions, lanes: Positions, key: np.uint64) -> Positions:
+        """Shuffle places of lanes: each stays in its window of W."""
+        windows = offsets // _WINDOW
+        keys = _mixed(_mixed(lanes.astype(np.uint64) ^ key) ^ windows.astype(np.uint64))
+        lengths = np.minimum(_WINDOW, self._lane_length - windows * _WINDOW)
+        shuffled = np.empty_like(offsets)
+        for length in np.unique(lengths):  # one, or two where a lane ends in a shorter window
+            chosen = lengths == length
+            start = windows[chosen] * _WINDOW
+            within = (offsets[chosen] - start).astype(np.uint64)
+            shuffled[chosen] = start + _permuted(within, int(length), keys[chosen]).astype(np.int64)
+        return shuffled
 
 
 def num_lanes(global_batch: int) -> int:
@@ -41,20 +196,33 @@ def num_lanes(global_batch: int) -> int:
     return max(lanes for lanes in range(1, min(global_batch, _MAX_LANES) + 1) if global_batch % lanes == 0)
 
 
+def allowed_world_sizes(global_batch: int) -> list[int]:
+    """All numbers of ranks that can share a global batch."""
+    lanes = num_lanes(global_batch)
+    return [size for size in range(1, lanes + 1) if lanes % size == 0]
+
+
+def check_world_size(global_batch: int, world_size: int) -> None:
+    """Refuse a number of ranks that the lanes cannot be dealt to.
+
+    Raises:
+        DataError: It does not divide the lanes; names the sizes that do.
+    """
+    lanes = num_lanes(global_batch)
+    if world_size < 1 or lanes % world_size:
+        raise DataError(
+            f"{world_size} ranks cannot share a global batch of {global_batch} ({lanes} lanes): "
+            f"use {', '.join(map(str, allowed_world_sizes(global_batch)))} ranks, or another global_batch"
+        )
+
+
 def steps_per_epoch(manifest: Manifest, global_batch: int) -> int:
-    """Full global batches in one pass over the corpus.
+    """Full global batches in one pass over a corpus.
 
     Raises:
         DataError: The corpus is smaller than one global batch.
     """
-    num_samples = sum(_counts(manifest))
-    lanes = num_lanes(global_batch)
-    if num_samples < global_batch:
-        raise DataError(
-            f"the corpus has {num_samples} samples, fewer than one global batch of {global_batch}: "
-            f"ingest more scans, or set global_batch to {num_samples} or less"
-        )
-    return num_samples // lanes // (global_batch // lanes)
+    return _order_of(manifest, seed=0, global_batch=global_batch).steps_per_epoch[0]
 
 
 def global_batch(manifest: Manifest, *, seed: int, epoch: int, step: int, global_batch: int) -> Positions:
@@ -79,82 +247,79 @@ def rank_batch(
         DataError: The corpus is too small, or the world size does not divide the lanes; names the sizes that do.
         ValueError: step or rank is out of range.
     """
-    num_steps = steps_per_epoch(manifest, global_batch)
+    order = _order_of(manifest, seed=seed, global_batch=global_batch)
+    (num_steps,) = order.steps_per_epoch
     if not 0 <= step < num_steps:
         raise ValueError(f"step must be 0 to {num_steps - 1} within an epoch, got {step}")
-    check_world_size(global_batch, world_size)
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be 0 to {world_size - 1}, got {rank}")
-    lanes = num_lanes(global_batch)
-    counts = _counts(manifest)
-    lane_length, per_lane = sum(counts) // lanes, global_batch // lanes
-    offsets = np.arange(step * per_lane, (step + 1) * per_lane)
-    mine = range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
-    ring = np.concatenate([lane * lane_length + _in_lane(seed, epoch, lane, lane_length, offsets) for lane in mine])
-    return _ring_to_positions(ring, counts, seed, epoch)
-
-
-def check_world_size(global_batch: int, world_size: int) -> None:
-    """Refuse a number of ranks that the lanes cannot be dealt to.
-
-    Raises:
-        DataError: It does not divide the lanes; names the sizes that do.
-    """
-    lanes = num_lanes(global_batch)
-    if world_size < 1 or lanes % world_size:
-        allowed = [size for size in range(1, lanes + 1) if lanes % size == 0]
-        raise DataError(
-            f"{world_size} ranks cannot share a global batch of {global_batch} ({lanes} lanes): "
-            f"use {', '.join(map(str, allowed))} ranks, or another global_batch"
-        )
+    return order.samples(epoch * num_steps + step, rank=rank, world_size=world_size).positions
 
 
 def locate(manifest: Manifest, positions: Positions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Sample positions -> number of the shard in the manifest, and number of the sample in that shard."""
-    counts = np.asarray(_counts(manifest), dtype=np.int64)
+    counts = np.asarray(counts_of(manifest), dtype=np.int64)
     ends = np.cumsum(counts)
     shards = np.asarray(np.searchsorted(ends, positions, side="right"), dtype=np.int64)
     return shards, positions - (ends - counts)[shards]
 
 
-def _counts(manifest: Manifest) -> tuple[int, ...]:
-    return tuple(entry["num_samples"] for entry in manifest["shards"])
+def counts_of(manifest: Manifest) -> list[int]:
+    """Samples in each shard."""
+    return [entry["num_samples"] for entry in manifest["shards"]]
 
 
-def _in_lane(seed: int, epoch: int, lane: int, length: int, offsets: Positions) -> Positions:
-    """Shuffle `offsets` into a lane: each stays in its window of W."""
-    windows = offsets // _WINDOW
-    shuffled = np.empty_like(offsets)
-    for window in np.unique(windows):
-        start = int(window) * _WINDOW
-        order = _window_order(seed, epoch, lane, int(window), min(_WINDOW, length - start))
-        chosen = windows == window
-        shuffled[chosen] = order[offsets[chosen] - start].astype(np.int64) + start  # int16 would overflow
-    return shuffled
+_recent: list[tuple[Any, int, int, Order]] = []
 
 
-@lru_cache(maxsize=2048)  # the windows in use: one per lane, 32 KiB each
-def _window_order(seed: int, epoch: int, lane: int, window: int, length: int) -> NDArray[np.int16]:
-    return _permutation(length, seed, "order", epoch, lane, window).astype(np.int16)
+def _order_of(manifest: Manifest, *, seed: int, global_batch: int) -> Order:
+    """The order of a manifest; of the last few, which are held and so keep their identity."""
+    for shards, *rest, order in _recent:
+        if shards is manifest["shards"] and rest == [seed, global_batch]:
+            return order
+    order = Order([counts_of(manifest)], seed=seed, global_batch=global_batch)
+    _recent[:] = [(manifest["shards"], seed, global_batch, order), *_recent[:3]]
+    return order
 
 
-def _ring_to_positions(ring: Positions, counts: Sequence[int], seed: int, epoch: int) -> Positions:
-    starts, order, ends, shift = _ring(tuple(counts), seed, epoch)
-    places = (ring + shift) % ends[-1]
-    slots = np.searchsorted(ends, places, side="right")  # which shard of the permuted sequence
-    within = places - (ends[slots] - np.asarray(counts)[order[slots]])
-    return np.asarray(starts[order[slots]] + within, dtype=np.int64)
+def _deal_lanes(weights: Sequence[float], num_lanes: int) -> tuple[Positions, Positions]:
+    """For each lane: the corpus that it belongs to, and its number among that corpus's lanes; evenly interleaved."""
+    credit = np.zeros(len(weights))
+    owner = np.empty(num_lanes, dtype=np.int64)
+    for lane in range(num_lanes):
+        credit += np.asarray(weights, dtype=np.float64) / sum(weights)
+        owner[lane] = credit.argmax()
+        credit[owner[lane]] -= 1
+    lanes = [int((owner == number).sum()) for number in range(len(weights))]
+    if min(lanes) < 1:
+        raise DataError(
+            f"weights {', '.join(f'{weight:g}' for weight in weights)} give corpus number {lanes.index(0) + 1} less than one "
+            f"of the {num_lanes} lanes of a batch: raise its weight, or global_batch"
+        )
+    return owner, np.asarray([int((owner[:lane] == owner[lane]).sum()) for lane in range(num_lanes)], dtype=np.int64)
 
 
-@lru_cache(maxsize=4)
-def _ring(counts: tuple[int, ...], seed: int, epoch: int) -> tuple[Positions, Positions, Positions, int]:
-    """First position of each shard; the shards' order; where each ends on the ring; where the ring begins."""
-    sizes = np.asarray(counts, dtype=np.int64)
-    order = _permutation(len(counts), seed, "order", epoch, "shards")
-    shift = int(keyed_generator(seed, "order", epoch, "shift").bit_generator.random_raw()) % int(sizes.sum())
-    return np.cumsum(sizes) - sizes, order, np.cumsum(sizes[order]), shift
+def _permuted(index: Words, length: int, keys: Words) -> Words:
+    """Send 0..length - 1 to itself, one to one, differently for each key."""
+    bits = (length - 1).bit_length()
+    result = _feistel(index, bits, keys)
+    while (outside := result >= length).any():  # fewer than half of the domain: two rounds on average
+        result[outside] = _feistel(result[outside], bits, keys[outside])
+    return result
 
 
-def _permutation(length: int, seed: int, *key: int | str) -> Positions:
-    words = keyed_generator(seed, *key).bit_generator.random_raw(length)
-    return np.asarray(np.argsort(words, kind="stable"), dtype=np.int64)
+def _feistel(index: Words, bits: int, keys: Words) -> Words:
+    """Send 0..2**bits - 1 to itself, one to one."""
+    shift = np.uint64((bits + 1) // 2)
+    low_mask, high_mask = np.uint64((1 << int(shift)) - 1), np.uint64((1 << (bits // 2)) - 1)
+    high, low = index >> shift, index & low_mask
+    for number in range(_ROUNDS):
+        high = high ^ (_mixed(low ^ keys ^ np.uint64(2 * number + 1 << 32)) & high_mask)
+        low = low ^ (_mixed(high ^ keys ^ np.uint64(2 * number + 2 << 32)) & low_mask)
+    return high << shift | low
+
+
+def _mixed(words: Words) -> Words:
+    """Scramble 64-bit words, one to one. Source: Steele et al. 2014, SplitMix64, doi:10.1145/2660193.2660195."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
