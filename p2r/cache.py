@@ -1,0 +1,288 @@
+"""Shards of object storage -> local files, in a folder of bounded size that all processes of a node share.
+
+Who leases a shard finds it in the folder, or fetches it, or waits for the process that does; and reads a local file until
+the lease ends. The folder holds, besides shards by the SHA-256 of their content, what is on its way (`.tmp-*`) and locks.
+
+Choices: no index and no server: the folder's files are the state, and `flock`s on them the leases, which end with their
+process however it ends. Space is taken before the first byte arrives, by giving the new file its final size, so the
+bound holds at every moment. What nobody leases is evicted, the longest unused first. Where a shard cannot be had within
+the bound, or on the disk, there is no lease and no error: the caller reads ranges from the storage instead.
+"""
+
+import errno
+import fcntl
+import functools
+import logging
+import os
+import re
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, suppress
+from hashlib import sha256 as sha256_of
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from p2r.counters import Counters
+from p2r.errors import StorageError
+from p2r.files import is_file_at, locked
+
+_DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_GIB = 2**30
+_LOG = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """What a cache needs of a `Storage`."""
+
+    def at(self, path: str) -> str:
+        """Return the URL of `path`."""
+
+    def version(self, path: str) -> tuple[int, str]:
+        """Return the size of `path`, and what changes when its content does."""
+
+    def fetch(self, path: str, file: BinaryIO, *, sha256: str | None, num_bytes: int | None) -> None:
+        """Write the checked content of `path` into `file`."""
+
+
+def cache_folder() -> Path:
+    """Folder for what can be made again: `$P2R_CACHE`, else `~/.cache/p2r`."""
+    return Path(os.environ.get("P2R_CACHE") or Path.home() / ".cache" / "p2r")
+
+
+def node_cache(counters: Counters) -> "ShardCache":
+    """Return this node's cache: `objects` in `cache_folder()`, of `$P2R_CACHE_GIB`.
+
+    Without that variable it takes half of the disk's space that is free, or its own already, at the start of the process.
+
+    Raises:
+        StorageError: `P2R_CACHE_GIB` is no number above 0.
+    """
+    folder = cache_folder() / "objects"
+    text = os.environ.get("P2R_CACHE_GIB")
+    if not text:
+        return ShardCache(folder, max_bytes=_half_of_the_disk(folder), counters=counters)
+    try:
+        max_bytes = int(float(text) * _GIB)
+    except (ValueError, OverflowError):
+        max_bytes = 0
+    if max_bytes <= 0:
+        raise StorageError(f"P2R_CACHE_GIB must be a number above 0, the size of {folder} in GiB, got {text!r}")
+    return ShardCache(folder, max_bytes=max_bytes, counters=counters)
+
+
+class Lease:
+    """A local file that stays as long as the lease is open. Closed by `close`, `with`, the end of the process, or when nobody has it.
+
+    Attributes:
+        path: Of the file, to be opened for reading.
+    """
+
+    def __init__(self, path: Path, handle: int) -> None:
+        self.path = path
+        self._handle = handle
+        self._closed = weakref.finalize(self, os.close, handle)  # closing the file lifts its lock
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the lease; again: nothing happens."""
+        self._closed()
+
+    def drop(self) -> None:
+        """End the lease of a file whose content turned out to be wrong, and remove it: the next lease fetches it again."""
+        if self._closed.alive and is_file_at(self.path, self._handle):
+            self.path.unlink(missing_ok=True)
+        self.close()
+
+
+class ShardCache:
+    """A folder of at most `max_bytes`. Any number of processes may have one for the same folder; threads may share one.
+
+    Args:
+        folder: Made when first needed, and nobody else's.
+        max_bytes: Of all shards in it, those on their way included.
+        counters: For cache_hits, cache_misses, cache_evictions, cache_evicted_bytes, cache_refusals{cause}.
+    """
+
+    def __init__(self, folder: Path, *, max_bytes: int, counters: Counters) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._counters = counters
+
+    def lease(self, storage: Source, path: str, *, sha256: str | None, num_bytes: int | None) -> Lease | None:
+        """Return a lease of the content of `path`; fetch it first if it is not here, or wait for who is fetching it.
+
+        Args:
+            storage: Where it lies.
+            path: Its path there.
+            sha256: Its digest, checked as it arrives. None: unknown, and the storage is asked for its version.
+            num_bytes: Its size. None: unknown, and the storage is asked.
+
+        Returns:
+            None if there is no room: it is larger than the cache, too much is leased, or the disk is full.
+
+        Raises:
+            StorageError: It cannot be fetched, its size or digest is another, or the folder cannot be written.
+        """
+        name = sha256
+        if sha256 is None or num_bytes is None:
+            num_bytes, version = storage.version(path)
+            name = sha256 or sha256_of(f"{storage.at(path)}\n{version}".encode()).hexdigest()
+        if name is None or not re.fullmatch("[0-9a-f]{64}", name):
+            raise StorageError(f"{storage.at(path)}: its manifest has {name!r} where a SHA-256 belongs: it is damaged")
+        if num_bytes > self.max_bytes:
+            self._count_refusal("size")
+            return None
+        try:
+            lease = self._found(name, num_bytes)
+            if lease is None:
+                with locked(self.folder / f".lock-{name}"):  # whoever fetches it
+                    lease = self._found(name, num_bytes) or self._fetched(storage, path, name, sha256, num_bytes)
+        except OSError as error:
+            if error.errno in _DISK_IS_FULL:
+                self._count_refusal("disk")
+                return None
+            raise StorageError(
+                f"cannot cache {storage.at(path)} in {self.folder}: {type(error).__name__}: {error}; "
+                "set P2R_CACHE to a folder that can be written"
+            ) from error
+        return lease
+
+    def _found(self, name: str, num_bytes: int) -> Lease | None:
+        """Lease what is here. Waits at most for the instant in which somebody moves or evicts it."""
+        target = self.folder / name
+        while True:
+            try:
+                handle = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return None
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            lease = Lease(target, handle)
+            if not is_file_at(target, handle):
+                lease.close()  # evicted between the two lines
+            elif os.fstat(handle).st_size != num_bytes:
+                lease.drop()  # a power failure cut it
+            else:
+                _touch(handle)
+                self._counters.add("cache_hits")
+                return lease
+
+    def _fetched(self, storage: Source, path: str, name: str, sha256: str | None, num_bytes: int) -> Lease | None:
+        self._counters.add("cache_misses")
+        partial, target = self.folder / f".tmp-{name}", self.folder / name
+        handle = self._reserved(partial, num_bytes)
+        if handle is None:
+            return None
+        try:
+            with os.fdopen(handle, "r+b", closefd=False) as file:
+                storage.fetch(path, file, sha256=sha256, num_bytes=num_bytes)
+            with self._accounts():  # who counts meanwhile must find it under one of its names; and nobody evicts it
+                partial.rename(target)
+                fcntl.flock(handle, fcntl.LOCK_SH)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            os.close(handle)
+            raise
+        _touch(handle)
+        return Lease(target, handle)
+
+    def _reserved(self, partial: Path, num_bytes: int) -> int | None:
+        """Make a file of this size, without content, locked for us; evict what stands in its way. None: no room."""
+        with self._accounts(), ExitStack() as held:
+            self._remove_leftovers()
+            used = unwritten = 0
+            shards: list[tuple[int, str, int]] = []
+            for entry, facts in _files(self.folder):
+                used += facts.st_size
+                if entry.name.startswith("."):
+                    unwritten += max(0, facts.st_size - 512 * facts.st_blocks)
+                else:
+                    shards.append((facts.st_mtime_ns, entry.name, facts.st_size))
+            disk = os.statvfs(self.folder)
+            over = used + num_bytes - self.max_bytes
+            missing = max(over, num_bytes + unwritten - disk.f_bavail * disk.f_frsize)
+            victims: list[tuple[str, int]] = []
+            for _, name, size in sorted(shards):
+                if missing <= 0:
+                    break
+                victim = _locked_if_unused(self.folder / name)
+                if victim is not None:
+                    held.callback(os.close, victim)
+                    victims.append((name, size))
+                    missing -= size
+            if missing > 0:
+                self._count_refusal("leased" if over > 0 else "disk")
+                return None
+            for name, size in victims:
+                (self.folder / name).unlink()
+                self._counters.add("cache_evictions")
+                self._counters.add("cache_evicted_bytes", size)
+            handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                os.ftruncate(handle, num_bytes)
+            except BaseException:
+                partial.unlink()
+                os.close(handle)
+                raise
+            return handle
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed processes left on its way, and their lock files."""
+        for entry, _ in _files(self.folder):
+            if entry.name.startswith((".tmp-", ".lock-")):
+                handle = _locked_if_unused(Path(entry.path))
+                if handle is not None:
+                    Path(entry.path).unlink(missing_ok=True)
+                    os.close(handle)
+
+    def _accounts(self) -> AbstractContextManager[None]:
+        """Be the only one who adds to the folder, or removes from it for want of room."""
+        return locked(self.folder / ".lock")
+
+    def _count_refusal(self, cause: str) -> None:
+        self._counters.add("cache_refusals", cause=cause)
+
+
+def _locked_if_unused(path: Path) -> int | None:
+    """Open a file that nobody leases, writes or holds as a lock; until it is closed, nobody begins to. None: in use, or gone."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    with suppress(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_file_at(path, handle):
+            return handle
+    os.close(handle)
+    return None
+
+
+def _files(folder: Path) -> Iterator[tuple["os.DirEntry[str]", os.stat_result]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # gone meanwhile
+                if entry.is_file(follow_symlinks=False):
+                    yield entry, entry.stat(follow_symlinks=False)
+
+
+def _touch(handle: int) -> None:
+    """Note the use, for what is evicted first."""
+    with suppress(PermissionError):  # another user's file, in a folder that users share
+        os.utime(handle, ns=(time.time_ns(),) * 2)
+
+
+@functools.cache
+def _half_of_the_disk(folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    disk = os.statvfs(folder)
+    num_bytes = (disk.f_bavail * disk.f_frsize + sum(facts.st_size for _, facts in _files(folder))) // 2
+    _LOG.info(
+        "%s takes up to %.1f GiB, half of what is free; P2R_CACHE_GIB says another size", folder, num_bytes / _GIB
+    )
+    return num_bytes

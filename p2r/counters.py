@@ -1,0 +1,28 @@
+"""What happened how often, and how long it took: numbers that any thread adds to, and that whoever measures reads.
+
+Names in use: bytes_fetched, fetch_seconds, retries{cause}, range_reads; cache_hits, cache_misses, cache_evictions,
+cache_evicted_bytes, cache_refusals{cause}, cache_drops; decode_seconds, wait_seconds, replaced_records.
+"""
+
+import threading
+
+
+class Counters:
+    """Sums by name and labels. They only grow."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, float] = {}
+
+    def add(self, name: str, value: float = 1, **labels: str) -> None:
+        """Add `value` to a sum, which begins at 0."""
+        key = name
+        if labels:
+            key += "{" + ",".join(f'{label}="{labels[label]}"' for label in sorted(labels)) + "}"
+        with self._lock:
+            self._values[key] = self._values.get(key, 0) + value
+
+    def snapshot(self) -> dict[str, float]:
+        """Return all sums of this moment, sorted by name: `{'bytes_fetched': 4096, 'retries{cause="503"}': 2}`."""
+        with self._lock:
+            return dict(sorted(self._values.items()))

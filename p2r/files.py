@@ -1,0 +1,68 @@
+"""Local files that are whole or absent, and locks that end with the process that holds them.
+
+Locks are `flock`s: the kernel lifts them when their holder ends, however it ends, so nothing has to be cleaned up after a
+`kill -9`. They bind the processes of one machine (on NFS, where its locks are on, of all that mount it).
+"""
+
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a local file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Give a temporary file beside `target`; rename it over `target` on success, remove it on failure."""
+    with temporary_beside(target) as temporary:
+        yield temporary
+        temporary.replace(target)
+
+
+@contextmanager
+def temporary_beside(target: Path) -> Iterator[Path]:
+    """Give an empty file in the folder of `target`, which is made; afterwards it is gone, unless it was renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".tmp-", dir=target.parent)
+    os.fchmod(handle, 0o644)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Be the only one on this machine who has `path` locked; wait until that is so. The file is gone afterwards."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if not is_file_at(path, handle):
+                continue  # its holder removed it while we waited: another file, if any, is the lock now
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(handle)
+
+
+def is_file_at(path: Path, handle: int) -> bool:
+    """Tell whether an open file is still the one that `path` names."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
