@@ -1,5 +1,6 @@
 # make demo      runs jobs/demo.yaml on this machine, from nothing
 # make test      runs every check
+# make s3        runs a real S3 server on this machine, for jobs that want object storage
 # make install   only the environment
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 # Where bytecode is not kept, every process compiles torch and ray again: a quarter of a minute each, for nothing.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test install
+.PHONY: demo test s3 install
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -21,6 +22,12 @@ test: $(VENV)/.installed-tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+S3_FOLDER ?= ~/p2r/s3
+S3_PORT ?= 9000
+
+s3: $(VENV)/.installed-tests
+	$(BIN)/python infra/local/s3.py --folder $(S3_FOLDER) --port $(S3_PORT)
 
 install: $(VENV)/.installed
 

@@ -72,10 +72,8 @@ class Storage:
         self._root = self.url.removeprefix("file://").removeprefix("s3://")
         self._s3: S3 | None = None
         if self.url.startswith("s3://"):
-            from p2r.s3 import S3  # botocore takes a fifth of a second, which a command about folders need not wait
-
             bucket, _, self._root = self._root.partition("/")
-            self._s3 = S3(bucket, counters=self.counters)
+            self._s3 = _bucket(bucket, self.counters)
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -355,7 +353,7 @@ class Storage:
         full = self._full(prefix)
         if self._s3 is not None:
             start = len(self._root) + 1 if self._root else 0
-            yield from (key[start:] for key in self._s3.keys(f"{full}/" if full else ""))
+            yield from (key[start:] for key in self._s3.keys(f"{full.rstrip('/')}/" if full else ""))
             return
         with _explained("list", self.at(prefix)):
             for folder, _, names in os.walk(full, onerror=_refuse, followlinks=True):
@@ -369,6 +367,12 @@ class Storage:
 def json_bytes(value: Any) -> bytes:
     """Serialise `value` so that equal values are equal bytes."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _bucket(name: str, counters: Counters) -> "S3":
+    from p2r.s3 import S3  # botocore takes a fifth of a second to import: commands about folders need not wait
+
+    return S3(name, counters=counters)
 
 
 def _linked(temporary: Path, target: Path) -> bool:

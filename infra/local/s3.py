@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 
 START_LIMIT_S = 60.0
-STOP_LIMIT_S = 3.0  # in order it takes 15 s (measured), and what was answered survives kill -9
+STOP_LIMIT_S = 1.0  # in order it takes 15 s (measured), and what was answered survives kill -9
 
 
 def find_program() -> str | None:
@@ -60,7 +60,7 @@ class S3Server:
         self.folder = folder
         (folder / "data").mkdir(parents=True, exist_ok=True)
         self._process: subprocess.Popen[bytes] | None = None
-        self._ports = _free_ports(3 if port else 4, taken=port)
+        self._ports = free_ports(3 if port else 4, taken=port)
         if port:
             _check_free(port)
             self._ports.append(port)
@@ -189,20 +189,20 @@ def main() -> int:
     with _stopped_by_signals():
         try:
             server = S3Server(arguments.folder.expanduser().absolute(), port=arguments.port)
-            server.start()
+            try:
+                server.start()
+                make_bucket(server.environment, arguments.bucket)
+                for name, value in {**server.environment, "P2R_STORAGE": f"s3://{arguments.bucket}/runs"}.items():
+                    print(f"export {name}={shlex.quote(value)}")
+                print(f"# S3 on {server.url}, objects in {server.folder}; Ctrl-C stops it", flush=True)
+                return server.wait()
+            finally:
+                server.stop()
+        except KeyboardInterrupt:
+            return 0
         except (RuntimeError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        try:
-            make_bucket(server.environment, arguments.bucket)
-            for name, value in {**server.environment, "P2R_STORAGE": f"s3://{arguments.bucket}/runs"}.items():
-                print(f"export {name}={shlex.quote(value)}")
-            print(f"# S3 on {server.url}, objects in {server.folder}; Ctrl-C stops it", flush=True)
-            return server.wait()
-        except KeyboardInterrupt:
-            return 0
-        finally:
-            server.stop()
 
 
 @contextlib.contextmanager
@@ -237,7 +237,7 @@ def _check_free(port: int) -> None:
         )
 
 
-def _free_ports(count: int, *, taken: int | None = None) -> list[int]:
+def free_ports(count: int, *, taken: int | None = None) -> list[int]:
     """Free ports. Where the search begins depends on the process, so that two that look at once seldom meet."""
     found: list[int] = []
     start = 20_000 + os.getpid() % 1000 * 9

@@ -213,6 +213,7 @@ def test_a_listing_has_what_lies_below_and_nothing_beside(shared: Storage) -> No
     assert shared.list() == ["a/1", "a/b/2", "ab", "c"]
     assert shared.list("a") == ["a/1", "a/b/2"]
     assert shared.child("a").list() == ["1", "b/2"]
+    assert shared.list("a/") == ["a/1", "a/b/2"]
     assert shared.list("c") == ["c"]
     assert shared.list("nothing") == []
     shared.delete("a")
