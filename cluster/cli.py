@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from p2r.errors import InputError, JobError, P2RError
-from p2r.job import json_schema, read_job
+from p2r.job import Job, json_schema, read_job
 from p2r.storage import Storage
 
 app = typer.Typer(
@@ -44,13 +44,27 @@ def validate(
         unset: dict[str, str] = {}
         try:
             job = read_job(path, tuple(set_ or ()), unset=unset)
-        except JobError as error:
+            ranks = _ranks(job)
+        except InputError as error:
             refused += 1
             print(f"refused  {error}", file=sys.stderr)
         else:
             print(f"valid    {path}  {job.kind}  {job.storage}" + "".join(f"  needs {name}" for name in unset))
+            if ranks:
+                print(f"         pretrain on {', '.join(map(str, ranks))} workers")
     if refused:
         raise JobError(f"{refused} of {len(jobs)} job files refused")
+
+
+def _ranks(job: Job) -> list[int]:
+    """Return the numbers of workers that can share the job's global batch; refuse one that cannot."""
+    from p2r.data.order import allowed_world_sizes, check_world_size
+
+    if job.pretrain is None or job.kind in ("publish", "finetune"):
+        return []
+    if job.resources.num_workers != "auto":
+        check_world_size(job.pretrain.global_batch, job.resources.num_workers)
+    return allowed_world_sizes(job.pretrain.global_batch)
 
 
 @app.command()
@@ -240,4 +254,6 @@ def _check_output(path: Path) -> None:
 def _without(value: Any, hidden: set[str]) -> Any:
     if isinstance(value, dict):
         return {key: _without(child, hidden) for key, child in value.items() if key not in hidden}
+    if isinstance(value, list):
+        return [_without(child, hidden) for child in value]
     return value

@@ -13,9 +13,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from cluster.progress import Say, relay
 from cluster.session import num_cpus, num_gpus
 from p2r.config import PretrainConfig
-from p2r.data.corpus import load_manifest
-from p2r.data.order import check_world_size, steps_per_epoch
+from p2r.data.order import check_world_size
+from p2r.data.stream import order_of
 from p2r.engine.checkpoint import newest_checkpoint, refuse_other_config
+from p2r.engine.corpora import corpora_of
 from p2r.errors import CheckpointError, InputError, TrainingError
 from p2r.job import Resources
 from p2r.storage import Storage
@@ -32,10 +33,11 @@ def pretrain(
     """
     gpus = num_gpus() if resources.gpus_per_worker == "auto" else resources.gpus_per_worker
     num_workers = _num_workers(config, resources, uses_gpu=gpus > 0)
-    steps_per_epoch(load_manifest(corpus), config.global_batch)
     check_world_size(config.global_batch, num_workers)
     checkpoint = newest_checkpoint(storage)
-    if checkpoint is not None:
+    if checkpoint is None:
+        order_of(corpora_of(config, corpus), image=config.image, seed=config.seed, global_batch=config.global_batch)
+    else:
         refuse_other_config(checkpoint, config, where=storage.at(checkpoint["path"]))
         if checkpoint["step"] >= config.steps:
             return

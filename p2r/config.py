@@ -6,7 +6,16 @@ field is its documentation and its description in the JSON Schema.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
@@ -65,12 +74,16 @@ class IngestConfig(Section):
 
 
 class ImageConfig(Section):
-    """How one plane of a scan becomes the network's input image; the same in training and in use."""
+    """How a scan becomes the network's input image; the same in training and in use."""
 
+    dimensions: Literal[2, 3] = 2
+    """Of the image: a plane of a scan, or a patch that lies anywhere in it."""
     spacing_mm: PositiveFloat = 1.5
-    """In-plane pixel size after resampling, mm."""
+    """Pixel size after resampling, mm; in the plane for planes, along every axis for patches."""
     size: PositiveInt = 160
-    """Height and width of the image, pixels: planes are cropped or padded about their centre."""
+    """Edge of the image, pixels. Planes are cropped or padded about their centre."""
+    patches_per_volume: PositiveInt = 1
+    """Patches only: how many of each volume (or frame) an epoch holds, each drawn anew."""
     intensity_percentiles: tuple[float, float] = (0.5, 99.5)
     """Percentiles of a scan's non-zero voxels that become 0 and 1; two of those that are recorded with every scan."""
 
@@ -198,11 +211,22 @@ class OptimizerConfig(Section):
     """Global gradient norm above which gradients are scaled down; 0: never."""
 
 
+class CorpusShare(Section):
+    """One of several corpora."""
+
+    url: str
+    """Of the corpus."""
+    weight: PositiveFloat | None = None
+    """Its part in every batch, relative to the others'. None for all: in proportion to their sizes."""
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """SHA-256 of a manifest. None: the revision that is current when the run begins; a resumed run keeps it."""
+
+
 class PretrainConfig(Section):
     """Corpus -> pixel representation."""
 
-    corpus: str | None = None
-    """URL of the corpus. None: `<storage>/corpus`, made by this job's ingest section if it is absent."""
+    corpus: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] | None = None
+    """URL of the corpus, or several by weight. None: `<storage>/corpus`, made by this job's ingest section if it is absent."""
     image: ImageConfig = ImageConfig()
     """The network's input."""
     views: ViewsConfig = ViewsConfig()
@@ -217,6 +241,10 @@ class PretrainConfig(Section):
     """Optimizer steps."""
     global_batch: PositiveInt
     """Images per optimizer step, over all workers together."""
+    neighbours: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the batch's images that are the next plane of another image in it: nearly alike, and hard to tell apart."""
+    max_replaced: NonNegativeInt = 100
+    """Damaged samples that are replaced by others, noted under `quarantine/` and counted, before a worker stops; 0: none."""
     micro_batch: PositiveInt | None = None
     """Images that a worker encodes at once, for when its part of the global batch does not fit into memory. None: all of its part."""
     seed: int = 0
@@ -234,6 +262,8 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.image.dimensions == 3:
+            raise ValueError("image.dimensions must be 2: the networks of this version read planes")
         if self.image.size % 16:
             raise ValueError(f"image.size must be divisible by 16 (U-Net depth 4), got {self.image.size}")
         if self.precision == "bf16" and self.zero_stage == 0:

@@ -22,15 +22,16 @@ Manifest = Mapping[str, Any]
 _NEEDED = ("num_samples", "licence", "shards", "source", "preprocessing", "salt", "subject_digests", "voxel_digests")
 
 
-def load_manifest(storage: Storage) -> dict[str, Any]:
+def load_manifest(storage: Storage, *, revision: str | None = None) -> dict[str, Any]:
     """Read the current manifest of the corpus at `storage`.
 
     Raises:
         DataError: There is none, or it is not a manifest that this version reads.
     """
-    if not storage.exists("manifest.json"):
+    name = "manifest.json" if revision is None else f"manifests/{revision}.json"
+    if not storage.exists(name):
         raise DataError(f"no corpus at {storage.url}: it has no manifest.json; make one with a job of kind ingest")
-    manifest = storage.read_json("manifest.json")
+    manifest = storage.read_json(name)
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise DataError(f"{storage.at('manifest.json')}: format is {found!r}, this version reads {FORMAT!r}")

@@ -109,13 +109,13 @@ class Order:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be 0 to {world_size - 1}, got {rank}")
         size = self._global_batch // world_size
-        return self.slice(step, rank * size, (rank + 1) * size)
+        return self.slice(step, range(rank * size, (rank + 1) * size))
 
-    def slice(self, step: int, start: int, stop: int) -> Samples:
-        """Return samples `start` to `stop` - 1 of a global batch."""
+    def slice(self, step: int, numbers: range) -> Samples:
+        """Return some samples of a global batch, by their numbers in it."""
         if step < 0:
             raise ValueError(f"step must be at least 0, got {step}")
-        lanes, offsets = np.divmod(np.arange(start, stop), self._per_lane)
+        lanes, offsets = np.divmod(np.asarray(numbers, dtype=np.int64), self._per_lane)
         owners = self._owner[lanes]
         positions, epochs = np.empty_like(lanes), np.empty_like(lanes)
         for number, ring in enumerate(self._rings):
@@ -125,6 +125,10 @@ class Order:
                 places = ring.positions(int(epochs[mine][0]), step_of_epoch, self._lane[lanes[mine]], offsets[mine])
                 positions[mine] = self._first[number] + places
         return Samples(positions, epochs)
+
+    def num_samples(self, corpus: int, shard: int) -> int:
+        """Samples in a shard."""
+        return int(self._rings[corpus].counts[shard])
 
     def locate(self, positions: Positions) -> tuple[Positions, Positions, Positions]:
         """Sample positions -> number of the corpus, of the shard in its manifest, and of the sample in that shard."""

@@ -116,9 +116,9 @@ def intensity_window(table: Sequence[float], percentiles: tuple[float, float]) -
     return (low, high) if low < high else (table[0], table[-1])
 
 
-def normalise(planes: Tensor, low: float, high: float) -> Tensor:
-    """Map [low, high] to [0, 1] in float32, and clip what lies outside."""
-    return ((planes.float() - low) / (high - low)).clamp_(0.0, 1.0)
+def normalise(voxels: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """Map [low, high] to [0, 1] in float32, and clip what lies outside; tensors of bounds are broadcast."""
+    return ((voxels.float() - low) / (high - low)).clamp_(0.0, 1.0)
 
 
 def to_grid(
@@ -165,6 +165,55 @@ def from_grid(maps: Tensor, shape: tuple[int, int], *, spacing_mm: tuple[float, 
     resampled = _resampled_shape(shape, spacing_mm, target_mm)
     whole = F.pad(maps, _centring((maps.shape[-2], maps.shape[-1]), resampled, inverse=True))
     return _resample(whole, shape, "bilinear")
+
+
+def axis_weights(
+    num_voxels: int, centre: float, *, spacing_mm: float, target_mm: float, size: int
+) -> tuple[Tensor, Tensor]:
+    """Weights with which the voxels along one axis make `size` samples about a centre: linear, antialiased where voxels grow.
+
+    Args:
+        num_voxels: Along the axis.
+        centre: Of the samples, in voxels; 0 is the middle of the first voxel.
+        spacing_mm: Of the voxels.
+        target_mm: Of the samples.
+        size: Number of samples.
+
+    Returns:
+        (size, num_voxels) float32, rows add up to 1, or to 0 for samples outside; and (size,) bool: inside.
+    """
+    scale = target_mm / spacing_mm
+    places = centre + (torch.arange(size, dtype=torch.float64) - (size - 1) / 2) * scale
+    distance = (torch.arange(num_voxels, dtype=torch.float64) - places[:, None].clamp(0, num_voxels - 1)).abs()
+    weights = (1 - distance / max(1.0, scale)).clamp_min(0)
+    inside = (places >= -0.5) & (places <= num_voxels - 0.5)
+    weights = weights / weights.sum(1, keepdim=True) * inside[:, None]
+    return weights.float(), inside
+
+
+def to_patch(
+    voxels: Tensor, centre: tuple[float, ...], *, spacing_mm: tuple[float, ...], target_mm: float, size: int
+) -> tuple[Tensor, Tensor]:
+    """Resample a box of a volume to a cube of isotropic voxels about a centre.
+
+    Args:
+        voxels: (X, Y, Z) float32.
+        centre: In voxels of the box.
+        spacing_mm: Of the box.
+        target_mm: Voxel size of the result.
+        size: Edge of the result.
+
+    Returns:
+        (size, size, size) float32, 0 outside of the box; and bool: inside.
+    """
+    cube, inside = voxels, torch.ones((), dtype=torch.bool, device=voxels.device)
+    for axis in range(3):
+        weights, within = axis_weights(
+            voxels.shape[axis], centre[axis], spacing_mm=spacing_mm[axis], target_mm=target_mm, size=size
+        )
+        cube = torch.movedim(torch.tensordot(weights.to(voxels.device), cube, dims=([1], [axis])), 0, axis)
+        inside = inside[..., None] & within.to(voxels.device)
+    return cube, inside
 
 
 def prepare(

@@ -24,6 +24,7 @@ import os
 import tarfile
 import tempfile
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -99,6 +100,11 @@ class IndexRow:
     def num_planes(self) -> int:
         """P of all frames: the samples in this record."""
         return self.shape[3] * self.shape[self.slice_axis]
+
+    @cached_property
+    def plane_grid(self) -> tuple[Any, ...]:
+        """Equal for records whose planes can lie in one array and be resampled together."""
+        return (self.stored_shape[2:], self.dtype, self.slice_axis, self.spacing_mm)
 
     @cached_property
     def grid(self) -> tuple[int, int, int]:
@@ -312,27 +318,27 @@ class ShardReader:
         self.name = name
         self._rows = index
         self._read = read
-        self._ends = np.cumsum([row.num_planes for row in index], dtype=np.int64)
-        self._volume_ends = np.cumsum([row.shape[3] for row in index], dtype=np.int64)
+        self._ends = list(accumulate(row.num_planes for row in index))
+        self._volume_ends = list(accumulate(row.shape[3] for row in index))
 
     @property
     def num_samples(self) -> int:
         """Planes in this shard."""
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def locate(self, sample: int) -> tuple[IndexRow, int]:
         """Record and number of the plane in it, for sample 0 to `num_samples` - 1 of the shard."""
         if not 0 <= sample < self.num_samples:
             raise ValueError(f"{self.name} has {self.num_samples} samples, asked for number {sample}")
-        record = int(self._ends.searchsorted(sample, side="right"))
-        return self._rows[record], sample - (int(self._ends[record - 1]) if record else 0)
+        record = bisect_right(self._ends, sample)
+        return self._rows[record], sample - (self._ends[record - 1] if record else 0)
 
     def locate_volume(self, number: int) -> tuple[IndexRow, int]:
         """Record and frame, for volume 0 to the sum of all frames - 1."""
-        record = int(self._volume_ends.searchsorted(number, side="right"))
+        record = bisect_right(self._volume_ends, number)
         if number < 0 or record == len(self._rows):
             raise ValueError(f"{self.name} has no volume number {number}")
-        return self._rows[record], number - (int(self._volume_ends[record - 1]) if record else 0)
+        return self._rows[record], number - (self._volume_ends[record - 1] if record else 0)
 
     def read_plane(self, sample: int, out: Array | None = None) -> Array:
         """Read, check and decode one plane, (h, w) in the dtype of its scan.
@@ -345,10 +351,16 @@ class ShardReader:
             DataError: The bytes are not those that were written; names shard, key and chunk.
         """
         row, number = self.locate(sample)
-        frame, plane = divmod(number, row.stored_shape[1])
-        rows, columns = (slice(0, n) for n in row.stored_shape[2:])
         target: Array = np.empty(row.stored_shape[2:], row.dtype) if out is None else out
-        self.read_box(row, frame, (slice(plane, plane + 1), rows, columns), target[None])
+        if row.chunk_shape[0] == 1:  # a plane is a chunk
+            start, stop = row.chunk_offsets[number], row.chunk_offsets[number + 1]
+            try:
+                _decode(row, number, memoryview(self._read(start, stop)), target)
+            except _Damage as damage:
+                raise self._named(damage) from None
+        else:
+            frame, plane = divmod(number, row.stored_shape[1])
+            self.read_box(row, frame, (slice(plane, plane + 1), *row.whole[1:]), target[None])
         return target
 
     def read_box(self, row: IndexRow, frame: int, box: Box, out: Array | None = None) -> Array:
@@ -361,8 +373,11 @@ class ShardReader:
         try:
             _read_box(row, frame, box, target, self._read)
         except _Damage as damage:
-            raise DataError(f"shard {self.name}: {damage}; restore the file or ingest these scans again") from None
+            raise self._named(damage) from None
         return target
+
+    def _named(self, damage: "_Damage") -> DataError:
+        return DataError(f"shard {self.name}: {damage}; restore the file or ingest these scans again")
 
 
 def open_shard(tar: Path, *, index: Path | None = None) -> ShardReader:
@@ -399,45 +414,48 @@ def _read_box(row: IndexRow, frame: int, box: Box, out: Array, read: ReadRange) 
         range(part.start // chunk, math.ceil(part.stop / chunk))
         for part, chunk in zip(box, row.chunk_shape, strict=True)
     ]
-    per_frame = math.prod(row.grid)
-    for numbers in _runs(
-        (
-            frame * per_frame + int((plane * row.grid[1] + line) * row.grid[2] + column)
-            for plane, line, column in product(*places)
-        )
-    ):
-        first, last = numbers[0], numbers[-1]
-        start, stop = row.chunk_offsets[first], row.chunk_offsets[last + 1]
-        content = memoryview(read(start, stop))
-        for number in numbers:
-            begin, end = row.chunk_offsets[number] - start, row.chunk_offsets[number + 1] - start
-            chunk = content[begin:end]
-            if len(chunk) != end - begin or crc32(chunk) != row.chunk_crc32[number]:
-                raise _Damage(
-                    f"chunk {number} of {row.key} is damaged (bytes {start + begin} to {start + end} lack the CRC-32 of the index)"
-                )
-            _place(row, number - frame * per_frame, chunk, box, out)
+    first_of_frame = frame * math.prod(row.grid)
+    numbers = (
+        first_of_frame + (plane * row.grid[1] + line) * row.grid[2] + column for plane, line, column in product(*places)
+    )
+    for run in _runs(numbers):
+        start = row.chunk_offsets[run[0]]
+        content = memoryview(read(start, row.chunk_offsets[run[-1] + 1]))
+        for number in run:
+            chunk = content[row.chunk_offsets[number] - start : row.chunk_offsets[number + 1] - start]
+            _place(row, number, number - first_of_frame, chunk, box, out)
 
 
-def _place(row: IndexRow, number: int, content: memoryview, box: Box, out: Array) -> None:
-    """Decode chunk `number` of a frame into the part of `out` that it covers."""
-    plane, rest = divmod(number, row.grid[1] * row.grid[2])
+def _place(row: IndexRow, number: int, of_frame: int, content: memoryview, box: Box, out: Array) -> None:
+    """Decode a chunk into the part of `out` that it covers."""
+    plane, rest = divmod(of_frame, row.grid[1] * row.grid[2])
     chunk_box = row.chunk_box((plane, *divmod(rest, row.grid[2])))
+    shape = tuple(part.stop - part.start for part in chunk_box)
     overlap = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(chunk_box, box, strict=True)]
     target = out[tuple(slice(o.start - b.start, o.stop - b.start) for o, b in zip(overlap, box, strict=True))]
-    source = tuple(slice(o.start - c.start, o.stop - c.start) for o, c in zip(overlap, chunk_box, strict=True))
-    shape = tuple(part.stop - part.start for part in chunk_box)
-    if not row.is_compressed:
-        target[...] = np.frombuffer(content, row.dtype).reshape(shape)[source]
-        return
-    if blosc2.get_cbuffer_sizes(content)[0] != math.prod(shape) * np.dtype(row.dtype).itemsize:
-        raise _Damage(f"chunk {number} of {row.key} does not decode to its shape {shape}")
     if target.shape == shape and target.flags.c_contiguous:
-        blosc2.decompress2(content, dst=target, nthreads=1)
+        _decode(row, number, content, target)
         return
     decoded = np.empty(shape, row.dtype)
-    blosc2.decompress2(content, dst=decoded, nthreads=1)
-    target[...] = decoded[source]
+    _decode(row, number, content, decoded)
+    target[...] = decoded[
+        tuple(slice(o.start - c.start, o.stop - c.start) for o, c in zip(overlap, chunk_box, strict=True))
+    ]
+
+
+def _decode(row: IndexRow, number: int, content: memoryview, out: Array) -> None:
+    """Check a chunk, then decode all of it into `out`, whose shape it must have."""
+    start, stop = row.chunk_offsets[number], row.chunk_offsets[number + 1]
+    if len(content) != stop - start or crc32(content) != row.chunk_crc32[number]:
+        raise _Damage(f"chunk {number} of {row.key} is damaged (bytes {start} to {stop} lack the CRC-32 of the index)")
+    # The header of a blosc2 chunk has the decoded size at byte 4.
+    size = int.from_bytes(content[4:8], "little") if row.is_compressed else len(content)
+    if size != out.nbytes:
+        raise _Damage(f"chunk {number} of {row.key} does not decode to its shape {out.shape}")
+    if row.is_compressed:
+        blosc2.decompress2(content, dst=out, nthreads=1)
+    else:
+        out[...] = np.frombuffer(content, row.dtype).reshape(out.shape)
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[list[int]]:

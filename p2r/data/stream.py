@@ -1,103 +1,87 @@
-"""A corpus -> an endless stream of (batch, state): planes read, checked and made into images ahead of need.
+"""Corpora -> an endless stream of (batch, state): samples read, checked and decoded ahead of need.
 
-Which planes come is decided by `order` alone; threads only decide when. So the state is a step number, and what names
-the stream: a run that resumes from it gets, bit for bit, the batches that it would have got. Threads, because reading
-and decompressing release the interpreter; no processes, whose number could leak into the order, and which object
-storage clients do not survive when forked.
-
-Shapes: B images of this rank, H = W = `image.size`.
+Which samples come is decided by `order` alone; threads only decide when. So the state is a step number, and what names
+the stream: a run that resumes from it gets, bit for bit, the batches that it would have got. Threads, because reading,
+checking and decompressing release the interpreter; no processes, whose number could leak into the order, and which
+clients of object storage do not survive when forked.
 """
 
-import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Generator, Mapping
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
+from p2r.cache import node_cache
 from p2r.config import ImageConfig
+from p2r.counters import Counters
+from p2r.data.batch import Batch
+from p2r.data.batch import Replaced as Replaced
+from p2r.data.fetch import OpenShards
+from p2r.data.loader import Loader
+from p2r.data.loader import Quarantine as Quarantine
 from p2r.data.manifest import manifest_sha256
-from p2r.data.order import ORDER, check_world_size, locate, rank_batch, steps_per_epoch
-from p2r.data.preprocess import intensity_window, plane_spacing, prepare
-from p2r.data.shards import ShardReader, local_ranges, read_index
-from p2r.errors import CheckpointError
+from p2r.data.order import ORDER, Order, check_world_size
+from p2r.errors import CheckpointError, DataError
 from p2r.storage import Storage
 
-_MAX_OPEN_SHARDS = 256  # file descriptors; a plane finds its shard open as long as the rank has no more lanes than this
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus to stream from, at one revision."""
+
+    storage: Storage
+    manifest: Mapping[str, Any]
+    weight: float | None = None
+    """Part in every batch, relative to the other corpora's; None for all: in proportion to their sizes."""
 
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where a stream stands: everything that a checkpoint has to hold of the data.
+    """Where a stream stands: everything that a checkpoint has to hold of the data."""
 
-    Attributes:
-        manifest_sha256: The corpus's revision.
-        seed: Of the order.
-        global_batch: Samples per step over all ranks.
-        step: Batches taken since the run began, over all epochs.
-    """
-
-    manifest_sha256: str
+    corpora: tuple[tuple[str, float | None], ...]
+    """Revision (the manifest's SHA-256) and weight of each corpus."""
     seed: int
+    """Of the order."""
     global_batch: int
+    """Samples per step over all ranks."""
+    neighbours: float = 0.0
+    """Share of samples that are the neighbour of another."""
     step: int = 0
+    """Batches taken since the run began, over all epochs."""
 
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint; names the order, too."""
         return {
             "order": ORDER,
-            "manifest_sha256": self.manifest_sha256,
+            "corpora": [{"manifest_sha256": sha256, "weight": weight} for sha256, weight in self.corpora],
             "seed": self.seed,
             "global_batch": self.global_batch,
+            "neighbours": self.neighbours,
             "step": self.step,
         }
 
-    @classmethod
-    def from_dict(
-        cls, value: Mapping[str, Any], *, manifest: Mapping[str, Any], seed: int, global_batch: int
-    ) -> "StreamState":
-        """Read back what `to_dict` gave, for a run with this corpus, seed and global batch.
+    def resumed(self, value: Mapping[str, Any]) -> "StreamState":
+        """Return the state in a checkpoint, if it belongs to the stream that this state names.
 
         Raises:
             CheckpointError: It belongs to another stream; going on would repeat some samples and skip others.
         """
-        fresh = cls(manifest_sha256=manifest_sha256(manifest), seed=seed, global_batch=global_batch)
         if not isinstance(value.get("step"), int) or value["step"] < 0:
             raise CheckpointError(f"the stream state has no valid step: {value.get('step')!r}")
-        _check_same({**fresh.to_dict(), "step": value["step"]}, value)
-        return replace(fresh, step=value["step"])
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's part of a global batch.
-
-    Attributes:
-        image: (B, 1, H, W) float32 in [0, 1].
-        inside: (B, H, W) bool, True where a pixel belongs to the scan.
-        positions: (B,) int64, the samples' positions in the corpus: keys for augmentation.
-        epoch: Of these samples, from 0.
-        spacing_mm: Pixel size.
-        wait_s: How long the consumer stood still for this batch.
-    """
-
-    image: Tensor
-    inside: Tensor
-    positions: NDArray[np.int64]
-    epoch: int
-    spacing_mm: float
-    wait_s: float
+        for name, expected in {**self.to_dict(), "step": value["step"]}.items():
+            if value.get(name) != expected:
+                raise CheckpointError(
+                    f"the checkpoint's data stream has {name} {value.get(name)!r}, this run has {expected!r}: "
+                    "resume with the same corpus, seed and global batch, or start a new run"
+                )
+        return replace(self, step=value["step"])
 
 
 def stream(
-    storage: Storage,
-    manifest: Mapping[str, Any],
+    corpora: Corpus | Sequence[Corpus],
     *,
     image: ImageConfig,
     seed: int,
@@ -105,126 +89,100 @@ def stream(
     rank: int = 0,
     world_size: int = 1,
     state: StreamState | None = None,
+    neighbours: float = 0.0,
+    quarantine: Quarantine = Quarantine(),  # noqa: B008 (frozen)
+    counters: Counters | None = None,
     num_threads: int = 2,
     prefetch: int = 2,
+    pin_memory: bool = False,
 ) -> Generator[tuple[Batch, StreamState], None, None]:
     """Yield this rank's batches for ever, each with the state to save after it.
 
     Args:
-        storage: Of the corpus.
-        manifest: Of the corpus.
+        corpora: What to stream, by weight.
         image: The network's grid.
         seed: Of the order.
         global_batch: Samples per step over all ranks.
         rank: This process.
         world_size: All processes; must divide the lanes of the order.
         state: Go on from here; None: from the beginning.
+        neighbours: Share of samples, at most a half, that are the next plane of the sample before.
+        quarantine: What becomes of damaged samples.
+        counters: Receives what happens.
         num_threads: Batches decoded at the same time.
         prefetch: Batches ready or in work ahead of the consumer.
+        pin_memory: Decode into memory from which a GPU copies on its own.
 
     Raises:
-        DataError: At once for a corpus or world size that cannot be; later for a damaged shard.
+        DataError: At once for a corpus or world size that cannot be; later for damage that the quarantine does not take.
+        StorageError: For shards that cannot be had.
         CheckpointError: `state` belongs to another stream.
     """
-    fresh = StreamState(manifest_sha256=manifest_sha256(manifest), seed=seed, global_batch=global_batch)
+    corpora = [corpora] if isinstance(corpora, Corpus) else list(corpora)
+    counters = counters or Counters()
+    fresh = stream_state(corpora, seed=seed, global_batch=global_batch, neighbours=neighbours)
     if state is not None:
-        _check_same({**fresh.to_dict(), "step": state.step}, state.to_dict())
-    num_steps = steps_per_epoch(manifest, global_batch)
+        fresh.resumed(state.to_dict())
+    order = order_of(corpora, image=image, seed=seed, global_batch=global_batch)
     check_world_size(global_batch, world_size)
-    shards = _Shards(storage, manifest)
+    cache = node_cache(counters) if not all(corpus.storage.is_local for corpus in corpora) else None
+    loader = Loader(
+        [OpenShards(corpus.storage, corpus.manifest, cache=cache, counters=counters) for corpus in corpora],
+        order,
+        image=image,
+        seed=seed,
+        share=range(rank * global_batch // world_size, (rank + 1) * global_batch // world_size),
+        neighbours=neighbours,
+        quarantine=quarantine,
+        counters=counters,
+        pin_memory=pin_memory,
+    )
+    return _ahead(loader, state or fresh, counters, num_threads=num_threads, depth=max(prefetch, num_threads))
 
-    def load(step: int) -> Batch:
-        epoch, step_of_epoch = divmod(step, num_steps)
-        positions = rank_batch(
-            manifest,
-            seed=seed,
-            epoch=epoch,
-            step=step_of_epoch,
-            global_batch=global_batch,
-            rank=rank,
-            world_size=world_size,
-        )
-        planes = [
-            _load_plane(shards.reader(shard), sample, image) for shard, sample in zip(*_located(positions), strict=True)
-        ]
-        return Batch(
-            image=torch.cat([plane for plane, _ in planes]),
-            inside=torch.cat([inside for _, inside in planes]),
-            positions=positions,
-            epoch=epoch,
-            spacing_mm=image.spacing_mm,
-            wait_s=0.0,
-        )
 
-    def _located(positions: NDArray[np.int64]) -> tuple[list[int], list[int]]:
-        numbers, samples = locate(manifest, positions)
-        return numbers.tolist(), samples.tolist()
+def stream_state(corpora: Sequence[Corpus], *, seed: int, global_batch: int, neighbours: float = 0.0) -> StreamState:
+    """Return the state at the beginning of a stream."""
+    return StreamState(
+        corpora=tuple((manifest_sha256(corpus.manifest), corpus.weight) for corpus in corpora),
+        seed=seed,
+        global_batch=global_batch,
+        neighbours=neighbours,
+    )
 
-    return _ahead(load, fresh if state is None else state, num_threads=num_threads, depth=max(prefetch, num_threads))
+
+def order_of(corpora: Sequence[Corpus], *, image: ImageConfig, seed: int, global_batch: int) -> Order:
+    """Return the order of a stream: of planes; or of patches, of which each volume gives some.
+
+    Raises:
+        DataError: A corpus is too small, or some corpora have a weight and others have none.
+    """
+    weights = [corpus.weight for corpus in corpora if corpus.weight is not None]
+    if len(weights) not in (0, len(corpora)):
+        raise DataError("give a weight to every corpus, or to none of them")
+    name, times = ("num_samples", 1) if image.dimensions == 2 else ("num_volumes", image.patches_per_volume)
+    counts = [[entry[name] * times for entry in corpus.manifest["shards"]] for corpus in corpora]
+    return Order(counts, seed=seed, global_batch=global_batch, weights=weights or None)
 
 
 def _ahead(
-    load: Any, state: StreamState, *, num_threads: int, depth: int
+    loader: Loader, state: StreamState, counters: Counters, *, num_threads: int, depth: int
 ) -> Generator[tuple[Batch, StreamState], None, None]:
-    """Run `load(step)` on threads, `depth` steps ahead; yield in order. Closing the generator ends the threads."""
+    """Load steps on threads, `depth` of them ahead; yield in order. Closing the generator ends the threads."""
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="p2r-stream")
     waiting: deque[Future[Batch]] = deque()
     try:
         while True:
             while len(waiting) < depth:
-                waiting.append(pool.submit(load, state.step + len(waiting)))
+                loader.plan(state.step + len(waiting))
+                waiting.append(pool.submit(loader.load, state.step + len(waiting)))
+            num_ready = sum(future.done() for future in waiting)
             began = time.perf_counter()
             batch = waiting.popleft().result()
+            wait_s = time.perf_counter() - began
+            counters.add("wait_seconds", wait_s)
+            loader.done(state.step)
             state = replace(state, step=state.step + 1)
-            yield replace(batch, wait_s=time.perf_counter() - began), state
+            yield replace(batch, wait_s=wait_s, num_ready=num_ready), state
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _load_plane(reader: ShardReader, sample: int, image: ImageConfig) -> tuple[Tensor, Tensor]:
-    row, _ = reader.locate(sample)
-    spacing_mm = plane_spacing(row.spacing_mm, row.slice_axis)
-    planes = reader.read_plane(sample)[None]
-    window = intensity_window(row.percentiles, image.intensity_percentiles)
-    return prepare(planes, window, spacing_mm, target_mm=image.spacing_mm, size=image.size)
-
-
-class _Shards:
-    """Readers of the shards in use, opened on first need; fetching one does not hold up the others."""
-
-    def __init__(self, storage: Storage, manifest: Mapping[str, Any]) -> None:
-        self._storage = storage
-        self._entries = manifest["shards"]
-        self._open: OrderedDict[int, Future[ShardReader]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def reader(self, number: int) -> ShardReader:
-        with self._lock:
-            future = self._open.get(number)
-            is_mine = future is None
-            if future is None:
-                future = self._open[number] = Future()
-            self._open.move_to_end(number)
-            while len(self._open) > _MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)  # a thread that still reads it keeps it open
-        if is_mine:
-            try:
-                future.set_result(self._fetch(number))
-            except BaseException as error:
-                future.set_exception(error)
-        return future.result()
-
-    def _fetch(self, number: int) -> ShardReader:
-        entry = self._entries[number]
-        index = self._storage.local(entry["name"].removesuffix(".tar") + ".idx", sha256=entry["index_sha256"])
-        tar = self._storage.local(entry["name"], sha256=entry["sha256"], num_bytes=entry["num_bytes"])
-        return ShardReader(str(tar), read_index(index, sha256=entry["index_sha256"]), local_ranges(tar))
-
-
-def _check_same(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    for name, value in expected.items():
-        if found.get(name) != value:
-            raise CheckpointError(
-                f"the checkpoint's data stream has {name} {found.get(name)!r}, this run has {value!r}: "
-                "resume with the same corpus, seed and global batch, or start a new run"
-            )
+        loader.close()

@@ -6,6 +6,7 @@ How trials are run is the caller's: a loop here, Ray Tune on a cluster. Trials t
 calling this again after a kill goes on where it stopped.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,10 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> None:
     """
     for num_labelled in {*setup.config.num_labelled, *setup.config.search.num_labelled}:
         draw_subjects(task.subjects["train"], num_labelled=num_labelled, draw=0, seed=setup.config.seed)
-    corpus = backbone.manifest.get("corpus")
-    for split in ("validation", "test"):
+    corpora = backbone.manifest.get("corpora", [])
+    for split, corpus in itertools.product(("validation", "test"), corpora):
         for subject in task.subjects[split]:
-            if corpus and contains(corpus, cohort=task.config.cohort, subject=subject):
+            if contains(corpus, cohort=task.config.cohort, subject=subject):
                 raise DataError(
                     f"subject {subject} of the {split} split of task {task.config.name} is in the backbone's corpus {corpus['url']}: its "
                     "figures would leak. Pretrain without it (ingest.subjects_of), or take it out of the split"
@@ -113,6 +114,6 @@ Licence of the weights: {licence}. {task.config.citation}
             "trial": trial,
             "validation": best["validation"],
             "backbone_sha256": backbone.manifest["sha256"],
-            "corpus": backbone.manifest.get("corpus"),
+            "corpora": backbone.manifest.get("corpora", []),
         },
     )

@@ -292,9 +292,10 @@ def _score(
 
 
 def _refuse_known(scan: LabelledScan, backbone: Backbone, split: Split) -> None:
-    corpus = backbone.manifest.get("corpus")
-    if corpus and contains(corpus, voxels_sha256=voxels_sha256(scan.volume)):
-        raise DataError(
-            f"scan {scan.scan.key} of the {split} split is in the backbone's corpus {corpus['url']}: its figures would leak. "
-            "Pretrain without it (ingest.subjects_of), or take it out of the split"
-        )
+    digest = voxels_sha256(scan.volume)
+    for corpus in backbone.manifest.get("corpora", []):
+        if contains(corpus, voxels_sha256=digest):
+            raise DataError(
+                f"scan {scan.scan.key} of the {split} split is in the backbone's corpus {corpus['url']}: its figures would leak. "
+                "Pretrain without it (ingest.subjects_of), or take it out of the split"
+            )

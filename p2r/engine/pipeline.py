@@ -15,6 +15,8 @@ from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, load_backbone, publish
 from p2r.config import IngestConfig, PretrainConfig, PublishConfig
 from p2r.data.corpus import corpus_digest, load_manifest, manifest_sha256
 from p2r.data.preprocess import Preparation
+from p2r.data.stream import Corpus
+from p2r.engine.corpora import corpora_of
 from p2r.engine.fewshot import check_task, few_shot, publish_best
 from p2r.engine.finetune import TrialSetup
 from p2r.engine.pretrain import finished_checkpoint
@@ -103,13 +105,14 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
     if job.pretrain is None:
         raise JobError("kind publish needs the pretrain section of the run whose checkpoint it publishes")
     checkpoint = finished_checkpoint(storage.child("pretrain"), job.pretrain)
-    corpus = _corpus(job, storage)
-    manifest = load_manifest(corpus)
-    if checkpoint["state"]["stream"]["manifest_sha256"] != manifest_sha256(manifest):
+    corpora = corpora_of(job.pretrain, storage.child("corpus"), stream=checkpoint["state"]["stream"])
+    licence = _licence(config, [corpus.manifest["licence"] for corpus in corpora])
+    rules = {corpus.manifest["preprocessing"]["slice_axis"] for corpus in corpora}
+    if len(rules) > 1:
         raise DataError(
-            f"{corpus.url} is not the corpus that {storage.at(checkpoint['path'])} was trained on: its manifest changed"
+            f"the corpora cut planes across different axes (slice_axis {', '.join(map(str, sorted(rules, key=str)))}): "
+            "a backbone has one rule; ingest them alike"
         )
-    licence = _licence(config, manifest["licence"])
     entry = checkpoint["files"]["model.safetensors"]
     weights = load_file(
         storage.child("pretrain").local(
@@ -125,13 +128,13 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
         config=ArtefactConfig(
             model=job.pretrain.model,
             preparation=Preparation(
-                slice_axis=manifest["preprocessing"]["slice_axis"],
+                slice_axis=rules.pop(),
                 intensity_percentiles=job.pretrain.image.intensity_percentiles,
                 spacing_mm=job.pretrain.image.spacing_mm,
                 image_size=job.pretrain.image.size,
             ),
         ),
-        card=_card(job, config, manifest, where.url, licence, step=checkpoint["step"]),
+        card=_card(job, config, corpora, where.url, licence, step=checkpoint["step"]),
         facts={
             "licence": licence,
             "job": job.name,
@@ -139,17 +142,19 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             "samples_seen": checkpoint["step"] * job.pretrain.global_batch,
             "pretrain": checkpoint["config"],
             "negatives": job.pretrain.negatives,
-            "corpus": {
-                "url": corpus.url,
-                "sha256": manifest_sha256(manifest),
-                **{key: manifest[key] for key in ("licence", "provenance", "cohort", "num_samples", "num_subjects")},
-                # What fine-tuning needs to refuse a task whose validation or test patients are in the corpus.
-                **{key: manifest[key] for key in ("salt", "subject_digests", "voxel_digests")},
-            },
+            "corpora": [_corpus_facts(corpus) for corpus in corpora],
         },
     )
     say(f"publish | {where.url} | sha256 {published['sha256'][:12]} | licence {licence}")
     return published
+
+
+def _corpus_facts(corpus: Corpus) -> dict[str, Any]:
+    named = ("licence", "provenance", "cohort", "num_samples", "num_subjects")
+    # What fine-tuning needs to refuse a task whose validation or test patients are in the corpus.
+    of_leaks = ("salt", "subject_digests", "voxel_digests")
+    facts = {key: corpus.manifest[key] for key in (*named, *of_leaks)}
+    return {"url": corpus.storage.url, "sha256": manifest_sha256(corpus.manifest), "weight": corpus.weight, **facts}
 
 
 def _check_tasks(job: Job) -> None:
@@ -192,7 +197,7 @@ def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
 def _pretrain(job: Job, storage: Storage, executor: Executor, say: Say) -> str | None:
     assert job.pretrain is not None
     where = storage.child("pretrain")
-    if not executor.pretrain(job.pretrain, storage=where, corpus=_corpus(job, storage), say=say):
+    if not executor.pretrain(job.pretrain, storage=where, corpus=storage.child("corpus"), say=say):
         return None
     checkpoint = finished_checkpoint(where, job.pretrain)
     say(f"pretrain | done at step {checkpoint['step']} | {where.at(checkpoint['path'])}")
@@ -233,12 +238,8 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
     return {"models": models, **report}
 
 
-def _corpus(job: Job, storage: Storage) -> Storage:
-    assert job.pretrain is not None
-    return Storage(job.pretrain.corpus) if job.pretrain.corpus else storage.child("corpus")
-
-
-def _licence(config: PublishConfig, corpus_licence: str) -> str:
+def _licence(config: PublishConfig, of_corpora: Sequence[str]) -> str:
+    corpus_licence = " AND ".join(sorted(set(of_corpora)))
     if config.licence is None or config.licence == corpus_licence:
         return corpus_licence
     if any(word in corpus_licence.upper() for word in ("NC", "SA", "ND")):
@@ -248,7 +249,7 @@ def _licence(config: PublishConfig, corpus_licence: str) -> str:
     return config.licence
 
 
-def _card(job: Job, config: PublishConfig, manifest: dict[str, Any], url: str, licence: str, *, step: int) -> str:
+def _card(job: Job, config: PublishConfig, corpora: Sequence[Corpus], url: str, licence: str, *, step: int) -> str:
     assert job.pretrain is not None
     model, loss, image = job.pretrain.model, job.pretrain.loss, job.pretrain.image
     batch = job.pretrain.global_batch
@@ -257,11 +258,15 @@ def _card(job: Job, config: PublishConfig, manifest: dict[str, Any], url: str, l
         "negatives": job.pretrain.negatives,
         "network": f"{model.name}, channels {', '.join(map(str, model.channels))}",
         "input": f"one contrast, {image.size} x {image.size} pixels of {image.spacing_mm:g} mm; intensities as in config.json",
-        "corpus": f"{manifest['num_subjects']} subjects, {manifest['num_records']} scans, {manifest['num_samples']} planes",
-        "corpus, sha256": manifest_sha256(manifest),
+        **{
+            f"corpus{f' {number}' if len(corpora) > 1 else ''}": f"{corpus.manifest['num_subjects']} subjects, "
+            f"{corpus.manifest['num_records']} scans, {corpus.manifest['num_samples']} planes; sha256 {manifest_sha256(corpus.manifest)}"
+            for number, corpus in enumerate(corpora, start=1)
+        },
         "licence": licence,
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    sources = "\n\n".join(corpus.manifest["provenance"] for corpus in corpora)
     return f"""# {config.name} {config.version}
 
 A backbone that gives {model.feature_channels} features for every pixel of an MRI slice, pretrained without labels by p2r.
@@ -275,7 +280,7 @@ A backbone that gives {model.feature_channels} features for every pixel of an MR
 |---|---|
 {rows}
 
-{manifest["provenance"]}
+{sources}
 
 Not a medical device. A figure is worth what its test patients say: see the report of the job that made this.
 """

@@ -9,15 +9,17 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from p2r.config import PretrainConfig
-from p2r.data.corpus import load_manifest
-from p2r.data.stream import StreamState, stream
+from p2r.counters import Counters
+from p2r.data.stream import Quarantine, Replaced, stream, stream_state
 from p2r.engine.build import build_engine, join_process_group
 from p2r.engine.checkpoint import load_checkpoint, newest_checkpoint, refuse_other_config, save_checkpoint
+from p2r.engine.corpora import agreed_corpora
 from p2r.engine.schedule import learning_rate
 from p2r.engine.step import pretrain_step
 from p2r.errors import CheckpointError, EmbeddingError, InputError, TrainingError
@@ -47,6 +49,10 @@ class Report:
     """All ranks together."""
     wait_fraction: float
     """Part of the time in which this rank waited for data."""
+    num_replaced: int
+    """Damaged samples that this rank has replaced by others, since it started."""
+    data: dict[str, float]
+    """What this rank's stream has done since it started: bytes, seconds, retries, cache hits (see `p2r.counters`)."""
     eta_s: float
     """Seconds to the end at this speed."""
     negatives: str
@@ -64,6 +70,7 @@ class Report:
             f"wait {self.wait_fraction:.1%} | lr {self.learning_rate:.1e} | grad {self.gradient_norm:.2f} | "
             f"ETA {minutes}:{seconds:02d}"
             + (f" | negatives {self.negatives}" if "micro" in self.negatives else "")
+            + (f" | {self.num_replaced} damaged samples replaced" if self.num_replaced else "")
             + (f" | checkpoint {self.checkpoint}" if self.checkpoint else "")
         )
 
@@ -76,7 +83,7 @@ def pretrain(
     Args:
         config: What to train.
         storage: `<storage>/pretrain`.
-        corpus: Where the corpus's manifest lies.
+        corpus: The job's own corpus, where `config` names none.
         device: This process's device.
         max_seconds: Save a checkpoint and end early after this time, to go on in a later call.
 
@@ -85,7 +92,6 @@ def pretrain(
         TrainingError: when the loss is no longer finite.
     """
     began = time.monotonic()
-    manifest = load_manifest(corpus)
     checkpoint = newest_checkpoint(storage)
     if checkpoint is not None:
         refuse_other_config(checkpoint, config, where=storage.at(checkpoint["path"]))
@@ -101,29 +107,34 @@ def pretrain(
             f"pretrain.micro_batch must divide a worker's part of the global batch, got {config.micro_batch} "
             f"for {config.global_batch} images over {world_size} workers: {config.global_batch // world_size} each"
         )
+    saved_stream = None if checkpoint is None else checkpoint["state"]["stream"]
+    corpora = agreed_corpora(config, corpus, stream=saved_stream, device=device)
+    state = stream_state(corpora, seed=config.seed, global_batch=config.global_batch, neighbours=config.neighbours)
     torch.manual_seed(config.seed)
     learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
     model = Pix2Rep(config.model, learnt_temperature=learnt_temperature)
     engine = build_engine(model.to(device), config, world_size=world_size)
-    resumed_from, running, state = None, _Running(), None
+    resumed_from, running = None, _Running()
     if checkpoint is not None:
         load_checkpoint(engine, storage, checkpoint, config=config)
         resumed_from = checkpoint["step"]
         running = _Running(**checkpoint["state"]["running"])
-        state = StreamState.from_dict(
-            checkpoint["state"]["stream"], manifest=manifest, seed=config.seed, global_batch=config.global_batch
-        )
+        state = state.resumed(checkpoint["state"]["stream"])
     history = _History(storage, rank, first_step=resumed_from or 0)
 
+    counters = Counters()
     batches = stream(
-        corpus,
-        manifest,
+        corpora,
         image=config.image,
         seed=config.seed,
         global_batch=config.global_batch,
+        neighbours=config.neighbours,
         rank=rank,
         world_size=world_size,
         state=state,
+        quarantine=Quarantine(config.max_replaced, partial(_note_damage, storage)),
+        counters=counters,
+        pin_memory=device.type == "cuda",
     )
     try:
         clock = _Clock()
@@ -172,6 +183,8 @@ def pretrain(
                     gradient_norm=float(engine.get_global_grad_norm() or 0.0),
                     images_per_s=clock.steps * config.global_batch / seconds,
                     wait_fraction=clock.wait_s / seconds,
+                    num_replaced=int(counters.snapshot().get("replaced_records", 0)),
+                    data=counters.snapshot(),
                     eta_s=(config.steps - step) * seconds / clock.steps,
                     negatives=config.negatives,
                     resumed_from=resumed_from,
@@ -233,6 +246,12 @@ class _History:
         if self._rank == 0 and (flush or time.monotonic() - self._written_at > 10):
             self._storage.write_bytes(HISTORY, "".join(json.dumps(row) + "\n" for row in self._rows).encode())
             self._written_at = time.monotonic()
+
+
+def _note_damage(storage: Storage, replaced: Replaced) -> None:
+    """Leave a note for whoever mends the corpus; the same damage gives the same note on every rank and in every epoch."""
+    shard = replaced.shard.rsplit("/", 1)[-1]
+    storage.write_json(f"quarantine/{shard}-{replaced.sample:08d}.json", asdict(replaced))
 
 
 def _any_rank(flag: bool, device: torch.device) -> bool:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from p2r.backbone import Backbone, load_model
-from p2r.data.corpus import load_manifest
 from p2r.data.preprocess import volume_to_planes
 from p2r.data.stream import stream
+from p2r.engine.corpora import corpora_of
 from p2r.engine.finetune import TrialSetup
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.tasks import LabelledScan, Task, load_scan, load_task
@@ -34,6 +34,7 @@ from p2r.report import (
 from p2r.storage import Storage
 from p2r.views.pair import make_views
 
+_OF_CORPUS = ("url", "sha256", "weight", "licence", "provenance", "num_samples", "num_subjects")
 _NUM_VIEWS = 4
 _NUM_SLICES = 3
 
@@ -95,7 +96,7 @@ def write_variants(job: Job, storage: Storage, rows: Sequence[dict[str, Any]]) -
 
 def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[str, str]) -> dict[str, Any]:
     assert job.finetune is not None
-    corpus = backbone.manifest.get("corpus") or {}
+    corpora = backbone.manifest.get("corpora", [])
     return {
         "title": f"Few-shot report of {job.name}",
         "job": job.name,
@@ -106,8 +107,9 @@ def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[s
             "step": backbone.manifest.get("step"),
             "negatives": backbone.manifest.get("negatives"),
         },
-        "corpus": {
-            key: corpus.get(key) for key in ("url", "sha256", "licence", "provenance", "num_samples", "num_subjects")
+        **{
+            "corpus" if len(corpora) == 1 else f"corpus {number}": {key: corpus.get(key) for key in _OF_CORPUS}
+            for number, corpus in enumerate(corpora, start=1)
         },
         "licence": backbone.manifest["licence"],
         "code": backbone.manifest.get("code"),
@@ -129,33 +131,35 @@ def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[s
 def _view_pairs(job: Job, storage: Storage) -> bytes:
     config = job.pretrain
     assert config is not None
-    corpus = Storage(config.corpus) if config.corpus else storage.child("corpus")
-    batches = stream(
-        corpus, load_manifest(corpus), image=config.image, seed=config.seed, global_batch=config.global_batch
-    )
+    corpora = corpora_of(config, storage.child("corpus"))
+    batches = stream(corpora, image=config.image, seed=config.seed, global_batch=config.global_batch)
     try:
         batch, _ = next(batches)
     finally:
         batches.close()
     # The fullest images of the batch: a picture of air explains nothing.
-    fullest = batch.image.mean(dim=(1, 2, 3)).argsort(descending=True)[:_NUM_VIEWS]
-    positions = batch.positions[fullest.numpy()]
+    images, insides = batch.images()
+    fullest = images.mean(dim=(1, 2, 3)).argsort(descending=True)[:_NUM_VIEWS]
+    epochs, positions = batch.epochs[fullest.numpy()], batch.positions[fullest.numpy()]
     views = make_views(
-        batch.image[fullest],
-        batch.inside[fullest],
+        images[fullest],
+        insides[fullest],
         config=config.views,
         spacing_mm=batch.spacing_mm,
         seed=config.seed,
-        epoch=batch.epoch,
+        epochs=epochs,
         positions=positions,
     )
     pairs = corresponding_points(
         views.warp,
         views.valid,
         num_points=64,  # the picture shows a few of them, far apart
-        generators=[keyed_generator(config.seed, "points", batch.epoch, int(position)) for position in positions],
+        generators=[
+            keyed_generator(config.seed, "points", int(epoch), int(position))
+            for epoch, position in zip(epochs, positions, strict=True)
+        ],
     )
-    return view_pairs(batch.image[fullest], views, pairs.a, pairs.b)
+    return view_pairs(images[fullest], views, pairs.a, pairs.b)
 
 
 def _embedding(backbone: Backbone, scan: LabelledScan) -> bytes:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from p2r.config import LossConfig, PretrainConfig
-from p2r.data.stream import Batch
+from p2r.data.batch import Batch
 from p2r.loss import SameImage, barlow_twins, corresponding_points, info_nce
 from p2r.randomness import keyed_generator
 from p2r.views.geometric import apply_warp
@@ -28,14 +28,14 @@ _COLDEST, _WARMEST = 0.01, 1.0
 def pretrain_step(engine: Any, batch: Batch, *, config: PretrainConfig, learning_rate: float) -> Tensor:
     """Take one step and return the loss of the global batch, detached, the same on every rank."""
     device = engine.device
-    image = batch.image.to(device)
+    image, inside = batch.images(device)
     views = make_views(
         image,
-        batch.inside.to(device),
+        inside,
         config=config.views,
         spacing_mm=batch.spacing_mm,
         seed=config.seed,
-        epoch=batch.epoch,
+        epochs=batch.epochs,
         positions=batch.positions,
     )
     foreground = None
@@ -46,7 +46,10 @@ def pretrain_step(engine: Any, batch: Batch, *, config: PretrainConfig, learning
         views.warp,
         views.valid,
         num_points=config.loss.pixel_pairs_per_image,
-        generators=[keyed_generator(config.seed, "points", batch.epoch, int(position)) for position in batch.positions],
+        generators=[
+            keyed_generator(config.seed, "points", int(epoch), int(position))
+            for epoch, position in zip(batch.epochs, batch.positions, strict=True)
+        ],
         foreground=foreground,
         foreground_share=config.loss.foreground_share,
     )

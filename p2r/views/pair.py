@@ -42,7 +42,7 @@ def make_views(
     config: ViewsConfig,
     spacing_mm: float,
     seed: int,
-    epoch: int,
+    epochs: NDArray[np.int64],
     positions: NDArray[np.int64],
 ) -> ViewPair:
     """Make two views of every image.
@@ -56,13 +56,18 @@ def make_views(
         config: Ranges of the draws.
         spacing_mm: Pixel size.
         seed: Of the run.
-        epoch: Of these samples.
+        epochs: (B,) passes over each image's corpus before.
         positions: (B,) each image's place in the corpus.
     """
     _check_shapes(image, inside, "inside")
-    if len(positions) != len(image):
-        raise ValueError(f"expected one position per image, got {len(positions)} for {len(image)} images")
-    generators = [keyed_generator(seed, "views", epoch, int(position)) for position in positions]
+    if not len(positions) == len(epochs) == len(image):
+        raise ValueError(
+            f"expected one position and epoch per image, got {len(positions)} and {len(epochs)} for {len(image)} images"
+        )
+    generators = [
+        keyed_generator(seed, "views", int(epoch), int(position))
+        for epoch, position in zip(epochs, positions, strict=True)
+    ]
     size = (image.shape[-2], image.shape[-1])
     warp = sample_warps(
         generators, config=config.geometry, size_in=size, size_out=size, spacing_mm=spacing_mm, device=image.device

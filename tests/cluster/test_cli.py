@@ -85,7 +85,7 @@ def test_inspect_lists_what_lies_at_a_url(p2r: Call, published: dict[str, str]) 
         assert kind in printed
     manifest = json.loads(p2r("inspect", published["backbone"]))
     assert manifest["licence"] == "CC0-1.0"
-    assert "subject_digests" not in manifest["corpus"]
+    assert "subject_digests" not in manifest["corpora"][0]
 
 
 def test_verify_reads_every_digest(p2r: Call, published: dict[str, str]) -> None:

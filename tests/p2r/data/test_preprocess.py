@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from p2r.data.preprocess import (
     Preparation,
+    axis_weights,
     from_grid,
     intensity_window,
     label_planes_of,
@@ -19,6 +20,7 @@ from p2r.data.preprocess import (
     planes_to_volume,
     slice_axis,
     to_grid,
+    to_patch,
     volume_to_planes,
 )
 from p2r.data.volume import Volume
@@ -208,3 +210,39 @@ def test_the_size_of_the_batch_does_not_change_a_plane() -> None:
 def test_preparation_refuses_unknown_keys() -> None:
     with pytest.raises(ValidationError):
         Preparation.model_validate({"spacing_mm": 1.5, "image_size": 32, "spacing": 1})
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.0, 2.5])
+def test_a_whole_axis_is_resampled_as_torch_does_with_antialiasing(scale: float) -> None:
+    num_voxels = 40
+    size = round(num_voxels / scale)
+    weights, inside = axis_weights(
+        num_voxels, (num_voxels - 1) / 2, spacing_mm=1.0, target_mm=num_voxels / size, size=size
+    )
+    plane = noise(1, 1, num_voxels, 7)
+    expected = torch.nn.functional.interpolate(plane, size=(size, 7), mode="bilinear", antialias=True)
+    assert inside.all()
+    torch.testing.assert_close(weights @ plane[0, 0], expected[0, 0], rtol=0, atol=1e-5)
+
+
+def test_a_patch_shows_the_place_that_it_was_cut_from() -> None:
+    """Voxels that hold their own position in mm: a patch must hold the positions of its samples."""
+    shape, spacing_mm = (30, 24, 10), (1.0, 1.5, 4.0)
+    grids = torch.meshgrid(*(torch.arange(n) * mm for n, mm in zip(shape, spacing_mm, strict=True)), indexing="ij")
+    centre, target_mm, size = (14.3, 11.0, 4.6), 1.25, 8
+    for axis in range(3):
+        patch, inside = to_patch(grids[axis], centre, spacing_mm=spacing_mm, target_mm=target_mm, size=size)
+        wanted = centre[axis] * spacing_mm[axis] + (torch.arange(size) - (size - 1) / 2) * target_mm
+        shown = torch.movedim(patch, axis, 0)
+        assert inside.all()
+        torch.testing.assert_close(shown, wanted.float()[:, None, None].expand_as(shown), rtol=0, atol=0.1)
+
+
+def test_what_a_patch_has_beyond_the_volume_is_outside_and_dark() -> None:
+    patch, inside = to_patch(
+        torch.ones(4, 20, 20), (1.5, 0.0, 10.0), spacing_mm=(2.0, 1.0, 1.0), target_mm=1.0, size=12
+    )
+    assert inside.any((1, 2)).tolist() == [False] * 2 + [True] * 8 + [False] * 2  # 8 mm of 12
+    assert inside.any((0, 2)).tolist() == [False] * 5 + [True] * 7  # samples lie half a voxel off: one shows the border
+    assert inside.any((0, 1)).all()
+    torch.testing.assert_close(patch, inside.float())

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from p2r.data.corpus import ingest_locally
+from p2r.data.manifest import load_manifest, manifest_sha256
+from p2r.data.shards import open_shard
 from p2r.engine.pretrain import Report, finished_checkpoint, pretrain
 from p2r.errors import CheckpointError, DataError, InputError, StorageError, TrainingError
 from p2r.job import Job, read_job
@@ -105,6 +108,42 @@ def test_slices_of_time_add_up_to_the_same_run(job: Job, corpus: Storage, tmp_pa
         assert len(_train(job, sliced, corpus, seconds=0.0)) == 1  # every slice: one step, one checkpoint
     assert _train(job, sliced, corpus) == []
     assert _weights(sliced, "step-00000006") == _weights(whole, "step-00000006")
+
+
+def test_a_run_keeps_the_revision_of_the_corpus_that_it_began_with(job: Job, corpus: Storage, tmp_path: Path) -> None:
+    shutil.copytree(corpus.url.removeprefix("file://"), tmp_path / "corpus")
+    mine = Storage(str(tmp_path / "corpus"))
+    whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"))
+    _train(job, whole, mine)
+    _train(job, broken, mine, most=1)
+    manifest = load_manifest(mine)
+    shards = manifest["shards"][1:]
+    num_samples = sum(entry["num_samples"] for entry in shards)
+    num_records = sum(entry["num_records"] for entry in shards)
+    another = {**manifest, "shards": shards, "num_samples": num_samples, "num_records": num_records}
+    mine.write_json("manifest.json", another)
+    mine.write_json(f"manifests/{manifest_sha256(another)}.json", another)
+    assert load_manifest(mine) == another
+    _train(job, broken, mine)
+    assert _losses(broken) == _losses(whole)
+
+
+def test_a_damaged_sample_costs_a_note_and_not_the_run(job: Job, corpus: Storage, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus.url.removeprefix("file://"), folder)
+    name = load_manifest(corpus)["shards"][0]["name"]
+    content = bytearray((folder / name).read_bytes())
+    row = open_shard(folder / name).locate(0)[0]
+    content[row.chunk_offsets[0] + 30] ^= 1
+    (folder / name).write_bytes(content)
+    storage = Storage(str(tmp_path / "pretrain"))
+    reports = _train(job, storage, Storage(str(folder)))
+    assert reports[-1].num_replaced >= 1 and "damaged samples replaced" in reports[-1].line()
+    (note,) = storage.list("quarantine")
+    assert storage.read_json(note)["shard"].endswith(name) and storage.read_json(note)["sample"] == 0
+    strict = job.model_copy(update={"pretrain": job.pretrain.model_copy(update={"max_replaced": 0})})  # type: ignore[union-attr]
+    with pytest.raises(DataError, match=f"{name}.*is damaged"):
+        _train(strict, Storage(str(tmp_path / "strict")), Storage(str(folder)))
 
 
 def test_a_finished_run_is_left_as_it_is(job: Job, corpus: Storage, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from p2r.config import PretrainConfig
-from p2r.data.stream import Batch
+from p2r.config import ImageConfig, PretrainConfig
+from p2r.data.batch import Batch, Group
 from p2r.engine.build import build_engine, join_process_group
 from p2r.engine.step import pretrain_step
 from p2r.model.pix2rep import Pix2Rep
@@ -46,9 +46,11 @@ def batch(step: int, rank: int, world_size: int) -> Batch:
     image = torch.rand(IMAGES, 1, 32, 32, generator=generator)
     part = slice(rank * IMAGES // world_size, (rank + 1) * IMAGES // world_size)
     positions = np.arange(IMAGES, dtype=np.int64) + IMAGES * step
-    inside = torch.ones(IMAGES, 32, 32, dtype=torch.bool)
-    inside[1] = step != 1  # an image that shows nothing
-    return Batch(image[part], inside[part], positions[part], epoch=0, spacing_mm=2.0, wait_s=0.0)
+    indices = [index for index in range(part.stop - part.start) if (step, part.start + index) != (1, 1)]
+    shown = torch.tensor(indices, dtype=torch.long)  # image 1 of step 1 shows nothing
+    group = Group(shown, image[part][shown, 0], torch.zeros(len(shown)), torch.ones(len(shown)), (2.0, 2.0))
+    epochs = np.zeros_like(positions)
+    return Batch((group,) * bool(indices), positions[part], epochs[part], ImageConfig(size=32, spacing_mm=2.0))
 
 
 def train(settings: PretrainConfig, rank: int, world_size: int) -> dict[str, list[float]]:

@@ -170,7 +170,7 @@ def test_features_of_a_cine_keep_their_frames(tmp_path: Path) -> None:
 
 def test_a_model_of_the_centre_says_background_outside_it(tmp_path: Path) -> None:
     bright = np.full((96, 80, 2), 1000, np.int16)
-    bright[0, 0, 0] = 1  # not constant
+    bright[:2] = 1  # not constant
     write_nifti(tmp_path / "scan.nii.gz", bright, np.diag([1.0, 1.0, 8.0, 1.0]))
     volume = read_volume(tmp_path / "scan.nii.gz")
     low_high = (0.0, 100.0)
@@ -186,4 +186,4 @@ def test_a_model_of_the_centre_says_background_outside_it(tmp_path: Path) -> Non
     centre = np.zeros((96, 80), bool)
     centre[32:64, 24:56] = True
     assert np.array_equal(found["centre"][..., 1, 0] == 1, centre)
-    assert (found["whole"][..., 1, 0] == 1).all()
+    assert (found["whole"][2:, :, 1, 0] == 1).all()

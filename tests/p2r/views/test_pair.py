@@ -23,9 +23,10 @@ def coordinate_image(num: int, height: int, width: int) -> Tensor:
 
 
 def views(image: Tensor, positions: list[int], *, inside: Tensor | None = None, **options: Any) -> ViewPair:
-    options = {"config": ViewsConfig(), "spacing_mm": 1.5, "seed": 3, "epoch": 1, **options}
+    options = {"config": ViewsConfig(), "spacing_mm": 1.5, "seed": 3, **options}
+    epochs = np.full(len(positions), options.pop("epoch", 1))
     inside = torch.ones(len(image), *image.shape[2:], dtype=torch.bool) if inside is None else inside
-    return make_views(image, inside, positions=np.array(positions), **options)
+    return make_views(image, inside, epochs=epochs, positions=np.array(positions), **options)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (80, 50)])
@@ -148,7 +149,7 @@ def test_labels_are_cut_about_the_centre_when_nothing_moves() -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     image = torch.rand(2, 1, 32, 32)
-    with pytest.raises(ValueError, match="one position per image"):
+    with pytest.raises(ValueError, match="one position and epoch per image"):
         views(image, [0])
     with pytest.raises(ValueError, match=r"inside \(B, H, W\)"):
         views(image, [0, 1], inside=torch.ones(2, 32, 31, dtype=torch.bool))

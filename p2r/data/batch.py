@@ -1,0 +1,97 @@
+"""A batch as it lies in the shards -> the network's input, on the device.
+
+Samples come as integers, each scan on its own grid. Intensities are stretched and grids resampled where the network is:
+on a GPU that costs next to nothing, and a quarter of the bytes go over the bus.
+
+Shapes: B samples of this rank; S = H W pixels of planes, or X Y Z voxels of patches; S' on a scan's own grid.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from p2r.config import ImageConfig
+from p2r.data.preprocess import normalise, to_grid, to_patch
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples of a batch that lie on equal grids, as they were stored."""
+
+    index: Tensor
+    """(b,) places in the batch."""
+    voxels: Tensor
+    """(b, *S') in the dtype of the scans; pinned where the device is a GPU."""
+    low: Tensor
+    """(b,) float32 intensity that becomes 0."""
+    high: Tensor
+    """(b,) float32 intensity that becomes 1."""
+    spacing_mm: tuple[float, ...]
+    """Along the axes of `voxels`."""
+    centre: tuple[float, ...] = ()
+    """Of a patch, in voxels; planes are centred as they are."""
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A damaged sample, and the one that took its place."""
+
+    shard: str
+    sample: int
+    by: int
+    error: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch."""
+
+    groups: tuple[Group, ...]
+    """The samples as they were stored."""
+    positions: NDArray[np.int64]
+    """(B,) the samples' places in the corpora: keys for augmentation."""
+    epochs: NDArray[np.int64]
+    """(B,) passes over their corpus before: keys, too."""
+    image: ImageConfig
+    """The network's grid."""
+    wait_s: float = 0.0
+    """How long the consumer stood still for this batch."""
+    num_ready: int = 0
+    """Further batches that were ready at that moment."""
+    replaced: tuple[Replaced, ...] = field(default=(), compare=False)
+    """Samples whose bytes were damaged."""
+
+    @property
+    def spacing_mm(self) -> float:
+        """Pixel size of `images`."""
+        return self.image.spacing_mm
+
+    def images(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Make the network's input on a device.
+
+        Returns:
+            (B, 1, *S) float32 in [0, 1]; and (B, *S) bool, True where a pixel belongs to the scan.
+        """
+        size, target_mm = self.image.size, self.image.spacing_mm
+        shape = [size] * self.image.dimensions
+        images = torch.zeros(len(self.positions), 1, *shape, device=device)
+        insides = torch.zeros(len(self.positions), *shape, dtype=torch.bool, device=device)
+        for group in self.groups:
+            voxels = group.voxels.to(device, non_blocking=True)
+            every = (slice(None), *[None] * (voxels.ndim - 1))
+            prepared = normalise(voxels, group.low.to(device)[every], group.high.to(device)[every])
+            index = group.index.to(device)
+            if self.image.dimensions == 2:
+                rows, columns = group.spacing_mm
+                images[index], insides[index] = to_grid(
+                    prepared[:, None], (rows, columns), target_mm=target_mm, size=size
+                )
+            else:
+                (place,) = group.index.tolist()
+                images[place, 0], insides[place] = to_patch(
+                    prepared[0], group.centre, spacing_mm=group.spacing_mm, target_mm=target_mm, size=size
+                )
+        return images, insides

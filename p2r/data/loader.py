@@ -1,0 +1,303 @@
+"""A step of the order -> one rank's batch: located, read, checked, decoded; what is damaged replaced and counted.
+
+Which sample takes the place of a damaged one follows from the damaged one's place alone, so that all runs agree.
+
+Shapes: B samples of this rank, b of them on equal grids; T P h w as in `shards`.
+"""
+
+import math
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from p2r.config import ImageConfig
+from p2r.counters import Counters
+from p2r.data.batch import Batch, Group, Replaced
+from p2r.data.fetch import OpenShards
+from p2r.data.order import Order
+from p2r.data.preprocess import intensity_window, plane_axes, plane_spacing
+from p2r.data.shards import Box, IndexRow, ShardReader
+from p2r.errors import DataError
+from p2r.randomness import keyed_generator
+
+Array = NDArray[Any]
+
+_LOOKAHEAD_STEPS = 32  # how far ahead of the batches remote shards are fetched
+_RANGE_THREADS = 16  # requests at the same time, where chunks are read by ranges
+_REPLACEMENTS = 8  # samples tried in the place of a damaged one
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """What becomes of damaged samples."""
+
+    max_replaced: int = 0
+    """How many are replaced before the stream stops."""
+    on_replaced: Callable[[Replaced], None] | None = None
+    """Called with each of them once, on some thread."""
+
+
+class _Place(NamedTuple):
+    """Where a sample lies."""
+
+    corpus: int
+    shard: int
+    sample: int
+    epoch: int
+
+
+class _Part(NamedTuple):
+    """What is read for a sample."""
+
+    reader: ShardReader
+    row: IndexRow
+    sample: int
+    """Planes only: its number in the shard."""
+    frame: int = 0
+    """Patches only."""
+    box: Box | None = None
+    """Patches only: planes, rows, columns."""
+    centre: tuple[float, ...] = ()
+    """Patches only: in voxels of the box, along X, Y, Z."""
+
+    @property
+    def grid(self) -> tuple[Any, ...]:
+        """Equal for samples that lie in one array; a patch lies alone."""
+        return self.row.plane_grid if self.box is None else (id(self),)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a plane, or of the box."""
+        if self.box is None:
+            return self.row.stored_shape[2:]
+        return tuple(side.stop - side.start for side in self.box)
+
+    def read(self, reader: ShardReader, out: Array) -> None:
+        """Read the sample into `out`."""
+        if self.box is None:
+            reader.read_plane(self.sample, out)
+        else:
+            reader.read_box(self.row, self.frame, self.box, out)
+
+
+class Loader:
+    """Makes the batch of any step. Safe to call from several threads.
+
+    Args:
+        shards: Of each corpus.
+        order: Of the run.
+        image: The network's grid.
+        seed: Of the run.
+        share: Samples of each global batch that are this rank's.
+        neighbours: Share of samples that are the neighbour of the one before.
+        quarantine: What becomes of damaged samples.
+        counters: Receives what happens.
+        pin_memory: Decode into pinned memory.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[OpenShards],
+        order: Order,
+        *,
+        image: ImageConfig,
+        seed: int,
+        share: range,
+        neighbours: float,
+        quarantine: Quarantine,
+        counters: Counters,
+        pin_memory: bool,
+    ) -> None:
+        self._shards, self._order, self._image, self._seed = shards, order, image, seed
+        self._share, self._neighbours, self._pin_memory = share, neighbours, pin_memory
+        self._quarantine, self._counters = quarantine, counters
+        self._replaced: set[_Place] = set()
+        self._lock = threading.Lock()
+        self._planned = -1
+        self._is_remote = any(source.is_remote for source in shards)
+        self._requests = ThreadPoolExecutor(_RANGE_THREADS, thread_name_prefix="p2r-stream-range")
+
+    def close(self) -> None:
+        """End the threads."""
+        self._requests.shutdown(wait=True, cancel_futures=True)
+        for source in self._shards:
+            source.close()
+
+    def plan(self, step: int) -> None:
+        """Have what this step and those soon after it need fetched."""
+        if not self._is_remote:
+            return
+        last = step + _LOOKAHEAD_STEPS
+        for later in range(max(step, self._planned + 1), last + 1):
+            corpora, shards, _ = self._order.locate(self._order.slice(later, self._share).positions)
+            for number, source in enumerate(self._shards):
+                source.plan(later, np.unique(shards[corpora == number]).tolist())
+        self._planned = max(self._planned, last)
+
+    def done(self, step: int) -> None:
+        """A step's batch was taken."""
+        for source in self._shards:
+            source.done(step)
+
+    def load(self, step: int) -> Batch:
+        """Read the batch of a step.
+
+        Raises:
+            DataError: More samples are damaged than the quarantine takes, or a shard as a whole.
+            StorageError: A shard cannot be had.
+        """
+        began = time.perf_counter()
+        positions, epochs = self._samples(step)
+        located = zip(*(part.tolist() for part in self._order.locate(positions)), epochs.tolist(), strict=True)
+        places = [_Place(*place) for place in located]
+        needed = {(place.corpus, place.shard) for place in places}
+        readers = {(corpus, shard): self._shards[corpus].reader(shard) for corpus, shard in needed}
+        parts = [self._part(place, readers[place.corpus, place.shard]) for place in places]
+
+        together: dict[Any, list[int]] = defaultdict(list)
+        for index, part in enumerate(parts):
+            together[part.grid].append(index)
+        voxels = {grid: self._empty(parts[members[0]], len(members)) for grid, members in together.items()}
+        jobs = {
+            index: (places[index], parts[index], out)
+            for grid, members in together.items()
+            for index, out in zip(members, voxels[grid].numpy(), strict=True)
+        }
+        damage = self._read_all(jobs)
+
+        groups = []
+        for grid, members in together.items():
+            sound = [row for row, index in enumerate(members) if index not in damage]
+            if sound:
+                array = voxels[grid] if len(sound) == len(members) else voxels[grid][sound]
+                groups.append(
+                    self._group([members[row] for row in sound], [parts[members[row]] for row in sound], array)
+                )
+        replaced = []
+        for index, error in damage.items():
+            part, array, note = self._replacement(places[index], error)
+            groups.append(self._group([index], [part], array))
+            positions[index] += note.by - note.sample
+            replaced.append(note)
+        self._counters.add("decode_seconds", time.perf_counter() - began)
+        return Batch(tuple(groups), positions, epochs, self._image, replaced=tuple(replaced))
+
+    def _samples(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Positions and epochs of this rank, neighbours put in their places: the second of pairs 2k, 2k + 1 of the whole batch."""
+        extra = self._share.start % 2  # the first of a pair may be another rank's
+        numbers = range(self._share.start - extra, self._share.stop)
+        samples = self._order.slice(step, numbers)
+        share = 2 * self._neighbours
+        for index, number in enumerate(numbers):
+            if number % 2 and math.floor((number // 2 + 1) * share) > math.floor(number // 2 * share):
+                samples.positions[index] = self._neighbour(samples.positions[index - 1], samples.positions[index])
+                samples.epochs[index] = samples.epochs[index - 1]
+        return samples.positions[extra:], samples.epochs[extra:]
+
+    def _neighbour(self, position: np.int64, otherwise: np.int64) -> np.int64:
+        """Position of the next plane of the same frame, or of the one before where it is the last."""
+        corpus, shard, sample = (int(part[0]) for part in self._order.locate(np.array([position])))
+        row, number = self._shards[corpus].reader(shard).locate(sample)
+        plane, num_planes = number % row.stored_shape[1], row.stored_shape[1]
+        if num_planes == 1:
+            return otherwise
+        return position + 1 if plane + 1 < num_planes else position - 1
+
+    def _part(self, place: _Place, reader: ShardReader) -> _Part:
+        if self._image.dimensions == 2:
+            return _Part(reader, reader.locate(place.sample)[0], place.sample)
+        row, frame = reader.locate_volume(place.sample // self._image.patches_per_volume)
+        generator = keyed_generator(self._seed, "patch", place.corpus, place.epoch, place.shard, place.sample)
+        return _Part(reader, row, place.sample, frame, *_patch(row, self._image, generator))
+
+    def _empty(self, part: _Part, count: int) -> Tensor:
+        dtype = torch.from_numpy(np.empty(0, part.row.dtype)).dtype
+        return torch.empty((count, *part.shape), dtype=dtype, pin_memory=self._pin_memory)
+
+    def _read_all(self, jobs: Mapping[int, tuple[_Place, _Part, Array]]) -> dict[int, DataError]:
+        """Read samples into their arrays and return the damage; requests go out together."""
+
+        def attempt(job: tuple[_Place, _Part, Array]) -> DataError | None:
+            try:
+                self._read(*job)
+            except DataError as error:
+                return error
+            return None
+
+        places = {(place.corpus, place.shard) for place, _, _ in jobs.values()} if self._is_remote else ()
+        by_range = any(self._shards[corpus].is_by_range(shard) for corpus, shard in places)
+        results = self._requests.map(attempt, jobs.values()) if by_range else map(attempt, jobs.values())
+        return {index: error for index, error in zip(jobs, results, strict=True) if error is not None}
+
+    def _read(self, place: _Place, part: _Part, out: Array) -> None:
+        try:
+            part.read(part.reader, out)
+        except DataError:
+            self._shards[place.corpus].read_again(place.shard, lambda reader: part.read(reader, out))
+
+    def _group(self, members: list[int], parts: list[_Part], voxels: Tensor) -> Group:
+        row = parts[0].row
+        windows = [intensity_window(part.row.percentiles, self._image.intensity_percentiles) for part in parts]
+        low, high = torch.tensor(windows, dtype=torch.float32).unbind(1)
+        if self._image.dimensions == 2:
+            spacing_mm = plane_spacing(row.spacing_mm, row.slice_axis)
+            return Group(torch.tensor(members), voxels, low, high, spacing_mm)  # (b, h, w)
+        canonical = torch.movedim(voxels, 1, 1 + row.slice_axis)  # (b, X, Y, Z)
+        return Group(torch.tensor(members), canonical, low, high, row.spacing_mm, parts[0].centre)
+
+    def _replacement(self, place: _Place, error: DataError) -> tuple[_Part, Tensor, Replaced]:
+        """Read another sample of the same shard in the place of a damaged one."""
+        count = self._order.num_samples(place.corpus, place.shard)
+        generator = keyed_generator(self._seed, "replacement", place.corpus, place.epoch, place.shard, place.sample)
+        for word in generator.bit_generator.random_raw(_REPLACEMENTS).tolist():
+            other = _Place(place.corpus, place.shard, word % count, place.epoch)
+            part = self._part(other, self._shards[place.corpus].reader(place.shard))
+            voxels = self._empty(part, 1)
+            if other != place and not self._read_all({0: (other, part, voxels[0].numpy())}):
+                note = Replaced(self._shards[place.corpus].name(place.shard), place.sample, other.sample, str(error))
+                self._count(place, note, error)
+                return part, voxels, note
+        raise DataError(
+            f"{_REPLACEMENTS} samples in the place of a damaged one cannot be read either: {error}"
+        ) from error
+
+    def _count(self, place: _Place, note: Replaced, error: DataError) -> None:
+        with self._lock:
+            is_new = place not in self._replaced
+            self._replaced.add(place)
+            num_replaced = len(self._replaced)
+        self._counters.add("replaced_records")
+        if num_replaced > self._quarantine.max_replaced:
+            limit = self._quarantine.max_replaced
+            raise DataError(
+                f"{error}" + (f"; {limit} damaged samples were replaced before, the most allowed" if limit else "")
+            ) from error
+        if is_new and self._quarantine.on_replaced is not None:
+            self._quarantine.on_replaced(note)
+
+
+def _patch(row: IndexRow, image: ImageConfig, generator: np.random.Generator) -> tuple[Box, tuple[float, ...]]:
+    """Choose a patch within a frame: anywhere where it fits, about the middle along axes that are too short for it."""
+    sides, centres = [], []
+    for axis in range(3):
+        num_voxels, scale = row.shape[axis], image.spacing_mm / row.spacing_mm[axis]
+        extent = image.size * scale  # in voxels
+        free = num_voxels - extent
+        first_edge = generator.random() * free if free > 0 else free / 2
+        centre = first_edge + extent / 2 - 0.5
+        margin = extent / 2 + max(1.0, scale)  # what the filter reaches
+        start, stop = max(0, math.floor(centre - margin)), min(num_voxels, math.ceil(centre + margin) + 1)
+        sides.append(slice(start, stop))
+        centres.append(centre - start)
+    stored = (row.slice_axis, *plane_axes(row.slice_axis))
+    planes, rows, columns = (sides[axis] for axis in stored)
+    return (planes, rows, columns), tuple(centres)
