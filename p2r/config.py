@@ -40,11 +40,38 @@ class SubjectsOf(Section):
     """Which split's subjects enter the corpus. Pretraining on `test` would be a leak, and fine-tuning refuses it."""
 
 
+class QualityConfig(Section):
+    """Which scans are good enough. All rules are off by default; a rule that is given wins over the preset's."""
+
+    preset: Literal["none", "openmind"] = "none"
+    """openmind: the limits of the OpenMind corpus, spacing up to 3 mm and a field of view of 100 mm or more along every axis."""
+    max_spacing_mm: PositiveFloat | None = None
+    """Largest voxel size along any axis, mm; others are refused as `spacing`."""
+    min_field_of_view_mm: PositiveFloat | None = None
+    """Smallest extent along any axis, mm; others are refused as `field_of_view`."""
+    min_slices: PositiveInt | None = None
+    """Smallest number of planes across `slice_axis`; others are refused as `slice_count`."""
+    max_size: PositiveInt | None = None
+    """Largest number of voxels along any axis; others are refused as `too_large`."""
+
+    def limits(self) -> Self:
+        """Return the rules with the preset's values where none was given."""
+        given = {name: getattr(self, name) for name in self.model_fields_set - {"preset"}}
+        preset = {"max_spacing_mm": 3.0, "min_field_of_view_mm": 100.0} if self.preset == "openmind" else {}
+        return type(self)(**{**preset, **given})
+
+
 class IngestConfig(Section):
     """Scans -> a corpus of WebDataset shards."""
 
     sources: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Folders, files or URLs (`file://`, `s3://`) searched for `.nii` and `.nii.gz`, or `template://icbm152?subjects=N`."""
+    """Folders, files or URLs (`file://`, `s3://`) searched for NIfTI (`.nii`, `.nii.gz`, `.hdr` with `.img`), BIDS and, in folders,
+    DICOM; lists of scans (`.csv`, `.tsv`, `.jsonl` with `path` and, if known, `subject`); or `template://icbm152?subjects=N`."""
+    include: tuple[str, ...] = ()
+    """Only scans whose path below their source matches one of these patterns, such as `**/anat/*_T1w.nii.gz`; `*` matches `/` too.
+    Empty: all."""
+    exclude: tuple[str, ...] = ()
+    """No scan whose path below its source matches one of these patterns."""
     licence: Annotated[str, Field(min_length=1)]
     """SPDX identifier or name of the data's licence. It travels into every manifest made from this corpus."""
     provenance: str = ""
@@ -52,7 +79,11 @@ class IngestConfig(Section):
     cohort: str = "default"
     """Name space of the subjects' names: `sub-01` of one cohort is not `sub-01` of another."""
     subject_pattern: str = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
-    """Regular expression searched in a scan's file name; its first group is the subject."""
+    """Regular expression searched in a scan's file name (DICOM: in the name of the first folder below the source); its first group is
+    the subject. Not used where BIDS names or a list give one."""
+    dicom_subject: Literal["folder", "patient_id"] = "folder"
+    """Where the subject of a DICOM series comes from: `subject_pattern` on a folder's name, or the tag PatientID, which then enters the
+    corpus as it is."""
     subjects: tuple[str, ...] | None = None
     """Only these subjects, as names or ranges such as `patient[001-014]`. None: all."""
     subjects_of: SubjectsOf | None = None
@@ -61,6 +92,16 @@ class IngestConfig(Section):
     """Axis (of the RAS volume) across which planes are cut. auto: the axis of the largest spacing; the third where all are equal."""
     min_size: PositiveInt = 16
     """Smallest number of voxels along each axis of a plane; smaller scans are refused as `too_small`."""
+    quality: QualityConfig = QualityConfig()
+    """Further rules that a scan must meet, as it was acquired."""
+    max_scan_mib: PositiveFloat = 4096.0
+    """Most memory that a scan's voxels may claim, as its header states them; larger ones are refused as `too_large`."""
+    max_frames: PositiveInt | None = None
+    """Most time frames taken of a 4D series, evenly spaced, so that long series do not swamp the corpus. None: all."""
+    resample_mm: PositiveFloat | tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    """Voxel size that every scan is resampled to, mm: one number, or three along right, anterior, superior. None: as acquired."""
+    dcm2niix_timeout_s: PositiveFloat = 300.0
+    """Most time that the conversion of one DICOM series may take; after that it is refused as `timeout`."""
     shard_size_mib: PositiveFloat = 64.0
     """A shard is closed once its records reach this size; a subject is never spread over two shards."""
     seed: int = 0

@@ -1,61 +1,120 @@
 """Sources of a job -> the list of scans that will be ingested, in an order that does not depend on the file system.
 
-A source is a folder, a file, a `file://` or `s3://` URL, or `template://` (see `phantom`). Hidden files are no scans:
-macOS leaves `._sub-01.nii.gz` beside every file it copies.
+A source is one of
+
+    a folder               searched for NIfTI, at any depth, and for DICOM series
+    a file                 a scan, or a list of scans (`.csv`, `.tsv`, `.jsonl`; see `lists`)
+    file://, s3://         the same by URL; DICOM is read from folders only
+    template://            see `phantom`
+
+Hidden files and folders are passed over (macOS leaves `._sub-01.nii.gz` beside every file it copies), links to files
+are followed, links to folders are not: name the folder as a source of its own. In a BIDS data set entities are read from
+the names, and `derivatives`, `sourcedata` and `code` are searched only where the source itself lies in them.
+
+DICOM is a file that ends in `.dcm` or `.ima`; in folders without NIfTI, any with DICOM's magic number. Files are grouped
+by folder and series; a key has the folder's name and the series' number. Nothing else of a header is used, unless the
+job asks for PatientID.
 """
 
 import itertools
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import fsspec
 
+from p2r.data import bids, dicom, lists
 from p2r.data.phantom import resolve_source
-from p2r.data.volume import SUFFIXES, scan_key
+from p2r.data.volume import HEADER_SUFFIXES, SUFFIXES, VOXEL_SUFFIXES, local_path, pair_of, scan_key
 from p2r.errors import DataError
+
+DicomSubject = Literal["folder", "patient_id"]
+
+_KINDS = ".nii, .nii.gz, .hdr/.img or DICOM file"
 
 
 @dataclass(frozen=True, order=True)
 class Scan:
-    """One file that may become a record."""
+    """One image, or one DICOM series, that may become a record."""
 
     path: str
-    """Absolute path, or URL."""
+    """Absolute path, or URL; for two files the header's, for a series its folder (with `#` and a digest where it has several)."""
     key: str
     """Unique name within the corpus, without dots: WebDataset cuts a member's name at its first dot."""
     num_bytes: int
-    """Size of the file."""
+    """Size of its files."""
+    modified: str = ""
+    """When it was last changed, ns, or its ETag; empty if that is not known."""
+    files: tuple[str, ...] = ()
+    """Its files, where they are several or `path` is none."""
+    subject: str | None = None
+    """From BIDS names, a list or PatientID; None: what the job's `subject_pattern` finds in `name`."""
+    entities: tuple[tuple[str, str], ...] = ()
+    """BIDS entities, or columns of a list; sorted."""
+    format: Literal["nifti", "dicom"] = "nifti"
+    """What is to be read."""
+    label: str = ""
+    """For a DICOM series: the first folder below the source that leads to it."""
 
     @property
     def name(self) -> str:
-        """File name."""
-        return self.path.rsplit("/", 1)[-1]
+        """What the scan is called: its file name, or the label of a series."""
+        return self.label or self.path.rsplit("/", 1)[-1]
 
 
-def find_scans(sources: Iterable[str], *, cache: Path) -> list[Scan]:
-    """List every `.nii` and `.nii.gz` below the sources, sorted by path, each once.
+@dataclass(frozen=True)
+class _Search:
+    """What is looked for below the sources."""
+
+    include: Sequence[str]
+    exclude: Sequence[str]
+    dicom_subject: DicomSubject
+
+    def wants(self, below: str) -> bool:
+        """Tell whether a file is wanted, by its path below the source."""
+        return (not self.include or _matches(below, self.include)) and not _matches(below, self.exclude)
+
+
+def find_scans(
+    sources: Iterable[str],
+    *,
+    cache: Path,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dicom_subject: DicomSubject = "folder",
+) -> list[Scan]:
+    """List every scan of the sources, sorted by path, each once.
 
     Args:
         sources: Folders, files and URLs.
         cache: Folder for data that `template://` sources generate.
+        include: Patterns of paths below a source (for lists: below the list's folder); only files that match one are
+            scans. `*` matches any characters, `/` too; `**/` also matches nothing. Empty: all.
+        exclude: Such patterns; files that match one are no scans.
+        dicom_subject: Whether the subject of a DICOM series is its PatientID.
 
     Raises:
-        DataError: for a source that is absent, is no NIfTI file, or holds none.
+        DataError: for a source that is absent or cannot be listed, that is no scan, or holds none; for a broken list.
     """
-    sizes: dict[str, int] = {}
+    search = _Search(include, exclude, dicom_subject)
+    found: dict[str, Scan] = {}
     for source in sources:
-        found = _files_below(source, cache)
-        if not found:
-            raise DataError(
-                f"source {source} holds no .nii or .nii.gz file; name the folder that has them, at any depth"
-            )
-        sizes.update(found)
-    keys = _unique_keys(sorted(sizes))
-    return [Scan(path, keys[path], sizes[path]) for path in sorted(sizes)]
+        scans = _scans_of(source, cache, search)
+        if not scans:
+            rule = " that ingest.include and ingest.exclude leave" if include or exclude else ""
+            raise DataError(f"source {source} holds no {_KINDS}{rule}; name the folder that has them, at any depth")
+        # What a list says of a scan counts more than that a folder has it too.
+        found |= {scan.path: scan for scan in scans if scan.path not in found or scan.subject or scan.entities}
+    keys = _unique_keys([found[path] for path in sorted(found)])
+    return [replace(found[path], key=keys[path]) for path in sorted(found)]
 
 
 def expand_subjects(patterns: Iterable[str]) -> list[str]:
@@ -90,64 +149,345 @@ def _numbers(ranges: str, pattern: str) -> list[str]:
     return numbers
 
 
-def _files_below(source: str, cache: Path) -> dict[str, int]:
-    scheme = urlsplit(source).scheme
+def _scans_of(source: str, cache: Path, search: _Search) -> list[Scan]:
+    scheme = source.partition("://")[0] if "://" in source else ""
     if scheme == "template":
         # Without a path the URL is the whole data set; a corpus holds its images, never the labels beside them.
         part = "" if urlsplit(source).path.strip("/") else "images"
-        source, scheme = str(resolve_source(source, cache) / part), ""
+        return list(_in_folder(resolve_source(source, cache) / part, search))
     if scheme == "s3":
-        return _objects_below(source)
-    if scheme not in ("", "file"):
-        raise DataError(
-            f"source {source}: scheme {scheme!r} is not supported; use a path, file://, s3:// or template://"
+        return list(_in_list(source, search) if _is_list(source) else _in_bucket(source, search))
+    local = local_path(source)
+    if local is None or (scheme == "file" and not local.is_absolute()):
+        rule = (
+            "a file URL has three slashes, as in file:///data/scans" if local else f"scheme {scheme!r} is not supported"
         )
-    root = Path(urlsplit(source).path if scheme == "file" else source).expanduser().absolute()
+        raise DataError(f"source {source}: {rule}; use a path, file://, s3:// or template://")
+    root = local.expanduser().absolute()
+    if root.is_dir():
+        return list(_in_folder(root, search))
     if not root.exists():
         raise DataError(f"source {source} does not exist (looked for {root})")
-    if root.is_file():
-        if not _is_scan(root.name):
-            raise DataError(f"source {source} is not a .nii or .nii.gz file")
-        return {str(root): root.stat().st_size}
-    # A broken link is listed too: reading refuses it, and the ledger says so.
-    found = (path for path in root.rglob("*") if _is_scan(path.name) and not path.is_dir())
-    return {str(path): path.stat().st_size if path.exists() else 0 for path in found}
+    if _is_list(root.name):
+        return list(_in_list(str(root), search))
+    if not _is_image(root.name) and not dicom.is_dicom(root):
+        raise DataError(f"source {source} is not a {_KINDS}, nor a list of them ({', '.join(lists.SUFFIXES)})")
+    return [scan for scan in _from_file(root, search) if search.wants(root.name)]
 
 
-def _objects_below(url: str) -> dict[str, int]:
+# Folders
+
+
+def _in_folder(root: Path, search: _Search) -> Iterator[Scan]:
+    for folder, names, is_bids in _walk(root):
+        below = folder.relative_to(root)
+        wanted = [name for name in names if search.wants((below / name).as_posix())]
+        images = {name for name in names if _is_image(name)}
+        for name in wanted:
+            if name in images and not _has_header(name, images):
+                yield _image(folder / name, is_bids)
+        files = (
+            folder / name
+            for name in wanted
+            if name.lower().endswith(dicom.SUFFIXES) or (not images and dicom.is_dicom(folder / name))
+        )
+        yield from _series(files, below.parts[0] if below.parts else root.name, search)
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str], bool]]:
+    """Yield every folder with the names of its files, and whether it lies in a BIDS data set."""
+    waiting = [(root, bids.is_dataset(root.parent))]
+    while waiting:
+        folder, is_bids = waiting.pop()
+        try:
+            with os.scandir(folder) as entries:
+                found = {entry.name: _is_folder(entry) for entry in entries if not entry.name.startswith(".")}
+        except OSError as error:
+            raise DataError(f"folder {folder} cannot be listed: {error}; check its permissions") from error
+        is_dataset = bids.DESCRIPTION in found
+        yield folder, sorted(name for name, is_folder in found.items() if not is_folder), is_bids or is_dataset
+        skipped = bids.NOT_RAW if is_dataset else frozenset()
+        below = sorted((name for name, is_folder in found.items() if is_folder and name not in skipped), reverse=True)
+        waiting += [(folder / name, is_bids or is_dataset) for name in below if not (folder / name).is_symlink()]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        found = fsspec.filesystem("s3", skip_instance_cache=True).find(url, detail=True)
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _from_file(path: Path, search: _Search) -> Iterator[Scan]:
+    if _is_image(path.name):
+        yield _image(path, bids.is_dataset(path.parent))
+    else:
+        for scan in _series([path], path.parent.name, search):
+            yield replace(scan, path=str(path))
+
+
+def _image(path: Path, is_bids: bool) -> Scan:
+    pair = pair_of(str(path))
+    if pair is not None and Path(pair[0]).exists():
+        path = Path(pair[0])
+    entities = bids.entities_of(path.name) if is_bids else {}
+    num_bytes, modified = _state(pair or [str(path)])
+    return Scan(
+        str(path),
+        scan_key(path),
+        num_bytes,
+        modified,
+        files=pair or (),
+        subject=_bids_subject(entities),
+        entities=tuple(sorted(entities.items())),
+    )
+
+
+def _series(files: Iterable[Path], label: str, search: _Search) -> Iterator[Scan]:
+    """Group DICOM files of one folder."""
+    found = dicom.group_by_series(files)
+    num_known = sum(series.uid_digest is not None for series in found)
+    for series in found:
+        num_bytes, modified = _state(series.files)
+        name = series.folder.rpartition("/")[2]
+        if series.uid_digest is None:  # reading refuses it, and the ledger says so
+            path = series.files[0]
+            stem = path.rpartition("/")[2]
+        else:
+            path = series.folder if num_known == 1 else f"{series.folder}#{series.uid_digest}"
+            stem = f"{name}_{series.uid_digest if series.number is None else f's{series.number:03d}'}"
+        yield Scan(
+            path,
+            stem,
+            num_bytes,
+            modified,
+            files=series.files,
+            subject=series.patient_id if search.dicom_subject == "patient_id" else None,
+            format="dicom",
+            label=label,
+        )
+
+
+def _state(files: Iterable[str]) -> tuple[int, str]:
+    """Return the size of some files and when one of them changed last; a broken link has none, and reading refuses it."""
+    num_bytes, modified = 0, 0
+    for file in files:
+        try:
+            state = Path(file).stat()
+        except OSError:
+            continue
+        num_bytes, modified = num_bytes + state.st_size, max(modified, state.st_mtime_ns)
+    return num_bytes, str(modified or "")
+
+
+# Buckets
+
+
+def _in_bucket(url: str, search: _Search) -> Iterator[Scan]:
+    objects = _listing(url)
+    prefix = url.removeprefix("s3://").rstrip("/")
+    datasets = {path.rpartition("/")[0] for path in objects if path.endswith(f"/{bids.DESCRIPTION}")}
+    is_bids = _is_in_dataset(prefix.rpartition("/")[0], _bucket(), {})
+    for path in sorted(objects):
+        below = path.removeprefix(prefix).lstrip("/") or path.rpartition("/")[2]
+        folders = path.split("/")[:-1]
+        inside = [level for level in range(1, len(folders) + 1) if "/".join(folders[:level]) in datasets]
+        is_raw = not any(folders[level : level + 1] and folders[level] in bids.NOT_RAW for level in inside)
+        if any(part.startswith(".") for part in below.split("/")) or not is_raw or not search.wants(below):
+            continue
+        if path.lower().endswith(dicom.SUFFIXES):
+            raise DataError(
+                f"source {url} holds DICOM (s3://{path}), which is read from folders only: copy it to one, "
+                "or leave it out by ingest.exclude"
+            )
+        if _is_image(path) and not _has_header(path, objects):
+            yield _object(path, objects, is_bids or bool(inside))
+
+
+def _listing(url: str) -> dict[str, dict[str, Any]]:
+    try:
+        found: dict[str, dict[str, Any]] = _bucket().find(url, detail=True)
     except Exception as error:  # botocore's errors have no common root
         raise DataError(
             f"source {url} cannot be listed: {type(error).__name__}: {error}; check bucket, AWS_ENDPOINT_URL, keys"
         ) from error
-    return {f"s3://{path}": int(entry["size"]) for path, entry in found.items() if _is_scan(path.rsplit("/", 1)[-1])}
+    return found
 
 
-def _is_scan(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+def _object(path: str, objects: Mapping[str, Mapping[str, Any]], is_bids: bool) -> Scan:
+    pair = pair_of(path)
+    if pair is not None and pair[0] in objects:
+        path = pair[0]
+    states = [objects[file] for file in pair or (path,) if file in objects]
+    entities = bids.entities_of(path) if is_bids else {}
+    return Scan(
+        f"s3://{path}",
+        scan_key(path),
+        sum(int(state["size"]) for state in states),
+        " ".join(str(state.get("ETag", "")).strip('"') for state in states),
+        files=() if pair is None else (f"s3://{pair[0]}", f"s3://{pair[1]}"),
+        subject=_bids_subject(entities),
+        entities=tuple(sorted(entities.items())),
+    )
 
 
-def _unique_keys(paths: list[str]) -> dict[str, str]:
-    """Name every path by its file name; those that clash by as many parent folders as it takes."""
-    depth = dict.fromkeys(paths, 0)
+def _is_in_dataset(path: str, bucket: Any, known: dict[str, bool]) -> bool:
+    """Tell whether a folder of a bucket lies in a BIDS data set; what was asked once is kept in `known`."""
+    if "/" not in path:
+        return False
+    if path not in known:
+        try:
+            is_dataset = bool(bucket.exists(f"{path}/{bids.DESCRIPTION}"))
+        except PermissionError:
+            is_dataset = False  # what lies above the scans may be closed to us
+        known[path] = is_dataset or _is_in_dataset(path.rpartition("/")[0], bucket, known)
+    return known[path]
+
+
+def _bucket() -> Any:
+    return fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+
+
+# Lists
+
+
+def _in_list(path: str, search: _Search) -> Iterator[Scan]:
+    try:
+        content = _bucket().cat_file(path) if path.startswith("s3://") else Path(path).read_bytes()
+    except Exception as error:  # botocore's errors have no common root
+        raise DataError(f"list {path} cannot be read: {type(error).__name__}: {error}") from error
+    rows = lists.parse_list(content, path)
+    folder = path.rpartition("/")[0]
+    targets = [_target(row, folder, path) for row in rows]
+    lines: dict[str, int] = {}
+    for row, target, scans in zip(rows, targets, _all_found(targets, search), strict=True):
+        where = f"list {path}, line {row.line}"
+        if not scans:
+            raise DataError(f"{where}: there is no {_KINDS} at {target}; correct the path, or take the row out")
+        for scan in scans:
+            if scan.path in lines:
+                raise DataError(f"{where} names {scan.path}, as line {lines[scan.path]} does; each scan has one row")
+            lines[scan.path] = row.line
+            if search.wants(target.removeprefix(f"{folder}/").lstrip("/")):
+                entities = {**dict(scan.entities), **row.entities}
+                yield replace(scan, subject=row.subject or scan.subject, entities=tuple(sorted(entities.items())))
+
+
+def _target(row: lists.Row, folder: str, path: str) -> str:
+    """Return the absolute path or URL that a row names."""
+    if row.path.startswith("s3://"):
+        return row.path
+    local = local_path(row.path)
+    if local is None:
+        raise DataError(f"list {path}, line {row.line}: {row.path} is neither a path nor a file:// or s3:// URL")
+    if local.is_absolute():
+        return os.path.normpath(local)
+    if not folder.startswith("s3://"):
+        return os.path.normpath(f"{folder}/{local}")
+    bucket, _, prefix = folder.removeprefix("s3://").partition("/")
+    relative = os.path.normpath(f"{prefix}/{local}".lstrip("/"))
+    if relative.split("/")[0] == "..":
+        raise DataError(f"list {path}, line {row.line}: {row.path} leads out of the bucket")
+    return f"s3://{bucket}/{relative}"
+
+
+def _all_found(targets: Sequence[str], search: _Search) -> Iterator[list[Scan]]:
+    """Yield what lies at each path; objects are looked up several at a time."""
+    if not any(target.startswith("s3://") for target in targets):
+        yield from (_found_at(target, search) for target in targets)
+        return
+    bucket, known = _bucket(), dict[str, bool]()
+
+    def found(target: str) -> list[Scan]:
+        return _object_at(target, bucket, known) if target.startswith("s3://") else _found_at(target, search)
+
+    with ThreadPoolExecutor(16) as threads:
+        yield from threads.map(found, targets)
+
+
+def _object_at(target: str, bucket: Any, known: dict[str, bool]) -> list[Scan]:
+    path = target.removeprefix("s3://")
+    try:
+        objects = {file: bucket.info(file) for file in pair_of(path) or (path,)} if _is_image(path) else {}
+        is_bids = bool(bids.entities_of(path)) and _is_in_dataset(path.rpartition("/")[0], bucket, known)
+    except FileNotFoundError:
+        return []
+    except Exception as error:  # botocore's errors have no common root
+        raise DataError(f"{target} cannot be looked up: {type(error).__name__}: {error}") from error
+    return [_object(path, objects, is_bids)] if objects else []
+
+
+def _found_at(target: str, search: _Search) -> list[Scan]:
+    path = Path(target)
+    try:
+        if path.is_dir():
+            return list(_series((file for file in path.iterdir() if dicom.is_dicom(file)), path.name, search))
+        # A broken link is a scan that reading will refuse.
+        is_scan = (_is_image(path.name) and os.path.lexists(path)) or dicom.is_dicom(path)
+    except OSError:  # a name too long, a folder that is closed
+        return []
+    return list(_from_file(path, search)) if is_scan else []
+
+
+# Names
+
+
+def _is_image(name: str) -> bool:
+    is_hidden = name.rpartition("/")[2].startswith(".")
+    return name.lower().endswith((*SUFFIXES, *HEADER_SUFFIXES, *VOXEL_SUFFIXES)) and not is_hidden
+
+
+def _is_list(name: str) -> bool:
+    return name.lower().endswith(lists.SUFFIXES)
+
+
+def _has_header(name: str, names: Container[str]) -> bool:
+    """Tell whether a file holds the voxels of a scan whose header is there too: one scan, listed by its header."""
+    pair = pair_of(name)
+    return pair is not None and name == pair[1] and pair[0] in names
+
+
+def _bids_subject(entities: Mapping[str, str]) -> str | None:
+    return f"sub-{entities['sub']}" if "sub" in entities else None
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(path, variant) for pattern in patterns for variant in _variants(pattern))
+
+
+@lru_cache
+def _variants(pattern: str) -> list[str]:
+    """Return a pattern with each `**/` in it left as it is, or left out."""
+    first, *others = pattern.split("**/")
+    if len(others) > 4:
+        raise DataError(f"ingest pattern {pattern!r} has more than four `**/`; `*` matches `/` as well")
+    chosen = itertools.product(("*/", ""), repeat=len(others))
+    return [first + "".join(map("".join, zip(choice, others, strict=True))) for choice in chosen]
+
+
+def _unique_keys(scans: Sequence[Scan]) -> dict[str, str]:
+    """Name every scan by its stem; those that clash by as many parent folders as it takes."""
+    depth = dict.fromkeys((scan.path for scan in scans), 0)
     while True:
-        keys = {path: _key(path, depth[path]) for path in paths}
+        keys = {scan.path: _key(scan, depth[scan.path]) for scan in scans}
         clashes: dict[str, list[str]] = defaultdict(list)
         for path, key in keys.items():
             clashes[key].append(path)
         clashing = [path for group in clashes.values() if len(group) > 1 for path in group]
-        if not clashing:
-            return keys
         longer = [path for path in clashing if depth[path] < path.count("/")]
         if not longer:
-            # Only dots against underscores or .nii against .nii.gz tell them apart.
-            return {path: f"{index:06d}_{keys[path]}" for index, path in enumerate(paths)}
+            break
         for path in longer:
             depth[path] += 1
+    # The images of a series that is split are called KEY_0, KEY_1, and so on.
+    series = {keys[scan.path] for scan in scans if scan.format == "dicom"}
+    if clashing or any(re.sub(r"_\d+$", "", key) in series - {key} for key in keys.values()):
+        # Only dots against underscores or .nii against .nii.gz tell them apart.
+        return {path: f"{index:06d}_{key}" for index, (path, key) in enumerate(keys.items())}
+    return keys
 
 
-def _key(path: str, num_parents: int) -> str:
-    folders, _, _ = path.rpartition("/")
+def _key(scan: Scan, num_parents: int) -> str:
+    folders, _, _ = scan.path.rpartition("/")
     parents = [part for part in folders.split("/") if part][-num_parents:] if num_parents else []
-    return re.sub(r"[^\w-]", "_", "_".join([*parents, scan_key(path)]))
+    return re.sub(r"[^\w-]", "_", "_".join([*parents, scan.key]))

@@ -8,12 +8,15 @@ import nibabel
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 from p2r.config import IngestConfig
 from p2r.data.corpus import ingest_locally, load_manifest
 from p2r.storage import Storage
 
 WriteScan = Callable[..., Path]
+WriteSeries = Callable[..., NDArray[np.uint16]]
 
 
 @pytest.fixture
@@ -32,6 +35,78 @@ def write_scan(tmp_path: Path) -> WriteScan:
         return path
 
     return write
+
+
+def _write_series(
+    folder: Path, *, number: int = 3, size: int = 6, echoes: int = 1, suffix: str = ".dcm", **tags: Any
+) -> NDArray[np.uint16]:
+    """Write a small axial MR series, one file a slice, and return its voxels (rows, columns, slices x echoes)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    voxels = np.random.default_rng(number).integers(0, 1000, (24, 20, size * echoes)).astype("<u2")
+    for index in range(size * echoes):
+        slice_number, echo = index % size, index // size + 1
+        uid = generate_uid(entropy_srcs=["image", str(folder), str(number), str(index)])
+        header = Dataset()
+        header.file_meta = FileMetaDataset()
+        header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        header.file_meta.MediaStorageSOPClassUID = MRImageStorage
+        header.file_meta.MediaStorageSOPInstanceUID = uid
+        values = {
+            "SOPClassUID": MRImageStorage,
+            "SOPInstanceUID": uid,
+            "StudyInstanceUID": generate_uid(entropy_srcs=["study"]),
+            "SeriesInstanceUID": generate_uid(entropy_srcs=["series", str(number)]),
+            "FrameOfReferenceUID": generate_uid(entropy_srcs=["frame"]),
+            "ImageType": ["ORIGINAL", "PRIMARY", "M", "ND"],
+            "Modality": "MR",
+            "Manufacturer": "SIEMENS",
+            "InstitutionName": "Secret Hospital",
+            "StationName": "SECRETMR1",
+            "DeviceSerialNumber": "SECRET77",
+            "SeriesDescription": "t1 secret",
+            "ProtocolName": "t1 secret",
+            "ImageComments": "secret comment",
+            "PatientName": "Secret^Name",
+            "PatientID": "SECRET-ID",
+            "PatientBirthDate": "19700101",
+            "StudyDate": "20200101",
+            "AcquisitionTime": "101112",
+            "MRAcquisitionType": "3D",
+            "ScanningSequence": "GR",
+            "MagneticFieldStrength": 3,
+            "RepetitionTime": 2000,
+            "EchoTime": 3 * echo,
+            "EchoNumbers": echo,
+            "FlipAngle": 9,
+            "SeriesNumber": number,
+            "AcquisitionNumber": 1,
+            "InstanceNumber": index + 1,
+            "SliceThickness": 4,
+            "SpacingBetweenSlices": 4,
+            "SliceLocation": 4.0 * slice_number,
+            "PixelSpacing": [1.5, 1.25],
+            "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+            "ImagePositionPatient": [-10, -20, 4.0 * slice_number],
+            "Rows": 24,
+            "Columns": 20,
+            "SamplesPerPixel": 1,
+            "PhotometricInterpretation": "MONOCHROME2",
+            "BitsAllocated": 16,
+            "BitsStored": 12,
+            "HighBit": 11,
+            "PixelRepresentation": 0,
+            "PixelData": voxels[..., index].tobytes(),
+        }
+        for name, value in {**values, **tags}.items():
+            setattr(header, name, value)
+        header.save_as(folder / f"IM{number:02d}{index + 1:04d}{suffix}", enforce_file_format=True)
+    return voxels
+
+
+@pytest.fixture(scope="session")
+def write_series() -> WriteSeries:
+    """Write a DICOM series with pydicom; see `_write_series`."""
+    return _write_series
 
 
 def some_voxels(seed: int, shape: tuple[int, ...] = (20, 24, 5)) -> NDArray[np.int16]:

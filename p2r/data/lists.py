@@ -1,0 +1,123 @@
+"""A `.csv`, `.tsv` or `.jsonl` file -> the rows of a list of scans.
+
+The column (key) `path` is required; `subject` is optional; all others are kept with the scan as its entities. Empty
+values and `n/a`, as BIDS writes it, are no values. Every rule that a row breaks is named with its line.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from p2r.errors import DataError
+
+SUFFIXES = (".csv", ".tsv", ".jsonl")
+"""File names that are taken for lists."""
+
+_MAX_TEXT = 4096
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scan of a list."""
+
+    line: int
+    """Where it stands, from 1."""
+    path: str
+    """As it is written: relative to the list, absolute, or a URL."""
+    subject: str | None
+    entities: Mapping[str, str]
+
+
+def parse_list(content: bytes, name: str) -> list[Row]:
+    """Parse a list of scans.
+
+    Args:
+        content: Of the file.
+        name: Path or URL of the file; its suffix says how it is written.
+
+    Raises:
+        DataError: for text that is not UTF-8, breaks its format, has no `path`, or values that are no plain values.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"list {name} is not UTF-8 text: {error}") from None
+    rows = _objects(text, name) if name.lower().endswith(".jsonl") else _records(text, name)
+    return [_row(line, values, f"list {name}, line {line}") for line, values in rows]
+
+
+def _records(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    delimiter = "\t" if name.lower().endswith(".tsv") else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    columns: list[str] | None = None
+    try:
+        for record in reader:
+            if not record:
+                continue
+            if columns is None:
+                columns = record
+                if "path" not in columns or len(set(columns)) < len(columns) or not all(columns):
+                    raise DataError(
+                        f"list {name}, line {reader.line_num}: the first line names the columns, each once, "
+                        f"`path` among them; it reads {_short(record)}"
+                    )
+                continue
+            if len(record) != len(columns):
+                raise DataError(
+                    f"list {name}, line {reader.line_num}: {len(record)} values for {len(columns)} columns; "
+                    "put values with a separator in them into quotes"
+                )
+            yield reader.line_num, dict(zip(columns, record, strict=True))
+    except csv.Error as error:
+        raise DataError(f"list {name}, line {reader.line_num}: {error}") from None
+
+
+def _objects(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"list {name}, line {line} is not JSON: {type(error).__name__}: {error}") from None
+        if not isinstance(value, dict) or "path" not in value:
+            raise DataError(f"list {name}, line {line}: a line is a JSON object with the key `path`")
+        yield line, value
+
+
+def _row(line: int, values: Mapping[str, Any], where: str) -> Row:
+    texts = {_text(key, "a name", where): _text(value, f"`{_short(key)}`", where) for key, value in values.items()}
+    given = {key: value for key, value in texts.items() if value not in ("", "n/a")}
+    if "path" not in given:
+        raise DataError(f"{where}: `path` is empty; a row names a file")
+    path, subject = given.pop("path"), given.pop("subject", None)
+    return Row(line, path, subject, given)
+
+
+def _text(value: Any, what: str, where: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool | int | float):
+        value = json.dumps(value)
+    if not isinstance(value, str) or len(value) > _MAX_TEXT or not _is_plain(value):
+        raise DataError(
+            f"{where}: {what} must be a text of up to {_MAX_TEXT} characters without control characters, "
+            f"or a number; it reads {_short(value)}"
+        )
+    return value
+
+
+def _is_plain(text: str) -> bool:
+    try:
+        text.encode()  # fails for halves of surrogate pairs, which JSON can write
+    except UnicodeEncodeError:
+        return False
+    return not any(ord(character) < 32 or ord(character) == 127 for character in text)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -1,0 +1,91 @@
+"""A volume -> the same volume on another voxel size, for corpora that ask for one.
+
+Choices: the grid keeps its directions and its centre, so an oblique scan stays oblique; where voxels grow, a Gaussian
+first takes away what the coarser grid cannot hold (its width matches the point spread of the two grids); interpolation
+is linear, which never leaves the range of the values; integers are rounded back to integers.
+
+Source: Cardoso et al., Scale factor point spread function matching, MICCAI 2015, for the Gaussian's width.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from p2r.data.volume import MAX_SCAN_MIB, Volume
+from p2r.errors import RefusedScan
+
+_FWHM_PER_SIGMA = 2 * math.sqrt(2 * math.log(2))
+_SAME_SPACING = 1e-3
+
+
+def resample(volume: Volume, spacing_mm: tuple[float, float, float], *, max_mib: float = MAX_SCAN_MIB) -> Volume:
+    """Resample a volume to a voxel size along its axes (Right, Anterior, Superior), mm.
+
+    Axes whose spacing is within 0.1 % of what is asked for stay as they are. Works frame by frame: beside both volumes,
+    it takes 16 bytes for each voxel of one frame.
+
+    Raises:
+        RefusedScan: `too_small` if less than two voxels would be left along an axis, `too_large` beyond `max_mib`.
+    """
+    factors = tuple(
+        1.0 if abs(new / old - 1) < _SAME_SPACING else new / old
+        for old, new in zip(volume.spacing_mm, spacing_mm, strict=True)
+    )
+    if factors == (1.0, 1.0, 1.0):
+        return volume
+    shape = tuple(round(size / factor) for size, factor in zip(volume.data.shape[:3], factors, strict=True))
+    if min(shape) < 2:
+        raise RefusedScan("too_small", f"{volume.key} has {list(shape)} voxels after resampling to {spacing_mm} mm")
+    num_mib = math.prod(shape) * volume.data.shape[3] * volume.data.itemsize / 2**20
+    if num_mib > max_mib:
+        raise RefusedScan(
+            "too_large",
+            f"{volume.key} has {list(shape)} voxels, {num_mib:.0f} MiB, after resampling to {spacing_mm} mm; "
+            f"ingest.max_scan_mib is {max_mib:g}",
+        )
+    data = np.empty((*shape, volume.data.shape[3]), volume.data.dtype)
+    # Both grids share their centre: voxel i of the new one lies at factor * i + offset of the old one.
+    offset = [
+        (old - 1) / 2 - factor * (new - 1) / 2
+        for old, new, factor in zip(volume.data.shape[:3], shape, factors, strict=True)
+    ]
+    for frame in range(data.shape[3]):
+        data[..., frame] = _on_grid(volume.data[..., frame], factors, offset, shape, data.dtype)
+    new_spacing = tuple(old * factor for old, factor in zip(volume.spacing_mm, factors, strict=True))
+    return replace(
+        volume,
+        data=data,
+        affine=_affine(volume, (new_spacing[0], new_spacing[1], new_spacing[2]), shape),
+        spacing_mm=(new_spacing[0], new_spacing[1], new_spacing[2]),
+        resampled_from_mm=volume.spacing_mm,
+    )
+
+
+def _on_grid(
+    frame: NDArray[Any],
+    factors: tuple[float, ...],
+    offset: list[float],
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+) -> NDArray[np.float32]:
+    voxels: NDArray[np.float32] = frame.astype(np.float32)
+    sigma = [math.sqrt(max(factor**2 - 1, 0)) / _FWHM_PER_SIGMA for factor in factors]
+    if any(sigma):
+        voxels = ndimage.gaussian_filter(voxels, sigma, mode="nearest")
+    voxels = ndimage.affine_transform(voxels, factors, offset, shape, order=1, mode="nearest")
+    if dtype.kind in "iu":
+        np.rint(voxels, out=voxels)
+    return voxels
+
+
+def _affine(volume: Volume, spacing_mm: tuple[float, float, float], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    directions = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
+    affine = np.eye(4)
+    affine[:3, :3] = directions * spacing_mm
+    centre = volume.affine @ [*((np.array(volume.data.shape[:3]) - 1) / 2), 1.0]
+    affine[:3, 3] = centre[:3] - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return affine

@@ -1,0 +1,151 @@
+"""The JSON beside a scan -> technical tags of its acquisition, by an allow-list; whatever else stands there is left behind.
+
+Choices: names, dates, places, serial numbers and free text (`SeriesDescription`, `ProtocolName`, comments) may identify a
+person, and dcm2niix keeps several of them even when told to anonymise: so a tag is taken only if it is on the list, and
+its value only if it has the list's kind. A sidecar that cannot be read says nothing about the scan; it is passed over,
+and counted.
+
+In a BIDS data set a scan also inherits from `.json` files further up, the nearest one last.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import fsspec
+
+from p2r.data.bids import DESCRIPTION, applies, entities_of
+from p2r.data.volume import local_path, scan_key
+from p2r.errors import StorageError
+
+MAX_BYTES = 1 << 20
+"""Largest sidecar that is read."""
+
+_MAX_TEXT = 64
+_MAX_ITEMS = 512
+Kind = Literal["number", "text", "flag"]
+
+_KINDS: dict[Kind, str] = {
+    "number": """
+        MagneticFieldStrength EchoTime EchoTime1 EchoTime2 EchoNumber EchoTrainLength RepetitionTime
+        RepetitionTimeExcitation RepetitionTimePreparation InversionTime FlipAngle SliceThickness SpacingBetweenSlices
+        SliceTiming PixelBandwidth DwellTime EffectiveEchoSpacing TotalReadoutTime NumberOfAverages AcquisitionMatrixPE
+        ReconMatrixPE BaseResolution PercentPhaseFOV PercentSampling PartialFourier ParallelReductionFactorInPlane
+        ParallelReductionFactorOutOfPlane MultibandAccelerationFactor
+    """,
+    "text": """
+        Modality Manufacturer ManufacturersModelName BodyPart BodyPartExamined PatientPosition MRAcquisitionType
+        ScanningSequence SequenceVariant SequenceName ScanOptions PulseSequenceType ImageType PhaseEncodingDirection
+        InPlanePhaseEncodingDirectionDICOM ReceiveCoilName ReceiveCoilActiveElements CoilCombinationMethod MatrixCoilMode
+        ParallelAcquisitionTechnique ConversionSoftware ConversionSoftwareVersion
+    """,
+    "flag": "SpoilingState MTState NonlinearGradientCorrection",
+}
+TAGS: dict[str, Kind] = {tag: kind for kind, tags in _KINDS.items() for tag in tags.split()}
+"""Tags that are kept, by their BIDS names, with the kind that their value, or every item of a list of values, must have."""
+
+
+def read_sidecar(path: str) -> tuple[dict[str, Any], int]:
+    """Return the tags of the scan at `path`, and how many JSON files or values could not be used.
+
+    Args:
+        path: Of a NIfTI file, or its URL.
+
+    Raises:
+        StorageError: if a bucket cannot be read.
+    """
+    tags: dict[str, Any] = {}
+    num_ignored = 0
+    for sidecar in _sidecars(path):
+        content = _content(sidecar)
+        if content is not None:
+            found, ignored = allowed_tags(content)
+            tags |= found
+            num_ignored += ignored
+    return tags, num_ignored
+
+
+def allowed_tags(content: bytes) -> tuple[dict[str, Any], int]:
+    """Return the tags in a JSON object that are on the list, and how many of those had no usable value (a whole file: 1)."""
+    try:
+        # Constants such as NaN become None, which no kind allows.
+        value = json.loads(content[: MAX_BYTES + 1], parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return {}, 1
+    if len(content) > MAX_BYTES or not isinstance(value, dict):
+        return {}, 1
+    listed = {tag: value[tag] for tag in TAGS if tag in value}
+    usable = {tag: found for tag, found in listed.items() if _is_usable(found, TAGS[tag])}
+    return usable, len(listed) - len(usable)
+
+
+def common_tags(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the tags on which all parts of a series agree."""
+    first, *others = parts
+    return {tag: value for tag, value in first.items() if all(other.get(tag) == value for other in others)}
+
+
+def _is_usable(value: Any, kind: Kind) -> bool:
+    if isinstance(value, list):
+        return len(value) <= _MAX_ITEMS and all(not isinstance(item, list) and _is_usable(item, kind) for item in value)
+    if kind == "flag" or isinstance(value, bool):
+        return kind == "flag" and isinstance(value, bool)
+    if kind == "number":
+        return isinstance(value, int | float) and abs(value) < 1e9
+    return isinstance(value, str) and len(value) <= _MAX_TEXT and value.isascii() and value.isprintable()
+
+
+def _sidecars(path: str) -> list[str]:
+    """Return the JSON files that may speak for a scan, the ones that overrule others last."""
+    folder, _, name = path.rpartition("/")
+    levels = _levels(folder) if entities_of(name) else []
+    # The most general of a level comes first, so that one with more entities overrules it.
+    return [
+        f"{level}/{other}"
+        for level in levels
+        for other in sorted(_names(level), key=lambda other: (other.count("-"), other))
+        if applies(other, name)
+    ] or [f"{folder}/{scan_key(name)}.json"]
+
+
+def _levels(folder: str) -> list[str]:
+    """Return the folders from the top of the data set down to `folder`; none if it lies in no data set."""
+    below = []
+    while folder.strip("/") and not folder.endswith(":/"):
+        below.append(folder)
+        local = local_path(folder)
+        if (local / DESCRIPTION).is_file() if local is not None else DESCRIPTION in _names(folder):
+            return below[::-1]
+        folder = folder.rpartition("/")[0]
+    return []
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        if (local := local_path(folder)) is not None:
+            return [entry.name for entry in local.iterdir()]
+        # Listings are kept for a minute: a data set's upper folders are asked for again with every scan.
+        files = fsspec.filesystem("s3", use_listings_cache=True, listings_expiry_time=60)
+        return [str(entry).rstrip("/").rpartition("/")[2] for entry in files.ls(folder, detail=False)]
+    except (FileNotFoundError, PermissionError):
+        return []  # what lies above the data may be closed to us
+    except OSError as error:
+        raise StorageError(f"cannot list {folder}: {type(error).__name__}: {error}; check the network") from error
+
+
+def _content(path: str) -> bytes | None:
+    """Return the start of a file; None if there is none."""
+    try:
+        if (local := local_path(path)) is not None:
+            if not local.is_file():
+                return None
+            with local.open("rb") as file:
+                return file.read(MAX_BYTES + 1)
+        content: bytes = fsspec.filesystem("s3").cat_file(path, start=0, end=MAX_BYTES + 1)
+        return content
+    except FileNotFoundError:
+        return None
+    except PermissionError:
+        return b""  # counted as one that says nothing
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {type(error).__name__}: {error}; check the network") from error
