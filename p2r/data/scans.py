@@ -29,11 +29,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import fsspec
-
 from p2r.data import bids, dicom, lists
 from p2r.data.phantom import resolve_source
-from p2r.data.volume import HEADER_SUFFIXES, SUFFIXES, VOXEL_SUFFIXES, local_path, pair_of, scan_key
+from p2r.data.volume import HEADER_SUFFIXES, SUFFIXES, VOXEL_SUFFIXES, bucket_client, local_path, pair_of, scan_key
 from p2r.errors import DataError
 
 DicomSubject = Literal["folder", "patient_id"]
@@ -287,7 +285,7 @@ def _in_bucket(url: str, search: _Search) -> Iterator[Scan]:
     objects = _listing(url)
     prefix = url.removeprefix("s3://").rstrip("/")
     datasets = {path.rpartition("/")[0] for path in objects if path.endswith(f"/{bids.DESCRIPTION}")}
-    is_bids = _is_in_dataset(prefix.rpartition("/")[0], _bucket(), {})
+    is_bids = _is_in_dataset(prefix.rpartition("/")[0], bucket_client(), {})
     for path in sorted(objects):
         below = path.removeprefix(prefix).lstrip("/") or path.rpartition("/")[2]
         folders = path.split("/")[:-1]
@@ -306,7 +304,7 @@ def _in_bucket(url: str, search: _Search) -> Iterator[Scan]:
 
 def _listing(url: str) -> dict[str, dict[str, Any]]:
     try:
-        found: dict[str, dict[str, Any]] = _bucket().find(url, detail=True)
+        found: dict[str, dict[str, Any]] = bucket_client().find(url, detail=True)
     except Exception as error:  # botocore's errors have no common root
         raise DataError(
             f"source {url} cannot be listed: {type(error).__name__}: {error}; check bucket, AWS_ENDPOINT_URL, keys"
@@ -344,16 +342,12 @@ def _is_in_dataset(path: str, bucket: Any, known: dict[str, bool]) -> bool:
     return known[path]
 
 
-def _bucket() -> Any:
-    return fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
-
-
 # Lists
 
 
 def _in_list(path: str, search: _Search) -> Iterator[Scan]:
     try:
-        content = _bucket().cat_file(path) if path.startswith("s3://") else Path(path).read_bytes()
+        content = bucket_client().cat_file(path) if path.startswith("s3://") else Path(path).read_bytes()
     except Exception as error:  # botocore's errors have no common root
         raise DataError(f"list {path} cannot be read: {type(error).__name__}: {error}") from error
     rows = lists.parse_list(content, path)
@@ -396,7 +390,7 @@ def _all_found(targets: Sequence[str], search: _Search) -> Iterator[list[Scan]]:
     if not any(target.startswith("s3://") for target in targets):
         yield from (_found_at(target, search) for target in targets)
         return
-    bucket, known = _bucket(), dict[str, bool]()
+    bucket, known = bucket_client(), dict[str, bool]()
 
     def found(target: str) -> list[Scan]:
         return _object_at(target, bucket, known) if target.startswith("s3://") else _found_at(target, search)

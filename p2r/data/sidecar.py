@@ -12,10 +12,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import fsspec
-
 from p2r.data.bids import DESCRIPTION, applies, entities_of
-from p2r.data.volume import local_path, scan_key
+from p2r.data.volume import bucket_client, local_path, scan_key
 from p2r.errors import StorageError
 
 MAX_BYTES = 1 << 20
@@ -56,8 +54,9 @@ def read_sidecar(path: str) -> tuple[dict[str, Any], int]:
     """
     tags: dict[str, Any] = {}
     num_ignored = 0
-    for sidecar in _sidecars(path):
-        content = _content(sidecar)
+    bucket = bucket_client() if path.startswith("s3://") else None
+    for sidecar in _sidecars(path, bucket):
+        content = _content(sidecar, bucket)
         if content is not None:
             found, ignored = allowed_tags(content)
             tags |= found
@@ -95,45 +94,43 @@ def _is_usable(value: Any, kind: Kind) -> bool:
     return isinstance(value, str) and len(value) <= _MAX_TEXT and value.isascii() and value.isprintable()
 
 
-def _sidecars(path: str) -> list[str]:
+def _sidecars(path: str, bucket: Any) -> list[str]:
     """Return the JSON files that may speak for a scan, the ones that overrule others last."""
     folder, _, name = path.rpartition("/")
-    levels = _levels(folder) if entities_of(name) else []
+    levels = _levels(folder, bucket) if entities_of(name) else []
     # The most general of a level comes first, so that one with more entities overrules it.
     return [
         f"{level}/{other}"
         for level in levels
-        for other in sorted(_names(level), key=lambda other: (other.count("-"), other))
+        for other in sorted(_names(level, bucket), key=lambda other: (other.count("-"), other))
         if applies(other, name)
     ] or [f"{folder}/{scan_key(name)}.json"]
 
 
-def _levels(folder: str) -> list[str]:
+def _levels(folder: str, bucket: Any) -> list[str]:
     """Return the folders from the top of the data set down to `folder`; none if it lies in no data set."""
     below = []
     while folder.strip("/") and not folder.endswith(":/"):
         below.append(folder)
         local = local_path(folder)
-        if (local / DESCRIPTION).is_file() if local is not None else DESCRIPTION in _names(folder):
+        if (local / DESCRIPTION).is_file() if local is not None else DESCRIPTION in _names(folder, bucket):
             return below[::-1]
         folder = folder.rpartition("/")[0]
     return []
 
 
-def _names(folder: str) -> list[str]:
+def _names(folder: str, bucket: Any) -> list[str]:
     try:
         if (local := local_path(folder)) is not None:
             return [entry.name for entry in local.iterdir()]
-        # Listings are kept for a minute: a data set's upper folders are asked for again with every scan.
-        files = fsspec.filesystem("s3", use_listings_cache=True, listings_expiry_time=60)
-        return [str(entry).rstrip("/").rpartition("/")[2] for entry in files.ls(folder, detail=False)]
+        return [str(entry).rstrip("/").rpartition("/")[2] for entry in bucket.ls(folder, detail=False)]
     except (FileNotFoundError, PermissionError):
         return []  # what lies above the data may be closed to us
     except OSError as error:
         raise StorageError(f"cannot list {folder}: {type(error).__name__}: {error}; check the network") from error
 
 
-def _content(path: str) -> bytes | None:
+def _content(path: str, bucket: Any) -> bytes | None:
     """Return the start of a file; None if there is none."""
     try:
         if (local := local_path(path)) is not None:
@@ -141,7 +138,7 @@ def _content(path: str) -> bytes | None:
                 return None
             with local.open("rb") as file:
                 return file.read(MAX_BYTES + 1)
-        content: bytes = fsspec.filesystem("s3").cat_file(path, start=0, end=MAX_BYTES + 1)
+        content: bytes = bucket.cat_file(path, start=0, end=MAX_BYTES + 1)
         return content
     except FileNotFoundError:
         return None

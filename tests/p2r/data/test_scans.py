@@ -1,17 +1,34 @@
 """From sources to a list of scans, and from ranges to subjects."""
 
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from p2r.data.scans import expand_subjects, find_scans
-from p2r.errors import DataError
+from p2r.config import IngestConfig
+from p2r.data.read import read_scan, sidecar_of
+from p2r.data.scans import Scan, expand_subjects, find_scans
+from p2r.data.volume import write_nifti
+from p2r.errors import DataError, RefusedScan, StorageError
 
 
 def touch(*paths: Path) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"12345")
+
+
+def below(folder: Path, **options: Any) -> list[str]:
+    """Paths of the scans below a folder, relative to it."""
+    return [str(Path(scan.path).relative_to(folder)) for scan in find_scans([str(folder)], cache=folder, **options)]
+
+
+def only(source: str | Path) -> Scan:
+    (scan,) = find_scans([str(source)], cache=Path("/nowhere"))
+    return scan
 
 
 def test_ranges_expand_like_slurms_host_lists() -> None:
@@ -83,3 +100,310 @@ def test_a_template_gives_its_images_and_never_its_labels(tmp_path: Path, monkey
     for source in ("template://icbm152?subjects=1", "template://icbm152/?subjects=1", "template://icbm152/images"):
         paths = [scan.path for scan in find_scans([source], cache=tmp_path)]
         assert paths == [str(tmp_path / "images" / "sub-001_T1w.nii.gz")]
+
+
+def test_a_scan_says_when_it_was_changed(tmp_path: Path) -> None:
+    touch(tmp_path / "a.nii")
+    os.utime(tmp_path / "a.nii", ns=(7_000_000_123, 9_000_000_456))
+    assert only(tmp_path).modified == "9000000456"
+    (tmp_path / "a.nii").unlink()
+    (tmp_path / "a.nii").symlink_to(tmp_path / "absent")
+    assert only(tmp_path).modified == ""
+
+
+def test_a_header_and_its_voxels_are_one_scan(tmp_path: Path) -> None:
+    touch(tmp_path / "a.hdr", tmp_path / "a.img", tmp_path / "b.HDR.GZ", tmp_path / "b.IMG.GZ", tmp_path / "c.img")
+    os.utime(tmp_path / "a.img", ns=(0, 5_000_000_000))
+    os.utime(tmp_path / "a.hdr", ns=(0, 4_000_000_000))
+    scans = find_scans([str(tmp_path), str(tmp_path / "a.img")], cache=tmp_path)
+    assert [(Path(scan.path).name, scan.key, scan.num_bytes) for scan in scans] == [
+        ("a.hdr", "a", 10),
+        ("b.HDR.GZ", "b", 10),
+        ("c.img", "c", 5),
+    ]
+    assert scans[0].files == (str(tmp_path / "a.hdr"), str(tmp_path / "a.img"))
+    assert scans[0].modified == "5000000000"
+
+
+def test_hidden_folders_are_passed_over_unless_they_are_the_source(tmp_path: Path) -> None:
+    touch(tmp_path / ".git" / "annex" / "a.nii", tmp_path / "b.nii")
+    assert below(tmp_path) == ["b.nii"]
+    assert below(tmp_path / ".git") == ["annex/a.nii"]
+
+
+def test_links_to_files_are_followed_and_links_to_folders_are_not(tmp_path: Path) -> None:
+    touch(tmp_path / "store" / "a.nii", tmp_path / "elsewhere" / "b.nii")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.nii").symlink_to(tmp_path / "store" / "a.nii")
+    (data / "folder").symlink_to(tmp_path / "elsewhere")
+    (data / "loop").symlink_to(data)
+    (data / "self.nii").symlink_to(data / "self.nii")
+    assert below(data) == ["a.nii", "self.nii"]
+    assert below(data / "folder") == ["b.nii"], "a link that is the source itself is followed"
+
+
+def test_a_pipe_is_listed_and_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.nii")
+    os.mkfifo(tmp_path / "plain")
+    with pytest.raises(RefusedScan) as refusal:
+        read_scan(only(tmp_path), IngestConfig(sources=("x",), licence="CC0-1.0"))
+    assert refusal.value.code == "unreadable"
+
+
+def test_patterns_choose_by_the_path_below_the_source(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in ("T1.nii", "s1/anat/T1.nii", "s1/anat/T2.nii", "s1/func/bold.nii")))
+    assert below(tmp_path, include=["**/T1.nii"]) == ["T1.nii", "s1/anat/T1.nii"]
+    assert below(tmp_path, include=["s1/**/T?.nii"]) == ["s1/anat/T1.nii", "s1/anat/T2.nii"]
+    assert below(tmp_path, include=["*.nii"], exclude=["*/func/*", "T1*"]) == ["s1/anat/T1.nii", "s1/anat/T2.nii"]
+    assert below(tmp_path, exclude=["s1/*"]) == ["T1.nii"]
+    assert below(tmp_path / "s1", include=["anat/T[12].nii"]) == ["anat/T1.nii", "anat/T2.nii"]
+    with pytest.raises(DataError, match=r"include and ingest\.exclude"):
+        below(tmp_path, include=["nothing"])
+    with pytest.raises(DataError, match="more than four"):
+        below(tmp_path, include=["**/" * 5])
+
+
+BIDS_NAMES = (
+    "dataset_description.json",
+    "sub-01/anat/sub-01_acq-hi_run-2_T1w.nii.gz",
+    "sub-01/ses-a/func/sub-01_ses-a_task-rest_echo-1_part-mag_bold.nii.gz",
+    "sub-02/anat/odd name.nii",
+    "derivatives/fmriprep/sub-01/sub-01_T1w.nii.gz",
+    "sourcedata/sub-01/raw.nii",
+    "code/test.nii",
+    "sub-03/derivatives/sub-03_T2w.nii",
+)
+
+
+def test_a_bids_data_set_is_read_by_its_names(tmp_path: Path) -> None:
+    touch(*(tmp_path / "ds" / name for name in BIDS_NAMES))
+    touch(tmp_path / "sub-09_T1w.nii")
+    outside, *scans = sorted(find_scans([str(tmp_path)], cache=tmp_path), key=lambda scan: "/ds/" in scan.path)
+    assert (outside.subject, outside.entities) == (None, ()), "no data set, no promise"
+    assert [(Path(scan.path).name, scan.subject, dict(scan.entities)) for scan in scans] == [
+        (
+            "sub-01_acq-hi_run-2_T1w.nii.gz",
+            "sub-01",
+            {"sub": "01", "acq": "hi", "run": "2", "suffix": "T1w"},
+        ),
+        (
+            "sub-01_ses-a_task-rest_echo-1_part-mag_bold.nii.gz",
+            "sub-01",
+            {"sub": "01", "ses": "a", "task": "rest", "echo": "1", "part": "mag", "suffix": "bold"},
+        ),
+        ("odd name.nii", None, {}),
+        ("sub-03_T2w.nii", "sub-03", {"sub": "03", "suffix": "T2w"}),
+    ]
+
+
+def test_what_is_derived_is_searched_only_where_a_source_says_so(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in BIDS_NAMES))
+    assert below(tmp_path / "derivatives") == ["fmriprep/sub-01/sub-01_T1w.nii.gz"]
+    assert only(tmp_path / "derivatives").subject == "sub-01"
+    assert below(tmp_path / "sourcedata" / "sub-01") == ["raw.nii"]
+    (tmp_path / "dataset_description.json").unlink()
+    assert len(below(tmp_path)) == 7
+
+
+def test_a_list_names_scans_with_their_subjects_and_other_columns(tmp_path: Path) -> None:
+    touch(tmp_path / "x" / "a.nii", tmp_path / "b,c.nii.gz", tmp_path / "lists" / "d.hdr", tmp_path / "lists" / "d.img")
+    (tmp_path / "lists" / "scans.csv").write_text(
+        "path,subject,contrast,age\n"
+        "../x/a.nii,anna,T1w,n/a\n"
+        f'"{tmp_path}/b,c.nii.gz",,T2w,33\n'
+        "\n"
+        f"file://{tmp_path}/lists/d.img,berta,,\n"
+    )
+    scans = find_scans([str(tmp_path / "lists" / "scans.csv")], cache=tmp_path)
+    assert [(scan.path, scan.subject, scan.entities) for scan in scans] == [
+        (str(tmp_path / "b,c.nii.gz"), None, (("age", "33"), ("contrast", "T2w"))),
+        (str(tmp_path / "lists" / "d.hdr"), "berta", ()),
+        (str(tmp_path / "x" / "a.nii"), "anna", (("contrast", "T1w"),)),
+    ]
+
+
+def test_the_three_kinds_of_lists_say_the_same(tmp_path: Path) -> None:
+    touch(tmp_path / "a.nii", tmp_path / "b.nii")
+    (tmp_path / "l.csv").write_text("\ufeffpath,subject,run\r\na.nii,s1,1\r\nb.nii,s2,2\r\n")
+    (tmp_path / "l.tsv").write_text("path\tsubject\trun\na.nii\ts1\t1\nb.nii\ts2\t2\n")
+    (tmp_path / "l.jsonl").write_text(
+        '{"path": "a.nii", "subject": "s1", "run": 1}\n\n{"run": "2", "subject": "s2", "path": "b.nii", "x": null}'
+    )
+    one, two, three = (find_scans([str(tmp_path / name)], cache=tmp_path) for name in ("l.csv", "l.tsv", "l.jsonl"))
+    assert one == two == three
+    assert len(one) == 2
+
+
+def test_what_a_list_says_counts_more_than_the_folder_it_lies_in(tmp_path: Path) -> None:
+    touch(tmp_path / "a.nii", tmp_path / "b.nii")
+    (tmp_path / "l.csv").write_text("path,subject\na.nii,anna\n")
+    for sources in ([tmp_path, tmp_path / "l.csv"], [tmp_path / "l.csv", tmp_path]):
+        scans = find_scans(map(str, sources), cache=tmp_path)
+        assert [scan.subject for scan in scans] == ["anna", None]
+
+
+def test_a_list_may_name_dicom_folders_and_broken_links(tmp_path: Path, write_series: Any) -> None:
+    write_series(tmp_path / "p1" / "t1", suffix="")
+    (tmp_path / "gone.nii").symlink_to(tmp_path / "absent")
+    (tmp_path / "l.csv").write_text("path,subject\np1/t1,anna\ngone.nii,berta\np1/t1/../t1/IM030001,carla\n")
+    scans = find_scans([str(tmp_path / "l.csv")], cache=tmp_path)
+    assert [(Path(scan.path).name, scan.subject, len(scan.files)) for scan in scans] == [
+        ("gone.nii", "berta", 0),
+        ("t1", "anna", 6),
+        ("IM030001", "carla", 1),
+    ]
+
+
+def test_patterns_choose_among_the_rows_of_a_list(tmp_path: Path) -> None:
+    touch(tmp_path / "x" / "a.nii", tmp_path / "b.nii")
+    (tmp_path / "l.csv").write_text("path\nx/a.nii\nb.nii\n")
+    (scan,) = find_scans([str(tmp_path / "l.csv")], cache=tmp_path, include=["x/*"])
+    assert scan.path == str(tmp_path / "x" / "a.nii")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("l.csv", "path\na.nii\nabsent.nii\n", "line 3: there is no"),
+        ("l.csv", "path\na.nii\n./a.nii\n", "line 3 names .* as line 2 does"),
+        ("l.csv", "path\nnotes.txt\n", "line 2: there is no"),
+        ("l.csv", "path\n" + "x" * 4000 + ".nii\n", "line 2: there is no"),
+        ("l.csv", "path\nempty\n", "line 2: there is no"),
+        ("l.csv", "file,subject\na.nii,s\n", "line 1: .*`path`"),
+        ("l.csv", "path,path\na.nii,a.nii\n", "each once"),
+        ("l.csv", "path,\na.nii,\n", "line 1"),
+        ("l.csv", "path,subject\na.nii\n", "line 2: 1 values for 2 columns"),
+        ("l.csv", "path\na.nii,b\n", "line 2: 2 values for 1 columns"),
+        ("l.csv", 'path\n"a.nii\n', "line 2"),
+        ("l.csv", "path,subject\n,anna\n", "line 2: `path` is empty"),
+        ("l.csv", "path\nn/a\n", "`path` is empty"),
+        ("l.csv", "path\nftp://host/a.nii\n", "line 2: .*neither a path nor"),
+        ("l.csv", "path\na\0.nii\n", "line 2"),
+        ("l.csv", "", "holds no"),
+        ("l.csv", "path\n", "holds no"),
+        ("l.tsv", "path,subject\na.nii,s\n", "line 1"),
+        ("l.jsonl", '{"path": "a.nii"}\n{"path": ', "line 2 is not JSON"),
+        ("l.jsonl", '["a.nii"]', "line 1: .*the key `path`"),
+        ("l.jsonl", '{"subject": "s"}', "line 1: .*the key `path`"),
+        ("l.jsonl", '{"path": ["a.nii"]}', "line 1: `'path'` must be a text"),
+        ("l.jsonl", '{"path": "a.nii", "tags": {"x": 1}}', "line 1: `'tags'` must be a text"),
+        ("l.jsonl", '{"path": "\\ud800"}', "line 1"),
+        ("l.jsonl", "[" * 100_000, "line 1 is not JSON"),
+        ("l.jsonl", '{"path": ' + "9" * 5000 + "}", "line 1"),
+    ],
+)
+def test_a_list_that_breaks_a_rule_is_refused_with_the_line(tmp_path: Path, name: str, content: str, rule: str) -> None:
+    touch(tmp_path / "a.nii", tmp_path / "notes.txt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rule) as refusal:
+        find_scans([str(tmp_path / name)], cache=tmp_path)
+    assert str(tmp_path / name) in str(refusal.value)
+    assert len(str(refusal.value)) < 5000
+
+
+def test_a_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_bytes(b"path\n\xff\xfe.nii\n")
+    with pytest.raises(DataError, match="not UTF-8"):
+        find_scans([str(tmp_path / "l.csv")], cache=tmp_path)
+
+
+def test_the_images_of_a_split_series_never_get_a_scans_key(tmp_path: Path, write_series: Any) -> None:
+    write_series(tmp_path / "p1", echoes=2)
+    touch(tmp_path / "other" / "p1_s003_0.nii")
+    keys = [scan.key for scan in find_scans([str(tmp_path)], cache=tmp_path)]
+    assert keys == ["000000_p1_s003_0", "000001_p1_s003"] or keys == ["000000_p1_s003_0", "000001_p1_s003"][::-1]
+
+
+def test_a_file_url_may_be_quoted_and_needs_three_slashes(tmp_path: Path) -> None:
+    touch(tmp_path / "a b.nii")
+    assert only((tmp_path / "a b.nii").as_uri()).path == str(tmp_path / "a b.nii")
+    with pytest.raises(DataError, match="three slashes"):
+        find_scans(["file://data/scans"], cache=tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
+def test_a_closed_folder_is_not_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path / "a.nii", tmp_path / "closed" / "b.nii")
+    (tmp_path / "closed").chmod(0)
+    with pytest.raises(DataError, match="permissions"):
+        below(tmp_path)
+
+
+@pytest.mark.s3
+def test_a_bucket_is_searched_like_a_folder(s3_url: str, tmp_path: Path) -> None:
+    import s3fs
+
+    touch(*(tmp_path / name for name in (*BIDS_NAMES, ".git/x.nii", "sub-01/anat/._a.nii", "pair.hdr", "pair.img")))
+    (tmp_path / "scans.csv").write_text(
+        "path,subject\nsub-02/anat/odd name.nii,anna\nsub-01/anat/sub-01_acq-hi_run-2_T1w.nii.gz,\npair.img,\n"
+    )
+    bucket = s3fs.S3FileSystem(skip_instance_cache=True)
+    bucket.put(f"{tmp_path}/", f"{s3_url.removeprefix('s3://')}/ds/", recursive=True)
+    for options in ({}, {"exclude": ["*bold*"]}):
+        scans = find_scans([f"{s3_url}/ds"], cache=tmp_path, **options)
+        here = find_scans([str(tmp_path)], cache=tmp_path, **options)
+        assert [scan.path.removeprefix(f"{s3_url}/ds/") for scan in scans] == [
+            scan.path.removeprefix(f"{tmp_path}/") for scan in here
+        ]
+        for scan, local in zip(scans, here, strict=True):
+            assert (scan.key, scan.num_bytes, scan.subject, scan.entities) == (
+                local.key,
+                local.num_bytes,
+                local.subject,
+                local.entities,
+            )
+            assert scan.modified == " ".join(
+                bucket.info(file)["ETag"].strip('"') for file in scan.files or (scan.path,)
+            )
+    inside = find_scans([f"{s3_url}/ds/sub-01/anat"], cache=tmp_path)
+    assert [scan.subject for scan in inside] == ["sub-01"], "the data set is above the source"
+    listed = find_scans([f"{s3_url}/ds/scans.csv"], cache=tmp_path)
+    assert [(scan.path.rpartition("/")[2], scan.subject) for scan in listed] == [
+        ("pair.hdr", None),
+        ("sub-01_acq-hi_run-2_T1w.nii.gz", "sub-01"),
+        ("odd name.nii", "anna"),
+    ]
+    bucket.pipe_file(f"{s3_url}/ds/bad.csv", b"path\nabsent.nii\n")
+    bucket.pipe_file(f"{s3_url}/ds/out.csv", b"path\n../../other/a.nii\n")
+    bucket.pipe_file(f"{s3_url}/dicom/a.dcm", b"12345")
+    for source, rule in (
+        (f"{s3_url}/ds/bad.csv", "line 2: there is no"),
+        (f"{s3_url}/ds/out.csv", "line 2: .* leads out of the bucket"),
+        (f"{s3_url}/ds/none.csv", "cannot be read"),
+        (f"{s3_url}/dicom", "DICOM"),
+    ):
+        with pytest.raises(DataError, match=rule):
+            find_scans([source], cache=tmp_path)
+
+
+@pytest.mark.s3
+def test_scans_of_a_bucket_are_read_like_files(
+    s3_url: str, tmp_path: Path, write_scan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nibabel
+    import s3fs
+
+    voxels = np.random.default_rng(0).integers(0, 900, (20, 22, 5)).astype(np.int16)
+    write_nifti(tmp_path / "ds" / "sub-01" / "anat" / "sub-01_T1w.nii.gz", voxels, np.diag([1.5, 1.5, 4.0, 1.0]))
+    nibabel.save(nibabel.Nifti1Pair(voxels, np.diag([1.5, 1.5, 4.0, 1.0])), tmp_path / "ds" / "pair.hdr")
+    (tmp_path / "ds" / "dataset_description.json").write_text("{}")
+    (tmp_path / "ds" / "T1w.json").write_text('{"EchoTime": 0.003, "PatientName": "secret"}')
+    (tmp_path / "ds" / "sub-01" / "anat" / "sub-01_T1w.json").write_text('{"FlipAngle": 9}')
+    (tmp_path / "ds" / "pair.json").write_text('{"FlipAngle": 8}')
+    bucket = s3fs.S3FileSystem(skip_instance_cache=True)
+    bucket.put(f"{tmp_path}/ds/", f"{s3_url.removeprefix('s3://')}/ds/", recursive=True)
+    shutil.rmtree(tmp_path / "ds")
+    config = IngestConfig(sources=("x",), licence="CC0-1.0")
+    pair, single = find_scans([f"{s3_url}/ds"], cache=tmp_path)
+    for scan, tags in ((pair, {"FlipAngle": 8}), (single, {"EchoTime": 0.003, "FlipAngle": 9})):
+        (volume,) = read_scan(scan, config)
+        np.testing.assert_array_equal(volume.data[..., 0], voxels)
+        assert volume.sidecar == sidecar_of(scan) == tags
+    bucket.rm(single.path)
+    with pytest.raises(RefusedScan, match="no such object"):
+        read_scan(single, config)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StorageError, match="cannot read"):
+        read_scan(pair, config)

@@ -1,6 +1,7 @@
 """Reading and writing scans: nibabel is the reference, and everything unusable has a name."""
 
 import gzip
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff
 
-from p2r.data.volume import Volume, read_labels, read_volume, scan_key, to_source_grid, write_nifti
+from p2r.data.volume import (
+    Volume,
+    local_path,
+    pair_of,
+    read_labels,
+    read_volume,
+    scan_key,
+    to_source_grid,
+    write_nifti,
+)
 from p2r.errors import RefusedScan, StorageError
 
 OBLIQUE = np.array(
@@ -114,7 +124,9 @@ def test_a_url_is_read_like_a_path(write_scan: Any) -> None:
     assert read_volume(f"file://{path}").key == "scan"
 
 
-@pytest.mark.parametrize("name", ["a/b/scan.nii.gz", "scan.nii", "s3://bucket/scan.NII.GZ"])
+@pytest.mark.parametrize(
+    "name", ["a/b/scan.nii.gz", "scan.nii", "s3://bucket/scan.NII.GZ", "x/scan.hdr", "scan.img.gz", "scan.IMG"]
+)
 def test_keys_are_file_names_without_the_suffix(name: str) -> None:
     assert scan_key(name) == "scan"
 
@@ -298,3 +310,199 @@ def test_a_placeholder_affine_does_not_hide_the_voxel_size(tmp_path: Path) -> No
 def test_a_true_millimetre_cube_stays_one(tmp_path: Path) -> None:
     write_nifti(tmp_path / "scan.nii.gz", np.arange(27, dtype=np.int16).reshape(3, 3, 3), np.eye(4))
     assert read_volume(tmp_path / "scan.nii.gz").spacing_mm == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Pair, nibabel.Nifti2Pair])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_scan_in_two_files_is_read_by_either_name(tmp_path: Path, kind: Any, suffix: str) -> None:
+    nibabel.save(kind(voxels(np.int16), OBLIQUE), tmp_path / f"scan.img{suffix}")
+    reference = nibabel.as_closest_canonical(nibabel.load(tmp_path / f"scan.img{suffix}"))
+    for name in (f"scan.hdr{suffix}", f"scan.img{suffix}"):
+        volume = read_volume(tmp_path / name)
+        np.testing.assert_array_equal(volume.data[..., 0], np.asarray(reference.dataobj))
+        np.testing.assert_allclose(volume.affine, reference.affine)
+        assert volume.key == "scan"
+    (tmp_path / f"scan.hdr{suffix}").rename(tmp_path / f"other.hdr{suffix}")
+    for name, absent in (("scan.img", "scan.hdr"), ("other.hdr", "other.img")):
+        with pytest.raises(RefusedScan, match=f"{absent}.*unreadable"):
+            read_volume(tmp_path / f"{name}{suffix}")
+
+
+def test_a_header_that_promises_another_file_is_no_single_one(tmp_path: Path) -> None:
+    nibabel.save(nibabel.Nifti1Pair(voxels(np.int16), OBLIQUE), tmp_path / "scan.hdr")
+    (tmp_path / "alone.nii").write_bytes((tmp_path / "scan.hdr").read_bytes())
+    assert code_of(tmp_path / "alone.nii") == "not_nifti"
+    nibabel.save(nibabel.AnalyzeImage(voxels(np.int16), np.eye(4)), tmp_path / "old.hdr")
+    assert code_of(tmp_path / "old.hdr") == "not_nifti", "ANALYZE does not say which side is left"
+
+
+def test_names_of_pairs() -> None:
+    assert pair_of("a/b.hdr") == pair_of("a/b.img") == ("a/b.hdr", "a/b.img")
+    assert pair_of("b.HDR.GZ") == ("b.HDR.GZ", "b.IMG.GZ")
+    assert pair_of("b.nii") is None
+    assert local_path("file:///a%20b") == Path("/a b")
+    assert local_path("a%20b") == Path("a%20b")
+    assert local_path("s3://bucket/a") is None
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([-3.0, 30_000.0], np.int16),
+        ([0.0, 60_000.0], np.uint16),
+        ([0.5, 60_000.0], np.float32),
+        ([-1.0, 60_000.0], np.float32),
+        ([0.0, 70_000.0], np.float32),
+    ],
+)
+@pytest.mark.parametrize("stored", [np.float32, np.float64, ">f4"])
+def test_whole_numbers_stored_as_reals_become_integers(
+    write_scan: Any, values: list[float], dtype: Any, stored: Any
+) -> None:
+    array = np.resize(np.array(values, np.float64), (4, 4, 4)).astype(stored)
+    volume = read_volume(write_scan("scan.nii.gz", array, np.eye(4)))
+    assert volume.data.dtype == dtype
+    np.testing.assert_array_equal(volume.data[..., 0], array)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 30_001), (2000, 301, 3), (700, 2, 700), (2, 2, 3, 4)])
+def test_scans_larger_than_a_part_are_converted_whole(write_scan: Any, shape: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).integers(-1000, 1000, shape).astype(np.int32)
+    affine = np.array([[0, 0, -2.0, 1], [-1.0, 0, 0, 2], [0, 3.0, 0, 3], [0, 0, 0, 1]])
+    volume = read_volume(write_scan("scan.nii", array, affine))
+    reference = nibabel.as_closest_canonical(nibabel.Nifti1Image(array, affine, dtype=np.int32))
+    np.testing.assert_array_equal(volume.data.squeeze(), np.asarray(reference.dataobj).squeeze())
+
+
+def test_every_bit_of_a_gzip_trailer_is_checked(write_scan: Any) -> None:
+    path = write_scan("scan.nii.gz", voxels(np.int16))
+    whole = path.read_bytes()
+    for bit in range(64):
+        raw = bytearray(whole)
+        raw[-8 + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(raw)
+        assert code_of(path) == "unreadable"
+
+
+def test_a_gzip_in_several_members_and_padding_are_read(write_scan: Any) -> None:
+    path = write_scan("scan.nii", voxels(np.int16))
+    whole = path.read_bytes()
+    path.write_bytes(gzip.compress(whole[:200]) + gzip.compress(whole[200:] + bytes(1000)) + bytes(512))
+    np.testing.assert_array_equal(read_volume(path).data[..., 0], voxels(np.int16))
+
+
+def test_what_goes_on_after_its_voxels_is_unreadable(write_scan: Any) -> None:
+    path = write_scan("scan.nii", voxels(np.int16))
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(1 << 20))
+    assert read_volume(path).data.sum() == voxels(np.int16).sum()
+    for content in (whole + bytes(3 << 20), gzip.compress(whole + bytes(3 << 20))):
+        path.write_bytes(content)
+        assert code_of(path) == "unreadable"
+
+
+def peak_mib(path: Path, **options: Any) -> float:
+    tracemalloc.start()
+    try:
+        read_volume(path, **options)
+    except RefusedScan:
+        pass
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return peak / 2**20
+
+
+def test_a_gzip_bomb_costs_no_more_than_its_header_promises(write_scan: Any) -> None:
+    path = write_scan("scan.nii", voxels(np.int16))
+    whole = path.read_bytes()
+    path.write_bytes(gzip.compress(whole + bytes(300 << 20), compresslevel=1))
+    assert code_of(path) == "unreadable"
+    assert peak_mib(path) < 4
+    bent = bytearray(whole)
+    bent[42:48] = np.array([1200, 1000, 1000], "<i2").tobytes()  # 2.4 GB in a file of some KB
+    path.write_bytes(gzip.compress(bent))
+    assert code_of(path) == "truncated"
+    assert peak_mib(path) < 4
+
+
+def test_the_bytes_that_a_header_may_promise_are_bounded(write_scan: Any) -> None:
+    path = write_scan("scan.nii.gz", np.random.default_rng(0).integers(0, 99, (64, 64, 64)).astype(np.int16))
+    assert read_volume(path, max_mib=0.51).data.shape == (64, 64, 64, 1)
+    with pytest.raises(RefusedScan, match=r"max_scan_mib") as refusal:
+        read_volume(path, max_mib=0.5)
+    assert refusal.value.code == "too_large"
+    two = nibabel.Nifti2Image(voxels(np.int16), OBLIQUE)
+    raw = bytearray(two.to_bytes())
+    raw[24:32] = np.int64(2**62).tobytes()
+    path.write_bytes(raw)
+    assert code_of(path) == "too_large"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slope", "bytes_per_voxel"), [(np.int16, None, 2 + 2), (np.int16, 0.37, 2 + 4), (np.float64, None, 8 + 4)]
+)
+def test_peak_memory_is_what_is_stored_and_what_is_kept(
+    write_scan: Any, dtype: Any, slope: float | None, bytes_per_voxel: int
+) -> None:
+    array = np.random.default_rng(0).normal(0, 100, (220, 200, 180)).astype(dtype)
+    path = write_scan("scan.nii", array)
+    if slope is not None:
+        raw = bytearray(path.read_bytes())
+        raw[112:116] = np.float32(slope).tobytes()
+        path.write_bytes(raw)
+    assert peak_mib(path) < bytes_per_voxel * array.size / 2**20 + 32
+
+
+def test_frames_are_capped_evenly_and_recorded(write_scan: Any) -> None:
+    four = voxels(np.int16, (7, 9, 5, 12))
+    for name in ("four.nii", "four.nii.gz"):
+        path = write_scan(name, four, OBLIQUE)
+        whole = read_volume(path)
+        assert whole.frames is None
+        for limit, frames in ((1, (6,)), (3, (2, 6, 10)), (5, (1, 3, 6, 8, 10)), (11, None)):
+            volume = read_volume(path, max_frames=limit)
+            assert frames is None or volume.frames == frames
+            assert volume.frames is not None
+            assert len(set(volume.frames)) == limit
+            np.testing.assert_array_equal(volume.data, whole.data[..., list(volume.frames)])
+        assert read_volume(path, max_frames=12).frames is None
+
+
+def test_frames_that_are_left_out_take_no_memory(write_scan: Any) -> None:
+    path = write_scan("four.nii.gz", np.random.default_rng(0).integers(0, 9, (64, 64, 32, 100)).astype(np.int16))
+    assert peak_mib(path, max_frames=2) < 8 < peak_mib(path)
+
+
+@pytest.mark.parametrize(
+    ("offset", "code"),
+    [
+        (0, None),
+        (352, None),
+        (-16, "not_nifti"),
+        (100, "not_nifti"),
+        (np.nan, "not_nifti"),
+        (np.inf, "not_nifti"),
+        (1e30, "too_large"),
+        (1e6, "truncated"),
+    ],
+)
+def test_the_place_of_the_voxels_must_make_sense(write_scan: Any, offset: float, code: str | None) -> None:
+    path = write_scan("scan.nii", voxels(np.int16))
+    raw = bytearray(path.read_bytes())
+    raw[108:112] = np.float32(offset).tobytes()
+    path.write_bytes(raw)
+    if code is None:
+        assert read_volume(path).data.sum() == voxels(np.int16).sum()
+    else:
+        assert code_of(path) == code
+
+
+@pytest.mark.parametrize("value", [1e38, np.nan, 1e5])
+def test_absurd_voxel_sizes_are_degenerate(write_scan: Any, value: float) -> None:
+    path = write_scan("scan.nii", voxels(np.int16))
+    raw = bytearray(path.read_bytes())
+    raw[254:256] = np.int16(1).tobytes()
+    raw[280:284] = np.float32(value).tobytes()
+    path.write_bytes(raw)
+    assert code_of(path) == "degenerate_affine"

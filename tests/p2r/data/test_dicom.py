@@ -1,0 +1,260 @@
+"""DICOM: files to series, series to volumes, and no word about a patient on the way."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+
+from p2r.config import IngestConfig
+from p2r.data.dicom import converted, group_by_series, is_dicom
+from p2r.data.read import read_scan, sidecar_of
+from p2r.data.scans import Scan, find_scans
+from p2r.errors import DataError, RefusedScan
+
+WriteSeries = Callable[..., Any]
+
+CONFIG = IngestConfig(sources=("anywhere",), licence="CC0-1.0")
+
+
+def scans_of(folder: Path, **options: Any) -> list[Scan]:
+    return find_scans([str(folder)], cache=folder, **options)
+
+
+def code_of(scan: Scan, config: IngestConfig = CONFIG) -> str:
+    with pytest.raises(RefusedScan) as refusal:
+        read_scan(scan, config)
+    assert "p2r-dicom-" not in str(refusal.value), "a temporary path would make two ledgers differ"
+    return refusal.value.code
+
+
+def test_a_series_becomes_one_volume_with_its_voxels(tmp_path: Path, write_series: WriteSeries) -> None:
+    voxels = write_series(tmp_path / "p1" / "t1")
+    (scan,) = scans_of(tmp_path)
+    assert (scan.path, scan.key, scan.format) == (str(tmp_path / "p1" / "t1"), "t1_s003", "dicom")
+    assert scan.files == tuple(sorted(str(file) for file in (tmp_path / "p1" / "t1").iterdir()))
+    (volume,) = read_scan(scan, CONFIG)
+    # DICOM: rows run to the Left along columns and to Posterior along rows; RAS turns both around.
+    np.testing.assert_array_equal(volume.data[..., 0], voxels.transpose(1, 0, 2)[::-1, ::-1])
+    np.testing.assert_allclose(volume.spacing_mm, (1.25, 1.5, 4.0))
+    np.testing.assert_allclose((volume.affine @ [19, 23, 0, 1])[:3], [10, 20, 0], atol=1e-4)
+    assert volume.key == "t1_s003"
+
+
+def test_no_word_about_the_patient_gets_through(tmp_path: Path, write_series: WriteSeries) -> None:
+    write_series(tmp_path / "p1" / "t1")
+    (scan,) = scans_of(tmp_path)
+    (volume,) = read_scan(scan, CONFIG)
+    assert volume.sidecar["EchoTime"] == 0.003
+    assert volume.sidecar["MagneticFieldStrength"] == 3
+    assert volume.sidecar["ScanningSequence"] == "GR"
+    assert sidecar_of(scan) == volume.sidecar
+    known = json.dumps([scan.key, scan.name, scan.subject, scan.entities, dict(volume.sidecar), volume.notes]).lower()
+    assert "secret" not in known
+    assert "1970" not in known
+    assert "10:11" not in known
+
+
+def test_converting_twice_gives_the_same(tmp_path: Path, write_series: WriteSeries) -> None:
+    write_series(tmp_path / "p1", echoes=2)
+    (scan,) = scans_of(tmp_path)
+    first, second = read_scan(scan, CONFIG), read_scan(scan, CONFIG)
+    for one, other in zip(first, second, strict=True):
+        assert one.data.tobytes() == other.data.tobytes()
+        assert (one.key, one.sidecar) == (other.key, other.sidecar)
+
+
+def test_a_series_with_two_echoes_is_two_volumes(tmp_path: Path, write_series: WriteSeries) -> None:
+    voxels = write_series(tmp_path / "p1", echoes=2)
+    (scan,) = scans_of(tmp_path)
+    first, second = read_scan(scan, CONFIG)
+    assert [first.key, second.key] == ["p1_s003_0", "p1_s003_1"]
+    assert [first.sidecar["EchoTime"], second.sidecar["EchoTime"]] == [0.003, 0.006]
+    np.testing.assert_array_equal(first.data[..., 0], voxels[..., :6].transpose(1, 0, 2)[::-1, ::-1])
+    np.testing.assert_array_equal(second.data[..., 0], voxels[..., 6:].transpose(1, 0, 2)[::-1, ::-1])
+    assert "EchoTime" not in sidecar_of(scan), "they do not agree on it"
+    assert sidecar_of(scan)["FlipAngle"] == 9
+
+
+def test_two_series_of_one_folder_are_told_apart(tmp_path: Path, write_series: WriteSeries) -> None:
+    first, second = write_series(tmp_path / "p1", number=3), write_series(tmp_path / "p1", number=4)
+    scans = sorted(scans_of(tmp_path), key=lambda scan: scan.key)
+    assert [scan.key for scan in scans] == ["p1_s003", "p1_s004"]
+    for scan, voxels in zip(scans, (first, second), strict=True):
+        folder, _, digest = scan.path.partition("#")
+        assert folder == str(tmp_path / "p1")
+        assert len(digest) == 8
+        assert read_scan(scan, CONFIG)[0].data.sum() == voxels.sum()
+
+
+def test_the_same_series_in_two_folders_is_two_scans(tmp_path: Path, write_series: WriteSeries) -> None:
+    write_series(tmp_path / "p1" / "t1")
+    write_series(tmp_path / "p2" / "t1")
+    assert [scan.key for scan in scans_of(tmp_path)] == ["p1_t1_s003", "p2_t1_s003"]
+    assert [scan.name for scan in scans_of(tmp_path)] == ["p1", "p2"], "what subject_pattern looks at"
+
+
+def test_the_patient_id_is_a_subject_only_where_a_job_asks(tmp_path: Path, write_series: WriteSeries) -> None:
+    write_series(tmp_path / "study" / "t1")
+    assert scans_of(tmp_path)[0].subject is None
+    (scan,) = scans_of(tmp_path, dicom_subject="patient_id")
+    assert scan.subject == "SECRET-ID"
+    assert "SECRET" not in scan.key + scan.path
+
+
+def test_dicom_without_suffix_is_found_where_there_is_no_nifti(
+    tmp_path: Path, write_series: WriteSeries, write_scan: Any
+) -> None:
+    write_series(tmp_path / "raw" / "p1", suffix="")
+    write_series(tmp_path / "mixed", suffix="", number=5)
+    (tmp_path / "raw" / "notes.txt").write_text("no image")
+    (tmp_path / "mixed" / "scan.nii").write_bytes(b"12345")
+    assert [Path(scan.path).name for scan in scans_of(tmp_path)] == ["scan.nii", "p1"]
+    write_series(tmp_path / "mixed", suffix=".IMA", number=6)
+    assert [scan.key for scan in scans_of(tmp_path / "mixed")] == ["mixed_s006", "scan"]
+
+
+def test_one_file_can_be_a_source(tmp_path: Path, write_series: WriteSeries) -> None:
+    write_series(tmp_path / "p1", size=2, suffix="")
+    (scan,) = scans_of(tmp_path / "p1" / "IM030001")
+    assert scan.path == str(tmp_path / "p1" / "IM030001")
+    assert scan.files == (scan.path,)
+    assert code_of(scan) == "not_3d", "one slice is no volume"
+
+
+@pytest.mark.parametrize(
+    ("tags", "code"),
+    [
+        ({"Modality": "CT"}, "not_mr"),
+        ({"Modality": ""}, "not_mr"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "secondary_capture"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7.2"}, "secondary_capture"),
+        ({"BurnedInAnnotation": "YES"}, "burned_in_annotation"),
+    ],
+)
+def test_what_is_no_mr_image_is_refused_by_name(
+    tmp_path: Path, write_series: WriteSeries, tags: dict[str, str], code: str
+) -> None:
+    write_series(tmp_path, **tags)
+    assert code_of(scans_of(tmp_path)[0]) == code
+
+
+def test_a_missing_slice_is_not_guessed(tmp_path: Path, write_series: WriteSeries) -> None:
+    write_series(tmp_path, size=8)
+    sorted(tmp_path.iterdir())[3].unlink()
+    assert code_of(scans_of(tmp_path)[0]) == "uneven_slices"
+
+
+def test_a_cut_file_makes_its_series_unreadable(tmp_path: Path, write_series: WriteSeries) -> None:
+    write_series(tmp_path)
+    file = sorted(tmp_path.iterdir())[2]
+    file.write_bytes(file.read_bytes()[:-100])
+    assert code_of(scans_of(tmp_path)[0]) == "unreadable"
+
+
+def test_localizers_in_three_orientations_are_refused(tmp_path: Path, write_series: WriteSeries) -> None:
+    write_series(tmp_path, size=3)
+    turned = [[1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1], [1, 0, 0, 0, 0, -1]]
+    for file, orientation in zip(sorted(tmp_path.iterdir()), turned, strict=True):
+        header = pydicom.dcmread(file)
+        header.ImageOrientationPatient = orientation
+        header.save_as(file)
+    assert code_of(scans_of(tmp_path)[0]) == "not_3d"
+
+
+def test_of_a_split_series_the_usable_images_are_kept_and_the_others_noted(
+    tmp_path: Path, write_series: WriteSeries
+) -> None:
+    write_series(tmp_path / "p1", size=5)
+    write_series(tmp_path / "p1", size=1, SeriesInstanceUID="1.2.3", number=4, EchoTime=30, EchoNumbers=2)
+    for file in (tmp_path / "p1").iterdir():
+        header = pydicom.dcmread(file)
+        header.SeriesInstanceUID, header.SeriesNumber = "1.2.3", 3
+        header.save_as(file)
+    (scan,) = scans_of(tmp_path)
+    (volume,) = read_scan(scan, CONFIG)
+    assert volume.key == "p1_s003_0"
+    assert volume.notes == ("part_not_3d",)
+
+
+def test_conversion_has_a_time_limit(tmp_path: Path, write_series: WriteSeries) -> None:
+    write_series(tmp_path)
+    assert code_of(scans_of(tmp_path)[0], CONFIG.model_copy(update={"dcm2niix_timeout_s": 1e-6})) == "timeout"
+
+
+def test_files_that_only_look_like_dicom_are_listed_and_refused_alone(
+    tmp_path: Path, write_series: WriteSeries
+) -> None:
+    write_series(tmp_path / "p1")
+    (tmp_path / "p1" / "junk.dcm").write_bytes(b"x" * 3000)
+    (tmp_path / "p1" / "empty.dcm").touch()
+    (tmp_path / "p1" / "gone.dcm").symlink_to(tmp_path / "nowhere")
+    scans = scans_of(tmp_path)
+    assert [scan.key for scan in scans] == ["p1_s003", "empty_dcm", "gone_dcm", "junk_dcm"]
+    assert len(read_scan(scans[0], CONFIG)) == 1
+    assert [code_of(scan) in {"unreadable", "not_mr"} for scan in scans[1:]] == [True] * 3
+
+
+def test_a_dicomdir_is_no_scan(tmp_path: Path, write_series: WriteSeries) -> None:
+    write_series(tmp_path / "p1")
+    header = pydicom.dcmread(tmp_path / "p1" / "IM030001.dcm")
+    del header.SeriesInstanceUID
+    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = "1.2.840.10008.1.3.10"
+    header.save_as(tmp_path / "DICOMDIR")
+    assert [scan.key for scan in scans_of(tmp_path)] == ["p1_s003"]
+
+
+def test_frames_resampling_and_quality_apply_to_dicom_too(tmp_path: Path, write_series: WriteSeries) -> None:
+    write_series(tmp_path)
+    (scan,) = scans_of(tmp_path)
+    config = IngestConfig(sources=("anywhere",), licence="CC0-1.0", resample_mm=1.0)
+    (volume,) = read_scan(scan, config)
+    assert volume.data.shape == (25, 36, 24, 1)
+    assert volume.resampled_from_mm == pytest.approx((1.25, 1.5, 4.0))
+    assert code_of(scan, config.model_copy(update={"min_size": 30})) == "too_small"
+
+
+@pytest.mark.parametrize("name", ["a b", "ü", "$(touch x)", "-o", "x\ny"])
+def test_odd_folder_names_do_no_harm(tmp_path: Path, write_series: WriteSeries, name: str) -> None:
+    write_series(tmp_path / name)
+    (scan,) = scans_of(tmp_path)
+    assert len(read_scan(scan, CONFIG)) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+def test_hostile_headers_end_in_a_reason(tmp_path: Path, write_series: WriteSeries) -> None:
+    """Bits flipped anywhere in the headers of a series: it is read, or refused."""
+    write_series(tmp_path / "whole", size=2)
+    rng = np.random.default_rng(0)
+    raw = (tmp_path / "whole" / "IM030001.dcm").read_bytes()
+    for case in range(25):
+        folder = tmp_path / f"case{case}"
+        folder.mkdir()
+        bent = bytearray(raw)
+        for position in rng.integers(128, 1200, 8):
+            bent[position] ^= 1 << rng.integers(8)
+        (folder / "IM1.dcm").write_bytes(bent)
+        (folder / "IM2.dcm").write_bytes((tmp_path / "whole" / "IM030002.dcm").read_bytes())
+        try:
+            for scan in scans_of(folder):
+                read_scan(scan, CONFIG)
+        except (RefusedScan, DataError):
+            pass
+        assert sorted(path.name for path in folder.iterdir()) == ["IM1.dcm", "IM2.dcm"]
+
+
+def test_magic_is_asked_of_files_only(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"\0" * 128 + b"DICM")
+    assert is_dicom(tmp_path / "image")
+    assert not is_dicom(tmp_path)
+    assert not is_dicom(tmp_path / "absent")
+    assert group_by_series([]) == []
+
+
+def test_a_series_of_absent_files_is_unreadable(tmp_path: Path) -> None:
+    with pytest.raises(RefusedScan) as refusal, converted([str(tmp_path / "absent.dcm")], "series", timeout_s=10):
+        pass
+    assert refusal.value.code == "unreadable"

@@ -1,0 +1,342 @@
+"""Fuzzed scans, lists and names: a volume, a reason code or a named error; in bounded time and memory; nothing written.
+
+The cases are the same on every run: hypothesis draws them from a fixed seed.
+"""
+
+import gzip
+import io
+import json
+import os
+import random
+import tempfile
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from p2r.config import IngestConfig
+from p2r.data.read import read_scan
+from p2r.data.scans import Scan, find_scans
+from p2r.data.volume import read_labels, read_volume
+from p2r.errors import DataError, RefusedScan
+
+CODES = {
+    "constant",
+    "degenerate_affine",
+    "dtype",
+    "empty",
+    "nonfinite",
+    "not_3d",
+    "not_nifti",
+    "too_large",
+    "too_small",
+    "truncated",
+    "unreadable",
+}
+MAX_MIB = 2.0
+CONFIG = IngestConfig(sources=("x",), licence="CC0-1.0", max_scan_mib=MAX_MIB, min_size=2, max_frames=3)
+VOXELS = np.random.default_rng(0).integers(0, 900, (6, 5, 4)).astype(np.int16)
+AFFINE = np.array([[-1.0, 0.1, 0, 5], [0.1, 1.5, 0, 6], [0, 0.2, 2.0, 7], [0, 0, 0, 1]])
+KINDS = {
+    "one.nii": nibabel.Nifti1Image,
+    "two.nii": nibabel.Nifti2Image,
+    "one.hdr": nibabel.Nifti1Pair,
+    "two.hdr": nibabel.Nifti2Pair,
+}
+
+seen: Counter[str] = Counter()
+
+
+def cases(number: int) -> Any:
+    return settings(
+        max_examples=number,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, tuple[bytes, bytes]]:
+    """The bytes of good scans: header and voxels, which share a file or do not."""
+    found = {}
+    for name, kind in KINDS.items():
+        image = kind(VOXELS, AFFINE)
+        image.file_map = kind.make_file_map({part: io.BytesIO() for part in kind.make_file_map()})
+        image.to_file_map()
+        content = b"".join(file.fileobj.getvalue() for _, file in sorted(image.file_map.items()))
+        found[name] = content[: -VOXELS.nbytes], content[-VOXELS.nbytes :]
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the cases lie. Everything else that could be written to is watched, and must be as it was."""
+    outside = tmp_path_factory.mktemp("outside")
+    for name in ("scans", "working", "temporary"):
+        (outside / name).mkdir()
+    before, default = Path.cwd(), tempfile.tempdir
+    os.chdir(outside / "working")
+    tempfile.tempdir = str(outside / "temporary")
+    yield outside / "scans"
+    os.chdir(before)
+    tempfile.tempdir = default
+    assert sorted(path.name for path in outside.iterdir()) == ["scans", "temporary", "working"]
+    assert not list((outside / "working").iterdir())
+    assert not list((outside / "temporary").iterdir())
+
+
+def outcome(path: Path) -> str:
+    """Read a scan within bounds of time and memory, and say what became of it."""
+    files = sorted(path.parent.iterdir())
+    scan = Scan(str(path), "scan", 0)
+    tracemalloc.start()
+    start = time.perf_counter()
+    try:
+        (volume,) = read_scan(scan, CONFIG)
+    except RefusedScan as refusal:
+        assert refusal.code in CODES
+        assert str(path.parent) in refusal.message or scan.key in refusal.message
+        result = refusal.code
+    else:
+        assert volume.data.ndim == 4
+        assert volume.data.dtype in (np.int8, np.uint8, np.int16, np.uint16, np.float32)
+        assert volume.data.shape[3] <= 3
+        assert np.isfinite(volume.data).all()
+        assert np.isfinite(volume.affine).all()
+        assert nibabel.aff2axcodes(volume.affine) == ("R", "A", "S")
+        assert all(0 < size < 1e4 for size in volume.spacing_mm)
+        result = "volume"
+    finally:
+        seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert seconds < 5
+    # As stored, and as float32 from bytes at worst; then what is computed on a part of it, and buffers.
+    assert peak < MAX_MIB * 2**20 * 5 + 12 * 2**20
+    assert sorted(path.parent.iterdir()) == files
+    seen[result] += 1
+    return result
+
+
+def write(folder: Path, name: str, parts: tuple[bytes, bytes], is_zipped: bool) -> Path:
+    """Write a scan, as the only one of the folder."""
+    for path in folder.iterdir():
+        path.unlink()
+    suffix = ".gz" if is_zipped else ""
+    header, voxels = parts
+    single, pair = {f"scan.nii{suffix}": header + voxels}, {f"scan.hdr{suffix}": header, f"scan.img{suffix}": voxels}
+    files = single if name.endswith(".nii") else pair
+    for file, content in files.items():
+        (folder / file).write_bytes(gzip.compress(content, 1, mtime=0) if is_zipped else content)
+    return folder / next(iter(files))
+
+
+FIELDS = {
+    "one": {name: (info[1], info[0]) for name, info in nibabel.Nifti1Header.template_dtype.fields.items()},
+    "two": {name: (info[1], info[0]) for name, info in nibabel.Nifti2Header.template_dtype.fields.items()},
+}
+# What bends a reader: what a field holds decides where voxels lie, how many there are, and what becomes of them.
+BENT = (
+    "dim", "dim", "dim", "datatype", "bitpix", "vox_offset", "scl_slope", "scl_inter", "pixdim", "sform_code", "qform_code", "srow_x",
+    "srow_y", "srow_z", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "magic", "sizeof_hdr", "xyzt_units",
+)  # fmt: skip
+NUMBERS = (0, 1, -1, 2, 3, 4, 5, 7, 8, 16, 64, 255, 256, 512, 1024, 1280, 1536, 1792, 2304, 32767, -32768, 2**31 - 1)
+REALS = (0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 1e-30, 1e30, 3e38, np.inf, -np.inf, np.nan, 352.0, 353.5, 1e5, 2**24, -352.0)
+
+
+def bend(header: bytearray, kind: str, draw: random.Random) -> None:
+    """Write a hostile value into one field, or into one element of it."""
+    offset, dtype = FIELDS[kind][draw.choice(BENT)]
+    base, count = dtype.base, int(np.prod(dtype.shape, dtype=int))
+    position = offset + draw.randrange(count) * base.itemsize
+    if base.kind in "iu":
+        value = draw.choice(NUMBERS) if draw.random() < 0.9 else draw.getrandbits(63) - 2**62
+        header[position : position + base.itemsize] = np.array(value).astype(base).tobytes()
+    elif base.kind == "f":
+        with np.errstate(over="ignore"):
+            header[position : position + base.itemsize] = np.array(draw.choice(REALS)).astype(base).tobytes()
+    else:
+        header[position : position + base.itemsize] = draw.randbytes(base.itemsize)
+
+
+@cases(700)
+@given(seed=st.integers(0, 2**32))
+def test_hostile_headers(folder: Path, whole: dict[str, tuple[bytes, bytes]], seed: int) -> None:
+    draw = random.Random(seed)
+    name = draw.choice(sorted(KINDS))
+    header, voxels = bytearray(whole[name][0]), whole[name][1]
+    for _ in range(draw.choice((1, 1, 2, 3, 6))):
+        bend(header, name[:3], draw)
+    outcome(write(folder, name, (bytes(header), voxels), draw.random() < 0.3))
+
+
+@cases(500)
+@given(seed=st.integers(0, 2**32))
+def test_flipped_and_missing_bits(folder: Path, whole: dict[str, tuple[bytes, bytes]], seed: int) -> None:
+    """In plain files a flip among the voxels cannot be seen; in zipped ones any change of the stream is."""
+    draw = random.Random(seed)
+    name, is_zipped = draw.choice(sorted(KINDS)), draw.random() < 0.6
+    path = write(folder, name, whole[name], is_zipped)
+    target = draw.choice(sorted(folder.iterdir()))
+    before = target.read_bytes()
+    content = bytearray(before)
+    if draw.random() < 0.3:
+        content = content[: draw.randrange(len(content))]
+    else:
+        for _ in range(draw.choice((1, 1, 2, 9))):
+            content[draw.randrange(10 if is_zipped else 0, len(content))] ^= 1 << draw.randrange(8)
+    target.write_bytes(content)
+    if outcome(path) == "volume" and is_zipped:  # bits that a stream does not use, or the same one flipped twice
+        assert gzip.decompress(content) == gzip.decompress(before)
+
+
+ZEROS = gzip.compress(bytes(1 << 20), mtime=0)
+LONG_ZEROS = gzip.compress(bytes(64 << 20), 1, mtime=0)
+
+
+@cases(150)
+@given(seed=st.integers(0, 2**32))
+def test_gzip_bombs(folder: Path, whole: dict[str, tuple[bytes, bytes]], seed: int) -> None:
+    """Streams that are far larger than the header says, or headers that promise far more than there is."""
+    draw = random.Random(seed)
+    header, voxels = bytearray(whole["one.nii"][0]), whole["one.nii"][1]
+    sizes = [draw.choice((2, 5, 100, 1000, 32767)) for _ in range(3)]
+    header[42:48] = np.array(sizes, "<i2").tobytes()
+    path = write(folder, "one.nii", (bytes(header), voxels), True)
+    num_mib, more = draw.choice([(0, b""), (5, ZEROS * 5), (64, LONG_ZEROS), (2000, ZEROS * 2000)])
+    with path.open("ab") as file:
+        file.write(more)
+    result = outcome(path)
+    promised_mib = 2 * int(np.prod(sizes, dtype=object)) / 2**20
+    if promised_mib > MAX_MIB:
+        assert result == "too_large"
+    elif num_mib > promised_mib + 2:
+        assert result == "unreadable"
+
+
+@cases(250)
+@given(
+    content=st.binary(max_size=700), head=st.sampled_from([b"", b"\x1f\x8b", b"\x1f\x8b\x08\x08", b"\x1f\x8b\x08\x04"])
+)
+def test_any_bytes(folder: Path, content: bytes, head: bytes) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "scan.nii.gz").write_bytes(head + content)
+    assert outcome(folder / "scan.nii.gz") in {"not_nifti", "truncated", "unreadable"}
+
+
+@cases(150)
+@given(seed=st.integers(0, 2**32))
+def test_labels_are_read_as_warily_as_scans(folder: Path, whole: dict[str, tuple[bytes, bytes]], seed: int) -> None:
+    draw = random.Random(seed)
+    header, voxels = bytearray(whole["one.nii"][0]), whole["one.nii"][1]
+    for _ in range(2):
+        bend(header, "one", draw)
+    path = write(folder, "one.nii", (bytes(header), voxels), False)
+    try:
+        assert read_labels(path).data.dtype == np.int16
+    except RefusedScan as refusal:
+        assert refusal.code in CODES | {"labels"}
+
+
+NAMES = st.text(
+    st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]) | st.sampled_from(". -_\n\t*?[]#%:\\'\"$(;"),
+    min_size=1,
+    max_size=12,
+)
+
+
+@cases(150)
+@given(
+    names=st.lists(NAMES, min_size=1, max_size=4, unique=True),
+    suffix=st.sampled_from([".nii", ".nii.gz", ".hdr", ".img", ".dcm", "..nii", ".NII", ""]),
+    link=st.sampled_from(["", "..", "scan", "/", "/dev/zero", "absent", "../../secret.nii"]),
+)
+def test_names_and_links(folder: Path, names: list[str], suffix: str, link: str) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as inner:
+        root = Path(inner, "root")
+        root.mkdir()
+        (root / "scan.nii").write_bytes(b"12345")
+        for name in names:
+            path = root / (name + suffix)
+            if path.name in (".", "..") or path.exists():
+                continue
+            path.write_bytes(b"12345")
+        if link:
+            (root / "link.nii").symlink_to(link)
+            (root / "folder").symlink_to(link)
+        scans = find_scans([str(root)], cache=root)
+        keys = [scan.key for scan in scans]
+        assert len(set(keys)) == len(keys)
+        assert all(set(key).isdisjoint("./\n\t\0 ") for key in keys)
+        assert all(Path(scan.path).parent == root for scan in scans), "nothing outside is listed"
+        for scan in scans:
+            with pytest.raises(RefusedScan):
+                read_scan(scan, CONFIG)
+        json.dumps([scan.path for scan in scans])
+
+
+VALUES = st.one_of(
+    st.sampled_from(
+        ["scan.nii", "./scan.nii", "../../../etc/passwd", "/dev/zero", "", "n/a", "~", "file:///", "s3://"]
+    ),
+    st.sampled_from(["link.nii", "folder", "http://x/y.nii", "scan.nii\0", "x" * 5000 + ".nii", "\u202e.nii", "a\rb"]),
+    st.text(max_size=10),
+)
+
+
+@cases(300)
+@given(
+    rows=st.lists(st.lists(VALUES, min_size=1, max_size=3), max_size=3),
+    columns=st.sampled_from([["path"], ["path", "subject"], ["subject", "path", "x"], ["file"], ["path", "path"]]),
+    form=st.sampled_from(["csv", "tsv", "jsonl", "raw"]),
+    noise=st.binary(max_size=12),
+)
+def test_lists(folder: Path, rows: list[list[str]], columns: list[str], form: str, noise: bytes) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "scan.nii").write_bytes(b"12345")
+    (folder / "link.nii").symlink_to("/dev/zero")
+    if form == "jsonl":
+        content = "\n".join(json.dumps(dict(zip(columns, row, strict=False))) for row in rows).encode()
+    else:
+        separator = "\t" if form == "tsv" else ","
+        lines = [columns, *rows]
+        content = "\n".join(separator.join(line) for line in lines).encode("utf-8", "replace")
+    name = "list." + ("csv" if form == "raw" else form)
+    (folder / name).write_bytes(content + noise if form == "raw" else content)
+    try:
+        scans = find_scans([str(folder / name)], cache=folder)
+    except DataError as error:
+        assert name in str(error)
+        assert len(str(error)) < 12_000
+        return
+    for scan in scans:
+        assert Path(scan.path).name in {"scan.nii", "link.nii"}
+        with pytest.raises(RefusedScan):
+            read_scan(scan, CONFIG)
+
+
+def test_the_cases_met_every_reason(folder: Path) -> None:
+    """A fuzz test that only meets one kind of refusal would show little; runs after the others of this file."""
+    if sum(seen.values()) < 1500:
+        pytest.skip("counts what the other tests of this file met")
+    missing = {"volume", *CODES} - set(seen) - {"constant", "too_small"}
+    assert not missing, f"not met: {missing}; met: {dict(seen)}"
+
+
+def test_a_volume_survives_the_harness(folder: Path, whole: dict[str, tuple[bytes, bytes]]) -> None:
+    for name in KINDS:
+        for is_zipped in (False, True):
+            path = write(folder, name, whole[name], is_zipped)
+            assert outcome(path) == "volume"
+            np.testing.assert_array_equal(read_volume(path).data.sum(), VOXELS.sum())
