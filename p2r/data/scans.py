@@ -197,23 +197,24 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str], bool]]:
     waiting = [(root, bids.is_dataset(root.parent))]
     while waiting:
         folder, is_bids = waiting.pop()
+        files, folders = [], []
         try:
             with os.scandir(folder) as entries:
-                found = {entry.name: _is_folder(entry) for entry in entries if not entry.name.startswith(".")}
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.name)
+                    elif (
+                        not entry.is_symlink() or not Path(entry).is_dir()
+                    ):  # is_dir() of an entry fails where links loop
+                        files.append(entry.name)
         except OSError as error:
             raise DataError(f"folder {folder} cannot be listed: {error}; check its permissions") from error
-        is_dataset = bids.DESCRIPTION in found
-        yield folder, sorted(name for name, is_folder in found.items() if not is_folder), is_bids or is_dataset
+        is_dataset = bids.DESCRIPTION in files
         skipped = bids.NOT_RAW if is_dataset else frozenset()
-        below = sorted((name for name, is_folder in found.items() if is_folder and name not in skipped), reverse=True)
-        waiting += [(folder / name, is_bids or is_dataset) for name in below if not (folder / name).is_symlink()]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
+        is_bids = is_bids or is_dataset
+        yield folder, sorted(name for name in files if not name.startswith(".")), is_bids
+        below = sorted(name for name in folders if not name.startswith(".") and name not in skipped)
+        waiting += [(folder / name, is_bids) for name in reversed(below)]
 
 
 def _from_file(path: Path, search: _Search) -> Iterator[Scan]:
