@@ -73,7 +73,7 @@ def test_a_missing_path(run: Run, tmp_path: Path) -> None:
 
 def test_an_empty_corpus(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(run(f"ingest.sources=[{tmp_path}/empty]", "ingest.subjects_of=null"), "holds no .nii or .nii.gz")
+    refused(run(f"ingest.sources=[{tmp_path}/empty]", "ingest.subjects_of=null"), "holds no .nii, .nii.gz")
 
 
 def test_a_corpus_smaller_than_a_global_batch(run: Run) -> None:
