@@ -167,7 +167,7 @@ def s3_url(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """S3 clients give up after seconds, not minutes."""
-    for name, value in {"DEADLINE": "15", "FIRST_BACKOFF": "0.02", "MAX_BACKOFF": "0.3", "READ_TIMEOUT": "1"}.items():
+    for name, value in {"DEADLINE": "30", "FIRST_BACKOFF": "0.02", "MAX_BACKOFF": "0.3", "READ_TIMEOUT": "10"}.items():
         monkeypatch.setenv(f"P2R_S3_{name}_S", value)
 
 

@@ -47,10 +47,11 @@ class Fault:
 
 @dataclass
 class Exchange:
-    """One request, and how much of an answer's body the client was sent. Noted before it is sent."""
+    """One request, the status of the server's answer, and how much of its body the client was sent (noted before it is)."""
 
     request: str
     range: str | None
+    status: str = ""
     num_bytes: int = 0
 
 
@@ -142,6 +143,7 @@ class FaultProxy:
                 break
         if fault.kind == "lose":
             return False
+        exchange.status = status
         client.sendall(head)
         has_none = exchange.request.startswith("HEAD ") or status in ("204", "304")
         for piece in _body(answers, has_none=has_none, headers=headers):
@@ -191,7 +193,7 @@ def _read_head(stream: BinaryIO) -> tuple[bytes, str, str, HTTPMessage]:
     if not lines[-1]:
         return b"", "", "", HTTPMessage()
     first, second = lines[0].decode("latin-1").split(" ")[:2]
-    return b"".join(lines), first, second, parse_headers(_Lines(lines[1:]))  # type: ignore[arg-type]
+    return b"".join(lines), first, second, parse_headers(_Lines(lines[1:]))
 
 
 class _Lines:

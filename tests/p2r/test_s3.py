@@ -65,19 +65,29 @@ def test_a_busy_server_is_asked_again_and_each_time_is_counted(storage: Storage,
     [
         (Fault("drop"), "connection"),
         (Fault("lose"), "connection"),
-        (Fault("delay", seconds=1.5), "timeout"),
-        (Fault("stall", after_bytes=300_000, seconds=9), "timeout"),
         (Fault("truncate", after_bytes=300_000), "truncated"),
     ],
 )
-def test_a_connection_that_breaks_or_hangs_costs_a_counted_retry_and_no_byte(
+def test_a_connection_that_breaks_costs_a_counted_retry_and_no_byte(
     storage: Storage, proxy: FaultProxy, tmp_path: Path, fault: Fault, cause: str
 ) -> None:
     proxy.add(fault)
+    assert fetched(storage, tmp_path) == CONTENT
+    assert retries(storage) == {cause: 1}
+    assert storage.counters.snapshot()["bytes_fetched"] == len(CONTENT)
+
+
+@pytest.mark.parametrize("fault", [Fault("delay", seconds=3), Fault("stall", after_bytes=300_000, seconds=60)])
+def test_a_server_that_falls_silent_is_left_after_the_time_limit(
+    storage: Storage, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    monkeypatch.setenv("P2R_S3_READ_TIMEOUT_S", "1")
+    storage = Storage(storage.url, counters=Counters())
+    proxy.add(fault)
     began_s = time.monotonic()
     assert fetched(storage, tmp_path) == CONTENT
-    assert time.monotonic() - began_s < 4
-    assert retries(storage) == {cause: 1}
+    assert time.monotonic() - began_s < 20
+    assert set(retries(storage)) == {"timeout"}
     assert storage.counters.snapshot()["bytes_fetched"] == len(CONTENT)
 
 
@@ -275,7 +285,7 @@ def test_a_server_that_is_killed_and_comes_back_costs_time_and_nothing_else(
     storage.download("x", tmp_path / "back", sha256=file_sha256(local))
     back[0].join()
     proxy.close()
-    assert sum(exchange.num_bytes for exchange in proxy.exchanges) == 2**25
+    assert sum(exchange.num_bytes for exchange in proxy.exchanges if exchange.status in ("200", "206")) == 2**25
     assert storage.counters.snapshot()["bytes_fetched"] == 2**25
     assert sum(retries(storage).values()) > 1
 
