@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from p2r.errors import InputError, JobError, P2RError
-from p2r.job import Job, json_schema, read_job
+from p2r.job import Job, json_schema, overrides_of, read_job
 from p2r.storage import Storage
 
 app = typer.Typer(
@@ -29,6 +29,13 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the job, such as pretrain.steps=20."),
 ]
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as jobs/demo.yaml.")]
+AllowTransductive = Annotated[
+    bool,
+    typer.Option(
+        "--allow-transductive",
+        help="Go on although validation or test patients are in the backbone's corpus; every row of the report is labelled.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, and what workers print.")]
 
 
@@ -72,10 +79,11 @@ def run(
     path: JobPath,
     set_: Overrides = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
+    allow_transductive: AllowTransductive = False,
     debug: Debug = False,
 ) -> None:
     """Run a job on Ray; running it again resumes it."""
-    job = read_job(path, tuple(set_ or ()))
+    job = read_job(path, overrides_of(set_, allow_transductive=allow_transductive))
     _print_made(_run_on_ray(job, address, debug=debug))
 
 
@@ -96,13 +104,15 @@ def submit(
     address: Annotated[
         str | None, typer.Option(help="Job server, http://HOST:8265; default: RAY_API_SERVER_ADDRESS.")
     ] = None,
+    allow_transductive: AllowTransductive = False,
     debug: Debug = False,
 ) -> None:
     """Submit a job to a Ray cluster from the repository's root, and follow its log."""
-    read_job(path, tuple(set_ or ()))
+    overrides = overrides_of(set_, allow_transductive=allow_transductive)
+    read_job(path, overrides)
     from cluster.submit import submit as submit_to_ray
 
-    submit_to_ray(path, tuple(set_ or ()), address=address)
+    submit_to_ray(path, overrides, address=address)
 
 
 @app.command()
@@ -113,39 +123,38 @@ def schema() -> None:
 
 @app.command()
 def inspect(
-    url: Annotated[str, typer.Argument(help="A corpus, backbone, model, or a job's storage.")], debug: Debug = False
+    url: Annotated[str, typer.Argument(help="A corpus, backbone, model, or a job's storage.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print a corpus's manifest instead of a table.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Show what lies at a URL."""
-    storage = Storage(url)
-    names = storage.list()
-    if "manifest.json" in names:
-        manifest = storage.read_json("manifest.json")
-        hidden = {"subject_digests", "voxel_digests", "salt"}
-        print(json.dumps(_without(manifest, hidden), indent=2))
-        return
-    manifests = [name for name in names if name.endswith("/manifest.json")]
-    if not manifests:
-        raise InputError(f"{storage.url} holds nothing of p2r's: no manifest.json at any depth")
-    for name in manifests:
-        print(f"{storage.read_json(name).get('format', '?'):20} {storage.at(name.removesuffix('/manifest.json'))}")
+    from cluster.inspect import show
+
+    show(Storage(url), as_json=json_)
 
 
 @app.command()
 def verify(url: Annotated[str, typer.Argument(help="A corpus, backbone or model.")], debug: Debug = False) -> None:
     """Check every digest of what lies at a URL."""
-    from p2r.backbone import BACKBONE_FORMAT, load_backbone, load_model
-    from p2r.data.corpus import verify_corpus
-
     storage = Storage(url)
-    kind = str(storage.read_json("manifest.json").get("format"))
-    if kind.startswith("p2r-corpus/"):
+    manifest = storage.read_json("manifest.json")
+    kind = str(manifest.get("format")) if isinstance(manifest, dict) else "no manifest"
+    if kind.startswith("p2r-backbone/"):
+        from p2r.backbone import load_backbone
+
+        load_backbone(url)
+    elif kind.startswith("p2r-model/"):
+        from p2r.backbone import load_model
+
+        load_model(url)
+    else:
+        from p2r.data.verify import unreferenced_files, verify_corpus
+
         problems = verify_corpus(storage)
         if problems:
             raise InputError(f"{storage.url} is damaged:\n" + "\n".join(f"  {problem}" for problem in problems))
-    elif kind == BACKBONE_FORMAT:
-        load_backbone(url)
-    else:
-        load_model(url)
+        for name in unreferenced_files(storage):
+            print(f"unreferenced  {name}")
     print(f"sound    {kind}  {storage.url}")
 
 
@@ -249,11 +258,3 @@ def _check_output(path: Path) -> None:
         raise InputError(f"output {path} must end in .nii or .nii.gz")
     if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise InputError(f"output {path}: the folder {path.absolute().parent} does not exist or cannot be written")
-
-
-def _without(value: Any, hidden: set[str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _without(child, hidden) for key, child in value.items() if key not in hidden}
-    if isinstance(value, list):
-        return [_without(child, hidden) for child in value]
-    return value

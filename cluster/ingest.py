@@ -1,13 +1,15 @@
-"""Ingest on Ray: one task per shard, a bounded number in flight, the manifest by the driver, last."""
+"""Ingest on Ray: one task per shard, a bounded number in flight; what the shards become is up to `p2r.data.corpus`."""
 
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import ray
 
 from cluster.progress import Say
 from p2r.config import IngestConfig
-from p2r.data.corpus import ShardPlan, build_shard, find_scans, finish_corpus, plan_shards
-from p2r.storage import Storage, cache_folder
+from p2r.data.corpus import Built, ShardPlan, build_shard, report_progress
+from p2r.data.corpus import ingest as ingest_by
+from p2r.storage import Storage
 
 
 def ingest(
@@ -19,35 +21,40 @@ def ingest(
     retries: int,
     say: Say,
 ) -> None:
-    """Make the corpus at `storage`; a task that dies is run again and writes the same bytes."""
-    plans = plan_shards(find_scans(config.sources, cache=cache_folder()), config, allowed_subjects=subjects)
-    say(f"ingest | {sum(len(plan.scans) for plan in plans)} scans to read, {len(plans)} shards to write")
-    build = ray.remote(num_cpus=cpus_per_task, max_retries=retries)(_build)
-    limit = max(1, 2 * int(ray.cluster_resources().get("CPU", 1) / cpus_per_task))
-    waiting = list(plans)
-    running: dict[Any, ShardPlan] = {}
-    done: dict[str, tuple[dict[str, Any] | None, list[dict[str, Any]]]] = {}
-    while waiting or running:
-        while waiting and len(running) < limit:
-            plan = waiting.pop(0)
-            running[build.remote(plan, config, storage)] = plan
-        (ready, *_), _ = ray.wait(list(running))
-        plan = running.pop(ready)
-        done[plan.name] = _result(ready)
-        say(f"ingest | shard {len(done)}/{len(plans)} | {sum(row['num_samples'] for row in done[plan.name][1])} planes")
-    results = [done[plan.name] for plan in plans]
-    finish_corpus(
-        storage,
-        config,
-        [entry for entry, _ in results],
-        [row for _, rows in results for row in rows],
-        allowed_subjects=subjects,
+    """Make or grow the corpus at `storage`; a task that dies is run again and writes the same bytes."""
+
+    def say_ingest(line: str) -> None:
+        say(f"ingest | {line}")
+
+    def build_all(plans: Sequence[ShardPlan]) -> Generator[tuple[ShardPlan, Built], None, None]:
+        return _build_all(plans, config, storage, cpus_per_task=cpus_per_task, retries=retries)
+
+    report_progress(
+        ingest_by(config, storage, build_all=build_all, allowed_subjects=subjects, say=say_ingest), say_ingest
     )
 
 
-def _build(
-    plan: ShardPlan, config: IngestConfig, storage: Storage
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+def _build_all(
+    plans: Sequence[ShardPlan], config: IngestConfig, storage: Storage, *, cpus_per_task: float, retries: int
+) -> Generator[tuple[ShardPlan, Built], None, None]:
+    build = ray.remote(num_cpus=cpus_per_task, max_retries=retries)(_build)
+    limit = max(1, 2 * int(ray.cluster_resources().get("CPU", 1) / cpus_per_task))
+    waiting = iter(plans)
+    running: dict[Any, ShardPlan] = {}
+    try:
+        while True:
+            while len(running) < limit and (plan := next(waiting, None)) is not None:
+                running[build.remote(plan, config, storage)] = plan
+            if not running:
+                return
+            (ready, *_), _ = ray.wait(list(running))
+            yield running.pop(ready), _result(ready)
+    finally:
+        for reference in running:  # the job stops early
+            ray.cancel(reference)
+
+
+def _build(plan: ShardPlan, config: IngestConfig, storage: Storage) -> Built:
     return build_shard(plan, config, storage)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from p2r.data.pseudonyms import VARIABLE as PSEUDONYM_KEY
 from p2r.errors import StorageError
 from p2r.storage import Storage
 
@@ -31,7 +32,8 @@ def session(address: str | None = None, *, show_worker_logs: bool = False) -> It
         where = address or os.environ.get("RAY_ADDRESS")
         ray.init(
             address=where or "local",
-            runtime_env={"env_vars": forwarded_environment()},
+            # Whoever runs the job makes pseudonyms; workers get them ready-made.
+            runtime_env={"env_vars": {k: v for k, v in forwarded_environment().items() if k != PSEUDONYM_KEY}},
             log_to_driver=show_worker_logs,
             logging_level="error",
             **({} if where else {"include_dashboard": False}),

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from p2r.data.manifest import load_manifest
 from p2r.errors import StorageError
 from p2r.job import Job
 from p2r.storage import Storage
@@ -24,9 +25,13 @@ def show(job: Job) -> None:
 
 def _corpus(storage: Storage) -> str | None:
     if not storage.exists("corpus/manifest.json"):
-        return None
-    manifest = storage.read_json("corpus/manifest.json")
-    return f"{manifest['num_records']} scans, {manifest['num_samples']} planes, {len(manifest['shards'])} shards"
+        num_built = len(storage.list("corpus/receipts"))
+        return f"{num_built} shards built, no revision yet" if num_built else None
+    manifest = load_manifest(storage.child("corpus"))
+    return (
+        f"{manifest['num_records']} scans, {manifest['num_samples']} planes, {len(manifest['shards'])} shards, "
+        f"revision {manifest['revision']}"
+    )
 
 
 def _pretrain(storage: Storage, job: Job) -> str | None:

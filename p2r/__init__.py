@@ -8,10 +8,11 @@ Importing the package is cheap: torch is loaded with the first name that needs i
 
 from typing import TYPE_CHECKING, Any
 
+from p2r.version import __version__
+
 if TYPE_CHECKING:
     from p2r.backbone import load_backbone
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load_backbone"]
 
 

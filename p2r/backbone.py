@@ -10,8 +10,6 @@ checked, from safetensors only: loading somebody's model never runs their code.
 """
 
 import hashlib
-import os
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +19,6 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from p2r import __version__
 from p2r.config import ModelConfig, Section
 from p2r.data.preprocess import Planes, Preparation, planes_of
 from p2r.data.volume import Volume, read_volume
@@ -31,6 +28,7 @@ from p2r.model.backbones import build_backbone
 from p2r.model.heads import SegmentationHead
 from p2r.model.pix2rep import Segmenter
 from p2r.storage import Storage, file_sha256, json_bytes
+from p2r.version import __version__, code_version
 
 BACKBONE_FORMAT = "p2r-backbone/1"
 MODEL_FORMAT = "p2r-model/1"
@@ -151,24 +149,6 @@ def publish(
             storage.upload(folder / file, file)
         storage.write_json("manifest.json", manifest)
     return _with_digest(storage)
-
-
-def code_version() -> str:
-    """Return the commit that this code was taken from, or `unknown`."""
-    if os.environ.get("P2R_COMMIT"):
-        return os.environ["P2R_COMMIT"]
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 def _with_digest(storage: Storage) -> dict[str, Any]:

@@ -106,6 +106,19 @@ class IngestConfig(Section):
     """A shard is closed once its records reach this size; a subject is never spread over two shards."""
     seed: int = 0
     """Shuffles subjects over shards."""
+    record: Literal["planes", "blocks", "npy"] = "planes"
+    """What a chunk of a record is. planes: for 2D training. blocks: cubes of 32 voxels, for 3D patches. npy: not compressed, for readers
+    without a decoder of ours."""
+    codec: Literal["lz4", "zstd"] = "lz4"
+    """Compression of the chunks. zstd: about a fifth smaller, about three times slower to read."""
+    pseudonyms: bool = False
+    """Replace the names of subjects, scans and files by keyed hashes wherever they would be written. The secret is the environment's
+    `P2R_PSEUDONYM_KEY`."""
+    max_refused_fraction: Fraction = 0.5
+    """The job stops when more than this part of the scans it has read (20 at least, or all there are) is refused. Copies do not count."""
+    cross_subject_copies: Literal["keep", "refuse"] = "keep"
+    """What becomes of scans with exactly the voxels of another subject's. keep: they are counted, and the ledger names the original.
+    refuse: only the first is taken. Copies within a subject are always refused."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -385,6 +398,9 @@ class FinetuneConfig(Section):
     anywhere. centre: that size about the plane's centre; what lies outside is background. Neither looks at a label."""
     nsd_tolerance_mm: PositiveFloat = 2.0
     """Tolerance of the normalised surface Dice, mm."""
+    allow_transductive: bool = False
+    """Go on although validation or test patients are in the backbone's corpus. Every row of the report is then labelled: such figures
+    say nothing about patients that the backbone has not seen."""
     publish_model: bool = True
     """Publish the model of the best validation Dice as `models/<task>/<version>`."""
 

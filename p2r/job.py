@@ -9,6 +9,7 @@ The file is self-contained: the same job runs under Ray (`p2r run`), as a Ray jo
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -137,6 +138,11 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
     job = _with_absolute_tasks(job.model_copy(update={"storage": storage}), path.absolute().parent)
     variants_of(job)
     return job
+
+
+def overrides_of(set_: Sequence[str] | None, *, allow_transductive: bool) -> tuple[str, ...]:
+    """Return the overrides that a command line's `--set` and `--allow-transductive` stand for."""
+    return (*(set_ or ()), *(("finetune.allow_transductive=true",) if allow_transductive else ()))
 
 
 def variants_of(job: Job) -> dict[str, Job]:

@@ -1,196 +1,190 @@
-"""Scans -> a plan of shards -> shards and their ledgers -> the manifest, which is written last.
+"""Scans -> a corpus: any number of runs at once, killed and run again, end in one that is whole and holds all they found.
 
-    find_scans -> plan_shards -> build_shard (any number at once, on any machine) -> finish_corpus
+    find_scans -> plan_growth -> build_shard (any number at once, on any machine) -> publish
 
-Choices: which scan goes into which shard is settled from names and file sizes before anything is read, so every shard
-can be built, or built again after a failure, alone, and always has the same bytes. A subject is never spread over two
-shards. Every scan that was found has a row in the ledger, whatever became of it: nothing is dropped in silence.
+One run is a loop: read the current revision, list what it lacks, build shards of that, and make them part of the next
+revision if no other run was faster. If one was, start over from its revision: what has been built is found again. A shard
+never changes and a revision never loses anything, so a reader needs no lock.
 
-Before a shard changes, a manifest that names its old bytes is withdrawn: whoever finds a manifest finds what it names.
+Every scan that was found has a row in the ledger, whatever became of it: nothing is dropped in silence.
 """
 
 import hashlib
-import json
-import re
-import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from p2r.config import IngestConfig
-from p2r.data.manifest import FORMAT, subject_digest, voxel_digest
+from p2r.data.build import Built as Built
+from p2r.data.build import build_shard as build_shard
+from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, is_failure
 from p2r.data.manifest import contains as contains
 from p2r.data.manifest import load_manifest as load_manifest
 from p2r.data.manifest import manifest_sha256 as manifest_sha256
-from p2r.data.manifest import verify_corpus as verify_corpus
-from p2r.data.preprocess import percentile_table, plane_axes, slice_axis
+from p2r.data.plan import Growth, plan_growth, preprocessing_of
+from p2r.data.plan import ShardPlan as ShardPlan
+from p2r.data.pseudonyms import Names, names_of
+from p2r.data.revision import (
+    Revision,
+    choose_thumbnails,
+    current_revision,
+    next_manifest,
+    publish,
+    settle_ledger,
+    write_refused_ledger,
+)
 from p2r.data.scans import Scan as Scan
 from p2r.data.scans import expand_subjects as expand_subjects
 from p2r.data.scans import find_scans as find_scans
-from p2r.data.shards import voxels_sha256, write_shard
-from p2r.data.volume import Volume, read_volume
-from p2r.errors import DataError, RefusedScan
-from p2r.randomness import keyed_generator
+from p2r.data.verify import verify_corpus as verify_corpus
+from p2r.errors import DataError
 from p2r.storage import Storage, cache_folder, json_bytes
 
-LedgerRow = dict[str, Any]
-Entry = dict[str, Any]
+BuildAll = Callable[[Sequence[ShardPlan]], Generator[tuple[ShardPlan, Built], None, None]]
+Say = Callable[[str], None]
 
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """What one shard will be made of. Small, and can be sent to another machine."""
-
-    name: str
-    """Of the tar."""
-    scans: tuple[tuple[Scan, str], ...]
-    """Scans with their subjects, in the order of the records."""
-    left_out: tuple[LedgerRow, ...] = ()
-    """Ledger rows of scans that enter no shard; the first plan carries them all."""
+_LEAST_READ = 20
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class IngestProgress:
-    """One shard is done."""
+    """One more shard is done."""
 
-    shard: str
-    """Name of the tar."""
+    shard: str | None
+    """Name of the tar; None if all of its scans were refused."""
     done: int
     """Shards done, this one included."""
     num_shards: int
-    """Shards in all."""
+    """Shards to build."""
     rows: tuple[LedgerRow, ...]
     """What became of the shard's scans."""
+    scans_read: int
+    """Scans done, in all."""
+    num_scans: int
+    """Scans to read."""
+    refused: dict[str, int]
+    """Scans refused so far, by reason."""
+    mb_per_s: float
+    """Size of the files that were read, by time; what had been built before does not count."""
+    remaining_s: float | None
+    """Time that is left at this rate; None while there is none."""
+
+    def line(self) -> str:
+        """Return a line for the terminal."""
+        refused = ", ".join(f"{count} {reason}" for reason, count in self.refused.items())
+        left = (
+            "" if self.remaining_s is None or self.done == self.num_shards else f" | {_duration(self.remaining_s)} left"
+        )
+        return (
+            f"scans {self.scans_read}/{self.num_scans} | shards {self.done}/{self.num_shards} | {self.mb_per_s:.0f} MB/s{left}"
+            + (f" | refused: {refused}" if refused else "")
+        )
 
 
-def plan_shards(
-    scans: Sequence[Scan], config: IngestConfig, *, allowed_subjects: Set[str] | None = None
-) -> list[ShardPlan]:
-    """Deal scans to shards, subject by subject in an order shuffled by `config.seed`.
+def ingest(
+    config: IngestConfig,
+    storage: Storage,
+    *,
+    build_all: BuildAll,
+    allowed_subjects: Set[str] | None = None,
+    cache: Path | None = None,
+    say: Say = lambda line: None,
+) -> Iterator[IngestProgress]:
+    """Make the corpus at `storage`, or add to it what is new; it is there when the iterator ends.
 
     Args:
-        scans: From `find_scans`.
         config: The job's ingest section.
+        storage: Of the corpus.
+        build_all: Calls `build_shard` for every plan, in any order, and yields what becomes of each.
         allowed_subjects: The subjects that `config.subjects_of` stands for; None: all.
+        cache: For `template://` sources.
+        say: Receives lines that a user should see.
 
     Raises:
-        DataError: for a subject that is listed and has no scan, or if no scan is left.
+        DataError: if the corpus was made by other rules, or holds what this job does not select; if no scan can be used,
+            or more are refused than `config.max_refused_fraction` allows. The ledger is written in these two cases.
     """
-    subjects = {scan: _subject(scan, config.subject_pattern) for scan in scans}
-    selected = _selected({subject for subject in subjects.values() if subject}, config, allowed_subjects)
-    groups: dict[str, list[Scan]] = defaultdict(list)
-    left_out: list[LedgerRow] = []
-    for scan, subject in subjects.items():
-        if subject is None:
-            message = f"{scan.name} does not match subject_pattern {config.subject_pattern!r}"
-            left_out.append(_row(scan, None, "refused", "no_subject", message))
-        elif subject not in selected:
-            left_out.append(_row(scan, subject, "not_selected", "not_selected"))
-        else:
-            groups[subject].append(scan)
-    if not groups:
-        raise DataError(
-            f"none of the {len(scans)} scans found is of a selected subject; "
-            f"subjects found: {_listing({subject for subject in subjects.values() if subject})}"
+    names = names_of(config.cohort, pseudonyms=config.pseudonyms)
+    found = find_scans(
+        config.sources,
+        cache=cache or cache_folder(),
+        include=config.include,
+        exclude=config.exclude,
+        dicom_subject=config.dicom_subject,
+    )
+    asked = corpus_digest(config, allowed_subjects)
+    storage.check_conditional()
+    is_published = False
+    while not is_published:
+        base = current_revision(storage)
+        _check_grows(base, config, names, found, allowed_subjects, cache, storage)
+        growth = plan_growth(
+            found,
+            config,
+            names,
+            ledger=base.rows,
+            first_number=len(base.shards),
+            allowed_subjects=allowed_subjects,
         )
-    shards = [
-        [(scan, subject) for subject in part for scan in sorted(groups[subject])] for part in _dealt(groups, config)
-    ]
-    return [
-        ShardPlan(f"shard-{number:06d}.tar", tuple(members), tuple(left_out) if number == 0 else ())
-        for number, members in enumerate(shards)
-    ]
-
-
-def build_shard(plan: ShardPlan, config: IngestConfig, storage: Storage) -> tuple[Entry | None, list[LedgerRow]]:
-    """Read a plan's scans, write its shard and index to `storage`; the same bytes on every run and every machine.
-
-    Returns:
-        The shard's entry in the manifest (None if every scan was refused), and a ledger row for each scan.
-    """
-    rows = list(plan.left_out)
-    with tempfile.TemporaryDirectory(prefix="p2r-shard-") as folder:
-        tar = Path(folder, plan.name)
-        entry = write_shard(tar, _records(plan, config, rows))
-        _withdraw_manifest(storage, plan.name, entry)
-        if not entry["num_records"]:
-            return None, rows
-        for file in (tar, tar.with_suffix(".idx")):
-            storage.upload(file, file.name)
-    return entry, rows
-
-
-def finish_corpus(
-    storage: Storage,
-    config: IngestConfig,
-    entries: Iterable[Entry | None],
-    ledger: Iterable[LedgerRow],
-    *,
-    allowed_subjects: Set[str] | None = None,
-) -> dict[str, Any]:
-    """Write the ledger, then the manifest under its digest, then the manifest itself: with it the corpus comes to be.
-
-    A second copy of one subject's scan was refused by `build_shard`. Copies under the names of different subjects are
-    kept, wherever they lie, and counted: which of the two names is right is not for us to say.
-
-    Raises:
-        DataError: if no scan was accepted; names how many were refused, and why.
-    """
-    shards = sorted((entry for entry in entries if entry is not None), key=lambda entry: str(entry["name"]))
-    rows = sorted(ledger, key=lambda row: str(row["key"]))
-    reasons = dict(sorted(Counter(str(row["reason"]) for row in rows).items()))
-    num_samples = sum(entry["num_samples"] for entry in shards)
-    storage.write_bytes("ledger.jsonl", b"".join(json.dumps(row, sort_keys=True).encode() + b"\n" for row in rows))
-    if not num_samples:
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "no scan at all"
-        raise DataError(f"no scan could be used ({counts}); {storage.at('ledger.jsonl')} says why, scan by scan")
-    salt = hashlib.sha256("".join(entry["sha256"] for entry in shards).encode()).hexdigest()
-    accepted = [row for row in rows if row["status"] == "accepted"]
-    subjects, voxels = ({str(row[name]) for row in accepted} for name in ("subject", "voxels_sha256"))
-    manifest = {
-        "format": FORMAT,
-        "licence": config.licence,
-        "provenance": config.provenance,
-        "cohort": config.cohort,
-        "source": list(config.sources),
-        "preprocessing": {
-            "slice_axis": config.slice_axis,
-            "min_size": config.min_size,
-        },
-        "config_sha256": corpus_digest(config, allowed_subjects),
-        "num_samples": num_samples,
-        "num_records": len(accepted),
-        "num_subjects": len(subjects),
-        "num_duplicates": len(accepted) - len(voxels),
-        "reasons": reasons,
-        "shards": shards,
-        "salt": salt,
-        "subject_digests": sorted(subject_digest(salt, config.cohort, subject) for subject in subjects),
-        "voxel_digests": sorted(voxel_digest(salt, digest) for digest in voxels),
-    }
-    content = json_bytes(manifest)
-    storage.write_bytes(f"manifests/{hashlib.sha256(content).hexdigest()}.json", content)
-    storage.write_bytes("manifest.json", content)
-    return manifest
+        _say_changed(growth, say)
+        if not growth.is_new:
+            say(f"{storage.url} is complete")
+            settle_ledger(storage)
+            return
+        built = yield from _build(growth, config, storage, build_all, say)
+        built, ledger = _without_copies(growth, built, config, build_all)
+        _check_refused(ledger, ledger, config, storage)
+        entries = [result.entry for result in built if result.entry is not None]
+        if not entries and base.manifest is None:
+            reasons = (
+                ", ".join(f"{count} {reason}" for reason, count in count_reasons(ledger).items()) or "no scan at all"
+            )
+            raise DataError(
+                f"no scan could be used ({reasons}); {write_refused_ledger(storage, ledger)} says why, scan by scan"
+            )
+        candidates = dict(base.thumbnails)
+        for result in built:
+            candidates |= result.thumbnails
+        thumbnails = choose_thumbnails(candidates, ledger)
+        manifest = next_manifest(
+            base, config, names, asked=asked, entries=entries, ledger=ledger, thumbnails=thumbnails
+        )
+        is_published = publish(storage, base, manifest, ledger, thumbnails)
+        if not is_published:
+            say("another run published a revision meanwhile: going on from that")
 
 
 def ingest_locally(
-    config: IngestConfig, storage: Storage, *, allowed_subjects: Set[str] | None = None, cache: Path | None = None
+    config: IngestConfig,
+    storage: Storage,
+    *,
+    allowed_subjects: Set[str] | None = None,
+    cache: Path | None = None,
+    say: Say = lambda line: None,
 ) -> Iterator[IngestProgress]:
-    """Make a corpus in this process, one shard after the other; the manifest is there when the iterator ends."""
-    scans = find_scans(config.sources, cache=cache or cache_folder())
-    plans = plan_shards(scans, config, allowed_subjects=allowed_subjects)
-    entries, ledger = [], []
-    for number, plan in enumerate(plans, start=1):
-        entry, rows = build_shard(plan, config, storage)
-        entries.append(entry)
-        ledger += rows
-        yield IngestProgress(plan.name, number, len(plans), tuple(rows))
-    finish_corpus(storage, config, entries, ledger, allowed_subjects=allowed_subjects)
+    """Make or grow a corpus in this process, one shard after the other: `ingest` with the plainest `build_all`."""
+
+    def build_all(plans: Sequence[ShardPlan]) -> Generator[tuple[ShardPlan, Built], None, None]:
+        return ((plan, build_shard(plan, config, storage)) for plan in plans)
+
+    return ingest(config, storage, build_all=build_all, allowed_subjects=allowed_subjects, cache=cache, say=say)
+
+
+def report_progress(progress: Iterable[IngestProgress], say: Say, *, interval_s: float = 2.0) -> None:
+    """Run an ingest to its end and say how far it is: the first time, the last, and now and then."""
+    last: IngestProgress | None = None
+    said_at = 0.0
+    for report in progress:
+        last = report
+        if report.done == 1 or time.monotonic() - said_at >= interval_s:
+            say(report.line())
+            said_at, last = time.monotonic(), None
+    if last is not None:
+        say(last.line())
 
 
 def corpus_digest(config: IngestConfig, allowed_subjects: Set[str] | None = None) -> str:
@@ -201,108 +195,155 @@ def corpus_digest(config: IngestConfig, allowed_subjects: Set[str] | None = None
     ).hexdigest()
 
 
-def _records(plan: ShardPlan, config: IngestConfig, rows: list[LedgerRow]) -> Iterator[tuple[Volume, dict[str, Any]]]:
-    """Yield the volumes that can be used, with their meta; add a ledger row for every scan."""
-    # Within a subject only: a subject lies in one shard, so the outcome does not depend on how shards were cut.
-    seen: dict[tuple[str, str], str] = {}  # subject, digest of the voxels -> key
-    for scan, subject in plan.scans:
-        try:
-            volume = read_volume(scan.path, key=scan.key)
-            axis = slice_axis(volume.spacing_mm, config.slice_axis)
-            _check_size(volume, axis, config.min_size, scan.path)
-            percentiles = percentile_table(volume.data)
-            digest = voxels_sha256(volume)
-            if original := seen.get((subject, digest)):
-                raise RefusedScan("duplicate", f"{scan.path} has exactly the voxels of {original}")
-        except RefusedScan as error:
-            rows.append(_row(scan, subject, "refused", error.code, error.message))
-            continue
-        seen[subject, digest] = scan.key
-        num_samples = volume.data.shape[axis] * volume.data.shape[3]
-        rows.append(_row(scan, subject, "accepted", "accepted") | {"num_samples": num_samples, "voxels_sha256": digest})
-        yield (
-            volume,
-            {
-                "key": scan.key,
-                "subject": subject,
-                "cohort": config.cohort,
-                "slice_axis": axis,
-                "percentiles": list(percentiles),
-                "source": scan.name,
-                "voxels_sha256": digest,
-                "licence": config.licence,
-            },
-        )
+def _build(
+    growth: Growth, config: IngestConfig, storage: Storage, build_all: BuildAll, say: Say
+) -> Generator[IngestProgress, None, list[Built]]:
+    """Build all plans, yielding progress; return what was built, in the plans' order."""
+    plans = growth.plans
+    num_bytes = sum(plan.num_bytes for plan in plans)
+    num_scans = sum(len(plan.scans) for plan in plans)
+    if plans:
+        say(f"{num_scans} scans to read, {num_bytes / 1e6:.0f} MB, for {len(plans)} shards")
+    hopeful = len(growth.rows) + num_scans
+    if sum(map(is_failure, growth.rows)) > config.max_refused_fraction * hopeful:
+        _check_refused(growth.rows, growth.rows, config, storage)
+    done: dict[int, Built] = {}
+    refused: Counter[str] = Counter()
+    scans_read = bytes_done = bytes_read = num_failed = num_rows = 0
+    began = time.monotonic()
+    with closing(build_all(plans)) as results:
+        for plan, result in results:
+            done[plan.number] = result
+            scans_read += len(plan.scans)
+            bytes_done += plan.num_bytes
+            bytes_read += 0 if result.is_found else plan.num_bytes
+            refused.update(row["reason"] for row in result.rows if not is_accepted(row))
+            elapsed_s = max(time.monotonic() - began, 1e-6)
+            yield IngestProgress(
+                shard=None if result.entry is None else str(result.entry["name"]),
+                done=len(done),
+                num_shards=len(plans),
+                rows=result.rows,
+                scans_read=scans_read,
+                num_scans=num_scans,
+                refused=dict(sorted(refused.items())),
+                mb_per_s=bytes_read / elapsed_s / 1e6,
+                remaining_s=(num_bytes - bytes_done) * elapsed_s / bytes_read if bytes_read else None,
+            )
+            num_failed += sum(map(is_failure, result.rows))
+            num_rows += len(result.rows)
+            if num_rows >= _LEAST_READ and num_failed > config.max_refused_fraction * num_rows:
+                read = [row for plan in plans if plan.number in done for row in done[plan.number].rows]
+                _check_refused([*growth.rows, *read], read, config, storage)
+    return [done[plan.number] for plan in plans]
 
 
-def _check_size(volume: Volume, axis: int, min_size: int, path: str) -> None:
-    shape = tuple(volume.data.shape[other] for other in plane_axes(axis))
-    if min(shape) < min_size:
-        raise RefusedScan(
-            "too_small", f"{path} has planes of {shape[0]} x {shape[1]} voxels; ingest.min_size is {min_size}"
-        )
+def _without_copies(
+    growth: Growth, built: Sequence[Built], config: IngestConfig, build_all: BuildAll
+) -> tuple[list[Built], list[LedgerRow]]:
+    """Find scans that are copies of another subject's. The first stays, in the order of the plans; later ones are marked.
+
+    If they are to be refused, the shards that hold them are built again without them.
+
+    Returns:
+        What was built, and the whole ledger.
+    """
+    first = {row["voxels_sha256"]: row["key"] for row in growth.rows if is_accepted(row) and row["copy_of"] is None}
+    again: dict[int, ShardPlan] = {}
+    for plan, result in zip(growth.plans, built, strict=True):
+        copies = []
+        for row in result.rows:
+            if is_accepted(row) and first.setdefault(row["voxels_sha256"], row["key"]) != row["key"]:
+                copies.append((row["key"], first[row["voxels_sha256"]]))
+                row["copy_of"] = first[row["voxels_sha256"]]
+        if copies and config.cross_subject_copies == "refuse":
+            again[plan.number] = replace(plan, without=tuple(copies))
+    rebuilt = {plan.number: result for plan, result in build_all(tuple(again.values()))} if again else {}
+    final = [rebuilt.get(plan.number, result) for plan, result in zip(growth.plans, built, strict=True)]
+    return final, [*growth.rows, *(row for result in final for row in result.rows)]
 
 
-def _row(scan: Scan, subject: str | None, status: str, reason: str, message: str = "") -> LedgerRow:
-    return {
-        "key": scan.key,
-        "source": scan.path,
-        "subject": subject,
-        "status": status,
-        "reason": reason,
-        "message": message,
-        "num_samples": 0,
-        "voxels_sha256": None,
-    }
-
-
-def _subject(scan: Scan, pattern: str) -> str | None:
-    try:
-        match = re.search(pattern, scan.name)
-        return None if match is None else match[1]
-    except (re.error, IndexError) as error:
-        raise DataError(
-            f"ingest.subject_pattern {pattern!r} must be a regular expression with one group: {error}"
-        ) from None
-
-
-def _selected(found: set[str], config: IngestConfig, allowed: Set[str] | None) -> set[str]:
-    selected = found if allowed is None else found & allowed
-    if config.subjects is None:
-        return selected
-    listed = set(expand_subjects(config.subjects))
-    if absent := listed - found:
-        raise DataError(
-            f"ingest.subjects lists {_listing(absent)}, of whom there is no scan; subjects found: {_listing(found)}"
-        )
-    return selected & listed
-
-
-def _listing(names: Set[str]) -> str:
-    ordered = sorted(names)
-    shown = ", ".join(ordered[:5])
-    return f"{shown}, and {len(ordered) - 5} more" if len(ordered) > 5 else shown or "none"
-
-
-def _dealt(groups: dict[str, list[Scan]], config: IngestConfig) -> Iterator[list[str]]:
-    """Yield the subjects of each shard. A shard is full once the files behind it reach the size that was asked for."""
-    names = sorted(groups)
-    order = np.argsort(keyed_generator(config.seed, "shards").bit_generator.random_raw(len(names)), kind="stable")
-    part: list[str] = []
-    num_bytes = 0
-    for index in order:
-        part.append(names[index])
-        num_bytes += sum(scan.num_bytes for scan in groups[names[index]])
-        if num_bytes >= config.shard_size_mib * 2**20:
-            yield part
-            part, num_bytes = [], 0
-    if part:
-        yield part
-
-
-def _withdraw_manifest(storage: Storage, name: str, entry: Entry) -> None:
-    if not storage.exists("manifest.json"):
+def _check_refused(
+    ledger: Sequence[LedgerRow], inputs: Sequence[LedgerRow], config: IngestConfig, storage: Storage
+) -> None:
+    """Stop the job if too many of the inputs were refused; the ledger is written then."""
+    read = [row for row in inputs if row["status"] != "not_selected"]
+    failed = [row for row in read if is_failure(row)]
+    if len(failed) <= config.max_refused_fraction * len(read):
         return
-    named = {shard["name"]: shard for shard in storage.read_json("manifest.json").get("shards", [])}
-    if named.get(name) != entry:
-        storage.delete("manifest.json")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(failed).items())
+    where = write_refused_ledger(storage, ledger)
+    raise DataError(
+        f"{len(failed)} of {len(read)} scans read were refused ({reasons}), ingest.max_refused_fraction is "
+        f"{config.max_refused_fraction:g}: {where} says why, scan by scan; correct the sources, or raise the limit. Shards that "
+        "were built stay and are found again"
+    )
+
+
+def _check_grows(
+    base: Revision,
+    config: IngestConfig,
+    names: Names,
+    found: Sequence[Scan],
+    allowed_subjects: Set[str] | None,
+    cache: Path | None,
+    storage: Storage,
+) -> None:
+    """Refuse a job by which the corpus would not be what the job says.
+
+    Raises:
+        DataError: naming what differs, or whom the job leaves out.
+    """
+    if base.manifest is None:
+        return
+    way_out = "a corpus only grows: give the job another storage URL, or the section that the corpus was made with"
+    # A field that came after the corpus was made had its default then.
+    defaults = preprocessing_of(IngestConfig(sources=config.sources, licence=config.licence))
+    statement = base.manifest["deidentification"]
+    theirs = {**defaults, **base.manifest["preprocessing"], "names": (statement.get("names"), statement.get("key_id"))}
+    ours = {**preprocessing_of(config), "names": (names.statement()["names"], names.statement().get("key_id"))}
+    for name in ("licence", "cohort"):
+        theirs[name], ours[name] = base.manifest[name], getattr(config, name)
+    differing = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+    if differing:
+        what = "; ".join(
+            f"{name}: {theirs.get(name)!r} in the corpus, {ours.get(name)!r} in the job" for name in differing
+        )
+        raise DataError(f"{storage.url} holds a corpus made by other rules ({what}); {way_out}")
+    accepted = [row for row in base.rows if is_accepted(row)]
+    selected = allowed_subjects
+    if config.subjects is not None:
+        listed = frozenset(expand_subjects(config.subjects))
+        selected = listed if selected is None else selected & listed
+    if selected is not None:
+        published = {names.subject(name) for name in selected}
+        _refuse_left_out(
+            "subjects", {str(row["subject"]) for row in accepted if row["subject"] not in published}, way_out, storage
+        )
+    missing = {str(row["source"]) for row in accepted} - {names.source(scan.path) for scan in found}
+    if missing and (config.include or config.exclude):
+        everything = find_scans(config.sources, cache=cache or cache_folder(), dicom_subject=config.dicom_subject)
+        _refuse_left_out("scans", missing & {names.source(scan.path) for scan in everything}, way_out, storage)
+
+
+def _refuse_left_out(what: str, left_out: Set[str], way_out: str, storage: Storage) -> None:
+    if left_out:
+        shown = ", ".join(sorted(left_out)[:_SHOWN]) + (", ..." if len(left_out) > _SHOWN else "")
+        raise DataError(
+            f"{storage.url} holds {len(left_out)} {what} that this job does not select ({shown}); {way_out}"
+        )
+
+
+def _say_changed(growth: Growth, say: Say) -> None:
+    if growth.changed:
+        shown = ", ".join(growth.changed[:_SHOWN]) + (", ..." if len(growth.changed) > _SHOWN else "")
+        say(
+            f"{len(growth.changed)} scans changed after they were accepted and keep their records ({shown}); to read them again, "
+            "make another corpus"
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

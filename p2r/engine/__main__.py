@@ -16,13 +16,13 @@ import torch
 from rich.console import Console
 
 from p2r.config import IngestConfig, PretrainConfig
-from p2r.data.corpus import ingest_locally
+from p2r.data.corpus import ingest_locally, report_progress
 from p2r.engine.finetune import TrialSetup, run_trial
 from p2r.engine.pipeline import Say, run_job
 from p2r.engine.pretrain import pretrain
 from p2r.errors import InputError, P2RError
 from p2r.evaluate.protocol import Trial
-from p2r.job import read_job
+from p2r.job import overrides_of, read_job
 from p2r.storage import Storage
 
 
@@ -34,8 +34,11 @@ class LocalExecutor:
 
     def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
         """Shard after shard."""
-        for progress in ingest_locally(config, storage, allowed_subjects=subjects):
-            say(f"ingest | shard {progress.done}/{progress.num_shards}")
+
+        def say_ingest(line: str) -> None:
+            say(f"ingest | {line}")
+
+        report_progress(ingest_locally(config, storage, allowed_subjects=subjects, say=say_ingest), say_ingest)
 
     def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
         """On this process's device."""
@@ -66,6 +69,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m p2r.engine", description="Run a job in one process, without Ray.")
     parser.add_argument("job", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the job")
+    parser.add_argument(
+        "--allow-transductive",
+        action="store_true",
+        help="go on although validation or test patients are in the backbone's corpus; every row of the report is labelled",
+    )
     parser.add_argument("--minutes", type=float, help="end pretraining after this time, to go on later")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a refused input")
     arguments = parser.parse_args()
@@ -75,7 +83,8 @@ def main() -> int:
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        job = read_job(arguments.job, tuple(arguments.set))
+        overrides = overrides_of(arguments.set, allow_transductive=arguments.allow_transductive)
+        job = read_job(arguments.job, overrides)
         made = run_job(job, LocalExecutor(device, arguments.minutes and arguments.minutes * 60), say=say)
     except KeyboardInterrupt:
         say("p2r: interrupted; run the same command again to go on from the newest checkpoint")

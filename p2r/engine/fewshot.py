@@ -8,6 +8,7 @@ calling this again after a kill goes on where it stopped.
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from safetensors.torch import load
 
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
 from p2r.data.corpus import contains
-from p2r.engine.finetune import TrialSetup
+from p2r.engine.finetune import WAYS_OUT, TrialSetup
 from p2r.errors import DataError
 from p2r.evaluate.protocol import Trial, choose_learning_rates, draw_subjects, final_trials, search_trials
 from p2r.evaluate.tasks import Task, load_scan, load_task
 from p2r.storage import Storage
+
+_TRANSDUCTIVE_CARD = """
+Its backbone was pretrained on scans of validation or test patients (transductive): the figure is no estimate for others."""
 
 RunTrials = Callable[[Sequence[tuple[TrialSetup, Trial]]], list[dict[str, Any]]]
 
@@ -55,8 +59,11 @@ def few_shot(
     return run_trials(finals)
 
 
-def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> None:
+def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
     """Check, before anything is trained, that the task can be run with this backbone.
+
+    Returns:
+        The setup; marked as transductive if a validation or test patient is in the backbone's corpus and the job allows it.
 
     Raises:
         DataError: if more patients are asked for than exist, a label breaks the task's rules, or a validation or test
@@ -68,12 +75,15 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> None:
     for split, corpus in itertools.product(("validation", "test"), corpora):
         for subject in task.subjects[split]:
             if contains(corpus, cohort=task.config.cohort, subject=subject):
-                raise DataError(
-                    f"subject {subject} of the {split} split of task {task.config.name} is in the backbone's corpus {corpus['url']}: its "
-                    "figures would leak. Pretrain without it (ingest.subjects_of), or take it out of the split"
-                )
+                if not setup.config.allow_transductive:
+                    raise DataError(
+                        f"subject {subject} of the {split} split of task {task.config.name} is in the backbone's corpus {corpus['url']}: "
+                        f"its figures would leak. {WAYS_OUT}"
+                    )
+                setup = replace(setup, is_transductive=True)
     for scan in task.scans:
         load_scan(scan, task, backbone.preparation)
+    return setup
 
 
 def publish_best(
@@ -90,11 +100,12 @@ def publish_best(
         f"{trial['num_labelled']} labelled patient{'s' * (trial['num_labelled'] > 1)} ({', '.join(trial['subjects'])})"
     )
     dice = best["validation"]["dice_mean"]
+    trial_is_transductive = bool(best["row"].get("transductive"))
     classes = ", ".join(f"{value} {name}" for value, name in task.config.classes.items())
     card = f"""# {task.config.title}
 
 Segments {classes} (0: background). Mode {trial["mode"]} with {patients}: the best validation Dice
-({dice:.3f}) of {len(results)} models. Not a medical device.
+({dice:.3f}) of {len(results)} models. Not a medical device.{_TRANSDUCTIVE_CARD * trial_is_transductive}
 
     p2r predict {storage.at(f"{task.config.name}/{version}")} scan.nii.gz -o segmentation.nii.gz
 
@@ -113,6 +124,7 @@ Licence of the weights: {licence}. {task.config.citation}
             "licence": licence,
             "trial": trial,
             "validation": best["validation"],
+            "transductive": trial_is_transductive,
             "backbone_sha256": backbone.manifest["sha256"],
             "corpora": backbone.manifest.get("corpora", []),
         },

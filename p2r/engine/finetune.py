@@ -30,7 +30,7 @@ from p2r.engine.schedule import learning_rate
 from p2r.errors import DataError, TrainingError
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.metrics import Summary, score_volume, summarise
-from p2r.evaluate.protocol import Trial
+from p2r.evaluate.protocol import TRANSDUCTIVE, Trial
 from p2r.evaluate.tasks import LabelledScan, Split, Task, load_scan, load_task
 from p2r.model.backbones import build_backbone
 from p2r.model.heads import SegmentationHead
@@ -38,6 +38,10 @@ from p2r.model.pix2rep import Segmenter
 from p2r.randomness import keyed_generator
 from p2r.storage import Storage, json_bytes
 from p2r.views.pair import augment_labelled
+
+WAYS_OUT = (
+    "Pretrain without it (ingest.subjects_of), take it out of the split, or label every row with --allow-transductive"
+)
 
 _WARMUP_FRACTION = 0.05
 
@@ -55,6 +59,8 @@ class TrialSetup:
     """Its digest: a trial that finds another one under the URL refuses."""
     storage: str
     """URL of `<storage>/finetune/<task>`."""
+    is_transductive: bool = False
+    """Whether validation or test patients of the task are known to be in the backbone's corpus."""
 
     def preparation(self, backbone: Backbone) -> Preparation:
         """What the trials' models do to a scan: the backbone's way, and how much of a plane they read."""
@@ -66,9 +72,16 @@ class TrialSetup:
         config = self.config.model_dump(
             mode="json", include={"seed", "steps", "batch_size", "weight_decay", "views", "planes", "nsd_tolerance_mm"}
         )
-        recipe = {"config": config, "trial": asdict(trial), "task": task, "backbone": self.backbone_sha256}
+        recipe: dict[str, Any] = {
+            "config": config,
+            "trial": asdict(trial),
+            "task": task,
+            "backbone": self.backbone_sha256,
+        }
         if trial.purpose == "final":
             recipe["score_on"] = self.config.score_on
+        if self.config.allow_transductive:
+            recipe["transductive"] = True
         return f"trials/{trial.id}-{hashlib.sha256(json_bytes(recipe)).hexdigest()[:12]}.json"
 
 
@@ -111,14 +124,18 @@ def run_trial(
         device=device,
         say=say,
     )
-    validation = _score(segmenter, task, "validation", backbone, setup, device)
+    validation, is_known = _score(segmenter, task, "validation", backbone, setup, device)
     result: dict[str, Any] = {"trial": trial.to_row(), "train_loss": train_loss, "validation": validation.to_row()}
     if trial.purpose == "final":
         reported = validation
         if config.score_on == "test":
-            reported = _score(segmenter, task, "test", backbone, setup, device)
+            reported, is_test_known = _score(segmenter, task, "test", backbone, setup, device)
+            is_known |= is_test_known
+        is_transductive = setup.is_transductive or is_known
         result["row"] = {
             **trial.to_row(),
+            "transductive": is_transductive,
+            **({"protocol": TRANSDUCTIVE} if is_transductive else {}),
             "seed": config.seed,
             "split": config.score_on,
             "validation_dice_mean": validation.dice_mean,
@@ -266,12 +283,14 @@ def _labelled_planes(scans: list[LabelledScan]) -> tuple[Tensor, Tensor, Tensor]
 
 def _score(
     segmenter: Segmenter, task: Task, split: Split, backbone: Backbone, setup: TrialSetup, device: str
-) -> Summary:
+) -> tuple[Summary, bool]:
+    """Return the figures of a split, and whether a scan of it is in the backbone's corpus."""
     preparation = setup.preparation(backbone)
     scores = []
+    is_known = False
     for scan in task.scans_of(task.subjects[split]):
         loaded = load_scan(scan, task, preparation)
-        _refuse_known(loaded, backbone, split)
+        is_known |= _is_known(loaded, backbone, split, is_allowed=setup.config.allow_transductive)
         prediction = predict_volume(
             segmenter, loaded.volume, preparation=preparation, num_classes=task.num_classes, device=device
         )
@@ -288,14 +307,17 @@ def _score(
             )
             for frame in range(prediction.shape[3])
         ]
-    return summarise(scores)
+    return summarise(scores), is_known
 
 
-def _refuse_known(scan: LabelledScan, backbone: Backbone, split: Split) -> None:
+def _is_known(scan: LabelledScan, backbone: Backbone, split: Split, *, is_allowed: bool) -> bool:
     digest = voxels_sha256(scan.volume)
     for corpus in backbone.manifest.get("corpora", []):
         if contains(corpus, voxels_sha256=digest):
-            raise DataError(
-                f"scan {scan.scan.key} of the {split} split is in the backbone's corpus {corpus['url']}: its figures would leak. "
-                "Pretrain without it (ingest.subjects_of), or take it out of the split"
-            )
+            if not is_allowed:
+                raise DataError(
+                    f"scan {scan.scan.key} of the {split} split is in the backbone's corpus {corpus['url']}: its figures would leak. "
+                    f"{WAYS_OUT}"
+                )
+            return True
+    return False

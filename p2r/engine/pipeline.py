@@ -25,7 +25,7 @@ from p2r.errors import DataError, JobError
 from p2r.evaluate.protocol import Trial
 from p2r.evaluate.tasks import load_task
 from p2r.job import Job, variants_of
-from p2r.report import variants_table
+from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
 from p2r.storage import Storage
 
 Say = Callable[[str], None]
@@ -152,7 +152,7 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
 def _corpus_facts(corpus: Corpus) -> dict[str, Any]:
     named = ("licence", "provenance", "cohort", "num_samples", "num_subjects")
     # What fine-tuning needs to refuse a task whose validation or test patients are in the corpus.
-    of_leaks = ("salt", "subject_digests", "voxel_digests")
+    of_leaks = ("salt", "subject_digests", "voxel_digests", "deidentification")
     facts = {key: corpus.manifest[key] for key in (*named, *of_leaks)}
     return {"url": corpus.storage.url, "sha256": manifest_sha256(corpus.manifest), "weight": corpus.weight, **facts}
 
@@ -177,20 +177,20 @@ def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
                 f"{task.config.cohort!r}: they must be equal, or fine-tuning could not tell that a patient is in the corpus"
             )
         subjects = frozenset(task.subjects[config.subjects_of.split])
-    if corpus.exists("manifest.json"):
-        if load_manifest(corpus).get("config_sha256") != corpus_digest(config, subjects):
-            raise DataError(
-                f"{corpus.url} holds a corpus that another ingest section made; give the job another storage URL, or remove that corpus"
-            )
+    # Training takes a corpus that was asked for like this as it is; a job of kind ingest looks whether there is more.
+    is_asked = job.kind != "ingest" and corpus.exists("manifest.json")
+    if is_asked and corpus_digest(config, subjects) in load_manifest(corpus)["asked"]:
         say(f"ingest | {corpus.url} is complete")
-        return corpus.url
-    executor.ingest(config, corpus, subjects=subjects, say=say)
-    manifest = load_manifest(corpus)
-    counts = ", ".join(f"{count} {reason}" for reason, count in manifest["reasons"].items())
-    say(
-        f"ingest | {manifest['num_records']} scans of {manifest['num_subjects']} subjects, {manifest['num_samples']} planes in "
-        f"{len(manifest['shards'])} shards | ledger: {counts} | {corpus.url}"
-    )
+    else:
+        executor.ingest(config, corpus, subjects=subjects, say=say)
+        manifest = load_manifest(corpus)
+        counts = ", ".join(f"{count} {reason}" for reason, count in manifest["reasons"].items())
+        say(
+            f"ingest | {manifest['num_records']} scans of {manifest['num_subjects']} subjects, {manifest['num_samples']} planes in "
+            f"{len(manifest['shards'])} shards | revision {manifest['revision']} | ledger: {counts} | {corpus.url}"
+        )
+    if not corpus_report_is_current(corpus):
+        say(f"ingest | report: {write_corpus_report(corpus)}")
     return corpus.url
 
 
@@ -222,7 +222,9 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
             storage=storage.at(f"finetune/{task.name}"),
         )
         say(f"finetune | checking {len(task.scans)} scans of task {task.name}")
-        check_task(task, backbone, setup)
+        setup = check_task(task, backbone, setup)
+        if setup.is_transductive:
+            say(f"finetune | task {task.name}: TRANSDUCTIVE, validation or test patients are in the backbone's corpus")
         setups.append(setup)
     results = few_shot(setups, run_trials=lambda trials: executor.run_trials(trials, say=say), say=say)
     models = {}

@@ -23,6 +23,7 @@ from p2r.randomness import keyed_generator
 from p2r.report import (
     embedding_pca,
     few_shot_curve,
+    label_of,
     markdown_variants,
     outlines,
     split_of,
@@ -85,7 +86,12 @@ def write_variants(job: Job, storage: Storage, rows: Sequence[dict[str, Any]]) -
     where.write_bytes("pictures/variants.png", variants_picture(rows, title=f"{job.name}: what each variant reaches"))
     facts = {"job": job.name, "variants": job.variants, "seed": job.finetune.seed if job.finetune else None}
     where.write_json("report.json", {"format": "p2r-ablation/1", **facts, "rows": list(rows)})
-    lines = [f"# {job.name}", "", f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws.", ""]
+    lines = [
+        f"# {job.name}",
+        "",
+        f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws{label_of(rows)}.",
+        "",
+    ]
     lines += markdown_variants(rows)
     lines += ["", "![what each variant reaches](pictures/variants.png)", "", "| variant | changes |", "| --- | --- |"]
     for name, changes in job.variants.items():

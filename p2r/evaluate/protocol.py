@@ -18,6 +18,8 @@ from p2r.errors import DataError
 from p2r.randomness import keyed_generator
 
 PROTOCOL = "leak-free"
+TRANSDUCTIVE = "transductive"
+"""Figures on patients whose scans the backbone was pretrained on: never put beside leak-free ones."""
 
 
 class LabelledTask(Protocol):

@@ -3,18 +3,21 @@
 `write_report` makes the page; `table` prints; every picture function returns the bytes of a PNG.
 """
 
+from p2r.report.corpus_report import corpus_report_is_current, write_corpus_report
 from p2r.report.document import write_report
 from p2r.report.few_shot_curve import few_shot_curve
 from p2r.report.pictures import embedding_pca, outlines, view_pairs
-from p2r.report.tables import Cell, Spread, aggregate, split_of, table
+from p2r.report.tables import Cell, Spread, aggregate, label_of, split_of, table
 from p2r.report.variants import markdown_variants, variants_picture, variants_table
 
 __all__ = [
     "Cell",
     "Spread",
     "aggregate",
+    "corpus_report_is_current",
     "embedding_pca",
     "few_shot_curve",
+    "label_of",
     "markdown_variants",
     "outlines",
     "split_of",
@@ -22,5 +25,6 @@ __all__ = [
     "variants_picture",
     "variants_table",
     "view_pairs",
+    "write_corpus_report",
     "write_report",
 ]

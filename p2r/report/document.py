@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from p2r.report.tables import MODE_NAMES, Row, aggregate, best_cells, gain_text
+from p2r.report.tables import MODE_NAMES, Row, aggregate, best_cells, gain_text, is_transductive, label_of
 from p2r.storage import Storage
 
 FORMAT = "p2r-report/1"
@@ -25,6 +25,10 @@ _HOW_TO_READ = (
     "scratch` is the difference on them. HD95 and NSD are means over classes. A class that only the prediction or only "
     "the reference lacks counts as Dice 0, NSD 0, HD95 the grid's diagonal; one that both lack is left out. "
     "Bold: the best mode for that number of patients."
+)
+_TRANSDUCTIVE = (
+    "Transductive: validation or test patients are in the corpus that the backbone was pretrained on. These figures say nothing "
+    "about patients whom it has not seen, and must not be compared with leak-free ones. Rows are labelled in report.json."
 )
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;max-width:60rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}
@@ -86,7 +90,7 @@ def write_report(
     for name, content in pictures.items():
         storage.write_bytes(f"pictures/{name}.png", content)
     blocks = list(_blocks(rows, context, list(pictures)))
-    storage.write_bytes("report.md", _markdown(blocks).encode())
+    storage.write_bytes("report.md", markdown(blocks).encode())
     storage.write_bytes("report.html", _html(blocks, pictures).encode())
     report = {
         "format": FORMAT,
@@ -99,7 +103,9 @@ def write_report(
 
 
 def _blocks(rows: Sequence[Row], context: Mapping[str, Any], pictures: Sequence[str]) -> Iterator[Block]:
-    yield Heading(1, str(context.get("title", "Few-shot segmentation")))
+    yield Heading(1, str(context.get("title", "Few-shot segmentation")) + label_of(rows))
+    if is_transductive(rows):
+        yield Paragraph(_TRANSDUCTIVE, note=True)
     for caveat in context.get("caveats", ()):
         yield Paragraph(str(caveat), note=True)
     tasks = context.get("tasks", {})
@@ -200,7 +206,8 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, str(value)
 
 
-def _markdown(blocks: Sequence[Block]) -> str:
+def markdown(blocks: Sequence[Block], *, pictures: str = "pictures/") -> str:
+    """Return a page as Markdown; `pictures` is the folder of its pictures."""
     parts = []
     for block in blocks:
         match block:
@@ -209,7 +216,7 @@ def _markdown(blocks: Sequence[Block]) -> str:
             case Paragraph(text, note):
                 parts.append(f"> **Note.** {text}" if note else text)
             case Picture(name, caption):
-                parts.append(f"![{caption}](pictures/{name}.png)\n\n*{caption}*")
+                parts.append(f"![{caption}]({pictures}{name}.png)\n\n*{caption}*")
             case Grid(header, rows, bold):
                 lines = [_line(header), _line(["---"] * len(header))]
                 for i, row in enumerate(rows):

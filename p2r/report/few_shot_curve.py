@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from p2r.report.canvas import INK, MODE_COLOURS, headline, new_figure, plain, to_png
-from p2r.report.tables import MODE_NAMES, Cell, Row, aggregate, split_of
+from p2r.report.tables import MODE_NAMES, Cell, Row, aggregate, label_of, split_of
 
 _DODGE = 0.022  # of the axis, between modes: otherwise their error bars hide one another
 _LABEL_GAP = 0.062  # least distance of two labels, of the axis
@@ -72,7 +72,7 @@ def few_shot_curve(rows: Sequence[Row], task: str, *, title: str | None = None) 
     subtitle = (
         f"mean of {classes}; points: mean over draws of the labelled patients ({draws}), bars: standard deviation"
     )
-    headline(figure, title or f"{task}: what a few labels are worth", subtitle)
+    headline(figure, (title or f"{task}: what a few labels are worth") + label_of(rows), subtitle)
     return to_png(figure)
 
 

@@ -64,7 +64,8 @@ def table(rows: Sequence[Row]) -> Table:
     """Return the figures of all tasks as one table for the terminal."""
     cells = aggregate(rows)
     result = Table(
-        title=f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws", title_justify="left"
+        title=f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws{label_of(rows)}",
+        title_justify="left",
     )
     for name in ("task", "patients", "mode"):
         result.add_column(name, justify="right" if name == "patients" else "left", no_wrap=True)
@@ -86,6 +87,16 @@ def table(rows: Sequence[Row]) -> Table:
             end_section=index + 1 == len(cells) or _setting(cells[index + 1]) != _setting(cell),
         )
     return result
+
+
+def is_transductive(rows: Sequence[Row]) -> bool:
+    """Tell whether figures of patients that the backbone has seen are among the rows."""
+    return any(row.get("transductive") for row in rows)
+
+
+def label_of(rows: Sequence[Row]) -> str:
+    """Return what a title must say of rows that are transductive, or nothing."""
+    return " (transductive: the backbone has seen these patients)" if is_transductive(rows) else ""
 
 
 def split_of(rows: Sequence[Row]) -> str:

@@ -6,14 +6,16 @@ from matplotlib.ticker import FixedLocator
 from rich.table import Table
 
 from p2r.report.canvas import INK, MODE_COLOURS, headline, new_figure, plain, to_png
-from p2r.report.tables import MODE_NAMES, Cell, Row, aggregate, split_of
+from p2r.report.tables import MODE_NAMES, Cell, Row, aggregate, label_of, split_of
 
 _COLUMNS = ("variant", "task", "labelled patients", "mode", "Dice", "per class", "backbone")
 
 
 def variants_table(rows: Sequence[Row]) -> Table:
     """Return the variants' figures as a table for the terminal; rows have a `variant`."""
-    result = Table(*_COLUMNS, title=f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws")
+    result = Table(
+        *_COLUMNS, title=f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws{label_of(rows)}"
+    )
     for line in _lines(rows):
         result.add_row(*line)
     return result
@@ -59,7 +61,11 @@ def variants_picture(rows: Sequence[Row], *, title: str) -> bytes:
     axes.set_ylabel(f"mean Dice on {split_of(rows)} patients", color=INK)
     plain(axes)
     axes.legend(frameon=False, fontsize=9, loc="best")
-    headline(figure, title, "points: mean over draws of the labelled patients, bars: standard deviation, dots: draws")
+    headline(
+        figure,
+        title + label_of(rows),
+        "points: mean over draws of the labelled patients, bars: standard deviation, dots: draws",
+    )
     return to_png(figure)
 
 

@@ -146,11 +146,47 @@ def test_a_checkpoint_of_another_configuration(run: Run) -> None:
 
 def test_a_corpus_of_another_ingest_section(run: Run) -> None:
     assert run("kind=ingest")[0] == 0
-    refused(run("kind=ingest", "ingest.licence=CC-BY-4.0"), "another ingest section made")
+    refused(run("kind=ingest", "ingest.licence=CC-BY-4.0"), "licence: 'CC0-1.0' in the corpus, 'CC-BY-4.0' in the job")
 
 
 def test_test_patients_in_the_backbone_s_corpus(run: Run) -> None:
     refused(run("ingest.subjects_of=null"), "sub-06 of the validation split", "would leak")
+
+
+def test_a_corpus_that_holds_more_than_the_job_selects(run: Run) -> None:
+    assert run("kind=ingest", "ingest.subjects_of=null")[0] == 0
+    refused(run("kind=ingest"), "holds 3 subjects that this job does not select (sub-06, sub-07, sub-08)")
+
+
+def test_too_many_scans_that_cannot_be_used(run: Run, copy: Path) -> None:
+    for number in range(1, 6):
+        (copy / f"images/sub-{number:02d}_T1w.nii.gz").write_text("no image")
+    outcome = run("kind=ingest", f"ingest.sources=[{copy}/images]", "ingest.subjects_of=null")
+    refused(outcome, "5 of 8 scans read were refused (5 not_nifti)", "ingest.max_refused_fraction", "ledger.jsonl")
+
+
+def test_pseudonyms_without_a_secret(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("P2R_PSEUDONYM_KEY", raising=False)
+    refused(run("kind=ingest", "ingest.pseudonyms=true"), "P2R_PSEUDONYM_KEY (it is not set)", "openssl rand")
+
+
+def test_test_patients_that_only_a_secret_would_find(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2R_PSEUDONYM_KEY", "the secret of this test")
+    assert run("kind=pretrain", "ingest.pseudonyms=true", "ingest.subjects_of=null", "pretrain.steps=2")[0] == 0
+    assert run("kind=publish", "pretrain.steps=2")[0] == 0
+    refused(run("kind=finetune"), "sub-06 of the validation split", "would leak", "--allow-transductive")
+    monkeypatch.delenv("P2R_PSEUDONYM_KEY")
+    refused(run("kind=finetune"), "P2R_PSEUDONYM_KEY (it is not set)")
+
+
+def test_a_damaged_corpus(p2r: Run, published: dict[str, str], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(published["corpus"].removeprefix("file://"), tmp_path / "corpus"))
+    (tar, *_) = sorted(copy.glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    refused(p2r("verify", copy), "is damaged", tar.name)
+    (copy / "manifest.json").write_text("[1]")
+    refused(p2r("verify", copy), "this version reads")
+    refused(p2r("inspect", copy / "nothing"), "holds nothing of p2r's")
 
 
 def test_a_cohort_that_hides_a_leak(run: Run) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,11 +82,35 @@ def test_schema_is_json(p2r: Call) -> None:
 
 def test_inspect_lists_what_lies_at_a_url(p2r: Call, published: dict[str, str]) -> None:
     printed = p2r("inspect", published["storage"])
-    for kind in ("p2r-corpus/1", "p2r-backbone/1", "p2r-model/1", "p2r-checkpoint/1"):
+    for kind in ("p2r-corpus/2", "p2r-backbone/1", "p2r-model/1", "p2r-checkpoint/1"):
         assert kind in printed
     manifest = json.loads(p2r("inspect", published["backbone"]))
     assert manifest["licence"] == "CC0-1.0"
     assert "subject_digests" not in manifest["corpora"][0]
+
+
+def test_inspect_shows_a_corpus_as_a_table_or_as_json(p2r: Call, published: dict[str, str]) -> None:
+    printed = p2r("inspect", published["corpus"])
+    for word in ("CC0-1.0", "accepted", "spacing, mm", "revision", "int16", "15"):
+        assert word in printed
+    manifest = json.loads(p2r("inspect", published["corpus"], "--json"))
+    assert (manifest["num_records"], manifest["num_samples"], manifest["revision"]) == (5, 15, 1)
+    assert "subject_digests" not in manifest
+
+
+def test_what_a_manifest_says_cannot_command_the_terminal(p2r: Call, published: dict[str, str], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(published["corpus"].removeprefix("file://"), tmp_path / "corpus"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "licence": "[/bold] \x1b[2J mine"}))
+    printed = p2r("inspect", copy)
+    assert "[/bold] ?[2J mine" in printed and "\x1b" not in printed
+
+
+def test_verify_names_files_of_no_revision(p2r: Call, published: dict[str, str], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(published["corpus"].removeprefix("file://"), tmp_path / "corpus"))
+    (copy / "shard-000099-000000000000.tar").write_bytes(b"")
+    printed = p2r("verify", copy)
+    assert "unreferenced  shard-000099-000000000000.tar" in printed and "sound" in printed
 
 
 def test_verify_reads_every_digest(p2r: Call, published: dict[str, str]) -> None:

@@ -1,0 +1,83 @@
+"""What lies at a URL, for people: a corpus as a table, an artefact as its manifest, a folder as a list of these."""
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from p2r.data.manifest import FORMAT, Manifest, facts_of, load_manifest, manifest_sha256, ranges_of
+from p2r.errors import InputError
+from p2r.storage import Storage
+
+_HIDDEN = {"subject_digests", "voxel_digests", "salt"}
+_MAX_REVISIONS = 10
+
+
+def show(storage: Storage, *, as_json: bool) -> None:
+    """Print what lies at `storage`.
+
+    Raises:
+        InputError: if that is nothing of p2r's.
+    """
+    if not storage.exists("manifest.json"):
+        _list(storage)
+        return
+    manifest = storage.read_json("manifest.json")
+    if as_json or not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        print(json.dumps(_without(manifest, _HIDDEN), indent=2))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for table in corpus_tables(storage):
+        console.print(table)
+
+
+def corpus_tables(storage: Storage) -> list[Table]:
+    """Return what is to be said about a corpus: facts, ranges, what became of its inputs, its revisions."""
+    manifest = load_manifest(storage)
+    facts = Table(title=storage.url, title_justify="left", show_header=False)
+    for name, text in facts_of(manifest):
+        facts.add_row(name, _plain(text))
+    ranges = Table("", "axis", "smallest", "median", "largest", title="Accepted scans", title_justify="left")
+    for row in ranges_of(manifest):
+        ranges.add_row(*row)
+    reasons = Table("inputs", "", title="What became of every input", title_justify="left")
+    for reason, count in manifest["reasons"].items():
+        reasons.add_row(f"{count:,}", _plain(reason))
+    for name, count in manifest["summary"]["dtypes"].items():
+        reasons.add_row(f"{count:,}", _plain(f"stored as {name}"))
+    revisions = Table("revision", "scans", "shards", "sha256", title="Revisions", title_justify="left")
+    for sha256, older in _revisions(storage, manifest):
+        revisions.add_row(str(older["revision"]), f"{older['num_records']:,}", f"{len(older['shards']):,}", sha256)
+    return [facts, ranges, reasons, revisions]
+
+
+def _revisions(storage: Storage, manifest: Manifest) -> list[tuple[str, Manifest]]:
+    """Return the newest revisions, newest first."""
+    found = [(manifest_sha256(manifest), manifest)]
+    while (previous := found[-1][1]["previous"]) is not None and len(found) < _MAX_REVISIONS:
+        found.append((previous, load_manifest(storage, revision=previous)))
+    return found
+
+
+def _plain(text: str) -> Text:
+    """Return text that neither rich nor the terminal takes for a command."""
+    return Text("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
+
+
+def _list(storage: Storage) -> None:
+    manifests = [name for name in storage.list() if name.endswith("/manifest.json")]
+    if not manifests:
+        raise InputError(f"{storage.url} holds nothing of p2r's: no manifest.json at any depth")
+    for name in manifests:
+        print(f"{storage.read_json(name).get('format', '?'):20} {storage.at(name.removesuffix('/manifest.json'))}")
+
+
+def _without(value: Any, hidden: set[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(child, hidden) for key, child in value.items() if key not in hidden}
+    if isinstance(value, list):
+        return [_without(child, hidden) for child in value]
+    return value

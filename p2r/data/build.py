@@ -1,0 +1,176 @@
+"""A plan of a shard -> the shard, its index, and a receipt that says what became of every scan.
+
+The shard is named after its own content and never overwritten, so any number of runs may build at once. The receipt
+is written last: a run that finds it, and the shard that it names, has nothing to build. That is all it takes to go on after
+a kill, or after a task was run twice.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from p2r.config import IngestConfig
+from p2r.data.ledger import LedgerRow, accepted_fields, is_accepted
+from p2r.data.plan import PlannedScan, ShardPlan
+from p2r.data.preprocess import percentile_table, slice_axis
+from p2r.data.read import read_scan
+from p2r.data.shards import index_name, voxels_sha256, write_shard
+from p2r.data.thumbnails import Thumbnails, drawn, from_rows, thumbnail, to_rows
+from p2r.data.volume import Volume, read_volume
+from p2r.errors import DataError, RefusedScan
+from p2r.storage import Storage
+
+Entry = dict[str, Any]
+
+_FORMAT = "p2r-receipt/1"
+
+
+@dataclass(frozen=True)
+class Built:
+    """What became of a plan."""
+
+    entry: Entry | None
+    """The shard's entry in the manifest; None if every scan was refused."""
+    rows: tuple[LedgerRow, ...]
+    """What became of each scan, in the plan's order."""
+    thumbnails: Thumbnails
+    """Of the scans that the report may show."""
+    is_found: bool = False
+    """Whether it had been built before."""
+
+
+def build_shard(plan: ShardPlan, config: IngestConfig, storage: Storage) -> Built:
+    """Read a plan's scans, write its shard and index to `storage`; the same bytes on every run and every machine."""
+    receipt = f"receipts/{plan.digest(config)}.json"
+    if (found := _from_receipt(storage, receipt)) is not None:
+        return found
+    rows: list[LedgerRow] = []
+    thumbnails: Thumbnails = {}
+    with tempfile.TemporaryDirectory(prefix="p2r-shard-") as folder:
+        tar = Path(folder, "shard.tar")
+        records = _records(plan, config, rows, thumbnails)
+        entry: Entry | None = write_shard(tar, records, record=config.record, codec=config.codec)
+        assert entry is not None
+        if entry["num_records"]:
+            entry["name"] = f"shard-{plan.number:06d}-{entry['sha256'][:12]}.tar"
+            _upload(storage, tar.with_suffix(".idx"), index_name(entry["name"]))
+            _upload(storage, tar, entry["name"])
+            for row in rows:
+                row["shard"] = entry["name"] if is_accepted(row) else None
+        else:
+            entry = None
+    thumbnails |= _refused_thumbnails(plan, config, rows)
+    content = {"format": _FORMAT, "entry": entry, "rows": rows, "thumbnails": to_rows(thumbnails)}
+    storage.write_bytes(receipt, (json.dumps(content, sort_keys=True, allow_nan=False) + "\n").encode())
+    return Built(entry, tuple(rows), thumbnails)
+
+
+def _from_receipt(storage: Storage, path: str) -> Built | None:
+    """Return what a receipt says; None if there is none, or what it names does not lie there whole."""
+    found = storage.read_tagged(path)
+    if found is None:
+        return None
+    try:
+        receipt = json.loads(found[0])
+        entry, rows, thumbnails = receipt["entry"], receipt["rows"], from_rows(receipt["thumbnails"])
+        if receipt["format"] != _FORMAT:
+            return None
+        if entry is not None:
+            tar, index = entry["name"], index_name(entry["name"])
+            if _size(storage, tar) != entry["num_bytes"] or not _size(storage, index):
+                return None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, DataError):
+        return None  # damaged, or another version's: what it stood for is built again
+    return Built(entry, tuple(rows), thumbnails, is_found=True)
+
+
+def _upload(storage: Storage, file: Path, name: str) -> None:
+    if storage.upload(file, name, if_absent=True):
+        return
+    # The name holds a digest of the content: what lies there is the same, unless it was cut.
+    if _size(storage, name) != file.stat().st_size:
+        storage.upload(file, name)
+
+
+def _size(storage: Storage, path: str) -> int | None:
+    return storage.version(path)[0] if storage.exists(path) else None
+
+
+def _records(
+    plan: ShardPlan, config: IngestConfig, rows: list[LedgerRow], thumbnails: Thumbnails
+) -> Iterator[tuple[Volume, dict[str, Any]]]:
+    """Yield the volumes that can be used, with their meta; add a ledger row for every one, used or not."""
+    seen = {(subject, digest): key for subject, digest, key in plan.known}
+    copies = dict(plan.without)
+    taken: set[str] = set()
+
+    def refuse(planned: PlannedScan, error: RefusedScan, **more: Any) -> None:
+        message = "" if config.pseudonyms else error.message
+        rows.append(planned.row("refused", error.code, message, **more))
+
+    for planned in plan.scans:
+        try:
+            volumes = read_scan(planned.scan, config)
+        except RefusedScan as error:
+            refuse(planned, error)
+            continue
+        for volume in volumes:
+            # A series that is several images has several keys; the scan's own begins each of them.
+            part = volume.key.removeprefix(planned.scan.key)
+            key = planned.key + part if planned.key + part not in taken else f"{planned.key}-part{part}"
+            taken.add(key)
+            axis = slice_axis(volume.spacing_mm, config.slice_axis)
+            try:
+                percentiles = percentile_table(volume.data)
+            except RefusedScan as error:
+                refuse(planned, error, key=key)
+                continue
+            digest = voxels_sha256(volume)
+            if original := seen.get((planned.subject, digest)):
+                message = f"{planned.scan.path} has exactly the voxels of {original}"
+                refuse(planned, RefusedScan("duplicate", message), key=key, copy_of=original)
+                continue
+            seen[planned.subject, digest] = key
+            if original := copies.get(key):
+                message = f"{planned.scan.path} has exactly the voxels of {original}, which is another subject's"
+                refuse(planned, RefusedScan("cross_subject_copy", message), key=key, copy_of=original)
+                continue
+            fields = accepted_fields(volume, axis=axis, percentiles=percentiles, voxels_sha256=digest)
+            rows.append(planned.row("accepted", "accepted", key=key) | fields)
+            if planned.is_shown and volume is volumes[0]:
+                thumbnails[key] = thumbnail(volume)
+            meta = {
+                "key": key,
+                "subject": planned.subject,
+                "cohort": config.cohort,
+                "slice_axis": axis,
+                "percentiles": list(percentiles),
+                "source": planned.source if config.pseudonyms else planned.scan.name,
+                "voxels_sha256": digest,
+                "licence": config.licence,
+            }
+            known = {
+                "acquisition": dict(volume.sidecar),
+                "entities": dict(planned.entities),
+                "frames": None if volume.frames is None else list(volume.frames),
+                "resampled_from_mm": None if volume.resampled_from_mm is None else list(volume.resampled_from_mm),
+            }
+            yield volume, meta | {name: value for name, value in known.items() if value}
+
+
+def _refused_thumbnails(plan: ShardPlan, config: IngestConfig, rows: list[LedgerRow]) -> Thumbnails:
+    """Return thumbnails of refused scans that can be read at all: what was refused should be seen."""
+    scans = {planned.key: planned.scan for planned in plan.scans}
+    refused = drawn(
+        (row["key"] for row in rows if not is_accepted(row) and row["key"] in scans), plan.max_refused_thumbnails
+    )
+    found: Thumbnails = {}
+    for key in refused:
+        try:
+            found[key] = thumbnail(read_volume(scans[key].path, max_mib=config.max_scan_mib, max_frames=1))
+        except RefusedScan:
+            continue  # its tile in the report says why instead
+    return found

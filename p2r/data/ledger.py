@@ -1,0 +1,124 @@
+"""The ledger: a row for every input of a corpus, whatever became of it.
+
+    key, source, num_bytes, modified, subject           which input, and which version of it
+    status, reason, message, copy_of                    what became of it, and why
+    num_samples, shape, spacing_mm, dtype, percentiles, voxels_sha256, shard      of what was accepted
+    notes                                               codes of what was passed over on the way, such as a broken sidecar
+
+`status` is `accepted`, `refused` or `not_selected`. `reason` is the same word, or says why a scan was refused, in the
+codes of `RefusedScan`. A row is a volume: a series that holds several has as many rows. Each revision has its own ledger,
+`ledgers/<sha256>.jsonl`; `ledger.jsonl` is the current one again, for people.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from p2r.data.manifest import Manifest, ledger_path
+from p2r.data.volume import Volume
+from p2r.errors import DataError
+from p2r.storage import Storage
+
+LedgerRow = dict[str, Any]
+
+_NEEDED = ("key", "source", "num_bytes", "modified", "subject", "status", "reason", "voxels_sha256", "copy_of")
+
+
+def ledger_row(
+    *,
+    key: str,
+    source: str,
+    num_bytes: int,
+    modified: str,
+    subject: str | None,
+    status: str,
+    reason: str,
+    message: str = "",
+    copy_of: str | None = None,
+) -> LedgerRow:
+    """Return the row of an input that was not accepted, or not yet."""
+    return {
+        "key": key,
+        "source": source,
+        "num_bytes": num_bytes,
+        "modified": modified,
+        "subject": subject,
+        "status": status,
+        "reason": reason,
+        "message": message,
+        "copy_of": copy_of,
+        "num_samples": 0,
+        "shape": None,
+        "spacing_mm": None,
+        "dtype": None,
+        "percentiles": None,
+        "voxels_sha256": None,
+        "shard": None,
+        "notes": [],
+    }
+
+
+def accepted_fields(volume: Volume, *, axis: int, percentiles: Sequence[float], voxels_sha256: str) -> dict[str, Any]:
+    """Return what the row of an accepted scan says of its voxels."""
+    return {
+        "num_samples": volume.data.shape[axis] * volume.data.shape[3],
+        "shape": list(volume.data.shape),
+        "spacing_mm": list(volume.spacing_mm),
+        "dtype": volume.data.dtype.name,
+        "percentiles": list(percentiles),
+        "voxels_sha256": voxels_sha256,
+        "notes": list(volume.notes),
+    }
+
+
+def ledger_bytes(rows: Iterable[LedgerRow]) -> bytes:
+    """Serialise a ledger: one JSON object a line, by key; equal rows are equal bytes."""
+    ordered = sorted(rows, key=lambda row: (str(row["key"]), str(row["source"])))
+    return b"".join(json.dumps(row, sort_keys=True, allow_nan=False).encode() + b"\n" for row in ordered)
+
+
+def read_ledger(storage: Storage, manifest: Manifest) -> list[LedgerRow]:
+    """Read the ledger of a revision.
+
+    Raises:
+        DataError: if it is not the one that the manifest names.
+    """
+    path = ledger_path(manifest)
+    found = storage.read_tagged(path)
+    if found is None or hashlib.sha256(found[0]).hexdigest() != manifest["ledger_sha256"]:
+        state = "absent" if found is None else "damaged"
+        raise DataError(f"{storage.at(path)} is {state}: the corpus cannot grow without it; restore the file")
+    return parse_ledger(found[0], name=storage.at(path))
+
+
+def parse_ledger(content: bytes, *, name: str) -> list[LedgerRow]:
+    """Return the rows in the bytes of a ledger.
+
+    Raises:
+        DataError: They are none.
+    """
+    try:
+        rows = [json.loads(line) for line in content.splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name}: not a ledger: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or any(field not in row for field in _NEEDED):
+            raise DataError(f"{name}: line {number} is no row of a ledger")
+    return rows
+
+
+def count_reasons(rows: Iterable[LedgerRow]) -> dict[str, int]:
+    """Count rows by reason."""
+    return dict(sorted(Counter(str(row["reason"]) for row in rows).items()))
+
+
+def is_accepted(row: LedgerRow) -> bool:
+    """Tell whether a row's scan is in the corpus."""
+    return bool(row["status"] == "accepted")
+
+
+def is_failure(row: LedgerRow) -> bool:
+    """Tell whether a row's scan was refused for what it is: a copy of a good scan is none."""
+    return bool(row["status"] == "refused" and row["reason"] not in ("duplicate", "cross_subject_copy"))

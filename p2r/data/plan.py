@@ -1,0 +1,306 @@
+"""Scans that were found, and the ledger of what a corpus holds -> what is new, dealt to shards.
+
+Which scan goes into which shard is settled from names and file sizes before anything is read, so every shard can be
+built, or built again after a failure, alone, and always has the same bytes. What is planned together keeps a subject in
+one shard; scans of a subject that come later go into later shards, since shards never change.
+
+A scan is known by its path, size and time. One that was refused is read again once it has changed; one that was accepted
+keeps its record.
+"""
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from p2r.config import IngestConfig
+from p2r.data.ledger import LedgerRow, is_accepted, ledger_row
+from p2r.data.pseudonyms import Names
+from p2r.data.scans import Scan, expand_subjects
+from p2r.data.thumbnails import MOST, drawn
+from p2r.errors import DataError
+from p2r.randomness import keyed_generator
+from p2r.storage import json_bytes
+
+_SELECTION = (
+    "sources", "include", "exclude", "licence", "provenance", "cohort", "subject_pattern", "subjects", "subjects_of",
+    "shard_size_mib", "seed", "pseudonyms", "max_refused_fraction", "cross_subject_copies", "dicom_subject",
+)  # fmt: skip
+_LIMITS = ("max_scan_mib", "dcm2niix_timeout_s")  # of the machine: they may differ from run to run
+
+
+@dataclass(frozen=True)
+class PlannedScan:
+    """A scan that will be read, and its names as the corpus publishes them."""
+
+    scan: Scan
+    key: str
+    subject: str
+    source: str
+    modified: str
+    entities: tuple[tuple[str, str], ...] = ()
+    is_shown: bool = False
+    """Whether its thumbnail is wanted."""
+
+    def row(self, status: str, reason: str, message: str = "", *, key: str | None = None, **more: Any) -> LedgerRow:
+        """Return the scan's row in the ledger."""
+        return ledger_row(
+            key=self.key if key is None else key,
+            source=self.source,
+            num_bytes=self.scan.num_bytes,
+            modified=self.modified,
+            subject=self.subject,
+            status=status,
+            reason=reason,
+            message=message,
+            **more,
+        )
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What one shard will be made of. Small, and can be sent to another machine."""
+
+    number: int
+    """Its place in the corpus, for its name."""
+    scans: tuple[PlannedScan, ...]
+    """In the order of the records."""
+    known: tuple[tuple[str, str, str], ...] = ()
+    """(subject, digest of the voxels, key) of what the corpus already holds of these subjects."""
+    without: tuple[tuple[str, str], ...] = ()
+    """Keys of scans to leave out as copies of another subject's, with the keys of the originals."""
+    max_refused_thumbnails: int = MOST
+    """How many refused scans' thumbnails may be taken along."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files that will be read."""
+        return sum(planned.scan.num_bytes for planned in self.scans)
+
+    def digest(self, config: IngestConfig) -> str:
+        """Digest of all that the shard depends on, but for its number: what was built once is found again by it."""
+        members = [
+            {**asdict(planned), "scan": planned.scan.num_bytes, "files": len(planned.scan.files)}
+            for planned in self.scans
+        ]
+        return hashlib.sha256(
+            json_bytes(
+                {
+                    "version": 1,
+                    "scans": members,
+                    "known": sorted(self.known),
+                    "without": sorted(self.without),
+                    "max_refused_thumbnails": self.max_refused_thumbnails,
+                    "preprocessing": preprocessing_of(config),
+                    "limits": config.model_dump(mode="json", include=set(_LIMITS)),
+                    "cohort": config.cohort,
+                    "licence": config.licence,
+                    "pseudonyms": config.pseudonyms,
+                }
+            )
+        ).hexdigest()
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a job adds to a corpus."""
+
+    plans: tuple[ShardPlan, ...]
+    """Shards to build."""
+    rows: tuple[LedgerRow, ...]
+    """Of the next ledger, but for the scans in `plans`: rows that stay, and those of scans that need not be read."""
+    changed: tuple[str, ...]
+    """Sources that changed after they were accepted."""
+    is_new: bool
+    """Whether anything is added at all."""
+
+
+def preprocessing_of(config: IngestConfig) -> dict[str, Any]:
+    """Return the fields of an ingest section that say how a scan becomes a record, or is refused."""
+    return config.model_dump(mode="json", exclude={*_SELECTION, *_LIMITS})
+
+
+def plan_growth(
+    scans: Sequence[Scan],
+    config: IngestConfig,
+    names: Names,
+    *,
+    ledger: Sequence[LedgerRow] = (),
+    first_number: int = 0,
+    allowed_subjects: Set[str] | None = None,
+) -> Growth:
+    """Find what is new among scans, and deal it to shards, subject by subject in an order shuffled by `config.seed`.
+
+    Args:
+        scans: From `find_scans`.
+        config: The job's ingest section.
+        names: How names are published.
+        ledger: Of the corpus as it is.
+        first_number: Of the first new shard.
+        allowed_subjects: The subjects that `config.subjects_of` stands for; None: all.
+
+    Raises:
+        DataError: for a subject that is listed and has no scan, or if no scan found is of a selected subject.
+    """
+    subjects = {scan: _subject(scan, config.subject_pattern) for scan in scans}
+    found = {subject for subject in subjects.values() if subject is not None}
+    selected = _selected(found, config, allowed_subjects)
+    if not selected:
+        raise DataError(
+            f"none of the {len(scans)} scans found is of a selected subject; subjects found: {_listing(found)}"
+        )
+    known = _by_source(ledger)
+    replaced: set[str] = set()
+    rows: list[LedgerRow] = []
+    to_read: list[Scan] = []
+    changed = []
+    for scan, subject in subjects.items():
+        source = names.source(scan.path)
+        old = known.get(source, [])
+        is_same = all(
+            row["num_bytes"] == scan.num_bytes and row["modified"] == names.modified(scan.modified) for row in old
+        )
+        if any(is_accepted(row) for row in old):
+            if not is_same:
+                changed.append(source)
+            continue
+        row = _row_unread(scan, subject, selected, config, names)
+        if old and is_same:
+            was_read = old[0]["reason"] not in ("not_selected", "no_subject")
+            if was_read or (row is not None and row["reason"] == old[0]["reason"]):
+                continue
+        replaced.add(source)
+        if row is None:
+            to_read.append(scan)
+        else:
+            rows.append(row)
+    kept = [row for row in ledger if row["source"] not in replaced]
+    keys = _Keys(row["key"] for row in kept)
+    for row in rows:
+        row["key"] = keys.free(row["key"], row["source"])
+    planned = [
+        PlannedScan(
+            scan=scan,
+            key=keys.free(names.key(scan.key), names.source(scan.path)),
+            subject=names.subject(subjects[scan] or ""),
+            source=names.source(scan.path),
+            modified=names.modified(scan.modified),
+            entities=tuple(names.entities(dict(scan.entities)).items()),
+        )
+        for scan in sorted(to_read)
+    ]
+    plans = tuple(_plans(planned, config, kept, first_number=first_number))
+    return Growth(plans, (*kept, *rows), tuple(changed), is_new=bool(plans or rows))
+
+
+def _plans(
+    planned: Sequence[PlannedScan], config: IngestConfig, kept: Sequence[LedgerRow], *, first_number: int
+) -> Iterator[ShardPlan]:
+    shown = set(drawn((it.key for it in planned), 2 * MOST))  # twice as many as needed: some will be refused
+    groups: dict[str, list[PlannedScan]] = defaultdict(list)
+    for it in planned:
+        groups[it.subject].append(replace(it, is_shown=it.key in shown))
+    held: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
+    for row in kept:
+        if is_accepted(row) and row["subject"] in groups:
+            held[row["subject"]].append((row["subject"], row["voxels_sha256"], row["key"]))
+    parts = list(_dealt(groups, config))
+    for number, part in enumerate(parts):
+        yield ShardPlan(
+            number=first_number + number,
+            scans=tuple(it for subject in part for it in groups[subject]),
+            known=tuple(entry for subject in part for entry in held[subject]),
+            # Shards are shuffled: the first ones stand for all, and no more travels however many there are.
+            max_refused_thumbnails=-(-2 * MOST // len(parts)) if number < 2 * MOST else 0,
+        )
+
+
+def _dealt(groups: Mapping[str, Sequence[PlannedScan]], config: IngestConfig) -> Iterator[list[str]]:
+    """Yield the subjects of each shard. A shard is full once the files behind it reach the size that was asked for."""
+    names = sorted(groups)
+    order = np.argsort(keyed_generator(config.seed, "shards").bit_generator.random_raw(len(names)), kind="stable")
+    part: list[str] = []
+    num_bytes = 0
+    for index in order:
+        part.append(names[index])
+        num_bytes += sum(it.scan.num_bytes for it in groups[names[index]])
+        if num_bytes >= config.shard_size_mib * 2**20:
+            yield part
+            part, num_bytes = [], 0
+    if part:
+        yield part
+
+
+def _row_unread(
+    scan: Scan, subject: str | None, selected: Set[str], config: IngestConfig, names: Names
+) -> LedgerRow | None:
+    """Return the row of a scan that will not be read; None for one that will."""
+    if subject in selected:
+        return None
+    reason, message = "not_selected", ""
+    if subject is None:
+        reason, message = "no_subject", f"{scan.name} does not match subject_pattern {config.subject_pattern!r}"
+    return ledger_row(
+        key=names.key(scan.key),
+        source=names.source(scan.path),
+        num_bytes=scan.num_bytes,
+        modified=names.modified(scan.modified),
+        subject=None if subject is None else names.subject(subject),
+        status="refused" if subject is None else "not_selected",
+        reason=reason,
+        message=names.message(message),
+    )
+
+
+class _Keys:
+    """Names of records that are taken. A second file of one name gets a piece of the digest of its source."""
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        self._taken = set(taken)
+
+    def free(self, key: str, source: str) -> str:
+        if key in self._taken:
+            key = f"{key}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+        self._taken.add(key)
+        return key
+
+
+def _by_source(ledger: Iterable[LedgerRow]) -> dict[str, list[LedgerRow]]:
+    found: dict[str, list[LedgerRow]] = defaultdict(list)
+    for row in ledger:
+        found[row["source"]].append(row)
+    return found
+
+
+def _subject(scan: Scan, pattern: str) -> str | None:
+    if scan.subject is not None:
+        return scan.subject
+    try:
+        match = re.search(pattern, scan.name)
+        return None if match is None else match[1]
+    except (re.error, IndexError) as error:
+        raise DataError(
+            f"ingest.subject_pattern {pattern!r} must be a regular expression with one group: {error}"
+        ) from None
+
+
+def _selected(found: set[str], config: IngestConfig, allowed: Set[str] | None) -> set[str]:
+    selected = found if allowed is None else found & allowed
+    if config.subjects is None:
+        return selected
+    listed = set(expand_subjects(config.subjects))
+    if absent := listed - found:
+        raise DataError(
+            f"ingest.subjects lists {_listing(absent)}, of whom there is no scan; subjects found: {_listing(found)}"
+        )
+    return selected & listed
+
+
+def _listing(names: Set[str]) -> str:
+    ordered = sorted(names)
+    shown = ", ".join(ordered[:5])
+    return f"{shown}, and {len(ordered) - 5} more" if len(ordered) > 5 else shown or "none"

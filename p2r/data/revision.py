@@ -1,0 +1,233 @@
+"""What a corpus holds, and what was added -> its next revision, published by compare-and-swap.
+
+    ledgers/<sha256>.jsonl, thumbnails/<sha256>.jsonl, manifests/<sha256>.json      immutable, written first
+    manifest.json                                                                   replaced if it is still the one that was grown
+    ledger.jsonl                                                                    the current ledger again
+
+Whoever loses the race starts over from the winner's revision; nothing that another run relies on is ever overwritten.
+Shards of a revision are those of the one before it and new ones behind them, so positions of samples stay what they were.
+The salt is that of the first revision: digests of subjects mean the same in all of them.
+"""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from p2r.config import IngestConfig
+from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, ledger_bytes, read_ledger
+from p2r.data.manifest import (
+    FORMAT,
+    ledger_path,
+    load_manifest,
+    manifest_bytes,
+    parse_manifest,
+    revision_path,
+    subject_digest,
+    thumbnails_path,
+    voxel_digest,
+)
+from p2r.data.plan import preprocessing_of
+from p2r.data.pseudonyms import Names
+from p2r.data.thumbnails import MOST, Thumbnails, drawn, from_bytes, to_bytes
+from p2r.errors import DataError, StorageError
+from p2r.storage import Storage, json_bytes
+from p2r.version import __version__, code_version
+
+_MAX_STALLED = 10
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A corpus as it is at one moment; an empty one where there is none yet."""
+
+    manifest: dict[str, Any] | None = None
+    tag: str | None = None
+    """Version of `manifest.json`, for `Storage.replace`."""
+    sha256: str | None = None
+    rows: tuple[LedgerRow, ...] = ()
+    thumbnails: Thumbnails = field(default_factory=dict)
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """Entries of its shards."""
+        return [] if self.manifest is None else list(self.manifest["shards"])
+
+
+def current_revision(storage: Storage) -> Revision:
+    """Read what lies at `storage`.
+
+    Raises:
+        DataError: It is damaged, or of another version.
+    """
+    found = storage.read_tagged("manifest.json")
+    if found is None:
+        return Revision()
+    content, tag = found
+    manifest = parse_manifest(content, name=storage.at("manifest.json"))
+    return Revision(
+        manifest=manifest,
+        tag=tag,
+        sha256=hashlib.sha256(content).hexdigest(),
+        rows=tuple(read_ledger(storage, manifest)),
+        thumbnails=read_thumbnails(storage, manifest),
+    )
+
+
+def read_thumbnails(storage: Storage, manifest: Mapping[str, Any]) -> Thumbnails:
+    """Read the thumbnails of a revision.
+
+    Raises:
+        DataError: if they are not those that the manifest names.
+    """
+    path = thumbnails_path(manifest)
+    found = storage.read_tagged(path)
+    if found is None or hashlib.sha256(found[0]).hexdigest() != manifest["thumbnails_sha256"]:
+        raise DataError(f"{storage.at(path)} is {'absent' if found is None else 'damaged'}; restore the file")
+    return from_bytes(found[0])
+
+
+def next_manifest(
+    base: Revision,
+    config: IngestConfig,
+    names: Names,
+    *,
+    asked: str,
+    entries: Sequence[Mapping[str, Any]],
+    ledger: Sequence[LedgerRow],
+    thumbnails: Thumbnails,
+) -> dict[str, Any]:
+    """Put the manifest of the next revision together.
+
+    Args:
+        base: The revision that grew.
+        config: The job's ingest section.
+        names: How names are published.
+        asked: Digest of what the job asked for.
+        entries: Of the new shards.
+        ledger: Of the next revision, whole.
+        thumbnails: Of the next revision, whole.
+    """
+    before: Mapping[str, Any] = base.manifest or {}
+    shards = [*base.shards, *map(dict, entries)]
+    salt = before.get("salt") or hashlib.sha256("".join(entry["sha256"] for entry in shards).encode()).hexdigest()
+    accepted = [row for row in ledger if is_accepted(row)]
+    subjects, voxels = ({str(row[name]) for row in accepted} for name in ("subject", "voxels_sha256"))
+    preprocessing = preprocessing_of(config)
+    provenance = [text for text in (before.get("provenance", ""), config.provenance) if text]
+    return {
+        "format": FORMAT,
+        "revision": int(before.get("revision", 0)) + 1,
+        "previous": base.sha256,
+        "licence": config.licence,
+        "provenance": "\n".join(dict.fromkeys(line for text in provenance for line in text.split("\n"))),
+        "cohort": config.cohort,
+        "source": list(dict.fromkeys([*before.get("source", []), *map(names.source, config.sources)])),
+        "asked": list(dict.fromkeys([*before.get("asked", []), asked])),
+        "preprocessing": preprocessing,
+        "preprocessing_sha256": hashlib.sha256(json_bytes(preprocessing)).hexdigest(),
+        "deidentification": deidentification_of(names),
+        **{
+            name: sum(shard[name] for shard in shards)
+            for name in ("num_samples", "num_records", "num_volumes", "num_bytes")
+        },
+        "num_subjects": len(subjects),
+        "num_cross_subject_copies": sum(row["copy_of"] is not None for row in accepted),
+        "reasons": count_reasons(ledger),
+        "summary": _summary(accepted),
+        "shards": shards,
+        "ledger_sha256": hashlib.sha256(ledger_bytes(ledger)).hexdigest(),
+        "thumbnails_sha256": hashlib.sha256(to_bytes(thumbnails)).hexdigest(),
+        "salt": salt,
+        "subject_digests": sorted(subject_digest(salt, config.cohort, subject) for subject in subjects),
+        "voxel_digests": sorted(voxel_digest(salt, digest) for digest in voxels),
+        "code": {"p2r": __version__, "commit": code_version()},
+    }
+
+
+def deidentification_of(names: Names) -> dict[str, str]:
+    """Return what a corpus states about what was taken out of its scans, and what was not."""
+    return {
+        **names.statement(),
+        "header_text": "not copied",
+        "header_extensions": "not copied",
+        "sidecars": "allow-list",
+        "faces": "not removed",
+    }
+
+
+def publish(
+    storage: Storage, base: Revision, manifest: Mapping[str, Any], ledger: Sequence[LedgerRow], thumbnails: Thumbnails
+) -> bool:
+    """Make `manifest` the current revision if `base` still is; tell whether it was.
+
+    Raises:
+        StorageError: if the storage does not keep its word about conditional writes.
+    """
+    content = manifest_bytes(manifest)
+    storage.create(ledger_path(manifest), ledger_bytes(ledger))
+    storage.create(thumbnails_path(manifest), to_bytes(thumbnails))
+    storage.create(revision_path(hashlib.sha256(content).hexdigest()), content)
+    for attempt in range(_MAX_STALLED):
+        if storage.replace("manifest.json", content, tag=base.tag):
+            settle_ledger(storage)
+            return True
+        found = storage.read_tagged("manifest.json")
+        if (found and found[1]) != base.tag:
+            return False
+        time.sleep(0.05 * 2**attempt)  # a store may refuse while another request is under way
+    raise StorageError(
+        f"{storage.at('manifest.json')} cannot be replaced, though nobody else replaced it: this storage lacks conditional "
+        "writes (If-Match and If-None-Match on PUT); use one that has them"
+    )
+
+
+def settle_ledger(storage: Storage) -> None:
+    """Make `ledger.jsonl` the current revision's, also after a run that was killed between the two.
+
+    Of runs that do this at once, the last to look at the manifest is the last to write.
+    """
+    while True:
+        manifest = load_manifest(storage)
+        content, found = storage.read_bytes(ledger_path(manifest)), storage.read_tagged("ledger.jsonl")
+        if found is None or found[0] != content:
+            storage.write_bytes("ledger.jsonl", content)
+        if load_manifest(storage)["ledger_sha256"] == manifest["ledger_sha256"]:
+            return
+
+
+def write_refused_ledger(storage: Storage, ledger: Sequence[LedgerRow]) -> str:
+    """Keep the ledger of a job that stops, and return its URL. A corpus's own `ledger.jsonl` stays."""
+    content = ledger_bytes(ledger)
+    path = f"ledgers/{hashlib.sha256(content).hexdigest()}.jsonl"
+    storage.create(path, content)
+    if storage.exists("manifest.json"):
+        return storage.at(path)
+    storage.write_bytes("ledger.jsonl", content)
+    return storage.at("ledger.jsonl")
+
+
+def choose_thumbnails(found: Thumbnails, ledger: Sequence[LedgerRow]) -> Thumbnails:
+    """Return the thumbnails that a report of this ledger shows."""
+    accepted = {row["key"] for row in ledger if is_accepted(row)}
+    refused = {row["key"] for row in ledger if row["status"] == "refused"}
+    groups = (drawn(found.keys() & keys, MOST) for keys in (accepted, refused))
+    return {key: found[key] for group in groups for key in group}
+
+
+def _summary(accepted: Sequence[LedgerRow]) -> dict[str, Any]:
+    """Return what `p2r inspect` shows without reading the ledger: smallest, middle and largest along each axis."""
+    columns = {name: list(zip(*(row[name] for row in accepted), strict=True)) for name in ("spacing_mm", "shape")}
+    return {
+        "dtypes": dict(sorted(Counter(str(row["dtype"]) for row in accepted).items())),
+        **{
+            name: {
+                word: [float(of(axis)) for axis in axes]
+                for word, of in (("min", min), ("median", median), ("max", max))
+            }
+            for name, axes in columns.items()
+        },
+    }

@@ -1,0 +1,200 @@
+"""A corpus -> the list of everything that is wrong with it, after every byte of it was read.
+
+The manifest has the digests of tars, indexes, ledgers and of the revision before it, so one flipped bit anywhere is
+found. Where it lies in a tar is told by the checksums of the index: which chunk of which record, or none of them.
+"""
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from isal.isal_zlib import crc32
+
+from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, parse_ledger
+from p2r.data.manifest import Manifest, ledger_path, parse_manifest, revision_path, thumbnails_path
+from p2r.data.shards import IndexRow, index_name, index_shard, local_ranges, parse_index
+from p2r.errors import DataError, StorageError
+from p2r.storage import Storage, file_sha256, json_bytes
+
+_SHOWN = 3
+
+
+def verify_corpus(storage: Storage) -> list[str]:
+    """Read every byte of a corpus and compare it with the manifest.
+
+    Returns:
+        The problems found, one line each; empty for a sound corpus.
+
+    Raises:
+        DataError: There is no manifest to compare with.
+    """
+    found = storage.read_tagged("manifest.json")
+    if found is None:
+        raise DataError(f"no corpus at {storage.url}: it has no manifest.json; make one with a job of kind ingest")
+    content, _ = found
+    try:
+        manifest = parse_manifest(content, name="manifest.json")
+    except DataError as error:
+        return [str(error)]
+    problems = _problems_of_history(storage, content, manifest)
+    if hashlib.sha256(json_bytes(manifest["preprocessing"])).hexdigest() != manifest["preprocessing_sha256"]:
+        problems.append("manifest.json: preprocessing_sha256 is not the digest of preprocessing")
+    ledger, of_ledger = _ledger(storage, manifest)
+    by_shard: dict[str, Counter[str]] = {}
+    for row in filter(is_accepted, ledger):
+        by_shard.setdefault(str(row.get("shard")), Counter())[str(row["key"])] += int(row["num_samples"])
+    for entry in manifest["shards"]:
+        problems += _problems_of_shard(storage, entry, by_shard.pop(entry["name"], Counter()) if ledger else None)
+    problems += [f"ledger: it names the shard {name}, which the manifest lacks" for name in sorted(by_shard)]
+    return problems + of_ledger + _problems_of_thumbnails(storage, manifest)
+
+
+def unreferenced_files(storage: Storage) -> list[str]:
+    """List what lies in a sound corpus and belongs to no revision of it: left by runs that lost a race or were stopped.
+
+    Receipts and the report are no part of a revision, and are not listed.
+    """
+    known = {"manifest.json", "ledger.jsonl"}
+    content = storage.read_bytes("manifest.json")
+    while True:
+        manifest = parse_manifest(content, name=storage.url)
+        known |= {revision_path(hashlib.sha256(content).hexdigest()), ledger_path(manifest), thumbnails_path(manifest)}
+        known |= {name for shard in manifest["shards"] for name in (shard["name"], index_name(shard["name"]))}
+        if manifest["previous"] is None:
+            break
+        content = storage.read_bytes(revision_path(manifest["previous"]))
+    return [name for name in storage.list() if name not in known and not name.startswith(("receipts/", "report/"))]
+
+
+def _problems_of_history(storage: Storage, content: bytes, manifest: Manifest) -> list[str]:
+    """Follow the revisions back to the first."""
+    path = revision_path(hashlib.sha256(content).hexdigest())
+    copy = storage.read_tagged(path)
+    if copy is None or copy[0] != content:
+        state = "absent" if copy is None else "damaged"
+        return [f"{path}: {state}, though manifest.json is that revision; or manifest.json itself is damaged"]
+    problems: list[str] = []
+    while (previous := manifest["previous"]) is not None:
+        path = revision_path(previous)
+        found = storage.read_tagged(path)
+        if found is None or hashlib.sha256(found[0]).hexdigest() != previous:
+            return [*problems, f"{path}: {'absent' if found is None else 'damaged'}, a later revision names it"]
+        try:
+            older = parse_manifest(found[0], name=path)
+        except DataError as error:
+            return [*problems, str(error)]
+        if list(manifest["shards"][: len(older["shards"])]) != older["shards"]:
+            problems.append(f"{path}: the revision after it does not begin with its shards")
+        if older["revision"] != manifest["revision"] - 1 or older["salt"] != manifest["salt"]:
+            problems.append(f"{path}: its number or salt does not fit the revision after it")
+        problems += _problems_of_digest(storage, ledger_path(older), older["ledger_sha256"])
+        problems += _problems_of_digest(storage, thumbnails_path(older), older["thumbnails_sha256"])
+        manifest = older
+    return problems
+
+
+def _problems_of_digest(storage: Storage, path: str, sha256: str) -> list[str]:
+    found = storage.read_tagged(path)
+    if found is None:
+        return [f"{path}: absent"]
+    return [] if hashlib.sha256(found[0]).hexdigest() == sha256 else [f"{path}: damaged, its SHA-256 is not its name"]
+
+
+def _problems_of_thumbnails(storage: Storage, manifest: Manifest) -> list[str]:
+    return _problems_of_digest(storage, thumbnails_path(manifest), manifest["thumbnails_sha256"])
+
+
+def _ledger(storage: Storage, manifest: Manifest) -> tuple[list[LedgerRow], list[str]]:
+    """Return the rows of the current ledger, and what is wrong with it."""
+    path = ledger_path(manifest)
+    problems = _problems_of_digest(storage, path, manifest["ledger_sha256"])
+    if problems:
+        return [], problems
+    content = storage.read_bytes(path)
+    current = storage.read_tagged("ledger.jsonl")
+    if current is None or current[0] != content:
+        state = "absent" if current is None else "not the current revision's"
+        problems.append(f"ledger.jsonl: {state}; running the ingest job again puts it right")
+    try:
+        rows = parse_ledger(content, name=path)
+    except DataError as error:
+        return [], [*problems, str(error)]
+    if count_reasons(rows) != manifest["reasons"]:
+        problems.append(f"{path}: counts by reason are {count_reasons(rows)}, the manifest has {manifest['reasons']}")
+    return rows, problems
+
+
+def _problems_of_shard(storage: Storage, entry: Mapping[str, Any], accepted: Counter[str] | None) -> list[str]:
+    name = entry["name"]
+    try:
+        content = storage.read_bytes(index_name(name))
+        rows = parse_index(content, name=index_name(name), sha256=entry["index_sha256"], num_bytes=entry["num_bytes"])
+    except (StorageError, DataError) as error:
+        return [_line(error)]
+    counts = {
+        "num_records": len(rows),
+        "num_samples": sum(row.num_planes for row in rows),
+        "num_volumes": sum(row.shape[3] for row in rows),
+    }
+    problems = [
+        f"{index_name(name)}: {field} is {count}, the manifest has {entry[field]}"
+        for field, count in counts.items()
+        if count != entry[field]
+    ]
+    if accepted is not None and Counter({row.key: row.num_planes for row in rows}) != accepted:
+        problems.append(f"{name}: its records are not those that the ledger has accepted into it")
+    try:
+        with _fetched(storage, name) as tar:
+            return problems + _problems_of_tar(tar, entry, rows)
+    except (StorageError, DataError) as error:
+        return [*problems, _line(error)]
+
+
+def _problems_of_tar(tar: Path, entry: Mapping[str, Any], rows: list[IndexRow]) -> list[str]:
+    name, num_bytes = entry["name"], tar.stat().st_size
+    if num_bytes != entry["num_bytes"]:
+        return [f"{name}: it has {num_bytes} bytes, the manifest says {entry['num_bytes']}"]
+    is_sound = file_sha256(tar) == entry["sha256"]
+    damaged = list(_damaged_chunks(tar, rows))
+    if damaged:
+        more = f" and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
+        where = ", ".join(damaged[:_SHOWN]) + more
+        return [f"{name}: " + ("the index does not describe this tar: " if is_sound else "damaged: ") + where]
+    if not is_sound:
+        return [
+            f"{name}: damaged, its SHA-256 is not the manifest's; voxels are sound, headers, texts or padding are not"
+        ]
+    try:
+        described = index_shard(tar)
+    except DataError as error:
+        return [_line(error)]
+    return [] if described == rows else [f"{name}: the index does not describe this tar"]
+
+
+def _damaged_chunks(tar: Path, rows: list[IndexRow]) -> Iterator[str]:
+    read = local_ranges(tar)
+    for row in rows:
+        for number, (start, stop) in enumerate(pairwise(row.chunk_offsets)):
+            if crc32(read(start, stop)) != row.chunk_crc32[number]:
+                yield f"chunk {number} of record {row.key}"
+
+
+@contextmanager
+def _fetched(storage: Storage, name: str) -> Iterator[Path]:
+    """Give a local file with the content of `name`, for as long as the block lasts: a corpus may not fit on this disk."""
+    if storage.is_local:
+        yield storage.local(name)
+        return
+    with tempfile.TemporaryDirectory(prefix="p2r-verify-") as folder:
+        target = Path(folder, "shard.tar")
+        storage.download(name, target)
+        yield target
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

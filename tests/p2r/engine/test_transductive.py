@@ -1,0 +1,50 @@
+"""A backbone that has seen test patients is refused, or every figure says so."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import p2r.engine.__main__ as engine
+from p2r.report import label_of, table
+from p2r.report.tables import is_transductive
+
+
+def test_every_row_and_title_is_labelled_once_it_is_allowed(
+    write_toy_job: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = [
+        "ingest.subjects_of=null", "pretrain.steps=2", "finetune.num_labelled=[1]", "finetune.steps=2",
+        "finetune.modes=[scratch, linear_probe]",
+    ]  # fmt: skip
+    arguments = [str(write_toy_job(tmp_path)), *(word for override in overrides for word in ("--set", override))]
+    monkeypatch.setattr(sys, "argv", ["p2r.engine", *arguments])
+    assert engine.main() == 2
+    assert "sub-06 of the validation split" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["p2r.engine", *arguments, "--allow-transductive"])
+    assert engine.main() == 0
+    said = capsys.readouterr()
+    assert "TRANSDUCTIVE" in said.err
+    assert "transductive" in said.out
+    report = json.loads((tmp_path / "storage/report/report.json").read_text())
+    assert len(report["rows"]) == 2
+    assert {(row["transductive"], row["protocol"]) for row in report["rows"]} == {(True, "transductive")}
+    page = (tmp_path / "storage/report/report.md").read_text()
+    assert "(transductive: the backbone has seen these patients)" in page.splitlines()[0]
+    assert "> **Note.** Transductive: validation or test patients are in the corpus" in page
+    assert "transductive" in str(table(report["rows"]).title)
+    (model,) = (tmp_path / "storage/models/disc").glob("*/README.md")
+    assert "transductive" in model.read_text()
+
+
+def test_rows_without_a_leak_are_not_labelled(published: dict[str, str]) -> None:
+    report = json.loads(Path(published["report"].removeprefix("file://")).with_suffix(".json").read_text())
+    assert {(row["transductive"], row["protocol"]) for row in report["rows"]} == {(False, "leak-free")}
+    assert not is_transductive(report["rows"]) and label_of(report["rows"]) == ""
+    page = Path(published["report"].removeprefix("file://")).read_text()
+    assert "Transductive" not in page and "(transductive" not in page
