@@ -366,7 +366,7 @@ def test_a_bucket_is_searched_like_a_folder(s3_url: str, tmp_path: Path) -> None
         ("odd name.nii", "anna"),
     ]
     bucket.pipe_file(f"{s3_url}/ds/bad.csv", b"path\nabsent.nii\n")
-    bucket.pipe_file(f"{s3_url}/ds/out.csv", b"path\n../../other/a.nii\n")
+    bucket.pipe_file(f"{s3_url}/ds/out.csv", b"path\n../../../../other/a.nii\n")
     bucket.pipe_file(f"{s3_url}/dicom/a.dcm", b"12345")
     for source, rule in (
         (f"{s3_url}/ds/bad.csv", "line 2: there is no"),
