@@ -13,7 +13,7 @@ secret to someone who can guess the names, unless the corpus has pseudonyms (see
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -191,11 +191,20 @@ def facts_of(manifest: Manifest) -> list[tuple[str, str]]:
         "volumes": f"{manifest['num_volumes']:,}",
         "planes": f"{manifest['num_samples']:,}",
         "size": f"{manifest['num_bytes'] / 1e6:,.1f} MB in {len(manifest['shards']):,} shards",
-        "preprocessing": ", ".join(f"{name} {value}" for name, value in manifest["preprocessing"].items()),
+        "preprocessing": ", ".join(_rules(manifest["preprocessing"])),
         "names": "as they are" if manifest["deidentification"].get("names") == "plain" else "keyed hashes",
         "code": " ".join(manifest["code"].values()),
     }
     return [(name, text) for name, text in facts.items() if text]
+
+
+def _rules(section: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is set, as texts: `record planes`, `quality.preset openmind`."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield from (f"{name}.{rule}" for rule in _rules(value))
+        elif value not in (None, "none"):
+            yield f"{name} {value}"
 
 
 def ranges_of(manifest: Manifest) -> list[tuple[str, ...]]:
