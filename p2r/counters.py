@@ -1,7 +1,8 @@
 """What happened how often, and how long it took: numbers that any thread adds to, and that whoever measures reads.
 
 Names in use: bytes_fetched, fetch_seconds, retries{cause}, range_reads; cache_hits, cache_misses, cache_evictions,
-cache_evicted_bytes, cache_refusals{cause}, cache_drops; decode_seconds, wait_seconds, replaced_records.
+cache_evicted_bytes, cache_refusals{cause}, cache_drops; decode_seconds, wait_seconds, replaced_records;
+batches, and ready_batches, the sum of how many were ready whenever one was taken.
 """
 
 import threading

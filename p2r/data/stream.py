@@ -180,6 +180,8 @@ def _ahead(
             batch = waiting.popleft().result()
             wait_s = time.perf_counter() - began
             counters.add("wait_seconds", wait_s)
+            counters.add("batches")
+            counters.add("ready_batches", num_ready)
             loader.done(state.step)
             state = replace(state, step=state.step + 1)
             yield replace(batch, wait_s=wait_s, num_ready=num_ready), state

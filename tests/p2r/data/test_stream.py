@@ -344,7 +344,9 @@ def test_patches_come_out_of_the_same_shards(small_corpus: SmallCorpus, tmp_path
 def test_what_the_stream_does_is_counted(small_corpus: SmallCorpus) -> None:
     counters = Counters()
     batches(small_corpus, 3, counters=counters)
-    assert counters.snapshot()["decode_seconds"] > 0 and counters.snapshot()["wait_seconds"] > 0
+    counted = counters.snapshot()
+    assert counted["decode_seconds"] > 0 and counted["wait_seconds"] > 0
+    assert counted["batches"] == 3 and 0 <= counted["ready_batches"] <= 2 * 3
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".idx"])
