@@ -128,7 +128,7 @@ def _records(
             except RefusedScan as error:
                 refuse(planned, error, key=key)
                 continue
-            digest = voxels_sha256(volume)
+            digest = volume.acquired_sha256 or voxels_sha256(volume)
             if original := seen.get((planned.subject, digest)):
                 message = f"{planned.scan.path} has exactly the voxels of {original}"
                 refuse(planned, RefusedScan("duplicate", message), key=key, copy_of=original)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from p2r.data.shards import voxels_sha256
 from p2r.data.volume import MAX_SCAN_MIB, Volume
 from p2r.errors import RefusedScan
 
@@ -62,6 +63,7 @@ def resample(volume: Volume, spacing_mm: tuple[float, float, float], *, max_mib:
         affine=_affine(volume, (new_spacing[0], new_spacing[1], new_spacing[2]), shape),
         spacing_mm=(new_spacing[0], new_spacing[1], new_spacing[2]),
         resampled_from_mm=volume.spacing_mm,
+        acquired_sha256=voxels_sha256(volume),
     )
 
 

@@ -81,6 +81,8 @@ class Volume:
     """Which of the file's frames `data` holds; None: all."""
     resampled_from_mm: tuple[float, float, float] | None = None
     """Voxel size before resampling; None: the voxels are the file's."""
+    acquired_sha256: str | None = None
+    """`voxels_sha256` before resampling, by which the scan is known again; None: the voxels are the file's."""
     sidecar: Mapping[str, Any] = field(default_factory=dict)
     """Technical tags of the acquisition, where they are known (see `sidecar`)."""
     notes: tuple[str, ...] = ()

@@ -30,8 +30,9 @@ from p2r.data.corpus import (
 )
 from p2r.data.manifest import ledger_path
 from p2r.data.plan import ShardPlan
-from p2r.data.shards import open_shard
+from p2r.data.shards import open_shard, voxels_sha256
 from p2r.data.verify import unreferenced_files
+from p2r.data.volume import read_volume
 from p2r.errors import DataError
 from p2r.storage import Storage, file_sha256
 
@@ -609,6 +610,15 @@ def test_membership_is_answered_without_naming_anybody(folder: Path, storage: St
     assert contains(manifest, voxels_sha256=digest)
     assert not contains(manifest, voxels_sha256=hashlib.sha256(b"other").hexdigest())
     assert "sub-0" not in json.dumps({key: manifest[key] for key in manifest if key.endswith("digests")})
+
+
+def test_a_scan_is_known_by_its_voxels_also_after_resampling(folder: Path, storage: Storage) -> None:
+    (folder / "sub-3_zip.nii.gz").write_bytes((folder / "sub-3_run-0.nii.gz").read_bytes())
+    make(storage, config_of(folder, resample_mm=2.0, min_size=8))
+    assert ledger_of(storage)["sub-3_run-0"]["spacing_mm"] == [2.0, 2.0, 2.0]
+    assert load_manifest(storage)["reasons"] == {"accepted": 8, "duplicate": 1}
+    for path in folder.iterdir():
+        assert contains(load_manifest(storage), voxels_sha256=voxels_sha256(read_volume(path)))
 
 
 def test_the_digest_of_a_corpus_follows_what_was_asked(tmp_path: Path) -> None:
