@@ -130,7 +130,7 @@ def ingest(
             first_number=len(base.shards),
             allowed_subjects=allowed_subjects,
         )
-        _say_changed(growth, say)
+        _say_what_is_odd(growth, say)
         if not growth.is_new:
             say(f"{storage.url} is complete")
             settle_ledger(storage)
@@ -334,7 +334,10 @@ def _refuse_left_out(what: str, left_out: Set[str], way_out: str, storage: Stora
         )
 
 
-def _say_changed(growth: Growth, say: Say) -> None:
+def _say_what_is_odd(growth: Growth, say: Say) -> None:
+    planned = [planned for plan in growth.plans for planned in plan.scans]
+    if len(planned) >= _LEAST_READ and len({it.subject for it in planned}) == 1:
+        say(f"all {len(planned)} scans are of one subject, {planned[0].subject}: is ingest.subject_pattern right?")
     if growth.changed:
         shown = ", ".join(growth.changed[:_SHOWN]) + (", ..." if len(growth.changed) > _SHOWN else "")
         say(

@@ -75,7 +75,9 @@ def refused_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes 
         return None
     # Those that can be seen come first: a sheet of empty tiles shows nothing.
     seen = drawn(refused.keys() & thumbnails.keys(), MOST)
-    keys = sorted([*seen, *drawn(refused.keys() - set(seen), MOST - len(seen))], key=lambda key: refused[key]["reason"])
+    keys = sorted(
+        [*seen, *drawn(refused.keys() - set(seen), MOST - len(seen))], key=lambda key: (refused[key]["reason"], key)
+    )
     tiles = [(thumbnails.get(key), key, str(refused[key]["reason"]), CLASS_COLOURS[5]) for key in keys]
     subtitle = "grey tiles: no picture of the scan can be made" if any(tile[0] is None for tile in tiles) else ""
     return _sheet(tiles, f"Refused: {len(tiles)} of {len(refused)} scans", subtitle)

@@ -415,8 +415,8 @@ def test_dying_at_any_write_leaves_nothing_that_running_again_does_not_put_right
     folder: Path, more: Path, tmp_path: Path
 ) -> None:
     whole = Storage(str(tmp_path / "whole"))
-    make(whole, config_of(folder))
-    make(whole, config_of(folder, more))
+    make(whole, config_of(folder, shard_size_mib=0.02))
+    make(whole, config_of(folder, more, shard_size_mib=0.02))
     expected = bytes_below(whole)
     deaths = 0
     for num_writes in range(1000):
@@ -425,14 +425,14 @@ def test_dying_at_any_write_leaves_nothing_that_running_again_does_not_put_right
         died = 0
         for sources in ((folder,), (folder, more)):
             try:
-                make(dying, config_of(*sources))
+                make(dying, config_of(*sources, shard_size_mib=0.02))
             except Death:
                 died += 1
                 if dying.exists("manifest.json"):
                     left = [problem for problem in verify_corpus(dying) if "ledger.jsonl" not in problem]
                     assert left == []  # a reader finds a whole corpus at any moment
                 dying.writes_left = 1000
-                make(dying, config_of(*sources))
+                make(dying, config_of(*sources, shard_size_mib=0.02))
         assert bytes_below(dying) == expected, num_writes
         deaths += died
         if not died:
@@ -597,6 +597,11 @@ def test_progress_is_said_first_last_and_now_and_then(folder: Path, storage: Sto
     assert len(said) == 2
     assert said[0].startswith("scans ") and "MB/s" in said[0] and "left" in said[0]
     assert said[1].startswith("scans 9/9 | shards ") and said[1].endswith("refused: 1 not_nifti")
+
+
+def test_scans_that_all_seem_to_be_of_one_subject_are_pointed_out(many: Path, storage: Storage) -> None:
+    said = make(storage, config_of(many, subject_pattern="^(sub)", max_refused_fraction=1.0))
+    assert said[0] == "all 40 scans are of one subject, sub: is ingest.subject_pattern right?"
 
 
 def test_membership_is_answered_without_naming_anybody(folder: Path, storage: Storage) -> None:
