@@ -45,6 +45,7 @@ _SECRET_VALUE = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s:@]+:[^/\s@]+@|
 _ABLATION_RULE = (
     "kind ablation needs finetune.score_on: validation, for a recipe that was chosen on test patients proves nothing"
 )
+_ALLOW_TRANSDUCTIVE = "finetune.allow_transductive=true"
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
@@ -125,6 +126,10 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
     if not isinstance(values, dict):
         raise JobError(f"job {path} must be a mapping that begins with `kind:`, found {type(values).__name__}")
     for override in overrides:
+        if override == _ALLOW_TRANSDUCTIVE and not values.get("finetune"):
+            raise JobError(
+                f"job {path} has no finetune section: there is nothing that --allow-transductive could allow"
+            )
         _apply(values, override)
     _refuse_secrets(values, path, ())
     values = _fill_in(values, path, (), unset)
@@ -142,7 +147,7 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
 
 def overrides_of(set_: Sequence[str] | None, *, allow_transductive: bool) -> tuple[str, ...]:
     """Return the overrides that a command line's `--set` and `--allow-transductive` stand for."""
-    return (*(set_ or ()), *(("finetune.allow_transductive=true",) if allow_transductive else ()))
+    return (*(set_ or ()), *((_ALLOW_TRANSDUCTIVE,) if allow_transductive else ()))
 
 
 def variants_of(job: Job) -> dict[str, Job]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import p2r.engine.__main__ as engine
+from p2r.errors import JobError
+from p2r.job import overrides_of, read_job
 from p2r.report import label_of, table
 from p2r.report.tables import is_transductive
 
@@ -40,6 +42,11 @@ def test_every_row_and_title_is_labelled_once_it_is_allowed(
     assert "transductive" in str(table(report["rows"]).title)
     (model,) = (tmp_path / "storage/models/disc").glob("*/README.md")
     assert "transductive" in model.read_text()
+
+
+def test_a_job_without_fine_tuning_has_nothing_to_allow(repository: Path) -> None:
+    with pytest.raises(JobError, match=r"ingest\.yaml has no finetune section.*--allow-transductive"):
+        read_job(repository / "jobs/ingest.yaml", overrides_of(None, allow_transductive=True))
 
 
 def test_rows_without_a_leak_are_not_labelled(published: dict[str, str]) -> None:
