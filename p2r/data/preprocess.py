@@ -99,10 +99,19 @@ def percentile_table(data: NDArray[Any]) -> tuple[float, ...]:
     sample = data.reshape(-1)[::stride]
     for voxels in (sample[sample != 0], sample):
         if voxels.size:
-            table = tuple(float(value) for value in np.percentile(voxels, PERCENTILES))
+            table = _percentiles(voxels)
             if table[PERCENTILES.index(0.5)] < table[PERCENTILES.index(99.5)]:
                 return table
     raise RefusedScan("constant", "percentiles 0.5 and 99.5 of the voxels are equal: hardly any contrast")
+
+
+def _percentiles(voxels: NDArray[Any]) -> tuple[float, ...]:
+    """What `np.percentile` gives for `PERCENTILES`; for so many of them one sort is several times faster."""
+    ordered = np.sort(voxels)
+    places = np.asarray(PERCENTILES) / 100 * (len(ordered) - 1)
+    below = np.floor(places).astype(np.int64)
+    low, high = (ordered[index].astype(np.float64) for index in (below, np.minimum(below + 1, len(ordered) - 1)))
+    return tuple((low + (high - low) * (places - below)).tolist())
 
 
 def intensity_window(table: Sequence[float], percentiles: tuple[float, float]) -> tuple[float, float]:

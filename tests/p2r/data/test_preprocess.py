@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from p2r.config import PERCENTILES
 from p2r.data.preprocess import (
     Preparation,
     axis_weights,
@@ -84,6 +85,13 @@ def test_the_window_of_a_mask_falls_back_to_all_voxels() -> None:
     data = np.zeros((10, 10, 10), np.int16)
     data[:5] = 7
     assert intensity_window(percentile_table(data), (0.5, 99.5)) == (0.0, 7.0)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "float32"])
+def test_the_table_has_the_percentiles_of_numpy(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    data = rng.gamma(2, 20, (30, 31, 7)).astype(dtype)
+    np.testing.assert_allclose(percentile_table(data), np.percentile(data[data != 0], PERCENTILES), rtol=1e-6)
 
 
 def test_a_window_whose_percentiles_fall_together_takes_the_extremes() -> None:
