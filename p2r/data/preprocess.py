@@ -27,7 +27,7 @@ from p2r.errors import RefusedScan
 SliceAxis = Literal["auto", 0, 1, 2]
 
 _TIED_SPACING = 0.01
-_MAX_PERCENTILE_VOXELS = 1 << 20
+_MAX_PERCENTILE_VOXELS = 1 << 18
 
 
 class Preparation(BaseModel):

@@ -26,7 +26,7 @@ import tempfile
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from io import BytesIO
 from itertools import accumulate, pairwise, product
@@ -181,8 +181,12 @@ def decode_record(content: bytes, meta: Mapping[str, Any]) -> Array:
 
 def voxels_sha256(volume: Volume) -> str:
     """Digest of the voxel values: the same for a copy that was zipped again, or has another header or dtype."""
-    digest = hashlib.sha256(repr(volume.data.shape).encode())
-    digest.update(np.ascontiguousarray(volume.data, dtype="<f4").data)  # exact for all dtypes that a Volume has
+    data = volume.data
+    dtype = "<f4"  # a `Volume` holds whole numbers as floats only where 16 bits are too few
+    if data.dtype.kind in "iu":
+        dtype = "<i2" if data.dtype != np.uint16 or data.max() < 1 << 15 else "<u2"
+    digest = hashlib.sha256(f"{dtype}{data.shape}".encode())
+    digest.update(np.ascontiguousarray(data, dtype=dtype).data)
     return digest.hexdigest()
 
 
@@ -219,7 +223,7 @@ def write_shard(
                 text = json.dumps(described, sort_keys=True, allow_nan=False)
                 writer.write({"__key__": meta["key"], "json": text.encode(), record: voxels})
         rows = index_shard(tar)
-        index.write_text("".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows))
+        index.write_text("".join(json.dumps(_described(row), sort_keys=True) + "\n" for row in rows))
         entry = {
             "name": path.name,
             "num_records": len(rows),
@@ -503,6 +507,10 @@ def _file_crc32(file: IO[bytes]) -> int:
     while part := file.read(1 << 20):
         checksum = crc32(part, checksum)
     return checksum
+
+
+def _described(row: IndexRow) -> dict[str, Any]:
+    return {field.name: getattr(row, field.name) for field in fields(row)}
 
 
 def _as_tuples(value: dict[str, Any]) -> dict[str, Any]:
