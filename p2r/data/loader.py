@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from p2r.config import ImageConfig
 from p2r.counters import Counters
 from p2r.data.batch import Batch, Group, Replaced
 from p2r.data.fetch import OpenShards
-from p2r.data.order import Order
+from p2r.data.order import Order, Samples
 from p2r.data.preprocess import intensity_window, plane_axes, plane_spacing
 from p2r.data.shards import Box, IndexRow, ShardReader
 from p2r.errors import DataError
@@ -32,6 +33,7 @@ from p2r.randomness import keyed_generator
 Array = NDArray[Any]
 
 _LOOKAHEAD_STEPS = 32  # how far ahead of the batches remote shards are fetched
+_BLOCK_STEPS = 16  # whose order is computed at once
 _RANGE_THREADS = 16  # requests at the same time, where chunks are read by ranges
 _REPLACEMENTS = 8  # samples tried in the place of a damaged one
 
@@ -119,9 +121,12 @@ class Loader:
     ) -> None:
         self._shards, self._order, self._image, self._seed = shards, order, image, seed
         self._share, self._neighbours, self._pin_memory = share, neighbours, pin_memory
+        # Of neighbours, the first of a pair may be another rank's.
+        self._numbers = range(share.start - (share.start % 2 if neighbours else 0), share.stop)
         self._quarantine, self._counters = quarantine, counters
         self._replaced: set[_Place] = set()
         self._lock = threading.Lock()
+        self._block = lru_cache(maxsize=8)(self._order_block)
         self._planned = -1
         self._is_remote = any(source.is_remote for source in shards)
         self._requests = ThreadPoolExecutor(_RANGE_THREADS, thread_name_prefix="p2r-stream-range")
@@ -138,7 +143,7 @@ class Loader:
             return
         last = step + _LOOKAHEAD_STEPS
         for later in range(max(step, self._planned + 1), last + 1):
-            corpora, shards, _ = self._order.locate(self._order.slice(later, self._share).positions)
+            corpora, shards, _ = self._order.locate(self._ordered(later).positions)
             for number, source in enumerate(self._shards):
                 source.plan(later, np.unique(shards[corpora == number]).tolist())
         self._planned = max(self._planned, last)
@@ -193,15 +198,23 @@ class Loader:
 
     def _samples(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Positions and epochs of this rank, neighbours put in their places: the second of pairs 2k, 2k + 1 of the whole batch."""
-        extra = self._share.start % 2  # the first of a pair may be another rank's
-        numbers = range(self._share.start - extra, self._share.stop)
-        samples = self._order.slice(step, numbers)
-        share = 2 * self._neighbours
-        for index, number in enumerate(numbers):
+        ordered, share = self._ordered(step), 2 * self._neighbours
+        positions, epochs = ordered.positions.copy(), ordered.epochs.copy()
+        for index, number in enumerate(self._numbers if share else ()):
             if number % 2 and math.floor((number // 2 + 1) * share) > math.floor(number // 2 * share):
-                samples.positions[index] = self._neighbour(samples.positions[index - 1], samples.positions[index])
-                samples.epochs[index] = samples.epochs[index - 1]
-        return samples.positions[extra:], samples.epochs[extra:]
+                positions[index] = self._neighbour(positions[index - 1], positions[index])
+                epochs[index] = epochs[index - 1]
+        extra = self._share.start - self._numbers.start
+        return positions[extra:], epochs[extra:]
+
+    def _ordered(self, step: int) -> Samples:
+        """The order's samples of a step."""
+        block, index = divmod(step, _BLOCK_STEPS)
+        return self._block(block)[index]
+
+    def _order_block(self, block: int) -> list[Samples]:
+        steps = range(block * _BLOCK_STEPS, (block + 1) * _BLOCK_STEPS)
+        return self._order.slices(steps, self._numbers)
 
     def _neighbour(self, position: np.int64, otherwise: np.int64) -> np.int64:
         """Position of the next plane of the same frame, or of the one before where it is the last."""

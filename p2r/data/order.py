@@ -113,18 +113,27 @@ class Order:
 
     def slice(self, step: int, numbers: range) -> Samples:
         """Return some samples of a global batch, by their numbers in it."""
-        if step < 0:
-            raise ValueError(f"step must be at least 0, got {step}")
-        lanes, offsets = np.divmod(np.asarray(numbers, dtype=np.int64), self._per_lane)
+        return self.slices(range(step, step + 1), numbers)[0]
+
+    def slices(self, steps: range, numbers: range) -> list[Samples]:
+        """Return these samples of each step's global batch: some steps together take little longer than one."""
+        if steps.start < 0:
+            raise ValueError(f"step must be at least 0, got {steps.start}")
+        lanes, offsets = np.divmod(np.tile(np.asarray(numbers, dtype=np.int64), len(steps)), self._per_lane)
+        of_step = np.repeat(np.asarray(steps, dtype=np.int64), len(numbers))
         owners = self._owner[lanes]
         positions, epochs = np.empty_like(lanes), np.empty_like(lanes)
         for number, ring in enumerate(self._rings):
             mine = owners == number
-            if mine.any():
-                epochs[mine], step_of_epoch = divmod(step, ring.num_steps)
-                places = ring.positions(int(epochs[mine][0]), step_of_epoch, self._lane[lanes[mine]], offsets[mine])
-                positions[mine] = self._first[number] + places
-        return Samples(positions, epochs)
+            epochs[mine] = of_step[mine] // ring.num_steps
+            for epoch in range(steps[0] // ring.num_steps, steps[-1] // ring.num_steps + 1):
+                these = mine & (epochs == epoch)
+                if these.any():
+                    step_of_epoch = of_step[these] - epoch * ring.num_steps
+                    places = ring.positions(epoch, step_of_epoch, self._lane[lanes[these]], offsets[these])
+                    positions[these] = self._first[number] + places
+        parts = (array.reshape(len(steps), len(numbers)) for array in (positions, epochs))
+        return [Samples(*rows) for rows in zip(*parts, strict=True)]
 
     def num_samples(self, corpus: int, shard: int) -> int:
         """Samples in a shard."""
@@ -159,10 +168,10 @@ class _Ring:
         self.num_steps = self._lane_length // per_lane
         self._epoch = lru_cache(maxsize=4)(self._prepare)
 
-    def positions(self, epoch: int, step: int, lanes: Positions, offsets: Positions) -> Positions:
-        """Positions in the corpus of sample number `offsets` that `lanes` take in a step."""
+    def positions(self, epoch: int, steps: Positions, lanes: Positions, offsets: Positions) -> Positions:
+        """Positions in the corpus of sample number `offsets` that `lanes` take in `steps` of an epoch."""
         order, ends, shift, key = self._epoch(epoch)
-        places = self._shuffled(step * self._per_lane + offsets, lanes, key)
+        places = self._shuffled(steps * self._per_lane + offsets, lanes, key)
         ring = (lanes * self._lane_length + places + shift) % self.ends[-1]
         slots = np.searchsorted(ends, ring, side="right")  # which shard of the permuted sequence
         shards = order[slots]

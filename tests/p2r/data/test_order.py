@@ -227,6 +227,14 @@ def test_a_mixture_takes_its_corpora_by_weight_in_every_batch() -> None:
     assert sorted(passed[1]) == list(range(8))  # the smallest has come round eight times
 
 
+def test_steps_taken_together_are_the_steps_taken_one_by_one() -> None:
+    mixture = Order(MIXED, seed=0, global_batch=16, weights=[2, 1, 1])
+    one_by_one = [mixture.slice(step, range(3, 14)) for step in range(2, 40)]  # ten epochs of the smallest
+    for one, other in zip(mixture.slices(range(2, 40), range(3, 14)), one_by_one, strict=True):
+        np.testing.assert_array_equal(one.positions, other.positions)
+        np.testing.assert_array_equal(one.epochs, other.epochs)
+
+
 def test_a_mixture_without_weights_takes_corpora_by_size() -> None:
     assert Order([[300], [100]], seed=0, global_batch=8).shares == (0.75, 0.25)
 
