@@ -32,6 +32,7 @@ from p2r.randomness import keyed_generator
 
 Array = NDArray[Any]
 
+_window = lru_cache(maxsize=4096)(intensity_window)
 _LOOKAHEAD_STEPS = 32  # how far ahead of the batches remote shards are fetched
 _BLOCK_STEPS = 16  # whose order is computed at once
 _RANGE_THREADS = 16  # requests at the same time, where chunks are read by ranges
@@ -62,10 +63,8 @@ class _Part(NamedTuple):
 
     reader: ShardReader
     row: IndexRow
-    sample: int
-    """Planes only: its number in the shard."""
-    frame: int = 0
-    """Patches only."""
+    number: int
+    """Of the plane in its record, or of the patch's frame."""
     box: Box | None = None
     """Patches only: planes, rows, columns."""
     centre: tuple[float, ...] = ()
@@ -86,9 +85,9 @@ class _Part(NamedTuple):
     def read(self, reader: ShardReader, out: Array) -> None:
         """Read the sample into `out`."""
         if self.box is None:
-            reader.read_plane(self.sample, out)
+            reader.read_located(self.row, self.number, out)
         else:
-            reader.read_box(self.row, self.frame, self.box, out)
+            reader.read_box(self.row, self.number, self.box, out)
 
 
 class Loader:
@@ -227,10 +226,10 @@ class Loader:
 
     def _part(self, place: _Place, reader: ShardReader) -> _Part:
         if self._image.dimensions == 2:
-            return _Part(reader, reader.locate(place.sample)[0], place.sample)
+            return _Part(reader, *reader.locate(place.sample))
         row, frame = reader.locate_volume(place.sample // self._image.patches_per_volume)
         generator = keyed_generator(self._seed, "patch", place.corpus, place.epoch, place.shard, place.sample)
-        return _Part(reader, row, place.sample, frame, *_patch(row, self._image, generator))
+        return _Part(reader, row, frame, *_patch(row, self._image, generator))
 
     def _empty(self, part: _Part, count: int) -> Tensor:
         dtype = torch.from_numpy(np.empty(0, part.row.dtype)).dtype
@@ -259,7 +258,7 @@ class Loader:
 
     def _group(self, members: list[int], parts: list[_Part], voxels: Tensor) -> Group:
         row = parts[0].row
-        windows = [intensity_window(part.row.percentiles, self._image.intensity_percentiles) for part in parts]
+        windows = [_window(part.row.percentiles, self._image.intensity_percentiles) for part in parts]
         low, high = torch.tensor(windows, dtype=torch.float32).unbind(1)
         if self._image.dimensions == 2:
             spacing_mm = plane_spacing(row.spacing_mm, row.slice_axis)

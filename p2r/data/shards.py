@@ -323,12 +323,8 @@ class ShardReader:
         self._rows = index
         self._read = read
         self._ends = list(accumulate(row.num_planes for row in index))
+        self.num_samples = self._ends[-1] if self._ends else 0
         self._volume_ends = list(accumulate(row.shape[3] for row in index))
-
-    @property
-    def num_samples(self) -> int:
-        """Planes in this shard."""
-        return self._ends[-1] if self._ends else 0
 
     def locate(self, sample: int) -> tuple[IndexRow, int]:
         """Record and number of the plane in it, for sample 0 to `num_samples` - 1 of the shard."""
@@ -356,16 +352,20 @@ class ShardReader:
         """
         row, number = self.locate(sample)
         target: Array = np.empty(row.stored_shape[2:], row.dtype) if out is None else out
+        self.read_located(row, number, target)
+        return target
+
+    def read_located(self, row: IndexRow, number: int, out: Array) -> None:
+        """Like `read_plane`, for what `locate` returned."""
         if row.chunk_shape[0] == 1:  # a plane is a chunk
-            start, stop = row.chunk_offsets[number], row.chunk_offsets[number + 1]
+            offsets = row.chunk_offsets
             try:
-                _decode(row, number, memoryview(self._read(start, stop)), target)
+                _decode(row, number, self._read(offsets[number], offsets[number + 1]), out)
             except _Damage as damage:
                 raise self._named(damage) from None
         else:
             frame, plane = divmod(number, row.stored_shape[1])
-            self.read_box(row, frame, (slice(plane, plane + 1), *row.whole[1:]), target[None])
-        return target
+            self.read_box(row, frame, (slice(plane, plane + 1), *row.whole[1:]), out[None])
 
     def read_box(self, row: IndexRow, frame: int, box: Box, out: Array | None = None) -> Array:
         """Read, check and decode a box of one frame: planes, rows and columns of the stored order, each from start to stop.
@@ -447,7 +447,7 @@ def _place(row: IndexRow, number: int, of_frame: int, content: memoryview, box: 
     ]
 
 
-def _decode(row: IndexRow, number: int, content: memoryview, out: Array) -> None:
+def _decode(row: IndexRow, number: int, content: bytes | memoryview, out: Array) -> None:
     """Check a chunk, then decode all of it into `out`, whose shape it must have."""
     start, stop = row.chunk_offsets[number], row.chunk_offsets[number + 1]
     if len(content) != stop - start or crc32(content) != row.chunk_crc32[number]:
