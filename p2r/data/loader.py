@@ -6,6 +6,7 @@ Shapes: B samples of this rank, b of them on equal grids; T P h w as in `shards`
 """
 
 import math
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -36,6 +37,7 @@ _window = lru_cache(maxsize=4096)(intensity_window)
 _LOOKAHEAD_STEPS = 32  # how far ahead of the batches remote shards are fetched
 _BLOCK_STEPS = 16  # whose order is computed at once
 _RANGE_THREADS = 16  # requests at the same time, where chunks are read by ranges
+_SPARE_BUFFERS = 2  # kept beside those in use
 _REPLACEMENTS = 8  # samples tried in the place of a damaged one
 
 
@@ -90,6 +92,30 @@ class _Part(NamedTuple):
             reader.read_box(self.row, self.number, self.box, out)
 
 
+class _Buffers:
+    """Memory of earlier batches, given out again once nobody holds any part of it.
+
+    Fresh memory costs a page fault every 4 KiB: for large batches, more time than decoding takes.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._buffers: list[NDArray[np.uint8]] = []
+
+    def take(self, num_bytes: int) -> Tensor:
+        """Return so many bytes, (num_bytes,) uint8, not initialised: the caller's as long as any view of them lives."""
+        with self._lock:
+            held, free = [], []
+            for buffer in self._buffers:
+                # Every view of it holds it, tensors too. Here, the list, the loop and the call do.
+                (free if sys.getrefcount(buffer) == 3 else held).append(buffer)
+            free.sort(key=len)
+            fitting = next((index for index, buffer in enumerate(free) if len(buffer) >= num_bytes), None)
+            chosen = free.pop(fitting) if fitting is not None else np.empty(_rounded_up(num_bytes), np.uint8)
+            self._buffers = [*held, *free[-_SPARE_BUFFERS:], chosen]
+            return torch.from_numpy(chosen[:num_bytes])
+
+
 class Loader:
     """Makes the batch of any step. Safe to call from several threads.
 
@@ -124,6 +150,8 @@ class Loader:
         self._numbers = range(share.start - (share.start % 2 if neighbours else 0), share.stop)
         self._quarantine, self._counters = quarantine, counters
         self._replaced: set[_Place] = set()
+        self._buffers = _Buffers()
+        self._buffers = _Buffers()
         self._lock = threading.Lock()
         self._block = lru_cache(maxsize=8)(self._order_block)
         self._planned = -1
@@ -170,7 +198,8 @@ class Loader:
         together: dict[Any, list[int]] = defaultdict(list)
         for index, part in enumerate(parts):
             together[part.grid].append(index)
-        voxels = {grid: self._empty(parts[members[0]], len(members)) for grid, members in together.items()}
+        arrays = self._empty([(parts[members[0]], len(members)) for members in together.values()])
+        voxels = dict(zip(together, arrays, strict=True))
         jobs = {
             index: (places[index], parts[index], out)
             for grid, members in together.items()
@@ -231,9 +260,20 @@ class Loader:
         generator = keyed_generator(self._seed, "patch", place.corpus, place.epoch, place.shard, place.sample)
         return _Part(reader, row, frame, *_patch(row, self._image, generator))
 
-    def _empty(self, part: _Part, count: int) -> Tensor:
-        dtype = torch.from_numpy(np.empty(0, part.row.dtype)).dtype
-        return torch.empty((count, *part.shape), dtype=dtype, pin_memory=self._pin_memory)
+    def _empty(self, groups: Sequence[tuple[_Part, int]]) -> list[Tensor]:
+        """Room for so many samples like each of these."""
+        shapes = [(count, *part.shape) for part, count in groups]
+        dtypes = [torch.from_numpy(np.empty(0, part.row.dtype)).dtype for part, _ in groups]
+        if self._pin_memory:  # torch itself keeps it for the next batch
+            return [
+                torch.empty(shape, dtype=dtype, pin_memory=True) for shape, dtype in zip(shapes, dtypes, strict=True)
+            ]
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+        pieces = self._buffers.take(sum(map(_aligned, sizes))).split([_aligned(size) for size in sizes])
+        return [
+            piece[:size].view(dtype).view(shape)
+            for piece, size, dtype, shape in zip(pieces, sizes, dtypes, shapes, strict=True)
+        ]
 
     def _read_all(self, jobs: Mapping[int, tuple[_Place, _Part, Array]]) -> dict[int, DataError]:
         """Read samples into their arrays and return the damage; requests go out together."""
@@ -273,7 +313,7 @@ class Loader:
         for word in generator.bit_generator.random_raw(_REPLACEMENTS).tolist():
             other = _Place(place.corpus, place.shard, word % count, place.epoch)
             part = self._part(other, self._shards[place.corpus].reader(place.shard))
-            voxels = self._empty(part, 1)
+            (voxels,) = self._empty([(part, 1)])
             if other != place and not self._read_all({0: (other, part, voxels[0].numpy())}):
                 note = Replaced(self._shards[place.corpus].name(place.shard), place.sample, other.sample, str(error))
                 self._count(place, note, error)
@@ -295,6 +335,16 @@ class Loader:
             ) from error
         if is_new and self._quarantine.on_replaced is not None:
             self._quarantine.on_replaced(note)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // 64) * 64
+
+
+def _rounded_up(num_bytes: int) -> int:
+    """A little more, so that a batch of slightly larger planes fits, too."""
+    step = max(1 << 20, 1 << max(0, num_bytes.bit_length() - 3))
+    return -(-num_bytes // step) * step
 
 
 def _patch(row: IndexRow, image: ImageConfig, generator: np.random.Generator) -> tuple[Box, tuple[float, ...]]:

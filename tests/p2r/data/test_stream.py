@@ -149,6 +149,21 @@ def test_threads_change_nothing(small_corpus: SmallCorpus, num_threads: int, pre
     assert_bitwise_equal(batches(small_corpus, 9, num_threads=num_threads, prefetch=prefetch), batches(small_corpus, 9))
 
 
+def test_the_memory_of_a_batch_is_used_again_only_when_no_part_of_it_is_held(small_corpus: SmallCorpus) -> None:
+    held: list[tuple[Any, Any]] = []
+    places: list[int] = []
+    with closing(stream(Corpus(*small_corpus), image=IMAGE, seed=3, global_batch=SIZE)) as source:
+        for step, (batch, _) in enumerate(itertools.islice(source, 60)):
+            for group in batch.groups:
+                places.append(group.voxels.untyped_storage().data_ptr())
+                if step % 5 == 0:  # a view of a view, as a tensor or an array
+                    part = group.voxels[-1:] if step % 2 else group.voxels.numpy()[..., 1:].T
+                    held.append((part, part.clone() if step % 2 else part.copy()))
+            del batch, group
+    assert len(set(places)) < len(places) / 2
+    assert all((part == copy).all() for part, copy in held) and len(held) >= 12
+
+
 def stream_threads() -> set[str]:
     return {thread.name for thread in threading.enumerate() if thread.name.startswith("p2r-stream")}
 
