@@ -151,7 +151,6 @@ class Loader:
         self._quarantine, self._counters = quarantine, counters
         self._replaced: set[_Place] = set()
         self._buffers = _Buffers()
-        self._buffers = _Buffers()
         self._lock = threading.Lock()
         self._block = lru_cache(maxsize=8)(self._order_block)
         self._planned = -1
