@@ -105,7 +105,8 @@ class _Buffers:
     def take(self, num_bytes: int) -> Tensor:
         """Return so many bytes, (num_bytes,) uint8, not initialised: the caller's as long as any view of them lives."""
         with self._lock:
-            held, free = [], []
+            held: list[NDArray[np.uint8]] = []
+            free: list[NDArray[np.uint8]] = []
             for buffer in self._buffers:
                 # Every view of it holds it, tensors too. Here, the list, the loop and the call do.
                 (free if sys.getrefcount(buffer) == 3 else held).append(buffer)
@@ -268,7 +269,7 @@ class Loader:
                 torch.empty(shape, dtype=dtype, pin_memory=True) for shape, dtype in zip(shapes, dtypes, strict=True)
             ]
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
-        pieces = self._buffers.take(sum(map(_aligned, sizes))).split([_aligned(size) for size in sizes])
+        pieces = torch.split(self._buffers.take(sum(map(_aligned, sizes))), [_aligned(size) for size in sizes])
         return [
             piece[:size].view(dtype).view(shape)
             for piece, size, dtype, shape in zip(pieces, sizes, dtypes, shapes, strict=True)
