@@ -7,7 +7,8 @@ starts it, makes the bucket `p2r`, prints the `export` lines with which jobs fin
 keys lie in the folder: what was stored is there at the next start, also after `kill -9`.
 
 Choices: telemetry off; every port on 127.0.0.1, because SeaweedFS's own ports ask for no password; ports that are not
-given are chosen free; caches small, since the server shares the machine with what is tested. The tests use the same class.
+given are chosen free; caches small, since the server shares the machine with what is tested, yet with room for the shards
+that a job fetches at once: with less, it reads their parts again and again. The tests use the same class.
 """
 
 import argparse
@@ -110,7 +111,7 @@ class S3Server:
             f"-master.port={master}", "-master.telemetry=false", "-master.electionTimeout=1s",
             "-master.volumeSizeLimitMB=1024", f"-volume.port={volume}", "-volume.max=1000", "-volume.preStopSeconds=0", "-filer",
             f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={self.folder / 's3.json'}",
-            "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.cacheCapacityMB=0", "-s3.readerCacheSizeMB=16",
+            "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.cacheCapacityMB=0", "-s3.readerCacheSizeMB=64",
         ]  # fmt: skip
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
