@@ -148,9 +148,7 @@ def main() -> None:
             "loop, stored integers": partial(plain, files, folder / "integers", "dataobj", num_shards),
             in_pool: partial(plain, files, folder / "pool", "get_fdata", num_shards, pool),
         }
-        rates = take_turns(
-            {name: partial(rate, run, len(files)) for name, run in runs.items()}, rounds=options.rounds, unit="files/s"
-        )
+        rates = take_turns({name: partial(rate, run, len(files)) for name, run in runs.items()}, rounds=options.rounds)
         folders = dict(zip(runs, (OURS, ZSTD, "loop", "integers", "pool"), strict=True))
         num_bytes = sum(path.stat().st_size for path in files)
         rows: list[dict[str, Any]] = [

@@ -1,20 +1,22 @@
 """What the benchmarks of data share: contenders take turns, so that a slow minute of the machine falls on all of them."""
 
 import os
+import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
-def take_turns(contenders: Mapping[str, Callable[[], float]], *, rounds: int, unit: str) -> dict[str, list[float]]:
+def take_turns(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, list[Any]]:
     """Call every contender once a round, each round beginning with another of them; return what the calls returned."""
     names = list(contenders)
-    measured: dict[str, list[float]] = {name: [] for name in names}
+    measured: dict[str, list[Any]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in (names[(turn + place) % len(names)] for place in range(len(names))):
             measured[name].append(contenders[name]())
-            progress(f"round {turn + 1} of {rounds}, {name}: {measured[name][-1]:,.0f} {unit}")
+            progress(f"round {turn + 1} of {rounds}, {name}: {measured[name][-1]}")
     return measured
 
 
@@ -40,6 +42,12 @@ def pin_to_one_core() -> tuple[set[int], set[int]]:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[:1])
     return set(cores[:1]), set(cores[1:] or cores)
+
+
+def cpu_name() -> str:
+    """Return what the processor calls itself."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def progress(text: str) -> None:
