@@ -4,9 +4,10 @@ Unknown keys are refused everywhere (`p2r.job` adds the nearest valid name). Uni
 field is its documentation and its description in the JSON Schema.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -19,10 +20,23 @@ from pydantic import (
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
+Angle = Annotated[float, Field(ge=0, le=180)]
+NumGhosts = Annotated[int, Field(ge=2, le=16)]
 Mode = Literal["scratch", "linear_probe", "fine_tune"]
 
 PERCENTILES = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)
 """Percentiles of intensity that are recorded with every scan, so that the choice among them is training's, not ingest's."""
+
+
+def Within(low: float, high: float) -> AfterValidator:  # noqa: N802 (it stands where a type stands)
+    """Return what refuses a range that falls, or leaves [low, high]."""
+
+    def check(value: Range) -> Range:
+        if not low <= value[0] <= value[1] <= high:
+            raise ValueError(f"must rise and lie in [{low:g}, {high:g}], got {list(value)}")
+        return value
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):
@@ -155,59 +169,141 @@ class GeometryConfig(Section):
     """Range of the geometric draw. Every parameter is drawn per image, uniformly, and composed into one warp."""
 
     rotation_deg: Annotated[float, Field(ge=0, le=180)] = 90.0
-    """Largest rotation to either side, degrees."""
-    scale: Range = (0.8, 1.25)
+    """Planes: largest rotation to either side, degrees."""
+    rotation_3d_deg: tuple[Angle, Angle, Angle] = (30.0, 30.0, 30.0)
+    """Volumes: largest rotation to either side about each axis, degrees; the rotations follow one another."""
+    scale: Annotated[Range, Within(0.1, 10)] = (0.8, 1.25)
     """Smallest and largest magnification, drawn log-uniformly."""
     shear_deg: Annotated[float, Field(ge=0, lt=60)] = 5.0
-    """Largest shear to either side, degrees."""
-    translation_mm: NonNegativeFloat = 10.0
+    """Largest shear to either side, degrees; in volumes, of each pair of axes."""
+    translation_mm: Annotated[float, Field(ge=0, le=1000)] = 10.0
     """Largest shift along each axis, mm."""
     flip_probability: Fraction = 0.5
     """Probability of mirroring, for each axis."""
     elastic_mm: NonNegativeFloat = 4.0
     """Standard deviation of the displacement of the elastic control points, mm; 0: none."""
-    elastic_spacing_mm: PositiveFloat = 32.0
+    elastic_spacing_mm: Annotated[float, Field(ge=4)] = 32.0
     """Distance of the elastic control points, mm."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale must be positive and rise, got {list(self.scale)}")
+        if self.elastic_mm > self.elastic_spacing_mm:
+            raise ValueError(
+                f"elastic_mm must not exceed elastic_spacing_mm ({self.elastic_spacing_mm:g}): the image would fold, "
+                f"got {self.elastic_mm:g}"
+            )
         return self
 
 
 class IntensityConfig(Section):
-    """Range of the intensity draw, on images in [0, 1]. Two independent draws make the two views differ in contrast."""
+    """Range of the intensity draw, on images in [0, 1]. Two independent draws make the two views differ in contrast.
 
-    gamma: Range = (0.6, 1.6)
+    Each transform has a range, from which its strength is drawn uniformly unless said otherwise, and the probability that
+    it takes part at all.
+    """
+
+    gamma: Annotated[Range, Within(0.1, 10)] = (0.6, 1.6)
     """Exponent, drawn log-uniformly."""
-    contrast: Range = (0.75, 1.25)
+    gamma_probability: Fraction = 1.0
+    """Probability of an exponent."""
+    contrast: Annotated[Range, Within(0.1, 10)] = (0.75, 1.25)
     """Factor about the image's mean, drawn log-uniformly."""
-    bias_field: NonNegativeFloat = 0.4
-    """Largest log-amplitude of a smooth multiplicative field; 0: none."""
-    noise: NonNegativeFloat = 0.06
-    """Largest standard deviation of additive Gaussian noise; drawn uniformly from 0."""
-    blur_mm: NonNegativeFloat = 1.5
-    """Largest standard deviation of a Gaussian blur, mm; drawn uniformly from 0, in half of the images."""
+    contrast_probability: Fraction = 1.0
+    """Probability of such a factor."""
     inversion_probability: Fraction = 0.25
     """Probability that dark and bright change places."""
+    bias_field: Annotated[float, Field(ge=0, le=3)] = 0.4
+    """Largest log-amplitude of a smooth multiplicative field; 0: none."""
+    bias_field_probability: Fraction = 1.0
+    """Probability of such a field."""
+    blur_mm: Annotated[float, Field(ge=0, le=20)] = 1.5
+    """Largest standard deviation of a Gaussian blur, mm; 0: none."""
+    blur_probability: Fraction = 0.5
+    """Probability of a blur."""
+    low_resolution_mm: Annotated[Range, Within(0, 100)] = (2.0, 6.0)
+    """Smallest and largest edge of simulated large voxels, mm; nothing is done along axes whose pixels are as large already."""
+    low_resolution_probability: Fraction = 0.0
+    """Probability of large voxels, for each axis."""
+    ghosting: Annotated[Range, Within(0, 1)] = (0.2, 0.8)
+    """Smallest and largest part of every n-th line of k-space that periodic motion takes away."""
+    num_ghosts: tuple[NumGhosts, NumGhosts] = (2, 6)
+    """Smallest and largest n, the number of copies across the image along one axis drawn at random."""
+    ghosting_probability: Fraction = 0.0
+    """Probability of ghosts."""
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.06
+    """Largest standard deviation of the noise; 0: none."""
+    noise_probability: Fraction = 1.0
+    """Probability of noise."""
+    rician_probability: Fraction = 0.0
+    """Probability that noise, where there is some, is Rician, as in magnitude images; Gaussian otherwise."""
+    window_low: Annotated[Range, Within(0, 100)] = (0.0, 5.0)
+    """Smallest and largest percentile of an image's pixels in the scan that becomes 0."""
+    window_high: Annotated[Range, Within(0, 100)] = (95.0, 100.0)
+    """Smallest and largest percentile that becomes 1."""
+    window_probability: Fraction = 0.0
+    """Probability of such a window."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("gamma", "contrast"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} must be positive and rise, got {[low, high]}")
+        if self.num_ghosts[0] > self.num_ghosts[1]:
+            raise ValueError(f"num_ghosts must rise, got {list(self.num_ghosts)}")
+        if self.window_low[1] >= self.window_high[0]:
+            raise ValueError(
+                f"window_low must end below window_high, got {list(self.window_low)} and {list(self.window_high)}"
+            )
         return self
 
 
+VIEWS: dict[str, dict[str, dict[str, Any]]] = {
+    "p2r": {},
+    "pix2rep": {
+        "geometry": {"rotation_deg": 90.0, "scale": (1.05, 3.0), "shear_deg": 0.0, "elastic_mm": 0.0},
+        "intensity": {
+            "gamma": (0.95, 1.05),
+            "gamma_probability": 0.9,
+            "contrast_probability": 0.0,
+            "inversion_probability": 0.35,
+            "bias_field": 0.9,
+            "bias_field_probability": 0.75,
+            "blur_mm": 2.0,
+            "noise_probability": 0.3,
+        },
+    },
+}
+"""Values that a name stands for in place of the section `views`. pix2rep: the transforms, probabilities and ranges of the
+code that Pix2Rep's authors released, in our units (crops as magnifications; noise relative to the image's range; blur in mm).
+pix2rep_v2: the same, and the window between random percentiles that Pix2Rep-v2 adds, with our range of percentiles."""
+VIEWS["pix2rep_v2"] = {
+    "geometry": VIEWS["pix2rep"]["geometry"],
+    "intensity": {**VIEWS["pix2rep"]["intensity"], "window_probability": 1.0},
+}
+
+
+def _or_a_name(schema: dict[str, Any]) -> None:
+    section = schema.copy()
+    schema.clear()
+    schema["anyOf"] = [{"enum": list(VIEWS)}, section]
+
+
 class ViewsConfig(Section):
-    """The two views of an image: two intensity draws, one geometric draw."""
+    """The two views of an image: two intensity draws, one geometric draw. A name stands for a whole section: p2r (what stands
+    here), pix2rep or pix2rep_v2 (what their authors draw)."""
+
+    model_config = ConfigDict(json_schema_extra=_or_a_name)
 
     geometry: GeometryConfig = GeometryConfig()
     """The warp between the views."""
     intensity: IntensityConfig = IntensityConfig()
     """What each view's contrast may become."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_name(cls, values: Any) -> Any:
+        if not isinstance(values, str):
+            return values
+        if values not in VIEWS:
+            raise ValueError(f"must be a section, or one of the names {', '.join(VIEWS)}")
+        return VIEWS[values]
 
 
 class ModelConfig(Section):

@@ -14,6 +14,10 @@ def keyed_generator(seed: int, *key: int | str) -> np.random.Generator:
 
     Philox is counter-based: two different keys give independent streams, and making one costs microseconds.
     """
+    return np.random.Generator(np.random.Philox(key=keyed_number(seed, *key)))
+
+
+def keyed_number(seed: int, *key: int | str) -> int:
+    """Return 128 bits that depend on `seed` and `key` alone."""
     text = "\x1f".join([str(seed), *(str(part) for part in key)])
-    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")

@@ -1,16 +1,22 @@
-"""Random numbers -> one warp per image -> the warped image.
+"""Random numbers -> one warp per image -> the warped image, in 2D and 3D.
 
 Rotation, scale, shear, flip, shift and elastic deformation are drawn first, then composed into ONE field of positions,
-so that an image is interpolated once, and every pixel of a view knows where it came from. Lengths are millimetres: an
-augmentation means the same at every pixel size. One generator per image: what is drawn for it does not depend on its
-neighbours.
+so that an image is interpolated once, and every pixel of a view knows where it came from. They act in millimetres, also
+where the pixel's edges differ: a rotation by 30 degrees turns a circle in the body into itself, and an augmentation
+means the same at every pixel size.
 
-A warp is (B, h, w, 2): for each pixel of the output, the row and column in the input that it shows, in pixels.
+A rotation in 3D is one about the first axis, then the second, then the third, each by an angle of its own range, as in
+nnU-Net and TorchIO. Of the libraries that warp in batches, kornia interpolates twice (affine, then elastic), has no
+elastic deformation in 3D, and neither it nor MONAI, which goes image by image, returns where each pixel came from.
 
-Letters: B images, C contrasts, H W the input's rows and columns, h w the output's.
+A warp is (B, *s, D): for each pixel of the output, the position in the input that it shows, in pixels.
+
+Letters: B images, C contrasts, D spatial dimensions (2 or 3), *S the input's sizes along them, *s the output's.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
 from typing import Literal
 
 import numpy as np
@@ -20,86 +26,152 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.config import GeometryConfig
+from p2r.views.draws import Draws, on_device
 from p2r.views.smooth import num_controls, spline_field
 
 
-def sample_warps(
-    generators: Sequence[np.random.Generator],
-    *,
-    config: GeometryConfig,
-    size_in: tuple[int, int],
-    size_out: tuple[int, int],
-    spacing_mm: float,
-    device: torch.device | None = None,
-) -> Tensor:
-    """Draw one warp per generator. The centres of input and output fall on each other before the shift.
+@dataclass(frozen=True)
+class Geometry:
+    """What moves B images, in millimetres, on the host."""
+
+    matrix: NDArray[np.float64]
+    """(B, D, D) from offsets in the output to offsets in the input, both from the centre."""
+    shift_mm: NDArray[np.float64]
+    """(B, D) added to them."""
+    controls_mm: NDArray[np.float64] | None
+    """(B, D, *k) displacements of the elastic control points; None: no deformation."""
+
+
+def sample_geometry(
+    draws: Draws, *, config: GeometryConfig, size: tuple[int, ...], spacing_mm: Sequence[float]
+) -> Geometry:
+    """Draw what moves each image.
 
     Args:
-        generators: B, one per image.
+        draws: Of B images.
         config: Ranges.
-        size_in: (H, W).
-        size_out: (h, w).
-        spacing_mm: Pixel size of input and output.
-        device: Where the warps are computed. Random numbers are always drawn on the CPU.
+        size: *s, of the output.
+        spacing_mm: Edges of a pixel, D of them.
+    """
+    dimensions = len(size)
+    largest = np.array([config.rotation_deg] if dimensions == 2 else config.rotation_3d_deg)
+    num_shears = dimensions * (dimensions - 1) // 2
+    matrix = affine_matrix(
+        rotation_deg=draws.between(-1, 1, "rotation", len(largest)) * largest,
+        magnification=np.exp(draws.between(*np.log(config.scale), "scale")),
+        shear_deg=draws.between(-1, 1, "shear", num_shears) * config.shear_deg,
+        flipped=draws.uniform("flip", dimensions) < config.flip_probability,
+    )
+    shift_mm = draws.between(-1, 1, "translation", dimensions) * config.translation_mm
+    controls_mm = None
+    if config.elastic_mm > 0:
+        grid = [
+            num_controls(pixels, config.elastic_spacing_mm / mm) for pixels, mm in zip(size, spacing_mm, strict=True)
+        ]
+        controls_mm = draws.normal("elastic", dimensions, *grid) * config.elastic_mm
+    return Geometry(matrix, shift_mm, controls_mm)
+
+
+def affine_matrix(
+    *,
+    rotation_deg: NDArray[np.float64],
+    magnification: NDArray[np.float64],
+    shear_deg: NDArray[np.float64],
+    flipped: NDArray[np.bool_],
+) -> NDArray[np.float64]:
+    """Compose B linear maps from offsets in a view to offsets in the image.
+
+    Args:
+        rotation_deg: (B, 1) in the plane, or (B, 3) about each axis.
+        magnification: (B,) of what the view shows.
+        shear_deg: (B, 1) of rows along columns, or (B, 3): the first axis along the second, along the third, the second
+            along the third.
+        flipped: (B, D) axes that are mirrored.
 
     Returns:
-        (B, h, w, 2) float32, pixels of the input.
+        (B, D, D).
     """
-    elastic_px = config.elastic_spacing_mm / spacing_mm
-    grid = (num_controls(size_out[0], elastic_px), num_controls(size_out[1], elastic_px))
-    matrices = np.empty((len(generators), 2, 2))
-    shifts = np.empty((len(generators), 2))
-    controls = np.empty((len(generators), 2, *grid))
-    for image, generator in enumerate(generators):
-        matrices[image] = _draw_matrix(generator, config)
-        shifts[image] = generator.uniform(-1, 1, 2) * config.translation_mm / spacing_mm
-        controls[image] = generator.standard_normal((2, *grid)) * config.elastic_mm / spacing_mm
-
-    row = torch.arange(size_out[0], dtype=torch.float32, device=device) - (size_out[0] - 1) / 2
-    column = torch.arange(size_out[1], dtype=torch.float32, device=device) - (size_out[1] - 1) / 2
-    matrix = torch.as_tensor(matrices, dtype=torch.float32, device=device)[:, :, :, None, None]  # (B, 2, 2, 1, 1)
-    shifts += (np.array(size_in) - 1) / 2
-    shift = torch.as_tensor(shifts, dtype=torch.float32, device=device)[:, :, None, None]
-    position = matrix[:, :, 0] * row[:, None] + (matrix[:, :, 1] * column + shift)  # (B, 2, h, w)
-    if config.elastic_mm > 0:
-        position += spline_field(controls, size=size_out, device=device)
-    return position.permute(0, 2, 3, 1)
+    batch, dimensions = flipped.shape
+    pairs = list(combinations(range(dimensions), 2))
+    matrix = np.tile(np.eye(dimensions), (batch, 1, 1))
+    for angle, (i, j) in zip(np.deg2rad(rotation_deg).T, reversed(pairs), strict=True):  # about axis 0 first
+        turn = np.tile(np.eye(dimensions), (batch, 1, 1))
+        turn[:, i, i] = turn[:, j, j] = np.cos(angle)
+        turn[:, j, i] = np.sin(angle)
+        turn[:, i, j] = -turn[:, j, i]
+        matrix = matrix @ turn
+    shear = np.tile(np.eye(dimensions), (batch, 1, 1))
+    for tangent, (i, j) in zip(np.tan(np.deg2rad(shear_deg)).T, pairs, strict=True):
+        shear[:, i, j] = tangent
+    signs = np.where(flipped, -1.0, 1.0)
+    return matrix @ shear * signs[:, None] / magnification[:, None, None]
 
 
-def _draw_matrix(generator: np.random.Generator, config: GeometryConfig) -> NDArray[np.float64]:
-    """Draw the 2 x 2 matrix from offsets in the output to offsets in the input, with 6 numbers whatever the ranges."""
-    angle = np.deg2rad(config.rotation_deg) * generator.uniform(-1, 1)
-    magnification = np.exp(generator.uniform(*np.log(config.scale)))
-    shear = np.tan(np.deg2rad(config.shear_deg) * generator.uniform(-1, 1))
-    signs = np.where(generator.random(2) < config.flip_probability, -1.0, 1.0)
-    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    matrix: NDArray[np.float64] = rotation @ np.array([[1.0, shear], [0.0, 1.0]]) * signs / magnification
-    return matrix
+def warp_of(
+    geometry: Geometry,
+    *,
+    size_in: tuple[int, ...],
+    size_out: tuple[int, ...],
+    spacing_mm: Sequence[float],
+    device: torch.device | None = None,
+) -> Tensor:
+    """Compose the field of positions. The centres of input and output fall on each other before the shift.
+
+    Args:
+        geometry: What moves B images.
+        size_in: *S.
+        size_out: *s.
+        spacing_mm: Edges of a pixel of input and output, D of them.
+        device: Where the field is computed.
+
+    Returns:
+        (B, *s, D) float32, pixels of the input.
+    """
+    dimensions, mm = len(size_out), np.array(spacing_mm, dtype=np.float64)
+    of_pixels = (1, dimensions, *[1] * dimensions)
+    matrix = on_device(geometry.matrix * (mm / mm[:, None]), device)
+    centre = (np.array(size_in) - 1) / 2
+    position = on_device(geometry.shift_mm / mm + centre, device).reshape(-1, *of_pixels[1:])
+    for axis in reversed(range(dimensions)):
+        offset = torch.arange(size_out[axis], dtype=torch.float32, device=device) - (size_out[axis] - 1) / 2
+        along = offset.reshape(-1, *[1] * (dimensions - 1 - axis))
+        position = matrix[:, :, axis].reshape(-1, *of_pixels[1:]) * along + position  # (B, D, ...) up to (B, D, *s)
+    if geometry.controls_mm is not None:
+        position += spline_field(geometry.controls_mm / mm.reshape(of_pixels), size=size_out, device=device)
+    return position.movedim(1, -1)
 
 
 def apply_warp(image: Tensor, warp: Tensor, *, mode: Literal["bilinear", "nearest"] = "bilinear") -> Tensor:
     """Read `image` where `warp` points; zero beyond its border. A warp onto whole pixels gives their exact values.
 
     Args:
-        image: (B, C, H, W) floating point.
-        warp: (B, h, w, 2).
-        mode: Interpolation; `nearest` for labels.
+        image: (B, C, *S) floating point.
+        warp: (B, *s, D).
+        mode: Interpolation, `bilinear` in 3D too, where it is trilinear; `nearest` for labels.
 
     Returns:
-        (B, C, h, w).
+        (B, C, *s).
 
     Raises:
         ValueError: The shapes do not fit each other.
     """
-    if image.ndim != 4 or warp.ndim != 4 or warp.shape[-1] != 2 or len(image) != len(warp):
-        raise ValueError(f"expected (B, C, H, W) and (B, h, w, 2), got {tuple(image.shape)} and {tuple(warp.shape)}")
+    dimensions = warp.ndim - 2
+    if not (
+        dimensions in (2, 3)
+        and image.ndim == warp.ndim
+        and warp.shape[-1] == dimensions
+        and len(image) == len(warp)
+    ):
+        raise ValueError(f"expected (B, C, *S) and (B, *s, D) in 2D or 3D, got {_shapes(image, warp)}")
     # grid_sample wants positions as parts of the image's size. Those are exact in floating point for sizes that are
     # powers of two, and only for them: so the image grows by zeros, which lie beyond its border anyway.
-    height, width = (1 << (size - 1).bit_length() for size in image.shape[-2:])
-    padded = F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]))
-    row, column = warp.to(image.dtype).unbind(-1)
-    grid = torch.stack([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1], dim=1)  # pixel centres, in [-1, 1]
-    return F.grid_sample(padded, grid.permute(0, 2, 3, 1), mode=mode, padding_mode="zeros", align_corners=False)
+    sizes = [1 << (size - 1).bit_length() for size in image.shape[2:]]
+    missing = [size - there for size, there in zip(sizes, image.shape[2:], strict=True)]
+    padded = F.pad(image, [pad for axis in reversed(missing) for pad in (0, axis)]) if any(missing) else image
+    positions = zip(warp.to(image.dtype).unbind(-1), sizes, strict=True)
+    parts = [(2 * position + 1) / size - 1 for position, size in positions]  # pixel centres, in [-1, 1]
+    grid = torch.stack(parts[::-1], dim=1).movedim(1, -1)
+    return F.grid_sample(padded, grid, mode=mode, padding_mode="zeros", align_corners=False)
 
 
 def inside_mask(warp: Tensor, inside: Tensor) -> Tensor:
@@ -109,26 +181,65 @@ def inside_mask(warp: Tensor, inside: Tensor) -> Tensor:
     and where the warp is not folded (where it is, neighbours are mirrored against the rest of the image).
 
     Args:
-        warp: (B, h, w, 2).
-        inside: (B, H, W) bool, pixels of the input that belong to the scan.
+        warp: (B, *s, D).
+        inside: (B, *S) bool, pixels of the input that belong to the scan.
 
     Returns:
-        (B, h, w) bool.
+        (B, *s) bool.
     """
-    row, column = warp.unbind(-1)
-    within = (row >= 0) & (row <= inside.shape[-2] - 1) & (column >= 0) & (column <= inside.shape[-1] - 1)
-    shown = apply_warp(inside[:, None].float(), warp)[:, 0] > 0.9999  # 1 but for rounding
-    return within & shown & ~_folded(warp)
+    return shown_mask(warp, apply_warp(inside[:, None].float(), warp)[:, 0], size_in=tuple(inside.shape[1:]))
+
+
+def shown_mask(warp: Tensor, warped_inside: Tensor, *, size_in: tuple[int, ...]) -> Tensor:
+    """Do what `inside_mask` does where `inside` was warped already, as a further contrast of the image.
+
+    Args:
+        warp: (B, *s, D).
+        warped_inside: (B, *s) float32.
+        size_in: *S.
+    """
+    shown = warped_inside > 0.9999  # 1 but for rounding
+    for position, size in zip(warp.unbind(-1), size_in, strict=True):
+        shown &= (position >= 0) & (position <= size - 1)
+    return shown & ~_folded(warp)
 
 
 def _folded(warp: Tensor) -> Tensor:
-    """Mark the pixels (B, h, w) at the corners of cells that do not turn as most cells do: a flip is no fold."""
-    position = warp.movedim(-1, 0)  # (2, B, h, w)
-    down = position[:, :, 1:, :-1] - position[:, :, :-1, :-1]
-    across = position[:, :, :-1, 1:] - position[:, :, :-1, :-1]
-    determinant = down[0] * across[1] - down[1] * across[0]  # (B, h - 1, w - 1)
-    num_cells = determinant[0].numel()
-    mirrored = (determinant < 0).sum((1, 2)) * 2 > num_cells
-    bad = torch.where(mirrored[:, None, None], determinant >= 0, determinant <= 0)
-    cells = F.pad(bad, (1, 1, 1, 1))
-    return cells[:, 1:, 1:] | cells[:, :-1, 1:] | cells[:, 1:, :-1] | cells[:, :-1, :-1]
+    """Mark the pixels (B, *s) at the corners of cells that do not turn as most cells do: a flip is no fold.
+
+    A cell's Jacobian is that of forward differences at its first corner.
+    """
+    position = warp.movedim(-1, 0)  # (D, B, *s)
+    dimensions = len(position)
+    corner = _corner(position, [0] * dimensions)
+    steps = [_corner(position, axis) - corner for axis in np.eye(dimensions, dtype=int).tolist()]
+    if dimensions == 2:
+        determinant = _cross(steps[0], steps[1], 0, 1)
+    else:
+        determinant = sum(  # type: ignore[assignment]
+            steps[0][i] * _cross(steps[1], steps[2], j, k) for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1))
+        )
+    cells = tuple(range(1, dimensions + 1))
+    mirrored = (determinant < 0).sum(cells, keepdim=True) * 2 > determinant[0].numel()
+    bad = torch.where(mirrored, determinant >= 0, determinant <= 0)
+    padded = F.pad(bad, [1, 1] * dimensions)
+    folded = torch.zeros_like(warp[..., 0], dtype=torch.bool)
+    for corners in product((0, 1), repeat=dimensions):
+        folded |= _corner(padded, corners)
+    return folded
+
+
+def _corner(field: Tensor, corner: Sequence[int]) -> Tensor:
+    """Return, of a field (..., *s), each cell's value at one of its corners: 0 or 1 along each axis."""
+    dims = range(field.ndim - len(corner), field.ndim)
+    for dim, start in zip(dims, corner, strict=True):
+        field = field.narrow(dim, start, field.shape[dim] - 1)
+    return field
+
+
+def _cross(first: Tensor, second: Tensor, i: int, j: int) -> Tensor:
+    return first[i] * second[j] - first[j] * second[i]
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)

@@ -1,14 +1,23 @@
 """An image in [0, 1] -> the same anatomy as another scanner, coil or sequence might have shown it, in [0, 1].
 
-All parameters are drawn first, per image and from its own generator; then they are applied to the whole batch. The
-order is that of an acquisition: tissue contrast (gamma, inversion, contrast), then the coil's bias field, then
-resolution (blur), then noise. The result is clipped to [0, 1], the range that a network sees in use. The bias field is
-1 in the geometric mean of its control values, so that as much is darkened as is brightened.
+All parameters are drawn first (`sample_appearance`), each from its own numbers; then they are applied to the whole batch
+(`apply_appearance`). The order is that of an acquisition: tissue contrast (gamma, inversion, contrast), the coil's bias
+field, resolution (blur, large voxels), ghosts of periodic motion, noise; then what is done to a finished image, the
+window between two percentiles. The result is clipped to [0, 1], the range that a network sees in use.
 
-Letters: B images, C contrasts, H W rows and columns. One draw serves all contrasts of an image; the noise is their own.
+An image that a transform was not drawn for does not go through it, and stays what it is to the bit. Which images do is
+known on the host, so that nothing waits for the device. No sum depends on the order of adding, and no function on where
+in memory a pixel lies (a power does, so it is written as exp and log): an image's view is its own, whatever is beside it.
+
+kornia has most of these in batches, but no ghosts, bias fields or Rician noise, and draws from the global generator;
+MONAI and TorchIO have them all, one image at a time.
+
+Letters: B images, C contrasts, D spatial dimensions (2 or 3), *S sizes along them. One draw serves all contrasts of an
+image; noise and percentiles are each contrast's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,93 +26,337 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.config import IntensityConfig
+from p2r.views.draws import Draws, on_device
 from p2r.views.smooth import spline_field
 
-BIAS_CONTROLS = 5  # control points along each side: two patches of the spline, as slow as a surface coil's field
-FIXED_POINT = 2**24  # a mean over whole numbers is the same in every order of adding
+BIAS_CONTROLS = 5
+"""Control points along each side: two patches of the spline, as slow as a surface coil's field."""
+NARROWEST_WINDOW = 0.05
+"""A plane of air is not stretched until its noise fills the range."""
+_FIXED_POINT = 2**24  # a mean over whole numbers is the same in every order of adding
+_NUM_BINS = 1024
+_NUM_COUNTED = 2**16  # pixels of an image that its percentiles are taken of, at most, on a regular grid
+
+Numbers = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """What changes the look of B images, on the host."""
+
+    draws: Draws
+    """Of the noise."""
+    gamma: Numbers
+    """(B,) exponents; 1: none."""
+    inverted: Flags
+    """(B,) whether dark and bright change places."""
+    contrast: Numbers
+    """(B,) factors about the image's mean; 1: none."""
+    biased: Flags
+    """(B,) whether there is a bias field."""
+    bias: Numbers
+    """(B, *k) control values of its splines; the geometric mean is 1, so that as much is darkened as is brightened."""
+    blur_mm: Numbers
+    """(B,) standard deviations; 0: none."""
+    voxel_mm: Numbers
+    """(B, D) edges of the voxels that are simulated; none along axes whose pixels are as large already."""
+    ghosting: Numbers
+    """(B,) part of every n-th line of k-space that is lost to motion; 0: none."""
+    num_ghosts: NDArray[np.int64]
+    """(B,) that n: copies of the image across its field of view, itself included."""
+    ghost_axis: NDArray[np.int64]
+    """(B,) axis along which they lie, that of phase encoding."""
+    noise: Numbers
+    """(B,) standard deviations; 0: none."""
+    rician: Flags
+    """(B,) whether the noise is in both parts of a complex image whose magnitude is seen."""
+    window: Numbers
+    """(B, 2) percentiles that become 0 and 1; 0 and 100: nothing is done."""
 
 
 def draw_intensity(
-    image: Tensor, generators: Sequence[np.random.Generator], *, config: IntensityConfig, spacing_mm: float
+    image: Tensor,
+    draws: Draws,
+    *,
+    config: IntensityConfig,
+    spacing_mm: Sequence[float],
+    inside: Tensor | None = None,
 ) -> Tensor:
-    """Draw one appearance per image.
+    """Draw one appearance per image, and apply it.
 
     Args:
-        image: (B, C, H, W) float32 in [0, 1].
-        generators: B, one per image. Every one is advanced equally far whatever is drawn.
+        image: (B, C, *S) float32 in [0, 1].
+        draws: Of B images.
         config: Ranges.
-        spacing_mm: Pixel size.
+        spacing_mm: Edges of a pixel, D of them.
+        inside: (B, *S) bool, pixels of the scan, that percentiles are taken of; None: all.
 
     Returns:
-        (B, C, H, W) float32 in [0, 1].
+        (B, C, *S) float32 in [0, 1].
     """
-    if image.ndim != 4 or len(image) != len(generators):
-        raise ValueError(f"expected (B, C, H, W) and B generators, got {tuple(image.shape)} and {len(generators)}")
-    scalars = np.empty((len(generators), 5))  # gamma, inverted, contrast, blur sigma in pixels, noise
-    bias = np.empty((len(generators), 1, BIAS_CONTROLS, BIAS_CONTROLS))
-    for index, generator in enumerate(generators):
-        gamma = np.exp(generator.uniform(*np.log(config.gamma)))
-        inverted = generator.random() < config.inversion_probability
-        contrast = np.exp(generator.uniform(*np.log(config.contrast)))
-        blur_px = generator.uniform(-1, 1) * config.blur_mm / spacing_mm  # negative in half of the images: no blur
-        scalars[index] = gamma, inverted, contrast, max(blur_px, 0.0), generator.uniform() * config.noise
-        bias[index] = _draw_bias(generator, config.bias_field)
-    gamma_, inverted_, contrast_, noise_ = (_per_image(scalars[:, i], image.device) for i in (0, 1, 2, 4))
-
-    result = image**gamma_
-    result = inverted_ + (1 - 2 * inverted_) * result
-    mean = _mean(result)
-    result = mean + contrast_ * (result - mean)
-    if config.bias_field > 0:
-        result = result * spline_field(bias, size=(image.shape[-2], image.shape[-1]), device=image.device)
-    if config.blur_mm > 0:
-        max_radius = int(np.ceil(3 * config.blur_mm / spacing_mm))
-        result = _blur(result, scalars[:, 3], max_radius)
-    if config.noise > 0:
-        result = result + noise_ * _draw_noise(generators, image)
-    return result.clamp(0, 1)
+    appearance = sample_appearance(draws, config=config, dimensions=image.ndim - 2)
+    return apply_appearance(image, appearance, spacing_mm=spacing_mm, inside=inside)
 
 
-def _draw_bias(generator: np.random.Generator, max_amplitude: float) -> NDArray[np.float64]:
-    """Draw the control values of a positive field. The exponential is taken of these few, not of every pixel."""
-    log_field = generator.uniform(-1, 1, (BIAS_CONTROLS, BIAS_CONTROLS))
-    log_field -= log_field.mean()
-    amplitude = generator.uniform() * max_amplitude
-    field: NDArray[np.float64] = np.exp(log_field * amplitude / max(float(np.abs(log_field).max()), 1e-12))
-    return field
+def unchanged(draws: Draws, *, dimensions: int) -> Appearance:
+    """Return the appearance that leaves images as they are."""
+    batch = len(draws)
+    zeros, ones = np.zeros(batch), np.ones(batch)
+    none = np.zeros(batch, dtype=np.bool_)
+    return Appearance(
+        draws,
+        gamma=ones,
+        inverted=none,
+        contrast=ones,
+        biased=none,
+        bias=np.ones((batch, *[BIAS_CONTROLS] * dimensions)),
+        blur_mm=zeros,
+        voxel_mm=np.zeros((batch, dimensions)),
+        ghosting=zeros,
+        num_ghosts=np.full(batch, 2),
+        ghost_axis=np.zeros(batch, dtype=np.int64),
+        noise=zeros,
+        rician=none,
+        window=np.tile([0.0, 100.0], (batch, 1)),
+    )
 
 
-def _per_image(values: NDArray[np.float64], device: torch.device) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.float32, device=device)[:, None, None, None]
+def sample_appearance(draws: Draws, *, config: IntensityConfig, dimensions: int) -> Appearance:
+    """Draw what changes each image's look. A transform that is off, or left out by chance, has its neutral value."""
+
+    def happens(name: str, probability: float, *shape: int) -> Flags:
+        flags: Flags = draws.uniform(f"{name} happens", *shape) < probability
+        return flags
+
+    def drawn(name: str, low: float, high: float, probability: float, *shape: int, neutral: float) -> Numbers:
+        return np.where(happens(name, probability, *shape), draws.between(low, high, name, *shape), neutral)
+
+    def factor(name: str, limits: tuple[float, float], probability: float) -> Numbers:
+        return np.exp(drawn(name, *np.log(limits), probability, neutral=0.0))
+
+    bias_field = drawn("bias field", 0, config.bias_field, config.bias_field_probability, neutral=0)
+    fewest, most = config.num_ghosts
+    windowed = happens("window", config.window_probability)
+    return Appearance(
+        draws,
+        gamma=factor("gamma", config.gamma, config.gamma_probability),
+        inverted=happens("inversion", config.inversion_probability),
+        contrast=factor("contrast", config.contrast, config.contrast_probability),
+        biased=bias_field > 0,
+        bias=_bias_controls(draws, bias_field, dimensions),
+        blur_mm=drawn("blur", 0, config.blur_mm, config.blur_probability, neutral=0),
+        voxel_mm=drawn(
+            "low resolution", *config.low_resolution_mm, config.low_resolution_probability, dimensions, neutral=0
+        ),
+        ghosting=drawn("ghosting", *config.ghosting, config.ghosting_probability, neutral=0),
+        num_ghosts=(fewest + (most - fewest + 1) * draws.uniform("number of ghosts")).astype(np.int64),
+        ghost_axis=(dimensions * draws.uniform("axis of ghosts")).astype(np.int64),
+        noise=drawn("noise", 0, config.noise, config.noise_probability, neutral=0),
+        rician=happens("rician", config.rician_probability),
+        window=np.stack(
+            [
+                np.where(windowed, draws.between(*config.window_low, "window's low end"), 0.0),
+                np.where(windowed, draws.between(*config.window_high, "window's high end"), 100.0),
+            ],
+            axis=1,
+        ),
+    )
 
 
-def _mean(image: Tensor) -> Tensor:
-    """Return each image's mean (B, 1, 1, 1), the same to the bit however a machine splits the sum."""
-    total = (image * FIXED_POINT).long().sum((1, 2, 3), keepdim=True)
-    return (total.double() / (FIXED_POINT * image[0].numel())).float()
+def _bias_controls(draws: Draws, amplitude: Numbers, dimensions: int) -> Numbers:
+    """Draw positive fields of mean log 0. The exponential is taken of these few values, not of every pixel."""
+    shape = [BIAS_CONTROLS] * dimensions
+    of_image = (slice(None), *[None] * dimensions)
+    log_field = draws.between(-1, 1, "bias field's shape", *shape)
+    axes = tuple(range(1, dimensions + 1))
+    log_field -= log_field.mean(axes)[of_image]
+    largest = np.maximum(np.abs(log_field).max(axes), 1e-12)
+    controls: Numbers = np.exp(log_field * (amplitude / largest)[of_image])
+    return controls
 
 
-def _blur(image: Tensor, sigmas_px: NDArray[np.float64], max_radius: int) -> Tensor:
-    """Blur each image (B, C, H, W) with its own Gaussian; the border is repeated outwards; sigma 0 changes nothing."""
-    chosen = np.flatnonzero(sigmas_px > 0)
-    if len(chosen) == 0 or max_radius == 0:
+def apply_appearance(
+    image: Tensor, appearance: Appearance, *, spacing_mm: Sequence[float], inside: Tensor | None = None
+) -> Tensor:
+    """Change the look of each image; see `draw_intensity`.
+
+    Raises:
+        ValueError: The shapes do not fit each other.
+    """
+    dimensions = image.ndim - 2
+    if dimensions not in (2, 3) or len(appearance.draws) != len(image) or len(spacing_mm) != dimensions:
+        raise ValueError(
+            f"expected (B, C, *S) in 2D or 3D, the draws of B images and D edges of a pixel, "
+            f"got {tuple(image.shape)}, {len(appearance.draws)} and {len(spacing_mm)}"
+        )
+    if inside is None:
+        inside = torch.ones_like(image[:, 0], dtype=torch.bool)
+    look = appearance
+    one_per_image = (-1, *[1] * (dimensions + 1))
+
+    def column(values: Numbers | Flags) -> Tensor:
+        return on_device(values, image.device).reshape(one_per_image)
+
+    def tone(images: Tensor, rows: NDArray[np.intp]) -> Tensor:
+        inverted, contrast = column(look.inverted[rows]), column(look.contrast[rows])
+        scale, offset = 1 - 2 * inverted, inverted
+        if (look.contrast[rows] != 1).any():
+            offset = contrast * offset + (1 - contrast) * (offset + scale * _mean(images))
+            scale = contrast * scale
+        return images * scale + offset
+
+    def bias(images: Tensor, rows: NDArray[np.intp]) -> Tensor:
+        return images * spline_field(look.bias[rows, None], size=tuple(image.shape[2:]), device=image.device)
+
+    def noise(images: Tensor, rows: NDArray[np.intp], name: str) -> Tensor:
+        sigma, draws = column(look.noise[rows]), look.draws.take(rows)
+        return sigma * draws.noise(name, *images.shape[1:], device=image.device)
+
+    result = _on(image, look.gamma != 1, lambda x, rows: (x.log() * column(look.gamma[rows])).exp_())
+    result = _on(result, look.inverted | (look.contrast != 1), tone)
+    result = _on(result, look.biased, bias)
+    result = _on(result, look.blur_mm > 0, lambda x, rows: _blur(x, look.blur_mm[rows], spacing_mm))
+    for axis, mm in enumerate(spacing_mm):
+        voxel_px = look.voxel_mm[:, axis] / mm
+        result = _on(result, voxel_px > 1, lambda x, rows, axis=axis, px=voxel_px: _enlarge(x, px[rows], axis))  # type: ignore[misc]
+    for axis in range(dimensions):
+        result = _on(
+            result,
+            (look.ghosting > 0) & (look.ghost_axis == axis),
+            lambda x, rows, axis=axis: _ghosts(x, look.ghosting[rows], look.num_ghosts[rows], axis),  # type: ignore[misc]
+        )
+    is_noisy = look.noise > 0
+    result = _on(result, is_noisy & ~look.rician, lambda x, rows: noise(x, rows, "noise").add_(x))
+    result = _on(
+        result,
+        is_noisy & look.rician,
+        lambda x, rows: (noise(x, rows, "noise").add_(x).square_() + noise(x, rows, "imaginary noise").square_()).sqrt_(),
+    )
+    result = result.clamp(0, 1)
+    is_windowed = (look.window != (0, 100)).any(1)
+    return _on(result, is_windowed, lambda x, rows: _stretch(x, _some(inside, rows), look.window[rows]))
+
+
+def _on(image: Tensor, chosen: Flags, transform: Callable[[Tensor, NDArray[np.intp]], Tensor]) -> Tensor:
+    """Put some images of a batch, and the numbers of their rows, through a transform."""
+    rows = np.flatnonzero(chosen)
+    if len(rows) == 0:
         return image
-    offsets = np.arange(-max_radius, max_radius + 1)
-    kernels = np.exp(-0.5 * (offsets / np.maximum(sigmas_px[chosen, None], 1e-3)) ** 2)
-    kernels /= kernels.sum(1, keepdims=True)
-    index = torch.as_tensor(chosen, device=image.device)
-    weights = torch.as_tensor(kernels, dtype=torch.float32, device=image.device)[:, :, None, None, None]
-    blurred = image[index]
-    for dim, padding in ((2, (0, 0, max_radius, max_radius)), (3, (max_radius, max_radius, 0, 0))):
-        padded = F.pad(blurred, padding, mode="replicate")
-        blurred = torch.zeros_like(blurred)
-        for tap in range(len(offsets)):
-            blurred += weights[:, tap] * padded.narrow(dim, tap, blurred.shape[dim])
-    return image.index_copy(0, index, blurred)
+    if len(rows) == len(image):
+        return transform(image, rows)
+    index = on_device(rows, image.device, dtype=torch.int64)
+    return image.index_copy(0, index, transform(image.index_select(0, index), rows))
 
 
-def _draw_noise(generators: Sequence[np.random.Generator], image: Tensor) -> Tensor:
-    noise = np.empty(image.shape, dtype=np.float32)
-    for index, generator in enumerate(generators):
-        generator.standard_normal(out=noise[index], dtype=np.float32)
-    return torch.from_numpy(noise).to(image.device)
+def _some(batch: Tensor, rows: NDArray[np.intp]) -> Tensor:
+    return batch.index_select(0, on_device(rows, batch.device, dtype=torch.int64))
+
+
+def _mean(image: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Return each image's mean (B, 1, ...), or that along `dims`, the same to the bit however a machine splits the sum."""
+    dims = tuple(range(1, image.ndim)) if dims is None else dims
+    count = np.prod([image.shape[dim] for dim in dims])
+    total = (image * _FIXED_POINT).int().sum(dims, keepdim=True, dtype=torch.int64)
+    return (total.double() / (_FIXED_POINT * float(count))).float()
+
+
+def _blur(image: Tensor, sigmas_mm: Numbers, spacing_mm: Sequence[float]) -> Tensor:
+    """Blur each image (B, C, *S) with its own Gaussian, cut at 3 sigma; the border is repeated outwards."""
+    dimensions = len(spacing_mm)
+    for axis, mm in enumerate(spacing_mm):
+        sigmas = sigmas_mm / mm
+        radii = np.ceil(3 * sigmas)
+        reach = int(radii.max())
+        offsets = np.arange(-reach, reach + 1)
+        kernels = np.exp(-0.5 * (offsets / np.maximum(sigmas[:, None], 1e-3)) ** 2)
+        kernels[np.abs(offsets) > radii[:, None]] = 0.0
+        kernels /= np.cumsum(kernels, axis=1)[:, -1:]  # one after another: zeros beside a kernel change no sum
+        weights = on_device(kernels.T.copy(), image.device).reshape(len(offsets), -1, *[1] * (dimensions + 1))
+        padding = [0, 0] * (dimensions - 1 - axis) + [reach, reach] + [0, 0] * axis
+        padded = F.pad(image, padding, mode="replicate")
+        image = torch.zeros_like(image)
+        for tap, weight in enumerate(weights):
+            image.addcmul_(weight, padded.narrow(axis + 2, tap, image.shape[axis + 2]))
+    return image
+
+
+def _enlarge(image: Tensor, voxels_px: Numbers, axis: int) -> Tensor:
+    """Show each image (B, C, *S) as if its voxels were `voxels_px` (B,) long along an axis.
+
+    A large voxel holds the mean of what it covers, the border repeated outwards; from their centres, one of which is the
+    image's own, the image is interpolated linearly. Means over any interval are differences of one running integral.
+    """
+    lines = image.movedim(axis + 2, -1)  # (B, C, ..., L)
+    length, shape = lines.shape[-1], lines.shape
+    lines = lines.reshape(len(image), -1, length)
+    integral = F.pad(lines.cumsum(-1), (1, 0))
+    edge = voxels_px[:, None]
+    place = (np.arange(length) - (length - 1) / 2) / edge  # in large voxels, from the image's centre
+    before = np.floor(place)
+    bounds = [(before + step) * edge + length / 2 for step in (-0.5, 0.5, 1.5)]
+    upto = [_integral_upto(integral, lines, bound) for bound in bounds]
+    means = [after - ahead for ahead, after in zip(upto[:-1], upto[1:], strict=True)]
+    share = on_device((place - before)[:, None], image.device)
+    result = ((1 - share) * means[0] + share * means[1]) / on_device(edge[:, None], image.device)
+    return result.reshape(shape).movedim(-1, axis + 2)
+
+
+def _integral_upto(integral: Tensor, lines: Tensor, bounds: Numbers) -> Tensor:
+    """Integrate lines (B, R, L), constant over each pixel and beyond the ends, from 0 to `bounds` (B, L)."""
+    length = lines.shape[-1]
+    within = bounds.clip(0, length)
+    whole = np.minimum(np.floor(within), length - 1)
+    index = on_device(whole[:, None].astype(np.int64), lines.device, dtype=torch.int64).expand(lines.shape)
+    part, below, above = (
+        on_device(values[:, None], lines.device)
+        for values in (within - whole, np.minimum(bounds, 0), np.maximum(bounds - length, 0))
+    )
+    upto = integral.gather(2, index) + part * lines.gather(2, index)
+    return upto + below * lines[..., :1] + above * lines[..., -1:]
+
+
+def _ghosts(image: Tensor, strength: Numbers, num_ghosts: NDArray[np.int64], axis: int) -> Tensor:
+    """Weaken every n-th line of k-space but the central one, as motion in step with every n-th excitation does.
+
+    In the image, that subtracts the mean of n copies, each a further n-th of the field of view along, and adds the mean
+    along the axis. Copies are moved by whole pixels; the magnitude is what is seen.
+    """
+    lines = image.movedim(axis + 2, -1)  # (B, C, ..., L)
+    length = lines.shape[-1]
+    of_image = (slice(None), *[None] * (lines.ndim - 1))
+    copies = lines
+    for number in range(1, int(num_ghosts.max())):
+        shift = np.rint(number * length / num_ghosts)[:, None]
+        source = ((np.arange(length) - shift) % length).astype(np.int64)  # (B, L)
+        index = on_device(source, image.device, dtype=torch.int64).reshape(len(image), *[1] * (lines.ndim - 2), length)
+        exists = on_device(number < num_ghosts, image.device)[of_image]
+        copies = copies + exists * lines.gather(lines.ndim - 1, index.expand(lines.shape))
+    ghosts = copies / on_device(num_ghosts, image.device)[of_image] - _mean(lines, (lines.ndim - 1,))
+    return (lines - on_device(strength, image.device)[of_image] * ghosts).abs_().movedim(-1, axis + 2)
+
+
+def _stretch(image: Tensor, inside: Tensor, window: Numbers) -> Tensor:
+    """Stretch the values between two percentiles (B, 2) of each contrast's pixels in the scan to [0, 1]."""
+    stride = 1
+    while np.prod([-(-size // stride) for size in image.shape[2:]]) > _NUM_COUNTED:
+        stride += 1
+    grid = (slice(None), slice(None), *[slice(None, None, stride)] * (image.ndim - 2))
+    counted = image[grid].flatten(2)  # (B, C, pixels)
+    weight = inside[:, None][grid].flatten(2).expand(counted.shape).long()
+    bins = (counted * _NUM_BINS).long().clamp_(max=_NUM_BINS - 1)
+    counts = weight.new_zeros((*counted.shape[:2], _NUM_BINS)).scatter_add_(2, bins, weight)
+    upto = counts.cumsum(2)
+    low, high = (_percentile(counts, upto, column) for column in window.T)
+    spread = (high - low).clamp(min=NARROWEST_WINDOW)
+    ends = (*image.shape[:2], *[1] * (image.ndim - 2))
+    return ((image - low.reshape(ends)) / spread.reshape(ends)).clamp_(0, 1)
+
+
+def _percentile(counts: Tensor, upto: Tensor, percent: Numbers) -> Tensor:
+    """Read a percentile (B,) off histograms (B, C, bins) of [0, 1], as if pixels were spread evenly within a bin."""
+    rank = (on_device(percent / 100, counts.device)[:, None, None] * upto[..., -1:]).clamp(min=0.5)
+    at = (upto < rank).sum(2, keepdim=True).clamp_(max=_NUM_BINS - 1)
+    count = counts.gather(2, at)
+    part = (rank - (upto.gather(2, at) - count)) / count.clamp(min=1)
+    return (at + part) / _NUM_BINS

@@ -4,7 +4,7 @@ View a is the image in a new appearance; view b is the *warped* image in another
 made b is the correspondence, and nothing needs to be inverted. Appearance is drawn after the warp, so that noise is not
 smoothed by interpolation, and what lies outside the scan is zero in both views, as the padding is in use.
 
-Letters: B images, C contrasts, H W rows and columns.
+Letters: B images, C contrasts, D spatial dimensions (2 or 3), *S sizes along them.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.config import ViewsConfig
-from p2r.randomness import keyed_generator
-from p2r.views.geometric import apply_warp, inside_mask, sample_warps
+from p2r.views.draws import Draws
+from p2r.views.geometric import apply_warp, sample_geometry, shown_mask, warp_of
 from p2r.views.intensity import draw_intensity
+
+Spacing = float | Sequence[float]
+"""Edge of a pixel, mm, or D of them."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,13 @@ class ViewPair:
     """Two views of the same images, and where they show the same anatomy."""
 
     a: Tensor
-    """(B, C, H, W) float32 in [0, 1], on the image's own grid."""
+    """(B, C, *S) float32 in [0, 1], on the image's own grid."""
     b: Tensor
-    """(B, C, H, W) float32 in [0, 1], warped."""
+    """(B, C, *S) float32 in [0, 1], warped."""
     warp: Tensor
-    """(B, H, W, 2) float32: the row and column in a, pixels, of what each pixel of b shows."""
+    """(B, *S, D) float32: the position in a, pixels along each axis, of what each pixel of b shows."""
     valid: Tensor
-    """(B, H, W) bool: pixels of b that show a place of the scan, once."""
+    """(B, *S) bool: pixels of b that show a place of the scan, once."""
 
 
 def make_views(
@@ -40,7 +43,7 @@ def make_views(
     inside: Tensor,
     *,
     config: ViewsConfig,
-    spacing_mm: float,
+    spacing_mm: Spacing,
     seed: int,
     epochs: NDArray[np.int64],
     positions: NDArray[np.int64],
@@ -48,34 +51,38 @@ def make_views(
     """Make two views of every image.
 
     What is drawn for an image depends on the seed, the epoch and its position in the corpus alone, and what comes out
-    is the same to the bit whichever images are beside it, on however many ranks.
+    is the same to the bit whichever images are beside it, on however many ranks and threads; on another device, to
+    rounding. Nothing waits for the device.
 
     Args:
-        image: (B, C, H, W) float32 in [0, 1].
-        inside: (B, H, W) bool, pixels that belong to the scan.
+        image: (B, C, *S) float32 in [0, 1], a plane or a volume.
+        inside: (B, *S) bool, pixels that belong to the scan.
         config: Ranges of the draws.
         spacing_mm: Pixel size.
         seed: Of the run.
         epochs: (B,) passes over each image's corpus before.
         positions: (B,) each image's place in the corpus.
+
+    Raises:
+        ValueError: The shapes do not fit each other.
     """
     _check_shapes(image, inside, "inside")
     if not len(positions) == len(epochs) == len(image):
         raise ValueError(
             f"expected one position and epoch per image, got {len(positions)} and {len(epochs)} for {len(image)} images"
         )
-    generators = [
-        keyed_generator(seed, "views", int(epoch), int(position))
-        for epoch, position in zip(epochs, positions, strict=True)
-    ]
-    size = (image.shape[-2], image.shape[-1])
-    warp = sample_warps(
-        generators, config=config.geometry, size_in=size, size_out=size, spacing_mm=spacing_mm, device=image.device
+    draws = Draws.of_samples(seed, epochs=epochs, positions=positions)
+    mm = _edges(spacing_mm, image)
+    size = tuple(image.shape[2:])
+    warped, warp, valid = _move(image, inside, draws, config=config, size_out=size, spacing_mm=mm)
+    # Both views in one go: half as many, larger steps for the device.
+    of_both = Draws(np.concatenate([draws.named("view a").keys, draws.named("view b").keys]))
+    masks = torch.cat([inside, valid])
+    views = draw_intensity(
+        torch.cat([image, warped]), of_both, config=config.intensity, spacing_mm=mm, inside=masks
     )
-    valid = inside_mask(warp, inside)
-    a = draw_intensity(image, generators, config=config.intensity, spacing_mm=spacing_mm)
-    b = draw_intensity(apply_warp(image, warp), generators, config=config.intensity, spacing_mm=spacing_mm)
-    return ViewPair(a=a * inside[:, None], b=b * valid[:, None], warp=warp, valid=valid)
+    a, b = views.masked_fill_(~masks[:, None], 0).chunk(2)
+    return ViewPair(a=a, b=b, warp=warp, valid=valid)
 
 
 def augment_labelled(
@@ -83,43 +90,68 @@ def augment_labelled(
     label: Tensor,
     *,
     config: ViewsConfig,
-    size: int,
-    spacing_mm: float,
+    size: int | Sequence[int],
+    spacing_mm: Spacing,
     generators: Sequence[np.random.Generator],
     inside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Augment whole planes and cut them to the network's size about their centre: one draw of each kind per plane.
+    """Augment whole planes or volumes and cut them to the network's size about their centre: one draw of each kind per image.
 
     Args:
-        image: (B, C, H, W) float32 in [0, 1].
-        label: (B, H, W) int64 classes.
+        image: (B, C, *S) float32 in [0, 1].
+        label: (B, *S) int64 classes.
         config: Ranges of the draws.
-        size: Height and width of the result, pixels.
+        size: Of the result, pixels along every axis, or D numbers.
         spacing_mm: Pixel size, before and after.
-        generators: B, one per image.
-        inside: (B, H, W) bool, pixels that belong to the scan; None: all.
+        generators: B, one per image; one number is taken of each, whatever is drawn.
+        inside: (B, *S) bool, pixels that belong to the scan; None: all.
 
     Returns:
-        Image (B, C, size, size) and label (B, size, size); both are 0 outside the scan.
+        Image (B, C, *s) and label (B, *s), *s being `size`; both are 0 outside the scan.
+
+    Raises:
+        ValueError: The shapes do not fit each other.
     """
     _check_shapes(image, label, "label")
+    if len(generators) != len(image):
+        raise ValueError(f"expected one generator per image, got {len(generators)} for {len(image)} images")
     inside = torch.ones_like(label, dtype=torch.bool) if inside is None else inside
-    warp = sample_warps(
-        generators,
-        config=config.geometry,
-        size_in=(image.shape[-2], image.shape[-1]),
-        size_out=(size, size),
-        spacing_mm=spacing_mm,
-        device=image.device,
-    )
-    shown = inside_mask(warp, inside)
-    warped = draw_intensity(apply_warp(image, warp), generators, config=config.intensity, spacing_mm=spacing_mm)
+    size_out = (size,) * (image.ndim - 2) if isinstance(size, int) else tuple(size)
+    draws = Draws.of_generators(generators)
+    mm = _edges(spacing_mm, image)
+    warped, warp, shown = _move(image, inside, draws, config=config, size_out=size_out, spacing_mm=mm)
+    warped = draw_intensity(warped, draws.named("view"), config=config.intensity, spacing_mm=mm, inside=shown)
     classes = apply_warp(label[:, None].float(), warp, mode="nearest")[:, 0].long()
-    return warped * shown[:, None], classes * shown
+    return warped.masked_fill_(~shown[:, None], 0), classes.masked_fill_(~shown, 0)
 
 
-def _check_shapes(image: Tensor, plane: Tensor, name: str) -> None:
-    if image.ndim != 4 or plane.shape != (image.shape[0], *image.shape[2:]):
+def _move(
+    image: Tensor,
+    inside: Tensor,
+    draws: Draws,
+    *,
+    config: ViewsConfig,
+    size_out: tuple[int, ...],
+    spacing_mm: tuple[float, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the warped image, the warp, and the mask of what shows the scan; image and mask are read together."""
+    size_in = tuple(image.shape[2:])
+    geometry = sample_geometry(draws.named("warp"), config=config.geometry, size=size_out, spacing_mm=spacing_mm)
+    warp = warp_of(geometry, size_in=size_in, size_out=size_out, spacing_mm=spacing_mm, device=image.device)
+    warped = apply_warp(torch.cat([image, inside[:, None].to(image.dtype)], dim=1), warp)
+    return warped[:, :-1], warp, shown_mask(warp, warped[:, -1], size_in=size_in)
+
+
+def _edges(spacing_mm: Spacing, image: Tensor) -> tuple[float, ...]:
+    dimensions = image.ndim - 2
+    edges = (float(spacing_mm),) * dimensions if isinstance(spacing_mm, int | float) else tuple(spacing_mm)
+    if len(edges) != dimensions or not all(0 < mm < float("inf") for mm in edges):
+        raise ValueError(f"spacing_mm must be one positive number or {dimensions}, got {spacing_mm}")
+    return edges
+
+
+def _check_shapes(image: Tensor, mask: Tensor, name: str) -> None:
+    if image.ndim not in (4, 5) or mask.shape != (image.shape[0], *image.shape[2:]):
         raise ValueError(
-            f"expected image (B, C, H, W) and {name} (B, H, W), got {tuple(image.shape)}, {tuple(plane.shape)}"
+            f"expected image (B, C, *S) in 2D or 3D and {name} (B, *S), got {tuple(image.shape)}, {tuple(mask.shape)}"
         )

@@ -1,25 +1,37 @@
-"""Views: a point of b shows the anatomy that the warp says it does in a; an image's views are its own."""
+"""Views: a point of b shows the anatomy that the warp says it does in a; an image's views are its own. 2D and 3D."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from p2r.config import GeometryConfig, IntensityConfig, ViewsConfig
 from p2r.randomness import keyed_generator
 from p2r.views import ViewPair, apply_warp, augment_labelled, make_views
 
-PLAIN = IntensityConfig(gamma=(1, 1), contrast=(1, 1), bias_field=0, noise=0, blur_mm=0, inversion_probability=0)
+PROBABILITIES = [name for name in IntensityConfig.model_fields if name.endswith("_probability")]
+PLAIN = IntensityConfig(**dict.fromkeys(PROBABILITIES, 0.0))
+EVERYTHING = ViewsConfig(intensity=IntensityConfig(**dict.fromkeys(PROBABILITIES, 0.5)))
 GEOMETRY_ONLY = ViewsConfig(intensity=PLAIN)
+STILL = GeometryConfig(
+    rotation_deg=0,
+    rotation_3d_deg=(0, 0, 0),
+    scale=(1, 1),
+    shear_deg=0,
+    translation_mm=0,
+    flip_probability=0,
+    elastic_mm=0,
+)
+PARTS = ("a", "b", "warp", "valid")
 
 
-def coordinate_image(num: int, height: int, width: int) -> Tensor:
-    """An image whose two channels are its own row and column, as parts of its size: a map of where one is."""
-    rows = torch.arange(height)[:, None].expand(height, width) / height
-    columns = torch.arange(width).expand(height, width) / width
-    return torch.stack([rows, columns]).expand(num, 2, height, width)
+def coordinate_image(num: int, *size: int) -> Tensor:
+    """An image whose channels are its own coordinates, as parts of its size: a map of where one is."""
+    places = torch.meshgrid(*(torch.arange(length) / length for length in size), indexing="ij")
+    return torch.stack(places).expand(num, len(size), *size)
 
 
 def views(image: Tensor, positions: list[int], *, inside: Tensor | None = None, **options: Any) -> ViewPair:
@@ -29,12 +41,23 @@ def views(image: Tensor, positions: list[int], *, inside: Tensor | None = None, 
     return make_views(image, inside, epochs=epochs, positions=np.array(positions), **options)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (80, 50)])
-def test_a_valid_pixel_of_b_shows_the_place_in_a_that_the_warp_names(size: tuple[int, int]) -> None:
-    pair = views(coordinate_image(6, *size), list(range(6)), config=GEOMETRY_ONLY)
+@pytest.mark.parametrize(
+    ("size", "spacing_mm"),
+    [
+        ((64, 64), 1.5),
+        ((80, 50), 1.5),
+        ((96, 40), (1.0, 2.5)),
+        ((32, 32, 32), 2.0),
+        ((40, 34, 18), (1.0, 1.2, 3.0)),
+    ],
+)
+def test_a_valid_pixel_of_b_shows_the_place_in_a_that_the_warp_names(
+    size: tuple[int, ...], spacing_mm: float | tuple[float, ...]
+) -> None:
+    pair = views(coordinate_image(6, *size), list(range(6)), config=GEOMETRY_ONLY, spacing_mm=spacing_mm)
     shown = pair.b.movedim(1, -1)[pair.valid] * torch.tensor(size)
     torch.testing.assert_close(shown, pair.warp[pair.valid], rtol=0, atol=1e-3)
-    assert pair.valid.float().mean() > 0.5
+    assert pair.valid.float().mean() > 0.3
 
 
 def test_embedding_a_warped_image_equals_warping_the_embedding() -> None:
@@ -50,31 +73,79 @@ def test_embedding_a_warped_image_equals_warping_the_embedding() -> None:
     assert torch.equal(apply_warp(image, quarter_turn), image.rot90(1, (2, 3)))
 
 
-@pytest.mark.parametrize("size", [(64, 64), (45, 51)])
-def test_an_images_views_do_not_depend_on_the_images_beside_it(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(96, 96), (40, 40, 40)])
+def test_a_network_of_round_filters_follows_rotation_and_flips_to_interpolation_error(size: tuple[int, ...]) -> None:
+    """Filters that look the same from all sides: what they answer turns with the image, by the very warp of the views."""
+    dimensions = len(size)
+    config = ViewsConfig(
+        geometry=STILL.model_copy(
+            update={"rotation_deg": 90.0, "rotation_3d_deg": (90.0,) * 3, "flip_probability": 0.5}
+        ),
+        intensity=PLAIN,
+    )
+    places = torch.stack(torch.meshgrid(*(torch.linspace(-1, 1, length) for length in size), indexing="ij"))
+    centres = torch.rand(4, dimensions, 8, generator=torch.Generator().manual_seed(0)) - 0.5
+    image = sum(
+        (-12 * (places[None] - centres[..., blob].reshape(4, dimensions, *[1] * dimensions)).square().sum(1)).exp()
+        for blob in range(8)
+    )[:, None] / 4  # type: ignore[index]
+    distance = torch.stack(torch.meshgrid(*[torch.arange(-6.0, 7.0)] * dimensions, indexing="ij")).norm(dim=0)
+    filters = torch.stack([(-(distance**2) / (2 * sigma**2)).exp() for sigma in (1.0, 1.5, 2.0)])[:, None]
+    filters /= filters.flatten(1).sum(1).reshape(-1, 1, *[1] * dimensions)
+    convolve = F.conv2d if dimensions == 2 else F.conv3d
+
+    def embed(view: Tensor) -> Tensor:
+        return (convolve(view, filters, padding=6) * 3).tanh()
+
+    pair = views(image, [0, 1, 2, 3], config=config)
+    inner = F.avg_pool3d if dimensions == 3 else F.avg_pool2d
+    far_from_edges = inner(pair.valid[:, None].float(), 13, stride=1, padding=6)[:, 0] > 0.999
+    followed, expected = embed(pair.b), apply_warp(embed(pair.a), pair.warp)
+    assert far_from_edges.float().mean() > 0.05
+    error = (followed - expected).abs().amax(1)[far_from_edges]
+    contrast = expected.movedim(1, -1)[far_from_edges].std()
+    assert error.max() < 0.05 * contrast
+    unwarped = (followed - embed(pair.a)).abs().amax(1)[far_from_edges]
+    assert unwarped.mean() > 20 * error.mean()
+
+
+@pytest.mark.parametrize("config", [ViewsConfig(), EVERYTHING], ids=["default", "everything"])
+@pytest.mark.parametrize("size", [(64, 64), (45, 51), (150, 130), (20, 33, 27)])
+def test_an_images_views_do_not_depend_on_the_images_beside_it(size: tuple[int, ...], config: ViewsConfig) -> None:
     image = torch.rand(9, 1, *size, generator=torch.Generator().manual_seed(1))
-    together = views(image, list(range(100, 109)))
+    together = views(image, list(range(100, 109)), config=config)
     for index in (0, 4, 8):
-        alone = views(image[index : index + 1], [100 + index])
-        for name in ("a", "b", "warp", "valid"):
+        alone = views(image[index : index + 1], [100 + index], config=config)
+        for name in PARTS:
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[index]), name
     order = [7, 2, 5]
-    some = views(image[order], [100 + index for index in order])
+    some = views(image[order], [100 + index for index in order], config=config)
     assert torch.equal(some.b, together.b[order])
 
 
-def test_views_are_the_same_with_one_thread_and_with_two() -> None:
-    image = torch.rand(3, 1, 75, 83, generator=torch.Generator().manual_seed(1))
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_that_share_a_batch_make_the_views_of_one(num_ranks: int) -> None:
+    image = torch.rand(6, 1, 24, 20, 22, generator=torch.Generator().manual_seed(1))
+    together = views(image, list(range(6)), config=EVERYTHING)
+    for rank in range(num_ranks):
+        own = list(range(rank, 6, num_ranks))
+        part = views(image[own], own, config=EVERYTHING)
+        for name in PARTS:
+            assert torch.equal(getattr(part, name), getattr(together, name)[own])
+
+
+@pytest.mark.parametrize("size", [(75, 83), (190, 180), (33, 34, 35)])
+def test_views_are_the_same_with_any_number_of_threads(size: tuple[int, ...]) -> None:
+    image = torch.rand(3, 1, *size, generator=torch.Generator().manual_seed(1))
+    before, made = torch.get_num_threads(), []
     try:
-        torch.set_num_threads(1)
-        one = views(image, [0, 1, 2])
-        torch.set_num_threads(2)
-        two = views(image, [0, 1, 2])
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            made.append(views(image, [0, 1, 2], config=EVERYTHING))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(one.a, two.a)
-    assert torch.equal(one.b, two.b)
+    for other in made[1:]:
+        assert all(torch.equal(getattr(other, name), getattr(made[0], name)) for name in PARTS)
 
 
 def test_seed_epoch_and_position_each_give_other_views() -> None:
@@ -85,14 +156,26 @@ def test_seed_epoch_and_position_each_give_other_views() -> None:
     assert not any(torch.equal(other.warp, base.warp) for other in others)
 
 
+@pytest.mark.parametrize("size", [(33, 47), (12, 15, 10)])
+def test_without_any_transform_both_views_are_the_image_exactly(size: tuple[int, ...]) -> None:
+    image = torch.rand(3, 2, *size)
+    pair = views(image, [0, 1, 2], config=ViewsConfig(geometry=STILL, intensity=PLAIN))
+    assert torch.equal(pair.a, image)
+    assert torch.equal(pair.b, image)
+    assert pair.valid.all()
+    assert torch.equal(pair.warp[0], torch.stack(torch.meshgrid(*map(torch.arange, size), indexing="ij"), -1).float())
+
+
 def test_the_two_views_differ_in_appearance_also_where_nothing_moves() -> None:
-    still = GeometryConfig(
-        rotation_deg=0, scale=(1, 1), shear_deg=0, translation_mm=0, flip_probability=0, elastic_mm=0
-    )
     image = torch.rand(2, 1, 32, 32)
-    pair = views(image, [0, 1], config=ViewsConfig(geometry=still))
+    pair = views(image, [0, 1], config=ViewsConfig(geometry=STILL))
     assert pair.valid.all()
     assert (pair.a - pair.b).abs().mean() > 0.02
+
+
+def test_the_warp_does_not_depend_on_what_the_appearance_may_be() -> None:
+    image = torch.rand(2, 1, 32, 32)
+    assert torch.equal(views(image, [0, 1]).warp, views(image, [0, 1], config=EVERYTHING).warp)
 
 
 def test_outside_the_scan_both_views_are_zero_and_nothing_is_valid() -> None:
@@ -107,16 +190,38 @@ def test_outside_the_scan_both_views_are_zero_and_nothing_is_valid() -> None:
     assert source[:, 1].max() < 47 + 0.002
 
 
-def test_a_label_moves_with_its_image() -> None:
-    rows, columns = torch.meshgrid(torch.arange(70), torch.arange(90), indexing="ij")
-    label = ((rows // 12 + columns // 12) % 3)[None].expand(4, -1, -1) + 1
+@pytest.mark.parametrize("size", [(32, 32), (12, 12, 12)])
+def test_an_image_without_a_pixel_in_the_scan_has_no_valid_pixel_and_no_nan(size: tuple[int, ...]) -> None:
+    inside = torch.zeros(2, *size, dtype=torch.bool)
+    inside[0] = True
+    everything = EVERYTHING.intensity.model_copy(update={"window_probability": 1.0})
+    pair = views(torch.rand(2, 1, *size), [0, 1], inside=inside, config=ViewsConfig(intensity=everything))
+    assert not pair.valid[1].any()
+    assert not pair.a[1].any() and not pair.b[1].any()
+    assert pair.a.isfinite().all() and pair.b.isfinite().all() and pair.warp.isfinite().all()
+
+
+def test_a_view_that_shows_nothing_of_the_image_is_all_invalid() -> None:
+    far = ViewsConfig(geometry=GeometryConfig(translation_mm=1000.0))
+    pair = views(torch.rand(20, 1, 16, 16), list(range(20)), config=far)
+    gone = ~pair.valid.flatten(1).any(1)
+    assert gone.sum() > 15
+    assert not pair.b[gone].any()
+
+
+@pytest.mark.parametrize("size", [(70, 90), (30, 34, 38)])
+def test_a_label_moves_with_its_image(size: tuple[int, ...]) -> None:
+    blocks = sum(index // 12 for index in torch.meshgrid(*map(torch.arange, size), indexing="ij"))
+    label = (blocks % 3)[None].expand(4, *size) + 1  # type: ignore[index]
     image = label[:, None].float() / 4
     generators = [keyed_generator(0, index) for index in range(4)]
+    out = 64 if len(size) == 2 else (24, 20, 28)
     result, classes = augment_labelled(
-        image, label, config=GEOMETRY_ONLY, size=64, spacing_mm=1.5, generators=generators
+        image, label, config=GEOMETRY_ONLY, size=out, spacing_mm=1.5, generators=generators
     )
-    assert result.shape == (4, 1, 64, 64)
-    assert classes.shape == (4, 64, 64)
+    shape = (64, 64) if isinstance(out, int) else out
+    assert result.shape == (4, 1, *shape)
+    assert classes.shape == (4, *shape)
     assert classes.dtype == torch.int64
     within_class = (result[:, 0] * 4 - (result[:, 0] * 4).round()).abs() < 1e-3
     same = (result[:, 0] * 4).round().long() == classes
@@ -124,10 +229,17 @@ def test_a_label_moves_with_its_image() -> None:
     assert torch.equal(classes == 0, result[:, 0] == 0)
 
 
+def test_augmenting_advances_generators_equally_whatever_is_drawn() -> None:
+    after = []
+    for config in (ViewsConfig(), EVERYTHING, ViewsConfig(geometry=STILL, intensity=PLAIN)):
+        generators = [keyed_generator(0, index) for index in range(2)]
+        image, label = torch.rand(2, 1, 16, 16), torch.ones(2, 16, 16, dtype=torch.int64)
+        augment_labelled(image, label, config=config, size=16, spacing_mm=1.0, generators=generators)
+        after.append([generator.random() for generator in generators])
+    assert after[0] == after[1] == after[2]
+
+
 def test_labels_are_cut_about_the_centre_when_nothing_moves() -> None:
-    still = GeometryConfig(
-        rotation_deg=0, scale=(1, 1), shear_deg=0, translation_mm=0, flip_probability=0, elastic_mm=0
-    )
     label = torch.randint(0, 4, (1, 40, 20))
     image = torch.rand(1, 1, 40, 20)
     inside = torch.ones(1, 40, 20, dtype=torch.bool)
@@ -135,14 +247,14 @@ def test_labels_are_cut_about_the_centre_when_nothing_moves() -> None:
     result, classes = augment_labelled(
         image,
         label,
-        config=ViewsConfig(geometry=still, intensity=PLAIN),
+        config=ViewsConfig(geometry=STILL, intensity=PLAIN),
         size=32,
         spacing_mm=1.0,
         generators=[keyed_generator(0)],
         inside=inside,
     )
     assert torch.equal(classes[:, :, 6:26], label[:, 4:36] * inside[:, 4:36])
-    torch.testing.assert_close(result[:, 0, :, 10:26], image[:, 0, 4:36, 4:], rtol=0, atol=1e-6)
+    assert torch.equal(result[:, 0, :, 10:26], image[:, 0, 4:36, 4:])
     assert not classes[:, :, :6].any()
     assert not result[..., 26:].any()
 
@@ -151,5 +263,34 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     image = torch.rand(2, 1, 32, 32)
     with pytest.raises(ValueError, match="one position and epoch per image"):
         views(image, [0])
-    with pytest.raises(ValueError, match=r"inside \(B, H, W\)"):
+    with pytest.raises(ValueError, match=r"inside \(B, \*S\)"):
         views(image, [0, 1], inside=torch.ones(2, 32, 31, dtype=torch.bool))
+    for spacing_mm in ((1.0,), (1.0, 1.0, 1.0), 0.0, (1.0, -2.0), float("nan")):
+        with pytest.raises(ValueError, match="spacing_mm must be one positive number or 2"):
+            views(image, [0, 1], spacing_mm=spacing_mm)
+    with pytest.raises(ValueError, match="one generator per image"):
+        augment_labelled(
+            image, torch.ones(2, 32, 32).long(), config=ViewsConfig(), size=8, spacing_mm=1.0, generators=[]
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(64, 80), (24, 28, 32)])
+def test_views_on_a_gpu_are_those_of_the_cpu_to_rounding_and_nothing_waits(size: tuple[int, ...]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    image = torch.rand(8, 2, *size, generator=torch.Generator().manual_seed(1))
+    inside = torch.ones(8, *size, dtype=torch.bool)
+    expected = views(image, list(range(8)), config=EVERYTHING)
+    image, inside = image.cuda(), inside.cuda()
+    views(image, list(range(8)), inside=inside, config=EVERYTHING)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = views(image, list(range(8)), inside=inside, config=EVERYTHING)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.warp.cpu(), expected.warp, rtol=0, atol=1e-4)
+    assert (found.valid.cpu() == expected.valid).float().mean() > 0.999
+    for name in ("a", "b"):
+        difference = (getattr(found, name).cpu() - getattr(expected, name)).abs()
+        assert difference.quantile(0.999) < 1e-3, name

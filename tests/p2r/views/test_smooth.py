@@ -16,6 +16,16 @@ def test_a_field_equals_the_tensor_product_of_uniform_cubic_b_splines() -> None:
     np.testing.assert_allclose(field.numpy(), expected, atol=1e-6)
 
 
+def test_a_field_in_a_volume_is_such_a_product_too() -> None:
+    controls = np.random.default_rng(0).standard_normal((2, 3, 4, 6, 5))
+    field = spline_field(controls, size=(7, 19, 12))
+    bases = [
+        BSpline(np.arange(-3.0, k + 1.0), np.eye(k), 3)(np.linspace(0, k - 3, n)) for k, n in ((4, 7), (6, 19), (5, 12))
+    ]
+    expected = np.einsum("xi,yj,zk,bcijk->bcxyz", *bases, controls)
+    np.testing.assert_allclose(field.numpy(), expected, atol=1e-6)
+
+
 def test_a_field_stays_within_its_control_values() -> None:
     controls = np.random.default_rng(1).uniform(0.5, 2.0, (4, 1, 5, 5))
     field = spline_field(controls, size=(40, 40))
