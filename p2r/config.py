@@ -224,7 +224,7 @@ class IntensityConfig(Section):
     """Smallest and largest edge of simulated large voxels, mm; nothing is done along axes whose pixels are as large already."""
     low_resolution_probability: Fraction = 0.0
     """Probability of large voxels, for each axis."""
-    ghosting: Annotated[Range, Within(0, 1)] = (0.2, 0.8)
+    ghosting: Annotated[Range, Within(0, 1)] = (0.3, 1.0)
     """Smallest and largest part of every n-th line of k-space that periodic motion takes away."""
     num_ghosts: tuple[NumGhosts, NumGhosts] = (2, 6)
     """Smallest and largest n, the number of copies across the image along one axis drawn at random."""
@@ -236,9 +236,9 @@ class IntensityConfig(Section):
     """Probability of noise."""
     rician_probability: Fraction = 0.0
     """Probability that noise, where there is some, is Rician, as in magnitude images; Gaussian otherwise."""
-    window_low: Annotated[Range, Within(0, 100)] = (0.0, 5.0)
+    window_low: Annotated[Range, Within(0, 100)] = (0.0, 10.0)
     """Smallest and largest percentile of an image's pixels in the scan that becomes 0."""
-    window_high: Annotated[Range, Within(0, 100)] = (95.0, 100.0)
+    window_high: Annotated[Range, Within(0, 100)] = (90.0, 100.0)
     """Smallest and largest percentile that becomes 1."""
     window_probability: Fraction = 0.0
     """Probability of such a window."""
@@ -271,7 +271,8 @@ VIEWS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Values that a name stands for in place of the section `views`. pix2rep: the transforms, probabilities and ranges of the
-code that Pix2Rep's authors released, in our units (crops as magnifications; noise relative to the image's range; blur in mm).
+code that Pix2Rep's authors released, in our units (crops as magnifications, blur in mm; shift and strength of noise are ours, for
+theirs depend on the size and the scanner's units of an image).
 pix2rep_v2: the same, and the window between random percentiles that Pix2Rep-v2 adds, with our range of percentiles."""
 VIEWS["pix2rep_v2"] = {
     "geometry": VIEWS["pix2rep"]["geometry"],
@@ -287,7 +288,7 @@ def _or_a_name(schema: dict[str, Any]) -> None:
 
 class ViewsConfig(Section):
     """The two views of an image: two intensity draws, one geometric draw. A name stands for a whole section: p2r (what stands
-    here), pix2rep or pix2rep_v2 (what their authors draw)."""
+    here), pix2rep or pix2rep_v2 (after what their authors draw)."""
 
     model_config = ConfigDict(json_schema_extra=_or_a_name)
 

@@ -14,7 +14,7 @@ Letters: B samples. Sources: Steele, Lea, Flood 2014 (splitmix64); Wellons 2018,
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ class Draws:
         """Return (B, *shape) numbers in [0, 1)."""
         index = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)
         hashes = _mix(self.named(name).keys[:, None] + index * _GOLDEN)
-        return ((hashes >> 11) * 2.0**-53).reshape(len(self), *shape)
+        return ((hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(len(self), *shape)
 
     def between(self, low: float, high: float, name: str, *shape: int) -> NDArray[np.float64]:
         """Return (B, *shape) numbers in [low, high]."""
@@ -76,7 +76,7 @@ class Draws:
         """Return (B, *shape) standard normal numbers, float32, made on the device."""
         size = math.prod(shape)
         words = self.named(name).keys.astype("<u8").view("<i4").reshape(-1, 2)
-        low, high = on_device(words, device, dtype=torch.int32).split(1, dim=1)
+        low, high = on_device(words, device, dtype=torch.int32).chunk(2, dim=1)
         counter = torch.arange((size + 1) // 2, dtype=torch.int32, device=device)
         bits = _hash_of_counter(counter, low, high)
         radius = (((bits >> 16) & 0xFFFF).float() + 0.5).mul_(2.0**-16).log_().mul_(-2).sqrt_()
@@ -97,12 +97,12 @@ def on_device(
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Make every bit of the result depend on every bit of `state`, one to one."""
-    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9
-    state = (state ^ (state >> 27)) * 0x94D049BB133111EB
-    return state ^ (state >> 31)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _hash_of(name: str) -> np.uint64:
     return np.uint64(keyed_number(0, name) >> 64)
 

@@ -55,10 +55,11 @@ def sample_geometry(
     """
     dimensions = len(size)
     largest = np.array([config.rotation_deg] if dimensions == 2 else config.rotation_3d_deg)
+    smallest, greatest = np.log(config.scale)
     num_shears = dimensions * (dimensions - 1) // 2
     matrix = affine_matrix(
         rotation_deg=draws.between(-1, 1, "rotation", len(largest)) * largest,
-        magnification=np.exp(draws.between(*np.log(config.scale), "scale")),
+        magnification=np.exp(draws.between(smallest, greatest, "scale")),
         shear_deg=draws.between(-1, 1, "shear", num_shears) * config.shear_deg,
         flipped=draws.uniform("flip", dimensions) < config.flip_probability,
     )
@@ -157,10 +158,7 @@ def apply_warp(image: Tensor, warp: Tensor, *, mode: Literal["bilinear", "neares
     """
     dimensions = warp.ndim - 2
     if not (
-        dimensions in (2, 3)
-        and image.ndim == warp.ndim
-        and warp.shape[-1] == dimensions
-        and len(image) == len(warp)
+        dimensions in (2, 3) and image.ndim == warp.ndim and warp.shape[-1] == dimensions and len(image) == len(warp)
     ):
         raise ValueError(f"expected (B, C, *S) and (B, *s, D) in 2D or 3D, got {_shapes(image, warp)}")
     # grid_sample wants positions as parts of the image's size. Those are exact in floating point for sizes that are

@@ -17,7 +17,10 @@ image; noise and percentiles are each contrast's own.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +77,11 @@ class Appearance:
     window: Numbers
     """(B, 2) percentiles that become 0 and 1; 0 and 100: nothing is done."""
 
+    def take(self, rows: NDArray[np.intp]) -> "Appearance":
+        """Return what changes the look of some of the images."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "draws"}
+        return Appearance(self.draws.take(rows), **{name: values[rows] for name, values in parts.items()})
+
 
 def draw_intensity(
     image: Tensor,
@@ -126,16 +134,21 @@ def sample_appearance(draws: Draws, *, config: IntensityConfig, dimensions: int)
     """Draw what changes each image's look. A transform that is off, or left out by chance, has its neutral value."""
 
     def happens(name: str, probability: float, *shape: int) -> Flags:
+        if probability in (0, 1):  # nothing is to be drawn, and no other number depends on that
+            return np.full((len(draws), *shape), probability == 1)
         flags: Flags = draws.uniform(f"{name} happens", *shape) < probability
         return flags
 
     def drawn(name: str, low: float, high: float, probability: float, *shape: int, neutral: float) -> Numbers:
+        if probability == 0:
+            return np.full((len(draws), *shape), neutral)
         return np.where(happens(name, probability, *shape), draws.between(low, high, name, *shape), neutral)
 
     def factor(name: str, limits: tuple[float, float], probability: float) -> Numbers:
-        return np.exp(drawn(name, *np.log(limits), probability, neutral=0.0))
+        low, high = np.log(limits)
+        return np.exp(drawn(name, low, high, probability, neutral=0.0))
 
-    bias_field = drawn("bias field", 0, config.bias_field, config.bias_field_probability, neutral=0)
+    bias_field = drawn("bias field", 0, config.bias_field, config.bias_field_probability, neutral=0.0)
     fewest, most = config.num_ghosts
     windowed = happens("window", config.window_probability)
     return Appearance(
@@ -145,14 +158,14 @@ def sample_appearance(draws: Draws, *, config: IntensityConfig, dimensions: int)
         contrast=factor("contrast", config.contrast, config.contrast_probability),
         biased=bias_field > 0,
         bias=_bias_controls(draws, bias_field, dimensions),
-        blur_mm=drawn("blur", 0, config.blur_mm, config.blur_probability, neutral=0),
+        blur_mm=drawn("blur", 0, config.blur_mm, config.blur_probability, neutral=0.0),
         voxel_mm=drawn(
-            "low resolution", *config.low_resolution_mm, config.low_resolution_probability, dimensions, neutral=0
+            "low resolution", *config.low_resolution_mm, config.low_resolution_probability, dimensions, neutral=0.0
         ),
-        ghosting=drawn("ghosting", *config.ghosting, config.ghosting_probability, neutral=0),
+        ghosting=drawn("ghosting", *config.ghosting, config.ghosting_probability, neutral=0.0),
         num_ghosts=(fewest + (most - fewest + 1) * draws.uniform("number of ghosts")).astype(np.int64),
         ghost_axis=(dimensions * draws.uniform("axis of ghosts")).astype(np.int64),
-        noise=drawn("noise", 0, config.noise, config.noise_probability, neutral=0),
+        noise=drawn("noise", 0, config.noise, config.noise_probability, neutral=0.0),
         rician=happens("rician", config.rician_probability),
         window=np.stack(
             [
@@ -193,64 +206,50 @@ def apply_appearance(
     if inside is None:
         inside = torch.ones_like(image[:, 0], dtype=torch.bool)
     look = appearance
-    one_per_image = (-1, *[1] * (dimensions + 1))
-
-    def column(values: Numbers | Flags) -> Tensor:
-        return on_device(values, image.device).reshape(one_per_image)
-
-    def tone(images: Tensor, rows: NDArray[np.intp]) -> Tensor:
-        inverted, contrast = column(look.inverted[rows]), column(look.contrast[rows])
-        scale, offset = 1 - 2 * inverted, inverted
-        if (look.contrast[rows] != 1).any():
-            offset = contrast * offset + (1 - contrast) * (offset + scale * _mean(images))
-            scale = contrast * scale
-        return images * scale + offset
-
-    def bias(images: Tensor, rows: NDArray[np.intp]) -> Tensor:
-        return images * spline_field(look.bias[rows, None], size=tuple(image.shape[2:]), device=image.device)
-
-    def noise(images: Tensor, rows: NDArray[np.intp], name: str) -> Tensor:
-        sigma, draws = column(look.noise[rows]), look.draws.take(rows)
-        return sigma * draws.noise(name, *images.shape[1:], device=image.device)
-
-    result = _on(image, look.gamma != 1, lambda x, rows: (x.log() * column(look.gamma[rows])).exp_())
-    result = _on(result, look.inverted | (look.contrast != 1), tone)
-    result = _on(result, look.biased, bias)
-    result = _on(result, look.blur_mm > 0, lambda x, rows: _blur(x, look.blur_mm[rows], spacing_mm))
+    result = _on(image, look, look.gamma != 1, _gamma)
+    result = _on(result, look, look.inverted | (look.contrast != 1), _tone)
+    result = _on(result, look, look.biased, _bias)
+    result = _on(result, look, look.blur_mm > 0, partial(_blur, spacing_mm=spacing_mm))
     for axis, mm in enumerate(spacing_mm):
-        voxel_px = look.voxel_mm[:, axis] / mm
-        result = _on(result, voxel_px > 1, lambda x, rows, axis=axis, px=voxel_px: _enlarge(x, px[rows], axis))  # type: ignore[misc]
+        result = _on(result, look, look.voxel_mm[:, axis] > mm, partial(_large_voxels, axis=axis, spacing_mm=mm))
     for axis in range(dimensions):
-        result = _on(
-            result,
-            (look.ghosting > 0) & (look.ghost_axis == axis),
-            lambda x, rows, axis=axis: _ghosts(x, look.ghosting[rows], look.num_ghosts[rows], axis),  # type: ignore[misc]
-        )
+        chosen = (look.ghosting > 0) & (look.ghost_axis == axis)
+        result = _on(result, look, chosen, partial(_ghosts, axis=axis))
     is_noisy = look.noise > 0
-    result = _on(result, is_noisy & ~look.rician, lambda x, rows: noise(x, rows, "noise").add_(x))
-    result = _on(
-        result,
-        is_noisy & look.rician,
-        lambda x, rows: (noise(x, rows, "noise").add_(x).square_() + noise(x, rows, "imaginary noise").square_()).sqrt_(),
-    )
+    result = _on(result, look, is_noisy & ~look.rician, _gaussian_noise)
+    result = _on(result, look, is_noisy & look.rician, _rician_noise)
     result = result.clamp(0, 1)
-    is_windowed = (look.window != (0, 100)).any(1)
-    return _on(result, is_windowed, lambda x, rows: _stretch(x, _some(inside, rows), look.window[rows]))
+    return _on(result, look, (look.window != (0, 100)).any(1), _window, inside)
 
 
-def _on(image: Tensor, chosen: Flags, transform: Callable[[Tensor, NDArray[np.intp]], Tensor]) -> Tensor:
-    """Put some images of a batch, and the numbers of their rows, through a transform."""
+def _on(image: Tensor, look: Appearance, chosen: Flags, transform: Callable[..., Tensor], *beside: Tensor) -> Tensor:
+    """Put some images of a batch, what they are to look like, and their parts of `beside`, through a transform."""
     rows = np.flatnonzero(chosen)
     if len(rows) == 0:
         return image
     if len(rows) == len(image):
-        return transform(image, rows)
+        return transform(image, look, *beside)
     index = on_device(rows, image.device, dtype=torch.int64)
-    return image.index_copy(0, index, transform(image.index_select(0, index), rows))
+    some = [batch.index_select(0, index) for batch in (image, *beside)]
+    return image.index_copy(0, index, transform(some[0], look.take(rows), *some[1:]))
 
 
-def _some(batch: Tensor, rows: NDArray[np.intp]) -> Tensor:
-    return batch.index_select(0, on_device(rows, batch.device, dtype=torch.int64))
+def _per_image(values: NDArray[Any], image: Tensor) -> Tensor:
+    return on_device(values, image.device).reshape(-1, *[1] * (image.ndim - 1))
+
+
+def _gamma(image: Tensor, look: Appearance) -> Tensor:
+    return (image.log() * _per_image(look.gamma, image)).exp_()
+
+
+def _tone(image: Tensor, look: Appearance) -> Tensor:
+    """Invert, then stretch contrast: one linear map of each image's values."""
+    inverted, contrast = _per_image(look.inverted, image), _per_image(look.contrast, image)
+    scale, offset = 1 - 2 * inverted, inverted
+    if (look.contrast != 1).any():
+        offset = contrast * offset + (1 - contrast) * (offset + scale * _mean(image))
+        scale = contrast * scale
+    return image * scale + offset
 
 
 def _mean(image: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
@@ -261,11 +260,15 @@ def _mean(image: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     return (total.double() / (_FIXED_POINT * float(count))).float()
 
 
-def _blur(image: Tensor, sigmas_mm: Numbers, spacing_mm: Sequence[float]) -> Tensor:
-    """Blur each image (B, C, *S) with its own Gaussian, cut at 3 sigma; the border is repeated outwards."""
+def _bias(image: Tensor, look: Appearance) -> Tensor:
+    return image * spline_field(look.bias[:, None], size=tuple(image.shape[2:]), device=image.device)
+
+
+def _blur(image: Tensor, look: Appearance, *, spacing_mm: Sequence[float]) -> Tensor:
+    """Blur each image with its own Gaussian, cut at 3 sigma; the border is repeated outwards."""
     dimensions = len(spacing_mm)
     for axis, mm in enumerate(spacing_mm):
-        sigmas = sigmas_mm / mm
+        sigmas = look.blur_mm / mm
         radii = np.ceil(3 * sigmas)
         reach = int(radii.max())
         offsets = np.arange(-reach, reach + 1)
@@ -281,8 +284,8 @@ def _blur(image: Tensor, sigmas_mm: Numbers, spacing_mm: Sequence[float]) -> Ten
     return image
 
 
-def _enlarge(image: Tensor, voxels_px: Numbers, axis: int) -> Tensor:
-    """Show each image (B, C, *S) as if its voxels were `voxels_px` (B,) long along an axis.
+def _large_voxels(image: Tensor, look: Appearance, *, axis: int, spacing_mm: float) -> Tensor:
+    """Show each image as if its voxels were longer along an axis, where its pixels are `spacing_mm` long.
 
     A large voxel holds the mean of what it covers, the border repeated outwards; from their centres, one of which is the
     image's own, the image is interpolated linearly. Means over any interval are differences of one running integral.
@@ -291,12 +294,12 @@ def _enlarge(image: Tensor, voxels_px: Numbers, axis: int) -> Tensor:
     length, shape = lines.shape[-1], lines.shape
     lines = lines.reshape(len(image), -1, length)
     integral = F.pad(lines.cumsum(-1), (1, 0))
-    edge = voxels_px[:, None]
+    edge = look.voxel_mm[:, axis, None] / spacing_mm
     place = (np.arange(length) - (length - 1) / 2) / edge  # in large voxels, from the image's centre
     before = np.floor(place)
     bounds = [(before + step) * edge + length / 2 for step in (-0.5, 0.5, 1.5)]
     upto = [_integral_upto(integral, lines, bound) for bound in bounds]
-    means = [after - ahead for ahead, after in zip(upto[:-1], upto[1:], strict=True)]
+    means = [after - ahead for ahead, after in pairwise(upto)]
     share = on_device((place - before)[:, None], image.device)
     result = ((1 - share) * means[0] + share * means[1]) / on_device(edge[:, None], image.device)
     return result.reshape(shape).movedim(-1, axis + 2)
@@ -316,7 +319,7 @@ def _integral_upto(integral: Tensor, lines: Tensor, bounds: Numbers) -> Tensor:
     return upto + below * lines[..., :1] + above * lines[..., -1:]
 
 
-def _ghosts(image: Tensor, strength: Numbers, num_ghosts: NDArray[np.int64], axis: int) -> Tensor:
+def _ghosts(image: Tensor, look: Appearance, *, axis: int) -> Tensor:
     """Weaken every n-th line of k-space but the central one, as motion in step with every n-th excitation does.
 
     In the image, that subtracts the mean of n copies, each a further n-th of the field of view along, and adds the mean
@@ -324,20 +327,32 @@ def _ghosts(image: Tensor, strength: Numbers, num_ghosts: NDArray[np.int64], axi
     """
     lines = image.movedim(axis + 2, -1)  # (B, C, ..., L)
     length = lines.shape[-1]
-    of_image = (slice(None), *[None] * (lines.ndim - 1))
     copies = lines
-    for number in range(1, int(num_ghosts.max())):
-        shift = np.rint(number * length / num_ghosts)[:, None]
+    for number in range(1, int(look.num_ghosts.max())):
+        shift = np.rint(number * length / look.num_ghosts)[:, None]
         source = ((np.arange(length) - shift) % length).astype(np.int64)  # (B, L)
         index = on_device(source, image.device, dtype=torch.int64).reshape(len(image), *[1] * (lines.ndim - 2), length)
-        exists = on_device(number < num_ghosts, image.device)[of_image]
-        copies = copies + exists * lines.gather(lines.ndim - 1, index.expand(lines.shape))
-    ghosts = copies / on_device(num_ghosts, image.device)[of_image] - _mean(lines, (lines.ndim - 1,))
-    return (lines - on_device(strength, image.device)[of_image] * ghosts).abs_().movedim(-1, axis + 2)
+        moved = lines.gather(lines.ndim - 1, index.expand(lines.shape))
+        copies = copies + _per_image(number < look.num_ghosts, image) * moved
+    ghosts = copies / _per_image(look.num_ghosts, image) - _mean(lines, (lines.ndim - 1,))
+    return (lines - _per_image(look.ghosting, image) * ghosts).abs_().movedim(-1, axis + 2)
 
 
-def _stretch(image: Tensor, inside: Tensor, window: Numbers) -> Tensor:
-    """Stretch the values between two percentiles (B, 2) of each contrast's pixels in the scan to [0, 1]."""
+def _gaussian_noise(image: Tensor, look: Appearance) -> Tensor:
+    return _noise("noise", image, look).add_(image)
+
+
+def _rician_noise(image: Tensor, look: Appearance) -> Tensor:
+    real, imaginary = _gaussian_noise(image, look), _noise("imaginary noise", image, look)
+    return real.square_().add_(imaginary.square_()).sqrt_()
+
+
+def _noise(name: str, image: Tensor, look: Appearance) -> Tensor:
+    return _per_image(look.noise, image) * look.draws.noise(name, *image.shape[1:], device=image.device)
+
+
+def _window(image: Tensor, look: Appearance, inside: Tensor) -> Tensor:
+    """Stretch the values between two percentiles of each contrast's pixels in the scan to [0, 1]."""
     stride = 1
     while np.prod([-(-size // stride) for size in image.shape[2:]]) > _NUM_COUNTED:
         stride += 1
@@ -347,7 +362,7 @@ def _stretch(image: Tensor, inside: Tensor, window: Numbers) -> Tensor:
     bins = (counted * _NUM_BINS).long().clamp_(max=_NUM_BINS - 1)
     counts = weight.new_zeros((*counted.shape[:2], _NUM_BINS)).scatter_add_(2, bins, weight)
     upto = counts.cumsum(2)
-    low, high = (_percentile(counts, upto, column) for column in window.T)
+    low, high = (_percentile(counts, upto, column) for column in look.window.T)
     spread = (high - low).clamp(min=NARROWEST_WINDOW)
     ends = (*image.shape[:2], *[1] * (image.ndim - 2))
     return ((image - low.reshape(ends)) / spread.reshape(ends)).clamp_(0, 1)

@@ -78,9 +78,7 @@ def make_views(
     # Both views in one go: half as many, larger steps for the device.
     of_both = Draws(np.concatenate([draws.named("view a").keys, draws.named("view b").keys]))
     masks = torch.cat([inside, valid])
-    views = draw_intensity(
-        torch.cat([image, warped]), of_both, config=config.intensity, spacing_mm=mm, inside=masks
-    )
+    views = draw_intensity(torch.cat([image, warped]), of_both, config=config.intensity, spacing_mm=mm, inside=masks)
     a, b = views.masked_fill_(~masks[:, None], 0).chunk(2)
     return ViewPair(a=a, b=b, warp=warp, valid=valid)
 

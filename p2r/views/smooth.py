@@ -24,9 +24,7 @@ def num_controls(num_pixels: int, spacing_px: float) -> int:
     return max(int(np.ceil((num_pixels - 1) / spacing_px)), 1) + 3
 
 
-def spline_field(
-    controls: NDArray[np.float64], *, size: tuple[int, ...], device: torch.device | None = None
-) -> Tensor:
+def spline_field(controls: NDArray[np.float64], *, size: tuple[int, ...], device: torch.device | None = None) -> Tensor:
     """Spread control values over a map.
 
     Args:

@@ -41,7 +41,7 @@ def draw(image: Tensor, *, spacing_mm: float | tuple[float, ...] = 1.0, **ranges
 def look(image: Tensor, *, spacing_mm: float | tuple[float, ...] = 1.0, **parameters: Any) -> Tensor:
     """Apply given parameters, the same for all images."""
     neutral = unchanged(draws(len(image)), dimensions=image.ndim - 2)
-    given = {name: np.broadcast_to(value, getattr(neutral, name).shape) for name, value in parameters.items()}
+    given = {name: np.array(np.broadcast_to(value, getattr(neutral, name).shape)) for name, value in parameters.items()}
     return apply_appearance(image, replace(neutral, **given), spacing_mm=edges(image, spacing_mm))
 
 
@@ -335,4 +335,6 @@ def test_draws_and_pixel_edges_must_fit_the_image(image: Tensor) -> None:
 
 def test_parameters_are_plain_numbers_on_the_host() -> None:
     drawn = sample_appearance(draws(2), config=EVERYTHING, dimensions=3)
-    assert all(isinstance(getattr(drawn, name), np.ndarray) for name in Appearance.__dataclass_fields__ if name != "draws")
+    assert all(
+        isinstance(getattr(drawn, name), np.ndarray) for name in Appearance.__dataclass_fields__ if name != "draws"
+    )

@@ -42,7 +42,7 @@ def job_with(tmp_path: Path, views: Any) -> Path:
         ("intensity.ghosting", [0.2, 1.2], r"must rise and lie in \[0, 1\]"),
         ("intensity.num_ghosts", [1, 4], "greater than or equal to 2"),
         ("intensity.num_ghosts", [4, 2], "num_ghosts must rise"),
-        ("intensity.window_low", [0, 96], "window_low must end below window_high"),
+        ("intensity.window_low", [0, 91], "window_low must end below window_high"),
         ("intensity.window_high", [95, 101], r"must rise and lie in \[0, 100\]"),
         ("intensity.ghost_probability", 0.1, "did you mean ghosting_probability"),
         ("intensity.solarize", 0.1, "unknown key; known here: bias_field"),
@@ -83,5 +83,7 @@ def test_pix2rep_v2_is_pix2rep_with_windows() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"pretrain.views: must be a section, or one of the names p2r, pix2rep, pix2rep_v2, got 'simclr'"):
+    with pytest.raises(
+        JobError, match=r"pretrain.views: must be a section, or one of the names p2r, pix2rep, pix2rep_v2, got 'simclr'"
+    ):
         read_job(job_with(tmp_path, "simclr"))
