@@ -167,6 +167,31 @@ def status(path: JobPath, set_: Overrides = None, debug: Debug = False) -> None:
 
 
 @app.command()
+def views(
+    path: JobPath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file.")],
+    scan: Annotated[Path | None, typer.Option(help="A NIfTI scan; default: a virtual subject.")] = None,
+    set_: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Draw what a job's section pretrain.views does to an image: every transform over its range."""
+    from p2r.data.phantom import resolve_source
+    from p2r.data.volume import read_volume
+    from p2r.report import image_of, view_sheet
+
+    job = read_job(path, tuple(set_ or ()))
+    if job.pretrain is None:
+        raise JobError(
+            f"job {path} has no section pretrain, whose views would be drawn; give a job of kind pretrain or pipeline"
+        )
+    _check_output(output, (".png",))
+    volume = read_volume(scan or next(resolve_source("template://icbm152/images?subjects=1").glob("*.nii.gz")))
+    image, inside = image_of(volume, job.pretrain.image)
+    output.write_bytes(view_sheet(image, inside, config=job.pretrain.views, spacing_mm=job.pretrain.image.spacing_mm))
+    print(output)
+
+
+@app.command()
 def embed(
     backbone: Annotated[str, typer.Argument(metavar="BACKBONE", help="URL of a published backbone.")],
     scan: Annotated[Path, typer.Argument(help="A NIfTI scan.")],
@@ -253,8 +278,8 @@ def _print_made(made: dict[str, Any]) -> None:
         print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
 
 
-def _check_output(path: Path) -> None:
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise InputError(f"output {path} must end in .nii or .nii.gz")
+def _check_output(path: Path, endings: tuple[str, ...] = (".nii", ".nii.gz")) -> None:
+    if not path.name.endswith(endings):
+        raise InputError(f"output {path} must end in {' or '.join(endings)}")
     if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise InputError(f"output {path}: the folder {path.absolute().parent} does not exist or cannot be written")

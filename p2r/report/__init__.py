@@ -9,6 +9,7 @@ from p2r.report.few_shot_curve import few_shot_curve
 from p2r.report.pictures import embedding_pca, outlines, view_pairs
 from p2r.report.tables import Cell, Spread, aggregate, label_of, split_of, table
 from p2r.report.variants import markdown_variants, variants_picture, variants_table
+from p2r.report.view_sheet import image_of, view_sheet
 
 __all__ = [
     "Cell",
@@ -17,6 +18,7 @@ __all__ = [
     "corpus_report_is_current",
     "embedding_pca",
     "few_shot_curve",
+    "image_of",
     "label_of",
     "markdown_variants",
     "outlines",
@@ -25,6 +27,7 @@ __all__ = [
     "variants_picture",
     "variants_table",
     "view_pairs",
+    "view_sheet",
     "write_corpus_report",
     "write_report",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,6 +21,8 @@ MODE_COLOURS = {"scratch": "#6b6b6b", "linear_probe": "#d98200", "fine_tune": "#
 CLASS_COLOURS = ("#e69f00", "#56b4e9", "#cc79a7", "#009e73", "#f0e442", "#d55e00")
 """After Okabe and Ito: distinct for all common kinds of colour vision, and on grey."""
 INK, FAINT = "#1a1a1a", "#6b6b6b"
+OUTSIDE = np.array(to_rgb("#9a6a85"))
+"""Shade of what shows no place of the scan."""
 
 _DPI = 120
 

@@ -19,6 +19,7 @@ from p2r.report.canvas import (
     CLASS_COLOURS,
     FAINT,
     INK,
+    OUTSIDE,
     as_array,
     as_slices,
     box_around,
@@ -36,7 +37,6 @@ _LEFT = 0.42  # inches beside a row of panels, for its label
 _TISSUE = 0.05  # of the intensity window: darker pixels are air
 _FULL = 0.05  # share of tissue, or of the largest label: emptier slices show nothing
 _PAIR_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7", "#ffffff", "#8fb9ff")
-_OUTSIDE = np.array(to_rgb("#9a6a85"))
 
 
 def view_pairs(
@@ -228,7 +228,7 @@ def _grid(
 
 def _tinted(plane: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
     grey = np.repeat(plane.clip(0, 1)[..., None], 3, axis=2)
-    mixed: NDArray[np.float32] = np.where(valid[..., None], grey, 0.1 * grey + 0.9 * _OUTSIDE)
+    mixed: NDArray[np.float32] = np.where(valid[..., None], grey, 0.1 * grey + 0.9 * OUTSIDE)
     return mixed
 
 

@@ -216,6 +216,15 @@ def test_an_output_that_is_no_nifti_or_nowhere(
     )
 
 
+def test_a_picture_of_views_that_is_no_png_or_of_a_job_without_views(
+    p2r: Run, repository: Path, tmp_path: Path
+) -> None:
+    refused(p2r("views", repository / "jobs/demo.yaml", "-o", tmp_path / "x.jpg"), "must end in .png")
+    job = tmp_path / "job.yaml"
+    job.write_text("kind: finetune\nname: x\nfinetune: {tasks: [a.yaml], backbone: /b}\n")
+    refused(p2r("views", job, "-o", tmp_path / "x.png"), "has no section pretrain")
+
+
 def test_a_damaged_backbone(p2r: Run, published: dict[str, str], tmp_path: Path) -> None:
     copy = shutil.copytree(published["backbone"].removeprefix("file://"), tmp_path / "backbone")
     assert p2r("verify", copy)[0] == 0

@@ -52,6 +52,15 @@ def test_predict_puts_the_segmentation_on_the_scan_s_own_grid(
     assert voxels[labels == 1].mean() > 2 * voxels[labels == 0].mean()
 
 
+def test_views_draws_the_transforms_of_a_job_on_a_scan(
+    p2r: Call, write_toy_job: Callable[..., Path], toy_data: Path, tmp_path: Path
+) -> None:
+    job, scan, sheet = write_toy_job(tmp_path), toy_data / "images/sub-07_T1w.nii.gz", tmp_path / "views.png"
+    printed = p2r("views", job, "--scan", scan, "-o", sheet, "--set", "pretrain.views=pix2rep")
+    assert printed.strip() == str(sheet)
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+
+
 def test_embed_writes_features_in_the_scan_s_world(
     p2r: Call, published: dict[str, str], oblique_scan: Path, tmp_path: Path
 ) -> None:

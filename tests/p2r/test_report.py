@@ -12,14 +12,17 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
-from p2r.config import ViewsConfig
+from p2r.config import ImageConfig, ViewsConfig
+from p2r.data.volume import Volume
 from p2r.report import (
     aggregate,
     embedding_pca,
     few_shot_curve,
+    image_of,
     outlines,
     table,
     view_pairs,
+    view_sheet,
     write_report,
 )
 from p2r.report.few_shot_curve import _apart
@@ -197,6 +200,36 @@ def test_view_pairs_are_drawn_with_points_on_the_same_anatomy() -> None:
     views = make_views(image, inside, config=ViewsConfig(), spacing_mm=1.5, seed=0, **places)
     points = torch.randint(0, 48, (2, 30, 2)).float()
     assert pixels(view_pairs(image, views, points, points)).ndim == 3
+
+
+@pytest.mark.parametrize(("size", "name"), [((48, 40), "p2r"), ((16, 20, 12), "pix2rep_v2")])
+def test_every_transform_is_drawn_over_its_range(size: tuple[int, ...], name: str) -> None:
+    inside = torch.ones(size, dtype=torch.bool)
+    inside[:3] = False
+    sheet = view_sheet(torch.rand(1, *size), inside, config=ViewsConfig.model_validate(name), spacing_mm=2.0)
+    assert pixels(sheet).shape[0] > 1000
+
+
+def test_transforms_without_any_range_are_drawn_too() -> None:
+    none = ViewsConfig(
+        geometry={"elastic_mm": 0, "scale": (1, 1)},
+        intensity={"bias_field": 0, "ghosting": (0.5, 0.5), "num_ghosts": (3, 3)},
+    )
+    assert pixels(view_sheet(torch.rand(1, 32, 32), torch.ones(32, 32).bool(), config=none, spacing_mm=1.0)).size
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_a_sheet_shows_the_middle_of_a_scan(dimensions: int) -> None:
+    data = np.zeros((20, 24, 30, 1), np.float32)
+    data[8:12, 8:16, 10:20] = 100.0
+    data += np.random.default_rng(0).uniform(0, 1, data.shape).astype(np.float32)
+    affine = np.diag([1.0, 1.0, 2.0, 1.0])
+    volume = Volume(data, affine, affine, data.shape[:3], (1.0, 1.0, 2.0), "x")
+    image, inside = image_of(volume, ImageConfig(dimensions=dimensions, size=32, spacing_mm=1.0))
+    assert image.shape == (1, *[32] * dimensions)
+    assert inside.shape == image.shape[1:]
+    assert image[(0, *[16] * dimensions)] > 0.9
+    assert not image[0][~inside].any()
 
 
 def test_equal_features_get_equal_colours_in_every_slice() -> None:
