@@ -1,11 +1,13 @@
-"""A volume -> planes as the network sees them, and maps of the network -> back onto the volume's grid. Pure functions.
+"""A volume -> images as the network sees them, and maps of the network -> back onto the volume's grid. Pure functions.
 
 Choices: a plane is cut across the axis of the largest spacing, so that it is the sharpest cut there is; intensities are
 stretched between two percentiles of the whole volume, so that planes of one scan stay comparable; planes are resampled
 to one pixel size *before* they are cropped or padded about their centre, so that a pixel means the same length in every
-scan. Training and use go through the same code: what the backbone saw is what it will see.
+scan. Training and use go through the same code: what the backbone saw is what it will see. A network that reads volumes
+gets them on cubic voxels, about the same middle; which axis is the sharpest does not matter then.
 
-Shapes: X Y Z T a volume; P = T * Z planes, frame by frame; h w a plane's voxels; H W its pixels after resampling.
+Shapes: X Y Z T a volume; P = T * Z planes, frame by frame; h w a plane's voxels; H W its pixels after resampling; x y z a
+volume's own voxels where X Y Z are those after resampling.
 """
 
 import math
@@ -28,6 +30,7 @@ SliceAxis = Literal["auto", 0, 1, 2]
 
 _TIED_SPACING = 0.01
 _MAX_PERCENTILE_VOXELS = 1 << 18
+_ROUNDING = 0.01  # of a voxel: what spacings in a header may be off
 
 
 class Preparation(BaseModel):
@@ -35,6 +38,8 @@ class Preparation(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    dimensions: Literal[2, 3] = 2
+    """Of an image: a plane of the scan, or a part of its volume."""
     slice_axis: SliceAxis = "auto"
     """Rule for the axis across which planes are cut."""
     intensity_percentiles: tuple[float, float] = (0.5, 99.5)
@@ -67,6 +72,24 @@ class Planes:
     """In-plane voxel size on the volume's own grid, mm."""
     num_frames: int
     """T."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """All frames of one volume, whole, ready for a network that reads volumes."""
+
+    images: Tensor
+    """(T, 1, X, Y, Z) float32 in [0, 1]."""
+    inside: Tensor
+    """(T, X, Y, Z) bool: voxels that are part of the scan, not padding."""
+    low: float
+    """Intensity that became 0."""
+    high: float
+    """Intensity that became 1."""
+    shape: tuple[int, int, int]
+    """(x, y, z) on the volume's own grid."""
+    spacing_mm: tuple[float, float, float]
+    """Voxel size on the volume's own grid, mm."""
 
 
 def slice_axis(spacing_mm: tuple[float, ...], rule: SliceAxis = "auto") -> int:
@@ -192,12 +215,21 @@ def axis_weights(
         (size, num_voxels) float32, rows add up to 1, or to 0 for samples outside; and (size,) bool: inside.
     """
     scale = target_mm / spacing_mm
-    places = centre + (torch.arange(size, dtype=torch.float64) - (size - 1) / 2) * scale
+    places = _places(size, centre, scale)
     distance = (torch.arange(num_voxels, dtype=torch.float64) - places[:, None].clamp(0, num_voxels - 1)).abs()
     weights = (1 - distance / max(1.0, scale)).clamp_min(0)
-    inside = (places >= -0.5) & (places <= num_voxels - 0.5)
+    inside = _within(places, num_voxels)
     weights = weights / weights.sum(1, keepdim=True) * inside[:, None]
     return weights.float(), inside
+
+
+def _places(size: int, centre: float, scale: float) -> Tensor:
+    """Return where `size` samples about a centre lie, in voxels (float64)."""
+    return centre + (torch.arange(size, dtype=torch.float64) - (size - 1) / 2) * scale
+
+
+def _within(places: Tensor, num_voxels: int) -> Tensor:
+    return (places >= -0.5) & (places <= num_voxels - 0.5)
 
 
 def to_patch(
@@ -215,14 +247,105 @@ def to_patch(
     Returns:
         (size, size, size) float32, 0 outside of the box; and bool: inside.
     """
-    cube, inside = voxels, torch.ones((), dtype=torch.bool, device=voxels.device)
-    for axis in range(3):
-        weights, within = axis_weights(
-            voxels.shape[axis], centre[axis], spacing_mm=spacing_mm[axis], target_mm=target_mm, size=size
+    return _to_cubic(voxels, centre, spacing_mm=spacing_mm, target_mm=target_mm, shape=(size, size, size))
+
+
+def _to_cubic(
+    voxels: Tensor,
+    centre: Sequence[float],
+    *,
+    spacing_mm: Sequence[float],
+    target_mm: float,
+    shape: tuple[int, int, int],
+) -> tuple[Tensor, Tensor]:
+    """Resample (..., x, y, z) to cubic voxels (..., X, Y, Z) about a centre; and (X, Y, Z) bool: inside."""
+    weights, inside = [], torch.ones((), dtype=torch.bool, device=voxels.device)
+    for axis, size in enumerate(shape):
+        of_axis, within = axis_weights(
+            voxels.shape[axis - 3], centre[axis], spacing_mm=spacing_mm[axis], target_mm=target_mm, size=size
         )
-        cube = torch.movedim(torch.tensordot(weights.to(voxels.device), cube, dims=([1], [axis])), 0, axis)
+        weights.append(of_axis)
         inside = inside[..., None] & within.to(voxels.device)
-    return cube, inside
+    return _along_axes(voxels, weights), inside
+
+
+def _along_axes(maps: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Multiply the last three axes of `maps`, one after another, by a matrix (samples, voxels) each."""
+    for axis, of_axis in enumerate(weights, start=maps.ndim - 3):
+        maps = torch.movedim(torch.tensordot(of_axis.to(maps.device), maps, dims=([1], [axis])), 0, axis)
+    return maps
+
+
+def cubic_shape(
+    shape: tuple[int, int, int], spacing_mm: tuple[float, ...], *, target_mm: float
+) -> tuple[int, int, int]:
+    """Return how many cubic voxels along each axis, about the middle, hold all voxels of a volume."""
+    x, y, z = (max(1, math.ceil(n * mm / target_mm - _ROUNDING)) for n, mm in zip(shape, spacing_mm, strict=True))
+    return x, y, z
+
+
+def cubic_to_voxel(
+    shape: tuple[int, int, int], cubic: tuple[int, int, int], *, spacing_mm: tuple[float, ...], target_mm: float
+) -> tuple[tuple[float, float], ...]:
+    """Return, for each axis, (scale, offset): the cubic voxel i lies at scale * i + offset on the volume's own grid."""
+    scales = [target_mm / mm for mm in spacing_mm]
+    return tuple(
+        (scale, ((own - 1) - scale * (size - 1)) / 2) for own, size, scale in zip(shape, cubic, scales, strict=True)
+    )
+
+
+def from_cubic(maps: Tensor, shape: tuple[int, int, int], *, spacing_mm: tuple[float, ...], target_mm: float) -> Tensor:
+    """Bring maps of the network back to the volume's own voxels: the way of `frames_of`, backwards.
+
+    Args:
+        maps: (..., X, Y, Z) on cubic voxels about the volume's middle, all of it or a part.
+        shape: (x, y, z).
+        spacing_mm: Of the volume's own voxels, mm.
+        target_mm: Voxel size of `maps`, mm.
+
+    Returns:
+        (..., x, y, z); zero where `maps` do not reach.
+    """
+    weights = [
+        axis_weights(cubic, (cubic - 1) / 2, spacing_mm=target_mm, target_mm=mm, size=own)[0]
+        for cubic, own, mm in zip(maps.shape[-3:], shape, spacing_mm, strict=True)
+    ]
+    return _along_axes(maps, weights)
+
+
+def frames_of(volume: Volume, *, preparation: Preparation, size: int | None) -> Frames:
+    """Resample a volume to cubic voxels.
+
+    Args:
+        volume: The scan.
+        preparation: Rules.
+        size: Edge of the images, about the middle, usually `preparation.image_size`; None: all of the volume.
+    """
+    low, high = intensity_window(percentile_table(volume.data), preparation.intensity_percentiles)
+    own, spacing_mm, target_mm = volume.data.shape[:3], volume.spacing_mm, preparation.spacing_mm
+    shape = (size, size, size) if size is not None else cubic_shape(own, spacing_mm, target_mm=target_mm)
+    stored = torch.from_numpy(np.ascontiguousarray(np.moveaxis(volume.data, 3, 0), dtype=np.float32))
+    images, inside = _to_cubic(
+        normalise(stored[:, None], low, high),  # (T, 1, x, y, z)
+        [(n - 1) / 2 for n in own],
+        spacing_mm=spacing_mm,
+        target_mm=target_mm,
+        shape=shape,
+    )
+    return Frames(images.contiguous(), inside.expand(len(images), *shape), low, high, own, spacing_mm)
+
+
+def label_frames_of(labels: Volume, *, preparation: Preparation, size: int | None) -> Tensor:
+    """Resample a label map to (T, X, Y, Z) int64, on the grid that `frames_of` gives its scan; 0 outside."""
+    own, spacing_mm, target_mm = labels.data.shape[:3], labels.spacing_mm, preparation.spacing_mm
+    shape = (size, size, size) if size is not None else cubic_shape(own, spacing_mm, target_mm=target_mm)
+    maps = torch.from_numpy(np.ascontiguousarray(np.moveaxis(labels.data, 3, 0))).long()
+    for axis in range(3):
+        places = _places(shape[axis], (own[axis] - 1) / 2, target_mm / spacing_mm[axis])
+        nearest = places.add(0.5).floor().long().clamp(0, own[axis] - 1)
+        outside = ~_within(places, own[axis])
+        maps = maps.index_select(axis + 1, nearest).index_fill(axis + 1, outside.nonzero()[:, 0], 0)
+    return maps
 
 
 def prepare(

@@ -12,8 +12,13 @@ from p2r.config import PERCENTILES
 from p2r.data.preprocess import (
     Preparation,
     axis_weights,
+    cubic_shape,
+    cubic_to_voxel,
+    frames_of,
+    from_cubic,
     from_grid,
     intensity_window,
+    label_frames_of,
     label_planes_of,
     normalise,
     percentile_table,
@@ -254,3 +259,87 @@ def test_what_a_patch_has_beyond_the_volume_is_outside_and_dark() -> None:
     assert inside.any((0, 2)).tolist() == [False] * 5 + [True] * 7  # samples lie half a voxel off: one shows the border
     assert inside.any((0, 1)).all()
     torch.testing.assert_close(patch, inside.float())
+
+
+CUBIC = Preparation(dimensions=3, spacing_mm=1.25, image_size=16, intensity_percentiles=(0.0, 100.0))
+
+
+def positions(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> list[NDArray[np.float32]]:
+    """For each axis, a volume whose voxels hold their own position along it, mm from the middle."""
+    along = [(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(shape, spacing_mm, strict=True)]
+    return [grid.astype(np.float32) for grid in np.meshgrid(*along, indexing="ij")]
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_frames_lie_on_cubic_voxels_about_the_middle_of_the_volume(size: int | None) -> None:
+    shape, spacing_mm = (30, 24, 10), (1.0, 1.5, 4.0)
+    for axis, own in enumerate(positions(shape, spacing_mm)):
+        frames = frames_of(volume_of(np.stack([own, own], -1), spacing_mm), preparation=CUBIC, size=size)
+        cubic = (size,) * 3 if size else (24, 29, 32)  # 30 mm, 36 mm and 40 mm
+        assert frames.images.shape == (2, 1, *cubic)
+        assert frames.inside.shape == (2, *cubic)
+        shown = frames.images[1, 0] * (frames.high - frames.low) + frames.low
+        wanted = torch.from_numpy(positions(cubic, (1.25,) * 3)[axis])
+        limit = (shape[axis] - 1) / 2 * spacing_mm[axis]  # beyond the outermost voxel's centre, its value is repeated
+        inside = frames.inside[1]
+        torch.testing.assert_close(shown[inside], wanted.clamp(-limit, limit)[inside], rtol=0, atol=0.2)
+        assert not frames.images[1, 0][~inside].any()
+
+
+def test_all_of_a_volume_lies_within_its_cubic_voxels_and_they_know_where() -> None:
+    shape, spacing_mm, target_mm = (35, 51, 7), (0.9, 1.0, 5.5), 1.7
+    cubic = cubic_shape(shape, spacing_mm, target_mm=target_mm)
+    for own, size, mm, (scale, offset) in zip(
+        shape, cubic, spacing_mm, cubic_to_voxel(shape, cubic, spacing_mm=spacing_mm, target_mm=target_mm), strict=True
+    ):
+        assert 0 <= size * target_mm - own * mm < target_mm
+        assert scale * mm == pytest.approx(target_mm)
+        assert (offset * 2 + scale * (size - 1)) / 2 == pytest.approx((own - 1) / 2)  # the middles agree
+    assert cubic_shape((40, 40, 40), (1.0001, 0.9999, 1.0), target_mm=1.0) == (40, 40, 40)
+
+
+def test_frames_of_the_same_voxels_are_the_volume_and_come_back_exactly() -> None:
+    data = np.random.default_rng(0).random((9, 8, 7, 2), dtype=np.float32)
+    volume = volume_of(data, (1.25, 1.25, 1.25))
+    frames = frames_of(volume, preparation=CUBIC, size=None)
+    expected = normalise(torch.from_numpy(data), frames.low, frames.high).permute(3, 0, 1, 2)
+    assert torch.equal(frames.images[:, 0], expected)
+    assert frames.inside.all()
+    back = from_cubic(frames.images, frames.shape, spacing_mm=frames.spacing_mm, target_mm=1.25)
+    assert torch.equal(back, frames.images)
+
+
+@pytest.mark.parametrize("spacing_mm", [(1.0, 1.5, 4.0), (0.7, 0.8, 0.6)])
+def test_coming_back_from_cubic_voxels_puts_every_position_where_it_was(spacing_mm: tuple[float, float, float]) -> None:
+    shape = (20, 18, 12)
+    cubic = cubic_shape(shape, spacing_mm, target_mm=1.25)
+    for axis, wanted in enumerate(positions(shape, spacing_mm)):
+        maps = torch.from_numpy(positions(cubic, (1.25,) * 3)[axis])[None, None]
+        back = from_cubic(maps, shape, spacing_mm=spacing_mm, target_mm=1.25)[0, 0]
+        inner = slice(1, -1)
+        found, expected = torch.movedim(back, axis, 0)[inner], torch.movedim(torch.from_numpy(wanted), axis, 0)[inner]
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+
+
+def test_what_lies_outside_of_a_part_comes_back_as_zero() -> None:
+    back = from_cubic(torch.ones(1, 1, 4, 4, 4), (10, 4, 4), spacing_mm=(1.0, 1.0, 1.0), target_mm=1.0)
+    assert back[0, 0].amax((1, 2)).tolist() == [0.0] * 3 + [1.0] * 4 + [0.0] * 3
+
+
+@pytest.mark.parametrize("size", [None, 32])
+def test_labels_of_frames_are_the_nearest_voxels_labels(size: int | None) -> None:
+    shape, spacing_mm = (30, 24, 10), (1.0, 1.5, 4.0)
+    labels = np.random.default_rng(0).integers(0, 4, (*shape, 2)).astype(np.int16)
+    volume = volume_of(labels, spacing_mm)
+    found = label_frames_of(volume, preparation=CUBIC, size=size).numpy()
+    cubic = found.shape[1:]
+    assert cubic == ((size,) * 3 if size else (24, 29, 32))
+    for place in np.ndindex(4, 4, 4):  # at corners, edges and within
+        index = [int(step * (n - 1) / 3) for step, n in zip(place, cubic, strict=True)]
+        own = [
+            (i - (n - 1) / 2) * 1.25 / mm + (o - 1) / 2
+            for i, n, o, mm in zip(index, cubic, shape, spacing_mm, strict=True)
+        ]
+        inside = all(-0.5 <= at <= o - 0.5 for at, o in zip(own, shape, strict=True))
+        nearest = tuple(min(max(int(np.floor(at + 0.5)), 0), o - 1) for at, o in zip(own, shape, strict=True))
+        assert found[1][tuple(index)] == (labels[(*nearest, 1)] if inside else 0)
