@@ -46,7 +46,9 @@ class ArtefactConfig(Section):
 
 
 class Backbone(nn.Module):
-    """A published backbone: image (B, C, H, W) in [0, 1] -> features (B, F, H, W).
+    """A published backbone: image (B, C, *S) in [0, 1] -> features (B, F, *S).
+
+    One that was trained at a coarser level of its decoder (`config.model.level`) gives features (B, F, *S / 2^level).
 
     Attributes:
         preparation: What `prepare` does to a scan.
@@ -61,7 +63,11 @@ class Backbone(nn.Module):
         self.manifest = manifest
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the features of every pixel; H and W must be divisible by 16."""
+        """Return the features of every pixel.
+
+        Raises:
+            ValueError: for a side of the image that `config.model.size_divisor` does not divide (16 for the default).
+        """
         features: Tensor = self.network(image)
         return features
 
@@ -87,7 +93,7 @@ def load_backbone(url: str, *, device: str = "cpu") -> Backbone:
         CheckpointError: if it is not a backbone, or not one that this version can build.
     """
     manifest, config, weights = _read(Storage(url), BACKBONE_FORMAT)
-    network = build_backbone(config.model)
+    network = build_backbone(config.model, dimensions=config.preparation.dimensions)
     _load_weights(network, weights, url)
     return Backbone(network, config, manifest).to(device).eval()
 
@@ -95,8 +101,10 @@ def load_backbone(url: str, *, device: str = "cpu") -> Backbone:
 def load_model(url: str, *, device: str = "cpu") -> tuple[Segmenter, ArtefactConfig, dict[str, Any]]:
     """Load a published segmentation model, in evaluation mode, with its configuration and manifest."""
     manifest, config, weights = _read(Storage(url), MODEL_FORMAT)
+    dimensions = config.preparation.dimensions
     segmenter = Segmenter(
-        build_backbone(config.model), SegmentationHead(config.model.feature_channels, len(config.classes) + 1)
+        build_backbone(config.model, dimensions=dimensions),
+        SegmentationHead(config.model.feature_channels, len(config.classes) + 1, dimensions=dimensions),
     )
     _load_weights(segmenter, weights, url)
     return segmenter.to(device).eval(), config, manifest

@@ -15,6 +15,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -308,18 +309,96 @@ class ViewsConfig(Section):
 
 
 class ModelConfig(Section):
-    """Encoder-decoder, and the projection head used in pretraining only."""
+    """Encoder-decoder, in the dimensions of its image, and the projection head used in pretraining only."""
 
-    name: Literal["basic_unet"] = "basic_unet"
-    """MONAI's BasicUNet (two convolutions per level, four levels down), with instance normalisation, which never mixes samples."""
-    channels: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (16, 32, 64, 128, 256)
-    """Channels at the five levels, finest first."""
+    name: Literal["basic_unet", "unet", "dynunet", "residual_dynunet", "swin_unetr"] = "basic_unet"
+    """MONAI's BasicUNet (two convolutions per level), UNet (residual units), DynUNet (nnU-Net's, with plain or residual blocks), or
+    SwinUNETR (attention within windows)."""
+    in_channels: PositiveInt = 1
+    """C, contrasts of an image. A record of a corpus holds one."""
+    channels: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=8)] = (16, 32, 64, 128, 256)
+    """Channels at the levels, finest first, each level of half the size. basic_unet has five levels; swin_unetr five of tokens, below the
+    image's own size, whose channels double from a multiple of 12 on."""
     feature_channels: PositiveInt = 32
-    """F, channels of the dense representation at full resolution: what a backbone gives for every pixel."""
+    """F, channels of the dense representation: what a backbone gives for every pixel."""
+    level: NonNegativeInt = 0
+    """Level of the decoder that gives the representation. 0: the finest, a vector for every pixel; 1: for every 2 pixels along each axis,
+    2: for every 4. Finer levels are left out of the network."""
+    normalisation: Literal["instance", "group"] = "instance"
+    """Both normalise each image by itself, with a learnt scale and shift. Batch normalisation is refused: it mixes the images of a rank."""
+    groups: PositiveInt = 8
+    """Group normalisation only: groups of channels that are normalised together; divides every number of channels."""
+    channels_last: Literal["auto"] | bool = "auto"
+    """Keep the channels of a pixel side by side in memory. auto: on GPUs, whose matrix units read them so; on CPUs it is slower."""
+    checkpoint_activations: Literal["none", "encoder", "all"] | PositiveInt = "none"
+    """Blocks whose activations are computed again in the backward pass instead of kept: memory for time, the same numbers. A number: the
+    blocks of so many levels, from the finest on, which hold the most."""
     head_channels: PositiveInt = 256
     """Hidden width of the projection head."""
     embedding_channels: PositiveInt = 128
     """E, length of the vectors that the loss compares."""
+
+    @field_validator("normalisation", mode="before")
+    @classmethod
+    def _refuse_batch(cls, value: object) -> object:
+        if value == "batch":
+            raise ValueError(
+                "batch normalisation would make features depend on the other images of a rank and micro-batch: use instance or group"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        first, channels = self.channels[0], list(self.channels)
+        if self.name == "basic_unet" and len(channels) != 5:
+            raise ValueError(f"channels of basic_unet must be five, got {len(channels)}; unet and dynunet take 3 to 8")
+        if self.name == "swin_unetr" and (first % 12 or channels != [first * 2**level for level in range(5)]):
+            raise ValueError(
+                f"channels of swin_unetr must be five that double from a multiple of 12 on, as 24, 48, 96, 192, 384, got {channels}"
+            )
+        if self.level >= self.depth:
+            raise ValueError(f"level must be below {self.depth} ({self._kind} depth {self.depth}), got {self.level}")
+        if self.normalisation == "group":
+            uneven = [number for number in (*channels, self.feature_channels) if number % self.groups]
+            if uneven:
+                raise ValueError(f"groups must divide channels and feature_channels, got {self.groups} for {uneven}")
+        return self
+
+    @property
+    def depth(self) -> int:
+        """How often the network halves an image."""
+        return len(self.channels) - (self.name != "swin_unetr")
+
+    @property
+    def size_divisor(self) -> int:
+        """What every side of an image must be divisible by."""
+        return 1 << self.depth
+
+    @property
+    def stride(self) -> int:
+        """Pixels along each axis that share a vector of the representation."""
+        return 1 << self.level
+
+    @property
+    def _kind(self) -> str:
+        return "Swin UNETR" if self.name == "swin_unetr" else "U-Net"
+
+    def check_size(self, *size: int, what: str) -> None:
+        """Raise `ValueError` if the network cannot take an image of this size.
+
+        Args:
+            size: Pixels along each axis.
+            what: Whose size it is, for the message.
+        """
+        divisor, shown = self.size_divisor, " x ".join(map(str, size))
+        rule = f"({self._kind} depth {self.depth})"
+        if any(side % divisor for side in size):
+            raise ValueError(f"{what} must be divisible by {divisor} {rule}, got {shown}")
+        if all(side == divisor for side in size):
+            # Whatever the image is, the normalisation of a single pixel is zero.
+            raise ValueError(
+                f"{what} must be divisible by {divisor} and larger {rule}: one pixel would be left at the coarsest level, got {shown}"
+            )
 
 
 class LossConfig(Section):
@@ -401,7 +480,10 @@ class PretrainConfig(Section):
     seed: int = 0
     """Seeds weights, order, views and points."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the network; sums of the loss are fp32 in both."""
+    """Arithmetic of the network; statistics of normalisations, reading at points, projection head and sums of the loss are fp32 in both."""
+    compile: bool = False
+    """Compile the backbone (torch.compile) before the first step: seconds to minutes, which the first report states, kept in
+    `$P2R_CACHE`. Where there is no compiler, the report says so and training goes on without."""
     zero_stage: Literal[0, 1, 2] = 1
     """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 gradients too are partitioned over the workers."""
     report_interval: PositiveInt = 10
@@ -413,10 +495,11 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.image.dimensions == 3:
-            raise ValueError("image.dimensions must be 2: the networks of this version read planes")
-        if self.image.size % 16:
-            raise ValueError(f"image.size must be divisible by 16 (U-Net depth 4), got {self.image.size}")
+        self.model.check_size(self.image.size, what="image.size")
+        if self.model.in_channels != 1:
+            raise ValueError(
+                f"model.in_channels must be 1, the contrasts in a record of a corpus, got {self.model.in_channels}"
+            )
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("precision bf16 needs zero_stage 1 or 2 (DeepSpeed's stage 0 drifts), got 0")
         return self

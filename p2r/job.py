@@ -292,7 +292,12 @@ def _explain(model: type[BaseModel], finding: ErrorDetails) -> str:
         return f"{key}: missing; it has no default"
     message = finding["msg"].removeprefix("Value error, ")
     shown = finding.get("input")
-    return f"{key}: {message}" + ("" if isinstance(shown, dict | list) else f", got {shown!r}")
+    explained = f"{key}: {message}" + ("" if isinstance(shown, dict | list) else f", got {shown!r}")
+    if finding["type"] == "literal_error" and isinstance(shown, str):
+        names = re.findall(r"'([^']+)'", finding["ctx"]["expected"])
+        nearest = difflib.get_close_matches(shown, names, n=1, cutoff=0.5)
+        explained += f"; did you mean {nearest[0]}?" if nearest else ""
+    return explained
 
 
 def _names_at(model: type[BaseModel], location: list[str]) -> list[str]:

@@ -154,12 +154,13 @@ def run_trial(
 def build_segmenter(mode: Mode, backbone: Backbone, *, num_classes: int, seed: int) -> Segmenter:
     """Return the network of a mode: the backbone's architecture, its weights unless from scratch, frozen for a linear probe."""
     torch.manual_seed(seed)
-    network: nn.Module = build_backbone(backbone.config.model)
+    model, dimensions = backbone.config.model, backbone.preparation.dimensions
+    network: nn.Module = build_backbone(model, dimensions=dimensions)
     if mode != "scratch":
         network.load_state_dict(backbone.network.state_dict())
     if mode == "linear_probe":
         network.requires_grad_(False)
-    return Segmenter(network, SegmentationHead(backbone.config.model.feature_channels, num_classes))
+    return Segmenter(network, SegmentationHead(model.feature_channels, num_classes, dimensions=dimensions))
 
 
 def train_segmenter(

@@ -1,68 +1,281 @@
-"""Model section of a job -> a network from an image (B, C, H, W) to a dense representation (B, F, H, W).
+"""Model section of a job -> a network from an image (B, C, *S) to a dense representation (B, F, *S).
 
-The U-Net is MONAI's, without its last 1x1 convolution: the F channels of the finest decoder level are the
-representation, so that a linear probe reads what the decoder made, and pretraining and segmentation share every weight
-below their heads. Instance normalisation never mixes samples: an image's features do not depend on its batch, on its
-rank, or on train() and eval(). It would also take away any bias of the convolution before it, so those have none.
-Weights are drawn from torch's global generator, which the caller seeds.
+The networks are MONAI's, in 2D and 3D, without their last layer: the representation is what the decoder made, so that a
+linear probe reads it, and pretraining and segmentation share every weight below their heads. They are run here, block by
+block, because a representation may be taken from a coarser level of the decoder (blocks that would follow are left out),
+and because blocks may be computed again in the backward pass instead of keeping what they made.
 
-Letters: B images, C contrasts, H W rows and columns, F feature channels.
+Normalisation never mixes samples: an image's features do not depend on its batch, on its rank, or on train() and eval().
+It would also take away any bias of the convolution before it, so those have none. Weights are drawn from torch's global
+generator, which the caller seeds.
+
+Letters: B images, C contrasts, *S rows and columns, or three axes; F feature channels. Levels are counted from the
+finest, 0; level l has 1 / 2^l of the image's pixels along each axis.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
+from monai.networks.layers.factories import Conv, Norm
 from monai.networks.nets.basic_unet import BasicUNet
+from monai.networks.nets.dynunet import DynUNet
+from monai.networks.nets.swin_unetr import SwinUNETR
+from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from p2r.config import ModelConfig
+from p2r.model.normalisation import GroupNorm, InstanceNorm, LayerNorm
 
-SIZE_DIVISOR = 16  # four levels down, each half the size
+Norm.add_factory_callable("p2r_instance", lambda dimensions: InstanceNorm)
+Norm.add_factory_callable("p2r_group", lambda dimensions: GroupNorm)
+
+Block = Callable[..., Tensor]
+"""Maps, and in the decoder those of the encoder beside them -> maps."""
+Run = Callable[..., Tensor]
+"""(block, *inputs, level=..., is_encoder=...) -> what the block made."""
 
 
-class BasicUNetBackbone(nn.Module):
-    """MONAI's BasicUNet up to its finest decoder level.
+@dataclass(frozen=True)
+class Cost:
+    """What a backbone costs."""
+
+    num_parameters: int
+    flops_per_image: int
+    """Of one forward pass; a multiplication and an addition are two."""
+
+    def __str__(self) -> str:
+        return f"{self.num_parameters / 1e6:.2f} M parameters, {self.flops_per_image / 1e9:.2f} GFLOP forward per image"
+
+
+def cost_of(config: ModelConfig, *, dimensions: int, size: int) -> Cost:
+    """Count a backbone's parameters and operations, without computing any.
 
     Args:
-        config: Channels of the levels and of the representation.
-        in_channels: C.
+        config: Which network.
+        dimensions: 2 or 3, of the image.
+        size: Edge of the image, pixels.
+    """
+    with torch.random.fork_rng(devices=[]):
+        backbone = build_backbone(config, dimensions=dimensions).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(torch.empty(1, config.in_channels, *[size] * dimensions, device="meta"))
+    return Cost(sum(weight.numel() for weight in backbone.parameters()), counter.get_total_flops())
+
+
+def build_backbone(config: ModelConfig, *, dimensions: int = 2) -> "EncoderDecoder":
+    """Build the backbone that `config` names, with new weights from torch's global generator.
+
+    Args:
+        config: Which network.
+        dimensions: 2 or 3, of the image.
+    """
+    return EncoderDecoder(config, dimensions=dimensions)
+
+
+class EncoderDecoder(nn.Module):
+    """One of MONAI's encoder-decoders, up to the decoder level that gives the representation.
+
+    Args:
+        config: Which, and how wide.
+        dimensions: Of the image.
+
+    Attributes:
+        unet: MONAI's network, without what is not used of it. Its name is part of every published weight's.
+        projection: 1x1 convolution from the level's own channels to F; nothing where the level has F already.
     """
 
-    def __init__(self, config: ModelConfig, *, in_channels: int) -> None:
+    def __init__(self, config: ModelConfig, *, dimensions: int) -> None:
         super().__init__()
-        self.unet = BasicUNet(
-            spatial_dims=2,
-            in_channels=in_channels,
-            out_channels=1,
-            features=(*config.channels, config.feature_channels),
-            norm=("instance", {"affine": True}),
-            bias=False,
-        )
-        self.unet.final_conv = nn.Identity()
-        self.in_channels = in_channels
-        self.feature_channels = config.feature_channels
+        self.config, self.dimensions = config, dimensions
+        build, self._encode, self._decoder = _NETWORKS[config.name]
+        self.unet, channels = build(config, dimensions)
+        self.projection: nn.Module = nn.Identity()
+        if channels != config.feature_channels:
+            self.projection = Conv["conv", dimensions](channels, config.feature_channels, kernel_size=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Turn `image` (B, C, H, W) into features (B, F, H, W), in the precision of the weights.
+        """Turn `image` (B, C, *S) into features (B, F, *S / 2^level), in the precision of the weights.
 
         Raises:
-            ValueError: A side is not divisible by 16, or both are 16 (one pixel is left at the coarsest level, and the
-                instance normalisation of one pixel is zero whatever the image is).
+            ValueError: Another number of contrasts or axes, or a size that the levels cannot halve.
         """
-        if image.ndim != 4 or image.shape[1] != self.in_channels:
-            raise ValueError(f"image must be (B, {self.in_channels}, H, W), got {tuple(image.shape)}")
-        height, width = image.shape[-2:]
-        if height % SIZE_DIVISOR or width % SIZE_DIVISOR or height * width <= SIZE_DIVISOR**2:
-            raise ValueError(
-                f"height and width must be divisible by {SIZE_DIVISOR} (U-Net depth 4) and larger than "
-                f"{SIZE_DIVISOR} x {SIZE_DIVISOR}, got {height} x {width}"
-            )
-        features: Tensor = self.unet(image.to(next(self.parameters()).dtype))
+        channels, axes = self.config.in_channels, "H, W" if self.dimensions == 2 else "X, Y, Z"
+        if image.ndim != 2 + self.dimensions or image.shape[1] != channels:
+            raise ValueError(f"image must be (B, {channels}, {axes}), got {tuple(image.shape)}")
+        self.config.check_size(*image.shape[2:], what="the sides of an image")
+        image = image.to(next(self.parameters()).dtype)
+        if self.config.channels_last is True or (self.config.channels_last == "auto" and image.is_cuda):
+            # A copy: with one contrast both layouts are the same bytes, and would go on as channels first.
+            image = image.clone(memory_format=torch.channels_last if self.dimensions == 2 else torch.channels_last_3d)
+        *skips, maps = self._encode(self.unet, image, self._run)  # one per level, finest first
+        decoder = self._decoder(self.unet)  # finest first, from the level that is asked for
+        for level, block in reversed(list(enumerate(decoder, start=self.config.level))):
+            maps = self._run(block, maps, skips[level], level=level, is_encoder=False)
+        features: Tensor = self.projection(maps)
         return features
 
+    def _run(self, block: Block, *inputs: Tensor, level: int, is_encoder: bool) -> Tensor:
+        which = self.config.checkpoint_activations
+        again = which == "all" or (which == "encoder" and is_encoder) or (isinstance(which, int) and level < which)
+        if not again or not torch.is_grad_enabled():
+            return block(*inputs)
+        # The networks draw nothing, so there is no state of a generator to keep.
+        recomputed: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return recomputed
 
-_BACKBONES: dict[str, Callable[..., nn.Module]] = {"basic_unet": BasicUNetBackbone}
+
+def _encode(blocks: Sequence[Block], image: Tensor, run: Run) -> list[Tensor]:
+    """Run blocks one after another and return what each of them made."""
+    maps = []
+    for level, block in enumerate(blocks):
+        image = run(block, image, level=level, is_encoder=True)
+        maps.append(image)
+    return maps
 
 
-def build_backbone(config: ModelConfig, *, in_channels: int = 1) -> nn.Module:
-    """Build the backbone that `config` names, with new weights from torch's global generator."""
-    return _BACKBONES[config.name](config, in_channels=in_channels)
+def _build_basic_unet(config: ModelConfig, dimensions: int) -> tuple[nn.Module, int]:
+    network = BasicUNet(
+        spatial_dims=dimensions,
+        in_channels=config.in_channels,
+        out_channels=1,
+        features=(*config.channels, config.feature_channels),
+        norm=_norm(config),
+        bias=False,
+    )
+    network.final_conv = nn.Identity()
+    for level in range(config.level):
+        delattr(network, f"upcat_{level + 1}")
+    return network, config.channels[config.level] if config.level else config.feature_channels
+
+
+def _encode_basic_unet(network: Any, image: Tensor, run: Run) -> list[Tensor]:
+    return _encode([network.conv_0, *(getattr(network, f"down_{level}") for level in range(1, 5))], image, run)
+
+
+def _decoder_of_basic_unet(network: Any) -> list[Block]:
+    def concatenated(block: Any, maps: Tensor, skip: Tensor) -> Tensor:
+        # As MONAI's own, without the padding of odd sizes, which torch.compile cannot follow.
+        found: Tensor = block.convs(torch.cat([skip, block.upsample(maps)], dim=1))
+        return found
+
+    names = [f"upcat_{number}" for number in range(1, 5)]
+    return [partial(concatenated, getattr(network, name)) for name in names if hasattr(network, name)]
+
+
+def _build_dynunet(config: ModelConfig, dimensions: int) -> tuple[nn.Module, int]:
+    strides = [1] + [2] * config.depth
+    network = DynUNet(
+        spatial_dims=dimensions,
+        in_channels=config.in_channels,
+        out_channels=1,
+        kernel_size=[3] * len(strides),
+        strides=strides,
+        upsample_kernel_size=strides[1:],
+        filters=config.channels,
+        norm_name=_norm(config),
+        res_block=config.name == "residual_dynunet",
+    )
+    network.output_block = nn.Identity()
+    del network.skip_layers  # the same blocks once more
+    network.upsamples = network.upsamples[: config.depth - config.level]  # coarsest first
+    return network, config.channels[config.level]
+
+
+def _encode_dynunet(network: Any, image: Tensor, run: Run) -> list[Tensor]:
+    return _encode([network.input_block, *network.downsamples, network.bottleneck], image, run)
+
+
+def _decoder_of_dynunet(network: Any) -> list[Block]:
+    return list(reversed(network.upsamples))
+
+
+def _build_unet(config: ModelConfig, dimensions: int) -> tuple[nn.Module, int]:
+    nested = UNet(
+        spatial_dims=dimensions,
+        in_channels=config.in_channels,
+        out_channels=config.feature_channels,
+        channels=config.channels,
+        strides=[2] * config.depth,
+        num_res_units=2,
+        norm=_norm(config),
+        bias=False,
+    ).model
+    network = nn.Module()
+    network.down, network.up = nn.ModuleList(), nn.ModuleList()
+    for level in range(config.depth):
+        down, skip, up = nested
+        network.down.append(down)
+        if level >= config.level:
+            network.up.append(up)
+        nested = skip.submodule
+    network.bottom = nested
+    return network, config.channels[config.level - 1] if config.level else config.feature_channels
+
+
+def _encode_unet(network: Any, image: Tensor, run: Run) -> list[Tensor]:
+    return _encode([*network.down, network.bottom], image, run)
+
+
+def _decoder_of_unet(network: Any) -> list[Block]:
+    def concatenated(block: nn.Module, maps: Tensor, skip: Tensor) -> Tensor:
+        found: Tensor = block(torch.cat([skip, maps], dim=1))
+        return found
+
+    return [partial(concatenated, block) for block in network.up]
+
+
+def _build_swin_unetr(config: ModelConfig, dimensions: int) -> tuple[nn.Module, int]:
+    which = config.checkpoint_activations
+    network = SwinUNETR(
+        in_channels=config.in_channels,
+        out_channels=1,
+        feature_size=config.channels[0],
+        norm_name=_norm(config),
+        norm_layer=LayerNorm,
+        spatial_dims=dimensions,
+        # Tokens begin at level 1.
+        use_checkpoint=which in ("encoder", "all") or (isinstance(which, int) and which > 1),
+    )
+    network.out = nn.Identity()
+    for level in range(config.level):
+        delattr(network, f"decoder{level + 1}")
+        delattr(network, f"encoder{level + 1}")  # of the skip into that decoder
+    for module in network.modules():
+        if hasattr(module, "relative_position_index"):  # follows from the window's size: no weight
+            module.register_buffer("relative_position_index", module.relative_position_index, persistent=False)
+    return network, config.channels[max(config.level - 1, 0)]
+
+
+def _encode_swin_unetr(network: Any, image: Tensor, run: Run) -> list[Tensor]:
+    *tokens, deepest, coarsest = network.swinViT(image, network.normalize)  # levels 1 to 5
+    maps = [
+        # What a left out decoder would have read is not computed.
+        run(getattr(network, f"encoder{level + 1}"), given, level=level, is_encoder=True)
+        if hasattr(network, f"encoder{level + 1}")
+        else given
+        for level, given in enumerate([image, *tokens])
+    ]
+    return [*maps, deepest, run(network.encoder10, coarsest, level=5, is_encoder=True)]
+
+
+def _decoder_of_swin_unetr(network: Any) -> list[Block]:
+    names = [f"decoder{number}" for number in range(1, 6)]
+    return [getattr(network, name) for name in names if hasattr(network, name)]
+
+
+def _norm(config: ModelConfig) -> tuple[str, dict[str, int]]:
+    return ("p2r_group", {"num_groups": config.groups}) if config.normalisation == "group" else ("p2r_instance", {})
+
+
+_NETWORKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "basic_unet": (_build_basic_unet, _encode_basic_unet, _decoder_of_basic_unet),
+    "unet": (_build_unet, _encode_unet, _decoder_of_unet),
+    "dynunet": (_build_dynunet, _encode_dynunet, _decoder_of_dynunet),
+    "residual_dynunet": (_build_dynunet, _encode_dynunet, _decoder_of_dynunet),
+    "swin_unetr": (_build_swin_unetr, _encode_swin_unetr, _decoder_of_swin_unetr),
+}

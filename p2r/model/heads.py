@@ -1,10 +1,14 @@
 """Small networks on top of the representation: one for pretraining, dropped afterwards, and one for a task.
 
 The projection head works on points, not on maps: only sampled pixels are compared, so it costs H*W/n times less. Its
-normalisation is over the channels of one point, and never mixes points.
+normalisation is over the channels of one point, and never mixes points. It is so cheap that it computes in fp32 where the
+backbone does not, and rounds what it gives once, for the loss to multiply in the network's precision.
 """
 
+import torch
+from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class ProjectionHead(nn.Module):
@@ -27,23 +31,27 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Turn `features` (..., F) into embeddings (..., E), not normalised: the loss does that, in fp32."""
-        embeddings: Tensor = self.layers(features.to(next(self.parameters()).dtype))
+        dtype = next(self.parameters()).dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        weights = {name: weight.to(wide) for name, weight in self.layers.named_parameters()}
+        embeddings: Tensor = functional_call(self.layers, weights, features.to(wide)).to(dtype)
         return embeddings
 
 
 class SegmentationHead(nn.Module):
-    """Features (B, F, H, W) -> logits (B, num_classes, H, W) by one 1x1 convolution: on frozen features, a probe.
+    """Features (B, F, *S) -> logits (B, num_classes, *S) by one 1x1 convolution: on frozen features, a probe.
 
     Args:
         feature_channels: F.
         num_classes: Classes, background included.
+        dimensions: 2 or 3, of the maps.
     """
 
-    def __init__(self, feature_channels: int, num_classes: int) -> None:
+    def __init__(self, feature_channels: int, num_classes: int, *, dimensions: int = 2) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(feature_channels, num_classes, kernel_size=1)
+        self.convolution = Conv["conv", dimensions](feature_channels, num_classes, kernel_size=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Turn `features` (B, F, H, W) into logits (B, num_classes, H, W)."""
+        """Turn `features` (B, F, *S) into logits (B, num_classes, *S)."""
         logits: Tensor = self.convolution(features)
         return logits

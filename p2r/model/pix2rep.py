@@ -4,7 +4,11 @@ Pix2Rep asks a network f to follow geometry: f(warped image) = warped f(image). 
 them would be dear; here features are read only at the sampled points (a pixel of view b, and its position in view a),
 and only those are projected.
 
-Letters: B images, C contrasts, H W rows and columns, F feature channels, n points per image, E embedding channels.
+Where the representation is coarser than the image, pixel p lies at (p + 1/2) / stride - 1/2 in it: the borders of both grids
+fall on each other, so that a mirrored image has a mirrored representation.
+
+Letters: B images, C contrasts, *S the D axes of an image (H W, or X Y Z), F feature channels, n points per image, E
+embedding channels.
 """
 
 import functools
@@ -13,6 +17,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p2r.config import ModelConfig
@@ -25,33 +30,38 @@ class Pix2Rep(nn.Module):
 
     Args:
         config: Both networks.
-        in_channels: C.
+        dimensions: 2 or 3, of the image.
         learnt_temperature: Where the loss's temperature starts, if it is learnt; None if it is not.
     """
 
-    def __init__(self, config: ModelConfig, *, in_channels: int = 1, learnt_temperature: float | None = None) -> None:
+    def __init__(self, config: ModelConfig, *, dimensions: int = 2, learnt_temperature: float | None = None) -> None:
         super().__init__()
         self.log_temperature: nn.Parameter | None = None
         if learnt_temperature is not None:
             self.log_temperature = nn.Parameter(torch.tensor([math.log(learnt_temperature)]))
-        self.backbone = build_backbone(config, in_channels=in_channels)
+        self.stride = config.stride
+        self.backbone: nn.Module = build_backbone(config, dimensions=dimensions)
         self.head = ProjectionHead(config.feature_channels, config.head_channels, config.embedding_channels)
 
     def forward(self, view_a: Tensor, view_b: Tensor, points_a: Tensor, points_b: Tensor) -> tuple[Tensor, Tensor]:
         """Embed corresponding points of two views, in one pass of the backbone over both.
 
         Args:
-            view_a: (B, C, H, W).
-            view_b: (B, C, H, W).
-            points_a: (B, n, 2) row and column in view a, pixels; fractions are interpolated.
-            points_b: (B, n, 2) where the same anatomy lies in view b: whole pixels.
+            view_a: (B, C, *S).
+            view_b: (B, C, *S).
+            points_a: (B, n, D) pixels along each axis of view a; fractions are interpolated.
+            points_b: (B, n, D) where the same anatomy lies in view b: whole pixels.
 
         Returns:
             Queries, from a, and keys, from b: (B * n, E) each; row i of both is the same anatomy.
         """
-        features = self.backbone(torch.cat([view_a, view_b]))  # (2B, F, H, W)
+        features = self.backbone(torch.cat([view_a, view_b]))  # (2B, F, *S / stride)
         features_a, features_b = features.chunk(2)
-        at_points = torch.cat([read_at(features_a, points_a), read_pixels(features_b, points_b)])  # (2B, n, F)
+        if self.stride == 1:
+            at_points = torch.cat([read_at(features_a, points_a), read_pixels(features_b, points_b)])  # (2B, n, F)
+        else:
+            points = torch.cat([points_a, points_b])
+            at_points = read_at(features, (points + 0.5) / self.stride - 0.5)
         queries, keys = self.head(at_points).flatten(0, 1).chunk(2)  # (B * n, E) each
         return queries, keys
 
@@ -134,11 +144,11 @@ class Segmenter(nn.Module):
     """Backbone and a head, as they are trained on a task's labels.
 
     To probe linearly, freeze the backbone with `backbone.requires_grad_(False)`: its forward pass then keeps nothing
-    for a backward one, and instance normalisation has no statistics that could drift.
+    for a backward one, and its normalisation has no statistics that could drift.
 
     Args:
-        backbone: Image (B, C, H, W) -> features (B, F, H, W).
-        head: Features -> logits.
+        backbone: Image (B, C, *S) -> features (B, F, *S), or fewer of them along each axis.
+        head: Features -> logits. Fewer than the image's pixels are interpolated to them.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
@@ -147,6 +157,9 @@ class Segmenter(nn.Module):
         self.head = head
 
     def forward(self, image: Tensor) -> Tensor:
-        """Turn `image` (B, C, H, W) into logits (B, num_classes, H, W)."""
+        """Turn `image` (B, C, *S) into logits (B, num_classes, *S)."""
         logits: Tensor = self.head(self.backbone(image))
-        return logits
+        size = image.shape[2:]
+        if logits.shape[2:] == size:
+            return logits
+        return F.interpolate(logits, size=size, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=False)

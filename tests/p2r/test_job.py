@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,43 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
 def test_rules_between_fields_are_checked(tmp_path: Path) -> None:
     assert "divisible by 16 (U-Net depth 4), got 100" in refusal(tmp_path, GOOD, "pretrain.image.size=100")
     assert "bf16 needs zero_stage 1 or 2" in refusal(tmp_path, GOOD, "pretrain.precision=bf16", "pretrain.zero_stage=0")
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "message"),
+    [
+        ("{name: dyn_unet}", 96, "pretrain.model.name: Input should be .*, got 'dyn_unet'; did you mean dynunet"),
+        ("{name: dynunet, channels: [8, 8, 8, 8, 8, 8]}", 48, r"must be divisible by 32 \(U-Net depth 5\), got 48"),
+        ("{name: unet, channels: [8, 16, 32]}", 4, r"divisible by 4 and larger \(U-Net depth 2\).*, got 4"),
+        (
+            "{name: swin_unetr, channels: [12, 24, 48, 96, 192]}",
+            48,
+            r"divisible by 32 \(Swin UNETR depth 5\), got 48",
+        ),
+        ("{name: swin_unetr}", 64, "channels of swin_unetr must be five that double from a multiple of 12 on, as 24"),
+        ("{channels: [8, 8, 8]}", 64, "channels of basic_unet must be five, got 3"),
+        ("{level: 4}", 64, r"level must be below 4 \(U-Net depth 4\), got 4"),
+        ("{normalisation: batch}", 64, "batch normalisation would make features depend on the other images"),
+        ("{normalisation: group, feature_channels: 12}", 64, r"groups must divide .*, got 8 for \[12\]"),
+        ("{in_channels: 2}", 64, "model.in_channels must be 1, the contrasts in a record of a corpus, got 2"),
+        ("{checkpoint_activations: encodr}", 64, "'none', 'encoder' or 'all', got 'encodr'; did you mean encoder"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused_with_the_rule(tmp_path: Path, model: str, size: int, message: str) -> None:
+    found = refusal(tmp_path, GOOD, f"pretrain.model={model}", f"pretrain.image.size={size}")
+    assert re.search(message, found), found
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_a_network_takes_planes_and_volumes(tmp_path: Path, dimensions: int) -> None:
+    overrides = (
+        "pretrain.model={name: residual_dynunet, channels: [8, 16, 32], level: 1, channels_last: true, "
+        "checkpoint_activations: 2, normalisation: group}",
+        f"pretrain.image={{size: 8, dimensions: {dimensions}}}",
+    )
+    job = read_job(write(tmp_path, GOOD), overrides)
+    assert job.pretrain is not None
+    assert (job.pretrain.model.size_divisor, job.pretrain.model.stride) == (4, 2)
 
 
 def test_an_override_reaches_any_field(tmp_path: Path) -> None:

@@ -92,6 +92,58 @@ def test_a_loss_on_the_embeddings_reaches_every_weight() -> None:
     assert all(norm > 0 for name, norm in norms.items() if not name.endswith("conv.bias"))
 
 
+@pytest.mark.parametrize(("dimensions", "level"), [(2, 1), (2, 2), (3, 1)])
+def test_points_are_read_in_a_coarser_level_where_its_interpolation_shows_them(dimensions: int, level: int) -> None:
+    torch.manual_seed(0)
+    size = (32, 16, 16)[:dimensions]
+    model = Pix2Rep(SMALL.model_copy(update={"level": level}), dimensions=dimensions)
+    a, b = torch.rand(2, 1, 1, *size)
+    points = torch.stack([torch.randint(0, side, (1, 40)) for side in size], -1).float()
+    queries, keys = model(a, b, points, points)
+    for view, found in ((a, queries), (b, keys)):
+        mode = "bilinear" if dimensions == 2 else "trilinear"
+        maps = nn.functional.interpolate(model.backbone(view), size=size, mode=mode, align_corners=False)
+        torch.testing.assert_close(found, model.head(read_pixels(maps, points))[0], rtol=1e-4, atol=1e-5)
+
+
+def test_mirrored_points_of_a_mirrored_coarse_map_are_the_same() -> None:
+    maps = torch.randn(1, 3, 8, 8)
+    points = torch.rand(1, 30, 2) * 31
+
+    def coarse(points: Tensor) -> Tensor:
+        return (points + 0.5) / 4 - 0.5
+
+    torch.testing.assert_close(read_at(maps, coarse(points)), read_at(maps.flip(2, 3), coarse(31 - points)))
+
+
+def test_three_dimensional_views_give_embeddings_of_their_points() -> None:
+    model = Pix2Rep(SMALL, dimensions=3)
+    a, b = torch.rand(2, 2, 1, 32, 16, 16)
+    points = torch.randint(0, 16, (2, 9, 3)).float()
+    queries, keys = model(a, b, points + 0.25, points)
+    assert queries.shape == keys.shape == (18, 5)
+    torch.testing.assert_close(
+        keys[9:], model.head(read_at(model.backbone(b[1:]), points[1:]))[0], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_projection_head_computes_in_float32_and_rounds_once() -> None:
+    torch.manual_seed(0)
+    head = ProjectionHead(6, 10, 5).bfloat16()
+    features = torch.randn(4, 9, 6)
+    found = head(features)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, head.float()(features).bfloat16())
+
+
+@pytest.mark.parametrize(("dimensions", "level"), [(2, 0), (2, 2), (3, 0), (3, 1)])
+def test_a_segmenter_has_a_logit_for_every_pixel_whatever_level_it_reads(dimensions: int, level: int) -> None:
+    backbone = build_backbone(SMALL.model_copy(update={"level": level}), dimensions=dimensions)
+    segmenter = Segmenter(backbone, SegmentationHead(6, 4, dimensions=dimensions))
+    image = torch.rand(1, 1, 32, *[16] * (dimensions - 1))
+    assert segmenter(image).shape == (1, 4, *image.shape[2:])
+
+
 def test_the_projection_head_does_not_mix_points() -> None:
     head = ProjectionHead(6, 10, 5)
     features = torch.randn(4, 9, 6)
