@@ -14,6 +14,9 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # there, 
 
 from p2r.config import PretrainConfig
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Of the weights in training, by `pretrain.precision`."""
+
 
 def join_process_group(device: torch.device) -> tuple[int, int]:
     """Join the process group that the environment describes (torchrun, Ray), or make one of a single process.

@@ -24,8 +24,11 @@ from p2r.errors import CheckpointError
 from p2r.storage import Storage, file_sha256
 
 FORMAT = "p2r-checkpoint/1"
-# What may change between a run and its resumption: none of these touches the numbers.
-_FREE = ("report_interval", "checkpoint_interval", "keep_checkpoints", "corpus")
+# What may change between a run and its resumption: none of these touches the numbers, but for the last bits.
+_FREE = (
+    *("report_interval", "checkpoint_interval", "keep_checkpoints", "corpus"),
+    *("compile", "model.channels_last", "model.checkpoint_activations"),
+)
 
 
 def newest_checkpoint(storage: Storage) -> dict[str, Any] | None:

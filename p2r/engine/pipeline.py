@@ -25,6 +25,7 @@ from p2r.errors import DataError, JobError
 from p2r.evaluate.protocol import Trial
 from p2r.evaluate.tasks import load_task
 from p2r.job import Job, variants_of
+from p2r.model.backbones import cost_of
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
 from p2r.storage import Storage
 
@@ -197,11 +198,18 @@ def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
 def _pretrain(job: Job, storage: Storage, executor: Executor, say: Say) -> str | None:
     assert job.pretrain is not None
     where = storage.child("pretrain")
+    say(f"pretrain | {_network(job.pretrain)}")
     if not executor.pretrain(job.pretrain, storage=where, corpus=storage.child("corpus"), say=say):
         return None
     checkpoint = finished_checkpoint(where, job.pretrain)
     say(f"pretrain | done at step {checkpoint['step']} | {where.at(checkpoint['path'])}")
     return where.at(checkpoint["path"])
+
+
+def _network(config: PretrainConfig) -> str:
+    model, image = config.model, config.image
+    cost = cost_of(model, dimensions=image.dimensions, size=image.size)
+    return f"{model.name}, channels {', '.join(map(str, model.channels))}; {cost}"
 
 
 def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
@@ -258,7 +266,7 @@ def _card(job: Job, config: PublishConfig, corpora: Sequence[Corpus], url: str, 
     facts = {
         "method": f"{loss.name} over {loss.pixel_pairs_per_image * batch} pixel pairs a step, {step} steps of {batch} images",
         "negatives": job.pretrain.negatives,
-        "network": f"{model.name}, channels {', '.join(map(str, model.channels))}",
+        "network": _network(job.pretrain),
         "input": f"one contrast, {image.size} x {image.size} pixels of {image.spacing_mm:g} mm; intensities as in config.json",
         **{
             f"corpus{f' {number}' if len(corpora) > 1 else ''}": f"{corpus.manifest['num_subjects']} subjects, "

@@ -17,8 +17,9 @@ import torch
 from p2r.config import PretrainConfig
 from p2r.counters import Counters
 from p2r.data.stream import Quarantine, Replaced, stream, stream_state
-from p2r.engine.build import build_engine, join_process_group
+from p2r.engine.build import DTYPES, build_engine, join_process_group
 from p2r.engine.checkpoint import load_checkpoint, newest_checkpoint, refuse_other_config, save_checkpoint
+from p2r.engine.compiling import warm_up
 from p2r.engine.corpora import agreed_corpora
 from p2r.engine.schedule import learning_rate
 from p2r.engine.step import pretrain_step
@@ -61,6 +62,8 @@ class Report:
     """In the first report of a resumed run: the step it went on from."""
     checkpoint: str | None = None
     """Path of the checkpoint that this step made, below `<storage>/pretrain`."""
+    compiled: str | None = None
+    """In the first report of a run that compiles: what came of it."""
 
     def line(self) -> str:
         """Return the report as one line for a terminal."""
@@ -69,6 +72,7 @@ class Report:
             f"step {self.step}/{self.num_steps} | loss {self.loss:.4f} | {self.images_per_s:.1f} img/s | "
             f"wait {self.wait_fraction:.1%} | lr {self.learning_rate:.1e} | grad {self.gradient_norm:.2f} | "
             f"ETA {minutes}:{seconds:02d}"
+            + (f" | {self.compiled}" if self.compiled else "")
             + (f" | negatives {self.negatives}" if "micro" in self.negatives else "")
             + (f" | {self.num_replaced} damaged samples replaced" if self.num_replaced else "")
             + (f" | checkpoint {self.checkpoint}" if self.checkpoint else "")
@@ -112,8 +116,15 @@ def pretrain(
     state = stream_state(corpora, seed=config.seed, global_batch=config.global_batch, neighbours=config.neighbours)
     torch.manual_seed(config.seed)
     learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
-    model = Pix2Rep(config.model, learnt_temperature=learnt_temperature)
+    model = Pix2Rep(config.model, dimensions=config.image.dimensions, learnt_temperature=learnt_temperature)
+    is_compiled, compiled = False, None
+    if config.compile:
+        is_compiled, compiled = warm_up(
+            model.to(device).backbone, shape=_encoded_shape(config, world_size), dtype=DTYPES[config.precision]
+        )
     engine = build_engine(model.to(device), config, world_size=world_size)
+    if is_compiled:
+        engine.module.backbone.compile(dynamic=False)
     resumed_from, running = None, _Running()
     if checkpoint is not None:
         load_checkpoint(engine, storage, checkpoint, config=config)
@@ -189,8 +200,9 @@ def pretrain(
                     negatives=config.negatives,
                     resumed_from=resumed_from,
                     checkpoint=path,
+                    compiled=compiled,
                 )
-                resumed_from = None
+                resumed_from = compiled = None
                 history.add(report, flush=saves)
                 clock = _Clock()
                 yield report
@@ -199,6 +211,12 @@ def pretrain(
     finally:
         batches.close()
         engine.destroy()
+
+
+def _encoded_shape(config: PretrainConfig, world_size: int) -> tuple[int, ...]:
+    """Return the shape (B, C, *S) of what the backbone encodes at once: both views of a micro-batch."""
+    num_images = config.micro_batch or config.global_batch // world_size
+    return 2 * num_images, config.model.in_channels, *[config.image.size] * config.image.dimensions
 
 
 @dataclass

@@ -1,0 +1,57 @@
+"""torch.compile for the backbone: tried on a copy before training begins, so that a failure costs a line and not the run.
+
+Shapes are static: a step is cut into equal micro-batches of one image size, so each of the two or three graphs (with and
+without gradients) is compiled once. Only the backbone is compiled: points are too few to matter, and the loss has kernels
+of its own. What was compiled is kept in `$P2R_CACHE/inductor`, where a later run, and the other ranks of a node, find it.
+"""
+
+import copy
+import os
+import shutil
+import time
+
+import torch
+from torch import nn
+
+from p2r.storage import cache_folder
+
+
+def warm_up(backbone: nn.Module, *, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bool, str]:
+    """Compile a copy of `backbone` for one shape, forwards, backwards and without gradients.
+
+    Args:
+        backbone: On its device; left as it is.
+        shape: (B, C, *S) of every image batch to come.
+        dtype: What the weights will be in training.
+
+    Returns:
+        Whether it can be compiled, and what to say of it.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+    device = next(backbone.parameters()).device
+    missing = _missing_compiler(device)
+    if missing is not None:
+        return False, f"not compiled: {missing}; training goes on without"
+    began = time.monotonic()
+    trial = copy.deepcopy(backbone).to(dtype)
+    trial.compile(dynamic=False)
+    image = torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        with torch.no_grad():
+            trial(image)
+        trial(image).float().sum().backward()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        return False, f"not compiled: {reason}; training goes on without"
+    finally:
+        del trial
+    return True, f"compiled in {time.monotonic() - began:.0f} s"
+
+
+def _missing_compiler(device: torch.device) -> str | None:
+    """Say which compiler is missing, as PyTorch (for CPUs) and Triton (for GPUs) look for one."""
+    variable, names = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang", "cc"])
+    names = [os.environ[variable]] if os.environ.get(variable) else names
+    if any(shutil.which(name) for name in names):
+        return None
+    return f"no compiler ({' or '.join(names)}) on this machine, install one or name it in {variable}"

@@ -1,0 +1,39 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from p2r.config import ModelConfig
+from p2r.engine.compiling import warm_up
+from p2r.model import build_backbone
+
+SMALL = ModelConfig(name="dynunet", channels=(4, 4, 4), feature_channels=4)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2R_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # restored afterwards
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+
+def test_without_a_compiler_training_goes_on_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    is_compiled, said = warm_up(build_backbone(SMALL), shape=(2, 1, 8, 8), dtype=torch.float32)
+    assert not is_compiled
+    assert said == (
+        "not compiled: no compiler (no-such-compiler) on this machine, install one or name it in CXX; "
+        "training goes on without"
+    )
+
+
+def test_with_a_compiler_that_fails_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "false")
+    backbone = build_backbone(SMALL)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    is_compiled, said = warm_up(backbone, shape=(2, 1, 8, 8), dtype=torch.bfloat16)
+    assert not is_compiled
+    assert said.startswith("not compiled: ") and said.endswith("training goes on without")
+    assert "\n" not in said
+    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
+    assert (tmp_path / "inductor").is_dir()
