@@ -207,7 +207,13 @@ def embed(
     _check_output(output)
     loaded = load_backbone(backbone, device=device)
     volume = read_volume(scan)
-    features, affine = embed_volume(loaded, volume, preparation=loaded.preparation, device=device)
+    features, affine = embed_volume(
+        loaded,
+        volume,
+        preparation=loaded.preparation,
+        size_divisor=loaded.config.model.size_divisor,
+        device=device,
+    )
     frames, channels = features.shape[3:]
     write_nifti(output, features.reshape(*features.shape[:3], frames * channels), affine)
     print(

@@ -8,9 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from p2r.config import ModelConfig
 from p2r.data.preprocess import Preparation
 from p2r.data.volume import Volume, read_labels, read_volume, to_source_grid, write_nifti
 from p2r.evaluate.inference import embed_volume, predict_volume
+from p2r.model import SegmentationHead, Segmenter, build_backbone
 
 
 class Threshold(nn.Module):
@@ -28,7 +30,8 @@ class Threshold(nn.Module):
 
 class Identity(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
-        assert image.shape[-1] % 16 == image.shape[-2] % 16 == 0
+        assert all(side % 16 == 0 for side in image.shape[2:])
+        assert any(side > 16 for side in image.shape[2:])
         return torch.cat([image, 1 - image], dim=1)
 
 
@@ -150,6 +153,129 @@ def test_features_of_a_bright_spot_lie_where_it_lies_in_the_patient(
     indices = np.indices(weight.shape).reshape(3, -1)
     centre = (indices * weight.reshape(-1)).sum(axis=1) / weight.sum()
     np.testing.assert_allclose((affine @ [*centre, 1])[:3], spot_mm, atol=0.02)
+
+
+class Halved(nn.Module):
+    """Features that are half, or a quarter, as fine as the image."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, image: Tensor) -> Tensor:
+        pool = nn.functional.avg_pool2d if image.ndim == 4 else nn.functional.avg_pool3d
+        return torch.cat([pool(image, self.stride), pool(1 - image, self.stride)], dim=1)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("stride", [2, 4])
+@pytest.mark.parametrize("spacing_mm", [(1.5, 1.5, 6.0), (1.1, 1.9, 6.0)])
+def test_so_do_features_of_a_coarser_level(
+    tmp_path: Path, spacing_mm: tuple[float, float, float], stride: int, dimensions: int
+) -> None:
+    volume, spot_mm = scan_with_bright_spot(tmp_path, spacing_mm=spacing_mm)
+    preparation = Preparation(
+        dimensions=dimensions,  # type: ignore[arg-type]
+        spacing_mm=0.7,
+        image_size=32,
+        intensity_percentiles=(0, 100),
+    )
+    features, affine = embed_volume(Halved(stride), volume, preparation=preparation)
+    assert max(features.shape[:3]) < 100
+    weight = features[..., 0, 0].astype(float)
+    indices = np.indices(weight.shape).reshape(3, -1)
+    centre = (indices * weight.reshape(-1)).sum(axis=1) / weight.sum()
+    np.testing.assert_allclose((affine @ [*centre, 1])[:3], spot_mm, atol=0.05)
+
+
+@pytest.mark.parametrize("target_mm", [0.9, 1.5, 2.3])
+def test_volumes_of_features_lie_where_they_lie_in_the_patient(tmp_path: Path, target_mm: float) -> None:
+    volume, spot_mm = scan_with_bright_spot(tmp_path, spacing_mm=(1.5, 1.2, 3.0))
+    preparation = Preparation(dimensions=3, spacing_mm=target_mm, image_size=32, intensity_percentiles=(0, 100))
+    features, affine = embed_volume(Identity(), volume, preparation=preparation)
+    assert features.shape[3:] == (1, 2)
+    weight = features[..., 0, 0].astype(float)
+    indices = np.indices(weight.shape).reshape(3, -1)
+    centre = (indices * weight.reshape(-1)).sum(axis=1) / weight.sum()
+    np.testing.assert_allclose((affine @ [*centre, 1])[:3], spot_mm, atol=0.05)
+    np.testing.assert_allclose(np.linalg.norm(affine[:3, :3], axis=0), target_mm)
+
+
+def test_a_scan_smaller_than_the_network_s_least_is_padded(tmp_path: Path) -> None:
+    volume, _ = scan_with_blob(tmp_path, spacing_mm=(2.0, 2.0, 2.0), shape=(10, 9, 8))
+    for dimensions, shape in ((2, (10, 9, 8)), (3, (10, 9, 8))):
+        preparation = Preparation(dimensions=dimensions, spacing_mm=2.0, image_size=32)  # type: ignore[arg-type]
+        features, _ = embed_volume(Identity(), volume, preparation=preparation)
+        assert sorted(features.shape[:3]) == sorted(shape)
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "shape", "target_mm", "size"),
+    [
+        ((1.5, 1.5, 1.5), (48, 40, 36), 1.5, 32),  # larger than the windows, same voxels
+        ((4.0, 1.2, 0.9), (12, 36, 40), 1.5, 96),  # smaller than the windows, thick planes
+        ((1.0, 1.4, 1.3), (30, 26, 28), 0.8, 32),  # finer voxels
+        ((1.5, 1.5, 3.0), (30, 28, 16, 2), 2.0, 32),  # two frames
+    ],
+)
+def test_a_volume_s_segmentation_lies_on_the_scans_own_grid(
+    tmp_path: Path, spacing_mm: tuple[float, float, float], shape: tuple[int, ...], target_mm: float, size: int
+) -> None:
+    volume, truth = scan_with_blob(tmp_path, spacing_mm=spacing_mm, shape=shape)
+    segmenter = Threshold().train()
+    preparation = Preparation(dimensions=3, spacing_mm=target_mm, image_size=size)
+    found = predict_volume(segmenter, volume, preparation=preparation, num_classes=2)
+    assert found.shape == volume.data.shape
+    assert found.dtype == np.uint8
+    assert segmenter.training, "the network must be left as it was"
+    assert segmenter.sizes == {(1, size, size, size)}
+    truth = truth if truth.ndim == 4 else truth[..., None]
+    in_file_order = to_source_grid(found, volume)
+    dice = 2 * (in_file_order & truth).sum() / (in_file_order.sum() + truth.sum())
+    assert dice > (0.999 if target_mm == 1.5 == spacing_mm[0] else 0.92)
+
+
+def test_windows_of_a_volume_agree_with_the_whole_for_a_network_without_context(tmp_path: Path) -> None:
+    volume, _ = scan_with_blob(tmp_path, spacing_mm=(1.5, 1.5, 1.5), shape=(24, 40, 20))
+    one, many, whole = (
+        predict_volume(
+            Threshold(),
+            volume,
+            preparation=Preparation(dimensions=3, spacing_mm=1.5, image_size=size),
+            num_classes=2,
+            batch_size=batch_size,
+        )
+        for size, batch_size in ((16, 1), (16, 8), (48, 1))
+    )
+    assert np.array_equal(one, many) and np.array_equal(one, whole)
+
+
+def test_a_model_of_the_centre_of_volumes_says_background_outside_it(tmp_path: Path) -> None:
+    bright = np.full((40, 36, 38), 1000, np.int16)
+    bright[:2] = 1  # not constant
+    write_nifti(tmp_path / "scan.nii.gz", bright, np.eye(4))
+    preparation = Preparation(
+        dimensions=3, spacing_mm=1.0, image_size=16, intensity_percentiles=(0, 100), planes="centre"
+    )
+    found = predict_volume(Threshold(), read_volume(tmp_path / "scan.nii.gz"), preparation=preparation, num_classes=2)
+    centre = np.zeros((40, 36, 38), bool)
+    centre[12:28, 10:26, 11:27] = True
+    assert np.array_equal(found[..., 0] == 1, centre)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_real_network_of_volumes_segments_a_scan(tmp_path: Path, level: int) -> None:
+    volume, _ = scan_with_blob(tmp_path, spacing_mm=(1.5, 1.2, 3.0), shape=(20, 24, 10))
+    config = ModelConfig(name="dynunet", channels=(4, 4, 8), feature_channels=4, level=level)
+    segmenter = Segmenter(build_backbone(config, dimensions=3), SegmentationHead(4, 3, dimensions=3))
+    preparation = Preparation(dimensions=3, spacing_mm=1.5, image_size=16)
+    found = predict_volume(segmenter, volume, preparation=preparation, num_classes=3)
+    assert found.shape == volume.data.shape
+    features, _ = embed_volume(segmenter.backbone, volume, preparation=preparation, size_divisor=config.size_divisor)
+    x, y, z = (
+        int(np.ceil(n * mm / 1.5 - 0.01)) for n, mm in zip(volume.data.shape[:3], volume.spacing_mm, strict=True)
+    )
+    assert features.shape == (-(-x // 2**level), -(-y // 2**level), -(-z // 2**level), 1, 4)
 
 
 def test_the_grid_of_features_covers_exactly_the_scan(tmp_path: Path) -> None:
