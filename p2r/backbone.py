@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from p2r.config import ModelConfig, Section
-from p2r.data.preprocess import Planes, Preparation, planes_of
+from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
 from p2r.data.volume import Volume, read_volume
 from p2r.errors import CheckpointError, StorageError
 from p2r.job import validated
@@ -71,14 +71,17 @@ class Backbone(nn.Module):
         features: Tensor = self.network(image)
         return features
 
-    def prepare(self, scan: str | Path | Volume) -> Planes:
-        """Cut a scan into the images that training saw: orientation, spacing, size and intensities alike.
+    def prepare(self, scan: str | Path | Volume) -> Planes | Frames:
+        """Make of a scan the images that training saw: orientation, spacing, size and intensities alike.
+
+        Planes, about their centre; or, for a backbone of volumes, each frame about the middle.
 
         Raises:
             RefusedScan: if the file cannot be used; its code says why.
         """
         volume = scan if isinstance(scan, Volume) else read_volume(scan)
-        return planes_of(volume, preparation=self.preparation, size=self.preparation.image_size)
+        make = frames_of if self.preparation.dimensions == 3 else planes_of
+        return make(volume, preparation=self.preparation, size=self.preparation.image_size)
 
 
 def load_backbone(url: str, *, device: str = "cpu") -> Backbone:

@@ -574,8 +574,8 @@ class FinetuneConfig(Section):
     views: ViewsConfig = ViewsConfig(geometry=GeometryConfig(rotation_deg=180.0))
     """Augmentation of labelled images, equal for all modes."""
     planes: Literal["whole", "centre"] = "whole"
-    """What a model reads of a plane. whole: all of it, by overlapping windows of the backbone's image size, and training windows lie
-    anywhere. centre: that size about the plane's centre; what lies outside is background. Neither looks at a label."""
+    """What a model reads of a plane, or of a volume. whole: all of it, by overlapping windows of the backbone's image size, and training
+    windows lie anywhere. centre: that size about its centre; what lies outside is background. Neither looks at a label."""
     nsd_tolerance_mm: PositiveFloat = 2.0
     """Tolerance of the normalised surface Dice, mm."""
     allow_transductive: bool = False

@@ -47,9 +47,9 @@ class Preparation(BaseModel):
     spacing_mm: PositiveFloat
     """Pixel size, mm."""
     image_size: PositiveInt
-    """Height and width of an image in training, pixels."""
+    """Every side of an image in training, pixels."""
     planes: Literal["whole", "centre"] = "whole"
-    """What a segmentation model reads of a plane: all of it, by windows of `image_size`, or that size about its centre."""
+    """What a segmentation model reads of a plane or volume: all of it, by windows of `image_size`, or that size about its centre."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ The labels of validation and test patients enter nowhere but the scores: trainin
 scan is whole (no crop by the label), and every trial of one (n, draw) sees the same images in the same order whatever
 its mode.
 
-`P` planes of all labelled scans, padded about their centre to a common `H W`.
+`P` images: all planes of the labelled scans, or all their frames for a network of volumes, padded about their centre to a
+common size `*S` (`H W`, or `X Y Z`).
 """
 
 import hashlib
@@ -112,7 +113,7 @@ def run_trial(
     segmenter = build_segmenter(trial.mode, backbone, num_classes=task.num_classes, seed=config.seed).to(device)
     preparation = setup.preparation(backbone)
     scans = task.scans_of(trial.subjects)
-    images, inside, labels = _labelled_planes([load_scan(scan, task, preparation) for scan in scans])
+    images, inside, labels = _labelled_images([load_scan(scan, task, preparation) for scan in scans])
     train_loss = train_segmenter(
         segmenter,
         images,
@@ -175,13 +176,13 @@ def train_segmenter(
     device: str,
     say: Callable[[str], None],
 ) -> float:
-    """Train in place with Dice + cross-entropy on augmented planes, and return the mean loss of the last tenth of the steps.
+    """Train in place with Dice + cross-entropy on augmented images, and return the mean loss of the last tenth of the steps.
 
     Args:
         segmenter: Network; parameters that do not require a gradient stay as they are.
-        images: (P, 1, H, W) in [0, 1].
-        inside: (P, H, W), pixels of the scan.
-        labels: (P, H, W).
+        images: (P, 1, *S) in [0, 1].
+        inside: (P, *S), pixels of the scan.
+        labels: (P, *S).
         trial: Keys the order and augmentation: by (n, draw), not by mode.
         config: Steps, batch, augmentation.
         preparation: Pixel size and image size.
@@ -236,7 +237,7 @@ def _windows(
     generators: list[np.random.Generator],
     preparation: Preparation,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The chosen planes about their centre, or, if the model is to read whole planes, about a place drawn anywhere in them.
+    """The chosen images about their centre, or, if the model is to read all of them, about a place drawn anywhere in them.
 
     The windows have twice the edge of the network's image, room for augmentation to turn and cut about their centre.
     """
@@ -244,15 +245,16 @@ def _windows(
         return images[chosen], inside[chosen], labels[chosen]
     size = preparation.image_size
     cut = []
-    for plane, generator in zip(chosen, generators, strict=True):
-        # A window may reach over the edge only as far as it must: a plane that fits is always seen whole.
-        starts = [_start(extent, size, generator) - size // 2 for extent in images.shape[-2:]]
+    for image, generator in zip(chosen, generators, strict=True):
+        # A window may reach over the edge only as far as it must: an image that fits is always seen whole.
+        extents = images.shape[2:]
+        starts = [_start(extent, size, generator) - size // 2 for extent in extents]
         padding = [
             amount
-            for start, extent in zip(reversed(starts), reversed(images.shape[-2:]), strict=True)
+            for start, extent in zip(reversed(starts), reversed(extents), strict=True)
             for amount in (-start, start + 2 * size - extent)
         ]
-        cut.append([F.pad(planes[int(plane)], padding) for planes in (images, inside, labels)])
+        cut.append([F.pad(all_of_them[int(image)], padding) for all_of_them in (images, inside, labels)])
     window_images, window_inside, window_labels = (torch.stack(parts) for parts in zip(*cut, strict=True))
     return window_images, window_inside, window_labels
 
@@ -263,17 +265,16 @@ def _start(extent: int, size: int, generator: np.random.Generator) -> int:
     return int(generator.integers(extent - size + 1))
 
 
-def _labelled_planes(scans: list[LabelledScan]) -> tuple[Tensor, Tensor, Tensor]:
-    """All planes of the scans: images (P, 1, H, W), inside (P, H, W) and labels (P, H, W).
+def _labelled_images(scans: list[LabelledScan]) -> tuple[Tensor, Tensor, Tensor]:
+    """All images of the scans (P, 1, *S), what is inside (P, *S), and labels (P, *S).
 
     They are padded about their centre, because augmentation turns and cuts about the centre.
     """
-    height = max(scan.label_planes.shape[-2] for scan in scans)
-    width = max(scan.label_planes.shape[-1] for scan in scans)
+    size = [max(sides) for sides in zip(*(scan.label_planes.shape[1:] for scan in scans), strict=True)]
 
-    def pad(planes: Tensor) -> Tensor:
-        rows, columns = height - planes.shape[-2], width - planes.shape[-1]
-        return F.pad(planes, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+    def pad(maps: Tensor) -> Tensor:
+        missing = [want - have for want, have in zip(size, maps.shape[-len(size) :], strict=True)]
+        return F.pad(maps, [amount for side in reversed(missing) for amount in (side // 2, side - side // 2)])
 
     return (
         torch.cat([pad(scan.planes.images) for scan in scans]),

@@ -109,7 +109,8 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
     corpora = corpora_of(job.pretrain, storage.child("corpus"), stream=checkpoint["state"]["stream"])
     licence = _licence(config, [corpus.manifest["licence"] for corpus in corpora])
     rules = {corpus.manifest["preprocessing"]["slice_axis"] for corpus in corpora}
-    if len(rules) > 1:
+    dimensions = job.pretrain.image.dimensions
+    if len(rules) > 1 and dimensions == 2:
         raise DataError(
             f"the corpora cut planes across different axes (slice_axis {', '.join(map(str, sorted(rules, key=str)))}): "
             "a backbone has one rule; ingest them alike"
@@ -129,7 +130,8 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
         config=ArtefactConfig(
             model=job.pretrain.model,
             preparation=Preparation(
-                slice_axis=rules.pop(),
+                dimensions=dimensions,
+                slice_axis=rules.pop() if dimensions == 2 else "auto",
                 intensity_percentiles=job.pretrain.image.intensity_percentiles,
                 spacing_mm=job.pretrain.image.spacing_mm,
                 image_size=job.pretrain.image.size,
@@ -263,11 +265,14 @@ def _card(job: Job, config: PublishConfig, corpora: Sequence[Corpus], url: str, 
     assert job.pretrain is not None
     model, loss, image = job.pretrain.model, job.pretrain.loss, job.pretrain.image
     batch = job.pretrain.global_batch
+    pixel, scan = ("pixel", "slice") if image.dimensions == 2 else ("voxel", "scan")
+    block = "" if model.level == 0 else f"{' x '.join([str(model.stride)] * image.dimensions)} "
     facts = {
         "method": f"{loss.name} over {loss.pixel_pairs_per_image * batch} pixel pairs a step, {step} steps of {batch} images",
         "negatives": job.pretrain.negatives,
         "network": _network(job.pretrain),
-        "input": f"one contrast, {image.size} x {image.size} pixels of {image.spacing_mm:g} mm; intensities as in config.json",
+        "input": f"one contrast, {' x '.join([str(image.size)] * image.dimensions)} {pixel}s of {image.spacing_mm:g} mm; intensities "
+        "as in config.json",
         **{
             f"corpus{f' {number}' if len(corpora) > 1 else ''}": f"{corpus.manifest['num_subjects']} subjects, "
             f"{corpus.manifest['num_records']} scans, {corpus.manifest['num_samples']} planes; sha256 {manifest_sha256(corpus.manifest)}"
@@ -279,7 +284,8 @@ def _card(job: Job, config: PublishConfig, corpora: Sequence[Corpus], url: str, 
     sources = "\n\n".join(corpus.manifest["provenance"] for corpus in corpora)
     return f"""# {config.name} {config.version}
 
-A backbone that gives {model.feature_channels} features for every pixel of an MRI slice, pretrained without labels by p2r.
+A backbone that gives {model.feature_channels} features for every {block}{pixel}{"s" * bool(block)} of an MRI {scan}, pretrained without
+labels by p2r.
 {config.description}
 
     import p2r

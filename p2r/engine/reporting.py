@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from p2r.backbone import Backbone, load_model
-from p2r.data.preprocess import volume_to_planes
+from p2r.data.preprocess import slice_axis, volume_to_planes
 from p2r.data.stream import stream
 from p2r.engine.corpora import corpora_of
 from p2r.engine.finetune import TrialSetup
@@ -53,7 +55,9 @@ def make_report(
     pictures: dict[str, bytes] = {}
     captions: dict[str, str] = {}
     tasks = [load_task(Path(setup.task)) for setup in setups]
-    if job.pretrain is not None:
+    if (
+        job.pretrain is not None and job.pretrain.image.dimensions == 2
+    ):  # joined points of volumes lie in no common slice
         pictures["view-pairs"] = _view_pairs(job, storage)
         captions["view-pairs"] = "Two views of training images, and points that show the same anatomy in both."
     for task in tasks:
@@ -169,34 +173,37 @@ def _view_pairs(job: Job, storage: Storage) -> bytes:
 
 
 def _embedding(backbone: Backbone, scan: LabelledScan) -> bytes:
-    chosen = _slices(scan)
-    images = backbone.prepare(scan.volume).images[chosen]
+    images = backbone.prepare(scan.volume).images
+    images = images[_slices(scan.label_planes.numpy())] if images.ndim == 4 else images[:1]
     with torch.inference_mode():
         features = backbone(images)
-    return embedding_pca(images, features)
+    if features.shape[2:] != images.shape[2:]:
+        features = F.interpolate(features, size=images.shape[2:])
+    if images.ndim == 5:  # cut across the last axis: (1, C, X, Y, Z) -> (Z, C, X, Y)
+        images, features = (maps[0].permute(3, 0, 1, 2) for maps in (images, features))
+    return embedding_pca(images, features, num_slices=_NUM_SLICES)
 
 
 def _outlines(model: str, scan: LabelledScan, task: Task) -> bytes:
     segmenter, config, _ = load_model(model)
     prediction = predict_volume(segmenter, scan.volume, preparation=config.preparation, num_classes=task.num_classes)
-    chosen = _slices(scan)
+    axis = slice_axis(scan.volume.spacing_mm, config.preparation.slice_axis)
     planes, predicted, reference = (
-        volume_to_planes(data, scan.planes.axis)[chosen] for data in (scan.volume.data, prediction, scan.labels.data)
+        volume_to_planes(data, axis) for data in (scan.volume.data, prediction, scan.labels.data)
     )
+    chosen = _slices(scan.label_planes.numpy() if config.preparation.dimensions == 2 else reference)
     low, high = scan.planes.low, scan.planes.high
-    images = np.clip((planes.astype(np.float32) - low) / (high - low), 0, 1)
+    images = np.clip((planes[chosen].astype(np.float32) - low) / (high - low), 0, 1)
     return outlines(
         images,
-        predicted,
-        reference,
+        predicted[chosen],
+        reference[chosen],
         list(task.config.classes.values()),
         title=f"Validation patient {scan.scan.subject}",
     )
 
 
-def _slices(scan: LabelledScan) -> list[int]:
-    """Planes evenly spread over those that have any foreground."""
-    labelled = (scan.label_planes > 0).flatten(1).any(dim=1).nonzero().flatten().tolist() or list(
-        range(len(scan.label_planes))
-    )
+def _slices(labels: NDArray[Any]) -> list[int]:
+    """Planes evenly spread over those of `labels` (P, H, W) that have any foreground."""
+    labelled = np.flatnonzero((labels > 0).any((1, 2))).tolist() or list(range(len(labels)))
     return [labelled[len(labelled) * (2 * number + 1) // (2 * _NUM_SLICES)] for number in range(_NUM_SLICES)]

@@ -21,7 +21,15 @@ from torch import Tensor
 from p2r.config import Section
 from p2r.data.corpus import expand_subjects
 from p2r.data.phantom import resolve_source
-from p2r.data.preprocess import Planes, Preparation, label_planes_of, planes_of
+from p2r.data.preprocess import (
+    Frames,
+    Planes,
+    Preparation,
+    frames_of,
+    label_frames_of,
+    label_planes_of,
+    planes_of,
+)
 from p2r.data.volume import SUFFIXES, Volume, read_labels, read_volume, scan_key
 from p2r.errors import DataError, JobError
 from p2r.job import fill_in_variables, validated
@@ -122,16 +130,16 @@ class Task:
 
 @dataclass(frozen=True)
 class LabelledScan:
-    """A scan read, checked and cut into planes together with its reference."""
+    """A scan read, checked, and cut into planes, or kept whole for a network of volumes, together with its reference."""
 
     scan: TaskScan
     volume: Volume
     labels: Volume
     """On the grid of `volume`: (X, Y, Z, T) int16."""
-    planes: Planes
-    """Images (P, 1, H, W)."""
+    planes: Planes | Frames
+    """Images (P, 1, H, W), or (T, 1, X, Y, Z)."""
     label_planes: Tensor
-    """(P, H, W) int64, on the images' grid."""
+    """(P, H, W), or (T, X, Y, Z), int64, on the images' grid."""
 
 
 def load_task(path: Path, *, cache: Path | None = None) -> Task:
@@ -176,13 +184,13 @@ def load_task(path: Path, *, cache: Path | None = None) -> Task:
 
 
 def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int | None = None) -> LabelledScan:
-    """Read a scan and its reference, check that they fit, and cut both into planes.
+    """Read a scan and its reference, check that they fit, and make images of both.
 
     Args:
         scan: One of `task.scans`.
         task: Its task.
         preparation: What the backbone expects of a scan.
-        size: Height and width of the planes; None: their whole extent.
+        size: Sides of the images; None: their whole extent.
 
     Raises:
         DataError: if the label map lies on another grid, or holds a value that the task does not name.
@@ -207,9 +215,14 @@ def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int
             f"task {task.name}: {scan.label} holds the value{'s' * (len(unknown) > 1)} {', '.join(map(str, unknown))}, "
             f"the task names 0 background, {named}; add the class to the task, or correct the label map"
         )
-    planes = planes_of(volume, preparation=preparation, size=size)
-    label_planes = label_planes_of(labels, preparation=preparation, axis=planes.axis, size=size)
-    if label_planes.shape[-2:] != planes.images.shape[-2:]:
+    planes: Planes | Frames
+    if preparation.dimensions == 3:
+        planes = frames_of(volume, preparation=preparation, size=size)
+        label_planes = label_frames_of(labels, preparation=preparation, size=size)
+    else:
+        planes = planes_of(volume, preparation=preparation, size=size)
+        label_planes = label_planes_of(labels, preparation=preparation, axis=planes.axis, size=size)
+    if label_planes.shape[1:] != planes.images.shape[2:]:
         # Grids agree by now, so only the voxel sizes in the two headers can differ.
         raise DataError(
             f"task {task.name}: {scan.label} states voxels of {labels.spacing_mm} mm, its image {scan.image} "

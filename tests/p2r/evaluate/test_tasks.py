@@ -198,6 +198,20 @@ def test_a_mirrored_label_is_refused(make_task: MakeTask) -> None:
         load_scan(task.scans[0], task, PREPARATION)
 
 
+def test_for_a_network_of_volumes_a_scan_and_its_label_stay_whole(make_task: MakeTask) -> None:
+    task = load_task(make_task())
+    preparation = Preparation(dimensions=3, spacing_mm=2.0, image_size=32, intensity_percentiles=(0.0, 100.0))
+    scan = load_scan(task.scans[0], task, preparation)
+    assert scan.planes.images.shape == (1, 1, 10, 12, 12)
+    assert scan.label_planes.shape == scan.planes.inside.shape == (1, 10, 12, 12)
+    assert set(scan.label_planes.unique().tolist()) == {0, 1, 2}
+    task = load_task(make_task())
+    affine = np.diag([1.0, 1.0, 4.0, 1.0])
+    rewrite_label(task, affine=affine, array=np.full((20, 24, 6), 7, np.uint8))
+    with pytest.raises(DataError, match="holds the value 7"):
+        load_scan(task.scans[0], task, preparation)
+
+
 def test_a_label_value_that_the_task_does_not_name_is_refused(make_task: MakeTask) -> None:
     task = load_task(make_task())
     rewrite_label(task, array=np.full((20, 24, 6), 7, np.uint8))
