@@ -170,6 +170,29 @@ def test_the_intervals_of_reports_and_checkpoints_may_change_on_the_way(
     assert [report.step for report in _train(other, storage, corpus)] == [3, 4, 5, 6]
 
 
+def test_so_may_what_makes_a_network_fast_and_small(
+    job_of: JobOf, job: Job, corpus: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    storage = Storage(str(tmp_path / "pretrain"))
+    _train(job, storage, corpus, most=1)
+    faster = job_of(
+        tmp_path,
+        *("pretrain.compile=true", "pretrain.model.channels_last=true", "pretrain.model.checkpoint_activations=1"),
+    )
+    reports = _train(faster, storage, corpus)
+    assert [report.step for report in reports] == [4, 6]
+    assert "not compiled: no compiler (no-such-compiler)" in reports[0].line()
+    assert reports[1].compiled is None
+
+
+@pytest.mark.parametrize("name", ["unet", "dynunet", "residual_dynunet"])
+def test_every_network_trains_in_bfloat16(job_of: JobOf, corpus: Storage, tmp_path: Path, name: str) -> None:
+    model = f"{{name: {name}, channels: [4, 8, 8], feature_channels: 4, head_channels: 16, embedding_channels: 8}}"
+    job = job_of(tmp_path, f"pretrain.model={model}", "pretrain.precision=bf16", "pretrain.micro_batch=2")
+    assert len(_train(job, Storage(str(tmp_path / "pretrain")), corpus)) == 3
+
+
 def test_a_damaged_checkpoint_is_refused_with_the_way_out(job: Job, corpus: Storage, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "pretrain"))
     _train(job, storage, corpus, most=1)

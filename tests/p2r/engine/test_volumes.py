@@ -38,7 +38,7 @@ finetune:
   tasks: ["{data}/task.yaml"]
   num_labelled: [1]
   draws: 1
-  steps: 30
+  steps: 20
   batch_size: 2
   search: {{learning_rates: {{scratch: [2.0e-2], linear_probe: [5.0e-2], fine_tune: [2.0e-2]}}}}
 """
@@ -89,10 +89,10 @@ def run(data: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, str], Stora
 
 
 def test_volumes_go_all_the_way_to_a_report(run: Callable[..., tuple[dict[str, str], Storage]], data: Path) -> None:
-    made, storage = run()
+    made, storage = run("finetune.modes=[scratch, linear_probe]")
     rows = {row["mode"]: row for row in storage.read_json("report/report.json")["rows"]}
-    assert set(rows) == {"scratch", "linear_probe", "fine_tune"}
-    assert max(row["dice_mean"] for row in rows.values()) > 0.7
+    assert set(rows) == {"scratch", "linear_probe"}
+    assert rows["scratch"]["dice_mean"] > 0.7
     assert {path.rsplit("/", 1)[-1] for path in storage.list("report/pictures")} == {
         *("few-shot-balls.png", "embedding-balls.png", "outlines-balls.png")
     }
