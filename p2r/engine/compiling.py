@@ -27,7 +27,7 @@ def warm_up(backbone: nn.Module, *, shape: tuple[int, ...], dtype: torch.dtype) 
     Returns:
         Whether it can be compiled, and what to say of it.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+    _choose_cache()
     device = next(backbone.parameters()).device
     missing = _missing_compiler(device)
     if missing is not None:
@@ -46,6 +46,17 @@ def warm_up(backbone: nn.Module, *, shape: tuple[int, ...], dtype: torch.dtype) 
     finally:
         del trial
     return True, f"compiled in {time.monotonic() - began:.0f} s"
+
+
+def _choose_cache() -> None:
+    """Keep what is compiled in `$P2R_CACHE`, unless `TORCHINDUCTOR_CACHE_DIR` says where."""
+    # Here, because it takes seconds.
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    # PyTorch sets the variable itself, to a temporary folder, as soon as anybody imports its compiler.
+    if os.environ.get(variable) in (None, default_cache_dir()):
+        os.environ[variable] = str(cache_folder() / "inductor")
 
 
 def _missing_compiler(device: torch.device) -> str | None:

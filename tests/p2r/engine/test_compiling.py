@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from p2r.config import ModelConfig
 from p2r.engine.compiling import warm_up
@@ -40,3 +41,16 @@ def test_with_a_compiler_that_fails_too(tmp_path: Path) -> None:
     assert "\n" not in said
     assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+
+
+@pytest.mark.parametrize("given", [None, "/somewhere/else"])
+def test_what_is_compiled_is_kept_in_our_cache_unless_the_environment_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    if given is not None:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
+    else:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as PyTorch sets it when it is imported
+    warm_up(build_backbone(SMALL), shape=(2, 1, 8, 8), dtype=torch.float32)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (given or str(tmp_path / "inductor"))
