@@ -40,8 +40,8 @@ def pretrain_step(engine: Any, batch: Batch, *, config: PretrainConfig, learning
     )
     foreground = None
     if config.loss.foreground_share:
-        bright = image.mean(1) > image.mean((1, 2, 3))[:, None, None]
-        foreground = apply_warp(bright[:, None].float(), views.warp, mode="nearest")[:, 0] > 0
+        bright = image.mean(1, keepdim=True) > image.mean(tuple(range(1, image.ndim)), keepdim=True)
+        foreground = apply_warp(bright.float(), views.warp, mode="nearest")[:, 0] > 0
     pairs = corresponding_points(
         views.warp,
         views.valid,

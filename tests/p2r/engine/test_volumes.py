@@ -10,15 +10,12 @@ import torch
 
 import p2r
 from p2r.backbone import load_model
-from p2r.config import ViewsConfig
 from p2r.data.volume import read_volume, write_nifti
 from p2r.engine.__main__ import LocalExecutor
 from p2r.engine.pipeline import run_job
 from p2r.evaluate.inference import embed_volume, predict_volume
 from p2r.job import read_job
-from p2r.randomness import keyed_generator
 from p2r.storage import Storage
-from p2r.views import augment_labelled
 
 JOB = """
 kind: pipeline
@@ -42,16 +39,6 @@ finetune:
   batch_size: 2
   search: {{learning_rates: {{scratch: [2.0e-2], linear_probe: [5.0e-2], fine_tune: [2.0e-2]}}}}
 """
-
-
-@pytest.fixture(autouse=True)
-def views_of_volumes() -> None:
-    try:
-        image, label = torch.rand(1, 1, 8, 8, 8), torch.zeros(1, 8, 8, 8, dtype=torch.long)
-        generators = [keyed_generator(0, "test")]
-        augment_labelled(image, label, config=ViewsConfig(), size=8, spacing_mm=1.0, generators=generators)
-    except ValueError as error:
-        pytest.skip(f"views are made of planes only: {error}")
 
 
 @pytest.fixture(scope="module")
