@@ -59,6 +59,8 @@ _COMPRESSION = {
     "lz4": (blosc2.Codec.LZ4, 5, blosc2.Filter.SHUFFLE),
     "zstd": (blosc2.Codec.ZSTD, 1, blosc2.Filter.BITSHUFFLE),
 }
+blosc2.set_releasegil(True)  # or a thread that decodes would stop the one that trains, chunk by chunk
+
 _SPLIT_BYTES = 1 << 15  # fixed, so that no machine chooses it by its own cache: equal records, equal bytes
 _MAX_CHUNK_BYTES = 1 << 28  # a damaged or hostile index cannot ask for more memory than this
 _MAX_JSON_BYTES = 1 << 26
