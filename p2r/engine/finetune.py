@@ -32,7 +32,7 @@ from p2r.errors import DataError, TrainingError
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.metrics import Summary, score_volume, summarise
 from p2r.evaluate.protocol import TRANSDUCTIVE, Trial
-from p2r.evaluate.tasks import LabelledScan, Split, Task, load_scan, load_task, read_task_config
+from p2r.evaluate.tasks import LabelledScan, Split, Task, load_scan, load_task, read_task_config, task_sha256
 from p2r.model.backbones import build_backbone
 from p2r.model.heads import SegmentationHead
 from p2r.model.pix2rep import Segmenter
@@ -70,7 +70,7 @@ class TrialSetup:
 
     def result_path(self, trial: Trial) -> str:
         """Where the trial's result lies below `storage`: its name holds a digest of everything that it depends on."""
-        task = hashlib.sha256(Path(self.task).read_bytes()).hexdigest()
+        task = task_sha256(Path(self.task))
         config = self.config.model_dump(
             mode="json", include={"seed", "steps", "batch_size", "weight_decay", "views", "planes", "nsd_tolerance_mm"}
         )

@@ -10,6 +10,7 @@ or where its image is empty, one scan under two subjects, a class that no labell
 What cannot be known: whether a label map that fits its image in name, grid and place was drawn on another patient.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +42,7 @@ from p2r.data.volume import SUFFIXES, Volume, read_labels, read_volume, scan_key
 from p2r.errors import DataError, JobError
 from p2r.job import fill_in_variables, validated
 from p2r.randomness import keyed_number
-from p2r.storage import cache_folder
+from p2r.storage import cache_folder, json_bytes
 
 Split = Literal["train", "validation", "test"]
 Patterns = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -265,6 +266,18 @@ def load_task(path: Path, *, cache: Path | None = None) -> Task:
         subjects,
         {subject: stratum for subject, stratum in sorted(strata.items()) if subject in wanted},
     )
+
+
+def task_sha256(path: Path) -> str:
+    """Return a digest of what a task is: its YAML and, where a rule decides the splits, who is in them.
+
+    Raises:
+        DataError: as `load_task`.
+    """
+    digest = hashlib.sha256(path.read_bytes())
+    if read_task_config(path).split_rule is not None:
+        digest.update(json_bytes(load_task(path).subjects))
+    return digest.hexdigest()
 
 
 def check_scans(task: Task, preparation: Preparation) -> dict[str, frozenset[int]]:

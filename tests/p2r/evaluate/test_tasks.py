@@ -16,7 +16,7 @@ from p2r.data.corpus import expand_subjects
 from p2r.data.preprocess import Preparation
 from p2r.data.volume import write_nifti
 from p2r.errors import DataError
-from p2r.evaluate.tasks import Task, TaskConfig, check_classes_present, check_scans, load_scan, load_task
+from p2r.evaluate.tasks import Task, TaskConfig, check_classes_present, check_scans, load_scan, load_task, task_sha256
 
 TASKS = Path(__file__).parents[3] / "jobs" / "tasks"
 PREPARATION = Preparation(spacing_mm=2.0, image_size=32)
@@ -457,6 +457,17 @@ def test_a_stratified_rule_names_who_has_no_stratum(tmp_path: Path, task_of: Cal
     rule = {"validation": 2, "test": 2, "stratified": True}
     with pytest.raises(DataError, match=r"a stratum of every subject, p008, p009 have none"):
         task_of(split_rule=rule, strata={"a": ["p[000-003]"], "b": ["p[004-007]"]})
+
+
+def test_a_tasks_digest_tells_that_a_rule_splits_others(tmp_path: Path, task_of: Callable[..., Task]) -> None:
+    people(tmp_path, *HUNDRED[:10])
+    digests = set()
+    for seed in (0, 1):
+        task_of(split_rule={"validation": 2, "test": 2, "seed": seed})
+        digests.add(task_sha256(tmp_path / "toy.yaml"))
+        assert task_sha256(tmp_path / "toy.yaml") in digests
+    people(tmp_path, "late")
+    assert len({*digests, task_sha256(tmp_path / "toy.yaml")}) == 3
 
 
 def test_without_strata_nobody_has_one(make_task: MakeTask) -> None:
