@@ -1,6 +1,7 @@
 """Tasks that load, and every one that is refused with a message that helps."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -543,6 +544,11 @@ def test_the_folder_task_loads_as_it_stands(tmp_path: Path, monkeypatch: pytest.
     task = load_task(TASKS / "folder.yaml")
     assert sum(map(len, task.subjects.values())) == 100
     assert all(task.subjects.values())
+
+
+def test_the_example_of_the_readme_is_a_task() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", (TASKS.parent / "README.md").read_text(), flags=re.DOTALL)
+    assert TaskConfig.model_validate(yaml.safe_load(example)).classes == {1: "liver", 2: "tumour"}
 
 
 def test_a_task_may_state_how_its_scans_are_read(make_task: MakeTask) -> None:
