@@ -19,7 +19,7 @@ from p2r.data.corpus import contains
 from p2r.engine.finetune import WAYS_OUT, TrialSetup
 from p2r.errors import DataError
 from p2r.evaluate.protocol import Trial, choose_learning_rates, draw_subjects, final_trials, search_trials
-from p2r.evaluate.tasks import Task, load_scan, load_task
+from p2r.evaluate.tasks import Task, check_classes_present, check_scans, load_task
 from p2r.storage import Storage
 
 _TRANSDUCTIVE_CARD = """
@@ -66,10 +66,11 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
         The setup; marked as transductive if a validation or test patient is in the backbone's corpus and the job allows it.
 
     Raises:
-        DataError: if more patients are asked for than exist, a label breaks the task's rules, or a validation or test
-            patient is in the backbone's corpus.
+        DataError: if more patients are asked for than exist, a label breaks the task's rules, two subjects are one, all
+            labelled patients of a draw lack a class, or a validation or test patient is in the backbone's corpus.
     """
-    for num_labelled in {*setup.config.num_labelled, *setup.config.search.num_labelled}:
+    numbers = {*setup.config.num_labelled, *setup.config.search.num_labelled}
+    for num_labelled in numbers:
         draw_subjects(task.subjects["train"], num_labelled=num_labelled, draw=0, seed=setup.config.seed)
     corpora = backbone.manifest.get("corpora", [])
     for split, corpus in itertools.product(("validation", "test"), corpora):
@@ -81,8 +82,10 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
                         f"its figures would leak. {WAYS_OUT}"
                     )
                 setup = replace(setup, is_transductive=True)
-    for scan in task.scans:
-        load_scan(scan, task, backbone.preparation)
+    labels_by_subject = check_scans(task, setup.preparation(backbone))
+    for num_labelled, draw in itertools.product(sorted(numbers), range(setup.config.draws)):
+        drawn = draw_subjects(task.subjects["train"], num_labelled=num_labelled, draw=draw, seed=setup.config.seed)
+        check_classes_present(labels_by_subject, task, subjects=drawn)
     return setup
 
 

@@ -32,7 +32,7 @@ from p2r.errors import DataError, TrainingError
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.metrics import Summary, score_volume, summarise
 from p2r.evaluate.protocol import TRANSDUCTIVE, Trial
-from p2r.evaluate.tasks import LabelledScan, Split, Task, load_scan, load_task
+from p2r.evaluate.tasks import LabelledScan, Split, Task, load_scan, load_task, read_task_config, task_sha256
 from p2r.model.backbones import build_backbone
 from p2r.model.heads import SegmentationHead
 from p2r.model.pix2rep import Segmenter
@@ -64,12 +64,13 @@ class TrialSetup:
     """Whether validation or test patients of the task are known to be in the backbone's corpus."""
 
     def preparation(self, backbone: Backbone) -> Preparation:
-        """What the trials' models do to a scan: the backbone's way, and how much of a plane they read."""
-        return backbone.preparation.model_copy(update={"planes": self.config.planes})
+        """What the trials' models do to a scan: the backbone's way, how much of a plane they read, and what the task states."""
+        own_way = backbone.preparation.model_copy(update={"planes": self.config.planes})
+        return read_task_config(Path(self.task)).preparation(own_way)
 
     def result_path(self, trial: Trial) -> str:
         """Where the trial's result lies below `storage`: its name holds a digest of everything that it depends on."""
-        task = hashlib.sha256(Path(self.task).read_bytes()).hexdigest()
+        task = task_sha256(Path(self.task))
         config = self.config.model_dump(
             mode="json", include={"seed", "steps", "batch_size", "weight_decay", "views", "planes", "nsd_tolerance_mm"}
         )
