@@ -177,3 +177,29 @@ def summarise(scores: Iterable[tuple[str, Mapping[str, Score]]]) -> Summary:
 def _mean(figures: Iterable[float | None]) -> float | None:
     present = [figure for figure in figures if figure is not None]
     return fmean(present) if present else None
+
+
+def dice_by_thirds(
+    prediction: NDArray[Any], reference: NDArray[Any], *, classes: Mapping[int, str], axis: int
+) -> dict[str, list[float | None]]:
+    """Return the Dice of each class in the lower, middle and upper third of the slices in which the reference holds any class.
+
+    Args:
+        prediction: Labels (X, Y, Z).
+        reference: Labels on the same grid.
+        classes: Name of each foreground label.
+        axis: Across which slices lie.
+
+    Returns:
+        Three figures for each class; None where the class is absent in both.
+    """
+    others = tuple(other for other in range(3) if other != axis)
+    slices = np.flatnonzero((reference > 0).any(others))
+    found: dict[str, list[float | None]] = {name: [] for name in classes.values()}
+    for third in np.array_split(slices, 3):
+        predicted, true = (np.take(labels, third, axis=axis) for labels in (prediction, reference))
+        for value, name in classes.items():
+            size = int((predicted == value).sum()) + int((true == value).sum())
+            overlap = int(((predicted == value) & (true == value)).sum())
+            found[name].append(2 * overlap / size if size else None)
+    return found
