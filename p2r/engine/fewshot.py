@@ -13,15 +13,16 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from safetensors.torch import load
 
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
 from p2r.config import Mode
 from p2r.data.corpus import contains
+from p2r.data.preprocess import Preparation
 from p2r.engine.finetune import WAYS_OUT, TrialSetup, run_trial
 from p2r.errors import DataError, InputError, TrainingError
 from p2r.evaluate.prepared import prepared_scan
@@ -37,7 +38,7 @@ from p2r.evaluate.protocol import (
     search_trials,
     settings_of,
 )
-from p2r.evaluate.tasks import Task, TaskScan, load_task
+from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, check_classes_present, check_scans, load_task
 from p2r.files import file_sha256
 from p2r.storage import Storage
 
@@ -272,24 +273,9 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
                         f"its figures would leak. {WAYS_OUT}"
                     )
                 setup = replace(setup, is_transductive=True)
-    present: dict[str, set[int]] = {}
-    for scan in task.scans:
-        loaded = prepared_scan(scan, task, setup.preparation(backbone))
-        if backbone.preparation.dimensions == 3 and min(loaded.volume.data.shape[:3]) == 1:
-            raise DataError(
-                f"task {task.name}: {scan.image} is a single plane {loaded.volume.data.shape[:3]}, the backbone "
-                f"{backbone.manifest['url']} reads volumes; take one of planes"
-            )
-        present.setdefault(scan.subject, set()).update(np.unique(loaded.labels.data).tolist())
-    for (num_labelled, draw), subjects in draws.items():
-        held = set().union(*(present[subject] for subject in subjects))
-        for value, name in task.config.classes.items():
-            if value not in held:
-                raise DataError(
-                    f"task {task.name}: class {value} {name} has no voxel in the labelled patients of draw {draw} of "
-                    f"{num_labelled} ({', '.join(subjects)}): it cannot be learnt; set another finetune.seed, more patients in "
-                    "finetune.num_labelled, or stratify"
-                )
+    labels_by_subject = check_scans(task, setup.preparation(backbone), load=partial(_checked, backbone=backbone))
+    for subjects in draws.values():
+        check_classes_present(labels_by_subject, task, subjects=subjects)
     test = set(task.subjects["test"])
     return replace(
         setup,
@@ -298,18 +284,24 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
     )
 
 
+def _checked(scan: TaskScan, task: Task, preparation: Preparation, *, backbone: Backbone) -> LabelledScan:
+    """Read a scan, and keep what was prepared for the trials; refuse one that the backbone cannot read."""
+    loaded = prepared_scan(scan, task, preparation)
+    shape = loaded.volume.data.shape[:3]
+    if preparation.dimensions == 3 and min(shape) == 1:
+        raise DataError(
+            f"task {task.name}: {scan.image} is a single plane {shape}, the backbone {backbone.manifest['url']} reads volumes; "
+            "take a backbone of planes"
+        )
+    return loaded
+
+
 def _check_backbone(task: Task, backbone: Backbone) -> None:
-    model, dimensions = backbone.config.model, backbone.preparation.dimensions
+    model = backbone.config.model
     if model.in_channels != 1:
         raise DataError(
             f"task {task.name}: a scan has one contrast, the backbone {backbone.manifest['url']} takes {model.in_channels}; "
             "take a backbone of one"
-        )
-    wanted = getattr(task.config, "dimensions", None)
-    if wanted not in (None, dimensions):
-        raise DataError(
-            f"task {task.name} is one of {wanted} dimensions, the backbone {backbone.manifest['url']} reads "
-            f"{'planes' if dimensions == 2 else 'volumes'}; take another backbone"
         )
 
 

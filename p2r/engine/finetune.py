@@ -30,7 +30,7 @@ from p2r.evaluate.paper_compat import cropped, split_by_slice
 from p2r.evaluate.prepared import kept, prepared_images, prepared_scan
 from p2r.evaluate.protocol import Trial
 from p2r.evaluate.prototypes import class_prototypes
-from p2r.evaluate.tasks import LabelledScan, Split, Task, load_task
+from p2r.evaluate.tasks import LabelledScan, Split, Task, load_task, read_task_config, task_sha256
 from p2r.files import file_sha256
 from p2r.model.backbones import build_backbone
 from p2r.model.heads import PrototypeHead
@@ -70,8 +70,9 @@ class TrialSetup:
     """Digest of the files of test patients: part of what their figures depend on, and of nothing else."""
 
     def preparation(self, backbone: Backbone) -> Preparation:
-        """What the trials' models do to a scan: the backbone's way, and how much of a plane they read."""
-        return backbone.preparation.model_copy(update={"planes": self.config.planes})
+        """What the trials' models do to a scan: the backbone's way, how much of a plane they read, and what the task states."""
+        own_way = backbone.preparation.model_copy(update={"planes": self.config.planes})
+        return read_task_config(Path(self.task)).preparation(own_way)
 
     def recipe_sha256(self, trial: Trial) -> str:
         """Return a digest of everything that the trial's result depends on."""
@@ -83,7 +84,7 @@ class TrialSetup:
         recipe: dict[str, Any] = {
             "config": config,
             "trial": asdict(trial),
-            "task": hashlib.sha256(Path(self.task).read_bytes()).hexdigest(),
+            "task": task_sha256(Path(self.task)),
             "data": self.data_sha256,
             "backbone": self.backbone_sha256,
         }

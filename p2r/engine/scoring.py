@@ -12,14 +12,22 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from p2r.data.preprocess import Frames, Planes, Preparation, slice_axis
 from p2r.data.volume import Volume
 from p2r.evaluate.inference import predict_images, predict_probabilities, size_read
-from p2r.evaluate.metrics import Score, Summary, dice_by_thirds, score_volume, summarise
-from p2r.evaluate.paper_compat import Crop, cropped, soft_dice_with_background
+from p2r.evaluate.metrics import (
+    Score,
+    Summary,
+    dice_by_thirds,
+    score_volume,
+    soft_dice_with_background,
+    summarise,
+)
+from p2r.evaluate.paper_compat import Crop, cropped
 from p2r.evaluate.prepared import prepared_scan
 from p2r.evaluate.tasks import Task, TaskScan
 
@@ -92,7 +100,6 @@ def score_cases(
         device: Where the segmenter runs.
         see: Called with every case before it is predicted; it may refuse it.
     """
-    strata: Mapping[str, str] = getattr(task, "strata", {})
     scores: list[tuple[str, dict[str, Score]]] = []
     rows: list[dict[str, Any]] = []
     predictions: dict[str, NDArray[np.uint8]] = {}
@@ -117,13 +124,14 @@ def score_cases(
                     "subject": subject,
                     "scan": case.scan.key,
                     "frame": frame,
-                    "stratum": strata.get(subject),
+                    "stratum": task.strata.get(subject),
                     "scores": {name: asdict(score) for name, score in of_frame.items()},
                     "thirds": dice_by_thirds(found, true, classes=task.config.classes, axis=axis),
                 }
             )
             if probabilities is not None:
-                figure = soft_dice_with_background(probabilities[..., index, :], true)
+                of_classes = torch.from_numpy(probabilities[..., index, :]).movedim(-1, 0)
+                figure = soft_dice_with_background(of_classes, torch.from_numpy(true).long())
                 soft.setdefault(subject, []).append(figure)
         _put(prediction, case, predictions)
     soft_dice = fmean(fmean(of_subject) for of_subject in soft.values()) if soft else None

@@ -12,6 +12,8 @@ NaN, so that a model which finds nothing would look better than one which finds 
 Dice is hard and in 3D. HD95 is the larger of the two directed 95th percentiles of distances between border voxels, mm.
 NSD is the fraction of both borders' voxels that lie within the tolerance of the other border. Borders are voxels that a
 3D erosion removes, so that with thick slices the first and the last slice of an organ are border as a whole.
+
+`soft_dice_with_background` is no such figure: it is what published code calls Dice, for comparison with it alone.
 """
 
 import math
@@ -23,8 +25,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from monai.losses import DiceLoss
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 
 Absent = Literal["none", "both", "prediction", "reference"]
@@ -81,10 +85,7 @@ def score_volume(
     Raises:
         ValueError: for grids that differ or are not 3D, values that are no class, or a spacing that is not positive.
     """
-    if prediction.shape != reference.shape or prediction.ndim != 3:
-        raise ValueError(
-            f"prediction and reference must share one 3D grid, got {prediction.shape} and {reference.shape}"
-        )
+    _check_grids(prediction, reference)
     if len(spacing_mm) != 3 or not all(math.isfinite(mm) and mm > 0 for mm in spacing_mm):
         raise ValueError(f"spacing_mm must be three positive numbers, got {list(spacing_mm)}")
     for name, labels in (("prediction", prediction), ("reference", reference)):
@@ -122,6 +123,91 @@ def _measure(found: Tensor, true: Tensor, *, spacing_mm: Sequence[float], tolera
     if not all(math.isfinite(figure) for figure in figures):
         raise ValueError(f"MONAI gave {figures} (Dice, HD95, NSD) although both masks hold voxels")
     return Score(figures[0], figures[1], figures[2], absent="none")
+
+
+def _check_grids(prediction: NDArray[Any], reference: NDArray[Any]) -> None:
+    if prediction.shape != reference.shape or prediction.ndim != 3:
+        raise ValueError(
+            f"prediction and reference must share one 3D grid, got {prediction.shape} and {reference.shape}"
+        )
+
+
+def dice_by_thirds(
+    prediction: NDArray[Any], reference: NDArray[Any], *, classes: Mapping[int, str], axis: int
+) -> dict[str, list[float | None]]:
+    """Return hard Dice in the lower, middle and upper third of the organs: where along the slices a model fails.
+
+    The slices in which the reference holds any class are parted by their middles: of 5, two are lower, one is middle, two
+    are upper; a single one is middle. Other slices count nowhere, so three good thirds do not rule out a bad volume.
+
+    Args:
+        prediction: Labels (X, Y, Z), whole numbers; 0 is background.
+        reference: Labels on the same grid.
+        classes: Name of each foreground label.
+        axis: Across which slices lie; the lower third has the smaller indices: the left, posterior or inferior in RAS.
+
+    Returns:
+        For each class three figures; None where neither holds the class in that third.
+    """
+    _check_grids(prediction, reference)
+    others = tuple(other for other in range(3) if other != axis)
+    slices = np.flatnonzero(np.isin(reference, list(classes)).any(axis=others))
+    third_of = (3 * (np.arange(len(slices)) + 0.5) / max(1, len(slices))).astype(np.int64)
+    found: dict[str, list[float | None]] = {name: [] for name in classes.values()}
+    for third in range(3):
+        chosen = slices[third_of == third]
+        ours, theirs = (labels.take(chosen, axis=axis) for labels in (prediction, reference))
+        for value, name in classes.items():
+            voxels = int((ours == value).sum()) + int((theirs == value).sum())
+            shared = int(((ours == value) & (theirs == value)).sum())
+            found[name].append(2 * shared / voxels if voxels else None)
+    return found
+
+
+def soft_dice_with_background(probabilities: Tensor, reference: Tensor) -> float:
+    """Return Dice in the manner of the released code of Pix2Rep: of probabilities, with the background as a class.
+
+    It rewards large backgrounds and is not hard Dice: only `paper_compat` reports it, to compare with published figures.
+
+    Args:
+        probabilities: (K, *S) of one volume or slice, channel 0 the background.
+        reference: (*S) labels 0 to K - 1.
+
+    Returns:
+        The mean over all K classes of (2 sum(p t) + 1e-5) / (sum(p) + sum(t) + 1e-5); 1 for a class that nobody has.
+    """
+    if probabilities.shape[1:] != reference.shape:
+        raise ValueError(
+            f"probabilities (K, *S) and reference (*S) must share one grid, got {tuple(probabilities.shape)} and "
+            f"{tuple(reference.shape)}"
+        )
+    loss = DiceLoss(include_background=True, to_onehot_y=True, smooth_nr=1e-5, smooth_dr=1e-5)
+    return 1.0 - float(loss(probabilities[None].float(), reference[None, None]))
+
+
+def largest_components(labels: NDArray[Any], *, classes: Iterable[int]) -> NDArray[Any]:
+    """Keep the largest connected part of each class and make the rest background.
+
+    Voxels that share a corner are connected. Of equally large parts the one that comes first along the axes stays. It is
+    an option after prediction, off by default: it looks at no reference, but presumes that an organ is in one piece.
+
+    Args:
+        labels: (X, Y, Z), or (X, Y, Z, T), whose frames are cleaned one by one.
+        classes: Labels to clean; others stay as they are.
+
+    Returns:
+        A new array of the same type.
+    """
+    if labels.ndim not in (3, 4):
+        raise ValueError(f"labels must be (X, Y, Z) or (X, Y, Z, T), got {labels.shape}")
+    cleaned = labels.copy()
+    for frame in (cleaned,) if labels.ndim == 3 else np.moveaxis(cleaned, 3, 0):  # views
+        for value in classes:
+            parts, num_parts = ndimage.label(frame == value, structure=np.ones((3, 3, 3)))
+            if num_parts > 1:
+                sizes = np.bincount(parts.ravel())[1:]
+                frame[(parts > 0) & (parts != 1 + int(sizes.argmax()))] = 0
+    return cleaned
 
 
 def summarise(scores: Iterable[tuple[str, Mapping[str, Score]]]) -> Summary:
@@ -177,29 +263,3 @@ def summarise(scores: Iterable[tuple[str, Mapping[str, Score]]]) -> Summary:
 def _mean(figures: Iterable[float | None]) -> float | None:
     present = [figure for figure in figures if figure is not None]
     return fmean(present) if present else None
-
-
-def dice_by_thirds(
-    prediction: NDArray[Any], reference: NDArray[Any], *, classes: Mapping[int, str], axis: int
-) -> dict[str, list[float | None]]:
-    """Return the Dice of each class in the lower, middle and upper third of the slices in which the reference holds any class.
-
-    Args:
-        prediction: Labels (X, Y, Z).
-        reference: Labels on the same grid.
-        classes: Name of each foreground label.
-        axis: Across which slices lie.
-
-    Returns:
-        Three figures for each class; None where the class is absent in both.
-    """
-    others = tuple(other for other in range(3) if other != axis)
-    slices = np.flatnonzero((reference > 0).any(others))
-    found: dict[str, list[float | None]] = {name: [] for name in classes.values()}
-    for third in np.array_split(slices, 3):
-        predicted, true = (np.take(labels, third, axis=axis) for labels in (prediction, reference))
-        for value, name in classes.items():
-            size = int((predicted == value).sum()) + int((true == value).sum())
-            overlap = int(((predicted == value) & (true == value)).sum())
-            found[name].append(2 * overlap / size if size else None)
-    return found

@@ -11,7 +11,6 @@ Shapes: X Y Z T a volume; P planes; K classes
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,17 +115,3 @@ def _with_planes(crop: Crop, planes: list[int]) -> Crop:
     x, y, z = places
     left = LabelledScan(scan.scan, volume, labels, images, scan.label_planes[planes])
     return Crop(left, crop.frame, (x, y, z), crop.whole)
-
-
-def soft_dice_with_background(probabilities: NDArray[np.float32], reference: NDArray[Any]) -> float:
-    """Return the mean over all classes, background included, of the Dice of probabilities: 2 sum(p g) / (sum(p) + sum(g)).
-
-    Args:
-        probabilities: (X, Y, Z, K).
-        reference: Labels (X, Y, Z), from 0 to K - 1.
-    """
-    one_hot = reference[..., None] == np.arange(probabilities.shape[-1])
-    axes = (0, 1, 2)
-    p = probabilities.astype(np.float64)
-    sums = p.sum(axes) + one_hot.sum(axes)
-    return float(np.mean(2 * (p * one_hot).sum(axes) / np.maximum(sums, np.finfo(np.float64).tiny)))

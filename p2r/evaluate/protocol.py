@@ -37,6 +37,10 @@ class LabelledTask(Protocol):
     def subjects(self) -> Mapping[str, tuple[str, ...]]:
         """Subjects by split."""
 
+    @property
+    def strata(self) -> Mapping[str, str]:
+        """Stratum of each subject that has one."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -282,5 +286,5 @@ def draw_of(config: FinetuneConfig, task: LabelledTask, *, num_labelled: int, dr
     Raises:
         DataError: see `draw_subjects`.
     """
-    strata: Mapping[str, str] | None = getattr(task, "strata", {}) if config.stratify else None
+    strata = task.strata if config.stratify else None
     return draw_subjects(task.subjects["train"], num_labelled=num_labelled, draw=draw, seed=config.seed, strata=strata)

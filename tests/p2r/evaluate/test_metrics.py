@@ -6,9 +6,17 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
-from p2r.evaluate.metrics import Score, score_volume, summarise
+from p2r.evaluate.metrics import (
+    Score,
+    dice_by_thirds,
+    largest_components,
+    score_volume,
+    soft_dice_with_background,
+    summarise,
+)
 
 CLASSES = {1: "RV", 2: "LV"}
 
@@ -161,3 +169,208 @@ def test_wrong_grids_values_and_spacings_are_refused() -> None:
         score(mask, mask, spacing_mm=(1.0, 0.0, 1.0))
     with pytest.raises(ValueError, match="no scores"):
         summarise([])
+
+
+# Planted truth: phantoms of two organs whose figures are known without measuring.
+
+
+def ball(
+    shape: tuple[int, ...], spacing_mm: tuple[float, float, float], centre_mm: float, radius_mm: float
+) -> NDArray[np.bool_]:
+    """Voxels whose middle lies in a ball about `centre_mm` on the first axis and the middle of the others."""
+    axes = [(np.arange(n) + 0.5) * mm for n, mm in zip(shape, spacing_mm, strict=True)]
+    middles = (centre_mm, shape[1] * spacing_mm[1] / 2, shape[2] * spacing_mm[2] / 2)
+    x, y, z = np.meshgrid(*[axis - middle for axis, middle in zip(axes, middles, strict=True)], indexing="ij")
+    inside: NDArray[np.bool_] = x**2 + y**2 + z**2 <= radius_mm**2
+    return inside
+
+
+@pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), (1.0, 1.25, 2.0)])
+def test_balls_have_the_dice_hd95_and_nsd_of_geometry(spacing_mm: tuple[float, float, float]) -> None:
+    # RV: two balls of radius R whose centres are d apart. They share a lens of volume pi (4R + d) (2R - d)^2 / 12. The
+    # distance between a point of one sphere and the other sphere is | |R u - d| - R |; over the sphere it is spread evenly
+    # between 0 and d: (R - t)^2 <= R^2 + d^2 - 2 R d cos <= (R + t)^2 holds for a range 2 t / d of cos. So the 95th
+    # percentile is 0.95 d, and a share t / d lies within a tolerance t.
+    # LV: concentric balls, r < R: Dice 2 r^3 / (r^3 + R^3), every distance R - r.
+    shape = tuple(round(edge / mm) for edge, mm in zip((96.0, 40.0, 40.0), spacing_mm, strict=True))
+    radius, apart, small = 16.0, 8.0, 12.0
+    grid = (shape, spacing_mm)
+    prediction, reference = np.zeros(shape, np.int16), np.zeros(shape, np.int16)
+    prediction[ball(*grid, 20.0, radius)] = reference[ball(*grid, 20.0 + apart, radius)] = 1
+    prediction[ball(*grid, 72.0, small)] = reference[ball(*grid, 72.0, radius)] = 2
+    found = score(prediction, reference, spacing_mm=spacing_mm, nsd_tolerance_mm=6.0)
+    lens, whole = math.pi * (4 * radius + apart) * (2 * radius - apart) ** 2 / 12, 4 / 3 * math.pi * radius**3
+    assert found["RV"].dice == pytest.approx(lens / whole, abs=0.01)
+    assert found["LV"].dice == pytest.approx(2 * small**3 / (small**3 + radius**3), abs=0.01)
+    assert found["RV"].hd95_mm == pytest.approx(0.95 * apart, abs=0.5)
+    assert found["LV"].hd95_mm == pytest.approx(radius - small, abs=max(spacing_mm) / 2)
+    # NSD counts border voxels, not area: long voxels make more of them where the border runs along the short edges.
+    assert found["RV"].nsd == pytest.approx(6 / 8, abs=0.05 if len(set(spacing_mm)) == 1 else 0.1)
+    assert found["LV"].nsd == 1.0
+    assert score(prediction, reference, spacing_mm=spacing_mm, nsd_tolerance_mm=2.0)["LV"].nsd == pytest.approx(
+        0, abs=0.03
+    )
+
+
+@pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), (1.5, 1.5, 8.0), (0.7, 2.0, 3.0)])
+@pytest.mark.parametrize("grown", [(1, 1, 1), (2, 1, 0), (0, 3, 1)])
+def test_nested_boxes_have_exactly_the_figures_of_their_distance(
+    grown: tuple[int, int, int], spacing_mm: tuple[float, float, float]
+) -> None:
+    # A voxel outside of a box is as far from it as the norm of its excess over the box's sides; one inside of a box as
+    # far from its border as the smallest depth below a side.
+    inner = (8, 7, 5)
+    outer = tuple(n + 2 * g for n, g in zip(inner, grown, strict=True))
+    shape = tuple(n + 4 for n in outer)
+    boxes = [tuple(slice(2 + margin, 2 + margin + n) for n, margin in zip(size, margins, strict=True))
+             for size, margins in ((inner, grown), (outer, (0, 0, 0)))]  # fmt: skip
+    inside, around = (labels(shape, RV=box) == 1 for box in boxes)  # type: ignore[arg-type]
+
+    def distances(of: str) -> NDArray[np.float64]:
+        found = []
+        for voxel in np.argwhere(inside if of == "inner" else around) - 2:
+            depths = [min(i, n - 1 - i) for i, n in zip(voxel, outer, strict=True)]
+            excesses = [max(g - i, i - (g + n - 1), 0) for i, n, g in zip(voxel, inner, grown, strict=True)]
+            if of == "inner" and any(i in (g, g + n - 1) for i, n, g in zip(voxel, inner, grown, strict=True)):
+                found.append(min(depth * mm for depth, mm in zip(depths, spacing_mm, strict=True)))
+            elif of == "outer" and min(depths) == 0:
+                # On the outer border; where it lies over no excess, it is a border of the inner box too.
+                found.append(math.hypot(*(excess * mm for excess, mm in zip(excesses, spacing_mm, strict=True))))
+        return np.array(found)
+
+    ways = [distances("inner"), distances("outer")]
+    tolerance = 1.6
+    found = score(inside.astype(np.int16), around.astype(np.int16), spacing_mm=spacing_mm, nsd_tolerance_mm=tolerance)
+    sizes = math.prod(inner), math.prod(outer)
+    assert found["RV"].dice == pytest.approx(2 * sizes[0] / sum(sizes))
+    assert found["RV"].hd95_mm == pytest.approx(max(np.percentile(way, 95) for way in ways), abs=1e-4)
+    within = [int((way <= tolerance).sum()) for way in ways]
+    assert found["RV"].nsd == pytest.approx(sum(within) / sum(map(len, ways)), abs=1e-6)
+
+
+def test_a_box_grown_by_one_voxel_has_the_counted_figures() -> None:
+    # 10^3 inside of 12^3 of 2 mm: 600 voxels of the outer border lie 1 voxel away, 120 along edges root 2, 8 corners root
+    # 3; all 488 of the inner border 1. The 95th percentile of the 728 is an edge's.
+    inner = labels((14, 14, 14), LV=(slice(2, 12),) * 3)
+    outer = labels((14, 14, 14), LV=(slice(1, 13),) * 3)
+    found = score(inner, outer, spacing_mm=(2.0, 2.0, 2.0), nsd_tolerance_mm=2.0)["LV"]
+    assert found.dice == pytest.approx(2 * 1000 / (1000 + 1728))
+    assert found.hd95_mm == pytest.approx(2 * math.sqrt(2))
+    assert found.nsd == pytest.approx((488 + 600) / (488 + 728))
+
+
+def test_a_phantom_without_one_organ_scores_by_the_rules_and_the_other_by_geometry() -> None:
+    shape, spacing_mm = (20, 20, 6), (1.5, 1.5, 8.0)
+    diagonal_mm = math.sqrt(30**2 + 30**2 + 48**2)
+    left, shifted = (slice(2, 8), slice(2, 8), slice(1, 5)), (slice(2, 8), slice(2, 8), slice(2, 6))
+    right = (slice(12, 18), slice(2, 8), slice(1, 5))
+    found = {
+        "both": score(labels(shape, RV=left), labels(shape, RV=shifted), spacing_mm=spacing_mm),
+        "prediction": score(labels(shape, RV=left), labels(shape, RV=shifted, LV=right), spacing_mm=spacing_mm),
+        "reference": score(labels(shape, RV=left, LV=right), labels(shape, RV=shifted), spacing_mm=spacing_mm),
+        "none": score(labels(shape, RV=left, LV=right), labels(shape, RV=shifted, LV=right), spacing_mm=spacing_mm),
+    }
+    for absent, scores in found.items():
+        assert scores["RV"].dice == pytest.approx(3 / 4)  # four slices, three of them shared
+        # Of 36 + 20 + 20 + 36 border voxels the first 36 are a slice of 8 mm away, and the inside of the last slice at most
+        # 3 mm from the other border, within the slice.
+        assert scores["RV"].hd95_mm == pytest.approx(8.0)
+        expected = {
+            "both": Score(None, None, None, "both"),
+            "prediction": Score(0.0, pytest.approx(diagonal_mm), 0.0, "prediction"),
+            "reference": Score(0.0, pytest.approx(diagonal_mm), 0.0, "reference"),
+            "none": Score(1.0, 0.0, 1.0, "none"),
+        }
+        assert scores["LV"] == expected[absent]
+    summary = summarise(found.items())
+    assert summary.dice["LV"] == pytest.approx(1 / 3)  # of three: the patient without the class is left out
+    assert summary.dice_mean == pytest.approx((3 / 4 + 1 / 3) / 2)
+    assert summary.absent["LV"] == {"both": 1, "prediction": 1, "reference": 1}
+    assert summary.dice_by_subject == {
+        "both": pytest.approx(3 / 4),
+        "prediction": pytest.approx(3 / 8),
+        "reference": pytest.approx(3 / 8),
+        "none": pytest.approx(7 / 8),
+    }
+
+
+def test_thirds_tell_where_along_the_slices_a_model_fails() -> None:
+    # RV in slices 2 to 8 (thirds 2-3, 4-6, 7-8), missed in 7 and 8, and half found in 4 to 6. LV in slice 5 only.
+    shape = (6, 4, 10)
+    reference = labels(shape, RV=(slice(0, 2), slice(0, 2), slice(2, 9)), LV=(slice(4, 6), slice(0, 2), slice(5, 6)))
+    prediction = labels(shape, RV=(slice(0, 2), slice(0, 2), slice(2, 7)), LV=(slice(4, 6), slice(0, 2), slice(5, 6)))
+    prediction[0, :, 4:7] = 0
+    prediction[4, 0, 3] = 2
+    found = dice_by_thirds(prediction, reference, classes=CLASSES, axis=2)
+    assert found == {"RV": [1.0, pytest.approx(2 * 6 / (6 + 12)), 0.0], "LV": [0.0, 1.0, None]}
+
+
+@pytest.mark.parametrize(
+    ("num_slices", "expected"), [(1, (0, 1, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)), (4, (1, 2, 1)), (5, (2, 1, 2))]
+)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_thirds_are_alike_from_both_ends(num_slices: int, expected: tuple[int, int, int], axis: int) -> None:
+    reference = np.moveaxis(np.zeros((9, 3, 3), np.int16), 0, axis)
+    np.moveaxis(reference, axis, 0)[2 : 2 + num_slices, 1, 1] = 1
+    prediction = np.zeros_like(reference)
+    found = dice_by_thirds(prediction, reference, classes=CLASSES, axis=axis)["RV"]
+    assert found == [0.0 if count else None for count in expected]
+    # Slices that the prediction has right, one by one, show which third they belong to.
+    counts = [0, 0, 0]
+    for index in range(num_slices):
+        np.moveaxis(prediction, axis, 0)[:] = 0
+        np.moveaxis(prediction, axis, 0)[2 + index, 1, 1] = 1
+        right = dice_by_thirds(prediction, reference, classes=CLASSES, axis=axis)["RV"]
+        counts[next(third for third, dice in enumerate(right) if dice)] += 1
+    assert tuple(counts) == expected
+
+
+def test_a_reference_without_organs_has_no_thirds() -> None:
+    empty = np.zeros((4, 4, 4), np.int16)
+    assert dice_by_thirds(empty + 1, empty, classes=CLASSES, axis=2) == {"RV": [None] * 3, "LV": [None] * 3}
+
+
+def test_soft_dice_with_background_is_the_released_codes_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(4, 5, 6, 3, generator=generator).softmax(dim=0)
+    reference = torch.randint(0, 3, (5, 6, 3), generator=generator)  # nobody is of class 3
+    by_class = []
+    for value in range(4):
+        p, t = probabilities[value].flatten().tolist(), (reference == value).flatten().float().tolist()
+        shared = sum(a * b for a, b in zip(p, t, strict=True))
+        by_class.append((2 * shared + 1e-5) / (sum(p) + sum(t) + 1e-5))
+    assert soft_dice_with_background(probabilities, reference) == pytest.approx(sum(by_class) / 4, abs=1e-6)
+    with pytest.raises(ValueError, match="must share one grid"):
+        soft_dice_with_background(probabilities, reference[:-1])
+
+
+def test_soft_dice_with_background_flatters_a_model_that_finds_nothing() -> None:
+    reference = torch.zeros(10, 10, 10, dtype=torch.int64)
+    reference[4:6, 4:6, 4:6] = 1
+    nothing = torch.stack([torch.ones(10, 10, 10), torch.zeros(10, 10, 10)])
+    assert soft_dice_with_background(nothing, reference) == pytest.approx((2 * 992 / 1992) / 2, abs=1e-5)
+    assert score((nothing.argmax(0)).numpy(), reference.numpy())["RV"].dice == 0.0
+
+
+def test_of_each_class_the_largest_part_stays() -> None:
+    parts = labels((8, 8, 4), RV=(slice(0, 3), slice(0, 3), slice(0, 2)), LV=(slice(5, 8), slice(0, 2), slice(0, 2)))
+    cleaned = parts.copy()
+    parts[6, 6, 3], parts[3, 3, 2], parts[0, 7, 3] = 1, 1, 2  # far, over a corner, far
+    cleaned[3, 3, 2] = 1
+    assert (largest_components(parts, classes=CLASSES) == cleaned).all()
+    assert parts[6, 6, 3] == 1  # the input is left as it is
+    only_right = largest_components(parts, classes=[1])
+    assert only_right[0, 7, 3] == 2
+    assert only_right.dtype == parts.dtype
+
+
+def test_frames_are_cleaned_one_by_one() -> None:
+    large, small = (slice(0, 3),) * 3, (slice(5, 7),) * 3
+    first, second = labels((8, 8, 8), RV=large), labels((8, 8, 8), RV=small)
+    both = first + second
+    cleaned = largest_components(np.stack([both, second], axis=3), classes=[1])
+    assert (cleaned == np.stack([first, second], axis=3)).all()
+    empty = np.zeros((3, 3, 3), np.uint8)
+    assert (largest_components(empty, classes=[1]) == empty).all()
+    with pytest.raises(ValueError, match=r"\(X, Y, Z\) or"):
+        largest_components(empty[0], classes=[1])

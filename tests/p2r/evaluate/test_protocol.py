@@ -25,6 +25,7 @@ PATIENTS = tuple(f"patient{number:03d}" for number in range(1, 21))
 class Task:
     name: str = "acdc"
     subjects: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"train": PATIENTS})
+    strata: dict[str, str] = field(default_factory=dict)
 
 
 CONFIG = FinetuneConfig(tasks=("acdc.yaml",), num_labelled=(1, 5), draws=2)
