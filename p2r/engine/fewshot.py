@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +21,6 @@ from safetensors.torch import load
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
 from p2r.config import Mode
 from p2r.data.corpus import contains
-from p2r.data.preprocess import Preparation
 from p2r.engine.finetune import WAYS_OUT, TrialSetup, run_trial
 from p2r.errors import DataError, InputError, TrainingError
 from p2r.evaluate.prepared import prepared_scan
@@ -38,7 +36,7 @@ from p2r.evaluate.protocol import (
     search_trials,
     settings_of,
 )
-from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, check_classes_present, check_scans, load_task
+from p2r.evaluate.tasks import Task, TaskScan, check_classes_present, check_scans, load_task
 from p2r.files import file_sha256
 from p2r.storage import Storage
 
@@ -273,7 +271,7 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
                         f"its figures would leak. {WAYS_OUT}"
                     )
                 setup = replace(setup, is_transductive=True)
-    labels_by_subject = check_scans(task, setup.preparation(backbone), load=partial(_checked, backbone=backbone))
+    labels_by_subject = check_scans(task, setup.preparation(backbone), load=prepared_scan)
     for subjects in draws.values():
         check_classes_present(labels_by_subject, task, subjects=subjects)
     test = set(task.subjects["test"])
@@ -282,18 +280,6 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
         data_sha256=_files_sha256([scan for scan in task.scans if scan.subject not in test]),
         test_sha256=_files_sha256([scan for scan in task.scans if scan.subject in test]),
     )
-
-
-def _checked(scan: TaskScan, task: Task, preparation: Preparation, *, backbone: Backbone) -> LabelledScan:
-    """Read a scan, and keep what was prepared for the trials; refuse one that the backbone cannot read."""
-    loaded = prepared_scan(scan, task, preparation)
-    shape = loaded.volume.data.shape[:3]
-    if preparation.dimensions == 3 and min(shape) == 1:
-        raise DataError(
-            f"task {task.name}: {scan.image} is a single plane {shape}, the backbone {backbone.manifest['url']} reads volumes; "
-            "take a backbone of planes"
-        )
-    return loaded
 
 
 def _check_backbone(task: Task, backbone: Backbone) -> None:
