@@ -51,7 +51,7 @@ def run_trials(
     others: dict[int, Result] = {}
     if missing:
         say(f"{len(missing)} trials to run, {len(trials) - len(missing)} done already")
-        for indices in _experiments(trials, missing):
+        for number, indices in enumerate(_experiments(trials, missing)):
             search = trials[indices[0]][0].config.search
             is_scheduled = search.scheduler != "none" and trials[indices[0]][1].purpose == "search"
             with relay(say) as queue:
@@ -65,7 +65,9 @@ def run_trials(
                         reuse_actors=True,
                         scheduler=_scheduler(trials[indices[0]][0]) if is_scheduled else None,
                     ),
-                    run_config=_run_config(f"finetune-{time.strftime('%Y%m%d-%H%M%S')}", trials[0][0], retries),
+                    run_config=_run_config(
+                        f"finetune-{time.strftime('%Y%m%d-%H%M%S')}-{number}", trials[0][0], retries
+                    ),
                 )
                 for outcome in tuner.fit():
                     index = outcome.config["index"] if outcome.config else None

@@ -6,7 +6,7 @@
 All trials of one (n, draw) see the same images in the same order, whatever their mode. A mean teacher (Tarvainen and
 Valpola 2017) is an average of the student's own weights; the student must also agree with it on unlabelled images, shown
 to both in the same place and in different appearances. The weight of that rises as in the paper, and the teacher is what
-is returned. Nothing waits for the device but a look at the loss every 25 steps.
+is returned. Nothing waits for the device but a check of the loss every 25 steps.
 
 `P` images: all planes of the labelled scans, or all their frames for a network of volumes, padded about their centre to a
 common size `*S` (`H W`, or `X Y Z`).
@@ -37,7 +37,7 @@ from p2r.views.pair import augment_labelled, augment_twice
 Say = Callable[[str], None]
 
 _WARMUP_FRACTION = 0.05
-_LOOK_STEPS = 25
+_CHECK_STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,12 @@ def train_segmenter(
             _follow(teacher, segmenter, decay=min(settings.ema_decay or 0.0, 1 - 1 / (step + 2)))
         if step >= steps * 0.9 or step == steps - 1:
             tail.append(loss.detach())
-        if (step + 1) % _LOOK_STEPS == 0 or step + 1 == steps:
+        is_look = look is not None and (step + 1) % config.search.report_steps == 0 and step + 1 < steps
+        if (step + 1) % _CHECK_STEPS == 0 or step + 1 == steps or is_look:
             _check_finite(loss, trial, step)
         if (step + 1) % 100 == 0:
             say(f"{trial.id} | step {step + 1}/{steps} | loss {float(loss.detach()):.3f}")
-        if look is not None and (step + 1) % config.search.report_steps == 0 and step + 1 < steps:
+        if look is not None and is_look:
             look(step + 1, teacher or segmenter)
     found = teacher or segmenter
     return found.eval(), float(torch.stack(tail).mean())
@@ -330,10 +331,11 @@ def train_head(
         optimizer.step()
         if step >= settings.steps * 0.9 or step == settings.steps - 1:
             tail.append(loss.detach())
-        if (step + 1) % _LOOK_STEPS == 0 or step + 1 == settings.steps:
+        is_look = look is not None and (step + 1) % config.search.report_steps == 0 and step + 1 < settings.steps
+        if (step + 1) % _CHECK_STEPS == 0 or step + 1 == settings.steps or is_look:
             _check_finite(loss, trial, step)
         if (step + 1) % 100 == 0:
             say(f"{trial.id} | step {step + 1}/{settings.steps} | loss {float(loss.detach()):.3f}")
-        if look is not None and (step + 1) % config.search.report_steps == 0 and step + 1 < settings.steps:
+        if look is not None and is_look:
             look(step + 1)
     return float(torch.stack(tail).mean())

@@ -348,3 +348,24 @@ def test_settings_of_a_mode_are_those_that_it_has() -> None:
         learning_rate=1.0, weight_decay=1e-4, steps=300
     )
     assert settings_of(config, "mean_teacher", {"learning_rate": 1, "ema_decay": 0.5}).ema_decay == 0.5
+
+
+def test_a_sweep_that_was_stopped_goes_on_to_the_same_report(make: Make) -> None:
+    values: dict[str, Any] = {"num_labelled": [1, 2], "search": {"learning_rates": {"scratch": [1e-3, 1e-2]}}}
+    whole = run(make(storage="whole", **values))
+    cut = make(storage="cut", **values)
+    for stops_at in (1, 2, 3):
+
+        def stop(line: str, stops_at: int = stops_at) -> None:
+            if f"{stops_at}/2 | disc-search" in line or (stops_at == 3 and "1/2 | disc-final" in line):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            few_shot([cut], runner=LocalExecutor(torch.device("cpu"), None), say=stop)
+    resumed = run(cut)
+
+    def rows(found: FewShot) -> list[dict[str, Any]]:
+        return [{key: value for key, value in result["row"].items() if key != "seconds"} for result in found.results]
+
+    assert rows(resumed) == rows(whole) and resumed.chosen == whole.chosen
+    assert resumed.overhead["num_trials"] == 1
