@@ -84,7 +84,7 @@ def _train_and_score(job: Job, storage: Storage, executor: Executor, stages: Seq
 
 def _run_variants(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
     """Run every variant of an ablation, one after the other, and write what they reached side by side."""
-    rows = []
+    rows, failed = [], []
     for name, variant in variants_of(job).items():
         where = Storage(variant.storage)
         say(f"variant {name} | " + ", ".join(f"{key}: {value}" for key, value in job.variants[name].items()))
@@ -92,7 +92,9 @@ def _run_variants(job: Job, storage: Storage, executor: Executor, say: Say) -> d
         if "unfinished" in made:
             return {"unfinished": f"variant {name}"}
         rows += [{**row, "variant": name} for row in where.read_json("report/report.json")["rows"]]
-    return {"report": write_variants(job, storage, rows), "table": variants_table(rows)}
+        failed += [{**failure, "trial": f"{name}: {failure['trial']}"} for failure in made.get("failed", [])]
+    found = {"report": write_variants(job, storage, rows), "table": variants_table(rows)}
+    return {**found, "failed": failed} if failed else found
 
 
 def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:

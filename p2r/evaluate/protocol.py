@@ -198,7 +198,8 @@ def settings_of(config: FinetuneConfig, mode: Mode, candidate: Candidate) -> Set
 
 def is_searched(config: FinetuneConfig, mode: Mode) -> bool:
     """Tell whether a mode has a choice to make."""
-    return config.search.searcher != "grid" or len(candidates_of(config, mode)) > 1
+    space = space_of(config, mode)
+    return bool(space) and (config.search.searcher != "grid" or len(candidates_of(config, mode)) > 1)
 
 
 def search_trials(config: FinetuneConfig, task: LabelledTask) -> list[Trial]:
