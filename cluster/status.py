@@ -56,6 +56,6 @@ def _published(storage: Storage, folder: str) -> str | None:
 
 
 def _trials(storage: Storage) -> str | None:
-    done = [name for name in storage.list("finetune") if name.endswith(".json")]
+    done = [name for name in storage.list("finetune") if name.endswith(".json") and "/trials/" in name]
     finals = sum("-final-" in name for name in done)
     return f"{len(done) - finals} search and {finals} final trials done" if done else None

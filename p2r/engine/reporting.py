@@ -3,7 +3,7 @@
 Pictures show training images (view pairs) and validation patients (embedding, outlines): making them reads no test patient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def make_report(
     setups: Sequence[TrialSetup],
     rows: Sequence[dict[str, Any]],
     models: dict[str, str],
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write the report below `<storage>/report` and return its URLs, and the table for a terminal."""
     pictures: dict[str, bytes] = {}
@@ -78,7 +79,7 @@ def make_report(
     written = write_report(
         where,
         rows=list(rows),
-        context={**_context(job, backbone, tasks, models), "captions": captions},
+        context={**_context(job, backbone, tasks, models), **facts, "captions": captions},
         pictures=pictures,
     )
     return {"report": where.at("report.md"), "pictures": where.at("pictures"), "table": table(written["rows"])}

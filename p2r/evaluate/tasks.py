@@ -13,7 +13,7 @@ What cannot be known: whether a label map that fits its image in name, grid and 
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -280,12 +280,18 @@ def task_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_scans(task: Task, preparation: Preparation) -> dict[str, frozenset[int]]:
+def check_scans(
+    task: Task,
+    preparation: Preparation,
+    *,
+    load: Callable[[TaskScan, Task, Preparation], LabelledScan] | None = None,
+) -> dict[str, frozenset[int]]:
     """Read every scan of a task and refuse whatever breaks a rule.
 
     Args:
         task: From `load_task`.
         preparation: What the backbone expects of a scan.
+        load: Reads a scan; None: `load_scan`.
 
     Returns:
         The labels that each subject's label maps hold, for `check_classes_present`.
@@ -299,7 +305,7 @@ def check_scans(task: Task, preparation: Preparation) -> dict[str, frozenset[int
     labels: dict[str, TaskScan] = {}
     classes: dict[str, frozenset[int]] = {}
     for scan in task.scans:
-        loaded = load_scan(scan, task, preparation)
+        loaded = (load or load_scan)(scan, task, preparation)
         twin = images.setdefault(voxels_sha256(loaded.volume), scan)
         if twin.subject != scan.subject:
             raise DataError(
