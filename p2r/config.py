@@ -488,6 +488,9 @@ class PretrainConfig(Section):
     """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 gradients too are partitioned over the workers."""
     report_interval: PositiveInt = 10
     """Steps between two reports (a line on the terminal, a line in history.jsonl)."""
+    equivariance_interval: NonNegativeInt = 1
+    """Reports between two that state the equivariance error: 0 if the embeddings of a step's pixel pairs follow the warp perfectly, 1 if
+    no better than chance. 0: never."""
     checkpoint_interval: PositiveInt = 100
     """Steps between two checkpoints; the last step always makes one."""
     keep_checkpoints: PositiveInt = 2

@@ -57,6 +57,7 @@ def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -
         lr=config.optimizer.learning_rate,
     )
     micro_batch = config.micro_batch or config.global_batch // world_size
+    on_gpu = next(model.parameters()).is_cuda
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -68,7 +69,9 @@ def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -
             "zero_optimization": {"stage": config.zero_stage},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": config.precision == "bf16"},
+            # Looking for overflow makes the host wait for the device. What would overflow shows in the next step's loss, and
+            # no checkpoint is made before.
+            "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": not on_gpu},
             "gradient_clipping": config.optimizer.clip_norm,
             "steps_per_print": 2**62,
             "wall_clock_breakdown": False,
