@@ -80,21 +80,24 @@ def run(
     set_: Overrides = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
     allow_transductive: AllowTransductive = False,
+    profile: Annotated[
+        int, typer.Option(metavar="STEPS", min=0, help="Profile so many steps of pretraining, after a few.")
+    ] = 0,
     debug: Debug = False,
 ) -> None:
     """Run a job on Ray; running it again resumes it."""
     job = read_job(path, overrides_of(set_, allow_transductive=allow_transductive))
-    _print_made(_run_on_ray(job, address, debug=debug))
+    _print_made(_run_on_ray(job, address, profile_steps=profile, debug=debug))
 
 
-def _run_on_ray(job: Any, address: str | None, *, debug: bool) -> dict[str, Any]:
+def _run_on_ray(job: Any, address: str | None, *, profile_steps: int, debug: bool) -> dict[str, Any]:
     # Ray and torch take seconds to import; `p2r validate` needs neither.
     from cluster.executor import RayExecutor
     from cluster.session import session
     from p2r.engine.pipeline import run_job
 
     with session(address, show_worker_logs=debug):
-        return run_job(job, RayExecutor(job), say=_say)
+        return run_job(job, RayExecutor(job, profile_steps=profile_steps), say=_say)
 
 
 @app.command()

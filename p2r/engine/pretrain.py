@@ -11,12 +11,14 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from p2r.config import PretrainConfig
 from p2r.counters import Counters
@@ -26,6 +28,7 @@ from p2r.engine.checkpoint import load_checkpoint, newest_checkpoint, refuse_oth
 from p2r.engine.compiling import warm_up
 from p2r.engine.corpora import agreed_corpora
 from p2r.engine.feed import feed
+from p2r.engine.profile import Profiler
 from p2r.engine.schedule import learning_rate
 from p2r.engine.step import Step, equivariance_error, take_step
 from p2r.errors import CheckpointError, EmbeddingError, InputError, TrainingError
@@ -73,6 +76,8 @@ class Report:
     """Path of the checkpoint that this step made, below `<storage>/pretrain`."""
     compiled: str | None = None
     """In the first report of a run that compiles: what came of it."""
+    profile: str | None = None
+    """Path of the profile that was made since the report before, below `<storage>/pretrain`."""
 
     def line(self) -> str:
         """Return the report as one line for a terminal."""
@@ -87,11 +92,18 @@ class Report:
             + (f" | {self.num_images_without_pairs} images without pairs" if self.num_images_without_pairs else "")
             + (f" | {self.num_replaced} damaged samples replaced" if self.num_replaced else "")
             + (f" | checkpoint {self.checkpoint}" if self.checkpoint else "")
+            + (f" | {self.profile}" if self.profile else "")
         )
 
 
 def pretrain(
-    config: PretrainConfig, *, storage: Storage, corpus: Storage, device: torch.device, max_seconds: float | None = None
+    config: PretrainConfig,
+    *,
+    storage: Storage,
+    corpus: Storage,
+    device: torch.device,
+    max_seconds: float | None = None,
+    profile_steps: int = 0,
 ) -> Iterator[Report]:
     """Train to `config.steps`, from the newest checkpoint if there is one.
 
@@ -101,6 +113,7 @@ def pretrain(
         corpus: The job's own corpus, where `config` names none.
         device: This process's device.
         max_seconds: Save a checkpoint and end early after this time, to go on in a later call.
+        profile_steps: Profile so many steps of rank 0, after a few, into `<storage>/pretrain/profile`; 0: none.
 
     Raises:
         InputError: for a corpus, checkpoint or number of workers that does not fit.
@@ -158,11 +171,20 @@ def pretrain(
         counters=counters,
         pin_memory=device.type == "cuda",
     )
-    batches, unread = feed(decoded, device), _Unread()
+    profiler = None
+    if profile_steps and rank == 0:
+        profiler = Profiler(
+            storage,
+            num_steps=profile_steps,
+            device=device,
+            decode_s=lambda: counters.snapshot().get("decode_seconds", 0.0),
+        )
+    timed = record_function if profiler is None else profiler.timed
+    batches, unread, profile = feed(decoded, device, timed=timed), _Unread(), None
     try:
         clock = _Clock()
         for step in range((resumed_from or 0) + 1, config.steps + 1):
-            batch, state = next(batches)
+            in_step = nullcontext() if profiler is None else profiler.step(step, engine)
             rate = learning_rate(
                 step - 1,
                 peak=config.optimizer.learning_rate,
@@ -171,16 +193,21 @@ def pretrain(
             )
             reports = _is_due(step, config.report_interval, config.steps)
             aligns = reports and _is_due(step, config.report_interval * config.equivariance_interval, config.steps)
-            try:
-                taken = take_step(engine, batch, config=config, learning_rate=rate, aligns=aligns)
-            except EmbeddingError as error:
-                raise _diverged(step, error) from error
+            with in_step:
+                batch, state = next(batches)
+                try:
+                    taken = take_step(engine, batch, config=config, learning_rate=rate, aligns=aligns, timed=timed)
+                except EmbeddingError as error:
+                    raise _diverged(step, error) from error
             unread.add(step, taken)
             clock.add(batch.wait_s)
             timed_out = _any_rank(None if max_seconds is None else time.monotonic() - began > max_seconds, device)
             saves = _is_due(step, config.checkpoint_interval, config.steps) or timed_out
             if reports or saves or device.type == "cpu":
                 unread.read_into(running)
+            if profiler is not None:
+                profiler.waited(batch.wait_s)
+                profile = profiler.written(is_last=step == config.steps or timed_out) or profile
             path, mean_loss, num_without_pairs = None, running.mean(), running.num_images_without_pairs
             if reports:
                 running.reset()
@@ -214,8 +241,9 @@ def pretrain(
                     resumed_from=resumed_from,
                     checkpoint=path,
                     compiled=compiled,
+                    profile=profile,
                 )
-                resumed_from = compiled = None
+                resumed_from = compiled = profile = None
                 history.add(report, flush=saves)
                 clock = _Clock()
                 yield report

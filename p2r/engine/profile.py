@@ -214,7 +214,9 @@ class Profiler:
 
 def to_text(profile: Profile) -> str:
     """Return the profile as Markdown tables, which a terminal shows as well."""
-    steps = f"{profile.num_steps} steps from step {profile.first_step} on, {1000 * profile.seconds_per_step:.1f} ms each"
+    steps = (
+        f"{profile.num_steps} steps from step {profile.first_step} on, {1000 * profile.seconds_per_step:.1f} ms each"
+    )
     lines = [f"{steps}, on {profile.device}.", "", "| part | ms per step | share |", "|---|---:|---:|"]
     lines += [_row(part.name, part) for part in profile.parts]
     lines += [_row(f"{part.name} (beside)", part) for part in profile.beside]

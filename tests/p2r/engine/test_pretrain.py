@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import random
@@ -16,8 +17,10 @@ from p2r.data.corpus import ingest_locally
 from p2r.data.manifest import load_manifest, manifest_sha256
 from p2r.data.shards import open_shard
 from p2r.engine.pretrain import Report, finished_checkpoint, pretrain
+from p2r.engine.profile import PARTS, profile_text
 from p2r.errors import CheckpointError, DataError, InputError, StorageError, TrainingError
 from p2r.job import Job, read_job
+from p2r.model.pix2rep import Pix2Rep
 from p2r.storage import Storage
 
 CPU = torch.device("cpu")
@@ -286,3 +289,39 @@ def _weights(storage: Storage, checkpoint: str) -> str:
     manifest = storage.read_json(f"checkpoints/{checkpoint}/manifest.json")
     digest: str = manifest["files"]["model.safetensors"]["sha256"]
     return digest
+
+
+def test_a_profile_says_where_time_and_memory_go(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
+    job = job_of(tmp_path, "pretrain.micro_batch=2")
+    assert job.pretrain is not None
+    plain, profiled = Storage(str(tmp_path / "plain")), Storage(str(tmp_path / "profiled"))
+    _train(job, plain, corpus)
+    run = pretrain(job.pretrain, storage=profiled, corpus=corpus, device=CPU, profile_steps=2)
+    assert [report.profile for report in run] == [None, None, "profile"]  # steps 4 and 5, told of at step 6
+    assert _losses(profiled) == _losses(plain)
+    found = profiled.read_json("profile/profile.json")
+    assert (found["first_step"], found["num_steps"]) == (4, 2)
+    assert [part["name"] for part in found["parts"]] == [*PARTS, "other"]
+    assert all(part["seconds_per_step"] > 0 for part in found["parts"] if part["name"] not in ("wait", "other"))
+    assert sum(part["seconds_per_step"] for part in found["parts"]) == pytest.approx(found["seconds_per_step"], rel=0.1)
+    assert len(found["operators"]) == 10
+    weights = sum(weight.numel() for weight in Pix2Rep(job.pretrain.model).parameters()) * 4 / 2**20
+    memory = found["memory"]
+    assert memory["weights_mib"] == pytest.approx(weights, rel=0.05)
+    assert memory["optimizer_mib"] == pytest.approx(3 * weights, rel=0.05)  # two moments and DeepSpeed's own copy
+    assert memory["gradients_mib"] >= weights
+    assert memory["peak_mib"] > memory["activations_mib"] > 0
+    assert "| backward |" in profile_text(profiled)
+    trace = json.loads(gzip.decompress(profiled.read_bytes("profile/trace.json.gz")))
+    assert {"views", "backward"} <= {event.get("name") for event in trace["traceEvents"]}
+    assert profiled.read_bytes("profile/profile.png").startswith(b"\x89PNG")
+
+
+def test_a_run_that_is_too_short_for_its_profile_profiles_what_there_is(
+    job: Job, corpus: Storage, tmp_path: Path
+) -> None:
+    assert job.pretrain is not None
+    storage = Storage(str(tmp_path / "pretrain"))
+    run = pretrain(job.pretrain, storage=storage, corpus=corpus, device=CPU, profile_steps=100)
+    assert [report.profile for report in run] == [None, None, "profile"]
+    assert storage.read_json("profile/profile.json")["num_steps"] == 3
