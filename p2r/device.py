@@ -22,6 +22,11 @@ def on_device(
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def is_waited_for(device: torch.device) -> bool:
+    """Return whether to look at a value is to wait for a device that works on its own: for any but a CPU."""
+    return device.type != "cpu"
+
+
 def random_bits(keys: NDArray[np.uint64], num: int, *, device: torch.device | None = None) -> Tensor:
     """Return (B, num) int32 of 32 random bits each, made on the device from the samples' keys (B,)."""
     words = keys.astype("<u8").view("<i4").reshape(-1, 2)

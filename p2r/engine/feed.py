@@ -34,11 +34,11 @@ def feed(batches: Batches, device: torch.device, *, timed: Timed = torch.profile
 
 
 def _copied(batches: Batches, device: torch.device, timed: Timed) -> Batches:
-    side = torch.cuda.Stream(device)
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     steps: deque[torch.cuda.Event] = deque()  # ends of those that were enqueued
     try:
         for batch, state in batches:
-            is_idle = not steps or steps[-1].query()
+            is_idle = not steps or steps[-1].query()  # type: ignore[no-untyped-call]
             if len(steps) == _MOST_STEPS_AHEAD:
                 steps.popleft().synchronize()
             with torch.cuda.stream(side), timed("copy"):
@@ -50,7 +50,7 @@ def _copied(batches: Batches, device: torch.device, timed: Timed) -> Batches:
                     if tensor.is_cuda:
                         tensor.record_stream(current)
             yield replace(here, wait_s=batch.wait_s if is_idle else 0.0), state
-            end = torch.cuda.Event()
+            end = torch.cuda.Event()  # type: ignore[no-untyped-call]
             end.record(current)
             steps.append(end)
     finally:

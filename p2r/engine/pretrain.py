@@ -23,9 +23,10 @@ from torch.profiler import record_function
 from p2r.config import PretrainConfig
 from p2r.counters import Counters
 from p2r.data.stream import Quarantine, Replaced, stream, stream_state
+from p2r.device import is_waited_for
 from p2r.engine.build import DTYPES, build_engine, join_process_group
 from p2r.engine.checkpoint import load_checkpoint, newest_checkpoint, refuse_other_config, save_checkpoint
-from p2r.engine.compiling import warm_up
+from p2r.engine.compiling import compile_in_place, warm_up
 from p2r.engine.corpora import agreed_corpora
 from p2r.engine.feed import feed
 from p2r.engine.profile import Profiler
@@ -144,11 +145,14 @@ def pretrain(
     is_compiled, compiled = False, None
     if config.compile:
         is_compiled, compiled = warm_up(
-            model.to(device).backbone, shape=_encoded_shape(config, world_size), dtype=DTYPES[config.precision]
+            model.to(device).backbone,
+            shape=_encoded_shape(config, world_size),
+            dtype=DTYPES[config.precision],
+            how=config.compile,
         )
     engine = build_engine(model.to(device), config, world_size=world_size)
-    if is_compiled:
-        engine.module.backbone.compile(dynamic=False)
+    if is_compiled and config.compile:
+        compile_in_place(engine.module.backbone, config.compile)
     resumed_from, running = None, _Running()
     if checkpoint is not None:
         load_checkpoint(engine, storage, checkpoint, config=config)
@@ -203,7 +207,7 @@ def pretrain(
             clock.add(batch.wait_s)
             timed_out = _any_rank(None if max_seconds is None else time.monotonic() - began > max_seconds, device)
             saves = _is_due(step, config.checkpoint_interval, config.steps) or timed_out
-            if reports or saves or device.type == "cpu":
+            if reports or saves or not is_waited_for(device):
                 unread.read_into(running)
             if profiler is not None:
                 profiler.waited(batch.wait_s)

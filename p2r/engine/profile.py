@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, record_function
 
-from p2r.report.canvas import INK, new_figure, plain, to_png
 from p2r.storage import Storage
 
 NUM_WARM_UP = 3
@@ -203,7 +202,7 @@ class Profiler:
     def _now(self) -> Any:
         if self._device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -236,6 +235,9 @@ def _row(name: str, part: Part) -> str:
 
 def picture(profile: Profile) -> bytes:
     """Draw time by part and memory by kind, as a PNG."""
+    # Matplotlib takes seconds to import; a worker that is not profiled needs none.
+    from p2r.report.canvas import INK, new_figure, plain, to_png
+
     figure = new_figure(9, 3.6)
     memory = {name.removesuffix("_mib"): value for name, value in asdict(profile.memory).items()}
     charts: tuple[tuple[str, dict[str, float]], ...] = (

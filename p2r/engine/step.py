@@ -285,7 +285,7 @@ def _host_copy(engine: Any, config: LossConfig) -> Callable[[], float] | None:
     if value.device.type != "cuda":
         return lambda: float(value)
     host = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-    is_there = torch.cuda.Event()
+    is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
     is_there.record()
 
     def read() -> float:

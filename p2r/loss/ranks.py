@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from p2r.device import is_waited_for
 from p2r.errors import EmbeddingError
 
 GradientScale = Literal["mean", "sum"]
@@ -50,11 +51,7 @@ class Findings:
 
 def postpones(findings: Findings | None, *values: Tensor) -> TypeGuard[Findings]:
     """Return whether what these values are is left for later: there are findings, and looking would be waiting."""
-    return findings is not None and any(_is_waited_for(value.device) for value in values)
-
-
-def _is_waited_for(device: torch.device) -> bool:
-    return device.type != "cpu"
+    return findings is not None and any(is_waited_for(value.device) for value in values)
 
 
 def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:

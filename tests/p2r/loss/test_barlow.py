@@ -120,7 +120,7 @@ def test_a_weight_that_is_negative_or_not_finite_is_refused(weight: float) -> No
 def test_with_findings_pairs_of_no_weight_are_not_there_and_fewer_than_two_teach_nothing(
     is_waited_for: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p2r.loss.ranks._is_waited_for", lambda device: is_waited_for)
+    monkeypatch.setattr("p2r.loss.ranks.is_waited_for", lambda device: is_waited_for)
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(12, 5, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
     with torch.no_grad():

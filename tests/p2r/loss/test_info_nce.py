@@ -408,7 +408,7 @@ def test_unknown_names_are_refused() -> None:
 @pytest.fixture
 def waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat the CPU as a device that must not be waited for."""
-    monkeypatch.setattr("p2r.loss.ranks._is_waited_for", lambda device: True)
+    monkeypatch.setattr("p2r.loss.ranks.is_waited_for", lambda device: True)
 
 
 @pytest.mark.usefixtures("waited_for")
@@ -460,7 +460,7 @@ def test_with_findings_a_cpu_is_still_looked_at_at_once() -> None:
 def test_with_findings_fewer_than_two_pairs_teach_nothing(
     num: int, is_waited_for: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p2r.loss.ranks._is_waited_for", lambda device: is_waited_for)
+    monkeypatch.setattr("p2r.loss.ranks.is_waited_for", lambda device: is_waited_for)
     queries, keys = (x.requires_grad_() for x in embeddings(6, 4))
     temperature = torch.tensor(0.1, requires_grad=True)
     weights = (torch.arange(6) < num).float()
