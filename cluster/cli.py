@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from p2r.config import PretrainConfig
 from p2r.errors import InputError, JobError, P2RError, TrainingError
 from p2r.job import Job, json_schema, overrides_of, read_job
 from p2r.storage import Storage
@@ -80,11 +81,14 @@ def run(
     set_: Overrides = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
     allow_transductive: AllowTransductive = False,
+    profile: Annotated[
+        int, typer.Option(metavar="STEPS", min=0, help="Profile so many steps of pretraining, after a few.")
+    ] = 0,
     debug: Debug = False,
 ) -> None:
     """Run a job on Ray; running it again resumes it."""
     job = read_job(path, overrides_of(set_, allow_transductive=allow_transductive))
-    made = _run_on_ray(job, address, debug=debug)
+    made = _run_on_ray(job, address, profile_steps=profile, debug=debug)
     failed = made.pop("failed", [])
     _print_made(made)
     if failed:
@@ -93,14 +97,14 @@ def run(
         raise TrainingError(failure_message(failed))
 
 
-def _run_on_ray(job: Any, address: str | None, *, debug: bool) -> dict[str, Any]:
+def _run_on_ray(job: Any, address: str | None, *, profile_steps: int, debug: bool) -> dict[str, Any]:
     # Ray and torch take seconds to import; `p2r validate` needs neither.
     from cluster.executor import RayExecutor
     from cluster.session import session
     from p2r.engine.pipeline import run_job
 
     with session(address, show_worker_logs=debug):
-        return run_job(job, RayExecutor(job), say=_say)
+        return run_job(job, RayExecutor(job, profile_steps=profile_steps), say=_say)
 
 
 @app.command()
@@ -172,6 +176,59 @@ def status(path: JobPath, set_: Overrides = None, debug: Debug = False) -> None:
     show(read_job(path, tuple(set_ or ())))
 
 
+@app.command(name="tune-batch")
+def tune_batch(
+    path: JobPath,
+    set_: Overrides = None,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Memory of a worker; default: all of the GPU. Needed where there is no GPU."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Find how many images and pixel pairs of a job's pretraining fit into memory, by trying on this machine."""
+    import torch
+
+    from p2r.engine.tune_batch import tune_batch as tune
+
+    config = _pretrain_of(read_job(path, tuple(set_ or ())), path)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    found = tune(config, device=device, memory_gib=memory_gib, say=_say)
+    _print_rows(
+        ("images", "pairs per image", "peak MiB", "img/s"),
+        [
+            (
+                str(one.images),
+                str(one.pairs),
+                *(f"{x:.1f}" if x is not None else "-" for x in (one.peak_mib, one.images_per_s)),
+            )
+            for one in found.trials
+        ],
+    )
+    print(f"a worker takes up to {found.images} images at once, and of these up to {found.pairs} pixel pairs each\n")
+    _print_rows(
+        ("workers", "images of each", "pretrain.micro_batch"),
+        [(str(cut.num_workers), str(cut.images), str(cut.micro_batch or "null")) for cut in found.cuts],
+        title=f"pretrain.global_batch: {config.global_batch}",
+    )
+
+
+def _print_rows(columns: tuple[str, ...], rows: list[tuple[str, ...]], *, title: str | None = None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left", box=None)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _pretrain_of(job: Job, path: Path) -> PretrainConfig:
+    if job.pretrain is None:
+        raise JobError(f"job {path} has no section pretrain; give a job of kind pretrain, pipeline or ablation")
+    return job.pretrain
+
+
 @app.command()
 def views(
     path: JobPath,
@@ -186,14 +243,11 @@ def views(
     from p2r.report import image_of, view_sheet
 
     job = read_job(path, tuple(set_ or ()))
-    if job.pretrain is None:
-        raise JobError(
-            f"job {path} has no section pretrain, whose views would be drawn; give a job of kind pretrain or pipeline"
-        )
+    config = _pretrain_of(job, path)
     _check_output(output, (".png",))
     volume = read_volume(scan or next(resolve_source("template://icbm152/images?subjects=1").glob("*.nii.gz")))
-    image, inside = image_of(volume, job.pretrain.image)
-    output.write_bytes(view_sheet(image, inside, config=job.pretrain.views, spacing_mm=job.pretrain.image.spacing_mm))
+    image, inside = image_of(volume, config.image)
+    output.write_bytes(view_sheet(image, inside, config=config.views, spacing_mm=config.image.spacing_mm))
     print(output)
 
 

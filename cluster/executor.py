@@ -16,8 +16,8 @@ from p2r.storage import Storage
 class RayExecutor:
     """Runs ingest as tasks, pretraining by Ray Train, trials by Ray Tune, with the job's resources and retries."""
 
-    def __init__(self, job: Job) -> None:
-        self._resources, self._retries = job.resources, job.retries
+    def __init__(self, job: Job, *, profile_steps: int = 0) -> None:
+        self._resources, self._retries, self._profile_steps = job.resources, job.retries, profile_steps
         refuse_unshared_folder(Storage(job.storage))
 
     def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
@@ -34,7 +34,13 @@ class RayExecutor:
     def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
         """A Ray Train worker group; it ends with the last step."""
         pretrain.pretrain(
-            config, storage=storage, corpus=corpus, resources=self._resources, retries=self._retries, say=say
+            config,
+            storage=storage,
+            corpus=corpus,
+            resources=self._resources,
+            retries=self._retries,
+            say=say,
+            profile_steps=self._profile_steps,
         )
         return True
 

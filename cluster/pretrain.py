@@ -23,9 +23,16 @@ from p2r.storage import Storage
 
 
 def pretrain(
-    config: PretrainConfig, *, storage: Storage, corpus: Storage, resources: Resources, retries: int, say: Say
+    config: PretrainConfig,
+    *,
+    storage: Storage,
+    corpus: Storage,
+    resources: Resources,
+    retries: int,
+    say: Say,
+    profile_steps: int = 0,
 ) -> None:
-    """Train to the end on as many workers as `resources` says.
+    """Train to the end on as many workers as `resources` says; rank 0 may profile some of its steps.
 
     Raises:
         InputError: found before a worker is started: corpus, number of workers or checkpoint do not fit.
@@ -51,7 +58,13 @@ def pretrain(
     with relay(say) as queue:
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"config": config, "storage": storage.url, "corpus": corpus.url, "queue": queue},
+            train_loop_config={
+                "config": config,
+                "storage": storage.url,
+                "corpus": corpus.url,
+                "queue": queue,
+                "profile_steps": profile_steps,
+            },
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=num_workers,
@@ -79,19 +92,27 @@ def ray_folder(storage: Storage) -> str:
 def _worker(settings: dict[str, Any]) -> None:
     # Imported here: the driver has no use for DeepSpeed.
     from p2r.engine.pretrain import pretrain as run
+    from p2r.engine.profile import profile_text
 
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     # Ray sets the number of threads by CPUs of the worker; torch reads it when it is imported, which may have been before.
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    storage = Storage(settings["storage"])
     reports = run(
-        settings["config"], storage=Storage(settings["storage"]), corpus=Storage(settings["corpus"]), device=device
+        settings["config"],
+        storage=storage,
+        corpus=Storage(settings["corpus"]),
+        device=device,
+        profile_steps=settings["profile_steps"],
     )
     for report in reports:
         if context.get_world_rank() == 0:
             if report.resumed_from is not None:
                 settings["queue"].put(f"pretrain | resumed from step {report.resumed_from}")
             settings["queue"].put(f"pretrain | {report.line()}")
+            if report.profile is not None:
+                settings["queue"].put(profile_text(storage))
         ray.train.report({"step": report.step, "loss": report.loss})
 
 

@@ -506,13 +506,17 @@ class PretrainConfig(Section):
     """Seeds weights, order, views and points."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network; statistics of normalisations, reading at points, projection head and sums of the loss are fp32 in both."""
-    compile: bool = False
+    compile: bool | Literal["reduce-overhead"] = False
     """Compile the backbone (torch.compile) before the first step: seconds to minutes, which the first report states, kept in
-    `$P2R_CACHE`. Where there is no compiler, the report says so and training goes on without."""
+    `$P2R_CACHE`. Where there is no compiler, the report says so and training goes on without. reduce-overhead: GPUs also replay its
+    kernels as CUDA graphs, for networks so small that launching kernels takes longer than running them; memory for time."""
     zero_stage: Literal[0, 1, 2] = 1
     """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 gradients too are partitioned over the workers."""
     report_interval: PositiveInt = 10
     """Steps between two reports (a line on the terminal, a line in history.jsonl)."""
+    equivariance_interval: NonNegativeInt = 1
+    """Reports between two that state the equivariance error: 0 if the embeddings of a step's pixel pairs follow the warp perfectly, 1 if
+    no better than chance. 0: never."""
     checkpoint_interval: PositiveInt = 100
     """Steps between two checkpoints; the last step always makes one."""
     keep_checkpoints: PositiveInt = 2

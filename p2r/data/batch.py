@@ -83,8 +83,8 @@ class Batch:
             voxels = group.voxels.to(device, non_blocking=True)
             every = (slice(None), *[None] * (voxels.ndim - 1))
             prepared = normalise(voxels, group.low.to(device)[every], group.high.to(device)[every])
-            index = group.index.to(device)
             if self.image.dimensions == 2:
+                index = group.index.to(device)
                 rows, columns = group.spacing_mm
                 images[index], insides[index] = to_grid(
                     prepared[:, None], (rows, columns), target_mm=target_mm, size=size

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from p2r.config import PERCENTILES
 from p2r.data.volume import Volume
+from p2r.device import on_device
 from p2r.errors import RefusedScan
 
 SliceAxis = Literal["auto", 0, 1, 2]
@@ -265,14 +266,15 @@ def _to_cubic(
             voxels.shape[axis - 3], centre[axis], spacing_mm=spacing_mm[axis], target_mm=target_mm, size=size
         )
         weights.append(of_axis)
-        inside = inside[..., None] & within.to(voxels.device)
+        inside = inside[..., None] & on_device(within.numpy(), voxels.device, dtype=torch.bool)
     return _along_axes(voxels, weights), inside
 
 
 def _along_axes(maps: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Multiply the last three axes of `maps`, one after another, by a matrix (samples, voxels) each."""
     for axis, of_axis in enumerate(weights, start=maps.ndim - 3):
-        maps = torch.movedim(torch.tensordot(of_axis.to(maps.device), maps, dims=([1], [axis])), 0, axis)
+        matrix = on_device(of_axis.numpy(), maps.device)
+        maps = torch.movedim(torch.tensordot(matrix, maps, dims=([1], [axis])), 0, axis)
     return maps
 
 

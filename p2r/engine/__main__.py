@@ -2,7 +2,8 @@
 
     python -m p2r.engine jobs/demo.yaml --set pretrain.steps=20 --minutes 8
 
-With `--minutes`, pretraining saves a checkpoint and ends when the time is over; the same command goes on from there.
+With `--minutes`, pretraining saves a checkpoint and ends when the time is over; the same command goes on from there. With
+`--profile STEPS` it says where so many of its steps spend time and memory, and goes on.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from p2r.engine.fewshot import Result, attempt, failure_message
 from p2r.engine.finetune import TrialSetup
 from p2r.engine.pipeline import Say, run_job
 from p2r.engine.pretrain import pretrain
+from p2r.engine.profile import profile_text
 from p2r.errors import InputError, JobError, P2RError
 from p2r.evaluate.protocol import Trial
 from p2r.job import overrides_of, read_job
@@ -29,8 +31,11 @@ from p2r.storage import Storage
 class LocalExecutor:
     """Every heavy part as a loop in this process."""
 
-    def __init__(self, device: torch.device, max_seconds: float | None, *, retries: int = 0) -> None:
-        self._device, self._max_seconds, self._retries = device, max_seconds, retries
+    def __init__(
+        self, device: torch.device, max_seconds: float | None, *, retries: int = 0, profile_steps: int = 0
+    ) -> None:
+        self._device, self._max_seconds = device, max_seconds
+        self._retries, self._profile_steps = retries, profile_steps
 
     def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
         """Shard after shard."""
@@ -44,11 +49,18 @@ class LocalExecutor:
         """On this process's device."""
         step = config.steps
         for report in pretrain(
-            config, storage=storage, corpus=corpus, device=self._device, max_seconds=self._max_seconds
+            config,
+            storage=storage,
+            corpus=corpus,
+            device=self._device,
+            max_seconds=self._max_seconds,
+            profile_steps=self._profile_steps,
         ):
             if report.resumed_from is not None:
                 say(f"pretrain | resumed from step {report.resumed_from}")
             say(f"pretrain | {report.line()}")
+            if report.profile is not None:
+                say(profile_text(storage))
             step = report.step
         return step == config.steps
 
@@ -85,6 +97,9 @@ def main() -> int:
         help="go on although validation or test patients are in the backbone's corpus; every row of the report is labelled",
     )
     parser.add_argument("--minutes", type=float, help="end pretraining after this time, to go on later")
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="STEPS", help="profile so many steps of pretraining, after a few"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a refused input")
     arguments = parser.parse_args()
 
@@ -95,7 +110,12 @@ def main() -> int:
     try:
         overrides = overrides_of(arguments.set, allow_transductive=arguments.allow_transductive)
         job = read_job(arguments.job, overrides)
-        executor = LocalExecutor(device, arguments.minutes and arguments.minutes * 60, retries=job.retries)
+        executor = LocalExecutor(
+            device,
+            arguments.minutes and arguments.minutes * 60,
+            retries=job.retries,
+            profile_steps=arguments.profile,
+        )
         made = run_job(job, executor, say=say)
     except KeyboardInterrupt:
         say("p2r: interrupted; run the same command again to go on from the newest checkpoint")

@@ -57,6 +57,8 @@ def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -
         lr=config.optimizer.learning_rate,
     )
     micro_batch = config.micro_batch or config.global_batch // world_size
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    on_gpu = next(model.parameters()).is_cuda
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -65,10 +67,13 @@ def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -
             "train_batch_size": config.global_batch,
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": config.global_batch // (world_size * micro_batch),
-            "zero_optimization": {"stage": config.zero_stage},
+            # A bucket is allocated whole: its default of 5e8 numbers is for models that are larger than ours.
+            "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(500_000_000, num_weights)},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": config.precision == "bf16"},
+            # Looking for overflow makes the host wait for the device. What would overflow shows in the next step's loss, and
+            # no checkpoint is made before.
+            "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": not on_gpu},
             "gradient_clipping": config.optimizer.clip_norm,
             "steps_per_print": 2**62,
             "wall_clock_breakdown": False,

@@ -26,7 +26,7 @@ from p2r.storage import Storage, file_sha256
 FORMAT = "p2r-checkpoint/1"
 # What may change between a run and its resumption: none of these touches the numbers, but for the last bits.
 _FREE = (
-    *("report_interval", "checkpoint_interval", "keep_checkpoints", "corpus"),
+    *("report_interval", "equivariance_interval", "checkpoint_interval", "keep_checkpoints", "corpus"),
     *("compile", "model.channels_last", "model.checkpoint_activations"),
 )
 

@@ -3,12 +3,17 @@
 Shapes are static: a step is cut into equal micro-batches of one image size, so each of the two or three graphs (with and
 without gradients) is compiled once. Only the backbone is compiled: points are too few to matter, and the loss has kernels
 of its own. What was compiled is kept in `$P2R_CACHE/inductor`, where a later run, and the other ranks of a node, find it.
+
+CUDA graphs are left to torch.compile (`reduce-overhead`), which records them for these same static shapes, keeps their memory
+apart, and records again where an address has changed. A capture of our own would have to promise that for views, whose
+host decides per step which images a transform is for, and for DeepSpeed's hooks.
 """
 
 import copy
 import os
 import shutil
 import time
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,13 +21,25 @@ from torch import nn
 from p2r.storage import cache_folder
 
 
-def warm_up(backbone: nn.Module, *, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bool, str]:
+def compile_in_place(backbone: nn.Module, how: Literal[True, "reduce-overhead"]) -> None:
+    """Have a backbone compiled at its first use, for static shapes."""
+    backbone.compile(dynamic=False, mode=how if isinstance(how, str) else None)
+
+
+def warm_up(
+    backbone: nn.Module,
+    *,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    how: Literal[True, "reduce-overhead"] = True,
+) -> tuple[bool, str]:
     """Compile a copy of `backbone` for one shape, forwards, backwards and without gradients.
 
     Args:
         backbone: On its device; left as it is.
         shape: (B, C, *S) of every image batch to come.
         dtype: What the weights will be in training.
+        how: See `pretrain.compile`.
 
     Returns:
         Whether it can be compiled, and what to say of it.
@@ -34,7 +51,7 @@ def warm_up(backbone: nn.Module, *, shape: tuple[int, ...], dtype: torch.dtype) 
         return False, f"not compiled: {missing}; training goes on without"
     began = time.monotonic()
     trial = copy.deepcopy(backbone).to(dtype)
-    trial.compile(dynamic=False)
+    compile_in_place(trial, how)
     image = torch.zeros(shape, dtype=dtype, device=device)
     try:
         with torch.no_grad():

@@ -5,18 +5,26 @@ global batch: all images are encoded without a graph, the loss's gradient is tak
 micro-batch is encoded again, with a graph, to carry its part of that gradient to the weights. So how a step is cut over
 ranks and micro-batches changes rounding alone. Source: Gao et al. 2021 (GradCache), arXiv:2101.06983.
 
+Nothing here waits for the device but to read a learnt temperature, which by then is long there. What a step has to say
+(its loss, images without pairs, values that broke a rule) stays on the device until somebody reads it.
+
 `B` images of this rank, `H W` pixels, `n` pixel pairs per image, `E` embedding channels.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from p2r.config import LossConfig, PretrainConfig
 from p2r.data.batch import Batch
-from p2r.loss import SameImage, barlow_twins, corresponding_points, info_nce
+from p2r.device import on_device
+from p2r.engine.feed import Timed
+from p2r.loss import Findings, SameImage, barlow_twins, corresponding_points, info_nce
 from p2r.randomness import keyed_generator
 from p2r.views.geometric import apply_warp
 from p2r.views.pair import make_views
@@ -25,34 +33,77 @@ _COLDEST, _WARMEST = 0.01, 1.0
 """Bounds of a learnt temperature."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a step has to say; tensors on its device, to be read when nobody minds waiting for it."""
+
+    loss: Tensor
+    """Scalar, of the global batch, the same on every rank."""
+    num_images_without_pairs: Tensor
+    """Scalar: images of this rank of which no pixel can be paired."""
+    findings: Findings
+    """Values of this rank that broke a rule."""
+    alignment: Tensor | None
+    """(2E + 2,) of this rank, for `equivariance_error`; None if it was not asked for."""
+
+
 def pretrain_step(engine: Any, batch: Batch, *, config: PretrainConfig, learning_rate: float) -> Tensor:
     """Take one step and return the loss of the global batch, detached, the same on every rank."""
+    return take_step(engine, batch, config=config, learning_rate=learning_rate).loss
+
+
+def take_step(
+    engine: Any,
+    batch: Batch,
+    *,
+    config: PretrainConfig,
+    learning_rate: float,
+    aligns: bool = False,
+    timed: Timed = torch.profiler.record_function,
+) -> Step:
+    """Take one step.
+
+    Args:
+        engine: From `build_engine`.
+        batch: This rank's part of the global batch.
+        config: The run's.
+        learning_rate: Of this step.
+        aligns: Also compare embeddings of pairs, for `equivariance_error`.
+        timed: Context of each part: images, views, points, forward, loss, backward, optimizer.
+
+    Raises:
+        EmbeddingError: On a CPU, for embeddings that cannot be compared; elsewhere, they are among the findings.
+    """
     device = engine.device
-    image, inside = batch.images(device)
-    views = make_views(
-        image,
-        inside,
-        config=config.views,
-        spacing_mm=batch.spacing_mm,
-        seed=config.seed,
-        epochs=batch.epochs,
-        positions=batch.positions,
-    )
-    foreground = None
-    if config.loss.foreground_share:
-        bright = image.mean(1, keepdim=True) > image.mean(tuple(range(1, image.ndim)), keepdim=True)
-        foreground = apply_warp(bright.float(), views.warp, mode="nearest")[:, 0] > 0
-    pairs = corresponding_points(
-        views.warp,
-        views.valid,
-        num_points=config.loss.pixel_pairs_per_image,
-        generators=[
-            keyed_generator(config.seed, "points", int(epoch), int(position))
-            for epoch, position in zip(batch.epochs, batch.positions, strict=True)
-        ],
-        foreground=foreground,
-        foreground_share=config.loss.foreground_share,
-    )
+    temperature = _host_copy(engine, config.loss)
+    with timed("images"):
+        image, inside = batch.images(device)
+    with timed("views"):
+        views = make_views(
+            image,
+            inside,
+            config=config.views,
+            spacing_mm=batch.spacing_mm,
+            seed=config.seed,
+            epochs=batch.epochs,
+            positions=batch.positions,
+        )
+    with timed("points"):
+        foreground = None
+        if config.loss.foreground_share:
+            bright = image.mean(1, keepdim=True) > image.mean(tuple(range(1, image.ndim)), keepdim=True)
+            foreground = apply_warp(bright.float(), views.warp, mode="nearest")[:, 0] > 0
+        pairs = corresponding_points(
+            views.warp,
+            views.valid,
+            num_points=config.loss.pixel_pairs_per_image,
+            generators=[
+                keyed_generator(config.seed, "points", int(epoch), int(position))
+                for epoch, position in zip(batch.epochs, batch.positions, strict=True)
+            ],
+            foreground=foreground,
+            foreground_share=config.loss.foreground_share,
+        )
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     size = config.micro_batch or len(image)
     inputs = tuple(
@@ -60,23 +111,80 @@ def pretrain_step(engine: Any, batch: Batch, *, config: PretrainConfig, learning
     )
     facts = {
         "weights": pairs.weight,
-        "image": torch.from_numpy(batch.positions).to(device)[:, None].expand_as(pairs.weight),
+        "image": on_device(batch.positions, device, dtype=torch.int64)[:, None].expand_as(pairs.weight),
         "position_mm": pairs.a * batch.spacing_mm,
     }  # (B, n, ...)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+    findings, alignments = Findings(), []
+
+    def loss_of(queries: Tensor, keys: Tensor, **of_pairs: Tensor) -> Tensor:
+        if aligns:
+            alignments.append(_alignment(queries.detach(), keys.detach(), of_pairs["weights"]))
+        return pixel_pair_loss(
+            queries,
+            keys,
+            config.loss,
+            temperature=_temperature(engine, config.loss),
+            known_temperature=temperature() if temperature is not None else None,
+            findings=findings,
+            **of_pairs,
+        )
+
     if len(inputs) > 1 and config.loss.negatives == "global_batch":
-        return _step_in_two_passes(engine, inputs, _of_pairs(facts), config.loss)
-    losses = []
-    for number, micro_batch in enumerate(inputs):
-        queries, keys = engine(*micro_batch)  # (B*n, E) each
-        of_images = slice(number * size, (number + 1) * size)
-        of_these = _of_pairs({name: fact[of_images] for name, fact in facts.items()})
-        loss = pixel_pair_loss(queries, keys, config.loss, temperature=_temperature(engine, config.loss), **of_these)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.detach())
-    return torch.stack(losses).mean()
+        loss = _step_in_two_passes(engine, inputs, _of_pairs(facts), loss_of, timed)
+    else:
+        losses = []
+        for number, micro_batch in enumerate(inputs):
+            with timed("forward"):
+                queries, keys = engine(*micro_batch)  # (B*n, E) each
+            of_images = slice(number * size, (number + 1) * size)
+            with timed("loss"):
+                part = loss_of(queries, keys, **_of_pairs({name: fact[of_images] for name, fact in facts.items()}))
+            with timed("backward"):
+                engine.backward(part)
+            with timed("optimizer"):
+                engine.step()
+            losses.append(part.detach())
+        loss = torch.stack(losses).mean()
+    return Step(
+        loss,
+        (pairs.weight[:, 0] == 0).sum(),
+        findings,
+        torch.stack(alignments).sum(0) if aligns else None,
+    )
+
+
+def equivariance_error(alignment: Sequence[float]) -> float | None:
+    """Return how far embeddings are from following the warp: 0 perfectly, 1 no better than chance.
+
+    It is the mean of 1 - cos over pairs of embeddings of the same anatomy in the two views, divided by the mean over all
+    pairs of different pixels. As views differ in contrast, too, it also counts what a change of contrast does.
+
+    Args:
+        alignment: Sum over ranks (and micro-batches) of `Step.alignment`.
+
+    Returns:
+        None where there are fewer than two pixel pairs.
+    """
+    *sums, of_pairs, num_pairs = alignment
+    if num_pairs < 2:
+        return None
+    channels = len(sums) // 2
+    of_all = math.fsum(q * k for q, k in zip(sums[:channels], sums[channels:], strict=True))
+    of_others = (of_all - of_pairs) / (num_pairs * (num_pairs - 1))
+    by_chance = 1 - of_others
+    if by_chance < 1e-6:  # every pixel has the same embedding
+        return 1.0
+    return max(0.0, 1 - of_pairs / num_pairs) / by_chance
+
+
+def _alignment(queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+    """Return the sums of unit queries and unit keys, of the pairs' cosines, and the number of pairs: (2E + 2,)."""
+    absent = (weights == 0)[:, None]
+    units = [F.normalize(rows.float().masked_fill(absent, 0), dim=1) for rows in (queries, keys)]
+    of_pairs = (units[0] * units[1]).sum().reshape(1)
+    return torch.cat([*(unit.sum(0) for unit in units), of_pairs, (weights > 0).sum().float().reshape(1)])
 
 
 def pixel_pair_loss(
@@ -88,6 +196,8 @@ def pixel_pair_loss(
     weights: Tensor,
     image: Tensor,
     position_mm: Tensor,
+    known_temperature: float | None = None,
+    findings: Findings | None = None,
 ) -> Tensor:
     """Return the objective that `config` names, over the pixel pairs of all ranks.
 
@@ -99,9 +209,13 @@ def pixel_pair_loss(
         weights: (N,) 0 for pairs that show nothing.
         image: (N,) the sample that a pair comes from.
         position_mm: (N, 2) where in it.
+        known_temperature: What `temperature` holds, for those who must not wait for its device.
+        findings: Where to keep what is wrong with values, for the same reason; see `info_nce`.
     """
     if config.name == "barlow_twins":
-        return barlow_twins(queries, keys, off_diagonal_weight=config.off_diagonal_weight, weights=weights)
+        return barlow_twins(
+            queries, keys, off_diagonal_weight=config.off_diagonal_weight, weights=weights, findings=findings
+        )
     exclude = None
     if config.exclude_within_mm is not None:
         exclude = SameImage(image, position_mm, config.exclude_within_mm)
@@ -114,22 +228,29 @@ def pixel_pair_loss(
         weights=weights,
         exclude=exclude,
         exchange=config.exchange,
+        known_temperature=known_temperature,
+        findings=findings,
     )
 
 
 def _step_in_two_passes(
-    engine: Any, inputs: tuple[tuple[Tensor, ...], ...], facts: dict[str, Tensor], config: LossConfig
+    engine: Any,
+    inputs: tuple[tuple[Tensor, ...], ...],
+    facts: dict[str, Tensor],
+    loss_of: Callable[..., Tensor],
+    timed: Timed,
 ) -> Tensor:
     towers, generators = [], []
-    with torch.no_grad():
+    with torch.no_grad(), timed("forward"):
         for micro_batch in inputs:
             generators.append(_generator_states(engine.device))
             towers.append(engine.module(*micro_batch))
     queries, keys = (torch.cat(parts).requires_grad_() for parts in zip(*towers, strict=True))
     log_temperature = engine.module.log_temperature
-    loss = pixel_pair_loss(queries, keys, config, temperature=_temperature(engine, config), **facts)
     learnt = [] if log_temperature is None else [log_temperature]
-    of_queries, of_keys, *of_learnt = torch.autograd.grad(loss, [queries, keys, *learnt])
+    with timed("loss"):
+        loss = loss_of(queries, keys, **facts)
+        of_queries, of_keys, *of_learnt = torch.autograd.grad(loss, [queries, keys, *learnt])
 
     size = len(towers[0][0])
     # DeepSpeed takes the mean over micro-batches; here they add up.
@@ -137,14 +258,41 @@ def _step_in_two_passes(
     for number, micro_batch in enumerate(inputs):
         _set_generator_states(generators[number], engine.device)  # what was drawn in the first pass is drawn again
         of_micro_batch = (gradient[number] for gradient in gradients)
-        carried = sum(
-            (tower * gradient).sum() for tower, gradient in zip(engine(*micro_batch), of_micro_batch, strict=True)
-        )
-        if number == 0 and learnt:
-            carried = carried + len(inputs) * (log_temperature * of_learnt[0]).sum()
-        engine.backward(carried)
-        engine.step()
+        with timed("forward"):
+            carried = sum(
+                (tower * gradient).sum() for tower, gradient in zip(engine(*micro_batch), of_micro_batch, strict=True)
+            )
+            if number == 0 and learnt:
+                carried = carried + len(inputs) * (log_temperature * of_learnt[0]).sum()
+        with timed("backward"):
+            engine.backward(carried)
+        with timed("optimizer"):
+            engine.step()
     return loss.detach()
+
+
+def _host_copy(engine: Any, config: LossConfig) -> Callable[[], float] | None:
+    """Start to bring a learnt temperature to the host; return what reads it there.
+
+    Read after the forward pass was enqueued, it was copied long ago: the device goes on meanwhile.
+    """
+    if engine.module.log_temperature is None:
+        return None
+    with torch.no_grad():
+        temperature = _temperature(engine, config)
+    assert isinstance(temperature, Tensor)
+    value = temperature.detach().reshape(())
+    if value.device.type != "cuda":
+        return lambda: float(value)
+    host = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+    is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    is_there.record()
+
+    def read() -> float:
+        is_there.synchronize()
+        return float(host)
+
+    return read
 
 
 def _temperature(engine: Any, config: LossConfig) -> float | Tensor:

@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from p2r.loss.ranks import (
+    Findings,
     GradientScale,
     agree,
     all_reduce_sum,
     own_gradient_factor,
+    postpones,
+    rank_and_size,
     refuse_pair,
     refuse_values,
     refuse_weights,
@@ -40,6 +43,7 @@ def barlow_twins(
     weights: Tensor | None = None,
     group: ProcessGroup | None = None,
     gradient_scale: GradientScale = "mean",
+    findings: Findings | None = None,
 ) -> Tensor:
     """Make each channel agree between the views, and differ from all other channels.
 
@@ -50,6 +54,8 @@ def barlow_twins(
         weights: (n,) of each pair in the moments, >= 0. A pair of weight 0 takes no part.
         group: Ranks whose pairs are taken together; they may hold different numbers of them.
         gradient_scale: What the caller's reducer does with the ranks' gradients.
+        findings: Where to keep what is wrong with values on a device, instead of waiting for it. Less than two pairs
+            are then no error: their loss is 0, and so is its gradient.
 
     Returns:
         Scalar `sum_i (1 - C_ii)^2 + weight * sum_{i != j} C_ij^2`, the same on every rank.
@@ -60,21 +66,32 @@ def barlow_twins(
     """
     factor = own_gradient_factor(gradient_scale, group)
     problem: ValueError | None = None
+    postponed = postpones(findings, a)
     try:
         if not (math.isfinite(off_diagonal_weight) and off_diagonal_weight >= 0):
             raise ValueError(f"off_diagonal_weight must be finite and not negative, got {off_diagonal_weight}")
         refuse_pair(a=a, b=b)
         if weights is not None:
-            refuse_weights(weights, a)
+            refuse_weights(weights, a, findings)
             kept = weights > 0
-            a, b, weights = a[kept], b[kept], weights[kept]
-        refuse_values(a=a, b=b, zeros=True)
+            if postponed:  # how many are kept, only the device knows
+                a, b = (rows.masked_fill(~kept[:, None], 0) for rows in (a, b))
+            else:
+                a, b, weights = a[kept], b[kept], weights[kept]
+        refuse_values(a=a, b=b, zeros=True, findings=findings)
     except ValueError as error:
         problem = error
-    equal = {} if problem else {"embedding channels": float(a.shape[1]), "off_diagonal_weight": off_diagonal_weight}
-    counts = agree(problem, len(a) if a.ndim else 0, equal, device=a.device, group=group)
+    if postponed:
+        if problem is not None:
+            raise problem
+        counts = [len(a)] * rank_and_size(group)[1]
+    else:
+        equal = {} if problem else {"embedding channels": float(a.shape[1]), "off_diagonal_weight": off_diagonal_weight}
+        counts = agree(problem, len(a) if a.ndim else 0, equal, device=a.device, group=group)
     if sum(counts) < 2:
-        raise ValueError(f"want at least 2 pixel pairs of positive weight over all ranks, got {sum(counts)}")
+        if findings is None:
+            raise ValueError(f"want at least 2 pixel pairs of positive weight over all ranks, got {sum(counts)}")
+        return (a.sum() + b.sum()) * 0
 
     dtype = torch.promote_types(a.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
@@ -82,11 +99,13 @@ def barlow_twins(
         weights = a.new_ones(len(a)) if weights is None else weights.to(dtype)
         channels = a.shape[1]
         column = weights[:, None]
-        sums = torch.cat(((column * a.detach()).sum(0), (column * b.detach()).sum(0), weights.sum()[None]))
+        of_weights = torch.stack((weights.sum(), (weights > 0).sum().to(dtype)))
+        sums = torch.cat(((column * a.detach()).sum(0), (column * b.detach()).sum(0), of_weights))
         totals = all_reduce_sum(sums, group)
-        total_weight = totals[-1]
+        # Of no pair at all, nothing is the mean.
+        total_weight, num_pairs = torch.where(totals[-2] > 0, totals[-2], 1), totals[-1]
         a = a - totals[:channels] / total_weight
-        b = b - totals[channels:-1] / total_weight
+        b = b - totals[channels:-2] / total_weight
         moments = torch.cat(
             ((column * a.square()).sum(0)[None], (column * b.square()).sum(0)[None], (column * a).T @ b)
         )  # (2 + E, E)
@@ -96,7 +115,7 @@ def barlow_twins(
         diagonal = correlation.diagonal()
         off_diagonal = correlation - torch.diag(diagonal)
         loss: Tensor = (1 - diagonal).square().sum() + off_diagonal_weight * off_diagonal.square().sum()
-        return loss
+        return torch.where(num_pairs < 2, 0 * loss, loss)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -42,12 +42,14 @@ from torch.distributed import ProcessGroup
 
 from p2r.loss import tiles
 from p2r.loss.ranks import (
+    Findings,
     GradientScale,
     agree,
     all_gather_rows,
     circulate,
     own_columns,
     own_gradient_factor,
+    postpones,
     rank_and_size,
     refuse_pair,
     refuse_values,
@@ -83,6 +85,8 @@ def info_nce(
     exchange: Exchange = "all_gather",
     group: ProcessGroup | None = None,
     gradient_scale: GradientScale = "mean",
+    known_temperature: float | None = None,
+    findings: Findings | None = None,
 ) -> Tensor:
     """Contrast every pixel pair with all others.
 
@@ -100,6 +104,9 @@ def info_nce(
         exchange: Hold the rows of all ranks at once, or those of one other rank at a time.
         group: Ranks whose pairs are contrasted together; they may hold different numbers of them.
         gradient_scale: What the caller's reducer does with the ranks' gradients.
+        known_temperature: What a temperature that is a tensor holds, for those who must not wait for its device.
+        findings: Where to keep what is wrong with values on a device, instead of waiting for it. Less than two pairs
+            are then no error: their loss is 0, and so is its gradient.
 
     Returns:
         Scalar, nats: the loss of all ranks' pairs together, the same on every rank.
@@ -110,21 +117,42 @@ def info_nce(
     """
     factor = own_gradient_factor(gradient_scale, group)
     problem: ValueError | None = None
+    postponed = postpones(findings, queries)
+    number = _number(temperature) if known_temperature is None else known_temperature
+    present = None
     try:
-        _refuse_arguments(queries, keys, temperature, form, weights, exclude, exchange)
-        if weights is not None:
+        _refuse_arguments(queries, keys, temperature, number, form, weights, exclude, exchange, findings)
+        if weights is not None and postponed:
+            queries, keys, present = _without_weightless(queries, keys, weights)
+        elif weights is not None:
             queries, keys, weights, exclude = _of_positive_weight(queries, keys, weights, exclude)
-        refuse_values(queries=queries, keys=keys)
+        refuse_values(queries=queries, keys=keys, findings=findings)
     except ValueError as error:
         problem = error
-    equal = {} if problem else _equal_on_all_ranks(queries, temperature, form, decoupled, exclude, exchange)
-    counts = agree(problem, len(queries) if queries.ndim else 0, equal, device=queries.device, group=group)
+    if postponed:
+        if problem is not None:
+            raise problem
+        counts = [len(queries)] * rank_and_size(group)[1]
+    else:
+        equal = {} if problem else _equal_on_all_ranks(queries, number, form, decoupled, exclude, exchange)
+        counts = agree(problem, len(queries) if queries.ndim else 0, equal, device=queries.device, group=group)
     if sum(counts) < 2:
-        raise ValueError(f"want at least 2 pixel pairs of positive weight over all ranks, got {sum(counts)}")
+        if findings is None:
+            raise ValueError(f"want at least 2 pixel pairs of positive weight over all ranks, got {sum(counts)}")
+        return _nothing(queries, keys, temperature)
 
     dtype = torch.promote_types(queries.dtype, torch.float32)
     contrast = _Contrast(
-        form, decoupled, exchange, group, counts, factor, _product_dtype(queries), 1 / _number(temperature), exclude
+        form,
+        decoupled,
+        exchange,
+        group,
+        counts,
+        factor,
+        _product_dtype(queries),
+        1 / number,
+        exclude,
+        findings if postponed else None,
     )
     if contrast.scale is None:  # sharper than half precision could tell apart
         contrast = replace(contrast, product_dtype=dtype)
@@ -136,6 +164,7 @@ def info_nce(
             _unit(keys.to(dtype)),
             temperature if isinstance(temperature, Tensor) else None,
             weights.to(dtype),
+            present,
             contrast,
         )
     return loss
@@ -154,6 +183,7 @@ class _Contrast:
     product_dtype: torch.dtype
     k: float
     exclude: SameImage | None
+    findings: Findings | None
 
     @property
     def num_pairs(self) -> int:
@@ -207,18 +237,20 @@ class _Pairs:
     """(m,)."""
     position_mm: Tensor | None
     """(m, D)."""
+    present: Tensor | None
+    """(m,) uint8: 0 for pairs that take no part, where leaving them out would be waiting for their number."""
     softmax: Tensor | None = None
     """(m, 2) weights of a query's and a key's entries in the gradient; not there before the backward pass."""
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.queries, self.keys, self.image, self.position_mm, self.softmax
+        return self.queries, self.keys, self.image, self.position_mm, self.present, self.softmax
 
     def towers(self, first: int) -> tuple[Rows, Rows]:
         """Return queries and keys, numbered from `first`."""
         of_queries, of_keys = (None, None) if self.softmax is None else self.softmax.T.contiguous()
         return (
-            Rows(self.queries, first, self.image, self.position_mm, of_queries),
-            Rows(self.keys, first, self.image, self.position_mm, of_keys),
+            Rows(self.queries, first, self.image, self.position_mm, of_queries, self.present),
+            Rows(self.keys, first, self.image, self.position_mm, of_keys, self.present),
         )
 
 
@@ -227,22 +259,29 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, temperature: Tensor | None, weights: Tensor, contrast: _Contrast
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        temperature: Tensor | None,
+        weights: Tensor,
+        present: Tensor | None,
+        contrast: _Contrast,
     ) -> Tensor:
-        own = _Pairs(queries.to(contrast.product_dtype), keys.to(contrast.product_dtype), *contrast.metadata)
+        own = _Pairs(queries.to(contrast.product_dtype), keys.to(contrast.product_dtype), *contrast.metadata, present)
         everyone = None if contrast.exchange == "ring" else _all_gather(own, contrast)
         positive = contrast.k * (own.queries.to(queries.dtype) * own.keys.to(queries.dtype)).sum(1)
         log_sums = (_log_sums_by_rows if contrast.by_rows else _log_sums)(own, everyone, contrast)
         x = torch.stack(log_sums, 1) - positive[:, None]  # (n, 2)
         losses = x if contrast.decoupled else _softplus(x)
+        if present is not None:
+            losses = losses.masked_fill(present[:, None] == 0, 0)
         weighted = torch.cat((losses * weights[:, None], weights[:, None]), 1)
         of_all = all_gather_rows(weighted, contrast.counts, contrast.group)
-        if contrast.decoupled and (alone := int(torch.isinf(of_all).any(1).sum())):
-            raise ValueError(
-                f"the decoupled loss needs a negative for every pixel pair, {alone} of {contrast.num_pairs} have none: "
-                "exclude fewer, or draw pairs from more images"
-            )
+        if contrast.decoupled:
+            _refuse_alone(torch.isinf(of_all).any(1).sum(), contrast)
         total_queries, total_keys, total_weight = of_all.sum(0)
+        if present is not None:
+            total_weight = torch.where(total_weight > 0, total_weight, 1)  # of no pair at all, nothing is the mean
         log_norms = positive[:, None] + losses
         if contrast.scale is None:
             softmax = log_norms - weights.log()[:, None]
@@ -264,7 +303,7 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         contrast: _Contrast = ctx.contrast
         pull, total_weight, temperature, *tensors = ctx.saved_tensors
-        own, everyone = _Pairs(*tensors[:5]), _Pairs(*tensors[5:]) if ctx.gathered else None
+        own, everyone = _Pairs(*tensors[:6]), _Pairs(*tensors[6:]) if ctx.gathered else None
         of_queries, of_keys = (_push_by_rows if contrast.by_rows else _push)(own, everyone, contrast)
         of_queries.addcmul_(pull[:, None], own.keys.to(pull.dtype), value=-1)
         of_keys.addcmul_(pull[:, None], own.queries.to(pull.dtype), value=-1)
@@ -275,7 +314,18 @@ class _InfoNCE(torch.autograd.Function):
         if temperature is not None:
             dots = (own.queries * of_queries).sum() + (own.keys * of_keys).sum()
             of_temperature = (-contrast.k / 2 * dots).to(temperature.dtype).reshape(temperature.shape)
-        return of_queries, of_keys, of_temperature, None, None
+        return of_queries, of_keys, of_temperature, None, None, None
+
+
+def _refuse_alone(num_alone: Tensor, contrast: _Contrast) -> None:
+    message = (
+        f"the decoupled loss needs a negative for every pixel pair, {{count}} of {contrast.num_pairs} have none: "
+        "exclude fewer, or draw pairs from more images"
+    )
+    if contrast.findings is not None:
+        contrast.findings.add(message, num_alone)
+    elif count := int(num_alone):
+        raise ValueError(message.format(count=count))
 
 
 def _log_sums(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tuple[Tensor, Tensor]:
@@ -395,12 +445,30 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def _number(value: float | Tensor) -> float:
-    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+    """Return what is in a tensor, not a number if that is not one element."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    return float(value.detach()) if value.numel() == 1 else math.nan
 
 
 def _softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)) without the threshold of F.softplus, which costs float64 half its digits."""
     return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def _nothing(*arguments: Tensor | float) -> Tensor:
+    """Return a loss of 0 whose gradient is 0 as well."""
+    return torch.stack([argument.sum() * 0 for argument in arguments if isinstance(argument, Tensor)]).sum()
+
+
+def _without_weightless(queries: Tensor, keys: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Put something harmless in the place of rows of weight 0, whatever they hold; mark the others.
+
+    How many there are, only the device knows: leaving them out would be waiting for it.
+    """
+    is_present = weights > 0
+    queries, keys = (torch.where(is_present[:, None], rows, torch.ones_like(rows)) for rows in (queries, keys))
+    return queries, keys, is_present.to(torch.uint8)
 
 
 def _of_positive_weight(
@@ -417,7 +485,7 @@ def _of_positive_weight(
 
 def _equal_on_all_ranks(
     queries: Tensor,
-    temperature: float | Tensor,
+    temperature: float,
     form: Form,
     decoupled: bool,
     exclude: SameImage | None,
@@ -426,7 +494,7 @@ def _equal_on_all_ranks(
     return {
         "the number of embedding channels": float(queries.shape[1]),
         "bytes per number of the embeddings": float(queries.element_size()),
-        "temperature": _number(temperature),
+        "temperature": temperature,
         "form (1: nt_xent)": float(form == "nt_xent"),
         "decoupled": float(decoupled),
         "exchange (1: ring)": float(exchange == "ring"),
@@ -441,15 +509,17 @@ def _refuse_arguments(
     queries: Tensor,
     keys: Tensor,
     temperature: float | Tensor,
+    number: float,
     form: str,
     weights: Tensor | None,
     exclude: SameImage | None,
     exchange: str,
+    findings: Findings | None,
 ) -> None:
     if isinstance(temperature, Tensor) and temperature.numel() != 1:
         raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
-    if not (math.isfinite(_number(temperature)) and _number(temperature) > 0):
-        raise ValueError(f"temperature must be positive and finite, got {_number(temperature)}")
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"temperature must be positive and finite, got {number}")
     if form not in ("cross_view", "nt_xent"):
         raise ValueError(f"form must be 'cross_view' or 'nt_xent', got {form!r}")
     if exchange not in ("all_gather", "ring"):
@@ -457,7 +527,7 @@ def _refuse_arguments(
     refuse_pair(queries=queries, keys=keys)
     num, device = len(queries), queries.device
     if weights is not None:
-        refuse_weights(weights, queries)
+        refuse_weights(weights, queries, findings)
     if exclude is None:
         return
     image, position_mm = exclude.image, exclude.position_mm
@@ -475,5 +545,8 @@ def _refuse_arguments(
         raise ValueError(
             f"want exclude.position_mm ({num}, D) on {device}, got {tuple(position_mm.shape)} on {position_mm.device}"
         )
-    if not torch.isfinite(position_mm).all():
+    bad = ~torch.isfinite(position_mm)
+    if postpones(findings, position_mm):
+        findings.add("{count} numbers of exclude.position_mm are not finite", bad.sum())
+    elif bad.any():
         raise ValueError("exclude.position_mm must be finite")

@@ -97,6 +97,7 @@ class _Launch:
         dimensions = 0
         if has_image and anchors.position_mm is not None and candidates.position_mm is not None:
             dimensions = anchors.position_mm.shape[1]
+        has_present = anchors.present is not None and candidates.present is not None
         nothing = anchors.values
         anchors, candidates = (
             replace(
@@ -104,6 +105,7 @@ class _Launch:
                 values=rows.values.contiguous(),
                 image=rows.image.contiguous() if rows.image is not None else nothing,
                 position_mm=rows.position_mm.float().contiguous() if rows.position_mm is not None else nothing,
+                present=rows.present.contiguous() if rows.present is not None else nothing,
             )
             for rows in (anchors, candidates)
         )
@@ -114,6 +116,8 @@ class _Launch:
             candidates.image,
             anchors.position_mm,
             candidates.position_mm,
+            anchors.present,
+            candidates.present,
             len(anchors),
             len(candidates),
             anchors.first - candidates.first,
@@ -125,6 +129,7 @@ class _Launch:
             "E": channels,
             "D": dimensions,
             "HAS_IMAGE": has_image,
+            "HAS_PRESENT": has_present,
             "BLOCK_A": self.block_anchors,
             "BLOCK_C": block_candidates,
             "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
@@ -137,12 +142,14 @@ class _Launch:
 def _entries(
     anchor,
     image_anchor,
+    is_anchor,
     rows,
     columns,
     candidate,
     image_c,
     position_a,
     position_c,
+    present_c,
     n,
     m,
     offset,
@@ -151,12 +158,16 @@ def _entries(
     radius_squared,
     D: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
+    HAS_PRESENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of exp(k s_ij - shift), 0 where j is no negative of i or one of them lies outside."""
     logits = tl.dot(anchor, tl.trans(candidate), input_precision=PRECISION)
     entries = tl.exp2(logits * k_log2 - shift_log2)
-    excluded = (rows[:, None] + offset == columns[None, :]) | (rows[:, None] >= n) | (columns[None, :] >= m)
+    is_candidate = columns < m
+    if HAS_PRESENT:
+        is_candidate = tl.load(present_c + columns, mask=columns < m, other=0) != 0
+    excluded = (rows[:, None] + offset == columns[None, :]) | ~is_anchor[:, None] | ~is_candidate[None, :]
     if HAS_IMAGE:
         near = image_anchor[:, None] == tl.load(image_c + columns, mask=columns < m, other=-1)[None, :]
         if D > 0:
@@ -179,6 +190,8 @@ def _sums_kernel(
     image_c,
     position_a,
     position_c,
+    present_a,
+    present_c,
     n,
     m,
     offset,
@@ -193,6 +206,7 @@ def _sums_kernel(
     E: tl.constexpr,
     D: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
+    HAS_PRESENT: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -205,14 +219,17 @@ def _sums_kernel(
     image_anchor = rows
     if HAS_IMAGE:
         image_anchor = tl.load(image_a + rows, mask=rows < n, other=-2)
+    is_anchor = rows < n
+    if HAS_PRESENT:
+        is_anchor = tl.load(present_a + rows, mask=rows < n, other=0) != 0
     total = tl.zeros([BLOCK_A], tl.float32)
     for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, m), BLOCK_C):
         columns = start + tl.arange(0, BLOCK_C)
         inside = columns[:, None] < m
         candidate = tl.load(candidates + columns.to(tl.int64)[:, None] * E + channels[None, :], mask=inside, other=0.0)
         entries = _entries(
-            anchor, image_anchor, rows, columns, candidate, image_c, position_a, position_c, n, m, offset,
-            k_log2, shift_log2, radius_squared, D, HAS_IMAGE, PRECISION,
+            anchor, image_anchor, is_anchor, rows, columns, candidate, image_c, position_a, position_c, present_c,
+            n, m, offset, k_log2, shift_log2, radius_squared, D, HAS_IMAGE, HAS_PRESENT, PRECISION,
         )  # fmt: skip
         total += tl.sum(entries, 1)
         if OF_COLUMNS:
@@ -228,6 +245,8 @@ def _push_kernel(
     image_c,
     position_a,
     position_c,
+    present_a,
+    present_c,
     n,
     m,
     offset,
@@ -240,6 +259,7 @@ def _push_kernel(
     E: tl.constexpr,
     D: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
+    HAS_PRESENT: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -253,6 +273,9 @@ def _push_kernel(
     image_anchor = rows
     if HAS_IMAGE:
         image_anchor = tl.load(image_a + rows, mask=rows < n, other=-2)
+    is_anchor = rows < n
+    if HAS_PRESENT:
+        is_anchor = tl.load(present_a + rows, mask=rows < n, other=0) != 0
     total = tl.zeros([BLOCK_A, E], tl.float32)
     for start in range(0, m, BLOCK_C):
         columns = start + tl.arange(0, BLOCK_C)
@@ -260,8 +283,8 @@ def _push_kernel(
         candidate = tl.load(candidates + columns.to(tl.int64)[:, None] * E + channels[None, :], mask=inside, other=0.0)
         of_candidate = tl.load(weight_c + columns, mask=columns < m, other=0.0)
         entries = _entries(
-            anchor, image_anchor, rows, columns, candidate, image_c, position_a, position_c, n, m, offset,
-            k_log2, shift_log2, radius_squared, D, HAS_IMAGE, PRECISION,
+            anchor, image_anchor, is_anchor, rows, columns, candidate, image_c, position_a, position_c, present_c,
+            n, m, offset, k_log2, shift_log2, radius_squared, D, HAS_IMAGE, HAS_PRESENT, PRECISION,
         )  # fmt: skip
         weights = entries * (of_anchor[:, None] + of_candidate[None, :])
         if candidate.dtype == tl.bfloat16:

@@ -1,7 +1,8 @@
 """Warp and validity mask -> pixels of view b, and where they lie in view a.
 
 Whole pixels are drawn in b; their positions in a are read from the very field that made b, so nothing is inverted and
-b's features need no interpolation.
+b's features need no interpolation. Drawing is sorting by a random number per pixel, on the device: which pixels are valid
+is known there, and the host does not have to ask.
 
 Shape letters: B images, n points per image, D spatial dimensions (2 or 3), *S sizes along them.
 """
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from p2r.device import random_bits
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,16 @@ def corresponding_points(
 ) -> PointPairs:
     """Draw pixel pairs that show the same anatomy: always exactly `num_points` per image, so that shapes never change.
 
-    Pixels are drawn uniformly among an image's valid ones, without replacement; with replacement where fewer than
-    `num_points` are valid. An image without any valid pixel shows nothing but padding (or folds everywhere): its pairs
-    get weight 0, so that one odd image costs its pairs rather than the step.
+    Pixels are drawn uniformly among an image's valid ones, without replacement; where fewer than `num_points` are valid,
+    all of them, again and again. The same pixels are drawn on every device, and nothing waits for it. An image without
+    any valid pixel shows nothing but padding (or folds everywhere): its pairs get weight 0, so that one odd image costs
+    its pairs rather than the step.
 
     Args:
         warp: (B, *S, D) for each pixel of b, its position in a, pixels.
         valid: (B, *S) bool, pixels of b that may be drawn.
         num_points: n.
-        generators: One per image.
+        generators: One per image; one number is taken of each.
         foreground: (B, *S) bool, pixels of b that are preferred.
         foreground_share: Part of the points that is drawn among preferred pixels, in [0, 1], as far as there are any;
             the others are drawn among all.
@@ -68,34 +71,43 @@ def corresponding_points(
     if foreground.shape != valid.shape:
         raise ValueError(f"want foreground of valid's shape {tuple(valid.shape)}, got {tuple(foreground.shape)}")
     num_preferred = round(foreground_share * num_points)
-    masks = torch.stack((valid, foreground)).flatten(2).cpu().numpy()  # (2, B, pixels)
-    drawn = np.empty((batch, num_points), np.int64)
-    for row, mask, preferred, generator in zip(drawn, *masks, generators, strict=True):
-        row[:] = _draw(mask, preferred, num_points, num_preferred, generator)
-
-    index = torch.from_numpy(drawn).to(warp.device)
-    points_b = torch.stack(torch.unravel_index(index, size), -1).float()
+    num_pixels = valid[0].numel() if batch else 0
+    keys = np.array([generator.integers(2**64, dtype=np.uint64) for generator in generators], dtype=np.uint64)
+    bits = random_bits(keys, num_pixels * (2 if num_preferred else 1), device=valid.device)
+    shows = valid.flatten(1)
+    group = 1 - shows.long()  # valid pixels come first
+    if num_preferred:
+        wanted = shows & foreground.flatten(1)
+        first = _first_of_order(bits[:, num_pixels:], 1 - wanted.long(), num_preferred)
+        group -= (torch.zeros_like(shows).scatter(1, first, True) & wanted).long()  # and these before all others
+    order = _first_of_order(bits[:, :num_pixels], group, num_points)
+    num_valid = shows.sum(1, keepdim=True)
+    num_drawn = torch.where(num_valid > 0, num_valid, num_pixels).clamp(max=order.shape[1])
+    index = order.gather(1, torch.arange(num_points, device=valid.device) % num_drawn)  # (B, n)
     points_a = warp.reshape(batch, -1, dimensions).gather(1, index[..., None].expand(-1, -1, dimensions)).float()
-    last = torch.tensor([float(length - 1) for length in size], device=warp.device)
-    shows = valid.flatten(1).any(1).float()
     # Not a number is no position either; the clamp only moves pairs that have weight 0 or lie on the border.
-    points_a = points_a.nan_to_num().clamp(min=torch.zeros_like(last), max=last)
-    return PointPairs(points_a, points_b, shows[:, None].expand(-1, num_points))
+    along = zip(points_a.nan_to_num().unbind(-1), size, strict=True)
+    points_a = torch.stack([of_axis.clamp(0, length - 1) for of_axis, length in along], -1)
+    weight = (num_valid > 0).float().expand(-1, num_points)
+    return PointPairs(points_a, _places(index, size).float(), weight)
 
 
-def _draw(
-    valid: NDArray[np.bool_],
-    preferred: NDArray[np.bool_],
-    num_points: int,
-    num_preferred: int,
-    generator: np.random.Generator,
-) -> NDArray[np.int64]:
-    candidates = np.flatnonzero(valid) if valid.any() else np.arange(valid.size)
-    first = np.flatnonzero(valid & preferred)
-    first = generator.choice(first, min(num_preferred, len(first)), replace=False) if num_preferred else first[:0]
-    others = np.setdiff1d(candidates, first, assume_unique=True)
-    missing = num_points - len(first)
-    if missing > len(others):
-        others = candidates
-    rest = generator.choice(others, missing, replace=missing > len(others), shuffle=False)
-    return np.concatenate((first, rest)).astype(np.int64)
+def _first_of_order(bits: Tensor, group: Tensor, num: int) -> Tensor:
+    """Put pixels (B, P) in order by group, in random order within one, and return the first `num` of them (B, min(num, P)).
+
+    Group, random bits and the pixel's number make one integer: no two are equal, so every device gives the same order.
+    """
+    shift = (bits.shape[1] - 1).bit_length()
+    keys = bits.long().bitwise_and_(0xFFFFFFFF).bitwise_left_shift_(shift)
+    keys += torch.arange(bits.shape[1], device=bits.device)
+    keys += group << (32 + shift)
+    return keys.topk(min(num, bits.shape[1]), largest=False).values & ((1 << shift) - 1)
+
+
+def _places(index: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the positions (..., D) of flat pixel numbers. `torch.unravel_index` would make a CUDA device wait."""
+    of_axes = []
+    for length in reversed(size):
+        of_axes.append(index % length)
+        index = index // length
+    return torch.stack(of_axes[::-1], -1)

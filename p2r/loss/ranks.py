@@ -6,13 +6,14 @@ Nothing here is differentiable: every loss knows its own rows' part of the gradi
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from p2r.device import is_waited_for
 from p2r.errors import EmbeddingError
 
 GradientScale = Literal["mean", "sum"]
@@ -20,6 +21,37 @@ GradientScale = Literal["mean", "sum"]
 
 _LONGEST_MESSAGE = 400
 _MOST_NUMBERS = 16
+
+
+class Findings:
+    """Rules that values on a device broke, counted there: nothing waits until somebody reads the counts.
+
+    For training steps, whose shapes do not change, on ranks that all go through the same code. A loss that is given
+    findings takes for granted what every rank's arguments are alike in, and that all have equally many rows; on a CPU,
+    where looking costs nothing, it looks and raises at once.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, Tensor]] = []
+
+    def add(self, message: str, count: Tensor) -> None:
+        """Keep how often a rule was broken. `{count}` stands for the number in the message."""
+        self._found.append((message, count))
+
+    def counts(self) -> list[Tensor]:
+        """Return the counts, scalars on their device, in the same order on every rank."""
+        return [count for _, count in self._found]
+
+    def refuse(self, counts: Sequence[int]) -> None:
+        """Raise EmbeddingError for the first rule that was broken, by the counts as they were read."""
+        for (message, _), count in zip(self._found, counts, strict=True):
+            if count:
+                raise EmbeddingError(message.format(count=count))
+
+
+def postpones(findings: Findings | None, *values: Tensor) -> TypeGuard[Findings]:
+    """Return whether what these values are is left for later: there are findings, and looking would be waiting."""
+    return findings is not None and any(is_waited_for(value.device) for value in values)
 
 
 def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
@@ -95,33 +127,39 @@ def refuse_pair(**towers: Tensor) -> None:
         raise ValueError(f"want {both} on one device, got {one.device} and {other.device}")
 
 
-def refuse_weights(weights: Tensor, rows: Tensor) -> None:
+def refuse_weights(weights: Tensor, rows: Tensor, findings: Findings | None) -> None:
     """Raise ValueError unless there is one finite weight, not negative, for each of `rows`, on its device."""
     if weights.shape != (len(rows),) or weights.device != rows.device:
         raise ValueError(
             f"want weights ({len(rows)},) on {rows.device}, got {tuple(weights.shape)} on {weights.device}"
         )
-    if not (torch.isfinite(weights) & (weights >= 0)).all():
+    bad = ~(torch.isfinite(weights) & (weights >= 0))
+    if postpones(findings, weights):
+        findings.add("{count} weights are negative or not finite", bad.sum())
+    elif bad.any():
         raise ValueError("weights must be finite and not negative")
 
 
-def refuse_values(*, zeros: bool = False, **towers: Tensor) -> None:
+def refuse_values(*, findings: Findings | None, zeros: bool = False, **towers: Tensor) -> None:
     """Raise EmbeddingError for embeddings that are not finite or, unless `zeros`, have no direction.
 
-    The device is waited for once.
+    The device is waited for once, or not at all where there are findings to add to.
     """
-    found = [
-        count
-        for rows in (tower.detach() for tower in towers.values())
-        for count in ((~torch.isfinite(rows)).any(1).sum(), (rows == 0).all(1).sum())
-    ]
-    counts = iter(torch.stack(found).tolist())
+    found = []
     for name, rows in towers.items():
-        infinite, zero = next(counts), next(counts)
-        if infinite:
-            raise EmbeddingError(f"{name}: {infinite} of {len(rows)} embeddings are not finite")
-        if zero and not zeros:
-            raise EmbeddingError(f"{name}: {zero} of {len(rows)} embeddings are all zeros, and have no direction")
+        values = rows.detach()
+        found.append((f"{name}: {{count}} of {len(rows)} embeddings are not finite", (~torch.isfinite(values)).any(1)))
+        if not zeros:
+            message = f"{name}: {{count}} of {len(rows)} embeddings are all zeros, and have no direction"
+            found.append((message, (values == 0).all(1)))
+    counts = [(message, bad.sum()) for message, bad in found]
+    if postpones(findings, *towers.values()):
+        for message, count in counts:
+            findings.add(message, count)
+        return
+    for (message, _), number in zip(counts, torch.stack([count for _, count in counts]).tolist(), strict=True):
+        if number:
+            raise EmbeddingError(message.format(count=number))
 
 
 def all_gather_rows(rows: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:

@@ -40,6 +40,8 @@ class Rows:
     """(n, D). None: all rows of an image are excluded from one another."""
     weight: Tensor | None = None
     """(n,) what `push` weighs a row's entries with; `online_push` takes its negative logarithm."""
+    present: Tensor | None = None
+    """(n,) uint8: 0 for a row that is nobody's negative and has none. None: there is no such row."""
 
     def __len__(self) -> int:
         return len(self.values)
@@ -142,6 +144,8 @@ def _logits(anchors: Rows, candidates: Rows, k: float, radius_mm: float) -> Iter
                 tile.diagonal(diagonal).fill_(-math.inf)
             if images.may_meet(rows, columns):
                 tile.masked_fill_(_near(anchors, candidates, rows, columns, radius_mm), -math.inf)
+            if anchors.present is not None and candidates.present is not None:
+                tile.masked_fill_((anchors.present[rows, None] & candidates.present[columns]) == 0, -math.inf)
             yield rows, columns, tile
 
 

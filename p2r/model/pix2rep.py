@@ -81,10 +81,10 @@ def read_at(features: Tensor, points: Tensor) -> Tensor:
     """
     size = _check_points(features, points)
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    last = torch.tensor([length - 1 for length in size], device=points.device)
-    position = points.to(dtype).clamp(min=torch.zeros_like(last), max=last)
+    along = zip(points.to(dtype).unbind(-1), size, strict=True)
+    position = torch.stack([of_axis.clamp(0, length - 1) for of_axis, length in along], -1)
     low = position.long()
-    high = torch.minimum(low + 1, last)
+    high = torch.stack([(low[..., axis] + 1).clamp(max=length - 1) for axis, length in enumerate(size)], -1)
     fraction = position - low  # weight of `high`, in [0, 1)
 
     indices, weights = [], []

@@ -4,11 +4,11 @@ Every number is a hash of what it is for (a counter-based generator). So a trans
 other's numbers; a sample's numbers do not depend on the samples beside it; and noise, one number per pixel, is made on
 the device, in integers, where a stream per sample would have to be read on the host, one sample after another.
 
-Parameters are few and drawn on the host in double precision (splitmix64). Noise is drawn in 32-bit integers, which every
-device multiplies fast, two values from each hash by the Box-Muller transform: the same on CPU and CUDA but for the
-rounding of four functions. 16 bits of radius bound it at 4.9 standard deviations.
+Parameters are few and drawn on the host in double precision (splitmix64). Noise is drawn on the device (`p2r.device`), two
+values from each hash by the Box-Muller transform: the same on CPU and CUDA but for the rounding of four functions. 16 bits
+of radius bound it at 4.9 standard deviations.
 
-Letters: B samples. Sources: Steele, Lea, Flood 2014 (splitmix64); Wellons 2018, hash-prospector (triple32).
+Letters: B samples. Source: Steele, Lea, Flood 2014 (splitmix64).
 """
 
 import math
@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from p2r.device import random_bits
 from p2r.randomness import keyed_number
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -75,24 +76,11 @@ class Draws:
     def noise(self, name: str, *shape: int, device: torch.device | None = None) -> Tensor:
         """Return (B, *shape) standard normal numbers, float32, made on the device."""
         size = math.prod(shape)
-        words = self.named(name).keys.astype("<u8").view("<i4").reshape(-1, 2)
-        low, high = on_device(words, device, dtype=torch.int32).chunk(2, dim=1)
-        counter = torch.arange((size + 1) // 2, dtype=torch.int32, device=device)
-        bits = _hash_of_counter(counter, low, high)
+        bits = random_bits(self.named(name).keys, (size + 1) // 2, device=device)
         radius = (((bits >> 16) & 0xFFFF).float() + 0.5).mul_(2.0**-16).log_().mul_(-2).sqrt_()
         angle = (bits & 0xFFFF).float().mul_(2 * math.pi * 2.0**-16)
         pairs = torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], dim=1)
         return pairs[:, :size].reshape(len(self), *shape)
-
-
-def on_device(
-    values: NDArray[np.generic], device: torch.device | None, *, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Bring numbers from the host to a device, without waiting for what the device still has to do."""
-    tensor = torch.as_tensor(values, dtype=dtype)
-    if device is None or device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -105,17 +93,3 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 @cache
 def _hash_of(name: str) -> np.uint64:
     return np.uint64(keyed_number(0, name) >> 64)
-
-
-def _hash_of_counter(counter: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Hash (n,) counters with (B, 1) keys to (B, n) int32. A mask after each shift: torch shifts in copies of the sign."""
-    bits = counter + low
-    bits ^= (bits >> 17) & 0x7FFF
-    bits *= 0xED5AD4BB - 2**32
-    bits ^= (bits >> 11) & 0x1FFFFF
-    bits *= 0xAC4C1B51 - 2**32
-    bits ^= high
-    bits ^= (bits >> 15) & 0x1FFFF
-    bits *= 0x31848BAB
-    bits ^= (bits >> 14) & 0x3FFFF
-    return bits

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.config import GeometryConfig
-from p2r.views.draws import Draws, on_device
+from p2r.device import on_device
+from p2r.views.draws import Draws
 from p2r.views.smooth import num_controls, spline_field
 
 

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.config import IntensityConfig
-from p2r.views.draws import Draws, on_device
+from p2r.device import on_device
+from p2r.views.draws import Draws
 from p2r.views.smooth import spline_field
 
 BIAS_CONTROLS = 5

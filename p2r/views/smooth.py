@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2r.views.draws import on_device
+from p2r.device import on_device
 
 
 def num_controls(num_pixels: int, spacing_px: float) -> int:

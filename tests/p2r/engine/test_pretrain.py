@@ -1,4 +1,6 @@
+import gzip
 import json
+import math
 import os
 import random
 import shutil
@@ -8,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +18,11 @@ import torch
 from p2r.data.corpus import ingest_locally
 from p2r.data.manifest import load_manifest, manifest_sha256
 from p2r.data.shards import open_shard
-from p2r.engine.pretrain import Report, finished_checkpoint, pretrain
+from p2r.engine.pretrain import Report, _refuse_lost_weights, finished_checkpoint, pretrain
+from p2r.engine.profile import PARTS, profile_text
 from p2r.errors import CheckpointError, DataError, InputError, StorageError, TrainingError
 from p2r.job import Job, read_job
+from p2r.model.pix2rep import Pix2Rep
 from p2r.storage import Storage
 
 CPU = torch.device("cpu")
@@ -286,3 +291,114 @@ def _weights(storage: Storage, checkpoint: str) -> str:
     manifest = storage.read_json(f"checkpoints/{checkpoint}/manifest.json")
     digest: str = manifest["files"]["model.safetensors"]["sha256"]
     return digest
+
+
+def test_a_profile_says_where_time_and_memory_go(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
+    job = job_of(tmp_path, "pretrain.micro_batch=2")
+    assert job.pretrain is not None
+    plain, profiled = Storage(str(tmp_path / "plain")), Storage(str(tmp_path / "profiled"))
+    _train(job, plain, corpus)
+    run = pretrain(job.pretrain, storage=profiled, corpus=corpus, device=CPU, profile_steps=2)
+    assert [report.profile for report in run] == [None, None, "profile"]  # steps 4 and 5, told of at step 6
+    assert _losses(profiled) == _losses(plain)
+    found = profiled.read_json("profile/profile.json")
+    assert (found["first_step"], found["num_steps"]) == (4, 2)
+    assert [part["name"] for part in found["parts"]] == [*PARTS, "other"]
+    assert all(part["seconds_per_step"] > 0 for part in found["parts"] if part["name"] not in ("wait", "other"))
+    assert sum(part["seconds_per_step"] for part in found["parts"]) == pytest.approx(found["seconds_per_step"], rel=0.1)
+    assert len(found["operators"]) == 10
+    weights = sum(weight.numel() for weight in Pix2Rep(job.pretrain.model).parameters()) * 4 / 2**20
+    memory = found["memory"]
+    assert memory["weights_mib"] == pytest.approx(weights, rel=0.05)
+    assert memory["optimizer_mib"] == pytest.approx(3 * weights, rel=0.05)  # two moments and DeepSpeed's own copy
+    assert memory["gradients_mib"] >= weights
+    assert memory["peak_mib"] > memory["activations_mib"] > 0
+    assert "| backward |" in profile_text(profiled)
+    trace = json.loads(gzip.decompress(profiled.read_bytes("profile/trace.json.gz")))
+    assert {"views", "backward"} <= {event.get("name") for event in trace["traceEvents"]}
+    assert profiled.read_bytes("profile/profile.png").startswith(b"\x89PNG")
+
+
+def test_a_run_that_is_too_short_for_its_profile_profiles_what_there_is(
+    job: Job, corpus: Storage, tmp_path: Path
+) -> None:
+    assert job.pretrain is not None
+    storage = Storage(str(tmp_path / "pretrain"))
+    run = pretrain(job.pretrain, storage=storage, corpus=corpus, device=CPU, profile_steps=100)
+    assert [report.profile for report in run] == [None, None, "profile"]
+    assert storage.read_json("profile/profile.json")["num_steps"] == 3
+
+
+@pytest.fixture
+def waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat the CPU as a device that must not be waited for."""
+    for module in ("p2r.loss.ranks", "p2r.engine.pretrain"):
+        monkeypatch.setattr(f"{module}.is_waited_for", lambda device: True)
+
+
+def test_a_run_that_does_not_wait_for_its_device_has_the_same_digits(
+    job_of: JobOf, corpus: Storage, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    job = job_of(tmp_path, "pretrain.report_interval=3", "pretrain.checkpoint_interval=2")
+    waiting, going, broken = (Storage(str(tmp_path / name)) for name in ("waiting", "going", "broken"))
+    _train(job, waiting, corpus)
+    request.getfixturevalue("waited_for")
+    _train(job, going, corpus)
+    assert _losses(going) == _losses(waiting)
+    _train(job, broken, corpus, most=1)  # at step 2, in the middle of a report's interval
+    _train(job, broken, corpus)
+    assert _losses(broken).items() >= {step: _losses(going)[step] for step in (3, 6)}.items()
+    assert _weights(broken, "step-00000006") == _weights(waiting, "step-00000006")
+
+
+@pytest.mark.usefixtures("waited_for")
+def test_a_step_that_went_wrong_unnoticed_is_named_before_a_checkpoint_is_made(
+    job_of: JobOf, corpus: Storage, tmp_path: Path
+) -> None:
+    storage = Storage(str(tmp_path / "pretrain"))
+    job = job_of(
+        tmp_path,
+        *("pretrain.optimizer.learning_rate=1.0e+30", "pretrain.optimizer.clip_norm=0"),
+        *("pretrain.checkpoint_interval=5", "pretrain.report_interval=6"),
+    )
+    with pytest.raises(TrainingError, match=r"^step [23]: queries: .* embeddings are not finite; the last good"):
+        _train(job, storage, corpus)
+    assert storage.list("checkpoints") == []
+
+
+def test_weights_that_are_no_longer_finite_are_not_saved() -> None:
+    engine = SimpleNamespace(module=torch.nn.Linear(3, 2))
+    _refuse_lost_weights(engine, 7)
+    with torch.no_grad():
+        engine.module.weight[0, 1:] = torch.tensor([math.nan, math.inf])
+    with pytest.raises(TrainingError, match="step 7: 2 weights are no longer finite; the last good checkpoint stays"):
+        _refuse_lost_weights(engine, 7)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("loss", ["info_nce", "barlow_twins"])
+def test_images_that_show_nothing_are_counted_and_teach_nothing(
+    loss: str, waits: bool, job_of: JobOf, corpus: Storage, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not waits:
+        request.getfixturevalue("waited_for")
+    # Of 64 mm, a view shows something if it is moved by less along both axes: most batches show nothing at all.
+    job = job_of(tmp_path, f"pretrain.loss.name={loss}", "pretrain.views.geometry.translation_mm=1000")
+    reports = _train(job, Storage(str(tmp_path / "pretrain")), corpus)
+    assert sum(report.num_images_without_pairs for report in reports) >= 20
+    assert any(report.num_images_without_pairs == 8 and report.loss == 0 for report in reports)
+    assert all(math.isfinite(report.loss) and math.isfinite(report.gradient_norm) for report in reports)
+    assert f"{reports[0].num_images_without_pairs} images without pairs" in reports[0].line()
+
+
+def test_the_equivariance_error_falls_in_training(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
+    job = job_of(
+        tmp_path,
+        *("pretrain.steps=60", "pretrain.report_interval=10", "pretrain.equivariance_interval=3"),
+        *("pretrain.optimizer.learning_rate=1.0e-2", "pretrain.loss.pixel_pairs_per_image=64"),
+        *("pretrain.checkpoint_interval=60", "pretrain.global_batch=8"),
+    )
+    reports = _train(job, Storage(str(tmp_path / "pretrain")), corpus)
+    errors = {report.step: report.equivariance_error for report in reports if report.equivariance_error is not None}
+    assert list(errors) == [30, 60]
+    assert 0 < errors[60] < errors[30] < 1

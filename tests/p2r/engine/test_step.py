@@ -14,7 +14,7 @@ import torch.multiprocessing as multiprocessing
 from p2r.config import ImageConfig, PretrainConfig
 from p2r.data.batch import Batch, Group
 from p2r.engine.build import build_engine, join_process_group
-from p2r.engine.step import pretrain_step
+from p2r.engine.step import _alignment, equivariance_error, pretrain_step
 from p2r.model.pix2rep import Pix2Rep
 
 IMAGES = 4
@@ -134,3 +134,21 @@ def test_reports_name_the_cheap_negatives() -> None:
     assert config({}, 1).negatives == "of the global batch"
     cheap = config({"negatives": "micro_batch"}, 1)
     assert cheap.negatives == "of micro-batches only (1 images of each worker)"
+
+
+def test_the_equivariance_error_is_that_of_pairs_over_that_of_all_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(9, 5, generator=generator)
+    keys = queries + 0.3 * torch.randn(9, 5, generator=generator)
+    weights = torch.tensor([1.0] * 7 + [0.0] * 2)
+    keys[8] = torch.nan
+    cosine = torch.nn.functional.cosine_similarity(queries[:7, None], keys[None, :7], dim=2)
+    others = torch.stack([1 - cosine[i, j] for i in range(7) for j in range(7) if i != j])
+    expected = float((1 - cosine.diagonal()).mean() / others.mean())
+    sums = _alignment(queries[:4], keys[:4], weights[:4]) + _alignment(queries[4:], keys[4:], weights[4:])
+    assert equivariance_error(sums.tolist()) == pytest.approx(expected, rel=1e-5)
+    same = _alignment(queries, queries, torch.ones(9))
+    assert equivariance_error(same.tolist()) == pytest.approx(0, abs=1e-6)
+    collapsed = _alignment(torch.ones(9, 5), torch.ones(9, 5), torch.ones(9))
+    assert equivariance_error(collapsed.tolist()) == 1
+    assert equivariance_error(_alignment(queries[:1], keys[:1], weights[:1]).tolist()) is None

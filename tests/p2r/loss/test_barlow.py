@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from p2r.errors import EmbeddingError
-from p2r.loss import barlow_twins
+from p2r.loss import Findings, barlow_twins
 
 
 def embeddings(num: int, channels: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -114,3 +114,28 @@ def test_fewer_than_two_pairs_and_towers_of_different_kinds_are_refused() -> Non
 def test_a_weight_that_is_negative_or_not_finite_is_refused(weight: float) -> None:
     with pytest.raises(ValueError, match="off_diagonal_weight"):
         barlow_twins(torch.ones(2, 3), torch.ones(2, 3), off_diagonal_weight=weight)
+
+
+@pytest.mark.parametrize("is_waited_for", [False, True])
+def test_with_findings_pairs_of_no_weight_are_not_there_and_fewer_than_two_teach_nothing(
+    is_waited_for: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2r.loss.ranks.is_waited_for", lambda device: is_waited_for)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(12, 5, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    with torch.no_grad():
+        a[4] = torch.nan
+    weights = torch.ones(12).index_fill(0, torch.tensor([4]), 0)
+    findings = Findings()
+    ours = barlow_twins(a, b, off_diagonal_weight=0.1, weights=weights, findings=findings)
+    theirs = barlow_twins(a, b, off_diagonal_weight=0.1, weights=weights)
+    torch.testing.assert_close(ours, theirs)
+    for got, expected in zip(*(torch.autograd.grad(loss, [a, b]) for loss in (ours, theirs)), strict=True):
+        torch.testing.assert_close(got, expected)
+    assert len(findings.counts()) == (3 if is_waited_for else 0)
+    for num in (0, 1):
+        loss = barlow_twins(
+            a, b, off_diagonal_weight=0.1, weights=(torch.arange(12) < num).float(), findings=Findings()
+        )
+        assert loss == 0
+        assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss, [a, b]))

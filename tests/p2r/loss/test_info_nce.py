@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p2r.errors import EmbeddingError
-from p2r.loss import SameImage, info_nce
+from p2r.loss import Findings, SameImage, info_nce
 from p2r.loss.tiles import TILE
 
 FORMS = ("cross_view", "nt_xent")
@@ -403,3 +403,74 @@ def test_unknown_names_are_refused() -> None:
         info_nce(torch.ones(2, 3), torch.ones(2, 3), temperature=0.1, form="nt-xent")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gradient_scale"):
         info_nce(torch.ones(2, 3), torch.ones(2, 3), temperature=0.1, gradient_scale="avg")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat the CPU as a device that must not be waited for."""
+    monkeypatch.setattr("p2r.loss.ranks.is_waited_for", lambda device: True)
+
+
+@pytest.mark.usefixtures("waited_for")
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+@pytest.mark.parametrize("temperature", [0.2, 0.001])
+@pytest.mark.parametrize("form", FORMS)
+def test_without_waiting_the_loss_and_its_gradient_are_the_same(
+    form: str, temperature: float, exchange: str, decoupled: bool
+) -> None:
+    queries, keys = (x.requires_grad_() for x in embeddings(12, 4))
+    with torch.no_grad():
+        queries[3], keys[7] = math.nan, 0.0  # of no weight, whatever they hold
+    weights = torch.ones(12).index_fill(0, torch.tensor([3, 7]), 0).index_fill(0, torch.tensor([5]), 2)
+    options: dict[str, Any] = {"form": form, "temperature": temperature, "exchange": exchange, "decoupled": decoupled}
+    for exclude in (None, SameImage(torch.arange(12) // 3)):
+        findings = Findings()
+        ours = info_nce(queries, keys, weights=weights, exclude=exclude, findings=findings, **options)
+        theirs = info_nce(queries, keys, weights=weights, exclude=exclude, **options)
+        torch.testing.assert_close(ours, theirs)
+        for got, expected in zip(gradients(ours, queries, keys), gradients(theirs, queries, keys), strict=True):
+            torch.testing.assert_close(got, expected)
+        assert len(findings.counts()) >= 5 and not any(findings.counts())
+        findings.refuse([int(count) for count in findings.counts()])
+
+
+@pytest.mark.usefixtures("waited_for")
+def test_without_waiting_bad_values_are_counted_and_refused_when_they_are_read() -> None:
+    keys = torch.ones(5, 4)
+    keys[[1, 4]] = math.nan
+    findings = Findings()
+    info_nce(torch.ones(5, 4), keys, temperature=0.1, findings=findings)
+    with pytest.raises(EmbeddingError, match="keys: 2 of 5 embeddings are not finite"):
+        findings.refuse([int(count) for count in findings.counts()])
+    findings = Findings()
+    lonely = SameImage(torch.zeros(5).long())
+    info_nce(torch.ones(5, 4), torch.ones(5, 4), temperature=0.1, exclude=lonely, decoupled=True, findings=findings)
+    with pytest.raises(EmbeddingError, match="5 of 5 have none"):
+        findings.refuse([int(count) for count in findings.counts()])
+
+
+def test_with_findings_a_cpu_is_still_looked_at_at_once() -> None:
+    with pytest.raises(EmbeddingError, match=r"keys: 5 of 5 .* all zeros"):
+        info_nce(torch.ones(5, 4), torch.zeros(5, 4), temperature=0.1, findings=Findings())
+
+
+@pytest.mark.parametrize("is_waited_for", [False, True])
+@pytest.mark.parametrize("num", [0, 1])
+def test_with_findings_fewer_than_two_pairs_teach_nothing(
+    num: int, is_waited_for: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2r.loss.ranks.is_waited_for", lambda device: is_waited_for)
+    queries, keys = (x.requires_grad_() for x in embeddings(6, 4))
+    temperature = torch.tensor(0.1, requires_grad=True)
+    weights = (torch.arange(6) < num).float()
+    loss = info_nce(queries, keys, temperature=temperature, weights=weights, findings=Findings())
+    assert loss == 0
+    assert all((gradient == 0).all() for gradient in gradients(loss, queries, keys, temperature))
+
+
+def test_a_known_temperature_is_not_read() -> None:
+    queries, keys = embeddings(6, 4)
+    temperature = torch.tensor(0.5, requires_grad=True)
+    known = info_nce(queries, keys, temperature=temperature, known_temperature=0.5)
+    assert known == info_nce(queries, keys, temperature=temperature)

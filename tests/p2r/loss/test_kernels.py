@@ -26,9 +26,11 @@ generator = torch.Generator().manual_seed(0)
 
 def rows(num, first, dtype, channels, exclude):
     values = F.normalize(torch.randn(num, channels, generator=generator), dim=1).to(dtype)
-    image = torch.arange(num) // 40 + 3 if exclude else None
+    image = torch.arange(num) // 40 + 3 if exclude in ("image", "radius") else None
     position_mm = 20 * torch.rand(num, 3, generator=generator) if exclude == "radius" else None
-    parts = dict(values=values, image=image, position_mm=position_mm, weight=torch.rand(num, generator=generator))
+    present = (torch.rand(num, generator=generator) < 0.8).to(torch.uint8) if exclude == "image" else None
+    weight = torch.rand(num, generator=generator)
+    parts = dict(values=values, image=image, position_mm=position_mm, weight=weight, present=present)
     return Rows(first=first, **{name: None if part is None else part.to(device) for name, part in parts.items()})
 
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from scipy import stats
 
+from p2r.device import _hash_of_counter
 from p2r.randomness import keyed_generator
-from p2r.views.draws import Draws, _hash_of_counter, _mix
+from p2r.views.draws import Draws, _mix
 
 
 def draws(num: int, *, seed: int = 0, epoch: int = 0) -> Draws:

@@ -1,0 +1,48 @@
+"""Numbers of the host -> tensors on a device, and random numbers made there; nothing waits for the device.
+
+A random number per pixel is a hash of its sample's key and of its place, in 32-bit integers, which every device multiplies
+fast: a stream per sample would have to be read on the host, one sample after another. It is the same on CPU and CUDA.
+
+Letters: B samples. Source: Wellons 2018, hash-prospector (triple32).
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def on_device(
+    values: NDArray[np.generic], device: torch.device | None, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Bring numbers from the host to a device, without waiting for what the device still has to do."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if device is None or device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def is_waited_for(device: torch.device) -> bool:
+    """Return whether to look at a value is to wait for a device that works on its own: for any but a CPU."""
+    return device.type != "cpu"
+
+
+def random_bits(keys: NDArray[np.uint64], num: int, *, device: torch.device | None = None) -> Tensor:
+    """Return (B, num) int32 of 32 random bits each, made on the device from the samples' keys (B,)."""
+    words = keys.astype("<u8").view("<i4").reshape(-1, 2)
+    low, high = on_device(words, device, dtype=torch.int32).chunk(2, dim=1)
+    return _hash_of_counter(torch.arange(num, dtype=torch.int32, device=device), low, high)
+
+
+def _hash_of_counter(counter: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Hash (n,) counters with (B, 1) keys to (B, n) int32. A mask after each shift: torch shifts in copies of the sign."""
+    bits = counter + low
+    bits ^= (bits >> 17) & 0x7FFF
+    bits *= 0xED5AD4BB - 2**32
+    bits ^= (bits >> 11) & 0x1FFFFF
+    bits *= 0xAC4C1B51 - 2**32
+    bits ^= high
+    bits ^= (bits >> 15) & 0x1FFFF
+    bits *= 0x31848BAB
+    bits ^= (bits >> 14) & 0x3FFFF
+    return bits
