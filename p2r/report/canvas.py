@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -94,23 +95,30 @@ class Sheet:
         across, up = float(self.figure.get_figwidth()), float(self.figure.get_figheight())
         self.figure.text(left / across, (self.bottom + low) / up, text, **{"fontsize": 9, "color": INK, **options})
 
+    def mark(self, left: float, low: float, *, marker: str, colour: str, size: float = 6) -> None:
+        """Put a mark at a place in the room."""
+        across, up = float(self.figure.get_figwidth()), float(self.figure.get_figheight())
+        self.figure.add_artist(
+            Line2D([left / across], [(self.bottom + low) / up], marker=marker, color=colour, markersize=size)
+        )
+
 
 def new_sheet(width: float, height: float, *, title: str, subtitle: str = "", source: str = "") -> Sheet:
     """Return a figure with room of so many inches between a title and a line that says where the figures come from."""
     room = width - 2 * _MARGIN
     titles, below, sources = (
         textwrap.wrap(for_picture(text, 400), max(10, int(room * letters)))
-        for text, letters in ((title, 8.6), (subtitle, 12.6), (source, 17.5))
+        for text, letters in ((title, 8.6), (subtitle, 12.6), (source, 16.2))
     )
     top = 0.2 + 0.23 * len(titles) + 0.17 * len(below) + 0.08
-    bottom = 0.13 + 0.125 * len(sources) if sources else 0.06
+    bottom = 0.13 + 0.135 * len(sources) if sources else 0.06
     figure = new_figure(width, top + height + bottom)
     total = top + height + bottom
     place = _MARGIN / width
     for lines, down, step, size, colour in (
         (titles, 0.15, 0.23, 12.5, INK),
         (below, 0.19 + 0.23 * len(titles), 0.17, 9.0, FAINT),
-        (sources, top + height + 0.06, 0.125, 6.5, FAINT),
+        (sources, top + height + 0.06, 0.135, 7.0, FAINT),
     ):
         weight = "bold" if lines is titles else "normal"
         for number, line in enumerate(lines):
@@ -121,11 +129,12 @@ def new_sheet(width: float, height: float, *, title: str, subtitle: str = "", so
 
 def drawing(wide: Figure, narrow: Figure | None = None) -> Drawing:
     """Return the files of a picture, and of its form for narrow pages."""
+    svg = _to_svg(wide)
     return Drawing(
         png=to_png(wide),
-        svg=_to_svg(wide, "white"),
-        wide=_for_pages(_to_svg(wide, "none")),
-        narrow=None if narrow is None else _for_pages(_to_svg(narrow, "none")),
+        svg=svg,
+        wide=_for_pages(svg),
+        narrow=None if narrow is None else _for_pages(_to_svg(narrow)),
     )
 
 
@@ -166,18 +175,18 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _to_svg(figure: Figure, ground: str) -> bytes:
+def _to_svg(figure: Figure) -> bytes:
     buffer = BytesIO()
     # Text stays text: it can be searched, and takes the reader's font.
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "p2r"}
     with matplotlib.rc_context(settings), _silent_fonts():
-        figure.savefig(buffer, format="svg", dpi=1.5 * _DPI, facecolor=ground, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", dpi=_DPI, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
 def _for_pages(svg: bytes) -> bytes:
-    """Replace colours by variables, which a dark page sets otherwise, and Matplotlib's fonts by the reader's."""
-    text = svg.decode()
+    """Take the ground away, and replace colours by variables, which a dark page sets otherwise, and fonts by the reader's."""
+    text = re.sub(r'<g id="patch_1">.*?</g>', "", svg.decode(), count=1, flags=re.DOTALL)
     names = {colour: f"--c{number}" for number, colour in enumerate(_DARK)}
     for colour, name in names.items():
         text = text.replace(f": {colour}", f": var({name})")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cbook import boxplot_stats
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
@@ -160,9 +162,7 @@ def _key(sheet: Sheet, series: Sequence[tuple[str, str]], low: float, width: flo
         room = 0.25 + 0.078 * len(name)
         if place + room > width:
             break  # a narrow picture has no room for many names; the page's tables have them
-        axes = sheet.panel(place, low - 0.06, 0.12, 0.12)
-        axes.plot(0, 0, marker=mode_marker(one[0]), color=mode_colour(one[0]), markersize=6)
-        axes.set_axis_off()
+        sheet.mark(place + 0.06, low, marker=mode_marker(one[0]), colour=mode_colour(one[0]))
         sheet.write(place + 0.17, low, name, va="center", weight="bold", color=mode_colour(one[0]), fontsize=8.5)
         place += room + 0.12
 
@@ -174,10 +174,10 @@ def _groups(
 ) -> None:
     """Draw groups side by side, the modes of each beside one another."""
     step = 0.8 / len(series)
-    for place, (_, members) in enumerate(groups):
-        for index, one in enumerate(series):
-            at = place + (index - (len(series) - 1) / 2) * step
-            _box(axes, at, step * 0.72, [dice for patient, dice in members if patient.series == one], one[0])
+    for index, one in enumerate(series):
+        at = [place + (index - (len(series) - 1) / 2) * step for place in range(len(groups))]
+        dice = [[dice for patient, dice in members if patient.series == one] for _, members in groups]
+        _boxes(axes, at, step * 0.72, dice, mode_colour(one[0]))
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.xaxis.set_major_locator(FixedLocator(range(len(groups))))
     tilted = sum(len(label) for label, _ in groups) > 24
@@ -189,34 +189,31 @@ def _groups(
     )
 
 
-def _box(axes: Axes, at: float, width: float, dice: Sequence[float], mode: str) -> None:
-    if not dice:
-        return
-    colour = mode_colour(mode)
-    # Patients are spread by rank, not by chance: the same picture every time.
-    order = np.argsort(np.argsort(dice))
-    shift = ((order * 0.618) % 1.0 - 0.5) * width * 0.8
-    if len(dice) <= _MOST_POINTS:
-        axes.plot(
-            at + shift, dice, linestyle="", marker="o", markersize=2.6, color=colour, alpha=0.45, markeredgewidth=0
-        )
-    if len(dice) < _LEAST:
-        middle = float(np.median(dice))
-        axes.plot((at - width / 2, at + width / 2), (middle, middle), color=colour, linewidth=1.8)
-        return
-    line = {"color": colour, "linewidth": 1.2}
-    axes.boxplot(
-        [list(dice)],
-        positions=[at],
-        widths=width,
-        showfliers=False,
-        showcaps=False,
-        patch_artist=True,
-        boxprops={"facecolor": "none", "edgecolor": colour, "linewidth": 1.2},
-        whiskerprops=line,
-        medianprops={"color": colour, "linewidth": 2.4},
-        manage_ticks=False,
-    )
+def _boxes(axes: Axes, places: Sequence[float], width: float, groups: Sequence[Sequence[float]], colour: str) -> None:
+    """Draw the boxes of one mode: few artists, because a page has hundreds of boxes."""
+    points: list[tuple[float, float]] = []
+    outlines: list[list[tuple[float, float]]] = []
+    medians = []
+    for at, dice in zip(places, groups, strict=True):
+        if not dice:
+            continue
+        left, right = at - width / 2, at + width / 2
+        median = float(np.median(dice))
+        medians.append(((left, median), (right, median)))
+        if len(dice) <= _MOST_POINTS:
+            # Patients are spread by rank, not by chance: the same picture every time.
+            order = np.argsort(np.argsort(dice))
+            points += zip(at + ((order * 0.618) % 1.0 - 0.5) * width * 0.8, dice, strict=True)
+        if len(dice) >= _LEAST:
+            (box,) = boxplot_stats(dice)
+            low, high = box["q1"], box["q3"]
+            outlines.append([(left, low), (right, low), (right, high), (left, high), (left, low)])
+            outlines += [[(at, low), (at, box["whislo"])], [(at, high), (at, box["whishi"])]]
+    if points:
+        across, up = zip(*points, strict=True)
+        axes.plot(across, up, "o", markersize=2.6, color=colour, alpha=0.45, markeredgewidth=0)
+    axes.add_collection(LineCollection(outlines, colors=colour, linewidths=1.1))
+    axes.add_collection(LineCollection(medians, colors=colour, linewidths=2.4, capstyle="butt"))
 
 
 def _series(patients: Sequence[Patient]) -> list[tuple[str, str]]:

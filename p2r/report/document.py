@@ -247,7 +247,11 @@ class _Page:
                 else series_name(cell.series)
             )
             labelled = f"{number} labelled patient{'s' * (number > 1)}"
-            yield f"Dice from {labelled}", f"{cell.dice_mean.mean:.2f}", "; ".join(filter(None, (who, spread)))
+            yield (
+                f"Dice from {labelled}",
+                f"{cell.dice_mean.mean:.2f}",
+                _sentence("; ".join(filter(None, (who, spread)))),
+            )
             differences = [one for one in self.of("differences", rows) if one["num_labelled"] == number]
             leader = max(
                 (one for one in here if one.mode != "scratch"), key=lambda cell: _validation(rows, cell), default=None
@@ -255,22 +259,21 @@ class _Page:
             difference = next((one for one in differences if leader and series_of(one) == leader.series), None)
             if difference and leader and difference["difference"] is not None:
                 yield (
-                    f"{series_name(leader.series)} over {series_name((difference['against'], ''))}, {labelled}",
+                    _sentence(f"{series_name(leader.series)} over {_against(difference['against'])}, {labelled}"),
                     _signed(difference["difference"], 2),
                     f"{_interval(difference, 2)}; p {p_text(difference['p_holm'])}, {difference['patients']} patients",
                 )
             elif leader and leader.gain is not None:
                 yield (
-                    f"{series_name(leader.series)} over {series_name(('scratch', ''))}, {labelled}",
+                    _sentence(f"{series_name(leader.series)} over scratch, {labelled}"),
                     _signed(leader.gain, 2),
                     f"mean of {leader.num_draws} draw{'s' * (leader.num_draws > 1)}",
                 )
-            efficiency = self.entry("label_efficiency", rows, leader) if leader and number == numbers[0] else None
-            if efficiency and (text := _worth(efficiency)):
+            if leader and number == numbers[0] and (efficiency := self.entry("label_efficiency", rows, leader)):
                 yield (
-                    f"{labelled}, {series_name(leader.series)}: from scratch it takes" if leader else "",
-                    text,
-                    "labelled patients for the same Dice",
+                    f"{labelled.capitalize()}, {series_name(leader.series)}, is worth",
+                    _worth(efficiency, rows),
+                    "labelled patients from scratch, for the same Dice",
                 )
 
     def entry(self, part: str, rows: Sequence[Row], cell: Cell) -> Mapping[str, Any] | None:
@@ -348,7 +351,7 @@ class _Page:
         if not found:
             return
         found.sort(key=lambda one: (one["num_labelled"], series_order(series_of(one))))
-        against = " and ".join(dict.fromkeys(series_name((one["against"], "")) for one in found))
+        against = " and ".join(dict.fromkeys(_against(one["against"]) for one in found))
         yield Heading(3, f"Against {against}")
         lines = [
             Difference(
@@ -392,12 +395,12 @@ class _Page:
 
     def efficiency(self, rows: Sequence[Row]) -> Iterator[Block]:
         """Yield how many labelled patients training from scratch needs for the same Dice."""
-        found = [one for one in self.of("label_efficiency", rows) if one["mode"] != "scratch" and _worth(one)]
+        found = [one for one in self.of("label_efficiency", rows) if one["mode"] != "scratch"]
         if not found:
             return
         numbers = sorted({one["num_labelled"] for one in found})
         series = sorted({series_of(one) for one in found}, key=series_order)
-        worth = {(series_of(one), one["num_labelled"]): _worth(one) for one in found}
+        worth = {(series_of(one), one["num_labelled"]): _worth(one, rows) for one in found}
         yield Heading(3, "How many labels it saves")
         yield Grid(
             ("mode", *(f"n = {number}" for number in numbers)),
@@ -608,11 +611,22 @@ def _validation(rows: Sequence[Row], cell: Cell) -> float:
     return mean_of(found) or 0.0
 
 
-def _worth(efficiency: Mapping[str, Any]) -> str:
-    """Return how many labelled patients from scratch a mode is worth, or nothing where that is not known."""
+def _worth(efficiency: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Return how many labelled patients from scratch a mode is worth, or on which side of all that were tried that lies."""
     if efficiency.get("scratch_patients") is not None:
         return f"{efficiency['scratch_patients']:.1f}"
-    return {"above": "> all tried", "below": "< all tried"}.get(str(efficiency.get("beyond")), "")
+    tried = [row["num_labelled"] for row in rows if row["mode"] == "scratch"]
+    if not tried or efficiency.get("beyond") not in ("above", "below"):
+        return "–"
+    return f"> {max(tried)}" if efficiency["beyond"] == "above" else f"< {min(tried)}"
+
+
+def _against(mode: str) -> str:
+    return "scratch" if mode == "scratch" else series_name((mode, ""))
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _interval(one: Mapping[str, Any], digits: int) -> str:

@@ -132,10 +132,8 @@ def _draw(
     elif banded:
         at_all, lowers, uppers = zip(*banded, strict=True)
         axes.fill_between(at_all, lowers, uppers, color=colour, alpha=0.14, linewidth=0)
-    for row in rows:
-        if series_of(row) == series:
-            at = row["num_labelled"] * math.exp(offset)
-            axes.plot(at, row["dice_mean"], "o", color=colour, alpha=0.45, markersize=4, markeredgewidth=0)
+    draws = [(row["num_labelled"] * math.exp(offset), row["dice_mean"]) for row in rows if series_of(row) == series]
+    axes.plot(*zip(*draws, strict=True), "o", color=colour, alpha=0.45, markersize=4, markeredgewidth=0)
     means = [cell.dice_mean.mean or 0.0 for cell in cells]
     axes.plot(
         [cell.num_labelled for cell in cells],

@@ -40,16 +40,16 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem
 caption{text-align:left;color:var(--faint);padding-bottom:.4rem}
 td,th{padding:.32rem .9rem .32rem 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top;font-weight:400;
 overflow-wrap:normal}
-thead th{border-bottom:2px solid var(--faint);font-weight:600;white-space:nowrap}
+thead th{border-bottom:2px solid var(--faint);font-weight:600;vertical-align:bottom}
 td.number{text-align:right;white-space:nowrap} thead th.number{text-align:right}
-td.long,th.long{min-width:16rem;overflow-wrap:anywhere}
-figure{margin:1.5rem 0} figure img{display:block;max-width:100%;height:auto}
+td.short,th.short{white-space:nowrap} td.long,th.long{min-width:min(16rem,45vw);overflow-wrap:anywhere}
+figure{margin:1.5rem 0} figure img{display:block;width:100%;max-width:60rem;height:auto}
 figcaption{color:var(--faint);font-size:.88rem;max-width:46rem;margin-top:.5rem}
 details{margin:1rem 0} summary{cursor:pointer;color:var(--link)}
 @media print{details{display:block} .scroll{overflow:visible}}
 """
 _NUMBER = re.compile(r"[<>≈]? ?[+\-−]?\d[\d.,]*( ?%| s| ± [\d.]+| \[[^\]]*\])?|–|")
-_LONG = 44  # letters: a cell that is longer breaks its lines
+_SHORT, _LONG = 20, 44  # letters: a cell that is longer may break its lines, or is given room to do so
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,9 @@ def _table(grid: Grid) -> str:
         classes = (
             "number" if (numeric[column] and tag == "td") or (numeric[column] and scope == "col" and column) else ""
         )
-        classes = classes or ("long" if len(text) > _LONG else "")
+        classes = classes or (
+            "long" if len(text) > _LONG else "short" if len(text) <= _SHORT and scope != "col" else ""
+        )
         attributes = (f' class="{classes}"' if classes else "") + (f' scope="{scope}"' if scope else "")
         return f"<{tag}{attributes}>{'<b>' if bold else ''}{for_html(text)}{'</b>' if bold else ''}</{tag}>"
 

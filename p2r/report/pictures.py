@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import ConnectionPatch, Rectangle
+from matplotlib.patches import ConnectionPatch
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 from torch import Tensor
@@ -219,9 +219,7 @@ def _name_classes(sheet: Sheet, names: Sequence[str], width: float) -> None:
         room = 0.42 + 0.082 * len(text)
         if place + room > width:
             break
-        box = sheet.panel(place, 0.06, 0.14, 0.14)
-        box.set_axis_off()
-        box.add_patch(Rectangle((0, 0), 1, 1, color=_class_colour(value)))
+        sheet.mark(place + 0.07, 0.13, marker="s", colour=_class_colour(value), size=9)
         sheet.write(place + 0.2, 0.13, text, va="center")
         place += room
 
