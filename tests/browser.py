@@ -97,10 +97,10 @@ def browser(chromium: str, profile: Path) -> Iterator[Browser]:
     if os.geteuid() == 0:
         flags.append("--no-sandbox")  # Chromium refuses to build its sandbox as root; it reads our own pages only
 
-    # Chromium reads commands from its descriptor 3 and answers on 4.
+    # Chromium reads commands from its descriptor 3 and answers on 4; dash would know descriptors of one digit only.
     shell = f'exec "$0" "$@" 3<&{read_commands} 4>&{write_answers}'
     process = subprocess.Popen(
-        ["sh", "-c", shell, chromium, *flags, "about:blank"],
+        ["bash", "-c", shell, chromium, *flags, "about:blank"],
         pass_fds=(read_commands, write_answers),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

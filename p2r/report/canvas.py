@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -153,6 +154,30 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def apart(heights: list[float], gap: float) -> list[float]:
+    """Move labels up and down until neighbours are `gap` apart, each group about its own middle."""
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    groups = [[index] for index in order]
+
+    def middle(group: list[int]) -> float:
+        return sum(heights[index] for index in group) / len(group)
+
+    merged = True
+    while merged:
+        merged = False
+        for a, b in pairwise(groups):
+            if middle(b) - middle(a) < gap * (len(a) + len(b)) / 2 - 1e-9:
+                groups[groups.index(a)] = a + b
+                groups.remove(b)
+                merged = True
+                break
+    placed = list(heights)
+    for group in groups:
+        for rank, index in enumerate(group):
+            placed[index] = middle(group) + (rank - (len(group) - 1) / 2) * gap
+    return placed
 
 
 def plain(axes: Axes) -> None:

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from p2r.errors import DataError
 from p2r.evaluate.statistics import few_shot_statistics
-from p2r.report.canvas import INK, NARROW, WIDE, Drawing, drawing, mode_colour, mode_marker, new_sheet, plain
+from p2r.report.canvas import INK, NARROW, WIDE, Drawing, apart, drawing, mode_colour, mode_marker, new_sheet, plain
 from p2r.report.forest import Difference, figures_text, forest, p_text
 from p2r.report.page import Block, Grid, Heading, Paragraph, Picture, html
 from p2r.report.tables import LEAK_FREE, Row, aggregate, label_of, protocol_of, series_name, series_order
@@ -120,12 +120,12 @@ def _read_run(url: str, letter: str) -> Run:
             problem = error.errors()[0]
             key = ".".join(map(str, problem["loc"])) or "the row"
             raise DataError(f"{where}: row {number}: {one_line(key)}: {one_line(problem['msg'])}") from None
-    try:
-        aggregate(checked)
-    except ValueError as error:
-        raise DataError(f"{where}: {one_line(error)}") from None
     if len({row.get("backbone") for row in checked}) > 1:
         raise DataError(f"{where} holds rows of several backbones already; give reports of one backbone each")
+    trials = [(*_setting(row), row["num_labelled"], row["mode"], row["draw"]) for row in checked]
+    for number, trial in enumerate(trials):
+        if trial in trials[:number]:
+            raise DataError(f"{where}: rows {trials.index(trial)} and {number} are of one trial: {one_line(trial)}")
     context = _mapping(report.get("context"))
     backbone = _mapping(context.get("backbone"))
     digests = sorted({str(row["backbone_sha256"]) for row in checked if row.get("backbone_sha256")})
@@ -473,6 +473,7 @@ def _side_by_side(cells: Sequence[Mapping[str, Any]], letters: Sequence[str], ta
             low = (rows - 1 - row) * (_PANEL + _BELOW) + _BELOW - 0.1
             axes = sheet.panel(left + column * (each + gap), low, each, _PANEL - 0.25)
             here = [cell for cell in cells if cell["mode"] == mode]
+            ends = []
             for number, letter in enumerate(letters):
                 known = [
                     (cell["num_labelled"], cell["dice"][letter]) for cell in here if cell["dice"][letter] is not None
@@ -487,12 +488,13 @@ def _side_by_side(cells: Sequence[Mapping[str, Any]], letters: Sequence[str], ta
                     markersize=5.5,
                     fillstyle="full" if number == 0 else "none",
                 )
-                # The higher letter stands above its point, others below: the lines may lie on one another.
-                highest = max(cell["dice"][other] or 0.0 for cell in here[-1:] for other in letters)
+                ends.append((letter, known[-1]))
+            places = apart([dice for _, (_, dice) in ends], 0.11)
+            for (letter, (at, _)), place in zip(ends, places, strict=True):
                 axes.annotate(
                     letter,
-                    known[-1],
-                    xytext=(6, 5 if known[-1][1] >= highest else -5),
+                    (at, place),
+                    xytext=(6, 0),
                     textcoords="offset points",
                     va="center",
                     color=mode_colour(mode),

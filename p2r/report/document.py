@@ -56,7 +56,8 @@ _HOW_TO_READ = (
     "± is the standard deviation over draws of the labelled patients; every mode is given the same draws, and `over "
     "scratch` is the difference on them. HD95 and NSD are means over classes. A class that only the prediction or only "
     "the reference lacks counts as Dice 0, NSD 0, HD95 the grid's diagonal; one that both lack is left out. "
-    "Bold: the best mode for that number of patients."
+    "Bold: the best mode for that number of patients. Intervals are of a bootstrap over draws and patients: with one draw they are "
+    "of the patients alone, and with three to five draws of one patient rather too narrow (p2r/evaluate/statistics.py)."
 )
 _TRANSDUCTIVE = (
     "Transductive: validation or test patients are in the corpus that the backbone was pretrained on. These figures say nothing "
@@ -160,7 +161,10 @@ def _blocks(
         of_task = [row for row in rows if row["task"] == name]
         for protocol in sorted({protocol_of(row) for row in of_task}, key=lambda one: (one != LEAK_FREE, one)):
             yield from page.figures([row for row in of_task if protocol_of(row) == protocol], protocol)
-        yield from page.given(name)
+        shown = list(page.given(name))
+        if shown:
+            yield Heading(3, "Single patients")
+            yield from shown
         for key in ("licence", "citation"):
             if about.get(key):
                 yield Paragraph(f"{key.capitalize()} of the data: {about[key]}")
@@ -498,14 +502,18 @@ def _how_it_ran(rows: Sequence[Row], context: Mapping[str, Any]) -> Iterator[Blo
         blocks += _listed(context.get(key), title)
     failed = context.get("failed")
     if failed:
-        blocks += [Paragraph(f"{len(failed)} trials failed; their figures are missing above.", note=True)]
+        blocks += [
+            Paragraph(f"{len(failed)} trial{'s' * (len(failed) > 1)} failed; figures above are without.", note=True)
+        ]
         blocks += _listed(failed, "Trials that failed")
     elif failed is not None:
         blocks.append(Paragraph("No trial failed."))
     reads = context.get("test_reads")
     if reads:
         blocks.append(
-            Paragraph(f"The test split was read {len(reads)} time{'s' * (len(reads) > 1)}, each by a frozen recipe.")
+            Paragraph(
+                f"The test split was read {'once' if len(reads) == 1 else f'{len(reads)} times'}, by frozen recipes only."
+            )
         )
         blocks += _listed(reads, "Readings of the test split")
     blocks += _compute(rows, context.get("overhead"))

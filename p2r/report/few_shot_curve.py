@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from p2r.report.canvas import INK, NARROW, WIDE, Drawing, drawing, mode_colour, mode_marker, new_sheet, plain
+from p2r.report.canvas import INK, NARROW, WIDE, Drawing, apart, drawing, mode_colour, mode_marker, new_sheet, plain
 from p2r.report.tables import Cell, Row, aggregate, label_of, protocol_of, series_name, series_of, split_of
 from p2r.report.text import for_picture
 
@@ -96,7 +95,7 @@ def _figure(
     axes.set_ylabel(f"Dice, {for_picture(split_of(rows))} patients", color=INK)
     plain(axes)
     gap = 0.17 / (height - 0.58)
-    for (series, dice), place in zip(ends, _apart([dice for _, dice in ends], gap), strict=True):
+    for (series, dice), place in zip(ends, apart([dice for _, dice in ends], gap), strict=True):
         axes.annotate(
             f"{for_picture(series_name(series), 26 if is_wide else 14)} {dice:.2f}",
             xy=(1.0, place),
@@ -145,27 +144,3 @@ def _draw(
         markersize=6.5,
     )
     return series, means[-1]
-
-
-def _apart(heights: list[float], gap: float) -> list[float]:
-    """Move labels up and down until neighbours are `gap` apart, each group about its own middle."""
-    order = sorted(range(len(heights)), key=lambda index: heights[index])
-    groups = [[index] for index in order]
-
-    def middle(group: list[int]) -> float:
-        return sum(heights[index] for index in group) / len(group)
-
-    merged = True
-    while merged:
-        merged = False
-        for a, b in pairwise(groups):
-            if middle(b) - middle(a) < gap * (len(a) + len(b)) / 2 - 1e-9:
-                groups[groups.index(a)] = a + b
-                groups.remove(b)
-                merged = True
-                break
-    placed = list(heights)
-    for group in groups:
-        for rank, index in enumerate(group):
-            placed[index] = middle(group) + (rank - (len(group) - 1) / 2) * gap
-    return placed
