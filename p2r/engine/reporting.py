@@ -43,7 +43,7 @@ from p2r.report import (
     view_pairs,
     write_report,
 )
-from p2r.report.text import for_markdown
+from p2r.report.text import for_markdown, for_markdown_code
 from p2r.storage import Storage
 from p2r.views.pair import make_views
 
@@ -74,15 +74,15 @@ def make_report(
         setups: One for each task.
         rows: Of all final trials that were made.
         models: URL of each task's published model.
-        facts: What the rows do not say: `searched` (a list of mappings, one for each trial of the search), `chosen` (settings by
-            task and mode), `failed` (a list of mappings: trial, reason), `overhead` (a mapping). Absent: nothing is said of it.
+        facts: What the rows do not say: `searched` (a list of mappings, one for each trial of the search), `chosen` (the
+            same for what won), `failed` (a list of mappings: trial, reason), `overhead` (a mapping), `test_reads` (a list of mappings; absent: what
+            `<storage>/report/test_reads.jsonl` holds). What is absent is not spoken of.
     """
     tasks = [load_task(Path(setup.task)) for setup in setups]
     where = storage.child("report")
     context = {**_context(job, backbone, tasks, models), **(facts or {})}
-    reads = _lines(where, "test_reads.jsonl")
-    if reads:
-        context["test_reads"] = reads
+    if "test_reads" not in context:
+        context["test_reads"] = _lines(where, "test_reads.jsonl")
     pictures: dict[str, Drawing | bytes] = {}
     captions: dict[str, str] = {}
     places: dict[str, str] = {}
@@ -175,9 +175,8 @@ def write_variants(job: Job, storage: Storage, rows: Sequence[dict[str, Any]]) -
     lines += markdown_variants(rows)
     lines += ["", "![what each variant reaches](pictures/variants.png)", "", "| variant | changes |", "| --- | --- |"]
     for name, changes in job.variants.items():
-        lines.append(
-            f"| {for_markdown(name)} | {for_markdown(', '.join(f'{key}: {value}' for key, value in changes.items()))} |"
-        )
+        settings = ", ".join(for_markdown_code(f"{key}: {value}") for key, value in changes.items())
+        lines.append(f"| {for_markdown(name)} | {settings} |")
     where.write_bytes("report.md", ("\n".join(lines) + "\n").encode())
     return where.at("report.md")
 

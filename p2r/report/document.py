@@ -7,7 +7,7 @@ The page is put together once, as a list of blocks, and written twice. What a re
 readings of the test split) stands below them. What rows of an earlier report do not hold is left out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from p2r.report.canvas import Drawing
@@ -50,6 +50,7 @@ _OWN_PLACE = (
     "test_reads",
     "left_out",
 )
+_SOFT = "soft_dice_with_background"
 _MAX_ENTRIES, _MAX_LINES = 30, 12
 _HOW_TO_READ = (
     "Dice is hard, in 3D, on the scan's own grid, per patient (frames averaged first), then over patients. "
@@ -466,6 +467,7 @@ class _Page:
 def _table(rows: Sequence[Row]) -> Grid:
     cells = aggregate(rows)
     best = best_cells(cells)
+    is_soft = any(row.get(_SOFT) is not None for row in rows)
     classes = list(dict.fromkeys(name for cell in cells for name in cell.dice))
     lines = [
         (
@@ -477,10 +479,13 @@ def _table(rows: Sequence[Row]) -> Grid:
             cell.hd95_mm.text(1),
             cell.nsd.text(3),
             str(cell.num_draws),
+            *((_mean_text(_of(rows, cell, _SOFT)),) if is_soft else ()),
         )
         for cell in cells
     ]
     header = ("labelled patients", "mode", "Dice", "over scratch", *classes, "HD95 (mm)", "NSD", "draws")
+    if is_soft:
+        header = (*header, "soft Dice with background (as published)")
     return Grid(header, lines, frozenset((index, 2) for index, cell in enumerate(cells) if cell in best))
 
 
@@ -528,11 +533,11 @@ def _listed(value: Any, title: str) -> list[Block]:
     if not value:
         return []
     if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(one, Mapping) for one in value):
-        flat = [dict(_flat(one)) for one in value]
+        flat = [{key: text for key, text in _flat(one) if text != "None"} for one in value]
         header = list(dict.fromkeys(key for one in flat for key in one))
         grid = Grid([key.replace("_", " ") for key in header], [[one.get(key, "") for key in header] for one in flat])
     else:
-        grid = Grid(("what", "value"), list(_flat(value)))
+        grid = Grid(("what", "value"), [line for line in _flat(value) if line[1] != "None"])
     if len(grid.rows) > _MAX_LINES:
         return [Folded(f"{title} ({len(grid.rows)})", [grid])]
     return [Heading(3, title), grid]
@@ -611,12 +616,11 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _validation(rows: Sequence[Row], cell: Cell) -> float:
     """Mean validation Dice of a cell: what is shown first is not chosen on test patients."""
-    found = [
-        row.get("validation_dice_mean")
-        for row in rows
-        if series_of(row) == cell.series and row["num_labelled"] == cell.num_labelled
-    ]
-    return mean_of(found) or 0.0
+    return mean_of(_of(rows, cell, "validation_dice_mean")) or 0.0
+
+
+def _of(rows: Sequence[Row], cell: Cell, key: str) -> list[float | None]:
+    return [row.get(key) for row in rows if series_of(row) == cell.series and row["num_labelled"] == cell.num_labelled]
 
 
 def _worth(efficiency: Mapping[str, Any], rows: Sequence[Row]) -> str:
@@ -645,7 +649,7 @@ def _signed(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _mean_text(figures: Iterator[float | None]) -> str:
+def _mean_text(figures: Iterable[float | None]) -> str:
     mean = mean_of(figures)
     return "–" if mean is None else f"{mean:.2f}"
 

@@ -33,6 +33,11 @@ def for_markdown(text: object) -> str:
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def for_markdown_code(text: object) -> str:
+    """Return the text as code in a paragraph or a table's cell, where nothing else than a backtick and a bar means anything."""
+    return f"`{one_line(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
 def for_picture(text: object, most: int = 60) -> str:
     """Return the text as Matplotlib may draw it: no formula, and not longer than there is room."""
     return shortened(text, most).replace("$", r"\$")
