@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from p2r.errors import InputError, JobError, P2RError
+from p2r.errors import InputError, JobError, P2RError, TrainingError
 from p2r.job import Job, json_schema, overrides_of, read_job
 from p2r.storage import Storage
 
@@ -84,7 +84,13 @@ def run(
 ) -> None:
     """Run a job on Ray; running it again resumes it."""
     job = read_job(path, overrides_of(set_, allow_transductive=allow_transductive))
-    _print_made(_run_on_ray(job, address, debug=debug))
+    made = _run_on_ray(job, address, debug=debug)
+    failed = made.pop("failed", [])
+    _print_made(made)
+    if failed:
+        from p2r.engine.fewshot import failure_message
+
+        raise TrainingError(failure_message(failed))
 
 
 def _run_on_ray(job: Any, address: str | None, *, debug: bool) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """The heavy parts of a job on Ray: what `p2r.engine.pipeline.run_job` is given by `p2r run`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from cluster import finetune, ingest, pretrain
 from cluster.progress import Say
 from cluster.session import refuse_unshared_folder
-from p2r.config import IngestConfig, PretrainConfig
+from p2r.config import IngestConfig, Mode, PretrainConfig
+from p2r.engine.fewshot import Result
 from p2r.engine.finetune import TrialSetup
 from p2r.evaluate.protocol import Trial
 from p2r.job import Job
@@ -38,6 +38,14 @@ class RayExecutor:
         )
         return True
 
-    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[dict[str, Any]]:
-        """A Ray Tune experiment."""
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
+        """A Ray Tune experiment; with a scheduler, one for each task and mode."""
         return finetune.run_trials(trials, resources=self._resources, retries=self._retries, say=say)
+
+    def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, Result]]:
+        """A Ray Tune experiment with a search algorithm."""
+        return finetune.suggest(setup, mode, resources=self._resources, retries=self._retries, say=say)
+
+    def num_concurrent(self, num_trials: int) -> int:
+        """As many as the cluster has CPUs, and GPUs, for."""
+        return finetune.num_concurrent(num_trials, self._resources)

@@ -1,83 +1,263 @@
 """Few-shot trials on Ray Tune: every trial a function call that leaves its result on the job's storage.
 
-Tune places trials, gives each its share of CPUs and GPUs, and starts one again when its process dies. What a trial found is
-read from the storage, so a killed sweep goes on with the trials that are missing.
+Tune places trials, gives each its share of CPUs and GPUs, starts one again when its process dies, stops candidates that
+are behind (`search.scheduler`) and proposes new ones (`search.searcher`). Schedulers and searchers compare what is alike:
+each task and mode is an experiment of its own then.
+
+What a trial found lies on the storage as soon as it ends. So a killed sweep goes on with the trials that are missing,
+from any machine and under any executor, which Tune's own state could not; only what a searcher has learnt is in that state
+alone, and its experiment is restored by `Tuner.restore`.
 """
 
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.schedulers import create_scheduler
+from ray.tune.search import create_searcher
 
 from cluster.pretrain import ray_folder
 from cluster.progress import Say, relay
-from cluster.session import num_gpus
+from cluster.session import num_cpus, num_gpus
+from p2r.config import Distribution, Mode, SearchConfig
+from p2r.engine.fewshot import Result
 from p2r.engine.finetune import TrialSetup
-from p2r.errors import TrainingError
-from p2r.evaluate.protocol import Trial
+from p2r.errors import DataError, JobError
+from p2r.evaluate.protocol import Trial, numbers_of, search_trial, space_of
+from p2r.evaluate.tasks import load_task
 from p2r.job import Resources
-from p2r.storage import Storage
+from p2r.storage import Storage, json_bytes
+
+_ASHA = ("asha", "async_hyperband", "asynchyperband")
 
 
 def run_trials(
     trials: Sequence[tuple[TrialSetup, Trial]], *, resources: Resources, retries: int, say: Say
-) -> list[dict[str, Any]]:
+) -> list[Result]:
     """Run the trials whose results are missing and return all results, in the order of `trials`.
 
+    One that failed after `retries` restarts, or diverged, has its reason in the place of its result.
+
     Raises:
-        TrainingError: naming every trial that failed after `retries` restarts; the others are kept.
+        DataError: A trial found that what the user gave cannot be used.
     """
     storages = [Storage(setup.storage) for setup, _ in trials]
     paths = [setup.result_path(trial) for setup, trial in trials]
     missing = [index for index in range(len(trials)) if not storages[index].exists(paths[index])]
+    others: dict[int, Result] = {}
     if missing:
-        gpus = (0.25 if num_gpus() else 0) if resources.gpus_per_trial == "auto" else resources.gpus_per_trial
-        say(f"finetune | {len(missing)} trials to run, {len(trials) - len(missing)} done already")
+        say(f"{len(missing)} trials to run, {len(trials) - len(missing)} done already")
+        for indices in _experiments(trials, missing):
+            search = trials[indices[0]][0].config.search
+            is_scheduled = search.scheduler != "none" and trials[indices[0]][1].purpose == "search"
+            with relay(say) as queue:
+                tuner = tune.Tuner(
+                    _placed(tune.with_parameters(_listed, trials=list(trials), queue=queue), resources),
+                    param_space={"index": tune.grid_search(indices)},
+                    # A new process imports torch and MONAI for ten seconds: let trials follow one another in the same one.
+                    tune_config=tune.TuneConfig(
+                        metric="validation_dice",
+                        mode="max",
+                        reuse_actors=True,
+                        scheduler=_scheduler(trials[indices[0]][0]) if is_scheduled else None,
+                    ),
+                    run_config=_run_config(f"finetune-{time.strftime('%Y%m%d-%H%M%S')}", trials[0][0], retries),
+                )
+                for outcome in tuner.fit():
+                    index = outcome.config["index"] if outcome.config else None
+                    if index is not None and not storages[index].exists(paths[index]):
+                        others[index] = _without_result(trials[index][1], outcome)
+    return [
+        others[index] if index in others else storages[index].read_json(paths[index]) for index in range(len(trials))
+    ]
+
+
+def suggest(
+    setup: TrialSetup, mode: Mode, *, resources: Resources, retries: int, say: Say
+) -> list[tuple[Trial, Result]]:
+    """Run the trials that a search algorithm of Tune proposes, and return them; after a kill, those that are missing.
+
+    Raises:
+        JobError: Tune has no such algorithm, or its package is not installed.
+        DataError: see `run_trials`.
+    """
+    search, task = setup.config.search, load_task(Path(setup.task))
+    (num_labelled,) = numbers_of(search.num_labelled, task)
+    storage = Storage(setup.storage)
+    recipe = {
+        "search": search.model_dump(mode="json"),
+        "mode": mode,
+        "trial": setup.recipe_sha256(search_trial(setup.config, task, mode, num_labelled, {"learning_rate": 1.0})),
+    }
+    digest = hashlib.sha256(json_bytes(recipe)).hexdigest()[:12]
+    done = f"searches/{mode}-{digest}.json"
+    space = {name: _tune_space(candidates) for name, candidates in space_of(setup.config, mode).items()}
+    if not space:
+        return []
+    if storage.exists(done):
+        candidates = storage.read_json(done)
+    else:
         with relay(say) as queue:
-            tuner = tune.Tuner(
-                tune.with_resources(
-                    tune.with_parameters(_trial, trials=list(trials), queue=queue),
-                    {"CPU": resources.cpus_per_trial, "GPU": gpus},
-                ),
-                param_space={"index": tune.grid_search(missing)},
-                # A new process imports torch and MONAI for ten seconds: let trials follow one another in the same one.
-                tune_config=tune.TuneConfig(metric="validation_dice", mode="max", reuse_actors=True),
-                run_config=tune.RunConfig(
-                    name=f"finetune-{time.strftime('%Y%m%d-%H%M%S')}",
-                    storage_path=ray_folder(Storage(storages[0].url.rsplit("/", 1)[0])),
-                    failure_config=tune.FailureConfig(max_failures=retries),
-                    verbose=0,
-                ),
+            trainable = _placed(
+                tune.with_parameters(_proposed, setup=setup, mode=mode, num_labelled=num_labelled, queue=queue),
+                resources,
             )
-            outcomes = tuner.fit()
-        failed = {
-            missing[number]: str(outcome.error) for number, outcome in enumerate(outcomes) if outcome.error is not None
-        }
-        if failed:
-            lines = "\n".join(
-                f"  {trials[index][1].id}: {message.strip().splitlines()[-1]}" for index, message in failed.items()
-            )
-            raise TrainingError(
-                f"{len(failed)} of {len(trials)} trials failed:\n{lines}\nThe others are kept: run the job again."
-            )
-    return [storage.read_json(path) for storage, path in zip(storages, paths, strict=True)]
+            name = f"search-{task.name}-{mode}-{digest}"
+            where = f"{_run_config(name, setup, retries).storage_path}/{name}"
+            if tune.Tuner.can_restore(where):
+                say(f"search of {mode} goes on where it was stopped")
+                tuner = tune.Tuner.restore(where, trainable=trainable, param_space=space, restart_errored=True)
+            else:
+                tuner = tune.Tuner(
+                    trainable,
+                    param_space=space,
+                    tune_config=tune.TuneConfig(
+                        metric="validation_dice",
+                        mode="max",
+                        num_samples=search.num_samples,
+                        search_alg=_searcher(search),
+                        scheduler=_scheduler(setup) if search.scheduler != "none" else None,
+                        reuse_actors=True,
+                    ),
+                    run_config=_run_config(name, setup, retries),
+                )
+            candidates = []
+            for outcome in tuner.fit():
+                if outcome.config is not None:
+                    trial = search_trial(setup.config, task, mode, num_labelled, outcome.config)
+                    is_whole = storage.exists(setup.result_path(trial))
+                    candidates.append([outcome.config, None if is_whole else _without_result(trial, outcome)])
+        if not any(other and "failed" in other for _, other in candidates):
+            storage.write_json(done, candidates)
+    found = []
+    for candidate, other in candidates:
+        trial = search_trial(setup.config, task, mode, num_labelled, candidate)
+        found.append((trial, other or storage.read_json(setup.result_path(trial))))
+    return found
 
 
-def _trial(config: dict[str, Any], *, trials: list[tuple[TrialSetup, Trial]], queue: Any) -> None:
+def num_concurrent(num_trials: int, resources: Resources) -> int:
+    """Return how many of so many trials the cluster has room for at a time."""
+    gpus = _gpus(resources)
+    room = [num_cpus() / resources.cpus_per_trial, *([num_gpus() / gpus] if gpus else [])]
+    return max(1, min(num_trials, *(int(places) for places in room)))
+
+
+def _experiments(trials: Sequence[tuple[TrialSetup, Trial]], missing: Sequence[int]) -> list[list[int]]:
+    """Split trials into what Tune may compare: with a scheduler one task and mode, else everything at once."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index in missing:
+        setup, trial = trials[index]
+        is_scheduled = setup.config.search.scheduler != "none" and trial.purpose == "search"
+        groups.setdefault((trial.task, trial.mode) if is_scheduled else (), []).append(index)
+    return list(groups.values())
+
+
+def _without_result(trial: Trial, outcome: Any) -> Result:
+    """Say of a trial that left no result why: it failed, diverged, or was stopped because it was behind."""
+    metrics: Mapping[str, Any] = outcome.metrics or {}
+    if "refused" in metrics:
+        raise DataError(metrics["refused"])
+    if outcome.error is not None or "failed" in metrics or "step" not in metrics:
+        reason = metrics.get("failed") or str(outcome.error or "it ended without a result").strip().splitlines()[-1]
+        return {"trial": trial.to_row(), "failed": reason}
+    return {
+        "trial": trial.to_row(),
+        "stopped_at_step": metrics["step"],
+        "validation": {"dice_mean": metrics["validation_dice"]},
+        "seconds": metrics.get("time_total_s", 0.0),
+    }
+
+
+def _listed(config: dict[str, Any], *, trials: list[tuple[TrialSetup, Trial]], queue: Any) -> None:
+    _trial(*trials[config["index"]], queue=queue)
+
+
+def _proposed(config: dict[str, Any], *, setup: TrialSetup, mode: Mode, num_labelled: int, queue: Any) -> None:
+    trial = search_trial(setup.config, load_task(Path(setup.task)), mode, num_labelled, config)
+    _trial(setup, trial, queue=queue)
+
+
+def _trial(setup: TrialSetup, trial: Trial, *, queue: Any) -> None:
     import torch
 
     from p2r.engine.finetune import run_trial
+    from p2r.errors import InputError, TrainingError
 
-    setup, trial = trials[config["index"]]
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
-    began = time.monotonic()
-    result = run_trial(setup, trial, device=device, say=lambda line: queue.put(f"finetune | {line}"))
-    validation, row = result["validation"]["dice_mean"], result.get("row")
+    is_scheduled = trial.purpose == "search" and setup.config.search.scheduler != "none"
+
+    def report(step: int, dice: float) -> None:
+        tune.report({"validation_dice": dice, "step": step})
+
+    try:
+        result = run_trial(setup, trial, device=device, say=queue.put, report=report if is_scheduled else None)
+    except TrainingError as error:  # it would diverge again: no restart
+        tune.report({"validation_dice": 0.0, "failed": str(error)})
+        return
+    except InputError as error:
+        tune.report({"validation_dice": 0.0, "refused": str(error)})
+        return
+    dice, row = result["validation"]["dice_mean"], result.get("row")
     queue.put(
-        f"finetune | {trial.id} | validation Dice {validation:.3f}"
-        + (f" | test Dice {row['dice_mean']:.3f}" if row and row["split"] == "test" else "")
-        + f" | {time.monotonic() - began:.0f} s"
+        f"{trial.id} | validation Dice {'none' if dice is None else f'{dice:.3f}'}"
+        + (f" | test Dice {row['dice_mean']:.3f}" if row and row["split"] == "test" and row["dice_mean"] else "")
+        + f" | {result['seconds']:.0f} s"
     )
-    tune.report({"validation_dice": validation})
+    tune.report({"validation_dice": dice or 0.0, "step": trial.settings.steps or 0})
+
+
+def _gpus(resources: Resources) -> float:
+    if resources.gpus_per_trial == "auto":
+        return 0.25 if num_gpus() else 0
+    return resources.gpus_per_trial
+
+
+def _placed(trainable: Any, resources: Resources) -> Any:
+    return tune.with_resources(trainable, {"CPU": resources.cpus_per_trial, "GPU": _gpus(resources)})
+
+
+def _run_config(name: str, setup: TrialSetup, retries: int) -> tune.RunConfig:
+    return tune.RunConfig(
+        name=name,
+        storage_path=ray_folder(Storage(setup.root).child("finetune")),
+        failure_config=tune.FailureConfig(max_failures=retries),
+        verbose=0,
+    )
+
+
+def _scheduler(setup: TrialSetup) -> Any:
+    search = setup.config.search
+    options: dict[str, Any] = {"time_attr": "training_iteration"}
+    if search.scheduler in (*_ASHA, "hyperband"):
+        longest = max((setup.config.steps, *_values(search.space.get("steps", ()))))
+        options["max_t"] = max(1, -(-int(longest) // search.report_steps))
+    name = "async_hyperband" if search.scheduler == "asha" else search.scheduler
+    try:
+        return create_scheduler(name, **{**options, **search.scheduler_options})
+    except (ValueError, TypeError, AssertionError, ImportError) as error:
+        raise JobError(f"finetune.search.scheduler {search.scheduler!r}: {error}") from None
+
+
+def _values(candidates: tuple[float, ...] | Distribution) -> tuple[float, ...]:
+    return candidates.named()[1] if isinstance(candidates, Distribution) else candidates
+
+
+def _searcher(search: SearchConfig) -> Any:
+    try:
+        return create_searcher(search.searcher, metric="validation_dice", mode="max")
+    except TypeError:
+        return create_searcher(search.searcher)  # such as random: it learns nothing
+    except (ValueError, ImportError, AssertionError) as error:
+        raise JobError(f"finetune.search.searcher {search.searcher!r}: {error}") from None
+
+
+def _tune_space(candidates: tuple[float, ...] | Distribution) -> Any:
+    if not isinstance(candidates, Distribution):
+        return tune.choice(list(candidates))
+    name, bounds = candidates.named()
+    return tune.choice(list(bounds)) if name == "choice" else getattr(tune, name)(*bounds)

@@ -25,7 +25,7 @@ from p2r.data.volume import Volume, read_volume
 from p2r.errors import CheckpointError, StorageError
 from p2r.job import validated
 from p2r.model.backbones import build_backbone
-from p2r.model.heads import SegmentationHead
+from p2r.model.heads import PrototypeHead, SegmentationHead
 from p2r.model.pix2rep import Segmenter
 from p2r.storage import Storage, file_sha256, json_bytes
 from p2r.version import __version__, code_version
@@ -43,6 +43,15 @@ class ArtefactConfig(Section):
     """What is done to a scan before the network sees it."""
     classes: dict[int, str] = Field(default_factory=dict)
     """Models only: name of each label value; 0 is the background."""
+    num_prototypes: tuple[int, ...] = ()
+    """Models whose head compares features with prototypes: how many there are of each class, background first."""
+
+    def head(self) -> nn.Module:
+        """Build the segmentation head of a model, with new weights."""
+        channels, dimensions = self.model.feature_channels, self.preparation.dimensions
+        if self.num_prototypes:
+            return PrototypeHead(channels, self.num_prototypes)
+        return SegmentationHead(channels, len(self.classes) + 1, dimensions=dimensions)
 
 
 class Backbone(nn.Module):
@@ -104,11 +113,7 @@ def load_backbone(url: str, *, device: str = "cpu") -> Backbone:
 def load_model(url: str, *, device: str = "cpu") -> tuple[Segmenter, ArtefactConfig, dict[str, Any]]:
     """Load a published segmentation model, in evaluation mode, with its configuration and manifest."""
     manifest, config, weights = _read(Storage(url), MODEL_FORMAT)
-    dimensions = config.preparation.dimensions
-    segmenter = Segmenter(
-        build_backbone(config.model, dimensions=dimensions),
-        SegmentationHead(config.model.feature_channels, len(config.classes) + 1, dimensions=dimensions),
-    )
+    segmenter = Segmenter(build_backbone(config.model, dimensions=config.preparation.dimensions), config.head())
     _load_weights(segmenter, weights, url)
     return segmenter.to(device).eval(), config, manifest
 

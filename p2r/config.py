@@ -4,6 +4,7 @@ Unknown keys are refused everywhere (`p2r.job` adds the nearest valid name). Uni
 field is its documentation and its description in the JSON Schema.
 """
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -15,6 +16,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
+    ValidationError,
     field_validator,
     model_validator,
 )
@@ -23,7 +26,29 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 Angle = Annotated[float, Field(ge=0, le=180)]
 NumGhosts = Annotated[int, Field(ge=2, le=16)]
-Mode = Literal["scratch", "linear_probe", "fine_tune"]
+Mode = Literal["scratch", "linear_probe", "fine_tune", "mean_teacher", "prototype"]
+Setting = Literal[
+    "weight_decay",
+    "steps",
+    "warmup_head_steps",
+    "backbone_learning_rate_factor",
+    "ema_decay",
+    "ramp_up_fraction",
+    "consistency_weight",
+    "background_prototypes",
+]
+NumLabelled = PositiveInt | Literal["all"]
+
+_OF_TRAINING: tuple[Setting, ...] = ("weight_decay", "steps")
+_OF_A_BACKBONE: tuple[Setting, ...] = (*_OF_TRAINING, "warmup_head_steps", "backbone_learning_rate_factor")
+SETTINGS_OF: dict[Mode, tuple[Setting, ...]] = {
+    "scratch": _OF_TRAINING,
+    "linear_probe": _OF_TRAINING,
+    "fine_tune": _OF_A_BACKBONE,
+    "mean_teacher": (*_OF_A_BACKBONE, "ema_decay", "ramp_up_fraction", "consistency_weight"),
+    "prototype": ("background_prototypes",),
+}
+"""What of a fine-tuning section each mode reads, beside a learning rate (which prototype has not)."""
 
 PERCENTILES = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)
 """Percentiles of intensity that are recorded with every scan, so that the choice among them is training's, not ingest's."""
@@ -525,25 +550,89 @@ class PublishConfig(Section):
     """One paragraph for the model card."""
 
 
-class SearchConfig(Section):
-    """Hyper-parameters chosen on validation patients, the same number of candidates for every mode, then frozen."""
+class Distribution(Section):
+    """Where candidates are drawn from, under the names of Ray Tune; exactly one of them."""
 
-    num_labelled: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
-    """Numbers of labelled patients at which candidates are compared (first draw), by mean validation Dice."""
-    learning_rates: dict[Mode, Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]] = {
-        "scratch": (1e-3, 3e-3),
-        "linear_probe": (3e-3, 1e-2),
-        "fine_tune": (1e-3, 3e-3),
-    }
-    """Candidates of the peak learning rate, per mode."""
+    uniform: Range | None = None
+    """Evenly between two bounds."""
+    loguniform: Range | None = None
+    """Evenly on a logarithmic scale between two bounds above 0."""
+    randint: tuple[int, int] | None = None
+    """Whole numbers from the first bound to below the second."""
+    choice: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    """One of these."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len({len(rates) for rates in self.learning_rates.values()}) > 1:
+        if len(self.model_fields_set) != 1:
+            raise ValueError("a distribution has one of uniform, loguniform, randint and choice")
+        name, bounds = self.named()
+        if name != "choice" and not bounds[0] < bounds[1]:
+            raise ValueError(f"{name} needs two bounds that rise, got {list(bounds)}")
+        if name == "loguniform" and bounds[0] <= 0:
+            raise ValueError(f"loguniform needs bounds above 0, got {list(bounds)}")
+        return self
+
+    def named(self) -> tuple[str, tuple[float, ...]]:
+        """Return the name of the distribution that was given, and its bounds or choices."""
+        (name,) = self.model_fields_set
+        return name, getattr(self, name)
+
+
+Candidates = Annotated[tuple[float, ...], Field(min_length=1)] | Distribution
+
+
+class SearchConfig(Section):
+    """Hyper-parameters chosen on validation patients, the same number of candidates for every mode, then frozen.
+
+    Lists make a grid; where anything is a distribution, `num_samples` candidates are drawn. One candidate is taken as it is.
+    """
+
+    num_labelled: Annotated[tuple[NumLabelled, ...], Field(min_length=1)] = (1,)
+    """Numbers of labelled patients at which candidates are compared (first draw), by mean validation Dice."""
+    learning_rates: dict[Mode, Candidates] = {
+        "scratch": (1e-3, 3e-3),
+        "linear_probe": (3e-3, 1e-2),
+        "fine_tune": (1e-3, 3e-3),
+        "mean_teacher": (1e-3, 3e-3),
+    }
+    """Candidates of the peak learning rate, per mode: a list, or a distribution such as `{loguniform: [1e-4, 1e-2]}`. prototype has
+    none: nothing is trained."""
+    space: dict[Setting, Candidates] = {}
+    """Candidates of further settings, for the modes that have them; each overrides the setting of its name."""
+    num_samples: PositiveInt = 8
+    """Candidates per mode, where any are drawn from a distribution."""
+    searcher: Annotated[str, Field(min_length=1)] = "grid"
+    """Who proposes candidates. grid: the lists, or draws that depend on the seed alone. Else a search algorithm of Ray Tune by its
+    name, such as optuna (its package must be installed), which learns from the candidates before; under Ray only."""
+    scheduler: Annotated[str, Field(min_length=1)] = "none"
+    """Who stops candidates early. none: nobody. asha, or another scheduler of Ray Tune by its name; under Ray only, the plain loop
+    runs every candidate to its end."""
+    scheduler_options: dict[str, float | int | str | bool] = {}
+    """Arguments of that scheduler, such as `{reduction_factor: 3, grace_period: 2}`; its time is counted in reports."""
+    report_steps: PositiveInt = 50
+    """Optimizer steps between two intermediate validations, for a scheduler."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "prototype" in self.learning_rates:
+            raise ValueError("learning_rates has candidates for prototype, which trains nothing: take them out")
+        numbers = {len(rates) for rates in self.learning_rates.values() if not isinstance(rates, Distribution)}
+        if len(numbers) > 1 and not self.space and not self.is_drawn:
             raise ValueError(
                 "learning_rates must hold equally many candidates for every mode: a fair comparison searches equally"
             )
+        if (self.scheduler != "none" or self.searcher != "grid") and len(self.num_labelled) > 1:
+            raise ValueError(
+                f"a scheduler or searcher compares figures of one kind: search.num_labelled must hold one number, "
+                f"got {list(self.num_labelled)}"
+            )
         return self
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether candidates are drawn, for at least one of them comes from a distribution."""
+        return any(isinstance(found, Distribution) for found in (*self.learning_rates.values(), *self.space.values()))
 
 
 class FinetuneConfig(Section):
@@ -554,11 +643,20 @@ class FinetuneConfig(Section):
     backbone: str | None = None
     """URL of a published backbone. None: the one that this job publishes."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("scratch", "linear_probe", "fine_tune")
-    """What is compared: from scratch, a 1x1 convolution on frozen features, all weights."""
-    num_labelled: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 5)
-    """Numbers of labelled patients."""
-    draws: PositiveInt = 3
-    """How often the labelled patients are drawn, for each number; the same draws for every mode."""
+    """What is compared. scratch: no pretraining; linear_probe: a 1x1 convolution on frozen features; fine_tune: all weights;
+    mean_teacher: fine_tune, and consistency with an average of its own weights on the unlabelled patients of the train split; prototype:
+    the nearest class prototype by cosine on frozen features, without training."""
+    protocol: Literal["leak_free", "paper_compat"] = "leak_free"
+    """leak_free: whole scans, split by patient. paper_compat: as the released code of Pix2Rep does, for comparison with the paper only:
+    every scan cropped to its label's box + 10 px and without its empty slices, at test too; validation on slices of the labelled
+    patients. Its rows say so."""
+    num_labelled: Annotated[tuple[NumLabelled, ...], Field(min_length=1)] = (1, 5)
+    """Numbers of labelled patients; all: the whole train split."""
+    draws: PositiveInt | dict[NumLabelled, PositiveInt] = 3
+    """How often the labelled patients are drawn, for each number or by number, as in `{1: 5, 10: 3, all: 3}`; the same draws for every
+    mode."""
+    stratify: bool = False
+    """Draw the labelled patients in proportion to the strata that the task names, such as pathologies."""
     seed: int = 0
     """Seeds the draws, weights and augmentation."""
     steps: PositiveInt = 300
@@ -567,8 +665,23 @@ class FinetuneConfig(Section):
     """Images per step."""
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay of AdamW."""
+    warmup_head_steps: NonNegativeInt = 0
+    """fine_tune and mean_teacher: steps, of all steps, in which only the head is trained, before the backbone joins in."""
+    backbone_learning_rate_factor: PositiveFloat = 1.0
+    """fine_tune and mean_teacher: learning rate of the backbone, as a multiple of the head's."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """mean_teacher: what is kept of the teacher's weights in each step; less at the start, when the average is young."""
+    ramp_up_fraction: Fraction = 0.3
+    """mean_teacher: part of the steps in which the weight of the consistency rises."""
+    consistency_weight: NonNegativeFloat = 1.0
+    """mean_teacher: weight of the mean squared difference of student's and teacher's probabilities, beside Dice + cross-entropy."""
+    background_prototypes: PositiveInt = 8
+    """prototype: how many prototypes stand for the background (k-means); each other class has one, its mean."""
+    probe_augmentation: Literal["views", "none"] = "views"
+    """linear_probe: what it is trained on. views: augmented images, as every other mode. none: the images as they are, whose features are
+    computed once for all probes of a task: much faster."""
     search: SearchConfig = SearchConfig()
-    """Choice of the learning rate."""
+    """Choice of the learning rate, and of other settings."""
     score_on: Literal["test", "validation"] = "test"
     """Whose figures are reported. validation: while recipes are still being compared, so that test patients stay unread."""
     views: ViewsConfig = ViewsConfig(geometry=GeometryConfig(rotation_deg=180.0))
@@ -586,7 +699,37 @@ class FinetuneConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        missing = [mode for mode in self.modes if mode not in self.search.learning_rates]
+        missing = [mode for mode in self.modes if mode != "prototype" and mode not in self.search.learning_rates]
         if missing:
             raise ValueError(f"search.learning_rates has no candidates for {', '.join(missing)}")
+        if self.protocol == "paper_compat" and "mean_teacher" in self.modes:
+            raise ValueError(
+                "protocol paper_compat crops by the label, and mean_teacher reads no label of unlabelled patients: "
+                "take mean_teacher out of modes"
+            )
+        if isinstance(self.draws, dict):
+            without = [number for number in self.num_labelled if number not in self.draws]
+            if without:
+                raise ValueError(f"draws names no number of draws for {', '.join(map(str, without))} labelled patients")
+        if not self.search.is_drawn:
+            sizes = {mode: self._num_candidates(mode) for mode in self.modes if mode != "prototype"}
+            if len(set(sizes.values())) > 1:
+                found = ", ".join(f"{mode} {size}" for mode, size in sizes.items())
+                raise ValueError(
+                    f"search must hold equally many candidates for every mode, got {found}: search.space has settings that only some "
+                    "modes have; give the others more learning_rates"
+                )
+        for name, candidates in self.search.space.items():
+            field = type(self).model_fields[name]
+            rule: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, *field.metadata])  # type: ignore[arg-type]
+            values = candidates.named()[1] if isinstance(candidates, Distribution) else candidates
+            for value in values:
+                try:
+                    rule.validate_python(value)
+                except ValidationError as error:
+                    raise ValueError(f"search.space.{name}: {error.errors()[0]['msg']}, got {value}") from None
         return self
+
+    def _num_candidates(self, mode: Mode) -> int:
+        lists = [self.search.learning_rates[mode], *(self.search.space.get(name, (0,)) for name in SETTINGS_OF[mode])]
+        return math.prod(len(candidates) for candidates in lists if not isinstance(candidates, Distribution))

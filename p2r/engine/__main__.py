@@ -10,17 +10,17 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from p2r.config import IngestConfig, PretrainConfig
+from p2r.config import IngestConfig, Mode, PretrainConfig
 from p2r.data.corpus import ingest_locally, report_progress
-from p2r.engine.finetune import TrialSetup, run_trial
+from p2r.engine.fewshot import Result, attempt, failure_message
+from p2r.engine.finetune import TrialSetup
 from p2r.engine.pipeline import Say, run_job
 from p2r.engine.pretrain import pretrain
-from p2r.errors import InputError, P2RError
+from p2r.errors import InputError, JobError, P2RError
 from p2r.evaluate.protocol import Trial
 from p2r.job import overrides_of, read_job
 from p2r.storage import Storage
@@ -29,8 +29,8 @@ from p2r.storage import Storage
 class LocalExecutor:
     """Every heavy part as a loop in this process."""
 
-    def __init__(self, device: torch.device, max_seconds: float | None) -> None:
-        self._device, self._max_seconds = device, max_seconds
+    def __init__(self, device: torch.device, max_seconds: float | None, *, retries: int = 0) -> None:
+        self._device, self._max_seconds, self._retries = device, max_seconds, retries
 
     def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
         """Shard after shard."""
@@ -52,16 +52,26 @@ class LocalExecutor:
             step = report.step
         return step == config.steps
 
-    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[dict[str, Any]]:
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
         """One after the other."""
         results = []
         for number, (setup, trial) in enumerate(trials, start=1):
-            result = run_trial(setup, trial, device=self._device.type, say=lambda line: say(f"finetune | {line}"))
-            say(
-                f"finetune | {number}/{len(trials)} | {trial.id} | validation Dice {result['validation']['dice_mean']:.3f}"
-            )
+            result = attempt(setup, trial, device=self._device.type, retries=self._retries, say=say)
+            dice = result.get("validation", {}).get("dice_mean")
+            say(f"{number}/{len(trials)} | {trial.id} | validation Dice {'none' if dice is None else f'{dice:.3f}'}")
             results.append(result)
         return results
+
+    def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, Result]]:
+        """Nobody here: search algorithms are Ray Tune's."""
+        raise JobError(
+            f"finetune.search.searcher {setup.config.search.searcher!r} is a search algorithm of Ray Tune: run the job with p2r run, "
+            "or set it to grid, which draws candidates from distributions, too"
+        )
+
+    def num_concurrent(self, num_trials: int) -> int:
+        """One."""
+        return 1
 
 
 def main() -> int:
@@ -85,7 +95,8 @@ def main() -> int:
     try:
         overrides = overrides_of(arguments.set, allow_transductive=arguments.allow_transductive)
         job = read_job(arguments.job, overrides)
-        made = run_job(job, LocalExecutor(device, arguments.minutes and arguments.minutes * 60), say=say)
+        executor = LocalExecutor(device, arguments.minutes and arguments.minutes * 60, retries=job.retries)
+        made = run_job(job, executor, say=say)
     except KeyboardInterrupt:
         say("p2r: interrupted; run the same command again to go on from the newest checkpoint")
         return 130
@@ -97,9 +108,12 @@ def main() -> int:
     table = made.pop("table", None)
     if table is not None:
         Console(width=None if sys.stdout.isatty() else 120).print(table)
+    failed = made.pop("failed", [])
     for name, value in made.items():
         print(f"{name}: {value}")
-    return 0
+    if failed:
+        say(f"p2r: {failure_message(failed)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,89 +1,311 @@
 """Few-shot segmentation as science: search on validation, freeze, read the test patients once.
 
-    tasks -> search trials -> one learning rate per mode -> final trials (n x draw x mode) -> rows
+    tasks -> search trials -> one choice of settings per mode -> final trials (n x draw x mode) -> rows
 
 How trials are run is the caller's: a loop here, Ray Tune on a cluster. Trials that are done already return at once, so
-calling this again after a kill goes on where it stopped.
+calling this again after a kill goes on where it stopped. A trial that fails is listed with its reason, and the others go
+on; running the job again tries it again.
 """
 
+import hashlib
 import itertools
+import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import load
 
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
+from p2r.config import Mode
 from p2r.data.corpus import contains
-from p2r.engine.finetune import WAYS_OUT, TrialSetup
-from p2r.errors import DataError
-from p2r.evaluate.protocol import Trial, choose_learning_rates, draw_subjects, final_trials, search_trials
-from p2r.evaluate.tasks import Task, load_scan, load_task
+from p2r.engine.finetune import WAYS_OUT, TrialSetup, run_trial
+from p2r.errors import DataError, InputError, TrainingError
+from p2r.evaluate.prepared import prepared_scan
+from p2r.evaluate.protocol import (
+    Settings,
+    Trial,
+    candidates_of,
+    choose_settings,
+    draw_of,
+    final_trials,
+    is_searched,
+    numbers_of,
+    search_trials,
+    settings_of,
+)
+from p2r.evaluate.tasks import Task, TaskScan, check_classes_present, check_scans, load_task
+from p2r.files import file_sha256
 from p2r.storage import Storage
 
 _TRANSDUCTIVE_CARD = """
 Its backbone was pretrained on scans of validation or test patients (transductive): the figure is no estimate for others."""
+_PAPER_COMPAT_CARD = """
+It was trained and judged on scans that were cropped by their labels (paper_compat): it is for comparison with a paper only."""
 
-RunTrials = Callable[[Sequence[tuple[TrialSetup, Trial]]], list[dict[str, Any]]]
+Say = Callable[[str], None]
+Result = dict[str, Any]
+"""What `run_trial` returns; or {trial, failed: reason}; or, of one that a scheduler stopped, {trial, stopped_at_step, validation}."""
 
 
-def few_shot(
-    setups: Sequence[TrialSetup], *, run_trials: RunTrials, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Run the whole protocol for every task and return the results of the final trials.
+class TrialRunner(Protocol):
+    """Who runs trials."""
+
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
+        """Run trials in any order; return their results in the given one."""
+
+    def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, Result]]:
+        """Run the trials that `search.searcher` proposes for a mode, and return them."""
+
+    def num_concurrent(self, num_trials: int) -> int:
+        """Return how many of so many trials run at a time."""
+
+
+@dataclass
+class FewShot:
+    """What the protocol found."""
+
+    results: list[Result]
+    """Of the final trials that did not fail."""
+    searched: list[dict[str, Any]] = field(default_factory=list)
+    """Every trial of the search: task, mode, num_labelled, settings, validation_dice_mean, and what became of it."""
+    chosen: list[dict[str, Any]] = field(default_factory=list)
+    """The settings of every task and mode, and whether a search chose them."""
+    failed: list[dict[str, str]] = field(default_factory=list)
+    """Trials without a result, and why."""
+    overhead: dict[str, Any] = field(default_factory=dict)
+    """What the sweep took beyond its trials' own time."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a report says beside the rows."""
+        return {name: getattr(self, name) for name in ("searched", "chosen", "failed", "overhead")}
+
+
+def few_shot(setups: Sequence[TrialSetup], *, runner: TrialRunner, say: Say) -> FewShot:
+    """Run the whole protocol for every task.
 
     Args:
         setups: One per task.
-        run_trials: Runs trials in any order and returns their results in the given order.
+        runner: Runs trials.
         say: Receives a line when something was decided.
+
+    Raises:
+        TrainingError: if all final trials failed.
     """
+    found = FewShot([])
+    sweep = _Sweep(runner, say)
     tasks = [load_task(Path(setup.task)) for setup in setups]
     searches = [
-        (setup, trial) for setup, task in zip(setups, tasks, strict=True) for trial in search_trials(setup.config, task)
+        (setup, trial)
+        for setup, task in zip(setups, tasks, strict=True)
+        if setup.config.search.searcher == "grid"
+        for trial in search_trials(setup.config, task)
     ]
-    found = run_trials(searches)
+    outcomes = list(zip(searches, sweep.run(searches), strict=True))
+    for setup in setups:
+        if setup.config.search.searcher != "grid":
+            for mode in setup.config.modes:
+                outcomes += [((setup, trial), result) for trial, result in sweep.suggest(setup, mode)]
     finals: list[tuple[TrialSetup, Trial]] = []
     for setup, task in zip(setups, tasks, strict=True):
-        of_task = [
-            (trial, result["validation"]["dice_mean"])
-            for (owner, trial), result in zip(searches, found, strict=True)
-            if owner is setup
-        ]
-        rates = choose_learning_rates(of_task)
+        of_task = [(trial, result) for (owner, trial), result in outcomes if owner is setup]
+        found.searched += [_searched(trial, result) for trial, result in of_task]
+        found.failed += _failures(result for _, result in of_task)
+        chosen = _choose(setup, of_task, found)
+        for mode, settings in chosen.items():
+            values = ", ".join(f"{name} {value:g}" for name, value in settings.given().items())
+            how = "chosen on validation" if is_searched(setup.config, mode) else "the only candidate"
+            say(f"{task.name} | {mode} | {how}: {values}")
+        finals += [(setup, trial) for trial in final_trials(setup.config, task, chosen)]
+    results = sweep.run(finals)
+    found.failed += _failures(results)
+    found.results = [result for result in results if "failed" not in result]
+    found.overhead = sweep.overhead()
+    if found.overhead["num_trials"]:
         say(
-            f"{task.config.name} | learning rates chosen on validation: "
-            + ", ".join(f"{mode} {rate:g}" for mode, rate in rates.items())
+            "{num_trials} trials took {trials_s:.0f} s of their own, {num_concurrent} at a time, the sweep {sweep_s:.0f} s: "
+            "overhead {overhead_fraction:.1%}".format(**found.overhead)
         )
-        finals += [(setup, trial) for trial in final_trials(setup.config, task, rates)]
-    return run_trials(finals)
+    for failure in found.failed:
+        say(f"FAILED {failure['trial']}: {failure['reason']}")
+    if not found.results:
+        raise TrainingError(f"no trial has a result: {found.failed[0]['reason'] if found.failed else 'there are none'}")
+    return found
+
+
+class _Sweep:
+    """Runs trials and keeps the time."""
+
+    def __init__(self, runner: TrialRunner, say: Say) -> None:
+        self._runner, self._say = runner, say
+        self._sweep_s = self._trials_s = self._slots_s = 0.0
+        self._num_trials = self._num_concurrent = 0
+
+    def run(self, trials: Sequence[tuple[TrialSetup, Trial]]) -> list[Result]:
+        missing = [not Storage(setup.storage).exists(setup.result_path(trial)) for setup, trial in trials]
+        began = time.monotonic()
+        results = self._runner.run_trials(trials, say=self._say) if trials else []
+        self._count(time.monotonic() - began, [r for r, is_new in zip(results, missing, strict=True) if is_new])
+        return results
+
+    def suggest(self, setup: TrialSetup, mode: Mode) -> list[tuple[Trial, Result]]:
+        began = time.monotonic()
+        found = self._runner.suggest(setup, mode, say=self._say)
+        self._count(time.monotonic() - began, [result for _, result in found])
+        return found
+
+    def _count(self, wall_s: float, results: Sequence[Result]) -> None:
+        timed = [result["seconds"] for result in results if "seconds" in result]
+        if timed:
+            concurrent = self._runner.num_concurrent(len(timed))
+            self._sweep_s += wall_s
+            self._slots_s += wall_s * concurrent
+            self._trials_s += math.fsum(timed)
+            self._num_trials += len(timed)
+            self._num_concurrent = max(self._num_concurrent, concurrent)
+
+    def overhead(self) -> dict[str, Any]:
+        return {
+            "num_trials": self._num_trials,
+            "num_concurrent": self._num_concurrent,
+            "sweep_s": round(self._sweep_s, 3),
+            "trials_s": round(self._trials_s, 3),
+            "overhead_fraction": self._slots_s / self._trials_s - 1 if self._trials_s else None,
+        }
+
+
+def _searched(trial: Trial, result: Result) -> dict[str, Any]:
+    return {
+        "task": trial.task,
+        "mode": trial.mode,
+        "protocol": trial.protocol,
+        "num_labelled": trial.num_labelled,
+        "draw": trial.draw,
+        "settings": trial.settings.given(),
+        "validation_dice_mean": result.get("validation", {}).get("dice_mean"),
+        "seconds": result.get("seconds"),
+        "stopped_at_step": result.get("stopped_at_step"),
+        "failed": result.get("failed"),
+    }
+
+
+def _failures(results: Any) -> list[dict[str, str]]:
+    return [{"trial": result["trial"]["id"], "reason": result["failed"]} for result in results if "failed" in result]
+
+
+def _choose(setup: TrialSetup, of_task: Sequence[tuple[Trial, Result]], found: FewShot) -> dict[Mode, Settings]:
+    """Return the settings of every mode that has any left: the best of the search, or the only candidate."""
+    config = setup.config
+    best = choose_settings(
+        (trial, None if "failed" in result or "stopped_at_step" in result else result["validation"]["dice_mean"])
+        for trial, result in of_task
+    )
+    chosen: dict[Mode, Settings] = {}
+    for mode in config.modes:
+        if not is_searched(config, mode):
+            chosen[mode] = settings_of(config, mode, candidates_of(config, mode)[0])
+        elif mode in best:
+            chosen[mode] = best[mode]
+        else:
+            name = Path(setup.storage).name
+            found.failed.append({"trial": f"{name}-final-{mode}", "reason": "no candidate of its search has a figure"})
+            continue
+        of = "search" if is_searched(config, mode) else "only candidate"
+        found.chosen.append(
+            {"task": Path(setup.storage).name, "mode": mode, "settings": chosen[mode].given(), "by": of}
+        )
+    return chosen
+
+
+def attempt(setup: TrialSetup, trial: Trial, *, device: str, retries: int, say: Say, **options: Any) -> Result:
+    """Run a trial, once more after whatever went wrong, `retries` times; then say what did.
+
+    A trial that diverged would diverge again: it is not repeated.
+
+    Raises:
+        InputError: what the user gave cannot be used; no other trial could either.
+    """
+    for number in range(retries + 1):
+        try:
+            return run_trial(setup, trial, device=device, say=say, **options)
+        except InputError:
+            raise
+        except TrainingError as error:
+            return {"trial": trial.to_row(), "failed": str(error)}
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            say(f"{trial.id} | attempt {number + 1} of {retries + 1} failed: {reason}")
+    return {"trial": trial.to_row(), "failed": reason}
+
+
+def failure_message(failed: Sequence[dict[str, str]]) -> str:
+    """Return what the command line says of trials that failed."""
+    names = "\n".join(f"  {failure['trial']}: {failure['reason']}" for failure in failed)
+    return f"{len(failed)} trial{'s' * (len(failed) > 1)} failed; the report has the others, run the job again to try again:\n{names}"
 
 
 def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
     """Check, before anything is trained, that the task can be run with this backbone.
 
     Returns:
-        The setup; marked as transductive if a validation or test patient is in the backbone's corpus and the job allows it.
+        The setup with the digests of the task's files; marked as transductive if a validation or test patient is in the
+        backbone's corpus and the job allows it.
 
     Raises:
-        DataError: if more patients are asked for than exist, a label breaks the task's rules, or a validation or test
-            patient is in the backbone's corpus.
+        DataError: if the backbone is not for such scans, more patients are asked for than exist, a label breaks the task's
+            rules, a class is in none of the labelled patients of a draw, or a validation or test patient is in the
+            backbone's corpus.
     """
-    for num_labelled in {*setup.config.num_labelled, *setup.config.search.num_labelled}:
-        draw_subjects(task.subjects["train"], num_labelled=num_labelled, draw=0, seed=setup.config.seed)
+    config = setup.config
+    _check_backbone(task, backbone)
+    draws = _draws(setup, task)
     corpora = backbone.manifest.get("corpora", [])
     for split, corpus in itertools.product(("validation", "test"), corpora):
         for subject in task.subjects[split]:
             if contains(corpus, cohort=task.config.cohort, subject=subject):
-                if not setup.config.allow_transductive:
+                if not config.allow_transductive:
                     raise DataError(
                         f"subject {subject} of the {split} split of task {task.config.name} is in the backbone's corpus {corpus['url']}: "
                         f"its figures would leak. {WAYS_OUT}"
                     )
                 setup = replace(setup, is_transductive=True)
-    for scan in task.scans:
-        load_scan(scan, task, backbone.preparation)
-    return setup
+    labels_by_subject = check_scans(task, setup.preparation(backbone), load=prepared_scan)
+    for subjects in draws.values():
+        check_classes_present(labels_by_subject, task, subjects=subjects)
+    test = set(task.subjects["test"])
+    return replace(
+        setup,
+        data_sha256=_files_sha256([scan for scan in task.scans if scan.subject not in test]),
+        test_sha256=_files_sha256([scan for scan in task.scans if scan.subject in test]),
+    )
+
+
+def _check_backbone(task: Task, backbone: Backbone) -> None:
+    model = backbone.config.model
+    if model.in_channels != 1:
+        raise DataError(
+            f"task {task.name}: a scan has one contrast, the backbone {backbone.manifest['url']} takes {model.in_channels}; "
+            "take a backbone of one"
+        )
+
+
+def _draws(setup: TrialSetup, task: Task) -> dict[tuple[int, int], tuple[str, ...]]:
+    """Return the labelled patients of every trial that the protocol may ask for."""
+    config = setup.config
+    draws = {(number, 0) for number in numbers_of(config.search.num_labelled, task)}
+    for number, word in numbers_of(config.num_labelled, task).items():
+        count = config.draws[word] if isinstance(config.draws, dict) else config.draws
+        draws |= {(number, draw) for draw in range(count)}
+    return {(number, draw): draw_of(config, task, num_labelled=number, draw=draw) for number, draw in sorted(draws)}
+
+
+def _files_sha256(scans: Sequence[TaskScan]) -> str:
+    digest = hashlib.sha256()
+    for scan in scans:
+        digest.update(f"{scan.key} {scan.subject} {file_sha256(scan.image)} {file_sha256(scan.label)}\n".encode())
+    return digest.hexdigest()
 
 
 def publish_best(
@@ -91,7 +313,7 @@ def publish_best(
 ) -> dict[str, Any]:
     """Publish the model with the highest mean validation Dice below `storage` (`<storage>/models`), and return its manifest."""
     task = load_task(Path(setup.task))
-    best = max(results, key=lambda result: result["validation"]["dice_mean"])
+    best = max(results, key=lambda result: result["validation"]["dice_mean"] or 0.0)
     trial = best["trial"]
     weights = load(Storage(setup.storage).read_bytes(best["weights"]))
     version = Path(best["weights"]).stem
@@ -99,13 +321,14 @@ def publish_best(
     patients = (
         f"{trial['num_labelled']} labelled patient{'s' * (trial['num_labelled'] > 1)} ({', '.join(trial['subjects'])})"
     )
-    dice = best["validation"]["dice_mean"]
+    dice = best["validation"]["dice_mean"] or 0.0
     trial_is_transductive = bool(best["row"].get("transductive"))
     classes = ", ".join(f"{value} {name}" for value, name in task.config.classes.items())
+    warnings = _TRANSDUCTIVE_CARD * trial_is_transductive + _PAPER_COMPAT_CARD * (trial["protocol"] == "paper_compat")
     card = f"""# {task.config.title}
 
 Segments {classes} (0: background). Mode {trial["mode"]} with {patients}: the best validation Dice
-({dice:.3f}) of {len(results)} models. Not a medical device.{_TRANSDUCTIVE_CARD * trial_is_transductive}
+({dice:.3f}) of {len(results)} models. Not a medical device.{warnings}
 
     p2r predict {storage.at(f"{task.config.name}/{version}")} scan.nii.gz -o segmentation.nii.gz
 
@@ -116,7 +339,10 @@ Licence of the weights: {licence}. {task.config.citation}
         format=MODEL_FORMAT,
         weights=weights,
         config=ArtefactConfig(
-            model=backbone.config.model, preparation=setup.preparation(backbone), classes=task.config.classes
+            model=backbone.config.model,
+            preparation=setup.preparation(backbone),
+            classes=task.config.classes,
+            num_prototypes=tuple(best["num_prototypes"]) if "num_prototypes" in best else (),
         ),
         card=card,
         facts={

@@ -17,12 +17,12 @@ from p2r.data.corpus import corpus_digest, load_manifest, manifest_sha256
 from p2r.data.preprocess import Preparation
 from p2r.data.stream import Corpus
 from p2r.engine.corpora import corpora_of
-from p2r.engine.fewshot import check_task, few_shot, publish_best
+from p2r.engine.fewshot import TrialRunner, check_task, few_shot, publish_best
 from p2r.engine.finetune import TrialSetup
 from p2r.engine.pretrain import finished_checkpoint
+from p2r.engine.readings import merge_readings
 from p2r.engine.reporting import make_report, write_variants
 from p2r.errors import DataError, JobError
-from p2r.evaluate.protocol import Trial
 from p2r.evaluate.tasks import load_task
 from p2r.job import Job, variants_of
 from p2r.model.backbones import cost_of
@@ -32,7 +32,7 @@ from p2r.storage import Storage
 Say = Callable[[str], None]
 
 
-class Executor(Protocol):
+class Executor(TrialRunner, Protocol):
     """Who does the heavy parts of a job."""
 
     def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
@@ -40,9 +40,6 @@ class Executor(Protocol):
 
     def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
         """Train to the end, or as far as there was time; tell whether it is the end."""
-
-    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[dict[str, Any]]:
-        """Run fine-tuning trials in any order; return their results in the given one."""
 
 
 def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
@@ -230,24 +227,35 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
             backbone=url,
             backbone_sha256=backbone.manifest["sha256"],
             storage=storage.at(f"finetune/{task.name}"),
+            root=storage.url,
         )
         say(f"finetune | checking {len(task.scans)} scans of task {task.name}")
         setup = check_task(task, backbone, setup)
         if setup.is_transductive:
             say(f"finetune | task {task.name}: TRANSDUCTIVE, validation or test patients are in the backbone's corpus")
         setups.append(setup)
-    results = few_shot(setups, run_trials=lambda trials: executor.run_trials(trials, say=say), say=say)
+    found = few_shot(setups, runner=executor, say=lambda line: say(f"finetune | {line}"))
+    results, facts = found.results, found.facts()
+    facts["test_reads"] = merge_readings(storage)
     models = {}
     if job.finetune.publish_model:
         for setup in setups:
             name = load_task(Path(setup.task)).name
             of_task = [result for result in results if result["trial"]["task"] == name]
+            if not of_task:
+                continue
             models[name] = publish_best(setup, of_task, backbone, storage.child("models"))["url"]
             say(f"finetune | best model of {name} by validation Dice: {models[name]}")
     report = make_report(
-        job, storage, backbone=backbone, setups=setups, rows=[result["row"] for result in results], models=models
+        job,
+        storage,
+        backbone=backbone,
+        setups=setups,
+        rows=[result["row"] for result in results],
+        models=models,
+        facts=facts,
     )
-    return {"models": models, **report}
+    return {"models": models, **report, **({"failed": facts["failed"]} if facts["failed"] else {})}
 
 
 def _licence(config: PublishConfig, of_corpora: Sequence[str]) -> str:

@@ -4,7 +4,6 @@ Pictures show training images (view pairs), validation patients (embedding, outl
 the predictions that its trials left: no model reads a test patient here.
 """
 
-import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -63,7 +62,7 @@ def make_report(
     setups: Sequence[TrialSetup],
     rows: Sequence[dict[str, Any]],
     models: dict[str, str],
-    facts: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write the report below `<storage>/report` and return its URLs, and the table for a terminal.
 
@@ -74,15 +73,12 @@ def make_report(
         setups: One for each task.
         rows: Of all final trials that were made.
         models: URL of each task's published model.
-        facts: What the rows do not say: `searched` (a list of mappings, one for each trial of the search), `chosen` (the
-            same for what won), `failed` (a list of mappings: trial, reason), `overhead` (a mapping), `test_reads` (a list of mappings; absent: what
-            `<storage>/report/test_reads.jsonl` holds). What is absent is not spoken of.
+        facts: What the rows do not say: `searched`, `chosen`, `failed` and `test_reads` (lists of mappings: trials of the search,
+            what won, trial and reason, readings of test patients) and `overhead` (a mapping).
     """
     tasks = [load_task(Path(setup.task)) for setup in setups]
     where = storage.child("report")
-    context = {**_context(job, backbone, tasks, models), **(facts or {})}
-    if "test_reads" not in context:
-        context["test_reads"] = _lines(where, "test_reads.jsonl")
+    context = {**_context(job, backbone, tasks, models), **facts}
     pictures: dict[str, Drawing | bytes] = {}
     captions: dict[str, str] = {}
     places: dict[str, str] = {}
@@ -144,20 +140,6 @@ def make_report(
         "pictures": where.at("pictures"),
         "table": table(written["rows"]),
     }
-
-
-def _lines(storage: Storage, path: str) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file, one a line; none if there is no such file."""
-    if not storage.exists(path):
-        return []
-    found = []
-    for number, line in enumerate(storage.read_bytes(path).decode(errors="replace").splitlines(), start=1):
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise StorageError(f"{storage.at(path)}, line {number}, is not JSON: {error}") from None
-        found.append(value if isinstance(value, dict) else {"line": value})
-    return found
 
 
 def write_variants(job: Job, storage: Storage, rows: Sequence[dict[str, Any]]) -> str:

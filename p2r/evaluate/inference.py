@@ -13,6 +13,7 @@ classes; F features
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from p2r.data.preprocess import (
+    Frames,
+    Planes,
     Preparation,
     cubic_to_voxel,
     frames_of,
@@ -59,8 +62,95 @@ def predict_volume(
     Returns:
         Labels (X, Y, Z, T) on the grid of `volume.data`.
     """
+    size = size_read(preparation)
+    images = (frames_of if preparation.dimensions == 3 else planes_of)(volume, preparation=preparation, size=size)
+    return predict_images(
+        segmenter, images, preparation=preparation, num_classes=num_classes, device=device, batch_size=batch_size
+    )
+
+
+def size_read(preparation: Preparation) -> int | None:
+    """Return the sides of the images that a segmentation model reads of a scan; None: their whole extent."""
+    return preparation.image_size if preparation.planes == "centre" else None
+
+
+def predict_images(
+    segmenter: nn.Module,
+    images: Planes | Frames,
+    *,
+    preparation: Preparation,
+    num_classes: int,
+    device: torch.device | str = "cpu",
+    batch_size: int | None = None,
+) -> NDArray[np.uint8]:
+    """Segment a scan that is cut into images already: `predict_volume` after `planes_of` or `frames_of`.
+
+    Returns:
+        Labels (X, Y, Z, T) on the scan's own grid.
+    """
+
+    def labels(native: Tensor) -> Tensor:
+        return native.argmax(dim=1).to(torch.uint8)
+
+    found = _on_native_grid(labels, segmenter, images, preparation, num_classes, device, batch_size)
+    segmented: NDArray[np.uint8] = _assembled(found, images)
+    return segmented
+
+
+def predict_probabilities(
+    segmenter: nn.Module,
+    images: Planes | Frames,
+    *,
+    preparation: Preparation,
+    num_classes: int,
+    device: torch.device | str = "cpu",
+    batch_size: int | None = None,
+) -> NDArray[np.float32]:
+    """Return the probabilities (X, Y, Z, T, K) whose largest is what `predict_images` names."""
+
+    def classes_last(native: Tensor) -> Tensor:
+        return native.movedim(1, -1)
+
+    found = _on_native_grid(classes_last, segmenter, images, preparation, num_classes, device, batch_size)
+    probabilities: NDArray[np.float32] = _assembled(found, images)
+    return probabilities
+
+
+def features_of_images(
+    backbone: nn.Module,
+    images: Planes | Frames,
+    *,
+    preparation: Preparation,
+    device: torch.device | str = "cpu",
+    batch_size: int | None = None,
+) -> Tensor:
+    """Return the features (P, F, *S), or fewer of them along each axis, on the images' grid, read by windows as in prediction."""
     batch_size = batch_size or _BATCH_SIZE[preparation.dimensions]
-    size = preparation.image_size if preparation.planes == "centre" else None
+
+    def features(windows: Tensor) -> Tensor:
+        found: Tensor = backbone(windows)
+        return found.float()
+
+    with _evaluating(backbone):
+        return torch.cat(
+            [
+                _by_windows(features, part.to(device), preparation=preparation, batch_size=batch_size).cpu()
+                for part in torch.split(images.images, 1 if preparation.dimensions == 3 else batch_size)
+            ]
+        )
+
+
+def _on_native_grid(
+    read: Callable[[Tensor], Tensor],
+    segmenter: nn.Module,
+    images: Planes | Frames,
+    preparation: Preparation,
+    num_classes: int,
+    device: torch.device | str,
+    batch_size: int | None,
+) -> Tensor:
+    """Return what `read` makes of the probabilities (B, K, h, w), or (1, K, x, y, z), on the scan's own voxels, of all images."""
+    batch_size = batch_size or _BATCH_SIZE[preparation.dimensions]
 
     def probabilities(windows: Tensor) -> Tensor:
         logits: Tensor = segmenter(windows)
@@ -68,27 +158,27 @@ def predict_volume(
             raise ValueError(f"the segmenter gives {logits.shape[1]} classes, {num_classes} were expected")
         return logits.float().softmax(dim=1)
 
-    def blended(images: Tensor) -> Tensor:
-        return _by_windows(probabilities, images.to(device), preparation=preparation, batch_size=batch_size)
-
-    labels = []
+    found = []
     with _evaluating(segmenter):
-        if preparation.dimensions == 3:
-            frames = frames_of(volume, preparation=preparation, size=size)
-            for image in torch.split(frames.images, 1):  # (1, 1, X, Y, Z)
-                native = from_cubic(
-                    blended(image), frames.shape, spacing_mm=frames.spacing_mm, target_mm=preparation.spacing_mm
+        for part in torch.split(images.images, batch_size if isinstance(images, Planes) else 1):
+            blended = _by_windows(probabilities, part.to(device), preparation=preparation, batch_size=batch_size)
+            if isinstance(images, Planes):
+                native = from_grid(
+                    blended, images.shape, spacing_mm=images.spacing_mm, target_mm=preparation.spacing_mm
                 )
-                labels.append(native.argmax(dim=1).to(torch.uint8).cpu())  # (1, x, y, z)
-            return torch.cat(labels).permute(1, 2, 3, 0).contiguous().numpy()
-        planes = planes_of(volume, preparation=preparation, size=size)
-        for images in torch.split(planes.images, batch_size):  # (B, 1, H, W)
-            native = from_grid(
-                blended(images), planes.shape, spacing_mm=planes.spacing_mm, target_mm=preparation.spacing_mm
-            )
-            labels.append(native.argmax(dim=1).to(torch.uint8).cpu())  # (B, h, w)
-    found: NDArray[np.uint8] = planes_to_volume(torch.cat(labels).numpy(), planes.axis, planes.num_frames)
-    return found
+            else:
+                native = from_cubic(
+                    blended, images.shape, spacing_mm=images.spacing_mm, target_mm=preparation.spacing_mm
+                )
+            found.append(read(native).cpu())
+    return torch.cat(found)
+
+
+def _assembled(maps: Tensor, images: Planes | Frames) -> NDArray[Any]:
+    """Put maps of planes (P, h, w, ...), or of frames (T, x, y, z, ...), together to (X, Y, Z, T, ...)."""
+    if isinstance(images, Planes):
+        return planes_to_volume(maps.numpy(), images.axis, images.num_frames)
+    return maps.movedim(0, 3).contiguous().numpy()
 
 
 def embed_volume(

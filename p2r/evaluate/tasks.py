@@ -2,20 +2,26 @@
 
     jobs/tasks/acdc.yaml -> TaskConfig -> Task(scans, subjects by split) -> LabelledScan
 
-A task is a folder of images, a folder of label maps with the same file names and grids, the meaning of each label, and
-the subjects of each split. Whatever would make a figure mean something else is refused here, by name: a patient in two
-splits, an image without its label, a label on another grid or with a value that nobody explained.
+A task is a folder of images, a folder of label maps with names and grids to match, the meaning of each label, and the
+subjects of each split, by name or by a seeded rule. Whatever would make a figure mean something else is refused here, by
+name: a patient in two splits, an image without its label, a label on another grid, with a value that nobody explained
+or where its image is empty, one scan under two subjects, a class that no labelled patient has.
+
+What cannot be known: whether a label map that fits its image in name, grid and place was drawn on another patient.
 """
 
+import hashlib
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import unquote, urlparse
 
 import numpy as np
 import yaml
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from p2r.config import Section
@@ -25,20 +31,34 @@ from p2r.data.preprocess import (
     Frames,
     Planes,
     Preparation,
+    SliceAxis,
     frames_of,
     label_frames_of,
     label_planes_of,
     planes_of,
 )
+from p2r.data.shards import voxels_sha256
 from p2r.data.volume import SUFFIXES, Volume, read_labels, read_volume, scan_key
 from p2r.errors import DataError, JobError
 from p2r.job import fill_in_variables, validated
-from p2r.storage import cache_folder
+from p2r.randomness import keyed_number
+from p2r.storage import cache_folder, json_bytes
 
 Split = Literal["train", "validation", "test"]
 Patterns = Annotated[tuple[str, ...], Field(min_length=1)]
+FileName = Annotated[str, Field(pattern=r"^[^{}/]*\{key\}[^{}/]*$")]
 
 _AFFINE_TOLERANCE = 1e-3
+_MAX_SHARE_ON_NOTHING = 0.99  # of the labelled voxels, where the image has its least value
+
+
+def _whole_or_fraction(share: float) -> float:
+    if share <= 0 or (share >= 1 and not share.is_integer()):
+        raise ValueError("must be a number of subjects, or a fraction of them between 0 and 1")
+    return share
+
+
+Share = Annotated[float, AfterValidator(_whole_or_fraction)]
 
 
 class Splits(Section):
@@ -52,6 +72,34 @@ class Splits(Section):
     """Read once per frozen recipe."""
 
 
+class SplitRule(Section):
+    """Splits by a seeded rule: test subjects, then validation subjects, and the others train.
+
+    A subject's place in the draw is a digest of the seed and its own name. Fractions without strata compare it with a
+    bound: sizes are about what was asked for, and subjects that join later move nobody. Numbers of subjects, and strata,
+    take the first places: sizes are exact, and a subject that joins can push another one into another split.
+    """
+
+    seed: int = 0
+    """Another seed makes other splits."""
+    validation: Share
+    """Number of validation subjects, or the fraction of subjects that validate, as in 10 or 0.1."""
+    test: Share
+    """Number of test subjects, or the fraction of subjects that are tested on."""
+    stratified: bool = False
+    """Take each split from all strata in proportion to their size."""
+    leave_out: tuple[str, ...] = ()
+    """Subjects that are in no split, as names or ranges."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.test < 1 and self.validation < 1 and self.test + self.validation >= 1:
+            raise ValueError(
+                f"validation and test take {self.validation:g} + {self.test:g} of the subjects; some must train"
+            )
+        return self
+
+
 class TaskConfig(Section):
     """A file of `jobs/tasks/`."""
 
@@ -62,7 +110,12 @@ class TaskConfig(Section):
     images: str
     """Folder with the scans: a path (relative to this file; `${P2R_DATA}` and the like are filled in) or `template://`."""
     labels: str
-    """Folder with the label maps, under the scans' names."""
+    """Folder with the label maps; it may be the scans' own."""
+    image_name: FileName = "{key}"
+    """Name of a scan without its suffix; `{key}` stands for what it shares with its label map. `{key}_0000` takes the first channel of
+    nnU-Net's folders."""
+    label_name: FileName = "{key}"
+    """Name of a scan's label map without its suffix, as in `{key}_gt`."""
     licence: Annotated[str, Field(min_length=1)]
     """SPDX identifier or name of the data's licence. It travels into reports and models."""
     citation: str = ""
@@ -72,14 +125,32 @@ class TaskConfig(Section):
     cohort: str = "default"
     """Name space of the subjects, as in a corpus: the two are compared to find a leak."""
     subject_pattern: str = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
-    """Regular expression searched in a scan's file name; its first group is the subject."""
+    """Regular expression searched in a scan's file name, then in its path below `images`; its first group is the patient, all of whose
+    scans belong to one split."""
     classes: Annotated[dict[PositiveInt, Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     """Name of each foreground label, from 1 on; 0 is the background."""
-    splits: Splits
-    """Who is trained, chosen and tested on."""
+    splits: Splits | None = None
+    """Who is trained, chosen and tested on, by name."""
+    split_rule: SplitRule | None = None
+    """Or a rule that decides it."""
+    strata: dict[Annotated[str, Field(min_length=1)], Patterns] = Field(default={})
+    """Groups of subjects, such as pathologies, as names or ranges: draws can be stratified by them, and results are shown by them."""
+    spacing_mm: PositiveFloat | None = None
+    """Pixel size at which models of this task read scans, mm. None: the one of the backbone's pretraining, which is what it knows."""
+    slice_axis: SliceAxis | None = None
+    """Axis across which planes are cut for models of this task. None: the backbone's rule."""
+
+    def preparation(self, of_backbone: Preparation) -> Preparation:
+        """Return how models of this task read a scan: the backbone's way, but for what the task states."""
+        stated = {name: getattr(self, name) for name in ("spacing_mm", "slice_axis")}
+        return of_backbone.model_copy(update={name: value for name, value in stated.items() if value is not None})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if (self.splits is None) == (self.split_rule is None):
+            raise ValueError("who is trained and tested on is said by splits or by split_rule, by exactly one of them")
+        if self.split_rule is not None and self.split_rule.stratified and not self.strata:
+            raise ValueError("split_rule.stratified needs strata")
         if sorted(self.classes) != list(range(1, len(self.classes) + 1)):
             raise ValueError(f"classes must number the labels 1, 2, ... without a gap, got {sorted(self.classes)}")
         if len(set(self.classes.values())) < len(self.classes):
@@ -112,6 +183,8 @@ class Task:
     """Scans of all splits, by key; scans of other subjects are left out."""
     subjects: dict[str, tuple[str, ...]]
     """Subjects by split, sorted."""
+    strata: Mapping[str, str] = field(default_factory=dict)
+    """Stratum of each subject that has one."""
 
     @property
     def name(self) -> str:
@@ -152,35 +225,125 @@ def load_task(path: Path, *, cache: Path | None = None) -> Task:
     Raises:
         DataError: naming the file or the subject, the rule, and the way out.
     """
-    config = _read_config(path)
-    subjects = _split_subjects(config, path)
+    config = read_task_config(path)
     images = _folder(config.images, "images", path, cache)
     labels = _folder(config.labels, "labels", path, cache)
+    found = list(_pairs(config, images, labels))
+    strata = _strata(config, path)
+    if config.splits is not None:
+        subjects = _named_splits(config.splits, path)
+    else:
+        subjects = _splits_by_rule(config, {subject for _, subject, _, _ in found}, strata, path)
     wanted = {subject for split in subjects.values() for subject in split}
-    scans, unlabelled = [], []
-    label_of = _files(labels)
-    for name, image in _files(images).items():
-        match = re.search(config.subject_pattern, image.name)
-        if match is None or match.group(1) not in wanted:
+    scans: dict[str, TaskScan] = {}
+    unlabelled = []
+    for name, subject, image, label in found:
+        key = name.replace("/", "_")
+        if subject not in wanted:
             continue
-        if name in label_of:
-            scans.append(
-                TaskScan(key=name.replace("/", "_"), subject=match.group(1), image=image, label=label_of[name])
+        if label is None:
+            unlabelled.append(image.name)
+        elif key in scans:
+            raise DataError(
+                f"task {path}: {scans[key].image} and {image} would both be called {key}; rename one of them"
             )
         else:
-            unlabelled.append(image.name)
+            scans[key] = TaskScan(key=key, subject=subject, image=image, label=label)
     if unlabelled:
         raise DataError(
             f"task {path}: {_few(unlabelled)} in {images} ha{'s' if len(unlabelled) == 1 else 've'} no label map of "
-            f"the same name in {labels}; add it, or take the subject out of splits"
+            f"the same name in {labels} (label_name {config.label_name!r}); add it, or take the subject out of the splits"
         )
-    lacking = sorted(wanted - {scan.subject for scan in scans})
+    lacking = sorted(wanted - {scan.subject for scan in scans.values()})
     if lacking:
         raise DataError(
             f"task {path}: no scan of {_few(lacking)} in {images}, though splits names "
             f"{'it' if len(lacking) == 1 else 'them'}; check splits and subject_pattern {config.subject_pattern!r}"
         )
-    return Task(config, tuple(sorted(scans, key=lambda scan: scan.key)), subjects)
+    return Task(
+        config,
+        tuple(scans[key] for key in sorted(scans)),
+        subjects,
+        {subject: stratum for subject, stratum in sorted(strata.items()) if subject in wanted},
+    )
+
+
+def task_sha256(path: Path) -> str:
+    """Return a digest of what a task is: its YAML and, where a rule decides the splits, who is in them.
+
+    Raises:
+        DataError: as `load_task`.
+    """
+    digest = hashlib.sha256(path.read_bytes())
+    if read_task_config(path).split_rule is not None:
+        digest.update(json_bytes(load_task(path).subjects))
+    return digest.hexdigest()
+
+
+def check_scans(
+    task: Task,
+    preparation: Preparation,
+    *,
+    load: Callable[[TaskScan, Task, Preparation], LabelledScan] | None = None,
+) -> dict[str, frozenset[int]]:
+    """Read every scan of a task and refuse whatever breaks a rule.
+
+    Args:
+        task: From `load_task`.
+        preparation: What the backbone expects of a scan.
+        load: Reads a scan; None: `load_scan`.
+
+    Returns:
+        The labels that each subject's label maps hold, for `check_classes_present`.
+
+    Raises:
+        DataError: as `load_scan`; if one image, or one label map with content, is there under two subjects.
+        RefusedScan: if a file cannot be used at all.
+    """
+    split_of = {subject: split for split, subjects in task.subjects.items() for subject in subjects}
+    images: dict[str, TaskScan] = {}
+    labels: dict[str, TaskScan] = {}
+    classes: dict[str, frozenset[int]] = {}
+    for scan in task.scans:
+        loaded = (load or load_scan)(scan, task, preparation)
+        twin = images.setdefault(voxels_sha256(loaded.volume), scan)
+        if twin.subject != scan.subject:
+            raise DataError(
+                f"task {task.name}: {twin.image} of subject {twin.subject} ({split_of[twin.subject]}) and {scan.image} of "
+                f"subject {scan.subject} ({split_of[scan.subject]}) are the same voxels: one patient under two names would "
+                "leak from split to split, or count twice; take one of both out of the splits"
+            )
+        present = frozenset(np.unique(loaded.labels.data).tolist()) - {0}
+        twin = labels.setdefault(voxels_sha256(loaded.labels), scan) if present else scan
+        if twin.subject != scan.subject:
+            raise DataError(
+                f"task {task.name}: {twin.label} of subject {twin.subject} and {scan.label} of subject {scan.subject} are "
+                "the same labels on different images: one of both belongs to another patient; restore it"
+            )
+        classes[scan.subject] = classes.get(scan.subject, frozenset()) | present
+    return classes
+
+
+def check_classes_present(
+    labels_by_subject: Mapping[str, Iterable[int]], task: Task, *, subjects: Sequence[str]
+) -> None:
+    """Refuse labelled patients of whom none has one of the classes: a model would never see it.
+
+    Args:
+        labels_by_subject: From `check_scans`.
+        task: The task.
+        subjects: Labelled patients of one draw.
+
+    Raises:
+        DataError: naming the class and the patients.
+    """
+    present = {label for subject in subjects for label in labels_by_subject[subject]}
+    for label, name in task.config.classes.items():
+        if label not in present:
+            raise DataError(
+                f"task {task.name}: class {label} {name} is empty in all labelled patients ({_few(list(subjects))}): a model "
+                "would never see it; draw more patients (finetune.num_labelled) or others (finetune.seed)"
+            )
 
 
 def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int | None = None) -> LabelledScan:
@@ -197,16 +360,14 @@ def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int
         RefusedScan: if a file cannot be used at all.
     """
     volume, labels = read_volume(scan.image), read_labels(scan.label)
+    grids = f"{scan.label} has {_grid_of(labels)}, its image {scan.image} {_grid_of(volume)}"
     if volume.data.shape != labels.data.shape or volume.source_shape != labels.source_shape:
-        raise DataError(
-            f"task {task.name}: {scan.label} has the grid {labels.source_shape} x {labels.data.shape[3]} frames, its "
-            f"image {scan.image} {volume.source_shape} x {volume.data.shape[3]}; resample the label map to its image"
-        )
+        raise DataError(f"task {task.name}: the grids differ: {grids}; resample the label map to its image")
     difference = float(np.abs(volume.source_affine - labels.source_affine).max())
     if difference > _AFFINE_TOLERANCE:
         raise DataError(
-            f"task {task.name}: the affine of {scan.label} differs by up to {difference:.3g} from that of its image "
-            f"{scan.image} ({_AFFINE_TOLERANCE} is allowed); copy the image's affine if the voxels do match"
+            f"task {task.name}: the affines differ by up to {difference:.3g} ({_AFFINE_TOLERANCE} is allowed): {grids}; "
+            "copy the image's affine if the voxels do match"
         )
     unknown = sorted(set(np.unique(labels.data).tolist()) - {0, *task.config.classes})
     if unknown:
@@ -215,6 +376,14 @@ def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int
             f"task {task.name}: {scan.label} holds the value{'s' * (len(unknown) > 1)} {', '.join(map(str, unknown))}, "
             f"the task names 0 background, {named}; add the class to the task, or correct the label map"
         )
+    for frame in range(labels.data.shape[3]):
+        image, is_labelled = volume.data[..., frame], labels.data[..., frame] > 0
+        if is_labelled.any() and (image[is_labelled] == image.min()).mean() > _MAX_SHARE_ON_NOTHING:
+            raise DataError(
+                f"task {task.name}: what {scan.label} labels{f' in frame {frame}' * (labels.data.shape[3] > 1)} lies where its "
+                f"image {scan.image} is empty (its least value, {image.min():g}): the two belong to different scans, or one "
+                "of them is turned or shifted; restore the pair"
+            )
     planes: Planes | Frames
     if preparation.dimensions == 3:
         planes = frames_of(volume, preparation=preparation, size=size)
@@ -231,7 +400,17 @@ def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int
     return LabelledScan(scan, volume, labels, planes, label_planes)
 
 
-def _read_config(path: Path) -> TaskConfig:
+def _grid_of(volume: Volume) -> str:
+    rows = "; ".join(" ".join(f"{number:.6g}" for number in row) for row in volume.source_affine[:3])
+    return f"shape {volume.source_shape} x {volume.data.shape[3]} frames, affine [{rows}]"
+
+
+def read_task_config(path: Path) -> TaskConfig:
+    """Read a task's YAML without looking for its files.
+
+    Raises:
+        DataError: with one line for each key that is wrong.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -248,22 +427,124 @@ def _read_config(path: Path) -> TaskConfig:
         raise DataError(str(error)) from None
 
 
-def _split_subjects(config: TaskConfig, path: Path) -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {}
+def _named_splits(splits: Splits, path: Path) -> dict[str, tuple[str, ...]]:
+    patterns: dict[str, tuple[str, ...]] = splits.model_dump()
+    owner = _owners(patterns, "splits", "the figures would count what was trained on", path)
+    return {split: tuple(sorted(subject for subject in owner if owner[subject] == split)) for split in patterns}
+
+
+def _strata(config: TaskConfig, path: Path) -> dict[str, str]:
+    return _owners(config.strata, "strata", "figures by stratum would count it twice", path)
+
+
+def _owners(patterns: Mapping[str, tuple[str, ...]], key: str, reason: str, path: Path) -> dict[str, str]:
+    """Return which entry of `key` each subject is in; it may be in one only."""
     owner: dict[str, str] = {}
-    for split, patterns in config.splits.model_dump().items():
+    for name, of_name in patterns.items():
         try:
-            subjects = sorted(expand_subjects(patterns))
+            subjects = expand_subjects(of_name)
         except DataError as error:
-            raise DataError(f"task {path}: splits.{split}: {error}") from None
+            raise DataError(f"task {path}: {key}.{name}: {error}") from None
         for subject in subjects:
-            if owner.setdefault(subject, split) != split:
+            if owner.setdefault(subject, name) != name:
                 raise DataError(
-                    f"task {path}: {subject} is in the splits {owner[subject]} and {split}; a subject belongs to one, "
-                    "or the figures would count what was trained on"
+                    f"task {path}: {subject} is in the {key} {owner[subject]} and {name}; a subject belongs to one, or {reason}"
                 )
-        found[split] = tuple(subjects)
-    return found
+    return owner
+
+
+def _splits_by_rule(
+    config: TaskConfig, subjects: set[str], strata: Mapping[str, str], path: Path
+) -> dict[str, tuple[str, ...]]:
+    rule = config.split_rule
+    assert rule is not None
+    try:
+        left_out = set(expand_subjects(rule.leave_out))
+    except DataError as error:
+        raise DataError(f"task {path}: split_rule.leave_out: {error}") from None
+    if unknown := sorted(left_out - subjects):
+        raise DataError(
+            f"task {path}: split_rule.leave_out names {_few(unknown)}, of whom there is no scan; correct it"
+        )
+    subjects = subjects - left_out
+    if rule.stratified and (without := sorted(subjects - strata.keys())):
+        raise DataError(
+            f"task {path}: split_rule.stratified needs a stratum of every subject, {_few(without)} ha"
+            f"{'s' if len(without) == 1 else 've'} none; name it in strata, or in split_rule.leave_out"
+        )
+    by_bound = not rule.stratified and rule.test < 1
+    test = (
+        _below(rule.test, subjects, "test", rule)
+        if by_bound
+        else _first(_number(rule.test, subjects), subjects, "test", rule, strata)
+    )
+    validation = (
+        _below(rule.validation / (1 - rule.test), subjects - test, "validation", rule)
+        if by_bound and rule.validation < 1
+        else _first(_number(rule.validation, subjects), subjects - test, "validation", rule, strata)
+    )
+    found = {"train": subjects - test - validation, "validation": validation, "test": test}
+    if empty := [split for split, members in found.items() if not members]:
+        raise DataError(
+            f"task {path}: split_rule leaves nobody in {', '.join(empty)}, of {len(subjects)} subjects; ask for other numbers "
+            "of subjects"
+        )
+    return {split: tuple(sorted(members)) for split, members in found.items()}
+
+
+def _number(share: float, subjects: set[str]) -> int:
+    return int(share) if share >= 1 else round(share * len(subjects))
+
+
+def _place(subject: str, split: str, rule: SplitRule) -> float:
+    """Where in [0, 1) a subject stands, whoever else there is."""
+    return keyed_number(rule.seed, "split", split, subject) / 2**128
+
+
+def _below(bound: float, pool: set[str], split: str, rule: SplitRule) -> set[str]:
+    return {subject for subject in pool if _place(subject, split, rule) < bound}
+
+
+def _first(number: int, pool: set[str], split: str, rule: SplitRule, strata: Mapping[str, str]) -> set[str]:
+    """The first `number` of the pool, from each stratum in proportion to its size (largest remainders) if the rule says so."""
+    stratum_of = {subject: strata[subject] if rule.stratified else "" for subject in pool}
+    members = {
+        stratum: sorted(
+            (subject for subject in pool if stratum_of[subject] == stratum),
+            key=lambda subject: _place(subject, split, rule),
+        )
+        for stratum in sorted(set(stratum_of.values()))
+    }
+    number = min(number, len(pool))
+    shares = {stratum: number * len(of_it) / len(pool) for stratum, of_it in members.items()}
+    by_remainder = sorted(shares, key=lambda stratum: math.floor(shares[stratum]) - shares[stratum])
+    one_more = by_remainder[: number - sum(math.floor(share) for share in shares.values())]
+    return {
+        subject
+        for stratum, of_it in members.items()
+        for subject in of_it[: math.floor(shares[stratum]) + (stratum in one_more)]
+    }
+
+
+def _pairs(config: TaskConfig, images: Path, labels: Path) -> Iterable[tuple[str, str, Path, Path | None]]:
+    """Yield name, subject, image and label map of each scan; files that name no subject are no scans."""
+    before, after = (re.escape(part) for part in config.image_name.split("{key}"))
+    label_of = _files(labels)
+    label_names = set()
+    scans = []
+    for name, image in _files(images).items():
+        if match := re.fullmatch(f"{before}(.+){after}", Path(name).name):
+            key = Path(name).with_name(match[1]).as_posix()
+            label_name = Path(name).with_name(config.label_name.replace("{key}", match[1])).as_posix()
+            label_names.add(label_name)
+            scans.append((name, key, image, label_of.get(label_name)))
+    for name, key, image, label in scans:
+        below = image.relative_to(images).as_posix()
+        subject = re.search(config.subject_pattern, image.name) or re.search(config.subject_pattern, below)
+        # In a folder that holds both, a label map is no scan.
+        is_label = images == labels and name in label_names and label is None
+        if subject is not None and not is_label:
+            yield key, subject.group(1), image, label
 
 
 def _folder(source: str, key: str, path: Path, cache: Path | None) -> Path:

@@ -1,11 +1,14 @@
-"""Small networks on top of the representation: one for pretraining, dropped afterwards, and one for a task.
+"""Small networks on top of the representation: one for pretraining, dropped afterwards, and two for a task.
 
 The projection head works on points, not on maps: only sampled pixels are compared, so it costs H*W/n times less. Its
 normalisation is over the channels of one point, and never mixes points. It is so cheap that it computes in fp32 where the
 backbone does not, and rounds what it gives once, for the loss to multiply in the network's precision.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -55,3 +58,27 @@ class SegmentationHead(nn.Module):
         """Turn `features` (B, F, *S) into logits (B, num_classes, *S)."""
         logits: Tensor = self.convolution(features)
         return logits
+
+
+class PrototypeHead(nn.Module):
+    """Features (B, F, *S) -> logits (B, num_classes, *S): the cosine to the nearest prototype of each class, over a temperature.
+
+    Args:
+        feature_channels: F.
+        num_prototypes: Of each class, background first.
+    """
+
+    temperature = 0.1
+    """It decides how windows are blended where they overlap, and nothing else: the largest cosine wins."""
+
+    def __init__(self, feature_channels: int, num_prototypes: Sequence[int]) -> None:
+        super().__init__()
+        self.num_prototypes = tuple(num_prototypes)
+        self.prototypes = nn.Parameter(torch.zeros(sum(num_prototypes), feature_channels), requires_grad=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Turn `features` (B, F, *S) into logits (B, num_classes, *S)."""
+        directions = F.normalize(features.float(), dim=1)
+        cosines = torch.einsum("pf,bf...->bp...", F.normalize(self.prototypes.float(), dim=1), directions)
+        of_classes = torch.split(cosines, list(self.num_prototypes), dim=1)
+        return torch.stack([of_class.amax(1) for of_class in of_classes], dim=1) / self.temperature

@@ -1,4 +1,5 @@
-"""An image -> two views of it and the warp between them; a labelled image -> one augmented image and its label.
+"""An image -> two views of it and the warp between them; a labelled image -> one augmented image and its label; an
+unlabelled one -> two appearances of one augmented image.
 
 View a is the image in a new appearance; view b is the *warped* image in another one. Only b is moved: so the warp that
 made b is the correspondence, and nothing needs to be inverted. Appearance is drawn after the warp, so that noise is not
@@ -121,6 +122,45 @@ def augment_labelled(
     warped = draw_intensity(warped, draws.named("view"), config=config.intensity, spacing_mm=mm, inside=shown)
     classes = apply_warp(label[:, None].float(), warp, mode="nearest")[:, 0].long()
     return warped.masked_fill_(~shown[:, None], 0), classes.masked_fill_(~shown, 0)
+
+
+def augment_twice(
+    image: Tensor,
+    inside: Tensor,
+    *,
+    config: ViewsConfig,
+    size: int | Sequence[int],
+    spacing_mm: Spacing,
+    generators: Sequence[np.random.Generator],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Augment and cut as `augment_labelled` does, by one geometric draw per image and two draws of its appearance.
+
+    Args:
+        image: (B, C, *S) float32 in [0, 1].
+        inside: (B, *S) bool, pixels that belong to the scan.
+        config: Ranges of the draws.
+        size: Of the result, pixels along every axis, or D numbers.
+        spacing_mm: Pixel size, before and after.
+        generators: B, one per image; one number is taken of each, whatever is drawn.
+
+    Returns:
+        Two images (B, C, *s), 0 outside the scan, that show the same places; and what shows the scan (B, *s) bool.
+
+    Raises:
+        ValueError: The shapes do not fit each other.
+    """
+    _check_shapes(image, inside, "inside")
+    if len(generators) != len(image):
+        raise ValueError(f"expected one generator per image, got {len(generators)} for {len(image)} images")
+    size_out = (size,) * (image.ndim - 2) if isinstance(size, int) else tuple(size)
+    draws = Draws.of_generators(generators)
+    mm = _edges(spacing_mm, image)
+    warped, _, shown = _move(image, inside, draws, config=config, size_out=size_out, spacing_mm=mm)
+    of_both = Draws(np.concatenate([draws.named("view a").keys, draws.named("view b").keys]))
+    masks = torch.cat([shown, shown])
+    views = draw_intensity(torch.cat([warped, warped]), of_both, config=config.intensity, spacing_mm=mm, inside=masks)
+    a, b = views.masked_fill_(~masks[:, None], 0).chunk(2)
+    return a, b, shown
 
 
 def _move(

@@ -31,7 +31,7 @@ def test_scans_become_a_report_and_running_again_repeats_nothing(job_file: Path)
     said = "\n".join(lines)
     assert "2 workers on CPU" in said
     assert "step 6/6" in said
-    assert "3 trials to run, 0 done already" in said
+    assert "6 trials to run, 0 done already" in said
     report = json.loads((storage / "report/report.json").read_text())
     assert len(report["rows"]) == 6
     backbone = json.loads((storage / "backbones/toy/1/manifest.json").read_text())

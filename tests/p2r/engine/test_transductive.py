@@ -35,7 +35,7 @@ def test_every_row_and_title_is_labelled_once_it_is_allowed(
     assert "transductive" in said.out
     report = json.loads((tmp_path / "storage/report/report.json").read_text())
     assert len(report["rows"]) == 2
-    assert {(row["transductive"], row["protocol"]) for row in report["rows"]} == {(True, "transductive")}
+    assert {(row["transductive"], row["protocol"]) for row in report["rows"]} == {(True, "leak_free")}
     page = (tmp_path / "storage/report/report.md").read_text()
     assert "(transductive: the backbone has seen these patients)" in page.splitlines()[0]
     assert "> **Note.** Transductive: validation or test patients are in the corpus" in page
@@ -51,7 +51,7 @@ def test_a_job_without_fine_tuning_has_nothing_to_allow(repository: Path) -> Non
 
 def test_rows_without_a_leak_are_not_labelled(published: dict[str, str]) -> None:
     report = json.loads(Path(published["report"].removeprefix("file://")).with_suffix(".json").read_text())
-    assert {(row["transductive"], row["protocol"]) for row in report["rows"]} == {(False, "leak-free")}
+    assert {(row["transductive"], row["protocol"]) for row in report["rows"]} == {(False, "leak_free")}
     assert not is_transductive(report["rows"]) and label_of(report["rows"]) == ""
     page = Path(published["report"].removeprefix("file://")).read_text()
     assert "Transductive" not in page and "(transductive" not in page

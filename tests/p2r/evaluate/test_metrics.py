@@ -272,8 +272,8 @@ def test_a_phantom_without_one_organ_scores_by_the_rules_and_the_other_by_geomet
     }
     for absent, scores in found.items():
         assert scores["RV"].dice == pytest.approx(3 / 4)  # four slices, three of them shared
-        # Of 36 + 20 + 20 + 36 border voxels, the inner 16 of the last slice have their nearest border 4.5 mm (nine of
-        # them less) or, over the edge of the other box, one slice of 8 mm away.
+        # Of 36 + 20 + 20 + 36 border voxels the first 36 are a slice of 8 mm away, and the inside of the last slice at most
+        # 3 mm from the other border, within the slice.
         assert scores["RV"].hd95_mm == pytest.approx(8.0)
         expected = {
             "both": Score(None, None, None, "both"),

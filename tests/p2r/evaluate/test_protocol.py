@@ -1,4 +1,4 @@
-"""Draws, trials and the choice of learning rates."""
+"""Draws, candidates, trials and the choice among them."""
 
 from dataclasses import dataclass, field
 
@@ -6,7 +6,17 @@ import pytest
 
 from p2r.config import FinetuneConfig, SearchConfig
 from p2r.errors import DataError
-from p2r.evaluate.protocol import Trial, choose_learning_rates, draw_subjects, final_trials, search_trials
+from p2r.evaluate.protocol import (
+    Settings,
+    Trial,
+    candidates_of,
+    choose_settings,
+    draw_subjects,
+    final_trials,
+    numbers_of,
+    search_trials,
+    settings_of,
+)
 
 PATIENTS = tuple(f"patient{number:03d}" for number in range(1, 21))
 
@@ -15,13 +25,23 @@ PATIENTS = tuple(f"patient{number:03d}" for number in range(1, 21))
 class Task:
     name: str = "acdc"
     subjects: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"train": PATIENTS})
+    strata: dict[str, str] = field(default_factory=dict)
 
 
 CONFIG = FinetuneConfig(tasks=("acdc.yaml",), num_labelled=(1, 5), draws=2)
 
 
 def trial(mode: str = "scratch", rate: float = 1e-3, num_labelled: int = 1, task: str = "acdc") -> Trial:
-    return Trial(task, mode, num_labelled, 0, PATIENTS[:num_labelled], rate, "search")  # type: ignore[arg-type]
+    settings = Settings(learning_rate=rate)
+    return Trial(task, mode, num_labelled, 0, PATIENTS[:num_labelled], settings, "search")  # type: ignore[arg-type]
+
+
+def chosen(**rates: float) -> dict[str, Settings]:
+    return {mode: Settings(learning_rate=rate) for mode, rate in rates.items()}
+
+
+def labels(config: FinetuneConfig) -> list[str]:
+    return [found.id for found in search_trials(config, Task())]
 
 
 def test_a_draw_is_the_same_every_time_and_in_whatever_order_the_patients_come() -> None:
@@ -58,7 +78,7 @@ def test_more_patients_than_exist_are_refused_with_both_numbers() -> None:
 
 
 def test_every_mode_trains_on_the_same_patients() -> None:
-    trials = final_trials(CONFIG, Task(), {"scratch": 1e-3, "linear_probe": 1e-2, "fine_tune": 2e-3})
+    trials = final_trials(CONFIG, Task(), chosen(scratch=1e-3, linear_probe=1e-2, fine_tune=2e-3))
     by_setting: dict[tuple[int, int], set[tuple[str, ...]]] = {}
     for found in trials:
         by_setting.setdefault((found.num_labelled, found.draw), set()).add(found.subjects)
@@ -76,12 +96,12 @@ def test_search_uses_the_first_draw_and_equally_many_rates_per_mode() -> None:
         "acdc-search-fine_tune-n1-d0-lr0.001",
         "acdc-search-fine_tune-n1-d0-lr0.003",
     ]
-    finals = final_trials(CONFIG, Task(), {"scratch": 1e-3, "linear_probe": 1e-2, "fine_tune": 2e-3})
+    finals = final_trials(CONFIG, Task(), chosen(scratch=1e-3, linear_probe=1e-2, fine_tune=2e-3))
     assert {found.subjects for found in trials} == {finals[0].subjects}
 
 
 def test_final_trials_are_stable_and_named_without_the_rate() -> None:
-    rates = {"scratch": 1e-3, "linear_probe": 1e-2, "fine_tune": 2e-3}
+    rates = chosen(scratch=1e-3, linear_probe=1e-2, fine_tune=2e-3)
     trials = final_trials(CONFIG, Task(), rates)  # type: ignore[arg-type]
     assert trials == final_trials(CONFIG, Task(), rates)  # type: ignore[arg-type]
     assert len({found.id for found in trials}) == len(trials) == 12
@@ -91,12 +111,12 @@ def test_final_trials_are_stable_and_named_without_the_rate() -> None:
         "acdc-final-fine_tune-n1-d0",
         "acdc-final-scratch-n1-d1",
     ]
-    assert trials[1].learning_rate == 1e-2
-    assert trials[0].to_row()["protocol"] == "leak-free"
+    row = trials[1].to_row()
+    assert (row["learning_rate"], row["settings"], row["protocol"]) == (1e-2, {"learning_rate": 1e-2}, "leak_free")
 
 
-def test_the_rate_of_the_best_mean_validation_dice_is_chosen_and_of_equals_the_smaller() -> None:
-    chosen = choose_learning_rates(
+def test_the_settings_of_the_best_mean_validation_dice_are_chosen_and_of_equals_the_smaller_rate() -> None:
+    found = choose_settings(
         [
             (trial("scratch", 1e-3, 1), 0.50),
             (trial("scratch", 1e-3, 5), 0.60),
@@ -106,17 +126,131 @@ def test_the_rate_of_the_best_mean_validation_dice_is_chosen_and_of_equals_the_s
             (trial("fine_tune", 1e-3), 0.7),
         ]
     )
-    assert chosen == {"scratch": 1e-3, "fine_tune": 1e-3}
+    assert found == chosen(scratch=1e-3, fine_tune=1e-3)
+
+
+def test_a_candidate_that_failed_or_was_stopped_is_out_and_a_mode_without_any_has_no_settings() -> None:
+    found = choose_settings(
+        [
+            (trial("scratch", 1e-3, 1), 0.50),
+            (trial("scratch", 3e-3, 1), None),
+            (trial("fine_tune", 3e-3), None),
+        ]
+    )
+    assert found == chosen(scratch=1e-3)
 
 
 def test_an_unfair_or_broken_search_is_refused() -> None:
     with pytest.raises(ValueError, match="same draws"):
-        choose_learning_rates(
-            [(trial(rate=1e-3), 0.5), (trial(rate=3e-3), 0.5), (trial(rate=3e-3, num_labelled=5), 0.6)]
-        )
+        choose_settings([(trial(rate=1e-3), 0.5), (trial(rate=3e-3), 0.5), (trial(rate=3e-3, num_labelled=5), 0.6)])
     with pytest.raises(ValueError, match="is nan"):
-        choose_learning_rates([(trial(), float("nan"))])
+        choose_settings([(trial(), float("nan"))])
     with pytest.raises(ValueError, match="one task at a time"):
-        choose_learning_rates([(trial(), 0.5), (trial(task="other"), 0.5)])
+        choose_settings([(trial(), 0.5), (trial(task="other"), 0.5)])
     with pytest.raises(ValueError, match="equally many"):
         SearchConfig(learning_rates={"scratch": (1e-3,), "fine_tune": (1e-3, 3e-3)})
+
+
+def test_all_stands_for_the_train_split_and_no_number_comes_twice() -> None:
+    assert numbers_of((1, "all", 20, 5), Task()) == {1: 1, 20: "all", 5: 5}
+    config = FinetuneConfig(tasks=("a",), num_labelled=(1, "all"), draws={1: 5, "all": 2}, modes=("scratch",))
+    trials = final_trials(config, Task(), chosen(scratch=1e-3))  # type: ignore[arg-type]
+    assert [(found.num_labelled, found.draw) for found in trials] == [
+        *((1, draw) for draw in range(5)),
+        (20, 0),
+        (20, 1),
+    ]
+    assert trials[-1].subjects == PATIENTS
+
+
+STRATA = {patient: "ABCD"[index // 5] for index, patient in enumerate(PATIENTS)}
+
+
+@pytest.mark.parametrize("num_labelled", [1, 2, 4, 6, 8, 13, 20])
+def test_a_stratified_draw_has_every_stratum_in_proportion(num_labelled: int) -> None:
+    of_strata = dict.fromkeys("ABCD", 0)
+    for draw in range(40):
+        subjects = draw_subjects(PATIENTS, num_labelled=num_labelled, draw=draw, seed=0, strata=STRATA)
+        assert list(subjects) == sorted(set(subjects)) and len(subjects) == num_labelled
+        counts = {stratum: sum(STRATA[subject] == stratum for subject in subjects) for stratum in "ABCD"}
+        assert set(counts.values()) <= {num_labelled // 4, -(-num_labelled // 4)}
+        for stratum, count in counts.items():
+            of_strata[stratum] += count
+    assert min(of_strata.values()) > 0.5 * num_labelled * 40 / 4  # none is left out for ever
+
+
+def test_unequal_strata_are_drawn_in_proportion() -> None:
+    strata = {patient: "many" if index < 15 else "few" for index, patient in enumerate(PATIENTS)}
+    subjects = draw_subjects(PATIENTS, num_labelled=8, draw=0, seed=0, strata=strata)
+    assert sorted(strata[subject] for subject in subjects) == ["few"] * 2 + ["many"] * 6
+
+
+def test_a_stratified_draw_needs_the_stratum_of_every_patient() -> None:
+    config = FinetuneConfig(tasks=("a",), stratify=True)
+    with pytest.raises(DataError, match=r"patient001 has none \(20 of 20 lack one\)"):
+        final_trials(config, Task(), chosen(scratch=1e-3))  # type: ignore[arg-type]
+
+
+def test_one_candidate_is_taken_without_a_trial_and_a_prototype_has_no_learning_rate() -> None:
+    rates = {"scratch": (1e-3,), "fine_tune": (2e-3,)}
+    config = FinetuneConfig(
+        tasks=("a",), modes=("scratch", "fine_tune", "prototype"), search=SearchConfig(learning_rates=rates)
+    )
+    assert search_trials(config, Task()) == []
+    (only,) = candidates_of(config, "prototype")
+    assert settings_of(config, "prototype", only) == Settings(background_prototypes=8)
+
+
+def test_a_grid_has_every_combination_of_what_the_mode_has() -> None:
+    search = {
+        "learning_rates": {"scratch": [1e-3, 2e-3, 3e-3, 4e-3], "fine_tune": [1e-3, 2e-3]},
+        "space": {"warmup_head_steps": [0, 50], "steps": [100]},
+    }
+    config = FinetuneConfig.model_validate({"tasks": ["a"], "modes": ["scratch", "fine_tune"], "search": search})
+    assert len(labels(config)) == 8
+    assert labels(config)[0] == "acdc-search-scratch-n1-d0-lr0.001-steps100"
+    assert labels(config)[-1] == "acdc-search-fine_tune-n1-d0-lr0.002-steps100-warmup_head_steps50"
+    search["learning_rates"]["scratch"] = [1e-3, 2e-3]  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"equally many candidates for every mode, got scratch 2, fine_tune 4"):
+        FinetuneConfig.model_validate({"tasks": ["a"], "modes": ["scratch", "fine_tune"], "search": search})
+
+
+def test_candidates_drawn_from_distributions_depend_on_the_seed_alone_and_are_alike_for_every_mode() -> None:
+    rates = {"scratch": {"loguniform": [1e-4, 1e-2]}, "fine_tune": {"loguniform": [1e-5, 1e-3]}}
+    space = {"weight_decay": {"choice": [0, 1e-4]}, "steps": {"randint": [10, 20]}}
+    values = {
+        "tasks": ["a"],
+        "modes": ["scratch", "fine_tune"],
+        "search": {"learning_rates": rates, "space": space, "num_samples": 64},
+    }
+    config = FinetuneConfig.model_validate(values)
+    scratch, fine_tune = candidates_of(config, "scratch"), candidates_of(config, "fine_tune")
+    assert (
+        scratch == candidates_of(config, "scratch") != candidates_of(config.model_copy(update={"seed": 1}), "scratch")
+    )
+    assert len(scratch) == 64
+    for one, other in zip(scratch, fine_tune, strict=True):
+        assert one["learning_rate"] == pytest.approx(10 * other["learning_rate"], rel=1e-3)
+        assert one["weight_decay"] == other["weight_decay"] and 10 <= one["steps"] < 20
+    rates_drawn = sorted(candidate["learning_rate"] for candidate in scratch)
+    assert rates_drawn[0] >= 1e-4 and rates_drawn[-1] <= 1e-2
+    assert 5e-4 < rates_drawn[32] < 2e-3  # evenly on a logarithmic scale
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"draws": {1: 5}}, "draws names no number of draws for 5 labelled patients"),
+        ({"num_labelled": ["some"]}, "num_labelled"),
+        ({"search": {"space": {"steps": [0.5]}}}, "search.space.steps: .*valid integer.*got 0.5"),
+        ({"search": {"space": {"weight_decay": {"uniform": [-1, 1]}}}}, "search.space.weight_decay: .*got -1"),
+        ({"search": {"space": {"weight_decay": {"uniform": [0, 1], "choice": [1]}}}}, "has one of uniform"),
+        ({"search": {"space": {"weight_decay": {"loguniform": [0, 1]}}}}, "bounds above 0"),
+        ({"search": {"learning_rates": {"prototype": [1e-3]}}}, "trains nothing"),
+        ({"search": {"scheduler": "asha", "num_labelled": [1, 5]}}, "must hold one number"),
+        ({"modes": ["mean_teacher"], "protocol": "paper_compat"}, "mean_teacher"),
+    ],
+)
+def test_a_section_that_makes_no_sense_is_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig.model_validate({"tasks": ["a"], **values})

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from p2r.config import GeometryConfig, IntensityConfig, ViewsConfig
 from p2r.randomness import keyed_generator
-from p2r.views import ViewPair, apply_warp, augment_labelled, make_views
+from p2r.views import ViewPair, apply_warp, augment_labelled, augment_twice, make_views
 
 PROBABILITIES = [name for name in IntensityConfig.model_fields if name.endswith("_probability")]
 PLAIN = IntensityConfig(**dict.fromkeys(PROBABILITIES, 0.0))
@@ -297,3 +297,27 @@ def test_views_on_a_gpu_are_those_of_the_cpu_to_rounding_and_nothing_waits(size:
     for name in ("a", "b"):
         difference = (getattr(found, name).cpu() - getattr(expected, name)).abs()
         assert difference.quantile(0.999) < 1e-3, name
+
+
+@pytest.mark.parametrize("size", [(24, 20), (10, 12, 8)])
+def test_two_appearances_of_an_unlabelled_image_show_the_same_places(size: tuple[int, ...]) -> None:
+    image = torch.rand(3, 1, *size)
+    inside = torch.ones(3, *size, dtype=torch.bool)
+    inside[:, :3] = False
+    for config, is_alike in ((GEOMETRY_ONLY, True), (EVERYTHING, False)):
+        options: dict[str, Any] = {"config": config, "size": 16, "spacing_mm": 1.0}
+        a, b, shown = augment_twice(
+            image, inside, generators=[keyed_generator(0, slot) for slot in range(3)], **options
+        )
+        assert a.shape == b.shape == (3, 1, *[16] * len(size)) and shown.shape == (3, *[16] * len(size))
+        assert torch.equal(a, b) == is_alike
+        assert not a[:, 0][~shown].any() and not b[:, 0][~shown].any()
+        if is_alike:  # and where augment_labelled, which draws the same geometry, moves it
+            moved, _ = augment_labelled(
+                image,
+                inside.long(),
+                inside=inside,
+                generators=[keyed_generator(0, slot) for slot in range(3)],
+                **options,
+            )
+            assert torch.equal(a, moved)

@@ -1,3 +1,5 @@
+"""What training sees of the labelled scans, and what a step does with it."""
+
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +8,7 @@ import torch
 
 from p2r.data.preprocess import Preparation, frames_of, label_frames_of, label_planes_of, planes_of
 from p2r.data.volume import Volume
-from p2r.engine.finetune import _labelled_images, _windows
+from p2r.engine.training import Images, _windows, labelled_images
 from p2r.evaluate.tasks import LabelledScan, TaskScan
 from p2r.randomness import keyed_generator
 
@@ -18,9 +20,7 @@ def _centres(planes: str, height: int, width: int) -> set[tuple[int, int]]:
     generators = [keyed_generator(0, "test", number) for number in range(200)]
     preparation = Preparation(spacing_mm=1.0, image_size=32, planes=planes)
     _, inside, cut = _windows(
-        torch.zeros(1, 1, height, width),
-        torch.ones(1, height, width, dtype=torch.bool),
-        labels,
+        Images(torch.zeros(1, 1, height, width), torch.ones(1, height, width, dtype=torch.bool), labels),
         np.zeros(200, np.int64),
         generators,
         preparation,
@@ -50,9 +50,7 @@ def test_training_windows_of_volumes_lie_anywhere_in_them_and_one_that_fits_is_s
     labels = 1 + torch.arange(np.prod(shape)).reshape(1, *shape)
     generators = [keyed_generator(0, "test", number) for number in range(100)]
     _, inside, cut = _windows(
-        torch.zeros(1, 1, *shape),
-        torch.ones(1, *shape, dtype=torch.bool),
-        labels,
+        Images(torch.zeros(1, 1, *shape), torch.ones(1, *shape, dtype=torch.bool), labels),
         np.zeros(100, np.int64),
         generators,
         Preparation(dimensions=3, spacing_mm=1.0, image_size=16),
@@ -87,7 +85,8 @@ def test_images_of_unequal_scans_are_padded_about_their_centres(dimensions: int)
                 make_labels(volume, preparation=preparation, size=None, **options),  # type: ignore[operator]
             )
         )
-    images, inside, labels = _labelled_images(scans)
+    together = labelled_images(scans)
+    images, inside, labels = together.images, together.inside, together.labels
     size, count = ((9, 8), 8 + 10) if dimensions == 2 else ((9, 8, 5), 4)
     assert images.shape == (count, 1, *size)
     assert inside.shape == labels.shape == (count, *size)

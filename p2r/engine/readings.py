@@ -1,0 +1,40 @@
+"""Every reading of test patients -> one line of `<storage>/report/test_reads.jsonl`, for ever.
+
+An object store cannot append to a file, and trials run on many machines: so each reading is an object of its own,
+`report/test_reads/<recipe>.json`, made before the first test patient is read, and never replaced. A recipe that is read again,
+because its trial died between reading and writing its result, leaves a second object beside the first. The lines are put
+together from these objects, oldest first.
+"""
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from p2r.storage import Storage, json_bytes
+from p2r.version import code_version
+
+_FOLDER = "report/test_reads"
+
+
+def record_reading(storage: Storage, reading: Mapping[str, Any]) -> None:
+    """Note that test patients are about to be read.
+
+    Args:
+        storage: Of the job.
+        reading: task, trial, recipe_sha256, backbone_sha256 and num_scans; time and code are added.
+    """
+    entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "code": code_version(), **reading}
+    name, number = str(reading["recipe_sha256"]), 1
+    while not storage.create(f"{_FOLDER}/{name}{f'-{number}' if number > 1 else ''}.json", json_bytes(entry)):
+        number += 1
+
+
+def merge_readings(storage: Storage) -> list[dict[str, Any]]:
+    """Write `report/test_reads.jsonl` from all readings so far, and return them, oldest first."""
+    readings = [storage.read_json(path) for path in storage.list(_FOLDER) if path.endswith(".json")]
+    readings.sort(key=lambda reading: (reading["time"], reading["trial"], reading["recipe_sha256"]))
+    if readings:
+        lines = "".join(json.dumps(reading, sort_keys=True) + "\n" for reading in readings)
+        storage.write_bytes("report/test_reads.jsonl", lines.encode())
+    return readings

@@ -1,0 +1,339 @@
+"""Labelled images -> a trained segmenter: the loops behind the modes, and nothing of tasks, splits or figures.
+
+    train_segmenter     scratch, linear_probe, fine_tune, mean_teacher: Dice + cross-entropy on augmented images
+    train_head          linear_probe on features that were computed once, without augmentation
+
+All trials of one (n, draw) see the same images in the same order, whatever their mode. A mean teacher (Tarvainen and
+Valpola 2017) is an average of the student's own weights; the student must also agree with it on unlabelled images, shown
+to both in the same place and in different appearances. The weight of that rises as in the paper, and the teacher is what
+is returned. Nothing waits for the device but a look at the loss every 25 steps.
+
+`P` images: all planes of the labelled scans, or all their frames for a network of volumes, padded about their centre to a
+common size `*S` (`H W`, or `X Y Z`).
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.losses import DiceCELoss
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from p2r.config import FinetuneConfig
+from p2r.data.preprocess import Frames, Planes, Preparation
+from p2r.engine.schedule import learning_rate
+from p2r.errors import TrainingError
+from p2r.evaluate.protocol import Trial
+from p2r.evaluate.tasks import LabelledScan
+from p2r.model.pix2rep import Segmenter
+from p2r.randomness import keyed_generator
+from p2r.views.pair import augment_labelled, augment_twice
+
+Say = Callable[[str], None]
+
+_WARMUP_FRACTION = 0.05
+_LOOK_STEPS = 25
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of several scans on one grid, on one device."""
+
+    images: Tensor
+    """(P, 1, *S) in [0, 1]."""
+    inside: Tensor
+    """(P, *S) bool: pixels of the scan."""
+    labels: Tensor | None
+    """(P, *S) int64; None: unlabelled."""
+
+
+def labelled_images(scans: Sequence[LabelledScan]) -> Images:
+    """Put the images of scans on one grid, padded about their centre, because augmentation turns and cuts about the centre."""
+    together = unlabelled_images([scan.planes for scan in scans])
+    size = together.inside.shape[1:]
+    return Images(together.images, together.inside, torch.cat([_padded(scan.label_planes, size) for scan in scans]))
+
+
+def unlabelled_images(scans: Sequence[Planes | Frames]) -> Images:
+    """Put images without labels on one grid, padded about their centre."""
+    size = [max(sides) for sides in zip(*(scan.images.shape[2:] for scan in scans), strict=True)]
+    return Images(
+        torch.cat([_padded(scan.images, size) for scan in scans]),
+        torch.cat([_padded(scan.inside, size) for scan in scans]),
+        None,
+    )
+
+
+def _padded(maps: Tensor, size: Sequence[int]) -> Tensor:
+    missing = [want - have for want, have in zip(size, maps.shape[-len(size) :], strict=True)]
+    return F.pad(maps, [amount for side in reversed(missing) for amount in (side // 2, side - side // 2)])
+
+
+def train_segmenter(
+    segmenter: Segmenter,
+    labelled: Images,
+    unlabelled: Images | None,
+    *,
+    trial: Trial,
+    config: FinetuneConfig,
+    preparation: Preparation,
+    device: str,
+    say: Say = lambda line: None,
+    look: Callable[[int, nn.Module], None] | None = None,
+) -> tuple[Segmenter, float]:
+    """Train with Dice + cross-entropy on augmented images.
+
+    Args:
+        segmenter: Network, changed in place; parameters that do not require a gradient stay as they are.
+        labelled: What it learns from.
+        unlabelled: mean_teacher: images on which student and teacher must agree.
+        trial: Settings; keys the order and augmentation, by (n, draw), not by mode.
+        config: Batch, augmentation.
+        preparation: Pixel size and image size.
+        device: Where it trains.
+        say: Receives a line of progress now and then.
+        look: Called with the number of steps done, and the network that would be returned, every `search.report_steps`.
+
+    Returns:
+        The network, the teacher if there is one; and the mean loss of the last tenth of the steps.
+
+    Raises:
+        TrainingError: if the loss is not finite.
+    """
+    settings = trial.settings
+    steps = settings.steps
+    assert settings.learning_rate is not None and steps is not None and labelled.labels is not None
+    teacher = copy.deepcopy(segmenter).requires_grad_(False) if trial.mode == "mean_teacher" else None
+    criterion = DiceCELoss(softmax=True, to_onehot_y=True, batch=True)
+    is_frozen = not any(parameter.requires_grad for parameter in segmenter.backbone.parameters())
+    warmup = 0 if is_frozen else min(settings.warmup_head_steps or 0, steps)
+    groups = {"head": list(segmenter.head.parameters())}
+    if not is_frozen:
+        groups["backbone"] = list(segmenter.backbone.parameters())
+        segmenter.backbone.requires_grad_(warmup == 0)
+    factor = settings.backbone_learning_rate_factor or 1.0
+    optimizer = torch.optim.AdamW(
+        [{"params": of_group, "name": name} for name, of_group in groups.items()],
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay or 0.0,
+    )
+    segmenter.train()
+    tail: list[Tensor] = []
+    for step in range(steps):
+        if step == warmup and not is_frozen:
+            segmenter.backbone.requires_grad_(True)
+        for group in optimizer.param_groups:
+            # The backbone's rate rises when it joins in, and falls with the head's.
+            before, scale = (warmup, factor) if group["name"] == "backbone" else (0, 1.0)
+            group["lr"] = scale * learning_rate(
+                max(0, step - before),
+                peak=settings.learning_rate,
+                num_steps=max(1, steps - before),
+                warmup_fraction=_WARMUP_FRACTION,
+            )
+        key = ("finetune", trial.task, trial.num_labelled, trial.draw, step)
+        chosen, generators = _draw(config, key, len(labelled.images))
+        windows, is_scan, label = _windows(labelled, chosen, generators, preparation)
+        assert label is not None
+        image, label = augment_labelled(
+            windows,
+            label,
+            config=config.views,
+            size=preparation.image_size,
+            spacing_mm=preparation.spacing_mm,
+            generators=generators,
+            inside=is_scan,
+        )
+        loss = criterion(segmenter(image.to(device)), label[:, None].to(device))
+        if teacher is not None and unlabelled is not None:
+            weight = _consistency_weight(step, trial)
+            loss = loss + weight * _disagreement(
+                segmenter, teacher, unlabelled, key=key, config=config, preparation=preparation, device=device
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(
+            [parameter for parameter in segmenter.parameters() if parameter.requires_grad], 1.0
+        )
+        optimizer.step()
+        if teacher is not None:
+            _follow(teacher, segmenter, decay=min(settings.ema_decay or 0.0, 1 - 1 / (step + 2)))
+        if step >= steps * 0.9 or step == steps - 1:
+            tail.append(loss.detach())
+        if (step + 1) % _LOOK_STEPS == 0 or step + 1 == steps:
+            _check_finite(loss, trial, step)
+        if (step + 1) % 100 == 0:
+            say(f"{trial.id} | step {step + 1}/{steps} | loss {float(loss.detach()):.3f}")
+        if look is not None and (step + 1) % config.search.report_steps == 0 and step + 1 < steps:
+            look(step + 1, teacher or segmenter)
+    found = teacher or segmenter
+    return found.eval(), float(torch.stack(tail).mean())
+
+
+def _check_finite(loss: Tensor, trial: Trial, step: int) -> None:
+    # A loss that is not finite leaves weights that are not, so none is missed between two looks.
+    if not torch.isfinite(loss):
+        raise TrainingError(
+            f"trial {trial.id} diverged: the loss is {float(loss.detach())} at step {step + 1}, with learning rate "
+            f"{trial.settings.learning_rate:g}; lower finetune.search.learning_rates"
+        )
+
+
+def _draw(
+    config: FinetuneConfig, key: tuple[int | str, ...], num_images: int
+) -> tuple[NDArray[np.int64], list[np.random.Generator]]:
+    chosen = keyed_generator(config.seed, *key).integers(num_images, size=config.batch_size)
+    return chosen, [keyed_generator(config.seed, *key, slot) for slot in range(config.batch_size)]
+
+
+def _consistency_weight(step: int, trial: Trial) -> float:
+    """Rise from e^-5 of the weight to all of it: exp(-5 (1 - t)^2), as in the paper."""
+    settings = trial.settings
+    rising = (settings.ramp_up_fraction or 0.0) * (settings.steps or 1)
+    t = min(1.0, step / rising) if rising > 0 else 1.0
+    return (settings.consistency_weight or 0.0) * math.exp(-5 * (1 - t) ** 2)
+
+
+def _disagreement(
+    student: nn.Module,
+    teacher: nn.Module,
+    unlabelled: Images,
+    *,
+    key: tuple[int | str, ...],
+    config: FinetuneConfig,
+    preparation: Preparation,
+    device: str,
+) -> Tensor:
+    """Mean squared difference of the probabilities of student and teacher, over pixels of the scan and classes."""
+    chosen, generators = _draw(config, (*key, "unlabelled"), len(unlabelled.images))
+    windows, is_scan, _ = _windows(unlabelled, chosen, generators, preparation)
+    for_student, for_teacher, shown = augment_twice(
+        windows,
+        is_scan,
+        config=config.views,
+        size=preparation.image_size,
+        spacing_mm=preparation.spacing_mm,
+        generators=generators,
+    )
+    with torch.no_grad():
+        target = teacher(for_teacher.to(device)).softmax(1)
+    squared = (student(for_student.to(device)).softmax(1) - target).square().mean(1)
+    mask = shown.to(device)
+    disagreement: Tensor = (squared * mask).sum() / mask.sum().clamp(min=1)
+    return disagreement
+
+
+@torch.no_grad()
+def _follow(teacher: nn.Module, student: nn.Module, *, decay: float) -> None:
+    theirs = [parameter.detach() for parameter in student.parameters()]
+    torch._foreach_lerp_(list(teacher.parameters()), theirs, 1 - decay)
+    for mine, other in zip(teacher.buffers(), student.buffers(), strict=True):
+        mine.copy_(other)
+
+
+def _windows(
+    of: Images, chosen: NDArray[np.int64], generators: list[np.random.Generator], preparation: Preparation
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The chosen images about their centre, or, if the model is to read all of them, about a place drawn anywhere in them.
+
+    The windows have twice the edge of the network's image, room for augmentation to turn and cut about their centre.
+    """
+    if preparation.planes == "centre":
+        index = torch.from_numpy(chosen)
+        return of.images[index], of.inside[index], None if of.labels is None else of.labels[index]
+    size = preparation.image_size
+    kinds = [of.images, of.inside] if of.labels is None else [of.images, of.inside, of.labels]
+    cut = []
+    for image, generator in zip(chosen, generators, strict=True):
+        # A window may reach over the edge only as far as it must: an image that fits is always seen whole.
+        extents = of.images.shape[2:]
+        starts = [_start(extent, size, generator) - size // 2 for extent in extents]
+        padding = [
+            amount
+            for start, extent in zip(reversed(starts), reversed(extents), strict=True)
+            for amount in (-start, start + 2 * size - extent)
+        ]
+        cut.append([F.pad(all_of_them[int(image)], padding) for all_of_them in kinds])
+    images, inside, *labels = (torch.stack(parts) for parts in zip(*cut, strict=True))
+    return images, inside, labels[0] if labels else None
+
+
+def _start(extent: int, size: int, generator: np.random.Generator) -> int:
+    if extent <= size:
+        return -((size - extent) // 2)
+    return int(generator.integers(extent - size + 1))
+
+
+def train_head(
+    head: nn.Module,
+    scans: Sequence[tuple[Tensor, Tensor, Tensor]],
+    *,
+    trial: Trial,
+    config: FinetuneConfig,
+    device: str,
+    say: Say = lambda line: None,
+    look: Callable[[int], None] | None = None,
+) -> float:
+    """Train a head with Dice + cross-entropy on features that do not change.
+
+    Args:
+        head: Features (B, F, *S) -> logits, on `device`, changed in place.
+        scans: Of each: features (P, F, *s), labels (P, *S), inside (P, *S).
+        trial: Settings; keys the order, by (n, draw).
+        config: Batch.
+        device: Where it trains.
+        say: Receives a line of progress now and then.
+        look: Called with the number of steps done every `search.report_steps`.
+
+    Returns:
+        The mean loss of the last tenth of the steps.
+
+    Raises:
+        TrainingError: if the loss is not finite.
+    """
+    settings = trial.settings
+    assert settings.learning_rate is not None and settings.steps is not None
+    images = [
+        (maps, label, is_scan) for scan in scans for maps, label, is_scan in zip(*scan, strict=True) if is_scan.any()
+    ]
+    criterion = DiceCELoss(softmax=True, to_onehot_y=True, batch=True)
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay or 0.0
+    )
+    tail: list[Tensor] = []
+    for step in range(settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                step, peak=settings.learning_rate, num_steps=settings.steps, warmup_fraction=_WARMUP_FRACTION
+            )
+        key = ("finetune", trial.task, trial.num_labelled, trial.draw, step)
+        chosen = keyed_generator(config.seed, *key).integers(len(images), size=config.batch_size)
+        logits, labels = [], []
+        for index in chosen:
+            maps, label, is_scan = images[int(index)]
+            found = head(maps[None].to(device))
+            if found.shape[2:] != label.shape:
+                mode = "bilinear" if label.ndim == 2 else "trilinear"
+                found = F.interpolate(found, size=label.shape, mode=mode, align_corners=False)
+            at = is_scan.flatten().nonzero()[:, 0]
+            logits.append(found.flatten(2)[:, :, at.to(device)])  # (1, K, n)
+            labels.append(label.flatten()[at].to(device))
+        loss = criterion(torch.cat(logits, dim=2), torch.cat(labels)[None, None])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        optimizer.step()
+        if step >= settings.steps * 0.9 or step == settings.steps - 1:
+            tail.append(loss.detach())
+        if (step + 1) % _LOOK_STEPS == 0 or step + 1 == settings.steps:
+            _check_finite(loss, trial, step)
+        if (step + 1) % 100 == 0:
+            say(f"{trial.id} | step {step + 1}/{settings.steps} | loss {float(loss.detach()):.3f}")
+        if look is not None and (step + 1) % config.search.report_steps == 0 and step + 1 < settings.steps:
+            look(step + 1)
+    return float(torch.stack(tail).mean())

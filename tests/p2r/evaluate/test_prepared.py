@@ -1,0 +1,128 @@
+"""What is kept of prepared scans is what would be made again, and never out of date."""
+
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from p2r.data.preprocess import Preparation
+from p2r.errors import DataError, StorageError
+from p2r.evaluate.prepared import kept, prepared_images, prepared_scan
+from p2r.evaluate.tasks import LabelledScan, Task, load_scan, load_task
+
+PREPARATION = Preparation(spacing_mm=1.5, image_size=32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("P2R_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/prepared"
+
+
+@pytest.fixture
+def task(toy_data: Path, tmp_path: Path) -> Task:
+    return load_task(Path(shutil.copytree(toy_data, tmp_path / "data")) / "task.yaml")
+
+
+def assert_same(ours: LabelledScan, theirs: LabelledScan) -> None:
+    for one, other in ((ours.volume, theirs.volume), (ours.labels, theirs.labels), (ours.planes, theirs.planes)):
+        assert type(one) is type(other)
+        for name, value in vars(other).items():
+            found = getattr(one, name)
+            if isinstance(value, np.ndarray):
+                assert found.dtype == value.dtype and np.array_equal(found, value), name
+            elif isinstance(value, torch.Tensor):
+                assert found.dtype == value.dtype and torch.equal(found, value), name
+            else:
+                assert type(found) is type(value) and found == value, name
+    assert ours.label_planes.dtype == torch.int64 and torch.equal(ours.label_planes, theirs.label_planes)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("size", [None, 32])
+def test_a_kept_scan_is_the_scan_that_was_made(folder: Path, task: Task, dimensions: int, size: int | None) -> None:
+    preparation = PREPARATION.model_copy(update={"dimensions": dimensions})
+    scan = task.scans[0]
+    truth = load_scan(scan, task, preparation, size=size)
+    assert_same(prepared_scan(scan, task, preparation, size=size), truth)
+    (file,) = folder.iterdir()
+    made = file.stat().st_ino
+    assert_same(prepared_scan(scan, task, preparation, size=size), truth)
+    assert [path.stat().st_ino for path in folder.iterdir()] == [made]
+
+
+def test_other_labels_or_another_preparation_are_prepared_anew(folder: Path, task: Task) -> None:
+    scan = task.scans[0]
+    before = prepared_scan(scan, task, PREPARATION)
+    image = nibabel.load(scan.label)
+    nibabel.Nifti1Image(np.roll(np.asarray(image.dataobj), 2, axis=0), image.affine).to_filename(scan.label)
+    assert not torch.equal(prepared_scan(scan, task, PREPARATION).label_planes, before.label_planes)
+    coarser = prepared_scan(scan, task, PREPARATION.model_copy(update={"spacing_mm": 3.0}))
+    assert coarser.planes.images.shape != before.planes.images.shape
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_images_of_unlabelled_patients_are_those_of_labelled_ones_and_need_no_label(folder: Path, task: Task) -> None:
+    scan = task.scans[0]
+    truth = load_scan(scan, task, PREPARATION).planes
+    scan.label.unlink()
+    for _ in range(2):
+        found = prepared_images(scan, PREPARATION)
+        assert torch.equal(found.images, truth.images) and torch.equal(found.inside, truth.inside)
+
+
+def test_a_scan_that_is_refused_is_refused_every_time(folder: Path, task: Task) -> None:
+    scan = task.scans[0]
+    image = nibabel.load(scan.label)
+    nibabel.Nifti1Image(np.asarray(image.dataobj) * 5, image.affine).to_filename(scan.label)
+    for _ in range(2):
+        with pytest.raises(DataError, match="holds the value 5"):
+            prepared_scan(scan, task, PREPARATION)
+    assert not folder.exists()
+
+
+def test_a_file_that_was_cut_is_made_again(folder: Path, task: Task) -> None:
+    scan = task.scans[0]
+    prepared_scan(scan, task, PREPARATION)
+    (file,) = folder.iterdir()
+    file.write_bytes(file.read_bytes()[:-100])
+    assert_same(prepared_scan(scan, task, PREPARATION), load_scan(scan, task, PREPARATION))
+
+
+def test_the_folder_stays_below_its_bound_and_the_longest_unused_goes_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("P2R_PREPARED_GIB", str(100_000 / 2**30))
+    made: list[int] = []
+
+    def ask(number: int) -> None:
+        def make() -> tuple[dict[str, np.ndarray], dict[str, int]]:
+            made.append(number)
+            return {"x": np.full(40_000, number, np.uint8)}, {"number": number}
+
+        arrays, facts = kept("test", {"number": number}, make)
+        assert facts == {"number": number} and set(arrays["x"]) == {number}
+
+    for number in (1, 2, 1, 3, 1, 2):  # 3 drives out 2, which was not used for longest
+        ask(number)
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= 100_000
+    assert made == [1, 2, 3, 2]
+    monkeypatch.setenv("P2R_PREPARED_GIB", "0")
+    ask(4)
+    ask(4)
+    assert made[-2:] == [4, 4]
+    monkeypatch.setenv("P2R_PREPARED_GIB", "much")
+    with pytest.raises(StorageError, match="P2R_PREPARED_GIB must be a number of at least 0"):
+        ask(5)
+
+
+def test_a_folder_that_cannot_be_written_costs_time_and_no_trial(
+    folder: Path, task: Task, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.parent.mkdir(parents=True)
+    folder.write_text("a file in the way")
+    assert_same(prepared_scan(task.scans[0], task, PREPARATION), load_scan(task.scans[0], task, PREPARATION))
+    assert "cannot keep prepared scans" in caplog.text
