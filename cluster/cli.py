@@ -230,6 +230,44 @@ def _pretrain_of(job: Job, path: Path) -> PretrainConfig:
 
 
 @app.command()
+def compare(
+    urls: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B...", help="Storages of jobs that have run, or URLs of a report.json; A comes first."
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", help="Folder or URL for comparison.html, comparison.json and pictures."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Put the reports of several runs, or backbones, side by side, and their differences patient by patient."""
+    from rich.console import Console
+
+    from p2r.report.comparison import compare_runs, comparison_table, read_runs, reasons_of, write_comparison
+    from p2r.report.text import one_line
+
+    storage = None if output is None else Storage(output)
+    if storage is not None:
+        storage.check_writable()
+    runs = read_runs(urls)
+    comparison = compare_runs(runs)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for run in runs:
+        named = [run.job, run.backbone, run.backbone_sha256[:12]]
+        console.print(
+            f"{run.letter}  {one_line('  '.join(filter(None, (*named, run.url))))}", markup=False, soft_wrap=True
+        )
+    console.print(comparison_table(comparison))
+    for reason in reasons_of(comparison):
+        console.print(one_line(reason), markup=False, soft_wrap=True)
+    if storage is not None:
+        print(f"page: {write_comparison(storage, comparison)}")
+
+
+@app.command()
 def views(
     path: JobPath,
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file.")],

@@ -1,9 +1,12 @@
 """The last stage: rows of test figures and the backbone -> report.json, report.md and pictures.
 
-Pictures show training images (view pairs) and validation patients (embedding, outlines): making them reads no test patient.
+Pictures show training images (view pairs), validation patients (embedding, outlines), and cases of the reported split with
+the predictions that its trials left: no model reads a test patient here.
 """
 
+import zipfile
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +20,38 @@ from p2r.data.preprocess import slice_axis, volume_to_planes
 from p2r.data.stream import stream
 from p2r.engine.corpora import corpora_of
 from p2r.engine.finetune import TrialSetup
+from p2r.errors import DataError, StorageError
 from p2r.evaluate.inference import predict_volume
+from p2r.evaluate.statistics import few_shot_statistics
 from p2r.evaluate.tasks import LabelledScan, Task, load_scan, load_task
 from p2r.job import Job
 from p2r.loss import corresponding_points
 from p2r.randomness import keyed_generator
 from p2r.report import (
+    Drawing,
+    ShownCase,
     embedding_pca,
-    few_shot_curve,
     label_of,
     markdown_variants,
     outlines,
+    shown_cases,
+    source_line,
     split_of,
     table,
     variants_picture,
     view_pairs,
     write_report,
 )
+from p2r.report.text import for_markdown, for_markdown_code
 from p2r.storage import Storage
 from p2r.views.pair import make_views
 
 _OF_CORPUS = ("url", "sha256", "weight", "licence", "provenance", "num_samples", "num_subjects")
 _NUM_VIEWS = 4
 _NUM_SLICES = 3
+_NUM_CASE_SLICES = 5
+_UNREADABLE = (StorageError, DataError, KeyError, StopIteration, ValueError, zipfile.BadZipFile)
+"""What a prediction may be that is not there any more, damaged, or of another scan: a report is made without its picture."""
 
 
 def make_report(
@@ -52,37 +64,82 @@ def make_report(
     models: dict[str, str],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write the report below `<storage>/report` and return its URLs, and the table for a terminal."""
-    pictures: dict[str, bytes] = {}
-    captions: dict[str, str] = {}
+    """Write the report below `<storage>/report` and return its URLs, and the table for a terminal.
+
+    Args:
+        job: What was asked.
+        storage: The job's.
+        backbone: Whose features were used.
+        setups: One for each task.
+        rows: Of all final trials that were made.
+        models: URL of each task's published model.
+        facts: What the rows do not say: `searched`, `chosen`, `failed` and `test_reads` (lists of mappings: trials of the search,
+            what won, trial and reason, readings of test patients) and `overhead` (a mapping).
+    """
     tasks = [load_task(Path(setup.task)) for setup in setups]
-    if (
-        job.pretrain is not None and job.pretrain.image.dimensions == 2
-    ):  # joined points of volumes lie in no common slice
-        pictures["view-pairs"] = _view_pairs(job, storage)
-        captions["view-pairs"] = "Two views of training images, and points that show the same anatomy in both."
-    for task in tasks:
+    where = storage.child("report")
+    context = {**_context(job, backbone, tasks, models), **facts}
+    pictures: dict[str, Drawing | bytes] = {}
+    captions: dict[str, str] = {}
+    places: dict[str, str] = {}
+    left_out: list[str] = []
+    of_backbone = f"backbone {backbone.manifest['sha256'][:12]} · code {backbone.manifest.get('code')}"
+
+    def put(name: str, picture: Drawing, caption: str, *, task: Task | None = None) -> None:
+        pictures[name], captions[name] = picture, caption
+        if task is not None:
+            places[name] = task.name
+
+    for setup, task in zip(setups, tasks, strict=True):
         of_task = [row for row in rows if row["task"] == task.name]
-        pictures[f"few-shot-{task.name}"] = few_shot_curve(of_task, task.name)
-        scan = load_scan(task.scans_of(task.subjects["validation"][:1])[0], task, backbone.preparation)
-        pictures[f"embedding-{task.name}"] = _embedding(backbone, scan)
-        captions[f"few-shot-{task.name}"] = (
-            f"Dice on {split_of(of_task)} patients against the number of labelled patients; a dot is one draw."
+        for case in shown_cases(of_task):
+            try:
+                picture = _case(case, task, setup, backbone, source_line(of_task, context))
+            except _UNREADABLE as error:
+                left_out.append(f"{case.rank} case of {task.name}, {case.scan}: {error}")
+                continue
+            dice = ", ".join(f"{name} {found:.2f}" for name, found in case.dice.items())
+            who = f"{case.subject}, frame {case.frame + 1}" + (f", {case.stratum}" if case.stratum else "")
+            caption = f"The {case.rank} case: {who}. Dice, mean of classes: {dice}."
+            put(f"case-{case.rank}-{task.name}", picture, caption, task=task)
+    # Joined points of volumes lie in no common slice.
+    if job.pretrain is not None and job.pretrain.image.dimensions == 2:
+        put(
+            "view-pairs",
+            _view_pairs(job, storage, source=of_backbone),
+            "Two views of training images, and points that show the same anatomy in both.",
         )
-        captions[f"embedding-{task.name}"] = (
-            f"Features of validation patient {scan.scan.subject}: three principal components as red, green and blue."
+    for task in tasks:
+        scan = load_scan(task.scans_of(task.subjects["validation"][:1])[0], task, backbone.preparation)
+        source = f"{of_backbone} · task {task.name}, validation patient {scan.scan.subject}"
+        put(
+            f"embedding-{task.name}",
+            _embedding(backbone, scan, source=source),
+            f"Features of validation patient {scan.scan.subject}: three principal components as red, green and blue.",
         )
         if task.name in models:
-            captions[f"outlines-{task.name}"] = f"The published model on validation patient {scan.scan.subject}."
-            pictures[f"outlines-{task.name}"] = _outlines(models[task.name], scan, task)
-    where = storage.child("report")
+            put(
+                f"outlines-{task.name}",
+                _outlines(models[task.name], scan, task, source=source),
+                f"The published model on validation patient {scan.scan.subject}.",
+            )
+    context |= {"captions": captions, "places": places}
+    if left_out:
+        context["left_out"] = left_out
+    assert job.finetune is not None
     written = write_report(
         where,
         rows=list(rows),
-        context={**_context(job, backbone, tasks, models), **facts, "captions": captions},
+        context=context,
         pictures=pictures,
+        statistics=few_shot_statistics(rows, seed=job.finetune.seed) if rows else None,
     )
-    return {"report": where.at("report.md"), "pictures": where.at("pictures"), "table": table(written["rows"])}
+    return {
+        "report": where.at("report.md"),
+        "page": where.at("report.html"),
+        "pictures": where.at("pictures"),
+        "table": table(written["rows"]),
+    }
 
 
 def write_variants(job: Job, storage: Storage, rows: Sequence[dict[str, Any]]) -> str:
@@ -92,7 +149,7 @@ def write_variants(job: Job, storage: Storage, rows: Sequence[dict[str, Any]]) -
     facts = {"job": job.name, "variants": job.variants, "seed": job.finetune.seed if job.finetune else None}
     where.write_json("report.json", {"format": "p2r-ablation/1", **facts, "rows": list(rows)})
     lines = [
-        f"# {job.name}",
+        f"# {for_markdown(job.name)}",
         "",
         f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws{label_of(rows)}.",
         "",
@@ -100,7 +157,8 @@ def write_variants(job: Job, storage: Storage, rows: Sequence[dict[str, Any]]) -
     lines += markdown_variants(rows)
     lines += ["", "![what each variant reaches](pictures/variants.png)", "", "| variant | changes |", "| --- | --- |"]
     for name, changes in job.variants.items():
-        lines.append(f"| {name} | {', '.join(f'`{key}: {value}`' for key, value in changes.items())} |")
+        settings = ", ".join(for_markdown_code(f"{key}: {value}") for key, value in changes.items())
+        lines.append(f"| {for_markdown(name)} | {settings} |")
     where.write_bytes("report.md", ("\n".join(lines) + "\n").encode())
     return where.at("report.md")
 
@@ -139,7 +197,7 @@ def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[s
     }
 
 
-def _view_pairs(job: Job, storage: Storage) -> bytes:
+def _view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
     config = job.pretrain
     assert config is not None
     corpora = corpora_of(config, storage.child("corpus"))
@@ -170,10 +228,10 @@ def _view_pairs(job: Job, storage: Storage) -> bytes:
             for epoch, position in zip(epochs, positions, strict=True)
         ],
     )
-    return view_pairs(images[fullest], views, pairs.a, pairs.b)
+    return view_pairs(images[fullest], views, pairs.a, pairs.b, source=source)
 
 
-def _embedding(backbone: Backbone, scan: LabelledScan) -> bytes:
+def _embedding(backbone: Backbone, scan: LabelledScan, *, source: str) -> Drawing:
     images = backbone.prepare(scan.volume).images
     images = images[_slices(scan.label_planes.numpy())] if images.ndim == 4 else images[:1]
     with torch.inference_mode():
@@ -182,10 +240,10 @@ def _embedding(backbone: Backbone, scan: LabelledScan) -> bytes:
         features = F.interpolate(features, size=images.shape[2:])
     if images.ndim == 5:  # cut across the last axis: (1, C, X, Y, Z) -> (Z, C, X, Y)
         images, features = (maps[0].permute(3, 0, 1, 2) for maps in (images, features))
-    return embedding_pca(images, features, num_slices=_NUM_SLICES)
+    return embedding_pca(images, features, num_slices=_NUM_SLICES, source=source)
 
 
-def _outlines(model: str, scan: LabelledScan, task: Task) -> bytes:
+def _outlines(model: str, scan: LabelledScan, task: Task, *, source: str) -> Drawing:
     segmenter, config, _ = load_model(model)
     prediction = predict_volume(segmenter, scan.volume, preparation=config.preparation, num_classes=task.num_classes)
     axis = slice_axis(scan.volume.spacing_mm, config.preparation.slice_axis)
@@ -200,8 +258,50 @@ def _outlines(model: str, scan: LabelledScan, task: Task) -> bytes:
         predicted[chosen],
         reference[chosen],
         list(task.config.classes.values()),
-        title=f"Validation patient {scan.scan.subject}",
+        spacing_mm=_in_plane(scan, axis),
+        title=f"The published model, validation patient {scan.scan.subject}",
+        source=source,
     )
+
+
+def _case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, source: str) -> Drawing:
+    """Draw a scan of the reported split with what its trials predicted, as they left it; no model runs."""
+    scan = load_scan(
+        next(one for one in task.scans_of((case.subject,)) if one.key == case.scan), task, backbone.preparation
+    )
+    axis = slice_axis(scan.volume.spacing_mm, backbone.preparation.slice_axis)
+    frame = slice(case.frame, case.frame + 1)
+    predictions = {
+        name: volume_to_planes(_prediction(row, case.scan, setup, scan)[..., frame], axis)
+        for name, row in case.trials.items()
+    }
+    image, reference = (volume_to_planes(volume.data[..., frame], axis) for volume in (scan.volume, scan.labels))
+    dice = ", ".join(f"{name} {found:.2f}" for name, found in case.dice.items())
+    return outlines(
+        image.astype(np.float32),
+        predictions,
+        reference,
+        list(task.config.classes.values()),
+        spacing_mm=_in_plane(scan, axis),
+        num_slices=_NUM_CASE_SLICES,
+        title=f"{case.rank.capitalize()} case: {case.subject}" + (f" ({case.stratum})" if case.stratum else ""),
+        subtitle=f"{next(iter(case.trials.values()))['num_labelled']} labelled; Dice: {dice}",
+        source=source,
+    )
+
+
+def _prediction(row: Mapping[str, Any], key: str, setup: TrialSetup, scan: LabelledScan) -> NDArray[Any]:
+    content = Storage(setup.storage).read_bytes(row["predictions"])
+    with np.load(BytesIO(content), allow_pickle=False) as arrays:
+        found: NDArray[Any] = arrays[key]
+    if found.shape != scan.labels.data.shape:
+        raise DataError(f"the prediction has the grid {found.shape}, its scan {scan.labels.data.shape}")
+    return found
+
+
+def _in_plane(scan: LabelledScan, axis: int) -> tuple[float, float]:
+    first, second = (mm for number, mm in enumerate(scan.volume.spacing_mm) if number != axis)
+    return first, second
 
 
 def _slices(labels: NDArray[Any]) -> list[int]:

@@ -1,10 +1,12 @@
 """Rows of few-shot figures -> what people read: a table on the terminal, a page, pictures.
 
-`write_report` makes the page; `table` prints; every picture function returns the bytes of a PNG.
+`write_report` makes the page; `table` prints; a picture is a `Drawing`, or the bytes of a PNG.
 """
 
+from p2r.report.canvas import Drawing
+from p2r.report.cases import ShownCase, shown_cases
 from p2r.report.corpus_report import corpus_report_is_current, write_corpus_report
-from p2r.report.document import write_report
+from p2r.report.document import source_line, write_report
 from p2r.report.few_shot_curve import few_shot_curve
 from p2r.report.pictures import embedding_pca, outlines, view_pairs
 from p2r.report.tables import Cell, Spread, aggregate, label_of, split_of, table
@@ -13,6 +15,8 @@ from p2r.report.view_sheet import image_of, view_sheet
 
 __all__ = [
     "Cell",
+    "Drawing",
+    "ShownCase",
     "Spread",
     "aggregate",
     "corpus_report_is_current",
@@ -22,6 +26,8 @@ __all__ = [
     "label_of",
     "markdown_variants",
     "outlines",
+    "shown_cases",
+    "source_line",
     "split_of",
     "table",
     "variants_picture",

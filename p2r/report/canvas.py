@@ -1,30 +1,152 @@
-"""What all pictures share: colours that colour-blind readers tell apart, upright slices, PNG bytes without a display.
+"""What all pictures share: colours that colour-blind readers tell apart, upright slices, files without a display.
 
-Figures are made without pyplot: it keeps global state, and a cluster's worker has no screen.
+    Figure (wide, narrow) -> Drawing: PNG and SVG for papers, SVG for pages that are light or dark, wide or narrow
+
+Figures are made without pyplot: it keeps global state, and a cluster's worker has no screen. Places and sizes are inches.
 
 A slice has its lower axis of the RAS volume first. It is shown with that axis to the right and the other one upwards,
 so that anatomy stands upright in axial, coronal and sagittal planes alike.
 """
 
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from torch import Tensor
 
-MODE_COLOURS = {"scratch": "#6b6b6b", "linear_probe": "#d98200", "fine_tune": "#0072b2"}
+from p2r.report.text import for_picture
+
+MODE_COLOURS = {
+    "scratch": "#6b6b6b",
+    "linear_probe": "#d98200",
+    "fine_tune": "#0072b2",
+    "mean_teacher": "#00835f",
+    "prototype": "#a8488a",
+}
+MODE_MARKERS = {"scratch": "o", "linear_probe": "s", "fine_tune": "D", "mean_teacher": "^", "prototype": "v"}
+"""A mode is told by its colour, its mark and, where there is room, its name."""
 CLASS_COLOURS = ("#e69f00", "#56b4e9", "#cc79a7", "#009e73", "#f0e442", "#d55e00")
 """After Okabe and Ito: distinct for all common kinds of colour vision, and on grey."""
-INK, FAINT = "#1a1a1a", "#6b6b6b"
+INK, FAINT, LINE, RULE = "#1a1a1a", "#6b6b6b", "#e6e6e6", "#b0b0b0"
 OUTSIDE = np.array(to_rgb("#9a6a85"))
 """Shade of what shows no place of the scan."""
 
+WIDE, NARROW = 8.4, 4.2
+"""Inches across a picture on a wide and on a narrow page."""
+
 _DPI = 120
+_MARGIN = 0.15
+_DARK = {
+    INK: "#ececec",
+    FAINT: "#a9adb3",
+    LINE: "#34383e",
+    RULE: "#626870",
+    MODE_COLOURS["linear_probe"]: "#f0a43f",
+    MODE_COLOURS["fine_tune"]: "#5ab1e6",
+    MODE_COLOURS["mean_teacher"]: "#3cc79c",
+    MODE_COLOURS["prototype"]: "#dd92c4",
+}
+"""What takes a colour's place on a dark page."""
+_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture in all forms that a report needs; equal pictures are equal bytes."""
+
+    png: bytes
+    svg: bytes
+    """On white, for papers and editors."""
+    wide: bytes
+    """SVG for a page: without a ground, its colours follow the reader's choice of light or dark."""
+    narrow: bytes | None
+    """The same for narrow pages, if it was drawn for them."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A figure with its headline above and its source below; `bottom` is where the room between them begins."""
+
+    figure: Figure
+    bottom: float
+
+    def panel(self, left: float, low: float, width: float, height: float) -> Axes:
+        """Return axes whose lower left corner lies so far, inches, from that of the room."""
+        across, up = float(self.figure.get_figwidth()), float(self.figure.get_figheight())
+        axes = self.figure.add_axes((left / across, (self.bottom + low) / up, width / across, height / up))
+        axes.patch.set_visible(False)
+        return axes
+
+    def write(self, left: float, low: float, text: str, **options: Any) -> None:
+        """Write text at a place in the room."""
+        across, up = float(self.figure.get_figwidth()), float(self.figure.get_figheight())
+        self.figure.text(left / across, (self.bottom + low) / up, text, **{"fontsize": 9, "color": INK, **options})
+
+    def mark(self, left: float, low: float, *, marker: str, colour: str, size: float = 6) -> None:
+        """Put a mark at a place in the room."""
+        across, up = float(self.figure.get_figwidth()), float(self.figure.get_figheight())
+        self.figure.add_artist(
+            Line2D([left / across], [(self.bottom + low) / up], marker=marker, color=colour, markersize=size)
+        )
+
+
+def new_sheet(width: float, height: float, *, title: str, subtitle: str = "", source: str = "") -> Sheet:
+    """Return a figure with room of so many inches between a title and a line that says where the figures come from."""
+    room = width - 2 * _MARGIN
+    titles, below, sources = (
+        textwrap.wrap(for_picture(text, 400), max(10, int(room * letters)))
+        for text, letters in ((title, 8.6), (subtitle, 12.6), (source, 16.2))
+    )
+    top = 0.2 + 0.23 * len(titles) + 0.17 * len(below) + 0.08
+    bottom = 0.13 + 0.135 * len(sources) if sources else 0.06
+    figure = new_figure(width, top + height + bottom)
+    total = top + height + bottom
+    place = _MARGIN / width
+    for lines, down, step, size, colour in (
+        (titles, 0.15, 0.23, 12.5, INK),
+        (below, 0.19 + 0.23 * len(titles), 0.17, 9.0, FAINT),
+        (sources, top + height + 0.06, 0.135, 7.0, FAINT),
+    ):
+        weight = "bold" if lines is titles else "normal"
+        for number, line in enumerate(lines):
+            height_of_line = 1 - (down + number * step) / total
+            figure.text(place, height_of_line, line, va="top", fontsize=size, weight=weight, color=colour)
+    return Sheet(figure, bottom)
+
+
+def drawing(wide: Figure, narrow: Figure | None = None) -> Drawing:
+    """Return the files of a picture, and of its form for narrow pages."""
+    svg = _to_svg(wide)
+    return Drawing(
+        png=to_png(wide),
+        svg=svg,
+        wide=_for_pages(svg),
+        narrow=None if narrow is None else _for_pages(_to_svg(narrow)),
+    )
+
+
+def mode_colour(mode: str) -> str:
+    """Return the colour of a mode, wherever it is drawn."""
+    return MODE_COLOURS.get(mode, INK)
+
+
+def mode_marker(mode: str) -> str:
+    """Return the mark of a mode."""
+    return MODE_MARKERS.get(mode, "P")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -34,20 +156,78 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def apart(heights: list[float], gap: float) -> list[float]:
+    """Move labels up and down until neighbours are `gap` apart, each group about its own middle."""
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    groups = [[index] for index in order]
+
+    def middle(group: list[int]) -> float:
+        return sum(heights[index] for index in group) / len(group)
+
+    merged = True
+    while merged:
+        merged = False
+        for a, b in pairwise(groups):
+            if middle(b) - middle(a) < gap * (len(a) + len(b)) / 2 - 1e-9:
+                groups[groups.index(a)] = a + b
+                groups.remove(b)
+                merged = True
+                break
+    placed = list(heights)
+    for group in groups:
+        for rank, index in enumerate(group):
+            placed[index] = middle(group) + (rank - (len(group) - 1) / 2) * gap
+    return placed
+
+
 def plain(axes: Axes) -> None:
     """Leave of a chart's frame what helps to read heights: faint lines across, and the axis below."""
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=FAINT, labelcolor=INK, length=3)
+    axes.tick_params(colors=FAINT, labelcolor=INK, length=3, labelsize=9)
+    for name in (axes.xaxis.label, axes.yaxis.label):
+        name.set_fontsize(9.5)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
 
 
 def to_png(figure: Figure) -> bytes:
     """Return the figure as a PNG file; equal figures are equal bytes."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    with _silent_fonts():
+        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _to_svg(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    # Text stays text: it can be searched, and takes the reader's font.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "p2r"}
+    with matplotlib.rc_context(settings), _silent_fonts():
+        figure.savefig(buffer, format="svg", dpi=_DPI, metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _for_pages(svg: bytes) -> bytes:
+    """Take the ground away, and replace colours by variables, which a dark page sets otherwise, and fonts by the reader's."""
+    text = re.sub(r'<g id="patch_1">.*?</g>', "", svg.decode(), count=1, flags=re.DOTALL)
+    names = {colour: f"--c{number}" for number, colour in enumerate(_DARK)}
+    for colour, name in names.items():
+        text = text.replace(f": {colour}", f": var({name})")
+    text = re.sub(r"'DejaVu Sans'[^;\"]*?sans-serif", _FONTS, text)
+    light = ";".join(f"{name}:{colour}" for colour, name in names.items())
+    dark = ";".join(f"{name}:{_DARK[colour]}" for colour, name in names.items())
+    style = f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
+    return text.replace('<style type="text/css">', f'<style type="text/css">{style}', 1).encode()
+
+
+@contextmanager
+def _silent_fonts() -> Iterator[None]:
+    """A name in letters that Matplotlib's font lacks is drawn as boxes in the PNG, and is no reason to warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        yield
 
 
 def as_array(values: Tensor | NDArray[Any]) -> NDArray[Any]:

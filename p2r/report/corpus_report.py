@@ -20,7 +20,7 @@ from p2r.data.manifest import facts_of, load_manifest, manifest_sha256, ranges_o
 from p2r.data.revision import read_thumbnails
 from p2r.data.thumbnails import MOST, Thumbnails, drawn
 from p2r.report.canvas import CLASS_COLOURS, FAINT, INK, headline, new_figure, plain, show, to_png
-from p2r.report.document import Block, Grid, Heading, Paragraph, Picture, markdown
+from p2r.report.page import Block, Grid, Heading, Paragraph, Picture, markdown
 from p2r.storage import Storage
 
 _COLUMNS = 8

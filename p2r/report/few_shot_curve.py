@@ -1,118 +1,146 @@
 """Rows of one task -> the curve that the whole project is about: Dice over the number of labelled patients, by mode."""
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
-from p2r.report.canvas import INK, MODE_COLOURS, headline, new_figure, plain, to_png
-from p2r.report.tables import MODE_NAMES, Cell, Row, aggregate, label_of, split_of
+from p2r.report.canvas import INK, NARROW, WIDE, Drawing, apart, drawing, mode_colour, mode_marker, new_sheet, plain
+from p2r.report.tables import Cell, Row, aggregate, label_of, protocol_of, series_name, series_of, split_of
+from p2r.report.text import for_picture
 
-_DODGE = 0.022  # of the axis, between modes: otherwise their error bars hide one another
-_LABEL_GAP = 0.062  # least distance of two labels, of the axis
+_DODGE = 0.018  # of the axis, between modes: otherwise their draws hide one another
+_LINES = ("solid", "dashed", "dotted", "dashdot")
+
+Interval = Mapping[str, Any]
 
 
-def few_shot_curve(rows: Sequence[Row], task: str, *, title: str | None = None) -> bytes:
+def few_shot_curve(
+    rows: Sequence[Row],
+    task: str,
+    *,
+    title: str | None = None,
+    intervals: Sequence[Interval] = (),
+    source: str = "",
+) -> Drawing:
     """Draw mean Dice over the number of labelled patients.
 
-    Large points are means over draws, bars their standard deviation, small points the draws themselves.
+    Large marks are means over draws, small points the draws themselves, bands what a bootstrap over draws and patients
+    gives. The mode that has no band has no interval.
 
     Args:
-        rows: Rows of any tasks.
+        rows: Rows of any tasks, those of `task` of one protocol.
         task: Name of the one to draw.
         title: Headline; None: made from the task's name.
+        intervals: `intervals` of `p2r.evaluate.statistics.few_shot_statistics`.
+        source: Line below that says where the figures come from.
+
+    Raises:
+        ValueError: if there is nothing to draw, or protocols would be mixed.
     """
     rows = [row for row in rows if row["task"] == task and row["dice_mean"] is not None]
     if not rows:
         raise ValueError(f"no row of task {task} has a Dice")
+    protocols = {protocol_of(row) for row in rows}
+    if len(protocols) > 1:
+        raise ValueError(f"one curve shows one protocol, got {', '.join(sorted(protocols))}")
     cells = [cell for cell in aggregate(rows) if cell.dice_mean.mean is not None]
-    numbers = sorted({cell.num_labelled for cell in cells})
-    modes = list(dict.fromkeys(cell.mode for cell in cells))
-    figure = new_figure(8.4, 4.6)
-    axes = figure.add_axes((0.085, 0.125, 0.695, 0.70))
+    bands: dict[tuple[tuple[str, str], int], tuple[float, float]] = {
+        (series_of(interval), interval["num_labelled"]): (interval["lower"], interval["upper"])
+        for interval in intervals
+        if interval["task"] == task and protocol_of(interval) in protocols and interval["lower"] is not None
+    }
+    headline = (title or f"{task}: what a few labels are worth") + label_of(rows)
+    figures = [_figure(rows, cells, bands, headline, source, width) for width in (WIDE, NARROW)]
+    return drawing(*figures)
 
+
+def _figure(
+    rows: Sequence[Row],
+    cells: Sequence[Cell],
+    bands: Mapping[tuple[tuple[str, str], int], tuple[float, float]],
+    title: str,
+    source: str,
+    width: float,
+) -> Figure:
+    numbers = sorted({cell.num_labelled for cell in cells})
+    lines = list(dict.fromkeys(cell.series for cell in cells))
+    num_draws = sorted({cell.num_draws for cell in cells})
+    draws = f"{num_draws[0]}" if len(num_draws) == 1 else f"{num_draws[0]} to {num_draws[-1]}"
+    subtitle = f"mean of {', '.join(cells[0].dice)}; points: draws of the labelled patients ({draws})"
+    subtitle += ", line: their mean" if len(numbers) > 1 else ", large: their mean"
+    subtitle += ", band: 95 % of a bootstrap over draws and patients" if bands else ""
+    is_wide = width > NARROW
+    height, left, right = (3.9, 0.62, 1.75) if is_wide else (3.1, 0.52, 1.18)
+    sheet = new_sheet(width, height, title=title, subtitle=subtitle, source=source)
+    axes = sheet.panel(left, 0.5, width - left - right, height - 0.58)
     low, high = math.log(numbers[0]), math.log(numbers[-1])
     span = max(high - low, 0.7)
+    styles = {name: _LINES[n % 4] for n, name in enumerate(dict.fromkeys(backbone for _, backbone in lines))}
     ends = []
-    for index, mode in enumerate(modes):
-        offset = (index - (len(modes) - 1) / 2) * _DODGE * span
-        ends.append(_draw_mode(axes, [cell for cell in cells if cell.mode == mode], rows, mode, offset))
-
-    drawn = [row["dice_mean"] for row in rows]
-    bottom, top = max(0.0, math.floor(min(drawn) * 10 - 0.3) / 10), min(1.0, math.ceil(max(drawn) * 10 + 0.3) / 10)
-    axes.set_ylim(bottom, top)
-    axes.set_xlim(math.exp(low - 0.1 * span), math.exp(high + (0.06 if high > low else 0.1) * span))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))  # two digits, beside the axis's name
+    for index, series in enumerate(lines):
+        offset = (index - (len(lines) - 1) / 2) * _DODGE * span
+        of_series = [cell for cell in cells if cell.series == series]
+        ends.append(_draw(axes, of_series, rows, bands, offset, span, styles[series[1]]))
+    axes.set_ylim(0, 1)
+    axes.set_xlim(math.exp(low - 0.08 * span), math.exp(high + 0.06 * span))
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(numbers))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([str(number) for number in numbers])
     axes.set_xlabel("labelled patients", color=INK)
-    axes.set_ylabel(f"mean Dice on {split_of(rows)} patients", color=INK)
+    axes.set_ylabel(f"Dice, {for_picture(split_of(rows))} patients", color=INK)
     plain(axes)
-    axes.spines["bottom"].set_color("#b0b0b0")
-
-    spread = (top - bottom) * _LABEL_GAP
-    for (mode, dice), height in zip(ends, _apart([dice for _, dice in ends], spread), strict=True):
+    gap = 0.17 / (height - 0.58)
+    for (series, dice), place in zip(ends, apart([dice for _, dice in ends], gap), strict=True):
         axes.annotate(
-            f"{MODE_NAMES.get(mode, mode)}  {dice:.2f}",
-            xy=(1.015, height),
+            f"{for_picture(series_name(series), 26 if is_wide else 14)} {dice:.2f}",
+            xy=(1.0, place),
+            xytext=(5, 0),
+            textcoords="offset points",
             xycoords=("axes fraction", "data"),
             va="center",
-            color=_colour(mode),
+            color=mode_colour(series[0]),
             weight="bold",
-            fontsize=10,
+            fontsize=9.5 if is_wide else 8.5,
             annotation_clip=False,
         )
-    num_draws = sorted({cell.num_draws for cell in cells})
-    draws = f"{num_draws[0]}" if len(num_draws) == 1 else f"{num_draws[0]} to {num_draws[-1]}"
-    classes = ", ".join(cells[0].dice)
-    subtitle = (
-        f"mean of {classes}; points: mean over draws of the labelled patients ({draws}), bars: standard deviation"
-    )
-    headline(figure, (title or f"{task}: what a few labels are worth") + label_of(rows), subtitle)
-    return to_png(figure)
+    return sheet.figure
 
 
-def _draw_mode(axes: Axes, cells: list[Cell], rows: Sequence[Row], mode: str, offset: float) -> tuple[str, float]:
+def _draw(
+    axes: Axes,
+    cells: Sequence[Cell],
+    rows: Sequence[Row],
+    bands: Mapping[tuple[tuple[str, str], int], tuple[float, float]],
+    offset: float,
+    span: float,
+    style: str,
+) -> tuple[tuple[str, str], float]:
     """Draw one mode, and return it with the height of its right end."""
-    colour = _colour(mode)
-    x = [cell.num_labelled * math.exp(offset) for cell in cells]
+    series = cells[0].series
+    colour = mode_colour(series[0])
+    banded = [(cell.num_labelled, *bands[key]) for cell in cells if (key := (series, cell.num_labelled)) in bands]
+    if len(banded) == 1:  # one number of patients has no length: show its band as a bar
+        at, lower, upper = banded[0]
+        ends = [at * math.exp(offset - 0.006 * span), at * math.exp(offset + 0.006 * span)]
+        axes.fill_between(ends, lower, upper, color=colour, alpha=0.22, linewidth=0)
+    elif banded:
+        at_all, lowers, uppers = zip(*banded, strict=True)
+        axes.fill_between(at_all, lowers, uppers, color=colour, alpha=0.14, linewidth=0)
+    draws = [(row["num_labelled"] * math.exp(offset), row["dice_mean"]) for row in rows if series_of(row) == series]
+    axes.plot(*zip(*draws, strict=True), "o", color=colour, alpha=0.45, markersize=4, markeredgewidth=0)
     means = [cell.dice_mean.mean or 0.0 for cell in cells]
-    for row in rows:
-        if row["mode"] == mode:
-            at = row["num_labelled"] * math.exp(offset)
-            axes.plot(at, row["dice_mean"], "o", color=colour, alpha=0.35, markersize=4.5, markeredgewidth=0)
-    bars = [cell.dice_mean.sd or 0.0 for cell in cells]
-    axes.errorbar(x, means, yerr=bars, color=colour, linewidth=2, elinewidth=1.2, marker="o", markersize=7, capsize=0)
-    return mode, means[-1]
-
-
-def _colour(mode: str) -> str:
-    return MODE_COLOURS.get(mode, INK)
-
-
-def _apart(heights: list[float], gap: float) -> list[float]:
-    """Move labels up and down until neighbours are `gap` apart, each group about its own middle."""
-    order = sorted(range(len(heights)), key=lambda index: heights[index])
-    groups = [[index] for index in order]
-
-    def middle(group: list[int]) -> float:
-        return sum(heights[index] for index in group) / len(group)
-
-    merged = True
-    while merged:
-        merged = False
-        for a, b in pairwise(groups):
-            if middle(b) - middle(a) < gap * (len(a) + len(b)) / 2 - 1e-9:
-                groups[groups.index(a)] = a + b
-                groups.remove(b)
-                merged = True
-                break
-    placed = list(heights)
-    for group in groups:
-        for rank, index in enumerate(group):
-            placed[index] = middle(group) + (rank - (len(group) - 1) / 2) * gap
-    return placed
+    axes.plot(
+        [cell.num_labelled for cell in cells],
+        means,
+        color=colour,
+        linewidth=1.8,
+        linestyle=style,
+        marker=mode_marker(series[0]),
+        markersize=6.5,
+    )
+    return series, means[-1]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.lines import Line2D
+from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
@@ -17,31 +17,42 @@ from torch import Tensor
 
 from p2r.report.canvas import (
     CLASS_COLOURS,
-    FAINT,
     INK,
+    NARROW,
     OUTSIDE,
+    WIDE,
+    Drawing,
+    Sheet,
     as_array,
     as_slices,
     box_around,
+    drawing,
     evenly,
-    headline,
-    new_figure,
+    new_sheet,
     show,
-    to_png,
 )
+from p2r.report.text import for_picture
 from p2r.views.pair import ViewPair
 
 Slices = Tensor | NDArray[Any]
 
 _LEFT = 0.42  # inches beside a row of panels, for its label
+_TALLEST = 3.6
 _TISSUE = 0.05  # of the intensity window: darker pixels are air
 _FULL = 0.05  # share of tissue, or of the largest label: emptier slices show nothing
 _PAIR_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7", "#ffffff", "#8fb9ff")
 
 
 def view_pairs(
-    image: Slices, views: ViewPair, points_a: Slices, points_b: Slices, *, num_rows: int = 3, num_points: int = 8
-) -> bytes:
+    image: Slices,
+    views: ViewPair,
+    points_a: Slices,
+    points_b: Slices,
+    *,
+    num_rows: int = 3,
+    num_points: int = 8,
+    source: str = "",
+) -> Drawing:
     """Draw images, their two views, and some of the pixel pairs that the loss compares.
 
     Args:
@@ -51,44 +62,42 @@ def view_pairs(
         points_b: (B, n, 2) the same anatomy in view b.
         num_rows: Images shown.
         num_points: Pairs shown per image, far apart from one another and on tissue where possible.
+        source: Line below that says where the images come from.
     """
     originals, firsts, seconds = as_slices(image), as_slices(views.a), as_slices(views.b)
     valid, at_a, at_b = as_array(views.valid), as_array(points_a), as_array(points_b)
     rows = min(num_rows, len(originals))
-    edge, gap, top, bottom = 2.5, 0.18, 1.0, 0.42
-    width, height = 3 * edge + 4 * gap, rows * edge + (rows - 1) * gap + top + bottom
-    figure = new_figure(width, height)
-    for row in range(rows):
-        panels = []
-        for column in range(3):
-            left, low = gap + column * (edge + gap), bottom + (rows - 1 - row) * (edge + gap)
-            panels.append(figure.add_axes((left / width, low / height, edge / width, edge / height)))
-        show(panels[0], originals[row], vmin=0, vmax=1)
-        show(panels[1], firsts[row], vmin=0, vmax=1)
-        show(panels[2], _tinted(seconds[row], valid[row]))
-        if row == 0:
-            for panel, name in zip(
-                panels, ("image", "view a: contrast drawn", "view b: contrast and geometry"), strict=True
-            ):
-                panel.set_title(name, fontsize=10, color=INK, pad=5)
-        chosen = _far_apart(at_a[row], at_b[row], originals[row], num_points)
-        for colour, index in zip(_PAIR_COLOURS * num_points, chosen, strict=False):
-            _connect(panels[1], at_a[row, index], panels[2], at_b[row, index], colour)
-    headline(
-        figure, "Two views of one slice", "joined points show the same anatomy: their features are pulled together"
-    )
-    figure.text(
-        1 - gap / width,
-        0.13 / height,
-        "shaded: from outside the scan, never compared",
-        ha="right",
-        fontsize=9,
-        color=FAINT,
-    )
-    return to_png(figure)
+
+    def figure(width: float) -> Figure:
+        gap, top = 0.12, 0.28
+        edge = (width - 0.3 - 2 * gap) / 3
+        sheet = new_sheet(
+            width,
+            rows * (edge + gap) + top,
+            title="Two views of one slice",
+            subtitle="joined points show the same anatomy: their features are pulled together; shaded: from outside the scan, "
+            "never compared",
+            source=source,
+        )
+        for row in range(rows):
+            low = gap + (rows - 1 - row) * (edge + gap)
+            panels = [sheet.panel(0.15 + column * (edge + gap), low, edge, edge) for column in range(3)]
+            show(panels[0], originals[row], vmin=0, vmax=1)
+            show(panels[1], firsts[row], vmin=0, vmax=1)
+            show(panels[2], _tinted(seconds[row], valid[row]))
+            if row == 0:
+                names = ("image", "view a: contrast", "view b: contrast and geometry")
+                for panel, name in zip(panels, names if width > NARROW else ("image", "view a", "view b"), strict=True):
+                    panel.set_title(name, fontsize=9.5, color=INK, pad=4)
+            chosen = _far_apart(at_a[row], at_b[row], originals[row], num_points)
+            for colour, index in zip(_PAIR_COLOURS * num_points, chosen, strict=False):
+                _connect(panels[1], at_a[row, index], panels[2], at_b[row, index], colour)
+        return sheet.figure
+
+    return drawing(figure(WIDE), figure(NARROW))
 
 
-def embedding_pca(image: Slices, features: Slices, *, num_slices: int = 6) -> bytes:
+def embedding_pca(image: Slices, features: Slices, *, num_slices: int = 6, source: str = "") -> Drawing:
     """Draw slices above the first three principal components of their features, as red, green and blue.
 
     The components and their colours are the same for all slices: equal colours are equal features, across slices too.
@@ -97,6 +106,7 @@ def embedding_pca(image: Slices, features: Slices, *, num_slices: int = 6) -> by
         image: (P, 1, H, W) or (P, H, W) in [0, 1].
         features: (P, F, H, W).
         num_slices: How many, evenly spread.
+        source: Line below that says where features and slices come from.
     """
     slices, maps = as_slices(image), as_array(features).astype(np.float32)
     if maps.ndim != 4 or maps.shape[0] != slices.shape[0] or maps.shape[2:] != slices.shape[1:]:
@@ -111,16 +121,27 @@ def embedding_pca(image: Slices, features: Slices, *, num_slices: int = 6) -> by
     colours, explained = _principal_colours(maps, tissue)
     box = box_around(tissue, margin=2)
     slices, tissue, colours = slices[:, *box], tissue[:, *box], colours[:, *box]
-    figure, panels = _grid(2, len(slices), slices.shape[1:], labels=("slice", "features"))
-    for column, plane in enumerate(slices):
-        show(panels[0][column], plane, vmin=0, vmax=1)
-        show(panels[1][column], np.where(tissue[column][..., None], colours[column], 1.0))
-    headline(
-        figure,
-        "What the representation tells apart",
-        f"principal components 1 to 3 of {maps.shape[1]} features as red, green, blue: {explained:.0%} of the variance",
-    )
-    return to_png(figure)
+
+    def figure(width: float) -> Figure:
+        here = evenly(np.arange(len(slices)), len(slices) if width > NARROW else 2)
+        sheet, panels = _grid(
+            ("slice", "features"),
+            len(here),
+            slices.shape[1:],
+            width=width,
+            title="What the representation tells apart",
+            subtitle=f"principal components 1 to 3 of {maps.shape[1]} features as red, green, blue: {explained:.0%} of the "
+            "variance",
+            source=source,
+        )
+        for column, index in enumerate(here):
+            show(panels[0][column], slices[index], vmin=0, vmax=1)
+            # What is no tissue is left open: a page is light or dark.
+            opaque = np.concatenate([colours[index], tissue[index][..., None].astype(np.float32)], axis=2)
+            show(panels[1][column], opaque)
+        return sheet.figure
+
+    return drawing(figure(WIDE), figure(NARROW))
 
 
 def outlines(
@@ -132,7 +153,9 @@ def outlines(
     spacing_mm: tuple[float, float] | None = None,
     num_slices: int = 6,
     title: str = "Segmentation and reference",
-) -> bytes:
+    subtitle: str = "",
+    source: str = "",
+) -> Drawing:
     """Draw segmentations over slices: predictions filled in, the reference as a line of the same colour.
 
     Args:
@@ -143,6 +166,8 @@ def outlines(
         spacing_mm: Row and column spacing of the slices; None: square pixels of unknown size.
         num_slices: How many, evenly spread over those that the reference labels.
         title: Headline.
+        subtitle: What is to be said before how it is drawn.
+        source: Line below that says where the segmentations come from.
     """
     planes, truth = as_slices(slices), as_array(reference)
     by_name = prediction if isinstance(prediction, Mapping) else {"prediction": prediction}
@@ -158,72 +183,78 @@ def outlines(
     box = box_around(truth > 0, margin=10, least=48)
     planes, truth, found = planes[:, *box], truth[:, *box], {name: labels[:, *box] for name, labels in found.items()}
     names = ("slice", *found)
-    figure, panels = _grid(
-        len(names), len(planes), planes.shape[1:], labels=names, below=0.38, pixel=spacing_mm or (1, 1)
-    )
-    for column, plane in enumerate(planes):
-        for line, name in enumerate(names):
-            show(panels[line][column], plane, vmin=low, vmax=max(high, low + 1e-6), interpolation="bilinear")
-            if name != "slice":
-                _overlay(panels[line][column], found[name][column], truth[column], len(class_names))
-    keys = [
-        Line2D([], [], color=_class_colour(value), linewidth=6, label=name)
-        for value, name in enumerate(class_names, start=1)
-    ]
-    start = (_LEFT / float(figure.get_figwidth()), 0.0)
-    figure.legend(
-        handles=keys,
-        loc="lower left",
-        bbox_to_anchor=start,
-        borderaxespad=0.3,
-        borderpad=0,
-        ncols=len(keys),
-        frameon=False,
-        fontsize=10,
-        handlelength=1.0,
-    )
-    if spacing_mm is not None:
-        _scale_bar(panels[0][0], planes.shape[1:], spacing_mm)
-    headline(figure, title, "filled: prediction; line: reference")
-    return to_png(figure)
+
+    def figure(width: float) -> Figure:
+        here = evenly(np.arange(len(planes)), len(planes) if width > NARROW else 2)
+        sheet, panels = _grid(
+            names,
+            len(here),
+            planes.shape[1:],
+            width=width,
+            below=0.3,
+            pixel=spacing_mm or (1, 1),
+            title=title,
+            subtitle=f"{subtitle}{'; ' * bool(subtitle)}filled: prediction, line: reference",
+            source=source,
+        )
+        for column, index in enumerate(here):
+            for line, name in enumerate(names):
+                axes = panels[line][column]
+                show(axes, planes[index], vmin=low, vmax=max(high, low + 1e-6), interpolation="bilinear")
+                if name != "slice":
+                    _overlay(axes, found[name][index], truth[index], len(class_names))
+        if spacing_mm is not None:
+            _scale_bar(panels[0][0], planes.shape[1:], spacing_mm)
+        _name_classes(sheet, class_names, width)
+        return sheet.figure
+
+    return drawing(figure(WIDE), figure(NARROW))
+
+
+def _name_classes(sheet: Sheet, names: Sequence[str], width: float) -> None:
+    """Name the classes beside their colours, in one line at the foot of the room."""
+    place = _LEFT
+    for value, name in enumerate(names, start=1):
+        text = for_picture(name, 24)
+        room = 0.42 + 0.082 * len(text)
+        if place + room > width:
+            break
+        sheet.mark(place + 0.07, 0.13, marker="s", colour=_class_colour(value), size=9)
+        sheet.write(place + 0.2, 0.13, text, va="center")
+        place += room
 
 
 def _grid(
-    rows: int,
+    labels: Sequence[str],
     columns: int,
     shape: tuple[int, ...],
     *,
-    labels: Sequence[str],
-    below: float = 0.1,
+    width: float,
+    title: str,
+    subtitle: str,
+    source: str,
+    below: float = 0.06,
     pixel: tuple[float, float] = (1, 1),
-) -> tuple[Any, list[list[Axes]]]:
-    """Return a figure with rows x columns panels for planes of one shape, the rows labelled at their left."""
-    panel_width = min(2.4, 9.0 / columns)
+) -> tuple[Sheet, list[list[Axes]]]:
+    """Return a sheet with a line of panels for each label, for planes of one shape."""
+    gap = 0.06
+    panel_width = min(2.4, (width - _LEFT - 0.1) / columns - gap)
     panel_height = panel_width * shape[1] * pixel[1] / (shape[0] * pixel[0])  # shown with the first axis to the right
-    gap, left, top = 0.06, _LEFT, 0.74
-    width = max(left + columns * (panel_width + gap), 7.0)
-    height = top + rows * (panel_height + gap) + below
-    figure = new_figure(width, height)
+    if panel_height > _TALLEST:
+        panel_width, panel_height = panel_width * _TALLEST / panel_height, _TALLEST
+    sheet = new_sheet(width, below + len(labels) * (panel_height + gap), title=title, subtitle=subtitle, source=source)
     panels = []
-    for row in range(rows):
-        low = below + (rows - 1 - row) * (panel_height + gap)
-        line = [
-            figure.add_axes(
-                (
-                    (left + column * (panel_width + gap)) / width,
-                    low / height,
-                    panel_width / width,
-                    panel_height / height,
-                )
-            )
-            for column in range(columns)
-        ]
-        middle = (low + panel_height / 2) / height
-        figure.text(
-            left / 2 / width, middle, labels[row], rotation=90, ha="center", va="center", fontsize=10, color=INK
+    for row, label in enumerate(labels):
+        low = below + (len(labels) - 1 - row) * (panel_height + gap)
+        panels.append(
+            [
+                sheet.panel(_LEFT + column * (panel_width + gap), low, panel_width, panel_height)
+                for column in range(columns)
+            ]
         )
-        panels.append(line)
-    return figure, panels
+        text = for_picture(label, max(6, int(panel_height * 12)))
+        sheet.write(_LEFT / 2 + 0.06, low + panel_height / 2, text, rotation=90, ha="center", va="center", fontsize=9)
+    return sheet, panels
 
 
 def _tinted(plane: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:

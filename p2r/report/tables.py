@@ -11,8 +11,18 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-MODE_NAMES = {"scratch": "from scratch", "linear_probe": "linear probe", "fine_tune": "fine-tuned"}
+from p2r.report.text import one_line
+
+MODE_NAMES = {
+    "scratch": "from scratch",
+    "linear_probe": "linear probe",
+    "fine_tune": "fine-tuned",
+    "mean_teacher": "Mean Teacher",
+    "prototype": "prototypes",
+}
+LEAK_FREE, TRANSDUCTIVE = "leak_free", "transductive"
 
 Row = Mapping[str, Any]
 
@@ -46,18 +56,56 @@ class Cell:
     nsd: Spread
     gain: float | None
     """Mean Dice above that of training from scratch on the same patients."""
+    backbone: str = ""
+    """Short name of the backbone, where rows of several stand in one table."""
+
+    @property
+    def series(self) -> tuple[str, str]:
+        """What is one line of a picture: mode and backbone."""
+        return self.mode, self.backbone
+
+
+def protocol_of(row: Row) -> str:
+    """Return the protocol that a row was made by; `transductive` if the backbone has seen the patients."""
+    protocol = str(row["protocol"]).replace("-", "_")
+    if not row.get("transductive") or TRANSDUCTIVE in protocol:
+        return protocol
+    return TRANSDUCTIVE if protocol == LEAK_FREE else f"{protocol}, {TRANSDUCTIVE}"
+
+
+def series_of(row: Row) -> tuple[str, str]:
+    """Return mode and backbone of a row."""
+    return str(row["mode"]), str(row.get("backbone") or "")
+
+
+def series_name(series: tuple[str, str]) -> str:
+    """Return the name of a mode, and of its backbone if there are several, for people."""
+    mode, backbone = series
+    return MODE_NAMES.get(mode, mode) + (f" · {backbone}" if backbone else "")
+
+
+def series_order(series: tuple[str, str]) -> tuple[int, str, str]:
+    """Sort modes as they are listed everywhere: from scratch first, unknown ones last."""
+    order = list(MODE_NAMES)
+    return order.index(series[0]) if series[0] in order else len(order), *series
 
 
 def aggregate(rows: Sequence[Row]) -> list[Cell]:
-    """Average rows over draws, sorted by task, protocol, number of patients and mode."""
-    groups: dict[tuple[str, str, int, str], dict[int, Row]] = {}
+    """Average rows over draws, sorted by task, protocol, number of patients, mode and backbone."""
+    groups: dict[tuple[str, str, int, tuple[str, str]], dict[int, Row]] = {}
     for row in rows:
-        key = (row["task"], row["protocol"], row["num_labelled"], row["mode"])
+        key = (row["task"], protocol_of(row), row["num_labelled"], series_of(row))
         if groups.setdefault(key, {}).setdefault(row["draw"], row) is not row:
             raise ValueError(f"draw {row['draw']} of {key} has two rows")
-    order = list(MODE_NAMES)
-    keys = sorted(groups, key=lambda key: (*key[:3], order.index(key[3]) if key[3] in order else len(order), key[3]))
-    return [_cell(key, groups[key], groups.get((*key[:3], "scratch"))) for key in keys]
+    keys = sorted(groups, key=lambda key: (*key[:3], series_order(key[3])))
+    return [
+        _cell(
+            key,
+            groups[key],
+            groups.get((*key[:3], ("scratch", key[3][1]))) or groups.get((*key[:3], ("scratch", ""))),
+        )
+        for key in keys
+    ]
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -76,12 +124,12 @@ def table(rows: Sequence[Row]) -> Table:
         per_class = ", ".join(f"{name} {spread.text(2).split(' ')[0]}" for name, spread in cell.dice.items())
         dice = cell.dice_mean.text(3)
         result.add_row(
-            f"{cell.task}" if cell.protocol == "leak-free" else f"{cell.task} ({cell.protocol})",
+            Text(one_line(cell.task if cell.protocol == LEAK_FREE else f"{cell.task} ({cell.protocol})")),
             str(cell.num_labelled),
-            MODE_NAMES.get(cell.mode, cell.mode),
+            Text(one_line(series_name(cell.series))),
             f"[bold]{dice}[/bold]" if cell in best else dice,
             gain_text(cell),
-            per_class,
+            Text(one_line(per_class)),
             cell.hd95_mm.text(1),
             cell.nsd.text(3),
             end_section=index + 1 == len(cells) or _setting(cells[index + 1]) != _setting(cell),
@@ -91,12 +139,19 @@ def table(rows: Sequence[Row]) -> Table:
 
 def is_transductive(rows: Sequence[Row]) -> bool:
     """Tell whether figures of patients that the backbone has seen are among the rows."""
-    return any(row.get("transductive") for row in rows)
+    return any(TRANSDUCTIVE in protocol_of(row) for row in rows)
 
 
 def label_of(rows: Sequence[Row]) -> str:
-    """Return what a title must say of rows that are transductive, or nothing."""
-    return " (transductive: the backbone has seen these patients)" if is_transductive(rows) else ""
+    """Return what a title must say of rows that are not leak-free, or nothing."""
+    if is_transductive(rows):
+        return " (transductive: the backbone has seen these patients)"
+    return " (paper_compat: the label leaks into the input)" if is_paper_compatible(rows) else ""
+
+
+def is_paper_compatible(rows: Sequence[Row]) -> bool:
+    """Tell whether figures made by the released code's choices, which leak, are among the rows."""
+    return any("paper_compat" in protocol_of(row) for row in rows)
 
 
 def split_of(rows: Sequence[Row]) -> str:
@@ -122,8 +177,8 @@ def _setting(cell: Cell) -> tuple[str, str, int]:
     return cell.task, cell.protocol, cell.num_labelled
 
 
-def _cell(key: tuple[str, str, int, str], draws: dict[int, Row], scratch: dict[int, Row] | None) -> Cell:
-    task, protocol, num_labelled, mode = key
+def _cell(key: tuple[str, str, int, tuple[str, str]], draws: dict[int, Row], scratch: dict[int, Row] | None) -> Cell:
+    task, protocol, num_labelled, (mode, backbone) = key
     rows = list(draws.values())
     classes = list(rows[0]["dice"])
     pairs = [(row["dice_mean"], (scratch or {}).get(draw, {}).get("dice_mean")) for draw, row in draws.items()]
@@ -139,6 +194,7 @@ def _cell(key: tuple[str, str, int, str], draws: dict[int, Row], scratch: dict[i
         hd95_mm=_spread(row["hd95_mm"] for row in rows),
         nsd=_spread(row["nsd"] for row in rows),
         gain=fmean(gains) if gains else None,
+        backbone=backbone,
     )
 
 

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 
 from matplotlib.ticker import FixedLocator
 from rich.table import Table
+from rich.text import Text
 
-from p2r.report.canvas import INK, MODE_COLOURS, headline, new_figure, plain, to_png
+from p2r.report.canvas import INK, headline, mode_colour, new_figure, plain, to_png
 from p2r.report.tables import MODE_NAMES, Cell, Row, aggregate, label_of, split_of
+from p2r.report.text import for_markdown, for_picture, one_line
 
 _COLUMNS = ("variant", "task", "labelled patients", "mode", "Dice", "per class", "backbone")
 
@@ -17,13 +19,13 @@ def variants_table(rows: Sequence[Row]) -> Table:
         *_COLUMNS, title=f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws{label_of(rows)}"
     )
     for line in _lines(rows):
-        result.add_row(*line)
+        result.add_row(*(Text(one_line(cell)) for cell in line))
     return result
 
 
 def markdown_variants(rows: Sequence[Row]) -> list[str]:
     """Return the same table as lines of Markdown."""
-    lines = (_COLUMNS, ("---",) * len(_COLUMNS), *_lines(rows))
+    lines = (_COLUMNS, ("---",) * len(_COLUMNS), *([for_markdown(cell) for cell in line] for line in _lines(rows)))
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
@@ -35,10 +37,10 @@ def variants_picture(rows: Sequence[Row], *, title: str) -> bytes:
     axes = figure.add_axes((0.085, 0.125, 0.86, 0.68))
     for index, (task, num_labelled, mode) in enumerate(groups):
         offset = (index - (len(groups) - 1) / 2) * 0.6 / max(1, len(groups))
-        colour = MODE_COLOURS.get(mode, INK)
+        colour = mode_colour(mode)
         marker = "os^D"[sorted({group[1] for group in groups}).index(num_labelled) % 4]
         label = f"{MODE_NAMES.get(mode, mode)}, {num_labelled} labelled"
-        label += f", {task}" if len({group[0] for group in groups}) > 1 else ""
+        label += f", {for_picture(task)}" if len({group[0] for group in groups}) > 1 else ""
         for place, name in enumerate(names):
             chosen = [row for row in rows if _key(row) == (name, task, num_labelled, mode)]
             for row in chosen:
@@ -56,14 +58,14 @@ def variants_picture(rows: Sequence[Row], *, title: str) -> bytes:
                         label=label if place == 0 else None,
                     )
     axes.xaxis.set_major_locator(FixedLocator(range(len(names))))
-    axes.set_xticklabels(names)
+    axes.set_xticklabels([for_picture(name, 24) for name in names])
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_ylabel(f"mean Dice on {split_of(rows)} patients", color=INK)
     plain(axes)
     axes.legend(frameon=False, fontsize=9, loc="best")
     headline(
         figure,
-        title + label_of(rows),
+        for_picture(title, 80) + label_of(rows),
         "points: mean over draws of the labelled patients, bars: standard deviation, dots: draws",
     )
     return to_png(figure)

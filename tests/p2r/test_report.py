@@ -25,7 +25,7 @@ from p2r.report import (
     view_sheet,
     write_report,
 )
-from p2r.report.few_shot_curve import _apart
+from p2r.report.canvas import Drawing, apart
 from p2r.storage import Storage
 from p2r.views.pair import make_views
 
@@ -63,7 +63,8 @@ def rows_of_a_job() -> list[dict[str, Any]]:
     ]
 
 
-def pixels(png: bytes) -> np.ndarray[Any, Any]:
+def pixels(picture: Drawing | bytes) -> np.ndarray[Any, Any]:
+    png = picture.png if isinstance(picture, Drawing) else picture
     assert png.startswith(b"\x89PNG")
     return np.asarray(imread(BytesIO(png)))
 
@@ -123,7 +124,7 @@ def test_the_page_holds_tables_pictures_caveats_and_provenance(tmp_path: Path) -
     context = {
         "title": "Few-shot figures",
         "caveats": ["Only two frames of each patient were seen."],
-        "captions": {"few-shot-acdc": "Dice over labelled patients"},
+        "captions": {"view-pairs": "Two views"},
         "tasks": {
             "acdc": {"title": "Heart chambers", "licence": "CC-BY-NC-SA-4.0", "splits": {"test": ["patient017"]}}
         },
@@ -131,8 +132,8 @@ def test_the_page_holds_tables_pictures_caveats_and_provenance(tmp_path: Path) -
         "corpus": {"sha256": "ef" * 32, "planes": list(range(99))},
     }
     rows = rows_of_a_job()
-    pictures = {"few-shot-acdc": few_shot_curve(rows, "acdc")}
-    report = write_report(Storage(str(tmp_path)), rows=rows, context=context, pictures=pictures)
+    given = {"view-pairs": few_shot_curve(rows, "acdc").png}
+    report = write_report(Storage(str(tmp_path)), rows=rows, context=context, pictures=given)
     text = (tmp_path / "report.md").read_text()
     assert (
         text.index("Only two frames") < text.index("| labelled patients |") < text.index("![") < text.index("## Prov")
@@ -144,11 +145,14 @@ def test_the_page_holds_tables_pictures_caveats_and_provenance(tmp_path: Path) -
     assert "| corpus.planes | 99 entries, in report.json |" in text
     assert "RV in prediction 54 times" in text
     assert "| 5 | 2 | 3 | patient001 |" in text, "number of patients, draw, seed, who"
-    for link in re.findall(r"!\[.*\]\((.*)\)", text):
-        assert (tmp_path / link).read_bytes() == pictures[Path(link).stem]
+    links = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert links == report["pictures"] == ["pictures/few-shot-acdc.png", "pictures/view-pairs.png"]
+    assert (tmp_path / links[0]).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / links[0].replace(".png", ".svg")).read_bytes().startswith(b"<?xml")
+    assert (tmp_path / links[1]).read_bytes() == given["view-pairs"]
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<img") == 1
-    assert "data:image/png;base64," in page
+    assert page.count("<img") == len(links)
+    assert "Two views" in page and "data:image/svg+xml;base64," in page and "data:image/png;base64," in page
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert report["rows"] == rows
 
@@ -188,7 +192,7 @@ def test_the_curve_of_an_unknown_task_is_refused() -> None:
 
 
 def test_labels_of_close_curves_do_not_overlap() -> None:
-    placed = _apart([0.50, 0.51, 0.90, 0.505], 0.05)
+    placed = apart([0.50, 0.51, 0.90, 0.505], 0.05)
     assert min(np.diff(sorted(placed))) >= 0.05 - 1e-9
     assert placed[0] < placed[3] < placed[1] < placed[2] == 0.90
 

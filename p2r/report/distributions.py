@@ -1,0 +1,224 @@
+"""Patients' Dice -> boxes by class, and where it fails: by third of the organ, by stratum.
+
+A point is one patient (frames and draws averaged), a box holds the middle half of them, its line is the median; whiskers
+reach to the farthest patient within one and a half box lengths. Fewer patients than `_LEAST` have no box, only the line.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cbook import boxplot_stats
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
+
+from p2r.report.canvas import (
+    INK,
+    NARROW,
+    WIDE,
+    Drawing,
+    Sheet,
+    drawing,
+    mode_colour,
+    mode_marker,
+    new_sheet,
+    plain,
+)
+from p2r.report.patients import MEAN, THIRDS, Patient, classes_of
+from p2r.report.tables import series_name, series_order
+from p2r.report.text import for_picture
+
+_LEAST = 5
+_MOST_POINTS = 200
+_KEY = 0.34  # inches
+_PANEL = 1.95
+_NOT_GIVEN = "no stratum given"
+
+Group = tuple[str, Callable[[Patient], float | None]]
+
+
+def class_boxes(patients: Sequence[Patient], *, title: str, source: str = "") -> Drawing:
+    """Draw every patient's Dice, one panel for each class, by number of labelled patients and mode.
+
+    Args:
+        patients: From `patients_of`; of one task and protocol.
+        title: Headline.
+        source: Line below that says where the figures come from.
+    """
+    names = classes_of(patients)
+    names = [name for name in names if any(patient.dice.get(name) is not None for patient in patients)]
+    panels = [(name, [patient for patient in patients if patient.dice.get(name) is not None]) for name in names]
+    numbers = sorted({patient.num_labelled for patient in patients})
+
+    def draw(axes: Axes, index: int) -> None:
+        name, of_panel = panels[index]
+        groups = [
+            (str(number), [(one, one.dice[name]) for one in of_panel if one.num_labelled == number])
+            for number in numbers
+        ]
+        _groups(axes, [(label, _known(pairs)) for label, pairs in groups], _series(patients))
+        axes.set_title(
+            for_picture(name, 30), fontsize=10, color=INK, loc="left", weight="bold" if name == MEAN else None
+        )
+
+    subtitle = "a point: one patient, draws averaged; box: quartiles; by number of labelled patients"
+    return drawing(
+        *(
+            _panels(len(panels), draw, patients, title, subtitle, source, width, "labelled patients", "Dice")
+            for width in (WIDE, NARROW)
+        )
+    )
+
+
+def where_in_the_organ(patients: Sequence[Patient], *, title: str, source: str = "") -> Drawing | None:
+    """Draw Dice in the lower, middle and upper third of the slices that hold any class; None if that is not known."""
+    known = [patient for patient in patients if any(third is not None for third in patient.thirds)]
+    if not known:
+        return None
+    groups: list[Group] = [
+        (name, lambda patient, number=number: patient.thirds[number])  # type: ignore[misc]
+        for number, name in enumerate(THIRDS)
+    ]
+    subtitle = "a point: one patient, mean of classes; thirds of the labelled slices, along the slice axis"
+    return _by_group(known, groups, title, subtitle, source, "third of the slices")
+
+
+def by_stratum(patients: Sequence[Patient], *, title: str, source: str = "") -> Drawing | None:
+    """Draw patients' mean Dice by their stratum, such as pathology; None if the task names no strata."""
+    strata = sorted({patient.stratum for patient in patients if patient.stratum})
+    if not strata:
+        return None
+    groups: list[Group] = [
+        (name, lambda patient, name=name: patient.dice[MEAN] if patient.stratum == name else None)  # type: ignore[misc]
+        for name in strata
+    ]
+    if any(patient.stratum is None for patient in patients):
+        groups.append((_NOT_GIVEN, lambda patient: patient.dice[MEAN] if patient.stratum is None else None))
+    return _by_group(patients, groups, title, "a point: one patient, mean of classes", source, "stratum")
+
+
+def _by_group(
+    patients: Sequence[Patient], groups: Sequence[Group], title: str, subtitle: str, source: str, axis: str
+) -> Drawing:
+    """One panel for each number of labelled patients: the fewest, one between, the most."""
+    numbers = sorted({patient.num_labelled for patient in patients})
+    shown = list(dict.fromkeys((numbers[0], numbers[len(numbers) // 2], numbers[-1])))
+
+    def draw(axes: Axes, index: int) -> None:
+        here = [patient for patient in patients if patient.num_labelled == shown[index]]
+        _groups(
+            axes,
+            [(name, _known([(patient, dice(patient)) for patient in here])) for name, dice in groups],
+            _series(patients),
+        )
+        axes.set_title(f"{shown[index]} labelled", fontsize=10, color=INK, loc="left")
+
+    return drawing(
+        *(_panels(len(shown), draw, patients, title, subtitle, source, width, axis, "Dice") for width in (WIDE, NARROW))
+    )
+
+
+def _panels(
+    number: int,
+    draw: Callable[[Axes, int], None],
+    patients: Sequence[Patient],
+    title: str,
+    subtitle: str,
+    source: str,
+    width: float,
+    across: str,
+    upwards: str,
+) -> Figure:
+    columns = 1 if width <= NARROW else next(n for n in (4, 3, 2, 1) if n <= number) if number != 4 else 2
+    columns = min(columns, 3) if number > 4 else columns
+    rows = -(-number // columns)
+    left, gap, below = 0.6, 0.28, 0.62
+    each = (width - left - 0.15 - (columns - 1) * gap) / columns
+    height = rows * (_PANEL + below) + _KEY
+    sheet = new_sheet(width, height, title=title, subtitle=subtitle, source=source)
+    _key(sheet, _series(patients), height - 0.12, width)
+    for index in range(number):
+        row, column = divmod(index, columns)
+        low = (rows - 1 - row) * (_PANEL + below) + below - 0.1
+        axes = sheet.panel(left + column * (each + gap), low, each, _PANEL - 0.2)
+        draw(axes, index)
+        axes.set_ylim(0, 1.0)
+        plain(axes)
+        if column == 0:
+            axes.set_ylabel(upwards, color=INK)
+        else:
+            axes.set_yticklabels([])
+        if index + columns >= number:
+            axes.set_xlabel(across, color=INK)
+    return sheet.figure
+
+
+def _key(sheet: Sheet, series: Sequence[tuple[str, str]], low: float, width: float) -> None:
+    """Name the modes in their colours, in one line above the panels."""
+    place = 0.15
+    for one in series:
+        name = for_picture(series_name(one), 24)
+        room = 0.25 + 0.078 * len(name)
+        if place + room > width:
+            break  # a narrow picture has no room for many names; the page's tables have them
+        sheet.mark(place + 0.06, low, marker=mode_marker(one[0]), colour=mode_colour(one[0]))
+        sheet.write(place + 0.17, low, name, va="center", weight="bold", color=mode_colour(one[0]), fontsize=8.5)
+        place += room + 0.12
+
+
+def _groups(
+    axes: Axes,
+    groups: Sequence[tuple[str, Sequence[tuple[Patient, float]]]],
+    series: Sequence[tuple[str, str]],
+) -> None:
+    """Draw groups side by side, the modes of each beside one another."""
+    step = 0.8 / len(series)
+    for index, one in enumerate(series):
+        at = [place + (index - (len(series) - 1) / 2) * step for place in range(len(groups))]
+        dice = [[dice for patient, dice in members if patient.series == one] for _, members in groups]
+        _boxes(axes, at, step * 0.72, dice, mode_colour(one[0]))
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    axes.xaxis.set_major_locator(FixedLocator(range(len(groups))))
+    tilted = sum(len(label) for label, _ in groups) > 24
+    axes.set_xticklabels(
+        [for_picture(label, 18) for label, _ in groups],
+        fontsize=8.5,
+        rotation=20 if tilted else 0,
+        ha="right" if tilted else "center",
+    )
+
+
+def _boxes(axes: Axes, places: Sequence[float], width: float, groups: Sequence[Sequence[float]], colour: str) -> None:
+    """Draw the boxes of one mode: few artists, because a page has hundreds of boxes."""
+    points: list[tuple[float, float]] = []
+    outlines: list[list[tuple[float, float]]] = []
+    medians = []
+    for at, dice in zip(places, groups, strict=True):
+        if not dice:
+            continue
+        left, right = at - width / 2, at + width / 2
+        median = float(np.median(dice))
+        medians.append(((left, median), (right, median)))
+        if len(dice) <= _MOST_POINTS:
+            # Patients are spread by rank, not by chance: the same picture every time.
+            order = np.argsort(np.argsort(dice))
+            points += zip(at + ((order * 0.618) % 1.0 - 0.5) * width * 0.8, dice, strict=True)
+        if len(dice) >= _LEAST:
+            (box,) = boxplot_stats(dice)
+            low, high = box["q1"], box["q3"]
+            outlines.append([(left, low), (right, low), (right, high), (left, high), (left, low)])
+            outlines += [[(at, low), (at, box["whislo"])], [(at, high), (at, box["whishi"])]]
+    if points:
+        across, up = zip(*points, strict=True)
+        axes.plot(across, up, "o", markersize=2.6, color=colour, alpha=0.45, markeredgewidth=0)
+    axes.add_collection(LineCollection(outlines, colors=colour, linewidths=1.1))
+    axes.add_collection(LineCollection(medians, colors=colour, linewidths=2.4, capstyle="butt"))
+
+
+def _series(patients: Sequence[Patient]) -> list[tuple[str, str]]:
+    return sorted({patient.series for patient in patients}, key=series_order)
+
+
+def _known(pairs: Sequence[tuple[Patient, float | None]]) -> list[tuple[Patient, float]]:
+    return [(patient, dice) for patient, dice in pairs if dice is not None]

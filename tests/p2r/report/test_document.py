@@ -1,0 +1,199 @@
+"""The page shows what the rows and their statistics say, leaves out what they do not, and is not broken by any name."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from base64 import b64decode
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from p2r.evaluate.statistics import few_shot_statistics
+from p2r.report import write_report
+from p2r.report.cases import shown_cases
+from p2r.report.patients import MEAN, patients_of
+from p2r.storage import Storage
+
+MakeRows = Callable[..., list[dict[str, Any]]]
+HOSTILE = '"><script>alert(1)</script><img src=http://evil/x onerror=alert(2)>|$\\frac{\n`x`](javascript:alert(3))\x00'
+TAGS = {
+    *("html", "head", "meta", "title", "link", "style", "body", "main", "nav", "ul", "li", "a", "h1", "h2", "h3", "p"),
+    *(
+        "dl",
+        "div",
+        "dt",
+        "dd",
+        "table",
+        "caption",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "b",
+        "figure",
+        "picture",
+        "source",
+    ),
+    *("img", "figcaption", "details", "summary"),
+}
+FACTS = {
+    "searched": [{"task": "acdc", "mode": "fine_tune", "learning_rate": 1e-3, "validation_dice_mean": 0.61}],
+    "chosen": {"acdc": {"fine_tune": {"learning_rate": 1e-3}}},
+    "failed": [{"trial": "acdc-final-fine_tune-n1-d3", "error": "the loss is nan at step 31"}],
+    "overhead": {"wall_s": 90.5, "trials_s": 80.0},
+    "test_reads": [{"time": "2026-01-02T03:04:05Z", "trial": "acdc-final-fine_tune-n1-d0", "num_scans": 6}],
+}
+
+
+class Page(HTMLParser):
+    """What of a page is markup: tags, and what would be loaded or run."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def written(folder: Path, rows: list[dict[str, Any]], **context: Any) -> tuple[Page, str]:
+    write_report(
+        Storage(str(folder)),
+        rows=rows,
+        context={"code": "0123abcd", **context},
+        pictures={},
+        statistics=few_shot_statistics(rows, seed=0, num_resamples=50),
+    )
+    return Page((folder / "report.html").read_text()), (folder / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def standard(make_rows: MakeRows, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("standard")
+    written(folder, make_rows(), **FACTS)
+    return folder
+
+
+def test_the_page_shows_every_part(standard: Path) -> None:
+    page, text = Page((standard / "report.html").read_text()), (standard / "report.md").read_text()
+    for part in ("At a glance", "What was asked", "Against scratch", "How many labels it saves", "Where it fails"):
+        assert part in page.text and part in text
+    for part in ("1 trial failed", "nan at step 31", "test split was read once", "What won the search", "What it cost"):
+        assert part in page.text and part in text
+    assert {path.stem for path in (standard / "pictures").glob("*.svg")} == {
+        f"{kind}-acdc" for kind in ("few-shot", "classes", "differences", "thirds", "strata")
+    }
+    assert page.tags.count("img") == 5
+    assert set(page.tags) <= TAGS
+
+
+def test_every_picture_says_where_its_figures_come_from(standard: Path) -> None:
+    for path in (standard / "pictures").glob("*.svg"):
+        text = " ".join(" ".join(ET.parse(path).getroot().itertext()).split())
+        for fact in ("a9a9a9a9a9a9", "task acdc", "leak_free", "n = 1, 5", "2 draws", "seed 0", "code 0123abcd"):
+            assert fact in text, (path.name, fact)
+
+
+def test_rows_of_earlier_reports_are_shown_without_what_they_lack(make_rows: MakeRows, tmp_path: Path) -> None:
+    rows = make_rows()
+    for row in rows:
+        for key in ("cases", "seconds", "device", "dice_by_subject", "seed", "transductive", "validation_dice_mean"):
+            del row[key]
+        row["protocol"] = "leak-free"
+    report = write_report(Storage(str(tmp_path)), rows=rows, context={}, pictures={})
+    assert report["pictures"] == ["pictures/few-shot-acdc.png"]
+    assert "Where it fails" not in (tmp_path / "report.html").read_text()
+
+
+def test_protocols_are_kept_apart_and_named_everywhere(make_rows: MakeRows, tmp_path: Path) -> None:
+    labels = ("leak_free", "paper_compat", "transductive")
+    few: dict[str, Any] = {"numbers": (1,), "num_patients": 2}
+    rows = make_rows(**few) + make_rows(**few, protocol="paper_compat") + make_rows(**few, transductive=True)
+    page, text = written(tmp_path, rows)
+    assert "transductive" in text.splitlines()[0]
+    assert text.count("> **Note.**") == 2
+    places = [page.text.index(f"Protocol: {label}.") for label in labels]
+    assert places == sorted(places)
+    for label in labels:
+        suffix = "" if label == "leak_free" else f"-{label.replace('_', '-')}"
+        for kind in ("few-shot", "differences", "classes"):
+            picture = ET.parse(tmp_path / f"pictures/{kind}-acdc{suffix}.svg").getroot()
+            assert [label in "".join(picture.itertext()) for label in labels] == [one == label for one in labels], kind
+
+
+def test_hostile_names_are_names(make_rows: MakeRows, tmp_path: Path) -> None:
+    rows = make_rows(task=HOSTILE, classes=(HOSTILE, "LV"), modes=("scratch", HOSTILE), numbers=(1,))
+    for row in rows:
+        row["subjects"] = [HOSTILE]
+        row["backbone_sha256"] = row["device"] = row["split"] = HOSTILE
+        for case in row["cases"]:
+            case["stratum"] = HOSTILE
+    context = dict.fromkeys(("title", "job", "licence", "code"), HOSTILE)
+    facts = {"failed": [{HOSTILE: HOSTILE}], "searched": [{HOSTILE: HOSTILE}], "overhead": {HOSTILE: HOSTILE}}
+    about = {HOSTILE: {"title": HOSTILE, "licence": HOSTILE, "citation": HOSTILE, "splits": {HOSTILE: [HOSTILE]}}}
+    page, text = written(tmp_path, rows, caveats=[HOSTILE], left_out=[HOSTILE], tasks=about, **context, **facts)
+    assert set(page.tags) <= TAGS
+    names = {name for name, _ in page.attributes}
+    assert not [name for name in names if name.startswith("on")]
+    for name, value in page.attributes:
+        if name in ("src", "srcset"):
+            assert re.fullmatch(r"data:image/(svg\+xml|png);base64,[A-Za-z0-9+/=]+", value)
+        if name == "href":
+            assert value.startswith("#s") or value == "data:,"
+    assert "<script>alert(1)</script>" in page.text, "what was named is seen"
+    assert "\x00" not in page.text
+    for name, value in page.attributes:
+        if name in ("src", "srcset"):
+            root = ET.fromstring(b64decode(value.partition(",")[2]))
+            assert not [one for one in root.iter() if str(one.tag).endswith(("}script", "}foreignObject", "}a"))]
+    assert "<" not in text.replace("&lt;", "") and not re.search(r"(?<!\\)\]\(javascript", text)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
+    assert {path.name for path in tmp_path.iterdir()} == {"pictures", "report.html", "report.md", "report.json"}
+    assert json.loads((tmp_path / "report.json").read_text())["rows"] == rows
+
+
+def test_a_patient_is_the_mean_of_its_frames_and_then_of_its_draws(make_rows: MakeRows) -> None:
+    rows = make_rows(modes=("scratch",), numbers=(1,), num_patients=1)
+    for row, values in zip(rows, ((0.2, 0.4), (0.7,)), strict=True):
+        case = row["cases"][0]
+        row["cases"] = [
+            {**case, "frame": frame, "scores": {"RV": {"dice": dice}}, "thirds": {"RV": [dice, None, 0.5]}}
+            for frame, dice in enumerate(values)
+        ]
+        row["dice_by_subject"] = {"patient101": sum(values) / len(values)}
+    (patient,) = patients_of(rows)
+    assert patient.dice["RV"] == pytest.approx((0.3 + 0.7) / 2)
+    assert patient.dice[MEAN] == pytest.approx((0.3 + 0.7) / 2)
+    assert patient.thirds == (pytest.approx(0.5), None, pytest.approx(0.5))
+    assert patient.stratum == "NOR"
+
+
+def test_the_shown_trial_is_chosen_on_validation_and_its_cases_by_their_dice(make_rows: MakeRows) -> None:
+    rows = make_rows(modes=("scratch", "linear_probe", "fine_tune"), num_draws=3, predictions="a.npz")
+    for row in rows:
+        row["validation_dice_mean"] = {"scratch": 0.99, "linear_probe": 0.9, "fine_tune": 0.1}[row["mode"]] - row[
+            "draw"
+        ] / 100
+    best, median, worst = shown_cases(rows)
+    assert (best.rank, median.rank, worst.rank) == ("best", "median", "worst")
+    assert list(best.trials) == ["from scratch", "linear probe"]
+    assert [(row["num_labelled"], row["draw"]) for row in best.trials.values()] == [(1, 1), (1, 1)]
+    of_trial = sorted(
+        sum(score["dice"] for score in case["scores"].values()) / 2 for case in best.trials["linear probe"]["cases"]
+    )
+    assert [one.dice["linear probe"] for one in (worst, median, best)] == pytest.approx(
+        [of_trial[0], of_trial[2], of_trial[-1]]
+    )
+    assert shown_cases([{**row, "predictions": None} for row in rows]) == []
