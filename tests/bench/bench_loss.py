@@ -224,9 +224,9 @@ def error(gradients: tuple[Tensor, ...], exact: tuple[Tensor, ...], towers: tupl
     return math.sqrt(difference / sum(float(theirs.square().sum()) for theirs in exact))
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a large product in this dtype: what a loss made of products can reach at most."""
-    size = 8192 if device.type == "cuda" else 2048
+def matmul_rate(dtype: torch.dtype, device: torch.device, *, size: int | None = None) -> float:
+    """FLOP/s of a large product in this dtype: what can be reached at most by what is made of products."""
+    size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(8):

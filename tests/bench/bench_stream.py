@@ -212,7 +212,7 @@ def mosaicml(data: Data, compression: str | None, bucket: Mapping[str, str] | No
         where = {"local": str(folder)}
         if bucket is not None:
             os.environ["S3_ENDPOINT_URL"] = bucket["AWS_ENDPOINT_URL"]
-            where = {"local": cold, "remote": f"s3://{BUCKET}/{_uploaded(folder)}"}
+            where = {"local": cold, "remote": f"s3://{BUCKET}/{uploaded(folder)}"}
         dataset = streaming.StreamingDataset(**where, shuffle=True, shuffle_seed=SEED, batch_size=data.batch)
         loader = DataLoader(dataset, batch_size=data.batch, drop_last=True)
         while True:
@@ -244,7 +244,7 @@ def litdata(data: Data, bucket: Mapping[str, str] | None = None) -> Batches:
                 True  # it can be told no other way, and loopback has no https
             )
             options |= {"cache_dir": cold, "storage_options": {"endpoint_url": bucket["AWS_ENDPOINT_URL"]}}
-            dataset = peer.StreamingDataset(f"s3://{BUCKET}/{_uploaded(folder)}", **options)
+            dataset = peer.StreamingDataset(f"s3://{BUCKET}/{uploaded(folder)}", **options)
         loader = peer.StreamingDataLoader(dataset, batch_size=data.batch, drop_last=True)
         while True:
             yield from (batch.numpy() for batch in loader)
@@ -316,7 +316,29 @@ def ours_cold(data: Data, storage: Storage, cache_gib: float) -> Batches:
         yield from ours(data, "lz4", storage)
 
 
-def _uploaded(folder: Path) -> str:
+@contextlib.contextmanager
+def bucket_on(cores: set[int], folder: Path) -> Iterator[Mapping[str, str]]:
+    """Run an S3 server on these cores with a bucket; yield what clients find it by, which this process does already.
+
+    Raises:
+        RuntimeError: No server is installed.
+    """
+    mine, server = os.sched_getaffinity(0), S3Server(folder)
+    os.sched_setaffinity(0, cores)
+    try:
+        server.start()
+    finally:
+        os.sched_setaffinity(0, mine)
+    try:
+        os.environ.update(server.environment)
+        make_bucket(server.environment, BUCKET)
+        yield server.environment
+    finally:
+        server.kill()
+
+
+def uploaded(folder: Path) -> str:
+    """Put a folder's files into the bucket, and return their prefix."""
     storage = Storage(f"s3://{BUCKET}/{folder.name}")
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         storage.upload(path, str(path.relative_to(folder)), if_absent=True)
@@ -341,20 +363,12 @@ def s3_rows(
     data: Data, *, rounds: int, range_steps: int, only: list[str] | None, cores: set[int]
 ) -> list[dict[str, Any]]:
     """Measure all that read from object storage, each turn with an empty cache; a server runs meanwhile on other cores."""
-    mine = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory(dir=data.folder) as folder, contextlib.ExitStack() as stack:
         try:
-            server = S3Server(Path(folder))
+            bucket = stack.enter_context(bucket_on(cores, Path(folder)))
         except RuntimeError as error:
             return [{"contender": name, "skipped": str(error)} for name in (GET, OURS_COLD)]
-        os.sched_setaffinity(0, cores)
-        server.start()
-        stack.callback(server.kill)
-        os.sched_setaffinity(0, mine)
-        bucket = server.environment
-        os.environ.update(bucket)
-        make_bucket(bucket, BUCKET)
-        storage = Storage(f"s3://{BUCKET}/{_uploaded(data.folder / 'lz4')}")
+        storage = Storage(f"s3://{BUCKET}/{uploaded(data.folder / 'lz4')}")
         fetched_s: list[float] = []
         contenders: dict[str, Callable[[], Batches]] = {
             GET: partial(get_and_decode, data, bucket, fetched_s),

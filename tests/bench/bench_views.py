@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from p2r.config import ViewsConfig
+from p2r.config import IntensityConfig, ViewsConfig
 from p2r.views import make_views
 
 Views = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -89,7 +89,7 @@ def ours(setting: Setting) -> Views:
 def torchio(setting: Setting) -> Views:
     import torchio as tio
 
-    geometry, look = RANGES.geometry, RANGES.intensity
+    geometry = RANGES.geometry
     plane = setting.dimensions == 2
     degrees = (0, 0, geometry.rotation_deg) if plane else geometry.rotation_3d_deg
     translation = (geometry.translation_mm, geometry.translation_mm, 0 if plane else geometry.translation_mm)
@@ -108,16 +108,7 @@ def torchio(setting: Setting) -> Views:
             tio.RandomFlip(axes=axes, flip_probability=geometry.flip_probability),
         ]
     )
-    gamma = tuple(math.log(value) for value in look.gamma)
-    appear = tio.Compose(
-        [
-            tio.RandomGamma(log_gamma=gamma),
-            tio.RandomBiasField(coefficients=look.bias_field),
-            tio.RandomBlur(std=(0, look.blur_mm), p=look.blur_probability),
-            tio.RandomNoise(std=(0, look.noise)),
-            tio.Lambda(lambda values: 1 - values, p=look.inversion_probability),
-        ]
-    )
+    appear = torchio_appearance(RANGES.intensity)
     affine = np.diag([SPACING_MM, SPACING_MM, SPACING_MM, 1.0])
 
     def views(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,6 +122,22 @@ def torchio(setting: Setting) -> Views:
         return a, b
 
     return views
+
+
+def torchio_appearance(look: IntensityConfig) -> Callable[[Any], Any]:
+    """Compose what TorchIO has of the intensity transforms, with our ranges and probabilities."""
+    import torchio as tio
+
+    gamma = tuple(math.log(value) for value in look.gamma)
+    return tio.Compose(
+        [
+            tio.RandomGamma(log_gamma=gamma, p=look.gamma_probability),
+            tio.RandomBiasField(coefficients=look.bias_field, p=look.bias_field_probability),
+            tio.RandomBlur(std=(0, look.blur_mm), p=look.blur_probability),
+            tio.RandomNoise(std=(0, look.noise), p=look.noise_probability),
+            tio.Lambda(lambda values: 1 - values, p=look.inversion_probability),
+        ]
+    )
 
 
 def monai(setting: Setting) -> Views:
