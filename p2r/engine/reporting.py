@@ -50,7 +50,7 @@ _OF_CORPUS = ("url", "sha256", "weight", "licence", "provenance", "num_samples",
 _NUM_VIEWS = 4
 _NUM_SLICES = 3
 _NUM_CASE_SLICES = 5
-_UNREADABLE = (StorageError, DataError, KeyError, StopIteration, ValueError, zipfile.BadZipFile)
+_UNREADABLE = (StorageError, DataError, ValueError, EOFError, zipfile.BadZipFile)
 """What a prediction may be that is not there any more, damaged, or of another scan: a report is made without its picture."""
 
 
@@ -266,9 +266,10 @@ def _outlines(model: str, scan: LabelledScan, task: Task, *, source: str) -> Dra
 
 def _case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, source: str) -> Drawing:
     """Draw a scan of the reported split with what its trials predicted, as they left it; no model runs."""
-    scan = load_scan(
-        next(one for one in task.scans_of((case.subject,)) if one.key == case.scan), task, backbone.preparation
-    )
+    found = [one for one in task.scans_of((case.subject,)) if one.key == case.scan]
+    if not found:
+        raise DataError(f"the task has no scan {case.scan} of {case.subject} any more")
+    scan = load_scan(found[0], task, backbone.preparation)
     axis = slice_axis(scan.volume.spacing_mm, backbone.preparation.slice_axis)
     frame = slice(case.frame, case.frame + 1)
     predictions = {
@@ -293,6 +294,8 @@ def _case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, so
 def _prediction(row: Mapping[str, Any], key: str, setup: TrialSetup, scan: LabelledScan) -> NDArray[Any]:
     content = Storage(setup.storage).read_bytes(row["predictions"])
     with np.load(BytesIO(content), allow_pickle=False) as arrays:
+        if key not in arrays:
+            raise DataError(f"{row['predictions']} holds no prediction of {key}")
         found: NDArray[Any] = arrays[key]
     if found.shape != scan.labels.data.shape:
         raise DataError(f"the prediction has the grid {found.shape}, its scan {scan.labels.data.shape}")

@@ -24,6 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from torch import Tensor
@@ -130,9 +131,9 @@ def new_sheet(width: float, height: float, *, title: str, subtitle: str = "", so
 
 def drawing(wide: Figure, narrow: Figure | None = None) -> Drawing:
     """Return the files of a picture, and of its form for narrow pages."""
-    svg = _to_svg(wide)
+    png, svg = to_png(wide), _to_svg(wide)
     return Drawing(
-        png=to_png(wide),
+        png=png,
         svg=svg,
         wide=_for_pages(svg),
         narrow=None if narrow is None else _for_pages(_to_svg(narrow)),
@@ -202,11 +203,14 @@ def to_png(figure: Figure) -> bytes:
 
 def _to_svg(figure: Figure) -> bytes:
     buffer = BytesIO()
+    for image in figure.findobj(AxesImage):
+        image.set_interpolation("none")  # its own pixels, which the reader's program makes larger: a tenth of the bytes
     # Text stays text: it can be searched, and takes the reader's font.
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "p2r"}
     with matplotlib.rc_context(settings), _silent_fonts():
         figure.savefig(buffer, format="svg", dpi=_DPI, metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    smooth = buffer.getvalue().replace(b"image-rendering:crisp-edges;image-rendering:pixelated", b"")
+    return smooth
 
 
 def _for_pages(svg: bytes) -> bytes:

@@ -7,6 +7,7 @@ The page is put together once, as a list of blocks, and written twice. What a re
 readings of the test split) stands below them. What rows of an earlier report do not hold is left out.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ _OWN_PLACE = (
     "left_out",
 )
 _SOFT = "soft_dice_with_background"
+_FIRST = ("time", "task", "trial", "mode")
 _MAX_ENTRIES, _MAX_LINES = 30, 12
 _HOW_TO_READ = (
     "Dice is hard, in 3D, on the scan's own grid, per patient (frames averaged first), then over patients. "
@@ -265,13 +267,13 @@ class _Page:
             if difference and leader and difference["difference"] is not None:
                 yield (
                     _sentence(f"{series_name(leader.series)} over {_against(difference['against'])}, {labelled}"),
-                    _signed(difference["difference"], 2),
-                    f"{_interval(difference, 2)}; p {p_text(difference['p_holm'])}, {difference['patients']} patients",
+                    _signed(difference["difference"], 3),
+                    f"{_interval(difference, 3)}; p {p_text(difference['p_holm'])}, {difference['patients']} patients",
                 )
             elif leader and leader.gain is not None:
                 yield (
                     _sentence(f"{series_name(leader.series)} over scratch, {labelled}"),
-                    _signed(leader.gain, 2),
+                    _signed(leader.gain, 3),
                     f"mean of {leader.num_draws} draw{'s' * (leader.num_draws > 1)}",
                 )
             if leader and number == numbers[0] and (efficiency := self.entry("label_efficiency", rows, leader)):
@@ -533,14 +535,23 @@ def _listed(value: Any, title: str) -> list[Block]:
     if not value:
         return []
     if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(one, Mapping) for one in value):
-        flat = [{key: text for key, text in _flat(one) if text != "None"} for one in value]
-        header = list(dict.fromkeys(key for one in flat for key in one))
+        flat = [
+            {key.removeprefix("settings."): _abbreviated(text) for key, text in _flat(one) if text != "None"}
+            for one in value
+        ]
+        there = dict.fromkeys(key for one in flat for key in one)
+        header = [*(key for key in _FIRST if key in there), *(key for key in there if key not in _FIRST)]
         grid = Grid([key.replace("_", " ") for key in header], [[one.get(key, "") for key in header] for one in flat])
     else:
         grid = Grid(("what", "value"), [line for line in _flat(value) if line[1] != "None"])
     if len(grid.rows) > _MAX_LINES:
         return [Folded(f"{title} ({len(grid.rows)})", [grid])]
     return [Heading(3, title), grid]
+
+
+def _abbreviated(text: str) -> str:
+    """Return the beginning of a digest; report.json has all of it."""
+    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def _compute(rows: Sequence[Row], overhead: Any) -> list[Block]:
@@ -574,8 +585,12 @@ def _provenance(rows: Sequence[Row], context: Mapping[str, Any], names: Sequence
     facts = [(key, value) for key, value in _flat(rest) if value not in ("", "None")]
     backbones = sorted({str(row["backbone_sha256"]) for row in rows if row.get("backbone_sha256")})
     facts += [(key, value) for key, value in (("backbone in rows, sha256", ", ".join(backbones)),) if value]
+    of_trials = [line for line in facts if line[0].startswith("finetune.")]
+    facts = [line for line in facts if line not in of_trials]
     if facts:
         yield Grid(("what", "value"), facts)
+    if of_trials:
+        yield Folded(f"All settings of the trials ({len(of_trials)})", [Grid(("what", "value"), of_trials)])
     for name in names:
         splits = context.get("tasks", {}).get(name, {}).get("splits", {})
         if splits:

@@ -37,7 +37,7 @@ nav ul{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;list-style:none;padding:0;
 .scroll{overflow-x:auto;margin:1rem 0}
 .scroll:focus-visible{outline:2px solid var(--link)}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem;line-height:1.4}
-caption{text-align:left;color:var(--faint);padding-bottom:.4rem}
+caption{text-align:left;color:var(--faint);padding-bottom:.4rem;min-width:min(28rem,80vw)}
 td,th{padding:.32rem .9rem .32rem 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top;font-weight:400;
 overflow-wrap:normal}
 thead th{border-bottom:2px solid var(--faint);font-weight:600;vertical-align:bottom}

@@ -55,9 +55,9 @@ def patients_of(rows: Sequence[Row]) -> list[Patient]:
 
 
 def classes_of(patients: Sequence[Patient]) -> list[str]:
-    """Return the classes that patients have Dice of, the mean of all last."""
+    """Return the classes that patients have Dice of, the mean of all last if there are several."""
     names = dict.fromkeys(name for patient in patients for name in patient.dice if name != MEAN)
-    return [*names, MEAN]
+    return list(names) if len(names) == 1 else [*names, MEAN]
 
 
 def mean_of(figures: Iterable[float | None]) -> float | None:
