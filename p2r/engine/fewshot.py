@@ -125,7 +125,7 @@ def few_shot(setups: Sequence[TrialSetup], *, runner: TrialRunner, say: Say) -> 
     found.overhead = sweep.overhead()
     if found.overhead["num_trials"]:
         say(
-            "{num_trials} trials took {trials_s:.0f} s of their own, {num_concurrent} at a time, the sweep {sweep_s:.0f} s: "
+            "{num_trials} of the trials took {trials_s:.0f} s of their own, {num_concurrent} at a time, the sweep {sweep_s:.0f} s: "
             "overhead {overhead_fraction:.1%}".format(**found.overhead)
         )
     for failure in found.failed:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load
 
 import p2r
+import p2r.engine.__main__ as engine
 import p2r.engine.fewshot as fewshot
 from p2r.backbone import load_model
 from p2r.config import FinetuneConfig
@@ -369,3 +371,27 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_report(make: Make) -> None
 
     assert rows(resumed) == rows(whole) and resumed.chosen == whole.chosen
     assert resumed.overhead["num_trials"] == 1
+
+
+def test_the_report_is_written_without_what_failed_and_the_exit_code_says_so(
+    write_toy_job: Callable[..., Path],
+    published: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = (
+        *("kind=finetune", f"finetune.backbone={published['backbone']}", "pretrain=null"),
+        *("finetune.modes=[scratch, linear_probe]", "finetune.num_labelled=[1]", "finetune.steps=2"),
+        "finetune.search.learning_rates.scratch=[1.0e+30]",
+    )
+    arguments = [word for override in overrides for word in ("--set", override)]
+    monkeypatch.setattr(sys, "argv", ["p2r.engine", str(write_toy_job(tmp_path)), *arguments])
+    assert engine.main() == 1
+    said = capsys.readouterr()
+    assert "p2r: 1 trial failed; the report has the others, run the job again" in said.err
+    assert "disc-final-scratch-n1-d0: trial disc-final-scratch-n1-d0 diverged" in said.err
+    report = json.loads((tmp_path / "storage/report/report.json").read_text())
+    assert [row["mode"] for row in report["rows"]] == ["linear_probe"]
+    assert report["context"]["failed"][0]["trial"] == "disc-final-scratch-n1-d0"
+    assert [reading["trial"] for reading in report["context"]["test_reads"]] == ["disc-final-linear_probe-n1-d0"]
