@@ -9,11 +9,11 @@ import pytest
 
 
 @pytest.mark.s3
-def test_a_small_run_writes_its_rows_and_its_picture(tmp_path: Path) -> None:
+def test_a_small_run_writes_its_rows_and_its_picture(tmp_path: Path, bench_folder: Path) -> None:
     bench = Path(__file__).parent / "bench_end_to_end.py"
     files = ["--json", str(tmp_path / "rows.json"), "--picture", str(tmp_path / "end.png")]
     small = ["--size", "32", "--batch", "4", "--pairs", "8", "--width", "4", "--rounds", "1", "--steps", "1"]
-    data = ["--folder", str(tmp_path / "data"), "--volumes", "2", "--plane", "64", "--device", "cpu"]
+    data = ["--folder", str(bench_folder), "--volumes", "2", "--plane", "64", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, str(bench), *small, *data, *files], capture_output=True, text=True, timeout=200
     )

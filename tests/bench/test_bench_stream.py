@@ -9,10 +9,10 @@ import pytest
 
 
 @pytest.mark.s3
-def test_a_small_run_writes_its_rows_and_its_picture(tmp_path: Path) -> None:
+def test_a_small_run_writes_its_rows_and_its_picture(tmp_path: Path, bench_folder: Path) -> None:
     bench = Path(__file__).parent / "bench_stream.py"
     few = ["--volumes", "2", "--size", "64", "--batch", "16", "--rounds", "2", "--s3-rounds", "1", "--range-steps", "2"]
-    small = ["--epochs", "2", "--shards", "1000", "--samples", "100000", "--folder", str(tmp_path / "data")]
+    small = ["--epochs", "2", "--shards", "1000", "--samples", "100000", "--folder", str(bench_folder)]
     only = ["--only", "p2r, zstd", "p2r, npy", "webdataset, a slice per member"]
     files = ["--json", str(tmp_path / "rows.json"), "--picture", str(tmp_path / "stream.png")]
     command = [sys.executable, str(bench), *few, *small, *only, *files]
