@@ -37,7 +37,10 @@ def test_every_p2r_command_exists_with_its_options() -> None:
         seen.add(words[1])
         options = {name for parameter in known.params for name in parameter.opts}
         assert {word for word in words[2:] if word.startswith("-")} <= options, command
-    assert seen == {"run", "validate", "status", "inspect", "verify", "schema", "views", "embed", "predict", "submit"}
+    assert seen == {
+        *("run", "validate", "status", "inspect", "verify", "schema", "views", "tune-batch", "embed", "predict"),
+        "submit",
+    }
 
 
 def test_every_make_target_exists(repository: Path) -> None:
