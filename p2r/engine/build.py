@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # there, but not in __all__
 
 from p2r.config import PretrainConfig
+from p2r.device import is_waited_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Of the weights in training, by `pretrain.precision`."""
@@ -58,7 +59,7 @@ def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -
     )
     micro_batch = config.micro_batch or config.global_batch // world_size
     num_weights = sum(parameter.numel() for parameter in model.parameters())
-    on_gpu = next(model.parameters()).is_cuda
+    runs_ahead = config.precision == "bf16" and is_waited_for(next(model.parameters()).device)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -71,12 +72,33 @@ def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -
             "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(500_000_000, num_weights)},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            # Looking for overflow makes the host wait for the device. What would overflow shows in the next step's loss, and
+            # Looking for overflow makes the host wait for the device. What has overflowed shows in the next step's loss, and
             # no checkpoint is made before.
-            "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": not on_gpu},
-            "gradient_clipping": config.optimizer.clip_norm,
+            "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": not runs_ahead},
+            "gradient_clipping": 0.0 if runs_ahead else config.optimizer.clip_norm,
             "steps_per_print": 2**62,
             "wall_clock_breakdown": False,
         },
     )
+    if runs_ahead and config.optimizer.clip_norm:
+        _clip_on_device(optimizer, engine.optimizer, config.optimizer.clip_norm)
     return engine
+
+
+def _clip_on_device(optimizer: torch.optim.Optimizer, zero: Any, clip_norm: float) -> None:
+    """Scale gradients down as DeepSpeed would, which asks the device whether their norm is finite and so waits for it.
+
+    Args:
+        optimizer: Whose gradients are those of this rank's part of the weights.
+        zero: DeepSpeed's optimizer around it, which knows the norm of all.
+        clip_norm: Largest norm.
+    """
+
+    def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        excess = ((zero._global_grad_norm + 1e-6) / clip_norm).clamp(min=1.0)
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weight.grad.mul_(1 / excess)
+
+    optimizer.register_step_pre_hook(clip)

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -211,7 +211,8 @@ def pretrain(
                 unread.read_into(running)
             if profiler is not None:
                 profiler.waited(batch.wait_s)
-                profile = profiler.written(is_last=step == config.steps or timed_out) or profile
+                with clock.stopped():
+                    profile = profiler.written(is_last=step == config.steps or timed_out) or profile
             path, mean_loss, num_without_pairs = None, running.mean(), running.num_images_without_pairs
             if reports:
                 running.reset()
@@ -325,6 +326,12 @@ class _Unread:
 class _Clock:
     def __init__(self) -> None:
         self.steps, self.wait_s, self._began = 0, 0.0, time.monotonic()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        before = time.monotonic()
+        yield
+        self._began += time.monotonic() - before
 
     def add(self, wait_s: float) -> None:
         self.steps += 1

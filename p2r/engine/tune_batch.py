@@ -1,9 +1,9 @@
 """A job -> how many images a worker can take at once, and how many pixel pairs of each, by trying.
 
-Every trial is a process of its own that takes a few steps on images of noise of the job's shape: what does not fit ends there,
-and nothing is left behind. Images are doubled until they do not fit, then the gap is halved twice; then pairs are doubled.
-No shards are read. A trial is one worker: those of a group hold less of the optimizer's state and, of one another, only the
-embeddings of their pairs, which the headroom is for.
+Every trial is a process of its own that takes a few steps on images of noise of the job's shape: what does not fit ends
+there, and nothing is left behind. Images are doubled until they do not fit, then the gap is halved twice; then pairs are
+doubled. No shards are read. A trial is one worker: those of a group hold less of the optimizer's state and, of one another,
+only the embeddings of their pairs, which the headroom is for.
 
     python -m p2r.engine.tune_batch < trial.json      # what a trial runs
 """
@@ -30,7 +30,9 @@ from p2r.errors import InputError, TrainingError
 HEADROOM = 0.1
 """Part of the memory that stays free: for the embeddings of other workers, and for what the allocator cannot use."""
 
-_MOST_IMAGES, _MOST_PAIRS = 4096, 65536
+MOST_TIMES = 4
+"""Images up to so many times the job's global batch are tried, and pairs up to so many times the job's: more is another job."""
+
 _NUM_STEPS = 2  # that are timed, after one that is not
 _DOES_NOT_FIT = 3  # exit code of a trial
 
@@ -106,13 +108,13 @@ def tune_batch(
         return trial.fits
 
     pairs = config.loss.pixel_pairs_per_image
-    images = _most(1, _MOST_IMAGES, lambda images: fits(images, pairs), halvings=2)
+    images = _most(1, MOST_TIMES * config.global_batch, lambda images: fits(images, pairs), halvings=2)
     if not images:
         raise InputError(
             f"one image with {pairs} pixel pairs does not fit into {limit_mib / 1024:.1f} GiB ({HEADROOM:.0%} are kept free): "
             "give more memory, a smaller image or network, or pretrain.model.checkpoint_activations: all"
         )
-    most = max(pairs, min(_MOST_PAIRS, config.image.size**config.image.dimensions))
+    most = max(pairs, min(MOST_TIMES * pairs, config.image.size**config.image.dimensions))
     more = _most(2 * pairs, most, lambda pairs: fits(images, pairs), halvings=0) if 2 * pairs <= most else 0
     return Tuning(tuple(trials), images, more or pairs, cuts_of(config.global_batch, images))
 

@@ -70,6 +70,24 @@ def test_a_network_that_cannot_be_is_refused_with_the_rule(tmp_path: Path, model
     assert re.search(message, found), found
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pretrain.image={dimensions: 3, size: 40}", r"divisible by 16 \(U-Net depth 4\), got 40"),
+        ("pretrain.image={dimensions: 4, size: 32}", "pretrain.image.dimensions"),
+        ("pretrain.compile=max", "pretrain.compile.*reduce-overhead"),
+        ("pretrain.equivariance_interval=-1", "pretrain.equivariance_interval.*greater than or equal to 0"),
+        ("pretrain.loss.name=infonce", "pretrain.loss.name.*did you mean info_nce"),
+        ("pretrain.loss.foreground_share=1.1", "pretrain.loss.foreground_share.*less than or equal to 1"),
+        ("pretrain.loss.pixel_pairs_per_image=0", "pretrain.loss.pixel_pairs_per_image.*greater than 0"),
+        ("pretrain.views={rotation: 90}", "pretrain.views.rotation: unknown key"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused_where_the_job_is_read(tmp_path: Path, override: str, message: str) -> None:
+    found = refusal(tmp_path, GOOD, override)
+    assert re.search(message, found), found
+
+
 @pytest.mark.parametrize("dimensions", [2, 3])
 def test_a_network_takes_planes_and_volumes(tmp_path: Path, dimensions: int) -> None:
     overrides = (

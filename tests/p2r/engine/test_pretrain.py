@@ -12,18 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from p2r.data.corpus import ingest_locally
 from p2r.data.manifest import load_manifest, manifest_sha256
 from p2r.data.shards import open_shard
+from p2r.data.stream import Corpus, stream
 from p2r.engine.pretrain import Report, _refuse_lost_weights, finished_checkpoint, pretrain
 from p2r.engine.profile import PARTS, profile_text
 from p2r.errors import CheckpointError, DataError, InputError, StorageError, TrainingError
 from p2r.job import Job, read_job
+from p2r.loss import corresponding_points
 from p2r.model.pix2rep import Pix2Rep
 from p2r.storage import Storage
+from p2r.views.pair import make_views
 
 CPU = torch.device("cpu")
 
@@ -402,3 +406,32 @@ def test_the_equivariance_error_falls_in_training(job_of: JobOf, corpus: Storage
     errors = {report.step: report.equivariance_error for report in reports if report.equivariance_error is not None}
     assert list(errors) == [30, 60]
     assert 0 < errors[60] < errors[30] < 1
+
+
+def test_a_scan_smaller_than_the_crop_is_padded_and_its_padding_gives_no_pairs(
+    job_of: JobOf, corpus: Storage, tmp_path: Path
+) -> None:
+    job = job_of(tmp_path, "pretrain.image.size=64", "pretrain.steps=2")  # 128 mm, of scans of 72 x 80 mm
+    assert job.pretrain is not None
+    (report,) = _train(job, Storage(str(tmp_path / "pretrain")), corpus)
+    assert math.isfinite(report.loss) and report.num_images_without_pairs == 0
+    corpora = Corpus(corpus, load_manifest(corpus))
+    batches = stream(corpora, image=job.pretrain.image, seed=0, global_batch=4)
+    batch, _ = next(batches)
+    batches.close()
+    image, inside = batch.images()
+    assert [int(scan.sum()) for scan in inside] == [36 * 40] * 4
+    views = make_views(
+        image,
+        inside,
+        config=job.pretrain.views,
+        spacing_mm=2.0,
+        seed=0,
+        epochs=batch.epochs,
+        positions=batch.positions,
+    )
+    generators = [np.random.default_rng(number) for number in range(4)]
+    pairs = corresponding_points(views.warp, views.valid, num_points=50, generators=generators)
+    assert (pairs.weight == 1).all()
+    for scan, points in zip(inside, pairs.a, strict=True):
+        assert all(scan[tuple(point.round().long())] for point in points)

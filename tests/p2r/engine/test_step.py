@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.multiprocessing as multiprocessing
 
 from p2r.config import ImageConfig, PretrainConfig
 from p2r.data.batch import Batch, Group
-from p2r.engine.build import build_engine, join_process_group
+from p2r.engine.build import _clip_on_device, build_engine, join_process_group
 from p2r.engine.step import _alignment, equivariance_error, pretrain_step
 from p2r.model.pix2rep import Pix2Rep
 
@@ -152,3 +153,23 @@ def test_the_equivariance_error_is_that_of_pairs_over_that_of_all_others() -> No
     collapsed = _alignment(torch.ones(9, 5), torch.ones(9, 5), torch.ones(9))
     assert equivariance_error(collapsed.tolist()) == 1
     assert equivariance_error(_alignment(queries[:1], keys[:1], weights[:1]).tolist()) is None
+
+
+@pytest.mark.parametrize(("norm", "factor"), [(5.0, 0.4), (1.5, 1.0)])
+def test_clipping_on_the_device_scales_by_the_norm_of_all_ranks(norm: float, factor: float) -> None:
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    _clip_on_device(optimizer, SimpleNamespace(_global_grad_norm=torch.tensor(norm)), 2.0)
+    weight.grad = torch.tensor([3.0, 0.0, 4.0])
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), -factor * torch.tensor([3.0, 0.0, 4.0]))
+
+
+def test_clipping_without_waiting_gives_the_same_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    join_process_group(torch.device("cpu"))
+    settings = config({}, None).model_copy(update={"precision": "bf16"})
+    settings = settings.model_copy(update={"optimizer": settings.optimizer.model_copy(update={"clip_norm": 0.01})})
+    expected = train(settings, 0, 1)
+    assert min(expected["norms"]) > 0.01
+    monkeypatch.setattr("p2r.engine.build.is_waited_for", lambda device: True)
+    assert train(settings, 0, 1) == expected
