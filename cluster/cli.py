@@ -337,7 +337,12 @@ def predict(
     segmenter, config, _ = load_model(model, device=device)
     volume = read_volume(scan)
     labels = predict_volume(
-        segmenter, volume, preparation=config.preparation, num_classes=len(config.classes) + 1, device=device
+        segmenter,
+        volume,
+        preparation=config.preparation,
+        num_classes=len(config.classes) + 1,
+        device=device,
+        largest_component=config.largest_component,
     )
     on_scan = to_source_grid(labels, volume)
     write_nifti(output, on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan, volume.source_affine, like=volume)

@@ -46,6 +46,9 @@ class ArtefactConfig(Section):
     num_prototypes: tuple[int, ...] = ()
     """Models whose head compares features with prototypes: how many there are of each class, background first."""
 
+    largest_component: bool = False
+    """Models only: keep the largest connected part of each predicted class alone."""
+
     def head(self) -> nn.Module:
         """Build the segmentation head of a model, with new weights."""
         channels, dimensions = self.model.feature_channels, self.preparation.dimensions

@@ -694,6 +694,8 @@ class FinetuneConfig(Section):
     planes: Literal["whole", "centre"] = "whole"
     """What a model reads of a plane, or of a volume. whole: all of it, by overlapping windows of the backbone's image size, and training
     windows lie anywhere. centre: that size about its centre; what lies outside is background. Neither looks at a label."""
+    largest_component: bool = False
+    """Keep the largest connected part of each predicted class alone: presumes that every organ is in one piece."""
     nsd_tolerance_mm: PositiveFloat = 2.0
     """Tolerance of the normalised surface Dice, mm."""
     allow_transductive: bool = False

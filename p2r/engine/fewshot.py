@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from safetensors.torch import load
 
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
-from p2r.config import Mode
+from p2r.config import FinetuneConfig, Mode
 from p2r.data.corpus import contains
 from p2r.engine.finetune import WAYS_OUT, TrialSetup, run_trial
 from p2r.errors import DataError, InputError, TrainingError
@@ -259,7 +259,7 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
             backbone's corpus.
     """
     config = setup.config
-    _check_backbone(task, backbone)
+    _check_backbone(task, backbone, config)
     draws = _draws(setup, task)
     corpora = backbone.manifest.get("corpora", [])
     for split, corpus in itertools.product(("validation", "test"), corpora):
@@ -282,12 +282,17 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
     )
 
 
-def _check_backbone(task: Task, backbone: Backbone) -> None:
+def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> None:
     model = backbone.config.model
     if model.in_channels != 1:
         raise DataError(
             f"task {task.name}: a scan has one contrast, the backbone {backbone.manifest['url']} takes {model.in_channels}; "
             "take a backbone of one"
+        )
+    if config.protocol == "paper_compat" and backbone.preparation.dimensions != 2:
+        raise DataError(
+            f"finetune.protocol paper_compat crops and splits planes, the backbone {backbone.manifest['url']} reads volumes: "
+            "take a backbone of planes, or leak_free"
         )
 
 
@@ -342,6 +347,7 @@ Licence of the weights: {licence}. {task.config.citation}
             model=backbone.config.model,
             preparation=setup.preparation(backbone),
             classes=task.config.classes,
+            largest_component=setup.config.largest_component,
             num_prototypes=tuple(best["num_prototypes"]) if "num_prototypes" in best else (),
         ),
         card=card,

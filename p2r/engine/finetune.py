@@ -77,7 +77,7 @@ class TrialSetup:
     def recipe_sha256(self, trial: Trial) -> str:
         """Return a digest of everything that the trial's result depends on."""
         config = self.config.model_dump(
-            mode="json", include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm"}
+            mode="json", include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"}
         )
         if trial.mode == "linear_probe":
             config["probe_augmentation"] = self.config.probe_augmentation
@@ -139,13 +139,17 @@ def run_trial(
         if split == "test" or trial.protocol == "leak_free":  # else these are slices of the labelled patients
             known.see(case, split)
 
+    reports_validation = trial.purpose == "final" and config.score_on == "validation"
+
     def score(segmenter: nn.Module, cases: Iterable[Case], split: Split) -> Scored:
         return score_cases(
             segmenter,
             cases,
             task,
             preparation,
-            nsd_tolerance_mm=config.nsd_tolerance_mm,
+            # What is only chosen by needs Dice alone.
+            nsd_tolerance_mm=config.nsd_tolerance_mm if split == "test" or reports_validation else None,
+            largest_component=config.largest_component,
             device=device,
             see=lambda case: see(case, split),
         )

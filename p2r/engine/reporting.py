@@ -245,7 +245,13 @@ def _embedding(backbone: Backbone, scan: LabelledScan, *, source: str) -> Drawin
 
 def _outlines(model: str, scan: LabelledScan, task: Task, *, source: str) -> Drawing:
     segmenter, config, _ = load_model(model)
-    prediction = predict_volume(segmenter, scan.volume, preparation=config.preparation, num_classes=task.num_classes)
+    prediction = predict_volume(
+        segmenter,
+        scan.volume,
+        preparation=config.preparation,
+        num_classes=task.num_classes,
+        largest_component=config.largest_component,
+    )
     axis = slice_axis(scan.volume.spacing_mm, config.preparation.slice_axis)
     planes, predicted, reference = (
         volume_to_planes(data, axis) for data in (scan.volume.data, prediction, scan.labels.data)

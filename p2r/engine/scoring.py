@@ -23,6 +23,7 @@ from p2r.evaluate.metrics import (
     Score,
     Summary,
     dice_by_thirds,
+    largest_components,
     score_volume,
     soft_dice_with_background,
     summarise,
@@ -85,7 +86,8 @@ def score_cases(
     task: Task,
     preparation: Preparation,
     *,
-    nsd_tolerance_mm: float,
+    nsd_tolerance_mm: float | None,
+    largest_component: bool,
     device: str,
     see: Callable[[Case], None] = lambda case: None,
 ) -> Scored:
@@ -96,7 +98,8 @@ def score_cases(
         cases: One after the other.
         task: Theirs.
         preparation: What the segmenter expects of a scan.
-        nsd_tolerance_mm: Of the normalised surface Dice.
+        nsd_tolerance_mm: Of the normalised surface Dice; None: Dice alone.
+        largest_component: Keep the largest connected part of each predicted class alone.
         device: Where the segmenter runs.
         see: Called with every case before it is predicted; it may refuse it.
     """
@@ -106,7 +109,7 @@ def score_cases(
     soft: dict[str, list[float]] = {}
     for case in cases:
         see(case)
-        prediction, probabilities = _predicted(segmenter, case, task, preparation, device)
+        prediction, probabilities = _predicted(segmenter, case, task, preparation, largest_component, device)
         subject = case.scan.subject
         axis = case.images.axis if isinstance(case.images, Planes) else slice_axis(case.volume.spacing_mm)
         for index, frame in enumerate(case.frames):
@@ -139,13 +142,14 @@ def score_cases(
 
 
 def _predicted(
-    segmenter: nn.Module, case: Case, task: Task, preparation: Preparation, device: str
+    segmenter: nn.Module, case: Case, task: Task, preparation: Preparation, largest_component: bool, device: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
     options: dict[str, Any] = {"preparation": preparation, "num_classes": task.num_classes, "device": device}
     if case.places is None:
-        return predict_images(segmenter, case.images, **options), None
+        return predict_images(segmenter, case.images, largest_component=largest_component, **options), None
     probabilities = predict_probabilities(segmenter, case.images, **options)
-    return probabilities.argmax(-1).astype(np.uint8), probabilities
+    labels = probabilities.argmax(-1).astype(np.uint8)
+    return largest_components(labels, classes=task.config.classes) if largest_component else labels, probabilities
 
 
 def _put(prediction: NDArray[np.uint8], case: Case, predictions: dict[str, NDArray[np.uint8]]) -> None:

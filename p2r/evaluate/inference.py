@@ -35,6 +35,7 @@ from p2r.data.preprocess import (
     planes_to_volume,
 )
 from p2r.data.volume import Volume
+from p2r.evaluate.metrics import largest_components
 
 _OVERLAP = 0.25
 _BATCH_SIZE = {2: 8, 3: 1}
@@ -48,6 +49,7 @@ def predict_volume(
     num_classes: int,
     device: torch.device | str = "cpu",
     batch_size: int | None = None,
+    largest_component: bool = False,
 ) -> NDArray[np.uint8]:
     """Segment a scan.
 
@@ -58,6 +60,7 @@ def predict_volume(
         num_classes: K, with the background.
         device: Where the network runs.
         batch_size: Planes, and windows, at a time; None: 8 in planes, 1 in volumes.
+        largest_component: Keep the largest connected part of each class alone.
 
     Returns:
         Labels (X, Y, Z, T) on the grid of `volume.data`.
@@ -65,7 +68,13 @@ def predict_volume(
     size = size_read(preparation)
     images = (frames_of if preparation.dimensions == 3 else planes_of)(volume, preparation=preparation, size=size)
     return predict_images(
-        segmenter, images, preparation=preparation, num_classes=num_classes, device=device, batch_size=batch_size
+        segmenter,
+        images,
+        preparation=preparation,
+        num_classes=num_classes,
+        device=device,
+        batch_size=batch_size,
+        largest_component=largest_component,
     )
 
 
@@ -82,6 +91,7 @@ def predict_images(
     num_classes: int,
     device: torch.device | str = "cpu",
     batch_size: int | None = None,
+    largest_component: bool = False,
 ) -> NDArray[np.uint8]:
     """Segment a scan that is cut into images already: `predict_volume` after `planes_of` or `frames_of`.
 
@@ -94,7 +104,7 @@ def predict_images(
 
     found = _on_native_grid(labels, segmenter, images, preparation, num_classes, device, batch_size)
     segmented: NDArray[np.uint8] = _assembled(found, images)
-    return segmented
+    return largest_components(segmented, classes=range(1, num_classes)) if largest_component else segmented
 
 
 def predict_probabilities(

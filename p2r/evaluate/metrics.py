@@ -36,7 +36,7 @@ Absent = Literal["none", "both", "prediction", "reference"]
 
 @dataclass(frozen=True)
 class Score:
-    """One class of one scan. The three figures are None where the class is absent in both."""
+    """One class of one scan. The three figures are None where the class is absent in both; HD95 and NSD, if not asked for."""
 
     dice: float | None
     hd95_mm: float | None
@@ -71,7 +71,7 @@ def score_volume(
     *,
     classes: Mapping[int, str],
     spacing_mm: Sequence[float],
-    nsd_tolerance_mm: float,
+    nsd_tolerance_mm: float | None,
 ) -> dict[str, Score]:
     """Compare one segmentation with its reference.
 
@@ -80,7 +80,7 @@ def score_volume(
         reference: Labels on the same grid.
         classes: Name of each foreground label.
         spacing_mm: Voxel size along the three axes, mm.
-        nsd_tolerance_mm: Largest distance of borders that NSD calls equal, mm.
+        nsd_tolerance_mm: Largest distance of borders that NSD calls equal, mm. None: Dice alone, in a third less time.
 
     Raises:
         ValueError: for grids that differ or are not 3D, values that are no class, or a spacing that is not positive.
@@ -100,13 +100,14 @@ def score_volume(
         if in_prediction and in_reference:
             scores[name] = _measure(found, true, spacing_mm=spacing_mm, tolerance_mm=nsd_tolerance_mm)
         elif in_prediction or in_reference:
-            scores[name] = Score(0.0, diagonal_mm, 0.0, absent="reference" if in_prediction else "prediction")
+            surfaces = (None, None) if nsd_tolerance_mm is None else (diagonal_mm, 0.0)
+            scores[name] = Score(0.0, *surfaces, absent="reference" if in_prediction else "prediction")
         else:
             scores[name] = Score(None, None, None, absent="both")
     return scores
 
 
-def _measure(found: Tensor, true: Tensor, *, spacing_mm: Sequence[float], tolerance_mm: float) -> Score:
+def _measure(found: Tensor, true: Tensor, *, spacing_mm: Sequence[float], tolerance_mm: float | None) -> Score:
     # One crop around both masks: MONAI would make a dense copy of the whole grid for every figure.
     nonzero = (found | true).nonzero()
     low, high = nonzero.amin(dim=0), nonzero.amax(dim=0) + 1
@@ -117,6 +118,8 @@ def _measure(found: Tensor, true: Tensor, *, spacing_mm: Sequence[float], tolera
         # MONAI 1.6 passes this argument to itself and warns of it once per figure.
         warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
         dice = compute_dice(y_pred, y, include_background=True)
+        if tolerance_mm is None:
+            return Score(float(dice.item()), None, None, absent="none")
         hd95_mm = compute_hausdorff_distance(y_pred, y, include_background=True, percentile=95, spacing=spacing)
         nsd = compute_surface_dice(y_pred, y, [float(tolerance_mm)], include_background=True, spacing=spacing)
     figures = [float(figure.item()) for figure in (dice, hd95_mm, nsd)]

@@ -313,3 +313,19 @@ def test_a_model_of_the_centre_says_background_outside_it(tmp_path: Path) -> Non
     centre[32:64, 24:56] = True
     assert np.array_equal(found["centre"][..., 1, 0] == 1, centre)
     assert (found["whole"][2:, :, 1, 0] == 1).all()
+
+
+def test_the_largest_component_alone_is_kept_on_request(tmp_path: Path) -> None:
+    affine = np.diag([1.5, 1.5, 6.0, 1.0])
+    image = np.full((32, 32, 4), 100, np.int16)
+    image[4:14, 4:14, 1:3] = 1000
+    image[24:27, 24:27, 1:3] = 1000  # a second, smaller bright spot
+    write_nifti(tmp_path / "scan.nii.gz", image, affine)
+    volume = read_volume(tmp_path / "scan.nii.gz")
+    preparation = Preparation(spacing_mm=1.5, image_size=32)
+    whole, largest = (
+        predict_volume(Threshold(), volume, preparation=preparation, num_classes=2, largest_component=keep)
+        for keep in (False, True)
+    )
+    assert whole[25, 25, 1] == largest[8, 8, 1] == 1 and largest[25, 25, 1] == 0
+    assert np.array_equal(largest, np.where(np.indices(whole.shape)[0] < 20, whole, 0))

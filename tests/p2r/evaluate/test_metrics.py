@@ -135,6 +135,17 @@ def test_finding_nothing_in_one_patient_lowers_every_mean() -> None:
     assert summary.absent["RV"]["prediction"] == 1
 
 
+def test_dice_alone_is_the_same_dice() -> None:
+    rng = np.random.default_rng(0)
+    prediction, reference = (rng.integers(0, 2, (6, 6, 4)).astype(np.int16) for _ in range(2))
+    whole, alone = (score(prediction, reference, nsd_tolerance_mm=tolerance) for tolerance in (1.0, None))
+    assert alone == {name: Score(whole[name].dice, None, None, whole[name].absent) for name in whole}
+    assert alone["RV"].dice is not None
+    nothing = score(np.zeros_like(reference), reference, nsd_tolerance_mm=None)
+    assert nothing["RV"] == Score(0.0, None, None, absent="prediction")
+    assert summarise([("sub-1", alone)]).hd95_mm is None
+
+
 def test_frames_are_averaged_within_a_patient_before_patients_are() -> None:
     def of(dice: float) -> dict[str, Score]:
         return {"RV": Score(dice, 10 * dice, dice, "none")}
