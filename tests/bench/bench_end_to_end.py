@@ -5,7 +5,7 @@
     python tests/bench/bench_end_to_end.py --dimensions 3
 
 The corpus is that of `bench_stream.py` (int16 planes of virtual subjects with Rician noise, 1 x 1 x 2 mm, lz4), cut to
-planes or, in 3D, patches of 1.5 mm. One engine takes our step on the same batches in the same order: from memory, which
+planes or, in 3D, patches of 1.5 mm. One engine takes our step on the same batches in the same order: from memory (on a GPU: its own), which
 is the yardstick; from the local disk (its page cache) by `p2r.data.stream`; from object storage (SeaweedFS on loopback)
 with a cache that holds the shards already; and with an empty cache. There every turn is the first minute of a run: stream
 set up, shards fetched, batches taken, all counted. Elsewhere a turn counts after a few steps, so that nothing counts that
@@ -43,6 +43,7 @@ from p2r.config import PretrainConfig
 from p2r.data.batch import Batch
 from p2r.data.stream import Corpus, stream
 from p2r.engine.build import join_process_group
+from p2r.engine.feed import feed
 from p2r.engine.step import pretrain_step
 from p2r.report.canvas import headline, new_figure, to_png
 from p2r.storage import Storage
@@ -73,19 +74,20 @@ def in_memory(batches: list[Batch]) -> Batches:
     yield from cycle(batches)
 
 
-def streamed(corpus: Corpus, config: PretrainConfig, *, pin: bool, cache: Path | None = None) -> Batches:
-    """Yield a stream's batches from its beginning."""
+def streamed(corpus: Corpus, config: PretrainConfig, *, device: torch.device, cache: Path | None = None) -> Batches:
+    """Yield a stream's batches from its beginning, as a run is fed with them."""
     if cache is not None:
         os.environ["P2R_CACHE"] = str(cache)
     image, seed, batch = config.image, config.seed, config.global_batch
-    with contextlib.closing(stream(corpus, image=image, seed=seed, global_batch=batch, pin_memory=pin)) as source:
+    decoded = stream(corpus, image=image, seed=seed, global_batch=batch, pin_memory=device.type == "cuda")
+    with contextlib.closing(feed(decoded, device)) as source:
         yield from (batch for batch, _ in source)
 
 
-def with_empty_cache(corpus: Corpus, config: PretrainConfig, *, pin: bool, folder: Path) -> Batches:
+def with_empty_cache(corpus: Corpus, config: PretrainConfig, *, device: torch.device, folder: Path) -> Batches:
     """Yield a stream's batches that nothing has been fetched of."""
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        yield from streamed(corpus, config, pin=pin, cache=Path(cache))
+        yield from streamed(corpus, config, device=device, cache=Path(cache))
 
 
 def turn(
@@ -128,7 +130,7 @@ def refuse_others(start: Callable[[], Batches], held: list[Batch]) -> None:
     with contextlib.closing(start()) as batches:
         for number, (batch, expected) in enumerate(zip(islice(batches, len(held)), held, strict=True)):
             same = (batch.positions == expected.positions).all() and all(
-                torch.equal(group.voxels, other.voxels)
+                torch.equal(group.voxels.cpu(), other.voxels.cpu())
                 for group, other in zip(batch.groups, expected.groups, strict=True)
             )
             if not same:
@@ -146,8 +148,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Measure every contender; without `cores` for its server, nothing from object storage."""
     manifest = json.loads((folder / "lz4" / "manifest.json").read_text())
-    engine, device, pin = engine_of(config, setting.device), setting.device, setting.device.type == "cuda"
-    disk = partial(streamed, Corpus(Storage(str(folder / "lz4")), manifest), config, pin=pin)
+    engine, device = engine_of(config, setting.device), setting.device
+    disk = partial(streamed, Corpus(Storage(str(folder / "lz4")), manifest), config, device=device)
     with contextlib.closing(disk()) as batches:
         held = list(islice(batches, UNCOUNTED + num_steps))
     contenders: dict[str, Callable[[], Batches]] = {MEMORY: partial(in_memory, held), DISK: disk}
@@ -162,8 +164,8 @@ def measure(
             else:
                 corpus = Corpus(Storage(f"s3://{BUCKET}/{uploaded(folder / 'lz4')}"), manifest)
                 cache = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
-                contenders[CACHED] = partial(streamed, corpus, config, pin=pin, cache=cache)
-                contenders[COLD] = partial(with_empty_cache, corpus, config, pin=pin, folder=folder)
+                contenders[CACHED] = partial(streamed, corpus, config, device=device, cache=cache)
+                contenders[COLD] = partial(with_empty_cache, corpus, config, device=device, folder=folder)
                 rows |= {name: {"contender": name} for name in (CACHED, COLD)}
         for start in contenders.values():
             refuse_others(start, held)
