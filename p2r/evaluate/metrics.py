@@ -100,8 +100,8 @@ def score_volume(
         if in_prediction and in_reference:
             scores[name] = _measure(found, true, spacing_mm=spacing_mm, tolerance_mm=nsd_tolerance_mm)
         elif in_prediction or in_reference:
-            surfaces = (None, None) if nsd_tolerance_mm is None else (diagonal_mm, 0.0)
-            scores[name] = Score(0.0, *surfaces, absent="reference" if in_prediction else "prediction")
+            hd95_mm, nsd = (None, None) if nsd_tolerance_mm is None else (diagonal_mm, 0.0)
+            scores[name] = Score(0.0, hd95_mm, nsd, absent="reference" if in_prediction else "prediction")
         else:
             scores[name] = Score(None, None, None, absent="both")
     return scores
