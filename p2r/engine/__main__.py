@@ -102,6 +102,8 @@ def main() -> int:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a refused input")
     arguments = parser.parse_args()
+    if arguments.profile < 0:
+        parser.error(f"--profile must not be negative, got {arguments.profile}")
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
