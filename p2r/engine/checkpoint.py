@@ -45,9 +45,14 @@ def newest_checkpoint(storage: Storage) -> dict[str, Any] | None:
     return {**manifest, "path": manifests[-1].removesuffix("/manifest.json")}
 
 
+def path_of(step: int) -> str:
+    """Return where the checkpoint after a step lies below `<storage>/pretrain`."""
+    return f"checkpoints/step-{step:08d}"
+
+
 def save_checkpoint(
     engine: Any, storage: Storage, *, step: int, config: PretrainConfig, state: Mapping[str, Any], keep: int
-) -> str:
+) -> None:
     """Save the engine collectively; every rank calls this at the same step.
 
     Args:
@@ -57,11 +62,8 @@ def save_checkpoint(
         config: The run's configuration, kept in the manifest.
         state: JSON values that the next step depends on (stream state, running sums).
         keep: How many of the newest checkpoints survive.
-
-    Returns:
-        The checkpoint's path below `storage`.
     """
-    path = f"checkpoints/step-{step:08d}"
+    path = path_of(step)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     with tempfile.TemporaryDirectory(prefix="p2r-checkpoint-") as name:
         folder = Path(name)
@@ -93,7 +95,6 @@ def save_checkpoint(
         storage.write_json(f"{path}/manifest.json", manifest)
         _remove_old(storage, keep)
     distributed.barrier()
-    return path
 
 
 def load_checkpoint(engine: Any, storage: Storage, manifest: Mapping[str, Any], *, config: PretrainConfig) -> None:

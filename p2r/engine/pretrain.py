@@ -25,7 +25,13 @@ from p2r.counters import Counters
 from p2r.data.stream import Quarantine, Replaced, stream, stream_state
 from p2r.device import is_waited_for
 from p2r.engine.build import DTYPES, build_engine, join_process_group
-from p2r.engine.checkpoint import load_checkpoint, newest_checkpoint, refuse_other_config, save_checkpoint
+from p2r.engine.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    path_of,
+    refuse_other_config,
+    save_checkpoint,
+)
 from p2r.engine.compiling import compile_in_place, warm_up
 from p2r.engine.corpora import agreed_corpora
 from p2r.engine.feed import feed
@@ -213,19 +219,11 @@ def pretrain(
                 profiler.waited(batch.wait_s)
                 with clock.stopped():
                     profile = profiler.written(is_last=step == config.steps or timed_out) or profile
-            path, mean_loss, num_without_pairs = None, running.mean(), running.num_images_without_pairs
+            mean_loss, num_without_pairs = running.mean(), running.num_images_without_pairs
             if reports:
                 running.reset()
             if saves:
                 _refuse_lost_weights(engine, step)
-                path = save_checkpoint(
-                    engine,
-                    storage,
-                    step=step,
-                    config=config,
-                    keep=config.keep_checkpoints,
-                    state={"stream": state.to_dict(), "running": asdict(running)},
-                )
             if reports or saves:
                 seconds = clock.lap()
                 report = Report(
@@ -244,13 +242,23 @@ def pretrain(
                     num_images_without_pairs=num_without_pairs,
                     equivariance_error=_equivariance_error(taken),
                     resumed_from=resumed_from,
-                    checkpoint=path,
+                    checkpoint=path_of(step) if saves else None,
                     compiled=compiled,
                     profile=profile,
                 )
                 resumed_from = compiled = profile = None
+                # Before the checkpoint: whatever goes on from it finds the rows of all steps before.
                 history.add(report, flush=saves)
                 clock = _Clock()
+                if saves:
+                    save_checkpoint(
+                        engine,
+                        storage,
+                        step=step,
+                        config=config,
+                        keep=config.keep_checkpoints,
+                        state={"stream": state.to_dict(), "running": asdict(running)},
+                    )
                 yield report
             if timed_out:
                 return

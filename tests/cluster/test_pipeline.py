@@ -24,9 +24,17 @@ def _run(job: Job) -> tuple[dict[str, object], list[str]]:
     return run_job(job, RayExecutor(job), say=lines.append), lines
 
 
-def test_scans_become_a_report_and_running_again_repeats_nothing(job_file: Path) -> None:
+@pytest.fixture(scope="module")
+def first(job_file: Path, ray_cluster: None) -> tuple[dict[str, object], list[str]]:
+    """What the job made when it ran for the first time, and what it said."""
+    return _run(read_job(job_file))
+
+
+def test_scans_become_a_report_and_running_again_repeats_nothing(
+    job_file: Path, first: tuple[dict[str, object], list[str]]
+) -> None:
     job = read_job(job_file)
-    made, lines = _run(job)
+    made, lines = first
     storage = Path(job.storage)
     said = "\n".join(lines)
     assert "2 workers on CPU" in said
@@ -57,7 +65,8 @@ def test_scans_become_a_report_and_running_again_repeats_nothing(job_file: Path)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_another_number_of_workers_is_refused_before_any_is_started(job_file: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("first")
+def test_another_number_of_workers_is_refused_before_any_is_started(job_file: Path) -> None:
     job = read_job(job_file, ("kind=pretrain", "resources.num_workers=1", "pretrain.steps=6"))
     checkpoints = Path(job.storage) / "pretrain/checkpoints"
     newest = max(checkpoints.glob("step-*/manifest.json"))
