@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).parent.parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep together what shares something dear, where several processes test: a file its fixtures, all of Ray one cluster."""
     for item in items:
-        uses_ray = {"ray_cluster"} & set(getattr(item, "fixturenames", ())) or item.get_closest_marker("ray")
+        uses_ray = "ray_cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ray")
         item.add_marker(pytest.mark.xdist_group("ray" if uses_ray else str(item.path)))
 
 
