@@ -435,8 +435,9 @@ class LossConfig(Section):
     """Corresponding pixels drawn from each pair of views; N of a step is this times the global batch."""
     foreground_share: Fraction = 0.0
     """Part of these that is drawn among pixels brighter than their image's mean; the rest is drawn anywhere in the scan."""
-    negatives: Literal["global_batch", "micro_batch"] = "global_batch"
-    """With `micro_batch`: contrast the pixels of the whole step, which costs encoding twice, or of one micro-batch of all workers."""
+    negatives: Literal["global_batch", "micro_batch", "image"] = "global_batch"
+    """What a pixel is contrasted with. With a `micro_batch`, the pixels of the whole step cost encoding twice; micro_batch: those of
+    one micro-batch of all workers. image (InfoNCE only): those of its own image, so that other patients' same anatomy is no negative."""
     form: Literal["cross_view", "nt_xent"] = "nt_xent"
     """InfoNCE only: negatives from the other view (N x N), or from both without the diagonal (2N x 2N, as Pix2Rep)."""
     temperature: PositiveFloat = 0.2
@@ -451,6 +452,14 @@ class LossConfig(Section):
     """InfoNCE only: each worker holds the embeddings of all, or (slower) those of one other at a time, passed around a ring."""
     off_diagonal_weight: NonNegativeFloat = 0.005
     """Barlow Twins only: weight of the off-diagonal terms."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.negatives == "image" and self.name != "info_nce":
+            raise ValueError(f"negatives image needs name info_nce: {self.name} contrasts no pixels")
+        if self.negatives == "image" and self.exclude_within_mm == math.inf:
+            raise ValueError("negatives image and exclude_within_mm .inf leave no negatives: give a radius, or leave it out")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -538,7 +547,7 @@ class PretrainConfig(Section):
         """What each pixel is contrasted with, for reports."""
         if self.loss.negatives == "micro_batch" and self.micro_batch is not None:
             return f"of micro-batches only ({self.micro_batch} images of each worker)"
-        return "of the global batch"
+        return "of the same image" if self.loss.negatives == "image" else "of the global batch"
 
 
 class PublishConfig(Section):

@@ -24,7 +24,7 @@ from p2r.config import LossConfig, PretrainConfig
 from p2r.data.batch import Batch
 from p2r.device import on_device
 from p2r.engine.feed import Timed
-from p2r.loss import Findings, SameImage, barlow_twins, corresponding_points, info_nce
+from p2r.loss import Findings, SameImage, barlow_twins, corresponding_points, info_nce, info_nce_within_images
 from p2r.randomness import keyed_generator
 from p2r.views.geometric import apply_warp
 from p2r.views.pair import make_views
@@ -215,6 +215,19 @@ def pixel_pair_loss(
     if config.name == "barlow_twins":
         return barlow_twins(
             queries, keys, off_diagonal_weight=config.off_diagonal_weight, weights=weights, findings=findings
+        )
+    if config.negatives == "image":
+        return info_nce_within_images(
+            queries,
+            keys,
+            num_images=len(queries) // config.pixel_pairs_per_image,
+            temperature=temperature,
+            form=config.form,
+            decoupled=config.decoupled,
+            weights=weights,
+            position_mm=position_mm,
+            radius_mm=config.exclude_within_mm or 0.0,
+            findings=findings,
         )
     exclude = None
     if config.exclude_within_mm is not None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from p2r.errors import EmbeddingError
-from p2r.loss import SameImage, barlow_twins, info_nce
+from p2r.loss import SameImage, barlow_twins, info_nce, info_nce_within_images
 from p2r.loss.tiles import TILE
 
 PROCESSES = 4
@@ -89,6 +89,13 @@ def metadata(part: slice) -> SameImage:
     return SameImage((torch.arange(NUM) // 9)[part], position_mm[part], radius_mm=4.0)
 
 
+def within_images(a: Tensor, b: Tensor, *, num: int, group: Any) -> list[Tensor]:
+    """The loss of four images over all ranks, and the gradients of a rank's own rows for a reducer that adds."""
+    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+    loss = info_nce_within_images(a, b, num_images=num, temperature=0.1, group=group, gradient_scale="sum")
+    return [loss.detach(), *torch.autograd.grad(loss, (a, b))]
+
+
 def in_group(group: Any, world: int) -> dict[str, Any]:
     rank = dist.get_rank(group)
     results: dict[str, Any] = {}
@@ -112,6 +119,8 @@ def in_group(group: Any, world: int) -> dict[str, Any]:
             }
             if loss != "barlow_twins":
                 results[loss, unequal]["excluding"] = of_rows(LOSSES[loss], a, b, exclude=metadata(part), **options)
+    part = parts(NUM, world, unequal=False)[rank]
+    results["within images"] = within_images(*(x[part] for x in rows(NUM, torch.float64)), num=4 // world, group=group)
     for form in FORMS:
         part = parts(PROCESSES * TILE, world, unequal=False)[rank]
         a, b = (x[part] for x in rows(PROCESSES * TILE, torch.float32))
@@ -242,6 +251,16 @@ def test_negatives_are_excluded_across_ranks(ranks: list[Any], loss: str, world:
         part = parts(NUM, world, unequal=unequal)[rank % world]
         for ours, theirs in zip(results[world][loss, unequal]["excluding"], expected, strict=True):
             torch.testing.assert_close(ours, theirs[part], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_loss_within_images_is_the_mean_over_all_ranks_images(ranks: list[Any], world: int) -> None:
+    loss, *of_rows = within_images(*rows(NUM, torch.float64), num=4, group=None)
+    for rank in range(world):
+        found, *own = ranks[rank][world]["within images"]
+        torch.testing.assert_close(found, loss)
+        part = parts(NUM, world, unequal=False)[rank]
+        torch.testing.assert_close(own, [gradient[part] for gradient in of_rows])
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -1,0 +1,150 @@
+r"""Embeddings of pixel pairs -> InfoNCE within each image: a pixel is told apart from the other pixels of its own image alone.
+
+Across images, the same anatomy of two patients would be a negative of itself: false, and the more of them the larger the
+batch. Within an image, what tells pixels apart is where they lie in the anatomy, which patients share. The price are
+fewer negatives, and nothing that asks patients to be alike either.
+
+Candidates, forms and the decoupled variant are those of `info_nce`, of which this is the sum over images; as images have
+few pixels, similarities are held for one image at a time, in the backward pass again.
+
+Source: the local loss of Chaitanya et al. 2020 (negatives of the same image), arXiv:2006.10511.
+
+Shape letters: B images of this rank, n pixel pairs of each, E embedding channels, D spatial dimensions.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
+
+from p2r.loss.info_nce import Form
+from p2r.loss.ranks import (
+    Findings,
+    GradientScale,
+    agree,
+    all_reduce_sum,
+    own_gradient_factor,
+    postpones,
+    refuse_pair,
+    refuse_values,
+    refuse_weights,
+)
+
+_NEVER = -1e30  # of a similarity: finite, so that a pixel without negatives has a gradient of zero and not of NaN
+
+
+def info_nce_within_images(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    num_images: int,
+    temperature: float | Tensor,
+    form: Form = "cross_view",
+    decoupled: bool = False,
+    weights: Tensor | None = None,
+    position_mm: Tensor | None = None,
+    radius_mm: float = 0.0,
+    group: ProcessGroup | None = None,
+    gradient_scale: GradientScale = "mean",
+    findings: Findings | None = None,
+) -> Tensor:
+    """Contrast every pixel pair with the others of its image.
+
+    Args:
+        queries: (B * n, E) embeddings of pixels in view a, image after image; any length, normalised inside.
+        keys: (B * n, E) embeddings of the same places in view b.
+        num_images: B.
+        temperature: Width of the softmax over cosine similarities, > 0. A tensor of one element is learnt.
+        form: Which candidates an anchor has, see `p2r.loss.info_nce`.
+        decoupled: Leave the positive out of the denominator.
+        weights: (B * n,) of each pair in the mean, >= 0. A pair of weight 0 takes no part, not even as a negative.
+        position_mm: (B * n, D) where each pair lies in its image, mm; wanted where there is a radius.
+        radius_mm: Pixels at most this far apart are no negatives of one another.
+        group: Ranks over whose pairs the mean is taken.
+        gradient_scale: What the caller's reducer does with the ranks' gradients.
+        findings: Where to keep what is wrong with values on a device, instead of waiting for it.
+
+    Returns:
+        Scalar, nats: the mean over all ranks' pairs, the same on every rank. A pair without negatives costs nothing.
+
+    Raises:
+        ValueError: On every rank, if an argument on any rank breaks a rule.
+        EmbeddingError: On every rank, if embeddings on any are not finite or rows of zeros.
+    """
+    factor = own_gradient_factor(gradient_scale, group)
+    problem: ValueError | None = None
+    try:
+        if form not in ("cross_view", "nt_xent"):
+            raise ValueError(f"form must be cross_view or nt_xent, got {form!r}")
+        refuse_pair(queries=queries, keys=keys)
+        if num_images < 1 or len(queries) % num_images:
+            raise ValueError(f"{len(queries)} pixel pairs do not divide into {num_images} images")
+        if radius_mm and (position_mm is None or len(position_mm) != len(queries)):
+            raise ValueError("radius_mm needs position_mm, one for each pixel pair")
+        if weights is not None:
+            refuse_weights(weights, queries, findings)
+            # Rows of no weight may hold anything; of zeros they would have no direction.
+            queries, keys = (torch.where(weights[:, None] > 0, rows, 1.0) for rows in (queries, keys))
+        refuse_values(queries=queries, keys=keys, findings=findings)
+    except ValueError as error:
+        problem = error
+    if not postpones(findings, queries):
+        agree(problem, len(queries) if queries.ndim else 0, {}, device=queries.device, group=group)
+    elif problem is not None:
+        raise problem
+
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    with torch.autocast(queries.device.type, enabled=False):
+        rows = [F.normalize(tower.to(dtype), dim=1) for tower in (queries, keys)]
+        weight = torch.ones(len(queries), dtype=dtype, device=queries.device) if weights is None else weights.to(dtype)
+        by_image: list[Any] = [x.unflatten(0, (num_images, -1)) for x in (*rows, weight)]
+        by_image.append(position_mm.unflatten(0, (num_images, -1)) if radius_mm and position_mm is not None else None)
+        costs = [
+            checkpoint(
+                _cost,
+                *(None if part is None else part[number] for part in by_image),
+                1 / temperature,
+                form,
+                decoupled,
+                radius_mm,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            for number in range(num_images)
+        ]
+        own = torch.stack(costs).sum()
+        of_all, total_weight = all_reduce_sum(torch.stack([own.detach(), weight.sum()]), group)
+        total_weight = torch.where(total_weight > 0, total_weight, 1)  # of no pair at all, nothing is the mean
+        carried: Tensor = factor * own / total_weight
+        return carried + (of_all / total_weight - carried).detach()
+
+
+def _cost(
+    queries: Tensor,
+    keys: Tensor,
+    weights: Tensor,
+    position_mm: Tensor | None,
+    k: float | Tensor,
+    form: Form,
+    decoupled: bool,
+    radius_mm: float,
+) -> Tensor:
+    """(n, E), (n, E), (n,) of one image -> scalar: the weighted sum of half of what query and key of each pair cost."""
+    excluded = torch.eye(len(queries), dtype=torch.bool, device=queries.device) | (weights == 0)
+    if position_mm is not None:
+        excluded |= torch.cdist(position_mm, position_mm, compute_mode="donot_use_mm_for_euclid_dist") <= radius_mm
+    across = queries @ keys.T
+    positive = k * across.diagonal()
+    candidates = [across, across.T]  # of queries, of keys
+    if form == "nt_xent":
+        candidates = [torch.cat([across, queries @ queries.T], 1), torch.cat([across.T, keys @ keys.T], 1)]
+        excluded = excluded.repeat(1, 2)
+    cost = queries.new_zeros(())
+    for similarities in candidates:
+        x = torch.logsumexp((k * similarities).masked_fill(excluded, _NEVER), 1) - positive
+        losses = torch.where(x > _NEVER / 2, x, 0) if decoupled else torch.logaddexp(x, torch.zeros_like(x))
+        cost = cost + (weights * losses).sum() / 2
+    return cost

@@ -1,0 +1,86 @@
+"""InfoNCE within images against `info_nce` of one image at a time, which is tested against its definition."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from p2r.errors import EmbeddingError
+from p2r.loss import SameImage, info_nce, info_nce_within_images
+
+B, N, E = 3, 7, 5
+
+
+def rows(seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(B * N, E, generator=generator, dtype=torch.float64)
+    b = a + 0.7 * torch.randn(B * N, E, generator=generator, dtype=torch.float64)
+    return a.requires_grad_(), b.requires_grad_()
+
+
+def image_by_image(a: Tensor, b: Tensor, **options: Any) -> Tensor:
+    """The mean over images of `info_nce` of each: equal to the mean over pairs where all have equal weight."""
+    return torch.stack([info_nce(x, y, **options) for x, y in zip(a.split(N), b.split(N), strict=True)]).mean()
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("form", ["cross_view", "nt_xent"])
+def test_loss_and_gradient_are_the_mean_over_images(form: Any, decoupled: bool) -> None:
+    a, b = rows()
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    options = {"temperature": temperature, "form": form, "decoupled": decoupled}
+    found = info_nce_within_images(a, b, num_images=B, **options)
+    expected = image_by_image(a, b, **options)
+    torch.testing.assert_close(found, expected)
+    inputs = (a, b, temperature)
+    for ours, theirs in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_other_images_do_not_matter() -> None:
+    (a, b), (c, d) = rows(), rows(seed=1)
+    mixed = [torch.cat([x[:N], y[N:]]) for x, y in ((a, c), (b, d))]
+    (ours,), (others,) = (
+        torch.autograd.grad(info_nce_within_images(*pair, num_images=B, temperature=0.2), start)
+        for pair, start in (((a, b), [a]), (mixed, [a]))
+    )
+    torch.testing.assert_close(ours[:N], others[:N])
+
+
+def test_near_pixels_are_left_out_and_one_alone_costs_nothing() -> None:
+    a, b = rows()
+    position_mm = torch.arange(B * N, dtype=torch.float64)[:, None].expand(-1, 2) % N
+    within = SameImage(torch.zeros(N, dtype=torch.int64), position_mm[:N], radius_mm=3.0)
+    found = info_nce_within_images(
+        a, b, num_images=B, temperature=0.2, form="nt_xent", position_mm=position_mm, radius_mm=3.0
+    )
+    torch.testing.assert_close(found, image_by_image(a, b, temperature=0.2, form="nt_xent", exclude=within))
+    alone = info_nce_within_images(a, b, num_images=B, temperature=0.2, position_mm=position_mm, radius_mm=99.0)
+    assert alone == 0
+    assert not torch.autograd.grad(alone, a)[0].any()
+
+
+def test_a_pair_of_weight_zero_is_not_there() -> None:
+    a, b = rows()
+    weights = torch.ones(B * N, dtype=torch.float64)
+    weights[-N:] = 0
+    with torch.no_grad():
+        b[-1] = math.nan
+    found = info_nce_within_images(a, b, num_images=B, temperature=0.2, weights=weights)
+    expected = image_by_image(a[:-N], b[:-N], temperature=0.2)
+    torch.testing.assert_close(found, expected)
+    gradient = torch.autograd.grad(found, b)[0]
+    assert torch.isfinite(gradient).all()
+    assert not gradient[-N:].any()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    a, b = rows()
+    with pytest.raises(ValueError, match="21 pixel pairs do not divide into 4 images"):
+        info_nce_within_images(a, b, num_images=4, temperature=0.2)
+    with pytest.raises(ValueError, match="radius_mm needs position_mm"):
+        info_nce_within_images(a, b, num_images=B, temperature=0.2, radius_mm=2.0)
+    with pytest.raises(EmbeddingError, match="1 of 21 embeddings are not finite"):
+        info_nce_within_images(a, torch.where(torch.arange(B * N)[:, None] == 4, math.inf, b), num_images=B, temperature=0.2)
