@@ -221,7 +221,7 @@ def picture(rows: list[dict[str, Any]], subtitle: str) -> bytes:
         figure.add_axes((0.25, 0.3 / whole, 0.72, (whole - 1.3) / whole)),
         [row["contender"] for row in measured],
         [row["images_per_s"] for row in measured],
-        title="% of the same batches in memory",
+        title="images a second, and % of those with the same batches in memory",
         texts=[texts_of(row) for row in measured],
         colours=[OTHERS_COLOUR if row["contender"] == MEMORY else OURS_COLOUR for row in measured],
     )
