@@ -31,7 +31,17 @@ REPOSITORY = Path(__file__).parent.parent
 Use = Literal["p2r", "tests", "bench"]
 
 ALLOWED = {
-    *("Apache-2.0", "Apache-2.0 WITH LLVM-exception", "MIT", "MIT-0", "MIT-CMU", "BSD-2-Clause", "BSD-3-Clause", "0BSD", "ISC"),
+    *(
+        "Apache-2.0",
+        "Apache-2.0 WITH LLVM-exception",
+        "MIT",
+        "MIT-0",
+        "MIT-CMU",
+        "BSD-2-Clause",
+        "BSD-3-Clause",
+        "0BSD",
+        "ISC",
+    ),
     *("PSF-2.0", "Zlib", "BSL-1.0", "CC0-1.0"),
     "MPL-2.0",  # binds who changes its files: we use them as they are
     "LicenseRef-public-domain",
@@ -146,7 +156,9 @@ def all_rows(pins: Mapping[str, tuple[str, str]], known: Mapping[str, Row]) -> l
         else:
             missing.append(f"{spelled}=={version}")
     if missing:
-        raise ValueError(f"not installed at the pinned version, and without a row: {', '.join(missing)}; pip install them")
+        raise ValueError(
+            f"not installed at the pinned version, and without a row: {', '.join(missing)}; pip install them"
+        )
     return rows
 
 
@@ -179,7 +191,9 @@ def licence_of(distribution: importlib.metadata.Distribution) -> str:
     """Return what a distribution's metadata state, as an SPDX expression; `NOASSERTION` where nothing clear is said."""
     name = canonicalize_name(distribution.name)
     metadata = distribution.metadata
-    classifiers = {line.rpartition(" :: ")[2] for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")}
+    classifiers = {
+        line.rpartition(" :: ")[2] for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")
+    }
     stated = [READ.get(name), metadata.get("License-Expression"), metadata.get("License")]
     stated += classifiers if len(classifiers) == 1 else []
     for text in filter(None, stated):
@@ -254,7 +268,9 @@ def sbom(rows: Iterable[Row], needs: Mapping[str, list[str]], *, version: str) -
         )
         bom.components.add(components[name])
     asked = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
-    bom.register_dependency(root, [components[name] for name in sorted({_name(line) for line in asked} & components.keys())])
+    bom.register_dependency(
+        root, [components[name] for name in sorted({_name(line) for line in asked} & components.keys())]
+    )
     for name, component in components.items():
         bom.register_dependency(component, [components[need] for need in needs.get(name, []) if need in components])
     content = ",".join(sorted(component.bom_ref.value or "" for component in components.values()))

@@ -66,7 +66,9 @@ def test_jobs_begin_in_the_repository_and_may_end_in_order(dockerfile: str) -> N
 
 
 def test_the_healthcheck_is_a_program_that_fails_without_a_node(dockerfile: str) -> None:
-    command = json.loads(re.search(r"CMD (\[\"python\", \"-c\",.*?\"\])\n", dockerfile, re.DOTALL)[1].replace("\\\n", ""))  # type: ignore[index]
+    command = json.loads(
+        re.search(r"CMD (\[\"python\", \"-c\",.*?\"\])\n", dockerfile, re.DOTALL)[1].replace("\\\n", "")
+    )  # type: ignore[index]
     command[2] = command[2].replace("52365", "9")  # nobody listens there
     done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1

@@ -104,7 +104,10 @@ def test_every_object_of_an_overlay_is_valid(composed: dict[str, list[Object]], 
         (("spec", "rayClusterSpec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
         (("spec", "rayClusterSpec", "authOptions", "mode"), "disabled"),
         (("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "container"), []),
-        (("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "containers", 0, "securityContext", "root"), True),
+        (
+            ("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "containers", 0, "securityContext", "root"),
+            True,
+        ),
         (("spec", "submitterPodTemplate", "spec", "restartPolicy"), 1),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
@@ -148,6 +151,26 @@ def test_no_container_is_root_or_may_become_it_or_write_its_root(
                 mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
                 assert mounted <= {volume["name"] for volume in spec["volumes"]}
     assert count >= 3
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_object_store_fits_its_shared_memory_and_that_the_pod_s(
+    composed: dict[str, list[Object]], overlay: str
+) -> None:
+    gibi = {"Mi": 2**20, "Gi": 2**30}
+
+    def size(text: str) -> int:
+        return int(text[:-2]) * gibi[text[-2:]]
+
+    cluster = one(composed[overlay], "RayJob")["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        spec = group["template"]["spec"]
+        (shared,) = [volume["emptyDir"] for volume in spec["volumes"] if volume["name"] == "shm"]
+        store, limit = int(group["rayStartParams"]["object-store-memory"]), size(shared["sizeLimit"])
+        assert store < 0.75 * limit, "NCCL and the loader's processes use it too"
+        assert limit < 0.5 * size(spec["containers"][0]["resources"]["limits"]["memory"]), (
+            "it counts as the pod's memory"
+        )
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -204,7 +227,9 @@ def test_the_jobs_of_overlays_are_those_of_jobs(repository: Path, overlay: str, 
 def test_many_nodes_have_infiniband_and_its_names(composed: dict[str, list[Object]]) -> None:
     for overlay in ("many-nodes", "spot"):
         (group,) = one(composed[overlay], "RayJob")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-        assert any(name.startswith("rdma/") for name in group["template"]["spec"]["containers"][0]["resources"]["limits"])
+        assert any(
+            name.startswith("rdma/") for name in group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        )
         environment = one(composed[overlay], "ConfigMap", "p2r-environment")["data"]
         assert {"NCCL_IB_HCA", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "P2R_STORAGE"} <= environment.keys()
 
@@ -242,7 +267,9 @@ def test_policies_and_monitor_speak_of_pods_and_ports_that_exist(
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     ports = {port["containerPort"] for pod in pods for c in pod["spec"]["containers"] for port in c.get("ports", [])}
     assert {port["port"] for rule in policy["ingress"] for port in rule.get("ports", [])} <= ports
-    internet = [to for rule in policy["egress"] for to in rule["to"] if to.get("ipBlock", {}).get("cidr") == "0.0.0.0/0"]
+    internet = [
+        to for rule in policy["egress"] for to in rule["to"] if to.get("ipBlock", {}).get("cidr") == "0.0.0.0/0"
+    ]
     assert [to["ipBlock"]["except"] for to in internet] == [["169.254.0.0/16"]], "machines' metadata"
     monitor = one(composed[overlay], "PodMonitor")["spec"]
     assert monitor["selector"]["matchLabels"] == ours

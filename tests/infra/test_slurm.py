@@ -181,7 +181,7 @@ def test_a_queued_allocation_that_comes_back_submits_under_another_name(allocati
 
 def test_a_warning_before_the_job_has_begun_only_queues_it_again(allocation: Start) -> None:
     slurm = allocation("job.yaml", NUM_NODES="1", P2R_START_LIMIT_S="60")
-    (slurm.folder / "bin/ray").write_text(RAY.replace('sed \'s', 'exit 1; sed \'s'))
+    (slurm.folder / "bin/ray").write_text(RAY.replace("sed 's", "exit 1; sed 's"))
     slurm.wait_for("alive")
     slurm.process.send_signal(signal.SIGUSR1)
     status, said = slurm.end()
