@@ -8,9 +8,9 @@ chmod 700 "$folder"
 
 random() { od -An -tx1 -N32 /dev/urandom | tr -d ' \n'; }
 
-once() { # once FILE TEXT: whole, or not there
+once() { # once FILE TEXT: whole, or not there; without a line's end, which would be part of a password
     [ -s "$folder/$1" ] && return
-    printf '%s\n' "$2" >"$folder/$1.new"
+    printf '%s' "$2" >"$folder/$1.new"
     chmod 644 "$folder/$1.new"
     mv "$folder/$1.new" "$folder/$1"
 }

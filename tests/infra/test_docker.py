@@ -167,11 +167,27 @@ def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
 
 
 def test_grafana_is_given_its_source_and_its_dashboards(compose: dict[str, Any]) -> None:
-    (source,) = yaml.safe_load((DOCKER / "grafana/datasources/prometheus.yaml").read_text())["datasources"]
-    assert source["url"] == "http://prometheus:9090"
-    (provider,) = yaml.safe_load((DOCKER / "grafana/dashboards/p2r.yaml").read_text())["providers"]
-    targets = [mount.split(":")[1] for mount in compose["services"]["grafana"]["volumes"]]
-    assert provider["options"]["path"] in targets
+    grafana = compose["services"]["grafana"]
+    assert grafana["environment"]["P2R_PROMETHEUS_URL"] == "http://prometheus:9090"
+    targets = dict(mount.split(":")[:2] for mount in grafana["volumes"])
+    assert targets["../grafana/provisioning"] == "/etc/grafana/provisioning"
+    for path in (DOCKER.parent / "grafana/provisioning/dashboards").glob("*.y*ml"):
+        for provider in yaml.safe_load(path.read_text())["providers"]:
+            assert provider["options"]["path"] == targets["../grafana/dashboards"]
+
+
+def test_jobs_announce_their_metrics_where_prometheus_looks(compose: dict[str, Any], dockerfile: str) -> None:
+    folder = re.search(r"P2R_METRICS_FOLDER=(\S+)", dockerfile)[1]  # type: ignore[index]
+    config = yaml.safe_load((DOCKER / "prometheus/prometheus.yaml").read_text())
+    (p2r,) = [job for job in config["scrape_configs"] if job["job_name"] == "p2r"]
+    assert p2r["file_sd_configs"][0]["files"] == [f"{folder}/*.json"]
+    for name in ("head", "worker", "prometheus"):
+        assert any(mount.startswith(f"discovery:{folder}") for mount in compose["services"][name]["volumes"]), name
+    (ray,) = [job for job in config["scrape_configs"] if job["job_name"] == "ray"]
+    (names,) = ray["dns_sd_configs"]
+    assert set(names["names"]) <= compose["services"].keys()
+    for name in names["names"]:
+        assert f"--metrics-export-port={names['port']}" in compose["services"][name]["command"]
 
 
 def test_scripts_can_be_run() -> None:

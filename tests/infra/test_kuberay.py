@@ -265,16 +265,32 @@ def test_policies_and_monitor_speak_of_pods_and_ports_that_exist(
     policy = one(composed[overlay], "NetworkPolicy")["spec"]
     assert policy["podSelector"]["matchLabels"] == ours
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
-    ports = {port["containerPort"] for pod in pods for c in pod["spec"]["containers"] for port in c.get("ports", [])}
-    assert {port["port"] for rule in policy["ingress"] for port in rule.get("ports", [])} <= ports
+    ports = [port for pod in pods for c in pod["spec"]["containers"] for port in c.get("ports", [])]
+    for rule in policy["ingress"]:
+        for port in rule.get("ports", []):
+            assert any(port["port"] <= x["containerPort"] <= port.get("endPort", port["port"]) for x in ports)
     internet = [
         to for rule in policy["egress"] for to in rule["to"] if to.get("ipBlock", {}).get("cidr") == "0.0.0.0/0"
     ]
     assert [to["ipBlock"]["except"] for to in internet] == [["169.254.0.0/16"]], "machines' metadata"
     monitor = one(composed[overlay], "PodMonitor")["spec"]
     assert monitor["selector"]["matchLabels"] == ours
-    names = {port["name"] for pod in pods for c in pod["spec"]["containers"] for port in c.get("ports", [])}
-    assert {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]} <= names
+    scraped = {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]}
+    assert {x["name"] for x in ports if "metrics" in x["name"]} <= scraped
+    ray_pods = [pod for pod in pods if pod["spec"]["containers"][0]["name"].startswith("ray-")]
+    assert len(ray_pods) == 2
+    assert all(pod["metadata"]["annotations"] == {"prometheus.io/scrape": "true"} for pod in ray_pods)
+
+
+def test_every_process_of_training_has_a_port_that_is_scraped(composed: dict[str, list[Object]]) -> None:
+    for things in composed.values():
+        (group,) = one(things, "RayJob")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        (container,) = group["template"]["spec"]["containers"]
+        processes = int(container["resources"]["limits"].get("nvidia.com/gpu", group["rayStartParams"]["num-cpus"]))
+        ports = {x["containerPort"] for x in container["ports"] if x["name"].startswith("p2r-metrics-")}
+        assert ports == set(range(9400, 9400 + processes))
+        monitor = one(things, "PodMonitor")["spec"]["podMetricsEndpoints"]
+        assert {f"p2r-metrics-{i}" for i in range(processes)} <= {endpoint["port"] for endpoint in monitor}
 
 
 def test_the_cluster_can_be_kept_instead_of_the_job(tmp_path: Path, composed: dict[str, list[Object]]) -> None:
