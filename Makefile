@@ -2,6 +2,8 @@
 # make test      runs every check
 # make s3        runs a real S3 server on this machine, for jobs that want object storage
 # make install   only the environment
+# make licences  writes and checks infra/licences.csv; benchmarks' packages keep their rows where they are not installed
+# make sbom      writes build/p2r.cdx.json, a CycloneDX bill of materials
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 # Where bytecode is not kept, every process compiles torch and ray again: a quarter of a minute each, for nothing.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test s3 install
+.PHONY: demo test s3 install licences sbom
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -30,6 +32,12 @@ s3: $(VENV)/.installed-tests
 	$(BIN)/python infra/local/s3.py --folder $(S3_FOLDER) --port $(S3_PORT)
 
 install: $(VENV)/.installed
+
+licences: $(VENV)/.installed-tests
+	$(BIN)/python infra/supply_chain.py licences
+
+sbom: $(VENV)/.installed-tests
+	$(BIN)/python infra/supply_chain.py sbom build/p2r.cdx.json
 
 # --no-compile: Python compiles what is imported, when it is first imported; compiling all of torch and ray takes minutes.
 $(VENV)/.installed: pyproject.toml constraints.txt

