@@ -15,6 +15,7 @@ import typer
 from p2r.config import PretrainConfig
 from p2r.errors import InputError, JobError, P2RError, TrainingError
 from p2r.job import Job, json_schema, overrides_of, read_job
+from p2r.logs import configure, masked, reset, say, say_crash, say_error
 from p2r.storage import Storage
 
 app = typer.Typer(
@@ -84,10 +85,18 @@ def run(
     profile: Annotated[
         int, typer.Option(metavar="STEPS", min=0, help="Profile so many steps of pretraining, after a few.")
     ] = 0,
+    log_format: Annotated[
+        str | None,
+        typer.Option(
+            help="text, json, or auto: text on a terminal, JSON elsewhere; default: P2R_LOG_FORMAT, else auto."
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Run a job on Ray; running it again resumes it."""
+    configure(log_format)
     job = read_job(path, overrides_of(set_, allow_transductive=allow_transductive))
+    configure(log_format, run=job.name)
     made = _run_on_ray(job, address, profile_steps=profile, debug=debug)
     failed = made.pop("failed", [])
     _print_made(made)
@@ -104,7 +113,7 @@ def _run_on_ray(job: Any, address: str | None, *, profile_steps: int, debug: boo
     from p2r.engine.pipeline import run_job
 
     with session(address, show_worker_logs=debug):
-        return run_job(job, RayExecutor(job, profile_steps=profile_steps), say=_say)
+        return run_job(job, RayExecutor(job, profile_steps=profile_steps), say=say)
 
 
 @app.command()
@@ -193,7 +202,7 @@ def tune_batch(
 
     config = _pretrain_of(read_job(path, tuple(set_ or ())), path)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    found = tune(config, device=device, memory_gib=memory_gib, say=_say)
+    found = tune(config, device=device, memory_gib=memory_gib, say=say)
     _print_rows(
         ("images", "pairs per image", "peak MiB", "img/s"),
         [
@@ -357,24 +366,24 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except KeyboardInterrupt:
-        print("p2r: interrupted; run the same command again to go on from the newest checkpoint", file=sys.stderr)
+        say("p2r: interrupted; run the same command again to go on from the newest checkpoint")
         sys.exit(130)
     except P2RError as error:
         if "--debug" in sys.argv:
-            traceback.print_exc()
-        print(f"p2r: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+            print(masked(traceback.format_exc()), file=sys.stderr)
+        code = 2 if isinstance(error, InputError) else 1
+        say_error(error, code=code)
+        sys.exit(code)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except Exception as error:
-        if not hasattr(error, "format_message"):
-            raise
-        error.show()  # type: ignore[attr-defined]
-        sys.exit(2)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        if hasattr(error, "format_message"):
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        say_crash(error)
+        sys.exit(1)
+    finally:
+        reset()
 
 
 def _print_made(made: dict[str, Any]) -> None:

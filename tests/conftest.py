@@ -14,6 +14,7 @@ from tests.fault_proxy import FaultProxy
 
 # Before torch or Ray is imported: two cores are shared by everything.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["P2R_LOG_FORMAT"] = "text"  # what tests read is what people read
 os.environ["RAY_DEDUP_LOGS"] = "0"
 os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 (Ray spells it so)
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
