@@ -178,11 +178,38 @@ def verify(url: Annotated[str, typer.Argument(help="A corpus, backbone or model.
 
 
 @app.command()
-def status(path: JobPath, set_: Overrides = None, debug: Debug = False) -> None:
-    """Show how far a job has come, from its storage alone."""
-    from cluster.status import show
+def status(
+    job_or_url: Annotated[str, typer.Argument(metavar="JOB-or-URL", help="A job file, or the storage of a run.")],
+    set_: Overrides = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until Ctrl-C.")] = False,
+    web: Annotated[bool, typer.Option("--web", help="Serve a page that shows it live, until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(help="Of the page; 0: any that is free.")] = 8321,
+    host: Annotated[
+        str, typer.Option(help="Address that the page listens at; any but loopback asks for a token.")
+    ] = "127.0.0.1",
+    json_: Annotated[bool, typer.Option("--json", help="Print what the page shows as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show how a run is doing, from its storage alone: from any machine, while it runs or after it died."""
+    from cluster.status import Reader, target_of
 
-    show(read_job(path, tuple(set_ or ())))
+    if watch + web + json_ > 1:
+        raise InputError("--watch, --web and --json exclude one another: give one of them")
+    name, storage = target_of(job_or_url, tuple(set_ or ()))
+    reader = Reader(name, storage)
+    if web:
+        from cluster.status_server import serve
+
+        serve(reader, host=host, port=port, is_local=storage.is_local)
+        return
+    if json_:
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(reader.read()), indent=2, allow_nan=False))
+        return
+    from cluster.status_terminal import show, watch_run
+
+    (watch_run if watch else show)(reader)
 
 
 @app.command(name="tune-batch")
