@@ -15,6 +15,7 @@ import re
 import statistics
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -329,9 +330,10 @@ class Reader:
     def _sweep(self) -> Sweep:
         names = [name for name in self._storage.list("finetune") if _TRIAL.fullmatch(name)]
         new = [name for name in names if name not in self._trials]
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="p2r-status") as pool:
-            for name, trial in zip(new, pool.map(self._trial, new[:_TRIALS_AT_ONCE]), strict=False):
-                self._trials[name] = trial
+        if new:
+            with ThreadPoolExecutor(_THREADS, thread_name_prefix="p2r-status") as pool:
+                for name, trial in zip(new, pool.map(self._trial, new[:_TRIALS_AT_ONCE]), strict=False):
+                    self._trials[name] = trial
         trials = [trial for name in names if (trial := self._trials.get(name)) is not None]
         bad = sum(name in self._trials and self._trials[name] is None for name in names)
         if bad:
@@ -496,7 +498,7 @@ class _History(_Lines):
         self.series: dict[str, tuple[array[int], array[float]]] = {}
         self.resumed: list[dict[str, int]] = []
         self._newest: dict[str, Any] = {}
-        self._gaps: list[int] = []
+        self._gaps: deque[int] = deque(maxlen=20)
 
     def training(self) -> Training | None:
         """Return how pretraining is doing; None before the first report."""
@@ -540,7 +542,7 @@ class _History(_Lines):
             self.resumed.append({"step": step, "from": resumed_from})
         before = _step(self._newest)
         if before is not None and step > before:
-            self._gaps = [*self._gaps[-20:], step - before]
+            self._gaps.append(step - before)
         self._newest = row
         return True
 

@@ -62,7 +62,7 @@ _MAX_CONNECTIONS = 256
 _SOCKET_TIMEOUT_S, _DEADLINE_S = 5.0, 15.0
 _LOCAL_PAUSE_S, _REMOTE_PAUSE_S = 0.4, 0.8
 """Between two looks at the storage, while somebody looks at the page."""
-_DEMAND_S = 5.0
+_DEMAND_S, _FIRST_S = 5.0, 1.0
 _CACHE_BYTES = 2**26
 _PICTURES_AT_ONCE = 4
 
@@ -90,12 +90,24 @@ class Feed:
         self._answer = _answer(self._status, None)
         self._pictures: OrderedDict[tuple[str, str], bytes] = OrderedDict()
         self._lock, self._few = threading.Lock(), threading.Semaphore(_PICTURES_AT_ONCE)
+        self._fresh = threading.Event()
+        self._is_closed = False
         threading.Thread(target=self._run, name="p2r-status", daemon=True).start()
+
+    def close(self) -> None:
+        """Read no more."""
+        self._is_closed = True
+        self._asked.set()
 
     def answer(self) -> tuple[Answer, float]:
         """Return the newest status, and how many seconds ago it was read."""
+        is_first = time.monotonic() - self._asked_at > _DEMAND_S
+        if is_first:  # nobody has looked for a while: what is known may be old
+            self._fresh.clear()
         self._asked_at = time.monotonic()
         self._asked.set()
+        if is_first:
+            self._fresh.wait(_FIRST_S)
         return self._answer, time.monotonic() - self._read_at
 
     def picture(self, path: str) -> tuple[bytes, str] | None:
@@ -120,6 +132,8 @@ class Feed:
     def _run(self) -> None:
         while True:
             self._asked.wait()
+            if self._is_closed:
+                return
             if time.monotonic() - self._asked_at > _DEMAND_S:
                 self._asked.clear()
                 continue
@@ -132,6 +146,7 @@ class Feed:
             except Exception as error:  # a thread that died would leave a page that looks alive
                 trouble = masked(f"the status cannot be read: {type(error).__name__}: {error}")
             self._answer = _answer(self._status, trouble, before=self._answer)
+            self._fresh.set()
             time.sleep(self._pause_s)
 
 
@@ -177,6 +192,11 @@ class StatusServer(ThreadingHTTPServer):
         except OverflowError:
             raise InputError(f"--port must be between 0 and 65535, got {port}") from None
         self.cookie = f"p2r-{self.server_port}"
+
+    def server_close(self) -> None:
+        """Stop listening, and reading."""
+        super().server_close()
+        self.feed.close()
 
     @property
     def page_url(self) -> str:

@@ -48,7 +48,7 @@ function number(value, digits = 3) {
   if (size < 1e-3) return value.toExponential(1);
   return String(Number(value.toPrecision(size >= 100 ? 4 : digits)));
 }
-const percent = (value) => (value === null || value === undefined ? "–" : value > 0 && value < 0.0005 ? "< 0.1 %" : `${number(100 * value, 2)} %`);
+const percent = (value) => (value === null || value === undefined ? "–" : value > 0 && value < 0.0005 ? "< 0.1 %" : `${number(100 * value)} %`);
 const dice = (value) => (value === null || value === undefined ? "–" : value.toFixed(3));
 
 function seconds(value) {
@@ -244,7 +244,7 @@ const SECTIONS = {
   stages: [(s) => [s.stages, s.url], (s) => byId("stages").replaceChildren(...s.stages.map((stage) => el("li", { class: stage.text ? "has" : "" }, el("b", {}, stage.name), stage.text ? below(stage.text, s) : "–")))],
   notes: [(s, trouble) => [s.url, s.problems, s.failed, trouble], (s, trouble) => {
     const lines = [...(trouble ? [trouble] : []), ...s.problems.map((line) => below(line, s))];
-    if (s.failed.length) lines.push(`${s.failed.length} trials failed: ` + s.failed.slice(0, 3).map((one) => `${one.trial} (${one.reason})`).join("; "));
+    if (s.failed.length) lines.push(`${s.failed.length} ${s.failed.length === 1 ? "trial" : "trials"} failed: ` + s.failed.slice(0, 3).map((one) => `${one.trial} (${one.reason})`).join("; "));
     byId("notes").replaceChildren(...lines.map((line) => el("p", { class: "note", role: "note" }, line)));
   }],
   figures: [(s) => [s.training, s.faults.length, s.resumed.length], (s) => {
@@ -261,7 +261,7 @@ const SECTIONS = {
     if (last.skipped_steps) cards.push(["skipped steps", number(last.skipped_steps), "not finite"]);
     if (last.num_replaced) cards.push(["damaged samples", number(last.num_replaced), "replaced"]);
     if (has("memory_mib")) cards.push(["memory", bytes(last.memory_mib * 2 ** 20), "peak of a worker"]);
-    cards.push(["faults", String(s.faults.length), s.resumed.length ? `resumed ${s.resumed.length} times` : "never resumed"]);
+    cards.push(["faults", String(s.faults.length), s.resumed.length ? `resumed ${s.resumed.length === 1 ? "once" : `${s.resumed.length} times`}` : "never resumed"]);
     byId("figures").replaceChildren(el("dl", { class: "cards" }, cards.map(([what, value, detail]) => el("div", { class: "card" }, el("dt", {}, what), el("dd", { class: "value" }, value), el("dd", { class: "detail" }, detail)))));
   }],
   loss: [(s) => [s.series.loss, s.resumed, s.faults, s.checkpoints], (s) => charts("loss", "Pretraining", [["Loss", "", [["loss"]], { marks: true }]], s, 280)],
