@@ -60,7 +60,7 @@ _FILES = {
 }
 _MAX_CONNECTIONS = 256
 _SOCKET_TIMEOUT_S, _DEADLINE_S = 5.0, 15.0
-_LOCAL_PAUSE_S, _REMOTE_PAUSE_S = 0.4, 0.8
+_LOCAL_PAUSE_S, _REMOTE_PAUSE_S = 0.3, 0.8
 """Between two looks at the storage, while somebody looks at the page."""
 _DEMAND_S, _FIRST_S = 5.0, 1.0
 _CACHE_BYTES = 2**26

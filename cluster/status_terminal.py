@@ -21,7 +21,7 @@ from p2r.errors import StorageError
 _REFRESH_S = 1.0
 _CURVE_ROWS = 8
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_SPARK_WIDTH = 32
+_MAX_SPARK, _BESIDE_SPARK = 32, 34
 _MAX_FAULTS, _MAX_CHECKPOINTS = 5, 3
 _STYLES = {"running": "bold green", "done": "bold green", "silent": "bold yellow"}
 _FIGURES = (
@@ -138,7 +138,9 @@ def view(status: Status, *, width: int, trouble: str | None = None) -> Renderabl
     parts: list[RenderableType] = [_head(status)]
     if status.training is not None:
         training = status.training
-        bar = ProgressBar(total=max(1, training.num_steps), completed=training.step, width=width - 24)
+        bar = ProgressBar(
+            total=max(1, training.num_steps), completed=training.step, width=width - 24, complete_style="cyan"
+        )
         count = f"  {training.step:,} of {training.num_steps:,}"
         parts.append(_grid([(bar, Text(count, style="dim"))]))
     parts += [Text(f"! {one}", style="yellow") for one in map(_clean, filter(None, (trouble, *status.problems)))]
@@ -241,10 +243,12 @@ def _figures(status: Status, width: int) -> Table | None:
     training = status.training
     if training is None:
         return None
+    across = 1 if width < 90 else 2
+    room = max(8, min(_MAX_SPARK, width // across - _BESIDE_SPARK))
     rows = []
     for name, title, layout in _FIGURES:
         if name in training.last and (name != "skipped_steps" or training.last[name]):
-            spark = _spark([value for _, value in status.series.get(name, [])])
+            spark = _spark([value for _, value in status.series.get(name, [])], room)
             rows.append(
                 (
                     Text(title, style="dim"),
@@ -252,7 +256,7 @@ def _figures(status: Status, width: int) -> Table | None:
                     Text(spark, style="cyan"),
                 )
             )
-    if width < 100:
+    if across == 1:
         return _grid(rows, gap=2)
     half = (len(rows) + 1) // 2
     blank = (Text(), Text(), Text())
@@ -261,11 +265,11 @@ def _figures(status: Status, width: int) -> Table | None:
     )
 
 
-def _spark(values: Sequence[float]) -> str:
-    """Return means of equal parts of the values as bars."""
+def _spark(values: Sequence[float], most: int) -> str:
+    """Return means of equal parts of the values as at most so many bars."""
     if len(values) < 2:
         return ""
-    width = min(_SPARK_WIDTH, len(values))
+    width = min(most, len(values))
     parts = [values[len(values) * i // width : len(values) * (i + 1) // width] for i in range(width)]
     means = [sum(part) / len(part) for part in parts]
     low, high = min(means), max(means)

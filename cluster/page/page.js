@@ -1,7 +1,7 @@
 // status.json -> the page. Whatever comes from a run becomes text by textContent; nothing here makes markup of it.
 "use strict";
 
-const POLL_MS = 900, HIDDEN_POLL_MS = 10000;
+const POLL_MS = 700, HIDDEN_POLL_MS = 10000;
 const MODES = { scratch: ["from scratch", 4], linear_probe: ["linear probe", 1], fine_tune: ["fine-tuned", 0], mean_teacher: ["mean teacher", 2], prototype: ["prototype", 3] };
 
 // name, unit, [[series, label]...], further: from (the axis begins there), percent, note
@@ -123,7 +123,7 @@ function picture(lines, all, width, height, more, status, name, shown, tell) {
     svg.append(el("line", { class: "grid", x1: left, x2: width - right, y1: y(mark), y2: y(mark) }));
     svg.append(el("text", { x: left - 6, y: y(mark) + 4, "text-anchor": "end" }, label(mark)));
   }
-  for (const mark of ticks(first, last, Math.max(1, Math.floor(width / 110))).filter((one) => Number.isInteger(one)))
+  for (const mark of ticks(first, last, Math.max(1, Math.floor(width / 80))).filter((one) => Number.isInteger(one)))
     svg.append(el("text", { x: x(mark), y: height - 6, "text-anchor": x(mark) > width - 24 ? "end" : x(mark) < left + 8 ? "start" : "middle" }, mark.toLocaleString("en")));
   for (const one of status.resumed.filter((one) => one.from >= first && one.from <= last)) {
     const mark = el("line", { class: "resumed", x1: x(one.from), x2: x(one.from), y1: top - 4, y2: height - bottom });
