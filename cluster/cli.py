@@ -15,6 +15,7 @@ import typer
 from p2r.config import PretrainConfig
 from p2r.errors import InputError, JobError, P2RError, TrainingError
 from p2r.job import Job, json_schema, overrides_of, read_job
+from p2r.logs import configure, masked, reset, say, say_crash, say_error
 from p2r.storage import Storage
 
 app = typer.Typer(
@@ -84,10 +85,18 @@ def run(
     profile: Annotated[
         int, typer.Option(metavar="STEPS", min=0, help="Profile so many steps of pretraining, after a few.")
     ] = 0,
+    log_format: Annotated[
+        str | None,
+        typer.Option(
+            help="text, json, or auto: text on a terminal, JSON elsewhere; default: P2R_LOG_FORMAT, else auto."
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Run a job on Ray; running it again resumes it."""
+    configure(log_format)
     job = read_job(path, overrides_of(set_, allow_transductive=allow_transductive))
+    configure(log_format, run=job.name)
     made = _run_on_ray(job, address, profile_steps=profile, debug=debug)
     failed = made.pop("failed", [])
     _print_made(made)
@@ -104,7 +113,7 @@ def _run_on_ray(job: Any, address: str | None, *, profile_steps: int, debug: boo
     from p2r.engine.pipeline import run_job
 
     with session(address, show_worker_logs=debug):
-        return run_job(job, RayExecutor(job, profile_steps=profile_steps), say=_say)
+        return run_job(job, RayExecutor(job, profile_steps=profile_steps), say=say)
 
 
 @app.command()
@@ -169,11 +178,38 @@ def verify(url: Annotated[str, typer.Argument(help="A corpus, backbone or model.
 
 
 @app.command()
-def status(path: JobPath, set_: Overrides = None, debug: Debug = False) -> None:
-    """Show how far a job has come, from its storage alone."""
-    from cluster.status import show
+def status(
+    job_or_url: Annotated[str, typer.Argument(metavar="JOB-or-URL", help="A job file, or the storage of a run.")],
+    set_: Overrides = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until Ctrl-C.")] = False,
+    web: Annotated[bool, typer.Option("--web", help="Serve a page that shows it live, until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(help="Of the page; 0: any that is free.")] = 8321,
+    host: Annotated[
+        str, typer.Option(help="Address that the page listens at; any but loopback asks for a token.")
+    ] = "127.0.0.1",
+    json_: Annotated[bool, typer.Option("--json", help="Print what the page shows as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show how a run is doing, from its storage alone: from any machine, while it runs or after it died."""
+    from cluster.status import Reader, target_of
 
-    show(read_job(path, tuple(set_ or ())))
+    if watch + web + json_ > 1:
+        raise InputError("--watch, --web and --json exclude one another: give one of them")
+    name, storage = target_of(job_or_url, tuple(set_ or ()))
+    reader = Reader(name, storage)
+    if web:
+        from cluster.status_server import serve
+
+        serve(reader, host=host, port=port, is_local=storage.is_local)
+        return
+    if json_:
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(reader.read()), indent=2, allow_nan=False))
+        return
+    from cluster.status_terminal import show, watch_run
+
+    (watch_run if watch else show)(reader)
 
 
 @app.command(name="tune-batch")
@@ -193,7 +229,7 @@ def tune_batch(
 
     config = _pretrain_of(read_job(path, tuple(set_ or ())), path)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    found = tune(config, device=device, memory_gib=memory_gib, say=_say)
+    found = tune(config, device=device, memory_gib=memory_gib, say=say)
     _print_rows(
         ("images", "pairs per image", "peak MiB", "img/s"),
         [
@@ -357,24 +393,24 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except KeyboardInterrupt:
-        print("p2r: interrupted; run the same command again to go on from the newest checkpoint", file=sys.stderr)
+        say("p2r: interrupted; run the same command again to go on from the newest checkpoint")
         sys.exit(130)
     except P2RError as error:
         if "--debug" in sys.argv:
-            traceback.print_exc()
-        print(f"p2r: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+            print(masked(traceback.format_exc()), file=sys.stderr)
+        code = 2 if isinstance(error, InputError) else 1
+        say_error(error, code=code)
+        sys.exit(code)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except Exception as error:
-        if not hasattr(error, "format_message"):
-            raise
-        error.show()  # type: ignore[attr-defined]
-        sys.exit(2)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        if hasattr(error, "format_message"):
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        say_crash(error)
+        sys.exit(1)
+    finally:
+        reset()
 
 
 def _print_made(made: dict[str, Any]) -> None:

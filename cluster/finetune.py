@@ -30,6 +30,7 @@ from p2r.errors import DataError, JobError
 from p2r.evaluate.protocol import Trial, numbers_of, search_trial, space_of
 from p2r.evaluate.tasks import load_task
 from p2r.job import Resources
+from p2r.logs import Line
 from p2r.storage import Storage, json_bytes
 
 _ASHA = ("asha", "async_hyperband", "asynchyperband")
@@ -205,11 +206,12 @@ def _trial(setup: TrialSetup, trial: Trial, *, queue: Any) -> None:
         tune.report({"validation_dice": 0.0, "refused": str(error)})
         return
     dice, row = result["validation"]["dice_mean"], result.get("row")
-    queue.put(
+    text = (
         f"{trial.id} | validation Dice {'none' if dice is None else f'{dice:.3f}'}"
         + (f" | test Dice {row['dice_mean']:.3f}" if row and row["split"] == "test" and row["dice_mean"] else "")
         + f" | {result['seconds']:.0f} s"
     )
+    queue.put(Line(text, trial=trial.id, validation_dice=dice, seconds=result["seconds"]))
     tune.report({"validation_dice": dice or 0.0, "step": trial.settings.steps or 0})
 
 

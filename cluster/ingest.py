@@ -9,6 +9,7 @@ from cluster.progress import Say
 from p2r.config import IngestConfig
 from p2r.data.corpus import Built, ShardPlan, build_shard, report_progress
 from p2r.data.corpus import ingest as ingest_by
+from p2r.logs import within
 from p2r.storage import Storage
 
 
@@ -23,8 +24,7 @@ def ingest(
 ) -> None:
     """Make or grow the corpus at `storage`; a task that dies is run again and writes the same bytes."""
 
-    def say_ingest(line: str) -> None:
-        say(f"ingest | {line}")
+    say_ingest = within(say, "ingest")
 
     def build_all(plans: Sequence[ShardPlan]) -> Generator[tuple[ShardPlan, Built], None, None]:
         return _build_all(plans, config, storage, cpus_per_task=cpus_per_task, retries=retries)

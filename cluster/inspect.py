@@ -39,15 +39,15 @@ def corpus_tables(storage: Storage) -> list[Table]:
     manifest = load_manifest(storage)
     facts = Table(title=storage.url, title_justify="left", show_header=False)
     for name, text in facts_of(manifest):
-        facts.add_row(name, _plain(text))
+        facts.add_row(name, plain(text))
     ranges = Table("", "axis", "smallest", "median", "largest", title="Accepted scans", title_justify="left")
     for row in ranges_of(manifest):
         ranges.add_row(*row)
     reasons = Table("inputs", "", title="What became of every input", title_justify="left")
     for reason, count in manifest["reasons"].items():
-        reasons.add_row(f"{count:,}", _plain(reason))
+        reasons.add_row(f"{count:,}", plain(reason))
     for name, count in manifest["summary"]["dtypes"].items():
-        reasons.add_row(f"{count:,}", _plain(f"stored as {name}"))
+        reasons.add_row(f"{count:,}", plain(f"stored as {name}"))
     revisions = Table("revision", "scans", "shards", "sha256", title="Revisions", title_justify="left")
     for sha256, older in _revisions(storage, manifest):
         revisions.add_row(str(older["revision"]), f"{older['num_records']:,}", f"{len(older['shards']):,}", sha256)
@@ -62,7 +62,7 @@ def _revisions(storage: Storage, manifest: Manifest) -> list[tuple[str, Manifest
     return found
 
 
-def _plain(text: str) -> Text:
+def plain(text: str) -> Text:
     """Return text that neither rich nor the terminal takes for a command."""
     return Text("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
 

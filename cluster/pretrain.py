@@ -2,6 +2,7 @@
 
 import os
 import time
+import uuid
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from p2r.engine.checkpoint import newest_checkpoint, refuse_other_config
 from p2r.engine.corpora import corpora_of
 from p2r.errors import CheckpointError, InputError, TrainingError
 from p2r.job import Resources
+from p2r.logs import Line, configure
 from p2r.storage import Storage
 
 
@@ -91,10 +93,13 @@ def ray_folder(storage: Storage) -> str:
 
 def _worker(settings: dict[str, Any]) -> None:
     # Imported here: the driver has no use for DeepSpeed.
+    from p2r.engine.lines import report_lines
     from p2r.engine.pretrain import pretrain as run
     from p2r.engine.profile import profile_text
 
     context = ray.train.get_context()
+    group = uuid.uuid4().hex
+    configure(rank=context.get_world_rank())
     device = ray.train.torch.get_device()
     # Ray sets the number of threads by CPUs of the worker; torch reads it when it is imported, which may have been before.
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
@@ -108,9 +113,8 @@ def _worker(settings: dict[str, Any]) -> None:
     )
     for report in reports:
         if context.get_world_rank() == 0:
-            if report.resumed_from is not None:
-                settings["queue"].put(f"pretrain | resumed from step {report.resumed_from}")
-            settings["queue"].put(f"pretrain | {report.line()}")
+            for line in report_lines(report):
+                settings["queue"].put(Line(line, group=group))
             if report.profile is not None:
                 settings["queue"].put(profile_text(storage))
         ray.train.report({"step": report.step, "loss": report.loss})

@@ -1,12 +1,17 @@
-"""Lines of progress from workers to the driver's terminal, in order and without Ray's prefixes."""
+"""Lines of progress from workers to the driver's log, in order and without Ray's prefixes.
+
+A line may say which group of workers it comes from (field `group`). The driver sees groups one after the other, each a new
+attempt, and replaces the name by the attempt's number: workers that have just been started cannot know it.
+"""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ray.util.queue import Empty, Queue
 
-Say = Callable[[str], None]
+from p2r.logs import Line, fields_of
+from p2r.logs import Say as Say
 
 
 @contextmanager
@@ -14,11 +19,12 @@ def relay(say: Say) -> Iterator[Queue]:
     """Give a queue that workers `put` lines into; a thread hands them to `say` until the block ends."""
     queue = Queue(actor_options={"num_cpus": 0})
     ended = threading.Event()
+    groups: list[str] = []
 
     def pump() -> None:
         while True:
             try:
-                say(queue.get(timeout=0.5))
+                say(_with_attempt(queue.get(timeout=0.5), groups))
             except Empty:
                 if ended.is_set():
                     return
@@ -31,3 +37,14 @@ def relay(say: Say) -> Iterator[Queue]:
         ended.set()
         thread.join(timeout=10)
         queue.shutdown(force=True)
+
+
+def _with_attempt(line: str, groups: list[str]) -> str:
+    """Return the line with the number of its group among those seen so far, from 1."""
+    fields = dict(fields_of(line))
+    group = fields.pop("group", None)
+    if group is None:
+        return line
+    if group not in groups:
+        groups.append(group)
+    return Line(str(line), **{**fields, "attempt": groups.index(group) + 1})

@@ -9,6 +9,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.session import forwarded_environment
 from p2r.errors import JobError, TrainingError
+from p2r.logs import as_text, masked
 
 _IGNORED = [".venv", ".git", "runs", "*.nii", "*.nii.gz", "*.tar", "*.safetensors"]
 
@@ -40,5 +41,10 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None) -> No
 
 
 async def _follow(client: JobSubmissionClient, submission: str) -> None:
+    unfinished = ""
     async for lines in client.tail_job_logs(submission):
-        print(lines, end="", file=sys.stderr, flush=True)
+        *whole, unfinished = (unfinished + lines).split("\n")
+        for line in whole:
+            print(as_text(line) if sys.stderr.isatty() else masked(line), file=sys.stderr, flush=True)
+    if unfinished:
+        print(masked(unfinished), file=sys.stderr, flush=True)

@@ -58,6 +58,8 @@ class ObjectFacts(NamedTuple):
     num_bytes: int
     etag: str
     metadata: dict[str, str]
+    modified_s: float
+    """Seconds since 1970, by the server's clock."""
 
 
 class S3:
@@ -90,7 +92,8 @@ class S3:
                 if status_of(error) == 404:  # a HEAD has no body that could tell a missing bucket from a missing object
                     return None
                 raise
-        return ObjectFacts(answer["ContentLength"], answer["ETag"], answer.get("Metadata", {}))
+        modified_s = answer["LastModified"].timestamp()
+        return ObjectFacts(answer["ContentLength"], answer["ETag"], answer.get("Metadata", {}), modified_s)
 
     def read(self, key: str) -> tuple[bytes, str] | None:
         """Return an object's content and ETag; None if it is absent. Checked, if the bucket knows its CRC-32."""

@@ -13,12 +13,13 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from urllib.parse import urlparse
 
 from p2r.cache import cache_folder as cache_folder
@@ -34,6 +35,16 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 2**20
 _DELETE_THREADS = 8
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class FileFacts(NamedTuple):
+    """What a storage knows of a file without reading it."""
+
+    num_bytes: int
+    version: str
+    """Another text when the content is another."""
+    modified_s: float
+    """When it was written: seconds since 1970, by the clock of the file system or the server."""
 
 
 def normalise_url(url: str) -> str:
@@ -209,15 +220,25 @@ class Storage:
 
     def version(self, path: str) -> tuple[int, str]:
         """Return the size of `path`, and what is another text when its content is another."""
-        full = self._full(path)
-        if self._s3 is None:
-            with _explained("read", self.at(path)):
-                facts = Path(full).stat()
-            return facts.st_size, str(facts.st_mtime_ns)
-        head = self._s3.head(full)
-        if head is None:
+        facts = self.facts(path)
+        if facts is None:
             raise StorageError(f"{self.at(path)} does not exist")
-        return head.num_bytes, head.etag
+        return facts.num_bytes, facts.version
+
+    def facts(self, path: str) -> FileFacts | None:
+        """Return what is known of the file `path` without reading it; None if it is absent."""
+        full = self._full(path)
+        if self._s3 is not None:
+            head = self._s3.head(full)
+            return None if head is None else FileFacts(head.num_bytes, head.etag, head.modified_s)
+        with _explained("read", self.at(path)):
+            try:
+                found = Path(full).stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        return FileFacts(found.st_size, str(found.st_mtime_ns), found.st_mtime)
 
     def list(self, prefix: str = "") -> list[str]:
         """Return the paths of all files below `prefix`, sorted; empty if there are none. A file is below itself."""

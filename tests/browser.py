@@ -51,12 +51,12 @@ class Browser:
         result: dict[str, Any] = answer["result"]
         return result
 
-    def open(self, page: Path, *, width: int, scheme: str) -> None:
-        """Load a page at a width and a colour scheme, and wait until it and its pictures are there."""
+    def open(self, page: Path | str, *, width: int, scheme: str) -> None:
+        """Load a page, a file or a URL, at a width and a colour scheme, and wait until it and its pictures are there."""
         self.events.clear()
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self.call("Page.navigate", url=page.absolute().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
 

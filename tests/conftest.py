@@ -1,6 +1,7 @@
 """What all tests share: an environment without surprises, a tiny corpus on disk, one local Ray cluster."""
 
 import os
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 
 from infra.local.s3 import S3Server, find_program, make_bucket
+from tests.browser import Browser, browser, find_chromium
 from tests.fault_proxy import FaultProxy
 
 # Before torch or Ray is imported: two cores are shared by everything.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["P2R_LOG_FORMAT"] = "text"  # what tests read is what people read
 os.environ["RAY_DEDUP_LOGS"] = "0"
 os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # noqa: SIM112 (Ray spells it so)
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
@@ -129,6 +132,19 @@ def published(write_toy_job: Callable[..., Path], tmp_path_factory: pytest.TempP
         "model": made["models"]["disc"],
         "report": made["report"],
     }
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A tab of a real browser, one for each file of tests."""
+    chromium = find_chromium()
+    if chromium is None:
+        pytest.skip("there is no Chromium: apt-get install chromium (.ci/run does, where it may)")
+    works = subprocess.run([chromium, "--version"], capture_output=True, timeout=60)
+    if works.returncode != 0:
+        pytest.skip(f"{chromium} does not start: {works.stderr.decode(errors='replace')[-200:]}")
+    with browser(chromium, tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

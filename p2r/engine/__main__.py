@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from rich.console import Console
@@ -19,12 +20,14 @@ from p2r.config import IngestConfig, Mode, PretrainConfig
 from p2r.data.corpus import ingest_locally, report_progress
 from p2r.engine.fewshot import Result, attempt, failure_message
 from p2r.engine.finetune import TrialSetup
+from p2r.engine.lines import report_lines
 from p2r.engine.pipeline import Say, run_job
 from p2r.engine.pretrain import pretrain
 from p2r.engine.profile import profile_text
 from p2r.errors import InputError, JobError, P2RError
 from p2r.evaluate.protocol import Trial
 from p2r.job import overrides_of, read_job
+from p2r.logs import Line, LogFormat, configure, masked, reset, say, say_crash, say_error, within
 from p2r.storage import Storage
 
 
@@ -39,10 +42,7 @@ class LocalExecutor:
 
     def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
         """Shard after shard."""
-
-        def say_ingest(line: str) -> None:
-            say(f"ingest | {line}")
-
+        say_ingest = within(say, "ingest")
         report_progress(ingest_locally(config, storage, allowed_subjects=subjects, say=say_ingest), say_ingest)
 
     def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
@@ -56,9 +56,8 @@ class LocalExecutor:
             max_seconds=self._max_seconds,
             profile_steps=self._profile_steps,
         ):
-            if report.resumed_from is not None:
-                say(f"pretrain | resumed from step {report.resumed_from}")
-            say(f"pretrain | {report.line()}")
+            for line in report_lines(report):
+                say(line)
             if report.profile is not None:
                 say(profile_text(storage))
             step = report.step
@@ -70,7 +69,8 @@ class LocalExecutor:
         for number, (setup, trial) in enumerate(trials, start=1):
             result = attempt(setup, trial, device=self._device.type, retries=self._retries, say=say)
             dice = result.get("validation", {}).get("dice_mean")
-            say(f"{number}/{len(trials)} | {trial.id} | validation Dice {'none' if dice is None else f'{dice:.3f}'}")
+            text = f"{number}/{len(trials)} | {trial.id} | validation Dice {'none' if dice is None else f'{dice:.3f}'}"
+            say(Line(text, trial=trial.id, validation_dice=dice, seconds=result.get("seconds")))
             results.append(result)
         return results
 
@@ -88,6 +88,16 @@ class LocalExecutor:
 
 def main() -> int:
     """Run a job and return the exit code."""
+    try:
+        return _main()
+    except Exception as error:
+        say_crash(error)
+        return 1
+    finally:
+        reset()
+
+
+def _main() -> int:
     parser = argparse.ArgumentParser(prog="python -m p2r.engine", description="Run a job in one process, without Ray.")
     parser.add_argument("job", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the job")
@@ -100,18 +110,18 @@ def main() -> int:
     parser.add_argument(
         "--profile", type=int, default=0, metavar="STEPS", help="profile so many steps of pretraining, after a few"
     )
+    parser.add_argument("--log-format", choices=get_args(LogFormat), help="default: P2R_LOG_FORMAT, else auto")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a refused input")
     arguments = parser.parse_args()
     if arguments.profile < 0:
         parser.error(f"--profile must not be negative, got {arguments.profile}")
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
+        configure(arguments.log_format)
         overrides = overrides_of(arguments.set, allow_transductive=arguments.allow_transductive)
         job = read_job(arguments.job, overrides)
+        configure(arguments.log_format, run=job.name)
         executor = LocalExecutor(
             device,
             arguments.minutes and arguments.minutes * 60,
@@ -124,9 +134,10 @@ def main() -> int:
         return 130
     except P2RError as error:
         if arguments.debug:
-            traceback.print_exc()
-        say(f"p2r: {error}")
-        return 2 if isinstance(error, InputError) else 1
+            print(masked(traceback.format_exc()), file=sys.stderr)
+        code = 2 if isinstance(error, InputError) else 1
+        say_error(error, code=code)
+        return code
     table = made.pop("table", None)
     if table is not None:
         Console(width=None if sys.stdout.isatty() else 120).print(table)
@@ -134,7 +145,7 @@ def main() -> int:
     for name, value in made.items():
         print(f"{name}: {value}")
     if failed:
-        say(f"p2r: {failure_message(failed)}")
+        say_error(failure_message(failed), code=1)
     return 1 if failed else 0
 
 

@@ -5,7 +5,7 @@ What is expensive or wants many machines (reading scans, training, trials) is do
 made on the job's storage and goes on from there, so running a job again after a kill is how it is resumed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,11 +25,11 @@ from p2r.engine.reporting import make_report, write_variants
 from p2r.errors import DataError, JobError
 from p2r.evaluate.tasks import load_task
 from p2r.job import Job, variants_of
+from p2r.logs import Say as Say
+from p2r.logs import within
 from p2r.model.backbones import cost_of
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
 from p2r.storage import Storage
-
-Say = Callable[[str], None]
 
 
 class Executor(TrialRunner, Protocol):
@@ -236,7 +236,7 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
         if setup.is_transductive:
             say(f"finetune | task {task.name}: TRANSDUCTIVE, validation or test patients are in the backbone's corpus")
         setups.append(setup)
-    found = few_shot(setups, runner=executor, say=lambda line: say(f"finetune | {line}"))
+    found = few_shot(setups, runner=executor, say=within(say, "finetune"))
     results, facts = found.results, found.facts()
     facts["test_reads"] = merge_readings(storage)
     models = {}

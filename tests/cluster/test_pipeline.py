@@ -10,6 +10,7 @@ from cluster.executor import RayExecutor
 from p2r.engine.pipeline import run_job
 from p2r.errors import CheckpointError, InputError
 from p2r.job import Job, read_job
+from p2r.logs import fields_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -40,6 +41,12 @@ def test_scans_become_a_report_and_running_again_repeats_nothing(
     assert "2 workers on CPU" in said
     assert "step 6/6" in said
     assert "6 trials to run, 0 done already" in said
+    reports = [fields_of(line) for line in lines if "| loss" in line]
+    assert [(fields["attempt"], fields["rank"], fields["step"]) for fields in reports] == [
+        (1, 0, 2),
+        (1, 0, 4),
+        (1, 0, 6),
+    ]
     report = json.loads((storage / "report/report.json").read_text())
     assert len(report["rows"]) == 6
     backbone = json.loads((storage / "backbones/toy/1/manifest.json").read_text())

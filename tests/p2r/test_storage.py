@@ -2,6 +2,7 @@ import hashlib
 import pickle
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -221,6 +222,16 @@ def test_a_listing_has_what_lies_below_and_nothing_beside(shared: Storage) -> No
     shared.delete("nothing")
     assert shared.list() == ["ab"]
     assert shared.version("ab")[0] == 1
+
+
+def test_a_storage_knows_when_a_file_was_written(shared: Storage) -> None:
+    before = time.time()
+    shared.write_bytes("a/x", b"12")
+    facts = shared.facts("a/x")
+    assert facts is not None
+    assert (facts.num_bytes, facts.version) == shared.version("a/x")
+    assert before - 2 < facts.modified_s < time.time() + 2  # a server counts in seconds
+    assert shared.facts("a") is None and shared.facts("a/x/y") is None and shared.facts("nothing") is None
 
 
 def test_a_storage_whose_conditions_hold_is_good_for_several_writers(shared: Storage) -> None:

@@ -1,8 +1,7 @@
 """A real browser shows the pages: light and dark, narrow and wide, without a word in its console or on the network."""
 
 import json
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -16,24 +15,12 @@ from p2r.evaluate.statistics import few_shot_statistics
 from p2r.report import write_report
 from p2r.report.comparison import compare_runs, read_runs, write_comparison
 from p2r.storage import Storage
-from tests.browser import Browser, browser, find_chromium
+from tests.browser import Browser
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 HOSTILE = (
     '"><script>console.log(1)</script><img src=http://127.0.0.1:9/x onerror=console.log(2)> <svg onload=console.log(3)>'
 )
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    chromium = find_chromium()
-    if chromium is None:
-        pytest.skip("there is no Chromium: apt-get install chromium (.ci/run does, where it may)")
-    works = subprocess.run([chromium, "--version"], capture_output=True, timeout=60)
-    if works.returncode != 0:
-        pytest.skip(f"{chromium} does not start: {works.stderr.decode(errors='replace')[-200:]}")
-    with browser(chromium, tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,352 @@
+"""A `Status` -> the terminal: with colours, curves and tables by rich, or as plain lines where stdout is no terminal.
+
+What a run's files say is only text here: nothing in it is a command to rich or to the terminal.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cluster.inspect import plain
+from cluster.status import Points, Reader, Status, Training
+from p2r.errors import StorageError
+
+_REFRESH_S = 1.0
+_CURVE_ROWS = 8
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_MAX_SPARK, _BESIDE_SPARK = 32, 34
+_MAX_FAULTS, _MAX_CHECKPOINTS = 5, 3
+_STYLES = {"running": "bold green", "done": "bold green", "silent": "bold yellow"}
+_FIGURES = (
+    ("images_per_s", "images/s", "{:.1f}"),
+    ("pixel_pairs_per_s", "pixel pairs/s", "{:,.0f}"),
+    ("wait_fraction", "data wait", "{:.1%}"),
+    ("step_s", "step, s", "{:.3g}"),
+    ("memory_mib", "memory, MiB", "{:,.0f}"),
+    ("equivariance_error", "equivariance error", "{:.3f}"),
+    ("probe_dice", "online probe, Dice", "{:.3f}"),
+    ("health.effective_rank", "effective rank", "{:.1f}"),
+    ("health.dead_dimensions_fraction", "dead dimensions", "{:.1%}"),
+    ("health.alignment", "alignment", "{:.3f}"),
+    ("health.uniformity", "uniformity", "{:.3f}"),
+    ("gradient_norm", "gradient norm", "{:.2f}"),
+    ("learning_rate", "learning rate", "{:.1e}"),
+    ("skipped_steps", "skipped steps", "{:.0f}"),
+)
+_MODES = {
+    "scratch": "from scratch",
+    "linear_probe": "linear probe",
+    "fine_tune": "fine-tuned",
+    "mean_teacher": "mean teacher",
+    "prototype": "prototype",
+}
+
+
+def show(reader: Reader) -> None:
+    """Print the status once.
+
+    Raises:
+        StorageError: The storage cannot be read, or nothing of a run lies there.
+    """
+    status = reader.read()
+    if sys.stdout.isatty():
+        console = Console()
+        console.print(view(status, width=console.width))
+    else:
+        for line in plain_lines(status):
+            print(line)
+
+
+def watch_run(reader: Reader) -> None:
+    """Show the status until Ctrl-C: a picture that follows it; where stdout is no terminal, a line for each new report.
+
+    Raises:
+        StorageError: The storage cannot be read at the beginning, or nothing of a run lies there.
+    """
+    status = reader.read()
+    console = Console()
+    try:
+        if not console.is_terminal:
+            _follow(reader, status)
+            return
+        with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
+            trouble = None
+            while True:
+                live.update(view(status, width=console.width, trouble=trouble), refresh=True)
+                time.sleep(_REFRESH_S)
+                status, trouble = _again(reader, status)
+    except KeyboardInterrupt:
+        if console.is_terminal:
+            console.print(view(status, width=console.width))
+
+
+def _follow(reader: Reader, status: Status) -> None:
+    for line in plain_lines(status):
+        print(line, flush=True)
+    said: str | None = None
+    while True:
+        before = status.training and status.training.step
+        time.sleep(_REFRESH_S)
+        status, trouble = _again(reader, status)
+        if trouble is not None and trouble != said:
+            print(trouble, flush=True)
+        said = trouble
+        if status.training and status.training.step != before:
+            print(_report_line(status.training), flush=True)
+
+
+def _again(reader: Reader, status: Status) -> tuple[Status, str | None]:
+    try:
+        return reader.read(), None
+    except StorageError as error:
+        return status, str(error)
+
+
+def plain_lines(status: Status) -> Iterator[str]:
+    """Yield what there is to say without colours and curves, a fact a line."""
+    yield plain(f"{status.name} | {status.url}").plain
+    for stage in status.stages:
+        yield plain(f"{stage.name:9} {stage.text or '-'}").plain
+    if status.training is not None:
+        yield f"newest    {_report_line(status.training)} | {_state(status.training)}"
+    for one in status.resumed:
+        yield f"resumed   from step {one['from']}"
+    for fault in status.faults[-_MAX_FAULTS:]:
+        yield plain(f"fault     {fault['time']} | {fault['cause']}: {fault['what']} | {_decision(fault)}").plain
+    for curve in status.sweep.curves:
+        yield plain(
+            f"few-shot  {curve['task']} | {_mode(curve['mode'])} | {_points(curve['points'])} | {curve['split']} Dice"
+        ).plain
+    for variant in status.variants:
+        yield plain(f"variant   {variant['name']} | step {variant['step']}/{variant['num_steps']}").plain
+    for failed in status.failed:
+        yield plain(f"failed    {failed['trial']}: {failed['reason']}").plain
+    for problem in status.problems:
+        yield plain(f"problem   {problem}").plain
+
+
+def view(status: Status, *, width: int, trouble: str | None = None) -> RenderableType:
+    """Return the status for a terminal of so many columns."""
+    width = max(40, min(width, 120))
+    parts: list[RenderableType] = [_head(status)]
+    if status.training is not None:
+        training = status.training
+        bar = ProgressBar(
+            total=max(1, training.num_steps), completed=training.step, width=width - 24, complete_style="cyan"
+        )
+        count = f"  {training.step:,} of {training.num_steps:,}"
+        parts.append(_grid([(bar, Text(count, style="dim"))]))
+    parts += [Text(f"! {one}", style="yellow") for one in map(_clean, filter(None, (trouble, *status.problems)))]
+    parts.append(_grid([(Text(stage.name, style="bold"), plain(stage.text or "–")) for stage in status.stages], gap=2))
+    if status.series.get("loss"):
+        parts += [Text(), *_curve(status, width)]
+    figures = _figures(status, width)
+    if figures is not None:
+        parts += [Text(), figures]
+    parts += [part for section in (_faults(status), _sweep(status), _rest(status)) for part in section]
+    return Group(*parts)
+
+
+def _head(status: Status) -> RenderableType:
+    head = Text()
+    head.append_text(plain(status.name)).stylize("bold")
+    if status.training is not None:
+        head.append("   ").append(_state(status.training), style=_STYLES[status.training.state])
+    return Group(head, Text(_clean(status.url), style="dim", no_wrap=True, overflow="ellipsis"))
+
+
+def _state(training: Training) -> str:
+    word = {"done": "pretrained", "running": "running", "silent": "silent"}[training.state]
+    eta_s = training.last.get("eta_s")
+    left = f", {_duration(eta_s)} to go" if eta_s and training.state == "running" else ""
+    return f"{word}, last report {_duration(time.time() - training.written_at_s)} ago{left}"
+
+
+def _report_line(training: Training) -> str:
+    last = training.last
+    parts = [f"step {training.step}/{training.num_steps}"]
+    parts += [f"loss {last['loss']:.4f}"] if "loss" in last else []
+    parts += [f"{last['images_per_s']:.1f} img/s"] if "images_per_s" in last else []
+    parts += [f"wait {last['wait_fraction']:.1%}"] if "wait_fraction" in last else []
+    parts += [f"equivariance error {last['equivariance_error']:.3f}"] if "equivariance_error" in last else []
+    return " | ".join(parts)
+
+
+def _curve(status: Status, width: int) -> Iterator[RenderableType]:
+    """Yield the loss as dots of Braille, and below it where checkpoints, resumptions and faults are."""
+    points = status.series["loss"]
+    values = [value for _, value in points]
+    low, high = min(values), max(values)
+    labels = [f"{high:.4g}", f"{low:.4g}"]
+    margin = max(map(len, labels)) + 1
+    columns = width - margin - 1
+    first, last = 0, max(points[-1][0], 1)
+    for number, row in enumerate(_braille(points, columns, _CURVE_ROWS, first=first, last=last, low=low, high=high)):
+        label = labels[0] if number == 0 else labels[1] if number == _CURVE_ROWS - 1 else ""
+        yield Text.assemble((f"{label:>{margin - 1}} ", "dim"), (row, "cyan"))
+    marks = [" "] * columns
+    colours = {}
+    for steps, mark, colour in (
+        ([one["step"] for one in status.checkpoints], "▴", "green"),
+        ([one["from"] for one in status.resumed], "┆", "yellow"),
+        ([one["from_step"] for one in status.faults], "✕", "red"),
+    ):
+        for step in steps:
+            if step is not None and first <= step <= last:
+                place = min(columns - 1, (step - first) * columns // (last - first))
+                marks[place], colours[place] = mark, colour
+    line = Text(" " * margin)
+    for place, mark in enumerate(marks):
+        line.append(mark, style=colours.get(place, ""))
+    yield line
+    kinds = [("▴ checkpoint", "green")] * bool(status.checkpoints) + [("┆ resumed", "yellow")] * bool(status.resumed)
+    kinds += [("✕ fault", "red")] * bool(status.faults)
+    told = Text(" " * margin + f"loss {values[-1]:.4f}, steps {first} to {last:,}", style="dim")
+    for text, colour in kinds:
+        told.append("   ").append(text, style=colour)
+    yield told
+
+
+def _braille(points: Points, columns: int, rows: int, *, first: int, last: int, low: float, high: float) -> list[str]:
+    """Draw a line through the points: every letter has two dots across and four down."""
+    across, down = 2 * columns, 4 * rows
+    dots = [[False] * across for _ in range(down)]
+    places = [
+        (
+            min(across - 1, round((step - first) / (last - first) * (across - 1))),
+            round((high - value) / ((high - low) or 1.0) * (down - 1)),
+        )
+        for step, value in points
+    ]
+    for (x0, y0), (x1, y1) in zip(places, [*places[1:], places[-1]], strict=True):
+        count = max(abs(x1 - x0), abs(y1 - y0), 1)
+        for part in range(count + 1):
+            dots[y0 + round((y1 - y0) * part / count)][x0 + round((x1 - x0) * part / count)] = True
+    bits = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of the letter U+2800
+    return [
+        "".join(
+            chr(0x2800 + sum(bits[y][x] for y in range(4) for x in range(2) if dots[4 * row + y][2 * column + x]))
+            for column in range(columns)
+        )
+        for row in range(rows)
+    ]
+
+
+def _figures(status: Status, width: int) -> Table | None:
+    training = status.training
+    if training is None:
+        return None
+    across = 1 if width < 90 else 2
+    room = max(8, min(_MAX_SPARK, width // across - _BESIDE_SPARK))
+    rows = []
+    for name, title, layout in _FIGURES:
+        if name in training.last and (name != "skipped_steps" or training.last[name]):
+            spark = _spark([value for _, value in status.series.get(name, [])], room)
+            rows.append(
+                (
+                    Text(title, style="dim"),
+                    Text(layout.format(training.last[name]), justify="right"),
+                    Text(spark, style="cyan"),
+                )
+            )
+    if across == 1:
+        return _grid(rows, gap=2)
+    half = (len(rows) + 1) // 2
+    blank = (Text(), Text(), Text())
+    return _grid(
+        [(*left, *right) for left, right in zip(rows[:half], [*rows[half:], blank][:half], strict=True)], gap=2
+    )
+
+
+def _spark(values: Sequence[float], most: int) -> str:
+    """Return means of equal parts of the values as at most so many bars."""
+    if len(values) < 2:
+        return ""
+    width = min(most, len(values))
+    parts = [values[len(values) * i // width : len(values) * (i + 1) // width] for i in range(width)]
+    means = [sum(part) / len(part) for part in parts]
+    low, high = min(means), max(means)
+    return "".join(_BLOCKS[round((mean - low) / ((high - low) or 1.0) * (len(_BLOCKS) - 1))] for mean in means)
+
+
+def _faults(status: Status) -> Iterator[RenderableType]:
+    if status.faults:
+        table = Table(
+            "time", "cause", "what", "decision", title="Faults", title_justify="left", title_style="bold", box=None
+        )
+        for fault in status.faults[-_MAX_FAULTS:]:
+            when = plain(fault["time"][:19].replace("T", " "))
+            table.add_row(when, plain(fault["cause"]), plain(fault["what"]), plain(_decision(fault)))
+        yield Text()
+        yield table
+
+
+def _decision(fault: Mapping[str, Any]) -> str:
+    where = "" if fault["from_step"] is None else f" from step {fault['from_step']}"
+    limit = "" if fault["limit"] is None else f" of {fault['limit']}"
+    count = "" if fault["count"] is None else f" ({fault['count']}{limit})"
+    return f"{fault['decision']}{where}{count}"
+
+
+def _sweep(status: Status) -> Iterator[RenderableType]:
+    curves = status.sweep.curves
+    for task in dict.fromkeys(curve["task"] for curve in curves):
+        of_task = [curve for curve in curves if curve["task"] == task]
+        numbers = sorted({point[0] for curve in of_task for point in curve["points"]})
+        title = plain(f"{task}: {of_task[0]['split']} Dice by labelled patients (draws), so far")
+        title.stylize("bold")
+        table = Table("mode", *map(str, numbers), box=None)
+        for curve in of_task:
+            found = {number: f"{mean:.3f} ({draws})" for number, mean, draws in curve["points"]}
+            table.add_row(plain(_mode(curve["mode"])), *(found.get(number, "–") for number in numbers))
+        yield Text()
+        yield title
+        yield table
+
+
+def _rest(status: Status) -> Iterator[RenderableType]:
+    if status.checkpoints or status.variants or status.failed:
+        yield Text()
+    for one in status.checkpoints[-_MAX_CHECKPOINTS:]:
+        size = f"{one['num_bytes'] / 2**20:,.1f} MiB"
+        age = _duration(time.time() - one["written_at_s"])
+        yield plain(f"checkpoint of step {one['step']}   {size}   {age} ago   {one['path']}")
+    for variant in status.variants:
+        yield plain(f"variant {variant['name']}   step {variant['step']} of {variant['num_steps']}")
+    for failed in status.failed:
+        yield Text(_clean(f"failed: {failed['trial']}: {failed['reason']}"), style="red")
+
+
+def _grid(rows: Sequence[Sequence[RenderableType]], *, gap: int = 0) -> Table:
+    table = Table.grid(padding=(0, gap))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _clean(text: str) -> str:
+    return plain(text).plain
+
+
+def _mode(mode: str) -> str:
+    return _MODES.get(mode, mode)
+
+
+def _points(points: Sequence[tuple[int, float, int]]) -> str:
+    return ", ".join(f"{number}: {mean:.3f} ({draws} draws)" for number, mean, draws in points)
+
+
+def _duration(seconds: float) -> str:
+    seconds = max(0.0, seconds)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.0f} days"

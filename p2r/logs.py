@@ -1,0 +1,262 @@
+"""What a run says -> one event a line: text for people, JSON for machines, secrets masked in both.
+
+    Line("pretrain | step 20/200 | ...", step=20)  ->  pretrain | step 20/200 | ...                            on a terminal
+                                                   ->  {"time": ..., "run": "demo", "rank": 0, "step": 20, ...}    elsewhere
+
+A line is a `str` that carries fields: whoever only shows lines (a test, a notebook) needs to know nothing of this, and they
+travel between processes like any text. What modules say by `logging` ("p2r.s3: asked again") goes the same way. Only
+warnings and worse, and lines of progress, are events: nobody reads a stream of debugging.
+
+Secrets are masked here, last and for every line, because a message can hold what another program answered: values of
+variables whose names say that they are secret, also percent-encoded; passwords in URLs; signatures of presigned URLs;
+authorization headers; private keys.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal, cast, get_args
+from urllib.parse import quote
+
+from p2r.errors import InputError
+
+Say = Callable[[str], None]
+LogFormat = Literal["auto", "text", "json"]
+
+_VARIABLE = "P2R_LOG_FORMAT"
+_RUN = "P2R_RUN"
+_PROGRESS = "p2r.progress"
+_OURS = ("p2r", "cluster")
+_STAGES = frozenset({"ingest", "pretrain", "publish", "finetune"})
+_FIRST = ("time", "level", "run", "stage", "attempt", "rank", "step", "message")
+
+_SECRET_NAME = re.compile(
+    r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_?KEY|API_?KEY|ACCESS_?KEY|PSEUDONYM_KEY", re.IGNORECASE
+)
+_NO_SECRET_NAME = re.compile(r"_(FILE|PATH|DIR|URI|URL|ENDPOINT|MODE|FORMAT)$", re.IGNORECASE)
+_MIN_SECRET = 6
+"""Letters: what is shorter would mask half of every line, and hides nothing."""
+_MASK = "***"
+_PATTERNS = (
+    # https://user:password@host, and s3://KEY:SECRET@bucket
+    (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/?#\s@'\"]+@", re.IGNORECASE), rf"\1{_MASK}@"),
+    # what signs a presigned URL, and tokens in queries
+    (
+        re.compile(
+            r"([?&;](?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId|sig|token|access_token|api_?key|password)=)"
+            r"[^&\s'\"]+",
+            re.IGNORECASE,
+        ),
+        rf"\1{_MASK}",
+    ),
+    (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\1 {_MASK}"),
+    (re.compile(r"\b(AWS4-HMAC-SHA256)\s+Credential=.*?Signature=[^\s'\"]+", re.IGNORECASE), rf"\1 {_MASK}"),
+    # aws_secret_access_key = ..., "SecretAccessKey": "...", RAY_AUTH_TOKEN=...
+    (
+        re.compile(
+            r"((?:secret_?(?:access_?)?key|session_?token|auth_?token|security_?token|password|passwd|pseudonym_key)['\"]?\s*[=:]\s*['\"]?)"
+            r"[^\s'\",;&}]{6,}",
+            re.IGNORECASE,
+        ),
+        rf"\1{_MASK}",
+    ),
+    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), _MASK),
+    (
+        re.compile(r"-----BEGIN ([A-Z ]*)PRIVATE KEY-----.*?(?:-----END \1PRIVATE KEY-----|\Z)", re.DOTALL),
+        _MASK,
+    ),
+)
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+class Line(str):
+    """A line of progress, and what it is about: `step`, `rank`, a trial, figures. It is its text to all who only show it."""
+
+    fields: dict[str, Any]
+
+    def __new__(cls, text: str, /, **fields: Any) -> "Line":
+        """Return the text with these fields, and those that it has already."""
+        line = super().__new__(cls, text)
+        line.fields = {**getattr(text, "fields", {}), **fields}
+        return line
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _line, (str(self), self.fields)
+
+
+def _line(text: str, fields: dict[str, Any]) -> Line:
+    return Line(text, **fields)
+
+
+def fields_of(line: str) -> dict[str, Any]:
+    """Return what a line carries beside its text."""
+    return line.fields if isinstance(line, Line) else {}
+
+
+def within(say: Say, stage: str) -> Say:
+    """Return a `say` whose lines begin with the name of a stage; they keep their fields."""
+    return lambda line: say(Line(f"{stage} | {line}", **fields_of(line)))
+
+
+def configure(log_format: str | None = None, *, run: str | None = None, rank: int | None = None) -> None:
+    """Send what this process says to stderr, as text or JSON, until `reset`.
+
+    Args:
+        log_format: `text`, `json`, or `auto`: text if stderr is a terminal; None: as `P2R_LOG_FORMAT` says, else auto.
+        run: Name of the job; this process's workers learn it through the environment.
+        rank: Of a worker of pretraining.
+
+    Raises:
+        InputError: There is no such format.
+    """
+    asked = log_format or os.environ.get(_VARIABLE) or "auto"
+    if asked not in get_args(LogFormat):
+        where = "--log-format" if log_format else _VARIABLE
+        raise InputError(f"{where} must be one of {', '.join(get_args(LogFormat))}, got {asked!r}")
+    _remove_handlers()
+    if run is not None:
+        os.environ[_RUN] = run
+    as_json = asked == "json" or (asked == "auto" and not sys.stderr.isatty())
+    handler = _Stderr()
+    handler.setFormatter(JsonFormatter(rank=rank) if as_json else TextFormatter())
+    for name in _OURS:
+        logging.getLogger(name).addHandler(handler)
+    logging.getLogger(_PROGRESS).setLevel(logging.INFO)
+
+
+def reset() -> None:
+    """Undo `configure`."""
+    os.environ.pop(_RUN, None)
+    _remove_handlers()
+
+
+def _remove_handlers() -> None:
+    for name in _OURS:
+        logger = logging.getLogger(name)
+        for handler in [one for one in logger.handlers if isinstance(one, _Stderr)]:
+            logger.removeHandler(handler)
+
+
+def say(line: str) -> None:
+    """Say a line of progress."""
+    _emit(logging.INFO, line)
+
+
+def say_error(error: object, *, code: int) -> None:
+    """Say why the run ends, and with which exit code."""
+    _emit(logging.ERROR, Line(str(error), error=type(error).__name__, exit_code=code))
+
+
+def say_crash(error: BaseException) -> None:
+    """Say what nobody expected, with its traceback: without the secrets that this may hold."""
+    text = "".join(traceback.format_exception(error)).rstrip()
+    _emit(logging.CRITICAL, Line(text, error=type(error).__name__, exit_code=1))
+
+
+def masked(text: str, *, environment: Mapping[str, str] | None = None) -> str:
+    """Return the text without secrets."""
+    for secret in sorted(_secrets(os.environ if environment is None else environment), key=len, reverse=True):
+        text = text.replace(secret, _MASK)
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _secrets(environment: Mapping[str, str]) -> Iterable[str]:
+    for name, value in environment.items():
+        if len(value) >= _MIN_SECRET and _SECRET_NAME.search(name) and not _NO_SECRET_NAME.search(name):
+            yield from {value, quote(value, safe=""), quote(value), json.dumps(value)[1:-1]}
+
+
+def _emit(level: int, line: str) -> None:
+    logger = logging.getLogger(_PROGRESS)
+    if any(isinstance(handler, _Stderr) for handler in logging.getLogger(_OURS[0]).handlers):
+        logger.log(level, "%s", line, extra={"fields": fields_of(line)})
+    else:
+        print(_text(level, line), file=sys.stderr, flush=True)
+
+
+class _Stderr(logging.Handler):
+    """Whatever `sys.stderr` is when something is said."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except (OSError, ValueError):  # whoever read it has gone: the run goes on
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Nothing: an error about stderr has no place to go to."""
+
+
+class TextFormatter(logging.Formatter):
+    """What stands on a terminal: the line itself; a warning says that it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return _text(record.levelno, text if record.name == _PROGRESS else f"{record.name}: {text}")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object: time (UTC), level, run, stage, attempt, rank, step as far as they are known, message, further fields."""
+
+    def __init__(self, *, rank: int | None = None) -> None:
+        super().__init__()
+        self._rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the object in one line."""
+        message = record.getMessage()
+        stage = message.split(" | ", 1)[0]
+        event: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "run": os.environ.get(_RUN),
+            "stage": stage if stage in _STAGES else None,
+            "rank": self._rank,
+            "message": message,
+            **({} if record.name == _PROGRESS else {"logger": record.name}),
+            **cast("dict[str, Any]", getattr(record, "fields", {})),
+        }
+        if record.exc_info:
+            event["traceback"] = self.formatException(record.exc_info)
+        order = {name: number for number, name in enumerate(_FIRST)}
+        named = sorted(event.items(), key=lambda item: order.get(item[0], len(order)))
+        return json.dumps({key: _plain(value) for key, value in named if value is not None}, ensure_ascii=False)
+
+
+def _text(level: int, text: str) -> str:
+    prefix = {logging.INFO: "", logging.CRITICAL: "", logging.ERROR: "p2r: "}.get(level, "warning: ")
+    return _UNSEEN.sub("?", masked(f"{prefix}{text}"))
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold, masked; a number that is not finite is null."""
+    if isinstance(value, bool | int) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {masked(str(key)): _plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(child) for child in value]
+    return masked(str(value))
+
+
+def as_text(line: str) -> str:
+    """Return what a person wants to read of a line of a job's log: the message of an event, anything else as it is."""
+    try:
+        event = json.loads(line)
+        level = logging.getLevelNamesMapping()[event["level"].upper()]
+        return _text(level, str(event["message"]))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return masked(line)
