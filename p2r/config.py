@@ -521,6 +521,11 @@ class PretrainConfig(Section):
     """Steps between two checkpoints; the last step always makes one."""
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints stay on the storage."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints whose step it divides stay for good, beside the newest; 0: none."""
+    init_from: str | None = None
+    """URL of the first weights, by safetensors: a published backbone (`STORAGE/backbones/NAME/1`), whose projection head is then new, or
+    another run's checkpoint (`STORAGE/pretrain/checkpoints/step-00001000`). Step, schedule and order begin anew. None: drawn by `seed`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

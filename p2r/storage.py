@@ -24,7 +24,7 @@ from urllib.parse import urlparse
 from p2r.cache import cache_folder as cache_folder
 from p2r.cache import node_cache
 from p2r.counters import Counters
-from p2r.errors import StorageError
+from p2r.errors import DamagedError, StorageError
 from p2r.files import file_sha256 as file_sha256
 from p2r.files import locked, replacing, temporary_beside
 
@@ -100,7 +100,7 @@ class Storage:
         """Return the content of `path`."""
         tagged = self._read(path)
         if tagged is None:
-            raise StorageError(f"{self.at(path)} does not exist")
+            raise DamagedError(f"{self.at(path)} does not exist")
         return tagged[0]
 
     def read_tagged(self, path: str) -> tuple[bytes, str] | None:
@@ -115,7 +115,7 @@ class Storage:
         try:
             return json.loads(self.read_bytes(path))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise StorageError(f"{self.at(path)} is not JSON: {error}") from None
+            raise DamagedError(f"{self.at(path)} is not JSON: {error}") from None
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Return the bytes of `path` from `start` to before `stop`; a file that ends before `stop` is an error."""
@@ -129,7 +129,7 @@ class Storage:
             file.seek(start)
             content = b"".join(iter(lambda: file.read(stop - file.tell()), b""))
         if len(content) != stop - start:
-            raise StorageError(
+            raise DamagedError(
                 f"{self.at(path)} has {start + len(content)} bytes, asked for those before {stop}: it is damaged"
             )
         return content
@@ -216,7 +216,7 @@ class Storage:
             return facts.st_size, str(facts.st_mtime_ns)
         head = self._s3.head(full)
         if head is None:
-            raise StorageError(f"{self.at(path)} does not exist")
+            raise DamagedError(f"{self.at(path)} does not exist")
         return head.num_bytes, head.etag
 
     def list(self, prefix: str = "") -> list[str]:
@@ -254,7 +254,7 @@ class Storage:
                 return lease.path
         local = Path(full)
         if not local.is_file():
-            raise StorageError(f"{self.at(path)} does not exist")
+            raise DamagedError(f"{self.at(path)} does not exist")
         self._check_size(path, local.stat().st_size, num_bytes)
         return local
 
@@ -289,7 +289,7 @@ class Storage:
                 file.write(chunk)
             file.truncate()
         if sha256 not in (None, digest.hexdigest()):
-            raise StorageError(f"{self.at(path)} does not have the sha256 that its manifest states: it is damaged")
+            raise DamagedError(f"{self.at(path)} does not have the sha256 that its manifest states: it is damaged")
 
     def delete(self, prefix: str) -> None:
         """Remove the file or everything below `prefix`; nothing happens if it is absent."""
@@ -361,7 +361,7 @@ class Storage:
 
     def _check_size(self, path: str, found: int, expected: int | None) -> None:
         if expected not in (None, found):
-            raise StorageError(f"{self.at(path)} has {found} bytes, its manifest says {expected}: it is damaged")
+            raise DamagedError(f"{self.at(path)} has {found} bytes, its manifest says {expected}: it is damaged")
 
 
 def json_bytes(value: Any) -> bytes:
@@ -407,6 +407,7 @@ def _explained(verb: str, where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(
+        kind = DamagedError if verb == "read" and isinstance(error, FileNotFoundError) else StorageError
+        raise kind(
             f"cannot {verb} {where}: {type(error).__name__}: {error}; check the path, its permissions and the free space"
         ) from error
