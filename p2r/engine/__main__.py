@@ -19,12 +19,13 @@ from p2r.config import IngestConfig, Mode, PretrainConfig
 from p2r.data.corpus import ingest_locally, report_progress
 from p2r.engine.fewshot import Result, attempt, failure_message
 from p2r.engine.finetune import TrialSetup
+from p2r.engine.fork import forked
 from p2r.engine.pipeline import Say, run_job
 from p2r.engine.pretrain import pretrain
 from p2r.engine.profile import profile_text
 from p2r.errors import InputError, JobError, P2RError
 from p2r.evaluate.protocol import Trial
-from p2r.job import overrides_of, read_job
+from p2r.job import FORK_HELP, overrides_of, read_job
 from p2r.storage import Storage
 
 
@@ -96,6 +97,7 @@ def main() -> int:
         action="store_true",
         help="go on although validation or test patients are in the backbone's corpus; every row of the report is labelled",
     )
+    parser.add_argument("--fork", metavar="NAME", help=FORK_HELP)
     parser.add_argument("--minutes", type=float, help="end pretraining after this time, to go on later")
     parser.add_argument(
         "--profile", type=int, default=0, metavar="STEPS", help="profile so many steps of pretraining, after a few"
@@ -112,6 +114,8 @@ def main() -> int:
     try:
         overrides = overrides_of(arguments.set, allow_transductive=arguments.allow_transductive)
         job = read_job(arguments.job, overrides)
+        if arguments.fork:
+            job = forked(job, arguments.fork)
         executor = LocalExecutor(
             device,
             arguments.minutes and arguments.minutes * 60,

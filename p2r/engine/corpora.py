@@ -37,7 +37,8 @@ def corpora_of(config: PretrainConfig, own: Storage, *, stream: Mapping[str, Any
         revisions = [corpus["manifest_sha256"] for corpus in stream.get("corpora", [])]
         if len(revisions) != len(shares):
             raise CheckpointError(
-                f"the checkpoint streams from {len(revisions)} corpora, this run names {len(shares)}: restore them, or start a new run"
+                f"the checkpoint streams from {len(revisions)} corpora, this run names {len(shares)}: "
+                "restore them, or start a new run from the weights with --fork NAME"
             )
     found = []
     for share, revision in zip(shares, revisions, strict=True):

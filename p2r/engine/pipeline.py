@@ -62,7 +62,7 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
     }.get(job.kind, (job.kind,))
     if "finetune" in stages or "variants" in stages:
         _check_tasks(job)
-    if "ingest" in stages or ("pretrain" in stages and job.ingest is not None):
+    if job.ingest is not None and ("ingest" in stages or "pretrain" in stages):  # a fork has its corpus
         made["corpus"] = _ingest(job, storage, executor, say)
     if "variants" in stages:
         return {**made, **_run_variants(job, storage, executor, say)}
