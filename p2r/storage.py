@@ -278,6 +278,8 @@ class Storage:
         if self._s3 is not None:
             self._s3.fetch(full, file, sha256=sha256, num_bytes=num_bytes)
             return
+        if not Path(full).is_file():
+            raise DamagedError(f"{self.at(path)} does not exist")
         digest = hashlib.sha256()
         with ExitStack() as opened:
             with _explained("read", self.at(path)):
@@ -407,7 +409,6 @@ def _explained(verb: str, where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = DamagedError if verb == "read" and isinstance(error, FileNotFoundError) else StorageError
-        raise kind(
+        raise StorageError(
             f"cannot {verb} {where}: {type(error).__name__}: {error}; check the path, its permissions and the free space"
         ) from error
