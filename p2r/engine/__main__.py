@@ -3,6 +3,7 @@
     python -m p2r.engine jobs/demo.yaml --set pretrain.steps=20 --minutes 8
 
 With `--minutes`, pretraining saves a checkpoint and ends when the time is over; the same command goes on from there. With
+`--fork NAME` a new run starts from the weights that the job's has reached. With
 `--profile STEPS` it says where so many of its steps spend time and memory, and goes on.
 """
 

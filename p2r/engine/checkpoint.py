@@ -337,6 +337,8 @@ def _manifest(storage: Storage, path: str) -> dict[str, Any]:
         )
     if absent := [key for key in _NEEDED if key not in manifest]:
         raise DamagedError(f"{storage.at(where)} lacks {', '.join(absent)}: it is damaged")
+    if not all({"sha256", "num_bytes"} <= entry.keys() for entry in manifest["files"].values()):
+        raise DamagedError(f"{storage.at(where)} lacks digests: it is damaged")
     return {**manifest, "path": path}
 
 

@@ -4,7 +4,7 @@ Only safetensors are read, after their digest was checked: whoever made them get
 A backbone leaves the projection head as it was drawn; a temperature that is learnt on one side only is left out.
 """
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from safetensors.torch import load_file
@@ -47,7 +47,7 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
     if format not in (BACKBONE_FORMAT, FORMAT):
         raise CheckpointError(f"{where} has format {format!r}; weights are taken from {BACKBONE_FORMAT} and {FORMAT}")
     entry = manifest["files"][_FILE]
-    weights = _checked(storage, entry)
+    weights = checked_weights(storage, _FILE, entry)
     if format == BACKBONE_FORMAT:
         _load(model.backbone, weights, where=where, optional=set())
     else:
@@ -56,11 +56,16 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
     return {"url": storage.url, "format": format, "sha256": entry["sha256"], **step}
 
 
-def _checked(storage: Storage, entry: dict[str, Any]) -> dict[str, Tensor]:
-    path: Path = storage.local(_FILE, sha256=entry["sha256"], num_bytes=entry["num_bytes"])
-    if file_sha256(path) != entry["sha256"]:
-        raise DamagedError(f"{storage.at(_FILE)} does not have the sha256 of its manifest: it is damaged")
-    weights: dict[str, Tensor] = load_file(path)
+def checked_weights(storage: Storage, path: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read safetensors that are what a manifest's entry says of them.
+
+    Raises:
+        DamagedError: They are absent, or others.
+    """
+    local = storage.local(path, sha256=entry["sha256"], num_bytes=entry["num_bytes"])
+    if file_sha256(local) != entry["sha256"]:
+        raise DamagedError(f"{storage.at(path)} does not have the sha256 of its manifest: it is damaged")
+    weights: dict[str, Tensor] = load_file(local)
     return weights
 
 

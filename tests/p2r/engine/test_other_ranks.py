@@ -52,7 +52,7 @@ def train_as_rank(rank: int, folder: Path, world_size: int, script: list[tuple[s
 
 @pytest.fixture(scope="module")
 def folder(write_toy_job: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs on each stage: two ranks throughout, one to the middle and two to the end, two to the middle and one to the end."""
+    """Runs on each stage: one rank to the middle and two to the end, two to the middle and one to the end; and one throughout."""
     folder = tmp_path_factory.mktemp("ranks")
     path = write_toy_job(folder)
     ingest = read_job(path).ingest
@@ -61,16 +61,7 @@ def folder(write_toy_job: Callable[..., Path], tmp_path_factory: pytest.TempPath
     join_process_group(CPU)
     for stage in STAGES:
         train(folder, f"1-2 {stage}", config_of(path, stage), until=2)
-    script = [
-        task
-        for stage in STAGES
-        for task in (
-            (f"2-2 {stage}", stage, 2),
-            (f"2-2 {stage}", stage, 4),
-            (f"1-2 {stage}", stage, 4),
-            (f"2-1 {stage}", stage, 2),
-        )
-    ]
+    script = [task for stage in STAGES for task in ((f"1-2 {stage}", stage, 4), (f"2-1 {stage}", stage, 2))]
     train(folder, "1-1", config_of(path, 1))
     multiprocessing.spawn(train_as_rank, (folder, 2, script), nprocs=2)
     for stage in STAGES:
@@ -86,7 +77,7 @@ def losses(folder: Path, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("ranks", ["2-2", "1-2", "2-1"])
+@pytest.mark.parametrize("ranks", ["1-2", "2-1"])
 def test_ranks_may_change_on_the_way(folder: Path, ranks: str, stage: int) -> None:
     assert losses(folder, f"{ranks} {stage}") == pytest.approx(losses(folder, "1-1"), rel=1e-5)
 
