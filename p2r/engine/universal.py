@@ -4,8 +4,9 @@ With ZeRO, every rank saves its part of one flat vector, which means nothing to 
 converter cuts the parts back into parameters; whoever loads them takes what is its own now. Both sides read pickles: they
 are for checkpoints from the job's own storage only.
 
-What the loader leaves out is put right here: stage 3 gives all groups of parameters the settings of the first (biases would
-be decayed), and no stage reads the network's buffers.
+What the loader gets wrong is put right here: on stage 3, all groups of parameters have the settings of the first (biases would
+be decayed), and share one count of steps, which Adam then raises once for each (moments would be corrected for the wrong
+step); no stage reads the network's buffers.
 """
 
 import argparse
@@ -97,6 +98,9 @@ def load_universal(engine: Any, folder: Path, *, weights: Path) -> None:
         engine._config.load_universal_checkpoint = False
     for group, settings in zip(engine.optimizer.param_groups, groups, strict=True):
         group.update(settings)
+    for values in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(values.get("step")):
+            values["step"] = values["step"].clone()
     saved = load_file(weights)
     with torch.no_grad():
         for name, buffer in engine.module.named_buffers():
