@@ -14,7 +14,7 @@ import typer
 
 from p2r.config import PretrainConfig
 from p2r.errors import InputError, JobError, P2RError, TrainingError
-from p2r.job import Job, json_schema, overrides_of, read_job
+from p2r.job import FORK_HELP, Job, json_schema, overrides_of, read_job
 from p2r.logs import configure, masked, reset, say, say_crash, say_error
 from p2r.storage import Storage
 
@@ -38,6 +38,7 @@ AllowTransductive = Annotated[
         help="Go on although validation or test patients are in the backbone's corpus; every row of the report is labelled.",
     ),
 ]
+Fork = Annotated[str | None, typer.Option(metavar="NAME", help=FORK_HELP)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, and what workers print.")]
 
 
@@ -85,6 +86,7 @@ def run(
     profile: Annotated[
         int, typer.Option(metavar="STEPS", min=0, help="Profile so many steps of pretraining, after a few.")
     ] = 0,
+    fork: Fork = None,
     log_format: Annotated[
         str | None,
         typer.Option(
@@ -96,6 +98,10 @@ def run(
     """Run a job on Ray; running it again resumes it."""
     configure(log_format)
     job = read_job(path, overrides_of(set_, allow_transductive=allow_transductive))
+    if fork:
+        from p2r.engine.fork import forked
+
+        job = forked(job, fork)
     configure(log_format, run=job.name)
     made = _run_on_ray(job, address, profile_steps=profile, debug=debug)
     failed = made.pop("failed", [])
@@ -124,6 +130,7 @@ def submit(
         str | None, typer.Option(help="Job server, http://HOST:8265; default: RAY_API_SERVER_ADDRESS.")
     ] = None,
     allow_transductive: AllowTransductive = False,
+    fork: Fork = None,
     debug: Debug = False,
 ) -> None:
     """Submit a job to a Ray cluster from the repository's root, and follow its log."""
@@ -131,7 +138,7 @@ def submit(
     read_job(path, overrides)
     from cluster.submit import submit as submit_to_ray
 
-    submit_to_ray(path, overrides, address=address)
+    submit_to_ray(path, overrides, address=address, fork=fork)
 
 
 @app.command()

@@ -16,9 +16,9 @@ from cluster.session import num_cpus, num_gpus
 from p2r.config import PretrainConfig
 from p2r.data.order import check_world_size
 from p2r.data.stream import order_of
-from p2r.engine.checkpoint import newest_checkpoint, refuse_other_config
-from p2r.engine.corpora import corpora_of
-from p2r.errors import CheckpointError, InputError, TrainingError
+from p2r.engine.checkpoint import newest_checkpoint, refuse_other_config, refuse_other_ranks
+from p2r.engine.corpora import corpora_of, refuse_other_stream
+from p2r.errors import InputError, TrainingError
 from p2r.job import Resources
 from p2r.logs import Line, configure
 from p2r.storage import Storage
@@ -50,11 +50,8 @@ def pretrain(
         refuse_other_config(checkpoint, config, where=storage.at(checkpoint["path"]))
         if checkpoint["step"] >= config.steps:
             return
-        if checkpoint["world_size"] != num_workers and config.zero_stage > 0:
-            raise CheckpointError(
-                f"{storage.at(checkpoint['path'])} was made by {checkpoint['world_size']} workers with ZeRO stage {config.zero_stage}, "
-                f"this run would have {num_workers}: set resources.num_workers={checkpoint['world_size']}"
-            )
+        refuse_other_ranks(checkpoint, config, world_size=num_workers, where=storage.at(checkpoint["path"]))
+        refuse_other_stream(config, corpus, checkpoint["state"]["stream"])
     workers = f"{num_workers} worker{'s' * (num_workers > 1)} on {'GPU' if gpus else 'CPU'}"
     say(f"pretrain | {workers}, {config.steps} steps of {config.global_batch} images")
     with relay(say) as queue:

@@ -14,8 +14,8 @@ from p2r.logs import as_text, masked
 _IGNORED = [".venv", ".git", "runs", "*.nii", "*.nii.gz", "*.tar", "*.safetensors"]
 
 
-def submit(path: Path, overrides: tuple[str, ...], *, address: str | None) -> None:
-    """Submit the job, follow its log, and return when it has succeeded.
+def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork: str | None = None) -> None:
+    """Submit the job, or a fork of it, follow its log, and return when it has succeeded.
 
     Raises:
         JobError: if the job file does not lie below the current folder, which is what the cluster gets.
@@ -29,6 +29,7 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None) -> No
         ) from None
     client = JobSubmissionClient(address)
     arguments = [word for override in overrides for word in ("--set", override)]
+    arguments += ["--fork", fork] if fork else []
     submission = client.submit_job(
         entrypoint=shlex.join(["python", "-m", "cluster", "run", relative.as_posix(), *arguments]),
         runtime_env={"working_dir": ".", "excludes": _IGNORED, "env_vars": forwarded_environment()},

@@ -458,7 +458,9 @@ class LossConfig(Section):
         if self.negatives == "image" and self.name != "info_nce":
             raise ValueError(f"negatives image needs name info_nce: {self.name} contrasts no pixels")
         if self.negatives == "image" and self.exclude_within_mm == math.inf:
-            raise ValueError("negatives image and exclude_within_mm .inf leave no negatives: give a radius, or leave it out")
+            raise ValueError(
+                "negatives image and exclude_within_mm .inf leave no negatives: give a radius, or leave it out"
+            )
         return self
 
 
@@ -530,6 +532,11 @@ class PretrainConfig(Section):
     """Steps between two checkpoints; the last step always makes one."""
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints stay on the storage."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints whose step it divides stay for good, beside the newest; 0: none."""
+    init_from: str | None = None
+    """URL of the first weights, by safetensors: a published backbone (`STORAGE/backbones/NAME/1`), whose projection head is then new, or
+    another run's checkpoint (`STORAGE/pretrain/checkpoints/step-00001000`). Step, schedule and order begin anew. None: drawn by `seed`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

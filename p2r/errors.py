@@ -5,7 +5,8 @@
     │   ├── JobError        a job file or an override of it
     │   ├── DataError       a corpus, a task or a label that breaks a rule
     │   │   └── RefusedScan one scan that cannot be used; carries the reason code of the ledger
-    │   ├── StorageError    a storage URL that cannot be read or written, or holds something damaged
+    │   ├── StorageError    a storage URL that cannot be read or written
+    │   │   └── DamagedError something there is absent or is not what was written: trying again will not help
     │   └── CheckpointError a checkpoint or published artefact that does not fit
     └── TrainingError       training itself went wrong (a loss that is not finite) -> exit code 1
         └── EmbeddingError  embeddings that a loss cannot compare; a ValueError as well
@@ -49,6 +50,10 @@ class RefusedScan(DataError):
 
 class StorageError(InputError):
     """A storage URL cannot be read or written, or what lies there is damaged."""
+
+
+class DamagedError(StorageError):
+    """What a storage holds is absent, cut off, or has other bytes than its manifest says: trying again will not help."""
 
 
 class CheckpointError(InputError):

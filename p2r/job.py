@@ -32,6 +32,11 @@ from p2r.errors import JobError
 Model = TypeVar("Model", bound=BaseModel)
 Kind = Literal["ingest", "pretrain", "publish", "finetune", "pipeline", "ablation"]
 
+FORK_HELP = (
+    "start a new run in <storage>-NAME (or in NAME, if it is a URL), at step 0, from the weights of the newest checkpoint; "
+    "the same command resumes it"
+)
+
 _STAGES: dict[Kind, tuple[str, ...]] = {
     "ingest": ("ingest",),
     "pretrain": ("pretrain",),

@@ -18,7 +18,7 @@ import urllib3.exceptions
 from botocore.parsers import ResponseParserError
 
 from p2r.counters import Counters
-from p2r.errors import StorageError
+from p2r.errors import DamagedError, StorageError
 
 REQUEST_FAILURES = (failures.ClientError, failures.BotoCoreError, ResponseParserError)
 BODY_FAILURES = (urllib3.exceptions.HTTPError, OSError)
@@ -132,7 +132,7 @@ class Patience:
         """Allow another fetch of content that was wrong, or changed on the way; raise `StorageError` after the last."""
         if self._num_refetches >= self._settings.num_refetches:
             what = "does not have the digest that is stated for it" if is_whole else "changed while it was read"
-            raise StorageError(
+            raise DamagedError(
                 f"cannot {self._what}: it {what}, {self._num_refetches + 1} times in a row: it is damaged, or whoever "
                 "replaced it did not finish; write it again, or restore it"
             )

@@ -28,7 +28,7 @@ from botocore.loaders import create_loader
 from botocore.session import Session
 
 from p2r.counters import Counters
-from p2r.errors import StorageError
+from p2r.errors import DamagedError, StorageError
 from p2r.patience import (
     BODY_FAILURES,
     HINT,
@@ -358,7 +358,9 @@ class S3:
             yield
         except REQUEST_FAILURES as error:
             # No cause is chained: what a server answers could repeat a key, and a traceback would show it.
-            raise StorageError(f"cannot {verb} {self.url(key)}: {self._clean(text_of(error))}; {HINT}") from None
+            is_absent = isinstance(error, failures.ClientError) and code_of(error) == "NoSuchKey"
+            kind = DamagedError if verb == "read" and is_absent else StorageError
+            raise kind(f"cannot {verb} {self.url(key)}: {self._clean(text_of(error))}; {HINT}") from None
 
     def _clean(self, text: str) -> str:
         """Return `text` without the keys, should anything have put them there."""
@@ -445,11 +447,11 @@ class _Body:
         if num_bytes is None or etag is None:
             raise StorageError(f"{url}: the server states no size or no ETag, as S3 does; {HINT}")
         if self._num_bytes not in (None, num_bytes):
-            raise StorageError(f"{url} has {num_bytes} bytes, its manifest says {self._num_bytes}: it is damaged")
+            raise DamagedError(f"{url} has {num_bytes} bytes, its manifest says {self._num_bytes}: it is damaged")
         if self._stop is None:
             self._stop = num_bytes
         if self._stop > num_bytes:
-            raise StorageError(f"{url} has {num_bytes} bytes, asked for those before {self._stop}: it is damaged")
+            raise DamagedError(f"{url} has {num_bytes} bytes, asked for those before {self._stop}: it is damaged")
         sent = span.rpartition("/")[0] or f"bytes 0-{num_bytes - 1}"
         if "Range" in parameters and sent != f"bytes {self._position}-{self._stop - 1}":
             raise StorageError(

@@ -25,7 +25,7 @@ from urllib.parse import urlparse
 from p2r.cache import cache_folder as cache_folder
 from p2r.cache import node_cache
 from p2r.counters import Counters
-from p2r.errors import StorageError
+from p2r.errors import DamagedError, StorageError
 from p2r.files import file_sha256 as file_sha256
 from p2r.files import locked, replacing, temporary_beside
 
@@ -111,7 +111,7 @@ class Storage:
         """Return the content of `path`."""
         tagged = self._read(path)
         if tagged is None:
-            raise StorageError(f"{self.at(path)} does not exist")
+            raise DamagedError(f"{self.at(path)} does not exist")
         return tagged[0]
 
     def read_tagged(self, path: str) -> tuple[bytes, str] | None:
@@ -126,7 +126,7 @@ class Storage:
         try:
             return json.loads(self.read_bytes(path))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise StorageError(f"{self.at(path)} is not JSON: {error}") from None
+            raise DamagedError(f"{self.at(path)} is not JSON: {error}") from None
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Return the bytes of `path` from `start` to before `stop`; a file that ends before `stop` is an error."""
@@ -140,7 +140,7 @@ class Storage:
             file.seek(start)
             content = b"".join(iter(lambda: file.read(stop - file.tell()), b""))
         if len(content) != stop - start:
-            raise StorageError(
+            raise DamagedError(
                 f"{self.at(path)} has {start + len(content)} bytes, asked for those before {stop}: it is damaged"
             )
         return content
@@ -222,7 +222,7 @@ class Storage:
         """Return the size of `path`, and what is another text when its content is another."""
         facts = self.facts(path)
         if facts is None:
-            raise StorageError(f"{self.at(path)} does not exist")
+            raise DamagedError(f"{self.at(path)} does not exist")
         return facts.num_bytes, facts.version
 
     def facts(self, path: str) -> FileFacts | None:
@@ -275,7 +275,7 @@ class Storage:
                 return lease.path
         local = Path(full)
         if not local.is_file():
-            raise StorageError(f"{self.at(path)} does not exist")
+            raise DamagedError(f"{self.at(path)} does not exist")
         self._check_size(path, local.stat().st_size, num_bytes)
         return local
 
@@ -299,6 +299,8 @@ class Storage:
         if self._s3 is not None:
             self._s3.fetch(full, file, sha256=sha256, num_bytes=num_bytes)
             return
+        if not Path(full).is_file():
+            raise DamagedError(f"{self.at(path)} does not exist")
         digest = hashlib.sha256()
         with ExitStack() as opened:
             with _explained("read", self.at(path)):
@@ -310,7 +312,7 @@ class Storage:
                 file.write(chunk)
             file.truncate()
         if sha256 not in (None, digest.hexdigest()):
-            raise StorageError(f"{self.at(path)} does not have the sha256 that its manifest states: it is damaged")
+            raise DamagedError(f"{self.at(path)} does not have the sha256 that its manifest states: it is damaged")
 
     def delete(self, prefix: str) -> None:
         """Remove the file or everything below `prefix`; nothing happens if it is absent."""
@@ -382,7 +384,7 @@ class Storage:
 
     def _check_size(self, path: str, found: int, expected: int | None) -> None:
         if expected not in (None, found):
-            raise StorageError(f"{self.at(path)} has {found} bytes, its manifest says {expected}: it is damaged")
+            raise DamagedError(f"{self.at(path)} has {found} bytes, its manifest says {expected}: it is damaged")
 
 
 def json_bytes(value: Any) -> bytes:

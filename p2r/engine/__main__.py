@@ -3,6 +3,7 @@
     python -m p2r.engine jobs/demo.yaml --set pretrain.steps=20 --minutes 8
 
 With `--minutes`, pretraining saves a checkpoint and ends when the time is over; the same command goes on from there. With
+`--fork NAME` a new run starts from the weights that the job's has reached. With
 `--profile STEPS` it says where so many of its steps spend time and memory, and goes on.
 """
 
@@ -20,13 +21,14 @@ from p2r.config import IngestConfig, Mode, PretrainConfig
 from p2r.data.corpus import ingest_locally, report_progress
 from p2r.engine.fewshot import Result, attempt, failure_message
 from p2r.engine.finetune import TrialSetup
+from p2r.engine.fork import forked
 from p2r.engine.lines import report_lines
 from p2r.engine.pipeline import Say, run_job
 from p2r.engine.pretrain import pretrain
 from p2r.engine.profile import profile_text
 from p2r.errors import InputError, JobError, P2RError
 from p2r.evaluate.protocol import Trial
-from p2r.job import overrides_of, read_job
+from p2r.job import FORK_HELP, overrides_of, read_job
 from p2r.logs import Line, LogFormat, configure, masked, reset, say, say_crash, say_error, within
 from p2r.storage import Storage
 
@@ -106,6 +108,7 @@ def _main() -> int:
         action="store_true",
         help="go on although validation or test patients are in the backbone's corpus; every row of the report is labelled",
     )
+    parser.add_argument("--fork", metavar="NAME", help=FORK_HELP)
     parser.add_argument("--minutes", type=float, help="end pretraining after this time, to go on later")
     parser.add_argument(
         "--profile", type=int, default=0, metavar="STEPS", help="profile so many steps of pretraining, after a few"
@@ -121,6 +124,8 @@ def _main() -> int:
         configure(arguments.log_format)
         overrides = overrides_of(arguments.set, allow_transductive=arguments.allow_transductive)
         job = read_job(arguments.job, overrides)
+        if arguments.fork:
+            job = forked(job, arguments.fork)
         configure(arguments.log_format, run=job.name)
         executor = LocalExecutor(
             device,

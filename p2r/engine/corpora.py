@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from p2r.config import CorpusShare, PretrainConfig
-from p2r.data.manifest import load_manifest, manifest_sha256
-from p2r.data.stream import Corpus
+from p2r.data.manifest import load_manifest, manifest_sha256, revision_path
+from p2r.data.stream import Corpus, stream_state
 from p2r.errors import CheckpointError
 from p2r.storage import Storage
 
@@ -26,7 +26,7 @@ def corpora_of(config: PretrainConfig, own: Storage, *, stream: Mapping[str, Any
 
     Raises:
         DataError: A corpus or revision is absent.
-        CheckpointError: The checkpoint has another number of corpora.
+        CheckpointError: The checkpoint has other corpora, or other revisions of them.
     """
     if config.corpus is None or isinstance(config.corpus, str):
         shares: Sequence[CorpusShare] = [CorpusShare(url=config.corpus or own.url)]
@@ -37,13 +37,32 @@ def corpora_of(config: PretrainConfig, own: Storage, *, stream: Mapping[str, Any
         revisions = [corpus["manifest_sha256"] for corpus in stream.get("corpora", [])]
         if len(revisions) != len(shares):
             raise CheckpointError(
-                f"the checkpoint streams from {len(revisions)} corpora, this run names {len(shares)}: restore them, or start a new run"
+                f"the checkpoint streams from {len(revisions)} corpora, this run names {len(shares)}: "
+                "restore them, or start a new run from the weights with --fork NAME"
             )
     found = []
     for share, revision in zip(shares, revisions, strict=True):
         storage = Storage(share.url)
+        if stream is not None and share.revision not in (None, revision):
+            raise _other_revision(storage, revision, share.revision)
+        if stream is not None and revision is not None and not storage.exists(revision_path(revision)):
+            raise _other_revision(storage, revision, manifest_sha256(load_manifest(storage)))
         found.append(Corpus(storage, load_manifest(storage, revision=revision), share.weight))
     return found
+
+
+def refuse_other_stream(config: PretrainConfig, own: Storage, saved: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` if a run with these corpora would not go on with the stream that a checkpoint has saved."""
+    corpora = corpora_of(config, own, stream=saved)
+    state = stream_state(corpora, seed=config.seed, global_batch=config.global_batch, neighbours=config.neighbours)
+    state.resumed(saved)
+
+
+def _other_revision(storage: Storage, saved: str | None, wanted: str | None) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint streams from revision {saved} of {storage.url}, this run from {wanted}: restore the revision, "
+        "or start a new run from the weights with --fork NAME"
+    )
 
 
 def agreed_corpora(

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors.torch import load_file
-
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, load_backbone, publish
 from p2r.config import IngestConfig, PretrainConfig, PublishConfig
 from p2r.data.corpus import corpus_digest, load_manifest, manifest_sha256
@@ -22,6 +20,7 @@ from p2r.engine.finetune import TrialSetup
 from p2r.engine.pretrain import finished_checkpoint
 from p2r.engine.readings import merge_readings
 from p2r.engine.reporting import make_report, write_variants
+from p2r.engine.weights import checked_weights
 from p2r.errors import DataError, JobError
 from p2r.evaluate.tasks import load_task
 from p2r.job import Job, variants_of
@@ -62,7 +61,7 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
     }.get(job.kind, (job.kind,))
     if "finetune" in stages or "variants" in stages:
         _check_tasks(job)
-    if "ingest" in stages or ("pretrain" in stages and job.ingest is not None):
+    if job.ingest is not None and ("ingest" in stages or "pretrain" in stages):  # a fork has its corpus
         made["corpus"] = _ingest(job, storage, executor, say)
     if "variants" in stages:
         return {**made, **_run_variants(job, storage, executor, say)}
@@ -114,12 +113,8 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             f"the corpora cut planes across different axes (slice_axis {', '.join(map(str, sorted(rules, key=str)))}): "
             "a backbone has one rule; ingest them alike"
         )
-    entry = checkpoint["files"]["model.safetensors"]
-    weights = load_file(
-        storage.child("pretrain").local(
-            f"{checkpoint['path']}/model.safetensors", sha256=entry["sha256"], num_bytes=entry["num_bytes"]
-        )
-    )
+    name = "model.safetensors"
+    weights = checked_weights(storage.child("pretrain"), f"{checkpoint['path']}/{name}", checkpoint["files"][name])
     published = publish(
         where,
         format=BACKBONE_FORMAT,

@@ -10,9 +10,9 @@ checkpoint is made of weights that a bad step has touched. On a CPU every step i
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,19 +25,15 @@ from p2r.counters import Counters
 from p2r.data.stream import Quarantine, Replaced, stream, stream_state
 from p2r.device import is_waited_for
 from p2r.engine.build import DTYPES, build_engine, join_process_group
-from p2r.engine.checkpoint import (
-    load_checkpoint,
-    newest_checkpoint,
-    path_of,
-    refuse_other_config,
-    save_checkpoint,
-)
+from p2r.engine.checkpoint import Checkpoints, Note, newest_checkpoint, refuse_other_config
 from p2r.engine.compiling import compile_in_place, warm_up
 from p2r.engine.corpora import agreed_corpora
 from p2r.engine.feed import feed
 from p2r.engine.profile import Profiler
 from p2r.engine.schedule import learning_rate
 from p2r.engine.step import Step, equivariance_error, take_step
+from p2r.engine.uploading import path_of
+from p2r.engine.weights import init_weights
 from p2r.errors import CheckpointError, EmbeddingError, InputError, TrainingError
 from p2r.model.pix2rep import Pix2Rep
 from p2r.storage import Storage
@@ -79,8 +75,15 @@ class Report:
     """Of the last step: 0 if embeddings follow the warp perfectly, 1 if no better than chance; see `p2r.engine.step`."""
     resumed_from: int | None = None
     """In the first report of a resumed run: the step it went on from."""
+    fell_back: str | None = None
+    """In the first report of a resumed run: which checkpoints could not be used, and why."""
     checkpoint: str | None = None
-    """Path of the checkpoint that this step made, below `<storage>/pretrain`."""
+    """Path below `<storage>/pretrain` of a checkpoint that was completed since the report before: of an earlier step, for uploads go on
+    beside training; after the last step, of that step."""
+    checkpoint_s: float | None = None
+    """Seconds that the newest complete checkpoint of this process took, from the beginning of the save to its manifest."""
+    checkpoint_bytes: int | None = None
+    """Its size."""
     compiled: str | None = None
     """In the first report of a run that compiles: what came of it."""
     profile: str | None = None
@@ -100,6 +103,7 @@ class Report:
             + (f" | {self.num_replaced} damaged samples replaced" if self.num_replaced else "")
             + (f" | checkpoint {self.checkpoint}" if self.checkpoint else "")
             + (f" | {self.profile}" if self.profile else "")
+            + (f" | {self.fell_back}" if self.fell_back else "")
         )
 
 
@@ -111,6 +115,7 @@ def pretrain(
     device: torch.device,
     max_seconds: float | None = None,
     profile_steps: int = 0,
+    note: Note | None = None,
 ) -> Iterator[Report]:
     """Train to `config.steps`, from the newest checkpoint if there is one.
 
@@ -121,18 +126,43 @@ def pretrain(
         device: This process's device.
         max_seconds: Save a checkpoint and end early after this time, to go on in a later call.
         profile_steps: Profile so many steps of rank 0, after a few, into `<storage>/pretrain/profile`; 0: none.
+        note: Is told, on rank 0, of every checkpoint that could not be used.
 
     Raises:
         InputError: for a corpus, checkpoint or number of workers that does not fit.
+        StorageError: when the checkpoint before could not be uploaded.
         TrainingError: when the loss is no longer finite.
     """
     began = time.monotonic()
-    checkpoint = newest_checkpoint(storage)
-    if checkpoint is not None:
-        refuse_other_config(checkpoint, config, where=storage.at(checkpoint["path"]))
-        if checkpoint["step"] >= config.steps:
-            return
-    rank, world_size = join_process_group(device)
+    join_process_group(device)
+    with Checkpoints(storage, config, note=note) as checkpoints:
+        yield from _steps(
+            config,
+            storage=storage,
+            corpus=corpus,
+            device=device,
+            checkpoints=checkpoints,
+            profile_steps=profile_steps,
+            is_over=None if max_seconds is None else lambda: time.monotonic() - began > max_seconds,
+        )
+
+
+def _steps(
+    config: PretrainConfig,
+    *,
+    storage: Storage,
+    corpus: Storage,
+    device: torch.device,
+    checkpoints: Checkpoints,
+    profile_steps: int,
+    is_over: Callable[[], bool] | None,
+) -> Iterator[Report]:
+    """Do what `pretrain` says, to the end or until it is over on any rank."""
+    fetched = checkpoints.newest()
+    checkpoint = None if fetched is None else fetched.manifest
+    if checkpoint is not None and checkpoint["step"] >= config.steps:
+        return
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if config.global_batch % world_size:
         raise InputError(
             f"pretrain.global_batch must be divisible by the number of workers, got {config.global_batch} for {world_size}"
@@ -148,6 +178,9 @@ def pretrain(
     torch.manual_seed(config.seed)
     learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
     model = Pix2Rep(config.model, dimensions=config.image.dimensions, learnt_temperature=learnt_temperature)
+    init_from = None if checkpoint is None else checkpoint.get("init_from")
+    if checkpoint is None and config.init_from is not None:
+        init_from = init_weights(model, config.init_from)
     is_compiled, compiled = False, None
     if config.compile:
         is_compiled, compiled = warm_up(
@@ -160,9 +193,10 @@ def pretrain(
     if is_compiled and config.compile:
         compile_in_place(engine.module.backbone, config.compile)
     resumed_from, running = None, _Running()
-    if checkpoint is not None:
-        load_checkpoint(engine, storage, checkpoint, config=config)
-        resumed_from = checkpoint["step"]
+    fell_back = None
+    if fetched is not None and checkpoint is not None:
+        checkpoints.load(engine, fetched)
+        resumed_from, fell_back = checkpoint["step"], fetched.note
         running = _Running(**checkpoint["state"]["running"])
         state = state.resumed(checkpoint["state"]["stream"])
     history = _History(storage, rank, first_step=resumed_from or 0)
@@ -211,14 +245,15 @@ def pretrain(
                     raise _diverged(step, error) from error
             unread.add(step, taken)
             clock.add(batch.wait_s)
-            timed_out = _any_rank(None if max_seconds is None else time.monotonic() - began > max_seconds, device)
+            timed_out = _any_rank(None if is_over is None else is_over(), device)
+            is_last = step == config.steps or timed_out
             saves = _is_due(step, config.checkpoint_interval, config.steps) or timed_out
             if reports or saves or not is_waited_for(device):
                 unread.read_into(running)
             if profiler is not None:
                 profiler.waited(batch.wait_s)
                 with clock.stopped():
-                    profile = profiler.written(is_last=step == config.steps or timed_out) or profile
+                    profile = profiler.written(is_last=is_last) or profile
             mean_loss, num_without_pairs = running.mean(), running.num_images_without_pairs
             if reports:
                 running.reset()
@@ -242,23 +277,26 @@ def pretrain(
                     num_images_without_pairs=num_without_pairs,
                     equivariance_error=_equivariance_error(taken),
                     resumed_from=resumed_from,
-                    checkpoint=path_of(step) if saves else None,
+                    fell_back=fell_back,
+                    checkpoint=path_of(step) if is_last else checkpoints.completed(),
+                    **_upload_facts(checkpoints),
                     compiled=compiled,
                     profile=profile,
                 )
-                resumed_from = compiled = profile = None
+                resumed_from = compiled = profile = fell_back = None
                 # Before the checkpoint: whatever goes on from it finds the rows of all steps before.
                 history.add(report, flush=saves)
                 clock = _Clock()
                 if saves:
-                    save_checkpoint(
+                    checkpoints.save(
                         engine,
-                        storage,
                         step=step,
-                        config=config,
-                        keep=config.keep_checkpoints,
                         state={"stream": state.to_dict(), "running": asdict(running)},
+                        init_from=init_from,
                     )
+                if is_last:
+                    checkpoints.finish()  # whoever gets the last report finds its checkpoint
+                    report = replace(report, **_upload_facts(checkpoints))
                 yield report
             if timed_out:
                 return
@@ -271,6 +309,11 @@ def _encoded_shape(config: PretrainConfig, world_size: int) -> tuple[int, ...]:
     """Return the shape (B, C, *S) of what the backbone encodes at once: both views of a micro-batch."""
     num_images = config.micro_batch or config.global_batch // world_size
     return 2 * num_images, config.model.in_channels, *[config.image.size] * config.image.dimensions
+
+
+def _upload_facts(checkpoints: Checkpoints) -> dict[str, Any]:
+    uploaded = checkpoints.uploaded
+    return {} if uploaded is None else {"checkpoint_s": uploaded.seconds, "checkpoint_bytes": uploaded.num_bytes}
 
 
 @dataclass

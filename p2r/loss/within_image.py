@@ -12,8 +12,6 @@ Source: the local loss of Chaitanya et al. 2020 (negatives of the same image), a
 Shape letters: B images of this rank, n pixel pairs of each, E embedding channels, D spatial dimensions.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,12 +98,13 @@ def info_nce_within_images(
     with torch.autocast(queries.device.type, enabled=False):
         rows = [F.normalize(tower.to(dtype), dim=1) for tower in (queries, keys)]
         weight = torch.ones(len(queries), dtype=dtype, device=queries.device) if weights is None else weights.to(dtype)
-        by_image: list[Any] = [x.unflatten(0, (num_images, -1)) for x in (*rows, weight)]
-        by_image.append(position_mm.unflatten(0, (num_images, -1)) if radius_mm and position_mm is not None else None)
+        num_pairs = len(queries) // num_images
+        by_image = [torch.split(x, num_pairs) for x in (*rows, weight)]
+        positions = torch.split(position_mm, num_pairs) if radius_mm and position_mm is not None else [None] * num_images
         costs = [
             checkpoint(
                 _cost,
-                *(None if part is None else part[number] for part in by_image),
+                *of_image,
                 1 / temperature,
                 form,
                 decoupled,
@@ -113,13 +112,14 @@ def info_nce_within_images(
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-            for number in range(num_images)
+            for of_image in zip(*by_image, positions, strict=True)
         ]
         own = torch.stack(costs).sum()
         of_all, total_weight = all_reduce_sum(torch.stack([own.detach(), weight.sum()]), group)
         total_weight = torch.where(total_weight > 0, total_weight, 1)  # of no pair at all, nothing is the mean
-        carried: Tensor = factor * own / total_weight
-        return carried + (of_all / total_weight - carried).detach()
+        carried = factor * own / total_weight
+        loss: Tensor = carried + (of_all / total_weight - carried).detach()
+        return loss
 
 
 def _cost(

@@ -73,14 +73,16 @@ def test_scans_become_a_report_and_running_again_repeats_nothing(
 
 
 @pytest.mark.usefixtures("first")
-def test_another_number_of_workers_is_refused_before_any_is_started(job_file: Path) -> None:
-    job = read_job(job_file, ("kind=pretrain", "resources.num_workers=1", "pretrain.steps=6"))
+def test_a_zero_stage_that_cannot_go_on_from_the_checkpoint_is_refused_before_a_worker_is_started(
+    job_file: Path,
+) -> None:
+    job = read_job(job_file, ("kind=pretrain", "pretrain.zero_stage=0", "pretrain.steps=6"))
     checkpoints = Path(job.storage) / "pretrain/checkpoints"
     newest = max(checkpoints.glob("step-*/manifest.json"))
     manifest = json.loads(newest.read_text())
     newest.write_text(json.dumps({**manifest, "step": 5}))  # as if the run had not ended
     try:
-        with pytest.raises(CheckpointError, match=r"made by 2 workers with ZeRO stage 1.*set resources\.num_workers=2"):
+        with pytest.raises(CheckpointError, match=r"zero_stage 1, this run has 0.*Set pretrain\.zero_stage=1.*--fork"):
             _run(job)
     finally:
         newest.write_text(json.dumps(manifest))

@@ -202,26 +202,6 @@ def test_every_network_trains_in_bfloat16(job_of: JobOf, corpus: Storage, tmp_pa
     assert len(_train(job, Storage(str(tmp_path / "pretrain")), corpus)) == 3
 
 
-def test_a_damaged_checkpoint_is_refused_with_the_way_out(job: Job, corpus: Storage, tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path / "pretrain"))
-    _train(job, storage, corpus, most=1)
-    victim = next(path for path in storage.list("checkpoints") if path.endswith(".pt"))
-    content = bytearray(storage.read_bytes(victim))
-    content[len(content) // 2] ^= 1
-    storage.write_bytes(victim, bytes(content))
-    with pytest.raises(
-        CheckpointError, match=r"is damaged; remove .*step-00000002 to resume from the checkpoint before it"
-    ):
-        _train(job, storage, corpus)
-
-
-def test_a_half_uploaded_checkpoint_does_not_exist(job: Job, corpus: Storage, tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path / "pretrain"))
-    _train(job, storage, corpus, most=2)
-    storage.delete("checkpoints/step-00000004/manifest.json")
-    assert _train(job, storage, corpus)[0].resumed_from == 2
-
-
 def test_a_corpus_smaller_than_a_global_batch_is_refused(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
     job = job_of(tmp_path, "pretrain.global_batch=512")
     with pytest.raises(DataError, match=r"24 .*512"):

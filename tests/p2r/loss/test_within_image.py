@@ -83,4 +83,6 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="radius_mm needs position_mm"):
         info_nce_within_images(a, b, num_images=B, temperature=0.2, radius_mm=2.0)
     with pytest.raises(EmbeddingError, match="1 of 21 embeddings are not finite"):
-        info_nce_within_images(a, torch.where(torch.arange(B * N)[:, None] == 4, math.inf, b), num_images=B, temperature=0.2)
+        info_nce_within_images(
+            a, torch.where(torch.arange(B * N)[:, None] == 4, math.inf, b), num_images=B, temperature=0.2
+        )

@@ -1,0 +1,72 @@
+"""What the ranks of a run tell one another beside training: objects, and failures.
+
+Training's collectives give up soon, so that a dead peer is found. What is done here (fetching a checkpoint, waiting for an
+upload) may rightly take one rank minutes while the others wait, so it has a process group of its own: gloo, which needs no
+device, and much patience.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+from torch import distributed
+
+from p2r.errors import P2RError, TrainingError
+
+T = TypeVar("T")
+
+
+class Peers:
+    """All ranks of the process group that this process has joined. Every method is collective.
+
+    Args:
+        timeout_s: How long a rank waits for the slowest.
+    """
+
+    def __init__(self, *, timeout_s: float = 7200.0) -> None:
+        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+        self._group = None
+        if self.world_size > 1:
+            self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, by rank."""
+        if self._group is None:
+            return [value]
+        values: list[T] = [value] * self.world_size
+        distributed.all_gather_object(values, value, group=self._group)
+        return values
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do something on every rank, and return what each made of it.
+
+        Raises:
+            P2RError: On every rank, what it failed with on the first that failed.
+        """
+        mine: list[T] = []
+        failure: P2RError | None = None
+        try:
+            mine.append(work())
+        except P2RError as error:
+            failure = error
+        except Exception as error:
+            if self._group is None:
+                raise
+            failure = TrainingError(f"rank {self.rank}: {type(error).__name__}: {error}")
+        found: list[T] = []
+        for made, failed in self.gather((mine, failure)):
+            if failed is not None:
+                raise failed
+            found += made
+        return found
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do something on rank 0 alone; every rank gets what came of it, or its failure."""
+        made = self.together(lambda: [work()] if self.rank == 0 else [])
+        return made[0][0]
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._group is not None:
+            distributed.destroy_process_group(self._group)
+            self._group = None
