@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import distributed
 
 from p2r import __version__
-from p2r.config import PretrainConfig
+from p2r.config import PretrainConfig, ProbeConfig
 from p2r.errors import CheckpointError
 from p2r.storage import Storage, file_sha256
 
@@ -28,6 +28,7 @@ FORMAT = "p2r-checkpoint/1"
 _FREE = (
     *("report_interval", "equivariance_interval", "checkpoint_interval", "keep_checkpoints", "corpus"),
     *("compile", "model.channels_last", "model.checkpoint_activations"),
+    *("probe", *(f"probe.{name}" for name in ProbeConfig.model_fields)),
 )
 
 

@@ -15,16 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LiveTensors(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, while entered, what was made since and still lives.
 
     Args:
         meta: Count meta tensors as if they were real; else they hold nothing.
+        apart: Keys of storages that were there before, such as those of the weights: an operation may return a view of them.
     """
 
-    def __init__(self, *, meta: bool = False) -> None:
-        super().__init__()
-        self._meta = meta
+    def __init__(self, *, meta: bool = False, apart: frozenset[int] = frozenset()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._meta, self._apart = meta, apart
         self.num_bytes, self.peak_bytes = 0, 0
         self._sizes: dict[int, int] = {}
 
@@ -41,7 +42,7 @@ class LiveTensors(TorchDispatchMode):
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         key = storage_key(storage)
-        if key in self._sizes:
+        if key in self._sizes or key in self._apart:
             return
         self._sizes[key] = storage.nbytes()
         self.num_bytes += storage.nbytes()

@@ -4,7 +4,7 @@ Memory is that of the worst of three moments of a step, by what holds it:
 
     backward     weights, optimizer, batch and views, activations, what the backward pass makes on its way
     loss         the same with embeddings (all ranks', where they are gathered) and tiles instead
-    optimizer    gradients, the buffers that reduce them, the optimizer's own temporaries; activations are gone
+    optimizer    gradients, and the buffers that reduce them; activations are gone
 
 Activations are not estimated: the job's own network runs forward and backward on meta tensors, which have shapes and no
 memory, and what autograd keeps and what lives is counted (`p2r.engine.counting`). So blocks that are computed again, bf16,
@@ -55,7 +55,7 @@ class Moment:
     activations: int = 0
     """What the forward pass keeps for the backward one."""
     working: int = 0
-    """What else the moment makes: maps on their way through the backward pass, temporaries of the optimizer."""
+    """What else the moment makes: maps on their way through the network."""
     embeddings: int = 0
     """Of pixel pairs: this rank's and others', and what the loss makes of them."""
     batch: int = 0
@@ -191,7 +191,7 @@ def plan(
 
     Raises:
         DataError: The global batch cannot be shared by so many workers, or the corpus is smaller than it.
-        InputError: The micro-batch does not divide a worker's part; or a worker does not fit into its memory.
+        InputError: The micro-batch does not divide a worker's part.
     """
     world_size = num_nodes * workers_per_node
     check_world_size(config.global_batch, world_size)
@@ -228,11 +228,7 @@ def plan(
         pace=None,
         world_sizes=tuple(allowed_world_sizes(config.global_batch)),
     )
-    if not found.fits:
-        raise InputError(_refusal(config, found))
-    if rate is None:
-        return found
-    return replace(found, pace=_pace(config, found, rate, cost_per_hour))
+    return found if rate is None else replace(found, pace=_pace(config, found, rate, cost_per_hour))
 
 
 @dataclass(frozen=True)
@@ -271,7 +267,7 @@ def count_step(config: PretrainConfig, *, world_size: int, device: str) -> Count
     in_loss = Moment(
         "loss",
         **states,
-        gradients=in_backward if accumulates and not in_two_passes else 0,
+        gradients=in_backward if accumulates and not in_two_passes else 0,  # of the micro-batches before
         activations=0 if in_two_passes else network.saved_bytes,
         working=0 if in_two_passes else network.forward_bytes - network.saved_bytes,
         embeddings=loss.peak_bytes + (2 * towers if in_two_passes else 0),
@@ -281,7 +277,6 @@ def count_step(config: PretrainConfig, *, world_size: int, device: str) -> Count
         "optimizer",
         **states,
         gradients=_gradients_in_update(config, network.num_weights, world_size=world_size),
-        working=2 * _FP32 * -(-network.num_weights // (world_size if config.zero_stage else 1)),
         embeddings=(3 if in_two_passes else 1) * towers,
         batch=batch,
     )
@@ -300,6 +295,8 @@ class _Network:
     """That autograd keeps of them."""
     peak_bytes: int
     """The most that lives in the backward pass, without gradients of weights that are complete."""
+    peak_with_gradients_bytes: int
+    """The most that lives there with them, if there were none before."""
 
 
 def _count_network(config: PretrainConfig, *, num_images: int, device: str) -> _Network:
@@ -312,25 +309,39 @@ def _count_network(config: PretrainConfig, *, num_images: int, device: str) -> _
         model = Pix2Rep(model_config, dimensions=dimensions, learnt_temperature=learnt_temperature)
     dtype = DTYPES[config.precision]
     model = model.to(device="meta", dtype=dtype)
-    for weight in model.parameters():
-        weight.register_post_accumulate_grad_hook(_forget_gradient)
     image = (num_images, 1, *[config.image.size] * dimensions)
     points = (num_images, config.loss.pixel_pairs_per_image, dimensions)
     views = [torch.empty(image, dtype=dtype, device="meta") for _ in range(2)]
     places = [torch.empty(points, device="meta") for _ in range(2)]
-    saved = SavedTensors(frozenset(storages_of(model.parameters())))
-    with LiveTensors(meta=True) as live:
+    of_weights = frozenset(storages_of([*model.parameters(), *views, *places]))
+    saved, live = SavedTensors(of_weights), LiveTensors(meta=True, apart=of_weights)
+    complete, peak, peak_with_gradients = 0, 0, 0
+
+    def look() -> None:
+        nonlocal peak, peak_with_gradients
+        peak = max(peak, live.peak_bytes)
+        peak_with_gradients = max(peak_with_gradients, live.peak_bytes + complete)
+        live.forget_peak()
+
+    def is_complete(weight: torch.Tensor) -> None:
+        nonlocal complete
+        look()
+        complete += weight.nbytes
+        weight.grad = None
+
+    for weight in model.parameters():
+        weight.register_post_accumulate_grad_hook(is_complete)  # type: ignore[no-untyped-call]
+    with live:
         with saved.hooks():
             queries, keys = model(*views, *places)
         forward_bytes, saved_bytes = live.num_bytes, saved.peak_bytes
         live.forget_peak()
         torch.autograd.backward([queries, keys], [torch.empty_like(rows) for rows in (queries, keys)])
+        look()
     num_weights = sum(weight.numel() for weight in model.parameters())
-    return _Network(num_weights, forward_bytes, saved_bytes, max(live.peak_bytes, saved_bytes))
-
-
-def _forget_gradient(weight: torch.Tensor) -> None:
-    weight.grad = None
+    return _Network(
+        num_weights, forward_bytes, saved_bytes, max(peak, saved_bytes), max(peak_with_gradients, saved_bytes)
+    )
 
 
 def _states(config: PretrainConfig, num_weights: int, *, world_size: int) -> dict[str, int]:
@@ -345,6 +356,8 @@ def _states(config: PretrainConfig, num_weights: int, *, world_size: int) -> dic
 def _gradients_in_backward(config: PretrainConfig, network: _Network, *, world_size: int, accumulates: bool) -> int:
     number = DTYPES[config.precision].itemsize
     if config.zero_stage < 2:
+        if not accumulates:  # those that are complete at the worst moment
+            return network.peak_with_gradients_bytes - network.peak_bytes
         return number * network.num_weights
     # They move into one bucket as they come; this rank's part is kept from one micro-batch to the next.
     part = -(-network.num_weights // world_size)
@@ -353,10 +366,10 @@ def _gradients_in_backward(config: PretrainConfig, network: _Network, *, world_s
 
 def _gradients_in_update(config: PretrainConfig, num_weights: int, *, world_size: int) -> int:
     number, part = DTYPES[config.precision].itemsize, -(-num_weights // world_size)
-    if config.zero_stage == 0:
-        return 2 * number * num_weights  # and a flat copy, which is reduced
-    flat = number * num_weights if world_size > 1 else 0
-    return max(2 * number * num_weights + flat, number * num_weights + (number + _FP32) * part)
+    # As they are and in the bucket, or in the bucket and in a flat copy that is sent.
+    reduced = 2 * number * num_weights
+    # Then this rank's part, and the same in fp32 for the optimizer.
+    return reduced if config.zero_stage == 0 else max(reduced, (number + _FP32) * part)
 
 
 def _batch_bytes(config: PretrainConfig, num_images: int) -> int:
@@ -378,8 +391,8 @@ def _loss_bytes(config: PretrainConfig, *, rows: int, world_size: int, device: s
     """Return what the loss over `rows` pixel pairs of this rank holds."""
     loss, tower = config.loss, rows * config.model.embedding_channels
     if loss.name == "barlow_twins":
-        saved = _FP32 * 5 * tower  # both views centred, one weighted, both before that
-        return _Loss(saved, saved + _FP32 * 3 * tower)
+        # Both views centred, and one of them weighted; on the way, both as they were, and gradients.
+        return _Loss(_FP32 * 3 * tower, _FP32 * 8 * tower)
     on_kernels = device == "cuda"
     product = DTYPES[config.precision].itemsize if on_kernels else _FP32
     tile = 0 if on_kernels else _FP32 * TILE**2
@@ -444,7 +457,9 @@ def _of_an_image(config: PretrainConfig, corpora: Sequence[Corpus] | None) -> tu
     """Return the bytes that are read for an image, and how many images there are."""
     if corpora is None:
         return 2.0 * config.image.size**config.image.dimensions, None
-    name, times = ("num_samples", 1) if config.image.dimensions == 2 else ("num_volumes", config.image.patches_per_volume)
+    name, times = (
+        ("num_samples", 1) if config.image.dimensions == 2 else ("num_volumes", config.image.patches_per_volume)
+    )
     shards = [shard for corpus in corpora for shard in corpus.manifest["shards"]]
     num_images = sum(shard[name] * times for shard in shards)
     return sum(shard["num_bytes"] for shard in shards) / max(1, num_images), num_images
@@ -475,37 +490,43 @@ def _pace(config: PretrainConfig, found: Plan, rate: Rate, cost_per_hour: float 
     )
 
 
-def _refusal(config: PretrainConfig, found: Plan) -> str:
-    """Say what does not fit, and which field would make it fit."""
+def refuse_what_does_not_fit(config: PretrainConfig, found: Plan) -> None:
+    """Raise `InputError` for a plan that does not fit, with the fields that would make it fit."""
+    if found.fits:
+        return
     assert found.limit_bytes is not None
-    allowed = (1 - HEADROOM) * found.limit_bytes
-    largest = max(
-        ((name, value) for name, value in asdict(found.peak).items() if isinstance(value, int)), key=lambda pair: pair[1]
-    )
+    allowed, peak = (1 - HEADROOM) * found.limit_bytes, found.peak
+    parts = {name: value for name, value in asdict(peak).items() if isinstance(value, int)}
+    largest = max(parts, key=lambda name: parts[name])
     message = (
-        f"a worker needs {found.peak.total / _GIB:.2f} GiB of tensors at the moment of the {found.peak.name} "
-        f"(most of it {largest[0]}, {largest[1] / _GIB:.2f} GiB) and may hold {allowed / _GIB:.2f} GiB: {HEADROOM:.0%} of "
-        f"{found.limit_bytes / _GIB:.2f} are kept free"
+        f"a worker would hold {_gib(peak.total)} of tensors (moment: {peak.name}; most of it {largest}, {_gib(parts[largest])}) and may "
+        f"hold {_gib(allowed)}, for {HEADROOM:.0%} of {_gib(found.limit_bytes)} stay free"
     )
-    tried = ""
+    tried = "the job as it is"
     for fields in _ways_out(config, found.images_per_worker):
         other = config
         for key, value in fields.items():
             other = _with(other, key, value)
         counted = count_step(other, world_size=found.num_workers, device=found.device)
         total = max(moment.total for moment in counted.memory)
-        tried = ", ".join(f"pretrain.{key}={value}" for key, value in fields.items())
+        tried = " ".join(f"pretrain.{key}={value}" for key, value in fields.items())
         if total <= allowed:
-            return f"{message}; set {tried}, which needs {total / _GIB:.2f} GiB"
-    return (
+            raise InputError(f"{message}; set {tried}, which takes {_gib(total)}")
+    raise InputError(
         f"{message}; even {tried} does not fit: take more workers, a smaller pretrain.image.size or pretrain.model.channels, or "
         "workers with more memory (--memory-gib)"
     )
 
 
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / _GIB:.3g} GiB"
+
+
 def _ways_out(config: PretrainConfig, images: int) -> list[dict[str, Any]]:
     """List what may be changed, without changing what is learnt, the mildest first."""
-    micro_batches = [part for part in range(images - 1, 0, -1) if images % part == 0 and part < (config.micro_batch or images)]
+    micro_batches = [
+        part for part in range(images - 1, 0, -1) if images % part == 0 and part < (config.micro_batch or images)
+    ]
     ways: list[dict[str, Any]] = [{"micro_batch": part} for part in micro_batches]
     last: dict[str, Any] = dict(ways[-1]) if ways else {}
     if config.zero_stage < 2:
