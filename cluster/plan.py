@@ -42,7 +42,7 @@ def show(
     if memory_gib is None and device == "cuda" and torch.cuda.is_available():
         memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     storage = Storage(job.storage)
-    rate = Rate(images_per_s, "stated") if images_per_s is not None else _measured(storage)
+    rate = Rate(images_per_s, "stated") if images_per_s is not None else _measured(storage, say)
     found = plan(
         config,
         num_nodes=num_nodes,
@@ -158,11 +158,16 @@ def _workers_per_node(job: Job, num_nodes: int, device: str) -> int:
     return most // num_nodes
 
 
-def _measured(storage: Storage) -> Rate | None:
-    if not storage.exists(_HISTORY):
+def _measured(storage: Storage, say: Callable[[str], None]) -> Rate | None:
+    """Return the rate of the job's own run; None, and a line that says why, if its storage cannot be read."""
+    try:
+        if not storage.exists(_HISTORY):
+            return None
+        text = storage.read_bytes(_HISTORY).decode()
+    except InputError as error:
+        say(f"plan | no measured rate: {error}")
         return None
-    rows = [json.loads(line) for line in storage.read_bytes(_HISTORY).decode().splitlines()]
-    return measured_rate(rows, where=storage.at(_HISTORY))
+    return measured_rate([json.loads(line) for line in text.splitlines()], where=storage.at(_HISTORY))
 
 
 def _corpora(config: PretrainConfig, storage: Storage, say: Callable[[str], None]) -> list[Corpus] | None:

@@ -375,7 +375,7 @@ def _gradients_in_update(config: PretrainConfig, num_weights: int, *, world_size
 def _batch_bytes(config: PretrainConfig, num_images: int) -> int:
     """Return what a rank's images hold: as decoded, in the network's grid, their views, and the warp between these."""
     dimensions = config.image.dimensions
-    pixels = num_images * config.image.size**dimensions
+    pixels: int = num_images * config.image.size**dimensions
     of_views = 2 * _FP32 + (2 * DTYPES[config.precision].itemsize if config.precision == "bf16" else 0)
     masks = 2 + 2  # inside and valid, and both once more for the two views
     return pixels * (_FP32 + of_views + _FP32 * dimensions + masks)
