@@ -26,29 +26,32 @@ from p2r.model.pix2rep import Pix2Rep
 
 TOLERANCE = 0.15
 CPU = torch.device("cpu")
-WIDE = {"channels": [32, 64, 128], "feature_channels": 32}
+SMALL = {
+    "name": "unet",
+    "channels": [16, 32, 64],
+    "feature_channels": 16,
+    "head_channels": 32,
+    "embedding_channels": 32,
+}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (1, {"zero_stage": 0}),
-    "bf16": (1, {"precision": "bf16", "zero_stage": 1}),
+    "bf16": (1, {"precision": "bf16"}),
     "micro-batches": (1, {"micro_batch": 2, "zero_stage": 2}),
-    "checkpointing": (1, {"model": {**WIDE, "checkpoint_activations": "all"}}),
-    "barlow": (1, {"loss": {"name": "barlow_twins", "pixel_pairs_per_image": 1024}}),
-    "volumes": (1, {"image": {"dimensions": 3, "size": 16}, "model": {**WIDE, "name": "dynunet"}}),
-    "two ranks, zero 0": (2, {"zero_stage": 0}),
-    "two ranks, zero 1": (2, {"zero_stage": 1}),
+    "checkpointing": (1, {"model": {**SMALL, "checkpoint_activations": "all"}}),
+    "barlow": (1, {"loss": {"name": "barlow_twins", "pixel_pairs_per_image": 512}}),
+    "two ranks, zero 0": (2, {"zero_stage": 0, "loss": {"form": "cross_view", "pixel_pairs_per_image": 512}}),
     "two ranks, zero 1, bf16": (2, {"zero_stage": 1, "precision": "bf16", "loss": {"exclude_within_mm": 6.0}}),
     "two ranks, zero 2, micro-batches": (2, {"zero_stage": 2, "micro_batch": 2}),
     "two ranks, cheap negatives": (2, {"micro_batch": 2, "loss": {"negatives": "micro_batch"}}),
-    "two ranks, ring": (2, {"loss": {"exchange": "ring", "pixel_pairs_per_image": 600}}),
-    "two ranks, many pairs": (2, {"loss": {"form": "cross_view", "pixel_pairs_per_image": 1024}}),
+    "two ranks, ring": (2, {"loss": {"exchange": "ring", "pixel_pairs_per_image": 512}}),
     "two ranks, barlow": (2, {"zero_stage": 2, "loss": {"name": "barlow_twins"}}),
 }
 
 
 def config(**changes: Any) -> PretrainConfig:
     values: dict[str, Any] = {
-        "image": {"size": 48, "spacing_mm": 2.0},
-        "model": {"name": "unet", **WIDE, "head_channels": 32, "embedding_channels": 32},
+        "image": {"size": 32, "spacing_mm": 2.0},
+        "model": SMALL,
         "loss": {"pixel_pairs_per_image": 64},
         "steps": 10,
         "global_batch": 8,
@@ -166,7 +169,7 @@ def test_time_and_cost_follow_from_one_worker_s_rate() -> None:
     assert pace.run_hours == pytest.approx(2 / 3600)
     assert pace.run_cost == pytest.approx(2 / 3600 * 4 * 3)
     assert pace.epoch_hours is None and pace.epoch_cost is None
-    assert pace.storage_mib_per_s == pytest.approx(40 * 48 * 48 * 2 / 2**20)
+    assert pace.storage_mib_per_s == pytest.approx(40 * 32 * 32 * 2 / 2**20)
     assert planned(config()).pace is None
 
 
@@ -177,15 +180,15 @@ def test_a_rate_is_the_median_of_a_worker_s() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_field_to_change() -> None:
-    settings = config(image={"size": 96})
-    refuse_what_does_not_fit(settings, planned(settings))
-    found = planned(settings, memory_gib=0.06)
+    settings = config(image={"size": 128})
+    whole = planned(settings)
+    refuse_what_does_not_fit(settings, whole)
+    # A tenth stays free: what a worker holds is just too much for its memory.
+    found = planned(settings, memory_gib=whole.peak.total / 2**30)
     assert not found.fits and not found.to_dict()["fits"]
-    with pytest.raises(
-        InputError, match=r"most of it activations.* set pretrain.micro_batch=2, which takes 0.0\d+ GiB"
-    ):
+    with pytest.raises(InputError, match=r"most of it activations.* set pretrain\.micro_batch=2, which takes .* GiB$"):
         refuse_what_does_not_fit(settings, found)
-    with pytest.raises(InputError, match=r"even pretrain.micro_batch=1 .*ring does not fit: take more workers"):
+    with pytest.raises(InputError, match=r"even pretrain\.micro_batch=1 .*ring does not fit: take more workers"):
         refuse_what_does_not_fit(settings, planned(settings, memory_gib=0.001))
 
 
