@@ -37,7 +37,6 @@ from p2r.model.pix2rep import Pix2Rep
 
 _FP32 = 4
 _PANEL_ON_CUDA = 16_384  # rows whose column sums the kernels keep apart
-_BATCHES_DECODED = 3  # at once: the one in work, and those ahead of it
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -59,7 +58,7 @@ class Moment:
     embeddings: int = 0
     """Of pixel pairs: this rank's and others', and what the loss makes of them."""
     batch: int = 0
-    """Images, the views made of them, and batches that wait decoded."""
+    """Images, and the views made of them. Voxels as they were decoded, 2 bytes each, are left out."""
 
     @property
     def total(self) -> int:
@@ -373,7 +372,7 @@ def _gradients_in_update(config: PretrainConfig, num_weights: int, *, world_size
 
 
 def _batch_bytes(config: PretrainConfig, num_images: int) -> int:
-    """Return what a rank's images hold: as decoded, in the network's grid, their views, and the warp between these."""
+    """Return what a rank's images hold in the network's grid: they, their views, and the warp between these."""
     dimensions = config.image.dimensions
     pixels: int = num_images * config.image.size**dimensions
     of_views = 2 * _FP32 + (2 * DTYPES[config.precision].itemsize if config.precision == "bf16" else 0)
