@@ -161,7 +161,7 @@ def test_plan_refuses_what_cannot_fit(
     assert stop.value.code == 2
     assert "does not fit" in out and "speed" in out  # the table comes first
     assert "plan | no epochs: " in err
-    assert "p2r: a worker would hold" in err and "--memory-gib" in err
+    assert "p2r: a worker would hold" in err and "set pretrain.micro_batch=2" in err
 
 
 def test_the_hook_adds_the_working_directory(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
