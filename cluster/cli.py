@@ -256,6 +256,48 @@ def tune_batch(
     )
 
 
+@app.command()
+def plan(
+    path: JobPath,
+    set_: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    workers_per_node: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Workers on each; default: the job's resources.num_workers over the nodes, else GPUs."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: what the job asks for, else has here.")
+    ] = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(min=0.01, help="Memory of a worker; default: of the GPU here, if there is one.")
+    ] = None,
+    images_per_s_per_worker: Annotated[
+        float | None, typer.Option(min=1e-9, help="Default: as measured by the job's own run, if there was one.")
+    ] = None,
+    cost_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one worker, in any currency.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a job's pretraining would hold, send, read, take and cost on so many workers, before anything is spent."""
+    from cluster.plan import show
+
+    job = read_job(path, tuple(set_ or ()), unset={})
+    show(
+        job,
+        _pretrain_of(job, path),
+        num_nodes=nodes,
+        workers_per_node=workers_per_node,
+        device=device,
+        memory_gib=memory_gib,
+        images_per_s=images_per_s_per_worker,
+        cost_per_hour=cost_per_hour,
+        as_json=json_,
+        say=_say,
+    )
+
+
 def _print_rows(columns: tuple[str, ...], rows: list[tuple[str, ...]], *, title: str | None = None) -> None:
     from rich.console import Console
     from rich.table import Table

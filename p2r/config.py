@@ -488,6 +488,26 @@ class CorpusShare(Section):
     """SHA-256 of a manifest. None: the revision that is current when the run begins; a resumed run keeps it."""
 
 
+class ProbeConfig(Section):
+    """A quick linear read-out of a labelled task while pretraining goes on, so that a collapse is seen in minutes.
+
+    It reads a few train and validation patients of the task, never a test patient, and changes nothing of the training.
+    """
+
+    task: str
+    """Path of the task's YAML, relative to the job file."""
+    interval: PositiveInt = 500
+    """Steps between two probes; the last step always makes one. Each is stated in the next report."""
+    num_labelled: PositiveInt = 1
+    """Train patients whose pixels the read-out is fitted to."""
+    num_validation: PositiveInt = 4
+    """Validation patients that are segmented; all of them, if there are fewer."""
+    planes_per_scan: PositiveInt = 16
+    """Planes (or frames, of volumes) that are read of every scan at most, evenly spread over it."""
+    seed: int = 0
+    """Draws the patients."""
+
+
 class PretrainConfig(Section):
     """Corpus -> pixel representation."""
 
@@ -537,6 +557,8 @@ class PretrainConfig(Section):
     init_from: str | None = None
     """URL of the first weights, by safetensors: a published backbone (`STORAGE/backbones/NAME/1`), whose projection head is then new, or
     another run's checkpoint (`STORAGE/pretrain/checkpoints/step-00001000`). Step, schedule and order begin anew. None: drawn by `seed`."""
+    probe: ProbeConfig | None = None
+    """Probe a labelled task on the way. None: no probe."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

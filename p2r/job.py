@@ -278,6 +278,9 @@ def _with_absolute_tasks(job: Job, folder: Path) -> Job:
     if job.finetune is not None:
         tasks = tuple(str(folder / task) for task in job.finetune.tasks)
         update["finetune"] = job.finetune.model_copy(update={"tasks": tasks})
+    if job.pretrain is not None and job.pretrain.probe is not None:
+        probe = job.pretrain.probe.model_copy(update={"task": str(folder / job.pretrain.probe.task)})
+        update["pretrain"] = job.pretrain.model_copy(update={"probe": probe})
     if job.ingest is not None and job.ingest.subjects_of is not None:
         chosen = job.ingest.subjects_of.model_copy(update={"task": str(folder / job.ingest.subjects_of.task)})
         update["ingest"] = job.ingest.model_copy(update={"subjects_of": chosen})

@@ -56,6 +56,7 @@ def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.optimizer.learning_rate,
+        fused=True,  # one that can be told on the device to scale gradients, or to do nothing
     )
     micro_batch = config.micro_batch or config.global_batch // world_size
     num_weights = sum(parameter.numel() for parameter in model.parameters())

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from p2r import __version__
-from p2r.config import PretrainConfig
+from p2r.config import PretrainConfig, ProbeConfig
 from p2r.engine.peers import Peers
 from p2r.engine.universal import TAG, convert, is_plain, load_universal, refuse_inconvertible
 from p2r.engine.uploading import MANIFEST, Uploaded, Uploader, own_folder, path_of, step_of
@@ -44,6 +44,7 @@ Note = Callable[[Mapping[str, Any]], None]
 _FREE = (
     *("report_interval", "equivariance_interval", "checkpoint_interval", "keep_checkpoints", "keep_every", "corpus"),
     *("compile", "model.channels_last", "model.checkpoint_activations", "zero_stage"),
+    *("probe", *(f"probe.{name}" for name in ProbeConfig.model_fields)),
 )
 _NEEDED = ("step", "state", "config", "world_size", "files")
 _DAMAGED = "damaged.json"

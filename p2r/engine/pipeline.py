@@ -137,7 +137,8 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             "job": job.name,
             "step": checkpoint["step"],
             "samples_seen": checkpoint["step"] * job.pretrain.global_batch,
-            "pretrain": checkpoint["config"],
+            # Without what was only watched on the way, by a path of this machine.
+            "pretrain": {key: value for key, value in checkpoint["config"].items() if key != "probe"},
             "negatives": job.pretrain.negatives,
             "corpora": [_corpus_facts(corpus) for corpus in corpora],
         },

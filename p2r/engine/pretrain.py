@@ -29,6 +29,7 @@ from p2r.engine.checkpoint import Checkpoints, Note, newest_checkpoint, refuse_o
 from p2r.engine.compiling import compile_in_place, warm_up
 from p2r.engine.corpora import agreed_corpora
 from p2r.engine.feed import feed
+from p2r.engine.online_probe import OnlineProbe
 from p2r.engine.profile import Profiler
 from p2r.engine.schedule import learning_rate
 from p2r.engine.step import Step, equivariance_error, take_step
@@ -73,6 +74,8 @@ class Report:
     """Images of all ranks, since the report before, of which no pixel could be paired; they take no part in the loss."""
     equivariance_error: float | None = None
     """Of the last step: 0 if embeddings follow the warp perfectly, 1 if no better than chance; see `p2r.engine.step`."""
+    probe_dice: float | None = None
+    """Of the newest online probe since the report before, on rank 0: mean Dice of the labelled task; see `p2r.engine.online_probe`."""
     resumed_from: int | None = None
     """In the first report of a resumed run: the step it went on from."""
     fell_back: str | None = None
@@ -96,6 +99,7 @@ class Report:
             f"step {self.step}/{self.num_steps} | loss {self.loss:.4f} | {self.images_per_s:.1f} img/s | "
             f"wait {self.wait_fraction:.1%} | lr {self.learning_rate:.1e} | grad {self.gradient_norm:.2f} | "
             + (f"equivariance error {self.equivariance_error:.3f} | " if self.equivariance_error is not None else "")
+            + (f"probe Dice {self.probe_dice:.3f} | " if self.probe_dice is not None else "")
             + f"ETA {minutes}:{seconds:02d}"
             + (f" | {self.compiled}" if self.compiled else "")
             + (f" | negatives {self.negatives}" if "micro" in self.negatives else "")
@@ -223,8 +227,10 @@ def _steps(
             device=device,
             decode_s=lambda: counters.snapshot().get("decode_seconds", 0.0),
         )
+    probe = OnlineProbe(config, device) if config.probe is not None and rank == 0 else None
     timed = record_function if profiler is None else profiler.timed
     batches, unread, profile = feed(decoded, device, timed=timed), _Unread(), None
+    probe_dice = None
     try:
         clock = _Clock()
         for step in range((resumed_from or 0) + 1, config.steps + 1):
@@ -254,6 +260,9 @@ def _steps(
                 profiler.waited(batch.wait_s)
                 with clock.stopped():
                     profile = profiler.written(is_last=is_last) or profile
+            if probe is not None and config.probe and _is_due(step, config.probe.interval, config.steps):
+                with clock.stopped():  # the other ranks wait in the next step's first exchange
+                    probe_dice = probe.dice(engine.module.backbone.state_dict())
             mean_loss, num_without_pairs = running.mean(), running.num_images_without_pairs
             if reports:
                 running.reset()
@@ -276,6 +285,7 @@ def _steps(
                     negatives=config.negatives,
                     num_images_without_pairs=num_without_pairs,
                     equivariance_error=_equivariance_error(taken),
+                    probe_dice=probe_dice,
                     resumed_from=resumed_from,
                     fell_back=fell_back,
                     checkpoint=path_of(step) if is_last else checkpoints.completed(),
@@ -283,7 +293,7 @@ def _steps(
                     compiled=compiled,
                     profile=profile,
                 )
-                resumed_from = compiled = profile = fell_back = None
+                resumed_from = compiled = profile = fell_back = probe_dice = None
                 # Before the checkpoint: whatever goes on from it finds the rows of all steps before.
                 history.add(report, flush=saves)
                 clock = _Clock()

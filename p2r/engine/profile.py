@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, record_function
 
+from p2r.engine.counting import SavedTensors, storages_of
 from p2r.storage import Storage
 
 NUM_WARM_UP = 3
@@ -104,7 +105,7 @@ class Profiler:
         self._first_step, self._num_recorded = 0, 0
         self._began, self._decode_began, self._wait_s = 0.0, 0.0, 0.0
         self._spans: list[tuple[str, Any, Any]] = []
-        self._gradients_mib, self._saved = 0.0, _Saved(frozenset())
+        self._gradients_mib, self._saved = 0.0, SavedTensors(frozenset())
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         self._recorder = torch.profiler.profile(activities=activities, acc_events=True)
         self._engine: Any = None
@@ -118,7 +119,7 @@ class Profiler:
             self._begin(step)
         with ExitStack() as stack:
             if self._counts:
-                self._saved = _Saved(frozenset(_storages(engine.module.parameters())))
+                self._saved = SavedTensors(frozenset(storages_of(engine.module.parameters())))
                 stack.enter_context(self._saved.hooks())
                 self._recorder.prepare_trace()
             yield
@@ -280,42 +281,6 @@ def _dearest(events: Iterable[Any], num_steps: int, *, on_gpu: bool) -> tuple[Op
     )
 
 
-class _Saved:
-    """Counts what autograd keeps, storages once, weights not at all; one that is freed counts no more."""
-
-    def __init__(self, apart: frozenset[int]) -> None:
-        self.peak_bytes, self._bytes = 0, 0
-        self._apart, self._holders = apart, dict[int, int]()
-
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Held(tensor, self), lambda held: held.tensor):
-            yield
-
-    def hold(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        number = self._holders.get(storage.data_ptr(), 0)
-        self._holders[storage.data_ptr()] = number + 1
-        if not number and storage.data_ptr() not in self._apart:
-            self._bytes += storage.nbytes()
-            self.peak_bytes = max(self.peak_bytes, self._bytes)
-
-    def let_go(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self._holders[storage.data_ptr()] -= 1
-        if not self._holders[storage.data_ptr()] and storage.data_ptr() not in self._apart:
-            self._bytes -= storage.nbytes()
-
-
-class _Held:
-    def __init__(self, tensor: Tensor, counter: _Saved) -> None:
-        self.tensor, self._counter = tensor.detach(), counter  # with its graph, it would hold itself
-        counter.hold(self.tensor)
-
-    def __del__(self) -> None:
-        self._counter.let_go(self.tensor)
-
-
 def _gradients_mib(engine: Any) -> float:
     optimizer = engine.optimizer
     tensors = [weight.grad for weight in engine.module.parameters()]
@@ -328,18 +293,12 @@ def _optimizer_mib(engine: Any) -> float:
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     states = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
     masters = [weight for group in inner.param_groups for weight in group["params"]]
-    return _mib((*states, *masters), apart=_storages(engine.module.parameters()))
+    return _mib((*states, *masters), apart=storages_of(engine.module.parameters()))
 
 
 def _mib(tensors: Iterable[Tensor], *, apart: Iterable[int] = ()) -> float:
-    storages = _storages(tensors)
+    storages = storages_of(tensors)
     return sum(size for pointer, size in storages.items() if pointer not in set(apart)) / _MIB
-
-
-def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Return the sizes in bytes of all storages, by where they lie."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def profile_text(storage: Storage) -> str:

@@ -100,7 +100,9 @@ def info_nce_within_images(
         weight = torch.ones(len(queries), dtype=dtype, device=queries.device) if weights is None else weights.to(dtype)
         num_pairs = len(queries) // num_images
         by_image = [torch.split(x, num_pairs) for x in (*rows, weight)]
-        positions = torch.split(position_mm, num_pairs) if radius_mm and position_mm is not None else [None] * num_images
+        positions = (
+            torch.split(position_mm, num_pairs) if radius_mm and position_mm is not None else [None] * num_images
+        )
         costs = [
             checkpoint(
                 _cost,

@@ -136,6 +136,34 @@ def test_status_reads_the_storage_alone(
     assert "0 search and 6 final trials done" in printed  # one candidate needs no search
 
 
+def test_plan_takes_rate_and_corpus_from_the_job_s_own_storage(
+    p2r: Call, published: dict[str, str], write_toy_job: Callable[..., Path]
+) -> None:
+    job = write_toy_job(Path(published["storage"].removeprefix("file://")).parent)
+    found = json.loads(p2r("plan", job, "--workers-per-node", "2", "--cost-per-hour", "3", "--json"))
+    assert (found["num_workers"], found["images_in_corpus"], found["steps_per_epoch"]) == (2, 15, 3)
+    assert found["pace"]["source"] == f"median of 3 reports in {published['storage']}/pretrain/history.jsonl"
+    assert found["pace"]["epoch_cost"] == pytest.approx(found["pace"]["epoch_hours"] * 2 * 3)
+    assert found["world_sizes"] == [1, 2, 4]
+    assert found["peak_bytes"] == max(moment["total"] for moment in found["memory_bytes"].values())
+    printed = p2r("plan", job, "--images-per-s-per-worker", "50", "--device", "cuda")
+    for words in ("1 on cuda: 1 node of 1", "0 B: gradients 0 B", "50.0 img/s", "allowed workers", "1, 2, 4"):
+        assert words in printed
+
+
+def test_plan_refuses_what_cannot_fit(
+    p2r: Call, write_toy_job: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = write_toy_job(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        p2r("plan", job, "--memory-gib", "0.01")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert "does not fit" in out and "speed" in out  # the table comes first
+    assert "plan | no epochs: " in err
+    assert "p2r: a worker would hold" in err and "set pretrain.micro_batch=2" in err
+
+
 def test_the_hook_adds_the_working_directory(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
     monkeypatch.chdir(repository)

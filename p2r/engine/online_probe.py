@@ -1,0 +1,172 @@
+"""A backbone in training x a small labelled task -> one Dice, in seconds: a number in which a collapse is seen in minutes.
+
+A few train patients of the task give labelled pixels, a few validation patients are segmented; test patients are never
+opened. The read-out is a linear one in closed form: ridge regression of the classes on standardised features. It has no
+learning rate, no steps and no seed, so the number moves only because the features did. Classes weigh by the square root
+of their number of pixels: unweighted, a small organ is background to every model; weighted alike, background is organ.
+
+The figure is for watching one run: planes are read about their centre on the network's grid, and Dice is pooled over the
+pixels of all validation patients. It is no figure to report, and not comparable with those of fine-tuning.
+
+Training is not touched: weights are copied into a network of the probe's own, no generator of training is drawn from.
+
+Letters: P images, *S their sides, F features, K classes with the background, n pixels.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from p2r.config import PretrainConfig
+from p2r.data.preprocess import Frames, Planes, Preparation
+from p2r.evaluate.inference import features_of_images
+from p2r.evaluate.prepared import prepared_scan
+from p2r.evaluate.protocol import draw_subjects
+from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, check_classes_present, load_task
+from p2r.model.backbones import build_backbone
+
+_IMAGES_AT_ONCE = 4
+_RIDGE = 1e-3
+"""Added to the diagonal of the features' covariance, whose own diagonal is 1: a dead or doubled feature changes nothing."""
+
+
+class OnlineProbe:
+    """The scans of a probe, read once, and a network to put weights into.
+
+    Args:
+        config: Of the run, with a section `probe`.
+        device: Where the network runs.
+
+    Raises:
+        DataError: The task breaks a rule, has too few patients, or a class that the labelled images do not show.
+        RefusedScan: A file cannot be used.
+    """
+
+    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+        assert config.probe is not None
+        probe, image = config.probe, config.image
+        task = load_task(Path(probe.task))
+        own_way = Preparation(
+            dimensions=image.dimensions,
+            intensity_percentiles=image.intensity_percentiles,
+            spacing_mm=image.spacing_mm,
+            image_size=image.size,
+            planes="centre",
+        )
+        self._preparation = task.config.preparation(own_way)
+        self._device, self._num_classes = device, task.num_classes
+        train = draw_subjects(task.subjects["train"], num_labelled=probe.num_labelled, draw=0, seed=probe.seed)
+        others = task.subjects["validation"]
+        num_validation = min(probe.num_validation, len(others))
+        validation = draw_subjects(others, num_labelled=num_validation, draw=0, seed=probe.seed)
+        self._train, self._validation = (
+            [self._read(scan, task, probe.planes_per_scan) for scan in task.scans_of(subjects)]
+            for subjects in (train, validation)
+        )
+        shown = {label for scan in self._train for label in np.unique(scan.label_planes.numpy()).tolist()}
+        check_classes_present(dict.fromkeys(train, shown), task, subjects=train)
+        with torch.random.fork_rng(devices=[]):
+            network = build_backbone(config.model, dimensions=image.dimensions)
+        self._network = network.to(device).requires_grad_(False)
+
+    def _read(self, scan: TaskScan, task: Task, most: int) -> LabelledScan:
+        """Read a scan and keep at most so many of its planes, evenly spread over it."""
+        loaded = prepared_scan(scan, task, self._preparation, size=self._preparation.image_size)
+        chosen = _evenly(len(loaded.label_planes), most)
+        return replace(loaded, planes=_some_of(loaded.planes, chosen), label_planes=loaded.label_planes[chosen])
+
+    def dice(self, weights: Mapping[str, Tensor]) -> float:
+        """Return the mean Dice over classes, pooled over the pixels of all validation images.
+
+        Args:
+            weights: The backbone's, under the names of its state; in any precision.
+        """
+        self._network.load_state_dict(dict(weights))
+        labelled = (pixels for scan in self._train for pixels in self._pixels(scan))
+        readout = fit_readout(labelled, num_classes=self._num_classes)
+        both, either = torch.zeros(2, self._num_classes, dtype=torch.int64)
+        for scan in self._validation:
+            for features, labels in self._pixels(scan):
+                found = readout(features)
+                both += torch.bincount(labels[found == labels], minlength=self._num_classes)
+                for values in (found, labels):
+                    either += torch.bincount(values, minlength=self._num_classes)
+        of_classes = [2 * int(b) / int(e) for b, e in zip(both[1:], either[1:], strict=True) if e]
+        return sum(of_classes) / len(of_classes) if of_classes else 0.0
+
+    def _pixels(self, scan: LabelledScan) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield features (n, F) and labels (n,) of the pixels that belong to the scan, of a few images at a time."""
+        for start in range(0, len(scan.label_planes), _IMAGES_AT_ONCE):
+            chosen = torch.arange(start, min(start + _IMAGES_AT_ONCE, len(scan.label_planes)))
+            images, labels = _some_of(scan.planes, chosen), scan.label_planes[chosen]
+            maps = features_of_images(self._network, images, preparation=self._preparation, device=self._device)
+            if maps.shape[2:] != labels.shape[1:]:
+                mode = "bilinear" if labels.ndim == 3 else "trilinear"
+                maps = F.interpolate(maps, size=labels.shape[1:], mode=mode, align_corners=False)
+            yield maps.movedim(1, -1)[images.inside], labels[images.inside]
+
+
+class Readout:
+    """A linear read-out: features -> classes.
+
+    Args:
+        weights: (F, K).
+        bias: (K,).
+    """
+
+    def __init__(self, weights: Tensor, bias: Tensor) -> None:
+        self._weights, self._bias = weights, bias
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return the classes (n,) of features (n, F)."""
+        return (features.double().nan_to_num(0, 0, 0) @ self._weights + self._bias).argmax(1)
+
+
+def fit_readout(scans: Iterable[tuple[Tensor, Tensor]], *, num_classes: int) -> Readout:
+    """Regress the classes of pixels on their features, in float64, by sums that need each scan once.
+
+    Args:
+        scans: Features (n, F) and labels (n,) of each.
+        num_classes: K.
+    """
+    counts = torch.zeros(num_classes, dtype=torch.float64)
+    sums: Tensor | float = 0.0
+    products: Tensor | float = 0.0
+    for features, labels in scans:
+        rows = features.double().nan_to_num(
+            0, 0, 0
+        )  # weights may have diverged: a network that is lost has no features
+        targets = F.one_hot(labels, num_classes).double()
+        counts += targets.sum(0)
+        of_classes = [rows[labels == value] for value in range(num_classes)]
+        sums = sums + targets.T @ rows  # (K, F)
+        products = products + torch.stack([some.T @ some for some in of_classes])  # (K, F, F)
+    assert isinstance(sums, Tensor) and isinstance(products, Tensor)
+    # Every pixel of a class weighs 1 / sqrt(its number): a class then weighs the square root of its number.
+    of_pixel = counts.clamp_min(1).rsqrt()
+    total = (of_pixel * counts).sum()
+    prior = of_pixel * counts / total  # (K,)
+    mean = (of_pixel[:, None] * sums).sum(0) / total
+    covariance = (of_pixel[:, None, None] * products).sum(0) / total - mean[:, None] * mean
+    deviation = covariance.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(deviation > 1e-12, 1 / deviation.clamp_min(1e-12), 0)  # a constant feature says nothing
+    against = (of_pixel[:, None] * sums / total - prior[:, None] * mean).T * scale[:, None]  # (F, K)
+    correlation = covariance * scale[:, None] * scale
+    correlation.diagonal().add_(_RIDGE)
+    weights = torch.linalg.solve(correlation, against) * scale[:, None]
+    return Readout(weights, prior - mean @ weights)
+
+
+def _evenly(num: int, most: int) -> Tensor:
+    """Return at most so many of `num` indices, evenly spread about the middle."""
+    count = min(num, most)
+    return (2 * torch.arange(count) + 1) * num // (2 * count)
+
+
+def _some_of(images: Planes | Frames, chosen: Tensor) -> Planes | Frames:
+    return replace(images, images=images.images[chosen], inside=images.inside[chosen])
