@@ -294,7 +294,7 @@ def plan(
         images_per_s=images_per_s_per_worker,
         cost_per_hour=cost_per_hour,
         as_json=json_,
-        say=_say,
+        say=say,
     )
 
 
