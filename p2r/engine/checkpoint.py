@@ -2,6 +2,7 @@
 
     <storage>/pretrain/checkpoints/step-00000100/
         model.safetensors        the whole model in fp32: what `publish` reads
+        ema.safetensors          the running mean of its weights, if one is kept: what `publish` reads then
         deepspeed/...            each rank's part of the engine: what resuming reads (pickles, from the job's own storage only)
         manifest.json            step, stream state, config, digests of all files; a folder without it does not exist
 
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import distributed
 
 from p2r import __version__
 from p2r.config import PretrainConfig
+from p2r.engine.build import full_weights, set_mean_weights
 from p2r.errors import CheckpointError
 from p2r.storage import Storage, file_sha256
 
@@ -27,7 +29,7 @@ FORMAT = "p2r-checkpoint/1"
 # What may change between a run and its resumption: none of these touches the numbers, but for the last bits.
 _FREE = (
     *("report_interval", "equivariance_interval", "checkpoint_interval", "keep_checkpoints", "corpus"),
-    *("compile", "model.channels_last", "model.checkpoint_activations"),
+    *("compile", "model.channels_last", "model.checkpoint_activations", "deterministic", "max_skipped_steps"),
 )
 
 
@@ -68,11 +70,11 @@ def save_checkpoint(
     with tempfile.TemporaryDirectory(prefix="p2r-checkpoint-") as name:
         folder = Path(name)
         engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
-        if rank == 0:
-            weights = {
-                key: value.detach().float().cpu().contiguous() for key, value in engine.module.state_dict().items()
-            }
-            save_file(weights, folder / "model.safetensors")
+        models = {"model": full_weights(engine)}
+        if engine.mean_weights is not None:
+            models["ema"] = full_weights(engine, mean=True)
+        for kind, weights in models.items() if rank == 0 else ():
+            save_file(weights, folder / f"{kind}.safetensors")
         files = {}
         for file in sorted(folder.rglob("*")):
             if file.is_file() and file.suffix != ".py":
@@ -126,6 +128,8 @@ def load_checkpoint(engine: Any, storage: Storage, manifest: Mapping[str, Any], 
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(local, target)
         engine.load_checkpoint(name, tag="deepspeed")
+        if engine.mean_weights is not None:
+            set_mean_weights(engine, load_file(Path(name) / "ema.safetensors"))
 
 
 def refuse_other_config(manifest: Mapping[str, Any], config: PretrainConfig, *, where: str) -> None:
