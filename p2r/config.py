@@ -541,8 +541,18 @@ class PretrainConfig(Section):
     """Compile the backbone (torch.compile) before the first step: seconds to minutes, which the first report states, kept in
     `$P2R_CACHE`. Where there is no compiler, the report says so and training goes on without. reduce-overhead: GPUs also replay its
     kernels as CUDA graphs, for networks so small that launching kernels takes longer than running them; memory for time."""
-    zero_stage: Literal[0, 1, 2] = 1
-    """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 gradients too are partitioned over the workers."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too are partitioned over the workers. Each saves memory
+    where there are several; 3 fetches weights layer by layer, and on GPUs its step waits for the device."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Keep a running mean of the weights, in fp32, of which this part stays at every step (0.999: about the last 1000 steps); of the first
+    steps it is the plain mean. It is then what is published. None: none, the last weights are."""
+    max_skipped_steps: NonNegativeInt = 10
+    """Steps in a row that may be left out because the loss or a gradient was not finite, before the run stops and names the last good
+    checkpoint. Such a step uses up its batch and its place in the schedule, and changes nothing; 0: the first one stops the run."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time (torch.use_deterministic_algorithms, cuDNN, cuBLAS with a fixed workspace), so
+    that a resumed run is bitwise the uninterrupted one on GPUs, too; slower there. CPUs give the same bits without."""
     report_interval: PositiveInt = 10
     """Steps between two reports (a line on the terminal, a line in history.jsonl)."""
     equivariance_interval: NonNegativeInt = 1
@@ -567,8 +577,12 @@ class PretrainConfig(Section):
             raise ValueError(
                 f"model.in_channels must be 1, the contrasts in a record of a corpus, got {self.model.in_channels}"
             )
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile needs zero_stage 0, 1 or 2: stage 3 fetches weights between layers, where a compiled graph breaks"
+            )
         if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError("precision bf16 needs zero_stage 1 or 2 (DeepSpeed's stage 0 drifts), got 0")
+            raise ValueError("precision bf16 needs zero_stage 1, 2 or 3 (DeepSpeed's stage 0 drifts), got 0")
         return self
 
     @property

@@ -1,19 +1,22 @@
 """The one door to DeepSpeed: a process group and a training engine, on GPUs (NCCL) and on CPUs (gloo) alike.
 
 DeepSpeed would compile C++ operators at first use; the optimizer is torch's and all others are declared absent, so that no
-compiler is needed.
+compiler is needed. Whether gradients are finite, how they are clipped and what becomes of a mean of the weights is decided
+in `p2r.engine.update`, alike for every ZeRO stage: DeepSpeed is told to do none of it.
 """
 
 import logging
 import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # there, but not in __all__
 
 from p2r.config import PretrainConfig
-from p2r.device import is_waited_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Of the weights in training, by `pretrain.precision`."""
@@ -30,6 +33,8 @@ def join_process_group(device: torch.device) -> tuple[int, int]:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Of what DeepSpeed calls at ZeRO stage 3: nothing that a user could change.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     # Set before anything asks: DeepSpeed would probe all its C++ operators with the compiler, and build one for gloo.
     deepspeed.ops.__compatible_ops__ = {}
     if not torch.distributed.is_initialized():
@@ -45,9 +50,10 @@ def join_process_group(device: torch.device) -> tuple[int, int]:
 
 
 def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -> Any:
-    """Wrap `model` into a DeepSpeed engine with AdamW, ZeRO and clipping as `config` says.
+    """Wrap `model` into a DeepSpeed engine with AdamW and ZeRO as `config` says.
 
-    The engine's gradients are averaged over ranks; the losses of `p2r.loss` expect exactly that.
+    The engine's gradients are averaged over ranks; the losses of `p2r.loss` expect exactly that. Its `mean_weights` are
+    this rank's part of a running mean (see `pretrain.ema_decay`), in the layout of `masters`; None without one.
     """
     import deepspeed
 
@@ -60,7 +66,6 @@ def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -
     )
     micro_batch = config.micro_batch or config.global_batch // world_size
     num_weights = sum(parameter.numel() for parameter in model.parameters())
-    runs_ahead = config.precision == "bf16" and is_waited_for(next(model.parameters()).device)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -69,37 +74,122 @@ def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -
             "train_batch_size": config.global_batch,
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": config.global_batch // (world_size * micro_batch),
-            # A bucket is allocated whole: its default of 5e8 numbers is for models that are larger than ours.
-            "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(500_000_000, num_weights)},
+            "zero_optimization": {
+                "stage": config.zero_stage,
+                # A bucket is allocated whole: its default of 5e8 numbers is for models that are larger than ours.
+                "reduce_bucket_size": min(500_000_000, num_weights),
+                # Norms are ours; stages 0 and 3 cannot be told so.
+                "compute_grad_norm": config.zero_stage not in (1, 2),
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            # Looking for overflow makes the host wait for the device. What has overflowed shows in the next step's loss, and
-            # no checkpoint is made before.
-            "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": not runs_ahead},
-            "gradient_clipping": 0.0 if runs_ahead else config.optimizer.clip_norm,
+            "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
+            "gradient_clipping": 0.0,
             "steps_per_print": 2**62,
             "wall_clock_breakdown": False,
         },
     )
-    if runs_ahead and config.optimizer.clip_norm:
-        _clip_on_device(optimizer, engine.optimizer, config.optimizer.clip_norm)
+    engine.mean_weights = None
+    if config.ema_decay is not None:
+        engine.mean_weights = [part.detach().clone() for part in masters(engine)]
     return engine
 
 
-def _clip_on_device(optimizer: torch.optim.Optimizer, zero: Any, clip_norm: float) -> None:
-    """Scale gradients down as DeepSpeed would, which asks the device whether their norm is finite and so waits for it.
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """Return torch's optimizer inside DeepSpeed's."""
+    optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return optimizer
+
+
+def masters(engine: Any) -> list[Tensor]:
+    """Return the fp32 weights that this rank updates: all, tensor by tensor, at ZeRO stage 0; its flat part from 1 on."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return list(engine.module.parameters())
+    if stage < 3:
+        return list(engine.optimizer.single_partition_of_fp32_groups)
+    return list(engine.optimizer.fp32_partitioned_groups_flat)
+
+
+def reduced_gradients(engine: Any) -> list[Tensor]:
+    """Return the mean gradients over ranks that this rank holds before a step: all at ZeRO stage 0, its part from 1 on."""
+    if engine.zero_optimization_stage() == 0:
+        trained = [weight for weight in engine.module.parameters() if weight.grad is not None]
+        for weight in trained:
+            if weight.grad.stride() != weight.stride():  # axes of one element; a fused optimizer insists
+                weight.grad = torch.empty_like(weight).copy_(weight.grad)
+        return [weight.grad for weight in trained]
+    return [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group or ()]
+
+
+@torch.no_grad()
+def full_weights(engine: Any, *, mean: bool = False) -> dict[str, Tensor]:
+    """Bring together the whole model in fp32 on the host, under the names of its state. Collective.
 
     Args:
-        optimizer: Whose gradients are those of this rank's part of the weights.
-        zero: DeepSpeed's optimizer around it, which knows the norm of all.
-        clip_norm: Largest norm.
+        engine: At any ZeRO stage and precision; of bf16 training, these are the weights before rounding.
+        mean: Take the running mean of the weights, of an engine that keeps one.
     """
+    from deepspeed.utils import safe_get_full_fp32_param
 
-    def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        excess = ((zero._global_grad_norm + 1e-6) / clip_norm).clamp(min=1.0)
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    weight.grad.mul_(1 / excess)
+    partitioned = engine.zero_optimization_stage() > 0
+    with _mean_in_place(engine) if mean else _as_they_are():
+        weights = {
+            name: _on_host(safe_get_full_fp32_param(weight) if partitioned else weight)
+            for name, weight in engine.module.named_parameters()
+        }
+    buffers = {name: _on_host(buffer) for name, buffer in engine.module.named_buffers()}
+    return weights | buffers
 
-    optimizer.register_step_pre_hook(clip)
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+@torch.no_grad()
+def set_mean_weights(engine: Any, weights: Mapping[str, Tensor]) -> None:
+    """Set the running mean of the weights from a whole model, as `full_weights` gave it on any number of ranks."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    stage = engine.zero_optimization_stage()
+    parts = masters(engine)
+    kept = [part.detach().clone() for part in parts]
+    for name, weight in engine.module.named_parameters():
+        value = weights[name].to(engine.device, torch.float32)
+        if stage == 0:
+            weight.copy_(value)
+        elif stage < 3:
+            safe_set_full_fp32_param(weight, value)
+        else:  # DeepSpeed's own setter fails where the last rank's part is padded
+            optimizer = engine.optimizer
+            group, first, num = optimizer.grad_position[optimizer.get_param_id(weight)]
+            here = value.flatten()[num * torch.distributed.get_rank() :][:num]
+            parts[group].narrow(0, first, len(here)).copy_(here)
+    for mean, part, before in zip(engine.mean_weights, parts, kept, strict=True):
+        mean.copy_(part)
+        part.copy_(before)
+
+
+def bring(weight: nn.Parameter) -> None:
+    """Have a small weight of the model here, to be read outside of its forward pass: ZeRO stage 3 may hold a part of it."""
+    status = getattr(weight, "ds_status", None)
+    if status is not None and status.name != "AVAILABLE":
+        weight.all_gather()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _mean_in_place(engine: Any) -> Iterator[None]:
+    parts = masters(engine)
+    kept = [part.detach().clone() for part in parts]
+    for part, mean in zip(parts, engine.mean_weights, strict=True):
+        part.data.copy_(mean)
+    try:
+        yield
+    finally:
+        for part, before in zip(parts, kept, strict=True):
+            part.data.copy_(before)
+
+
+@contextmanager
+def _as_they_are() -> Iterator[None]:
+    yield

@@ -2,6 +2,7 @@
 
     <storage>/pretrain/checkpoints/step-00000100/
         model.safetensors        the whole model in fp32: what `publish` reads
+        ema.safetensors          the running mean of its weights, if one is kept: what `publish` reads then
         deepspeed/...            each rank's part of the engine: what resuming reads (pickles, from the job's own storage only)
         generators/rank-*...     the state of each rank's generators of random numbers
         manifest.json            step, stream state, config, code, digests of all files; a folder without it does not exist
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from p2r import __version__
 from p2r.config import PretrainConfig, ProbeConfig
+from p2r.engine.build import full_weights
 from p2r.engine.peers import Peers
 from p2r.engine.universal import TAG, convert, is_plain, load_universal, refuse_inconvertible
 from p2r.engine.uploading import MANIFEST, Uploaded, Uploader, own_folder, path_of, step_of
@@ -44,6 +46,7 @@ Note = Callable[[Mapping[str, Any]], None]
 _FREE = (
     *("report_interval", "equivariance_interval", "checkpoint_interval", "keep_checkpoints", "keep_every", "corpus"),
     *("compile", "model.channels_last", "model.checkpoint_activations", "zero_stage"),
+    *("deterministic", "max_skipped_steps"),
     *("probe", *(f"probe.{name}" for name in ProbeConfig.model_fields)),
 )
 _NEEDED = ("step", "state", "config", "world_size", "files")
@@ -227,7 +230,7 @@ def save_checkpoint(
     engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
     for script in folder.rglob("*.py"):
         script.unlink()  # DeepSpeed adds a program of its own
-    weights = _whole_weights(engine, peers.rank)
+    weights = full_weights(engine)
     if peers.rank == 0:
         for name, values in {"model": weights, **(tensors or {})}.items():
             save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, _named(folder, name))
@@ -410,21 +413,6 @@ def _set_aside(storage: Storage, path: str, reason: str) -> None:
     content = storage.read_bytes(f"{path}/{MANIFEST}").decode(errors="replace")
     storage.write_json(f"{path}/{_DAMAGED}", {"reason": reason, "manifest": content})
     storage.delete(f"{path}/{MANIFEST}")
-
-
-def _whole_weights(engine: Any, rank: int) -> dict[str, Tensor]:
-    """Return the model's state in fp32 on rank 0, nothing elsewhere. Collective where ZeRO has cut the weights themselves."""
-    import deepspeed
-
-    weights: dict[str, Tensor] = {}
-    for name, value in engine.module.state_dict(keep_vars=True).items():
-        if hasattr(value, "ds_id"):  # stage 3
-            with deepspeed.zero.GatheredParameters([value]):
-                if rank == 0:
-                    weights[name] = value.detach().float().cpu().clone()
-        elif rank == 0:
-            weights[name] = value.detach().float().cpu()
-    return weights
 
 
 def _ranks_and_stage(manifest: Mapping[str, Any]) -> tuple[int, int]:

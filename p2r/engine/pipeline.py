@@ -97,7 +97,10 @@ def _run_variants(job: Job, storage: Storage, executor: Executor, say: Say) -> d
 
 
 def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
-    """Publish the last checkpoint's weights without the projection head, and return the artefact's manifest."""
+    """Publish the last checkpoint's weights, without the projection head, and return the artefact's manifest.
+
+    Where a running mean of the weights was kept, it is taken.
+    """
     config = job.publish
     assert config is not None
     where = storage.child(f"backbones/{config.name}/{config.version}")
@@ -113,7 +116,7 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             f"the corpora cut planes across different axes (slice_axis {', '.join(map(str, sorted(rules, key=str)))}): "
             "a backbone has one rule; ingest them alike"
         )
-    name = "model.safetensors"
+    name = "model.safetensors" if job.pretrain.ema_decay is None else "ema.safetensors"
     weights = checked_weights(storage.child("pretrain"), f"{checkpoint['path']}/{name}", checkpoint["files"][name])
     published = publish(
         where,

@@ -293,7 +293,7 @@ def _optimizer_mib(engine: Any) -> float:
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     states = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
     masters = [weight for group in inner.param_groups for weight in group["params"]]
-    return _mib((*states, *masters), apart=storages_of(engine.module.parameters()))
+    return _mib((*states, *masters, *(engine.mean_weights or ())), apart=storages_of(engine.module.parameters()))
 
 
 def _mib(tensors: Iterable[Tensor], *, apart: Iterable[int] = ()) -> float:

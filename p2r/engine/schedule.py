@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""Learning rate, and weight in a mean of weights, as pure functions of the step: nothing to save, nothing to restore."""
 
 import math
 
@@ -16,3 +16,15 @@ def learning_rate(step: int, *, peak: float, num_steps: int, warmup_fraction: fl
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+
+
+def averaging(step: int, *, decay: float) -> float:
+    """Return the weight that a step's weights have in their running mean.
+
+    It is 1 - decay, and more at first: the mean of few steps is their plain mean.
+
+    Args:
+        step: The optimizer step about to be taken, from 0.
+        decay: Part of the mean that stays.
+    """
+    return max(1 - decay, 1 / (step + 2))

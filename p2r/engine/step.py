@@ -6,13 +6,14 @@ micro-batch is encoded again, with a graph, to carry its part of that gradient t
 ranks and micro-batches changes rounding alone. Source: Gao et al. 2021 (GradCache), arXiv:2101.06983.
 
 Nothing here waits for the device but to read a learnt temperature, which by then is long there. What a step has to say
-(its loss, images without pairs, values that broke a rule) stays on the device until somebody reads it.
+(its loss, whether it was left out, images without pairs, values that broke a rule) stays on the device until somebody
+reads it.
 
 `B` images of this rank, `H W` pixels, `n` pixel pairs per image, `E` embedding channels.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,10 @@ from torch import Tensor
 from p2r.config import LossConfig, PretrainConfig
 from p2r.data.batch import Batch
 from p2r.device import on_device
+from p2r.engine.build import bring
 from p2r.engine.feed import Timed
+from p2r.engine.health import sample_pairs
+from p2r.engine.update import Update, update
 from p2r.loss import Findings, SameImage, barlow_twins, corresponding_points, info_nce, info_nce_within_images
 from p2r.randomness import keyed_generator
 from p2r.views.geometric import apply_warp
@@ -39,12 +43,18 @@ class Step:
 
     loss: Tensor
     """Scalar, of the global batch, the same on every rank."""
+    update: Update
+    """What became of it."""
     num_images_without_pairs: Tensor
     """Scalar: images of this rank of which no pixel can be paired."""
     findings: Findings
     """Values of this rank that broke a rule."""
+    parts: dict[str, Tensor]
+    """What the loss is made of: each (2,), for `loss_parts`; empty where no pixel could be paired."""
     alignment: Tensor | None
     """(2E + 2,) of this rank, for `equivariance_error`; None if it was not asked for."""
+    pairs: Tensor | None
+    """(m, 2E + 1) of this rank, for `embedding_health`; None if it was not asked for."""
 
 
 def pretrain_step(engine: Any, batch: Batch, *, config: PretrainConfig, learning_rate: float) -> Tensor:
@@ -58,6 +68,7 @@ def take_step(
     *,
     config: PretrainConfig,
     learning_rate: float,
+    averaging: float | None = None,
     aligns: bool = False,
     timed: Timed = torch.profiler.record_function,
 ) -> Step:
@@ -68,11 +79,12 @@ def take_step(
         batch: This rank's part of the global batch.
         config: The run's.
         learning_rate: Of this step.
-        aligns: Also compare embeddings of pairs, for `equivariance_error`.
+        averaging: Weight of this step's weights in their running mean; None: there is none.
+        aligns: Also compare embeddings of pairs, for `equivariance_error` and `embedding_health`.
         timed: Context of each part: images, views, points, forward, loss, backward, optimizer.
 
     Raises:
-        EmbeddingError: On a CPU, for embeddings that cannot be compared; elsewhere, they are among the findings.
+        EmbeddingError: On a CPU, for embeddings that have no direction; elsewhere, they are among the findings.
     """
     device = engine.device
     temperature = _host_copy(engine, config.loss)
@@ -116,25 +128,42 @@ def take_step(
     }  # (B, n, ...)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    findings, alignments = Findings(), []
+    findings, alignments, samples = Findings(), [], []
+    parts: dict[str, Tensor] = {}
 
     def loss_of(queries: Tensor, keys: Tensor, **of_pairs: Tensor) -> Tensor:
         if aligns:
             alignments.append(_alignment(queries.detach(), keys.detach(), of_pairs["weights"]))
-        return pixel_pair_loss(
+            samples.append(
+                sample_pairs(
+                    queries,
+                    keys,
+                    of_pairs["weights"],
+                    pairs_per_image=config.loss.pixel_pairs_per_image,
+                    global_batch=config.global_batch,
+                )
+            )
+        of_batch: dict[str, Tensor] = {}
+        loss = pixel_pair_loss(
             queries,
             keys,
             config.loss,
             temperature=_temperature(engine, config.loss),
             known_temperature=temperature() if temperature is not None else None,
             findings=findings,
+            parts=of_batch,
             **of_pairs,
         )
+        parts.update({name: parts[name] + part if name in parts else part for name, part in of_batch.items()})
+        return loss
+
+    def finish(loss: Tensor) -> Update:
+        return update(engine, loss, clip_norm=config.optimizer.clip_norm, averaging=averaging)
 
     if len(inputs) > 1 and config.loss.negatives == "global_batch":
-        loss = _step_in_two_passes(engine, inputs, _of_pairs(facts), loss_of, timed)
+        loss, updated = _step_in_two_passes(engine, inputs, _of_pairs(facts), loss_of, finish, timed)
     else:
-        losses = []
+        losses: list[Tensor] = []
         for number, micro_batch in enumerate(inputs):
             with timed("forward"):
                 queries, keys = engine(*micro_batch)  # (B*n, E) each
@@ -143,16 +172,31 @@ def take_step(
                 part = loss_of(queries, keys, **_of_pairs({name: fact[of_images] for name, fact in facts.items()}))
             with timed("backward"):
                 engine.backward(part)
-            with timed("optimizer"):
-                engine.step()
             losses.append(part.detach())
-        loss = torch.stack(losses).mean()
+            with timed("optimizer"):
+                if number < len(inputs) - 1:
+                    engine.step()  # adds up
+                else:
+                    loss = torch.stack(losses).mean()
+                    updated = finish(loss)
     return Step(
         loss,
+        updated,
         (pairs.weight[:, 0] == 0).sum(),
         findings,
+        parts,
         torch.stack(alignments).sum(0) if aligns else None,
+        torch.cat(samples) if aligns else None,
     )
+
+
+def loss_parts(parts: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return what the loss is made of, by name: see `p2r.loss.info_nce` and `barlow_twins`.
+
+    Args:
+        parts: Sums over ranks of `Step.parts`.
+    """
+    return {name: total / weight for name, (total, weight) in parts.items() if weight}
 
 
 def equivariance_error(alignment: Sequence[float]) -> float | None:
@@ -198,6 +242,7 @@ def pixel_pair_loss(
     position_mm: Tensor,
     known_temperature: float | None = None,
     findings: Findings | None = None,
+    parts: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Return the objective that `config` names, over the pixel pairs of all ranks.
 
@@ -211,10 +256,16 @@ def pixel_pair_loss(
         position_mm: (N, 2) where in it.
         known_temperature: What `temperature` holds, for those who must not wait for its device.
         findings: Where to keep what is wrong with values, for the same reason; see `info_nce`.
+        parts: Receives what the loss is made of.
     """
     if config.name == "barlow_twins":
         return barlow_twins(
-            queries, keys, off_diagonal_weight=config.off_diagonal_weight, weights=weights, findings=findings
+            queries,
+            keys,
+            off_diagonal_weight=config.off_diagonal_weight,
+            weights=weights,
+            findings=findings,
+            parts=parts,
         )
     if config.negatives == "image":
         return info_nce_within_images(
@@ -228,6 +279,7 @@ def pixel_pair_loss(
             position_mm=position_mm,
             radius_mm=config.exclude_within_mm or 0.0,
             findings=findings,
+            parts=parts,
         )
     exclude = None
     if config.exclude_within_mm is not None:
@@ -243,6 +295,7 @@ def pixel_pair_loss(
         exchange=config.exchange,
         known_temperature=known_temperature,
         findings=findings,
+        parts=parts,
     )
 
 
@@ -251,8 +304,9 @@ def _step_in_two_passes(
     inputs: tuple[tuple[Tensor, ...], ...],
     facts: dict[str, Tensor],
     loss_of: Callable[..., Tensor],
+    finish: Callable[[Tensor], Update],
     timed: Timed,
-) -> Tensor:
+) -> tuple[Tensor, Update]:
     towers, generators = [], []
     with torch.no_grad(), timed("forward"):
         for micro_batch in inputs:
@@ -280,8 +334,11 @@ def _step_in_two_passes(
         with timed("backward"):
             engine.backward(carried)
         with timed("optimizer"):
-            engine.step()
-    return loss.detach()
+            if number < len(inputs) - 1:
+                engine.step()  # adds up
+            else:
+                updated = finish(loss.detach())
+    return loss.detach(), updated
 
 
 def _host_copy(engine: Any, config: LossConfig) -> Callable[[], float] | None:
@@ -291,6 +348,7 @@ def _host_copy(engine: Any, config: LossConfig) -> Callable[[], float] | None:
     """
     if engine.module.log_temperature is None:
         return None
+    bring(engine.module.log_temperature)
     with torch.no_grad():
         temperature = _temperature(engine, config)
     assert isinstance(temperature, Tensor)

@@ -44,6 +44,7 @@ def barlow_twins(
     group: ProcessGroup | None = None,
     gradient_scale: GradientScale = "mean",
     findings: Findings | None = None,
+    parts: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Make each channel agree between the views, and differ from all other channels.
 
@@ -56,6 +57,8 @@ def barlow_twins(
         gradient_scale: What the caller's reducer does with the ranks' gradients.
         findings: Where to keep what is wrong with values on a device, instead of waiting for it. Less than two pairs
             are then no error: their loss is 0, and so is its gradient.
+        parts: Receives the two terms, whose sum is the loss, each as (2,): itself, and a 1 to divide by when both have
+            been added up over ranks. "invariance": of the diagonal; "redundancy": of the rest, weighted.
 
     Returns:
         Scalar `sum_i (1 - C_ii)^2 + weight * sum_{i != j} C_ij^2`, the same on every rank.
@@ -114,7 +117,11 @@ def barlow_twins(
         correlation = moments[2:] / (deviation_a[:, None] * deviation_b)
         diagonal = correlation.diagonal()
         off_diagonal = correlation - torch.diag(diagonal)
-        loss: Tensor = (1 - diagonal).square().sum() + off_diagonal_weight * off_diagonal.square().sum()
+        invariance, redundancy = (1 - diagonal).square().sum(), off_diagonal_weight * off_diagonal.square().sum()
+        loss: Tensor = invariance + redundancy
+        if parts is not None:
+            for name, term in {"invariance": invariance, "redundancy": redundancy}.items():
+                parts[name] = torch.stack((term.detach(), term.new_ones(())))
         return torch.where(num_pairs < 2, 0 * loss, loss)
 
 

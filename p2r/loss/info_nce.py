@@ -87,6 +87,7 @@ def info_nce(
     gradient_scale: GradientScale = "mean",
     known_temperature: float | None = None,
     findings: Findings | None = None,
+    parts: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Contrast every pixel pair with all others.
 
@@ -107,6 +108,9 @@ def info_nce(
         known_temperature: What a temperature that is a tensor holds, for those who must not wait for its device.
         findings: Where to keep what is wrong with values on a device, instead of waiting for it. Less than two pairs
             are then no error: their loss is 0, and so is its gradient.
+        parts: Receives what the loss is made of, each as (2,): a sum over this rank's pairs, and the weight to divide it
+            by when both have been added up over ranks. "positive": cosine of the two of a pair; "negatives": log-sum-exp
+            of an anchor's logits over its negatives, nats.
 
     Returns:
         Scalar, nats: the loss of all ranks' pairs together, the same on every rank.
@@ -153,6 +157,7 @@ def info_nce(
         1 / number,
         exclude,
         findings if postponed else None,
+        parts,
     )
     if contrast.scale is None:  # sharper than half precision could tell apart
         contrast = replace(contrast, product_dtype=dtype)
@@ -184,6 +189,7 @@ class _Contrast:
     k: float
     exclude: SameImage | None
     findings: Findings | None
+    parts: dict[str, Tensor] | None
 
     @property
     def num_pairs(self) -> int:
@@ -271,7 +277,11 @@ class _InfoNCE(torch.autograd.Function):
         everyone = None if contrast.exchange == "ring" else _all_gather(own, contrast)
         positive = contrast.k * (own.queries.to(queries.dtype) * own.keys.to(queries.dtype)).sum(1)
         log_sums = (_log_sums_by_rows if contrast.by_rows else _log_sums)(own, everyone, contrast)
-        x = torch.stack(log_sums, 1) - positive[:, None]  # (n, 2)
+        of_negatives = torch.stack(log_sums, 1)  # (n, 2)
+        x = of_negatives - positive[:, None]
+        if contrast.parts is not None:
+            contrast.parts["positive"] = _mean_parts(positive / contrast.k, weights, present)
+            contrast.parts["negatives"] = _mean_parts(of_negatives.mean(1), weights, present)
         losses = x if contrast.decoupled else _softplus(x)
         if present is not None:
             losses = losses.masked_fill(present[:, None] == 0, 0)
@@ -315,6 +325,12 @@ class _InfoNCE(torch.autograd.Function):
             dots = (own.queries * of_queries).sum() + (own.keys * of_keys).sum()
             of_temperature = (-contrast.k / 2 * dots).to(temperature.dtype).reshape(temperature.shape)
         return of_queries, of_keys, of_temperature, None, None, None
+
+
+def _mean_parts(values: Tensor, weights: Tensor, present: Tensor | None) -> Tensor:
+    """Return the weighted sum of values (n,) and the sum of weights: (2,). A pair without negatives has none to speak of."""
+    counts = ~torch.isneginf(values) if present is None else ~torch.isneginf(values) & (present > 0)
+    return torch.stack(((values * weights).masked_fill(~counts, 0).sum(), (weights * counts).sum()))
 
 
 def _refuse_alone(num_alone: Tensor, contrast: _Contrast) -> None:

@@ -28,24 +28,43 @@ class Findings:
 
     For training steps, whose shapes do not change, on ranks that all go through the same code. A loss that is given
     findings takes for granted what every rank's arguments are alike in, and that all have equally many rows; on a CPU,
-    where looking costs nothing, it looks and raises at once.
+    where looking costs nothing, it looks and raises at once. Values that are not finite are counted there, too: a step may
+    be left out for them, and the run go on.
     """
 
     def __init__(self) -> None:
-        self._found: list[tuple[str, Tensor]] = []
+        self._found: list[tuple[str, Tensor, bool]] = []
 
-    def add(self, message: str, count: Tensor) -> None:
-        """Keep how often a rule was broken. `{count}` stands for the number in the message."""
-        self._found.append((message, count))
+    def add(self, message: str, count: Tensor, *, may_pass: bool = False) -> None:
+        """Keep how often a rule was broken.
+
+        Args:
+            message: In which `{count}` stands for the number.
+            count: Scalar.
+            may_pass: The loss is not finite then, and whoever leaves out the step may go on.
+        """
+        self._found.append((message, count, may_pass))
 
     def counts(self) -> list[Tensor]:
         """Return the counts, scalars on their device, in the same order on every rank."""
-        return [count for _, count in self._found]
+        return [count for _, count, _ in self._found]
 
-    def refuse(self, counts: Sequence[int]) -> None:
-        """Raise EmbeddingError for the first rule that was broken, by the counts as they were read."""
-        for (message, _), count in zip(self._found, counts, strict=True):
-            if count:
+    def broken(self, counts: Sequence[int]) -> str | None:
+        """Say which rule was broken first, by the counts as they were read; None: none."""
+        return next(
+            (message.format(count=count) for (message, *_), count in zip(self._found, counts, strict=True) if count),
+            None,
+        )
+
+    def refuse(self, counts: Sequence[int], *, may_pass: bool = False) -> None:
+        """Raise EmbeddingError for the first rule that was broken.
+
+        Args:
+            counts: As they were read.
+            may_pass: Let go what may pass where a step is left out.
+        """
+        for (message, _, passes), count in zip(self._found, counts, strict=True):
+            if count and not (passes and may_pass):
                 raise EmbeddingError(message.format(count=count))
 
 
@@ -145,21 +164,17 @@ def refuse_values(*, findings: Findings | None, zeros: bool = False, **towers: T
 
     The device is waited for once, or not at all where there are findings to add to.
     """
-    found = []
+    found = Findings()
     for name, rows in towers.items():
         values = rows.detach()
-        found.append((f"{name}: {{count}} of {len(rows)} embeddings are not finite", (~torch.isfinite(values)).any(1)))
+        message = f"{name}: {{count}} of {len(rows)} embeddings are not finite"
+        # Embeddings that are not finite may be a bad step's; zeros are those of a network that has died.
+        (found if findings is None else findings).add(message, (~torch.isfinite(values)).any(1).sum(), may_pass=True)
         if not zeros:
             message = f"{name}: {{count}} of {len(rows)} embeddings are all zeros, and have no direction"
-            found.append((message, (values == 0).all(1)))
-    counts = [(message, bad.sum()) for message, bad in found]
-    if postpones(findings, *towers.values()):
-        for message, count in counts:
-            findings.add(message, count)
-        return
-    for (message, _), number in zip(counts, torch.stack([count for _, count in counts]).tolist(), strict=True):
-        if number:
-            raise EmbeddingError(message.format(count=number))
+            (findings if postpones(findings, rows) else found).add(message, (values == 0).all(1).sum())
+    if counts := found.counts():
+        found.refuse(torch.stack(counts).tolist())
 
 
 def all_gather_rows(rows: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:

@@ -48,6 +48,7 @@ def info_nce_within_images(
     group: ProcessGroup | None = None,
     gradient_scale: GradientScale = "mean",
     findings: Findings | None = None,
+    parts: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Contrast every pixel pair with the others of its image.
 
@@ -64,6 +65,7 @@ def info_nce_within_images(
         group: Ranks over whose pairs the mean is taken.
         gradient_scale: What the caller's reducer does with the ranks' gradients.
         findings: Where to keep what is wrong with values on a device, instead of waiting for it.
+        parts: Receives what the loss is made of; see `info_nce`.
 
     Returns:
         Scalar, nats: the mean over all ranks' pairs, the same on every rank. A pair without negatives costs nothing.
@@ -116,7 +118,11 @@ def info_nce_within_images(
             )
             for of_image in zip(*by_image, positions, strict=True)
         ]
-        own = torch.stack(costs).sum()
+        own, cosine, of_negatives = torch.stack(costs).sum(0)
+        if parts is not None:
+            own_weight = weight.sum()
+            parts["positive"] = torch.stack([cosine.detach(), own_weight])
+            parts["negatives"] = torch.stack([of_negatives.detach(), own_weight])
         of_all, total_weight = all_reduce_sum(torch.stack([own.detach(), weight.sum()]), group)
         total_weight = torch.where(total_weight > 0, total_weight, 1)  # of no pair at all, nothing is the mean
         carried = factor * own / total_weight
@@ -134,7 +140,8 @@ def _cost(
     decoupled: bool,
     radius_mm: float,
 ) -> Tensor:
-    """(n, E), (n, E), (n,) of one image -> scalar: the weighted sum of half of what query and key of each pair cost."""
+    """(n, E), (n, E), (n,) of one image -> (3,), weighted sums over pairs: half of what query and key cost, cosines, and half of
+    the log-sum-exps of both over their negatives."""
     excluded = torch.eye(len(queries), dtype=torch.bool, device=queries.device) | (weights == 0)
     if position_mm is not None:
         excluded |= torch.cdist(position_mm, position_mm, compute_mode="donot_use_mm_for_euclid_dist") <= radius_mm
@@ -144,9 +151,12 @@ def _cost(
     if form == "nt_xent":
         candidates = [torch.cat([across, queries @ queries.T], 1), torch.cat([across.T, keys @ keys.T], 1)]
         excluded = excluded.repeat(1, 2)
-    cost = queries.new_zeros(())
+    cost, of_negatives = queries.new_zeros(()), queries.new_zeros(())
     for similarities in candidates:
-        x = torch.logsumexp((k * similarities).masked_fill(excluded, _NEVER), 1) - positive
-        losses = torch.where(x > _NEVER / 2, x, 0) if decoupled else torch.logaddexp(x, torch.zeros_like(x))
+        log_sums = torch.logsumexp((k * similarities).masked_fill(excluded, _NEVER), 1)
+        x = log_sums - positive
+        has_negatives = log_sums > _NEVER / 2
+        losses = torch.where(has_negatives, x, 0) if decoupled else torch.logaddexp(x, torch.zeros_like(x))
         cost = cost + (weights * losses).sum() / 2
-    return cost
+        of_negatives = of_negatives + (weights * torch.where(has_negatives, log_sums, 0)).sum() / 2
+    return torch.stack([cost, (weights * across.diagonal()).sum(), of_negatives])

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
-from torch.func import functional_call
+
+from p2r.model.normalisation import LayerNorm, wide
+
+
+class WideLinear(nn.Linear):
+    """PyTorch's, computed in fp32. Every layer widens its own weights: ZeRO stage 3 brings them layer by layer."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Turn `features` (..., F), in fp32, into (..., E)."""
+        return F.linear(features, wide(self.weight), wide(self.bias))
 
 
 class ProjectionHead(nn.Module):
@@ -26,18 +35,16 @@ class ProjectionHead(nn.Module):
     def __init__(self, feature_channels: int, hidden_channels: int, embedding_channels: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(feature_channels, hidden_channels),
-            nn.LayerNorm(hidden_channels),
+            WideLinear(feature_channels, hidden_channels),
+            LayerNorm(hidden_channels),
             nn.GELU(),
-            nn.Linear(hidden_channels, embedding_channels),
+            WideLinear(hidden_channels, embedding_channels),
         )
 
     def forward(self, features: Tensor) -> Tensor:
         """Turn `features` (..., F) into embeddings (..., E), not normalised: the loss does that, in fp32."""
         dtype = next(self.parameters()).dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        weights = {name: weight.to(wide) for name, weight in self.layers.named_parameters()}
-        embeddings: Tensor = functional_call(self.layers, weights, features.to(wide)).to(dtype)
+        embeddings: Tensor = self.layers(features.to(torch.promote_types(dtype, torch.float32))).to(dtype)
         return embeddings
 
 

@@ -26,7 +26,7 @@ class InstanceNorm(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Turn `maps` (B, C, *S) into normalised ones, in their dtype."""
-        normalised = F.instance_norm(maps, weight=_wide(self.weight), bias=_wide(self.bias))
+        normalised = F.instance_norm(maps, weight=wide(self.weight), bias=wide(self.bias))
         # PyTorch's kernel answers channels first; the next convolution would follow it.
         return normalised.contiguous(memory_format=layout_of(maps))
 
@@ -36,7 +36,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Turn `maps` (B, C, *S) into normalised ones, in their dtype."""
-        normalised = F.group_norm(maps, self.num_groups, _wide(self.weight), _wide(self.bias), self.eps)
+        normalised = F.group_norm(maps, self.num_groups, wide(self.weight), wide(self.bias), self.eps)
         return normalised.contiguous(memory_format=layout_of(maps))
 
 
@@ -45,7 +45,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Turn `tokens` (..., C) into normalised ones, in their dtype."""
-        return F.layer_norm(tokens, self.normalized_shape, _wide(self.weight), _wide(self.bias), self.eps)
+        return F.layer_norm(tokens, self.normalized_shape, wide(self.weight), wide(self.bias), self.eps)
 
 
 def layout_of(maps: Tensor) -> torch.memory_format:
@@ -55,5 +55,6 @@ def layout_of(maps: Tensor) -> torch.memory_format:
     return last if is_last else torch.contiguous_format
 
 
-def _wide(parameter: Tensor) -> Tensor:
+def wide(parameter: Tensor) -> Tensor:
+    """Return a weight in fp32 (float64 stays)."""
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))

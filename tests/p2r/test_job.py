@@ -42,7 +42,12 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
 
 def test_rules_between_fields_are_checked(tmp_path: Path) -> None:
     assert "divisible by 16 (U-Net depth 4), got 100" in refusal(tmp_path, GOOD, "pretrain.image.size=100")
-    assert "bf16 needs zero_stage 1 or 2" in refusal(tmp_path, GOOD, "pretrain.precision=bf16", "pretrain.zero_stage=0")
+    assert "compile needs zero_stage 0, 1 or 2" in refusal(
+        tmp_path, GOOD, "pretrain.compile=true", "pretrain.zero_stage=3"
+    )
+    assert "bf16 needs zero_stage 1, 2 or 3" in refusal(
+        tmp_path, GOOD, "pretrain.precision=bf16", "pretrain.zero_stage=0"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 import math
 import os
@@ -11,16 +12,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from p2r.data.corpus import ingest_locally
 from p2r.data.manifest import load_manifest, manifest_sha256
 from p2r.data.shards import open_shard
 from p2r.data.stream import Corpus, stream
-from p2r.engine.pretrain import Report, _refuse_lost_weights, finished_checkpoint, pretrain
+from p2r.engine.build import join_process_group
+from p2r.engine.pipeline import publish_backbone
+from p2r.engine.pretrain import Report, _num_lost, finished_checkpoint, pretrain
 from p2r.engine.profile import PARTS, profile_text
 from p2r.errors import CheckpointError, DataError, InputError, StorageError, TrainingError
 from p2r.job import Job, read_job
@@ -79,6 +84,13 @@ def test_training_reports_checkpoints_and_a_history(job: Job, corpus: Storage, t
     reports = _train(job, storage, corpus)
     assert [report.step for report in reports] == [2, 4, 6]
     assert [report.samples_seen for report in reports] == [8, 16, 24]
+    for report in reports:
+        assert report.pixel_pairs_per_s == pytest.approx(16 * report.images_per_s)
+        assert report.step_s == pytest.approx(4 / report.images_per_s)
+        assert report.memory_mib > 100 and report.world_size == 1 and report.skipped_steps == 0
+        assert set(report.loss_parts) == {"positive", "negatives"} and report.loss_parts["positive"] < 1
+        assert report.health is not None and 1 <= report.health["effective_rank"] <= 8
+        assert f"rank {report.health['effective_rank']:.1f}" in report.line() and "skipped" not in report.line()
     assert list(_losses(storage)) == [2, 4, 6]
     kept = sorted({path.split("/")[1] for path in storage.list("checkpoints")})
     assert kept == ["step-00000004", "step-00000006"]  # keep_checkpoints: 2
@@ -202,6 +214,18 @@ def test_every_network_trains_in_bfloat16(job_of: JobOf, corpus: Storage, tmp_pa
     assert len(_train(job, Storage(str(tmp_path / "pretrain")), corpus)) == 3
 
 
+def test_a_checkpoint_of_an_optimizer_that_could_not_leave_out_a_step_is_refused(
+    job: Job, corpus: Storage, tmp_path: Path
+) -> None:
+    storage = Storage(str(tmp_path / "pretrain"))
+    _train(job, storage, corpus, most=1)
+    manifest = storage.read_json("checkpoints/step-00000002/manifest.json")
+    manifest["state"]["running"] = {"total": 0.0, "count": 0, "num_images_without_pairs": 0}
+    storage.write_json("checkpoints/step-00000002/manifest.json", manifest)
+    with pytest.raises(CheckpointError, match="cannot be resumed: use the version of p2r that wrote it"):
+        _train(job, storage, corpus)
+
+
 def test_a_corpus_smaller_than_a_global_batch_is_refused(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
     job = job_of(tmp_path, "pretrain.global_batch=512")
     with pytest.raises(DataError, match=r"24 .*512"):
@@ -224,11 +248,69 @@ def test_a_damaged_shard_is_refused_by_name(job: Job, corpus: Storage, tmp_path:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
-    job = job_of(tmp_path, "pretrain.optimizer.learning_rate=1.0e+30", "pretrain.optimizer.clip_norm=0")
+    job = job_of(
+        tmp_path,
+        *("pretrain.optimizer.learning_rate=1.0e+30", "pretrain.optimizer.clip_norm=0"),
+        *("pretrain.max_skipped_steps=2", "pretrain.checkpoint_interval=1"),
+    )
+    storage = Storage(str(tmp_path / "pretrain"))
     with pytest.raises(
-        TrainingError, match=r"step \d: queries: .* embeddings are not finite; the last good checkpoint stays"
+        TrainingError,
+        match=r"^step 4: queries: .* embeddings are not finite; steps in a row that could not be taken: 3, "
+        r"pretrain.max_skipped_steps allows 2; the last good checkpoint is .*/checkpoints/step-00000001\. Lower",
     ):
-        _train(job, Storage(str(tmp_path / "pretrain")), corpus)
+        _train(job, storage, corpus)
+    # None was made while steps were left out.
+    assert {path.split("/")[1] for path in storage.list("checkpoints")} == {"step-00000001"}
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A function that has the step of this number, from now on, see what is not a number; 0: none."""
+
+    def spoil(bad: int) -> None:
+        steps = itertools.count(1)
+
+        def spoilt(image: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            return make_views(image * math.nan if next(steps) == bad else image, *arguments, **options)
+
+        monkeypatch.setattr("p2r.engine.step.make_views", spoilt)
+
+    return spoil
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "barlow_twins"])
+def test_a_step_that_is_not_finite_is_left_out_and_counted(
+    loss: str,
+    spoil: Callable[[int], None],
+    job_of: JobOf,
+    corpus: Storage,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    job = job_of(tmp_path, f"pretrain.loss.name={loss}", "pretrain.report_interval=1", "pretrain.checkpoint_interval=3")
+    waiting, going = Storage(str(tmp_path / "waiting")), Storage(str(tmp_path / "going"))
+    spoil(3)
+    reports = _train(job, waiting, corpus)
+    assert [report.skipped_steps for report in reports] == [0, 0, 1, 1, 1, 1]
+    assert reports[2].loss == reports[1].loss and reports[2].gradient_norm == reports[1].gradient_norm
+    assert "| 1 steps skipped" in reports[2].line()
+    assert reports[2].health is None and reports[2].equivariance_error is None and not reports[2].loss_parts
+    assert all(math.isfinite(report.loss) and math.isfinite(report.gradient_norm) for report in reports)
+    assert [report.samples_seen for report in reports] == [4, 8, 12, 16, 20, 24]  # the batch is used up
+    assert [report.checkpoint for report in reports if report.checkpoint] == ["checkpoints/step-00000006"]
+    # The same where nobody waits for the device, with a stop right after that step.
+    request.getfixturevalue("waited_for")
+    spoil(3)
+    steps = itertools.count(1)
+    assert job.pretrain is not None
+    *_, last = pretrain(job.pretrain, storage=going, corpus=corpus, device=CPU, should_stop=lambda: next(steps) == 3)
+    assert last.checkpoint == "checkpoints/step-00000003" and last.skipped_steps == 1
+    spoil(0)
+    *_, last = _train(job, going, corpus)
+    assert last.skipped_steps == 1
+    assert _losses(going) == _losses(waiting)
+    assert _weights(going, "step-00000006") == _weights(waiting, "step-00000006")
 
 
 def test_barlow_twins_is_one_key_away(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
@@ -343,20 +425,77 @@ def test_a_step_that_went_wrong_unnoticed_is_named_before_a_checkpoint_is_made(
     job = job_of(
         tmp_path,
         *("pretrain.optimizer.learning_rate=1.0e+30", "pretrain.optimizer.clip_norm=0"),
-        *("pretrain.checkpoint_interval=5", "pretrain.report_interval=6"),
+        *("pretrain.checkpoint_interval=5", "pretrain.report_interval=6", "pretrain.max_skipped_steps=0"),
     )
-    with pytest.raises(TrainingError, match=r"^step [23]: queries: .* embeddings are not finite; the last good"):
+    with pytest.raises(
+        TrainingError,
+        match=r"^step 2: queries: .* not finite; pretrain.max_skipped_steps allows 0; there is no checkpoint yet",
+    ):
         _train(job, storage, corpus)
     assert storage.list("checkpoints") == []
 
 
 def test_weights_that_are_no_longer_finite_are_not_saved() -> None:
-    engine = SimpleNamespace(module=torch.nn.Linear(3, 2))
-    _refuse_lost_weights(engine, 7)
+    join_process_group(CPU)
+    engine = SimpleNamespace(module=torch.nn.Linear(3, 2), zero_optimization_stage=lambda: 0)
+    assert _num_lost(engine) == 0
     with torch.no_grad():
         engine.module.weight[0, 1:] = torch.tensor([math.nan, math.inf])
-    with pytest.raises(TrainingError, match="step 7: 2 weights are no longer finite; the last good checkpoint stays"):
-        _refuse_lost_weights(engine, 7)
+    assert _num_lost(engine) == 2
+
+
+def test_a_run_saves_no_weights_that_were_lost(
+    job: Job, corpus: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path / "pretrain"))
+    _train(job, storage, corpus, most=1)
+    monkeypatch.setattr("p2r.engine.pretrain._num_lost", lambda engine: 2)
+    with pytest.raises(TrainingError, match=r"step 4: 2 weights are no longer finite; the last good .*step-00000002"):
+        _train(job, storage, corpus)
+
+
+def test_deterministic_algorithms_are_asked_for_as_long_as_a_run_lasts(
+    job_of: JobOf, job: Job, corpus: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "benchmark", True)
+
+    def settings() -> tuple[Any, ...]:
+        asked = torch.are_deterministic_algorithms_enabled()
+        return asked, cudnn.deterministic, cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+    before = settings()
+    assert before == (False, False, True, None)
+    wanted = job_of(tmp_path, "pretrain.deterministic=true").pretrain
+    assert wanted is not None and job.pretrain is not None
+    run = pretrain(wanted, storage=Storage(str(tmp_path / "pretrain")), corpus=corpus, device=CPU)
+    next(run)
+    assert settings() == (True, True, False, ":4096:8")
+    run.close()
+    assert settings() == before
+    # It may be asked for on the way.
+    run = pretrain(job.pretrain, storage=Storage(str(tmp_path / "pretrain")), corpus=corpus, device=CPU)
+    assert next(run).resumed_from == 2
+    assert settings() == before
+    run.close()
+
+
+def test_the_mean_of_weights_is_what_is_published(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
+    job = job_of(tmp_path, "pretrain.ema_decay=0.5", f"pretrain.corpus={corpus.url}")
+    storage = Storage(job.storage)
+    _train(job, storage.child("pretrain"), corpus)
+    made = publish_backbone(job, storage, lambda line: None)
+    published = Storage(made["url"]).read_bytes("model.safetensors")
+    last, mean = (
+        safetensors.torch.load(storage.read_bytes(f"pretrain/checkpoints/step-00000006/{name}.safetensors"))
+        for name in ("model", "ema")
+    )
+    found = safetensors.torch.load(published)
+    assert set(mean) == set(last) and 0 < len(found) < len(mean)  # the projection head stays behind
+    for name, value in found.items():
+        assert torch.equal(value, mean[f"backbone.{name}"])
+    assert any(not torch.equal(last[name], mean[name]) for name in mean)
 
 
 @pytest.mark.parametrize("waits", [True, False])

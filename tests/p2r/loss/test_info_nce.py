@@ -474,3 +474,46 @@ def test_a_known_temperature_is_not_read() -> None:
     temperature = torch.tensor(0.5, requires_grad=True)
     known = info_nce(queries, keys, temperature=temperature, known_temperature=0.5)
     assert known == info_nce(queries, keys, temperature=temperature)
+
+
+@pytest.mark.parametrize("is_waited_for", [False, True])
+@pytest.mark.parametrize("form", ["cross_view", "nt_xent"])
+def test_the_parts_are_the_cosine_of_pairs_and_the_log_sum_over_negatives(
+    form: str, is_waited_for: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2r.loss.ranks.is_waited_for", lambda device: is_waited_for)
+    queries, keys = embeddings(8, 4)
+    weights = torch.tensor([1.0, 2, 1, 0, 1, 1, 1, 1])
+    parts: dict[str, torch.Tensor] = {}
+    info_nce(queries, keys, temperature=0.2, form=form, weights=weights, findings=Findings(), parts=parts)  # type: ignore[arg-type]
+    kept, total = weights > 0, weights.sum()
+    unit = [torch.nn.functional.normalize(rows[kept], dim=1) for rows in (queries, keys)]
+    both = torch.cat(unit)
+    logits = both @ both.T / 0.2
+    n = len(both) // 2
+    rows = []
+    for anchor in range(2 * n):
+        partner = (anchor + n) % (2 * n)
+        others = [
+            other
+            for other in range(2 * n)
+            if other not in (anchor, partner) and (form == "nt_xent" or (other < n) != (anchor < n))
+        ]
+        rows.append(torch.logsumexp(logits[anchor, others], 0))
+    of_negatives = (torch.stack(rows[:n]) + torch.stack(rows[n:])) / 2
+    expected = {"positive": (unit[0] * unit[1]).sum(1), "negatives": of_negatives}
+    assert set(parts) == set(expected)
+    for name, values in expected.items():
+        mean = float((values * weights[kept]).sum() / total)
+        assert float(parts[name][0] / parts[name][1]) == pytest.approx(mean, rel=1e-4), name
+
+
+def test_with_findings_embeddings_that_are_not_finite_are_counted_on_a_cpu_too() -> None:
+    findings = Findings()
+    loss = info_nce(torch.ones(5, 4), torch.full((5, 4), math.nan), temperature=0.1, findings=findings)
+    assert not torch.isfinite(loss)
+    counts = [int(count) for count in findings.counts()]
+    assert findings.broken(counts) == "keys: 5 of 5 embeddings are not finite"
+    findings.refuse(counts, may_pass=True)
+    with pytest.raises(EmbeddingError, match="not finite"):
+        findings.refuse(counts)

@@ -31,7 +31,15 @@ def test_loss_and_gradient_are_the_mean_over_images(form: Any, decoupled: bool) 
     a, b = rows()
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     options = {"temperature": temperature, "form": form, "decoupled": decoupled}
-    found = info_nce_within_images(a, b, num_images=B, **options)
+    parts: dict[str, Tensor] = {}
+    found = info_nce_within_images(a, b, num_images=B, parts=parts, **options)
+    of_images: list[dict[str, Tensor]] = [{} for _ in range(B)]
+    for x, y, of_image in zip(a.split(N), b.split(N), of_images, strict=True):
+        info_nce(x, y, parts=of_image, **options)
+    for name, part in parts.items():
+        torch.testing.assert_close(
+            part.double(), torch.stack([of_image[name] for of_image in of_images]).sum(0).double()
+        )
     expected = image_by_image(a, b, **options)
     torch.testing.assert_close(found, expected)
     inputs = (a, b, temperature)
