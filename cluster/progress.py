@@ -6,13 +6,15 @@ from contextlib import contextmanager
 
 from ray.util.queue import Empty, Queue
 
+from cluster.session import this_node
+
 Say = Callable[[str], None]
 
 
 @contextmanager
 def relay(say: Say) -> Iterator[Queue]:
     """Give a queue that workers `put` lines into; a thread hands them to `say` until the block ends."""
-    queue = Queue(actor_options={"num_cpus": 0})
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})
     ended = threading.Event()
 
     def pump() -> None:

@@ -10,7 +10,7 @@ checkpoint is made of weights that a bad step has touched. On a CPU every step i
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -111,6 +111,7 @@ def pretrain(
     device: torch.device,
     max_seconds: float | None = None,
     profile_steps: int = 0,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[Report]:
     """Train to `config.steps`, from the newest checkpoint if there is one.
 
@@ -121,6 +122,7 @@ def pretrain(
         device: This process's device.
         max_seconds: Save a checkpoint and end early after this time, to go on in a later call.
         profile_steps: Profile so many steps of rank 0, after a few, into `<storage>/pretrain/profile`; 0: none.
+        should_stop: Asked after every step on every rank; once it is true on any, all save a checkpoint and end early.
 
     Raises:
         InputError: for a corpus, checkpoint or number of workers that does not fit.
@@ -211,7 +213,13 @@ def pretrain(
                     raise _diverged(step, error) from error
             unread.add(step, taken)
             clock.add(batch.wait_s)
-            timed_out = _any_rank(None if max_seconds is None else time.monotonic() - began > max_seconds, device)
+            timed_out = _any_rank(
+                None
+                if max_seconds is None and should_stop is None
+                else (max_seconds is not None and time.monotonic() - began > max_seconds)
+                or (should_stop is not None and should_stop()),
+                device,
+            )
             saves = _is_due(step, config.checkpoint_interval, config.steps) or timed_out
             if reports or saves or not is_waited_for(device):
                 unread.read_into(running)
