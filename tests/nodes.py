@@ -132,10 +132,16 @@ class Cluster:
             TimeoutError: They do not.
         """
         wanted = len(self.nodes) if num_nodes is None else num_nodes
-        count = "import ray; ray.init(address='auto', logging_level='error'); print(sum(n['Alive'] for n in ray.nodes()))"
+        count = (
+            "import ray; ray.init(address='auto', logging_level='error'); print(sum(n['Alive'] for n in ray.nodes()))"
+        )
         deadline = time.monotonic() + _START_LIMIT_S
         found = ""
         while time.monotonic() < deadline:
+            for node in self.nodes[:wanted]:
+                if node.main is not None and node.main.poll() is not None:  # Ray gave up: it has little patience
+                    self.kill(node)
+                    self.start(node)
             if self.is_up():
                 asked = self.popen(
                     self.head, [sys.executable, "-c", count], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
