@@ -381,7 +381,7 @@ def draw_curves(expected: Mapping[int, float], found: Mapping[int, float], made:
     axes.set_ylabel("loss, nats", color=FAINT, fontsize=9)
     axes.legend(frameon=False, fontsize=9, loc="upper right")
     plain(axes)
-    headline(figure, title)
+    headline(figure, title, "Pretraining on two nodes; each line is a fault")
     return drawing(figure)
 
 
