@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.ray
 STEPS = 60
 OVERRIDES = (
     "kind=pretrain",
+    "retries=2",
     f"pretrain.steps={STEPS}",
     "pretrain.report_interval=1",
     "pretrain.checkpoint_interval=10",
@@ -62,12 +64,13 @@ def test_a_worker_that_is_killed_changes_nothing_of_the_curve(
     nodes: Cluster, write_toy_job: Callable[..., Path], published: dict[str, str], tmp_path: Path
 ) -> None:
     job_file = write_toy_job(tmp_path, num_workers=2)
-    corpus = published["corpus"]
+    corpus = tmp_path / "storage/corpus"
+    shutil.copytree(published["corpus"].removeprefix("file://"), corpus)
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
-    multiprocessing.spawn(_rank, (str(job_file), str(undisturbed), corpus), nprocs=2)
+    multiprocessing.spawn(_rank, (str(job_file), str(undisturbed), str(corpus)), nprocs=2)
 
-    arguments = [word for override in (*OVERRIDES, f"pretrain.corpus={corpus}") for word in ("--set", override)]
+    arguments = [word for override in OVERRIDES for word in ("--set", override)]
     command = [sys.executable, "-m", "cluster", "run", str(job_file), *arguments]
     driver = nodes.popen(nodes.head, command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     said: list[str] = []
