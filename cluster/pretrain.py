@@ -33,7 +33,7 @@ from ray.util.queue import Queue
 
 from cluster.faults import Cause, FaultLog, cause_of, refusal_of
 from cluster.progress import Say, relay
-from cluster.session import draining_nodes, num_cpus, num_gpus, this_node, usable_nodes
+from cluster.session import draining_nodes, gpu_types, num_cpus, num_gpus, this_node, usable_nodes
 from p2r.config import PretrainConfig
 from p2r.data.order import allowed_world_sizes, check_world_size, world_sizes_between
 from p2r.data.stream import order_of
@@ -491,8 +491,7 @@ def _gpus_per_worker(config: PretrainConfig, resources: Resources) -> int:
             "or add nodes with GPUs"
         )
     if gpus and config.precision == "bf16":
-        names = {name.removeprefix("accelerator_type:") for name in ray.cluster_resources()}
-        lacking = sorted(names.intersection(_WITHOUT_BF16))
+        lacking = sorted(gpu_types().intersection(_WITHOUT_BF16))
         if lacking:
             raise InputError(
                 f"pretrain.precision is bf16, which GPUs of this cluster do not have ({', '.join(lacking)}): "

@@ -65,6 +65,12 @@ def num_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def gpu_types() -> set[str]:
+    """What kinds of GPUs the cluster has, as Ray names them, such as T4 or H100."""
+    prefix = "accelerator_type:"
+    return {name.removeprefix(prefix) for name in ray.cluster_resources() if name.startswith(prefix)}
+
+
 def num_cpus() -> int:
     """CPU cores of the cluster."""
     return int(ray.cluster_resources().get("CPU", 1))

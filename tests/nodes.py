@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
+_RAY = [str(Path(sys.executable).parent / "ray")]
 _GCS_PORT = 6379
 _START_LIMIT_S = 180.0
 # Chosen by us: raylets wait but 15 s for agents to tell theirs, which a busy machine exceeds.
@@ -101,7 +102,7 @@ class Cluster:
             if node is self.head
             else [f"--address={self.address}"]
         )
-        ray = [str(Path(sys.executable).parent / "ray"), "start", *role, f"--node-ip-address={node.address}"]
+        ray = [*_RAY, "start", *role, f"--node-ip-address={node.address}"]
         ray += [f"--{name}={port}" for name, port in _PORTS.items()]
         ray += [f"--num-cpus={node.num_cpus}", "--num-gpus=0", "--object-store-memory=80000000", "--block"]
         own = 'mount --bind "$1" /tmp/ray && mount -t tmpfs -o size=512m none /dev/shm && shift && exec "$@"'

@@ -11,7 +11,7 @@ from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from cluster.faults import FaultLog, cause_of, refusal_of
-from cluster.pretrain import _room, _world_sizes, network_environment
+from cluster.pretrain import _gpus_per_worker, _room, _world_sizes, network_environment
 from p2r.config import PretrainConfig
 from p2r.errors import DataError, InputError, StorageError, TrainingError
 from p2r.job import Resources, read_job
@@ -142,3 +142,31 @@ class TestWorldSizes:
     def test_a_micro_batch_that_does_not_divide_any_share_is_refused(self) -> None:
         with pytest.raises(InputError, match=r"pretrain\.micro_batch must divide"):
             _world_sizes(config(micro_batch=5), Resources(num_workers=4), uses_gpu=False)
+
+
+class TestGpus:
+    @pytest.fixture
+    def gpus(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        def have(*types: str) -> None:
+            monkeypatch.setattr("cluster.pretrain.num_gpus", lambda: len(types))
+            monkeypatch.setattr("cluster.pretrain.gpu_types", lambda: set(types))
+
+        return have
+
+    def test_auto_takes_them_where_there_are_any(self, gpus: Callable[..., None]) -> None:
+        gpus()
+        assert _gpus_per_worker(config(), Resources()) == 0
+        gpus("H100")
+        assert _gpus_per_worker(config(precision="bf16"), Resources()) == 1
+        assert _gpus_per_worker(config(), Resources(gpus_per_worker=0)) == 0
+
+    def test_a_gpu_that_is_not_there_is_refused(self, gpus: Callable[..., None]) -> None:
+        gpus()
+        with pytest.raises(InputError, match=r"resources\.gpus_per_worker asks for a GPU, and the cluster has none"):
+            _gpus_per_worker(config(), Resources(gpus_per_worker=1))
+
+    def test_bf16_is_refused_where_a_gpu_does_not_have_it(self, gpus: Callable[..., None]) -> None:
+        gpus("H100", "T4")
+        with pytest.raises(InputError, match=r"do not have \(T4\): set pretrain\.precision=fp32"):
+            _gpus_per_worker(config(precision="bf16"), Resources())
+        assert _gpus_per_worker(config(), Resources()) == 1
