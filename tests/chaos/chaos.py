@@ -485,6 +485,7 @@ def main() -> int:
     if (reason := refusal()) is not None:
         print(f"chaos: {reason}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # namespaces and processes are taken away, too
     with tempfile.TemporaryDirectory(prefix="p2r-chaos-") as folder:
         result = chaos(arguments, Path(folder))
     arguments.output.mkdir(parents=True, exist_ok=True)
