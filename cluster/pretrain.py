@@ -449,8 +449,10 @@ def _worker(settings: dict[str, Any]) -> None:
             settings["queue"].put(f"pretrain | {report.line()}")
             if report.profile is not None:
                 settings["queue"].put(profile_text(storage))
-        where = None if report.checkpoint is None else storage.at(report.checkpoint)
-        ray.train.report({"step": report.step, "loss": report.loss, "checkpoint": where})
+        # Ray takes a report in when it polls, every 2 s, and the next one waits for that: seldom enough, and on all ranks alike.
+        if report.step % settings["config"].checkpoint_interval == 0:
+            where = None if report.checkpoint is None else storage.at(report.checkpoint)
+            ray.train.report({"step": report.step, "loss": report.loss, "checkpoint": where})
 
 
 def _flag(wire: Any) -> Callable[[], bool]:
