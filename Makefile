@@ -1,5 +1,6 @@
 # make demo      runs jobs/demo.yaml on this machine, from nothing
 # make test      runs every check
+# make chaos     runs pretraining through faults on three nodes in namespaces; needs root, and up to 45 minutes
 # make s3        runs a real S3 server on this machine, for jobs that want object storage
 # make install   only the environment
 # make licences  writes and checks infra/licences.csv; benchmarks' packages keep their rows where they are not installed
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 # Where bytecode is not kept, every process compiles torch and ray again: a quarter of a minute each, for nothing.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test s3 install licences sbom
+.PHONY: demo test chaos s3 install licences sbom
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -24,6 +25,12 @@ test: $(VENV)/.installed-tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup
+
+# CHAOS="--faults 3" makes it shorter; CHAOS="--world elastic" lets the number of workers change.
+CHAOS ?= --faults 10
+
+chaos: $(VENV)/.installed-tests
+	$(BIN)/python -m tests.chaos.chaos --output jobs/results/chaos $(CHAOS)
 
 S3_FOLDER ?= ~/p2r/s3
 S3_PORT ?= 9000

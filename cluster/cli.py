@@ -1,10 +1,12 @@
 """The `p2r` command. Results go to stdout, progress to stderr.
 
-Exit codes: 0 done; 2 the user's input, with one message; 1 anything else; 130 interrupted.
+Exit codes: 0 done; 2 the user's input, with one message; 1 anything else; 130 interrupted; 143 stopped by SIGTERM, with a
+checkpoint to go on from.
 """
 
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -17,6 +19,8 @@ from p2r.errors import InputError, JobError, P2RError, TrainingError
 from p2r.job import FORK_HELP, Job, json_schema, overrides_of, read_job
 from p2r.logs import configure, masked, reset, say, say_crash, say_error
 from p2r.storage import Storage
+
+_STOPPED = 128 + signal.SIGTERM
 
 app = typer.Typer(
     name="p2r",
@@ -68,12 +72,15 @@ def validate(
 
 def _ranks(job: Job) -> list[int]:
     """Return the numbers of workers that can share the job's global batch; refuse one that cannot."""
-    from p2r.data.order import allowed_world_sizes, check_world_size
+    from p2r.data.order import allowed_world_sizes, check_world_size, world_sizes_between
 
     if job.pretrain is None or job.kind in ("publish", "finetune"):
         return []
-    if job.resources.num_workers != "auto":
-        check_world_size(job.pretrain.global_batch, job.resources.num_workers)
+    wanted = job.resources.num_workers
+    if isinstance(wanted, tuple):
+        return world_sizes_between(job.pretrain.global_batch, *wanted)
+    if wanted != "auto":
+        check_world_size(job.pretrain.global_batch, wanted)
     return allowed_world_sizes(job.pretrain.global_batch)
 
 
@@ -106,6 +113,8 @@ def run(
     made = _run_on_ray(job, address, profile_steps=profile, debug=debug)
     failed = made.pop("failed", [])
     _print_made(made)
+    if "unfinished" in made:
+        sys.exit(_STOPPED)
     if failed:
         from p2r.engine.fewshot import failure_message
 

@@ -32,8 +32,8 @@ class RayExecutor:
         )
 
     def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
-        """A Ray Train worker group; it ends with the last step."""
-        pretrain.pretrain(
+        """Ray Train worker groups, one after another, until the last step is done or the job is told to stop."""
+        return pretrain.pretrain(
             config,
             storage=storage,
             corpus=corpus,
@@ -42,7 +42,6 @@ class RayExecutor:
             say=say,
             profile_steps=self._profile_steps,
         )
-        return True
 
     def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
         """A Ray Tune experiment; with a scheduler, one for each task and mode."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from ray.util.queue import Empty, Queue
 
+from cluster.session import this_node
 from p2r.logs import Line, fields_of
 from p2r.logs import Say as Say
 
@@ -17,7 +18,7 @@ from p2r.logs import Say as Say
 @contextmanager
 def relay(say: Say) -> Iterator[Queue]:
     """Give a queue that workers `put` lines into; a thread hands them to `say` until the block ends."""
-    queue = Queue(actor_options={"num_cpus": 0})
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})
     ended = threading.Event()
     groups: list[str] = []
 

@@ -1,8 +1,10 @@
 """Joining a Ray cluster, or starting one on this machine, and giving its processes what they need from the environment."""
 
 import os
+import socket
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from p2r.data.pseudonyms import VARIABLE as PSEUDONYM_KEY
 from p2r.errors import StorageError
 from p2r.storage import Storage
 
-_FORWARDED_PREFIXES = ("AWS_", "P2R_", "NCCL_", "GLOO_", "OMP_")
+_FORWARDED_PREFIXES = ("AWS_", "P2R_", "NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_")
+_CONNECT_S = 2.0
 
 
 @contextmanager
@@ -50,6 +53,8 @@ def forwarded_environment() -> dict[str, str]:
     return {
         "PYTHONUNBUFFERED": "1",
         "RAY_DEDUP_LOGS": "0",
+        # After a fault Ray asks workers to leave their process group. One that hangs cannot, and is killed after this time.
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
         "AWS_EC2_METADATA_DISABLED": os.environ.get("AWS_EC2_METADATA_DISABLED", "true"),
         **{name: value for name, value in os.environ.items() if name.startswith(_FORWARDED_PREFIXES)},
     }
@@ -60,9 +65,46 @@ def num_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def gpu_types() -> set[str]:
+    """What kinds of GPUs the cluster has, as Ray names them, such as T4 or H100."""
+    prefix = "accelerator_type:"
+    return {name.removeprefix(prefix) for name in ray.cluster_resources() if name.startswith(prefix)}
+
+
 def num_cpus() -> int:
     """CPU cores of the cluster."""
     return int(ray.cluster_resources().get("CPU", 1))
+
+
+def this_node() -> NodeAffinitySchedulingStrategy:
+    """Where an actor must run that the driver cannot do without: anywhere else it would die with another machine."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def usable_nodes() -> dict[str, dict[str, float]]:
+    """Resources of each node, by its id, that is alive, answers, and is not about to be taken away.
+
+    Ray needs seconds, up to half a minute, to see that a node is gone; whoever starts workers on it before waits for nothing.
+    """
+    draining = draining_nodes()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        answers = pool.map(lambda node: _answers(node["NodeManagerAddress"], node["NodeManagerPort"]), nodes)
+    return {node["NodeID"]: node["Resources"] for node, answer in zip(nodes, answers, strict=True) if answer}
+
+
+def draining_nodes() -> dict[str, int]:
+    """Ids of nodes that will be taken away, and when: ms since 1970, 0 if that is not known."""
+    # No public call tells this before a worker is there; Ray Train's own watcher asks here, too.
+    return dict(ray._private.state.state.get_draining_nodes())
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=_CONNECT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def refuse_unshared_folder(storage: Storage) -> None:

@@ -57,8 +57,23 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 class Resources(Section):
     """What the job asks of the cluster. Ray places it; the science does not depend on it."""
 
-    num_workers: PositiveInt | Literal["auto"] = "auto"
-    """Pretraining processes. auto: as many as the cluster has GPUs (CPUs where it has none) and the global batch is divisible by."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] | Literal["auto"] = "auto"
+    """Pretraining processes. auto: as many as the cluster has GPUs (CPUs where it has none) and the global batch is divisible by.
+    [min, max]: as many between these as there is room for and the batch can be shared by; the run shrinks when nodes are lost,
+    and grows again when they come back."""
+    resize_interval_s: PositiveFloat = 60
+    """How often a run with [min, max] workers looks whether it could have more, s; growing costs a checkpoint and a restart."""
+    node_wait_s: NonNegativeFloat = 1800
+    """How long pretraining waits for room on the cluster after nodes were lost, s, before the job fails."""
+    collective_timeout_s: PositiveFloat = 600
+    """After this time, s, an exchange between workers counts as hung, and they are started again. More than the longest that one
+    worker lets the others wait: writing a checkpoint, compiling, a slow storage."""
+    network_interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
+    """Network interface that workers talk over, such as eth0. None: NCCL and gloo choose, which goes wrong where nodes have
+    several and the first does not lead to the others."""
+    nccl: dict[Annotated[str, Field(pattern=r"^(TORCH_)?NCCL_[A-Z0-9_]+$")], str] = Field(default={})
+    """Variables of NCCL for the workers, such as {NCCL_IB_HCA: mlx5}. Those of the environment of `p2r run` go there too; these
+    win. Unless given: TORCH_NCCL_ASYNC_ERROR_HANDLING=1 (a hung exchange ends the worker), NCCL_DEBUG=WARN."""
     cpus_per_worker: PositiveFloat = 1
     """CPU cores reserved for each pretraining process."""
     gpus_per_worker: Literal[0, 1, "auto"] = "auto"
@@ -69,6 +84,12 @@ class Resources(Section):
     """GPU share of one fine-tuning trial; 0.25 puts four on one GPU. auto: 0.25 where the cluster has any."""
     cpus_per_ingest_task: PositiveFloat = 1
     """CPU cores of one ingest task (one shard)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
+            raise ValueError(f"num_workers [min, max] must not fall, got {list(self.num_workers)}")
+        return self
 
 
 class Job(Section):
@@ -81,7 +102,8 @@ class Job(Section):
     storage: str = ""
     """URL (`file://`, `s3://`) that holds everything the job makes. Default: `${P2R_STORAGE}/<name>`, or `~/p2r/<name>`."""
     retries: NonNegativeInt = 2
-    """How often a failed worker group or trial is started again before the job fails."""
+    """How often a failed trial is started again before the job fails. In pretraining: how often in a row, without a new checkpoint
+    in between; days on machines that fail are not counted up. Preemption does not count."""
     resources: Resources = Resources()
     """What the job asks of the cluster."""
     ingest: IngestConfig | None = None

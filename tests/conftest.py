@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from infra.local.s3 import S3Server, find_program, make_bucket
 from tests.browser import Browser, browser, find_chromium
 from tests.fault_proxy import FaultProxy
+from tests.toy import write_toy_data
 
 # Before torch or Ray is imported: two cores are shared by everything.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -52,24 +52,7 @@ def mri() -> Path:
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight subjects of three thick slices with a bright disc in noise: images/, labels/ and task.yaml."""
-    from p2r.data.volume import write_nifti
-
-    folder = tmp_path_factory.mktemp("toy")
-    rng = np.random.default_rng(0)
-    grid = np.stack(np.meshgrid(np.arange(36), np.arange(40), indexing="ij"))
-    for number in range(1, 9):
-        centre = rng.uniform(12, 24, size=(2, 1, 1))
-        disc = ((grid - centre) ** 2).sum(axis=0) < rng.uniform(36, 64)
-        label = np.repeat(disc[..., None], 3, axis=2).astype(np.int16)
-        image = (200 + 600 * label + rng.normal(0, 60, size=label.shape)).clip(1).astype(np.int16)
-        affine = np.diag([-2.0, -2.0, 8.0, 1.0])
-        write_nifti(folder / "images" / f"sub-{number:02d}_T1w.nii.gz", image, affine)
-        write_nifti(folder / "labels" / f"sub-{number:02d}_T1w.nii.gz", label, affine)
-    (folder / "task.yaml").write_text(
-        "name: disc\ntitle: Discs\nimages: images\nlabels: labels\nlicence: CC0-1.0\nclasses: {1: DISC}\n"
-        "splits: {train: ['sub-[01-05]'], validation: ['sub-06'], test: ['sub-[07-08]']}\n"
-    )
-    return folder
+    return write_toy_data(tmp_path_factory.mktemp("toy"))
 
 
 TOY_JOB = """

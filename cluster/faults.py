@@ -1,0 +1,191 @@
+"""What went wrong in pretraining, what was decided, and where that is written down.
+
+    Ray's error -> cause, what -> decision -> one line of the log, and one row of <storage>/pretrain/faults.jsonl
+
+A cause is what a user can act on: a worker's process, a node, a notice of preemption, an exchange that hung, a wish to stop, a
+damaged checkpoint, a loss that is no longer finite, a driver that vanished. When one worker dies the others fail, too, a
+moment later and for want of it; the cause is what explains the rest.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from ray.exceptions import RayActorError
+
+from p2r.errors import InputError, StorageError, TrainingError
+from p2r.storage import Storage
+
+FAULTS = "faults.jsonl"
+
+Cause = Literal["worker", "node", "preemption", "hang", "stop", "checkpoint", "divergence", "driver", "unknown"]
+Decision = Literal["restart", "resize", "end", "fall back"]
+
+_HANG = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
+_PEER_IS_GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|remote process exited", re.IGNORECASE)
+_NODE_IS_GONE = re.compile(r"node (has )?died|node failure|node is dead|raylet (has )?died|node was", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row of `faults.jsonl`."""
+
+    time: str
+    """When it was noted: ISO 8601, UTC."""
+    attempt: int
+    """Number of the worker group that it happened to, over all drivers of the run; 1 is the first."""
+    cause: Cause
+    """What explains it."""
+    what: str
+    """What was seen, in one line."""
+    decision: Decision
+    """What is done about it."""
+    from_step: int | None
+    """Step of the checkpoint from which the run goes on, or would; None: from the beginning."""
+    count: int
+    """How many of this kind there were in a row, without a new checkpoint in between."""
+    limit: int | None
+    """How many there may be; None: any number."""
+
+    def line(self) -> str:
+        """Return the fault as one line of the log."""
+        where = "the beginning" if self.from_step is None else f"step {self.from_step}"
+        decided = {
+            "restart": f"restart from {where}",
+            "resize": f"another number of workers, from {where}",
+            "end": f"end; running the job again goes on from {where}",
+            "fall back": f"fall back to {where}",
+        }[self.decision]
+        counted = f" | {self.count} of {self.limit}" if self.limit is not None else ""
+        return f"fault | {self.cause}: {self.what} | {decided}{counted}"
+
+
+class FaultLog:
+    """`faults.jsonl` of one run, and the lines that go with it. One driver writes at a time.
+
+    Args:
+        storage: `<storage>/pretrain`. Object storage cannot append: the file is short, and written again.
+        say: Receives the lines.
+    """
+
+    def __init__(self, storage: Storage, *, say: Callable[[str], None]) -> None:
+        self._storage, self._say = storage, say
+        self._rows: list[dict[str, Any]] = []
+        if storage.exists(FAULTS):
+            self._rows = [json.loads(line) for line in storage.read_bytes(FAULTS).decode().splitlines()]
+
+    @property
+    def attempt(self) -> int:
+        """Number of the worker group that runs, or is about to."""
+        return 1 + len([row for row in self._rows if row["decision"] != "fall back"])
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last word is that the run ended, for a known reason."""
+        return bool(self._rows) and self._rows[-1]["decision"] == "end"
+
+    def add(
+        self,
+        cause: Cause,
+        what: str,
+        *,
+        decision: Decision,
+        from_step: int | None,
+        count: int = 1,
+        limit: int | None = None,
+    ) -> Fault:
+        """Note a fault and say it."""
+        fault = Fault(_now(), self.attempt, cause, one_line(what), decision, from_step, count, limit)
+        self._write(asdict(fault))
+        self._say(fault.line())
+        return fault
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Note what a worker has found and decided by itself: it gives cause, what, decision and from_step."""
+        self.add(row["cause"], row["what"], decision=row["decision"], from_step=row["from_step"])
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        text = "".join(json.dumps(each) + "\n" for each in self._rows)
+        self._storage.write_bytes(FAULTS, text.encode())
+
+
+def cause_of(error: Exception, *, lost: Mapping[int, str], addresses: Mapping[int, str]) -> tuple[Cause, str]:
+    """Return what explains that a worker group failed, and a line on what was seen.
+
+    Args:
+        error: From `trainer.fit()`: of Ray Train, or that its controller has died.
+        lost: Ranks whose node is no longer there, and its address.
+        addresses: Address of the node of each rank.
+    """
+    found = dict(_errors(error))
+    for rank, failure in found.items():
+        if isinstance(failure, TrainingError):
+            return "divergence", f"rank {rank}: {failure}"
+    if _is_preempted(error, found.values()):
+        return "preemption", _who("node", lost or addresses) + " was taken away"
+    if lost:
+        return "node", _who("node", lost) + " is gone"
+    died = {rank: addresses.get(rank, "?") for rank, failure in found.items() if isinstance(failure, RayActorError)}
+    for failure in found.values():
+        if isinstance(failure, RayActorError) and _NODE_IS_GONE.search(str(failure)):
+            return "node", _who("node", died) + " is gone"
+    if died:
+        return "worker", _who("worker", died) + " died"
+    for rank, failure in found.items():
+        if _HANG.search(str(failure)):
+            return "hang", f"rank {rank}: {failure}"
+    for rank, failure in found.items():
+        if _PEER_IS_GONE.search(str(failure)):
+            return "worker", f"rank {rank} lost another one: {failure}"
+    for rank, failure in found.items():
+        return "unknown", f"rank {rank}: {type(failure).__name__}: {failure}"
+    return "unknown", str(error)
+
+
+def refusal_of(error: Exception, *, was_running: bool) -> InputError | None:
+    """Return what a worker refused of the user's input; a storage that it could read before may come back."""
+    for _, failure in _errors(error):
+        if isinstance(failure, InputError) and not (was_running and isinstance(failure, StorageError)):
+            return failure
+    return None
+
+
+def one_line(text: str, *, most: int = 300) -> str:
+    """Return the first line that says something, cut to a length."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = lines[0] if lines else "no message"
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _errors(error: Exception) -> Iterator[tuple[int, BaseException]]:
+    """Give each rank's error, out of what Ray has wrapped it in."""
+    for rank, wrapped in sorted((getattr(error, "worker_failures", None) or {}).items()):
+        failure: BaseException = wrapped
+        while True:
+            inner = getattr(failure, "health_check_failure", None) or getattr(failure, "cause", None)
+            if not isinstance(inner, BaseException):
+                break
+            failure = inner
+        yield rank, failure
+
+
+def _is_preempted(error: Exception, failures: Any) -> bool:
+    return hasattr(error, "preemption_info") or any(
+        isinstance(failure, RayActorError) and failure.preempted for failure in failures
+    )
+
+
+def _who(kind: Literal["worker", "node"], places: Mapping[int, str]) -> str:
+    ranks = ", ".join(map(str, sorted(places)))
+    nodes = ", ".join(sorted(set(places.values())))
+    if kind == "node":
+        return f"node {nodes} with rank{'s' * (len(places) > 1)} {ranks}"
+    return f"rank{'s' * (len(places) > 1)} {ranks} on {nodes}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

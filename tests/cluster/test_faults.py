@@ -1,0 +1,172 @@
+"""What went wrong is told from Ray's errors, and written down; what cannot be right is refused before a worker starts."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from cluster.faults import FaultLog, cause_of, refusal_of
+from cluster.pretrain import _gpus_per_worker, _room, _world_sizes, network_environment
+from p2r.config import PretrainConfig
+from p2r.errors import DataError, InputError, StorageError, TrainingError
+from p2r.job import Resources, read_job
+from p2r.storage import Storage
+
+ADDRESSES = {0: "10.0.0.1", 1: "10.0.0.2"}
+
+
+def failed(**failures: Exception) -> WorkerGroupError:
+    return WorkerGroupError("", {int(rank.removeprefix("rank")): failure for rank, failure in failures.items()})
+
+
+def died() -> WorkerHealthCheckFailedError:
+    return WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
+
+
+CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:2314")
+SLOW = RuntimeError(
+    "[gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 30000ms for recv operation to complete"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost", "cause", "words"),
+    [
+        (failed(rank1=died()), {}, "worker", "rank 1 on 10.0.0.2 died"),
+        (failed(rank0=CLOSED, rank1=died()), {}, "worker", "rank 1 on 10.0.0.2 died"),
+        (failed(rank0=CLOSED), {}, "worker", "rank 0 lost another one"),
+        (failed(rank0=CLOSED, rank1=died()), {1: "10.0.0.2"}, "node", "node 10.0.0.2 with rank 1 is gone"),
+        (failed(rank0=SLOW), {1: "10.0.0.2"}, "node", "node 10.0.0.2 with rank 1 is gone"),
+        (failed(rank0=SLOW), {}, "hang", "Timed out waiting 30000ms"),
+        (failed(rank0=CLOSED, rank1=TrainingError("step 7: the loss is nan")), {}, "divergence", "step 7"),
+        (PreemptionError(PreemptionInfo(0, {"node": [1]})), {}, "preemption", "was taken away"),
+        (failed(rank0=ZeroDivisionError("division")), {}, "unknown", "ZeroDivisionError: division"),
+    ],
+)
+def test_the_cause_is_what_explains_the_other_errors(
+    error: Exception, lost: dict[int, str], cause: str, words: str
+) -> None:
+    found, what = cause_of(error, lost=lost, addresses=ADDRESSES)
+    assert found == cause
+    assert words in what
+
+
+def test_what_a_worker_refuses_is_not_tried_again_but_a_storage_that_was_there_before_is() -> None:
+    refused, away = DataError("no such corpus"), StorageError("cannot read")
+    assert refusal_of(failed(rank0=refused), was_running=True) is refused
+    assert refusal_of(failed(rank0=away), was_running=False) is away
+    assert refusal_of(failed(rank0=away), was_running=True) is None
+
+
+def test_faults_are_rows_on_the_storage_and_lines_of_the_log(tmp_path: Path) -> None:
+    lines: list[str] = []
+    log = FaultLog(Storage(str(tmp_path)), say=lines.append)
+    log.add("worker", "rank 1 died\nwith a long trace", decision="restart", from_step=40, count=1, limit=2)
+    log.add_row({"cause": "checkpoint", "what": "step 40 is damaged", "decision": "fall back", "from_step": 20})
+    again = FaultLog(Storage(str(tmp_path)), say=lines.append)
+    assert (again.attempt, again.has_ended) == (2, False)
+    again.add("stop", "SIGTERM", decision="end", from_step=60)
+    rows = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
+    assert [(row["attempt"], row["cause"], row["decision"], row["from_step"]) for row in rows] == [
+        (1, "worker", "restart", 40),
+        (2, "checkpoint", "fall back", 20),
+        (2, "stop", "end", 60),
+    ]
+    assert lines[0] == "fault | worker: rank 1 died | restart from step 40 | 1 of 2"
+    assert again.has_ended
+
+
+def test_room_is_counted_node_by_node() -> None:
+    nodes = [{"CPU": 3.0}, {"CPU": 3.0}, {"GPU": 1.0}]
+    assert _room(nodes, {"CPU": 2}) == 2
+    assert _room(nodes, {"CPU": 1}) == 6
+    assert _room(nodes, {"CPU": 1, "GPU": 1}) == 0
+
+
+def test_the_job_s_words_on_the_network_reach_nccl_and_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    found = network_environment(Resources(network_interface="ib0", nccl={"NCCL_IB_HCA": "mlx5"}))
+    assert found["NCCL_SOCKET_IFNAME"] == "=ib0"
+    assert found["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert found["NCCL_IB_HCA"] == "mlx5"
+    assert found["NCCL_DEBUG"] == "INFO"
+    assert found["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("resources.num_workers=[4, 2]", "must not fall"),
+        ("resources.nccl={LD_PRELOAD: x}", "NCCL_"),
+        ("resources.network_interface=eth0 --x", "pattern"),
+        ("resources.collective_timeout_s=0", "greater than 0"),
+    ],
+)
+def test_resources_that_cannot_be_meant(
+    write_toy_job: Callable[..., Path], tmp_path: Path, override: str, words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        read_job(write_toy_job(tmp_path), (override,))
+
+
+def config(**fields: object) -> PretrainConfig:
+    return PretrainConfig.model_validate(
+        {"image": {"spacing_mm": 2.0, "size": 32}, "steps": 1, "global_batch": 12, **fields}
+    )
+
+
+class TestWorldSizes:
+    @pytest.fixture(autouse=True)
+    def _room_for_eight(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cluster.pretrain.num_cpus", lambda: 8)
+
+    @pytest.mark.parametrize(
+        ("wanted", "allowed"), [("auto", [6]), (4, [4]), ([1, 8], [1, 2, 3, 4, 6]), ([5, 64], [6, 12])]
+    )
+    def test_elastic_numbers_of_workers_are_those_that_can_share_the_batch(
+        self, wanted: object, allowed: list[int]
+    ) -> None:
+        resources = Resources.model_validate({"num_workers": wanted})
+        assert _world_sizes(config(), resources, uses_gpu=False) == allowed
+
+    def test_numbers_that_cannot_share_it_are_refused_with_those_that_can(self) -> None:
+        for wanted in (5, [7, 11]):
+            with pytest.raises(DataError, match=r"use 1, 2, 3, 4, 6, 12 ranks"):
+                _world_sizes(config(), Resources.model_validate({"num_workers": wanted}), uses_gpu=False)
+
+    def test_a_micro_batch_that_does_not_divide_any_share_is_refused(self) -> None:
+        with pytest.raises(InputError, match=r"pretrain\.micro_batch must divide"):
+            _world_sizes(config(micro_batch=5), Resources(num_workers=4), uses_gpu=False)
+
+
+class TestGpus:
+    @pytest.fixture
+    def gpus(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        def have(*types: str) -> None:
+            monkeypatch.setattr("cluster.pretrain.num_gpus", lambda: len(types))
+            monkeypatch.setattr("cluster.pretrain.gpu_types", lambda: set(types))
+
+        return have
+
+    def test_auto_takes_them_where_there_are_any(self, gpus: Callable[..., None]) -> None:
+        gpus()
+        assert _gpus_per_worker(config(), Resources()) == 0
+        gpus("H100")
+        assert _gpus_per_worker(config(precision="bf16"), Resources()) == 1
+        assert _gpus_per_worker(config(), Resources(gpus_per_worker=0)) == 0
+
+    def test_a_gpu_that_is_not_there_is_refused(self, gpus: Callable[..., None]) -> None:
+        gpus()
+        with pytest.raises(InputError, match=r"resources\.gpus_per_worker asks for a GPU, and the cluster has none"):
+            _gpus_per_worker(config(), Resources(gpus_per_worker=1))
+
+    def test_bf16_is_refused_where_a_gpu_does_not_have_it(self, gpus: Callable[..., None]) -> None:
+        gpus("H100", "T4")
+        with pytest.raises(InputError, match=r"do not have \(T4\): set pretrain\.precision=fp32"):
+            _gpus_per_worker(config(precision="bf16"), Resources())
+        assert _gpus_per_worker(config(), Resources()) == 1
