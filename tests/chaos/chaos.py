@@ -306,7 +306,7 @@ def _is_over(run: Submitted, at: float, made: Made) -> bool:
             made.next_step_s = time.monotonic() - at
             return True
         return False
-    resumed = run.since(at, r"resumed from step", after=said[0])
+    resumed = run.since(at, _RESUMED.pattern, after=said[0])
     if resumed is None:
         return False
     made.said = said[1]
