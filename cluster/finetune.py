@@ -11,7 +11,8 @@ alone, and its experiment is restored by `Tuner.restore`.
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,20 @@ from p2r.evaluate.tasks import load_task
 from p2r.job import Resources
 from p2r.storage import Storage, json_bytes
 
+Count = Callable[[Mapping[str, int]], None]
+"""Receives how many trials are in which state: pending, running, paused, done, failed."""
+_STATES = {"PENDING": "pending", "RUNNING": "running", "PAUSED": "paused", "TERMINATED": "done", "ERROR": "failed"}
+_COUNT_S = 1.0
 _ASHA = ("asha", "async_hyperband", "asynchyperband")
 
 
 def run_trials(
-    trials: Sequence[tuple[TrialSetup, Trial]], *, resources: Resources, retries: int, say: Say
+    trials: Sequence[tuple[TrialSetup, Trial]],
+    *,
+    resources: Resources,
+    retries: int,
+    say: Say,
+    count: Count | None = None,
 ) -> list[Result]:
     """Run the trials whose results are missing and return all results, in the order of `trials`.
 
@@ -66,7 +76,7 @@ def run_trials(
                         scheduler=_scheduler(trials[indices[0]][0]) if is_scheduled else None,
                     ),
                     run_config=_run_config(
-                        f"finetune-{time.strftime('%Y%m%d-%H%M%S')}-{number}", trials[0][0], retries
+                        f"finetune-{time.strftime('%Y%m%d-%H%M%S')}-{number}", trials[0][0], retries, count
                     ),
                 )
                 for outcome in tuner.fit():
@@ -79,7 +89,7 @@ def run_trials(
 
 
 def suggest(
-    setup: TrialSetup, mode: Mode, *, resources: Resources, retries: int, say: Say
+    setup: TrialSetup, mode: Mode, *, resources: Resources, retries: int, say: Say, count: Count | None = None
 ) -> list[tuple[Trial, Result]]:
     """Run the trials that a search algorithm of Tune proposes, and return them; after a kill, those that are missing.
 
@@ -125,7 +135,7 @@ def suggest(
                         scheduler=_scheduler(setup) if search.scheduler != "none" else None,
                         reuse_actors=True,
                     ),
-                    run_config=_run_config(name, setup, retries),
+                    run_config=_run_config(name, setup, retries, count),
                 )
             candidates = []
             for outcome in tuner.fit():
@@ -223,11 +233,28 @@ def _placed(trainable: Any, resources: Resources) -> Any:
     return tune.with_resources(trainable, {"CPU": resources.cpus_per_trial, "GPU": _gpus(resources)})
 
 
-def _run_config(name: str, setup: TrialSetup, retries: int) -> tune.RunConfig:
+class _Counting(tune.Callback):  # type: ignore[misc]
+    """Counts the trials of an experiment by state, now and then. Tune calls it in the process that runs the experiment."""
+
+    def __init__(self, count: Count) -> None:
+        self._count, self._counted_at_s = count, 0.0
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() - self._counted_at_s > _COUNT_S:
+            self.on_experiment_end(trials)
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        states = Counter(_STATES.get(trial.status, "failed") for trial in trials)
+        self._count(states)
+        self._counted_at_s = time.monotonic()
+
+
+def _run_config(name: str, setup: TrialSetup, retries: int, count: Count | None = None) -> tune.RunConfig:
     return tune.RunConfig(
         name=name,
         storage_path=ray_folder(Storage(setup.root).child("finetune")),
         failure_config=tune.FailureConfig(max_failures=retries),
+        callbacks=None if count is None else [_Counting(count)],
         verbose=0,
     )
 

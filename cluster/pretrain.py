@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import ray
@@ -10,6 +12,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from cluster.metrics import Exporter
 from cluster.progress import Say, relay
 from cluster.session import num_cpus, num_gpus
 from p2r.config import PretrainConfig
@@ -31,8 +34,11 @@ def pretrain(
     retries: int,
     say: Say,
     profile_steps: int = 0,
+    metrics: Mapping[str, Any] | None = None,
 ) -> None:
     """Train to the end on as many workers as `resources` says; rank 0 may profile some of its steps.
+
+    `metrics` are the arguments of every worker's `Exporter`, but for its rank.
 
     Raises:
         InputError: found before a worker is started: corpus, number of workers or checkpoint do not fit.
@@ -64,6 +70,7 @@ def pretrain(
                 "corpus": corpus.url,
                 "queue": queue,
                 "profile_steps": profile_steps,
+                "metrics": metrics or {"run": "", "storage_url": storage.url, "endpoint": None},
             },
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
             scaling_config=ScalingConfig(
@@ -106,14 +113,16 @@ def _worker(settings: dict[str, Any]) -> None:
         device=device,
         profile_steps=settings["profile_steps"],
     )
-    for report in reports:
-        if context.get_world_rank() == 0:
-            if report.resumed_from is not None:
-                settings["queue"].put(f"pretrain | resumed from step {report.resumed_from}")
-            settings["queue"].put(f"pretrain | {report.line()}")
-            if report.profile is not None:
-                settings["queue"].put(profile_text(storage))
-        ray.train.report({"step": report.step, "loss": report.loss})
+    with closing(Exporter(**settings["metrics"], rank=context.get_world_rank())) as exporter:
+        for report in reports:
+            exporter.observe(report)
+            if context.get_world_rank() == 0:
+                if report.resumed_from is not None:
+                    settings["queue"].put(f"pretrain | resumed from step {report.resumed_from}")
+                settings["queue"].put(f"pretrain | {report.line()}")
+                if report.profile is not None:
+                    settings["queue"].put(profile_text(storage))
+            ray.train.report({"step": report.step, "loss": report.loss})
 
 
 def _num_workers(config: PretrainConfig, resources: Resources, *, uses_gpu: bool) -> int:
