@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray import tune
@@ -55,6 +55,7 @@ def run_trials(
     Raises:
         DataError: A trial found that what the user gave cannot be used.
     """
+    _Counting.count = count
     storages = [Storage(setup.storage) for setup, _ in trials]
     paths = [setup.result_path(trial) for setup, trial in trials]
     missing = [index for index in range(len(trials)) if not storages[index].exists(paths[index])]
@@ -76,7 +77,7 @@ def run_trials(
                         scheduler=_scheduler(trials[indices[0]][0]) if is_scheduled else None,
                     ),
                     run_config=_run_config(
-                        f"finetune-{time.strftime('%Y%m%d-%H%M%S')}-{number}", trials[0][0], retries, count
+                        f"finetune-{time.strftime('%Y%m%d-%H%M%S')}-{number}", trials[0][0], retries
                     ),
                 )
                 for outcome in tuner.fit():
@@ -97,6 +98,7 @@ def suggest(
         JobError: Tune has no such algorithm, or its package is not installed.
         DataError: see `run_trials`.
     """
+    _Counting.count = count
     search, task = setup.config.search, load_task(Path(setup.task))
     (num_labelled,) = numbers_of(search.num_labelled, task)
     storage = Storage(setup.storage)
@@ -135,7 +137,7 @@ def suggest(
                         scheduler=_scheduler(setup) if search.scheduler != "none" else None,
                         reuse_actors=True,
                     ),
-                    run_config=_run_config(name, setup, retries, count),
+                    run_config=_run_config(name, setup, retries),
                 )
             candidates = []
             for outcome in tuner.fit():
@@ -234,27 +236,30 @@ def _placed(trainable: Any, resources: Resources) -> Any:
 
 
 class _Counting(tune.Callback):  # type: ignore[misc]
-    """Counts the trials of an experiment by state, now and then. Tune calls it in the process that runs the experiment."""
+    """Counts the trials of an experiment by state, now and then. Tune calls it in the process that runs the experiment.
 
-    def __init__(self, count: Count) -> None:
-        self._count, self._counted_at_s = count, 0.0
+    Whom it tells belongs to the class: Tune pickles its callbacks with the experiment, and restores them.
+    """
+
+    count: ClassVar[Count | None] = None
+    _counted_at_s = 0.0
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if time.monotonic() - self._counted_at_s > _COUNT_S:
             self.on_experiment_end(trials)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        states = Counter(_STATES.get(trial.status, "failed") for trial in trials)
-        self._count(states)
+        if _Counting.count is not None:
+            _Counting.count(Counter(_STATES.get(trial.status, "failed") for trial in trials))
         self._counted_at_s = time.monotonic()
 
 
-def _run_config(name: str, setup: TrialSetup, retries: int, count: Count | None = None) -> tune.RunConfig:
+def _run_config(name: str, setup: TrialSetup, retries: int) -> tune.RunConfig:
     return tune.RunConfig(
         name=name,
         storage_path=ray_folder(Storage(setup.root).child("finetune")),
         failure_config=tune.FailureConfig(max_failures=retries),
-        callbacks=None if count is None else [_Counting(count)],
+        callbacks=[_Counting()],
         verbose=0,
     )
 

@@ -192,7 +192,7 @@ def rules(*, speed: float = 1.0) -> dict[str, Any]:
         }
         for alert in ALERTS
     ]
-    return {"groups": [{"name": "p2r-records", "rules": records}, {"name": "p2r-alerts", "rules": alerts}]}
+    return {"groups": [{"name": "p2r", "rules": records + alerts}]}  # one group: alerts see what was just recorded
 
 
 def configuration(*, speed: float = 1.0, folder: str = FOLDER, ray_file: str = RAY_FILE) -> dict[str, Any]:
