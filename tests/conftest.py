@@ -48,10 +48,14 @@ def mri() -> Path:
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `write_toy_data` makes."""
+    return write_toy_data(tmp_path_factory.mktemp("toy"))
+
+
+def write_toy_data(folder: Path) -> Path:
     """Eight subjects of three thick slices with a bright disc in noise: images/, labels/ and task.yaml."""
     from p2r.data.volume import write_nifti
 
-    folder = tmp_path_factory.mktemp("toy")
     rng = np.random.default_rng(0)
     grid = np.stack(np.meshgrid(np.arange(36), np.arange(40), indexing="ij"))
     for number in range(1, 9):
