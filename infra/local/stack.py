@@ -14,13 +14,11 @@ import os
 import secrets
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ START_LIMIT_S = 120.0
 STOP_LIMIT_S = 20.0
 JOB_STOP_WAIT_S = 120
 """What `ray job stop` gives a job to save its checkpoint."""
+_STARTED = "Ray runtime started"
 
 
 class Prometheus:
@@ -65,7 +64,7 @@ class Prometheus:
         ]
         self._process = _start(command, log=folder / "log")
         try:
-            _wait_for(f"{self.url}/-/ready", self._process, log=folder / "log")
+            _wait_for(lambda: _answers(f"{self.url}/-/ready"), self._process, log=folder / "log")
         except BaseException:
             self.stop()
             raise
@@ -109,7 +108,10 @@ class RayHead:
         own = {"PATH": path, "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_WAIT_S), **self.environment, **environment}
         self._process = _start(command, log=folder / "log", environment=own)
         try:
-            _wait_for(f"http://127.0.0.1:{dashboard}/api/version", self._process, log=folder / "log")
+            # The dashboard answers before the node has registered, which a busy machine may not manage in Ray's 30 s.
+            _wait_for(
+                lambda: _STARTED in (folder / "log").read_text(errors="replace"), self._process, log=folder / "log"
+            )
         except BaseException:
             self.stop()
             raise
@@ -138,7 +140,8 @@ def main() -> int:
                 print(f"export {name}={shlex.quote(value)}")
             print("# submit from the repository's root:  ray job submit --working-dir . -- jobs/pretrain.yaml")
             print("# or:  p2r submit jobs/pretrain.yaml     Ctrl-C ends everything", flush=True)
-            signal.pause()
+            while True:
+                time.sleep(1)
         except KeyboardInterrupt:
             print("# stopping", file=sys.stderr)
         except (RuntimeError, OSError) as error:
@@ -176,26 +179,27 @@ def _started(folder: Path, speed: float, running: contextlib.ExitStack) -> dict[
 
 
 def _start(command: list[str], *, log: Path, environment: Mapping[str, str] | None = None) -> "subprocess.Popen[bytes]":
-    with log.open("ab") as file:  # a session of its own: Ctrl-C reaches this program, which ends the others in order
+    with log.open("wb") as file:  # a session of its own: Ctrl-C reaches this program, which ends the others in order
         return subprocess.Popen(
             command, stdout=file, stderr=file, start_new_session=True, env={**os.environ, **(environment or {})}
         )
 
 
-def _wait_for(url: str, process: "subprocess.Popen[bytes]", *, log: Path) -> None:
+def _wait_for(is_up: Callable[[], bool], process: "subprocess.Popen[bytes]", *, log: Path) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=2).close()
+        if is_up():
             return
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code in (401, 403):  # it asks for a token: it is up
-                return
-        except OSError:
-            pass
         time.sleep(0.1)
-    raise RuntimeError(f"{url} did not answer: {log.read_text(errors='replace')[-2000:]}")
+    raise RuntimeError(f"{process.args[0]} did not start: {log.read_text(errors='replace')[-2000:]}")
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
