@@ -4,9 +4,9 @@
 
 Choices: at most `_MAX_OPEN` connections, the oldest of which makes room for a new one, so clients that never read, or a
 thousand at once, take no thread and no memory beyond that; the page is made anew at most every `_FRESH_S`, however many ask.
-The discovery file is written whole and stays locked (`flock`) as long as its process lives: whoever finds it unlocked may
-remove it, however the process ended. Nothing here raises into training: a port or a folder that cannot be had leaves one line
-in the log, and the folder is tried again.
+The discovery file is written whole and stays locked (`flock`) as long as its process lives, however that ends. One that is not
+locked tells Prometheus that a process is missing; the next process of its run removes it, and after an hour any. Nothing here raises
+into training: a port or a folder that cannot be had leaves one line in the log, and the folder is tried again.
 """
 
 import errno
@@ -36,6 +36,7 @@ _SILENT_S = 5.0  # a client that sends or takes nothing for so long is left
 _GRACE_S = 1.0  # a connection that is younger makes no room for another
 _FRESH_S = 0.25
 _POLL_S = 0.2  # closing waits for it
+_MISSED_S = 3600.0  # what a killed process of another run left
 _KEEP_S = 5.0  # between two looks whether the discovery file is still there
 _LOG = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class Endpoint:
         host: Address to listen on.
         port: The first of `NUM_PORTS` to try; 0: a free one.
         folder: For discovery.
-        name: Of this process among those of the node, for its discovery file.
+        run: What this process belongs to.
+        name: Of this process in it.
         labels: For its discovery file: Prometheus adds them to every series of this process.
 
     Attributes:
@@ -62,7 +64,15 @@ class Endpoint:
     """
 
     def __init__(
-        self, page: Callable[[], bytes], *, host: str, port: int, folder: Path, name: str, labels: Mapping[str, str]
+        self,
+        page: Callable[[], bytes],
+        *,
+        host: str,
+        port: int,
+        folder: Path,
+        run: str,
+        name: str,
+        labels: Mapping[str, str],
     ) -> None:
         self.target: str | None = None
         self._server, self._entry, self._ended = _bound(_Page(page), host, port), None, threading.Event()
@@ -70,7 +80,7 @@ class Endpoint:
             return
         self.target = f"{_reachable(host)}:{self._server.server_address[1]}"
         content = [{"targets": [self.target], "labels": dict(labels)}]
-        self._entry = _Entry(folder / f"p2r-{socket.gethostname()}-{os.getpid()}-{name}.json", content)
+        self._entry = _Entry(folder, f"p2r-{socket.gethostname()}-{run}-", f"{name}-{os.getpid()}.json", content)
         self._entry.keep()
         threading.Thread(target=self._server.serve_forever, args=(_POLL_S,), name="p2r-metrics", daemon=True).start()
         threading.Thread(target=self._keep, name="p2r-metrics-file", daemon=True).start()
@@ -165,15 +175,19 @@ class _Handler(BaseHTTPRequestHandler):
 class _Entry:
     """A discovery file that is locked while its process lives."""
 
-    def __init__(self, path: Path, content: Any) -> None:
-        self._path, self._content = path, json.dumps(content).encode()
+    def __init__(self, folder: Path, prefix: str, name: str, content: Any) -> None:
+        self._path, self._prefix, self._content = folder / f"{prefix}{name}", prefix, json.dumps(content).encode()
         self._handle: int | None = None
         self._lock, self._is_closed, self._is_failing = threading.Lock(), False, False
 
     def keep(self) -> None:
         """Write the file if it is not there, and remove those of processes that are gone."""
         with self._lock:
-            if self._is_closed or (self._handle is not None and is_file_at(self._path, self._handle)):
+            if self._is_closed:
+                return
+            if self._handle is not None and is_file_at(self._path, self._handle):
+                with suppress(OSError):
+                    os.utime(self._handle)  # its age begins when its process ends
                 return
             self._release()
             try:
@@ -187,7 +201,7 @@ class _Entry:
                         os.close(handle)
                         raise
                 self._handle = handle
-                _remove_abandoned(self._path.parent)
+                _remove_abandoned(self._path.parent, self._prefix)
                 self._is_failing = False
             except OSError as error:
                 if not self._is_failing:
@@ -214,9 +228,11 @@ class _Entry:
             self._handle = None
 
 
-def _remove_abandoned(folder: Path) -> None:
+def _remove_abandoned(folder: Path, prefix: str) -> None:
     for path in folder.glob("p2r-*.json"):
         with suppress(FileNotFoundError, PermissionError):
+            if not path.name.startswith(prefix) and time.time() - path.stat().st_mtime < _MISSED_S:
+                continue
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 with suppress(BlockingIOError):

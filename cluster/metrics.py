@@ -216,6 +216,7 @@ class Exporter(Collector):
                 host=endpoint.host,
                 port=endpoint.port,
                 folder=discovery_folder(endpoint.folder),
+                run=self._constant[0],
                 name=f"{role}-{rank}",
                 labels={"instance": "/".join((node, *self._constant)), "node": node},
             )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import re
 import socket
 import subprocess
@@ -229,19 +230,25 @@ def test_prometheus_finds_an_endpoint_by_a_file_that_ends_with_it(exporter: Expo
     exporter.close()
 
 
-def test_the_file_of_a_process_that_was_killed_is_removed_by_the_next(
+def test_the_file_of_a_process_that_was_killed_is_removed_by_the_next_of_its_run(
     folder: Path, repository: Path, tmp_path: Path
 ) -> None:
     code = (
         "import os, sys; from cluster.metrics import Exporter; from p2r.job import MetricsConfig\n"
-        "x = Exporter(run='a', storage_url='s3://b/x', endpoint=MetricsConfig(folder=sys.argv[1])); os.kill(os.getpid(), 9)"
+        "for run in 'ab':\n"
+        "    Exporter(run=run, storage_url='s3://b/x', endpoint=MetricsConfig(folder=sys.argv[1]))\n"
+        "os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(folder)], cwd=repository, check=False, timeout=60)
-    (left,) = folder.iterdir()
+    mine, other = sorted(folder.iterdir(), key=lambda path: "-b-worker" in path.name, reverse=True)
     with Running(folder) as (one, two):
-        assert not left.exists()
-        assert len(list(folder.iterdir())) == 2, "the living keep theirs"
+        assert not mine.exists() and other.exists(), "that of another run may still have to be told"
+        assert len(list(folder.iterdir())) == 3, "the living keep theirs"
         assert one.target != two.target
+    long_ago = time.time() - 4000
+    os.utime(other, (long_ago, long_ago))
+    with Running(folder):
+        assert not other.exists()
 
 
 class Running:
