@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -336,6 +337,21 @@ def test_clients_that_never_read_make_room_and_a_thousand_change_nothing(exporte
         except OSError:
             time.sleep(0.1)
     pytest.fail("it does not answer after the flood")
+
+
+def test_trials_are_counted_by_state_and_tune_can_keep_who_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import cloudpickle
+
+    from cluster.finetune import _Counting
+
+    driver = Exporter(run="toy", storage_url="s3://b/x", role="driver", endpoint=None)
+    monkeypatch.setattr(_Counting, "count", driver.trials)
+    kept = cloudpickle.loads(cloudpickle.dumps(_Counting()))  # the exporter itself has locks and sockets
+    kept.on_step_end(1, [SimpleNamespace(status=status) for status in ("RUNNING", "PENDING", "TERMINATED", "ERROR")])
+    kept.on_step_end(2, [])  # too soon after the last
+    series = parsed(driver.page().decode())
+    states = {dict(labels)["state"]: x for (name, labels), x in series.items() if name == "p2r_sweep_trials"}
+    assert states == {"running": 1, "pending": 1, "done": 1, "failed": 1, "paused": 0}
 
 
 def test_there_is_one_page(exporter: Exporter) -> None:
