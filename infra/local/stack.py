@@ -105,7 +105,13 @@ class RayHead:
             *(f"--ray-client-server-port={client}", f"--temp-dir={self.temporary}", "--disable-usage-stats"),
         ]
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"  # jobs are programs of this environment
-        own = {"PATH": path, "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_WAIT_S), **self.environment, **environment}
+        own = {
+            "PATH": path,
+            "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_WAIT_S),
+            "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # variables that a job is submitted with and passes on, too, are no conflict
+            **self.environment,
+            **environment,
+        }
         self._process = _start(command, log=folder / "log", environment=own)
         try:
             # The dashboard answers before the node has registered, which a busy machine may not manage in Ray's 30 s.
