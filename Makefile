@@ -2,6 +2,8 @@
 # make test      runs every check
 # make chaos     runs pretraining through faults on three nodes in namespaces; needs root, and up to 45 minutes
 # make s3        runs a real S3 server on this machine, for jobs that want object storage
+# make stack     runs Ray, S3 and Prometheus on this machine, for jobs that are submitted
+# make alerts    causes every fault that there is an alert for, and sees it fire and end, some minutes
 # make install   only the environment
 # make licences  writes and checks infra/licences.csv; benchmarks' packages keep their rows where they are not installed
 # make sbom      writes build/p2r.cdx.json, a CycloneDX bill of materials
@@ -13,7 +15,7 @@ BIN := $(VENV)/bin
 # Where bytecode is not kept, every process compiles torch and ray again: a quarter of a minute each, for nothing.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test chaos s3 install licences sbom
+.PHONY: demo test chaos s3 stack alerts install licences sbom
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -37,6 +39,15 @@ S3_PORT ?= 9000
 
 s3: $(VENV)/.installed-tests
 	$(BIN)/python infra/local/s3.py --folder $(S3_FOLDER) --port $(S3_PORT)
+
+STACK_FOLDER ?= ~/p2r/stack
+STACK_SPEED ?= 1
+
+stack: $(VENV)/.installed-tests
+	$(BIN)/python -m infra.local.stack --folder $(STACK_FOLDER) --speed $(STACK_SPEED)
+
+alerts: $(VENV)/.installed-tests
+	$(BIN)/python -m tests.infra.alerts_fire
 
 install: $(VENV)/.installed
 

@@ -127,8 +127,8 @@ def _run_on_ray(job: Any, address: str | None, *, profile_steps: int, debug: boo
     from cluster.session import session
     from p2r.engine.pipeline import run_job
 
-    with session(address, show_worker_logs=debug):
-        return run_job(job, RayExecutor(job, profile_steps=profile_steps), say=say)
+    with session(address, show_worker_logs=debug), RayExecutor(job, profile_steps=profile_steps) as executor:
+        return run_job(job, executor, say=say)
 
 
 @app.command()

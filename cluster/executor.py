@@ -1,8 +1,10 @@
 """The heavy parts of a job on Ray: what `p2r.engine.pipeline.run_job` is given by `p2r run`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from cluster import finetune, ingest, pretrain
+from cluster.metrics import Exporter
 from cluster.progress import Say
 from cluster.session import refuse_unshared_folder
 from p2r.config import IngestConfig, Mode, PretrainConfig
@@ -14,11 +16,23 @@ from p2r.storage import Storage
 
 
 class RayExecutor:
-    """Runs ingest as tasks, pretraining by Ray Train, trials by Ray Tune, with the job's resources and retries."""
+    """Runs ingest as tasks, pretraining by Ray Train, trials by Ray Tune, with the job's resources and retries.
+
+    Closing it ends the endpoint of this process's metrics.
+    """
 
     def __init__(self, job: Job, *, profile_steps: int = 0) -> None:
         self._resources, self._retries, self._profile_steps = job.resources, job.retries, profile_steps
-        refuse_unshared_folder(Storage(job.storage))
+        storage = Storage(job.storage)
+        refuse_unshared_folder(storage)
+        self._metrics: dict[str, Any] = {"run": job.name, "storage_url": storage.url, "endpoint": job.metrics}
+        self.exporter = Exporter(**self._metrics, role="driver")
+
+    def __enter__(self) -> "RayExecutor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.exporter.close()
 
     def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
         """One Ray task per shard."""
@@ -41,15 +55,21 @@ class RayExecutor:
             retries=self._retries,
             say=say,
             profile_steps=self._profile_steps,
+            metrics=self._metrics,
+            on_fault=self.exporter.fault,
         )
 
     def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
         """A Ray Tune experiment; with a scheduler, one for each task and mode."""
-        return finetune.run_trials(trials, resources=self._resources, retries=self._retries, say=say)
+        return finetune.run_trials(
+            trials, resources=self._resources, retries=self._retries, say=say, count=self.exporter.trials
+        )
 
     def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, Result]]:
         """A Ray Tune experiment with a search algorithm."""
-        return finetune.suggest(setup, mode, resources=self._resources, retries=self._retries, say=say)
+        return finetune.suggest(
+            setup, mode, resources=self._resources, retries=self._retries, say=say, count=self.exporter.trials
+        )
 
     def num_concurrent(self, num_trials: int) -> int:
         """As many as the cluster has CPUs, and GPUs, for."""

@@ -69,10 +69,17 @@ class FaultLog:
     Args:
         storage: `<storage>/pretrain`. Object storage cannot append: the file is short, and written again.
         say: Receives the lines.
+        on_fault: Receives the rows.
     """
 
-    def __init__(self, storage: Storage, *, say: Callable[[str], None]) -> None:
-        self._storage, self._say = storage, say
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        say: Callable[[str], None],
+        on_fault: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        self._storage, self._say, self._on_fault = storage, say, on_fault
         self._rows: list[dict[str, Any]] = []
         if storage.exists(FAULTS):
             self._rows = [json.loads(line) for line in storage.read_bytes(FAULTS).decode().splitlines()]
@@ -111,6 +118,8 @@ class FaultLog:
         self._rows.append(row)
         text = "".join(json.dumps(each) + "\n" for each in self._rows)
         self._storage.write_bytes(FAULTS, text.encode())
+        if self._on_fault is not None:
+            self._on_fault(row)
 
 
 def cause_of(error: Exception, *, lost: Mapping[int, str], addresses: Mapping[int, str]) -> tuple[Cause, str]:

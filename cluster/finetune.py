@@ -11,9 +11,10 @@ alone, and its experiment is restored by `Tuner.restore`.
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray import tune
@@ -33,11 +34,20 @@ from p2r.job import Resources
 from p2r.logs import Line
 from p2r.storage import Storage, json_bytes
 
+Count = Callable[[Mapping[str, int]], None]
+"""Receives how many trials are in which state: pending, running, paused, done, failed."""
+_STATES = {"PENDING": "pending", "RUNNING": "running", "PAUSED": "paused", "TERMINATED": "done", "ERROR": "failed"}
+_COUNT_S = 1.0
 _ASHA = ("asha", "async_hyperband", "asynchyperband")
 
 
 def run_trials(
-    trials: Sequence[tuple[TrialSetup, Trial]], *, resources: Resources, retries: int, say: Say
+    trials: Sequence[tuple[TrialSetup, Trial]],
+    *,
+    resources: Resources,
+    retries: int,
+    say: Say,
+    count: Count | None = None,
 ) -> list[Result]:
     """Run the trials whose results are missing and return all results, in the order of `trials`.
 
@@ -46,6 +56,7 @@ def run_trials(
     Raises:
         DataError: A trial found that what the user gave cannot be used.
     """
+    _Counting.count = count
     storages = [Storage(setup.storage) for setup, _ in trials]
     paths = [setup.result_path(trial) for setup, trial in trials]
     missing = [index for index in range(len(trials)) if not storages[index].exists(paths[index])]
@@ -80,7 +91,7 @@ def run_trials(
 
 
 def suggest(
-    setup: TrialSetup, mode: Mode, *, resources: Resources, retries: int, say: Say
+    setup: TrialSetup, mode: Mode, *, resources: Resources, retries: int, say: Say, count: Count | None = None
 ) -> list[tuple[Trial, Result]]:
     """Run the trials that a search algorithm of Tune proposes, and return them; after a kill, those that are missing.
 
@@ -88,6 +99,7 @@ def suggest(
         JobError: Tune has no such algorithm, or its package is not installed.
         DataError: see `run_trials`.
     """
+    _Counting.count = count
     search, task = setup.config.search, load_task(Path(setup.task))
     (num_labelled,) = numbers_of(search.num_labelled, task)
     storage = Storage(setup.storage)
@@ -225,11 +237,31 @@ def _placed(trainable: Any, resources: Resources) -> Any:
     return tune.with_resources(trainable, {"CPU": resources.cpus_per_trial, "GPU": _gpus(resources)})
 
 
+class _Counting(tune.Callback):  # type: ignore[misc]
+    """Counts the trials of an experiment by state, now and then. Tune calls it in the process that runs the experiment.
+
+    Whom it tells belongs to the class: Tune pickles its callbacks with the experiment, and restores them.
+    """
+
+    count: ClassVar[Count | None] = None
+    _counted_at_s = 0.0
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() - self._counted_at_s > _COUNT_S:
+            self.on_experiment_end(trials)
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        if _Counting.count is not None:
+            _Counting.count(Counter(_STATES.get(trial.status, "failed") for trial in trials))
+        self._counted_at_s = time.monotonic()
+
+
 def _run_config(name: str, setup: TrialSetup, retries: int) -> tune.RunConfig:
     return tune.RunConfig(
         name=name,
         storage_path=ray_folder(Storage(setup.root).child("finetune")),
         failure_config=tune.FailureConfig(max_failures=retries),
+        callbacks=[_Counting()],
         verbose=0,
     )
 

@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -33,6 +33,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from cluster.faults import Cause, FaultLog, cause_of, refusal_of
+from cluster.metrics import Exporter
 from cluster.progress import Say, relay
 from cluster.session import draining_nodes, gpu_types, num_cpus, num_gpus, this_node, usable_nodes
 from p2r.config import PretrainConfig
@@ -61,8 +62,12 @@ def pretrain(
     retries: int,
     say: Say,
     profile_steps: int = 0,
+    metrics: Mapping[str, Any] | None = None,
+    on_fault: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> bool:
     """Train to the end on as many workers as `resources` says; rank 0 may profile some of its steps.
+
+    `metrics` are the arguments of every worker's `Exporter`, but for its rank; `on_fault` is given every row of faults.jsonl.
 
     Returns:
         Whether it came to the end; otherwise it was told to stop (SIGTERM), and has left a checkpoint.
@@ -92,10 +97,16 @@ def pretrain(
             retries=retries,
             gpus=gpus,
             sizes=sizes,
-            settings={"config": config, "storage": storage.url, "corpus": corpus.url, "profile_steps": profile_steps},
+            settings={
+                "config": config,
+                "storage": storage.url,
+                "corpus": corpus.url,
+                "profile_steps": profile_steps,
+                "metrics": metrics or {"run": "", "storage_url": storage.url, "endpoint": None},
+            },
             queue=queue,
             stop=stop,
-            faults=FaultLog(storage, say=say),
+            faults=FaultLog(storage, say=say, on_fault=on_fault),
             say=say,
         )
         if checkpoint is not None and not run.faults.has_ended:
@@ -445,21 +456,23 @@ def _worker(settings: dict[str, Any]) -> None:
         should_stop=_flag(wire),
         note=lambda row: wire.note.remote(dict(row)),
     )
-    for report in reports:
-        if rank == 0:
-            wire.reached.remote(report.step)
-            for line in report_lines(report):
-                settings["queue"].put(Line(line, group=group))
-            if report.resumed_from is not None:
-                first_s = time.monotonic() - imported
-                took = f"pretrain | imports {imported - began:.1f} s, load and first report {first_s:.1f} s"
-                settings["queue"].put(Line(took, group=group, rank=rank, step=report.step))
-            if report.profile is not None:
-                settings["queue"].put(profile_text(storage))
-        # Ray takes a report in when it polls, every 2 s, and the next one waits for that: seldom enough, and on all ranks alike.
-        if report.step % settings["config"].checkpoint_interval == 0:
-            where = None if report.checkpoint is None else storage.at(report.checkpoint)
-            ray.train.report({"step": report.step, "loss": report.loss, "checkpoint": where})
+    with closing(Exporter(**settings["metrics"], rank=rank)) as exporter:
+        for report in reports:
+            exporter.observe(report)
+            if rank == 0:
+                wire.reached.remote(report.step)
+                for line in report_lines(report):
+                    settings["queue"].put(Line(line, group=group))
+                if report.resumed_from is not None:
+                    first_s = time.monotonic() - imported
+                    took = f"pretrain | imports {imported - began:.1f} s, load and first report {first_s:.1f} s"
+                    settings["queue"].put(Line(took, group=group, rank=rank, step=report.step))
+                if report.profile is not None:
+                    settings["queue"].put(profile_text(storage))
+            # Ray takes a report in when it polls, every 2 s, and the next one waits for that: seldom enough, and on all ranks alike.
+            if report.step % settings["config"].checkpoint_interval == 0:
+                where = None if report.checkpoint is None else storage.at(report.checkpoint)
+                ray.train.report({"step": report.step, "loss": report.loss, "checkpoint": where})
 
 
 def _flag(wire: Any) -> Callable[[], bool]:

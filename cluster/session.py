@@ -29,6 +29,9 @@ def session(address: str | None = None, *, show_worker_logs: bool = False) -> It
         show_worker_logs: Print what Ray and its workers print, too; it is in Ray's log folder in any case.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A submitted job has its environment from `p2r submit`, and this process adds its own. Where both name a variable, Ray would
+    # refuse, and print both with their secrets.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables: ours are shorter
     already = ray.is_initialized()
     if not already:

@@ -92,6 +92,20 @@ class Resources(Section):
         return self
 
 
+class MetricsConfig(Section):
+    """Where every process of the job shows its metrics to Prometheus. They hold no secret and no name, but ask for no password."""
+
+    host: Annotated[str, Field(min_length=1)] | None = None
+    """Address to listen on. 0.0.0.0: all of the node's, for a Prometheus on another machine. None: each node's `$P2R_METRICS_HOST`, or
+    127.0.0.1."""
+    port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """0: a free one, which the folder tells. Else the first of 64 ports, of which every process of a node takes the next free one. None:
+    each node's `$P2R_METRICS_PORT`, or 0."""
+    folder: str | None = None
+    """Folder of each node with one file per process, which Prometheus reads (`file_sd_configs`). None: `$P2R_METRICS_FOLDER`, or
+    `~/.cache/p2r/metrics`."""
+
+
 class Job(Section):
     """A job file."""
 
@@ -106,6 +120,8 @@ class Job(Section):
     in between; days on machines that fail are not counted up. Preemption does not count."""
     resources: Resources = Resources()
     """What the job asks of the cluster."""
+    metrics: MetricsConfig | None = MetricsConfig()
+    """Where Prometheus finds the job's processes; null: nowhere, no port is opened. Only under Ray (`p2r run`)."""
     ingest: IngestConfig | None = None
     """Scans -> corpus. In a pretrain job: how to make the corpus if it is absent."""
     pretrain: PretrainConfig | None = None

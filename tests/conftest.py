@@ -51,7 +51,7 @@ def mri() -> Path:
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight subjects of three thick slices with a bright disc in noise: images/, labels/ and task.yaml."""
+    """What `write_toy_data` makes."""
     return write_toy_data(tmp_path_factory.mktemp("toy"))
 
 

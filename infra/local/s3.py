@@ -195,7 +195,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, help="of S3; without it a free one is chosen")
     parser.add_argument("--bucket", default="p2r", help="made if absent (default: p2r)")
     arguments = parser.parse_args()
-    with _stopped_by_signals():
+    with stopped_by_signals():
         try:
             server = S3Server(arguments.folder.expanduser().absolute(), port=arguments.port)
             try:
@@ -215,7 +215,9 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
+def stopped_by_signals() -> Iterator[None]:
+    """Turn SIGTERM into `KeyboardInterrupt`, so that what was started is stopped in order."""
+
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 

