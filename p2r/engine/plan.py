@@ -346,10 +346,13 @@ def _count_network(config: PretrainConfig, *, num_images: int, device: str) -> _
 def _states(config: PretrainConfig, num_weights: int, *, world_size: int) -> dict[str, int]:
     """Return the bytes of weights and of the optimizer's states, this rank's part of them."""
     part = -(-num_weights // world_size)
-    weights = num_weights * DTYPES[config.precision].itemsize
+    number = DTYPES[config.precision].itemsize
+    # Stage 3 keeps a part, and at the worst moment has gathered all of a network of this size.
+    weights = number * (num_weights + (part if config.zero_stage == 3 else 0))
+    mean = 0 if config.ema_decay is None else _FP32
     if config.zero_stage == 0:
-        return {"weights": weights, "optimizer": 2 * _FP32 * num_weights}
-    return {"weights": weights, "optimizer": 3 * _FP32 * part}  # with the fp32 weights that are updated
+        return {"weights": weights, "optimizer": (2 * _FP32 + mean) * num_weights}
+    return {"weights": weights, "optimizer": (3 * _FP32 + mean) * part}  # with the fp32 weights that are updated
 
 
 def _gradients_in_backward(config: PretrainConfig, network: _Network, *, world_size: int, accumulates: bool) -> int:
@@ -396,6 +399,11 @@ def _loss_bytes(config: PretrainConfig, *, rows: int, world_size: int, device: s
     product = DTYPES[config.precision].itemsize if on_kernels else _FP32
     tile = 0 if on_kernels else _FP32 * TILE**2
     others = tower * world_size if world_size > 1 and loss.exchange == "all_gather" else 0
+    if loss.negatives == "image":
+        # Rows of length 1, and one image's similarities, of which softmax and its gradient want a few copies.
+        pairs = loss.pixel_pairs_per_image
+        square = _FP32 * pairs**2 * (4 if loss.form == "nt_xent" else 2)
+        return _Loss(2 * _FP32 * 2 * tower, 2 * _FP32 * 3 * tower + 5 * square)
     # Rows over their longest number, rows of length 1; the same in the dtype of products; everybody's.
     saved = 2 * _FP32 * 2 * tower + 2 * product * (tower if product != _FP32 else 0) + 2 * product * others
     forward = max(product * others, tile + _FP32 * _num_panels(rows, device) * rows * world_size)
@@ -423,7 +431,9 @@ def traffic_of(config: PretrainConfig, *, world_size: int, num_weights: int, dev
     if config.zero_stage >= 2:
         gradients *= num_passes  # every micro-batch is reduced
     weights = others * number * -(-num_weights // world_size) if config.zero_stage else 0
-    losses = num_passes if config.loss.negatives == "micro_batch" else 1
+    if config.zero_stage == 3:
+        weights *= 2 * num_passes  # gathered before each forward and each backward pass
+    losses = num_passes if config.loss.negatives != "global_batch" else 1
     rows = images * config.loss.pixel_pairs_per_image // losses
     return Traffic(gradients, weights, losses * _loss_traffic(config, rows, world_size=world_size, device=device))
 
@@ -435,6 +445,8 @@ def _loss_traffic(config: PretrainConfig, rows: int, *, world_size: int, device:
     if loss.name == "barlow_twins":
         sums = _FP32 * (2 * channels + 2 + (2 + channels) * channels)
         return agreement + round(2 * others / world_size * sums)
+    if loss.negatives == "image":
+        return agreement + round(2 * others / world_size * 2 * _FP32)  # the sum of costs, and of weights
     product = DTYPES[config.precision].itemsize if device == "cuda" else _FP32
     of_a_row = 2 * channels * product + _metadata(loss, config.image.dimensions) + (device == "cuda")
     of_sums = 3 * _FP32  # both losses, and the weight

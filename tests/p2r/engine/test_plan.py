@@ -45,6 +45,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "two ranks, cheap negatives": (2, {"micro_batch": 2, "loss": {"negatives": "micro_batch"}}),
     "two ranks, ring": (2, {"loss": {"exchange": "ring", "pixel_pairs_per_image": 512}}),
     "two ranks, barlow": (2, {"zero_stage": 2, "loss": {"name": "barlow_twins"}}),
+    "two ranks, within images, running mean": (2, {"loss": {"negatives": "image"}, "ema_decay": 0.99}),
 }
 
 
