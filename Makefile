@@ -26,7 +26,7 @@ test: $(VENV)/.installed-tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/pytest -n auto --maxprocesses 4
 
 # CHAOS="--faults 3" makes it shorter; CHAOS="--world elastic" lets the number of workers change.
 CHAOS ?= --faults 10

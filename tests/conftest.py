@@ -1,13 +1,17 @@
 """What all tests share: an environment without surprises, a tiny corpus on disk, one local Ray cluster."""
 
+import functools
 import os
+import re
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from infra.local.s3 import S3Server, find_program, make_bucket
 from tests.browser import Browser, browser, find_chromium
@@ -28,11 +32,27 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 REPOSITORY = Path(__file__).parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together what shares something dear, where several processes test: a file its fixtures, all of Ray one cluster."""
-    for item in items:
-        uses_ray = "ray_cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ray")
-        item.add_marker(pytest.mark.xdist_group("ray" if uses_ray else str(item.path)))
+class _ByFile(LoadScopeScheduling):
+    """Keeps together what shares something dear, where several processes test: a file its fixtures, all of Ray one cluster.
+
+    xdist's own `loadgroup` would read this from marks; since pytest 9.2 it silently finds none.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return "ray" if _uses_ray(path) else path
+
+
+@functools.cache
+def _uses_ray(path: str) -> bool:
+    return re.search(r"mark\.ray|ray_cluster", (REPOSITORY / path).read_text()) is not None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
+    """Files in the order of their names: those of Ray, which take longest, come early."""
+    config.option.loadscopereorder = False
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -84,10 +84,12 @@ def test_a_worker_that_is_killed_changes_nothing_of_the_curve(
                 killed = True
                 os.kill(nodes.nodes[1].pids_of("RayTrainWorker")[0], signal.SIGKILL)
 
-    reader = threading.Thread(target=kill_once)
-    reader.start()
-    assert driver.wait(300) == 0, said
-    reader.join()
+    with driver:
+        reader = threading.Thread(target=kill_once)
+        reader.start()
+        code = driver.wait(300)
+        reader.join()
+    assert code == 0, said
 
     storage = tmp_path / "storage/pretrain"
     assert _losses(storage) == _losses(undisturbed)  # the same bits
