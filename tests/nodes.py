@@ -213,6 +213,7 @@ def cluster(folder: Path, *, num_cpus: Sequence[int], environment: dict[str, str
             "GLOO_SOCKET_IFNAME": "eth0",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(REPOSITORY),
+            "P2R_LOG_FORMAT": "text",
             **(environment or {}),
         },
     )

@@ -186,7 +186,7 @@ class Trouble:
 
     def finish(self) -> None:
         """Bring back everything at once."""
-        for _, action in self._later:
+        for _, action in list(self._later):
             action()
         self._later.clear()
 
@@ -220,8 +220,14 @@ class Trouble:
 
         def mend() -> None:
             self._nodes.mend(node)
-            # A raylet that was declared dead ends itself when it hears of it.
-            self._in(COMES_BACK_S, lambda: self._revive(node, only_if_gone=True))
+            look(time.monotonic() + 120.0)
+
+        def look(until: float) -> None:
+            """A raylet that was declared dead ends itself when it hears of it, which may be a while after the cable is back."""
+            if not node.pids_of("raylet/raylet"):
+                self._revive(node)
+            elif time.monotonic() < until:
+                self._in(2.0, lambda: look(until))
 
         self._in(CUT_S, mend)
         return node.address
@@ -257,9 +263,7 @@ class Trouble:
         asked = self._nodes.popen(self._nodes.head, [sys.executable, "-c", find], stdout=subprocess.PIPE)
         return asked.communicate()[0].decode().strip()
 
-    def _revive(self, node: Node, *, only_if_gone: bool = False) -> None:
-        if only_if_gone and node.pids_of("raylet/raylet"):
-            return
+    def _revive(self, node: Node) -> None:
         self._nodes.kill(node)
         self._nodes.start(node)
 
