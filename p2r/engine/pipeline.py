@@ -20,7 +20,7 @@ from p2r.engine.finetune import TrialSetup
 from p2r.engine.pretrain import finished_checkpoint
 from p2r.engine.readings import merge_readings
 from p2r.engine.reporting import make_report, write_variants
-from p2r.engine.weights import checked_weights
+from p2r.engine.weights import backbone_weights, checked_weights
 from p2r.errors import DataError, JobError
 from p2r.evaluate.tasks import load_task
 from p2r.job import Job, variants_of
@@ -121,9 +121,7 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
     published = publish(
         where,
         format=BACKBONE_FORMAT,
-        weights={
-            name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")
-        },
+        weights=backbone_weights(weights),
         config=ArtefactConfig(
             model=job.pretrain.model,
             preparation=Preparation(

@@ -14,7 +14,7 @@ out one from before.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -40,7 +40,7 @@ from p2r.engine.profile import Profiler, peak_mib
 from p2r.engine.schedule import averaging, learning_rate
 from p2r.engine.step import Step, equivariance_error, loss_parts, take_step
 from p2r.engine.uploading import path_of
-from p2r.engine.weights import init_weights
+from p2r.engine.weights import backbone_weights, init_weights
 from p2r.errors import CheckpointError, EmbeddingError, InputError, TrainingError
 from p2r.model.pix2rep import Pix2Rep
 from p2r.storage import Storage
@@ -320,7 +320,7 @@ def _steps(
                 weights = full_weights(engine)
                 if probe is not None:
                     with clock.stopped():  # the other ranks wait in the next step's first exchange
-                        probe_dice = probe.dice(_of_backbone(weights))
+                        probe_dice = probe.dice(backbone_weights(weights))
             mean_loss, num_without_pairs = running.mean(), running.num_images_without_pairs
             if reports:
                 running.reset()
@@ -386,11 +386,6 @@ def _encoded_shape(config: PretrainConfig, world_size: int) -> tuple[int, ...]:
     """Return the shape (B, C, *S) of what the backbone encodes at once: both views of a micro-batch."""
     num_images = config.micro_batch or config.global_batch // world_size
     return 2 * num_images, config.model.in_channels, *[config.image.size] * config.image.dimensions
-
-
-def _of_backbone(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "backbone."
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def _upload_facts(checkpoints: Checkpoints) -> dict[str, Any]:

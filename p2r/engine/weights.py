@@ -91,3 +91,9 @@ def _load(module: Any, weights: dict[str, Tensor], *, where: str, optional: set[
 
 def _shape(weight: Tensor | None) -> str:
     return "none" if weight is None else " x ".join(map(str, weight.shape)) or "a number"
+
+
+def backbone_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of a whole model's weights that are the backbone's, under its own names."""
+    prefix = "backbone."
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from p2r.config import PretrainConfig, ProbeConfig
-from p2r.data.corpus import ingest_locally
 from p2r.engine.online_probe import OnlineProbe, _evenly, fit_readout
 from p2r.engine.pretrain import Report, pretrain
 from p2r.errors import DataError
@@ -29,20 +28,6 @@ def disc_task(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for part in ("images", "labels"):
             (folder / part / f"sub-{number:02d}_T1w.nii.gz").write_bytes(b"no scan")
     return folder / "task.yaml"
-
-
-@pytest.fixture(scope="module")
-def job_of(write_toy_job: Callable[..., Path]) -> JobOf:
-    return lambda folder, *overrides: read_job(write_toy_job(folder), overrides)
-
-
-@pytest.fixture(scope="module")
-def corpus(job_of: JobOf, tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    job = job_of(tmp_path_factory.mktemp("job"))
-    storage = Storage(str(tmp_path_factory.mktemp("corpus")))
-    for _ in ingest_locally(job.ingest.model_copy(update={"subjects_of": None}), storage):
-        pass
-    return storage
 
 
 def _config(job: Job, task: Path, **options: object) -> PretrainConfig:

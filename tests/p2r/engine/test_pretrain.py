@@ -28,7 +28,7 @@ from p2r.engine.pipeline import publish_backbone
 from p2r.engine.pretrain import Report, _num_lost, finished_checkpoint, pretrain
 from p2r.engine.profile import PARTS, profile_text
 from p2r.errors import CheckpointError, DataError, InputError, StorageError, TrainingError
-from p2r.job import Job, read_job
+from p2r.job import Job
 from p2r.loss import corresponding_points
 from p2r.model.pix2rep import Pix2Rep
 from p2r.storage import Storage
@@ -38,21 +38,6 @@ CPU = torch.device("cpu")
 
 
 JobOf = Callable[..., Job]
-
-
-@pytest.fixture(scope="module")
-def job_of(write_toy_job: Callable[..., Path]) -> JobOf:
-    """A function that gives the toy job, whose storage is a folder, with overrides."""
-    return lambda folder, *overrides: read_job(write_toy_job(folder), overrides)
-
-
-@pytest.fixture(scope="module")
-def corpus(job_of: JobOf, tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    job = job_of(tmp_path_factory.mktemp("job"))
-    storage = Storage(str(tmp_path_factory.mktemp("corpus")))
-    for _ in ingest_locally(job.ingest.model_copy(update={"subjects_of": None}), storage):
-        pass
-    return storage
 
 
 @pytest.fixture
