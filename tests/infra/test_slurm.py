@@ -17,8 +17,8 @@ echo "$*" >> "$STAND_IN/srun"
 nodes=1
 while [[ $1 == --* ]]; do [[ $1 == --nodes=* ]] && nodes=${1#--nodes=}; shift; done
 if [ "$1" = bash ]; then echo "10.0.0.1 10.1.0.1"; exit; fi
+trap 'kill $(jobs -p) 2>/dev/null; wait; exit 0' TERM # before anything is started that it has to end
 for _ in $(seq "$nodes"); do "$@" & done
-trap 'kill $(jobs -p) 2>/dev/null; wait; exit 0' TERM
 wait
 """
 SCONTROL = """#!/bin/bash
@@ -32,9 +32,10 @@ start*)
     echo "$RAY_AUTH_MODE ${#RAY_AUTH_TOKEN} $RAY_JOB_STOP_WAIT_TIME_S" >> "$STAND_IN/environment"
     echo "$RAY_AUTH_TOKEN" >> "$STAND_IN/tokens"
     [ -z "${START_FAILS:-}" ] || exit 1
-    echo $$ >> "$STAND_IN/alive"
     trap 'kill $!; exit 0' TERM
-    sleep 100 & wait ;;
+    sleep 100 &
+    echo $$ >> "$STAND_IN/alive"
+    wait ;;
 "list nodes")
     [ -f "$STAND_IN/alive" ] || { echo "no server" >&2; exit 1; }
     sed 's/.*/{"node_id": "&"}/' "$STAND_IN/alive" ;;
