@@ -17,7 +17,8 @@ echo "$*" >> "$STAND_IN/srun"
 nodes=1
 while [[ $1 == --* ]]; do [[ $1 == --nodes=* ]] && nodes=${1#--nodes=}; shift; done
 if [ "$1" = bash ]; then echo "10.0.0.1 10.1.0.1"; exit; fi
-trap 'kill $(jobs -p) 2>/dev/null; wait; exit 0' TERM # before anything is started that it has to end
+# Set before anything is started, and again and again: a bash that has just been forked loses a signal.
+trap 'while kill $(jobs -pr) 2>/dev/null; do sleep 0.05; done; exit 0' TERM
 for _ in $(seq "$nodes"); do "$@" & done
 wait
 """
@@ -32,10 +33,8 @@ start*)
     echo "$RAY_AUTH_MODE ${#RAY_AUTH_TOKEN} $RAY_JOB_STOP_WAIT_TIME_S" >> "$STAND_IN/environment"
     echo "$RAY_AUTH_TOKEN" >> "$STAND_IN/tokens"
     [ -z "${START_FAILS:-}" ] || exit 1
-    trap 'kill $!; exit 0' TERM
-    sleep 100 &
-    echo $$ >> "$STAND_IN/alive"
-    wait ;;
+    [ -n "${NEVER_JOINS:-}" ] || echo $$ >> "$STAND_IN/alive"
+    exec sleep 100 ;;
 "list nodes")
     [ -f "$STAND_IN/alive" ] || { echo "no server" >&2; exit 1; }
     sed 's/.*/{"node_id": "&"}/' "$STAND_IN/alive" ;;
@@ -197,7 +196,7 @@ def test_a_warning_before_the_job_has_begun_only_queues_it_again(allocation: Sta
         ((), {}, 1, "usage: sbatch"),
         (("absent.yaml",), {}, 2, "no job file absent.yaml in"),
         (("job.yaml",), {"START_FAILS": "1"}, 1, "Ray ended on a node before all had joined"),
-        (("job.yaml",), {"NUM_NODES": "2", "P2R_START_LIMIT_S": "-1"}, 1, "P2R_START_LIMIT_S allows more"),
+        (("job.yaml",), {"NEVER_JOINS": "1", "P2R_START_LIMIT_S": "1"}, 1, "P2R_START_LIMIT_S allows more"),
     ],
 )
 def test_what_goes_wrong_is_named(
