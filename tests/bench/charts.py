@@ -27,7 +27,7 @@ def bars(
         end = max(value["high"], value["median"]) + 0.01 * widest
         axes.text(end, place, text, va="center", fontsize=9, color=INK)
     axes.set_xlim(0, 1.25 * widest)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_formatter("{x:,.6g}")
     _finish(axes, names, title)
 
 
