@@ -14,7 +14,7 @@ out one from before.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -26,14 +26,14 @@ from torch.profiler import record_function
 
 from p2r.config import PretrainConfig
 from p2r.counters import Counters
-from p2r.data.stream import Quarantine, Replaced, stream, stream_state
+from p2r.data.stream import Quarantine, Replaced, StreamState, stream, stream_state
 from p2r.device import is_waited_for
 from p2r.engine.build import DTYPES, build_engine, full_weights, join_process_group, masters, set_mean_weights
-from p2r.engine.checkpoint import Checkpoints, Note, newest_checkpoint, refuse_other_config
+from p2r.engine.checkpoint import Checkpoints, Fetched, Note, newest_checkpoint, refuse_other_config
 from p2r.engine.compiling import compile_in_place, warm_up
 from p2r.engine.corpora import agreed_corpora
 from p2r.engine.determinism import deterministic
-from p2r.engine.feed import feed
+from p2r.engine.feed import Batches, Timed, feed
 from p2r.engine.health import embedding_health
 from p2r.engine.online_probe import OnlineProbe
 from p2r.engine.profile import Profiler, peak_mib
@@ -174,80 +174,129 @@ def pretrain(
     with deterministic(config.deterministic):
         join_process_group(device)
         with Checkpoints(storage, config, note=note) as checkpoints:
-            yield from _steps(
+            fetched = checkpoints.newest()
+            if fetched is not None and fetched.manifest["step"] >= config.steps:
+                return
+            run = _begin(
                 config,
                 storage=storage,
                 corpus=corpus,
                 device=device,
                 checkpoints=checkpoints,
+                fetched=fetched,
                 profile_steps=profile_steps,
                 is_over=None if max_seconds is None and should_stop is None else is_over,
             )
+            yield from _steps(run)
 
 
-def _steps(
+def _steps(run: "_Run") -> Iterator[Report]:
+    """Go on to the last step, or until the run is over on any rank."""
+    config, checkpoints = run.config, run.checkpoints
+    try:
+        for step in range(run.first_step, config.steps + 1):
+            reports = _is_due(step, config.report_interval, config.steps)
+            saves = _is_due(step, config.checkpoint_interval, config.steps)
+            taken = _take(run, step, reports=reports)
+            stops = run.is_over()
+            is_last = step == config.steps or stops
+            if reports or saves or stops or not is_waited_for(run.device):
+                _read(run)
+            saves = is_last or (saves and not run.running.skipped_in_a_row)
+            _profile_and_probe(run, step, is_last=is_last)
+            if saves:
+                _refuse_lost_weights(run, step)
+            if reports or saves:
+                report = _report(run, step, taken, ends_interval=reports, is_last=is_last)
+                # Before the checkpoint: whatever goes on from it finds the rows of all steps before.
+                run.history.add(report, flush=saves)
+                run.clock = _Clock()
+                if saves:
+                    _save(run, step)
+                if is_last:
+                    checkpoints.finish()  # whoever gets the last report finds its checkpoint
+                    report = replace(report, **_upload_facts(checkpoints))
+                yield report
+            if stops:
+                return
+    finally:
+        run.batches.close()
+        run.engine.destroy()
+
+
+@dataclass
+class _News:
+    """What the next report says, and none after it; see `Report`."""
+
+    resumed_from: int | None = None
+    fell_back: str | None = None
+    compiled: str | None = None
+    profile: str | None = None
+    probe_dice: float | None = None
+
+
+@dataclass
+class _Run:
+    """A run on this rank, between two of its steps."""
+
+    config: PretrainConfig
+    storage: Storage
+    device: torch.device
+    checkpoints: Checkpoints
+    engine: Any
+    batches: Batches
+    counters: Counters
+    history: "_History"
+    is_over: Callable[[], bool]
+    """Collective."""
+    profiler: Profiler | None
+    probe: OnlineProbe | None
+    """On rank 0 alone."""
+    timed: Timed
+    init_from: dict[str, Any] | None
+    """Where the first weights came from."""
+    first_step: int
+    state: StreamState
+    """Of the data after the last step."""
+    running: "_Running"
+    unread: "_Unread"
+    good: str | None
+    """Path of the newest checkpoint after which no step was left out."""
+    news: _News
+    clock: "_Clock"
+
+
+def _begin(
     config: PretrainConfig,
     *,
     storage: Storage,
     corpus: Storage,
     device: torch.device,
     checkpoints: Checkpoints,
+    fetched: Fetched | None,
     profile_steps: int,
     is_over: Callable[[], bool] | None,
-) -> Iterator[Report]:
-    """Do what `pretrain` says, to the end or until it is over on any rank."""
-    fetched = checkpoints.newest()
-    checkpoint = None if fetched is None else fetched.manifest
-    if checkpoint is not None:
-        if checkpoint["step"] >= config.steps:
-            return
-        if "skipped_steps" not in checkpoint["state"]["running"]:
-            raise CheckpointError(
-                f"{storage.at(checkpoint['path'])} holds the state of an optimizer that could not leave out a step, and cannot be "
-                f"resumed: use the version of p2r that wrote it ({checkpoint['code_version']}), or another storage URL"
-            )
+) -> _Run:
+    """Make what the first step needs: as the newest checkpoint left it, if there is one. Collective."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if config.global_batch % world_size:
-        raise InputError(
-            f"pretrain.global_batch must be divisible by the number of workers, got {config.global_batch} for {world_size}"
-        )
-    if config.micro_batch is not None and config.global_batch // world_size % config.micro_batch:
-        raise InputError(
-            f"pretrain.micro_batch must divide a worker's part of the global batch, got {config.micro_batch} "
-            f"for {config.global_batch} images over {world_size} workers: {config.global_batch // world_size} each"
-        )
+    checkpoint = None if fetched is None else fetched.manifest
+    _refuse(config, checkpoint, storage, world_size=world_size)
     saved_stream = None if checkpoint is None else checkpoint["state"]["stream"]
     corpora = agreed_corpora(config, corpus, stream=saved_stream, device=device)
     state = stream_state(corpora, seed=config.seed, global_batch=config.global_batch, neighbours=config.neighbours)
-    torch.manual_seed(config.seed)
-    learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
-    model = Pix2Rep(config.model, dimensions=config.image.dimensions, learnt_temperature=learnt_temperature)
-    init_from = None if checkpoint is None else checkpoint.get("init_from")
-    if checkpoint is None and config.init_from is not None:
-        init_from = init_weights(model, config.init_from)
-    is_compiled, compiled = False, None
-    if config.compile:
-        is_compiled, compiled = warm_up(
-            model.to(device).backbone,
-            shape=_encoded_shape(config, world_size),
-            dtype=DTYPES[config.precision],
-            how=config.compile,
-        )
-    engine = build_engine(model.to(device), config, world_size=world_size)
-    if is_compiled and config.compile:
-        compile_in_place(engine.module.backbone, config.compile)
-    resumed_from, running = None, _Running()
-    fell_back = None
+    model, init_from = _network(config, checkpoint)
+    engine, compiled = _engine(model.to(device), config, world_size=world_size)
+    news, running = _News(compiled=compiled), _Running()
     if fetched is not None and checkpoint is not None:
         tensors = checkpoints.load(engine, fetched)
         if "ema" in tensors:
             set_mean_weights(engine, tensors["ema"])
-        resumed_from, fell_back = checkpoint["step"], fetched.note
+        news.resumed_from, news.fell_back = checkpoint["step"], fetched.note
         running = _Running(**checkpoint["state"]["running"])
         state = state.resumed(checkpoint["state"]["stream"])
-    history = _History(storage, rank, first_step=resumed_from or 0)
-    good = None if checkpoint is None else checkpoint["path"]
-    any_rank = None if is_over is None else _AnyRank(device)
+    resumed_from = news.resumed_from or 0
+    history = _History(storage, rank, first_step=resumed_from)
+    is_over_anywhere = _never if is_over is None else _OnAnyRank(is_over, device)
 
     counters = Counters()
     decoded = stream(
@@ -271,115 +320,183 @@ def _steps(
             device=device,
             decode_s=lambda: counters.snapshot().get("decode_seconds", 0.0),
         )
-    probe = OnlineProbe(config, device) if config.probe is not None and rank == 0 else None
     timed = record_function if profiler is None else profiler.timed
-    batches, unread, profile = feed(decoded, device, timed=timed), _Unread(config.max_skipped_steps), None
-    probe_dice = None
-    try:
-        clock = _Clock()
-        for step in range((resumed_from or 0) + 1, config.steps + 1):
-            in_step = nullcontext() if profiler is None else profiler.step(step, engine)
-            rate = learning_rate(
-                step - 1,
-                peak=config.optimizer.learning_rate,
-                num_steps=config.steps,
-                warmup_fraction=config.optimizer.warmup_fraction,
+    return _Run(
+        config=config,
+        storage=storage,
+        device=device,
+        checkpoints=checkpoints,
+        engine=engine,
+        batches=feed(decoded, device, timed=timed),
+        counters=counters,
+        history=history,
+        is_over=is_over_anywhere,
+        profiler=profiler,
+        probe=OnlineProbe(config, device) if config.probe is not None and rank == 0 else None,
+        timed=timed,
+        init_from=init_from,
+        first_step=resumed_from + 1,
+        state=state,
+        running=running,
+        unread=_Unread(config.max_skipped_steps),
+        good=None if checkpoint is None else checkpoint["path"],
+        news=news,
+        clock=_Clock(),
+    )
+
+
+def _refuse(config: PretrainConfig, checkpoint: Mapping[str, Any] | None, storage: Storage, *, world_size: int) -> None:
+    """Raise InputError if so many workers cannot share a batch, or cannot go on from a checkpoint."""
+    if checkpoint is not None and "skipped_steps" not in checkpoint["state"]["running"]:
+        raise CheckpointError(
+            f"{storage.at(checkpoint['path'])} holds the state of an optimizer that could not leave out a step, and cannot be "
+            f"resumed: use the version of p2r that wrote it ({checkpoint['code_version']}), or another storage URL"
+        )
+    if config.global_batch % world_size:
+        raise InputError(
+            f"pretrain.global_batch must be divisible by the number of workers, got {config.global_batch} for {world_size}"
+        )
+    if config.micro_batch is not None and config.global_batch // world_size % config.micro_batch:
+        raise InputError(
+            f"pretrain.micro_batch must divide a worker's part of the global batch, got {config.micro_batch} "
+            f"for {config.global_batch} images over {world_size} workers: {config.global_batch // world_size} each"
+        )
+
+
+def _network(config: PretrainConfig, checkpoint: Mapping[str, Any] | None) -> tuple[Pix2Rep, dict[str, Any] | None]:
+    """Return the network with its first weights, and where these came from if they were not drawn."""
+    torch.manual_seed(config.seed)
+    learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
+    model = Pix2Rep(config.model, dimensions=config.image.dimensions, learnt_temperature=learnt_temperature)
+    if checkpoint is not None:
+        return model, checkpoint.get("init_from")
+    return model, None if config.init_from is None else init_weights(model, config.init_from)
+
+
+def _engine(model: Pix2Rep, config: PretrainConfig, *, world_size: int) -> tuple[Any, str | None]:
+    """Return the engine of a network on its device, its backbone compiled if asked and possible, and what to say of that."""
+    is_compiled, compiled = False, None
+    if config.compile:
+        is_compiled, compiled = warm_up(
+            model.backbone,
+            shape=_encoded_shape(config, world_size),
+            dtype=DTYPES[config.precision],
+            how=config.compile,
+        )
+    engine = build_engine(model, config, world_size=world_size)
+    if is_compiled and config.compile:
+        compile_in_place(engine.module.backbone, config.compile)
+    return engine, compiled
+
+
+def _take(run: _Run, step: int, *, reports: bool) -> Step:
+    """Take a step with the next batch; what it has to say stays on the device."""
+    config = run.config
+    every = config.report_interval * config.equivariance_interval
+    with nullcontext() if run.profiler is None else run.profiler.step(step, run.engine):
+        batch, run.state = next(run.batches)
+        try:
+            taken = take_step(
+                run.engine,
+                batch,
+                config=config,
+                learning_rate=_rate(config, step),
+                averaging=None if config.ema_decay is None else averaging(step - 1, decay=config.ema_decay),
+                aligns=reports and _is_due(step, every, config.steps),
+                timed=run.timed,
             )
-            reports = _is_due(step, config.report_interval, config.steps)
-            aligns = reports and _is_due(step, config.report_interval * config.equivariance_interval, config.steps)
-            with in_step:
-                batch, state = next(batches)
-                try:
-                    taken = take_step(
-                        engine,
-                        batch,
-                        config=config,
-                        learning_rate=rate,
-                        averaging=None if config.ema_decay is None else averaging(step - 1, decay=config.ema_decay),
-                        aligns=aligns,
-                        timed=timed,
-                    )
-                except EmbeddingError as error:
-                    raise _diverged(step, error, storage, good) from error
-            unread.add(step, taken)
-            clock.add(batch.wait_s)
-            stops = any_rank is not None and is_over is not None and any_rank(is_over())
-            is_last = step == config.steps or stops
-            saves = _is_due(step, config.checkpoint_interval, config.steps) or stops
-            if reports or saves or not is_waited_for(device):
-                try:
-                    unread.read_into(running)
-                except _Bad as bad:
-                    raise _diverged(bad.step, bad, storage, good) from bad
-            saves = saves and (is_last or not running.skipped_in_a_row)
-            if profiler is not None:
-                profiler.waited(batch.wait_s)
-                with clock.stopped():
-                    profile = profiler.written(is_last=is_last) or profile
-            if config.probe is not None and _is_due(step, config.probe.interval, config.steps):
-                weights = full_weights(engine)
-                if probe is not None:
-                    with clock.stopped():  # the other ranks wait in the next step's first exchange
-                        probe_dice = probe.dice(backbone_weights(weights))
-            mean_loss, num_without_pairs = running.mean(), running.num_images_without_pairs
-            if reports:
-                running.reset()
-            if saves and (lost := _num_lost(engine)):
-                raise _diverged(step, f"{lost} weights are no longer finite", storage, good)
-            if reports or saves:
-                seconds = clock.lap()
-                report = Report(
-                    step=step,
-                    num_steps=config.steps,
-                    samples_seen=step * config.global_batch,
-                    loss=mean_loss,
-                    learning_rate=rate,
-                    gradient_norm=running.gradient_norm,
-                    images_per_s=clock.steps * config.global_batch / seconds,
-                    wait_fraction=clock.wait_s / seconds,
-                    num_replaced=int(counters.snapshot().get("replaced_records", 0)),
-                    data=counters.snapshot(),
-                    eta_s=(config.steps - step) * seconds / clock.steps,
-                    negatives=config.negatives,
-                    num_images_without_pairs=num_without_pairs,
-                    skipped_steps=running.skipped_steps,
-                    pixel_pairs_per_s=clock.steps * config.global_batch * config.loss.pixel_pairs_per_image / seconds,
-                    step_s=seconds / clock.steps,
-                    memory_mib=peak_mib(device),
-                    world_size=world_size,
-                    loss_parts=_loss_parts(taken),
-                    health=_health(taken),
-                    equivariance_error=_equivariance_error(taken),
-                    probe_dice=probe_dice,
-                    resumed_from=resumed_from,
-                    fell_back=fell_back,
-                    checkpoint=path_of(step) if is_last else checkpoints.completed(),
-                    **_upload_facts(checkpoints),
-                    compiled=compiled,
-                    profile=profile,
-                )
-                resumed_from = compiled = profile = fell_back = probe_dice = None
-                # Before the checkpoint: whatever goes on from it finds the rows of all steps before.
-                history.add(report, flush=saves)
-                clock = _Clock()
-                if saves:
-                    checkpoints.save(
-                        engine,
-                        step=step,
-                        state={"stream": state.to_dict(), "running": asdict(running)},
-                        init_from=init_from,
-                        tensors={"ema": full_weights(engine, mean=True)} if config.ema_decay is not None else None,
-                    )
-                    good = good if running.skipped_in_a_row else path_of(step)
-                if is_last:
-                    checkpoints.finish()  # whoever gets the last report finds its checkpoint
-                    report = replace(report, **_upload_facts(checkpoints))
-                yield report
-            if stops:
-                return
-    finally:
-        batches.close()
-        engine.destroy()
+        except EmbeddingError as error:
+            raise _diverged(run, step, error) from error
+    run.unread.add(step, taken)
+    run.clock.add(batch.wait_s)
+    if run.profiler is not None:
+        run.profiler.waited(batch.wait_s)
+    return taken
+
+
+def _rate(config: PretrainConfig, step: int) -> float:
+    """Return the learning rate of a step, from 1."""
+    return learning_rate(
+        step - 1,
+        peak=config.optimizer.learning_rate,
+        num_steps=config.steps,
+        warmup_fraction=config.optimizer.warmup_fraction,
+    )
+
+
+def _read(run: _Run) -> None:
+    """Wait for the device, and add up what steps had to say since this was done before. Collective."""
+    try:
+        run.unread.read_into(run.running)
+    except _Bad as bad:
+        raise _diverged(run, bad.step, bad) from bad
+
+
+def _profile_and_probe(run: _Run, step: int, *, is_last: bool) -> None:
+    """Write a profile and probe the weights, where it is time for that; the clock stands meanwhile. Collective."""
+    if run.profiler is not None:
+        with run.clock.stopped():
+            run.news.profile = run.profiler.written(is_last=is_last) or run.news.profile
+    if run.config.probe is not None and _is_due(step, run.config.probe.interval, run.config.steps):
+        weights = full_weights(run.engine)
+        if run.probe is not None:
+            with run.clock.stopped():  # the other ranks wait in the next step's first exchange
+                run.news.probe_dice = run.probe.dice(backbone_weights(weights))
+
+
+def _refuse_lost_weights(run: _Run, step: int) -> None:
+    """Raise TrainingError if weights are not finite, though the loss before them was: they are not to be saved. Collective."""
+    if lost := _num_lost(run.engine):
+        raise _diverged(run, step, f"{lost} weights are no longer finite")
+
+
+def _report(run: _Run, step: int, taken: Step, *, ends_interval: bool, is_last: bool) -> Report:
+    """Say how the run is, and its news. Collective."""
+    config, running, clock, data = run.config, run.running, run.clock, run.counters.snapshot()
+    mean_loss, num_without_pairs = running.mean(), running.num_images_without_pairs
+    if ends_interval:
+        running.reset()
+    news, run.news = run.news, _News()
+    seconds = clock.lap()
+    return Report(
+        step=step,
+        num_steps=config.steps,
+        samples_seen=step * config.global_batch,
+        loss=mean_loss,
+        learning_rate=_rate(config, step),
+        gradient_norm=running.gradient_norm,
+        images_per_s=clock.steps * config.global_batch / seconds,
+        wait_fraction=clock.wait_s / seconds,
+        num_replaced=int(data.get("replaced_records", 0)),
+        data=data,
+        eta_s=(config.steps - step) * seconds / clock.steps,
+        negatives=config.negatives,
+        num_images_without_pairs=num_without_pairs,
+        skipped_steps=running.skipped_steps,
+        pixel_pairs_per_s=clock.steps * config.global_batch * config.loss.pixel_pairs_per_image / seconds,
+        step_s=seconds / clock.steps,
+        memory_mib=peak_mib(run.device),
+        world_size=torch.distributed.get_world_size(),
+        loss_parts=_loss_parts(taken),
+        health=_health(taken),
+        equivariance_error=_equivariance_error(taken),
+        checkpoint=path_of(step) if is_last else run.checkpoints.completed(),
+        **_upload_facts(run.checkpoints),
+        **asdict(news),
+    )
+
+
+def _save(run: _Run, step: int) -> None:
+    """Save a checkpoint of this step, to be uploaded while training goes on. Collective."""
+    run.checkpoints.save(
+        run.engine,
+        step=step,
+        state={"stream": run.state.to_dict(), "running": asdict(run.running)},
+        init_from=run.init_from,
+        tensors={"ema": full_weights(run.engine, mean=True)} if run.config.ema_decay is not None else None,
+    )
+    if not run.running.skipped_in_a_row:
+        run.good = path_of(step)
 
 
 def _encoded_shape(config: PretrainConfig, world_size: int) -> tuple[int, ...]:
@@ -531,8 +648,10 @@ def _note_damage(storage: Storage, replaced: Replaced) -> None:
     storage.write_json(f"quarantine/{shard}-{replaced.sample:08d}.json", asdict(replaced))
 
 
-def _diverged(step: int, error: object, storage: Storage, good: str | None) -> TrainingError:
-    last = "there is no checkpoint yet" if good is None else f"the last good checkpoint is {storage.at(good)}"
+def _diverged(run: _Run, step: int, error: object) -> TrainingError:
+    last = (
+        "there is no checkpoint yet" if run.good is None else f"the last good checkpoint is {run.storage.at(run.good)}"
+    )
     return TrainingError(f"step {step}: {error}; {last}. Lower pretrain.optimizer.learning_rate, or use precision fp32")
 
 
@@ -578,19 +697,28 @@ def _gathered(values: Tensor) -> list[Tensor]:
     return parts
 
 
-class _AnyRank:
-    """Asks whether a flag is up on any rank. On GPUs, by a group of hosts, so that none waits for its device."""
+def _never() -> bool:
+    return False
 
-    def __init__(self, device: torch.device) -> None:
-        self._alone = torch.distributed.get_world_size() == 1
+
+class _OnAnyRank:
+    """Asks whether something holds on any rank. On GPUs, by a group of hosts, so that none waits for its device.
+
+    Args:
+        holds: Asked on this rank.
+        device: This rank's.
+    """
+
+    def __init__(self, holds: Callable[[], bool], device: torch.device) -> None:
+        self._holds, self._alone = holds, torch.distributed.get_world_size() == 1
         self._group = None
         if device.type == "cuda" and not self._alone:
             self._group = torch.distributed.new_group(backend="gloo")
 
-    def __call__(self, flag: bool) -> bool:
+    def __call__(self) -> bool:
         if self._alone:
-            return flag
-        value = torch.tensor([int(flag)])
+            return self._holds()
+        value = torch.tensor([int(self._holds())])
         torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(value.item())
 
