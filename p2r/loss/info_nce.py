@@ -122,7 +122,7 @@ def info_nce(
     factor = own_gradient_factor(gradient_scale, group)
     problem: ValueError | None = None
     postponed = postpones(findings, queries)
-    number = _number(temperature) if known_temperature is None else known_temperature
+    number = number_in(temperature) if known_temperature is None else known_temperature
     present = None
     try:
         _refuse_arguments(queries, keys, temperature, number, form, weights, exclude, exchange, findings)
@@ -460,7 +460,7 @@ def _unit(rows: Tensor) -> Tensor:
     return unit
 
 
-def _number(value: float | Tensor) -> float:
+def number_in(value: float | Tensor) -> float:
     """Return what is in a tensor, not a number if that is not one element."""
     if not isinstance(value, Tensor):
         return float(value)
@@ -521,6 +521,22 @@ def _equal_on_all_ranks(
     }
 
 
+def refuse_form_and_temperature(form: str, temperature: float | Tensor, number: float | None) -> None:
+    """Raise ValueError for a form that does not exist, or a temperature that is not one positive number.
+
+    Args:
+        form: Which candidates an anchor has.
+        temperature: As the loss was given it.
+        number: What it holds; None where nobody may wait for its device.
+    """
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
+    if number is not None and not (math.isfinite(number) and number > 0):
+        raise ValueError(f"temperature must be positive and finite, got {number}")
+    if form not in ("cross_view", "nt_xent"):
+        raise ValueError(f"form must be 'cross_view' or 'nt_xent', got {form!r}")
+
+
 def _refuse_arguments(
     queries: Tensor,
     keys: Tensor,
@@ -532,12 +548,7 @@ def _refuse_arguments(
     exchange: str,
     findings: Findings | None,
 ) -> None:
-    if isinstance(temperature, Tensor) and temperature.numel() != 1:
-        raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"temperature must be positive and finite, got {number}")
-    if form not in ("cross_view", "nt_xent"):
-        raise ValueError(f"form must be 'cross_view' or 'nt_xent', got {form!r}")
+    refuse_form_and_temperature(form, temperature, number)
     if exchange not in ("all_gather", "ring"):
         raise ValueError(f"exchange must be 'all_gather' or 'ring', got {exchange!r}")
     refuse_pair(queries=queries, keys=keys)

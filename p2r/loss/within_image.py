@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from p2r.loss.info_nce import Form
+from p2r.loss.info_nce import Form, number_in, refuse_form_and_temperature
 from p2r.loss.ranks import (
     Findings,
     GradientScale,
@@ -77,8 +77,8 @@ def info_nce_within_images(
     factor = own_gradient_factor(gradient_scale, group)
     problem: ValueError | None = None
     try:
-        if form not in ("cross_view", "nt_xent"):
-            raise ValueError(f"form must be cross_view or nt_xent, got {form!r}")
+        must_not_wait = isinstance(temperature, Tensor) and postpones(findings, temperature)
+        refuse_form_and_temperature(form, temperature, None if must_not_wait else number_in(temperature))
         refuse_pair(queries=queries, keys=keys)
         if num_images < 1 or len(queries) % num_images:
             raise ValueError(f"{len(queries)} pixel pairs do not divide into {num_images} images")

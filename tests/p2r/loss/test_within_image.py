@@ -90,6 +90,11 @@ def test_what_does_not_fit_is_refused() -> None:
         info_nce_within_images(a, b, num_images=4, temperature=0.2)
     with pytest.raises(ValueError, match="radius_mm needs position_mm"):
         info_nce_within_images(a, b, num_images=B, temperature=0.2, radius_mm=2.0)
+    for temperature, words in ((-0.2, "positive and finite, got -0.2"), (torch.tensor([0.1, 0.2]), "one number")):
+        with pytest.raises(ValueError, match=f"temperature must be {words}"):
+            info_nce_within_images(a, b, num_images=B, temperature=temperature)
+    with pytest.raises(ValueError, match="form must be 'cross_view' or 'nt_xent', got 'simclr'"):
+        info_nce_within_images(a, b, num_images=B, temperature=0.2, form="simclr")  # type: ignore[arg-type]
     with pytest.raises(EmbeddingError, match="1 of 21 embeddings are not finite"):
         info_nce_within_images(
             a, torch.where(torch.arange(B * N)[:, None] == 4, math.inf, b), num_images=B, temperature=0.2
