@@ -30,7 +30,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench_stream import BUCKET, bucket_on
-from charts import OURS_COLOUR, bars
+from charts import OURS_COLOUR, bar_picture
 from rounds import cpu_name, progress, spread
 from training import (
     add_options,
@@ -46,7 +46,6 @@ from training import (
 
 from p2r.engine.build import join_process_group
 from p2r.engine.checkpoint import Checkpoints
-from p2r.report.canvas import headline, new_figure, to_png
 from p2r.storage import Storage
 
 INTERVAL = 100
@@ -151,18 +150,15 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def picture(rows: list[dict[str, Any]], subtitle: str) -> bytes:
     """Draw how long training stands still for a checkpoint, and the share of a run that it is."""
     measured = [row for row in rows if "skipped" not in row]
-    whole = 0.36 * len(measured) + 1.5
-    figure = new_figure(9.0, whole)
-    headline(figure, "What a checkpoint costs", subtitle)
-    bars(
-        figure.add_axes((0.2, 0.3 / whole, 0.77, (whole - 1.3) / whole)),
+    return bar_picture(
+        "What a checkpoint costs",
+        subtitle,
         [f"to {row['storage']}" for row in measured],
         [{key: 1e3 * value for key, value in row["save_s"].items()} for row in measured],
         title=f"ms in which training stands still; % of {INTERVAL} steps",
         texts=[f"{1e3 * row['save_s']['median']:,.0f} ms, {row['save_share']['median']:.2%}" for row in measured],
         colours=[OURS_COLOUR] * len(measured),
     )
-    return to_png(figure)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench_stream import BUCKET, bucket_on, prepare, uploaded
-from charts import OTHERS_COLOUR, OURS_COLOUR, bars
+from charts import OTHERS_COLOUR, OURS_COLOUR, bar_picture
 from rounds import cpu_name, ratios, spread, take_turns
 from training import LEARNING_RATE, Setting, add_options, add_variant, engine_of, loss_of, setting_of, wait_for
 
@@ -45,7 +45,6 @@ from p2r.data.stream import Corpus, stream
 from p2r.engine.build import join_process_group
 from p2r.engine.feed import feed
 from p2r.engine.step import pretrain_step
-from p2r.report.canvas import headline, new_figure, to_png
 from p2r.storage import Storage
 
 Batches = Generator[Batch, None, None]
@@ -214,18 +213,15 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def picture(rows: list[dict[str, Any]], subtitle: str) -> bytes:
     """Images a second as bars; whiskers are quartiles over the rounds."""
     measured = [row for row in rows if "skipped" not in row]
-    whole = 0.36 * len(measured) + 1.5
-    figure = new_figure(9.0, whole)
-    headline(figure, "Images a second, shards to optimizer step", subtitle)
-    bars(
-        figure.add_axes((0.25, 0.3 / whole, 0.72, (whole - 1.3) / whole)),
+    return bar_picture(
+        "Images a second, shards to optimizer step",
+        subtitle,
         [row["contender"] for row in measured],
         [row["images_per_s"] for row in measured],
         title="images a second, and % of those with the same batches in memory",
         texts=[texts_of(row) for row in measured],
         colours=[OTHERS_COLOUR if row["contender"] == MEMORY else OURS_COLOUR for row in measured],
     )
-    return to_png(figure)
 
 
 def texts_of(row: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ from rich.table import Table
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from charts import OTHERS_COLOUR, OURS_COLOUR, bars
+from charts import OTHERS_COLOUR, OURS_COLOUR, bar_picture
 from rounds import cpu_name, progress, ratios, spread, take_turns
 from training import Setting, add_options, add_variant, setting_of
 
@@ -63,7 +63,6 @@ from p2r.logs import fields_of
 from p2r.loss import Findings, corresponding_points, info_nce
 from p2r.model.pix2rep import Pix2Rep
 from p2r.randomness import keyed_generator
-from p2r.report.canvas import headline, new_figure, to_png
 from p2r.storage import Storage
 from p2r.views.pair import make_views
 
@@ -399,18 +398,15 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def picture(rows: list[dict[str, Any]], subtitle: str) -> bytes:
     """Images a second as bars; whiskers are quartiles over the rounds."""
-    whole = 0.36 * len(rows) + 1.5
-    figure = new_figure(9.0, whole)
-    headline(figure, "What our loop costs beside a bare one", subtitle)
-    bars(
-        figure.add_axes((0.2, 0.3 / whole, 0.77, (whole - 1.3) / whole)),
+    return bar_picture(
+        "What our loop costs beside a bare one",
+        subtitle,
         [row["contender"] for row in rows],
         [row["images_per_s"] for row in rows],
         title="images a second, and % of the bare loop's in the same round",
         texts=[f"{row['images_per_s']['median']:,.3g}   {100 * row['of_bare']['median']:.1f} %" for row in rows],
         colours=[OURS_COLOUR if row["contender"] == OURS else OTHERS_COLOUR for row in rows],
     )
-    return to_png(figure)
 
 
 def main() -> None:

@@ -3,11 +3,30 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from p2r.report.canvas import FAINT, INK
+from p2r.report.canvas import FAINT, INK, headline, new_figure, to_png
 
 OURS_COLOUR, OTHERS_COLOUR = "#0072b2", "#c4c4c4"
 PART_COLOURS = ("#7fb8da", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#f0e442", "#c4c4c4")
 """Of parts of a whole, in their order."""
+
+
+def bar_picture(
+    heading: str,
+    subtitle: str,
+    names: Sequence[str],
+    values: Sequence[Mapping[str, float]],
+    *,
+    title: str,
+    texts: Sequence[str],
+    colours: Sequence[str],
+) -> bytes:
+    """Draw `bars` alone under a headline; return a PNG."""
+    whole = 0.36 * len(names) + 1.5
+    figure = new_figure(9.0, whole)
+    headline(figure, heading, subtitle)
+    axes = figure.add_axes((0.25, 0.3 / whole, 0.72, (whole - 1.3) / whole))
+    bars(axes, names, values, title=title, texts=texts, colours=colours)
+    return to_png(figure)
 
 
 def bars(
