@@ -2,10 +2,10 @@
 
     room on the cluster -> worker group -> failure, notice or wish -> decision (a line, a row) -> room ... -> last step
 
-The driver decides; each group is one `TorchTrainer.fit` without retries of its own. Ray would start a failed group again by
-itself, but it counts faults over the whole run, restarts what cannot succeed, says neither from which step it goes on nor how
-many restarts are left, and its elastic groups know nothing of the numbers of workers that can share a batch. A new group
-always goes on from the newest checkpoint, so the same happens when driver or head are lost and the job is submitted again.
+The driver decides; each group is one `fit` of Ray Train (see `cluster.group`) without retries of its own. Ray would start a failed
+group again by itself, but it counts faults over the whole run, restarts what cannot succeed, says neither from which step it
+goes on nor how many restarts are left, and its elastic groups know nothing of the numbers of workers that can share a batch. A
+new group always goes on from the newest checkpoint, so the same happens when driver or head are lost and the job is submitted again.
 
 A group that is to end early (SIGTERM, a notice of preemption, room for more workers) is told so by a flag that every worker
 asks for; all save a checkpoint at the same step and end in order.
@@ -22,17 +22,18 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import ray
 import ray.train
+import ray.train.torch
 import torch
 from ray.exceptions import GetTimeoutError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from cluster.faults import Cause, FaultLog, cause_of, refusal_of
+from cluster.group import Reason, TorchGroup, Trainer, Wire
 from cluster.metrics import Exporter
 from cluster.progress import Say, relay
 from cluster.session import draining_nodes, gpu_types, num_cpus, num_gpus, this_node, usable_nodes
@@ -45,8 +46,6 @@ from p2r.errors import InputError, TrainingError
 from p2r.job import Resources
 from p2r.logs import Line, configure
 from p2r.storage import Storage
-
-Reason = Literal["stop", "preemption", "resize"]
 
 _POLL_S = 0.5
 _WITHOUT_BF16 = ("K80", "P4", "P100", "V100", "T4")
@@ -89,7 +88,7 @@ def pretrain(
         for size in sizes:
             refuse_other_ranks(checkpoint, config, world_size=size, where=storage.at(checkpoint["path"]))
         refuse_other_stream(config, corpus, checkpoint["state"]["stream"])
-    with relay(say) as queue, _sigterm() as stop:
+    with relay(say) as queue, _wire() as wire, _sigterm() as stop:
         run = _Run(
             config=config,
             storage=storage,
@@ -105,6 +104,7 @@ def pretrain(
                 "metrics": metrics or {"run": "", "storage_url": storage.url, "endpoint": None},
             },
             queue=queue,
+            wire=wire,
             stop=stop,
             faults=FaultLog(storage, say=say, on_fault=on_fault),
             say=say,
@@ -137,6 +137,8 @@ class _Run:
     sizes: list[int]
     settings: dict[str, Any]
     queue: Queue
+    wire: Any
+    """The actor of a `Wire`."""
     stop: threading.Event
     faults: FaultLog
     say: Say
@@ -153,7 +155,7 @@ class _Run:
 
 def _to_the_end(run: _Run) -> bool:
     """Start groups until one has taken the last step, or the run is to end."""
-    in_a_row, saved = 0, run.step()
+    in_a_row, saved, group = 0, run.step(), 0
     while True:
         num_workers = _wait_for_room(run)
         if num_workers is None or run.stop.is_set():
@@ -161,15 +163,14 @@ def _to_the_end(run: _Run) -> bool:
             return False
         workers = f"{num_workers} worker{'s' * (num_workers > 1)} on {'GPU' if run.gpus else 'CPU'}"
         run.say(f"pretrain | {workers}, {run.config.steps} steps of {run.config.global_batch} images")
-        wire = ray.remote(num_cpus=0)(_Wire).options(scheduling_strategy=this_node()).remote()
-        failure = None
-        with _watched(run, wire, num_workers), tempfile.TemporaryDirectory(prefix="p2r-ray-train-") as folder:
+        group, failure = group + 1, None
+        run.wire.begin.remote(group)
+        with _watched(run, num_workers), tempfile.TemporaryDirectory(prefix="p2r-ray-train-") as folder:
             try:
-                _trainer(run, wire, num_workers, folder).fit()
+                _trainer(run, group, num_workers, folder).fit()
             except (TrainingFailedError, RayError) as error:
                 failure = error
-        state: dict[str, Any] = ray.get(wire.state.remote())
-        ray.kill(wire)
+        state: dict[str, Any] = ray.get(run.wire.state.remote())
         before, saved = saved, run.step()
         if saved is not None and saved >= run.config.steps:
             return True
@@ -234,17 +235,24 @@ def _decide(
         ) from failure
 
 
-def _trainer(run: _Run, wire: Any, num_workers: int, folder: str) -> TorchTrainer:
+def _trainer(run: _Run, group: int, num_workers: int, folder: str) -> Trainer:
     """One group. Its folder is for Ray alone and stays empty: checkpoints are ours, so that Ray's state cannot be lost."""
     timeout_s = run.resources.collective_timeout_s
     # Ray hands these on to its controller and the workers.
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(timeout_s)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_s + 60)
-    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
-    return TorchTrainer(
+    # The driver looks for notices itself (`_watched`), and needs no further process for it.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    return Trainer(
         _worker,
-        train_loop_config={**run.settings, "queue": run.queue, "wire": wire, "timeout_s": timeout_s},
-        torch_config=TorchConfig(backend="nccl" if run.gpus else "gloo", timeout_s=timeout_s),
+        train_loop_config={
+            **run.settings,
+            "queue": run.queue,
+            "wire": run.wire,
+            "group": group,
+            "timeout_s": timeout_s,
+        },
+        backend_config=TorchGroup(backend="nccl" if run.gpus else "gloo", timeout_s=timeout_s),
         scaling_config=ScalingConfig(
             num_workers=num_workers, use_gpu=run.gpus > 0, resources_per_worker=run.per_worker
         ),
@@ -269,42 +277,17 @@ def network_environment(resources: Resources) -> dict[str, str]:
     }
 
 
-class _Wire:
-    """An actor beside the driver, by which it and the workers of one group talk."""
-
-    def __init__(self) -> None:
-        self._reason: Reason | None = None
-        self._what = ""
-        self._nodes: dict[int, tuple[str, str]] = {}
-        self._rows: list[dict[str, Any]] = []
-        self._step: int | None = None
-
-    def ask_to_end(self, reason: Reason, what: str) -> None:
-        """Raise the flag; the first reason counts, but for a wish to stop."""
-        if self._reason is None or reason == "stop":
-            self._reason, self._what = reason, what
-
-    def is_to_end(self) -> bool:
-        return self._reason is not None
-
-    def join(self, rank: int, node: str, address: str) -> None:
-        self._nodes[rank] = (node, address)
-
-    def reached(self, step: int) -> None:
-        self._step = step
-
-    def note(self, row: dict[str, Any]) -> None:
-        """Take a row for the log of faults, from a worker that has mended something by itself."""
-        self._rows.append(row)
-
-    def state(self) -> dict[str, Any]:
-        """Return what is known, and hand over the rows."""
-        rows, self._rows = self._rows, []
-        return {"reason": self._reason, "what": self._what, "nodes": self._nodes, "rows": rows, "step": self._step}
+@contextmanager
+def _wire() -> Iterator[Any]:
+    wire = ray.remote(num_cpus=0)(Wire).options(scheduling_strategy=this_node()).remote()
+    try:
+        yield wire
+    finally:
+        ray.kill(wire)
 
 
 @contextmanager
-def _watched(run: _Run, wire: Any, num_workers: int) -> Iterator[None]:
+def _watched(run: _Run, num_workers: int) -> Iterator[None]:
     """While a group runs, look for reasons to end it in order, and write down what its workers have noted."""
     ended = threading.Event()
 
@@ -313,18 +296,18 @@ def _watched(run: _Run, wire: Any, num_workers: int) -> Iterator[None]:
         looked_at = time.monotonic()
         while True:
             is_last = ended.wait(_POLL_S)
-            state = ray.get(wire.state.remote())
+            state = ray.get(run.wire.state.remote())
             for row in state["rows"]:
                 run.faults.add_row(row)
             if is_last:
                 return
             if run.stop.is_set() and asked != "stop":
                 asked = "stop"
-                ray.get(wire.ask_to_end.remote("stop", "SIGTERM"))
+                ray.get(run.wire.ask_to_end.remote("stop", "SIGTERM"))
                 run.say(_of_stopping(run, state["step"]))
             if asked is None and (what := _preempted(state["nodes"])):
                 asked = "preemption"
-                ray.get(wire.ask_to_end.remote("preemption", what))
+                ray.get(run.wire.ask_to_end.remote("preemption", what))
                 run.say(f"pretrain | {what}; a checkpoint after this step, then other nodes")
             is_time = time.monotonic() - looked_at > run.resources.resize_interval_s
             if asked is None and num_workers < max(run.sizes) and state["nodes"] and is_time:
@@ -332,7 +315,7 @@ def _watched(run: _Run, wire: Any, num_workers: int) -> Iterator[None]:
                 could_be = _fitting(run)
                 if could_be is not None and could_be > num_workers:
                     asked = "resize"
-                    ray.get(wire.ask_to_end.remote("resize", f"there is room for {could_be} workers"))
+                    ray.get(run.wire.ask_to_end.remote("resize", f"there is room for {could_be} workers"))
 
     thread = threading.Thread(target=watch, name="p2r-watch", daemon=True)
     thread.start()
@@ -437,12 +420,14 @@ def _worker(settings: dict[str, Any]) -> None:
     from p2r.engine.profile import profile_text
 
     imported = time.monotonic()
-    context, wire = ray.train.get_context(), settings["wire"]
-    rank, group = context.get_world_rank(), uuid.uuid4().hex
+    wire, group = settings["wire"], settings["group"]
+    rank, lines_of = ray.train.get_context().get_world_rank(), uuid.uuid4().hex
     configure(rank=rank)
     node = ray.get_runtime_context().get_node_id()
-    ray.get(wire.join.remote(rank, node, ray.util.get_node_ip_address()))
+    ray.get(wire.join.remote(group, rank, node, ray.util.get_node_ip_address()))
     device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     # Ray sets the number of threads by CPUs of the worker; torch reads it when it is imported, which may have been before.
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     _limit_collectives(settings["timeout_s"])
@@ -453,20 +438,20 @@ def _worker(settings: dict[str, Any]) -> None:
         corpus=Storage(settings["corpus"]),
         device=device,
         profile_steps=settings["profile_steps"],
-        should_stop=_flag(wire),
+        should_stop=_flag(wire, group),
         note=lambda row: wire.note.remote(dict(row)),
     )
     with closing(Exporter(**settings["metrics"], rank=rank)) as exporter:
         for report in reports:
             exporter.observe(report)
             if rank == 0:
-                wire.reached.remote(report.step)
+                wire.reached.remote(group, report.step)
                 for line in report_lines(report):
-                    settings["queue"].put(Line(line, group=group))
+                    settings["queue"].put(Line(line, group=lines_of))
                 if report.resumed_from is not None:
                     first_s = time.monotonic() - imported
                     took = f"pretrain | imports {imported - began:.1f} s, load and first report {first_s:.1f} s"
-                    settings["queue"].put(Line(took, group=group, rank=rank, step=report.step))
+                    settings["queue"].put(Line(took, group=lines_of, rank=rank, step=report.step))
                 if report.profile is not None:
                     settings["queue"].put(profile_text(storage))
             # Ray takes a report in when it polls, every 2 s, and the next one waits for that: seldom enough, and on all ranks alike.
@@ -475,14 +460,14 @@ def _worker(settings: dict[str, Any]) -> None:
                 ray.train.report({"step": report.step, "loss": report.loss, "checkpoint": where})
 
 
-def _flag(wire: Any) -> Callable[[], bool]:
+def _flag(wire: Any, group: int) -> Callable[[], bool]:
     """Return what tells at once whether the group is to end; a thread asks the driver's actor in the background."""
     is_to_end = threading.Event()
 
     def ask() -> None:
         while not is_to_end.wait(_POLL_S):
             try:
-                if ray.get(wire.is_to_end.remote(), timeout=30):
+                if ray.get(wire.is_to_end.remote(group), timeout=30):
                     is_to_end.set()
             except GetTimeoutError:
                 continue  # the network may come back

@@ -56,8 +56,6 @@ def forwarded_environment() -> dict[str, str]:
     return {
         "PYTHONUNBUFFERED": "1",
         "RAY_DEDUP_LOGS": "0",
-        # After a fault Ray asks workers to leave their process group. One that hangs cannot, and is killed after this time.
-        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
         "AWS_EC2_METADATA_DISABLED": os.environ.get("AWS_EC2_METADATA_DISABLED", "true"),
         **{name: value for name, value in os.environ.items() if name.startswith(_FORWARDED_PREFIXES)},
     }

@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.session import forwarded_environment
@@ -18,7 +19,8 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
     """Submit the job, or a fork of it, follow its log, and return when it has succeeded.
 
     Raises:
-        JobError: if the job file does not lie below the current folder, which is what the cluster gets.
+        JobError: if the job file does not lie below the current folder, which is what the cluster gets, or the cluster does
+            not take jobs from here: no or a wrong token, or no job server at that address.
         TrainingError: if the job did not succeed.
     """
     try:
@@ -27,13 +29,24 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
         raise JobError(
             f"job {path} must lie below the current folder {Path.cwd()}: the cluster gets this folder"
         ) from None
-    client = JobSubmissionClient(address)
     arguments = [word for override in overrides for word in ("--set", override)]
     arguments += ["--fork", fork] if fork else []
-    submission = client.submit_job(
-        entrypoint=shlex.join(["python", "-m", "cluster", "run", relative.as_posix(), *arguments]),
-        runtime_env={"working_dir": ".", "excludes": _IGNORED, "env_vars": forwarded_environment()},
-    )
+    try:
+        client = JobSubmissionClient(address)
+        submission = client.submit_job(
+            entrypoint=shlex.join(["python", "-m", "cluster", "run", relative.as_posix(), *arguments]),
+            runtime_env={"working_dir": ".", "excludes": _IGNORED, "env_vars": forwarded_environment()},
+        )
+    except AuthenticationError as error:
+        raise JobError(
+            f"the cluster takes jobs only with its token ({error.message.splitlines()[0]}): set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token to the token that its head was started with"
+        ) from None
+    except ConnectionError:
+        raise JobError(
+            f"no job server answers at {address or 'the address that RAY_API_SERVER_ADDRESS or RAY_ADDRESS names'}: "
+            "give --address http://HOST:8265, and start the head with its dashboard"
+        ) from None
     print(f"submitted {submission}", file=sys.stderr)
     asyncio.run(_follow(client, submission))
     state = client.get_job_status(submission)

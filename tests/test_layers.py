@@ -19,6 +19,19 @@ def test_validating_a_job_imports_neither_torch_nor_ray(repository: Path) -> Non
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True, timeout=120)
 
 
+def test_controller_and_wire_of_a_worker_group_import_no_torch_and_start_no_needless_actors(repository: Path) -> None:
+    code = (
+        "import sys; from cluster.group import TorchGroup, Trainer, Wire; Wire();"
+        "trainer = Trainer(lambda: None, backend_config=TorchGroup(backend='gloo', timeout_s=60));"
+        "assert not {'torch', 'deepspeed'} & set(sys.modules), 'slow imports';"
+        "print(*(type(callback).__name__ for callback in trainer._create_default_callbacks()))"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=120)
+    assert asked.returncode == 0, asked.stderr
+    assert "BackendSetupCallback" in asked.stdout
+    assert not {"DatasetsCallback", "PlacementGroupCleanerCallback"} & set(asked.stdout.split())
+
+
 def test_no_file_is_named_after_nothing(repository: Path) -> None:
     names = {path.stem for folder in ("p2r", "cluster") for path in (repository / folder).rglob("*.py")}
     assert not names & {"utils", "util", "common", "helpers", "helper", "misc"}

@@ -1,0 +1,132 @@
+"""A real head with Ray's token authentication on: who may hand it a job, and what the others are told."""
+
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+_START_LIMIT_S = 120.0
+
+
+@dataclass(frozen=True)
+class _Head:
+    url: str
+    token: str
+    environment: dict[str, str]
+    """Of a client that has no token."""
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[_Head]:
+    """A head without CPUs, on loopback, which nobody else's Ray can meet."""
+    folder = tmp_path_factory.mktemp("head")
+    token, (gcs, dashboard) = secrets.token_hex(32), _free_ports(2)
+    client = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
+    client |= {"HOME": str(folder), "PYTHONPATH": str(repository), "RAY_AUTH_MODE": "disabled"}
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=0"]
+    command += [
+        f"--port={gcs}",
+        "--node-ip-address=127.0.0.1",
+        "--include-dashboard=true",
+        f"--dashboard-port={dashboard}",
+    ]
+    with (folder / "head.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--object-store-memory=80000000"],
+            env={**client, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_enable_worker_prestart": "0"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    made = _Head(f"http://127.0.0.1:{dashboard}", token, client)
+    try:
+        deadline = time.monotonic() + _START_LIMIT_S
+        while _status(made, token) is None:
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "head.log").read_text()
+            time.sleep(0.3)
+        yield made
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_head_with_a_token_takes_jobs_from_nobody_else(
+    head: _Head, write_toy_job: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert [_status(head, token) for token in (None, "0" * 64, head.token)] == [401, 403, 200]
+
+    job = write_toy_job(tmp_path)
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    clients = [
+        subprocess.Popen(
+            [sys.executable, "-m", "cluster", "submit", job.name, "--address", head.url],
+            env=head.environment | more,
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for more in ({}, wrong)
+    ]
+    for client, seen in zip(clients, ("Missing authentication token", "Invalid authentication token"), strict=True):
+        said = client.communicate(timeout=120)[1]
+        assert client.returncode == 2, said
+        assert seen in said and "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN" in said
+        assert not re.search(r"[0-9a-f]{64}|Traceback", said)
+    assert _status(head, head.token, "/api/jobs/") == 200
+    assert _read(head, "/api/jobs/") == b"[]"
+
+
+def test_where_no_job_server_is_the_message_says_which_address_to_give(
+    head: _Head, write_toy_job: Callable[..., Path], tmp_path: Path
+) -> None:
+    address = f"http://127.0.0.1:{_free_ports(1)[0]}"
+    command = [sys.executable, "-m", "cluster", "submit", write_toy_job(tmp_path).name, "--address", address]
+    asked = subprocess.run(command, env=head.environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert asked.returncode == 2
+    assert f"no job server answers at {address}: give --address http://HOST:8265" in asked.stderr
+
+
+def _status(head: _Head, token: str | None, path: str = "/api/version") -> int | None:
+    """Return what the head answers; None while it does not."""
+    request = urllib.request.Request(head.url + path)
+    if token is not None:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+    except OSError:
+        return None
+
+
+def _read(head: _Head, path: str) -> bytes:
+    request = urllib.request.Request(head.url + path, headers={"Authorization": f"Bearer {head.token}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return bytes(answer.read())
+
+
+def _free_ports(num: int) -> list[int]:
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(num)]
+    ports = [server.getsockname()[1] for server in held]
+    for server in held:
+        server.close()
+    return ports
