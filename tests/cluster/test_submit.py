@@ -4,7 +4,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from infra.local.s3 import free_ports
 
 pytestmark = pytest.mark.ray
 
@@ -33,7 +34,7 @@ class _Head:
 def head(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[_Head]:
     """A head without CPUs, on loopback, which nobody else's Ray can meet."""
     folder = tmp_path_factory.mktemp("head")
-    token, (gcs, dashboard) = secrets.token_hex(32), _free_ports(2)
+    token, (gcs, dashboard) = secrets.token_hex(32), free_ports(2)
     client = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
     client |= {"HOME": str(folder), "PYTHONPATH": str(repository), "RAY_AUTH_MODE": "disabled"}
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=0"]
@@ -96,7 +97,7 @@ def test_a_head_with_a_token_takes_jobs_from_nobody_else(
 def test_where_no_job_server_is_the_message_says_which_address_to_give(
     head: _Head, write_toy_job: Callable[..., Path], tmp_path: Path
 ) -> None:
-    address = f"http://127.0.0.1:{_free_ports(1)[0]}"
+    address = f"http://127.0.0.1:{free_ports(1)[0]}"
     command = [sys.executable, "-m", "cluster", "submit", write_toy_job(tmp_path).name, "--address", address]
     asked = subprocess.run(command, env=head.environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert asked.returncode == 2
@@ -122,11 +123,3 @@ def _read(head: _Head, path: str) -> bytes:
     request = urllib.request.Request(head.url + path, headers={"Authorization": f"Bearer {head.token}"})
     with urllib.request.urlopen(request, timeout=10) as answer:
         return bytes(answer.read())
-
-
-def _free_ports(num: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(num)]
-    ports = [server.getsockname()[1] for server in held]
-    for server in held:
-        server.close()
-    return ports
