@@ -2,9 +2,10 @@
 
     three nodes in namespaces, a real S3 server -> run A without faults -> run B, a fault every 20 to 40 steps -> verdict
 
-Faults are drawn by seed: `kill -9` of a worker, of a raylet, of all of a node, of the driver; a cable pulled for longer than the
-collective timeout; the store killed and started again; SIGTERM to a node; a notice of preemption. What a cluster's own
-machinery would do is done here: a node that is gone comes back after some seconds, a job whose driver died is submitted again.
+Faults are drawn by seed: `kill -9` of a worker, of a raylet, of all of a node, of the driver, of the head with all that runs
+there; a cable pulled for longer than the collective timeout; the store killed and started again; SIGTERM to a node; a notice of
+preemption. What a cluster's own machinery would do is done here: a node that is gone comes back after some seconds, a job whose
+driver died is submitted again.
 
 With a fixed number of workers the losses must be the same bits, with an elastic one within 1e-3; either way the run must end by
 itself at the last step, all checkpoints must be whole, and no process may be left over.
@@ -34,7 +35,7 @@ from infra.local.s3 import S3Server, make_bucket
 from tests.nodes import Cluster, Node, cluster, refusal
 from tests.toy import write_toy_data
 
-KINDS = ("worker", "raylet", "node", "driver", "network", "store", "sigterm", "preemption")
+KINDS = ("worker", "raylet", "node", "driver", "head", "network", "store", "sigterm", "preemption")
 CHECKPOINT_INTERVAL = 10
 COLLECTIVE_TIMEOUT_S = 30
 COMES_BACK_S = 10.0
@@ -145,6 +146,10 @@ class Submitted:
     def kill(self) -> None:
         """Kill the driver and submit the job again."""
         os.killpg(self.process.pid, signal.SIGKILL)
+        self.submit_again()
+
+    def submit_again(self) -> None:
+        """Submit the job whose driver is dead once more."""
         self.process.wait()
         self.process = self._start()
 
@@ -174,6 +179,7 @@ class Trouble:
             "raylet": self._raylet,
             "node": self._node,
             "driver": self._driver,
+            "head": self._head,
             "network": self._network,
             "store": self._restart_store,
             "sigterm": self._sigterm,
@@ -221,22 +227,34 @@ class Trouble:
         self._run.kill()
         return "driver"
 
+    def _head(self, node: Node) -> str:
+        """The head's state is lost with it: the one that comes back knows neither nodes nor jobs."""
+        head = self._nodes.head
+        self._nodes.kill(head)
+        time.sleep(COMES_BACK_S)
+        self._nodes.start(head)
+        self._nodes.wait(num_nodes=1)
+        for each in self._nodes.nodes[1:]:
+            self._revive_when_gone(each, time.monotonic() + 120.0)
+        self._run.submit_again()
+        return head.address
+
     def _network(self, node: Node) -> str:
         self._nodes.cut(node)
 
         def mend() -> None:
             self._nodes.mend(node)
-            look(time.monotonic() + 120.0)
-
-        def look(until: float) -> None:
-            """A raylet that was declared dead ends itself when it hears of it, which may be a while after the cable is back."""
-            if not node.pids_of("raylet/raylet"):
-                self._revive(node)
-            elif time.monotonic() < until:
-                self._in(2.0, lambda: look(until))
+            self._revive_when_gone(node, time.monotonic() + 120.0)
 
         self._in(CUT_S, mend)
         return node.address
+
+    def _revive_when_gone(self, node: Node, until: float) -> None:
+        """A raylet that was declared dead ends itself when it hears of it, which may be a while after it could."""
+        if not node.pids_of("raylet/raylet"):
+            self._revive(node)
+        elif time.monotonic() < until:
+            self._in(2.0, lambda: self._revive_when_gone(node, until))
 
     def _restart_store(self, node: Node) -> str:
         self._store.kill()
