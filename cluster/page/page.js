@@ -106,7 +106,7 @@ function chart(spec, status, height) {
 function picture(lines, all, width, height, more, status, name, shown, tell) {
   let low = Math.min(...all), high = Math.max(...all);
   if (more.from !== undefined) low = Math.min(more.from, low);
-  if (low === high) [low, high] = [low - (Math.abs(low) || 1) * 0.1, high + (Math.abs(high) || 1) * 0.1];
+  if (low === high) [low, high] = low === 0 ? [0, more.percent ? 0.1 : 1] : [low - Math.abs(low) * 0.1, high + Math.abs(high) * 0.1];
   const room = (high - low) * 0.06;
   high += room;
   if (more.from === undefined || low < more.from) low -= room;
