@@ -7,8 +7,9 @@ Every contender gets the same ones in the form that its own writer gives, one co
 batches (B, 256, 256) of integers in shuffled order. What it delivers is compared with the truth before anything is timed.
 
 From the local disk (its page cache) every contender runs on from turn to turn, as in a training; a turn is as many batches
-as an epoch has, after a few that do not count, so that nothing counts that was made ahead. The take is `numpy.take` of
-planes in memory into one batch buffer: what no loader can reach, since it neither reads, checks nor decodes. From
+as an epoch has, after a few that do not count, so that nothing counts that was made ahead. The yardstick is `numpy.take` of
+planes in memory into one batch buffer, as it is written by default; beside it stands the same with `mode="clip"`, which spares
+numpy a buffer of its own: what no loader can reach, since it neither reads, checks nor decodes. From
 object storage (SeaweedFS on loopback, on another core if there is one) a turn is a whole pass with an empty cache, all
 set-up included; the yardstick is GET to a file, SHA-256 of the file, then decoding the same planes in the same order.
 
@@ -36,7 +37,7 @@ from functools import cached_property, partial
 from itertools import cycle, islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -63,7 +64,8 @@ from p2r.storage import Storage
 Planes = NDArray[np.int16]  # (N, H, W)
 Batches = Iterator[Any]  # of (B, H, W)
 
-TAKE, GET, FETCH = "take from memory (numpy)", "GET to file, check, decode", "GET to file and check alone"
+TAKE, TAKE_CLIP = "numpy.take from memory", "numpy.take from memory, mode clip"
+GET, FETCH = "GET to file, check, decode", "GET to file and check alone"
 OURS, OURS_IMAGES, OURS_COLD, OURS_RANGES = (
     "p2r, lz4",
     "p2r, lz4, to the network's input",
@@ -159,12 +161,11 @@ def prepare(folder: Path, *, num_volumes: int, size: int, batch: int) -> Data:
     return Data(folder, np.load(folder / "planes.npy"), batch)
 
 
-def take(data: Data) -> Batches:
+def take(data: Data, *, mode: Literal["raise", "clip"]) -> Batches:
     """Planes in memory -> the batch buffer, for ever."""
     buffer = np.empty((data.batch, *data.planes.shape[1:]), data.planes.dtype)
     for positions in cycle(data.steps):
-        # Any mode but the default, which takes into a second buffer first.
-        yield np.take(data.planes, positions, axis=0, out=buffer, mode="clip")
+        yield np.take(data.planes, positions, axis=0, out=buffer, mode=mode)
 
 
 def ours(data: Data, name: str, storage: Storage | None = None, *, images: bool = False) -> Batches:
@@ -267,7 +268,8 @@ def _base_of(package: str) -> ModuleType:
 
 
 LOCAL: dict[str, Callable[[Data], Batches]] = {
-    TAKE: take,
+    TAKE: partial(take, mode="raise"),  # numpy's default
+    TAKE_CLIP: partial(take, mode="clip"),
     OURS: partial(ours, name="lz4"),
     "p2r, zstd": partial(ours, name="zstd"),
     "p2r, npy": partial(ours, name="npy"),
@@ -351,7 +353,7 @@ def local_rows(data: Data, *, rounds: int, only: list[str] | None) -> list[dict[
     rows: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         for name, make in LOCAL.items():
-            if only is None or name in (TAKE, OURS, *only):
+            if only is None or name in (TAKE, TAKE_CLIP, OURS, *only):
                 batches = stack.enter_context(contextlib.closing(make(data)))
                 rows[name] = checked(name, islice(batches, len(data.steps)), data)
                 if "skipped" not in rows[name]:
@@ -592,7 +594,7 @@ def picture(local: list[dict[str, Any]], remote: list[dict[str, Any]], subtitle:
                 OURS_COLOUR
                 if row["contender"].startswith("p2r")
                 else FAINT
-                if row["contender"] in (TAKE, GET, FETCH)
+                if row["contender"] in (TAKE, TAKE_CLIP, GET, FETCH)
                 else "#c4c4c4"
             )
             axes.barh(place, per_s["median"], height=0.68, color=colour)
