@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from p2r.backbone import Backbone, load_model
 from p2r.data.preprocess import slice_axis, volume_to_planes
@@ -44,10 +45,11 @@ from p2r.report import (
 )
 from p2r.report.text import for_markdown, for_markdown_code
 from p2r.storage import Storage
-from p2r.views.pair import make_views
+from p2r.views.pair import ViewPair, make_views
 
 _OF_CORPUS = ("url", "sha256", "weight", "licence", "provenance", "num_samples", "num_subjects")
 _NUM_VIEWS = 4
+_NUM_POINTS = 64  # from which a picture of views chooses some
 _NUM_SLICES = 3
 _NUM_CASE_SLICES = 5
 _UNREADABLE = (StorageError, DataError, ValueError, EOFError, zipfile.BadZipFile)
@@ -102,13 +104,13 @@ def make_report(
             who = f"{case.subject}, frame {case.frame + 1}" + (f", {case.stratum}" if case.stratum else "")
             caption = f"The {case.rank} case: {who}. Dice, mean of classes: {dice}."
             put(f"case-{case.rank}-{task.name}", picture, caption, task=task)
-    # Joined points of volumes lie in no common slice.
-    if job.pretrain is not None and job.pretrain.image.dimensions == 2:
-        put(
-            "view-pairs",
-            _view_pairs(job, storage, source=of_backbone),
-            "Two views of training images, and points that show the same anatomy in both.",
-        )
+    if job.pretrain is not None:
+        try:
+            picture = _view_pairs(job, storage, source=of_backbone)
+        except (StorageError, DataError) as error:
+            left_out.append(f"views of training images: {error}")
+        else:
+            put("view-pairs", picture, "Two views of training images, and points that show the same anatomy in both.")
     for task in tasks:
         scan = load_scan(task.scans_of(task.subjects["validation"][:1])[0], task, backbone.preparation)
         source = f"{of_backbone} · task {task.name}, validation patient {scan.scan.subject}"
@@ -208,10 +210,10 @@ def _view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
         batches.close()
     # The fullest images of the batch: a picture of air explains nothing.
     images, insides = batch.images()
-    fullest = images.mean(dim=(1, 2, 3)).argsort(descending=True)[:_NUM_VIEWS]
-    epochs, positions = batch.epochs[fullest.numpy()], batch.positions[fullest.numpy()]
+    fullest = images.flatten(1).mean(1).argsort(descending=True)[:_NUM_VIEWS]
+    images, epochs, positions = images[fullest], batch.epochs[fullest.numpy()], batch.positions[fullest.numpy()]
     views = make_views(
-        images[fullest],
+        images,
         insides[fullest],
         config=config.views,
         spacing_mm=batch.spacing_mm,
@@ -219,16 +221,53 @@ def _view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
         epochs=epochs,
         positions=positions,
     )
-    pairs = corresponding_points(
-        views.warp,
-        views.valid,
-        num_points=64,  # the picture shows a few of them, far apart
-        generators=[
-            keyed_generator(config.seed, "points", int(epoch), int(position))
-            for epoch, position in zip(epochs, positions, strict=True)
-        ],
-    )
-    return view_pairs(images[fullest], views, pairs.a, pairs.b, source=source)
+    generators = [
+        keyed_generator(config.seed, "points", int(epoch), int(position))
+        for epoch, position in zip(epochs, positions, strict=True)
+    ]
+    if config.image.dimensions == 3:
+        return view_pairs(*_shared_planes(images, views, generators), of_volumes=True, source=source)
+    # The picture shows a few of them, far apart.
+    pairs = corresponding_points(views.warp, views.valid, num_points=_NUM_POINTS, generators=generators)
+    return view_pairs(images, views, pairs.a, pairs.b, source=source)
+
+
+def _shared_planes(
+    images: Tensor, views: ViewPair, generators: Sequence[np.random.Generator]
+) -> tuple[Tensor, ViewPair, Tensor, Tensor]:
+    """Volumes and their views -> a plane of each across Z, and points of view b's that lie in view a's.
+
+    The plane of view b is its middle one, that of the volume and of view a the one in which most of that anatomy lies: planes
+    that were turned out of one another share a band.
+
+    Args:
+        images: (B, 1, X, Y, Z).
+        views: Their views.
+        generators: One per volume, for the choice of points.
+
+    Returns:
+        Planes (B', 1, X, Y), their views, and points (B', n, 2) in both. Volumes whose middle plane of view b shows nothing of
+        the scan are left out.
+
+    Raises:
+        DataError: All are.
+    """
+    middle = images.shape[-1] // 2
+    rows: list[tuple[Tensor, ...]] = []
+    for image, a, b, warp, valid, generator in zip(
+        images, views.a, views.b, views.warp[..., middle, :], views.valid[..., middle], generators, strict=True
+    ):
+        if not valid.any():
+            continue
+        plane = int(warp[..., 2][valid].round().long().mode().values)
+        shared = torch.nonzero(valid & (warp[..., 2].round() == plane))  # (m, 2): x, y in b
+        chosen = shared[torch.from_numpy(generator.choice(len(shared), _NUM_POINTS))]
+        of_a = warp[chosen[:, 0], chosen[:, 1], :2]
+        rows.append((image[..., plane], a[..., plane], b[..., middle], warp[..., :2], valid, of_a, chosen))
+    if not rows:
+        raise DataError("none shows any of its scan")
+    planes, a, b, warp, valid, points_a, points_b = (torch.stack(part) for part in zip(*rows, strict=True))
+    return planes, ViewPair(a=a, b=b, warp=warp, valid=valid), points_a, points_b
 
 
 def _embedding(backbone: Backbone, scan: LabelledScan, *, source: str) -> Drawing:

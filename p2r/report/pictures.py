@@ -51,6 +51,7 @@ def view_pairs(
     *,
     num_rows: int = 3,
     num_points: int = 8,
+    of_volumes: bool = False,
     source: str = "",
 ) -> Drawing:
     """Draw images, their two views, and some of the pixel pairs that the loss compares.
@@ -62,6 +63,7 @@ def view_pairs(
         points_b: (B, n, 2) the same anatomy in view b.
         num_rows: Images shown.
         num_points: Pairs shown per image, far apart from one another and on tissue where possible.
+        of_volumes: The images are planes of volumes, turned out of one another.
         source: Line below that says where the images come from.
     """
     originals, firsts, seconds = as_slices(image), as_slices(views.a), as_slices(views.b)
@@ -74,8 +76,10 @@ def view_pairs(
         sheet = new_sheet(
             width,
             rows * (edge + gap) + top,
-            title="Two views of one slice",
-            subtitle="joined points show the same anatomy: their features are pulled together; shaded: from outside the scan, "
+            title="Two views of a volume, one plane of each" if of_volumes else "Two views of one slice",
+            subtitle="the planes are turned out of one another, and share a band; "
+            * of_volumes
+            + "joined points show the same anatomy: their features are pulled together; shaded: from outside the scan, "
             "never compared",
             source=source,
         )

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from p2r.engine.reporting import _UNREADABLE, _prediction
+from p2r.engine.reporting import _UNREADABLE, _prediction, _shared_planes
 from p2r.engine.scoring import npz_bytes
+from p2r.errors import DataError
 from p2r.storage import Storage
+from p2r.views.pair import ViewPair
 
 
 def test_the_report_of_a_job_shows_its_best_and_worst_case(published: dict[str, str]) -> None:
@@ -49,3 +52,26 @@ def test_a_prediction_that_cannot_be_read_is_left_out_by_name(
         (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(_UNREADABLE, match=message):
         _prediction({"predictions": "a.npz"}, "scan", setup, scan)
+
+
+def test_points_of_volumes_lie_in_both_planes_that_are_shown() -> None:
+    shift, size = torch.tensor([2.0, 1.0, 3.0]), (12, 10, 12)
+    grid = torch.stack(torch.meshgrid(*map(torch.arange, size), indexing="ij"), -1)  # (X, Y, Z, 3)
+    warp = (grid + shift).expand(2, *size, 3)
+    images = (grid * torch.tensor([1, 100, 10_000])).sum(-1).float().expand(2, 1, *size)  # every voxel its own value
+    valid = (warp <= torch.tensor(size) - 1).all(-1)
+    valid[1, ..., 6] = False  # of this one the middle plane shows nothing
+    moved = images.roll((-2, -1, -3), (2, 3, 4))
+    views = ViewPair(a=images, b=moved, warp=warp, valid=valid)
+
+    planes, shown, points_a, points_b = _shared_planes(images, views, [np.random.default_rng(seed) for seed in (0, 1)])
+    assert planes.shape == shown.a.shape == shown.b.shape == (1, 1, 12, 10)
+    assert torch.equal(planes[0], images[0, ..., 9]) and torch.equal(shown.b[0], moved[0, ..., 6])
+    of_a, of_b = (at[0].long() for at in (points_a, points_b))
+    assert torch.equal(shown.a[0, 0, of_a[:, 0], of_a[:, 1]], shown.b[0, 0, of_b[:, 0], of_b[:, 1]])
+    assert len(of_b.unique(dim=0)) > 20
+
+    with pytest.raises(DataError, match="none shows any"):
+        _shared_planes(
+            images[1:], ViewPair(*(part[1:] for part in (views.a, views.b, warp, valid))), [np.random.default_rng()]
+        )

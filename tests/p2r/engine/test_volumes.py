@@ -81,7 +81,8 @@ def test_volumes_go_all_the_way_to_a_report(run: Callable[..., tuple[dict[str, s
     assert set(rows) == {"scratch", "linear_probe"}
     assert rows["scratch"]["dice_mean"] > 0.7
     pictures = {path.rsplit("/", 1)[-1] for path in storage.list("report/pictures")}
-    assert {"few-shot-balls.png", "embedding-balls.png", "outlines-balls.png", "case-only-balls.png"} <= pictures
+    of_task = {f"{name}-balls.png" for name in ("few-shot", "embedding", "outlines", "case-only")}
+    assert {"view-pairs.png", *of_task} <= pictures
     backbone = p2r.load_backbone(made["backbone"])
     assert backbone.preparation.dimensions == 3
     scan = data / "images/sub-05_T1w.nii.gz"
