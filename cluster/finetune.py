@@ -134,7 +134,7 @@ def suggest(
                         metric="validation_dice",
                         mode="max",
                         num_samples=search.num_samples,
-                        search_alg=_searcher(search),
+                        search_alg=_searcher(search, setup.config.seed),
                         scheduler=_scheduler(setup) if search.scheduler != "none" else None,
                         reuse_actors=True,
                     ),
@@ -283,12 +283,12 @@ def _values(candidates: tuple[float, ...] | Distribution) -> tuple[float, ...]:
     return candidates.named()[1] if isinstance(candidates, Distribution) else candidates
 
 
-def _searcher(search: SearchConfig) -> Any:
+def _searcher(search: SearchConfig, seed: int) -> Any:
+    # Each takes what it knows of this; a seed has three names.
+    seeds = {"seed": seed, "random_state": seed, "random_state_seed": seed}
     try:
-        return create_searcher(search.searcher, metric="validation_dice", mode="max")
-    except TypeError:
-        return create_searcher(search.searcher)  # such as random: it learns nothing
-    except (ValueError, ImportError, AssertionError) as error:
+        return create_searcher(search.searcher, metric="validation_dice", mode="max", **seeds)
+    except (TypeError, ValueError, ImportError, AssertionError) as error:
         raise JobError(f"finetune.search.searcher {search.searcher!r}: {error}") from None
 
 

@@ -660,7 +660,7 @@ class SearchConfig(Section):
     """Candidates per mode, where any are drawn from a distribution."""
     searcher: Annotated[str, Field(min_length=1)] = "grid"
     """Who proposes candidates. grid: the lists, or draws that depend on the seed alone. Else a search algorithm of Ray Tune by its
-    name, such as optuna (its package must be installed), which learns from the candidates before; under Ray only."""
+    name, such as optuna (its package must be installed), which learns from the candidates before; seeded, too; under Ray only."""
     scheduler: Annotated[str, Field(min_length=1)] = "none"
     """Who stops candidates early. none: nobody. asha, or another scheduler of Ray Tune by its name; under Ray only, the plain loop
     runs every candidate to its end."""

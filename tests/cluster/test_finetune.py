@@ -77,6 +77,14 @@ def test_candidates_are_stopped_and_proposed_and_what_was_found_lies_on_the_stor
     assert suggest(proposing, "scratch", resources=RESOURCES, retries=0, say=lines.append) == found
     assert time.monotonic() - began < 2, "what was searched lies on the storage"
 
+    elsewhere = make(
+        *(published, toy_data, tmp_path / "elsewhere"),
+        learning_rates={"scratch": {"loguniform": [1e-3, 1e-1]}},
+        **{"searcher": "random", "num_samples": 2},
+    )
+    again = suggest(elsewhere, "scratch", resources=RESOURCES, retries=0, say=lines.append)
+    assert [trial for trial, _ in again] == [trial for trial, _ in found], "candidates depend on the seed alone"
+
 
 def test_a_searcher_or_scheduler_that_tune_does_not_have_is_refused(
     published: dict[str, str], toy_data: Path, tmp_path: Path
