@@ -60,10 +60,13 @@ def test_candidates_are_stopped_and_proposed_and_what_was_found_lies_on_the_stor
     )
     assert best["scratch"].learning_rate in (3e-2, 1e-2)
 
-    proposing = make(
-        *(published, toy_data, tmp_path / "random"),
-        learning_rates={"scratch": {"loguniform": [1e-3, 1e-1]}},
-        **{"searcher": "random", "num_samples": 2},
+    proposing, elsewhere = (
+        make(
+            *(published, toy_data, tmp_path / name),
+            learning_rates={"scratch": {"loguniform": [1e-3, 1e-1]}},
+            **{"searcher": "random", "num_samples": 2},
+        )
+        for name in ("random", "elsewhere")
     )
     found = suggest(proposing, "scratch", resources=RESOURCES, retries=0, say=lines.append)
     assert len(found) == 2
@@ -77,11 +80,6 @@ def test_candidates_are_stopped_and_proposed_and_what_was_found_lies_on_the_stor
     assert suggest(proposing, "scratch", resources=RESOURCES, retries=0, say=lines.append) == found
     assert time.monotonic() - began < 2, "what was searched lies on the storage"
 
-    elsewhere = make(
-        *(published, toy_data, tmp_path / "elsewhere"),
-        learning_rates={"scratch": {"loguniform": [1e-3, 1e-1]}},
-        **{"searcher": "random", "num_samples": 2},
-    )
     again = suggest(elsewhere, "scratch", resources=RESOURCES, retries=0, say=lines.append)
     assert [trial for trial, _ in again] == [trial for trial, _ in found], "candidates depend on the seed alone"
 
