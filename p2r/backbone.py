@@ -49,6 +49,10 @@ class ArtefactConfig(Section):
     largest_component: bool = False
     """Models only: keep the largest connected part of each predicted class alone."""
 
+    def sha256(self) -> str:
+        """Return a digest of the network's shape and of what is done to a scan."""
+        return hashlib.sha256(json_bytes(self.model_dump(mode="json"))).hexdigest()
+
     def head(self) -> nn.Module:
         """Build the segmentation head of a model, with new weights."""
         channels, dimensions = self.model.feature_channels, self.preparation.dimensions

@@ -58,6 +58,8 @@ class TrialSetup:
     """URL of the published backbone."""
     backbone_sha256: str
     """Its digest: a trial that finds another one under the URL refuses."""
+    architecture_sha256: str
+    """Digest of its network's shape and its way to prepare a scan: all that a trial from scratch takes of it."""
     storage: str
     """URL of `<storage>/finetune/<task>`."""
     root: str
@@ -86,7 +88,7 @@ class TrialSetup:
             "trial": asdict(trial),
             "task": task_sha256(Path(self.task)),
             "data": self.data_sha256,
-            "backbone": self.backbone_sha256,
+            "backbone": self._backbone_of(trial),
         }
         if trial.purpose == "final":
             recipe["score_on"] = self.config.score_on
@@ -95,6 +97,13 @@ class TrialSetup:
         if self.config.allow_transductive:
             recipe["transductive"] = True
         return hashlib.sha256(json_bytes(recipe)).hexdigest()
+
+    def _backbone_of(self, trial: Trial) -> str:
+        """Return the digest of what the trial takes of the backbone."""
+        # Whether a row is labelled as transductive hangs on the backbone's corpus, not on its shape alone.
+        if trial.mode == "scratch" and not self.config.allow_transductive:
+            return self.architecture_sha256
+        return self.backbone_sha256
 
     def result_path(self, trial: Trial) -> str:
         """Where the trial's result lies below `storage`: its name holds a digest of everything that it depends on."""
@@ -184,7 +193,8 @@ def run_trial(
         reported = validation
         if config.score_on == "test":
             scans = task.scans_of(task.subjects["test"])
-            reading = {"recipe_sha256": setup.recipe_sha256(trial), "backbone_sha256": setup.backbone_sha256}
+            backbone_sha256 = None if trial.mode == "scratch" else setup.backbone_sha256
+            reading = {"recipe_sha256": setup.recipe_sha256(trial), "backbone_sha256": backbone_sha256}
             record_reading(
                 Storage(setup.root), {"task": task.name, "trial": trial.id, "num_scans": len(scans), **reading}
             )

@@ -225,6 +225,7 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
             task=path,
             backbone=url,
             backbone_sha256=backbone.manifest["sha256"],
+            architecture_sha256=backbone.config.sha256(),
             storage=storage.at(f"finetune/{task.name}"),
             root=storage.url,
         )

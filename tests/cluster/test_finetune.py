@@ -31,6 +31,7 @@ def make(published: dict[str, str], data: Path, folder: Path, **search: Any) -> 
         task=str(data / "task.yaml"),
         backbone=published["backbone"],
         backbone_sha256=backbone.manifest["sha256"],
+        architecture_sha256=backbone.config.sha256(),
         storage=root.at("finetune/disc"),
         root=root.url,
     )

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def make(published: dict[str, str], toy_data: Path, tmp_path: Path) -> Make:
             task=str(data / "task.yaml"),
             backbone=published["backbone"],
             backbone_sha256=backbone.manifest["sha256"],
+            architecture_sha256=backbone.config.sha256(),
             storage=root.at("finetune/disc"),
             root=root.url,
         )
@@ -138,6 +140,22 @@ def test_a_frozen_recipe_reads_the_test_patients_once_and_a_changed_one_again(ma
     Storage(first.storage).delete(first.result_path(final(first, "scratch")))
     run(first)
     assert [found["recipe_sha256"] for found in merge_readings(storage)].count(reading["recipe_sha256"]) == 2
+
+
+def test_from_scratch_depends_on_the_backbones_shape_and_nothing_else(make: Make) -> None:
+    first = make()
+    (scratch,) = run(first).results
+    other_weights = replace(first, backbone_sha256="0" * 64)
+    assert other_weights.result_path(final(first, "scratch")) == first.result_path(final(first, "scratch"))
+    assert run_trial(other_weights, final(first, "scratch"), device="cpu") == scratch
+    other_shape = replace(first, architecture_sha256="0" * 64)
+    assert other_shape.result_path(final(first, "scratch")) != first.result_path(final(first, "scratch"))
+    for mode in ("linear_probe", "fine_tune"):
+        assert other_weights.result_path(final(first, mode)) != first.result_path(final(first, mode))
+    # Whether its row is labelled hangs on who is in the backbone's corpus.
+    allowed = make(allow_transductive=True)
+    labelled = replace(allowed, backbone_sha256="0" * 64)
+    assert labelled.result_path(final(allowed, "scratch")) != allowed.result_path(final(allowed, "scratch"))
 
 
 def test_validation_figures_read_no_test_patient(make: Make, copy: Path) -> None:
