@@ -191,9 +191,10 @@ def run_trial(
     if trial.purpose == "final":
         stem = path.removesuffix(".json")
         reported = validation
+        # From scratch, nothing of the backbone is used but its architecture and its way to prepare a scan.
+        backbone_sha256 = None if trial.mode == "scratch" else setup.backbone_sha256
         if config.score_on == "test":
             scans = task.scans_of(task.subjects["test"])
-            backbone_sha256 = None if trial.mode == "scratch" else setup.backbone_sha256
             reading = {"recipe_sha256": setup.recipe_sha256(trial), "backbone_sha256": backbone_sha256}
             record_reading(
                 Storage(setup.root), {"task": task.name, "trial": trial.id, "num_scans": len(scans), **reading}
@@ -211,8 +212,7 @@ def run_trial(
             "seed": config.seed,
             "split": config.score_on,
             "validation_dice_mean": validation.summary.dice_mean,
-            # From scratch, nothing of the backbone is used but its architecture and its way to prepare a scan.
-            "backbone_sha256": None if trial.mode == "scratch" else setup.backbone_sha256,
+            "backbone_sha256": backbone_sha256,
             **reported.summary.to_row(),
             "cases": list(reported.cases),
             "predictions": predictions,
