@@ -37,6 +37,7 @@ from p2r.model.heads import PrototypeHead
 from p2r.model.pix2rep import Segmenter
 from p2r.randomness import keyed_generator
 from p2r.storage import Storage, json_bytes
+from p2r.version import code_version
 
 WAYS_OUT = (
     "Pretrain without it (ingest.subjects_of), take it out of the split, or label every row with --allow-transductive"
@@ -213,6 +214,7 @@ def run_trial(
             "split": config.score_on,
             "validation_dice_mean": validation.summary.dice_mean,
             "backbone_sha256": backbone_sha256,
+            "code": code_version(),
             **reported.summary.to_row(),
             "cases": list(reported.cases),
             "predictions": predictions,

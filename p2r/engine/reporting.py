@@ -45,6 +45,7 @@ from p2r.report import (
 )
 from p2r.report.text import for_markdown, for_markdown_code
 from p2r.storage import Storage
+from p2r.version import code_version
 from p2r.views.pair import ViewPair, make_views
 
 _OF_CORPUS = ("url", "sha256", "weight", "licence", "provenance", "num_samples", "num_subjects")
@@ -177,13 +178,14 @@ def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[s
             "sha256": backbone.manifest["sha256"],
             "step": backbone.manifest.get("step"),
             "negatives": backbone.manifest.get("negatives"),
+            "code": backbone.manifest.get("code"),
         },
         **{
             "corpus" if len(corpora) == 1 else f"corpus {number}": {key: corpus.get(key) for key in _OF_CORPUS}
             for number, corpus in enumerate(corpora, start=1)
         },
         "licence": backbone.manifest["licence"],
-        "code": backbone.manifest.get("code"),
+        "code": code_version(),
         "seed": job.finetune.seed,
         "finetune": job.finetune.model_dump(mode="json", exclude={"tasks", "backbone"}),
         "models": models,

@@ -25,7 +25,7 @@ from p2r.evaluate.statistics import few_shot_statistics
 from p2r.report.canvas import INK, NARROW, WIDE, Drawing, apart, drawing, mode_colour, mode_marker, new_sheet, plain
 from p2r.report.forest import Difference, figures_text, forest, p_text
 from p2r.report.page import Block, Grid, Heading, Paragraph, Picture, html
-from p2r.report.tables import LEAK_FREE, Row, aggregate, label_of, protocol_of, series_name, series_order
+from p2r.report.tables import LEAK_FREE, Row, aggregate, code_of, label_of, protocol_of, series_name, series_order
 from p2r.report.text import for_file_name, for_picture, one_line, shortened
 from p2r.storage import Storage
 
@@ -135,7 +135,7 @@ def _read_run(url: str, letter: str) -> Run:
         str(context.get("job") or ""),
         str(backbone.get("url") or ""),
         ", ".join(digests),
-        str(context.get("code") or ""),
+        code_of(checked, context),
         str(context.get("seed", "")),
         str(context.get("licence") or ""),
         tuple(checked),

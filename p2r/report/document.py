@@ -23,6 +23,7 @@ from p2r.report.tables import (
     Row,
     aggregate,
     best_cells,
+    code_of,
     gain_text,
     is_paper_compatible,
     is_transductive,
@@ -128,7 +129,7 @@ def source_line(rows: Sequence[Row], context: Mapping[str, Any]) -> str:
         f"n = {', '.join(map(str, numbers))}",
         f"{draws[0]} draw{'s' * (draws[0] > 1)}" if len(draws) == 1 else f"{draws[0]} to {draws[-1]} draws",
         *([f"seed {', '.join(seeds)}"] if seeds else []),
-        *([f"code {context['code']}"] if context.get("code") else []),
+        *([f"code {code}"] if (code := code_of(rows, context)) else []),
     ]
     return " · ".join(parts)
 
@@ -309,7 +310,7 @@ class _Page:
             ("backbone", str(backbone.get("url") or "") if isinstance(backbone, Mapping) else str(backbone)),
             ("backbone, sha256", ", ".join(digests)),
             ("seed", ", ".join(sorted({str(row["seed"]) for row in rows if row.get("seed") is not None}))),
-            ("code", str(self.context.get("code") or "")),
+            ("code of the trials", code_of(rows, self.context)),
         ]
         return Grid(("what", "value"), [line for line in lines if line[1]])
 

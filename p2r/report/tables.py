@@ -159,6 +159,12 @@ def split_of(rows: Sequence[Row]) -> str:
     return " and ".join(sorted({str(row.get("split", "test")) for row in rows})) or "test"
 
 
+def code_of(rows: Sequence[Row], context: Mapping[str, Any]) -> str:
+    """Return the commits that ran the trials; of rows that do not say, that of their report."""
+    codes = {str(row.get("code") or context.get("code") or "") for row in rows}
+    return ", ".join(sorted(codes - {""}))
+
+
 def best_cells(cells: Sequence[Cell]) -> list[Cell]:
     """Return, for every task and number of patients with several modes, the cell of the highest mean Dice."""
     settings: dict[tuple[str, str, int], list[Cell]] = {}

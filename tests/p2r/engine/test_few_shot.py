@@ -405,6 +405,8 @@ def test_the_report_is_written_without_what_failed_and_the_exit_code_says_so(
     )
     arguments = [word for override in overrides for word in ("--set", override)]
     monkeypatch.setattr(sys, "argv", ["p2r.engine", str(write_toy_job(tmp_path)), *arguments])
+    monkeypatch.setattr("p2r.engine.finetune.code_version", lambda: "ran-by")
+    monkeypatch.setattr("p2r.engine.reporting.code_version", lambda: "reported-by")
     assert engine.main() == 1
     said = capsys.readouterr()
     assert "p2r: 1 trial failed; the report has the others, run the job again" in said.err
@@ -412,4 +414,7 @@ def test_the_report_is_written_without_what_failed_and_the_exit_code_says_so(
     report = json.loads((tmp_path / "storage/report/report.json").read_text())
     assert [row["mode"] for row in report["rows"]] == ["linear_probe"]
     assert report["context"]["failed"][0]["trial"] == "disc-final-scratch-n1-d0"
+    pretrained_by = p2r.load_backbone(published["backbone"]).manifest["code"]
+    codes = (report["rows"][0]["code"], report["context"]["code"], report["context"]["backbone"]["code"])
+    assert codes == ("ran-by", "reported-by", pretrained_by)
     assert [reading["trial"] for reading in report["context"]["test_reads"]] == ["disc-final-linear_probe-n1-d0"]

@@ -63,6 +63,7 @@ def make_rows() -> Callable[..., list[dict[str, Any]]]:
                             "transductive": False,
                             "validation_dice_mean": float(np.mean(list(by_class.values()))),
                             "backbone_sha256": None if mode == "scratch" else BACKBONE,
+                            "code": "7c0de",
                             "dice": by_class,
                             "dice_mean": float(np.mean(list(by_class.values()))),
                             "dice_by_subject": {

@@ -101,18 +101,28 @@ def test_the_page_shows_every_part(standard: Path) -> None:
 def test_every_picture_says_where_its_figures_come_from(standard: Path) -> None:
     for path in (standard / "pictures").glob("*.svg"):
         text = " ".join(" ".join(ET.parse(path).getroot().itertext()).split())
-        for fact in ("a9a9a9a9a9a9", "task acdc", "leak_free", "n = 1, 5", "2 draws", "seed 0", "code 0123abcd"):
+        for fact in ("a9a9a9a9a9a9", "task acdc", "leak_free", "n = 1, 5", "2 draws", "seed 0", "code 7c0de"):
             assert fact in text, (path.name, fact)
 
 
 def test_rows_of_earlier_reports_are_shown_without_what_they_lack(make_rows: MakeRows, tmp_path: Path) -> None:
     rows = make_rows()
     for row in rows:
-        for key in ("cases", "seconds", "device", "dice_by_subject", "seed", "transductive", "validation_dice_mean"):
+        for key in (
+            "cases",
+            "code",
+            "seconds",
+            "device",
+            "dice_by_subject",
+            "seed",
+            "transductive",
+            "validation_dice_mean",
+        ):
             del row[key]
         row["protocol"] = "leak-free"
-    report = write_report(Storage(str(tmp_path)), rows=rows, context={}, pictures={})
+    report = write_report(Storage(str(tmp_path)), rows=rows, context={"code": "0123abcd"}, pictures={})
     assert report["pictures"] == ["pictures/few-shot-acdc.png"]
+    assert "code of the trials | 0123abcd" in (tmp_path / "report.md").read_text()
     assert "Where it fails" not in (tmp_path / "report.html").read_text()
 
 
@@ -136,7 +146,7 @@ def test_hostile_names_are_names(make_rows: MakeRows, tmp_path: Path) -> None:
     rows = make_rows(task=HOSTILE, classes=(HOSTILE, "LV"), modes=("scratch", HOSTILE), numbers=(1,))
     for row in rows:
         row["subjects"] = [HOSTILE]
-        row["backbone_sha256"] = row["device"] = row["split"] = HOSTILE
+        row["backbone_sha256"] = row["code"] = row["device"] = row["split"] = HOSTILE
         for case in row["cases"]:
             case["stratum"] = HOSTILE
     context = dict.fromkeys(("title", "job", "licence", "code"), HOSTILE)
