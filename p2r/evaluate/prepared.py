@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -119,7 +120,7 @@ def _read(path: Path) -> tuple[Arrays, dict[str, Any]] | None:
             path.unlink(missing_ok=True)
         return None
     with suppress(OSError):  # evicted meanwhile, or another user's
-        os.utime(path)
+        _mark_used(path)
     return arrays, facts
 
 
@@ -132,9 +133,16 @@ def _write(path: Path, arrays: Arrays, facts: dict[str, Any]) -> None:
         with replacing(path) as temporary:
             contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
             save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
+            _mark_used(temporary)
         _evict(path.parent, max_bytes=max_bytes)
     except (OSError, SafetensorError) as error:
         _LOG.warning("cannot keep prepared scans in %s: %s; they are prepared again each time", path.parent, error)
+
+
+def _mark_used(path: Path) -> None:
+    # Left to itself the file system takes the time of its last clock tick, milliseconds ago, and what was used since is not told apart.
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
 
 
 def _evict(folder: Path, *, max_bytes: int) -> None:
