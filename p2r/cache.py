@@ -15,7 +15,6 @@ import functools
 import logging
 import os
 import re
-import time
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -25,7 +24,7 @@ from typing import BinaryIO, Protocol
 
 from p2r.counters import Counters
 from p2r.errors import StorageError
-from p2r.files import is_file_at, locked
+from p2r.files import is_file_at, locked, mark_used
 
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _GIB = 2**30
@@ -168,7 +167,7 @@ class ShardCache:
             elif os.fstat(handle).st_size != num_bytes:
                 lease.drop()  # a power failure cut it
             else:
-                _touch(handle)
+                mark_used(handle)
                 self._counters.add("cache_hits")
                 return lease
 
@@ -188,7 +187,7 @@ class ShardCache:
             partial.unlink(missing_ok=True)
             os.close(handle)
             raise
-        _touch(handle)
+        mark_used(handle)
         return Lease(target, handle)
 
     def _reserved(self, partial: Path, num_bytes: int) -> int | None:
@@ -269,12 +268,6 @@ def _files(folder: Path) -> Iterator[tuple["os.DirEntry[str]", os.stat_result]]:
             with suppress(FileNotFoundError):  # gone meanwhile
                 if entry.is_file(follow_symlinks=False):
                     yield entry, entry.stat(follow_symlinks=False)
-
-
-def _touch(handle: int) -> None:
-    """Note the use, for what is evicted first."""
-    with suppress(PermissionError):  # another user's file, in a folder that users share
-        os.utime(handle, ns=(time.time_ns(),) * 2)
 
 
 @functools.cache

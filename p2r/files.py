@@ -8,8 +8,9 @@ import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -17,6 +18,13 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a local file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def mark_used(file: Path | int) -> None:
+    """Set the times of a file, or of what a handle has open, to now; another user's, in a folder that users share, keeps its own."""
+    # Left to itself the file system takes the time of its last clock tick, milliseconds ago, and what was used since is not told apart.
+    with suppress(PermissionError):
+        os.utime(file, ns=(time.time_ns(),) * 2)
 
 
 @contextmanager

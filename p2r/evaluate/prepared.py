@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -32,7 +31,7 @@ from p2r.data.volume import Volume, read_volume
 from p2r.errors import StorageError
 from p2r.evaluate import inference, tasks
 from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, load_scan
-from p2r.files import file_sha256, replacing
+from p2r.files import file_sha256, mark_used, replacing
 from p2r.storage import cache_folder, json_bytes
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -119,8 +118,8 @@ def _read(path: Path) -> tuple[Arrays, dict[str, Any]] | None:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         return None
-    with suppress(OSError):  # evicted meanwhile, or another user's
-        _mark_used(path)
+    with suppress(OSError):  # evicted meanwhile
+        mark_used(path)
     return arrays, facts
 
 
@@ -133,16 +132,10 @@ def _write(path: Path, arrays: Arrays, facts: dict[str, Any]) -> None:
         with replacing(path) as temporary:
             contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
             save_file(contiguous, temporary, metadata={"facts": json.dumps(facts)})
-            _mark_used(temporary)
+            mark_used(temporary)
         _evict(path.parent, max_bytes=max_bytes)
     except (OSError, SafetensorError) as error:
         _LOG.warning("cannot keep prepared scans in %s: %s; they are prepared again each time", path.parent, error)
-
-
-def _mark_used(path: Path) -> None:
-    # Left to itself the file system takes the time of its last clock tick, milliseconds ago, and what was used since is not told apart.
-    now = time.time_ns()
-    os.utime(path, ns=(now, now))
 
 
 def _evict(folder: Path, *, max_bytes: int) -> None:
