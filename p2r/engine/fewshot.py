@@ -44,6 +44,7 @@ _TRANSDUCTIVE_CARD = """
 Its backbone was pretrained on scans of validation or test patients (transductive): the figure is no estimate for others."""
 _PAPER_COMPAT_CARD = """
 It was trained and judged on scans that were cropped by their labels (paper_compat): it is for comparison with a paper only."""
+_OF = {2: "planes", 3: "volumes"}
 
 Say = Callable[[str], None]
 Result = dict[str, Any]
@@ -289,7 +290,15 @@ def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> N
             f"task {task.name}: a scan has one contrast, the backbone {backbone.manifest['url']} takes {model.in_channels}; "
             "take a backbone of one"
         )
-    if config.protocol == "paper_compat" and backbone.preparation.dimensions != 2:
+    dimensions = backbone.preparation.dimensions
+    asked = task.config.dimensions or (2 if task.config.slice_axis is not None else dimensions)
+    if dimensions != asked:
+        field = "dimensions" if task.config.dimensions else "slice_axis"
+        raise DataError(
+            f"task {task.name} is for networks of {_OF[asked]} ({field}), the backbone {backbone.manifest['url']} reads "
+            f"{_OF[dimensions]}; take a backbone of {_OF[asked]}, or change the task's {field}"
+        )
+    if config.protocol == "paper_compat" and dimensions != 2:
         raise DataError(
             f"finetune.protocol paper_compat crops and splits planes, the backbone {backbone.manifest['url']} reads volumes: "
             "take a backbone of planes, or leak_free"

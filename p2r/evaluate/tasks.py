@@ -135,6 +135,8 @@ class TaskConfig(Section):
     """Or a rule that decides it."""
     strata: dict[Annotated[str, Field(min_length=1)], Patterns] = Field(default={})
     """Groups of subjects, such as pathologies, as names or ranges: draws can be stratified by them, and results are shown by them."""
+    dimensions: Literal[2, 3] | None = None
+    """Networks that the task is for: 2 of planes, 3 of volumes. None: either, but of planes where `slice_axis` is stated."""
     spacing_mm: PositiveFloat | None = None
     """Pixel size at which models of this task read scans, mm. None: the one of the backbone's pretraining, which is what it knows."""
     slice_axis: SliceAxis | None = None
@@ -153,6 +155,8 @@ class TaskConfig(Section):
             raise ValueError("split_rule.stratified needs strata")
         if sorted(self.classes) != list(range(1, len(self.classes) + 1)):
             raise ValueError(f"classes must number the labels 1, 2, ... without a gap, got {sorted(self.classes)}")
+        if self.dimensions == 3 and self.slice_axis is not None:
+            raise ValueError("slice_axis says how planes are cut, dimensions: 3 wants volumes: leave one of both out")
         if len(set(self.classes.values())) < len(self.classes):
             raise ValueError(f"classes must have different names, got {list(self.classes.values())}")
         try:

@@ -12,6 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load
 
 import p2r
@@ -351,6 +352,24 @@ def test_a_backbone_of_two_contrasts_is_refused_before_anything_runs(
     )
     with pytest.raises(DataError, match=r"a scan has one contrast, the backbone .* takes 2"):
         check_task(load_task(toy_data / "task.yaml"), backbone, setup)
+
+
+@pytest.mark.parametrize(
+    ("stated", "field"),
+    [({"dimensions": 3}, "dimensions"), ({"dimensions": 2}, "dimensions"), ({"slice_axis": 0}, "slice_axis")],
+)
+def test_a_backbone_of_another_dimension_is_refused_before_anything_runs(
+    make: Make, copy: Path, published: dict[str, str], stated: dict[str, Any], field: str
+) -> None:
+    setup, backbone = make(data=copy), p2r.load_backbone(published["backbone"])
+    wanted = stated.get("dimensions", 2)
+    backbone.preparation = backbone.preparation.model_copy(update={"dimensions": 5 - wanted})
+    path = copy / "task.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **stated}))
+    both = {2: "planes", 3: "volumes"}
+    expected = rf"task disc is for networks of {both[wanted]} \({field}\), the backbone .* reads {both[5 - wanted]}"
+    with pytest.raises(DataError, match=expected):
+        check_task(load_task(path), backbone, setup)
 
 
 def test_a_class_that_no_labelled_patient_has_is_refused_before_anything_runs(make: Make, copy: Path) -> None:

@@ -155,6 +155,8 @@ def test_a_variable_in_a_folder_is_filled_in(make_task: MakeTask, monkeypatch: p
         ({"lables": "labels"}, "did you mean labels"),
         ({"splits": {"train": ["sub-01"], "test": ["sub-02"]}}, "splits.validation: missing"),
         ({"splits": {"train": ["sub-[02-01]"], "validation": ["sub-03"], "test": ["sub-04"]}}, "splits.train"),
+        ({"dimensions": 3, "slice_axis": 0}, "leave one of both out"),
+        ({"dimensions": 4}, "dimensions"),
         ({"images": "s3://bucket/images"}, "paths, file:// or template://"),
     ],
 )
