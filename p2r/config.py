@@ -708,6 +708,8 @@ class FinetuneConfig(Section):
     patients. Its rows say so."""
     num_labelled: Annotated[tuple[NumLabelled, ...], Field(min_length=1)] = (1, 5)
     """Numbers of labelled patients; all: the whole train split."""
+    num_labelled_by_mode: dict[Mode, Annotated[tuple[NumLabelled, ...], Field(min_length=1)]] = {}
+    """Modes that are run for some of these numbers only, as in `{mean_teacher: [1, 2]}`."""
     draws: PositiveInt | dict[NumLabelled, PositiveInt] = 3
     """How often the labelled patients are drawn, for each number or by number, as in `{1: 5, 10: 3, all: 3}`; the same draws for every
     mode."""
@@ -766,6 +768,14 @@ class FinetuneConfig(Section):
                 "protocol paper_compat crops by the label, and mean_teacher reads no label of unlabelled patients: "
                 "take mean_teacher out of modes"
             )
+        for mode, numbers in self.num_labelled_by_mode.items():
+            if mode not in self.modes:
+                raise ValueError(f"num_labelled_by_mode names {mode}, which is not in modes")
+            if others := [number for number in numbers if number not in self.num_labelled]:
+                raise ValueError(
+                    f"num_labelled_by_mode.{mode} has {', '.join(map(str, others))}, which is not in num_labelled "
+                    f"{list(self.num_labelled)}"
+                )
         if isinstance(self.draws, dict):
             without = [number for number in self.num_labelled if number not in self.draws]
             if without:

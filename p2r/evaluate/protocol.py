@@ -256,13 +256,15 @@ def choose_settings(results: Iterable[tuple[Trial, float | None]]) -> dict[Mode,
 
 def final_trials(config: FinetuneConfig, task: LabelledTask, chosen: Mapping[Mode, Settings]) -> list[Trial]:
     """List the runs whose figures on test patients are reported, few patients first; modes without settings are left out."""
-    numbers = numbers_of(config.num_labelled, task)
+    numbers_by_mode = {
+        mode: numbers_of(config.num_labelled_by_mode.get(mode, config.num_labelled), task) for mode in config.modes
+    }
     return [
         _trial(config, task, mode, num_labelled, draw, chosen[mode], purpose="final")
-        for num_labelled, word in numbers.items()
+        for num_labelled, word in numbers_of(config.num_labelled, task).items()
         for draw in range(config.draws[word] if isinstance(config.draws, dict) else config.draws)
         for mode in config.modes
-        if mode in chosen
+        if mode in chosen and num_labelled in numbers_by_mode[mode]
     ]
 
 

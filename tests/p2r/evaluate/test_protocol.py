@@ -163,6 +163,18 @@ def test_all_stands_for_the_train_split_and_no_number_comes_twice() -> None:
     assert trials[-1].subjects == PATIENTS
 
 
+def test_a_mode_may_be_run_for_some_of_the_numbers_only_with_the_same_patients() -> None:
+    values = {"tasks": ["a"], "num_labelled": [1, 5, "all"], "modes": ["scratch", "fine_tune"]}
+    rates = chosen(scratch=1e-3, fine_tune=1e-3)
+
+    def trials(**more: object) -> list[Trial]:
+        return final_trials(FinetuneConfig.model_validate({**values, **more}), Task(), rates)  # type: ignore[arg-type]
+
+    some = trials(num_labelled_by_mode={"fine_tune": [5, "all"]})
+    left_out = [(found.mode, found.num_labelled) for found in trials() if found not in some]
+    assert left_out == [("fine_tune", 1)] * 3 and set(some) < set(trials())
+
+
 STRATA = {patient: "ABCD"[index // 5] for index, patient in enumerate(PATIENTS)}
 
 
@@ -249,6 +261,11 @@ def test_candidates_drawn_from_distributions_depend_on_the_seed_alone_and_are_al
         ({"search": {"learning_rates": {"prototype": [1e-3]}}}, "trains nothing"),
         ({"search": {"scheduler": "asha", "num_labelled": [1, 5]}}, "must hold one number"),
         ({"modes": ["mean_teacher"], "protocol": "paper_compat"}, "mean_teacher"),
+        ({"num_labelled_by_mode": {"prototype": [1]}}, "names prototype, which is not in modes"),
+        (
+            {"num_labelled_by_mode": {"scratch": [1, 2, "all"]}},
+            r"scratch has 2, all, which is not in num_labelled \[1, 5\]",
+        ),
     ],
 )
 def test_a_section_that_makes_no_sense_is_refused(values: dict[str, object], message: str) -> None:
