@@ -673,6 +673,13 @@ class SearchConfig(Section):
     def _check(self) -> Self:
         if "prototype" in self.learning_rates:
             raise ValueError("learning_rates has candidates for prototype, which trains nothing: take them out")
+        for mode, rates in self.learning_rates.items():
+            given = rates.named()[1] if isinstance(rates, Distribution) else rates
+            if min(given) <= 0:
+                raise ValueError(f"learning_rates.{mode} must be above 0, got {min(given):g}")
+        for name, candidates in (*self.learning_rates.items(), *self.space.items()):
+            if not isinstance(candidates, Distribution) and len(set(candidates)) < len(candidates):
+                raise ValueError(f"the candidates of {name} must differ, got {list(candidates)}")
         numbers = {len(rates) for rates in self.learning_rates.values() if not isinstance(rates, Distribution)}
         if len(numbers) > 1 and not self.space and not self.is_drawn:
             raise ValueError(
@@ -760,7 +767,11 @@ class FinetuneConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        missing = [mode for mode in self.modes if mode != "prototype" and mode not in self.search.learning_rates]
+        for key, given in (("tasks", self.tasks), ("modes", self.modes)):
+            if len(set(given)) < len(given):
+                raise ValueError(f"{key} must differ, got {', '.join(given)}")
+        trained = [mode for mode in self.modes if mode != "prototype"]
+        missing = [mode for mode in trained if mode not in self.search.learning_rates]
         if missing:
             raise ValueError(f"search.learning_rates has no candidates for {', '.join(missing)}")
         if self.protocol == "paper_compat" and "mean_teacher" in self.modes:
@@ -780,14 +791,17 @@ class FinetuneConfig(Section):
             without = [number for number in self.num_labelled if number not in self.draws]
             if without:
                 raise ValueError(f"draws names no number of draws for {', '.join(map(str, without))} labelled patients")
-        if not self.search.is_drawn:
-            sizes = {mode: self._num_candidates(mode) for mode in self.modes if mode != "prototype"}
-            if len(set(sizes.values())) > 1:
-                found = ", ".join(f"{mode} {size}" for mode, size in sizes.items())
-                raise ValueError(
-                    f"search must hold equally many candidates for every mode, got {found}: search.space has settings that only some "
-                    "modes have; give the others more learning_rates"
+        sizes = {mode: self._num_candidates(mode) for mode in trained}
+        if len(set(sizes.values())) > 1:
+            found = ", ".join(f"{mode} {size}" for mode, size in sizes.items())
+            raise ValueError(
+                f"search must hold equally many candidates for every mode, got {found}: "
+                + (
+                    "some modes have lists alone, of which none is drawn; give them a distribution, too"
+                    if self.search.is_drawn
+                    else "search.space has settings that only some modes have; give the others more learning_rates"
                 )
+            )
         for name, candidates in self.search.space.items():
             field = type(self).model_fields[name]
             rule: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, *field.metadata])  # type: ignore[arg-type]
@@ -800,5 +814,7 @@ class FinetuneConfig(Section):
         return self
 
     def _num_candidates(self, mode: Mode) -> int:
-        lists = [self.search.learning_rates[mode], *(self.search.space.get(name, (0,)) for name in SETTINGS_OF[mode])]
-        return math.prod(len(candidates) for candidates in lists if not isinstance(candidates, Distribution))
+        space = [self.search.learning_rates[mode], *(self.search.space.get(name, (0,)) for name in SETTINGS_OF[mode])]
+        lists = [candidates for candidates in space if not isinstance(candidates, Distribution)]
+        is_proposed = self.search.searcher != "grid" or len(lists) < len(space)
+        return self.search.num_samples if is_proposed else math.prod(map(len, lists))

@@ -8,21 +8,24 @@ on; running the job again tries it again.
 """
 
 import hashlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from safetensors.torch import load
 
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
 from p2r.config import FinetuneConfig, Mode
-from p2r.data.corpus import contains
-from p2r.engine.finetune import WAYS_OUT, TrialSetup, run_trial
+from p2r.data.preprocess import Preparation
+from p2r.engine.finetune import HELD_OUT, Known, TrialSetup, run_trial, slices_of
 from p2r.errors import DataError, InputError, TrainingError
+from p2r.evaluate.inference import size_read
+from p2r.evaluate.mix_ups import MixUps
 from p2r.evaluate.prepared import prepared_scan
 from p2r.evaluate.protocol import (
     Settings,
@@ -36,7 +39,7 @@ from p2r.evaluate.protocol import (
     search_trials,
     settings_of,
 )
-from p2r.evaluate.tasks import Task, TaskScan, check_classes_present, check_scans, load_task
+from p2r.evaluate.tasks import LabelledScan, Split, Task, TaskScan, check_classes_present, check_scans, load_task
 from p2r.files import file_sha256
 from p2r.storage import Storage
 
@@ -255,32 +258,68 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
         backbone's corpus and the job allows it.
 
     Raises:
-        DataError: if the backbone is not for such scans, more patients are asked for than exist, a label breaks the task's
-            rules, a class is in none of the labelled patients of a draw, or a validation or test patient is in the
-            backbone's corpus.
+        DataError: if the backbone is not for such scans, a validation or test patient is in its corpus, or as `check_data`.
     """
     config = setup.config
     _check_backbone(task, backbone, config)
-    draws = _draws(setup, task)
-    corpora = backbone.manifest.get("corpora", [])
-    for split, corpus in itertools.product(("validation", "test"), corpora):
+    known = Known(backbone, is_allowed=config.allow_transductive)
+    for split in HELD_OUT:
         for subject in task.subjects[split]:
-            if contains(corpus, cohort=task.config.cohort, subject=subject):
-                if not config.allow_transductive:
-                    raise DataError(
-                        f"subject {subject} of the {split} split of task {task.config.name} is in the backbone's corpus {corpus['url']}: "
-                        f"its figures would leak. {WAYS_OUT}"
-                    )
-                setup = replace(setup, is_transductive=True)
-    labels_by_subject = check_scans(task, setup.preparation(backbone), load=prepared_scan)
-    for subjects in draws.values():
-        check_classes_present(labels_by_subject, task, subjects=subjects)
+            known.see_subject(subject, split, task=task)
+
+    def see(scan: LabelledScan, split: Split) -> None:
+        if split in HELD_OUT:
+            known.see_scan(scan.scan, scan.volume, split)
+
+    check_data(task, config, setup.preparation(backbone), see=see)
     test = set(task.subjects["test"])
     return replace(
         setup,
+        is_transductive=setup.is_transductive or known.is_any,
         data_sha256=_files_sha256([scan for scan in task.scans if scan.subject not in test]),
         test_sha256=_files_sha256([scan for scan in task.scans if scan.subject in test]),
     )
+
+
+def check_data(
+    task: Task,
+    config: FinetuneConfig,
+    preparation: Preparation,
+    *,
+    see: Callable[[LabelledScan, Split], None] = lambda scan, split: None,
+) -> None:
+    """Read every scan of a task, and check that the trials that a section asks for can learn from it.
+
+    Args:
+        task: From `load_task`.
+        config: The section.
+        preparation: How the trials' models read a scan.
+        see: Called with every scan and its split; it may refuse it.
+
+    Raises:
+        DataError: if more patients are asked for than exist, a file breaks the task's rules, two label maps were mixed up, or a
+            class is in none of what the labelled patients of a draw show the network.
+    """
+    draws = _draws(config, task)
+    mix_ups = MixUps(task.name)
+
+    def look(scan: LabelledScan, split: Split) -> None:
+        see(scan, split)
+        if task.config.find_mix_ups:
+            mix_ups.see(scan)
+
+    load = partial(prepared_scan, size=size_read(preparation))
+    labels_by_subject = check_scans(task, preparation, load=load, see=look)
+    for (num_labelled, draw), subjects in draws.items():
+        check_classes_present(labels_by_subject, task, subjects=subjects)
+        if config.protocol == "paper_compat":
+            training, _ = slices_of(
+                task, preparation, subjects, size=None, seed=config.seed, num_labelled=num_labelled, draw=draw
+            )
+            shown = frozenset(
+                label for crop in training for label in np.unique(crop.scan.label_planes.numpy()).tolist()
+            )
+            check_classes_present(dict.fromkeys(subjects, shown), task, subjects=subjects)
 
 
 def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> None:
@@ -305,10 +344,11 @@ def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> N
         )
 
 
-def _draws(setup: TrialSetup, task: Task) -> dict[tuple[int, int], tuple[str, ...]]:
-    """Return the labelled patients of every trial that the protocol may ask for."""
-    config = setup.config
-    draws = {(number, 0) for number in numbers_of(config.search.num_labelled, task)}
+def _draws(config: FinetuneConfig, task: Task) -> dict[tuple[int, int], tuple[str, ...]]:
+    """Return the labelled patients of every trial that the protocol may ask for, by their number and draw."""
+    draws: set[tuple[int, int]] = set()
+    if any(is_searched(config, mode) for mode in config.modes):
+        draws |= {(number, 0) for number in numbers_of(config.search.num_labelled, task)}
     for number, word in numbers_of(config.num_labelled, task).items():
         count = config.draws[word] if isinstance(config.draws, dict) else config.draws
         draws |= {(number, draw) for draw in range(count)}

@@ -7,8 +7,9 @@ scan is whole (no crop by the label). What a finished trial found is read from t
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,17 @@ from p2r.config import FinetuneConfig
 from p2r.data.corpus import contains
 from p2r.data.preprocess import Preparation
 from p2r.data.shards import voxels_sha256
+from p2r.data.volume import Volume
 from p2r.engine.readings import record_reading
 from p2r.engine.scoring import Case, Scored, case_of_crop, cases_of, npz_bytes, score_cases
 from p2r.engine.training import Images, labelled_images, train_head, train_segmenter, unlabelled_images
 from p2r.errors import DataError
 from p2r.evaluate.inference import features_of_images, size_read
-from p2r.evaluate.paper_compat import cropped, split_by_slice
+from p2r.evaluate.paper_compat import Crop, cropped, split_by_slice
 from p2r.evaluate.prepared import kept, prepared_images, prepared_scan
 from p2r.evaluate.protocol import Trial
 from p2r.evaluate.prototypes import class_prototypes
-from p2r.evaluate.tasks import LabelledScan, Split, Task, load_task, read_task_config, task_sha256
+from p2r.evaluate.tasks import LabelledScan, Split, Task, TaskConfig, TaskScan, load_task, read_task_config, task_sha256
 from p2r.files import file_sha256
 from p2r.model.backbones import build_backbone
 from p2r.model.heads import PrototypeHead
@@ -39,7 +41,8 @@ from p2r.randomness import keyed_generator
 from p2r.storage import Storage, json_bytes
 from p2r.version import code_version
 
-WAYS_OUT = (
+HELD_OUT: tuple[Split, ...] = ("validation", "test")
+_WAYS_OUT = (
     "Pretrain without it (ingest.subjects_of), take it out of the split, or label every row with --allow-transductive"
 )
 
@@ -74,8 +77,7 @@ class TrialSetup:
 
     def preparation(self, backbone: Backbone) -> Preparation:
         """What the trials' models do to a scan: the backbone's way, how much of a plane they read, and what the task states."""
-        own_way = backbone.preparation.model_copy(update={"planes": self.config.planes})
-        return read_task_config(Path(self.task)).preparation(own_way)
+        return preparation_for(read_task_config(Path(self.task)), self.config, backbone.preparation)
 
     def recipe_sha256(self, trial: Trial) -> str:
         """Return a digest of everything that the trial's result depends on."""
@@ -111,6 +113,11 @@ class TrialSetup:
         return f"trials/{trial.id}-{self.recipe_sha256(trial)[:12]}.json"
 
 
+def preparation_for(task: TaskConfig, config: FinetuneConfig, of_backbone: Preparation) -> Preparation:
+    """Return what models of a task do to a scan: the backbone's way, but for how much they read of it, and what the task states."""
+    return task.preparation(of_backbone.model_copy(update={"planes": config.planes}))
+
+
 def run_trial(
     setup: TrialSetup,
     trial: Trial,
@@ -143,11 +150,11 @@ def run_trial(
     if backbone.manifest["sha256"] != setup.backbone_sha256:
         raise DataError(f"{setup.backbone} changed while its trials ran: run the job again")
     preparation = setup.preparation(backbone)
-    known = _Known(backbone, is_allowed=config.allow_transductive)
+    known = Known(backbone, is_allowed=config.allow_transductive)
 
     def see(case: Case, split: Split) -> None:
         if split == "test" or trial.protocol == "leak_free":  # else these are slices of the labelled patients
-            known.see(case, split)
+            known.see_scan(case.scan, case.volume, split)
 
     reports_validation = trial.purpose == "final" and config.score_on == "validation"
 
@@ -241,14 +248,33 @@ def _labelled(
             lambda: cases_of(validation, task, preparation, is_cropped=False),
         )
 
-    def split(size: int | None) -> tuple[list[LabelledScan], list[Case]]:
-        scans = [prepared_scan(scan, task, preparation) for scan in chosen]
-        crops = [crop for scan in scans for crop in cropped(scan, preparation, size=size)]
-        generator = keyed_generator(seed, "slices", trial.num_labelled, trial.draw)
-        training, held_out = split_by_slice(crops, generator)
-        return [crop.scan for crop in training], [case_of_crop(crop) for crop in held_out]
+    slices = partial(
+        slices_of, task, preparation, trial.subjects, seed=seed, num_labelled=trial.num_labelled, draw=trial.draw
+    )
+    return (
+        lambda size: [crop.scan for crop in slices(size=size)[0]],
+        lambda: [case_of_crop(crop) for crop in slices(size=size_read(preparation))[1]],
+    )
 
-    return (lambda size: split(size)[0], lambda: split(size_read(preparation))[1])
+
+def slices_of(
+    task: Task,
+    preparation: Preparation,
+    subjects: tuple[str, ...],
+    *,
+    size: int | None,
+    seed: int,
+    num_labelled: int,
+    draw: int,
+) -> tuple[list[Crop], list[Crop]]:
+    """Return the slices of labelled patients that paper_compat trains on, and those that validate.
+
+    Raises:
+        DataError: as `split_by_slice`.
+    """
+    scans = [prepared_scan(scan, task, preparation) for scan in task.scans_of(subjects)]
+    crops = [crop for scan in scans for crop in cropped(scan, preparation, size=size)]
+    return split_by_slice(crops, keyed_generator(seed, "slices", num_labelled, draw))
 
 
 def _fit(
@@ -360,26 +386,36 @@ def _device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
 
 
-class _Known:
-    """Looks for the scans of validation and test patients in the corpora of the backbone."""
+class Known:
+    """Looks for validation and test patients in the corpora of the backbone, by name and by voxels."""
 
     def __init__(self, backbone: Backbone, *, is_allowed: bool) -> None:
         self._corpora = backbone.manifest.get("corpora", [])
         self._is_allowed = is_allowed
         self.is_any = False
 
-    def see(self, case: Case, split: Split) -> None:
-        """Note whether a scan is in a corpus.
+    def see_subject(self, subject: str, split: Split, *, task: Task) -> None:
+        """Note whether a subject is in a corpus.
 
         Raises:
             DataError: It is, and the job does not allow it.
         """
-        digest = voxels_sha256(case.volume)
+        for corpus in self._corpora:
+            if contains(corpus, cohort=task.config.cohort, subject=subject):
+                self._found(f"subject {subject} of the {split} split of task {task.name}", corpus)
+
+    def see_scan(self, scan: TaskScan, volume: Volume, split: Split) -> None:
+        """Note whether a scan, by whatever name, is in a corpus.
+
+        Raises:
+            DataError: It is, and the job does not allow it.
+        """
+        digest = voxels_sha256(volume)
         for corpus in self._corpora:
             if contains(corpus, voxels_sha256=digest):
-                if not self._is_allowed:
-                    raise DataError(
-                        f"scan {case.scan.key} of the {split} split is in the backbone's corpus {corpus['url']}: its figures would leak. "
-                        f"{WAYS_OUT}"
-                    )
-                self.is_any = True
+                self._found(f"scan {scan.key} of the {split} split", corpus)
+
+    def _found(self, what: str, corpus: Mapping[str, Any]) -> None:
+        if not self._is_allowed:
+            raise DataError(f"{what} is in the backbone's corpus {corpus['url']}: its figures would leak. {_WAYS_OUT}")
+        self.is_any = True

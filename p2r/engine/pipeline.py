@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, load_backbone, publish
-from p2r.config import IngestConfig, PretrainConfig, PublishConfig
+from p2r.config import ImageConfig, IngestConfig, PretrainConfig, PublishConfig
 from p2r.data.corpus import corpus_digest, load_manifest, manifest_sha256
-from p2r.data.preprocess import Preparation
+from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
 from p2r.engine.corpora import corpora_of
-from p2r.engine.fewshot import TrialRunner, check_task, few_shot, publish_best
-from p2r.engine.finetune import TrialSetup
-from p2r.engine.pretrain import finished_checkpoint
+from p2r.engine.fewshot import TrialRunner, check_data, check_task, few_shot, publish_best
+from p2r.engine.finetune import TrialSetup, preparation_for
+from p2r.engine.pretrain import HISTORY, finished_checkpoint
 from p2r.engine.readings import merge_readings
 from p2r.engine.reporting import make_report, write_variants
 from p2r.engine.weights import backbone_weights, checked_weights
@@ -60,7 +60,7 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
         "ablation": ("ingest", "variants") if job.ingest is not None else ("variants",),
     }.get(job.kind, (job.kind,))
     if "finetune" in stages or "variants" in stages:
-        _check_tasks(job)
+        _check_tasks(job, storage, say)
     if job.ingest is not None and ("ingest" in stages or "pretrain" in stages):  # a fork has its corpus
         made["corpus"] = _ingest(job, storage, executor, say)
     if "variants" in stages:
@@ -124,13 +124,7 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
         weights=backbone_weights(weights),
         config=ArtefactConfig(
             model=job.pretrain.model,
-            preparation=Preparation(
-                dimensions=dimensions,
-                slice_axis=rules.pop() if dimensions == 2 else "auto",
-                intensity_percentiles=job.pretrain.image.intensity_percentiles,
-                spacing_mm=job.pretrain.image.spacing_mm,
-                image_size=job.pretrain.image.size,
-            ),
+            preparation=_preparation(job.pretrain.image, rules.pop() if dimensions == 2 else "auto"),
         ),
         card=_card(job, config, corpora, where.url, licence, step=checkpoint["step"]),
         facts={
@@ -156,11 +150,34 @@ def _corpus_facts(corpus: Corpus) -> dict[str, Any]:
     return {"url": corpus.storage.url, "sha256": manifest_sha256(corpus.manifest), "weight": corpus.weight, **facts}
 
 
-def _check_tasks(job: Job) -> None:
-    """Refuse a job whose tasks cannot be loaded before an hour of pretraining, not after it."""
-    assert job.finetune is not None
-    for task in job.finetune.tasks:
-        load_task(Path(task))
+def _check_tasks(job: Job, storage: Storage, say: Say) -> None:
+    """Refuse a job whose tasks cannot be used before an hour of pretraining, not after it."""
+    config = job.finetune
+    assert config is not None
+    tasks = [load_task(Path(path)) for path in config.tasks]
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise JobError(
+            f"finetune.tasks: two tasks have one name, {', '.join(names)}; their results would share a folder"
+        )
+    if job.pretrain is None or job.ingest is None or storage.exists(f"pretrain/{HISTORY}"):
+        return
+    image = job.pretrain.image
+    of_backbone = _preparation(image, job.ingest.slice_axis if image.dimensions == 2 else "auto")
+    for task in tasks:
+        say(f"checking {len(task.scans)} scans of task {task.name}")
+        check_data(task, config, preparation_for(task.config, config, of_backbone))
+
+
+def _preparation(image: ImageConfig, slice_axis: SliceAxis) -> Preparation:
+    """Return what a backbone that is pretrained on such images does to a scan."""
+    return Preparation(
+        dimensions=image.dimensions,
+        slice_axis=slice_axis,
+        intensity_percentiles=image.intensity_percentiles,
+        spacing_mm=image.spacing_mm,
+        image_size=image.size,
+    )
 
 
 def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
@@ -234,9 +251,11 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
         if setup.is_transductive:
             say(f"finetune | task {task.name}: TRANSDUCTIVE, validation or test patients are in the backbone's corpus")
         setups.append(setup)
-    found = few_shot(setups, runner=executor, say=within(say, "finetune"))
-    results, facts = found.results, found.facts()
-    facts["test_reads"] = merge_readings(storage)
+    try:
+        found = few_shot(setups, runner=executor, say=within(say, "finetune"))
+    finally:  # what was read stays said, whatever became of it
+        test_reads = merge_readings(storage)
+    results, facts = found.results, {**found.facts(), "test_reads": test_reads}
     models = {}
     if job.finetune.publish_model:
         for setup in setups:

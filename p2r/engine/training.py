@@ -38,6 +38,7 @@ Say = Callable[[str], None]
 
 _WARMUP_FRACTION = 0.05
 _CHECK_STEPS = 25
+_MAX_RISE = 5.0  # of the loss, over that of the first step, which is a guess
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def train_segmenter(
         The network, the teacher if there is one; and the mean loss of the last tenth of the steps.
 
     Raises:
-        TrainingError: if the loss is not finite.
+        TrainingError: if it diverges.
     """
     settings = trial.settings
     steps = settings.steps
@@ -123,7 +124,7 @@ def train_segmenter(
         weight_decay=settings.weight_decay or 0.0,
     )
     segmenter.train()
-    tail: list[Tensor] = []
+    first, tail = torch.tensor(0.0), list[Tensor]()
     for step in range(steps):
         if step == warmup and not is_frozen:
             segmenter.backbone.requires_grad_(True)
@@ -155,6 +156,7 @@ def train_segmenter(
             loss = loss + weight * _disagreement(
                 segmenter, teacher, unlabelled, key=key, config=config, preparation=preparation, device=device
             )
+        first = loss.detach() if step == 0 else first
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(
@@ -173,16 +175,34 @@ def train_segmenter(
         if look is not None and is_look:
             look(step + 1, teacher or segmenter)
     found = teacher or segmenter
-    return found.eval(), float(torch.stack(tail).mean())
+    return found.eval(), _checked(found, first, tail, trial)
+
+
+def _checked(network: nn.Module, first: Tensor, tail: list[Tensor], trial: Trial) -> float:
+    """Return the mean loss of the last steps, if it is that of a network that has learnt anything.
+
+    Raises:
+        TrainingError: Weights are not finite (the last update is in no loss), or the loss is far above what it began with.
+    """
+    last = float(torch.stack(tail).mean())
+    if not all(bool(torch.isfinite(weight).all()) for weight in network.parameters()):
+        raise _diverged(trial, "its weights are not finite after the last step")
+    if last > _MAX_RISE * float(first):
+        raise _diverged(trial, f"the loss rose from {float(first):.3g} to {last:.3g}")
+    return last
 
 
 def _check_finite(loss: Tensor, trial: Trial, step: int) -> None:
     # A loss that is not finite leaves weights that are not, so none is missed between two looks.
     if not torch.isfinite(loss):
-        raise TrainingError(
-            f"trial {trial.id} diverged: the loss is {float(loss.detach())} at step {step + 1}, with learning rate "
-            f"{trial.settings.learning_rate:g}; lower finetune.search.learning_rates"
-        )
+        raise _diverged(trial, f"the loss is {float(loss.detach())} at step {step + 1}")
+
+
+def _diverged(trial: Trial, what: str) -> TrainingError:
+    return TrainingError(
+        f"trial {trial.id} diverged: {what}, with learning rate {trial.settings.learning_rate:g}; "
+        "lower finetune.search.learning_rates"
+    )
 
 
 def _draw(
@@ -295,7 +315,7 @@ def train_head(
         The mean loss of the last tenth of the steps.
 
     Raises:
-        TrainingError: if the loss is not finite.
+        TrainingError: if it diverges.
     """
     settings = trial.settings
     assert settings.learning_rate is not None and settings.steps is not None
@@ -306,7 +326,7 @@ def train_head(
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay or 0.0
     )
-    tail: list[Tensor] = []
+    first, tail = torch.tensor(0.0), list[Tensor]()
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
@@ -325,6 +345,7 @@ def train_head(
             logits.append(found.flatten(2)[:, :, at.to(device)])  # (1, K, n)
             labels.append(label.flatten()[at].to(device))
         loss = criterion(torch.cat(logits, dim=2), torch.cat(labels)[None, None])
+        first = loss.detach() if step == 0 else first
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
@@ -338,4 +359,4 @@ def train_head(
             say(f"{trial.id} | step {step + 1}/{settings.steps} | loss {float(loss.detach()):.3f}")
         if look is not None and is_look:
             look(step + 1)
-    return float(torch.stack(tail).mean())
+    return _checked(head, first, tail, trial)

@@ -289,5 +289,8 @@ def draw_of(config: FinetuneConfig, task: LabelledTask, *, num_labelled: int, dr
     Raises:
         DataError: see `draw_subjects`.
     """
-    strata = task.strata if config.stratify else None
-    return draw_subjects(task.subjects["train"], num_labelled=num_labelled, draw=draw, seed=config.seed, strata=strata)
+    train, strata = task.subjects["train"], task.strata if config.stratify else None
+    try:
+        return draw_subjects(train, num_labelled=num_labelled, draw=draw, seed=config.seed, strata=strata)
+    except DataError as error:
+        raise DataError(f"task {task.name}: {error}") from None

@@ -7,7 +7,8 @@ subjects of each split, by name or by a seeded rule. Whatever would make a figur
 name: a patient in two splits, an image without its label, a label on another grid, with a value that nobody explained
 or where its image is empty, one scan under two subjects, a class that no labelled patient has.
 
-What cannot be known: whether a label map that fits its image in name, grid and place was drawn on another patient.
+Two label maps of one grid that were exchanged are found by `p2r.evaluate.mix_ups`. What cannot be known is whether a label
+map that fits its image in name, grid, place and look was drawn on another patient.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -49,6 +50,8 @@ Patterns = Annotated[tuple[str, ...], Field(min_length=1)]
 FileName = Annotated[str, Field(pattern=r"^[^{}/]*\{key\}[^{}/]*$")]
 
 _AFFINE_TOLERANCE = 1e-3
+_SPACING_TOLERANCE = 1e-3  # relative
+_RESTORE = "where the files of two scans were mixed up, restore the pairs"
 _MAX_SHARE_ON_NOTHING = 0.99  # of the labelled voxels, where the image has its least value
 
 
@@ -127,7 +130,7 @@ class TaskConfig(Section):
     subject_pattern: str = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
     """Regular expression searched in a scan's file name, then in its path below `images`; its first group is the patient, all of whose
     scans belong to one split."""
-    classes: Annotated[dict[PositiveInt, Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    classes: Annotated[dict[PositiveInt, Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=255)]
     """Name of each foreground label, from 1 on; 0 is the background."""
     splits: Splits | None = None
     """Who is trained, chosen and tested on, by name."""
@@ -139,6 +142,9 @@ class TaskConfig(Section):
     """Networks that the task is for: 2 of planes, 3 of volumes. None: either, but of planes where `slice_axis` is stated."""
     spacing_mm: PositiveFloat | None = None
     """Pixel size at which models of this task read scans, mm. None: the one of the backbone's pretraining, which is what it knows."""
+    find_mix_ups: bool = True
+    """Refuse two scans of one grid whose label maps fit each other's images better than their own. False: where labels do not follow what
+    is seen, such as territories."""
     slice_axis: SliceAxis | None = None
     """Axis across which planes are cut for models of this task. None: the backbone's rule."""
 
@@ -289,6 +295,7 @@ def check_scans(
     preparation: Preparation,
     *,
     load: Callable[[TaskScan, Task, Preparation], LabelledScan] | None = None,
+    see: Callable[[LabelledScan, Split], None] = lambda scan, split: None,
 ) -> dict[str, frozenset[int]]:
     """Read every scan of a task and refuse whatever breaks a rule.
 
@@ -296,20 +303,23 @@ def check_scans(
         task: From `load_task`.
         preparation: What the backbone expects of a scan.
         load: Reads a scan; None: `load_scan`.
+        see: Called with every scan and its split; it may refuse it.
 
     Returns:
-        The labels that each subject's label maps hold, for `check_classes_present`.
+        The labels that each subject's images show, on the network's grid, for `check_classes_present`.
 
     Raises:
-        DataError: as `load_scan`; if one image, or one label map with content, is there under two subjects.
+        DataError: as `load_scan`; if one image, or one label map with content, is there under two subjects; if the label maps of
+            validation or test patients are all empty.
         RefusedScan: if a file cannot be used at all.
     """
-    split_of = {subject: split for split, subjects in task.subjects.items() for subject in subjects}
+    split_of = {subject: split for split in get_args(Split) for subject in task.subjects[split]}
     images: dict[str, TaskScan] = {}
     labels: dict[str, TaskScan] = {}
     classes: dict[str, frozenset[int]] = {}
     for scan in task.scans:
         loaded = (load or load_scan)(scan, task, preparation)
+        see(loaded, split_of[scan.subject])
         twin = images.setdefault(voxels_sha256(loaded.volume), scan)
         if twin.subject != scan.subject:
             raise DataError(
@@ -317,14 +327,20 @@ def check_scans(
                 f"subject {scan.subject} ({split_of[scan.subject]}) are the same voxels: one patient under two names would "
                 "leak from split to split, or count twice; take one of both out of the splits"
             )
-        present = frozenset(np.unique(loaded.labels.data).tolist()) - {0}
-        twin = labels.setdefault(voxels_sha256(loaded.labels), scan) if present else scan
+        twin = labels.setdefault(voxels_sha256(loaded.labels), scan) if loaded.labels.data.any() else scan
         if twin.subject != scan.subject:
             raise DataError(
                 f"task {task.name}: {twin.label} of subject {twin.subject} and {scan.label} of subject {scan.subject} are "
                 "the same labels on different images: one of both belongs to another patient; restore it"
             )
+        present = frozenset(np.unique(loaded.label_planes.numpy()).tolist()) - {0}
         classes[scan.subject] = classes.get(scan.subject, frozenset()) | present
+    for split in ("validation", "test"):
+        if not any(classes[subject] for subject in task.subjects[split]):
+            raise DataError(
+                f"task {task.name}: no label map of the {split} patients ({_few(list(task.subjects[split]))}) holds any class: there is "
+                "nothing to compare with; restore them, or choose other patients"
+            )
     return classes
 
 
@@ -345,8 +361,8 @@ def check_classes_present(
     for label, name in task.config.classes.items():
         if label not in present:
             raise DataError(
-                f"task {task.name}: class {label} {name} is empty in all labelled patients ({_few(list(subjects))}): a model "
-                "would never see it; draw more patients (finetune.num_labelled) or others (finetune.seed)"
+                f"task {task.name}: class {label} {name} is empty in all labelled patients ({_few(list(subjects))}), as the network "
+                "reads them: it would never see it; draw more patients (finetune.num_labelled) or others (finetune.seed)"
             )
 
 
@@ -366,12 +382,19 @@ def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int
     volume, labels = read_volume(scan.image), read_labels(scan.label)
     grids = f"{scan.label} has {_grid_of(labels)}, its image {scan.image} {_grid_of(volume)}"
     if volume.data.shape != labels.data.shape or volume.source_shape != labels.source_shape:
-        raise DataError(f"task {task.name}: the grids differ: {grids}; resample the label map to its image")
+        raise DataError(
+            f"task {task.name}: the grids differ: {grids}; {_RESTORE}, or resample the label map to its image"
+        )
     difference = float(np.abs(volume.source_affine - labels.source_affine).max())
     if difference > _AFFINE_TOLERANCE:
         raise DataError(
             f"task {task.name}: the affines differ by up to {difference:.3g} ({_AFFINE_TOLERANCE} is allowed): {grids}; "
-            "copy the image's affine if the voxels do match"
+            f"{_RESTORE}, or copy the image's affine if the voxels do match"
+        )
+    if not np.allclose(volume.spacing_mm, labels.spacing_mm, rtol=_SPACING_TOLERANCE, atol=0):
+        raise DataError(
+            f"task {task.name}: {scan.label} states voxels of {_mm(labels)} mm, its image {scan.image} {_mm(volume)}; "
+            f"{_RESTORE}, or copy the image's header if the voxels do match"
         )
     unknown = sorted(set(np.unique(labels.data).tolist()) - {0, *task.config.classes})
     if unknown:
@@ -395,13 +418,11 @@ def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int
     else:
         planes = planes_of(volume, preparation=preparation, size=size)
         label_planes = label_planes_of(labels, preparation=preparation, axis=planes.axis, size=size)
-    if label_planes.shape[1:] != planes.images.shape[2:]:
-        # Grids agree by now, so only the voxel sizes in the two headers can differ.
-        raise DataError(
-            f"task {task.name}: {scan.label} states voxels of {labels.spacing_mm} mm, its image {scan.image} "
-            f"{volume.spacing_mm}; copy the image's header"
-        )
     return LabelledScan(scan, volume, labels, planes, label_planes)
+
+
+def _mm(volume: Volume) -> str:
+    return " x ".join(f"{mm:g}" for mm in volume.spacing_mm)
 
 
 def _grid_of(volume: Volume) -> str:

@@ -98,9 +98,12 @@ def relabel(data: Path, subjects: list[str]) -> None:
 MODES = ["scratch", "linear_probe", "mean_teacher", "prototype"]  # fine_tune is a part of mean_teacher
 
 
-def test_labels_of_test_patients_change_the_final_figures_and_nothing_else(make: Make, copy: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"probe_augmentation": "none", "planes": "centre", "largest_component": True}])
+def test_labels_of_test_patients_change_the_final_figures_and_nothing_else(
+    make: Make, copy: Path, published: dict[str, str], options: dict[str, Any]
+) -> None:
     rates = {mode: [1e-2, 2e-2] for mode in MODES[:-1]}
-    values: dict[str, Any] = {"modes": MODES, "search": {"learning_rates": rates}}
+    values: dict[str, Any] = {"modes": MODES, "search": {"learning_rates": rates}, **options}
     true = make(data=copy, storage="true", **values)
     honest = run(true)
     relabel(copy, ["sub-07", "sub-08"])
@@ -122,6 +125,13 @@ def test_labels_of_test_patients_change_the_final_figures_and_nothing_else(make:
         ]
         assert predictions[0] == predictions[1]
         assert ours["row"]["cases"] != theirs["row"]["cases"]
+    models = [
+        publish_best(
+            setup, found.results, p2r.load_backbone(published["backbone"]), Storage(setup.root).child("models")
+        )
+        for setup, found in ((true, honest), (poisoned, misled))
+    ]
+    assert len({model["files"]["model.safetensors"]["sha256"] for model in models}) == 1
 
 
 def test_a_frozen_recipe_reads_the_test_patients_once_and_a_changed_one_again(make: Make) -> None:
@@ -299,6 +309,9 @@ def test_a_trial_that_diverges_is_listed_and_the_others_go_on(make: Make) -> Non
         "disc-final-fine_tune",
     ]
     assert "diverged: the loss is nan" in found.failed[0]["reason"]
+    rises = make(modes=["scratch"], steps=30, search={"learning_rates": {"scratch": [1e3]}})
+    result = attempt(rises, final(rises, "scratch", learning_rate=1e3), device="cpu", retries=0, say=print)
+    assert "diverged: the loss rose from" in result["failed"]
     assert [row["failed"] is None for row in found.searched] == [True, False, False, False]
     with pytest.raises(TrainingError, match=r"no trial has a result: .*diverged"):
         run(make(search={"learning_rates": {"scratch": [1e30]}}, steps=4))
@@ -379,6 +392,46 @@ def test_a_class_that_no_labelled_patient_has_is_refused_before_anything_runs(ma
     nibabel.Nifti1Image(np.zeros(image.shape, np.int16), image.affine).to_filename(path)
     with pytest.raises(DataError, match=rf"class 1 DISC is empty in all labelled patients \({subject}\)"):
         make(data=copy)
+
+
+@pytest.mark.parametrize(("split", "subject"), [("test", "sub-07"), ("validation", "sub-06")])
+def test_a_scan_that_the_backbone_saw_under_another_name_is_refused_before_anything_runs(
+    make: Make, copy: Path, split: str, subject: str
+) -> None:
+    for kind in ("images", "labels"):
+        (copy / f"{kind}/sub-01_T1w.nii.gz").replace(copy / f"{kind}/{subject}_T1w.nii.gz")
+    path = copy / "task.yaml"
+    task = yaml.safe_load(path.read_text())
+    task["splits"]["train"] = ["sub-[02-05]"]
+    path.write_text(yaml.safe_dump(task))
+    with pytest.raises(
+        DataError, match=rf"scan {subject}_T1w of the {split} split is in the backbone's corpus .*would leak"
+    ):
+        make(data=copy)
+    setup = make(data=copy, allow_transductive=True)
+    assert setup.is_transductive
+
+
+def test_label_maps_that_were_exchanged_are_refused_unless_the_task_says_otherwise(make: Make, copy: Path) -> None:
+    one, other = (copy / f"labels/sub-0{number}_T1w.nii.gz" for number in (1, 2))
+    kept = one.read_bytes()
+    other.replace(one)
+    other.write_bytes(kept)
+    with pytest.raises(DataError, match=r"task disc: sub-01_T1w.nii.gz and sub-02_T1w.nii.gz fit each other's images"):
+        make(data=copy)
+    with (copy / "task.yaml").open("a") as file:
+        file.write("find_mix_ups: false\n")
+    make(data=copy)
+
+
+def test_who_is_labelled_for_no_search_is_not_asked_for_every_class(make: Make, copy: Path) -> None:
+    (subject,) = final(make(data=copy), "scratch").subjects
+    path = copy / f"labels/{subject}_T1w.nii.gz"
+    image = nibabel.load(path)
+    nibabel.Nifti1Image(np.zeros(image.shape, np.int16), image.affine).to_filename(path)
+    make(data=copy, num_labelled=["all"])
+    with pytest.raises(DataError, match="class 1 DISC is empty"):
+        make(data=copy, num_labelled=["all"], search={"learning_rates": {"scratch": [1e-3, 1e-2]}})
 
 
 def test_settings_of_a_mode_are_those_that_it_has() -> None:

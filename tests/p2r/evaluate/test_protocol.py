@@ -261,6 +261,21 @@ def test_candidates_drawn_from_distributions_depend_on_the_seed_alone_and_are_al
         ({"search": {"learning_rates": {"prototype": [1e-3]}}}, "trains nothing"),
         ({"search": {"scheduler": "asha", "num_labelled": [1, 5]}}, "must hold one number"),
         ({"modes": ["mean_teacher"], "protocol": "paper_compat"}, "mean_teacher"),
+        ({"modes": ["scratch", "scratch"]}, "modes must differ, got scratch, scratch"),
+        ({"tasks": ["a", "a"]}, "tasks must differ"),
+        ({"search": {"learning_rates": {"scratch": [1e-3, 0.0]}}}, "learning_rates.scratch must be above 0, got 0"),
+        ({"search": {"learning_rates": {"scratch": {"uniform": [-1, 1]}}}}, "scratch must be above 0, got -1"),
+        (
+            {"search": {"space": {"weight_decay": [0.1, 0.1]}}},
+            r"candidates of weight_decay must differ, got \[0.1, 0.1\]",
+        ),
+        (
+            {
+                "modes": ["scratch", "fine_tune"],
+                "search": {"learning_rates": {"scratch": [1e-3], "fine_tune": {"loguniform": [1e-4, 1e-2]}}},
+            },
+            "equally many candidates for every mode, got scratch 1, fine_tune 8: some modes have lists alone",
+        ),
         ({"num_labelled_by_mode": {"prototype": [1]}}, "names prototype, which is not in modes"),
         (
             {"num_labelled_by_mode": {"scratch": [1, 2, "all"]}},

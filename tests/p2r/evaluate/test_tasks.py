@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,20 @@ def test_a_label_whose_affine_is_off_by_more_than_a_thousandth_is_refused(make_t
     else:
         with pytest.raises(DataError, match=r"affines differ by up to 0\.002 .*labels/sub-01_T1w"):
             load_scan(task.scans[0], task, PREPARATION)
+
+
+def test_a_label_of_other_voxels_is_refused(make_task: MakeTask) -> None:
+    task = load_task(make_task())
+    for path, zooms in ((task.scans[0].image, (1.0, 1.0, 4.0)), (task.scans[0].label, (1.1, 1.0, 4.0))):
+        image = nibabel.Nifti1Image(
+            np.asarray(nibabel.load(path).dataobj), np.eye(4)
+        )  # as in ACDC: pixdim alone says it
+        image.header.set_zooms(zooms)
+        image.to_filename(path)
+    with pytest.raises(
+        DataError, match=r"states voxels of 1.1 x 1 x 4 mm, its image .* 1 x 1 x 4; where the files of two scans"
+    ):
+        load_scan(task.scans[0], task, PREPARATION)
 
 
 def test_a_mirrored_label_is_refused(make_task: MakeTask) -> None:
@@ -599,9 +614,27 @@ def test_a_label_map_that_was_copied_to_another_patient_is_refused(make_task: Ma
 
 def test_empty_label_maps_are_no_copies(make_task: MakeTask) -> None:
     task = load_task(make_task())
-    for number in (0, 3):
+    for number in (0, 1):
         replace_scan(task, number, "label", np.zeros((20, 24, 6), np.uint8))
-    assert check_scans(task, PREPARATION)["sub-04"] == frozenset()
+    assert check_scans(task, PREPARATION)["sub-02"] == frozenset()
+
+
+@pytest.mark.parametrize(("number", "split"), [(2, "validation"), (3, "test")])
+def test_patients_to_compare_with_must_have_a_class(make_task: MakeTask, number: int, split: str) -> None:
+    task = load_task(make_task())
+    replace_scan(task, number, "label", np.zeros((20, 24, 6), np.uint8))
+    with pytest.raises(DataError, match=rf"no label map of the {split} patients \(sub-0{number + 1}\) holds any class"):
+        check_scans(task, PREPARATION)
+
+
+def test_what_the_network_does_not_see_of_a_class_is_not_there(make_task: MakeTask) -> None:
+    task = load_task(make_task())
+    label = np.ones((20, 24, 6), np.uint8)
+    label[:2] = 2
+    replace_scan(task, 0, "label", label)
+    centre = partial(load_scan, size=8)  # 16 of 20 voxels along the first axis
+    assert check_scans(task, PREPARATION)["sub-01"] == {1, 2}
+    assert check_scans(task, PREPARATION, load=centre)["sub-01"] == {1}
 
 
 def test_labels_where_the_image_is_empty_are_refused(make_task: MakeTask) -> None:
