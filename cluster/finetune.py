@@ -4,9 +4,9 @@ Tune places trials, gives each its share of CPUs and GPUs, starts one again when
 are behind (`search.scheduler`) and proposes new ones (`search.searcher`). Schedulers and searchers compare what is alike:
 each task and mode is an experiment of its own then.
 
-What a trial found lies on the storage as soon as it ends. So a killed sweep goes on with the trials that are missing,
-from any machine and under any executor, which Tune's own state could not; only what a searcher has learnt is in that state
-alone, and its experiment is restored by `Tuner.restore`.
+What a trial found lies on the storage as soon as it ends, and so does that it was stopped. So a killed sweep goes on with the
+trials that are missing, from any machine and under any executor, which Tune's own state could not; only what a searcher has
+learnt is in that state alone, and its experiment is restored by `Tuner.restore`.
 """
 
 import hashlib
@@ -56,16 +56,29 @@ def run_trials(
     Raises:
         DataError: A trial found that what the user gave cannot be used.
     """
-    _Counting.count = count
     storages = [Storage(setup.storage) for setup, _ in trials]
     paths = [setup.result_path(trial) for setup, trial in trials]
-    missing = [index for index in range(len(trials)) if not storages[index].exists(paths[index])]
+    stopped_paths = [setup.stopped_path(trial) if _is_scheduled(setup, trial) else None for setup, trial in trials]
+
+    def found(index: int) -> Result | None:
+        for path in filter(None, (paths[index], stopped_paths[index])):
+            if storages[index].exists(path):
+                result: Result = storages[index].read_json(path)
+                return result
+        return None
+
+    def ended(index: int, metrics: Mapping[str, Any]) -> None:
+        stopped = _stopped(trials[index][1], metrics)
+        path = stopped_paths[index]
+        if path is not None and stopped is not None and not storages[index].exists(paths[index]):
+            storages[index].write_json(path, stopped)
+
+    _Watching.count, _Watching.ended = count, ended
+    missing = [index for index in range(len(trials)) if found(index) is None]
     others: dict[int, Result] = {}
     if missing:
         say(f"{len(missing)} trials to run, {len(trials) - len(missing)} done already")
         for number, indices in enumerate(_experiments(trials, missing)):
-            search = trials[indices[0]][0].config.search
-            is_scheduled = search.scheduler != "none" and trials[indices[0]][1].purpose == "search"
             with relay(say) as queue:
                 tuner = tune.Tuner(
                     _placed(tune.with_parameters(_listed, trials=list(trials), queue=queue), resources),
@@ -75,7 +88,7 @@ def run_trials(
                         metric="validation_dice",
                         mode="max",
                         reuse_actors=True,
-                        scheduler=_scheduler(trials[indices[0]][0]) if is_scheduled else None,
+                        scheduler=_scheduler(trials[indices[0]][0]) if _is_scheduled(*trials[indices[0]]) else None,
                     ),
                     run_config=_run_config(
                         f"finetune-{time.strftime('%Y%m%d-%H%M%S')}-{number}", trials[0][0], retries
@@ -83,11 +96,9 @@ def run_trials(
                 )
                 for outcome in tuner.fit():
                     index = outcome.config["index"] if outcome.config else None
-                    if index is not None and not storages[index].exists(paths[index]):
+                    if index is not None and found(index) is None:
                         others[index] = _without_result(trials[index][1], outcome)
-    return [
-        others[index] if index in others else storages[index].read_json(paths[index]) for index in range(len(trials))
-    ]
+    return [others.get(index) or found(index) or _lost(trial) for index, (_, trial) in enumerate(trials)]
 
 
 def suggest(
@@ -99,7 +110,7 @@ def suggest(
         JobError: Tune has no such algorithm, or its package is not installed.
         DataError: see `run_trials`.
     """
-    _Counting.count = count
+    _Watching.count, _Watching.ended = count, None
     search, task = setup.config.search, load_task(Path(setup.task))
     (num_labelled,) = numbers_of(search.num_labelled, task)
     storage = Storage(setup.storage)
@@ -167,9 +178,12 @@ def _experiments(trials: Sequence[tuple[TrialSetup, Trial]], missing: Sequence[i
     groups: dict[tuple[str, ...], list[int]] = {}
     for index in missing:
         setup, trial = trials[index]
-        is_scheduled = setup.config.search.scheduler != "none" and trial.purpose == "search"
-        groups.setdefault((trial.task, trial.mode) if is_scheduled else (), []).append(index)
+        groups.setdefault((trial.task, trial.mode) if _is_scheduled(setup, trial) else (), []).append(index)
     return list(groups.values())
+
+
+def _is_scheduled(setup: TrialSetup, trial: Trial) -> bool:
+    return setup.config.search.scheduler != "none" and trial.purpose == "search"
 
 
 def _without_result(trial: Trial, outcome: Any) -> Result:
@@ -177,15 +191,27 @@ def _without_result(trial: Trial, outcome: Any) -> Result:
     metrics: Mapping[str, Any] = outcome.metrics or {}
     if "refused" in metrics:
         raise DataError(metrics["refused"])
-    if outcome.error is not None or "failed" in metrics or "step" not in metrics:
-        reason = metrics.get("failed") or str(outcome.error or "it ended without a result").strip().splitlines()[-1]
-        return {"trial": trial.to_row(), "failed": reason}
+    stopped = None if outcome.error is not None else _stopped(trial, metrics)
+    if stopped is not None:
+        return stopped
+    reason = metrics.get("failed") or str(outcome.error or "it ended without a result").strip().splitlines()[-1]
+    return {"trial": trial.to_row(), "failed": reason, **({"diverged": True} if "failed" in metrics else {})}
+
+
+def _stopped(trial: Trial, metrics: Mapping[str, Any]) -> Result | None:
+    """What is known of a trial that was stopped, if it reported before it was."""
+    if {"failed", "refused"} & metrics.keys() or "step" not in metrics:
+        return None
     return {
         "trial": trial.to_row(),
         "stopped_at_step": metrics["step"],
         "validation": {"dice_mean": metrics["validation_dice"]},
         "seconds": metrics.get("time_total_s", 0.0),
     }
+
+
+def _lost(trial: Trial) -> Result:
+    return {"trial": trial.to_row(), "failed": "Ray Tune says nothing of it"}
 
 
 def _listed(config: dict[str, Any], *, trials: list[tuple[TrialSetup, Trial]], queue: Any) -> None:
@@ -204,13 +230,14 @@ def _trial(setup: TrialSetup, trial: Trial, *, queue: Any) -> None:
     from p2r.errors import InputError, TrainingError
 
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
-    is_scheduled = trial.purpose == "search" and setup.config.search.scheduler != "none"
 
     def report(step: int, dice: float) -> None:
         tune.report({"validation_dice": dice, "step": step})
 
     try:
-        result = run_trial(setup, trial, device=device, say=queue.put, report=report if is_scheduled else None)
+        result = run_trial(
+            setup, trial, device=device, say=queue.put, report=report if _is_scheduled(setup, trial) else None
+        )
     except TrainingError as error:  # it would diverge again: no restart
         tune.report({"validation_dice": 0.0, "failed": str(error)})
         return
@@ -237,22 +264,29 @@ def _placed(trainable: Any, resources: Resources) -> Any:
     return tune.with_resources(trainable, {"CPU": resources.cpus_per_trial, "GPU": _gpus(resources)})
 
 
-class _Counting(tune.Callback):  # type: ignore[misc]
-    """Counts the trials of an experiment by state, now and then. Tune calls it in the process that runs the experiment.
+class _Watching(tune.Callback):  # type: ignore[misc]
+    """Counts the trials of an experiment by state, now and then, and tells of each that ended. Tune calls it in the process that runs
+    the experiment.
 
     Whom it tells belongs to the class: Tune pickles its callbacks with the experiment, and restores them.
     """
 
     count: ClassVar[Count | None] = None
+    ended: ClassVar[Callable[[int, Mapping[str, Any]], None] | None] = None
+    """Receives the index of a listed trial, and what it reported last."""
     _counted_at_s = 0.0
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if time.monotonic() - self._counted_at_s > _COUNT_S:
             self.on_experiment_end(trials)
 
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if _Watching.ended is not None and "index" in trial.config:
+            _Watching.ended(trial.config["index"], trial.last_result or {})
+
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        if _Counting.count is not None:
-            _Counting.count(Counter(_STATES.get(trial.status, "failed") for trial in trials))
+        if _Watching.count is not None:
+            _Watching.count(Counter(_STATES.get(trial.status, "failed") for trial in trials))
         self._counted_at_s = time.monotonic()
 
 
@@ -261,7 +295,7 @@ def _run_config(name: str, setup: TrialSetup, retries: int) -> tune.RunConfig:
         name=name,
         storage_path=ray_folder(Storage(setup.root).child("finetune")),
         failure_config=tune.FailureConfig(max_failures=retries),
-        callbacks=[_Counting()],
+        callbacks=[_Watching()],
         verbose=0,
     )
 

@@ -41,7 +41,7 @@ from p2r.evaluate.protocol import (
 )
 from p2r.evaluate.tasks import LabelledScan, Split, Task, TaskScan, check_classes_present, check_scans, load_task
 from p2r.files import file_sha256
-from p2r.storage import Storage
+from p2r.storage import Storage, json_bytes
 
 _TRANSDUCTIVE_CARD = """
 Its backbone was pretrained on scans of validation or test patients (transductive): the figure is no estimate for others."""
@@ -51,7 +51,8 @@ _OF = {2: "planes", 3: "volumes"}
 
 Say = Callable[[str], None]
 Result = dict[str, Any]
-"""What `run_trial` returns; or {trial, failed: reason}; or, of one that a scheduler stopped, {trial, stopped_at_step, validation}."""
+"""What `run_trial` returns; or {trial, failed: reason}, and `diverged: True` if it did; or, of one that a scheduler stopped, {trial,
+stopped_at_step, validation, seconds}."""
 
 
 class TrialRunner(Protocol):
@@ -95,11 +96,9 @@ def few_shot(setups: Sequence[TrialSetup], *, runner: TrialRunner, say: Say) -> 
         runner: Runs trials.
         say: Receives a line when something was decided.
 
-    Raises:
-        TrainingError: if all final trials failed.
     """
     found = FewShot([])
-    sweep = _Sweep(runner, say)
+    sweep = _Sweep(runner, Storage(setups[0].root).child("finetune"), say)
     tasks = [load_task(Path(setup.task)) for setup in setups]
     searches = [
         (setup, trial)
@@ -116,8 +115,9 @@ def few_shot(setups: Sequence[TrialSetup], *, runner: TrialRunner, say: Say) -> 
     for setup, task in zip(setups, tasks, strict=True):
         of_task = [(trial, result) for (owner, trial), result in outcomes if owner is setup]
         found.searched += [_searched(trial, result) for trial, result in of_task]
-        found.failed += _failures(result for _, result in of_task)
-        chosen = _choose(setup, of_task, found)
+        # A candidate that diverged is out, as one that was stopped: it has its line among what was searched.
+        found.failed += _failures(result for _, result in of_task if not result.get("diverged"))
+        chosen = _choose(setup, task, of_task, found)
         for mode, settings in chosen.items():
             values = ", ".join(f"{name} {value:g}" for name, value in settings.given().items())
             how = "chosen on validation" if is_searched(setup.config, mode) else "the only candidate"
@@ -134,49 +134,56 @@ def few_shot(setups: Sequence[TrialSetup], *, runner: TrialRunner, say: Say) -> 
         )
     for failure in found.failed:
         say(f"FAILED {failure['trial']}: {failure['reason']}")
-    if not found.results:
-        raise TrainingError(f"no trial has a result: {found.failed[0]['reason'] if found.failed else 'there are none'}")
     return found
 
 
 class _Sweep:
-    """Runs trials and keeps the time."""
+    """Runs trials and keeps the time, of this call and of all before: each leaves what it took on the storage."""
 
-    def __init__(self, runner: TrialRunner, say: Say) -> None:
-        self._runner, self._say = runner, say
-        self._sweep_s = self._trials_s = self._slots_s = 0.0
-        self._num_trials = self._num_concurrent = 0
+    def __init__(self, runner: TrialRunner, storage: Storage, say: Say) -> None:
+        self._runner, self._storage, self._say = runner, storage, say
 
     def run(self, trials: Sequence[tuple[TrialSetup, Trial]]) -> list[Result]:
-        missing = [not Storage(setup.storage).exists(setup.result_path(trial)) for setup, trial in trials]
+        missing = [not setup.is_done(trial) for setup, trial in trials]
         began = time.monotonic()
         results = self._runner.run_trials(trials, say=self._say) if trials else []
         self._count(time.monotonic() - began, [r for r, is_new in zip(results, missing, strict=True) if is_new])
         return results
 
     def suggest(self, setup: TrialSetup, mode: Mode) -> list[tuple[Trial, Result]]:
+        before = set(Storage(setup.storage).list("trials"))
         began = time.monotonic()
         found = self._runner.suggest(setup, mode, say=self._say)
-        self._count(time.monotonic() - began, [result for _, result in found])
+        wall_s = time.monotonic() - began
+        new = [(trial, result) for trial, result in found if setup.result_path(trial) not in before]
+        if any(
+            setup.is_done(trial) for trial, _ in new
+        ):  # else all is as it was: those without a result were stopped before
+            self._count(wall_s, [result for _, result in new])
         return found
 
     def _count(self, wall_s: float, results: Sequence[Result]) -> None:
         timed = [result["seconds"] for result in results if "seconds" in result]
         if timed:
-            concurrent = self._runner.num_concurrent(len(timed))
-            self._sweep_s += wall_s
-            self._slots_s += wall_s * concurrent
-            self._trials_s += math.fsum(timed)
-            self._num_trials += len(timed)
-            self._num_concurrent = max(self._num_concurrent, concurrent)
+            took = {
+                "num_trials": len(timed),
+                "num_concurrent": self._runner.num_concurrent(len(timed)),
+                "sweep_s": wall_s,
+                "trials_s": math.fsum(timed),
+            }
+            self._storage.create(f"sweeps/{time.time_ns()}.json", json_bytes(took))
 
     def overhead(self) -> dict[str, Any]:
+        """Return what all sweeps that were not cut short took beyond their trials' own time."""
+        took = [self._storage.read_json(path) for path in self._storage.list("sweeps") if path.endswith(".json")]
+        slots_s = math.fsum(one["sweep_s"] * one["num_concurrent"] for one in took)
+        trials_s = math.fsum(one["trials_s"] for one in took)
         return {
-            "num_trials": self._num_trials,
-            "num_concurrent": self._num_concurrent,
-            "sweep_s": round(self._sweep_s, 3),
-            "trials_s": round(self._trials_s, 3),
-            "overhead_fraction": self._slots_s / self._trials_s - 1 if self._trials_s else None,
+            "num_trials": sum(one["num_trials"] for one in took),
+            "num_concurrent": max((one["num_concurrent"] for one in took), default=0),
+            "sweep_s": round(math.fsum(one["sweep_s"] for one in took), 3),
+            "trials_s": round(trials_s, 3),
+            "overhead_fraction": slots_s / trials_s - 1 if trials_s else None,
         }
 
 
@@ -199,7 +206,9 @@ def _failures(results: Any) -> list[dict[str, str]]:
     return [{"trial": result["trial"]["id"], "reason": result["failed"]} for result in results if "failed" in result]
 
 
-def _choose(setup: TrialSetup, of_task: Sequence[tuple[Trial, Result]], found: FewShot) -> dict[Mode, Settings]:
+def _choose(
+    setup: TrialSetup, task: Task, of_task: Sequence[tuple[Trial, Result]], found: FewShot
+) -> dict[Mode, Settings]:
     """Return the settings of every mode that has any left: the best of the search, or the only candidate."""
     config = setup.config
     best = choose_settings(
@@ -213,13 +222,13 @@ def _choose(setup: TrialSetup, of_task: Sequence[tuple[Trial, Result]], found: F
         elif mode in best:
             chosen[mode] = best[mode]
         else:
-            name = Path(setup.storage).name
-            found.failed.append({"trial": f"{name}-final-{mode}", "reason": "no candidate of its search has a figure"})
+            reasons = [result["failed"] for trial, result in of_task if trial.mode == mode and "failed" in result]
+            reason = "no candidate of its search has a figure" + "".join(f": {one}" for one in reasons[:1])
+            missing = final_trials(config, task, {mode: Settings()})  # names hold no settings
+            found.failed += [{"trial": trial.id, "reason": reason} for trial in missing]
             continue
         of = "search" if is_searched(config, mode) else "only candidate"
-        found.chosen.append(
-            {"task": Path(setup.storage).name, "mode": mode, "settings": chosen[mode].given(), "by": of}
-        )
+        found.chosen.append({"task": task.name, "mode": mode, "settings": chosen[mode].given(), "by": of})
     return chosen
 
 
@@ -237,7 +246,7 @@ def attempt(setup: TrialSetup, trial: Trial, *, device: str, retries: int, say: 
         except InputError:
             raise
         except TrainingError as error:
-            return {"trial": trial.to_row(), "failed": str(error)}
+            return {"trial": trial.to_row(), "failed": str(error), "diverged": True}
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             say(f"{trial.id} | attempt {number + 1} of {retries + 1} failed: {reason}")
@@ -247,7 +256,10 @@ def attempt(setup: TrialSetup, trial: Trial, *, device: str, retries: int, say: 
 def failure_message(failed: Sequence[dict[str, str]]) -> str:
     """Return what the command line says of trials that failed."""
     names = "\n".join(f"  {failure['trial']}: {failure['reason']}" for failure in failed)
-    return f"{len(failed)} trial{'s' * (len(failed) > 1)} failed; the report has the others, run the job again to try again:\n{names}"
+    return (
+        f"{len(failed)} trial{'s' * (len(failed) > 1)} failed; the report has the others; run the job again to try again, and change it "
+        f"where they diverged:\n{names}"
+    )
 
 
 def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
@@ -371,7 +383,10 @@ def publish_best(
     trial = best["trial"]
     weights = load(Storage(setup.storage).read_bytes(best["weights"]))
     version = Path(best["weights"]).stem
-    licence = " AND ".join(dict.fromkeys([backbone.manifest["licence"], task.config.licence]))
+    # From scratch, a model has the backbone's shape and nothing of its weights or corpora.
+    is_scratch = trial["mode"] == "scratch"
+    licences = [task.config.licence] if is_scratch else [backbone.manifest["licence"], task.config.licence]
+    licence = " AND ".join(dict.fromkeys(licences))
     patients = (
         f"{trial['num_labelled']} labelled patient{'s' * (trial['num_labelled'] > 1)} ({', '.join(trial['subjects'])})"
     )
@@ -406,7 +421,7 @@ Licence of the weights: {licence}. {task.config.citation}
             "trial": trial,
             "validation": best["validation"],
             "transductive": trial_is_transductive,
-            "backbone_sha256": backbone.manifest["sha256"],
-            "corpora": backbone.manifest.get("corpora", []),
+            "backbone_sha256": best["row"]["backbone_sha256"],
+            "corpora": [] if is_scratch else backbone.manifest.get("corpora", []),
         },
     )

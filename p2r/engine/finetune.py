@@ -112,6 +112,16 @@ class TrialSetup:
         """Where the trial's result lies below `storage`: its name holds a digest of everything that it depends on."""
         return f"trials/{trial.id}-{self.recipe_sha256(trial)[:12]}.json"
 
+    def stopped_path(self, trial: Trial) -> str:
+        """Where it is noted below `storage` that a scheduler stopped the trial: that depends on its rivals, too."""
+        of = {"recipe": self.recipe_sha256(trial), "search": self.config.search.model_dump(mode="json")}
+        return f"searches/{trial.id}-{hashlib.sha256(json_bytes(of)).hexdigest()[:12]}.json"
+
+    def is_done(self, trial: Trial) -> bool:
+        """Whether the storage has the trial's result, or knows that it was stopped."""
+        storage = Storage(self.storage)
+        return storage.exists(self.result_path(trial)) or storage.exists(self.stopped_path(trial))
+
 
 def preparation_for(task: TaskConfig, config: FinetuneConfig, of_backbone: Preparation) -> Preparation:
     """Return what models of a task do to a scan: the backbone's way, but for how much they read of it, and what the task states."""

@@ -342,11 +342,11 @@ def test_clients_that_never_read_make_room_and_a_thousand_change_nothing(exporte
 def test_trials_are_counted_by_state_and_tune_can_keep_who_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray import cloudpickle
 
-    from cluster.finetune import _Counting
+    from cluster.finetune import _Watching
 
     driver = Exporter(run="toy", storage_url="s3://b/x", role="driver", endpoint=None)
-    monkeypatch.setattr(_Counting, "count", driver.trials)
-    kept = cloudpickle.loads(cloudpickle.dumps(_Counting()))  # the exporter itself has locks and sockets
+    monkeypatch.setattr(_Watching, "count", driver.trials)
+    kept = cloudpickle.loads(cloudpickle.dumps(_Watching()))  # the exporter itself has locks and sockets
     kept.on_step_end(1, [SimpleNamespace(status=status) for status in ("RUNNING", "PENDING", "TERMINATED", "ERROR")])
     kept.on_step_end(2, [])  # too soon after the last
     series = parsed(driver.page().decode())
