@@ -1,21 +1,30 @@
-"""Few-shot trials on a real local Ray: a scheduler that stops candidates, a searcher that proposes them, and one that diverges."""
+"""Few-shot trials on a real local Ray: a scheduler that stops candidates, a searcher that proposes them, and a driver that is killed."""
 
+import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+import torch
 
 import p2r
+from cluster.executor import RayExecutor
 from cluster.finetune import num_concurrent, run_trials, suggest
 from p2r.config import FinetuneConfig
+from p2r.engine.__main__ import LocalExecutor
 from p2r.engine.fewshot import check_task
 from p2r.engine.finetune import TrialSetup
+from p2r.engine.pipeline import run_job
 from p2r.errors import JobError
 from p2r.evaluate.protocol import choose_settings, search_trials
 from p2r.evaluate.tasks import load_task
-from p2r.job import Resources
+from p2r.job import Resources, read_job
 from p2r.storage import Storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -87,6 +96,49 @@ def test_candidates_are_stopped_and_proposed_and_what_was_found_lies_on_the_stor
 
     again = suggest(elsewhere, "scratch", resources=RESOURCES, retries=0, say=lines.append)
     assert [trial for trial, _ in again] == [trial for trial, _ in found], "candidates depend on the seed alone"
+
+
+def test_a_sweep_whose_driver_was_killed_goes_on_to_the_report_of_one_that_was_not(
+    published: dict[str, str], write_toy_job: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes = (
+        *("kind=finetune", "pretrain=null", f"finetune.backbone={published['backbone']}", "resources.cpus_per_trial=4"),
+        *(
+            "finetune.modes=[scratch, linear_probe]",
+            "finetune.num_labelled=[1, 2]",
+            "finetune.draws=1",
+            "finetune.steps=60",
+        ),
+    )
+    path = write_toy_job(tmp_path)
+    command = [sys.executable, "-m", "cluster", "run", str(path)]
+    command += [word for change in changes for word in ("--set", change)]
+    address = ray.get_runtime_context().gcs_address
+    with (tmp_path / "driver.log").open("wb") as log:
+        driver = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": address}, stdout=log, stderr=log)
+        trials = tmp_path / "storage/finetune/disc/trials"
+        deadline = time.monotonic() + 300
+        while len(done := list(trials.glob("*.json"))) < 2 and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        driver.kill()
+        driver.wait()
+    assert len(done) == 2, (tmp_path / "driver.log").read_text()
+
+    job = read_job(path, changes)
+    lines: list[str] = []
+    run_job(job, RayExecutor(job), say=lines.append)
+    assert "2 trials to run, 2 done already" in "\n".join(lines)
+    undisturbed = read_job(path, (*changes, f"storage={tmp_path}/undisturbed"))
+    run_job(undisturbed, LocalExecutor(torch.device("cpu"), None), say=lines.append)
+
+    resumed, whole = (
+        json.loads((tmp_path / name / "report/report.json").read_text()) for name in ("storage", "undisturbed")
+    )
+    for row in (*resumed["rows"], *whole["rows"]):
+        del row["seconds"]
+    assert resumed["rows"] == whole["rows"] and resumed["statistics"] == whole["statistics"]
+    assert resumed["context"]["chosen"] == whole["context"]["chosen"]
+    assert len(resumed["context"]["test_reads"]) == len(whole["context"]["test_reads"]) == 4
 
 
 def test_a_searcher_or_scheduler_that_tune_does_not_have_is_refused(
