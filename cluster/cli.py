@@ -172,6 +172,11 @@ def inspect(
 def verify(url: Annotated[str, typer.Argument(help="A corpus, backbone or model.")], debug: Debug = False) -> None:
     """Check every digest of what lies at a URL."""
     storage = Storage(url)
+    if not storage.exists("manifest.json"):
+        raise InputError(
+            f"{storage.url} has no manifest.json: a corpus, a backbone or a model is verified, such as corpus, backbones/NAME/VERSION or "
+            "models/TASK/VERSION of a job's storage (p2r inspect lists them)"
+        )
     manifest = storage.read_json("manifest.json")
     kind = str(manifest.get("format")) if isinstance(manifest, dict) else "no manifest"
     if kind.startswith("p2r-backbone/"):

@@ -340,7 +340,7 @@ def _mode(mode: str) -> str:
 
 
 def _points(points: Sequence[tuple[int, float, int]]) -> str:
-    return ", ".join(f"{number}: {mean:.3f} ({draws} draws)" for number, mean, draws in points)
+    return ", ".join(f"{number}: {mean:.3f} ({draws} draw{'s' * (draws > 1)})" for number, mean, draws in points)
 
 
 def _duration(seconds: float) -> str:

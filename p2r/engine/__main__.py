@@ -8,6 +8,7 @@ With `--minutes`, pretraining saves a checkpoint and ends when the time is over;
 """
 
 import argparse
+import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -148,7 +149,7 @@ def _main() -> int:
         Console(width=None if sys.stdout.isatty() else 120).print(table)
     failed = made.pop("failed", [])
     for name, value in made.items():
-        print(f"{name}: {value}")
+        print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
     if failed:
         say_error(failure_message(failed), code=1)
     return 1 if failed else 0

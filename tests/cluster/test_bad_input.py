@@ -179,6 +179,10 @@ def test_test_patients_that_only_a_secret_would_find(run: Run, monkeypatch: pyte
     refused(run("kind=finetune"), "P2R_PSEUDONYM_KEY (it is not set)")
 
 
+def test_a_url_without_anything_to_verify(p2r: Run, published: dict[str, str]) -> None:
+    refused(p2r("verify", published["storage"]), "has no manifest.json", "backbones/NAME/VERSION")
+
+
 def test_a_damaged_corpus(p2r: Run, published: dict[str, str], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(published["corpus"].removeprefix("file://"), tmp_path / "corpus"))
     (tar, *_) = sorted(copy.glob("*.tar"))
