@@ -49,6 +49,8 @@ _LINES = ("solid", "dashed", "dotted", "dashdot")
 _NO_FIGURE = ("publish_model", "allow_transductive", "modes", "num_labelled", "num_labelled_by_mode")
 """Settings that change no figure which two runs share; what only one of them has is named anyway."""
 _TOLERANCE = "finetune.nsd_tolerance_mm"  # changes NSD alone
+_SETTINGS, _CHOSEN = "Settings that differ", "chosen for "
+_WAY_OUT = "give the storage, or the report.json, of a job that fine-tuned it"
 _OF_TRIAL = ("task", "mode", "num_labelled", "draw", "split", "dice_mean", "dice", "seed", "code", "backbone_sha256")
 
 Dice = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -194,9 +196,6 @@ def _report_of(url: str) -> tuple[Storage, str, _Published | None]:
             f"end, or {_WAY_OUT}"
         )
     return job, "report/report.json", published
-
-
-_WAY_OUT = "give the storage, or the report.json, of a job that fine-tuned it"
 
 
 def _rows_of(published: _Published, rows: Sequence[dict[str, Any]], where: str) -> list[dict[str, Any]]:
@@ -351,9 +350,6 @@ def notes_of(comparison: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-_SETTINGS, _CHOSEN = "Settings that differ", "chosen for "
-
-
 def _brief(name: str, letters: Sequence[str], texts: Sequence[str]) -> str:
     values = ", ".join(f"{letter} {shortened(text, 60)}" for letter, text in zip(letters, texts, strict=True))
     return f"{name} ({values})"
@@ -437,12 +433,13 @@ def _settings_that_differ(runs: Sequence[Run], keys: Sequence["_Key"]) -> dict[s
             for one in run.chosen
             if (one.get("task"), one.get("mode")) == (task, mode)
         }
-        as_asked = [  # a setting that no search chose stands in the section already
+        names = [
             name
             for name in _names_that_differ(found)
-            if all(found[run.letter].get(name) == run.finetune.get(name) for run in runs if run.letter in found)
+            # What no search chose is as the section says it, and listed already.
+            if any(found[run.letter].get(name) != run.finetune.get(name) for run in runs if run.letter in found)
         ]
-        if names := [name for name in _names_that_differ(found) if name not in as_asked]:
+        if names:
             values = {letter: {name: of[name] for name in names if name in of} for letter, of in found.items()}
             chosen.append({"task": task, "mode": mode, "values": values})
     return {
@@ -608,6 +605,11 @@ def _blocks(comparison: Mapping[str, Any], drawn: dict[str, Drawing | bytes]) ->
         name = name if len({one["split"] for one in cells}) == 1 else f"{name}-{for_file_name(split)}"
         yield Heading(2, task)
         yield Paragraph(f"Protocol: {protocol}. Read on {split} patients.")
+        if any(dice is not None for cell in here for dice in cell["dice"].values()):
+            drawn[f"runs-{name}"] = _side_by_side(comparison, here, task)
+            yield Picture(
+                f"runs-{name}", f"Dice on {split} patients by number of labelled patients, one panel for each mode."
+            )
         yield Grid(
             ("task", "labelled patients", "mode", *letters, *_flat_headers(letters)),
             [_line(comparison, cell, letters) for cell in here],
@@ -639,11 +641,6 @@ def _blocks(comparison: Mapping[str, Any], drawn: dict[str, Drawing | bytes]) ->
             yield Picture(
                 f"differences-{name}",
                 f"Difference of Dice to {letters[0]}, paired by patient: to the right of zero {letters[0]} is worse.",
-            )
-        if any(dice is not None for cell in here for dice in cell["dice"].values()):
-            drawn[f"runs-{name}"] = _side_by_side(comparison, here, task)
-            yield Picture(
-                f"runs-{name}", f"Dice on {split} patients by number of labelled patients, one panel for each mode."
             )
     reasons = reasons_of(comparison)
     if reasons:
