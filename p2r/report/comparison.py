@@ -30,7 +30,6 @@ from p2r.errors import DataError
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.report.canvas import INK, NARROW, WIDE, Drawing, apart, drawing, mode_colour, new_sheet, plain
 from p2r.report.document import source_line
-from p2r.report.few_shot_curve import _DODGE as DODGE
 from p2r.report.few_shot_curve import _draw as draw_series
 from p2r.report.forest import Difference, figures_text, forest, p_text
 from p2r.report.page import Block, Grid, Heading, Paragraph, Picture, html
@@ -45,6 +44,7 @@ _MOST_NAMES = 3
 _MOST_SETTINGS = 3  # in one sentence; the list below it has all
 _SEED = 0
 _PANEL, _BELOW = 1.9, 0.6  # inches
+_DODGE = 0.06  # of the axis, between runs: a panel is small, and the marks of means would hide the draws
 _LINES = ("solid", "dashed", "dotted", "dashdot")
 _NO_FIGURE = ("publish_model", "allow_transductive", "modes", "num_labelled", "num_labelled_by_mode")
 """Settings that change no figure which two runs share; what only one of them has is named anyway."""
@@ -695,7 +695,7 @@ def _side_by_side(comparison: Mapping[str, Any], of_task: Sequence[Mapping[str, 
             for number, letter in enumerate(letters):
                 here = [cell for cell in cells if cell.series == (mode, letter)]
                 if here:
-                    offset = (number - (len(letters) - 1) / 2) * DODGE * span
+                    offset = (number - (len(letters) - 1) / 2) * _DODGE * span
                     _, dice = draw_series(axes, here, rows, bands, offset, span, _LINES[number % 4])
                     ends.append((letter, here[-1].num_labelled, dice))
             places = apart([dice for _, _, dice in ends], 0.11)
