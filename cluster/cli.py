@@ -333,7 +333,9 @@ def compare(
     urls: Annotated[
         list[str],
         typer.Argument(
-            metavar="A B...", help="Storages of jobs that have run, or URLs of a report.json; A comes first."
+            metavar="A B...",
+            help="Storages of jobs that have run, URLs of a report.json, or backbones that lie in such a storage "
+            "(STORAGE/backbones/NAME/VERSION); A comes first.",
         ),
     ],
     output: Annotated[
@@ -342,10 +344,22 @@ def compare(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Put the reports of several runs, or backbones, side by side, and their differences patient by patient."""
+    """Put the reports of several runs, or backbones, side by side, and their differences patient by patient.
+
+    A backbone stands for its rows in the report of the storage that it lies in, and for those from scratch. Settings that
+    differ between the jobs are listed above the figures.
+    """
     from rich.console import Console
 
-    from p2r.report.comparison import compare_runs, comparison_table, read_runs, reasons_of, write_comparison
+    from p2r.report.comparison import (
+        compare_runs,
+        comparison_table,
+        notes_of,
+        read_runs,
+        reasons_of,
+        settings_table,
+        write_comparison,
+    )
     from p2r.report.text import one_line
 
     storage = None if output is None else Storage(output)
@@ -359,6 +373,11 @@ def compare(
         console.print(
             f"{run.letter}  {one_line('  '.join(filter(None, (*named, run.url))))}", markup=False, soft_wrap=True
         )
+    for note in notes_of(comparison):
+        console.print(one_line(f"note: {note}"), markup=False, soft_wrap=True)
+    differ = settings_table(comparison)
+    if differ.row_count:
+        console.print(differ)
     console.print(comparison_table(comparison))
     for reason in reasons_of(comparison):
         console.print(one_line(reason), markup=False, soft_wrap=True)

@@ -4,15 +4,20 @@
 
 Only what was asked alike is put side by side: the same task, protocol, split, mode and number of labelled patients. What
 was not is named, and never mixed. A difference is paired where the draws had the same labelled patients and were read on
-the same test patients; elsewhere both figures are shown, with the reason why there is no difference.
+the same test patients; elsewhere both figures are shown, with the reason why there is no difference. Settings that differ
+do not forbid a comparison, but stand above its figures: a difference may come of them.
 
-The first run is what the others are compared with.
+A published backbone stands for its rows, and those from scratch, in the report of the storage that it lies in. The first
+run is what the others are compared with.
 """
 
+import hashlib
+import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
@@ -20,9 +25,12 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from rich.table import Table
 from rich.text import Text
 
+from p2r.backbone import BACKBONE_FORMAT
 from p2r.errors import DataError
 from p2r.evaluate.statistics import few_shot_statistics
-from p2r.report.canvas import INK, NARROW, WIDE, Drawing, apart, drawing, mode_colour, mode_marker, new_sheet, plain
+from p2r.report.canvas import INK, NARROW, WIDE, Drawing, apart, drawing, mode_colour, new_sheet, plain
+from p2r.report.document import source_line
+from p2r.report.few_shot_curve import _draw as draw_series
 from p2r.report.forest import Difference, figures_text, forest, p_text
 from p2r.report.page import Block, Grid, Heading, Paragraph, Picture, html
 from p2r.report.tables import LEAK_FREE, Row, aggregate, code_of, label_of, protocol_of, series_name, series_order
@@ -33,9 +41,17 @@ FORMAT = "p2r-comparison/1"
 
 _MOST_RUNS = 8
 _MOST_NAMES = 3
+_MOST_SETTINGS = 3  # in one sentence; the list below it has all
 _SEED = 0
 _PANEL, _BELOW = 1.9, 0.6  # inches
+_DODGE = 0.06  # of the axis, between runs: a panel is small, and the marks of means would hide the draws
 _LINES = ("solid", "dashed", "dotted", "dashdot")
+_NO_FIGURE = ("publish_model", "allow_transductive", "modes", "num_labelled", "num_labelled_by_mode")
+"""Settings that change no figure which two runs share; what only one of them has is named anyway."""
+_TOLERANCE = "finetune.nsd_tolerance_mm"  # changes NSD alone
+_SETTINGS, _CHOSEN = "Settings that differ", "chosen for "
+_WAY_OUT = "give the storage, or the report.json, of a job that fine-tuned it"
+_OF_TRIAL = ("task", "mode", "num_labelled", "draw", "split", "dice_mean", "dice", "seed", "code", "backbone_sha256")
 
 Dice = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Setting = tuple[str, str, str]
@@ -74,11 +90,24 @@ class Run:
     code: str
     seed: str
     licence: str
+    finetune: dict[str, Any]
+    """The job's section; empty: the report does not say it."""
+    chosen: tuple[dict[str, Any], ...]
+    """What the search chose: `task`, `mode` and `settings`."""
     rows: tuple[dict[str, Any], ...]
 
 
+class _Published(NamedTuple):
+    """A backbone, by its manifest."""
+
+    url: str
+    sha256: str
+    licence: str
+
+
 def read_runs(urls: Sequence[str]) -> list[Run]:
-    """Read the reports below several URLs: of a job's storage, of its report, or of a report.json.
+    """Read the reports below several URLs: of a job's storage, of its report, of a report.json, or of a backbone that a job
+    published in its storage.
 
     Raises:
         DataError: naming the URL that holds no report, or a report that breaks its own rules.
@@ -86,25 +115,15 @@ def read_runs(urls: Sequence[str]) -> list[Run]:
     if not 2 <= len(urls) <= _MOST_RUNS:
         raise DataError(f"a comparison needs 2 to {_MOST_RUNS} reports, got {len(urls)}")
     runs = [_read_run(url, chr(ord("A") + number)) for number, url in enumerate(urls)]
-    first: dict[str, str] = {}
+    first: dict[tuple[str, str], str] = {}
     for run in runs:
-        if first.setdefault(run.url, run.letter) != run.letter:
+        if first.setdefault((run.url, run.backbone_sha256), run.letter) != run.letter:
             raise DataError(f"{run.url} was given twice; give two reports")
     return runs
 
 
 def _read_run(url: str, letter: str) -> Run:
-    if url.endswith(".json"):
-        folder, _, path = url.rpartition("/")
-        storage, paths = Storage(folder or "."), [path]
-    else:
-        storage, paths = Storage(url), ["report/report.json", "report.json"]
-    found = next((path for path in paths if storage.exists(path)), None)
-    if found is None:
-        raise DataError(
-            f"there is no report at {storage.url} (looked for {', '.join(paths)}); give the storage of a job that has run, "
-            "or the URL of a report.json"
-        )
+    storage, found, published = _report_of(url)
     where = storage.at(found)
     report = storage.read_json(found)
     if not isinstance(report, dict) or not str(report.get("format")).startswith("p2r-report/"):
@@ -120,6 +139,8 @@ def _read_run(url: str, letter: str) -> Run:
             problem = error.errors()[0]
             key = ".".join(map(str, problem["loc"])) or "the row"
             raise DataError(f"{where}: row {number}: {one_line(key)}: {one_line(problem['msg'])}") from None
+    if published is not None:
+        checked = _rows_of(published, checked, where)
     if len({row.get("backbone") for row in checked}) > 1:
         raise DataError(f"{where} holds rows of several backbones already; give reports of one backbone each")
     trials = [(*_setting(row), row["num_labelled"], row["mode"], row["draw"]) for row in checked]
@@ -128,18 +149,68 @@ def _read_run(url: str, letter: str) -> Run:
             raise DataError(f"{where}: rows {trials.index(trial)} and {number} are of one trial: {one_line(trial)}")
     context = _mapping(report.get("context"))
     backbone = _mapping(context.get("backbone"))
-    digests = sorted({str(row["backbone_sha256"]) for row in checked if row.get("backbone_sha256")})
+    chosen = context.get("chosen")
     return Run(
         letter,
         where,
         str(context.get("job") or ""),
-        str(backbone.get("url") or ""),
-        ", ".join(digests),
+        str((published.url if published else backbone.get("url")) or ""),
+        ", ".join(_digests(checked)),
         code_of(checked, context),
         str(context.get("seed", "")),
-        str(context.get("licence") or ""),
+        str((published.licence if published else context.get("licence")) or ""),
+        _mapping(context.get("finetune")),
+        tuple(one for one in chosen if isinstance(one, dict)) if isinstance(chosen, list) else (),
         tuple(checked),
     )
+
+
+def _report_of(url: str) -> tuple[Storage, str, _Published | None]:
+    """Return where the report of a URL lies, and the backbone whose rows are meant, if the URL is that of one."""
+    if url.endswith(".json"):
+        folder, _, path = url.rpartition("/")
+        storage, paths = Storage(folder or "."), [path]
+    else:
+        storage, paths = Storage(url), ["report/report.json", "report.json"]
+    for path in paths:
+        if storage.exists(path):
+            return storage, path, None
+    content = storage.read_bytes("manifest.json") if storage.exists("manifest.json") else b""
+    manifest = _mapping(storage.read_json("manifest.json")) if content else {}
+    if manifest.get("format") != BACKBONE_FORMAT:
+        raise DataError(
+            f"there is no report at {storage.url} (looked for {', '.join(paths)}), nor is it a published backbone; give the "
+            "storage of a job that has run, a backbone in it (STORAGE/backbones/NAME/VERSION), or the URL of a report.json"
+        )
+    place = re.fullmatch(r"(.+)/backbones/[^/]+/[^/]+", storage.url)
+    if place is None:
+        raise DataError(
+            f"backbone {storage.url} does not lie in the storage of a job (STORAGE/backbones/NAME/VERSION), where its report "
+            f"would be; {_WAY_OUT}"
+        )
+    published = _Published(storage.url, hashlib.sha256(content).hexdigest(), str(manifest.get("licence") or ""))
+    job = Storage(place[1])
+    if not job.exists("report/report.json"):
+        raise DataError(
+            f"backbone {storage.url}: there is no report in its storage, {job.at('report/report.json')}; run its job to the "
+            f"end, or {_WAY_OUT}"
+        )
+    return job, "report/report.json", published
+
+
+def _rows_of(published: _Published, rows: Sequence[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Keep the rows of a backbone, and those from scratch, which are of none."""
+    digests = _digests(rows)
+    if published.sha256 not in digests:
+        raise DataError(
+            f"{where} has no row of backbone {published.url} (sha256 {published.sha256[:12]}): its rows are of "
+            f"{', '.join(digest[:12] for digest in digests) or 'no backbone'}; {_WAY_OUT}"
+        )
+    return [row for row in rows if row.get("backbone_sha256") in (None, published.sha256)]
+
+
+def _digests(rows: Sequence[Row]) -> list[str]:
+    return sorted({str(row["backbone_sha256"]) for row in rows if row.get("backbone_sha256")})
 
 
 def _mapping(value: object) -> dict[str, Any]:
@@ -150,8 +221,10 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
     """Return what runs reach side by side, as plain values for JSON.
 
     Returns:
-        `runs` (all of them but their rows); `cells`: task, protocol, split, num_labelled, mode, and by letter `dice` (mean over
-        draws), `sd` and `draws`; `differences`: each run from the first one, paired by patient, with interval, `p` and `p_holm`;
+        `runs` (all of them but their rows); `settings`: what `differ`s in the jobs' sections finetune (`name`, and `values` by
+        letter), what was `chosen` differently (by task and mode), and whose settings are `unknown`; `cells`: task, protocol,
+        split, num_labelled, mode, and by letter `dice` (mean over draws), `sd` and `draws`; `rows`: the draws of these means;
+        `intervals` of the means; `differences`: each run from the first one, paired by patient, with interval, `p` and `p_holm`;
         `unpaired`: cells without such a difference, with the `reason`; `not_compared`: sentences about what only some have.
 
     Raises:
@@ -182,13 +255,8 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
     differences = []
     for run in others:
         paired = [key for key in keys if not reasons[run.letter, key]]
-        rows = [
-            {**row, "protocol": key[0][1], "transductive": False, "backbone": letter}
-            for letter in (first.letter, run.letter)
-            for key in paired
-            for row in of_run[letter][key]
-        ]
-        found = few_shot_statistics(rows, seed=_SEED)
+        of_both = [row for letter in (first.letter, run.letter) for row in _as_one_run(of_run[letter], paired, letter)]
+        found = few_shot_statistics(of_both, seed=_SEED)
         differences += [
             {
                 **{
@@ -201,6 +269,21 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
             }
             for one in found["between_backbones"]
         ]
+    rows = [
+        {**{name: row.get(name) for name in _OF_TRIAL}, "protocol": key[0][1], "run": letter}
+        for letter, cells in of_run.items()
+        for key in keys
+        for row in cells[key]
+    ]
+    intervals = [
+        {
+            **{name: one[name] for name in ("task", "protocol", "split", "mode", "num_labelled", "draws", "patients")},
+            "run": letter,
+            **{name: one[name] for name in ("mean", "lower", "upper")},
+        }
+        for letter, cells in of_run.items()
+        for one in few_shot_statistics(_as_one_run(cells, keys, letter), seed=_SEED)["intervals"]
+    ]
     cells = []
     for key in keys:
         by_letter = {letter: aggregate(cells[key])[0] for letter, cells in of_run.items()}
@@ -215,8 +298,11 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "runs": [{name: value for name, value in asdict(run).items() if name != "rows"} for run in runs],
+        "settings": _settings_that_differ(runs, keys),
         "seed": _SEED,
         "cells": cells,
+        "rows": rows,
+        "intervals": intervals,
         "differences": differences,
         "unpaired": [
             {**_named(key), "run": letter, "against": first.letter, "reason": reason}
@@ -225,6 +311,73 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
         ],
         "not_compared": list(dict.fromkeys(not_compared)),
     }
+
+
+def settings_table(comparison: Mapping[str, Any]) -> Table:
+    """Return every setting that differs as a table for the terminal; it has no row if none does."""
+    header, lines = _settings_grid(comparison)
+    table = Table(*header, title=_SETTINGS, title_justify="left")
+    for line in lines:
+        table.add_row(*(Text(one_line(text)) for text in line))
+    return table
+
+
+def notes_of(comparison: Mapping[str, Any]) -> list[str]:
+    """Return, for people, what must be known of the settings before any figure."""
+    letters = [run["letter"] for run in comparison["runs"]]
+    everyone = " and ".join(letters)
+    _, lines = _settings_grid(comparison)
+    num_asked = len(comparison["settings"]["differ"])
+    asked = [_brief(name, letters, texts) for name, *texts in lines[:num_asked] if name != _TOLERANCE]
+    chosen = [_brief(name.removeprefix(_CHOSEN), letters, texts) for name, *texts in lines[num_asked:]]
+    tolerance = next((texts for name, *texts in lines if name == _TOLERANCE), None)
+    notes = []
+    if asked:
+        notes.append(
+            f"{everyone} were run with different settings, and a difference of Dice may come of these: {_first_of(asked)}"
+        )
+    if chosen:
+        notes.append(f"different settings were chosen on validation patients of {everyone}: {_first_of(chosen)}")
+    if tolerance:
+        of_each = ", ".join(f"{letter} {text} mm" for letter, text in zip(letters, tolerance, strict=True))
+        notes.append(
+            f"NSD is left out, for it was measured with different tolerances ({_TOLERANCE}: {of_each}); Dice does not depend on it"
+        )
+    if unknown := comparison["settings"]["unknown"]:
+        notes.append(
+            f"whether settings differ is not known of {' and '.join(unknown)}: a report without them, of an earlier version"
+        )
+    return notes
+
+
+def _brief(name: str, letters: Sequence[str], texts: Sequence[str]) -> str:
+    values = ", ".join(f"{letter} {shortened(text, 60)}" for letter, text in zip(letters, texts, strict=True))
+    return f"{name} ({values})"
+
+
+def _first_of(settings: Sequence[str]) -> str:
+    more = len(settings) - _MOST_SETTINGS
+    return "; ".join(settings[:_MOST_SETTINGS]) + (f"; and {more} more, in the list of settings" if more > 0 else "")
+
+
+def _settings_grid(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of a table of what differs: what was asked for, then what was chosen."""
+    letters = [run["letter"] for run in comparison["runs"]]
+    settings = comparison["settings"]
+    lines = [
+        [one["name"], *(_json_text(one["values"].get(letter)) for letter in letters)] for one in settings["differ"]
+    ]
+    for one in settings["chosen"]:
+        texts = (
+            ", ".join(f"{name} {_json_text(value)}" for name, value in one["values"].get(letter, {}).items())
+            for letter in letters
+        )
+        lines.append([f"{_CHOSEN}{one['task']}, {series_name((one['mode'], ''))}", *(text or "–" for text in texts)])
+    return ["setting", *letters], lines
+
+
+def _json_text(value: Any) -> str:
+    return "–" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> Table:
@@ -265,6 +418,55 @@ def write_comparison(storage: Storage, comparison: Mapping[str, Any]) -> str:
     return storage.at("comparison.html")
 
 
+def _settings_that_differ(runs: Sequence[Run], keys: Sequence["_Key"]) -> dict[str, Any]:
+    asked = {run.letter: dict(_leaves(run.finetune, "finetune")) for run in runs if run.finetune}
+    differ = [
+        {"name": name, "values": {letter: values[name] for letter, values in asked.items() if name in values}}
+        for name in _names_that_differ(asked)
+        if name.split(".")[1] not in _NO_FIGURE
+    ]
+    chosen = []
+    for task, mode in dict.fromkeys((task, mode) for (task, _, _), _, mode in keys):
+        found = {
+            run.letter: _mapping(one.get("settings"))
+            for run in runs
+            for one in run.chosen
+            if (one.get("task"), one.get("mode")) == (task, mode)
+        }
+        names = [
+            name
+            for name in _names_that_differ(found)
+            # What no search chose is as the section says it, and listed already.
+            if any(found[run.letter].get(name) != run.finetune.get(name) for run in runs if run.letter in found)
+        ]
+        if names:
+            values = {letter: {name: of[name] for name in names if name in of} for letter, of in found.items()}
+            chosen.append({"task": task, "mode": mode, "values": values})
+    return {
+        "differ": differ,
+        "chosen": chosen,
+        "unknown": [run.letter for run in runs if not run.finetune],
+    }
+
+
+def _names_that_differ(values: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    names = dict.fromkeys(name for of in values.values() for name in of)
+    return [
+        name
+        for name in names
+        if any(of.get(name) != one.get(name) for of in values.values() for one in values.values())
+    ]
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings, and the keys that lead there joined by dots."""
+    if isinstance(value, Mapping):
+        for key, child in value.items():
+            yield from _leaves(child, f"{name}.{key}")
+    else:
+        yield name, value
+
+
 def _settings(run: Run) -> set[Setting]:
     return {_setting(row) for row in run.rows}
 
@@ -299,6 +501,13 @@ def _cells(run: Run, settings: set[Setting]) -> dict[_Key, list[Row]]:
         if _setting(row) in settings:
             cells.setdefault((_setting(row), row["num_labelled"], row["mode"]), []).append(row)
     return cells
+
+
+def _as_one_run(cells: Mapping[_Key, Sequence[Row]], keys: Sequence[_Key], letter: str) -> list[dict[str, Any]]:
+    """Return the rows of some cells under the letter of their run, for statistics."""
+    return [
+        {**row, "protocol": key[0][1], "transductive": False, "backbone": letter} for key in keys for row in cells[key]
+    ]
 
 
 def _order(key: _Key) -> tuple[Any, ...]:
@@ -373,27 +582,22 @@ def _blocks(comparison: Mapping[str, Any], drawn: dict[str, Drawing | bytes]) ->
         yield Paragraph(
             "Not all figures are leak-free: each says its protocol, and different ones are never mixed.", note=True
         )
+    for note in notes_of(comparison):
+        yield Paragraph(f"{note[:1].upper()}{note[1:]}.", note=True)
     yield Heading(2, "Who is who")
-    yield Grid(
-        ("", "job", "backbone", "sha256", "code", "seed", "licence", "report"),
-        [
-            (
-                run["letter"],
-                run["job"],
-                run["backbone"],
-                run["backbone_sha256"],
-                run["code"],
-                run["seed"],
-                run["licence"],
-                run["url"],
-            )
-            for run in runs
-        ],
-    )
-    source = " · ".join(
-        f"{run['letter']}: backbone {run['backbone_sha256'][:12] or 'none'}, code {run['code'] or 'unknown'}"
-        for run in runs
-    )
+    facts = [
+        ("job", [run["job"] for run in runs]),
+        ("backbone", [run["backbone"] for run in runs]),
+        ("sha256", [_abbreviated(run["backbone_sha256"]) for run in runs]),
+        ("code", [run["code"] for run in runs]),
+        ("seed", [run["seed"] for run in runs]),
+        ("licence", [run["licence"] for run in runs]),
+        ("report", [run["url"] for run in runs]),
+    ]
+    yield Grid(("", *letters), [(name, *values) for name, values in facts])
+    header, differ = _settings_grid(comparison)
+    if differ:
+        yield Grid(header, differ, caption=_SETTINGS)
     for setting in dict.fromkeys((cell["task"], cell["protocol"], cell["split"]) for cell in cells):
         task, protocol, split = setting
         here = [cell for cell in cells if (cell["task"], cell["protocol"], cell["split"]) == setting]
@@ -401,17 +605,18 @@ def _blocks(comparison: Mapping[str, Any], drawn: dict[str, Drawing | bytes]) ->
         name = name if len({one["split"] for one in cells}) == 1 else f"{name}-{for_file_name(split)}"
         yield Heading(2, task)
         yield Paragraph(f"Protocol: {protocol}. Read on {split} patients.")
-        of_source = f"task {task}, {protocol}, {split} patients · {source}"
-        drawn[f"runs-{name}"] = _side_by_side(here, letters, task, of_source)
-        yield Picture(
-            f"runs-{name}", f"Mean Dice on {split} patients by number of labelled patients, one panel for each mode."
-        )
+        if any(dice is not None for cell in here for dice in cell["dice"].values()):
+            drawn[f"runs-{name}"] = _side_by_side(comparison, here, task)
+            yield Picture(
+                f"runs-{name}", f"Dice on {split} patients by number of labelled patients, one panel for each mode."
+            )
         yield Grid(
             ("task", "labelled patients", "mode", *letters, *_flat_headers(letters)),
             [_line(comparison, cell, letters) for cell in here],
         )
         found = [one for one in comparison["differences"] if any(_is_of(one, cell) for cell in here)]
         if found:
+            paired = [cell for cell in here if any(_is_of(one, cell) for one in found)]
             drawn[f"differences-{name}"] = forest(
                 [
                     Difference(
@@ -431,7 +636,7 @@ def _blocks(comparison: Mapping[str, Any], drawn: dict[str, Drawing | bytes]) ->
                 subtitle="paired by patient, same labelled patients; line: 95 % of a bootstrap over draws and patients; p: Wilcoxon, "
                 "Holm over n",
                 axis=f"Dice above that of {letters[0]}",
-                source=of_source,
+                source=_source(comparison, paired),
             )
             yield Picture(
                 f"differences-{name}",
@@ -443,65 +648,68 @@ def _blocks(comparison: Mapping[str, Any], drawn: dict[str, Drawing | bytes]) ->
         yield Grid(("", "reason"), [(str(number), reason) for number, reason in enumerate(reasons, start=1)])
 
 
+def _abbreviated(digests: str) -> str:
+    """Return the beginning of each digest: comparison.json has all of it."""
+    return ", ".join(digest[:12] for digest in digests.split(", "))
+
+
 def _flat_headers(letters: Sequence[str]) -> list[str]:
     return [text for letter in letters[1:] for text in (f"{letter} − {letters[0]}, 95 % interval", "p (Holm)")]
 
 
-def _side_by_side(cells: Sequence[Mapping[str, Any]], letters: Sequence[str], task: str, source: str) -> Drawing:
-    """Draw mean Dice over the number of labelled patients: a panel for each mode, a line for each run."""
-    modes = list(dict.fromkeys(cell["mode"] for cell in sorted(cells, key=lambda one: series_order((one["mode"], "")))))
-    numbers = sorted({cell["num_labelled"] for cell in cells})
-    subtitle = "mean of classes, mean over draws of the labelled patients; " + ", ".join(
-        f"{letter}: {_LINES[number % 4]}" for number, letter in enumerate(letters)
-    )
+def _side_by_side(comparison: Mapping[str, Any], of_task: Sequence[Mapping[str, Any]], task: str) -> Drawing:
+    """Draw Dice over the number of labelled patients: a panel for each mode, a line with its draws and band for each run."""
+    letters = [run["letter"] for run in comparison["runs"]]
+    rows = [{**row, "backbone": row["run"]} for row in _rows_in(comparison, of_task)]
+    cells = [cell for cell in aggregate(rows) if cell.dice_mean.mean is not None]
+    bands = {
+        ((one["mode"], one["run"]), one["num_labelled"]): (one["lower"], one["upper"])
+        for one in comparison["intervals"]
+        if any(_is_of(one, cell) for cell in of_task)
+    }
+    modes = sorted({cell.mode for cell in cells}, key=lambda mode: series_order((mode, "")))
+    numbers = sorted({cell.num_labelled for cell in cells})
+    span = max(math.log(numbers[-1] / numbers[0]), 0.7)
+    subtitle = (
+        f"mean of {', '.join(cells[0].dice)}; points: draws of the labelled patients, line: their mean, band: 95 % of a bootstrap "
+        "over draws and patients; "
+    ) + ", ".join(f"{letter}: {_LINES[number % 4]}" for number, letter in enumerate(letters))
 
     def figure(width: float) -> Figure:
         columns = min(len(modes), 1 if width <= NARROW else 3)
-        rows = -(-len(modes) // columns)
+        lines = -(-len(modes) // columns)
         left, gap = 0.6, 0.45
         each = (width - left - 0.35 - (columns - 1) * gap) / columns
-        height = rows * (_PANEL + _BELOW)
         sheet = new_sheet(
             width,
-            height,
-            title=f"{task}: {' and '.join(letters)} side by side{label_of(cells)}",
+            lines * (_PANEL + _BELOW),
+            title=f"{task}: {' and '.join(letters)} side by side{label_of(rows)}",
             subtitle=subtitle,
-            source=source,
+            source=_source(comparison, of_task),
         )
         for index, mode in enumerate(modes):
-            row, column = divmod(index, columns)
-            low = (rows - 1 - row) * (_PANEL + _BELOW) + _BELOW - 0.1
+            line, column = divmod(index, columns)
+            low = (lines - 1 - line) * (_PANEL + _BELOW) + _BELOW - 0.1
             axes = sheet.panel(left + column * (each + gap), low, each, _PANEL - 0.25)
-            here = [cell for cell in cells if cell["mode"] == mode]
             ends = []
             for number, letter in enumerate(letters):
-                known = [
-                    (cell["num_labelled"], cell["dice"][letter]) for cell in here if cell["dice"][letter] is not None
-                ]
-                if not known:
-                    continue
-                axes.plot(
-                    *zip(*known, strict=True),
-                    color=mode_colour(mode),
-                    linestyle=_LINES[number % 4],
-                    marker=mode_marker(mode),
-                    markersize=5.5,
-                    fillstyle="full" if number == 0 else "none",
-                )
-                ends.append((letter, known[-1]))
-            places = apart([dice for _, (_, dice) in ends], 0.11)
-            for (letter, (at, _)), place in zip(ends, places, strict=True):
+                here = [cell for cell in cells if cell.series == (mode, letter)]
+                if here:
+                    offset = (number - (len(letters) - 1) / 2) * _DODGE * span
+                    _, dice = draw_series(axes, here, rows, bands, offset, span, _LINES[number % 4])
+                    ends.append((letter, here[-1].num_labelled, dice))
+            places = apart([dice for _, _, dice in ends], 0.11)
+            for (letter, at, _), place in zip(ends, places, strict=True):
                 axes.annotate(
                     letter,
                     (at, place),
-                    xytext=(6, 0),
+                    xytext=(8, 0),
                     textcoords="offset points",
                     va="center",
                     color=mode_colour(mode),
                     weight="bold",
                 )
             axes.set_ylim(0, 1)
-            span = max(math.log(numbers[-1] / numbers[0]), 0.7)
             axes.set_xscale("log")
             axes.set_xlim(numbers[0] * math.exp(-0.08 * span), numbers[-1] * math.exp(0.08 * span))
             axes.xaxis.set_major_locator(FixedLocator(numbers))
@@ -522,3 +730,33 @@ def _side_by_side(cells: Sequence[Mapping[str, Any]], letters: Sequence[str], ta
         return sheet.figure
 
     return drawing(figure(WIDE), figure(NARROW))
+
+
+def _rows_in(comparison: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the draws of some cells as rows of a report; distances stay away, for Dice alone is compared."""
+    return [
+        {**row, "hd95_mm": None, "nsd": None} for row in comparison["rows"] if any(_is_of(row, cell) for cell in cells)
+    ]
+
+
+def _source(comparison: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str:
+    """Return where the figures of some cells come from: what all runs share once, then what is each one's own."""
+    rows = _rows_in(comparison, cells)
+    of_run = {
+        run["letter"]: source_line([row for row in rows if row["run"] == run["letter"]], run).split(" · ")
+        for run in comparison["runs"]
+    }
+    own = {
+        letter: [part for part in parts if any(part not in other for other in of_run.values())]
+        for letter, parts in of_run.items()
+    }
+    first = next(iter(of_run))
+    shared = [part for part in of_run[first] if part not in own[first]]
+    differ = [one["name"] for one in comparison["settings"]["differ"] if one["name"] != _TOLERANCE]
+    return " · ".join(
+        [
+            *shared,
+            *(f"{letter}: {', '.join(parts)}" for letter, parts in own.items() if parts),
+            *([f"settings differ: {shortened(', '.join(differ), 100)}"] if differ else []),
+        ]
+    )

@@ -52,6 +52,17 @@ def test_predict_puts_the_segmentation_on_the_scan_s_own_grid(
     assert voxels[labels == 1].mean() > 2 * voxels[labels == 0].mean()
 
 
+def test_compare_takes_a_published_backbone_by_its_rows(p2r: Call, published: dict[str, str], tmp_path: Path) -> None:
+    report = Path(published["storage"].removeprefix("file://")) / "report/report.json"
+    shutil.copy(report, tmp_path)
+    printed = p2r("compare", published["backbone"], tmp_path, "-o", tmp_path / "out")
+    assert printed.startswith(f"A  toy {published['backbone']} ") and "note:" not in printed
+    comparison = json.loads((tmp_path / "out/comparison.json").read_text())
+    modes = {row["mode"] for row in json.loads(report.read_text())["rows"]}
+    assert {one["mode"] for one in comparison["differences"]} == modes
+    assert {one["difference"] for one in comparison["differences"]} == {0.0}
+
+
 def test_views_draws_the_transforms_of_a_job_on_a_scan(
     p2r: Call, write_toy_job: Callable[..., Path], toy_data: Path, tmp_path: Path
 ) -> None:

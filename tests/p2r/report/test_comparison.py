@@ -1,6 +1,9 @@
 """Two reports side by side: paired where that is fair, unpaired with the reason where it is not, never mixed."""
 
+import hashlib
 import json
+import re
+import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -11,25 +14,51 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from cluster import cli
 from cluster.cli import app
+from p2r.config import FinetuneConfig
 from p2r.errors import DataError
-from p2r.report.comparison import compare_runs, comparison_table, read_runs, reasons_of, write_comparison
+from p2r.report.comparison import compare_runs, comparison_table, notes_of, read_runs, reasons_of, write_comparison
 from p2r.storage import Storage
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 
 
-def write(folder: Path, rows: Any, **report: Any) -> str:
+def write(folder: Path, rows: Any, *, finetune: dict[str, Any] | None = None, chosen: Any = None) -> str:
     (folder / "report").mkdir(parents=True)
     context = {"job": folder.name, "backbone": {"url": f"s3://b/{folder.name}"}, "code": "0123", "seed": 0}
-    content = {"format": "p2r-report/1", "rows": rows, "context": context, **report}
+    section = FinetuneConfig(tasks=("x",), **(finetune or {})).model_dump(mode="json", exclude={"tasks", "backbone"})
+    context |= {"finetune": section, "chosen": chosen or []}
+    content = {"format": "p2r-report/1", "rows": rows, "context": context}
     (folder / "report/report.json").write_text(json.dumps(content))
     return str(folder)
+
+
+def publish(storage: Path, name: str, **manifest: Any) -> tuple[str, str]:
+    """Put down the manifest of a backbone, and return its URL and digest."""
+    folder = storage / "backbones" / name / "1"
+    folder.mkdir(parents=True)
+    content = json.dumps({"format": "p2r-backbone/1", "licence": f"licence of {name}", **manifest})
+    (folder / "manifest.json").write_text(content)
+    return str(folder), hashlib.sha256(content.encode()).hexdigest()
 
 
 @pytest.fixture
 def two(make_rows: MakeRows, tmp_path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return make_rows(gain=0.1), make_rows(gain=0.2, seed=1)
+
+
+@pytest.fixture
+def p2r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Call a command that is refused, and return its exit code and what it says on stderr."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["p2r", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(str(ended.value.code)), capsys.readouterr().err
+
+    return call
 
 
 def compared(tmp_path: Path, *rows: Any) -> dict[str, Any]:
@@ -165,3 +194,182 @@ def test_equal_reports_give_equal_pages(two: Any, tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_comparison(Storage(str(tmp_path / name)), comparison)
     assert (tmp_path / "one/comparison.html").read_bytes() == (tmp_path / "two/comparison.html").read_bytes()
+
+
+def test_settings_that_differ_are_named_with_both_values(two: Any, tmp_path: Path) -> None:
+    chosen = [
+        [{"task": "acdc", "mode": "scratch", "settings": {"learning_rate": rate, "steps": steps}, "by": "search"}]
+        for rate, steps in ((0.001, 12), (0.003, 3))
+    ]
+    rates = {mode: [0.001, 0.003] for mode in ("scratch", "linear_probe", "fine_tune")}
+    others = {"steps": 3, "publish_model": False, "search": {"learning_rates": rates | {"scratch": [0.003, 0.01]}}}
+    urls = [
+        write(tmp_path / "a", two[0], finetune={"steps": 12, "search": {"learning_rates": rates}}, chosen=chosen[0]),
+        write(tmp_path / "b", two[1], finetune=others, chosen=chosen[1]),
+    ]
+    done = CliRunner().invoke(app, ["compare", *urls, "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    asked = (
+        "A and B were run with different settings, and a difference of Dice may come of these: finetune.steps (A 12, B 3); "
+        "finetune.search.learning_rates.scratch (A [0.001, 0.003], B [0.003, 0.01])"
+    )
+    won = "acdc, from scratch (A learning_rate 0.001, B learning_rate 0.003)"
+    page = (tmp_path / "out/comparison.html").read_text()
+    for text in (asked, won):
+        assert text in done.stdout and text in page
+    assert done.stdout.index(asked) < done.stdout.index("Dice, mean")
+    assert (
+        page.index(asked)
+        < page.index(">Who is who</h2>")
+        < page.index("Settings that differ")
+        < page.index(">acdc</h2>")
+    )
+    written = json.loads((tmp_path / "out/comparison.json").read_text())
+    assert written["settings"] == {
+        "differ": [
+            {"name": "finetune.steps", "values": {"A": 12, "B": 3}},
+            {
+                "name": "finetune.search.learning_rates.scratch",
+                "values": {"A": [0.001, 0.003], "B": [0.003, 0.01]},
+            },
+        ],
+        "chosen": [
+            {
+                "task": "acdc",
+                "mode": "scratch",
+                "values": {"A": {"learning_rate": 0.001}, "B": {"learning_rate": 0.003}},
+            }
+        ],
+        "unknown": [],
+    }
+    assert [run["finetune"]["steps"] for run in written["runs"]] == [12, 3]
+    assert [list(run["chosen"]) for run in written["runs"]] == chosen
+
+
+def test_every_picture_says_which_settings_differ(two: Any, tmp_path: Path) -> None:
+    urls = [
+        write(tmp_path / f"steps{steps}", rows, finetune={"steps": steps})
+        for rows, steps in zip(two, (12, 3), strict=True)
+    ]
+    write_comparison(Storage(str(tmp_path / "out")), compare_runs(read_runs(urls)))
+    for name in ("runs-acdc", "differences-acdc"):
+        assert "settings differ: finetune.steps" in drawn(tmp_path / f"out/pictures/{name}.svg")
+
+
+def test_runs_of_equal_settings_have_no_note(two: Any, tmp_path: Path) -> None:
+    comparison = compared(tmp_path, *two)
+    assert comparison["settings"] == {"differ": [], "chosen": [], "unknown": []}
+    assert not notes_of(comparison)
+
+
+def test_nsd_of_another_tolerance_is_left_out_with_the_reason(two: Any, tmp_path: Path) -> None:
+    urls = [
+        write(tmp_path / f"nsd{mm}", rows, finetune={"nsd_tolerance_mm": mm})
+        for rows, mm in zip(two, (2.0, 5.0), strict=True)
+    ]
+    comparison = compare_runs(read_runs(urls))
+    assert notes_of(comparison) == [
+        "NSD is left out, for it was measured with different tolerances (finetune.nsd_tolerance_mm: A 2.0 mm, B 5.0 mm); "
+        "Dice does not depend on it"
+    ]
+
+
+def test_a_report_that_does_not_say_its_settings_is_named(two: Any, tmp_path: Path) -> None:
+    urls = [write(tmp_path / name, rows) for name, rows in zip("ab", two, strict=True)]
+    path = tmp_path / "a/report/report.json"
+    report = json.loads(path.read_text())
+    del report["context"]["finetune"]
+    path.write_text(json.dumps(report))
+    comparison = compare_runs(read_runs(urls))
+    assert comparison["settings"]["unknown"] == ["A"]
+    assert notes_of(comparison)[0].startswith("whether settings differ is not known of A")
+
+
+def test_every_picture_says_n_draws_and_seed(make_rows: MakeRows, tmp_path: Path) -> None:
+    comparison = compared(tmp_path, make_rows(), make_rows(num_draws=3, backbone_sha256="b7" * 32))
+    write_comparison(Storage(str(tmp_path / "out")), comparison)
+    for name in ("runs-acdc", "differences-acdc"):
+        text = drawn(tmp_path / f"out/pictures/{name}.svg")
+        assert "task acdc · leak_free, test patients · n = 1, 5 · seed 0 · code 7c0de · " in text
+        assert "A: backbone a9a9a9a9a9a9, 2 draws · B: backbone b7b7b7b7b7b7, 3 draws" in text
+
+
+def test_the_curve_shows_every_draw_and_a_band_for_every_line(two: Any, tmp_path: Path) -> None:
+    comparison = compared(tmp_path, *two)
+    shown = {(one["run"], one["mode"], one["num_labelled"]): one for one in comparison["intervals"]}
+    for cell in comparison["cells"]:
+        for letter in "AB":
+            one = shown[letter, cell["mode"], cell["num_labelled"]]
+            assert one["lower"] <= cell["dice"][letter] <= one["upper"]
+            dice = [row["dice_mean"] for row in comparison["rows"] if row["run"] == letter and same_cell(row, cell)]
+            assert len(dice) == 2 and np.mean(dice) == pytest.approx(cell["dice"][letter])
+    write_comparison(Storage(str(tmp_path / "out")), comparison)
+    svg = (tmp_path / "out/pictures/runs-acdc.svg").read_text()
+    assert svg.count("opacity: 0.14") >= 4  # a band for each of two runs in two modes
+    dots = set(re.findall(r'x="([\d.]+)" y="([\d.]+)" style="fill: [^"]*opacity: 0.45', svg))
+    assert len(dots) == 2 * 2 * 2 * 2  # runs, modes, numbers of patients, draws
+
+
+def test_a_page_shows_the_beginning_of_a_digest_and_the_json_all_of_it(two: Any, tmp_path: Path) -> None:
+    write_comparison(Storage(str(tmp_path / "out")), compared(tmp_path, *two))
+    digest = two[0][1]["backbone_sha256"]
+    page = (tmp_path / "out/comparison.html").read_text()
+    assert digest[:12] in page and digest[:13] not in page
+    assert json.loads((tmp_path / "out/comparison.json").read_text())["runs"][0]["backbone_sha256"] == digest
+
+
+def test_backbones_of_one_storage_are_compared_by_their_own_rows(make_rows: MakeRows, tmp_path: Path) -> None:
+    storage = tmp_path / "job"
+    (small, digest), (large, other) = publish(storage, "small"), publish(storage, "large")
+    scratch = make_rows(modes=("scratch",))
+    rows = [
+        make_rows(modes=("fine_tune",), gain=gain, backbone_sha256=of) for gain, of in ((0.1, digest), (0.3, other))
+    ]
+    write(storage, scratch + rows[0] + rows[1])
+    done = CliRunner().invoke(app, ["compare", small, large, "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    comparison = json.loads((tmp_path / "out/comparison.json").read_text())
+    assert [run["backbone"] for run in comparison["runs"]] == [f"file://{small}", f"file://{large}"]
+    assert [run["backbone_sha256"] for run in comparison["runs"]] == [digest, other]
+    assert [run["licence"] for run in comparison["runs"]] == ["licence of small", "licence of large"]
+    found = {one["mode"]: one["difference"] for one in comparison["differences"] if one["num_labelled"] == 1}
+    assert found["scratch"] == 0 and found["fine_tune"] == pytest.approx(0.2, abs=0.03)
+
+
+def test_a_backbone_of_another_report_or_of_none_is_refused_with_the_way_out(
+    make_rows: MakeRows, tmp_path: Path, p2r: Callable[..., tuple[int, str]]
+) -> None:
+    report = write(tmp_path / "run", make_rows())
+    other, digest = publish(tmp_path / "run", "other")
+    bare, _ = publish(tmp_path / "bare", "bare")
+    stray = tmp_path / "stray"
+    stray.mkdir()
+    (stray / "manifest.json").write_bytes((tmp_path / "bare/backbones/bare/1/manifest.json").read_bytes())
+    model, _ = publish(tmp_path / "models", "model", format="p2r-model/1")
+    way_out = "give the storage, or the report.json, of a job that fine-tuned it"
+    for url, message in (
+        (
+            other,
+            f"{tmp_path}/run/report/report.json has no row of backbone file://{other} (sha256 {digest[:12]}): its rows are of "
+            f"a9a9a9a9a9a9; {way_out}",
+        ),
+        (
+            bare,
+            f"there is no report in its storage, file://{tmp_path}/bare/report/report.json; run its job to the end, or",
+        ),
+        (str(stray), f"backbone file://{stray} does not lie in the storage of a job (STORAGE/backbones/NAME/VERSION)"),
+        (model, "nor is it a published backbone; give the storage of a job that has run"),
+    ):
+        code, said = p2r("compare", report, url)
+        assert code == 2 and message in said, said
+    with pytest.raises(DataError, match="has no row of backbone"):
+        read_runs([other, report])
+
+
+def drawn(svg: Path) -> str:
+    """Return the words of a picture as one line: they are broken where there is no more room."""
+    return " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", svg.read_text()))
+
+
+def same_cell(row: dict[str, Any], cell: dict[str, Any]) -> bool:
+    return all(row[name] == cell[name] for name in ("task", "protocol", "split", "mode", "num_labelled"))
