@@ -194,6 +194,7 @@ def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[s
                 "title": task.config.title,
                 "licence": task.config.licence,
                 "citation": task.config.citation,
+                "thirds": list(task.config.thirds),
                 "splits": {split: list(subjects) for split, subjects in task.subjects.items()},
             }
             for task in tasks

@@ -71,14 +71,23 @@ def class_boxes(patients: Sequence[Patient], *, title: str, source: str = "") ->
     )
 
 
-def where_in_the_organ(patients: Sequence[Patient], *, title: str, source: str = "") -> Drawing | None:
-    """Draw Dice in the lower, middle and upper third of the slices that hold any class; None if that is not known."""
+def where_in_the_organ(
+    patients: Sequence[Patient], *, title: str, names: Sequence[str] = THIRDS, source: str = ""
+) -> Drawing | None:
+    """Draw Dice in the lower, middle and upper third of the slices that hold any class; None if that is not known.
+
+    Args:
+        patients: From `patients_of`; of one task and protocol.
+        title: Headline.
+        names: Of the lower, the middle and the upper third.
+        source: Line below that says where the figures come from.
+    """
     known = [patient for patient in patients if any(third is not None for third in patient.thirds)]
     if not known:
         return None
     groups: list[Group] = [
         (name, lambda patient, number=number: patient.thirds[number])  # type: ignore[misc]
-        for number, name in enumerate(THIRDS)
+        for number, name in enumerate(names)
     ]
     subtitle = "a point: one patient, mean of classes; thirds of the labelled slices, along the slice axis"
     return _by_group(known, groups, title, subtitle, source, "third of the slices")

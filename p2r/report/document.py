@@ -420,8 +420,9 @@ class _Page:
         self, patients: Sequence[Patient], rows: Sequence[Row], task: str, tag: str, source: str
     ) -> Iterator[Block]:
         """Yield where in the organ, and in which patients, it fails."""
+        names = tuple(self.context.get("tasks", {}).get(task, {}).get("thirds") or THIRDS)
         thirds = where_in_the_organ(
-            patients, title=f"{task}: where in the organ it fails{label_of(rows)}", source=source
+            patients, title=f"{task}: where in the organ it fails{label_of(rows)}", names=names, source=source
         )
         strata = by_stratum(patients, title=f"{task}: which patients it fails{label_of(rows)}", source=source)
         if thirds is None and strata is None:
@@ -434,11 +435,11 @@ class _Page:
             yield self.put(
                 f"thirds-{tag}",
                 thirds,
-                "Dice in the lower, middle and upper third of the slices in which the reference holds any class. Of a heart in short "
-                "axis these are apex, middle and base.",
+                (f"Dice in {names[0]}, {names[1]} and {names[2]}: " if names != THIRDS else "Dice in ")
+                + "the lower, middle and upper third of the slices in which the reference holds any class.",
             )
             yield Grid(
-                ("mode", *THIRDS),
+                ("mode", *names),
                 [
                     (
                         series_name(one),
@@ -450,15 +451,15 @@ class _Page:
             )
         if strata is not None:
             yield self.put(f"strata-{tag}", strata, "Dice of patients by their stratum, such as pathology.")
-            names = sorted({patient.stratum for patient in here if patient.stratum})
+            strata_names = sorted({patient.stratum for patient in here if patient.stratum})
             yield Grid(
-                ("mode", *(f"{name} ({len({p.subject for p in here if p.stratum == name})})" for name in names)),
+                ("mode", *(f"{name} ({len({p.subject for p in here if p.stratum == name})})" for name in strata_names)),
                 [
                     (
                         series_name(one),
                         *(
                             _mean_text(p.dice[MEAN] for p in here if p.series == one and p.stratum == name)
-                            for name in names
+                            for name in strata_names
                         ),
                     )
                     for one in series

@@ -174,6 +174,18 @@ def test_hostile_names_are_names(make_rows: MakeRows, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["rows"] == rows
 
 
+@pytest.mark.parametrize("names", [(), ("base", "middle", "apex")])
+def test_thirds_are_called_as_the_task_calls_them(make_rows: MakeRows, tmp_path: Path, names: tuple[str, ...]) -> None:
+    page, text = written(tmp_path, make_rows(numbers=(1,)), tasks={"acdc": {"thirds": list(names)}})
+    shown = names or ("lower", "middle", "upper")
+    assert f"| mode | {' | '.join(shown)} |" in text
+    assert ("Dice in base, middle and apex: the lower, middle and upper third" in page.text) == bool(names)
+    picture = [one.strip() for one in ET.parse(tmp_path / "pictures/thirds-acdc.svg").getroot().itertext()]
+    assert [one for one in picture if one in shown] == list(shown)
+    # Whoever shows a heart says which end is which; of any other organ nothing is known.
+    assert ("apex" in page.text) == bool(names)
+
+
 def test_a_patient_is_the_mean_of_its_frames_and_then_of_its_draws(make_rows: MakeRows) -> None:
     rows = make_rows(modes=("scratch",), numbers=(1,), num_patients=1)
     for row, values in zip(rows, ((0.2, 0.4), (0.7,)), strict=True):
