@@ -137,7 +137,8 @@ def new_sheet(width: float, height: float, *, title: str, subtitle: str = "", so
     """Return a figure with room of so many inches between a title and a line that says where the figures come from."""
     room = width - 2 * _MARGIN
     titles, below, sources = (
-        textwrap.wrap(for_picture(text, 400), max(10, int(room * letters)))
+        # Not at hyphens: whoever searches for a task or a commit finds it in one piece.
+        textwrap.wrap(for_picture(text, 400), max(10, int(room * letters)), break_on_hyphens=False)
         for text, letters in ((title, 8.6), (subtitle, 12.6), (source, 16.2))
     )
     top = 0.2 + 0.23 * len(titles) + 0.17 * len(below) + 0.08

@@ -68,7 +68,17 @@ def class_boxes(patients: Sequence[Patient], *, title: str, source: str = "") ->
     subtitle = "a point: one patient, draws averaged; box: quartiles; by number of labelled patients"
     return drawing(
         *(
-            _panels(len(panels), draw, patients, title, subtitle, source, width, "labelled patients", list(map(str, numbers)))
+            _panels(
+                len(panels),
+                draw,
+                patients,
+                title,
+                subtitle,
+                source,
+                width,
+                "labelled patients",
+                list(map(str, numbers)),
+            )
             for width in (WIDE, NARROW)
         )
     )

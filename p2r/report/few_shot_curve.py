@@ -36,6 +36,7 @@ def few_shot_curve(
     *,
     title: str | None = None,
     intervals: Sequence[Interval] = (),
+    level: str = "95 %",
     source: str = "",
 ) -> Drawing:
     """Draw mean Dice over the number of labelled patients.
@@ -48,6 +49,7 @@ def few_shot_curve(
         task: Name of the one to draw.
         title: Headline; None: made from the task's name.
         intervals: `intervals` of `p2r.evaluate.statistics.few_shot_statistics`.
+        level: Their confidence.
         source: Line below that says where the figures come from.
 
     Raises:
@@ -66,7 +68,7 @@ def few_shot_curve(
         if interval["task"] == task and protocol_of(interval) in protocols and interval["lower"] is not None
     }
     headline = (title or f"{task}: what a few labels are worth") + label_of(rows)
-    figures = [_figure(rows, cells, bands, headline, source, width) for width in (WIDE, NARROW)]
+    figures = [_figure(rows, cells, bands, level, headline, source, width) for width in (WIDE, NARROW)]
     return drawing(*figures)
 
 
@@ -74,6 +76,7 @@ def _figure(
     rows: Sequence[Row],
     cells: Sequence[Cell],
     bands: Mapping[tuple[tuple[str, str], int], tuple[float, float]],
+    level: str,
     title: str,
     source: str,
     width: float,
@@ -84,7 +87,7 @@ def _figure(
     draws = f"{num_draws[0]}" if len(num_draws) == 1 else f"{num_draws[0]} to {num_draws[-1]}"
     subtitle = f"mean of {', '.join(cells[0].dice)}; points: draws of the labelled patients ({draws})"
     subtitle += ", line: their mean" if len(numbers) > 1 else ", large: their mean"
-    subtitle += ", band: 95 % of a bootstrap over draws and patients" if bands else ""
+    subtitle += f", band: {level} of a bootstrap over draws and patients" if bands else ""
     is_wide = width > NARROW
     height, left, most, size = (3.9, 0.62, 26, 9.5) if is_wide else (3.1, 0.52, 14, 8.5)
     last = {cell.series: cell.dice_mean.mean or 0.0 for cell in cells}  # cells of a mode come by number of patients

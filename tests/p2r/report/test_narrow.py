@@ -9,10 +9,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from p2r.evaluate.statistics import few_shot_statistics
-from p2r.report import canvas, few_shot_curve, outlines
+from p2r.report import canvas, few_shot_curve, outlines, variants_picture
 from p2r.report.canvas import Drawing, KeyEntry, inside, key_lines
 from p2r.report.distributions import by_stratum, class_boxes, where_in_the_organ
 from p2r.report.document import source_line
+from p2r.report.forest import Difference, forest
 from p2r.report.patients import patients_of
 from p2r.report.tables import MODE_NAMES
 
@@ -53,6 +54,17 @@ def _charts(rows: list[dict[str, Any]]) -> Iterator[Drawing | None]:
     yield class_boxes(patients, title="acdc: every patient, class by class", source=source)
     thirds = ("base of the heart", "middle", "apex of the heart")
     yield where_in_the_organ(patients, title="acdc: where in the organ it fails", names=thirds, source=source)
+    lines = [Difference("20 labelled patients", name, mode, 0.1, 0.0, 0.2, 0.01) for mode, name in MODE_NAMES.items()]
+    yield forest(
+        lines, title="acdc: difference", subtitle="paired by patient", axis="Dice above scratch", source=source
+    )
+    variants = [
+        {**row, "variant": variant}
+        for variant in ("256", "16384", "without-elastic", "negatives-of-the-image")
+        for row in rows
+        if row["num_labelled"] < 20
+    ]
+    yield variants_picture(variants, title="ablation: what each variant reaches", source=source)
     yield by_stratum(patients, title="acdc: which patients it fails", source=source)
 
 
