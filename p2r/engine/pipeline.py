@@ -92,7 +92,7 @@ def _run_variants(job: Job, storage: Storage, executor: Executor, say: Say) -> d
             return {"unfinished": f"variant {name}"}
         rows += [{**row, "variant": name} for row in where.read_json("report/report.json")["rows"]]
         failed += [{**failure, "trial": f"{name}: {failure['trial']}"} for failure in made.get("failed", [])]
-    found = {"report": write_variants(job, storage, rows), "table": variants_table(rows)}
+    found = {"report": write_variants(job, storage, rows, failed=failed), "table": variants_table(rows)}
     return {**found, "failed": failed} if failed else found
 
 

@@ -39,6 +39,7 @@ from p2r.report import (
     source_line,
     split_of,
     table,
+    trials_line,
     variants_picture,
     view_pairs,
     write_report,
@@ -86,7 +87,7 @@ def make_report(
     captions: dict[str, str] = {}
     places: dict[str, str] = {}
     left_out: list[str] = []
-    of_backbone = f"backbone {backbone.manifest['sha256'][:12]} · code {backbone.manifest.get('code')}"
+    of_backbone = _backbone_line(backbone)
 
     def put(name: str, picture: Drawing, caption: str, *, task: Task | None = None) -> None:
         pictures[name], captions[name] = picture, caption
@@ -97,7 +98,7 @@ def make_report(
         of_task = [row for row in rows if row["task"] == task.name]
         for case in shown_cases(of_task):
             try:
-                picture = _case(case, task, setup, backbone, source_line(of_task, context))
+                picture = _case(case, task, setup, backbone, context)
             except _UNREADABLE as error:
                 left_out.append(f"{case.rank} case of {task.name}, {case.scan}: {error}")
                 continue
@@ -114,17 +115,17 @@ def make_report(
             put("view-pairs", picture, "Two views of training images, and points that show the same anatomy in both.")
     for task in tasks:
         scan = load_scan(task.scans_of(task.subjects["validation"][:1])[0], task, backbone.preparation)
-        source = f"{of_backbone} · task {task.name}, validation patient {scan.scan.subject}"
+        who = f"validation patient {scan.scan.subject}"
         put(
             f"embedding-{task.name}",
-            _embedding(backbone, scan, source=source),
-            f"Features of validation patient {scan.scan.subject}: three principal components as red, green and blue.",
+            _embedding(backbone, scan, source=f"{of_backbone} · task {task.name}, {who}"),
+            f"Features of {who}: three principal components as red, green and blue.",
         )
         if task.name in models:
             put(
                 f"outlines-{task.name}",
-                _outlines(models[task.name], scan, task, source=source),
-                f"The published model on validation patient {scan.scan.subject}.",
+                _outlines(models[task.name], scan, task, rows, context, who=who),
+                f"The published model on {who}.",
             )
     context |= {"captions": captions, "places": places}
     if left_out:
@@ -145,11 +146,30 @@ def make_report(
     }
 
 
-def write_variants(job: Job, storage: Storage, rows: Sequence[dict[str, Any]]) -> str:
-    """Write what the variants of an ablation reached below `<storage>/report`, and return the URL of the page."""
+def write_variants(
+    job: Job, storage: Storage, rows: Sequence[dict[str, Any]], *, failed: Sequence[Mapping[str, str]] = ()
+) -> str:
+    """Write what the variants of an ablation reached below `<storage>/report`, and return the URL of the page.
+
+    Args:
+        job: The ablation.
+        storage: Its own.
+        rows: Of all variants' final trials, each with its `variant`.
+        failed: Trials without a result, and why.
+    """
     where = storage.child("report")
-    where.write_bytes("pictures/variants.png", variants_picture(rows, title=f"{job.name}: what each variant reaches"))
-    facts = {"job": job.name, "variants": job.variants, "seed": job.finetune.seed if job.finetune else None}
+    # Two variants have the same draws: each stands where a backbone's name does.
+    source = source_line([{**row, "backbone": row["variant"]} for row in rows], {})
+    picture = variants_picture(rows, title=f"{job.name}: what each variant reaches", source=source)
+    where.write_bytes("pictures/variants.png", picture.png)
+    where.write_bytes("pictures/variants.svg", picture.svg)
+    facts: dict[str, Any] = {
+        "job": job.name,
+        "variants": job.variants,
+        "seed": job.finetune.seed if job.finetune else None,
+    }
+    if failed:
+        facts["failed"] = list(failed)
     where.write_json("report.json", {"format": "p2r-ablation/1", **facts, "rows": list(rows)})
     lines = [
         f"# {for_markdown(job.name)}",
@@ -157,11 +177,17 @@ def write_variants(job: Job, storage: Storage, rows: Sequence[dict[str, Any]]) -
         f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws{label_of(rows)}.",
         "",
     ]
+    if failed:
+        lines += [f"> **Note.** {len(failed)} trial{'s' * (len(failed) > 1)} failed; the figures are without.", ""]
     lines += markdown_variants(rows)
-    lines += ["", "![what each variant reaches](pictures/variants.png)", "", "| variant | changes |", "| --- | --- |"]
+    lines += ["", "![what each variant reaches](pictures/variants.png)", ""]
+    lines += ["| variant | changes | report |", "| --- | --- | --- |"]
     for name, changes in job.variants.items():
         settings = ", ".join(for_markdown_code(f"{key}: {value}") for key, value in changes.items())
-        lines.append(f"| {for_markdown(name)} | {settings} |")
+        lines.append(f"| {for_markdown(name)} | {settings} | [report](../variants/{name}/report/report.md) |")
+    if failed:
+        lines += ["", "| failed trial | reason |", "| --- | --- |"]
+        lines += [f"| {for_markdown(one['trial'])} | {for_markdown(one['reason'])} |" for one in failed]
     where.write_bytes("report.md", ("\n".join(lines) + "\n").encode())
     return where.at("report.md")
 
@@ -194,11 +220,24 @@ def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[s
                 "title": task.config.title,
                 "licence": task.config.licence,
                 "citation": task.config.citation,
+                "thirds": list(task.config.thirds),
                 "splits": {split: list(subjects) for split, subjects in task.subjects.items()},
             }
             for task in tasks
         },
     }
+
+
+def _backbone_line(backbone: Backbone) -> str:
+    """Return what a picture of the backbone alone says below itself: no task, draw or protocol has a part in it."""
+    digests = [corpus["sha256"][:12] for corpus in backbone.manifest.get("corpora", [])]
+    code = backbone.manifest.get("code")
+    parts = [
+        f"backbone {backbone.manifest['sha256'][:12]}",
+        f"pretrained on corpus {', '.join(digests)}" if digests else "",
+        f"by code {code}" if code else "",
+    ]
+    return " · ".join(filter(None, parts))
 
 
 def _view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
@@ -284,8 +323,17 @@ def _embedding(backbone: Backbone, scan: LabelledScan, *, source: str) -> Drawin
     return embedding_pca(images, features, num_slices=_NUM_SLICES, source=source)
 
 
-def _outlines(model: str, scan: LabelledScan, task: Task, *, source: str) -> Drawing:
-    segmenter, config, _ = load_model(model)
+def _outlines(
+    model: str,
+    scan: LabelledScan,
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    context: Mapping[str, Any],
+    *,
+    who: str,
+) -> Drawing:
+    segmenter, config, manifest = load_model(model)
+    trial = next(row for row in rows if row["id"] == manifest["trial"]["id"])
     prediction = predict_volume(
         segmenter,
         scan.volume,
@@ -306,12 +354,12 @@ def _outlines(model: str, scan: LabelledScan, task: Task, *, source: str) -> Dra
         reference[chosen],
         list(task.config.classes.values()),
         spacing_mm=_in_plane(scan, axis),
-        title=f"The published model, validation patient {scan.scan.subject}",
-        source=source,
+        title=f"The published model, {who}",
+        source=trials_line([trial], context, patient=who),
     )
 
 
-def _case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, source: str) -> Drawing:
+def _case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, context: Mapping[str, Any]) -> Drawing:
     """Draw a scan of the reported split with what its trials predicted, as they left it; no model runs."""
     found = [one for one in task.scans_of((case.subject,)) if one.key == case.scan]
     if not found:
@@ -325,6 +373,7 @@ def _case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, so
     }
     image, reference = (volume_to_planes(volume.data[..., frame], axis) for volume in (scan.volume, scan.labels))
     dice = ", ".join(f"{name} {found:.2f}" for name, found in case.dice.items())
+    trials = list(case.trials.values())
     return outlines(
         image.astype(np.float32),
         predictions,
@@ -333,8 +382,8 @@ def _case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, so
         spacing_mm=_in_plane(scan, axis),
         num_slices=_NUM_CASE_SLICES,
         title=f"{case.rank.capitalize()} case: {case.subject}" + (f" ({case.stratum})" if case.stratum else ""),
-        subtitle=f"{next(iter(case.trials.values()))['num_labelled']} labelled; Dice: {dice}",
-        source=source,
+        subtitle=f"{trials[0]['num_labelled']} labelled; Dice: {dice}",
+        source=trials_line(trials, context, patient=f"{split_of(trials)} patient {case.subject}"),
     )
 
 

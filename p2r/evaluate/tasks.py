@@ -138,6 +138,9 @@ class TaskConfig(Section):
     """Or a rule that decides it."""
     strata: dict[Annotated[str, Field(min_length=1)], Patterns] = Field(default={})
     """Groups of subjects, such as pathologies, as names or ranges: draws can be stratified by them, and results are shown by them."""
+    thirds: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """What the lower, the middle and the upper third along the slices are called, as in [base, middle, apex]; lower is left, posterior or
+    inferior. Empty: lower, middle, upper."""
     dimensions: Literal[2, 3] | None = None
     """Networks that the task is for: 2 of planes, 3 of volumes. None: either, but of planes where `slice_axis` is stated."""
     spacing_mm: PositiveFloat | None = None
@@ -165,6 +168,10 @@ class TaskConfig(Section):
             raise ValueError("slice_axis says how planes are cut, dimensions: 3 wants volumes: leave one of both out")
         if len(set(self.classes.values())) < len(self.classes):
             raise ValueError(f"classes must have different names, got {list(self.classes.values())}")
+        if self.thirds and (len(self.thirds) != 3 or len(set(self.thirds)) != 3):
+            raise ValueError(
+                f"thirds must be three different names, of the lower, the middle and the upper third, got {list(self.thirds)}"
+            )
         try:
             groups = re.compile(self.subject_pattern).groups
         except re.error as error:

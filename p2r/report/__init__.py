@@ -6,7 +6,7 @@
 from p2r.report.canvas import Drawing
 from p2r.report.cases import ShownCase, shown_cases
 from p2r.report.corpus_report import corpus_report_is_current, write_corpus_report
-from p2r.report.document import source_line, write_report
+from p2r.report.document import source_line, trials_line, write_report
 from p2r.report.few_shot_curve import few_shot_curve
 from p2r.report.pictures import embedding_pca, outlines, view_pairs
 from p2r.report.tables import Cell, Spread, aggregate, label_of, split_of, table
@@ -30,6 +30,7 @@ __all__ = [
     "source_line",
     "split_of",
     "table",
+    "trials_line",
     "variants_picture",
     "variants_table",
     "view_pairs",

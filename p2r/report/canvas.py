@@ -11,7 +11,7 @@ so that anatomy stands upright in axial, coronal and sagittal planes alike.
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -24,8 +24,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
+from matplotlib.textpath import TextToPath
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -49,8 +51,13 @@ OUTSIDE = np.array(to_rgb("#9a6a85"))
 WIDE, NARROW = 8.4, 4.2
 """Inches across a picture on a wide and on a narrow page."""
 
+KEY_LINE = 0.2
+"""Inches that a line of a key is high."""
+
 _DPI = 120
 _MARGIN = 0.15
+_KEY_FONT = 8.5
+_TO_NAME, _TO_NEXT = 0.17, 0.2  # inches from a key's mark to its name, and from there to the next mark
 _DARK = {
     INK: "#ececec",
     FAINT: "#a9adb3",
@@ -79,6 +86,17 @@ class Drawing:
 
 
 @dataclass(frozen=True)
+class KeyEntry:
+    """What a mark means."""
+
+    name: str
+    marker: str
+    colour: str
+    ink: str = INK
+    """Colour of the name."""
+
+
+@dataclass(frozen=True)
 class Sheet:
     """A figure with its headline above and its source below; `bottom` is where the room between them begins."""
 
@@ -104,12 +122,23 @@ class Sheet:
             Line2D([left / across], [(self.bottom + low) / up], marker=marker, color=colour, markersize=size)
         )
 
+    def key(self, lines: Sequence[Sequence[KeyEntry]], left: float, top: float) -> None:
+        """Put a key (from `key_lines`) at a place in the room: a name beside each mark, lines downwards."""
+        for number, line in enumerate(lines):
+            place, low = left, top - (number + 0.5) * KEY_LINE
+            for one in line:
+                self.mark(place + 0.06, low, marker=one.marker, colour=one.colour)
+                options = {"va": "center", "weight": "bold", "color": one.ink, "fontsize": _KEY_FONT}
+                self.write(place + _TO_NAME, low, one.name, **options)
+                place += _TO_NAME + text_width(one.name, _KEY_FONT, bold=True) + _TO_NEXT
+
 
 def new_sheet(width: float, height: float, *, title: str, subtitle: str = "", source: str = "") -> Sheet:
     """Return a figure with room of so many inches between a title and a line that says where the figures come from."""
     room = width - 2 * _MARGIN
     titles, below, sources = (
-        textwrap.wrap(for_picture(text, 400), max(10, int(room * letters)))
+        # Not at hyphens: whoever searches for a task or a commit finds it in one piece.
+        textwrap.wrap(for_picture(text, 400), max(10, int(room * letters)), break_on_hyphens=False)
         for text, letters in ((title, 8.6), (subtitle, 12.6), (source, 16.2))
     )
     top = 0.2 + 0.23 * len(titles) + 0.17 * len(below) + 0.08
@@ -138,6 +167,28 @@ def drawing(wide: Figure, narrow: Figure | None = None) -> Drawing:
         wide=_for_pages(svg),
         narrow=None if narrow is None else _for_pages(_to_svg(narrow)),
     )
+
+
+def key_lines(entries: Sequence[KeyEntry], room: float) -> list[list[KeyEntry]]:
+    """Break a key into lines of so many inches: a narrow picture has more of them, and as many names."""
+    lines: list[list[KeyEntry]] = []
+    left = 0.0
+    for one in entries:
+        width = _TO_NAME + text_width(one.name, _KEY_FONT, bold=True)
+        if not lines or left + width > room:
+            lines.append([])
+            left = 0.0
+        lines[-1].append(one)
+        left += width + _TO_NEXT
+    return lines
+
+
+def text_width(text: str, size: float, *, bold: bool = False) -> float:
+    """Return how wide a line of text is, inches, in the font of PNG files; those of pages are no wider."""
+    font = FontProperties(size=size, weight="bold" if bold else "normal")
+    with _silent_fonts():
+        points, _, _ = TextToPath().get_text_width_height_descent(text, font, ismath=False)
+    return float(points) / 72
 
 
 def mode_colour(mode: str) -> str:
@@ -260,6 +311,12 @@ def evenly(candidates: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     """Return at most so many of the candidates, spread evenly."""
     chosen = np.linspace(0, len(candidates) - 1, min(len(candidates), most)).round().astype(np.int64)
     return candidates[chosen]
+
+
+def inside(candidates: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Return at most so many of the candidates, the middles of equal parts: of few, the ends would show least."""
+    number = min(len(candidates), most)
+    return candidates[[len(candidates) * (2 * part + 1) // (2 * number) for part in range(number)]]
 
 
 def box_around(mask: NDArray[np.bool_], *, margin: int, least: int = 24) -> tuple[slice, slice]:

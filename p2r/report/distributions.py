@@ -5,6 +5,7 @@ reach to the farthest patient within one and a half box lengths. Fewer patients 
 """
 
 from collections.abc import Callable, Sequence
+from textwrap import wrap
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,11 +16,13 @@ from matplotlib.ticker import FixedLocator
 
 from p2r.report.canvas import (
     INK,
+    KEY_LINE,
     NARROW,
     WIDE,
     Drawing,
-    Sheet,
+    KeyEntry,
     drawing,
+    key_lines,
     mode_colour,
     mode_marker,
     new_sheet,
@@ -31,8 +34,8 @@ from p2r.report.text import for_picture
 
 _LEAST = 5
 _MOST_POINTS = 200
-_KEY = 0.34  # inches
-_PANEL = 1.95
+_LETTERS = 14  # in a line of a tilted name
+_PANEL = 1.95  # inches
 _NOT_GIVEN = "no stratum given"
 
 Group = tuple[str, Callable[[Patient], float | None]]
@@ -65,20 +68,39 @@ def class_boxes(patients: Sequence[Patient], *, title: str, source: str = "") ->
     subtitle = "a point: one patient, draws averaged; box: quartiles; by number of labelled patients"
     return drawing(
         *(
-            _panels(len(panels), draw, patients, title, subtitle, source, width, "labelled patients", "Dice")
+            _panels(
+                len(panels),
+                draw,
+                patients,
+                title,
+                subtitle,
+                source,
+                width,
+                "labelled patients",
+                list(map(str, numbers)),
+            )
             for width in (WIDE, NARROW)
         )
     )
 
 
-def where_in_the_organ(patients: Sequence[Patient], *, title: str, source: str = "") -> Drawing | None:
-    """Draw Dice in the lower, middle and upper third of the slices that hold any class; None if that is not known."""
+def where_in_the_organ(
+    patients: Sequence[Patient], *, title: str, names: Sequence[str] = THIRDS, source: str = ""
+) -> Drawing | None:
+    """Draw Dice in the lower, middle and upper third of the slices that hold any class; None if that is not known.
+
+    Args:
+        patients: From `patients_of`; of one task and protocol.
+        title: Headline.
+        names: Of the lower, the middle and the upper third.
+        source: Line below that says where the figures come from.
+    """
     known = [patient for patient in patients if any(third is not None for third in patient.thirds)]
     if not known:
         return None
     groups: list[Group] = [
         (name, lambda patient, number=number: patient.thirds[number])  # type: ignore[misc]
-        for number, name in enumerate(THIRDS)
+        for number, name in enumerate(names)
     ]
     subtitle = "a point: one patient, mean of classes; thirds of the labelled slices, along the slice axis"
     return _by_group(known, groups, title, subtitle, source, "third of the slices")
@@ -114,8 +136,9 @@ def _by_group(
         )
         axes.set_title(f"{shown[index]} labelled", fontsize=10, color=INK, loc="left")
 
+    names = [name for name, _ in groups]
     return drawing(
-        *(_panels(len(shown), draw, patients, title, subtitle, source, width, axis, "Dice") for width in (WIDE, NARROW))
+        *(_panels(len(shown), draw, patients, title, subtitle, source, width, axis, names) for width in (WIDE, NARROW))
     )
 
 
@@ -128,16 +151,21 @@ def _panels(
     source: str,
     width: float,
     across: str,
-    upwards: str,
+    names: Sequence[str],
 ) -> Figure:
     columns = 1 if width <= NARROW else next(n for n in (4, 3, 2, 1) if n <= number) if number != 4 else 2
     columns = min(columns, 3) if number > 4 else columns
     rows = -(-number // columns)
-    left, gap, below = 0.6, 0.28, 0.62
+    left, gap, below = 0.6, 0.28, 1.2 if _are_long(names) else 0.62
     each = (width - left - 0.15 - (columns - 1) * gap) / columns
-    height = rows * (_PANEL + below) + _KEY
+    entries = [
+        KeyEntry(for_picture(series_name(one), 24), mode_marker(one[0]), mode_colour(one[0]), mode_colour(one[0]))
+        for one in _series(patients)
+    ]
+    key = key_lines(entries, width - 0.3)
+    height = rows * (_PANEL + below) + KEY_LINE * len(key) + 0.14
     sheet = new_sheet(width, height, title=title, subtitle=subtitle, source=source)
-    _key(sheet, _series(patients), height - 0.12, width)
+    sheet.key(key, 0.15, height - 0.02)
     for index in range(number):
         row, column = divmod(index, columns)
         low = (rows - 1 - row) * (_PANEL + below) + below - 0.1
@@ -146,25 +174,12 @@ def _panels(
         axes.set_ylim(0, 1.0)
         plain(axes)
         if column == 0:
-            axes.set_ylabel(upwards, color=INK)
+            axes.set_ylabel("Dice", color=INK)
         else:
             axes.set_yticklabels([])
         if index + columns >= number:
             axes.set_xlabel(across, color=INK)
     return sheet.figure
-
-
-def _key(sheet: Sheet, series: Sequence[tuple[str, str]], low: float, width: float) -> None:
-    """Name the modes in their colours, in one line above the panels."""
-    place = 0.15
-    for one in series:
-        name = for_picture(series_name(one), 24)
-        room = 0.25 + 0.078 * len(name)
-        if place + room > width:
-            break  # a narrow picture has no room for many names; the page's tables have them
-        sheet.mark(place + 0.06, low, marker=mode_marker(one[0]), colour=mode_colour(one[0]))
-        sheet.write(place + 0.17, low, name, va="center", weight="bold", color=mode_colour(one[0]), fontsize=8.5)
-        place += room + 0.12
 
 
 def _groups(
@@ -180,13 +195,21 @@ def _groups(
         _boxes(axes, at, step * 0.72, dice, mode_colour(one[0]))
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.xaxis.set_major_locator(FixedLocator(range(len(groups))))
-    tilted = sum(len(label) for label, _ in groups) > 24
+    names = [for_picture(label, 24) for label, _ in groups]
+    tilted = _are_long(names)
     axes.set_xticklabels(
-        [for_picture(label, 18) for label, _ in groups],
+        # In one line, a long name would reach over the picture's left edge.
+        ["\n".join(wrap(name, _LETTERS)) if tilted else name for name in names],
         fontsize=8.5,
-        rotation=20 if tilted else 0,
+        rotation=40 if tilted else 0,
+        rotation_mode="anchor" if tilted else "default",
         ha="right" if tilted else "center",
+        linespacing=0.9,
     )
+
+
+def _are_long(names: Sequence[str]) -> bool:
+    return sum(map(len, names)) > 24
 
 
 def _boxes(axes: Axes, places: Sequence[float], width: float, groups: Sequence[Sequence[float]], colour: str) -> None:

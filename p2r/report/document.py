@@ -34,7 +34,7 @@ from p2r.report.tables import (
     series_order,
     split_of,
 )
-from p2r.report.text import for_file_name
+from p2r.report.text import for_file_name, signed
 from p2r.storage import Storage
 
 FORMAT = "p2r-report/1"
@@ -54,11 +54,21 @@ _OWN_PLACE = (
 )
 _SOFT = "soft_dice_with_background"
 _FIRST = ("time", "task", "trial", "mode")
+_WORDS = {
+    "num_labelled": "labelled patients",
+    "num_trials": "trials that were run",
+    "num_concurrent": "at a time",
+    "trials_s": "their own time, added up",
+    "sweep_s": "from the first one's start to the last one's end",
+    "overhead_fraction": "spent beside them",
+    "validation_dice_mean": "validation Dice",
+}
+"""Names of fields that say little to who did not write them."""
 _MAX_ENTRIES, _MAX_LINES = 30, 12
 _HOW_TO_READ = (
     "Dice is hard, in 3D, on the scan's own grid, per patient (frames averaged first), then over patients. "
-    "± is the standard deviation over draws of the labelled patients; every mode is given the same draws, and `over "
-    "scratch` is the difference on them. HD95 and NSD are means over classes. A class that only the prediction or only "
+    "± is the standard deviation over draws of the labelled patients; every mode is given the same draws, and “over "
+    "scratch” is the difference on them. HD95 and NSD are means over classes. A class that only the prediction or only "
     "the reference lacks counts as Dice 0, NSD 0, HD95 the grid's diagonal; one that both lack is left out. "
     "Bold: the best mode for that number of patients. Intervals are of a bootstrap over draws and patients: with one draw they are "
     "of the patients alone, and with three to five draws of one patient rather too narrow (p2r/evaluate/statistics.py)."
@@ -121,17 +131,46 @@ def source_line(rows: Sequence[Row], context: Mapping[str, Any]) -> str:
     backbones = sorted({str(row["backbone_sha256"])[:12] for row in rows if row.get("backbone_sha256")})
     numbers = sorted({row["num_labelled"] for row in rows})
     draws = sorted({cell.num_draws for cell in aggregate(rows)})
-    seeds = sorted({str(row["seed"]) for row in rows if row.get("seed") is not None})
     parts = [
-        *([f"backbone {', '.join(backbones)}"] if backbones else []),
+        f"backbone {', '.join(backbones)}" if backbones else "",
+        series_name(("scratch", "")) if all(row["mode"] == "scratch" for row in rows) else "",
         f"task {', '.join(sorted({str(row['task']) for row in rows}))}",
         f"{', '.join(sorted({protocol_of(row) for row in rows}))}, {split_of(rows)} patients",
         f"n = {', '.join(map(str, numbers))}",
         f"{draws[0]} draw{'s' * (draws[0] > 1)}" if len(draws) == 1 else f"{draws[0]} to {draws[-1]} draws",
-        *([f"seed {', '.join(seeds)}"] if seeds else []),
-        *([f"code {code}"] if (code := code_of(rows, context)) else []),
+        *_seed_and_code(rows, context),
+    ]
+    return " · ".join(filter(None, parts))
+
+
+def trials_line(rows: Sequence[Row], context: Mapping[str, Any], *, patient: str) -> str:
+    """Return what a picture of single trials says below itself: which they are, of which backbone, if of any, and by which code.
+
+    Args:
+        rows: Of the trials, all from the same labelled patients.
+        context: As `write_report` takes it.
+        patient: Who is shown, of which split.
+    """
+    backbones = [str(row.get("backbone_sha256") or "")[:12] for row in rows]
+    trials = [
+        series_name(series_of(row)) + (f" of backbone {backbone}" if backbone else "")
+        for row, backbone in zip(rows, backbones, strict=True)
+    ]
+    parts = [
+        "; ".join(trials),
+        f"task {rows[0]['task']}",
+        f"{', '.join(sorted({protocol_of(row) for row in rows}))}, {patient}",
+        f"n = {rows[0]['num_labelled']}, draw {rows[0]['draw']}",
+        *_seed_and_code(rows, context),
     ]
     return " · ".join(parts)
+
+
+def _seed_and_code(rows: Sequence[Row], context: Mapping[str, Any]) -> Iterator[str]:
+    if seeds := sorted({str(row["seed"]) for row in rows if row.get("seed") is not None}):
+        yield f"seed {', '.join(seeds)}"
+    if code := code_of(rows, context):
+        yield f"code {code}"
 
 
 def _blocks(
@@ -195,6 +234,7 @@ class _Page:
     ) -> None:
         self.context, self.pictures, self.drawn = context, pictures, drawn
         self.statistics = statistics
+        self.level = f"{100 * statistics.get('confidence', 0.95):g} %"
 
     def of(self, part: str, rows: Sequence[Row]) -> list[Mapping[str, Any]]:
         """Return the entries of the statistics that are about these rows."""
@@ -246,9 +286,7 @@ class _Page:
             here = [cell for cell in cells if cell.num_labelled == number]
             cell = max(here, key=lambda cell: (_validation(rows, cell), cell.mode != "scratch"))
             interval = self.entry("intervals", rows, cell)
-            spread = f"95 % {interval['lower']:.2f} to {interval['upper']:.2f}" if interval else ""
-            if interval and self.statistics.get("confidence", 0.95) != 0.95:
-                spread = spread.replace("95 %", f"{self.statistics['confidence']:.0%}")
+            spread = f"{self.level} {interval['lower']:.2f} to {interval['upper']:.2f}" if interval else ""
             who = (
                 f"{series_name(cell.series)}, best on validation patients"
                 if len(here) > 1
@@ -268,13 +306,13 @@ class _Page:
             if difference and leader and difference["difference"] is not None:
                 yield (
                     _sentence(f"{series_name(leader.series)} over {_against(difference['against'])}, {labelled}"),
-                    _signed(difference["difference"], 3),
-                    f"{_interval(difference, 3)}; p {p_text(difference['p_holm'])}, {difference['patients']} patients",
+                    signed(difference["difference"], 3),
+                    f"{self.level} {_interval(difference, 3)}; p {p_text(difference['p_holm'])}, {difference['patients']} patients",
                 )
             elif leader and leader.gain is not None:
                 yield (
                     _sentence(f"{series_name(leader.series)} over scratch, {labelled}"),
-                    _signed(leader.gain, 3),
+                    signed(leader.gain, 3),
                     f"mean of {leader.num_draws} draw{'s' * (leader.num_draws > 1)}",
                 )
             if leader and number == numbers[0] and (efficiency := self.entry("label_efficiency", rows, leader)):
@@ -327,12 +365,16 @@ class _Page:
         )
         yield Paragraph(f"Protocol: {protocol}.{where}")
         if any(row["dice_mean"] is not None for row in rows):
-            curve = few_shot_curve(rows, task, intervals=self.of("intervals", rows), source=source)
+            curve = few_shot_curve(rows, task, intervals=self.of("intervals", rows), level=self.level, source=source)
             yield self.put(
                 f"few-shot-{tag}",
                 curve,
                 f"Dice on {split_of(rows)} patients against the number of labelled patients; a dot is one draw."
-                + (" Bands: hierarchical bootstrap over draws, then patients." if self.of("intervals", rows) else ""),
+                + (
+                    f" Bands: {self.level} intervals of a bootstrap over draws, then patients."
+                    if self.of("intervals", rows)
+                    else ""
+                ),
             )
         yield _table(rows)
         counted = _absences(rows)
@@ -376,17 +418,17 @@ class _Page:
         picture = forest(
             lines,
             title=f"{task}: difference to {against}{label_of(rows)}",
-            subtitle="paired by patient; line: interval of a bootstrap over draws and patients; p: Wilcoxon, Holm over n",
+            subtitle=f"paired by patient; line: {self.level} interval of a bootstrap over draws and patients; p: Wilcoxon, Holm over n",
             axis=f"Dice above that of {against}",
             source=source,
         )
         yield self.put(
             f"differences-{tag}",
             picture,
-            f"Difference of Dice to {against}, paired by patient: to the right of zero is better.",
+            f"Difference of Dice to {against}, paired by patient, with its {self.level} interval: to the right of zero is better.",
         )
         yield Grid(
-            ("labelled patients", "mode", "against", "difference, interval", "p", "p (Holm)", "patients"),
+            ("labelled patients", "mode", "against", f"difference, {self.level} interval", "p", "p (Holm)", "patients"),
             [
                 (
                     str(one["num_labelled"]),
@@ -420,8 +462,9 @@ class _Page:
         self, patients: Sequence[Patient], rows: Sequence[Row], task: str, tag: str, source: str
     ) -> Iterator[Block]:
         """Yield where in the organ, and in which patients, it fails."""
+        names = tuple(self.context.get("tasks", {}).get(task, {}).get("thirds") or THIRDS)
         thirds = where_in_the_organ(
-            patients, title=f"{task}: where in the organ it fails{label_of(rows)}", source=source
+            patients, title=f"{task}: where in the organ it fails{label_of(rows)}", names=names, source=source
         )
         strata = by_stratum(patients, title=f"{task}: which patients it fails{label_of(rows)}", source=source)
         if thirds is None and strata is None:
@@ -434,11 +477,11 @@ class _Page:
             yield self.put(
                 f"thirds-{tag}",
                 thirds,
-                "Dice in the lower, middle and upper third of the slices in which the reference holds any class. Of a heart in short "
-                "axis these are apex, middle and base.",
+                (f"Dice in {names[0]}, {names[1]} and {names[2]}: " if names != THIRDS else "Dice in ")
+                + "the lower, middle and upper third of the slices in which the reference holds any class.",
             )
             yield Grid(
-                ("mode", *THIRDS),
+                ("mode", *names),
                 [
                     (
                         series_name(one),
@@ -450,15 +493,15 @@ class _Page:
             )
         if strata is not None:
             yield self.put(f"strata-{tag}", strata, "Dice of patients by their stratum, such as pathology.")
-            names = sorted({patient.stratum for patient in here if patient.stratum})
+            strata_names = sorted({patient.stratum for patient in here if patient.stratum})
             yield Grid(
-                ("mode", *(f"{name} ({len({p.subject for p in here if p.stratum == name})})" for name in names)),
+                ("mode", *(f"{name} ({len({p.subject for p in here if p.stratum == name})})" for name in strata_names)),
                 [
                     (
                         series_name(one),
                         *(
                             _mean_text(p.dice[MEAN] for p in here if p.series == one and p.stratum == name)
-                            for name in names
+                            for name in strata_names
                         ),
                     )
                     for one in series
@@ -537,14 +580,14 @@ def _listed(value: Any, title: str) -> list[Block]:
         return []
     if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(one, Mapping) for one in value):
         flat = [
-            {key.removeprefix("settings."): _abbreviated(text) for key, text in _flat(one) if text != "None"}
+            dict(_in_words(key.removeprefix("settings."), child) for key, child in _flat(one) if child is not None)
             for one in value
         ]
-        there = dict.fromkeys(key for one in flat for key in one)
-        header = [*(key for key in _FIRST if key in there), *(key for key in there if key not in _FIRST)]
-        grid = Grid([key.replace("_", " ") for key in header], [[one.get(key, "") for key in header] for one in flat])
+        there = dict.fromkeys(name for one in flat for name in one)
+        header = [*(name for name in _FIRST if name in there), *(name for name in there if name not in _FIRST)]
+        grid = Grid(header, [[_abbreviated(one.get(name, "")) for name in header] for one in flat])
     else:
-        grid = Grid(("what", "value"), [line for line in _flat(value) if line[1] != "None"])
+        grid = Grid(("what", "value"), [_in_words(*line) for line in _flat(value) if line[1] is not None])
     if len(grid.rows) > _MAX_LINES:
         return [Folded(f"{title} ({len(grid.rows)})", [grid])]
     return [Heading(3, title), grid]
@@ -568,22 +611,18 @@ def _compute(rows: Sequence[Row], overhead: Any) -> list[Block]:
     ]
     lines.append(("all", "", str(sum(map(len, spent.values()))), "", _hours(sum(map(sum, spent.values())))))
     table = Grid(("mode", "device", "final trials", "seconds each", "together"), lines)
-    facts = (
-        [
-            Grid(
-                ("overhead", "value"),
-                list(_flat(overhead if isinstance(overhead, Mapping) else {"overhead": overhead})),
-            )
-        ]
-        if overhead
-        else []
-    )
-    return [Heading(3, "What it cost"), table, *facts]
+    overhead = overhead if isinstance(overhead, Mapping) else {"overhead": overhead}
+    facts = [_in_words(*line) for line in _flat(overhead) if line[1] is not None]
+    return [Heading(3, "What it cost"), table, *([Grid(("all trials, searched ones too", ""), facts)] if facts else [])]
 
 
 def _provenance(rows: Sequence[Row], context: Mapping[str, Any], names: Sequence[str]) -> Iterator[Block]:
     rest = {key: value for key, value in context.items() if key not in _OWN_PLACE}
-    facts = [(key, value) for key, value in _flat(rest) if value not in ("", "None")]
+    # Settings have the names that a job's file gives them.
+    lines = [
+        (key, _text(value)) if key.startswith("finetune.") else _in_words(key, value) for key, value in _flat(rest)
+    ]
+    facts = [line for line in lines if line[1] not in ("", "None")]
     backbones = sorted({str(row["backbone_sha256"]) for row in rows if row.get("backbone_sha256")})
     facts += [(key, value) for key, value in (("backbone in rows, sha256", ", ".join(backbones)),) if value]
     of_trials = [line for line in facts if line[0].startswith("finetune.")]
@@ -619,15 +658,33 @@ def _sortable(line: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple((value is not None, value) for value in line)
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for name, child in value.items():
             yield from _flat(child, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple):
-        long = len(value) > _MAX_ENTRIES
-        yield key, f"{len(value)} entries, in report.json" if long else ", ".join(str(entry) for entry in value)
     else:
-        yield key, f"{value:.4g}" if isinstance(value, float) else str(value)
+        yield key, value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        long = len(value) > _MAX_ENTRIES
+        return f"{len(value)} entries, in report.json" if long else ", ".join(str(entry) for entry in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _in_words(key: str, value: Any) -> tuple[str, str]:
+    """Return what a field is called for people, and its value with its unit, which stands at the end of a field's name."""
+    where, dot, name = key.rpartition(".")
+    text = _text(value)
+    words = name.removeprefix("num_")
+    if isinstance(value, int | float):
+        for unit, in_unit in (("_s", _hours), ("_fraction", lambda share: f"{100 * share:.2g} %")):
+            if name.endswith(unit):
+                words, text = name.removesuffix(unit), in_unit(value)
+    if name == "mode":
+        text = series_name((text, ""))
+    return f"{where}{dot}{_WORDS.get(name) or words.replace('_', ' ')}", text
 
 
 def _validation(rows: Sequence[Row], cell: Cell) -> float:
@@ -658,11 +715,7 @@ def _sentence(text: str) -> str:
 
 
 def _interval(one: Mapping[str, Any], digits: int) -> str:
-    return f"{_signed(one['lower'], digits)} to {_signed(one['upper'], digits)}"
-
-
-def _signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return f"{signed(one['lower'], digits)} to {signed(one['upper'], digits)}"
 
 
 def _mean_text(figures: Iterable[float | None]) -> str:

@@ -8,7 +8,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from p2r.report.canvas import INK, NARROW, WIDE, Drawing, apart, drawing, mode_colour, mode_marker, new_sheet, plain
+from p2r.report.canvas import (
+    INK,
+    NARROW,
+    WIDE,
+    Drawing,
+    apart,
+    drawing,
+    mode_colour,
+    mode_marker,
+    new_sheet,
+    plain,
+    text_width,
+)
 from p2r.report.tables import Cell, Row, aggregate, label_of, protocol_of, series_name, series_of, split_of
 from p2r.report.text import for_picture
 
@@ -24,6 +36,7 @@ def few_shot_curve(
     *,
     title: str | None = None,
     intervals: Sequence[Interval] = (),
+    level: str = "95 %",
     source: str = "",
 ) -> Drawing:
     """Draw mean Dice over the number of labelled patients.
@@ -36,6 +49,7 @@ def few_shot_curve(
         task: Name of the one to draw.
         title: Headline; None: made from the task's name.
         intervals: `intervals` of `p2r.evaluate.statistics.few_shot_statistics`.
+        level: Their confidence.
         source: Line below that says where the figures come from.
 
     Raises:
@@ -54,7 +68,7 @@ def few_shot_curve(
         if interval["task"] == task and protocol_of(interval) in protocols and interval["lower"] is not None
     }
     headline = (title or f"{task}: what a few labels are worth") + label_of(rows)
-    figures = [_figure(rows, cells, bands, headline, source, width) for width in (WIDE, NARROW)]
+    figures = [_figure(rows, cells, bands, level, headline, source, width) for width in (WIDE, NARROW)]
     return drawing(*figures)
 
 
@@ -62,6 +76,7 @@ def _figure(
     rows: Sequence[Row],
     cells: Sequence[Cell],
     bands: Mapping[tuple[tuple[str, str], int], tuple[float, float]],
+    level: str,
     title: str,
     source: str,
     width: float,
@@ -72,19 +87,21 @@ def _figure(
     draws = f"{num_draws[0]}" if len(num_draws) == 1 else f"{num_draws[0]} to {num_draws[-1]}"
     subtitle = f"mean of {', '.join(cells[0].dice)}; points: draws of the labelled patients ({draws})"
     subtitle += ", line: their mean" if len(numbers) > 1 else ", large: their mean"
-    subtitle += ", band: 95 % of a bootstrap over draws and patients" if bands else ""
+    subtitle += f", band: {level} of a bootstrap over draws and patients" if bands else ""
     is_wide = width > NARROW
-    height, left, right = (3.9, 0.62, 1.75) if is_wide else (3.1, 0.52, 1.18)
+    height, left, most, size = (3.9, 0.62, 26, 9.5) if is_wide else (3.1, 0.52, 14, 8.5)
+    last = {cell.series: cell.dice_mean.mean or 0.0 for cell in cells}  # cells of a mode come by number of patients
+    labels = [f"{for_picture(series_name(series), most)} {last[series]:.2f}" for series in lines]
+    right = max(text_width(label, size, bold=True) for label in labels) + 0.15
     sheet = new_sheet(width, height, title=title, subtitle=subtitle, source=source)
     axes = sheet.panel(left, 0.5, width - left - right, height - 0.58)
     low, high = math.log(numbers[0]), math.log(numbers[-1])
     span = max(high - low, 0.7)
     styles = {name: _LINES[n % 4] for n, name in enumerate(dict.fromkeys(backbone for _, backbone in lines))}
-    ends = []
     for index, series in enumerate(lines):
         offset = (index - (len(lines) - 1) / 2) * _DODGE * span
         of_series = [cell for cell in cells if cell.series == series]
-        ends.append(_draw(axes, of_series, rows, bands, offset, span, styles[series[1]]))
+        _draw(axes, of_series, rows, bands, offset, span, styles[series[1]])
     axes.set_ylim(0, 1)
     axes.set_xlim(math.exp(low - 0.08 * span), math.exp(high + 0.06 * span))
     axes.set_xscale("log")
@@ -95,9 +112,9 @@ def _figure(
     axes.set_ylabel(f"Dice, {for_picture(split_of(rows))} patients", color=INK)
     plain(axes)
     gap = 0.17 / (height - 0.58)
-    for (series, dice), place in zip(ends, apart([dice for _, dice in ends], gap), strict=True):
+    for series, label, place in zip(lines, labels, apart([last[series] for series in lines], gap), strict=True):
         axes.annotate(
-            f"{for_picture(series_name(series), 26 if is_wide else 14)} {dice:.2f}",
+            label,
             xy=(1.0, place),
             xytext=(5, 0),
             textcoords="offset points",
@@ -105,7 +122,7 @@ def _figure(
             va="center",
             color=mode_colour(series[0]),
             weight="bold",
-            fontsize=9.5 if is_wide else 8.5,
+            fontsize=size,
             annotation_clip=False,
         )
     return sheet.figure
@@ -119,8 +136,8 @@ def _draw(
     offset: float,
     span: float,
     style: str,
-) -> tuple[tuple[str, str], float]:
-    """Draw one mode, and return it with the height of its right end."""
+) -> None:
+    """Draw one mode."""
     series = cells[0].series
     colour = mode_colour(series[0])
     banded = [(cell.num_labelled, *bands[key]) for cell in cells if (key := (series, cell.num_labelled)) in bands]
@@ -143,4 +160,3 @@ def _draw(
         marker=mode_marker(series[0]),
         markersize=6.5,
     )
-    return series, means[-1]

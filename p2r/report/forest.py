@@ -21,7 +21,7 @@ from p2r.report.canvas import (
     new_sheet,
     plain,
 )
-from p2r.report.text import for_picture
+from p2r.report.text import for_picture, signed
 
 _LINE, _GAP = 0.25, 0.16  # inches
 
@@ -59,7 +59,7 @@ def forest(differences: Sequence[Difference], *, title: str, subtitle: str, axis
 
 def figures_text(difference: float, lower: float, upper: float) -> str:
     """Return a difference and its interval with their signs."""
-    return f"{difference:+.3f} [{lower:+.3f}, {upper:+.3f}]".replace("-", "\N{MINUS SIGN}")
+    return f"{signed(difference, 3)} [{signed(lower, 3)}, {signed(upper, 3)}]"
 
 
 def p_text(p: float | None) -> str:

@@ -18,16 +18,20 @@ from torch import Tensor
 from p2r.report.canvas import (
     CLASS_COLOURS,
     INK,
+    KEY_LINE,
     NARROW,
     OUTSIDE,
     WIDE,
     Drawing,
+    KeyEntry,
     Sheet,
     as_array,
     as_slices,
     box_around,
     drawing,
     evenly,
+    inside,
+    key_lines,
     new_sheet,
     show,
 )
@@ -127,7 +131,7 @@ def embedding_pca(image: Slices, features: Slices, *, num_slices: int = 6, sourc
     slices, tissue, colours = slices[:, *box], tissue[:, *box], colours[:, *box]
 
     def figure(width: float) -> Figure:
-        here = evenly(np.arange(len(slices)), len(slices) if width > NARROW else 2)
+        here = np.arange(len(slices)) if width > NARROW else inside(np.arange(len(slices)), 2)
         sheet, panels = _grid(
             ("slice", "features"),
             len(here),
@@ -187,15 +191,19 @@ def outlines(
     box = box_around(truth > 0, margin=10, least=48)
     planes, truth, found = planes[:, *box], truth[:, *box], {name: labels[:, *box] for name, labels in found.items()}
     names = ("slice", *found)
+    classes = [
+        KeyEntry(for_picture(name, 24), "s", _class_colour(value)) for value, name in enumerate(class_names, start=1)
+    ]
 
     def figure(width: float) -> Figure:
-        here = evenly(np.arange(len(planes)), len(planes) if width > NARROW else 2)
+        here = np.arange(len(planes)) if width > NARROW else inside(np.arange(len(planes)), 2)
+        key = key_lines(classes, width - _LEFT - 0.1)
         sheet, panels = _grid(
             names,
             len(here),
             planes.shape[1:],
             width=width,
-            below=0.3,
+            below=0.08 + KEY_LINE * len(key),
             pixel=spacing_mm or (1, 1),
             title=title,
             subtitle=f"{subtitle}{'; ' * bool(subtitle)}filled: prediction, line: reference",
@@ -209,23 +217,10 @@ def outlines(
                     _overlay(axes, found[name][index], truth[index], len(class_names))
         if spacing_mm is not None:
             _scale_bar(panels[0][0], planes.shape[1:], spacing_mm)
-        _name_classes(sheet, class_names, width)
+        sheet.key(key, _LEFT, KEY_LINE * len(key) + 0.02)
         return sheet.figure
 
     return drawing(figure(WIDE), figure(NARROW))
-
-
-def _name_classes(sheet: Sheet, names: Sequence[str], width: float) -> None:
-    """Name the classes beside their colours, in one line at the foot of the room."""
-    place = _LEFT
-    for value, name in enumerate(names, start=1):
-        text = for_picture(name, 24)
-        room = 0.42 + 0.082 * len(text)
-        if place + room > width:
-            break
-        sheet.mark(place + 0.07, 0.13, marker="s", colour=_class_colour(value), size=9)
-        sheet.write(place + 0.2, 0.13, text, va="center")
-        place += room
 
 
 def _grid(

@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from p2r.report.text import one_line
+from p2r.report.text import one_line, signed
 
 MODE_NAMES = {
     "scratch": "from scratch",
@@ -176,7 +176,7 @@ def best_cells(cells: Sequence[Cell]) -> list[Cell]:
 
 def gain_text(cell: Cell) -> str:
     """Return the gain over training from scratch with its sign, or nothing."""
-    return "" if cell.gain is None or cell.mode == "scratch" else f"{cell.gain:+.3f}"
+    return "" if cell.gain is None or cell.mode == "scratch" else signed(cell.gain, 3)
 
 
 def _setting(cell: Cell) -> tuple[str, str, int]:

@@ -49,6 +49,11 @@ def shortened(text: object, most: int) -> str:
     return line if len(line) <= most else f"{line[: most - 1].rstrip()}…"
 
 
+def signed(value: float, digits: int) -> str:
+    """Return a difference with its sign; a minus is as wide as a plus, and no hyphen."""
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
 def for_file_name(text: object) -> str:
     """Return lower-case letters, digits and dashes that may be a file's name."""
     return re.sub(r"[^a-z0-9]+", "-", one_line(text).lower()).strip("-")[:60] or "unnamed"

@@ -1,12 +1,26 @@
 """Rows of an ablation's variants -> a table and a picture that put them side by side."""
 
 from collections.abc import Iterator, Sequence
+from textwrap import wrap
 
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from rich.table import Table
 from rich.text import Text
 
-from p2r.report.canvas import INK, headline, mode_colour, new_figure, plain, to_png
+from p2r.report.canvas import (
+    INK,
+    KEY_LINE,
+    NARROW,
+    WIDE,
+    Drawing,
+    KeyEntry,
+    drawing,
+    key_lines,
+    mode_colour,
+    new_sheet,
+    plain,
+)
 from p2r.report.tables import MODE_NAMES, Cell, Row, aggregate, label_of, split_of
 from p2r.report.text import for_markdown, for_picture, one_line
 
@@ -29,46 +43,60 @@ def markdown_variants(rows: Sequence[Row]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def variants_picture(rows: Sequence[Row], *, title: str) -> bytes:
-    """Draw Dice by variant: a large point is a mean over draws, its bar the standard deviation, a small point one draw."""
+def variants_picture(rows: Sequence[Row], *, title: str, source: str = "") -> Drawing:
+    """Draw Dice by variant: a large point is a mean over draws, its bar the standard deviation, a small point one draw.
+
+    Args:
+        rows: One for each final trial, with its `variant`.
+        title: Headline.
+        source: Line below that says where the figures come from.
+    """
+    return drawing(*(_figure(rows, title + label_of(rows), source, width) for width in (WIDE, NARROW)))
+
+
+def _figure(rows: Sequence[Row], title: str, source: str, width: float) -> Figure:
     names = list(dict.fromkeys(str(row["variant"]) for row in rows))
     groups = sorted({(row["task"], row["num_labelled"], row["mode"]) for row in rows})
-    figure = new_figure(8.4, 4.6)
-    axes = figure.add_axes((0.085, 0.125, 0.86, 0.68))
-    for index, (task, num_labelled, mode) in enumerate(groups):
-        offset = (index - (len(groups) - 1) / 2) * 0.6 / max(1, len(groups))
-        colour = mode_colour(mode)
-        marker = "os^D"[sorted({group[1] for group in groups}).index(num_labelled) % 4]
-        label = f"{MODE_NAMES.get(mode, mode)}, {num_labelled} labelled"
-        label += f", {for_picture(task)}" if len({group[0] for group in groups}) > 1 else ""
+    tasks, numbers = ({group[place] for group in groups} for place in (0, 1))
+    entries = []
+    for task, num_labelled, mode in groups:
+        name = f"{MODE_NAMES.get(mode, mode)}, {num_labelled} labelled" + f", {task}" * (len(tasks) > 1)
+        marker = "os^D"[sorted(numbers).index(num_labelled) % 4]
+        entries.append(KeyEntry(for_picture(name), marker, mode_colour(mode), mode_colour(mode)))
+    key = key_lines(entries, width - 0.3)
+    labels = ["\n".join(wrap(for_picture(name, 24), 12)) for name in names]
+    left, below, body = 0.75, 0.55 + 0.14 * max(label.count("\n") for label in labels), 2.6
+    height = below + body + KEY_LINE * len(key) + 0.16
+    subtitle = "points: mean over draws of the labelled patients, bars: standard deviation, dots: draws"
+    sheet = new_sheet(width, height, title=title, subtitle=subtitle, source=source)
+    sheet.key(key, 0.15, height - 0.02)
+    axes = sheet.panel(left, below, width - left - 0.15, body)
+    for index, ((task, num_labelled, mode), entry) in enumerate(zip(groups, entries, strict=True)):
+        offset = (index - (len(groups) - 1) / 2) * 0.6 / len(groups)
         for place, name in enumerate(names):
             chosen = [row for row in rows if _key(row) == (name, task, num_labelled, mode)]
             for row in chosen:
                 if row["dice_mean"] is not None:
-                    axes.plot(place + offset, row["dice_mean"], marker, color=colour, alpha=0.35, markersize=4.5)
+                    axes.plot(
+                        place + offset, row["dice_mean"], entry.marker, color=entry.colour, alpha=0.35, markersize=4.5
+                    )
             for cell in aggregate(chosen):
                 if cell.dice_mean.mean is not None:
                     axes.errorbar(
                         place + offset,
                         cell.dice_mean.mean,
                         yerr=cell.dice_mean.sd or 0.0,
-                        color=colour,
-                        marker=marker,
+                        color=entry.colour,
+                        marker=entry.marker,
                         markersize=8,
-                        label=label if place == 0 else None,
                     )
     axes.xaxis.set_major_locator(FixedLocator(range(len(names))))
-    axes.set_xticklabels([for_picture(name, 24) for name in names])
+    axes.set_xticklabels(labels)
     axes.set_xlim(-0.6, len(names) - 0.4)
-    axes.set_ylabel(f"mean Dice on {split_of(rows)} patients", color=INK)
+    axes.set_xlabel("variant", color=INK)
+    axes.set_ylabel(f"mean Dice, {for_picture(split_of(rows))} patients", color=INK)
     plain(axes)
-    axes.legend(frameon=False, fontsize=9, loc="best")
-    headline(
-        figure,
-        for_picture(title, 80) + label_of(rows),
-        "points: mean over draws of the labelled patients, bars: standard deviation, dots: draws",
-    )
-    return to_png(figure)
+    return sheet.figure
 
 
 def _lines(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:

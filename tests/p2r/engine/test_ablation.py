@@ -1,15 +1,19 @@
 """An ablation: one job, several variants on one corpus, side by side, and no test patient read."""
 
 import json
-from collections.abc import Callable
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from p2r.engine.__main__ import LocalExecutor
+from p2r.engine.fewshot import Result, Say
+from p2r.engine.finetune import TrialSetup
 from p2r.engine.pipeline import run_job
 from p2r.errors import JobError
+from p2r.evaluate.protocol import Trial
 from p2r.job import Job, read_job, variants_of
 from p2r.storage import Storage
 
@@ -34,19 +38,40 @@ def test_variants_differ_in_what_they_name_and_share_the_corpus(ablation: Callab
     assert few.model_dump(exclude=same) == many.model_dump(exclude=same)
 
 
+class OneFails(LocalExecutor):
+    """A trial of one variant ends without a result."""
+
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
+        results = super().run_trials(trials, say=say)
+        is_bad = [trial.num_labelled == 3 and "/variants/many/" in setup.storage for setup, trial in trials]
+        return [
+            {"trial": trial.to_row(), "failed": "the loss is nan | at step 3"} if bad else result
+            for (_, trial), result, bad in zip(trials, results, is_bad, strict=True)
+        ]
+
+
 def test_variants_are_run_and_put_side_by_side(ablation: Callable[..., Job]) -> None:
-    job = ablation(VARIANTS, "finetune.num_labelled=[1]", "finetune.steps=4")
+    job = ablation(VARIANTS, "finetune.steps=4")
     lines: list[str] = []
-    made = run_job(job, LocalExecutor(torch.device("cpu"), None), say=lines.append)
+    made = run_job(job, OneFails(torch.device("cpu"), None), say=lines.append)
     storage = Storage(job.storage)
     report = storage.read_json("report/report.json")
-    assert [row["variant"] for row in report["rows"]] == ["few", "many"]
+    assert [row["variant"] for row in report["rows"]] == ["few", "few", "many"]
     assert {row["split"] for row in report["rows"]} == {"validation"}
     assert len({row["backbone_sha256"] for row in report["rows"]}) == 2
     page = storage.read_bytes("report/report.md").decode()
     assert "Dice on validation patients" in page
-    assert "| few | `pretrain.loss.pixel_pairs_per_image: 4` |" in page
+    (failure,) = report["failed"]
+    assert failure == {"trial": "many: disc-final-linear_probe-n3-d0", "reason": "the loss is nan | at step 3"}
+    assert "1 trial failed" in page
+    assert r"| many: disc-final-linear_probe-n3-d0 | the loss is nan \| at step 3 |" in page
+    assert "| few | `pretrain.loss.pixel_pairs_per_image: 4` | [report](../variants/few/report/report.md) |" in page
+    assert storage.exists("variants/few/report/report.md")
     assert storage.read_bytes("report/pictures/variants.png").startswith(b"\x89PNG")
+    picture = " ".join(" ".join(ET.fromstring(storage.read_bytes("report/pictures/variants.svg")).itertext()).split())
+    of_rows = [f"code {report['rows'][0]['code']}", *(row["backbone_sha256"][:12] for row in report["rows"])]
+    for fact in ("variant", "task disc", "leak_free, validation patients", "n = 1, 3", "1 draw", "seed 0", *of_rows):
+        assert fact in picture, fact
     assert made["report"].endswith("report/report.md")
     trials = [storage.read_json(path) for path in storage.list() if "/trials/" in path and path.endswith(".json")]
     assert trials
@@ -54,6 +79,8 @@ def test_variants_are_run_and_put_side_by_side(ablation: Callable[..., Job]) -> 
 
     lines.clear()
     run_job(job, LocalExecutor(torch.device("cpu"), None), say=lines.append)
+    assert "failed" not in storage.read_json("report/report.json")
+    assert "failed" not in storage.read_bytes("report/report.md").decode()
     assert not [line for line in lines if "| step " in line], lines
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from p2r.data.corpus import expand_subjects
 from p2r.data.preprocess import Preparation
-from p2r.data.volume import write_nifti
+from p2r.data.volume import read_labels, write_nifti
 from p2r.errors import DataError
 from p2r.evaluate.tasks import Task, TaskConfig, check_classes_present, check_scans, load_scan, load_task, task_sha256
 
@@ -158,6 +158,9 @@ def test_a_variable_in_a_folder_is_filled_in(make_task: MakeTask, monkeypatch: p
         ({"splits": {"train": ["sub-[02-01]"], "validation": ["sub-03"], "test": ["sub-04"]}}, "splits.train"),
         ({"dimensions": 3, "slice_axis": 0}, "leave one of both out"),
         ({"dimensions": 4}, "dimensions"),
+        ({"thirds": ["base", "apex"]}, "three different names"),
+        ({"thirds": ["base", "middle", "base"]}, "three different names"),
+        ({"thirds": ["base", "", "apex"]}, "thirds"),
         ({"images": "s3://bucket/images"}, "paths, file:// or template://"),
     ],
 )
@@ -320,6 +323,20 @@ def test_the_patient_that_acdc_holds_twice_is_found(tmp_path: Path) -> None:
         DataError, match=r"subject patient074 \(validation\) and .* of subject patient076 \(test\) are the same"
     ):
         check_scans(load_task(tmp_path / "acdc.yaml"), Preparation(spacing_mm=3.0, image_size=64))
+
+
+@pytest.mark.data
+@pytest.mark.usefixtures("mri")
+@pytest.mark.parametrize("name", ["acdc", "acdc-unseen-pathology"])
+def test_the_lower_third_of_a_heart_is_its_base_where_the_right_ventricle_is_wide(name: str) -> None:
+    task = load_task(TASKS / f"{name}.yaml")
+    assert task.config.thirds == ("base", "middle", "apex")
+    right_ventricles = [read_labels(scan.label).data[..., 0] == 1 for scan in task.scans[::4]]
+    lower_is_wider = [
+        areas[: len(areas) // 3].sum() > areas[-(len(areas) // 3) :].sum()
+        for areas in (mask.sum(axis=(0, 1))[mask.any(axis=(0, 1))] for mask in right_ventricles)
+    ]
+    assert np.mean(lower_is_wider) > 0.95
 
 
 def test_the_template_task_uses_every_virtual_subject_that_it_makes() -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from p2r.evaluate.statistics import few_shot_statistics
-from p2r.report import write_report
+from p2r.report import source_line, trials_line, write_report
 from p2r.report.cases import shown_cases
 from p2r.report.patients import MEAN, patients_of
+from p2r.report.tables import series_name
 from p2r.storage import Storage
 
 MakeRows = Callable[..., list[dict[str, Any]]]
@@ -44,7 +45,13 @@ FACTS = {
     "searched": [{"task": "acdc", "mode": "fine_tune", "learning_rate": 1e-3, "validation_dice_mean": 0.61}],
     "chosen": {"acdc": {"fine_tune": {"learning_rate": 1e-3}}},
     "failed": [{"trial": "acdc-final-fine_tune-n1-d3", "error": "the loss is nan at step 31"}],
-    "overhead": {"wall_s": 90.5, "trials_s": 80.0},
+    "overhead": {
+        "num_trials": 8,
+        "num_concurrent": 1,
+        "sweep_s": 90.5,
+        "trials_s": 80.0,
+        "overhead_fraction": 0.0003565,
+    },
     "test_reads": [{"time": "2026-01-02T03:04:05Z", "trial": "acdc-final-fine_tune-n1-d0", "num_scans": 6}],
 }
 
@@ -103,6 +110,77 @@ def test_every_picture_says_where_its_figures_come_from(standard: Path) -> None:
         text = " ".join(" ".join(ET.parse(path).getroot().itertext()).split())
         for fact in ("a9a9a9a9a9a9", "task acdc", "leak_free", "n = 1, 5", "2 draws", "seed 0", "code 7c0de"):
             assert fact in text, (path.name, fact)
+
+
+def test_every_picture_of_a_job_says_what_it_shows_and_nothing_that_it_does_not(published: dict[str, str]) -> None:
+    storage = Storage(published["storage"]).child("report")
+    report = storage.read_json("report.json")
+    backbone = report["context"]["backbone"]
+    code = report["rows"][0]["code"]
+    model = Storage(published["model"]).read_json("manifest.json")["trial"]
+    of_backbone = (f"backbone {backbone['sha256'][:12]}", "pretrained on corpus", f"by code {backbone['code']}")
+    of_rows = (
+        f"backbone {backbone['sha256'][:12]}",
+        "task disc",
+        "leak_free, test",
+        "n = 1, 3",
+        "1 draw",
+        f"code {code}",
+    )
+    facts = {
+        "view-pairs": of_backbone,
+        "embedding": (*of_backbone, "task disc", "validation patient"),
+        "outlines": (
+            series_name((model["mode"], "")),
+            "task disc",
+            "leak_free, validation patient",
+            f"n = {model['num_labelled']}, draw {model['draw']}",
+            f"code {code}",
+        ),
+        "case": ("from scratch;", "task disc", "leak_free, test patient", "n = 1, draw 0", f"code {code}"),
+    }
+    kinds = set()
+    for path in report["pictures"]:
+        kind = next((kind for kind in facts if Path(path).name.startswith(kind)), "rows")
+        kinds.add(kind)
+        text = " ".join(" ".join(ET.fromstring(storage.read_bytes(path.replace(".png", ".svg"))).itertext()).split())
+        for fact in facts.get(kind, of_rows):
+            assert fact in text, (path, fact, text)
+        assert ("1 draw" in text) == (kind == "rows"), (path, text)
+        if kind in ("outlines", "case"):  # of single trials: those from scratch have no backbone
+            assert "pretrained" not in text and ("of backbone" in text) == (
+                kind == "case" or model["mode"] != "scratch"
+            )
+    assert kinds == {"rows", *facts}
+
+
+def test_a_picture_of_trials_names_each_and_no_backbone_from_scratch(make_rows: MakeRows) -> None:
+    rows = make_rows(numbers=(5,), num_draws=1)
+    assert trials_line(rows, {}, patient="test patient patient101") == (
+        "from scratch; fine-tuned of backbone a9a9a9a9a9a9 · task acdc · leak_free, test patient patient101 · n = 5, draw 0 · "
+        "seed 0 · code 7c0de"
+    )
+    assert source_line(make_rows(modes=("scratch",)), {}).startswith("from scratch · task acdc")
+
+
+def test_figures_have_words_units_and_a_minus(make_rows: MakeRows, tmp_path: Path) -> None:
+    page, text = written(tmp_path, make_rows(gain=-0.1), corpus={"num_samples": 880}, **FACTS)
+    for fact in (
+        "| trials that were run | 8 |",
+        "| from the first one's start to the last one's end | 1.5 min |",
+        "| spent beside them | 0.036 % |",
+        "| task | mode | learning rate | validation Dice |",
+        "| acdc | fine-tuned | 0.001 | 0.61 |",
+        "| corpus.samples | 880 |",
+        "| difference, 95 % interval |",
+    ):
+        assert fact in text, fact
+    assert not re.search(r"num_|_s\b|_fraction|`", page.text)
+    differences = " ".join("".join(ET.parse(tmp_path / "pictures/differences-acdc.svg").getroot().itertext()).split())
+    assert "line: 95 % interval" in differences
+    assert "\N{MINUS SIGN}0.1" in page.text
+    assert not re.search(r"(?<![\w.-])-[0-9]", page.text), "a hyphen is no minus"
+    assert json.loads((tmp_path / "report.json").read_text())["context"]["overhead"] == FACTS["overhead"]
 
 
 def test_rows_of_earlier_reports_are_shown_without_what_they_lack(make_rows: MakeRows, tmp_path: Path) -> None:
@@ -172,6 +250,18 @@ def test_hostile_names_are_names(make_rows: MakeRows, tmp_path: Path) -> None:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
     assert {path.name for path in tmp_path.iterdir()} == {"pictures", "report.html", "report.md", "report.json"}
     assert json.loads((tmp_path / "report.json").read_text())["rows"] == rows
+
+
+@pytest.mark.parametrize("names", [(), ("base", "middle", "apex")])
+def test_thirds_are_called_as_the_task_calls_them(make_rows: MakeRows, tmp_path: Path, names: tuple[str, ...]) -> None:
+    page, text = written(tmp_path, make_rows(numbers=(1,)), tasks={"acdc": {"thirds": list(names)}})
+    shown = names or ("lower", "middle", "upper")
+    assert f"| mode | {' | '.join(shown)} |" in text
+    assert ("Dice in base, middle and apex: the lower, middle and upper third" in page.text) == bool(names)
+    picture = [one.strip() for one in ET.parse(tmp_path / "pictures/thirds-acdc.svg").getroot().itertext()]
+    assert [one for one in picture if one in shown] == list(shown)
+    # Whoever shows a heart says which end is which; of any other organ nothing is known.
+    assert ("apex" in page.text) == bool(names)
 
 
 def test_a_patient_is_the_mean_of_its_frames_and_then_of_its_draws(make_rows: MakeRows) -> None:
