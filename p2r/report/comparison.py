@@ -30,7 +30,7 @@ from p2r.errors import DataError
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.report.canvas import INK, NARROW, WIDE, Drawing, apart, drawing, mode_colour, new_sheet, plain
 from p2r.report.document import source_line
-from p2r.report.few_shot_curve import _draw as draw_series
+from p2r.report.few_shot_curve import draw_series
 from p2r.report.forest import Difference, figures_text, forest, p_text
 from p2r.report.page import Block, Grid, Heading, Paragraph, Picture, html
 from p2r.report.tables import LEAK_FREE, Row, aggregate, code_of, label_of, protocol_of, series_name, series_order
@@ -696,8 +696,8 @@ def _side_by_side(comparison: Mapping[str, Any], of_task: Sequence[Mapping[str, 
                 here = [cell for cell in cells if cell.series == (mode, letter)]
                 if here:
                     offset = (number - (len(letters) - 1) / 2) * _DODGE * span
-                    _, dice = draw_series(axes, here, rows, bands, offset, span, _LINES[number % 4])
-                    ends.append((letter, here[-1].num_labelled, dice))
+                    draw_series(axes, here, rows, bands, offset, span, _LINES[number % 4])
+                    ends.append((letter, here[-1].num_labelled, here[-1].dice_mean.mean or 0.0))
             places = apart([dice for _, _, dice in ends], 0.11)
             for (letter, at, _), place in zip(ends, places, strict=True):
                 axes.annotate(

@@ -101,7 +101,7 @@ def _figure(
     for index, series in enumerate(lines):
         offset = (index - (len(lines) - 1) / 2) * _DODGE * span
         of_series = [cell for cell in cells if cell.series == series]
-        _draw(axes, of_series, rows, bands, offset, span, styles[series[1]])
+        draw_series(axes, of_series, rows, bands, offset, span, styles[series[1]])
     axes.set_ylim(0, 1)
     axes.set_xlim(math.exp(low - 0.08 * span), math.exp(high + 0.06 * span))
     axes.set_xscale("log")
@@ -128,7 +128,7 @@ def _figure(
     return sheet.figure
 
 
-def _draw(
+def draw_series(
     axes: Axes,
     cells: Sequence[Cell],
     rows: Sequence[Row],
@@ -137,7 +137,7 @@ def _draw(
     span: float,
     style: str,
 ) -> None:
-    """Draw one mode."""
+    """Draw one mode: its draws, the line of their means, and its band."""
     series = cells[0].series
     colour = mode_colour(series[0])
     banded = [(cell.num_labelled, *bands[key]) for cell in cells if (key := (series, cell.num_labelled)) in bands]
