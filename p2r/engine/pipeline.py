@@ -5,6 +5,8 @@ What is expensive or wants many machines (reading scans, training, trials) is do
 made on the job's storage and goes on from there, so running a job again after a kill is how it is resumed.
 """
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +17,7 @@ from p2r.data.corpus import corpus_digest, load_manifest, manifest_sha256
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
 from p2r.engine.corpora import corpora_of
-from p2r.engine.fewshot import TrialRunner, check_data, check_task, few_shot, publish_best
+from p2r.engine.fewshot import FewShot, TrialRunner, check_data, check_task, few_shot, publish_best
 from p2r.engine.finetune import TrialSetup, preparation_for
 from p2r.engine.pretrain import HISTORY, finished_checkpoint
 from p2r.engine.readings import merge_readings
@@ -150,6 +152,19 @@ def _corpus_facts(corpus: Corpus) -> dict[str, Any]:
     return {"url": corpus.storage.url, "sha256": manifest_sha256(corpus.manifest), "weight": corpus.weight, **facts}
 
 
+def _spent(storage: Storage, found: FewShot) -> dict[str, float]:
+    """Return what the job's own pretraining and its trials took, whenever they ran: seconds of each worker, and of all trials."""
+    spent = {"search_s": math.fsum(one["seconds"] or 0.0 for one in found.searched)}
+    if storage.exists(f"pretrain/{HISTORY}"):
+        rows = [json.loads(line) for line in storage.read_bytes(f"pretrain/{HISTORY}").decode().splitlines()]
+        before = [0, *(row["step"] for row in rows)]
+        spent["pretraining_s"] = math.fsum(
+            (row["step"] - step) * row.get("step_s", 0.0) for row, step in zip(rows, before, strict=False)
+        )
+        spent["num_pretraining_workers"] = max((row.get("world_size", 1) for row in rows), default=0)
+    return spent
+
+
 def _check_tasks(job: Job, storage: Storage, say: Say) -> None:
     """Refuse a job whose tasks cannot be used before an hour of pretraining, not after it."""
     config = job.finetune
@@ -256,6 +271,7 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
     finally:  # what was read stays said, whatever became of it
         test_reads = merge_readings(storage)
     results, facts = found.results, {**found.facts(), "test_reads": test_reads}
+    facts["spent"] = _spent(storage, found)
     models = {}
     if job.finetune.publish_model:
         for setup in setups:

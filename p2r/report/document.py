@@ -49,6 +49,7 @@ _OWN_PLACE = (
     "chosen",
     "failed",
     "overhead",
+    "spent",
     "test_reads",
     "left_out",
 )
@@ -56,6 +57,9 @@ _SOFT = "soft_dice_with_background"
 _FIRST = ("time", "task", "trial", "mode")
 _WORDS = {
     "num_labelled": "labelled patients",
+    "pretraining_s": "pretraining of the backbone, each worker",
+    "num_pretraining_workers": "workers that pretrained",
+    "search_s": "trials of the search",
     "num_trials": "trials that were run",
     "num_concurrent": "at a time",
     "trials_s": "their own time, added up",
@@ -101,7 +105,8 @@ def write_report(
             `title`; `caveats` (sentences, shown first); `tasks` (by name: title, licence, citation, splits);
             `captions` and `places` (by picture: its caption; the task that it belongs to, if any);
             `searched`, `chosen` and `failed` (mappings, or lists of mappings: trials of the search, what won, what failed);
-            `overhead` (a mapping); `test_reads` (a list of mappings); `left_out` (sentences: what could not be shown).
+            `overhead` and `spent` (mappings: what the sweep took beside its trials; what pretraining and search took);
+            `test_reads` (a list of mappings); `left_out` (sentences: what could not be shown).
         pictures: Pictures that are not made of the rows, by name: drawings, or PNG files.
         statistics: What `p2r.evaluate.statistics.few_shot_statistics` says of the rows; None: no interval is shown.
     """
@@ -567,7 +572,7 @@ def _how_it_ran(rows: Sequence[Row], context: Mapping[str, Any]) -> Iterator[Blo
             )
         )
         blocks += _listed(reads, "Readings of the test split")
-    blocks += _compute(rows, context.get("overhead"))
+    blocks += _compute(rows, context.get("overhead"), context.get("spent") or {})
     blocks += [Paragraph(f"Left out: {sentence}") for sentence in context.get("left_out", ())]
     if blocks:
         yield Heading(2, "How it was run")
@@ -598,21 +603,22 @@ def _abbreviated(text: str) -> str:
     return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
-def _compute(rows: Sequence[Row], overhead: Any) -> list[Block]:
+def _compute(rows: Sequence[Row], overhead: Any, before: Mapping[str, Any]) -> list[Block]:
+    """Return what final trials took, by mode; what came before them; and what the sweep took beside all trials."""
     spent: dict[tuple[tuple[str, str], str], list[float]] = {}
     for row in rows:
         if row.get("seconds") is not None:
             spent.setdefault((series_of(row), str(row.get("device", ""))), []).append(float(row["seconds"]))
+    overhead = overhead if isinstance(overhead, Mapping) else {"overhead": overhead} if overhead else {}
     if not spent:
-        return _listed(overhead, "What it cost")
+        return _listed({**before, **overhead}, "What it cost")
     lines = [
         (series_name(series), device, str(len(seconds)), f"{sum(seconds) / len(seconds):.0f}", _hours(sum(seconds)))
         for (series, device), seconds in sorted(spent.items(), key=lambda item: (series_order(item[0][0]), item[0][1]))
     ]
     lines.append(("all", "", str(sum(map(len, spent.values()))), "", _hours(sum(map(sum, spent.values())))))
     table = Grid(("mode", "device", "final trials", "seconds each", "together"), lines)
-    overhead = overhead if isinstance(overhead, Mapping) else {"overhead": overhead}
-    facts = [_in_words(*line) for line in _flat(overhead) if line[1] is not None]
+    facts = [_in_words(*line) for line in _flat({**before, **overhead}) if line[1] is not None]
     return [Heading(3, "What it cost"), table, *([Grid(("all trials, searched ones too", ""), facts)] if facts else [])]
 
 

@@ -1,5 +1,6 @@
 """A report of a job shows cases as their trials left them, and is made without those that cannot be read."""
 
+import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,18 @@ def test_the_report_of_a_job_shows_its_best_and_worst_case(published: dict[str, 
     page = storage.read_bytes("report.html").decode()
     for part in ("At a glance", "Single patients", "No trial failed.", "Readings of the test split", "What it cost"):
         assert part in page
+
+
+def test_the_report_of_a_job_says_what_its_pretraining_and_its_sweep_took(published: dict[str, str]) -> None:
+    report = Path(published["report"].removeprefix("file://"))
+    context = json.loads(report.with_suffix(".json").read_text())["context"]
+    rows = [json.loads(line) for line in (report.parents[1] / "pretrain/history.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows]
+    assert steps == [2, 4, 6]
+    assert context["spent"]["pretraining_s"] == pytest.approx(2 * sum(row["step_s"] for row in rows))
+    assert context["spent"]["num_pretraining_workers"] == 1 and context["overhead"]["num_trials"] > 0
+    page = report.read_text()
+    assert "pretraining of the backbone, each worker" in page and "overhead" in page
 
 
 @pytest.mark.parametrize(
