@@ -58,9 +58,9 @@ _WORDS = {
     "num_labelled": "labelled patients",
     "num_trials": "trials that were run",
     "num_concurrent": "at a time",
-    "trials_s": "their own time, added up",
-    "sweep_s": "from the first one's start to the last one's end",
-    "overhead_fraction": "spent beside them",
+    "trials_s": "the trials' own time, added up",
+    "sweep_s": "the sweep from start to end",
+    "overhead_fraction": "overhead",
     "validation_dice_mean": "validation Dice",
 }
 """Names of fields that say little to who did not write them."""
@@ -613,7 +613,11 @@ def _compute(rows: Sequence[Row], overhead: Any) -> list[Block]:
     table = Grid(("mode", "device", "final trials", "seconds each", "together"), lines)
     overhead = overhead if isinstance(overhead, Mapping) else {"overhead": overhead}
     facts = [_in_words(*line) for line in _flat(overhead) if line[1] is not None]
-    return [Heading(3, "What it cost"), table, *([Grid(("all trials, searched ones too", ""), facts)] if facts else [])]
+    return [
+        Heading(3, "What it cost"),
+        table,
+        *([Grid(("all trials, those of the search too", "value"), facts)] if facts else []),
+    ]
 
 
 def _provenance(rows: Sequence[Row], context: Mapping[str, Any], names: Sequence[str]) -> Iterator[Block]:
