@@ -62,9 +62,9 @@ _WORDS = {
     "search_s": "trials of the search",
     "num_trials": "trials that were run",
     "num_concurrent": "at a time",
-    "trials_s": "their own time, added up",
-    "sweep_s": "from the first one's start to the last one's end",
-    "overhead_fraction": "spent beside them",
+    "trials_s": "the trials' own time, added up",
+    "sweep_s": "the sweep from start to end",
+    "overhead_fraction": "overhead",
     "validation_dice_mean": "validation Dice",
 }
 """Names of fields that say little to who did not write them."""
@@ -619,7 +619,8 @@ def _compute(rows: Sequence[Row], overhead: Any, before: Mapping[str, Any]) -> l
     lines.append(("all", "", str(sum(map(len, spent.values()))), "", _hours(sum(map(sum, spent.values())))))
     table = Grid(("mode", "device", "final trials", "seconds each", "together"), lines)
     facts = [_in_words(*line) for line in _flat({**before, **overhead}) if line[1] is not None]
-    return [Heading(3, "What it cost"), table, *([Grid(("all trials, searched ones too", ""), facts)] if facts else [])]
+    about = [Grid(("before them, and all trials together", "value"), facts)] if facts else []
+    return [Heading(3, "What it cost"), table, *about]
 
 
 def _provenance(rows: Sequence[Row], context: Mapping[str, Any], names: Sequence[str]) -> Iterator[Block]:

@@ -167,8 +167,8 @@ def test_figures_have_words_units_and_a_minus(make_rows: MakeRows, tmp_path: Pat
     page, text = written(tmp_path, make_rows(gain=-0.1), corpus={"num_samples": 880}, **FACTS)
     for fact in (
         "| trials that were run | 8 |",
-        "| from the first one's start to the last one's end | 1.5 min |",
-        "| spent beside them | 0.036 % |",
+        "| the sweep from start to end | 1.5 min |",
+        "| overhead | 0.036 % |",
         "| task | mode | learning rate | validation Dice |",
         "| acdc | fine-tuned | 0.001 | 0.61 |",
         "| corpus.samples | 880 |",
