@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -52,6 +52,7 @@ FileName = Annotated[str, Field(pattern=r"^[^{}/]*\{key\}[^{}/]*$")]
 _AFFINE_TOLERANCE = 1e-3
 _SPACING_TOLERANCE = 1e-3  # relative
 _RESTORE = "where the files of two scans were mixed up, restore the pairs"
+_WORDS = {"title", "licence", "citation", "caveat", "thirds"}  # for people
 _MAX_SHARE_ON_NOTHING = 0.99  # of the labelled voxels, where the image has its least value
 
 
@@ -286,15 +287,17 @@ def load_task(path: Path, *, cache: Path | None = None) -> Task:
 
 
 def task_sha256(path: Path) -> str:
-    """Return a digest of what a task is: its YAML and, where a rule decides the splits, who is in them.
+    """Return a digest of what of a task decides figures: its YAML without words for people and without the folders, whose files have
+    digests of their own; and, where a rule decides the splits, who is in them.
 
     Raises:
         DataError: as `load_task`.
     """
-    digest = hashlib.sha256(path.read_bytes())
-    if read_task_config(path).split_rule is not None:
-        digest.update(json_bytes(load_task(path).subjects))
-    return digest.hexdigest()
+    config = read_task_config(path)
+    decides: dict[str, Any] = config.model_dump(mode="json", exclude=_WORDS | {"images", "labels", "find_mix_ups"})
+    if config.split_rule is not None:
+        decides["subjects"] = load_task(path).subjects
+    return hashlib.sha256(json_bytes(decides)).hexdigest()
 
 
 def check_scans(

@@ -494,6 +494,21 @@ def test_a_stratified_rule_names_who_has_no_stratum(tmp_path: Path, task_of: Cal
         task_of(split_rule=rule, strata={"a": ["p[000-003]"], "b": ["p[004-007]"]})
 
 
+def test_a_tasks_digest_tells_what_decides_figures_and_nothing_else(make_task: MakeTask) -> None:
+    digest = task_sha256(make_task())
+    words = {
+        "title": "Another",
+        "caveat": "Read on.",
+        "citation": "Me",
+        "thirds": ["a", "b", "c"],
+        "find_mix_ups": False,
+    }
+    assert task_sha256(make_task(**words)) == digest
+    splits = {"train": ["sub-[01-02]"], "validation": ["sub-04"], "test": ["sub-03"]}
+    for change in ({"splits": splits}, {"spacing_mm": 1.0}, {"classes": {1: "bright", 2: "brighter"}}):
+        assert task_sha256(make_task(**change)) != digest
+
+
 def test_a_tasks_digest_tells_that_a_rule_splits_others(tmp_path: Path, task_of: Callable[..., Task]) -> None:
     people(tmp_path, *HUNDRED[:10])
     digests = set()
