@@ -355,11 +355,11 @@ def compare(
         compare_runs,
         comparison_table,
         notes_of,
-        read_runs,
         reasons_of,
         settings_table,
         write_comparison,
     )
+    from p2r.report.runs import read_runs
     from p2r.report.text import one_line
 
     storage = None if output is None else Storage(output)

@@ -1,31 +1,26 @@
 """Reports of several runs, or backbones -> what they reach side by side, and the difference patient by patient.
 
-    report.json (A, B, ...) -> Run -> comparison -> table for the terminal; comparison.html, comparison.json, pictures
+    Run (A, B, ...) -> comparison -> table for the terminal; comparison.html, comparison.json, pictures
 
 Only what was asked alike is put side by side: the same task, protocol, split, mode and number of labelled patients. What
 was not is named, and never mixed. A difference is paired where the draws had the same labelled patients and were read on
 the same test patients; elsewhere both figures are shown, with the reason why there is no difference. Settings that differ
 do not forbid a comparison, but stand above its figures: a difference may come of them.
 
-A published backbone stands for its rows, and those from scratch, in the report of the storage that it lies in. The first
-run is what the others are compared with.
+The first run is what the others are compared with.
 """
 
-import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, NamedTuple
+from dataclasses import asdict
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from rich.table import Table
 from rich.text import Text
 
-from p2r.backbone import BACKBONE_FORMAT
 from p2r.errors import DataError
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.report.canvas import INK, NARROW, WIDE, Drawing, apart, drawing, mode_colour, new_sheet, plain
@@ -33,13 +28,13 @@ from p2r.report.document import source_line
 from p2r.report.few_shot_curve import draw_series
 from p2r.report.forest import Difference, figures_text, forest, p_text
 from p2r.report.page import Block, Grid, Heading, Paragraph, Picture, html
-from p2r.report.tables import LEAK_FREE, Row, aggregate, code_of, label_of, protocol_of, series_name, series_order
+from p2r.report.runs import Run, Setting, setting_of
+from p2r.report.tables import LEAK_FREE, Row, aggregate, label_of, series_name, series_order
 from p2r.report.text import for_file_name, for_picture, one_line, shortened
 from p2r.storage import Storage
 
 FORMAT = "p2r-comparison/1"
 
-_MOST_RUNS = 8
 _MOST_NAMES = 3
 _MOST_SETTINGS = 3  # in one sentence; the list below it has all
 _SEED = 0
@@ -50,171 +45,7 @@ _NO_FIGURE = ("publish_model", "allow_transductive", "modes", "num_labelled", "n
 """Settings that change no figure which two runs share; what only one of them has is named anyway."""
 _TOLERANCE = "finetune.nsd_tolerance_mm"  # changes NSD alone
 _SETTINGS, _CHOSEN = "Settings that differ", "chosen for "
-_WAY_OUT = "give the storage, or the report.json, of a job that fine-tuned it"
 _OF_TRIAL = ("task", "mode", "num_labelled", "draw", "split", "dice_mean", "dice", "seed", "code", "backbone_sha256")
-
-Dice = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Setting = tuple[str, str, str]
-"""Task, protocol, split: what figures must share to be put beside one another."""
-
-
-class _Row(BaseModel):
-    """What a comparison needs of a row; whatever else a report holds is let through."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    task: str
-    protocol: str
-    mode: str
-    num_labelled: PositiveInt
-    draw: NonNegativeInt
-    subjects: list[str]
-    split: str = "test"
-    transductive: bool = False
-    dice_mean: Dice | None
-    dice: dict[str, Dice | None]
-    dice_by_subject: dict[str, Dice | None]
-    hd95_mm: float | None = None
-    nsd: float | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """One report, under the letter that stands for it."""
-
-    letter: str
-    url: str
-    job: str
-    backbone: str
-    backbone_sha256: str
-    code: str
-    seed: str
-    licence: str
-    finetune: dict[str, Any]
-    """The job's section; empty: the report does not say it."""
-    chosen: tuple[dict[str, Any], ...]
-    """What the search chose: `task`, `mode` and `settings`."""
-    rows: tuple[dict[str, Any], ...]
-
-
-class _Published(NamedTuple):
-    """A backbone, by its manifest."""
-
-    url: str
-    sha256: str
-    licence: str
-
-
-def read_runs(urls: Sequence[str]) -> list[Run]:
-    """Read the reports below several URLs: of a job's storage, of its report, of a report.json, or of a backbone that a job
-    published in its storage.
-
-    Raises:
-        DataError: naming the URL that holds no report, or a report that breaks its own rules.
-    """
-    if not 2 <= len(urls) <= _MOST_RUNS:
-        raise DataError(f"a comparison needs 2 to {_MOST_RUNS} reports, got {len(urls)}")
-    runs = [_read_run(url, chr(ord("A") + number)) for number, url in enumerate(urls)]
-    first: dict[tuple[str, str], str] = {}
-    for run in runs:
-        if first.setdefault((run.url, run.backbone_sha256), run.letter) != run.letter:
-            raise DataError(f"{run.url} was given twice; give two reports")
-    return runs
-
-
-def _read_run(url: str, letter: str) -> Run:
-    storage, found, published = _report_of(url)
-    where = storage.at(found)
-    report = storage.read_json(found)
-    if not isinstance(report, dict) or not str(report.get("format")).startswith("p2r-report/"):
-        raise DataError(f"{where} is no report of p2r (format p2r-report/1)")
-    rows = report.get("rows")
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{where} holds no rows: there is nothing to compare")
-    checked = []
-    for number, row in enumerate(rows):
-        try:
-            checked.append(_Row.model_validate(row).model_dump())
-        except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(map(str, problem["loc"])) or "the row"
-            raise DataError(f"{where}: row {number}: {one_line(key)}: {one_line(problem['msg'])}") from None
-    if published is not None:
-        checked = _rows_of(published, checked, where)
-    if len({row.get("backbone") for row in checked}) > 1:
-        raise DataError(f"{where} holds rows of several backbones already; give reports of one backbone each")
-    trials = [(*_setting(row), row["num_labelled"], row["mode"], row["draw"]) for row in checked]
-    for number, trial in enumerate(trials):
-        if trial in trials[:number]:
-            raise DataError(f"{where}: rows {trials.index(trial)} and {number} are of one trial: {one_line(trial)}")
-    context = _mapping(report.get("context"))
-    backbone = _mapping(context.get("backbone"))
-    chosen = context.get("chosen")
-    return Run(
-        letter,
-        where,
-        str(context.get("job") or ""),
-        str((published.url if published else backbone.get("url")) or ""),
-        ", ".join(_digests(checked)),
-        code_of(checked, context),
-        str(context.get("seed", "")),
-        str((published.licence if published else context.get("licence")) or ""),
-        _mapping(context.get("finetune")),
-        tuple(one for one in chosen if isinstance(one, dict)) if isinstance(chosen, list) else (),
-        tuple(checked),
-    )
-
-
-def _report_of(url: str) -> tuple[Storage, str, _Published | None]:
-    """Return where the report of a URL lies, and the backbone whose rows are meant, if the URL is that of one."""
-    if url.endswith(".json"):
-        folder, _, path = url.rpartition("/")
-        storage, paths = Storage(folder or "."), [path]
-    else:
-        storage, paths = Storage(url), ["report/report.json", "report.json"]
-    for path in paths:
-        if storage.exists(path):
-            return storage, path, None
-    content = storage.read_bytes("manifest.json") if storage.exists("manifest.json") else b""
-    manifest = _mapping(storage.read_json("manifest.json")) if content else {}
-    if manifest.get("format") != BACKBONE_FORMAT:
-        raise DataError(
-            f"there is no report at {storage.url} (looked for {', '.join(paths)}), nor is it a published backbone; give the "
-            "storage of a job that has run, a backbone in it (STORAGE/backbones/NAME/VERSION), or the URL of a report.json"
-        )
-    place = re.fullmatch(r"(.+)/backbones/[^/]+/[^/]+", storage.url)
-    if place is None:
-        raise DataError(
-            f"backbone {storage.url} does not lie in the storage of a job (STORAGE/backbones/NAME/VERSION), where its report "
-            f"would be; {_WAY_OUT}"
-        )
-    published = _Published(storage.url, hashlib.sha256(content).hexdigest(), str(manifest.get("licence") or ""))
-    job = Storage(place[1])
-    if not job.exists("report/report.json"):
-        raise DataError(
-            f"backbone {storage.url}: there is no report in its storage, {job.at('report/report.json')}; run its job to the "
-            f"end, or {_WAY_OUT}"
-        )
-    return job, "report/report.json", published
-
-
-def _rows_of(published: _Published, rows: Sequence[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """Keep the rows of a backbone, and those from scratch, which are of none."""
-    digests = _digests(rows)
-    if published.sha256 not in digests:
-        raise DataError(
-            f"{where} has no row of backbone {published.url} (sha256 {published.sha256[:12]}): its rows are of "
-            f"{', '.join(digest[:12] for digest in digests) or 'no backbone'}; {_WAY_OUT}"
-        )
-    return [row for row in rows if row.get("backbone_sha256") in (None, published.sha256)]
-
-
-def _digests(rows: Sequence[Row]) -> list[str]:
-    return sorted({str(row["backbone_sha256"]) for row in rows if row.get("backbone_sha256")})
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
@@ -428,7 +259,7 @@ def _settings_that_differ(runs: Sequence[Run], keys: Sequence["_Key"]) -> dict[s
     chosen = []
     for task, mode in dict.fromkeys((task, mode) for (task, _, _), _, mode in keys):
         found = {
-            run.letter: _mapping(one.get("settings"))
+            run.letter: one["settings"]
             for run in runs
             for one in run.chosen
             if (one.get("task"), one.get("mode")) == (task, mode)
@@ -468,11 +299,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _settings(run: Run) -> set[Setting]:
-    return {_setting(row) for row in run.rows}
-
-
-def _setting(row: Row) -> Setting:
-    return str(row["task"]), protocol_of(row), str(row["split"])
+    return {setting_of(row) for row in run.rows}
 
 
 def _only_in_one(first: Run, run: Run) -> Iterator[str]:
@@ -498,8 +325,8 @@ _Key = tuple[Setting, int, str]
 def _cells(run: Run, settings: set[Setting]) -> dict[_Key, list[Row]]:
     cells: dict[_Key, list[Row]] = {}
     for row in run.rows:
-        if _setting(row) in settings:
-            cells.setdefault((_setting(row), row["num_labelled"], row["mode"]), []).append(row)
+        if setting_of(row) in settings:
+            cells.setdefault((setting_of(row), row["num_labelled"], row["mode"]), []).append(row)
     return cells
 
 

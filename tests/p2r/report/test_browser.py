@@ -13,7 +13,8 @@ from matplotlib.image import imread
 
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.report import write_report
-from p2r.report.comparison import compare_runs, read_runs, write_comparison
+from p2r.report.comparison import compare_runs, write_comparison
+from p2r.report.runs import read_runs
 from p2r.storage import Storage
 from tests.browser import Browser
 

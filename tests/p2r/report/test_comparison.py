@@ -18,7 +18,8 @@ from cluster import cli
 from cluster.cli import app
 from p2r.config import FinetuneConfig
 from p2r.errors import DataError
-from p2r.report.comparison import compare_runs, comparison_table, notes_of, read_runs, reasons_of, write_comparison
+from p2r.report.comparison import compare_runs, comparison_table, notes_of, reasons_of, write_comparison
+from p2r.report.runs import read_runs
 from p2r.storage import Storage
 
 MakeRows = Callable[..., list[dict[str, Any]]]

@@ -1,0 +1,192 @@
+"""URLs of storages, reports or backbones -> `Run`s that can be compared, or a refusal by name.
+
+A report comes from elsewhere: its rows are checked before anything is made of them. A published backbone stands for its
+rows, and those from scratch, in the report of the storage that it lies in.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from p2r.backbone import BACKBONE_FORMAT
+from p2r.errors import DataError
+from p2r.report.tables import Row, code_of, protocol_of
+from p2r.report.text import one_line
+from p2r.storage import Storage
+
+_MOST_RUNS = 8
+_WAY_OUT = "give the storage, or the report.json, of a job that fine-tuned it"
+
+Dice = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Setting = tuple[str, str, str]
+"""Task, protocol, split: what figures must share to be put beside one another."""
+
+
+class _Row(BaseModel):
+    """What a comparison needs of a row; whatever else a report holds is let through."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    task: str
+    protocol: str
+    mode: str
+    num_labelled: PositiveInt
+    draw: NonNegativeInt
+    subjects: list[str]
+    split: str = "test"
+    transductive: bool = False
+    dice_mean: Dice | None
+    dice: dict[str, Dice | None]
+    dice_by_subject: dict[str, Dice | None]
+    hd95_mm: float | None = None
+    nsd: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One report, under the letter that stands for it."""
+
+    letter: str
+    url: str
+    job: str
+    backbone: str
+    backbone_sha256: str
+    code: str
+    seed: str
+    licence: str
+    finetune: dict[str, Any]
+    """The job's section; empty: the report does not say it."""
+    chosen: tuple[dict[str, Any], ...]
+    """What the search chose: `task`, `mode` and `settings`."""
+    rows: tuple[dict[str, Any], ...]
+
+
+class _Published(NamedTuple):
+    """A backbone, by its manifest."""
+
+    url: str
+    sha256: str
+    licence: str
+
+
+def read_runs(urls: Sequence[str]) -> list[Run]:
+    """Read the reports below several URLs: of a job's storage, of its report, of a report.json, or of a backbone that a job
+    published in its storage.
+
+    Raises:
+        DataError: naming the URL that holds no report, or a report that breaks its own rules.
+    """
+    if not 2 <= len(urls) <= _MOST_RUNS:
+        raise DataError(f"a comparison needs 2 to {_MOST_RUNS} reports, got {len(urls)}")
+    runs = [_read_run(url, chr(ord("A") + number)) for number, url in enumerate(urls)]
+    first: dict[tuple[str, str], str] = {}
+    for run in runs:
+        if first.setdefault((run.url, run.backbone_sha256), run.letter) != run.letter:
+            raise DataError(f"{run.url} was given twice; give two reports")
+    return runs
+
+
+def _read_run(url: str, letter: str) -> Run:
+    storage, found, published = _report_of(url)
+    where = storage.at(found)
+    report = storage.read_json(found)
+    if not isinstance(report, dict) or not str(report.get("format")).startswith("p2r-report/"):
+        raise DataError(f"{where} is no report of p2r (format p2r-report/1)")
+    rows = report.get("rows")
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{where} holds no rows: there is nothing to compare")
+    checked = []
+    for number, row in enumerate(rows):
+        try:
+            checked.append(_Row.model_validate(row).model_dump())
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"])) or "the row"
+            raise DataError(f"{where}: row {number}: {one_line(key)}: {one_line(problem['msg'])}") from None
+    if published is not None:
+        checked = _rows_of(published, checked, where)
+    if len({row.get("backbone") for row in checked}) > 1:
+        raise DataError(f"{where} holds rows of several backbones already; give reports of one backbone each")
+    trials = [(*setting_of(row), row["num_labelled"], row["mode"], row["draw"]) for row in checked]
+    for number, trial in enumerate(trials):
+        if trial in trials[:number]:
+            raise DataError(f"{where}: rows {trials.index(trial)} and {number} are of one trial: {one_line(trial)}")
+    context = _mapping(report.get("context"))
+    backbone = _mapping(context.get("backbone"))
+    chosen = context.get("chosen")
+    return Run(
+        letter,
+        where,
+        str(context.get("job") or ""),
+        str((published.url if published else backbone.get("url")) or ""),
+        ", ".join(_digests(checked)),
+        code_of(checked, context),
+        str(context.get("seed", "")),
+        str((published.licence if published else context.get("licence")) or ""),
+        _mapping(context.get("finetune")),
+        tuple({**one, "settings": _mapping(one.get("settings"))} for one in chosen if isinstance(one, dict))
+        if isinstance(chosen, list)
+        else (),
+        tuple(checked),
+    )
+
+
+def _report_of(url: str) -> tuple[Storage, str, _Published | None]:
+    """Return where the report of a URL lies, and the backbone whose rows are meant, if the URL is that of one."""
+    if url.endswith(".json"):
+        folder, _, path = url.rpartition("/")
+        storage, paths = Storage(folder or "."), [path]
+    else:
+        storage, paths = Storage(url), ["report/report.json", "report.json"]
+    for path in paths:
+        if storage.exists(path):
+            return storage, path, None
+    content = storage.read_bytes("manifest.json") if storage.exists("manifest.json") else b""
+    manifest = _mapping(storage.read_json("manifest.json")) if content else {}
+    if manifest.get("format") != BACKBONE_FORMAT:
+        raise DataError(
+            f"there is no report at {storage.url} (looked for {', '.join(paths)}), nor is it a published backbone; give the "
+            "storage of a job that has run, a backbone in it (STORAGE/backbones/NAME/VERSION), or the URL of a report.json"
+        )
+    place = re.fullmatch(r"(.+)/backbones/[^/]+/[^/]+", storage.url)
+    if place is None:
+        raise DataError(
+            f"backbone {storage.url} does not lie in the storage of a job (STORAGE/backbones/NAME/VERSION), where its report "
+            f"would be; {_WAY_OUT}"
+        )
+    published = _Published(storage.url, hashlib.sha256(content).hexdigest(), str(manifest.get("licence") or ""))
+    job = Storage(place[1])
+    if not job.exists("report/report.json"):
+        raise DataError(
+            f"backbone {storage.url}: there is no report in its storage, {job.at('report/report.json')}; run its job to the "
+            f"end, or {_WAY_OUT}"
+        )
+    return job, "report/report.json", published
+
+
+def _rows_of(published: _Published, rows: Sequence[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Keep the rows of a backbone, and those from scratch, which are of none."""
+    digests = _digests(rows)
+    if published.sha256 not in digests:
+        raise DataError(
+            f"{where} has no row of backbone {published.url} (sha256 {published.sha256[:12]}): its rows are of "
+            f"{', '.join(digest[:12] for digest in digests) or 'no backbone'}; {_WAY_OUT}"
+        )
+    return [row for row in rows if row.get("backbone_sha256") in (None, published.sha256)]
+
+
+def _digests(rows: Sequence[Row]) -> list[str]:
+    return sorted({str(row["backbone_sha256"]) for row in rows if row.get("backbone_sha256")})
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def setting_of(row: Row) -> Setting:
+    """Return what a row's figure must share with another's."""
+    return str(row["task"]), protocol_of(row), str(row["split"])
