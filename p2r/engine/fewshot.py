@@ -95,7 +95,6 @@ def few_shot(setups: Sequence[TrialSetup], *, runner: TrialRunner, say: Say) -> 
         setups: One per task.
         runner: Runs trials.
         say: Receives a line when something was decided.
-
     """
     found = FewShot([])
     sweep = _Sweep(runner, Storage(setups[0].root).child("finetune"), say)
@@ -156,9 +155,8 @@ class _Sweep:
         found = self._runner.suggest(setup, mode, say=self._say)
         wall_s = time.monotonic() - began
         new = [(trial, result) for trial, result in found if setup.result_path(trial) not in before]
-        if any(
-            setup.is_done(trial) for trial, _ in new
-        ):  # else all is as it was: those without a result were stopped before
+        # If none has a result now, all is as it was: these were stopped in an earlier call.
+        if any(setup.is_done(trial) for trial, _ in new):
             self._count(wall_s, [result for _, result in new])
         return found
 
