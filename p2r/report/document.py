@@ -547,7 +547,7 @@ def _absences(rows: Sequence[Row]) -> str:
         for name, of_class in (row.get("absent") or {}).items():
             for where, count in of_class.items():
                 counts[name, where] = counts.get((name, where), 0) + count
-    parts = [f"{name} in {where} {count} times" for (name, where), count in counts.items() if count]
+    parts = [f"{name} in {where} {count} time{'s' * (count > 1)}" for (name, where), count in counts.items() if count]
     return f"Missing classes, over all trials and scans: {', '.join(parts)}." if parts else ""
 
 

@@ -151,8 +151,10 @@ def draw_series(
     draws = [(row["num_labelled"] * math.exp(offset), row["dice_mean"]) for row in rows if series_of(row) == series]
     axes.plot(*zip(*draws, strict=True), "o", color=colour, alpha=0.45, markersize=4, markeredgewidth=0)
     means = [cell.dice_mean.mean or 0.0 for cell in cells]
+    # Alone, the means of all modes would lie upon each other: each stands at its draws.
+    shift = math.exp(offset) if len(cells) == 1 else 1.0
     axes.plot(
-        [cell.num_labelled for cell in cells],
+        [cell.num_labelled * shift for cell in cells],
         means,
         color=colour,
         linewidth=1.8,
