@@ -320,6 +320,7 @@ def check_data(
 
     load = partial(prepared_scan, size=size_read(preparation))
     labels_by_subject = check_scans(task, preparation, load=load, see=look)
+    mix_ups.check()
     for (num_labelled, draw), subjects in draws.items():
         check_classes_present(labels_by_subject, task, subjects=subjects)
         if config.protocol == "paper_compat":

@@ -42,13 +42,10 @@ class MixUps:
     def __init__(self, task_name: str) -> None:
         self._task_name = task_name
         self._seen: OrderedDict[str, _Pair] = OrderedDict()
+        self._gain, self._found = _MARGIN, ""
 
     def see(self, scan: LabelledScan) -> None:
-        """Compare an image and its label map with earlier ones.
-
-        Raises:
-            DataError: naming both label maps, if they fit each other's images better than their own.
-        """
+        """Compare an image and its label map with earlier ones."""
         image, labels = scan.volume.data, scan.labels.data
         if not labels.any():
             return
@@ -57,16 +54,31 @@ class MixUps:
         partners = [other for other in reversed(self._seen.values()) if other.image.shape == image.shape]
         for other in partners[:_MAX_PARTNERS]:
             exchanged = _explained(image, other.labels, other.box), _explained(other.image, labels, box)
-            if sum(exchanged) > mine.share + other.share + _MARGIN:
-                raise DataError(
-                    f"task {self._task_name}: {other.name} and {mine.name} fit each other's images better than their own (exchanged, their "
-                    f"classes explain {exchanged[1]:.0%} and {exchanged[0]:.0%} of the intensities' variance about them, as they are "
-                    f"{other.share:.0%} and {mine.share:.0%}): the files of the two were mixed up; restore the pairs, or say "
-                    "find_mix_ups: false in the task, where labels do not follow what is seen"
+            gain = sum(exchanged) - mine.share - other.share
+            if gain > self._gain:
+                self._gain = gain
+                self._found = (
+                    f"{other.name} and {mine.name} fit each other's images better than their own (exchanged, their classes explain "
+                    f"{exchanged[1]:.0%} and {exchanged[0]:.0%} of the intensities' variance about them, as they are {other.share:.0%} and "
+                    f"{mine.share:.0%})"
                 )
         self._seen[scan.scan.key] = mine
         while sum(kept.num_bytes for kept in self._seen.values()) > _MAX_BYTES:
             self._seen.popitem(last=False)
+
+    def check(self) -> None:
+        """Refuse, once all scans were seen.
+
+        A label map that lies with a wrong image seems mixed up with several others; the two that gain most are named.
+
+        Raises:
+            DataError: naming two label maps that fit each other's images better than their own.
+        """
+        if self._found:
+            raise DataError(
+                f"task {self._task_name}: {self._found}: the files of the two were mixed up; restore the pairs, or say find_mix_ups: false "
+                "in the task, where labels do not follow what is seen"
+            )
 
 
 def _box(labels: NDArray[np.int16]) -> tuple[slice, ...]:

@@ -57,6 +57,7 @@ def see_all(scans: Sequence[LabelledScan]) -> None:
     found = MixUps("toy")
     for scan in scans:
         found.see(scan)
+    found.check()
 
 
 @pytest.mark.parametrize(("a", "b"), list(combinations(range(4), 2)))
@@ -94,6 +95,10 @@ def test_hearts_that_were_exchanged_are_found_and_no_true_pair_is_refused(mri: P
     numbers = range(len(scans))
     alike = [(a, b) for a, b in combinations(numbers, 2) if scans[a].labels.data.shape == scans[b].labels.data.shape]
     assert len(alike) > 20  # frames of one patient among them
+    a, b = next((a, b) for a, b in alike if scans[a].scan.subject != scans[b].scan.subject)
+    with pytest.raises(DataError) as refusal:  # among all, although the other frames of both patients fit better, too
+        see_all(exchanged(scans, a, b))
+    assert all(scans[number].scan.label.name in str(refusal.value) for number in (a, b))
     for a, b in alike:
         with pytest.raises(DataError, match="mixed up"):
             see_all([exchanged(scans, a, b)[number] for number in (a, b)])
