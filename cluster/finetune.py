@@ -56,25 +56,15 @@ def run_trials(
     Raises:
         DataError: A trial found that what the user gave cannot be used.
     """
-    storages = [Storage(setup.storage) for setup, _ in trials]
-    paths = [setup.result_path(trial) for setup, trial in trials]
-    stopped_paths = [setup.stopped_path(trial) if _is_scheduled(setup, trial) else None for setup, trial in trials]
-
-    def found(index: int) -> Result | None:
-        for path in filter(None, (paths[index], stopped_paths[index])):
-            if storages[index].exists(path):
-                result: Result = storages[index].read_json(path)
-                return result
-        return None
 
     def ended(index: int, metrics: Mapping[str, Any]) -> None:
-        stopped = _stopped(trials[index][1], metrics)
-        path = stopped_paths[index]
-        if path is not None and stopped is not None and not storages[index].exists(paths[index]):
-            storages[index].write_json(path, stopped)
+        setup, trial = trials[index]
+        stopped = _stopped(trial, metrics)
+        if stopped is not None and not setup.is_done(trial):
+            Storage(setup.storage).write_json(setup.stopped_path(trial), stopped)
 
     _Watching.count, _Watching.ended = count, ended
-    missing = [index for index in range(len(trials)) if found(index) is None]
+    missing = [index for index, (setup, trial) in enumerate(trials) if not setup.is_done(trial)]
     others: dict[int, Result] = {}
     if missing:
         say(f"{len(missing)} trials to run, {len(trials) - len(missing)} done already")
@@ -96,9 +86,9 @@ def run_trials(
                 )
                 for outcome in tuner.fit():
                     index = outcome.config["index"] if outcome.config else None
-                    if index is not None and found(index) is None:
+                    if index is not None and not trials[index][0].is_done(trials[index][1]):
                         others[index] = _without_result(trials[index][1], outcome)
-    return [others.get(index) or found(index) or _lost(trial) for index, (_, trial) in enumerate(trials)]
+    return [others.get(index) or setup.stored(trial) or _lost(trial) for index, (setup, trial) in enumerate(trials)]
 
 
 def suggest(

@@ -16,13 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from safetensors.torch import load
 
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
 from p2r.config import FinetuneConfig, Mode
 from p2r.data.preprocess import Preparation
-from p2r.engine.finetune import HELD_OUT, Known, TrialSetup, run_trial, slices_of
+from p2r.engine.finetune import Known, TrialSetup, run_trial, slices_of
 from p2r.errors import DataError, InputError, TrainingError
 from p2r.evaluate.inference import size_read
 from p2r.evaluate.mix_ups import MixUps
@@ -39,7 +38,16 @@ from p2r.evaluate.protocol import (
     search_trials,
     settings_of,
 )
-from p2r.evaluate.tasks import LabelledScan, Split, Task, TaskScan, check_classes_present, check_scans, load_task
+from p2r.evaluate.tasks import (
+    HELD_OUT,
+    LabelledScan,
+    Split,
+    Task,
+    TaskScan,
+    check_classes_present,
+    check_scans,
+    load_task,
+)
 from p2r.files import file_sha256
 from p2r.storage import Storage, json_bytes
 
@@ -327,9 +335,7 @@ def check_data(
             training, _ = slices_of(
                 task, preparation, subjects, size=None, seed=config.seed, num_labelled=num_labelled, draw=draw
             )
-            shown = frozenset(
-                label for crop in training for label in np.unique(crop.scan.label_planes.numpy()).tolist()
-            )
+            shown = frozenset[int]().union(*(crop.scan.classes_shown() for crop in training))
             check_classes_present(dict.fromkeys(subjects, shown), task, subjects=subjects)
 
 
@@ -357,13 +363,12 @@ def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> N
 
 def _draws(config: FinetuneConfig, task: Task) -> dict[tuple[int, int], tuple[str, ...]]:
     """Return the labelled patients of every trial that the protocol may ask for, by their number and draw."""
-    draws: set[tuple[int, int]] = set()
+    finals = final_trials(config, task, dict.fromkeys(config.modes, Settings()))  # whatever they will be trained with
+    draws = {(trial.num_labelled, trial.draw): trial.subjects for trial in finals}
     if any(is_searched(config, mode) for mode in config.modes):
-        draws |= {(number, 0) for number in numbers_of(config.search.num_labelled, task)}
-    for number, word in numbers_of(config.num_labelled, task).items():
-        count = config.draws[word] if isinstance(config.draws, dict) else config.draws
-        draws |= {(number, draw) for draw in range(count)}
-    return {(number, draw): draw_of(config, task, num_labelled=number, draw=draw) for number, draw in sorted(draws)}
+        for number in numbers_of(config.search.num_labelled, task):
+            draws[number, 0] = draw_of(config, task, num_labelled=number, draw=0)
+    return dict(sorted(draws.items()))
 
 
 def _files_sha256(scans: Sequence[TaskScan]) -> str:

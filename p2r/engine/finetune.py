@@ -41,7 +41,6 @@ from p2r.randomness import keyed_generator
 from p2r.storage import Storage, json_bytes
 from p2r.version import code_version
 
-HELD_OUT: tuple[Split, ...] = ("validation", "test")
 _WAYS_OUT = (
     "Pretrain without it (ingest.subjects_of), take it out of the split, or label every row with --allow-transductive"
 )
@@ -119,8 +118,18 @@ class TrialSetup:
 
     def is_done(self, trial: Trial) -> bool:
         """Whether the storage has the trial's result, or knows that it was stopped."""
+        return self._stored_path(trial) is not None
+
+    def stored(self, trial: Trial) -> dict[str, Any] | None:
+        """Return what the storage holds of the trial: its result, or how far it came before it was stopped."""
+        path = self._stored_path(trial)
+        return None if path is None else dict(Storage(self.storage).read_json(path))
+
+    def _stored_path(self, trial: Trial) -> str | None:
         storage = Storage(self.storage)
-        return storage.exists(self.result_path(trial)) or storage.exists(self.stopped_path(trial))
+        return next(
+            (path for path in (self.result_path(trial), self.stopped_path(trial)) if storage.exists(path)), None
+        )
 
 
 def preparation_for(task: TaskConfig, config: FinetuneConfig, of_backbone: Preparation) -> Preparation:

@@ -46,6 +46,7 @@ from p2r.randomness import keyed_number
 from p2r.storage import cache_folder, json_bytes
 
 Split = Literal["train", "validation", "test"]
+HELD_OUT: tuple[Split, ...] = ("validation", "test")
 Patterns = Annotated[tuple[str, ...], Field(min_length=1)]
 FileName = Annotated[str, Field(pattern=r"^[^{}/]*\{key\}[^{}/]*$")]
 
@@ -232,6 +233,10 @@ class LabelledScan:
     label_planes: Tensor
     """(P, H, W), or (T, X, Y, Z), int64, on the images' grid."""
 
+    def classes_shown(self) -> frozenset[int]:
+        """Return the labels that the images show."""
+        return frozenset(np.unique(self.label_planes.numpy()).tolist()) - {0}
+
 
 def load_task(path: Path, *, cache: Path | None = None) -> Task:
     """Read a task's YAML and find its files.
@@ -343,9 +348,8 @@ def check_scans(
                 f"task {task.name}: {twin.label} of subject {twin.subject} and {scan.label} of subject {scan.subject} are "
                 "the same labels on different images: one of both belongs to another patient; restore it"
             )
-        present = frozenset(np.unique(loaded.label_planes.numpy()).tolist()) - {0}
-        classes[scan.subject] = classes.get(scan.subject, frozenset()) | present
-    for split in ("validation", "test"):
+        classes[scan.subject] = classes.get(scan.subject, frozenset()) | loaded.classes_shown()
+    for split in HELD_OUT:
         if not any(classes[subject] for subject in task.subjects[split]):
             raise DataError(
                 f"task {task.name}: no label map of the {split} patients ({_few(list(task.subjects[split]))}) holds any class: there is "

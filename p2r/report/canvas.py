@@ -115,11 +115,11 @@ class Sheet:
         across, up = float(self.figure.get_figwidth()), float(self.figure.get_figheight())
         self.figure.text(left / across, (self.bottom + low) / up, text, **{"fontsize": 9, "color": INK, **options})
 
-    def mark(self, left: float, low: float, *, marker: str, colour: str, size: float = 6) -> None:
+    def mark(self, left: float, low: float, *, marker: str, colour: str) -> None:
         """Put a mark at a place in the room."""
         across, up = float(self.figure.get_figwidth()), float(self.figure.get_figheight())
         self.figure.add_artist(
-            Line2D([left / across], [(self.bottom + low) / up], marker=marker, color=colour, markersize=size)
+            Line2D([left / across], [(self.bottom + low) / up], marker=marker, color=colour, markersize=6)
         )
 
     def key(self, lines: Sequence[Sequence[KeyEntry]], left: float, top: float) -> None:
