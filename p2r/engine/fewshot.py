@@ -46,6 +46,7 @@ from p2r.evaluate.tasks import (
     TaskScan,
     check_classes_present,
     check_scans,
+    classes_shown,
     load_task,
 )
 from p2r.files import file_sha256
@@ -335,7 +336,7 @@ def check_data(
             training, _ = slices_of(
                 task, preparation, subjects, size=None, seed=config.seed, num_labelled=num_labelled, draw=draw
             )
-            shown = frozenset[int]().union(*(crop.scan.classes_shown() for crop in training))
+            shown = classes_shown(crop.scan for crop in training)
             check_classes_present(dict.fromkeys(subjects, shown), task, subjects=subjects)
 
 

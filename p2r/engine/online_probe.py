@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +26,7 @@ from p2r.data.preprocess import Frames, Planes, Preparation
 from p2r.evaluate.inference import features_of_images
 from p2r.evaluate.prepared import prepared_scan
 from p2r.evaluate.protocol import draw_subjects
-from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, check_classes_present, load_task
+from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, check_classes_present, classes_shown, load_task
 from p2r.model.backbones import build_backbone
 
 _IMAGES_AT_ONCE = 4
@@ -68,8 +67,7 @@ class OnlineProbe:
             [self._read(scan, task, probe.planes_per_scan) for scan in task.scans_of(subjects)]
             for subjects in (train, validation)
         )
-        shown = {label for scan in self._train for label in np.unique(scan.label_planes.numpy()).tolist()}
-        check_classes_present(dict.fromkeys(train, shown), task, subjects=train)
+        check_classes_present(dict.fromkeys(train, classes_shown(self._train)), task, subjects=train)
         with torch.random.fork_rng(devices=[]):
             network = build_backbone(config.model, dimensions=image.dimensions)
         self._network = network.to(device).requires_grad_(False)

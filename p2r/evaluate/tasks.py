@@ -233,10 +233,6 @@ class LabelledScan:
     label_planes: Tensor
     """(P, H, W), or (T, X, Y, Z), int64, on the images' grid."""
 
-    def classes_shown(self) -> frozenset[int]:
-        """Return the labels that the images show."""
-        return frozenset(np.unique(self.label_planes.numpy()).tolist()) - {0}
-
 
 def load_task(path: Path, *, cache: Path | None = None) -> Task:
     """Read a task's YAML and find its files.
@@ -348,7 +344,7 @@ def check_scans(
                 f"task {task.name}: {twin.label} of subject {twin.subject} and {scan.label} of subject {scan.subject} are "
                 "the same labels on different images: one of both belongs to another patient; restore it"
             )
-        classes[scan.subject] = classes.get(scan.subject, frozenset()) | loaded.classes_shown()
+        classes[scan.subject] = classes.get(scan.subject, frozenset()) | classes_shown([loaded])
     for split in HELD_OUT:
         if not any(classes[subject] for subject in task.subjects[split]):
             raise DataError(
@@ -356,6 +352,11 @@ def check_scans(
                 "nothing to compare with; restore them, or choose other patients"
             )
     return classes
+
+
+def classes_shown(scans: Iterable[LabelledScan]) -> frozenset[int]:
+    """Return the labels that the images of some scans show, on the network's grid."""
+    return frozenset(label for scan in scans for label in np.unique(scan.label_planes.numpy()).tolist()) - {0}
 
 
 def check_classes_present(
