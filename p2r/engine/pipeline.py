@@ -77,7 +77,8 @@ def _train_and_score(job: Job, storage: Storage, executor: Executor, stages: Seq
         if made["checkpoint"] is None:
             return {**made, "unfinished": "pretrain"}
     if "publish" in stages:
-        made["backbone"] = publish_backbone(job, storage, say)["url"]
+        published = publish_backbone(job, storage, say)
+        made["backbone"], made["backbone_pin"] = published["url"], published["pin"]
     if "finetune" in stages:
         made.update(_finetune(job, storage, executor, say))
     return made
@@ -137,10 +138,11 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             # Without what was only watched on the way, by a path of this machine.
             "pretrain": {key: value for key, value in checkpoint["config"].items() if key != "probe"},
             "negatives": job.pretrain.negatives,
+            "description": config.description,
             "corpora": [_corpus_facts(corpus) for corpus in corpora],
         },
     )
-    say(f"publish | {where.url} | sha256 {published['sha256'][:12]} | licence {licence}")
+    say(f"publish | {published['pin']} | licence {licence}" + " | was published already" * (not published["is_new"]))
     return published
 
 
@@ -248,14 +250,14 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
     if url is None:
         assert job.publish is not None
         url = storage.at(f"backbones/{job.publish.name}/{job.publish.version}")
-    backbone = load_backbone(url)
+    backbone = load_backbone(url, key=job.finetune.backbone_signed_by)
     setups = []
     for path in job.finetune.tasks:
         task = load_task(Path(path))
         setup = TrialSetup(
             config=job.finetune,
             task=path,
-            backbone=url,
+            backbone=backbone.manifest["url"],
             backbone_sha256=backbone.manifest["sha256"],
             architecture_sha256=backbone.config.sha256(),
             storage=storage.at(f"finetune/{task.name}"),
