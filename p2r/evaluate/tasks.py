@@ -21,7 +21,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import unquote, urlparse
 
 import numpy as np
-import yaml
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from p2r.data.preprocess import (
 )
 from p2r.data.shards import voxels_sha256
 from p2r.data.volume import SUFFIXES, Volume, read_labels, read_volume, scan_key
+from p2r.documents import MAX_YAML_BYTES, read_start, read_yaml
 from p2r.errors import DataError, JobError
 from p2r.job import fill_in_variables, validated
 from p2r.randomness import keyed_number
@@ -452,11 +452,10 @@ def read_task_config(path: Path) -> TaskConfig:
         DataError: with one line for each key that is wrong.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_start(path, max_bytes=MAX_YAML_BYTES)
+    except (OSError, ValueError) as error:
         raise DataError(f"task {path} cannot be read: {error}; give the path of a task's YAML") from None
-    except yaml.YAMLError as error:
-        raise DataError(f"task {path} is not YAML: {str(error).strip()}") from None
+    values = read_yaml(content, where=f"task {path}", error=DataError)
     try:
         if isinstance(values, dict):
             for key in ("images", "labels"):
