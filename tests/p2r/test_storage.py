@@ -262,9 +262,9 @@ def test_an_object_larger_than_the_cache_is_refused_with_the_way_out(
 def test_what_a_folder_holds_is_read_within_bounds(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     storage.write_bytes("rows.jsonl", b'{"a": 1}\n{"a": NaN}\n')
-    assert storage.read_bytes("rows.jsonl", max_bytes=21) == storage.read_bytes("rows.jsonl")
-    with pytest.raises(DamagedError, match="more than the 20 bytes"):
-        storage.read_bytes("rows.jsonl", max_bytes=20)
+    assert storage.read_bytes("rows.jsonl", max_bytes=20) == storage.read_bytes("rows.jsonl")
+    with pytest.raises(DamagedError, match="more than the 19 bytes"):
+        storage.read_bytes("rows.jsonl", max_bytes=19)
     assert storage.read_rows("rows.jsonl", nan_as_none=True) == [{"a": 1}, {"a": None}]
     with pytest.raises(DamagedError, match=r"rows\.jsonl, line 2 is not JSON: NaN"):
         storage.read_rows("rows.jsonl")
