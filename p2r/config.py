@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from p2r.patterns import check_subject_pattern
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 Angle = Annotated[float, Field(ge=0, le=180)]
@@ -118,9 +120,9 @@ class IngestConfig(Section):
     """Where the data come from, and how to cite them."""
     cohort: str = "default"
     """Name space of the subjects' names: `sub-01` of one cohort is not `sub-01` of another."""
-    subject_pattern: str = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
+    subject_pattern: Annotated[str, AfterValidator(check_subject_pattern)] = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
     """Regular expression searched in a scan's file name (DICOM: in the name of the first folder below the source); its first group is
-    the subject. Not used where BIDS names or a list give one."""
+    the subject. Not used where BIDS names or a list give one. Python's syntax; see `p2r.patterns` for what it may not have."""
     dicom_subject: Literal["folder", "patient_id"] = "folder"
     """Where the subject of a DICOM series comes from: `subject_pattern` on a folder's name, or the tag PatientID, which then enters the
     corpus as it is."""

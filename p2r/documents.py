@@ -85,6 +85,11 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text[:_MAX_SHOWN])
 
 
+def as_utf8(name: str) -> str:
+    r"""Return a file name as UTF-8 can hold it: bytes that are no UTF-8 appear as `\xHH`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def is_relative_path(path: str) -> bool:
     """Tell whether a path names something below the folder that it is joined to, on any system.
 
