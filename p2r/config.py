@@ -24,6 +24,7 @@ from pydantic import (
 
 from p2r.errors import InputError
 from p2r.reference import parse_reference
+from p2r.patterns import check_subject_pattern
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
@@ -133,9 +134,9 @@ class IngestConfig(Section):
     """Where the data come from, and how to cite them."""
     cohort: str = "default"
     """Name space of the subjects' names: `sub-01` of one cohort is not `sub-01` of another."""
-    subject_pattern: str = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
+    subject_pattern: Annotated[str, AfterValidator(check_subject_pattern)] = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
     """Regular expression searched in a scan's file name (DICOM: in the name of the first folder below the source); its first group is
-    the subject. Not used where BIDS names or a list give one."""
+    the subject. Not used where BIDS names or a list give one. Python's syntax; see `p2r.patterns` for what it may not have."""
     dicom_subject: Literal["folder", "patient_id"] = "folder"
     """Where the subject of a DICOM series comes from: `subject_pattern` on a folder's name, or the tag PatientID, which then enters the
     corpus as it is."""

@@ -5,7 +5,6 @@ What is expensive or wants many machines (reading scans, training, trials) is do
 made on the job's storage and goes on from there, so running a job again after a kill is how it is resumed.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from p2r.data.stream import Corpus
 from p2r.engine.corpora import corpora_of
 from p2r.engine.fewshot import FewShot, TrialRunner, check_data, check_task, few_shot, publish_best
 from p2r.engine.finetune import TrialSetup, preparation_for
+from p2r.engine.history import read_history
 from p2r.engine.pretrain import HISTORY, finished_checkpoint
 from p2r.engine.readings import merge_readings
 from p2r.engine.reporting import make_report, write_variants
@@ -158,12 +158,12 @@ def _spent(storage: Storage, found: FewShot) -> dict[str, float]:
     """Return what the job's own pretraining and its trials took, whenever they ran: seconds of each worker, and of all trials."""
     spent = {"search_s": math.fsum(one["seconds"] or 0.0 for one in found.searched)}
     if storage.exists(f"pretrain/{HISTORY}"):
-        rows = [json.loads(line) for line in storage.read_bytes(f"pretrain/{HISTORY}").decode().splitlines()]
+        rows = read_history(storage, f"pretrain/{HISTORY}")
         before = [0, *(row["step"] for row in rows)]
         spent["pretraining_s"] = math.fsum(
-            (row["step"] - step) * row.get("step_s", 0.0) for row, step in zip(rows, before, strict=False)
+            (row["step"] - step) * (row.get("step_s") or 0.0) for row, step in zip(rows, before, strict=False)
         )
-        spent["num_pretraining_workers"] = max((row.get("world_size", 1) for row in rows), default=0)
+        spent["num_pretraining_workers"] = max((row.get("world_size") or 1 for row in rows), default=0)
     return spent
 
 
