@@ -8,14 +8,14 @@
 Older nnU-Net files mix both forms. A `dataset.json` without labels and channels is another program's, and says nothing here.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from p2r.data.volume import scan_key
+from p2r.data.names import scan_key
+from p2r.documents import read_json
 from p2r.errors import DataError
 
 NAME = "dataset.json"
@@ -64,12 +64,13 @@ def read_dataset_json(path: Path) -> DatasetJson | None:
         DataError: naming the file, the key and the rule.
     """
     try:
-        content = path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_BYTES else None
-        found = None if content is None else json.loads(content)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} cannot be read: {type(error).__name__}: {error}; correct it, or take it away"
-        ) from None
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}; check its permissions") from None
+    found = read_json(content, where=str(path), max_bytes=MAX_BYTES, error=DataError)
     if not isinstance(found, dict) or "labels" not in found or not ("channel_names" in found or "modality" in found):
         return None
     channels = _channels(found, path)

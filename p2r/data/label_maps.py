@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from p2r.data.volume import scan_key
+from p2r.data.names import scan_key
 
 CODE = "label_map"
 """Reason of the ledger's rows for label maps that were left out."""

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from p2r.config import Section
 from p2r.data.corpus import expand_subjects
+from p2r.data.folders import images_below
+from p2r.data.names import composed, scan_key
 from p2r.data.phantom import resolve_source
 from p2r.data.preprocess import (
     Frames,
@@ -39,7 +41,7 @@ from p2r.data.preprocess import (
     planes_of,
 )
 from p2r.data.shards import voxels_sha256
-from p2r.data.volume import SUFFIXES, Volume, read_labels, read_volume, scan_key
+from p2r.data.volume import Volume, read_labels, read_volume
 from p2r.errors import DataError, JobError
 from p2r.job import fill_in_variables, validated
 from p2r.randomness import keyed_number
@@ -575,19 +577,19 @@ def _first(number: int, pool: set[str], split: str, rule: SplitRule, strata: Map
 
 def _pairs(config: TaskConfig, images: Path, labels: Path) -> Iterable[tuple[str, str, Path, Path | None]]:
     """Yield name, subject, image and label map of each scan; files that name no subject are no scans."""
-    before, after = (re.escape(part) for part in config.image_name.split("{key}"))
+    before, after = (re.escape(composed(part)) for part in config.image_name.split("{key}"))
     label_of = _files(labels)
     label_names = set()
     scans = []
     for name, image in _files(images).items():
         if match := re.fullmatch(f"{before}(.+){after}", Path(name).name):
             key = Path(name).with_name(match[1]).as_posix()
-            label_name = Path(name).with_name(config.label_name.replace("{key}", match[1])).as_posix()
+            label_name = Path(name).with_name(composed(config.label_name).replace("{key}", match[1])).as_posix()
             label_names.add(label_name)
             scans.append((name, key, image, label_of.get(label_name)))
     for name, key, image, label in scans:
-        below = image.relative_to(images).as_posix()
-        subject = re.search(config.subject_pattern, image.name) or re.search(config.subject_pattern, below)
+        below = composed(image.relative_to(images).as_posix())
+        subject = re.search(config.subject_pattern, composed(image.name)) or re.search(config.subject_pattern, below)
         # In a folder that holds both, a label map is no scan.
         is_label = images == labels and name in label_names and label is None
         if subject is not None and not is_label:
@@ -610,14 +612,13 @@ def _folder(source: str, key: str, path: Path, cache: Path | None) -> Path:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Return NIfTI files by their path below `folder` without the suffix, so that `.nii` and `.nii.gz` pair up."""
+    """Return NIfTI files by their path below `folder` without the suffix, so that `.nii` and `.NII.GZ` pair up."""
     files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.name.endswith(SUFFIXES) and not path.name.startswith("."):
-            name = path.relative_to(folder).with_name(scan_key(path)).as_posix()
-            if name in files:
-                raise DataError(f"{folder} holds {files[name].name} and {path.name}: one name, two files; remove one")
-            files[name] = path
+    for path in sorted(images_below(folder)):
+        name = composed(path.relative_to(folder).with_name(scan_key(path)).as_posix())
+        if name in files:
+            raise DataError(f"{folder} holds {files[name].name} and {path.name}: one name, two files; remove one")
+        files[name] = path
     return files
 
 

@@ -156,7 +156,7 @@ def test_a_dataset_json_of_either_form_is_read(nnunet: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("{", "cannot be read"),
+        ("{", "is not JSON"),
         ('{"labels": {"a": 1}, "channel_names": {"1": "T1"}}', "channel_names"),
         ('{"labels": [1], "channel_names": {"0": "T1"}}', "labels must map"),
         (
