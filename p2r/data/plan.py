@@ -9,7 +9,6 @@ keeps its record.
 """
 
 import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from p2r.data.pseudonyms import Names
 from p2r.data.scans import Scan, expand_subjects
 from p2r.data.thumbnails import MOST, drawn
 from p2r.errors import DataError
+from p2r.patterns import subject_pattern
 from p2r.randomness import keyed_generator
 from p2r.storage import json_bytes
 
@@ -279,13 +279,7 @@ def _by_source(ledger: Iterable[LedgerRow]) -> dict[str, list[LedgerRow]]:
 def _subject(scan: Scan, pattern: str) -> str | None:
     if scan.subject is not None:
         return scan.subject
-    try:
-        match = re.search(pattern, scan.name)
-        return None if match is None else match[1]
-    except (re.error, IndexError) as error:
-        raise DataError(
-            f"ingest.subject_pattern {pattern!r} must be a regular expression with one group: {error}"
-        ) from None
+    return subject_pattern(pattern).first_group(scan.name)
 
 
 def _selected(found: set[str], config: IngestConfig, allowed: Set[str] | None) -> set[str]:

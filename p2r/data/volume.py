@@ -26,7 +26,6 @@ from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import fsspec
 import nibabel
@@ -38,14 +37,14 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
+from p2r.data.names import HEADER_SUFFIXES as HEADER_SUFFIXES
+from p2r.data.names import SUFFIXES as SUFFIXES
+from p2r.data.names import VOXEL_SUFFIXES as VOXEL_SUFFIXES
+from p2r.data.names import local_path as local_path
+from p2r.data.names import pair_of as pair_of
+from p2r.data.names import scan_key as scan_key
 from p2r.errors import RefusedScan, StorageError
 
-SUFFIXES = (".nii.gz", ".nii")
-"""File names that are taken for NIfTI."""
-HEADER_SUFFIXES = (".hdr.gz", ".hdr")
-"""File names of headers whose voxels lie in another file."""
-VOXEL_SUFFIXES = (".img.gz", ".img")
-"""File names of these voxels, in the same order."""
 MAX_SCAN_MIB = 4096.0
 """Most memory that the voxels of a scan may claim, unless the reader allows another."""
 
@@ -94,36 +93,9 @@ class Volume:
         return tuple(self.spacing_mm[int(axis)] for axis in io_orientation(self.source_affine)[:, 0])
 
 
-def scan_key(path: str | Path) -> str:
-    """Return the file name of a path or URL without `.nii`, `.nii.gz` or its like."""
-    name = str(path).rstrip("/").rsplit("/", 1)[-1]
-    for suffix in (*SUFFIXES, *HEADER_SUFFIXES, *VOXEL_SUFFIXES):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return name
-
-
-def local_path(path: str | Path) -> Path | None:
-    """Return the file of a path or `file://` URL; None for another URL."""
-    text = str(path)
-    if text.startswith("file://"):
-        return Path(unquote(text.removeprefix("file://")))
-    return None if "://" in text else Path(path)
-
-
 def bucket_client() -> Any:
     """Return the client for `s3://` paths: one for each process and set of keys, since making one takes a third of a second."""
     return _client(os.getpid(), tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
-
-
-def pair_of(path: str) -> tuple[str, str] | None:
-    """Return the header and the voxels of a scan in two files, given either; None for other names."""
-    for header, voxels in zip(HEADER_SUFFIXES, VOXEL_SUFFIXES, strict=True):
-        for suffix in (header, voxels):
-            if path.lower().endswith(suffix):
-                stem, is_upper = path[: -len(suffix)], path[-len(suffix) :].isupper()
-                return (stem + header.upper(), stem + voxels.upper()) if is_upper else (stem + header, stem + voxels)
-    return None
 
 
 def read_volume(

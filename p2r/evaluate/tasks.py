@@ -21,12 +21,13 @@ from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import unquote, urlparse
 
 import numpy as np
-import yaml
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from p2r.config import Section
 from p2r.data.corpus import expand_subjects
+from p2r.data.folders import images_below
+from p2r.data.names import composed, scan_key
 from p2r.data.phantom import resolve_source
 from p2r.data.preprocess import (
     Frames,
@@ -39,9 +40,11 @@ from p2r.data.preprocess import (
     planes_of,
 )
 from p2r.data.shards import voxels_sha256
-from p2r.data.volume import SUFFIXES, Volume, read_labels, read_volume, scan_key
+from p2r.data.volume import Volume, read_labels, read_volume
+from p2r.documents import MAX_YAML_BYTES, read_start, read_yaml
 from p2r.errors import DataError, JobError
 from p2r.job import fill_in_variables, validated
+from p2r.patterns import subject_pattern
 from p2r.randomness import keyed_number
 from p2r.storage import cache_folder, json_bytes
 
@@ -131,7 +134,7 @@ class TaskConfig(Section):
     """Name space of the subjects, as in a corpus: the two are compared to find a leak."""
     subject_pattern: str = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
     """Regular expression searched in a scan's file name, then in its path below `images`; its first group is the patient, all of whose
-    scans belong to one split."""
+    scans belong to one split. Python's syntax; see `p2r.patterns` for what it may not have."""
     classes: Annotated[dict[PositiveInt, Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=255)]
     """Name of each foreground label, from 1 on; 0 is the background."""
     splits: Splits | None = None
@@ -175,11 +178,9 @@ class TaskConfig(Section):
                 f"thirds must be three different names, of the lower, the middle and the upper third, got {list(self.thirds)}"
             )
         try:
-            groups = re.compile(self.subject_pattern).groups
-        except re.error as error:
-            raise ValueError(f"subject_pattern is not a regular expression: {error}") from None
-        if groups < 1:
-            raise ValueError(f"subject_pattern needs a group around the subject, got {self.subject_pattern!r}")
+            subject_pattern(self.subject_pattern)
+        except ValueError as error:
+            raise ValueError(f"subject_pattern {error}") from None
         return self
 
 
@@ -452,11 +453,10 @@ def read_task_config(path: Path) -> TaskConfig:
         DataError: with one line for each key that is wrong.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_start(path, max_bytes=MAX_YAML_BYTES)
+    except (OSError, ValueError) as error:
         raise DataError(f"task {path} cannot be read: {error}; give the path of a task's YAML") from None
-    except yaml.YAMLError as error:
-        raise DataError(f"task {path} is not YAML: {str(error).strip()}") from None
+    values = read_yaml(content, where=f"task {path}", error=DataError)
     try:
         if isinstance(values, dict):
             for key in ("images", "labels"):
@@ -568,23 +568,24 @@ def _first(number: int, pool: set[str], split: str, rule: SplitRule, strata: Map
 
 def _pairs(config: TaskConfig, images: Path, labels: Path) -> Iterable[tuple[str, str, Path, Path | None]]:
     """Yield name, subject, image and label map of each scan; files that name no subject are no scans."""
-    before, after = (re.escape(part) for part in config.image_name.split("{key}"))
+    before, after = (re.escape(composed(part)) for part in config.image_name.split("{key}"))
     label_of = _files(labels)
     label_names = set()
     scans = []
     for name, image in _files(images).items():
         if match := re.fullmatch(f"{before}(.+){after}", Path(name).name):
             key = Path(name).with_name(match[1]).as_posix()
-            label_name = Path(name).with_name(config.label_name.replace("{key}", match[1])).as_posix()
+            label_name = Path(name).with_name(composed(config.label_name).replace("{key}", match[1])).as_posix()
             label_names.add(label_name)
             scans.append((name, key, image, label_of.get(label_name)))
+    pattern = subject_pattern(config.subject_pattern)
     for name, key, image, label in scans:
-        below = image.relative_to(images).as_posix()
-        subject = re.search(config.subject_pattern, image.name) or re.search(config.subject_pattern, below)
+        below = composed(image.relative_to(images).as_posix())
+        subject = pattern.first_group(composed(image.name)) or pattern.first_group(below)
         # In a folder that holds both, a label map is no scan.
         is_label = images == labels and name in label_names and label is None
         if subject is not None and not is_label:
-            yield key, subject.group(1), image, label
+            yield key, subject, image, label
 
 
 def _folder(source: str, key: str, path: Path, cache: Path | None) -> Path:
@@ -603,14 +604,13 @@ def _folder(source: str, key: str, path: Path, cache: Path | None) -> Path:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Return NIfTI files by their path below `folder` without the suffix, so that `.nii` and `.nii.gz` pair up."""
+    """Return NIfTI files by their path below `folder` without the suffix, so that `.nii` and `.NII.GZ` pair up."""
     files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.name.endswith(SUFFIXES) and not path.name.startswith("."):
-            name = path.relative_to(folder).with_name(scan_key(path)).as_posix()
-            if name in files:
-                raise DataError(f"{folder} holds {files[name].name} and {path.name}: one name, two files; remove one")
-            files[name] = path
+    for path in sorted(images_below(folder)):
+        name = composed(path.relative_to(folder).with_name(scan_key(path)).as_posix())
+        if name in files:
+            raise DataError(f"{folder} holds {files[name].name} and {path.name}: one name, two files; remove one")
+        files[name] = path
     return files
 
 

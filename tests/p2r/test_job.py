@@ -144,7 +144,7 @@ def test_storage_defaults_to_the_environment_then_to_the_home(tmp_path: Path, mo
     monkeypatch.setenv("P2R_STORAGE", "s3://bucket/runs")
     assert read_job(write(tmp_path, GOOD)).storage == "s3://bucket/runs/x"
     monkeypatch.delenv("P2R_STORAGE")
-    assert read_job(write(tmp_path, GOOD)).storage == str(Path.home() / "p2r/x")
+    assert read_job(write(tmp_path, GOOD)).storage == str(Path.home() / "p2r-runs/x")
 
 
 def test_a_relative_storage_is_refused(tmp_path: Path) -> None:
@@ -172,3 +172,20 @@ def test_every_field_of_the_schema_says_what_it_is() -> None:
     for name, model in {"Job": schema, **schema["$defs"]}.items():
         for field, description in model.get("properties", {}).items():
             assert description.get("description"), f"{name}.{field} has no text"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("name: again", "line .*: key 'name' stands twice in one mapping, first on line"),
+        ("retries: " + "9" * 100, "is no int"),
+        ("metrics: {port: .nan}", "not a finite number"),
+        ("retries: !!set {a}", "is not read"),
+        ("variants: " + "[" * 5000, "mappings and lists may be 32 deep"),
+        ("# " + "x" * 2**20, "more than the 1,048,576"),
+    ],
+)
+def test_a_job_file_that_leaves_a_bound_is_refused_by_name(tmp_path: Path, line: str, message: str) -> None:
+    found = refusal(tmp_path, f"{GOOD}{line}\n")
+    assert found.startswith("job ")
+    assert re.search(message, found)
