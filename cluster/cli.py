@@ -16,7 +16,7 @@ import typer
 
 from p2r.config import PretrainConfig
 from p2r.errors import InputError, JobError, P2RError, TrainingError
-from p2r.job import FORK_HELP, Job, ignored_variables, json_schema, overrides_of, read_job
+from p2r.job import FORK_HELP, Job, find_job, ignored_variables, json_schema, overrides_of, read_job
 from p2r.logs import configure, masked, reset, say, say_crash, say_error
 from p2r.storage import Storage
 
@@ -34,7 +34,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the job, such as pretrain.steps=20."),
 ]
-JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as jobs/demo.yaml.")]
+JobPath = Annotated[
+    Path,
+    typer.Argument(metavar="JOB", help="A job file, or the name of a job that p2r brings, such as demo."),
+]
 AllowTransductive = Annotated[
     bool,
     typer.Option(
@@ -115,6 +118,8 @@ def run(
 
         job = forked(job, fork)
     configure(log_format, run=job.name)
+    if (brought := find_job(path)) != path:
+        say(f"job | {path}: no such file here, so the job that p2r brings, {brought}")
     made = _run_on_ray(job, address, profile_steps=profile, debug=debug)
     failed = made.pop("failed", [])
     _print_made(made)
@@ -504,7 +509,7 @@ def predict(
 def main() -> None:
     """Run the command line and turn errors into exit codes."""
     try:
-        app(standalone_mode=False)
+        _run_command()
     except KeyboardInterrupt:
         say("p2r: interrupted; run the same command again to go on from the newest checkpoint")
         sys.exit(130)
@@ -524,6 +529,19 @@ def main() -> None:
         sys.exit(1)
     finally:
         reset()
+
+
+def _run_command() -> None:
+    try:
+        app(standalone_mode=False)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "p2r", "cluster"):
+            raise
+        raise InputError(
+            f"this command needs the package {package}, which is not installed here: pip install 'p2r[cluster]', "
+            "or make install in a clone; `pip install p2r` alone is for embed, predict and p2r.load_backbone"
+        ) from error
 
 
 def _print_made(made: dict[str, Any]) -> None:
