@@ -444,8 +444,8 @@ def embed(
     backbone: Annotated[
         str, typer.Argument(metavar="BACKBONE", help="URL of a published backbone; with @sha256:HEX, this very one.")
     ],
-    scan: Annotated[Path, typer.Argument(help="A NIfTI scan.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="NIfTI of the features: X, Y, Z, F.")],
+    scan: Annotated[str, typer.Argument(help="A NIfTI scan: a path, file:// or s3://.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="NIfTI of the features: X, Y, Z, F.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
@@ -465,7 +465,7 @@ def embed(
         device=device,
     )
     frames, channels = features.shape[3:]
-    write_nifti(output, features.reshape(*features.shape[:3], frames * channels), affine)
+    write_nifti(output, features.reshape(*features.shape[:3], frames * channels), affine, world=volume)
     print(
         f"{output}: {channels} features of {' x '.join(map(str, features.shape[:3]))} voxels"
         + f", {frames} frames" * (frames > 1)
@@ -477,8 +477,8 @@ def predict(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="URL of a published model; with @sha256:HEX, this very one.")
     ],
-    scan: Annotated[Path, typer.Argument(help="A NIfTI scan.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="NIfTI of the segmentation, on the scan's own grid.")],
+    scan: Annotated[str, typer.Argument(help="A NIfTI scan: a path, file:// or s3://.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="NIfTI of the segmentation, on the scan's own grid.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
@@ -502,8 +502,15 @@ def predict(
     write_nifti(output, on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan, volume.source_affine, like=volume)
     voxel_ml = volume.spacing_mm[0] * volume.spacing_mm[1] * volume.spacing_mm[2] / 1000
     for value, name in config.classes.items():
-        print(f"{value} {name}: {(labels == value).sum() * voxel_ml:.1f} ml")
+        in_ml = [_volume_text(count * voxel_ml) for count in (labels == value).sum(axis=(0, 1, 2))]
+        print(f"{value} {name}: {', '.join(in_ml)} ml" + f" in frames 1 to {len(in_ml)}" * (len(in_ml) > 1))
+    for note in volume.notes:
+        say(f"{scan}: {note}")
     print(output)
+
+
+def _volume_text(ml: float) -> str:
+    return f"{ml:.1f}" if ml >= 1 or ml == 0 else f"{ml:.2g}"
 
 
 def main() -> None:
@@ -554,7 +561,12 @@ def _print_made(made: dict[str, Any]) -> None:
         print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
 
 
-def _check_output(path: Path, endings: tuple[str, ...] = (".nii", ".nii.gz")) -> None:
+def _check_output(output: str | Path, endings: tuple[str, ...] = (".nii", ".nii.gz")) -> None:
+    path = Path(output)
+    if "://" in str(output):
+        raise InputError(
+            f"output {output}: results are written to a folder of this machine; give a path, and copy the file"
+        )
     if not path.name.endswith(endings):
         raise InputError(f"output {path} must end in {' or '.join(endings)}")
     if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):

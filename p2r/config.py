@@ -145,6 +145,9 @@ class IngestConfig(Section):
     """Most memory that a scan's voxels may claim, as its header states them; larger ones are refused as `too_large`."""
     max_frames: PositiveInt | None = None
     """Most time frames taken of a 4D series, evenly spaced, so that long series do not swamp the corpus. None: all."""
+    nan_voxels: Literal["background", "refuse"] = "background"
+    """What becomes of voxels that are NaN, as SPM writes them outside of the head. background: they become 0, or the least value if
+    that is lower, and the ledger counts them. refuse: a scan with one of them is refused as `nonfinite`."""
     resample_mm: PositiveFloat | tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     """Voxel size that every scan is resampled to, mm: one number, or three along right, anterior, superior. None: as acquired."""
     dcm2niix_timeout_s: PositiveFloat = 300.0

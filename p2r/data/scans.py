@@ -38,8 +38,8 @@ from p2r.data.dataset_json import DatasetJson, case_of, read_dataset_json
 from p2r.data.folders import has_header, is_dead_link, is_image, is_passed_over, walk
 from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import composed, local_path, pair_of, scan_key
+from p2r.data.opening import bucket_client
 from p2r.data.phantom import resolve_source
-from p2r.data.volume import bucket_client
 from p2r.errors import DataError
 
 DicomSubject = Literal["folder", "patient_id"]
