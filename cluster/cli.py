@@ -16,7 +16,7 @@ import typer
 
 from p2r.config import PretrainConfig
 from p2r.errors import InputError, JobError, P2RError, TrainingError
-from p2r.job import FORK_HELP, Job, json_schema, overrides_of, read_job
+from p2r.job import FORK_HELP, Job, ignored_variables, json_schema, overrides_of, read_job
 from p2r.logs import configure, masked, reset, say, say_crash, say_error
 from p2r.storage import Storage
 
@@ -108,6 +108,8 @@ def run(
     """Run a job on Ray; running it again resumes it."""
     configure(log_format)
     job = read_job(path, overrides_of(set_, allow_transductive=allow_transductive))
+    for note in ignored_variables(path, job):
+        say(f"note: {note}")
     if fork:
         from p2r.engine.fork import forked
 

@@ -23,8 +23,8 @@ from pydantic import (
 )
 
 from p2r.errors import InputError
-from p2r.reference import parse_reference
 from p2r.patterns import check_subject_pattern
+from p2r.reference import parse_reference
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
@@ -117,6 +117,10 @@ class QualityConfig(Section):
         return type(self)(**{**preset, **given})
 
 
+_OF_VIRTUAL_SUBJECTS = {"licence": "icbm-152", "provenance": "virtual subjects", "cohort": "icbm152"}
+"""Words by which statements about `template://` sources are known, lest they enter a corpus of real scans."""
+
+
 class IngestConfig(Section):
     """Scans -> a corpus of WebDataset shards."""
 
@@ -133,10 +137,18 @@ class IngestConfig(Section):
     provenance: str = ""
     """Where the data come from, and how to cite them."""
     cohort: str = "default"
-    """Name space of the subjects' names: `sub-01` of one cohort is not `sub-01` of another."""
+    """Name space of the subjects' names: `sub-01` of one cohort is not `sub-01` of another. With `subjects_of`, the task's, unless another
+    is given."""
     subject_pattern: Annotated[str, AfterValidator(check_subject_pattern)] = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
-    """Regular expression searched in a scan's file name (DICOM: in the name of the first folder below the source); its first group is
-    the subject. Not used where BIDS names or a list give one. Python's syntax; see `p2r.patterns` for what it may not have."""
+    """Regular expression searched in a scan's file name (DICOM: in the name of the first folder below the source), then in its path below
+    the source; its first group is the subject. Not used where BIDS names or a list give one. Unless another is given: with `subjects_of`,
+    the task's; where a `dataset.json` (nnU-Net, Medical Segmentation Decathlon) names cases, the case. Python's syntax;
+    `p2r.patterns` lists what it may not have."""
+    one_subject: bool = False
+    """Take scans that by `subject_pattern` are all of one subject. False: the job stops, for mostly the pattern is wrong."""
+    label_maps: Literal["leave_out", "take"] = "leave_out"
+    """Label maps among the sources. leave_out: files in folders such as labelsTr, masks or derivatives, with names that end in _seg, _mask
+    or the like, and volumes of few whole numbers are left out, as `label_map` in the ledger. take: they are read as scans."""
     dicom_subject: Literal["folder", "patient_id"] = "folder"
     """Where the subject of a DICOM series comes from: `subject_pattern` on a folder's name, or the tag PatientID, which then enters the
     corpus as it is."""
@@ -180,6 +192,13 @@ class IngestConfig(Section):
     def _check(self) -> Self:
         if self.subjects is not None and self.subjects_of is not None:
             raise ValueError("give either subjects or subjects_of, not both")
+        is_real = [source for source in self.sources if not source.startswith("template://")]
+        borrowed = [name for name, word in _OF_VIRTUAL_SUBJECTS.items() if word in getattr(self, name).lower()]
+        if is_real and borrowed:
+            raise ValueError(
+                f"{', '.join(borrowed)} speak{'s' * (len(borrowed) == 1)} of virtual subjects, but sources name other data ({is_real[0]}): "
+                f"state {', '.join(f'ingest.{name}' for name in borrowed)} of these"
+            )
         return self
 
 

@@ -51,6 +51,15 @@ _ABLATION_RULE = (
     "kind ablation needs finetune.score_on: validation, for a recipe that was chosen on test patients proves nothing"
 )
 _ALLOW_TRANSDUCTIVE = "finetune.allow_transductive=true"
+JOB_VARIABLES = {
+    "P2R_SCANS": "ingest.sources",
+    "P2R_LICENCE": "ingest.licence",
+    "P2R_PROVENANCE": "ingest.provenance",
+    "P2R_CORPUS": "pretrain.corpus",
+    "P2R_BACKBONE": "finetune.backbone",
+    "P2R_TASK": "finetune.tasks",
+}
+"""Environment variables that jobs read in place of a key, beside `P2R_DATA`, which is set for all of them."""
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
@@ -142,6 +151,11 @@ class Job(Section):
             raise ValueError(
                 "kind finetune needs finetune.backbone (a URL), or a publish section that names one of this storage"
             )
+        if self.ingest is not None and self.pretrain is not None and self.pretrain.corpus is not None:
+            raise ValueError(
+                f"pretrain.corpus names a corpus ({self.pretrain.corpus}), and the section ingest makes another one, which nothing "
+                "would read: leave out one of them (--set ingest=null, or --set pretrain.corpus=null)"
+            )
         if (self.kind == "ablation") != bool(self.variants):
             raise ValueError("kind ablation needs variants, and no other kind has them")
         if self.kind == "ablation" and self.finetune and self.finetune.score_on != "validation":
@@ -175,7 +189,17 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
             )
         _apply(values, override)
     _refuse_secrets(values, path, ())
-    values = _fill_in(values, path, (), unset)
+    missing: dict[str, str] = {}
+    values = _fill_in(values, path, (), missing)
+    if unset is not None:
+        unset |= missing
+    elif missing:
+        keys = ", ".join(where.rpartition(": ")[2] for where in missing.values())
+        one = len(missing) == 1
+        raise JobError(
+            f"job {path}: environment variable{'' if one else 's'} {', '.join(missing)} {'is' if one else 'are'} not set ({keys}); set "
+            f"{'it' if one else 'them'}, as in {' '.join(f'{name}=...' for name in missing)} p2r run {path}"
+        )
     job = validated(Job, values, where=f"job {path}")
     storage = job.storage or f"{os.environ.get('P2R_STORAGE') or Path.home() / 'p2r'}/{job.name}"
     if "://" not in storage and not Path(storage).expanduser().is_absolute():
@@ -186,6 +210,24 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
     job = _with_absolute_tasks(job.model_copy(update={"storage": storage}), path.absolute().parent)
     variants_of(job)
     return job
+
+
+def ignored_variables(path: Path, job: Job) -> list[str]:
+    """Return a note for each variable that is set, that some job of p2r reads, and that neither this job nor its tasks read.
+
+    Args:
+        path: The job file.
+        job: From `read_job`.
+    """
+    subjects = None if job.ingest is None else job.ingest.subjects_of
+    tasks = [*(job.finetune.tasks if job.finetune else ()), *([subjects.task] if subjects else [])]
+    texts = [file.read_text(encoding="utf-8") for file in (path, *map(Path, tasks)) if file.is_file()]
+    read = {match[1] for text in texts for match in _VARIABLE.finditer(text)}
+    return [
+        f"{name} is set, but job {path} does not read it: give {key} by --set {key}=..., or take a job that reads it"
+        for name, key in JOB_VARIABLES.items()
+        if os.environ.get(name) and name not in read
+    ]
 
 
 def overrides_of(set_: Sequence[str] | None, *, allow_transductive: bool) -> tuple[str, ...]:
@@ -212,7 +254,7 @@ def variants_of(job: Job) -> dict[str, Job]:
                 if not isinstance(target, dict):
                     raise JobError(f"variants.{name}: {key} is not a key of this job")
             target[last] = value
-        values["kind"] = "pipeline" if job.ingest is not None else "finetune"
+        values["kind"], values["ingest"] = "finetune", None  # the whole has made the corpus
         values["storage"] = f"{job.storage}/variants/{name}"
         if values["pretrain"]["corpus"] is None:
             values["pretrain"]["corpus"] = f"{job.storage}/corpus"

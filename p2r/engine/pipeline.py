@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, load_backbone, publish
 from p2r.config import ImageConfig, IngestConfig, PretrainConfig, PublishConfig
-from p2r.data.corpus import corpus_digest, load_manifest, manifest_sha256
+from p2r.data.corpus import check_selection, corpus_digest, load_manifest, manifest_sha256
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
 from p2r.engine.corpora import corpora_of
@@ -62,6 +62,8 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
         "ablation": ("ingest", "variants") if job.ingest is not None else ("variants",),
     }.get(job.kind, (job.kind,))
     if "finetune" in stages or "variants" in stages:
+        if "ingest" in stages:
+            _check_selection(job, storage)
         _check_tasks(job, storage, say)
     if job.ingest is not None and ("ingest" in stages or "pretrain" in stages):  # a fork has its corpus
         made["corpus"] = _ingest(job, storage, executor, say)
@@ -197,19 +199,37 @@ def _preparation(image: ImageConfig, slice_axis: SliceAxis) -> Preparation:
     )
 
 
+def _selected(config: IngestConfig) -> tuple[IngestConfig, frozenset[str] | None]:
+    """Return an ingest section with the pattern and cohort of the task that chooses its subjects, and those subjects.
+
+    Raises:
+        JobError: The section has a cohort of its own.
+    """
+    if config.subjects_of is None:
+        return config, None
+    task = load_task(Path(config.subjects_of.task))
+    defaults = {name: IngestConfig.model_fields[name].default for name in ("cohort", "subject_pattern")}
+    inherited = {name: getattr(task.config, name) for name in defaults if getattr(config, name) == defaults[name]}
+    if {"cohort": config.cohort, **inherited}["cohort"] != task.config.cohort:
+        raise JobError(
+            f"ingest.cohort is {config.cohort!r}, but task {task.name}, which names the subjects, has cohort "
+            f"{task.config.cohort!r}: they must be equal, or fine-tuning could not tell that a patient is in the corpus; "
+            "leave ingest.cohort out"
+        )
+    return config.model_copy(update=inherited), frozenset(task.subjects[config.subjects_of.split])
+
+
+def _check_selection(job: Job, storage: Storage) -> None:
+    """Refuse sources of which the job selects nothing, or all as one subject, before a single scan is read."""
+    if job.ingest is not None and not storage.exists("corpus/manifest.json"):
+        config, subjects = _selected(job.ingest)
+        check_selection(config, allowed_subjects=subjects)
+
+
 def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
-    config = job.ingest
-    assert config is not None
+    assert job.ingest is not None
     corpus = storage.child("corpus")
-    subjects = None
-    if config.subjects_of is not None:
-        task = load_task(Path(config.subjects_of.task))
-        if task.config.cohort != config.cohort:
-            raise JobError(
-                f"ingest.cohort is {config.cohort!r}, but task {task.name}, which names the subjects, has cohort "
-                f"{task.config.cohort!r}: they must be equal, or fine-tuning could not tell that a patient is in the corpus"
-            )
-        subjects = frozenset(task.subjects[config.subjects_of.split])
+    config, subjects = _selected(job.ingest)
     # Training takes a corpus that was asked for like this as it is; a job of kind ingest looks whether there is more.
     is_asked = job.kind != "ingest" and corpus.exists("manifest.json")
     if is_asked and corpus_digest(config, subjects) in load_manifest(corpus)["asked"]:

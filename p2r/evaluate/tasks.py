@@ -125,7 +125,7 @@ class TaskConfig(Section):
     label_name: FileName = "{key}"
     """Name of a scan's label map without its suffix, as in `{key}_gt`."""
     licence: Annotated[str, Field(min_length=1)]
-    """SPDX identifier or name of the data's licence. It travels into reports and models."""
+    """SPDX identifier or name of the data's licence (`${P2R_LICENCE}` is filled in). It travels into reports and models."""
     citation: str = ""
     """What must be cited."""
     caveat: str = ""
@@ -459,9 +459,16 @@ def read_task_config(path: Path) -> TaskConfig:
     values = read_yaml(content, where=f"task {path}", error=DataError)
     try:
         if isinstance(values, dict):
-            for key in ("images", "labels"):
+            missing: dict[str, str] = {}
+            for key in ("images", "labels", "licence", "citation"):
                 if isinstance(values.get(key), str):
-                    values[key] = fill_in_variables(values[key], where=f"task {path}: {key}")
+                    values[key] = fill_in_variables(values[key], where=key, unset=missing)
+            if missing:
+                verb = "variable {} is" if len(missing) == 1 else "variables {} are"
+                raise DataError(
+                    f"task {path}: {', '.join(missing.values())}: environment {verb.format(', '.join(missing))} not set; "
+                    "set what is missing"
+                )
         return validated(TaskConfig, values, where=f"task {path}")
     except JobError as error:
         raise DataError(str(error)) from None
