@@ -22,6 +22,10 @@ from pydantic import (
     model_validator,
 )
 
+from p2r.errors import InputError
+from p2r.patterns import check_subject_pattern
+from p2r.reference import parse_reference
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 Angle = Annotated[float, Field(ge=0, le=180)]
@@ -63,6 +67,18 @@ def Within(low: float, high: float) -> AfterValidator:  # noqa: N802 (it stands 
         return value
 
     return AfterValidator(check)
+
+
+def _checked_reference(text: str) -> str:
+    try:
+        parse_reference(text)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+Artefact = Annotated[str, AfterValidator(_checked_reference)]
+"""Where a backbone is published: a URL, or `URL@sha256:HEX`, which pins its manifest."""
 
 
 class Section(BaseModel):
@@ -124,10 +140,11 @@ class IngestConfig(Section):
     cohort: str = "default"
     """Name space of the subjects' names: `sub-01` of one cohort is not `sub-01` of another. With `subjects_of`, the task's, unless another
     is given."""
-    subject_pattern: str = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
+    subject_pattern: Annotated[str, AfterValidator(check_subject_pattern)] = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
     """Regular expression searched in a scan's file name (DICOM: in the name of the first folder below the source), then in its path below
     the source; its first group is the subject. Not used where BIDS names or a list give one. Unless another is given: with `subjects_of`,
-    the task's; where a `dataset.json` (nnU-Net, Medical Segmentation Decathlon) names cases, the case."""
+    the task's; where a `dataset.json` (nnU-Net, Medical Segmentation Decathlon) names cases, the case. Python's syntax;
+    `p2r.patterns` lists what it may not have."""
     one_subject: bool = False
     """Take scans that by `subject_pattern` are all of one subject. False: the job stops, for mostly the pattern is wrong."""
     label_maps: Literal["leave_out", "take"] = "leave_out"
@@ -583,9 +600,10 @@ class PretrainConfig(Section):
     """How many of the newest checkpoints stay on the storage."""
     keep_every: NonNegativeInt = 0
     """Checkpoints whose step it divides stay for good, beside the newest; 0: none."""
-    init_from: str | None = None
+    init_from: Artefact | None = None
     """URL of the first weights, by safetensors: a published backbone (`STORAGE/backbones/NAME/1`), whose projection head is then new, or
-    another run's checkpoint (`STORAGE/pretrain/checkpoints/step-00001000`). Step, schedule and order begin anew. None: drawn by `seed`."""
+    another run's checkpoint (`STORAGE/pretrain/checkpoints/step-00001000`); with `@sha256:HEX`, this very one. Step, schedule and order
+    begin anew. None: drawn by `seed`."""
     probe: ProbeConfig | None = None
     """Probe a labelled task on the way. None: no probe."""
 
@@ -722,8 +740,10 @@ class FinetuneConfig(Section):
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     """Paths of task YAMLs, relative to the job file."""
-    backbone: str | None = None
-    """URL of a published backbone. None: the one that this job publishes."""
+    backbone: Artefact | None = None
+    """URL of a published backbone; `URL@sha256:HEX`: this very one. None: the one that this job publishes."""
+    backbone_signed_by: Annotated[str, Field(pattern=r"^ed25519:[0-9a-f]{64}$")] | None = None
+    """Public key of who must have signed that backbone, as `p2r sign` prints it. None: no signature is asked for."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("scratch", "linear_probe", "fine_tune")
     """What is compared. scratch: no pretraining; linear_probe: a 1x1 convolution on frozen features; fine_tune: all weights;
     mean_teacher: fine_tune, and consistency with an average of its own weights on the unlabelled patients of the train split; prototype:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     Field,
@@ -27,6 +26,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from p2r.config import FinetuneConfig, IngestConfig, PretrainConfig, PublishConfig, Section
+from p2r.documents import MAX_YAML_BYTES, read_start, read_yaml
 from p2r.errors import JobError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -176,10 +176,10 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
         JobError: naming the file, the key, the rule and the value.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_start(path, max_bytes=MAX_YAML_BYTES)
+    except (OSError, ValueError) as error:
         raise JobError(f"job {path} cannot be read: {error}; give the path of a YAML file") from None
-    values = _parse(text, where=f"job {path}")
+    values = read_yaml(content, where=f"job {path}", error=JobError)
     if not isinstance(values, dict):
         raise JobError(f"job {path} must be a mapping that begins with `kind:`, found {type(values).__name__}")
     for override in overrides:
@@ -302,13 +302,6 @@ def fill_in_variables(text: str, *, where: str, unset: dict[str, str] | None = N
     return _VARIABLE.sub(value, text)
 
 
-def _parse(text: str, *, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise JobError(f"{where} is not YAML: {str(error).strip()}") from None
-
-
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -321,7 +314,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         target = target[parent]
         if not isinstance(target, dict):
             raise JobError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value and has no keys below it")
-    target[last] = _parse(text, where=f"--set {key}")
+    target[last] = read_yaml(text, where=f"--set {key}", error=JobError)
 
 
 def _refuse_secrets(value: Any, path: Path, key: tuple[str, ...]) -> None:

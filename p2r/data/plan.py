@@ -9,7 +9,6 @@ keeps its record.
 """
 
 import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from p2r.data.pseudonyms import Names
 from p2r.data.scans import Scan, expand_subjects
 from p2r.data.thumbnails import MOST, drawn
 from p2r.errors import DataError
+from p2r.patterns import subject_pattern
 from p2r.randomness import keyed_generator
 from p2r.storage import json_bytes
 
@@ -300,23 +300,14 @@ def _by_source(ledger: Iterable[LedgerRow]) -> dict[str, list[LedgerRow]]:
 
 
 def subject_of(scan: Scan, config: IngestConfig) -> str | None:
-    """Return whose scan it is: as BIDS or a list says, by a pattern that the job states, as `dataset.json` says, by the default.
-
-    Raises:
-        DataError: `ingest.subject_pattern` is not a regular expression with a group.
-    """
+    """Return whose scan it is: as BIDS or a list says, by a pattern that the job states, as `dataset.json` says, by the default."""
     if scan.subject is not None:
         return scan.subject
-    pattern = config.subject_pattern
-    if scan.case is not None and pattern == _DEFAULT_PATTERN:
+    text = config.subject_pattern
+    if scan.case is not None and text == _DEFAULT_PATTERN:
         return scan.case
-    try:
-        match = re.search(pattern, scan.name) or re.search(pattern, scan.below)
-        return None if match is None else match[1]
-    except (re.error, IndexError) as error:
-        raise DataError(
-            f"ingest.subject_pattern {pattern!r} must be a regular expression with one group: {error}"
-        ) from None
+    pattern = subject_pattern(text)
+    return pattern.first_group(scan.name) or pattern.first_group(scan.below)
 
 
 def _check_several(subjects: Mapping[Scan, str | None], config: IngestConfig, allowed: Set[str] | None) -> None:

@@ -5,7 +5,6 @@ What is expensive or wants many machines (reading scans, training, trials) is do
 made on the job's storage and goes on from there, so running a job again after a kill is how it is resumed.
 """
 
-import json
 import math
 from collections.abc import Sequence, Set
 from pathlib import Path
@@ -19,6 +18,7 @@ from p2r.data.stream import Corpus
 from p2r.engine.corpora import corpora_of
 from p2r.engine.fewshot import FewShot, TrialRunner, check_data, check_task, few_shot, publish_best
 from p2r.engine.finetune import TrialSetup, preparation_for
+from p2r.engine.history import read_history
 from p2r.engine.pretrain import HISTORY, finished_checkpoint
 from p2r.engine.readings import merge_readings
 from p2r.engine.reporting import make_report, write_variants
@@ -79,7 +79,8 @@ def _train_and_score(job: Job, storage: Storage, executor: Executor, stages: Seq
         if made["checkpoint"] is None:
             return {**made, "unfinished": "pretrain"}
     if "publish" in stages:
-        made["backbone"] = publish_backbone(job, storage, say)["url"]
+        published = publish_backbone(job, storage, say)
+        made["backbone"], made["backbone_pin"] = published["url"], published["pin"]
     if "finetune" in stages:
         made.update(_finetune(job, storage, executor, say))
     return made
@@ -139,10 +140,11 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             # Without what was only watched on the way, by a path of this machine.
             "pretrain": {key: value for key, value in checkpoint["config"].items() if key != "probe"},
             "negatives": job.pretrain.negatives,
+            "description": config.description,
             "corpora": [_corpus_facts(corpus) for corpus in corpora],
         },
     )
-    say(f"publish | {where.url} | sha256 {published['sha256'][:12]} | licence {licence}")
+    say(f"publish | {published['pin']} | licence {licence}" + " | was published already" * (not published["is_new"]))
     return published
 
 
@@ -158,12 +160,12 @@ def _spent(storage: Storage, found: FewShot) -> dict[str, float]:
     """Return what the job's own pretraining and its trials took, whenever they ran: seconds of each worker, and of all trials."""
     spent = {"search_s": math.fsum(one["seconds"] or 0.0 for one in found.searched)}
     if storage.exists(f"pretrain/{HISTORY}"):
-        rows = [json.loads(line) for line in storage.read_bytes(f"pretrain/{HISTORY}").decode().splitlines()]
+        rows = read_history(storage, f"pretrain/{HISTORY}")
         before = [0, *(row["step"] for row in rows)]
         spent["pretraining_s"] = math.fsum(
-            (row["step"] - step) * row.get("step_s", 0.0) for row, step in zip(rows, before, strict=False)
+            (row["step"] - step) * (row.get("step_s") or 0.0) for row, step in zip(rows, before, strict=False)
         )
-        spent["num_pretraining_workers"] = max((row.get("world_size", 1) for row in rows), default=0)
+        spent["num_pretraining_workers"] = max((row.get("world_size") or 1 for row in rows), default=0)
     return spent
 
 
@@ -283,14 +285,14 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
     if url is None:
         assert job.publish is not None
         url = storage.at(f"backbones/{job.publish.name}/{job.publish.version}")
-    backbone = load_backbone(url)
+    backbone = load_backbone(url, key=job.finetune.backbone_signed_by)
     setups = []
     for path in job.finetune.tasks:
         task = load_task(Path(path))
         setup = TrialSetup(
             config=job.finetune,
             task=path,
-            backbone=url,
+            backbone=backbone.manifest["url"],
             backbone_sha256=backbone.manifest["sha256"],
             architecture_sha256=backbone.config.sha256(),
             storage=storage.at(f"finetune/{task.name}"),

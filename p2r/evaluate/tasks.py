@@ -13,7 +13,6 @@ map that fits its image in name, grid, place and look was drawn on another patie
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import unquote, urlparse
 
 import numpy as np
-import yaml
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
@@ -43,8 +41,10 @@ from p2r.data.preprocess import (
 )
 from p2r.data.shards import voxels_sha256
 from p2r.data.volume import Volume, read_labels, read_volume
+from p2r.documents import MAX_YAML_BYTES, read_start, read_yaml
 from p2r.errors import DataError, JobError
 from p2r.job import fill_in_variables, validated
+from p2r.patterns import subject_pattern
 from p2r.randomness import keyed_number
 from p2r.storage import cache_folder, json_bytes
 
@@ -138,7 +138,7 @@ class TaskConfig(Section):
     """Name space of the subjects, as in a corpus: the two are compared to find a leak."""
     subject_pattern: str = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
     """Regular expression searched in a scan's file name, then in its path below `images`; its first group is the patient, all of whose
-    scans belong to one split."""
+    scans belong to one split. Python's syntax; see `p2r.patterns` for what it may not have."""
     classes: Annotated[dict[PositiveInt, Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=255)]
     """Name of each foreground label, from 1 on; 0 is the background."""
     splits: Splits | None = None
@@ -182,11 +182,9 @@ class TaskConfig(Section):
                 f"thirds must be three different names, of the lower, the middle and the upper third, got {list(self.thirds)}"
             )
         try:
-            groups = re.compile(self.subject_pattern).groups
-        except re.error as error:
-            raise ValueError(f"subject_pattern is not a regular expression: {error}") from None
-        if groups < 1:
-            raise ValueError(f"subject_pattern needs a group around the subject, got {self.subject_pattern!r}")
+            subject_pattern(self.subject_pattern)
+        except ValueError as error:
+            raise ValueError(f"subject_pattern {error}") from None
         return self
 
 
@@ -464,11 +462,10 @@ def read_task_config(path: Path) -> TaskConfig:
         DataError: with one line for each key that is wrong.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_start(path, max_bytes=MAX_YAML_BYTES)
+    except (OSError, ValueError) as error:
         raise DataError(f"task {path} cannot be read: {error}; give the path of a task's YAML") from None
-    except yaml.YAMLError as error:
-        raise DataError(f"task {path} is not YAML: {str(error).strip()}") from None
+    values = read_yaml(content, where=f"task {path}", error=DataError)
     try:
         if isinstance(values, dict):
             missing: dict[str, str] = {}
@@ -602,12 +599,13 @@ def _pairs(config: TaskConfig, images: Path, labels: Path, path: Path) -> Iterab
                 "maps as their scans, or put them into folders of the same path"
             )
         scans.append((Path(name).with_name(key).as_posix() if "{key}" in config.image_name else key, image, label))
+    pattern = subject_pattern(config.subject_pattern)
     for key, image, label in scans:
         below = composed(image.relative_to(images).as_posix())
-        subject = re.search(config.subject_pattern, composed(image.name)) or re.search(config.subject_pattern, below)
+        subject = pattern.first_group(composed(image.name)) or pattern.first_group(below)
         # In a folder that holds both, a label map is no scan.
         if subject is not None and not (label is None and image in scan_of):
-            yield key, subject.group(1), image, label
+            yield key, subject, image, label
 
 
 def _folder(source: str, key: str, path: Path, cache: Path | None) -> Path:

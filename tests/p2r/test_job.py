@@ -212,3 +212,20 @@ def test_every_field_of_the_schema_says_what_it_is() -> None:
     for name, model in {"Job": schema, **schema["$defs"]}.items():
         for field, description in model.get("properties", {}).items():
             assert description.get("description"), f"{name}.{field} has no text"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("name: again", "line .*: key 'name' stands twice in one mapping, first on line"),
+        ("retries: " + "9" * 100, "is no int"),
+        ("metrics: {port: .nan}", "not a finite number"),
+        ("retries: !!set {a}", "is not read"),
+        ("variants: " + "[" * 5000, "mappings and lists may be 32 deep"),
+        ("# " + "x" * 2**20, "more than the 1,048,576"),
+    ],
+)
+def test_a_job_file_that_leaves_a_bound_is_refused_by_name(tmp_path: Path, line: str, message: str) -> None:
+    found = refusal(tmp_path, f"{GOOD}{line}\n")
+    assert found.startswith("job ")
+    assert re.search(message, found)
