@@ -141,6 +141,73 @@ def _run_on_ray(job: Any, address: str | None, *, profile_steps: int, debug: boo
         return run_job(job, executor, say=say)
 
 
+Form = Annotated[
+    str | None,
+    typer.Option(
+        "--from", metavar="FORM", help="nnunet, msd, bids or folder: how the scans are laid out; default: guessed."
+    ),
+]
+Labels = Annotated[Path | None, typer.Option(help="Folder of the label maps; default: looked for below the scans.")]
+Contrast = Annotated[
+    str | None,
+    typer.Option(help="Part of the names of the scans that are labelled, where several contrasts are there."),
+]
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="A folder of scans: nnU-Net, Decathlon, BIDS or any other.")],
+    labels: Labels = None,
+    form: Form = None,
+    contrast: Contrast = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file: middle planes of some scans.")] = Path(
+        "p2r-check.png"
+    ),
+    read_all: Annotated[bool, typer.Option("--all", help="Read every scan, not only those there is time for.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say in seconds what p2r would make of a folder: scans, subjects, label maps, and the job and task it would write."""
+    from cluster import own
+
+    _check_output(output, (".png",))
+    own.check(folder, labels=labels, form=_form(form), contrast=contrast, output=output, read_all=read_all)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where job.yaml and task.yaml are written; made if absent.")],
+    scans: Annotated[Path, typer.Option(help="Folder of the scans: nnU-Net, Decathlon, BIDS or any other.")],
+    labels: Labels = None,
+    form: Form = None,
+    contrast: Contrast = None,
+    name: Annotated[str | None, typer.Option(help="Of the job and the task; default: the folder's.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Of the data: an SPDX identifier or a name.")] = None,
+    provenance: Annotated[str | None, typer.Option(help="Where the data come from, and how to cite them.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the first job and task for own scans, and print the next three commands."""
+    from cluster import own
+
+    own.init(
+        folder,
+        scans=scans,
+        labels=labels,
+        form=_form(form),
+        contrast=contrast,
+        name=name,
+        licence=licence,
+        provenance=provenance,
+    )
+
+
+def _form(name: str | None) -> Any:
+    from p2r.data.survey import NAMES
+
+    if name is not None and name not in NAMES:
+        raise InputError(f"--from {name}: must be one of {', '.join(NAMES)}")
+    return name
+
+
 @app.command()
 def submit(
     path: JobPath,

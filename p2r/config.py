@@ -71,8 +71,9 @@ class SubjectsOf(Section):
 
     task: str
     """Path of the task's YAML, relative to the job file."""
-    split: Literal["train", "validation", "test"] = "train"
-    """Which split's subjects enter the corpus. Pretraining on `test` would be a leak, and fine-tuning refuses it."""
+    split: Literal["train", "validation", "test", "not_held_out"] = "train"
+    """Which split's subjects enter the corpus. not_held_out: all that the sources hold, but the task's validation and test patients, so
+    that scans without labels are taken, too. Pretraining on `test` would be a leak, and fine-tuning refuses it."""
 
 
 class QualityConfig(Section):

@@ -26,7 +26,7 @@ from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, is_failure
 from p2r.data.manifest import contains as contains
 from p2r.data.manifest import load_manifest as load_manifest
 from p2r.data.manifest import manifest_sha256 as manifest_sha256
-from p2r.data.plan import Growth, plan_growth, preprocessing_of
+from p2r.data.plan import Growth, plan_growth, preprocessing_of, subject_of
 from p2r.data.plan import ShardPlan as ShardPlan
 from p2r.data.pseudonyms import Names, names_of
 from p2r.data.revision import (
@@ -167,6 +167,16 @@ def check_selection(
     plan_growth(
         found, config, names_of(config.cohort, pseudonyms=config.pseudonyms), allowed_subjects=allowed_subjects
     )  # fmt: skip
+
+
+def subjects_found(config: IngestConfig, *, cache: Path | None = None) -> frozenset[str]:
+    """Return the subjects of all scans of a job's sources, before any selection.
+
+    Raises:
+        DataError: as `find_scans`; for a pattern without a group.
+    """
+    subjects = (subject_of(scan, config) for scan in _found(config, cache))
+    return frozenset(subject for subject in subjects if subject is not None)
 
 
 def _found(config: IngestConfig, cache: Path | None) -> list[Scan]:

@@ -6,13 +6,13 @@ made on the job's storage and goes on from there, so running a job again after a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, load_backbone, publish
 from p2r.config import ImageConfig, IngestConfig, PretrainConfig, PublishConfig
-from p2r.data.corpus import check_selection, corpus_digest, load_manifest, manifest_sha256
+from p2r.data.corpus import check_selection, corpus_digest, load_manifest, manifest_sha256, subjects_found
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
 from p2r.engine.corpora import corpora_of
@@ -24,7 +24,7 @@ from p2r.engine.readings import merge_readings
 from p2r.engine.reporting import make_report, write_variants
 from p2r.engine.weights import backbone_weights, checked_weights
 from p2r.errors import DataError, JobError
-from p2r.evaluate.tasks import load_task
+from p2r.evaluate.tasks import HELD_OUT, load_task
 from p2r.job import Job, variants_of
 from p2r.logs import Say as Say
 from p2r.logs import within
@@ -205,9 +205,10 @@ def _selected(config: IngestConfig) -> tuple[IngestConfig, frozenset[str] | None
     Raises:
         JobError: The section has a cohort of its own.
     """
-    if config.subjects_of is None:
+    chosen = config.subjects_of
+    if chosen is None:
         return config, None
-    task = load_task(Path(config.subjects_of.task))
+    task = load_task(Path(chosen.task))
     defaults = {name: IngestConfig.model_fields[name].default for name in ("cohort", "subject_pattern")}
     inherited = {name: getattr(task.config, name) for name in defaults if getattr(config, name) == defaults[name]}
     if {"cohort": config.cohort, **inherited}["cohort"] != task.config.cohort:
@@ -216,7 +217,21 @@ def _selected(config: IngestConfig) -> tuple[IngestConfig, frozenset[str] | None
             f"{task.config.cohort!r}: they must be equal, or fine-tuning could not tell that a patient is in the corpus; "
             "leave ingest.cohort out"
         )
-    return config.model_copy(update=inherited), frozenset(task.subjects[config.subjects_of.split])
+    config = config.model_copy(update=inherited)
+    if chosen.split != "not_held_out":
+        return config, frozenset(task.subjects[chosen.split])
+    found, labelled = subjects_found(config), {subject for split in task.subjects.values() for subject in split}
+    if not found & labelled:
+        raise DataError(
+            f"ingest.subjects_of.split is not_held_out, but none of the {len(found)} subjects of ingest.sources is in task {task.name}: by "
+            f"ingest.subject_pattern {config.subject_pattern!r} they are {_few(found)}, the task has {_few(labelled)}; "
+            "make both patterns give one name to one patient"
+        )
+    return config, frozenset(found - {subject for split in HELD_OUT for subject in task.subjects[split]})
+
+
+def _few(names: Set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
 
 
 def _check_selection(job: Job, storage: Storage) -> None:
