@@ -16,7 +16,7 @@ import typer
 
 from p2r.config import PretrainConfig
 from p2r.errors import InputError, JobError, P2RError, TrainingError
-from p2r.job import FORK_HELP, Job, json_schema, overrides_of, read_job
+from p2r.job import FORK_HELP, Job, ignored_variables, json_schema, overrides_of, read_job
 from p2r.logs import configure, masked, reset, say, say_crash, say_error
 from p2r.storage import Storage
 
@@ -41,6 +41,9 @@ AllowTransductive = Annotated[
         "--allow-transductive",
         help="Go on although validation or test patients are in the backbone's corpus; every row of the report is labelled.",
     ),
+]
+Sign = Annotated[
+    Path | None, typer.Option(metavar="KEY", help="Private key, a PEM file, to sign what was published with.")
 ]
 Fork = Annotated[str | None, typer.Option(metavar="NAME", help=FORK_HELP)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, and what workers print.")]
@@ -105,6 +108,8 @@ def run(
     """Run a job on Ray; running it again resumes it."""
     configure(log_format)
     job = read_job(path, overrides_of(set_, allow_transductive=allow_transductive))
+    for note in ignored_variables(path, job):
+        say(f"note: {note}")
     if fork:
         from p2r.engine.fork import forked
 
@@ -165,37 +170,59 @@ def inspect(
     """Show what lies at a URL."""
     from cluster.inspect import show
 
-    show(Storage(url), as_json=json_)
+    show(url, as_json=json_)
 
 
 @app.command()
-def verify(url: Annotated[str, typer.Argument(help="A corpus, backbone or model.")], debug: Debug = False) -> None:
-    """Check every digest of what lies at a URL."""
-    storage = Storage(url)
-    if not storage.exists("manifest.json"):
-        raise InputError(
-            f"{storage.url} has no manifest.json: a corpus, a backbone or a model is verified, such as corpus, backbones/NAME/VERSION or "
-            "models/TASK/VERSION of a job's storage (p2r inspect lists them)"
-        )
-    manifest = storage.read_json("manifest.json")
-    kind = str(manifest.get("format")) if isinstance(manifest, dict) else "no manifest"
-    if kind.startswith("p2r-backbone/"):
-        from p2r.backbone import load_backbone
+def verify(
+    url: Annotated[str, typer.Argument(help="A corpus, backbone or model; with @sha256:HEX, this very one.")],
+    key: Annotated[
+        str | None,
+        typer.Option(help="Public key of who must have signed it: a PEM file, or ed25519:HEX. Backbones and models."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Check every digest of what is stored at a URL, and who has signed it."""
+    from cluster.verify import verify as verified
 
-        load_backbone(url)
-    elif kind.startswith("p2r-model/"):
-        from p2r.backbone import load_model
+    for line in verified(url, key=key):
+        print(line)
 
-        load_model(url)
-    else:
-        from p2r.data.verify import unreferenced_files, verify_corpus
 
-        problems = verify_corpus(storage)
-        if problems:
-            raise InputError(f"{storage.url} is damaged:\n" + "\n".join(f"  {problem}" for problem in problems))
-        for name in unreferenced_files(storage):
-            print(f"unreferenced  {name}")
-    print(f"sound    {kind}  {storage.url}")
+@app.command()
+def publish(path: JobPath, set_: Overrides = None, sign: Sign = None, debug: Debug = False) -> None:
+    """Publish the last checkpoint of a job's pretraining, as the job's section publish says; here, without Ray."""
+    from p2r.engine.pipeline import publish_backbone
+
+    job = read_job(path, tuple(set_ or ()))
+    if job.publish is None:
+        raise JobError(f"job {path} has no section publish; give a job of kind publish, pipeline or ablation")
+    published = publish_backbone(job, Storage(job.storage), say)
+    _print_made({"backbone": published["url"], "backbone_pin": published["pin"]})
+    if sign is not None:
+        print(_signed(published["pin"], sign))
+
+
+@app.command()
+def sign(
+    url: Annotated[str, typer.Argument(help="A backbone or model; with @sha256:HEX, this very one.")],
+    key: Annotated[
+        Path, typer.Option(help="Private key, a PEM file: openssl genpkey -algorithm ed25519 -out private.pem")
+    ],
+    debug: Debug = False,
+) -> None:
+    """Check a published backbone or model, and sign its manifest."""
+    print(_signed(url, key))
+
+
+def _signed(url: str, key: Path) -> str:
+    from p2r.artefact import open_artefact
+    from p2r.backbone import verify_artefact
+    from p2r.reference import parse_reference
+
+    artefact = open_artefact(parse_reference(url))
+    verify_artefact(artefact)
+    return f"signed: {artefact.sign(key)}"
 
 
 @app.command()
@@ -409,7 +436,9 @@ def views(
 
 @app.command()
 def embed(
-    backbone: Annotated[str, typer.Argument(metavar="BACKBONE", help="URL of a published backbone.")],
+    backbone: Annotated[
+        str, typer.Argument(metavar="BACKBONE", help="URL of a published backbone; with @sha256:HEX, this very one.")
+    ],
     scan: Annotated[str, typer.Argument(help="A NIfTI scan: a path, file:// or s3://.")],
     output: Annotated[str, typer.Option("-o", "--output", help="NIfTI of the features: X, Y, Z, F.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -440,7 +469,9 @@ def embed(
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="URL of a published model.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="URL of a published model; with @sha256:HEX, this very one.")
+    ],
     scan: Annotated[str, typer.Argument(help="A NIfTI scan: a path, file:// or s3://.")],
     output: Annotated[str, typer.Option("-o", "--output", help="NIfTI of the segmentation, on the scan's own grid.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

@@ -194,7 +194,7 @@ def write_variants(
 
 def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[str, str]) -> dict[str, Any]:
     assert job.finetune is not None
-    corpora = backbone.manifest.get("corpora", [])
+    corpora = backbone.manifest["corpora"] or []
     return {
         "title": f"Few-shot report of {job.name}",
         "job": job.name,
@@ -202,9 +202,10 @@ def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[s
         "backbone": {
             "url": backbone.manifest["url"],
             "sha256": backbone.manifest["sha256"],
-            "step": backbone.manifest.get("step"),
-            "negatives": backbone.manifest.get("negatives"),
-            "code": backbone.manifest.get("code"),
+            "pin": backbone.manifest["pin"],
+            "step": backbone.manifest["step"],
+            "negatives": backbone.manifest["negatives"],
+            "code": backbone.manifest["code"],
         },
         **{
             "corpus" if len(corpora) == 1 else f"corpus {number}": {key: corpus.get(key) for key in _OF_CORPUS}
@@ -230,8 +231,8 @@ def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[s
 
 def _backbone_line(backbone: Backbone) -> str:
     """Return what a picture of the backbone alone says below itself: no task, draw or protocol has a part in it."""
-    digests = [corpus["sha256"][:12] for corpus in backbone.manifest.get("corpora", [])]
-    code = backbone.manifest.get("code")
+    digests = [corpus["sha256"][:12] for corpus in backbone.manifest["corpora"] or []]
+    code = backbone.manifest["code"]
     parts = [
         f"backbone {backbone.manifest['sha256'][:12]}",
         f"pretrained on corpus {', '.join(digests)}" if digests else "",

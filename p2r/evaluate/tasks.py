@@ -21,7 +21,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import unquote, urlparse
 
 import numpy as np
-import yaml
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
@@ -42,8 +41,10 @@ from p2r.data.preprocess import (
 )
 from p2r.data.shards import voxels_sha256
 from p2r.data.volume import Volume, read_labels, read_volume
+from p2r.documents import MAX_YAML_BYTES, read_start, read_yaml
 from p2r.errors import DataError, JobError
 from p2r.job import fill_in_variables, validated
+from p2r.patterns import subject_pattern
 from p2r.randomness import keyed_number
 from p2r.storage import cache_folder, json_bytes
 
@@ -124,7 +125,7 @@ class TaskConfig(Section):
     label_name: FileName = "{key}"
     """Name of a scan's label map without its suffix, as in `{key}_gt`."""
     licence: Annotated[str, Field(min_length=1)]
-    """SPDX identifier or name of the data's licence. It travels into reports and models."""
+    """SPDX identifier or name of the data's licence (`${P2R_LICENCE}` is filled in). It travels into reports and models."""
     citation: str = ""
     """What must be cited."""
     caveat: str = ""
@@ -133,7 +134,7 @@ class TaskConfig(Section):
     """Name space of the subjects, as in a corpus: the two are compared to find a leak."""
     subject_pattern: str = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
     """Regular expression searched in a scan's file name, then in its path below `images`; its first group is the patient, all of whose
-    scans belong to one split."""
+    scans belong to one split. Python's syntax; see `p2r.patterns` for what it may not have."""
     classes: Annotated[dict[PositiveInt, Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=255)]
     """Name of each foreground label, from 1 on; 0 is the background."""
     splits: Splits | None = None
@@ -177,11 +178,9 @@ class TaskConfig(Section):
                 f"thirds must be three different names, of the lower, the middle and the upper third, got {list(self.thirds)}"
             )
         try:
-            groups = re.compile(self.subject_pattern).groups
-        except re.error as error:
-            raise ValueError(f"subject_pattern is not a regular expression: {error}") from None
-        if groups < 1:
-            raise ValueError(f"subject_pattern needs a group around the subject, got {self.subject_pattern!r}")
+            subject_pattern(self.subject_pattern)
+        except ValueError as error:
+            raise ValueError(f"subject_pattern {error}") from None
         return self
 
 
@@ -454,16 +453,22 @@ def read_task_config(path: Path) -> TaskConfig:
         DataError: with one line for each key that is wrong.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_start(path, max_bytes=MAX_YAML_BYTES)
+    except (OSError, ValueError) as error:
         raise DataError(f"task {path} cannot be read: {error}; give the path of a task's YAML") from None
-    except yaml.YAMLError as error:
-        raise DataError(f"task {path} is not YAML: {str(error).strip()}") from None
+    values = read_yaml(content, where=f"task {path}", error=DataError)
     try:
         if isinstance(values, dict):
-            for key in ("images", "labels"):
+            missing: dict[str, str] = {}
+            for key in ("images", "labels", "licence", "citation"):
                 if isinstance(values.get(key), str):
-                    values[key] = fill_in_variables(values[key], where=f"task {path}: {key}")
+                    values[key] = fill_in_variables(values[key], where=key, unset=missing)
+            if missing:
+                verb = "variable {} is" if len(missing) == 1 else "variables {} are"
+                raise DataError(
+                    f"task {path}: {', '.join(missing.values())}: environment {verb.format(', '.join(missing))} not set; "
+                    "set what is missing"
+                )
         return validated(TaskConfig, values, where=f"task {path}")
     except JobError as error:
         raise DataError(str(error)) from None
@@ -580,13 +585,14 @@ def _pairs(config: TaskConfig, images: Path, labels: Path) -> Iterable[tuple[str
             label_name = Path(name).with_name(composed(config.label_name).replace("{key}", match[1])).as_posix()
             label_names.add(label_name)
             scans.append((name, key, image, label_of.get(label_name)))
+    pattern = subject_pattern(config.subject_pattern)
     for name, key, image, label in scans:
         below = composed(image.relative_to(images).as_posix())
-        subject = re.search(config.subject_pattern, composed(image.name)) or re.search(config.subject_pattern, below)
+        subject = pattern.first_group(composed(image.name)) or pattern.first_group(below)
         # In a folder that holds both, a label map is no scan.
         is_label = images == labels and name in label_names and label is None
         if subject is not None and not is_label:
-            yield key, subject.group(1), image, label
+            yield key, subject, image, label
 
 
 def _folder(source: str, key: str, path: Path, cache: Path | None) -> Path:

@@ -102,7 +102,7 @@ def test_schema_is_json(p2r: Call) -> None:
 
 def test_inspect_lists_what_lies_at_a_url(p2r: Call, published: dict[str, str]) -> None:
     printed = p2r("inspect", published["storage"])
-    for kind in ("p2r-corpus/2", "p2r-backbone/1", "p2r-model/1", "p2r-checkpoint/1"):
+    for kind in ("p2r-corpus/2", "p2r-backbone/2", "p2r-model/2", "p2r-checkpoint/1"):
         assert kind in printed
     manifest = json.loads(p2r("inspect", published["backbone"]))
     assert manifest["licence"] == "CC0-1.0"
