@@ -22,7 +22,10 @@ from pydantic import (
     model_validator,
 )
 
+from p2r.errors import InputError
 from p2r.modes import MODES, SETTINGS_OF, Mode, Setting
+from p2r.patterns import check_subject_pattern
+from p2r.reference import parse_reference
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
@@ -45,6 +48,18 @@ def Within(low: float, high: float) -> AfterValidator:  # noqa: N802 (it stands 
     return AfterValidator(check)
 
 
+def _checked_reference(text: str) -> str:
+    try:
+        parse_reference(text)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+Artefact = Annotated[str, AfterValidator(_checked_reference)]
+"""Where a backbone is published: a URL, or `URL@sha256:HEX`, which pins its manifest."""
+
+
 class Section(BaseModel):
     """A part of a job file: frozen, and without room for keys that nobody reads."""
 
@@ -56,8 +71,9 @@ class SubjectsOf(Section):
 
     task: str
     """Path of the task's YAML, relative to the job file."""
-    split: Literal["train", "validation", "test"] = "train"
-    """Which split's subjects enter the corpus. Pretraining on `test` would be a leak, and fine-tuning refuses it."""
+    split: Literal["train", "validation", "test", "not_held_out"] = "train"
+    """Which split's subjects enter the corpus. not_held_out: all that the sources hold, but the task's validation and test patients, so
+    that scans without labels are taken, too. Pretraining on `test` would be a leak, and fine-tuning refuses it."""
 
 
 class QualityConfig(Section):
@@ -81,6 +97,10 @@ class QualityConfig(Section):
         return type(self)(**{**preset, **given})
 
 
+_OF_VIRTUAL_SUBJECTS = {"licence": "icbm-152", "provenance": "virtual subjects", "cohort": "icbm152"}
+"""Words by which statements about `template://` sources are known, lest they enter a corpus of real scans."""
+
+
 class IngestConfig(Section):
     """Scans -> a corpus of WebDataset shards."""
 
@@ -97,10 +117,18 @@ class IngestConfig(Section):
     provenance: str = ""
     """Where the data come from, and how to cite them."""
     cohort: str = "default"
-    """Name space of the subjects' names: `sub-01` of one cohort is not `sub-01` of another."""
-    subject_pattern: str = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
-    """Regular expression searched in a scan's file name (DICOM: in the name of the first folder below the source); its first group is
-    the subject. Not used where BIDS names or a list give one."""
+    """Name space of the subjects' names: `sub-01` of one cohort is not `sub-01` of another. With `subjects_of`, the task's, unless another
+    is given."""
+    subject_pattern: Annotated[str, AfterValidator(check_subject_pattern)] = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
+    """Regular expression searched in a scan's file name (DICOM: in the name of the first folder below the source), then in its path below
+    the source; its first group is the subject. Not used where BIDS names or a list give one. Unless another is given: with `subjects_of`,
+    the task's; where a `dataset.json` (nnU-Net, Medical Segmentation Decathlon) names cases, the case. Python's syntax;
+    `p2r.patterns` lists what it may not have."""
+    one_subject: bool = False
+    """Take scans that by `subject_pattern` are all of one subject. False: the job stops, for mostly the pattern is wrong."""
+    label_maps: Literal["leave_out", "take"] = "leave_out"
+    """Label maps among the sources. leave_out: files in folders such as labelsTr, masks or derivatives, with names that end in _seg, _mask
+    or the like, and volumes of few whole numbers are left out, as `label_map` in the ledger. take: they are read as scans."""
     dicom_subject: Literal["folder", "patient_id"] = "folder"
     """Where the subject of a DICOM series comes from: `subject_pattern` on a folder's name, or the tag PatientID, which then enters the
     corpus as it is."""
@@ -118,6 +146,9 @@ class IngestConfig(Section):
     """Most memory that a scan's voxels may claim, as its header states them; larger ones are refused as `too_large`."""
     max_frames: PositiveInt | None = None
     """Most time frames taken of a 4D series, evenly spaced, so that long series do not swamp the corpus. None: all."""
+    nan_voxels: Literal["background", "refuse"] = "background"
+    """What becomes of voxels that are NaN, as SPM writes them outside of the head. background: they become 0, or the least value if
+    that is lower, and the ledger counts them. refuse: a scan with one of them is refused as `nonfinite`."""
     resample_mm: PositiveFloat | tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     """Voxel size that every scan is resampled to, mm: one number, or three along right, anterior, superior. None: as acquired."""
     dcm2niix_timeout_s: PositiveFloat = 300.0
@@ -144,6 +175,13 @@ class IngestConfig(Section):
     def _check(self) -> Self:
         if self.subjects is not None and self.subjects_of is not None:
             raise ValueError("give either subjects or subjects_of, not both")
+        is_real = [source for source in self.sources if not source.startswith("template://")]
+        borrowed = [name for name, word in _OF_VIRTUAL_SUBJECTS.items() if word in getattr(self, name).lower()]
+        if is_real and borrowed:
+            raise ValueError(
+                f"{', '.join(borrowed)} speak{'s' * (len(borrowed) == 1)} of virtual subjects, but sources name other data ({is_real[0]}): "
+                f"state {', '.join(f'ingest.{name}' for name in borrowed)} of these"
+            )
         return self
 
 
@@ -544,9 +582,10 @@ class PretrainConfig(Section):
     """How many of the newest checkpoints stay on the storage."""
     keep_every: NonNegativeInt = 0
     """Checkpoints whose step it divides stay for good, beside the newest; 0: none."""
-    init_from: str | None = None
+    init_from: Artefact | None = None
     """URL of the first weights, by safetensors: a published backbone (`STORAGE/backbones/NAME/1`), whose projection head is then new, or
-    another run's checkpoint (`STORAGE/pretrain/checkpoints/step-00001000`). Step, schedule and order begin anew. None: drawn by `seed`."""
+    another run's checkpoint (`STORAGE/pretrain/checkpoints/step-00001000`); with `@sha256:HEX`, this very one. Step, schedule and order
+    begin anew. None: drawn by `seed`."""
     probe: ProbeConfig | None = None
     """Probe a labelled task on the way. None: no probe."""
 
@@ -686,8 +725,10 @@ class FinetuneConfig(Section):
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     """Paths of task YAMLs, relative to the job file."""
-    backbone: str | None = None
-    """URL of a published backbone. None: the one that this job publishes."""
+    backbone: Artefact | None = None
+    """URL of a published backbone; `URL@sha256:HEX`: this very one. None: the one that this job publishes."""
+    backbone_signed_by: Annotated[str, Field(pattern=r"^ed25519:[0-9a-f]{64}$")] | None = None
+    """Public key of who must have signed that backbone, as `p2r sign` prints it. None: no signature is asked for."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("scratch", "linear_probe", "fine_tune")
     """What is compared. scratch: no pretraining; scratch_long: the same for more steps; linear_probe: a 1x1 convolution on frozen
     features; fine_tune: all weights; mean_teacher: fine_tune, and consistency with an average of its own weights on the unlabelled

@@ -69,7 +69,7 @@ class TrialSetup:
     backbone: str
     """URL of the published backbone."""
     backbone_sha256: str
-    """Its digest: a trial that finds another one under the URL refuses."""
+    """Its pin, the digest of its manifest: a trial that finds another one under the URL refuses."""
     architecture_sha256: str
     """Digest of its network's shape and its way to prepare a scan: all that a trial from scratch takes of it."""
     storage: str
@@ -182,9 +182,8 @@ def run_trial(
         done: dict[str, Any] = storage.read_json(path)
         return done
     saved = SavedTraining(storage, setup.state_path(trial))
-    config, task, backbone = setup.config, load_task(Path(setup.task)), load_backbone(setup.backbone)
-    if backbone.manifest["sha256"] != setup.backbone_sha256:
-        raise DataError(f"{setup.backbone} changed while its trials ran: run the job again")
+    config, task = setup.config, load_task(Path(setup.task))
+    backbone = load_backbone(setup.backbone, sha256=setup.backbone_sha256)
     preparation = setup.preparation(backbone)
     known = Known(backbone, is_allowed=config.allow_transductive)
 

@@ -98,7 +98,7 @@ def test_labels_of_test_patients_change_the_final_figures_and_nothing_else(
         )
         for setup, found in ((true, honest), (poisoned, misled))
     ]
-    assert len({model["files"]["model.safetensors"]["sha256"] for model in models}) == 1
+    assert len({model["files"]["weights"]["sha256"] for model in models}) == 1
 
 
 def test_a_frozen_recipe_reads_the_test_patients_once_and_a_changed_one_again(make: Make) -> None:
