@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
+from cluster.status import target_of
 from infra.supply_chain import PINS, read_pins
 from p2r.job import find_job, read_job
 
@@ -176,6 +177,7 @@ def test_a_job_that_p2r_brings_gives_way_to_a_file_of_that_name(
         assert find_job(Path(name)) == ROOT / "jobs/demo.yaml"
     for name in ("mine/demo.yaml", "nothing", tmp_path / "demo.yaml"):
         assert find_job(Path(name)) == Path(name), "only a name, or a path of the README, means what p2r brings"
+    assert target_of("demo")[0] == "demo"
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs/demo.yaml").write_text("kind: pipeline\n")
     assert find_job(Path("jobs/demo.yaml")) == Path("jobs/demo.yaml")
