@@ -45,9 +45,8 @@ _STAGES: dict[Kind, tuple[str, ...]] = {
     "pipeline": ("ingest", "pretrain", "publish", "finetune"),
     "ablation": ("pretrain", "publish", "finetune"),
 }
-_DEFAULT_FOLDER = (
-    "p2r-runs"  # not p2r: a folder of that name in the home hides the package from who starts Python there
-)
+# Not p2r: a folder of that name in the home may hide the package from Python that is started there.
+_DEFAULT_FOLDER = "p2r-runs"
 _SECRET_KEY = re.compile(r"(secret|password|passwd|token|credential|access_?key|api_?key)", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s:@]+:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY")
 _ABLATION_RULE = (
