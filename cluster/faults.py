@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from ray.exceptions import RayActorError
 
-from p2r.errors import InputError, StorageError, TrainingError
+from p2r.errors import InputError, StorageError, TrainingError, error_text
+from p2r.masking import masked
 from p2r.storage import Storage
 
 FAULTS = "faults.jsonl"
@@ -105,7 +106,7 @@ class FaultLog:
         limit: int | None = None,
     ) -> Fault:
         """Note a fault and say it."""
-        fault = Fault(_now(), self.attempt, cause, one_line(what), decision, from_step, count, limit)
+        fault = Fault(_now(), self.attempt, cause, one_line(masked(what)), decision, from_step, count, limit)
         self._write(asdict(fault))
         self._say(fault.line())
         return fault
@@ -151,8 +152,8 @@ def cause_of(error: Exception, *, lost: Mapping[int, str], addresses: Mapping[in
         if _PEER_IS_GONE.search(str(failure)):
             return "worker", f"rank {rank} lost another one: {failure}"
     for rank, failure in found.items():
-        return "unknown", f"rank {rank}: {type(failure).__name__}: {failure}"
-    return "unknown", str(error)
+        return "unknown", f"rank {rank}: {error_text(failure)}"
+    return "unknown", error_text(error)
 
 
 def refusal_of(error: Exception, *, was_running: bool) -> InputError | None:

@@ -1,13 +1,11 @@
 """What lies at a URL, for people: a corpus as a table, an artefact as its manifest, a folder as a list of these."""
 
-import json
-import sys
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from p2r.console import console, show, show_json, visible
 from p2r.data.manifest import FORMAT, Manifest, facts_of, load_manifest, manifest_sha256, ranges_of
 from p2r.errors import InputError
 from p2r.storage import Storage
@@ -16,7 +14,7 @@ _HIDDEN = {"subject_digests", "voxel_digests", "salt"}
 _MAX_REVISIONS = 10
 
 
-def show(storage: Storage, *, as_json: bool) -> None:
+def inspect(storage: Storage, *, as_json: bool) -> None:
     """Print what lies at `storage`.
 
     Raises:
@@ -27,11 +25,11 @@ def show(storage: Storage, *, as_json: bool) -> None:
         return
     manifest = storage.read_json("manifest.json")
     if as_json or not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        print(json.dumps(_without(manifest, _HIDDEN), indent=2))
+        show_json(_without(manifest, _HIDDEN))
         return
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    tables = console()
     for table in corpus_tables(storage):
-        console.print(table)
+        tables.print(table)
 
 
 def corpus_tables(storage: Storage) -> list[Table]:
@@ -63,8 +61,8 @@ def _revisions(storage: Storage, manifest: Manifest) -> list[tuple[str, Manifest
 
 
 def plain(text: str) -> Text:
-    """Return text that neither rich nor the terminal takes for a command."""
-    return Text("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
+    """Return text of one line that neither rich nor the terminal takes for a command."""
+    return Text(visible(text))
 
 
 def _list(storage: Storage) -> None:
@@ -72,7 +70,7 @@ def _list(storage: Storage) -> None:
     if not manifests:
         raise InputError(f"{storage.url} holds nothing of p2r's: no manifest.json at any depth")
     for name in manifests:
-        print(f"{storage.read_json(name).get('format', '?'):20} {storage.at(name.removesuffix('/manifest.json'))}")
+        show(f"{storage.read_json(name).get('format', '?'):20} {storage.at(name.removesuffix('/manifest.json'))}")
 
 
 def _without(value: Any, hidden: set[str]) -> Any:

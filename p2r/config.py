@@ -22,6 +22,13 @@ from pydantic import (
     model_validator,
 )
 
+
+class FilledIn:
+    """Marks a field of a job in which `${NAME}` and `${NAME:-default}` stand for environment variables."""
+
+
+Location = Annotated[str, FilledIn()]
+"""A path or a URL. Only these are filled in from the environment: what other fields hold is published."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 Angle = Annotated[float, Field(ge=0, le=180)]
@@ -74,7 +81,7 @@ class Section(BaseModel):
 class SubjectsOf(Section):
     """Take the subjects of one split of a task, so that a corpus and its task cannot drift apart."""
 
-    task: str
+    task: Location
     """Path of the task's YAML, relative to the job file."""
     split: Literal["train", "validation", "test"] = "train"
     """Which split's subjects enter the corpus. Pretraining on `test` would be a leak, and fine-tuning refuses it."""
@@ -104,7 +111,7 @@ class QualityConfig(Section):
 class IngestConfig(Section):
     """Scans -> a corpus of WebDataset shards."""
 
-    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+    sources: Annotated[tuple[Location, ...], Field(min_length=1)]
     """Folders, files or URLs (`file://`, `s3://`) searched for NIfTI (`.nii`, `.nii.gz`, `.hdr` with `.img`), BIDS and, in folders,
     DICOM; lists of scans (`.csv`, `.tsv`, `.jsonl` with `path` and, if known, `subject`); or `template://icbm152?subjects=N`."""
     include: tuple[str, ...] = ()
@@ -480,7 +487,7 @@ class OptimizerConfig(Section):
 class CorpusShare(Section):
     """One of several corpora."""
 
-    url: str
+    url: Location
     """Of the corpus."""
     weight: PositiveFloat | None = None
     """Its part in every batch, relative to the others'. None for all: in proportion to their sizes."""
@@ -494,7 +501,7 @@ class ProbeConfig(Section):
     It reads a few train and validation patients of the task, never a test patient, and changes nothing of the training.
     """
 
-    task: str
+    task: Location
     """Path of the task's YAML, relative to the job file."""
     interval: PositiveInt = 500
     """Steps between two probes; the last step always makes one. Each is stated in the next report."""
@@ -511,7 +518,7 @@ class ProbeConfig(Section):
 class PretrainConfig(Section):
     """Corpus -> pixel representation."""
 
-    corpus: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] | None = None
+    corpus: Location | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] | None = None
     """URL of the corpus, or several by weight. None: `<storage>/corpus`, made by this job's ingest section if it is absent."""
     image: ImageConfig = ImageConfig()
     """The network's input."""
@@ -564,7 +571,7 @@ class PretrainConfig(Section):
     """How many of the newest checkpoints stay on the storage."""
     keep_every: NonNegativeInt = 0
     """Checkpoints whose step it divides stay for good, beside the newest; 0: none."""
-    init_from: str | None = None
+    init_from: Location | None = None
     """URL of the first weights, by safetensors: a published backbone (`STORAGE/backbones/NAME/1`), whose projection head is then new, or
     another run's checkpoint (`STORAGE/pretrain/checkpoints/step-00001000`). Step, schedule and order begin anew. None: drawn by `seed`."""
     probe: ProbeConfig | None = None
@@ -701,9 +708,9 @@ class SearchConfig(Section):
 class FinetuneConfig(Section):
     """Backbone x task x labelled patients x draw x mode -> figures on test (or validation) patients."""
 
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    tasks: Annotated[tuple[Location, ...], Field(min_length=1)]
     """Paths of task YAMLs, relative to the job file."""
-    backbone: str | None = None
+    backbone: Location | None = None
     """URL of a published backbone. None: the one that this job publishes."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("scratch", "linear_probe", "fine_tune")
     """What is compared. scratch: no pretraining; linear_probe: a 1x1 convolution on frozen features; fine_tune: all weights;

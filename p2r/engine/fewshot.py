@@ -22,7 +22,7 @@ from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
 from p2r.config import FinetuneConfig, Mode
 from p2r.data.preprocess import Preparation
 from p2r.engine.finetune import Known, TrialSetup, run_trial, slices_of
-from p2r.errors import DataError, InputError, TrainingError
+from p2r.errors import DataError, InputError, TrainingError, error_text
 from p2r.evaluate.inference import size_read
 from p2r.evaluate.mix_ups import MixUps
 from p2r.evaluate.prepared import prepared_scan
@@ -255,7 +255,7 @@ def attempt(setup: TrialSetup, trial: Trial, *, device: str, retries: int, say: 
         except TrainingError as error:
             return {"trial": trial.to_row(), "failed": str(error), "diverged": True}
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = error_text(error)
             say(f"{trial.id} | attempt {number + 1} of {retries + 1} failed: {reason}")
     return {"trial": trial.to_row(), "failed": reason}
 
