@@ -112,7 +112,9 @@ def _lines_of_text(handler: ast.ExceptHandler, name: str) -> list[int]:
     safe: set[int] = set()
     for node in ast.walk(handler):
         is_masking = isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("masked", "error_text")
-        is_error = isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("Error", "RefusedScan", "kind"))
+        is_error = isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("Error", "RefusedScan", "kind", "_refuse")
+        )
         if isinstance(node, ast.Raise | ast.Compare) or is_masking or is_error:
             safe |= {id(child) for child in ast.walk(node)}
     lines = []
