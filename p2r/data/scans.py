@@ -424,6 +424,7 @@ def _target(row: lists.Row, folder: str, path: str) -> str:
     local = local_path(row.path)
     if local is None:
         raise DataError(f"list {path}, line {row.line}: {row.path} is neither a path nor a file:// or s3:// URL")
+    local = local.expanduser() if row.path.startswith("~") else local
     if local.is_absolute():
         return os.path.normpath(local)
     if not folder.startswith("s3://"):

@@ -645,5 +645,9 @@ def test_acdc_is_accepted_whole(mri: Path, storage: Storage) -> None:
 
 @pytest.mark.data
 def test_hippocampus_is_accepted_whole(mri: Path, storage: Storage) -> None:
-    make(storage, config_of(mri / "msd_hippocampus/images", cohort="hippocampus", shard_size_mib=64))
+    pattern = r"^(hippocampus_\d+)"
+    make(
+        storage,
+        config_of(mri / "msd_hippocampus/images", cohort="hippocampus", shard_size_mib=64, subject_pattern=pattern),
+    )
     assert set(load_manifest(storage)["reasons"]) == {"accepted"}
