@@ -5,6 +5,7 @@ What is expensive or wants many machines (reading scans, training, trials) is do
 made on the job's storage and goes on from there, so running a job again after a kill is how it is resumed.
 """
 
+import json
 import math
 from collections.abc import Sequence, Set
 from pathlib import Path
@@ -32,6 +33,7 @@ from p2r.logs import Say as Say
 from p2r.logs import within
 from p2r.model.backbones import cost_of
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
+from p2r.report.text import for_markdown
 from p2r.storage import Storage
 
 
@@ -367,16 +369,16 @@ def _card(job: Job, config: PublishConfig, corpora: Sequence[Corpus], url: str, 
         },
         "licence": licence,
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    sources = "\n\n".join(corpus.manifest["provenance"] for corpus in corpora)
+    rows = "\n".join(f"| {name} | {for_markdown(value)} |" for name, value in facts.items())
+    sources = "\n\n".join(for_markdown(corpus.manifest["provenance"]) for corpus in corpora)
     return f"""# {config.name} {config.version}
 
 A backbone that gives {model.feature_channels} features for every {block}{pixel}{"s" * bool(block)} of an MRI {scan}, pretrained without
 labels by p2r.
-{config.description}
+{for_markdown(config.description)}
 
     import p2r
-    backbone = p2r.load_backbone("{url}")
+    backbone = p2r.load_backbone({json.dumps(url)})
     features = backbone(backbone.prepare("scan.nii.gz").images)
 
 | | |
