@@ -11,10 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from p2r.documents import read_lines
 from p2r.errors import DataError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 """File names that are taken for lists."""
+
+MAX_BYTES = 1 << 28
+"""Largest list that is read."""
 
 _MAX_TEXT = 4096
 
@@ -41,11 +45,15 @@ def parse_list(content: bytes, name: str) -> list[Row]:
     Raises:
         DataError: for text that is not UTF-8, breaks its format, has no `path`, or values that are no plain values.
     """
+    if len(content) > MAX_BYTES:
+        raise DataError(
+            f"list {name} has {len(content):,} bytes, more than the {MAX_BYTES:,} that a list may have; part it"
+        )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"list {name} is not UTF-8 text: {error}") from None
-    rows = _objects(text, name) if name.lower().endswith(".jsonl") else _records(text, name)
+    rows = _objects(content, name) if name.lower().endswith(".jsonl") else _records(text, name)
     return [_row(line, values, f"list {name}, line {line}") for line, values in rows]
 
 
@@ -75,14 +83,8 @@ def _records(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise DataError(f"list {name}, line {reader.line_num}: {error}") from None
 
 
-def _objects(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            value = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"list {name}, line {line} is not JSON: {type(error).__name__}: {error}") from None
+def _objects(content: bytes, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for line, value in read_lines(content, where=f"list {name}", max_bytes=MAX_BYTES, max_depth=4, error=DataError):
         if not isinstance(value, dict) or "path" not in value:
             raise DataError(f"list {name}, line {line}: a line is a JSON object with the key `path`")
         yield line, value

@@ -8,13 +8,13 @@ and counted.
 In a BIDS data set a scan also inherits from `.json` files further up, the nearest one last.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from p2r.data.bids import DESCRIPTION, applies, entities_of
 from p2r.data.volume import bucket_client, local_path, scan_key
-from p2r.errors import StorageError
+from p2r.documents import read_json
+from p2r.errors import InputError, StorageError
 
 MAX_BYTES = 1 << 20
 """Largest sidecar that is read."""
@@ -67,11 +67,11 @@ def read_sidecar(path: str) -> tuple[dict[str, Any], int]:
 def allowed_tags(content: bytes) -> tuple[dict[str, Any], int]:
     """Return the tags in a JSON object that are on the list, and how many of those had no usable value (a whole file: 1)."""
     try:
-        # Constants such as NaN become None, which no kind allows.
-        value = json.loads(content[: MAX_BYTES + 1], parse_constant=lambda _: None)
-    except (ValueError, RecursionError):
+        # NaN, which other programs write, becomes None, which no kind allows.
+        value = read_json(content, where="a sidecar", max_bytes=MAX_BYTES, nan_as_none=True)
+    except InputError:
         return {}, 1
-    if len(content) > MAX_BYTES or not isinstance(value, dict):
+    if not isinstance(value, dict):
         return {}, 1
     listed = {tag: value[tag] for tag in TAGS if tag in value}
     usable = {tag: found for tag, found in listed.items() if _is_usable(found, TAGS[tag])}

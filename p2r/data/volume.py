@@ -19,7 +19,7 @@ import os
 import stat
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -54,7 +54,8 @@ _LOGGER.addHandler(logging.NullHandler())  # what nibabel mends in a header is o
 _SLACK_BYTES = 1 << 20  # what may follow the voxels; some writers pad their files
 _MAX_DEFLATE_RATIO = 1032  # no gzip stream grows more
 _MAX_AXIS = 32_767  # what NIfTI-1 can say; NIfTI-2 could say 2**63
-_MAX_SPACING_MM = 1e4
+_MIN_SPACING_MM, _MAX_SPACING_MM = 1e-6, 1e3
+_MAX_EXTENT_MM = 1e4  # far beyond a scanner: a header that says more is in other units, or no header
 _PART_VOXELS = 1 << 19
 _KEPT_DTYPES = (np.int8, np.uint8, np.int16, np.uint16)
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=np.float64)
@@ -248,6 +249,11 @@ def _decoded(path: str | Path, key: str | None, max_mib: float, max_frames: int 
     for part in _parts(stored.shape):
         in_file_order[part] = _scaled(stored[part], scaling)
     spacing = _spacing(header, affine)[np.argsort(orientation[:, 0])]
+    if not is_physical(data.shape, spacing.tolist()):
+        raise RefusedScan(
+            "degenerate_affine",
+            f"{path} would be {_MAX_EXTENT_MM / 1000:g} m or larger (voxels of {spacing.round(4).tolist()} mm); are its units mm?",
+        )
     return Volume(
         data=data,
         affine=affine @ inv_ornt_aff(orientation, shape[:3]),
@@ -394,6 +400,14 @@ def _header(stream: _Stream, path: str | Path) -> Any:
         raise RefusedScan("not_nifti", f"{path} has a header that breaks the NIfTI standard: {error}") from error
 
 
+def is_physical(shape: Sequence[int], spacing_mm: Sequence[float]) -> bool:
+    """Tell whether voxels of this size, so many along X, Y and Z, can be a scan."""
+    return all(
+        _MIN_SPACING_MM < size < _MAX_SPACING_MM and size * count < _MAX_EXTENT_MM
+        for size, count in zip(spacing_mm, shape, strict=False)
+    )
+
+
 def _affine(header: Any, path: str | Path) -> NDArray[np.float64]:
     try:
         affine = np.asarray(header.get_best_affine(), dtype=np.float64)
@@ -403,7 +417,7 @@ def _affine(header: Any, path: str | Path) -> NDArray[np.float64]:
     # Volume of a voxel over the product of its edges: 1 for right angles, 0 where axes coincide.
     if (
         not np.isfinite(affine).all()
-        or not ((sizes > 1e-6) & (sizes < _MAX_SPACING_MM)).all()
+        or not ((sizes > _MIN_SPACING_MM) & (sizes < _MAX_SPACING_MM)).all()
         or abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-2
     ):
         raise RefusedScan(

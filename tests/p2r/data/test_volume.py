@@ -368,7 +368,7 @@ def test_whole_numbers_stored_as_reals_become_integers(
 @pytest.mark.parametrize("shape", [(3, 6, 30_001), (2000, 301, 3), (700, 2, 700), (2, 2, 3, 4)])
 def test_scans_larger_than_a_part_are_converted_whole(write_scan: Any, shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).integers(-1000, 1000, shape).astype(np.int32)
-    affine = np.array([[0, 0, -2.0, 1], [-1.0, 0, 0, 2], [0, 3.0, 0, 3], [0, 0, 0, 1]])
+    affine = np.array([[0, 0, -0.2, 1], [-0.1, 0, 0, 2], [0, 0.3, 0, 3], [0, 0, 0, 1]])
     volume = read_volume(write_scan("scan.nii", array, affine))
     reference = nibabel.as_closest_canonical(nibabel.Nifti1Image(array, affine, dtype=np.int32))
     np.testing.assert_array_equal(volume.data.squeeze(), np.asarray(reference.dataobj).squeeze())
