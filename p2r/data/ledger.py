@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
+from p2r.data.label_maps import CODE as LABEL_MAP
 from p2r.data.manifest import Manifest, ledger_path
 from p2r.data.preprocess import is_percentile_table
 from p2r.data.volume import Volume
@@ -40,7 +41,7 @@ MAX_BYTES = 1 << 32
 _Name = Annotated[str, Field(max_length=4096)]
 _Code = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 _Axis = Annotated[int, Field(ge=1, le=2**20)]
-_Size = Annotated[float, Field(gt=0, lt=1e3)]
+_Size = Annotated[float, Field(gt=0, lt=1e4)]
 
 
 class _Row(BaseModel):
@@ -180,5 +181,5 @@ def is_accepted(row: LedgerRow) -> bool:
 
 
 def is_failure(row: LedgerRow) -> bool:
-    """Tell whether a row's scan was refused for what it is: a copy of a good scan is none."""
-    return bool(row["status"] == "refused" and row["reason"] not in ("duplicate", "cross_subject_copy"))
+    """Tell whether a row's scan was refused as unusable: copies of good scans and label maps are not."""
+    return bool(row["status"] == "refused" and row["reason"] not in ("duplicate", "cross_subject_copy", LABEL_MAP))

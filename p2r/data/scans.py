@@ -10,6 +10,9 @@ A source is one of
 Folders are searched by `folders`: links are followed, hidden files and folders are skipped. In a BIDS data set entities are
 read from the names.
 
+Files that are taken for label maps (`label_maps`) are found too, and marked. A `dataset.json` of nnU-Net or the Medical
+Segmentation Decathlon gives its images their cases and channels.
+
 DICOM is a file that ends in `.dcm` or `.ima`; in folders without NIfTI, any with DICOM's magic number. Files are grouped
 by folder and series; a key has the folder's name and the series' number. Nothing else of a header is used, unless the
 job asks for PatientID.
@@ -30,10 +33,13 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from p2r.data import bids, dicom, lists
+from p2r.data.dataset_json import NAME as DATASET_JSON
+from p2r.data.dataset_json import DatasetJson, case_of, read_dataset_json
 from p2r.data.folders import has_header, is_dead_link, is_image, is_passed_over, walk
+from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import composed, local_path, pair_of, scan_key
+from p2r.data.opening import bucket_client
 from p2r.data.phantom import resolve_source
-from p2r.data.volume import bucket_client
 from p2r.documents import read_start
 from p2r.errors import DataError
 
@@ -65,6 +71,12 @@ class Scan:
     """What is to be read."""
     label: str = ""
     """For a DICOM series: the first folder below the source that leads to it."""
+    below: str = ""
+    """Path below its source; empty if it is not below one."""
+    case: str | None = None
+    """Name of its case, as a `dataset.json` has it."""
+    label_map: str = ""
+    """Why its name, or a `dataset.json`, makes it a label map; empty: nothing does."""
 
     @property
     def name(self) -> str:
@@ -109,6 +121,7 @@ def find_scans(
     """
     search = _Search(include, exclude, dicom_subject)
     found: dict[str, Scan] = {}
+    datasets: dict[Path, DatasetJson | None] = {}
     for source in sources:
         scans = _scans_of(source, cache, search)
         if not scans:
@@ -116,6 +129,8 @@ def find_scans(
             raise DataError(f"source {source} holds no {_KINDS}{rule}; name the folder that has them, at any depth")
         # What a list says of a scan counts more than that a folder has it too.
         found |= {scan.path: scan for scan in scans if scan.path not in found or scan.subject or scan.entities}
+        root = _root_of(source)
+        found |= {scan.path: _described(found[scan.path], root, datasets) for scan in scans}
     keys = _unique_keys([found[path] for path in sorted(found)])
     return [replace(found[path], key=keys[path]) for path in sorted(found)]
 
@@ -268,6 +283,50 @@ def _state(files: Iterable[str]) -> tuple[int, str]:
             continue
         num_bytes, modified = num_bytes + state.st_size, max(modified, state.st_mtime_ns)
     return num_bytes, str(modified or "")
+
+
+# Names and a dataset.json
+
+
+def _root_of(source: str) -> str:
+    """Return the folder or prefix below which the scans of a source are, or the folder of a single file or list."""
+    local = local_path(source)
+    if local is None:
+        return (source.rpartition("/")[0] if _is_list(source) or is_image(source) else source).rstrip("/")
+    root = local.expanduser().absolute()
+    return str(root if root.is_dir() else root.parent)
+
+
+def _described(scan: Scan, root: str, datasets: dict[Path, DatasetJson | None]) -> Scan:
+    """Add the statements of a scan's path, and of a `dataset.json` above it, which is read once for all."""
+    below = composed(scan.path.removeprefix(f"{root}/")) if scan.path.startswith(f"{root}/") else ""
+    if scan.format == "dicom":
+        return replace(scan, below=below)
+    reason = label_map_by_name(below or scan.path.rpartition("/")[2])
+    found = None if "://" in scan.path else _dataset_of(Path(scan.path), datasets)
+    if found is None:
+        return replace(scan, below=below, label_map=reason or "")
+    folder, dataset = found
+    path = Path(scan.path).relative_to(folder).as_posix()
+    if path in dataset.label_maps:
+        reason = f"is a label of {folder / DATASET_JSON}"
+    case, channel = case_of(path, dataset)
+    entities = dict(scan.entities)
+    if channel < len(dataset.channels):
+        entities.setdefault("channel", dataset.channels[channel])
+    return replace(
+        scan, below=below, label_map=reason or "", case=case, entities=tuple(sorted(entities.items()))
+    )  # fmt: skip
+
+
+def _dataset_of(path: Path, datasets: dict[Path, DatasetJson | None]) -> tuple[Path, DatasetJson] | None:
+    """Return the `dataset.json` beside a file or in the folder above, and that folder."""
+    for folder in path.parents[:2]:
+        if folder not in datasets:
+            datasets[folder] = read_dataset_json(folder / DATASET_JSON)
+        if (dataset := datasets[folder]) is not None:
+            return folder, dataset
+    return None
 
 
 # Buckets

@@ -40,8 +40,9 @@ from numpy.typing import NDArray
 from webdataset import TarWriter
 
 from p2r.config import PERCENTILES
+from p2r.data.header import is_physical
 from p2r.data.preprocess import is_percentile_table, planes_to_volume, volume_to_planes
-from p2r.data.volume import Volume, is_physical
+from p2r.data.volume import Volume
 from p2r.documents import read_json, read_lines, read_start
 from p2r.errors import DataError
 from p2r.storage import file_sha256
