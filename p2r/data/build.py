@@ -21,9 +21,10 @@ from p2r.data.plan import PlannedScan, ShardPlan
 from p2r.data.preprocess import percentile_table, slice_axis
 from p2r.data.read import read_scan
 from p2r.data.shards import index_name, voxels_sha256, write_shard
+from p2r.data.sidecar import closed_tags
 from p2r.data.thumbnails import Thumbnails, drawn, from_rows, thumbnail, to_rows
 from p2r.data.volume import Volume, read_volume
-from p2r.documents import read_json
+from p2r.documents import as_utf8, read_json
 from p2r.errors import DamagedError, DataError, RefusedScan
 from p2r.storage import Storage
 
@@ -119,7 +120,7 @@ def _records(
     taken: set[str] = set()
 
     def refuse(planned: PlannedScan, error: RefusedScan, **more: Any) -> None:
-        message = "" if config.pseudonyms else error.message
+        message = "" if config.pseudonyms else as_utf8(error.message)
         rows.append(planned.row("refused", error.code, message, **more))
 
     for planned in plan.scans:
@@ -163,12 +164,12 @@ def _records(
                 "cohort": config.cohort,
                 "slice_axis": axis,
                 "percentiles": list(percentiles),
-                "source": planned.source if config.pseudonyms else planned.scan.name,
+                "source": planned.source if config.pseudonyms else as_utf8(planned.scan.name),
                 "voxels_sha256": digest,
                 "licence": config.licence,
             }
             known = {
-                "acquisition": dict(volume.sidecar),
+                "acquisition": closed_tags(volume.sidecar) if config.pseudonyms else dict(volume.sidecar),
                 "entities": dict(planned.entities),
                 "frames": None if volume.frames is None else list(volume.frames),
                 "resampled_from_mm": None if volume.resampled_from_mm is None else list(volume.resampled_from_mm),
