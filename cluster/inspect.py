@@ -1,5 +1,6 @@
 """What lies at a URL, for people: a corpus as a table, an artefact as its manifest, a folder as a list of these."""
 
+import hashlib
 import json
 import sys
 from typing import Any
@@ -9,25 +10,34 @@ from rich.table import Table
 from rich.text import Text
 
 from p2r.data.manifest import FORMAT, Manifest, facts_of, load_manifest, manifest_sha256, ranges_of
+from p2r.documents import read_json
 from p2r.errors import InputError
+from p2r.reference import parse_reference
 from p2r.storage import Storage
 
 _HIDDEN = {"subject_digests", "voxel_digests", "salt"}
 _MAX_REVISIONS = 10
+_MAX_BYTES = 2**30
 
 
-def show(storage: Storage, *, as_json: bool) -> None:
-    """Print what lies at `storage`.
+def show(url: str, *, as_json: bool) -> None:
+    """Print what is stored at a URL; with a pin, this very manifest.
 
     Raises:
-        InputError: if that is nothing of p2r's.
+        InputError: if that is nothing of p2r's, or another one than is pinned.
     """
+    reference = parse_reference(url)
+    storage = Storage(reference.url)
     if not storage.exists("manifest.json"):
         _list(storage)
         return
-    manifest = storage.read_json("manifest.json")
+    content = storage.read_bytes("manifest.json")
+    reference.check(content)
+    manifest = read_json(content, where=storage.at("manifest.json"), max_bytes=_MAX_BYTES)
     if as_json or not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        print(json.dumps(_without(manifest, _HIDDEN), indent=2))
+        pin = {"pin": str(reference._replace(url=storage.url, sha256=hashlib.sha256(content).hexdigest()))}
+        shown = _without(manifest, _HIDDEN)
+        print(json.dumps({**shown, **pin} if isinstance(shown, dict) else shown, indent=2))
         return
     console = Console(width=None if sys.stdout.isatty() else 120)
     for table in corpus_tables(storage):

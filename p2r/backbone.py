@@ -1,37 +1,53 @@
-"""What is published, and how it is loaded: a folder of four files that needs no code of its own to be read.
+"""What is published, and how it is loaded: a folder that needs no code of its own to be read.
 
-    <name>/<version>/model.safetensors   weights
-                     config.json         architecture, and what is done to a scan before the network sees it
-                     README.md           model card
-                     manifest.json       sha256 of each file, corpus, licence, origin; written last
+    <name>/<version>/model-<sha256>.safetensors   weights
+                     config-<sha256>.json         architecture, and what is done to a scan before the network sees it
+                     README-<sha256>.md           model card
+                     manifest.json                the files by name and digest, corpora, licence, origin; created last
 
 A backbone gives features for every pixel; a model adds a segmentation head. Both are loaded after every digest has been
-checked, from safetensors only: loading somebody's model never runs their code.
+checked, from safetensors only: loading somebody's model never runs their code. `p2r.artefact` has the folder's rules.
 """
 
 import hashlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
-from safetensors.torch import load_file, save_file
+from pydantic import Field, PositiveInt, ValidationError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from p2r.artefact import (
+    MAX_TEXT_BYTES,
+    Artefact,
+    BackboneManifest,
+    FileEntry,
+    Files,
+    ModelManifest,
+    Role,
+    commit,
+    entry_of,
+    open_artefact,
+)
 from p2r.config import ModelConfig, Section
 from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
 from p2r.data.volume import Volume, read_volume
-from p2r.errors import CheckpointError, StorageError
+from p2r.documents import read_json
+from p2r.errors import CheckpointError, DamagedError
 from p2r.job import validated
 from p2r.model.backbones import build_backbone
 from p2r.model.heads import PrototypeHead, SegmentationHead
 from p2r.model.pix2rep import Segmenter
-from p2r.storage import Storage, file_sha256, json_bytes
+from p2r.reference import pinned
+from p2r.storage import Storage, json_bytes
+from p2r.tensors import MAX_HEADER_BYTES, check_fit, check_values, load_into, num_bytes_of, shapes_of, unallocated
 from p2r.version import __version__, code_version
 
-BACKBONE_FORMAT = "p2r-backbone/1"
-MODEL_FORMAT = "p2r-model/1"
+BACKBONE_FORMAT = "p2r-backbone/2"
+MODEL_FORMAT = "p2r-model/2"
+_MAX_CONFIG_DEPTH = 8
 
 
 class ArtefactConfig(Section):
@@ -41,9 +57,9 @@ class ArtefactConfig(Section):
     """Architecture."""
     preparation: Preparation
     """What is done to a scan before the network sees it."""
-    classes: dict[int, str] = Field(default_factory=dict)
+    classes: dict[int, Annotated[str, Field(max_length=200)]] = Field(default_factory=dict, max_length=1000)
     """Models only: name of each label value; 0 is the background."""
-    num_prototypes: tuple[int, ...] = ()
+    num_prototypes: Annotated[tuple[PositiveInt, ...], Field(max_length=1001)] = ()
     """Models whose head compares features with prototypes: how many there are of each class, background first."""
 
     largest_component: bool = False
@@ -68,7 +84,7 @@ class Backbone(nn.Module):
 
     Attributes:
         preparation: What `prepare` does to a scan.
-        manifest: The artefact's manifest, with its digest under `sha256`.
+        manifest: The artefact's manifest, with its digest under `sha256`, and `pin`: the reference that names this very backbone.
     """
 
     def __init__(self, network: nn.Module, config: ArtefactConfig, manifest: Mapping[str, Any]) -> None:
@@ -100,29 +116,63 @@ class Backbone(nn.Module):
         return make(volume, preparation=self.preparation, size=self.preparation.image_size)
 
 
-def load_backbone(url: str, *, device: str = "cpu") -> Backbone:
+def load_backbone(url: str, *, sha256: str | None = None, key: str | None = None, device: str = "cpu") -> Backbone:
     """Load a published backbone, in evaluation mode.
 
     Args:
-        url: `file://`, `s3://` or a path: the folder that holds `manifest.json`.
+        url: `file://`, `s3://` or a path: the folder that holds `manifest.json`; or `URL@sha256:HEX`.
+        sha256: The pin, if it is not in `url`: SHA-256 of `manifest.json`, which names every other file.
+        key: Public key of who must have signed it: `ed25519:HEX`, or the path of a PEM file.
         device: Where the weights go.
 
     Raises:
-        StorageError: if it is absent or damaged.
+        StorageError: if it is absent or damaged, another one than is pinned, or not signed by the key.
         CheckpointError: if it is not a backbone, or not one that this version can build.
     """
-    manifest, config, weights = _read(Storage(url), BACKBONE_FORMAT)
-    network = build_backbone(config.model, dimensions=config.preparation.dimensions)
-    _load_weights(network, weights, url)
-    return Backbone(network, config, manifest).to(device).eval()
+    artefact = open_artefact(pinned(url, sha256), format=_kind(BACKBONE_FORMAT), key=key)
+    config = read_config(artefact)
+    network = _loaded(artefact, config, is_model=False)
+    return Backbone(network, config, artefact.facts()).to(device).eval()
 
 
-def load_model(url: str, *, device: str = "cpu") -> tuple[Segmenter, ArtefactConfig, dict[str, Any]]:
-    """Load a published segmentation model, in evaluation mode, with its configuration and manifest."""
-    manifest, config, weights = _read(Storage(url), MODEL_FORMAT)
-    segmenter = Segmenter(build_backbone(config.model, dimensions=config.preparation.dimensions), config.head())
-    _load_weights(segmenter, weights, url)
-    return segmenter.to(device).eval(), config, manifest
+def load_model(
+    url: str, *, sha256: str | None = None, key: str | None = None, device: str = "cpu"
+) -> tuple[Segmenter, ArtefactConfig, dict[str, Any]]:
+    """Load a published segmentation model, in evaluation mode, with its configuration and manifest; as `load_backbone`."""
+    artefact = open_artefact(pinned(url, sha256), format=_kind(MODEL_FORMAT), key=key)
+    config = read_config(artefact)
+    segmenter = _loaded(artefact, config, is_model=True)
+    assert isinstance(segmenter, Segmenter)
+    return segmenter.to(device).eval(), config, artefact.facts()
+
+
+def verify_artefact(artefact: Artefact) -> None:
+    """Check every file of a published folder: its digest, and that the weights fit the configuration.
+
+    Raises:
+        StorageError: A file is absent or damaged.
+        CheckpointError: The configuration or the weights break a rule.
+    """
+    problems = artefact.problems()
+    if problems:
+        raise DamagedError(f"{artefact.storage.url} is damaged:\n" + "\n".join(f"  {problem}" for problem in problems))
+    _loaded(artefact, read_config(artefact), is_model=isinstance(artefact.manifest, ModelManifest))
+
+
+def read_config(artefact: Artefact) -> ArtefactConfig:
+    """Read the configuration of a published folder: parsed from the very bytes that were hashed.
+
+    Raises:
+        InputError: It is damaged, or breaks a rule.
+    """
+    return _parsed_config(artefact.read("config"), where=artefact.storage.at(artefact.manifest.files.config.name))
+
+
+def _parsed_config(content: bytes, *, where: str) -> ArtefactConfig:
+    value = read_json(
+        content, where=where, max_bytes=MAX_TEXT_BYTES, max_depth=_MAX_CONFIG_DEPTH, error=CheckpointError
+    )
+    return validated(ArtefactConfig, value, where=where)
 
 
 def publish(
@@ -134,73 +184,66 @@ def publish(
     card: str,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write an artefact, manifest last, and return its manifest.
+    """Publish an artefact, and return its manifest's entries with `sha256`, `url`, `pin`, and `is_new`.
 
-    Publishing the same thing again changes nothing. Args:
+    Publishing the same thing again changes nothing, but for files that are damaged or missing: they are written again. Args:
         storage: The artefact's folder.
         format: `BACKBONE_FORMAT` or `MODEL_FORMAT`.
-        weights: State of the network, fp32.
+        weights: State of the network, float32.
         config: Architecture and preparation.
         card: README.md.
-        facts: Further entries of the manifest: corpus, licence, job, step.
+        facts: Further entries of the manifest: corpora, licence, job, step.
 
     Raises:
-        CheckpointError: if other weights are already published there.
+        CheckpointError: if something else is published there; or the weights do not fit the configuration, or are not finite.
     """
+    is_model = format == MODEL_FORMAT
+    network = _unallocated(config, is_model=is_model, where=storage.url)
+    check_fit(shapes_of(weights), shapes_of(network.state_dict()), where=storage.url, of="the configuration")
+    check_values(weights, where=storage.url)
     with tempfile.TemporaryDirectory(prefix="p2r-publish-") as name:
-        folder = Path(name)
-        save_file(
-            {key: value.detach().cpu().float().contiguous() for key, value in weights.items()},
-            folder / "model.safetensors",
+        files: dict[Role, Path] = {role: Path(name, role) for role in ("weights", "config", "card")}
+        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, files["weights"])
+        files["config"].write_bytes(json_bytes(config.model_dump(mode="json")))
+        files["card"].write_text(card, encoding="utf-8")
+        entries: dict[Role, FileEntry] = {role: entry_of(role, local) for role, local in files.items()}
+        values = {"format": format, "p2r_version": __version__, "code": code_version(), **facts}
+        try:
+            manifest = (ModelManifest if is_model else BackboneManifest)(files=Files(**entries), **values)
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_context=False)[0]
+            key = ".".join(map(str, problem["loc"]))
+            raise CheckpointError(f"{storage.url} cannot be published: {key}: {problem['msg']}") from None
+        artefact, is_new = commit(
+            storage,
+            manifest,
+            files,
+            is_same_config=lambda content: _parsed_config(content, where=storage.url) == config,
         )
-        (folder / "config.json").write_bytes(json_bytes(config.model_dump(mode="json")))
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        files = {
-            file.name: {"sha256": file_sha256(file), "num_bytes": file.stat().st_size}
-            for file in sorted(folder.iterdir())
-        }
-        manifest = {"format": format, "files": files, "p2r_version": __version__, "code": code_version(), **facts}
-        if storage.exists("manifest.json"):
-            published = storage.read_json("manifest.json")
-            if published["files"]["model.safetensors"] != files["model.safetensors"]:
-                raise CheckpointError(
-                    f"{storage.url} is already published with other weights, and what is published never changes: "
-                    "choose another publish.version"
-                )
-            return _with_digest(storage)
-        for file in files:
-            storage.upload(folder / file, file)
-        storage.write_json("manifest.json", manifest)
-    return _with_digest(storage)
+    return {**artefact.facts(), "is_new": is_new}
 
 
-def _with_digest(storage: Storage) -> dict[str, Any]:
-    content = storage.read_bytes("manifest.json")
-    return {**storage.read_json("manifest.json"), "sha256": hashlib.sha256(content).hexdigest(), "url": storage.url}
+def _kind(format: str) -> str:
+    return format.partition("/")[0]
 
 
-def _read(storage: Storage, format: str) -> tuple[dict[str, Any], ArtefactConfig, Path]:
-    if not storage.exists("manifest.json"):
-        raise StorageError(
-            f"{storage.url} holds no manifest.json: give the folder of one published version, such as backbones/NAME/1"
+def _loaded(artefact: Artefact, config: ArtefactConfig, *, is_model: bool) -> nn.Module:
+    """Build the network of an artefact and load its weights; nothing of their size is allocated before both fit."""
+    where, entry = artefact.storage.url, artefact.manifest.files.weights
+    network = _unallocated(config, is_model=is_model, where=where)
+    room = num_bytes_of(network) + MAX_HEADER_BYTES
+    if entry.num_bytes > room or entry.num_bytes < num_bytes_of(network):
+        raise CheckpointError(
+            f"the weights of {where} do not fit its config.json: they have {entry.num_bytes:,} bytes, the network "
+            f"{num_bytes_of(network):,}"
         )
-    manifest = _with_digest(storage)
-    if manifest.get("format") != format:
-        raise CheckpointError(f"{storage.url} has format {manifest.get('format')!r}, needed is {format!r}")
-    paths: dict[str, Path] = {}
-    for name in ("model.safetensors", "config.json"):
-        entry = manifest["files"][name]
-        paths[name] = storage.local(name, sha256=entry["sha256"], num_bytes=entry["num_bytes"])
-        if file_sha256(paths[name]) != entry["sha256"]:
-            raise StorageError(
-                f"{storage.at(name)} does not have the sha256 of its manifest: it is damaged; publish it again"
-            )
-    config = validated(ArtefactConfig, storage.read_json("config.json"), where=storage.at("config.json"))
-    return manifest, config, paths["model.safetensors"]
+    load_into(network, artefact.read("weights"), where=f"{where}, {entry.name}")
+    return network
 
 
-def _load_weights(network: nn.Module, path: Path, url: str) -> None:
-    try:
-        network.load_state_dict(load_file(path))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"the weights of {url} do not fit its config.json: {error}") from None
+def _unallocated(config: ArtefactConfig, *, is_model: bool, where: str) -> nn.Module:
+    def build() -> nn.Module:
+        network: nn.Module = build_backbone(config.model, dimensions=config.preparation.dimensions)
+        return Segmenter(network, config.head()) if is_model else network
+
+    return unallocated(build, where=where)

@@ -6,7 +6,7 @@ A data set is a folder with a `dataset_description.json`. Names outside of one a
 import re
 from pathlib import Path
 
-from p2r.data.volume import scan_key
+from p2r.data.names import scan_key
 
 DESCRIPTION = "dataset_description.json"
 """The file that makes a folder a data set."""

@@ -7,9 +7,11 @@ A source is one of
     file://, s3://         the same by URL; DICOM is read from folders only
     template://            see `phantom`
 
-Hidden files and folders are passed over (macOS leaves `._sub-01.nii.gz` beside every file it copies), links to files
-are followed, links to folders are not: name the folder as a source of its own. In a BIDS data set entities are read from
-the names, and `derivatives`, `sourcedata` and `code` are searched only where the source itself lies in them.
+Folders are searched by `folders`: links are followed, hidden files and folders are skipped. In a BIDS data set entities are
+read from the names.
+
+Files that are taken for label maps (`label_maps`) are found too, and marked. A `dataset.json` of nnU-Net or the Medical
+Segmentation Decathlon gives its images their cases and channels.
 
 DICOM is a file that ends in `.dcm` or `.ima`; in folders without NIfTI, any with DICOM's magic number. Files are grouped
 by folder and series; a key has the folder's name and the series' number. Nothing else of a header is used, unless the
@@ -17,10 +19,11 @@ job asks for PatientID.
 """
 
 import itertools
+import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -30,12 +33,18 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from p2r.data import bids, dicom, lists
+from p2r.data.dataset_json import NAME as DATASET_JSON
+from p2r.data.dataset_json import DatasetJson, case_of, read_dataset_json
+from p2r.data.folders import has_header, is_dead_link, is_image, is_passed_over, walk
+from p2r.data.label_maps import label_map_by_name
+from p2r.data.names import composed, local_path, pair_of, scan_key
+from p2r.data.opening import bucket_client
 from p2r.data.phantom import resolve_source
-from p2r.data.volume import HEADER_SUFFIXES, SUFFIXES, VOXEL_SUFFIXES, bucket_client, local_path, pair_of, scan_key
 from p2r.errors import DataError
 
 DicomSubject = Literal["folder", "patient_id"]
 
+_MAX_SUBJECTS = 1_000_000
 _KINDS = ".nii, .nii.gz, .hdr/.img or DICOM file"
 
 
@@ -61,11 +70,17 @@ class Scan:
     """What is to be read."""
     label: str = ""
     """For a DICOM series: the first folder below the source that leads to it."""
+    below: str = ""
+    """Path below its source; empty if it is not below one."""
+    case: str | None = None
+    """Name of its case, as a `dataset.json` has it."""
+    label_map: str = ""
+    """Why its name, or a `dataset.json`, makes it a label map; empty: nothing does."""
 
     @property
     def name(self) -> str:
-        """What the scan is called: its file name, or the label of a series."""
-        return self.label or self.path.rsplit("/", 1)[-1]
+        """File name of the scan, or the label of a series, in Unicode's composed form."""
+        return composed(self.label or self.path.rsplit("/", 1)[-1])
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,7 @@ class _Search:
 
     def wants(self, below: str) -> bool:
         """Tell whether a file is wanted, by its path below the source."""
+        below = composed(below)
         return (not self.include or _matches(below, self.include)) and not _matches(below, self.exclude)
 
 
@@ -104,6 +120,7 @@ def find_scans(
     """
     search = _Search(include, exclude, dicom_subject)
     found: dict[str, Scan] = {}
+    datasets: dict[Path, DatasetJson | None] = {}
     for source in sources:
         scans = _scans_of(source, cache, search)
         if not scans:
@@ -111,6 +128,8 @@ def find_scans(
             raise DataError(f"source {source} holds no {_KINDS}{rule}; name the folder that has them, at any depth")
         # What a list says of a scan counts more than that a folder has it too.
         found |= {scan.path: scan for scan in scans if scan.path not in found or scan.subject or scan.entities}
+        root = _root_of(source)
+        found |= {scan.path: _described(found[scan.path], root, datasets) for scan in scans}
     keys = _unique_keys([found[path] for path in sorted(found)])
     return [replace(found[path], key=keys[path]) for path in sorted(found)]
 
@@ -121,30 +140,41 @@ def expand_subjects(patterns: Iterable[str]) -> list[str]:
     Zero padding is kept, plain names stay, and a name given twice appears once, where it came first.
 
     Raises:
-        DataError: for brackets that do not close, or a range that does not rise.
+        DataError: for brackets that do not close, a range that does not rise, or more than a million names.
     """
-    return list(dict.fromkeys(name for pattern in patterns for name in _expand(pattern)))
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        names |= dict.fromkeys(_expand(pattern))
+        _check_number(len(names), pattern)
+    return list(names)
 
 
 def _expand(pattern: str) -> list[str]:
-    pieces = re.split(r"\[([^\[\]]*)\]", pattern)  # text, ranges, text, ranges, ..., text
+    pieces = re.split(r"\[([^\[\]]*)\]", composed(pattern))  # text, ranges, text, ranges, ..., text
     if any(bracket in text for text in pieces[::2] for bracket in "[]") or not pattern:
         raise DataError(f"subjects {pattern!r}: write a name, or ranges in closed brackets as in patient[001-014,020]")
     choices = [[piece] if index % 2 == 0 else _numbers(piece, pattern) for index, piece in enumerate(pieces)]
+    _check_number(math.prod(map(len, choices)), pattern)
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
 def _numbers(ranges: str, pattern: str) -> list[str]:
     numbers: list[str] = []
     for part in ranges.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, flags=re.ASCII)
+        match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part, flags=re.ASCII)
         if match is None:
             raise DataError(f"subjects {pattern!r}: {part!r} is neither a number nor a range such as 001-014")
         first, last = match[1], match[2] or match[1]
         if int(first) > int(last):
             raise DataError(f"subjects {pattern!r}: the range {part!r} does not rise")
+        _check_number(len(numbers) + int(last) - int(first), pattern)
         numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return numbers
+
+
+def _check_number(number: int, pattern: str) -> None:
+    if number > _MAX_SUBJECTS:
+        raise DataError(f"subjects {pattern[:80]!r} stands for more than {_MAX_SUBJECTS:,} names; narrow its ranges")
 
 
 def _scans_of(source: str, cache: Path, search: _Search) -> list[Scan]:
@@ -168,7 +198,7 @@ def _scans_of(source: str, cache: Path, search: _Search) -> list[Scan]:
         raise DataError(f"source {source} does not exist (looked for {root})")
     if _is_list(root.name):
         return list(_in_list(str(root), search))
-    if not _is_image(root.name) and not dicom.is_dicom(root):
+    if not is_image(root.name) and not dicom.is_dicom(root):
         raise DataError(f"source {source} is not a {_KINDS}, nor a list of them ({', '.join(lists.SUFFIXES)})")
     return [scan for scan in _from_file(root, search) if search.wants(root.name)]
 
@@ -177,48 +207,23 @@ def _scans_of(source: str, cache: Path, search: _Search) -> list[Scan]:
 
 
 def _in_folder(root: Path, search: _Search) -> Iterator[Scan]:
-    for folder, names, is_bids in _walk(root):
-        below = folder.relative_to(root)
-        wanted = [name for name in names if search.wants((below / name).as_posix())]
-        images = {name for name in names if _is_image(name)}
+    for folder in walk(root):
+        below = folder.path.relative_to(root)
+        wanted = [name for name in folder.names if search.wants((below / name).as_posix())]
+        images = {name for name in folder.names if is_image(name)}
         for name in wanted:
-            if name in images and not _has_header(name, images):
-                yield _image(folder / name, is_bids)
+            if (name in images and not has_header(name, images)) or is_dead_link(folder.path / name):
+                yield _image(folder.path / name, folder.is_bids)
         files = (
-            folder / name
+            folder.path / name
             for name in wanted
-            if name.lower().endswith(dicom.SUFFIXES) or (not images and dicom.is_dicom(folder / name))
+            if name.lower().endswith(dicom.SUFFIXES) or (not images and dicom.is_dicom(folder.path / name))
         )
         yield from _series(files, below.parts[0] if below.parts else root.name, search)
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str], bool]]:
-    """Yield every folder with the names of its files, and whether it lies in a BIDS data set."""
-    waiting = [(root, bids.is_dataset(root.parent))]
-    while waiting:
-        folder, is_bids = waiting.pop()
-        files, folders = [], []
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.name)
-                    elif (
-                        not entry.is_symlink() or not Path(entry).is_dir()
-                    ):  # is_dir() of an entry fails where links loop
-                        files.append(entry.name)
-        except OSError as error:
-            raise DataError(f"folder {folder} cannot be listed: {error}; check its permissions") from error
-        is_dataset = bids.DESCRIPTION in files
-        skipped = bids.NOT_RAW if is_dataset else frozenset()
-        is_bids = is_bids or is_dataset
-        yield folder, sorted(name for name in files if not name.startswith(".")), is_bids
-        below = sorted(name for name in folders if not name.startswith(".") and name not in skipped)
-        waiting += [(folder / name, is_bids) for name in reversed(below)]
-
-
 def _from_file(path: Path, search: _Search) -> Iterator[Scan]:
-    if _is_image(path.name):
+    if is_image(path.name):
         yield _image(path, bids.is_dataset(path.parent))
     else:
         for scan in _series([path], path.parent.name, search):
@@ -279,6 +284,50 @@ def _state(files: Iterable[str]) -> tuple[int, str]:
     return num_bytes, str(modified or "")
 
 
+# Names and a dataset.json
+
+
+def _root_of(source: str) -> str:
+    """Return the folder or prefix below which the scans of a source are, or the folder of a single file or list."""
+    local = local_path(source)
+    if local is None:
+        return (source.rpartition("/")[0] if _is_list(source) or is_image(source) else source).rstrip("/")
+    root = local.expanduser().absolute()
+    return str(root if root.is_dir() else root.parent)
+
+
+def _described(scan: Scan, root: str, datasets: dict[Path, DatasetJson | None]) -> Scan:
+    """Add the statements of a scan's path, and of a `dataset.json` above it, which is read once for all."""
+    below = composed(scan.path.removeprefix(f"{root}/")) if scan.path.startswith(f"{root}/") else ""
+    if scan.format == "dicom":
+        return replace(scan, below=below)
+    reason = label_map_by_name(below or scan.path.rpartition("/")[2])
+    found = None if "://" in scan.path else _dataset_of(Path(scan.path), datasets)
+    if found is None:
+        return replace(scan, below=below, label_map=reason or "")
+    folder, dataset = found
+    path = Path(scan.path).relative_to(folder).as_posix()
+    if path in dataset.label_maps:
+        reason = f"is a label of {folder / DATASET_JSON}"
+    case, channel = case_of(path, dataset)
+    entities = dict(scan.entities)
+    if channel < len(dataset.channels):
+        entities.setdefault("channel", dataset.channels[channel])
+    return replace(
+        scan, below=below, label_map=reason or "", case=case, entities=tuple(sorted(entities.items()))
+    )  # fmt: skip
+
+
+def _dataset_of(path: Path, datasets: dict[Path, DatasetJson | None]) -> tuple[Path, DatasetJson] | None:
+    """Return the `dataset.json` beside a file or in the folder above, and that folder."""
+    for folder in path.parents[:2]:
+        if folder not in datasets:
+            datasets[folder] = read_dataset_json(folder / DATASET_JSON)
+        if (dataset := datasets[folder]) is not None:
+            return folder, dataset
+    return None
+
+
 # Buckets
 
 
@@ -292,14 +341,14 @@ def _in_bucket(url: str, search: _Search) -> Iterator[Scan]:
         folders = path.split("/")[:-1]
         inside = [level for level in range(1, len(folders) + 1) if "/".join(folders[:level]) in datasets]
         is_raw = not any(folders[level : level + 1] and folders[level] in bids.NOT_RAW for level in inside)
-        if any(part.startswith(".") for part in below.split("/")) or not is_raw or not search.wants(below):
+        if any(is_passed_over(part) for part in below.split("/")) or not is_raw or not search.wants(below):
             continue
         if path.lower().endswith(dicom.SUFFIXES):
             raise DataError(
                 f"source {url} holds DICOM (s3://{path}), which is read from folders only: copy it to one, "
                 "or leave it out by ingest.exclude"
             )
-        if _is_image(path) and not _has_header(path, objects):
+        if is_image(path) and not has_header(path, objects):
             yield _object(path, objects, is_bids or bool(inside))
 
 
@@ -375,6 +424,7 @@ def _target(row: lists.Row, folder: str, path: str) -> str:
     local = local_path(row.path)
     if local is None:
         raise DataError(f"list {path}, line {row.line}: {row.path} is neither a path nor a file:// or s3:// URL")
+    local = local.expanduser() if row.path.startswith("~") else local
     if local.is_absolute():
         return os.path.normpath(local)
     if not folder.startswith("s3://"):
@@ -403,7 +453,7 @@ def _all_found(targets: Sequence[str], search: _Search) -> Iterator[list[Scan]]:
 def _object_at(target: str, bucket: Any, known: dict[str, bool]) -> list[Scan]:
     path = target.removeprefix("s3://")
     try:
-        objects = {file: bucket.info(file) for file in pair_of(path) or (path,)} if _is_image(path) else {}
+        objects = {file: bucket.info(file) for file in pair_of(path) or (path,)} if is_image(path) else {}
         is_bids = bool(bids.entities_of(path)) and _is_in_dataset(path.rpartition("/")[0], bucket, known)
     except FileNotFoundError:
         return []
@@ -418,7 +468,7 @@ def _found_at(target: str, search: _Search) -> list[Scan]:
         if path.is_dir():
             return list(_series((file for file in path.iterdir() if dicom.is_dicom(file)), path.name, search))
         # A broken link is a scan that reading will refuse.
-        is_scan = (_is_image(path.name) and os.path.lexists(path)) or dicom.is_dicom(path)
+        is_scan = (is_image(path.name) and os.path.lexists(path)) or dicom.is_dicom(path)
     except OSError:  # a name too long, a folder that is closed
         return []
     return list(_from_file(path, search)) if is_scan else []
@@ -427,19 +477,8 @@ def _found_at(target: str, search: _Search) -> list[Scan]:
 # Names
 
 
-def _is_image(name: str) -> bool:
-    is_hidden = name.rpartition("/")[2].startswith(".")
-    return name.lower().endswith((*SUFFIXES, *HEADER_SUFFIXES, *VOXEL_SUFFIXES)) and not is_hidden
-
-
 def _is_list(name: str) -> bool:
     return name.lower().endswith(lists.SUFFIXES)
-
-
-def _has_header(name: str, names: Container[str]) -> bool:
-    """Tell whether a file holds the voxels of a scan whose header is there too: one scan, listed by its header."""
-    pair = pair_of(name)
-    return pair is not None and name == pair[1] and pair[0] in names
 
 
 def _bids_subject(entities: Mapping[str, str]) -> str | None:
@@ -453,7 +492,7 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 @lru_cache
 def _variants(pattern: str) -> list[str]:
     """Return a pattern with each `**/` in it left as it is, or left out."""
-    first, *others = pattern.split("**/")
+    first, *others = composed(pattern).split("**/")
     if len(others) > 4:
         raise DataError(f"ingest pattern {pattern!r} has more than four `**/`; `*` matches `/` as well")
     chosen = itertools.product(("*/", ""), repeat=len(others))
@@ -485,4 +524,4 @@ def _unique_keys(scans: Sequence[Scan]) -> dict[str, str]:
 def _key(scan: Scan, num_parents: int) -> str:
     folders, _, _ = scan.path.rpartition("/")
     parents = [part for part in folders.split("/") if part][-num_parents:] if num_parents else []
-    return re.sub(r"[^\w-]", "_", "_".join([*parents, scan.key]))
+    return re.sub(r"[^\w-]", "_", composed("_".join([*parents, scan.key])))

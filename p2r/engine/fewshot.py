@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from safetensors.torch import load
 
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
-from p2r.config import FinetuneConfig, Mode
+from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Preparation
 from p2r.engine.finetune import Known, TrialSetup, run_trial, slices_of
 from p2r.errors import DataError, InputError, TrainingError
@@ -50,6 +50,7 @@ from p2r.evaluate.tasks import (
     load_task,
 )
 from p2r.files import file_sha256
+from p2r.modes import MODES, Mode
 from p2r.storage import Storage, json_bytes
 
 _TRANSDUCTIVE_CARD = """
@@ -387,9 +388,8 @@ def publish_best(
     best = max(results, key=lambda result: result["validation"]["dice_mean"] or 0.0)
     trial = best["trial"]
     weights = load(Storage(setup.storage).read_bytes(best["weights"]))
-    version = Path(best["weights"]).stem
     # From scratch, a model has the backbone's shape and nothing of its weights or corpora.
-    is_scratch = trial["mode"] == "scratch"
+    is_scratch = MODES[trial["mode"]].is_from_scratch
     licences = [task.config.licence] if is_scratch else [backbone.manifest["licence"], task.config.licence]
     licence = " AND ".join(dict.fromkeys(licences))
     patients = (
@@ -399,34 +399,39 @@ def publish_best(
     trial_is_transductive = bool(best["row"].get("transductive"))
     classes = ", ".join(f"{value} {name}" for value, name in task.config.classes.items())
     warnings = _TRANSDUCTIVE_CARD * trial_is_transductive + _PAPER_COMPAT_CARD * (trial["protocol"] == "paper_compat")
-    card = f"""# {task.config.title}
+    about = f"""# {task.config.title}
 
 Segments {classes} (0: background). Mode {trial["mode"]} with {patients}: the best validation Dice
 ({dice:.3f}) of {len(results)} models. Not a medical device.{warnings}
 
-    p2r predict {storage.at(f"{task.config.name}/{version}")} scan.nii.gz -o segmentation.nii.gz
+    p2r predict {storage.at(task.config.name)}/%s scan.nii.gz -o segmentation.nii.gz
 
 Licence of the weights: {licence}. {task.config.citation}
 """
+    config = ArtefactConfig(
+        model=backbone.config.model,
+        preparation=setup.preparation(backbone),
+        classes=task.config.classes,
+        largest_component=setup.config.largest_component,
+        num_prototypes=tuple(best["num_prototypes"]) if "num_prototypes" in best else (),
+    )
+    facts = {
+        "task": task.config.name,
+        "licence": licence,
+        "trial": trial,
+        "validation": best["validation"],
+        "transductive": trial_is_transductive,
+        "backbone_sha256": best["row"]["backbone_sha256"],
+        "corpora": [] if is_scratch else backbone.manifest["corpora"],
+    }
+    # What is published never changes: a model of which anything else is said, such as a corrected licence, is another version.
+    said = hashlib.sha256(json_bytes([about, facts, config.model_dump(mode="json")])).hexdigest()
+    version = f"{Path(best['weights']).stem}-{said[:12]}"
     return publish(
         storage.child(f"{task.config.name}/{version}"),
         format=MODEL_FORMAT,
         weights=weights,
-        config=ArtefactConfig(
-            model=backbone.config.model,
-            preparation=setup.preparation(backbone),
-            classes=task.config.classes,
-            largest_component=setup.config.largest_component,
-            num_prototypes=tuple(best["num_prototypes"]) if "num_prototypes" in best else (),
-        ),
-        card=card,
-        facts={
-            "task": task.config.name,
-            "licence": licence,
-            "trial": trial,
-            "validation": best["validation"],
-            "transductive": trial_is_transductive,
-            "backbone_sha256": best["row"]["backbone_sha256"],
-            "corpora": [] if is_scratch else backbone.manifest.get("corpora", []),
-        },
+        config=config,
+        card=about.replace("%s", version),
+        facts=facts,
     )

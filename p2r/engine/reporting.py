@@ -194,7 +194,7 @@ def write_variants(
 
 def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[str, str]) -> dict[str, Any]:
     assert job.finetune is not None
-    corpora = backbone.manifest.get("corpora", [])
+    corpora = backbone.manifest["corpora"] or []
     return {
         "title": f"Few-shot report of {job.name}",
         "job": job.name,
@@ -202,9 +202,10 @@ def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[s
         "backbone": {
             "url": backbone.manifest["url"],
             "sha256": backbone.manifest["sha256"],
-            "step": backbone.manifest.get("step"),
-            "negatives": backbone.manifest.get("negatives"),
-            "code": backbone.manifest.get("code"),
+            "pin": backbone.manifest["pin"],
+            "step": backbone.manifest["step"],
+            "negatives": backbone.manifest["negatives"],
+            "code": backbone.manifest["code"],
         },
         **{
             "corpus" if len(corpora) == 1 else f"corpus {number}": {key: corpus.get(key) for key in _OF_CORPUS}
@@ -230,8 +231,8 @@ def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[s
 
 def _backbone_line(backbone: Backbone) -> str:
     """Return what a picture of the backbone alone says below itself: no task, draw or protocol has a part in it."""
-    digests = [corpus["sha256"][:12] for corpus in backbone.manifest.get("corpora", [])]
-    code = backbone.manifest.get("code")
+    digests = [corpus["sha256"][:12] for corpus in backbone.manifest["corpora"] or []]
+    code = backbone.manifest["code"]
     parts = [
         f"backbone {backbone.manifest['sha256'][:12]}",
         f"pretrained on corpus {', '.join(digests)}" if digests else "",
@@ -341,7 +342,7 @@ def _outlines(
         num_classes=task.num_classes,
         largest_component=config.largest_component,
     )
-    axis = slice_axis(scan.volume.spacing_mm, config.preparation.slice_axis)
+    axis = slice_axis(scan.volume.spacing_mm, config.preparation.slice_axis, shape=scan.volume.data.shape)
     planes, predicted, reference = (
         volume_to_planes(data, axis) for data in (scan.volume.data, prediction, scan.labels.data)
     )
@@ -365,7 +366,7 @@ def _case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, co
     if not found:
         raise DataError(f"the task has no scan {case.scan} of {case.subject} any more")
     scan = load_scan(found[0], task, backbone.preparation)
-    axis = slice_axis(scan.volume.spacing_mm, backbone.preparation.slice_axis)
+    axis = slice_axis(scan.volume.spacing_mm, backbone.preparation.slice_axis, shape=scan.volume.data.shape)
     frame = slice(case.frame, case.frame + 1)
     predictions = {
         name: volume_to_planes(_prediction(row, case.scan, setup, scan)[..., frame], axis)

@@ -4,69 +4,82 @@ Only safetensors are read, after their digest was checked: whoever made them get
 A backbone leaves the projection head as it was drawn; a temperature that is learnt on one side only is left out.
 """
 
+import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from p2r.backbone import BACKBONE_FORMAT
+from p2r.artefact import BackboneManifest, open_artefact
+from p2r.documents import read_json
 from p2r.engine.checkpoint import FORMAT
 from p2r.errors import CheckpointError, DamagedError
 from p2r.model.pix2rep import Pix2Rep
-from p2r.storage import Storage, file_sha256
+from p2r.reference import Reference, parse_reference
+from p2r.storage import Storage
+from p2r.tensors import check_fit, read_tensors, shapes_of
 
 _FILE = "model.safetensors"
 _OPTIONAL = {"log_temperature"}
-_NUM_NAMED = 8
+_MAX_MANIFEST_BYTES = 2**28
+_WAY_OUT = "Take over its model section, or leave init_from out."
 
 
 def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
-    """Give a model the weights that lie at a URL.
+    """Give a model the weights that are stored at a URL.
 
     Args:
         model: Of the run.
-        url: Folder of a published backbone, or of a checkpoint; or the `model.safetensors` in one of them.
+        url: Folder of a published backbone, or of a checkpoint; or the safetensors in one of them. With `@sha256:HEX`, the
+            digest of its `manifest.json`.
 
     Returns:
-        What a checkpoint keeps of it: URL, format, SHA-256 of the weights, and the step of a checkpoint.
+        What a checkpoint keeps of it: URL, format, SHA-256 of the weights and of the manifest, and the step of a checkpoint.
 
     Raises:
-        StorageError: It is absent or damaged.
+        StorageError: It is absent or damaged, or another one than is pinned.
         CheckpointError: It is something else, or its weights do not fit the model.
     """
-    storage = Storage(url.rstrip("/").removesuffix(f"/{_FILE}"))
+    given = parse_reference(url)
+    reference = Reference(re.sub(r"/model(-[0-9a-f]{64})?\.safetensors$", "", given.url.rstrip("/")), given.sha256)
+    storage = Storage(reference.url)
     where = f"pretrain.init_from {storage.url}"
     if not storage.exists("manifest.json"):
         raise CheckpointError(
             f"{where} holds no manifest.json: give the folder of a published backbone, such as STORAGE/backbones/NAME/1, "
             "or of a checkpoint, such as STORAGE/pretrain/checkpoints/step-00001000"
         )
-    manifest = storage.read_json("manifest.json")
+    content = storage.read_bytes("manifest.json")
+    manifest = read_json(content, where=where, max_bytes=_MAX_MANIFEST_BYTES, error=CheckpointError)
     format = manifest.get("format") if isinstance(manifest, dict) else None
-    if format not in (BACKBONE_FORMAT, FORMAT):
-        raise CheckpointError(f"{where} has format {format!r}; weights are taken from {BACKBONE_FORMAT} and {FORMAT}")
-    entry = manifest["files"][_FILE]
-    weights = checked_weights(storage, _FILE, entry)
-    if format == BACKBONE_FORMAT:
+    facts = {"url": storage.url, "format": format, "manifest_sha256": hashlib.sha256(content).hexdigest()}
+    if str(format).startswith("p2r-backbone/"):
+        artefact = open_artefact(reference, format="p2r-backbone")
+        assert isinstance(artefact.manifest, BackboneManifest)
+        entry = artefact.manifest.files.weights
+        weights = read_tensors(artefact.read("weights"), where=storage.at(entry.name))
         _load(model.backbone, weights, where=where, optional=set())
-    else:
-        _load(model, weights, where=where, optional=_OPTIONAL)
-    step = {"step": manifest["step"]} if "step" in manifest else {}
-    return {"url": storage.url, "format": format, "sha256": entry["sha256"], **step}
+        step = {} if artefact.manifest.step is None else {"step": artefact.manifest.step}
+        return {**facts, "weights_sha256": entry.sha256, **step}
+    if format != FORMAT:
+        raise CheckpointError(f"{where} has format {format!r}; weights are taken from p2r-backbone/2 and {FORMAT}")
+    reference.check(content)
+    _load(model, checked_weights(storage, _FILE, manifest["files"][_FILE]), where=where, optional=_OPTIONAL)
+    return {**facts, "weights_sha256": manifest["files"][_FILE]["sha256"], "step": manifest["step"]}
 
 
 def checked_weights(storage: Storage, path: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Read safetensors that are what a manifest's entry says of them.
+    """Read safetensors that are what a manifest's entry says of them: float32, finite, parsed from the bytes that were hashed.
 
     Raises:
         DamagedError: They are absent, or others.
+        CheckpointError: They are not such weights.
     """
-    local = storage.local(path, sha256=entry["sha256"], num_bytes=entry["num_bytes"])
-    if file_sha256(local) != entry["sha256"]:
+    content = storage.local(path, sha256=entry["sha256"], num_bytes=entry["num_bytes"]).read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise DamagedError(f"{storage.at(path)} does not have the sha256 of its manifest: it is damaged")
-    weights: dict[str, Tensor] = load_file(local)
-    return weights
+    return read_tensors(content, where=storage.at(path))
 
 
 def _load(module: Any, weights: dict[str, Tensor], *, where: str, optional: set[str]) -> None:
@@ -75,22 +88,8 @@ def _load(module: Any, weights: dict[str, Tensor], *, where: str, optional: set[
         if (name in weights) != (name in wanted):
             weights.pop(name, None)
             wanted.pop(name, None)
-    problems = [
-        f"{name}: {_shape(weights.get(name))} there, {_shape(wanted.get(name))} in this job"
-        for name in sorted(weights.keys() | wanted.keys())
-        if name not in weights or name not in wanted or weights[name].shape != wanted[name].shape
-    ]
-    if problems:
-        more = [f"and {len(problems) - _NUM_NAMED} more"] if len(problems) > _NUM_NAMED else []
-        lines = "\n".join(f"  {line}" for line in (*problems[:_NUM_NAMED], *more))
-        raise CheckpointError(
-            f"{where}: its weights do not fit pretrain.model:\n{lines}\nTake over its model section, or leave init_from out."
-        )
+    check_fit(shapes_of(weights), shapes_of(wanted), where=where, of="pretrain.model", way_out=_WAY_OUT)
     module.load_state_dict(weights, strict=False)
-
-
-def _shape(weight: Tensor | None) -> str:
-    return "none" if weight is None else " x ".join(map(str, weight.shape)) or "a number"
 
 
 def backbone_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

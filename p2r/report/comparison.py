@@ -41,7 +41,14 @@ _SEED = 0
 _PANEL, _BELOW = 1.9, 0.6  # inches
 _DODGE = 0.06  # of the axis, between runs: a panel is small, and the marks of means would hide the draws
 _LINES = ("solid", "dashed", "dotted", "dashdot")
-_NO_FIGURE = ("publish_model", "allow_transductive", "modes", "num_labelled", "num_labelled_by_mode")
+_NO_FIGURE = (
+    "publish_model",
+    "backbone_signed_by",
+    "allow_transductive",
+    "modes",
+    "num_labelled",
+    "num_labelled_by_mode",
+)
 """Settings that change no figure which two runs share; what only one of them has is named anyway."""
 _TOLERANCE = "finetune.nsd_tolerance_mm"  # changes NSD alone
 _SETTINGS, _CHOSEN = "Settings that differ", "chosen for "

@@ -4,7 +4,6 @@ A report comes from elsewhere: its rows are checked before anything is made of t
 rows, and those from scratch, in the report of the storage that it lies in.
 """
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from p2r.backbone import BACKBONE_FORMAT
-from p2r.errors import DataError
+from p2r.artefact import open_artefact
+from p2r.errors import CheckpointError, DataError, StorageError
+from p2r.reference import parse_reference
 from p2r.report.tables import Row, code_of, protocol_of
 from p2r.report.text import one_line
 from p2r.storage import Storage
@@ -137,28 +137,31 @@ def _read_run(url: str, letter: str) -> Run:
 
 def _report_of(url: str) -> tuple[Storage, str, _Published | None]:
     """Return where the report of a URL lies, and the backbone whose rows are meant, if the URL is that of one."""
+    reference = parse_reference(url)
     if url.endswith(".json"):
         folder, _, path = url.rpartition("/")
         storage, paths = Storage(folder or "."), [path]
     else:
-        storage, paths = Storage(url), ["report/report.json", "report.json"]
-    for path in paths:
+        storage, paths = Storage(reference.url), ["report/report.json", "report.json"]
+    for path in paths if reference.sha256 is None else []:
         if storage.exists(path):
             return storage, path, None
-    content = storage.read_bytes("manifest.json") if storage.exists("manifest.json") else b""
-    manifest = _mapping(storage.read_json("manifest.json")) if content else {}
-    if manifest.get("format") != BACKBONE_FORMAT:
+    try:
+        artefact = open_artefact(reference, format="p2r-backbone")
+    except (StorageError, CheckpointError) as error:
+        if reference.sha256 is not None:
+            raise
         raise DataError(
             f"there is no report at {storage.url} (looked for {', '.join(paths)}), nor is it a published backbone; give the "
             "storage of a job that has run, a backbone in it (STORAGE/backbones/NAME/VERSION), or the URL of a report.json"
-        )
+        ) from error
     place = re.fullmatch(r"(.+)/backbones/[^/]+/[^/]+", storage.url)
     if place is None:
         raise DataError(
             f"backbone {storage.url} does not lie in the storage of a job (STORAGE/backbones/NAME/VERSION), where its report "
             f"would be; {_WAY_OUT}"
         )
-    published = _Published(storage.url, hashlib.sha256(content).hexdigest(), str(manifest.get("licence") or ""))
+    published = _Published(storage.url, artefact.sha256, artefact.manifest.licence)
     job = Storage(place[1])
     if not job.exists("report/report.json"):
         raise DataError(

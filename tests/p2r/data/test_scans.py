@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from p2r.config import IngestConfig
+from p2r.data.folders import images_below
 from p2r.data.read import read_scan, sidecar_of
 from p2r.data.scans import Scan, expand_subjects, find_scans
 from p2r.data.volume import write_nifti
@@ -44,6 +46,14 @@ def test_ranges_expand_like_slurms_host_lists() -> None:
 def test_broken_ranges_are_refused_by_name(pattern: str) -> None:
     with pytest.raises(DataError, match="subjects"):
         expand_subjects(["fine", pattern])
+
+
+@pytest.mark.parametrize(
+    "pattern", ["p[0-1000000000000]", "p[0-9999][0-9999][0-9999]", "p[" + "1" * 5000 + "]", "p[1-900000,1-900000]"]
+)
+def test_ranges_that_stand_for_too_many_names_are_refused(pattern: str) -> None:
+    with pytest.raises(DataError, match=r"stands for more than 1,000,000 names|neither a number nor a range"):
+        expand_subjects([pattern])
 
 
 def test_scans_are_found_at_any_depth_sorted_and_once(tmp_path: Path) -> None:
@@ -131,16 +141,39 @@ def test_hidden_folders_are_passed_over_unless_they_are_the_source(tmp_path: Pat
     assert below(tmp_path / ".git") == ["annex/a.nii"]
 
 
-def test_links_to_files_are_followed_and_links_to_folders_are_not(tmp_path: Path) -> None:
-    touch(tmp_path / "store" / "a.nii", tmp_path / "elsewhere" / "b.nii")
+def test_links_to_files_and_folders_are_followed_each_folder_once(tmp_path: Path) -> None:
+    touch(tmp_path / "store" / "a.nii", tmp_path / "elsewhere" / "sub-2" / "b.nii", tmp_path / "outside.nii")
     data = tmp_path / "data"
-    data.mkdir()
+    touch(data / "sub-1" / "c.nii")
     (data / "a.nii").symlink_to(tmp_path / "store" / "a.nii")
-    (data / "folder").symlink_to(tmp_path / "elsewhere")
+    (data / "sub-2").symlink_to(tmp_path / "elsewhere" / "sub-2")
+    (data / "again").symlink_to(tmp_path / "elsewhere")
+    (data / "aaa").symlink_to(data / "sub-1")
     (data / "loop").symlink_to(data)
+    (data / "above").symlink_to(tmp_path)
+    (tmp_path / "elsewhere" / "sub-2" / "back").symlink_to(data)
     (data / "self.nii").symlink_to(data / "self.nii")
-    assert below(data) == ["a.nii", "self.nii"]
-    assert below(data / "folder") == ["b.nii"], "a link that is the source itself is followed"
+    (data / "sub-3").symlink_to(tmp_path / "not_mounted")
+    (data / "README").symlink_to(".git/annex/objects/x/y/README")
+    found = ["a.nii", "again/sub-2/b.nii", "self.nii", "sub-1/c.nii", "sub-3"]
+    assert below(data) == found, "the folder behind a dead link is listed, and refused by reading"
+    assert below(data / "sub-2") == ["b.nii", "back/a.nii", "back/self.nii", "back/sub-1/c.nii", "back/sub-3"]
+
+
+def test_folders_that_systems_make_are_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path / "a.nii")
+    for name in (".snapshot", "~snapshot", "@eaDir", "#recycle", "lost+found", "__MACOSX", ".ipynb_checkpoints"):
+        touch(tmp_path / name / "hourly.0" / "a.nii")
+    assert below(tmp_path) == ["a.nii"]
+    assert [path.name for path in images_below(tmp_path)] == ["a.nii"]
+
+
+def test_a_name_is_one_in_both_of_unicodes_forms(tmp_path: Path) -> None:
+    one, two = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
+    touch(tmp_path / "images" / f"{one}_T1.nii", tmp_path / "images" / f"{two}_T2.nii")
+    scans = find_scans([str(tmp_path / "images")], cache=tmp_path, include=[f"{two}*"])
+    assert sorted(scan.name for scan in scans) == [f"{one}_T1.nii", f"{one}_T2.nii"]
+    assert expand_subjects([two, one]) == [one]
 
 
 def test_a_pipe_is_listed_and_refused_without_waiting(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from p2r.engine.weights import init_weights
 from p2r.errors import CheckpointError, JobError, StorageError
 from p2r.job import Job, read_job
 from p2r.model.pix2rep import Pix2Rep
-from p2r.storage import Storage
+from p2r.storage import Storage, file_sha256
 from tests.fault_proxy import ALWAYS, Fault, FaultProxy
 
 CPU = torch.device("cpu")
@@ -332,22 +332,32 @@ def test_first_weights_may_be_a_published_backbone_s(job: Job, backbone: str) ->
     model = Pix2Rep(job.pretrain.model)
     head = {name: value.clone() for name, value in model.head.state_dict().items()}
     facts = init_weights(model, backbone)
-    published = load_file(Path(backbone.removeprefix("file://")) / "model.safetensors")
+    (file,) = Path(backbone.removeprefix("file://")).glob("model-*.safetensors")
+    published = load_file(file)
     assert all(torch.equal(value, published[name]) for name, value in model.backbone.state_dict().items())
     assert all(torch.equal(value, head[name]) for name, value in model.head.state_dict().items())
-    assert facts["url"] == backbone and facts["format"] == BACKBONE_FORMAT and len(facts["sha256"]) == 64
+    assert facts["url"] == backbone and facts["format"] == BACKBONE_FORMAT
+    assert facts["weights_sha256"] == file_sha256(file) != facts["manifest_sha256"]
+    assert init_weights(model, f"{backbone}@sha256:{facts['manifest_sha256']}") == facts
+    assert init_weights(model, f"{backbone}/{file.name}") == facts
+    with pytest.raises(StorageError, match="is pinned to the manifest with sha256 0000"):
+        init_weights(model, f"{backbone}@sha256:{'0' * 64}")
 
 
 def test_first_weights_that_do_not_fit_or_are_damaged_are_refused(job: Job, backbone: str, tmp_path: Path) -> None:
     assert job.pretrain is not None
     wider = job.pretrain.model.model_copy(update={"channels": (8, 4, 8, 8, 8)})
-    with pytest.raises(CheckpointError, match=r"(?s)do not fit pretrain.model:.*: 4 x 1 x 3 x 3 there, 8 x 1 x 3 x 3"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)do not fit pretrain.model:.*: 4 x 1 x 3 x 3 there, 8 x 1 x 3 x 3 here"
+    ):
         init_weights(Pix2Rep(wider), backbone)
     checkpoint = f"{job.storage}/pretrain/checkpoints/step-00000004"
-    with pytest.raises(CheckpointError, match=r"(?s)backbone\..* there, .* in this job"):
+    with pytest.raises(CheckpointError, match=r"(?s)backbone\..* there, .* here"):
         init_weights(Pix2Rep(wider), checkpoint)
     learnt = Pix2Rep(job.pretrain.model, learnt_temperature=0.3)
     assert init_weights(learnt, f"{checkpoint}/model.safetensors")["step"] == 4
+    with pytest.raises(StorageError, match="is pinned to the manifest with sha256 0000"):
+        init_weights(learnt, f"{checkpoint}@sha256:{'0' * 64}")
     assert learnt.log_temperature is not None and learnt.log_temperature.exp().item() == pytest.approx(0.3)
     flip(Path(checkpoint) / "model.safetensors")
     with pytest.raises(StorageError, match="does not have the sha256"):

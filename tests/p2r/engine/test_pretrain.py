@@ -471,7 +471,7 @@ def test_the_mean_of_weights_is_what_is_published(job_of: JobOf, corpus: Storage
     storage = Storage(job.storage)
     _train(job, storage.child("pretrain"), corpus)
     made = publish_backbone(job, storage, lambda line: None)
-    published = Storage(made["url"]).read_bytes("model.safetensors")
+    published = Storage(made["url"]).read_bytes(made["files"]["weights"]["name"])
     last, mean = (
         safetensors.torch.load(storage.read_bytes(f"pretrain/checkpoints/step-00000006/{name}.safetensors"))
         for name in ("model", "ema")

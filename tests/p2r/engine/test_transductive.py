@@ -40,7 +40,7 @@ def test_every_row_and_title_is_labelled_once_it_is_allowed(
     assert "(transductive: the backbone has seen these patients)" in page.splitlines()[0]
     assert "> **Note.** Transductive: validation or test patients are in the corpus" in page
     assert "transductive" in str(table(report["rows"]).title)
-    (model,) = (tmp_path / "storage/models/disc").glob("*/README.md")
+    (model,) = (tmp_path / "storage/models/disc").glob("*/README-*.md")
     assert "transductive" in model.read_text()
 
 

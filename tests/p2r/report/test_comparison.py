@@ -39,7 +39,9 @@ def publish(storage: Path, name: str, **manifest: Any) -> tuple[str, str]:
     """Put down the manifest of a backbone, and return its URL and digest."""
     folder = storage / "backbones" / name / "1"
     folder.mkdir(parents=True)
-    content = json.dumps({"format": "p2r-backbone/1", "licence": f"licence of {name}", **manifest})
+    file = {"sha256": "0" * 64, "num_bytes": 1}
+    files = dict.fromkeys(("model.safetensors", "config.json"), file)
+    content = json.dumps({"format": "p2r-backbone/1", "files": files, "licence": f"licence of {name}", **manifest})
     (folder / "manifest.json").write_text(content)
     return str(folder), hashlib.sha256(content.encode()).hexdigest()
 

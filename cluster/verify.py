@@ -1,0 +1,68 @@
+"""`p2r verify`: every digest of a corpus, a backbone or a model, its pin, and who has signed it."""
+
+import hashlib
+
+from p2r.artefact import MANIFEST, open_artefact
+from p2r.data.manifest import FORMAT
+from p2r.errors import InputError
+from p2r.reference import Reference, parse_reference
+from p2r.signature import SIGNATURE
+from p2r.storage import Storage
+
+
+def verify(url: str, *, key: str | None) -> list[str]:
+    """Check what is stored at a reference, and return the lines that say so.
+
+    Args:
+        url: `URL`, or `URL@sha256:HEX`, of a corpus, a backbone or a model.
+        key: Public key of who must have signed it, of backbones and models only; None: nobody.
+
+    Raises:
+        InputError: It is damaged, another one than is pinned, or not signed by this key; names every problem.
+    """
+    reference = parse_reference(url)
+    storage = Storage(reference.url)
+    if not storage.exists(MANIFEST):
+        raise InputError(
+            f"{storage.url} has no manifest.json: a corpus, a backbone or a model is verified, such as corpus, backbones/NAME/VERSION or "
+            "models/TASK/VERSION of a job's storage (p2r inspect lists them)"
+        )
+    return _verify_corpus(reference, key) if _is_corpus(storage) else _verify_artefact(reference, key)
+
+
+def _is_corpus(storage: Storage) -> bool:
+    manifest = storage.read_json(MANIFEST)
+    return isinstance(manifest, dict) and str(manifest.get("format")).startswith(FORMAT.partition("/")[0])
+
+
+def _verify_artefact(reference: Reference, key: str | None) -> list[str]:
+    from p2r.backbone import verify_artefact
+
+    artefact = open_artefact(reference, key=key)
+    verify_artefact(artefact)
+    lines = [f"unreferenced  {name}" for name in artefact.unnamed_files()]
+    lines += [f"sound    {artefact.manifest.format}  {artefact.storage.url}", f"pin      {artefact.pin}"]
+    if key is not None:
+        lines.append(f"signed   {artefact.check_signature(key)}")
+    elif artefact.storage.exists(SIGNATURE):
+        lines.append(f"unchecked  {SIGNATURE}: give --key to check it")
+    return lines
+
+
+def _verify_corpus(reference: Reference, key: str | None) -> list[str]:
+    from p2r.data.verify import unreferenced_files, verify_corpus
+
+    storage = Storage(reference.url)
+    if key is not None:
+        raise InputError(f"{storage.url} is a corpus: backbones and models are signed, corpora are not")
+    content = storage.read_bytes(MANIFEST)
+    reference.check(content)
+    problems = verify_corpus(storage)
+    if problems:
+        raise InputError(f"{storage.url} is damaged:\n" + "\n".join(f"  {problem}" for problem in problems))
+    pin = Reference(storage.url, hashlib.sha256(content).hexdigest())
+    return [
+        *(f"unreferenced  {name}" for name in unreferenced_files(storage)),
+        f"sound    {FORMAT}  {storage.url}",
+        f"pin      {pin}",
+    ]

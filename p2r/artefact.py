@@ -1,0 +1,437 @@
+"""A published folder: files that are named by their content, and one manifest that is written once.
+
+    model-<sha256>.safetensors   weights
+    config-<sha256>.json         architecture, and what is done to a scan before the network sees it
+    README-<sha256>.md           model card
+    manifest.json                which of these files are the artefact; corpora, licence, origin; created once, last
+    manifest.sig                 optional: a signature over manifest.json (`p2r.signature`)
+
+A file's name holds its digest, so publishers that race write beside one another and never over one another. The conditional
+creation of `manifest.json` is the only commit: one publisher succeeds; each other one compares the whole manifest with its own.
+What the bytes of the manifest hash to is the artefact's pin (`p2r.reference`). What is read is hashed first, and parsed from the
+same bytes. Folders of version 1 (model.safetensors, config.json, README.md) are read and repaired as they are.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from p2r.documents import read_json
+from p2r.errors import CheckpointError, DamagedError, InputError, StorageError
+from p2r.reference import Reference
+from p2r.signature import SIGNATURE, SIGNATURE_BYTES, check_signature, sign
+from p2r.storage import Storage, file_sha256, json_bytes
+
+Role = Literal["weights", "config", "card"]
+
+MANIFEST = "manifest.json"
+MAX_TEXT_BYTES = 2**20
+_MAX_WEIGHTS_BYTES = 2**40
+_MAX_MANIFEST_BYTES = 2**28
+_MAX_DEPTH = 16
+_SHOWN = 3
+_NAMES: dict[Role, tuple[str, str, str]] = {
+    "weights": ("model", ".safetensors", "model.safetensors"),
+    "config": ("config", ".json", "config.json"),
+    "card": ("README", ".md", "README.md"),
+}
+"""Stem and suffix of each file; and its name in version 1."""
+_PROGRAM = ("p2r_version", "code")
+
+Text = Annotated[str, Field(max_length=20_000)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Digests = Annotated[list[Sha256], Field(max_length=10_000_000)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FileEntry(_Strict):
+    """A file of the folder."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    sha256: Sha256
+    num_bytes: Annotated[int, Field(ge=0, le=_MAX_WEIGHTS_BYTES)]
+
+
+class Files(_Strict):
+    """The files of an artefact, by what they are for."""
+
+    weights: FileEntry
+    config: FileEntry
+    card: FileEntry | None = None
+    """None: in version 1 only."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for role in ("config", "card"):
+            entry: FileEntry | None = getattr(self, role)
+            if entry is not None and entry.num_bytes > MAX_TEXT_BYTES:
+                raise ValueError(f"{role} may have {MAX_TEXT_BYTES:,} bytes, got {entry.num_bytes:,}")
+        return self
+
+    def entries(self) -> dict[Role, FileEntry]:
+        """Return the files that there are."""
+        found: dict[Role, FileEntry | None] = {"weights": self.weights, "config": self.config, "card": self.card}
+        return {role: entry for role, entry in found.items() if entry is not None}
+
+
+class CorpusFacts(_Strict):
+    """What a backbone keeps of a corpus: enough to tell whether a patient or scan is in it."""
+
+    url: Text
+    sha256: Sha256
+    weight: Annotated[float, Field(gt=0)] | None
+    licence: Text
+    provenance: Text
+    cohort: Text
+    num_samples: Count
+    num_subjects: Count
+    salt: Sha256
+    subject_digests: Digests
+    voxel_digests: Digests
+    deidentification: dict[Text, Text]
+
+
+class Manifest(_Strict):
+    """`manifest.json` of a backbone or a model."""
+
+    format: Annotated[str, Field(pattern=r"^p2r-(backbone|model)/[12]$")]
+    files: Files
+    p2r_version: Annotated[str, Field(max_length=100)] = ""
+    code: Annotated[str, Field(max_length=100)] = ""
+    """Commit of the program that published it."""
+    licence: Text = "unknown"
+    corpora: Annotated[list[CorpusFacts], Field(max_length=1000)] | None = None
+    """What the weights were pretrained on; None: unknown."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.format.endswith("/1"):
+            return self
+        if self.files.card is None:
+            raise ValueError("files.card: missing")
+        for role, entry in self.files.entries().items():
+            if entry.name != file_name(role, entry.sha256):
+                raise ValueError(f"files.{role}: its name must be {file_name(role, entry.sha256)}, got {entry.name}")
+        return self
+
+
+class BackboneManifest(Manifest):
+    """`manifest.json` of a backbone."""
+
+    job: Text | None = None
+    description: Text | None = None
+    step: Count | None = None
+    samples_seen: Count | None = None
+    pretrain: dict[str, JsonValue] | None = None
+    negatives: Text | None = None
+
+
+class ModelManifest(Manifest):
+    """`manifest.json` of a segmentation model."""
+
+    task: Text | None = None
+    trial: dict[str, JsonValue] | None = None
+    validation: dict[str, JsonValue] | None = None
+    transductive: bool | None = None
+    backbone_sha256: Sha256 | None = None
+
+
+_MANIFESTS: dict[str, type[Manifest]] = {"p2r-backbone": BackboneManifest, "p2r-model": ModelManifest}
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A published folder whose manifest has been read and checked."""
+
+    storage: Storage
+    manifest: Manifest
+    content: bytes
+    """Of `manifest.json`."""
+
+    @property
+    def sha256(self) -> str:
+        """Digest of `manifest.json`."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def pin(self) -> str:
+        """The reference that names this very artefact: `URL@sha256:HEX`."""
+        return str(Reference(self.storage.url, self.sha256))
+
+    def facts(self) -> dict[str, Any]:
+        """Return the manifest's entries, and `sha256`, `url` and `pin`."""
+        return {**self.manifest.model_dump(), "sha256": self.sha256, "url": self.storage.url, "pin": self.pin}
+
+    def read(self, role: Role) -> bytes:
+        """Return the content of a file, once hashed: no one can exchange it between check and use.
+
+        Raises:
+            DamagedError: It is absent, or not the file that the manifest names.
+        """
+        entry = self.manifest.files.entries()[role]
+        path = self.storage.local(entry.name, sha256=entry.sha256, num_bytes=entry.num_bytes)
+        try:
+            with path.open("rb") as file:
+                content = file.read(entry.num_bytes + 1)
+        except OSError as error:
+            raise StorageError(f"cannot read {self.storage.at(entry.name)}: {error}") from error
+        if hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise DamagedError(
+                f"{self.storage.at(entry.name)} does not have the sha256 of its manifest: it is damaged; publish it again"
+            )
+        return content
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the named files, after every byte was read; a line each."""
+        return [
+            f"{entry.name}: absent, or without the sha256 of its manifest: it is damaged; publish it again"
+            for entry in self.manifest.files.entries().values()
+            if not _is_sound(self.storage, entry)
+        ]
+
+    def unnamed_files(self) -> list[str]:
+        """List what is stored below the folder and no part of the artefact: of publishers that lost a race, or of strangers."""
+        known = {MANIFEST, SIGNATURE, *(entry.name for entry in self.manifest.files.entries().values())}
+        return [name for name in self.storage.list() if name not in known]
+
+    def check_signature(self, key: str) -> str:
+        """Check that the owner of a public key has signed this manifest, and return the key as text.
+
+        Raises:
+            InputError: as `p2r.signature.check_signature`.
+        """
+        signature = _read_bounded(self.storage, SIGNATURE, SIGNATURE_BYTES)
+        return check_signature(self.content, signature, key=key, where=self.storage.url)
+
+    def sign(self, key: Path) -> str:
+        """Write the signature of a private key's owner beside the manifest, and return the public key as text.
+
+        Raises:
+            InputError: The key cannot be used, or somebody else has signed.
+        """
+        signature, name = sign(self.content, key=key)
+        if not self.storage.create(SIGNATURE, signature):
+            found = _read_bounded(self.storage, SIGNATURE, SIGNATURE_BYTES)
+            if found is not None and len(found) != SIGNATURE_BYTES:
+                self.storage.write_bytes(SIGNATURE, signature)  # that is no signature
+            elif found != signature:
+                raise CheckpointError(
+                    f"{self.storage.url} has a signature that is not by {name}: another key's, or a damaged one; delete "
+                    f"{SIGNATURE} to replace it"
+                )
+        return name
+
+
+def file_name(role: Role, sha256: str) -> str:
+    """Return the name that a file of this content has."""
+    stem, suffix, _ = _NAMES[role]
+    return f"{stem}-{sha256}{suffix}"
+
+
+def open_artefact(reference: Reference, *, format: str | None = None, key: str | None = None) -> Artefact:
+    """Read the manifest of a published folder.
+
+    Args:
+        reference: Where it is; with a pin, which one it must be.
+        format: What it must be, `p2r-backbone` or `p2r-model`; None: either.
+        key: Public key of who must have signed it; None: nobody.
+
+    Raises:
+        StorageError: There is no manifest, or it is not the one that is pinned, or not signed by this key.
+        CheckpointError: It is not the manifest of such an artefact.
+    """
+    storage = Storage(reference.url)
+    content = _read_bounded(storage, MANIFEST, _MAX_MANIFEST_BYTES)
+    if content is None:
+        raise StorageError(
+            f"{storage.url} holds no manifest.json: give the folder of one published version, such as backbones/NAME/1"
+        )
+    manifest = _parse(content, reference, where=storage.at(MANIFEST), needed=format)
+    artefact = Artefact(storage, manifest, content)
+    if key is not None:
+        artefact.check_signature(key)
+    return artefact
+
+
+def _parse(content: bytes, reference: Reference, *, where: str, needed: str | None) -> Manifest:
+    try:
+        reference.check(content)
+    except DamagedError as error:
+        weights = _weights_sha256(content)
+        if weights is not None and weights == reference.sha256:
+            raise DamagedError(
+                f"{reference} names the digest of the weights; a pin is the digest of manifest.json, which names the weights, "
+                f"too: {Reference(reference.url, hashlib.sha256(content).hexdigest())}"
+            ) from None
+        raise error
+    value = read_json(content, where=where, max_bytes=_MAX_MANIFEST_BYTES, max_depth=_MAX_DEPTH, error=CheckpointError)
+    found = str(value.get("format"))[:80] if isinstance(value, dict) else None
+    kind, _, version = (found or "").partition("/")
+    if kind not in _MANIFESTS or needed not in (None, kind) or version not in ("1", "2"):
+        wanted = " or ".join(f"{one}/1 or {one}/2" for one in ([needed] if needed else _MANIFESTS))
+        raise CheckpointError(f"{where} has format {found!r}, needed is {wanted}")
+    model = _MANIFESTS[kind]
+    try:
+        return model.model_validate(_from_version_1(value, model) if version == "1" else value)
+    except ValidationError as error:
+        findings = error.errors(include_url=False, include_context=False)
+        lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}, got {one['input']!r:.80}" for one in findings]
+        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        raise CheckpointError(f"{where} is no valid manifest: {'; '.join(lines[:_SHOWN] + more)}") from None
+
+
+def _weights_sha256(content: bytes) -> str | None:
+    """Return the digest of the weights that an unchecked manifest names, if it is one."""
+    try:
+        value = read_json(content, where="", max_bytes=_MAX_MANIFEST_BYTES, max_depth=_MAX_DEPTH)
+        files = value["files"]
+        return str((files.get("weights") or files.get(_NAMES["weights"][2]))["sha256"])
+    except (InputError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _from_version_1(value: dict[str, Any], model: type[Manifest]) -> dict[str, Any]:
+    """Return a manifest of version 1 in the form of version 2, without entries that nothing reads."""
+    files = value.get("files")
+    named = {
+        role: {"name": name, **files[name]}
+        for role, (_, _, name) in _NAMES.items()
+        if isinstance(files, dict) and isinstance(files.get(name), dict)
+    }
+    corpora = value.get("corpora")
+    try:
+        if isinstance(corpora, list):
+            [CorpusFacts.model_validate(one) for one in corpora]
+    except ValidationError:
+        corpora = None  # of a version that said less: whom it has seen is unknown
+    known = {key: found for key, found in value.items() if key in model.model_fields}
+    return {**known, "files": named, "corpora": corpora}
+
+
+def commit(
+    storage: Storage, manifest: Manifest, files: Mapping[Role, Path], *, is_same_config: Callable[[bytes], bool]
+) -> tuple[Artefact, bool]:
+    """Publish files under a manifest, or find them published.
+
+    Args:
+        storage: The artefact's folder.
+        manifest: Of version 2.
+        files: The local files that the manifest names.
+        is_same_config: Whether the content of another `config.json` says the same; versions of p2r may write it differently.
+
+    Returns:
+        The artefact that is published now, and whether this call published it. Damaged and missing files of one that was
+        published before are written again.
+
+    Raises:
+        CheckpointError: Something else is published there; says what, when, and what differs.
+    """
+    content = json_bytes(manifest.model_dump(mode="json"))
+    if len(content) > _MAX_MANIFEST_BYTES:
+        raise CheckpointError(
+            f"the manifest of {storage.url} has {len(content):,} bytes, more than {_MAX_MANIFEST_BYTES:,}"
+        )
+    if not storage.exists(MANIFEST):
+        for role, entry in manifest.files.entries().items():
+            _ensure(storage, entry, files[role])
+        if storage.create(MANIFEST, content):
+            return Artefact(storage, manifest, content), True
+    published = open_artefact(Reference(storage.url))
+    differ = _differences(manifest, published, is_same_config)
+    if differ:
+        raise _refusal(published, differ)
+    for role, entry in published.manifest.files.entries().items():
+        if entry.sha256 == manifest.files.entries()[role].sha256:
+            _ensure(storage, entry, files[role])
+        elif not _is_sound(storage, entry):
+            raise DamagedError(
+                f"{storage.at(entry.name)} is absent or damaged, and this version of p2r writes it differently: restore the file"
+            )
+    return published, False
+
+
+def _ensure(storage: Storage, entry: FileEntry, local: Path) -> None:
+    """Make a file of the storage what its entry says."""
+    if not _is_sound(storage, entry):
+        storage.upload(local, entry.name)
+
+
+def _is_sound(storage: Storage, entry: FileEntry) -> bool:
+    facts = storage.facts(entry.name)
+    if facts is None or facts.num_bytes != entry.num_bytes:
+        return False
+    try:
+        with tempfile.TemporaryFile() as file:
+            storage.fetch(entry.name, file, sha256=entry.sha256, num_bytes=entry.num_bytes)
+    except DamagedError:
+        return False
+    return True
+
+
+def _differences(mine: Manifest, published: Artefact, is_same_config: Callable[[bytes], bool]) -> list[str]:
+    """Return in what two manifests differ, apart from the program that wrote them; a phrase for each.
+
+    A card is text that p2r makes of the rest: of two programs, it may differ.
+    """
+    theirs = published.manifest
+    is_same_program = all(getattr(mine, name) == getattr(theirs, name) for name in _PROGRAM)
+    differ: list[str] = []
+    for role, entry in mine.files.entries().items():
+        other = theirs.files.entries().get(role)
+        if other is None or other.sha256 == entry.sha256 or (role == "card" and not is_same_program):
+            continue
+        if role == "config" and _is_same(published, is_same_config):
+            continue
+        differ.append(role)
+    if type(mine) is not type(theirs):
+        return [*differ, "format"]
+    for name in type(mine).model_fields:
+        found, wanted = getattr(theirs, name), getattr(mine, name)
+        if name in ("files", "format", *_PROGRAM) or found == wanted:
+            continue
+        if theirs.format.endswith("/1") and name not in theirs.model_fields_set:
+            continue  # it did not say that yet
+        differ.append(f"{name} ({found!r:.60} there, {wanted!r:.60} here)" if isinstance(wanted, str | int) else name)
+    return differ
+
+
+def _is_same(published: Artefact, is_same_config: Callable[[bytes], bool]) -> bool:
+    try:
+        return is_same_config(published.read("config"))
+    except DamagedError:
+        return False
+
+
+def _refusal(published: Artefact, differ: list[str]) -> CheckpointError:
+    facts = published.storage.facts(MANIFEST)
+    when = "" if facts is None else f" at {datetime.fromtimestamp(facts.modified_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    manifest = published.manifest
+    return CheckpointError(
+        f"{published.storage.url} is already published with other {', '.join(differ)}, and what is published never changes: "
+        f"choose another publish.version. There is {published.pin}, published{when} by p2r {manifest.p2r_version}, code "
+        f"{manifest.code}"
+    )
+
+
+def _read_bounded(storage: Storage, path: str, max_bytes: int) -> bytes | None:
+    """Return the content of a small file, or of one that is too large its first bytes and one more; None if it is absent."""
+    facts = storage.facts(path)
+    if facts is None:
+        return None
+    return storage.read_range(path, 0, min(facts.num_bytes, max_bytes + 1))
+
+
+def entry_of(role: Role, local: Path) -> FileEntry:
+    """Return the entry of a local file that is to be published."""
+    sha256 = file_sha256(local)
+    return FileEntry(name=file_name(role, sha256), sha256=sha256, num_bytes=local.stat().st_size)

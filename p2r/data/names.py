@@ -1,0 +1,48 @@
+"""File names and URLs of scans.
+
+Names are compared in Unicode's composed form (NFC): what a Mac wrote as `u` and a diaeresis is the `ü` that Linux writes.
+Paths stay as they are.
+"""
+
+import unicodedata
+from pathlib import Path
+from urllib.parse import unquote
+
+SUFFIXES = (".nii.gz", ".nii")
+"""File names that are taken for NIfTI."""
+HEADER_SUFFIXES = (".hdr.gz", ".hdr")
+"""File names of headers whose voxels lie in another file."""
+VOXEL_SUFFIXES = (".img.gz", ".img")
+"""File names of these voxels, in the same order."""
+
+
+def scan_key(path: str | Path) -> str:
+    """Return the file name of a path or URL without `.nii`, `.nii.gz` or its like, in Unicode's composed form."""
+    name = composed(str(path)).rstrip("/").rsplit("/", 1)[-1]
+    for suffix in (*SUFFIXES, *HEADER_SUFFIXES, *VOXEL_SUFFIXES):
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def local_path(path: str | Path) -> Path | None:
+    """Return the file of a path or `file://` URL; None for another URL."""
+    text = str(path)
+    if text.startswith("file://"):
+        return Path(unquote(text.removeprefix("file://")))
+    return None if "://" in text else Path(path)
+
+
+def pair_of(path: str) -> tuple[str, str] | None:
+    """Return the header and the voxels of a scan in two files, given either; None for other names."""
+    for header, voxels in zip(HEADER_SUFFIXES, VOXEL_SUFFIXES, strict=True):
+        for suffix in (header, voxels):
+            if path.lower().endswith(suffix):
+                stem, is_upper = path[: -len(suffix)], path[-len(suffix) :].isupper()
+                return (stem + header.upper(), stem + voxels.upper()) if is_upper else (stem + header, stem + voxels)
+    return None
+
+
+def composed(name: str) -> str:
+    """Return a name in Unicode's composed form."""
+    return unicodedata.normalize("NFC", name)

@@ -1,0 +1,125 @@
+"""Ed25519 over the bytes of a `manifest.json`, in `manifest.sig` beside it: 64 bytes, without a header.
+
+OpenSSL makes the keys, and checks a signature without p2r:
+
+    openssl genpkey -algorithm ed25519 -out private.pem
+    openssl pkey -in private.pem -pubout -out public.pem
+    openssl pkeyutl -verify -rawin -pubin -inkey public.pem -in manifest.json -sigfile manifest.sig
+
+The package `model-signing` was not taken: it requires sigstore, in-toto and blake3, whose identities need servers on the
+network, to hash a folder file by file, which our manifest has already done.
+
+A public key is short, so a job or a command may give it in place of its file: `ed25519:` and 64 digits.
+"""
+
+import re
+import stat
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
+from p2r.errors import DamagedError, InputError
+
+SIGNATURE = "manifest.sig"
+SIGNATURE_BYTES = 64
+_MAX_KEY_BYTES = 2**14
+_MADE_BY = "openssl genpkey -algorithm ed25519 -out private.pem"
+
+
+def sign(content: bytes, *, key: Path) -> tuple[bytes, str]:
+    """Sign the bytes of a manifest.
+
+    Args:
+        content: The bytes.
+        key: PEM file of an Ed25519 private key that its owner alone may read.
+
+    Returns:
+        The signature, and the public key as text.
+
+    Raises:
+        InputError: The file cannot be used.
+    """
+    private = _private_key(key)
+    return private.sign(content), _name(private.public_key())
+
+
+def check_signature(content: bytes, signature: bytes | None, *, key: str, where: str) -> str:
+    """Check that the owner of a key has signed the bytes of a manifest.
+
+    Args:
+        content: The bytes.
+        signature: Content of `manifest.sig`; None: there is none.
+        key: `ed25519:HEX`, or the path of a PEM file: the public key.
+        where: What was signed, for messages.
+
+    Returns:
+        The public key as text.
+
+    Raises:
+        DamagedError: There is no signature, or it is not of this key over these bytes.
+        InputError: The key cannot be used.
+    """
+    public = public_key(key)
+    name = _name(public)
+    if signature is None:
+        raise DamagedError(f"{where} is not signed: it has no {SIGNATURE}; {name} was asked for")
+    try:
+        public.verify(signature, content)
+    except InvalidSignature:
+        raise DamagedError(
+            f"the signature of {where} is not by {name} over this manifest: another key signed it, or manifest.json or "
+            f"{SIGNATURE} was changed"
+        ) from None
+    return name
+
+
+def public_key(key: str) -> Ed25519PublicKey:
+    """Read a public key from `ed25519:HEX`, or from a PEM file.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if key.startswith("ed25519:"):
+        digits = key.removeprefix("ed25519:")
+        if not re.fullmatch(r"[0-9a-f]{64}", digits):
+            raise InputError(f"key {key[:100]!r}: a public key is ed25519: and 64 digits, 0 to f, or a PEM file")
+        return Ed25519PublicKey.from_public_bytes(bytes.fromhex(digits))
+    content = _pem(Path(key))
+    if b"PRIVATE KEY" in content:
+        raise InputError(f"key {key} is a private key: give the public one, openssl pkey -in {key} -pubout")
+    try:
+        found = load_pem_public_key(content)
+    except (ValueError, UnsupportedAlgorithm):
+        raise InputError(f"key {key} is not a public key in PEM; make one with openssl pkey -pubout") from None
+    if not isinstance(found, Ed25519PublicKey):
+        raise InputError(f"key {key} is not an Ed25519 key; make one with {_MADE_BY}")
+    return found
+
+
+def _private_key(path: Path) -> Ed25519PrivateKey:
+    content = _pem(path)
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise InputError(f"key {path} can be read by other users: chmod 600 {path}")
+    try:
+        found = load_pem_private_key(content, password=None)
+    except TypeError:
+        raise InputError(f"key {path} is encrypted: decrypt it for this command with openssl pkey -in {path}") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise InputError(f"key {path} is not a private key in PEM; make one with {_MADE_BY}") from None
+    if not isinstance(found, Ed25519PrivateKey):
+        raise InputError(f"key {path} is not an Ed25519 key; make one with {_MADE_BY}")
+    return found
+
+
+def _pem(path: Path) -> bytes:
+    try:
+        with path.expanduser().open("rb") as file:
+            return file.read(_MAX_KEY_BYTES)
+    except OSError as error:
+        raise InputError(f"key {path} cannot be read: {error.strerror}") from None
+
+
+def _name(public: Ed25519PublicKey) -> str:
+    return f"ed25519:{public.public_bytes_raw().hex()}"

@@ -1,0 +1,179 @@
+"""Weights from outside -> float32 tensors that fit a network, or a refusal by name.
+
+A network is built without memory for its weights (`unallocated`), so that a configuration of a few bytes cannot ask for gigabytes.
+Names, shapes and types stand in the header of a safetensors file; they are compared before anything of their size is allocated.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from p2r.documents import read_json
+from p2r.errors import CheckpointError
+
+MAX_HEADER_BYTES = 2**24
+_LENGTH_BYTES = 8
+_NUM_NAMED = 8
+_FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+
+Shape = tuple[int, ...]
+Size = Annotated[int, Field(ge=0, lt=2**48)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    dtype: Annotated[str, Field(max_length=16)]
+    shape: Annotated[list[Size], Field(max_length=8)]
+    data_offsets: Annotated[list[Size], Field(min_length=2, max_length=2)]
+
+
+_HEADER = TypeAdapter(dict[str, _Entry])
+
+
+class _Unallocated(TorchFunctionMode):
+    """Tensors that networks make for their weights have a shape and no memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def unallocated(build: Callable[[], nn.Module], *, where: str) -> nn.Module:
+    """Build a network whose weights have no memory yet; neither does it draw numbers.
+
+    Raises:
+        CheckpointError: It cannot be built.
+    """
+    try:
+        with _Unallocated():
+            return build()
+    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{where}: such a network cannot be built: {error}") from None
+
+
+def num_bytes_of(network: nn.Module) -> int:
+    """Return how many bytes the weights of a network have in float32."""
+    return sum(weight.numel() * 4 for weight in network.state_dict().values())
+
+
+def check_fit(
+    found: Mapping[str, Shape], wanted: Mapping[str, Shape], *, where: str, of: str, way_out: str = ""
+) -> None:
+    """Compare names and shapes.
+
+    Args:
+        found: Of the weights.
+        wanted: Of the network.
+        where: Whose weights they are, for the message.
+        of: What describes the network, such as `its config.json`.
+        way_out: The message's last line.
+
+    Raises:
+        CheckpointError: They differ; names the first that do.
+    """
+    problems = [
+        f"{name:.120}: {_shown(found.get(name))} there, {_shown(wanted.get(name))} here"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if problems:
+        more = [f"and {len(problems) - _NUM_NAMED} more"] if len(problems) > _NUM_NAMED else []
+        lines = "\n".join(f"  {line}" for line in (*problems[:_NUM_NAMED], *more))
+        raise CheckpointError(f"{where}: its weights do not fit {of}:\n{lines}" + (f"\n{way_out}" if way_out else ""))
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """Return the shape of each tensor."""
+    return {name: tuple(value.shape) for name, value in weights.items()}
+
+
+def check_values(weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Check that weights are float32 and finite.
+
+    Raises:
+        CheckpointError: naming the first that is not.
+    """
+    for name, value in weights.items():
+        if value.dtype != torch.float32:
+            raise CheckpointError(f"{where}: {name:.120} is {value.dtype}; published weights are float32")
+        if not torch.isfinite(value).all():
+            raise CheckpointError(f"{where}: {name:.120} holds NaN or infinity; published weights are finite")
+
+
+def read_tensors(
+    content: bytes, *, where: str, check: Callable[[dict[str, Shape]], None] | None = None
+) -> dict[str, Tensor]:
+    """Parse the bytes of a safetensors file.
+
+    Args:
+        content: The whole file.
+        where: Its name, for messages.
+        check: Receives the shapes that the header states, before tensors are made; may refuse them.
+
+    Raises:
+        CheckpointError: It is not one, or not all of its tensors are float32 and finite.
+    """
+    header = _header(content, where)
+    for name, entry in header.items():
+        if entry.dtype != "F32":
+            raise CheckpointError(f"{where}: {name:.120} is {entry.dtype}; published weights are float32 (F32)")
+    if check is not None:
+        check({name: tuple(entry.shape) for name, entry in header.items()})
+    try:
+        weights: dict[str, Tensor] = load(content)
+    except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{where} is not a safetensors file: {error}") from None
+    check_values(weights, where=where)
+    return weights
+
+
+def _header(content: bytes, where: str) -> dict[str, _Entry]:
+    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    room = len(content) - _LENGTH_BYTES
+    if not 0 < length <= min(room, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{where} is not a safetensors file: its header would have {length:,} bytes, there are {max(room, 0):,}, and at most "
+            f"{MAX_HEADER_BYTES:,} are allowed"
+        )
+    value = read_json(
+        content[_LENGTH_BYTES : _LENGTH_BYTES + length],
+        where=f"the header of {where}",
+        max_bytes=MAX_HEADER_BYTES,
+        max_depth=4,
+        error=CheckpointError,
+    )
+    if isinstance(value, dict):
+        value.pop("__metadata__", None)
+    try:
+        return _HEADER.validate_python(value)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(map(str, problem["loc"])) or "it"
+        raise CheckpointError(f"{where} is not a safetensors file: {key:.200}: {problem['msg']}") from None
+
+
+def load_into(network: nn.Module, content: bytes, *, where: str) -> None:
+    """Give an unallocated network its weights from the bytes of a safetensors file.
+
+    Raises:
+        CheckpointError: as `read_tensors`; or they do not fit the network.
+    """
+    wanted = shapes_of(network.state_dict())
+    weights = read_tensors(
+        content, where=where, check=lambda found: check_fit(found, wanted, where=where, of="its config.json")
+    )
+    network.load_state_dict(weights, assign=True)
+    empty = [name for name, value in (*network.named_parameters(), *network.named_buffers()) if value.is_meta]
+    assert not empty, f"{where}: {empty} have no values"
+
+
+def _shown(shape: Shape | None) -> str:
+    return "none" if shape is None else " x ".join(map(str, shape)) or "a number"
