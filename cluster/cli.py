@@ -16,6 +16,7 @@ import typer
 
 from p2r.config import PretrainConfig
 from p2r.errors import InputError, JobError, P2RError, TrainingError
+from p2r.identity import ensure_identity
 from p2r.job import FORK_HELP, Job, ignored_variables, json_schema, overrides_of, read_job
 from p2r.logs import configure, masked, reset, say, say_crash, say_error
 from p2r.storage import Storage
@@ -511,6 +512,8 @@ def _volume_text(ml: float) -> str:
 def main() -> None:
     """Run the command line and turn errors into exit codes."""
     try:
+        if (news := ensure_identity()) is not None:
+            say(news)
         app(standalone_mode=False)
     except KeyboardInterrupt:
         say("p2r: interrupted; run the same command again to go on from the newest checkpoint")

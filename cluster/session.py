@@ -13,6 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from p2r.data.pseudonyms import VARIABLE as PSEUDONYM_KEY
 from p2r.errors import StorageError
+from p2r.identity import identity_environment, ray_folder
+from p2r.logs import say
 from p2r.storage import Storage
 
 _FORWARDED_PREFIXES = ("AWS_", "P2R_", "NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_")
@@ -36,13 +38,16 @@ def session(address: str | None = None, *, show_worker_logs: bool = False) -> It
     already = ray.is_initialized()
     if not already:
         where = address or os.environ.get("RAY_ADDRESS")
+        folder = None if where else ray_folder()
+        if folder is not None:
+            say(f"TMPDIR is too long for the sockets of Ray: it uses {folder}; RAY_TMPDIR names another short folder")
         ray.init(
             address=where or "local",
             # Whoever runs the job makes pseudonyms; workers get them ready-made.
             runtime_env={"env_vars": {k: v for k, v in forwarded_environment().items() if k != PSEUDONYM_KEY}},
             log_to_driver=show_worker_logs,
             logging_level="error",
-            **({} if where else {"include_dashboard": False}),
+            **({} if where else {"include_dashboard": False, "_temp_dir": folder}),
         )
     try:
         yield
@@ -56,6 +61,7 @@ def forwarded_environment() -> dict[str, str]:
     return {
         "PYTHONUNBUFFERED": "1",
         "RAY_DEDUP_LOGS": "0",
+        **identity_environment(),
         "AWS_EC2_METADATA_DISABLED": os.environ.get("AWS_EC2_METADATA_DISABLED", "true"),
         **{name: value for name, value in os.environ.items() if name.startswith(_FORWARDED_PREFIXES)},
     }
