@@ -11,6 +11,7 @@ from p2r.data.manifest import FORMAT, Manifest, facts_of, load_manifest, manifes
 from p2r.documents import read_json
 from p2r.errors import InputError
 from p2r.reference import parse_reference
+from p2r.report.text import one_line
 from p2r.storage import Storage
 
 _HIDDEN = {"subject_digests", "voxel_digests", "salt"}
@@ -80,7 +81,15 @@ def _list(storage: Storage) -> None:
     if not manifests:
         raise InputError(f"{storage.url} holds nothing of p2r's: no manifest.json at any depth")
     for name in manifests:
-        show(f"{storage.read_json(name).get('format', '?'):20} {storage.at(name.removesuffix('/manifest.json'))}")
+        show(f"{_format(storage, name):20} {storage.at(name.removesuffix('/manifest.json'))}")
+
+
+def _format(storage: Storage, name: str) -> str:
+    try:
+        manifest = read_json(storage.read_bytes(name), where=name, max_bytes=_MAX_BYTES)
+    except InputError:
+        return "damaged"
+    return one_line(str(manifest.get("format", "?"))[:80]) if isinstance(manifest, dict) else "?"
 
 
 def _without(value: Any, hidden: set[str]) -> Any:

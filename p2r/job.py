@@ -48,9 +48,8 @@ _STAGES: dict[Kind, tuple[str, ...]] = {
     "pipeline": ("ingest", "pretrain", "publish", "finetune"),
     "ablation": ("pretrain", "publish", "finetune"),
 }
-_DEFAULT_FOLDER = (
-    "p2r-runs"  # not p2r: a folder of that name in the home hides the package from who starts Python there
-)
+# Not p2r: a folder of that name in the home may hide the package from Python that is started there.
+_DEFAULT_FOLDER = "p2r-runs"
 _ABLATION_RULE = (
     "kind ablation needs finetune.score_on: validation, for a recipe that was chosen on test patients proves nothing"
 )

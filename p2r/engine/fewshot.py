@@ -56,6 +56,8 @@ from p2r.storage import Storage, json_bytes
 
 _TRANSDUCTIVE_CARD = """
 Its backbone was pretrained on scans of validation or test patients (transductive): the figure is no estimate for others."""
+_UNKNOWN_CARD = """
+The corpora of its backbone are unknown: validation or test patients may be among them, and the figure is no estimate for others."""
 _PAPER_COMPAT_CARD = """
 It was trained and judged on scans that were cropped by their labels (paper_compat): it is for comparison with a paper only."""
 _OF = {2: "planes", 3: "volumes"}
@@ -398,7 +400,8 @@ def publish_best(
     dice = best["validation"]["dice_mean"] or 0.0
     trial_is_transductive = bool(best["row"].get("transductive"))
     classes = ", ".join(f"{value} {for_markdown(name)}" for value, name in task.config.classes.items())
-    warnings = _TRANSDUCTIVE_CARD * trial_is_transductive + _PAPER_COMPAT_CARD * (trial["protocol"] == "paper_compat")
+    seen = _UNKNOWN_CARD if best["row"].get("corpora") == "unknown" else _TRANSDUCTIVE_CARD
+    warnings = seen * trial_is_transductive + _PAPER_COMPAT_CARD * (trial["protocol"] == "paper_compat")
     about = f"""# {for_markdown(task.config.title)}
 
 Segments {classes} (0: background). Mode {trial["mode"]} with {patients}: the best validation Dice
