@@ -51,26 +51,31 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, and what 
 
 @app.command()
 def validate(
-    jobs: Annotated[list[Path], typer.Argument(metavar="JOB...", help="Job files.")],
+    files: Annotated[list[Path], typer.Argument(metavar="JOB-or-TASK...", help="Job files, or files of tasks.")],
     set_: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Check job files without running them."""
+    """Check job and task files, and every path in them, without running anything."""
+    from cluster.validate import is_task, job_facts, task_facts
+
     refused = 0
-    for path in jobs:
-        unset: dict[str, str] = {}
+    for path in files:
         try:
-            job = read_job(path, tuple(set_ or ()), unset=unset)
-            ranks = _ranks(job)
+            if is_task(path):
+                lines = [f"valid    {path}  task", *(f"         {fact}" for fact in task_facts(path))]
+            else:
+                job, unset, facts = job_facts(path, tuple(set_ or ()))
+                ranks = _ranks(job)
+                needs = "".join(f"  needs {name}" for name in unset)
+                lines = [f"valid    {path}  {job.kind}  {job.storage}{needs}", *(f"         {fact}" for fact in facts)]
+                lines += [f"         pretrain on {', '.join(map(str, ranks))} workers"] * bool(ranks)
         except InputError as error:
             refused += 1
             print(f"refused  {error}", file=sys.stderr)
         else:
-            print(f"valid    {path}  {job.kind}  {job.storage}" + "".join(f"  needs {name}" for name in unset))
-            if ranks:
-                print(f"         pretrain on {', '.join(map(str, ranks))} workers")
+            print("\n".join(lines))
     if refused:
-        raise JobError(f"{refused} of {len(jobs)} job files refused")
+        raise JobError(f"{refused} of {len(files)} files refused")
 
 
 def _ranks(job: Job) -> list[int]:

@@ -178,7 +178,9 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
     try:
         content = read_start(path, max_bytes=MAX_YAML_BYTES)
     except (OSError, ValueError) as error:
-        raise JobError(f"job {path} cannot be read: {error}; give the path of a YAML file") from None
+        raise JobError(
+            f"job {path} cannot be read: {error}; give the path of a YAML file{nearest_file(path)}"
+        ) from None
     values = read_yaml(content, where=f"job {path}", error=JobError)
     if not isinstance(values, dict):
         raise JobError(f"job {path} must be a mapping that begins with `kind:`, found {type(values).__name__}")
@@ -228,6 +230,16 @@ def ignored_variables(path: Path, job: Job) -> list[str]:
         for name, key in JOB_VARIABLES.items()
         if os.environ.get(name) and name not in read
     ]
+
+
+def nearest_file(path: Path) -> str:
+    """Return a question that names the YAML file whose path is most like a missing one; empty if there is none."""
+    folders = [path.parent, Path("jobs"), Path("jobs/tasks")]
+    there = {str(file): file for folder in folders if folder.is_dir() for file in folder.glob("*.y*ml")}
+    stems = {name: file.stem for name, file in there.items()}
+    close = difflib.get_close_matches(path.stem, stems.values(), n=1, cutoff=0.5)
+    found = [name for name, stem in stems.items() if close and stem == close[0]]
+    return f"; did you mean {min(found, key=len)}?" if found else ""
 
 
 def overrides_of(set_: Sequence[str] | None, *, allow_transductive: bool) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from p2r.data.label_maps import CODE as LABEL_MAP
 from p2r.data.label_maps import WAY_OUT, label_map_by_voxels
 from p2r.data.ledger import LedgerRow, accepted_fields, is_accepted
 from p2r.data.plan import PlannedScan, ShardPlan
-from p2r.data.preprocess import percentile_table, slice_axis
+from p2r.data.preparation import percentile_table, slice_axis
 from p2r.data.read import read_scan
 from p2r.data.shards import index_name, voxels_sha256, write_shard
 from p2r.data.thumbnails import Thumbnails, drawn, from_rows, thumbnail, to_rows

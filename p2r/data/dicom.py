@@ -20,9 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dcm2niix
-import pydicom
-
 from p2r.data.sidecar import allowed_tags
 from p2r.errors import RefusedScan
 
@@ -125,6 +122,8 @@ def converted(files: Sequence[str], name: str, *, timeout_s: float, only_tags: b
         for number, file in enumerate(files):
             (links / f"{number:06d}.dcm").symlink_to(Path(file).absolute())
         sidecars = ["-b", "o" if only_tags else "y", "-ba", "y"]
+        import dcm2niix
+
         command = [dcm2niix.bin, "-g", "i", *sidecars, "-z", "n", "-f", "part", "-o", str(output), str(links)]
         try:
             # Its words may quote a patient: they are not passed on.
@@ -166,6 +165,8 @@ def _check_kind(files: Sequence[str], name: str) -> None:
 
 def _header(path: Path, *tags: str) -> dict[str, str]:
     """Return some tags of a file as text, and the kind of the file; empty where they are absent."""
+    import pydicom  # takes a second, and most sources have no DICOM
+
     try:
         with warnings.catch_warnings():  # odd values are no reason to speak up: those that matter are checked
             warnings.simplefilter("ignore")
