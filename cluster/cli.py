@@ -16,7 +16,7 @@ import typer
 
 from p2r.config import PretrainConfig
 from p2r.errors import InputError, JobError, P2RError, TrainingError
-from p2r.job import FORK_HELP, Job, ignored_variables, json_schema, overrides_of, read_job
+from p2r.job import FORK_HELP, Job, find_job, ignored_variables, json_schema, overrides_of, read_job
 from p2r.logs import configure, masked, reset, say, say_crash, say_error
 from p2r.storage import Storage
 
@@ -34,7 +34,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the job, such as pretrain.steps=20."),
 ]
-JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as jobs/demo.yaml.")]
+JobPath = Annotated[
+    Path,
+    typer.Argument(metavar="JOB", help="A job file, or the name of a job that p2r brings, such as demo."),
+]
 AllowTransductive = Annotated[
     bool,
     typer.Option(
@@ -120,6 +123,8 @@ def run(
 
         job = forked(job, fork)
     configure(log_format, run=job.name)
+    if (brought := find_job(path)) != path:
+        say(f"job | {path}: no such file here, so the job that p2r brings, {brought}")
     made = _run_on_ray(job, address, profile_steps=profile, debug=debug)
     failed = made.pop("failed", [])
     _print_made(made)
@@ -511,8 +516,8 @@ def embed(
     backbone: Annotated[
         str, typer.Argument(metavar="BACKBONE", help="URL of a published backbone; with @sha256:HEX, this very one.")
     ],
-    scan: Annotated[Path, typer.Argument(help="A NIfTI scan.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="NIfTI of the features: X, Y, Z, F.")],
+    scan: Annotated[str, typer.Argument(help="A NIfTI scan: a path, file:// or s3://.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="NIfTI of the features: X, Y, Z, F.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
@@ -532,7 +537,7 @@ def embed(
         device=device,
     )
     frames, channels = features.shape[3:]
-    write_nifti(output, features.reshape(*features.shape[:3], frames * channels), affine)
+    write_nifti(output, features.reshape(*features.shape[:3], frames * channels), affine, world=volume)
     print(
         f"{output}: {channels} features of {' x '.join(map(str, features.shape[:3]))} voxels"
         + f", {frames} frames" * (frames > 1)
@@ -544,8 +549,8 @@ def predict(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="URL of a published model; with @sha256:HEX, this very one.")
     ],
-    scan: Annotated[Path, typer.Argument(help="A NIfTI scan.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="NIfTI of the segmentation, on the scan's own grid.")],
+    scan: Annotated[str, typer.Argument(help="A NIfTI scan: a path, file:// or s3://.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="NIfTI of the segmentation, on the scan's own grid.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
@@ -569,14 +574,21 @@ def predict(
     write_nifti(output, on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan, volume.source_affine, like=volume)
     voxel_ml = volume.spacing_mm[0] * volume.spacing_mm[1] * volume.spacing_mm[2] / 1000
     for value, name in config.classes.items():
-        print(f"{value} {name}: {(labels == value).sum() * voxel_ml:.1f} ml")
+        in_ml = [_volume_text(count * voxel_ml) for count in (labels == value).sum(axis=(0, 1, 2))]
+        print(f"{value} {name}: {', '.join(in_ml)} ml" + f" in frames 1 to {len(in_ml)}" * (len(in_ml) > 1))
+    for note in volume.notes:
+        say(f"{scan}: {note}")
     print(output)
+
+
+def _volume_text(ml: float) -> str:
+    return f"{ml:.1f}" if ml >= 1 or ml == 0 else f"{ml:.2g}"
 
 
 def main() -> None:
     """Run the command line and turn errors into exit codes."""
     try:
-        app(standalone_mode=False)
+        _run_command()
     except KeyboardInterrupt:
         say("p2r: interrupted; run the same command again to go on from the newest checkpoint")
         sys.exit(130)
@@ -598,6 +610,19 @@ def main() -> None:
         reset()
 
 
+def _run_command() -> None:
+    try:
+        app(standalone_mode=False)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "p2r", "cluster"):
+            raise
+        raise InputError(
+            f"this command needs the package {package}, which is not installed here: pip install 'p2r[cluster]', "
+            "or make install in a clone; `pip install p2r` alone is for embed, predict and p2r.load_backbone"
+        ) from error
+
+
 def _print_made(made: dict[str, Any]) -> None:
     from rich.console import Console
 
@@ -608,7 +633,12 @@ def _print_made(made: dict[str, Any]) -> None:
         print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
 
 
-def _check_output(path: Path, endings: tuple[str, ...] = (".nii", ".nii.gz")) -> None:
+def _check_output(output: str | Path, endings: tuple[str, ...] = (".nii", ".nii.gz")) -> None:
+    path = Path(output)
+    if "://" in str(output):
+        raise InputError(
+            f"output {output}: results are written to a folder of this machine; give a path, and copy the file"
+        )
     if not path.name.endswith(endings):
         raise InputError(f"output {path} must end in {' or '.join(endings)}")
     if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):

@@ -339,7 +339,7 @@ def _spread(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
 
 def _plane(spacing_mm: Sequence[float], shape: Sequence[int]) -> tuple[float, float]:
     """Return voxel size and larger extent in the plane, mm."""
-    axis = slice_axis((spacing_mm[0], spacing_mm[1], spacing_mm[2]))
+    axis = slice_axis(tuple(spacing_mm), shape=tuple(shape))
     others = [other for other in range(3) if other != axis]
     return max(spacing_mm[a] for a in others), max(spacing_mm[a] * shape[a] for a in others)
 

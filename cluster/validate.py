@@ -12,7 +12,7 @@ from pathlib import Path
 from p2r.documents import MAX_YAML_BYTES, read_start, read_yaml
 from p2r.errors import DataError, InputError, JobError
 from p2r.evaluate.task_files import HELD_OUT, Task, load_task, read_task_config
-from p2r.job import Job, ignored_variables, nearest_file, read_job
+from p2r.job import Job, find_job, ignored_variables, nearest_file, read_job
 
 _PLACEHOLDER = re.compile(
     r"your[-_ ]?(bucket|folder|path|data|name|scans)|^/?path/to/|<[^<>]+>|change[-_]?me|example\.(com|org)|\bTODO\b",
@@ -28,7 +28,7 @@ def is_task(path: Path) -> bool:
         InputError: The file cannot be read, or is not YAML.
     """
     try:
-        content = read_start(path, max_bytes=MAX_YAML_BYTES)
+        content = read_start(find_job(path), max_bytes=MAX_YAML_BYTES)
     except OSError as error:
         raise JobError(
             f"job {path} cannot be read: {error}; give the path of a YAML file{nearest_file(path)}"

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from p2r.errors import InputError
+from p2r.modes import MODES, SETTINGS_OF, Mode, Setting
 from p2r.patterns import check_subject_pattern
 from p2r.reference import parse_reference
 
@@ -30,29 +31,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 Angle = Annotated[float, Field(ge=0, le=180)]
 NumGhosts = Annotated[int, Field(ge=2, le=16)]
-Mode = Literal["scratch", "linear_probe", "fine_tune", "mean_teacher", "prototype"]
-Setting = Literal[
-    "weight_decay",
-    "steps",
-    "warmup_head_steps",
-    "backbone_learning_rate_factor",
-    "ema_decay",
-    "ramp_up_fraction",
-    "consistency_weight",
-    "background_prototypes",
-]
 NumLabelled = PositiveInt | Literal["all"]
-
-_OF_TRAINING: tuple[Setting, ...] = ("weight_decay", "steps")
-_OF_A_BACKBONE: tuple[Setting, ...] = (*_OF_TRAINING, "warmup_head_steps", "backbone_learning_rate_factor")
-SETTINGS_OF: dict[Mode, tuple[Setting, ...]] = {
-    "scratch": _OF_TRAINING,
-    "linear_probe": _OF_TRAINING,
-    "fine_tune": _OF_A_BACKBONE,
-    "mean_teacher": (*_OF_A_BACKBONE, "ema_decay", "ramp_up_fraction", "consistency_weight"),
-    "prototype": ("background_prototypes",),
-}
-"""What of a fine-tuning section each mode reads, beside a learning rate (which prototype has not)."""
 
 PERCENTILES = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)
 """Percentiles of intensity that are recorded with every scan, so that the choice among them is training's, not ingest's."""
@@ -167,6 +146,9 @@ class IngestConfig(Section):
     """Most memory that a scan's voxels may claim, as its header states them; larger ones are refused as `too_large`."""
     max_frames: PositiveInt | None = None
     """Most time frames taken of a 4D series, evenly spaced, so that long series do not swamp the corpus. None: all."""
+    nan_voxels: Literal["background", "refuse"] = "background"
+    """What becomes of voxels that are NaN, as SPM writes them outside of the head. background: they become 0, or the least value if
+    that is lower, and the ledger counts them. refuse: a scan with one of them is refused as `nonfinite`."""
     resample_mm: PositiveFloat | tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     """Voxel size that every scan is resampled to, mm: one number, or three along right, anterior, superior. None: as acquired."""
     dcm2niix_timeout_s: PositiveFloat = 300.0
@@ -685,9 +667,12 @@ class SearchConfig(Section):
     """Numbers of labelled patients at which candidates are compared (first draw), by mean validation Dice."""
     learning_rates: dict[Mode, Candidates] = {
         "scratch": (1e-3, 3e-3),
+        "scratch_long": (1e-3, 3e-3),
+        "scratch_weak_to_strong": (1e-3, 3e-3),
         "linear_probe": (3e-3, 1e-2),
         "fine_tune": (1e-3, 3e-3),
         "mean_teacher": (1e-3, 3e-3),
+        "weak_to_strong": (1e-3, 3e-3),
     }
     """Candidates of the peak learning rate, per mode: a list, or a distribution such as `{loguniform: [1e-4, 1e-2]}`. prototype has
     none: nothing is trained."""
@@ -745,9 +730,11 @@ class FinetuneConfig(Section):
     backbone_signed_by: Annotated[str, Field(pattern=r"^ed25519:[0-9a-f]{64}$")] | None = None
     """Public key of who must have signed that backbone, as `p2r sign` prints it. None: no signature is asked for."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("scratch", "linear_probe", "fine_tune")
-    """What is compared. scratch: no pretraining; linear_probe: a 1x1 convolution on frozen features; fine_tune: all weights;
-    mean_teacher: fine_tune, and consistency with an average of its own weights on the unlabelled patients of the train split; prototype:
-    the nearest class prototype by cosine on frozen features, without training."""
+    """What is compared. scratch: no pretraining; scratch_long: the same for more steps; linear_probe: a 1x1 convolution on frozen
+    features; fine_tune: all weights; mean_teacher: fine_tune, and consistency with an average of its own weights on the unlabelled
+    patients of the train split; weak_to_strong: fine_tune, and pseudo-labels of such an average for strongly augmented, mixed images of
+    those patients; scratch_weak_to_strong: the same from random weights; prototype: the nearest class prototype by cosine on frozen
+    features, without training."""
     protocol: Literal["leak_free", "paper_compat"] = "leak_free"
     """leak_free: whole scans, split by patient. paper_compat: as the released code of Pix2Rep does, for comparison with the paper only:
     every scan cropped to its label's box + 10 px and without its empty slices, at test too; validation on slices of the labelled
@@ -764,21 +751,39 @@ class FinetuneConfig(Section):
     seed: int = 0
     """Seeds the draws, weights and augmentation."""
     steps: PositiveInt = 300
-    """Optimizer steps of every trial, equal for all modes."""
+    """Optimizer steps of every trial, equal for all modes but those of `steps_by_mode`."""
+    steps_by_mode: dict[Mode, PositiveInt] = {}
+    """Modes that are trained for another number of steps, as in `{weak_to_strong: 4000}`. scratch_long: three times `steps`, unless
+    given. Every row states its steps."""
     batch_size: PositiveInt = 8
     """Images per step."""
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay of AdamW."""
     warmup_head_steps: NonNegativeInt = 0
-    """fine_tune and mean_teacher: steps, of all steps, in which only the head is trained, before the backbone joins in."""
+    """fine_tune, mean_teacher and weak_to_strong: steps, of all steps, in which only the head is trained, before the backbone joins in."""
     backbone_learning_rate_factor: PositiveFloat = 1.0
-    """fine_tune and mean_teacher: learning rate of the backbone, as a multiple of the head's."""
+    """fine_tune, mean_teacher and weak_to_strong: learning rate of the backbone, as a multiple of the head's."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """mean_teacher: what is kept of the teacher's weights in each step; less at the start, when the average is young."""
+    """mean_teacher, weak_to_strong and its control: the part of the teacher's weights that each step keeps; less at the start, when the
+    average is young."""
     ramp_up_fraction: Fraction = 0.3
-    """mean_teacher: part of the steps in which the weight of the consistency rises."""
+    """The same modes: part of the steps in which the weight of the loss on unlabelled images rises."""
     consistency_weight: NonNegativeFloat = 1.0
-    """mean_teacher: weight of the mean squared difference of student's and teacher's probabilities, beside Dice + cross-entropy."""
+    """The same modes: weight of the loss on unlabelled images, beside that on labelled ones. mean_teacher: the mean squared difference
+    of student's and teacher's probabilities. weak_to_strong: Dice + cross-entropy with the teacher's pseudo-labels."""
+    confidence_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """weak_to_strong and its control: least probability of the teacher for a pixel whose pseudo-label counts."""
+    cutmix_probability: Fraction = 0.5
+    """weak_to_strong and its control: probability that a box (2 to 40 % of the image) of a strong view is exchanged for that of another
+    image, together with its label or pseudo-label."""
+    cutmix_labelled_fraction: Fraction = 0.5
+    """weak_to_strong and its control: part of these exchanges that are with a labelled image; half of them put its box into the
+    unlabelled image, half put the unlabelled box into it. The others are between two unlabelled images."""
+    feature_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """weak_to_strong and its control: part of the backbone's output channels that a third view drops, whose appearance is unchanged.
+    0: there is no third view."""
+    strong_intensity: IntensityConfig | None = None
+    """weak_to_strong and its control: appearance of the strong views. None: that of `views`."""
     background_prototypes: PositiveInt = 8
     """prototype: how many prototypes stand for the background (k-means); each other class has one, its mean. Mean Dice on ACDC's
     validation patients, one labelled patient, three draws, a small backbone: 0.24 with 1, 0.34 with 4, 0.35 with 8, 0.30 with 32."""
@@ -789,6 +794,9 @@ class FinetuneConfig(Section):
     """Choice of the learning rate, and of other settings."""
     score_on: Literal["test", "validation"] = "test"
     """Whose figures are reported. validation: while recipes are still being compared, so that test patients stay unread."""
+    curve_steps: PositiveInt | None = None
+    """Optimizer steps between two validations during training; the row keeps their Dice as `curve`. Nothing is chosen by it, and a trial
+    that is done already gets none. None: only the last weights are validated."""
     views: ViewsConfig = ViewsConfig(geometry=GeometryConfig(rotation_deg=180.0))
     """Augmentation of labelled images, equal for all modes."""
     planes: Literal["whole", "centre"] = "whole"
@@ -809,15 +817,21 @@ class FinetuneConfig(Section):
         for key, given in (("tasks", self.tasks), ("modes", self.modes)):
             if len(set(given)) < len(given):
                 raise ValueError(f"{key} must differ, got {', '.join(given)}")
-        trained = [mode for mode in self.modes if mode != "prototype"]
+        trained = [mode for mode in self.modes if "steps" in SETTINGS_OF[mode]]
         missing = [mode for mode in trained if mode not in self.search.learning_rates]
         if missing:
             raise ValueError(f"search.learning_rates has no candidates for {', '.join(missing)}")
-        if self.protocol == "paper_compat" and "mean_teacher" in self.modes:
-            raise ValueError(
-                "protocol paper_compat crops by the label, and mean_teacher reads no label of unlabelled patients: "
-                "take mean_teacher out of modes"
-            )
+        if self.protocol == "paper_compat":
+            for mode in self.modes:
+                if MODES[mode].unlabelled != "none":
+                    raise ValueError(
+                        f"protocol paper_compat crops by the label, and {mode} reads no label of unlabelled patients: "
+                        f"take {mode} out of modes"
+                    )
+        for mode in self.steps_by_mode:
+            if mode not in self.modes or "steps" not in SETTINGS_OF[mode]:
+                why = "is not in modes" if mode not in self.modes else "trains nothing"
+                raise ValueError(f"steps_by_mode names {mode}, which {why}")
         for mode, numbers in self.num_labelled_by_mode.items():
             if mode not in self.modes:
                 raise ValueError(f"num_labelled_by_mode names {mode}, which is not in modes")
@@ -851,6 +865,11 @@ class FinetuneConfig(Section):
                 except ValidationError as error:
                     raise ValueError(f"search.space.{name}: {error.errors()[0]['msg']}, got {value}") from None
         return self
+
+    def steps_of(self, mode: Mode) -> int:
+        """Return the optimizer steps of a mode's trials, where no search chooses them."""
+        longer = 3 if mode == "scratch_long" else 1
+        return self.steps_by_mode.get(mode, longer * self.steps)
 
     def _num_candidates(self, mode: Mode) -> int:
         space = [self.search.learning_rates[mode], *(self.search.space.get(name, (0,)) for name in SETTINGS_OF[mode])]

@@ -45,6 +45,9 @@ _STAGES: dict[Kind, tuple[str, ...]] = {
     "pipeline": ("ingest", "pretrain", "publish", "finetune"),
     "ablation": ("pretrain", "publish", "finetune"),
 }
+_DEFAULT_FOLDER = (
+    "p2r-runs"  # not p2r: a folder of that name in the home hides the package from who starts Python there
+)
 _SECRET_KEY = re.compile(r"(secret|password|passwd|token|credential|access_?key|api_?key)", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s:@]+:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY")
 _ABLATION_RULE = (
@@ -123,7 +126,7 @@ class Job(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     """The job's name; the last folder of the default storage."""
     storage: str = ""
-    """URL (`file://`, `s3://`) that holds everything the job makes. Default: `${P2R_STORAGE}/<name>`, or `~/p2r/<name>`."""
+    """URL (`file://`, `s3://`) that holds everything the job makes. Default: `${P2R_STORAGE}/<name>`, or `~/p2r-runs/<name>`."""
     retries: NonNegativeInt = 2
     """How often a failed trial is started again before the job fails. In pretraining: how often in a row, without a new checkpoint
     in between; days on machines that fail are not counted up. Preemption does not count."""
@@ -163,11 +166,25 @@ class Job(Section):
         return self
 
 
+def jobs_folder() -> Path:
+    """Return the folder of the jobs that p2r brings: in the package as installed from a wheel, beside it in a clone."""
+    package = Path(__file__).parent
+    return package / "jobs" if (package / "jobs").is_dir() else package.parent / "jobs"
+
+
+def find_job(path: Path) -> Path:
+    """Return the path of a job file: `path`, or the job that p2r brings where `demo` or `jobs/demo.yaml` names no file."""
+    brought = jobs_folder() / f"{path.name.removesuffix('.yaml')}.yaml"
+    is_name = path.parent.as_posix() in (".", "jobs")
+    return brought if is_name and not path.is_file() and brought.is_file() else path
+
+
 def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, str] | None = None) -> Job:
     """Read a job file and apply `key=value` overrides.
 
     Args:
-        path: The YAML file. Task paths inside it are made absolute, relative to its folder.
+        path: The YAML file, or the name of a job that p2r brings (`find_job`). Task paths inside it are made absolute,
+            relative to its folder.
         overrides: Dotted keys with YAML values, such as `pretrain.steps=20`.
         unset: If given, environment variables that are not set are noted here instead of refused: for validation on a
             machine that does not have the data.
@@ -175,11 +192,14 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
     Raises:
         JobError: naming the file, the key, the rule and the value.
     """
+    path = find_job(path)
     try:
         content = read_start(path, max_bytes=MAX_YAML_BYTES)
     except (OSError, ValueError) as error:
+        names = ", ".join(sorted(brought.stem for brought in jobs_folder().glob("*.yaml")))
         raise JobError(
-            f"job {path} cannot be read: {error}; give the path of a YAML file{nearest_file(path)}"
+            f"job {path} cannot be read: {error}; give the path of a YAML file, or the name of a job that p2r brings: "
+            f"{names}{nearest_file(path)}"
         ) from None
     values = read_yaml(content, where=f"job {path}", error=JobError)
     if not isinstance(values, dict):
@@ -203,7 +223,7 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
             f"{'it' if one else 'them'}, as in {' '.join(f'{name}=...' for name in missing)} p2r run {path}"
         )
     job = validated(Job, values, where=f"job {path}")
-    storage = job.storage or f"{os.environ.get('P2R_STORAGE') or Path.home() / 'p2r'}/{job.name}"
+    storage = job.storage or f"{os.environ.get('P2R_STORAGE') or Path.home() / _DEFAULT_FOLDER}/{job.name}"
     if "://" not in storage and not Path(storage).expanduser().is_absolute():
         raise JobError(
             f"job {path}: storage must be a URL or an absolute path, got {storage!r}: "
@@ -223,7 +243,7 @@ def ignored_variables(path: Path, job: Job) -> list[str]:
     """
     subjects = None if job.ingest is None else job.ingest.subjects_of
     tasks = [*(job.finetune.tasks if job.finetune else ()), *([subjects.task] if subjects else [])]
-    texts = [file.read_text(encoding="utf-8") for file in (path, *map(Path, tasks)) if file.is_file()]
+    texts = [file.read_text(encoding="utf-8") for file in (find_job(path), *map(Path, tasks)) if file.is_file()]
     read = {match[1] for text in texts for match in _VARIABLE.finditer(text)}
     return [
         f"{name} is set, but job {path} does not read it: give {key} by --set {key}=..., or take a job that reads it"
@@ -234,7 +254,7 @@ def ignored_variables(path: Path, job: Job) -> list[str]:
 
 def nearest_file(path: Path) -> str:
     """Return a question that names the YAML file whose path is most like a missing one; empty if there is none."""
-    folders = [path.parent, Path("jobs"), Path("jobs/tasks")]
+    folders = [path.parent, Path("jobs"), jobs_folder(), jobs_folder() / "tasks"]
     there = {str(file): file for folder in folders if folder.is_dir() for file in folder.glob("*.y*ml")}
     stems = {name: file.stem for name, file in there.items()}
     close = difflib.get_close_matches(path.stem, stems.values(), n=1, cutoff=0.5)

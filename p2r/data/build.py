@@ -124,13 +124,13 @@ def _records(
             part = volume.key.removeprefix(planned.scan.key)
             key = planned.key + part if planned.key + part not in taken else f"{planned.key}-part{part}"
             taken.add(key)
-            axis = slice_axis(volume.spacing_mm, config.slice_axis)
+            axis = slice_axis(volume.spacing_mm, config.slice_axis, shape=volume.data.shape)
             if config.label_maps == "leave_out" and (reason := label_map_by_voxels(volume.data)):
                 message = f"{planned.scan.path} {reason}: a label map; {WAY_OUT}"
                 refuse(planned, RefusedScan(LABEL_MAP, message), key=key)
                 continue
             try:
-                percentiles = percentile_table(volume.data)
+                percentiles = percentile_table(volume.data, name=planned.scan.path)
             except RefusedScan as error:
                 refuse(planned, error, key=key)
                 continue

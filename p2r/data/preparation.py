@@ -39,13 +39,20 @@ class Preparation(BaseModel):
     """What a segmentation model reads of a plane or volume: all of it, by windows of `image_size`, or that size about its centre."""
 
 
-def slice_axis(spacing_mm: tuple[float, ...], rule: SliceAxis = "auto") -> int:
+def slice_axis(spacing_mm: tuple[float, ...], rule: SliceAxis = "auto", *, shape: tuple[int, ...] = (0, 0, 0)) -> int:
     """Return the axis across which planes are cut: the rule's, or the one of the largest spacing.
 
     Spacings within 1 % of the largest tie, and the last of them wins: an isotropic scan is cut axially.
+
+    Args:
+        spacing_mm: Voxel size.
+        rule: auto, or an axis.
+        shape: Of the volume, if known: a single plane is cut across the axis along which it is one voxel.
     """
     if rule != "auto":
         return int(rule)
+    if 1 in shape[:3]:
+        return shape.index(1)
     largest = max(spacing_mm)
     return max(axis for axis, spacing in enumerate(spacing_mm) if spacing >= largest * (1 - _TIED_SPACING))
 
@@ -56,7 +63,7 @@ def plane_axes(axis: int) -> tuple[int, int]:
     return rows, columns
 
 
-def percentile_table(data: NDArray[Any]) -> tuple[float, ...]:
+def percentile_table(data: NDArray[Any], *, name: str = "the scan") -> tuple[float, ...]:
     """Return the intensities at `PERCENTILES` of the non-zero voxels, or of all if those are constant.
 
     Raises:
@@ -72,7 +79,11 @@ def percentile_table(data: NDArray[Any]) -> tuple[float, ...]:
             table = _percentiles(voxels)
             if table[PERCENTILES.index(0.5)] < table[PERCENTILES.index(99.5)]:
                 return table
-    raise RefusedScan("constant", "percentiles 0.5 and 99.5 of the voxels are equal: hardly any contrast")
+    raise RefusedScan(
+        "constant",
+        f"{name}: percentiles 0.5 and 99.5 of the voxels are equal, 99 of 100 voxels have one value: hardly any contrast; "
+        "leave the scan out, or crop it to what it shows",
+    )
 
 
 def _percentiles(voxels: NDArray[Any]) -> tuple[float, ...]:

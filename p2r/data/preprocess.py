@@ -32,6 +32,7 @@ from p2r.data.preparation import slice_axis as slice_axis
 from p2r.data.preparation import volume_to_planes as volume_to_planes
 from p2r.data.volume import Volume
 from p2r.device import on_device
+from p2r.errors import RefusedScan
 
 _ROUNDING = 0.01  # of a voxel: what spacings in a header may be off
 
@@ -249,9 +250,17 @@ def frames_of(volume: Volume, *, preparation: Preparation, size: int | None) -> 
         volume: The scan.
         preparation: Rules.
         size: Edge of the images, about the middle, usually `preparation.image_size`; None: all of the volume.
+
+    Raises:
+        RefusedScan: `not_3d` for a single plane, `constant` as `percentile_table`.
     """
-    low, high = intensity_window(percentile_table(volume.data), preparation.intensity_percentiles)
     own, spacing_mm, target_mm = volume.data.shape[:3], volume.spacing_mm, preparation.spacing_mm
+    if 1 in own:
+        raise RefusedScan(
+            "not_3d",
+            f"{volume.key} is a single plane, its shape is {list(own)}; this network reads volumes: use one of planes (dimensions: 2)",
+        )
+    low, high = intensity_window(percentile_table(volume.data, name=volume.key), preparation.intensity_percentiles)
     shape = (size, size, size) if size is not None else cubic_shape(own, spacing_mm, target_mm=target_mm)
     stored = torch.from_numpy(np.ascontiguousarray(np.moveaxis(volume.data, 3, 0), dtype=np.float32))
     images, inside = _to_cubic(
@@ -299,8 +308,8 @@ def planes_of(volume: Volume, *, preparation: Preparation, size: int | None) -> 
         preparation: Rules.
         size: Height and width of the images, usually `preparation.image_size`; None: the planes' whole extent.
     """
-    axis = slice_axis(volume.spacing_mm, preparation.slice_axis)
-    window = intensity_window(percentile_table(volume.data), preparation.intensity_percentiles)
+    axis = slice_axis(volume.spacing_mm, preparation.slice_axis, shape=volume.data.shape)
+    window = intensity_window(percentile_table(volume.data, name=volume.key), preparation.intensity_percentiles)
     planes = volume_to_planes(volume.data, axis)  # (P, h, w)
     spacing = plane_spacing(volume.spacing_mm, axis)
     images, inside = prepare(planes, window, spacing, target_mm=preparation.spacing_mm, size=size)

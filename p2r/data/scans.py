@@ -37,8 +37,8 @@ from p2r.data.dataset_json import DatasetJson, case_of, read_dataset_json
 from p2r.data.folders import has_header, is_dead_link, is_image, is_passed_over, walk
 from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import composed, local_path, pair_of, scan_key
+from p2r.data.opening import bucket_client
 from p2r.data.subjects import expand_subjects as expand_subjects
-from p2r.data.volume import bucket_client
 from p2r.errors import DataError
 
 DicomSubject = Literal["folder", "patient_id"]
@@ -381,6 +381,7 @@ def _target(row: lists.Row, folder: str, path: str) -> str:
     local = local_path(row.path)
     if local is None:
         raise DataError(f"list {path}, line {row.line}: {row.path} is neither a path nor a file:// or s3:// URL")
+    local = local.expanduser() if row.path.startswith("~") else local
     if local.is_absolute():
         return os.path.normpath(local)
     if not folder.startswith("s3://"):

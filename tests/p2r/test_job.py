@@ -184,7 +184,7 @@ def test_storage_defaults_to_the_environment_then_to_the_home(tmp_path: Path, mo
     monkeypatch.setenv("P2R_STORAGE", "s3://bucket/runs")
     assert read_job(write(tmp_path, GOOD)).storage == "s3://bucket/runs/x"
     monkeypatch.delenv("P2R_STORAGE")
-    assert read_job(write(tmp_path, GOOD)).storage == str(Path.home() / "p2r/x")
+    assert read_job(write(tmp_path, GOOD)).storage == str(Path.home() / "p2r-runs/x")
 
 
 def test_a_relative_storage_is_refused(tmp_path: Path) -> None:

@@ -464,7 +464,7 @@ def test_every_scan_has_a_row_with_the_reason(write_scan: WriteScan, storage: St
     write_scan("sub-2_constant.nii", np.ones((20, 20, 4), np.int16))
     write_scan("sub-3_small.nii", voxels(3, (12, 20, 4)))
     write_scan("sub-4_complex.nii", voxels(4).astype(np.complex64))
-    write_scan("sub-5_nan.nii", np.where(voxels(5) > 490, np.nan, 1.0).astype(np.float32))
+    write_scan("sub-5_infinite.nii", np.where(voxels(5) > 490, np.inf, 1.0).astype(np.float32))
     write_scan("sub-6_cut.nii.gz", voxels(6)).write_bytes(good.read_bytes()[:-40])
     (good.parent / "sub-7_text.nii").write_text("not an image")
     make(storage, config_of(good.parent, max_refused_fraction=1.0))
@@ -476,7 +476,7 @@ def test_every_scan_has_a_row_with_the_reason(write_scan: WriteScan, storage: St
         "sub-2_constant": "constant",
         "sub-3_small": "too_small",
         "sub-4_complex": "dtype",
-        "sub-5_nan": "nonfinite",
+        "sub-5_infinite": "nonfinite",
         "sub-6_cut": "truncated",
         "sub-7_text": "not_nifti",
     }
@@ -645,5 +645,9 @@ def test_acdc_is_accepted_whole(mri: Path, storage: Storage) -> None:
 
 @pytest.mark.data
 def test_hippocampus_is_accepted_whole(mri: Path, storage: Storage) -> None:
-    make(storage, config_of(mri / "msd_hippocampus/images", cohort="hippocampus", shard_size_mib=64))
+    pattern = r"^(hippocampus_\d+)"
+    make(
+        storage,
+        config_of(mri / "msd_hippocampus/images", cohort="hippocampus", shard_size_mib=64, subject_pattern=pattern),
+    )
     assert set(load_manifest(storage)["reasons"]) == {"accepted"}
