@@ -638,5 +638,7 @@ def _print_made(made: dict[str, Any]) -> None:
     table = made.pop("table", None)
     if table is not None:
         Console(width=None if sys.stdout.isatty() else 120).print(table)
-    for name, value in made.items():
-        print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+    from p2r.engine.lines import made_lines
+
+    for line in made_lines(made):
+        print(line)

@@ -1,6 +1,8 @@
 """From a folder as people have it to a job and a task: what is found, what is written, and that it is valid."""
 
 import json
+import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from cluster import cli
 from cluster.own import classes_of, drafts_of, look
+from p2r import run as p2r_run
 from p2r.data.survey import survey
 from p2r.errors import DataError
 from p2r.evaluate.drafts import draft_job, problems_of
@@ -229,6 +232,48 @@ def test_the_job_that_travels_with_p2r_is_the_one_that_init_writes(repository: P
         subject_pattern=r"^(.+?)\.nii", task="tasks/folder.yaml", voxels=None, num_labelled=8,
     )  # fmt: skip
     assert text.endswith(body)
+
+
+def test_the_block_of_the_readme_leads_from_own_scans_to_a_segmentation(
+    repository: Path, toy_data: Path, tmp_path: Path, p2r: P2R, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command of it as it stands; the run in this process, and small."""
+    data = tmp_path / "data/mine"
+    for kind in ("images", "labels"):
+        (data / kind).mkdir(parents=True)
+        for path in sorted((toy_data / kind).iterdir()):
+            shutil.copy(path, data / kind / f"P{int(path.name[4:6]):03d}.nii.gz")
+    monkeypatch.setenv("P2R_STORAGE", str(tmp_path / "runs"))
+    text = (
+        (repository / "README.md").read_text().split("## Your own data\n")[1].split("\n    p2r ", 1)[1].split("\n\n")[0]
+    )
+    commands = [shlex.split(line.strip().removeprefix("p2r "), comments=True) for line in text.splitlines()]
+    assert [words[0] for words in commands] == ["check", "init", "validate", "run", "predict"]
+    small: dict[str, Any] = {
+        "steps": 4,
+        "num_labelled": [1],
+        "draws": 1,
+        "modes": ["scratch", "fine_tune"],
+        "batch_size": 2,
+    }
+    for words in commands:
+        here = [word.replace("/data/mine", str(data)).replace("~/p2r-runs", str(tmp_path / "runs")) for word in words]
+        if words[0] == "run":
+            made = p2r_run(
+                here[1],
+                say=lambda line: None,
+                pretrain__steps=2,
+                pretrain__global_batch=4,
+                pretrain__image={"size": 32, "spacing_mm": 2.0},
+                pretrain__model={"channels": [4, 4, 8, 8, 8], "feature_channels": 4, "head_channels": 8},
+                **{f"finetune__{name}": value for name, value in small.items()},
+            )
+            assert set(made["models"]) == {"mine", "mine/all"}
+        else:
+            code, said = p2r(*here)
+            assert code == 0, said
+    segmentation = nibabel.load("P001_segmentation.nii.gz")
+    assert segmentation.shape == nibabel.load(data / "images/P001.nii.gz").shape
 
 
 # p2r validate
