@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from p2r.console import show
 from p2r.data.folders import images_below
 from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import local_path, scan_key
@@ -57,10 +58,11 @@ def predict(url: str, scan: str, output: str, *, device: str, say: Say) -> None:
             writer = csv.DictWriter(file, ["scan", "frame", *(f"{name}_ml" for name in model.classes.values())])
             writer.writeheader()
             writer.writerows(rows)
-        print(f"{len({row['scan'] for row in rows})} segmentations and {table}")
+        show(f"{len({row['scan'] for row in rows})} segmentations and {table}")
     else:
-        print(segment(scan, targets[0][1]).replace("; ", "\n"))
-        print(output)
+        for line in segment(scan, targets[0][1]).split("; "):
+            show(line)
+        show(output)
 
 
 def embed(url: str, scan: str, output: str, *, native: bool, device: str, say: Say) -> None:
@@ -93,9 +95,9 @@ def embed(url: str, scan: str, output: str, *, native: bool, device: str, say: S
         return f"{channels} features of {size} voxels{f', {frames} frames' if frames > 1 else ''}"
 
     if _is_folder(scan):
-        print(f"{_each(targets, write, say)} files of features in {output}")
+        show(f"{_each(targets, write, say)} files of features in {output}")
     else:
-        print(f"{output}: {write(scan, targets[0][1])}")
+        show(f"{output}: {write(scan, targets[0][1])}")
 
 
 def check_output(output: str | Path, endings: tuple[str, ...] = _ENDINGS) -> None:

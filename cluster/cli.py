@@ -4,7 +4,6 @@ Exit codes: 0 done; 2 the user's input, with one message; 1 anything else; 130 i
 checkpoint to go on from.
 """
 
-import json
 import signal
 import sys
 import traceback
@@ -13,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from p2r.console import console, show, show_json
 from p2r.errors import InputError, JobError, P2RError, TrainingError
-from p2r.logs import configure, masked, reset, say, say_crash, say_error
+from p2r.identity import ensure_identity
+from p2r.logs import configure, reset, say, say_crash, say_error
 
 if TYPE_CHECKING:  # `p2r --help` imports none of it
     from p2r.config import PretrainConfig
@@ -34,7 +35,7 @@ def _print_version(is_asked: bool) -> None:
     if is_asked:
         from p2r.version import __version__, code_version
 
-        print(f"p2r {__version__} ({code_version()})")
+        show(f"p2r {__version__} ({code_version()})")
         raise typer.Exit
 
 
@@ -99,9 +100,10 @@ def validate(
                 lines += [f"         pretrain on {', '.join(map(str, ranks))} workers"] * bool(ranks)
         except InputError as error:
             refused += 1
-            print(f"refused  {error}", file=sys.stderr)
+            say(f"refused  {error}")
         else:
-            print("\n".join(lines))
+            for line in lines:
+                show(line)
     if refused:
         raise JobError(f"{refused} of {len(files)} files refused")
 
@@ -269,7 +271,7 @@ def schema() -> None:
     """Print the JSON Schema of job files."""
     from p2r.job import json_schema
 
-    print(json.dumps(json_schema(), indent=2))
+    show_json(json_schema())
 
 
 @app.command()
@@ -279,9 +281,9 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Show what lies at a URL."""
-    from cluster.inspect import show
+    from cluster.inspect import inspect as show_contents
 
-    show(url, as_json=json_)
+    show_contents(url, as_json=json_)
 
 
 @app.command()
@@ -297,7 +299,7 @@ def verify(
     from cluster.verify import verify as verified
 
     for line in verified(url, key=key):
-        print(line)
+        show(line)
 
 
 @app.command()
@@ -313,7 +315,7 @@ def publish(path: JobPath, set_: Overrides = None, sign: Sign = None, debug: Deb
     published = publish_backbone(job, Storage(job.storage), say)
     _print_made({"backbone": published["url"], "backbone_pin": published["pin"]})
     if sign is not None:
-        print(_signed(published["pin"], sign))
+        show(_signed(published["pin"], sign))
 
 
 @app.command()
@@ -325,7 +327,7 @@ def sign(
     debug: Debug = False,
 ) -> None:
     """Check a published backbone or model, and sign its manifest."""
-    print(_signed(url, key))
+    show(_signed(url, key))
 
 
 def _signed(url: str, key: Path) -> str:
@@ -345,9 +347,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until Ctrl-C.")] = False,
     web: Annotated[bool, typer.Option("--web", help="Serve a page that shows it live, until Ctrl-C.")] = False,
     port: Annotated[int, typer.Option(help="Of the page; 0: any that is free.")] = 8321,
-    host: Annotated[
-        str, typer.Option(help="Address that the page listens at; any but loopback asks for a token.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address that the page listens at.")] = "127.0.0.1",
     json_: Annotated[bool, typer.Option("--json", help="Print what the page shows as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -366,11 +366,11 @@ def status(
     if json_:
         from dataclasses import asdict
 
-        print(json.dumps(asdict(reader.read()), indent=2, allow_nan=False))
+        show_json(asdict(reader.read()))
         return
-    from cluster.status_terminal import show, watch_run
+    from cluster.status_terminal import show_run, watch_run
 
-    (watch_run if watch else show)(reader)
+    (watch_run if watch else show_run)(reader)
 
 
 @app.command(name="tune-batch")
@@ -403,7 +403,8 @@ def tune_batch(
             for one in found.trials
         ],
     )
-    print(f"a worker takes up to {found.images} images at once, and of these up to {found.pairs} pixel pairs each\n")
+    show(f"a worker takes up to {found.images} images at once, and of these up to {found.pairs} pixel pairs each")
+    show()
     _print_rows(
         ("workers", "images of each", "pretrain.micro_batch"),
         [(str(cut.num_workers), str(cut.images), str(cut.micro_batch or "null")) for cut in found.cuts],
@@ -436,11 +437,11 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what a job's pretraining would hold, send, read, take and cost on so many workers, before anything is spent."""
-    from cluster.plan import show
+    from cluster.plan import show_plan
     from p2r.job import read_job
 
     job = read_job(path, tuple(set_ or ()), unset={})
-    show(
+    show_plan(
         job,
         _pretrain_of(job, path),
         num_nodes=nodes,
@@ -455,13 +456,12 @@ def plan(
 
 
 def _print_rows(columns: tuple[str, ...], rows: list[tuple[str, ...]], *, title: str | None = None) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*columns, title=title, title_justify="left", box=None)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console().print(table)
 
 
 def _pretrain_of(job: "Job", path: Path) -> "PretrainConfig":
@@ -491,8 +491,6 @@ def compare(
     A backbone stands for its rows in the report of the storage that it lies in, and for those from scratch. Settings that
     differ between the jobs are listed above the figures.
     """
-    from rich.console import Console
-
     from p2r.report.comparison import (
         compare_runs,
         comparison_table,
@@ -502,7 +500,6 @@ def compare(
         write_comparison,
     )
     from p2r.report.runs import read_runs
-    from p2r.report.text import one_line
     from p2r.storage import Storage
 
     storage = None if output is None else Storage(output)
@@ -510,22 +507,20 @@ def compare(
         storage.check_writable()
     runs = read_runs(urls)
     comparison = compare_runs(runs)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    tables = console(width=140)
     for run in runs:
         named = [run.job, run.backbone, run.backbone_sha256[:12]]
-        console.print(
-            f"{run.letter}  {one_line('  '.join(filter(None, (*named, run.url))))}", markup=False, soft_wrap=True
-        )
+        show(f"{run.letter}  {' '.join(filter(None, (*named, run.url)))}")
     for note in notes_of(comparison):
-        console.print(one_line(f"note: {note}"), markup=False, soft_wrap=True)
+        show(f"note: {note}")
     differ = settings_table(comparison)
     if differ.row_count:
-        console.print(differ)
-    console.print(comparison_table(comparison))
+        tables.print(differ)
+    tables.print(comparison_table(comparison))
     for reason in reasons_of(comparison):
-        console.print(one_line(reason), markup=False, soft_wrap=True)
+        show(reason)
     if storage is not None:
-        print(f"page: {write_comparison(storage, comparison)}")
+        show(f"page: {write_comparison(storage, comparison)}")
 
 
 @app.command()
@@ -549,7 +544,7 @@ def views(
     volume = read_volume(scan or next(resolve_source("template://icbm152/images?subjects=1").glob("*.nii.gz")))
     image, inside = image_of(volume, config.image)
     output.write_bytes(view_sheet(image, inside, config=config.views, spacing_mm=config.image.spacing_mm))
-    print(output)
+    show(output)
 
 
 @app.command()
@@ -597,13 +592,15 @@ def predict(
 def main() -> None:
     """Run the command line and turn errors into exit codes."""
     try:
+        if (news := ensure_identity()) is not None:
+            say(news)
         _run_command()
     except KeyboardInterrupt:
         say("p2r: interrupted; run the same command again to go on from the newest checkpoint")
         sys.exit(130)
     except P2RError as error:
         if "--debug" in sys.argv:
-            print(masked(traceback.format_exc()), file=sys.stderr)
+            say(traceback.format_exc().rstrip())
         code = 2 if isinstance(error, InputError) else 1
         say_error(error, code=code)
         sys.exit(code)
@@ -633,12 +630,10 @@ def _run_command() -> None:
 
 
 def _print_made(made: dict[str, Any]) -> None:
-    from rich.console import Console
-
     table = made.pop("table", None)
     if table is not None:
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
+        console().print(table)
     from p2r.engine.lines import made_lines
 
     for line in made_lines(made):
-        print(line)
+        show(line)

@@ -1,20 +1,19 @@
 """What lies at a URL, for people: a corpus as a table, an artefact as its manifest, a folder as a list of these."""
 
 import hashlib
-import json
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from p2r.console import console, show, show_json, visible
 from p2r.data.manifest import FORMAT, Manifest, facts_of, load_manifest, manifest_sha256, ranges_of
 from p2r.documents import read_json
 from p2r.errors import InputError
 from p2r.modes import facts_of as facts_of_mode
 from p2r.reference import parse_reference
+from p2r.report.text import one_line
 from p2r.storage import Storage
 
 _HIDDEN = {"subject_digests", "voxel_digests", "salt"}
@@ -22,7 +21,7 @@ _MAX_REVISIONS = 10
 _MAX_BYTES = 2**30
 
 
-def show(url: str, *, as_json: bool) -> None:
+def inspect(url: str, *, as_json: bool) -> None:
     """Print what is stored at a URL; with a pin, this very manifest.
 
     Raises:
@@ -44,15 +43,15 @@ def show(url: str, *, as_json: bool) -> None:
     if as_json or kind != FORMAT:
         pin = {"pin": str(reference._replace(url=storage.url, sha256=hashlib.sha256(content).hexdigest()))}
         shown = _without(manifest, _HIDDEN)
-        print(json.dumps({**shown, **pin} if isinstance(shown, dict) else shown, indent=2))
+        show_json({**shown, **pin} if isinstance(shown, dict) else shown)
         return
     _print(corpus_tables(storage))
 
 
 def _print(tables: list[Table]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    shown = console()
     for table in tables:
-        console.print(table)
+        shown.print(table)
 
 
 def artefact_tables(manifest: dict[str, Any], *, pin: str) -> list[Table]:
@@ -137,8 +136,8 @@ def _revisions(storage: Storage, manifest: Manifest) -> list[tuple[str, Manifest
 
 
 def plain(text: str) -> Text:
-    """Return text that neither rich nor the terminal takes for a command."""
-    return Text("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
+    """Return text of one line that neither rich nor the terminal takes for a command."""
+    return Text(visible(text))
 
 
 def _list(storage: Storage) -> None:
@@ -146,7 +145,15 @@ def _list(storage: Storage) -> None:
     if not manifests:
         raise InputError(f"{storage.url} holds nothing of p2r's: no manifest.json at any depth")
     for name in manifests:
-        print(f"{storage.read_json(name).get('format', '?'):20} {storage.at(name.removesuffix('/manifest.json'))}")
+        show(f"{_format(storage, name):20} {storage.at(name.removesuffix('/manifest.json'))}")
+
+
+def _format(storage: Storage, name: str) -> str:
+    try:
+        manifest = read_json(storage.read_bytes(name), where=name, max_bytes=_MAX_BYTES)
+    except InputError:
+        return "damaged"
+    return one_line(str(manifest.get("format", "?"))[:80]) if isinstance(manifest, dict) else "?"
 
 
 def _without(value: Any, hidden: set[str]) -> Any:

@@ -24,6 +24,7 @@ from torch import Tensor
 from p2r.data.preparation import Preparation as Preparation
 from p2r.data.preparation import SliceAxis as SliceAxis
 from p2r.data.preparation import intensity_window as intensity_window
+from p2r.data.preparation import is_percentile_table as is_percentile_table
 from p2r.data.preparation import percentile_table as percentile_table
 from p2r.data.preparation import plane_axes as plane_axes
 from p2r.data.preparation import plane_spacing as plane_spacing
