@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 
 from p2r.data.manifest import load_manifest
 from p2r.documents import read_json
-from p2r.errors import InputError, StorageError
+from p2r.errors import InputError, StorageError, error_text
 from p2r.job import find_job, read_job
-from p2r.logs import masked
+from p2r.masking import masked
 from p2r.storage import FileFacts, Storage
 
 HISTORY = "pretrain/history.jsonl"
@@ -268,7 +268,7 @@ class Reader:
                 raise
             self._problems.append(_text(error))
         except _BROKEN as error:
-            self._problems.append(_text(f"{self._storage.at(path)} cannot be used: {type(error).__name__}: {error}"))
+            self._problems.append(_text(f"{self._storage.at(path)} cannot be used: {error_text(error)}"))
         return otherwise
 
     def _json(self, path: str) -> Any:

@@ -27,6 +27,13 @@ from p2r.modes import MODES, SETTINGS_OF, Mode, Setting
 from p2r.patterns import check_subject_pattern
 from p2r.reference import parse_reference
 
+
+class FilledIn:
+    """Marks a field of a job in which `${NAME}` and `${NAME:-default}` stand for environment variables."""
+
+
+Location = Annotated[str, FilledIn()]
+"""A path or a URL. Beside what a corpus says of its data, only these are filled in from the environment: other fields are published."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 Angle = Annotated[float, Field(ge=0, le=180)]
@@ -56,7 +63,7 @@ def _checked_reference(text: str) -> str:
     return text
 
 
-Artefact = Annotated[str, AfterValidator(_checked_reference)]
+Artefact = Annotated[Location, AfterValidator(_checked_reference)]
 """Where a backbone is published: a URL, or `URL@sha256:HEX`, which pins its manifest."""
 
 
@@ -69,7 +76,7 @@ class Section(BaseModel):
 class SubjectsOf(Section):
     """Take the subjects of one split of a task, so that a corpus and its task cannot drift apart."""
 
-    task: str
+    task: Location
     """Path of the task's YAML, relative to the job file."""
     split: Literal["train", "validation", "test", "not_held_out"] = "train"
     """Which split's subjects enter the corpus. not_held_out: all that the sources hold, but the task's validation and test patients, so
@@ -104,7 +111,7 @@ _OF_VIRTUAL_SUBJECTS = {"licence": "icbm-152", "provenance": "virtual subjects",
 class IngestConfig(Section):
     """Scans -> a corpus of WebDataset shards."""
 
-    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+    sources: Annotated[tuple[Location, ...], Field(min_length=1)]
     """Folders, files or URLs (`file://`, `s3://`) searched for NIfTI (`.nii`, `.nii.gz`, `.hdr` with `.img`), BIDS and, in folders,
     DICOM; lists of scans (`.csv`, `.tsv`, `.jsonl` with `path` and, if known, `subject`); or `template://icbm152?subjects=N`."""
     include: tuple[str, ...] = ()
@@ -112,9 +119,9 @@ class IngestConfig(Section):
     Empty: all."""
     exclude: tuple[str, ...] = ()
     """No scan whose path below its source matches one of these patterns."""
-    licence: Annotated[str, Field(min_length=1)]
+    licence: Annotated[str, FilledIn(), Field(min_length=1)]
     """SPDX identifier or name of the data's licence. It travels into every manifest made from this corpus."""
-    provenance: str = ""
+    provenance: Annotated[str, FilledIn()] = ""
     """Where the data come from, and how to cite them."""
     cohort: str = "default"
     """Name space of the subjects' names: `sub-01` of one cohort is not `sub-01` of another. With `subjects_of`, the task's, unless another
@@ -498,7 +505,7 @@ class OptimizerConfig(Section):
 class CorpusShare(Section):
     """One of several corpora."""
 
-    url: str
+    url: Location
     """Of the corpus."""
     weight: PositiveFloat | None = None
     """Its part in every batch, relative to the others'. None for all: in proportion to their sizes."""
@@ -512,7 +519,7 @@ class ProbeConfig(Section):
     It reads a few train and validation patients of the task, never a test patient, and changes nothing of the training.
     """
 
-    task: str
+    task: Location
     """Path of the task's YAML, relative to the job file."""
     interval: PositiveInt = 500
     """Steps between two probes; the last step always makes one. Each is stated in the next report."""
@@ -529,7 +536,7 @@ class ProbeConfig(Section):
 class PretrainConfig(Section):
     """Corpus -> pixel representation."""
 
-    corpus: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] | None = None
+    corpus: Location | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] | None = None
     """URL of the corpus, or several by weight. None: `<storage>/corpus`, made by this job's ingest section if it is absent."""
     image: ImageConfig = ImageConfig()
     """The network's input."""
@@ -723,7 +730,7 @@ class SearchConfig(Section):
 class FinetuneConfig(Section):
     """Backbone x task x labelled patients x draw x mode -> figures on test (or validation) patients."""
 
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    tasks: Annotated[tuple[Location, ...], Field(min_length=1)]
     """Paths of task YAMLs, relative to the job file."""
     backbone: Artefact | None = None
     """URL of a published backbone; `URL@sha256:HEX`: this very one. None: the one that this job publishes."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from p2r.data.names import composed
 from p2r.errors import DataError
+from p2r.masking import looks_secret
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 """File names that are taken for lists."""
@@ -132,6 +133,10 @@ def _text(value: Any, what: str, where: str) -> str:
         raise DataError(
             f"{where}: {what} must be a text of up to {_MAX_TEXT} characters without control characters, "
             f"or a number; it reads {_short(value)}"
+        )
+    if looks_secret(value):
+        raise DataError(
+            f"{where}: {what} looks like a secret; credentials come from the environment only, for a list's rows are stored"
         )
     return value.strip()
 

@@ -273,6 +273,7 @@ def run_trial(
         result["row"] = {
             **trial.to_row(),
             "transductive": setup.is_transductive or known.is_any,
+            **({"corpora": "unknown"} if known.is_unknown else {}),
             "seed": config.seed,
             "split": config.score_on,
             "validation_dice_mean": validation.summary.dice_mean,
@@ -457,12 +458,26 @@ def _device_name(device: str) -> str:
 
 
 class Known:
-    """Looks for validation and test patients in the corpora of the backbone, by name and by voxels."""
+    """Looks for validation and test patients in the corpora of the backbone, by name and by voxels.
+
+    Attributes:
+        is_any: Whether one of them was found, or may be there.
+        is_unknown: Whether the backbone's manifest says nothing of its corpora: any patient may be in them.
+
+    Raises:
+        DataError: It says nothing, and the job does not allow that.
+    """
 
     def __init__(self, backbone: Backbone, *, is_allowed: bool) -> None:
-        self._corpora = backbone.manifest.get("corpora", [])
+        corpora = backbone.manifest["corpora"]
+        self._corpora = corpora or []
         self._is_allowed = is_allowed
-        self.is_any = False
+        self.is_any = self.is_unknown = corpora is None
+        if self.is_unknown and not is_allowed:
+            raise DataError(
+                f"the manifest of backbone {backbone.manifest['url']} does not say which corpora it was pretrained on: validation and "
+                "test patients may be among them. Take a backbone that says it, or label every row with --allow-transductive"
+            )
 
     def see_subject(self, subject: str, split: Split, *, task: Task) -> None:
         """Note whether a subject is in a corpus.

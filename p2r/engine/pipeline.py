@@ -5,16 +5,19 @@ What is expensive or wants many machines (reading scans, training, trials) is do
 made on the job's storage and goes on from there, so running a job again after a kill is how it is resumed.
 """
 
+import json
 import math
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
+from p2r.artefact import CorpusFacts
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, load_backbone, publish
 from p2r.config import ImageConfig, IngestConfig, PretrainConfig, PublishConfig
 from p2r.data.corpus import check_selection, corpus_digest, load_manifest, manifest_sha256, subjects_found
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
+from p2r.engine.ancestry import added, ancestry, corpus_facts
 from p2r.engine.corpora import corpora_of
 from p2r.engine.fewshot import FewShot, TrialRunner, check_data, check_task, few_shot, publish_best
 from p2r.engine.finetune import TrialSetup, preparation_for
@@ -30,6 +33,7 @@ from p2r.logs import Say as Say
 from p2r.logs import within
 from p2r.model.backbones import cost_of
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
+from p2r.report.text import for_markdown
 from p2r.storage import Storage
 
 
@@ -113,7 +117,8 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
         raise JobError("kind publish needs the pretrain section of the run whose checkpoint it publishes")
     checkpoint = finished_checkpoint(storage.child("pretrain"), job.pretrain)
     corpora = corpora_of(job.pretrain, storage.child("corpus"), stream=checkpoint["state"]["stream"])
-    licence = _licence(config, [corpus.manifest["licence"] for corpus in corpora])
+    inherited = ancestry(checkpoint.get("init_from"))
+    licence = _licence(config, [*(corpus.manifest["licence"] for corpus in corpora), *inherited.licences])
     rules = {corpus.manifest["preprocessing"]["slice_axis"] for corpus in corpora}
     dimensions = job.pretrain.image.dimensions
     if len(rules) > 1 and dimensions == 2:
@@ -141,19 +146,20 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             "pretrain": {key: value for key, value in checkpoint["config"].items() if key != "probe"},
             "negatives": job.pretrain.negatives,
             "description": config.description,
-            "corpora": [_corpus_facts(corpus) for corpus in corpora],
+            "corpora": None if inherited.corpora is None else added(list(map(_facts, corpora)), inherited.corpora),
         },
     )
+    if inherited.corpora is None:
+        say(
+            "publish | CORPORA UNKNOWN: what the first weights were pretrained on cannot be read; evaluation will refuse this backbone"
+        )
     say(f"publish | {published['pin']} | licence {licence}" + " | was published already" * (not published["is_new"]))
     return published
 
 
-def _corpus_facts(corpus: Corpus) -> dict[str, Any]:
-    named = ("licence", "provenance", "cohort", "num_samples", "num_subjects")
-    # What fine-tuning needs to refuse a task whose validation or test patients are in the corpus.
-    of_leaks = ("salt", "subject_digests", "voxel_digests", "deidentification")
-    facts = {key: corpus.manifest[key] for key in (*named, *of_leaks)}
-    return {"url": corpus.storage.url, "sha256": manifest_sha256(corpus.manifest), "weight": corpus.weight, **facts}
+def _facts(corpus: Corpus) -> CorpusFacts:
+    sha256 = manifest_sha256(corpus.manifest)
+    return corpus_facts(corpus.manifest, url=corpus.storage.url, sha256=sha256, weight=corpus.weight)
 
 
 def _spent(storage: Storage, found: FewShot) -> dict[str, float]:
@@ -301,7 +307,10 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
         say(f"finetune | checking {len(task.scans)} scans of task {task.name}")
         setup = check_task(task, backbone, setup)
         if setup.is_transductive:
-            say(f"finetune | task {task.name}: TRANSDUCTIVE, validation or test patients are in the backbone's corpus")
+            are = "may be" if backbone.manifest["corpora"] is None else "are"
+            say(
+                f"finetune | task {task.name}: TRANSDUCTIVE, validation or test patients {are} in the backbone's corpus"
+            )
         setups.append(setup)
     try:
         found = few_shot(setups, runner=executor, say=within(say, "finetune"))
@@ -360,16 +369,16 @@ def _card(job: Job, config: PublishConfig, corpora: Sequence[Corpus], url: str, 
         },
         "licence": licence,
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    sources = "\n\n".join(corpus.manifest["provenance"] for corpus in corpora)
+    rows = "\n".join(f"| {name} | {for_markdown(value)} |" for name, value in facts.items())
+    sources = "\n\n".join(for_markdown(corpus.manifest["provenance"]) for corpus in corpora)
     return f"""# {config.name} {config.version}
 
 A backbone that gives {model.feature_channels} features for every {block}{pixel}{"s" * bool(block)} of an MRI {scan}, pretrained without
 labels by p2r.
-{config.description}
+{for_markdown(config.description)}
 
     import p2r
-    backbone = p2r.load_backbone("{url}")
+    backbone = p2r.load_backbone({json.dumps(url)})
     features = backbone(backbone.prepare("scan.nii.gz").images)
 
 | | |

@@ -28,6 +28,7 @@ from p2r.report.tables import (
     gain_text,
     is_paper_compatible,
     is_transductive,
+    is_unknown,
     label_of,
     protocol_of,
     series_name,
@@ -81,6 +82,10 @@ _HOW_TO_READ = (
 _TRANSDUCTIVE = (
     "Transductive: validation or test patients are in the corpus that the backbone was pretrained on. These figures say nothing "
     "about patients whom it has not seen, and must not be compared with leak-free ones. Rows are labelled in report.json."
+)
+_UNKNOWN = (
+    "Corpora unknown: the backbone's manifest does not say what it was pretrained on. It may have seen validation or test patients: "
+    "these figures must not be compared with leak-free ones. Rows are labelled in report.json."
 )
 _PAPER_COMPATIBLE = (
     "paper_compat: made by the choices of the paper's released code, in which the reference decides what the network is shown, "
@@ -189,6 +194,8 @@ def _blocks(
     """Yield the page; what is drawn for it is added to `drawn`, in the order of the page."""
     page = _Page(context, pictures, statistics, drawn)
     yield Heading(1, str(context.get("title", "Few-shot segmentation")) + label_of(rows))
+    if is_unknown(rows):
+        yield Paragraph(_UNKNOWN, note=True)
     if is_transductive(rows):
         yield Paragraph(_TRANSDUCTIVE, note=True)
     if is_paper_compatible(rows):

@@ -16,7 +16,7 @@ from rich.text import Text
 from p2r.modes import MODES, SCRATCH, facts_of
 from p2r.report.text import one_line, signed
 
-LEAK_FREE, TRANSDUCTIVE = "leak_free", "transductive"
+LEAK_FREE, TRANSDUCTIVE, UNKNOWN = "leak_free", "transductive", "corpora unknown"
 
 Row = Mapping[str, Any]
 
@@ -60,11 +60,12 @@ class Cell:
 
 
 def protocol_of(row: Row) -> str:
-    """Return the protocol that a row was made by; `transductive` if the backbone has seen the patients."""
+    """Return the protocol that a row was made by; `transductive` if the backbone has seen the patients, or what says that it may have."""
     protocol = str(row["protocol"]).replace("-", "_")
-    if not row.get("transductive") or TRANSDUCTIVE in protocol:
+    label = UNKNOWN if row.get("corpora") == "unknown" else TRANSDUCTIVE
+    if not row.get("transductive") or label in protocol:
         return protocol
-    return TRANSDUCTIVE if protocol == LEAK_FREE else f"{protocol}, {TRANSDUCTIVE}"
+    return label if protocol == LEAK_FREE else f"{protocol}, {label}"
 
 
 def series_of(row: Row) -> tuple[str, str]:
@@ -142,8 +143,15 @@ def is_transductive(rows: Sequence[Row]) -> bool:
     return any(TRANSDUCTIVE in protocol_of(row) for row in rows)
 
 
+def is_unknown(rows: Sequence[Row]) -> bool:
+    """Tell whether figures of a backbone whose corpora are unknown are among the rows."""
+    return any(UNKNOWN in protocol_of(row) for row in rows)
+
+
 def label_of(rows: Sequence[Row]) -> str:
     """Return what a title must say of rows that are not leak-free, or nothing."""
+    if is_unknown(rows):
+        return " (corpora unknown: the backbone may have seen these patients)"
     if is_transductive(rows):
         return " (transductive: the backbone has seen these patients)"
     return " (paper_compat: the label leaks into the input)" if is_paper_compatible(rows) else ""
