@@ -17,6 +17,7 @@ import typer
 from p2r.config import PretrainConfig
 from p2r.console import console, show, show_json
 from p2r.errors import InputError, JobError, P2RError, TrainingError
+from p2r.identity import ensure_identity
 from p2r.job import FORK_HELP, Job, find_job, ignored_variables, json_schema, overrides_of, read_job
 from p2r.logs import configure, reset, say, say_crash, say_error
 from p2r.storage import Storage
@@ -577,6 +578,8 @@ def _volume_text(ml: float) -> str:
 def main() -> None:
     """Run the command line and turn errors into exit codes."""
     try:
+        if (news := ensure_identity()) is not None:
+            say(news)
         _run_command()
     except KeyboardInterrupt:
         say("p2r: interrupted; run the same command again to go on from the newest checkpoint")

@@ -20,6 +20,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from p2r.data.pseudonyms import VARIABLE as PSEUDONYM_KEY
 from p2r.errors import StorageError
+from p2r.identity import identity_environment, ray_folder
+from p2r.logs import say
 from p2r.masking import is_secret_name, looks_secret
 from p2r.storage import Storage
 
@@ -44,13 +46,16 @@ def session(address: str | None = None, *, show_worker_logs: bool = False) -> It
     already = ray.is_initialized()
     if not already:
         where = address or os.environ.get("RAY_ADDRESS")
+        folder = None if where else ray_folder()
+        if folder is not None:
+            say(f"TMPDIR is too long for the sockets of Ray: it uses {folder}; RAY_TMPDIR names another short folder")
         with _without_pseudonym_key():
             ray.init(
                 address=where or "local",
                 runtime_env={"env_vars": forwarded_settings()},
                 log_to_driver=show_worker_logs,
                 logging_level="error",
-                **({} if where else {"include_dashboard": False}),
+                **({} if where else {"include_dashboard": False, "_temp_dir": folder}),
             )
         if where:
             _hand_over(forwarded_secrets())
@@ -81,6 +86,7 @@ def forwarded_settings() -> dict[str, str]:
     return {
         "PYTHONUNBUFFERED": "1",
         "RAY_DEDUP_LOGS": "0",
+        **identity_environment(),
         **({"AWS_EC2_METADATA_DISABLED": "true"} if has_keys else {}),
         **{name: value for name, value in forwarded.items() if not _is_secret(name, value)},
     }

@@ -468,7 +468,8 @@ class LossConfig(Section):
     temperature: PositiveFloat = 0.2
     """InfoNCE only: tau, the width of the softmax over cosine similarities."""
     learn_temperature: bool = False
-    """InfoNCE only: train tau along with the weights, from `temperature` on; it is kept within [0.01, 1]."""
+    """InfoNCE only: train tau along with the weights, from `temperature` on; it is kept within [0.013, 1]: below, sums of
+    float32 would overflow or vanish."""
     decoupled: bool = False
     """InfoNCE only: leave the positive out of the denominator (decoupled contrastive learning)."""
     exclude_within_mm: PositiveFloat | None = None
@@ -560,8 +561,10 @@ class PretrainConfig(Section):
     """Images that a worker encodes at once, for when its part of the global batch does not fit into memory. None: all of its part."""
     seed: int = 0
     """Seeds weights, order, views and points."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the network; statistics of normalisations, reading at points, projection head and sums of the loss are fp32 in both."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Arithmetic of the network; statistics of normalisations, reading at points, projection head and sums of the loss are fp32 in all.
+    tf32: fp32, whose products a GPU of compute capability 8.0 or newer may round to 10 bits. The loss kernels take tf32 and bf16; in
+    fp32 a GPU computes the loss in torch's tiles, several times as slowly."""
     compile: bool | Literal["reduce-overhead"] = False
     """Compile the backbone (torch.compile) before the first step: seconds to minutes, which the first report states, kept in
     `$P2R_CACHE`. Where there is no compiler, the report says so and training goes on without. reduce-overhead: GPUs also replay its
@@ -799,6 +802,9 @@ class FinetuneConfig(Section):
     computed once for all probes of a task: much faster."""
     search: SearchConfig = SearchConfig()
     """Choice of the learning rate, and of other settings."""
+    compile: bool = False
+    """Compile the network of a trial (torch.compile) before its first step: a minute, which trials of a thousand steps win back on CPUs,
+    too. What is compiled is kept in `$P2R_CACHE`. Figures agree with those of a trial without it to rounding, which training amplifies."""
     score_on: Literal["test", "validation"] = "test"
     """Whose figures are reported. validation: while recipes are still being compared, so that test patients stay unread."""
     curve_steps: PositiveInt | None = None

@@ -29,6 +29,7 @@ from p2r.engine.pretrain import pretrain
 from p2r.engine.profile import profile_text
 from p2r.errors import InputError, JobError, P2RError
 from p2r.evaluate.protocol import Trial
+from p2r.identity import ensure_identity
 from p2r.job import FORK_HELP, ignored_variables, overrides_of, read_job
 from p2r.logs import Line, LogFormat, configure, reset, say, say_crash, say_error, within
 from p2r.modes import Mode
@@ -102,6 +103,8 @@ def main() -> int:
 
 
 def _main() -> int:
+    if (news := ensure_identity()) is not None:
+        say(news)
     parser = argparse.ArgumentParser(prog="python -m p2r.engine", description="Run a job in one process, without Ray.")
     parser.add_argument("job", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the job")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from p2r.artefact import CorpusFacts
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, load_backbone, publish
 from p2r.config import ImageConfig, IngestConfig, PretrainConfig, PublishConfig
-from p2r.data.corpus import check_selection, corpus_digest, load_manifest, manifest_sha256, subjects_found
+from p2r.data.corpus import check_selection, load_manifest, manifest_sha256, subjects_found, was_asked
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
 from p2r.engine.ancestry import added, ancestry, corpus_facts
@@ -253,7 +253,7 @@ def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
     config, subjects = _selected(job.ingest)
     # Training takes a corpus that was asked for like this as it is; a job of kind ingest looks whether there is more.
     is_asked = job.kind != "ingest" and corpus.exists("manifest.json")
-    if is_asked and corpus_digest(config, subjects) in load_manifest(corpus)["asked"]:
+    if is_asked and was_asked(load_manifest(corpus), config, subjects):
         say(f"ingest | {corpus.url} is complete")
     else:
         executor.ingest(config, corpus, subjects=subjects, say=say)
