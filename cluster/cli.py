@@ -16,7 +16,7 @@ import typer
 
 from p2r.config import PretrainConfig
 from p2r.errors import InputError, JobError, P2RError, TrainingError
-from p2r.job import FORK_HELP, Job, json_schema, overrides_of, read_job
+from p2r.job import FORK_HELP, Job, find_job, ignored_variables, json_schema, overrides_of, read_job
 from p2r.logs import configure, masked, reset, say, say_crash, say_error
 from p2r.storage import Storage
 
@@ -34,7 +34,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the job, such as pretrain.steps=20."),
 ]
-JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as jobs/demo.yaml.")]
+JobPath = Annotated[
+    Path,
+    typer.Argument(metavar="JOB", help="A job file, or the name of a job that p2r brings, such as demo."),
+]
 AllowTransductive = Annotated[
     bool,
     typer.Option(
@@ -108,11 +111,15 @@ def run(
     """Run a job on Ray; running it again resumes it."""
     configure(log_format)
     job = read_job(path, overrides_of(set_, allow_transductive=allow_transductive))
+    for note in ignored_variables(path, job):
+        say(f"note: {note}")
     if fork:
         from p2r.engine.fork import forked
 
         job = forked(job, fork)
     configure(log_format, run=job.name)
+    if (brought := find_job(path)) != path:
+        say(f"job | {path}: no such file here, so the job that p2r brings, {brought}")
     made = _run_on_ray(job, address, profile_steps=profile, debug=debug)
     failed = made.pop("failed", [])
     _print_made(made)
@@ -132,6 +139,73 @@ def _run_on_ray(job: Any, address: str | None, *, profile_steps: int, debug: boo
 
     with session(address, show_worker_logs=debug), RayExecutor(job, profile_steps=profile_steps) as executor:
         return run_job(job, executor, say=say)
+
+
+Form = Annotated[
+    str | None,
+    typer.Option(
+        "--from", metavar="FORM", help="nnunet, msd, bids or folder: how the scans are laid out; default: guessed."
+    ),
+]
+Labels = Annotated[Path | None, typer.Option(help="Folder of the label maps; default: looked for below the scans.")]
+Contrast = Annotated[
+    str | None,
+    typer.Option(help="Part of the names of the scans that are labelled, where several contrasts are there."),
+]
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="A folder of scans: nnU-Net, Decathlon, BIDS or any other.")],
+    labels: Labels = None,
+    form: Form = None,
+    contrast: Contrast = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file: middle planes of some scans.")] = Path(
+        "p2r-check.png"
+    ),
+    read_all: Annotated[bool, typer.Option("--all", help="Read every scan, not only those there is time for.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say in seconds what p2r would make of a folder: scans, subjects, label maps, and the job and task it would write."""
+    from cluster import own
+
+    _check_output(output, (".png",))
+    own.check(folder, labels=labels, form=_form(form), contrast=contrast, output=output, read_all=read_all)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where job.yaml and task.yaml are written; made if absent.")],
+    scans: Annotated[Path, typer.Option(help="Folder of the scans: nnU-Net, Decathlon, BIDS or any other.")],
+    labels: Labels = None,
+    form: Form = None,
+    contrast: Contrast = None,
+    name: Annotated[str | None, typer.Option(help="Of the job and the task; default: the folder's.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Of the data: an SPDX identifier or a name.")] = None,
+    provenance: Annotated[str | None, typer.Option(help="Where the data come from, and how to cite them.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the first job and task for own scans, and print the next three commands."""
+    from cluster import own
+
+    own.init(
+        folder,
+        scans=scans,
+        labels=labels,
+        form=_form(form),
+        contrast=contrast,
+        name=name,
+        licence=licence,
+        provenance=provenance,
+    )
+
+
+def _form(name: str | None) -> Any:
+    from p2r.data.survey import NAMES
+
+    if name is not None and name not in NAMES:
+        raise InputError(f"--from {name}: must be one of {', '.join(NAMES)}")
+    return name
 
 
 @app.command()
@@ -437,8 +511,8 @@ def embed(
     backbone: Annotated[
         str, typer.Argument(metavar="BACKBONE", help="URL of a published backbone; with @sha256:HEX, this very one.")
     ],
-    scan: Annotated[Path, typer.Argument(help="A NIfTI scan.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="NIfTI of the features: X, Y, Z, F.")],
+    scan: Annotated[str, typer.Argument(help="A NIfTI scan: a path, file:// or s3://.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="NIfTI of the features: X, Y, Z, F.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
@@ -458,7 +532,7 @@ def embed(
         device=device,
     )
     frames, channels = features.shape[3:]
-    write_nifti(output, features.reshape(*features.shape[:3], frames * channels), affine)
+    write_nifti(output, features.reshape(*features.shape[:3], frames * channels), affine, world=volume)
     print(
         f"{output}: {channels} features of {' x '.join(map(str, features.shape[:3]))} voxels"
         + f", {frames} frames" * (frames > 1)
@@ -470,8 +544,8 @@ def predict(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="URL of a published model; with @sha256:HEX, this very one.")
     ],
-    scan: Annotated[Path, typer.Argument(help="A NIfTI scan.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="NIfTI of the segmentation, on the scan's own grid.")],
+    scan: Annotated[str, typer.Argument(help="A NIfTI scan: a path, file:// or s3://.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="NIfTI of the segmentation, on the scan's own grid.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
@@ -495,14 +569,21 @@ def predict(
     write_nifti(output, on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan, volume.source_affine, like=volume)
     voxel_ml = volume.spacing_mm[0] * volume.spacing_mm[1] * volume.spacing_mm[2] / 1000
     for value, name in config.classes.items():
-        print(f"{value} {name}: {(labels == value).sum() * voxel_ml:.1f} ml")
+        in_ml = [_volume_text(count * voxel_ml) for count in (labels == value).sum(axis=(0, 1, 2))]
+        print(f"{value} {name}: {', '.join(in_ml)} ml" + f" in frames 1 to {len(in_ml)}" * (len(in_ml) > 1))
+    for note in volume.notes:
+        say(f"{scan}: {note}")
     print(output)
+
+
+def _volume_text(ml: float) -> str:
+    return f"{ml:.1f}" if ml >= 1 or ml == 0 else f"{ml:.2g}"
 
 
 def main() -> None:
     """Run the command line and turn errors into exit codes."""
     try:
-        app(standalone_mode=False)
+        _run_command()
     except KeyboardInterrupt:
         say("p2r: interrupted; run the same command again to go on from the newest checkpoint")
         sys.exit(130)
@@ -524,6 +605,19 @@ def main() -> None:
         reset()
 
 
+def _run_command() -> None:
+    try:
+        app(standalone_mode=False)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "p2r", "cluster"):
+            raise
+        raise InputError(
+            f"this command needs the package {package}, which is not installed here: pip install 'p2r[cluster]', "
+            "or make install in a clone; `pip install p2r` alone is for embed, predict and p2r.load_backbone"
+        ) from error
+
+
 def _print_made(made: dict[str, Any]) -> None:
     from rich.console import Console
 
@@ -534,7 +628,12 @@ def _print_made(made: dict[str, Any]) -> None:
         print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
 
 
-def _check_output(path: Path, endings: tuple[str, ...] = (".nii", ".nii.gz")) -> None:
+def _check_output(output: str | Path, endings: tuple[str, ...] = (".nii", ".nii.gz")) -> None:
+    path = Path(output)
+    if "://" in str(output):
+        raise InputError(
+            f"output {output}: results are written to a folder of this machine; give a path, and copy the file"
+        )
     if not path.name.endswith(endings):
         raise InputError(f"output {path} must end in {' or '.join(endings)}")
     if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):

@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from ray.exceptions import RayActorError
 
-from p2r.errors import InputError, StorageError, TrainingError
+from p2r.documents import checked
+from p2r.errors import DamagedError, InputError, StorageError, TrainingError
 from p2r.storage import Storage
 
 FAULTS = "faults.jsonl"
@@ -63,6 +65,18 @@ class Fault:
         return f"fault | {self.cause}: {self.what} | {decided}{counted}"
 
 
+class _Row(BaseModel):
+    """The keys of a row that are read again; all others are kept as they are."""
+
+    model_config = ConfigDict(strict=True)
+    cause: str
+    what: str
+    decision: Decision
+
+
+_ROW = TypeAdapter(_Row)
+
+
 class FaultLog:
     """`faults.jsonl` of one run, and the lines that go with it. One driver writes at a time.
 
@@ -82,7 +96,9 @@ class FaultLog:
         self._storage, self._say, self._on_fault = storage, say, on_fault
         self._rows: list[dict[str, Any]] = []
         if storage.exists(FAULTS):
-            self._rows = [json.loads(line) for line in storage.read_bytes(FAULTS).decode().splitlines()]
+            self._rows = storage.read_rows(FAULTS)
+            for number, row in enumerate(self._rows, start=1):
+                checked(_ROW, row, where=f"{storage.at(FAULTS)}, row {number}:", error=DamagedError)
 
     @property
     def attempt(self) -> int:

@@ -24,7 +24,7 @@ from ray.tune.search import create_searcher
 from cluster.pretrain import ray_folder
 from cluster.progress import Say, relay
 from cluster.session import num_cpus, num_gpus
-from p2r.config import Distribution, Mode, SearchConfig
+from p2r.config import Distribution, SearchConfig
 from p2r.engine.fewshot import Result
 from p2r.engine.finetune import TrialSetup
 from p2r.errors import DataError, JobError
@@ -32,6 +32,7 @@ from p2r.evaluate.protocol import Trial, numbers_of, search_trial, space_of
 from p2r.evaluate.tasks import load_task
 from p2r.job import Resources
 from p2r.logs import Line
+from p2r.modes import Mode
 from p2r.storage import Storage, json_bytes
 
 Count = Callable[[Mapping[str, int]], None]

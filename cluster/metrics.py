@@ -10,7 +10,6 @@ from `faults.jsonl`. A label has a value of a list below; anything else becomes 
 URL: nothing in which a secret or a patient's name could stand. `run` is the job's name, whose characters the job restricts.
 """
 
-import json
 import logging
 import os
 import re
@@ -320,10 +319,8 @@ class Exporter(Collector):
         try:
             storage = Storage(storage_url)
             if storage.exists(path):
-                for line in storage.read_bytes(path).decode().splitlines():
-                    row = json.loads(line)
-                    if isinstance(row, dict):
-                        self._note_fault(row, at=self._started_at)
+                for row in storage.read_rows(path):
+                    self._note_fault(row, at=self._started_at)
                 self._faults["at"].clear()  # long ago: nobody has to be told
         except (P2RError, ValueError) as error:
             _LOG.warning("faults of earlier starts are not in the metrics: %s", error)

@@ -12,6 +12,7 @@ from rich.table import Table
 from p2r.config import PretrainConfig
 from p2r.data.stream import Corpus
 from p2r.engine.corpora import corpora_of
+from p2r.engine.history import read_history
 from p2r.engine.plan import Plan, Rate, measured_rate, plan, refuse_what_does_not_fit
 from p2r.engine.tune_batch import HEADROOM
 from p2r.errors import InputError
@@ -163,11 +164,11 @@ def _measured(storage: Storage, say: Callable[[str], None]) -> Rate | None:
     try:
         if not storage.exists(_HISTORY):
             return None
-        text = storage.read_bytes(_HISTORY).decode()
+        rows = read_history(storage, _HISTORY)
     except InputError as error:
         say(f"plan | no measured rate: {error}")
         return None
-    return measured_rate([json.loads(line) for line in text.splitlines()], where=storage.at(_HISTORY))
+    return measured_rate(rows, where=storage.at(_HISTORY))
 
 
 def _corpora(config: PretrainConfig, storage: Storage, say: Callable[[str], None]) -> list[Corpus] | None:

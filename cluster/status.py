@@ -8,7 +8,6 @@ Nothing that lies there is trusted. A row that is not one is counted and left ou
 named in `problems`, and the rest is shown. No text is escaped here: that is up to whoever shows it.
 """
 
-import json
 import math
 import os
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from p2r.data.manifest import load_manifest
+from p2r.documents import read_json
 from p2r.errors import InputError, StorageError
 from p2r.job import read_job
 from p2r.logs import masked
@@ -627,8 +627,8 @@ def _sweep_line(sweep: Sweep) -> str | None:
 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = read_json(line, where="a row", max_bytes=_MAX_FILE_BYTES, nan_as_none=True)
+    except InputError:
         return None
     return value if isinstance(value, dict) else None
 

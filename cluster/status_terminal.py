@@ -17,6 +17,7 @@ from rich.text import Text
 from cluster.inspect import plain
 from cluster.status import Points, Reader, Status, Training
 from p2r.errors import StorageError
+from p2r.modes import facts_of
 
 _REFRESH_S = 1.0
 _CURVE_ROWS = 8
@@ -40,13 +41,6 @@ _FIGURES = (
     ("learning_rate", "learning rate", "{:.1e}"),
     ("skipped_steps", "skipped steps", "{:.0f}"),
 )
-_MODES = {
-    "scratch": "from scratch",
-    "linear_probe": "linear probe",
-    "fine_tune": "fine-tuned",
-    "mean_teacher": "mean teacher",
-    "prototype": "prototype",
-}
 
 
 def show(reader: Reader) -> None:
@@ -336,7 +330,8 @@ def _clean(text: str) -> str:
 
 
 def _mode(mode: str) -> str:
-    return _MODES.get(mode, mode)
+    facts = facts_of(mode)
+    return mode if facts is None else facts.title
 
 
 def _points(points: Sequence[tuple[int, float, int]]) -> str:

@@ -1,23 +1,122 @@
-"""Bytes from outside -> a JSON value, within stated bounds, or a refusal by name.
+"""Bytes of a document from outside -> plain values, within stated bounds, or a refusal by name.
 
-Python's reader takes any depth, any integer, NaN, and the last of two equal keys. A document from a stranger is read here
-instead: its size, depth and numbers are bounded, and each key stands once.
+    read_json     one JSON value            manifests, reports, sidecars
+    read_lines    one JSON value a line     ledgers, indexes, histories
+    read_yaml     YAML of plain values      jobs and tasks
+
+Python's readers take any depth and any integer, NaN, the last of two equal keys, and YAML that a few aliases grow to
+terabytes. Here size, depth, number of values and every number are bounded, a text can be written as UTF-8, and each key
+is there once. Models (pydantic, strict) check what the values mean.
+
+YAML is built from the parser's events, not by PyYAML's constructors, which recurse and share what aliases name: an alias
+is a copy, and counts as many values as it copies.
 """
 
+import copy
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from p2r.errors import InputError
 
+Checked = TypeVar("Checked")
+
+MAX_DEPTH = 32
+"""Most objects and lists within one another, unless a reader states another bound."""
+MAX_VALUES = 16_000_000
+"""Most values of a JSON document, unless a reader states another bound."""
+MAX_YAML_BYTES = 1 << 20
+"""Largest YAML document that is read."""
+
 _MAX_INTEGER = 2**63
 _MAX_DIGITS = 24
+_SHOWN = 3  # findings of a model
+_MAX_SHOWN = 80  # characters of a key or a value
+_MAX_SCALAR = 64  # characters of a YAML number
+_ODD_ESCAPE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
+_RELATIVE = re.compile(r"[^\x00-\x1f\x7f\\]{1,1024}")
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,\n]')
+_TAG = "tag:yaml.org,2002:"
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Event = Any
+_CONSTRUCTOR = yaml.constructor.SafeConstructor()
+
+
+def checked(
+    adapter: TypeAdapter[Checked], value: object, *, where: str, error: type[InputError] = InputError
+) -> Checked:
+    """Return what a strict model makes of a value.
+
+    Args:
+        adapter: Of the model.
+        value: From a reader of this module.
+        where: Name of the document, for messages.
+        error: Class of the refusal.
+
+    Raises:
+        InputError: `error`, with the first findings: key, rule and value.
+    """
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as problem:
+        findings = problem.errors(include_url=False, include_context=False)
+        lines = [_finding(finding) for finding in findings[:_SHOWN]]
+        more = f"; and {len(findings) - _SHOWN} more" if len(findings) > _SHOWN else ""
+        raise error(f"{where} {'; '.join(lines)}{more}") from None
+
+
+def _finding(finding: ErrorDetails) -> str:
+    key = ".".join(map(str, finding["loc"]))
+    value = finding["input"]
+    got = f", got {_printable(repr(value))}" if not isinstance(value, dict | list) else ""
+    return f"{_printable(key)}: {finding['msg']}{got}"
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:_MAX_SHOWN])
+
+
+def as_utf8(name: str) -> str:
+    r"""Return a file name as UTF-8 can hold it: bytes that are no UTF-8 appear as `\xHH`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def is_relative_path(path: str) -> bool:
+    """Tell whether a path names something below the folder that it is joined to, on any system.
+
+    It has `/` between names alone: no `..`, no `.`, no empty name, no backslash, no control character.
+    """
+    return _RELATIVE.fullmatch(path) is not None and not {".", "..", ""} & set(path.split("/"))
+
+
+def read_start(path: Path, *, max_bytes: int) -> bytes:
+    """Return the first bytes of a local file: one more than `max_bytes` if there are more, for a reader to refuse.
+
+    Raises:
+        OSError: from the file.
+    """
+    with path.open("rb") as file:
+        return file.read(max_bytes + 1)
 
 
 def read_json(
-    content: bytes, *, where: str, max_bytes: int, max_depth: int = 32, error: type[InputError] = InputError
+    content: bytes,
+    *,
+    where: str,
+    max_bytes: int,
+    max_depth: int = MAX_DEPTH,
+    max_values: int = MAX_VALUES,
+    nan_as_none: bool = False,
+    error: type[InputError] = InputError,
 ) -> Any:
     """Parse JSON from outside.
 
@@ -26,28 +125,133 @@ def read_json(
         where: Its name, for messages.
         max_bytes: Largest size that is parsed.
         max_depth: Most objects and lists within one another.
+        max_values: Most values, keys not counted.
+        nan_as_none: Read NaN and infinities, which other programs write, as None instead of refusing the document.
         error: Class of the refusal.
 
     Raises:
         InputError: `error`, for anything that is not JSON (RFC 8259) or leaves a bound.
     """
-    if len(content) > max_bytes:
-        raise error(f"{where} has {len(content):,} bytes, more than the {max_bytes:,} that such a document may have")
+    text = _text(content, "JSON", where, max_bytes, error)
+    # Commas in texts are counted, too: a bound, and it costs nothing.
+    num_values = 1 + text.count(",") + text.count("[") + text.count("{")
+    if num_values > max_values:
+        raise error(f"{where} is not valid: it has about {num_values:,} values, more than such a document may have")
     try:
         value = json.loads(
-            content.decode("utf-8"),
+            text,
             object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
+            parse_constant=_no_number if nan_as_none else _refuse_constant,
             parse_float=_finite,
             parse_int=_bounded,
         )
+        if _ODD_ESCAPE.search(text):
+            _check_texts(value)
     except RecursionError:
         raise error(f"{where} is not valid: {_depth_rule(max_depth)}") from None
-    except ValueError as problem:  # also of UTF-8 and of JSON
+    except _KeyTwice as twice:
+        raise error(f"{where} is not JSON: {_key_twice(text, str(twice))}") from None
+    except ValueError as problem:  # also of JSON
         raise error(f"{where} is not JSON: {problem}") from None
-    if _is_deeper(value, max_depth):
+    if text.count("{") + text.count("[") > max_depth and _is_deeper(value, max_depth):
         raise error(f"{where} is not valid: {_depth_rule(max_depth)}")
     return value
+
+
+def read_lines(
+    content: bytes,
+    *,
+    where: str,
+    max_bytes: int,
+    max_line_bytes: int = 1 << 20,
+    max_depth: int = MAX_DEPTH,
+    nan_as_none: bool = False,
+    error: type[InputError] = InputError,
+) -> Iterator[tuple[int, Any]]:
+    """Parse JSON from outside, one value a line; lines without a character are passed over.
+
+    Args:
+        content: The document, UTF-8.
+        where: Its name, for messages.
+        max_bytes: Largest size that is parsed.
+        max_line_bytes: Largest size of a line.
+        max_depth: Most objects and lists within one another, in a line.
+        nan_as_none: As in `read_json`.
+        error: Class of the refusal.
+
+    Yields:
+        The number of a line, from 1, and its value.
+
+    Raises:
+        InputError: `error`, naming the line.
+    """
+    _check_size(content, where, max_bytes, error)
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            value = read_json(
+                line,
+                where=f"{where}, line {number}",
+                max_bytes=max_line_bytes,
+                max_depth=max_depth,
+                nan_as_none=nan_as_none,
+                error=error,
+            )
+            yield number, value
+
+
+def read_yaml(
+    content: bytes | str,
+    *,
+    where: str,
+    max_bytes: int = MAX_YAML_BYTES,
+    max_depth: int = MAX_DEPTH,
+    max_values: int = 100_000,
+    error: type[InputError] = InputError,
+) -> Any:
+    """Parse one YAML document from outside into texts, numbers, booleans, None, lists and mappings.
+
+    Dates stay texts. Aliases and merge keys (`<<`) are copied, within `max_values`.
+
+    Args:
+        content: The document, UTF-8.
+        where: Its name, for messages.
+        max_bytes: Largest size that is parsed.
+        max_depth: Most mappings and lists within one another.
+        max_values: Most values and keys, those of aliases included.
+        error: Class of the refusal.
+
+    Raises:
+        InputError: `error`, naming the line, for anything that is not YAML, leaves a bound, or is no plain value.
+    """
+    text = content if isinstance(content, str) else _text(content, "YAML", where, max_bytes, error)
+    if isinstance(content, str):
+        _check_size(content.encode(errors="replace"), where, max_bytes, error)
+    try:
+        return _Composer(text, max_depth=max_depth, max_values=max_values).document()
+    except _Refused as refused:
+        raise error(f"{where}: {refused}") from None
+    except (yaml.YAMLError, ValueError) as problem:  # ValueError: libyaml cannot take a text
+        raise error(f"{where} is not YAML: {str(problem).strip()}") from None
+
+
+# JSON
+
+
+class _KeyTwice(Exception):
+    """A key that an object has twice."""
+
+
+def _text(content: bytes, kind: str, where: str, max_bytes: int, error: type[InputError]) -> str:
+    _check_size(content, where, max_bytes, error)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise error(f"{where} is not {kind}: it is not UTF-8: {problem}") from None
+
+
+def _check_size(content: bytes, where: str, max_bytes: int, error: type[InputError]) -> None:
+    if len(content) > max_bytes:
+        raise error(f"{where} has {len(content):,} bytes, more than the {max_bytes:,} that such a document may have")
 
 
 def _depth_rule(max_depth: int) -> str:
@@ -55,28 +259,76 @@ def _depth_rule(max_depth: int) -> str:
 
 
 def _is_deeper(value: Any, max_depth: int) -> bool:
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(max_depth):
-        level = [child for parent in level for child in _children(parent)]
-    return any(isinstance(value, dict | list) for value in level)
+        children = (parent.values() if type(parent) is dict else parent for parent in level)
+        level = [child for group in children for child in group if type(child) is dict or type(child) is list]
+    return bool(level)
 
 
-def _children(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
+def _check_texts(value: Any) -> None:
+    """Refuse texts that no file name and no UTF-8 can hold."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, str):
+            _check_characters(item)
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a text has half of a surrogate pair") from None
+    if "\0" in text:
+        raise ValueError("a text has the character 0")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"key {twice[:80]!r} stands twice in one object")
+        raise _KeyTwice(twice)
     return found
+
+
+def _key_twice(text: str, key: str) -> str:
+    """Return the message for a key that an object has twice, with both lines."""
+    first, second = _lines_of_twin(text)
+    lines = f"on line {first}" if first == second else f"on lines {first} and {second}"
+    return f"key {key[:80]!r} stands twice in one object, {lines}"
+
+
+def _lines_of_twin(text: str) -> tuple[int, int]:
+    """Return the lines of the first key that an object has twice, in a text that is JSON up to there."""
+    line, token = 1, ""
+    objects: list[dict[str, int]] = []
+    for match in _TOKEN.finditer(text):
+        before, token = token, match.group()
+        if token == "\n":
+            line, token = line + 1, before
+        elif token in ("{", "["):
+            objects.append({})
+        elif token in ("}", "]"):
+            objects.pop()
+        elif token == ":" and before.startswith('"'):
+            key = json.loads(before)
+            if key in objects[-1]:
+                return objects[-1][key], line
+            objects[-1][key] = line
+    return line, line
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number of JSON")
+
+
+def _no_number(name: str) -> None:
+    """Stand for a constant that is not a number of JSON."""
 
 
 def _finite(text: str) -> float:
@@ -90,3 +342,160 @@ def _bounded(text: str) -> int:
     if len(text) > _MAX_DIGITS or not -_MAX_INTEGER <= (value := int(text)) < _MAX_INTEGER:
         raise ValueError(f"{text[:40]} is not a whole number of 64 bits")
     return value
+
+
+# YAML
+
+
+class _Refused(Exception):
+    """A rule that a YAML document breaks."""
+
+
+@dataclass(frozen=True)
+class _Anchored:
+    """A value that aliases may name."""
+
+    value: Any
+    num_values: int
+    depth: int
+    """Mappings and lists within one another."""
+
+
+class _Composer:
+    """Events of one YAML document -> its value."""
+
+    def __init__(self, text: str, *, max_depth: int, max_values: int) -> None:
+        self._loader = _Loader(text)
+        self._max_depth, self._max_values = max_depth, max_values
+        self._num_values = self._deepest = 0
+        self._anchored: dict[str, _Anchored] = {}
+
+    def document(self) -> Any:
+        """Return the value of the only document; None if there is none."""
+        self._next(yaml.StreamStartEvent)
+        if self._loader.check_event(yaml.StreamEndEvent):
+            return None
+        self._next(yaml.DocumentStartEvent)
+        value = self._value(self._loader.get_event(), 0)
+        self._next(yaml.DocumentEndEvent)
+        if not self._loader.check_event(yaml.StreamEndEvent):
+            _refuse(self._loader.get_event(), "a second document begins; a file holds one")
+        return value
+
+    def _next(self, kind: type[_Event]) -> None:
+        event = self._loader.get_event()
+        assert isinstance(event, kind)
+
+    def _value(self, event: _Event, depth: int) -> Any:
+        """Return the value that begins with an event, `depth` mappings and lists down."""
+        if isinstance(event, yaml.AliasEvent):
+            return self._copy(event, depth)
+        self._count(event, 1)
+        if isinstance(event, yaml.ScalarEvent):
+            value = self._scalar(event)
+            if event.anchor is not None:
+                self._anchored[event.anchor] = _Anchored(value, 1, 0)
+            return value
+        if event.tag not in (None, "!", f"{_TAG}map", f"{_TAG}seq"):
+            _refuse(event, f"the tag {event.tag[:80]} is not read; write plain values")
+        self._check_depth(event, depth + 1)
+        before, above, self._deepest = self._num_values, self._deepest, depth + 1
+        of = self._mapping if isinstance(event, yaml.MappingStartEvent) else self._sequence
+        value = of(depth + 1)
+        if event.anchor is not None:
+            self._anchored[event.anchor] = _Anchored(value, self._num_values - before + 1, self._deepest - depth)
+        self._deepest = max(self._deepest, above)
+        return value
+
+    def _sequence(self, depth: int) -> list[Any]:
+        values = []
+        while not self._loader.check_event(yaml.SequenceEndEvent):
+            values.append(self._value(self._loader.get_event(), depth))
+        self._loader.get_event()
+        return values
+
+    def _mapping(self, depth: int) -> dict[Any, Any]:
+        values: dict[Any, Any] = {}
+        merged: dict[Any, Any] = {}
+        lines: dict[Any, int] = {}
+        while not self._loader.check_event(yaml.MappingEndEvent):
+            event = self._loader.get_event()
+            if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+                _refuse(event, "a key is a list or a mapping; a key is a text or a number")
+            is_merge = isinstance(event, yaml.ScalarEvent) and self._tag(event) == f"{_TAG}merge"
+            key = self._value(event, depth)
+            if isinstance(key, dict | list):
+                _refuse(event, "a key is a list or a mapping; a key is a text or a number")
+            if key in lines:
+                _refuse(event, f"key {str(key)[:80]!r} stands twice in one mapping, first on line {lines[key]}")
+            lines[key] = event.start_mark.line + 1
+            value = self._value(self._loader.get_event(), depth)
+            if is_merge:
+                merged = self._merged(event, value)
+            else:
+                values[key] = value
+        self._loader.get_event()
+        return {**merged, **values}
+
+    def _merged(self, event: _Event, value: Any) -> dict[Any, Any]:
+        """Return the keys that a merge key stands for; of several mappings the first counts most."""
+        mappings = value if isinstance(value, list) else [value]
+        if not all(isinstance(mapping, dict) for mapping in mappings):
+            _refuse(event, "`<<` merges a mapping, or a list of mappings")
+        return {key: item for mapping in reversed(mappings) for key, item in mapping.items()}
+
+    def _copy(self, event: _Event, depth: int) -> Any:
+        anchored = self._anchored.get(event.anchor)
+        if anchored is None:
+            _refuse(event, f"the alias *{event.anchor[:80]} names nothing that is complete before it")
+        self._count(event, anchored.num_values)
+        self._check_depth(event, depth + anchored.depth)
+        self._deepest = max(self._deepest, depth + anchored.depth)
+        return copy.deepcopy(anchored.value)
+
+    def _count(self, event: _Event, number: int) -> None:
+        self._num_values += number
+        if self._num_values > self._max_values:
+            _refuse(event, f"more than {self._max_values:,} values, those of aliases included")
+
+    def _check_depth(self, event: _Event, depth: int) -> None:
+        if depth > self._max_depth:
+            _refuse(event, f"mappings and lists may be {self._max_depth} deep")
+
+    def _tag(self, event: _Event) -> str:
+        if event.tag not in (None, "!"):
+            return str(event.tag)
+        return str(self._loader.resolve(yaml.ScalarNode, event.value, event.implicit))
+
+    def _scalar(self, event: _Event) -> Any:
+        kind = self._tag(event).removeprefix(_TAG)
+        if kind in ("str", "timestamp", "value", "merge"):
+            try:
+                _check_characters(event.value)
+            except ValueError as problem:
+                _refuse(event, str(problem))
+            return str(event.value)
+        if kind == "null":
+            return None
+        if kind not in ("bool", "int", "float"):
+            _refuse(event, f"the tag {event.tag[:80]} is not read; write plain values")
+        try:
+            value = _number(kind, event)
+        except (ValueError, KeyError, IndexError):
+            _refuse(event, f"{event.value[:40]!r} is no {kind}")
+        if kind == "int" and not -_MAX_INTEGER <= value < _MAX_INTEGER:
+            _refuse(event, f"{event.value[:40]} is not a whole number of 64 bits")
+        if kind == "float" and not math.isfinite(value):
+            _refuse(event, f"{event.value[:40]} is not a finite number")
+        return value
+
+
+def _number(kind: str, event: _Event) -> Any:
+    if len(event.value) > _MAX_SCALAR:
+        raise ValueError
+    node = yaml.ScalarNode(f"{_TAG}{kind}", event.value)
+    return getattr(_CONSTRUCTOR, f"construct_yaml_{kind}")(node)
+
+
+def _refuse(event: _Event, rule: str) -> NoReturn:
+    raise _Refused(f"line {event.start_mark.line + 1}: {rule}")

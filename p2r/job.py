@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     Field,
@@ -27,6 +26,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from p2r.config import FinetuneConfig, IngestConfig, PretrainConfig, PublishConfig, Section
+from p2r.documents import MAX_YAML_BYTES, read_start, read_yaml
 from p2r.errors import JobError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -45,12 +45,24 @@ _STAGES: dict[Kind, tuple[str, ...]] = {
     "pipeline": ("ingest", "pretrain", "publish", "finetune"),
     "ablation": ("pretrain", "publish", "finetune"),
 }
+_DEFAULT_FOLDER = (
+    "p2r-runs"  # not p2r: a folder of that name in the home hides the package from who starts Python there
+)
 _SECRET_KEY = re.compile(r"(secret|password|passwd|token|credential|access_?key|api_?key)", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s:@]+:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY")
 _ABLATION_RULE = (
     "kind ablation needs finetune.score_on: validation, for a recipe that was chosen on test patients proves nothing"
 )
 _ALLOW_TRANSDUCTIVE = "finetune.allow_transductive=true"
+JOB_VARIABLES = {
+    "P2R_SCANS": "ingest.sources",
+    "P2R_LICENCE": "ingest.licence",
+    "P2R_PROVENANCE": "ingest.provenance",
+    "P2R_CORPUS": "pretrain.corpus",
+    "P2R_BACKBONE": "finetune.backbone",
+    "P2R_TASK": "finetune.tasks",
+}
+"""Environment variables that jobs read in place of a key, beside `P2R_DATA`, which is set for all of them."""
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
@@ -114,7 +126,7 @@ class Job(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     """The job's name; the last folder of the default storage."""
     storage: str = ""
-    """URL (`file://`, `s3://`) that holds everything the job makes. Default: `${P2R_STORAGE}/<name>`, or `~/p2r/<name>`."""
+    """URL (`file://`, `s3://`) that holds everything the job makes. Default: `${P2R_STORAGE}/<name>`, or `~/p2r-runs/<name>`."""
     retries: NonNegativeInt = 2
     """How often a failed trial is started again before the job fails. In pretraining: how often in a row, without a new checkpoint
     in between; days on machines that fail are not counted up. Preemption does not count."""
@@ -142,6 +154,11 @@ class Job(Section):
             raise ValueError(
                 "kind finetune needs finetune.backbone (a URL), or a publish section that names one of this storage"
             )
+        if self.ingest is not None and self.pretrain is not None and self.pretrain.corpus is not None:
+            raise ValueError(
+                f"pretrain.corpus names a corpus ({self.pretrain.corpus}), and the section ingest makes another one, which nothing "
+                "would read: leave out one of them (--set ingest=null, or --set pretrain.corpus=null)"
+            )
         if (self.kind == "ablation") != bool(self.variants):
             raise ValueError("kind ablation needs variants, and no other kind has them")
         if self.kind == "ablation" and self.finetune and self.finetune.score_on != "validation":
@@ -149,11 +166,25 @@ class Job(Section):
         return self
 
 
+def jobs_folder() -> Path:
+    """Return the folder of the jobs that p2r brings: in the package as installed from a wheel, beside it in a clone."""
+    package = Path(__file__).parent
+    return package / "jobs" if (package / "jobs").is_dir() else package.parent / "jobs"
+
+
+def find_job(path: Path) -> Path:
+    """Return the path of a job file: `path`, or the job that p2r brings where `demo` or `jobs/demo.yaml` names no file."""
+    brought = jobs_folder() / f"{path.name.removesuffix('.yaml')}.yaml"
+    is_name = path.parent.as_posix() in (".", "jobs")
+    return brought if is_name and not path.is_file() and brought.is_file() else path
+
+
 def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, str] | None = None) -> Job:
     """Read a job file and apply `key=value` overrides.
 
     Args:
-        path: The YAML file. Task paths inside it are made absolute, relative to its folder.
+        path: The YAML file, or the name of a job that p2r brings (`find_job`). Task paths inside it are made absolute,
+            relative to its folder.
         overrides: Dotted keys with YAML values, such as `pretrain.steps=20`.
         unset: If given, environment variables that are not set are noted here instead of refused: for validation on a
             machine that does not have the data.
@@ -161,11 +192,15 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
     Raises:
         JobError: naming the file, the key, the rule and the value.
     """
+    path = find_job(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"job {path} cannot be read: {error}; give the path of a YAML file") from None
-    values = _parse(text, where=f"job {path}")
+        content = read_start(path, max_bytes=MAX_YAML_BYTES)
+    except (OSError, ValueError) as error:
+        names = ", ".join(sorted(brought.stem for brought in jobs_folder().glob("*.yaml")))
+        raise JobError(
+            f"job {path} cannot be read: {error}; give the path of a YAML file, or the name of a job that p2r brings: {names}"
+        ) from None
+    values = read_yaml(content, where=f"job {path}", error=JobError)
     if not isinstance(values, dict):
         raise JobError(f"job {path} must be a mapping that begins with `kind:`, found {type(values).__name__}")
     for override in overrides:
@@ -175,9 +210,19 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
             )
         _apply(values, override)
     _refuse_secrets(values, path, ())
-    values = _fill_in(values, path, (), unset)
+    missing: dict[str, str] = {}
+    values = _fill_in(values, path, (), missing)
+    if unset is not None:
+        unset |= missing
+    elif missing:
+        keys = ", ".join(where.rpartition(": ")[2] for where in missing.values())
+        one = len(missing) == 1
+        raise JobError(
+            f"job {path}: environment variable{'' if one else 's'} {', '.join(missing)} {'is' if one else 'are'} not set ({keys}); set "
+            f"{'it' if one else 'them'}, as in {' '.join(f'{name}=...' for name in missing)} p2r run {path}"
+        )
     job = validated(Job, values, where=f"job {path}")
-    storage = job.storage or f"{os.environ.get('P2R_STORAGE') or Path.home() / 'p2r'}/{job.name}"
+    storage = job.storage or f"{os.environ.get('P2R_STORAGE') or Path.home() / _DEFAULT_FOLDER}/{job.name}"
     if "://" not in storage and not Path(storage).expanduser().is_absolute():
         raise JobError(
             f"job {path}: storage must be a URL or an absolute path, got {storage!r}: "
@@ -186,6 +231,24 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
     job = _with_absolute_tasks(job.model_copy(update={"storage": storage}), path.absolute().parent)
     variants_of(job)
     return job
+
+
+def ignored_variables(path: Path, job: Job) -> list[str]:
+    """Return a note for each variable that is set, that some job of p2r reads, and that neither this job nor its tasks read.
+
+    Args:
+        path: The job file.
+        job: From `read_job`.
+    """
+    subjects = None if job.ingest is None else job.ingest.subjects_of
+    tasks = [*(job.finetune.tasks if job.finetune else ()), *([subjects.task] if subjects else [])]
+    texts = [file.read_text(encoding="utf-8") for file in (path, *map(Path, tasks)) if file.is_file()]
+    read = {match[1] for text in texts for match in _VARIABLE.finditer(text)}
+    return [
+        f"{name} is set, but job {path} does not read it: give {key} by --set {key}=..., or take a job that reads it"
+        for name, key in JOB_VARIABLES.items()
+        if os.environ.get(name) and name not in read
+    ]
 
 
 def overrides_of(set_: Sequence[str] | None, *, allow_transductive: bool) -> tuple[str, ...]:
@@ -212,7 +275,7 @@ def variants_of(job: Job) -> dict[str, Job]:
                 if not isinstance(target, dict):
                     raise JobError(f"variants.{name}: {key} is not a key of this job")
             target[last] = value
-        values["kind"] = "pipeline" if job.ingest is not None else "finetune"
+        values["kind"], values["ingest"] = "finetune", None  # the whole has made the corpus
         values["storage"] = f"{job.storage}/variants/{name}"
         if values["pretrain"]["corpus"] is None:
             values["pretrain"]["corpus"] = f"{job.storage}/corpus"
@@ -260,13 +323,6 @@ def fill_in_variables(text: str, *, where: str, unset: dict[str, str] | None = N
     return _VARIABLE.sub(value, text)
 
 
-def _parse(text: str, *, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise JobError(f"{where} is not YAML: {str(error).strip()}") from None
-
-
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -279,7 +335,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         target = target[parent]
         if not isinstance(target, dict):
             raise JobError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value and has no keys below it")
-    target[last] = _parse(text, where=f"--set {key}")
+    target[last] = read_yaml(text, where=f"--set {key}", error=JobError)
 
 
 def _refuse_secrets(value: Any, path: Path, key: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -95,11 +95,15 @@ class S3:
         modified_s = answer["LastModified"].timestamp()
         return ObjectFacts(answer["ContentLength"], answer["ETag"], answer.get("Metadata", {}), modified_s)
 
-    def read(self, key: str) -> tuple[bytes, str] | None:
-        """Return an object's content and ETag; None if it is absent. Checked, if the bucket knows its CRC-32."""
+    def read(self, key: str, *, max_bytes: int | None = None) -> tuple[bytes, str] | None:
+        """Return an object's content and ETag; None if it is absent. Checked, if the bucket knows its CRC-32.
+
+        Raises:
+            DamagedError: also for an object of more than `max_bytes`, before all of it has come.
+        """
         with self._explained("read", key):
             try:
-                return self._content(key)
+                return self._content(key, max_bytes=max_bytes)
             except failures.ClientError as error:
                 if code_of(error) == "NoSuchKey":
                     return None
@@ -226,11 +230,13 @@ class S3:
                     raise
                 self.counters.add("retries", cause="keys")
 
-    def _content(self, key: str, *, start: int = 0, stop: int | None = None) -> tuple[bytes, str]:
+    def _content(
+        self, key: str, *, start: int = 0, stop: int | None = None, max_bytes: int | None = None
+    ) -> tuple[bytes, str]:
         patience = self._patience("read", key)
         while True:
             body = _Body(self, key, patience, start=start, stop=stop)
-            content = b"".join(body)
+            content = b"".join(body if max_bytes is None else _bounded(body, max_bytes, self.url(key)))
             if body.is_whole and body.crc32 in (None, _crc32(content)):
                 return content, body.etag
             patience.refetch(body.is_whole)
@@ -483,6 +489,15 @@ class _Body:
                 yield piece
         if self._stop is not None and self._position < self._stop:
             self._patience.wait("truncated", EOFError(f"the body ended at byte {self._position} of {self._stop}"))
+
+
+def _bounded(body: Iterable[bytes], max_bytes: int, where: str) -> Iterator[bytes]:
+    num_bytes = 0
+    for piece in body:
+        num_bytes += len(piece)
+        if num_bytes > max_bytes:
+            raise DamagedError(f"{where} has more than the {max_bytes:,} bytes that such a file may have")
+        yield piece
 
 
 def _condition(if_absent: bool, if_match: str | None) -> dict[str, str]:

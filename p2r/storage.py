@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from urllib.parse import urlparse
 
+from p2r import documents
 from p2r.cache import cache_folder as cache_folder
 from p2r.cache import node_cache
 from p2r.counters import Counters
@@ -31,6 +32,11 @@ from p2r.files import locked, replacing, temporary_beside
 
 if TYPE_CHECKING:
     from p2r.s3 import S3
+
+MAX_JSON_BYTES = 2**29
+"""Largest JSON value that is read, unless its reader states another size."""
+MAX_ROWS_BYTES = 2**30
+"""Largest file of JSON lines that is read, unless its reader states another size."""
 
 _CHUNK_BYTES = 2**20
 _DELETE_THREADS = 8
@@ -107,26 +113,42 @@ class Storage:
         child._s3 = self._s3
         return child
 
-    def read_bytes(self, path: str) -> bytes:
-        """Return the content of `path`."""
-        tagged = self._read(path)
+    def read_bytes(self, path: str, *, max_bytes: int | None = None) -> bytes:
+        """Return the content of `path`; more than `max_bytes` of it is a `DamagedError`, before all of it is read."""
+        tagged = self._read(path, max_bytes)
         if tagged is None:
             raise DamagedError(f"{self.at(path)} does not exist")
         return tagged[0]
 
-    def read_tagged(self, path: str) -> tuple[bytes, str] | None:
-        """Return the content of `path` and a tag of this version of it, for `replace`; None if it is absent."""
-        tagged = self._read(path)
+    def read_tagged(self, path: str, *, max_bytes: int | None = None) -> tuple[bytes, str] | None:
+        """Return the content of `path` and a tag of this version of it, for `replace`; None if it is absent.
+
+        More than `max_bytes` of content is a `DamagedError`, before all of it is read.
+        """
+        tagged = self._read(path, max_bytes)
         if tagged is not None and self._s3 is None:
             return tagged[0], hashlib.sha256(tagged[0]).hexdigest()
         return tagged
 
-    def read_json(self, path: str) -> Any:
-        """Return the JSON value in `path`."""
-        try:
-            return json.loads(self.read_bytes(path))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DamagedError(f"{self.at(path)} is not JSON: {error}") from None
+    def read_json(self, path: str, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+        """Return the JSON value in `path`, read within the bounds of `p2r.documents`."""
+        content = self.read_bytes(path, max_bytes=max_bytes)
+        return documents.read_json(content, where=self.at(path), max_bytes=max_bytes, error=DamagedError)
+
+    def read_rows(
+        self, path: str, *, max_bytes: int = MAX_ROWS_BYTES, nan_as_none: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return the JSON objects in `path`, one a line, read within the bounds of `p2r.documents`."""
+        content = self.read_bytes(path, max_bytes=max_bytes)
+        rows = []
+        where = self.at(path)
+        for number, row in documents.read_lines(
+            content, where=where, max_bytes=max_bytes, nan_as_none=nan_as_none, error=DamagedError
+        ):
+            if not isinstance(row, dict):
+                raise DamagedError(f"{where}, line {number} is no JSON object: it is damaged")
+            rows.append(row)
+        return rows
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         """Return the bytes of `path` from `start` to before `stop`; a file that ends before `stop` is an error."""
@@ -356,20 +378,24 @@ class Storage:
 
     def _full(self, path: str) -> str:
         """Return the local path, or the key."""
-        if path.startswith("/") or ".." in path.split("/"):
+        if path.startswith("/") or ".." in path.split("/") or "\0" in path:
             raise ValueError(f"storage paths are relative and stay below the URL, got {path!r}")
         return f"{self._root}/{path}" if path and self._root else path or self._root
 
-    def _read(self, path: str) -> tuple[bytes, str] | None:
+    def _read(self, path: str, max_bytes: int | None = None) -> tuple[bytes, str] | None:
         """Return the content of `path`, and its ETag in a bucket; None if it is absent."""
         full = self._full(path)
         if self._s3 is not None:
-            return self._s3.read(full)
+            return self._s3.read(full, max_bytes=max_bytes)
         with _explained("read", self.at(path)):
             try:
-                return Path(full).read_bytes(), ""
+                with Path(full).open("rb") as file:
+                    content = file.read() if max_bytes is None else file.read(max_bytes + 1)
             except FileNotFoundError:
                 return None
+        if max_bytes is not None and len(content) > max_bytes:
+            raise DamagedError(f"{self.at(path)} has more than the {max_bytes:,} bytes that such a file may have")
+        return content, ""
 
     def _below(self, prefix: str) -> Iterator[str]:
         """Yield the paths of all files below a folder, as they come."""

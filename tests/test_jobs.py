@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from p2r.job import json_schema, read_job
+from p2r.job import JOB_VARIABLES, json_schema, read_job
 
 JOBS = sorted((Path(__file__).parent.parent / "jobs").glob("*.yaml"))
 
@@ -16,6 +17,8 @@ JOBS = sorted((Path(__file__).parent.parent / "jobs").glob("*.yaml"))
 @pytest.fixture(autouse=True)
 def data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("P2R_DATA", "/data")
+    for name in JOB_VARIABLES:
+        monkeypatch.setenv(name, "/data/given")
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
@@ -31,6 +34,12 @@ def test_every_job_is_valid_executable_and_documented(path: Path) -> None:
     jsonschema.validate(yaml.safe_load(path.read_text()), json_schema())
     for task in job.finetune.tasks if job.finetune else ():
         assert Path(task).is_file()
+
+
+def test_jobs_read_no_variable_that_is_not_listed_and_have_no_default_for_any() -> None:
+    for path in (*JOBS, *(JOBS[0].parent / "tasks").glob("*.yaml")):
+        for name, default in re.findall(r"\$\{(\w+)(:-[^}]*)?\}", path.read_text()):
+            assert name in {"P2R_DATA", *JOB_VARIABLES} and not default, f"{path.name}: {name}{default}"
 
 
 def test_the_committed_schema_is_current(repository: Path) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from p2r.config import IngestConfig
+from p2r.data.label_maps import CODE as LABEL_MAP
+from p2r.data.label_maps import WAY_OUT, label_map_by_voxels
 from p2r.data.ledger import LedgerRow, accepted_fields, is_accepted
 from p2r.data.plan import PlannedScan, ShardPlan
 from p2r.data.preprocess import percentile_table, slice_axis
@@ -122,9 +124,13 @@ def _records(
             part = volume.key.removeprefix(planned.scan.key)
             key = planned.key + part if planned.key + part not in taken else f"{planned.key}-part{part}"
             taken.add(key)
-            axis = slice_axis(volume.spacing_mm, config.slice_axis)
+            axis = slice_axis(volume.spacing_mm, config.slice_axis, shape=volume.data.shape)
+            if config.label_maps == "leave_out" and (reason := label_map_by_voxels(volume.data)):
+                message = f"{planned.scan.path} {reason}: a label map; {WAY_OUT}"
+                refuse(planned, RefusedScan(LABEL_MAP, message), key=key)
+                continue
             try:
-                percentiles = percentile_table(volume.data)
+                percentiles = percentile_table(volume.data, name=planned.scan.path)
             except RefusedScan as error:
                 refuse(planned, error, key=key)
                 continue

@@ -20,11 +20,13 @@ from pathlib import Path
 from p2r.config import IngestConfig
 from p2r.data.build import Built as Built
 from p2r.data.build import build_shard as build_shard
+from p2r.data.label_maps import CODE as LABEL_MAP
+from p2r.data.label_maps import WAY_OUT
 from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, is_failure
 from p2r.data.manifest import contains as contains
 from p2r.data.manifest import load_manifest as load_manifest
 from p2r.data.manifest import manifest_sha256 as manifest_sha256
-from p2r.data.plan import Growth, plan_growth, preprocessing_of
+from p2r.data.plan import Growth, plan_growth, preprocessing_of, subject_of
 from p2r.data.plan import ShardPlan as ShardPlan
 from p2r.data.pseudonyms import Names, names_of
 from p2r.data.revision import (
@@ -47,6 +49,7 @@ BuildAll = Callable[[Sequence[ShardPlan]], Generator[tuple[ShardPlan, Built], No
 Say = Callable[[str], None]
 
 _LEAST_READ = 20
+_NEWER = ("label_maps", "one_subject")
 _SHOWN = 5
 
 
@@ -109,13 +112,7 @@ def ingest(
             or more are refused than `config.max_refused_fraction` allows. The ledger is written in these two cases.
     """
     names = names_of(config.cohort, pseudonyms=config.pseudonyms)
-    found = find_scans(
-        config.sources,
-        cache=cache or cache_folder(),
-        include=config.include,
-        exclude=config.exclude,
-        dicom_subject=config.dicom_subject,
-    )
+    found = _found(config, cache)
     asked = corpus_digest(config, allowed_subjects)
     storage.check_conditional()
     is_published = False
@@ -158,6 +155,40 @@ def ingest(
             say("another run published a revision meanwhile: going on from that")
 
 
+def check_selection(
+    config: IngestConfig, *, allowed_subjects: Set[str] | None = None, cache: Path | None = None
+) -> None:
+    """List the scans of a job's sources and check that some are selected, without reading one.
+
+    Raises:
+        DataError: as `find_scans` and `plan_growth`.
+    """
+    found = _found(config, cache)
+    plan_growth(
+        found, config, names_of(config.cohort, pseudonyms=config.pseudonyms), allowed_subjects=allowed_subjects
+    )  # fmt: skip
+
+
+def subjects_found(config: IngestConfig, *, cache: Path | None = None) -> frozenset[str]:
+    """Return the subjects of all scans of a job's sources, before any selection.
+
+    Raises:
+        DataError: as `find_scans`; for a pattern without a group.
+    """
+    subjects = (subject_of(scan, config) for scan in _found(config, cache))
+    return frozenset(subject for subject in subjects if subject is not None)
+
+
+def _found(config: IngestConfig, cache: Path | None) -> list[Scan]:
+    return find_scans(
+        config.sources,
+        cache=cache or cache_folder(),
+        include=config.include,
+        exclude=config.exclude,
+        dicom_subject=config.dicom_subject,
+    )
+
+
 def ingest_locally(
     config: IngestConfig,
     storage: Storage,
@@ -189,7 +220,9 @@ def report_progress(progress: Iterable[IngestProgress], say: Say, *, interval_s:
 
 def corpus_digest(config: IngestConfig, allowed_subjects: Set[str] | None = None) -> str:
     """Digest of what a corpus is asked to be: the ingest section, with the subjects that `subjects_of` stands for."""
-    asked = config.model_dump(mode="json", exclude={"subjects_of"})
+    # A field that came after a corpus was made is left out at its default: the corpus stays what was asked for.
+    newer = {name for name in _NEWER if getattr(config, name) == IngestConfig.model_fields[name].default}
+    asked = config.model_dump(mode="json", exclude={"subjects_of", *newer})
     return hashlib.sha256(
         json_bytes({**asked, "allowed_subjects": None if allowed_subjects is None else sorted(allowed_subjects)})
     ).hexdigest()
@@ -335,9 +368,12 @@ def _refuse_left_out(what: str, left_out: Set[str], way_out: str, storage: Stora
 
 
 def _say_what_is_odd(growth: Growth, say: Say) -> None:
-    planned = [planned for plan in growth.plans for planned in plan.scans]
-    if len(planned) >= _LEAST_READ and len({it.subject for it in planned}) == 1:
-        say(f"all {len(planned)} scans are of one subject, {planned[0].subject}: is ingest.subject_pattern right?")
+    label_maps = [row for row in growth.rows if row["reason"] == LABEL_MAP]
+    if label_maps:
+        say(
+            f"{len(label_maps)} label map{'s' * (len(label_maps) > 1)} left out, such as {label_maps[0]['source']} (the ledger says why); "
+            f"{WAY_OUT}"
+        )
     if growth.changed:
         shown = ", ".join(growth.changed[:_SHOWN]) + (", ..." if len(growth.changed) > _SHOWN else "")
         say(

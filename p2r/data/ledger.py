@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from p2r.data.label_maps import CODE as LABEL_MAP
 from p2r.data.manifest import Manifest, ledger_path
 from p2r.data.volume import Volume
 from p2r.errors import DataError
@@ -120,5 +121,5 @@ def is_accepted(row: LedgerRow) -> bool:
 
 
 def is_failure(row: LedgerRow) -> bool:
-    """Tell whether a row's scan was refused for what it is: a copy of a good scan is none."""
-    return bool(row["status"] == "refused" and row["reason"] not in ("duplicate", "cross_subject_copy"))
+    """Tell whether a row's scan was refused as unusable: copies of good scans and label maps are not."""
+    return bool(row["status"] == "refused" and row["reason"] not in ("duplicate", "cross_subject_copy", LABEL_MAP))

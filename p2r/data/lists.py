@@ -1,7 +1,9 @@
 """A `.csv`, `.tsv` or `.jsonl` file -> the rows of a list of scans.
 
-The column (key) `path` is required; `subject` is optional; all others are kept with the scan as its entities. Empty
-values and `n/a`, as BIDS writes it, are no values. Every rule that a row breaks is named with its line.
+The column (key) `path` is required; `subject`, or `participant_id` and its like, is optional; all others are kept with the
+scan as its entities. Names of columns are read in any case and without spaces around them, as spreadsheets write them;
+columns of a `.csv` may be separated by commas, semicolons or tabs. Empty values and `n/a`, as BIDS writes it, are no values;
+rows without any are skipped. Every rule that a row breaks is named with its line.
 """
 
 import csv
@@ -11,10 +13,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from p2r.data.names import composed
 from p2r.errors import DataError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 """File names that are taken for lists."""
+
+SUBJECT_COLUMNS = ("subject", "subject_id", "participant_id", "participant", "patient_id", "patient")
+"""Columns that name the subject; the first that a list has counts."""
 
 _MAX_TEXT = 4096
 
@@ -42,23 +48,26 @@ def parse_list(content: bytes, name: str) -> list[Row]:
         DataError: for text that is not UTF-8, breaks its format, has no `path`, or values that are no plain values.
     """
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"list {name} is not UTF-8 text: {error}") from None
+        raise DataError(
+            f"list {name} is not UTF-8 text: {error}; save it as UTF-8, or: iconv -f LATIN1 -t UTF-8 {name}"
+        ) from None
     rows = _objects(text, name) if name.lower().endswith(".jsonl") else _records(text, name)
     return [_row(line, values, f"list {name}, line {line}") for line, values in rows]
 
 
 def _records(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    delimiter = "\t" if name.lower().endswith(".tsv") else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=_delimiter(text, name), skipinitialspace=True, strict=True
+    )
     columns: list[str] | None = None
     try:
         for record in reader:
-            if not record:
+            if not any(value.strip() for value in record):
                 continue
             if columns is None:
-                columns = record
+                columns = [_column(value) for value in record]
                 if "path" not in columns or len(set(columns)) < len(columns) or not all(columns):
                     raise DataError(
                         f"list {name}, line {reader.line_num}: the first line names the columns, each once, "
@@ -75,6 +84,21 @@ def _records(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise DataError(f"list {name}, line {reader.line_num}: {error}") from None
 
 
+def _delimiter(text: str, name: str) -> str:
+    """Return what separates the columns: in a `.csv`, what makes `path` one of them."""
+    if name.lower().endswith(".tsv"):
+        return "\t"
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    fitting = [one for one in ",;\t" if "path" in (_column(value.strip(' "')) for value in first.split(one))]
+    return fitting[0] if fitting else ","
+
+
+def _column(name: str) -> str:
+    """Return the name of a column without spaces around it; in lower case, if p2r knows it."""
+    name = name.strip()
+    return name.lower() if name.lower() in ("path", *SUBJECT_COLUMNS) else name
+
+
 def _objects(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip():
@@ -83,7 +107,8 @@ def _objects(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
             value = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise DataError(f"list {name}, line {line} is not JSON: {type(error).__name__}: {error}") from None
-        if not isinstance(value, dict) or "path" not in value:
+        value = {_column(key): item for key, item in value.items()} if isinstance(value, dict) else {}
+        if "path" not in value:
             raise DataError(f"list {name}, line {line}: a line is a JSON object with the key `path`")
         yield line, value
 
@@ -93,8 +118,9 @@ def _row(line: int, values: Mapping[str, Any], where: str) -> Row:
     given = {key: value for key, value in texts.items() if value not in ("", "n/a")}
     if "path" not in given:
         raise DataError(f"{where}: `path` is empty; a row names a file")
-    path, subject = given.pop("path"), given.pop("subject", None)
-    return Row(line, path, subject, given)
+    path = given.pop("path")
+    column = next((name for name in SUBJECT_COLUMNS if name in given), None)
+    return Row(line, path, None if column is None else composed(given.pop(column)), given)
 
 
 def _text(value: Any, what: str, where: str) -> str:
@@ -107,7 +133,7 @@ def _text(value: Any, what: str, where: str) -> str:
             f"{where}: {what} must be a text of up to {_MAX_TEXT} characters without control characters, "
             f"or a number; it reads {_short(value)}"
         )
-    return value
+    return value.strip()
 
 
 def _is_plain(text: str) -> bool:

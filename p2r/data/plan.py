@@ -9,7 +9,6 @@ keeps its record.
 """
 
 import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
@@ -18,19 +17,25 @@ from typing import Any
 import numpy as np
 
 from p2r.config import IngestConfig
+from p2r.data.label_maps import CODE as LABEL_MAP
+from p2r.data.label_maps import WAY_OUT
 from p2r.data.ledger import LedgerRow, is_accepted, ledger_row
 from p2r.data.pseudonyms import Names
 from p2r.data.scans import Scan, expand_subjects
 from p2r.data.thumbnails import MOST, drawn
 from p2r.errors import DataError
+from p2r.patterns import subject_pattern
 from p2r.randomness import keyed_generator
 from p2r.storage import json_bytes
 
 _SELECTION = (
     "sources", "include", "exclude", "licence", "provenance", "cohort", "subject_pattern", "subjects", "subjects_of",
     "shard_size_mib", "seed", "pseudonyms", "max_refused_fraction", "cross_subject_copies", "dicom_subject",
+    "one_subject",
 )  # fmt: skip
-_LIMITS = ("max_scan_mib", "dcm2niix_timeout_s")  # of the machine: they may differ from run to run
+_LIMITS = ("max_scan_mib", "dcm2niix_timeout_s", "label_maps")  # they may differ from run to run
+_DEFAULT_PATTERN = IngestConfig.model_fields["subject_pattern"].default
+_LEAST_SCANS = 3  # of one subject by the pattern, that look like a mistake
 
 
 @dataclass(frozen=True)
@@ -144,14 +149,22 @@ def plan_growth(
         allowed_subjects: The subjects that `config.subjects_of` stands for; None: all.
 
     Raises:
-        DataError: for a subject that is listed and has no scan, or if no scan found is of a selected subject.
+        DataError: for a subject that is listed and has no scan; if no scan found is of a selected subject; if all scans found
+            seem to be of one subject, and the section does not say that they are.
     """
-    subjects = {scan: _subject(scan, config.subject_pattern) for scan in scans}
+    subjects = {scan: subject_of(scan, config) for scan in scans}
+    _check_several(subjects, config, allowed_subjects)
     found = {subject for subject in subjects.values() if subject is not None}
     selected = _selected(found, config, allowed_subjects)
     if not selected:
         raise DataError(
-            f"none of the {len(scans)} scans found is of a selected subject; subjects found: {_listing(found)}"
+            f"none of the {len(scans)} scans found is of a selected subject; subjects found by ingest.subject_pattern "
+            f"{config.subject_pattern!r}: {_listing(found)}; "
+            + (
+                f"wanted: {_listing(allowed_subjects)} (ingest.subjects_of); correct ingest.subject_pattern, or ingest.sources"
+                if allowed_subjects is not None
+                else "correct ingest.subjects or ingest.subject_pattern"
+            )
         )
     known = _by_source(ledger)
     replaced: set[str] = set()
@@ -170,7 +183,7 @@ def plan_growth(
             continue
         row = _row_unread(scan, subject, selected, config, names)
         if old and is_same:
-            was_read = old[0]["reason"] not in ("not_selected", "no_subject")
+            was_read = old[0]["reason"] not in ("not_selected", "no_subject") and not _is_wanted_now(old[0], config)
             if was_read or (row is not None and row["reason"] == old[0]["reason"]):
                 continue
         replaced.add(source)
@@ -235,22 +248,32 @@ def _dealt(groups: Mapping[str, Sequence[PlannedScan]], config: IngestConfig) ->
         yield part
 
 
+def _is_wanted_now(row: LedgerRow, config: IngestConfig) -> bool:
+    """Tell whether a scan was left out as a label map, and the job now takes label maps."""
+    return bool(row["reason"] == LABEL_MAP and config.label_maps == "take")
+
+
 def _row_unread(
     scan: Scan, subject: str | None, selected: Set[str], config: IngestConfig, names: Names
 ) -> LedgerRow | None:
     """Return the row of a scan that will not be read; None for one that will."""
-    if subject in selected:
+    status = "not_selected"
+    if scan.label_map and config.label_maps == "leave_out":
+        reason, message = LABEL_MAP, f"{scan.name} {scan.label_map}: a label map; {WAY_OUT}"
+    elif subject is None:
+        status, reason = "refused", "no_subject"
+        message = f"{scan.name} does not match subject_pattern {config.subject_pattern!r}"
+    elif subject in selected:
         return None
-    reason, message = "not_selected", ""
-    if subject is None:
-        reason, message = "no_subject", f"{scan.name} does not match subject_pattern {config.subject_pattern!r}"
+    else:
+        reason, message = "not_selected", ""
     return ledger_row(
         key=names.key(scan.key),
         source=names.source(scan.path),
         num_bytes=scan.num_bytes,
         modified=names.modified(scan.modified),
         subject=None if subject is None else names.subject(subject),
-        status="refused" if subject is None else "not_selected",
+        status=status,
         reason=reason,
         message=names.message(message),
     )
@@ -276,16 +299,32 @@ def _by_source(ledger: Iterable[LedgerRow]) -> dict[str, list[LedgerRow]]:
     return found
 
 
-def _subject(scan: Scan, pattern: str) -> str | None:
+def subject_of(scan: Scan, config: IngestConfig) -> str | None:
+    """Return whose scan it is: as BIDS or a list says, by a pattern that the job states, as `dataset.json` says, by the default."""
     if scan.subject is not None:
         return scan.subject
-    try:
-        match = re.search(pattern, scan.name)
-        return None if match is None else match[1]
-    except (re.error, IndexError) as error:
-        raise DataError(
-            f"ingest.subject_pattern {pattern!r} must be a regular expression with one group: {error}"
-        ) from None
+    text = config.subject_pattern
+    if scan.case is not None and text == _DEFAULT_PATTERN:
+        return scan.case
+    pattern = subject_pattern(text)
+    return pattern.first_group(scan.name) or pattern.first_group(scan.below)
+
+
+def _check_several(subjects: Mapping[Scan, str | None], config: IngestConfig, allowed: Set[str] | None) -> None:
+    """Refuse a pattern by which all scans are of one subject; what BIDS names or a list say of subjects is believed."""
+    if config.one_subject or config.subjects is not None or allowed is not None:
+        return
+    is_left_out = config.label_maps == "leave_out"
+    scans = [scan for scan in subjects if not (is_left_out and scan.label_map)]
+    found = {subjects[scan] for scan in scans}
+    if len(scans) < _LEAST_SCANS or len(found) > 1 or None in found or any(scan.subject for scan in scans):
+        return
+    shown = "" if config.pseudonyms else f", {found.pop()}, such as {scans[0].name} and {scans[-1].name}"
+    raise DataError(
+        f"all {len(scans)} scans found are of one subject by ingest.subject_pattern {config.subject_pattern!r}{shown}: write a "
+        "pattern whose first group is the subject's name, such as ^(.+?)\\.nii if every file is a subject; or, if it is one "
+        "person, ingest.one_subject: true"
+    )
 
 
 def _selected(found: set[str], config: IngestConfig, allowed: Set[str] | None) -> set[str]:

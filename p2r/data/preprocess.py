@@ -93,13 +93,20 @@ class Frames:
     """Voxel size on the volume's own grid, mm."""
 
 
-def slice_axis(spacing_mm: tuple[float, ...], rule: SliceAxis = "auto") -> int:
+def slice_axis(spacing_mm: tuple[float, ...], rule: SliceAxis = "auto", *, shape: tuple[int, ...] = (0, 0, 0)) -> int:
     """Return the axis across which planes are cut: the rule's, or the one of the largest spacing.
 
     Spacings within 1 % of the largest tie, and the last of them wins: an isotropic scan is cut axially.
+
+    Args:
+        spacing_mm: Voxel size.
+        rule: auto, or an axis.
+        shape: Of the volume, if known: a single plane is cut across the axis along which it is one voxel.
     """
     if rule != "auto":
         return int(rule)
+    if 1 in shape[:3]:
+        return shape.index(1)
     largest = max(spacing_mm)
     return max(axis for axis, spacing in enumerate(spacing_mm) if spacing >= largest * (1 - _TIED_SPACING))
 
@@ -110,7 +117,7 @@ def plane_axes(axis: int) -> tuple[int, int]:
     return rows, columns
 
 
-def percentile_table(data: NDArray[Any]) -> tuple[float, ...]:
+def percentile_table(data: NDArray[Any], *, name: str = "the scan") -> tuple[float, ...]:
     """Return the intensities at `PERCENTILES` of the non-zero voxels, or of all if those are constant.
 
     Raises:
@@ -126,7 +133,11 @@ def percentile_table(data: NDArray[Any]) -> tuple[float, ...]:
             table = _percentiles(voxels)
             if table[PERCENTILES.index(0.5)] < table[PERCENTILES.index(99.5)]:
                 return table
-    raise RefusedScan("constant", "percentiles 0.5 and 99.5 of the voxels are equal: hardly any contrast")
+    raise RefusedScan(
+        "constant",
+        f"{name}: percentiles 0.5 and 99.5 of the voxels are equal, 99 of 100 voxels have one value: hardly any contrast; "
+        "leave the scan out, or crop it to what it shows",
+    )
 
 
 def _percentiles(voxels: NDArray[Any]) -> tuple[float, ...]:
@@ -322,9 +333,17 @@ def frames_of(volume: Volume, *, preparation: Preparation, size: int | None) -> 
         volume: The scan.
         preparation: Rules.
         size: Edge of the images, about the middle, usually `preparation.image_size`; None: all of the volume.
+
+    Raises:
+        RefusedScan: `not_3d` for a single plane, `constant` as `percentile_table`.
     """
-    low, high = intensity_window(percentile_table(volume.data), preparation.intensity_percentiles)
     own, spacing_mm, target_mm = volume.data.shape[:3], volume.spacing_mm, preparation.spacing_mm
+    if 1 in own:
+        raise RefusedScan(
+            "not_3d",
+            f"{volume.key} is a single plane, its shape is {list(own)}; this network reads volumes: use one of planes (dimensions: 2)",
+        )
+    low, high = intensity_window(percentile_table(volume.data, name=volume.key), preparation.intensity_percentiles)
     shape = (size, size, size) if size is not None else cubic_shape(own, spacing_mm, target_mm=target_mm)
     stored = torch.from_numpy(np.ascontiguousarray(np.moveaxis(volume.data, 3, 0), dtype=np.float32))
     images, inside = _to_cubic(
@@ -372,8 +391,8 @@ def planes_of(volume: Volume, *, preparation: Preparation, size: int | None) -> 
         preparation: Rules.
         size: Height and width of the images, usually `preparation.image_size`; None: the planes' whole extent.
     """
-    axis = slice_axis(volume.spacing_mm, preparation.slice_axis)
-    window = intensity_window(percentile_table(volume.data), preparation.intensity_percentiles)
+    axis = slice_axis(volume.spacing_mm, preparation.slice_axis, shape=volume.data.shape)
+    window = intensity_window(percentile_table(volume.data, name=volume.key), preparation.intensity_percentiles)
     planes = volume_to_planes(volume.data, axis)  # (P, h, w)
     spacing = plane_spacing(volume.spacing_mm, axis)
     images, inside = prepare(planes, window, spacing, target_mm=preparation.spacing_mm, size=size)

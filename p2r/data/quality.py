@@ -28,7 +28,7 @@ def check_quality(volume: Volume, config: IngestConfig) -> None:
             "field_of_view",
             f"{volume.key} covers {_listed(extent)} mm; ingest.quality asks for {limits.min_field_of_view_mm:g} mm",
         )
-    num_slices = shape[slice_axis(spacing, config.slice_axis)]
+    num_slices = shape[slice_axis(spacing, config.slice_axis, shape=shape)]
     if limits.min_slices is not None and num_slices < limits.min_slices:
         raise RefusedScan(
             "slice_count", f"{volume.key} has {num_slices} slices; ingest.quality asks for {limits.min_slices}"
@@ -43,9 +43,17 @@ def check_size(volume: Volume, config: IngestConfig) -> None:
     """Check `ingest.min_size`: the planes that a volume will be cut into must be worth looking at.
 
     Raises:
-        RefusedScan: `too_small`.
+        RefusedScan: `too_small`, or `not_3d` for a single plane where volumes are wanted.
     """
-    rows, columns = (volume.data.shape[axis] for axis in plane_axes(slice_axis(volume.spacing_mm, config.slice_axis)))
+    shape = volume.data.shape
+    if config.record == "blocks" and 1 in shape[:3]:
+        raise RefusedScan(
+            "not_3d",
+            f"{volume.key} is a single plane, its shape is {list(shape)}; blocks are cut from volumes: leave it out, or ingest "
+            "with record: planes",
+        )
+    axis = slice_axis(volume.spacing_mm, config.slice_axis, shape=shape)
+    rows, columns = (shape[other] for other in plane_axes(axis))
     if min(rows, columns) < config.min_size:
         raise RefusedScan(
             "too_small", f"{volume.key} has planes of {rows} x {columns} voxels; ingest.min_size is {config.min_size}"

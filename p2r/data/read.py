@@ -82,7 +82,9 @@ def _read_series(scan: Scan, config: IngestConfig) -> list[Volume]:
 
 
 def _read(path: str, key: str, config: IngestConfig) -> Volume:
-    volume = read_volume(path, key=key, max_mib=config.max_scan_mib, max_frames=config.max_frames)
+    volume = read_volume(
+        path, key=key, max_mib=config.max_scan_mib, max_frames=config.max_frames, nan=config.nan_voxels
+    )
     check_quality(volume, config)
     if config.resample_mm is not None:
         asked = config.resample_mm

@@ -26,20 +26,20 @@ _SAME_SPACING = 1e-3
 def resample(volume: Volume, spacing_mm: tuple[float, float, float], *, max_mib: float = MAX_SCAN_MIB) -> Volume:
     """Resample a volume to a voxel size along its axes (Right, Anterior, Superior), mm.
 
-    Axes whose spacing is within 0.1 % of what is asked for stay as they are. Works frame by frame: beside both volumes,
-    it takes 16 bytes for each voxel of one frame.
+    Axes whose spacing is within 0.1 % of what is asked for stay as they are, as does that of a single plane.
+    Works frame by frame: beside both volumes, it takes 16 bytes for each voxel of one frame.
 
     Raises:
         RefusedScan: `too_small` if less than two voxels would be left along an axis, `too_large` beyond `max_mib`.
     """
     factors = tuple(
-        1.0 if abs(new / old - 1) < _SAME_SPACING else new / old
-        for old, new in zip(volume.spacing_mm, spacing_mm, strict=True)
+        1.0 if size == 1 or abs(new / old - 1) < _SAME_SPACING else new / old
+        for size, old, new in zip(volume.data.shape, volume.spacing_mm, spacing_mm, strict=False)
     )
     if factors == (1.0, 1.0, 1.0):
         return volume
     shape = tuple(round(size / factor) for size, factor in zip(volume.data.shape[:3], factors, strict=True))
-    if min(shape) < 2:
+    if any(size < 2 <= before for size, before in zip(shape, volume.data.shape, strict=False)):
         raise RefusedScan("too_small", f"{volume.key} has {list(shape)} voxels after resampling to {spacing_mm} mm")
     num_mib = math.prod(shape) * volume.data.shape[3] * volume.data.itemsize / 2**20
     if num_mib > max_mib:

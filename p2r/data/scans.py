@@ -10,12 +10,16 @@ A source is one of
 Folders are searched by `folders`: links are followed, hidden files and folders are skipped. In a BIDS data set entities are
 read from the names.
 
+Files that are taken for label maps (`label_maps`) are found too, and marked. A `dataset.json` of nnU-Net or the Medical
+Segmentation Decathlon gives its images their cases and channels.
+
 DICOM is a file that ends in `.dcm` or `.ima`; in folders without NIfTI, any with DICOM's magic number. Files are grouped
 by folder and series; a key has the folder's name and the series' number. Nothing else of a header is used, unless the
 job asks for PatientID.
 """
 
 import itertools
+import math
 import os
 import re
 from collections import defaultdict
@@ -29,14 +33,18 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from p2r.data import bids, dicom, lists
+from p2r.data.dataset_json import NAME as DATASET_JSON
+from p2r.data.dataset_json import DatasetJson, case_of, read_dataset_json
 from p2r.data.folders import has_header, is_dead_link, is_image, is_passed_over, walk
+from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import composed, local_path, pair_of, scan_key
+from p2r.data.opening import bucket_client
 from p2r.data.phantom import resolve_source
-from p2r.data.volume import bucket_client
 from p2r.errors import DataError
 
 DicomSubject = Literal["folder", "patient_id"]
 
+_MAX_SUBJECTS = 1_000_000
 _KINDS = ".nii, .nii.gz, .hdr/.img or DICOM file"
 
 
@@ -62,6 +70,12 @@ class Scan:
     """What is to be read."""
     label: str = ""
     """For a DICOM series: the first folder below the source that leads to it."""
+    below: str = ""
+    """Path below its source; empty if it is not below one."""
+    case: str | None = None
+    """Name of its case, as a `dataset.json` has it."""
+    label_map: str = ""
+    """Why its name, or a `dataset.json`, makes it a label map; empty: nothing does."""
 
     @property
     def name(self) -> str:
@@ -106,6 +120,7 @@ def find_scans(
     """
     search = _Search(include, exclude, dicom_subject)
     found: dict[str, Scan] = {}
+    datasets: dict[Path, DatasetJson | None] = {}
     for source in sources:
         scans = _scans_of(source, cache, search)
         if not scans:
@@ -113,6 +128,8 @@ def find_scans(
             raise DataError(f"source {source} holds no {_KINDS}{rule}; name the folder that has them, at any depth")
         # What a list says of a scan counts more than that a folder has it too.
         found |= {scan.path: scan for scan in scans if scan.path not in found or scan.subject or scan.entities}
+        root = _root_of(source)
+        found |= {scan.path: _described(found[scan.path], root, datasets) for scan in scans}
     keys = _unique_keys([found[path] for path in sorted(found)])
     return [replace(found[path], key=keys[path]) for path in sorted(found)]
 
@@ -123,9 +140,13 @@ def expand_subjects(patterns: Iterable[str]) -> list[str]:
     Zero padding is kept, plain names stay, and a name given twice appears once, where it came first.
 
     Raises:
-        DataError: for brackets that do not close, or a range that does not rise.
+        DataError: for brackets that do not close, a range that does not rise, or more than a million names.
     """
-    return list(dict.fromkeys(name for pattern in patterns for name in _expand(pattern)))
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        names |= dict.fromkeys(_expand(pattern))
+        _check_number(len(names), pattern)
+    return list(names)
 
 
 def _expand(pattern: str) -> list[str]:
@@ -133,20 +154,27 @@ def _expand(pattern: str) -> list[str]:
     if any(bracket in text for text in pieces[::2] for bracket in "[]") or not pattern:
         raise DataError(f"subjects {pattern!r}: write a name, or ranges in closed brackets as in patient[001-014,020]")
     choices = [[piece] if index % 2 == 0 else _numbers(piece, pattern) for index, piece in enumerate(pieces)]
+    _check_number(math.prod(map(len, choices)), pattern)
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
 def _numbers(ranges: str, pattern: str) -> list[str]:
     numbers: list[str] = []
     for part in ranges.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, flags=re.ASCII)
+        match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part, flags=re.ASCII)
         if match is None:
             raise DataError(f"subjects {pattern!r}: {part!r} is neither a number nor a range such as 001-014")
         first, last = match[1], match[2] or match[1]
         if int(first) > int(last):
             raise DataError(f"subjects {pattern!r}: the range {part!r} does not rise")
+        _check_number(len(numbers) + int(last) - int(first), pattern)
         numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return numbers
+
+
+def _check_number(number: int, pattern: str) -> None:
+    if number > _MAX_SUBJECTS:
+        raise DataError(f"subjects {pattern[:80]!r} stands for more than {_MAX_SUBJECTS:,} names; narrow its ranges")
 
 
 def _scans_of(source: str, cache: Path, search: _Search) -> list[Scan]:
@@ -256,6 +284,50 @@ def _state(files: Iterable[str]) -> tuple[int, str]:
     return num_bytes, str(modified or "")
 
 
+# Names and a dataset.json
+
+
+def _root_of(source: str) -> str:
+    """Return the folder or prefix below which the scans of a source are, or the folder of a single file or list."""
+    local = local_path(source)
+    if local is None:
+        return (source.rpartition("/")[0] if _is_list(source) or is_image(source) else source).rstrip("/")
+    root = local.expanduser().absolute()
+    return str(root if root.is_dir() else root.parent)
+
+
+def _described(scan: Scan, root: str, datasets: dict[Path, DatasetJson | None]) -> Scan:
+    """Add the statements of a scan's path, and of a `dataset.json` above it, which is read once for all."""
+    below = composed(scan.path.removeprefix(f"{root}/")) if scan.path.startswith(f"{root}/") else ""
+    if scan.format == "dicom":
+        return replace(scan, below=below)
+    reason = label_map_by_name(below or scan.path.rpartition("/")[2])
+    found = None if "://" in scan.path else _dataset_of(Path(scan.path), datasets)
+    if found is None:
+        return replace(scan, below=below, label_map=reason or "")
+    folder, dataset = found
+    path = Path(scan.path).relative_to(folder).as_posix()
+    if path in dataset.label_maps:
+        reason = f"is a label of {folder / DATASET_JSON}"
+    case, channel = case_of(path, dataset)
+    entities = dict(scan.entities)
+    if channel < len(dataset.channels):
+        entities.setdefault("channel", dataset.channels[channel])
+    return replace(
+        scan, below=below, label_map=reason or "", case=case, entities=tuple(sorted(entities.items()))
+    )  # fmt: skip
+
+
+def _dataset_of(path: Path, datasets: dict[Path, DatasetJson | None]) -> tuple[Path, DatasetJson] | None:
+    """Return the `dataset.json` beside a file or in the folder above, and that folder."""
+    for folder in path.parents[:2]:
+        if folder not in datasets:
+            datasets[folder] = read_dataset_json(folder / DATASET_JSON)
+        if (dataset := datasets[folder]) is not None:
+            return folder, dataset
+    return None
+
+
 # Buckets
 
 
@@ -352,6 +424,7 @@ def _target(row: lists.Row, folder: str, path: str) -> str:
     local = local_path(row.path)
     if local is None:
         raise DataError(f"list {path}, line {row.line}: {row.path} is neither a path nor a file:// or s3:// URL")
+    local = local.expanduser() if row.path.startswith("~") else local
     if local.is_absolute():
         return os.path.normpath(local)
     if not folder.startswith("s3://"):

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from p2r.data.bids import DESCRIPTION, applies, entities_of
-from p2r.data.volume import bucket_client, local_path, scan_key
+from p2r.data.names import local_path, scan_key
+from p2r.data.opening import bucket_client
 from p2r.errors import StorageError
 
 MAX_BYTES = 1 << 20

@@ -34,7 +34,7 @@ _LEVELS = 65_535
 
 def thumbnail(volume: Volume) -> Pixels:
     """Return the middle plane of the first frame, with square pixels, centred on black."""
-    axis = slice_axis(volume.spacing_mm)
+    axis = slice_axis(volume.spacing_mm, shape=volume.data.shape)
     plane = np.take(volume.data[..., 0], volume.data.shape[axis] // 2, axis=axis)
     low, high = np.percentile(plane, (_DARK, _BRIGHT))
     levels = (plane.astype(np.float64) - low) / max(float(high - low), 1e-12)

@@ -18,7 +18,7 @@ from typing import get_args
 import torch
 from rich.console import Console
 
-from p2r.config import IngestConfig, Mode, PretrainConfig
+from p2r.config import IngestConfig, PretrainConfig
 from p2r.data.corpus import ingest_locally, report_progress
 from p2r.engine.fewshot import Result, attempt, failure_message
 from p2r.engine.finetune import TrialSetup
@@ -29,8 +29,9 @@ from p2r.engine.pretrain import pretrain
 from p2r.engine.profile import profile_text
 from p2r.errors import InputError, JobError, P2RError
 from p2r.evaluate.protocol import Trial
-from p2r.job import FORK_HELP, overrides_of, read_job
+from p2r.job import FORK_HELP, ignored_variables, overrides_of, read_job
 from p2r.logs import Line, LogFormat, configure, masked, reset, say, say_crash, say_error, within
+from p2r.modes import Mode
 from p2r.storage import Storage
 
 
@@ -125,6 +126,8 @@ def _main() -> int:
         configure(arguments.log_format)
         overrides = overrides_of(arguments.set, allow_transductive=arguments.allow_transductive)
         job = read_job(arguments.job, overrides)
+        for note in ignored_variables(arguments.job, job):
+            say(f"note: {note}")
         if arguments.fork:
             job = forked(job, arguments.fork)
         configure(arguments.log_format, run=job.name)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from safetensors.torch import load
 
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
-from p2r.config import FinetuneConfig, Mode
+from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Preparation
 from p2r.engine.finetune import Known, TrialSetup, run_trial, slices_of
 from p2r.errors import DataError, InputError, TrainingError
@@ -50,6 +50,7 @@ from p2r.evaluate.tasks import (
     load_task,
 )
 from p2r.files import file_sha256
+from p2r.modes import MODES, Mode
 from p2r.storage import Storage, json_bytes
 
 _TRANSDUCTIVE_CARD = """
@@ -390,7 +391,7 @@ def publish_best(
     trial = best["trial"]
     weights = load(Storage(setup.storage).read_bytes(best["weights"]))
     # From scratch, a model has the backbone's shape and nothing of its weights or corpora.
-    is_scratch = trial["mode"] == "scratch"
+    is_scratch = MODES[trial["mode"]].is_from_scratch
     licences = [task.config.licence] if is_scratch else [backbone.manifest["licence"], task.config.licence]
     licence = " AND ".join(dict.fromkeys(licences))
     patients = (

@@ -5,28 +5,28 @@ What is expensive or wants many machines (reading scans, training, trials) is do
 made on the job's storage and goes on from there, so running a job again after a kill is how it is resumed.
 """
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
 from p2r.artefact import CorpusFacts
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, load_backbone, publish
 from p2r.config import ImageConfig, IngestConfig, PretrainConfig, PublishConfig
-from p2r.data.corpus import corpus_digest, load_manifest, manifest_sha256
+from p2r.data.corpus import check_selection, corpus_digest, load_manifest, manifest_sha256, subjects_found
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
 from p2r.engine.ancestry import added, ancestry, corpus_facts
 from p2r.engine.corpora import corpora_of
 from p2r.engine.fewshot import FewShot, TrialRunner, check_data, check_task, few_shot, publish_best
 from p2r.engine.finetune import TrialSetup, preparation_for
+from p2r.engine.history import read_history
 from p2r.engine.pretrain import HISTORY, finished_checkpoint
 from p2r.engine.readings import merge_readings
 from p2r.engine.reporting import make_report, write_variants
 from p2r.engine.weights import backbone_weights, checked_weights
 from p2r.errors import DataError, JobError
-from p2r.evaluate.tasks import load_task
+from p2r.evaluate.tasks import HELD_OUT, load_task
 from p2r.job import Job, variants_of
 from p2r.logs import Say as Say
 from p2r.logs import within
@@ -64,6 +64,8 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
         "ablation": ("ingest", "variants") if job.ingest is not None else ("variants",),
     }.get(job.kind, (job.kind,))
     if "finetune" in stages or "variants" in stages:
+        if "ingest" in stages:
+            _check_selection(job, storage)
         _check_tasks(job, storage, say)
     if job.ingest is not None and ("ingest" in stages or "pretrain" in stages):  # a fork has its corpus
         made["corpus"] = _ingest(job, storage, executor, say)
@@ -162,12 +164,12 @@ def _spent(storage: Storage, found: FewShot) -> dict[str, float]:
     """Return what the job's own pretraining and its trials took, whenever they ran: seconds of each worker, and of all trials."""
     spent = {"search_s": math.fsum(one["seconds"] or 0.0 for one in found.searched)}
     if storage.exists(f"pretrain/{HISTORY}"):
-        rows = [json.loads(line) for line in storage.read_bytes(f"pretrain/{HISTORY}").decode().splitlines()]
+        rows = read_history(storage, f"pretrain/{HISTORY}")
         before = [0, *(row["step"] for row in rows)]
         spent["pretraining_s"] = math.fsum(
-            (row["step"] - step) * row.get("step_s", 0.0) for row, step in zip(rows, before, strict=False)
+            (row["step"] - step) * (row.get("step_s") or 0.0) for row, step in zip(rows, before, strict=False)
         )
-        spent["num_pretraining_workers"] = max((row.get("world_size", 1) for row in rows), default=0)
+        spent["num_pretraining_workers"] = max((row.get("world_size") or 1 for row in rows), default=0)
     return spent
 
 
@@ -201,19 +203,52 @@ def _preparation(image: ImageConfig, slice_axis: SliceAxis) -> Preparation:
     )
 
 
+def _selected(config: IngestConfig) -> tuple[IngestConfig, frozenset[str] | None]:
+    """Return an ingest section with the pattern and cohort of the task that chooses its subjects, and those subjects.
+
+    Raises:
+        JobError: The section has a cohort of its own.
+    """
+    chosen = config.subjects_of
+    if chosen is None:
+        return config, None
+    task = load_task(Path(chosen.task))
+    defaults = {name: IngestConfig.model_fields[name].default for name in ("cohort", "subject_pattern")}
+    inherited = {name: getattr(task.config, name) for name in defaults if getattr(config, name) == defaults[name]}
+    if {"cohort": config.cohort, **inherited}["cohort"] != task.config.cohort:
+        raise JobError(
+            f"ingest.cohort is {config.cohort!r}, but task {task.name}, which names the subjects, has cohort "
+            f"{task.config.cohort!r}: they must be equal, or fine-tuning could not tell that a patient is in the corpus; "
+            "leave ingest.cohort out"
+        )
+    config = config.model_copy(update=inherited)
+    if chosen.split != "not_held_out":
+        return config, frozenset(task.subjects[chosen.split])
+    found, labelled = subjects_found(config), {subject for split in task.subjects.values() for subject in split}
+    if not found & labelled:
+        raise DataError(
+            f"ingest.subjects_of.split is not_held_out, but none of the {len(found)} subjects of ingest.sources is in task {task.name}: by "
+            f"ingest.subject_pattern {config.subject_pattern!r} they are {_few(found)}, the task has {_few(labelled)}; "
+            "make both patterns give one name to one patient"
+        )
+    return config, frozenset(found - {subject for split in HELD_OUT for subject in task.subjects[split]})
+
+
+def _few(names: Set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
+
+
+def _check_selection(job: Job, storage: Storage) -> None:
+    """Refuse sources of which the job selects nothing, or all as one subject, before a single scan is read."""
+    if job.ingest is not None and not storage.exists("corpus/manifest.json"):
+        config, subjects = _selected(job.ingest)
+        check_selection(config, allowed_subjects=subjects)
+
+
 def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
-    config = job.ingest
-    assert config is not None
+    assert job.ingest is not None
     corpus = storage.child("corpus")
-    subjects = None
-    if config.subjects_of is not None:
-        task = load_task(Path(config.subjects_of.task))
-        if task.config.cohort != config.cohort:
-            raise JobError(
-                f"ingest.cohort is {config.cohort!r}, but task {task.name}, which names the subjects, has cohort "
-                f"{task.config.cohort!r}: they must be equal, or fine-tuning could not tell that a patient is in the corpus"
-            )
-        subjects = frozenset(task.subjects[config.subjects_of.split])
+    config, subjects = _selected(job.ingest)
     # Training takes a corpus that was asked for like this as it is; a job of kind ingest looks whether there is more.
     is_asked = job.kind != "ingest" and corpus.exists("manifest.json")
     if is_asked and corpus_digest(config, subjects) in load_manifest(corpus)["asked"]:

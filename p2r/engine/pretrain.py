@@ -11,7 +11,6 @@ and schedule go on, and it is counted. While steps are left out, no checkpoint i
 out one from before.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +34,7 @@ from p2r.engine.corpora import agreed_corpora
 from p2r.engine.determinism import deterministic
 from p2r.engine.feed import Batches, Timed, feed
 from p2r.engine.health import embedding_health
+from p2r.engine.history import history_bytes, read_history
 from p2r.engine.online_probe import OnlineProbe
 from p2r.engine.profile import Profiler, peak_mib
 from p2r.engine.schedule import averaging, learning_rate
@@ -632,13 +632,12 @@ class _History:
         self._storage, self._rank, self._written_at = storage, rank, 0.0
         self._rows: list[dict[str, Any]] = []
         if rank == 0 and first_step and storage.exists(HISTORY):
-            rows = (json.loads(line) for line in storage.read_bytes(HISTORY).decode().splitlines())
-            self._rows = [row for row in rows if row["step"] <= first_step]
+            self._rows = [row for row in read_history(storage, HISTORY) if row["step"] <= first_step]
 
     def add(self, report: Report, *, flush: bool) -> None:
         self._rows.append(asdict(report))
         if self._rank == 0 and (flush or time.monotonic() - self._written_at > 10):
-            self._storage.write_bytes(HISTORY, "".join(json.dumps(row) + "\n" for row in self._rows).encode())
+            self._storage.write_bytes(HISTORY, history_bytes(self._rows))
             self._written_at = time.monotonic()
 
 

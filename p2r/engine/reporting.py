@@ -342,7 +342,7 @@ def _outlines(
         num_classes=task.num_classes,
         largest_component=config.largest_component,
     )
-    axis = slice_axis(scan.volume.spacing_mm, config.preparation.slice_axis)
+    axis = slice_axis(scan.volume.spacing_mm, config.preparation.slice_axis, shape=scan.volume.data.shape)
     planes, predicted, reference = (
         volume_to_planes(data, axis) for data in (scan.volume.data, prediction, scan.labels.data)
     )
@@ -366,7 +366,7 @@ def _case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, co
     if not found:
         raise DataError(f"the task has no scan {case.scan} of {case.subject} any more")
     scan = load_scan(found[0], task, backbone.preparation)
-    axis = slice_axis(scan.volume.spacing_mm, backbone.preparation.slice_axis)
+    axis = slice_axis(scan.volume.spacing_mm, backbone.preparation.slice_axis, shape=scan.volume.data.shape)
     frame = slice(case.frame, case.frame + 1)
     predictions = {
         name: volume_to_planes(_prediction(row, case.scan, setup, scan)[..., frame], axis)

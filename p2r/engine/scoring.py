@@ -111,7 +111,11 @@ def score_cases(
         see(case)
         prediction, probabilities = _predicted(segmenter, case, task, preparation, largest_component, device)
         subject = case.scan.subject
-        axis = case.images.axis if isinstance(case.images, Planes) else slice_axis(case.volume.spacing_mm)
+        axis = (
+            case.images.axis
+            if isinstance(case.images, Planes)
+            else slice_axis(case.volume.spacing_mm, shape=case.volume.data.shape)
+        )
         for index, frame in enumerate(case.frames):
             found, true = prediction[..., index], case.reference[..., index]
             of_frame = score_volume(

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from p2r.data import preprocess, volume
+from p2r.data import header, opening, preprocess, volume
 from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
 from p2r.data.volume import Volume, read_volume
 from p2r.errors import StorageError
@@ -169,7 +169,7 @@ def _max_bytes() -> int:
 def _code_sha256() -> str:
     """Digest of the code that makes prepared scans: after a change of it, what was kept before is never read."""
     digest = hashlib.sha256()
-    for module in (volume, preprocess, tasks, inference):
+    for module in (opening, header, volume, preprocess, tasks, inference):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 
@@ -198,4 +198,7 @@ def _joined(arrays: Arrays, facts: Mapping[str, Any]) -> Planes | Frames:
 
 def _with_tuples(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return what JSON made lists of as the tuples that they were."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
+    return {
+        key: _with_tuples(value) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
+        for key, value in facts.items()
+    }

@@ -47,10 +47,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from p2r.errors import DataError
+from p2r.modes import SCRATCH
 from p2r.randomness import keyed_generator
-
-SCRATCH = "scratch"
-"""The mode that others are measured against."""
 
 _DECIMALS = 12  # differences of means are equal up to rounding, or ties and zeros would be broken by it
 

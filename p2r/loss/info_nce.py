@@ -348,9 +348,11 @@ def _log_sums(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tupl
     """Log-sum-exp of each own row's logits over its negatives, (n,) twice; one product serves both directions."""
     assert everyone is not None and contrast.scale is not None
     (queries, keys), (all_queries, all_keys) = own.towers(contrast.own_first), everyone.towers(0)
-    scale, sums = contrast.scale, _backend(own.queries).sums
+    scale, backend = contrast.scale, _backend(own.queries)
+    sums = backend.sums
     of_queries, of_columns = sums(queries, all_keys, scale, of_columns=True)
-    of_keys = own_columns(of_columns, contrast.counts, contrast.group)
+    panels = [backend.num_panels(count) for count in contrast.counts]
+    of_keys = own_columns(of_columns, contrast.counts, panels, contrast.group)
     if contrast.form == "nt_xent":
         of_queries += sums(queries, all_queries, scale, of_columns=False)[0]
         of_keys += sums(keys, all_keys, scale, of_columns=False)[0]

@@ -61,6 +61,11 @@ def sums(anchors: Rows, candidates: Rows, scale: Scale, *, of_columns: bool) -> 
     return over_candidates.sum(0), over_anchors
 
 
+def num_panels(num_anchors: int) -> int:
+    """See `tiles.num_panels`."""
+    return math.ceil(num_anchors / _PANEL)
+
+
 def push(
     anchors: Rows, candidates: Rows, scale: Scale, *, to_anchors: bool = True, to_candidates: bool = False
 ) -> tuple[Tensor, Tensor]:

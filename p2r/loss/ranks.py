@@ -193,12 +193,15 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: ProcessGroup | N
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def own_columns(partial_sums: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
-    """Add up what all ranks have for this rank's columns, always in the same order.
+def own_columns(
+    partial_sums: Tensor, counts: Sequence[int], panels: Sequence[int], group: ProcessGroup | None
+) -> Tensor:
+    """Add up all ranks' partial sums of this rank's columns, always in the same order.
 
     Args:
-        partial_sums: (P, N) this rank's; P may differ between ranks.
+        partial_sums: (P, N) this rank's.
         counts: Columns of each rank, N together.
+        panels: P of each rank. Ranks compute them from `counts`: exchanging them would make the host read the device.
         group: The ranks.
 
     Returns:
@@ -207,7 +210,7 @@ def own_columns(partial_sums: Tensor, counts: Sequence[int], group: ProcessGroup
     rank, size = rank_and_size(group)
     received = [partial_sums]
     if size > 1:
-        panels = [int(value) for value in _gather_equal(partial_sums.new_tensor(len(partial_sums)).long(), group)]
+        assert len(partial_sums) == panels[rank]
         sent = [part.contiguous() for part in torch.split(partial_sums, list(counts), dim=1)]
         received = [partial_sums.new_empty(num_panels, counts[rank]) for num_panels in panels]
         flat = partial_sums.new_empty(sum(part.numel() for part in received))

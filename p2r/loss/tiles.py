@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from p2r.device import is_waited_for
+
 TILE = 1024
 """Anchors and candidates of a tile: its product runs at full speed, and 4 MiB of float32 cost no memory to speak of."""
 PANELS = 64
@@ -72,14 +74,23 @@ def sums(anchors: Rows, candidates: Rows, scale: Scale, *, of_columns: bool) -> 
     Returns:
         (n,) sums over candidates, and with `of_columns` (P, m) sums over each panel of anchors.
     """
-    panel = TILE * math.ceil(len(anchors) / (TILE * PANELS)) if len(anchors) else TILE
+    panel = _panel(len(anchors))
     over_candidates = anchors.values.new_zeros(len(anchors))
-    over_anchors = anchors.values.new_zeros(math.ceil(len(anchors) / panel), len(candidates)) if of_columns else None
+    over_anchors = anchors.values.new_zeros(num_panels(len(anchors)), len(candidates)) if of_columns else None
     for rows, columns, entries in _entries(anchors, candidates, scale):
         over_candidates[rows] += entries.sum(1)
         if over_anchors is not None:
             over_anchors[rows.start // panel, columns] += entries.sum(0)
     return over_candidates, over_anchors
+
+
+def num_panels(num_anchors: int) -> int:
+    """Return P, the number of groups of anchors whose column sums are kept apart."""
+    return math.ceil(num_anchors / _panel(num_anchors))
+
+
+def _panel(num_anchors: int) -> int:
+    return TILE * max(1, math.ceil(num_anchors / (TILE * PANELS)))
 
 
 def push(
@@ -172,7 +183,7 @@ class _ImageRanges:
     def __init__(self, anchors: Rows, candidates: Rows) -> None:
         self._masks = anchors.image is not None
         self._ranges: tuple[dict[int, tuple[int, int]], dict[int, tuple[int, int]]] | None = None
-        if anchors.image is not None and candidates.image is not None and anchors.image.device.type == "cpu":
+        if anchors.image is not None and candidates.image is not None and not is_waited_for(anchors.image.device):
             self._ranges = (_ranges(anchors.image, TILE), _ranges(candidates.image, TILE))
 
     def may_meet(self, rows: slice, columns: slice) -> bool:

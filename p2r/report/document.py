@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from p2r.modes import SCRATCH
 from p2r.report.canvas import Drawing
 from p2r.report.distributions import by_stratum, class_boxes, where_in_the_organ
 from p2r.report.few_shot_curve import few_shot_curve
@@ -143,7 +144,7 @@ def source_line(rows: Sequence[Row], context: Mapping[str, Any]) -> str:
     draws = sorted({cell.num_draws for cell in aggregate(rows)})
     parts = [
         f"backbone {', '.join(backbones)}" if backbones else "",
-        series_name(("scratch", "")) if all(row["mode"] == "scratch" for row in rows) else "",
+        series_name((SCRATCH, "")) if all(row["mode"] == SCRATCH for row in rows) else "",
         f"task {', '.join(sorted({str(row['task']) for row in rows}))}",
         f"{', '.join(sorted({protocol_of(row) for row in rows}))}, {split_of(rows)} patients",
         f"n = {', '.join(map(str, numbers))}",
@@ -296,7 +297,7 @@ class _Page:
         numbers = sorted({cell.num_labelled for cell in cells})
         for number in dict.fromkeys((*numbers[:1], *numbers[-1:])):
             here = [cell for cell in cells if cell.num_labelled == number]
-            cell = max(here, key=lambda cell: (_validation(rows, cell), cell.mode != "scratch"))
+            cell = max(here, key=lambda cell: (_validation(rows, cell), cell.mode != SCRATCH))
             interval = self.entry("intervals", rows, cell)
             spread = f"{self.level} {interval['lower']:.2f} to {interval['upper']:.2f}" if interval else ""
             who = (
@@ -312,7 +313,7 @@ class _Page:
             )
             differences = [one for one in self.of("differences", rows) if one["num_labelled"] == number]
             leader = max(
-                (one for one in here if one.mode != "scratch"), key=lambda cell: _validation(rows, cell), default=None
+                (one for one in here if one.mode != SCRATCH), key=lambda cell: _validation(rows, cell), default=None
             )
             difference = next((one for one in differences if leader and series_of(one) == leader.series), None)
             if difference and leader and difference["difference"] is not None:
@@ -457,7 +458,7 @@ class _Page:
 
     def efficiency(self, rows: Sequence[Row]) -> Iterator[Block]:
         """Yield how many labelled patients training from scratch needs for the same Dice."""
-        found = [one for one in self.of("label_efficiency", rows) if one["mode"] != "scratch"]
+        found = [one for one in self.of("label_efficiency", rows) if one["mode"] != SCRATCH]
         if not found:
             return
         numbers = sorted({one["num_labelled"] for one in found})
@@ -714,14 +715,14 @@ def _worth(efficiency: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Return how many labelled patients from scratch a mode is worth, or on which side of all that were tried that lies."""
     if efficiency.get("scratch_patients") is not None:
         return f"{efficiency['scratch_patients']:.1f}"
-    tried = [row["num_labelled"] for row in rows if row["mode"] == "scratch"]
+    tried = [row["num_labelled"] for row in rows if row["mode"] == SCRATCH]
     if not tried or efficiency.get("beyond") not in ("above", "below"):
         return "–"
     return f"> {max(tried)}" if efficiency["beyond"] == "above" else f"< {min(tried)}"
 
 
 def _against(mode: str) -> str:
-    return "scratch" if mode == "scratch" else series_name((mode, ""))
+    return "scratch" if mode == SCRATCH else series_name((mode, ""))
 
 
 def _sentence(text: str) -> str:

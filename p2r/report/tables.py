@@ -13,15 +13,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from p2r.modes import MODES, SCRATCH, facts_of
 from p2r.report.text import one_line, signed
 
-MODE_NAMES = {
-    "scratch": "from scratch",
-    "linear_probe": "linear probe",
-    "fine_tune": "fine-tuned",
-    "mean_teacher": "Mean Teacher",
-    "prototype": "prototypes",
-}
 LEAK_FREE, TRANSDUCTIVE, UNKNOWN = "leak_free", "transductive", "corpora unknown"
 
 Row = Mapping[str, Any]
@@ -82,12 +76,18 @@ def series_of(row: Row) -> tuple[str, str]:
 def series_name(series: tuple[str, str]) -> str:
     """Return the name of a mode, and of its backbone if there are several, for people."""
     mode, backbone = series
-    return MODE_NAMES.get(mode, mode) + (f" · {backbone}" if backbone else "")
+    return mode_title(mode) + (f" · {backbone}" if backbone else "")
+
+
+def mode_title(mode: str) -> str:
+    """Return the name of a mode for people."""
+    facts = facts_of(mode)
+    return mode if facts is None else facts.title
 
 
 def series_order(series: tuple[str, str]) -> tuple[int, str, str]:
     """Sort modes as they are listed everywhere: from scratch first, unknown ones last."""
-    order = list(MODE_NAMES)
+    order: list[str] = list(MODES)
     return order.index(series[0]) if series[0] in order else len(order), *series
 
 
@@ -103,7 +103,7 @@ def aggregate(rows: Sequence[Row]) -> list[Cell]:
         _cell(
             key,
             groups[key],
-            groups.get((*key[:3], ("scratch", key[3][1]))) or groups.get((*key[:3], ("scratch", ""))),
+            groups.get((*key[:3], (SCRATCH, key[3][1]))) or groups.get((*key[:3], (SCRATCH, ""))),
         )
         for key in keys
     ]
@@ -184,7 +184,7 @@ def best_cells(cells: Sequence[Cell]) -> list[Cell]:
 
 def gain_text(cell: Cell) -> str:
     """Return the gain over training from scratch with its sign, or nothing."""
-    return "" if cell.gain is None or cell.mode == "scratch" else signed(cell.gain, 3)
+    return "" if cell.gain is None or cell.mode == SCRATCH else signed(cell.gain, 3)
 
 
 def _setting(cell: Cell) -> tuple[str, str, int]:

@@ -50,7 +50,7 @@ def image_of(volume: Volume, config: ImageConfig) -> tuple[Tensor, Tensor]:
         planes = planes_of(volume, preparation=preparation, size=config.size)
         fullest = planes.images.mean((1, 2, 3)).argmax()
         return planes.images[fullest], planes.inside[fullest]
-    window = intensity_window(percentile_table(volume.data), config.intensity_percentiles)
+    window = intensity_window(percentile_table(volume.data, name=volume.key), config.intensity_percentiles)
     voxels = normalise(torch.from_numpy(volume.data[..., 0].astype(np.float32)), *window)
     middle = tuple((length - 1) / 2 for length in voxels.shape)
     patch, inside = to_patch(

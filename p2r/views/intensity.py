@@ -38,6 +38,7 @@ BIAS_CONTROLS = 5
 NARROWEST_WINDOW = 0.05
 """A plane of air is not stretched until its noise fills the range."""
 _FIXED_POINT = 2**24  # a mean over whole numbers is the same in every order of adding
+_FINE_FIXED_POINT = 2.0**44  # sums up to 2**19 fit into 63 bits
 _NUM_BINS = 1024
 _NUM_COUNTED = 2**16  # pixels of an image that its percentiles are taken of, at most, on a regular grid
 
@@ -294,7 +295,7 @@ def _large_voxels(image: Tensor, look: Appearance, *, axis: int, spacing_mm: flo
     lines = image.movedim(axis + 2, -1)  # (B, C, ..., L)
     length, shape = lines.shape[-1], lines.shape
     lines = lines.reshape(len(image), -1, length)
-    integral = F.pad(lines.cumsum(-1), (1, 0))
+    integral = F.pad(_running_sum(lines), (1, 0))
     edge = look.voxel_mm[:, axis, None] / spacing_mm
     place = (np.arange(length) - (length - 1) / 2) / edge  # in large voxels, from the image's centre
     before = np.floor(place)
@@ -304,6 +305,14 @@ def _large_voxels(image: Tensor, look: Appearance, *, axis: int, spacing_mm: flo
     share = on_device((place - before)[:, None], image.device)
     result = ((1 - share) * means[0] + share * means[1]) / on_device(edge[:, None], image.device)
     return result.reshape(shape).movedim(-1, axis + 2)
+
+
+def _running_sum(lines: Tensor) -> Tensor:
+    """Sum values along the last axis, up to and with each, in whole numbers.
+
+    They are exact in every order of adding. CUDA has no deterministic running sum of floating point.
+    """
+    return ((lines.double() * _FINE_FIXED_POINT).long().cumsum(-1).double() / _FINE_FIXED_POINT).to(lines.dtype)
 
 
 def _integral_upto(integral: Tensor, lines: Tensor, bounds: Numbers) -> Tensor:

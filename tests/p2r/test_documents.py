@@ -1,10 +1,15 @@
-"""JSON from outside is bounded in size, depth and numbers."""
+"""Documents from outside are bounded in size, depth and numbers."""
 
+import contextlib
 import json
+from itertools import pairwise
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from p2r.documents import read_json
+from p2r.documents import read_json, read_lines, read_yaml
 from p2r.errors import DataError
 
 REFUSED = {
@@ -42,3 +47,120 @@ def test_what_keeps_within_the_bounds_is_read_as_python_reads_it() -> None:
     assert read_json(content, where="", max_bytes=1000) == json.loads(content)
     assert read_json(b"[" * 8 + b"]" * 8, where="", max_bytes=1000, max_depth=8) == json.loads(b"[" * 8 + b"]" * 8)
     assert read_json(b"[" * 8 + b"1" + b"]" * 8, where="", max_bytes=1000, max_depth=8)
+
+
+def test_a_key_that_stands_twice_is_named_with_both_lines() -> None:
+    content = b'{"x": {"b": "{\\"a\\": [", "c": 1},\n "a": [\n1],\n"\\u0061": 2}'
+    with pytest.raises(DataError, match="key 'a' stands twice in one object, on lines 2 and 4"):
+        read_json(content, where="a manifest", max_bytes=1000, error=DataError)
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '{"\\udfff": 1}', '["\\u0000"]'])
+def test_a_text_that_no_file_can_hold_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match=r"surrogate pair|character 0"):
+        read_json(text.encode(), where="a manifest", max_bytes=1000, error=DataError)
+    with pytest.raises(DataError):
+        read_yaml(text, where="a job", error=DataError)
+
+
+def test_a_mark_of_the_byte_order_and_escaped_escapes_are_read() -> None:
+    assert read_json(b'\xef\xbb\xbf["\\\\ud800", "\\ud83d\\ude00"]', where="", max_bytes=100) == ["\\ud800", "😀"]
+
+
+def test_a_document_of_many_small_values_is_refused_before_it_is_parsed() -> None:
+    with pytest.raises(DataError, match="about 1,002 values"):
+        read_json(b"[" + b"[]," * 499 + b"[],1]", where="a list", max_bytes=10_000, max_values=900, error=DataError)
+
+
+def test_lines_are_values_with_their_numbers() -> None:
+    assert list(read_lines(b'{"a": 1}\r\n\n[2]\n', where="rows", max_bytes=100)) == [(1, {"a": 1}), (3, [2])]
+    for content in (b'1\n{"a": 1, "a": 2}\n', b"1\n" + b"9" * 40, b"1\n\xff", b"1\nNaN"):
+        with pytest.raises(DataError, match="rows, line 2 is not JSON"):
+            list(read_lines(content, where="rows", max_bytes=100, error=DataError))
+    with pytest.raises(DataError, match="rows has 5 bytes, more than the 4"):
+        list(read_lines(b"1\n2\n3", where="rows", max_bytes=4, error=DataError))
+    with pytest.raises(DataError, match="line 2 has 9 bytes, more than the 8"):
+        list(read_lines(b"1\n123456789", where="rows", max_bytes=40, max_line_bytes=8, error=DataError))
+
+
+YAML_REFUSED = {
+    "a key twice": ("a: 1\nb: {c: 2}\na: 3", "line 3: key 'a' stands twice in one mapping, first on line 1"),
+    "a key twice, once quoted": ("b: {c: 2,\n  'c': 3}", "line 2: key 'c' stands twice in one mapping, first on line 1"),
+    "laughs": ("a: &a [1]\n" + "".join(f"{c}: &{c} [{f'*{b},' * 9}]\n" for b, c in pairwise("abcdefgh")), "100,000 values"),
+    "an alias in itself": ("a: &a\n  - *a", "line 2: the alias \\*a names nothing that is complete"),
+    "no anchor": ("a: *a", "alias"),
+    "depth": ("[" * 33 + "]" * 33, "line 1: mappings and lists may be 32 deep"),
+    "depth without end": ("[" * 900_000, "line 1: mappings and lists may be 32 deep"),
+    "depth by aliases": ("\n".join(["a0: &a0 [1]", *(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 33))]), "line 32: .*32 deep"),
+    "many values": ("a: [" + "1," * 100_000 + "]", "more than 100,000 values"),
+    "many bytes": ("#" * 1_048_577, "1,048,577 bytes, more than the 1,048,576"),
+    "a large integer": ("a: " + "9" * 40, "line 1: 9+ is not a whole number of 64 bits"),
+    "an integer of 5,000 digits": ("a: " + "9" * 5000, "line 1: '9+' is no int"),
+    "not a number": ("a: .nan", "line 1: .nan is not a finite number"),
+    "infinity": ("a: 1.e+400", "is not a finite number"),
+    "an object": ("a: !!python/object:os.system x", "the tag .*python/object:os.system is not read"),
+    "a set": ("a: !!set {b}", "the tag .*set is not read"),
+    "no boolean": ("a: !!bool perhaps", "'perhaps' is no bool"),
+    "a key that is a list": ("? [1]\n: 2", "a key is a list or a mapping"),
+    "two documents": ("a\n---\nb", "line 2: a second document begins"),
+    "no YAML": ("a: [", "not YAML"),
+    "a control character": ("a: \x01", "not YAML"),
+    "a merge of a number": ("<<: 3", "`<<` merges a mapping"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", YAML_REFUSED)
+def test_yaml_that_leaves_a_bound_is_refused_by_name(case: str) -> None:
+    text, message = YAML_REFUSED[case]
+    with pytest.raises(DataError, match=message) as refusal:
+        read_yaml(text.encode(), where="a job", error=DataError)
+    assert str(refusal.value).startswith("a job")
+
+
+def test_yaml_is_read_as_pyyaml_reads_it_but_for_dates() -> None:
+    text = """
+    a: &a {b: 1, c: [x, ~, true, 0x10, 1_000, 1.5e+3, "1", 'y: z']}
+    d: {<<: *a, b: 2}
+    e: [*a, *a]
+    f: {<<: [{b: 3}, *a], g: two}
+    1: {no: -2}
+    """
+    value = read_yaml(text, where="")
+    assert value == yaml.safe_load(text)
+    value["e"][0]["b"] = 9  # what an alias named is a copy
+    assert (value["a"]["b"], value["e"][1]["b"], value["d"]["b"]) == (1, 1, 2)
+    assert read_yaml("a: 2026-11-29", where="") == {"a": "2026-11-29"}
+    assert read_yaml("# nothing", where="") is None
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@given(data=st.data())
+def test_no_damage_to_a_document_ends_in_another_error(data: st.DataObject) -> None:
+    json_text = b'{"a": [1, -2.5e3, true, null, "\\u00e9\\ud83d\\ude00"], "b": {"c": 9223372036854775807}}'
+    yaml_text = b"a: &a {b: 1, c: [x, ~, 0x10, 2026-11-29, 1.5e+3]}\nd: {<<: *a, b: !!str 2}\ne: [*a, *a]\n"
+    pieces = [
+        b"&a",
+        b"*a",
+        b"<<",
+        b"{",
+        b"[",
+        b"\xff",
+        b"\\u0000",
+        b"\n",
+        b": ",
+        b"1e999",
+        b"9" * 30,
+        b"!!bool",
+        b"---\n",
+    ]
+    content = bytearray(data.draw(st.sampled_from([json_text, yaml_text])))
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content)))
+        piece = data.draw(st.sampled_from(pieces) | st.binary(max_size=3))
+        content[place : place + data.draw(st.integers(0, 4))] = piece
+    with contextlib.suppress(DataError):
+        read_json(bytes(content), where="d", max_bytes=1000, error=DataError)
+    with contextlib.suppress(DataError):
+        read_yaml(bytes(content), where="d", error=DataError)
+    with contextlib.suppress(DataError):
+        list(read_lines(bytes(content), where="d", max_bytes=1000, error=DataError))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from p2r.errors import JobError
-from p2r.job import json_schema, read_job
+from p2r.job import JOB_VARIABLES, ignored_variables, json_schema, read_job
 
 GOOD = "kind: pretrain\nname: x\npretrain: {steps: 10, global_batch: 4}\n"
 
@@ -140,11 +140,51 @@ def test_an_unset_variable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(unset) == ["P2R_NOWHERE"]
 
 
+def test_all_unset_variables_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in JOB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    ingest = (
+        "kind: ingest\nname: x\ningest: {sources: [a], licence: '${P2R_LICENCE}', provenance: '${P2R_PROVENANCE}'}\n"
+    )
+    message = refusal(tmp_path, ingest)
+    assert "variables P2R_LICENCE, P2R_PROVENANCE are not set (ingest.licence, ingest.provenance)" in message
+
+
+VIRTUAL = "kind: ingest\nname: x\ningest: {sources: ['template://icbm152'], licence: LicenseRef-ICBM-152, provenance: Virtual subjects}\n"
+
+
+def test_statements_about_virtual_subjects_never_enter_a_corpus_of_real_scans(tmp_path: Path) -> None:
+    read_job(write(tmp_path, VIRTUAL))
+    message = refusal(tmp_path, VIRTUAL, "ingest.sources=[/data/mine]", "ingest.cohort=icbm152")
+    assert "licence, provenance, cohort speak of virtual subjects" in message and "/data/mine" in message
+    stated = ("ingest.sources=[/data/mine]", "ingest.licence=CC0-1.0", "ingest.provenance=Ours")
+    read_job(write(tmp_path, VIRTUAL), stated)
+
+
+def test_a_corpus_that_is_named_beside_one_that_is_made_is_refused(tmp_path: Path) -> None:
+    text = GOOD + "ingest: {sources: [a], licence: CC0-1.0}\n"
+    read_job(write(tmp_path, text))
+    message = refusal(tmp_path, text, "pretrain.corpus=s3://bucket/corpus")
+    assert "pretrain.corpus" in message and "ingest" in message and "s3://bucket/corpus" in message
+
+
+def test_variables_that_a_job_ignores_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in JOB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    path = write(tmp_path, GOOD)
+    assert ignored_variables(path, read_job(path)) == []
+    monkeypatch.setenv("P2R_SCANS", "/data/mine")
+    (note,) = ignored_variables(path, read_job(path))
+    assert note.startswith("P2R_SCANS is set, but job ") and "--set ingest.sources=" in note
+    path = write(tmp_path, "kind: ingest\nname: x\ningest: {sources: ['${P2R_SCANS}'], licence: CC0-1.0}\n")
+    assert ignored_variables(path, read_job(path)) == []
+
+
 def test_storage_defaults_to_the_environment_then_to_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("P2R_STORAGE", "s3://bucket/runs")
     assert read_job(write(tmp_path, GOOD)).storage == "s3://bucket/runs/x"
     monkeypatch.delenv("P2R_STORAGE")
-    assert read_job(write(tmp_path, GOOD)).storage == str(Path.home() / "p2r/x")
+    assert read_job(write(tmp_path, GOOD)).storage == str(Path.home() / "p2r-runs/x")
 
 
 def test_a_relative_storage_is_refused(tmp_path: Path) -> None:
@@ -172,3 +212,20 @@ def test_every_field_of_the_schema_says_what_it_is() -> None:
     for name, model in {"Job": schema, **schema["$defs"]}.items():
         for field, description in model.get("properties", {}).items():
             assert description.get("description"), f"{name}.{field} has no text"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("name: again", "line .*: key 'name' stands twice in one mapping, first on line"),
+        ("retries: " + "9" * 100, "is no int"),
+        ("metrics: {port: .nan}", "not a finite number"),
+        ("retries: !!set {a}", "is not read"),
+        ("variants: " + "[" * 5000, "mappings and lists may be 32 deep"),
+        ("# " + "x" * 2**20, "more than the 1,048,576"),
+    ],
+)
+def test_a_job_file_that_leaves_a_bound_is_refused_by_name(tmp_path: Path, line: str, message: str) -> None:
+    found = refusal(tmp_path, f"{GOOD}{line}\n")
+    assert found.startswith("job ")
+    assert re.search(message, found)

@@ -158,7 +158,7 @@ def test_what_is_no_secret_stays() -> None:
     for text in (
         "s3://bucket/runs/demo/pretrain | step 3/9 | loss 6.2 | 21.2 img/s",
         "check the bucket, and AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_DEFAULT_REGION",
-        "file:///home/you/p2r/demo at 10:30 by you@example.org",
+        "file:///home/you/p2r-runs/demo at 10:30 by you@example.org",
         "sha256 a99f2866010f",
     ):
         assert masked(text) == text

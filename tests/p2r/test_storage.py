@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from p2r.counters import Counters
-from p2r.errors import StorageError
+from p2r.errors import DamagedError, StorageError
 from p2r.storage import Storage
 
 
@@ -84,6 +84,9 @@ def test_a_bucket_behaves_like_a_folder(s3_url: str, tmp_path: Path, monkeypatch
     assert storage.list() == []
     storage.write_bytes("a/b.bin", b"content")
     assert storage.exists("a/b.bin")
+    assert storage.read_bytes("a/b.bin", max_bytes=7) == b"content"
+    with pytest.raises(DamagedError, match="more than the 6 bytes"):
+        storage.read_tagged("a/b.bin", max_bytes=6)
     assert not storage.exists("a")
     assert storage.list() == ["a/b.bin"]
     digest = hashlib.sha256(b"content").hexdigest()
@@ -254,3 +257,19 @@ def test_an_object_larger_than_the_cache_is_refused_with_the_way_out(
     Storage(s3_url).write_bytes("x", bytes(2000))
     with pytest.raises(StorageError, match=r"/x has no room in the cache .*: set P2R_CACHE_GIB"):
         Storage(s3_url).local("x")
+
+
+def test_what_a_folder_holds_is_read_within_bounds(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write_bytes("rows.jsonl", b'{"a": 1}\n{"a": NaN}\n')
+    assert storage.read_bytes("rows.jsonl", max_bytes=20) == storage.read_bytes("rows.jsonl")
+    with pytest.raises(DamagedError, match="more than the 19 bytes"):
+        storage.read_bytes("rows.jsonl", max_bytes=19)
+    assert storage.read_rows("rows.jsonl", nan_as_none=True) == [{"a": 1}, {"a": None}]
+    with pytest.raises(DamagedError, match=r"rows\.jsonl, line 2 is not JSON: NaN"):
+        storage.read_rows("rows.jsonl")
+    storage.write_bytes("rows.jsonl", b"[1]\n")
+    with pytest.raises(DamagedError, match="line 1 is no JSON object"):
+        storage.read_rows("rows.jsonl")
+    with pytest.raises(ValueError, match="relative"):
+        storage.read_bytes("a\0b")

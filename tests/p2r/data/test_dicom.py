@@ -9,7 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from p2r.config import IngestConfig
+from p2r.config import IngestConfig, QualityConfig
 from p2r.data.dicom import converted, group_by_series, is_dicom
 from p2r.data.read import read_scan, sidecar_of
 from p2r.data.scans import Scan, find_scans
@@ -122,7 +122,8 @@ def test_one_file_can_be_a_source(tmp_path: Path, write_series: WriteSeries) -> 
     (scan,) = scans_of(tmp_path / "p1" / "IM030001")
     assert scan.path == str(tmp_path / "p1" / "IM030001")
     assert scan.files == (scan.path,)
-    assert code_of(scan) == "not_3d", "one slice is no volume"
+    (volume,) = read_scan(scan, CONFIG)
+    assert volume.data.shape == (20, 24, 1, 1), "a single plane"
 
 
 @pytest.mark.parametrize(
@@ -155,14 +156,15 @@ def test_a_cut_file_makes_its_series_unreadable(tmp_path: Path, write_series: Wr
     assert code_of(scans_of(tmp_path)[0]) == "unreadable"
 
 
-def test_localizers_in_three_orientations_are_refused(tmp_path: Path, write_series: WriteSeries) -> None:
+def test_a_localizer_in_three_orientations_is_three_planes(tmp_path: Path, write_series: WriteSeries) -> None:
     write_series(tmp_path, size=3)
     turned = [[1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1], [1, 0, 0, 0, 0, -1]]
     for file, orientation in zip(sorted(tmp_path.iterdir()), turned, strict=True):
         header = pydicom.dcmread(file)
         header.ImageOrientationPatient = orientation
         header.save_as(file)
-    assert code_of(scans_of(tmp_path)[0]) == "not_3d"
+    volumes = read_scan(scans_of(tmp_path)[0], CONFIG)
+    assert sorted(volume.data.shape[:3].index(1) for volume in volumes) == [0, 1, 2]
 
 
 def test_of_a_split_series_the_usable_images_are_kept_and_the_others_noted(
@@ -175,9 +177,10 @@ def test_of_a_split_series_the_usable_images_are_kept_and_the_others_noted(
         header.SeriesInstanceUID, header.SeriesNumber = "1.2.3", 3
         header.save_as(file)
     (scan,) = scans_of(tmp_path)
-    (volume,) = read_scan(scan, CONFIG)
+    assert [volume.data.shape[2] for volume in read_scan(scan, CONFIG)] == [5, 1]
+    (volume,) = read_scan(scan, CONFIG.model_copy(update={"quality": QualityConfig(min_slices=2)}))
     assert volume.key == "p1_s003_0"
-    assert volume.notes == ("part_not_3d",)
+    assert volume.notes == ("part_slice_count",)
 
 
 def test_conversion_has_a_time_limit(tmp_path: Path, write_series: WriteSeries) -> None:

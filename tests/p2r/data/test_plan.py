@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from p2r.config import IngestConfig
 from p2r.data.ledger import LedgerRow
@@ -100,10 +101,10 @@ def test_a_selection_that_leaves_nothing_is_refused() -> None:
         plan_growth(scans_of("sub-1_a", "sub-2_a"), config_of(), PLAIN, allowed_subjects={"sub-9"})
 
 
-@pytest.mark.parametrize("pattern", ["(", "sub"])
-def test_a_pattern_without_a_group_is_refused(pattern: str) -> None:
-    with pytest.raises(DataError, match="subject_pattern"):
-        plan_growth(scans_of("sub-1_a"), config_of(subject_pattern=pattern), PLAIN)
+@pytest.mark.parametrize("pattern", ["(", "sub", "(?=(sub))"])
+def test_a_pattern_that_finds_no_subject_is_refused(pattern: str) -> None:
+    with pytest.raises(ValidationError, match="subject_pattern"):
+        config_of(subject_pattern=pattern)
 
 
 @pytest.mark.parametrize(

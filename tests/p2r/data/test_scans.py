@@ -48,6 +48,14 @@ def test_broken_ranges_are_refused_by_name(pattern: str) -> None:
         expand_subjects(["fine", pattern])
 
 
+@pytest.mark.parametrize(
+    "pattern", ["p[0-1000000000000]", "p[0-9999][0-9999][0-9999]", "p[" + "1" * 5000 + "]", "p[1-900000,1-900000]"]
+)
+def test_ranges_that_stand_for_too_many_names_are_refused(pattern: str) -> None:
+    with pytest.raises(DataError, match=r"stands for more than 1,000,000 names|neither a number nor a range"):
+        expand_subjects([pattern])
+
+
 def test_scans_are_found_at_any_depth_sorted_and_once(tmp_path: Path) -> None:
     touch(tmp_path / "b.nii", tmp_path / "x" / "y" / "a.nii.gz", tmp_path / "notes.txt", tmp_path / "._a.nii.gz")
     scans = find_scans([str(tmp_path), f"file://{tmp_path}/x", str(tmp_path / "b.nii")], cache=tmp_path)

@@ -576,6 +576,8 @@ def test_any_folder_of_images_and_labels_is_a_task(
 ) -> None:
     folder = make_task().parent
     monkeypatch.setenv("P2R_TASK", str(folder))
+    monkeypatch.setenv("P2R_LICENCE", "CC0-1.0")
+    monkeypatch.setenv("P2R_PROVENANCE", "Toys")
     values = yaml.safe_load((TASKS / "folder.yaml").read_text())
     values |= {"classes": {1: "a", 2: "b"}, "split_rule": {"validation": 1, "test": 1}}
     (folder / "folder.yaml").write_text(yaml.safe_dump(values))
@@ -590,6 +592,8 @@ def test_any_folder_of_images_and_labels_is_a_task(
 def test_the_folder_task_loads_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     people(tmp_path, *HUNDRED)
     monkeypatch.setenv("P2R_TASK", str(tmp_path))
+    monkeypatch.setenv("P2R_LICENCE", "CC0-1.0")
+    monkeypatch.setenv("P2R_PROVENANCE", "Toys")
     task = load_task(TASKS / "folder.yaml")
     assert sum(map(len, task.subjects.values())) == 100
     assert all(task.subjects.values())

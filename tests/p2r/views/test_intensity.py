@@ -8,12 +8,14 @@ import pytest
 import torch
 from scipy import ndimage, stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2r.config import IntensityConfig
 from p2r.views.draws import Draws
 from p2r.views.intensity import (
     NARROWEST_WINDOW,
     Appearance,
+    _running_sum,
     apply_appearance,
     draw_intensity,
     sample_appearance,
@@ -207,6 +209,27 @@ def test_large_voxels_hold_means_and_are_interpolated_between(image: Tensor, vox
         result = look(image[:2], voxel_mm=voxels, spacing_mm=mm)[0, 0]
         expected = np.apply_along_axis(naive_large_voxels, axis, image[0, 0].double().numpy(), voxel_mm)
         np.testing.assert_allclose(result.numpy(), expected, atol=2e-3)
+
+
+class _FloatingRunningSums(TorchDispatchMode):
+    """Count the running sums that CUDA has no deterministic implementation of."""
+
+    num = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket is torch.ops.aten.cumsum and args[0].is_floating_point():
+            self.num += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_running_sums_are_those_of_floating_point_without_its_operator(image: Tensor) -> None:
+    with _FloatingRunningSums() as found:
+        look(image, voxel_mm=4.0)
+    assert found.num == 0
+    lines = 3 * torch.rand(5, 600, generator=torch.Generator().manual_seed(0))
+    expected = lines.double().cumsum(-1).float()
+    torch.testing.assert_close(_running_sum(lines), expected, rtol=2**-23, atol=0)
+    assert (_running_sum(lines) == expected).float().mean() > 0.999
 
 
 def test_voxels_no_larger_than_the_pixels_change_nothing(image: Tensor) -> None:

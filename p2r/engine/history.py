@@ -1,0 +1,57 @@
+"""Rows of `history.jsonl`: one JSON object per report of a run, written without NaN and read within bounds."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from p2r.documents import checked
+from p2r.errors import DamagedError
+from p2r.storage import Storage
+
+_Number = Annotated[float, Field(ge=0, le=1e12)]
+
+
+class _Row(BaseModel):
+    """The keys of a row that p2r computes with; all others are kept as they are."""
+
+    model_config = ConfigDict(strict=True)
+    step: Annotated[int, Field(ge=0, lt=2**53)]
+    world_size: Annotated[int, Field(ge=1, le=2**24)] | None = None
+    step_s: _Number | None = None
+    images_per_s: _Number | None = None
+
+
+_ROW = TypeAdapter(_Row)
+
+
+def read_history(storage: Storage, path: str) -> list[dict[str, Any]]:
+    """Return the rows of a run's history.
+
+    Args:
+        storage: That holds it.
+        path: Of the file.
+
+    Raises:
+        DamagedError: naming the line, the key and the rule.
+    """
+    # Runs of earlier versions may have written NaN, which JSON has not: None here.
+    rows = storage.read_rows(path, nan_as_none=True)
+    for number, row in enumerate(rows, start=1):
+        checked(_ROW, row, where=f"{storage.at(path)}, row {number}:", error=DamagedError)
+    return rows
+
+
+def history_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Serialise the rows of a history. JSON has no NaN and no infinity: they become null."""
+    return "".join(json.dumps(_without_nan(row), allow_nan=False) + "\n" for row in rows).encode()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
