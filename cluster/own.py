@@ -3,7 +3,6 @@
 survey of the names -> some scans and label maps read -> facts, a contact sheet, the text of a job and a task
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from p2r.console import show
 from p2r.data.label_maps import label_map_by_voxels
 from p2r.data.preprocess import percentile_table, slice_axis
 from p2r.data.survey import NAMES, Form, Survey, survey
@@ -245,12 +245,12 @@ def check(
     output.write_bytes(
         contact_sheet(found.tiles, f"{len(found.tiles)} of {len(found.names.scans)} scans", str(found.names.root))
     )
-    print(f"picture     {output}")
-    print(f"\njob.yaml, as p2r init would write it:\n\n{_indented(drafts.job)}")
+    show(f"picture     {output}")
+    _show_text("job.yaml, as p2r init would write it:", drafts.job)
     if drafts.task is None:
-        print(f"no task.yaml: {drafts.why_no_task}")
+        show(f"no task.yaml: {drafts.why_no_task}")
     else:
-        print(f"task.yaml:\n\n{_indented(drafts.task)}")
+        _show_text("task.yaml:", drafts.task)
 
 
 def init(
@@ -280,23 +280,24 @@ def init(
     _print_facts(lines_of(found))
     targets["job"].write_text(drafts.job, encoding="utf-8")
     targets["job"].chmod(0o755)
-    print(f"wrote       {targets['job']}")
+    show(f"wrote       {targets['job']}")
     if drafts.task is None:
-        print(f"no task     {drafts.why_no_task}: the job pretrains, and scores nothing")
+        show(f"no task     {drafts.why_no_task}: the job pretrains, and scores nothing")
     else:
         targets["task"].write_text(drafts.task, encoding="utf-8")
         if "${" not in drafts.task:
             splits = load_task(targets["task"]).subjects
-            print(
+            show(
                 f"wrote       {targets['task']}: "
                 + ", ".join(f"{len(found)} {split}" for split, found in splits.items())
                 + " patients"
             )
         else:
-            print(f"wrote       {targets['task']}")
-    print("\nnext:")
+            show(f"wrote       {targets['task']}")
+    show()
+    show("next:")
     for line in next_commands(targets, drafts, found):
-        print(f"    {line}")
+        show(f"    {line}")
 
 
 def next_commands(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> list[str]:
@@ -357,10 +358,11 @@ def _headed(text: str, kind: str, found: Found) -> str:
     return "\n".join([opening, "#", *(line[:150] for line in facts), text])
 
 
-def _indented(text: str) -> str:
-    return "".join(f"    {line}\n" for line in text.splitlines())
+def _show_text(title: str, text: str) -> None:
+    for line in ("", title, "", *(f"    {line}" for line in text.split("\n"))):
+        show(line)
 
 
 def _print_facts(facts: Iterator[tuple[str, str]]) -> None:
     for name, fact in facts:
-        print(f"{name:<11} {fact}", file=sys.stdout)
+        show(f"{name:<11} {fact}")

@@ -27,6 +27,13 @@ from p2r.modes import MODES, SETTINGS_OF, Mode, Setting
 from p2r.patterns import check_subject_pattern
 from p2r.reference import parse_reference
 
+
+class FilledIn:
+    """Marks a field of a job in which `${NAME}` and `${NAME:-default}` stand for environment variables."""
+
+
+Location = Annotated[str, FilledIn()]
+"""A path or a URL. Beside what a corpus says of its data, only these are filled in from the environment: other fields are published."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 Angle = Annotated[float, Field(ge=0, le=180)]
@@ -56,7 +63,7 @@ def _checked_reference(text: str) -> str:
     return text
 
 
-Artefact = Annotated[str, AfterValidator(_checked_reference)]
+Artefact = Annotated[Location, AfterValidator(_checked_reference)]
 """Where a backbone is published: a URL, or `URL@sha256:HEX`, which pins its manifest."""
 
 
@@ -69,7 +76,7 @@ class Section(BaseModel):
 class SubjectsOf(Section):
     """Take the subjects of one split of a task, so that a corpus and its task cannot drift apart."""
 
-    task: str
+    task: Location
     """Path of the task's YAML, relative to the job file."""
     split: Literal["train", "validation", "test", "not_held_out"] = "train"
     """Which split's subjects enter the corpus. not_held_out: all that the sources hold, but the task's validation and test patients, so
@@ -104,7 +111,7 @@ _OF_VIRTUAL_SUBJECTS = {"licence": "icbm-152", "provenance": "virtual subjects",
 class IngestConfig(Section):
     """Scans -> a corpus of WebDataset shards."""
 
-    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+    sources: Annotated[tuple[Location, ...], Field(min_length=1)]
     """Folders, files or URLs (`file://`, `s3://`) searched for NIfTI (`.nii`, `.nii.gz`, `.hdr` with `.img`), BIDS and, in folders,
     DICOM; lists of scans (`.csv`, `.tsv`, `.jsonl` with `path` and, if known, `subject`); or `template://icbm152?subjects=N`."""
     include: tuple[str, ...] = ()
@@ -112,9 +119,9 @@ class IngestConfig(Section):
     Empty: all."""
     exclude: tuple[str, ...] = ()
     """No scan whose path below its source matches one of these patterns."""
-    licence: Annotated[str, Field(min_length=1)]
+    licence: Annotated[str, FilledIn(), Field(min_length=1)]
     """SPDX identifier or name of the data's licence. It travels into every manifest made from this corpus."""
-    provenance: str = ""
+    provenance: Annotated[str, FilledIn()] = ""
     """Where the data come from, and how to cite them."""
     cohort: str = "default"
     """Name space of the subjects' names: `sub-01` of one cohort is not `sub-01` of another. With `subjects_of`, the task's, unless another
@@ -461,7 +468,8 @@ class LossConfig(Section):
     temperature: PositiveFloat = 0.2
     """InfoNCE only: tau, the width of the softmax over cosine similarities."""
     learn_temperature: bool = False
-    """InfoNCE only: train tau along with the weights, from `temperature` on; it is kept within [0.01, 1]."""
+    """InfoNCE only: train tau along with the weights, from `temperature` on; it is kept within [0.013, 1]: below, sums of
+    float32 would overflow or vanish."""
     decoupled: bool = False
     """InfoNCE only: leave the positive out of the denominator (decoupled contrastive learning)."""
     exclude_within_mm: PositiveFloat | None = None
@@ -498,7 +506,7 @@ class OptimizerConfig(Section):
 class CorpusShare(Section):
     """One of several corpora."""
 
-    url: str
+    url: Location
     """Of the corpus."""
     weight: PositiveFloat | None = None
     """Its part in every batch, relative to the others'. None for all: in proportion to their sizes."""
@@ -512,7 +520,7 @@ class ProbeConfig(Section):
     It reads a few train and validation patients of the task, never a test patient, and changes nothing of the training.
     """
 
-    task: str
+    task: Location
     """Path of the task's YAML, relative to the job file."""
     interval: PositiveInt = 500
     """Steps between two probes; the last step always makes one. Each is stated in the next report."""
@@ -529,7 +537,7 @@ class ProbeConfig(Section):
 class PretrainConfig(Section):
     """Corpus -> pixel representation."""
 
-    corpus: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] | None = None
+    corpus: Location | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] | None = None
     """URL of the corpus, or several by weight. None: `<storage>/corpus`, made by this job's ingest section if it is absent."""
     image: ImageConfig = ImageConfig()
     """The network's input."""
@@ -553,8 +561,10 @@ class PretrainConfig(Section):
     """Images that a worker encodes at once, for when its part of the global batch does not fit into memory. None: all of its part."""
     seed: int = 0
     """Seeds weights, order, views and points."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the network; statistics of normalisations, reading at points, projection head and sums of the loss are fp32 in both."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Arithmetic of the network; statistics of normalisations, reading at points, projection head and sums of the loss are fp32 in all.
+    tf32: fp32, whose products a GPU of compute capability 8.0 or newer may round to 10 bits. The loss kernels take tf32 and bf16; in
+    fp32 a GPU computes the loss in torch's tiles, several times as slowly."""
     compile: bool | Literal["reduce-overhead"] = False
     """Compile the backbone (torch.compile) before the first step: seconds to minutes, which the first report states, kept in
     `$P2R_CACHE`. Where there is no compiler, the report says so and training goes on without. reduce-overhead: GPUs also replay its
@@ -723,7 +733,7 @@ class SearchConfig(Section):
 class FinetuneConfig(Section):
     """Backbone x task x labelled patients x draw x mode -> figures on test (or validation) patients."""
 
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    tasks: Annotated[tuple[Location, ...], Field(min_length=1)]
     """Paths of task YAMLs, relative to the job file."""
     backbone: Artefact | None = None
     """URL of a published backbone; `URL@sha256:HEX`: this very one. None: the one that this job publishes."""
@@ -792,6 +802,9 @@ class FinetuneConfig(Section):
     computed once for all probes of a task: much faster."""
     search: SearchConfig = SearchConfig()
     """Choice of the learning rate, and of other settings."""
+    compile: bool = False
+    """Compile the network of a trial (torch.compile) before its first step: a minute, which trials of a thousand steps win back on CPUs,
+    too. What is compiled is kept in `$P2R_CACHE`. Figures agree with those of a trial without it to rounding, which training amplifies."""
     score_on: Literal["test", "validation"] = "test"
     """Whose figures are reported. validation: while recipes are still being compared, so that test patients stay unread."""
     curve_steps: PositiveInt | None = None

@@ -1,13 +1,15 @@
 """What S3 answers, or fails to answer -> another attempt after a pause, or the end.
 
 Repeated, with full jitter (a random pause up to a bound that doubles): answers 5xx and 429, refused and broken
-connections, time-outs, bodies that end early, content that is not what its digest says. Everything else would be the same
-the next time, and ends at once. Every repetition is counted by its cause.
+connections, time-outs, bodies that end early, content that is not what its digest says. A proxy that does not answer gets
+20 s. Everything else would be the same the next time, and ends at once: certificates that do not fit, http against https, a
+proxy that refuses. Every repetition is counted by its cause.
 """
 
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -38,6 +40,11 @@ _PASSING = {  # answers below 500 that may be another one the next time, and wha
     "ThrottlingException": "429",
     "XAmzContentSHA256Mismatch": "digest",
 }
+_BROKEN_TLS = re.compile(r"EOF|timed out|reset|BAD_RECORD_MAC|DECRYPTION_FAILED", re.IGNORECASE)  # on the way: may heal
+_ABSENT_PROXY = re.compile(
+    r"refused|timed out|unreachable|reset|Temporary failure|Remote end closed|Tunnel connection failed: 5"
+)
+_PROXY_DEADLINE_S = 20.0
 _SILENT_S = 5.0  # failing for longer than this is told
 _JITTER = random.SystemRandom()  # forked processes must not pause in step
 _LOG = logging.getLogger(__name__)
@@ -118,7 +125,10 @@ class Patience:
         self.num_failures += 1
         failing_s = now_s - self._failing_since_s
         text = self._clean(text_of(error))
-        if failing_s + pause_s > self._settings.deadline_s:
+        deadline_s = (
+            self._settings.deadline_s if cause != "proxy" else min(_PROXY_DEADLINE_S, self._settings.deadline_s)
+        )
+        if failing_s + pause_s > deadline_s:
             raise StorageError(
                 f"cannot {self._what}: {self._num_in_a_row} attempts in {failing_s:.1f} s failed, the last with {text}; "
                 f"{HINT}. {_variable('deadline_s')} ({self._settings.deadline_s:g}) says how long to go on"
@@ -146,8 +156,10 @@ def cause_of(error: Exception) -> str | None:
         status = status_of(error)
         is_passing = status == 429 or (status >= 500 and status not in (501, 505))
         return _PASSING.get(code_of(error), str(status) if is_passing else None)
-    if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return None
+    if isinstance(error, failures.ProxyConnectionError):
+        return "proxy" if _ABSENT_PROXY.search(str(error.kwargs.get("error"))) else None
+    if isinstance(error, failures.SSLError):
+        return "connection" if _BROKEN_TLS.search(str(error)) else None
     if "IncompleteRead" in str(error):
         return "truncated"
     if isinstance(error, _TIMEOUTS):
@@ -176,6 +188,16 @@ def code_of(error: failures.ClientError) -> str:
 
 def text_of(error: Exception) -> str:
     """Return what a message says of a failure."""
+    if isinstance(error, failures.ProxyConnectionError):
+        reason = error.kwargs.get("error")
+        return (
+            f"{type(error).__name__}: {error} ({reason}); check HTTPS_PROXY, HTTP_PROXY and NO_PROXY in the environment"
+        )
+    if isinstance(error, failures.SSLError):
+        return (
+            f"{type(error).__name__}: {error}; AWS_CA_BUNDLE names the file of a private certificate authority, and AWS_ENDPOINT_URL "
+            "begins with http:// or https:// as the server speaks"
+        )
     if not isinstance(error, failures.ClientError):
         return f"{type(error).__name__}: {error}"
     message = error.response.get("Error", {}).get("Message", "")

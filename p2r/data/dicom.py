@@ -6,13 +6,15 @@ institution, station, serial number and free text. A series whose slices are une
 refused: dcm2niix offers an interpolated guess, and we do not take it. So is everything that is no MR image, and what is
 known to have text burned into the picture.
 
-Two series of one folder are told apart by SeriesInstanceUID; a series that lies in several folders is one for each.
+Two series of one folder are told apart by SeriesInstanceUID; a series that lies in several folders is one for each. Series that
+are one slice each of one acquisition, such as a cine, are joined (`dicom_stack`), as are slices that dcm2niix does not join.
+No image may get lost on the way: a series of which dcm2niix makes fewer planes than it has images is refused.
 """
 
 import hashlib
+import os
 import subprocess
 import tempfile
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import dcm2niix
-import pydicom
+import nibabel
+import numpy as np
 
-from p2r.data.sidecar import allowed_tags
+from p2r.data.dicom_stack import (
+    PLACE_TAGS,
+    Place,
+    by_position,
+    header_of,
+    is_stack,
+    num_images,
+    place_of,
+    stack_planes,
+    unique_files,
+)
+from p2r.data.sidecar import allowed_tags, common_tags
 from p2r.errors import RefusedScan
 
 SUFFIXES = (".dcm", ".ima")
@@ -46,7 +60,9 @@ class Series:
     number: int | None
     """SeriesNumber."""
     patient_id: str | None
-    """PatientID. It identifies a person: it is used where a job asks for it, and nowhere else."""
+    """PatientID. It identifies a person: it is used where a job asks for it, and to tell series of two people apart."""
+    place: Place | None = None
+    """Where its images are, if that is one position."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +93,21 @@ def group_by_series(paths: Iterable[Path]) -> list[Series]:
     """Read the headers of DICOM files, and group them by folder and series; a `DICOMDIR`, which lists files, is left out."""
     grouped: dict[tuple[str, str], list[str]] = defaultdict(list)
     headers: dict[tuple[str, str], dict[str, str]] = {}
+    places: dict[tuple[str, str], Place | None] = {}
     found: list[Series] = []
     for path in sorted(paths):
         try:
-            header = _header(path, "SeriesInstanceUID", "SeriesNumber", "PatientID")
+            header = header_of(path, "SeriesInstanceUID", "SeriesNumber", "PatientID", *PLACE_TAGS)
         except RefusedScan:
             header = {}
         if uid := header.get("SeriesInstanceUID"):
             key = str(path.parent), hashlib.sha256(uid.encode()).hexdigest()[:8]
+            place = place_of(header)
+            if key in headers and _differ(places[key], place):
+                place = None  # of a series at several positions
             grouped[key].append(str(path))
             headers.setdefault(key, header)
+            places[key] = place
         elif header.get("MediaStorageSOPClassUID") != _DIRECTORY:
             found.append(Series(str(path.parent), (str(path),), None, None, None))
     for (folder, digest), files in grouped.items():
@@ -99,9 +120,38 @@ def group_by_series(paths: Iterable[Path]) -> list[Series]:
                 digest,
                 int(number) if number.isdecimal() and len(number) < 10 else None,
                 header["PatientID"] or None,
+                places[folder, digest],
             )
         )
     return found
+
+
+def join_slices(found: Sequence[Series]) -> list[Series]:
+    """Join series that are one slice each of one acquisition, at even distances; the others stay as they are."""
+    groups: dict[Any, list[Series]] = defaultdict(list)
+    for index, one in enumerate(found):
+        groups[(one.place.alike, one.patient_id, len(one.files)) if one.place else index].append(one)
+    joined: list[Series] = []
+    for members in groups.values():
+        places = [one.place for one in members if one.place is not None]
+        if len(members) < 2 or not is_stack(places):
+            joined += members
+            continue
+        digests = " ".join(sorted(str(one.uid_digest) for one in members))
+        joined.append(
+            Series(
+                os.path.commonpath([one.folder for one in members]),
+                tuple(sorted(file for one in members for file in one.files)),
+                hashlib.sha256(digests.encode()).hexdigest()[:8],
+                min((one.number for one in members if one.number is not None), default=None),
+                members[0].patient_id,
+            )
+        )
+    return joined
+
+
+def _differ(one: Place | None, other: Place | None) -> bool:
+    return one is None or other is None or not np.allclose(one.position_mm, other.position_mm, atol=1e-3)
 
 
 @contextmanager
@@ -119,30 +169,83 @@ def converted(files: Sequence[str], name: str, *, timeout_s: float, only_tags: b
     """
     _check_kind(files, name)
     with tempfile.TemporaryDirectory(prefix="p2r-dicom-") as folder:
-        links, output = Path(folder, "series"), Path(folder, "output")
-        links.mkdir()
-        output.mkdir()
-        for number, file in enumerate(files):
-            (links / f"{number:06d}.dcm").symlink_to(Path(file).absolute())
-        sidecars = ["-b", "o" if only_tags else "y", "-ba", "y"]
-        command = [dcm2niix.bin, "-g", "i", *sidecars, "-z", "n", "-f", "part", "-o", str(output), str(links)]
-        try:
-            # Its words may quote a patient: they are not passed on.
-            done = subprocess.run(command, capture_output=True, timeout=timeout_s, env={"HOME": folder}, check=False)
-        except subprocess.TimeoutExpired:
-            raise RefusedScan(
-                "timeout", f"{name}: dcm2niix took longer than {timeout_s:g} s (ingest.dcm2niix_timeout_s)"
-            ) from None
-        images = sorted(output.glob("part*.json" if only_tags else "part*.nii"))
-        if done.returncode or not images:
-            raise RefusedScan(
-                "unreadable",
-                f"{name}: dcm2niix ended with exit code {done.returncode} and {len(images)} images; "
-                "run it on the folder to see what it says",
-            )
+        images, exit_code = _converted(files, name, Path(folder, "whole"), timeout_s=timeout_s, only_tags=only_tags)
         if any("_Eq" in image.stem for image in images):
             raise RefusedScan("uneven_slices", f"{name} has slices at uneven distances: is one missing? Copy it again")
-        yield [_part(image) for image in images]
+        defect = None if only_tags and images else _defect(images, files, exit_code)
+        parts = [_part(image) for image in images]
+        if defect is not None:
+            stack = _stacked(files, name, Path(folder, "slices"), timeout_s=timeout_s, only_tags=only_tags)
+            if stack is None and not defect.is_harmless:
+                raise RefusedScan(
+                    "unreadable", f"{name}: {defect.what}; run dcm2niix on the folder to see what it says"
+                )
+            parts = parts if stack is None else [stack]
+        yield parts
+
+
+@dataclass(frozen=True)
+class _Defect:
+    what: str
+    is_harmless: bool = False
+
+
+def _defect(images: Sequence[Path], files: Sequence[str], exit_code: int) -> _Defect | None:
+    """Return what is wrong with the images that dcm2niix made of a series; None: nothing is."""
+    if exit_code or not images:
+        return _Defect(f"dcm2niix ended with exit code {exit_code} and {len(images)} images")
+    headers = [nibabel.nifti1.Nifti1Image.from_filename(image).header for image in images]
+    shapes = [(*header.get_data_shape(), 1, 1)[2:4] for header in headers]
+    num_planes, num_files = sum(depth * times for depth, times in shapes), num_images(files)
+    if num_planes < num_files:
+        return _Defect(f"dcm2niix made {num_planes} planes of its {num_files} images: some would be lost")
+    gaps = [np.linalg.norm(header.get_best_affine()[:3, 2]) for header in headers]
+    if any(depth > 1 and not gap > 0 for (depth, _), gap in zip(shapes, gaps, strict=True)):
+        return _Defect("dcm2niix wrote 0 mm between its slices, which have one position, or none")
+    if len(images) > 1 and all(depth == 1 for depth, _ in shapes):
+        return _Defect(f"dcm2niix split it into {len(images)} single planes", is_harmless=True)
+    return None
+
+
+def _stacked(files: Sequence[str], name: str, folder: Path, *, timeout_s: float, only_tags: bool) -> Part | None:
+    """Convert a series position by position, and put the planes together; None if they make no stack."""
+    groups = by_position(unique_files(files), name)
+    if groups is None:
+        return None
+    folder.mkdir()
+    images: list[Path] = []
+    for number, group in enumerate(groups):
+        made, exit_code = _converted(group, name, folder / f"{number:04d}", timeout_s=timeout_s, only_tags=only_tags)
+        if exit_code or len(made) != 1:
+            return None
+        images += made
+    parts = [_part(image) for image in images]
+    stack = folder / "stack.nii"
+    if not only_tags and not stack_planes(images, stack):
+        return None
+    tags = common_tags([part.tags for part in parts])
+    return Part(None if only_tags else stack, tags, sum(part.num_ignored for part in parts))
+
+
+def _converted(
+    files: Sequence[str], name: str, folder: Path, *, timeout_s: float, only_tags: bool
+) -> tuple[list[Path], int]:
+    """Run dcm2niix on some files; return what it made, and its exit code."""
+    links, output = folder / "series", folder / "output"
+    links.mkdir(parents=True)
+    output.mkdir()
+    for number, file in enumerate(files):
+        (links / f"{number:06d}.dcm").symlink_to(Path(file).absolute())
+    sidecars = ["-b", "o" if only_tags else "y", "-ba", "y"]
+    command = [dcm2niix.bin, "-g", "i", *sidecars, "-z", "n", "-f", "part", "-o", str(output), str(links)]
+    try:
+        # Its words may quote a patient: they are not passed on.
+        done = subprocess.run(command, capture_output=True, timeout=timeout_s, env={"HOME": str(folder)}, check=False)
+    except subprocess.TimeoutExpired:
+        raise RefusedScan(
+            "timeout", f"{name}: dcm2niix took longer than {timeout_s:g} s; raise ingest.dcm2niix_timeout_s"
+        ) from None
+    return sorted(output.glob("part*.json" if only_tags else "part*.nii")), done.returncode
 
 
 def _part(image: Path) -> Part:
@@ -153,26 +256,19 @@ def _part(image: Path) -> Part:
 
 def _check_kind(files: Sequence[str], name: str) -> None:
     for file in files:
-        header = _header(Path(file), "Modality", "SOPClassUID", "BurnedInAnnotation")
+        header = header_of(Path(file), "Modality", "SOPClassUID", "BurnedInAnnotation")
         if header["SOPClassUID"].startswith(_SECONDARY_CAPTURE):
-            raise RefusedScan("secondary_capture", f"{name} holds secondary captures: pictures of images, not a scan")
+            raise RefusedScan(
+                "secondary_capture", f"{name} holds secondary captures: pictures of images, not a scan; leave it out"
+            )
         if header["Modality"] != "MR":
-            raise RefusedScan("not_mr", f"{name} has the modality {header['Modality'][:16]!r}; MR is read")
+            raise RefusedScan(
+                "not_mr",
+                f"{name} has the modality {header['Modality'][:16]!r}; MR is read: leave others out by ingest.exclude, or convert the "
+                "series to NIfTI if its tag Modality is wrong",
+            )
         if header["BurnedInAnnotation"].upper() == "YES":
             raise RefusedScan(
-                "burned_in_annotation", f"{name} has text in its pictures (BurnedInAnnotation is YES), maybe a name"
+                "burned_in_annotation",
+                f"{name} has text in its pictures (BurnedInAnnotation is YES), maybe a name; leave it out",
             )
-
-
-def _header(path: Path, *tags: str) -> dict[str, str]:
-    """Return some tags of a file as text, and the kind of the file; empty where they are absent."""
-    try:
-        with warnings.catch_warnings():  # odd values are no reason to speak up: those that matter are checked
-            warnings.simplefilter("ignore")
-            # Files named .dcm may lack the preamble, and are DICOM nevertheless.
-            header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(tags))
-            found = {tag: header.get(tag) for tag in tags}
-            found["MediaStorageSOPClassUID"] = header.file_meta.get("MediaStorageSOPClassUID")
-            return {tag: "" if value is None else str(value).strip() for tag, value in found.items()}
-    except Exception as error:  # pydicom raises whatever hostile bytes lead it to
-        raise RefusedScan("unreadable", f"{path} has no DICOM header to be read ({type(error).__name__})") from error

@@ -14,7 +14,8 @@ Files that are taken for label maps (`label_maps`) are found too, and marked. A 
 Segmentation Decathlon gives its images their cases and channels.
 
 DICOM is a file that ends in `.dcm` or `.ima`; in folders without NIfTI, any with DICOM's magic number. Files are grouped
-by folder and series; a key has the folder's name and the series' number. Nothing else of a header is used, unless the
+by folder and series, and series that are one slice each of one acquisition are joined; a key has the folder's name and the
+series' number. Nothing else of a header is used, unless the
 job asks for PatientID.
 """
 
@@ -22,7 +23,7 @@ import itertools
 import math
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import composed, local_path, pair_of, scan_key
 from p2r.data.opening import bucket_client
 from p2r.data.phantom import resolve_source
+from p2r.documents import read_start
 from p2r.errors import DataError
 
 DicomSubject = Literal["folder", "patient_id"]
@@ -207,6 +209,7 @@ def _scans_of(source: str, cache: Path, search: _Search) -> list[Scan]:
 
 
 def _in_folder(root: Path, search: _Search) -> Iterator[Scan]:
+    of_series: list[Path] = []
     for folder in walk(root):
         below = folder.path.relative_to(root)
         wanted = [name for name in folder.names if search.wants((below / name).as_posix())]
@@ -214,19 +217,19 @@ def _in_folder(root: Path, search: _Search) -> Iterator[Scan]:
         for name in wanted:
             if (name in images and not has_header(name, images)) or is_dead_link(folder.path / name):
                 yield _image(folder.path / name, folder.is_bids)
-        files = (
+        of_series += (
             folder.path / name
             for name in wanted
             if name.lower().endswith(dicom.SUFFIXES) or (not images and dicom.is_dicom(folder.path / name))
         )
-        yield from _series(files, below.parts[0] if below.parts else root.name, search)
+    yield from _series(of_series, root, search)
 
 
 def _from_file(path: Path, search: _Search) -> Iterator[Scan]:
     if is_image(path.name):
         yield _image(path, bids.is_dataset(path.parent))
     else:
-        for scan in _series([path], path.parent.name, search):
+        for scan in _series([path], path.parent, search):
             yield replace(scan, path=str(path))
 
 
@@ -247,18 +250,19 @@ def _image(path: Path, is_bids: bool) -> Scan:
     )
 
 
-def _series(files: Iterable[Path], label: str, search: _Search) -> Iterator[Scan]:
-    """Group DICOM files of one folder."""
-    found = dicom.group_by_series(files)
-    num_known = sum(series.uid_digest is not None for series in found)
+def _series(files: Iterable[Path], root: Path, search: _Search) -> Iterator[Scan]:
+    """Group the DICOM files below a folder."""
+    found = dicom.join_slices(dicom.group_by_series(files))
+    num_known = Counter(series.folder for series in found if series.uid_digest is not None)
     for series in found:
+        below = Path(series.folder).relative_to(root).parts
         num_bytes, modified = _state(series.files)
         name = series.folder.rpartition("/")[2]
         if series.uid_digest is None:  # reading refuses it, and the ledger says so
             path = series.files[0]
             stem = path.rpartition("/")[2]
         else:
-            path = series.folder if num_known == 1 else f"{series.folder}#{series.uid_digest}"
+            path = series.folder if num_known[series.folder] == 1 else f"{series.folder}#{series.uid_digest}"
             stem = f"{name}_{series.uid_digest if series.number is None else f's{series.number:03d}'}"
         yield Scan(
             path,
@@ -268,7 +272,7 @@ def _series(files: Iterable[Path], label: str, search: _Search) -> Iterator[Scan
             files=series.files,
             subject=series.patient_id if search.dicom_subject == "patient_id" else None,
             format="dicom",
-            label=label,
+            label=below[0] if below else root.name,
         )
 
 
@@ -397,7 +401,10 @@ def _is_in_dataset(path: str, bucket: Any, known: dict[str, bool]) -> bool:
 
 def _in_list(path: str, search: _Search) -> Iterator[Scan]:
     try:
-        content = bucket_client().cat_file(path) if path.startswith("s3://") else Path(path).read_bytes()
+        if path.startswith("s3://"):
+            content = bucket_client().cat_file(path, start=0, end=lists.MAX_BYTES + 1)
+        else:
+            content = read_start(Path(path), max_bytes=lists.MAX_BYTES)
     except Exception as error:  # botocore's errors have no common root
         raise DataError(f"list {path} cannot be read: {type(error).__name__}: {error}") from error
     rows = lists.parse_list(content, path)
@@ -466,7 +473,7 @@ def _found_at(target: str, search: _Search) -> list[Scan]:
     path = Path(target)
     try:
         if path.is_dir():
-            return list(_series((file for file in path.iterdir() if dicom.is_dicom(file)), path.name, search))
+            return list(_series((file for file in path.iterdir() if dicom.is_dicom(file)), path, search))
         # A broken link is a scan that reading will refuse.
         is_scan = (is_image(path.name) and os.path.lexists(path)) or dicom.is_dicom(path)
     except OSError:  # a name too long, a folder that is closed

@@ -94,6 +94,8 @@ class TrialSetup:
         )
         if MODES[trial.mode].unlabelled == "pseudo_labels":
             config |= self.config.model_dump(mode="json", include={"strong_intensity"})
+        if self.config.compile:
+            config["compile"] = True
         if trial.mode == "linear_probe":
             config["probe_augmentation"] = self.config.probe_augmentation
         recipe: dict[str, Any] = {

@@ -5,6 +5,7 @@ What is expensive or wants many machines (reading scans, training, trials) is do
 made on the job's storage and goes on from there, so running a job again after a kill is how it is resumed.
 """
 
+import json
 import math
 from collections.abc import Sequence, Set
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 from p2r.artefact import CorpusFacts
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, load_backbone, publish
 from p2r.config import ImageConfig, IngestConfig, PretrainConfig, PublishConfig
-from p2r.data.corpus import check_selection, corpus_digest, load_manifest, manifest_sha256, subjects_found
+from p2r.data.corpus import check_selection, load_manifest, manifest_sha256, subjects_found, was_asked
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
 from p2r.engine.ancestry import added, ancestry, corpus_facts
@@ -32,6 +33,7 @@ from p2r.logs import Say as Say
 from p2r.logs import within
 from p2r.model.backbones import cost_of
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
+from p2r.report.text import for_markdown
 from p2r.storage import Storage
 
 
@@ -251,7 +253,7 @@ def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
     config, subjects = _selected(job.ingest)
     # Training takes a corpus that was asked for like this as it is; a job of kind ingest looks whether there is more.
     is_asked = job.kind != "ingest" and corpus.exists("manifest.json")
-    if is_asked and corpus_digest(config, subjects) in load_manifest(corpus)["asked"]:
+    if is_asked and was_asked(load_manifest(corpus), config, subjects):
         say(f"ingest | {corpus.url} is complete")
     else:
         executor.ingest(config, corpus, subjects=subjects, say=say)
@@ -367,16 +369,16 @@ def _card(job: Job, config: PublishConfig, corpora: Sequence[Corpus], url: str, 
         },
         "licence": licence,
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    sources = "\n\n".join(corpus.manifest["provenance"] for corpus in corpora)
+    rows = "\n".join(f"| {name} | {for_markdown(value)} |" for name, value in facts.items())
+    sources = "\n\n".join(for_markdown(corpus.manifest["provenance"]) for corpus in corpora)
     return f"""# {config.name} {config.version}
 
 A backbone that gives {model.feature_channels} features for every {block}{pixel}{"s" * bool(block)} of an MRI {scan}, pretrained without
 labels by p2r.
-{config.description}
+{for_markdown(config.description)}
 
     import p2r
-    backbone = p2r.load_backbone("{url}")
+    backbone = p2r.load_backbone({json.dumps(url)})
     features = backbone(backbone.prepare("scan.nii.gz").images)
 
 | | |

@@ -13,7 +13,6 @@ returned. Nothing waits for the device but a check of the loss every 25 steps.
 common size `*S` (`H W`, or `X Y Z`).
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Frames, Planes, Preparation
+from p2r.engine.learner import WARMUP_FRACTION, Learner
 from p2r.engine.pseudo_labels import (
     PseudoLabelTally,
     logits_without_channels,
@@ -37,18 +37,12 @@ from p2r.engine.pseudo_labels import (
 )
 from p2r.engine.saved_training import (
     SavedTraining,
-    TrainingState,
-    module_tensors,
-    optimizer_tensors,
-    restore_module,
-    restore_optimizer,
 )
 from p2r.engine.schedule import learning_rate
 from p2r.errors import TrainingError
-from p2r.evaluate.protocol import Settings, Trial
+from p2r.evaluate.protocol import Trial
 from p2r.evaluate.tasks import LabelledScan
 from p2r.model.pix2rep import Segmenter
-from p2r.modes import MODES
 from p2r.randomness import keyed_generator
 from p2r.views.cutmix import Labelled
 from p2r.views.draws import Draws
@@ -58,7 +52,6 @@ Say = Callable[[str], None]
 Look = Callable[[int, Segmenter], dict[str, Any]]
 """Steps done and the network so far -> what is kept of it, JSON values."""
 
-_WARMUP_FRACTION = 0.05
 _CHECK_STEPS = 25
 _MAX_RISE = 5.0  # of the loss, over that of the first step, which is a guess
 
@@ -147,9 +140,11 @@ def train_segmenter(
     settings = trial.settings
     steps = settings.steps
     assert settings.learning_rate is not None and steps is not None and labelled.labels is not None
-    run = _Run(segmenter, trial, num_classes=num_classes, device=device)
+    run = Learner(segmenter, trial, num_classes=num_classes, device=device)
     criterion = DiceCELoss(softmax=True, to_onehot_y=True, batch=True)
     segmenter.train()
+    if config.compile:
+        say(f"{trial.id} | {run.compile(config.batch_size, preparation)}")
     start = run.resume(saved, say=say)
     for step in range(start, steps):
         run.set_rates(step)
@@ -157,12 +152,12 @@ def train_segmenter(
         batch = _labelled_batch(labelled, key, config=config, preparation=preparation, device=device)
         unlabelled_loss: Tensor | None = None
         if unlabelled is None or run.teacher is None:
-            logits = segmenter(batch.images)
+            logits = run.student(batch.images)
         else:
             views, draws = _views(unlabelled, key, config=config, preparation=preparation, device=device)
             if run.tally is None:
-                logits = segmenter(batch.images)
-                unlabelled_loss = _disagreement(segmenter, run.teacher, views)
+                logits = run.student(batch.images)
+                unlabelled_loss = _disagreement(run.student, run.as_teacher, views)
             else:
                 logits, unlabelled_loss = _weak_to_strong(run, step, batch, views, draws)
         loss = criterion(logits, batch.labels[:, None])
@@ -179,101 +174,6 @@ def train_segmenter(
         if saved is not None and (step + 1) % _CHECK_STEPS == 0 and step + 1 < steps and saved.is_due:
             saved.save(run.state(step + 1))
     return Trained(run.found.eval(), _checked(run.found, run.first, run.tail, trial), tuple(run.curve), run.tally)
-
-
-class _Run:
-    """All that one training changes: weights, teacher, optimizer, and what is kept of its losses."""
-
-    def __init__(self, segmenter: Segmenter, trial: Trial, *, num_classes: int, device: str) -> None:
-        settings, kind = trial.settings, MODES[trial.mode].unlabelled
-        assert settings.learning_rate is not None and settings.steps is not None
-        self.segmenter, self._trial, self._steps, self._peak = segmenter, trial, settings.steps, settings.learning_rate
-        self.teacher = copy.deepcopy(segmenter).requires_grad_(False) if kind != "none" else None
-        self.tally = PseudoLabelTally(num_classes, self._steps, device) if kind == "pseudo_labels" else None
-        self._is_frozen = not any(parameter.requires_grad for parameter in segmenter.backbone.parameters())
-        self._warmup = 0 if self._is_frozen else min(settings.warmup_head_steps or 0, self._steps)
-        groups = {"head": list(segmenter.head.parameters())}
-        if not self._is_frozen:
-            groups["backbone"] = list(segmenter.backbone.parameters())
-            segmenter.backbone.requires_grad_(self._warmup == 0)
-        self._optimizer = torch.optim.AdamW(
-            [{"params": of_group, "name": name} for name, of_group in groups.items()],
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay or 0.0,
-        )
-        self.first, self.tail = torch.tensor(0.0), list[Tensor]()
-        self.curve: list[dict[str, Any]] = []
-
-    @property
-    def settings(self) -> Settings:
-        """What the trial is trained with."""
-        return self._trial.settings
-
-    @property
-    def found(self) -> Segmenter:
-        """The network that is returned."""
-        return self.teacher or self.segmenter
-
-    def set_rates(self, step: int) -> None:
-        """Set the learning rates of a step; the backbone joins in after the head's warm-up."""
-        if step >= self._warmup and not self._is_frozen:
-            self.segmenter.backbone.requires_grad_(True)
-        for group in self._optimizer.param_groups:
-            # The backbone's rate rises when it joins in, and falls with the head's.
-            is_backbone = group["name"] == "backbone"
-            before = self._warmup if is_backbone else 0
-            scale = (self.settings.backbone_learning_rate_factor or 1.0) if is_backbone else 1.0
-            group["lr"] = scale * learning_rate(
-                max(0, step - before),
-                peak=self._peak,
-                num_steps=max(1, self._steps - before),
-                warmup_fraction=_WARMUP_FRACTION,
-            )
-
-    def update(self, step: int, loss: Tensor) -> None:
-        """Take the step of the optimizer and of the teacher."""
-        self.first = loss.detach() if step == 0 else self.first
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(
-            [parameter for parameter in self.segmenter.parameters() if parameter.requires_grad], 1.0
-        )
-        self._optimizer.step()
-        if self.teacher is not None:
-            decay = min(self.settings.ema_decay or 0.0, 1 - 1 / (step + 2))
-            _follow(self.teacher, self.segmenter, decay=decay)
-        if step >= self._steps * 0.9 or step == self._steps - 1:
-            self.tail.append(loss.detach())
-
-    def state(self, step: int) -> TrainingState:
-        """Return the training state after so many steps."""
-        tensors = {
-            **module_tensors("student", self.segmenter),
-            **({} if self.teacher is None else module_tensors("teacher", self.teacher)),
-            **optimizer_tensors(self._optimizer),
-            "first": self.first,
-            "tail": torch.stack(self.tail) if self.tail else torch.zeros(0),
-        }
-        facts = {"curve": self.curve, "tally": None if self.tally is None else self.tally.state()}
-        return TrainingState(step, tensors, facts)
-
-    def resume(self, saved: SavedTraining | None, *, say: Say) -> int:
-        """Return the number of steps that were done before, with all as it was then."""
-        state = None if saved is None else saved.load()
-        if state is None:
-            return 0
-        restore_module("student", self.segmenter, state.tensors)
-        if self.teacher is not None:
-            restore_module("teacher", self.teacher, state.tensors)
-        restore_optimizer(self._optimizer, state.tensors)
-        device = next(self.segmenter.parameters()).device
-        self.first = state.tensors["first"].to(device)
-        self.tail = list(state.tensors["tail"].to(device))
-        self.curve = list(state.facts["curve"])
-        if self.tally is not None:
-            self.tally.restore(state.facts["tally"])
-        say(f"{self._trial.id} | resumes after step {state.step}/{self._steps}")
-        return state.step
 
 
 def _labelled_batch(
@@ -325,16 +225,18 @@ def _views(
     return moved, Draws.of_generators(generators)
 
 
-def _weak_to_strong(run: _Run, step: int, batch: Labelled, views: WeakAndStrong, draws: Draws) -> tuple[Tensor, Tensor]:
+def _weak_to_strong(
+    run: Learner, step: int, batch: Labelled, views: WeakAndStrong, draws: Draws
+) -> tuple[Tensor, Tensor]:
     """Return the logits of the labelled images, and the loss on the unlabelled ones, of one pass over all of them."""
     settings = run.settings
     assert run.teacher is not None and run.tally is not None
     threshold = settings.confidence_threshold or 0.0
-    classes, counts = pseudo_labels(run.teacher, views.weak, views.shown, threshold=threshold)
+    classes, counts = pseudo_labels(run.as_teacher, views.weak, views.shown, threshold=threshold)
     run.tally.add(step, classes, counts, views.shown)
     strong = strong_views(views, classes, counts, batch, settings=settings, draws=draws)
     # Normalisation never mixes images (p2r.model.backbones), so one pass gives what two would.
-    of_labelled, of_strong = run.segmenter(torch.cat([batch.images, strong.images])).split(
+    of_labelled, of_strong = run.student(torch.cat([batch.images, strong.images])).split(
         [len(batch.images), len(strong.images)]
     )
     labels, is_counted = strong.labels, strong.counts
@@ -395,14 +297,6 @@ def _disagreement(student: nn.Module, teacher: nn.Module, views: WeakAndStrong) 
     squared = (student(for_student).softmax(1) - target).square().mean(1)
     disagreement: Tensor = (squared * views.shown).sum() / views.shown.sum().clamp(min=1)
     return disagreement
-
-
-@torch.no_grad()
-def _follow(teacher: nn.Module, student: nn.Module, *, decay: float) -> None:
-    theirs = [parameter.detach() for parameter in student.parameters()]
-    torch._foreach_lerp_(list(teacher.parameters()), theirs, 1 - decay)
-    for mine, other in zip(teacher.buffers(), student.buffers(), strict=True):
-        mine.copy_(other)
 
 
 def _windows(
@@ -480,7 +374,7 @@ def train_head(
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
-                step, peak=settings.learning_rate, num_steps=settings.steps, warmup_fraction=_WARMUP_FRACTION
+                step, peak=settings.learning_rate, num_steps=settings.steps, warmup_fraction=WARMUP_FRACTION
             )
         key = ("finetune", trial.task, trial.num_labelled, trial.draw, step)
         chosen = keyed_generator(config.seed, *key).integers(len(images), size=config.batch_size)

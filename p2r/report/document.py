@@ -315,14 +315,20 @@ class _Page:
             leader = max(
                 (one for one in here if one.mode != SCRATCH), key=lambda cell: _validation(rows, cell), default=None
             )
-            difference = next((one for one in differences if leader and series_of(one) == leader.series), None)
-            if difference and leader and difference["difference"] is not None:
+            of_leader = [
+                one
+                for one in differences
+                if leader and series_of(one) == leader.series and one["difference"] is not None
+            ]
+            for difference in of_leader:
                 yield (
-                    _sentence(f"{series_name(leader.series)} over {_against(difference['against'])}, {labelled}"),
+                    _sentence(
+                        f"{series_name(series_of(difference))} over {_against(difference['against'])}, {labelled}"
+                    ),
                     signed(difference["difference"], 3),
                     f"{self.level} {_interval(difference, 3)}; p {p_text(difference['p_holm'])}, {difference['patients']} patients",
                 )
-            elif leader and leader.gain is not None:
+            if leader and not of_leader and leader.gain is not None:
                 yield (
                     _sentence(f"{series_name(leader.series)} over scratch, {labelled}"),
                     signed(leader.gain, 3),
@@ -414,7 +420,9 @@ class _Page:
         if not found:
             return
         found.sort(key=lambda one: (one["num_labelled"], series_order(series_of(one))))
-        against = " and ".join(dict.fromkeys(_against(one["against"]) for one in found))
+        # A mode's own control stands in the table; the picture has one zero.
+        shown = [one for one in found if one["against"] == SCRATCH] or found
+        against = " and ".join(dict.fromkeys(_against(one["against"]) for one in shown))
         yield Heading(3, f"Against {against}")
         lines = [
             Difference(
@@ -426,7 +434,7 @@ class _Page:
                 one["upper"],
                 one["p_holm"],
             )
-            for one in found
+            for one in shown
         ]
         picture = forest(
             lines,

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
+from cluster.status import target_of
 from infra.supply_chain import PINS, read_pins
 from p2r.job import find_job, read_job
 
@@ -24,11 +25,17 @@ KEPT = {"p2r", "cluster", "pyproject.toml", "setup.py", "README.md", "LICENSE"}
 NETWORK = re.compile(r"_proxy$|^SSL_CERT_|^(PATH|HOME|TMPDIR|UV_CACHE_DIR)$", re.IGNORECASE)
 
 
-def installs_of(target: str) -> list[list[str]]:
-    """Return the arguments of every `pip install` of a make target on a machine that has nothing yet."""
-    command = ["make", "-n", "-B", target, "VENV=.no-such-environment"]
-    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
-    return [shlex.split(words) for words in re.findall(r"-m pip install (.*)", planned.stdout)]
+def planned(*arguments: str) -> str:
+    """Return what make would run on a machine that has nothing yet, whatever it was that called these tests."""
+    command = ["make", "-n", "-B", *arguments, "VENV=.no-such-environment"]
+    environment = {name: value for name, value in os.environ.items() if not re.match(r"MAKE|MFLAGS|LOCKED", name)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout
+
+
+def installs_of(*arguments: str) -> list[list[str]]:
+    """Return the arguments of every `pip install` that make would run."""
+    return [shlex.split(words) for words in re.findall(r"-m pip install (.*)", planned(*arguments))]
 
 
 def resolve(arguments: list[str], *, python: str, platform: str = "x86_64-unknown-linux-gnu") -> str:
@@ -98,16 +105,16 @@ def test_every_package_of_the_lock_file_is_locked_by_hash_and_names_no_index() -
 
 
 def test_a_locked_installation_takes_nothing_without_its_hash() -> None:
-    command = ["make", "-n", "-B", "install", "LOCKED=1", "VENV=.no-such-environment"]
-    planned = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert "-m venv --clear" in planned, "what was installed before is not checked"
-    installs = re.findall(r"-m pip install (.*)", planned)
-    assert len(installs) == 3
-    for install in installs:
-        assert "--require-hashes" in install or ("--no-deps" in install and install.endswith("-e .")), install
-        assert "--no-build-isolation" in install or "build.lock" in install, "build tools would come without a hash"
+    words = planned("install", "LOCKED=1")
+    assert "-m venv --clear" in words, "what was installed before is not checked"
+    build, everything, own = installs_of("install", "LOCKED=1")
+    assert {"--require-hashes", ".no-such-environment/build.lock"} < set(build)
+    assert {"--require-hashes", "--no-build-isolation", "requirements.lock"} < set(everything), (
+        "build tools have hashes, too"
+    )
+    assert {"--no-deps", "--no-build-isolation", "."} < set(own)
     # setuptools, which builds the rest, is found in the lock file.
-    program = re.search(r"awk '(.*?)'", planned)[1]  # type: ignore[index]
+    program = re.search(r"awk '(.*?)'", words)[1]  # type: ignore[index]
     done = subprocess.run(["awk", program, "requirements.lock"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("setuptools==") and done.stdout.count("==") == 1 and "--hash=sha256:" in done.stdout
 
@@ -122,29 +129,35 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
+def build(source: Path, folder: Path) -> Path:
+    """Build a wheel of `source` as `make wheel` does, without the network, and return the folder of its content."""
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder]
+    run(sys.executable, "-m", "pip", "wheel", *options, source, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    shutil.unpack_archive(built, folder / "site", "zip")
+    return folder / "site"
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """An unpacked wheel that was built from a source archive, and the commit that both are of."""
-    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
-        pytest.skip("setuptools is older than what builds p2r")
-    clone, folder = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("wheel")
-    tracked = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines()
-    for name in (name for name in tracked if not name.startswith(("tests/", "jobs/results/"))):
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A git repository with this working tree as its only commit."""
+    clone = tmp_path_factory.mktemp("clone")
+    for name in run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines():
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, clone / name)
     for words in ("init", "add .", "-c user.name=p2r -c user.email=p2r@example.org commit -m x"):
         run("git", *words.split(), cwd=clone)
-    backend = "import setuptools.build_meta as b, sys; print(b.build_sdist(sys.argv[1]))"
-    archive = run(sys.executable, "-c", backend, folder, cwd=clone).splitlines()[-1]
+    return clone
+
+
+@pytest.fixture(scope="module")
+def wheel(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An unpacked wheel, and the commit that it is of."""
+    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
+        pytest.skip("setuptools is older than what builds p2r")
+    site = build(clone, tmp_path_factory.mktemp("wheel"))
     assert run("git", "status", "--porcelain", cwd=clone) == "", "building makes nothing that git sees"
-    with tarfile.open(folder / archive) as tar:
-        tar.extractall(folder, filter="data")
-    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder]
-    source = folder / archive.removesuffix(".tar.gz")
-    run(sys.executable, "-m", "pip", "wheel", *options, source, cwd=folder)
-    (built,) = folder.glob("*.whl")
-    shutil.unpack_archive(built, folder / "site", "zip")
-    return folder / "site", run("git", "rev-parse", "--short=12", "HEAD", cwd=clone).strip()
+    return site, run("git", "rev-parse", "--short=12", "HEAD", cwd=clone).strip()
 
 
 def test_a_wheel_knows_its_commit_also_in_somebody_else_s_repository(wheel: tuple[Path, str], tmp_path: Path) -> None:
@@ -154,6 +167,20 @@ def test_a_wheel_knows_its_commit_also_in_somebody_else_s_repository(wheel: tupl
     found, file = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).split()
     assert (found, Path(file)) == (commit, site / "p2r/__init__.py")
     assert (site / "p2r/py.typed").exists() and (site / "cluster/py.typed").exists()
+
+
+def test_a_source_archive_makes_the_same_wheel(clone: Path, wheel: tuple[Path, str], tmp_path: Path) -> None:
+    backend = "import setuptools.build_meta as b, sys; print(b.build_sdist(sys.argv[1]))"
+    archive = run(sys.executable, "-c", backend, tmp_path, cwd=clone).splitlines()[-1]
+    with tarfile.open(tmp_path / archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    site = build(tmp_path / archive.removesuffix(".tar.gz"), tmp_path)
+
+    def content(folder: Path) -> dict[str, bytes]:
+        files = (path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files if path.name != "RECORD"}
+
+    assert content(site) == content(wheel[0])
 
 
 def test_a_wheel_brings_the_jobs_and_tasks_and_none_of_their_results(wheel: tuple[Path, str], tmp_path: Path) -> None:
@@ -176,6 +203,7 @@ def test_a_job_that_p2r_brings_gives_way_to_a_file_of_that_name(
         assert find_job(Path(name)) == ROOT / "jobs/demo.yaml"
     for name in ("mine/demo.yaml", "nothing", tmp_path / "demo.yaml"):
         assert find_job(Path(name)) == Path(name), "only a name, or a path of the README, means what p2r brings"
+    assert target_of("demo")[0] == "demo"
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs/demo.yaml").write_text("kind: pipeline\n")
     assert find_job(Path("jobs/demo.yaml")) == Path("jobs/demo.yaml")
@@ -185,15 +213,17 @@ def test_what_the_demo_leaves_does_not_hide_the_package(tmp_path: Path, monkeypa
     """Python looks first in the folder in which it is started; `~/p2r` once was where jobs left what they made."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("P2R_STORAGE", raising=False)
-    Path(read_job(ROOT / "jobs/demo.yaml").storage).mkdir(parents=True)
-    (tmp_path / "p2r/demo").mkdir(parents=True)
-    assert not (tmp_path / "p2r/__init__.py").exists()
-    code = "import p2r; print(*p2r.__all__)"
-    # As an editable installation has it: the path of the repository, after the folder of the caller.
-    start = f"import sys; sys.path.append({str(ROOT)!r}); sys.meta_path[:] = [x for x in sys.meta_path if 'editable' not in str(x)]; "
-    assert "load_backbone" in run(sys.executable, "-c", start + code, cwd=tmp_path)
-    found = next(path for path in tmp_path.iterdir() if (path / "demo").is_dir() and path.name != "p2r")
-    assert found.name == "p2r-runs"
+    storage = Path(read_job(ROOT / "jobs/demo.yaml").storage)
+    assert storage == tmp_path / "p2r-runs/demo"
+    # What an editable installation puts on the path, after the folder of the caller; no hook of another installation.
+    code = (
+        f"import sys; sys.path.append({str(ROOT)!r}); "
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in str(finder)]; "
+        "import p2r; print(*p2r.__all__)"
+    )
+    for left in (storage, tmp_path / "p2r/demo"):  # now, and by earlier versions
+        left.mkdir(parents=True)
+        assert "load_backbone" in run(sys.executable, "-c", code, cwd=tmp_path)
 
 
 def test_an_editable_installation_is_a_path_and_no_import_hook(tmp_path: Path) -> None:

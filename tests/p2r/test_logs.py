@@ -16,7 +16,8 @@ from cluster import cli
 from cluster.progress import _with_attempt
 from p2r import logs
 from p2r.errors import InputError
-from p2r.logs import Line, as_text, configure, masked, say, say_crash, say_error, within
+from p2r.logs import Line, as_text, configure, say, say_crash, say_error, within
+from p2r.masking import masked
 
 PLANTED = {
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY",

@@ -261,3 +261,82 @@ def test_a_series_of_absent_files_is_unreadable(tmp_path: Path) -> None:
     with pytest.raises(RefusedScan) as refusal, converted([str(tmp_path / "absent.dcm")], "series", timeout_s=10):
         pass
     assert refusal.value.code == "unreadable"
+
+
+# Slices that dcm2niix does not join
+
+
+def cine(folder: Path, *, series_of: Callable[[int], int], drop: tuple[tuple[int, int], ...] = ()) -> Any:
+    """Write a cine of 5 slices at 3 times, and return its voxels (X, Y, Z, T) as RAS."""
+    voxels = np.random.default_rng(0).integers(0, 1000, (20, 24, 5, 3)).astype("<u2")
+    number = 0
+    for z in range(5):
+        for t in range(3):
+            number += 1
+            path = folder / f"s{series_of(z)}" / f"{number}.dcm"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            header = pydicom.Dataset()
+            header.file_meta = pydicom.dataset.FileMetaDataset()
+            header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+            header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = pydicom.uid.MRImageStorage
+            header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID = f"1.2.3.{number}"
+            header.Modality, header.PatientID, header.Manufacturer = "MR", "P", "SIEMENS"
+            header.StudyInstanceUID, header.FrameOfReferenceUID = "1.2.4", "1.2.5"
+            header.SeriesInstanceUID, header.SeriesNumber = f"1.2.6.{series_of(z)}", series_of(z)
+            header.InstanceNumber, header.TriggerTime, header.SeriesDescription = number, 40.0 * t, f"sa {series_of(z)}"
+            header.ImageOrientationPatient, header.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [-9, -8, 8.0 * z]
+            header.PixelSpacing, header.SliceThickness, header.SpacingBetweenSlices = [1.0, 1.0], 8.0, 8.0
+            header.ImageType = ["ORIGINAL", "PRIMARY", "M", "ND"]
+            header.Rows, header.Columns, header.SamplesPerPixel = 24, 20, 1
+            header.PhotometricInterpretation = "MONOCHROME2"
+            header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 12, 11, 0
+            header.PixelData = np.ascontiguousarray(voxels[:, :, z, t].T).tobytes()
+            if (z, t) not in drop:
+                header.save_as(path, enforce_file_format=True)
+    return voxels[::-1, ::-1]
+
+
+@pytest.mark.parametrize("series_of", [lambda z: 10 + z, lambda z: 10], ids=["a series each", "one series"])
+def test_a_cine_of_single_slices_is_one_volume_in_time(tmp_path: Path, series_of: Callable[[int], int]) -> None:
+    voxels = cine(tmp_path / "p1", series_of=series_of)
+    (scan,) = scans_of(tmp_path)
+    assert scan.label == "p1" and len(scan.files) == 15
+    (volume,) = read_scan(scan, CONFIG)
+    np.testing.assert_array_equal(volume.data, voxels)
+    assert volume.spacing_mm == pytest.approx((1.0, 1.0, 8.0))
+    assert volume.sidecar["SliceThickness"] == 8
+
+
+def test_two_patients_or_uneven_slices_are_not_joined(tmp_path: Path) -> None:
+    cine(tmp_path, series_of=lambda z: 10 + z, drop=((2, 0), (2, 1), (2, 2)))
+    assert len(scans_of(tmp_path)) == 4
+    cine(tmp_path / "one", series_of=lambda z: 10, drop=((1, 1),))
+    (scan,) = scans_of(tmp_path / "one")
+    with pytest.raises(RefusedScan, match="2 images at one position and 3 at another") as refusal:
+        read_scan(scan, CONFIG)
+    assert refusal.value.code == "uneven_slices"
+    cine(tmp_path / "two", series_of=lambda z: 10 + z, drop=tuple((z, t) for z in (2, 3, 4) for t in range(3)))
+    assert len(scans_of(tmp_path / "two")) == 1
+    for path in (tmp_path / "two" / "s11").iterdir():
+        header = pydicom.dcmread(path)
+        header.PatientID = "other"
+        header.save_as(path)
+    assert len(scans_of(tmp_path / "two")) == 2
+
+
+def test_images_that_dcm2niix_would_lose_or_split_are_stacked(tmp_path: Path, write_series: WriteSeries) -> None:
+    write_series(tmp_path / "whole", size=6)
+    (expected,) = read_scan(scans_of(tmp_path / "whole")[0], CONFIG)
+    for name, tag, value in (
+        ("numbers", "InstanceNumber", lambda k: 1),
+        ("times", "AcquisitionTime", lambda k: f"12{k:02d}00"),
+    ):
+        write_series(tmp_path / name, size=6)
+        for k, path in enumerate(sorted((tmp_path / name).iterdir())):
+            header = pydicom.dcmread(path)
+            setattr(header, tag, value(k))
+            header.StudyTime = f"12{k:02d}00"
+            header.save_as(path)
+        (volume,) = read_scan(scans_of(tmp_path / name)[0], CONFIG)
+        np.testing.assert_array_equal(volume.data, expected.data)
+        np.testing.assert_allclose(volume.affine, expected.affine, atol=1e-4)

@@ -106,7 +106,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no manifest's keys": (
         lambda path: path.write_text('{"format": "p2r-checkpoint/1"}'),
         "manifest.json",
-        "lacks step, state",
+        "step: Field required",
+    ),
+    "a file elsewhere": (
+        lambda path: path.write_text(path.read_text().replace('"model.safetensors"', '"/tmp/model.safetensors"')),
+        "manifest.json",
+        "files./tmp/model.safetensors.*below the folder",
     ),
     "half uploaded": (Path.unlink, "manifest.json", "has no manifest: whoever uploaded it did not finish"),
 }
