@@ -1,4 +1,4 @@
-"""`p2r submit`: what `ray job submit --working-dir . -- JOB` does, with overrides and this shell's settings, but none of its secrets.
+"""`p2r submit`: as `ray job submit --working-dir . -- JOB`, with overrides and this shell's settings, but none of its secrets.
 
 Ray's API of jobs has no place for a secret: it stores the runtime environment, metadata, entrypoint and uploaded files, and shows them to
 everybody who may submit. The driver runs on the cluster with the identity of its node.

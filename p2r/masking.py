@@ -21,7 +21,7 @@ _SECRET_NAME = re.compile(
 )
 _NO_SECRET_NAME = re.compile(r"_(FILE|PATH|DIR|URI|URL|ENDPOINT|MODE|FORMAT)$", re.IGNORECASE)
 _MIN_SECRET = 6
-"""Letters: what is shorter would mask half of every line, and hides nothing."""
+"""Letters: masking a shorter value would hide half of every line."""
 _MASK = "***"
 _TOKENS = (
     r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",  # AWS
@@ -39,7 +39,7 @@ _AUTHORITY = r"\b[a-z][a-z0-9+.-]*://(?=[^/?#\s'\"]*@)"
 _PATTERNS = (
     # https://user:password@host, and s3://KEY:SECRET@bucket
     (re.compile(rf"({_AUTHORITY})[^/?#\s'\"]*@", re.IGNORECASE), rf"\1{_MASK}@"),
-    # what signs a presigned URL, and tokens in queries
+    # signatures of presigned URLs, and tokens in queries
     (re.compile(rf"([?&;](?:{_SIGNED})=)[^&\s'\"]+", re.IGNORECASE), rf"\1{_MASK}"),
     (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\1 {_MASK}"),
     (re.compile(r"\b(AWS4-HMAC-SHA256)\s+Credential=.*?Signature=[^\s'\"]+", re.IGNORECASE), rf"\1 {_MASK}"),

@@ -131,7 +131,7 @@ def test_a_cluster_s_workers_get_the_driver_s_keys_in_memory_and_a_submitted_job
     secret = keys["AWS_SECRET_ACCESS_KEY"]
     others = {name: value for name, value in MARKED.items() if name != "AWS_SESSION_TOKEN"}
     with watched_commands() as commands, head(short) as (address, dashboard):
-        # The nodes have no identity: what comes to the bucket was written with keys that the driver has handed over.
+        # The nodes have no identity: the corpus in the bucket was written with keys that the driver has handed over.
         said = p2r(
             *("run", str(job), "--address", address, "--set", "kind=ingest", "--set", f"storage={s3_url}"),
             *("--set", "ingest.pseudonyms=true"),
@@ -178,7 +178,7 @@ def head(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def jobs_of(dashboard: int) -> str:
-    """Return what a head tells about its jobs; nothing while it is not up."""
+    """Return a head's list of jobs as JSON; nothing while it is not up."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/jobs/", timeout=20) as answer:
             return str(answer.read().decode())

@@ -1,4 +1,4 @@
-"""Standard output: what strangers have named is text there, and nothing prints past `p2r.console`."""
+"""Standard output: names from outside are text there, and nothing prints past `p2r.console`."""
 
 import ast
 import json
