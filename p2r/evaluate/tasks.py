@@ -41,10 +41,11 @@ from p2r.data.preprocess import (
 )
 from p2r.data.shards import voxels_sha256
 from p2r.data.volume import Volume, read_labels, read_volume
-from p2r.documents import MAX_YAML_BYTES, read_start, read_yaml
+from p2r.documents import read_start
 from p2r.errors import DataError, JobError
 from p2r.job import fill_in_variables, validated
 from p2r.patterns import subject_pattern
+from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
 from p2r.randomness import keyed_number
 from p2r.storage import cache_folder, json_bytes
 
