@@ -28,9 +28,10 @@ from pydantic_core import ErrorDetails
 
 from p2r.config import FilledIn, FinetuneConfig, IngestConfig, Location, PretrainConfig, PublishConfig, Section
 from p2r.console import visible
-from p2r.documents import MAX_YAML_BYTES, read_start, read_yaml
+from p2r.documents import read_start
 from p2r.errors import JobError
 from p2r.masking import is_secret_name, looks_secret
+from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 Kind = Literal["ingest", "pretrain", "publish", "finetune", "pipeline", "ablation"]
