@@ -15,10 +15,11 @@ from typing import Annotated, Any
 import typer
 
 from p2r.config import PretrainConfig
+from p2r.console import console, show, show_json
 from p2r.errors import InputError, JobError, P2RError, TrainingError
 from p2r.identity import ensure_identity
-from p2r.job import FORK_HELP, Job, ignored_variables, json_schema, overrides_of, read_job
-from p2r.logs import configure, masked, reset, say, say_crash, say_error
+from p2r.job import FORK_HELP, Job, find_job, ignored_variables, json_schema, overrides_of, read_job
+from p2r.logs import configure, reset, say, say_crash, say_error
 from p2r.storage import Storage
 
 _STOPPED = 128 + signal.SIGTERM
@@ -35,7 +36,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the job, such as pretrain.steps=20."),
 ]
-JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as jobs/demo.yaml.")]
+JobPath = Annotated[
+    Path,
+    typer.Argument(metavar="JOB", help="A job file, or the name of a job that p2r brings, such as demo."),
+]
 AllowTransductive = Annotated[
     bool,
     typer.Option(
@@ -65,11 +69,11 @@ def validate(
             ranks = _ranks(job)
         except InputError as error:
             refused += 1
-            print(f"refused  {error}", file=sys.stderr)
+            say(f"refused  {error}")
         else:
-            print(f"valid    {path}  {job.kind}  {job.storage}" + "".join(f"  needs {name}" for name in unset))
+            show(f"valid    {path}  {job.kind}  {job.storage}" + "".join(f"  needs {name}" for name in unset))
             if ranks:
-                print(f"         pretrain on {', '.join(map(str, ranks))} workers")
+                show(f"         pretrain on {', '.join(map(str, ranks))} workers")
     if refused:
         raise JobError(f"{refused} of {len(jobs)} job files refused")
 
@@ -116,6 +120,8 @@ def run(
 
         job = forked(job, fork)
     configure(log_format, run=job.name)
+    if (brought := find_job(path)) != path:
+        say(f"job | {path}: no such file here, so the job that p2r brings, {brought}")
     made = _run_on_ray(job, address, profile_steps=profile, debug=debug)
     failed = made.pop("failed", [])
     _print_made(made)
@@ -135,6 +141,73 @@ def _run_on_ray(job: Any, address: str | None, *, profile_steps: int, debug: boo
 
     with session(address, show_worker_logs=debug), RayExecutor(job, profile_steps=profile_steps) as executor:
         return run_job(job, executor, say=say)
+
+
+Form = Annotated[
+    str | None,
+    typer.Option(
+        "--from", metavar="FORM", help="nnunet, msd, bids or folder: how the scans are laid out; default: guessed."
+    ),
+]
+Labels = Annotated[Path | None, typer.Option(help="Folder of the label maps; default: looked for below the scans.")]
+Contrast = Annotated[
+    str | None,
+    typer.Option(help="Part of the names of the scans that are labelled, where several contrasts are there."),
+]
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="A folder of scans: nnU-Net, Decathlon, BIDS or any other.")],
+    labels: Labels = None,
+    form: Form = None,
+    contrast: Contrast = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file: middle planes of some scans.")] = Path(
+        "p2r-check.png"
+    ),
+    read_all: Annotated[bool, typer.Option("--all", help="Read every scan, not only those there is time for.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say in seconds what p2r would make of a folder: scans, subjects, label maps, and the job and task it would write."""
+    from cluster import own
+
+    _check_output(output, (".png",))
+    own.check(folder, labels=labels, form=_form(form), contrast=contrast, output=output, read_all=read_all)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where job.yaml and task.yaml are written; made if absent.")],
+    scans: Annotated[Path, typer.Option(help="Folder of the scans: nnU-Net, Decathlon, BIDS or any other.")],
+    labels: Labels = None,
+    form: Form = None,
+    contrast: Contrast = None,
+    name: Annotated[str | None, typer.Option(help="Of the job and the task; default: the folder's.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Of the data: an SPDX identifier or a name.")] = None,
+    provenance: Annotated[str | None, typer.Option(help="Where the data come from, and how to cite them.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the first job and task for own scans, and print the next three commands."""
+    from cluster import own
+
+    own.init(
+        folder,
+        scans=scans,
+        labels=labels,
+        form=_form(form),
+        contrast=contrast,
+        name=name,
+        licence=licence,
+        provenance=provenance,
+    )
+
+
+def _form(name: str | None) -> Any:
+    from p2r.data.survey import NAMES
+
+    if name is not None and name not in NAMES:
+        raise InputError(f"--from {name}: must be one of {', '.join(NAMES)}")
+    return name
 
 
 @app.command()
@@ -159,7 +232,7 @@ def submit(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of job files."""
-    print(json.dumps(json_schema(), indent=2))
+    show_json(json_schema())
 
 
 @app.command()
@@ -169,9 +242,9 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Show what lies at a URL."""
-    from cluster.inspect import show
+    from cluster.inspect import inspect as show_contents
 
-    show(url, as_json=json_)
+    show_contents(url, as_json=json_)
 
 
 @app.command()
@@ -187,7 +260,7 @@ def verify(
     from cluster.verify import verify as verified
 
     for line in verified(url, key=key):
-        print(line)
+        show(line)
 
 
 @app.command()
@@ -201,7 +274,7 @@ def publish(path: JobPath, set_: Overrides = None, sign: Sign = None, debug: Deb
     published = publish_backbone(job, Storage(job.storage), say)
     _print_made({"backbone": published["url"], "backbone_pin": published["pin"]})
     if sign is not None:
-        print(_signed(published["pin"], sign))
+        show(_signed(published["pin"], sign))
 
 
 @app.command()
@@ -213,7 +286,7 @@ def sign(
     debug: Debug = False,
 ) -> None:
     """Check a published backbone or model, and sign its manifest."""
-    print(_signed(url, key))
+    show(_signed(url, key))
 
 
 def _signed(url: str, key: Path) -> str:
@@ -233,9 +306,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until Ctrl-C.")] = False,
     web: Annotated[bool, typer.Option("--web", help="Serve a page that shows it live, until Ctrl-C.")] = False,
     port: Annotated[int, typer.Option(help="Of the page; 0: any that is free.")] = 8321,
-    host: Annotated[
-        str, typer.Option(help="Address that the page listens at; any but loopback asks for a token.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address that the page listens at.")] = "127.0.0.1",
     json_: Annotated[bool, typer.Option("--json", help="Print what the page shows as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -254,11 +325,11 @@ def status(
     if json_:
         from dataclasses import asdict
 
-        print(json.dumps(asdict(reader.read()), indent=2, allow_nan=False))
+        show_json(asdict(reader.read()))
         return
-    from cluster.status_terminal import show, watch_run
+    from cluster.status_terminal import show_run, watch_run
 
-    (watch_run if watch else show)(reader)
+    (watch_run if watch else show_run)(reader)
 
 
 @app.command(name="tune-batch")
@@ -290,7 +361,8 @@ def tune_batch(
             for one in found.trials
         ],
     )
-    print(f"a worker takes up to {found.images} images at once, and of these up to {found.pairs} pixel pairs each\n")
+    show(f"a worker takes up to {found.images} images at once, and of these up to {found.pairs} pixel pairs each")
+    show()
     _print_rows(
         ("workers", "images of each", "pretrain.micro_batch"),
         [(str(cut.num_workers), str(cut.images), str(cut.micro_batch or "null")) for cut in found.cuts],
@@ -323,10 +395,10 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what a job's pretraining would hold, send, read, take and cost on so many workers, before anything is spent."""
-    from cluster.plan import show
+    from cluster.plan import show_plan
 
     job = read_job(path, tuple(set_ or ()), unset={})
-    show(
+    show_plan(
         job,
         _pretrain_of(job, path),
         num_nodes=nodes,
@@ -341,13 +413,12 @@ def plan(
 
 
 def _print_rows(columns: tuple[str, ...], rows: list[tuple[str, ...]], *, title: str | None = None) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*columns, title=title, title_justify="left", box=None)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console().print(table)
 
 
 def _pretrain_of(job: Job, path: Path) -> PretrainConfig:
@@ -377,8 +448,6 @@ def compare(
     A backbone stands for its rows in the report of the storage that it lies in, and for those from scratch. Settings that
     differ between the jobs are listed above the figures.
     """
-    from rich.console import Console
-
     from p2r.report.comparison import (
         compare_runs,
         comparison_table,
@@ -388,29 +457,26 @@ def compare(
         write_comparison,
     )
     from p2r.report.runs import read_runs
-    from p2r.report.text import one_line
 
     storage = None if output is None else Storage(output)
     if storage is not None:
         storage.check_writable()
     runs = read_runs(urls)
     comparison = compare_runs(runs)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    tables = console(width=140)
     for run in runs:
         named = [run.job, run.backbone, run.backbone_sha256[:12]]
-        console.print(
-            f"{run.letter}  {one_line('  '.join(filter(None, (*named, run.url))))}", markup=False, soft_wrap=True
-        )
+        show(f"{run.letter}  {' '.join(filter(None, (*named, run.url)))}")
     for note in notes_of(comparison):
-        console.print(one_line(f"note: {note}"), markup=False, soft_wrap=True)
+        show(f"note: {note}")
     differ = settings_table(comparison)
     if differ.row_count:
-        console.print(differ)
-    console.print(comparison_table(comparison))
+        tables.print(differ)
+    tables.print(comparison_table(comparison))
     for reason in reasons_of(comparison):
-        console.print(one_line(reason), markup=False, soft_wrap=True)
+        show(reason)
     if storage is not None:
-        print(f"page: {write_comparison(storage, comparison)}")
+        show(f"page: {write_comparison(storage, comparison)}")
 
 
 @app.command()
@@ -432,7 +498,7 @@ def views(
     volume = read_volume(scan or next(resolve_source("template://icbm152/images?subjects=1").glob("*.nii.gz")))
     image, inside = image_of(volume, config.image)
     output.write_bytes(view_sheet(image, inside, config=config.views, spacing_mm=config.image.spacing_mm))
-    print(output)
+    show(output)
 
 
 @app.command()
@@ -462,7 +528,7 @@ def embed(
     )
     frames, channels = features.shape[3:]
     write_nifti(output, features.reshape(*features.shape[:3], frames * channels), affine, world=volume)
-    print(
+    show(
         f"{output}: {channels} features of {' x '.join(map(str, features.shape[:3]))} voxels"
         + f", {frames} frames" * (frames > 1)
     )
@@ -499,10 +565,10 @@ def predict(
     voxel_ml = volume.spacing_mm[0] * volume.spacing_mm[1] * volume.spacing_mm[2] / 1000
     for value, name in config.classes.items():
         in_ml = [_volume_text(count * voxel_ml) for count in (labels == value).sum(axis=(0, 1, 2))]
-        print(f"{value} {name}: {', '.join(in_ml)} ml" + f" in frames 1 to {len(in_ml)}" * (len(in_ml) > 1))
+        show(f"{value} {name}: {', '.join(in_ml)} ml" + f" in frames 1 to {len(in_ml)}" * (len(in_ml) > 1))
     for note in volume.notes:
         say(f"{scan}: {note}")
-    print(output)
+    show(output)
 
 
 def _volume_text(ml: float) -> str:
@@ -514,13 +580,13 @@ def main() -> None:
     try:
         if (news := ensure_identity()) is not None:
             say(news)
-        app(standalone_mode=False)
+        _run_command()
     except KeyboardInterrupt:
         say("p2r: interrupted; run the same command again to go on from the newest checkpoint")
         sys.exit(130)
     except P2RError as error:
         if "--debug" in sys.argv:
-            print(masked(traceback.format_exc()), file=sys.stderr)
+            say(traceback.format_exc().rstrip())
         code = 2 if isinstance(error, InputError) else 1
         say_error(error, code=code)
         sys.exit(code)
@@ -536,14 +602,25 @@ def main() -> None:
         reset()
 
 
-def _print_made(made: dict[str, Any]) -> None:
-    from rich.console import Console
+def _run_command() -> None:
+    try:
+        app(standalone_mode=False)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "p2r", "cluster"):
+            raise
+        raise InputError(
+            f"this command needs the package {package}, which is not installed here: pip install 'p2r[cluster]', "
+            "or make install in a clone; `pip install p2r` alone is for embed, predict and p2r.load_backbone"
+        ) from error
 
+
+def _print_made(made: dict[str, Any]) -> None:
     table = made.pop("table", None)
     if table is not None:
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
+        console().print(table)
     for name, value in made.items():
-        print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+        show(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
 
 
 def _check_output(output: str | Path, endings: tuple[str, ...] = (".nii", ".nii.gz")) -> None:

@@ -25,6 +25,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+from p2r.errors import error_text
 from p2r.files import is_file_at, temporary_beside
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -265,7 +266,7 @@ def _bound(page: _Page, host: str, port: int) -> _Server | None:
         try:
             return _Server((host, number), page)
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = error.strerror or error_text(error)
             if error.errno != errno.EADDRINUSE:
                 break
     where = f"{host}:{port}" + (f" and the {NUM_PORTS - 1} ports above" if port else "")

@@ -7,11 +7,12 @@ from cluster import finetune, ingest, pretrain
 from cluster.metrics import Exporter
 from cluster.progress import Say
 from cluster.session import refuse_unshared_folder
-from p2r.config import IngestConfig, Mode, PretrainConfig
+from p2r.config import IngestConfig, PretrainConfig
 from p2r.engine.fewshot import Result
 from p2r.engine.finetune import TrialSetup
 from p2r.evaluate.protocol import Trial
 from p2r.job import Job
+from p2r.modes import Mode
 from p2r.storage import Storage
 
 

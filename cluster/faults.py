@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from ray.exceptions import RayActorError
 
 from p2r.documents import checked
-from p2r.errors import DamagedError, InputError, StorageError, TrainingError
+from p2r.errors import DamagedError, InputError, StorageError, TrainingError, error_text
+from p2r.masking import masked
 from p2r.storage import Storage
 
 FAULTS = "faults.jsonl"
@@ -121,7 +122,7 @@ class FaultLog:
         limit: int | None = None,
     ) -> Fault:
         """Note a fault and say it."""
-        fault = Fault(_now(), self.attempt, cause, one_line(what), decision, from_step, count, limit)
+        fault = Fault(_now(), self.attempt, cause, one_line(masked(what)), decision, from_step, count, limit)
         self._write(asdict(fault))
         self._say(fault.line())
         return fault
@@ -167,8 +168,8 @@ def cause_of(error: Exception, *, lost: Mapping[int, str], addresses: Mapping[in
         if _PEER_IS_GONE.search(str(failure)):
             return "worker", f"rank {rank} lost another one: {failure}"
     for rank, failure in found.items():
-        return "unknown", f"rank {rank}: {type(failure).__name__}: {failure}"
-    return "unknown", str(error)
+        return "unknown", f"rank {rank}: {error_text(failure)}"
+    return "unknown", error_text(error)
 
 
 def refusal_of(error: Exception, *, was_running: bool) -> InputError | None:

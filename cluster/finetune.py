@@ -23,15 +23,17 @@ from ray.tune.search import create_searcher
 
 from cluster.pretrain import ray_folder
 from cluster.progress import Say, relay
-from cluster.session import num_cpus, num_gpus
-from p2r.config import Distribution, Mode, SearchConfig
+from cluster.session import Credentials, credentials, num_cpus, num_gpus
+from p2r.config import Distribution, SearchConfig
 from p2r.engine.fewshot import Result
 from p2r.engine.finetune import TrialSetup
-from p2r.errors import DataError, JobError
+from p2r.errors import DataError, JobError, masked_errors
 from p2r.evaluate.protocol import Trial, numbers_of, search_trial, space_of
 from p2r.evaluate.tasks import load_task
 from p2r.job import Resources
 from p2r.logs import Line
+from p2r.masking import masked
+from p2r.modes import Mode
 from p2r.storage import Storage, json_bytes
 
 Count = Callable[[Mapping[str, int]], None]
@@ -71,7 +73,9 @@ def run_trials(
         for number, indices in enumerate(_experiments(trials, missing)):
             with relay(say) as queue:
                 tuner = tune.Tuner(
-                    _placed(tune.with_parameters(_listed, trials=list(trials), queue=queue), resources),
+                    _placed(
+                        tune.with_parameters(_listed, trials=list(trials), queue=queue, given=credentials()), resources
+                    ),
                     param_space={"index": tune.grid_search(indices)},
                     # A new process imports torch and MONAI for ten seconds: let trials follow one another in the same one.
                     tune_config=tune.TuneConfig(
@@ -119,7 +123,9 @@ def suggest(
     else:
         with relay(say) as queue:
             trainable = _placed(
-                tune.with_parameters(_proposed, setup=setup, mode=mode, num_labelled=num_labelled, queue=queue),
+                tune.with_parameters(
+                    _proposed, setup=setup, mode=mode, num_labelled=num_labelled, queue=queue, given=credentials()
+                ),
                 resources,
             )
             name = f"search-{task.name}-{mode}-{digest}"
@@ -184,7 +190,7 @@ def _without_result(trial: Trial, outcome: Any) -> Result:
     stopped = None if outcome.error is not None else _stopped(trial, metrics)
     if stopped is not None:
         return stopped
-    reason = metrics.get("failed") or str(outcome.error or "it ended without a result").strip().splitlines()[-1]
+    reason = metrics.get("failed") or masked(str(outcome.error or "it ended without a result")).strip().splitlines()[-1]
     return {"trial": trial.to_row(), "failed": reason, **({"diverged": True} if "failed" in metrics else {})}
 
 
@@ -204,13 +210,19 @@ def _lost(trial: Trial) -> Result:
     return {"trial": trial.to_row(), "failed": "Ray Tune says nothing of it"}
 
 
-def _listed(config: dict[str, Any], *, trials: list[tuple[TrialSetup, Trial]], queue: Any) -> None:
-    _trial(*trials[config["index"]], queue=queue)
+def _listed(config: dict[str, Any], *, trials: list[tuple[TrialSetup, Trial]], queue: Any, given: Credentials) -> None:
+    given.take()
+    with masked_errors():
+        _trial(*trials[config["index"]], queue=queue)
 
 
-def _proposed(config: dict[str, Any], *, setup: TrialSetup, mode: Mode, num_labelled: int, queue: Any) -> None:
-    trial = search_trial(setup.config, load_task(Path(setup.task)), mode, num_labelled, config)
-    _trial(setup, trial, queue=queue)
+def _proposed(
+    config: dict[str, Any], *, setup: TrialSetup, mode: Mode, num_labelled: int, queue: Any, given: Credentials
+) -> None:
+    given.take()
+    with masked_errors():
+        trial = search_trial(setup.config, load_task(Path(setup.task)), mode, num_labelled, config)
+        _trial(setup, trial, queue=queue)
 
 
 def _trial(setup: TrialSetup, trial: Trial, *, queue: Any) -> None:

@@ -6,9 +6,11 @@ from typing import Any
 import ray
 
 from cluster.progress import Say
+from cluster.session import Credentials, credentials
 from p2r.config import IngestConfig
 from p2r.data.corpus import Built, ShardPlan, build_shard, report_progress
 from p2r.data.corpus import ingest as ingest_by
+from p2r.errors import masked_errors
 from p2r.logs import within
 from p2r.storage import Storage
 
@@ -44,7 +46,7 @@ def _build_all(
     try:
         while True:
             while len(running) < limit and (plan := next(waiting, None)) is not None:
-                running[build.remote(plan, config, storage)] = plan
+                running[build.remote(plan, config, storage, credentials())] = plan
             if not running:
                 return
             (ready, *_), _ = ray.wait(list(running))
@@ -54,8 +56,10 @@ def _build_all(
             ray.cancel(reference)
 
 
-def _build(plan: ShardPlan, config: IngestConfig, storage: Storage) -> Built:
-    return build_shard(plan, config, storage)
+def _build(plan: ShardPlan, config: IngestConfig, storage: Storage, given: Credentials) -> Built:
+    given.take()
+    with masked_errors():
+        return build_shard(plan, config, storage)
 
 
 def _result(reference: Any) -> Any:

@@ -1,18 +1,17 @@
 """What lies at a URL, for people: a corpus as a table, an artefact as its manifest, a folder as a list of these."""
 
 import hashlib
-import json
-import sys
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from p2r.console import console, show, show_json, visible
 from p2r.data.manifest import FORMAT, Manifest, facts_of, load_manifest, manifest_sha256, ranges_of
 from p2r.documents import read_json
 from p2r.errors import InputError
 from p2r.reference import parse_reference
+from p2r.report.text import one_line
 from p2r.storage import Storage
 
 _HIDDEN = {"subject_digests", "voxel_digests", "salt"}
@@ -20,7 +19,7 @@ _MAX_REVISIONS = 10
 _MAX_BYTES = 2**30
 
 
-def show(url: str, *, as_json: bool) -> None:
+def inspect(url: str, *, as_json: bool) -> None:
     """Print what is stored at a URL; with a pin, this very manifest.
 
     Raises:
@@ -37,11 +36,11 @@ def show(url: str, *, as_json: bool) -> None:
     if as_json or not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         pin = {"pin": str(reference._replace(url=storage.url, sha256=hashlib.sha256(content).hexdigest()))}
         shown = _without(manifest, _HIDDEN)
-        print(json.dumps({**shown, **pin} if isinstance(shown, dict) else shown, indent=2))
+        show_json({**shown, **pin} if isinstance(shown, dict) else shown)
         return
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    tables = console()
     for table in corpus_tables(storage):
-        console.print(table)
+        tables.print(table)
 
 
 def corpus_tables(storage: Storage) -> list[Table]:
@@ -73,8 +72,8 @@ def _revisions(storage: Storage, manifest: Manifest) -> list[tuple[str, Manifest
 
 
 def plain(text: str) -> Text:
-    """Return text that neither rich nor the terminal takes for a command."""
-    return Text("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
+    """Return text of one line that neither rich nor the terminal takes for a command."""
+    return Text(visible(text))
 
 
 def _list(storage: Storage) -> None:
@@ -82,7 +81,15 @@ def _list(storage: Storage) -> None:
     if not manifests:
         raise InputError(f"{storage.url} holds nothing of p2r's: no manifest.json at any depth")
     for name in manifests:
-        print(f"{storage.read_json(name).get('format', '?'):20} {storage.at(name.removesuffix('/manifest.json'))}")
+        show(f"{_format(storage, name):20} {storage.at(name.removesuffix('/manifest.json'))}")
+
+
+def _format(storage: Storage, name: str) -> str:
+    try:
+        manifest = read_json(storage.read_bytes(name), where=name, max_bytes=_MAX_BYTES)
+    except InputError:
+        return "damaged"
+    return one_line(str(manifest.get("format", "?"))[:80]) if isinstance(manifest, dict) else "?"
 
 
 def _without(value: Any, hidden: set[str]) -> Any:

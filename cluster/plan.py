@@ -1,15 +1,13 @@
 """`p2r plan`: a job and a cluster that may not exist yet -> tables, or JSON; nothing is started, nothing is written."""
 
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from p2r.config import PretrainConfig
+from p2r.console import console, show_json
 from p2r.data.stream import Corpus
 from p2r.engine.corpora import corpora_of
 from p2r.engine.history import read_history
@@ -23,7 +21,7 @@ _HISTORY = "pretrain/history.jsonl"
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
-def show(
+def show_plan(
     job: Job,
     config: PretrainConfig,
     *,
@@ -55,12 +53,12 @@ def show(
         cost_per_hour=cost_per_hour,
     )
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        show_json(found.to_dict())
     else:
-        console = Console(width=None if sys.stdout.isatty() else 120)
+        terminal = console()
         for table in tables(found, config):
-            console.print(table)
-            console.print()
+            terminal.print(table)
+            terminal.print()
     refuse_what_does_not_fit(config, found)
 
 

@@ -36,13 +36,13 @@ from cluster.faults import Cause, FaultLog, cause_of, refusal_of
 from cluster.group import Reason, TorchGroup, Trainer, Wire
 from cluster.metrics import Exporter
 from cluster.progress import Say, relay
-from cluster.session import draining_nodes, gpu_types, num_cpus, num_gpus, this_node, usable_nodes
+from cluster.session import credentials, draining_nodes, gpu_types, num_cpus, num_gpus, this_node, usable_nodes
 from p2r.config import PretrainConfig
 from p2r.data.order import allowed_world_sizes, check_world_size, world_sizes_between
 from p2r.data.stream import order_of
 from p2r.engine.checkpoint import newest_checkpoint, refuse_other_config, refuse_other_ranks
 from p2r.engine.corpora import corpora_of, refuse_other_stream
-from p2r.errors import InputError, TrainingError
+from p2r.errors import InputError, TrainingError, masked_errors
 from p2r.job import Resources
 from p2r.logs import Line, configure
 from p2r.storage import Storage
@@ -101,6 +101,7 @@ def pretrain(
                 "storage": storage.url,
                 "corpus": corpus.url,
                 "profile_steps": profile_steps,
+                "credentials": credentials(),
                 "metrics": metrics or {"run": "", "storage_url": storage.url, "endpoint": None},
             },
             queue=queue,
@@ -413,6 +414,12 @@ def _sigterm() -> Iterator[threading.Event]:
 
 
 def _worker(settings: dict[str, Any]) -> None:
+    settings["credentials"].take()
+    with masked_errors():
+        _train(settings)
+
+
+def _train(settings: dict[str, Any]) -> None:
     began = time.monotonic()
     # Imported here: the driver has no use for DeepSpeed.
     from p2r.engine.lines import report_lines

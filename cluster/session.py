@@ -1,4 +1,9 @@
-"""Joining a Ray cluster, or starting one on this machine, and giving its processes what they need from the environment."""
+"""Joining a Ray cluster, or starting one on this machine, and giving its processes what they need from the environment.
+
+this process's variables -> settings: Ray's runtime environment, which Ray logs and keeps
+                         -> secrets:  a local Ray inherits them; to a cluster's workers they go by an actor call, in memory
+                         -> the key of pseudonyms: to nobody
+"""
 
 import os
 import socket
@@ -6,7 +11,9 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -15,6 +22,7 @@ from p2r.data.pseudonyms import VARIABLE as PSEUDONYM_KEY
 from p2r.errors import StorageError
 from p2r.identity import identity_environment, ray_folder
 from p2r.logs import say
+from p2r.masking import is_secret_name, looks_secret
 from p2r.storage import Storage
 
 _FORWARDED_PREFIXES = ("AWS_", "P2R_", "NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_")
@@ -32,7 +40,7 @@ def session(address: str | None = None, *, show_worker_logs: bool = False) -> It
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # A submitted job has its environment from `p2r submit`, and this process adds its own. Where both name a variable, Ray would
-    # refuse, and print both with their secrets.
+    # refuse.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables: ours are shorter
     already = ray.is_initialized()
@@ -41,30 +49,99 @@ def session(address: str | None = None, *, show_worker_logs: bool = False) -> It
         folder = None if where else ray_folder()
         if folder is not None:
             say(f"TMPDIR is too long for the sockets of Ray: it uses {folder}; RAY_TMPDIR names another short folder")
-        ray.init(
-            address=where or "local",
-            # Whoever runs the job makes pseudonyms; workers get them ready-made.
-            runtime_env={"env_vars": {k: v for k, v in forwarded_environment().items() if k != PSEUDONYM_KEY}},
-            log_to_driver=show_worker_logs,
-            logging_level="error",
-            **({} if where else {"include_dashboard": False, "_temp_dir": folder}),
-        )
+        with _without_pseudonym_key():
+            ray.init(
+                address=where or "local",
+                runtime_env={"env_vars": forwarded_settings()},
+                log_to_driver=show_worker_logs,
+                logging_level="error",
+                **({} if where else {"include_dashboard": False, "_temp_dir": folder}),
+            )
+        if where:
+            _hand_over(forwarded_secrets())
     try:
         yield
     finally:
         if not already:
+            _handed.clear()
             ray.shutdown()
 
 
-def forwarded_environment() -> dict[str, str]:
-    """Variables that every worker gets: credentials of the storage, p2r's own, and the network's. Never written to a file or log."""
+@contextmanager
+def _without_pseudonym_key() -> Iterator[None]:
+    """Hide the key from the Ray that is started here: the driver makes pseudonyms, workers get them ready-made."""
+    key = os.environ.pop(PSEUDONYM_KEY, None)
+    try:
+        yield
+    finally:
+        if key is not None:
+            os.environ[PSEUDONYM_KEY] = key
+
+
+def forwarded_settings() -> dict[str, str]:
+    """Return the variables that every worker gets and everybody may read: p2r's, the storage's and the network's without secrets."""
+    forwarded = _forwarded()
+    # With keys, nobody needs to ask the machine for its role, which takes seconds where there is none.
+    has_keys = "AWS_ACCESS_KEY_ID" in forwarded
     return {
         "PYTHONUNBUFFERED": "1",
         "RAY_DEDUP_LOGS": "0",
         **identity_environment(),
-        "AWS_EC2_METADATA_DISABLED": os.environ.get("AWS_EC2_METADATA_DISABLED", "true"),
-        **{name: value for name, value in os.environ.items() if name.startswith(_FORWARDED_PREFIXES)},
+        **({"AWS_EC2_METADATA_DISABLED": "true"} if has_keys else {}),
+        **{name: value for name, value in forwarded.items() if not _is_secret(name, value)},
     }
+
+
+def forwarded_secrets() -> dict[str, str]:
+    """Return the secret variables that every worker needs: credentials of the storage."""
+    return {name: value for name, value in _forwarded().items() if _is_secret(name, value) and name != PSEUDONYM_KEY}
+
+
+def _forwarded() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED_PREFIXES)}
+
+
+def _is_secret(name: str, value: str) -> bool:
+    return is_secret_name(name) or looks_secret(value)
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a worker gets the driver's secret variables by. It travels in arguments, which Ray may store; the values do not."""
+
+    holder: Any = None
+    """The actor that has them; None: the worker has inherited them, or has an identity of its own."""
+
+    def take(self) -> None:
+        """Put the variables into the environment of this process."""
+        if self.holder is not None:
+            os.environ.update(ray.get(self.holder.values.remote()))
+
+
+class _Holder:
+    """An actor beside the driver. Both calls carry the values from memory to memory: neither is stored, logged or spilled."""
+
+    def keep(self, values: dict[str, str]) -> None:
+        self._values = values
+
+    def values(self) -> dict[str, str]:
+        return self._values
+
+
+_handed: list[Credentials] = []
+
+
+def credentials() -> Credentials:
+    """Return what this session's workers get the driver's secret variables by."""
+    return _handed[-1] if _handed else Credentials()
+
+
+def _hand_over(values: dict[str, str]) -> None:
+    if values:
+        # Not to the constructor: Ray's head keeps the arguments of that.
+        holder = ray.remote(num_cpus=0)(_Holder).options(scheduling_strategy=this_node()).remote()
+        ray.get(holder.keep.remote(values))
+        _handed.append(Credentials(holder))
 
 
 def num_gpus() -> int:

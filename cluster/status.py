@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 
 from p2r.data.manifest import load_manifest
 from p2r.documents import read_json
-from p2r.errors import InputError, StorageError
-from p2r.job import read_job
-from p2r.logs import masked
+from p2r.errors import InputError, StorageError, error_text
+from p2r.job import find_job, read_job
+from p2r.masking import masked
 from p2r.storage import FileFacts, Storage
 
 HISTORY = "pretrain/history.jsonl"
@@ -147,6 +147,7 @@ def target_of(job_or_url: str, overrides: Sequence[str] = ()) -> tuple[str, Stor
         InputError: It is none of these, or overrides were given without a job.
     """
     path = Path(job_or_url)
+    path = path if path.is_dir() else find_job(path)
     if "://" not in job_or_url and path.suffix in (".yaml", ".yml") and not path.is_dir():
         job = read_job(path, tuple(overrides))
         return job.name, _impatient(job.storage)
@@ -267,7 +268,7 @@ class Reader:
                 raise
             self._problems.append(_text(error))
         except _BROKEN as error:
-            self._problems.append(_text(f"{self._storage.at(path)} cannot be used: {type(error).__name__}: {error}"))
+            self._problems.append(_text(f"{self._storage.at(path)} cannot be used: {error_text(error)}"))
         return otherwise
 
     def _json(self, path: str) -> Any:

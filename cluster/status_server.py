@@ -6,9 +6,9 @@ Read-only, and built so that whoever may reach the port can do no harm to the ru
 
 - Requests never touch the storage: one thread reads it, and only while somebody looks. A thousand clients cost what one costs.
 - Every connection serves one request and ends within `_DEADLINE_S`, read or not; when there are too many, the oldest ends.
-- On loopback the `Host` of a request must be a name of this machine, so that no foreign page reads it through a name of its
-  own. Anywhere else a token is asked for: it stands in the URL that is printed, then in a cookie, and is compared in
-  constant time.
+- A token is required, on loopback too, which all users of a login node share. It is in the URL that is printed, then in a cookie,
+  and is compared in constant time. On loopback the `Host` of a request must also be a name of this machine, so that no foreign page
+  reaches it through a name of its own.
 - The page loads nothing that is not served here, and its policy forbids it to. Whatever the storage holds becomes text in the
   page by `textContent`, never markup.
 
@@ -24,7 +24,6 @@ import ipaddress
 import json
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections import OrderedDict
@@ -38,8 +37,9 @@ from typing import Any, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from cluster.status import Reader
-from p2r.errors import InputError, P2RError
-from p2r.logs import masked
+from p2r.console import show
+from p2r.errors import InputError, P2RError, error_text
+from p2r.logs import say
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
@@ -142,9 +142,9 @@ class Feed:
                 self._status = asdict(self._reader.read())
                 self._read_at = time.monotonic()
             except P2RError as error:
-                trouble = masked(str(error))
+                trouble = str(error)
             except Exception as error:  # a thread that died would leave a page that looks alive
-                trouble = masked(f"the status cannot be read: {type(error).__name__}: {error}")
+                trouble = f"the status cannot be read: {error_text(error)}"
             self._answer = _answer(self._status, trouble, before=self._answer)
             self._fresh.set()
             time.sleep(self._pause_s)
@@ -175,7 +175,7 @@ class StatusServer(ThreadingHTTPServer):
 
     def __init__(self, feed: Feed, *, host: str, port: int) -> None:
         self.feed = feed
-        self.token = None if is_loopback(host) else secrets.token_urlsafe(24)
+        self.token, self.is_loopback = secrets.token_urlsafe(24), is_loopback(host)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._open: dict[socket.socket, float] = {}
         self._open_lock = threading.Lock()
@@ -200,13 +200,11 @@ class StatusServer(ThreadingHTTPServer):
 
     @property
     def page_url(self) -> str:
-        """Where the page is, with the token if there is one."""
+        """URL of the page, with its token."""
         host = cast(str, self.server_address[0])
         if host in ("0.0.0.0", "::"):
             host = socket.gethostname()
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/" + (
-            f"?token={self.token}" if self.token else ""
-        )
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/?token={self.token}"
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own; where there are too many, the oldest makes room."""
@@ -247,18 +245,15 @@ def serve(reader: Reader, *, host: str, port: int, is_local: bool) -> None:
         InputError: Nothing of a run lies there, the port is in use, or the host is no address of this machine.
     """
     server = StatusServer(Feed(reader, is_local=is_local), host=host, port=port)
-    print(f"page: {server.page_url}", flush=True)
-    if server.token:
-        print(
-            "whoever has this URL can read the page, and it travels unencrypted: on a network that you do not trust, leave --host out "
-            "and use ssh -L",
-            file=sys.stderr,
-        )
-    print("Ctrl-C ends the page; the run does not notice", file=sys.stderr, flush=True)
+    show(f"page: {server.page_url}", flush=True)
+    say("everybody with this URL can read the page")
+    if not server.is_loopback:
+        say("the page is not encrypted: on a network that you do not trust, leave --host out and use ssh -L")
+    say("Ctrl-C ends the page; the run does not notice")
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        print("the page has ended", file=sys.stderr)
+        say("the page has ended")
     finally:
         server.server_close()
 
@@ -307,9 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _may_pass(self, query: str, *, is_page: bool) -> bool:
         token = self.server.token
-        if token is None:
-            if _is_name_of_this_machine(self.headers.get("Host", "")):
-                return True
+        if self.server.is_loopback and not _is_name_of_this_machine(self.headers.get("Host", "")):
             self.send_error(HTTPStatus.MISDIRECTED_REQUEST, "open the page as localhost or 127.0.0.1")
             return False
         given = parse_qs(query).get("token", [""])[0]

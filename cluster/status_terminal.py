@@ -3,12 +3,11 @@
 What a run's files say is only text here: nothing in it is a command to rich or to the terminal.
 """
 
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -16,7 +15,9 @@ from rich.text import Text
 
 from cluster.inspect import plain
 from cluster.status import Points, Reader, Status, Training
+from p2r.console import console, show
 from p2r.errors import StorageError
+from p2r.modes import facts_of
 
 _REFRESH_S = 1.0
 _CURVE_ROWS = 8
@@ -40,28 +41,21 @@ _FIGURES = (
     ("learning_rate", "learning rate", "{:.1e}"),
     ("skipped_steps", "skipped steps", "{:.0f}"),
 )
-_MODES = {
-    "scratch": "from scratch",
-    "linear_probe": "linear probe",
-    "fine_tune": "fine-tuned",
-    "mean_teacher": "mean teacher",
-    "prototype": "prototype",
-}
 
 
-def show(reader: Reader) -> None:
+def show_run(reader: Reader) -> None:
     """Print the status once.
 
     Raises:
         StorageError: The storage cannot be read, or nothing of a run lies there.
     """
     status = reader.read()
-    if sys.stdout.isatty():
-        console = Console()
-        console.print(view(status, width=console.width))
+    terminal = console()
+    if terminal.is_terminal:
+        terminal.print(view(status, width=terminal.width))
     else:
         for line in plain_lines(status):
-            print(line)
+            show(line)
 
 
 def watch_run(reader: Reader) -> None:
@@ -71,35 +65,35 @@ def watch_run(reader: Reader) -> None:
         StorageError: The storage cannot be read at the beginning, or nothing of a run lies there.
     """
     status = reader.read()
-    console = Console()
+    terminal = console()
     try:
-        if not console.is_terminal:
+        if not terminal.is_terminal:
             _follow(reader, status)
             return
-        with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
+        with Live(console=terminal, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
             trouble = None
             while True:
-                live.update(view(status, width=console.width, trouble=trouble), refresh=True)
+                live.update(view(status, width=terminal.width, trouble=trouble), refresh=True)
                 time.sleep(_REFRESH_S)
                 status, trouble = _again(reader, status)
     except KeyboardInterrupt:
-        if console.is_terminal:
-            console.print(view(status, width=console.width))
+        if terminal.is_terminal:
+            terminal.print(view(status, width=terminal.width))
 
 
 def _follow(reader: Reader, status: Status) -> None:
     for line in plain_lines(status):
-        print(line, flush=True)
+        show(line, flush=True)
     said: str | None = None
     while True:
         before = status.training and status.training.step
         time.sleep(_REFRESH_S)
         status, trouble = _again(reader, status)
         if trouble is not None and trouble != said:
-            print(trouble, flush=True)
+            show(trouble, flush=True)
         said = trouble
         if status.training and status.training.step != before:
-            print(_report_line(status.training), flush=True)
+            show(_report_line(status.training), flush=True)
 
 
 def _again(reader: Reader, status: Status) -> tuple[Status, str | None]:
@@ -336,7 +330,8 @@ def _clean(text: str) -> str:
 
 
 def _mode(mode: str) -> str:
-    return _MODES.get(mode, mode)
+    facts = facts_of(mode)
+    return mode if facts is None else facts.title
 
 
 def _points(points: Sequence[tuple[int, float, int]]) -> str:

@@ -1,6 +1,11 @@
-"""`p2r submit`: what `ray job submit --working-dir . -- JOB` does, with overrides and the environment's credentials."""
+"""`p2r submit`: what `ray job submit --working-dir . -- JOB` does, with overrides and this shell's settings, but none of its secrets.
+
+Ray's API of jobs has no place for a secret: it stores the runtime environment, metadata, entrypoint and uploaded files, and shows them to
+everybody who may submit. The driver runs on the cluster with the identity of its node.
+"""
 
 import asyncio
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -8,9 +13,10 @@ from pathlib import Path
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.session import forwarded_environment
+from cluster.session import forwarded_secrets, forwarded_settings
+from p2r.data.pseudonyms import VARIABLE as PSEUDONYM_KEY
 from p2r.errors import JobError, TrainingError
-from p2r.logs import as_text, masked
+from p2r.logs import as_text, say
 
 _IGNORED = [".venv", ".git", "runs", "*.nii", "*.nii.gz", "*.tar", "*.safetensors"]
 
@@ -29,13 +35,19 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
         raise JobError(
             f"job {path} must lie below the current folder {Path.cwd()}: the cluster gets this folder"
         ) from None
+    left_out = [*forwarded_secrets(), *(name for name in [PSEUDONYM_KEY] if name in os.environ)]
+    if left_out:
+        say(
+            f"not passed on, for Ray stores what comes with a job: {', '.join(sorted(left_out))}. The cluster's nodes need an identity of "
+            "their own: a role, a Secret, or these variables where ray start ran"
+        )
     arguments = [word for override in overrides for word in ("--set", override)]
     arguments += ["--fork", fork] if fork else []
     try:
         client = JobSubmissionClient(address)
         submission = client.submit_job(
             entrypoint=shlex.join(["python", "-m", "cluster", "run", relative.as_posix(), *arguments]),
-            runtime_env={"working_dir": ".", "excludes": _IGNORED, "env_vars": forwarded_environment()},
+            runtime_env={"working_dir": ".", "excludes": _IGNORED, "env_vars": forwarded_settings()},
         )
     except AuthenticationError as error:
         raise JobError(
@@ -47,7 +59,7 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
             f"no job server answers at {address or 'the address that RAY_API_SERVER_ADDRESS or RAY_ADDRESS names'}: "
             "give --address http://HOST:8265, and start the head with its dashboard"
         ) from None
-    print(f"submitted {submission}", file=sys.stderr)
+    say(f"submitted {submission}")
     asyncio.run(_follow(client, submission))
     state = client.get_job_status(submission)
     if state != JobStatus.SUCCEEDED:
@@ -59,6 +71,6 @@ async def _follow(client: JobSubmissionClient, submission: str) -> None:
     async for lines in client.tail_job_logs(submission):
         *whole, unfinished = (unfinished + lines).split("\n")
         for line in whole:
-            print(as_text(line) if sys.stderr.isatty() else masked(line), file=sys.stderr, flush=True)
+            say(as_text(line) if sys.stderr.isatty() else line)
     if unfinished:
-        print(masked(unfinished), file=sys.stderr, flush=True)
+        say(unfinished)

@@ -4,10 +4,13 @@ import hashlib
 
 from p2r.artefact import MANIFEST, open_artefact
 from p2r.data.manifest import FORMAT
+from p2r.documents import read_json
 from p2r.errors import InputError
 from p2r.reference import Reference, parse_reference
 from p2r.signature import SIGNATURE
 from p2r.storage import Storage
+
+_MAX_BYTES = 2**30
 
 
 def verify(url: str, *, key: str | None) -> list[str]:
@@ -31,7 +34,7 @@ def verify(url: str, *, key: str | None) -> list[str]:
 
 
 def _is_corpus(storage: Storage) -> bool:
-    manifest = storage.read_json(MANIFEST)
+    manifest = read_json(storage.read_bytes(MANIFEST), where=storage.at(MANIFEST), max_bytes=_MAX_BYTES)
     return isinstance(manifest, dict) and str(manifest.get("format")).startswith(FORMAT.partition("/")[0])
 
 

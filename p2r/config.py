@@ -23,36 +23,22 @@ from pydantic import (
 )
 
 from p2r.errors import InputError
+from p2r.modes import MODES, SETTINGS_OF, Mode, Setting
 from p2r.patterns import check_subject_pattern
 from p2r.reference import parse_reference
 
+
+class FilledIn:
+    """Marks a field of a job in which `${NAME}` and `${NAME:-default}` stand for environment variables."""
+
+
+Location = Annotated[str, FilledIn()]
+"""A path or a URL. Beside what a corpus says of its data, only these are filled in from the environment: other fields are published."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 Angle = Annotated[float, Field(ge=0, le=180)]
 NumGhosts = Annotated[int, Field(ge=2, le=16)]
-Mode = Literal["scratch", "linear_probe", "fine_tune", "mean_teacher", "prototype"]
-Setting = Literal[
-    "weight_decay",
-    "steps",
-    "warmup_head_steps",
-    "backbone_learning_rate_factor",
-    "ema_decay",
-    "ramp_up_fraction",
-    "consistency_weight",
-    "background_prototypes",
-]
 NumLabelled = PositiveInt | Literal["all"]
-
-_OF_TRAINING: tuple[Setting, ...] = ("weight_decay", "steps")
-_OF_A_BACKBONE: tuple[Setting, ...] = (*_OF_TRAINING, "warmup_head_steps", "backbone_learning_rate_factor")
-SETTINGS_OF: dict[Mode, tuple[Setting, ...]] = {
-    "scratch": _OF_TRAINING,
-    "linear_probe": _OF_TRAINING,
-    "fine_tune": _OF_A_BACKBONE,
-    "mean_teacher": (*_OF_A_BACKBONE, "ema_decay", "ramp_up_fraction", "consistency_weight"),
-    "prototype": ("background_prototypes",),
-}
-"""What of a fine-tuning section each mode reads, beside a learning rate (which prototype has not)."""
 
 PERCENTILES = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)
 """Percentiles of intensity that are recorded with every scan, so that the choice among them is training's, not ingest's."""
@@ -77,7 +63,7 @@ def _checked_reference(text: str) -> str:
     return text
 
 
-Artefact = Annotated[str, AfterValidator(_checked_reference)]
+Artefact = Annotated[Location, AfterValidator(_checked_reference)]
 """Where a backbone is published: a URL, or `URL@sha256:HEX`, which pins its manifest."""
 
 
@@ -90,10 +76,11 @@ class Section(BaseModel):
 class SubjectsOf(Section):
     """Take the subjects of one split of a task, so that a corpus and its task cannot drift apart."""
 
-    task: str
+    task: Location
     """Path of the task's YAML, relative to the job file."""
-    split: Literal["train", "validation", "test"] = "train"
-    """Which split's subjects enter the corpus. Pretraining on `test` would be a leak, and fine-tuning refuses it."""
+    split: Literal["train", "validation", "test", "not_held_out"] = "train"
+    """Which split's subjects enter the corpus. not_held_out: all that the sources hold, but the task's validation and test patients, so
+    that scans without labels are taken, too. Pretraining on `test` would be a leak, and fine-tuning refuses it."""
 
 
 class QualityConfig(Section):
@@ -124,7 +111,7 @@ _OF_VIRTUAL_SUBJECTS = {"licence": "icbm-152", "provenance": "virtual subjects",
 class IngestConfig(Section):
     """Scans -> a corpus of WebDataset shards."""
 
-    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+    sources: Annotated[tuple[Location, ...], Field(min_length=1)]
     """Folders, files or URLs (`file://`, `s3://`) searched for NIfTI (`.nii`, `.nii.gz`, `.hdr` with `.img`), BIDS and, in folders,
     DICOM; lists of scans (`.csv`, `.tsv`, `.jsonl` with `path` and, if known, `subject`); or `template://icbm152?subjects=N`."""
     include: tuple[str, ...] = ()
@@ -132,9 +119,9 @@ class IngestConfig(Section):
     Empty: all."""
     exclude: tuple[str, ...] = ()
     """No scan whose path below its source matches one of these patterns."""
-    licence: Annotated[str, Field(min_length=1)]
+    licence: Annotated[str, FilledIn(), Field(min_length=1)]
     """SPDX identifier or name of the data's licence. It travels into every manifest made from this corpus."""
-    provenance: str = ""
+    provenance: Annotated[str, FilledIn()] = ""
     """Where the data come from, and how to cite them."""
     cohort: str = "default"
     """Name space of the subjects' names: `sub-01` of one cohort is not `sub-01` of another. With `subjects_of`, the task's, unless another
@@ -481,7 +468,8 @@ class LossConfig(Section):
     temperature: PositiveFloat = 0.2
     """InfoNCE only: tau, the width of the softmax over cosine similarities."""
     learn_temperature: bool = False
-    """InfoNCE only: train tau along with the weights, from `temperature` on; it is kept within [0.01, 1]."""
+    """InfoNCE only: train tau along with the weights, from `temperature` on; it is kept within [0.013, 1]: below, sums of
+    float32 would overflow or vanish."""
     decoupled: bool = False
     """InfoNCE only: leave the positive out of the denominator (decoupled contrastive learning)."""
     exclude_within_mm: PositiveFloat | None = None
@@ -518,7 +506,7 @@ class OptimizerConfig(Section):
 class CorpusShare(Section):
     """One of several corpora."""
 
-    url: str
+    url: Location
     """Of the corpus."""
     weight: PositiveFloat | None = None
     """Its part in every batch, relative to the others'. None for all: in proportion to their sizes."""
@@ -532,7 +520,7 @@ class ProbeConfig(Section):
     It reads a few train and validation patients of the task, never a test patient, and changes nothing of the training.
     """
 
-    task: str
+    task: Location
     """Path of the task's YAML, relative to the job file."""
     interval: PositiveInt = 500
     """Steps between two probes; the last step always makes one. Each is stated in the next report."""
@@ -549,7 +537,7 @@ class ProbeConfig(Section):
 class PretrainConfig(Section):
     """Corpus -> pixel representation."""
 
-    corpus: str | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] | None = None
+    corpus: Location | Annotated[tuple[CorpusShare, ...], Field(min_length=1)] | None = None
     """URL of the corpus, or several by weight. None: `<storage>/corpus`, made by this job's ingest section if it is absent."""
     image: ImageConfig = ImageConfig()
     """The network's input."""
@@ -573,8 +561,10 @@ class PretrainConfig(Section):
     """Images that a worker encodes at once, for when its part of the global batch does not fit into memory. None: all of its part."""
     seed: int = 0
     """Seeds weights, order, views and points."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the network; statistics of normalisations, reading at points, projection head and sums of the loss are fp32 in both."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Arithmetic of the network; statistics of normalisations, reading at points, projection head and sums of the loss are fp32 in all.
+    tf32: fp32, whose products a GPU of compute capability 8.0 or newer may round to 10 bits. The loss kernels take tf32 and bf16; in
+    fp32 a GPU computes the loss in torch's tiles, several times as slowly."""
     compile: bool | Literal["reduce-overhead"] = False
     """Compile the backbone (torch.compile) before the first step: seconds to minutes, which the first report states, kept in
     `$P2R_CACHE`. Where there is no compiler, the report says so and training goes on without. reduce-overhead: GPUs also replay its
@@ -687,9 +677,12 @@ class SearchConfig(Section):
     """Numbers of labelled patients at which candidates are compared (first draw), by mean validation Dice."""
     learning_rates: dict[Mode, Candidates] = {
         "scratch": (1e-3, 3e-3),
+        "scratch_long": (1e-3, 3e-3),
+        "scratch_weak_to_strong": (1e-3, 3e-3),
         "linear_probe": (3e-3, 1e-2),
         "fine_tune": (1e-3, 3e-3),
         "mean_teacher": (1e-3, 3e-3),
+        "weak_to_strong": (1e-3, 3e-3),
     }
     """Candidates of the peak learning rate, per mode: a list, or a distribution such as `{loguniform: [1e-4, 1e-2]}`. prototype has
     none: nothing is trained."""
@@ -740,16 +733,18 @@ class SearchConfig(Section):
 class FinetuneConfig(Section):
     """Backbone x task x labelled patients x draw x mode -> figures on test (or validation) patients."""
 
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    tasks: Annotated[tuple[Location, ...], Field(min_length=1)]
     """Paths of task YAMLs, relative to the job file."""
     backbone: Artefact | None = None
     """URL of a published backbone; `URL@sha256:HEX`: this very one. None: the one that this job publishes."""
     backbone_signed_by: Annotated[str, Field(pattern=r"^ed25519:[0-9a-f]{64}$")] | None = None
     """Public key of who must have signed that backbone, as `p2r sign` prints it. None: no signature is asked for."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("scratch", "linear_probe", "fine_tune")
-    """What is compared. scratch: no pretraining; linear_probe: a 1x1 convolution on frozen features; fine_tune: all weights;
-    mean_teacher: fine_tune, and consistency with an average of its own weights on the unlabelled patients of the train split; prototype:
-    the nearest class prototype by cosine on frozen features, without training."""
+    """What is compared. scratch: no pretraining; scratch_long: the same for more steps; linear_probe: a 1x1 convolution on frozen
+    features; fine_tune: all weights; mean_teacher: fine_tune, and consistency with an average of its own weights on the unlabelled
+    patients of the train split; weak_to_strong: fine_tune, and pseudo-labels of such an average for strongly augmented, mixed images of
+    those patients; scratch_weak_to_strong: the same from random weights; prototype: the nearest class prototype by cosine on frozen
+    features, without training."""
     protocol: Literal["leak_free", "paper_compat"] = "leak_free"
     """leak_free: whole scans, split by patient. paper_compat: as the released code of Pix2Rep does, for comparison with the paper only:
     every scan cropped to its label's box + 10 px and without its empty slices, at test too; validation on slices of the labelled
@@ -766,21 +761,39 @@ class FinetuneConfig(Section):
     seed: int = 0
     """Seeds the draws, weights and augmentation."""
     steps: PositiveInt = 300
-    """Optimizer steps of every trial, equal for all modes."""
+    """Optimizer steps of every trial, equal for all modes but those of `steps_by_mode`."""
+    steps_by_mode: dict[Mode, PositiveInt] = {}
+    """Modes that are trained for another number of steps, as in `{weak_to_strong: 4000}`. scratch_long: three times `steps`, unless
+    given. Every row states its steps."""
     batch_size: PositiveInt = 8
     """Images per step."""
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay of AdamW."""
     warmup_head_steps: NonNegativeInt = 0
-    """fine_tune and mean_teacher: steps, of all steps, in which only the head is trained, before the backbone joins in."""
+    """fine_tune, mean_teacher and weak_to_strong: steps, of all steps, in which only the head is trained, before the backbone joins in."""
     backbone_learning_rate_factor: PositiveFloat = 1.0
-    """fine_tune and mean_teacher: learning rate of the backbone, as a multiple of the head's."""
+    """fine_tune, mean_teacher and weak_to_strong: learning rate of the backbone, as a multiple of the head's."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """mean_teacher: what is kept of the teacher's weights in each step; less at the start, when the average is young."""
+    """mean_teacher, weak_to_strong and its control: the part of the teacher's weights that each step keeps; less at the start, when the
+    average is young."""
     ramp_up_fraction: Fraction = 0.3
-    """mean_teacher: part of the steps in which the weight of the consistency rises."""
+    """The same modes: part of the steps in which the weight of the loss on unlabelled images rises."""
     consistency_weight: NonNegativeFloat = 1.0
-    """mean_teacher: weight of the mean squared difference of student's and teacher's probabilities, beside Dice + cross-entropy."""
+    """The same modes: weight of the loss on unlabelled images, beside that on labelled ones. mean_teacher: the mean squared difference
+    of student's and teacher's probabilities. weak_to_strong: Dice + cross-entropy with the teacher's pseudo-labels."""
+    confidence_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """weak_to_strong and its control: least probability of the teacher for a pixel whose pseudo-label counts."""
+    cutmix_probability: Fraction = 0.5
+    """weak_to_strong and its control: probability that a box (2 to 40 % of the image) of a strong view is exchanged for that of another
+    image, together with its label or pseudo-label."""
+    cutmix_labelled_fraction: Fraction = 0.5
+    """weak_to_strong and its control: part of these exchanges that are with a labelled image; half of them put its box into the
+    unlabelled image, half put the unlabelled box into it. The others are between two unlabelled images."""
+    feature_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """weak_to_strong and its control: part of the backbone's output channels that a third view drops, whose appearance is unchanged.
+    0: there is no third view."""
+    strong_intensity: IntensityConfig | None = None
+    """weak_to_strong and its control: appearance of the strong views. None: that of `views`."""
     background_prototypes: PositiveInt = 8
     """prototype: how many prototypes stand for the background (k-means); each other class has one, its mean. Mean Dice on ACDC's
     validation patients, one labelled patient, three draws, a small backbone: 0.24 with 1, 0.34 with 4, 0.35 with 8, 0.30 with 32."""
@@ -789,8 +802,14 @@ class FinetuneConfig(Section):
     computed once for all probes of a task: much faster."""
     search: SearchConfig = SearchConfig()
     """Choice of the learning rate, and of other settings."""
+    compile: bool = False
+    """Compile the network of a trial (torch.compile) before its first step: a minute, which trials of a thousand steps win back on CPUs,
+    too. What is compiled is kept in `$P2R_CACHE`. Figures agree with those of a trial without it to rounding, which training amplifies."""
     score_on: Literal["test", "validation"] = "test"
     """Whose figures are reported. validation: while recipes are still being compared, so that test patients stay unread."""
+    curve_steps: PositiveInt | None = None
+    """Optimizer steps between two validations during training; the row keeps their Dice as `curve`. Nothing is chosen by it, and a trial
+    that is done already gets none. None: only the last weights are validated."""
     views: ViewsConfig = ViewsConfig(geometry=GeometryConfig(rotation_deg=180.0))
     """Augmentation of labelled images, equal for all modes."""
     planes: Literal["whole", "centre"] = "whole"
@@ -811,15 +830,21 @@ class FinetuneConfig(Section):
         for key, given in (("tasks", self.tasks), ("modes", self.modes)):
             if len(set(given)) < len(given):
                 raise ValueError(f"{key} must differ, got {', '.join(given)}")
-        trained = [mode for mode in self.modes if mode != "prototype"]
+        trained = [mode for mode in self.modes if "steps" in SETTINGS_OF[mode]]
         missing = [mode for mode in trained if mode not in self.search.learning_rates]
         if missing:
             raise ValueError(f"search.learning_rates has no candidates for {', '.join(missing)}")
-        if self.protocol == "paper_compat" and "mean_teacher" in self.modes:
-            raise ValueError(
-                "protocol paper_compat crops by the label, and mean_teacher reads no label of unlabelled patients: "
-                "take mean_teacher out of modes"
-            )
+        if self.protocol == "paper_compat":
+            for mode in self.modes:
+                if MODES[mode].unlabelled != "none":
+                    raise ValueError(
+                        f"protocol paper_compat crops by the label, and {mode} reads no label of unlabelled patients: "
+                        f"take {mode} out of modes"
+                    )
+        for mode in self.steps_by_mode:
+            if mode not in self.modes or "steps" not in SETTINGS_OF[mode]:
+                why = "is not in modes" if mode not in self.modes else "trains nothing"
+                raise ValueError(f"steps_by_mode names {mode}, which {why}")
         for mode, numbers in self.num_labelled_by_mode.items():
             if mode not in self.modes:
                 raise ValueError(f"num_labelled_by_mode names {mode}, which is not in modes")
@@ -853,6 +878,11 @@ class FinetuneConfig(Section):
                 except ValidationError as error:
                     raise ValueError(f"search.space.{name}: {error.errors()[0]['msg']}, got {value}") from None
         return self
+
+    def steps_of(self, mode: Mode) -> int:
+        """Return the optimizer steps of a mode's trials, where no search chooses them."""
+        longer = 3 if mode == "scratch_long" else 1
+        return self.steps_by_mode.get(mode, longer * self.steps)
 
     def _num_candidates(self, mode: Mode) -> int:
         space = [self.search.learning_rates[mode], *(self.search.space.get(name, (0,)) for name in SETTINGS_OF[mode])]

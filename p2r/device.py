@@ -16,10 +16,14 @@ def on_device(
     values: NDArray[np.generic], device: torch.device | None, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Bring numbers from the host to a device, without waiting for what the device still has to do."""
-    tensor = torch.as_tensor(values, dtype=dtype)
-    if device is None or device.type != "cuda":
+    return to_device(torch.as_tensor(values, dtype=dtype), device)
+
+
+def to_device(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """Copy a tensor to a device if it is elsewhere, through pinned memory: from any other, CUDA would make the host wait."""
+    if device is None or device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def is_waited_for(device: torch.device) -> bool:

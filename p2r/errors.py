@@ -12,11 +12,21 @@
         └── EmbeddingError  embeddings that a loss cannot compare; a ValueError as well
 
 An `InputError`'s message names what, where, the rule, and the way out; the command line prints it without a traceback.
+Messages often repeat what a library or a server answered: secrets in them are masked when the error is made.
 """
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from p2r.masking import masked
 
 
 class P2RError(Exception):
     """Root of the tree: `except P2RError` catches what p2r itself refuses, and nothing else."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(masked(one) if isinstance(one, str) else one for one in arguments))
 
 
 class InputError(P2RError):
@@ -42,7 +52,7 @@ class RefusedScan(DataError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(code, message)
         self.code = code
-        self.message = message
+        self.message = str(self.args[1])
 
     def __str__(self) -> str:
         return f"{self.message} [{self.code}]"
@@ -66,3 +76,33 @@ class TrainingError(P2RError):
 
 class EmbeddingError(TrainingError, ValueError):
     """Embeddings are not finite, or zero: weights have diverged, or a network has died."""
+
+
+def error_text(error: BaseException) -> str:
+    """Return an exception as text to show or to store, without secrets; of one that is not p2r's, with the name of its class."""
+    text = str(error)
+    if isinstance(error, P2RError):
+        return text
+    return masked(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+@contextmanager
+def masked_errors() -> Iterator[None]:
+    """Replace an exception that leaves the block by one without secrets, if its traceback holds any.
+
+    Ray writes tracebacks of tasks and actors into its own logs, which others on the machine can read.
+
+    Raises:
+        P2RError: What left the block, without its causes if these hold a secret.
+        RuntimeError: In place of any other exception with a secret; its text is that of `error_text`.
+    """
+    try:
+        yield
+        return
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))
+        if masked(text) == text:
+            raise
+        replaced = error if isinstance(error, P2RError) else RuntimeError(error_text(error))
+    replaced.__cause__ = replaced.__context__ = None
+    raise replaced

@@ -1,6 +1,6 @@
 """One YAML file is one job: read here into a frozen model, or refused with the key's path, the rule and the way out.
 
-    YAML + `--set key=value` -> environment variables filled in -> no secrets -> `Job`
+    YAML + `--set key=value` -> no secrets -> environment variables filled in, in paths and URLs -> no secrets -> `Job`
 
 The file is self-contained: the same job runs under Ray (`p2r run`), as a Ray job's entrypoint, and in one process
 (`python -m p2r.engine`).
@@ -9,9 +9,10 @@ The file is self-contained: the same job runs under Ray (`p2r run`), as a Ray jo
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -25,9 +26,11 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from p2r.config import FinetuneConfig, IngestConfig, PretrainConfig, PublishConfig, Section
+from p2r.config import FilledIn, FinetuneConfig, IngestConfig, Location, PretrainConfig, PublishConfig, Section
+from p2r.console import visible
 from p2r.documents import MAX_YAML_BYTES, read_start, read_yaml
 from p2r.errors import JobError
+from p2r.masking import is_secret_name, looks_secret
 
 Model = TypeVar("Model", bound=BaseModel)
 Kind = Literal["ingest", "pretrain", "publish", "finetune", "pipeline", "ablation"]
@@ -45,8 +48,8 @@ _STAGES: dict[Kind, tuple[str, ...]] = {
     "pipeline": ("ingest", "pretrain", "publish", "finetune"),
     "ablation": ("pretrain", "publish", "finetune"),
 }
-_SECRET_KEY = re.compile(r"(secret|password|passwd|token|credential|access_?key|api_?key)", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|://[^/\s:@]+:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY")
+# Not p2r: a folder of that name in the home may hide the package from Python that is started there.
+_DEFAULT_FOLDER = "p2r-runs"
 _ABLATION_RULE = (
     "kind ablation needs finetune.score_on: validation, for a recipe that was chosen on test patients proves nothing"
 )
@@ -110,7 +113,7 @@ class MetricsConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """0: a free one, which the folder tells. Else the first of 64 ports, of which every process of a node takes the next free one. None:
     each node's `$P2R_METRICS_PORT`, or 0."""
-    folder: str | None = None
+    folder: Location | None = None
     """Folder of each node with one file per process, which Prometheus reads (`file_sd_configs`). None: `$P2R_METRICS_FOLDER`, or
     `~/.cache/p2r/metrics`."""
 
@@ -122,8 +125,8 @@ class Job(Section):
     """Which stage to run; pipeline: all of them and the report, in order; ablation: the same for every variant, on one corpus."""
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     """The job's name; the last folder of the default storage."""
-    storage: str = ""
-    """URL (`file://`, `s3://`) that holds everything the job makes. Default: `${P2R_STORAGE}/<name>`, or `~/p2r/<name>`."""
+    storage: Location = ""
+    """URL (`file://`, `s3://`) that holds everything the job makes. Default: `${P2R_STORAGE}/<name>`, or `~/p2r-runs/<name>`."""
     retries: NonNegativeInt = 2
     """How often a failed trial is started again before the job fails. In pretraining: how often in a row, without a new checkpoint
     in between; days on machines that fail are not counted up. Preemption does not count."""
@@ -163,11 +166,25 @@ class Job(Section):
         return self
 
 
+def jobs_folder() -> Path:
+    """Return the folder of the jobs that p2r brings: in the package as installed from a wheel, beside it in a clone."""
+    package = Path(__file__).parent
+    return package / "jobs" if (package / "jobs").is_dir() else package.parent / "jobs"
+
+
+def find_job(path: Path) -> Path:
+    """Return the path of a job file: `path`, or the job that p2r brings where `demo` or `jobs/demo.yaml` names no file."""
+    brought = jobs_folder() / f"{path.name.removesuffix('.yaml')}.yaml"
+    is_name = path.parent.as_posix() in (".", "jobs")
+    return brought if is_name and not path.is_file() and brought.is_file() else path
+
+
 def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, str] | None = None) -> Job:
     """Read a job file and apply `key=value` overrides.
 
     Args:
-        path: The YAML file. Task paths inside it are made absolute, relative to its folder.
+        path: The YAML file, or the name of a job that p2r brings (`find_job`). Task paths inside it are made absolute,
+            relative to its folder.
         overrides: Dotted keys with YAML values, such as `pretrain.steps=20`.
         unset: If given, environment variables that are not set are noted here instead of refused: for validation on a
             machine that does not have the data.
@@ -175,10 +192,14 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
     Raises:
         JobError: naming the file, the key, the rule and the value.
     """
+    path = find_job(path)
     try:
         content = read_start(path, max_bytes=MAX_YAML_BYTES)
     except (OSError, ValueError) as error:
-        raise JobError(f"job {path} cannot be read: {error}; give the path of a YAML file") from None
+        names = ", ".join(sorted(brought.stem for brought in jobs_folder().glob("*.yaml")))
+        raise JobError(
+            f"job {path} cannot be read: {error}; give the path of a YAML file, or the name of a job that p2r brings: {names}"
+        ) from None
     values = read_yaml(content, where=f"job {path}", error=JobError)
     if not isinstance(values, dict):
         raise JobError(f"job {path} must be a mapping that begins with `kind:`, found {type(values).__name__}")
@@ -190,7 +211,7 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
         _apply(values, override)
     _refuse_secrets(values, path, ())
     missing: dict[str, str] = {}
-    values = _fill_in(values, path, (), missing)
+    values = _fill_in(values, [Job], path, (), missing)
     if unset is not None:
         unset |= missing
     elif missing:
@@ -200,8 +221,10 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
             f"job {path}: environment variable{'' if one else 's'} {', '.join(missing)} {'is' if one else 'are'} not set ({keys}); set "
             f"{'it' if one else 'them'}, as in {' '.join(f'{name}=...' for name in missing)} p2r run {path}"
         )
+    _refuse_secrets(values, path, ())
     job = validated(Job, values, where=f"job {path}")
-    storage = job.storage or f"{os.environ.get('P2R_STORAGE') or Path.home() / 'p2r'}/{job.name}"
+    storage = job.storage or f"{os.environ.get('P2R_STORAGE') or Path.home() / _DEFAULT_FOLDER}/{job.name}"
+    _refuse_secrets({"storage": storage}, path, ())
     if "://" not in storage and not Path(storage).expanduser().is_absolute():
         raise JobError(
             f"job {path}: storage must be a URL or an absolute path, got {storage!r}: "
@@ -286,11 +309,13 @@ def fill_in_variables(text: str, *, where: str, unset: dict[str, str] | None = N
     """Replace `${NAME}` and `${NAME:-default}` by environment variables; note the unset ones in `unset` if it is given.
 
     Raises:
-        JobError: naming the variable that is not set.
+        JobError: naming the variable, which is not set, or is a secret by its name or its value.
     """
 
     def value(match: re.Match[str]) -> str:
         name, default = match.groups()
+        if is_secret_name(name) or looks_secret(os.environ.get(name, "")):
+            raise JobError(f"{where}: environment variable {name} holds a secret, and is not filled in; {_SECRET_RULE}")
         found = os.environ.get(name) or default
         if found is None and unset is not None:
             unset[name] = where
@@ -321,14 +346,15 @@ def _refuse_secrets(value: Any, path: Path, key: tuple[str, ...]) -> None:
     where = ".".join(key)
     if isinstance(value, dict):
         for name, child in value.items():
-            if _SECRET_KEY.search(str(name)):
-                raise JobError(f"job {path}: key {'.'.join((*key, str(name)))} looks like a secret; {_SECRET_RULE}")
+            if is_secret_name(str(name)):
+                shown = visible(".".join((*key, str(name))))
+                raise JobError(f"job {path}: key {shown} looks like a secret; {_SECRET_RULE}")
             _refuse_secrets(child, path, (*key, str(name)))
     elif isinstance(value, list):
         for index, child in enumerate(value):
             _refuse_secrets(child, path, (*key, str(index)))
-    elif isinstance(value, str) and _SECRET_VALUE.search(value):
-        raise JobError(f"job {path}: the value of {where} looks like a secret; {_SECRET_RULE}")
+    elif isinstance(value, str) and looks_secret(value):
+        raise JobError(f"job {path}: the value of {visible(where)} looks like a secret; {_SECRET_RULE}")
 
 
 _SECRET_RULE = (
@@ -336,14 +362,64 @@ _SECRET_RULE = (
 )
 
 
-def _fill_in(value: Any, path: Path, key: tuple[str, ...], unset: dict[str, str] | None) -> Any:
+def _fill_in(
+    value: Any, annotations: Sequence[Any], path: Path, key: tuple[str, ...], unset: dict[str, str] | None
+) -> Any:
+    """Return a job's values with variables filled in; `annotations` are what the model says of this one.
+
+    Raises:
+        JobError: naming the variable that is not set or secret, or the field that is neither a path nor a URL.
+    """
     if isinstance(value, dict):
-        return {name: _fill_in(child, path, (*key, str(name)), unset) for name, child in value.items()}
+        return {
+            name: _fill_in(child, _annotations_at(annotations, key, str(name)), path, (*key, str(name)), unset)
+            for name, child in value.items()
+        }
     if isinstance(value, list):
-        return [_fill_in(child, path, (*key, str(index)), unset) for index, child in enumerate(value)]
-    if isinstance(value, str):
-        return fill_in_variables(value, where=f"job {path}: {'.'.join(key)}", unset=unset)
-    return value
+        below = [annotation for one in annotations for annotation in _below(one, None)]
+        return [_fill_in(child, below, path, (*key, str(index)), unset) for index, child in enumerate(value)]
+    if not isinstance(value, str) or not annotations or not (match := _VARIABLE.search(value)):
+        return value
+    where = f"job {path}: {visible('.'.join(key))}"
+    if not any(isinstance(part, FilledIn) for annotation in annotations for part in _parts(annotation)):
+        raise JobError(
+            f"{where}: ${{{match[1]}}} is not filled in here: only paths, URLs, and a corpus's licence and provenance are, "
+            "for other fields are published; "
+            f"write the value itself, or give it with --set {visible('.'.join(key))}=VALUE"
+        )
+    return fill_in_variables(value, where=where, unset=unset)
+
+
+def _annotations_at(annotations: Sequence[Any], key: tuple[str, ...], name: str) -> list[Any]:
+    """Return the annotations of a key; a variant's is that of the section's field that it changes."""
+    if len(key) != 2 or key[0] != "variants":
+        return [annotation for one in annotations for annotation in _below(one, name)]
+    found: list[Any] = [Job]
+    for part in name.split("."):
+        found = [annotation for one in found for annotation in _below(one, part)]
+    return found
+
+
+def _below(annotation: Any, name: str | None) -> Iterator[Any]:
+    """Yield the annotations of a field or an element of what is annotated."""
+    for part in _parts(annotation):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            field = part.model_fields.get(name or "")
+            if field is not None:
+                yield Annotated[field.annotation, *(field.metadata or [None])]
+        elif get_origin(part) is dict:
+            yield get_args(part)[1]
+        elif get_origin(part) in (tuple, list):
+            yield from (one for one in get_args(part) if one is not ...)
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """Yield the types of a union, and what is said about them."""
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        for part in get_args(annotation):
+            yield from _parts(part)
+    else:
+        yield annotation
 
 
 def _with_absolute_tasks(job: Job, folder: Path) -> Job:
@@ -361,7 +437,7 @@ def _with_absolute_tasks(job: Job, folder: Path) -> Job:
 
 
 def _explain(model: type[BaseModel], finding: ErrorDetails) -> str:
-    location = [str(part) for part in finding["loc"]]
+    location = [visible(str(part)) for part in finding["loc"]]
     key = ".".join(location) or "the job"
     if finding["type"] == "extra_forbidden":
         names = _names_at(model, location[:-1])
@@ -382,13 +458,9 @@ def _explain(model: type[BaseModel], finding: ErrorDetails) -> str:
 
 
 def _names_at(model: type[BaseModel], location: list[str]) -> list[str]:
+    found: list[Any] = [model]
     for part in location:
-        field = model.model_fields.get(part)
-        if field is None:
-            return []
-        candidates = [field.annotation, *get_args(field.annotation)]
-        models = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
-        if not models:
-            return []
-        model = models[0]
-    return sorted(model.model_fields)
+        found = [annotation for one in found for annotation in _below(one, part)]
+    parts = [part for annotation in found for part in _parts(annotation)]
+    models = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+    return sorted(models[0].model_fields) if models else []

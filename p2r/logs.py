@@ -7,9 +7,7 @@ A line is a `str` that carries fields: whoever only shows lines (a test, a noteb
 travel between processes like any text. What modules say by `logging` ("p2r.s3: asked again") goes the same way. Only
 warnings and worse, and lines of progress, are events: nobody reads a stream of debugging.
 
-Secrets are masked here, last and for every line, because a message can hold what another program answered: values of
-variables whose names say that they are secret, also percent-encoded; passwords in URLs; signatures of presigned URLs;
-authorization headers; private keys.
+Secrets are masked for every line (`p2r.masking`), because a message can hold what another program answered.
 """
 
 import json
@@ -19,12 +17,13 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, cast, get_args
-from urllib.parse import quote
 
+from p2r.console import harmless
 from p2r.errors import InputError
+from p2r.masking import masked
 
 Say = Callable[[str], None]
 LogFormat = Literal["auto", "text", "json"]
@@ -36,43 +35,8 @@ _OURS = ("p2r", "cluster")
 _STAGES = frozenset({"ingest", "pretrain", "publish", "finetune"})
 _FIRST = ("time", "level", "run", "stage", "attempt", "rank", "step", "message")
 
-_SECRET_NAME = re.compile(
-    r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_?KEY|API_?KEY|ACCESS_?KEY|PSEUDONYM_KEY", re.IGNORECASE
-)
-_NO_SECRET_NAME = re.compile(r"_(FILE|PATH|DIR|URI|URL|ENDPOINT|MODE|FORMAT)$", re.IGNORECASE)
-_MIN_SECRET = 6
-"""Letters: what is shorter would mask half of every line, and hides nothing."""
-_MASK = "***"
-_PATTERNS = (
-    # https://user:password@host, and s3://KEY:SECRET@bucket
-    (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/?#\s@'\"]+@", re.IGNORECASE), rf"\1{_MASK}@"),
-    # what signs a presigned URL, and tokens in queries
-    (
-        re.compile(
-            r"([?&;](?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId|sig|token|access_token|api_?key|password)=)"
-            r"[^&\s'\"]+",
-            re.IGNORECASE,
-        ),
-        rf"\1{_MASK}",
-    ),
-    (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\1 {_MASK}"),
-    (re.compile(r"\b(AWS4-HMAC-SHA256)\s+Credential=.*?Signature=[^\s'\"]+", re.IGNORECASE), rf"\1 {_MASK}"),
-    # aws_secret_access_key = ..., "SecretAccessKey": "...", RAY_AUTH_TOKEN=...
-    (
-        re.compile(
-            r"((?:secret_?(?:access_?)?key|session_?token|auth_?token|security_?token|password|passwd|pseudonym_key)['\"]?\s*[=:]\s*['\"]?)"
-            r"[^\s'\",;&}]{6,}",
-            re.IGNORECASE,
-        ),
-        rf"\1{_MASK}",
-    ),
-    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), _MASK),
-    (
-        re.compile(r"-----BEGIN ([A-Z ]*)PRIVATE KEY-----.*?(?:-----END \1PRIVATE KEY-----|\Z)", re.DOTALL),
-        _MASK,
-    ),
-)
-_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_UNSEEN_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What `json.dumps` leaves as it is, and terminals obey."""
 
 
 class Line(str):
@@ -159,21 +123,6 @@ def say_crash(error: BaseException) -> None:
     _emit(logging.CRITICAL, Line(text, error=type(error).__name__, exit_code=1))
 
 
-def masked(text: str, *, environment: Mapping[str, str] | None = None) -> str:
-    """Return the text without secrets."""
-    for secret in sorted(_secrets(os.environ if environment is None else environment), key=len, reverse=True):
-        text = text.replace(secret, _MASK)
-    for pattern, replacement in _PATTERNS:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-def _secrets(environment: Mapping[str, str]) -> Iterable[str]:
-    for name, value in environment.items():
-        if len(value) >= _MIN_SECRET and _SECRET_NAME.search(name) and not _NO_SECRET_NAME.search(name):
-            yield from {value, quote(value, safe=""), quote(value), json.dumps(value)[1:-1]}
-
-
 def _emit(level: int, line: str) -> None:
     logger = logging.getLogger(_PROGRESS)
     if any(isinstance(handler, _Stderr) for handler in logging.getLogger(_OURS[0]).handlers):
@@ -231,12 +180,13 @@ class JsonFormatter(logging.Formatter):
             event["traceback"] = self.formatException(record.exc_info)
         order = {name: number for number, name in enumerate(_FIRST)}
         named = sorted(event.items(), key=lambda item: order.get(item[0], len(order)))
-        return json.dumps({key: _plain(value) for key, value in named if value is not None}, ensure_ascii=False)
+        text = json.dumps({key: _plain(value) for key, value in named if value is not None}, ensure_ascii=False)
+        return _UNSEEN_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _text(level: int, text: str) -> str:
     prefix = {logging.INFO: "", logging.CRITICAL: "", logging.ERROR: "p2r: "}.get(level, "warning: ")
-    return _UNSEEN.sub("?", masked(f"{prefix}{text}"))
+    return harmless(masked(f"{prefix}{text}"))
 
 
 def _plain(value: Any) -> Any:
@@ -259,4 +209,4 @@ def as_text(line: str) -> str:
         level = logging.getLevelNamesMapping()[event["level"].upper()]
         return _text(level, str(event["message"]))
     except (ValueError, TypeError, KeyError, AttributeError):
-        return masked(line)
+        return harmless(masked(line))

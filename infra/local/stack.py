@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The whole stack on this machine without containers: Ray, S3 (SeaweedFS) and Prometheus, on loopback, until Ctrl-C.
 
-    make stack          # or: python -m infra.local.stack --folder ~/p2r/stack
+    make stack          # or: python -m infra.local.stack --folder ~/p2r-runs/stack
 
 Ports are chosen free, so several stacks and other people's Rays do not meet; everything that is made lies in the folder. Prints the
 `export` lines with which jobs find it. What is not installed is named with the package that has it, and the rest starts without it.
@@ -136,7 +136,9 @@ class RayHead:
 def main() -> int:
     """Run the stack until it is told to stop."""
     parser = argparse.ArgumentParser(description="Ray, S3 and Prometheus on this machine, on loopback.")
-    parser.add_argument("--folder", type=Path, default=Path("~/p2r/stack"), help="kept between runs (~/p2r/stack)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("~/p2r-runs/stack"), help="kept between runs (~/p2r-runs/stack)"
+    )
     parser.add_argument("--speed", type=float, default=1.0, help="divide every window of the rules by this")
     options = parser.parse_args()
     folder = options.folder.expanduser().absolute()

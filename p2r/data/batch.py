@@ -15,6 +15,7 @@ from torch import Tensor
 
 from p2r.config import ImageConfig
 from p2r.data.preprocess import normalise, to_grid, to_patch
+from p2r.device import to_device
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,17 @@ class Batch:
         Returns:
             (B, 1, *S) float32 in [0, 1]; and (B, *S) bool, True where a pixel belongs to the scan.
         """
+        device = torch.device(device)
         size, target_mm = self.image.size, self.image.spacing_mm
         shape = [size] * self.image.dimensions
         images = torch.zeros(len(self.positions), 1, *shape, device=device)
         insides = torch.zeros(len(self.positions), *shape, dtype=torch.bool, device=device)
         for group in self.groups:
-            voxels = group.voxels.to(device, non_blocking=True)
+            voxels, low, high = (to_device(tensor, device) for tensor in (group.voxels, group.low, group.high))
             every = (slice(None), *[None] * (voxels.ndim - 1))
-            prepared = normalise(voxels, group.low.to(device)[every], group.high.to(device)[every])
+            prepared = normalise(voxels, low[every], high[every])
             if self.image.dimensions == 2:
-                index = group.index.to(device)
+                index = to_device(group.index, device)
                 rows, columns = group.spacing_mm
                 images[index], insides[index] = to_grid(
                     prepared[:, None], (rows, columns), target_mm=target_mm, size=size

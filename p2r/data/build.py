@@ -15,19 +15,23 @@ from typing import Any
 from p2r.config import IngestConfig
 from p2r.data.label_maps import CODE as LABEL_MAP
 from p2r.data.label_maps import WAY_OUT, label_map_by_voxels
-from p2r.data.ledger import LedgerRow, accepted_fields, is_accepted
+from p2r.data.ledger import LedgerRow, accepted_fields, check_row, is_accepted
+from p2r.data.manifest import check_shard
 from p2r.data.plan import PlannedScan, ShardPlan
 from p2r.data.preprocess import percentile_table, slice_axis
 from p2r.data.read import read_scan
 from p2r.data.shards import index_name, voxels_sha256, write_shard
+from p2r.data.sidecar import closed_tags
 from p2r.data.thumbnails import Thumbnails, drawn, from_rows, thumbnail, to_rows
 from p2r.data.volume import Volume, read_volume
-from p2r.errors import DataError, RefusedScan
+from p2r.documents import as_utf8, read_json
+from p2r.errors import DamagedError, DataError, RefusedScan
 from p2r.storage import Storage
 
 Entry = dict[str, Any]
 
 _FORMAT = "p2r-receipt/1"
+_MAX_RECEIPT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,25 @@ def build_shard(plan: ShardPlan, config: IngestConfig, storage: Storage) -> Buil
 
 def _from_receipt(storage: Storage, path: str) -> Built | None:
     """Return what a receipt says; None if there is none, or what it names does not lie there whole."""
-    found = storage.read_tagged(path)
+    try:
+        found = storage.read_tagged(path, max_bytes=_MAX_RECEIPT_BYTES)
+    except DamagedError:
+        return None
     if found is None:
         return None
     try:
-        receipt = json.loads(found[0])
+        receipt = read_json(found[0], where=path, max_bytes=_MAX_RECEIPT_BYTES, error=DataError)
         entry, rows, thumbnails = receipt["entry"], receipt["rows"], from_rows(receipt["thumbnails"])
         if receipt["format"] != _FORMAT:
             return None
+        for row in rows:
+            check_row(row, where=path)
         if entry is not None:
+            check_shard(entry, where=path)
             tar, index = entry["name"], index_name(entry["name"])
             if _size(storage, tar) != entry["num_bytes"] or not _size(storage, index):
                 return None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, DataError):
+    except (ValueError, TypeError, KeyError, AttributeError, DataError):
         return None  # damaged, or another version's: what it stood for is built again
     return Built(entry, tuple(rows), thumbnails, is_found=True)
 
@@ -110,7 +120,7 @@ def _records(
     taken: set[str] = set()
 
     def refuse(planned: PlannedScan, error: RefusedScan, **more: Any) -> None:
-        message = "" if config.pseudonyms else error.message
+        message = "" if config.pseudonyms else as_utf8(error.message)
         rows.append(planned.row("refused", error.code, message, **more))
 
     for planned in plan.scans:
@@ -154,12 +164,12 @@ def _records(
                 "cohort": config.cohort,
                 "slice_axis": axis,
                 "percentiles": list(percentiles),
-                "source": planned.source if config.pseudonyms else planned.scan.name,
+                "source": planned.source if config.pseudonyms else as_utf8(planned.scan.name),
                 "voxels_sha256": digest,
                 "licence": config.licence,
             }
             known = {
-                "acquisition": dict(volume.sidecar),
+                "acquisition": closed_tags(volume.sidecar) if config.pseudonyms else dict(volume.sidecar),
                 "entities": dict(planned.entities),
                 "frames": None if volume.frames is None else list(volume.frames),
                 "resampled_from_mm": None if volume.resampled_from_mm is None else list(volume.resampled_from_mm),

@@ -23,12 +23,13 @@ from p2r.data.build import build_shard as build_shard
 from p2r.data.label_maps import CODE as LABEL_MAP
 from p2r.data.label_maps import WAY_OUT
 from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, is_failure
+from p2r.data.manifest import Manifest
 from p2r.data.manifest import contains as contains
 from p2r.data.manifest import load_manifest as load_manifest
 from p2r.data.manifest import manifest_sha256 as manifest_sha256
-from p2r.data.plan import Growth, plan_growth, preprocessing_of
+from p2r.data.plan import Growth, plan_growth, preprocessing_of, subject_of
 from p2r.data.plan import ShardPlan as ShardPlan
-from p2r.data.pseudonyms import Names, names_of
+from p2r.data.pseudonyms import Names, names_if_known, names_of
 from p2r.data.revision import (
     Revision,
     choose_thumbnails,
@@ -113,7 +114,7 @@ def ingest(
     """
     names = names_of(config.cohort, pseudonyms=config.pseudonyms)
     found = _found(config, cache)
-    asked = corpus_digest(config, allowed_subjects)
+    asked = names.asked(corpus_digest(config, allowed_subjects))
     storage.check_conditional()
     is_published = False
     while not is_published:
@@ -169,6 +170,16 @@ def check_selection(
     )  # fmt: skip
 
 
+def subjects_found(config: IngestConfig, *, cache: Path | None = None) -> frozenset[str]:
+    """Return the subjects of all scans of a job's sources, before any selection.
+
+    Raises:
+        DataError: as `find_scans`; for a pattern without a group.
+    """
+    subjects = (subject_of(scan, config) for scan in _found(config, cache))
+    return frozenset(subject for subject in subjects if subject is not None)
+
+
 def _found(config: IngestConfig, cache: Path | None) -> list[Scan]:
     return find_scans(
         config.sources,
@@ -216,6 +227,14 @@ def corpus_digest(config: IngestConfig, allowed_subjects: Set[str] | None = None
     return hashlib.sha256(
         json_bytes({**asked, "allowed_subjects": None if allowed_subjects is None else sorted(allowed_subjects)})
     ).hexdigest()
+
+
+def was_asked(manifest: Manifest, config: IngestConfig, allowed_subjects: Set[str] | None = None) -> bool:
+    """Tell whether a corpus was asked for by this section. Pseudonyms without their secret: false, if it cannot be told."""
+    digest = corpus_digest(config, allowed_subjects)
+    names = names_if_known(config.cohort, pseudonyms=config.pseudonyms)
+    known = {digest} if names is None else {digest, names.asked(digest)}  # earlier versions wrote the digest as it is
+    return not known.isdisjoint(manifest["asked"])
 
 
 def _build(

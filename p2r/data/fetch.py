@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 from p2r.cache import Lease, ShardCache
 from p2r.counters import Counters
-from p2r.data.shards import ShardReader, index_name, local_ranges, parse_index
+from p2r.data.shards import MAX_INDEX_BYTES, ShardReader, index_name, local_ranges, parse_index
+from p2r.errors import DataError
 from p2r.storage import Storage
 
 Read = TypeVar("Read")
@@ -154,12 +155,19 @@ class OpenShards:
         entry = self._entries[number]
         name = index_name(entry["name"])
         index = parse_index(
-            self._storage.read_bytes(name),
+            self._storage.read_bytes(name, max_bytes=MAX_INDEX_BYTES),
             name=self._storage.at(name),
             sha256=entry["index_sha256"],
             num_bytes=entry["num_bytes"],
         )
-        return ShardReader(self._storage.at(entry["name"]), index, read)
+        reader = ShardReader(self._storage.at(entry["name"]), index, read)
+        found = {"num_records": len(index), "num_samples": reader.num_samples, "num_volumes": reader.num_volumes}
+        for field, count in found.items():
+            if count != entry[field]:
+                raise DataError(
+                    f"{self._storage.at(name)}: {field} is {count}, the manifest has {entry[field]}; ingest this corpus again"
+                )
+        return reader
 
     def _release_idle(self) -> None:
         """Give the cache free what no planned step needs."""

@@ -33,6 +33,7 @@ _MM_PER_UNIT = {1: 1e3, 3: 1e-3}  # metre, micron; mm for all others
 _UNIT_NAMES = {1: "metre", 2: "mm", 3: "micron"}
 _MAX_EXTENT_MM = 3000.0  # a person lying on the table
 _MIN_EXTENT_MM = 1.0  # the longest side: an embryo of a fish under a microscope
+_MIN_SPACING_MM, _MAX_RECORD_MM = 1e-6, 1e4  # of what a corpus may hold: corpora were made before the bounds above
 _QUATERNION_ROUNDING = -1e-4
 _PLACEMENT = (
     "pixdim", "xyzt_units", "toffset", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
@@ -152,6 +153,13 @@ def check_extent(place: Geometry, shape: tuple[int, ...], path: str | Path) -> N
         f"{path} covers {' x '.join(f'{size:.3g}' for size in extent)} mm; the longest side of a scan has {_MIN_EXTENT_MM:g} to "
         f"{_MAX_EXTENT_MM:g} mm. {stated[0].upper()}{stated[1:]} (xyzt_units): correct it with nibabel's "
         "header.set_xyzt_units('mm'), ('meter') or ('micron'), or the voxel size itself",
+    )
+
+
+def is_physical(shape: Sequence[int], spacing_mm: Sequence[float]) -> bool:
+    """Tell whether a record of a corpus, voxels of this size and so many along X, Y and Z, can be of a scan."""
+    return all(
+        size > _MIN_SPACING_MM and size * count < _MAX_RECORD_MM for size, count in zip(spacing_mm, shape, strict=False)
     )
 
 

@@ -26,7 +26,7 @@ _FOLDERS = frozenset(
         *("mask", "masks", "seg", "segs", "segmentation", "segmentations", "annotation", "annotations", "derivatives"),
     }
 )  # fmt: skip
-_NAME = re.compile(
+LABEL_SUFFIX = re.compile(
     r"(^|[_.\s-])(seg|segs|dseg|probseg|segmentation|mask|masks|brainmask|label|labels|labelmap|gt|groundtruth|roi|aseg|aparc\+aseg)$",
     re.IGNORECASE,
 )
@@ -43,7 +43,7 @@ def label_map_by_name(below: str) -> str | None:
     for folder in path.parts[:-1]:
         if folder.lower() in _FOLDERS:
             return f"is below a folder {folder}"
-    match = _NAME.search(scan_key(path.name))
+    match = LABEL_SUFFIX.search(scan_key(path.name))
     return None if match is None else f"has a name that ends in {match[0]}"
 
 

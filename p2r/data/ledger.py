@@ -14,24 +14,76 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 from p2r.data.label_maps import CODE as LABEL_MAP
 from p2r.data.manifest import Manifest, ledger_path
+from p2r.data.preprocess import is_percentile_table
 from p2r.data.volume import Volume
+from p2r.documents import checked, read_lines
 from p2r.errors import DataError
 from p2r.storage import Storage
 
 LedgerRow = dict[str, Any]
 
-_NEEDED = ("key", "source", "num_bytes", "modified", "subject", "status", "reason", "voxels_sha256", "copy_of")
+
+def _table(percentiles: list[float]) -> list[float]:
+    if not is_percentile_table(percentiles):
+        raise ValueError("percentiles do not rise, have no contrast, or are not as many as are recorded")
+    return percentiles
+
+
+MAX_BYTES = 1 << 32
+"""Largest ledger that is read."""
+
+_Name = Annotated[str, Field(max_length=4096)]
+_Code = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+_Axis = Annotated[int, Field(ge=1, le=2**20)]
+_Size = Annotated[float, Field(gt=0, lt=1e4)]
+
+
+class _Row(BaseModel):
+    """What every row has."""
+
+    model_config = ConfigDict(strict=True)  # further keys may come with later versions
+    key: _Name
+    source: _Name
+    num_bytes: Annotated[int, Field(ge=0, lt=2**53)] | None
+    modified: _Name
+    subject: _Name | None
+    status: Literal["accepted", "refused", "not_selected"]
+    reason: _Code
+    message: str
+    copy_of: _Name | None
+    num_samples: Annotated[int, Field(ge=0, lt=2**40)]
+    voxels_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    shard: _Name | None
+    notes: list[_Code]
+
+
+class _Accepted(_Row):
+    """What the row of an accepted scan has."""
+
+    subject: _Name
+    num_samples: Annotated[int, Field(ge=1, lt=2**40)]
+    shape: Annotated[list[_Axis], Field(min_length=4, max_length=4)]
+    spacing_mm: Annotated[list[_Size], Field(min_length=3, max_length=3)]
+    dtype: Literal["int8", "uint8", "int16", "uint16", "float32"]
+    percentiles: Annotated[list[float], AfterValidator(_table)]
+    voxels_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    shard: _Name
+
+
+_ROW, _ACCEPTED = TypeAdapter(_Row), TypeAdapter(_Accepted)
 
 
 def ledger_row(
     *,
     key: str,
     source: str,
-    num_bytes: int,
+    num_bytes: int | None,
     modified: str,
     subject: str | None,
     status: str,
@@ -87,7 +139,7 @@ def read_ledger(storage: Storage, manifest: Manifest) -> list[LedgerRow]:
         DataError: if it is not the one that the manifest names.
     """
     path = ledger_path(manifest)
-    found = storage.read_tagged(path)
+    found = storage.read_tagged(path, max_bytes=MAX_BYTES)
     if found is None or hashlib.sha256(found[0]).hexdigest() != manifest["ledger_sha256"]:
         state = "absent" if found is None else "damaged"
         raise DataError(f"{storage.at(path)} is {state}: the corpus cannot grow without it; restore the file")
@@ -100,14 +152,22 @@ def parse_ledger(content: bytes, *, name: str) -> list[LedgerRow]:
     Raises:
         DataError: They are none.
     """
-    try:
-        rows = [json.loads(line) for line in content.splitlines()]
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: not a ledger: {error}") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or any(field not in row for field in _NEEDED):
-            raise DataError(f"{name}: line {number} is no row of a ledger")
+    rows = []
+    for number, row in read_lines(content, where=name, max_bytes=MAX_BYTES, max_depth=4, error=DataError):
+        check_row(row, where=f"{name}, line {number}:")
+        rows.append(row)
     return rows
+
+
+def check_row(row: object, *, where: str) -> None:
+    """Refuse what is no row of a ledger.
+
+    Raises:
+        DataError: naming the field and the rule.
+    """
+    found = checked(_ROW, row, where=where, error=DataError)
+    if found.status == "accepted":
+        checked(_ACCEPTED, row, where=where, error=DataError)
 
 
 def count_reasons(rows: Iterable[LedgerRow]) -> dict[str, int]:

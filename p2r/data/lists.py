@@ -14,13 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from p2r.data.names import composed
+from p2r.documents import read_lines
 from p2r.errors import DataError
+from p2r.masking import looks_secret
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 """File names that are taken for lists."""
 
 SUBJECT_COLUMNS = ("subject", "subject_id", "participant_id", "participant", "patient_id", "patient")
 """Columns that name the subject; the first that a list has counts."""
+
+MAX_BYTES = 1 << 28
+"""Largest list that is read."""
 
 _MAX_TEXT = 4096
 
@@ -47,13 +52,17 @@ def parse_list(content: bytes, name: str) -> list[Row]:
     Raises:
         DataError: for text that is not UTF-8, breaks its format, has no `path`, or values that are no plain values.
     """
+    if len(content) > MAX_BYTES:
+        raise DataError(
+            f"list {name} has {len(content):,} bytes, more than the {MAX_BYTES:,} that a list may have; part it"
+        )
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"list {name} is not UTF-8 text: {error}; save it as UTF-8, or: iconv -f LATIN1 -t UTF-8 {name}"
         ) from None
-    rows = _objects(text, name) if name.lower().endswith(".jsonl") else _records(text, name)
+    rows = _objects(text.encode(), name) if name.lower().endswith(".jsonl") else _records(text, name)
     return [_row(line, values, f"list {name}, line {line}") for line, values in rows]
 
 
@@ -99,18 +108,12 @@ def _column(name: str) -> str:
     return name.lower() if name.lower() in ("path", *SUBJECT_COLUMNS) else name
 
 
-def _objects(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            value = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"list {name}, line {line} is not JSON: {type(error).__name__}: {error}") from None
-        value = {_column(key): item for key, item in value.items()} if isinstance(value, dict) else {}
-        if "path" not in value:
-            raise DataError(f"list {name}, line {line}: a line is a JSON object with the key `path`")
-        yield line, value
+def _objects(content: bytes, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for line, value in read_lines(content, where=f"list {name}", max_bytes=MAX_BYTES, max_depth=4, error=DataError):
+        found = {_column(key): item for key, item in value.items()} if isinstance(value, dict) else {}
+        if "path" not in found or len(found) < len(value):
+            raise DataError(f"list {name}, line {line}: a line is a JSON object with the key `path`, each key once")
+        yield line, found
 
 
 def _row(line: int, values: Mapping[str, Any], where: str) -> Row:
@@ -132,6 +135,10 @@ def _text(value: Any, what: str, where: str) -> str:
         raise DataError(
             f"{where}: {what} must be a text of up to {_MAX_TEXT} characters without control characters, "
             f"or a number; it reads {_short(value)}"
+        )
+    if looks_secret(value):
+        raise DataError(
+            f"{where}: {what} looks like a secret; credentials come from the environment only, for a list's rows are stored"
         )
     return value.strip()
 

@@ -47,6 +47,8 @@ class PlannedScan:
     subject: str
     source: str
     modified: str
+    num_bytes: int | None = None
+    """Size of its files as the ledger has it; None under pseudonyms."""
     entities: tuple[tuple[str, str], ...] = ()
     is_shown: bool = False
     """Whether its thumbnail is wanted."""
@@ -56,7 +58,7 @@ class PlannedScan:
         return ledger_row(
             key=self.key if key is None else key,
             source=self.source,
-            num_bytes=self.scan.num_bytes,
+            num_bytes=self.num_bytes,
             modified=self.modified,
             subject=self.subject,
             status=status,
@@ -88,10 +90,11 @@ class ShardPlan:
 
     def digest(self, config: IngestConfig) -> str:
         """Digest of all that the shard depends on, but for its number: what was built once is found again by it."""
-        members = [
-            {**asdict(planned), "scan": planned.scan.num_bytes, "files": len(planned.scan.files)}
-            for planned in self.scans
-        ]
+        members = []
+        for planned in self.scans:
+            fields = asdict(planned)
+            # Where the size of a file is not published, its digest is in `modified`.
+            members.append({**fields, "scan": fields.pop("num_bytes"), "files": len(planned.scan.files)})
         return hashlib.sha256(
             json_bytes(
                 {
@@ -174,9 +177,7 @@ def plan_growth(
     for scan, subject in subjects.items():
         source = names.source(scan.path)
         old = known.get(source, [])
-        is_same = all(
-            row["num_bytes"] == scan.num_bytes and row["modified"] == names.modified(scan.modified) for row in old
-        )
+        is_same = all(names.is_state(row, scan.num_bytes, scan.modified) for row in old)
         if any(is_accepted(row) for row in old):
             if not is_same:
                 changed.append(source)
@@ -195,19 +196,22 @@ def plan_growth(
     keys = _Keys(row["key"] for row in kept)
     for row in rows:
         row["key"] = keys.free(row["key"], row["source"])
-    planned = [
-        PlannedScan(
-            scan=scan,
-            key=keys.free(names.key(scan.key), names.source(scan.path)),
-            subject=names.subject(subjects[scan] or ""),
-            source=names.source(scan.path),
-            modified=names.modified(scan.modified),
-            entities=tuple(names.entities(dict(scan.entities)).items()),
-        )
-        for scan in sorted(to_read)
-    ]
+    planned = [_planned(scan, subjects[scan] or "", names, keys) for scan in sorted(to_read)]
     plans = tuple(_plans(planned, config, kept, first_number=first_number))
     return Growth(plans, (*kept, *rows), tuple(changed), is_new=bool(plans or rows))
+
+
+def _planned(scan: Scan, subject: str, names: Names, keys: "_Keys") -> PlannedScan:
+    num_bytes, modified = names.state(scan.num_bytes, scan.modified)
+    return PlannedScan(
+        scan=scan,
+        key=keys.free(names.key(scan.key), names.source(scan.path)),
+        subject=names.subject(subject),
+        source=names.source(scan.path),
+        modified=modified,
+        num_bytes=num_bytes,
+        entities=tuple(names.entities(dict(scan.entities)).items()),
+    )
 
 
 def _plans(
@@ -267,11 +271,12 @@ def _row_unread(
         return None
     else:
         reason, message = "not_selected", ""
+    num_bytes, modified = names.state(scan.num_bytes, scan.modified)
     return ledger_row(
         key=names.key(scan.key),
         source=names.source(scan.path),
-        num_bytes=scan.num_bytes,
-        modified=names.modified(scan.modified),
+        num_bytes=num_bytes,
+        modified=modified,
         subject=None if subject is None else names.subject(subject),
         status=status,
         reason=reason,

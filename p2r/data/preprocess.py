@@ -13,6 +13,7 @@ volume's own voxels where X Y Z are those after resampling.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +32,8 @@ SliceAxis = Literal["auto", 0, 1, 2]
 
 _TIED_SPACING = 0.01
 _MAX_PERCENTILE_VOXELS = 1 << 18
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
+_LEAST_CONTRAST = 1e-30  # between two percentiles; less vanishes in 32-bit numbers
 _ROUNDING = 0.01  # of a voxel: what spacings in a header may be off
 
 
@@ -121,7 +124,7 @@ def percentile_table(data: NDArray[Any], *, name: str = "the scan") -> tuple[flo
     """Return the intensities at `PERCENTILES` of the non-zero voxels, or of all if those are constant.
 
     Raises:
-        RefusedScan: `constant`, if 99 of 100 voxels have one value.
+        RefusedScan: `constant`, if 99 of 100 voxels have one value; `nonfinite`, if 32-bit numbers cannot hold their range.
     """
     # A stride that shares no factor with the size visits every plane, row and column, in a fixed pattern.
     stride = math.ceil(data.size / _MAX_PERCENTILE_VOXELS)
@@ -131,12 +134,25 @@ def percentile_table(data: NDArray[Any], *, name: str = "the scan") -> tuple[flo
     for voxels in (sample[sample != 0], sample):
         if voxels.size:
             table = _percentiles(voxels)
-            if table[PERCENTILES.index(0.5)] < table[PERCENTILES.index(99.5)]:
+            if table[-1] - table[0] > _MAX_FLOAT32:
+                raise RefusedScan("nonfinite", "the range of the voxels is beyond what 32-bit numbers hold")
+            if is_percentile_table(table):
                 return table
     raise RefusedScan(
         "constant",
         f"{name}: percentiles 0.5 and 99.5 of the voxels are equal, 99 of 100 voxels have one value: hardly any contrast; "
         "leave the scan out, or crop it to what it shows",
+    )
+
+
+def is_percentile_table(table: Sequence[float]) -> bool:
+    """Tell whether intensities at `PERCENTILES` can normalise a scan in 32-bit numbers: they rise, and have a contrast."""
+    return bool(
+        len(table) == len(PERCENTILES)
+        and all(math.isfinite(value) for value in table)
+        and all(low <= high for low, high in pairwise(table))
+        and table[-1] - table[0] <= _MAX_FLOAT32
+        and table[PERCENTILES.index(99.5)] - table[PERCENTILES.index(0.5)] >= _LEAST_CONTRAST
     )
 
 
@@ -157,7 +173,7 @@ def intensity_window(table: Sequence[float], percentiles: tuple[float, float]) -
         percentiles: Two of `PERCENTILES`. Where both fall on one value, the darkest and the brightest stand in.
     """
     low, high = (table[PERCENTILES.index(percentile)] for percentile in percentiles)
-    return (low, high) if low < high else (table[0], table[-1])
+    return (low, high) if high - low >= _LEAST_CONTRAST else (table[0], table[-1])
 
 
 def normalise(voxels: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:

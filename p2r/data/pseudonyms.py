@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from p2r.documents import as_utf8
 from p2r.errors import DataError
 
 VARIABLE = "P2R_PSEUDONYM_KEY"
@@ -52,13 +53,31 @@ class Names:
         """Name of a file, folder or URL."""
         return self._published("source", path, path)
 
-    def modified(self, value: str) -> str:
-        """A file's time or tag: a time can tell when somebody was scanned."""
-        return self._published("modified", value, value) if value else ""
+    def state(self, num_bytes: int, modified: str) -> tuple[int | None, str]:
+        """Size of a file and its time or tag, by which a change is noticed.
+
+        A size tells known files apart, and a time when somebody was scanned: under pseudonyms both are in one digest.
+        """
+        if self.secret is None:
+            return num_bytes, modified
+        return None, _digest(self.secret, "state", f"{num_bytes}\n{modified}")
+
+    def is_state(self, row: Mapping[str, Any], num_bytes: int, modified: str) -> bool:
+        """Tell whether a ledger's row is of a file as it is now. Corpora of earlier versions have its size beside its digest."""
+        states = [self.state(num_bytes, modified)]
+        if self.secret is not None:
+            states.append((num_bytes, _digest(self.secret, "modified", modified) if modified else ""))
+        return (row["num_bytes"], row["modified"]) in states
+
+    def asked(self, digest: str) -> str:
+        """Digest of an ingest section, which has paths and names: without the secret nobody can try a section."""
+        if self.secret is None:
+            return digest
+        return hmac.new(self.secret, f"p2r/asked\n{digest}".encode(), hashlib.sha256).hexdigest()
 
     def message(self, text: str) -> str:
         """Text that may quote names: nothing is left of it under pseudonyms."""
-        return text if self.secret is None else ""
+        return as_utf8(text) if self.secret is None else ""
 
     def entities(self, found: Mapping[str, str]) -> dict[str, str]:
         """Entities of a BIDS name; under pseudonyms only numbers and words of the standard."""
@@ -73,7 +92,7 @@ class Names:
         return {"names": SCHEME, "key_id": _digest(self.secret, "key_id", "")}
 
     def _published(self, kind: str, name: str, plain: str) -> str:
-        return plain if self.secret is None else _digest(self.secret, kind, name)
+        return as_utf8(plain) if self.secret is None else _digest(self.secret, kind, as_utf8(name))
 
 
 def names_of(cohort: str, *, pseudonyms: bool) -> Names:
@@ -92,6 +111,14 @@ def names_of(cohort: str, *, pseudonyms: bool) -> Names:
             "as long as the corpus"
         )
     return Names(cohort, secret.encode())
+
+
+def names_if_known(cohort: str, *, pseudonyms: bool) -> Names | None:
+    """Return the names of a cohort; None if they are to be pseudonyms and the environment has no secret."""
+    try:
+        return names_of(cohort, pseudonyms=pseudonyms)
+    except DataError:
+        return None
 
 
 def names_for(statement: Mapping[str, Any], cohort: str) -> Names:

@@ -21,6 +21,7 @@ from p2r.config import IngestConfig
 from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, ledger_bytes, read_ledger
 from p2r.data.manifest import (
     FORMAT,
+    MAX_MANIFEST_BYTES,
     ledger_path,
     load_manifest,
     manifest_bytes,
@@ -32,7 +33,7 @@ from p2r.data.manifest import (
 )
 from p2r.data.plan import preprocessing_of
 from p2r.data.pseudonyms import Names
-from p2r.data.thumbnails import MOST, Thumbnails, drawn, from_bytes, to_bytes
+from p2r.data.thumbnails import MAX_BYTES, MOST, Thumbnails, drawn, from_bytes, to_bytes
 from p2r.errors import DataError, StorageError
 from p2r.storage import Storage, json_bytes
 from p2r.version import __version__, code_version
@@ -63,7 +64,7 @@ def current_revision(storage: Storage) -> Revision:
     Raises:
         DataError: It is damaged, or of another version.
     """
-    found = storage.read_tagged("manifest.json")
+    found = storage.read_tagged("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
     if found is None:
         return Revision()
     content, tag = found
@@ -84,7 +85,7 @@ def read_thumbnails(storage: Storage, manifest: Mapping[str, Any]) -> Thumbnails
         DataError: if they are not those that the manifest names.
     """
     path = thumbnails_path(manifest)
-    found = storage.read_tagged(path)
+    found = storage.read_tagged(path, max_bytes=MAX_BYTES)
     if found is None or hashlib.sha256(found[0]).hexdigest() != manifest["thumbnails_sha256"]:
         raise DataError(f"{storage.at(path)} is {'absent' if found is None else 'damaged'}; restore the file")
     return from_bytes(found[0])

@@ -41,6 +41,7 @@ from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import composed, local_path, pair_of, scan_key
 from p2r.data.opening import bucket_client
 from p2r.data.phantom import resolve_source
+from p2r.documents import read_start
 from p2r.errors import DataError
 
 DicomSubject = Literal["folder", "patient_id"]
@@ -400,7 +401,10 @@ def _is_in_dataset(path: str, bucket: Any, known: dict[str, bool]) -> bool:
 
 def _in_list(path: str, search: _Search) -> Iterator[Scan]:
     try:
-        content = bucket_client().cat_file(path) if path.startswith("s3://") else Path(path).read_bytes()
+        if path.startswith("s3://"):
+            content = bucket_client().cat_file(path, start=0, end=lists.MAX_BYTES + 1)
+        else:
+            content = read_start(Path(path), max_bytes=lists.MAX_BYTES)
     except Exception as error:  # botocore's errors have no common root
         raise DataError(f"list {path} cannot be read: {type(error).__name__}: {error}") from error
     rows = lists.parse_list(content, path)

@@ -40,8 +40,10 @@ from numpy.typing import NDArray
 from webdataset import TarWriter
 
 from p2r.config import PERCENTILES
-from p2r.data.preprocess import planes_to_volume, volume_to_planes
+from p2r.data.header import is_physical
+from p2r.data.preprocess import is_percentile_table, planes_to_volume, volume_to_planes
 from p2r.data.volume import Volume
+from p2r.documents import read_json, read_lines, read_start
 from p2r.errors import DataError
 from p2r.storage import file_sha256
 
@@ -54,6 +56,9 @@ ReadRange = Callable[[int, int], bytes]
 DTYPES = ("|i1", "|u1", "<i2", "<u2", "<f4")
 """What a volume may hold."""
 
+MAX_INDEX_BYTES = 1 << 30
+"""Largest index that is read."""
+
 _BLOCK = 32
 _COMPRESSION = {
     "lz4": (blosc2.Codec.LZ4, 5, blosc2.Filter.SHUFFLE),
@@ -64,6 +69,9 @@ blosc2.set_releasegil(True)  # or a thread that decodes would stop the one that 
 _SPLIT_BYTES = 1 << 15  # fixed, so that no machine chooses it by its own cache: equal records, equal bytes
 _MAX_CHUNK_BYTES = 1 << 28  # a damaged or hostile index cannot ask for more memory than this
 _MAX_JSON_BYTES = 1 << 26
+_MAX_AXIS = 1 << 20
+_MAX_OFFSET = 1 << 50
+_MAX_KEY = 1024
 _NOT_PARSED = (AttributeError, KeyError, ValueError, TypeError, OverflowError, RecursionError)
 
 
@@ -263,7 +271,8 @@ def index_shard(path: Path) -> list[IndexRow]:
                 if described is None and voxels is None:
                     key = member.name.partition(".")[0]
                 if member.name == f"{key}.json" and described is None and member.size <= _MAX_JSON_BYTES:
-                    described = json.load(content)
+                    text = content.read(member.size)
+                    described = read_json(text, where=member.name, max_bytes=_MAX_JSON_BYTES, error=DataError)
                 elif member.name in (f"{key}.planes", f"{key}.blocks", f"{key}.npy") and voxels is None:
                     voxels = {"offset": member.offset_data, "size": member.size, "checksum": _file_crc32(content)}
                 else:
@@ -273,7 +282,7 @@ def index_shard(path: Path) -> list[IndexRow]:
                     described, voxels = None, None
             if described is not None or voxels is not None:
                 raise ValueError(f"record {key} is not whole")
-    except (tarfile.TarError, EOFError, *_NOT_PARSED) as error:
+    except (tarfile.TarError, EOFError, DataError, *_NOT_PARSED) as error:
         raise DataError(f"{path}: not a shard, or damaged: {error}") from error
     return rows
 
@@ -290,7 +299,7 @@ def read_index(path: Path, *, sha256: str | None = None, num_bytes: int | None =
         DataError: It is not what was written: another digest, or lines that do not parse.
     """
     try:
-        content = path.read_bytes()
+        content = read_start(path, max_bytes=MAX_INDEX_BYTES)
     except OSError as error:
         raise DataError(f"{path}: the index cannot be read: {error}") from error
     return parse_index(content, name=str(path), sha256=sha256, num_bytes=num_bytes)
@@ -302,13 +311,20 @@ def parse_index(
     """Like `read_index`, for the content of the file."""
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(f"{name}: the index is damaged (its SHA-256 is not the manifest's); ingest this corpus again")
-    try:
-        return [
-            _checked_row(IndexRow(**_as_tuples(json.loads(line))), num_bytes=num_bytes)
-            for line in content.decode().splitlines()
-        ]
-    except _NOT_PARSED as error:
-        raise DataError(f"{name}: the index cannot be parsed: {error}") from error
+    rows = []
+    lines = read_lines(
+        content, where=name, max_bytes=MAX_INDEX_BYTES, max_line_bytes=_MAX_JSON_BYTES, max_depth=4, error=DataError
+    )
+    for number, described in lines:
+        try:
+            rows.append(_checked_row(IndexRow(**_as_tuples(described)), num_bytes=num_bytes))
+        except DataError as error:
+            raise DataError(f"{name}, line {number}: {error}") from None
+        except _NOT_PARSED as error:
+            raise DataError(f"{name}, line {number}: the index cannot be parsed: {error}") from error
+    if len({row.key for row in rows}) < len(rows):
+        raise DataError(f"{name}: the index has a record twice")
+    return rows
 
 
 class ShardReader:
@@ -327,6 +343,7 @@ class ShardReader:
         self._ends = list(accumulate(row.num_planes for row in index))
         self.num_samples = self._ends[-1] if self._ends else 0
         self._volume_ends = list(accumulate(row.shape[3] for row in index))
+        self.num_volumes = self._volume_ends[-1] if self._volume_ends else 0
 
     def locate(self, sample: int) -> tuple[IndexRow, int]:
         """Record and number of the plane in it, for sample 0 to `num_samples` - 1 of the shard."""
@@ -531,17 +548,33 @@ def _checked_row(row: IndexRow, *, num_bytes: int | None) -> IndexRow:
             raise DataError(f"record {str(row.key)[:80]!r} of an index breaks a rule: {rule}")
 
     whole = (row.offset, row.size, *row.shape, *row.chunk_shape, *row.chunk_offsets, *row.chunk_crc32)
-    need(all(type(value) is int and value >= 0 for value in whole), "offsets, sizes and shapes are whole numbers")
-    need(isinstance(row.key, str) and isinstance(row.subject, str), "key and subject are texts")
-    need(len(row.shape) == 4 and min(row.shape) >= 1 and row.slice_axis in (0, 1, 2), "shape has four positive axes")
+    need(
+        all(type(value) is int and 0 <= value <= _MAX_OFFSET for value in whole),
+        "offsets, sizes and shapes are whole numbers up to 2**50",
+    )
+    need(
+        all(isinstance(text, str) and len(text) <= _MAX_KEY for text in (row.key, row.subject)),
+        f"key and subject are texts of up to {_MAX_KEY} characters",
+    )
+    need(
+        len(row.shape) == 4 and min(row.shape) >= 1 and max(row.shape) <= _MAX_AXIS,
+        f"shape has four axes of 1 to {_MAX_AXIS:,} voxels",
+    )
+    need(type(row.slice_axis) is int and row.slice_axis in (0, 1, 2), "slice_axis is 0, 1 or 2")
     need(row.dtype in DTYPES, f"dtype is one of {', '.join(DTYPES)}")
     numbers = (*row.spacing_mm, *row.percentiles)
     need(
         all(type(value) in (int, float) and math.isfinite(value) for value in numbers),
         "spacing and percentiles are finite",
     )
-    need(len(row.spacing_mm) == 3 and min(row.spacing_mm) > 0, "spacing_mm has three positive values")
-    need(len(row.percentiles) == len(PERCENTILES), f"percentiles has {len(PERCENTILES)} values")
+    need(
+        len(row.spacing_mm) == 3 and is_physical(row.shape, row.spacing_mm),
+        f"spacing_mm has three values of a scan, got {list(row.spacing_mm)[:4]}",
+    )
+    need(
+        is_percentile_table(row.percentiles),
+        f"percentiles has {len(PERCENTILES)} values that do not fall, have a contrast and fit 32 bits",
+    )
     need(isinstance(row.is_compressed, bool), "is_compressed is true or false")
     need(len(row.chunk_shape) == 3 and min(row.chunk_shape) >= 1, "chunk_shape has three positive axes")
     need(math.prod(row.chunk_shape) * np.dtype(row.dtype).itemsize <= _MAX_CHUNK_BYTES, "a chunk has at most 256 MiB")

@@ -8,14 +8,14 @@ and counted.
 In a BIDS data set a scan also inherits from `.json` files further up, the nearest one last.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from p2r.data.bids import DESCRIPTION, applies, entities_of
 from p2r.data.names import local_path, scan_key
 from p2r.data.opening import bucket_client
-from p2r.errors import StorageError
+from p2r.documents import read_json
+from p2r.errors import InputError, StorageError
 
 MAX_BYTES = 1 << 20
 """Largest sidecar that is read."""
@@ -43,6 +43,44 @@ _KINDS: dict[Kind, str] = {
 TAGS: dict[str, Kind] = {tag: kind for kind, tags in _KINDS.items() for tag in tags.split()}
 """Tags that are kept, by their BIDS names, with the kind that their value, or every item of a list of values, must have."""
 
+_WORDS: dict[str, str] = {
+    "Modality": "MR",
+    "Manufacturer": "SIEMENS GE PHILIPS CANON TOSHIBA HITACHI UIH BRUKER ESAOTE VARIAN FUJIFILM",
+    "MRAcquisitionType": "1D 2D 3D",
+    "ScanningSequence": "SE IR GR EP RM",
+    "SequenceVariant": "SK MTC SS TRSS SP MP OSP NONE",
+    "ScanOptions": "PER RG CG PPG FC PFF PFP SP FS WE MT IR DB SAT1 SAT2 SAT3",
+    "PulseSequenceType": "MPRAGE MP2RAGE SPGR FLASH FSE TSE EPI BSSFP TRUFI HASTE SPACE CUBE VISTA",
+    "ImageType": """ORIGINAL DERIVED PRIMARY SECONDARY OTHER M P R I PHASE MAGNITUDE REAL IMAGINARY ND NORM DIS2D DIS3D FM MOSAIC FFE SE
+        TE IR M_FFE M_SE M_IR AXIAL MPR MIP ADC FA TRACEW MEAN T1 T2 T2_STAR PROTON_DENSITY PERFUSION DIFFUSION FMRI WATER FAT
+        IN_PHASE OUT_OF_PHASE NONE""",
+    "BodyPart": "BRAIN HEAD HEART",
+    "BodyPartExamined": """ABDOMEN ANKLE BRAIN BREAST CHEST CSPINE ELBOW FOOT HAND HEAD HEART HIP KNEE KIDNEY LIVER LSPINE NECK PELVIS
+        PROSTATE SHOULDER SPINE TSPINE WHOLEBODY WRIST""",
+    "PatientPosition": "HFS HFP HFDR HFDL FFS FFP FFDR FFDL",
+    "PhaseEncodingDirection": "i j k i- j- k-",
+    "InPlanePhaseEncodingDirectionDICOM": "ROW COL OTHER",
+    "ParallelAcquisitionTechnique": "GRAPPA SENSE MSENSE CAIPIRINHA ARC ASSET SMASH PILS NONE",
+    "ConversionSoftware": "dcm2niix",
+}
+_VOCABULARY = {tag: frozenset(words.split()) for tag, words in _WORDS.items()}
+"""Words of DICOM and BIDS, and of a few manufacturers: what may stay of texts under pseudonyms. Texts of other tags are
+whatever somebody at the scanner has typed."""
+
+
+def closed_tags(tags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tags that hold nothing that somebody made up: numbers, flags, and texts of a closed vocabulary."""
+    return {tag: value for tag, value in tags.items() if TAGS.get(tag) in ("number", "flag") or _is_closed(tag, value)}
+
+
+def _is_closed(tag: str, value: Any) -> bool:
+    known = _VOCABULARY.get(tag, frozenset())
+    if isinstance(value, list):
+        return all(_is_closed(tag, item) for item in value)
+    text = str(value)
+    words = [text] if text in known else text.replace("\\", "_").split("_")
+    return all(word in known or word.upper() in known for word in words)
+
 
 def read_sidecar(path: str) -> tuple[dict[str, Any], int]:
     """Return the tags of the scan at `path`, and how many JSON files or values could not be used.
@@ -68,11 +106,11 @@ def read_sidecar(path: str) -> tuple[dict[str, Any], int]:
 def allowed_tags(content: bytes) -> tuple[dict[str, Any], int]:
     """Return the tags in a JSON object that are on the list, and how many of those had no usable value (a whole file: 1)."""
     try:
-        # Constants such as NaN become None, which no kind allows.
-        value = json.loads(content[: MAX_BYTES + 1], parse_constant=lambda _: None)
-    except (ValueError, RecursionError):
+        # NaN, which other programs write, becomes None, which no kind allows.
+        value = read_json(content, where="a sidecar", max_bytes=MAX_BYTES, nan_as_none=True)
+    except InputError:
         return {}, 1
-    if len(content) > MAX_BYTES or not isinstance(value, dict):
+    if not isinstance(value, dict):
         return {}, 1
     listed = {tag: value[tag] for tag in TAGS if tag in value}
     usable = {tag: found for tag, found in listed.items() if _is_usable(found, TAGS[tag])}

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from p2r.data.preprocess import plane_spacing, slice_axis
 from p2r.data.volume import Volume
+from p2r.documents import read_lines
 from p2r.errors import DataError
 
 Pixels = NDArray[np.uint8]
@@ -25,6 +26,8 @@ Thumbnails = dict[str, Pixels]
 """By key."""
 
 SIZE = 96
+MAX_BYTES = 1 << 26
+"""Largest file of thumbnails that is read."""
 MOST = 48
 """How many accepted, and how many refused scans a report shows."""
 
@@ -70,9 +73,10 @@ def from_bytes(content: bytes) -> Thumbnails:
         DataError: if the content is something else.
     """
     try:
-        return from_rows([json.loads(line) for line in content.splitlines()])
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"thumbnails cannot be parsed: {error}") from error
+        rows = read_lines(content, where="the file", max_bytes=MAX_BYTES, max_depth=2, error=DataError)
+        return from_rows([row for _, row in rows])
+    except DataError as error:
+        raise DataError(f"thumbnails cannot be parsed: {error}") from None
 
 
 def to_rows(thumbnails: Thumbnails) -> list[dict[str, str]]:

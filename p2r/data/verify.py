@@ -16,8 +16,8 @@ from typing import Any
 from isal.isal_zlib import crc32
 
 from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, parse_ledger
-from p2r.data.manifest import Manifest, ledger_path, parse_manifest, revision_path, thumbnails_path
-from p2r.data.shards import IndexRow, index_name, index_shard, local_ranges, parse_index
+from p2r.data.manifest import MAX_MANIFEST_BYTES, Manifest, ledger_path, parse_manifest, revision_path, thumbnails_path
+from p2r.data.shards import MAX_INDEX_BYTES, IndexRow, index_name, index_shard, local_ranges, parse_index
 from p2r.errors import DataError, StorageError
 from p2r.storage import Storage, file_sha256, json_bytes
 
@@ -33,7 +33,7 @@ def verify_corpus(storage: Storage) -> list[str]:
     Raises:
         DataError: There is no manifest to compare with.
     """
-    found = storage.read_tagged("manifest.json")
+    found = storage.read_tagged("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
     if found is None:
         raise DataError(f"no corpus at {storage.url}: it has no manifest.json; make one with a job of kind ingest")
     content, _ = found
@@ -60,28 +60,28 @@ def unreferenced_files(storage: Storage) -> list[str]:
     Receipts and the report are no part of a revision, and are not listed.
     """
     known = {"manifest.json", "ledger.jsonl"}
-    content = storage.read_bytes("manifest.json")
+    content = storage.read_bytes("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
     while True:
         manifest = parse_manifest(content, name=storage.url)
         known |= {revision_path(hashlib.sha256(content).hexdigest()), ledger_path(manifest), thumbnails_path(manifest)}
         known |= {name for shard in manifest["shards"] for name in (shard["name"], index_name(shard["name"]))}
         if manifest["previous"] is None:
             break
-        content = storage.read_bytes(revision_path(manifest["previous"]))
+        content = storage.read_bytes(revision_path(manifest["previous"]), max_bytes=MAX_MANIFEST_BYTES)
     return [name for name in storage.list() if name not in known and not name.startswith(("receipts/", "report/"))]
 
 
 def _problems_of_history(storage: Storage, content: bytes, manifest: Manifest) -> list[str]:
     """Follow the revisions back to the first."""
     path = revision_path(hashlib.sha256(content).hexdigest())
-    copy = storage.read_tagged(path)
+    copy = storage.read_tagged(path, max_bytes=MAX_MANIFEST_BYTES)
     if copy is None or copy[0] != content:
         state = "absent" if copy is None else "damaged"
         return [f"{path}: {state}, though manifest.json is that revision; or manifest.json itself is damaged"]
     problems: list[str] = []
     while (previous := manifest["previous"]) is not None:
         path = revision_path(previous)
-        found = storage.read_tagged(path)
+        found = storage.read_tagged(path, max_bytes=MAX_MANIFEST_BYTES)
         if found is None or hashlib.sha256(found[0]).hexdigest() != previous:
             return [*problems, f"{path}: {'absent' if found is None else 'damaged'}, a later revision names it"]
         try:
@@ -132,7 +132,7 @@ def _ledger(storage: Storage, manifest: Manifest) -> tuple[list[LedgerRow], list
 def _problems_of_shard(storage: Storage, entry: Mapping[str, Any], accepted: Counter[str] | None) -> list[str]:
     name = entry["name"]
     try:
-        content = storage.read_bytes(index_name(name))
+        content = storage.read_bytes(index_name(name), max_bytes=MAX_INDEX_BYTES)
         rows = parse_index(content, name=index_name(name), sha256=entry["index_sha256"], num_bytes=entry["num_bytes"])
     except (StorageError, DataError) as error:
         return [_line(error)]

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from rich.console import Console
 
-from p2r.config import IngestConfig, Mode, PretrainConfig
+from p2r.config import IngestConfig, PretrainConfig
+from p2r.console import console, show
 from p2r.data.corpus import ingest_locally, report_progress
 from p2r.engine.fewshot import Result, attempt, failure_message
 from p2r.engine.finetune import TrialSetup
@@ -31,7 +31,8 @@ from p2r.errors import InputError, JobError, P2RError
 from p2r.evaluate.protocol import Trial
 from p2r.identity import ensure_identity
 from p2r.job import FORK_HELP, ignored_variables, overrides_of, read_job
-from p2r.logs import Line, LogFormat, configure, masked, reset, say, say_crash, say_error, within
+from p2r.logs import Line, LogFormat, configure, reset, say, say_crash, say_error, within
+from p2r.modes import Mode
 from p2r.storage import Storage
 
 
@@ -145,16 +146,16 @@ def _main() -> int:
         return 130
     except P2RError as error:
         if arguments.debug:
-            print(masked(traceback.format_exc()), file=sys.stderr)
+            say(traceback.format_exc().rstrip())
         code = 2 if isinstance(error, InputError) else 1
         say_error(error, code=code)
         return code
     table = made.pop("table", None)
     if table is not None:
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
+        console().print(table)
     failed = made.pop("failed", [])
     for name, value in made.items():
-        print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+        show(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
     if failed:
         say_error(failure_message(failed), code=1)
     return 1 if failed else 0

@@ -22,14 +22,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from p2r import __version__
 from p2r.config import PretrainConfig, ProbeConfig
+from p2r.documents import FileEntry, RelativePath, checked
 from p2r.engine.build import full_weights
 from p2r.engine.peers import Peers
 from p2r.engine.universal import TAG, convert, is_plain, load_universal, refuse_inconvertible
@@ -49,9 +51,32 @@ _FREE = (
     *("deterministic", "max_skipped_steps"),
     *("probe", *(f"probe.{name}" for name in ProbeConfig.model_fields)),
 )
-_NEEDED = ("step", "state", "config", "world_size", "files")
+_MAX_MANIFEST_BYTES = 1 << 26
 _DAMAGED = "damaged.json"
 _LOG = logging.getLogger(__name__)
+
+
+class _Config(BaseModel):
+    """Of a run, what is read before it is compared with the job's."""
+
+    model_config = ConfigDict(strict=True)  # all other keys are compared as they are
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
+
+
+class _Manifest(BaseModel):
+    """A checkpoint's `manifest.json`. Its paths and names lead nowhere but into its folder."""
+
+    model_config = ConfigDict(strict=True)
+    step: Annotated[int, Field(ge=0, lt=2**53)]
+    state: dict[str, JsonValue]
+    config: _Config
+    world_size: Annotated[int, Field(ge=1, le=2**24)]
+    files: dict[RelativePath, FileEntry]
+    tensors: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]] = []
+    init_from: dict[str, JsonValue] | None = None
+
+
+_MANIFEST = TypeAdapter(_Manifest)
 
 
 @dataclass(frozen=True)
@@ -331,7 +356,7 @@ def _manifest(storage: Storage, path: str) -> dict[str, Any]:
         CheckpointError: Another version's.
     """
     where = f"{path}/{MANIFEST}"
-    manifest = storage.read_json(where)
+    manifest = storage.read_json(where, max_bytes=_MAX_MANIFEST_BYTES)
     if not isinstance(manifest, dict):
         raise DamagedError(f"{storage.at(where)} is not a manifest: it is damaged")
     if manifest.get("format") != FORMAT:
@@ -339,10 +364,9 @@ def _manifest(storage: Storage, path: str) -> dict[str, Any]:
             f"{storage.at(where)} has format {manifest.get('format')!r}, this version reads {FORMAT!r}; "
             "use the version of p2r that wrote it, or another storage URL"
         )
-    if absent := [key for key in _NEEDED if key not in manifest]:
-        raise DamagedError(f"{storage.at(where)} lacks {', '.join(absent)}: it is damaged")
-    if not all({"sha256", "num_bytes"} <= entry.keys() for entry in manifest["files"].values()):
-        raise DamagedError(f"{storage.at(where)} lacks digests: it is damaged")
+    found = checked(_MANIFEST, manifest, where=f"{storage.at(where)} is damaged:", error=DamagedError)
+    if absent := [name for name in ("model", *found.tensors) if f"{name}.safetensors" not in found.files]:
+        raise DamagedError(f"{storage.at(where)} is damaged: files lacks {absent[0]}.safetensors")
     return {**manifest, "path": path}
 
 

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from p2r.errors import error_text
 from p2r.storage import cache_folder
 
 
@@ -58,7 +59,7 @@ def warm_up(
             trial(image)
         trial(image).float().sum().backward()
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = error_text(error).strip().splitlines()[0]
         return False, f"not compiled: {reason}; training goes on without"
     finally:
         del trial

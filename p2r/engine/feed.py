@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from p2r.data.batch import Batch, Group
 from p2r.data.stream import StreamState
+from p2r.device import to_device
 
 Timed = Callable[[str], AbstractContextManager[Any]]
 """Gives the context in which a part of a step, by its name, is computed."""
@@ -58,13 +58,10 @@ def _copied(batches: Batches, device: torch.device, timed: Timed) -> Batches:
 
 
 def _on_device(batch: Batch, device: torch.device) -> Batch:
-    def copied(tensor: Tensor) -> Tensor:
-        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
-        return pinned.to(device, non_blocking=True)
-
     def group_on_device(group: Group) -> Group:
         # The place of a patch is a number that the host computes with.
-        index = copied(group.index) if batch.image.dimensions == 2 else group.index
-        return replace(group, index=index, voxels=copied(group.voxels), low=copied(group.low), high=copied(group.high))
+        index = to_device(group.index, device) if batch.image.dimensions == 2 else group.index
+        voxels, low, high = (to_device(tensor, device) for tensor in (group.voxels, group.low, group.high))
+        return replace(group, index=index, voxels=voxels, low=low, high=high)
 
     return replace(batch, groups=tuple(group_on_device(group) for group in batch.groups))

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 from safetensors.torch import load
 
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
-from p2r.config import FinetuneConfig, Mode
+from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Preparation
 from p2r.engine.finetune import Known, TrialSetup, run_trial, slices_of
-from p2r.errors import DataError, InputError, TrainingError
+from p2r.errors import DataError, InputError, TrainingError, error_text
 from p2r.evaluate.inference import size_read
 from p2r.evaluate.mix_ups import MixUps
 from p2r.evaluate.prepared import prepared_scan
@@ -50,10 +50,14 @@ from p2r.evaluate.tasks import (
     load_task,
 )
 from p2r.files import file_sha256
+from p2r.modes import MODES, Mode
+from p2r.report.text import for_markdown, one_line
 from p2r.storage import Storage, json_bytes
 
 _TRANSDUCTIVE_CARD = """
 Its backbone was pretrained on scans of validation or test patients (transductive): the figure is no estimate for others."""
+_UNKNOWN_CARD = """
+The corpora of its backbone are unknown: validation or test patients may be among them, and the figure is no estimate for others."""
 _PAPER_COMPAT_CARD = """
 It was trained and judged on scans that were cropped by their labels (paper_compat): it is for comparison with a paper only."""
 _OF = {2: "planes", 3: "volumes"}
@@ -255,7 +259,7 @@ def attempt(setup: TrialSetup, trial: Trial, *, device: str, retries: int, say: 
         except TrainingError as error:
             return {"trial": trial.to_row(), "failed": str(error), "diverged": True}
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = error_text(error)
             say(f"{trial.id} | attempt {number + 1} of {retries + 1} failed: {reason}")
     return {"trial": trial.to_row(), "failed": reason}
 
@@ -388,24 +392,24 @@ def publish_best(
     trial = best["trial"]
     weights = load(Storage(setup.storage).read_bytes(best["weights"]))
     # From scratch, a model has the backbone's shape and nothing of its weights or corpora.
-    is_scratch = trial["mode"] == "scratch"
+    is_scratch = MODES[trial["mode"]].is_from_scratch
     licences = [task.config.licence] if is_scratch else [backbone.manifest["licence"], task.config.licence]
     licence = " AND ".join(dict.fromkeys(licences))
-    patients = (
-        f"{trial['num_labelled']} labelled patient{'s' * (trial['num_labelled'] > 1)} ({', '.join(trial['subjects'])})"
-    )
+    names, number = ", ".join(map(for_markdown, trial["subjects"])), trial["num_labelled"]
+    patients = f"{number} labelled patient{'s' * (number > 1)} ({names})"
     dice = best["validation"]["dice_mean"] or 0.0
     trial_is_transductive = bool(best["row"].get("transductive"))
-    classes = ", ".join(f"{value} {name}" for value, name in task.config.classes.items())
-    warnings = _TRANSDUCTIVE_CARD * trial_is_transductive + _PAPER_COMPAT_CARD * (trial["protocol"] == "paper_compat")
-    about = f"""# {task.config.title}
+    classes = ", ".join(f"{value} {for_markdown(name)}" for value, name in task.config.classes.items())
+    seen = _UNKNOWN_CARD if best["row"].get("corpora") == "unknown" else _TRANSDUCTIVE_CARD
+    warnings = seen * trial_is_transductive + _PAPER_COMPAT_CARD * (trial["protocol"] == "paper_compat")
+    about = f"""# {for_markdown(task.config.title)}
 
 Segments {classes} (0: background). Mode {trial["mode"]} with {patients}: the best validation Dice
 ({dice:.3f}) of {len(results)} models. Not a medical device.{warnings}
 
-    p2r predict {storage.at(task.config.name)}/%s scan.nii.gz -o segmentation.nii.gz
+    p2r predict {one_line(storage.at(task.config.name))}/%s scan.nii.gz -o segmentation.nii.gz
 
-Licence of the weights: {licence}. {task.config.citation}
+Licence of the weights: {for_markdown(licence)}. {for_markdown(task.config.citation)}
 """
     config = ArtefactConfig(
         model=backbone.config.model,

@@ -1,12 +1,11 @@
 """One few-shot trial: labelled patients of a task x mode x settings -> Dice on validation, and, once frozen, on test.
 
 The labels of validation and test patients enter nowhere but the scores: training sees the drawn patients only, and, with
-mean_teacher, the images of the other train patients, whose label files are not opened. With the protocol leak_free every
+a semi-supervised mode, the images of the other train patients, whose label files are not opened. With the protocol leak_free every
 scan is whole (no crop by the label). What a finished trial found is read from the storage; it trains and reads nothing again.
 """
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,8 +23,17 @@ from p2r.data.preprocess import Preparation
 from p2r.data.shards import voxels_sha256
 from p2r.data.volume import Volume
 from p2r.engine.readings import record_reading
+from p2r.engine.saved_training import SavedTraining
 from p2r.engine.scoring import Case, Scored, case_of_crop, cases_of, npz_bytes, score_cases
-from p2r.engine.training import Images, labelled_images, train_head, train_segmenter, unlabelled_images
+from p2r.engine.training import (
+    Images,
+    Look,
+    Trained,
+    labelled_images,
+    train_head,
+    train_segmenter,
+    unlabelled_images,
+)
 from p2r.errors import DataError
 from p2r.evaluate.inference import features_of_images, size_read
 from p2r.evaluate.paper_compat import Crop, cropped, split_by_slice
@@ -37,6 +45,7 @@ from p2r.files import file_sha256
 from p2r.model.backbones import build_backbone
 from p2r.model.heads import PrototypeHead
 from p2r.model.pix2rep import Segmenter
+from p2r.modes import MODES
 from p2r.randomness import keyed_generator
 from p2r.storage import Storage, json_bytes
 from p2r.version import code_version
@@ -83,6 +92,10 @@ class TrialSetup:
         config = self.config.model_dump(
             mode="json", include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"}
         )
+        if MODES[trial.mode].unlabelled == "pseudo_labels":
+            config |= self.config.model_dump(mode="json", include={"strong_intensity"})
+        if self.config.compile:
+            config["compile"] = True
         if trial.mode == "linear_probe":
             config["probe_augmentation"] = self.config.probe_augmentation
         recipe: dict[str, Any] = {
@@ -103,13 +116,17 @@ class TrialSetup:
     def _backbone_of(self, trial: Trial) -> str:
         """Return the digest of what the trial takes of the backbone."""
         # Whether a row is labelled as transductive hangs on the backbone's corpus, not on its shape alone.
-        if trial.mode == "scratch" and not self.config.allow_transductive:
+        if MODES[trial.mode].is_from_scratch and not self.config.allow_transductive:
             return self.architecture_sha256
         return self.backbone_sha256
 
     def result_path(self, trial: Trial) -> str:
         """Where the trial's result lies below `storage`: its name holds a digest of everything that it depends on."""
         return f"trials/{trial.id}-{self.recipe_sha256(trial)[:12]}.json"
+
+    def state_path(self, trial: Trial) -> str:
+        """Where the trial's training state is stored below `storage` until it is done."""
+        return f"unfinished/{trial.id}-{self.recipe_sha256(trial)[:12]}.safetensors"
 
     def stopped_path(self, trial: Trial) -> str:
         """Where it is noted below `storage` that a scheduler stopped the trial: that depends on its rivals, too."""
@@ -145,7 +162,7 @@ def run_trial(
     say: Say = lambda line: None,
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Train and score one trial, or return the result that the storage already holds.
+    """Train and score one trial, or return the result that the storage already holds. One that was killed resumes.
 
     A search trial is scored on validation patients. A final one is scored on the split that is reported too, and leaves
     its weights and what it predicted beside its result.
@@ -164,7 +181,7 @@ def run_trial(
     if storage.exists(path):
         done: dict[str, Any] = storage.read_json(path)
         return done
-    began = time.monotonic()
+    saved = SavedTraining(storage, setup.state_path(trial))
     config, task = setup.config, load_task(Path(setup.task))
     backbone = load_backbone(setup.backbone, sha256=setup.backbone_sha256)
     preparation = setup.preparation(backbone)
@@ -191,11 +208,16 @@ def run_trial(
 
     training, validation_cases = _labelled(trial, task, preparation, seed=config.seed)
 
-    def look(step: int, segmenter: nn.Module) -> None:
-        assert report is not None
-        report(step, score(segmenter, validation_cases(), "validation").summary.dice_mean or 0.0)
+    def look(step: int, segmenter: nn.Module) -> dict[str, Any]:
+        summary = score(segmenter, validation_cases(), "validation").summary
+        point = {"step": step, "dice_mean": summary.dice_mean, "dice": summary.dice}
+        say(f"{trial.id} | step {step} | {_dice_text(point)}")
+        if report is not None:
+            report(step, summary.dice_mean or 0.0)
+        return point
 
-    segmenter, train_loss = _fit(
+    look_steps = config.curve_steps if report is None else config.search.report_steps
+    trained = _fit(
         setup,
         trial,
         task,
@@ -203,22 +225,40 @@ def run_trial(
         training,
         device=device,
         say=say,
-        look=None if report is None else look,
+        look=None if look_steps is None else look,
+        look_steps=look_steps or 1,
+        saved=saved if report is None else None,  # a scheduler's trials are short, and hang on their rivals
     )
+    segmenter = trained.segmenter
     validation = score(segmenter, validation_cases(), "validation")
     result: dict[str, Any] = {
         "trial": trial.to_row(),
-        "train_loss": train_loss,
+        "train_loss": trained.loss,
         "validation": validation.summary.to_row(),
         "device": _device_name(device),
     }
+    told: dict[str, Any] = {}
+    if config.curve_steps is not None and "steps" in MODES[trial.mode].settings:
+        last = {
+            "step": trial.settings.steps,
+            "dice_mean": validation.summary.dice_mean,
+            "dice": validation.summary.dice,
+        }
+        told["curve"] = [*trained.curve, last]
+    if trained.pseudo_labels is not None:
+        names = ["background", *task.config.classes.values()]
+        threshold = trial.settings.confidence_threshold or 0.0
+        told["pseudo_labels"] = trained.pseudo_labels.to_row(names, threshold=threshold)
+        for warning in told["pseudo_labels"]["warnings"]:
+            say(f"{trial.id} | WARNING: {warning}")
+    result |= told
     if isinstance(segmenter.head, PrototypeHead):
         result["num_prototypes"] = list(segmenter.head.num_prototypes)
     if trial.purpose == "final":
         stem = path.removesuffix(".json")
         reported = validation
         # From scratch, nothing of the backbone is used but its architecture and its way to prepare a scan.
-        backbone_sha256 = None if trial.mode == "scratch" else setup.backbone_sha256
+        backbone_sha256 = None if MODES[trial.mode].is_from_scratch else setup.backbone_sha256
         if config.score_on == "test":
             scans = task.scans_of(task.subjects["test"])
             reading = {"recipe_sha256": setup.recipe_sha256(trial), "backbone_sha256": backbone_sha256}
@@ -235,6 +275,7 @@ def run_trial(
         result["row"] = {
             **trial.to_row(),
             "transductive": setup.is_transductive or known.is_any,
+            **({"corpora": "unknown"} if known.is_unknown else {}),
             "seed": config.seed,
             "split": config.score_on,
             "validation_dice_mean": validation.summary.dice_mean,
@@ -244,13 +285,15 @@ def run_trial(
             "cases": list(reported.cases),
             "predictions": predictions,
             "device": result["device"],
+            **told,
         }
         if reported.soft_dice_with_background is not None:
             result["row"]["soft_dice_with_background"] = reported.soft_dice_with_background
-    result["seconds"] = round(time.monotonic() - began, 3)
+    result["seconds"] = round(saved.seconds, 3)
     if "row" in result:
         result["row"]["seconds"] = result["seconds"]
     storage.write_json(path, result)
+    saved.delete()
     return result
 
 
@@ -304,9 +347,11 @@ def _fit(
     *,
     device: str,
     say: Say,
-    look: Callable[[int, nn.Module], None] | None,
-) -> tuple[Segmenter, float | None]:
-    """Make the segmenter of a trial; and its loss, if it was trained."""
+    look: Look | None,
+    look_steps: int,
+    saved: SavedTraining | None,
+) -> Trained:
+    """Make the segmenter of a trial."""
     config, preparation = setup.config, setup.preparation(backbone)
     segmenter = build_segmenter(trial, backbone, num_classes=task.num_classes, seed=config.seed).to(device)
     if trial.mode == "prototype":
@@ -319,10 +364,10 @@ def _fit(
         )
         head = PrototypeHead(backbone.config.model.feature_channels, [len(of_class) for of_class in found])
         head.load_state_dict({"prototypes": torch.cat(found)})
-        return Segmenter(segmenter.backbone, head).to(device).eval(), None
+        return Trained(Segmenter(segmenter.backbone, head).to(device).eval(), None)
     if trial.mode == "linear_probe" and config.probe_augmentation == "none":
         scans = _features(training(size_read(preparation)), segmenter.backbone, setup, trial, preparation, device)
-        loss = train_head(
+        loss, curve = train_head(
             segmenter.head,
             scans,
             trial=trial,
@@ -330,10 +375,11 @@ def _fit(
             device=device,
             say=say,
             look=None if look is None else lambda step: look(step, segmenter),
+            look_steps=look_steps,
         )
-        return segmenter.eval(), loss
+        return Trained(segmenter.eval(), loss, curve)
     unlabelled = None
-    if trial.mode == "mean_teacher":
+    if MODES[trial.mode].unlabelled != "none":
         # Of those who were not drawn, the images alone; if all were drawn, theirs.
         others = tuple(sorted(set(task.subjects["train"]) - set(trial.subjects))) or trial.subjects
         unlabelled = unlabelled_images([prepared_images(scan, preparation) for scan in task.scans_of(others)])
@@ -344,9 +390,12 @@ def _fit(
         trial=trial,
         config=config,
         preparation=preparation,
+        num_classes=task.num_classes,
         device=device,
         say=say,
         look=look,
+        look_steps=look_steps,
+        saved=saved,
     )
 
 
@@ -360,9 +409,9 @@ def build_segmenter(trial: Trial, backbone: Backbone, *, num_classes: int, seed:
     torch.manual_seed(seed)
     config = backbone.config
     network: nn.Module = build_backbone(config.model, dimensions=config.preparation.dimensions)
-    if trial.mode != "scratch":
+    if not MODES[trial.mode].is_from_scratch:
         network.load_state_dict(backbone.network.state_dict())
-    if trial.mode in ("linear_probe", "prototype"):
+    if MODES[trial.mode].weights == "frozen":
         network.requires_grad_(False)
     classes = {value: str(value) for value in range(1, num_classes)}
     return Segmenter(
@@ -400,17 +449,37 @@ def _features(
     return found
 
 
+def _dice_text(point: Mapping[str, Any]) -> str:
+    classes = ", ".join(f"{name} {dice:.3f}" for name, dice in point["dice"].items() if dice is not None)
+    mean = point["dice_mean"]
+    return f"validation Dice {'none' if mean is None else f'{mean:.3f}'} ({classes})"
+
+
 def _device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
 
 
 class Known:
-    """Looks for validation and test patients in the corpora of the backbone, by name and by voxels."""
+    """Looks for validation and test patients in the corpora of the backbone, by name and by voxels.
+
+    Attributes:
+        is_any: Whether one of them was found, or may be there.
+        is_unknown: Whether the backbone's manifest says nothing of its corpora: any patient may be in them.
+
+    Raises:
+        DataError: It says nothing, and the job does not allow that.
+    """
 
     def __init__(self, backbone: Backbone, *, is_allowed: bool) -> None:
-        self._corpora = backbone.manifest.get("corpora", [])
+        corpora = backbone.manifest["corpora"]
+        self._corpora = corpora or []
         self._is_allowed = is_allowed
-        self.is_any = False
+        self.is_any = self.is_unknown = corpora is None
+        if self.is_unknown and not is_allowed:
+            raise DataError(
+                f"the manifest of backbone {backbone.manifest['url']} does not say which corpora it was pretrained on: validation and "
+                "test patients may be among them. Take a backbone that says it, or label every row with --allow-transductive"
+            )
 
     def see_subject(self, subject: str, split: Split, *, task: Task) -> None:
         """Note whether a subject is in a corpus.

@@ -5,16 +5,19 @@ What is expensive or wants many machines (reading scans, training, trials) is do
 made on the job's storage and goes on from there, so running a job again after a kill is how it is resumed.
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
+from p2r.artefact import CorpusFacts
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, load_backbone, publish
 from p2r.config import ImageConfig, IngestConfig, PretrainConfig, PublishConfig
-from p2r.data.corpus import check_selection, corpus_digest, load_manifest, manifest_sha256
+from p2r.data.corpus import check_selection, load_manifest, manifest_sha256, subjects_found, was_asked
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
+from p2r.engine.ancestry import added, ancestry, corpus_facts
 from p2r.engine.corpora import corpora_of
 from p2r.engine.fewshot import FewShot, TrialRunner, check_data, check_task, few_shot, publish_best
 from p2r.engine.finetune import TrialSetup, preparation_for
@@ -24,12 +27,13 @@ from p2r.engine.readings import merge_readings
 from p2r.engine.reporting import make_report, write_variants
 from p2r.engine.weights import backbone_weights, checked_weights
 from p2r.errors import DataError, JobError
-from p2r.evaluate.tasks import load_task
+from p2r.evaluate.tasks import HELD_OUT, load_task
 from p2r.job import Job, variants_of
 from p2r.logs import Say as Say
 from p2r.logs import within
 from p2r.model.backbones import cost_of
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
+from p2r.report.text import for_markdown
 from p2r.storage import Storage
 
 
@@ -113,7 +117,8 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
         raise JobError("kind publish needs the pretrain section of the run whose checkpoint it publishes")
     checkpoint = finished_checkpoint(storage.child("pretrain"), job.pretrain)
     corpora = corpora_of(job.pretrain, storage.child("corpus"), stream=checkpoint["state"]["stream"])
-    licence = _licence(config, [corpus.manifest["licence"] for corpus in corpora])
+    inherited = ancestry(checkpoint.get("init_from"))
+    licence = _licence(config, [*(corpus.manifest["licence"] for corpus in corpora), *inherited.licences])
     rules = {corpus.manifest["preprocessing"]["slice_axis"] for corpus in corpora}
     dimensions = job.pretrain.image.dimensions
     if len(rules) > 1 and dimensions == 2:
@@ -141,19 +146,20 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             "pretrain": {key: value for key, value in checkpoint["config"].items() if key != "probe"},
             "negatives": job.pretrain.negatives,
             "description": config.description,
-            "corpora": [_corpus_facts(corpus) for corpus in corpora],
+            "corpora": None if inherited.corpora is None else added(list(map(_facts, corpora)), inherited.corpora),
         },
     )
+    if inherited.corpora is None:
+        say(
+            "publish | CORPORA UNKNOWN: what the first weights were pretrained on cannot be read; evaluation will refuse this backbone"
+        )
     say(f"publish | {published['pin']} | licence {licence}" + " | was published already" * (not published["is_new"]))
     return published
 
 
-def _corpus_facts(corpus: Corpus) -> dict[str, Any]:
-    named = ("licence", "provenance", "cohort", "num_samples", "num_subjects")
-    # What fine-tuning needs to refuse a task whose validation or test patients are in the corpus.
-    of_leaks = ("salt", "subject_digests", "voxel_digests", "deidentification")
-    facts = {key: corpus.manifest[key] for key in (*named, *of_leaks)}
-    return {"url": corpus.storage.url, "sha256": manifest_sha256(corpus.manifest), "weight": corpus.weight, **facts}
+def _facts(corpus: Corpus) -> CorpusFacts:
+    sha256 = manifest_sha256(corpus.manifest)
+    return corpus_facts(corpus.manifest, url=corpus.storage.url, sha256=sha256, weight=corpus.weight)
 
 
 def _spent(storage: Storage, found: FewShot) -> dict[str, float]:
@@ -205,9 +211,10 @@ def _selected(config: IngestConfig) -> tuple[IngestConfig, frozenset[str] | None
     Raises:
         JobError: The section has a cohort of its own.
     """
-    if config.subjects_of is None:
+    chosen = config.subjects_of
+    if chosen is None:
         return config, None
-    task = load_task(Path(config.subjects_of.task))
+    task = load_task(Path(chosen.task))
     defaults = {name: IngestConfig.model_fields[name].default for name in ("cohort", "subject_pattern")}
     inherited = {name: getattr(task.config, name) for name in defaults if getattr(config, name) == defaults[name]}
     if {"cohort": config.cohort, **inherited}["cohort"] != task.config.cohort:
@@ -216,7 +223,21 @@ def _selected(config: IngestConfig) -> tuple[IngestConfig, frozenset[str] | None
             f"{task.config.cohort!r}: they must be equal, or fine-tuning could not tell that a patient is in the corpus; "
             "leave ingest.cohort out"
         )
-    return config.model_copy(update=inherited), frozenset(task.subjects[config.subjects_of.split])
+    config = config.model_copy(update=inherited)
+    if chosen.split != "not_held_out":
+        return config, frozenset(task.subjects[chosen.split])
+    found, labelled = subjects_found(config), {subject for split in task.subjects.values() for subject in split}
+    if not found & labelled:
+        raise DataError(
+            f"ingest.subjects_of.split is not_held_out, but none of the {len(found)} subjects of ingest.sources is in task {task.name}: by "
+            f"ingest.subject_pattern {config.subject_pattern!r} they are {_few(found)}, the task has {_few(labelled)}; "
+            "make both patterns give one name to one patient"
+        )
+    return config, frozenset(found - {subject for split in HELD_OUT for subject in task.subjects[split]})
+
+
+def _few(names: Set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
 
 
 def _check_selection(job: Job, storage: Storage) -> None:
@@ -232,7 +253,7 @@ def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
     config, subjects = _selected(job.ingest)
     # Training takes a corpus that was asked for like this as it is; a job of kind ingest looks whether there is more.
     is_asked = job.kind != "ingest" and corpus.exists("manifest.json")
-    if is_asked and corpus_digest(config, subjects) in load_manifest(corpus)["asked"]:
+    if is_asked and was_asked(load_manifest(corpus), config, subjects):
         say(f"ingest | {corpus.url} is complete")
     else:
         executor.ingest(config, corpus, subjects=subjects, say=say)
@@ -286,7 +307,10 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
         say(f"finetune | checking {len(task.scans)} scans of task {task.name}")
         setup = check_task(task, backbone, setup)
         if setup.is_transductive:
-            say(f"finetune | task {task.name}: TRANSDUCTIVE, validation or test patients are in the backbone's corpus")
+            are = "may be" if backbone.manifest["corpora"] is None else "are"
+            say(
+                f"finetune | task {task.name}: TRANSDUCTIVE, validation or test patients {are} in the backbone's corpus"
+            )
         setups.append(setup)
     try:
         found = few_shot(setups, runner=executor, say=within(say, "finetune"))
@@ -345,16 +369,16 @@ def _card(job: Job, config: PublishConfig, corpora: Sequence[Corpus], url: str, 
         },
         "licence": licence,
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    sources = "\n\n".join(corpus.manifest["provenance"] for corpus in corpora)
+    rows = "\n".join(f"| {name} | {for_markdown(value)} |" for name, value in facts.items())
+    sources = "\n\n".join(for_markdown(corpus.manifest["provenance"]) for corpus in corpora)
     return f"""# {config.name} {config.version}
 
 A backbone that gives {model.feature_channels} features for every {block}{pixel}{"s" * bool(block)} of an MRI {scan}, pretrained without
 labels by p2r.
-{config.description}
+{for_markdown(config.description)}
 
     import p2r
-    backbone = p2r.load_backbone("{url}")
+    backbone = p2r.load_backbone({json.dumps(url)})
     features = backbone(backbone.prepare("scan.nii.gz").images)
 
 | | |

@@ -33,6 +33,7 @@ from p2r.engine.counting import LiveTensors, SavedTensors, storages_of
 from p2r.engine.tune_batch import HEADROOM
 from p2r.errors import InputError
 from p2r.loss.tiles import PANELS, TILE
+from p2r.loss.within_image import images_at_once
 from p2r.model.pix2rep import Pix2Rep
 
 _FP32 = 4
@@ -400,9 +401,10 @@ def _loss_bytes(config: PretrainConfig, *, rows: int, world_size: int, device: s
     tile = 0 if on_kernels else _FP32 * TILE**2
     others = tower * world_size if world_size > 1 and loss.exchange == "all_gather" else 0
     if loss.negatives == "image":
-        # Rows of length 1, and one image's similarities, of which softmax and its gradient want a few copies.
+        # Rows of length 1, and some images' similarities, of which softmax and its gradient want a few copies.
         pairs = loss.pixel_pairs_per_image
-        square = _FP32 * pairs**2 * (4 if loss.form == "nt_xent" else 2)
+        at_once = min(rows // pairs, images_at_once(pairs, is_gpu=on_kernels))
+        square = _FP32 * at_once * pairs**2 * (4 if loss.form == "nt_xent" else 2)
         return _Loss(2 * _FP32 * 2 * tower, 2 * _FP32 * 3 * tower + 5 * square)
     # Rows over their longest number, rows of length 1; the same in the dtype of products; everybody's.
     saved = 2 * _FP32 * 2 * tower + 2 * product * (tower if product != _FP32 else 0) + 2 * product * others
@@ -454,7 +456,7 @@ def _loss_traffic(config: PretrainConfig, rows: int, *, world_size: int, device:
         # Around the ring once in each pass, in the second one with the rows' softmax weights.
         return agreement + others * rows * (2 * of_a_row + 2 * _FP32 + of_sums)
     softmax, column = 2 * _FP32, _FP32 * _num_panels(rows, device)
-    return agreement + others * (rows * (of_a_row + of_sums + softmax + column) + 8)
+    return agreement + others * rows * (of_a_row + of_sums + softmax + column)
 
 
 def _metadata(loss: LossConfig, dimensions: int) -> int:

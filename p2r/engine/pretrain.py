@@ -38,10 +38,11 @@ from p2r.engine.history import history_bytes, read_history
 from p2r.engine.online_probe import OnlineProbe
 from p2r.engine.profile import Profiler, peak_mib
 from p2r.engine.schedule import averaging, learning_rate
-from p2r.engine.step import Step, equivariance_error, loss_parts, take_step
+from p2r.engine.step import COLDEST, Step, equivariance_error, loss_parts, take_step
 from p2r.engine.uploading import path_of
 from p2r.engine.weights import backbone_weights, init_weights
 from p2r.errors import CheckpointError, EmbeddingError, InputError, TrainingError
+from p2r.loss import without_kernels
 from p2r.model.pix2rep import Pix2Rep
 from p2r.storage import Storage
 
@@ -111,6 +112,8 @@ class Report:
     """Its size."""
     compiled: str | None = None
     """In the first report of a run that compiles: what came of it."""
+    loss_without_kernels: str | None = None
+    """In the first report of a run on a GPU whose loss is computed without its kernels: why, and the way out."""
     profile: str | None = None
     """Path of the profile that was made since the report before, below `<storage>/pretrain`."""
 
@@ -125,6 +128,7 @@ class Report:
             + (f"probe Dice {self.probe_dice:.3f} | " if self.probe_dice is not None else "")
             + f"ETA {minutes}:{seconds:02d}"
             + (f" | {self.compiled}" if self.compiled else "")
+            + (f" | {self.loss_without_kernels}" if self.loss_without_kernels else "")
             + (f" | negatives {self.negatives}" if "micro" in self.negatives else "")
             + (f" | {self.skipped_steps} steps skipped" if self.skipped_steps else "")
             + (f" | {self.num_images_without_pairs} images without pairs" if self.num_images_without_pairs else "")
@@ -171,7 +175,7 @@ def pretrain(
             should_stop is not None and should_stop()
         )
 
-    with deterministic(config.deterministic):
+    with deterministic(config.deterministic), _products(config, device):
         join_process_group(device)
         with Checkpoints(storage, config, note=note) as checkpoints:
             fetched = checkpoints.newest()
@@ -188,6 +192,28 @@ def pretrain(
                 is_over=None if max_seconds is None and should_stop is None else is_over,
             )
             yield from _steps(run)
+
+
+@contextmanager
+def _products(config: PretrainConfig, device: torch.device) -> Iterator[None]:
+    """Let products of float32 be rounded to TF32 for as long as a run that asks for it lasts.
+
+    Raises:
+        InputError: The device has no TF32.
+    """
+    if config.precision != "tf32":
+        yield
+        return
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        raise InputError(
+            f"pretrain.precision tf32 needs a GPU of compute capability 8.0 or newer, not {device}: set it to fp32"
+        )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _steps(run: "_Run") -> Iterator[Report]:
@@ -231,6 +257,7 @@ class _News:
     resumed_from: int | None = None
     fell_back: str | None = None
     compiled: str | None = None
+    loss_without_kernels: str | None = None
     profile: str | None = None
     probe_dice: float | None = None
 
@@ -286,7 +313,8 @@ def _begin(
     state = stream_state(corpora, seed=config.seed, global_batch=config.global_batch, neighbours=config.neighbours)
     model, init_from = _network(config, checkpoint)
     engine, compiled = _engine(model.to(device), config, world_size=world_size)
-    news, running = _News(compiled=compiled), _Running()
+    news = _News(compiled=compiled, loss_without_kernels=_loss_without_kernels(config, device))
+    running = _Running()
     if fetched is not None and checkpoint is not None:
         tensors = checkpoints.load(engine, fetched)
         if "ema" in tensors:
@@ -387,6 +415,20 @@ def _engine(model: Pix2Rep, config: PretrainConfig, *, world_size: int) -> tuple
     if is_compiled and config.compile:
         compile_in_place(engine.module.backbone, config.compile)
     return engine, compiled
+
+
+def _loss_without_kernels(config: PretrainConfig, device: torch.device) -> str | None:
+    """Return why a GPU will compute the loss without its kernels, as long as nothing has been computed yet."""
+    loss = config.loss
+    if device.type != "cuda" or loss.name != "info_nce" or loss.negatives == "image":
+        return None
+    return without_kernels(
+        DTYPES[config.precision],
+        config.model.embedding_channels,
+        temperature=COLDEST if loss.learn_temperature else loss.temperature,
+        num_pairs=config.global_batch * loss.pixel_pairs_per_image,
+        device=device,
+    )
 
 
 def _take(run: _Run, step: int, *, reports: bool) -> Step:

@@ -21,7 +21,7 @@ from p2r.data.preprocess import slice_axis, volume_to_planes
 from p2r.data.stream import stream
 from p2r.engine.corpora import corpora_of
 from p2r.engine.finetune import TrialSetup
-from p2r.errors import DataError, StorageError
+from p2r.errors import DataError, StorageError, error_text
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.evaluate.tasks import LabelledScan, Task, load_scan, load_task
@@ -100,7 +100,7 @@ def make_report(
             try:
                 picture = _case(case, task, setup, backbone, context)
             except _UNREADABLE as error:
-                left_out.append(f"{case.rank} case of {task.name}, {case.scan}: {error}")
+                left_out.append(f"{case.rank} case of {task.name}, {case.scan}: {error_text(error)}")
                 continue
             dice = ", ".join(f"{name} {found:.2f}" for name, found in case.dice.items())
             who = f"{case.subject}, frame {case.frame + 1}" + (f", {case.stratum}" if case.stratum else "")

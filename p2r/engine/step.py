@@ -33,8 +33,8 @@ from p2r.randomness import keyed_generator
 from p2r.views.geometric import apply_warp
 from p2r.views.pair import make_views
 
-_COLDEST, _WARMEST = 0.01, 1.0
-"""Bounds of a learnt temperature."""
+COLDEST, _WARMEST = 0.013, 1.0
+"""Bounds of a learnt temperature. Below, no static shift serves more than 10^8 candidates, and GPUs leave the loss kernels."""
 
 
 @dataclass(frozen=True)
@@ -371,7 +371,7 @@ def _temperature(engine: Any, config: LossConfig) -> float | Tensor:
     if log_temperature is None:
         return config.temperature
     # Straight through the bounds: a gradient can lead back from beyond them.
-    bounded = log_temperature.detach().float().clamp(math.log(_COLDEST), math.log(_WARMEST))
+    bounded = log_temperature.detach().float().clamp(math.log(COLDEST), math.log(_WARMEST))
     temperature: Tensor = (log_temperature.float() + (bounded - log_temperature.detach().float())).exp()
     return temperature
 

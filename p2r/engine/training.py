@@ -1,21 +1,22 @@
 """Labelled images -> a trained segmenter: the loops behind the modes, and nothing of tasks, splits or figures.
 
-    train_segmenter     scratch, linear_probe, fine_tune, mean_teacher: Dice + cross-entropy on augmented images
+    train_segmenter     every mode that trains on augmented images: Dice + cross-entropy, and what its teacher asks for
     train_head          linear_probe on features that were computed once, without augmentation
 
 All trials of one (n, draw) see the same images in the same order, whatever their mode. A mean teacher (Tarvainen and
 Valpola 2017) is an average of the student's own weights; the student must also agree with it on unlabelled images, shown
-to both in the same place and in different appearances. The weight of that rises as in the paper, and the teacher is what
-is returned. Nothing waits for the device but a check of the loss every 25 steps.
+to both in the same place and in different appearances. Weak-to-strong consistency (`p2r.engine.pseudo_labels`) has the same
+teacher, whose confident classes the student learns. The weight of either rises as in the paper, and the teacher is what is
+returned. Nothing waits for the device but a check of the loss every 25 steps.
 
 `P` images: all planes of the labelled scans, or all their frames for a network of volumes, padded about their centre to a
 common size `*S` (`H W`, or `X Y Z`).
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,17 +27,31 @@ from torch import Tensor, nn
 
 from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Frames, Planes, Preparation
+from p2r.engine.learner import WARMUP_FRACTION, Learner
+from p2r.engine.pseudo_labels import (
+    PseudoLabelTally,
+    logits_without_channels,
+    masked_dice_ce,
+    pseudo_labels,
+    strong_views,
+)
+from p2r.engine.saved_training import (
+    SavedTraining,
+)
 from p2r.engine.schedule import learning_rate
 from p2r.errors import TrainingError
 from p2r.evaluate.protocol import Trial
 from p2r.evaluate.tasks import LabelledScan
 from p2r.model.pix2rep import Segmenter
 from p2r.randomness import keyed_generator
-from p2r.views.pair import augment_labelled, augment_twice
+from p2r.views.cutmix import Labelled
+from p2r.views.draws import Draws
+from p2r.views.pair import WeakAndStrong, augment_labelled, augment_weakly_and_strongly
 
 Say = Callable[[str], None]
+Look = Callable[[int, Segmenter], dict[str, Any]]
+"""Steps done and the network so far -> what is kept of it, JSON values."""
 
-_WARMUP_FRACTION = 0.05
 _CHECK_STEPS = 25
 _MAX_RISE = 5.0  # of the loss, over that of the first step, which is a guess
 
@@ -75,6 +90,19 @@ def _padded(maps: Tensor, size: Sequence[int]) -> Tensor:
     return F.pad(maps, [amount for side in reversed(missing) for amount in (side // 2, side - side // 2)])
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A trained network, and what its training tells."""
+
+    segmenter: Segmenter
+    """The teacher, if there is one."""
+    loss: float | None
+    """Mean of the last tenth of the steps; None: nothing was trained."""
+    curve: tuple[dict[str, Any], ...] = ()
+    """Everything that `look` returned."""
+    pseudo_labels: PseudoLabelTally | None = None
+
+
 def train_segmenter(
     segmenter: Segmenter,
     labelled: Images,
@@ -83,25 +111,28 @@ def train_segmenter(
     trial: Trial,
     config: FinetuneConfig,
     preparation: Preparation,
+    num_classes: int,
     device: str,
     say: Say = lambda line: None,
-    look: Callable[[int, nn.Module], None] | None = None,
-) -> tuple[Segmenter, float]:
+    look: Look | None = None,
+    look_steps: int = 1,
+    saved: SavedTraining | None = None,
+) -> Trained:
     """Train with Dice + cross-entropy on augmented images.
 
     Args:
         segmenter: Network, changed in place; parameters that do not require a gradient stay as they are.
         labelled: What it learns from.
-        unlabelled: mean_teacher: images on which student and teacher must agree.
+        unlabelled: Of semi-supervised modes: images on which student and teacher must agree.
         trial: Settings; keys the order and augmentation, by (n, draw), not by mode.
         config: Batch, augmentation.
         preparation: Pixel size and image size.
+        num_classes: Of the task, background included.
         device: Where it trains.
         say: Receives a line of progress now and then.
-        look: Called with the number of steps done, and the network that would be returned, every `search.report_steps`.
-
-    Returns:
-        The network, the teacher if there is one; and the mean loss of the last tenth of the steps.
+        look: Called with the number of steps done, and the network that would be returned, every `look_steps`.
+        look_steps: See `look`.
+        saved: Where the training state is saved every few minutes, and resumed from.
 
     Raises:
         TrainingError: if it diverges.
@@ -109,73 +140,111 @@ def train_segmenter(
     settings = trial.settings
     steps = settings.steps
     assert settings.learning_rate is not None and steps is not None and labelled.labels is not None
-    teacher = copy.deepcopy(segmenter).requires_grad_(False) if trial.mode == "mean_teacher" else None
+    run = Learner(segmenter, trial, num_classes=num_classes, device=device)
     criterion = DiceCELoss(softmax=True, to_onehot_y=True, batch=True)
-    is_frozen = not any(parameter.requires_grad for parameter in segmenter.backbone.parameters())
-    warmup = 0 if is_frozen else min(settings.warmup_head_steps or 0, steps)
-    groups = {"head": list(segmenter.head.parameters())}
-    if not is_frozen:
-        groups["backbone"] = list(segmenter.backbone.parameters())
-        segmenter.backbone.requires_grad_(warmup == 0)
-    factor = settings.backbone_learning_rate_factor or 1.0
-    optimizer = torch.optim.AdamW(
-        [{"params": of_group, "name": name} for name, of_group in groups.items()],
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay or 0.0,
-    )
     segmenter.train()
-    first, tail = torch.tensor(0.0), list[Tensor]()
-    for step in range(steps):
-        if step == warmup and not is_frozen:
-            segmenter.backbone.requires_grad_(True)
-        for group in optimizer.param_groups:
-            # The backbone's rate rises when it joins in, and falls with the head's.
-            before, scale = (warmup, factor) if group["name"] == "backbone" else (0, 1.0)
-            group["lr"] = scale * learning_rate(
-                max(0, step - before),
-                peak=settings.learning_rate,
-                num_steps=max(1, steps - before),
-                warmup_fraction=_WARMUP_FRACTION,
-            )
+    if config.compile:
+        say(f"{trial.id} | {run.compile(config.batch_size, preparation)}")
+    start = run.resume(saved, say=say)
+    for step in range(start, steps):
+        run.set_rates(step)
         key = ("finetune", trial.task, trial.num_labelled, trial.draw, step)
-        chosen, generators = _draw(config, key, len(labelled.images))
-        windows, is_scan, label = _windows(labelled, chosen, generators, preparation)
-        assert label is not None
-        image, label = augment_labelled(
-            windows,
-            label,
-            config=config.views,
-            size=preparation.image_size,
-            spacing_mm=preparation.spacing_mm,
-            generators=generators,
-            inside=is_scan,
-        )
-        loss = criterion(segmenter(image.to(device)), label[:, None].to(device))
-        if teacher is not None and unlabelled is not None:
-            weight = _consistency_weight(step, trial)
-            loss = loss + weight * _disagreement(
-                segmenter, teacher, unlabelled, key=key, config=config, preparation=preparation, device=device
-            )
-        first = loss.detach() if step == 0 else first
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(
-            [parameter for parameter in segmenter.parameters() if parameter.requires_grad], 1.0
-        )
-        optimizer.step()
-        if teacher is not None:
-            _follow(teacher, segmenter, decay=min(settings.ema_decay or 0.0, 1 - 1 / (step + 2)))
-        if step >= steps * 0.9 or step == steps - 1:
-            tail.append(loss.detach())
-        is_look = look is not None and (step + 1) % config.search.report_steps == 0 and step + 1 < steps
+        batch = _labelled_batch(labelled, key, config=config, preparation=preparation, device=device)
+        unlabelled_loss: Tensor | None = None
+        if unlabelled is None or run.teacher is None:
+            logits = run.student(batch.images)
+        else:
+            views, draws = _views(unlabelled, key, config=config, preparation=preparation, device=device)
+            if run.tally is None:
+                logits = run.student(batch.images)
+                unlabelled_loss = _disagreement(run.student, run.as_teacher, views)
+            else:
+                logits, unlabelled_loss = _weak_to_strong(run, step, batch, views, draws)
+        loss = criterion(logits, batch.labels[:, None])
+        if unlabelled_loss is not None:
+            loss = loss + _consistency_weight(step, trial) * unlabelled_loss
+        run.update(step, loss)
+        is_look = look is not None and (step + 1) % look_steps == 0 and step + 1 < steps
         if (step + 1) % _CHECK_STEPS == 0 or step + 1 == steps or is_look:
             _check_finite(loss, trial, step)
         if (step + 1) % 100 == 0:
             say(f"{trial.id} | step {step + 1}/{steps} | loss {float(loss.detach()):.3f}")
         if look is not None and is_look:
-            look(step + 1, teacher or segmenter)
-    found = teacher or segmenter
-    return found.eval(), _checked(found, first, tail, trial)
+            run.curve.append(look(step + 1, run.found))
+        if saved is not None and (step + 1) % _CHECK_STEPS == 0 and step + 1 < steps and saved.is_due:
+            saved.save(run.state(step + 1))
+    return Trained(run.found.eval(), _checked(run.found, run.first, run.tail, trial), tuple(run.curve), run.tally)
+
+
+def _labelled_batch(
+    labelled: Images,
+    key: tuple[int | str, ...],
+    *,
+    config: FinetuneConfig,
+    preparation: Preparation,
+    device: str,
+) -> Labelled:
+    chosen, generators = _draw(config, key, len(labelled.images))
+    windows, is_scan, label = _windows(labelled, chosen, generators, preparation)
+    assert label is not None
+    image, label = augment_labelled(
+        windows,
+        label,
+        config=config.views,
+        size=preparation.image_size,
+        spacing_mm=preparation.spacing_mm,
+        generators=generators,
+        inside=is_scan,
+    )
+    label = label.to(device)
+    return Labelled(image.to(device), label, torch.ones_like(label, dtype=torch.bool))
+
+
+def _views(
+    unlabelled: Images,
+    key: tuple[int | str, ...],
+    *,
+    config: FinetuneConfig,
+    preparation: Preparation,
+    device: str,
+) -> tuple[WeakAndStrong, Draws]:
+    """Augment unlabelled images of a step; and what else is drawn for each of them."""
+    chosen, generators = _draw(config, (*key, "unlabelled"), len(unlabelled.images))
+    windows, is_scan, _ = _windows(unlabelled, chosen, generators, preparation)
+    views = augment_weakly_and_strongly(
+        windows,
+        is_scan,
+        geometry=config.views.geometry,
+        intensity=config.views.intensity if config.strong_intensity is None else config.strong_intensity,
+        size=preparation.image_size,
+        spacing_mm=preparation.spacing_mm,
+        generators=generators,
+    )
+    a, b = views.strong
+    moved = WeakAndStrong(views.weak.to(device), (a.to(device), b.to(device)), views.shown.to(device))
+    return moved, Draws.of_generators(generators)
+
+
+def _weak_to_strong(
+    run: Learner, step: int, batch: Labelled, views: WeakAndStrong, draws: Draws
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of the labelled images, and the loss on the unlabelled ones, of one pass over all of them."""
+    settings = run.settings
+    assert run.teacher is not None and run.tally is not None
+    threshold = settings.confidence_threshold or 0.0
+    classes, counts = pseudo_labels(run.as_teacher, views.weak, views.shown, threshold=threshold)
+    run.tally.add(step, classes, counts, views.shown)
+    strong = strong_views(views, classes, counts, batch, settings=settings, draws=draws)
+    # Normalisation never mixes images (p2r.model.backbones), so one pass gives what two would.
+    of_labelled, of_strong = run.student(torch.cat([batch.images, strong.images])).split(
+        [len(batch.images), len(strong.images)]
+    )
+    labels, is_counted = strong.labels, strong.counts
+    if settings.feature_dropout:
+        third = logits_without_channels(run.segmenter, views.weak, fraction=settings.feature_dropout, draws=draws)
+        of_strong = torch.cat([of_strong, third])
+        labels, is_counted = torch.cat([labels, classes]), torch.cat([is_counted, counts])
+    return of_labelled, masked_dice_ce(of_strong, labels, is_counted)
 
 
 def _checked(network: nn.Module, first: Tensor, tail: list[Tensor], trial: Trial) -> float:
@@ -220,41 +289,14 @@ def _consistency_weight(step: int, trial: Trial) -> float:
     return (settings.consistency_weight or 0.0) * math.exp(-5 * (1 - t) ** 2)
 
 
-def _disagreement(
-    student: nn.Module,
-    teacher: nn.Module,
-    unlabelled: Images,
-    *,
-    key: tuple[int | str, ...],
-    config: FinetuneConfig,
-    preparation: Preparation,
-    device: str,
-) -> Tensor:
+def _disagreement(student: nn.Module, teacher: nn.Module, views: WeakAndStrong) -> Tensor:
     """Mean squared difference of the probabilities of student and teacher, over pixels of the scan and classes."""
-    chosen, generators = _draw(config, (*key, "unlabelled"), len(unlabelled.images))
-    windows, is_scan, _ = _windows(unlabelled, chosen, generators, preparation)
-    for_student, for_teacher, shown = augment_twice(
-        windows,
-        is_scan,
-        config=config.views,
-        size=preparation.image_size,
-        spacing_mm=preparation.spacing_mm,
-        generators=generators,
-    )
+    for_student, for_teacher = views.strong
     with torch.no_grad():
-        target = teacher(for_teacher.to(device)).softmax(1)
-    squared = (student(for_student.to(device)).softmax(1) - target).square().mean(1)
-    mask = shown.to(device)
-    disagreement: Tensor = (squared * mask).sum() / mask.sum().clamp(min=1)
+        target = teacher(for_teacher).softmax(1)
+    squared = (student(for_student).softmax(1) - target).square().mean(1)
+    disagreement: Tensor = (squared * views.shown).sum() / views.shown.sum().clamp(min=1)
     return disagreement
-
-
-@torch.no_grad()
-def _follow(teacher: nn.Module, student: nn.Module, *, decay: float) -> None:
-    theirs = [parameter.detach() for parameter in student.parameters()]
-    torch._foreach_lerp_(list(teacher.parameters()), theirs, 1 - decay)
-    for mine, other in zip(teacher.buffers(), student.buffers(), strict=True):
-        mine.copy_(other)
 
 
 def _windows(
@@ -298,8 +340,9 @@ def train_head(
     config: FinetuneConfig,
     device: str,
     say: Say = lambda line: None,
-    look: Callable[[int], None] | None = None,
-) -> float:
+    look: Callable[[int], dict[str, Any]] | None = None,
+    look_steps: int = 1,
+) -> tuple[float, tuple[dict[str, Any], ...]]:
     """Train a head with Dice + cross-entropy on features that do not change.
 
     Args:
@@ -309,10 +352,11 @@ def train_head(
         config: Batch.
         device: Where it trains.
         say: Receives a line of progress now and then.
-        look: Called with the number of steps done every `search.report_steps`.
+        look: Called with the number of steps done every `look_steps`.
+        look_steps: See `look`.
 
     Returns:
-        The mean loss of the last tenth of the steps.
+        The mean loss of the last tenth of the steps; and everything that `look` returned.
 
     Raises:
         TrainingError: if it diverges.
@@ -326,11 +370,11 @@ def train_head(
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay or 0.0
     )
-    first, tail = torch.tensor(0.0), list[Tensor]()
+    first, tail, curve = torch.tensor(0.0), list[Tensor](), list[dict[str, Any]]()
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
-                step, peak=settings.learning_rate, num_steps=settings.steps, warmup_fraction=_WARMUP_FRACTION
+                step, peak=settings.learning_rate, num_steps=settings.steps, warmup_fraction=WARMUP_FRACTION
             )
         key = ("finetune", trial.task, trial.num_labelled, trial.draw, step)
         chosen = keyed_generator(config.seed, *key).integers(len(images), size=config.batch_size)
@@ -352,11 +396,11 @@ def train_head(
         optimizer.step()
         if step >= settings.steps * 0.9 or step == settings.steps - 1:
             tail.append(loss.detach())
-        is_look = look is not None and (step + 1) % config.search.report_steps == 0 and step + 1 < settings.steps
+        is_look = look is not None and (step + 1) % look_steps == 0 and step + 1 < settings.steps
         if (step + 1) % _CHECK_STEPS == 0 or step + 1 == settings.steps or is_look:
             _check_finite(loss, trial, step)
         if (step + 1) % 100 == 0:
             say(f"{trial.id} | step {step + 1}/{settings.steps} | loss {float(loss.detach()):.3f}")
         if look is not None and is_look:
-            look(step + 1)
-    return _checked(head, first, tail, trial)
+            curve.append(look(step + 1))
+    return _checked(head, first, tail, trial), tuple(curve)

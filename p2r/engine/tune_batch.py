@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from p2r.config import ImageConfig, PretrainConfig
+from p2r.console import show
 from p2r.data.batch import Batch, Group
 from p2r.data.order import allowed_world_sizes
 from p2r.engine.profile import peak_mib
@@ -236,7 +237,7 @@ def main() -> int:
         )
     except torch.cuda.OutOfMemoryError:
         return _DOES_NOT_FIT
-    print(json.dumps(asdict(trial)))
+    show(json.dumps(asdict(trial)))
     return 0
 
 

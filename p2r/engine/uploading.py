@@ -22,14 +22,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from p2r.documents import FileEntry, RelativePath, checked
 from p2r.engine.peers import Peers
-from p2r.errors import P2RError, StorageError
+from p2r.errors import DamagedError, P2RError, StorageError
 from p2r.files import locked
 from p2r.storage import Storage, file_sha256
 
 MANIFEST = "manifest.json"
 _PREFIX = "p2r-checkpoint-"
+_MAX_RECEIPT_BYTES = 1 << 26
 _LOG = logging.getLogger(__name__)
+
+
+class _Receipt(BaseModel):
+    """What a rank says of its part."""
+
+    model_config = ConfigDict(strict=True)
+    attempt: str
+    files: dict[RelativePath, FileEntry]
+    failure: str | None = None
+
+
+_RECEIPT = TypeAdapter(_Receipt)
 
 
 @dataclass(frozen=True)
@@ -187,8 +203,9 @@ class Uploader:
         where = _receipt_at(path, rank)
         if not self.storage.exists(where):
             return None
-        receipt: dict[str, Any] = self.storage.read_json(where)
-        return receipt if receipt.get("attempt") == self._attempt else None
+        receipt: dict[str, Any] = self.storage.read_json(where, max_bytes=_MAX_RECEIPT_BYTES)
+        checked(_RECEIPT, receipt, where=f"{self.storage.at(where)} is damaged:", error=DamagedError)
+        return receipt if receipt["attempt"] == self._attempt else None
 
 
 def remove_old(storage: Storage, newest: int, *, keep: int, keep_every: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from p2r.artefact import BackboneManifest, open_artefact
 from p2r.documents import read_json
+from p2r.engine.ancestry import origins_of_backbone, origins_of_checkpoint
 from p2r.engine.checkpoint import FORMAT
 from p2r.errors import CheckpointError, DamagedError
 from p2r.model.pix2rep import Pix2Rep
@@ -35,7 +36,8 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
             digest of its `manifest.json`.
 
     Returns:
-        What a checkpoint keeps of it: URL, format, SHA-256 of the weights and of the manifest, and the step of a checkpoint.
+        What a checkpoint keeps of it: URL, format, SHA-256 of the weights and of the manifest, pins of what they were pretrained
+        on (None: unknown), and the step of a checkpoint.
 
     Raises:
         StorageError: It is absent or damaged, or another one than is pinned.
@@ -61,12 +63,17 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
         weights = read_tensors(artefact.read("weights"), where=storage.at(entry.name))
         _load(model.backbone, weights, where=where, optional=set())
         step = {} if artefact.manifest.step is None else {"step": artefact.manifest.step}
-        return {**facts, "weights_sha256": entry.sha256, **step}
+        return {**facts, "weights_sha256": entry.sha256, "origins": origins_of_backbone(artefact), **step}
     if format != FORMAT:
         raise CheckpointError(f"{where} has format {format!r}; weights are taken from p2r-backbone/2 and {FORMAT}")
     reference.check(content)
     _load(model, checked_weights(storage, _FILE, manifest["files"][_FILE]), where=where, optional=_OPTIONAL)
-    return {**facts, "weights_sha256": manifest["files"][_FILE]["sha256"], "step": manifest["step"]}
+    return {
+        **facts,
+        "weights_sha256": manifest["files"][_FILE]["sha256"],
+        "origins": origins_of_checkpoint(manifest, storage.url),
+        "step": manifest["step"],
+    }
 
 
 def checked_weights(storage: Storage, path: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Literal, Protocol
 
-from p2r.config import SETTINGS_OF, Distribution, FinetuneConfig, Mode, NumLabelled
+from p2r.config import Distribution, FinetuneConfig, NumLabelled
 from p2r.errors import DataError
+from p2r.modes import SETTINGS_OF, Mode
 from p2r.randomness import keyed_generator
 
 ProtocolName = Literal["leak_free", "paper_compat"]
@@ -55,6 +56,10 @@ class Settings:
     ema_decay: float | None = None
     ramp_up_fraction: float | None = None
     consistency_weight: float | None = None
+    confidence_threshold: float | None = None
+    cutmix_probability: float | None = None
+    cutmix_labelled_fraction: float | None = None
+    feature_dropout: float | None = None
     background_prototypes: int | None = None
 
     def given(self) -> dict[str, float]:
@@ -189,7 +194,8 @@ def _drawn(candidates: tuple[float, ...] | Distribution, *, quantile: float) -> 
 
 def settings_of(config: FinetuneConfig, mode: Mode, candidate: Candidate) -> Settings:
     """Return a trial's settings: the candidate's, and the section's for what is not searched."""
-    values: dict[str, Any] = {name: candidate.get(name, getattr(config, name)) for name in SETTINGS_OF[mode]}
+    of_section = {**{name: getattr(config, name) for name in SETTINGS_OF[mode]}, "steps": config.steps_of(mode)}
+    values: dict[str, Any] = {name: candidate.get(name, of_section[name]) for name in SETTINGS_OF[mode]}
     values = {name: int(value) if name in _WHOLE else float(value) for name, value in values.items()}
     if mode != "prototype":
         values["learning_rate"] = float(candidate["learning_rate"])

@@ -47,10 +47,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from p2r.errors import DataError
+from p2r.modes import SCRATCH, facts_of
 from p2r.randomness import keyed_generator
-
-SCRATCH = "scratch"
-"""The mode that others are measured against."""
 
 _DECIMALS = 12  # differences of means are equal up to rounding, or ties and zeros would be broken by it
 
@@ -99,8 +97,9 @@ def few_shot_statistics(
         - `confidence`, `num_resamples`, `seed`;
         - `intervals`: `num_labelled`, `draws`, `patients`, `mean`, `lower`, `upper`. With one draw, the interval is that of
           the patients for this draw; with one patient as well, it has no width;
-        - `differences`: of each mode from `against`: scratch where there is one (of the same backbone, or of no backbone),
-          else every pair of modes. `num_labelled`, `draws`, `patients`, `difference`, `lower`, `upper`, `p`, `p_holm`;
+        - `differences`: of each mode from `against`: scratch where there is one (of the same backbone, or of no backbone), and
+          the mode's own control from random weights; else every pair of modes. `num_labelled`, `draws`, `patients`,
+          `difference`, `lower`, `upper`, `p`, `p_holm`;
         - `between_backbones`: the same of one mode with `backbone` from that with `against_backbone`;
         - `label_efficiency`: `num_labelled`, `dice`, `scratch_patients`, `beyond`: `below` if scratch reaches that Dice with
           its fewest patients already, `above` if it nowhere does, else None;
@@ -303,10 +302,20 @@ def _differences(ours: _Table, theirs: _Table) -> NDArray[np.float64]:
 
 def _scratch_of(group: _Group, tables: Mapping[_Group, object]) -> _Group | None:
     """Scratch of the same backbone's architecture, or the one that all backbones share."""
+    return _of_mode(SCRATCH, group, tables)
+
+
+def _control_of(group: _Group, tables: Mapping[_Group, object]) -> _Group | None:
+    """The same training from random weights, if the mode has such a control and it was run."""
+    facts = facts_of(group.mode)
+    return None if facts is None or facts.control is None else _of_mode(facts.control, group, tables)
+
+
+def _of_mode(mode: str, group: _Group, tables: Mapping[_Group, object]) -> _Group | None:
     for backbone in (group.backbone, ""):
-        scratch = _Group(group.setting, backbone, SCRATCH)
-        if scratch in tables:
-            return scratch
+        found = _Group(group.setting, backbone, mode)
+        if found in tables:
+            return found
     return None
 
 
@@ -316,6 +325,8 @@ def _pairs_of_modes(tables: Mapping[_Group, object]) -> list[tuple[_Group, _Grou
         scratch = _scratch_of(group, tables)
         if scratch is not None:
             pairs += [(group, scratch)] if group.mode != SCRATCH else []
+            control = _control_of(group, tables)
+            pairs += [(group, control)] if control not in (None, scratch) else []
         else:
             pairs += [
                 (group, other)

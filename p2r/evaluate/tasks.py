@@ -13,7 +13,6 @@ map that fits its image in name, grid, place and look was drawn on another patie
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from p2r.config import Section
 from p2r.data.corpus import expand_subjects
 from p2r.data.folders import images_below
 from p2r.data.names import composed, scan_key
+from p2r.data.pairs import key_of, label_finder
 from p2r.data.phantom import resolve_source
 from p2r.data.preprocess import (
     Frames,
@@ -51,7 +51,7 @@ from p2r.storage import cache_folder, json_bytes
 Split = Literal["train", "validation", "test"]
 HELD_OUT: tuple[Split, ...] = ("validation", "test")
 Patterns = Annotated[tuple[str, ...], Field(min_length=1)]
-FileName = Annotated[str, Field(pattern=r"^[^{}/]*\{key\}[^{}/]*$")]
+FileName = Annotated[str, Field(pattern=r"^[^{}/]*(\{key\})?[^{}/]*$", min_length=1)]
 
 _AFFINE_TOLERANCE = 1e-3
 _SPACING_TOLERANCE = 1e-3  # relative
@@ -121,9 +121,13 @@ class TaskConfig(Section):
     """Folder with the label maps; it may be the scans' own."""
     image_name: FileName = "{key}"
     """Name of a scan without its suffix; `{key}` stands for what it shares with its label map. `{key}_0000` takes the first channel of
-    nnU-Net's folders."""
+    nnU-Net's folders. A name without `{key}`, such as `t1`: the one of that name in each patient's folder."""
     label_name: FileName = "{key}"
-    """Name of a scan's label map without its suffix, as in `{key}_gt`."""
+    """Name of a scan's label map without its suffix, as in `{key}_gt`. It is looked for in the folder of the same path as the scan's; if it
+    is not there, the only label map of that name is taken."""
+    unlabelled: Literal["refuse", "leave_out"] = "refuse"
+    """Scans without a label map. refuse: a label map that is missing is a mistake. leave_out: they are no part of the task; pretraining
+    may take them."""
     licence: Annotated[str, Field(min_length=1)]
     """SPDX identifier or name of the data's licence (`${P2R_LICENCE}` is filled in). It travels into reports and models."""
     citation: str = ""
@@ -248,7 +252,9 @@ def load_task(path: Path, *, cache: Path | None = None) -> Task:
     config = read_task_config(path)
     images = _folder(config.images, "images", path, cache)
     labels = _folder(config.labels, "labels", path, cache)
-    found = list(_pairs(config, images, labels))
+    found = [
+        pair for pair in _pairs(config, images, labels, path) if pair[3] is not None or config.unlabelled == "refuse"
+    ]
     strata = _strata(config, path)
     if config.splits is not None:
         subjects = _named_splits(config.splits, path)
@@ -272,7 +278,8 @@ def load_task(path: Path, *, cache: Path | None = None) -> Task:
     if unlabelled:
         raise DataError(
             f"task {path}: {_few(unlabelled)} in {images} ha{'s' if len(unlabelled) == 1 else 've'} no label map of "
-            f"the same name in {labels} (label_name {config.label_name!r}); add it, or take the subject out of the splits"
+            f"the same name in {labels} (label_name {config.label_name!r}); add it, take the subject out of the splits, or write "
+            "unlabelled: leave_out"
         )
     lacking = sorted(wanted - {scan.subject for scan in scans.values()})
     if lacking:
@@ -297,6 +304,8 @@ def task_sha256(path: Path) -> str:
     """
     config = read_task_config(path)
     decides: dict[str, Any] = config.model_dump(mode="json", exclude=_WORDS | {"images", "labels", "find_mix_ups"})
+    if config.unlabelled == TaskConfig.model_fields["unlabelled"].default:
+        del decides["unlabelled"]  # a field that came later: digests of earlier readings stay
     if config.split_rule is not None:
         decides["subjects"] = load_task(path).subjects
     return hashlib.sha256(json_bytes(decides)).hexdigest()
@@ -573,25 +582,29 @@ def _first(number: int, pool: set[str], split: str, rule: SplitRule, strata: Map
     }
 
 
-def _pairs(config: TaskConfig, images: Path, labels: Path) -> Iterable[tuple[str, str, Path, Path | None]]:
+def _pairs(config: TaskConfig, images: Path, labels: Path, path: Path) -> Iterable[tuple[str, str, Path, Path | None]]:
     """Yield name, subject, image and label map of each scan; files that name no subject are no scans."""
-    before, after = (re.escape(composed(part)) for part in config.image_name.split("{key}"))
-    label_of = _files(labels)
-    label_names = set()
+    maps = {path.relative_to(labels).as_posix(): path for path in _files(labels).values()}
+    find = label_finder(maps, config.label_name)
     scans = []
+    scan_of: dict[Path, Path] = {}
     for name, image in _files(images).items():
-        if match := re.fullmatch(f"{before}(.+){after}", Path(name).name):
-            key = Path(name).with_name(match[1]).as_posix()
-            label_name = Path(name).with_name(composed(config.label_name).replace("{key}", match[1])).as_posix()
-            label_names.add(label_name)
-            scans.append((name, key, image, label_of.get(label_name)))
+        key = key_of(name, config.image_name)
+        if key is None:
+            continue
+        label = find(name, key)
+        if label is not None and (other := scan_of.setdefault(label, image)) != image:
+            raise DataError(
+                f"task {path}: {other} and {image} have one label map, {label}, by label_name {config.label_name!r}; name label "
+                "maps as their scans, or put them into folders of the same path"
+            )
+        scans.append((Path(name).with_name(key).as_posix() if "{key}" in config.image_name else key, image, label))
     pattern = subject_pattern(config.subject_pattern)
-    for name, key, image, label in scans:
+    for key, image, label in scans:
         below = composed(image.relative_to(images).as_posix())
         subject = pattern.first_group(composed(image.name)) or pattern.first_group(below)
         # In a folder that holds both, a label map is no scan.
-        is_label = images == labels and name in label_names and label is None
-        if subject is not None and not is_label:
+        if subject is not None and not (label is None and image in scan_of):
             yield key, subject, image, label
 
 

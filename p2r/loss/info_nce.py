@@ -440,6 +440,28 @@ def _all_gather(own: _Pairs, contrast: _Contrast) -> _Pairs:
     )
 
 
+def without_kernels(
+    dtype: torch.dtype, channels: int, *, temperature: float, num_pairs: int, device: torch.device
+) -> str | None:
+    """Return why the loss on a GPU is computed in torch's tiles, many times as slowly, and the way out; None: it has kernels.
+
+    Args:
+        dtype: Of the embeddings.
+        channels: E.
+        temperature: tau; of a learnt one, the coldest.
+        num_pairs: N.
+        device: The GPU.
+    """
+    if find_spec("triton") is None:
+        return "the loss has no kernels: Triton is not installed"
+    if static_shift(1 / temperature, 2 * num_pairs, dtype) is None:
+        return f"the loss has no kernels for a temperature of {temperature} and {num_pairs} pairs: raise it above 0.013"
+    from p2r.loss import kernels
+
+    reason = kernels.unfit(dtype, channels, device=device)
+    return None if reason is None else f"the loss has no kernels for this: {reason}"
+
+
 def _backend(rows: Tensor) -> Any:
     """Return the module whose `sums` and `push` take these rows: Triton's kernels where they run, torch's tiles elsewhere."""
     if rows.device.type == "cuda" and find_spec("triton") is not None:

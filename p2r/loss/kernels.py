@@ -1,16 +1,23 @@
 """The sums of `tiles`, as Triton kernels: for CUDA devices, and in Triton's interpreter on a CPU.
 
 One program holds a block of anchors and streams the candidates past it, as the forward pass of attention does. Nothing
-is added atomically: what programs share is written apart and added up in a fixed order, so two runs agree to the bit.
+is added atomically: programs write what they share apart, and it is added up in a fixed order, so two runs agree to the bit.
 
-Rows are multiplied in their own dtype (float32: as `torch.set_float32_matmul_precision` says), sums are float32. Weights
-of bfloat16 rows are rounded to bfloat16, those of float16 rows are not: they would vanish in its range.
+Nearly all tiles hold negatives only. Masks are computed in the few others, in a loop of their own: tiles that the diagonal
+crosses, tiles whose rows share an image, and the last one if it is ragged. Elsewhere absent candidates vanish for nothing:
+in `sums` their shift is infinite, in `push` their rows are zero.
+
+Rows are multiplied in their own dtype (float32 and the second product of float16: as TF32), sums are float32. Weights of
+bfloat16 rows are rounded to bfloat16. Those of float16 rows would vanish in its range, and are rounded to TF32.
 
 Shape letters: n anchors, m candidates, E channels (a power of two), D spatial dimensions.
 """
 
 import math
-from dataclasses import replace
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,45 +27,93 @@ from torch import Tensor
 
 from p2r.loss.tiles import Rows, Scale, blocks
 
-CHANNELS = (16, 32, 64, 128, 256, 512)
-"""E that the kernels are written for; others take the torch tiles."""
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CHANNELS = {torch.bfloat16: (16, 32, 64, 128, 256, 512), torch.float16: (16, 32, 64, 128), torch.float32: (32, 64, 128)}
+"""E that the kernels are compiled for in the tests, by dtype; others take the torch tiles."""
 _PANEL = 16384
 """Anchors whose column sums are kept apart at a time: m numbers for each block of them."""
 _SPLIT = 8192
 """Candidates of one program of `sums`; a function of m alone, so that every rank adds up in the same order."""
+_PUSH_SPLIT = 16384
+"""Candidates of one program of `push`, at least; a function of m alone for the same reason."""
+_MOST_PUSH_SPLITS = 8
+_PARTIAL_BYTES = 2**28
+"""Memory for the parts of `push` that are added up afterwards; it is launched again where they need more."""
+_OLDEST = (8, 0)
+_MOST_SHARED = 232_448  # of an H100, for the interpreter
 _LOG2_E = math.log2(math.e)
 
 
 def fit(rows: Tensor) -> bool:
-    """Return whether the kernels are written for these rows."""
-    return rows.dtype in _DTYPES and rows.shape[1] in CHANNELS
+    """Return whether the kernels take these rows."""
+    return unfit(rows.dtype, rows.shape[1], device=rows.device) is None
+
+
+def unfit(dtype: torch.dtype, channels: int, *, device: torch.device) -> str | None:
+    """Return why rows of this kind take the torch tiles on this device, and how they would take the kernels; None: they do."""
+    if dtype not in CHANNELS:
+        return f"they multiply bfloat16, float16 or TF32, got {dtype}: set pretrain.precision to bf16 or tf32"
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "they multiply float32 as TF32, which nobody has allowed: set pretrain.precision to bf16 or tf32"
+    if channels not in CHANNELS[dtype]:
+        known = ", ".join(map(str, CHANNELS[dtype]))
+        return f"they take {dtype} of {known} channels, got {channels}: set pretrain.model.embedding_channels"
+    if device.type == "cuda" and not _has_compiler():
+        return "Triton finds no C compiler: install gcc or clang, or name one in CC"
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _OLDEST
+    if capability < _OLDEST:
+        return f"they need a GPU of compute capability 8.0 or newer, this one has {'.'.join(map(str, capability))}"
+    limit = _shared_limit(device)
+    if not all(_choices(table, dtype, channels, limit, has_image=True) for table in (_SUMS_TILES, _PUSH_TILES)):
+        return f"{channels} channels of {dtype} need more shared memory than this GPU's {limit} bytes: choose fewer"
+    return None
+
+
+@cache
+def _has_compiler() -> bool:
+    """Return whether Triton can build the stub that launches a kernel. It looks in the same places."""
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    return any(map(shutil.which, names))
+
+
+def _shared_limit(device: torch.device) -> int:
+    """Return the bytes of shared memory that one program may take."""
+    if device.type != "cuda":
+        return _MOST_SHARED
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return int(properties["max_shared_mem"])
 
 
 def sums(anchors: Rows, candidates: Rows, scale: Scale, *, of_columns: bool) -> tuple[Tensor, Tensor]:
     """See `tiles.sums`."""
     n, m, device = len(anchors), len(candidates), anchors.values.device
-    launch = _Launch(anchors, candidates, scale)
+    tile = _tile(_SUMS_TILES, anchors)
+    arguments = _arguments(anchors, candidates, scale, tile)
+    shift = candidates.values.new_full((m,), scale.shift * _LOG2_E, dtype=torch.float32)
+    if candidates.present is not None:
+        shift.masked_fill_(candidates.present == 0, math.inf)
     splits = max(1, math.ceil(m / _SPLIT))
     over_candidates = torch.zeros(splits, n, device=device)
-    panels = list(blocks(n, _PANEL))
-    over_anchors = torch.zeros(len(panels) if of_columns else 0, m, device=device)
-    for panel, rows in enumerate(panels):
-        num_blocks = math.ceil((rows.stop - rows.start) / launch.block_anchors)
+    over_anchors = torch.zeros(num_panels(n) if of_columns else 0, m, device=device)
+    for panel, rows in enumerate(blocks(n, _PANEL)):
+        num_blocks = math.ceil((rows.stop - rows.start) / tile.block_anchors)
         partial = torch.empty(num_blocks if of_columns else 0, m, device=device)
         if m:
             _sums_kernel[(num_blocks, splits)](
-                *launch.arguments,
+                *arguments,
+                _kept(anchors),
+                shift,
                 over_candidates,
                 partial,
                 rows.start,
                 SPLIT=_SPLIT,
                 OF_COLUMNS=of_columns,
-                **launch.options,
+                **tile.options(anchors.values.shape[1]),
+                **_masks(anchors, candidates),
             )
         if of_columns:
             over_anchors[panel] = partial.sum(0)
-    return over_candidates.sum(0), over_anchors
+    total = over_candidates.sum(0)
+    return total if anchors.present is None else total.masked_fill_(anchors.present == 0, 0), over_anchors
 
 
 def num_panels(num_anchors: int) -> int:
@@ -80,111 +135,187 @@ def push(
 
 def _push(anchors: Rows, candidates: Rows, scale: Scale) -> Tensor:
     assert anchors.weight is not None and candidates.weight is not None
+    n, m = len(anchors), len(candidates)
     moved = torch.zeros_like(anchors.values, dtype=torch.float32)
-    launch = _Launch(anchors, candidates, scale)
-    if len(anchors) and len(candidates):
-        grid = (math.ceil(len(anchors) / launch.block_anchors),)
-        _push_kernel[grid](
-            *launch.arguments, anchors.weight.contiguous(), candidates.weight.contiguous(), moved, **launch.options
+    if not n or not m:
+        return moved
+    tile = _tile(_PUSH_TILES, anchors)
+    arguments = _arguments(anchors, candidates, scale, tile)
+    split = _PUSH_SPLIT * math.ceil(m / (_PUSH_SPLIT * _MOST_PUSH_SPLITS))
+    at_once = max(1, _PARTIAL_BYTES // (moved.numel() * moved.element_size()))
+    for splits in blocks(math.ceil(m / split), at_once):
+        partial = torch.empty(splits.stop - splits.start, *moved.shape, device=moved.device)
+        _push_kernel[(math.ceil(n / tile.block_anchors), len(partial))](
+            *arguments,
+            _kept(anchors),
+            anchors.weight.contiguous(),
+            candidates.weight.contiguous(),
+            partial,
+            splits.start,
+            split,
+            **tile.options(anchors.values.shape[1]),
+            **_masks(anchors, candidates),
         )
+        for part in partial:
+            moved += part
     return moved
 
 
-class _Launch:
-    """Arguments that both kernels take, and tiles that fit E: accumulator in registers, two or three tiles in flight."""
+@dataclass(frozen=True)
+class _Tile:
+    """Size of a tile, and the options that compile it."""
 
-    def __init__(self, anchors: Rows, candidates: Rows, scale: Scale) -> None:
-        channels = anchors.values.shape[1]
-        wide = anchors.values.dtype == torch.float32
-        self.block_anchors = 64 if channels > 256 else 128
-        block_candidates = (128 if channels <= 128 else 64) // (2 if wide else 1)
-        has_image = anchors.image is not None and candidates.image is not None
-        dimensions = 0
-        if has_image and anchors.position_mm is not None and candidates.position_mm is not None:
-            dimensions = anchors.position_mm.shape[1]
-        has_present = anchors.present is not None and candidates.present is not None
-        nothing = anchors.values
-        anchors, candidates = (
-            replace(
-                rows,
-                values=rows.values.contiguous(),
-                image=rows.image.contiguous() if rows.image is not None else nothing,
-                position_mm=rows.position_mm.float().contiguous() if rows.position_mm is not None else nothing,
-                present=rows.present.contiguous() if rows.present is not None else nothing,
-            )
-            for rows in (anchors, candidates)
-        )
-        self.arguments: tuple[Any, ...] = (
-            anchors.values,
-            candidates.values,
-            anchors.image,
-            candidates.image,
-            anchors.position_mm,
-            candidates.position_mm,
-            anchors.present,
-            candidates.present,
-            len(anchors),
-            len(candidates),
-            anchors.first - candidates.first,
-            scale.k * _LOG2_E,
-            scale.shift * _LOG2_E,
-            min(scale.radius_mm**2, 3e38),
-        )
-        self.options: dict[str, Any] = {
-            "E": channels,
-            "D": dimensions,
-            "HAS_IMAGE": has_image,
-            "HAS_PRESENT": has_present,
+    block_anchors: int
+    block_candidates: int
+    num_warps: int
+    num_stages: int
+
+    def options(self, channels: int) -> dict[str, int]:
+        """Return the constants of a launch."""
+        return {
             "BLOCK_A": self.block_anchors,
-            "BLOCK_C": block_candidates,
-            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-            "num_warps": 8,
-            "num_stages": 3 if channels <= 128 and not wide else 2,
+            "BLOCK_C": self.block_candidates,
+            "E": channels,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
         }
+
+    def shared_bytes(self, dtype: torch.dtype, channels: int) -> int:
+        """Return about how much shared memory a program takes: held anchors, and a candidate tile for each stage."""
+        rows = self.block_anchors + self.num_stages * self.block_candidates
+        # Weights of more than two bytes pass through shared memory.
+        weights = 0 if dtype == torch.bfloat16 else 4 * self.block_anchors * self.block_candidates
+        return rows * channels * dtype.itemsize + weights + 2048
+
+
+_SUMS_TILES = {
+    256: (_Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)),
+    512: (_Tile(128, 64, 8, 2), _Tile(64, 64, 8, 2)),
+    1024: (_Tile(64, 64, 8, 2),),
+}
+_PUSH_TILES = {
+    128: (_Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)),
+    256: (_Tile(128, 128, 8, 3), _Tile(128, 64, 8, 2)),
+    512: (_Tile(128, 64, 8, 2), _Tile(64, 32, 8, 2)),
+    1024: (_Tile(64, 32, 8, 2),),
+}
+"""By the most bytes of a row that they are for, then by preference: GPUs with less shared memory take the first that they can
+hold. 128 anchors read half as much from the L2 cache as 64 do."""
+
+
+def _choices(
+    table: dict[int, tuple[_Tile, ...]], dtype: torch.dtype, channels: int, limit: int, *, has_image: bool
+) -> tuple[_Tile, ...]:
+    """Return the tiles of a table that fit into shared memory, best first."""
+    tiles = table[min(most for most in table if most >= channels * dtype.itemsize)]
+    if has_image or dtype != torch.bfloat16:  # masks, and weights of four bytes, take the registers of larger tiles
+        tiles = tuple(tile for tile in tiles if tile.num_warps == 8 and tile.block_candidates <= 64)
+    return tuple(tile for tile in tiles if tile.shared_bytes(dtype, channels) <= limit)
+
+
+def _tile(table: dict[int, tuple[_Tile, ...]], anchors: Rows) -> _Tile:
+    values, has_image = anchors.values, anchors.image is not None
+    return _choices(table, values.dtype, values.shape[1], _shared_limit(values.device), has_image=has_image)[0]
+
+
+def _kept(rows: Rows) -> Tensor:
+    """Return (n,) float32: 1 for rows that take part, 0 for others."""
+    if rows.present is None:
+        return rows.values.new_ones(len(rows), dtype=torch.float32)
+    return (rows.present != 0).float()
+
+
+def _masks(anchors: Rows, candidates: Rows) -> dict[str, Any]:
+    has_image = anchors.image is not None and candidates.image is not None
+    has_position = has_image and anchors.position_mm is not None and candidates.position_mm is not None
+    dimensions = anchors.position_mm.shape[1] if has_position and anchors.position_mm is not None else 0
+    return {"HAS_IMAGE": has_image, "D": dimensions}
+
+
+def _arguments(anchors: Rows, candidates: Rows, scale: Scale, tile: _Tile) -> tuple[Any, ...]:
+    """Return the arguments that both kernels take."""
+    nothing = anchors.values
+    of_rows = []
+    for rows in (anchors, candidates):
+        values = rows.values.contiguous()
+        if rows.present is not None:
+            values = values.masked_fill(rows.present[:, None] == 0, 0)
+        of_rows.append(
+            (
+                values,
+                nothing if rows.image is None else rows.image.contiguous(),
+                nothing if rows.position_mm is None else rows.position_mm.float().contiguous(),
+            )
+        )
+    by_kind = [part for pair in zip(*of_rows, strict=True) for part in pair]
+    ends = (nothing, nothing)
+    if candidates.image is not None and anchors.image is not None and len(candidates):
+        ends = _ends(candidates.image, tile.block_candidates)
+    return (
+        *by_kind,
+        *ends,
+        len(anchors),
+        len(candidates),
+        anchors.first - candidates.first,
+        scale.k * _LOG2_E,
+        scale.shift * _LOG2_E,
+        min(scale.radius_mm**2, 3e38),
+    )
+
+
+def _ends(image: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest image number of each block."""
+    ragged = -len(image) % block
+    padded = torch.cat((image, image[-1:].expand(ragged))).view(-1, block)
+    return padded.amin(1), padded.amax(1)
 
 
 @triton.jit
-def _entries(
-    anchor,
-    image_anchor,
-    is_anchor,
-    rows,
-    columns,
-    candidate,
-    image_c,
-    position_a,
-    position_c,
-    present_c,
-    n,
-    m,
-    offset,
-    k_log2,
-    shift_log2,
-    radius_squared,
-    D: tl.constexpr,
-    HAS_IMAGE: tl.constexpr,
-    HAS_PRESENT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile of exp(k s_ij - shift), 0 where j is no negative of i or one of them lies outside."""
-    logits = tl.dot(anchor, tl.trans(candidate), input_precision=PRECISION)
-    entries = tl.exp2(logits * k_log2 - shift_log2)
-    is_candidate = columns < m
-    if HAS_PRESENT:
-        is_candidate = tl.load(present_c + columns, mask=columns < m, other=0) != 0
-    excluded = (rows[:, None] + offset == columns[None, :]) | ~is_anchor[:, None] | ~is_candidate[None, :]
+def _masked_tiles(
+    image_a, first_of_image, last_of_image, rows, n, offset, begin, end,
+    HAS_IMAGE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Range of the tiles [begin, end) in which some pair of rows may be no negatives."""
+    own = tl.min(rows, 0)
+    low = (own + offset) // BLOCK_C
+    high = (own + offset + BLOCK_A - 1) // BLOCK_C + 1
+    if own + offset + BLOCK_A <= 0:  # division rounds towards zero
+        high = low
     if HAS_IMAGE:
-        near = image_anchor[:, None] == tl.load(image_c + columns, mask=columns < m, other=-1)[None, :]
+        of_anchors = tl.load(image_a + tl.minimum(rows, n - 1))
+        smallest, largest = tl.min(of_anchors, 0), tl.max(of_anchors, 0)
+        for start in range(begin, end, 1024):
+            tiles = start + tl.arange(0, 1024)
+            below = tl.load(first_of_image + tiles, mask=tiles < end, other=0)
+            above = tl.load(last_of_image + tiles, mask=tiles < end, other=0)
+            meets = (below <= largest) & (above >= smallest) & (tiles < end)
+            low = tl.minimum(low, tl.min(tl.where(meets, tiles, 2147483647), 0))
+            high = tl.maximum(high, tl.max(tl.where(meets, tiles + 1, 0), 0))
+    low = tl.minimum(tl.maximum(low, begin), end)
+    return low, tl.maximum(tl.minimum(high, end), low)
+
+
+@triton.jit
+def _is_no_negative(
+    i, j, rows_i, rows_j, num_i, num_j, image_i, image_j, position_i, position_j, radius_squared,
+    D: tl.constexpr, HAS_IMAGE: tl.constexpr,
+):  # fmt: skip
+    """Mask of one tile: rows of one pair, or too near one another in one image. `i` and `j` number pairs alike."""
+    excluded = i[:, None] == j[None, :]
+    if HAS_IMAGE:
+        of_i = tl.load(image_i + rows_i, mask=rows_i < num_i, other=-1)
+        of_j = tl.load(image_j + rows_j, mask=rows_j < num_j, other=-2)
+        near = of_i[:, None] == of_j[None, :]
         if D > 0:
-            squared = tl.zeros(entries.shape, tl.float32)
+            squared = tl.zeros(near.shape, tl.float32)
             for d in tl.static_range(D):
-                of_anchor = tl.load(position_a + rows * D + d, mask=rows < n, other=0.0)
-                of_candidate = tl.load(position_c + columns * D + d, mask=columns < m, other=0.0)
-                difference = of_anchor[:, None] - of_candidate[None, :]
+                place_i = tl.load(position_i + rows_i * D + d, mask=rows_i < num_i, other=0.0)
+                place_j = tl.load(position_j + rows_j * D + d, mask=rows_j < num_j, other=0.0)
+                difference = place_i[:, None] - place_j[None, :]
                 squared += difference * difference
             near = near & (squared <= radius_squared)
         excluded = excluded | near
-    return tl.where(excluded, 0.0, entries)
+    return excluded
 
 
 @triton.jit
@@ -195,14 +326,16 @@ def _sums_kernel(
     image_c,
     position_a,
     position_c,
-    present_a,
-    present_c,
+    first_of_image,
+    last_of_image,
     n,
     m,
     offset,
     k_log2,
     shift_log2,
     radius_squared,
+    kept_a,
+    shift_c,
     over_candidates,
     partial,
     first_row,
@@ -211,35 +344,52 @@ def _sums_kernel(
     E: tl.constexpr,
     D: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
-    HAS_PRESENT: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Sums of a block of anchors over a split of candidates, and of each of these candidates over the block."""
+    """Sums of a block of anchors over a split of candidates, and of each of these candidates over the block.
+
+    Candidates are the rows of the tile. A candidate's sum then stays within four lanes, and anchors' sums are kept
+    apart for each of its rows to the end.
+    """
     block, split = tl.program_id(0), tl.program_id(1)
-    channels = tl.arange(0, E)
+    channels, within = tl.arange(0, E), tl.arange(0, BLOCK_C)
     rows = first_row + block * BLOCK_A + tl.arange(0, BLOCK_A)
-    anchor = tl.load(anchors + rows.to(tl.int64)[:, None] * E + channels[None, :], mask=rows[:, None] < n, other=0.0)
-    image_anchor = rows
-    if HAS_IMAGE:
-        image_anchor = tl.load(image_a + rows, mask=rows < n, other=-2)
-    is_anchor = rows < n
-    if HAS_PRESENT:
-        is_anchor = tl.load(present_a + rows, mask=rows < n, other=0) != 0
-    total = tl.zeros([BLOCK_A], tl.float32)
-    for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, m), BLOCK_C):
-        columns = start + tl.arange(0, BLOCK_C)
-        inside = columns[:, None] < m
-        candidate = tl.load(candidates + columns.to(tl.int64)[:, None] * E + channels[None, :], mask=inside, other=0.0)
-        entries = _entries(
-            anchor, image_anchor, is_anchor, rows, columns, candidate, image_c, position_a, position_c, present_c,
-            n, m, offset, k_log2, shift_log2, radius_squared, D, HAS_IMAGE, HAS_PRESENT, PRECISION,
-        )  # fmt: skip
-        total += tl.sum(entries, 1)
+    at = rows.to(tl.int64)[:, None] * E + channels[None, :]
+    anchor = tl.trans(tl.load(anchors + at, mask=rows[:, None] < n, other=0.0))
+    kept = tl.load(kept_a + rows, mask=rows < n, other=0.0)
+    begin, stop = split * SPLIT // BLOCK_C, tl.minimum((split + 1) * SPLIT, m)
+    end = stop // BLOCK_C
+    low, high = _masked_tiles(
+        image_a, first_of_image, last_of_image, rows, n, offset, begin, end, HAS_IMAGE, BLOCK_A, BLOCK_C
+    )
+    in_tile = within[:, None] * E + channels[None, :]
+    partial += block.to(tl.int64) * m
+    total = tl.zeros([BLOCK_C, BLOCK_A], tl.float32)
+    for number in range(begin, end - high + low):
+        tile = tl.where(number < low, number, number + high - low)
+        candidate = tl.load(candidates + tile.to(tl.int64) * (BLOCK_C * E) + in_tile)
+        shift = tl.load(shift_c + tile * BLOCK_C + within)
+        entries = tl.exp2(tl.dot(candidate, anchor, input_precision="tf32") * k_log2 - shift[:, None])
+        total += entries
         if OF_COLUMNS:
-            tl.store(partial + block.to(tl.int64) * m + columns, tl.sum(entries, 0), mask=columns < m)
-    tl.store(over_candidates + split.to(tl.int64) * n + rows, total, mask=rows < n)
+            tl.store(partial + tile * BLOCK_C + within, tl.sum(entries * kept[None, :], 1))
+    for number in tl.range(low, high + (end * BLOCK_C < stop).to(tl.int32), num_stages=1):
+        tile = tl.where(number < high, number, end)
+        columns = tile * BLOCK_C + within
+        inside = columns < m
+        candidate = tl.load(candidates + tile.to(tl.int64) * (BLOCK_C * E) + in_tile, mask=inside[:, None], other=0.0)
+        shift = tl.load(shift_c + columns, mask=inside, other=float("inf"))
+        entries = tl.exp2(tl.dot(candidate, anchor, input_precision="tf32") * k_log2 - shift[:, None])
+        excluded = _is_no_negative(
+            columns, rows + offset, columns, rows, m, n, image_c, image_a, position_c, position_a, radius_squared,
+            D, HAS_IMAGE,
+        )  # fmt: skip
+        entries = tl.where(excluded, 0.0, entries)
+        total += entries
+        if OF_COLUMNS:
+            tl.store(partial + columns, tl.sum(entries * kept[None, :], 1), mask=inside)
+    tl.store(over_candidates + split.to(tl.int64) * n + rows, tl.sum(total, 0), mask=rows < n)
 
 
 @triton.jit
@@ -250,50 +400,68 @@ def _push_kernel(
     image_c,
     position_a,
     position_c,
-    present_a,
-    present_c,
+    first_of_image,
+    last_of_image,
     n,
     m,
     offset,
     k_log2,
     shift_log2,
     radius_squared,
+    kept_a,
     weight_a,
     weight_c,
     moved,
+    first_split,
+    split_size,
     E: tl.constexpr,
     D: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
-    HAS_PRESENT: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Weighted sum of all candidates, for a block of anchors."""
-    channels = tl.arange(0, E)
+    """Weighted sum of a split of the candidates, for a block of anchors."""
+    part, split = tl.program_id(1), first_split + tl.program_id(1)
+    channels, within = tl.arange(0, E), tl.arange(0, BLOCK_C)
     rows = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     at = rows.to(tl.int64)[:, None] * E + channels[None, :]
     anchor = tl.load(anchors + at, mask=rows[:, None] < n, other=0.0)
     of_anchor = tl.load(weight_a + rows, mask=rows < n, other=0.0)
-    image_anchor = rows
-    if HAS_IMAGE:
-        image_anchor = tl.load(image_a + rows, mask=rows < n, other=-2)
-    is_anchor = rows < n
-    if HAS_PRESENT:
-        is_anchor = tl.load(present_a + rows, mask=rows < n, other=0) != 0
+    begin, stop = split * (split_size // BLOCK_C), tl.minimum((split + 1) * split_size, m)
+    end = stop // BLOCK_C
+    low, high = _masked_tiles(
+        image_a, first_of_image, last_of_image, rows, n, offset, begin, end, HAS_IMAGE, BLOCK_A, BLOCK_C
+    )
+    in_tile = within[:, None] * E + channels[None, :]
     total = tl.zeros([BLOCK_A, E], tl.float32)
-    for start in range(0, m, BLOCK_C):
-        columns = start + tl.arange(0, BLOCK_C)
-        inside = columns[:, None] < m
-        candidate = tl.load(candidates + columns.to(tl.int64)[:, None] * E + channels[None, :], mask=inside, other=0.0)
-        of_candidate = tl.load(weight_c + columns, mask=columns < m, other=0.0)
-        entries = _entries(
-            anchor, image_anchor, is_anchor, rows, columns, candidate, image_c, position_a, position_c, present_c,
-            n, m, offset, k_log2, shift_log2, radius_squared, D, HAS_IMAGE, HAS_PRESENT, PRECISION,
-        )  # fmt: skip
+    for number in range(begin, end - high + low):
+        tile = tl.where(number < low, number, number + high - low)
+        candidate = tl.load(candidates + tile.to(tl.int64) * (BLOCK_C * E) + in_tile)
+        of_candidate = tl.load(weight_c + tile * BLOCK_C + within)
+        entries = tl.exp2(tl.dot(anchor, tl.trans(candidate), input_precision="tf32") * k_log2 - shift_log2)
         weights = entries * (of_anchor[:, None] + of_candidate[None, :])
-        if candidate.dtype == tl.bfloat16:
-            total = tl.dot(weights.to(tl.bfloat16), candidate, total)
-        else:
-            total = tl.dot(weights, candidate.to(tl.float32), total, input_precision=PRECISION)
-    tl.store(moved + at, total, mask=rows[:, None] < n)
+        total = _add_product(weights, candidate, total)
+    for number in tl.range(low, high + (end * BLOCK_C < stop).to(tl.int32), num_stages=1):
+        tile = tl.where(number < high, number, end)
+        columns = tile * BLOCK_C + within
+        inside = columns < m
+        candidate = tl.load(candidates + tile.to(tl.int64) * (BLOCK_C * E) + in_tile, mask=inside[:, None], other=0.0)
+        of_candidate = tl.load(weight_c + columns, mask=inside, other=0.0)
+        entries = tl.exp2(tl.dot(anchor, tl.trans(candidate), input_precision="tf32") * k_log2 - shift_log2)
+        excluded = _is_no_negative(
+            rows + offset, columns, rows, columns, n, m, image_a, image_c, position_a, position_c, radius_squared,
+            D, HAS_IMAGE,
+        )  # fmt: skip
+        weights = tl.where(excluded, 0.0, entries * (of_anchor[:, None] + of_candidate[None, :]))
+        total = _add_product(weights, candidate, total)
+    kept = tl.load(kept_a + rows, mask=rows < n, other=0.0)
+    tl.store(moved + part.to(tl.int64) * n * E + at, total * kept[:, None], mask=rows[:, None] < n)
+
+
+@triton.jit
+def _add_product(weights, candidate, total):
+    if candidate.dtype == tl.bfloat16:
+        total = tl.dot(weights.to(tl.bfloat16), candidate, total)
+    else:
+        total = tl.dot(weights, candidate.to(tl.float32), total, input_precision="tf32")
+    return total

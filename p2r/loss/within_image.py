@@ -4,8 +4,9 @@ Across images, the same anatomy of two patients would be a negative of itself: f
 batch. Within an image, what tells pixels apart is where they lie in the anatomy, which patients share. The price are
 fewer negatives, and nothing that asks patients to be alike either.
 
-Candidates, forms and the decoupled variant are those of `info_nce`, of which this is the sum over images; as images have
-few pixels, similarities are held for one image at a time, in the backward pass again.
+Candidates, forms and the decoupled variant are those of `info_nce`, of which this is the sum over images. As images have
+few pixels, similarities are held for one image at a time, in the backward pass again. A GPU takes so many images at once
+that one matrix of their similarities has 64 MiB: launching kernels image by image would take longer than running them.
 
 Source: the local loss of Chaitanya et al. 2020 (negatives of the same image), arXiv:2006.10511.
 
@@ -31,6 +32,7 @@ from p2r.loss.ranks import (
     refuse_weights,
 )
 
+_ENTRIES_AT_ONCE = 2**24
 _NEVER = -1e30  # of a similarity: finite, so that a pixel without negatives has a gradient of zero and not of NaN
 
 
@@ -101,14 +103,21 @@ def info_nce_within_images(
         rows = [F.normalize(tower.to(dtype), dim=1) for tower in (queries, keys)]
         weight = torch.ones(len(queries), dtype=dtype, device=queries.device) if weights is None else weights.to(dtype)
         num_pairs = len(queries) // num_images
-        by_image = [torch.split(x, num_pairs) for x in (*rows, weight)]
-        positions = (
-            torch.split(position_mm, num_pairs) if radius_mm and position_mm is not None else [None] * num_images
+        at_once = images_at_once(num_pairs, is_gpu=queries.device.type == "cuda")
+        tensors = (*rows, weight, position_mm if radius_mm else None)
+        by_images = zip(
+            *(
+                [None] * -(-num_images // at_once)
+                if x is None
+                else torch.split(x.reshape(num_images, num_pairs, *x.shape[1:]), at_once)
+                for x in tensors
+            ),
+            strict=True,
         )
         costs = [
             checkpoint(
-                _cost,
-                *of_image,
+                _costs,
+                *of_images,
                 1 / temperature,
                 form,
                 decoupled,
@@ -116,9 +125,9 @@ def info_nce_within_images(
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-            for of_image in zip(*by_image, positions, strict=True)
+            for of_images in by_images
         ]
-        own, cosine, of_negatives = torch.stack(costs).sum(0)
+        own, cosine, of_negatives = torch.cat(costs).sum(0)
         if parts is not None:
             own_weight = weight.sum()
             parts["positive"] = torch.stack([cosine.detach(), own_weight])
@@ -130,7 +139,12 @@ def info_nce_within_images(
         return loss
 
 
-def _cost(
+def images_at_once(num_pairs: int, *, is_gpu: bool) -> int:
+    """Return how many images of `num_pairs` pixel pairs have their similarities held at a time."""
+    return max(1, _ENTRIES_AT_ONCE // max(1, num_pairs**2)) if is_gpu else 1
+
+
+def _costs(
     queries: Tensor,
     keys: Tensor,
     weights: Tensor,
@@ -140,23 +154,28 @@ def _cost(
     decoupled: bool,
     radius_mm: float,
 ) -> Tensor:
-    """(n, E), (n, E), (n,) of one image -> (3,), weighted sums over pairs: half of what query and key cost, cosines, and half of
-    the log-sum-exps of both over their negatives."""
-    excluded = torch.eye(len(queries), dtype=torch.bool, device=queries.device) | (weights == 0)
+    """Add up the pairs of each of B images.
+
+    Returns:
+        (B, 3) weighted sums: half of the cost of query and key, cosines, half of the log-sum-exps of both over their negatives.
+    """
+    num = queries.shape[1]
+    excluded = torch.eye(num, dtype=torch.bool, device=queries.device) | (weights == 0)[:, None]  # (B, n, n)
     if position_mm is not None:
         excluded |= torch.cdist(position_mm, position_mm, compute_mode="donot_use_mm_for_euclid_dist") <= radius_mm
-    across = queries @ keys.T
-    positive = k * across.diagonal()
-    candidates = [across, across.T]  # of queries, of keys
+    across = queries @ keys.mT
+    cosine = across.diagonal(dim1=1, dim2=2)
+    positive = k * cosine
+    candidates = [across, across.mT]  # of queries, of keys
     if form == "nt_xent":
-        candidates = [torch.cat([across, queries @ queries.T], 1), torch.cat([across.T, keys @ keys.T], 1)]
-        excluded = excluded.repeat(1, 2)
-    cost, of_negatives = queries.new_zeros(()), queries.new_zeros(())
+        candidates = [torch.cat([across, queries @ queries.mT], 2), torch.cat([across.mT, keys @ keys.mT], 2)]
+        excluded = excluded.repeat(1, 1, 2)
+    cost, of_negatives = queries.new_zeros(len(queries)), queries.new_zeros(len(queries))
     for similarities in candidates:
-        log_sums = torch.logsumexp((k * similarities).masked_fill(excluded, _NEVER), 1)
+        log_sums = torch.logsumexp((k * similarities).masked_fill(excluded, _NEVER), 2)
         x = log_sums - positive
         has_negatives = log_sums > _NEVER / 2
         losses = torch.where(has_negatives, x, 0) if decoupled else torch.logaddexp(x, torch.zeros_like(x))
-        cost = cost + (weights * losses).sum() / 2
-        of_negatives = of_negatives + (weights * torch.where(has_negatives, log_sums, 0)).sum() / 2
-    return torch.stack([cost, (weights * across.diagonal()).sum(), of_negatives])
+        cost = cost + (weights * losses).sum(1) / 2
+        of_negatives = of_negatives + (weights * torch.where(has_negatives, log_sums, 0)).sum(1) / 2
+    return torch.stack([cost, (weights * cosine).sum(1), of_negatives], 1)

@@ -158,8 +158,13 @@ class Segmenter(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Turn `image` (B, C, *S) into logits (B, num_classes, *S)."""
-        logits: Tensor = self.head(self.backbone(image))
-        size = image.shape[2:]
-        if logits.shape[2:] == size:
+        return self.logits_of(self.backbone(image), size=image.shape[2:])
+
+    def logits_of(self, features: Tensor, *, size: Sequence[int]) -> Tensor:
+        """Turn features (B, F, *s) into logits (B, num_classes, *S), S being `size`."""
+        logits: Tensor = self.head(features)
+        if logits.shape[2:] == tuple(size):
             return logits
-        return F.interpolate(logits, size=size, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=False)
+        return F.interpolate(
+            logits, size=tuple(size), mode="bilinear" if len(size) == 2 else "trilinear", align_corners=False
+        )

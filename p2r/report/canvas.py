@@ -31,17 +31,9 @@ from matplotlib.textpath import TextToPath
 from numpy.typing import NDArray
 from torch import Tensor
 
+from p2r.modes import MODES, facts_of
 from p2r.report.text import for_picture
 
-MODE_COLOURS = {
-    "scratch": "#6b6b6b",
-    "linear_probe": "#d98200",
-    "fine_tune": "#0072b2",
-    "mean_teacher": "#00835f",
-    "prototype": "#a8488a",
-}
-MODE_MARKERS = {"scratch": "o", "linear_probe": "s", "fine_tune": "D", "mean_teacher": "^", "prototype": "v"}
-"""A mode is told by its colour, its mark and, where there is room, its name."""
 CLASS_COLOURS = ("#e69f00", "#56b4e9", "#cc79a7", "#009e73", "#f0e442", "#d55e00")
 """After Okabe and Ito: distinct for all common kinds of colour vision, and on grey."""
 INK, FAINT, LINE, RULE = "#1a1a1a", "#6b6b6b", "#e6e6e6", "#b0b0b0"
@@ -63,10 +55,7 @@ _DARK = {
     FAINT: "#a9adb3",
     LINE: "#34383e",
     RULE: "#626870",
-    MODE_COLOURS["linear_probe"]: "#f0a43f",
-    MODE_COLOURS["fine_tune"]: "#5ab1e6",
-    MODE_COLOURS["mean_teacher"]: "#3cc79c",
-    MODE_COLOURS["prototype"]: "#dd92c4",
+    **{facts.colour: facts.dark_colour for facts in MODES.values()},
 }
 """What takes a colour's place on a dark page."""
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
@@ -193,12 +182,14 @@ def text_width(text: str, size: float, *, bold: bool = False) -> float:
 
 def mode_colour(mode: str) -> str:
     """Return the colour of a mode, wherever it is drawn."""
-    return MODE_COLOURS.get(mode, INK)
+    facts = facts_of(mode)
+    return INK if facts is None else facts.colour
 
 
 def mode_marker(mode: str) -> str:
     """Return the mark of a mode."""
-    return MODE_MARKERS.get(mode, "P")
+    facts = facts_of(mode)
+    return "P" if facts is None else facts.marker
 
 
 def new_figure(width: float, height: float) -> Figure:

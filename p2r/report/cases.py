@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from p2r.modes import SCRATCH
 from p2r.report.patients import mean_of
 from p2r.report.tables import Row, series_name, series_of
-
-_SCRATCH = "scratch"
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class ShownCase:
 def shown_cases(rows: Sequence[Row]) -> list[ShownCase]:
     """Choose the cases of rows of one task and protocol; none if no row keeps its predictions."""
     known = [row for row in rows if row.get("cases") and row.get("predictions")]
-    trained = [row for row in known if row["mode"] != _SCRATCH] or known
+    trained = [row for row in known if row["mode"] != SCRATCH] or known
     if not trained:
         return []
     few = min(row["num_labelled"] for row in trained)
@@ -52,7 +51,7 @@ def shown_cases(rows: Sequence[Row]) -> list[ShownCase]:
     beside = [
         row
         for row in known
-        if row["mode"] == _SCRATCH and (row["num_labelled"], row["draw"]) == (few, chosen["draw"]) and row is not chosen
+        if row["mode"] == SCRATCH and (row["num_labelled"], row["draw"]) == (few, chosen["draw"]) and row is not chosen
     ]
     trials = {series_name(series_of(row)): row for row in (*beside[:1], chosen)}
     ranked = sorted(

@@ -61,7 +61,7 @@ def accepted_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes
     accepted = {row["key"]: row for row in ledger if is_accepted(row)}
     keys = sorted(drawn(accepted.keys() & thumbnails.keys(), MOST))
     tiles = [(thumbnails[key], key, _size_of(accepted[key]), FAINT) for key in keys]
-    return _sheet(
+    return contact_sheet(
         tiles,
         f"Accepted: {len(tiles)} of {len(accepted)} scans",
         "middle plane across the axis of the largest spacing, first frame, black to white: percentiles 1 to 99 of the plane",
@@ -80,7 +80,7 @@ def refused_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes 
     )
     tiles = [(thumbnails.get(key), key, str(refused[key]["reason"]), CLASS_COLOURS[5]) for key in keys]
     subtitle = "grey tiles: no picture of the scan can be made" if any(tile[0] is None for tile in tiles) else ""
-    return _sheet(tiles, f"Refused: {len(tiles)} of {len(refused)} scans", subtitle)
+    return contact_sheet(tiles, f"Refused: {len(tiles)} of {len(refused)} scans", subtitle)
 
 
 def histograms(accepted: Sequence[LedgerRow]) -> bytes:
@@ -109,8 +109,8 @@ def histograms(accepted: Sequence[LedgerRow]) -> bytes:
     return to_png(figure)
 
 
-def _sheet(tiles: Sequence[tuple[NDArray[np.uint8] | None, str, str, str]], title: str, subtitle: str) -> bytes:
-    """Draw tiles: picture, name, a line below it and that line's colour."""
+def contact_sheet(tiles: Sequence[tuple[NDArray[np.uint8] | None, str, str, str]], title: str, subtitle: str) -> bytes:
+    """Draw tiles: picture (None: there is none), name, a line below it and that line's colour."""
     rows = max(1, -(-len(tiles) // _COLUMNS))
     width = _GAP + _COLUMNS * (_TILE + _GAP)
     height = _TOP + rows * (_TILE + _CAPTION + _GAP)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from p2r.modes import SCRATCH
 from p2r.report.canvas import Drawing
 from p2r.report.distributions import by_stratum, class_boxes, where_in_the_organ
 from p2r.report.few_shot_curve import few_shot_curve
@@ -27,6 +28,7 @@ from p2r.report.tables import (
     gain_text,
     is_paper_compatible,
     is_transductive,
+    is_unknown,
     label_of,
     protocol_of,
     series_name,
@@ -80,6 +82,10 @@ _HOW_TO_READ = (
 _TRANSDUCTIVE = (
     "Transductive: validation or test patients are in the corpus that the backbone was pretrained on. These figures say nothing "
     "about patients whom it has not seen, and must not be compared with leak-free ones. Rows are labelled in report.json."
+)
+_UNKNOWN = (
+    "Corpora unknown: the backbone's manifest does not say what it was pretrained on. It may have seen validation or test patients: "
+    "these figures must not be compared with leak-free ones. Rows are labelled in report.json."
 )
 _PAPER_COMPATIBLE = (
     "paper_compat: made by the choices of the paper's released code, in which the reference decides what the network is shown, "
@@ -138,7 +144,7 @@ def source_line(rows: Sequence[Row], context: Mapping[str, Any]) -> str:
     draws = sorted({cell.num_draws for cell in aggregate(rows)})
     parts = [
         f"backbone {', '.join(backbones)}" if backbones else "",
-        series_name(("scratch", "")) if all(row["mode"] == "scratch" for row in rows) else "",
+        series_name((SCRATCH, "")) if all(row["mode"] == SCRATCH for row in rows) else "",
         f"task {', '.join(sorted({str(row['task']) for row in rows}))}",
         f"{', '.join(sorted({protocol_of(row) for row in rows}))}, {split_of(rows)} patients",
         f"n = {', '.join(map(str, numbers))}",
@@ -188,6 +194,8 @@ def _blocks(
     """Yield the page; what is drawn for it is added to `drawn`, in the order of the page."""
     page = _Page(context, pictures, statistics, drawn)
     yield Heading(1, str(context.get("title", "Few-shot segmentation")) + label_of(rows))
+    if is_unknown(rows):
+        yield Paragraph(_UNKNOWN, note=True)
     if is_transductive(rows):
         yield Paragraph(_TRANSDUCTIVE, note=True)
     if is_paper_compatible(rows):
@@ -289,7 +297,7 @@ class _Page:
         numbers = sorted({cell.num_labelled for cell in cells})
         for number in dict.fromkeys((*numbers[:1], *numbers[-1:])):
             here = [cell for cell in cells if cell.num_labelled == number]
-            cell = max(here, key=lambda cell: (_validation(rows, cell), cell.mode != "scratch"))
+            cell = max(here, key=lambda cell: (_validation(rows, cell), cell.mode != SCRATCH))
             interval = self.entry("intervals", rows, cell)
             spread = f"{self.level} {interval['lower']:.2f} to {interval['upper']:.2f}" if interval else ""
             who = (
@@ -305,16 +313,22 @@ class _Page:
             )
             differences = [one for one in self.of("differences", rows) if one["num_labelled"] == number]
             leader = max(
-                (one for one in here if one.mode != "scratch"), key=lambda cell: _validation(rows, cell), default=None
+                (one for one in here if one.mode != SCRATCH), key=lambda cell: _validation(rows, cell), default=None
             )
-            difference = next((one for one in differences if leader and series_of(one) == leader.series), None)
-            if difference and leader and difference["difference"] is not None:
+            of_leader = [
+                one
+                for one in differences
+                if leader and series_of(one) == leader.series and one["difference"] is not None
+            ]
+            for difference in of_leader:
                 yield (
-                    _sentence(f"{series_name(leader.series)} over {_against(difference['against'])}, {labelled}"),
+                    _sentence(
+                        f"{series_name(series_of(difference))} over {_against(difference['against'])}, {labelled}"
+                    ),
                     signed(difference["difference"], 3),
                     f"{self.level} {_interval(difference, 3)}; p {p_text(difference['p_holm'])}, {difference['patients']} patients",
                 )
-            elif leader and leader.gain is not None:
+            if leader and not of_leader and leader.gain is not None:
                 yield (
                     _sentence(f"{series_name(leader.series)} over scratch, {labelled}"),
                     signed(leader.gain, 3),
@@ -406,7 +420,9 @@ class _Page:
         if not found:
             return
         found.sort(key=lambda one: (one["num_labelled"], series_order(series_of(one))))
-        against = " and ".join(dict.fromkeys(_against(one["against"]) for one in found))
+        # A mode's own control stands in the table; the picture has one zero.
+        shown = [one for one in found if one["against"] == SCRATCH] or found
+        against = " and ".join(dict.fromkeys(_against(one["against"]) for one in shown))
         yield Heading(3, f"Against {against}")
         lines = [
             Difference(
@@ -418,7 +434,7 @@ class _Page:
                 one["upper"],
                 one["p_holm"],
             )
-            for one in found
+            for one in shown
         ]
         picture = forest(
             lines,
@@ -450,7 +466,7 @@ class _Page:
 
     def efficiency(self, rows: Sequence[Row]) -> Iterator[Block]:
         """Yield how many labelled patients training from scratch needs for the same Dice."""
-        found = [one for one in self.of("label_efficiency", rows) if one["mode"] != "scratch"]
+        found = [one for one in self.of("label_efficiency", rows) if one["mode"] != SCRATCH]
         if not found:
             return
         numbers = sorted({one["num_labelled"] for one in found})
@@ -707,14 +723,14 @@ def _worth(efficiency: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Return how many labelled patients from scratch a mode is worth, or on which side of all that were tried that lies."""
     if efficiency.get("scratch_patients") is not None:
         return f"{efficiency['scratch_patients']:.1f}"
-    tried = [row["num_labelled"] for row in rows if row["mode"] == "scratch"]
+    tried = [row["num_labelled"] for row in rows if row["mode"] == SCRATCH]
     if not tried or efficiency.get("beyond") not in ("above", "below"):
         return "–"
     return f"> {max(tried)}" if efficiency["beyond"] == "above" else f"< {min(tried)}"
 
 
 def _against(mode: str) -> str:
-    return "scratch" if mode == "scratch" else series_name((mode, ""))
+    return "scratch" if mode == SCRATCH else series_name((mode, ""))
 
 
 def _sentence(text: str) -> str:

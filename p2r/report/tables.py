@@ -13,16 +13,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from p2r.modes import MODES, SCRATCH, facts_of
 from p2r.report.text import one_line, signed
 
-MODE_NAMES = {
-    "scratch": "from scratch",
-    "linear_probe": "linear probe",
-    "fine_tune": "fine-tuned",
-    "mean_teacher": "Mean Teacher",
-    "prototype": "prototypes",
-}
-LEAK_FREE, TRANSDUCTIVE = "leak_free", "transductive"
+LEAK_FREE, TRANSDUCTIVE, UNKNOWN = "leak_free", "transductive", "corpora unknown"
 
 Row = Mapping[str, Any]
 
@@ -66,11 +60,12 @@ class Cell:
 
 
 def protocol_of(row: Row) -> str:
-    """Return the protocol that a row was made by; `transductive` if the backbone has seen the patients."""
+    """Return the protocol that a row was made by; `transductive` if the backbone has seen the patients, or what says that it may have."""
     protocol = str(row["protocol"]).replace("-", "_")
-    if not row.get("transductive") or TRANSDUCTIVE in protocol:
+    label = UNKNOWN if row.get("corpora") == "unknown" else TRANSDUCTIVE
+    if not row.get("transductive") or label in protocol:
         return protocol
-    return TRANSDUCTIVE if protocol == LEAK_FREE else f"{protocol}, {TRANSDUCTIVE}"
+    return label if protocol == LEAK_FREE else f"{protocol}, {label}"
 
 
 def series_of(row: Row) -> tuple[str, str]:
@@ -81,12 +76,18 @@ def series_of(row: Row) -> tuple[str, str]:
 def series_name(series: tuple[str, str]) -> str:
     """Return the name of a mode, and of its backbone if there are several, for people."""
     mode, backbone = series
-    return MODE_NAMES.get(mode, mode) + (f" · {backbone}" if backbone else "")
+    return mode_title(mode) + (f" · {backbone}" if backbone else "")
+
+
+def mode_title(mode: str) -> str:
+    """Return the name of a mode for people."""
+    facts = facts_of(mode)
+    return mode if facts is None else facts.title
 
 
 def series_order(series: tuple[str, str]) -> tuple[int, str, str]:
     """Sort modes as they are listed everywhere: from scratch first, unknown ones last."""
-    order = list(MODE_NAMES)
+    order: list[str] = list(MODES)
     return order.index(series[0]) if series[0] in order else len(order), *series
 
 
@@ -102,7 +103,7 @@ def aggregate(rows: Sequence[Row]) -> list[Cell]:
         _cell(
             key,
             groups[key],
-            groups.get((*key[:3], ("scratch", key[3][1]))) or groups.get((*key[:3], ("scratch", ""))),
+            groups.get((*key[:3], (SCRATCH, key[3][1]))) or groups.get((*key[:3], (SCRATCH, ""))),
         )
         for key in keys
     ]
@@ -142,8 +143,15 @@ def is_transductive(rows: Sequence[Row]) -> bool:
     return any(TRANSDUCTIVE in protocol_of(row) for row in rows)
 
 
+def is_unknown(rows: Sequence[Row]) -> bool:
+    """Tell whether figures of a backbone whose corpora are unknown are among the rows."""
+    return any(UNKNOWN in protocol_of(row) for row in rows)
+
+
 def label_of(rows: Sequence[Row]) -> str:
     """Return what a title must say of rows that are not leak-free, or nothing."""
+    if is_unknown(rows):
+        return " (corpora unknown: the backbone may have seen these patients)"
     if is_transductive(rows):
         return " (transductive: the backbone has seen these patients)"
     return " (paper_compat: the label leaks into the input)" if is_paper_compatible(rows) else ""
@@ -176,7 +184,7 @@ def best_cells(cells: Sequence[Cell]) -> list[Cell]:
 
 def gain_text(cell: Cell) -> str:
     """Return the gain over training from scratch with its sign, or nothing."""
-    return "" if cell.gain is None or cell.mode == "scratch" else signed(cell.gain, 3)
+    return "" if cell.gain is None or cell.mode == SCRATCH else signed(cell.gain, 3)
 
 
 def _setting(cell: Cell) -> tuple[str, str, int]:

@@ -21,7 +21,7 @@ from p2r.report.canvas import (
     new_sheet,
     plain,
 )
-from p2r.report.tables import MODE_NAMES, Cell, Row, aggregate, label_of, split_of
+from p2r.report.tables import Cell, Row, aggregate, label_of, mode_title, split_of
 from p2r.report.text import for_markdown, for_picture, one_line
 
 _COLUMNS = ("variant", "task", "labelled patients", "mode", "Dice", "per class", "backbone")
@@ -60,7 +60,7 @@ def _figure(rows: Sequence[Row], title: str, source: str, width: float) -> Figur
     tasks, numbers = ({group[place] for group in groups} for place in (0, 1))
     entries = []
     for task, num_labelled, mode in groups:
-        name = f"{MODE_NAMES.get(mode, mode)}, {num_labelled} labelled" + f", {task}" * (len(tasks) > 1)
+        name = f"{mode_title(mode)}, {num_labelled} labelled" + f", {task}" * (len(tasks) > 1)
         marker = "os^D"[sorted(numbers).index(num_labelled) % 4]
         entries.append(KeyEntry(for_picture(name), marker, mode_colour(mode), mode_colour(mode)))
     key = key_lines(entries, width - 0.3)
@@ -109,7 +109,7 @@ def _lines(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
 
 def _line(name: str, cell: Cell, digests: str) -> tuple[str, ...]:
     per_class = ", ".join(f"{of} {spread.text(2).split(' ')[0]}" for of, spread in cell.dice.items())
-    mode = MODE_NAMES.get(cell.mode, cell.mode)
+    mode = mode_title(cell.mode)
     return name, cell.task, str(cell.num_labelled), mode, cell.dice_mean.text(3), per_class, digests
 
 

@@ -1,18 +1,23 @@
 """Augmentation: two views of one image, and where each pixel of the second lies in the first."""
 
+from p2r.views.cutmix import Labelled, draw_boxes, exchange
 from p2r.views.draws import Draws
 from p2r.views.geometric import apply_warp, inside_mask, sample_geometry, warp_of
 from p2r.views.intensity import apply_appearance, draw_intensity, sample_appearance
-from p2r.views.pair import ViewPair, augment_labelled, augment_twice, make_views
+from p2r.views.pair import ViewPair, WeakAndStrong, augment_labelled, augment_weakly_and_strongly, make_views
 
 __all__ = [
     "Draws",
+    "Labelled",
     "ViewPair",
+    "WeakAndStrong",
     "apply_appearance",
     "apply_warp",
     "augment_labelled",
-    "augment_twice",
+    "augment_weakly_and_strongly",
+    "draw_boxes",
     "draw_intensity",
+    "exchange",
     "inside_mask",
     "make_views",
     "sample_appearance",

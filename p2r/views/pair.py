@@ -1,5 +1,5 @@
 """An image -> two views of it and the warp between them; a labelled image -> one augmented image and its label; an
-unlabelled one -> two appearances of one augmented image.
+unlabelled one -> the moved image, and two appearances of it.
 
 View a is the image in a new appearance; view b is the *warped* image in another one. Only b is moved: so the warp that
 made b is the correspondence, and nothing needs to be inverted. Appearance is drawn after the warp, so that noise is not
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2r.config import ViewsConfig
+from p2r.config import GeometryConfig, IntensityConfig, ViewsConfig
 from p2r.views.draws import Draws
 from p2r.views.geometric import apply_warp, sample_geometry, shown_mask, warp_of
 from p2r.views.intensity import draw_intensity
@@ -75,7 +75,7 @@ def make_views(
     draws = Draws.of_samples(seed, epochs=epochs, positions=positions)
     mm = _edges(spacing_mm, image)
     size = tuple(image.shape[2:])
-    warped, warp, valid = _move(image, inside, draws, config=config, size_out=size, spacing_mm=mm)
+    warped, warp, valid = _move(image, inside, draws, geometry=config.geometry, size_out=size, spacing_mm=mm)
     # Both views in one go: half as many, larger steps for the device.
     of_both = Draws(np.concatenate([draws.named("view a").keys, draws.named("view b").keys]))
     masks = torch.cat([inside, valid])
@@ -118,33 +118,44 @@ def augment_labelled(
     size_out = (size,) * (image.ndim - 2) if isinstance(size, int) else tuple(size)
     draws = Draws.of_generators(generators)
     mm = _edges(spacing_mm, image)
-    warped, warp, shown = _move(image, inside, draws, config=config, size_out=size_out, spacing_mm=mm)
+    warped, warp, shown = _move(image, inside, draws, geometry=config.geometry, size_out=size_out, spacing_mm=mm)
     warped = draw_intensity(warped, draws.named("view"), config=config.intensity, spacing_mm=mm, inside=shown)
     classes = apply_warp(label[:, None].float(), warp, mode="nearest")[:, 0].long()
     return warped.masked_fill_(~shown[:, None], 0), classes.masked_fill_(~shown, 0)
 
 
-def augment_twice(
+@dataclass(frozen=True)
+class WeakAndStrong:
+    """Images in their own appearance, and in two others, in one geometry."""
+
+    weak: Tensor
+    """(B, C, *s) float32 in [0, 1], moved alone."""
+    strong: tuple[Tensor, Tensor]
+    """Two of (B, C, *s)."""
+    shown: Tensor
+    """(B, *s) bool: pixels that show the scan. The images are 0 elsewhere."""
+
+
+def augment_weakly_and_strongly(
     image: Tensor,
     inside: Tensor,
     *,
-    config: ViewsConfig,
+    geometry: GeometryConfig,
+    intensity: IntensityConfig,
     size: int | Sequence[int],
     spacing_mm: Spacing,
     generators: Sequence[np.random.Generator],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> WeakAndStrong:
     """Augment and cut as `augment_labelled` does, by one geometric draw per image and two draws of its appearance.
 
     Args:
         image: (B, C, *S) float32 in [0, 1].
         inside: (B, *S) bool, pixels that belong to the scan.
-        config: Ranges of the draws.
+        geometry: Ranges of the geometric draw.
+        intensity: Ranges of the two appearances.
         size: Of the result, pixels along every axis, or D numbers.
         spacing_mm: Pixel size, before and after.
         generators: B, one per image; one number is taken of each, whatever is drawn.
-
-    Returns:
-        Two images (B, C, *s), 0 outside the scan, that show the same places; and what shows the scan (B, *s) bool.
 
     Raises:
         ValueError: The shapes do not fit each other.
@@ -155,12 +166,12 @@ def augment_twice(
     size_out = (size,) * (image.ndim - 2) if isinstance(size, int) else tuple(size)
     draws = Draws.of_generators(generators)
     mm = _edges(spacing_mm, image)
-    warped, _, shown = _move(image, inside, draws, config=config, size_out=size_out, spacing_mm=mm)
+    warped, _, shown = _move(image, inside, draws, geometry=geometry, size_out=size_out, spacing_mm=mm)
     of_both = Draws(np.concatenate([draws.named("view a").keys, draws.named("view b").keys]))
     masks = torch.cat([shown, shown])
-    views = draw_intensity(torch.cat([warped, warped]), of_both, config=config.intensity, spacing_mm=mm, inside=masks)
+    views = draw_intensity(torch.cat([warped, warped]), of_both, config=intensity, spacing_mm=mm, inside=masks)
     a, b = views.masked_fill_(~masks[:, None], 0).chunk(2)
-    return a, b, shown
+    return WeakAndStrong(warped.masked_fill_(~shown[:, None], 0), (a, b), shown)
 
 
 def _move(
@@ -168,14 +179,14 @@ def _move(
     inside: Tensor,
     draws: Draws,
     *,
-    config: ViewsConfig,
+    geometry: GeometryConfig,
     size_out: tuple[int, ...],
     spacing_mm: tuple[float, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the warped image, the warp, and the mask of what shows the scan; image and mask are read together."""
     size_in = tuple(image.shape[2:])
-    geometry = sample_geometry(draws.named("warp"), config=config.geometry, size=size_out, spacing_mm=spacing_mm)
-    warp = warp_of(geometry, size_in=size_in, size_out=size_out, spacing_mm=spacing_mm, device=image.device)
+    moves = sample_geometry(draws.named("warp"), config=geometry, size=size_out, spacing_mm=spacing_mm)
+    warp = warp_of(moves, size_in=size_in, size_out=size_out, spacing_mm=spacing_mm, device=image.device)
     warped = apply_warp(torch.cat([image, inside[:, None].to(image.dtype)], dim=1), warp)
     return warped[:, :-1], warp, shown_mask(warp, warped[:, -1], size_in=size_in)
 

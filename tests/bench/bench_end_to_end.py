@@ -1,7 +1,7 @@
 """What of a step's speed is left when its batches come from shards: images a second, beside the same batches in memory.
 
     python tests/bench/bench_end_to_end.py                                   # this machine: the GPU if there is one
-    python tests/bench/bench_end_to_end.py --folder ~/p2r/bench --json end.json --picture end.png
+    python tests/bench/bench_end_to_end.py --folder ~/p2r-runs/bench --json end.json --picture end.png
     python tests/bench/bench_end_to_end.py --dimensions 3
 
 The corpus is that of `bench_stream.py` (int16 planes of virtual subjects with Rician noise, 1 x 1 x 2 mm, lz4), cut to

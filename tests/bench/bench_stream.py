@@ -1,6 +1,6 @@
 """How fast batches come out of a corpus, beside an in-memory take and other loaders: slices a second on one core.
 
-    python tests/bench/bench_stream.py --folder ~/p2r/bench --json stream.json --picture stream.png
+    python tests/bench/bench_stream.py --folder ~/p2r-runs/bench --json stream.json --picture stream.png
 
 The samples are 256 x 256 planes of virtual subjects with Rician noise, int16; lz4 decodes them about as fast as cine MRI of patients.
 Every contender gets the same ones in the form that its own writer gives, one core for all of its threads, and delivers

@@ -1,6 +1,7 @@
 """Everything that a user can get wrong: exit code 2, one message that names what, where and the way out, nothing half-written."""
 
 import gzip
+import pickle
 import shutil
 import sys
 from collections.abc import Callable
@@ -237,6 +238,41 @@ def test_a_damaged_backbone(p2r: Run, published: dict[str, str], tmp_path: Path)
     content[-1] ^= 1
     weights.write_bytes(content)
     refused(p2r("verify", copy), weights.name, "without the sha256 of its manifest", "damaged")
+
+
+def test_a_manifest_a_configuration_or_weights_that_are_rubbish(
+    p2r: Run, published: dict[str, str], toy_data: Path, tmp_path: Path
+) -> None:
+    scan = toy_data / "images/sub-01_T1w.nii.gz"
+    for number, content in enumerate((pickle.dumps([1]), b"[1, 2]", b"[" * 30_000, b"")):
+        copy = shutil.copytree(published["backbone"].removeprefix("file://"), tmp_path / str(number))
+        (copy / "manifest.json").write_bytes(content)
+        for command in (("verify", copy), ("embed", copy, scan, "-o", tmp_path / "x.nii.gz")):
+            refused(p2r(*command), "manifest.json")
+        assert p2r("inspect", copy)[0] in (0, 2)
+        assert p2r("inspect", tmp_path)[0] == 0
+
+
+def test_a_pin_that_is_none_or_of_another_version(
+    p2r: Run, published: dict[str, str], toy_data: Path, tmp_path: Path
+) -> None:
+    scan, other = toy_data / "images/sub-01_T1w.nii.gz", "0" * 64
+    for url in (published["backbone"], published["model"], published["corpus"]):
+        refused(p2r("verify", f"{url}@sha256:{other}"), f"is pinned to the manifest with sha256 {other}")
+        refused(p2r("inspect", f"{url}@sha256:{other}"), f"is pinned to the manifest with sha256 {other}")
+        refused(p2r("verify", f"{url}@sha256:abc"), "has no valid pin")
+    for command, url in (("embed", published["backbone"]), ("predict", published["model"])):
+        refused(p2r(command, f"{url}@sha256:{other}", scan, "-o", tmp_path / "x.nii.gz"), "is pinned to the manifest")
+    backbone = f"{published['backbone']}@sha256:{other}"
+    refused(p2r("compare", backbone, published["storage"]), "is pinned to the manifest with sha256")
+
+
+def test_a_job_whose_backbone_is_another_or_not_signed(run: Run, published: dict[str, str], tmp_path: Path) -> None:
+    url, key = published["backbone"], "ed25519:" + "ab" * 32
+    refused(run("kind=finetune", f"finetune.backbone={url}@sha256:{'0' * 64}"), "is pinned to the manifest")
+    refused(run("kind=finetune", f"finetune.backbone={url}", f"finetune.backbone_signed_by={key}"), "is not signed")
+    refused(run("kind=finetune", f"finetune.backbone={url}@sha256:1"), "finetune.backbone", "has no valid pin")
+    refused(run("kind=pretrain", f"pretrain.init_from={url}@sha256:1"), "pretrain.init_from", "has no valid pin")
 
 
 def test_an_unknown_command_or_option(p2r: Run) -> None:

@@ -1,6 +1,10 @@
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,3 +199,69 @@ def test_the_hook_leaves_other_submissions_alone(
     monkeypatch.chdir(repository)
     monkeypatch.setattr(submit_hook.os, "execv", lambda *_: pytest.fail("it submitted again"))
     submit_hook.default_working_dir(working_dir=working_dir, entrypoint=entrypoint)
+
+
+CORE_ONLY = """
+import sys
+for name in {names!r}:
+    sys.modules[name] = None  # as if it were not installed
+"""
+
+
+@pytest.fixture
+def in_core(repository: Path, tmp_path: Path) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Run Python code where nothing that only the extra `cluster` brings can be imported."""
+    extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = [re.split(r"[\[<>=;]", line)[0].replace("-", "_") for line in extras["cluster"]]
+    assert {"ray", "deepspeed", "webdataset"} < set(names)
+
+    def run(code: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", CORE_ONLY.format(names=names) + code],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(repository)},
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+
+    return run
+
+
+Core = Callable[[str], subprocess.CompletedProcess[str]]
+
+
+def test_a_core_installation_loads_a_backbone_prepares_a_scan_and_predicts(
+    in_core: Core, published: dict[str, str], toy_data: Path, tmp_path: Path
+) -> None:
+    scan = toy_data / "images/sub-07_T1w.nii.gz"
+    done = in_core(
+        f"""
+import p2r
+backbone = p2r.load_backbone({published["backbone"]!r})
+print(backbone(backbone.prepare({str(scan)!r}).images).shape[1])
+sys.argv = ["p2r", "predict", {published["model"]!r}, {str(scan)!r}, "-o", "segmentation.nii.gz"]
+from cluster.cli import main
+main()
+sys.argv = ["p2r", "verify", {published["backbone"]!r}]
+main()
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("4\n") and "sound    p2r-backbone/" in done.stdout
+    assert (tmp_path / "segmentation.nii.gz").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package"),
+    [(["run", "demo"], "ray"), (["compare", "{storage}"], "matplotlib"), (["verify", "{corpus}"], "blosc2")],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_command_that_needs_more_than_the_core_says_what_to_install(
+    in_core: Core, published: dict[str, str], arguments: list[str], package: str
+) -> None:
+    words = ["p2r", *(word.format(**published) for word in arguments)]
+    done = in_core(f"sys.argv = {words!r}\nfrom cluster.cli import main\nmain()\n")
+    assert done.returncode == 2
+    assert f"needs the package {package}" in done.stderr and "pip install 'p2r[cluster]'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -104,8 +104,10 @@ def get(server: StatusServer) -> Get:
 
 
 def request(
-    server: StatusServer, path: str, *, method: str = "GET", **headers: str
+    server: StatusServer, path: str, *, method: str = "GET", is_known: bool = True, **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
+    """Ask the server, as one who is known by its token unless said otherwise."""
+    headers |= {"Authorization": f"Bearer {server.token}"} if is_known else {}
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
     try:
         connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
@@ -155,6 +157,7 @@ def test_the_status_is_sent_again_only_when_it_has_changed(get: Get) -> None:
 
 def test_a_foreign_name_of_this_machine_is_not_answered(get: Get) -> None:
     """A page of somebody else's, whose name leads to 127.0.0.1, would have its own name as `Host`."""
+    assert not is_loopback("0.0.0.0") and not is_loopback("::") and is_loopback("::1") and is_loopback("127.9.9.9")
     for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "10.0.0.1", ""):
         status, _, body = get("/status.json", Host=host)
         assert status == 421 and b"training" not in body
@@ -163,9 +166,10 @@ def test_a_foreign_name_of_this_machine_is_not_answered(get: Get) -> None:
         assert get("/status.json", Host=host)[0] == 200
 
 
-def test_where_others_may_reach_it_a_token_is_asked_for(run: Path) -> None:
-    assert not is_loopback("0.0.0.0") and not is_loopback("::") and is_loopback("::1") and is_loopback("127.9.9.9")
-    with serving(run, "0.0.0.0") as server:
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_token_is_asked_for_on_loopback_too(run: Path, host: str) -> None:
+    """All users of a login node share its loopback."""
+    with serving(run, host) as server:
         token = server.page_url.partition("?token=")[2]
         assert len(token) >= 32 and server.token == token
         for path in (
@@ -177,19 +181,21 @@ def test_where_others_may_reach_it_a_token_is_asked_for(run: Path) -> None:
             "/?token=é",
         ):
             path = path.encode("ascii", "xmlcharrefreplace").decode()
-            status, _, body = request(server, path)
+            status, _, body = request(server, path, is_known=False)
             assert status == 401 and b"training" not in body and token.encode() not in body
         for cookie in (f"{server.cookie}=x", f"other={token}", "\x7f=;;=", f"{server.cookie}={token[:-1]}"):
-            assert request(server, "/status.json", Cookie=cookie)[0] == 401
-        status, headers, body = request(server, f"/?token={token}", Host="cluster.example")
+            assert request(server, "/status.json", is_known=False, Cookie=cookie)[0] == 401
+        status, headers, body = request(
+            server, f"/?token={token}", is_known=False, **({} if server.is_loopback else {"Host": "cluster.example"})
+        )
         assert (status, body, headers["location"]) == (303, b"", "/")  # the address bar forgets the token
         cookie, *attributes = headers["set-cookie"].split("; ")
         assert attributes == ["HttpOnly", "SameSite=Strict", "Path=/"]
         for given in ({"Cookie": cookie}, {"Authorization": f"Bearer {token}"}):
-            status, _, body = request(server, "/status.json", **given)
+            status, _, body = request(server, "/status.json", is_known=False, **given)
             assert status == 200 and token.encode() not in body
         # a token counts in the page's own URL only, where it is taken out at once
-        assert request(server, f"/status.json?token={token}")[0] == 401
+        assert request(server, f"/status.json?token={token}", is_known=False)[0] == 401
 
 
 def test_a_port_in_use_and_a_host_that_is_none_are_named(
@@ -219,7 +225,10 @@ def test_clients_that_never_read_keep_nobody_out(tmp_path: Path, monkeypatch: py
             client = opened.enter_context(socket.create_connection(("127.0.0.1", server.server_port)))
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             if number % 3 == 0:
-                client.sendall(b"GET /pictures/report/pictures/embedding-large.png HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                client.sendall(
+                    b"GET /pictures/report/pictures/embedding-large.png HTTP/1.1\r\nHost: localhost\r\n"
+                    + f"Authorization: Bearer {server.token}\r\n\r\n".encode()
+                )
             elif number % 3 == 1:
                 client.sendall(b"GET /status.json HTTP/1.1\r\nHost: loc")  # and never the rest
         began = time.monotonic()
@@ -349,7 +358,8 @@ def test_the_page_shows_a_run_whole_and_runs_none_of_its_text(
     assert tab.value_of("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     assert tab.value_of("[...document.querySelectorAll('th')].every(one => ['row', 'col'].includes(one.scope))")
     # The only script is ours, nothing of the run's text has become an element, and no dialog was opened.
-    assert tab.value_of("[...document.scripts].map(one => one.src)") == [f"{server.page_url}page.js"]
+    origin = server.page_url.partition("?")[0]
+    assert tab.value_of("[...document.scripts].map(one => one.src)") == [f"{origin}page.js"]
     assert (
         tab.value_of("[...document.images].map(one => new URL(one.src).pathname)")
         == [
@@ -363,7 +373,7 @@ def test_the_page_shows_a_run_whole_and_runs_none_of_its_text(
     said = [event for event in tab.events if event["method"] in _SAID and "page.png" not in json.dumps(event)]
     assert not said, said
     asked = {e["params"]["request"]["url"] for e in tab.events if e["method"] == "Network.requestWillBeSent"}
-    assert all(url.startswith((server.page_url, "data:")) for url in asked), asked
+    assert all(url.startswith((origin, "data:")) for url in asked), asked
     ground = tab.value_of("getComputedStyle(document.body).backgroundColor")
     assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 24, 28)")
 

@@ -1,6 +1,7 @@
 """The manifests as kustomize composes them: every object by a strict schema, and what they must not be by name. No cluster runs them."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ KUBERAY = Path(__file__).parents[2] / "infra/kuberay"
 OVERLAYS = sorted(path.name for path in (KUBERAY / "overlays").iterdir())
 SCHEMA = yaml.safe_load((Path(__file__).parent / "kuberay.schema.yaml").read_text())
 KUBERNETES = "1.37.0"
+BY_DIGEST = re.compile(r"(registry\.example/p2r|chrislusf/seaweedfs)@sha256:[0-9a-f]{64}")
 
 # It reads all of Kubernetes' definitions from disk for every object, a quarter of a second each.
 kubernetes_validate.utils.schema_contents = cache(kubernetes_validate.utils.schema_contents)
@@ -30,9 +32,9 @@ Object = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def composed() -> dict[str, list[Object]]:
+def composed(pinned_infra: Path) -> dict[str, list[Object]]:
     """The objects of every overlay."""
-    return {name: compose(KUBERAY / "overlays" / name) for name in OVERLAYS}
+    return {name: compose(pinned_infra / "kuberay/overlays" / name) for name in OVERLAYS}
 
 
 def compose(folder: Path) -> list[Object]:
@@ -145,8 +147,7 @@ def test_no_container_is_root_or_may_become_it_or_write_its_root(
                     "readOnlyRootFilesystem": True,
                     "capabilities": {"drop": ["ALL"]},
                 }
-                name, _, tag = container["image"].rpartition(":")
-                assert name and tag not in ("", "latest"), container["image"]
+                assert BY_DIGEST.fullmatch(container["image"]), container["image"]
                 assert "memory" in container["resources"]["limits"]
                 mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
                 assert mounted <= {volume["name"] for volume in spec["volumes"]}
@@ -293,9 +294,21 @@ def test_every_process_of_training_has_a_port_that_is_scraped(composed: dict[str
         assert {f"p2r-metrics-{i}" for i in range(processes)} <= {endpoint["port"] for endpoint in monitor}
 
 
-def test_the_cluster_can_be_kept_instead_of_the_job(tmp_path: Path, composed: dict[str, list[Object]]) -> None:
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
+def test_without_digests_nothing_is_applied_and_the_folder_of_their_file_is_named(tmp_path: Path) -> None:
     copy = tmp_path / "kuberay"
-    shutil.copytree(KUBERAY, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(KUBERAY, copy, ignore=shutil.ignore_patterns("__pycache__", "images"))
+    command = ["kubectl", "kustomize", str(copy / "overlays/spot")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "components/images" in done.stderr
+
+
+def test_the_cluster_can_be_kept_instead_of_the_job(
+    tmp_path: Path, pinned_infra: Path, composed: dict[str, list[Object]]
+) -> None:
+    copy = tmp_path / "kuberay"
+    shutil.copytree(pinned_infra / "kuberay", copy)
     (copy / "kept").mkdir()
     (copy / "kept/kustomization.yaml").write_text(
         "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"

@@ -132,6 +132,101 @@ def test_a_secret_in_a_job_file_is_refused_without_being_repeated(tmp_path: Path
     assert line.partition(": ")[2] not in message.replace(str(tmp_path), "") or line.endswith(" x")
 
 
+TOKEN = "a1B2" * 10
+SECRETS = {
+    "hugging face": f"hf_{TOKEN}",
+    "github": f"ghp_{TOKEN}",
+    "github, fine-grained": f"github_pat_{TOKEN}",
+    "bearer": f"Authorization: Bearer {TOKEN}",
+    "basic": f"Basic {TOKEN}==",
+    "aws": "AKIA" + "ABCDEFGH12345678",
+    "presigned": f"https://b.example/k?X-Amz-Signature={TOKEN}",
+    "presigned, old": f"https://b.example/k?Expires=1&Signature={TOKEN}",
+    "azure": f"https://b.example/k?sv=2024&sig={TOKEN}",
+    "user and password": f"https://me:{TOKEN}@b.example/k",
+    "user": f"s3://{TOKEN}@bucket/k",
+    "web token": f"eyJ{TOKEN}.eyJ{TOKEN}.{TOKEN}",
+    "private key": f"-----BEGIN OPENSSH PRIVATE KEY-----{TOKEN}",
+}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_what_looks_like_a_secret_is_refused_wherever_it_comes_from(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the file, in an override, in a variable that is filled in, and in the default storage."""
+    secret = SECRETS[name]
+    monkeypatch.setenv("P2R_PLACE", secret)
+    said = [refusal(tmp_path, GOOD + f"publish: {{name: x, description: {secret!r}}}\n")]
+    said += [refusal(tmp_path, GOOD, f"publish.description={secret!r}")]
+    said += [refusal(tmp_path, GOOD + "storage: ${P2R_PLACE}\n")]
+    said += [refusal(tmp_path, GOOD + f"storage: '/data/${{P2R_UNSET:-{secret}}}'\n")]
+    monkeypatch.setenv("P2R_STORAGE", f"/data/{secret}")
+    said += [refusal(tmp_path, GOOD)]
+    for message in said:
+        assert "secret" in message and "environment only" in message and TOKEN not in message, message
+
+
+@pytest.mark.parametrize(
+    "text", ["Bearer of bad news", "basic segmentation of hearts", "me@example.org", "file:///data/a@b", "s3://b/k?x=1"]
+)
+def test_what_only_resembles_a_secret_is_not_refused(text: str, tmp_path: Path) -> None:
+    read_job(write(tmp_path, GOOD + f"publish: {{name: x, description: {text!r}}}\n"))
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "P2R_PSEUDONYM_KEY", "MY_TOKEN", "SOME_PASSWORD"])
+def test_a_variable_with_the_name_of_a_secret_is_never_filled_in(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "planted-value")
+    message = refusal(tmp_path, GOOD + f"storage: s3://bucket/${{{name}}}\n")
+    assert f"storage: environment variable {name} holds a secret" in message and "planted" not in message
+
+
+def test_variables_are_filled_in_where_a_path_or_url_is_and_refused_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("P2R_HERE", "/here")
+    text = """
+kind: ablation
+name: x
+storage: ${P2R_HERE}/storage
+metrics: {folder: "${P2R_HERE}/metrics"}
+ingest: {sources: ["${P2R_HERE}/a", "/b"], licence: "${P2R_HERE}", subjects_of: {task: "${P2R_HERE}/t.yaml"}}
+pretrain: {steps: 2, global_batch: 4, init_from: "${P2R_HERE}/w"}
+publish: {name: x}
+finetune: {tasks: ["${P2R_HERE}/t.yaml"], backbone: "${P2R_HERE}/b", score_on: validation}
+variants: {a: {pretrain.corpus: "${P2R_HERE}/d", pretrain.steps: 3}}
+"""
+    job = read_job(write(tmp_path, text))
+    assert job.ingest and job.pretrain and job.finetune and job.metrics
+    assert (job.storage, job.metrics.folder, job.ingest.sources) == (
+        "/here/storage",
+        "/here/metrics",
+        ("/here/a", "/b"),
+    )
+    assert (
+        job.ingest.licence == "/here"
+        and job.ingest.subjects_of
+        and job.ingest.subjects_of.task == "/here/t.yaml" == job.finetune.tasks[0]
+    )
+    assert job.pretrain.init_from == "/here/w"
+    other = read_job(write(tmp_path, text), ("ingest=null", "pretrain.corpus=[{url: '${P2R_HERE}/c'}]"))
+    assert other.pretrain and other.pretrain.corpus and other.pretrain.corpus[0].url == "/here/c"  # type: ignore[union-attr]
+    assert job.finetune.backbone == "/here/b" and job.variants["a"]["pretrain.corpus"] == "/here/d"
+
+    for override in ("publish.description", "ingest.cohort", "name", "variants.a.publish.name"):
+        value = "{publish.name: '${P2R_HERE}'}" if override.startswith("variants") else "'x ${P2R_HERE:-y}'"
+        override = "variants.a" if override.startswith("variants") else override
+        message = refusal(tmp_path, text, f"{override}={value}")
+        assert override in message and "${P2R_HERE} is not filled in here: only paths, URLs" in message
+
+
+def test_a_key_that_commands_a_terminal_is_named_without_its_commands(tmp_path: Path) -> None:
+    message = refusal(tmp_path, GOOD + '"x\\x1b[2J\\nvalid    y": 1\n')
+    assert "x?[2J?valid    y: unknown key" in message
+
+
 def test_an_unset_variable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("P2R_NOWHERE", raising=False)
     assert "environment variable P2R_NOWHERE is not set" in refusal(tmp_path, GOOD + "storage: ${P2R_NOWHERE}/x\n")
@@ -184,7 +279,7 @@ def test_storage_defaults_to_the_environment_then_to_the_home(tmp_path: Path, mo
     monkeypatch.setenv("P2R_STORAGE", "s3://bucket/runs")
     assert read_job(write(tmp_path, GOOD)).storage == "s3://bucket/runs/x"
     monkeypatch.delenv("P2R_STORAGE")
-    assert read_job(write(tmp_path, GOOD)).storage == str(Path.home() / "p2r/x")
+    assert read_job(write(tmp_path, GOOD)).storage == str(Path.home() / "p2r-runs/x")
 
 
 def test_a_relative_storage_is_refused(tmp_path: Path) -> None:

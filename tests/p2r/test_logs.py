@@ -16,7 +16,8 @@ from cluster import cli
 from cluster.progress import _with_attempt
 from p2r import logs
 from p2r.errors import InputError
-from p2r.logs import Line, as_text, configure, masked, say, say_crash, say_error, within
+from p2r.logs import Line, as_text, configure, say, say_crash, say_error, within
+from p2r.masking import masked
 
 PLANTED = {
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY",
@@ -158,7 +159,7 @@ def test_what_is_no_secret_stays() -> None:
     for text in (
         "s3://bucket/runs/demo/pretrain | step 3/9 | loss 6.2 | 21.2 img/s",
         "check the bucket, and AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_DEFAULT_REGION",
-        "file:///home/you/p2r/demo at 10:30 by you@example.org",
+        "file:///home/you/p2r-runs/demo at 10:30 by you@example.org",
         "sha256 a99f2866010f",
     ):
         assert masked(text) == text

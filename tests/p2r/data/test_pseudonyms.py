@@ -3,17 +3,24 @@
 import hashlib
 import hmac
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from p2r.config import IngestConfig
-from p2r.data.corpus import contains, ingest_locally, load_manifest, verify_corpus
+from p2r.data.corpus import contains, corpus_digest, ingest_locally, load_manifest, verify_corpus, was_asked
 from p2r.data.pseudonyms import Names, names_for, names_of
+from p2r.data.sidecar import closed_tags
 from p2r.errors import DataError
+from p2r.report import write_corpus_report
 from p2r.storage import Storage
 
 WriteScan = Callable[..., Path]
@@ -140,8 +147,137 @@ def test_a_job_without_a_secret_stops_before_anything_is_read(
 
 def test_pseudonyms_of_one_name_differ_by_kind_cohort_and_secret() -> None:
     names = names_of("a", pseudonyms=True)
-    found = [names.subject("x"), names.key("x"), names.source("x"), names.modified("x")]
+    found = [names.subject("x"), names.key("x"), names.source("x"), names.state(0, "x")[1], names.asked("x")]
     found += [Names("b", SECRET.encode()).subject("x"), Names("a", b"other").subject("x")]
     assert len(set(found)) == len(found)
     assert names_for(names.statement(), "a") == names
     assert names_for({"names": "plain"}, "a") == names_for({}, "a") == Names("a")
+
+
+def forms_of(text: str) -> list[bytes]:
+    """Return a text as it is, and what somebody who guesses it could compute."""
+    content = text.encode("utf-8", "surrogateescape")
+    digests = [hash_(content).hexdigest() for hash_ in (hashlib.md5, hashlib.sha1, hashlib.sha256)]
+    escaped = json.dumps(text)[1:-1].encode()
+    return [content, escaped, content.hex().encode(), *(digest[:12].encode() for digest in digests)]
+
+
+def bytes_of(storage: Storage) -> bytes:
+    return b"\n".join(path.encode() + b"\n" + storage.read_bytes(path) for path in storage.list())
+
+
+def guesses_of(folder: Path, config: IngestConfig) -> list[bytes]:
+    """Return all that follows from names, paths and sizes without the secret."""
+    texts = [str(folder), f"file://{folder}", folder.name]
+    for path in folder.rglob("*.nii"):
+        stem = path.name.removesuffix(".nii")
+        subject = stem.partition("_")[0]
+        texts += [path.name, stem, str(path), f"file://{path}", subject, f"default/{subject}", stem.partition("_")[2]]
+        texts += [str(path.stat().st_size), str(path.stat().st_mtime_ns)]
+    forms = [form for text in texts for form in forms_of(text)]
+    return [*forms, corpus_digest(config).encode()]
+
+
+def _name(seed: int) -> str:
+    """A name that is nowhere by accident."""
+    return "".join(np.random.default_rng(seed).choice(list("abcdefghijklmnopqrstuvwxyzäß"), 9))
+
+
+NAME = st.integers(0, 2**63).map(_name)
+
+
+@settings(max_examples=2, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+@given(
+    names=st.lists(st.tuples(NAME, NAME), min_size=2, max_size=3, unique=True), num_padded=st.integers(100_000, 900_000)
+)
+def test_without_the_secret_no_byte_follows_from_a_name_a_path_or_a_size(
+    names: list[tuple[str, str]], num_padded: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("scans") / f"ward-{names[0][1]}"
+    folder.mkdir()
+    for number, (person, word) in enumerate(names):
+        voxels = np.random.default_rng(number).integers(0, 900, (18, 20, 4)).astype(np.int16)
+        path = folder / f"{person}_{word}.nii"
+        nibabel.save(nibabel.Nifti1Image(voxels, np.diag([1.5, 1.5, 8.0, 1.0])), path)
+        with path.open("ab") as file:
+            file.write(bytes(num_padded + 7 * number))
+        sidecar = {
+            "EchoTime": 0.01,
+            "SequenceName": word,
+            "ScanOptions": [word],
+            "Manufacturer": person,
+            "ImageType": ["M", word],
+        }
+        path.with_suffix(".json").write_text(json.dumps(sidecar))
+    cut = folder / f"{names[0][0]}x_{names[0][1]}.nii"
+    cut.write_bytes(bytes(num_padded + 3))
+    config = config_of(folder, subject_pattern="^([^_]+)_", sources=(str(folder),))
+    contents = []
+    for secret in (SECRET, "another secret of some length"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("P2R_PSEUDONYM_KEY", secret)
+            storage = Storage(str(tmp_path_factory.mktemp("corpus")))
+            manifest = make(storage, config)
+            assert was_asked(manifest, config)
+            write_corpus_report(storage)
+        assert manifest["num_records"] == len(names)
+        contents.append(bytes_of(storage))
+        found = [guess for guess in guesses_of(folder, config) if guess.lower() in contents[-1].lower()]
+        assert found == []
+    rows = [json.loads(line) for line in storage.read_bytes("ledger.jsonl").splitlines()]
+    of_voxels = {row["voxels_sha256"].encode() for row in rows if row["voxels_sha256"]}
+    common = set.intersection(*(set(re.findall(rb"[0-9a-f]{16,}", content)) for content in contents))
+    of_voxels |= {manifest["preprocessing_sha256"].encode(), str(manifest["code"]["commit"]).encode()}
+    assert {digest for digest in common if digest not in of_voxels and not digest.isdigit()} == set()
+
+
+def test_a_corpus_of_an_earlier_version_is_known_and_grows(
+    patients: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, config = Storage(str(tmp_path / "corpus")), config_of(patients)
+
+    def state(names: Names, num_bytes: int, modified: str) -> tuple[int, str]:
+        key = f"p2r/modified\n{modified}".encode()
+        return num_bytes, hmac.new(SECRET.encode(), key, hashlib.sha256).hexdigest()[:16]
+
+    with monkeypatch.context() as patch:  # sizes as they are, and the digest of the section without the secret
+        patch.setattr(Names, "state", state)
+        patch.setattr(Names, "asked", lambda names, digest: digest)
+        before = make(storage, config)
+    assert before["asked"] == [corpus_digest(config)]
+    assert was_asked(before, config)
+    assert make(storage, config) == before  # nothing has changed: all rows are known
+    (patients / "extra/NewAbernathy.nii.gz").write_bytes((patients / "extra/OtherAbernathy.nii.gz").read_bytes())
+    after = make(storage, config_of(patients, subject_pattern="^([A-Z][a-z]+|sub-[A-Za-z]+)"))
+    assert after["revision"] == 2
+    assert len(after["asked"]) == 2
+    assert after["asked"][1] != corpus_digest(config_of(patients, subject_pattern="^([A-Z][a-z]+|sub-[A-Za-z]+)"))
+
+
+@pytest.mark.parametrize("pseudonyms", [True, False])
+def test_a_name_that_is_not_utf_8_has_a_row(write_scan: WriteScan, tmp_path: Path, pseudonyms: bool) -> None:
+    good = write_scan("sub-one_T1w.nii.gz", np.arange(18 * 20 * 4).reshape(18, 20, 4).astype(np.int16))
+    os.rename(good, os.fsencode(good.parent) + b"/sub-m\xfcller_T1w.nii.gz")  # noqa: PTH104 (bytes)
+    (good.parent / os.fsdecode(b"sub-k\xe4ufer_T1w.nii.gz")).write_bytes(b"no scan")
+    storage = Storage(str(tmp_path / "corpus"))
+    config = config_of(good.parent, pseudonyms=pseudonyms, subject_pattern="^(sub-[^_]+)")
+    make(storage, config)
+    assert make(storage, config)["reasons"] == {"accepted": 1, "not_nifti": 1}
+    assert verify_corpus(storage) == []
+    write_corpus_report(storage)
+    rows = [json.loads(line) for line in storage.read_bytes("ledger.jsonl").splitlines()]
+    escaped = [row["subject"] for row in rows if row["source"].endswith("/sub-m\\xfcller_T1w.nii.gz")]
+    assert escaped == ([] if pseudonyms else ["sub-m\\xfcller"])
+
+
+def test_texts_that_somebody_made_up_are_left_behind(tmp_path: Path) -> None:
+    tags = {
+        "EchoTime": 0.01, "MTState": True, "Manufacturer": "Siemens", "ImageType": ["ORIGINAL", "PRIMARY", "M", "ND"],
+        "ScanningSequence": "GR_IR", "SequenceVariant": "SK\\SP", "PhaseEncodingDirection": "j-", "ConversionSoftware": "dcm2niix",
+    }  # fmt: skip
+    made_up = {
+        "SequenceName": "JaneAbernathy", "ScanOptions": ["FS", "JaneAbernathy"], "ImageType": ["ORIGINAL", "Jane"],
+        "Manufacturer": "Abernathy Hospital", "ReceiveCoilName": "x", "ManufacturersModelName": "Prisma of Jane", "Unknown": "x",
+    }  # fmt: skip
+    assert closed_tags(tags) == tags
+    assert closed_tags(made_up) == {}

@@ -234,7 +234,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, scans: list[Path], damage: A
     index.write_text(damage(index.read_text()))
     with pytest.raises(DataError, match="the index is damaged"):
         read_index(index, sha256=entry["index_sha256"])
-    with pytest.raises(DataError, match="the index cannot be parsed"):
+    with pytest.raises(DataError, match=r"line \d: the index cannot be parsed|line 5 is not JSON"):
         read_index(index)
 
 
@@ -250,7 +250,22 @@ HOSTILE_ROWS: dict[str, dict[str, Any]] = {
     "too few checksums": {"chunk_crc32": [0]},
     "no chunk": {"chunk_shape": [0, 18, 5]},
     "spacing": {"spacing_mm": [1.0, float("nan"), 1.0]},
+    "spacing of 100 m": {"spacing_mm": [1.0, 1e5, 1.0]},
+    "spacing beyond numbers": {"spacing_mm": [1.0, 1e300, 1.0]},
+    "no spacing": {"spacing_mm": [1.0, 0.0, 1.0]},
+    "a scan of 15 m": {"spacing_mm": [1.0, 840.0, 1.0]},
     "percentiles": {"percentiles": [1.0]},
+    "percentiles beyond 32 bits": {"percentiles": [1e308] * 17},
+    "percentiles that span more than 32 bits": {"percentiles": [-2e38, *[0.0] * 15, 2e38]},
+    "percentiles that fall": {"percentiles": list(range(17, 0, -1))},
+    "percentiles that are equal": {"percentiles": [3.0] * 17},
+    "percentiles closer than 32 bits tell": {"percentiles": [1e-60 * number for number in range(17)]},
+    "a count of 2**60": {"shape": [20, 18, 5, 1 << 60]},
+    "a plane of 2**60": {"shape": [20, 1 << 60, 5, 1]},
+    "an offset of 2**60": {"offset": 1 << 60},
+    "an offset of 70 bits": {"offset": 1 << 70},
+    "a long key": {"key": "k" * 2000},
+    "true for an axis": {"slice_axis": True},
     "key": {"key": ["a"]},
     "beyond the tar": {"size": 1 << 50},
     "a key that nobody knows": {"more": 1},
@@ -263,7 +278,7 @@ def test_a_hostile_index_is_refused_before_anything_is_read(tmp_path: Path, chan
     write_shard(tmp_path / "shard.tar", [a_record(a_scan(tmp_path, "scan"))])
     index = tmp_path / "shard.idx"
     index.write_text(json.dumps({**json.loads(index.read_text()), **change}) + "\n")
-    with pytest.raises(DataError, match=r"breaks a rule|cannot be parsed"):
+    with pytest.raises(DataError, match=r"breaks a rule|cannot be parsed|is not JSON"):
         open_shard(tmp_path / "shard.tar")
 
 

@@ -26,11 +26,13 @@ from p2r.engine.checkpoint import Checkpoints, Fetched, load_checkpoint, newest_
 from p2r.engine.corpora import refuse_other_stream
 from p2r.engine.fork import forked
 from p2r.engine.peers import Peers
+from p2r.engine.pipeline import publish_backbone
 from p2r.engine.pretrain import Report, pretrain
 from p2r.engine.weights import init_weights
 from p2r.errors import CheckpointError, JobError, StorageError
 from p2r.job import Job, read_job
 from p2r.model.pix2rep import Pix2Rep
+from p2r.reference import parse_reference
 from p2r.storage import Storage, file_sha256
 from tests.fault_proxy import ALWAYS, Fault, FaultProxy
 
@@ -104,7 +106,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no manifest's keys": (
         lambda path: path.write_text('{"format": "p2r-checkpoint/1"}'),
         "manifest.json",
-        "lacks step, state",
+        "step: Field required",
+    ),
+    "a file elsewhere": (
+        lambda path: path.write_text(path.read_text().replace('"model.safetensors"', '"/tmp/model.safetensors"')),
+        "manifest.json",
+        "files./tmp/model.safetensors.*below the folder",
     ),
     "half uploaded": (Path.unlink, "manifest.json", "has no manifest: whoever uploaded it did not finish"),
 }
@@ -337,6 +344,7 @@ def test_first_weights_may_be_a_published_backbone_s(job: Job, backbone: str) ->
     assert all(torch.equal(value, published[name]) for name, value in model.backbone.state_dict().items())
     assert all(torch.equal(value, head[name]) for name, value in model.head.state_dict().items())
     assert facts["url"] == backbone and facts["format"] == BACKBONE_FORMAT
+    assert [parse_reference(one).url for one in facts["origins"]] == [backbone]
     assert facts["weights_sha256"] == file_sha256(file) != facts["manifest_sha256"]
     assert init_weights(model, f"{backbone}@sha256:{facts['manifest_sha256']}") == facts
     assert init_weights(model, f"{backbone}/{file.name}") == facts
@@ -381,6 +389,10 @@ def test_a_fork_starts_anew_from_the_newest_weights_beside_the_run_and_resumes_a
     assert manifest is not None
     source = f"{Storage(job.storage).url}/pretrain/checkpoints/step-00000006"
     assert manifest["init_from"]["url"] == source == manifest["config"]["init_from"]
+    corpus = Storage(job.storage).child("corpus")
+    assert manifest["init_from"]["origins"] == [f"{corpus.url}@sha256:{manifest_sha256(load_manifest(corpus))}"]
+    made = publish_backbone(fork, Storage(fork.storage), lambda line: None)
+    assert [one["url"] for one in made["corpora"]] == [corpus.url] and made["licence"] == "CC0-1.0"
     assert {path: path.stat().st_mtime_ns for path in Path(job.storage).rglob("*")} == before
     shutil.rmtree(Path(job.storage) / "pretrain/checkpoints/step-00000006")  # the run goes on, say
     assert train(forked(changed, "warmer")) == []

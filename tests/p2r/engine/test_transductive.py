@@ -1,6 +1,7 @@
 """A backbone that has seen test patients is refused, or every figure says so."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,39 @@ def test_every_row_and_title_is_labelled_once_it_is_allowed(
     assert "transductive" in str(table(report["rows"]).title)
     (model,) = (tmp_path / "storage/models/disc").glob("*/README-*.md")
     assert "transductive" in model.read_text()
+
+
+def test_a_backbone_that_says_nothing_of_its_corpora_is_unknown_and_not_clean(
+    write_toy_job: Callable[..., Path],
+    published: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    silent = Path(shutil.copytree(published["backbone"].removeprefix("file://"), tmp_path / "silent"))
+    manifest = json.loads((silent / "manifest.json").read_text())
+    assert manifest.pop("corpora")
+    (silent / "manifest.json").write_text(json.dumps(manifest))
+    overrides = [
+        "kind=finetune", f"finetune.backbone={silent}", "finetune.num_labelled=[1]", "finetune.steps=2",
+        "finetune.modes=[scratch, fine_tune]",
+    ]  # fmt: skip
+    arguments = [str(write_toy_job(tmp_path)), *(word for override in overrides for word in ("--set", override))]
+    monkeypatch.setattr(sys, "argv", ["p2r.engine", *arguments])
+    assert engine.main() == 2
+    assert "does not say which corpora it was pretrained on" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["p2r.engine", *arguments, "--allow-transductive"])
+    assert engine.main() == 0
+    said = capsys.readouterr()
+    assert "patients may be in the backbone's corpus" in said.err and "corpora unknown" in said.out
+    report = json.loads((tmp_path / "storage/report/report.json").read_text())
+    assert {(row["transductive"], row["corpora"]) for row in report["rows"]} == {(True, "unknown")}
+    assert report["context"]["backbone"]["pin"].startswith(f"file://{silent}@sha256:")
+    page = (tmp_path / "storage/report/report.md").read_text()
+    assert "(corpora unknown: the backbone may have seen these patients)" in page.splitlines()[0]
+    assert "> **Note.** Corpora unknown:" in page and "patients are in the corpus" not in page
+    (model,) = (tmp_path / "storage/models/disc").glob("*/README-*.md")
+    assert "validation or test patients may be among them" in model.read_text() or "Mode scratch" in model.read_text()
 
 
 def test_a_job_without_fine_tuning_has_nothing_to_allow(repository: Path) -> None:

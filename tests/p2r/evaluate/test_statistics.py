@@ -344,3 +344,18 @@ def test_resamples_come_from_generators_keyed_by_what_they_are_for() -> None:
         for _ in range(2)
     )
     assert first == again
+
+
+def test_a_mode_is_compared_with_scratch_and_with_its_own_control() -> None:
+    rows = table(modes={"scratch": 0.0, "fine_tune": 0.02, "scratch_weak_to_strong": 0.1, "weak_to_strong": 0.15})
+    found = few_shot_statistics(rows, seed=0, num_resamples=20)["differences"]
+    pairs = {(one["mode"], one["against"]) for one in found}
+    assert pairs == {
+        ("fine_tune", "scratch"),
+        ("scratch_weak_to_strong", "scratch"),
+        ("weak_to_strong", "scratch"),
+        ("weak_to_strong", "scratch_weak_to_strong"),
+    }
+    of_control = [one for one in found if one["against"] == "scratch_weak_to_strong"]
+    assert [one["num_labelled"] for one in of_control] == [1, 5]
+    assert all(one["difference"] == pytest.approx(0.05, abs=0.03) for one in of_control)

@@ -13,6 +13,12 @@ from p2r.loss import SameImage, info_nce, info_nce_within_images
 B, N, E = 3, 7, 5
 
 
+@pytest.fixture(autouse=True, params=[1, 2], ids=["one at a time", "two at once"])
+def _at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images as a CPU takes them, and several at once as a GPU does."""
+    monkeypatch.setattr("p2r.loss.within_image.images_at_once", lambda num_pairs, is_gpu: request.param)
+
+
 def rows(seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(B * N, E, generator=generator, dtype=torch.float64)

@@ -9,16 +9,18 @@ import pytest
 from matplotlib.figure import Figure
 
 from p2r.evaluate.statistics import few_shot_statistics
+from p2r.modes import MODES
 from p2r.report import canvas, few_shot_curve, outlines, variants_picture
 from p2r.report.canvas import Drawing, KeyEntry, inside, key_lines
 from p2r.report.distributions import by_stratum, class_boxes, where_in_the_organ
 from p2r.report.document import source_line
 from p2r.report.forest import Difference, forest
 from p2r.report.patients import patients_of
-from p2r.report.tables import MODE_NAMES
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 STRATA = ("hypertrophic", "dilated", "infarction", "abnormal right ventricle", "normal", None)
+
+NAMES = {mode: facts.title for mode, facts in MODES.items()}
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 @pytest.fixture(scope="module")
 def rows(make_rows: MakeRows) -> list[dict[str, Any]]:
     """All five modes, and strata with long names."""
-    found = make_rows(modes=tuple(MODE_NAMES), numbers=(1, 5, 20), classes=("RV", "MYO", "LV"))
+    found = make_rows(modes=tuple(MODES), numbers=(1, 5, 20), classes=("RV", "MYO", "LV"))
     for row in found:
         for case, stratum in zip(row["cases"], STRATA, strict=True):
             case["stratum"] = stratum
@@ -54,7 +56,7 @@ def _charts(rows: list[dict[str, Any]]) -> Iterator[Drawing | None]:
     yield class_boxes(patients, title="acdc: every patient, class by class", source=source)
     thirds = ("base of the heart", "middle", "apex of the heart")
     yield where_in_the_organ(patients, title="acdc: where in the organ it fails", names=thirds, source=source)
-    lines = [Difference("20 labelled patients", name, mode, 0.1, 0.0, 0.2, 0.01) for mode, name in MODE_NAMES.items()]
+    lines = [Difference("20 labelled patients", name, mode, 0.1, 0.0, 0.2, 0.01) for mode, name in NAMES.items()]
     yield forest(
         lines, title="acdc: difference", subtitle="paired by patient", axis="Dice above scratch", source=source
     )
@@ -75,7 +77,7 @@ def test_every_mode_is_named_and_every_word_lies_inside(rows: list[dict[str, Any
         assert picture is not None and picture.narrow is not None
         for svg in (picture.wide, picture.narrow):
             text = " ".join(" ".join(ET.fromstring(svg).itertext()).split())
-            assert all(name in text for name in MODE_NAMES.values()), text
+            assert all(name in text for name in NAMES.values()), text
     for figure in figures:
         _lies_inside(figure)
 
@@ -93,7 +95,7 @@ def test_every_class_is_named_and_every_word_lies_inside(figures: list[Figure]) 
 
 
 def test_a_key_breaks_into_as_many_lines_as_it_needs() -> None:
-    entries = [KeyEntry(name, "o", "#000000") for name in MODE_NAMES.values()]
+    entries = [KeyEntry(name, "o", "#000000") for name in NAMES.values()]
     assert key_lines(entries, 8.0) == [entries]
     narrow = key_lines(entries, 2.5)
     assert len(narrow) > 2 and [one for line in narrow for one in line] == entries

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from p2r.config import GeometryConfig, IntensityConfig, ViewsConfig
 from p2r.randomness import keyed_generator
-from p2r.views import ViewPair, apply_warp, augment_labelled, augment_twice, make_views
+from p2r.views import ViewPair, apply_warp, augment_labelled, augment_weakly_and_strongly, make_views
 
 PROBABILITIES = [name for name in IntensityConfig.model_fields if name.endswith("_probability")]
 PLAIN = IntensityConfig(**dict.fromkeys(PROBABILITIES, 0.0))
@@ -300,24 +300,32 @@ def test_views_on_a_gpu_are_those_of_the_cpu_to_rounding_and_nothing_waits(size:
 
 
 @pytest.mark.parametrize("size", [(24, 20), (10, 12, 8)])
-def test_two_appearances_of_an_unlabelled_image_show_the_same_places(size: tuple[int, ...]) -> None:
+def test_the_views_of_an_unlabelled_image_show_the_same_places_and_the_weak_one_is_only_moved(
+    size: tuple[int, ...],
+) -> None:
     image = torch.rand(3, 1, *size)
     inside = torch.ones(3, *size, dtype=torch.bool)
     inside[:, :3] = False
+    options: dict[str, Any] = {"size": 16, "spacing_mm": 1.0}
+
+    def generators() -> list[np.random.Generator]:
+        return [keyed_generator(0, slot) for slot in range(3)]
+
+    moved, _ = augment_labelled(
+        image, inside.long(), inside=inside, generators=generators(), config=GEOMETRY_ONLY, **options
+    )
     for config, is_alike in ((GEOMETRY_ONLY, True), (EVERYTHING, False)):
-        options: dict[str, Any] = {"config": config, "size": 16, "spacing_mm": 1.0}
-        a, b, shown = augment_twice(
-            image, inside, generators=[keyed_generator(0, slot) for slot in range(3)], **options
+        views = augment_weakly_and_strongly(
+            image,
+            inside,
+            generators=generators(),
+            geometry=config.geometry,
+            intensity=config.intensity,
+            **options,
         )
-        assert a.shape == b.shape == (3, 1, *[16] * len(size)) and shown.shape == (3, *[16] * len(size))
-        assert torch.equal(a, b) == is_alike
-        assert not a[:, 0][~shown].any() and not b[:, 0][~shown].any()
-        if is_alike:  # and where augment_labelled, which draws the same geometry, moves it
-            moved, _ = augment_labelled(
-                image,
-                inside.long(),
-                inside=inside,
-                generators=[keyed_generator(0, slot) for slot in range(3)],
-                **options,
-            )
-            assert torch.equal(a, moved)
+        assert views.shown.shape == (3, *[16] * len(size))
+        for view in (views.weak, *views.strong):
+            assert view.shape == (3, 1, *[16] * len(size))
+            assert not view[:, 0][~views.shown].any()
+        assert torch.equal(*views.strong) == is_alike == torch.equal(views.strong[0], views.weak)
+        assert torch.equal(views.weak, moved), "where augment_labelled, which draws the same geometry, moves it"

@@ -1,0 +1,368 @@
+"""`p2r check` and `p2r init`: what p2r would make of a folder, and the first job and task of a user with own data.
+
+survey of the names -> some scans and label maps read -> facts, a contact sheet, the text of a job and a task
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from p2r.console import show
+from p2r.data.label_maps import label_map_by_voxels
+from p2r.data.preprocess import percentile_table, slice_axis
+from p2r.data.survey import NAMES, Form, Survey, survey
+from p2r.data.thumbnails import lot, thumbnail
+from p2r.data.volume import Volume, read_labels, read_volume
+from p2r.errors import InputError, RefusedScan
+from p2r.evaluate.drafts import (
+    LICENCE,
+    PROVENANCE,
+    Voxels,
+    draft_job,
+    draft_task,
+    labelled_subjects,
+    name_for,
+    problems_of,
+    quoted,
+)
+from p2r.evaluate.tasks import load_task
+from p2r.storage import cache_folder
+
+Item = TypeVar("Item")
+
+_READ_S = 8.0
+_SHOWN = 24
+_LABELS_READ = 12
+_LEAST_LABELLED = 4  # one trains, one validates, one is tested on; and one to spare
+Tile = tuple[np.ndarray | None, str, str, str]
+
+
+@dataclass
+class Found:
+    """What a look at a folder gives."""
+
+    names: Survey
+    num_read: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+    """Reason by path."""
+    spacings_mm: list[tuple[float, ...]] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    tiles: list[Tile] = field(default_factory=list)
+    values: dict[int, int] = field(default_factory=dict)
+    """Label maps by value that they hold, of those that were read."""
+    seconds: float = 0.0
+
+    @property
+    def voxels(self) -> Voxels | None:
+        """Sizes of the scans that were read; None if none could be."""
+        if not self.spacings_mm:
+            return None
+        planes = [_plane(spacing, shape) for spacing, shape in zip(self.spacings_mm, self.shapes, strict=True)]
+        return Voxels(*(float(np.median(values)) for values in zip(*planes, strict=True)))
+
+
+def look(
+    folder: Path,
+    *,
+    labels: Path | None = None,
+    form: Form | None = None,
+    contrast: str | None = None,
+    read_s: float = _READ_S,
+) -> Found:
+    """Survey a folder, and read as many of its scans, evenly spread, as there is time for.
+
+    Raises:
+        DataError: as `survey`.
+    """
+    found = Found(survey(folder, labels=labels, form=form, contrast=contrast, cache=cache_folder()))
+    began = time.monotonic()
+    for scan in _spread(found.names.scans, lambda scan: scan.path):
+        if found.num_read and time.monotonic() - began > read_s:
+            break
+        found.num_read += 1
+        below = scan.below or scan.name
+        if scan.format == "dicom":
+            continue
+        try:
+            volume = read_volume(scan.path, max_frames=1)
+            if reason := label_map_by_voxels(volume.data):
+                raise RefusedScan("label_map", f"{scan.path} {reason}")
+            percentile_table(volume.data)
+        except RefusedScan as error:
+            found.refused[below] = str(error)
+            _show(found, None, below, error.code, is_refused=True)
+            continue
+        found.spacings_mm.append(volume.spacing_mm)
+        found.shapes.append(volume.data.shape[:3])
+        _show(found, volume, below, " x ".join(f"{mm:.3g}" for mm in volume.spacing_mm) + " mm")
+    pairing = found.names.pairing
+    for _, path in _spread(pairing.pairs if pairing else (), lambda pair: str(pair[1]))[:_LABELS_READ]:
+        try:
+            for value in np.unique(read_labels(path).data).tolist():
+                found.values[int(value)] = found.values.get(int(value), 0) + 1
+        except RefusedScan as error:
+            found.refused[str(path)] = str(error)
+    found.seconds = time.monotonic() - began
+    return found
+
+
+def classes_of(found: Found) -> dict[int, str]:
+    """Return the classes of a task: as a `dataset.json` names them, else as the label maps that were read hold them."""
+    named = found.names.dataset.labels if found.names.dataset is not None else {}
+    values = [value for value in found.values if value > 0]
+    return dict(named) or {value: f"label{value}" for value in sorted(values)}
+
+
+def lines_of(found: Found) -> Iterator[tuple[str, str]]:
+    """Yield what a user should know, a fact a line: its name, and the fact."""
+    names, pairing = found.names, found.names.pairing
+    yield "folder", f"{names.root}: {NAMES[names.form]}{', by its dataset.json' * (names.dataset is not None)}"
+    subjects = {subject: scans for subject, scans in names.subjects.items() if subject}
+    first = next(iter(subjects), "none")
+    yield (
+        "scans",
+        f"{len(names.scans)} of {len(subjects)} subjects, by the pattern {names.subject_pattern}, such as {first}"
+        + (f" ({len(subjects[first])} scan{'s' * (len(subjects[first]) > 1)})" if subjects else ""),
+    )
+    if nameless := names.subjects.get(""):
+        yield (
+            "no subject",
+            f"{len(nameless)} scans, such as {nameless[0].name}: left out; write another ingest.subject_pattern",
+        )
+    if len(names.scans) > 2 and len(subjects) == 1:
+        yield (
+            "one subject",
+            "all scans seem to be of one person: write another ingest.subject_pattern, or ingest.one_subject: true",
+        )
+    yield "contrasts", ", ".join(f"{name} {count}" for name, count in names.contrasts.items())
+    if found.shapes:
+        yield (
+            "voxels",
+            f"{_range([max(s) for s in found.spacings_mm], 'mm')} at most, planes of "
+            + (
+                f"{_range([_plane(s, n)[0] for s, n in zip(found.spacings_mm, found.shapes, strict=True)], 'mm')}; "
+                f"{' x '.join(_range([shape[axis] for shape in found.shapes]) for axis in range(3))} voxels"
+            ),
+        )
+    if names.label_maps:
+        one = names.label_maps[0]
+        yield (
+            "label maps",
+            f"{len(names.label_maps)} left out of pretraining, such as {one.below or one.name}, which {one.label_map}",
+        )
+    if pairing is not None:
+        classes = classes_of(found)
+        yield (
+            "labelled",
+            (
+                f"{len(pairing.pairs)} scans of {len(labelled_subjects(names, pairing))} subjects: scans {pairing.image_name}, label maps "
+                f"{pairing.label_name} in {pairing.labels}; {', '.join(f'{value} {name}' for value, name in classes.items())}"
+            ),
+        )
+        if pairing.num_unlabelled:
+            yield (
+                "unlabelled",
+                f"{pairing.num_unlabelled} scans called {pairing.image_name} have no label map: for pretraining alone",
+            )
+        if pairing.others:
+            yield "also", f"label maps fit scans called {', '.join(pairing.others[:4])}, too: --contrast NAME chooses"
+    elif names.label_maps:
+        yield (
+            "labelled",
+            "no label map fits a scan by its name; say where they are by --labels, or rename them (jobs/tasks/folder.yaml)",
+        )
+    yield "read", f"{found.num_read} of {len(names.scans)} scans in {found.seconds:.1f} s, {len(found.refused)} refused"
+    for path, reason in list(found.refused.items())[:10]:
+        yield "refused", f"{path}: {reason}"
+    if found.names.dataset is not None and found.names.dataset.ignored:
+        yield (
+            "ignored",
+            f"labels {', '.join(found.names.dataset.ignored)} of dataset.json are regions or ignored: no part of a task",
+        )
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """Texts of a job and, where label maps were found, of its task."""
+
+    job: str
+    task: str | None
+    why_no_task: str = ""
+
+
+def drafts_of(
+    found: Found,
+    folder: Path,
+    *,
+    name: str | None = None,
+    licence: str | None = None,
+    provenance: str | None = None,
+    storage: str | None = None,
+) -> Drafts:
+    """Return the job and the task that would be written into `folder`."""
+    names, pairing = found.names, found.names.pairing
+    name = name or name_for(names.root)
+    dataset = names.dataset
+    stated = {
+        "licence": licence or (dataset.licence if dataset else "") or LICENCE,
+        "provenance": provenance or (dataset.reference if dataset else "") or PROVENANCE,
+    }
+    classes = classes_of(found)
+    labelled = labelled_subjects(names, pairing) if pairing is not None else set()
+    why = ""
+    if pairing is None:
+        why = "no label maps were found"
+    elif not classes:
+        why = "the label maps that were read are empty"
+    elif problem := problems_of(list(classes)):
+        why = problem
+    elif len(labelled) < _LEAST_LABELLED:
+        why = f"{len(labelled)} labelled subjects are too few to train, validate and test on"
+    task = None
+    if pairing is not None and not why:
+        task = draft_task(names, pairing, name=name, classes=classes, folder=folder, **stated)
+    sources = str(names.root)
+    job = draft_job(
+        name=name, sources=sources, cohort=name, subject_pattern=names.subject_pattern, task="task.yaml" if task else None,
+        voxels=found.voxels, num_labelled=len(labelled) // 2, storage=storage, **stated,
+    )  # fmt: skip
+    return Drafts(_headed(job, "job", found), None if task is None else _headed(task, "task", found), why)
+
+
+def check(
+    folder: Path, *, labels: Path | None, form: Form | None, contrast: str | None, output: Path, read_all: bool
+) -> None:
+    """Print what p2r would make of a folder, and draw some of its scans."""
+    from p2r.report.corpus_report import contact_sheet
+
+    found = look(folder, labels=labels, form=form, contrast=contrast, read_s=float("inf") if read_all else _READ_S)
+    drafts = drafts_of(found, Path.cwd())
+    _print_facts(lines_of(found))
+    output.write_bytes(
+        contact_sheet(found.tiles, f"{len(found.tiles)} of {len(found.names.scans)} scans", str(found.names.root))
+    )
+    show(f"picture     {output}")
+    _show_text("job.yaml, as p2r init would write it:", drafts.job)
+    if drafts.task is None:
+        show(f"no task.yaml: {drafts.why_no_task}")
+    else:
+        _show_text("task.yaml:", drafts.task)
+
+
+def init(
+    folder: Path,
+    *,
+    scans: Path,
+    labels: Path | None,
+    form: Form | None,
+    contrast: str | None,
+    name: str | None,
+    licence: str | None,
+    provenance: str | None,
+) -> None:
+    """Write `job.yaml` and, where there are label maps, `task.yaml` for a folder of scans, and print the next commands.
+
+    Raises:
+        InputError: if one of the files is there already.
+    """
+    targets = {kind: folder / f"{kind}.yaml" for kind in ("job", "task")}
+    if there := [str(path) for path in targets.values() if path.exists()]:
+        raise InputError(
+            f"{', '.join(there)} exist{'s' * (len(there) == 1)} already: give another folder, or move them"
+        )
+    found = look(scans, labels=labels, form=form, contrast=contrast, read_s=3.0)
+    folder.mkdir(parents=True, exist_ok=True)
+    drafts = drafts_of(found, folder.absolute(), name=name, licence=licence, provenance=provenance)
+    _print_facts(lines_of(found))
+    targets["job"].write_text(drafts.job, encoding="utf-8")
+    targets["job"].chmod(0o755)
+    show(f"wrote       {targets['job']}")
+    if drafts.task is None:
+        show(f"no task     {drafts.why_no_task}: the job pretrains, and scores nothing")
+    else:
+        targets["task"].write_text(drafts.task, encoding="utf-8")
+        if "${" not in drafts.task:
+            splits = load_task(targets["task"]).subjects
+            show(
+                f"wrote       {targets['task']}: "
+                + ", ".join(f"{len(found)} {split}" for split, found in splits.items())
+                + " patients"
+            )
+        else:
+            show(f"wrote       {targets['task']}")
+    show()
+    show("next:")
+    for line in next_commands(targets, drafts, found):
+        show(f"    {line}")
+
+
+def next_commands(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> list[str]:
+    """Return the three commands after `p2r init`."""
+    job, files = (
+        targets["job"],
+        " ".join(str(targets[kind]) for kind in ("job", "task") if kind == "job" or drafts.task),
+    )
+    asked = [name for name in ("P2R_LICENCE", "P2R_PROVENANCE") if f"${{{name}}}" in drafts.job]
+    given = (
+        "export " + " ".join(f'{name}="..."' for name in asked) + "  # asked for by name: they travel with the data"
+        if asked
+        else ""
+    )
+    scan = found.names.scans[0].path
+    last = (
+        f"p2r predict MODEL {quoted(scan)} -o segmentation.nii.gz  # MODEL: a URL that the run prints"
+        if drafts.task
+        else f"p2r embed BACKBONE {quoted(scan)} -o features.nii.gz  # BACKBONE: a URL that the run prints"
+    )
+    return [*([given] if given else []), f"p2r validate {files}", f"p2r run {job}", last]
+
+
+def _show(found: Found, volume: Volume | None, below: str, line: str, *, is_refused: bool = False) -> None:
+    from p2r.report.canvas import CLASS_COLOURS, FAINT
+
+    if len(found.tiles) < _SHOWN or is_refused:
+        picture = None if volume is None else thumbnail(volume)
+        found.tiles.append((picture, below.rpartition("/")[2], line, CLASS_COLOURS[5] if is_refused else FAINT))
+
+
+def _spread(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
+    """Return all items in an order that is random, and the same every time: the first n stand for all."""
+    return sorted(items, key=lambda item: lot(key(item)))
+
+
+def _plane(spacing_mm: Sequence[float], shape: Sequence[int]) -> tuple[float, float]:
+    """Return voxel size and larger extent in the plane, mm."""
+    axis = slice_axis((spacing_mm[0], spacing_mm[1], spacing_mm[2]))
+    others = [other for other in range(3) if other != axis]
+    return max(spacing_mm[a] for a in others), max(spacing_mm[a] * shape[a] for a in others)
+
+
+def _range(values: Sequence[float], unit: str = "") -> str:
+    low, high = min(values), max(values)
+    return (f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}") + f" {unit}" * bool(unit)
+
+
+def _headed(text: str, kind: str, found: Found) -> str:
+    facts = [
+        f"# {name}: {fact}" for name, fact in lines_of(found) if name in ("folder", "scans", "contrasts", "labelled")
+    ]
+    opening = {
+        "job": "#!/usr/bin/env -S python -m cluster run\n# Own scans -> corpus -> backbone -> few-shot table and model, as `p2r init` "
+        "wrote it. Change what is wrong; run it again,\n# and what is done already is kept.",
+        "task": "# A task: scans, label maps, the meaning of the labels, and who trains, validates and is tested on.",
+    }[kind]
+    return "\n".join([opening, "#", *(line[:150] for line in facts), text])
+
+
+def _show_text(title: str, text: str) -> None:
+    for line in ("", title, "", *(f"    {line}" for line in text.split("\n"))):
+        show(line)
+
+
+def _print_facts(facts: Iterator[tuple[str, str]]) -> None:
+    for name, fact in facts:
+        show(f"{name:<11} {fact}")

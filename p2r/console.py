@@ -1,0 +1,55 @@
+"""Standard output of all commands: text from outside is shown there, and commands nothing.
+
+    show(line) · show_json(value) · console().print(table)
+
+Names of classes, files, keys and formats come from strangers. A control character among them would move the cursor, change the title or
+forge a line; a mark of direction would turn the text beside it. Each is shown as `?`. Nothing else of p2r prints: a test sees to it.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_COMMANDS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+"""C0 but tab and line feed, DEL, C1, marks of direction, line separators, halves of surrogate pairs."""
+_UNSEEN = re.compile(f"[{_COMMANDS}]")
+_UNSEEN_OR_BREAK = re.compile(f"[{_COMMANDS}\t\n]")
+
+
+def visible(text: str) -> str:
+    """Return the text as one line that commands no terminal: each control character, line breaks too, becomes `?`."""
+    return _UNSEEN_OR_BREAK.sub("?", text)
+
+
+def harmless(text: str) -> str:
+    """Return text of several lines that commands no terminal; line feeds and tabs stay."""
+    return _UNSEEN.sub("?", text)
+
+
+def show(line: object = "", *, flush: bool = False) -> None:
+    """Print one line to stdout."""
+    print(visible(str(line)), flush=flush)
+
+
+def show_json(value: Any) -> None:
+    """Print a value as JSON in ASCII, which escapes all that a terminal could obey."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def console(*, width: int = 120) -> "Console":
+    """Return rich's console on stdout, for tables; `width` in columns holds where stdout is no terminal."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class Harmless(Console):
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                # Rich's own commands are marked as such.
+                yield segment if segment.control else segment._replace(text=harmless(segment.text))
+
+    found = Harmless()
+    return found if found.is_terminal else Harmless(width=width)

@@ -1,0 +1,266 @@
+"""A folder as people have it -> what p2r would make of it: scans, subjects, contrasts, label maps and how they pair up.
+
+    nnU-Net     imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz, dataset.json
+    msd         imagesTr/CASE.nii.gz, labelsTr/CASE.nii.gz, dataset.json
+    bids        sub-X/anat/sub-X_T1w.nii.gz, derivatives/NAME/.../sub-X_..._dseg.nii.gz, dataset_description.json
+    folder      anything else: one folder for scans and one for label maps, or both in one, or a folder for each patient
+
+Names decide; voxels are read elsewhere. A guess that does not fit every file is shown before it is used.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Literal
+
+from p2r.config import IngestConfig
+from p2r.data import bids
+from p2r.data.dataset_json import NAME as DATASET_JSON
+from p2r.data.dataset_json import DatasetJson, read_dataset_json
+from p2r.data.folders import images_below
+from p2r.data.label_maps import LABEL_SUFFIX
+from p2r.data.names import composed, scan_key
+from p2r.data.pairs import key_of, label_finder
+from p2r.data.plan import subject_of
+from p2r.data.scans import Scan, find_scans
+from p2r.errors import DataError
+
+Form = Literal["nnunet", "msd", "bids", "folder"]
+NAMES: dict[Form, str] = {
+    "nnunet": "nnU-Net folder",
+    "msd": "Medical Segmentation Decathlon folder",
+    "bids": "BIDS data set",
+    "folder": "folder",
+}
+
+_DEFAULT_PATTERN = str(IngestConfig.model_fields["subject_pattern"].default)
+_EVERY_FILE = r"^(.+?)\.nii"
+_NUMBERED = r"^((?:[A-Za-z]+[-_]?)*\d+)"
+_FIRST_FOLDER = r"^([^/]+)/"
+_VOTERS, _TRIED, _WORDS = 50, 24, 4
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """A rule by which scans find their label maps, as a task states it."""
+
+    images: Path
+    labels: Path
+    image_name: str
+    label_name: str
+    pairs: tuple[tuple[Path, Path], ...]
+    """Scan and label map of each case."""
+    num_unlabelled: int
+    """Scans that the rule finds, and that have no label map."""
+    others: tuple[str, ...] = ()
+    """Other names of scans that have as many label maps: further contrasts."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The statements of the names in a folder."""
+
+    root: Path
+    form: Form
+    dataset: DatasetJson | None
+    scans: tuple[Scan, ...]
+    """Without label maps."""
+    label_maps: tuple[Scan, ...]
+    """Below the root, left out of a corpus by their names."""
+    subject_pattern: str
+    subjects: Mapping[str, tuple[Scan, ...]]
+    """Scans by subject; those without a subject are under an empty name."""
+    contrasts: Mapping[str, int]
+    """Scans by contrast."""
+    pairing: Pairing | None
+    """None: no label maps, or none that pair up."""
+
+
+def survey(
+    root: Path, *, labels: Path | None = None, form: Form | None = None, contrast: str | None = None, cache: Path
+) -> Survey:
+    """Look at the names in a folder.
+
+    Args:
+        root: The folder.
+        labels: Folder of the label maps, if it is known; None: looked for below `root`.
+        form: Layout; None: guessed.
+        contrast: Part of the name of the scans that are labelled, where several contrasts could be.
+        cache: As for `find_scans`.
+
+    Raises:
+        DataError: as `find_scans`; if the layout that is asked for is not there.
+    """
+    root = root.expanduser().absolute()
+    found = find_scans([str(root)], cache=cache)
+    dataset = read_dataset_json(root / DATASET_JSON)
+    form = _form(root, dataset, form)
+    scans = tuple(scan for scan in found if not scan.label_map)
+    if not scans:
+        raise DataError(
+            f"{root} holds {len(found)} label maps and no scan ({found[0].path} {found[0].label_map}); name the folder of the scans"
+        )
+    pattern = subject_pattern_for(scans, form)
+    config = IngestConfig(sources=(str(root),), licence="unknown", subject_pattern=pattern)
+    subjects: dict[str, list[Scan]] = defaultdict(list)
+    for scan in scans:
+        subjects[subject_of(scan, config) or ""].append(scan)
+    folders = [labels.expanduser().absolute()] if labels is not None else _label_folders(root, form)
+    pairings = [pairing for folder in folders if (pairing := _pairing(root, folder, form, contrast))]
+    return Survey(
+        root,
+        form,
+        dataset,
+        scans,
+        tuple(scan for scan in found if scan.label_map),
+        pattern,
+        {subject: tuple(subjects[subject]) for subject in sorted(subjects)},
+        dict(sorted(Counter(map(contrast_of, scans)).items())),
+        max(pairings, key=lambda one: len(one.pairs), default=None),
+    )
+
+
+def contrast_of(scan: Scan) -> str:
+    """Return the contrast that a scan's name states: a channel, a BIDS suffix, or the last word of the name."""
+    entities = dict(scan.entities)
+    if "channel" in entities:
+        return entities["channel"]
+    entities = entities if "suffix" in entities else bids.entities_of(scan.path.rpartition("/")[2])
+    if "suffix" in entities and "sub" in entities:
+        return f"ce-{entities['ce']}_{entities['suffix']}" if "ce" in entities else entities["suffix"]
+    word = re.split(r"[_.\s-]", scan_key(scan.path))[-1]
+    return word if re.fullmatch(r"[A-Za-z]\w{0,15}", word) and not re.search(r"\d{3}|^[a-z]+\d{2,}$", word) else "scan"
+
+
+def subject_pattern_for(scans: Sequence[Scan], form: Form) -> str:
+    """Return a pattern by which the scans are of several subjects, from the way in which they are called."""
+    if form == "nnunet":
+        patterns = [_NUMBERED, r"^(.+)_\d{4}\.nii"]
+    elif form == "bids":
+        patterns = [_DEFAULT_PATTERN]
+    else:
+        names = [scan.name for scan in scans]
+        in_folders = len(set(names)) < len(names) and all("/" in scan.below for scan in scans)
+        # Names that come again in one folder after the other are names of contrasts, and the folder's is the patient's.
+        patterns = [*([_FIRST_FOLDER] * in_folders), _NUMBERED, _EVERY_FILE]
+    for pattern in patterns:
+        matches = [re.search(pattern, scan.below if pattern == _FIRST_FOLDER else scan.name) for scan in scans]
+        subjects = {match[1] for match in matches if match}
+        if all(matches) and len(subjects) > 1:
+            return pattern
+    return patterns[-1]
+
+
+def _form(root: Path, dataset: DatasetJson | None, asked: Form | None) -> Form:
+    is_bids = bids.is_dataset(root) or any(_is_bids_subject(path.name) for path in root.iterdir())
+    found: Form = dataset.form if dataset is not None else "bids" if is_bids else "folder"
+    if asked in ("nnunet", "msd") and dataset is None:
+        raise DataError(
+            f"{root} has no {DATASET_JSON} with labels and channel_names (or modality): it is no {NAMES[asked]}; "
+            "name the folder that has it, or leave --from out"
+        )
+    if asked == "bids" and not is_bids:
+        raise DataError(
+            f"{root} has no {bids.DESCRIPTION} and no folder sub-...: it is no BIDS data set; leave --from out"
+        )
+    return asked or found
+
+
+def _is_bids_subject(name: str) -> bool:
+    return re.fullmatch(r"sub-[A-Za-z0-9]+", name) is not None
+
+
+def _label_folders(root: Path, form: Form) -> list[Path]:
+    """Return the folders below `root` that label maps may be in, the root itself last."""
+    if form in ("nnunet", "msd"):
+        return [root / "labelsTr"] if (root / "labelsTr").is_dir() else []
+    if form == "bids":
+        derivatives = root / "derivatives"
+        return sorted(path for path in derivatives.iterdir() if path.is_dir()) if derivatives.is_dir() else []
+    beside = [root, root.parent] if root.name.lower().startswith("images") else [root]
+    below = [path for folder in beside for path in sorted(folder.iterdir()) if path.is_dir()]
+    return [path for path in below if re.match(r"labels?|masks?|seg|gt|annot", path.name.lower())] + [root]
+
+
+def _pairing(root: Path, labels: Path, form: Form, contrast: str | None) -> Pairing | None:
+    """Return the rule by which most label maps of a folder find a scan."""
+    if not labels.is_dir():
+        raise DataError(f"there is no folder {labels} with label maps; correct the path")
+    images = root
+    if form in ("nnunet", "msd") and (root / "imagesTr").is_dir():
+        images = root / "imagesTr"
+    elif form == "folder" and (root / "images").is_dir():
+        images = root / "images"
+    elif form == "folder" and (root / "imagesTr").is_dir():
+        images = root / "imagesTr"
+    maps = {composed(path.relative_to(labels).as_posix()): path for path in images_below(labels)}
+    if labels == images or images in labels.parents:
+        maps = {below: path for below, path in maps.items() if labels != images or LABEL_SUFFIX.search(scan_key(below))}
+    label_paths = set(maps.values())
+    scans = {
+        composed(path.relative_to(images).as_posix()): path for path in images_below(images) if path not in label_paths
+    }
+    if form == "bids" and labels != images:
+        scans = {below: path for below, path in scans.items() if not below.startswith("derivatives/")}
+    rules = [rule for rule in _rules(scans, maps) if contrast is None or contrast.lower() in rule[0].lower()]
+    if not rules:
+        return None
+    best, names = rules[0], [rule[0] for rule in rules]
+    image_name, label_name, pairs, num_unlabelled = best
+    others = tuple(name for name, rule in zip(names[1:], rules[1:], strict=True) if len(rule[2]) == len(pairs))
+    return Pairing(images, labels, image_name, label_name, pairs, num_unlabelled, others)
+
+
+_Rule = tuple[str, str, tuple[tuple[Path, Path], ...], int]
+
+
+def _rules(scans: Mapping[str, Path], maps: Mapping[str, Path]) -> list[_Rule]:
+    """Return (image_name, label_name, pairs, scans without a label map), the rule with most pairs first."""
+    votes: Counter[tuple[str, str]] = Counter()
+    stems = sorted({scan_key(below) for below in scans})
+    named = Counter(map(scan_key, maps))
+    for below in sorted(maps)[:: max(1, len(maps) // _VOTERS)]:
+        label = scan_key(below)
+        for key in _keys(label):
+            names = ["{key}" + stem[len(key) :] for stem in stems if stem.startswith(key)]
+            votes.update((name, "{key}" + label[len(key) :]) for name in names if not name[5:6].isalnum())
+        if named[label] > 1:  # one name in every patient's folder
+            votes.update((stem, label) for stem in stems)
+    tried = [rule for rule, _ in votes.most_common(_TRIED)]
+    rules = [(image, label, *_paired(scans, maps, image, label)) for image, label in tried]
+    found = [rule for rule in rules if rule[2]]
+    return sorted(found, key=lambda rule: (-len(rule[2]), -_num_shared(*rule[:2]), rule[3], len(rule[0]), rule[0]))
+
+
+def _num_shared(image_name: str, label_name: str) -> int:
+    """Count the letters after the key that both names begin with: `_FLAIR` of `{key}_FLAIR` and `{key}_FLAIR_dseg`."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(image_name, label_name, strict=False)))
+
+
+def _keys(stem: str) -> Iterator[str]:
+    """Yield what a label map's name may share with its scan's: all of it, and less by a word, and another."""
+    yield stem
+    for _ in range(_WORDS):
+        stem = stem.rpartition("_" if "_" in stem else "-")[0]
+        if not stem:
+            return
+        yield stem
+
+
+def _paired(
+    scans: Mapping[str, Path], maps: Mapping[str, Path], image_name: str, label_name: str
+) -> tuple[tuple[tuple[Path, Path], ...], int]:
+    """Return the pairs that a rule makes, and the number of scans that it finds without a label map."""
+    find = label_finder(maps, label_name)
+    pairs, num_unlabelled = [], 0
+    for below, path in scans.items():
+        key = key_of(below, image_name)
+        if key is not None:
+            label = find(below, key)
+            pairs += [(path, label)] if label else []
+            num_unlabelled += label is None
+    distinct = {label for _, label in pairs}
+    return (tuple(pairs), num_unlabelled) if len(distinct) == len(pairs) else ((), 0)

@@ -1,0 +1,174 @@
+"""A survey of a folder -> the text of a job and of a task: the first files of a user with own data.
+
+Both are files to be read and changed: each key that may have to be changed has a comment. What a folder cannot tell is left to
+variables, which a job asks for by name: a licence and a source are never made up.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from p2r.data.survey import Pairing, Survey
+
+LICENCE, PROVENANCE = "${P2R_LICENCE}", "${P2R_PROVENANCE}"
+
+_EXACT_BELOW = 60  # labelled patients; with fewer, splits by fraction are too uneven
+_SIZES = (32, 48, 64, 96, 112, 128, 160)
+
+
+@dataclass(frozen=True)
+class Voxels:
+    """Sizes of the scans that were read."""
+
+    spacing_mm: float
+    """Median voxel size in the plane."""
+    extent_mm: float
+    """Median of the larger extent in the plane."""
+
+    def image(self) -> tuple[float, int]:
+        """Return pixel size, mm, and edge of an image: most of a scan about its centre, in up to 160 pixels."""
+        spacing = max(self.spacing_mm, self.extent_mm / 224)
+        rounded = round(spacing, 2 if spacing < 1 else 1)
+        need = self.extent_mm / rounded
+        return rounded, next((size for size in _SIZES if size >= need * 0.9), _SIZES[-1])
+
+
+def draft_job(
+    *, name: str, sources: str, licence: str, provenance: str, cohort: str, subject_pattern: str, task: str | None,
+    voxels: Voxels | None, num_labelled: int, storage: str | None = None,
+) -> str:  # fmt: skip
+    """Return a job's YAML: the whole pipeline if there is a task, else pretraining alone."""
+    spacing, size = (1.5, 128) if voxels is None else voxels.image()
+    kind = "pretrain" if task is None else "pipeline"
+    ingest = [
+        f"  sources: [{quoted(sources)}] # label maps among them are left out",
+        f"  licence: {quoted(licence)} # SPDX identifier or name; it travels with everything made from the data",
+        f"  provenance: {quoted(provenance)} # where the data come from, and how to cite them",
+        f"  cohort: {quoted(cohort)} # the task's, too: subjects of one name are one person",
+        f"  subject_pattern: {quoted(subject_pattern)} # its first group is the subject",
+    ]
+    if task is not None:
+        ingest.append(
+            f"  subjects_of: {{task: {quoted(task)}, split: not_held_out}} # pretraining never sees validation or test patients"
+        )
+    lines = [
+        f"kind: {kind}",
+        f"name: {name}",
+        *([f"storage: {quoted(storage)}"] if storage else []),
+        "ingest:",
+        *ingest,
+        "pretrain:",
+        f"  image: {{spacing_mm: {spacing:g}, size: {size}}} # planes; dimensions: 3 for volumes",
+        "  model: {name: unet, channels: [16, 32, 64, 128, 256], feature_channels: 32}",
+        "  loss: {name: info_nce, pixel_pairs_per_image: 128, temperature: 0.2}",
+        "  optimizer: {learning_rate: 2.0e-3}",
+        "  steps: 300 # minutes on two cores; on a GPU 20000 or more, and precision: bf16",
+        "  global_batch: 16",
+        "  checkpoint_interval: 100",
+        f'publish: {{name: {name}, description: "A backbone pretrained on own scans."}}',
+    ]
+    if task is not None:
+        numbers = [1, 5, 10] if num_labelled > 10 else [1, 5] if num_labelled > 5 else [1]
+        lines += [
+            "finetune:",
+            f"  tasks: [{quoted(task)}]",
+            "  modes: [scratch, linear_probe, fine_tune] # what pretraining is worth shows beside scratch",
+            f"  num_labelled: [{', '.join(map(str, numbers))}] # labelled patients; all: the whole train split",
+            "  draws: 3 # how often they are drawn",
+            "  steps: 200",
+            "  search: {learning_rates: {scratch: [2.0e-3], linear_probe: [2.0e-2], fine_tune: [1.0e-3]}} # more candidates are compared",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def draft_task(
+    found: Survey,
+    pairing: Pairing,
+    *,
+    name: str,
+    classes: Mapping[int, str],
+    licence: str,
+    provenance: str,
+    folder: Path,
+) -> str:
+    """Return a task's YAML for the pairs that a survey found.
+
+    Args:
+        found: The survey.
+        pairing: Its rule.
+        name: Of the task, and of its subjects' cohort.
+        classes: Names of the labels, from 1 on.
+        licence: Of the data.
+        provenance: What must be cited.
+        folder: That the file will be in; folders of data below it are written as relative paths.
+    """
+    num_subjects = len(labelled_subjects(found, pairing))
+    title = (found.dataset.title if found.dataset else "") or f"Segmentation of {', '.join(classes.values())}"
+    lines = [
+        f"name: {name}",
+        f"title: {quoted(title)}",
+        f"images: {quoted(_path(pairing.images, folder))}",
+        f"labels: {quoted(_path(pairing.labels, folder))}",
+        f"image_name: {quoted(pairing.image_name)} # a scan's name without its suffix; {{key}} is what its label map shares"
+        + (f"; others here: {', '.join(pairing.others[:4])}" if pairing.others else ""),
+        f"label_name: {quoted(pairing.label_name)}",
+        f"licence: {quoted(licence)}",
+        f"citation: {quoted(provenance)}",
+        f"cohort: {name}",
+        f"subject_pattern: {quoted(found.subject_pattern)} # its first group is the patient, who is in one split only",
+        "classes: # values of the label maps, from 1 on without a gap; give them their names",
+        *(f"  {value}: {quoted(label)}" for value, label in sorted(classes.items())),
+        f"split_rule: {{seed: 0, {_shares(num_subjects)}}} # of {num_subjects} labelled patients; the others train",
+    ]
+    if pairing.num_unlabelled:
+        lines.append("unlabelled: leave_out # scans without a label map; they are pretrained on all the same")
+    return "\n".join(lines) + "\n"
+
+
+def labelled_subjects(found: Survey, pairing: Pairing) -> set[str]:
+    """Return the subjects that have a label map."""
+    of_path = {scan.path: subject for subject, scans in found.subjects.items() for scan in scans}
+    return {of_path[str(image)] for image, _ in pairing.pairs if of_path.get(str(image))}
+
+
+def name_for(path: Path) -> str:
+    """Return a name for a job or task after a folder."""
+    found = re.sub(r"[^a-z0-9]+", "-", path.name.lower()).strip("-")
+    return found or "own"
+
+
+def quoted(text: str) -> str:
+    """Return a YAML scalar that is read as this text, plain where YAML allows it."""
+    written = yaml.safe_dump(text, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
+    return (
+        written
+        if not re.search(r"[\[\]{},#]|\$\{", text) or written[0] in "'\""
+        else f"'{text}'"
+        if "'" not in text
+        else repr(text)
+    )
+
+
+def problems_of(values: Sequence[int]) -> str | None:
+    """Return why label values cannot be classes as they are; None if they can."""
+    missing = sorted(set(range(1, max(values, default=0) + 1)) - set(values))
+    if not missing:
+        return None
+    return (
+        f"label maps hold the values {', '.join(map(str, sorted(values)))}, and a task numbers its classes from 1 on without a gap: "
+        f"rewrite them (nothing is {', '.join(map(str, missing[:5]))})"
+    )
+
+
+def _shares(num_subjects: int) -> str:
+    if num_subjects >= _EXACT_BELOW:
+        return "validation: 0.15, test: 0.25"
+    return f"validation: {max(1, round(0.15 * num_subjects))}, test: {max(1, math.ceil(0.25 * num_subjects))}"
+
+
+def _path(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if folder == path or folder in path.parents else str(path)

@@ -1,0 +1,72 @@
+"""Whoever starts from another's weights has seen that one's patients, too."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from p2r.artefact import CorpusFacts, open_artefact
+from p2r.data.manifest import load_manifest, manifest_sha256
+from p2r.engine.ancestry import added, ancestry, corpus_facts, origins_of_backbone, origins_of_checkpoint
+from p2r.reference import parse_reference
+from p2r.storage import Storage
+from tests.publishing import publish_toy
+
+A, B = "a" * 64, "b" * 64
+
+
+def facts(salt: str = A, *, subjects: tuple[str, ...] = (A,), voxels: tuple[str, ...] = (B,)) -> CorpusFacts:
+    return CorpusFacts(
+        url="s3://b/corpus", sha256=A, weight=None, licence="CC BY 4.0", provenance="", cohort="c", num_samples=1,
+        num_subjects=1, salt=salt, subject_digests=list(subjects), voxel_digests=list(voxels), deidentification={},
+    )  # fmt: skip
+
+
+def backbone(folder: Path, **values: Any) -> str:
+    made = publish_toy(str(folder), **values)
+    (origin,) = origins_of_backbone(open_artefact(parse_reference(made["pin"])))
+    assert origin == made["pin"]
+    return origin
+
+
+def test_corpora_and_licence_of_a_backbone_are_inherited(tmp_path: Path) -> None:
+    origin = backbone(tmp_path / "1", corpora=[facts()], licence="CC BY-NC 4.0")
+    assert ancestry({"origins": [origin]}) == ([facts()], ["CC BY-NC 4.0"])
+    assert ancestry(None) == ([], [])
+
+
+@pytest.mark.parametrize("case", ["says nothing", "gone", "exchanged", "of an older checkpoint"])
+def test_what_cannot_be_read_any_more_is_unknown_and_not_clean(case: str, tmp_path: Path) -> None:
+    origin = backbone(tmp_path / "1", corpora=None if case == "says nothing" else [facts()])
+    manifest = tmp_path / "1/manifest.json"
+    if case == "gone":
+        manifest.unlink()
+    elif case == "exchanged":
+        manifest.write_bytes(manifest.read_bytes() + b"\n")
+    other = backbone(tmp_path / "2", corpora=[facts(B)])
+    known = {} if case == "of an older checkpoint" else {"origins": [origin, other]}
+    assert ancestry(known).corpora is None
+
+
+def test_corpora_of_a_checkpoint_are_pinned_at_the_revisions_that_it_streamed(published: dict[str, str]) -> None:
+    corpus = Storage(published["corpus"])
+    manifest = load_manifest(corpus)
+    sha256 = manifest_sha256(manifest)
+    stream = {"corpora": [{"manifest_sha256": sha256, "weight": None}]}
+    checkpoint: dict[str, Any] = {"config": {"corpus": None}, "state": {"stream": stream}, "init_from": None}
+    url = f"{published['storage']}/pretrain/checkpoints/step-00000006"
+    pin = f"{corpus.url}@sha256:{sha256}"
+    assert origins_of_checkpoint(checkpoint, url) == [pin]
+    before = {"origins": ["/x@sha256:" + A, pin]}
+    assert origins_of_checkpoint({**checkpoint, "init_from": before}, url) == before["origins"]
+    assert origins_of_checkpoint({**checkpoint, "init_from": {"sha256": A}}, url) is None
+    assert origins_of_checkpoint(checkpoint, "s3://elsewhere/step-00000006") is None
+    found = ancestry({"origins": [pin]})
+    assert found.licences == ["CC0-1.0"]
+    assert found.corpora == [corpus_facts(manifest, url=corpus.url, sha256=sha256, weight=None)]
+
+
+def test_revisions_of_one_corpus_are_named_once_and_others_each() -> None:
+    older, newer, other = facts(), facts(subjects=(A, B), voxels=(A, B)), facts(B)
+    assert added([newer], [older, other, other]) == [newer, other]
+    assert added([older], [newer]) == [older, newer]  # somebody is in the newer one alone

@@ -1,0 +1,54 @@
+"""Standard output: what strangers have named is text there, and nothing prints past `p2r.console`."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+
+from p2r.console import console, harmless, show, show_json, visible
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = "\x1b[2J\x1b]0;title\x07\r\x08\x7f\x9b31m\u202e\u2066\u200f\u2028\udc80"
+
+
+def test_a_name_commands_nothing_and_forges_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    show(f"class {COMMANDS}\nsound    forged\tx")
+    show_json({COMMANDS: [COMMANDS]})
+    table = Table("name")
+    table.add_row(COMMANDS.replace("\r", ""))
+    console().print(table)
+    line, rest = capsys.readouterr().out.split("\n", 1)
+    assert line == f"class {visible(COMMANDS)}?sound    forged?x" and line.isprintable()
+    assert rest.replace("\n", "").isprintable()
+    assert json.loads(rest[: rest.index("}") + 1]) == {COMMANDS: [COMMANDS]}
+
+
+def test_every_character_that_a_terminal_obeys_is_shown_as_a_question_mark() -> None:
+    assert visible("\x1b[2J\r\u202e\n\t\udc80") == "?[2J?????"
+    for code in (*range(32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x61C):
+        assert visible(chr(code)) == "?"
+        assert harmless(chr(code)) == (chr(code) if chr(code) in "\t\n" else "?")
+    assert visible("Herz, cœur, 心臓, قلب 🫀") == "Herz, cœur, 心臓, قلب 🫀"
+
+
+def test_nothing_prints_past_the_one_function() -> None:
+    found = []
+    for path in (path for folder in ("p2r", "cluster") for path in (ROOT / folder).rglob("*.py")):
+        if path.relative_to(ROOT).as_posix() in ("p2r/console.py", "p2r/logs.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if name in (
+                "print",
+                "Console",
+                "pprint",
+                "sys.stdout.write",
+                "sys.stderr.write",
+                "sys.stdout.buffer.write",
+            ):
+                found.append(f"{path}:{node.lineno}: {name}")
+            if name.split(".")[-1] in ("echo", "secho", "print_json", "echo_via_pager") or name == "rich.print":
+                found.append(f"{path}:{node.lineno}: {name}")
+    assert found == [], "stdout is p2r.console's, stderr p2r.logs'"
