@@ -20,6 +20,7 @@ import torch
 from p2r.config import IngestConfig, PretrainConfig
 from p2r.console import console, show
 from p2r.data.corpus import ingest_locally, report_progress
+from p2r.device import this_device
 from p2r.engine.fewshot import Result, attempt, failure_message
 from p2r.engine.finetune import TrialSetup
 from p2r.engine.fork import forked
@@ -129,8 +130,8 @@ def _main() -> int:
     if arguments.profile < 0:
         parser.error(f"--profile must not be negative, got {arguments.profile}")
 
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
+        device = this_device()
         configure(arguments.log_format)
         overrides = overrides_of(arguments.set, allow_transductive=arguments.allow_transductive)
         job = read_job(arguments.job, overrides)
