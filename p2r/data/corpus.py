@@ -83,9 +83,9 @@ class IngestProgress:
         left = (
             "" if self.remaining_s is None or self.done == self.num_shards else f" | {_duration(self.remaining_s)} left"
         )
-        return (
-            f"scans {self.scans_read}/{self.num_scans} | shards {self.done}/{self.num_shards} | {self.mb_per_s:.0f} MB/s{left}"
-            + (f" | refused: {refused}" if refused else "")
+        rate = f"{self.mb_per_s:.{1 if self.mb_per_s < 10 else 0}f} MB/s"
+        return f"scans {self.scans_read}/{self.num_scans} | shards {self.done}/{self.num_shards} | {rate}{left}" + (
+            f" | refused: {refused}" if refused else ""
         )
 
 

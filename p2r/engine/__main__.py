@@ -8,7 +8,6 @@ With `--minutes`, pretraining saves a checkpoint and ends when the time is over;
 """
 
 import argparse
-import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from p2r.data.corpus import ingest_locally, report_progress
 from p2r.engine.fewshot import Result, attempt, failure_message
 from p2r.engine.finetune import TrialSetup
 from p2r.engine.fork import forked
-from p2r.engine.lines import report_lines
+from p2r.engine.lines import made_lines, report_lines
 from p2r.engine.pipeline import Say, run_job
 from p2r.engine.pretrain import pretrain
 from p2r.engine.profile import profile_text
@@ -158,8 +157,8 @@ def _main() -> int:
     if table is not None:
         console().print(table)
     failed = made.pop("failed", [])
-    for name, value in made.items():
-        show(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+    for line in made_lines(made):
+        show(line)
     if failed:
         say_error(failure_message(failed), code=1)
     return 1 if failed else 0

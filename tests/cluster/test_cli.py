@@ -134,7 +134,7 @@ def test_inspect_lists_what_lies_at_a_url(p2r: Call, published: dict[str, str]) 
     printed = p2r("inspect", published["storage"])
     for kind in ("p2r-corpus/2", "p2r-backbone/2", "p2r-model/2", "p2r-checkpoint/1"):
         assert kind in printed
-    manifest = json.loads(p2r("inspect", published["backbone"]))
+    manifest = json.loads(p2r("inspect", published["backbone"], "--json"))
     assert manifest["licence"] == "CC0-1.0"
     assert "subject_digests" not in manifest["corpora"][0]
 

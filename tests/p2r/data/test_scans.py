@@ -105,7 +105,7 @@ def test_sources_that_hold_no_scan_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_template_gives_its_images_and_never_its_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path / "images" / "sub-001_T1w.nii.gz", tmp_path / "labels" / "sub-001_T1w.nii.gz")
     monkeypatch.setattr(
-        "p2r.data.scans.resolve_source", lambda url, cache: tmp_path / ("images" if "/images" in url else "")
+        "p2r.data.phantom.resolve_source", lambda url, cache: tmp_path / ("images" if "/images" in url else "")
     )
     for source in ("template://icbm152?subjects=1", "template://icbm152/?subjects=1", "template://icbm152/images"):
         paths = [scan.path for scan in find_scans([source], cache=tmp_path)]
