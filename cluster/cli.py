@@ -14,6 +14,7 @@ import typer
 
 from p2r.console import console, show, show_json
 from p2r.errors import InputError, JobError, P2RError, TrainingError
+from p2r.files import lack_of_space
 from p2r.identity import ensure_identity
 from p2r.logs import configure, reset, say, say_crash, say_error
 
@@ -608,7 +609,10 @@ def main() -> None:
         if hasattr(error, "format_message"):
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
-        say_crash(error)
+        if (full := lack_of_space(error)) is not None and "--debug" not in sys.argv:
+            say_error(full, code=1)
+        else:
+            say_crash(error)
         sys.exit(1)
     finally:
         reset()

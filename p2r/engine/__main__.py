@@ -30,6 +30,7 @@ from p2r.engine.pretrain import pretrain
 from p2r.engine.profile import profile_text
 from p2r.errors import InputError, JobError, OutOfTime, P2RError
 from p2r.evaluate.protocol import Trial
+from p2r.files import lack_of_space
 from p2r.identity import ensure_identity
 from p2r.job import FORK_HELP, ignored_variables, overrides_of, read_job
 from p2r.logs import Line, LogFormat, configure, reset, say, say_crash, say_error, within
@@ -102,7 +103,10 @@ def main() -> int:
     try:
         return _main()
     except Exception as error:
-        say_crash(error)
+        if (full := lack_of_space(error)) is not None:
+            say_error(full, code=1)
+        else:
+            say_crash(error)
         return 1
     finally:
         reset()

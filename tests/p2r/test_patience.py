@@ -1,7 +1,9 @@
 """Which failures are tried again: botocore's own errors, from sockets that misbehave."""
 
+import email.utils
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 import botocore.config
@@ -73,3 +75,12 @@ def test_an_absent_proxy_gets_seconds_and_not_minutes(monkeypatch: pytest.Monkey
             while True:
                 patience.wait(cause, OSError("no"))
         assert most_s / 2 < now_s[0] - start_s <= most_s
+
+
+@pytest.mark.parametrize(("skew_s", "words"), [(1200, "behind"), (-1200, "ahead of"), (0, "")])
+def test_a_clock_that_is_off_is_named_where_its_signatures_are_refused(skew_s: float, words: str) -> None:
+    """A HEAD that is refused has no body: without its date nothing tells a wrong clock from a wrong key."""
+    date = email.utils.formatdate(time.time() + skew_s, usegmt=True)
+    error = failure("http://" + server(f"HTTP/1.1 403 No\r\nDate: {date}\r\nContent-Length: 0\r\n\r\n".encode()))
+    assert cause_of(error) is None
+    assert (f"clock is 20 minutes {words} the server" in text_of(error)) == bool(words)
