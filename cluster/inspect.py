@@ -13,7 +13,6 @@ from p2r.documents import read_json
 from p2r.errors import InputError
 from p2r.modes import facts_of as facts_of_mode
 from p2r.reference import parse_reference
-from p2r.report.text import one_line
 from p2r.storage import Storage
 
 _HIDDEN = {"subject_digests", "voxel_digests", "salt"}
@@ -153,7 +152,7 @@ def _format(storage: Storage, name: str) -> str:
         manifest = read_json(storage.read_bytes(name), where=name, max_bytes=_MAX_BYTES)
     except InputError:
         return "damaged"
-    return one_line(str(manifest.get("format", "?"))[:80]) if isinstance(manifest, dict) else "?"
+    return plain(str(manifest.get("format", "?"))[:80]).plain if isinstance(manifest, dict) else "?"
 
 
 def _without(value: Any, hidden: set[str]) -> Any:

@@ -108,7 +108,8 @@ def _run_variants(job: Job, storage: Storage, executor: Executor, say: Say) -> d
     for name, variant in variants_of(job).items():
         where = Storage(variant.storage)
         say(f"variant {name} | " + ", ".join(f"{key}: {value}" for key, value in job.variants[name].items()))
-        made = _train_and_score(variant, where, executor, ("pretrain", "publish", "finetune"), say)
+        stages = ("finetune",) if variant.pretrain is None else ("pretrain", "publish", "finetune")
+        made = _train_and_score(variant, where, executor, stages, say)
         if "unfinished" in made:
             return {"unfinished": f"variant {name}"}
         rows += [{**row, "variant": name} for row in where.read_json("report/report.json")["rows"]]

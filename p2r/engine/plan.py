@@ -30,6 +30,7 @@ from p2r.data.order import allowed_world_sizes, check_world_size
 from p2r.data.stream import Corpus, order_of
 from p2r.engine.build import DTYPES
 from p2r.engine.counting import LiveTensors, SavedTensors, storages_of
+from p2r.engine.roofline import LossTime, loss_time, ways_to_shorten
 from p2r.engine.tune_batch import HEADROOM
 from p2r.errors import InputError
 from p2r.loss.tiles import PANELS, TILE
@@ -38,6 +39,7 @@ from p2r.model.pix2rep import Pix2Rep
 
 _FP32 = 4
 _PANEL_ON_CUDA = 16_384  # rows whose column sums the kernels keep apart
+_SPLIT_ON_CUDA, _MOST_SPLITS_ON_CUDA, _PARTIAL_ON_CUDA = 16_384, 8, 2**28  # of the kernels' gradients
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -108,6 +110,8 @@ class Pace:
     """None: there is no corpus yet that could be passed over."""
     run_cost: float | None
     epoch_cost: float | None
+    impossible: str | None
+    """Why no worker can keep the rate, and the way out; None: nothing speaks against it."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,8 @@ class Plan:
     steps_per_epoch: float | None
     pace: Pace | None
     """None: no rate was measured or stated."""
+    loss_time: LossTime | None
+    """Of a worker and step; None where it is not known."""
     world_sizes: tuple[int, ...]
     """Numbers of workers that can share the global batch."""
 
@@ -226,6 +232,7 @@ def plan(
         images_in_corpus=images_in_corpus,
         steps_per_epoch=epoch,
         pace=None,
+        loss_time=loss_time(config, world_size=world_size, device=device),
         world_sizes=tuple(allowed_world_sizes(config.global_batch)),
     )
     return found if rate is None else replace(found, pace=_pace(config, found, rate, cost_per_hour))
@@ -410,7 +417,9 @@ def _loss_bytes(config: PretrainConfig, *, rows: int, world_size: int, device: s
     saved = 2 * _FP32 * 2 * tower + 2 * product * (tower if product != _FP32 else 0) + 2 * product * others
     forward = max(product * others, tile + _FP32 * _num_panels(rows, device) * rows * world_size)
     travelling = 4 * product * tower if loss.exchange == "ring" and world_size > 1 else 0
-    backward = 2 * tile + 2 * _FP32 * tower + _FP32 * max(others + tower, 2 * tower) + travelling
+    splits = min(_MOST_SPLITS_ON_CUDA, math.ceil(rows * world_size / _SPLIT_ON_CUDA)) if on_kernels else 0
+    parts = min(splits * _FP32 * tower, max(_PARTIAL_ON_CUDA, _FP32 * tower))
+    backward = 2 * tile + 2 * _FP32 * tower + _FP32 * max(others + tower, 2 * tower) + travelling + parts
     return _Loss(saved, saved + max(forward, backward))
 
 
@@ -500,6 +509,18 @@ def _pace(config: PretrainConfig, found: Plan, rate: Rate, cost_per_hour: float 
         epoch_hours=None if epoch is None else epoch * hours,
         run_cost=None if per_step is None else config.steps * per_step,
         epoch_cost=None if per_step is None or epoch is None else epoch * per_step,
+        impossible=_impossible(config, found, step_s),
+    )
+
+
+def _impossible(config: PretrainConfig, found: Plan, step_s: float) -> str | None:
+    time = found.loss_time
+    if time is None or time.expected_s < step_s:
+        return None
+    ways = ways_to_shorten(config, world_size=found.num_workers, step_s=step_s)
+    return (
+        f"the loss takes about {time.expected_s:.2g} s, at the very least {time.least_s:.2g} s, of a step of {step_s:.2g} s: "
+        f"{''.join(f'set {way}, or ' for way in ways)}take more workers"
     )
 
 

@@ -18,7 +18,7 @@ from p2r.masking import is_secret_name, masked
 from p2r.storage import Storage
 
 ROOT = Path(__file__).parents[2]
-SECRET = "pl4nted 'single' \"double\" \\ back\nslash é +/=&?"
+SECRET = "pl4nted 'single' \"double\" \\ back\nslash é +/=&? ~~>>??ÿ"
 URL = "https://user:pl4nted-password@host/k?X-Amz-Signature=pl4nted"
 
 
