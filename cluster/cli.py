@@ -14,6 +14,7 @@ import typer
 
 from p2r.console import console, show, show_json
 from p2r.errors import InputError, JobError, P2RError, TrainingError
+from p2r.files import lack_of_space
 from p2r.identity import ensure_identity
 from p2r.logs import configure, reset, say, say_crash, say_error
 
@@ -384,14 +385,12 @@ def tune_batch(
     debug: Debug = False,
 ) -> None:
     """Find how many images and pixel pairs of a job's pretraining fit into memory, by trying on this machine."""
-    import torch
-
+    from p2r.device import this_device
     from p2r.engine.tune_batch import tune_batch as tune
     from p2r.job import read_job
 
     config = _pretrain_of(read_job(path, tuple(set_ or ())), path)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    found = tune(config, device=device, memory_gib=memory_gib, say=say)
+    found = tune(config, device=this_device(), memory_gib=memory_gib, say=say)
     _print_rows(
         ("images", "pairs per image", "peak MiB", "img/s"),
         [
@@ -610,7 +609,10 @@ def main() -> None:
         if hasattr(error, "format_message"):
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
-        say_crash(error)
+        if (full := lack_of_space(error)) is not None and "--debug" not in sys.argv:
+            say_error(full, code=1)
+        else:
+            say_crash(error)
         sys.exit(1)
     finally:
         reset()

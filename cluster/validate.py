@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from p2r.documents import MAX_YAML_BYTES, read_start, read_yaml
+from p2r.documents import read_start
 from p2r.errors import DataError, InputError, JobError
 from p2r.evaluate.task_files import HELD_OUT, Task, load_task, read_task_config
 from p2r.job import Job, find_job, ignored_variables, nearest_file, read_job
+from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
 
 _PLACEHOLDER = re.compile(
     r"your[-_ ]?(bucket|folder|path|data|name|scans)|^/?path/to/|<[^<>]+>|change[-_]?me|example\.(com|org)|\bTODO\b",

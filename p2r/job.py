@@ -28,9 +28,10 @@ from pydantic_core import ErrorDetails
 
 from p2r.config import FilledIn, FinetuneConfig, IngestConfig, Location, PretrainConfig, PublishConfig, Section
 from p2r.console import visible
-from p2r.documents import MAX_YAML_BYTES, read_start, read_yaml
+from p2r.documents import read_start
 from p2r.errors import JobError
 from p2r.masking import is_secret_name, looks_secret
+from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 Kind = Literal["ingest", "pretrain", "publish", "finetune", "pipeline", "ablation"]
@@ -147,7 +148,10 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        missing = [stage for stage in _STAGES[self.kind] if getattr(self, stage) is None]
+        needed = _STAGES[self.kind]
+        if self.kind == "ablation" and self.finetune and self.finetune.backbone is not None:
+            needed = ("finetune",)  # its variants differ in what they do with one backbone
+        missing = [stage for stage in needed if getattr(self, stage) is None]
         if missing:
             raise ValueError(f"kind {self.kind} needs the section{'s' * (len(missing) > 1)} {', '.join(missing)}")
         if self.kind == "finetune" and self.finetune and self.finetune.backbone is None and self.publish is None:
@@ -290,7 +294,7 @@ def variants_of(job: Job) -> dict[str, Job]:
             target[last] = value
         values["kind"], values["ingest"] = "finetune", None  # the whole has made the corpus
         values["storage"] = f"{job.storage}/variants/{name}"
-        if values["pretrain"]["corpus"] is None:
+        if values["pretrain"] is not None and values["pretrain"]["corpus"] is None:
             values["pretrain"]["corpus"] = f"{job.storage}/corpus"
         if values["finetune"]["score_on"] != "validation":
             raise JobError(f"variants.{name}: {_ABLATION_RULE}")

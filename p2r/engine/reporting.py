@@ -84,6 +84,7 @@ def make_report(
     tasks = [load_task(Path(setup.task)) for setup in setups]
     where = storage.child("report")
     context = {**_context(job, backbone, tasks, models), **facts}
+    context["caveats"] += _warnings(rows)
     pictures: dict[str, Drawing | bytes] = {}
     captions: dict[str, str] = {}
     places: dict[str, str] = {}
@@ -228,6 +229,13 @@ def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[s
             for task in tasks
         },
     }
+
+
+def _warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what went wrong in single trials without ending them."""
+    return [
+        f"{row['id']}: {warning}." for row in rows for warning in (row.get("pseudo_labels") or {}).get("warnings", [])
+    ]
 
 
 def _backbone_line(backbone: Backbone) -> str:

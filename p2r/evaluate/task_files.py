@@ -22,10 +22,11 @@ from p2r.data.names import composed, scan_key
 from p2r.data.pairs import key_of, label_finder
 from p2r.data.preparation import Preparation, SliceAxis
 from p2r.data.subjects import expand_subjects
-from p2r.documents import MAX_YAML_BYTES, read_start, read_yaml
+from p2r.documents import read_start
 from p2r.errors import DataError, JobError
 from p2r.job import fill_in_variables, validated
 from p2r.patterns import subject_pattern
+from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
 from p2r.randomness import keyed_number
 from p2r.storage import cache_folder, json_bytes
 

@@ -56,6 +56,32 @@ def test_predict_puts_the_segmentation_on_the_scan_s_own_grid(
     assert voxels[labels == 1].mean() > 2 * voxels[labels == 0].mean()
 
 
+def test_predict_keeps_units_and_time_and_prints_the_volumes_of_each_frame(
+    p2r: Call, published: dict[str, str], toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    voxels = np.asarray(nibabel.load(toy_data / "images/sub-07_T1w.nii.gz").dataobj)
+    series = nibabel.Nifti1Image(np.stack([voxels, voxels[::-1], voxels], -1), np.diag([2000.0, 2000, 8000, 1]))
+    series.set_qform(None)
+    series.header.set_xyzt_units("micron", "msec")
+    series.header.set_zooms((2000, 2000, 8000, 40))
+    for image, name in ((series, "series"), (series.slicer[:, :, 1:2, 0], "plane")):
+        image.to_filename(tmp_path / f"{name}.nii.gz")
+        printed = p2r("predict", published["model"], tmp_path / f"{name}.nii.gz", "-o", tmp_path / f"{name}_seg.nii")
+        found = nibabel.load(tmp_path / f"{name}_seg.nii")
+        assert found.shape == image.shape
+        assert found.header.get_zooms() == image.header.get_zooms()
+        assert found.header.get_xyzt_units() == ("micron", "msec")
+        assert (found.header["sform_code"], found.header["qform_code"]) == (2, 0)
+        labels = np.asarray(found.dataobj).reshape(-1, 3 if name == "series" else 1, order="F")
+        in_ml = [float(number) for number in re.findall(r"[\d.]+", printed.split("DISC:")[1].split("ml")[0])]
+        assert in_ml == pytest.approx(labels.sum(0) * 0.032, abs=0.06)
+        assert min(in_ml) > 0
+        assert ("in frames 1 to 3" in printed) == (name == "series")
+    with pytest.raises(SystemExit):
+        p2r("predict", published["model"], tmp_path / "plane.nii.gz", "-o", "s3://bucket/seg.nii.gz")
+    assert "written to a folder of this machine" in capsys.readouterr().err
+
+
 def test_compare_takes_a_published_backbone_by_its_rows(p2r: Call, published: dict[str, str], tmp_path: Path) -> None:
     report = Path(published["storage"].removeprefix("file://")) / "report/report.json"
     shutil.copy(report, tmp_path)

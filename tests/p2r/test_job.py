@@ -314,8 +314,8 @@ def test_every_field_of_the_schema_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("name: again", "line .*: key 'name' stands twice in one mapping, first on line"),
-        ("retries: " + "9" * 100, "is no int"),
+        ("name: again", "line .*: key 'name' is twice in one mapping, first on line"),
+        ("retries: " + "9" * 100, "is not a valid int"),
         ("metrics: {port: .nan}", "not a finite number"),
         ("retries: !!set {a}", "is not read"),
         ("variants: " + "[" * 5000, "mappings and lists may be 32 deep"),

@@ -84,6 +84,18 @@ def test_variants_are_run_and_put_side_by_side(ablation: Callable[..., Job]) -> 
     assert not [line for line in lines if "| step " in line], lines
 
 
+def test_variants_of_fine_tuning_share_a_published_backbone_and_pretrain_nothing(
+    ablation: Callable[..., Job], published: dict[str, str]
+) -> None:
+    given = (f"finetune.backbone={published['backbone']}", "ingest=null", "pretrain=null", "publish=null")
+    variants = "variants={short: {finetune.steps: 1}, long: {finetune.steps: 2}}"
+    job = ablation(variants, "finetune.num_labelled=[1]", *given)
+    run_job(job, LocalExecutor(torch.device("cpu"), None), say=lambda line: None)
+    rows = Storage(job.storage).read_json("report/report.json")["rows"]
+    assert [(row["variant"], row["settings"]["steps"]) for row in rows] == [("short", 1), ("long", 2)]
+    assert len({row["backbone_sha256"] for row in rows}) == 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -277,6 +277,18 @@ def test_candidates_drawn_from_distributions_depend_on_the_seed_alone_and_are_al
             "equally many candidates for every mode, got scratch 1, fine_tune 8: some modes have lists alone",
         ),
         ({"num_labelled_by_mode": {"prototype": [1]}}, "names prototype, which is not in modes"),
+        ({"modes": ["weak_to_strong"], "protocol": "paper_compat"}, "take weak_to_strong out of modes"),
+        ({"steps_by_mode": {"weak_to_strong": 9}}, "steps_by_mode names weak_to_strong, which is not in modes"),
+        (
+            {"modes": ["scratch", "prototype"], "steps_by_mode": {"prototype": 9}},
+            "steps_by_mode names prototype, which trains nothing",
+        ),
+        ({"search": {"space": {"confidence_threshold": [0.9, 1.0]}}}, "confidence_threshold: .*less than 1, got 1.0"),
+        ({"search": {"space": {"feature_dropout": [1.0]}}}, "feature_dropout: .*less than 1, got 1.0"),
+        (
+            {"search": {"space": {"cutmix_probability": [1.5]}}},
+            "cutmix_probability: .*less than or equal to 1, got 1.5",
+        ),
         (
             {"num_labelled_by_mode": {"scratch": [1, 2, "all"]}},
             r"scratch has 2, all, which is not in num_labelled \[1, 5\]",
@@ -286,3 +298,35 @@ def test_candidates_drawn_from_distributions_depend_on_the_seed_alone_and_are_al
 def test_a_section_that_makes_no_sense_is_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FinetuneConfig.model_validate({"tasks": ["a"], **values})
+
+
+def test_every_mode_has_the_steps_of_the_section_unless_it_is_given_others_and_a_long_scratch_three_times_as_many() -> (
+    None
+):
+    modes = ["scratch", "scratch_long", "weak_to_strong", "fine_tune"]
+    section = FinetuneConfig.model_validate(
+        {"tasks": ["a"], "modes": modes, "steps": 100, "steps_by_mode": {"weak_to_strong": 400}}
+    )
+    steps = {mode: settings_of(section, mode, {"learning_rate": 1e-3}).steps for mode in section.modes}
+    assert steps == {"scratch": 100, "scratch_long": 300, "weak_to_strong": 400, "fine_tune": 100}
+    assert settings_of(section, "weak_to_strong", {"learning_rate": 1e-3, "steps": 7}).steps == 7
+    given = section.model_copy(update={"steps_by_mode": {"scratch_long": 500}})
+    assert settings_of(given, "scratch_long", {"learning_rate": 1e-3}).steps == 500
+
+
+def test_the_settings_of_weak_to_strong_can_be_searched() -> None:
+    space = {"confidence_threshold": (0.9, 0.95), "feature_dropout": (0.0, 0.5)}
+    section = FinetuneConfig.model_validate(
+        {
+            "tasks": ["a"],
+            "modes": ["weak_to_strong"],
+            "search": {"learning_rates": {"weak_to_strong": [1e-3]}, "space": space},
+        }
+    )
+    found = [
+        settings_of(section, "weak_to_strong", candidate) for candidate in candidates_of(section, "weak_to_strong")
+    ]
+    assert {(one.confidence_threshold, one.feature_dropout) for one in found} == {
+        (threshold, dropout) for threshold in (0.9, 0.95) for dropout in (0.0, 0.5)
+    }
+    assert {one.cutmix_probability for one in found} == {0.5}

@@ -96,7 +96,7 @@ def test_every_class_is_named_and_every_word_lies_inside(figures: list[Figure]) 
 
 def test_a_key_breaks_into_as_many_lines_as_it_needs() -> None:
     entries = [KeyEntry(name, "o", "#000000") for name in NAMES.values()]
-    assert key_lines(entries, 8.0) == [entries]
+    assert key_lines(entries, 12.0) == [entries]
     narrow = key_lines(entries, 2.5)
     assert len(narrow) > 2 and [one for line in narrow for one in line] == entries
     assert key_lines(entries, 0.1) == [[one] for one in entries], "what fits nowhere has a line of its own"
