@@ -158,7 +158,7 @@ def head(folder: Path) -> Iterator[tuple[str, int]]:
     for attempt in range(ATTEMPTS):
         gcs, dashboard, *of_agents = free_ports(6)
         command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"]
-        command += [f"--port={gcs}", "--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}"]
+        command += [f"--port={gcs}", f"--dashboard-port={dashboard}"]
         # Chosen here: a raylet waits but 15 s for its agents to tell theirs, which a busy machine exceeds.
         names = ("metrics-export", "dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent")
         command += [f"--{name}-port={port}" for name, port in zip(names, of_agents, strict=True)]
@@ -171,7 +171,8 @@ def head(folder: Path) -> Iterator[tuple[str, int]]:
             break
         assert attempt < ATTEMPTS - 1, (folder / "head.log").read_text()
     try:
-        yield f"127.0.0.1:{gcs}", dashboard
+        # Ray takes 127.0.0.1 for this address, where the head listens.
+        yield f"{ray.util.get_node_ip_address()}:{gcs}", dashboard
     finally:
         process.terminate()
         process.wait(60)
