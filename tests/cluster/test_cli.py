@@ -11,6 +11,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from cluster import cli, submit_hook
 
@@ -291,3 +293,27 @@ def test_a_command_that_needs_more_than_the_core_says_what_to_install(
     assert done.returncode == 2
     assert f"needs the package {package}" in done.stderr and "pip install 'p2r[cluster]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_published_is_signed_and_verified_by_its_key(
+    p2r: Call, published: dict[str, str], tmp_path: Path, write_toy_job: Callable[..., Path]
+) -> None:
+    folder = Path(published["storage"].removeprefix("file://"))
+    private, public = tmp_path / "private.pem", tmp_path / "public.pem"
+    shutil.copytree(folder, tmp_path / "storage")
+    job, key = write_toy_job(tmp_path), Ed25519PrivateKey.generate()
+    private.touch(mode=0o600)
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    name = f"ed25519:{key.public_key().public_bytes_raw().hex()}"
+    shutil.rmtree(tmp_path / "storage/backbones")
+    printed = p2r("publish", job, "--sign", private)
+    pin = next(line.split(": ", 1)[1] for line in printed.splitlines() if line.startswith("backbone_pin: "))
+    assert pin.startswith(f"file://{tmp_path}/storage/backbones/toy/1@sha256:") and f"signed: {name}" in printed
+    for given in (public, name):
+        printed = p2r("verify", pin, "--key", given)
+        assert f"pin      {pin}" in printed and f"signed   {name}" in printed
+    assert "unchecked  manifest.sig" in p2r("verify", pin)
+    (model,) = (tmp_path / "storage/models/disc").iterdir()
+    assert p2r("sign", model, "--key", private).strip() == f"signed: {name}"
+    assert f"signed   {name}" in p2r("verify", model, "--key", public)
