@@ -385,14 +385,12 @@ def tune_batch(
     debug: Debug = False,
 ) -> None:
     """Find how many images and pixel pairs of a job's pretraining fit into memory, by trying on this machine."""
-    import torch
-
+    from p2r.device import this_device
     from p2r.engine.tune_batch import tune_batch as tune
     from p2r.job import read_job
 
     config = _pretrain_of(read_job(path, tuple(set_ or ())), path)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    found = tune(config, device=device, memory_gib=memory_gib, say=say)
+    found = tune(config, device=this_device(), memory_gib=memory_gib, say=say)
     _print_rows(
         ("images", "pairs per image", "peak MiB", "img/s"),
         [

@@ -297,7 +297,7 @@ def decoded(content: bytes, kind: str, where: str, error: type[InputError]) -> s
 def check_size(content: bytes, where: str, max_bytes: int, error: type[InputError]) -> None:
     """Refuse a document of more bytes."""
     if len(content) > max_bytes:
-        raise error(f"{where} has {len(content):,} bytes, more than the {max_bytes:,} that such a document may have")
+        raise error(f"{where} has more than the {max_bytes:,} bytes that such a document may have")
 
 
 def _depth_rule(max_depth: int) -> str:

@@ -8,6 +8,7 @@
     │   ├── StorageError    a storage URL that cannot be read or written
     │   │   └── DamagedError something there is absent or is not what was written: trying again will not help
     │   └── CheckpointError a checkpoint or published artefact that does not fit
+    ├── OutOfTime           a run's time is over; everything is saved, and the same command resumes it
     └── TrainingError       training itself went wrong (a loss that is not finite) -> exit code 1
         └── EmbeddingError  embeddings that a loss cannot compare; a ValueError as well
 
@@ -68,6 +69,10 @@ class DamagedError(StorageError):
 
 class CheckpointError(InputError):
     """A checkpoint, backbone or model does not fit what it is asked for."""
+
+
+class OutOfTime(P2RError):
+    """The time that a run was given is over. Its state is saved: the same command resumes it."""
 
 
 class TrainingError(P2RError):

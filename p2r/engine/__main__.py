@@ -2,13 +2,14 @@
 
     python -m p2r.engine jobs/demo.yaml --set pretrain.steps=20 --minutes 8
 
-With `--minutes`, pretraining saves a checkpoint and ends when the time is over; the same command goes on from there. With
+With `--minutes`, pretraining or the running trial saves its state when the time is over; the same command resumes it. With
 `--fork NAME` a new run starts from the weights that the job's has reached. With
 `--profile STEPS` it says where so many of its steps spend time and memory, and goes on.
 """
 
 import argparse
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from p2r.config import IngestConfig, PretrainConfig
 from p2r.console import console, show
 from p2r.data.corpus import ingest_locally, report_progress
+from p2r.device import this_device
 from p2r.engine.fewshot import Result, attempt, failure_message
 from p2r.engine.finetune import TrialSetup
 from p2r.engine.fork import forked
@@ -26,7 +28,7 @@ from p2r.engine.lines import made_lines, report_lines
 from p2r.engine.pipeline import Say, run_job
 from p2r.engine.pretrain import pretrain
 from p2r.engine.profile import profile_text
-from p2r.errors import InputError, JobError, P2RError
+from p2r.errors import InputError, JobError, OutOfTime, P2RError
 from p2r.evaluate.protocol import Trial
 from p2r.files import lack_of_space
 from p2r.identity import ensure_identity
@@ -43,6 +45,7 @@ class LocalExecutor:
         self, device: torch.device, max_seconds: float | None, *, retries: int = 0, profile_steps: int = 0
     ) -> None:
         self._device, self._max_seconds = device, max_seconds
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._retries, self._profile_steps = retries, profile_steps
 
     def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
@@ -72,7 +75,11 @@ class LocalExecutor:
         """One after the other."""
         results = []
         for number, (setup, trial) in enumerate(trials, start=1):
-            result = attempt(setup, trial, device=self._device.type, retries=self._retries, say=say)
+            if self._deadline is not None and time.monotonic() >= self._deadline and not setup.is_done(trial):
+                raise OutOfTime(f"time is over before trial {number}/{len(trials)}, {trial.id}")
+            result = attempt(
+                setup, trial, device=self._device.type, retries=self._retries, say=say, deadline=self._deadline
+            )
             dice = result.get("validation", {}).get("dice_mean")
             text = f"{number}/{len(trials)} | {trial.id} | validation Dice {'none' if dice is None else f'{dice:.3f}'}"
             say(Line(text, trial=trial.id, validation_dice=dice, seconds=result.get("seconds")))
@@ -117,7 +124,7 @@ def _main() -> int:
         help="go on although validation or test patients are in the backbone's corpus; every row of the report is labelled",
     )
     parser.add_argument("--fork", metavar="NAME", help=FORK_HELP)
-    parser.add_argument("--minutes", type=float, help="end pretraining after this time, to go on later")
+    parser.add_argument("--minutes", type=float, help="save and end after this time, to resume later")
     parser.add_argument(
         "--profile", type=int, default=0, metavar="STEPS", help="profile so many steps of pretraining, after a few"
     )
@@ -127,8 +134,8 @@ def _main() -> int:
     if arguments.profile < 0:
         parser.error(f"--profile must not be negative, got {arguments.profile}")
 
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
+        device = this_device()
         configure(arguments.log_format)
         overrides = overrides_of(arguments.set, allow_transductive=arguments.allow_transductive)
         job = read_job(arguments.job, overrides)

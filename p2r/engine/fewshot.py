@@ -21,8 +21,9 @@ from safetensors.torch import load
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
 from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Preparation
-from p2r.engine.finetune import Known, TrialSetup, run_trial, slices_of
-from p2r.errors import CheckpointError, DataError, InputError, TrainingError, error_text
+from p2r.engine.finetune import TrialSetup, run_trial, slices_of
+from p2r.engine.leaks import Known
+from p2r.errors import CheckpointError, DataError, InputError, OutOfTime, TrainingError, error_text
 from p2r.evaluate.inference import size_read
 from p2r.evaluate.mix_ups import MixUps
 from p2r.evaluate.prepared import prepared_scan
@@ -157,7 +158,8 @@ class _Sweep:
         self._runner, self._storage, self._say = runner, storage, say
 
     def run(self, trials: Sequence[tuple[TrialSetup, Trial]]) -> list[Result]:
-        missing = [not setup.is_done(trial) for setup, trial in trials]
+        # The time of a trial that resumes is not this call's alone.
+        missing = [not setup.is_done(trial) and not setup.is_begun(trial) for setup, trial in trials]
         began = time.monotonic()
         results = self._runner.run_trials(trials, say=self._say) if trials else []
         self._count(time.monotonic() - began, [r for r, is_new in zip(results, missing, strict=True) if is_new])
@@ -251,11 +253,12 @@ def attempt(setup: TrialSetup, trial: Trial, *, device: str, retries: int, say: 
 
     Raises:
         InputError: what the user gave cannot be used; no other trial could either.
+        OutOfTime: the deadline among `options` has passed.
     """
     for number in range(retries + 1):
         try:
             return run_trial(setup, trial, device=device, say=say, **options)
-        except InputError:
+        except (InputError, OutOfTime):
             raise
         except TrainingError as error:
             return {"trial": trial.to_row(), "failed": str(error), "diverged": True}

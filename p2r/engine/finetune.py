@@ -18,10 +18,8 @@ from torch import Tensor, nn
 
 from p2r.backbone import ArtefactConfig, Backbone, load_backbone
 from p2r.config import FinetuneConfig
-from p2r.data.corpus import contains
 from p2r.data.preprocess import Preparation
-from p2r.data.shards import voxels_sha256
-from p2r.data.volume import Volume
+from p2r.engine.leaks import Known
 from p2r.engine.readings import record_reading
 from p2r.engine.saved_training import SavedTraining
 from p2r.engine.scoring import Case, Scored, case_of_crop, cases_of, npz_bytes, score_cases
@@ -34,13 +32,12 @@ from p2r.engine.training import (
     train_segmenter,
     unlabelled_images,
 )
-from p2r.errors import DataError
 from p2r.evaluate.inference import features_of_images, size_read
 from p2r.evaluate.paper_compat import Crop, cropped, split_by_slice
 from p2r.evaluate.prepared import kept, prepared_images, prepared_scan
 from p2r.evaluate.protocol import Trial
 from p2r.evaluate.prototypes import class_prototypes
-from p2r.evaluate.tasks import LabelledScan, Split, Task, TaskConfig, TaskScan, load_task, read_task_config, task_sha256
+from p2r.evaluate.tasks import LabelledScan, Split, Task, TaskConfig, load_task, read_task_config, task_sha256
 from p2r.files import file_sha256
 from p2r.model.backbones import build_backbone
 from p2r.model.heads import PrototypeHead
@@ -49,10 +46,6 @@ from p2r.modes import MODES
 from p2r.randomness import keyed_generator
 from p2r.storage import Storage, json_bytes
 from p2r.version import code_version
-
-_WAYS_OUT = (
-    "Pretrain without it (ingest.subjects_of), take it out of the split, or label every row with --allow-transductive"
-)
 
 Say = Callable[[str], None]
 Report = Callable[[int, float], None]
@@ -137,6 +130,10 @@ class TrialSetup:
         """Whether the storage has the trial's result, or knows that it was stopped."""
         return self._stored_path(trial) is not None
 
+    def is_begun(self, trial: Trial) -> bool:
+        """Whether the storage has the training state of the trial, which an earlier run left."""
+        return Storage(self.storage).exists(self.state_path(trial))
+
     def stored(self, trial: Trial) -> dict[str, Any] | None:
         """Return what the storage holds of the trial: its result, or how far it came before it was stopped."""
         path = self._stored_path(trial)
@@ -161,6 +158,7 @@ def run_trial(
     device: str,
     say: Say = lambda line: None,
     report: Report | None = None,
+    deadline: float | None = None,
 ) -> dict[str, Any]:
     """Train and score one trial, or return the result that the storage already holds. One that was killed resumes.
 
@@ -173,15 +171,17 @@ def run_trial(
         device: `cpu` or `cuda`.
         say: Receives a line of progress now and then.
         report: Receives an intermediate validation every `search.report_steps`, for a scheduler.
+        deadline: Of `time.monotonic`: when to save the training state and end. None: never.
 
     Raises:
         TrainingError: if it diverges.
+        OutOfTime: if the deadline passes.
     """
     storage, path = Storage(setup.storage), setup.result_path(trial)
     if storage.exists(path):
         done: dict[str, Any] = storage.read_json(path)
         return done
-    saved = SavedTraining(storage, setup.state_path(trial))
+    saved = SavedTraining(storage, setup.state_path(trial), deadline=deadline)
     config, task = setup.config, load_task(Path(setup.task))
     backbone = load_backbone(setup.backbone, sha256=setup.backbone_sha256)
     preparation = setup.preparation(backbone)
@@ -458,52 +458,3 @@ def _dice_text(point: Mapping[str, Any]) -> str:
 
 def _device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
-
-
-class Known:
-    """Looks for validation and test patients in the corpora of the backbone, by name and by voxels.
-
-    Attributes:
-        is_any: Whether one of them was found, or may be there.
-        is_unknown: Whether the backbone's manifest says nothing of its corpora: any patient may be in them.
-
-    Raises:
-        DataError: It says nothing, and the job does not allow that.
-    """
-
-    def __init__(self, backbone: Backbone, *, is_allowed: bool) -> None:
-        corpora = backbone.manifest["corpora"]
-        self._corpora = corpora or []
-        self._is_allowed = is_allowed
-        self.is_any = self.is_unknown = corpora is None
-        if self.is_unknown and not is_allowed:
-            raise DataError(
-                f"the manifest of backbone {backbone.manifest['url']} does not say which corpora it was pretrained on: validation and "
-                "test patients may be among them. Take a backbone that says it, or label every row with --allow-transductive"
-            )
-
-    def see_subject(self, subject: str, split: Split, *, task: Task) -> None:
-        """Note whether a subject is in a corpus.
-
-        Raises:
-            DataError: It is, and the job does not allow it.
-        """
-        for corpus in self._corpora:
-            if contains(corpus, cohort=task.config.cohort, subject=subject):
-                self._found(f"subject {subject} of the {split} split of task {task.name}", corpus)
-
-    def see_scan(self, scan: TaskScan, volume: Volume, split: Split) -> None:
-        """Note whether a scan, by whatever name, is in a corpus.
-
-        Raises:
-            DataError: It is, and the job does not allow it.
-        """
-        digest = voxels_sha256(volume)
-        for corpus in self._corpora:
-            if contains(corpus, voxels_sha256=digest):
-                self._found(f"scan {scan.key} of the {split} split", corpus)
-
-    def _found(self, what: str, corpus: Mapping[str, Any]) -> None:
-        if not self._is_allowed:
-            raise DataError(f"{what} is in the backbone's corpus {corpus['url']}: its figures would leak. {_WAYS_OUT}")
-        self.is_any = True

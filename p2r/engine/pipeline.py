@@ -37,7 +37,7 @@ from p2r.engine.pretrain import HISTORY, finished_checkpoint
 from p2r.engine.readings import merge_readings
 from p2r.engine.reporting import make_report, write_variants
 from p2r.engine.weights import backbone_weights, checked_weights
-from p2r.errors import DataError, JobError
+from p2r.errors import DataError, JobError, OutOfTime
 from p2r.evaluate.tasks import HELD_OUT, load_task
 from p2r.job import Job, variants_of
 from p2r.logs import Say as Say
@@ -98,7 +98,11 @@ def _train_and_score(job: Job, storage: Storage, executor: Executor, stages: Seq
         published = publish_backbone(job, storage, say)
         made["backbone"], made["backbone_pin"] = published["url"], published["pin"]
     if "finetune" in stages:
-        made.update(_finetune(job, storage, executor, say))
+        try:
+            made.update(_finetune(job, storage, executor, say))
+        except OutOfTime as error:
+            say(str(error))
+            return {**made, "unfinished": "finetune"}
     return made
 
 

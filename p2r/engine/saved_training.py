@@ -39,10 +39,11 @@ class SavedTraining:
     Args:
         storage: Of the task's trials.
         path: The file.
+        deadline: Of `time.monotonic`: when to save and end. None: never.
     """
 
-    def __init__(self, storage: Storage, path: str) -> None:
-        self._storage, self._path = storage, path
+    def __init__(self, storage: Storage, path: str, *, deadline: float | None = None) -> None:
+        self._storage, self._path, self._deadline = storage, path, deadline
         self._began = self._saved = time.monotonic()
         self._seconds_before = 0.0
 
@@ -54,7 +55,12 @@ class SavedTraining:
     @property
     def is_due(self) -> bool:
         """Whether it is time to save."""
-        return time.monotonic() - self._saved >= SAVE_INTERVAL_S
+        return self.is_over or time.monotonic() - self._saved >= SAVE_INTERVAL_S
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the deadline has passed."""
+        return self._deadline is not None and time.monotonic() >= self._deadline
 
     def save(self, state: TrainingState) -> None:
         """Replace what is stored."""

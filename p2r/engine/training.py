@@ -39,7 +39,7 @@ from p2r.engine.saved_training import (
     SavedTraining,
 )
 from p2r.engine.schedule import learning_rate
-from p2r.errors import TrainingError
+from p2r.errors import OutOfTime, TrainingError
 from p2r.evaluate.protocol import Trial
 from p2r.evaluate.tasks import LabelledScan
 from p2r.model.pix2rep import Segmenter
@@ -136,6 +136,7 @@ def train_segmenter(
 
     Raises:
         TrainingError: if it diverges.
+        OutOfTime: if the deadline of `saved` passes.
     """
     settings = trial.settings
     steps = settings.steps
@@ -173,6 +174,8 @@ def train_segmenter(
             run.curve.append(look(step + 1, run.found))
         if saved is not None and (step + 1) % _CHECK_STEPS == 0 and step + 1 < steps and saved.is_due:
             saved.save(run.state(step + 1))
+            if saved.is_over:
+                raise OutOfTime(f"{trial.id} | time is over, saved after step {step + 1}/{steps}")
     return Trained(run.found.eval(), _checked(run.found, run.first, run.tail, trial), tuple(run.curve), run.tally)
 
 

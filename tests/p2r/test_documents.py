@@ -17,7 +17,7 @@ REFUSED = {
     "not UTF-8": (b"\xff\xfe", "not JSON"),
     "empty": (b"", "not JSON"),
     "cut off": (b'{"a": 1', "not JSON"),
-    "too large": (b" " * 2000 + b"1", "2,001 bytes, more than the 1,000"),
+    "too large": (b" " * 2000 + b"1", "more than the 1,000 bytes"),
     "four hundred lists": (b"[" * 400 + b"]" * 400, "may be 8 deep"),
     "nine lists": (b"[" * 9 + b"]" * 9, "may be 8 deep"),
     "nine objects": (b'{"a":' * 9 + b"1" + b"}" * 9, "may be 8 deep"),
@@ -78,9 +78,9 @@ def test_lines_are_values_with_their_numbers() -> None:
     for content in (b'1\n{"a": 1, "a": 2}\n', b"1\n" + b"9" * 40, b"1\n\xff", b"1\nNaN"):
         with pytest.raises(DataError, match="rows, line 2 is not JSON"):
             list(read_lines(content, where="rows", max_bytes=100, error=DataError))
-    with pytest.raises(DataError, match="rows has 5 bytes, more than the 4"):
+    with pytest.raises(DataError, match="rows has more than the 4 bytes"):
         list(read_lines(b"1\n2\n3", where="rows", max_bytes=4, error=DataError))
-    with pytest.raises(DataError, match="line 2 has 9 bytes, more than the 8"):
+    with pytest.raises(DataError, match="line 2 has more than the 8 bytes"):
         list(read_lines(b"1\n123456789", where="rows", max_bytes=40, max_line_bytes=8, error=DataError))
 
 
@@ -94,7 +94,7 @@ YAML_REFUSED = {
     "depth without end": ("[" * 900_000, "line 1: mappings and lists may be 32 deep"),
     "depth by aliases": ("\n".join(["a0: &a0 [1]", *(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 33))]), "line 32: .*32 deep"),
     "many values": ("a: [" + "1," * 100_000 + "]", "more than 100,000 values"),
-    "many bytes": ("#" * 1_048_577, "1,048,577 bytes, more than the 1,048,576"),
+    "many bytes": ("#" * 1_048_577, "more than the 1,048,576 bytes"),
     "a large integer": ("a: " + "9" * 40, "line 1: 9+ is not a whole number of 64 bits"),
     "an integer of 5,000 digits": ("a: " + "9" * 5000, "line 1: '9+' is not a valid int"),
     "not a number": ("a: .nan", "line 1: .nan is not a finite number"),

@@ -162,7 +162,7 @@ def test_what_looks_like_a_secret_is_refused_wherever_it_comes_from(
     said += [refusal(tmp_path, GOOD + "storage: ${P2R_PLACE}\n")]
     said += [refusal(tmp_path, GOOD + f"storage: '/data/${{P2R_UNSET:-{secret}}}'\n")]
     monkeypatch.setenv("P2R_PLACE", secret[3:])  # the whole is a secret, no part of it is
-    said += [refusal(tmp_path, GOOD + f"storage: '{secret[:3]}${{P2R_PLACE}}'\n")]
+    said += [refusal(tmp_path, GOOD + f"metrics: {{folder: '{secret[:3]}${{P2R_PLACE}}'}}\n")]
     monkeypatch.setenv("P2R_STORAGE", f"/data/{secret}")
     said += [refusal(tmp_path, GOOD)]
     for message in said:

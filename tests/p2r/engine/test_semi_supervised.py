@@ -1,6 +1,6 @@
 """Modes that learn from unlabelled images: what they read, what a teacher is worth, and a trial that was killed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,14 @@ import torch
 from safetensors.torch import load
 
 from p2r.engine import saved_training
+from p2r.engine.__main__ import LocalExecutor
+from p2r.engine.fewshot import Result, Say, attempt
 from p2r.engine.finetune import TrialSetup, run_trial
+from p2r.engine.pipeline import run_job
 from p2r.engine.saved_training import SavedTraining, TrainingState
 from p2r.evaluate.protocol import Trial, final_trials, settings_of
 from p2r.evaluate.tasks import load_task
+from p2r.job import read_job
 from p2r.modes import MODES
 from p2r.storage import Storage
 
@@ -113,6 +117,35 @@ def test_a_trial_that_was_killed_and_resumed_is_bitwise_the_one_that_was_not(
     assert resumed == whole
     assert [point["step"] for point in whole["row"]["curve"]] == [20, 40, 60]
     assert Storage(setup.storage).list("unfinished") == [], "what is done needs no state"
+
+
+def test_trials_in_slices_of_time_come_to_the_report_of_a_whole_run(
+    write_toy_job: Callable[..., Path], published: dict[str, str], tmp_path: Path
+) -> None:
+    given = ("kind=finetune", f"finetune.backbone={published['backbone']}", "pretrain=null", "finetune.steps=60")
+    modes = ("finetune.modes=[scratch_weak_to_strong]", "finetune.num_labelled=[1]", "finetune.batch_size=1")
+    rates = "finetune.search.learning_rates={scratch_weak_to_strong: [1.0e-2]}"
+    rows, ends = {}, list[str | None]()
+    for name, max_seconds in (("whole", None), ("sliced", 0.0)):
+        job = read_job(write_toy_job(tmp_path), (*given, *modes, rates, f"storage={tmp_path / name}"))
+        while True:
+            made = run_job(job, _Slice(torch.device("cpu"), max_seconds), say=lambda line: None)
+            ends.append(made.get("unfinished"))
+            if "unfinished" not in made:
+                break
+        (rows[name],) = Storage(job.storage).read_json("report/report.json")["rows"]
+        del rows[name]["seconds"]
+    assert ends == [None, "finetune", "finetune", None], "25 steps, 25 more, the rest"
+    assert rows["sliced"] == rows["whole"]
+
+
+class _Slice(LocalExecutor):
+    """Begins its trial whatever the clock says, so that every slice has 25 steps."""
+
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
+        return [
+            attempt(setup, trial, device="cpu", retries=2, say=say, deadline=self._deadline) for setup, trial in trials
+        ]
 
 
 def test_a_training_state_that_is_damaged_costs_its_steps_and_not_the_trial(make: Make) -> None:
