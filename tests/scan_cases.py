@@ -1,6 +1,6 @@
 """NIfTI files as people have them, each with its outcome: the table in docs/inputs.md.
 
-    python tests/scan_cases.py > docs/inputs.md
+    python -m tests.scan_cases > docs/inputs.md
 
 Every image is a box of values that no turn or reflection leaves as it is. Nobody's data is in it.
 """
@@ -15,6 +15,8 @@ from typing import Any
 import nibabel
 import numpy as np
 from numpy.typing import NDArray
+
+from tests.dicom_cases import DICOM_CASES
 
 SHAPE = (18, 20, 6)
 GRID = np.array([[-1.5, 0, 0, 12.0], [0, 1.5, 0, -15.0], [0, 0, 6.0, -18.0], [0, 0, 0, 1]])
@@ -385,8 +387,8 @@ def table() -> str:
         "What p2r does with files that are odd or broken. Everything that is read keeps its place: an image that `p2r predict` writes on\n"
         "a scan's grid has the scan's sform, qform, codes, units and spacing in time, so that it overlays the scan in every viewer. A\n"
         "refusal has a reason code and names the way out; in a corpus, both are in the ledger.\n\n"
-        "This table is written by `python tests/scan_cases.py > docs/inputs.md`; a test holds every line of it.\n\n"
-        "| file | ending | outcome |\n|---|---|---|\n" + "".join(f"{case.row()}\n" for case in CASES)
+        "This table is written by `python -m tests.scan_cases > docs/inputs.md`; a test holds every line of it.\n\n"
+        "| file | ending | outcome |\n|---|---|---|\n" + "".join(f"{case.row()}\n" for case in (*CASES, *DICOM_CASES))
     )
 
 

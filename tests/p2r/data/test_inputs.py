@@ -8,9 +8,13 @@ import pytest
 import SimpleITK
 from numpy.typing import NDArray
 
+from p2r.config import IngestConfig
 from p2r.data.preprocess import percentile_table
+from p2r.data.read import read_scan
+from p2r.data.scans import find_scans
 from p2r.data.volume import Volume, read_labels, read_volume, to_source_grid, write_nifti
 from p2r.errors import RefusedScan
+from tests.dicom_cases import DICOM_CASES, DicomCase, voxels
 from tests.scan_cases import CASES, READ, Case, table
 
 # Files that these two do not read, or read as other values: nothing can be compared.
@@ -43,6 +47,25 @@ def test_every_case_has_the_outcome_of_the_table(case: Case, tmp_path: Path) -> 
     assert volume.data.dtype.kind in "iuf" and np.isfinite(volume.data).all()
 
 
+@pytest.mark.parametrize("case", DICOM_CASES, ids=lambda case: case.name)
+def test_every_series_has_the_outcome_of_the_table(case: DicomCase, tmp_path: Path) -> None:
+    case.series.write(tmp_path / "p1")
+    (scan,) = find_scans([str(tmp_path)], cache=tmp_path)
+    config = IngestConfig(sources=("anywhere",), licence="CC0-1.0", min_size=8)
+    if case.refused:
+        with pytest.raises(RefusedScan) as refusal:
+            read_scan(scan, config)
+        assert refusal.value.code == case.refused
+        assert scan.path in refusal.value.message and case.way_out in refusal.value.message
+        return
+    volumes = read_scan(scan, config)
+    assert sorted(volume.data.shape for volume in volumes) == sorted(case.shapes)
+    if case.values is not None:
+        assert volumes[0].spacing_mm == pytest.approx(case.mm, abs=0.01)
+        # Columns run to the Left and rows to Posterior in the files; RAS turns both around.
+        np.testing.assert_allclose(volumes[0].data[..., 0], case.values(voxels())[::-1, ::-1], rtol=1e-6)
+
+
 @pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_what_is_written_like_a_scan_overlays_it_in_nibabel_and_itk(case: Case, tmp_path: Path) -> None:
@@ -73,7 +96,7 @@ def test_what_is_written_like_a_scan_overlays_it_in_nibabel_and_itk(case: Case, 
 
 def test_the_table_of_the_documentation_is_current() -> None:
     page = Path(__file__).parents[3] / "docs" / "inputs.md"
-    assert page.read_text() == table(), "run: python tests/scan_cases.py > docs/inputs.md"
+    assert page.read_text() == table(), "run: python -m tests.scan_cases > docs/inputs.md"
 
 
 def _taken(image: nibabel.Nifti1Image, places: NDArray[np.int64]) -> NDArray[np.float64]:
