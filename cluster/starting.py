@@ -20,7 +20,7 @@ def started_session(address: str | None, *, job: Path, show_worker_logs: bool, s
         say: Receives a line before Ray is imported, and one if the first attempt fails.
 
     Raises:
-        TrainingError: if Ray does not start, or cannot be reached, twice.
+        TrainingError: if Ray does not start on this machine, twice; if a cluster cannot be joined.
     """
     where = address or os.environ.get("RAY_ADDRESS")
     say(f"joining the Ray cluster at {where} ..." if where else "starting Ray on this machine ...")
@@ -35,6 +35,8 @@ def started_session(address: str | None, *, job: Path, show_worker_logs: bool, s
         raise
     except Exception as first:
         ray.shutdown()
+        if where is not None:  # it has been waited for long enough
+            raise TrainingError(_message(where, job, first)) from first
         say(f"Ray did not start ({_first_line(first)}): one more attempt")
         context = session(address, show_worker_logs=show_worker_logs)
         try:

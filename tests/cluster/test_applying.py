@@ -5,7 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel
@@ -105,11 +106,35 @@ def test_validating_a_job_and_its_task_imports_neither_torch_nor_ray(toy_data: P
     assert done.returncode == 0 and "5 patients to train" in done.stdout, done.stderr
 
 
-def test_a_ray_that_does_not_start_is_tried_once_more_and_named_in_one_message(tmp_path: Path) -> None:
+def test_a_ray_that_does_not_start_is_tried_once_more_and_named_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[str | None] = []
+
+    @contextmanager
+    def session(address: str | None, *, show_worker_logs: bool) -> Iterator[None]:
+        """What Ray does on a machine that is too busy for its 30 s."""
+        attempts.append(address)
+        if len(attempts) < 3:
+            raise RuntimeError("the node did not start within 30 seconds\nand much more")
+        yield
+
+    monkeypatch.setattr("cluster.session.session", session)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     said: list[str] = []
+    job = Path("mine/job.yaml")
     with (
-        pytest.raises(TrainingError, match=r"127\.0\.0\.1:1 cannot be joined .* python -m p2r\.engine mine/job\.yaml"),
-        started_session("127.0.0.1:1", job=Path("mine/job.yaml"), show_worker_logs=False, say=said.append),
+        pytest.raises(
+            TrainingError, match=r"twice \(RuntimeError: the node .* seconds\).*python -m p2r\.engine mine/job\.yaml"
+        ),
+        started_session(None, job=job, show_worker_logs=False, say=said.append),
     ):
         pass
-    assert said[0] == "joining the Ray cluster at 127.0.0.1:1 ..." and "one more attempt" in said[1]
+    assert said[0] == "starting Ray on this machine ..." and said[1].endswith("one more attempt") and len(attempts) == 2
+    with started_session(None, job=job, show_worker_logs=False, say=said.append):
+        assert len(attempts) == 3
+    attempts.clear()
+    with (
+        pytest.raises(TrainingError, match=r"cluster at 10\.0\.0\.7:6379 cannot be joined"),
+        started_session("10.0.0.7:6379", job=job, show_worker_logs=False, say=said.append),
+    ):
+        pass
+    assert attempts == ["10.0.0.7:6379"]
