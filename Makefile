@@ -71,7 +71,7 @@ sbom: $(VENV)/.installed-tests
 	$(BIN)/python infra/supply_chain.py sbom build/p2r.cdx.json
 
 supported:
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "p2r needs Python 3.11 or 3.12, found " + sys.version.split()[0] + "; call make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "p2r needs Python 3.11 or 3.12, found " + sys.version.split()[0] + "; call make PYTHON=python3.12")'
 
 # --no-compile: Python compiles what is imported, when it is first imported; compiling all of torch and ray takes minutes.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt | supported

@@ -4,33 +4,51 @@ Exit codes: 0 done; 2 the user's input, with one message; 1 anything else; 130 i
 checkpoint to go on from.
 """
 
-import json
-import os
 import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from p2r.config import PretrainConfig
 from p2r.console import console, show, show_json
 from p2r.errors import InputError, JobError, P2RError, TrainingError
+from p2r.files import lack_of_space
 from p2r.identity import ensure_identity
-from p2r.job import FORK_HELP, Job, find_job, ignored_variables, json_schema, overrides_of, read_job
 from p2r.logs import configure, reset, say, say_crash, say_error
-from p2r.storage import Storage
+
+if TYPE_CHECKING:  # `p2r --help` imports none of it
+    from p2r.config import PretrainConfig
+    from p2r.job import Job
 
 _STOPPED = 128 + signal.SIGTERM
 
 app = typer.Typer(
     name="p2r",
-    help="Pixel-level foundation models for MRI: from scans to a few-shot report.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from p2r.version import __version__, code_version
+
+        show(f"p2r {__version__} ({code_version()})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and the commit."),
+    ] = False,
+) -> None:
+    """Pixel-level foundation models for MRI: from scans to a few-shot report."""
+
 
 Overrides = Annotated[
     list[str] | None,
@@ -50,35 +68,48 @@ AllowTransductive = Annotated[
 Sign = Annotated[
     Path | None, typer.Option(metavar="KEY", help="Private key, a PEM file, to sign what was published with.")
 ]
-Fork = Annotated[str | None, typer.Option(metavar="NAME", help=FORK_HELP)]
+Fork = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Start a new run in <storage>-NAME (or in NAME, if it is a URL), at step 0, from the weights of the newest checkpoint; "
+        "the same command resumes it.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, and what workers print.")]
 
 
 @app.command()
 def validate(
-    jobs: Annotated[list[Path], typer.Argument(metavar="JOB...", help="Job files.")],
+    files: Annotated[list[Path], typer.Argument(metavar="JOB-or-TASK...", help="Job files, or files of tasks.")],
     set_: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Check job files without running them."""
+    """Check job and task files, and every path in them, without running anything."""
+    from cluster.validate import is_task, job_facts, task_facts
+
     refused = 0
-    for path in jobs:
-        unset: dict[str, str] = {}
+    for path in files:
         try:
-            job = read_job(path, tuple(set_ or ()), unset=unset)
-            ranks = _ranks(job)
+            if is_task(path):
+                lines = [f"valid    {path}  task", *(f"         {fact}" for fact in task_facts(path))]
+            else:
+                job, unset, facts = job_facts(path, tuple(set_ or ()))
+                ranks = _ranks(job)
+                needs = "".join(f"  needs {name}" for name in unset)
+                lines = [f"valid    {path}  {job.kind}  {job.storage}{needs}", *(f"         {fact}" for fact in facts)]
+                lines += [f"         pretrain on {', '.join(map(str, ranks))} workers"] * bool(ranks)
         except InputError as error:
             refused += 1
             say(f"refused  {error}")
         else:
-            show(f"valid    {path}  {job.kind}  {job.storage}" + "".join(f"  needs {name}" for name in unset))
-            if ranks:
-                show(f"         pretrain on {', '.join(map(str, ranks))} workers")
+            for line in lines:
+                show(line)
     if refused:
-        raise JobError(f"{refused} of {len(jobs)} job files refused")
+        raise JobError(f"{refused} of {len(files)} files refused")
 
 
-def _ranks(job: Job) -> list[int]:
+def _ranks(job: "Job") -> list[int]:
     """Return the numbers of workers that can share the job's global batch; refuse one that cannot."""
     from p2r.data.order import allowed_world_sizes, check_world_size, world_sizes_between
 
@@ -111,6 +142,8 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a job on Ray; running it again resumes it."""
+    from p2r.job import find_job, ignored_variables, overrides_of, read_job
+
     configure(log_format)
     job = read_job(path, overrides_of(set_, allow_transductive=allow_transductive))
     for note in ignored_variables(path, job):
@@ -122,7 +155,7 @@ def run(
     configure(log_format, run=job.name)
     if (brought := find_job(path)) != path:
         say(f"job | {path}: no such file here, so the job that p2r brings, {brought}")
-    made = _run_on_ray(job, address, profile_steps=profile, debug=debug)
+    made = _run_on_ray(job, path, address, profile_steps=profile, debug=debug)
     failed = made.pop("failed", [])
     _print_made(made)
     if "unfinished" in made:
@@ -133,14 +166,16 @@ def run(
         raise TrainingError(failure_message(failed))
 
 
-def _run_on_ray(job: Any, address: str | None, *, profile_steps: int, debug: bool) -> dict[str, Any]:
-    # Ray and torch take seconds to import; `p2r validate` needs neither.
-    from cluster.executor import RayExecutor
-    from cluster.session import session
-    from p2r.engine.pipeline import run_job
+def _run_on_ray(job: Any, path: Path, address: str | None, *, profile_steps: int, debug: bool) -> dict[str, Any]:
+    from cluster.starting import started_session
 
-    with session(address, show_worker_logs=debug), RayExecutor(job, profile_steps=profile_steps) as executor:
-        return run_job(job, executor, say=say)
+    with started_session(address, job=path, show_worker_logs=debug, say=say):
+        # Torch takes seconds to import; `p2r validate` needs neither it nor Ray.
+        from cluster.executor import RayExecutor
+        from p2r.engine.pipeline import run_job
+
+        with RayExecutor(job, profile_steps=profile_steps) as executor:
+            return run_job(job, executor, say=say)
 
 
 Form = Annotated[
@@ -170,8 +205,9 @@ def check(
 ) -> None:
     """Say in seconds what p2r would make of a folder: scans, subjects, label maps, and the job and task it would write."""
     from cluster import own
+    from cluster.applying import check_output
 
-    _check_output(output, (".png",))
+    check_output(output, (".png",))
     own.check(folder, labels=labels, form=_form(form), contrast=contrast, output=output, read_all=read_all)
 
 
@@ -222,6 +258,8 @@ def submit(
     debug: Debug = False,
 ) -> None:
     """Submit a job to a Ray cluster from the repository's root, and follow its log."""
+    from p2r.job import overrides_of, read_job
+
     overrides = overrides_of(set_, allow_transductive=allow_transductive)
     read_job(path, overrides)
     from cluster.submit import submit as submit_to_ray
@@ -232,6 +270,8 @@ def submit(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of job files."""
+    from p2r.job import json_schema
+
     show_json(json_schema())
 
 
@@ -267,6 +307,8 @@ def verify(
 def publish(path: JobPath, set_: Overrides = None, sign: Sign = None, debug: Debug = False) -> None:
     """Publish the last checkpoint of a job's pretraining, as the job's section publish says; here, without Ray."""
     from p2r.engine.pipeline import publish_backbone
+    from p2r.job import read_job
+    from p2r.storage import Storage
 
     job = read_job(path, tuple(set_ or ()))
     if job.publish is None:
@@ -343,13 +385,12 @@ def tune_batch(
     debug: Debug = False,
 ) -> None:
     """Find how many images and pixel pairs of a job's pretraining fit into memory, by trying on this machine."""
-    import torch
-
+    from p2r.device import this_device
     from p2r.engine.tune_batch import tune_batch as tune
+    from p2r.job import read_job
 
     config = _pretrain_of(read_job(path, tuple(set_ or ())), path)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    found = tune(config, device=device, memory_gib=memory_gib, say=say)
+    found = tune(config, device=this_device(), memory_gib=memory_gib, say=say)
     _print_rows(
         ("images", "pairs per image", "peak MiB", "img/s"),
         [
@@ -396,6 +437,7 @@ def plan(
 ) -> None:
     """Say what a job's pretraining would hold, send, read, take and cost on so many workers, before anything is spent."""
     from cluster.plan import show_plan
+    from p2r.job import read_job
 
     job = read_job(path, tuple(set_ or ()), unset={})
     show_plan(
@@ -421,7 +463,7 @@ def _print_rows(columns: tuple[str, ...], rows: list[tuple[str, ...]], *, title:
     console().print(table)
 
 
-def _pretrain_of(job: Job, path: Path) -> PretrainConfig:
+def _pretrain_of(job: "Job", path: Path) -> "PretrainConfig":
     if job.pretrain is None:
         raise JobError(f"job {path} has no section pretrain; give a job of kind pretrain, pipeline or ablation")
     return job.pretrain
@@ -457,6 +499,7 @@ def compare(
         write_comparison,
     )
     from p2r.report.runs import read_runs
+    from p2r.storage import Storage
 
     storage = None if output is None else Storage(output)
     if storage is not None:
@@ -488,13 +531,15 @@ def views(
     debug: Debug = False,
 ) -> None:
     """Draw what a job's section pretrain.views does to an image: every transform over its range."""
+    from cluster.applying import check_output
     from p2r.data.phantom import resolve_source
     from p2r.data.volume import read_volume
+    from p2r.job import read_job
     from p2r.report import image_of, view_sheet
 
     job = read_job(path, tuple(set_ or ()))
     config = _pretrain_of(job, path)
-    _check_output(output, (".png",))
+    check_output(output, (".png",))
     volume = read_volume(scan or next(resolve_source("template://icbm152/images?subjects=1").glob("*.nii.gz")))
     image, inside = image_of(volume, config.image)
     output.write_bytes(view_sheet(image, inside, config=config.views, spacing_mm=config.image.spacing_mm))
@@ -506,32 +551,20 @@ def embed(
     backbone: Annotated[
         str, typer.Argument(metavar="BACKBONE", help="URL of a published backbone; with @sha256:HEX, this very one.")
     ],
-    scan: Annotated[str, typer.Argument(help="A NIfTI scan: a path, file:// or s3://.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="NIfTI of the features: X, Y, Z, F.")],
+    scan: Annotated[str, typer.Argument(help="A NIfTI scan (a path, file:// or s3://), or a folder of scans.")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="NIfTI of the features (X, Y, Z, F); of a folder: a folder.")
+    ],
+    native: Annotated[
+        bool, typer.Option("--native", help="On the scan's own grid, instead of the backbone's.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
-    """Write the features of every pixel of a scan, on the backbone's grid, in the scan's world coordinates."""
-    from p2r.backbone import load_backbone
-    from p2r.data.volume import read_volume, write_nifti
-    from p2r.evaluate.inference import embed_volume
+    """Write the features of every pixel of a scan, or of all scans of a folder, in the scan's world coordinates."""
+    from cluster.applying import embed as apply
 
-    _check_output(output)
-    loaded = load_backbone(backbone, device=device)
-    volume = read_volume(scan)
-    features, affine = embed_volume(
-        loaded,
-        volume,
-        preparation=loaded.preparation,
-        size_divisor=loaded.config.model.size_divisor,
-        device=device,
-    )
-    frames, channels = features.shape[3:]
-    write_nifti(output, features.reshape(*features.shape[:3], frames * channels), affine, world=volume)
-    show(
-        f"{output}: {channels} features of {' x '.join(map(str, features.shape[:3]))} voxels"
-        + f", {frames} frames" * (frames > 1)
-    )
+    apply(backbone, scan, output, native=native, device=device, say=say)
 
 
 @app.command()
@@ -539,40 +572,20 @@ def predict(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="URL of a published model; with @sha256:HEX, this very one.")
     ],
-    scan: Annotated[str, typer.Argument(help="A NIfTI scan: a path, file:// or s3://.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="NIfTI of the segmentation, on the scan's own grid.")],
+    scan: Annotated[str, typer.Argument(help="A NIfTI scan (a path, file:// or s3://), or a folder of scans.")],
+    output: Annotated[
+        str,
+        typer.Option(
+            "-o", "--output", help="NIfTI of the segmentation, on the scan's own grid; of a folder: a folder."
+        ),
+    ],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
-    """Segment a scan."""
-    from p2r.backbone import load_model
-    from p2r.data.volume import read_volume, to_source_grid, write_nifti
-    from p2r.evaluate.inference import predict_volume
+    """Segment a scan, or all scans of a folder, whose volumes per class are written to volumes.csv, too."""
+    from cluster.applying import predict as apply
 
-    _check_output(output)
-    segmenter, config, _ = load_model(model, device=device)
-    volume = read_volume(scan)
-    labels = predict_volume(
-        segmenter,
-        volume,
-        preparation=config.preparation,
-        num_classes=len(config.classes) + 1,
-        device=device,
-        largest_component=config.largest_component,
-    )
-    on_scan = to_source_grid(labels, volume)
-    write_nifti(output, on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan, volume.source_affine, like=volume)
-    voxel_ml = volume.spacing_mm[0] * volume.spacing_mm[1] * volume.spacing_mm[2] / 1000
-    for value, name in config.classes.items():
-        in_ml = [_volume_text(count * voxel_ml) for count in (labels == value).sum(axis=(0, 1, 2))]
-        show(f"{value} {name}: {', '.join(in_ml)} ml" + f" in frames 1 to {len(in_ml)}" * (len(in_ml) > 1))
-    for note in volume.notes:
-        say(f"{scan}: {note}")
-    show(output)
-
-
-def _volume_text(ml: float) -> str:
-    return f"{ml:.1f}" if ml >= 1 or ml == 0 else f"{ml:.2g}"
+    apply(model, scan, output, device=device, say=say)
 
 
 def main() -> None:
@@ -596,7 +609,10 @@ def main() -> None:
         if hasattr(error, "format_message"):
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
-        say_crash(error)
+        if (full := lack_of_space(error)) is not None and "--debug" not in sys.argv:
+            say_error(full, code=1)
+        else:
+            say_crash(error)
         sys.exit(1)
     finally:
         reset()
@@ -619,17 +635,7 @@ def _print_made(made: dict[str, Any]) -> None:
     table = made.pop("table", None)
     if table is not None:
         console().print(table)
-    for name, value in made.items():
-        show(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+    from p2r.engine.lines import made_lines
 
-
-def _check_output(output: str | Path, endings: tuple[str, ...] = (".nii", ".nii.gz")) -> None:
-    path = Path(output)
-    if "://" in str(output):
-        raise InputError(
-            f"output {output}: results are written to a folder of this machine; give a path, and copy the file"
-        )
-    if not path.name.endswith(endings):
-        raise InputError(f"output {path} must end in {' or '.join(endings)}")
-    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise InputError(f"output {path}: the folder {path.absolute().parent} does not exist or cannot be written")
+    for line in made_lines(made):
+        show(line)

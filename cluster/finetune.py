@@ -31,7 +31,7 @@ from p2r.errors import DataError, JobError, masked_errors
 from p2r.evaluate.protocol import Trial, numbers_of, search_trial, space_of
 from p2r.evaluate.tasks import load_task
 from p2r.job import Resources
-from p2r.logs import Line
+from p2r.logs import Line, counted
 from p2r.masking import masked
 from p2r.modes import Mode
 from p2r.storage import Storage, json_bytes
@@ -70,8 +70,9 @@ def run_trials(
     others: dict[int, Result] = {}
     if missing:
         say(f"{len(missing)} trials to run, {len(trials) - len(missing)} done already")
+        say_each = counted(say, len(missing))
         for number, indices in enumerate(_experiments(trials, missing)):
-            with relay(say) as queue:
+            with relay(say_each) as queue:
                 tuner = tune.Tuner(
                     _placed(
                         tune.with_parameters(_listed, trials=list(trials), queue=queue, given=credentials()), resources

@@ -1,6 +1,7 @@
 """What lies at a URL, for people: a corpus as a table, an artefact as its manifest, a folder as a list of these."""
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
@@ -10,8 +11,8 @@ from p2r.console import console, show, show_json, visible
 from p2r.data.manifest import FORMAT, Manifest, facts_of, load_manifest, manifest_sha256, ranges_of
 from p2r.documents import read_json
 from p2r.errors import InputError
+from p2r.modes import facts_of as facts_of_mode
 from p2r.reference import parse_reference
-from p2r.report.text import one_line
 from p2r.storage import Storage
 
 _HIDDEN = {"subject_digests", "voxel_digests", "salt"}
@@ -33,14 +34,76 @@ def inspect(url: str, *, as_json: bool) -> None:
     content = storage.read_bytes("manifest.json")
     reference.check(content)
     manifest = read_json(content, where=storage.at("manifest.json"), max_bytes=_MAX_BYTES)
-    if as_json or not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    kind = str(manifest.get("format")) if isinstance(manifest, dict) else ""
+    if not as_json and kind.startswith(("p2r-backbone/", "p2r-model/")):
+        sha256 = hashlib.sha256(content).hexdigest()
+        _print(artefact_tables(manifest, pin=str(reference._replace(url=storage.url, sha256=sha256))))
+        return
+    if as_json or kind != FORMAT:
         pin = {"pin": str(reference._replace(url=storage.url, sha256=hashlib.sha256(content).hexdigest()))}
         shown = _without(manifest, _HIDDEN)
         show_json({**shown, **pin} if isinstance(shown, dict) else shown)
         return
-    tables = console()
-    for table in corpus_tables(storage):
-        tables.print(table)
+    _print(corpus_tables(storage))
+
+
+def _print(tables: list[Table]) -> None:
+    shown = console()
+    for table in tables:
+        shown.print(table)
+
+
+def artefact_tables(manifest: dict[str, Any], *, pin: str) -> list[Table]:
+    """Return what a backbone or a model says of itself: facts, and what it was pretrained on.
+
+    Args:
+        manifest: Its `manifest.json`.
+        pin: Reference that names this very one.
+    """
+    facts = Table(title=pin.partition("@")[0], title_justify="left", show_header=False)
+    for name, value in _artefact_facts(manifest, pin):
+        facts.add_row(name, plain(value))
+    listed = manifest.get("corpora")
+    corpora = [corpus for corpus in listed if isinstance(corpus, dict)] if isinstance(listed, list) else []
+    if not corpora:
+        return [facts]
+    named = ("cohort", "num_subjects", "num_samples", "licence", "provenance")
+    table = Table(*(name.replace("num_", "") for name in named), title="Pretrained on", title_justify="left")
+    for corpus in corpora:
+        table.add_row(*(plain(str(corpus.get(name, ""))) for name in named))
+    return [facts, table]
+
+
+def _artefact_facts(manifest: dict[str, Any], pin: str) -> Iterator[tuple[str, str]]:
+    yield "kind", str(manifest["format"])
+    yield "pin", pin
+    yield "licence", str(manifest.get("licence", "unknown"))
+    for name in ("job", "description", "step", "samples_seen", "task"):
+        if manifest.get(name) is not None:
+            yield name.replace("_", " "), str(manifest[name])
+    pretrain, trial = _part(manifest, "pretrain"), _part(manifest, "trial")
+    if pretrain:
+        model, image = _part(pretrain, "model"), _part(pretrain, "image")
+        yield (
+            "network",
+            f"{model.get('name')}, channels {model.get('channels')}, {model.get('feature_channels')} features",
+        )
+        yield "input", f"{image.get('dimensions', 2)}D, {image.get('size')} pixels of {image.get('spacing_mm')} mm"
+    if trial:
+        facts = facts_of_mode(str(trial.get("mode")))
+        yield "mode", facts.title if facts else str(trial.get("mode"))
+        yield "labelled patients", str(trial.get("num_labelled"))
+        dice = _part(manifest, "validation").get("dice_mean")
+        yield "validation Dice", f"{dice:.3f}" if isinstance(dice, float) else "unknown"
+    num_bytes = _part(_part(manifest, "files"), "weights").get("num_bytes")
+    if isinstance(num_bytes, int):
+        yield "weights", f"{num_bytes / 2**20:.1f} MiB"
+    yield "published by", f"p2r {manifest.get('p2r_version', '?')}, commit {manifest.get('code', '?')}"
+
+
+def _part(mapping: dict[str, Any], name: str) -> dict[str, Any]:
+    found = mapping.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def corpus_tables(storage: Storage) -> list[Table]:
@@ -89,7 +152,7 @@ def _format(storage: Storage, name: str) -> str:
         manifest = read_json(storage.read_bytes(name), where=name, max_bytes=_MAX_BYTES)
     except InputError:
         return "damaged"
-    return one_line(str(manifest.get("format", "?"))[:80]) if isinstance(manifest, dict) else "?"
+    return plain(str(manifest.get("format", "?"))[:80]).plain if isinstance(manifest, dict) else "?"
 
 
 def _without(value: Any, hidden: set[str]) -> Any:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from p2r.console import show
 from p2r.data.label_maps import label_map_by_voxels
-from p2r.data.preprocess import percentile_table, slice_axis
+from p2r.data.preparation import percentile_table, slice_axis
 from p2r.data.survey import NAMES, Form, Survey, survey
 from p2r.data.thumbnails import lot, thumbnail
 from p2r.data.volume import Volume, read_labels, read_volume
@@ -29,16 +30,20 @@ from p2r.evaluate.drafts import (
     problems_of,
     quoted,
 )
-from p2r.evaluate.tasks import load_task
+from p2r.evaluate.task_files import load_task
 from p2r.storage import cache_folder
 
 Item = TypeVar("Item")
 
 _READ_S = 8.0
+_LEAST_READ, _PATIENCE = (
+    8,
+    4.0,
+)  # scans; seconds on the clock for a second of work, where the machine is busy or files are remote
 _SHOWN = 24
 _LABELS_READ = 12
 _LEAST_LABELLED = 4  # one trains, one validates, one is tested on; and one to spare
-Tile = tuple[np.ndarray | None, str, str, str]
+Tile = tuple[NDArray[np.uint8] | None, str, str, bool]
 
 
 @dataclass
@@ -79,9 +84,10 @@ def look(
         DataError: as `survey`.
     """
     found = Found(survey(folder, labels=labels, form=form, contrast=contrast, cache=cache_folder()))
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), time.process_time()
     for scan in _spread(found.names.scans, lambda scan: scan.path):
-        if found.num_read and time.monotonic() - began > read_s:
+        took_s = max(time.process_time() - cpu_began, (time.monotonic() - began) / _PATIENCE)
+        if found.num_read >= _LEAST_READ and took_s > read_s:
             break
         found.num_read += 1
         below = scan.below or scan.name
@@ -237,14 +243,14 @@ def check(
     folder: Path, *, labels: Path | None, form: Form | None, contrast: str | None, output: Path, read_all: bool
 ) -> None:
     """Print what p2r would make of a folder, and draw some of its scans."""
+    from p2r.report.canvas import CLASS_COLOURS, FAINT
     from p2r.report.corpus_report import contact_sheet
 
     found = look(folder, labels=labels, form=form, contrast=contrast, read_s=float("inf") if read_all else _READ_S)
     drafts = drafts_of(found, Path.cwd())
     _print_facts(lines_of(found))
-    output.write_bytes(
-        contact_sheet(found.tiles, f"{len(found.tiles)} of {len(found.names.scans)} scans", str(found.names.root))
-    )
+    tiles = [(picture, name, line, CLASS_COLOURS[5] if bad else FAINT) for picture, name, line, bad in found.tiles]
+    output.write_bytes(contact_sheet(tiles, f"{len(tiles)} of {len(found.names.scans)} scans", str(found.names.root)))
     show(f"picture     {output}")
     _show_text("job.yaml, as p2r init would write it:", drafts.job)
     if drafts.task is None:
@@ -322,11 +328,9 @@ def next_commands(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> 
 
 
 def _show(found: Found, volume: Volume | None, below: str, line: str, *, is_refused: bool = False) -> None:
-    from p2r.report.canvas import CLASS_COLOURS, FAINT
-
     if len(found.tiles) < _SHOWN or is_refused:
         picture = None if volume is None else thumbnail(volume)
-        found.tiles.append((picture, below.rpartition("/")[2], line, CLASS_COLOURS[5] if is_refused else FAINT))
+        found.tiles.append((picture, below.rpartition("/")[2], line, is_refused))
 
 
 def _spread(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
@@ -336,7 +340,7 @@ def _spread(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
 
 def _plane(spacing_mm: Sequence[float], shape: Sequence[int]) -> tuple[float, float]:
     """Return voxel size and larger extent in the plane, mm."""
-    axis = slice_axis((spacing_mm[0], spacing_mm[1], spacing_mm[2]))
+    axis = slice_axis(tuple(spacing_mm), shape=tuple(shape))
     others = [other for other in range(3) if other != axis]
     return max(spacing_mm[a] for a in others), max(spacing_mm[a] * shape[a] for a in others)
 

@@ -12,6 +12,7 @@ from p2r.data.stream import Corpus
 from p2r.engine.corpora import corpora_of
 from p2r.engine.history import read_history
 from p2r.engine.plan import Plan, Rate, measured_rate, plan, refuse_what_does_not_fit
+from p2r.engine.roofline import EFFICIENCY
 from p2r.engine.tune_batch import HEADROOM
 from p2r.errors import InputError
 from p2r.job import Job
@@ -107,6 +108,15 @@ def _facts(found: Plan, config: PretrainConfig) -> Sequence[tuple[str, str]]:
     if found.images_in_corpus is not None:
         in_corpus = f"{found.images_in_corpus:,} images, {found.steps_per_epoch} steps an epoch"
     rows.append(("read for an image", f"{_bytes(found.bytes_per_image)} ({in_corpus})"))
+    if found.loss_time is not None:
+        time = found.loss_time
+        rows.append(
+            (
+                "loss of a step",
+                f"{time.operations / 1e12:.3g} TFLOP of each worker: about {time.expected_s:.2g} s (modelled: {EFFICIENCY:.0%} of "
+                "an H100's rate)",
+            )
+        )
     rows += _pace(found) if found.pace is not None else [("speed", "not measured: give --images-per-s-per-worker")]
     rows.append(("allowed workers", ", ".join(map(str, found.world_sizes))))
     return rows
@@ -120,6 +130,7 @@ def _pace(found: Plan) -> list[tuple[str, str]]:
             "speed",
             f"{pace.images_per_s:,.1f} img/s, {pace.step_s:.3g} s a step (if all keep one worker's rate: {pace.source})",
         ),
+        *([] if pace.impossible is None else [("not possible", pace.impossible)]),
         ("network", f"{pace.network_mib_per_s:,.1f} MiB/s from each worker, to be done within the step"),
         ("storage", f"{pace.storage_mib_per_s:,.1f} MiB/s read by all workers"),
     ]

@@ -2,7 +2,7 @@
 
 this process's variables -> settings: Ray's runtime environment, which Ray logs and keeps
                          -> secrets:  a local Ray inherits them; to a cluster's workers they go by an actor call, in memory
-                         -> the key of pseudonyms: to nobody
+                         -> the key of pseudonyms: stays in the driver
 """
 
 import os
@@ -81,7 +81,7 @@ def _without_pseudonym_key() -> Iterator[None]:
 def forwarded_settings() -> dict[str, str]:
     """Return the variables that every worker gets and everybody may read: p2r's, the storage's and the network's without secrets."""
     forwarded = _forwarded()
-    # With keys, nobody needs to ask the machine for its role, which takes seconds where there is none.
+    # With keys, the role of the machine is not needed, and asking for it takes seconds where there is none.
     has_keys = "AWS_ACCESS_KEY_ID" in forwarded
     return {
         "PYTHONUNBUFFERED": "1",
@@ -107,7 +107,7 @@ def _is_secret(name: str, value: str) -> bool:
 
 @dataclass(frozen=True)
 class Credentials:
-    """What a worker gets the driver's secret variables by. It travels in arguments, which Ray may store; the values do not."""
+    """Access to the driver's secret variables. It travels in arguments, which Ray may store; the values do not."""
 
     holder: Any = None
     """The actor that has them; None: the worker has inherited them, or has an identity of its own."""
@@ -132,7 +132,7 @@ _handed: list[Credentials] = []
 
 
 def credentials() -> Credentials:
-    """Return what this session's workers get the driver's secret variables by."""
+    """Return the access of this session's workers to the driver's secret variables."""
     return _handed[-1] if _handed else Credentials()
 
 

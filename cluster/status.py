@@ -341,7 +341,7 @@ class Reader:
             self._problems.append(f"{bad} files below {self._storage.at('finetune')} are no results of trials")
         finals = [trial for trial in trials if trial.purpose == "final"]
         return Sweep(
-            num_search=len(trials) - len(finals),
+            num_search=sum(trial.purpose == "search" for trial in trials),
             num_final=len(finals),
             num_unread=max(0, len(new) - _TRIALS_AT_ONCE),
             trials=tuple(sorted(trials, key=_trial_order)[:_MAX_TRIALS]),

@@ -1,4 +1,4 @@
-"""`p2r submit`: what `ray job submit --working-dir . -- JOB` does, with overrides and this shell's settings, but none of its secrets.
+"""`p2r submit`: as `ray job submit --working-dir . -- JOB`, with overrides and this shell's settings, but none of its secrets.
 
 Ray's API of jobs has no place for a secret: it stores the runtime environment, metadata, entrypoint and uploaded files, and shows them to
 everybody who may submit. The driver runs on the cluster with the identity of its node.
@@ -6,8 +6,10 @@ everybody who may submit. The driver runs on the cluster with the identity of it
 
 import asyncio
 import os
+import re
 import shlex
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 from ray.exceptions import AuthenticationError
@@ -54,6 +56,13 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
             f"the cluster takes jobs only with its token ({error.message.splitlines()[0]}): set RAY_AUTH_MODE=token, and "
             "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token to the token that its head was started with"
         ) from None
+    except (RuntimeError, ValueError) as error:
+        if "maximum size" not in str(error):
+            raise
+        raise JobError(
+            f"the current folder {Path.cwd()} is more than Ray uploads with a job ({_reason(error)}): the largest in it are "
+            f"{', '.join(_largest(Path.cwd()))}; list what the job does not need in .rayignore, or move it"
+        ) from None
     except ConnectionError:
         raise JobError(
             f"no job server answers at {address or 'the address that RAY_API_SERVER_ADDRESS or RAY_ADDRESS names'}: "
@@ -64,6 +73,24 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
     state = client.get_job_status(submission)
     if state != JobStatus.SUCCEEDED:
         raise TrainingError(f"job {submission} ended as {state}: its log is above")
+
+
+def _reason(error: Exception) -> str:
+    found = re.search(r"[^.\n]*maximum size of [\d.]+ ?\w+", str(error))
+    return found[0].strip() if found else "it exceeds the maximum size"
+
+
+def _largest(folder: Path) -> list[str]:
+    """Return the three largest files and folders of those that are uploaded, with their sizes."""
+    sizes: dict[str, int] = {}
+    for path in folder.iterdir():
+        if not any(fnmatch(path.name, pattern) for pattern in _IGNORED):
+            files = [path] if path.is_file() else path.rglob("*")
+            sizes[path.name] = sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
+    return [
+        f"{name} ({sizes[name] / 2**20:.0f} MiB)"
+        for name in sorted(sizes, key=lambda name: sizes[name], reverse=True)[:3]
+    ]
 
 
 async def _follow(client: JobSubmissionClient, submission: str) -> None:

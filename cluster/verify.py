@@ -30,12 +30,12 @@ def verify(url: str, *, key: str | None) -> list[str]:
             f"{storage.url} has no manifest.json: a corpus, a backbone or a model is verified, such as corpus, backbones/NAME/VERSION or "
             "models/TASK/VERSION of a job's storage (p2r inspect lists them)"
         )
-    return _verify_corpus(reference, key) if _is_corpus(storage) else _verify_artefact(reference, key)
+    return _verify_artefact(reference, key) if _is_artefact(storage) else _verify_corpus(reference, key)
 
 
-def _is_corpus(storage: Storage) -> bool:
+def _is_artefact(storage: Storage) -> bool:
     manifest = read_json(storage.read_bytes(MANIFEST), where=storage.at(MANIFEST), max_bytes=_MAX_BYTES)
-    return isinstance(manifest, dict) and str(manifest.get("format")).startswith(FORMAT.partition("/")[0])
+    return isinstance(manifest, dict) and str(manifest.get("format")).startswith(("p2r-backbone/", "p2r-model/"))
 
 
 def _verify_artefact(reference: Reference, key: str | None) -> list[str]:

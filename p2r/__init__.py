@@ -1,24 +1,45 @@
 """p2r: a pixel-level foundation model for MRI, pretrained without labels.
 
     backbone = p2r.load_backbone("s3://bucket/backbones/brain/1")
-    features = backbone(backbone.prepare("scan.nii.gz").images)   # (planes, F, H, W)
+    features = backbone.features("scan.nii.gz")            # (planes, F, H, W), no graph
+
+    model = p2r.load_model("s3://bucket/models/liver/all")
+    model.predict("scan.nii.gz").to_filename("segmentation.nii.gz")
+
+    made = p2r.run("mine/job.yaml", pretrain__steps=20)    # in this process, without Ray
+    rows = p2r.open_report(made["storage"]).rows
 
 Importing the package is cheap: torch is loaded with the first name that needs it.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from p2r.version import __version__
 
 if TYPE_CHECKING:
-    from p2r.backbone import load_backbone
+    from p2r.backbone import Backbone, load_backbone
+    from p2r.engine.local import run
+    from p2r.evaluate.models import Model, load_model
+    from p2r.report.runs import open_report
 
-__all__ = ["__version__", "load_backbone"]
+__all__ = ["Backbone", "Model", "__version__", "load_backbone", "load_model", "open_report", "run"]
+
+_HOMES = {
+    "Backbone": "p2r.backbone",
+    "load_backbone": "p2r.backbone",
+    "Model": "p2r.evaluate.models",
+    "load_model": "p2r.evaluate.models",
+    "open_report": "p2r.report.runs",
+    "run": "p2r.engine.local",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_backbone":
-        from p2r.backbone import load_backbone
-
-        return load_backbone
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'p2r' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

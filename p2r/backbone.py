@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field, PositiveInt, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -101,6 +102,23 @@ class Backbone(nn.Module):
             ValueError: for a side of the image that `config.model.size_divisor` does not divide (16 for the default).
         """
         features: Tensor = self.network(image)
+        return features
+
+    def features(self, scan: str | Path | Volume | Tensor) -> Tensor:
+        """Return features without a graph for gradients.
+
+        Args:
+            scan: A scan, of which `prepare` makes images, or images (B, C, *S) in [0, 1].
+
+        Returns:
+            (B, F, *S): of a scan (planes, F, H, W), or, of volumes, (frames, F, X, Y, Z).
+
+        Raises:
+            RefusedScan: if the scan cannot be used; its code says why.
+        """
+        images = scan if isinstance(scan, Tensor) else self.prepare(scan).images
+        with torch.no_grad():
+            features: Tensor = self(images.to(next(self.parameters()).device))
         return features
 
     def prepare(self, scan: str | Path | Volume) -> Planes | Frames:

@@ -823,7 +823,11 @@ class FinetuneConfig(Section):
     """Go on although validation or test patients are in the backbone's corpus. Every row of the report is then labelled: such figures
     say nothing about patients that the backbone has not seen."""
     publish_model: bool = True
-    """Publish the model of the best validation Dice as `models/<task>/<version>`."""
+    """Publish the model of the best validation Dice among `published_mode` as `models/<task>/<version>`; and, trained by the same mode on
+    all labelled patients of the train split, one more as `models/<task>/all`, whose validation Dice is read and whose test Dice is not."""
+    published_mode: Literal["fine_tuned", "any"] = "fine_tuned"
+    """Models among which the published one is chosen. fine_tuned: those that train the pretrained backbone's weights (fine_tune,
+    mean_teacher, weak_to_strong), or, if the job has none, all. any: models from scratch and on frozen features, too."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -6,10 +6,36 @@ fast: a stream per sample would have to be read on the host, one sample after an
 Letters: B samples. Source: Wellons 2018, hash-prospector (triple32).
 """
 
+import os
+import re
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from p2r.errors import InputError
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def this_device() -> torch.device:
+    """Return this process's first GPU, or the CPU where there is none.
+
+    Raises:
+        InputError: There is a driver for GPUs, but too old a one for this torch: it would train on the CPU without a word.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if torch.version.cuda is not None and _DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        found = re.search(r"\b\d{3}\.\d+(\.\d+)*", _DRIVER.read_text(errors="replace"))
+        raise InputError(
+            f"this machine's NVIDIA driver ({found[0] if found else 'of unknown version'}) does not run torch {torch.__version__} for CUDA "
+            f"{torch.version.cuda}: install a newer driver, or an older torch (pip install torch --index-url "
+            "https://download.pytorch.org/whl/cu126); CUDA_VISIBLE_DEVICES= (empty) computes on the CPU"
+        )
+    return torch.device("cpu")
 
 
 def on_device(

@@ -1,32 +1,27 @@
-"""Bytes of a document from outside -> plain values, within stated bounds, or a refusal by name.
+"""Bytes of a JSON document from outside -> plain values, within stated bounds, or a refusal by name.
 
-    read_json     one JSON value            manifests, reports, sidecars
-    read_lines    one JSON value a line     ledgers, indexes, histories
-    read_yaml     YAML of plain values      jobs and tasks
+    read_json     one value             manifests, reports, sidecars
+    read_lines    one value a line      ledgers, indexes, histories
+    checked       a value, by a strict pydantic model
 
-Python's readers take any depth and any integer, NaN, the last of two equal keys, and YAML that a few aliases grow to
-terabytes. Here size, depth, number of values and every number are bounded, a text can be written as UTF-8, and each key
-is there once. Models (pydantic, strict) check what the values mean.
+Python's reader takes any depth and any integer, NaN, and the last of two equal keys. Here size, depth, number of values and
+every number are bounded, a text can be written as UTF-8, and each key is there once. Models check the meaning.
 
-YAML is built from the parser's events, not by PyYAML's constructors, which recurse and share what aliases name: an alias
-is a copy, and counts as many values as it copies.
+`p2r.plain_yaml` does the same for YAML. File names in manifests have the type `RelativePath`.
 """
 
 import contextlib
-import copy
 import gc
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
@@ -38,22 +33,15 @@ MAX_DEPTH = 32
 """Most objects and lists within one another, unless a reader states another bound."""
 MAX_VALUES = 16_000_000
 """Most values of a JSON document, unless a reader states another bound."""
-MAX_YAML_BYTES = 1 << 20
-"""Largest YAML document that is read."""
-
-_MAX_INTEGER = 2**63
+MAX_INTEGER = 2**63
+"""Bound of whole numbers."""
 _MAX_DIGITS = 24
 _MANY_BYTES = 1 << 20  # of JSON that is worth a faster reader
 _SHOWN = 3  # findings of a model
 _MAX_SHOWN = 80  # characters of a key or a value
-_MAX_SCALAR = 64  # characters of a YAML number
 _ODD_ESCAPE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
 _RELATIVE = re.compile(r"[^\x00-\x1f\x7f\\]{1,1024}")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,\n]')
-_TAG = "tag:yaml.org,2002:"
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_Event = Any
-_CONSTRUCTOR = yaml.constructor.SafeConstructor()
 
 
 def checked(
@@ -159,7 +147,7 @@ def read_json(
     Raises:
         InputError: `error`, for anything that is not JSON (RFC 8259) or leaves a bound.
     """
-    _check_size(content, where, max_bytes, error)
+    check_size(content, where, max_bytes, error)
     # Commas in texts are counted, too: a bound, and it costs nothing.
     num_values = 1 + content.count(b",") + content.count(b"[") + content.count(b"{")
     if num_values > max_values:
@@ -167,7 +155,7 @@ def read_json(
     if len(content) >= _MANY_BYTES:
         with contextlib.suppress(_Unsure):
             return _parsed_at_once(content, max_depth)
-    text = _text(content, "JSON", where, error)
+    text = decoded(content, "JSON", where, error)
     try:
         value = json.loads(
             text,
@@ -216,7 +204,7 @@ def read_lines(
     Raises:
         InputError: `error`, naming the line.
     """
-    _check_size(content, where, max_bytes, error)
+    check_size(content, where, max_bytes, error)
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             value = read_json(
@@ -228,43 +216,6 @@ def read_lines(
                 error=error,
             )
             yield number, value
-
-
-def read_yaml(
-    content: bytes | str,
-    *,
-    where: str,
-    max_bytes: int = MAX_YAML_BYTES,
-    max_depth: int = MAX_DEPTH,
-    max_values: int = 100_000,
-    error: type[InputError] = InputError,
-) -> Any:
-    """Parse one YAML document from outside into texts, numbers, booleans, None, lists and mappings.
-
-    Dates stay texts. Aliases and merge keys (`<<`) are copied, within `max_values`.
-
-    Args:
-        content: The document, UTF-8.
-        where: Its name, for messages.
-        max_bytes: Largest size that is parsed.
-        max_depth: Most mappings and lists within one another.
-        max_values: Most values and keys, those of aliases included.
-        error: Class of the refusal.
-
-    Raises:
-        InputError: `error`, naming the line, for anything that is not YAML, leaves a bound, or is no plain value.
-    """
-    _check_size(content.encode(errors="replace") if isinstance(content, str) else content, where, max_bytes, error)
-    text = content if isinstance(content, str) else _text(content, "YAML", where, error)
-    try:
-        return _Composer(text, max_depth=max_depth, max_values=max_values).document()
-    except _Refused as refused:
-        raise error(f"{where}: {refused}") from None
-    except (yaml.YAMLError, ValueError) as problem:  # ValueError: libyaml cannot take a text
-        raise error(f"{where} is not YAML: {str(problem).strip()}") from None
-
-
-# JSON
 
 
 class _KeyTwice(Exception):
@@ -321,7 +272,7 @@ def _without_collector() -> Iterator[None]:
 
 
 def _are_bounded(integers: list[int]) -> bool:
-    return min(integers) >= -_MAX_INTEGER and max(integers) < _MAX_INTEGER
+    return min(integers) >= -MAX_INTEGER and max(integers) < MAX_INTEGER
 
 
 def _num_quotes_before_colons(content: bytes) -> int | None:
@@ -335,16 +286,18 @@ def _num_quotes_before_colons(content: bytes) -> int | None:
     return None if is_odd.any() else int(is_quoted.sum())
 
 
-def _text(content: bytes, kind: str, where: str, error: type[InputError]) -> str:
+def decoded(content: bytes, kind: str, where: str, error: type[InputError]) -> str:
+    """Return the text of a document of some kind."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raise error(f"{where} is not {kind}: it is not UTF-8: {problem}") from None
 
 
-def _check_size(content: bytes, where: str, max_bytes: int, error: type[InputError]) -> None:
+def check_size(content: bytes, where: str, max_bytes: int, error: type[InputError]) -> None:
+    """Refuse a document of more bytes."""
     if len(content) > max_bytes:
-        raise error(f"{where} has {len(content):,} bytes, more than the {max_bytes:,} that such a document may have")
+        raise error(f"{where} has more than the {max_bytes:,} bytes that such a document may have")
 
 
 def _depth_rule(max_depth: int) -> str:
@@ -369,10 +322,11 @@ def _check_texts(value: Any) -> None:
         elif isinstance(item, list):
             waiting += item
         elif isinstance(item, str):
-            _check_characters(item)
+            check_characters(item)
 
 
-def _check_characters(text: str) -> None:
+def check_characters(text: str) -> None:
+    """Raise `ValueError` for a text that UTF-8, or a file name, cannot hold."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -393,7 +347,7 @@ def _key_twice(text: str, key: str) -> str:
     """Return the message for a key that an object has twice, with both lines."""
     first, second = _lines_of_twin(text)
     lines = f"on line {first}" if first == second else f"on lines {first} and {second}"
-    return f"key {key[:80]!r} stands twice in one object, {lines}"
+    return f"key {key[:80]!r} is twice in one object, {lines}"
 
 
 def _lines_of_twin(text: str) -> tuple[int, int]:
@@ -432,163 +386,6 @@ def _finite(text: str) -> float:
 
 
 def _bounded(text: str) -> int:
-    if len(text) > _MAX_DIGITS or not -_MAX_INTEGER <= (value := int(text)) < _MAX_INTEGER:
+    if len(text) > _MAX_DIGITS or not -MAX_INTEGER <= (value := int(text)) < MAX_INTEGER:
         raise ValueError(f"{text[:40]} is not a whole number of 64 bits")
     return value
-
-
-# YAML
-
-
-class _Refused(Exception):
-    """A rule that a YAML document breaks."""
-
-
-@dataclass(frozen=True)
-class _Anchored:
-    """A value that aliases may name."""
-
-    value: Any
-    num_values: int
-    depth: int
-    """Mappings and lists within one another."""
-
-
-class _Composer:
-    """Events of one YAML document -> its value."""
-
-    def __init__(self, text: str, *, max_depth: int, max_values: int) -> None:
-        self._loader = _Loader(text)
-        self._max_depth, self._max_values = max_depth, max_values
-        self._num_values = self._deepest = 0
-        self._anchored: dict[str, _Anchored] = {}
-
-    def document(self) -> Any:
-        """Return the value of the only document; None if there is none."""
-        self._next(yaml.StreamStartEvent)
-        if self._loader.check_event(yaml.StreamEndEvent):
-            return None
-        self._next(yaml.DocumentStartEvent)
-        value = self._value(self._loader.get_event(), 0)
-        self._next(yaml.DocumentEndEvent)
-        if not self._loader.check_event(yaml.StreamEndEvent):
-            _refuse(self._loader.get_event(), "a second document begins; a file holds one")
-        return value
-
-    def _next(self, kind: type[_Event]) -> None:
-        event = self._loader.get_event()
-        assert isinstance(event, kind)
-
-    def _value(self, event: _Event, depth: int) -> Any:
-        """Return the value that begins with an event, `depth` mappings and lists down."""
-        if isinstance(event, yaml.AliasEvent):
-            return self._copy(event, depth)
-        self._count(event, 1)
-        if isinstance(event, yaml.ScalarEvent):
-            value = self._scalar(event)
-            if event.anchor is not None:
-                self._anchored[event.anchor] = _Anchored(value, 1, 0)
-            return value
-        if event.tag not in (None, "!", f"{_TAG}map", f"{_TAG}seq"):
-            _refuse(event, f"the tag {event.tag[:80]} is not read; write plain values")
-        self._check_depth(event, depth + 1)
-        before, above, self._deepest = self._num_values, self._deepest, depth + 1
-        of = self._mapping if isinstance(event, yaml.MappingStartEvent) else self._sequence
-        value = of(depth + 1)
-        if event.anchor is not None:
-            self._anchored[event.anchor] = _Anchored(value, self._num_values - before + 1, self._deepest - depth)
-        self._deepest = max(self._deepest, above)
-        return value
-
-    def _sequence(self, depth: int) -> list[Any]:
-        values = []
-        while not self._loader.check_event(yaml.SequenceEndEvent):
-            values.append(self._value(self._loader.get_event(), depth))
-        self._loader.get_event()
-        return values
-
-    def _mapping(self, depth: int) -> dict[Any, Any]:
-        values: dict[Any, Any] = {}
-        merged: dict[Any, Any] = {}
-        lines: dict[Any, int] = {}
-        while not self._loader.check_event(yaml.MappingEndEvent):
-            event = self._loader.get_event()
-            if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
-                _refuse(event, "a key is a list or a mapping; a key is a text or a number")
-            is_merge = isinstance(event, yaml.ScalarEvent) and self._tag(event) == f"{_TAG}merge"
-            key = self._value(event, depth)
-            if isinstance(key, dict | list):
-                _refuse(event, "a key is a list or a mapping; a key is a text or a number")
-            if key in lines:
-                _refuse(event, f"key {str(key)[:80]!r} stands twice in one mapping, first on line {lines[key]}")
-            lines[key] = event.start_mark.line + 1
-            value = self._value(self._loader.get_event(), depth)
-            if is_merge:
-                merged = self._merged(event, value)
-            else:
-                values[key] = value
-        self._loader.get_event()
-        return {**merged, **values}
-
-    def _merged(self, event: _Event, value: Any) -> dict[Any, Any]:
-        """Return the keys that a merge key stands for; of several mappings the first counts most."""
-        mappings = value if isinstance(value, list) else [value]
-        if not all(isinstance(mapping, dict) for mapping in mappings):
-            _refuse(event, "`<<` merges a mapping, or a list of mappings")
-        return {key: item for mapping in reversed(mappings) for key, item in mapping.items()}
-
-    def _copy(self, event: _Event, depth: int) -> Any:
-        anchored = self._anchored.get(event.anchor)
-        if anchored is None:
-            _refuse(event, f"the alias *{event.anchor[:80]} names nothing that is complete before it")
-        self._count(event, anchored.num_values)
-        self._check_depth(event, depth + anchored.depth)
-        self._deepest = max(self._deepest, depth + anchored.depth)
-        return copy.deepcopy(anchored.value)
-
-    def _count(self, event: _Event, number: int) -> None:
-        self._num_values += number
-        if self._num_values > self._max_values:
-            _refuse(event, f"more than {self._max_values:,} values, those of aliases included")
-
-    def _check_depth(self, event: _Event, depth: int) -> None:
-        if depth > self._max_depth:
-            _refuse(event, f"mappings and lists may be {self._max_depth} deep")
-
-    def _tag(self, event: _Event) -> str:
-        if event.tag not in (None, "!"):
-            return str(event.tag)
-        return str(self._loader.resolve(yaml.ScalarNode, event.value, event.implicit))
-
-    def _scalar(self, event: _Event) -> Any:
-        kind = self._tag(event).removeprefix(_TAG)
-        if kind in ("str", "timestamp", "value", "merge"):
-            try:
-                _check_characters(event.value)
-            except ValueError as problem:
-                _refuse(event, str(problem))
-            return str(event.value)
-        if kind == "null":
-            return None
-        if kind not in ("bool", "int", "float"):
-            _refuse(event, f"the tag {event.tag[:80]} is not read; write plain values")
-        try:
-            value = _number(kind, event)
-        except (ValueError, KeyError, IndexError):
-            _refuse(event, f"{event.value[:40]!r} is no {kind}")
-        if kind == "int" and not -_MAX_INTEGER <= value < _MAX_INTEGER:
-            _refuse(event, f"{event.value[:40]} is not a whole number of 64 bits")
-        if kind == "float" and not math.isfinite(value):
-            _refuse(event, f"{event.value[:40]} is not a finite number")
-        return value
-
-
-def _number(kind: str, event: _Event) -> Any:
-    if len(event.value) > _MAX_SCALAR:
-        raise ValueError
-    node = yaml.ScalarNode(f"{_TAG}{kind}", event.value)
-    return getattr(_CONSTRUCTOR, f"construct_yaml_{kind}")(node)
-
-
-def _refuse(event: _Event, rule: str) -> NoReturn:
-    raise _Refused(f"line {event.start_mark.line + 1}: {rule}")

@@ -4,14 +4,23 @@ Locks are `flock`s: the kernel lifts them when their holder ends, however it end
 `kill -9`. They bind the processes of one machine (on NFS, where its locks are on, of all that mount it).
 """
 
+import errno
 import fcntl
 import hashlib
 import os
+import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from p2r.errors import StorageError
+
+_FULL = re.compile(
+    r"No space left on device|Disk quota exceeded|basic_ios::clear: iostream error|PytorchStreamWriter failed"
+)
 
 
 def file_sha256(path: Path) -> str:
@@ -25,6 +34,33 @@ def mark_used(file: Path | int) -> None:
     # Left to itself the file system takes the time of its last clock tick, milliseconds ago, and what was used since is not told apart.
     with suppress(PermissionError):
         os.utime(file, ns=(time.time_ns(),) * 2)
+
+
+def lack_of_space(error: BaseException) -> StorageError | None:
+    """Return the refusal of a full disk if that is why something failed, however deep; None: it is not.
+
+    torch, and processes of Ray, pass on the words of the system alone.
+    """
+    links: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in links:
+        links.append(link)
+        link = link.__cause__ or link.__context__
+    full = [
+        one
+        for one in links
+        if (isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT)) or _FULL.search(str(one))
+    ]
+    if not full:
+        return None
+    temporary = Path(tempfile.gettempdir())
+    places = [str(one.filename) for one in full if isinstance(one, OSError) and one.filename]
+    what = f" at {places[0]}" if places else ""
+    free_mib = shutil.disk_usage(temporary).free / 2**20
+    return StorageError(
+        f"a disk is full{what}: {str(full[-1]).strip().splitlines()[-1]}. Temporary files are in {temporary} ({free_mib:.0f} MiB are "
+        "free now): make room there and in the storage, or set TMPDIR to a larger folder, and run the same command again"
+    )
 
 
 @contextmanager

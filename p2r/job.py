@@ -28,9 +28,10 @@ from pydantic_core import ErrorDetails
 
 from p2r.config import FilledIn, FinetuneConfig, IngestConfig, Location, PretrainConfig, PublishConfig, Section
 from p2r.console import visible
-from p2r.documents import MAX_YAML_BYTES, read_start, read_yaml
+from p2r.documents import read_start
 from p2r.errors import JobError
 from p2r.masking import is_secret_name, looks_secret
+from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 Kind = Literal["ingest", "pretrain", "publish", "finetune", "pipeline", "ablation"]
@@ -201,7 +202,8 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
     except (OSError, ValueError) as error:
         names = ", ".join(sorted(brought.stem for brought in jobs_folder().glob("*.yaml")))
         raise JobError(
-            f"job {path} cannot be read: {error}; give the path of a YAML file, or the name of a job that p2r brings: {names}"
+            f"job {path} cannot be read: {error}; give the path of a YAML file, or the name of a job that p2r brings: "
+            f"{names}{nearest_file(path)}"
         ) from None
     values = read_yaml(content, where=f"job {path}", error=JobError)
     if not isinstance(values, dict):
@@ -247,13 +249,23 @@ def ignored_variables(path: Path, job: Job) -> list[str]:
     """
     subjects = None if job.ingest is None else job.ingest.subjects_of
     tasks = [*(job.finetune.tasks if job.finetune else ()), *([subjects.task] if subjects else [])]
-    texts = [file.read_text(encoding="utf-8") for file in (path, *map(Path, tasks)) if file.is_file()]
+    texts = [file.read_text(encoding="utf-8") for file in (find_job(path), *map(Path, tasks)) if file.is_file()]
     read = {match[1] for text in texts for match in _VARIABLE.finditer(text)}
     return [
         f"{name} is set, but job {path} does not read it: give {key} by --set {key}=..., or take a job that reads it"
         for name, key in JOB_VARIABLES.items()
         if os.environ.get(name) and name not in read
     ]
+
+
+def nearest_file(path: Path) -> str:
+    """Return a question that names the YAML file whose path is most like a missing one; empty if there is none."""
+    folders = [path.parent, Path("jobs"), jobs_folder(), jobs_folder() / "tasks"]
+    there = {str(file): file for folder in folders if folder.is_dir() for file in folder.glob("*.y*ml")}
+    stems = {name: file.stem for name, file in there.items()}
+    close = difflib.get_close_matches(path.stem, stems.values(), n=1, cutoff=0.5)
+    found = [name for name, stem in stems.items() if close and stem == close[0]]
+    return f"; did you mean {min(found, key=len)}?" if found else ""
 
 
 def overrides_of(set_: Sequence[str] | None, *, allow_transductive: bool) -> tuple[str, ...]:

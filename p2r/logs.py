@@ -10,12 +10,14 @@ warnings and worse, and lines of progress, are events: nobody reads a stream of 
 Secrets are masked for every line (`p2r.masking`), because a message can hold what another program answered.
 """
 
+import itertools
 import json
 import logging
 import math
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -66,6 +68,30 @@ def fields_of(line: str) -> dict[str, Any]:
 def within(say: Say, stage: str) -> Say:
     """Return a `say` whose lines begin with the name of a stage; they keep their fields."""
     return lambda line: say(Line(f"{stage} | {line}", **fields_of(line)))
+
+
+def counted(say: Say, total: int) -> Say:
+    """Return a `say` that numbers the lines of trials that are done (their field is `seconds`) and estimates the time left."""
+    began, done = time.monotonic(), itertools.count(1)
+
+    def numbered(line: str) -> None:
+        fields = fields_of(line)
+        if "seconds" not in fields or "trial" not in fields:
+            say(line)
+            return
+        number = next(done)
+        left_s = (time.monotonic() - began) / number * max(0, total - number)
+        left = f" | {duration(left_s)} left" if number < total else ""
+        say(Line(f"{number}/{total} | {line}{left}", **fields))
+
+    return numbered
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: 85 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def configure(log_format: str | None = None, *, run: str | None = None, rank: int | None = None) -> None:

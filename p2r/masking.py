@@ -8,6 +8,7 @@ value, or one that another program has encoded otherwise, is not found.
 """
 
 import base64
+import functools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ _SECRET_NAME = re.compile(
 )
 _NO_SECRET_NAME = re.compile(r"_(FILE|PATH|DIR|URI|URL|ENDPOINT|MODE|FORMAT)$", re.IGNORECASE)
 _MIN_SECRET = 6
-"""Letters: what is shorter would mask half of every line, and hides nothing."""
+"""Letters: masking a shorter value would hide half of every line."""
 _MASK = "***"
 _TOKENS = (
     r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",  # AWS
@@ -38,7 +39,7 @@ _AUTHORITY = r"\b[a-z][a-z0-9+.-]*://(?=[^/?#\s'\"]*@)"
 _PATTERNS = (
     # https://user:password@host, and s3://KEY:SECRET@bucket
     (re.compile(rf"({_AUTHORITY})[^/?#\s'\"]*@", re.IGNORECASE), rf"\1{_MASK}@"),
-    # what signs a presigned URL, and tokens in queries
+    # signatures of presigned URLs, and tokens in queries
     (re.compile(rf"([?&;](?:{_SIGNED})=)[^&\s'\"]+", re.IGNORECASE), rf"\1{_MASK}"),
     (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\1 {_MASK}"),
     (re.compile(r"\b(AWS4-HMAC-SHA256)\s+Credential=.*?Signature=[^\s'\"]+", re.IGNORECASE), rf"\1 {_MASK}"),
@@ -70,6 +71,7 @@ _SECRET_VALUE = re.compile(
 )
 
 
+@functools.lru_cache(maxsize=1024)
 def is_secret_name(name: str) -> bool:
     """Tell whether a variable, or a key of a job, holds a secret by its name; a path or URL of one does not."""
     return _SECRET_NAME.search(name) is not None and _NO_SECRET_NAME.search(name) is None
@@ -100,10 +102,11 @@ def _secrets(environment: Mapping[str, str]) -> Iterable[str]:
             yield from _forms(value)
 
 
-def _forms(value: str) -> set[str]:
+@functools.lru_cache(maxsize=64)
+def _forms(value: str) -> frozenset[str]:
     encoded = value.encode(errors="surrogateescape")
     plain, safe = base64.b64encode(encoded).decode(), base64.urlsafe_b64encode(encoded).decode()
-    return {
+    forms = {
         value,
         repr(value)[1:-1],
         repr(encoded)[2:-1],
@@ -115,3 +118,4 @@ def _forms(value: str) -> set[str]:
         plain.rstrip("="),
         safe.rstrip("="),
     }
+    return frozenset(forms)

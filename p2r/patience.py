@@ -6,6 +6,7 @@ connections, time-outs, bodies that end early, content that is not what its dige
 proxy that refuses. Every repetition is counted by its cause.
 """
 
+import email.utils
 import logging
 import os
 import random
@@ -45,6 +46,7 @@ _ABSENT_PROXY = re.compile(
     r"refused|timed out|unreachable|reset|Temporary failure|Remote end closed|Tunnel connection failed: 5"
 )
 _PROXY_DEADLINE_S = 20.0
+_MAX_CLOCK_SKEW_S = 240.0  # S3 allows 15 minutes, others 5
 _SILENT_S = 5.0  # failing for longer than this is told
 _JITTER = random.SystemRandom()  # forked processes must not pause in step
 _LOG = logging.getLogger(__name__)
@@ -201,7 +203,22 @@ def text_of(error: Exception) -> str:
     if not isinstance(error, failures.ClientError):
         return f"{type(error).__name__}: {error}"
     message = error.response.get("Error", {}).get("Message", "")
-    return f"{code_of(error)} (HTTP {status_of(error)}): {message}"
+    return f"{code_of(error)} (HTTP {status_of(error)}): {message}{_clock_hint(error)}"
+
+
+def _clock_hint(error: failures.ClientError) -> str:
+    """Return a hint if a refused request was signed by a clock that is off: its signature is then refused like a wrong key."""
+    date = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    try:
+        ahead_s = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError):
+        return ""
+    if status_of(error) not in (400, 401, 403) or abs(ahead_s) < _MAX_CLOCK_SKEW_S:
+        return ""
+    return (
+        f" (this machine's clock is {abs(ahead_s) / 60:.0f} minutes {'ahead of' if ahead_s > 0 else 'behind'} the server's, which refuses "
+        "requests for that: set it by NTP)"
+    )
 
 
 def _variable(name: str) -> str:

@@ -44,6 +44,7 @@ from p2r.data.scans import expand_subjects as expand_subjects
 from p2r.data.scans import find_scans as find_scans
 from p2r.data.verify import verify_corpus as verify_corpus
 from p2r.errors import DataError
+from p2r.logs import duration
 from p2r.storage import Storage, cache_folder, json_bytes
 
 BuildAll = Callable[[Sequence[ShardPlan]], Generator[tuple[ShardPlan, Built], None, None]]
@@ -81,11 +82,11 @@ class IngestProgress:
         """Return a line for the terminal."""
         refused = ", ".join(f"{count} {reason}" for reason, count in self.refused.items())
         left = (
-            "" if self.remaining_s is None or self.done == self.num_shards else f" | {_duration(self.remaining_s)} left"
+            "" if self.remaining_s is None or self.done == self.num_shards else f" | {duration(self.remaining_s)} left"
         )
-        return (
-            f"scans {self.scans_read}/{self.num_scans} | shards {self.done}/{self.num_shards} | {self.mb_per_s:.0f} MB/s{left}"
-            + (f" | refused: {refused}" if refused else "")
+        rate = f"{self.mb_per_s:.{1 if self.mb_per_s < 10 else 0}f} MB/s"
+        return f"scans {self.scans_read}/{self.num_scans} | shards {self.done}/{self.num_shards} | {rate}{left}" + (
+            f" | refused: {refused}" if refused else ""
         )
 
 
@@ -389,9 +390,3 @@ def _say_what_is_odd(growth: Growth, say: Say) -> None:
             f"{len(growth.changed)} scans changed after they were accepted and keep their records ({shown}); to read them again, "
             "make another corpus"
         )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

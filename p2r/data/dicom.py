@@ -26,6 +26,7 @@ import dcm2niix
 import nibabel
 import numpy as np
 
+from p2r.data.dicom_frames import mixes_frames
 from p2r.data.dicom_stack import (
     PLACE_TAGS,
     Place,
@@ -197,6 +198,11 @@ def _defect(images: Sequence[Path], files: Sequence[str], exit_code: int) -> _De
     headers = [nibabel.nifti1.Nifti1Image.from_filename(image).header for image in images]
     shapes = [(*header.get_data_shape(), 1, 1)[2:4] for header in headers]
     num_planes, num_files = sum(depth * times for depth, times in shapes), num_images(files)
+    if len(files) == 1 and num_files > 1 and mixes_frames(files[0], images):
+        return _Defect(
+            "dcm2niix mixed up slices and times of a multi-frame image, or they cannot be told apart: export the series as single-frame "
+            "DICOM"
+        )
     if num_planes < num_files:
         return _Defect(f"dcm2niix made {num_planes} planes of its {num_files} images: some would be lost")
     gaps = [np.linalg.norm(header.get_best_affine()[:3, 2]) for header in headers]

@@ -6,8 +6,10 @@
     notes                                               codes of what was passed over on the way, such as a broken sidecar
 
 `status` is `accepted`, `refused` or `not_selected`. `reason` is the same word, or says why a scan was refused, in the
-codes of `RefusedScan`. A row is a volume: a series that holds several has as many rows. Each revision has its own ledger,
-`ledgers/<sha256>.jsonl`; `ledger.jsonl` is the current one again, for people.
+codes of `RefusedScan`. Under pseudonyms `num_bytes` is null, and `modified` a keyed digest of size and time.
+
+A row is a volume: a series that holds several has as many rows. Each revision has its own ledger, `ledgers/<sha256>.jsonl`;
+`ledger.jsonl` is the current one again, for people.
 """
 
 import hashlib

@@ -53,9 +53,7 @@ def parse_list(content: bytes, name: str) -> list[Row]:
         DataError: for text that is not UTF-8, breaks its format, has no `path`, or values that are no plain values.
     """
     if len(content) > MAX_BYTES:
-        raise DataError(
-            f"list {name} has {len(content):,} bytes, more than the {MAX_BYTES:,} that a list may have; part it"
-        )
+        raise DataError(f"list {name} has more than the {MAX_BYTES:,} bytes that a list may have; part it")
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:

@@ -26,7 +26,7 @@ from p2r.counters import Counters
 from p2r.data.batch import Batch, Group, Replaced
 from p2r.data.fetch import OpenShards
 from p2r.data.order import Order, Samples
-from p2r.data.preprocess import intensity_window, plane_axes, plane_spacing
+from p2r.data.preparation import intensity_window, plane_axes, plane_spacing
 from p2r.data.shards import Box, IndexRow, ShardReader
 from p2r.errors import DataError
 from p2r.randomness import keyed_generator

@@ -4,6 +4,9 @@ A pseudonym is the beginning of HMAC-SHA256 under the secret in `P2R_PSEUDONYM_K
 whose it is, not even by trying names; with it, the same name always gives the same pseudonym, so that a corpus can grow
 and a leak can still be found. The secret comes from the environment alone and is written nowhere. A corpus holds the
 `key_id` instead: enough to tell that another secret is set, useless for undoing anything.
+
+Sizes and times of files, and the job's own sources, become keyed digests as well. Voxels speak for themselves: their shape,
+spacing and digest stay, so that whoever has the same scan can recognise it.
 """
 
 import hashlib

@@ -4,7 +4,7 @@ They look at a scan as it was acquired, before any resampling. All but `ingest.m
 """
 
 from p2r.config import IngestConfig
-from p2r.data.preprocess import plane_axes, slice_axis
+from p2r.data.preparation import plane_axes, slice_axis
 from p2r.data.volume import Volume
 from p2r.errors import RefusedScan
 

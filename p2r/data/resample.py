@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from p2r.data.shards import voxels_sha256
 from p2r.data.volume import MAX_SCAN_MIB, Volume
@@ -74,6 +73,8 @@ def _on_grid(
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
 ) -> NDArray[np.float32]:
+    from scipy import ndimage  # takes a second, and most jobs keep the acquired grid
+
     voxels: NDArray[np.float32] = frame.astype(np.float32)
     sigma = [math.sqrt(max(factor**2 - 1, 0)) / _FWHM_PER_SIGMA for factor in factors]
     if any(sigma):

@@ -20,7 +20,6 @@ job asks for PatientID.
 """
 
 import itertools
-import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -40,13 +39,12 @@ from p2r.data.folders import has_header, is_dead_link, is_image, is_passed_over,
 from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import composed, local_path, pair_of, scan_key
 from p2r.data.opening import bucket_client
-from p2r.data.phantom import resolve_source
+from p2r.data.subjects import expand_subjects as expand_subjects
 from p2r.documents import read_start
 from p2r.errors import DataError
 
 DicomSubject = Literal["folder", "patient_id"]
 
-_MAX_SUBJECTS = 1_000_000
 _KINDS = ".nii, .nii.gz, .hdr/.img or DICOM file"
 
 
@@ -136,53 +134,12 @@ def find_scans(
     return [replace(found[path], key=keys[path]) for path in sorted(found)]
 
 
-def expand_subjects(patterns: Iterable[str]) -> list[str]:
-    """Expand ranges as in Slurm's host lists: `patient[001-003,007]` -> patient001, patient002, patient003, patient007.
-
-    Zero padding is kept, plain names stay, and a name given twice appears once, where it came first.
-
-    Raises:
-        DataError: for brackets that do not close, a range that does not rise, or more than a million names.
-    """
-    names: dict[str, None] = {}
-    for pattern in patterns:
-        names |= dict.fromkeys(_expand(pattern))
-        _check_number(len(names), pattern)
-    return list(names)
-
-
-def _expand(pattern: str) -> list[str]:
-    pieces = re.split(r"\[([^\[\]]*)\]", composed(pattern))  # text, ranges, text, ranges, ..., text
-    if any(bracket in text for text in pieces[::2] for bracket in "[]") or not pattern:
-        raise DataError(f"subjects {pattern!r}: write a name, or ranges in closed brackets as in patient[001-014,020]")
-    choices = [[piece] if index % 2 == 0 else _numbers(piece, pattern) for index, piece in enumerate(pieces)]
-    _check_number(math.prod(map(len, choices)), pattern)
-    return ["".join(choice) for choice in itertools.product(*choices)]
-
-
-def _numbers(ranges: str, pattern: str) -> list[str]:
-    numbers: list[str] = []
-    for part in ranges.split(","):
-        match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", part, flags=re.ASCII)
-        if match is None:
-            raise DataError(f"subjects {pattern!r}: {part!r} is neither a number nor a range such as 001-014")
-        first, last = match[1], match[2] or match[1]
-        if int(first) > int(last):
-            raise DataError(f"subjects {pattern!r}: the range {part!r} does not rise")
-        _check_number(len(numbers) + int(last) - int(first), pattern)
-        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return numbers
-
-
-def _check_number(number: int, pattern: str) -> None:
-    if number > _MAX_SUBJECTS:
-        raise DataError(f"subjects {pattern[:80]!r} stands for more than {_MAX_SUBJECTS:,} names; narrow its ranges")
-
-
 def _scans_of(source: str, cache: Path, search: _Search) -> list[Scan]:
     scheme = source.partition("://")[0] if "://" in source else ""
     if scheme == "template":
         # Without a path the URL is the whole data set; a corpus holds its images, never the labels beside them.
+        from p2r.data.phantom import resolve_source  # SciPy takes a second to import
+
         part = "" if urlsplit(source).path.strip("/") else "images"
         return list(_in_folder(resolve_source(source, cache) / part, search))
     if scheme == "s3":

@@ -37,11 +37,10 @@ import blosc2
 import numpy as np
 from isal.isal_zlib import crc32
 from numpy.typing import NDArray
-from webdataset import TarWriter
 
 from p2r.config import PERCENTILES
 from p2r.data.header import is_physical
-from p2r.data.preprocess import is_percentile_table, planes_to_volume, volume_to_planes
+from p2r.data.preparation import is_percentile_table, planes_to_volume, volume_to_planes
 from p2r.data.volume import Volume
 from p2r.documents import read_json, read_lines, read_start
 from p2r.errors import DataError
@@ -219,6 +218,8 @@ def write_shard(
     Returns:
         The shard's entry in the manifest.
     """
+    from webdataset import TarWriter  # brings torch along, which a reader does not need
+
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         tar, index = Path(folder, path.name), Path(folder, index_name(path.name))
         # GNU's format takes names beyond 100 bytes and members beyond 8 GiB, and every tar reader knows it.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from p2r.data.preprocess import plane_spacing, slice_axis
+from p2r.data.preparation import plane_spacing, slice_axis
 from p2r.data.volume import Volume
 from p2r.documents import read_lines
 from p2r.errors import DataError

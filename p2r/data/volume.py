@@ -188,19 +188,7 @@ def write_nifti(
     path = Path(path)
     if not path.name.endswith(SUFFIXES):
         raise StorageError(f"{path}: a NIfTI file's name ends in .nii or .nii.gz")
-    if like is not None and (array.shape[:3] != like.source_shape or not np.allclose(affine, like.source_affine)):
-        raise ValueError(
-            f"array {array.shape} and its affine do not lie on the grid of {like.key}'s file {like.source_shape}"
-        )
-    unit = 1.0 if world is None or not world.placement else unit_mm(world.placement)
-    affine = np.diag([1 / unit, 1 / unit, 1 / unit, 1.0]) @ affine
-    image = nibabel.Nifti1Image(_storable(array), affine)
-    image.set_sform(affine, code="aligned")
-    image.set_qform(affine, code="aligned", strip_shears=True)
-    image.header.set_xyzt_units({1e3: "meter", 1e-3: "micron"}.get(unit, "mm"), "sec")
-    content: bytes = image.to_bytes()
-    if like is not None and like.placement:
-        content = _placed(content, like.placement, has_time=array.ndim == 4 and like.frames is None)
+    content = _nifti_bytes(array, affine, like=like, world=world)
     if path.name.endswith(".gz"):
         content = gzip.compress(content, compresslevel=6, mtime=0)
     try:
@@ -216,6 +204,42 @@ def write_nifti(
                 raise
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error}; check the folder, its permissions and free space") from error
+
+
+def nifti_image(array: NDArray[Any], affine: NDArray[np.float64], *, like: Volume | None = None) -> Any:
+    """Return what `write_nifti` writes as a `nibabel.Nifti1Image` in memory."""
+    return nibabel.Nifti1Image.from_bytes(_nifti_bytes(array, affine, like=like, world=None))
+
+
+def volume_of(image: Any) -> Volume:
+    """Return a `nibabel` image as a volume, by every rule that `read_volume` has for files.
+
+    Raises:
+        RefusedScan: as `read_volume`.
+    """
+    with tempfile.TemporaryDirectory(prefix="p2r-image-") as folder:
+        path = Path(folder, "image.nii")
+        nibabel.save(image, path)
+        return read_volume(path)
+
+
+def _nifti_bytes(
+    array: NDArray[Any], affine: NDArray[np.float64], *, like: Volume | None, world: Volume | None
+) -> bytes:
+    if like is not None and (array.shape[:3] != like.source_shape or not np.allclose(affine, like.source_affine)):
+        raise ValueError(
+            f"array {array.shape} and its affine do not lie on the grid of {like.key}'s file {like.source_shape}"
+        )
+    unit = 1.0 if world is None or not world.placement else unit_mm(world.placement)
+    affine = np.diag([1 / unit, 1 / unit, 1 / unit, 1.0]) @ affine
+    image = nibabel.Nifti1Image(_storable(array), affine)
+    image.set_sform(affine, code="aligned")
+    image.set_qform(affine, code="aligned", strip_shears=True)
+    image.header.set_xyzt_units({1e3: "meter", 1e-3: "micron"}.get(unit, "mm"), "sec")
+    content: bytes = image.to_bytes()
+    if like is not None and like.placement:
+        content = _placed(content, like.placement, has_time=array.ndim == 4 and like.frames is None)
+    return content
 
 
 def _placed(content: bytes, placement: Mapping[str, Sequence[float]], *, has_time: bool) -> bytes:

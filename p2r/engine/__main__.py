@@ -8,7 +8,6 @@ With `--minutes`, pretraining or the running trial saves its state when the time
 """
 
 import argparse
-import json
 import sys
 import time
 import traceback
@@ -21,15 +20,17 @@ import torch
 from p2r.config import IngestConfig, PretrainConfig
 from p2r.console import console, show
 from p2r.data.corpus import ingest_locally, report_progress
+from p2r.device import this_device
 from p2r.engine.fewshot import Result, attempt, failure_message
 from p2r.engine.finetune import TrialSetup
 from p2r.engine.fork import forked
-from p2r.engine.lines import report_lines
+from p2r.engine.lines import made_lines, report_lines
 from p2r.engine.pipeline import Say, run_job
 from p2r.engine.pretrain import pretrain
 from p2r.engine.profile import profile_text
 from p2r.errors import InputError, JobError, OutOfTime, P2RError
 from p2r.evaluate.protocol import Trial
+from p2r.files import lack_of_space
 from p2r.identity import ensure_identity
 from p2r.job import FORK_HELP, ignored_variables, overrides_of, read_job
 from p2r.logs import Line, LogFormat, configure, reset, say, say_crash, say_error, within
@@ -102,7 +103,10 @@ def main() -> int:
     try:
         return _main()
     except Exception as error:
-        say_crash(error)
+        if (full := lack_of_space(error)) is not None:
+            say_error(full, code=1)
+        else:
+            say_crash(error)
         return 1
     finally:
         reset()
@@ -130,8 +134,8 @@ def _main() -> int:
     if arguments.profile < 0:
         parser.error(f"--profile must not be negative, got {arguments.profile}")
 
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
+        device = this_device()
         configure(arguments.log_format)
         overrides = overrides_of(arguments.set, allow_transductive=arguments.allow_transductive)
         job = read_job(arguments.job, overrides)
@@ -160,8 +164,8 @@ def _main() -> int:
     if table is not None:
         console().print(table)
     failed = made.pop("failed", [])
-    for name, value in made.items():
-        show(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+    for line in made_lines(made):
+        show(line)
     if failed:
         say_error(failure_message(failed), code=1)
     return 1 if failed else 0

@@ -40,6 +40,13 @@ def origins_of_checkpoint(manifest: Mapping[str, Any], url: str) -> list[str] | 
         manifest: Of the checkpoint.
         url: Its folder.
     """
+    try:
+        return _origins(manifest, url)
+    except (KeyError, TypeError, AttributeError, ValueError, InputError):  # of another version, or rubbish
+        return None
+
+
+def _origins(manifest: Mapping[str, Any], url: str) -> list[str] | None:
     before = manifest.get("init_from")
     origins = [] if before is None else before.get("origins")
     own = re.fullmatch(r"(.+)/pretrain/checkpoints/[^/]+", url)
@@ -70,16 +77,18 @@ def ancestry(init_from: Mapping[str, Any] | None) -> Ancestry:
     corpora: list[CorpusFacts] | None = []
     licences: list[str] = []
     for origin in init_from["origins"]:
-        found = _read(parse_reference(origin))
+        found = _read(origin)
         licences += found.licences
         corpora = None if corpora is None or found.corpora is None else corpora + found.corpora
     return Ancestry(corpora, licences)
 
 
-def _read(reference: Reference) -> Ancestry:
-    assert reference.sha256 is not None
-    storage = Storage(reference.url)
+def _read(origin: str) -> Ancestry:
     try:
+        reference = parse_reference(origin)
+        if reference.sha256 is None:
+            return Ancestry(None, ["unknown"])
+        storage = Storage(reference.url)
         if not storage.exists(revision_path(reference.sha256)):
             manifest = open_artefact(reference, format="p2r-backbone").manifest
             return Ancestry(manifest.corpora, [manifest.licence])

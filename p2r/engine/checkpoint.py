@@ -359,15 +359,25 @@ def _manifest(storage: Storage, path: str) -> dict[str, Any]:
     manifest = storage.read_json(where, max_bytes=_MAX_MANIFEST_BYTES)
     if not isinstance(manifest, dict):
         raise DamagedError(f"{storage.at(where)} is not a manifest: it is damaged")
+    check_manifest(manifest, where=storage.at(where))
+    return {**manifest, "path": path}
+
+
+def check_manifest(manifest: Mapping[str, Any], *, where: str) -> None:
+    """Refuse what is no manifest of a checkpoint.
+
+    Raises:
+        DamagedError: It breaks a rule: names the key.
+        CheckpointError: Another version's.
+    """
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
-            f"{storage.at(where)} has format {manifest.get('format')!r}, this version reads {FORMAT!r}; "
+            f"{where} has format {manifest.get('format')!r}, this version reads {FORMAT!r}; "
             "use the version of p2r that wrote it, or another storage URL"
         )
-    found = checked(_MANIFEST, manifest, where=f"{storage.at(where)} is damaged:", error=DamagedError)
+    found = checked(_MANIFEST, manifest, where=f"{where} is damaged:", error=DamagedError)
     if absent := [name for name in ("model", *found.tensors) if f"{name}.safetensors" not in found.files]:
-        raise DamagedError(f"{storage.at(where)} is damaged: files lacks {absent[0]}.safetensors")
-    return {**manifest, "path": path}
+        raise DamagedError(f"{where} is damaged: files lacks {absent[0]}.safetensors")
 
 
 def _newest_sound(

@@ -58,7 +58,7 @@ def warm_up(
         with torch.no_grad():
             trial(image)
         trial(image).float().sum().backward()
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except (torch._dynamo.exc.TorchDynamoException, torch.OutOfMemoryError) as error:
         reason = error_text(error).strip().splitlines()[0]
         return False, f"not compiled: {reason}; training goes on without"
     finally:

@@ -23,7 +23,7 @@ from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Preparation
 from p2r.engine.finetune import TrialSetup, run_trial, slices_of
 from p2r.engine.leaks import Known
-from p2r.errors import DataError, InputError, OutOfTime, TrainingError, error_text
+from p2r.errors import CheckpointError, DataError, InputError, OutOfTime, TrainingError, error_text
 from p2r.evaluate.inference import size_read
 from p2r.evaluate.mix_ups import MixUps
 from p2r.evaluate.prepared import prepared_scan
@@ -38,6 +38,7 @@ from p2r.evaluate.protocol import (
     numbers_of,
     search_trials,
     settings_of,
+    trial_on_all,
 )
 from p2r.evaluate.tasks import (
     HELD_OUT,
@@ -386,12 +387,48 @@ def _files_sha256(scans: Sequence[TaskScan]) -> str:
     return digest.hexdigest()
 
 
-def publish_best(
-    setup: TrialSetup, results: Sequence[dict[str, Any]], backbone: Backbone, storage: Storage
-) -> dict[str, Any]:
-    """Publish the model with the highest mean validation Dice below `storage` (`<storage>/models`), and return its manifest."""
+def choose_model(config: FinetuneConfig, results: Sequence[Result]) -> Result:
+    """Return the result whose model is published: the best validation Dice among the modes that `published_mode` names."""
+    fine_tuned = [one for one in results if MODES[one["trial"]["mode"]].weights == "pretrained"]
+    candidates = fine_tuned if config.published_mode == "fine_tuned" and fine_tuned else results
+    return max(candidates, key=lambda result: result["validation"]["dice_mean"] or 0.0)
+
+
+def trial_for_publishing(setup: TrialSetup, best: Result) -> Trial | None:
+    """Return the trial that trains the best model's mode on all labelled patients; None if the best one is trained on all."""
     task = load_task(Path(setup.task))
-    best = max(results, key=lambda result: result["validation"]["dice_mean"] or 0.0)
+    trial = best["trial"]
+    if setup.config.protocol != "leak_free" or trial["num_labelled"] == len(set(task.subjects["train"])):
+        return None
+    return trial_on_all(setup.config, task, trial["mode"], Settings(**trial["settings"]))
+
+
+def publish_best(setup: TrialSetup, results: Sequence[Result], backbone: Backbone, storage: Storage) -> dict[str, Any]:
+    """Publish the model that `choose_model` chooses below `storage` (`<storage>/models`), and return its manifest."""
+    best = choose_model(setup.config, results)
+    num = sum(MODES[one["trial"]["mode"]].weights == MODES[best["trial"]["mode"]].weights for one in results)
+    among = "fine-tuned models" if setup.config.published_mode == "fine_tuned" and num < len(results) else "models"
+    why = f"the best validation Dice ({_dice_of(best):.3f}) of {num if among != 'models' else len(results)} {among}"
+    return _publish(setup, best, backbone, storage, why=why)
+
+
+def publish_on_all(setup: TrialSetup, result: Result, backbone: Backbone, storage: Storage) -> dict[str, Any]:
+    """Publish the model that learned from all labelled patients as `<task>/all`, and return its manifest.
+
+    What is published never changes: where `all` is another model already, this one is `all-<digest>`.
+    """
+    why = f"all labelled patients of the train split; validation Dice {_dice_of(result):.3f}, test patients not read"
+    return _publish(setup, result, backbone, storage, why=why, name="all")
+
+
+def _dice_of(result: Result) -> float:
+    return float(result["validation"]["dice_mean"] or 0.0)
+
+
+def _publish(
+    setup: TrialSetup, best: Result, backbone: Backbone, storage: Storage, *, why: str, name: str | None = None
+) -> dict[str, Any]:
+    task = load_task(Path(setup.task))
     trial = best["trial"]
     weights = load(Storage(setup.storage).read_bytes(best["weights"]))
     # From scratch, a model has the backbone's shape and nothing of its weights or corpora.
@@ -400,15 +437,14 @@ def publish_best(
     licence = " AND ".join(dict.fromkeys(licences))
     names, number = ", ".join(map(for_markdown, trial["subjects"])), trial["num_labelled"]
     patients = f"{number} labelled patient{'s' * (number > 1)} ({names})"
-    dice = best["validation"]["dice_mean"] or 0.0
     trial_is_transductive = bool(best["row"].get("transductive"))
     classes = ", ".join(f"{value} {for_markdown(name)}" for value, name in task.config.classes.items())
     seen = _UNKNOWN_CARD if best["row"].get("corpora") == "unknown" else _TRANSDUCTIVE_CARD
     warnings = seen * trial_is_transductive + _PAPER_COMPAT_CARD * (trial["protocol"] == "paper_compat")
     about = f"""# {for_markdown(task.config.title)}
 
-Segments {classes} (0: background). Mode {trial["mode"]} with {patients}: the best validation Dice
-({dice:.3f}) of {len(results)} models. Not a medical device.{warnings}
+Segments {classes} (0: background). Mode {trial["mode"]} ({MODES[trial["mode"]].title}) with {patients}: {why}.
+Not a medical device.{warnings}
 
     p2r predict {one_line(storage.at(task.config.name))}/%s scan.nii.gz -o segmentation.nii.gz
 
@@ -432,12 +468,16 @@ Licence of the weights: {for_markdown(licence)}. {for_markdown(task.config.citat
     }
     # What is published never changes: a model of which anything else is said, such as a corrected licence, is another version.
     said = hashlib.sha256(json_bytes([about, facts, config.model_dump(mode="json")])).hexdigest()
-    version = f"{Path(best['weights']).stem}-{said[:12]}"
-    return publish(
-        storage.child(f"{task.config.name}/{version}"),
-        format=MODEL_FORMAT,
-        weights=weights,
-        config=config,
-        card=about.replace("%s", version),
-        facts=facts,
-    )
+    own_version = f"{Path(best['weights']).stem}-{said[:12]}"
+
+    def publish_as(version: str) -> dict[str, Any]:
+        where = storage.child(f"{task.config.name}/{version}")
+        card = about.replace("%s", version)
+        return publish(where, format=MODEL_FORMAT, weights=weights, config=config, card=card, facts=facts)
+
+    if name is None:
+        return publish_as(own_version)
+    try:
+        return publish_as(name)
+    except CheckpointError:  # another model is published there, or this one cannot be: then this fails, too
+        return publish_as(f"{name}-{said[:12]}")

@@ -162,8 +162,8 @@ def run_trial(
 ) -> dict[str, Any]:
     """Train and score one trial, or return the result that the storage already holds. One that was killed resumes.
 
-    A search trial is scored on validation patients. A final one is scored on the split that is reported too, and leaves
-    its weights and what it predicted beside its result.
+    A search trial is scored on validation patients. A final one is scored on the split that is reported too. It and the trial of
+    a model to be published leave their weights and their predictions beside their results.
 
     Args:
         setup: What the task's trials share.
@@ -254,12 +254,13 @@ def run_trial(
     result |= told
     if isinstance(segmenter.head, PrototypeHead):
         result["num_prototypes"] = list(segmenter.head.num_prototypes)
-    if trial.purpose == "final":
+    if trial.purpose != "search":
         stem = path.removesuffix(".json")
         reported = validation
         # From scratch, nothing of the backbone is used but its architecture and its way to prepare a scan.
         backbone_sha256 = None if MODES[trial.mode].is_from_scratch else setup.backbone_sha256
-        if config.score_on == "test":
+        reports_test = trial.purpose == "final" and config.score_on == "test"
+        if reports_test:
             scans = task.scans_of(task.subjects["test"])
             reading = {"recipe_sha256": setup.recipe_sha256(trial), "backbone_sha256": backbone_sha256}
             record_reading(
@@ -277,7 +278,7 @@ def run_trial(
             "transductive": setup.is_transductive or known.is_any,
             **({"corpora": "unknown"} if known.is_unknown else {}),
             "seed": config.seed,
-            "split": config.score_on,
+            "split": "test" if reports_test else "validation",
             "validation_dice_mean": validation.summary.dice_mean,
             "backbone_sha256": backbone_sha256,
             "code": code_version(),

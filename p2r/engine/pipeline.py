@@ -12,14 +12,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from p2r.artefact import CorpusFacts
-from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, load_backbone, publish
+from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, Backbone, load_backbone, publish
 from p2r.config import ImageConfig, IngestConfig, PretrainConfig, PublishConfig
 from p2r.data.corpus import check_selection, load_manifest, manifest_sha256, subjects_found, was_asked
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
 from p2r.engine.ancestry import added, ancestry, corpus_facts
 from p2r.engine.corpora import corpora_of
-from p2r.engine.fewshot import FewShot, TrialRunner, check_data, check_task, few_shot, publish_best
+from p2r.engine.fewshot import (
+    FewShot,
+    Result,
+    TrialRunner,
+    check_data,
+    check_task,
+    choose_model,
+    few_shot,
+    publish_best,
+    publish_on_all,
+    trial_for_publishing,
+)
 from p2r.engine.finetune import TrialSetup, preparation_for
 from p2r.engine.history import read_history
 from p2r.engine.pretrain import HISTORY, finished_checkpoint
@@ -32,6 +43,7 @@ from p2r.job import Job, variants_of
 from p2r.logs import Say as Say
 from p2r.logs import within
 from p2r.model.backbones import cost_of
+from p2r.modes import MODES
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
 from p2r.report.text import for_markdown
 from p2r.storage import Storage
@@ -323,15 +335,16 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
         test_reads = merge_readings(storage)
     results, facts = found.results, {**found.facts(), "test_reads": test_reads}
     facts["spent"] = _spent(storage, found)
-    models = {}
+    models: dict[str, str] = {}
     if job.finetune.publish_model:
         for setup in setups:
             name = load_task(Path(setup.task)).name
             of_task = [result for result in results if result["trial"]["task"] == name]
             if not of_task:
                 continue
-            models[name] = publish_best(setup, of_task, backbone, storage.child("models"))["url"]
-            say(f"finetune | best model of {name} by validation Dice: {models[name]}")
+            models |= _publish_models(
+                setup, name, of_task, backbone, executor, storage.child("models"), say, facts["failed"]
+            )
     report = make_report(
         job,
         storage,
@@ -342,6 +355,34 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
         facts=facts,
     )
     return {"models": models, **report, **({"failed": facts["failed"]} if facts["failed"] else {})}
+
+
+def _publish_models(
+    setup: TrialSetup,
+    name: str,
+    results: Sequence[Result],
+    backbone: Backbone,
+    executor: Executor,
+    storage: Storage,
+    say: Say,
+    failed: list[dict[str, str]],
+) -> dict[str, str]:
+    """Publish a task's best model, and one of its mode that learned from all labelled patients; return their URLs by name."""
+    best = choose_model(setup.config, results)
+    mode = MODES[best["trial"]["mode"]].title
+    models = {name: str(publish_best(setup, results, backbone, storage)["url"])}
+    say(f"finetune | published model of {name}: {mode}, best by validation Dice | {models[name]}")
+    trial = trial_for_publishing(setup, best)
+    result = best
+    if trial is not None:
+        say(f"finetune | training {mode} on all {trial.num_labelled} labelled patients of {name}, to be published")
+        (result,) = executor.run_trials([(setup, trial)], say=within(say, "finetune"))
+    if "failed" in result:
+        failed.append({"trial": result["trial"]["id"], "reason": result["failed"]})
+        return models
+    models[f"{name}/all"] = str(publish_on_all(setup, result, backbone, storage)["url"])
+    say(f"finetune | model of {name} by all labelled patients: {models[f'{name}/all']}")
+    return models
 
 
 def _licence(config: PublishConfig, of_corpora: Sequence[str]) -> str:

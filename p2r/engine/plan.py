@@ -30,14 +30,16 @@ from p2r.data.order import allowed_world_sizes, check_world_size
 from p2r.data.stream import Corpus, order_of
 from p2r.engine.build import DTYPES
 from p2r.engine.counting import LiveTensors, SavedTensors, storages_of
+from p2r.engine.roofline import LossTime, loss_time, ways_to_shorten
 from p2r.engine.tune_batch import HEADROOM
 from p2r.errors import InputError
-from p2r.loss.tiles import PANELS, TILE
+from p2r.loss.tiles import TILE, num_panels
 from p2r.loss.within_image import images_at_once
 from p2r.model.pix2rep import Pix2Rep
 
 _FP32 = 4
 _PANEL_ON_CUDA = 16_384  # rows whose column sums the kernels keep apart
+_SPLIT_ON_CUDA, _MOST_SPLITS_ON_CUDA, _PARTIAL_ON_CUDA = 16_384, 8, 2**28  # of the kernels' gradients
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -108,6 +110,8 @@ class Pace:
     """None: there is no corpus yet that could be passed over."""
     run_cost: float | None
     epoch_cost: float | None
+    impossible: str | None
+    """Why no worker can keep the rate, and the way out; None: nothing speaks against it."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,8 @@ class Plan:
     steps_per_epoch: float | None
     pace: Pace | None
     """None: no rate was measured or stated."""
+    loss_time: LossTime | None
+    """Of a worker and step; None where it is not known."""
     world_sizes: tuple[int, ...]
     """Numbers of workers that can share the global batch."""
 
@@ -226,6 +232,7 @@ def plan(
         images_in_corpus=images_in_corpus,
         steps_per_epoch=epoch,
         pace=None,
+        loss_time=loss_time(config, world_size=world_size, device=device),
         world_sizes=tuple(allowed_world_sizes(config.global_batch)),
     )
     return found if rate is None else replace(found, pace=_pace(config, found, rate, cost_per_hour))
@@ -396,29 +403,36 @@ def _loss_bytes(config: PretrainConfig, *, rows: int, world_size: int, device: s
     if loss.name == "barlow_twins":
         # Both views centred, and one of them weighted; on the way, both as they were, and gradients.
         return _Loss(_FP32 * 3 * tower, _FP32 * 8 * tower)
-    on_kernels = device == "cuda"
-    product = DTYPES[config.precision].itemsize if on_kernels else _FP32
+    is_gpu, on_kernels = device == "cuda", _has_kernels(config, device)
+    product = DTYPES[config.precision].itemsize if is_gpu else _FP32
     tile = 0 if on_kernels else _FP32 * TILE**2
     others = tower * world_size if world_size > 1 and loss.exchange == "all_gather" else 0
     if loss.negatives == "image":
         # Rows of length 1, and some images' similarities, of which softmax and its gradient want a few copies.
         pairs = loss.pixel_pairs_per_image
-        at_once = min(rows // pairs, images_at_once(pairs, is_gpu=on_kernels))
+        at_once = min(rows // pairs, images_at_once(pairs, is_gpu=is_gpu))
         square = _FP32 * at_once * pairs**2 * (4 if loss.form == "nt_xent" else 2)
         return _Loss(2 * _FP32 * 2 * tower, 2 * _FP32 * 3 * tower + 5 * square)
     # Rows over their longest number, rows of length 1; the same in the dtype of products; everybody's.
     saved = 2 * _FP32 * 2 * tower + 2 * product * (tower if product != _FP32 else 0) + 2 * product * others
-    forward = max(product * others, tile + _FP32 * _num_panels(rows, device) * rows * world_size)
+    forward = max(
+        product * others, tile + _FP32 * _num_panels(rows, on_kernels=_has_kernels(config, device)) * rows * world_size
+    )
     travelling = 4 * product * tower if loss.exchange == "ring" and world_size > 1 else 0
-    backward = 2 * tile + 2 * _FP32 * tower + _FP32 * max(others + tower, 2 * tower) + travelling
+    splits = min(_MOST_SPLITS_ON_CUDA, math.ceil(rows * world_size / _SPLIT_ON_CUDA)) if on_kernels else 0
+    parts = min(splits * _FP32 * tower, max(_PARTIAL_ON_CUDA, _FP32 * tower))
+    backward = 2 * tile + 2 * _FP32 * tower + _FP32 * max(others + tower, 2 * tower) + travelling + parts
     return _Loss(saved, saved + max(forward, backward))
 
 
-def _num_panels(rows: int, device: str) -> int:
+def _has_kernels(config: PretrainConfig, device: str) -> bool:
+    """Return whether the loss takes the kernels. In fp32, GPUs compute it in torch's tiles."""
+    return device == "cuda" and config.precision != "fp32"
+
+
+def _num_panels(rows: int, *, on_kernels: bool) -> int:
     """Return into how many groups of anchors the sums over them are cut."""
-    if device == "cuda":
-        return math.ceil(rows / _PANEL_ON_CUDA)
-    return math.ceil(rows / (TILE * math.ceil(rows / (TILE * PANELS))))
+    return math.ceil(rows / _PANEL_ON_CUDA) if on_kernels else num_panels(rows)
 
 
 def traffic_of(config: PretrainConfig, *, world_size: int, num_weights: int, device: str) -> Traffic:
@@ -455,7 +469,7 @@ def _loss_traffic(config: PretrainConfig, rows: int, *, world_size: int, device:
     if loss.exchange == "ring":
         # Around the ring once in each pass, in the second one with the rows' softmax weights.
         return agreement + others * rows * (2 * of_a_row + 2 * _FP32 + of_sums)
-    softmax, column = 2 * _FP32, _FP32 * _num_panels(rows, device)
+    softmax, column = 2 * _FP32, _FP32 * _num_panels(rows, on_kernels=_has_kernels(config, device))
     return agreement + others * rows * (of_a_row + of_sums + softmax + column)
 
 
@@ -500,6 +514,18 @@ def _pace(config: PretrainConfig, found: Plan, rate: Rate, cost_per_hour: float 
         epoch_hours=None if epoch is None else epoch * hours,
         run_cost=None if per_step is None else config.steps * per_step,
         epoch_cost=None if per_step is None or epoch is None else epoch * per_step,
+        impossible=_impossible(config, found, step_s),
+    )
+
+
+def _impossible(config: PretrainConfig, found: Plan, step_s: float) -> str | None:
+    time = found.loss_time
+    if time is None or time.expected_s < step_s:
+        return None
+    ways = ways_to_shorten(config, world_size=found.num_workers, step_s=step_s)
+    return (
+        f"the loss takes about {time.expected_s:.2g} s, at the very least {time.least_s:.2g} s, of a step of {step_s:.2g} s: "
+        f"{''.join(f'set {way}, or ' for way in ways)}take more workers"
     )
 
 

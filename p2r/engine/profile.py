@@ -5,7 +5,6 @@ are recorded. Parts of a step are measured by the device's own events on a GPU a
 and copying (on a stream of its own) go on beside the steps, and are no part of them.
 """
 
-import json
 import resource
 import tempfile
 import time
@@ -303,7 +302,7 @@ def _mib(tensors: Iterable[Tensor], *, apart: Iterable[int] = ()) -> float:
 
 def profile_text(storage: Storage) -> str:
     """Return the tables that lie at `<storage>/pretrain/profile`."""
-    profile = json.loads(storage.read_bytes("profile/profile.json"))
+    profile = storage.read_json("profile/profile.json")
     return to_text(
         Profile(
             **{

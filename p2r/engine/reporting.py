@@ -27,6 +27,7 @@ from p2r.evaluate.statistics import few_shot_statistics
 from p2r.evaluate.tasks import LabelledScan, Task, load_scan, load_task
 from p2r.job import Job
 from p2r.loss import corresponding_points
+from p2r.modes import MODES
 from p2r.randomness import keyed_generator
 from p2r.report import (
     Drawing,
@@ -126,7 +127,7 @@ def make_report(
             put(
                 f"outlines-{task.name}",
                 _outlines(models[task.name], scan, task, rows, context, who=who),
-                f"The published model on {who}.",
+                f"The published model ({_mode_of(models[task.name])}) on {who}.",
             )
     context |= {"captions": captions, "places": places}
     if left_out:
@@ -332,6 +333,11 @@ def _embedding(backbone: Backbone, scan: LabelledScan, *, source: str) -> Drawin
     return embedding_pca(images, features, num_slices=_NUM_SLICES, source=source)
 
 
+def _mode_of(model: str) -> str:
+    """Return the title of the mode by which a published model was trained."""
+    return MODES[load_model(model)[2]["trial"]["mode"]].title
+
+
 def _outlines(
     model: str,
     scan: LabelledScan,
@@ -363,7 +369,7 @@ def _outlines(
         reference[chosen],
         list(task.config.classes.values()),
         spacing_mm=_in_plane(scan, axis),
-        title=f"The published model, {who}",
+        title=f"The published model ({MODES[trial['mode']].title}), {who}",
         source=trials_line([trial], context, patient=who),
     )
 

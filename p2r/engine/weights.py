@@ -14,7 +14,7 @@ from torch import Tensor
 from p2r.artefact import BackboneManifest, open_artefact
 from p2r.documents import read_json
 from p2r.engine.ancestry import origins_of_backbone, origins_of_checkpoint
-from p2r.engine.checkpoint import FORMAT
+from p2r.engine.checkpoint import FORMAT, check_manifest
 from p2r.errors import CheckpointError, DamagedError
 from p2r.model.pix2rep import Pix2Rep
 from p2r.reference import Reference, parse_reference
@@ -66,6 +66,7 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
         return {**facts, "weights_sha256": entry.sha256, "origins": origins_of_backbone(artefact), **step}
     if format != FORMAT:
         raise CheckpointError(f"{where} has format {format!r}; weights are taken from p2r-backbone/2 and {FORMAT}")
+    check_manifest(manifest, where=where)
     reference.check(content)
     _load(model, checked_weights(storage, _FILE, manifest["files"][_FILE]), where=where, optional=_OPTIONAL)
     return {

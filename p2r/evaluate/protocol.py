@@ -77,7 +77,8 @@ class Trial:
     draw: int
     subjects: tuple[str, ...]
     settings: Settings
-    purpose: Literal["search", "final"]
+    purpose: Literal["search", "final", "publish"]
+    """search: validated only. final: a row of the table. publish: on all labelled patients, validated only."""
     protocol: ProtocolName = "leak_free"
     searched: tuple[str, ...] = ()
     """Settings in which the candidates of a search differ: part of a search trial's name."""
@@ -274,6 +275,11 @@ def final_trials(config: FinetuneConfig, task: LabelledTask, chosen: Mapping[Mod
     ]
 
 
+def trial_on_all(config: FinetuneConfig, task: LabelledTask, mode: Mode, settings: Settings) -> Trial:
+    """Return the run by which the published model learns from every labelled patient of the train split."""
+    return _trial(config, task, mode, len(set(task.subjects["train"])), 0, settings, purpose="publish")
+
+
 def _trial(
     config: FinetuneConfig,
     task: LabelledTask,
@@ -282,7 +288,7 @@ def _trial(
     draw: int,
     settings: Settings,
     *,
-    purpose: Literal["search", "final"],
+    purpose: Literal["search", "final", "publish"],
     searched: tuple[str, ...] = (),
 ) -> Trial:
     subjects = draw_of(config, task, num_labelled=num_labelled, draw=draw)

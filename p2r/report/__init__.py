@@ -1,17 +1,22 @@
 """Rows of few-shot figures -> what people read: a table on the terminal, a page, pictures.
 
-`write_report` makes the page; `table` prints; a picture is a `Drawing`, or the bytes of a PNG.
+`write_report` makes the page; `table` prints; a picture is a `Drawing`, or the bytes of a PNG. Names are loaded when they are first
+used: Matplotlib and torch take seconds, and most commands draw nothing.
 """
 
-from p2r.report.canvas import Drawing
-from p2r.report.cases import ShownCase, shown_cases
-from p2r.report.corpus_report import corpus_report_is_current, write_corpus_report
-from p2r.report.document import source_line, trials_line, write_report
-from p2r.report.few_shot_curve import few_shot_curve
-from p2r.report.pictures import embedding_pca, outlines, view_pairs
-from p2r.report.tables import Cell, Spread, aggregate, label_of, split_of, table
-from p2r.report.variants import markdown_variants, variants_picture, variants_table
-from p2r.report.view_sheet import image_of, view_sheet
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from p2r.report.canvas import Drawing
+    from p2r.report.cases import ShownCase, shown_cases
+    from p2r.report.corpus_report import corpus_report_is_current, write_corpus_report
+    from p2r.report.document import source_line, trials_line, write_report
+    from p2r.report.few_shot_curve import few_shot_curve
+    from p2r.report.pictures import embedding_pca, outlines, view_pairs
+    from p2r.report.tables import Cell, Spread, aggregate, label_of, split_of, table
+    from p2r.report.variants import markdown_variants, variants_picture, variants_table
+    from p2r.report.view_sheet import image_of, view_sheet
 
 __all__ = [
     "Cell",
@@ -38,3 +43,35 @@ __all__ = [
     "write_corpus_report",
     "write_report",
 ]
+
+_HOMES = {
+    "Drawing": "p2r.report.canvas",
+    "ShownCase": "p2r.report.cases",
+    "shown_cases": "p2r.report.cases",
+    "corpus_report_is_current": "p2r.report.corpus_report",
+    "write_corpus_report": "p2r.report.corpus_report",
+    "source_line": "p2r.report.document",
+    "trials_line": "p2r.report.document",
+    "write_report": "p2r.report.document",
+    "few_shot_curve": "p2r.report.few_shot_curve",
+    "embedding_pca": "p2r.report.pictures",
+    "outlines": "p2r.report.pictures",
+    "view_pairs": "p2r.report.pictures",
+    "Cell": "p2r.report.tables",
+    "Spread": "p2r.report.tables",
+    "aggregate": "p2r.report.tables",
+    "label_of": "p2r.report.tables",
+    "split_of": "p2r.report.tables",
+    "table": "p2r.report.tables",
+    "markdown_variants": "p2r.report.variants",
+    "variants_picture": "p2r.report.variants",
+    "variants_table": "p2r.report.variants",
+    "image_of": "p2r.report.view_sheet",
+    "view_sheet": "p2r.report.view_sheet",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'p2r.report' has no attribute '{name}'")

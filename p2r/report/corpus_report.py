@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from p2r.config import PERCENTILES
 from p2r.data.ledger import LedgerRow, is_accepted, read_ledger
 from p2r.data.manifest import facts_of, load_manifest, manifest_sha256, ranges_of
+from p2r.data.preparation import slice_axis
 from p2r.data.revision import read_thumbnails
 from p2r.data.thumbnails import MOST, Thumbnails, drawn
 from p2r.report.canvas import CLASS_COLOURS, FAINT, INK, headline, new_figure, plain, show, to_png
@@ -87,7 +88,7 @@ def histograms(accepted: Sequence[LedgerRow]) -> bytes:
     """Draw how voxel sizes, extents and intensities of the accepted scans are distributed."""
     spacing = np.sort(np.array([row["spacing_mm"] for row in accepted], dtype=np.float64), axis=1)
     shape = np.array([row["shape"][:3] for row in accepted], dtype=np.float64)
-    across = np.array([int(np.argmax(row["spacing_mm"])) for row in accepted])
+    across = np.array([slice_axis(tuple(row["spacing_mm"]), shape=tuple(row["shape"])) for row in accepted])
     planes = np.take_along_axis(shape, across[:, None], axis=1)[:, 0]
     in_plane = np.sqrt(shape.prod(axis=1) / planes)
     percentiles = np.array([row["percentiles"] for row in accepted], dtype=np.float64)

@@ -326,7 +326,7 @@ class _Page:
                         f"{series_name(series_of(difference))} over {_against(difference['against'])}, {labelled}"
                     ),
                     signed(difference["difference"], 3),
-                    f"{self.level} {_interval(difference, 3)}; p {p_text(difference['p_holm'])}, {difference['patients']} patients",
+                    f"{self.level} {_interval(difference, 3)}; p (Holm) {p_text(difference['p_holm'])}, {difference['patients']} patients",
                 )
             if leader and not of_leader and leader.gain is not None:
                 yield (

@@ -73,6 +73,23 @@ class _Published(NamedTuple):
     licence: str
 
 
+def open_report(url: str) -> Run:
+    """Read the report of a job, or of a backbone that it published, with its rows checked.
+
+        report = p2r.open_report("/data/runs/mine")
+        best = max(report.rows, key=lambda row: row["dice_mean"] or 0)
+        best["mode"], best["num_labelled"], best["dice"]
+
+    Args:
+        url: Storage of a job, its `report.json`, or a backbone in such a storage.
+
+    Raises:
+        DataError: if the report breaks a rule.
+        StorageError: if there is none.
+    """
+    return _read_run(url, "A")
+
+
 def read_runs(urls: Sequence[str]) -> list[Run]:
     """Read the reports below several URLs: of a job's storage, of its report, of a report.json, or of a backbone that a job
     published in its storage.

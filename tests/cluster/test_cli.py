@@ -11,6 +11,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from cluster import cli, submit_hook
 
@@ -54,6 +56,32 @@ def test_predict_puts_the_segmentation_on_the_scan_s_own_grid(
     voxels, labels = np.asarray(scan.dataobj), np.asarray(found.dataobj)
     assert set(np.unique(labels)) == {0, 1}
     assert voxels[labels == 1].mean() > 2 * voxels[labels == 0].mean()
+
+
+def test_predict_keeps_units_and_time_and_prints_the_volumes_of_each_frame(
+    p2r: Call, published: dict[str, str], toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    voxels = np.asarray(nibabel.load(toy_data / "images/sub-07_T1w.nii.gz").dataobj)
+    series = nibabel.Nifti1Image(np.stack([voxels, voxels[::-1], voxels], -1), np.diag([2000.0, 2000, 8000, 1]))
+    series.set_qform(None)
+    series.header.set_xyzt_units("micron", "msec")
+    series.header.set_zooms((2000, 2000, 8000, 40))
+    for image, name in ((series, "series"), (series.slicer[:, :, 1:2, 0], "plane")):
+        image.to_filename(tmp_path / f"{name}.nii.gz")
+        printed = p2r("predict", published["model"], tmp_path / f"{name}.nii.gz", "-o", tmp_path / f"{name}_seg.nii")
+        found = nibabel.load(tmp_path / f"{name}_seg.nii")
+        assert found.shape == image.shape
+        assert found.header.get_zooms() == image.header.get_zooms()
+        assert found.header.get_xyzt_units() == ("micron", "msec")
+        assert (found.header["sform_code"], found.header["qform_code"]) == (2, 0)
+        labels = np.asarray(found.dataobj).reshape(-1, 3 if name == "series" else 1, order="F")
+        in_ml = [float(number) for number in re.findall(r"[\d.]+", printed.split("DISC:")[1].split("ml")[0])]
+        assert in_ml == pytest.approx(labels.sum(0) * 0.032, abs=0.06)
+        assert min(in_ml) > 0
+        assert ("in frames 1 to 3" in printed) == (name == "series")
+    with pytest.raises(SystemExit):
+        p2r("predict", published["model"], tmp_path / "plane.nii.gz", "-o", "s3://bucket/seg.nii.gz")
+    assert "written to a folder of this machine" in capsys.readouterr().err
 
 
 def test_compare_takes_a_published_backbone_by_its_rows(p2r: Call, published: dict[str, str], tmp_path: Path) -> None:
@@ -108,7 +136,7 @@ def test_inspect_lists_what_lies_at_a_url(p2r: Call, published: dict[str, str]) 
     printed = p2r("inspect", published["storage"])
     for kind in ("p2r-corpus/2", "p2r-backbone/2", "p2r-model/2", "p2r-checkpoint/1"):
         assert kind in printed
-    manifest = json.loads(p2r("inspect", published["backbone"]))
+    manifest = json.loads(p2r("inspect", published["backbone"], "--json"))
     assert manifest["licence"] == "CC0-1.0"
     assert "subject_digests" not in manifest["corpora"][0]
 
@@ -265,3 +293,27 @@ def test_a_command_that_needs_more_than_the_core_says_what_to_install(
     assert done.returncode == 2
     assert f"needs the package {package}" in done.stderr and "pip install 'p2r[cluster]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_published_is_signed_and_verified_by_its_key(
+    p2r: Call, published: dict[str, str], tmp_path: Path, write_toy_job: Callable[..., Path]
+) -> None:
+    folder = Path(published["storage"].removeprefix("file://"))
+    private, public = tmp_path / "private.pem", tmp_path / "public.pem"
+    shutil.copytree(folder, tmp_path / "storage")
+    job, key = write_toy_job(tmp_path), Ed25519PrivateKey.generate()
+    private.touch(mode=0o600)
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    name = f"ed25519:{key.public_key().public_bytes_raw().hex()}"
+    shutil.rmtree(tmp_path / "storage/backbones")
+    printed = p2r("publish", job, "--sign", private)
+    pin = next(line.split(": ", 1)[1] for line in printed.splitlines() if line.startswith("backbone_pin: "))
+    assert pin.startswith(f"file://{tmp_path}/storage/backbones/toy/1@sha256:") and f"signed: {name}" in printed
+    for given in (public, name):
+        printed = p2r("verify", pin, "--key", given)
+        assert f"pin      {pin}" in printed and f"signed   {name}" in printed
+    assert "unchecked  manifest.sig" in p2r("verify", pin)
+    (model,) = (tmp_path / "storage/models/disc").iterdir()
+    assert p2r("sign", model, "--key", private).strip() == f"signed: {name}"
+    assert f"signed   {name}" in p2r("verify", model, "--key", public)

@@ -129,12 +129,13 @@ def test_a_cluster_s_workers_get_the_driver_s_keys_in_memory_and_a_submitted_job
     job = write_toy_job(tmp_path)
     keys = {name: value for name, value in s3_server.items() if name.startswith("AWS_")}
     secret = keys["AWS_SECRET_ACCESS_KEY"]
+    others = {name: value for name, value in MARKED.items() if name != "AWS_SESSION_TOKEN"}
     with watched_commands() as commands, head(short) as (address, dashboard):
-        # The nodes have no identity: what comes to the bucket was written with keys that the driver has handed over.
+        # The nodes have no identity: the corpus in the bucket was written with keys that the driver has handed over.
         said = p2r(
             *("run", str(job), "--address", address, "--set", "kind=ingest", "--set", f"storage={s3_url}"),
             *("--set", "ingest.pseudonyms=true"),
-            env=environment(**{**MARKED, **keys}),
+            env=environment(**{**others, **keys}),
             cwd=tmp_path,
         )
         assert Storage(f"{s3_url}/corpus").read_json("manifest.json")["num_records"] > 0
@@ -157,7 +158,7 @@ def head(folder: Path) -> Iterator[tuple[str, int]]:
     for attempt in range(ATTEMPTS):
         gcs, dashboard, *of_agents = free_ports(6)
         command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"]
-        command += [f"--port={gcs}", "--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}"]
+        command += [f"--port={gcs}", f"--dashboard-port={dashboard}"]
         # Chosen here: a raylet waits but 15 s for its agents to tell theirs, which a busy machine exceeds.
         names = ("metrics-export", "dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent")
         command += [f"--{name}-port={port}" for name, port in zip(names, of_agents, strict=True)]
@@ -170,14 +171,15 @@ def head(folder: Path) -> Iterator[tuple[str, int]]:
             break
         assert attempt < ATTEMPTS - 1, (folder / "head.log").read_text()
     try:
-        yield f"127.0.0.1:{gcs}", dashboard
+        # Ray takes 127.0.0.1 for this address, where the head listens.
+        yield f"{ray.util.get_node_ip_address()}:{gcs}", dashboard
     finally:
         process.terminate()
         process.wait(60)
 
 
 def jobs_of(dashboard: int) -> str:
-    """Return what a head tells about its jobs; nothing while it is not up."""
+    """Return a head's list of jobs as JSON; nothing while it is not up."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/jobs/", timeout=20) as answer:
             return str(answer.read().decode())

@@ -72,6 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (trials / f"{number}.json").write_text(json.dumps(result))
     (folder / "report/pictures").mkdir(parents=True)
     (folder / "report/pictures/view-pairs.png").write_bytes(PNG)
+    (folder / "pretrain/hidden.png").write_bytes(PNG)  # a picture, and none of the report's
     (folder / "report/pictures/page.png").write_text(f"<html>{HOSTILE}")
     context = {"captions": {"view-pairs": HOSTILE}, "failed": [{"trial": HOSTILE, "failed": HOSTILE}]}
     (folder / "report/report.json").write_text(json.dumps({"context": context}))
@@ -133,6 +134,7 @@ def test_only_what_is_listed_is_served(get: Get, server: StatusServer) -> None:
         *("/pretrain/history.jsonl", "/page.html", "/../pyproject.toml", "/pictures/", "/pictures/report/report.json"),
         *("/pictures/../pretrain/history.jsonl", "/pictures/%2e%2e/%2e%2e/etc/passwd", "/pictures//etc/passwd"),
         *("/pictures/report/pictures/page.png", "/status.json/", "/%00", "/pictures/report/pictures/absent.png"),
+        "/pictures/pretrain/hidden.png",
     ):
         status, headers, body = get(path)
         assert (status, body) == (404, b"404 Not Found\n"), path

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from infra.local.s3 import free_ports
+from p2r.errors import JobError
 
 pytestmark = pytest.mark.ray
 
@@ -123,3 +124,28 @@ def _read(head: _Head, path: str) -> bytes:
     request = urllib.request.Request(head.url + path, headers={"Authorization": f"Bearer {head.token}"})
     with urllib.request.urlopen(request, timeout=10) as answer:
         return bytes(answer.read())
+
+
+def test_a_folder_over_rays_limit_names_its_largest_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_toy_job: Callable[..., Path]
+) -> None:
+    from ray._private.runtime_env import packaging
+
+    from cluster import submit
+
+    class Client:
+        def __init__(self, address: str) -> None:
+            pass
+
+        def submit_job(self, **_: object) -> str:
+            packaging._store_package_in_gcs("gcs://_ray_pkg_x.zip", b"x" * 2048)
+            raise AssertionError("Ray refuses it")
+
+    monkeypatch.setattr(packaging, "GCS_STORAGE_MAX_SIZE", 1024)
+    monkeypatch.setattr(submit, "JobSubmissionClient", Client)
+    job = write_toy_job(tmp_path)
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "big.bin").write_bytes(bytes(3 << 20))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(JobError, match=r"maximum size of .*largest in it are scans \(3 MiB\).*\.rayignore"):
+        submit.submit(job, (), address="http://127.0.0.1:1")

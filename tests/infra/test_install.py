@@ -16,7 +16,7 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from cluster.status import target_of
-from infra.supply_chain import PINS, read_pins
+from infra.supply_chain import PINS, all_pins, read_pins
 from p2r.job import find_job, read_job
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +38,10 @@ def installs_of(*arguments: str) -> list[list[str]]:
     return [shlex.split(words) for words in re.findall(r"-m pip install (.*)", planned(*arguments))]
 
 
-def resolve(arguments: list[str], *, python: str, platform: str = "x86_64-unknown-linux-gnu") -> str:
-    """Resolve what pip is asked for, from the index alone, and return the pins; skip where no index answers."""
+def resolve(
+    arguments: list[str], *, python: str, platform: str = "x86_64-unknown-linux-gnu", wheels: Path | None = None
+) -> dict[str, str]:
+    """Resolve what pip is asked for, from the index and a folder of `wheels`: version by name; skip where no index answers."""
     uv = Path(sys.executable).parent / "uv"
     if not uv.exists():
         pytest.skip("no uv: pip install uv")
@@ -49,28 +51,54 @@ def resolve(arguments: list[str], *, python: str, platform: str = "x86_64-unknow
     command += ["--python-version", python, "--python-platform", platform, "pyproject.toml"]
     command += [word for name in extras for word in ("--extra", name)]
     command += [word for word in arguments if word == "-c" or word.endswith(".txt")]
+    command += [] if wheels is None else ["--find-links", wheels]
     # No wheel of this machine, no other index of this machine: what anybody gets.
     environment = {name: value for name, value in os.environ.items() if NETWORK.search(name)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode != 0 and re.search(r"Failed to fetch|client error \(Connect\)", done.stderr):
         pytest.skip(f"no package index answers: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", done.stdout, re.MULTILINE))
+
+
+def pinned(name: str) -> str:
+    """Return the version that a package is pinned to."""
+    return all_pins()[name][1]
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
 def test_what_make_installs_resolves_on_a_plain_linux_machine(python: str) -> None:
     (demo,) = installs_of("demo")
     (_, tests) = installs_of("test")
-    assert "triton==" in resolve(demo, python=python), "torch's CUDA build brings it"
-    pins = dict(line.split("==") for line in resolve(tests, python=python).split() if "==" in line)
-    assert pins["torch"] == "2.13.0"
-    assert pins["triton"] == read_pins((ROOT / "constraints-tests.txt").read_text())["triton"][1]
+    for arguments in (demo, tests):
+        found = resolve(arguments, python=python)
+        assert (found["torch"], found["triton"]) == (pinned("torch"), pinned("triton"))
+        assert "nvidia-nccl-cu13" in found, "torch is built for CUDA there"
 
 
 def test_it_resolves_on_arm_too() -> None:
     (demo,) = installs_of("demo")
-    assert "nvidia-nccl" in resolve(demo, python="3.12", platform="aarch64-unknown-linux-gnu")
+    assert "ray" in resolve(demo, python="3.12", platform="aarch64-unknown-linux-gnu")
+
+
+def test_it_resolves_where_torch_is_built_for_cpus(tmp_path: Path) -> None:
+    """It brings neither CUDA nor Triton; users need none, and tests install the one that other machines have."""
+    version = f"{pinned('torch')}+cpu"
+    with zipfile.ZipFile(tmp_path / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(
+            f"torch-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+        )
+        wheel.writestr(
+            f"torch-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"torch-{version}.dist-info/RECORD", "")
+    (demo,) = installs_of("demo")
+    (_, tests) = installs_of("test")
+    found = resolve(demo, python="3.11", wheels=tmp_path)
+    assert found["torch"] == version
+    assert not [name for name in found if name.startswith(("nvidia-", "cuda-", "triton"))]
+    found = resolve(tests, python="3.11", wheels=tmp_path)
+    assert (found["torch"], found["triton"]) == (version, pinned("triton"))
 
 
 def test_make_installs_the_cluster_and_make_test_what_tests_need() -> None:
@@ -177,7 +205,8 @@ def test_a_source_archive_makes_the_same_wheel(clone: Path, wheel: tuple[Path, s
     site = build(tmp_path / archive.removesuffix(".tar.gz"), tmp_path)
 
     def content(folder: Path) -> dict[str, bytes]:
-        files = (path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts)
+        made = {".git", "__pycache__"}  # by other tests
+        files = (path for path in folder.rglob("*") if path.is_file() and not made & set(path.parts))
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files if path.name != "RECORD"}
 
     assert content(site) == content(wheel[0])

@@ -1,7 +1,8 @@
-"""Standard output: what strangers have named is text there, and nothing prints past `p2r.console`."""
+"""Standard output: names from outside are text there, and nothing prints past `p2r.console`."""
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def test_nothing_prints_past_the_one_function() -> None:
     for path in (path for folder in ("p2r", "cluster") for path in (ROOT / folder).rglob("*.py")):
         if path.relative_to(ROOT).as_posix() in ("p2r/console.py", "p2r/logs.py"):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)) if re.search("print|Console|echo|stdout|stderr", text) else ():
             name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if name in (
                 "print",

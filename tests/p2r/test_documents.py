@@ -9,18 +9,19 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2r.documents import read_json, read_lines, read_yaml
+from p2r.documents import read_json, read_lines
 from p2r.errors import DataError
+from p2r.plain_yaml import read_yaml
 
 REFUSED = {
     "not UTF-8": (b"\xff\xfe", "not JSON"),
     "empty": (b"", "not JSON"),
     "cut off": (b'{"a": 1', "not JSON"),
-    "too large": (b" " * 2000 + b"1", "2,001 bytes, more than the 1,000"),
+    "too large": (b" " * 2000 + b"1", "more than the 1,000 bytes"),
     "four hundred lists": (b"[" * 400 + b"]" * 400, "may be 8 deep"),
     "nine lists": (b"[" * 9 + b"]" * 9, "may be 8 deep"),
     "nine objects": (b'{"a":' * 9 + b"1" + b"}" * 9, "may be 8 deep"),
-    "a key twice": (b'{"b": {"a": 1, "a": 2}}', "key 'a' stands twice"),
+    "a key twice": (b'{"b": {"a": 1, "a": 2}}', "key 'a' is twice"),
     "NaN": (b'{"a": NaN}', "NaN is not a number"),
     "infinity": (b'{"a": -Infinity}', "-Infinity is not a number"),
     "1e999": (b'{"a": 1e999}', "1e999 is too large"),
@@ -51,7 +52,7 @@ def test_what_keeps_within_the_bounds_is_read_as_python_reads_it() -> None:
 
 def test_a_key_that_stands_twice_is_named_with_both_lines() -> None:
     content = b'{"x": {"b": "{\\"a\\": [", "c": 1},\n "a": [\n1],\n"\\u0061": 2}'
-    with pytest.raises(DataError, match="key 'a' stands twice in one object, on lines 2 and 4"):
+    with pytest.raises(DataError, match="key 'a' is twice in one object, on lines 2 and 4"):
         read_json(content, where="a manifest", max_bytes=1000, error=DataError)
 
 
@@ -77,15 +78,15 @@ def test_lines_are_values_with_their_numbers() -> None:
     for content in (b'1\n{"a": 1, "a": 2}\n', b"1\n" + b"9" * 40, b"1\n\xff", b"1\nNaN"):
         with pytest.raises(DataError, match="rows, line 2 is not JSON"):
             list(read_lines(content, where="rows", max_bytes=100, error=DataError))
-    with pytest.raises(DataError, match="rows has 5 bytes, more than the 4"):
+    with pytest.raises(DataError, match="rows has more than the 4 bytes"):
         list(read_lines(b"1\n2\n3", where="rows", max_bytes=4, error=DataError))
-    with pytest.raises(DataError, match="line 2 has 9 bytes, more than the 8"):
+    with pytest.raises(DataError, match="line 2 has more than the 8 bytes"):
         list(read_lines(b"1\n123456789", where="rows", max_bytes=40, max_line_bytes=8, error=DataError))
 
 
 YAML_REFUSED = {
-    "a key twice": ("a: 1\nb: {c: 2}\na: 3", "line 3: key 'a' stands twice in one mapping, first on line 1"),
-    "a key twice, once quoted": ("b: {c: 2,\n  'c': 3}", "line 2: key 'c' stands twice in one mapping, first on line 1"),
+    "a key twice": ("a: 1\nb: {c: 2}\na: 3", "line 3: key 'a' is twice in one mapping, first on line 1"),
+    "a key twice, once quoted": ("b: {c: 2,\n  'c': 3}", "line 2: key 'c' is twice in one mapping, first on line 1"),
     "laughs": ("a: &a [1]\n" + "".join(f"{c}: &{c} [{f'*{b},' * 9}]\n" for b, c in pairwise("abcdefgh")), "100,000 values"),
     "an alias in itself": ("a: &a\n  - *a", "line 2: the alias \\*a names nothing that is complete"),
     "no anchor": ("a: *a", "alias"),
@@ -93,14 +94,14 @@ YAML_REFUSED = {
     "depth without end": ("[" * 900_000, "line 1: mappings and lists may be 32 deep"),
     "depth by aliases": ("\n".join(["a0: &a0 [1]", *(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 33))]), "line 32: .*32 deep"),
     "many values": ("a: [" + "1," * 100_000 + "]", "more than 100,000 values"),
-    "many bytes": ("#" * 1_048_577, "1,048,577 bytes, more than the 1,048,576"),
+    "many bytes": ("#" * 1_048_577, "more than the 1,048,576 bytes"),
     "a large integer": ("a: " + "9" * 40, "line 1: 9+ is not a whole number of 64 bits"),
-    "an integer of 5,000 digits": ("a: " + "9" * 5000, "line 1: '9+' is no int"),
+    "an integer of 5,000 digits": ("a: " + "9" * 5000, "line 1: '9+' is not a valid int"),
     "not a number": ("a: .nan", "line 1: .nan is not a finite number"),
     "infinity": ("a: 1.e+400", "is not a finite number"),
     "an object": ("a: !!python/object:os.system x", "the tag .*python/object:os.system is not read"),
     "a set": ("a: !!set {b}", "the tag .*set is not read"),
-    "no boolean": ("a: !!bool perhaps", "'perhaps' is no bool"),
+    "no boolean": ("a: !!bool perhaps", "'perhaps' is not a valid bool"),
     "a key that is a list": ("? [1]\n: 2", "a key is a list or a mapping"),
     "two documents": ("a\n---\nb", "line 2: a second document begins"),
     "no YAML": ("a: [", "not YAML"),

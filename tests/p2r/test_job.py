@@ -161,6 +161,8 @@ def test_what_looks_like_a_secret_is_refused_wherever_it_comes_from(
     said += [refusal(tmp_path, GOOD, f"publish.description={secret!r}")]
     said += [refusal(tmp_path, GOOD + "storage: ${P2R_PLACE}\n")]
     said += [refusal(tmp_path, GOOD + f"storage: '/data/${{P2R_UNSET:-{secret}}}'\n")]
+    monkeypatch.setenv("P2R_PLACE", secret[3:])  # the whole is a secret, no part of it is
+    said += [refusal(tmp_path, GOOD + f"metrics: {{folder: '{secret[:3]}${{P2R_PLACE}}'}}\n")]
     monkeypatch.setenv("P2R_STORAGE", f"/data/{secret}")
     said += [refusal(tmp_path, GOOD)]
     for message in said:
@@ -312,8 +314,8 @@ def test_every_field_of_the_schema_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("name: again", "line .*: key 'name' stands twice in one mapping, first on line"),
-        ("retries: " + "9" * 100, "is no int"),
+        ("name: again", "line .*: key 'name' is twice in one mapping, first on line"),
+        ("retries: " + "9" * 100, "is not a valid int"),
         ("metrics: {port: .nan}", "not a finite number"),
         ("retries: !!set {a}", "is not read"),
         ("variants: " + "[" * 5000, "mappings and lists may be 32 deep"),

@@ -16,7 +16,7 @@ from cluster import cli
 from cluster.progress import _with_attempt
 from p2r import logs
 from p2r.errors import InputError
-from p2r.logs import Line, as_text, configure, say, say_crash, say_error, within
+from p2r.logs import Line, as_text, configure, counted, duration, fields_of, say, say_crash, say_error, within
 from p2r.masking import masked
 
 PLANTED = {
@@ -206,3 +206,15 @@ def test_a_reader_of_the_log_who_has_gone_stops_nothing(monkeypatch: pytest.Monk
     configure("text")
     monkeypatch.setattr(sys, "stderr", closed)
     say("nobody hears this")
+
+
+def test_lines_of_trials_that_are_done_are_numbered_and_say_what_is_left() -> None:
+    said: list[str] = []
+    say = counted(said.append, 2)
+    say("searching")
+    say(Line("a | validation Dice 0.5", trial="a", seconds=3.0))
+    say(Line("b | validation Dice 0.6", trial="b", seconds=3.0))
+    assert said[0] == "searching"
+    assert said[1].startswith("1/2 | a | validation Dice 0.5 | ") and said[1].endswith(" left")
+    assert said[2] == "2/2 | b | validation Dice 0.6" and fields_of(said[2])["trial"] == "b"
+    assert [duration(seconds) for seconds in (85, 600, 12_000)] == ["85 s", "10 min", "3.3 h"]

@@ -18,7 +18,7 @@ from p2r.masking import is_secret_name, masked
 from p2r.storage import Storage
 
 ROOT = Path(__file__).parents[2]
-SECRET = "pl4nted 'single' \"double\" \\ back\nslash é +/=&?"
+SECRET = "pl4nted 'single' \"double\" \\ back\nslash é +/=&? ~~>>??ÿ"
 URL = "https://user:pl4nted-password@host/k?X-Amz-Signature=pl4nted"
 
 
@@ -108,7 +108,7 @@ def test_every_exception_that_is_caught_becomes_text_by_one_function() -> None:
 
 
 def _lines_of_text(handler: ast.ExceptHandler, name: str) -> list[int]:
-    """Return the lines where the exception becomes text outside of what masks it."""
+    """Return the lines where the exception becomes text that nothing masks."""
     safe: set[int] = set()
     for node in ast.walk(handler):
         is_masking = isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("masked", "error_text")
@@ -127,6 +127,6 @@ def _lines_of_text(handler: ast.ExceptHandler, name: str) -> list[int]:
 
 
 def test_warnings_of_modules_are_masked_too(caplog: pytest.LogCaptureFixture) -> None:
-    """Of what is logged elsewhere than to our handler, an error of ours is masked all the same."""
+    """An error of ours is masked in handlers of others, too."""
     logging.getLogger("p2r.x").warning("%s", StorageError(URL))
     assert "pl4nted" not in caplog.text and "***@host" in caplog.text

@@ -340,3 +340,51 @@ def test_images_that_dcm2niix_would_lose_or_split_are_stacked(tmp_path: Path, wr
         (volume,) = read_scan(scans_of(tmp_path / name)[0], CONFIG)
         np.testing.assert_array_equal(volume.data, expected.data)
         np.testing.assert_allclose(volume.affine, expected.affine, atol=1e-4)
+
+
+def enhanced(folder: Path, write_series: WriteSeries, *, times: int, manufacturer: str) -> Any:
+    """Write a multi-frame image of 5 slices at some times, and return its voxels (X, Y, Z, T) as RAS."""
+    write_series(folder, size=1)
+    (path,) = folder.iterdir()
+    header = pydicom.dcmread(path)
+    orientation, (spacing, thickness) = header.ImageOrientationPatient, (header.PixelSpacing, header.SliceThickness)
+    for tag in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"):
+        delattr(header, tag)
+    header.SOPClassUID = header.file_meta.MediaStorageSOPClassUID = pydicom.uid.EnhancedMRImageStorage
+    voxels = np.random.default_rng(0).integers(0, 1000, (times, 5, header.Rows, header.Columns)).astype("<u2")
+    header.NumberOfFrames, header.PixelData, header.Manufacturer = 5 * times, voxels.tobytes(), manufacturer
+
+    def group(name: str, **tags: Any) -> pydicom.Dataset:
+        inner, outer = pydicom.Dataset(), pydicom.Dataset()
+        for tag, value in tags.items():
+            setattr(inner, tag, value)
+        setattr(outer, name, pydicom.Sequence([inner]))
+        return outer
+
+    shared = group("PlaneOrientationSequence", ImageOrientationPatient=orientation)
+    shared.update(group("PixelMeasuresSequence", PixelSpacing=spacing, SliceThickness=thickness))
+    frames = []
+    for t in range(times):
+        for z in range(5):
+            frame = group("PlanePositionSequence", ImagePositionPatient=[0, 0, 4.0 * z])
+            places = {"InStackPositionNumber": z + 1, "StackID": "1", "TemporalPositionIndex": t + 1}
+            frame.update(group("FrameContentSequence", DimensionIndexValues=[1, z + 1, t + 1], **places))
+            frames.append(frame)
+    header.SharedFunctionalGroupsSequence = pydicom.Sequence([shared])
+    header.PerFrameFunctionalGroupsSequence = pydicom.Sequence(frames)
+    header.save_as(path)
+    return voxels.transpose(3, 2, 1, 0)[::-1, ::-1]
+
+
+@pytest.mark.parametrize(("times", "manufacturer"), [(1, "Siemens"), (3, "Siemens"), (3, "Philips")])
+def test_slices_and_times_of_a_multi_frame_image_are_never_mixed(
+    tmp_path: Path, write_series: WriteSeries, times: int, manufacturer: str
+) -> None:
+    voxels = enhanced(tmp_path / "p1", write_series, times=times, manufacturer=manufacturer)
+    (scan,) = scans_of(tmp_path)
+    if (times, manufacturer) == (3, "Siemens"):  # dcm2niix orders these frames by slice first
+        with pytest.raises(RefusedScan, match=r"mixed up slices and times.*single-frame"):
+            read_scan(scan, CONFIG)
+        return
+    (volume,) = read_scan(scan, CONFIG)
+    np.testing.assert_array_equal(volume.data, voxels)

@@ -105,7 +105,7 @@ def test_sources_that_hold_no_scan_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_template_gives_its_images_and_never_its_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path / "images" / "sub-001_T1w.nii.gz", tmp_path / "labels" / "sub-001_T1w.nii.gz")
     monkeypatch.setattr(
-        "p2r.data.scans.resolve_source", lambda url, cache: tmp_path / ("images" if "/images" in url else "")
+        "p2r.data.phantom.resolve_source", lambda url, cache: tmp_path / ("images" if "/images" in url else "")
     )
     for source in ("template://icbm152?subjects=1", "template://icbm152/?subjects=1", "template://icbm152/images"):
         paths = [scan.path for scan in find_scans([source], cache=tmp_path)]
@@ -440,3 +440,50 @@ def test_scans_of_a_bucket_are_read_like_files(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StorageError, match="cannot read"):
         read_scan(pair, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("l.csv", "path, subject\n{0}, A\n"),
+        ("l.csv", "Path,Subject\n{0},A\n,\n"),
+        ("l.csv", "subject;path\nA;{0}\n"),
+        ("l.csv", "\npath\tSUBJECT_ID\n{0}\tA\n"),
+        ("l.tsv", "participant_id\tpath\nA\t{0}\n\t\n"),
+        ("l.jsonl", '{{"path": "{0}", "Participant_ID": "A"}}\n'),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_are_read_as_spreadsheets_write_them(tmp_path: Path, name: str, text: str, encoding: str) -> None:
+    touch(tmp_path / "a b.nii")
+    (tmp_path / name).write_bytes(text.format("a b.nii").encode(encoding))
+    (scan,) = find_scans([str(tmp_path / name)], cache=tmp_path)
+    assert (scan.path, scan.subject, scan.entities) == (str(tmp_path / "a b.nii"), "A", ())
+
+
+def test_a_list_in_another_encoding_names_the_way_out(tmp_path: Path) -> None:
+    touch(tmp_path / "a.nii")
+    (tmp_path / "l.csv").write_bytes("path,subject\na.nii,Müller\n".encode("latin1"))
+    with pytest.raises(DataError, match="iconv -f LATIN1"):
+        only(tmp_path / "l.csv")
+
+
+def test_a_tilde_in_a_list_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    touch(tmp_path / "scans" / "a.nii")
+    (tmp_path / "l.csv").write_text("path,subject\n~/scans/a.nii,A\n")
+    assert only(tmp_path / "l.csv").path == str(tmp_path / "scans" / "a.nii")
+
+
+def test_content_that_is_not_fetched_names_target_and_command(tmp_path: Path) -> None:
+    target = ".git/annex/objects/aa/bb/MD5E-s1--0/MD5E-s1--0.nii.gz"
+    (tmp_path / "a.nii.gz").symlink_to(target)
+    (tmp_path / "b.nii.gz").symlink_to("/not/mounted/b.nii.gz")
+    outcomes = {}
+    for scan in find_scans([str(tmp_path)], cache=tmp_path):
+        with pytest.raises(RefusedScan) as refusal:
+            read_scan(scan, IngestConfig(sources=("x",), licence="CC0-1.0"))
+        outcomes[scan.key] = refusal.value
+    assert outcomes["a"].code == "not_fetched"
+    assert target in outcomes["a"].message and f"datalad get {tmp_path}/a.nii.gz" in outcomes["a"].message
+    assert "link to /not/mounted/b.nii.gz" in outcomes["b"].message

@@ -1,5 +1,6 @@
 """One flipped bit anywhere in a corpus is a problem with a name; so is whatever is absent, cut, or does not fit."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -8,15 +9,21 @@ from typing import Any
 
 import pytest
 
-from p2r.data.shards import open_shard
+from p2r.config import ImageConfig
+from p2r.data.ledger import ledger_bytes
+from p2r.data.manifest import ledger_path, load_manifest, manifest_bytes, manifest_sha256, revision_path
+from p2r.data.revision import current_revision
+from p2r.data.shards import index_name, open_shard
+from p2r.data.stream import Corpus, stream
 from p2r.data.verify import unreferenced_files, verify_corpus
+from p2r.errors import DataError
 from p2r.storage import Storage
 
-Corpus = tuple[Storage, dict[str, Any]]
+SmallCorpus = tuple[Storage, dict[str, Any]]
 
 
 @pytest.fixture
-def copy(small_corpus: Corpus, tmp_path: Path) -> Path:
+def copy(small_corpus: SmallCorpus, tmp_path: Path) -> Path:
     return Path(shutil.copytree(small_corpus[0].url.removeprefix("file://"), tmp_path / "copy"))
 
 
@@ -30,7 +37,7 @@ def only(folder: Path, pattern: str) -> Path:
     return sorted(folder.glob(pattern))[0]
 
 
-def test_a_sound_corpus_has_no_problems(small_corpus: Corpus) -> None:
+def test_a_sound_corpus_has_no_problems(small_corpus: SmallCorpus) -> None:
     assert verify_corpus(small_corpus[0]) == []
     assert unreferenced_files(small_corpus[0]) == []
 
@@ -126,3 +133,63 @@ def test_files_of_no_revision_are_listed(copy: Path) -> None:
     (copy / "ledgers" / "other.jsonl").write_bytes(b"")
     assert unreferenced_files(Storage(str(copy))) == ["ledgers/other.jsonl", "shard-000009-0123456789ab.tar"]
     assert verify_corpus(Storage(str(copy))) == []
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], None]) -> Storage:
+    """Change a manifest, a row of an index and a row of the ledger, and every digest that names them, as a stranger could."""
+    storage = Storage(str(folder))
+    manifest = load_manifest(storage)
+    shard = manifest["shards"][0]
+    index = [json.loads(line) for line in storage.read_bytes(index_name(shard["name"])).splitlines()]
+    ledger = [json.loads(line) for line in storage.read_bytes("ledger.jsonl").splitlines()]
+    row = next(row for row in ledger if row["key"] == index[0]["key"])
+    change(manifest, index[0], row)
+    content = "".join(json.dumps(row, sort_keys=True) + "\n" for row in index).encode()
+    storage.write_bytes(index_name(shard["name"]), content)
+    shard["index_sha256"] = hashlib.sha256(content).hexdigest()
+    manifest["ledger_sha256"] = hashlib.sha256(ledger_bytes(ledger)).hexdigest()
+    storage.write_bytes(ledger_path(manifest), ledger_bytes(ledger))
+    storage.write_bytes("ledger.jsonl", ledger_bytes(ledger))
+    storage.write_bytes("manifest.json", manifest_bytes(manifest))
+    storage.write_bytes(revision_path(manifest_sha256(manifest)), manifest_bytes(manifest))
+    return storage
+
+
+def an_index_row(**values: Any) -> Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], None]:
+    return lambda manifest, index, ledger: index.update(values)
+
+
+def add_a_sample(manifest: dict[str, Any], index: dict[str, Any], ledger: dict[str, Any]) -> None:
+    manifest["shards"][0]["num_samples"] += 1
+    manifest["num_samples"] += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (an_index_row(spacing_mm=[1.0, 1e5, 1.0]), "spacing_mm has three values of a scan"),
+        (an_index_row(spacing_mm=[1.0, 1e300, 1.0]), "spacing_mm has three values of a scan"),
+        (an_index_row(percentiles=[1e308] * 17), "percentiles has 17 values that do not fall"),
+        (an_index_row(percentiles=[float(n) for n in range(17, 0, -1)]), "percentiles has 17 values that do not fall"),
+        (an_index_row(chunk_offsets=[2**60, 2**60 + 1]), "whole numbers up to"),
+        (add_a_sample, "num_samples is"),
+    ],
+)
+def test_a_sound_looking_corpus_of_a_stranger_is_refused_by_name_when_verified_and_when_read(
+    copy: Path, change: Any, problem: str
+) -> None:
+    storage = rewrite(copy, change)
+    assert any(problem in found for found in verify_corpus(storage))
+    corpus = Corpus(storage, load_manifest(storage))
+    with pytest.raises(DataError, match=problem):
+        for _ in zip(
+            range(9), stream(corpus, image=ImageConfig(size=32, spacing_mm=2.0), seed=1, global_batch=8), strict=False
+        ):
+            pass
+
+
+def test_a_ledger_row_without_its_count_is_named_when_verified_and_when_the_corpus_would_grow(copy: Path) -> None:
+    storage = rewrite(copy, lambda manifest, index, ledger: ledger.pop("num_samples"))
+    assert any("num_samples: Field required" in found for found in verify_corpus(storage))
+    with pytest.raises(DataError, match="num_samples: Field required"):
+        current_revision(storage)

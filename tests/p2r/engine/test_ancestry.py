@@ -35,7 +35,7 @@ def test_corpora_and_licence_of_a_backbone_are_inherited(tmp_path: Path) -> None
     assert ancestry(None) == ([], [])
 
 
-@pytest.mark.parametrize("case", ["says nothing", "gone", "exchanged", "of an older checkpoint"])
+@pytest.mark.parametrize("case", ["says nothing", "gone", "exchanged", "not a pin", "of an older checkpoint"])
 def test_what_cannot_be_read_any_more_is_unknown_and_not_clean(case: str, tmp_path: Path) -> None:
     origin = backbone(tmp_path / "1", corpora=None if case == "says nothing" else [facts()])
     manifest = tmp_path / "1/manifest.json"
@@ -43,6 +43,8 @@ def test_what_cannot_be_read_any_more_is_unknown_and_not_clean(case: str, tmp_pa
         manifest.unlink()
     elif case == "exchanged":
         manifest.write_bytes(manifest.read_bytes() + b"\n")
+    elif case == "not a pin":
+        origin = parse_reference(origin).url
     other = backbone(tmp_path / "2", corpora=[facts(B)])
     known = {} if case == "of an older checkpoint" else {"origins": [origin, other]}
     assert ancestry(known).corpora is None
@@ -61,6 +63,8 @@ def test_corpora_of_a_checkpoint_are_pinned_at_the_revisions_that_it_streamed(pu
     assert origins_of_checkpoint({**checkpoint, "init_from": before}, url) == before["origins"]
     assert origins_of_checkpoint({**checkpoint, "init_from": {"sha256": A}}, url) is None
     assert origins_of_checkpoint(checkpoint, "s3://elsewhere/step-00000006") is None
+    for rubbish in ({"config": []}, {"state": {"stream": 1}}, {"config": {"corpus": [1]}}, {"init_from": "/x"}):
+        assert origins_of_checkpoint({**checkpoint, **rubbish}, url) is None
     found = ancestry({"origins": [pin]})
     assert found.licences == ["CC0-1.0"]
     assert found.corpora == [corpus_facts(manifest, url=corpus.url, sha256=sha256, weight=None)]

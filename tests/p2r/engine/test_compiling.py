@@ -43,6 +43,21 @@ def test_with_a_compiler_that_fails_too(tmp_path: Path) -> None:
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
 
 
+def test_memory_that_does_not_suffice_for_compiling_costs_a_line_and_not_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    backbone = build_backbone(SMALL)
+    monkeypatch.setattr(
+        "p2r.engine.compiling.compile_in_place", lambda module, how: module.register_forward_pre_hook(full)
+    )
+    is_compiled, said = warm_up(backbone, shape=(2, 1, 8, 8), dtype=torch.float32)
+    assert not is_compiled
+    assert said == "not compiled: CUDA out of memory; training goes on without"
+
+
 @pytest.mark.parametrize("given", [None, "/somewhere/else"])
 def test_what_is_compiled_is_kept_in_our_cache_unless_the_environment_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None

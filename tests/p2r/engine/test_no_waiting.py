@@ -1,12 +1,15 @@
-"""Between reports, a step neither synchronises with its device nor reads from it.
+"""Between reports, a step neither synchronises with its device nor reads from it; and `deterministic` has what it needs.
 
 The steps are real, DeepSpeed's included. The CPU plays the part of a device that works on its own: every call that would
-make the host wait for a GPU is counted.
+make the host wait for a GPU is counted, and every operator is compared with those for which CUDA has no deterministic
+implementation.
 """
 
 import json
+import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from p2r.engine.tune_batch import noise_batch
 from p2r.model.pix2rep import Pix2Rep
 from tests.ranks import join_ranks, start_ranks
 
+MODEL = {"channels": (4, 4, 8, 8, 8), "feature_channels": 6, "head_channels": 8, "embedding_channels": 6}
 STEPS = 3  # DeepSpeed's timer would synchronise from the third on
 CASES: dict[str, dict[str, Any]] = {
     "cross_view": {"loss": {"form": "cross_view"}},
@@ -32,33 +36,74 @@ CASES: dict[str, dict[str, Any]] = {
     "micro-batches": {"micro_batch": 1},
     "within images": {"loss": {"negatives": "image"}},
     "bf16": {"precision": "bf16"},
+    "coarser level": {"model": {"level": 1}},
+    "unet": {"model": {"name": "unet", "channels": (4, 8, 8)}},
+    "dynunet": {"model": {"name": "dynunet", "channels": (4, 8, 8)}},
+    "swin_unetr": {"image": {"size": 64}, "model": {"name": "swin_unetr", "channels": (12, 24, 48, 96, 192)}},
+    "3D": {"image": {"dimensions": 3, "size": 16}, "model": {"name": "unet", "channels": (4, 8, 8)}},
+    "3D basic_unet": {"image": {"dimensions": 3, "size": 32}, "loss": {"name": "barlow_twins"}},
 }
-READS = {"tolist", "numpy", "item", "__bool__", "__float__", "__int__", "__index__", "__array__", "nonzero", "unique"}
+READS = {"tolist", "item", "__bool__", "__float__", "__int__", "__index__", "nonzero", "unique"}
+"""Calls that read; `numpy` is not among them, for it fails on a GPU's tensors instead of waiting."""
 WAITING_OPERATORS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
+COPIES = {"tensor", "as_tensor", "new_tensor", "from_numpy"}
+"""Make tensors of the host's numbers; on a GPU without waiting only in `p2r.device`, through pinned memory."""
+NOT_DETERMINISTIC = {
+    "torch.nn.AvgPool3d": "avg_pool3d_backward",
+    "torch.nn.AdaptiveAvgPool2d": "_adaptive_avg_pool2d_backward",
+    "torch.nn.AdaptiveAvgPool3d": "_adaptive_avg_pool3d_backward",
+    "torch.nn.AdaptiveMaxPool2d": "adaptive_max_pool2d_backward",
+    "torch.nn.FractionalMaxPool2d": "fractional_max_pool2d_backward",
+    "torch.nn.FractionalMaxPool3d": "fractional_max_pool3d_backward",
+    "torch.nn.MaxUnpool1d": "max_unpool2d",
+    "torch.nn.MaxUnpool2d": "max_unpool2d",
+    "torch.nn.MaxUnpool3d": "max_unpool3d",
+    "torch.nn.functional.interpolate": r"upsample_(linear1d|bilinear2d|bicubic2d|trilinear3d)_backward",
+    "torch.nn.ReflectionPad1d": "reflection_pad1d_backward",
+    "torch.nn.ReflectionPad2d": "reflection_pad2d_backward",
+    "torch.nn.ReflectionPad3d": "reflection_pad3d_backward",
+    "torch.nn.NLLLoss": r"nll_loss\w*",
+    "torch.nn.CTCLoss": r"_ctc_loss_backward",
+    "torch.nn.EmbeddingBag": r"_embedding_bag\w*",
+    "torch.Tensor.put_": "put_",
+    "torch.histc": "histc",
+    "torch.bincount": "bincount",
+    "torch.median": "median",
+    "torch.nn.functional.grid_sample": r"grid_sampler_[23]d_backward",
+    "torch.cumsum": r"cumsum_? of floating point",
+    "torch.Tensor.scatter_reduce": r"scatter_reduce_?",
+    "torch.Tensor.resize_": "resize_ of quantized",
+}
+"""What `torch.use_deterministic_algorithms` names as raising on CUDA, and the operators behind."""
 
 
 class _Reads(TorchFunctionMode):
-    """Calls from Python that read a tensor."""
+    """Calls from Python that read a tensor, or that make one of the host's numbers."""
 
-    def __init__(self, found: Counter[str]) -> None:
+    def __init__(self, found: Counter[str], of_host: list[Tensor]) -> None:
         super().__init__()
-        self._found = found
+        self._found, self._of_host = found, {id(tensor) for tensor in of_host}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (name := getattr(function, "__name__", "")) in READS:
+        name = getattr(function, "__name__", "")
+        if name in READS and not (args and id(args[0]) in self._of_host):
             self._found[name] += 1
+        if name in COPIES and (caller := sys._getframe(1).f_code.co_filename).split("/")[-1] != "device.py":
+            self._found[f"{name} in {caller}"] += 1
         return function(*args, **(kwargs or {}))
 
 
 class _WaitingOperators(TorchDispatchMode):
     """Operators whose result's shape or value the host has to know, wherever they are called from."""
 
-    def __init__(self, found: Counter[str]) -> None:
+    def __init__(self, found: Counter[str], operators: set[str]) -> None:
         super().__init__()
-        self._found = found
+        self._found, self._operators = found, operators
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
+        is_floating = bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
+        self._operators.add(f"{name} of floating point" if name.startswith("cumsum") and is_floating else name)
         by_mask = name in ("index", "index_put_") and any(
             isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]
         )
@@ -68,7 +113,9 @@ class _WaitingOperators(TorchDispatchMode):
 
 
 @contextmanager
-def counted(patch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def counted(
+    patch: pytest.MonkeyPatch, *, of_host: list[Tensor] | None = None, operators: set[str] | None = None
+) -> Iterator[Counter[str]]:
     from deepspeed.accelerator import get_accelerator
 
     found: Counter[str] = Counter()
@@ -77,58 +124,75 @@ def counted(patch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         found["synchronize"] += 1
 
     patch.setattr(get_accelerator(), "synchronize", synchronize)
-    with _Reads(found), _WaitingOperators(found):
+    with _Reads(found, of_host or []), _WaitingOperators(found, set() if operators is None else operators):
         yield found
 
 
-def waits(case: dict[str, Any], world_size: int) -> dict[str, int]:
-    """Return what the last step waited for."""
+def waits(case: dict[str, Any], world_size: int) -> tuple[dict[str, int], list[str]]:
+    """Return what the last step waited for, and the operators that it called."""
     config = PretrainConfig.model_validate(
         {
-            "image": {"size": 32, "spacing_mm": 2.0},
-            "model": {"channels": (4, 4, 8, 8, 8), "feature_channels": 6, "head_channels": 8, "embedding_channels": 6},
             "views": "pix2rep_v2",
             "steps": STEPS,
             "global_batch": 4,
             **case,
+            "image": {"size": 32, "spacing_mm": 2.0, **case.get("image", {})},
+            "model": {**MODEL, **case.get("model", {})},
             "loss": {"pixel_pairs_per_image": 20, **case.get("loss", {})},
         }
     )
-    engine = build_engine(Pix2Rep(config.model), config, world_size=world_size)
+    engine = build_engine(Pix2Rep(config.model, dimensions=config.image.dimensions), config, world_size=world_size)
     batch = noise_batch(config.image, config.global_batch // world_size)
     with pytest.MonkeyPatch.context() as patch:
         for module in ("ranks", "tiles"):
             patch.setattr(f"p2r.loss.{module}.is_waited_for", lambda device: True)
         for _ in range(STEPS - 1):
             take_step(engine, batch, config=config, learning_rate=1e-3)
-        with counted(patch) as found:
+        host, operators = [group.index for group in batch.groups], set()  # patches are placed by the host
+        with counted(patch, of_host=host, operators=operators) as found:
             take_step(engine, batch, config=config, learning_rate=1e-3)
     engine.destroy()
-    return dict(found)
+    return dict(found), sorted(operators)
 
 
 def run_rank(rank: int, folder: str) -> None:
     Path(folder, f"{rank}.json").write_text(json.dumps({name: waits(case, 2) for name, case in CASES.items()}))
 
 
+Waits = dict[tuple[int, str], list[tuple[dict[str, int], list[str]]]]
+
+
 @pytest.fixture(scope="module")
-def of_worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], list[dict[str, int]]]:
-    """A function that returns, of each rank, what the last step of a case waited for."""
+def steps(tmp_path_factory: pytest.TempPathFactory) -> Waits:
+    """By number of ranks and case, what the last step of each rank waited for, and its operators."""
     folder = tmp_path_factory.mktemp("ranks")
     ranks = start_ranks(2, folder, run_rank, str(folder))
     join_process_group(torch.device("cpu"))
-    alone = {name: [waits(case, 1)] for name, case in CASES.items()}
+    alone = {(1, name): [waits(case, 1)] for name, case in CASES.items()}
     join_ranks(ranks)
     of_two = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-    return lambda world_size, case: alone[case] if world_size == 1 else [of_rank[case] for of_rank in of_two]
+    return alone | {(2, name): [of_rank[name] for of_rank in of_two] for name in CASES}
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_step_waits_for_nothing(
-    of_worlds: Callable[[int, str], list[dict[str, int]]], world_size: int, case: str
-) -> None:
-    assert of_worlds(world_size, case) == [{}] * world_size
+def test_a_step_waits_for_nothing(steps: Waits, world_size: int, case: str) -> None:
+    assert [found for found, _ in steps[world_size, case]] == [{}] * world_size
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_operator_of_a_step_has_a_deterministic_implementation_on_cuda(steps: Waits, case: str) -> None:
+    raising = re.compile("|".join(NOT_DETERMINISTIC.values()))
+    for world_size in (1, 2):
+        for _, operators in steps[world_size, case]:
+            assert len(operators) > 50
+            assert [name for name in operators if raising.fullmatch(name)] == []
+
+
+def test_the_operators_that_raise_are_those_of_this_version_of_torch() -> None:
+    _, _, text = (torch.use_deterministic_algorithms.__doc__ or "").partition("operations will throw a")
+    named = re.findall(r"\* :(?:class|func):`([\w.]+)`", text.partition("In addition")[0])
+    assert set(named) == set(NOT_DETERMINISTIC)
 
 
 def test_what_would_wait_is_counted() -> None:
@@ -141,12 +205,11 @@ def test_what_would_wait_is_counted() -> None:
         float(values[0])
         values.tolist()
         values[values > 1]
-        values.numpy()
+        torch.tensor([1.0])
         torch.stack([values, values]).nonzero()
     assert found.keys() >= {
         "synchronize",
         "tolist",
-        "numpy",
         "aten::_local_scalar_dense",
         "aten::index",
         "aten::nonzero",

@@ -19,9 +19,11 @@ from p2r.config import PretrainConfig
 from p2r.engine.build import build_engine, join_process_group
 from p2r.engine.counting import LiveTensors, SavedTensors, storages_of
 from p2r.engine.plan import Plan, Rate, count_step, measured_rate, plan, refuse_what_does_not_fit, traffic_of
+from p2r.engine.roofline import loss_time, ways_to_shorten
 from p2r.engine.step import take_step
 from p2r.engine.tune_batch import noise_batch
 from p2r.errors import DataError, InputError
+from p2r.job import read_job
 from p2r.model.pix2rep import Pix2Rep
 
 TOLERANCE = 0.15
@@ -172,6 +174,37 @@ def test_time_and_cost_follow_from_one_worker_s_rate() -> None:
     assert pace.epoch_hours is None and pace.epoch_cost is None
     assert pace.storage_mib_per_s == pytest.approx(40 * 32 * 32 * 2 / 2**20)
     assert planned(config()).pace is None
+
+
+def test_a_rate_that_leaves_no_time_for_the_loss_is_called_impossible(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("P2R_CORPUS", "file:///corpus")
+    monkeypatch.setenv("P2R_STORAGE", "file:///storage")
+    job = read_job(repository / "jobs/pretrain-64gpu.yaml", ())
+    assert job.pretrain is not None
+    settings = job.pretrain
+    pairs = settings.global_batch * settings.loss.pixel_pairs_per_image
+    time = loss_time(settings, world_size=64, device="cuda")
+    assert time is not None
+    assert time.operations == 22 * pairs * pairs / 64 * settings.model.embedding_channels
+    assert time.least_s < time.expected_s
+    ways = ways_to_shorten(settings, world_size=64, step_s=0.0711)
+    assert [way.split(" ")[0] for way in ways] == [
+        "pretrain.loss.form=cross_view",
+        "pretrain.loss.pixel_pairs_per_image=128",
+    ]
+    crossed = settings.model_copy(update={"loss": settings.loss.model_copy(update={"form": "cross_view"})})
+    of_crossed = loss_time(crossed, world_size=64, device="cuda")
+    assert of_crossed is not None
+    assert of_crossed.operations == time.operations * 10 / 22
+    assert loss_time(settings, world_size=64, device="cpu") is None
+    stated = {"num_nodes": 8, "workers_per_node": 8, "device": "cuda"}
+    tiny = config(loss={"form": "nt_xent", "pixel_pairs_per_image": 64}, global_batch=64, precision="bf16")
+    fast, slow = (plan(tiny, **stated, rate=Rate(rate, "stated")).pace for rate in (1e9, 1.0))
+    assert fast is not None and slow is not None
+    assert fast.impossible is not None and fast.impossible.endswith("take more workers")
+    assert slow.impossible is None
 
 
 def test_a_rate_is_the_median_of_a_worker_s() -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -694,3 +695,34 @@ def test_a_class_that_no_labelled_patient_has_is_refused_by_name(make_task: Make
     check_classes_present(labels, task, subjects=["sub-01", "sub-02"])
     with pytest.raises(DataError, match=r"class 2 brightest is empty in all labelled patients \(sub-01\)"):
         check_classes_present(labels, task, subjects=["sub-01"])
+
+
+def test_a_task_finds_the_scans_that_a_corpus_finds(make_task: MakeTask, tmp_path: Path) -> None:
+    path = make_task()
+    expected = load_task(path)
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    for folder in (images, labels):
+        for hidden in (".snapshot/hourly.0", ".ipynb_checkpoints", ".git/annex/objects", "@eaDir"):
+            shutil.copytree(folder, folder / hidden, ignore=shutil.ignore_patterns(".*", "@*"))
+    (images / "sub-01_T1w.nii.gz").rename(images / "sub-01_T1w.NII.GZ")
+    nibabel.save(nibabel.load(images / "sub-02_T1w.nii.gz"), tmp_path / "pair.img")
+    (images / "sub-02_T1w.nii.gz").unlink()
+    for suffix in (".hdr", ".img"):
+        (tmp_path / f"pair{suffix}").rename(images / f"sub-02_T1w{suffix}")
+    (tmp_path / "store").mkdir()
+    for folder in (images, labels):
+        (folder / "sub-03_T1w.nii.gz").rename(tmp_path / "store" / f"{folder.name}_sub-03.nii.gz")
+        (folder / "sub-03_T1w.nii.gz").symlink_to(tmp_path / "store" / f"{folder.name}_sub-03.nii.gz")
+    found = load_task(path)
+    assert [scan.key for scan in found.scans] == [scan.key for scan in expected.scans]
+    assert [scan.image.suffix for scan in found.scans] == [".GZ", ".hdr", ".gz", ".gz"]
+    assert found.subjects == expected.subjects
+    assert [load_scan(scan, found, PREPARATION).volume.data.shape for scan in found.scans] == [(20, 24, 6, 1)] * 4
+
+
+def test_a_name_in_both_of_unicodes_forms_is_one_patient(make_task: MakeTask, tmp_path: Path) -> None:
+    one, two = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
+    path = make_task(splits={"train": ["sub-01", two], "validation": ["sub-03"], "test": ["sub-04"]})
+    (tmp_path / "images/sub-02_T1w.nii.gz").rename(tmp_path / f"images/{two}_T1w.nii.gz")
+    (tmp_path / "labels/sub-02_T1w.nii.gz").rename(tmp_path / f"labels/{one}_T1w.nii.gz")
+    assert load_task(path).subjects["train"] == tuple(sorted((one, "sub-01")))

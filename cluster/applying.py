@@ -1,0 +1,168 @@
+"""`p2r predict` and `p2r embed`: a published model or backbone on one scan, or on every scan of a folder.
+
+Of a folder, results have the scans' own paths below the output, and a scan that cannot be used is named and left out.
+"""
+
+import csv
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from p2r.console import show
+from p2r.data.folders import images_below
+from p2r.data.label_maps import label_map_by_name
+from p2r.data.names import local_path, scan_key
+from p2r.data.volume import Volume, read_volume, to_source_grid, write_nifti
+from p2r.errors import InputError, RefusedScan
+from p2r.logs import Say
+
+_ENDINGS = (".nii", ".nii.gz")
+
+
+def predict(url: str, scan: str, output: str, *, device: str, say: Say) -> None:
+    """Segment a scan, or a folder of scans.
+
+    Raises:
+        InputError: if the output cannot be written, the scan cannot be used, or no scan of a folder can.
+    """
+    targets = list(_targets(scan, output))
+    from p2r.evaluate.models import load_model  # after the cheap checks: torch takes seconds
+
+    model = load_model(url, device=device)
+    rows: list[dict[str, str]] = []
+
+    def segment(path: str, target: Path) -> str:
+        volume = read_volume(path)
+        labels = model.labels(volume)
+        on_scan = to_source_grid(labels, volume)
+        flat = on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan
+        write_nifti(target, flat, volume.source_affine, like=volume)
+        volumes = model.volumes_ml(labels, volume)
+        rows.extend(
+            {
+                "scan": path,
+                "frame": str(frame + 1),
+                **{f"{name}_ml": f"{of[frame]:.4g}" for name, of in volumes.items()},
+            }
+            for frame in range(labels.shape[3])
+        )
+        for note in volume.notes:
+            say(f"{path}: {note}")
+        return _told(volumes)
+
+    if _is_folder(scan):
+        _each(targets, segment, say)
+        table = Path(output) / "volumes.csv"
+        with table.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["scan", "frame", *(f"{name}_ml" for name in model.classes.values())])
+            writer.writeheader()
+            writer.writerows(rows)
+        show(f"{len({row['scan'] for row in rows})} segmentations and {table}")
+    else:
+        for line in segment(scan, targets[0][1]).split("; "):
+            show(line)
+        show(output)
+
+
+def embed(url: str, scan: str, output: str, *, native: bool, device: str, say: Say) -> None:
+    """Write the features of a scan, or of a folder of scans.
+
+    Raises:
+        InputError: as `predict`.
+    """
+    targets = list(_targets(scan, output))
+    from p2r.backbone import load_backbone
+    from p2r.evaluate.inference import embed_volume
+    from p2r.evaluate.models import on_scan_grid
+
+    backbone = load_backbone(url, device=device)
+
+    def write(path: str, target: Path) -> str:
+        volume: Volume = read_volume(path)
+        divisor = backbone.config.model.size_divisor
+        features, affine = embed_volume(
+            backbone, volume, preparation=backbone.preparation, size_divisor=divisor, device=device
+        )
+        frames, channels = features.shape[3:]
+        flat = features.reshape(*features.shape[:3], frames * channels)
+        if native:
+            flat = on_scan_grid(flat, affine, volume)
+            write_nifti(target, flat, volume.source_affine, like=volume)
+        else:
+            write_nifti(target, flat, affine, world=volume)
+        size = " x ".join(map(str, flat.shape[:3]))
+        return f"{channels} features of {size} voxels{f', {frames} frames' if frames > 1 else ''}"
+
+    if _is_folder(scan):
+        show(f"{_each(targets, write, say)} files of features in {output}")
+    else:
+        show(f"{output}: {write(scan, targets[0][1])}")
+
+
+def check_output(output: str | Path, endings: tuple[str, ...] = _ENDINGS) -> None:
+    """Refuse a file that could not be written, before anything is computed.
+
+    Raises:
+        InputError: naming the file and the rule.
+    """
+    path = Path(output)
+    if "://" in str(output):
+        raise InputError(
+            f"output {output}: results are written to a folder of this machine; give a path, and copy the file"
+        )
+    if not path.name.endswith(endings):
+        raise InputError(f"output {path} must end in {' or '.join(endings)}")
+    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise InputError(f"output {path}: the folder {path.absolute().parent} does not exist or cannot be written")
+
+
+def _is_folder(scan: str) -> bool:
+    path = local_path(scan)
+    return path is not None and path.expanduser().is_dir()
+
+
+def _targets(scan: str, output: str) -> Iterator[tuple[str, Path]]:
+    """Yield each scan and the file of its result."""
+    if not _is_folder(scan):
+        check_output(output)
+        yield scan, Path(output)
+        return
+    if "://" in output or output.endswith(_ENDINGS) or Path(output).is_file():
+        raise InputError(f"output {output}: {scan} is a folder of scans, and so its results go into a folder; name one")
+    root = (local_path(scan) or Path(scan)).expanduser()
+    found = [
+        path for path in sorted(images_below(root)) if label_map_by_name(path.relative_to(root).as_posix()) is None
+    ]
+    if not found:
+        raise InputError(f"{scan} holds no NIfTI scan, at any depth; name the folder that has them")
+    for path in found:
+        yield str(path), Path(output) / path.relative_to(root).parent / f"{scan_key(path)}.nii.gz"
+
+
+def _each(targets: list[tuple[str, Path]], work: Callable[[str, Path], str], say: Say) -> int:
+    """Do the work for every scan of a folder, with a line for each; return for how many it was done."""
+    began, refused = time.monotonic(), []
+    for number, (path, target) in enumerate(targets, start=1):
+        try:
+            told = work(path, target)
+        except RefusedScan as error:
+            refused.append(path)
+            told = f"refused: {error}"
+        left_s = (time.monotonic() - began) / number * (len(targets) - number)
+        say(f"{number}/{len(targets)} | {path} | {told}" + f" | {left_s:.0f} s left" * (number < len(targets)))
+    if len(refused) == len(targets):
+        raise InputError(f"none of the {len(targets)} scans could be used; the lines above say why")
+    return len(targets) - len(refused)
+
+
+def _told(volumes: dict[str, list[float]]) -> str:
+    parts = []
+    for value, (name, of_class) in enumerate(volumes.items(), start=1):
+        in_ml = ", ".join(_volume_text(ml) for ml in of_class)
+        parts.append(f"{value} {name}: {in_ml} ml" + f" in frames 1 to {len(of_class)}" * (len(of_class) > 1))
+    return "; ".join(parts)
+
+
+def _volume_text(ml: float) -> str:
+    return f"{ml:.1f}" if ml >= 1 or ml == 0 else f"{ml:.2g}"

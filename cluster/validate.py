@@ -1,0 +1,146 @@
+"""`p2r validate`: every path that a job or a task names is followed, without a voxel being read.
+
+    job -> its tasks -> their folders -> scans, label maps and splits; sources, corpora, backbones, storage
+
+What is in a bucket is not asked for here: a job may be valid on a machine that does not have its keys.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from p2r.documents import read_start
+from p2r.errors import DataError, InputError, JobError
+from p2r.evaluate.task_files import HELD_OUT, Task, load_task, read_task_config
+from p2r.job import Job, find_job, ignored_variables, nearest_file, read_job
+from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
+
+_PLACEHOLDER = re.compile(
+    r"your[-_ ]?(bucket|folder|path|data|name|scans)|^/?path/to/|<[^<>]+>|change[-_]?me|example\.(com|org)|\bTODO\b",
+    re.IGNORECASE,
+)
+_VARIABLE = re.compile(r"\$\{[A-Za-z_]\w*\}")
+
+
+def is_task(path: Path) -> bool:
+    """Tell whether a file is a task rather than a job: a mapping with classes, and no kind.
+
+    Raises:
+        InputError: The file cannot be read, or is not YAML.
+    """
+    try:
+        content = read_start(find_job(path), max_bytes=MAX_YAML_BYTES)
+    except OSError as error:
+        raise JobError(
+            f"job {path} cannot be read: {error}; give the path of a YAML file{nearest_file(path)}"
+        ) from None
+    values = read_yaml(content, where=str(path), error=JobError)
+    return isinstance(values, dict) and "classes" in values and "kind" not in values
+
+
+def task_facts(path: Path) -> Iterator[str]:
+    """Yield what a task comes to, a line each, after its files were looked for.
+
+    Raises:
+        DataError: as `load_task`.
+    """
+    config = read_task_config(path)
+    for key in ("images", "labels"):
+        _refuse_placeholder(getattr(config, key), f"task {path}: {key}")
+    if config.images.startswith("template://"):
+        yield f"task {config.name}: virtual subjects, made when they are needed"
+        return
+    task = load_task(path)
+    yield f"task {task.name}: {len(task.scans)} scans with label maps; " + "; ".join(_split_facts(task))
+
+
+def job_facts(path: Path, overrides: tuple[str, ...]) -> tuple[Job, list[str], list[str]]:
+    """Follow every path of a job.
+
+    Returns:
+        The job; names of variables that are not set; lines about what its paths lead to.
+
+    Raises:
+        InputError: naming the key of the first path that leads nowhere.
+    """
+    unset: dict[str, str] = {}
+    job = read_job(path, overrides, unset=unset)
+    return job, list(unset), [*_lines(path, job)]
+
+
+def _lines(path: Path, job: Job) -> Iterator[str]:
+    for key, text in _paths(job):
+        _refuse_placeholder(text, f"job {path}: {key}")
+    for source in job.ingest.sources if job.ingest else ():
+        yield from _source_facts(source, f"job {path}: ingest.sources")
+    for key, url in _artefacts(job):
+        _check_artefact(url, f"job {path}: {key}")
+    for key, task in _tasks(job):
+        try:
+            yield from task_facts(Path(task))
+        except DataError as error:
+            if "environment variable" not in str(error):
+                raise DataError(f"job {path}: {key}: {error}") from None
+            yield f"{key}: {str(error).removeprefix(f'task {task}: ')}"
+    yield from (f"note: {note}" for note in ignored_variables(path, job))
+
+
+def _split_facts(task: Task) -> Iterator[str]:
+    for split in ("train", *HELD_OUT):
+        subjects = task.subjects[split]
+        scans = task.scans_of(subjects)
+        more = f" ({len(scans)} scans)" * (len(scans) != len(subjects))
+        yield f"{len(subjects)} patients {'to train' if split == 'train' else 'for ' + split}{more}"
+
+
+def _paths(job: Job) -> Iterator[tuple[str, str]]:
+    yield "storage", job.storage
+    for source in job.ingest.sources if job.ingest else ():
+        yield "ingest.sources", source
+    yield from _artefacts(job)
+
+
+def _artefacts(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield key and URL of what a job takes from elsewhere."""
+    if job.pretrain is not None:
+        corpus = job.pretrain.corpus
+        urls = [corpus] if isinstance(corpus, str) else [share.url for share in corpus or ()]
+        yield from (("pretrain.corpus", url) for url in urls)
+        if job.pretrain.init_from is not None:
+            yield "pretrain.init_from", job.pretrain.init_from
+    if job.finetune is not None and job.finetune.backbone is not None:
+        yield "finetune.backbone", job.finetune.backbone
+
+
+def _tasks(job: Job) -> list[tuple[str, str]]:
+    """Return key and path of every task, each path once."""
+    named = [("finetune.tasks", task) for task in (job.finetune.tasks if job.finetune else ())]
+    if job.ingest is not None and job.ingest.subjects_of is not None:
+        named.append(("ingest.subjects_of", job.ingest.subjects_of.task))
+    if job.pretrain is not None and job.pretrain.probe is not None:
+        named.append(("pretrain.probe", job.pretrain.probe.task))
+    return list({Path(task).resolve(): (key, task) for key, task in reversed(named)}.values())[::-1]
+
+
+def _source_facts(source: str, where: str) -> Iterator[str]:
+    if _VARIABLE.search(source) or source.startswith("template://"):
+        return
+    if "://" in source and not source.startswith("file://"):
+        yield f"not looked at: {source}"
+        return
+    path = Path(source.removeprefix("file://")).expanduser()
+    if not path.exists():
+        raise DataError(f"{where}: {source} does not exist; get the data, or correct the path")
+
+
+def _check_artefact(url: str, where: str) -> None:
+    if _VARIABLE.search(url) or ("://" in url and not url.startswith("file://")):
+        return
+    path = Path(url.partition("@sha256:")[0].removeprefix("file://")).expanduser()
+    if not (path / "manifest.json").is_file():
+        raise DataError(f"{where}: {url} has no manifest.json: nothing was made or published there; correct the URL")
+
+
+def _refuse_placeholder(text: str, where: str) -> None:
+    if match := _PLACEHOLDER.search(text):
+        raise InputError(f"{where} is {text!r}: {match[0]} is a placeholder; write your own in its place")

@@ -1,0 +1,76 @@
+"""An enhanced multi-frame DICOM image in time: did its conversion keep slices and times apart?
+
+dcm2niix orders the frames of some such files by their dimension indices, last one first, whatever the indices stand for. Where a
+position has several frames, planes of different times then make one volume, and nothing tells. So each plane of the result is
+looked up among the frames of the file, by its sum and its sum of squares, which no reflection changes.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+
+Signature = tuple[int, int]
+
+
+def mixes_frames(file: str, images: Sequence[Path]) -> bool:
+    """Tell whether planes of a conversion are not at the positions that the file's frames state.
+
+    Args:
+        file: An enhanced multi-frame image.
+        images: NIfTI files made of it.
+
+    Returns:
+        True also where it cannot be checked: frames without positions, or compressed in a way that is not decoded here.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(file)
+            positions = _positions(dataset)
+            if len(set(positions)) in (1, len(positions)):
+                return False  # no position has several frames, or all are at one
+            frames = dataset.pixel_array
+    except Exception:  # pydicom raises whatever hostile bytes lead it to
+        return True
+    found: dict[Signature, set[float]] = defaultdict(set)
+    for position, frame in zip(positions, frames, strict=True):
+        found[_signature(frame)].add(position)
+    return not all(_is_in_order(image, found) for image in images)
+
+
+def _positions(dataset: Any) -> list[float]:
+    """Return the position of every frame along the normal, 0.01 mm."""
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    positions = []
+    for frame in dataset.PerFrameFunctionalGroupsSequence:
+        source = frame if "PlaneOrientationSequence" in frame else shared
+        orientation = [float(value) for value in source.PlaneOrientationSequence[0].ImageOrientationPatient]
+        place = [float(value) for value in frame.PlanePositionSequence[0].ImagePositionPatient]
+        positions.append(round(float(np.cross(orientation[:3], orientation[3:]) @ place), 2))
+    return positions
+
+
+def _is_in_order(image: Path, found: dict[Signature, set[float]]) -> bool:
+    loaded = nibabel.nifti1.Nifti1Image.from_filename(image)
+    stored = np.asarray(loaded.dataobj.get_unscaled())
+    planes = stored.reshape(*stored.shape[:3], -1)
+    along: list[float] = []
+    for z in range(planes.shape[2]):
+        places = set.intersection(*(found.get(_signature(planes[:, :, z, t]), set()) for t in range(planes.shape[3])))
+        if not places:
+            return False
+        along.append(min(places))
+    steps = np.diff(along)
+    return bool((steps > 0).all() or (steps < 0).all())
+
+
+def _signature(plane: NDArray[Any]) -> Signature:
+    wide = plane.astype(np.int64)
+    return int(wide.sum()), int((wide**2).sum())

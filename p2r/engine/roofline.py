@@ -1,0 +1,59 @@
+"""Time of the pixel-pair loss on a GPU: its operations, by the rate of the GPU's matrix products.
+
+    cross_view  10 n N E operations of a rank: 2 for both sums, and 4 for each gradient, which computes similarities again
+    nt_xent     22 n N E: three such passes for sums, four for gradients
+
+The rate of bfloat16 is what plain products reach on an H100; that of TF32 is half. The share of it that the loss reaches is
+modelled from the kernels' machine code (jobs/RESULTS.md), and has not been measured.
+
+Letters: n pixel pairs of a rank, N of all, E embedding channels.
+"""
+
+from dataclasses import dataclass
+
+from p2r.config import PretrainConfig
+
+RATES = {"bf16": 798e12, "tf32": 399e12}
+"""Operations a second of an H100's matrix products, by `pretrain.precision`."""
+EFFICIENCY = 0.7
+"""Share of the rate that the loss is modelled to reach."""
+_OPERATIONS = {"cross_view": 10, "nt_xent": 22}
+
+
+@dataclass(frozen=True)
+class LossTime:
+    """The loss of one rank and step."""
+
+    operations: float
+    least_s: float
+    """At the full rate of products: no kernel can be faster."""
+    expected_s: float
+    """At the modelled share of it."""
+
+
+def loss_time(config: PretrainConfig, *, world_size: int, device: str) -> LossTime | None:
+    """Return the time of the loss; None where it is not known: on CPUs, in fp32, for other losses and negatives."""
+    loss = config.loss
+    if device != "cuda" or config.precision not in RATES or loss.name != "info_nce" or loss.negatives == "image":
+        return None
+    passes = 1
+    if loss.negatives == "micro_batch" and config.micro_batch is not None:
+        passes = config.global_batch // (world_size * config.micro_batch)
+    pairs = config.global_batch * loss.pixel_pairs_per_image // passes
+    operations = _OPERATIONS[loss.form] * passes * pairs * (pairs / world_size) * config.model.embedding_channels
+    least_s = operations / RATES[config.precision]
+    return LossTime(operations, least_s, least_s / EFFICIENCY)
+
+
+def ways_to_shorten(config: PretrainConfig, *, world_size: int, step_s: float) -> list[str]:
+    """Return fields that leave the loss less than two thirds of a step of that many seconds, each with its time then."""
+    loss = config.loss
+    tries: list[dict[str, str | int]] = [{"form": "cross_view"}] if loss.form == "nt_xent" else []
+    tries += [{"pixel_pairs_per_image": loss.pixel_pairs_per_image >> halvings} for halvings in range(1, 5)]
+    found = {}
+    for fields in tries:
+        (name, value), other = *fields.items(), config.model_copy(update={"loss": loss.model_copy(update=fields)})
+        time = loss_time(other, world_size=world_size, device="cuda")
+        if time is not None and time.expected_s < 2 / 3 * step_s and name not in found:
+            found[name] = f"pretrain.loss.{name}={value} ({time.expected_s:.2g} s)"
+    return list(found.values())

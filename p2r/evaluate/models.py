@@ -1,0 +1,120 @@
+"""A published segmentation model for people who write Python: a scan in, a label map on the scan's own grid out.
+
+model = p2r.load_model("s3://bucket/models/liver/all")
+segmentation = model.predict("scan.nii.gz")        # nibabel.Nifti1Image
+segmentation.to_filename("segmentation.nii.gz")
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2r.backbone import ArtefactConfig
+from p2r.backbone import load_model as load_segmenter
+from p2r.data.volume import Volume, nifti_image, read_volume, to_source_grid, volume_of
+from p2r.evaluate.inference import predict_volume
+from p2r.model.pix2rep import Segmenter
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published model, in evaluation mode."""
+
+    segmenter: Segmenter
+    """The network: images (B, 1, *S) -> scores (B, 1 + classes, *S)."""
+    config: ArtefactConfig
+    """Architecture, preparation and classes."""
+    manifest: Mapping[str, Any]
+    """The artefact's manifest, with `sha256` and `url`."""
+    device: str = "cpu"
+    """Device of the weights."""
+
+    @property
+    def classes(self) -> Mapping[int, str]:
+        """Name of each label; 0 is the background."""
+        return self.config.classes
+
+    def predict(self, scan: str | Path | Volume | Any) -> Any:
+        """Segment a scan.
+
+        Args:
+            scan: A path or URL of NIfTI, a `nibabel` image, or a `Volume`.
+
+        Returns:
+            A `nibabel.Nifti1Image` of labels on the scan's own grid, (X, Y, Z) or, of a series of frames, (X, Y, Z, T); its sform,
+            qform, codes and units are the scan's.
+
+        Raises:
+            RefusedScan: if the scan cannot be used; its code says why.
+        """
+        volume = _volume(scan)
+        on_scan = to_source_grid(self.labels(volume), volume)
+        flat = on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan
+        return nifti_image(flat, volume.source_affine, like=volume)
+
+    def labels(self, volume: Volume) -> NDArray[np.uint8]:
+        """Return labels (X, Y, Z, T) on the grid of `volume.data`, in RAS order."""
+        return predict_volume(
+            self.segmenter,
+            volume,
+            preparation=self.config.preparation,
+            num_classes=len(self.classes) + 1,
+            device=self.device,
+            largest_component=self.config.largest_component,
+        )
+
+    def volumes_ml(self, labels: NDArray[np.uint8], volume: Volume) -> dict[str, list[float]]:
+        """Return the volume of each class in each frame, ml."""
+        voxel_ml = float(np.prod(volume.spacing_mm)) / 1000
+        counts = {name: (labels == value).sum(axis=(0, 1, 2)) for value, name in self.classes.items()}
+        return {name: [float(count) * voxel_ml for count in of_class] for name, of_class in counts.items()}
+
+
+def load_model(url: str, *, sha256: str | None = None, key: str | None = None, device: str = "cpu") -> Model:
+    """Load a published segmentation model, in evaluation mode.
+
+    Args:
+        url: `file://`, `s3://` or a path of its folder; or `URL@sha256:HEX`.
+        sha256: The pin, if it is not in `url`: SHA-256 of `manifest.json`.
+        key: Public key of who must have signed it: `ed25519:HEX`, or the path of a PEM file.
+        device: Where the weights go.
+
+    Raises:
+        StorageError: if it is absent or damaged, another one than is pinned, or not signed by the key.
+        CheckpointError: if it is no model, or not one that this version can build.
+    """
+    segmenter, config, manifest = load_segmenter(url, sha256=sha256, key=key, device=device)
+    return Model(segmenter, config, manifest, device)
+
+
+def on_scan_grid(features: NDArray[np.float32], affine: NDArray[np.float64], volume: Volume) -> NDArray[np.float32]:
+    """Resample features to the grid of a scan's file, trilinearly; at the edge the nearest ones are taken.
+
+    Args:
+        features: (X', Y', Z', F) on a grid of `affine`, as from `embed_volume`.
+        affine: (4, 4) voxel of `features` -> mm.
+        volume: The scan.
+
+    Returns:
+        (X, Y, Z, F) in the order of the scan's file.
+    """
+    from scipy import ndimage
+
+    to_features = np.linalg.inv(affine) @ volume.affine
+    shape = volume.data.shape[:3]
+    found = np.empty((*shape, features.shape[3]), np.float32)
+    for channel in range(features.shape[3]):
+        ndimage.affine_transform(
+            features[..., channel], to_features[:3, :3], to_features[:3, 3], shape, found[..., channel], 1, "nearest"
+        )
+    return np.asarray(to_source_grid(found, volume))
+
+
+def _volume(scan: str | Path | Volume | Any) -> Volume:
+    if isinstance(scan, Volume):
+        return scan
+    return read_volume(scan) if isinstance(scan, str | Path) else volume_of(scan)

@@ -1,0 +1,213 @@
+"""YAML from outside -> plain values, within stated bounds, or a refusal by name: jobs and tasks.
+
+Values are built from the parser's events, not by PyYAML's constructors, which recurse and share the values that aliases
+name: an alias is a copy, and counts as many values as it copies. A key that is there twice is refused; PyYAML keeps the last.
+Dates stay texts, and tags that make objects are refused.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import yaml
+
+from p2r.documents import MAX_DEPTH, MAX_INTEGER, check_characters, check_size, decoded
+from p2r.errors import InputError
+
+MAX_YAML_BYTES = 1 << 20
+"""Largest YAML document that is read."""
+
+_MAX_SCALAR = 64  # characters of a number
+_TAG = "tag:yaml.org,2002:"
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Event = Any
+_CONSTRUCTOR = yaml.constructor.SafeConstructor()
+
+
+def read_yaml(
+    content: bytes | str,
+    *,
+    where: str,
+    max_bytes: int = MAX_YAML_BYTES,
+    max_depth: int = MAX_DEPTH,
+    max_values: int = 100_000,
+    error: type[InputError] = InputError,
+) -> Any:
+    """Parse one YAML document from outside into texts, numbers, booleans, None, lists and mappings.
+
+    Dates stay texts. Aliases and merge keys (`<<`) are copied, within `max_values`.
+
+    Args:
+        content: The document, UTF-8.
+        where: Its name, for messages.
+        max_bytes: Largest size that is parsed.
+        max_depth: Most mappings and lists within one another.
+        max_values: Most values and keys, those of aliases included.
+        error: Class of the refusal.
+
+    Raises:
+        InputError: `error`, naming the line, for anything that is not YAML, leaves a bound, or is no plain value.
+    """
+    check_size(content.encode(errors="replace") if isinstance(content, str) else content, where, max_bytes, error)
+    text = content if isinstance(content, str) else decoded(content, "YAML", where, error)
+    try:
+        return _Composer(text, max_depth=max_depth, max_values=max_values).document()
+    except _Refused as refused:
+        raise error(f"{where}: {refused}") from None
+    except (yaml.YAMLError, ValueError) as problem:  # ValueError: libyaml cannot take a text
+        raise error(f"{where} is not YAML: {str(problem).strip()}") from None
+
+
+class _Refused(Exception):
+    """A rule that a YAML document breaks."""
+
+
+@dataclass(frozen=True)
+class _Anchored:
+    """A value that aliases may name."""
+
+    value: Any
+    num_values: int
+    depth: int
+    """Mappings and lists within one another."""
+
+
+class _Composer:
+    """Events of one YAML document -> its value."""
+
+    def __init__(self, text: str, *, max_depth: int, max_values: int) -> None:
+        self._loader = _Loader(text)
+        self._max_depth, self._max_values = max_depth, max_values
+        self._num_values = self._deepest = 0
+        self._anchored: dict[str, _Anchored] = {}
+
+    def document(self) -> Any:
+        """Return the value of the only document; None if there is none."""
+        self._next(yaml.StreamStartEvent)
+        if self._loader.check_event(yaml.StreamEndEvent):
+            return None
+        self._next(yaml.DocumentStartEvent)
+        value = self._value(self._loader.get_event(), 0)
+        self._next(yaml.DocumentEndEvent)
+        if not self._loader.check_event(yaml.StreamEndEvent):
+            _refuse(self._loader.get_event(), "a second document begins; a file holds one")
+        return value
+
+    def _next(self, kind: type[_Event]) -> None:
+        event = self._loader.get_event()
+        assert isinstance(event, kind)
+
+    def _value(self, event: _Event, depth: int) -> Any:
+        """Return the value that begins with an event, `depth` mappings and lists down."""
+        if isinstance(event, yaml.AliasEvent):
+            return self._copy(event, depth)
+        self._count(event, 1)
+        if isinstance(event, yaml.ScalarEvent):
+            value = self._scalar(event)
+            if event.anchor is not None:
+                self._anchored[event.anchor] = _Anchored(value, 1, 0)
+            return value
+        if event.tag not in (None, "!", f"{_TAG}map", f"{_TAG}seq"):
+            _refuse(event, f"the tag {event.tag[:80]} is not read; write plain values")
+        self._check_depth(event, depth + 1)
+        before, above, self._deepest = self._num_values, self._deepest, depth + 1
+        of = self._mapping if isinstance(event, yaml.MappingStartEvent) else self._sequence
+        value = of(depth + 1)
+        if event.anchor is not None:
+            self._anchored[event.anchor] = _Anchored(value, self._num_values - before + 1, self._deepest - depth)
+        self._deepest = max(self._deepest, above)
+        return value
+
+    def _sequence(self, depth: int) -> list[Any]:
+        values = []
+        while not self._loader.check_event(yaml.SequenceEndEvent):
+            values.append(self._value(self._loader.get_event(), depth))
+        self._loader.get_event()
+        return values
+
+    def _mapping(self, depth: int) -> dict[Any, Any]:
+        values: dict[Any, Any] = {}
+        merged: dict[Any, Any] = {}
+        lines: dict[Any, int] = {}
+        while not self._loader.check_event(yaml.MappingEndEvent):
+            event = self._loader.get_event()
+            if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+                _refuse(event, "a key is a list or a mapping; a key is a text or a number")
+            is_merge = isinstance(event, yaml.ScalarEvent) and self._tag(event) == f"{_TAG}merge"
+            key = self._value(event, depth)
+            if isinstance(key, dict | list):
+                _refuse(event, "a key is a list or a mapping; a key is a text or a number")
+            if key in lines:
+                _refuse(event, f"key {str(key)[:80]!r} is twice in one mapping, first on line {lines[key]}")
+            lines[key] = event.start_mark.line + 1
+            value = self._value(self._loader.get_event(), depth)
+            if is_merge:
+                merged = self._merged(event, value)
+            else:
+                values[key] = value
+        self._loader.get_event()
+        return {**merged, **values}
+
+    def _merged(self, event: _Event, value: Any) -> dict[Any, Any]:
+        """Return the keys that a merge key stands for; of several mappings the first counts most."""
+        mappings = value if isinstance(value, list) else [value]
+        if not all(isinstance(mapping, dict) for mapping in mappings):
+            _refuse(event, "`<<` merges a mapping, or a list of mappings")
+        return {key: item for mapping in reversed(mappings) for key, item in mapping.items()}
+
+    def _copy(self, event: _Event, depth: int) -> Any:
+        anchored = self._anchored.get(event.anchor)
+        if anchored is None:
+            _refuse(event, f"the alias *{event.anchor[:80]} names nothing that is complete before it")
+        self._count(event, anchored.num_values)
+        self._check_depth(event, depth + anchored.depth)
+        self._deepest = max(self._deepest, depth + anchored.depth)
+        return copy.deepcopy(anchored.value)
+
+    def _count(self, event: _Event, number: int) -> None:
+        self._num_values += number
+        if self._num_values > self._max_values:
+            _refuse(event, f"more than {self._max_values:,} values, those of aliases included")
+
+    def _check_depth(self, event: _Event, depth: int) -> None:
+        if depth > self._max_depth:
+            _refuse(event, f"mappings and lists may be {self._max_depth} deep")
+
+    def _tag(self, event: _Event) -> str:
+        if event.tag not in (None, "!"):
+            return str(event.tag)
+        return str(self._loader.resolve(yaml.ScalarNode, event.value, event.implicit))
+
+    def _scalar(self, event: _Event) -> Any:
+        kind = self._tag(event).removeprefix(_TAG)
+        if kind in ("str", "timestamp", "value", "merge"):
+            try:
+                check_characters(event.value)
+            except ValueError as problem:
+                _refuse(event, str(problem))
+            return str(event.value)
+        if kind == "null":
+            return None
+        if kind not in ("bool", "int", "float"):
+            _refuse(event, f"the tag {event.tag[:80]} is not read; write plain values")
+        try:
+            value = _number(kind, event)
+        except (ValueError, KeyError, IndexError):
+            _refuse(event, f"{event.value[:40]!r} is not a valid {kind}")
+        if kind == "int" and not -MAX_INTEGER <= value < MAX_INTEGER:
+            _refuse(event, f"{event.value[:40]} is not a whole number of 64 bits")
+        if kind == "float" and not math.isfinite(value):
+            _refuse(event, f"{event.value[:40]} is not a finite number")
+        return value
+
+
+def _number(kind: str, event: _Event) -> Any:
+    if len(event.value) > _MAX_SCALAR:
+        raise ValueError
+    node = yaml.ScalarNode(f"{_TAG}{kind}", event.value)
+    return getattr(_CONSTRUCTOR, f"construct_yaml_{kind}")(node)
+
+
+def _refuse(event: _Event, rule: str) -> NoReturn:
+    raise _Refused(f"line {event.start_mark.line + 1}: {rule}")

@@ -1,0 +1,140 @@
+"""Commands as people expect them: on folders, with volumes as a table, with a version and short help."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from cluster import cli
+from cluster.starting import started_session
+from p2r.errors import TrainingError
+
+P2R = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def p2r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> P2R:
+    """Call the `p2r` command in this process."""
+
+    def call(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["p2r", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        else:
+            code = 0
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return call
+
+
+@pytest.fixture
+def folder(toy_data: Path, tmp_path: Path) -> Path:
+    """Two scans, one in a folder of its own, one broken file and a label map."""
+    root = tmp_path / "scans"
+    (root / "later").mkdir(parents=True)
+    shutil.copy(toy_data / "images/sub-07_T1w.nii.gz", root)
+    shutil.copy(toy_data / "images/sub-08_T1w.nii.gz", root / "later")
+    shutil.copy(toy_data / "labels/sub-07_T1w.nii.gz", root / "sub-07_seg.nii.gz")
+    (root / "broken.nii.gz").write_bytes(b"no scan")
+    return root
+
+
+def test_predict_segments_a_folder_with_progress_and_a_table_of_volumes(
+    p2r: P2R, published: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    code, said = p2r("predict", published["model"], folder, "-o", tmp_path / "out")
+    assert code == 0, said
+    assert "1/3 | " in said and "3/3 | " in said and "[not_nifti]" in said and "sub-07_seg" not in said
+    made = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
+    assert made == ["later/sub-08_T1w.nii.gz", "sub-07_T1w.nii.gz", "volumes.csv"]
+    with (tmp_path / "out/volumes.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    labels = np.asarray(nibabel.load(tmp_path / "out/sub-07_T1w.nii.gz").dataobj)
+    (row,) = [row for row in rows if row["scan"].endswith("sub-07_T1w.nii.gz")]
+    assert float(row["DISC_ml"]) == pytest.approx((labels == 1).sum() * 2 * 2 * 8 / 1000, rel=1e-3)
+    code, said = p2r("predict", published["model"], folder, "-o", tmp_path / "out.nii.gz")
+    assert code == 2 and "results go into a folder" in said
+
+
+def test_embed_on_the_scan_s_own_grid(p2r: P2R, published: dict[str, str], toy_data: Path, tmp_path: Path) -> None:
+    scan = toy_data / "images/sub-07_T1w.nii.gz"
+    code, said = p2r("embed", published["backbone"], scan, "-o", tmp_path / "features.nii.gz", "--native")
+    assert code == 0, said
+    features, image = nibabel.load(tmp_path / "features.nii.gz"), nibabel.load(scan)
+    assert features.shape == (*image.shape, 4) and np.array_equal(features.affine, image.affine)
+    # The toy scans have the backbone's pixel size: features on both grids are the same ones.
+    p2r("embed", published["backbone"], scan, "-o", tmp_path / "other.nii.gz")
+    other = nibabel.load(tmp_path / "other.nii.gz")
+    ours = nibabel.as_closest_canonical(features).get_fdata()
+    assert np.allclose(ours, other.get_fdata(), atol=1e-4)
+
+
+def test_inspect_shows_backbones_and_models_as_tables(p2r: P2R, published: dict[str, str]) -> None:
+    code, said = p2r("inspect", published["backbone"])
+    for words in ("CC0-1.0", "@sha256:", "basic_unet", "2D, 32 pixels of 2.0 mm", "Pretrained on"):
+        assert code == 0 and words in said, said
+    code, said = p2r("inspect", f"{published['storage']}/models/disc/all")
+    for words in ("fine-tuned", "labelled patients", "validation Dice"):
+        assert code == 0 and words in said, said
+
+
+def test_version_and_short_help_import_nothing_that_is_slow() -> None:
+    for argument, words in (("--version", "p2r 0."), ("-h", "validate")):
+        code = f"import sys; sys.argv = ['p2r', '{argument}']; from cluster import cli\ntry: cli.main()\nexcept SystemExit: pass\n"
+        code += "assert not {'torch', 'ray', 'numpy', 'pydantic', 'nibabel'} & set(sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=dict(os.environ)
+        )
+        assert done.returncode == 0 and words in done.stdout, done.stderr
+
+
+def test_validating_a_job_and_its_task_imports_neither_torch_nor_ray(toy_data: Path) -> None:
+    code = f"import sys; sys.argv = ['p2r', 'validate', '{toy_data}/task.yaml']; from cluster import cli; cli.main()\n"
+    code += "assert not {'torch', 'ray', 'nibabel', 'scipy', 'pydicom'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "5 patients to train" in done.stdout, done.stderr
+
+
+def test_a_ray_that_does_not_start_is_tried_once_more_and_named_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[str | None] = []
+
+    @contextmanager
+    def session(address: str | None, *, show_worker_logs: bool) -> Iterator[None]:
+        """What Ray does on a machine that is too busy for its 30 s."""
+        attempts.append(address)
+        if len(attempts) < 3:
+            raise RuntimeError("the node did not start within 30 seconds\nand much more")
+        yield
+
+    monkeypatch.setattr("cluster.session.session", session)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    said: list[str] = []
+    job = Path("mine/job.yaml")
+    with (
+        pytest.raises(
+            TrainingError, match=r"twice \(RuntimeError: the node .* seconds\).*python -m p2r\.engine mine/job\.yaml"
+        ),
+        started_session(None, job=job, show_worker_logs=False, say=said.append),
+    ):
+        pass
+    assert said[0] == "starting Ray on this machine ..." and said[1].endswith("one more attempt") and len(attempts) == 2
+    with started_session(None, job=job, show_worker_logs=False, say=said.append):
+        assert len(attempts) == 3
+    attempts.clear()
+    with (
+        pytest.raises(TrainingError, match=r"cluster at 10\.0\.0\.7:6379 cannot be joined"),
+        started_session("10.0.0.7:6379", job=job, show_worker_logs=False, say=said.append),
+    ):
+        pass
+    assert attempts == ["10.0.0.7:6379"]

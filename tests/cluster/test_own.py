@@ -1,0 +1,300 @@
+"""From a folder as people have it to a job and a task: what is found, what is written, and that it is valid."""
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+
+from cluster import cli
+from cluster.own import classes_of, drafts_of, look
+from p2r import run as p2r_run
+from p2r.data.survey import survey
+from p2r.errors import DataError
+from p2r.evaluate.drafts import draft_job, problems_of
+from p2r.evaluate.task_files import load_task
+from p2r.job import read_job
+
+P2R = Callable[..., tuple[int, str]]
+STATED = ("--licence", "CC0-1.0", "--provenance", "Toys, 2026")
+
+
+@pytest.fixture
+def p2r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> P2R:
+    """Call the `p2r` command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("P2R_SCANS", "P2R_LICENCE", "P2R_PROVENANCE", "P2R_TASK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["p2r", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        else:
+            code = 0
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return call
+
+
+def write(path: Path, *, seed: int | None, values: int = 2) -> None:
+    """Write a scan of noise, or a label map with the values 0 to `values`."""
+    grid = np.indices((24, 26, 4))[0] // 6 % (values + 1)
+    data = grid if seed is None else np.random.default_rng(seed).integers(1, 900, (24, 26, 4)) + 200 * grid
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.Nifti1Image(data.astype(np.int16), np.diag([1.5, 1.5, 6.0, 1.0])).to_filename(path)
+
+
+def _nnunet(root: Path) -> None:
+    for case in range(8):
+        write(root / f"imagesTr/heart_{case:03d}_0000.nii.gz", seed=case)
+        write(root / f"imagesTr/heart_{case:03d}_0001.nii.gz", seed=100 + case)
+        write(root / f"labelsTr/heart_{case:03d}.nii.gz", seed=None)
+    write(root / "imagesTs/heart_050_0000.nii.gz", seed=50)
+    stated = {
+        "channel_names": {"0": "cine", "1": "LGE"},
+        "labels": {"background": 0, "LV": 1, "RV": 2},
+        "numTraining": 8,
+    }
+    (root / "dataset.json").write_text(json.dumps({**stated, "file_ending": ".nii.gz"}))
+
+
+def _msd(root: Path) -> None:
+    pairs = []
+    for case in range(8):
+        write(root / f"imagesTr/liver_{case}.nii.gz", seed=case)
+        write(root / f"labelsTr/liver_{case}.nii.gz", seed=None)
+        pairs.append({"image": f"./imagesTr/liver_{case}.nii.gz", "label": f"./labelsTr/liver_{case}.nii.gz"})
+    stated = {
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "liver", "2": "cancer"},
+        "licence": "CC-BY-SA 4.0",
+    }
+    (root / "dataset.json").write_text(json.dumps({**stated, "reference": "A clinic", "training": pairs, "test": []}))
+
+
+def _bids(root: Path) -> None:
+    for number in range(1, 9):
+        for contrast in ("T1w", "FLAIR"):
+            write(root / f"sub-{number:02d}/anat/sub-{number:02d}_{contrast}.nii.gz", seed=number + 10 * len(contrast))
+        write(
+            root / f"derivatives/expert/sub-{number:02d}/anat/sub-{number:02d}_FLAIR_desc-lesion_mask.nii.gz", seed=None
+        )
+    (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.9.0"}')
+
+
+def _bids_flat_labels(root: Path) -> None:
+    for number in range(1, 9):
+        write(root / f"sub-{number:02d}/anat/sub-{number:02d}_FLAIR.nii.gz", seed=number)
+        write(root / f"derivatives/labels/sub-{number:02d}.nii.gz", seed=None)
+
+
+def _flat(root: Path) -> None:
+    for number in range(1, 9):
+        for frame in (1, 12):
+            write(root / f"patient{number:03d}_frame{frame:02d}.nii.gz", seed=number * 100 + frame)
+            write(root / f"patient{number:03d}_frame{frame:02d}_gt.nii.gz", seed=None)
+    write(root / "patient009_frame01.nii.gz", seed=9)
+
+
+def _two_folders(root: Path) -> None:
+    for number in range(1, 9):
+        write(root / f"images/{number:02d}.nii.gz", seed=number)
+        write(root / f"masks/{number:02d}_seg.nii.gz", seed=None)
+
+
+def _a_folder_each(root: Path) -> None:
+    for number in range(1, 9):
+        write(root / f"P{number}/t1.nii.gz", seed=number)
+        write(root / f"P{number}/seg.nii.gz", seed=None)
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], None], dict[str, Any]]] = {
+    "nnunet": (_nnunet, {"form": "nnunet", "scans": 17, "subjects": 9, "pairs": 8, "image_name": "{key}_0000"}),
+    "msd": (_msd, {"form": "msd", "scans": 8, "subjects": 8, "pairs": 8, "image_name": "{key}"}),
+    "bids": (_bids, {"form": "bids", "scans": 16, "subjects": 8, "pairs": 8, "image_name": "{key}_FLAIR"}),
+    "bids_flat_labels": (
+        _bids_flat_labels,
+        {"form": "bids", "scans": 8, "subjects": 8, "pairs": 8, "image_name": "{key}_FLAIR"},
+    ),
+    "flat": (_flat, {"form": "folder", "scans": 17, "subjects": 9, "pairs": 16, "image_name": "{key}"}),
+    "two_folders": (_two_folders, {"form": "folder", "scans": 8, "subjects": 8, "pairs": 8, "image_name": "{key}"}),
+    "a_folder_each": (_a_folder_each, {"form": "folder", "scans": 8, "subjects": 8, "pairs": 8, "image_name": "t1"}),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_as_people_have_it_becomes_a_valid_job_and_task(kind: str, tmp_path: Path, p2r: P2R) -> None:
+    make, expected = FOLDERS[kind]
+    make(tmp_path / "data")
+    found = look(tmp_path / "data")
+    names, pairing = found.names, found.names.pairing
+    assert pairing is not None
+    assert expected == {
+        "form": names.form,
+        "scans": len(names.scans),
+        "subjects": len(names.subjects),
+        "pairs": len(pairing.pairs),
+        "image_name": pairing.image_name,
+    }
+    code, said = p2r("init", "mine", "--scans", tmp_path / "data", *STATED)
+    assert code == 0, said
+    assert "p2r validate mine/job.yaml mine/task.yaml" in said and "p2r run mine/job.yaml" in said
+    job, task = read_job(Path("mine/job.yaml")), load_task(Path("mine/task.yaml"))
+    assert job.kind == "pipeline" and job.ingest is not None
+    assert (job.ingest.subject_pattern, job.ingest.cohort) == (task.config.subject_pattern, task.config.cohort)
+    assert len(task.scans) == expected["pairs"]
+    assert list(task.config.classes) == [1, 2]
+    code, said = p2r("validate", "mine/job.yaml", "mine/task.yaml")
+    assert code == 0 and "patients to train" in said, said
+
+
+def test_check_says_what_it_would_write_and_draws_the_scans(tmp_path: Path, p2r: P2R) -> None:
+    _nnunet(tmp_path / "data")
+    (tmp_path / "data/imagesTr/heart_900_0000.nii.gz").write_bytes(b"no scan")
+    code, said = p2r("check", tmp_path / "data", "-o", "sheet.png")
+    assert code == 0, said
+    for words in (
+        "18 of 10 subjects", "LGE 8, cine 10", "8 left out of pretraining", "1 LV, 2 RV", "[not_nifti]",
+        "kind: pipeline", "split_rule:", "${P2R_LICENCE}",
+    ):  # fmt: skip
+        assert words in said, words
+    assert Path("sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert not Path("job.yaml").exists()
+
+
+def test_a_licence_and_a_source_that_nobody_stated_are_asked_for_by_name(tmp_path: Path, p2r: P2R) -> None:
+    _two_folders(tmp_path / "data")
+    code, said = p2r("init", "mine", "--scans", tmp_path / "data")
+    assert code == 0 and 'export P2R_LICENCE="..." P2R_PROVENANCE="..."' in said
+    code, said = p2r("run", "mine/job.yaml")
+    assert code == 2 and "P2R_LICENCE, P2R_PROVENANCE are not set (ingest.licence, ingest.provenance)" in said
+
+
+def test_a_dataset_json_states_licence_and_reference(tmp_path: Path) -> None:
+    _msd(tmp_path / "data")
+    drafts = drafts_of(look(tmp_path / "data"), tmp_path)
+    assert drafts.task is not None
+    assert "licence: CC-BY-SA 4.0" in drafts.task and "citation: A clinic" in drafts.task
+    assert classes_of(look(tmp_path / "data")) == {1: "liver", 2: "cancer"}
+
+
+def test_init_overwrites_nothing(tmp_path: Path, p2r: P2R) -> None:
+    _two_folders(tmp_path / "data")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/job.yaml").write_text("mine\n")
+    code, said = p2r("init", "mine", "--scans", tmp_path / "data")
+    assert code == 2 and "mine/job.yaml exists already" in said
+    assert (tmp_path / "mine/job.yaml").read_text() == "mine\n"
+    assert not (tmp_path / "mine/task.yaml").exists()
+
+
+def test_scans_without_labels_make_a_job_that_pretrains(tmp_path: Path, p2r: P2R) -> None:
+    for number in range(6):
+        write(tmp_path / f"data/p{number}_t1.nii.gz", seed=number)
+    code, said = p2r("init", "mine", "--scans", tmp_path / "data", *STATED)
+    assert code == 0 and "no label maps were found" in said
+    assert read_job(Path("mine/job.yaml")).kind == "pretrain"
+    assert not Path("mine/task.yaml").exists()
+
+
+def test_a_layout_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    _two_folders(tmp_path / "data")
+    with pytest.raises(DataError, match=r"no dataset\.json"):
+        survey(tmp_path / "data", form="nnunet", cache=tmp_path)
+    with pytest.raises(DataError, match="no BIDS data set"):
+        survey(tmp_path / "data", form="bids", cache=tmp_path)
+    with pytest.raises(DataError, match="8 label maps and no scan"):
+        _bids(tmp_path / "b")
+        (tmp_path / "only").mkdir()
+        (tmp_path / "b/derivatives").rename(tmp_path / "only/masks")
+        survey(tmp_path / "only", cache=tmp_path)
+
+
+def test_labels_with_gaps_say_what_to_do() -> None:
+    assert problems_of([1, 2, 3]) is None
+    assert "rewrite them (nothing is 3)" in str(problems_of([1, 2, 4]))
+
+
+def test_the_job_that_travels_with_p2r_is_the_one_that_init_writes(repository: Path) -> None:
+    text = (repository / "jobs/own.yaml").read_text()
+    body = draft_job(
+        name="own", sources="${P2R_SCANS}", licence="${P2R_LICENCE}", provenance="${P2R_PROVENANCE}", cohort="folder",
+        subject_pattern=r"^(.+?)\.nii", task="tasks/folder.yaml", voxels=None, num_labelled=8,
+    )  # fmt: skip
+    assert text.endswith(body)
+
+
+def test_the_block_of_the_readme_leads_from_own_scans_to_a_segmentation(
+    repository: Path, toy_data: Path, tmp_path: Path, p2r: P2R, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command of it as it stands; the run in this process, and small."""
+    data = tmp_path / "data/mine"
+    for kind in ("images", "labels"):
+        (data / kind).mkdir(parents=True)
+        for path in sorted((toy_data / kind).iterdir()):
+            shutil.copy(path, data / kind / f"P{int(path.name[4:6]):03d}.nii.gz")
+    monkeypatch.setenv("P2R_STORAGE", str(tmp_path / "runs"))
+    text = (
+        (repository / "README.md").read_text().split("## Your own data\n")[1].split("\n    p2r ", 1)[1].split("\n\n")[0]
+    )
+    commands = [shlex.split(line.strip().removeprefix("p2r "), comments=True) for line in text.splitlines()]
+    assert [words[0] for words in commands] == ["check", "init", "validate", "run", "predict"]
+    small: dict[str, Any] = {
+        "steps": 4,
+        "num_labelled": [1],
+        "draws": 1,
+        "modes": ["scratch", "fine_tune"],
+        "batch_size": 2,
+    }
+    for words in commands:
+        here = [word.replace("/data/mine", str(data)).replace("~/p2r-runs", str(tmp_path / "runs")) for word in words]
+        if words[0] == "run":
+            made = p2r_run(
+                here[1],
+                say=lambda line: None,
+                pretrain__steps=2,
+                pretrain__global_batch=4,
+                pretrain__image={"size": 32, "spacing_mm": 2.0},
+                pretrain__model={"channels": [4, 4, 8, 8, 8], "feature_channels": 4, "head_channels": 8},
+                **{f"finetune__{name}": value for name, value in small.items()},
+            )
+            assert set(made["models"]) == {"mine", "mine/all"}
+        else:
+            code, said = p2r(*here)
+            assert code == 0, said
+    segmentation = nibabel.load("P001_segmentation.nii.gz")
+    assert segmentation.shape == nibabel.load(data / "images/P001.nii.gz").shape
+
+
+# p2r validate
+
+
+def test_validate_follows_every_path(tmp_path: Path, p2r: P2R) -> None:
+    _two_folders(tmp_path / "data")
+    p2r("init", "mine", "--scans", tmp_path / "data", *STATED)
+    job = "mine/job.yaml"
+    for override, words in {
+        "ingest.sources=[/nowhere]": "ingest.sources: /nowhere does not exist",
+        "ingest.sources=['s3://your-bucket/scans']": "your-bucket is a placeholder",
+        "storage=/path/to/runs": "/path/to/ is a placeholder",
+        "finetune.tasks=[absent.yaml]": "absent.yaml cannot be read",
+        "finetune.backbone=/nowhere": "finetune.backbone: /nowhere has no manifest.json",
+        "pretrain.init_from=/nowhere": "pretrain.init_from: /nowhere has no manifest.json",
+    }.items():
+        code, said = p2r("validate", job, "--set", override)
+        assert code == 2 and words in said, said
+    (tmp_path / "data/masks/03_seg.nii.gz").unlink()
+    code, said = p2r("validate", job)
+    assert code == 2 and "finetune.tasks" in said and "03.nii.gz" in said and "unlabelled: leave_out" in said
+    code, said = p2r("validate", "mine/jop.yaml")
+    assert code == 2 and "did you mean mine/job.yaml?" in said

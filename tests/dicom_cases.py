@@ -1,0 +1,169 @@
+"""DICOM series as scanners and archives leave them, each with its outcome: a part of docs/inputs.md."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, RLELossless
+
+ROWS, COLUMNS, SLICES = 20, 18, 8
+
+
+def voxels(seed: int = 0) -> NDArray[np.uint16]:
+    """Values (X, Y, Z) in the order of the files."""
+    return np.random.default_rng(seed).integers(1, 900, (COLUMNS, ROWS, SLICES)).astype("<u2")
+
+
+@dataclass(frozen=True)
+class Series:
+    """Files of one folder."""
+
+    each: Callable[[int], Mapping[str, Any]] = lambda k: {}
+    """Tags of slice k; None removes one."""
+    slices: tuple[int, ...] = tuple(range(SLICES))
+    step_mm: float = 3.0
+    name: str = "IM{:04d}.dcm"
+    after: Callable[[Path], None] = lambda folder: None
+    """Changes the folder."""
+    echoes: int = 1
+
+    def write(self, folder: Path) -> None:
+        """Write the files."""
+        folder.mkdir(parents=True)
+        for echo in range(self.echoes):
+            for k in self.slices:
+                self._slice(k, echo).save_as(folder / self.name.format(1000 * echo + k + 1), enforce_file_format=True)
+        self.after(folder)
+
+    def _slice(self, k: int, echo: int) -> pydicom.Dataset:
+        header = pydicom.Dataset()
+        header.file_meta = pydicom.dataset.FileMetaDataset()
+        header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        values: dict[str, Any] = {
+            **{"SOPClassUID": MRImageStorage, "SOPInstanceUID": f"1.2.3.{echo}.{k + 1}", "SeriesInstanceUID": "1.2.6"},
+            **{
+                "StudyInstanceUID": "1.2.4",
+                "FrameOfReferenceUID": "1.2.5",
+                "Modality": "MR",
+                "Manufacturer": "SIEMENS",
+            },
+            **{"PatientID": "P", "SeriesNumber": 3, "InstanceNumber": 100 * echo + k + 1, "AcquisitionNumber": 1},
+            **{"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND"], "ScanningSequence": "GR", "MRAcquisitionType": "2D"},
+            **{"EchoTime": 3.0 * (echo + 1), "EchoNumbers": echo + 1, "RepetitionTime": 2000.0, "FlipAngle": 9.0},
+            **{"SliceThickness": 3.0, "SpacingBetweenSlices": self.step_mm, "PixelSpacing": [1.0, 1.0]},
+            **{"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "ImagePositionPatient": [-9, -10, self.step_mm * k]},
+            **{"Rows": ROWS, "Columns": COLUMNS, "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2"},
+            **{"BitsAllocated": 16, "BitsStored": 12, "HighBit": 11, "PixelRepresentation": 0},
+            "PixelData": np.ascontiguousarray(voxels(echo)[:, :, k].T).tobytes(),
+            **self.each(k),
+        }
+        for tag, value in values.items():
+            if value is not None:
+                setattr(header, tag, value)
+        header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID
+        header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID
+        return header
+
+
+@dataclass(frozen=True)
+class DicomCase:
+    """A series and its outcome."""
+
+    name: str
+    series: Series = field(default_factory=Series)
+    shapes: tuple[tuple[int, ...], ...] = ((COLUMNS, ROWS, SLICES, 1),)
+    """Of the volumes."""
+    mm: tuple[float, ...] = (1.0, 1.0, 3.0)
+    values: Callable[[NDArray[Any]], NDArray[Any]] | None = lambda stored: stored
+    """Of the first volume, from those stored; None: not compared."""
+    refused: str = ""
+    way_out: str = ""
+
+    def row(self) -> str:
+        """Line of the table."""
+        size = " x ".join(f"{mm:g}" for mm in self.mm)
+        volumes = f"{len(self.shapes)} volume{'s' * (len(self.shapes) > 1)}"
+        done = f"refused: `{self.refused}`; {self.way_out}" if self.refused else f"read, {volumes}, {size} mm"
+        return f"| {self.name} | DICOM | {done} |"
+
+
+def _compress(folder: Path) -> None:
+    for path in folder.iterdir():
+        header = pydicom.dcmread(path)
+        header.compress(RLELossless, generate_instance_uid=False)
+        header.save_as(path, enforce_file_format=True)
+
+
+def _copy_all(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        shutil.copy(path, folder / f"copy_{path.name}")
+
+
+TURNED = ([1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1], [1, 0, 0, 0, 0, -1])
+UNEVEN = {"refused": "uneven_slices", "way_out": "Copy it again"}
+
+DICOM_CASES = [
+    DicomCase("one file a slice"),
+    DicomCase("names without an ending", Series(name="IM{:04d}")),
+    DicomCase("names that end in .IMA", Series(name="X.MR.{:04d}.IMA")),
+    DicomCase("names that are UIDs", Series(name="1.2.840.{:d}")),
+    DicomCase("every file twice", Series(after=_copy_all)),
+    DicomCase("no patient", Series(each=lambda k: {"PatientID": None})),
+    DicomCase("instance numbers backwards", Series(each=lambda k: {"InstanceNumber": 100 - k})),
+    DicomCase("one instance number for all slices", Series(each=lambda k: {"InstanceNumber": 1})),
+    DicomCase(
+        "a time of its own for every slice",
+        Series(each=lambda k: {"AcquisitionTime": f"12{k:02d}00", "StudyTime": f"12{k:02d}00"}),
+    ),
+    DicomCase(
+        "positions that jitter by 4 um",
+        Series(each=lambda k: {"ImagePositionPatient": [-9, -10, 3 * k + 0.004 * (k % 3)]}),
+    ),
+    DicomCase(
+        "gaps between slices, not stated",
+        Series(step_mm=5.0, each=lambda k: {"SpacingBetweenSlices": None}),
+        mm=(1.0, 1.0, 5.0),
+    ),
+    DicomCase(
+        "the first two slices absent",
+        Series(slices=tuple(range(2, SLICES))),
+        shapes=((COLUMNS, ROWS, SLICES - 2, 1),),
+        values=None,
+    ),
+    DicomCase("a slice absent in the middle", Series(slices=tuple(k for k in range(SLICES) if k != 4)), **UNEVEN),
+    DicomCase(
+        "rescale slope and intercept",
+        Series(each=lambda k: {"RescaleSlope": 2.5, "RescaleIntercept": -10.0}),
+        values=lambda stored: stored * 2.5 - 10,
+    ),
+    DicomCase(
+        "a rescale slope of its own for every slice",
+        Series(each=lambda k: {"RescaleSlope": 1 + k / 8, "RescaleIntercept": 0.0}),
+        values=lambda stored: stored * (1 + np.arange(SLICES) / 8),
+    ),
+    DicomCase("compressed by run lengths", Series(after=_compress)),
+    DicomCase("two echoes", Series(echoes=2), shapes=((COLUMNS, ROWS, SLICES, 1),) * 2),
+    DicomCase(
+        "a localizer in three orientations",
+        Series(slices=(0, 1, 2), each=lambda k: {"ImageOrientationPatient": TURNED[k]}),
+        shapes=((COLUMNS, ROWS, 1, 1), (1, COLUMNS, ROWS, 1), (COLUMNS, 1, ROWS, 1)),
+        values=None,
+    ),
+    DicomCase(
+        "no modality",
+        Series(each=lambda k: {"Modality": None}),
+        refused="not_mr",
+        way_out="convert the series to NIfTI",
+    ),
+    DicomCase(
+        "text in the picture",
+        Series(each=lambda k: {"BurnedInAnnotation": "YES"}),
+        refused="burned_in_annotation",
+        way_out="leave it out",
+    ),
+]

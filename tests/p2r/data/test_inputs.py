@@ -1,0 +1,110 @@
+"""Every case of `scan_cases`: the right value, or a refusal with a way out; and what is written overlays its scan."""
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+from numpy.typing import NDArray
+
+from p2r.config import IngestConfig
+from p2r.data.preprocess import percentile_table
+from p2r.data.read import read_scan
+from p2r.data.scans import find_scans
+from p2r.data.volume import Volume, read_labels, read_volume, to_source_grid, write_nifti
+from p2r.errors import RefusedScan
+from tests.dicom_cases import DICOM_CASES, DicomCase, voxels
+from tests.scan_cases import CASES, READ, Case, table
+
+# Files that these two do not read, or read as other values: nothing can be compared.
+NOT_FOR_NIBABEL = ("gzipped, under", "quaternion rounded", "vox_offset of 0")
+NOT_FOR_ITK = ("NIfTI-2", "with shear", "gzipped, under a plain name", "scl_slope of 0", "vox_offset of 0")
+
+
+def read(case: Case, path: Path) -> Volume:
+    if case.is_label:
+        return read_labels(path)
+    volume = read_volume(path)
+    percentile_table(volume.data, name=str(path))
+    return volume
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_has_the_outcome_of_the_table(case: Case, tmp_path: Path) -> None:
+    path = case.write(tmp_path)
+    if case.refused:
+        with pytest.raises(RefusedScan) as refusal:
+            read(case, path)
+        assert refusal.value.code == case.refused
+        assert str(path) in refusal.value.message, "it names the file"
+        assert case.way_out in refusal.value.message
+        return
+    volume = read(case, path)
+    assert volume.data.shape == case.shape
+    assert volume.spacing_mm == pytest.approx(case.mm, rel=1e-5)
+    assert volume.notes == case.notes
+    assert volume.data.dtype.kind in "iuf" and np.isfinite(volume.data).all()
+
+
+@pytest.mark.parametrize("case", DICOM_CASES, ids=lambda case: case.name)
+def test_every_series_has_the_outcome_of_the_table(case: DicomCase, tmp_path: Path) -> None:
+    case.series.write(tmp_path / "p1")
+    (scan,) = find_scans([str(tmp_path)], cache=tmp_path)
+    config = IngestConfig(sources=("anywhere",), licence="CC0-1.0", min_size=8)
+    if case.refused:
+        with pytest.raises(RefusedScan) as refusal:
+            read_scan(scan, config)
+        assert refusal.value.code == case.refused
+        assert scan.path in refusal.value.message and case.way_out in refusal.value.message
+        return
+    volumes = read_scan(scan, config)
+    assert sorted(volume.data.shape for volume in volumes) == sorted(case.shapes)
+    if case.values is not None:
+        assert volumes[0].spacing_mm == pytest.approx(case.mm, abs=0.01)
+        # Columns run to the Left and rows to Posterior in the files; RAS turns both around.
+        np.testing.assert_allclose(volumes[0].data[..., 0], case.values(voxels())[::-1, ::-1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_written_like_a_scan_overlays_it_in_nibabel_and_itk(case: Case, tmp_path: Path) -> None:
+    path, output = case.write(tmp_path), tmp_path / "out" / "labels.nii.gz"
+    volume = read_volume(path)
+    stored = to_source_grid(volume.data, volume)
+    write_nifti(output, stored[..., 0] if stored.shape[3] == 1 else stored, volume.source_affine, like=volume)
+    rng = np.random.default_rng(0)
+    voxels = np.stack([rng.integers(0, size, 20) for size in volume.source_shape], 1)
+    if not any(words in case.name for words in NOT_FOR_NIBABEL):
+        scan, written = nibabel.load(path), nibabel.load(output)
+        world = nibabel.affines.apply_affine(scan.affine, voxels)
+        places = np.rint(nibabel.affines.apply_affine(np.linalg.inv(written.affine), world)).astype(int)
+        np.testing.assert_array_equal(places, voxels)
+        assert written.header.get_zooms() == scan.header.get_zooms()[: len(written.shape)]
+        for field in ("sform_code", "qform_code", "xyzt_units"):
+            assert written.header[field] == scan.header[field], field
+        _assert_close(_taken(written, places), _taken(scan, voxels))
+    if not any(words in case.name for words in NOT_FOR_ITK):
+        scan, written = (SimpleITK.ReadImage(str(file)) for file in (path, output))
+        assert written.GetSpacing() == pytest.approx(scan.GetSpacing())
+        for voxel in voxels:
+            index = [int(number) for number in voxel] + [0] * (scan.GetDimension() - 3)
+            world = scan.TransformIndexToPhysicalPoint(index)
+            assert written.TransformPhysicalPointToIndex(world) == tuple(index)
+            _assert_close(written.GetPixel(index), scan.GetPixel(index))
+
+
+def test_the_table_of_the_documentation_is_current() -> None:
+    page = Path(__file__).parents[3] / "docs" / "inputs.md"
+    assert page.read_text() == table(), "run: python -m tests.scan_cases > docs/inputs.md"
+
+
+def _taken(image: nibabel.Nifti1Image, places: NDArray[np.int64]) -> NDArray[np.float64]:
+    data = np.asarray(image.dataobj, np.float64).reshape(*image.shape[:3], -1)
+    return data[tuple(places.T)]
+
+
+def _assert_close(found: object, expected: object) -> None:
+    np.testing.assert_allclose(
+        np.asarray(found, np.float64), np.nan_to_num(np.asarray(expected, np.float64)), rtol=1e-6
+    )
