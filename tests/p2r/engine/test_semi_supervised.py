@@ -123,7 +123,12 @@ def test_trials_in_slices_of_time_come_to_the_report_of_a_whole_run(
     write_toy_job: Callable[..., Path], published: dict[str, str], tmp_path: Path
 ) -> None:
     given = ("kind=finetune", f"finetune.backbone={published['backbone']}", "pretrain=null", "finetune.steps=60")
-    modes = ("finetune.modes=[scratch_weak_to_strong]", "finetune.num_labelled=[1]", "finetune.batch_size=1")
+    modes = (
+        "finetune.publish_model=false",
+        "finetune.modes=[scratch_weak_to_strong]",
+        "finetune.num_labelled=[1]",
+        "finetune.batch_size=1",
+    )
     rates = "finetune.search.learning_rates={scratch_weak_to_strong: [1.0e-2]}"
     rows, ends = {}, list[str | None]()
     for name, max_seconds in (("whole", None), ("sliced", 0.0)):
