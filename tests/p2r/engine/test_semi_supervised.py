@@ -181,3 +181,17 @@ def test_where_all_patients_are_labelled_their_own_images_are_the_unlabelled_one
     setup = make(steps=2, num_labelled=["all"], confidence_threshold=0.4)
     told = run(setup, final(setup, "weak_to_strong"))["row"]["pseudo_labels"]
     assert told["confident_fraction"][0] > 0
+
+
+def test_a_trial_that_cannot_be_compiled_says_why_and_is_the_one_that_is_not(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/restored/afterwards")
+    lines, found = list[str](), []
+    for is_asked in (False, True):
+        setup = make(steps=2, compile=is_asked)
+        trial = final(setup, "weak_to_strong")
+        found.append(weights(setup, run_trial(setup, trial, device="cpu", say=lines.append)))
+    assert equal(*found)
+    assert any(" | not compiled: no compiler (no-such-compiler) on this machine" in line for line in lines)
