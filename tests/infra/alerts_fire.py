@@ -76,6 +76,7 @@ class Training:
         settings = {
             "name": run,
             "storage": stage.folder / "runs" / run,
+            "ingest": "null",
             "pretrain.corpus": corpus or stage.corpus,
             "pretrain.steps": 10**6,
             "metrics.folder": stage.folder / "metrics",

@@ -251,7 +251,7 @@ def test_an_upload_that_fails_is_named_at_the_next_save_and_the_last_good_checkp
 def test_a_bucket_that_refuses_an_upload_keeps_the_last_good_checkpoint(
     job_of: JobOf, trained: Path, tmp_path: Path, s3_url: str, proxy: FaultProxy
 ) -> None:
-    job = job_of(tmp_path, f"pretrain.corpus={trained}/corpus", f"storage={s3_url}")
+    job = job_of(tmp_path, "ingest=null", f"pretrain.corpus={trained}/corpus", f"storage={s3_url}")
     proxy.add(Fault("status", on=".*step-00000004/.*model.safetensors", times=ALWAYS, status=403))
     with pytest.raises(StorageError, match=r"checkpoint of step 4 could not be uploaded: .*step-00000004"):
         train(job)

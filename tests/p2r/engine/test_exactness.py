@@ -27,10 +27,11 @@ def config(write_toy_job: Callable[..., Path], tmp_path_factory: pytest.TempPath
     """Of a run with everything that has a state, on a corpus that lies ready."""
     folder = tmp_path_factory.mktemp("exactness")
     overrides = (f"pretrain.steps={STEPS}", "pretrain.report_interval=1", "pretrain.checkpoint_interval=100")
-    job = read_job(write_toy_job(folder), (*overrides, "pretrain.ema_decay=0.5", f"pretrain.corpus={folder}/corpus"))
-    assert job.ingest is not None and job.pretrain is not None
+    path, read = write_toy_job(folder), (*overrides, "pretrain.ema_decay=0.5", f"pretrain.corpus={folder}/corpus")
+    making, job = read_job(path), read_job(path, ("ingest=null", "kind=pretrain", "finetune=null", *read))
+    assert making.ingest is not None and job.pretrain is not None
     corpus = Storage(str(folder / "corpus"))
-    list(ingest_locally(job.ingest.model_copy(update={"subjects_of": None}), corpus))
+    list(ingest_locally(making.ingest.model_copy(update={"subjects_of": None}), corpus))
     return job.pretrain
 
 

@@ -467,7 +467,7 @@ def test_deterministic_algorithms_are_asked_for_as_long_as_a_run_lasts(
 
 
 def test_the_mean_of_weights_is_what_is_published(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
-    job = job_of(tmp_path, "pretrain.ema_decay=0.5", f"pretrain.corpus={corpus.url}")
+    job = job_of(tmp_path, "kind=pretrain", "pretrain.ema_decay=0.5", "ingest=null", f"pretrain.corpus={corpus.url}")
     storage = Storage(job.storage)
     _train(job, storage.child("pretrain"), corpus)
     made = publish_backbone(job, storage, lambda line: None)
