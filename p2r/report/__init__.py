@@ -1,7 +1,8 @@
 """Rows of few-shot figures -> what people read: a table on the terminal, a page, pictures.
 
 `write_report` makes the page; `table` prints; a picture is a `Drawing`, or the bytes of a PNG. Names are loaded when they are first
-used: Matplotlib and torch take seconds, and most commands draw nothing.
+used: Matplotlib and torch take seconds, and most commands draw nothing. No file has the name of a function, for a loaded file would
+hide it.
 """
 
 from importlib import import_module
@@ -11,12 +12,12 @@ if TYPE_CHECKING:
     from p2r.report.canvas import Drawing
     from p2r.report.cases import ShownCase, shown_cases
     from p2r.report.corpus_report import corpus_report_is_current, write_corpus_report
+    from p2r.report.curve import few_shot_curve
     from p2r.report.document import source_line, trials_line, write_report
-    from p2r.report.few_shot_curve import few_shot_curve
     from p2r.report.pictures import embedding_pca, outlines, view_pairs
+    from p2r.report.sheet import image_of, view_sheet
     from p2r.report.tables import Cell, Spread, aggregate, label_of, split_of, table
     from p2r.report.variants import markdown_variants, variants_picture, variants_table
-    from p2r.report.view_sheet import image_of, view_sheet
 
 __all__ = [
     "Cell",
@@ -53,7 +54,7 @@ _HOMES = {
     "source_line": "p2r.report.document",
     "trials_line": "p2r.report.document",
     "write_report": "p2r.report.document",
-    "few_shot_curve": "p2r.report.few_shot_curve",
+    "few_shot_curve": "p2r.report.curve",
     "embedding_pca": "p2r.report.pictures",
     "outlines": "p2r.report.pictures",
     "view_pairs": "p2r.report.pictures",
@@ -66,8 +67,8 @@ _HOMES = {
     "markdown_variants": "p2r.report.variants",
     "variants_picture": "p2r.report.variants",
     "variants_table": "p2r.report.variants",
-    "image_of": "p2r.report.view_sheet",
-    "view_sheet": "p2r.report.view_sheet",
+    "image_of": "p2r.report.sheet",
+    "view_sheet": "p2r.report.sheet",
 }
 
 

@@ -24,8 +24,8 @@ from rich.text import Text
 from p2r.errors import DataError
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.report.canvas import INK, NARROW, WIDE, Drawing, apart, drawing, mode_colour, new_sheet, plain
+from p2r.report.curve import draw_series
 from p2r.report.document import source_line
-from p2r.report.few_shot_curve import draw_series
 from p2r.report.forest import Difference, figures_text, forest, p_text
 from p2r.report.page import Block, Grid, Heading, Paragraph, Picture, html
 from p2r.report.runs import Run, Setting, setting_of

@@ -13,8 +13,8 @@ from typing import Any
 
 from p2r.modes import SCRATCH
 from p2r.report.canvas import Drawing
+from p2r.report.curve import few_shot_curve
 from p2r.report.distributions import by_stratum, class_boxes, where_in_the_organ
-from p2r.report.few_shot_curve import few_shot_curve
 from p2r.report.forest import Difference, figures_text, forest, p_text
 from p2r.report.page import Block, Cards, Folded, Grid, Heading, Paragraph, Picture, html, markdown
 from p2r.report.patients import MEAN, THIRDS, Patient, mean_of, patients_of

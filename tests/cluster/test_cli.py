@@ -314,6 +314,6 @@ def test_what_is_published_is_signed_and_verified_by_its_key(
         printed = p2r("verify", pin, "--key", given)
         assert f"pin      {pin}" in printed and f"signed   {name}" in printed
     assert "unchecked  manifest.sig" in p2r("verify", pin)
-    (model,) = (tmp_path / "storage/models/disc").iterdir()
+    model = tmp_path / "storage/models/disc/all"
     assert p2r("sign", model, "--key", private).strip() == f"signed: {name}"
     assert f"signed   {name}" in p2r("verify", model, "--key", public)

@@ -55,7 +55,7 @@ def test_memory_that_does_not_suffice_for_compiling_costs_a_line_and_not_the_run
     )
     is_compiled, said = warm_up(backbone, shape=(2, 1, 8, 8), dtype=torch.float32)
     assert not is_compiled
-    assert said == "not compiled: CUDA out of memory; training goes on without"
+    assert said == "not compiled: OutOfMemoryError: CUDA out of memory; training goes on without"
 
 
 @pytest.mark.parametrize("given", [None, "/somewhere/else"])

@@ -67,8 +67,8 @@ def test_an_upload_goes_on_beside_whoever_started_it_and_ends_with_the_manifest(
 
 def test_a_checkpoint_waits_for_the_receipts_of_this_attempt(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "storage"))
-    receipt = "checkpoints/step-00000004/receipts/rank-00001.json"
-    storage.write_json(receipt, {"attempt": "an earlier one", "files": {"b": {"sha256": "old", "num_bytes": 1}}})
+    receipt, old = "checkpoints/step-00000004/receipts/rank-00001.json", "0" * 64
+    storage.write_json(receipt, {"attempt": "an earlier one", "files": {"b": {"sha256": old, "num_bytes": 1}}})
     made = uploader(storage, world_size=2)
     start(made, tmp_path, 4, a="x")
     time.sleep(0.2)
@@ -79,7 +79,7 @@ def test_a_checkpoint_waits_for_the_receipts_of_this_attempt(tmp_path: Path) -> 
     other.finish()
     made.finish()
     files = storage.read_json("checkpoints/step-00000004/manifest.json")["files"]
-    assert sorted(files) == ["a", "b"] and files["b"]["sha256"] != "old"
+    assert sorted(files) == ["a", "b"] and files["b"]["sha256"] != old
     assert not storage.exists(receipt)
 
 

@@ -89,7 +89,7 @@ def test_volumes_go_all_the_way_to_a_report(run: Callable[..., tuple[dict[str, s
     images = backbone.prepare(scan).images
     assert images.shape == (1, 1, 16, 16, 16)
     assert backbone(images).shape == (1, 4, 16, 16, 16)
-    card = storage.read_bytes("backbones/balls/1/README.md").decode()
+    card = storage.read_bytes(f"backbones/balls/1/{backbone.manifest['files']['card']['name']}").decode()
     assert "4 features for every voxel of an MRI scan" in card
     assert "16 x 16 x 16 voxels of 2 mm" in card
 
@@ -112,5 +112,5 @@ def test_so_they_do_at_a_coarser_level_and_in_bfloat16(
     assert storage.read_json("report/report.json")["rows"]
     backbone = p2r.load_backbone(made["backbone"])
     assert backbone(backbone.prepare(data / "images/sub-05_T1w.nii.gz").images).shape == (1, 4, 8, 8, 8)
-    card = storage.read_bytes("backbones/balls/1/README.md").decode()
+    card = storage.read_bytes(f"backbones/balls/1/{backbone.manifest['files']['card']['name']}").decode()
     assert "4 features for every 2 x 2 x 2 voxels of an MRI scan" in card

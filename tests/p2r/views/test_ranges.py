@@ -28,7 +28,6 @@ def job_with(tmp_path: Path, views: Any) -> Path:
         ("geometry.scale", [1.2, 0.8], r"must rise and lie in \[0.1, 10\], got \[1.2, 0.8\]"),
         ("geometry.scale", [0, 1], r"must rise and lie in \[0.1, 10\]"),
         ("geometry.shear_deg", 60, "less than 60"),
-        ("geometry.translation_mm", float("inf"), "finite"),
         ("geometry.flip_probability", 1.5, "less than or equal to 1"),
         ("geometry.elastic_mm", 33, r"must not exceed elastic_spacing_mm \(32\): the image would fold, got 33"),
         ("geometry.elastic_spacing_mm", 1, "greater than or equal to 4"),
@@ -53,6 +52,11 @@ def test_a_strength_out_of_range_is_refused_by_name(tmp_path: Path, key: str, va
     with pytest.raises(JobError, match=rule) as refusal:
         read_job(job_with(tmp_path, {section: {field: value}}))
     assert f"pretrain.views.{section}" in str(refusal.value)
+
+
+def test_an_infinite_strength_is_refused_where_it_is_written(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"job\.yaml: line \d+: \.inf is not a finite number"):
+        read_job(job_with(tmp_path, {"geometry": {"translation_mm": float("inf")}}))
 
 
 def test_every_probability_is_a_fraction() -> None:
