@@ -164,7 +164,9 @@ def head(folder: Path) -> Iterator[tuple[str, int]]:
         command += [f"--{name}-port={port}" for name, port in zip(names, of_agents, strict=True)]
         command += ["--include-dashboard=true", "--object-store-memory=80000000", f"--temp-dir={folder}"]
         with (folder / "head.log").open("wb") as log:
-            process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+            # Jobs that are submitted call `python`: the head's own.
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            process = subprocess.Popen(command, env=environment(PATH=path), stdout=log, stderr=log)
         while not (is_up := "Ray runtime started" in (folder / "head.log").read_text()) and process.poll() is None:
             time.sleep(0.3)
         if is_up:
