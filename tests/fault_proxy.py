@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 ALWAYS = math.inf
 _PIECE_BYTES = 2**14
 _BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+_REFUSAL = "<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>{}</Message></Error>"
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Fault:
         on: Regular expression for method and path, such as `GET /bucket/key`, from the beginning.
         times: How often.
         action: Called where the fault happens.
+        said: For `status`: what the answer says of it, in place of a busy server's words.
     """
 
     kind: Literal["status", "drop", "lose", "delay", "truncate", "stall", "flip", "flip_request", "call"]
@@ -43,6 +45,7 @@ class Fault:
     seconds: float = 0.0
     after_bytes: int = 0
     action: Callable[[], object] = lambda: None
+    said: str = ""
 
 
 @dataclass
@@ -115,8 +118,9 @@ class FaultProxy:
                     if fault.kind == "delay":
                         time.sleep(fault.seconds)
                     if fault.kind == "status":
+                        words = _REFUSAL.format(fault.said).encode() if fault.said else _BUSY
                         line = f"HTTP/1.1 {fault.status} Fault\r\nContent-Type: application/xml\r\nContent-Length: "
-                        client.sendall(f"{line}{len(_BUSY)}\r\n\r\n".encode() + (b"" if method == "HEAD" else _BUSY))
+                        client.sendall(f"{line}{len(words)}\r\n\r\n".encode() + (b"" if method == "HEAD" else words))
                         continue
                     if fault.kind == "drop":
                         return

@@ -1,6 +1,7 @@
 """Jobs, tasks, histories and lists with any damage: read, or refused by p2r's own error, never by another."""
 
 import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ PIECES = [
     b"\xff", b"\n", b"\t", b": ", b"- ", b"'", b'"', b"\\u0000", b"(a+)+$", b"(?=x)", b"${HOME}", b"true", b"2026-13-41",
     b"---\n", b"? ", b"p[1-999999999]",
 ]  # fmt: skip
+_BEGINS = re.compile(rb"\n *|: |- |, |\[")  # a key or a value: elsewhere a piece is mostly a part of a text
 FUZZ = settings(max_examples=60, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
 
 
 def damaged(data: st.DataObject, content: bytes) -> bytes:
     changed = bytearray(content)
     for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.integers(0, len(changed)))
+        meant = [found.end() for found in _BEGINS.finditer(bytes(changed))]
+        place = data.draw(st.sampled_from(meant) | st.integers(0, len(changed)))
         changed[place : place + data.draw(st.integers(0, 9))] = data.draw(st.sampled_from(PIECES))
     return bytes(changed)
 

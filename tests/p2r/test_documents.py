@@ -164,4 +164,6 @@ def test_no_damage_to_a_document_ends_in_another_error(data: st.DataObject) -> N
     with contextlib.suppress(DataError):
         read_yaml(bytes(content), where="d", error=DataError)
     with contextlib.suppress(DataError):
+        read_yaml(bytes(content).decode(errors="surrogateescape"), where="an argument of a command", error=DataError)
+    with contextlib.suppress(DataError):
         list(read_lines(bytes(content), where="d", max_bytes=1000, error=DataError))

@@ -288,9 +288,19 @@ def test_a_relative_storage_is_refused(tmp_path: Path) -> None:
     assert "absolute path, got 'runs/x'" in refusal(tmp_path, GOOD + "storage: runs/x\n")
 
 
-@pytest.mark.parametrize("text", ["", "- a\n", "kind: [\n", "\x00"])
-def test_rubbish_is_refused_by_name(tmp_path: Path, text: str) -> None:
-    assert "job.yaml" in refusal(tmp_path, text)
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("", "must be a mapping that begins with `kind:`, found NoneType"),
+        ("- a\n", "must be a mapping that begins with `kind:`, found list"),
+        ("7", "must be a mapping that begins with `kind:`, found int"),
+        ("kind: [\n", "is not YAML"),
+        ("\x00", "is not YAML"),
+    ],
+)
+def test_rubbish_is_refused_by_name(tmp_path: Path, text: str, rule: str) -> None:
+    for overrides in ((), ("pretrain.steps=3",)):
+        assert f"job {tmp_path}/job.yaml {rule}" in refusal(tmp_path, text, *overrides)
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:

@@ -100,9 +100,10 @@ def test_keys_that_cannot_be_used_are_refused(made: dict[str, Any], tmp_path: Pa
     ):
         with pytest.raises(InputError, match=message):
             sign(made, key)
-    private.chmod(0o644)
-    with pytest.raises(InputError, match="can be read by other users: chmod 600"):
-        sign(made, private)
+    for mode in (0o640, 0o604):  # the group's, and everybody's
+        private.chmod(mode)
+        with pytest.raises(InputError, match="can be read by other users: chmod 600"):
+            sign(made, private)
     for text, message in (
         ("ed25519:12", "a public key is ed25519: and 64 digits"),
         (str(rsa_public), "is not an Ed25519 key"),

@@ -3,6 +3,7 @@ import pickle
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from p2r.counters import Counters
 from p2r.errors import DamagedError, StorageError
 from p2r.storage import Storage
+from tests.fault_proxy import ALWAYS, Fault, FaultProxy
 
 
 def test_what_is_written_is_read_and_listed(tmp_path: Path) -> None:
@@ -101,11 +103,27 @@ def test_a_bucket_behaves_like_a_folder(s3_url: str, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.s3
-def test_a_wrong_key_is_refused_and_not_repeated(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-right-one")
-    with pytest.raises(StorageError, match="AWS_SECRET_ACCESS_KEY") as caught:
+@pytest.mark.parametrize("place", ["the environment", "a file"])
+def test_a_wrong_key_is_refused_and_not_repeated(
+    place: str, s3_url: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nor where the server repeats it: keys of the environment are masked in every error, those of a file by the client."""
+    secret = "not-the-right-one"
+    if place == "a file":
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+        keys = f"[default]\naws_access_key_id = SOMEBODY\naws_secret_access_key = {secret}\n"
+        (tmp_path / "credentials").write_text(keys)
+    else:
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    with pytest.raises(StorageError, match="AWS_SECRET_ACCESS_KEY") as refused:
         Storage(f"{s3_url}/run").check_writable()
-    assert "not-the-right-one" not in str(caught.value)
+    proxy.add(Fault("status", on="PUT ", times=ALWAYS, status=403, said=f"you signed with {secret}"))
+    with pytest.raises(StorageError, match=r"you signed with \*\*\*") as repeated:
+        Storage(f"{s3_url}/run").check_writable()
+    for caught in (refused, repeated):
+        assert secret not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.fixture(params=["folder", pytest.param("bucket", marks=pytest.mark.s3)])

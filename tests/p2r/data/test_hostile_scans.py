@@ -268,6 +268,7 @@ def test_names_and_links(folder: Path, names: list[str], suffix: str, link: str)
         root = Path(inner, "root")
         root.mkdir()
         (root / "scan.nii").write_bytes(b"12345")
+        Path(inner, "beside.nii").write_bytes(b"12345")
         for name in names:
             path = root / (name + suffix)
             if path.name in (".", "..") or path.exists():
@@ -292,6 +293,7 @@ VALUES = st.one_of(
         ["scan.nii", "./scan.nii", "../../../etc/passwd", "/dev/zero", "", "n/a", "~", "file:///", "s3://"]
     ),
     st.sampled_from(["link.nii", "folder", "http://x/y.nii", "scan.nii\0", "x" * 5000 + ".nii", "\u202e.nii", "a\rb"]),
+    st.sampled_from(['"', '"scan.nii"x']),  # quotes that are left open, or end too early
     st.text(max_size=10),
 )
 

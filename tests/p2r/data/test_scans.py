@@ -322,6 +322,8 @@ def test_patterns_choose_among_the_rows_of_a_list(tmp_path: Path) -> None:
         ("l.jsonl", '{"path": ["a.nii"]}', "line 1: `'path'` must be a text"),
         ("l.jsonl", '{"path": "a.nii", "tags": {"x": 1}}', "line 1: `'tags'` must be a text"),
         ("l.jsonl", '{"path": "\\ud800"}', "line 1"),
+        ("l.jsonl", '{"path": "a.nii", "subject": "s\\u001b[2J"}', "line 1: `'subject'` .* without control characters"),
+        ("l.csv", f"path,subject\na.nii,{'s' * 5000}\n", "line 2: `'subject'` must be a text of up to 4096 characters"),
         ("l.jsonl", "[" * 100_000, "line 1 is not valid: objects and lists may be 4 deep"),
         ("l.jsonl", '{"path": ' + "9" * 5000 + "}", "line 1"),
     ],

@@ -159,6 +159,9 @@ def test_a_byte_that_is_wrong_in_the_cache_is_noticed_and_fetched_again(
     counters = Counters()
     assert_same(batches(remote, counters=counters), expected)
     assert counters.snapshot()['retries{cause="damaged_cache"}'] >= 1
+    counters = Counters()
+    assert_same(batches(remote, counters=counters), expected)
+    assert "retries" not in str(counters.snapshot()), "the copies in the cache are sound again"
 
 
 def test_an_object_that_is_damaged_in_the_bucket_stops_the_stream_and_is_named(
