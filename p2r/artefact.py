@@ -285,7 +285,7 @@ def _parse(content: bytes, reference: Reference, *, where: str, needed: str | No
         return model.model_validate(_from_version_1(value, model) if version == "1" else value)
     except ValidationError as error:
         findings = error.errors(include_url=False, include_context=False)
-        lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}, got {one['input']!r:.80}" for one in findings]
+        lines = [f"{'.'.join(map(str, one['loc'])):.200}: {one['msg']}, got {one['input']!r:.80}" for one in findings]
         more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
         raise CheckpointError(f"{where} is no valid manifest: {'; '.join(lines[:_SHOWN] + more)}") from None
 

@@ -13,10 +13,10 @@ import hashlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -65,6 +65,12 @@ class ArtefactConfig(Section):
 
     largest_component: bool = False
     """Models only: keep the largest connected part of each predicted class alone."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if sorted(self.classes) != list(range(1, len(self.classes) + 1)):
+            raise ValueError("classes must number the labels 1, 2, ... without a gap")
+        return self
 
     def sha256(self) -> str:
         """Return a digest of the network's shape and of what is done to a scan."""

@@ -3,7 +3,8 @@
     show(line) · show_json(value) · console().print(table)
 
 Names of classes, files, keys and formats come from strangers. A control character among them would move the cursor, change the title or
-forge a line; a mark of direction would turn the text beside it. Each is shown as `?`. Nothing else of p2r prints: a test sees to it.
+forge a line; a mark of direction would turn the text beside it; what has no width would make two names look the same. Each is
+shown as `?`. Nothing else of p2r prints: a test sees to it.
 """
 
 import json
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-_COMMANDS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
-"""C0 but tab and line feed, DEL, C1, marks of direction, line separators, halves of surrogate pairs."""
+UNSEEN = "\x7f-\x9f\xad\u034f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f"
+"""For brackets of a pattern: DEL, C1, marks of direction, what has no width, line separators, halves of surrogate pairs."""
+_COMMANDS = f"\x00-\x08\x0b-\x1f{UNSEEN}"
+"""C0 but tab and line feed, and these."""
 _UNSEEN = re.compile(f"[{_COMMANDS}]")
 _UNSEEN_OR_BREAK = re.compile(f"[{_COMMANDS}\t\n]")
 

@@ -12,6 +12,7 @@ every number are bounded, a text can be written as UTF-8, and each key is there 
 
 import contextlib
 import gc
+import io
 import json
 import math
 import re
@@ -205,7 +206,7 @@ def read_lines(
         InputError: `error`, naming the line.
     """
     check_size(content, where, max_bytes, error)
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    for number, line in enumerate(io.BytesIO(content), start=1):
         if line.strip():
             value = read_json(
                 line,

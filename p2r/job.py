@@ -28,7 +28,7 @@ from pydantic_core import ErrorDetails
 
 from p2r.config import FilledIn, FinetuneConfig, IngestConfig, Location, PretrainConfig, PublishConfig, Section
 from p2r.console import visible
-from p2r.documents import read_start
+from p2r.documents import MAX_DEPTH, read_start
 from p2r.errors import JobError
 from p2r.masking import is_secret_name, looks_secret
 from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
@@ -64,6 +64,8 @@ JOB_VARIABLES = {
     "P2R_TASK": "finetune.tasks",
 }
 """Environment variables that jobs read in place of a key, beside `P2R_DATA`, which is set for all of them."""
+_MAX_SHOWN = 300  # characters of a value
+_SHOWN = 30  # findings of a model
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
@@ -316,7 +318,9 @@ def validated(model: type[Model], values: object, *, where: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(model, finding) for finding in error.errors(include_url=False)]
+        findings = error.errors(include_url=False)
+        lines = [_explain(model, finding) for finding in findings[:_SHOWN]]
+        lines += [f"and {len(findings) - _SHOWN:,} more"] if len(findings) > _SHOWN else []
         raise JobError(f"{where} is not valid:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
@@ -348,6 +352,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise JobError(f"--set {override}: write KEY=VALUE, as in --set pretrain.steps=20")
     target = values
     *parents, last = key.split(".")
+    if len(parents) >= MAX_DEPTH:
+        raise JobError(f"--set {override:.80}...: a key has at most {MAX_DEPTH} parts, got {len(parents) + 1:,}")
     for depth, parent in enumerate(parents):
         if target.get(parent) is None:
             target[parent] = {}
@@ -464,12 +470,17 @@ def _explain(model: type[BaseModel], finding: ErrorDetails) -> str:
         return f"{key}: missing; it has no default"
     message = finding["msg"].removeprefix("Value error, ")
     shown = finding.get("input")
-    explained = f"{key}: {message}" + ("" if isinstance(shown, dict | list) else f", got {shown!r}")
+    explained = f"{key}: {message}" + ("" if isinstance(shown, dict | list) else f", got {_short(shown)}")
     if finding["type"] == "literal_error" and isinstance(shown, str):
         names = re.findall(r"'([^']+)'", finding["ctx"]["expected"])
         nearest = difflib.get_close_matches(shown, names, n=1, cutoff=0.5)
         explained += f"; did you mean {nearest[0]}?" if nearest else ""
     return explained
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _names_at(model: type[BaseModel], location: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, cast, get_args
 
-from p2r.console import harmless
+from p2r.console import UNSEEN, harmless
 from p2r.errors import InputError
 from p2r.masking import masked
 
@@ -37,7 +37,7 @@ _OURS = ("p2r", "cluster")
 _STAGES = frozenset({"ingest", "pretrain", "publish", "finetune"})
 _FIRST = ("time", "level", "run", "stage", "attempt", "rank", "step", "message")
 
-_UNSEEN_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSEEN_IN_JSON = re.compile(f"[{UNSEEN}]")
 """What `json.dumps` leaves as it is, and terminals obey."""
 
 
@@ -207,7 +207,7 @@ class JsonFormatter(logging.Formatter):
         order = {name: number for number, name in enumerate(_FIRST)}
         named = sorted(event.items(), key=lambda item: order.get(item[0], len(order)))
         text = json.dumps({key: _plain(value) for key, value in named if value is not None}, ensure_ascii=False)
-        return _UNSEEN_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+        return _UNSEEN_IN_JSON.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def _text(level: int, text: str) -> str:

@@ -13,16 +13,20 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from urllib.parse import quote, quote_plus
+from urllib.parse import quote, quote_plus, unquote
 
 _SECRET_NAME = re.compile(
-    r"SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|PRIVATE_?KEY|API_?KEY|ACCESS_?KEY|CONNECTION_STRING|(?:^|_)(?:KEY|PAT|SAS)$",
+    r"SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|PRIVATE_?KEY|API_?KEY|ACCESS_?KEY|CONNECTION_STRING|WEBHOOK|(?:^|_)(?:KEY|PAT|SAS|JWT)$|_(?:PASS|PWD)$",
     re.IGNORECASE,
 )
 _NO_SECRET_NAME = re.compile(r"_(FILE|PATH|DIR|URI|URL|ENDPOINT|MODE|FORMAT)$", re.IGNORECASE)
+_URL_WITH_PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/:@]*:(\S+)@[^\s@]*")
 _MIN_SECRET = 6
 """Letters: masking a shorter value would hide half of every line."""
+_MIN_LINE = 16
+"""Letters of a line of a secret that has several: shorter ones are in other texts, too."""
 _MASK = "***"
+# Patterns meet text of strangers: what is repeated is bounded, or cannot begin within itself, so that none takes quadratic time.
 _TOKENS = (
     r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",  # AWS
     r"\bhf_[A-Za-z0-9]{16,}",  # Hugging Face
@@ -30,23 +34,29 @@ _TOKENS = (
     r"\bglpat-[A-Za-z0-9_-]{16,}",
     r"\bAIza[A-Za-z0-9_-]{30,}|\bya29\.[A-Za-z0-9_-]{16,}",  # Google
     r"\bxox[abprs]-[A-Za-z0-9-]{10,}",  # Slack
-    r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",  # JSON web tokens
+    r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",  # JSON web tokens
+    r"\bhooks\.slack\.com/(?:services|workflows|triggers)/[A-Za-z0-9_/-]{16,}",
+    r"\bdiscord(?:app)?\.com/api/webhooks/[0-9]+/[A-Za-z0-9_-]{16,}",
+    r"\bsk-(?:[a-z]{2,12}-)?[A-Za-z0-9_]{20,}|\b[rs]k_(?:live|test)_[A-Za-z0-9]{16,}",  # OpenAI and its like; Stripe
+    r"\bnpm_[A-Za-z0-9]{30,}|\bpypi-AgE[A-Za-z0-9_-]{16,}|\bGOCSPX-[A-Za-z0-9_-]{16,}|\bdop_v1_[a-f0-9]{32,}",
+    r"(?i:\b(?:AccountKey|SharedAccessKey|SharedAccessSignature)=)[^\s;'\"]{8,}",  # Azure's connection strings
+    r"(?i:;\s?(?:Password|Pwd)=)[^\s;'\"]+",  # others'
 )
-_SIGNED = (
-    r"X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId|sig|token|access_token|api_?key|password"
-)
-_AUTHORITY = r"\b[a-z][a-z0-9+.-]*://(?=[^/?#\s'\"]*@)"
+_SIGNED = r"[\w.-]{0,40}(?:signature|credential|token|access_?key_?id|api_?key|password|passwd|secret)|sig"
+"""Names in queries; those of presigned URLs differ in what comes before, as in `X-Amz-`, `X-Goog-`, `x-oss-`, `q-`."""
+_AUTHORITY = r"\b[a-z][a-z0-9+.-]{0,31}://(?=[^/?#\s'\"]*@)"
 _PATTERNS = (
     # https://user:password@host, and s3://KEY:SECRET@bucket
     (re.compile(rf"({_AUTHORITY})[^/?#\s'\"]*@", re.IGNORECASE), rf"\1{_MASK}@"),
     # signatures of presigned URLs, and tokens in queries
-    (re.compile(rf"([?&;](?:{_SIGNED})=)[^&\s'\"]+", re.IGNORECASE), rf"\1{_MASK}"),
+    (re.compile(rf"([?&;#](?:{_SIGNED})=)[^&\s'\"]+", re.IGNORECASE), rf"\1{_MASK}"),
     (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\1 {_MASK}"),
-    (re.compile(r"\b(AWS4-HMAC-SHA256)\s+Credential=.*?Signature=[^\s'\"]+", re.IGNORECASE), rf"\1 {_MASK}"),
+    (re.compile(r"\b(AWS4-HMAC-SHA256)\s+Credential=.{0,400}?Signature=[^\s'\"]+", re.IGNORECASE), rf"\1 {_MASK}"),
     # aws_secret_access_key = ..., "SecretAccessKey": "...", RAY_AUTH_TOKEN=...
     (
         re.compile(
-            r"((?:secret_?(?:access_?)?key|session_?token|auth_?token|security_?token|password|passwd|pseudonym_key)['\"]?\s*[=:]\s*['\"]?)"
+            r"((?:(?:secret|access|account|api)[_-]?(?:access[_-]?)?key(?:[_-]?(?:secret|id))?|(?:session|auth|security|access|api|hf)[_-]?token|"
+            r"client[_-]?secret|password|passwd|passphrase|pseudonym_key)['\"]?\s{0,9}[=:]\s{0,9}['\"]?)"
             r"[^\s'\",;&}]{6,}",
             re.IGNORECASE,
         ),
@@ -63,7 +73,7 @@ _SECRET_VALUE = re.compile(
         (
             *_TOKENS,
             rf"(?i:{_AUTHORITY})",
-            rf"(?i:[?&;](?:{_SIGNED})=[^&\s])",
+            rf"(?i:[?&;#](?:{_SIGNED})=[^&\s])",
             r"(?i:\b(?:Bearer|Basic)\s+(?=[^\s]*[0-9])[A-Za-z0-9._~+/=-]{16,})",  # a digit: a sentence has none
             r"-----BEGIN [A-Z ]*PRIVATE KEY",
         )
@@ -98,8 +108,19 @@ def masked(text: str, *, environment: Mapping[str, str] | None = None) -> str:
 
 def _secrets(environment: Mapping[str, str]) -> Iterable[str]:
     for name, value in environment.items():
-        if len(value) >= _MIN_SECRET and is_secret_name(name):
-            yield from _forms(value)
+        parts = value.splitlines() if "\n" in value else ()
+        secret = (
+            [value, *(part for part in parts if len(part) >= _MIN_LINE)] if is_secret_name(name) else _passwords(value)
+        )
+        for one in secret:
+            if len(one) >= _MIN_SECRET:
+                yield from _forms(one)
+
+
+def _passwords(value: str) -> list[str]:
+    """Return the password of a URL, such as a proxy's, as it is written and as a server gets it."""
+    found = _URL_WITH_PASSWORD.fullmatch(value)
+    return [found[1], unquote(found[1])] if found else []
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,7 +1,8 @@
 """YAML from outside -> plain values, within stated bounds, or a refusal by name: jobs and tasks.
 
 Values are built from the parser's events, not by PyYAML's constructors, which recurse and share the values that aliases
-name: an alias is a copy, and counts as many values as it copies. A key that is there twice is refused; PyYAML keeps the last.
+name: an alias is a copy, and counts as many values and characters as it copies. A key that is there twice is refused; PyYAML
+keeps the last.
 Dates stay texts, and tags that make objects are refused.
 """
 
@@ -19,6 +20,7 @@ MAX_YAML_BYTES = 1 << 20
 """Largest YAML document that is read."""
 
 _MAX_SCALAR = 64  # characters of a number
+_MAX_CHARACTERS = 4 * MAX_YAML_BYTES
 _TAG = "tag:yaml.org,2002:"
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Event = Any
@@ -69,6 +71,7 @@ class _Anchored:
 
     value: Any
     num_values: int
+    num_characters: int
     depth: int
     """Mappings and lists within one another."""
 
@@ -79,7 +82,7 @@ class _Composer:
     def __init__(self, text: str, *, max_depth: int, max_values: int) -> None:
         self._loader = _Loader(text)
         self._max_depth, self._max_values = max_depth, max_values
-        self._num_values = self._deepest = 0
+        self._num_values = self._num_characters = self._deepest = 0
         self._anchored: dict[str, _Anchored] = {}
 
     def document(self) -> Any:
@@ -102,20 +105,24 @@ class _Composer:
         """Return the value that begins with an event, `depth` mappings and lists down."""
         if isinstance(event, yaml.AliasEvent):
             return self._copy(event, depth)
-        self._count(event, 1)
+        length = len(event.value) if isinstance(event, yaml.ScalarEvent) else 0
+        self._count(event, 1, length)
         if isinstance(event, yaml.ScalarEvent):
             value = self._scalar(event)
             if event.anchor is not None:
-                self._anchored[event.anchor] = _Anchored(value, 1, 0)
+                self._anchored[event.anchor] = _Anchored(value, 1, length, 0)
             return value
         if event.tag not in (None, "!", f"{_TAG}map", f"{_TAG}seq"):
             _refuse(event, f"the tag {event.tag[:80]} is not read; write plain values")
         self._check_depth(event, depth + 1)
-        before, above, self._deepest = self._num_values, self._deepest, depth + 1
+        before, written = self._num_values, self._num_characters
+        above, self._deepest = self._deepest, depth + 1
         of = self._mapping if isinstance(event, yaml.MappingStartEvent) else self._sequence
         value = of(depth + 1)
         if event.anchor is not None:
-            self._anchored[event.anchor] = _Anchored(value, self._num_values - before + 1, self._deepest - depth)
+            self._anchored[event.anchor] = _Anchored(
+                value, self._num_values - before + 1, self._num_characters - written, self._deepest - depth
+            )
         self._deepest = max(self._deepest, above)
         return value
 
@@ -160,15 +167,18 @@ class _Composer:
         anchored = self._anchored.get(event.anchor)
         if anchored is None:
             _refuse(event, f"the alias *{event.anchor[:80]} names nothing that is complete before it")
-        self._count(event, anchored.num_values)
+        self._count(event, anchored.num_values, anchored.num_characters)
         self._check_depth(event, depth + anchored.depth)
         self._deepest = max(self._deepest, depth + anchored.depth)
         return copy.deepcopy(anchored.value)
 
-    def _count(self, event: _Event, number: int) -> None:
+    def _count(self, event: _Event, number: int, num_characters: int) -> None:
         self._num_values += number
+        self._num_characters += num_characters
         if self._num_values > self._max_values:
             _refuse(event, f"more than {self._max_values:,} values, those of aliases included")
+        if self._num_characters > _MAX_CHARACTERS:
+            _refuse(event, f"more than {_MAX_CHARACTERS:,} characters, those of aliases included")
 
     def _check_depth(self, event: _Event, depth: int) -> None:
         if depth > self._max_depth:

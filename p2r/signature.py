@@ -100,7 +100,7 @@ def public_key(key: str) -> Ed25519PublicKey:
 
 def _private_key(path: Path) -> Ed25519PrivateKey:
     content = _pem(path)
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+    if stat.S_IMODE(path.expanduser().stat().st_mode) & 0o077:
         raise InputError(f"key {path} can be read by other users: chmod 600 {path}")
     try:
         found = load_pem_private_key(content, password=None)
@@ -117,8 +117,12 @@ def _pem(path: Path) -> bytes:
     try:
         with path.expanduser().open("rb") as file:
             return file.read(_MAX_KEY_BYTES)
-    except OSError as error:
-        raise InputError(f"key {path} cannot be read: {error.strerror}") from None
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # ValueError: a NUL in it; RuntimeError: no home folder for `~`
+        raise InputError(f"key {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _name(public: Ed25519PublicKey) -> str:

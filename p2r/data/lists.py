@@ -95,7 +95,7 @@ def _delimiter(text: str, name: str) -> str:
     """Return what separates the columns: in a `.csv`, what makes `path` one of them."""
     if name.lower().endswith(".tsv"):
         return "\t"
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    first = next((line for line in io.StringIO(text) if line.strip()), "")
     fitting = [one for one in ",;\t" if "path" in (_column(value.strip(' "')) for value in first.split(one))]
     return fitting[0] if fitting else ","
 

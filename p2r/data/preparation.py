@@ -6,11 +6,11 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from p2r.config import PERCENTILES
 from p2r.errors import RefusedScan
@@ -34,12 +34,19 @@ class Preparation(BaseModel):
     """Rule for the axis across which planes are cut."""
     intensity_percentiles: tuple[float, float] = (0.5, 99.5)
     """Percentiles of the non-zero voxels that become 0 and 1; two of `PERCENTILES`."""
-    spacing_mm: PositiveFloat
+    spacing_mm: Annotated[float, Field(ge=1e-3, lt=1e4)]
     """Pixel size, mm."""
-    image_size: PositiveInt
+    image_size: Annotated[int, Field(ge=1, le=2**14)]
     """Every side of an image in training, pixels."""
     planes: Literal["whole", "centre"] = "whole"
     """What a segmentation model reads of a plane or volume: all of it, by windows of `image_size`, or that size about its centre."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.intensity_percentiles
+        if low not in PERCENTILES or high not in PERCENTILES or low >= high:
+            raise ValueError(f"intensity_percentiles must be two of {PERCENTILES} that rise, got {[low, high]}")
+        return self
 
 
 def slice_axis(spacing_mm: tuple[float, ...], rule: SliceAxis = "auto", *, shape: tuple[int, ...] = (0, 0, 0)) -> int:

@@ -486,3 +486,28 @@ def test_two_pins_must_be_equal(made: dict[str, Any]) -> None:
 
 def test_an_at_sign_in_a_url_is_no_pin() -> None:
     assert parse_reference("s3://bucket/a@b/c") == Reference("s3://bucket/a@b/c")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spacing_mm": 1e-9}, "preparation.spacing_mm"),
+        ({"spacing_mm": 1e300}, "preparation.spacing_mm"),
+        ({"image_size": 10**6}, "preparation.image_size"),
+        ({"intensity_percentiles": [99.5, 0.5]}, "two of .* that rise"),
+        ({"intensity_percentiles": [0.5, 1e300]}, "two of .* that rise"),
+    ],
+)
+def test_a_preparation_that_no_scan_could_have_is_refused(change: dict[str, Any], message: str, folder: Path) -> None:
+    config = json.loads(file_of(folder, "config").read_bytes())
+    config["preparation"].update(change)
+    put(folder, "config", json.dumps(config).encode())
+    for use in (load_backbone, verify):
+        with pytest.raises(InputError, match=message):
+            use(str(folder))
+
+
+@pytest.mark.parametrize("classes", [{-1: "heart"}, {0: "heart"}, {2: "heart"}])
+def test_classes_that_are_no_labels_are_refused(classes: dict[int, str]) -> None:
+    with pytest.raises(ValueError, match="without a gap"):
+        ArtefactConfig(model=MODEL, preparation=PREPARATION, classes=classes)

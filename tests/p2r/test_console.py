@@ -28,7 +28,21 @@ def test_a_name_commands_nothing_and_forges_no_line(capsys: pytest.CaptureFixtur
 
 def test_every_character_that_a_terminal_obeys_is_shown_as_a_question_mark() -> None:
     assert visible("\x1b[2J\r\u202e\n\t\udc80") == "?[2J?????"
-    for code in (*range(32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x61C):
+    for code in (
+        *range(32),
+        *range(0x7F, 0xA0),
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+        0x200E,
+        0x200F,
+        0x61C,
+        0xAD,
+        0x200B,
+        0x200D,
+        0x2060,
+        0xFEFF,
+        0xE0041,
+    ):
         assert visible(chr(code)) == "?"
         assert harmless(chr(code)) == (chr(code) if chr(code) in "\t\n" else "?")
     assert visible("Herz, cœur, 心臓, قلب 🫀") == "Herz, cœur, 心臓, قلب 🫀"

@@ -94,6 +94,8 @@ YAML_REFUSED = {
     "depth without end": ("[" * 900_000, "line 1: mappings and lists may be 32 deep"),
     "depth by aliases": ("\n".join(["a0: &a0 [1]", *(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 33))]), "line 32: .*32 deep"),
     "many values": ("a: [" + "1," * 100_000 + "]", "more than 100,000 values"),
+    "a long text a thousand times": ('a: &a "' + "z" * 10_000 + '"\nb: [' + "*a," * 1000 + "]", "4,194,304 characters"),
+    "a list of long texts, by aliases": ('a: &a ["' + "z" * 10_000 + '"]\nb: [' + "*a," * 1000 + "]", "4,194,304 characters"),
     "many bytes": ("#" * 1_048_577, "more than the 1,048,576 bytes"),
     "a large integer": ("a: " + "9" * 40, "line 1: 9+ is not a whole number of 64 bits"),
     "an integer of 5,000 digits": ("a: " + "9" * 5000, "line 1: '9+' is not a valid int"),

@@ -132,6 +132,15 @@ def test_a_secret_in_a_job_file_is_refused_without_being_repeated(tmp_path: Path
     assert line.partition(": ")[2] not in message.replace(str(tmp_path), "") or line.endswith(" x")
 
 
+def test_a_key_on_the_command_line_that_is_deeper_than_any_job_is_refused(tmp_path: Path) -> None:
+    assert "a key has at most 32 parts, got 3,001" in refusal(tmp_path, GOOD, "a." * 3000 + "b=1")
+
+
+def test_a_job_that_is_wrong_everywhere_is_refused_in_a_message_that_can_be_read(tmp_path: Path) -> None:
+    message = refusal(tmp_path, GOOD + "".join(f"key{n}: 1\n" for n in range(2000)), f"name={'X' * 100_000}")
+    assert "key0: unknown key" in message and "more" in message and len(message) < 10_000
+
+
 TOKEN = "a1B2" * 10
 SECRETS = {
     "hugging face": f"hf_{TOKEN}",
@@ -146,6 +155,14 @@ SECRETS = {
     "user and password": f"https://me:{TOKEN}@b.example/k",
     "user": f"s3://{TOKEN}@bucket/k",
     "web token": f"eyJ{TOKEN}.eyJ{TOKEN}.{TOKEN}",
+    "presigned, Google": f"https://b.example/k?X-Goog-Credential=me&X-Goog-Signature={TOKEN}",
+    "presigned, Alibaba": f"https://b.example/k?x-oss-signature={TOKEN}",
+    "token in a fragment": f"https://b.example/k#access_token={TOKEN}",
+    "web hook": f"https://hooks.slack.com/services/T0/B0/{TOKEN}",
+    "connection string": f"DefaultEndpointsProtocol=https;AccountName=a;AccountKey={TOKEN}==",
+    "another connection string": f"Server=h;User Id=u;Password={TOKEN}",
+    "stripe": f"sk_live_{TOKEN}",
+    "npm": f"npm_{TOKEN}",
     "private key": f"-----BEGIN OPENSSH PRIVATE KEY-----{TOKEN}",
 }
 

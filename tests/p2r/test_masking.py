@@ -5,7 +5,10 @@ import base64
 import json
 import logging
 import pickle
+import signal
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote, quote_plus
 
@@ -14,12 +17,28 @@ import pytest
 from p2r import errors
 from p2r.data.lists import parse_list
 from p2r.errors import DataError, RefusedScan, StorageError, error_text, masked_errors
-from p2r.masking import is_secret_name, masked
+from p2r.masking import is_secret_name, looks_secret, masked
 from p2r.storage import Storage
 
 ROOT = Path(__file__).parents[2]
 SECRET = "pl4nted 'single' \"double\" \\ back\nslash é +/=&? ~~>>??ÿ"
 URL = "https://user:pl4nted-password@host/k?X-Amz-Signature=pl4nted"
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Fail what would not end."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +74,41 @@ def test_names_of_secrets() -> None:
         assert is_secret_name(name)
     for name in ("AWS_WEB_IDENTITY_TOKEN_FILE", "RAY_AUTH_MODE", "P2R_STORAGE", "AWS_ENDPOINT_URL", "KEYBOARD", "PATH"):
         assert not is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    "piece", ["a.", "eyJ-", "AWS4-HMAC-SHA256 Credential=", "?token", "https://", "-----BEGIN A", " password ", " "]
+)
+def test_no_text_takes_longer_than_its_length(piece: str) -> None:
+    """Repeated, each began a search of all that follows: a minute and more for these, of which a second is left."""
+    text = piece * (200_000 // len(piece))
+    with time_limit(30):
+        assert masked(text, environment={}) == text and not looks_secret(text)
+
+
+def test_the_password_of_a_proxy_and_the_lines_of_a_key_are_secret_without_a_secret_name() -> None:
+    environment = {
+        "https_proxy": "http://me:p%40ss-word@proxy:3128",
+        "SERVICE_KEY": "-----BEGIN X-----\nfirst-line-of-the-key\nsecond-line-of-the-key\nend",
+        "SHORT_TOKEN": "a",
+    }
+    for said in ("proxy refused p@ss-word", "p%40ss-word", "2: second-line-of-the-key", "first-line-of-the-key"):
+        assert "***" in masked(said, environment=environment), said
+    assert masked("a banana at the end", environment=environment) == "a banana at the end"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "api_key=pl4nted-1",
+        "x-api-key: pl4nted-1",
+        "AZURE_CLIENT_SECRET=pl4nted-1",
+        "{'AccessKeySecret': 'pl4nted-1'}",
+        "HF_TOKEN=pl4nted-1",
+    ],
+)
+def test_a_value_beside_the_name_of_a_secret_is_masked(text: str) -> None:
+    assert "pl4nted" not in masked(text, environment={})
 
 
 def test_an_error_of_ours_never_holds_a_secret() -> None:

@@ -84,6 +84,14 @@ def test_what_is_no_signature_is_refused(made: dict[str, Any], tmp_path: Path, c
         load_backbone(made["url"], key=sign(made, private))
 
 
+def test_a_private_key_in_the_home_folder_is_found(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private, _ = write_keys(tmp_path, "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sign(made, Path("~", private.name)).startswith("ed25519:")
+
+
 def test_keys_that_cannot_be_used_are_refused(made: dict[str, Any], tmp_path: Path) -> None:
     private, public = write_keys(tmp_path, "mine")
     other = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -97,6 +105,8 @@ def test_keys_that_cannot_be_used_are_refused(made: dict[str, Any], tmp_path: Pa
         (public, "can be read by other users|is not a private key"),
         (rsa_private, "is not an Ed25519 key"),
         (encrypted, "is encrypted: decrypt it"),
+        (Path("~nobody-of-this-name/key"), "cannot be read"),
+        (Path("a\0b"), "cannot be read"),
     ):
         with pytest.raises(InputError, match=message):
             sign(made, key)
