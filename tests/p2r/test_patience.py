@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import botocore.config
 import botocore.session
@@ -69,6 +70,7 @@ def test_an_absent_proxy_gets_seconds_and_not_minutes(monkeypatch: pytest.Monkey
     now_s = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now_s[0])
     monkeypatch.setattr("time.sleep", lambda pause_s: now_s.__setitem__(0, now_s[0] + max(1.0, pause_s)))
+    monkeypatch.setattr("p2r.patience._JITTER", SimpleNamespace(uniform=lambda low, high: (low + high) / 2))
     for cause, most_s in (("proxy", 21.0), ("connection", 301.0)):
         patience, start_s = Patience(S3Settings(), Counters(), "read", str), now_s[0]
         with pytest.raises(StorageError, match="attempts"):
