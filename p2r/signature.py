@@ -25,6 +25,20 @@ from p2r.errors import DamagedError, InputError
 SIGNATURE = "manifest.sig"
 SIGNATURE_BYTES = 64
 _MAX_KEY_BYTES = 2**14
+# Keys of small order, for which signatures over any bytes can be made without a private key: y of the points of order 1, 2, 4 and 8,
+# and of two that are written beyond the field; the highest bit is the sign of x.
+_SMALL_ORDER = frozenset(
+    bytes.fromhex(digits)
+    for digits in (
+        "01" + "00" * 31,
+        "ec" + "ff" * 30 + "7f",
+        "00" * 32,
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        "ed" + "ff" * 30 + "7f",
+        "ee" + "ff" * 30 + "7f",
+    )
+)
 _MADE_BY = "openssl genpkey -algorithm ed25519 -out private.pem"
 
 
@@ -63,6 +77,9 @@ def check_signature(content: bytes, signature: bytes | None, *, key: str, where:
     """
     public = public_key(key)
     name = _name(public)
+    *low, high = public.public_bytes_raw()
+    if bytes([*low, high & 0x7F]) in _SMALL_ORDER:
+        raise InputError(f"key {name} is of small order: anybody can sign for it; make another with {_MADE_BY}")
     if signature is None:
         raise DamagedError(f"{where} is not signed: it has no {SIGNATURE}; {name} was asked for")
     try:

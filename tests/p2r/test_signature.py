@@ -21,6 +21,7 @@ from p2r.artefact import open_artefact
 from p2r.backbone import load_backbone
 from p2r.errors import CheckpointError, DamagedError, InputError
 from p2r.reference import parse_reference
+from p2r.signature import check_signature
 from tests.publishing import publish_toy
 
 
@@ -90,6 +91,13 @@ def test_a_private_key_in_the_home_folder_is_found(
     private, _ = write_keys(tmp_path, "mine")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert sign(made, Path("~", private.name)).startswith("ed25519:")
+
+
+@pytest.mark.parametrize("key", ["01" + "00" * 31, "01" + "00" * 30 + "80", "ec" + "ff" * 30 + "7f"])
+def test_a_key_for_which_anybody_can_sign_is_refused(key: str) -> None:
+    forged = bytes([1, *[0] * 63])  # R is the neutral point, S is 0
+    with pytest.raises(InputError, match="is of small order: anybody can sign for it"):
+        check_signature(b"any bytes", forged, key=f"ed25519:{key}", where="a manifest")
 
 
 def test_keys_that_cannot_be_used_are_refused(made: dict[str, Any], tmp_path: Path) -> None:
