@@ -13,29 +13,10 @@ import nibabel
 import numpy as np
 import pytest
 
-from cluster import cli
 from cluster.starting import started_session
 from p2r.errors import TrainingError
 
 P2R = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def p2r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> P2R:
-    """Call the `p2r` command in this process."""
-
-    def call(*arguments: str | Path) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["p2r", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        else:
-            code = 0
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
-
-    return call
 
 
 @pytest.fixture

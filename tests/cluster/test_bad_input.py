@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import p2r.engine.__main__ as engine
-from cluster import cli
 
 Run = Callable[..., tuple[int, str]]
 
@@ -33,24 +32,6 @@ def run(
         return code, capsys.readouterr().err
 
     return run
-
-
-@pytest.fixture
-def p2r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call the `p2r` command in this process."""
-
-    def call(*arguments: str | Path) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["p2r", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        else:
-            code = 0
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
-
-    return call
 
 
 @pytest.fixture

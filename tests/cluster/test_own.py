@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import nibabel
 import numpy as np
 import pytest
 
-from cluster import cli
 from cluster.own import classes_of, drafts_of, look
 from p2r import run as p2r_run
 from p2r.data.survey import survey
@@ -26,24 +24,12 @@ STATED = ("--licence", "CC0-1.0", "--provenance", "Toys, 2026")
 
 
 @pytest.fixture
-def p2r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> P2R:
+def p2r(p2r: P2R, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> P2R:
     """Call the `p2r` command in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     for name in ("P2R_SCANS", "P2R_LICENCE", "P2R_PROVENANCE", "P2R_TASK"):
         monkeypatch.delenv(name, raising=False)
-
-    def call(*arguments: str | Path) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["p2r", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        else:
-            code = 0
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
-
-    return call
+    return p2r
 
 
 def write(path: Path, *, seed: int | None, values: int = 2) -> None:
