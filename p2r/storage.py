@@ -424,7 +424,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def _bucket(name: str, counters: Counters) -> "S3":
-    from p2r.s3 import S3  # botocore takes a fifth of a second to import: commands about folders need not wait
+    from p2r.s3 import S3
 
     return S3(name, counters=counters)
 
