@@ -3,7 +3,7 @@
     YAML + `--set key=value` -> no secrets -> environment variables filled in, in paths and URLs -> no secrets -> `Job`
 
 Errors name the key's full path, the rule and the way out. The file is self-contained: the same job runs under Ray
-(`p2r run`), as the entrypoint of a Ray job, and in one process (`python -m p2r.engine`).
+(`p2r run`), as the entrypoint of a Ray job, and in one process (`python -m p2r`).
 """
 
 import difflib

@@ -1,7 +1,7 @@
 """Table of the fine-tuning modes: the only place that lists their names, titles, colours and settings.
 
 A new mode needs an entry here, candidates in `SearchConfig.learning_rates` if it trains anything, and its code in
-`p2r.engine`. Tables and legends use the order of the entries.
+`p2r.fewshot`. Tables and legends use the order of the entries.
 """
 
 from dataclasses import dataclass
