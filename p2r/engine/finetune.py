@@ -193,7 +193,7 @@ def run_trial(
 
     reports_validation = trial.purpose == "final" and config.score_on == "validation"
 
-    def score(segmenter: nn.Module, cases: Iterable[Case], split: Split) -> Scored:
+    def score(segmenter: nn.Module, cases: Iterable[Case], split: Split, *, is_reported: bool = False) -> Scored:
         return score_cases(
             segmenter,
             cases,
@@ -203,6 +203,7 @@ def run_trial(
             nsd_tolerance_mm=config.nsd_tolerance_mm if split == "test" or reports_validation else None,
             largest_component=config.largest_component,
             device=device,
+            is_calibrated=is_reported,
             see=lambda case: see(case, split),
         )
 
@@ -230,7 +231,7 @@ def run_trial(
         saved=saved if report is None else None,  # a scheduler's trials are short, and hang on their rivals
     )
     segmenter = trained.segmenter
-    validation = score(segmenter, validation_cases(), "validation")
+    validation = score(segmenter, validation_cases(), "validation", is_reported=reports_validation)
     result: dict[str, Any] = {
         "trial": trial.to_row(),
         "train_loss": trained.loss,
@@ -267,7 +268,7 @@ def run_trial(
                 Storage(setup.root), {"task": task.name, "trial": trial.id, "num_scans": len(scans), **reading}
             )
             cases = cases_of(scans, task, preparation, is_cropped=trial.protocol == "paper_compat")
-            reported = score(segmenter, cases, "test")
+            reported = score(segmenter, cases, "test", is_reported=True)
         result["weights"], predictions = f"{stem}.safetensors", f"{stem}.npz"
         storage.write_bytes(
             result["weights"], save({key: value.cpu().contiguous() for key, value in segmenter.state_dict().items()})
@@ -288,6 +289,8 @@ def run_trial(
             "device": result["device"],
             **told,
         }
+        if reported.calibration is not None:
+            result["row"]["calibration"] = reported.calibration
         if reported.soft_dice_with_background is not None:
             result["row"]["soft_dice_with_background"] = reported.soft_dice_with_background
     result["seconds"] = round(saved.seconds, 3)
