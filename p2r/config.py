@@ -683,6 +683,7 @@ class SearchConfig(Section):
         "fine_tune": (1e-3, 3e-3),
         "mean_teacher": (1e-3, 3e-3),
         "weak_to_strong": (1e-3, 3e-3),
+        "prototype_self_training": (1e-3, 3e-3),
     }
     """Candidates of the peak learning rate, per mode: a list, or a distribution such as `{loguniform: [1e-4, 1e-2]}`. prototype has
     none: nothing is trained."""
@@ -743,7 +744,8 @@ class FinetuneConfig(Section):
     """What is compared. scratch: no pretraining; scratch_long: the same for more steps; linear_probe: a 1x1 convolution on frozen
     features; fine_tune: all weights; mean_teacher: fine_tune, and consistency with an average of its own weights on the unlabelled
     patients of the train split; weak_to_strong: fine_tune, and pseudo-labels of such an average for strongly augmented, mixed images of
-    those patients; scratch_weak_to_strong: the same from random weights; prototype: the nearest class prototype by cosine on frozen
+    those patients; scratch_weak_to_strong: the same from random weights; prototype_self_training: weak_to_strong, whose first
+    pseudo-labels are made in rounds, from class prototypes on frozen features; prototype: the nearest class prototype by cosine on frozen
     features, without training."""
     protocol: Literal["leak_free", "paper_compat"] = "leak_free"
     """leak_free: whole scans, split by patient. paper_compat: as the released code of Pix2Rep does, for comparison with the paper only:
@@ -770,11 +772,11 @@ class FinetuneConfig(Section):
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay of AdamW."""
     warmup_head_steps: NonNegativeInt = 0
-    """fine_tune, mean_teacher and weak_to_strong: steps, of all steps, in which only the head is trained, before the backbone joins in."""
+    """Modes that train pretrained weights: steps, of all steps, in which only the head is trained, before the backbone joins in."""
     backbone_learning_rate_factor: PositiveFloat = 1.0
-    """fine_tune, mean_teacher and weak_to_strong: learning rate of the backbone, as a multiple of the head's."""
+    """Modes that train pretrained weights: learning rate of the backbone, as a multiple of the head's."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """mean_teacher, weak_to_strong and its control: the part of the teacher's weights that each step keeps; less at the start, when the
+    """Modes that learn from unlabelled patients: the part of the teacher's weights that each step keeps; less at the start, when the
     average is young."""
     ramp_up_fraction: Fraction = 0.3
     """The same modes: part of the steps in which the weight of the loss on unlabelled images rises."""
@@ -782,21 +784,37 @@ class FinetuneConfig(Section):
     """The same modes: weight of the loss on unlabelled images, beside that on labelled ones. mean_teacher: the mean squared difference
     of student's and teacher's probabilities. weak_to_strong: Dice + cross-entropy with the teacher's pseudo-labels."""
     confidence_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """weak_to_strong and its control: least probability of the teacher for a pixel whose pseudo-label counts."""
+    """Modes with pseudo-labels (weak_to_strong, scratch_weak_to_strong, prototype_self_training): least probability of the teacher for a
+    pixel whose pseudo-label counts."""
     cutmix_probability: Fraction = 0.5
-    """weak_to_strong and its control: probability that a box (2 to 40 % of the image) of a strong view is exchanged for that of another
+    """The same modes: probability that a box (2 to 40 % of the image) of a strong view is exchanged for that of another
     image, together with its label or pseudo-label."""
     cutmix_labelled_fraction: Fraction = 0.5
-    """weak_to_strong and its control: part of these exchanges that are with a labelled image; half of them put its box into the
+    """The same modes: part of these exchanges that are with a labelled image; half of them put its box into the
     unlabelled image, half put the unlabelled box into it. The others are between two unlabelled images."""
     feature_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """weak_to_strong and its control: part of the backbone's output channels that a third view drops, whose appearance is unchanged.
+    """The same modes: part of the backbone's output channels that a third view drops, whose appearance is unchanged.
     0: there is no third view."""
     strong_intensity: IntensityConfig | None = None
-    """weak_to_strong and its control: appearance of the strong views. None: that of `views`."""
+    """The same modes: appearance of the strong views. None: that of `views`."""
     background_prototypes: PositiveInt = 8
-    """prototype: how many prototypes stand for the background (k-means); each other class has one, its mean. Mean Dice on ACDC's
-    validation patients, one labelled patient, three draws, a small backbone: 0.24 with 1, 0.34 with 4, 0.35 with 8, 0.30 with 32."""
+    """prototype and prototype_self_training: how many prototypes stand for the background (k-means); each other class has one, its mean.
+    Mean Dice on ACDC's validation patients, one labelled patient, three draws, a small backbone: 0.24 with 1, 0.34 with 4, 0.35 with 8,
+    0.30 with 32."""
+    self_training_rounds: PositiveInt = 3
+    """prototype_self_training: most rounds in which pseudo-labels of all unlabelled images are made at once, the first by prototypes, each
+    further one by the teacher. After the last one, the teacher labels the images of each step, as in weak_to_strong."""
+    self_training_fraction: Annotated[float, Field(gt=0, le=1)] = 0.15
+    """prototype_self_training: part of the steps in each round."""
+    self_training_min_change: Fraction = 0.05
+    """prototype_self_training: rounds end when less than this part of the foreground pixels, of before or after, has other pseudo-labels
+    than in the round before. No label is read for it."""
+    agreement_views: PositiveInt = 3
+    """prototype_self_training: views of an image that must agree on a pixel for its pseudo-label to count; 1: the image as it is."""
+    plausible_size_factor: Annotated[float, Field(ge=1)] = 2.0
+    """prototype_self_training: how much larger or smaller than in all labelled patients a class may be; else its frame does not count."""
+    plausible_margin_mm: NonNegativeFloat = 30.0
+    """prototype_self_training: how far beyond the labelled patients' organs, about the scan's centre, foreground counts, mm."""
     probe_augmentation: Literal["views", "none"] = "views"
     """linear_probe: what it is trained on. views: augmented images, as every other mode. none: the images as they are, whose features are
     computed once for all probes of a task: much faster."""
@@ -827,7 +845,8 @@ class FinetuneConfig(Section):
     all labelled patients of the train split, one more as `models/<task>/all`, whose validation Dice is read and whose test Dice is not."""
     published_mode: Literal["fine_tuned", "any"] = "fine_tuned"
     """Models among which the published one is chosen. fine_tuned: those that train the pretrained backbone's weights (fine_tune,
-    mean_teacher, weak_to_strong), or, if the job has none, all. any: models from scratch and on frozen features, too."""
+    mean_teacher, weak_to_strong, prototype_self_training), or, if the job has none, all. any: models from scratch and on frozen
+    features, too."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -144,6 +144,20 @@ def predict_probabilities(
     return probabilities
 
 
+def probabilities_of_images(
+    segmenter: nn.Module, images: Tensor, *, preparation: Preparation, batch_size: int | None = None
+) -> Tensor:
+    """Return probabilities (B, K, *S) of images (B, 1, *S) of any size, on their own grid and device, read by windows."""
+
+    def probabilities(windows: Tensor) -> Tensor:
+        logits: Tensor = segmenter(windows)
+        return logits.float().softmax(dim=1)
+
+    batch_size = batch_size or _BATCH_SIZE[preparation.dimensions]
+    with _evaluating(segmenter):
+        return _by_windows(probabilities, images, preparation=preparation, batch_size=batch_size)
+
+
 def _completed(native: Tensor) -> Tensor:
     """Make maps (B, K, ...) add up to 1: interpolation rounds, and falls to zero beyond what the network read."""
     total = native.sum(1, keepdim=True)
