@@ -180,7 +180,9 @@ def draw_loss() -> str:
 def draw_resume() -> str:
     """Draw a run that is killed after a checkpoint and continues on another number of ranks."""
     parts = [_text(10, 20, "A run that is killed at step 7 and resumed on four ranks", "strong")]
-    for row, (name, start, end, ranks) in enumerate([("before", 0, 8, 2), ("after", 5, 12, 4), ("uninterrupted", 0, 12, 1)]):
+    for row, (name, start, end, ranks) in enumerate(
+        [("before", 0, 8, 2), ("after", 5, 12, 4), ("uninterrupted", 0, 12, 1)]
+    ):
         y = 50 + row * 62
         parts.append(_text(10, y + 18, name, "muted"))
         parts.append(_text(10, y + 34, f"{ranks} rank{'s' * (ranks > 1)}", "small muted"))

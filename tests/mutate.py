@@ -94,7 +94,9 @@ def _places(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
 
 def _is_changeable(node: ast.stmt | ast.expr) -> bool:
     match node:
-        case ast.Compare(ops=[operator]) | ast.BinOp(op=operator) | ast.BoolOp(op=operator) | ast.AugAssign(op=operator):
+        case (
+            ast.Compare(ops=[operator]) | ast.BinOp(op=operator) | ast.BoolOp(op=operator) | ast.AugAssign(op=operator)
+        ):
             return type(operator) in _OPERATORS
         case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
             return not isinstance(operand, ast.Constant)
@@ -193,11 +195,15 @@ def _cpu_s() -> float:
 
 def main() -> int:
     """Print a line for every survivor, then the counts."""
-    parser = argparse.ArgumentParser(description="Change a module place by place, and list what its tests do not notice.")
+    parser = argparse.ArgumentParser(
+        description="Change a module place by place, and list what its tests do not notice."
+    )
     parser.add_argument("module", type=Path)
     parser.add_argument("--tests", nargs="+", required=True)
     parser.add_argument("-k", dest="keyword", default="", help="pytest's -k")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of CPU time, then stop; mutants come in seeded order")
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, help="of CPU time, then stop; mutants come in seeded order"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lines", type=int, nargs="*", help="only mutants of these lines")
     parser.add_argument("--output", type=Path, help="a JSON object per mutant")
