@@ -19,8 +19,8 @@ from p2r.version import __version__
 
 if TYPE_CHECKING:
     from p2r.backbone import Backbone, load_backbone
-    from p2r.engine.local import run
     from p2r.evaluate.models import Model, load_model
+    from p2r.pipeline.local import run
     from p2r.report.runs import open_report
 
 __all__ = ["Backbone", "Model", "__version__", "load_backbone", "load_model", "open_report", "run"]
@@ -31,7 +31,7 @@ _HOMES = {
     "Model": "p2r.evaluate.models",
     "load_model": "p2r.evaluate.models",
     "open_report": "p2r.report.runs",
-    "run": "p2r.engine.local",
+    "run": "p2r.pipeline.local",
 }
 
 

@@ -3,7 +3,7 @@
     YAML + `--set key=value` -> no secrets -> environment variables filled in, in paths and URLs -> no secrets -> `Job`
 
 The file is self-contained: the same job runs under Ray (`p2r run`), as a Ray job's entrypoint, and in one process
-(`python -m p2r.engine`).
+(`python -m p2r`).
 """
 
 import difflib

@@ -1,7 +1,7 @@
 """The modes of fine-tuning, one entry each: the only place that lists their names, titles, looks and kinds.
 
 A new mode is an entry here, a rate in `SearchConfig.learning_rates` unless nothing of it is trained, and its code in
-`p2r.engine`. The order is that of tables and keys.
+`p2r.fewshot`. The order is that of tables and keys.
 """
 
 from dataclasses import dataclass

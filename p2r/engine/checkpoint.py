@@ -29,7 +29,6 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from p2r import __version__
 from p2r.config import PretrainConfig, ProbeConfig
 from p2r.documents import FileEntry, RelativePath, checked
 from p2r.engine.build import full_weights
@@ -38,7 +37,7 @@ from p2r.engine.universal import TAG, convert, is_plain, load_universal, refuse_
 from p2r.engine.uploading import MANIFEST, Uploaded, Uploader, own_folder, path_of, step_of
 from p2r.errors import CheckpointError, DamagedError
 from p2r.storage import Storage, json_bytes
-from p2r.version import code_version
+from p2r.version import __version__, code_version
 
 FORMAT = "p2r-checkpoint/1"
 Note = Callable[[Mapping[str, Any]], None]

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from p2r.config import PretrainConfig
 from p2r.engine.build import build_engine, join_process_group
 from p2r.engine.step import take_step
-from p2r.engine.tune_batch import noise_batch
 from p2r.model.pix2rep import Pix2Rep
+from p2r.planning.tune_batch import noise_batch
 from tests.ranks import join_ranks, start_ranks
 
 MODEL = {"channels": (4, 4, 8, 8, 8), "feature_channels": 6, "head_channels": 8, "embedding_channels": 6}
