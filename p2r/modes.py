@@ -52,7 +52,7 @@ _PSEUDO_LABEL_SETTINGS: tuple[Setting, ...] = (
     "cutmix_labelled_fraction",
     "feature_dropout",
 )
-_OF_ROUNDS: tuple[Setting, ...] = (
+_ROUND_SETTINGS: tuple[Setting, ...] = (
     "background_prototypes",
     "self_training_rounds",
     "self_training_fraction",
@@ -131,7 +131,7 @@ MODES: dict[Mode, ModeFacts] = {
         "#6a4fb3",
         "#b39cf0",
         "p",
-        (*_OF_A_BACKBONE, *_OF_PSEUDO_LABELS, *_OF_ROUNDS),
+        (*_BACKBONE_SETTINGS, *_PSEUDO_LABEL_SETTINGS, *_ROUND_SETTINGS),
         weights="pretrained",
         unlabelled="pseudo_labels",
         has_rounds=True,

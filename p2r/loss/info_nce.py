@@ -139,7 +139,11 @@ def info_nce(
             raise problem
         counts = [len(queries)] * rank_and_size(group)[1]
     else:
-        equal = {} if problem or number is None else _equal_on_all_ranks(queries, number, form, decoupled, exclude, exchange)
+        equal = (
+            {}
+            if problem or number is None
+            else _equal_on_all_ranks(queries, number, form, decoupled, exclude, exchange)
+        )
         counts = agree(problem, len(queries) if queries.ndim else 0, equal, device=queries.device, group=group)
     if sum(counts) < 2:
         if findings is None:
