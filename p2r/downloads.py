@@ -23,15 +23,15 @@ _CHUNK_BYTES = 2**20
 
 
 class Download:
-    """The bytes of an object as they arrive. A body that breaks is taken up where it broke, so no byte comes twice.
+    """The bytes of an object as they arrive. A broken body is resumed where it broke, so no byte comes twice.
 
     Args:
         s3: The bucket.
-        key: Of the object.
-        patience: For all of it.
+        key: Key of the object.
+        patience: Retry budget for the whole object.
         start: First byte.
-        stop: Behind the last; None: the object's end.
-        num_bytes: Size that the object must have.
+        stop: End of the range, exclusive; None: the object's end.
+        num_bytes: Required size of the object.
     """
 
     def __init__(
@@ -46,23 +46,23 @@ class Download:
     ) -> None:
         self._s3, self._key, self._patience, self._num_bytes = s3, key, patience, num_bytes
         self._position, self._stop = start, stop
-        self.etag = ""  # of the first answer
-        self.crc32: str | None = None  # of the whole object in base64, if the bucket knows it
-        self.is_whole = True  # False: the object was replaced before all had arrived
+        self.etag = ""  # from the first answer
+        self.crc32: str | None = None  # of the whole object in base64, if the bucket has it
+        self.is_whole = True  # False: the object was replaced during the download
 
     def __iter__(self) -> Iterator[bytes]:
         while self._stop is None or self._position < self._stop:
             try:
-                answer = self._open()
+                answer = self._request_rest()
             except failures.ClientError as error:
                 if self.etag and status_of(error) in (404, 412):
                     self.is_whole = False
                     return
                 raise
-            yield from self._arriving(answer["Body"])
+            yield from self._receive(answer["Body"])
 
-    def _open(self) -> dict[str, Any]:
-        """Ask for what has not arrived yet, and learn from the first answer what the object is."""
+    def _request_rest(self) -> dict[str, Any]:
+        """Request the remaining bytes; the first answer also gives size, ETag and checksum."""
         parameters: dict[str, str] = {"ChecksumMode": "ENABLED"}
         if self._position or self._stop is not None:
             parameters = {"Range": f"bytes={self._position}-{'' if self._stop is None else self._stop - 1}"}
@@ -82,7 +82,9 @@ class Download:
         if self._stop is None:
             self._stop = num_bytes
         if self._stop > num_bytes:
-            raise DamagedError(f"{url} has {num_bytes} bytes, asked for those before {self._stop}: it is damaged")
+            raise DamagedError(
+                f"{url} has {num_bytes} bytes, but bytes up to {self._stop} were requested: it is damaged"
+            )
         sent = span.rpartition("/")[0] or f"bytes 0-{num_bytes - 1}"
         if "Range" in parameters and sent != f"bytes {self._position}-{self._stop - 1}":
             raise StorageError(
@@ -92,14 +94,14 @@ class Download:
             self.etag, self.crc32 = etag, answer.get("ChecksumCRC32")
         return answer
 
-    def _arriving(self, body: Any) -> Iterator[bytes]:
+    def _receive(self, body: Any) -> Iterator[bytes]:
         """Yield pieces until the body ends or breaks."""
         with contextlib.closing(body):
             while True:
                 began_s = time.perf_counter()
                 try:
-                    # urllib3's own `read1`, which botocore hides: `read` waits for a whole chunk, and loses what it has
-                    # of it when the connection breaks.
+                    # urllib3's own `read1`, which botocore hides: `read` waits for a whole chunk, and loses the part of it
+                    # that arrived before a connection broke.
                     piece = body._raw_stream.read1(_CHUNK_BYTES)
                 except BODY_FAILURES as error:
                     self._patience.wait(cause_of(error) or "connection", error)
@@ -116,11 +118,11 @@ class Download:
             self._patience.wait("truncated", EOFError(f"the body ended at byte {self._position} of {self._stop}"))
 
 
-def bounded_pieces(body: Iterable[bytes], max_bytes: int, where: str) -> Iterator[bytes]:
+def limit_size(body: Iterable[bytes], max_bytes: int, where: str) -> Iterator[bytes]:
     """Yield the pieces of a body; refuse one that exceeds `max_bytes`."""
     num_bytes = 0
     for piece in body:
         num_bytes += len(piece)
         if num_bytes > max_bytes:
-            raise DamagedError(f"{where} has more than the {max_bytes:,} bytes that such a file may have")
+            raise DamagedError(f"{where} has more than the {max_bytes:,} bytes allowed for such a file")
         yield piece
