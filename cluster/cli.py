@@ -491,14 +491,9 @@ def compare(
     A backbone stands for its rows in the report of the storage that it lies in, and for those from scratch. Settings that
     differ between the jobs are listed above the figures.
     """
-    from p2r.report.comparison import (
-        compare_runs,
-        comparison_table,
-        notes_of,
-        reasons_of,
-        settings_table,
-        write_comparison,
-    )
+    from p2r.report.comparison import compare_runs
+    from p2r.report.comparison_page import write_comparison
+    from p2r.report.comparison_tables import comparison_table, notes_of, reasons_of, settings_table
     from p2r.report.runs import read_runs
     from p2r.storage import Storage
 

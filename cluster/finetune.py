@@ -28,8 +28,8 @@ from p2r.config import Distribution, SearchConfig
 from p2r.errors import DataError, JobError, masked_errors
 from p2r.evaluate.tasks import load_task
 from p2r.fewshot.protocol import Trial, numbers_of, search_trial, space_of
-from p2r.fewshot.search import Result
-from p2r.fewshot.trial import TrialSetup
+from p2r.fewshot.results import TrialResult, failed_result, result_of, stopped_result
+from p2r.fewshot.setup import TrialSetup
 from p2r.job import Resources
 from p2r.logs import Line, counted
 from p2r.masking import masked
@@ -50,7 +50,7 @@ def run_trials(
     retries: int,
     say: Say,
     count: Count | None = None,
-) -> list[Result]:
+) -> list[TrialResult]:
     """Run the trials whose results are missing and return all results, in the order of `trials`.
 
     One that failed after `retries` restarts, or diverged, has its reason in the place of its result.
@@ -63,11 +63,11 @@ def run_trials(
         setup, trial = trials[index]
         stopped = _stopped(trial, metrics)
         if stopped is not None and not setup.is_done(trial):
-            Storage(setup.storage).write_json(setup.stopped_path(trial), stopped)
+            Storage(setup.storage).write_json(setup.stopped_path(trial), stopped.to_json())
 
     _Watching.count, _Watching.ended = count, ended
     missing = [index for index, (setup, trial) in enumerate(trials) if not setup.is_done(trial)]
-    others: dict[int, Result] = {}
+    others: dict[int, TrialResult] = {}
     if missing:
         say(f"{len(missing)} trials to run, {len(trials) - len(missing)} done already")
         say_each = counted(say, len(missing))
@@ -98,7 +98,7 @@ def run_trials(
 
 def suggest(
     setup: TrialSetup, mode: Mode, *, resources: Resources, retries: int, say: Say, count: Count | None = None
-) -> list[tuple[Trial, Result]]:
+) -> list[tuple[Trial, TrialResult]]:
     """Run the trials that a search algorithm of Tune proposes, and return them; after a kill, those that are missing.
 
     Raises:
@@ -153,13 +153,19 @@ def suggest(
                 if outcome.config is not None:
                     trial = search_trial(setup.config, task, mode, num_labelled, outcome.config)
                     is_whole = storage.exists(setup.result_path(trial))
-                    candidates.append([outcome.config, None if is_whole else _without_result(trial, outcome)])
+                    candidates.append((outcome.config, None if is_whole else _without_result(trial, outcome).to_json()))
         if not any(other and "failed" in other for _, other in candidates):
             storage.write_json(done, candidates)
     found = []
     for candidate, other in candidates:
         trial = search_trial(setup.config, task, mode, num_labelled, candidate)
-        found.append((trial, other or storage.read_json(setup.result_path(trial))))
+        where = storage.at(done)
+        result = setup.finished(trial) if other is None else result_of(other, where=where)
+        if result is None:
+            raise DataError(
+                f"{where} names trial {trial.id}, whose result is missing: delete it, and run the job again"
+            )
+        found.append((trial, result))
     return found
 
 
@@ -183,7 +189,7 @@ def _is_scheduled(setup: TrialSetup, trial: Trial) -> bool:
     return setup.config.search.scheduler != "none" and trial.purpose == "search"
 
 
-def _without_result(trial: Trial, outcome: Any) -> Result:
+def _without_result(trial: Trial, outcome: Any) -> TrialResult:
     """Say of a trial that left no result why: it failed, diverged, or was stopped because it was behind."""
     metrics: Mapping[str, Any] = outcome.metrics or {}
     if "refused" in metrics:
@@ -192,23 +198,23 @@ def _without_result(trial: Trial, outcome: Any) -> Result:
     if stopped is not None:
         return stopped
     reason = metrics.get("failed") or masked(str(outcome.error or "it ended without a result")).strip().splitlines()[-1]
-    return {"trial": trial.to_row(), "failed": reason, **({"diverged": True} if "failed" in metrics else {})}
+    return failed_result(trial, reason, diverged="failed" in metrics)
 
 
-def _stopped(trial: Trial, metrics: Mapping[str, Any]) -> Result | None:
+def _stopped(trial: Trial, metrics: Mapping[str, Any]) -> TrialResult | None:
     """What is known of a trial that was stopped, if it reported before it was."""
     if {"failed", "refused"} & metrics.keys() or "step" not in metrics:
         return None
-    return {
-        "trial": trial.to_row(),
-        "stopped_at_step": metrics["step"],
-        "validation": {"dice_mean": metrics["validation_dice"]},
-        "seconds": metrics.get("time_total_s", 0.0),
-    }
+    return stopped_result(
+        trial,
+        step=metrics["step"],
+        validation_dice=metrics["validation_dice"],
+        seconds=metrics.get("time_total_s", 0.0),
+    )
 
 
-def _lost(trial: Trial) -> Result:
-    return {"trial": trial.to_row(), "failed": "Ray Tune says nothing of it"}
+def _lost(trial: Trial) -> TrialResult:
+    return failed_result(trial, "Ray Tune says nothing of it")
 
 
 def _listed(config: dict[str, Any], *, trials: list[tuple[TrialSetup, Trial]], queue: Any, given: Credentials) -> None:
@@ -247,13 +253,13 @@ def _trial(setup: TrialSetup, trial: Trial, *, queue: Any) -> None:
     except InputError as error:
         tune.report({"validation_dice": 0.0, "refused": str(error)})
         return
-    dice, row = result["validation"]["dice_mean"], result.get("row")
+    dice, row = result.validation_dice, result.row
     text = (
         f"{trial.id} | validation Dice {'none' if dice is None else f'{dice:.3f}'}"
-        + (f" | test Dice {row['dice_mean']:.3f}" if row and row["split"] == "test" and row["dice_mean"] else "")
-        + f" | {result['seconds']:.0f} s"
+        + (f" | test Dice {row.dice_mean:.3f}" if row is not None and row.split == "test" and row.dice_mean else "")
+        + f" | {result.seconds or 0.0:.0f} s"
     )
-    queue.put(Line(text, trial=trial.id, validation_dice=dice, seconds=result["seconds"]))
+    queue.put(Line(text, trial=trial.id, validation_dice=dice, seconds=result.seconds))
     tune.report({"validation_dice": dice or 0.0, "step": trial.settings.steps or 0})
 
 

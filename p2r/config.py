@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from p2r.errors import InputError
-from p2r.modes import MODES, SETTINGS_OF, Mode, Setting
+from p2r.modes import MODES, Mode, Setting
 from p2r.patterns import check_subject_pattern
 from p2r.reference import parse_reference
 
@@ -852,7 +852,7 @@ class FinetuneConfig(Section):
         for key, given in (("tasks", self.tasks), ("modes", self.modes)):
             if len(set(given)) < len(given):
                 raise ValueError(f"{key} must differ, got {', '.join(given)}")
-        trained = [mode for mode in self.modes if "steps" in SETTINGS_OF[mode]]
+        trained = [mode for mode in self.modes if "steps" in MODES[mode].settings]
         missing = [mode for mode in trained if mode not in self.search.learning_rates]
         if missing:
             raise ValueError(f"search.learning_rates has no candidates for {', '.join(missing)}")
@@ -864,7 +864,7 @@ class FinetuneConfig(Section):
                         f"take {mode} out of modes"
                     )
         for mode in self.steps_by_mode:
-            if mode not in self.modes or "steps" not in SETTINGS_OF[mode]:
+            if mode not in self.modes or "steps" not in MODES[mode].settings:
                 why = "is not in modes" if mode not in self.modes else "trains nothing"
                 raise ValueError(f"steps_by_mode names {mode}, which {why}")
         for mode, numbers in self.num_labelled_by_mode.items():
@@ -907,7 +907,10 @@ class FinetuneConfig(Section):
         return self.steps_by_mode.get(mode, longer * self.steps)
 
     def _num_candidates(self, mode: Mode) -> int:
-        space = [self.search.learning_rates[mode], *(self.search.space.get(name, (0,)) for name in SETTINGS_OF[mode])]
+        space = [
+            self.search.learning_rates[mode],
+            *(self.search.space.get(name, (0,)) for name in MODES[mode].settings),
+        ]
         lists = [candidates for candidates in space if not isinstance(candidates, Distribution)]
         is_proposed = self.search.searcher != "grid" or len(lists) < len(space)
         return self.search.num_samples if is_proposed else math.prod(map(len, lists))

@@ -5,19 +5,12 @@ A new mode needs an entry here, candidates in `SearchConfig.learning_rates` if i
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-Mode = Literal[
-    "scratch",
-    "scratch_long",
-    "scratch_weak_to_strong",
-    "linear_probe",
-    "fine_tune",
-    "mean_teacher",
-    "weak_to_strong",
-    "prototype_self_training",
-    "prototype",
-]
+from pydantic import AfterValidator, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+
 Setting = Literal[
     "weight_decay",
     "steps",
@@ -39,7 +32,7 @@ Setting = Literal[
     "plausible_margin_mm",
 ]
 
-SCRATCH: Mode = "scratch"
+SCRATCH = "scratch"
 """Reference mode: the others are compared with it."""
 
 _TRAINING_SETTINGS: tuple[Setting, ...] = ("weight_decay", "steps")
@@ -83,7 +76,7 @@ class ModeFacts:
     """Training signal from images of the train patients who were not drawn; their label files are not opened."""
     has_rounds: bool = False
     """True if class prototypes give the first pseudo-labels, followed by rounds of self-training (`p2r.fewshot.rounds`)."""
-    control: Mode | None = None
+    control: str | None = None
     """The same training from random weights at equal settings; the difference is the effect of pretraining."""
 
     @property
@@ -92,7 +85,7 @@ class ModeFacts:
         return self.weights == "random"
 
 
-MODES: dict[Mode, ModeFacts] = {
+MODES: dict[str, ModeFacts] = {
     "scratch": ModeFacts("from scratch", "#6b6b6b", "#a9adb3", "o", _TRAINING_SETTINGS),
     "scratch_long": ModeFacts("scratch, long", "#3f4a5a", "#c9d1dc", "h", _TRAINING_SETTINGS),
     "scratch_weak_to_strong": ModeFacts(
@@ -140,9 +133,28 @@ MODES: dict[Mode, ModeFacts] = {
     "prototype": ModeFacts("prototypes", "#a8488a", "#dd92c4", "v", ("background_prototypes",), weights="frozen"),
 }
 
-SETTINGS_OF: dict[Mode, tuple[Setting, ...]] = {mode: facts.settings for mode, facts in MODES.items()}
+
+def _known(mode: str) -> str:
+    if mode not in MODES:
+        *others, last = map(repr, MODES)
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected}", {"expected": f"{', '.join(others)} or {last}"}
+        )
+    return mode
+
+
+class _ModeNames:
+    """Schema of `Mode`: a name in `MODES`."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": list(MODES), "type": "string"}
+
+
+Mode = Annotated[str, AfterValidator(_known), _ModeNames]
+"""Name of a mode in `MODES`."""
 
 
 def facts_of(mode: str) -> ModeFacts | None:
     """Return the properties of a mode; None for a name that this version does not know, as an old report may hold."""
-    return MODES.get(mode)  # type: ignore[call-overload, no-any-return]
+    return MODES.get(mode)

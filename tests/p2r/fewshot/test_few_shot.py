@@ -25,10 +25,13 @@ from p2r.errors import DataError, JobError
 from p2r.evaluate.calibration import near_organs
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.tasks import load_task
+from p2r.fewshot.checks import check_task
 from p2r.fewshot.protocol import Settings, Trial, final_trials, settings_of
+from p2r.fewshot.publishing import publish_best
 from p2r.fewshot.readings import merge_readings
-from p2r.fewshot.search import FewShot, attempt, check_task, few_shot, publish_best
-from p2r.fewshot.trial import TrialSetup, run_trial
+from p2r.fewshot.search import FewShot, attempt, few_shot
+from p2r.fewshot.setup import TrialSetup
+from p2r.fewshot.trial import run_trial
 from p2r.pipeline.local import LocalExecutor
 from p2r.storage import Storage
 
