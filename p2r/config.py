@@ -811,9 +811,9 @@ class FinetuneConfig(Section):
     than in the round before. No label is read for it."""
     agreement_views: PositiveInt = 3
     """prototype_self_training: views of an image that must agree on a pixel for its pseudo-label to count; 1: the image as it is."""
-    plausible_size_factor: Annotated[float, Field(ge=1)] = 2.0
+    plausible_size_factor: Annotated[float, Field(ge=1)] = 3.0
     """prototype_self_training: how much larger or smaller than in all labelled patients a class may be; else its frame does not count."""
-    plausible_margin_mm: NonNegativeFloat = 30.0
+    plausible_margin_mm: NonNegativeFloat = 40.0
     """prototype_self_training: how far beyond the labelled patients' organs, about the scan's centre, foreground counts, mm."""
     probe_augmentation: Literal["views", "none"] = "views"
     """linear_probe: what it is trained on. views: augmented images, as every other mode. none: the images as they are, whose features are
