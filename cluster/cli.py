@@ -149,7 +149,7 @@ def run(
     for note in ignored_variables(path, job):
         say(f"note: {note}")
     if fork:
-        from p2r.engine.fork import forked
+        from p2r.pipeline.fork import forked
 
         job = forked(job, fork)
     configure(log_format, run=job.name)
@@ -161,7 +161,7 @@ def run(
     if "unfinished" in made:
         sys.exit(_STOPPED)
     if failed:
-        from p2r.engine.fewshot import failure_message
+        from p2r.fewshot.search import failure_message
 
         raise TrainingError(failure_message(failed))
 
@@ -172,7 +172,7 @@ def _run_on_ray(job: Any, path: Path, address: str | None, *, profile_steps: int
     with started_session(address, job=path, show_worker_logs=debug, say=say):
         # Torch takes seconds to import; `p2r validate` needs neither it nor Ray.
         from cluster.executor import RayExecutor
-        from p2r.engine.pipeline import run_job
+        from p2r.pipeline.stages import run_job
 
         with RayExecutor(job, profile_steps=profile_steps) as executor:
             return run_job(job, executor, say=say)
@@ -306,8 +306,8 @@ def verify(
 @app.command()
 def publish(path: JobPath, set_: Overrides = None, sign: Sign = None, debug: Debug = False) -> None:
     """Publish the last checkpoint of a job's pretraining, as the job's section publish says; here, without Ray."""
-    from p2r.engine.pipeline import publish_backbone
     from p2r.job import read_job
+    from p2r.pipeline.stages import publish_backbone
     from p2r.storage import Storage
 
     job = read_job(path, tuple(set_ or ()))
@@ -386,8 +386,8 @@ def tune_batch(
 ) -> None:
     """Find how many images and pixel pairs of a job's pretraining fit into memory, by trying on this machine."""
     from p2r.device import this_device
-    from p2r.engine.tune_batch import tune_batch as tune
     from p2r.job import read_job
+    from p2r.planning.tune_batch import tune_batch as tune
 
     config = _pretrain_of(read_job(path, tuple(set_ or ())), path)
     found = tune(config, device=this_device(), memory_gib=memory_gib, say=say)
@@ -579,13 +579,27 @@ def predict(
             "-o", "--output", help="NIfTI of the segmentation, on the scan's own grid; of a folder: a folder."
         ),
     ],
+    probabilities: Annotated[
+        bool,
+        typer.Option(
+            "--probabilities",
+            help="Write NAME_probabilities.nii.gz beside NAME.nii.gz, too: a volume per class, background first, which add up to 1.",
+        ),
+    ] = False,
+    ensemble: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="One more model, whose probabilities are averaged with MODEL's; may be repeated. Same classes, same preparation.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
     """Segment a scan, or all scans of a folder, whose volumes per class are written to volumes.csv, too."""
     from cluster.applying import predict as apply
 
-    apply(model, scan, output, device=device, say=say)
+    apply([model, *(ensemble or ())], scan, output, has_probabilities=probabilities, device=device, say=say)
 
 
 def main() -> None:
@@ -635,7 +649,7 @@ def _print_made(made: dict[str, Any]) -> None:
     table = made.pop("table", None)
     if table is not None:
         console().print(table)
-    from p2r.engine.lines import made_lines
+    from p2r.pipeline.lines import made_lines
 
     for line in made_lines(made):
         show(line)

@@ -1,4 +1,4 @@
-"""The heavy parts of a job on Ray: what `p2r.engine.pipeline.run_job` is given by `p2r run`."""
+"""The heavy parts of a job on Ray: what `p2r.pipeline.stages.run_job` is given by `p2r run`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +8,9 @@ from cluster.metrics import Exporter
 from cluster.progress import Say
 from cluster.session import refuse_unshared_folder
 from p2r.config import IngestConfig, PretrainConfig
-from p2r.engine.fewshot import Result
-from p2r.engine.finetune import TrialSetup
-from p2r.evaluate.protocol import Trial
+from p2r.fewshot.protocol import Trial
+from p2r.fewshot.search import Result
+from p2r.fewshot.trial import TrialSetup
 from p2r.job import Job
 from p2r.modes import Mode
 from p2r.storage import Storage

@@ -25,11 +25,11 @@ from cluster.pretrain import ray_folder
 from cluster.progress import Say, relay
 from cluster.session import Credentials, credentials, num_cpus, num_gpus
 from p2r.config import Distribution, SearchConfig
-from p2r.engine.fewshot import Result
-from p2r.engine.finetune import TrialSetup
 from p2r.errors import DataError, JobError, masked_errors
-from p2r.evaluate.protocol import Trial, numbers_of, search_trial, space_of
 from p2r.evaluate.tasks import load_task
+from p2r.fewshot.protocol import Trial, numbers_of, search_trial, space_of
+from p2r.fewshot.search import Result
+from p2r.fewshot.trial import TrialSetup
 from p2r.job import Resources
 from p2r.logs import Line, counted
 from p2r.masking import masked
@@ -229,8 +229,8 @@ def _proposed(
 def _trial(setup: TrialSetup, trial: Trial, *, queue: Any) -> None:
     import torch
 
-    from p2r.engine.finetune import run_trial
     from p2r.errors import InputError, TrainingError
+    from p2r.fewshot.trial import run_trial
 
     device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
 

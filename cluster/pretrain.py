@@ -422,9 +422,9 @@ def _worker(settings: dict[str, Any]) -> None:
 def _train(settings: dict[str, Any]) -> None:
     began = time.monotonic()
     # Imported here: the driver has no use for DeepSpeed.
-    from p2r.engine.lines import report_lines
     from p2r.engine.pretrain import pretrain as run
     from p2r.engine.profile import profile_text
+    from p2r.pipeline.lines import report_lines
 
     imported = time.monotonic()
     wire, group = settings["wire"], settings["group"]

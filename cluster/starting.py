@@ -57,11 +57,11 @@ def _message(where: str | None, job: Path, error: Exception) -> str:
     if where is not None:
         return (
             f"the Ray cluster at {where} cannot be joined ({reason}): check --address or RAY_ADDRESS, and that it runs; without a "
-            f"cluster: python -m p2r.engine {job}"
+            f"cluster: python -m p2r {job}"
         )
     return (
         f"Ray did not start on this machine, twice ({reason}): it gives its own processes 30 s, which a busy machine may exceed; try "
-        f"again later, or run the job in this process, without Ray: python -m p2r.engine {job}"
+        f"again later, or run the job in this process, without Ray: python -m p2r {job}"
     )
 
 

@@ -11,7 +11,7 @@ def test_the_science_does_not_know_the_cluster_and_layers_point_one_way(reposito
 
 
 def test_the_engine_runs_where_ray_is_not_installed(repository: Path) -> None:
-    code = "import sys; sys.modules['ray'] = None; sys.modules['prometheus_client'] = None; import p2r.engine.__main__, p2r.backbone"
+    code = "import sys; sys.modules['ray'] = None; sys.modules['prometheus_client'] = None; import p2r.__main__, p2r.backbone"
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True, timeout=120)
 
 

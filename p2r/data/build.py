@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from p2r.config import IngestConfig
+from p2r.data.growth import PlannedScan, ShardPlan
 from p2r.data.label_maps import CODE as LABEL_MAP
 from p2r.data.label_maps import WAY_OUT, label_map_by_voxels
 from p2r.data.ledger import LedgerRow, accepted_fields, check_row, is_accepted
 from p2r.data.manifest import check_shard
-from p2r.data.plan import PlannedScan, ShardPlan
 from p2r.data.preparation import percentile_table, slice_axis
 from p2r.data.read import read_scan
 from p2r.data.shards import index_name, voxels_sha256, write_shard

@@ -20,6 +20,8 @@ from pathlib import Path
 from p2r.config import IngestConfig
 from p2r.data.build import Built as Built
 from p2r.data.build import build_shard as build_shard
+from p2r.data.growth import Growth, plan_growth, preprocessing_of, subject_of
+from p2r.data.growth import ShardPlan as ShardPlan
 from p2r.data.label_maps import CODE as LABEL_MAP
 from p2r.data.label_maps import WAY_OUT
 from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, is_failure
@@ -27,8 +29,6 @@ from p2r.data.manifest import Manifest
 from p2r.data.manifest import contains as contains
 from p2r.data.manifest import load_manifest as load_manifest
 from p2r.data.manifest import manifest_sha256 as manifest_sha256
-from p2r.data.plan import Growth, plan_growth, preprocessing_of, subject_of
-from p2r.data.plan import ShardPlan as ShardPlan
 from p2r.data.pseudonyms import Names, names_if_known, names_of
 from p2r.data.revision import (
     Revision,

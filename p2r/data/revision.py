@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from p2r.config import IngestConfig
+from p2r.data.growth import preprocessing_of
 from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, ledger_bytes, read_ledger
 from p2r.data.manifest import (
     FORMAT,
@@ -31,7 +32,6 @@ from p2r.data.manifest import (
     thumbnails_path,
     voxel_digest,
 )
-from p2r.data.plan import preprocessing_of
 from p2r.data.pseudonyms import Names
 from p2r.data.thumbnails import MAX_BYTES, MOST, Thumbnails, drawn, from_bytes, to_bytes
 from p2r.errors import DataError, StorageError

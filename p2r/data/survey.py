@@ -21,10 +21,10 @@ from p2r.data import bids
 from p2r.data.dataset_json import NAME as DATASET_JSON
 from p2r.data.dataset_json import DatasetJson, read_dataset_json
 from p2r.data.folders import images_below
+from p2r.data.growth import subject_of
 from p2r.data.label_maps import LABEL_SUFFIX
 from p2r.data.names import composed, scan_key
 from p2r.data.pairs import key_of, label_finder
-from p2r.data.plan import subject_of
 from p2r.data.scans import Scan, find_scans
 from p2r.errors import DataError
 

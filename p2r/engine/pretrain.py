@@ -29,7 +29,6 @@ from p2r.data.stream import Quarantine, Replaced, StreamState, stream, stream_st
 from p2r.device import is_waited_for
 from p2r.engine.build import DTYPES, build_engine, full_weights, join_process_group, masters, set_mean_weights
 from p2r.engine.checkpoint import Checkpoints, Fetched, Note, newest_checkpoint, refuse_other_config
-from p2r.engine.compiling import compile_in_place, warm_up
 from p2r.engine.corpora import agreed_corpora
 from p2r.engine.determinism import deterministic
 from p2r.engine.feed import Batches, Timed, feed
@@ -37,13 +36,14 @@ from p2r.engine.health import embedding_health
 from p2r.engine.history import history_bytes, read_history
 from p2r.engine.online_probe import OnlineProbe
 from p2r.engine.profile import Profiler, peak_mib
-from p2r.engine.schedule import averaging, learning_rate
 from p2r.engine.step import COLDEST, Step, equivariance_error, loss_parts, take_step
 from p2r.engine.uploading import path_of
 from p2r.engine.weights import backbone_weights, init_weights
 from p2r.errors import CheckpointError, EmbeddingError, InputError, TrainingError
 from p2r.loss import without_kernels
+from p2r.model.compiling import compile_in_place, warm_up
 from p2r.model.pix2rep import Pix2Rep
+from p2r.schedule import averaging, learning_rate
 from p2r.storage import Storage
 
 HISTORY = "history.jsonl"

@@ -497,7 +497,7 @@ def make_corpus(folder: Path) -> None:
         "kind: ingest\nname: corpus\nstorage: s3://chaos/corpus\n"
         f'ingest: {{sources: ["{data}/images"], licence: CC0-1.0, shard_size_mib: 0.01}}\n'
     )
-    subprocess.run([sys.executable, "-m", "p2r.engine", str(job)], check=True)
+    subprocess.run([sys.executable, "-m", "p2r", str(job)], check=True)
 
 
 def main() -> int:

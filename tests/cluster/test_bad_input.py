@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 
-import p2r.engine.__main__ as engine
+import p2r.__main__ as one_process
 
 Run = Callable[..., tuple[int, str]]
 
@@ -27,8 +27,8 @@ def run(
 
     def run(*overrides: str) -> tuple[int, str]:
         arguments = [word for override in overrides for word in ("--set", override)]
-        monkeypatch.setattr(sys, "argv", ["p2r.engine", str(write_toy_job(tmp_path)), *arguments])
-        code = engine.main()
+        monkeypatch.setattr(sys, "argv", ["p2r", str(write_toy_job(tmp_path)), *arguments])
+        code = one_process.main()
         return code, capsys.readouterr().err
 
     return run

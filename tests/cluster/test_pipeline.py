@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from cluster.executor import RayExecutor
-from p2r.engine.pipeline import run_job
 from p2r.errors import CheckpointError, InputError
 from p2r.job import Job, read_job
 from p2r.logs import fields_of
+from p2r.pipeline.stages import run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

@@ -28,8 +28,8 @@ from p2r.data.corpus import (
     report_progress,
     verify_corpus,
 )
+from p2r.data.growth import ShardPlan
 from p2r.data.manifest import ledger_path
-from p2r.data.plan import ShardPlan
 from p2r.data.shards import open_shard, voxels_sha256
 from p2r.data.verify import unreferenced_files
 from p2r.data.volume import read_volume
