@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from p2r.console import console, show, show_json, visible
-from p2r.data.manifest import FORMAT, Manifest, facts_of, load_manifest, manifest_sha256, ranges_of
+from p2r.data.manifest import FORMAT, MAX_MANIFEST_BYTES, Manifest, facts_of, load_manifest, manifest_sha256, ranges_of
 from p2r.documents import read_json
 from p2r.errors import InputError
 from p2r.modes import facts_of as facts_of_mode
@@ -17,7 +17,6 @@ from p2r.storage import Storage
 
 _HIDDEN = {"subject_digests", "voxel_digests", "salt"}
 _MAX_REVISIONS = 10
-_MAX_BYTES = 2**30
 
 
 def inspect(url: str, *, as_json: bool) -> None:
@@ -31,9 +30,9 @@ def inspect(url: str, *, as_json: bool) -> None:
     if not storage.exists("manifest.json"):
         _list_contents(storage)
         return
-    content = storage.read_bytes("manifest.json")
+    content = storage.read_bytes("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
     reference.check(content)
-    manifest = read_json(content, where=storage.at("manifest.json"), max_bytes=_MAX_BYTES)
+    manifest = read_json(content, where=storage.at("manifest.json"), max_bytes=MAX_MANIFEST_BYTES)
     kind = str(manifest.get("format")) if isinstance(manifest, dict) else ""
     if not as_json and kind.startswith(("p2r-backbone/", "p2r-model/")):
         sha256 = hashlib.sha256(content).hexdigest()
@@ -149,7 +148,7 @@ def _list_contents(storage: Storage) -> None:
 
 def _read_format(storage: Storage, name: str) -> str:
     try:
-        manifest = read_json(storage.read_bytes(name), where=name, max_bytes=_MAX_BYTES)
+        manifest = storage.read_json(name, max_bytes=MAX_MANIFEST_BYTES)
     except InputError:
         return "damaged"
     return plain(str(manifest.get("format", "?"))[:80]).plain if isinstance(manifest, dict) else "?"

@@ -3,14 +3,11 @@
 import hashlib
 
 from p2r.artefact import MANIFEST, open_artefact
-from p2r.data.manifest import FORMAT
-from p2r.documents import read_json
+from p2r.data.manifest import FORMAT, MAX_MANIFEST_BYTES
 from p2r.errors import InputError
 from p2r.reference import Reference, parse_reference
 from p2r.signature import SIGNATURE
 from p2r.storage import Storage
-
-_MAX_BYTES = 2**30
 
 
 def verify(url: str, *, key: str | None) -> list[str]:
@@ -34,7 +31,7 @@ def verify(url: str, *, key: str | None) -> list[str]:
 
 
 def _is_artefact(storage: Storage) -> bool:
-    manifest = read_json(storage.read_bytes(MANIFEST), where=storage.at(MANIFEST), max_bytes=_MAX_BYTES)
+    manifest = storage.read_json(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
     return isinstance(manifest, dict) and str(manifest.get("format")).startswith(("p2r-backbone/", "p2r-model/"))
 
 
@@ -58,7 +55,7 @@ def _verify_corpus(reference: Reference, key: str | None) -> list[str]:
     storage = Storage(reference.url)
     if key is not None:
         raise InputError(f"{storage.url} is a corpus: backbones and models are signed, corpora are not")
-    content = storage.read_bytes(MANIFEST)
+    content = storage.read_bytes(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
     reference.check(content)
     problems = verify_corpus(storage)
     if problems:

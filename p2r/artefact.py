@@ -20,9 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from p2r.documents import read_json
+from p2r.documents import Details, Digests, FewKeys, Sha256, checked, read_json
 from p2r.errors import CheckpointError, DamagedError, InputError, StorageError
 from p2r.reference import Reference
 from p2r.signature import SIGNATURE, SIGNATURE_BYTES, check_signature, sign
@@ -33,9 +33,10 @@ Role = Literal["weights", "config", "card"]
 MANIFEST = "manifest.json"
 MAX_TEXT_BYTES = 2**20
 _MAX_WEIGHTS_BYTES = 2**40
-_MAX_MANIFEST_BYTES = 2**28
+MAX_MANIFEST_BYTES = 2**27
+"""Largest manifest of an artefact: of backbones that have seen two million scans."""
+_MAX_MEMORY_BYTES = 2**29
 _MAX_DEPTH = 16
-_SHOWN = 3
 _NAMES: dict[Role, tuple[str, str, str]] = {
     "weights": ("model", ".safetensors", "model.safetensors"),
     "config": ("config", ".json", "config.json"),
@@ -45,9 +46,7 @@ _NAMES: dict[Role, tuple[str, str, str]] = {
 _PROGRAM = ("p2r_version", "code")
 
 Text = Annotated[str, Field(max_length=20_000)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
-Digests = Annotated[list[Sha256], Field(max_length=10_000_000)]
 
 
 class _Strict(BaseModel):
@@ -98,7 +97,7 @@ class CorpusFacts(_Strict):
     salt: Sha256
     subject_digests: Digests
     voxel_digests: Digests
-    deidentification: dict[Text, Text]
+    deidentification: Annotated[dict[Text, Text], FewKeys]
 
 
 class Manifest(_Strict):
@@ -132,7 +131,7 @@ class BackboneManifest(Manifest):
     description: Text | None = None
     step: Count | None = None
     samples_seen: Count | None = None
-    pretrain: dict[str, JsonValue] | None = None
+    pretrain: Details | None = None
     negatives: Text | None = None
 
 
@@ -140,13 +139,14 @@ class ModelManifest(Manifest):
     """`manifest.json` of a segmentation model."""
 
     task: Text | None = None
-    trial: dict[str, JsonValue] | None = None
-    validation: dict[str, JsonValue] | None = None
+    trial: Details | None = None
+    validation: Details | None = None
     transductive: bool | None = None
     backbone_sha256: Sha256 | None = None
 
 
 _MANIFESTS: dict[str, type[Manifest]] = {"p2r-backbone": BackboneManifest, "p2r-model": ModelManifest}
+_CHECKS: dict[str, TypeAdapter[Any]] = {kind: TypeAdapter(model) for kind, model in _MANIFESTS.items()}
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def open_artefact(reference: Reference, *, format: str | None = None, key: str |
         CheckpointError: The manifest is not one of the required format.
     """
     storage = Storage(reference.url)
-    content = _read_bounded(storage, MANIFEST, _MAX_MANIFEST_BYTES)
+    content = _read_bounded(storage, MANIFEST, MAX_MANIFEST_BYTES)
     if content is None:
         raise StorageError(
             f"{storage.url} holds no manifest.json: give the folder of one published version, such as backbones/NAME/1"
@@ -274,26 +274,37 @@ def _parse(content: bytes, reference: Reference, *, where: str, needed: str | No
                 f"{Reference(reference.url, hashlib.sha256(content).hexdigest())}"
             ) from None
         raise error
-    value = read_json(content, where=where, max_bytes=_MAX_MANIFEST_BYTES, max_depth=_MAX_DEPTH, error=CheckpointError)
+    value = _value_of(content, where)
     found = str(value.get("format"))[:80] if isinstance(value, dict) else None
     kind, _, version = (found or "").partition("/")
     if kind not in _MANIFESTS or needed not in (None, kind) or version not in ("1", "2"):
         wanted = " or ".join(f"{one}/1 or {one}/2" for one in ([needed] if needed else _MANIFESTS))
         raise CheckpointError(f"{where} has format {found!r}, expected {wanted}")
     model = _MANIFESTS[kind]
-    try:
-        return model.model_validate(_upgrade_version_1(value, model) if version == "1" else value)
-    except ValidationError as error:
-        findings = error.errors(include_url=False, include_context=False)
-        lines = [f"{'.'.join(map(str, one['loc'])):.200}: {one['msg']}, got {one['input']!r:.80}" for one in findings]
-        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        raise CheckpointError(f"{where} is not a valid manifest: {'; '.join(lines[:_SHOWN] + more)}") from None
+    manifest: Manifest = checked(
+        _CHECKS[kind],
+        _upgrade_version_1(value, model) if version == "1" else value,
+        where=f"{where} is not a valid manifest:",
+        error=CheckpointError,
+    )
+    return manifest
+
+
+def _value_of(content: bytes, where: str) -> Any:
+    return read_json(
+        content,
+        where=where,
+        max_bytes=MAX_MANIFEST_BYTES,
+        max_memory_bytes=_MAX_MEMORY_BYTES,
+        max_depth=_MAX_DEPTH,
+        error=CheckpointError,
+    )
 
 
 def _weights_sha256(content: bytes) -> str | None:
     """Return the digest of the weights from an unchecked manifest; None if it has none."""
     try:
-        value = read_json(content, where="", max_bytes=_MAX_MANIFEST_BYTES, max_depth=_MAX_DEPTH)
+        value = _value_of(content, "")
         files = value["files"]
         return str((files.get("weights") or files.get(_NAMES["weights"][2]))["sha256"])
     except (InputError, TypeError, KeyError, AttributeError):
@@ -337,9 +348,9 @@ def commit(
         CheckpointError: A different artefact is published there; the message says what, when, and what differs.
     """
     content = json_bytes(manifest.model_dump(mode="json"))
-    if len(content) > _MAX_MANIFEST_BYTES:
+    if len(content) > MAX_MANIFEST_BYTES:
         raise CheckpointError(
-            f"the manifest of {storage.url} has {len(content):,} bytes, more than {_MAX_MANIFEST_BYTES:,}"
+            f"the manifest of {storage.url} has {len(content):,} bytes, more than {MAX_MANIFEST_BYTES:,}"
         )
     if not storage.exists(MANIFEST):
         for role, entry in manifest.files.entries().items():

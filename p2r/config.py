@@ -682,6 +682,7 @@ class SearchConfig(Section):
         "fine_tune": (1e-3, 3e-3),
         "mean_teacher": (1e-3, 3e-3),
         "weak_to_strong": (1e-3, 3e-3),
+        "prototype_self_training": (1e-3, 3e-3),
     }
     """Candidates for the peak learning rate, by mode: a list, or a distribution such as `{loguniform: [1e-4, 1e-2]}`. prototype has none:
     it trains nothing."""
@@ -742,7 +743,8 @@ class FinetuneConfig(Section):
     """Modes to compare. scratch: no pretraining. scratch_long: the same with more steps. linear_probe: a 1x1 convolution on frozen
     features. fine_tune: train all weights. mean_teacher: fine_tune, plus consistency with an average of its own weights on the train
     split's unlabelled patients. weak_to_strong: fine_tune, plus pseudo-labels from such an average on strongly augmented, mixed images of
-    these patients. scratch_weak_to_strong: the same from random weights. prototype: nearest class prototype by cosine similarity on
+    these patients. scratch_weak_to_strong: the same from random weights. prototype_self_training: weak_to_strong with rounds of
+    pseudo-labels first, made from class prototypes on frozen features. prototype: nearest class prototype by cosine similarity on
     frozen features, without training."""
     protocol: Literal["leak_free", "paper_compat"] = "leak_free"
     """leak_free: whole scans, split by patient. paper_compat: the released code of Pix2Rep, only for comparison with the paper; its rows
@@ -769,11 +771,11 @@ class FinetuneConfig(Section):
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay of AdamW."""
     warmup_head_steps: NonNegativeInt = 0
-    """fine_tune, mean_teacher and weak_to_strong: first steps that train only the head; they count towards all steps."""
+    """Modes that train pretrained weights: first steps that train only the head; they count towards all steps."""
     backbone_learning_rate_factor: PositiveFloat = 1.0
-    """fine_tune, mean_teacher and weak_to_strong: learning rate of the backbone, as a multiple of the head's."""
+    """Modes that train pretrained weights: learning rate of the backbone, as a multiple of the head's."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """mean_teacher, weak_to_strong and its control: decay of the teacher's weights per step; smaller in the first steps, while the average
+    """Modes that learn from unlabelled patients: decay of the teacher's weights per step; smaller in the first steps, while the average
     covers few of them."""
     ramp_up_fraction: Fraction = 0.3
     """The same modes: fraction of the steps in which the weight of the unlabelled loss rises."""
@@ -781,21 +783,37 @@ class FinetuneConfig(Section):
     """The same modes: weight of the loss on unlabelled images, relative to the labelled loss. mean_teacher: the mean squared difference of
     the student's and teacher's probabilities. weak_to_strong: Dice + cross-entropy with the teacher's pseudo-labels."""
     confidence_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """weak_to_strong and its control: smallest teacher probability at which a pixel's pseudo-label counts."""
+    """Modes with pseudo-labels (weak_to_strong, scratch_weak_to_strong, prototype_self_training): smallest teacher probability at which
+    a pixel's pseudo-label counts."""
     cutmix_probability: Fraction = 0.5
-    """weak_to_strong and its control: probability that a strong view exchanges a box (2 to 40 % of the image) with another image. The
-    label or pseudo-label is exchanged with it."""
+    """The same modes: probability that a strong view exchanges a box (2 to 40 % of the image) with another image. The label or
+    pseudo-label is exchanged with it."""
     cutmix_labelled_fraction: Fraction = 0.5
-    """weak_to_strong and its control: fraction of these exchanges made with a labelled image; half paste its box into the unlabelled
-    image, half the reverse. The others are between two unlabelled images."""
+    """The same modes: fraction of these exchanges made with a labelled image; half paste its box into the unlabelled image, half the
+    reverse. The others are between two unlabelled images."""
     feature_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """weak_to_strong and its control: fraction of the backbone's output channels dropped in a third view of unchanged appearance. 0: no
-    third view."""
+    """The same modes: fraction of the backbone's output channels dropped in a third view of unchanged appearance. 0: no third view."""
     strong_intensity: IntensityConfig | None = None
-    """weak_to_strong and its control: appearance of the strong views. None: as in `views`."""
+    """The same modes: appearance of the strong views. None: as in `views`."""
     background_prototypes: PositiveInt = 8
-    """prototype: number of background prototypes (k-means); each other class has one, its mean. Mean validation Dice on ACDC, one labelled
-    patient, three draws, a small backbone: 0.24 with 1, 0.34 with 4, 0.35 with 8, 0.30 with 32."""
+    """prototype and prototype_self_training: number of background prototypes (k-means); each other class has one, its mean. Mean
+    validation Dice on ACDC, one labelled patient, three draws, a small backbone: 0.24 with 1, 0.34 with 4, 0.35 with 8, 0.30 with 32."""
+    self_training_rounds: PositiveInt = 3
+    """prototype_self_training: largest number of rounds. Each labels all unlabelled images at once, the first by prototypes, the others by
+    the teacher. After the last round the teacher labels the images of each step, as in weak_to_strong."""
+    self_training_fraction: Annotated[float, Field(gt=0, le=1)] = 0.15
+    """prototype_self_training: fraction of the steps in each round."""
+    self_training_min_change: Fraction = 0.05
+    """prototype_self_training: rounds stop when a smaller fraction of foreground pixels changes its pseudo-label. No label is read for
+    this rule."""
+    agreement_views: PositiveInt = 3
+    """prototype_self_training: number of views that must agree on a pixel's pseudo-label. 1: only the unchanged image."""
+    plausible_size_factor: Annotated[float, Field(ge=1)] = 2.0
+    """prototype_self_training: largest ratio of a class's size to its sizes in the labelled patients, both ways; other frames do not
+    count."""
+    plausible_margin_mm: NonNegativeFloat = 30.0
+    """prototype_self_training: distance beyond the labelled patients' organs, relative to the scan's centre, within which foreground
+    counts, mm."""
     probe_augmentation: Literal["views", "none"] = "views"
     """linear_probe: training images. views: augmented, as in every other mode. none: unaugmented; their features are computed once for all
     probes of a task, which is much faster."""
@@ -826,7 +844,8 @@ class FinetuneConfig(Section):
     same mode on all labelled train patients, as `models/<task>/all`; its validation Dice is computed, its test Dice is not."""
     published_mode: Literal["fine_tuned", "any"] = "fine_tuned"
     """Candidates for the published model. fine_tuned: models that train the pretrained backbone's weights (fine_tune, mean_teacher,
-    weak_to_strong); all models, if the job has none of these. any: also models from scratch and on frozen features."""
+    weak_to_strong, prototype_self_training); all models, if the job has none of these. any: also models from scratch and on frozen
+    features."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

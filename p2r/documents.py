@@ -4,8 +4,9 @@
     read_lines    one value per line    ledgers, indexes, histories
     checked       a value, validated by a strict pydantic model
 
-Python's reader accepts any depth, any integer, NaN, and duplicate keys, of which it keeps the last. Here size, depth, number
-of values and every number are limited, texts must be valid UTF-8, and keys must be unique. Models check the meaning.
+Python's reader accepts any depth, any integer, NaN, and duplicate keys, of which it keeps the last. Here size, depth, memory
+and every number are limited, texts must be valid UTF-8, and keys must be unique. Models check the meaning. Their long lists
+have `FailFast` and their mappings `FewKeys`: pydantic would describe each of a million invalid members.
 
 `p2r.plain_yaml` does the same for YAML. File names in manifests have the type `RelativePath`.
 """
@@ -23,7 +24,17 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import ErrorDetails, from_json
 
 from p2r.errors import InputError
@@ -32,12 +43,16 @@ Checked = TypeVar("Checked")
 
 MAX_DEPTH = 32
 """Largest nesting of objects and lists, unless a reader sets another limit."""
-MAX_VALUES = 16_000_000
-"""Largest number of values in a JSON document, unless a reader sets another limit."""
+MAX_MEMORY_BYTES = 2**30
+"""Largest memory of a JSON document, as `memory_of` estimates it, unless a reader sets another limit."""
 MAX_INTEGER = 2**63
 """Limit of integers."""
 _MAX_DIGITS = 24
 _MANY_BYTES = 1 << 20  # size of JSON at which the faster reader pays off
+_BYTES_PER = {b"{": 200, b"[": 112, b",": 48, b":": 88, b'"': 32}
+"""Memory of CPython for an object, a list, a place in a list with its number, a place in an object, and half a text's header."""
+_MAX_KEYS = 100_000
+_MAX_DETAILS, _MAX_DETAIL_LETTERS = 20_000, 1 << 20
 _SHOWN = 3  # findings of a model in a message
 _MAX_SHOWN = 80  # characters of a key or value in a message
 _ODD_ESCAPE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
@@ -71,12 +86,47 @@ def checked(
 def _format_finding(finding: ErrorDetails) -> str:
     key = ".".join(map(str, finding["loc"]))
     value = finding["input"]
+    if isinstance(value, str):
+        value = value[:_MAX_SHOWN]
     got = f", got {_printable(repr(value))}" if not isinstance(value, dict | list) else ""
     return f"{_printable(key)}: {finding['msg']}{got}"
 
 
 def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text[:_MAX_SHOWN])
+
+
+def _at_most(count: int) -> BeforeValidator:
+    """Limit the keys of a mapping before its members are validated; pydantic would keep a finding for each."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            raise ValueError(f"may have {count:,} keys, got {len(value):,}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _bounded_details(value: Any) -> Any:
+    waiting, num_values, num_letters = [value], 0, 0
+    while waiting:
+        item: Any = waiting.pop()
+        num_values += 1
+        if isinstance(item, dict):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, str):
+            num_letters += len(item)
+        if num_values + len(waiting) > _MAX_DETAILS or num_letters > _MAX_DETAIL_LETTERS:
+            raise ValueError(f"may have {_MAX_DETAILS:,} keys and values, and {_MAX_DETAIL_LETTERS:,} letters in them")
+    return value
+
+
+Details = Annotated[dict[str, JsonValue], BeforeValidator(_bounded_details)]
+"""JSON of limited size that is kept unchanged, such as a section of a job."""
+FewKeys = _at_most(_MAX_KEYS)
+"""Limit on the keys of a mapping from outside."""
 
 
 def as_utf8(name: str) -> str:
@@ -104,6 +154,8 @@ RelativePath = Annotated[str, AfterValidator(_check_relative)]
 """File name in a manifest; it cannot lead outside the manifest's folder."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256 in hexadecimal digits."""
+Digests = Annotated[list[Sha256], FailFast()]
+"""List of digests. The check ends at the first invalid one, because pydantic takes a kilobyte per finding."""
 
 
 class FileEntry(BaseModel):
@@ -130,7 +182,7 @@ def read_json(
     where: str,
     max_bytes: int,
     max_depth: int = MAX_DEPTH,
-    max_values: int = MAX_VALUES,
+    max_memory_bytes: int = MAX_MEMORY_BYTES,
     nan_as_none: bool = False,
     error: type[InputError] = InputError,
 ) -> Any:
@@ -141,7 +193,7 @@ def read_json(
         where: Name of the document, for messages.
         max_bytes: Largest size that is parsed.
         max_depth: Largest nesting of objects and lists.
-        max_values: Largest number of values, not counting keys.
+        max_memory_bytes: Largest memory for the text and its values, which `memory_of` estimates before parsing.
         nan_as_none: Read NaN and infinities, which other programs write, as None instead of raising an error.
         error: Exception class to raise.
 
@@ -149,10 +201,7 @@ def read_json(
         InputError: The document is not JSON (RFC 8259) or exceeds a limit; an instance of `error`.
     """
     check_size(content, where, max_bytes, error)
-    # Commas inside texts are counted, too: an upper bound that costs nothing.
-    num_values = 1 + content.count(b",") + content.count(b"[") + content.count(b"{")
-    if num_values > max_values:
-        raise error(f"{where} is not valid: it has about {num_values:,} values, more than such a document may have")
+    _check_memory(memory_of(content), where, max_memory_bytes, error)
     if len(content) >= _MANY_BYTES:
         with contextlib.suppress(_Unsure):
             return _parse_fast(content, max_depth)
@@ -178,12 +227,32 @@ def read_json(
     return value
 
 
+def memory_of(content: bytes) -> int:
+    """Estimate from above how many bytes of memory a JSON document takes while it is parsed.
+
+    The sum of its bytes, its text, and its values by the number of their brackets, commas, colons and quotes; those within texts are
+    counted as well. Plain numbers and lists may cost 30 times their bytes, digests twice.
+    """
+    width = 1 if content.isascii() else 4  # of a letter in memory, if one letter of a text needs that much
+    of_values = sum(content.count(mark) * num_bytes for mark, num_bytes in _BYTES_PER.items())
+    return (1 + 2 * width) * len(content) + of_values
+
+
+def _check_memory(num_bytes: int, where: str, max_bytes: int, error: type[InputError]) -> None:
+    if num_bytes > max_bytes:
+        raise error(
+            f"{where} would take about {num_bytes / 2**20:,.0f} MiB of memory, more than the {max_bytes / 2**20:,.0f} MiB that such a "
+            "document may take"
+        )
+
+
 def read_lines(
     content: bytes,
     *,
     where: str,
     max_bytes: int,
     max_line_bytes: int = 1 << 20,
+    max_memory_bytes: int = MAX_MEMORY_BYTES,
     max_depth: int = MAX_DEPTH,
     nan_as_none: bool = False,
     error: type[InputError] = InputError,
@@ -195,6 +264,7 @@ def read_lines(
         where: Name of the document, for messages.
         max_bytes: Largest size that is parsed.
         max_line_bytes: Largest size of a line.
+        max_memory_bytes: Largest memory of all lines together, as `memory_of` estimates it.
         max_depth: Largest nesting of objects and lists in a line.
         nan_as_none: See `read_json`.
         error: Exception class to raise.
@@ -206,8 +276,11 @@ def read_lines(
         InputError: A line is invalid; an instance of `error` that names the line.
     """
     check_size(content, where, max_bytes, error)
+    num_bytes = 0
     for number, line in enumerate(io.BytesIO(content), start=1):
         if line.strip():
+            num_bytes += memory_of(line)
+            _check_memory(num_bytes, f"{where}, up to line {number}", max_memory_bytes, error)
             value = read_json(
                 line,
                 where=f"{where}, line {number}",

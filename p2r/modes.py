@@ -15,6 +15,7 @@ Mode = Literal[
     "fine_tune",
     "mean_teacher",
     "weak_to_strong",
+    "prototype_self_training",
     "prototype",
 ]
 Setting = Literal[
@@ -30,6 +31,12 @@ Setting = Literal[
     "cutmix_labelled_fraction",
     "feature_dropout",
     "background_prototypes",
+    "self_training_rounds",
+    "self_training_fraction",
+    "self_training_min_change",
+    "agreement_views",
+    "plausible_size_factor",
+    "plausible_margin_mm",
 ]
 
 SCRATCH: Mode = "scratch"
@@ -44,6 +51,15 @@ _PSEUDO_LABEL_SETTINGS: tuple[Setting, ...] = (
     "cutmix_probability",
     "cutmix_labelled_fraction",
     "feature_dropout",
+)
+_ROUND_SETTINGS: tuple[Setting, ...] = (
+    "background_prototypes",
+    "self_training_rounds",
+    "self_training_fraction",
+    "self_training_min_change",
+    "agreement_views",
+    "plausible_size_factor",
+    "plausible_margin_mm",
 )
 
 
@@ -65,6 +81,8 @@ class ModeFacts:
     """Initial weights of the backbone; frozen: pretrained, and not trained further."""
     unlabelled: Literal["none", "consistency", "pseudo_labels"] = "none"
     """Training signal from images of the train patients who were not drawn; their label files are not opened."""
+    has_rounds: bool = False
+    """True if class prototypes give the first pseudo-labels, followed by rounds of self-training (`p2r.fewshot.rounds`)."""
     control: Mode | None = None
     """The same training from random weights at equal settings; the difference is the effect of pretraining."""
 
@@ -106,6 +124,17 @@ MODES: dict[Mode, ModeFacts] = {
         (*_BACKBONE_SETTINGS, *_PSEUDO_LABEL_SETTINGS),
         weights="pretrained",
         unlabelled="pseudo_labels",
+        control="scratch_weak_to_strong",
+    ),
+    "prototype_self_training": ModeFacts(
+        "self-training",
+        "#6a4fb3",
+        "#b39cf0",
+        "p",
+        (*_BACKBONE_SETTINGS, *_PSEUDO_LABEL_SETTINGS, *_ROUND_SETTINGS),
+        weights="pretrained",
+        unlabelled="pseudo_labels",
+        has_rounds=True,
         control="scratch_weak_to_strong",
     ),
     "prototype": ModeFacts("prototypes", "#a8488a", "#dd92c4", "v", ("background_prototypes",), weights="frozen"),

@@ -34,10 +34,11 @@ from p2r.masking import looks_secret
 if TYPE_CHECKING:
     from p2r.s3 import S3
 
-MAX_JSON_BYTES = 2**29
+MAX_JSON_BYTES = 2**28
 """Largest JSON document that is read, unless the caller gives another limit."""
 MAX_ROWS_BYTES = 2**30
 """Largest file of JSON lines that is read, unless the caller gives another limit."""
+_MAX_ROWS_MEMORY_BYTES = 2**33
 
 _CHUNK_BYTES = 2**20
 _DELETE_THREADS = 8
@@ -148,7 +149,12 @@ class Storage:
         rows = []
         where = self.at(path)
         for number, row in documents.read_lines(
-            content, where=where, max_bytes=max_bytes, nan_as_none=nan_as_none, error=DamagedError
+            content,
+            where=where,
+            max_bytes=max_bytes,
+            max_memory_bytes=_MAX_ROWS_MEMORY_BYTES,
+            nan_as_none=nan_as_none,
+            error=DamagedError,
         ):
             if not isinstance(row, dict):
                 raise DamagedError(f"{where}, line {number} is not a JSON object: it is damaged")

@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from p2r.documents import read_json
+from p2r.documents import FewKeys, read_json
 from p2r.errors import CheckpointError
 
 MAX_HEADER_BYTES = 2**24
@@ -33,7 +33,7 @@ class _Entry(BaseModel):
     data_offsets: Annotated[list[Size], Field(min_length=2, max_length=2)]
 
 
-_HEADER = TypeAdapter(dict[str, _Entry])
+_HEADER = TypeAdapter(Annotated[dict[str, _Entry], FewKeys])
 
 
 class _Unallocated(TorchFunctionMode):

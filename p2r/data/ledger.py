@@ -37,8 +37,10 @@ def _table(percentiles: list[float]) -> list[float]:
     return percentiles
 
 
-MAX_BYTES = 1 << 32
-"""Largest ledger that is read."""
+MAX_BYTES = 1 << 30
+"""Largest ledger that is read, of about a million scans."""
+_MAX_LINE_BYTES = 1 << 16
+_MAX_MEMORY_BYTES = 1 << 33
 
 _Name = Annotated[str, Field(max_length=4096)]
 _Code = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
@@ -62,7 +64,7 @@ class _Row(BaseModel):
     num_samples: Annotated[int, Field(ge=0, lt=2**40)]
     voxels_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     shard: _Name | None
-    notes: list[_Code]
+    notes: Annotated[list[_Code], Field(max_length=100)]
 
 
 class _Accepted(_Row):
@@ -155,7 +157,16 @@ def parse_ledger(content: bytes, *, name: str) -> list[LedgerRow]:
         DataError: They are none.
     """
     rows = []
-    for number, row in read_lines(content, where=name, max_bytes=MAX_BYTES, max_depth=4, error=DataError):
+    lines = read_lines(
+        content,
+        where=name,
+        max_bytes=MAX_BYTES,
+        max_line_bytes=_MAX_LINE_BYTES,
+        max_memory_bytes=_MAX_MEMORY_BYTES,
+        max_depth=4,
+        error=DataError,
+    )
+    for number, row in lines:
         check_row(row, where=f"{name}, line {number}:")
         rows.append(row)
     return rows

@@ -17,16 +17,16 @@ from collections.abc import Iterator, Mapping
 from operator import itemgetter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, TypeAdapter
 
 from p2r.data.pseudonyms import names_for
-from p2r.documents import checked, read_json
+from p2r.documents import Digests, FewKeys, Sha256, checked, read_json
 from p2r.errors import DataError
 from p2r.storage import Storage
 
 FORMAT = "p2r-corpus/2"
-MAX_MANIFEST_BYTES = 2**29
-"""Largest manifest that is read: of about 1.5 million shards."""
+MAX_MANIFEST_BYTES = 2**28
+"""Largest manifest that is read: of some 350,000 shards, or three million scans, for which `MAX_MEMORY_BYTES` of memory are enough."""
 MOST = 2**53
 """What every count is below, and every sum of counts: arrays and JSON hold it exactly."""
 
@@ -35,7 +35,6 @@ Manifest = Mapping[str, Any]
 _COUNTS = ("num_samples", "num_records", "num_volumes", "num_bytes")
 _NAMES = re.compile(r"(?:shard-[0-9]{6,9}-[0-9a-f]{12}\.tar\n)*")  # of all shards, a line each
 _Count = Annotated[int, Field(ge=0, lt=MOST)]
-_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{6,9}-[0-9a-f]{12}\.tar$")]
 
 
@@ -49,8 +48,8 @@ class _Shard(_Strict):
     num_samples: _Count
     num_volumes: _Count
     num_bytes: _Count
-    sha256: _Sha256
-    index_sha256: _Sha256
+    sha256: Sha256
+    index_sha256: Sha256
 
 
 class _Preprocessing(_Strict):
@@ -66,42 +65,42 @@ class _Ranges(_Strict):
 
 
 class _Summary(_Strict):
-    dtypes: dict[str, _Count]
+    dtypes: Annotated[dict[str, _Count], FewKeys]
     spacing_mm: _Ranges
     shape: _Ranges
 
 
 class _Manifest(_Strict):
     revision: Annotated[int, Field(ge=1)]
-    previous: _Sha256 | None
+    previous: Sha256 | None
     licence: str
     provenance: str
     cohort: str
-    source: list[str]
-    asked: list[_Sha256]
-    preprocessing: _Preprocessing
-    preprocessing_sha256: _Sha256
-    deidentification: dict[str, str]
+    source: Annotated[list[str], FailFast()]
+    asked: Digests
+    preprocessing: Annotated[_Preprocessing, FewKeys]
+    preprocessing_sha256: Sha256
+    deidentification: Annotated[dict[str, str], FewKeys]
     num_samples: _Count
     num_records: _Count
     num_volumes: _Count
     num_bytes: _Count
     num_subjects: _Count
     num_cross_subject_copies: _Count
-    reasons: dict[str, _Count]
+    reasons: Annotated[dict[str, _Count], FewKeys]
     summary: _Summary
     shards: list[Any]
     """Checked by `_are_plainly_shards`, or by `_Shards`."""
-    ledger_sha256: _Sha256
-    thumbnails_sha256: _Sha256
-    salt: _Sha256
-    subject_digests: list[_Sha256]
-    voxel_digests: list[_Sha256]
-    code: dict[str, str]
+    ledger_sha256: Sha256
+    thumbnails_sha256: Sha256
+    salt: Sha256
+    subject_digests: Digests
+    voxel_digests: Digests
+    code: Annotated[dict[str, str], FewKeys]
 
 
 class _Shards(_Strict):
-    shards: list[_Shard]
+    shards: Annotated[list[_Shard], FailFast()]
 
 
 _MANIFEST, _SHARDS, _SHARD = TypeAdapter(_Manifest), TypeAdapter(_Shards), TypeAdapter(_Shard)

@@ -55,7 +55,7 @@ ReadRange = Callable[[int, int], bytes]
 DTYPES = ("|i1", "|u1", "<i2", "<u2", "<f4")
 """What a volume may hold."""
 
-MAX_INDEX_BYTES = 1 << 30
+MAX_INDEX_BYTES = 1 << 28
 """Largest index that is read."""
 
 _BLOCK = 32

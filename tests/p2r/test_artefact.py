@@ -329,6 +329,10 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "header: a list": (header([1]), "is not a safetensors file"),
     "header: deep": (header(DEEP[:5000].replace(b"1", b"") + b"1" + b"}" * 1000), "is not valid|is not JSON"),
     "header: an entry twice": (header(b'{"x": 1, "x": 2}'), "is twice in one object"),
+    "header: many wrong entries": (
+        header(b"{" + b",".join(b'"%x":0' % number for number in range(150_000)) + b"}"),
+        "may have 100,000 keys, got 150,000",
+    ),
     "header: negative size": (
         header({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}),
         "is not a safetensors file: x.shape.0",
@@ -355,6 +359,18 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest: a licence of a megabyte": (with_manifest(licence="x" * 2**20), "licence: String should have at most"),
     "manifest: a corpus that is none": (with_manifest(corpora=[{}]), "corpora.0.url: Field required"),
     "manifest: a step that is text": (with_manifest(step="4"), "step: Input should be a valid integer"),
+    "manifest: a section of the job of a million values": (
+        with_manifest(pretrain={"a": [0] * 1_000_000}),
+        "pretrain: .*may have 20,000 keys and values",
+    ),
+    "manifest: a million wrong digests": (
+        with_manifest(corpora=[{"subject_digests": [0] * 1_000_000}]),
+        "corpora.0.url: Field required",
+    ),
+    "manifest: lists by the million": (
+        lambda folder: (folder / "manifest.json").write_bytes(b"[" + b"[]," * 5_000_000 + b"0]"),
+        "would take about .* MiB of memory, more than the 512 MiB",
+    ),
     "manifest: an old format with rubbish": (
         with_manifest(format="p2r-backbone/1", files=[{}]),
         "files.weights: Field",
