@@ -139,7 +139,11 @@ def info_nce(
             raise problem
         counts = [len(queries)] * rank_and_size(group)[1]
     else:
-        equal = {} if problem or number is None else _equal_on_all_ranks(queries, number, form, decoupled, exclude, exchange)
+        equal = (
+            {}
+            if problem or number is None
+            else _equal_on_all_ranks(queries, number, form, decoupled, exclude, exchange)
+        )
         counts = agree(problem, len(queries) if queries.ndim else 0, equal, device=queries.device, group=group)
     if sum(counts) < 2:
         if findings is None:
@@ -149,7 +153,9 @@ def info_nce(
     dtype = torch.promote_types(queries.dtype, torch.float32)
     product_dtype = _product_dtype(queries)
     num_candidates = sum(counts) * (2 if form == "nt_xent" else 1)
-    k = 1 / number if number is not None else 1 / torch.as_tensor(temperature).detach().to(dtype).reshape(())
+    k: float | Tensor = 1 / number if number is not None else 1.0
+    if number is None and isinstance(temperature, Tensor):
+        k = 1 / temperature.detach().to(dtype).reshape(())
     scale = _scale(k, num_candidates, exclude, findings, product_dtype)
     contrast = _Contrast(
         form,

@@ -167,7 +167,9 @@ def _entries(anchors: Rows, candidates: Rows, scale: Scale) -> Iterator[tuple[sl
         yield rows, columns, (tile.sub_(scale.shift) if is_shifted else tile).exp_()
 
 
-def _logits(anchors: Rows, candidates: Rows, k: float | Tensor, radius_mm: float) -> Iterator[tuple[slice, slice, Tensor]]:
+def _logits(
+    anchors: Rows, candidates: Rows, k: float | Tensor, radius_mm: float
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield tiles of k s_ij, -inf where j is no negative of i. A tile is overwritten by the next one."""
     scratch = _Scratch(anchors.values)
     images = _ImageRanges(anchors, candidates)
