@@ -23,6 +23,11 @@ _UNSEEN = re.compile(f"[{_COMMANDS}]")
 _UNSEEN_OR_BREAK = re.compile(f"[{_COMMANDS}\t\n]")
 
 
+def is_plain(text: str) -> bool:
+    """Tell whether a text is one line without a character that is replaced when it is shown."""
+    return _UNSEEN_OR_BREAK.search(text) is None
+
+
 def visible(text: str) -> str:
     """Return the text as one line that commands no terminal: each control character, line breaks too, becomes `?`."""
     return _UNSEEN_OR_BREAK.sub("?", text)

@@ -5,6 +5,7 @@ segmentation = model.predict("scan.nii.gz")        # nibabel.Nifti1Image
 segmentation.to_filename("segmentation.nii.gz")
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from p2r.backbone import ArtefactConfig
 from p2r.backbone import load_model as load_segmenter
+from p2r.data.preprocess import check_room
 from p2r.data.volume import Volume, nifti_image, read_volume, to_source_grid, volume_of
 from p2r.evaluate.inference import predict_volume
 from p2r.model.pix2rep import Segmenter
@@ -106,6 +108,11 @@ def on_scan_grid(features: NDArray[np.float32], affine: NDArray[np.float64], vol
 
     to_features = np.linalg.inv(affine) @ volume.affine
     shape = volume.data.shape[:3]
+    check_room(
+        math.prod(shape) * features.shape[3],
+        f"{volume.key}: {features.shape[3]} features of {' x '.join(map(str, shape))} voxels",
+        "leave out --native, or embed a part of the scan",
+    )
     found = np.empty((*shape, features.shape[3]), np.float32)
     for channel in range(features.shape[3]):
         ndimage.affine_transform(
