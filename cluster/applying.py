@@ -6,8 +6,11 @@ Of a folder, results have the scans' own paths below the output, and a scan that
 import csv
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from p2r.console import show
 from p2r.data.folders import images_below
@@ -20,21 +23,37 @@ from p2r.logs import Say
 _ENDINGS = (".nii", ".nii.gz")
 
 
-def predict(url: str, scan: str, output: str, *, device: str, say: Say) -> None:
+def predict(
+    urls: Sequence[str], scan: str, output: str, *, has_probabilities: bool = False, device: str, say: Say
+) -> None:
     """Segment a scan, or a folder of scans.
 
+    Args:
+        urls: Of the model; of several, the mean of their probabilities is used.
+        scan: A scan, or a folder of scans.
+        output: File, or folder, of the segmentations.
+        has_probabilities: Write the probability of each class beside each segmentation, too.
+        device: Where the networks run.
+        say: Receives a line of progress for each scan.
+
     Raises:
-        InputError: if the output cannot be written, the scan cannot be used, or no scan of a folder can.
+        InputError: if the output cannot be written, the scan cannot be used, no scan of a folder can, or models differ in classes or
+            preparation.
     """
     targets = list(_targets(scan, output))
-    from p2r.evaluate.models import load_model  # after the cheap checks: torch takes seconds
+    from p2r.evaluate.models import ensemble, load_model  # after the cheap checks: torch takes seconds
 
-    model = load_model(url, device=device)
+    model = ensemble([load_model(url, device=device) for url in urls])
     rows: list[dict[str, str]] = []
 
     def segment(path: str, target: Path) -> str:
         volume = read_volume(path)
-        labels = model.labels(volume)
+        if has_probabilities:
+            probabilities = model.probabilities(volume)
+            labels = model.labels_of(probabilities)
+            _write_probabilities(beside(target), probabilities, volume)
+        else:
+            labels = model.labels(volume)
         on_scan = to_source_grid(labels, volume)
         flat = on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan
         write_nifti(target, flat, volume.source_affine, like=volume)
@@ -63,6 +82,21 @@ def predict(url: str, scan: str, output: str, *, device: str, say: Say) -> None:
         for line in segment(scan, targets[0][1]).split("; "):
             show(line)
         show(output)
+        if has_probabilities:
+            show(f"{beside(targets[0][1])}: {', '.join(['background', *model.classes.values()])}")
+
+
+def beside(segmentation: Path) -> Path:
+    """Return the file of the probabilities that belong to a segmentation."""
+    ending = next(ending for ending in reversed(_ENDINGS) if segmentation.name.endswith(ending))
+    return segmentation.with_name(f"{segmentation.name.removesuffix(ending)}_probabilities{ending}")
+
+
+def _write_probabilities(path: Path, probabilities: NDArray[np.float32], volume: Volume) -> None:
+    """Write (X, Y, Z, T, K) as (X, Y, Z, T K): the classes of the first frame, background first, then those of the next."""
+    frames, classes = probabilities.shape[3:]
+    flat = probabilities.reshape(*probabilities.shape[:3], frames * classes)
+    write_nifti(path, to_source_grid(flat, volume), volume.source_affine, like=volume)
 
 
 def embed(url: str, scan: str, output: str, *, native: bool, device: str, say: Say) -> None:

@@ -579,13 +579,27 @@ def predict(
             "-o", "--output", help="NIfTI of the segmentation, on the scan's own grid; of a folder: a folder."
         ),
     ],
+    probabilities: Annotated[
+        bool,
+        typer.Option(
+            "--probabilities",
+            help="Write NAME_probabilities.nii.gz beside NAME.nii.gz, too: a volume per class, background first, which add up to 1.",
+        ),
+    ] = False,
+    ensemble: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="One more model, whose probabilities are averaged with MODEL's; may be repeated. Same classes, same preparation.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
     """Segment a scan, or all scans of a folder, whose volumes per class are written to volumes.csv, too."""
     from cluster.applying import predict as apply
 
-    apply(model, scan, output, device=device, say=say)
+    apply([model, *(ensemble or ())], scan, output, has_probabilities=probabilities, device=device, say=say)
 
 
 def main() -> None:

@@ -124,7 +124,7 @@ def test_the_reader_of_large_documents_gives_what_the_other_gives_or_leaves_it_t
         place = data.draw(st.integers(0, len(content)))
         content[place : place + data.draw(st.integers(0, 2))] = data.draw(st.sampled_from(pieces))
     try:
-        found = documents._parsed_at_once(bytes(content), 4)
+        found = documents._parse_fast(bytes(content), 4)
     except documents._Unsure:
         return
     assert found == documents.read_json(bytes(content), where="d", max_bytes=10_000, max_depth=4)

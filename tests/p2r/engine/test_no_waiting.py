@@ -36,6 +36,15 @@ CASES: dict[str, dict[str, Any]] = {
     "micro-batches": {"micro_batch": 1},
     "within images": {"loss": {"negatives": "image"}},
     "bf16": {"precision": "bf16"},
+    "learnt temperature": {"loss": {"learn_temperature": True}},
+    "learnt temperature, ring, micro-batches": {
+        "loss": {"learn_temperature": True, "exchange": "ring", "form": "nt_xent"},
+        "micro_batch": 1,
+    },
+    "learnt temperature, within images, zero 3": {
+        "loss": {"learn_temperature": True, "negatives": "image"},
+        "zero_stage": 3,
+    },
     "coarser level": {"model": {"level": 1}},
     "unet": {"model": {"name": "unet", "channels": (4, 8, 8)}},
     "dynunet": {"model": {"name": "dynunet", "channels": (4, 8, 8)}},
@@ -141,7 +150,9 @@ def waits(case: dict[str, Any], world_size: int) -> tuple[dict[str, int], list[s
             "loss": {"pixel_pairs_per_image": 20, **case.get("loss", {})},
         }
     )
-    engine = build_engine(Pix2Rep(config.model, dimensions=config.image.dimensions), config, world_size=world_size)
+    learnt = config.loss.temperature if config.loss.learn_temperature else None
+    model = Pix2Rep(config.model, dimensions=config.image.dimensions, learnt_temperature=learnt)
+    engine = build_engine(model, config, world_size=world_size)
     batch = noise_batch(config.image, config.global_batch // world_size)
     with pytest.MonkeyPatch.context() as patch:
         for module in ("ranks", "tiles"):

@@ -1,6 +1,7 @@
 """Segmentations land on the scan's own voxels, features at the right place in the patient."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from p2r.data import preprocess
 from p2r.data.preprocess import Preparation
 from p2r.data.volume import Volume, read_labels, read_volume, to_source_grid, write_nifti
 from p2r.errors import RefusedScan
-from p2r.evaluate.inference import embed_volume, predict_volume
+from p2r.evaluate.inference import embed_volume, images_read, predict_probabilities, predict_volume
 from p2r.evaluate.models import on_scan_grid
 from p2r.model import SegmentationHead, Segmenter, build_backbone
 
@@ -352,3 +353,19 @@ def test_features_beyond_the_memory_of_a_scan_are_refused(tmp_path: Path, monkey
     monkeypatch.setattr(preprocess, "MAX_IMAGES_MIB", 0.1)
     with pytest.raises(RefusedScan, match=r"2 features of 40 x 12 x 40 voxels would take .*: leave out --native"):
         on_scan_grid(features[:, :, :, 0], affine, volume)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_probabilities_add_up_to_one_also_where_the_network_reads_nothing(tmp_path: Path, dimensions: int) -> None:
+    shape = (30, 26, 6) if dimensions == 2 else (30, 26, 28)
+    volume, _ = scan_with_blob(
+        tmp_path, spacing_mm=(1.5, 1.5, 6.0) if dimensions == 2 else (1.5, 1.5, 1.5), shape=shape
+    )
+    preparation = Preparation(spacing_mm=1.3, image_size=16, planes="centre", dimensions=dimensions)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"preparation": preparation, "num_classes": 2}
+    found = predict_probabilities(Threshold(), images_read(volume, preparation), **options)
+    assert found.shape == (*volume.data.shape, 2)
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
+    beyond = (found[..., 0] == 1) & (found[..., 1] == 0)
+    assert beyond.mean() > 0.3 and beyond.any(axis=(1, 2, 3)).all()
+    assert np.array_equal(found.argmax(-1), predict_volume(Threshold(), volume, **options))

@@ -22,6 +22,7 @@ from p2r.backbone import load_model
 from p2r.config import FinetuneConfig
 from p2r.data.volume import read_volume
 from p2r.errors import DataError, JobError
+from p2r.evaluate.calibration import near_organs
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.tasks import load_task
 from p2r.fewshot.protocol import Settings, Trial, final_trials, settings_of
@@ -172,6 +173,28 @@ def test_a_row_holds_every_case_with_its_scores_and_prediction(make: Make, toy_d
             assert case["scores"]["DISC"]["dice"] == pytest.approx(2 * both / sizes, abs=1e-6)
             assert len(case["thirds"]["DISC"]) == 3
     assert row["dice_mean"] == pytest.approx(np.mean([case["scores"]["DISC"]["dice"] for case in row["cases"]]))
+
+
+def test_a_row_says_how_far_its_model_s_confidence_can_be_trusted(make: Make, toy_data: Path) -> None:
+    setup = make(steps=12, batch_size=4, planes="centre", modes=["scratch", "prototype"])
+    found = [result for result in run(setup).results if "calibration" not in result["validation"]]
+    assert len(found) == 2
+    for result in found:
+        row = result["row"]
+        calibration = row["calibration"]
+        assert list(calibration["by_subject"]) == ["sub-07", "sub-08"]
+        assert 0 < calibration["ece"] < 1 and 0 < calibration["brier_whole"] < 2
+        right, number = 0, 0
+        with np.load(Storage(setup.storage).local(row["predictions"]), allow_pickle=False) as predictions:
+            for name in predictions:
+                truth = np.asarray(nibabel.load(toy_data / f"labels/{name}.nii.gz").dataobj)[::-1, ::-1, :, None]
+                near = near_organs(truth, (2.0, 2.0, 8.0))
+                right += (predictions[name] == truth)[near].sum()
+                number += near.sum()
+        curve = calibration["reliability"]
+        assert sum(curve["num_voxels"]) == number
+        accuracy = sum(n * (a or 0) for n, a in zip(curve["num_voxels"], curve["accuracy"], strict=True))
+        assert accuracy == pytest.approx(right), "probabilities and references lie on one grid"
 
 
 def make_again(setup: TrialSetup, trial: Trial) -> dict[str, torch.Tensor]:
