@@ -1,6 +1,6 @@
 """Features of labelled scans by a frozen backbone -> a segmenter by class prototypes; and what else labelled scans say before training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def frozen_features(
             return {"features": features.numpy()}, {}
 
         if trial.protocol == "paper_compat":  # cropped by the label, and split: of this trial alone
-            arrays = make()[0]
+            features = _as_tensor(*make())
         else:
             key = {
                 "image": file_sha256(scan.scan.image),
@@ -49,9 +49,13 @@ def frozen_features(
                 "backbone": backbone_sha256,
                 "device": device,
             }
-            arrays = dict(kept("features", key, make)[0])
-        found.append((torch.from_numpy(arrays["features"]), scan.label_planes, scan.planes.inside))
+            features = kept("features", key, make, use=_as_tensor)
+        found.append((features, scan.label_planes, scan.planes.inside))
     return found
+
+
+def _as_tensor(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> Tensor:
+    return torch.from_numpy(arrays["features"])
 
 
 def segmenter_by_prototypes(
