@@ -52,7 +52,7 @@ def test_broken_ranges_are_refused_by_name(pattern: str) -> None:
     "pattern", ["p[0-1000000000000]", "p[0-9999][0-9999][0-9999]", "p[" + "1" * 5000 + "]", "p[1-900000,1-900000]"]
 )
 def test_ranges_that_stand_for_too_many_names_are_refused(pattern: str) -> None:
-    with pytest.raises(DataError, match=r"stands for more than 1,000,000 names|neither a number nor a range"):
+    with pytest.raises(DataError, match=r"expands to more than 1,000,000 names|neither a number nor a range"):
         expand_subjects([pattern])
 
 
@@ -304,7 +304,7 @@ def test_patterns_choose_among_the_rows_of_a_list(tmp_path: Path) -> None:
         ("l.csv", "path\n" + "x" * 4000 + ".nii\n", "line 2: there is no"),
         ("l.csv", "path\nempty\n", "line 2: there is no"),
         ("l.csv", "file,subject\na.nii,s\n", "line 1: .*`path`"),
-        ("l.csv", "path,path\na.nii,a.nii\n", "each once"),
+        ("l.csv", "path,path\na.nii,a.nii\n", "each column once"),
         ("l.csv", "path,\na.nii,\n", "line 1"),
         ("l.csv", "path,subject\na.nii\n", "line 2: 1 values for 2 columns"),
         ("l.csv", "path\na.nii,b\n", "line 2: 2 values for 1 columns"),

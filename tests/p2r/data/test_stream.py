@@ -274,7 +274,7 @@ def test_a_damaged_sample_is_replaced_by_the_same_one_in_every_run_counted_and_n
 def test_more_damage_than_the_quarantine_takes_stops_the_stream(damageable: tuple[Path, SmallCorpus]) -> None:
     folder, corpus = damageable
     damage(folder, corpus[1]["shards"][1]["name"], [(0, 0), (0, 1), (0, 2)])
-    with pytest.raises(DataError, match=r"is damaged.*2 damaged samples were replaced before, the most allowed"):
+    with pytest.raises(DataError, match=r"is damaged.*2 damaged samples were replaced already, the most allowed"):
         batches(corpus, 30, quarantine=Quarantine(2))
 
 
@@ -283,7 +283,7 @@ def test_a_shard_of_which_nothing_can_be_read_stops_the_stream(damageable: tuple
     shard = corpus[1]["shards"][1]["name"]
     rows = read_index(folder / shard.replace(".tar", ".idx"))
     damage(folder, shard, [(number, plane) for number, row in enumerate(rows) for plane in range(row.num_planes)])
-    with pytest.raises(DataError, match="samples in the place of a damaged one cannot be read either"):
+    with pytest.raises(DataError, match="replacements of a damaged sample cannot be read either"):
         batches(corpus, 30, quarantine=Quarantine(1000))
 
 
