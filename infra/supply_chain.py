@@ -324,7 +324,7 @@ def main() -> int:
 
 
 def _version() -> str:
-    """Return the version of this repository; Python finds another one if p2r is installed elsewhere, so the file is read."""
+    """Return the version of this repository from its file; an installed p2r may be another version."""
     match = re.search(r'^__version__ = "(.+)"$', (REPOSITORY / "p2r/version.py").read_text(), re.MULTILINE)
     if match is None:
         raise ValueError('p2r/version.py has no line __version__ = "..."')
