@@ -1,4 +1,4 @@
-"""Features of labelled scans by a frozen backbone -> a segmenter by class prototypes; and what else labelled scans say before training."""
+"""Labelled scans before any training -> features of a frozen backbone, a segmenter by class prototypes, rules of plausibility."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,7 +40,7 @@ def frozen_features(
             features = features_of_images(network, scan.planes, preparation=preparation, device=device)
             return {"features": features.numpy()}, {}
 
-        if trial.protocol == "paper_compat":  # cropped by the label, and split: of this trial alone
+        if trial.protocol == "paper_compat":  # cropped by the label, and split: only for this trial
             features = _as_tensor(*make())
         else:
             key = {
@@ -76,7 +76,7 @@ def segmenter_by_prototypes(
 def plausibility_of(
     labelled: Sequence[LabelledScan], trial: Trial, *, num_classes: int, preparation: Preparation
 ) -> Plausibility:
-    """Learn from labelled scans what the organs' size and place can be, with the trial's tolerances."""
+    """Learn the organs' size and place from labelled scans, with the trial's tolerances."""
     labels = labelled_images(labelled).labels
     assert labels is not None
     return learn_plausibility(
