@@ -349,7 +349,8 @@ def status(
     debug: Debug = False,
 ) -> None:
     """Show the state of a run, read only from its storage: from any machine, while it runs or after it died."""
-    from cluster.status import Reader, target_of
+    from cluster.status import target_of
+    from cluster.status_reader import Reader
 
     if watch + web + json_ > 1:
         raise InputError("--watch, --web and --json exclude one another: give one of them")

@@ -1,4 +1,4 @@
-"""All metrics of p2r, and the exporter of a process: `Report`s, faults and trial counts -> Prometheus.
+"""All metrics of p2r, and the exporter of a process: `PretrainReport`s, faults and trial counts -> Prometheus.
 
 Only this file names metrics. Rules and dashboards are generated from `METRICS` (`infra/prometheus`, `infra/grafana`), and a
 test compares them with a scrape of a real run.
@@ -33,7 +33,7 @@ from p2r.job import MetricsConfig
 from p2r.storage import Storage
 
 if TYPE_CHECKING:
-    from p2r.engine.pretrain import Report
+    from p2r.engine.report import PretrainReport
 
 Role = Literal["worker", "driver"]
 Values = Mapping[str, float]
@@ -192,7 +192,7 @@ class Exporter(Collector):
         self._metrics = [metric for metric in METRICS if metric.scope in _scopes(role, rank)]
         self._lock = threading.Lock()
         self._started_at = self._progress_at = self._checkpoint_at = time.time()
-        self._report: Report | None = None
+        self._report: PretrainReport | None = None
         self._kept: dict[str, Any] = {}
         self._first_step = self._first_skipped = self._without_pairs = 0
         self._checkpoint_step: int | None = None
@@ -225,7 +225,7 @@ class Exporter(Collector):
         """`host:port` of the endpoint; None if there is none."""
         return None if self._endpoint is None else self._endpoint.target
 
-    def observe(self, report: "Report") -> None:
+    def observe(self, report: "PretrainReport") -> None:
         """Export the values of a report."""
         now = time.time()
         with self._lock:
@@ -327,7 +327,7 @@ class Exporter(Collector):
 
 
 def _samples(
-    metric: Metric, report: "Report | None", kept: Mapping[str, Any], own: Mapping[str, float | Values]
+    metric: Metric, report: "PretrainReport | None", kept: Mapping[str, Any], own: Mapping[str, float | Values]
 ) -> Iterator[tuple[str, float]]:
     """Yield the value of a metric for each value of its label."""
     kind, name, *keys = metric.source.split(".")

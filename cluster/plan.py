@@ -13,7 +13,8 @@ from p2r.engine.corpora import corpora_of
 from p2r.engine.history import read_history
 from p2r.errors import InputError
 from p2r.job import Job
-from p2r.planning.estimate import Plan, Rate, measured_rate, plan, refuse_what_does_not_fit
+from p2r.planning.estimate import measured_rate, plan, refuse_what_does_not_fit
+from p2r.planning.forecast import Plan, Rate
 from p2r.planning.roofline import EFFICIENCY
 from p2r.planning.tune_batch import HEADROOM
 from p2r.storage import Storage

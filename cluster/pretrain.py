@@ -16,25 +16,22 @@ import signal
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
-import torch
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.util.queue import Queue
 
 from cluster.faults import Cause, FaultLog, cause_of, refusal_of
 from cluster.group import DriverChannel, Reason, TorchGroup, Trainer
-from cluster.metrics import Exporter
+from cluster.pretrain_worker import POLL_S, WAIT_TO_SAVE_S, run_worker
 from cluster.progress import Say, relay
 from cluster.session import credentials, draining_nodes, gpu_types, num_cpus, num_gpus, this_node, usable_nodes
 from p2r.config import PretrainConfig
@@ -42,14 +39,11 @@ from p2r.data.order import allowed_world_sizes, check_world_size, world_sizes_be
 from p2r.data.stream import order_of
 from p2r.engine.checkpoint import newest_checkpoint, refuse_other_config, refuse_other_ranks
 from p2r.engine.corpora import corpora_of, refuse_other_stream
-from p2r.errors import InputError, TrainingError, masked_errors
+from p2r.errors import InputError, TrainingError
 from p2r.job import Resources
-from p2r.logs import Line, configure
 from p2r.storage import Storage
 
-_POLL_S = 0.5
 _WITHOUT_BF16 = ("K80", "P4", "P100", "V100", "T4")
-_WAIT_TO_SAVE_S = 30
 
 
 def pretrain(
@@ -89,7 +83,7 @@ def pretrain(
             refuse_other_ranks(checkpoint, config, world_size=size, where=storage.at(checkpoint["path"]))
         refuse_other_stream(config, corpus, checkpoint["state"]["stream"])
     with relay(say) as queue, _open_channel() as channel, _catch_sigterm() as stop:
-        run = _Run(
+        run = GroupRun(
             config=config,
             storage=storage,
             resources=resources,
@@ -127,7 +121,7 @@ def ray_folder(storage: Storage) -> str:
 
 
 @dataclass(frozen=True)
-class _Run:
+class GroupRun:
     """Settings and state that stay the same across worker groups."""
 
     config: PretrainConfig
@@ -146,6 +140,7 @@ class _Run:
 
     @property
     def per_worker(self) -> dict[str, float]:
+        """Resources of one worker, by Ray's names."""
         return {"CPU": self.resources.cpus_per_worker} | ({"GPU": self.gpus} if self.gpus else {})
 
     def step(self) -> int | None:
@@ -154,7 +149,7 @@ class _Run:
         return None if checkpoint is None else checkpoint["step"]
 
 
-def _train_to_end(run: _Run) -> bool:
+def _train_to_end(run: GroupRun) -> bool:
     """Start groups until one reaches the last step, or the run is asked to stop."""
     in_a_row, saved, group = 0, run.step(), 0
     while True:
@@ -184,7 +179,7 @@ def _train_to_end(run: _Run) -> bool:
         _record_failure(run, failure, state, from_step=saved, in_a_row=in_a_row)
 
 
-def _record_planned_end(run: _Run, state: Mapping[str, Any], saved: int | None) -> bool:
+def _record_planned_end(run: GroupRun, state: Mapping[str, Any], saved: int | None) -> bool:
     """Record why a group ended in order before the last step; return whether another follows."""
     reason: Reason = state["reason"]
     if reason == "stop":
@@ -198,7 +193,7 @@ def _record_planned_end(run: _Run, state: Mapping[str, Any], saved: int | None) 
 
 
 def _record_failure(
-    run: _Run,
+    run: GroupRun,
     failure: Exception | None,
     state: Mapping[str, Any],
     *,
@@ -236,7 +231,7 @@ def _record_failure(
         ) from failure
 
 
-def _new_trainer(run: _Run, group: int, num_workers: int, folder: str) -> Trainer:
+def _new_trainer(run: GroupRun, group: int, num_workers: int, folder: str) -> Trainer:
     """Return the trainer of one group. Its folder stays empty: we save checkpoints ourselves, so Ray's state may be lost."""
     timeout_s = run.resources.collective_timeout_s
     # Ray passes these on to its controller and the workers.
@@ -245,7 +240,7 @@ def _new_trainer(run: _Run, group: int, num_workers: int, folder: str) -> Traine
     # The driver watches for notices itself (`_watch_group`), so Ray's own process for this is not needed.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     return Trainer(
-        _run_worker,
+        run_worker,
         train_loop_config={
             **run.settings,
             "queue": run.queue,
@@ -288,7 +283,7 @@ def _open_channel() -> Iterator[Any]:
 
 
 @contextmanager
-def _watch_group(run: _Run, num_workers: int) -> Iterator[None]:
+def _watch_group(run: GroupRun, num_workers: int) -> Iterator[None]:
     """While a group runs, watch for reasons to end it in order, and record the rows that its workers send."""
     ended = threading.Event()
 
@@ -296,7 +291,7 @@ def _watch_group(run: _Run, num_workers: int) -> Iterator[None]:
         asked: Reason | None = None
         looked_at = time.monotonic()
         while True:
-            is_last = ended.wait(_POLL_S)
+            is_last = ended.wait(POLL_S)
             state = ray.get(run.channel.state.remote())
             for row in state["rows"]:
                 run.faults.add_row(row)
@@ -327,13 +322,13 @@ def _watch_group(run: _Run, num_workers: int) -> Iterator[None]:
         thread.join(timeout=30)
 
 
-def _stop_message(run: _Run, step: int | None) -> str:
+def _stop_message(run: GroupRun, step: int | None) -> str:
     """Return the log line for a SIGTERM, with the steps that are lost if the sender does not wait long enough."""
     line = "pretrain | SIGTERM: saving a checkpoint after this step, then ending"
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         return line
     wait_s = int(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3"))  # Ray's default; set on the head and inherited here
-    if wait_s >= _WAIT_TO_SAVE_S:
+    if wait_s >= WAIT_TO_SAVE_S:
         return line
     saved = run.step() or 0
     at_most = run.config.checkpoint_interval if step is None else step + run.config.report_interval - saved
@@ -354,7 +349,7 @@ def _preemption_message(nodes: Mapping[int, tuple[str, str]]) -> str | None:
     return f"node {', '.join(sorted(leaving))} will be removed{left}"
 
 
-def _wait_for_room(run: _Run) -> int | None:
+def _wait_for_room(run: GroupRun) -> int | None:
     """Return the number of workers to start; None if the run is asked to stop while it waits.
 
     Raises:
@@ -380,7 +375,7 @@ def _wait_for_room(run: _Run) -> int | None:
     return None
 
 
-def _largest_fitting(run: _Run) -> int | None:
+def _largest_fitting(run: GroupRun) -> int | None:
     """Return the largest allowed number of workers that the nodes have room for now; None if there is none."""
     room = _count_room(list(usable_nodes().values()), run.per_worker)
     return max((size for size in run.sizes if size <= room), default=None)
@@ -411,84 +406,6 @@ def _catch_sigterm() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _run_worker(settings: dict[str, Any]) -> None:
-    settings["credentials"].take()
-    with masked_errors():
-        _train_worker(settings)
-
-
-def _train_worker(settings: dict[str, Any]) -> None:
-    began = time.monotonic()
-    # Imported here, because the driver does not need DeepSpeed.
-    from p2r.engine.pretrain import pretrain as run
-    from p2r.engine.profile import profile_text
-    from p2r.pipeline.lines import report_lines
-
-    imported = time.monotonic()
-    channel, group = settings["channel"], settings["group"]
-    rank, lines_of = ray.train.get_context().get_world_rank(), uuid.uuid4().hex
-    configure(rank=rank)
-    node = ray.get_runtime_context().get_node_id()
-    ray.get(channel.join.remote(group, rank, node, ray.util.get_node_ip_address()))
-    device = ray.train.torch.get_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # Ray sets OMP_NUM_THREADS by the worker's CPUs; torch reads it on import, which may have happened before.
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    _limit_collectives(settings["timeout_s"])
-    storage = Storage(settings["storage"])
-    reports = run(
-        settings["config"],
-        storage=storage,
-        corpus=Storage(settings["corpus"]),
-        device=device,
-        profile_steps=settings["profile_steps"],
-        should_stop=_poll_end_flag(channel, group),
-        note=lambda row: channel.note.remote(dict(row)),
-    )
-    with closing(Exporter(**settings["metrics"], rank=rank)) as exporter:
-        for report in reports:
-            exporter.observe(report)
-            if rank == 0:
-                channel.reached.remote(group, report.step)
-                for line in report_lines(report):
-                    settings["queue"].put(Line(line, group=lines_of))
-                if report.resumed_from is not None:
-                    first_s = time.monotonic() - imported
-                    took = f"pretrain | imports {imported - began:.1f} s, load and first report {first_s:.1f} s"
-                    settings["queue"].put(Line(took, group=lines_of, rank=rank, step=report.step))
-                if report.profile is not None:
-                    settings["queue"].put(profile_text(storage))
-            # Ray fetches a report when it polls, every 2 s, and the next report waits for that: report rarely, and on all ranks alike.
-            if report.step % settings["config"].checkpoint_interval == 0:
-                where = None if report.checkpoint is None else storage.at(report.checkpoint)
-                ray.train.report({"step": report.step, "loss": report.loss, "checkpoint": where})
-
-
-def _poll_end_flag(channel: Any, group: int) -> Callable[[], bool]:
-    """Return a function that tells at once whether the group should end; a thread polls the channel in the background."""
-    is_to_end = threading.Event()
-
-    def ask() -> None:
-        while not is_to_end.wait(_POLL_S):
-            try:
-                if ray.get(channel.is_to_end.remote(group), timeout=30):
-                    is_to_end.set()
-            except GetTimeoutError:
-                continue  # the network may come back
-            except RayError:
-                return  # the driver is gone, so Ray ends this worker
-
-    threading.Thread(target=ask, name="p2r-flag", daemon=True).start()
-    return is_to_end.is_set
-
-
-def _limit_collectives(timeout_s: float) -> None:
-    """Give the groups that DeepSpeed creates the same timeout as Ray's group; DeepSpeed does not pass one on."""
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-        setattr(torch.distributed.distributed_c10d, name, timedelta(seconds=timeout_s))
 
 
 def _gpus_per_worker(config: PretrainConfig, resources: Resources) -> int:

@@ -36,7 +36,7 @@ from importlib import resources
 from typing import Any, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from cluster.status import Reader
+from cluster.status_reader import Reader
 from p2r.console import show
 from p2r.errors import InputError, P2RError, error_text
 from p2r.logs import say

@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.inspect import plain
-from cluster.status import Points, Reader, Status, Training
+from cluster.status import Status
+from cluster.status_files import Points, Training
+from cluster.status_reader import Reader
 from p2r.console import console, show
 from p2r.errors import StorageError
 from p2r.modes import facts_of

@@ -30,7 +30,7 @@ from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).parent.parent
 PINS = ("constraints.txt", "constraints-tests.txt")
-Use = Literal["p2r", "tests", "bench"]
+Use = Literal["p2r", "tests", "docs", "bench"]
 
 ALLOWED = {
     *(
@@ -54,11 +54,13 @@ ALLOWED_FOR: Mapping[Use, set[str]] = {
     "p2r": ALLOWED,
     # Programs that tests start as processes; they are not imported and not in any image.
     "tests": ALLOWED | {"GPL-3.0-only", "GPL-3.0-or-later"},
+    "docs": ALLOWED | {"GPL-2.0-only"},  # codespell, a program
     # Apple's terms allow use and redistribution; only a benchmark imports it.
     "bench": ALLOWED | {"LicenseRef-Apple-Sample-Code"},
 }
 
 READ = {
+    "colorama": "BSD-3-Clause",
     "cut-cross-entropy": "LicenseRef-Apple-Sample-Code",
     "cycler": "BSD-3-Clause",
     "dcm2niix": "BSD-2-Clause AND MIT AND LicenseRef-public-domain",
@@ -105,7 +107,7 @@ class Row:
     name: str
     version: str
     used_by: Use
-    """The product, or only its tests, or only its benchmarks."""
+    """The product, or only its tests, or only its documentation, or only its benchmarks."""
     licence: str
     """SPDX expression."""
 
@@ -151,7 +153,7 @@ def all_rows(pins: Mapping[str, tuple[str, str]], known: Mapping[str, Row]) -> l
     Raises:
         ValueError: A package has neither; names all of them.
     """
-    used = {name: use for use in ("bench", "tests", "p2r") for name in closure(use)}
+    used = {name: use for use in ("bench", "docs", "tests", "p2r") for name in closure(use)}
     rows, missing = [], []
     for name, (spelled, version) in pins.items():
         try:
@@ -311,15 +313,22 @@ def main() -> int:
         table.write_text(write_rows(rows))
         print(f"{len(rows)} dependencies, {sum(row.used_by == 'p2r' for row in rows)} of the product: {table}")
     else:
-        version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
         product = [row for row in rows if row.used_by == "p2r"]
         arguments.file.parent.mkdir(parents=True, exist_ok=True)
-        arguments.file.write_text(sbom(product, closure("p2r"), version=version))
+        arguments.file.write_text(sbom(product, closure("p2r"), version=_version()))
         print(f"{len(product)} components: {arguments.file}")
     problems = refused(rows)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if problems else 0
+
+
+def _version() -> str:
+    """Return the version of this repository from its file; an installed p2r may be another version."""
+    match = re.search(r'^__version__ = "(.+)"$', (REPOSITORY / "p2r/version.py").read_text(), re.MULTILINE)
+    if match is None:
+        raise ValueError('p2r/version.py has no line __version__ = "..."')
+    return match[1]
 
 
 def _marker_holds(requirement: Requirement, extras: frozenset[str]) -> bool:

@@ -430,7 +430,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def _open_bucket(name: str, counters: Counters) -> "S3":
-    from p2r.s3 import S3  # botocore takes 0.2 s to import, which commands on folders can save
+    from p2r.s3 import S3
 
     return S3(name, counters=counters)
 

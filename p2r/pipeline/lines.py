@@ -1,9 +1,9 @@
-"""A `Report` -> the lines in which people read it, with the figures that a log's reader wants as fields."""
+"""A `PretrainReport` -> the lines in which people read it, with the figures that a log's reader wants as fields."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from p2r.engine.pretrain import Report
+from p2r.engine.report import PretrainReport
 from p2r.logs import Line
 
 _FIGURES = ("loss", "images_per_s", "wait_fraction", "learning_rate", "gradient_norm", "equivariance_error")
@@ -19,7 +19,7 @@ def made_lines(made: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: {value}"
 
 
-def report_lines(report: Report, *, rank: int = 0) -> Iterator[Line]:
+def report_lines(report: PretrainReport, *, rank: int = 0) -> Iterator[Line]:
     """Yield what there is to say: where a run was resumed, and the report itself."""
     if report.resumed_from is not None:
         yield Line(f"pretrain | resumed from step {report.resumed_from}", rank=rank, step=report.resumed_from)

@@ -20,7 +20,8 @@ from p2r.data.stream import Corpus
 from p2r.engine.ancestry import added, ancestry, corpus_facts
 from p2r.engine.corpora import corpora_of
 from p2r.engine.history import read_history
-from p2r.engine.pretrain import HISTORY, finished_checkpoint
+from p2r.engine.pretrain import finished_checkpoint
+from p2r.engine.report import HISTORY
 from p2r.engine.weights import backbone_weights, checked_weights
 from p2r.errors import DataError, JobError, OutOfTime
 from p2r.evaluate.tasks import HELD_OUT, load_task

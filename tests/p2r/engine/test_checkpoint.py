@@ -25,7 +25,8 @@ from p2r.engine.build import join_process_group
 from p2r.engine.checkpoint import Checkpoints, Fetched, load_checkpoint, newest_checkpoint
 from p2r.engine.corpora import refuse_other_stream
 from p2r.engine.peers import Peers
-from p2r.engine.pretrain import Report, pretrain
+from p2r.engine.pretrain import pretrain
+from p2r.engine.report import PretrainReport
 from p2r.engine.weights import init_weights
 from p2r.errors import CheckpointError, JobError, StorageError
 from p2r.job import Job, read_job
@@ -65,7 +66,7 @@ def job(job_of: JobOf, trained: Path, tmp_path: Path) -> Job:
     return job_of(tmp_path)
 
 
-def train(job: Job, **options: Any) -> list[Report]:
+def train(job: Job, **options: Any) -> list[PretrainReport]:
     assert job.pretrain is not None
     storage = Storage(job.storage)
     return list(

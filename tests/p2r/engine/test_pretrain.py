@@ -24,8 +24,9 @@ from p2r.data.manifest import load_manifest, manifest_sha256
 from p2r.data.shards import open_shard
 from p2r.data.stream import Corpus, stream
 from p2r.engine.build import join_process_group
-from p2r.engine.pretrain import Report, _num_lost, finished_checkpoint, pretrain
+from p2r.engine.pretrain import _num_lost, finished_checkpoint, pretrain
 from p2r.engine.profile import PARTS, profile_text
+from p2r.engine.report import PretrainReport
 from p2r.errors import CheckpointError, DataError, InputError, StorageError, TrainingError
 from p2r.job import Job
 from p2r.loss import corresponding_points
@@ -47,7 +48,7 @@ def job(job_of: JobOf, tmp_path: Path) -> Job:
 
 def _train(
     job: Job, storage: Storage, corpus: Storage, *, most: int | None = None, seconds: float | None = None
-) -> list[Report]:
+) -> list[PretrainReport]:
     assert job.pretrain is not None
     reports = []
     run = pretrain(job.pretrain, storage=storage, corpus=corpus, device=CPU, max_seconds=seconds)
