@@ -33,6 +33,7 @@ from p2r.fewshot.readings import record_reading
 from p2r.fewshot.rounds import Rounds, Unlabelled
 from p2r.fewshot.saved_training import SavedTraining
 from p2r.fewshot.scoring import Case, Scored, case_of_crop, cases_of, npz_bytes, score_cases
+from p2r.fewshot.stored import read_result
 from p2r.fewshot.training import (
     Images,
     Look,
@@ -144,7 +145,7 @@ class TrialSetup:
     def stored(self, trial: Trial) -> dict[str, Any] | None:
         """Return what the storage holds of the trial: its result, or how far it came before it was stopped."""
         path = self._stored_path(trial)
-        return None if path is None else dict(Storage(self.storage).read_json(path))
+        return None if path is None else read_result(Storage(self.storage), path)
 
     def _stored_path(self, trial: Trial) -> str | None:
         storage = Storage(self.storage)
@@ -186,8 +187,7 @@ def run_trial(
     """
     storage, path = Storage(setup.storage), setup.result_path(trial)
     if storage.exists(path):
-        done: dict[str, Any] = storage.read_json(path)
-        return done
+        return read_result(storage, path)
     saved = SavedTraining(storage, setup.state_path(trial), deadline=deadline)
     config, task = setup.config, load_task(Path(setup.task))
     backbone = load_backbone(setup.backbone, sha256=setup.backbone_sha256)
