@@ -92,13 +92,15 @@ def validate(
     for path in files:
         try:
             if is_task(path):
-                lines = [f"valid    {path}  task", *(f"         {fact}" for fact in task_facts(path))]
+                unset_in_task: dict[str, str] = {}
+                facts, unset, words = [*task_facts(path, unset=unset_in_task)], list(unset_in_task), "task"
             else:
                 job, unset, facts = job_facts(path, tuple(set_ or ()))
-                ranks = _ranks(job)
-                needs = "".join(f"  needs {name}" for name in unset)
-                lines = [f"valid    {path}  {job.kind}  {job.storage}{needs}", *(f"         {fact}" for fact in facts)]
-                lines += [f"         pretrain on {', '.join(map(str, ranks))} workers"] * bool(ranks)
+                words = f"{job.kind}  {job.storage}"
+                if ranks := _ranks(job):
+                    facts.append(f"pretrain on {', '.join(map(str, ranks))} workers")
+            needs = "".join(f"  needs {name}" for name in unset)
+            lines = [f"valid    {path}  {words}{needs}", *(f"         {fact}" for fact in facts)]
         except InputError as error:
             refused += 1
             say(f"refused  {error}")
@@ -193,7 +195,7 @@ Contrast = Annotated[
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="A folder of scans: nnU-Net, Decathlon, BIDS or any other.")],
+    folder: Annotated[str, typer.Argument(help="A folder of scans, or s3://: nnU-Net, Decathlon, BIDS or any other.")],
     labels: Labels = None,
     form: Form = None,
     contrast: Contrast = None,
@@ -214,11 +216,13 @@ def check(
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="Where job.yaml and task.yaml are written; made if absent.")],
-    scans: Annotated[Path, typer.Option(help="Folder of the scans: nnU-Net, Decathlon, BIDS or any other.")],
+    scans: Annotated[str, typer.Option(help="Folder of the scans, or s3://: nnU-Net, Decathlon, BIDS or any other.")],
     labels: Labels = None,
     form: Form = None,
     contrast: Contrast = None,
-    name: Annotated[str | None, typer.Option(help="Of the job and the task; default: the folder's.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the job and the task; default: that of the folder they are written into.")
+    ] = None,
     licence: Annotated[str | None, typer.Option(help="Of the data: an SPDX identifier or a name.")] = None,
     provenance: Annotated[str | None, typer.Option(help="Where the data come from, and how to cite them.")] = None,
     debug: Debug = False,

@@ -1,8 +1,9 @@
 """What S3 answers, or fails to answer -> another attempt after a pause, or the end.
 
 Repeated, with full jitter (a random pause up to a bound that doubles): answers 5xx and 429, refused and broken
-connections, time-outs, bodies that end early, content that is not what its digest says. A proxy that does not answer gets
-20 s. Everything else would be the same the next time, and ends at once: certificates that do not fit, http against https, a
+connections, time-outs, bodies that end early, content that is not what its digest says. A proxy that does not answer, and a
+server that has never answered and closes every connection, as one does that speaks http where https is asked for, get 20 s.
+Everything else would be the same the next time, and ends at once: certificates that do not fit, http against https, a
 proxy that refuses. Every repetition is counted by its cause.
 """
 
@@ -41,11 +42,13 @@ _PASSING = {  # answers below 500 that may be another one the next time, and wha
     "ThrottlingException": "429",
     "XAmzContentSHA256Mismatch": "digest",
 }
+_CLOSED = (failures.ConnectionClosedError, failures.SSLError)  # a server that was reached, and did not answer
 _BROKEN_TLS = re.compile(r"EOF|timed out|reset|BAD_RECORD_MAC|DECRYPTION_FAILED", re.IGNORECASE)  # on the way: may heal
 _ABSENT_PROXY = re.compile(
     r"refused|timed out|unreachable|reset|Temporary failure|Remote end closed|Tunnel connection failed: 5"
 )
-_PROXY_DEADLINE_S = 20.0
+_STRANGER_DEADLINE_S = 20.0
+_STRANGERS = ("proxy", "protocol")  # failures that rarely heal: they get less time
 _MAX_CLOCK_SKEW_S = 240.0  # S3 allows 15 minutes, others 5
 _SILENT_S = 5.0  # failing for longer than this is told
 _JITTER = random.SystemRandom()  # forked processes must not pause in step
@@ -127,13 +130,15 @@ class Patience:
         self.num_failures += 1
         failing_s = now_s - self._failing_since_s
         text = self._clean(text_of(error))
-        deadline_s = (
-            self._settings.deadline_s if cause != "proxy" else min(_PROXY_DEADLINE_S, self._settings.deadline_s)
-        )
+        deadline_s = self._settings.deadline_s
+        if cause in _STRANGERS:
+            deadline_s = min(_STRANGER_DEADLINE_S, deadline_s)
         if failing_s + pause_s > deadline_s:
             raise StorageError(
                 f"cannot {self._what}: {self._num_in_a_row} attempts in {failing_s:.1f} s failed, the last with {text}; "
-                f"{HINT}. {_variable('deadline_s')} ({self._settings.deadline_s:g}) says how long to go on"
+                f"{HINT}"
+                + f". {_variable('deadline_s')} ({self._settings.deadline_s:g}) says how long to go on"
+                * (cause not in _STRANGERS)
             )
         self._counters.add("retries", cause=cause)
         if failing_s > _SILENT_S:
@@ -152,8 +157,15 @@ class Patience:
         self._counters.add("retries", cause="digest" if is_whole else "changed")
 
 
-def cause_of(error: Exception) -> str | None:
-    """Return under which name a failure is counted; None if the next attempt would fail as well."""
+def cause_of(error: Exception, *, has_answered: bool = True) -> str | None:
+    """Return under which name a failure is counted; None if the next attempt would fail as well.
+
+    Args:
+        error: Of botocore, or of reading a body.
+        has_answered: The server has answered this process before.
+    """
+    if not has_answered and isinstance(error, _CLOSED) and not isinstance(error, failures.ProxyConnectionError):
+        return "protocol" if cause_of(error) is not None else None
     if isinstance(error, failures.ClientError):
         status = status_of(error)
         is_passing = status == 429 or (status >= 500 and status not in (501, 505))
@@ -200,6 +212,8 @@ def text_of(error: Exception) -> str:
             f"{type(error).__name__}: {error}; AWS_CA_BUNDLE names the file of a private certificate authority, and AWS_ENDPOINT_URL "
             "begins with http:// or https:// as the server speaks"
         )
+    if isinstance(error, failures.ConnectionClosedError):
+        return f"{type(error).__name__}: {error}; AWS_ENDPOINT_URL begins with http:// or https:// as the server speaks, and names its port"
     if not isinstance(error, failures.ClientError):
         return f"{type(error).__name__}: {error}"
     message = error.response.get("Error", {}).get("Message", "")

@@ -47,6 +47,7 @@ _PART_BYTES = 2**24  # of a multipart upload; larger where 10,000 parts would no
 _SINGLE_BYTES = 2**26  # up to here an object is written by one request
 _MAX_PARTS = 10_000
 _UPLOAD_THREADS = 4
+_ANSWERED: set[str] = set()  # servers that this process has heard
 _TOKEN = "p2r-write"  # metadata of an object: which write made it
 _LOADER = create_loader()  # keeps the description of S3, whose parsing is most of what a client costs
 _LOG = logging.getLogger(__name__)
@@ -219,9 +220,10 @@ class S3:
             client, keys = self._client()
             try:
                 answer: dict[str, Any] = getattr(client, operation)(Bucket=self.bucket, **parameters)
+                _ANSWERED.add(client.meta.endpoint_url)
                 return answer
             except REQUEST_FAILURES as error:
-                cause = cause_of(error)
+                cause = cause_of(error, has_answered=client.meta.endpoint_url in _ANSWERED)
                 if cause is not None:
                     patience.wait(cause, error)
                     continue

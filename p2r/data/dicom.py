@@ -8,13 +8,16 @@ known to have text burned into the picture.
 
 Two series of one folder are told apart by SeriesInstanceUID; a series that lies in several folders is one for each. Series that
 are one slice each of one acquisition, such as a cine, are joined (`dicom_stack`), as are slices that dcm2niix does not join.
-No image may get lost on the way: a series of which dcm2niix makes fewer planes than it has images is refused.
+Of several multi-frame files of one series each is converted in a run of its own: in one run, dcm2niix 1.0.20260724 fills all but the
+first image with values that are in no file. No image may get lost on the way: a series of which dcm2niix makes fewer planes than it has
+images is refused, as is one whose slices it puts at another distance than their positions state.
 """
 
 import hashlib
 import os
 import subprocess
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,12 +29,13 @@ import dcm2niix
 import nibabel
 import numpy as np
 
-from p2r.data.dicom_frames import mixes_frames
+from p2r.data.dicom_frames import distance_mm, mixes_frames
 from p2r.data.dicom_stack import (
     PLACE_TAGS,
     Place,
     by_position,
     header_of,
+    in_order,
     is_stack,
     num_images,
     place_of,
@@ -170,9 +174,12 @@ def converted(files: Sequence[str], name: str, *, timeout_s: float, only_tags: b
     """
     _check_kind(files, name)
     with tempfile.TemporaryDirectory(prefix="p2r-dicom-") as folder:
+        groups = _by_frames(files)
+        if len(groups) > 1:
+            yield _each_converted(groups, name, Path(folder), timeout_s=timeout_s, only_tags=only_tags)
+            return
         images, exit_code = _converted(files, name, Path(folder, "whole"), timeout_s=timeout_s, only_tags=only_tags)
-        if any("_Eq" in image.stem for image in images):
-            raise RefusedScan("uneven_slices", f"{name} has slices at uneven distances: is one missing? Copy it again")
+        _check_even(images, name)
         defect = None if only_tags and images else _defect(images, files, exit_code)
         parts = [_part(image) for image in images]
         if defect is not None:
@@ -183,6 +190,40 @@ def converted(files: Sequence[str], name: str, *, timeout_s: float, only_tags: b
                 )
             parts = parts if stack is None else [stack]
         yield parts
+
+
+def _by_frames(files: Sequence[str]) -> list[list[str]]:
+    """Group the files of a series for the converter: each with several frames alone, the others together."""
+    unique = set(unique_files(files))
+    num_frames = {file: num_images([file]) for file in files if file in unique}
+    groups = [[file] for file, number in num_frames.items() if number > 1]
+    others = [file for file, number in num_frames.items() if number == 1]
+    return [*groups, *([others] if others else [])]
+
+
+def _each_converted(
+    groups: Sequence[Sequence[str]], name: str, folder: Path, *, timeout_s: float, only_tags: bool
+) -> list[Part]:
+    """Convert the groups one by one; images of one plane each are put together, if they make a stack."""
+    until_s, images = time.monotonic() + timeout_s, list[Path]()
+    for number, group in enumerate(groups):
+        rest_s = max(1.0, until_s - time.monotonic())
+        made, exit_code = _converted(group, name, folder / f"{number:04d}", timeout_s=rest_s, only_tags=only_tags)
+        _check_even(made, name)
+        defect = None if only_tags and made else _defect(made, group, exit_code)
+        if defect is not None and not defect.is_harmless:
+            raise RefusedScan("unreadable", f"{name}: {defect.what}; run dcm2niix on {group[0]} to see what it says")
+        images += made
+    parts = [_part(image) for image in images]
+    stack = folder / "stack.nii"
+    if only_tags or not stack_planes(in_order(images), stack):
+        return parts
+    return [Part(stack, common_tags([part.tags for part in parts]), sum(part.num_ignored for part in parts))]
+
+
+def _check_even(images: Sequence[Path], name: str) -> None:
+    if any("_Eq" in image.stem for image in images):  # dcm2niix has interpolated
+        raise RefusedScan("uneven_slices", f"{name} has slices at uneven distances: is one missing? Copy it again")
 
 
 @dataclass(frozen=True)
@@ -206,6 +247,14 @@ def _defect(images: Sequence[Path], files: Sequence[str], exit_code: int) -> _De
     if num_planes < num_files:
         return _Defect(f"dcm2niix made {num_planes} planes of its {num_files} images: some would be lost")
     gaps = [np.linalg.norm(header.get_best_affine()[:3, 2]) for header in headers]
+    stated_mm = distance_mm(files[0]) if len(files) == 1 and num_files > 1 else None
+    if stated_mm and any(
+        depth > 1 and abs(gap - stated_mm) > 0.05 * stated_mm for (depth, _), gap in zip(shapes, gaps, strict=True)
+    ):
+        return _Defect(
+            f"dcm2niix wrote {max(gaps):.4g} mm between slices whose positions are {stated_mm:.4g} mm apart: export the series as "
+            "single-frame DICOM"
+        )
     if any(depth > 1 and not gap > 0 for (depth, _), gap in zip(shapes, gaps, strict=True)):
         return _Defect("dcm2niix wrote 0 mm between its slices, which have one position, or none")
     if len(images) > 1 and all(depth == 1 for depth, _ in shapes):

@@ -1,4 +1,4 @@
-"""An enhanced multi-frame DICOM image in time: did its conversion keep slices and times apart?
+"""An enhanced multi-frame DICOM image: did its conversion keep slices and times apart, and the distance between slices?
 
 dcm2niix orders the frames of some such files by their dimension indices, last one first, whatever the indices stand for. Where a
 position has several frames, planes of different times then make one volume, and nothing tells. So each plane of the result is
@@ -43,6 +43,37 @@ def mixes_frames(file: str, images: Sequence[Path]) -> bool:
     for position, frame in zip(positions, frames, strict=True):
         found[_signature(frame)].add(position)
     return not all(_is_in_order(image, found) for image in images)
+
+
+def distance_mm(file: str) -> float | None:
+    """Return the distance between neighbouring slices by the positions of an enhanced image's frames.
+
+    dcm2niix takes the thickness of a slice for it where the header states no distance. None: the frames have several orientations or
+    uneven positions, or the file cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(file, stop_before_pixels=True)
+            if len(_orientations(dataset)) > 1:
+                return None
+            steps = np.diff(sorted(set(_positions(dataset))))
+    except Exception:  # pydicom raises whatever hostile bytes lead it to
+        return None
+    if not len(steps) or np.ptp(steps) > 0.05 * steps.mean():
+        return None
+    return float(steps.mean())
+
+
+def _orientations(dataset: Any) -> set[tuple[float, ...]]:
+    """Return the distinct orientations of the frames, to three decimals."""
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    frames = dataset.PerFrameFunctionalGroupsSequence
+    sources = [frame if "PlaneOrientationSequence" in frame else shared for frame in frames]
+    return {
+        tuple(round(float(value), 3) for value in source.PlaneOrientationSequence[0].ImageOrientationPatient)
+        for source in sources
+    }
 
 
 def _positions(dataset: Any) -> list[float]:

@@ -22,7 +22,7 @@ from p2r.backbone import load_model
 from p2r.config import FinetuneConfig
 from p2r.data.volume import read_volume
 from p2r.engine.__main__ import LocalExecutor
-from p2r.engine.fewshot import FewShot, attempt, check_task, few_shot, publish_best
+from p2r.engine.fewshot import FewShot, attempt, check_task, choose_model, few_shot, publish_best, reason_for
 from p2r.engine.finetune import TrialSetup, run_trial
 from p2r.engine.readings import merge_readings
 from p2r.errors import DataError, JobError
@@ -42,6 +42,25 @@ def final(setup: TrialSetup, mode: str, **settings: float) -> Trial:
     chosen = settings_of(setup.config, mode, {"learning_rate": 1e-2, **settings})  # type: ignore[arg-type]
     config = setup.config.model_copy(update={"modes": (mode,)})
     return final_trials(config, load_task(Path(setup.task)), {mode: chosen})[0]  # type: ignore[dict-item]
+
+
+def test_the_published_model_is_the_best_fine_tuned_one_or_the_best_of_all() -> None:
+    results: list[dict[str, Any]] = [
+        {"trial": {"mode": mode}, "validation": {"dice_mean": dice}}
+        for mode, dice in {"scratch": 0.9, "linear_probe": 0.3, "fine_tune": 0.6, "weak_to_strong": 0.7}.items()
+    ]
+
+    def published(mode: str, among: list[dict[str, Any]]) -> tuple[str, str]:
+        config = FinetuneConfig.model_validate({"tasks": ["t.yaml"], "published_mode": mode})
+        best = choose_model(config, among)
+        return best["trial"]["mode"], reason_for(config, best, among).removeprefix("the best validation Dice ")
+
+    assert published("fine_tuned", results) == ("weak_to_strong", "(0.700) of 2 fine-tuned models")
+    assert published("any", results) == ("scratch", "(0.900) of 4 models")
+    assert published("fine_tuned", results[:1]) == ("scratch", "(0.900) of 1 models"), "nothing was fine-tuned"
+    assert (
+        published("fine_tuned", [{**results[2], "validation": {"dice_mean": None}}, results[3]])[0] == "weak_to_strong"
+    )
 
 
 def weights(setup: TrialSetup, result: dict[str, Any]) -> dict[str, torch.Tensor]:
