@@ -126,9 +126,9 @@ def published(write_toy_job: Callable[..., Path], tmp_path_factory: pytest.TempP
     """What the toy job makes, run once in this process: URLs of corpus, backbone, model and report."""
     import torch
 
-    from p2r.engine.__main__ import LocalExecutor
-    from p2r.engine.pipeline import run_job
     from p2r.job import read_job
+    from p2r.pipeline.local import LocalExecutor
+    from p2r.pipeline.stages import run_job
 
     job = read_job(write_toy_job(tmp_path_factory.mktemp("published")))
     lines: list[str] = []

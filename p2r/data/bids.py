@@ -1,6 +1,6 @@
-"""What the Brain Imaging Data Structure says with names: `sub-01_ses-2_task-rest_bold.nii.gz` -> its entities.
+"""File names of the Brain Imaging Data Structure (BIDS): `sub-01_ses-2_task-rest_bold.nii.gz` -> its entities.
 
-A data set is a folder with a `dataset_description.json`. Names outside of one are nobody's promise, and are not read.
+A data set is a folder with a `dataset_description.json`. Outside a data set, names follow no rule and are not parsed.
 """
 
 import csv
@@ -15,9 +15,9 @@ from p2r.documents import read_json, read_start
 from p2r.errors import InputError
 
 DESCRIPTION = "dataset_description.json"
-"""The file that makes a folder a data set."""
+"""File that marks a folder as a data set."""
 NOT_RAW = frozenset({"derivatives", "sourcedata", "code"})
-"""Folders of a data set that hold other things than its scans."""
+"""Folders of a data set that do not hold raw scans."""
 _MAX_BYTES = 1 << 20
 
 
@@ -68,12 +68,12 @@ def _words(value: Any) -> str:
 
 
 def is_dataset(folder: Path) -> bool:
-    """Tell whether `folder` lies in a data set, or is one."""
+    """Return whether `folder` is a data set, or inside one."""
     return any((level / DESCRIPTION).is_file() for level in (folder, *folder.parents))
 
 
 def entities_of(name: str) -> dict[str, str]:
-    """Return the entities in a file name and its suffix, such as {sub: 01, ses: 2, suffix: T1w}; {} if it breaks the rules."""
+    """Return the entities and the suffix of a file name, such as {sub: 01, ses: 2, suffix: T1w}; {} if it is not valid BIDS."""
     *pairs, suffix = scan_key(name).removesuffix(".json").split("_")
     entities: dict[str, str] = {}
     for pair in pairs:
@@ -92,6 +92,6 @@ def subject_of(entities: Mapping[str, str]) -> str | None:
 
 
 def applies(sidecar: str, name: str) -> bool:
-    """Tell whether a JSON file is inherited by a scan: same suffix, and no entity that the scan does not have."""
+    """Return whether a scan inherits a JSON file: both have the same suffix, and the scan has every entity of the file."""
     inherited, own = entities_of(sidecar), entities_of(name)
     return sidecar.endswith(".json") and bool(inherited) and inherited.items() <= own.items()

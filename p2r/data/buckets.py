@@ -25,12 +25,12 @@ def scans_in_bucket(url: str, wants: Callable[[str], bool], datasets: dict[str, 
     Raises:
         DataError: if the bucket cannot be listed, or holds DICOM.
     """
-    objects = _listing(url)
+    objects = _list_objects(url)
     prefix = url.removeprefix("s3://").rstrip("/")
     bids_roots = {path.rpartition("/")[0] for path in objects if path.endswith(f"/{bids.DESCRIPTION}")}
     is_bids = _is_in_dataset(prefix.rpartition("/")[0], bucket_client(), {})
     left_out: Counter[str] = Counter()
-    folders_listed = {folder for path in objects for folder in _folders_of(path) if len(folder) >= len(prefix)}
+    folders_listed = {folder for path in objects for folder in _list_folders(path) if len(folder) >= len(prefix)}
     datasets |= {f"s3://{folder}": None for folder in folders_listed if f"{folder}/{DATASET_JSON}" not in objects}
     for path in sorted(objects):
         below = path.removeprefix(prefix).lstrip("/") or path.rpartition("/")[2]
@@ -45,15 +45,15 @@ def scans_in_bucket(url: str, wants: Callable[[str], bool], datasets: dict[str, 
             continue
         if path.lower().endswith(dicom.SUFFIXES):
             raise DataError(
-                f"source {url} holds DICOM (s3://{path}), which is read from folders only: copy it to one, "
-                "or leave it out by ingest.exclude"
+                f"source {url} holds DICOM (s3://{path}), which is read from folders only: copy it to a folder, "
+                "or leave it out with ingest.exclude"
             )
         if is_image(path) and not has_header(path, objects):
-            yield _object(path, objects, is_bids or bool(inside))
+            yield _make_object_scan(path, objects, is_bids or bool(inside))
     yield from (folder_passed_over(f"s3://{folder}", count) for folder, count in sorted(left_out.items()) if count)
 
 
-def _folders_of(path: str) -> tuple[str, str]:
+def _list_folders(path: str) -> tuple[str, str]:
     """Return the folder of an object, and the folder above."""
     folder = path.rpartition("/")[0]
     return folder, folder.rpartition("/")[0]
@@ -69,21 +69,21 @@ def small_object(url: str, *, max_bytes: int) -> bytes | None:
         return bytes(bucket_client().cat_file(url, start=0, end=max_bytes + 1))
     except FileNotFoundError:
         return None
-    except Exception as error:  # botocore's errors have no common root
+    except Exception as error:  # botocore's errors have no common base class
         raise DataError(f"{url} cannot be read: {type(error).__name__}: {error}; check network and keys") from error
 
 
-def _listing(url: str) -> dict[str, dict[str, Any]]:
+def _list_objects(url: str) -> dict[str, dict[str, Any]]:
     try:
         found: dict[str, dict[str, Any]] = bucket_client().find(url, detail=True)
-    except Exception as error:  # botocore's errors have no common root
+    except Exception as error:  # botocore's errors have no common base class
         raise DataError(
-            f"source {url} cannot be listed: {type(error).__name__}: {error}; check bucket, AWS_ENDPOINT_URL, keys"
+            f"source {url} cannot be listed: {type(error).__name__}: {error}; check the bucket, AWS_ENDPOINT_URL and keys"
         ) from error
     return found
 
 
-def _object(path: str, objects: Mapping[str, Mapping[str, Any]], is_bids: bool) -> Scan:
+def _make_object_scan(path: str, objects: Mapping[str, Mapping[str, Any]], is_bids: bool) -> Scan:
     pair = pair_of(path)
     if pair is not None and pair[0] in objects:
         path = pair[0]
@@ -101,14 +101,14 @@ def _object(path: str, objects: Mapping[str, Mapping[str, Any]], is_bids: bool) 
 
 
 def _is_in_dataset(path: str, bucket: Any, known: dict[str, bool]) -> bool:
-    """Tell whether a folder of a bucket lies in a BIDS data set; what was asked once is kept in `known`."""
+    """Return whether a folder of a bucket is in a BIDS data set; lookups are cached in `known`."""
     if "/" not in path:
         return False
     if path not in known:
         try:
             is_dataset = bool(bucket.exists(f"{path}/{bids.DESCRIPTION}"))
         except PermissionError:
-            is_dataset = False  # what lies above the scans may be closed to us
+            is_dataset = False  # folders above the scans may be inaccessible
         known[path] = is_dataset or _is_in_dataset(path.rpartition("/")[0], bucket, known)
     return known[path]
 
@@ -130,6 +130,6 @@ def scans_at(target: str, bucket: Any, known: dict[str, bool]) -> list[Scan]:
         is_bids = bool(bids.entities_of(path)) and _is_in_dataset(path.rpartition("/")[0], bucket, known)
     except FileNotFoundError:
         return []
-    except Exception as error:  # botocore's errors have no common root
+    except Exception as error:  # botocore's errors have no common base class
         raise DataError(f"{target} cannot be looked up: {type(error).__name__}: {error}") from error
-    return [_object(path, objects, is_bids)] if objects else []
+    return [_make_object_scan(path, objects, is_bids)] if objects else []

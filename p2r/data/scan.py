@@ -1,4 +1,4 @@
-"""A scan that was found: its files, and the statements of names and lists about it. Voxels are read elsewhere."""
+"""A scan that was found: its files, and the facts that names and lists state about it. Its voxels are read elsewhere."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,35 +11,35 @@ class Scan:
     """One image, or one DICOM series, that may become a record."""
 
     path: str
-    """Absolute path, or URL; for two files the header's, for a series its folder (with `#` and a digest where it has several)."""
+    """Absolute path, or URL. Two files: the header's path. A series: its folder, plus `#` and a digest if it holds several."""
     key: str
-    """Unique name within the corpus, without dots: WebDataset cuts a member's name at its first dot."""
+    """Unique name within the corpus, without dots, because WebDataset cuts a member's name at the first dot."""
     num_bytes: int
     """Size of its files."""
     modified: str = ""
-    """When it was last changed, ns, or its ETag; empty if that is not known."""
+    """Modification time in ns, or ETag; empty if unknown."""
     files: tuple[str, ...] = ()
-    """Its files, where they are several or `path` is none."""
+    """Its files, if there are several, or if `path` is not a file."""
     subject: str | None = None
-    """From BIDS names, a list or PatientID; None: what the job's `subject_pattern` finds in `name`."""
+    """Subject from BIDS names, a list or PatientID; None: the job's `subject_pattern` finds it in `name`."""
     entities: tuple[tuple[str, str], ...] = ()
     """BIDS entities, or columns of a list; sorted."""
     format: Literal["nifti", "dicom"] = "nifti"
-    """What is to be read."""
+    """File format."""
     label: str = ""
-    """For a DICOM series: the first folder below the source that leads to it."""
+    """For a DICOM series, the first folder below the source on the path to it."""
     below: str = ""
-    """Path below its source; empty if it is not below one."""
+    """Path relative to its source; empty if it is not below a source."""
     case: str | None = None
-    """Name of its case, as a `dataset.json` has it."""
+    """Name of its case in a `dataset.json`."""
     label_map: str = ""
-    """Why its name, or a `dataset.json`, makes it a label map; empty: nothing does."""
+    """Reason why its name or a `dataset.json` marks it as a label map; empty if there is none."""
     passed_over: str = ""
-    """Why it is no scan but a folder whose files are not read; empty: it is a scan."""
+    """Reason why it is a folder that is not read instead of a scan; empty for a scan."""
 
     @property
     def name(self) -> str:
-        """File name of the scan, or the label of a series, in Unicode's composed form."""
+        """File name of the scan, or label of the series, in Unicode's composed form."""
         return composed(self.label or self.path.rsplit("/", 1)[-1])
 
 

@@ -1,1 +1,1 @@
-"""Training as generators of reports: they know nothing of Ray, of Prometheus, or of who consumes them."""
+"""Pretraining as a generator of reports, and its checkpoints. Ray, Prometheus and the command line are not used here."""

@@ -25,20 +25,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from p2r import __version__
 from p2r.config import PretrainConfig, ProbeConfig
-from p2r.documents import FileEntry, RelativePath, checked
+from p2r.documents import FewKeys, FileEntry, RelativePath, checked
 from p2r.engine.build import full_weights
 from p2r.engine.peers import Peers
 from p2r.engine.universal import TAG, convert, is_plain, load_universal, refuse_inconvertible
 from p2r.engine.uploading import MANIFEST, Uploaded, Uploader, own_folder, path_of, step_of
 from p2r.errors import CheckpointError, DamagedError
 from p2r.storage import Storage, json_bytes
-from p2r.version import code_version
+from p2r.version import __version__, code_version
 
 FORMAT = "p2r-checkpoint/1"
 Note = Callable[[Mapping[str, Any]], None]
@@ -71,8 +70,8 @@ class _Manifest(BaseModel):
     state: dict[str, JsonValue]
     config: _Config
     world_size: Annotated[int, Field(ge=1, le=2**24)]
-    files: dict[RelativePath, FileEntry]
-    tensors: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]] = []
+    files: Annotated[dict[RelativePath, FileEntry], FewKeys]
+    tensors: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]], FailFast()] = []
     init_from: dict[str, JsonValue] | None = None
 
 

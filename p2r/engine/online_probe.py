@@ -25,7 +25,7 @@ from p2r.config import PretrainConfig
 from p2r.data.preprocess import Frames, Planes, Preparation
 from p2r.evaluate.inference import features_of_images
 from p2r.evaluate.prepared import prepared_scan
-from p2r.evaluate.protocol import draw_subjects
+from p2r.evaluate.sampling import draw_subjects
 from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, check_classes_present, classes_shown, load_task
 from p2r.model.backbones import build_backbone
 

@@ -5,7 +5,7 @@ global batch: all images are encoded without a graph, the loss's gradient is tak
 micro-batch is encoded again, with a graph, to carry its part of that gradient to the weights. So how a step is cut over
 ranks and micro-batches changes rounding alone. Source: Gao et al. 2021 (GradCache), arXiv:2101.06983.
 
-Nothing here waits for the device but to read a learnt temperature, which by then is long there. What a step has to say
+Nothing here waits for the device. What a step has to say
 (its loss, whether it was left out, images without pairs, values that broke a rule) stays on the device until somebody
 reads it.
 
@@ -87,7 +87,6 @@ def take_step(
         EmbeddingError: On a CPU, for embeddings that have no direction; elsewhere, they are among the findings.
     """
     device = engine.device
-    temperature = _host_copy(engine, config.loss)
     with timed("images"):
         image, inside = batch.images(device)
     with timed("views"):
@@ -149,7 +148,6 @@ def take_step(
             keys,
             config.loss,
             temperature=_temperature(engine, config.loss),
-            known_temperature=temperature() if temperature is not None else None,
             findings=findings,
             parts=of_batch,
             **of_pairs,
@@ -240,7 +238,6 @@ def pixel_pair_loss(
     weights: Tensor,
     image: Tensor,
     position_mm: Tensor,
-    known_temperature: float | None = None,
     findings: Findings | None = None,
     parts: dict[str, Tensor] | None = None,
 ) -> Tensor:
@@ -254,8 +251,7 @@ def pixel_pair_loss(
         weights: (N,) 0 for pairs that show nothing.
         image: (N,) the sample that a pair comes from.
         position_mm: (N, 2) where in it.
-        known_temperature: What `temperature` holds, for those who must not wait for its device.
-        findings: Where to keep what is wrong with values, for the same reason; see `info_nce`.
+        findings: Where to keep what is wrong with values, instead of waiting for their device; see `info_nce`.
         parts: Receives what the loss is made of.
     """
     if config.name == "barlow_twins":
@@ -293,7 +289,6 @@ def pixel_pair_loss(
         weights=weights,
         exclude=exclude,
         exchange=config.exchange,
-        known_temperature=known_temperature,
         findings=findings,
         parts=parts,
     )
@@ -341,35 +336,11 @@ def _step_in_two_passes(
     return loss.detach(), updated
 
 
-def _host_copy(engine: Any, config: LossConfig) -> Callable[[], float] | None:
-    """Start to bring a learnt temperature to the host; return what reads it there.
-
-    Read after the forward pass was enqueued, it was copied long ago: the device goes on meanwhile.
-    """
-    if engine.module.log_temperature is None:
-        return None
-    bring(engine.module.log_temperature)
-    with torch.no_grad():
-        temperature = _temperature(engine, config)
-    assert isinstance(temperature, Tensor)
-    value = temperature.detach().reshape(())
-    if value.device.type != "cuda":
-        return lambda: float(value)
-    host = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-    is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    is_there.record()
-
-    def read() -> float:
-        is_there.synchronize()
-        return float(host)
-
-    return read
-
-
 def _temperature(engine: Any, config: LossConfig) -> float | Tensor:
     log_temperature = engine.module.log_temperature
     if log_temperature is None:
         return config.temperature
+    bring(log_temperature)
     # Straight through the bounds: a gradient can lead back from beyond them.
     bounded = log_temperature.detach().float().clamp(math.log(COLDEST), math.log(_WARMEST))
     temperature: Tensor = (log_temperature.float() + (bounded - log_temperature.detach().float())).exp()

@@ -20,11 +20,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from p2r.documents import FileEntry, RelativePath, checked
+from p2r.documents import FewKeys, FileEntry, RelativePath, checked
 from p2r.engine.peers import Peers
 from p2r.errors import DamagedError, P2RError, StorageError
 from p2r.files import locked
@@ -41,7 +41,7 @@ class _Receipt(BaseModel):
 
     model_config = ConfigDict(strict=True)
     attempt: str
-    files: dict[RelativePath, FileEntry]
+    files: Annotated[dict[RelativePath, FileEntry], FewKeys]
     failure: str | None = None
 
 

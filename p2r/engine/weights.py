@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from p2r.artefact import BackboneManifest, open_artefact
+from p2r.artefact import MAX_MANIFEST_BYTES, BackboneManifest, open_artefact
 from p2r.documents import read_json
 from p2r.engine.ancestry import origins_of_backbone, origins_of_checkpoint
 from p2r.engine.checkpoint import FORMAT, check_manifest
@@ -23,7 +23,6 @@ from p2r.tensors import check_fit, read_tensors, shapes_of
 
 _FILE = "model.safetensors"
 _OPTIONAL = {"log_temperature"}
-_MAX_MANIFEST_BYTES = 2**28
 _WAY_OUT = "Take over its model section, or leave init_from out."
 
 
@@ -52,8 +51,8 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
             f"{where} holds no manifest.json: give the folder of a published backbone, such as STORAGE/backbones/NAME/1, "
             "or of a checkpoint, such as STORAGE/pretrain/checkpoints/step-00001000"
         )
-    content = storage.read_bytes("manifest.json")
-    manifest = read_json(content, where=where, max_bytes=_MAX_MANIFEST_BYTES, error=CheckpointError)
+    content = storage.read_bytes("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
+    manifest = read_json(content, where=where, max_bytes=MAX_MANIFEST_BYTES, error=CheckpointError)
     format = manifest.get("format") if isinstance(manifest, dict) else None
     facts = {"url": storage.url, "format": format, "manifest_sha256": hashlib.sha256(content).hexdigest()}
     if str(format).startswith("p2r-backbone/"):

@@ -55,7 +55,7 @@ from p2r.loss.ranks import (
     refuse_values,
     refuse_weights,
 )
-from p2r.loss.tiles import Rows, Scale, static_shift
+from p2r.loss.tiles import Rows, Scale, sharpest, static_shift, static_shift_on_device
 
 Form = Literal["cross_view", "nt_xent"]
 Exchange = Literal["all_gather", "ring"]
@@ -85,7 +85,6 @@ def info_nce(
     exchange: Exchange = "all_gather",
     group: ProcessGroup | None = None,
     gradient_scale: GradientScale = "mean",
-    known_temperature: float | None = None,
     findings: Findings | None = None,
     parts: dict[str, Tensor] | None = None,
 ) -> Tensor:
@@ -97,7 +96,8 @@ def info_nce(
     Args:
         queries: (n, E) embeddings of pixels in view a; any length, normalised inside.
         keys: (n, E) embeddings of the same places in view b.
-        temperature: Width of the softmax over cosine similarities, > 0. A tensor of one element is learnt.
+        temperature: Width of the softmax over cosine similarities, > 0. A tensor of one element is learnt. With findings, one on
+            a device is not read: values so small that they would need a maximum per row are counted there.
         form: Which candidates an anchor has, see the module.
         decoupled: Leave the positive out of the denominator.
         weights: (n,) of each pair in the mean, >= 0. A pair of weight 0 takes no part, not even as a negative.
@@ -105,7 +105,6 @@ def info_nce(
         exchange: Hold the rows of all ranks at once, or those of one other rank at a time.
         group: Ranks whose pairs are contrasted together; they may hold different numbers of them.
         gradient_scale: What the caller's reducer does with the ranks' gradients.
-        known_temperature: What a temperature that is a tensor holds, for those who must not wait for its device.
         findings: Where to keep what is wrong with values on a device, instead of waiting for it. Less than two pairs
             are then no error: their loss is 0, and so is its gradient.
         parts: Receives what the loss is made of, each as (2,): a sum over this rank's pairs, and the weight to divide it
@@ -122,7 +121,9 @@ def info_nce(
     factor = own_gradient_factor(gradient_scale, group)
     problem: ValueError | None = None
     postponed = postpones(findings, queries)
-    number = number_in(temperature) if known_temperature is None else known_temperature
+    number: float | None = None
+    if not (postponed and isinstance(temperature, Tensor) and postpones(findings, temperature)):
+        number = number_in(temperature)
     present = None
     try:
         _refuse_arguments(queries, keys, temperature, number, form, weights, exclude, exchange, findings)
@@ -138,7 +139,11 @@ def info_nce(
             raise problem
         counts = [len(queries)] * rank_and_size(group)[1]
     else:
-        equal = {} if problem else _equal_on_all_ranks(queries, number, form, decoupled, exclude, exchange)
+        equal = (
+            {}
+            if problem or number is None
+            else _equal_on_all_ranks(queries, number, form, decoupled, exclude, exchange)
+        )
         counts = agree(problem, len(queries) if queries.ndim else 0, equal, device=queries.device, group=group)
     if sum(counts) < 2:
         if findings is None:
@@ -146,6 +151,12 @@ def info_nce(
         return _nothing(queries, keys, temperature)
 
     dtype = torch.promote_types(queries.dtype, torch.float32)
+    product_dtype = _product_dtype(queries)
+    num_candidates = sum(counts) * (2 if form == "nt_xent" else 1)
+    k: float | Tensor = 1 / number if number is not None else 1.0
+    if number is None and isinstance(temperature, Tensor):
+        k = 1 / temperature.detach().to(dtype).reshape(())
+    scale = _scale(k, num_candidates, exclude, findings, product_dtype)
     contrast = _Contrast(
         form,
         decoupled,
@@ -153,14 +164,13 @@ def info_nce(
         group,
         counts,
         factor,
-        _product_dtype(queries),
-        1 / number,
+        dtype if scale is None else product_dtype,  # sharper than half precision could tell apart
+        k,
+        scale,
         exclude,
         findings if postponed else None,
         parts,
     )
-    if contrast.scale is None:  # sharper than half precision could tell apart
-        contrast = replace(contrast, product_dtype=dtype)
     if weights is None:
         weights = torch.ones(len(queries), dtype=dtype, device=queries.device)
     with torch.autocast(queries.device.type, enabled=False):
@@ -186,7 +196,10 @@ class _Contrast:
     counts: list[int]
     factor: float
     product_dtype: torch.dtype
-    k: float
+    k: float | Tensor
+    """A scalar on the rows' device where the temperature is not read."""
+    scale: Scale | None
+    """None: no static shift serves, rows need a maximum each."""
     exclude: SameImage | None
     findings: Findings | None
     parts: dict[str, Tensor] | None
@@ -213,13 +226,6 @@ class _Contrast:
         if self.exclude is None:
             return None, None
         return self.exclude.image, self.exclude.position_mm if math.isfinite(self.exclude.radius_mm) else None
-
-    @property
-    def scale(self) -> Scale | None:
-        """None: no static shift serves, rows need a maximum each."""
-        candidates = self.num_pairs * (2 if self.form == "nt_xent" else 1)
-        shift = static_shift(self.k, candidates, self.product_dtype)
-        return None if shift is None else Scale(self.k, self.radius_mm, shift)
 
     @property
     def radius_mm(self) -> float:
@@ -484,6 +490,21 @@ def _unit(rows: Tensor) -> Tensor:
     return unit
 
 
+def _scale(
+    k: float | Tensor, num_candidates: int, exclude: SameImage | None, findings: Findings | None, dtype: torch.dtype
+) -> Scale | None:
+    """Return how similarities become entries; None: there is no static shift. A `k` that is not read is held to have one."""
+    radius_mm = math.inf if exclude is None else exclude.radius_mm
+    if not isinstance(k, Tensor):
+        shift = static_shift(k, num_candidates, dtype)
+        return None if shift is None else Scale(k, radius_mm, shift)
+    assert findings is not None
+    most = sharpest(num_candidates, dtype)
+    message = f"temperature must be at least {1 / most:.3g} for {num_candidates} candidates, the learnt one was not"
+    findings.add(message, (~((k > 0) & (k <= most))).sum())
+    return Scale(k, radius_mm, static_shift_on_device(k, num_candidates, dtype))
+
+
 def number_in(value: float | Tensor) -> float:
     """Return what is in a tensor, not a number if that is not one element."""
     if not isinstance(value, Tensor):
@@ -565,7 +586,7 @@ def _refuse_arguments(
     queries: Tensor,
     keys: Tensor,
     temperature: float | Tensor,
-    number: float,
+    number: float | None,
     form: str,
     weights: Tensor | None,
     exclude: SameImage | None,

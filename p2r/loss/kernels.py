@@ -88,7 +88,7 @@ def sums(anchors: Rows, candidates: Rows, scale: Scale, *, of_columns: bool) -> 
     n, m, device = len(anchors), len(candidates), anchors.values.device
     tile = _tile(_SUMS_TILES, anchors)
     arguments = _arguments(anchors, candidates, scale, tile)
-    shift = candidates.values.new_full((m,), scale.shift * _LOG2_E, dtype=torch.float32)
+    shift = _in_log2(scale.shift, candidates.values).repeat(m)
     if candidates.present is not None:
         shift.masked_fill_(candidates.present == 0, math.inf)
     splits = max(1, math.ceil(m / _SPLIT))
@@ -257,10 +257,17 @@ def _arguments(anchors: Rows, candidates: Rows, scale: Scale, tile: _Tile) -> tu
         len(anchors),
         len(candidates),
         anchors.first - candidates.first,
-        scale.k * _LOG2_E,
-        scale.shift * _LOG2_E,
+        _in_log2(scale.k, nothing),
+        _in_log2(scale.shift, nothing),
         min(scale.radius_mm**2, 3e38),
     )
+
+
+def _in_log2(value: float | Tensor, like: Tensor) -> Tensor:
+    """Return a number as a float32 scalar on a device, for entries that are powers of 2; one that is there is not read."""
+    if isinstance(value, Tensor):
+        return (value.double() * _LOG2_E).float()
+    return like.new_full((), value * _LOG2_E, dtype=torch.float32)
 
 
 def _ends(image: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -331,8 +338,8 @@ def _sums_kernel(
     n,
     m,
     offset,
-    k_log2,
-    shift_log2,
+    k_at,
+    shift_at,
     radius_squared,
     kept_a,
     shift_c,
@@ -353,6 +360,7 @@ def _sums_kernel(
     apart for each of its rows to the end.
     """
     block, split = tl.program_id(0), tl.program_id(1)
+    k_log2 = tl.load(k_at)
     channels, within = tl.arange(0, E), tl.arange(0, BLOCK_C)
     rows = first_row + block * BLOCK_A + tl.arange(0, BLOCK_A)
     at = rows.to(tl.int64)[:, None] * E + channels[None, :]
@@ -405,8 +413,8 @@ def _push_kernel(
     n,
     m,
     offset,
-    k_log2,
-    shift_log2,
+    k_at,
+    shift_at,
     radius_squared,
     kept_a,
     weight_a,
@@ -422,6 +430,7 @@ def _push_kernel(
 ):
     """Weighted sum of a split of the candidates, for a block of anchors."""
     part, split = tl.program_id(1), first_split + tl.program_id(1)
+    k_log2, shift_log2 = tl.load(k_at), tl.load(shift_at)
     channels, within = tl.arange(0, E), tl.arange(0, BLOCK_C)
     rows = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     at = rows.to(tl.int64)[:, None] * E + channels[None, :]

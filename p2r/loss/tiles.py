@@ -16,6 +16,7 @@ Shape letters: n anchors, m candidates, E channels, P panels, D spatial dimensio
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -51,21 +52,45 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scale:
-    """How similarities become entries."""
+    """How similarities become entries. Of a learnt temperature, `k` and `shift` are scalars on the rows' device: nothing reads them."""
 
-    k: float
+    k: float | Tensor
     """1 / temperature."""
     radius_mm: float = math.inf
     """Rows of one image at most this far apart are no negatives of one another."""
-    shift: float = 0.0
+    shift: float | Tensor = 0.0
+
+
+_Number = TypeVar("_Number", float, Tensor)
+_LONGEST = 1.01
+"""Largest similarity: rows rounded to bfloat16 are a little longer or shorter than 1."""
 
 
 def static_shift(k: float, num_candidates: int, dtype: torch.dtype) -> float | None:
     """Return the shift that keeps every sum of `num_candidates` entries within `dtype`, None if there is none."""
+    return None if k > sharpest(num_candidates, dtype) else max(0.0, _excess(k, num_candidates, dtype))
+
+
+def static_shift_on_device(k: Tensor, num_candidates: int, dtype: torch.dtype) -> Tensor:
+    """Return `static_shift` of a scalar that is not read, for `k` up to `sharpest`."""
+    return _excess(k, num_candidates, dtype).clamp(min=0)
+
+
+def sharpest(num_candidates: int, dtype: torch.dtype) -> float:
+    """Return the largest k with a static shift: neither does a sum overflow nor the smallest entry vanish."""
+    largest, smallest = _log_limits(dtype)
+    return min(-smallest, (largest - smallest - math.log(num_candidates)) / 2) / _LONGEST
+
+
+def _excess(k: _Number, num_candidates: int, dtype: torch.dtype) -> _Number:
+    """Return by how much the log of the largest sum exceeds the log of the largest number."""
+    return _LONGEST * k + (math.log(num_candidates) - _log_limits(dtype)[0])
+
+
+def _log_limits(dtype: torch.dtype) -> tuple[float, float]:
+    """Return the logs of a sum's largest number, with some room, and of its smallest positive one."""
     limits = torch.finfo(torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype)
-    # 1.01: rows rounded to bfloat16 are a little longer or shorter than 1.
-    shift = max(0.0, 1.01 * k + math.log(num_candidates) - (math.log(limits.max) - 1))
-    return shift if 1.01 * k + shift <= -math.log(limits.tiny) else None
+    return math.log(limits.max) - 1, math.log(limits.tiny)
 
 
 def sums(anchors: Rows, candidates: Rows, scale: Scale, *, of_columns: bool) -> tuple[Tensor, Tensor | None]:
@@ -117,7 +142,7 @@ def push(
     return moved_anchors, moved_candidates
 
 
-def online_log_sums(anchors: Rows, candidates: Rows, k: float, radius_mm: float) -> Tensor:
+def online_log_sums(anchors: Rows, candidates: Rows, k: float | Tensor, radius_mm: float) -> Tensor:
     """Return the log of each anchor's sum of exp(k s_ij), (n,): -inf for one without negatives."""
     result = anchors.values.new_full((len(anchors),), -math.inf)
     for rows, _, logits in _logits(anchors, candidates, k, radius_mm):
@@ -125,7 +150,7 @@ def online_log_sums(anchors: Rows, candidates: Rows, k: float, radius_mm: float)
     return result
 
 
-def online_push(anchors: Rows, candidates: Rows, k: float, radius_mm: float) -> Tensor:
+def online_push(anchors: Rows, candidates: Rows, k: float | Tensor, radius_mm: float) -> Tensor:
     """Do what `push` does to anchors, with the weights' negative logarithms: their products with entries are at most 1."""
     assert anchors.weight is not None and candidates.weight is not None
     moved = torch.zeros_like(anchors.values)
@@ -138,10 +163,13 @@ def online_push(anchors: Rows, candidates: Rows, k: float, radius_mm: float) -> 
 
 def _entries(anchors: Rows, candidates: Rows, scale: Scale) -> Iterator[tuple[slice, slice, Tensor]]:
     for rows, columns, tile in _logits(anchors, candidates, scale.k, scale.radius_mm):
-        yield rows, columns, (tile.sub_(scale.shift) if scale.shift else tile).exp_()
+        is_shifted = isinstance(scale.shift, Tensor) or scale.shift != 0
+        yield rows, columns, (tile.sub_(scale.shift) if is_shifted else tile).exp_()
 
 
-def _logits(anchors: Rows, candidates: Rows, k: float, radius_mm: float) -> Iterator[tuple[slice, slice, Tensor]]:
+def _logits(
+    anchors: Rows, candidates: Rows, k: float | Tensor, radius_mm: float
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield tiles of k s_ij, -inf where j is no negative of i. A tile is overwritten by the next one."""
     scratch = _Scratch(anchors.values)
     images = _ImageRanges(anchors, candidates)

@@ -18,6 +18,7 @@ from p2r.report.distributions import by_stratum, class_boxes, where_in_the_organ
 from p2r.report.forest import Difference, figures_text, forest, p_text
 from p2r.report.page import Block, Cards, Folded, Grid, Heading, Paragraph, Picture, html, markdown
 from p2r.report.patients import MEAN, THIRDS, Patient, mean_of, patients_of
+from p2r.report.reliability import calibration_blocks
 from p2r.report.tables import (
     LEAK_FREE,
     Cell,
@@ -411,6 +412,7 @@ class _Page:
                 f"Dice of every one of the {split_of(rows)} patients, by class, mode and number of labelled patients.",
             )
         yield from self.failures(patients, rows, task, tag, source)
+        yield from calibration_blocks(rows, task=task, tag=tag, source=source, put=self.put)
 
     def differences(self, rows: Sequence[Row], task: str, tag: str, source: str) -> Iterator[Block]:
         """Yield the forest of paired differences and its table."""

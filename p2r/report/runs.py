@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from p2r.artefact import open_artefact
+from p2r.documents import FewKeys
 from p2r.errors import CheckpointError, DataError, StorageError
 from p2r.reference import parse_reference
 from p2r.report.tables import Row, code_of, protocol_of
@@ -36,12 +37,12 @@ class _Row(BaseModel):
     mode: str
     num_labelled: PositiveInt
     draw: NonNegativeInt
-    subjects: list[str]
+    subjects: Annotated[list[str], FailFast()]
     split: str = "test"
     transductive: bool = False
     dice_mean: Dice | None
-    dice: dict[str, Dice | None]
-    dice_by_subject: dict[str, Dice | None]
+    dice: Annotated[dict[str, Dice | None], FewKeys]
+    dice_by_subject: Annotated[dict[str, Dice | None], FewKeys]
     hd95_mm: float | None = None
     nsd: float | None = None
 

@@ -134,6 +134,8 @@ class WeakAndStrong:
     """Two of (B, C, *s)."""
     shown: Tensor
     """(B, *s) bool: pixels that show the scan. The images are 0 elsewhere."""
+    labels: Tensor | None = None
+    """(B, *s) int64, moved with the images, if there are any; not meant where `shown` is False."""
 
 
 def augment_weakly_and_strongly(
@@ -145,6 +147,7 @@ def augment_weakly_and_strongly(
     size: int | Sequence[int],
     spacing_mm: Spacing,
     generators: Sequence[np.random.Generator],
+    labels: Tensor | None = None,
 ) -> WeakAndStrong:
     """Augment and cut as `augment_labelled` does, by one geometric draw per image and two draws of its appearance.
 
@@ -156,6 +159,7 @@ def augment_weakly_and_strongly(
         size: Of the result, pixels along every axis, or D numbers.
         spacing_mm: Pixel size, before and after.
         generators: B, one per image; one number is taken of each, whatever is drawn.
+        labels: (B, *S) integers that move along.
 
     Raises:
         ValueError: The shapes do not fit each other.
@@ -166,12 +170,13 @@ def augment_weakly_and_strongly(
     size_out = (size,) * (image.ndim - 2) if isinstance(size, int) else tuple(size)
     draws = Draws.of_generators(generators)
     mm = _edges(spacing_mm, image)
-    warped, _, shown = _move(image, inside, draws, geometry=geometry, size_out=size_out, spacing_mm=mm)
+    warped, warp, shown = _move(image, inside, draws, geometry=geometry, size_out=size_out, spacing_mm=mm)
     of_both = Draws(np.concatenate([draws.named("view a").keys, draws.named("view b").keys]))
     masks = torch.cat([shown, shown])
     views = draw_intensity(torch.cat([warped, warped]), of_both, config=intensity, spacing_mm=mm, inside=masks)
     a, b = views.masked_fill_(~masks[:, None], 0).chunk(2)
-    return WeakAndStrong(warped.masked_fill_(~shown[:, None], 0), (a, b), shown)
+    moved = None if labels is None else apply_warp(labels[:, None].float(), warp, mode="nearest")[:, 0].long()
+    return WeakAndStrong(warped.masked_fill_(~shown[:, None], 0), (a, b), shown, moved)
 
 
 def _move(

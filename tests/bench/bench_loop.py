@@ -57,12 +57,12 @@ from p2r.data.corpus import ingest_locally
 from p2r.data.stream import stream
 from p2r.engine.corpora import corpora_of
 from p2r.engine.feed import feed
-from p2r.engine.schedule import learning_rate
 from p2r.job import Job, MetricsConfig, Resources
 from p2r.logs import fields_of
 from p2r.loss import Findings, corresponding_points, info_nce
 from p2r.model.pix2rep import Pix2Rep
 from p2r.randomness import keyed_generator
+from p2r.schedule import learning_rate
 from p2r.storage import Storage
 from p2r.views.pair import make_views
 

@@ -426,7 +426,7 @@ def _s3(folder: Path, address: str) -> Iterator[S3Server]:
 
 def _left_over(nodes: Cluster) -> list[str]:
     """Processes of training that are still there some seconds after the driver has ended."""
-    words = ("RayTrainWorker", "TrainController", "ray::Wire", "cluster run")
+    words = ("RayTrainWorker", "TrainController", "ray::DriverChannel", "cluster run")
     deadline = time.monotonic() + 30
     while True:
         found = [f"{node.address}: {pid}" for node in nodes.nodes for pid in node.pids_of(*words)]
@@ -497,7 +497,7 @@ def make_corpus(folder: Path) -> None:
         "kind: ingest\nname: corpus\nstorage: s3://chaos/corpus\n"
         f'ingest: {{sources: ["{data}/images"], licence: CC0-1.0, shard_size_mib: 0.01}}\n'
     )
-    subprocess.run([sys.executable, "-m", "p2r.engine", str(job)], check=True)
+    subprocess.run([sys.executable, "-m", "p2r", str(job)], check=True)
 
 
 def main() -> int:

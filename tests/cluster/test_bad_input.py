@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 
-import p2r.engine.__main__ as engine
+import p2r.__main__ as one_process
 
 Run = Callable[..., tuple[int, str]]
 
@@ -27,8 +27,8 @@ def run(
 
     def run(*overrides: str) -> tuple[int, str]:
         arguments = [word for override in overrides for word in ("--set", override)]
-        monkeypatch.setattr(sys, "argv", ["p2r.engine", str(write_toy_job(tmp_path)), *arguments])
-        code = engine.main()
+        monkeypatch.setattr(sys, "argv", ["p2r", str(write_toy_job(tmp_path)), *arguments])
+        code = one_process.main()
         return code, capsys.readouterr().err
 
     return run
@@ -172,7 +172,7 @@ def test_a_damaged_corpus(p2r: Run, published: dict[str, str], tmp_path: Path) -
     refused(p2r("verify", copy), "is damaged", tar.name)
     (copy / "manifest.json").write_text("[1]")
     refused(p2r("verify", copy), "this version reads")
-    refused(p2r("inspect", copy / "nothing"), "holds nothing of p2r's")
+    refused(p2r("inspect", copy / "nothing"), "holds nothing of p2r: no manifest.json")
 
 
 def test_a_cohort_that_hides_a_leak(run: Run) -> None:

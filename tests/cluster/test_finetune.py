@@ -17,14 +17,14 @@ import p2r
 from cluster.executor import RayExecutor
 from cluster.finetune import num_concurrent, run_trials, suggest
 from p2r.config import FinetuneConfig
-from p2r.engine.__main__ import LocalExecutor
-from p2r.engine.fewshot import check_task
-from p2r.engine.finetune import TrialSetup
-from p2r.engine.pipeline import run_job
 from p2r.errors import JobError
-from p2r.evaluate.protocol import choose_settings, search_trials
 from p2r.evaluate.tasks import load_task
+from p2r.fewshot.protocol import choose_settings, search_trials
+from p2r.fewshot.search import check_task
+from p2r.fewshot.trial import TrialSetup
 from p2r.job import Resources, read_job
+from p2r.pipeline.local import LocalExecutor
+from p2r.pipeline.stages import run_job
 from p2r.storage import Storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

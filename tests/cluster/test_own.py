@@ -242,9 +242,9 @@ def test_a_layout_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     _two_folders(tmp_path / "data")
     with pytest.raises(DataError, match=r"no dataset\.json"):
         survey(tmp_path / "data", form="nnunet", cache=tmp_path)
-    with pytest.raises(DataError, match="no BIDS data set"):
+    with pytest.raises(DataError, match="not a BIDS data set"):
         survey(tmp_path / "data", form="bids", cache=tmp_path)
-    with pytest.raises(DataError, match="8 label maps and no scan"):
+    with pytest.raises(DataError, match="8 label maps but no scan"):
         _bids(tmp_path / "b")
         (tmp_path / "only").mkdir()
         (tmp_path / "b/derivatives").rename(tmp_path / "only/masks")

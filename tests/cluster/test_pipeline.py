@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from cluster.executor import RayExecutor
-from p2r.engine.pipeline import run_job
 from p2r.errors import CheckpointError, InputError
 from p2r.job import Job, read_job
 from p2r.logs import fields_of
+from p2r.pipeline.stages import run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -92,5 +92,5 @@ def test_more_workers_than_the_cluster_has_room_for_are_refused(job_file: Path, 
     job = read_job(
         job_file, ("kind=pretrain", "resources.num_workers=40", "pretrain.global_batch=40", f"storage={tmp_path}")
     )
-    with pytest.raises(InputError, match=r"asks for 40 workers, the cluster has room for 4"):
+    with pytest.raises(InputError, match=r"asks for 40 workers, but the cluster has room for 4"):
         _run(job)

@@ -177,8 +177,8 @@ def _trained(sizes: Sizes, *, deterministic: bool, images: int, num_steps: int) 
     from p2r.engine.determinism import deterministic as only_deterministic
     from p2r.engine.feed import feed
     from p2r.engine.step import take_step
-    from p2r.engine.tune_batch import noise_batch
     from p2r.model.pix2rep import Pix2Rep
+    from p2r.planning.tune_batch import noise_batch
 
     config = PretrainConfig.model_validate(
         {
@@ -211,7 +211,7 @@ def _trained(sizes: Sizes, *, deterministic: bool, images: int, num_steps: int) 
 
 def engine(sizes: Sizes) -> Iterator[Fact]:
     """Steps of the real engine: that none waits (from step 6 on, one that does is an error), their rate, memory beside the plan."""
-    from p2r.engine.plan import count_step
+    from p2r.planning.memory import count_step
 
     images, num_steps = sizes.pick(64, 2), sizes.pick(36, 3)
     began, losses = 0.0, []

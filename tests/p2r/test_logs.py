@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import pickle
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 
 import pytest
 
-import p2r.engine.__main__ as engine
+import p2r.__main__ as one_process
 from cluster import cli
-from cluster.progress import _with_attempt
+from cluster.progress import _number_attempt
 from p2r import logs
 from p2r.errors import InputError
 from p2r.logs import Line, as_text, configure, counted, duration, fields_of, say, say_crash, say_error, within
@@ -110,7 +111,7 @@ def test_fields_travel_through_stages_and_processes() -> None:
 def test_a_new_group_of_workers_is_a_new_attempt() -> None:
     groups: list[str] = []
     lines = [Line("x", group="first", step=1), Line("y", group="first"), "z", Line("x", group="second", step=1)]
-    found = [logs.fields_of(_with_attempt(line, groups)) for line in lines]
+    found = [logs.fields_of(_number_attempt(line, groups)) for line in lines]
     assert found == [{"step": 1, "attempt": 1}, {"attempt": 1}, {}, {"step": 1, "attempt": 2}]
 
 
@@ -166,7 +167,7 @@ def test_what_is_no_secret_stays() -> None:
     assert masked("auto", environment={"RAY_AUTH_MODE": "token", "SHORT_TOKEN": "auto"}) == "auto"
 
 
-@pytest.mark.parametrize("arguments", [["p2r", "run"], ["p2r.engine"]])
+@pytest.mark.parametrize("arguments", [["p2r", "run"], ["python -m p2r"]])
 def test_a_refused_job_is_an_event(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,11 +177,24 @@ def test_a_refused_job_is_an_event(
             cli.main()
         code = stop.value.code
     else:
-        code = engine.main()
+        code = one_process.main()
     (event,) = events(capsys.readouterr().err)
     assert code == 2
     assert (event["level"], event["error"], event["exit_code"]) == ("error", "JobError", 2)
     assert "absent.yaml cannot be read" in event["message"]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # another test has imported p2r.__main__
+def test_the_former_name_of_the_command_does_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["p2r.engine", str(tmp_path / "absent.yaml")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("p2r.engine", run_name="__main__", alter_sys=True)
+    note, refusal = events(capsys.readouterr().err)
+    assert stop.value.code == 2
+    assert "python -m p2r" in note["message"]
+    assert "absent.yaml cannot be read" in refusal["message"]
 
 
 def test_who_follows_a_job_reads_the_messages_of_its_events(capsys: pytest.CaptureFixture[str]) -> None:

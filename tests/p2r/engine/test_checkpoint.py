@@ -24,14 +24,15 @@ from p2r.data.preprocess import Preparation
 from p2r.engine.build import join_process_group
 from p2r.engine.checkpoint import Checkpoints, Fetched, load_checkpoint, newest_checkpoint
 from p2r.engine.corpora import refuse_other_stream
-from p2r.engine.fork import forked
 from p2r.engine.peers import Peers
-from p2r.engine.pipeline import publish_backbone
-from p2r.engine.pretrain import Report, pretrain
+from p2r.engine.pretrain import pretrain
+from p2r.engine.report import PretrainReport
 from p2r.engine.weights import init_weights
 from p2r.errors import CheckpointError, JobError, StorageError
 from p2r.job import Job, read_job
 from p2r.model.pix2rep import Pix2Rep
+from p2r.pipeline.fork import forked
+from p2r.pipeline.stages import publish_backbone
 from p2r.reference import parse_reference
 from p2r.storage import Storage, file_sha256
 from tests.fault_proxy import ALWAYS, Fault, FaultProxy
@@ -65,7 +66,7 @@ def job(job_of: JobOf, trained: Path, tmp_path: Path) -> Job:
     return job_of(tmp_path)
 
 
-def train(job: Job, **options: Any) -> list[Report]:
+def train(job: Job, **options: Any) -> list[PretrainReport]:
     assert job.pretrain is not None
     storage = Storage(job.storage)
     return list(

@@ -10,7 +10,7 @@ from p2r.config import ImageConfig
 from p2r.data.batch import Batch
 from p2r.data.stream import StreamState
 from p2r.engine.feed import feed
-from p2r.engine.tune_batch import noise_batch
+from p2r.planning.tune_batch import noise_batch
 
 
 class Source:

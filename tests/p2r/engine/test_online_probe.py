@@ -10,7 +10,8 @@ import torch
 
 from p2r.config import PretrainConfig, ProbeConfig
 from p2r.engine.online_probe import OnlineProbe, _evenly, fit_readout
-from p2r.engine.pretrain import Report, pretrain
+from p2r.engine.pretrain import pretrain
+from p2r.engine.report import PretrainReport
 from p2r.errors import DataError
 from p2r.job import Job, read_job
 from p2r.model.backbones import build_backbone
@@ -36,7 +37,7 @@ def _config(job: Job, task: Path, **options: object) -> PretrainConfig:
     return job.pretrain.model_copy(update={"probe": probe})
 
 
-def _run(config: PretrainConfig, storage: Storage, corpus: Storage, *, most: int | None = None) -> list[Report]:
+def _run(config: PretrainConfig, storage: Storage, corpus: Storage, *, most: int | None = None) -> list[PretrainReport]:
     reports = []
     run = pretrain(config, storage=storage, corpus=corpus, device=CPU)
     for report in run:

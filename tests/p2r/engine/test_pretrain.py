@@ -24,13 +24,14 @@ from p2r.data.manifest import load_manifest, manifest_sha256
 from p2r.data.shards import open_shard
 from p2r.data.stream import Corpus, stream
 from p2r.engine.build import join_process_group
-from p2r.engine.pipeline import publish_backbone
-from p2r.engine.pretrain import Report, _num_lost, finished_checkpoint, pretrain
+from p2r.engine.pretrain import _num_lost, finished_checkpoint, pretrain
 from p2r.engine.profile import PARTS, profile_text
+from p2r.engine.report import PretrainReport
 from p2r.errors import CheckpointError, DataError, InputError, StorageError, TrainingError
 from p2r.job import Job
 from p2r.loss import corresponding_points
 from p2r.model.pix2rep import Pix2Rep
+from p2r.pipeline.stages import publish_backbone
 from p2r.storage import Storage
 from p2r.views.pair import make_views
 
@@ -47,7 +48,7 @@ def job(job_of: JobOf, tmp_path: Path) -> Job:
 
 def _train(
     job: Job, storage: Storage, corpus: Storage, *, most: int | None = None, seconds: float | None = None
-) -> list[Report]:
+) -> list[PretrainReport]:
     assert job.pretrain is not None
     reports = []
     run = pretrain(job.pretrain, storage=storage, corpus=corpus, device=CPU, max_seconds=seconds)
@@ -309,7 +310,7 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_digits(
     def start(folder: Path) -> subprocess.Popen[str]:
         job_of(folder)
         overrides = ["--set", "kind=pretrain", "--set", "pretrain.steps=60", "--set", "pretrain.report_interval=1"]
-        command = [sys.executable, "-m", "p2r.engine", str(folder / "toy.yaml"), *overrides]
+        command = [sys.executable, "-m", "p2r", str(folder / "toy.yaml"), *overrides]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
             command, cwd=repository, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True

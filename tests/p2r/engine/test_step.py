@@ -13,11 +13,11 @@ from torch import Tensor
 from p2r.config import ImageConfig, PretrainConfig
 from p2r.data.batch import Batch, Group
 from p2r.engine.build import build_engine, full_weights, inner_optimizer, join_process_group, set_mean_weights
-from p2r.engine.schedule import averaging
 from p2r.engine.step import _alignment, equivariance_error, pixel_pair_loss, take_step
 from p2r.loss import corresponding_points
 from p2r.model.pix2rep import Pix2Rep
 from p2r.randomness import keyed_generator
+from p2r.schedule import averaging
 from p2r.views.pair import make_views
 from tests.ranks import join_ranks, start_ranks
 

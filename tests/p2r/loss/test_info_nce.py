@@ -11,7 +11,7 @@ from torch import Tensor
 
 from p2r.errors import EmbeddingError
 from p2r.loss import Findings, SameImage, info_nce
-from p2r.loss.tiles import TILE
+from p2r.loss.tiles import TILE, sharpest, static_shift
 
 FORMS = ("cross_view", "nt_xent")
 
@@ -469,11 +469,49 @@ def test_with_findings_fewer_than_two_pairs_teach_nothing(
     assert all((gradient == 0).all() for gradient in gradients(loss, queries, keys, temperature))
 
 
-def test_a_known_temperature_is_not_read() -> None:
-    queries, keys = embeddings(6, 4)
-    temperature = torch.tensor(0.5, requires_grad=True)
-    known = info_nce(queries, keys, temperature=temperature, known_temperature=0.5)
-    assert known == info_nce(queries, keys, temperature=temperature)
+@pytest.mark.usefixtures("waited_for")
+@pytest.mark.parametrize("exchange", ["all_gather", "ring"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [0.3, 0.0127])
+def test_a_learnt_temperature_is_not_read_and_gives_the_same_loss_and_gradients(
+    form: str, value: float, exchange: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, keys = (x.float().requires_grad_() for x in embeddings(12, 4))
+    temperature = torch.tensor([value], requires_grad=True)
+    options: dict[str, Any] = {"form": form, "exchange": exchange, "temperature": temperature}
+    expected = info_nce(queries, keys, **options)
+    of_expected = gradients(expected, queries, keys, temperature)
+    module = importlib.import_module("p2r.loss.info_nce")  # its name is that of the function
+    monkeypatch.setattr(module, "number_in", lambda value: pytest.fail("it was read"))
+    findings = Findings()
+    loss = info_nce(queries, keys, findings=findings, **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gradients(loss, queries, keys, temperature), of_expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not any(findings.counts())
+
+
+@pytest.mark.usefixtures("waited_for")
+@pytest.mark.parametrize("value", [0.0115, 0.0, -1.0, math.nan])
+def test_a_learnt_temperature_that_no_shift_serves_is_counted(value: float) -> None:
+    findings = Findings()
+    info_nce(torch.ones(5, 4), torch.ones(5, 4), temperature=torch.tensor(value), findings=findings)
+    with pytest.raises(EmbeddingError, match=r"temperature must be at least 0\.0\d+ for 5 candidates"):
+        findings.refuse([int(count) for count in findings.counts()])
+
+
+@pytest.mark.parametrize("num_candidates", [2, 10**5, 10**8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_sharpest_temperature_is_the_last_that_a_static_shift_serves(
+    dtype: torch.dtype, num_candidates: int
+) -> None:
+    most = sharpest(num_candidates, dtype)
+    shift = static_shift(most, num_candidates, dtype)
+    assert shift is not None
+    assert static_shift(most * 1.0001, num_candidates, dtype) is None
+    limits = torch.finfo(torch.float32 if dtype == torch.bfloat16 else dtype)
+    assert most - shift + math.log(num_candidates) < math.log(limits.max)
+    assert -most - shift > math.log(limits.tiny)
 
 
 @pytest.mark.parametrize("is_waited_for", [False, True])

@@ -62,7 +62,8 @@ for dtype, (num, num_candidates, first), exclude in itertools.product(
             (*module.sums(*pair, scale, of_columns=True), *module.push(*pair, scale, to_candidates=True))
             for module, pair in ((kernels, (a, b)), (tiles, (exact(a), exact(b))))
         )
-        again = (*kernels.sums(a, b, scale, of_columns=True), *kernels.push(a, b, scale, to_candidates=True))
+        there = dataclasses.replace(scale, k=torch.tensor(scale.k, device=device), shift=torch.tensor(scale.shift, device=device))
+        again = (*kernels.sums(a, b, there, of_columns=True), *kernels.push(a, b, there, to_candidates=True))
         print(json.dumps({
             "case": f"{dtype}, {num} x {num_candidates}, E {width}, {exclude}",
             "errors": [error(x.sum(0) if place == 1 else x, y.sum(0) if place == 1 else y)

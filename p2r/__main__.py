@@ -1,0 +1,104 @@
+"""`python -m p2r JOB`: a job in this process, without Ray.
+
+    python -m p2r jobs/demo.yaml --set pretrain.steps=20 --minutes 8
+
+With `--minutes`, pretraining or the running trial saves its state when the time is over; the same command resumes it. With
+`--fork NAME` a new run starts from the weights that the job's has reached. With
+`--profile STEPS` it says where so many of its steps spend time and memory, and goes on.
+"""
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+from typing import get_args
+
+from p2r.console import console, show
+from p2r.device import this_device
+from p2r.errors import InputError, P2RError
+from p2r.fewshot.search import failure_message
+from p2r.files import lack_of_space
+from p2r.identity import ensure_identity
+from p2r.job import FORK_HELP, ignored_variables, overrides_of, read_job
+from p2r.logs import LogFormat, configure, reset, say, say_crash, say_error
+from p2r.pipeline.fork import forked
+from p2r.pipeline.lines import made_lines
+from p2r.pipeline.local import LocalExecutor
+from p2r.pipeline.stages import run_job
+
+
+def main() -> int:
+    """Run a job and return the exit code."""
+    try:
+        return _main()
+    except Exception as error:
+        if (full := lack_of_space(error)) is not None:
+            say_error(full, code=1)
+        else:
+            say_crash(error)
+        return 1
+    finally:
+        reset()
+
+
+def _main() -> int:
+    if (news := ensure_identity()) is not None:
+        say(news)
+    parser = argparse.ArgumentParser(prog="python -m p2r", description="Run a job in one process, without Ray.")
+    parser.add_argument("job", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the job")
+    parser.add_argument(
+        "--allow-transductive",
+        action="store_true",
+        help="go on although validation or test patients are in the backbone's corpus; every row of the report is labelled",
+    )
+    parser.add_argument("--fork", metavar="NAME", help=FORK_HELP)
+    parser.add_argument("--minutes", type=float, help="save and end after this time, to resume later")
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="STEPS", help="profile so many steps of pretraining, after a few"
+    )
+    parser.add_argument("--log-format", choices=get_args(LogFormat), help="default: P2R_LOG_FORMAT, else auto")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a refused input")
+    arguments = parser.parse_args()
+    if arguments.profile < 0:
+        parser.error(f"--profile must not be negative, got {arguments.profile}")
+
+    try:
+        device = this_device()
+        configure(arguments.log_format)
+        overrides = overrides_of(arguments.set, allow_transductive=arguments.allow_transductive)
+        job = read_job(arguments.job, overrides)
+        for note in ignored_variables(arguments.job, job):
+            say(f"note: {note}")
+        if arguments.fork:
+            job = forked(job, arguments.fork)
+        configure(arguments.log_format, run=job.name)
+        executor = LocalExecutor(
+            device,
+            arguments.minutes and arguments.minutes * 60,
+            retries=job.retries,
+            profile_steps=arguments.profile,
+        )
+        made = run_job(job, executor, say=say)
+    except KeyboardInterrupt:
+        say("p2r: interrupted; run the same command again to go on from the newest checkpoint")
+        return 130
+    except P2RError as error:
+        if arguments.debug:
+            say(traceback.format_exc().rstrip())
+        code = 2 if isinstance(error, InputError) else 1
+        say_error(error, code=code)
+        return code
+    table = made.pop("table", None)
+    if table is not None:
+        console().print(table)
+    failed = made.pop("failed", [])
+    for line in made_lines(made):
+        show(line)
+    if failed:
+        say_error(failure_message(failed), code=1)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

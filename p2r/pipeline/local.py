@@ -1,0 +1,122 @@
+"""Jobs from Python: `p2r.run`, in this process and without Ray.
+
+made = p2r.run("mine/job.yaml", pretrain__steps=20, storage="/data/try")
+report = p2r.open_report(made["storage"])
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from p2r.config import IngestConfig, PretrainConfig
+from p2r.data.corpus import ingest_locally, report_progress
+from p2r.engine.pretrain import pretrain
+from p2r.engine.profile import profile_text
+from p2r.errors import JobError, OutOfTime
+from p2r.fewshot.protocol import Trial
+from p2r.fewshot.search import Result, attempt
+from p2r.fewshot.trial import TrialSetup
+from p2r.job import Job, read_job, validated
+from p2r.logs import Line, within
+from p2r.logs import say as say_line
+from p2r.modes import Mode
+from p2r.pipeline.lines import report_lines
+from p2r.pipeline.stages import Say, run_job
+from p2r.storage import Storage
+
+
+class LocalExecutor:
+    """Every heavy part as a loop in this process."""
+
+    def __init__(
+        self, device: torch.device, max_seconds: float | None, *, retries: int = 0, profile_steps: int = 0
+    ) -> None:
+        self._device, self._max_seconds = device, max_seconds
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self._retries, self._profile_steps = retries, profile_steps
+
+    def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
+        """Shard after shard."""
+        say_ingest = within(say, "ingest")
+        report_progress(ingest_locally(config, storage, allowed_subjects=subjects, say=say_ingest), say_ingest)
+
+    def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
+        """On this process's device."""
+        step = config.steps
+        for report in pretrain(
+            config,
+            storage=storage,
+            corpus=corpus,
+            device=self._device,
+            max_seconds=self._max_seconds,
+            profile_steps=self._profile_steps,
+        ):
+            for line in report_lines(report):
+                say(line)
+            if report.profile is not None:
+                say(profile_text(storage))
+            step = report.step
+        return step == config.steps
+
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
+        """One after the other."""
+        results = []
+        for number, (setup, trial) in enumerate(trials, start=1):
+            if self._deadline is not None and time.monotonic() >= self._deadline and not setup.is_done(trial):
+                raise OutOfTime(f"time is over before trial {number}/{len(trials)}, {trial.id}")
+            result = attempt(
+                setup, trial, device=self._device.type, retries=self._retries, say=say, deadline=self._deadline
+            )
+            dice = result.get("validation", {}).get("dice_mean")
+            text = f"{number}/{len(trials)} | {trial.id} | validation Dice {'none' if dice is None else f'{dice:.3f}'}"
+            say(Line(text, trial=trial.id, validation_dice=dice, seconds=result.get("seconds")))
+            results.append(result)
+        return results
+
+    def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, Result]]:
+        """Nobody here: search algorithms are Ray Tune's."""
+        raise JobError(
+            f"finetune.search.searcher {setup.config.search.searcher!r} is a search algorithm of Ray Tune: run the job with p2r run, "
+            "or set it to grid, which draws candidates from distributions, too"
+        )
+
+    def num_concurrent(self, num_trials: int) -> int:
+        """One."""
+        return 1
+
+
+def run(job: str | Path | Job, *, say: Say = say_line, **overrides: Any) -> dict[str, Any]:
+    """Run a job in this process; running it again resumes it.
+
+    Args:
+        job: Path of a job file, the name of a job that p2r brings, or a `Job`.
+        say: Receives lines of progress; default: stderr.
+        overrides: Fields to set, with two underscores for a dot, as in `pretrain__steps=20`.
+
+    Returns:
+        What was made, by name: `storage`, `corpus`, `checkpoint`, `backbone`, `models`, `report`, `page`, as far as the job's kind
+        makes them; `failed` if trials failed.
+
+    Raises:
+        InputError: for anything in job or data that cannot be used.
+    """
+    if isinstance(job, Job):
+        values = job.model_dump()
+        for name, value in overrides.items():
+            *parents, last = name.split("__")
+            target = values
+            for parent in parents:
+                target = target[parent]
+            target[last] = value
+        ready = validated(Job, values, where="the job")
+    else:
+        texts = (f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in overrides.items())
+        ready = read_job(Path(job), tuple(texts))
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    made = run_job(ready, LocalExecutor(device, None, retries=ready.retries), say=say)
+    made.pop("table", None)
+    return made

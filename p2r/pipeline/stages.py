@@ -1,0 +1,438 @@
+"""A job, stage by stage: ingest -> pretrain -> publish -> fine-tune -> report.
+
+What is expensive or wants many machines (reading scans, training, trials) is done by an `Executor`: a plain loop in
+`p2r.__main__`, Ray in `cluster`. Everything else is here, once. Each stage finds what an earlier call has already
+made on the job's storage and goes on from there, so running a job again after a kill is how it is resumed.
+"""
+
+import json
+import math
+from collections.abc import Sequence, Set
+from pathlib import Path
+from typing import Any, Protocol
+
+from p2r.artefact import CorpusFacts
+from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, Backbone, load_backbone, publish
+from p2r.config import ImageConfig, IngestConfig, PretrainConfig, PublishConfig
+from p2r.data.corpus import check_selection, load_manifest, manifest_sha256, subjects_found, was_asked
+from p2r.data.preprocess import Preparation, SliceAxis
+from p2r.data.stream import Corpus
+from p2r.engine.ancestry import added, ancestry, corpus_facts
+from p2r.engine.corpora import corpora_of
+from p2r.engine.history import read_history
+from p2r.engine.pretrain import finished_checkpoint
+from p2r.engine.report import HISTORY
+from p2r.engine.weights import backbone_weights, checked_weights
+from p2r.errors import DataError, JobError, OutOfTime
+from p2r.evaluate.tasks import HELD_OUT, load_task
+from p2r.fewshot.readings import merge_readings
+from p2r.fewshot.search import (
+    FewShot,
+    Result,
+    TrialRunner,
+    check_data,
+    check_task,
+    choose_model,
+    few_shot,
+    publish_best,
+    publish_on_all,
+    trial_for_publishing,
+)
+from p2r.fewshot.trial import TrialSetup, preparation_for
+from p2r.job import Job, variants_of
+from p2r.logs import Say as Say
+from p2r.logs import within
+from p2r.model.backbones import cost_of
+from p2r.modes import MODES
+from p2r.pipeline.reporting import make_report, write_variants
+from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
+from p2r.report.text import for_markdown
+from p2r.storage import Storage
+
+
+class Executor(TrialRunner, Protocol):
+    """Who does the heavy parts of a job."""
+
+    def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
+        """Make a corpus at `storage`; its manifest is there when this returns."""
+
+    def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
+        """Train to the end, or as far as there was time; tell whether it is the end."""
+
+
+def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
+    """Run the stages of a job's kind and return what they made: URLs and figures.
+
+    Args:
+        job: From `p2r.job.read_job`.
+        executor: Who does the heavy parts.
+        say: Receives lines of progress.
+
+    Raises:
+        InputError: for anything in job or data that cannot be used; nothing is left half-written.
+    """
+    storage = Storage(job.storage)
+    storage.check_writable()
+    made: dict[str, Any] = {"storage": storage.url}
+    stages = {
+        "pipeline": ("ingest", "pretrain", "publish", "finetune"),
+        "ablation": ("ingest", "variants") if job.ingest is not None else ("variants",),
+    }.get(job.kind, (job.kind,))
+    if "finetune" in stages or "variants" in stages:
+        if "ingest" in stages:
+            _check_selection(job, storage)
+        _check_tasks(job, storage, say)
+    if job.ingest is not None and ("ingest" in stages or "pretrain" in stages):  # a fork has its corpus
+        made["corpus"] = _ingest(job, storage, executor, say)
+    if "variants" in stages:
+        return {**made, **_run_variants(job, storage, executor, say)}
+    return {**made, **_train_and_score(job, storage, executor, stages, say)}
+
+
+def _train_and_score(job: Job, storage: Storage, executor: Executor, stages: Sequence[str], say: Say) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    if "pretrain" in stages:
+        made["checkpoint"] = _pretrain(job, storage, executor, say)
+        if made["checkpoint"] is None:
+            return {**made, "unfinished": "pretrain"}
+    if "publish" in stages:
+        published = publish_backbone(job, storage, say)
+        made["backbone"], made["backbone_pin"] = published["url"], published["pin"]
+    if "finetune" in stages:
+        try:
+            made.update(_finetune(job, storage, executor, say))
+        except OutOfTime as error:
+            say(str(error))
+            return {**made, "unfinished": "finetune"}
+    return made
+
+
+def _run_variants(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
+    """Run every variant of an ablation, one after the other, and write what they reached side by side."""
+    rows, failed = [], []
+    for name, variant in variants_of(job).items():
+        where = Storage(variant.storage)
+        say(f"variant {name} | " + ", ".join(f"{key}: {value}" for key, value in job.variants[name].items()))
+        stages = ("finetune",) if variant.pretrain is None else ("pretrain", "publish", "finetune")
+        made = _train_and_score(variant, where, executor, stages, say)
+        if "unfinished" in made:
+            return {"unfinished": f"variant {name}"}
+        rows += [{**row, "variant": name} for row in where.read_json("report/report.json")["rows"]]
+        failed += [{**failure, "trial": f"{name}: {failure['trial']}"} for failure in made.get("failed", [])]
+    found = {"report": write_variants(job, storage, rows, failed=failed), "table": variants_table(rows)}
+    return {**found, "failed": failed} if failed else found
+
+
+def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
+    """Publish the last checkpoint's weights, without the projection head, and return the artefact's manifest.
+
+    Where a running mean of the weights was kept, it is taken.
+    """
+    config = job.publish
+    assert config is not None
+    where = storage.child(f"backbones/{config.name}/{config.version}")
+    if job.pretrain is None:
+        raise JobError("kind publish needs the pretrain section of the run whose checkpoint it publishes")
+    checkpoint = finished_checkpoint(storage.child("pretrain"), job.pretrain)
+    corpora = corpora_of(job.pretrain, storage.child("corpus"), stream=checkpoint["state"]["stream"])
+    inherited = ancestry(checkpoint.get("init_from"))
+    licence = _licence(config, [*(corpus.manifest["licence"] for corpus in corpora), *inherited.licences])
+    rules = {corpus.manifest["preprocessing"]["slice_axis"] for corpus in corpora}
+    dimensions = job.pretrain.image.dimensions
+    if len(rules) > 1 and dimensions == 2:
+        raise DataError(
+            f"the corpora cut planes across different axes (slice_axis {', '.join(map(str, sorted(rules, key=str)))}): "
+            "a backbone has one rule; ingest them alike"
+        )
+    name = "model.safetensors" if job.pretrain.ema_decay is None else "ema.safetensors"
+    weights = checked_weights(storage.child("pretrain"), f"{checkpoint['path']}/{name}", checkpoint["files"][name])
+    published = publish(
+        where,
+        format=BACKBONE_FORMAT,
+        weights=backbone_weights(weights),
+        config=ArtefactConfig(
+            model=job.pretrain.model,
+            preparation=_preparation(job.pretrain.image, rules.pop() if dimensions == 2 else "auto"),
+        ),
+        card=_card(job, config, corpora, where.url, licence, step=checkpoint["step"]),
+        facts={
+            "licence": licence,
+            "job": job.name,
+            "step": checkpoint["step"],
+            "samples_seen": checkpoint["step"] * job.pretrain.global_batch,
+            # Without what was only watched on the way, by a path of this machine.
+            "pretrain": {key: value for key, value in checkpoint["config"].items() if key != "probe"},
+            "negatives": job.pretrain.negatives,
+            "description": config.description,
+            "corpora": None if inherited.corpora is None else added(list(map(_facts, corpora)), inherited.corpora),
+        },
+    )
+    if inherited.corpora is None:
+        say(
+            "publish | CORPORA UNKNOWN: what the first weights were pretrained on cannot be read; evaluation will refuse this backbone"
+        )
+    say(f"publish | {published['pin']} | licence {licence}" + " | was published already" * (not published["is_new"]))
+    return published
+
+
+def _facts(corpus: Corpus) -> CorpusFacts:
+    sha256 = manifest_sha256(corpus.manifest)
+    return corpus_facts(corpus.manifest, url=corpus.storage.url, sha256=sha256, weight=corpus.weight)
+
+
+def _spent(storage: Storage, found: FewShot) -> dict[str, float]:
+    """Return what the job's own pretraining and its trials took, whenever they ran: seconds of each worker, and of all trials."""
+    spent = {"search_s": math.fsum(one["seconds"] or 0.0 for one in found.searched)}
+    if storage.exists(f"pretrain/{HISTORY}"):
+        rows = read_history(storage, f"pretrain/{HISTORY}")
+        before = [0, *(row["step"] for row in rows)]
+        spent["pretraining_s"] = math.fsum(
+            (row["step"] - step) * (row.get("step_s") or 0.0) for row, step in zip(rows, before, strict=False)
+        )
+        spent["num_pretraining_workers"] = max((row.get("world_size") or 1 for row in rows), default=0)
+    return spent
+
+
+def _check_tasks(job: Job, storage: Storage, say: Say) -> None:
+    """Refuse a job whose tasks cannot be used before an hour of pretraining, not after it."""
+    config = job.finetune
+    assert config is not None
+    tasks = [load_task(Path(path)) for path in config.tasks]
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise JobError(
+            f"finetune.tasks: two tasks have one name, {', '.join(names)}; their results would share a folder"
+        )
+    if job.pretrain is None or job.ingest is None or storage.exists(f"pretrain/{HISTORY}"):
+        return
+    image = job.pretrain.image
+    of_backbone = _preparation(image, job.ingest.slice_axis if image.dimensions == 2 else "auto")
+    for task in tasks:
+        say(f"checking {len(task.scans)} scans of task {task.name}")
+        check_data(task, config, preparation_for(task.config, config, of_backbone))
+
+
+def _preparation(image: ImageConfig, slice_axis: SliceAxis) -> Preparation:
+    """Return what a backbone that is pretrained on such images does to a scan."""
+    return Preparation(
+        dimensions=image.dimensions,
+        slice_axis=slice_axis,
+        intensity_percentiles=image.intensity_percentiles,
+        spacing_mm=image.spacing_mm,
+        image_size=image.size,
+    )
+
+
+def _selected(config: IngestConfig) -> tuple[IngestConfig, frozenset[str] | None]:
+    """Return an ingest section with the pattern and cohort of the task that chooses its subjects, and those subjects.
+
+    Raises:
+        JobError: The section has a cohort of its own.
+    """
+    chosen = config.subjects_of
+    if chosen is None:
+        return config, None
+    task = load_task(Path(chosen.task))
+    defaults = {name: IngestConfig.model_fields[name].default for name in ("cohort", "subject_pattern")}
+    inherited = {name: getattr(task.config, name) for name in defaults if getattr(config, name) == defaults[name]}
+    if {"cohort": config.cohort, **inherited}["cohort"] != task.config.cohort:
+        raise JobError(
+            f"ingest.cohort is {config.cohort!r}, but task {task.name}, which names the subjects, has cohort "
+            f"{task.config.cohort!r}: they must be equal, or fine-tuning could not tell that a patient is in the corpus; "
+            "leave ingest.cohort out"
+        )
+    config = config.model_copy(update=inherited)
+    if chosen.split != "not_held_out":
+        return config, frozenset(task.subjects[chosen.split])
+    found, labelled = subjects_found(config), {subject for split in task.subjects.values() for subject in split}
+    if not found & labelled:
+        raise DataError(
+            f"ingest.subjects_of.split is not_held_out, but none of the {len(found)} subjects of ingest.sources is in task {task.name}: by "
+            f"ingest.subject_pattern {config.subject_pattern!r} they are {_few(found)}, the task has {_few(labelled)}; "
+            "make both patterns give one name to one patient"
+        )
+    return config, frozenset(found - {subject for split in HELD_OUT for subject in task.subjects[split]})
+
+
+def _few(names: Set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
+
+
+def _check_selection(job: Job, storage: Storage) -> None:
+    """Refuse sources of which the job selects nothing, or all as one subject, before a single scan is read."""
+    if job.ingest is not None and not storage.exists("corpus/manifest.json"):
+        config, subjects = _selected(job.ingest)
+        check_selection(config, allowed_subjects=subjects)
+
+
+def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
+    assert job.ingest is not None
+    corpus = storage.child("corpus")
+    config, subjects = _selected(job.ingest)
+    # Training takes a corpus that was asked for like this as it is; a job of kind ingest looks whether there is more.
+    is_asked = job.kind != "ingest" and corpus.exists("manifest.json")
+    if is_asked and was_asked(load_manifest(corpus), config, subjects):
+        say(f"ingest | {corpus.url} is complete")
+    else:
+        executor.ingest(config, corpus, subjects=subjects, say=say)
+        manifest = load_manifest(corpus)
+        counts = ", ".join(f"{count} {reason}" for reason, count in manifest["reasons"].items())
+        say(
+            f"ingest | {manifest['num_records']} scans of {manifest['num_subjects']} subjects, {manifest['num_samples']} planes in "
+            f"{len(manifest['shards'])} shards | revision {manifest['revision']} | ledger: {counts} | {corpus.url}"
+        )
+    if not corpus_report_is_current(corpus):
+        say(f"ingest | report: {write_corpus_report(corpus)}")
+    return corpus.url
+
+
+def _pretrain(job: Job, storage: Storage, executor: Executor, say: Say) -> str | None:
+    assert job.pretrain is not None
+    where = storage.child("pretrain")
+    say(f"pretrain | {_network(job.pretrain)}")
+    if not executor.pretrain(job.pretrain, storage=where, corpus=storage.child("corpus"), say=say):
+        return None
+    checkpoint = finished_checkpoint(where, job.pretrain)
+    say(f"pretrain | done at step {checkpoint['step']} | {where.at(checkpoint['path'])}")
+    return where.at(checkpoint["path"])
+
+
+def _network(config: PretrainConfig) -> str:
+    model, image = config.model, config.image
+    cost = cost_of(model, dimensions=image.dimensions, size=image.size)
+    return f"{model.name}, channels {', '.join(map(str, model.channels))}; {cost}"
+
+
+def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
+    assert job.finetune is not None
+    url = job.finetune.backbone
+    if url is None:
+        assert job.publish is not None
+        url = storage.at(f"backbones/{job.publish.name}/{job.publish.version}")
+    backbone = load_backbone(url, key=job.finetune.backbone_signed_by)
+    setups = []
+    for path in job.finetune.tasks:
+        task = load_task(Path(path))
+        setup = TrialSetup(
+            config=job.finetune,
+            task=path,
+            backbone=backbone.manifest["url"],
+            backbone_sha256=backbone.manifest["sha256"],
+            architecture_sha256=backbone.config.sha256(),
+            storage=storage.at(f"finetune/{task.name}"),
+            root=storage.url,
+        )
+        say(f"finetune | checking {len(task.scans)} scans of task {task.name}")
+        setup = check_task(task, backbone, setup)
+        if setup.is_transductive:
+            are = "may be" if backbone.manifest["corpora"] is None else "are"
+            say(
+                f"finetune | task {task.name}: TRANSDUCTIVE, validation or test patients {are} in the backbone's corpus"
+            )
+        setups.append(setup)
+    try:
+        found = few_shot(setups, runner=executor, say=within(say, "finetune"))
+    finally:  # what was read stays said, whatever became of it
+        test_reads = merge_readings(storage)
+    results, facts = found.results, {**found.facts(), "test_reads": test_reads}
+    facts["spent"] = _spent(storage, found)
+    models: dict[str, str] = {}
+    if job.finetune.publish_model:
+        for setup in setups:
+            name = load_task(Path(setup.task)).name
+            of_task = [result for result in results if result["trial"]["task"] == name]
+            if not of_task:
+                continue
+            models |= _publish_models(
+                setup, name, of_task, backbone, executor, storage.child("models"), say, facts["failed"]
+            )
+    report = make_report(
+        job,
+        storage,
+        backbone=backbone,
+        setups=setups,
+        rows=[result["row"] for result in results],
+        models=models,
+        facts=facts,
+    )
+    return {"models": models, **report, **({"failed": facts["failed"]} if facts["failed"] else {})}
+
+
+def _publish_models(
+    setup: TrialSetup,
+    name: str,
+    results: Sequence[Result],
+    backbone: Backbone,
+    executor: Executor,
+    storage: Storage,
+    say: Say,
+    failed: list[dict[str, str]],
+) -> dict[str, str]:
+    """Publish a task's best model, and one of its mode that learned from all labelled patients; return their URLs by name."""
+    best = choose_model(setup.config, results)
+    mode = MODES[best["trial"]["mode"]].title
+    models = {name: str(publish_best(setup, results, backbone, storage)["url"])}
+    say(f"finetune | published model of {name}: {mode}, best by validation Dice | {models[name]}")
+    trial = trial_for_publishing(setup, best)
+    result = best
+    if trial is not None:
+        say(f"finetune | training {mode} on all {trial.num_labelled} labelled patients of {name}, to be published")
+        (result,) = executor.run_trials([(setup, trial)], say=within(say, "finetune"))
+    if "failed" in result:
+        failed.append({"trial": result["trial"]["id"], "reason": result["failed"]})
+        return models
+    models[f"{name}/all"] = str(publish_on_all(setup, result, backbone, storage)["url"])
+    say(f"finetune | model of {name} by all labelled patients: {models[f'{name}/all']}")
+    return models
+
+
+def _licence(config: PublishConfig, of_corpora: Sequence[str]) -> str:
+    corpus_licence = " AND ".join(sorted(set(of_corpora)))
+    if config.licence is None or config.licence == corpus_licence:
+        return corpus_licence
+    if any(word in corpus_licence.upper() for word in ("NC", "SA", "ND")):
+        raise JobError(
+            f"publish.licence is {config.licence!r}, but the corpus is under {corpus_licence!r}, which forbids other terms: leave it out"
+        )
+    return config.licence
+
+
+def _card(job: Job, config: PublishConfig, corpora: Sequence[Corpus], url: str, licence: str, *, step: int) -> str:
+    assert job.pretrain is not None
+    model, loss, image = job.pretrain.model, job.pretrain.loss, job.pretrain.image
+    batch = job.pretrain.global_batch
+    pixel, scan = ("pixel", "slice") if image.dimensions == 2 else ("voxel", "scan")
+    block = "" if model.level == 0 else f"{' x '.join([str(model.stride)] * image.dimensions)} "
+    facts = {
+        "method": f"{loss.name} over {loss.pixel_pairs_per_image * batch} pixel pairs a step, {step} steps of {batch} images",
+        "negatives": job.pretrain.negatives,
+        "network": _network(job.pretrain),
+        "input": f"one contrast, {' x '.join([str(image.size)] * image.dimensions)} {pixel}s of {image.spacing_mm:g} mm; intensities "
+        "as in config.json",
+        **{
+            f"corpus{f' {number}' if len(corpora) > 1 else ''}": f"{corpus.manifest['num_subjects']} subjects, "
+            f"{corpus.manifest['num_records']} scans, {corpus.manifest['num_samples']} planes; sha256 {manifest_sha256(corpus.manifest)}"
+            for number, corpus in enumerate(corpora, start=1)
+        },
+        "licence": licence,
+    }
+    rows = "\n".join(f"| {name} | {for_markdown(value)} |" for name, value in facts.items())
+    sources = "\n\n".join(for_markdown(corpus.manifest["provenance"]) for corpus in corpora)
+    return f"""# {config.name} {config.version}
+
+A backbone that gives {model.feature_channels} features for every {block}{pixel}{"s" * bool(block)} of an MRI {scan}, pretrained without
+labels by p2r.
+{for_markdown(config.description)}
+
+    import p2r
+    backbone = p2r.load_backbone({json.dumps(url)})
+    features = backbone(backbone.prepare("scan.nii.gz").images)
+
+| | |
+|---|---|
+{rows}
+
+{sources}
+
+Not a medical device. A figure is worth what its test patients say: see the report of the job that made this.
+"""

@@ -1,0 +1,245 @@
+"""A job -> how many images a worker can take at once, and how many pixel pairs of each, by trying.
+
+Every trial is a process of its own that takes a few steps on images of noise of the job's shape: what does not fit ends
+there, and nothing is left behind. Images are doubled until they do not fit, then the gap is halved twice; then pairs are
+doubled. No shards are read. A trial is one worker: those of a group hold less of the optimizer's state and, of one another,
+only the embeddings of their pairs, which the headroom is for.
+
+    python -m p2r.planning.tune_batch < trial.json      # what a trial runs
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from p2r.config import ImageConfig, PretrainConfig
+from p2r.console import show
+from p2r.data.batch import Batch, Group
+from p2r.data.order import allowed_world_sizes
+from p2r.engine.profile import peak_mib
+from p2r.errors import InputError, TrainingError
+
+HEADROOM = 0.1
+"""Part of the memory that stays free: for the embeddings of other workers, and for what the allocator cannot use."""
+
+MOST_TIMES = 4
+"""Images up to so many times the job's global batch are tried, and pairs up to so many times the job's: more is another job."""
+
+_NUM_STEPS = 2  # that are timed, after one that is not
+_DOES_NOT_FIT = 3  # exit code of a trial
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One attempt."""
+
+    images: int
+    """Encoded at once."""
+    pairs: int
+    """Of each image."""
+    peak_mib: float | None = None
+    """None: it did not fit."""
+    images_per_s: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fitted."""
+        return self.peak_mib is not None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How some workers share the job's global batch."""
+
+    num_workers: int
+    images: int
+    """Of each worker."""
+    micro_batch: int | None
+    """Encoded at once; None: all of them."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was found."""
+
+    trials: tuple[Trial, ...]
+    """In the order in which they were made."""
+    images: int
+    """The most that a worker can take at once, with the job's pairs."""
+    pairs: int
+    """The most of each image, with so many images."""
+    cuts: tuple[Cut, ...]
+    """For every number of workers that can share the job's global batch."""
+
+
+def tune_batch(
+    config: PretrainConfig, *, device: torch.device, memory_gib: float | None, say: Callable[[str], None]
+) -> Tuning:
+    """Find what fits.
+
+    Args:
+        config: Of the job.
+        device: What trials run on.
+        memory_gib: Of one worker. On a CPU: of the whole process. None: all of the GPU's.
+        say: Receives a line per trial.
+
+    Raises:
+        InputError: On a CPU, without `memory_gib`; or if not even one image fits.
+        TrainingError: If a trial fails for another reason than memory.
+    """
+    if device.type != "cuda" and memory_gib is None:
+        raise InputError("tune-batch on a CPU needs to be told how much memory a worker may use: --memory-gib 8")
+    limit_mib = (1 - HEADROOM) * (1024 * memory_gib if memory_gib is not None else _device_mib(device))
+    trials: list[Trial] = []
+
+    def fits(images: int, pairs: int) -> bool:
+        trial = run_trial(config, Trial(images, pairs), device=device, limit_mib=limit_mib)
+        trials.append(trial)
+        found = f"{trial.peak_mib:.0f} MiB | {trial.images_per_s:.1f} img/s" if trial.fits else "does not fit"
+        say(f"tune-batch | {images} images of {pairs} pairs | {found}")
+        return trial.fits
+
+    pairs = config.loss.pixel_pairs_per_image
+    images = _most(1, MOST_TIMES * config.global_batch, lambda images: fits(images, pairs), halvings=2)
+    if not images:
+        raise InputError(
+            f"one image with {pairs} pixel pairs does not fit into {limit_mib / 1024:.1f} GiB ({HEADROOM:.0%} are kept free): "
+            "give more memory, a smaller image or network, or pretrain.model.checkpoint_activations: all"
+        )
+    most = max(pairs, min(MOST_TIMES * pairs, config.image.size**config.image.dimensions))
+    more = _most(2 * pairs, most, lambda pairs: fits(images, pairs), halvings=0) if 2 * pairs <= most else 0
+    return Tuning(tuple(trials), images, more or pairs, cuts_of(config.global_batch, images))
+
+
+def cuts_of(global_batch: int, most_images: int) -> tuple[Cut, ...]:
+    """Share a global batch among every allowed number of workers, in the largest micro-batches that fit."""
+    cuts = []
+    for num_workers in allowed_world_sizes(global_batch):
+        images = global_batch // num_workers
+        micro_batch = max(part for part in range(1, min(images, most_images) + 1) if images % part == 0)
+        cuts.append(Cut(num_workers, images, None if micro_batch == images else micro_batch))
+    return tuple(cuts)
+
+
+def run_trial(config: PretrainConfig, trial: Trial, *, device: torch.device, limit_mib: float) -> Trial:
+    """Try a size in a process of its own, and return it with what was measured."""
+    given = {
+        "config": config.model_dump(mode="json"),
+        "trial": asdict(trial),
+        "device": str(device),
+        "limit_mib": limit_mib,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "p2r.planning.tune_batch"], input=json.dumps(given), capture_output=True, text=True
+    )
+    if done.returncode in (_DOES_NOT_FIT, -9):  # -9: the system has ended it for want of memory
+        return trial
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise TrainingError(f"a trial of {trial.images} images with {trial.pairs} pairs failed: {last}")
+    return Trial(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def noise_batch(image: ImageConfig, num_images: int) -> Batch:
+    """Return a batch of noise as if it had come from shards."""
+    generator = torch.Generator().manual_seed(0)
+    shape = [image.size] * image.dimensions
+    voxels = torch.randint(0, 1000, (num_images, *shape), generator=generator, dtype=torch.int16)
+    spacing_mm, centre = (image.spacing_mm,) * image.dimensions, ((image.size - 1) / 2,) * 3
+    # Planes of one grid come together, patches one by one.
+    parts = [torch.arange(num_images)] if image.dimensions == 2 else list(torch.arange(num_images)[:, None])
+    groups = tuple(
+        Group(part, voxels[part], torch.zeros(len(part)), torch.full((len(part),), 1000.0), spacing_mm, centre)
+        for part in parts
+    )
+    positions = np.arange(num_images, dtype=np.int64)
+    return Batch(groups, positions, np.zeros_like(positions), image)
+
+
+def _most(first: int, last: int, fits: Callable[[int], bool], *, halvings: int) -> int:
+    """Return the largest number up to `last` that was seen to fit, 0 if not even the first does.
+
+    Numbers are doubled from the first on; then the gap to what did not fit is halved so often.
+    """
+    low, high = 0, first
+    while high <= last and fits(high):
+        low, high = high, 2 * high
+    if not low or high > last:
+        return low
+    for _ in range(halvings):
+        middle = (low + high) // 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _device_mib(device: torch.device) -> float:
+    return torch.cuda.get_device_properties(device).total_memory / 2**20
+
+
+def _attempt(config: PretrainConfig, trial: Trial, *, device: torch.device, limit_mib: float) -> Trial:
+    """Take a few steps, in this process, and measure them."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / _device_mib(device)), device)
+    else:
+        threading.Thread(target=_end_beyond, args=(limit_mib, device), daemon=True).start()
+    # Here, because they take seconds to import, and only trials need them.
+    from p2r.engine.build import build_engine, join_process_group
+    from p2r.engine.step import pretrain_step
+    from p2r.model.pix2rep import Pix2Rep
+
+    join_process_group(device)
+    loss = config.loss.model_copy(update={"pixel_pairs_per_image": trial.pairs})
+    config = config.model_copy(update={"global_batch": trial.images, "micro_batch": None, "loss": loss})
+    learnt_temperature = loss.temperature if loss.learn_temperature else None
+    model = Pix2Rep(config.model, dimensions=config.image.dimensions, learnt_temperature=learnt_temperature)
+    engine = build_engine(model.to(device), config, world_size=1)
+    batch = noise_batch(config.image, trial.images)
+    began = math.nan
+    for step in range(1 + _NUM_STEPS):
+        if step == 1:
+            began = time.perf_counter()
+        float(pretrain_step(engine, batch, config=config, learning_rate=config.optimizer.learning_rate))
+    seconds = time.perf_counter() - began
+    found = peak_mib(device)
+    if found > limit_mib:
+        sys.exit(_DOES_NOT_FIT)
+    return Trial(trial.images, trial.pairs, found, _NUM_STEPS * trial.images / seconds)
+
+
+def _end_beyond(limit_mib: float, device: torch.device) -> None:
+    """End this process as soon as it holds more than it may, before the machine swaps."""
+    while peak_mib(device) <= limit_mib:
+        time.sleep(0.05)
+    os._exit(_DOES_NOT_FIT)
+
+
+def main() -> int:
+    """Run the trial that stands on stdin."""
+    given = json.load(sys.stdin)
+    device = torch.device(given["device"])
+    try:
+        trial = _attempt(
+            PretrainConfig.model_validate(given["config"]),
+            Trial(**given["trial"]),
+            device=device,
+            limit_mib=given["limit_mib"],
+        )
+    except torch.cuda.OutOfMemoryError:
+        return _DOES_NOT_FIT
+    show(json.dumps(asdict(trial)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Modes that learn from unlabelled images: what they read, what a teacher is worth, and a trial that was killed."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+
+from p2r.evaluate.tasks import load_task
+from p2r.fewshot import saved_training
+from p2r.fewshot.protocol import Trial, final_trials, settings_of
+from p2r.fewshot.saved_training import SavedTraining, TrainingState
+from p2r.fewshot.search import Result, Say, attempt
+from p2r.fewshot.trial import TrialSetup, run_trial
+from p2r.job import read_job
+from p2r.modes import MODES
+from p2r.pipeline.local import LocalExecutor
+from p2r.pipeline.stages import run_job
+from p2r.storage import Storage
+
+Make = Callable[..., TrialSetup]
+SEMI_SUPERVISED = [mode for mode, facts in MODES.items() if facts.unlabelled != "none"]
+
+
+def final(setup: TrialSetup, mode: str, **settings: float) -> Trial:
+    chosen = settings_of(setup.config, mode, {"learning_rate": 1e-2, **settings})  # type: ignore[arg-type]
+    config = setup.config.model_copy(update={"modes": (mode,)})
+    return final_trials(config, load_task(Path(setup.task)), {mode: chosen})[0]  # type: ignore[dict-item]
+
+
+def run(setup: TrialSetup, trial: Trial) -> dict[str, Any]:
+    Storage(setup.storage).delete("trials")
+    return run_trial(setup, trial, device="cpu")
+
+
+def weights(setup: TrialSetup, result: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load(Storage(setup.storage).read_bytes(result["weights"]))
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("mode", SEMI_SUPERVISED)
+def test_images_of_unlabelled_patients_are_read_and_their_label_files_are_not(
+    make: Make, copy: Path, mode: str
+) -> None:
+    setup = make(data=copy, steps=3, confidence_threshold=0.4)
+    trial = final(setup, mode)
+    others = [subject for subject in load_task(copy / "task.yaml").subjects["train"] if subject not in trial.subjects]
+    assert len(others) == 4
+    before = weights(setup, run(setup, trial))
+    for subject in others:
+        (copy / f"labels/{subject}_T1w.nii.gz").write_bytes(b"no label map")
+    assert equal(before, weights(setup, run(setup, trial)))
+    for subject in others:
+        image = nibabel.load(copy / f"images/{subject}_T1w.nii.gz")
+        changed = np.asarray(image.dataobj)[::-1].copy()
+        nibabel.Nifti1Image(changed, image.affine).to_filename(copy / f"images/{subject}_T1w.nii.gz")
+    assert not equal(before, weights(setup, run(setup, trial)))
+
+
+def test_a_mean_teacher_without_memory_or_consistency_is_fine_tuning(make: Make) -> None:
+    setup = make(steps=3)
+    fine_tuned = weights(setup, run(setup, final(setup, "fine_tune")))
+    alike, ours = (
+        weights(setup, run(setup, final(setup, "mean_teacher", **settings)))
+        for settings in ({"ema_decay": 0.0, "consistency_weight": 0.0}, {"ema_decay": 0.0, "ramp_up_fraction": 0.0})
+    )
+    assert equal(alike, fine_tuned)
+    assert not equal(ours, fine_tuned)
+
+
+def test_weak_to_strong_and_its_control_differ_by_their_first_weights_alone(make: Make) -> None:
+    setup = make(steps=2, confidence_threshold=0.4, ema_decay=0.0, warmup_head_steps=2)
+    pretrained, control = (run(setup, final(setup, mode)) for mode in ("weak_to_strong", "scratch_weak_to_strong"))
+    assert pretrained["row"]["backbone_sha256"] == setup.backbone_sha256 and control["row"]["backbone_sha256"] is None
+    named = pretrained["row"]["settings"]
+    assert {**named, **control["row"]["settings"]} == named
+    assert named.keys() - control["row"]["settings"].keys() == {"warmup_head_steps", "backbone_learning_rate_factor"}
+
+
+class Killed(BaseException):
+    """Ends a trial at once, as a lost machine does."""
+
+
+@pytest.mark.parametrize("mode", ["fine_tune", "weak_to_strong"])
+def test_a_trial_that_was_killed_and_resumed_is_bitwise_the_one_that_was_not(
+    make: Make, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    setup = make(steps=60, batch_size=1, curve_steps=20, warmup_head_steps=30, confidence_threshold=0.4)
+    trial, lines = final(setup, mode), list[str]()
+    whole = run(setup, trial)
+    monkeypatch.setattr(saved_training, "SAVE_INTERVAL_S", 0.0)
+    save = SavedTraining.save
+
+    def save_and_die(self: SavedTraining, state: TrainingState) -> None:
+        save(self, state)
+        raise Killed
+
+    monkeypatch.setattr(SavedTraining, "save", save_and_die)
+    Storage(setup.storage).delete("trials")
+    for _ in range(2):  # after 25 and 50 steps: within and after the head's warm-up
+        with pytest.raises(Killed):
+            run_trial(setup, trial, device="cpu", say=lines.append)
+    resumed = run_trial(setup, trial, device="cpu", say=lines.append)
+    assert [line for line in lines if "resumes" in line] == [
+        f"{trial.id} | resumes after step {step}/60" for step in (25, 50)
+    ]
+    assert equal(weights(setup, whole), weights(setup, resumed))
+    for result in (whole, resumed):
+        del result["seconds"], result["row"]["seconds"]
+    assert resumed == whole
+    assert [point["step"] for point in whole["row"]["curve"]] == [20, 40, 60]
+    assert Storage(setup.storage).list("unfinished") == [], "what is done needs no state"
+
+
+def test_trials_in_slices_of_time_come_to_the_report_of_a_whole_run(
+    write_toy_job: Callable[..., Path], published: dict[str, str], tmp_path: Path
+) -> None:
+    given = ("kind=finetune", f"finetune.backbone={published['backbone']}", "pretrain=null", "finetune.steps=60")
+    modes = (
+        "finetune.publish_model=false",
+        "finetune.modes=[scratch_weak_to_strong]",
+        "finetune.num_labelled=[1]",
+        "finetune.batch_size=1",
+    )
+    rates = "finetune.search.learning_rates={scratch_weak_to_strong: [1.0e-2]}"
+    rows, ends = {}, list[str | None]()
+    for name, max_seconds in (("whole", None), ("sliced", 0.0)):
+        job = read_job(write_toy_job(tmp_path), (*given, *modes, rates, f"storage={tmp_path / name}"))
+        while True:
+            made = run_job(job, _Slice(torch.device("cpu"), max_seconds), say=lambda line: None)
+            ends.append(made.get("unfinished"))
+            if "unfinished" not in made:
+                break
+        (rows[name],) = Storage(job.storage).read_json("report/report.json")["rows"]
+        del rows[name]["seconds"]
+    assert ends == [None, "finetune", "finetune", None], "25 steps, 25 more, the rest"
+    assert rows["sliced"] == rows["whole"]
+
+
+class _Slice(LocalExecutor):
+    """Begins its trial whatever the clock says, so that every slice has 25 steps."""
+
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
+        return [
+            attempt(setup, trial, device="cpu", retries=2, say=say, deadline=self._deadline) for setup, trial in trials
+        ]
+
+
+def test_a_training_state_that_is_damaged_costs_its_steps_and_not_the_trial(make: Make) -> None:
+    setup = make(steps=3)
+    trial = final(setup, "fine_tune")
+    whole = weights(setup, run(setup, trial))
+    for content in (b"", b"not a file of weights", b"\x00" * 64):
+        Storage(setup.storage).write_bytes(setup.state_path(trial), content)
+        assert equal(whole, weights(setup, run(setup, trial)))
+
+
+def test_a_row_tells_how_many_pseudo_labels_of_each_class_there_were(make: Make) -> None:
+    setup = make(steps=4, confidence_threshold=0.4)
+    told = run(setup, final(setup, "scratch_weak_to_strong"))["row"]["pseudo_labels"]
+    assert told["steps"] == [1, 2, 3, 4]
+    assert all(0 < share <= 1 for share in told["confident_fraction"])
+    assert list(told["class_fractions"]) == ["background", "DISC"]
+    assert np.allclose(np.sum(list(told["class_fractions"].values()), axis=0), 1, atol=1e-4)
+
+
+def test_a_threshold_that_nothing_reaches_is_named_in_the_row(make: Make) -> None:
+    setup = make(steps=3)
+    lines = list[str]()
+    trial = final(setup, "scratch_weak_to_strong", confidence_threshold=0.999)
+    told = run_trial(setup, trial, device="cpu", say=lines.append)["row"]["pseudo_labels"]
+    assert told["confident_fraction"] == [0.0, 0.0, 0.0] and told["classes_never_found"] == ["background", "DISC"]
+    (warning,) = told["warnings"]
+    assert warning.startswith("no pixel reached confidence_threshold 0.999: nothing was learnt from unlabelled images")
+    assert any(line.endswith(warning) for line in lines)
+
+
+def test_where_all_patients_are_labelled_their_own_images_are_the_unlabelled_ones(make: Make) -> None:
+    setup = make(steps=2, num_labelled=["all"], confidence_threshold=0.4)
+    told = run(setup, final(setup, "weak_to_strong"))["row"]["pseudo_labels"]
+    assert told["confident_fraction"][0] > 0
+
+
+def test_a_trial_that_cannot_be_compiled_says_why_and_is_the_one_that_is_not(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/restored/afterwards")
+    lines, found = list[str](), []
+    for is_asked in (False, True):
+        setup = make(steps=2, compile=is_asked)
+        trial = final(setup, "weak_to_strong")
+        found.append(weights(setup, run_trial(setup, trial, device="cpu", say=lines.append)))
+    assert equal(*found)
+    assert any(" | not compiled: no compiler (no-such-compiler) on this machine" in line for line in lines)

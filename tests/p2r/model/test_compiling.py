@@ -1,0 +1,71 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from p2r.config import ModelConfig
+from p2r.model import build_backbone
+from p2r.model.compiling import warm_up
+
+SMALL = ModelConfig(name="dynunet", channels=(4, 4, 4), feature_channels=4)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2R_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # restored afterwards
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+
+def test_without_a_compiler_training_goes_on_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    is_compiled, said = warm_up(build_backbone(SMALL), shape=(2, 1, 8, 8), dtype=torch.float32)
+    assert not is_compiled
+    assert said == (
+        "not compiled: no compiler (no-such-compiler) on this machine, install one or name it in CXX; "
+        "training goes on without"
+    )
+
+
+def test_with_a_compiler_that_fails_too(tmp_path: Path) -> None:
+    import torch._inductor.config as inductor
+
+    backbone = build_backbone(SMALL)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    with inductor.patch({"cpp.cxx": (None, "false")}):  # CXX is read once in a process
+        is_compiled, said = warm_up(backbone, shape=(2, 1, 8, 8), dtype=torch.bfloat16)
+    assert not is_compiled
+    assert said.startswith("not compiled: ") and said.endswith("training goes on without")
+    assert "\n" not in said
+    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+
+
+def test_memory_that_does_not_suffice_for_compiling_costs_a_line_and_not_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    backbone = build_backbone(SMALL)
+    monkeypatch.setattr(
+        "p2r.model.compiling.compile_in_place", lambda module, how: module.register_forward_pre_hook(full)
+    )
+    is_compiled, said = warm_up(backbone, shape=(2, 1, 8, 8), dtype=torch.float32)
+    assert not is_compiled
+    assert said == "not compiled: OutOfMemoryError: CUDA out of memory; training goes on without"
+
+
+@pytest.mark.parametrize("given", [None, "/somewhere/else"])
+def test_what_is_compiled_is_kept_in_our_cache_unless_the_environment_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    if given is not None:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
+    else:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as PyTorch sets it when it is imported
+    warm_up(build_backbone(SMALL), shape=(2, 1, 8, 8), dtype=torch.float32)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (given or str(tmp_path / "inductor"))

@@ -1,0 +1,90 @@
+"""A report of a job shows cases as their trials left them, and is made without those that cannot be read."""
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from p2r.errors import DataError
+from p2r.fewshot.scoring import npz_bytes
+from p2r.pipeline.reporting import _UNREADABLE, _prediction, _shared_planes
+from p2r.storage import Storage
+from p2r.views.pair import ViewPair
+
+
+def test_the_report_of_a_job_shows_its_best_and_worst_case(published: dict[str, str]) -> None:
+    storage = Storage(published["storage"]).child("report")
+    report = storage.read_json("report.json")
+    row = next(row for row in report["rows"] if (row["mode"], row["num_labelled"]) == ("scratch", 1))
+    for rank in ("best", "worst"):
+        assert f"pictures/case-{rank}-disc.png" in report["pictures"]
+        picture = ET.fromstring(storage.read_bytes(f"pictures/case-{rank}-disc.svg"))
+        text = " ".join(" ".join(picture.itertext()).split())
+        assert "1 labelled" in text and "task disc" in text and "leak_free" in text
+        assert any(subject in text for subject in row["dice_by_subject"])
+    assert "left_out" not in report["context"]
+    assert report["statistics"]["intervals"]
+    page = storage.read_bytes("report.html").decode()
+    for part in ("At a glance", "Single patients", "No trial failed.", "Readings of the test split", "What it cost"):
+        assert part in page
+
+
+def test_the_report_of_a_job_says_what_its_pretraining_and_its_sweep_took(published: dict[str, str]) -> None:
+    report = Path(published["report"].removeprefix("file://"))
+    context = json.loads(report.with_suffix(".json").read_text())["context"]
+    rows = [json.loads(line) for line in (report.parents[1] / "pretrain/history.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows]
+    assert steps == [2, 4, 6]
+    assert context["spent"]["pretraining_s"] == pytest.approx(2 * sum(row["step_s"] for row in rows))
+    assert context["spent"]["num_pretraining_workers"] == 1 and context["overhead"]["num_trials"] > 0
+    page = report.read_text()
+    assert "pretraining of the backbone, each worker" in page and "overhead" in page
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"", "No data left|EOF"),
+        (b"PK\x03\x04 damaged", "not a zip|pickled"),
+        (npz_bytes({"other": np.zeros((4, 4, 2, 1), np.uint8)}), "no prediction of scan"),
+        (npz_bytes({"scan": np.zeros((4, 4, 3, 1), np.uint8)}), r"the grid \(4, 4, 3, 1\), its scan \(4, 4, 2, 1\)"),
+    ],
+)
+def test_a_prediction_that_cannot_be_read_is_left_out_by_name(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    setup: Any = SimpleNamespace(storage=str(tmp_path))
+    scan: Any = SimpleNamespace(labels=SimpleNamespace(data=np.zeros((4, 4, 2, 1), np.int16)))
+    if content is not None:
+        (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(_UNREADABLE, match=message):
+        _prediction({"predictions": "a.npz"}, "scan", setup, scan)
+
+
+def test_points_of_volumes_lie_in_both_planes_that_are_shown() -> None:
+    shift, size = torch.tensor([2.0, 1.0, 3.0]), (12, 10, 12)
+    grid = torch.stack(torch.meshgrid(*map(torch.arange, size), indexing="ij"), -1)  # (X, Y, Z, 3)
+    warp = (grid + shift).expand(2, *size, 3)
+    images = (grid * torch.tensor([1, 100, 10_000])).sum(-1).float().expand(2, 1, *size)  # every voxel its own value
+    valid = (warp <= torch.tensor(size) - 1).all(-1)
+    valid[1, ..., 6] = False  # of this one the middle plane shows nothing
+    moved = images.roll((-2, -1, -3), (2, 3, 4))
+    views = ViewPair(a=images, b=moved, warp=warp, valid=valid)
+
+    planes, shown, points_a, points_b = _shared_planes(images, views, [np.random.default_rng(seed) for seed in (0, 1)])
+    assert planes.shape == shown.a.shape == shown.b.shape == (1, 1, 12, 10)
+    assert torch.equal(planes[0], images[0, ..., 9]) and torch.equal(shown.b[0], moved[0, ..., 6])
+    of_a, of_b = (at[0].long() for at in (points_a, points_b))
+    assert torch.equal(shown.a[0, 0, of_a[:, 0], of_a[:, 1]], shown.b[0, 0, of_b[:, 0], of_b[:, 1]])
+    assert len(of_b.unique(dim=0)) > 20
+
+    with pytest.raises(DataError, match="none shows any"):
+        _shared_planes(
+            images[1:], ViewPair(*(part[1:] for part in (views.a, views.b, warp, valid))), [np.random.default_rng()]
+        )
