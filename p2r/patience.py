@@ -215,7 +215,7 @@ def text_of(error: Exception) -> str:
             "must begin with the server's scheme, http:// or https://"
         )
     if isinstance(error, failures.ConnectionClosedError):
-        return f"{type(error).__name__}: {error}; AWS_ENDPOINT_URL must begin with the server's scheme, http:// or https://, and name its port"
+        return f"{type(error).__name__}: {error}; AWS_ENDPOINT_URL must begin with the server's scheme, http:// or https:// and its port"
     if not isinstance(error, failures.ClientError):
         return f"{type(error).__name__}: {error}"
     message = error.response.get("Error", {}).get("Message", "")
