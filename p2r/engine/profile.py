@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.profiler import ProfilerActivity, record_function
 
+from p2r.documents import checked
 from p2r.engine.counting import SavedTensors, storages_of
+from p2r.errors import DamagedError
 from p2r.storage import Storage
 
 NUM_WARM_UP = 3
@@ -30,6 +33,7 @@ BESIDE = ("decode", "copy")
 
 _MIB = 2**20
 _NUM_OPERATORS = 10
+_MAX_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,9 @@ class Profile:
     operators: tuple[Operator, ...]
     """The most expensive operators."""
     memory: Memory
+
+
+_PROFILE = TypeAdapter(Profile)
 
 
 class Profiler:
@@ -302,15 +309,6 @@ def _size_mib(tensors: Iterable[Tensor], *, apart: Iterable[int] = ()) -> float:
 
 def profile_text(storage: Storage) -> str:
     """Return the tables of the profile in `<storage>/pretrain/profile`."""
-    profile = storage.read_json("profile/profile.json")
-    return to_text(
-        Profile(
-            **{
-                **profile,
-                "parts": tuple(Part(**part) for part in profile["parts"]),
-                "beside": tuple(Part(**part) for part in profile["beside"]),
-                "operators": tuple(Operator(**one) for one in profile["operators"]),
-                "memory": Memory(**profile["memory"]),
-            }
-        )
-    )
+    where = "profile/profile.json"
+    value = storage.read_json(where, max_bytes=_MAX_BYTES)
+    return to_text(checked(_PROFILE, value, where=f"{storage.at(where)} is damaged:", error=DamagedError))

@@ -24,7 +24,7 @@ from p2r.errors import DataError, StorageError, error_text
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.evaluate.tasks import LabelledScan, Task, load_scan, load_task
-from p2r.fewshot.trial import TrialSetup
+from p2r.fewshot.trial import TrialSetup, warnings_of
 from p2r.job import Job
 from p2r.loss import corresponding_points
 from p2r.modes import MODES
@@ -233,9 +233,7 @@ def _report_context(job: Job, backbone: Backbone, tasks: Sequence[Task], models:
 
 def _warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return warnings of single trials, which did not end them."""
-    return [
-        f"{row['id']}: {warning}." for row in rows for warning in (row.get("pseudo_labels") or {}).get("warnings", [])
-    ]
+    return [f"{row['id']}: {warning}." for row in rows for warning in warnings_of(row)]
 
 
 def _backbone_line(backbone: Backbone) -> str:

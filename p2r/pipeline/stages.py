@@ -38,6 +38,7 @@ from p2r.fewshot.search import (
     publish_on_all,
     trial_for_publishing,
 )
+from p2r.fewshot.stored import read_report_rows
 from p2r.fewshot.trial import TrialSetup, preparation_for
 from p2r.job import Job, variants_of
 from p2r.logs import Say as Say
@@ -117,7 +118,7 @@ def _run_variants(job: Job, storage: Storage, executor: Executor, say: Say) -> d
         made = _train_and_score(variant, where, executor, stages, say)
         if "unfinished" in made:
             return {"unfinished": f"variant {name}"}
-        rows += [{**row, "variant": name} for row in where.read_json("report/report.json")["rows"]]
+        rows += [{**row, "variant": name} for row in read_report_rows(where, "report/report.json")]
         failed += [{**failure, "trial": f"{name}: {failure['trial']}"} for failure in made.get("failed", [])]
     found = {"report": write_variants(job, storage, rows, failed=failed), "table": variants_table(rows)}
     return {**found, "failed": failed} if failed else found

@@ -20,11 +20,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from p2r.config import ImageConfig, PretrainConfig
 from p2r.console import show
 from p2r.data.batch import Batch, Group
 from p2r.data.order import allowed_world_sizes
+from p2r.documents import checked, read_json
 from p2r.engine.profile import peak_mib
 from p2r.errors import InputError, TrainingError
 
@@ -36,6 +38,7 @@ MOST_TIMES = 4
 
 _NUM_STEPS = 2  # timed steps, after an untimed one
 _DOES_NOT_FIT = 3  # exit code of a trial
+_MAX_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,19 @@ class Trial:
     def fits(self) -> bool:
         """True if the trial fitted into memory."""
         return self.peak_mib is not None
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The input of a trial's process."""
+
+    config: PretrainConfig
+    trial: Trial
+    device: str
+    limit_mib: float
+
+
+_TRIAL, _GIVEN = TypeAdapter(Trial), TypeAdapter(_Given)
 
 
 @dataclass(frozen=True)
@@ -146,7 +162,12 @@ def run_trial(config: PretrainConfig, trial: Trial, *, device: torch.device, lim
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise TrainingError(f"a trial of {trial.images} images with {trial.pairs} pairs failed: {last}")
-    return Trial(**json.loads(done.stdout.splitlines()[-1]))
+    where = f"the answer of a trial of {trial.images} images with {trial.pairs} pairs"
+    answer = (done.stdout.splitlines() or [""])[-1].encode(errors="replace")
+    try:
+        return checked(_TRIAL, read_json(answer, where=where, max_bytes=_MAX_BYTES), where=where)
+    except InputError as error:
+        raise TrainingError(str(error)) from None
 
 
 def noise_batch(image: ImageConfig, num_images: int) -> Batch:
@@ -226,15 +247,10 @@ def _exit_beyond_limit(limit_mib: float, device: torch.device) -> None:
 
 def main() -> int:
     """Run the trial given on stdin."""
-    given = json.load(sys.stdin)
-    device = torch.device(given["device"])
+    content = sys.stdin.buffer.read(_MAX_BYTES + 1)
+    given = checked(_GIVEN, read_json(content, where="stdin", max_bytes=_MAX_BYTES), where="stdin")
     try:
-        trial = _run_steps(
-            PretrainConfig.model_validate(given["config"]),
-            Trial(**given["trial"]),
-            device=device,
-            limit_mib=given["limit_mib"],
-        )
+        trial = _run_steps(given.config, given.trial, device=torch.device(given.device), limit_mib=given.limit_mib)
     except torch.cuda.OutOfMemoryError:
         return _DOES_NOT_FIT
     show(json.dumps(asdict(trial)))
