@@ -147,7 +147,8 @@ def is_relative_path(path: str) -> bool:
 def _check_relative(path: str) -> str:
     if not is_relative_path(path):
         raise ValueError(
-            "must be a path below the folder: no `..`, no leading slash, no backslash, no control character"
+            "must be a path below the folder: no `..`, no leading slash, no backslash, no control character, no mark of "
+            "direction"
         )
     return path
 

@@ -23,7 +23,7 @@ from p2r.data.manifest import load_manifest, manifest_sha256
 from p2r.data.shards import open_shard
 from p2r.data.stream import Corpus, stream
 from p2r.engine.build import build_engine, join_process_group, masters
-from p2r.engine.pretrain import _num_lost, finished_checkpoint, pretrain
+from p2r.engine.pretrain import _count_lost_weights, finished_checkpoint, pretrain
 from p2r.engine.profile import PARTS, profile_text
 from p2r.engine.report import PretrainReport
 from p2r.engine.step import Step, take_step
@@ -242,7 +242,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(job_of: JobOf, corpus: Storage,
     storage = Storage(str(tmp_path / "pretrain"))
     with pytest.raises(
         TrainingError,
-        match=r"^step 4: queries: .* embeddings are not finite; steps in a row that could not be taken: 3, "
+        match=r"^step 4: queries: .* embeddings are not finite; skipped steps in a row: 3, "
         r"pretrain.max_skipped_steps allows 2; the last good checkpoint is .*/checkpoints/step-00000001\. Lower",
     ):
         _train(job, storage, corpus)
@@ -437,9 +437,9 @@ def test_weights_that_are_no_longer_finite_are_counted_at_every_zero_stage(
     assert settings is not None
     join_process_group(CPU)
     engine = build_engine(Pix2Rep(settings.model), settings, world_size=1)
-    assert _num_lost(engine) == 0
+    assert _count_lost_weights(engine) == 0
     lose_two_weights(engine)
-    assert _num_lost(engine) == 2
+    assert _count_lost_weights(engine) == 2
     engine.destroy()
 
 

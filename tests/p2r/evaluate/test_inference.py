@@ -335,22 +335,6 @@ def test_the_largest_component_alone_is_kept_on_request(tmp_path: Path) -> None:
     assert np.array_equal(largest, np.where(np.indices(whole.shape)[0] < 20, whole, 0))
 
 
-@pytest.mark.parametrize("dimensions", [2, 3])
-def test_probabilities_add_up_to_one_also_where_the_network_reads_nothing(tmp_path: Path, dimensions: int) -> None:
-    shape = (30, 26, 6) if dimensions == 2 else (30, 26, 28)
-    volume, _ = scan_with_blob(
-        tmp_path, spacing_mm=(1.5, 1.5, 6.0) if dimensions == 2 else (1.5, 1.5, 1.5), shape=shape
-    )
-    preparation = Preparation(spacing_mm=1.3, image_size=16, planes="centre", dimensions=dimensions)  # type: ignore[arg-type]
-    options: dict[str, Any] = {"preparation": preparation, "num_classes": 2}
-    found = predict_probabilities(Threshold(), images_read(volume, preparation), **options)
-    assert found.shape == (*volume.data.shape, 2)
-    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
-    beyond = (found[..., 0] == 1) & (found[..., 1] == 0)
-    assert beyond.mean() > 0.3 and beyond.any(axis=(1, 2, 3)).all()
-    assert np.array_equal(found.argmax(-1), predict_volume(Threshold(), volume, **options))
-
-
 def test_maps_of_a_stranger_s_many_classes_are_refused_before_they_are_made(tmp_path: Path) -> None:
     volume, _ = scan_with_blob(tmp_path, spacing_mm=(1.0, 1.0, 2.0), shape=(40, 40, 12))
     with pytest.raises(RefusedScan, match=r"maps of 10000000 classes on .* voxels would take .*: segment a part"):
@@ -369,3 +353,19 @@ def test_features_beyond_the_memory_of_a_scan_are_refused(tmp_path: Path, monkey
     monkeypatch.setattr(preprocess, "MAX_IMAGES_MIB", 0.1)
     with pytest.raises(RefusedScan, match=r"2 features of 40 x 12 x 40 voxels would take .*: leave out --native"):
         on_scan_grid(features[:, :, :, 0], affine, volume)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_probabilities_add_up_to_one_also_where_the_network_reads_nothing(tmp_path: Path, dimensions: int) -> None:
+    shape = (30, 26, 6) if dimensions == 2 else (30, 26, 28)
+    volume, _ = scan_with_blob(
+        tmp_path, spacing_mm=(1.5, 1.5, 6.0) if dimensions == 2 else (1.5, 1.5, 1.5), shape=shape
+    )
+    preparation = Preparation(spacing_mm=1.3, image_size=16, planes="centre", dimensions=dimensions)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"preparation": preparation, "num_classes": 2}
+    found = predict_probabilities(Threshold(), images_read(volume, preparation), **options)
+    assert found.shape == (*volume.data.shape, 2)
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
+    beyond = (found[..., 0] == 1) & (found[..., 1] == 0)
+    assert beyond.mean() > 0.3 and beyond.any(axis=(1, 2, 3)).all()
+    assert np.array_equal(found.argmax(-1), predict_volume(Threshold(), volume, **options))
