@@ -1,4 +1,4 @@
-"""A configuration and the newest checkpoint -> a run that is ready for its next step."""
+"""Start of a run: configuration and newest checkpoint -> a run that is ready for its next step."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -28,8 +28,8 @@ from p2r.storage import Storage
 
 
 @dataclass
-class News:
-    """What the next report says, and none after it; see `PretrainReport`."""
+class PendingReport:
+    """Fields of `PretrainReport` that only the next report contains."""
 
     resumed_from: int | None = None
     fell_back: str | None = None
@@ -41,7 +41,7 @@ class News:
 
 @dataclass
 class PretrainRun:
-    """A run on this rank, between two of its steps."""
+    """State of a run on this rank between two steps."""
 
     config: PretrainConfig
     storage: Storage
@@ -52,21 +52,21 @@ class PretrainRun:
     counters: Counters
     history: "HistoryRows"
     is_over: Callable[[], bool]
-    """Collective."""
+    """True if the run should end; collective."""
     profiler: Profiler | None
     probe: OnlineProbe | None
-    """On rank 0 alone."""
+    """On rank 0 only."""
     timed: Timed
     init_from: dict[str, Any] | None
-    """Where the first weights came from."""
+    """Origin of the initial weights."""
     first_step: int
     state: StreamState
-    """Of the data after the last step."""
+    """State of the data after the last step."""
     running: "Sums"
     unread: "UnreadSteps"
     good: str | None
-    """Path of the newest checkpoint after which no step was left out."""
-    news: News
+    """Path of the newest checkpoint since which no step was skipped."""
+    pending: PendingReport
     clock: "Clock"
 
 
@@ -81,25 +81,25 @@ def begin_run(
     profile_steps: int,
     is_over: Callable[[], bool] | None,
 ) -> PretrainRun:
-    """Make what the first step needs: as the newest checkpoint left it, if there is one. Collective."""
+    """Prepare the first step, restoring the newest checkpoint if there is one. Collective."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     checkpoint = None if fetched is None else fetched.manifest
-    _refuse(config, checkpoint, storage, world_size=world_size)
+    _check_batch_and_checkpoint(config, checkpoint, storage, world_size=world_size)
     saved_stream = None if checkpoint is None else checkpoint["state"]["stream"]
     corpora = agreed_corpora(config, corpus, stream=saved_stream, device=device)
     state = stream_state(corpora, seed=config.seed, global_batch=config.global_batch, neighbours=config.neighbours)
-    model, init_from = _network(config, checkpoint)
-    engine, compiled = _engine(model.to(device), config, world_size=world_size)
-    news = News(compiled=compiled, loss_without_kernels=_loss_without_kernels(config, device))
+    model, init_from = _build_network(config, checkpoint)
+    engine, compiled = _build_compiled_engine(model.to(device), config, world_size=world_size)
+    pending = PendingReport(compiled=compiled, loss_without_kernels=_explain_missing_kernels(config, device))
     running = Sums()
     if fetched is not None and checkpoint is not None:
         tensors = checkpoints.load(engine, fetched)
         if "ema" in tensors:
             set_mean_weights(engine, tensors["ema"])
-        news.resumed_from, news.fell_back = checkpoint["step"], fetched.note
+        pending.resumed_from, pending.fell_back = checkpoint["step"], fetched.note
         running = Sums(**checkpoint["state"]["running"])
         state = state.resumed(checkpoint["state"]["stream"])
-    resumed_from = news.resumed_from or 0
+    resumed_from = pending.resumed_from or 0
     history = HistoryRows(storage, rank, first_step=resumed_from)
     is_over_anywhere = never if is_over is None else OnAnyRank(is_over, device)
 
@@ -145,16 +145,18 @@ def begin_run(
         running=running,
         unread=UnreadSteps(config.max_skipped_steps),
         good=None if checkpoint is None else checkpoint["path"],
-        news=news,
+        pending=pending,
         clock=Clock(),
     )
 
 
-def _refuse(config: PretrainConfig, checkpoint: Mapping[str, Any] | None, storage: Storage, *, world_size: int) -> None:
-    """Raise InputError if so many workers cannot share a batch, or cannot go on from a checkpoint."""
+def _check_batch_and_checkpoint(
+    config: PretrainConfig, checkpoint: Mapping[str, Any] | None, storage: Storage, *, world_size: int
+) -> None:
+    """Raise `InputError` if this number of workers cannot share a batch, or cannot resume from a checkpoint."""
     if checkpoint is not None and "skipped_steps" not in checkpoint["state"]["running"]:
         raise CheckpointError(
-            f"{storage.at(checkpoint['path'])} holds the state of an optimizer that could not leave out a step, and cannot be "
+            f"{storage.at(checkpoint['path'])} holds the state of an optimizer that could not skip a step, and cannot be "
             f"resumed: use the version of p2r that wrote it ({checkpoint['code_version']}), or another storage URL"
         )
     if config.global_batch % world_size:
@@ -168,8 +170,10 @@ def _refuse(config: PretrainConfig, checkpoint: Mapping[str, Any] | None, storag
         )
 
 
-def _network(config: PretrainConfig, checkpoint: Mapping[str, Any] | None) -> tuple[Pix2Rep, dict[str, Any] | None]:
-    """Return the network with its first weights, and where these came from if they were not drawn."""
+def _build_network(
+    config: PretrainConfig, checkpoint: Mapping[str, Any] | None
+) -> tuple[Pix2Rep, dict[str, Any] | None]:
+    """Return the network with its initial weights, and their origin if they are not random."""
     torch.manual_seed(config.seed)
     learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
     model = Pix2Rep(config.model, dimensions=config.image.dimensions, learnt_temperature=learnt_temperature)
@@ -178,8 +182,8 @@ def _network(config: PretrainConfig, checkpoint: Mapping[str, Any] | None) -> tu
     return model, None if config.init_from is None else init_weights(model, config.init_from)
 
 
-def _engine(model: Pix2Rep, config: PretrainConfig, *, world_size: int) -> tuple[Any, str | None]:
-    """Return the engine of a network on its device, its backbone compiled if asked and possible, and what to say of that."""
+def _build_compiled_engine(model: Pix2Rep, config: PretrainConfig, *, world_size: int) -> tuple[Any, str | None]:
+    """Return the engine of a network on its device, and a line on its compilation, if requested."""
     is_compiled, compiled = False, None
     if config.compile:
         is_compiled, compiled = warm_up(
@@ -194,8 +198,8 @@ def _engine(model: Pix2Rep, config: PretrainConfig, *, world_size: int) -> tuple
     return engine, compiled
 
 
-def _loss_without_kernels(config: PretrainConfig, device: torch.device) -> str | None:
-    """Return why a GPU will compute the loss without its kernels, as long as nothing has been computed yet."""
+def _explain_missing_kernels(config: PretrainConfig, device: torch.device) -> str | None:
+    """Return the reason that a GPU will compute the loss without its kernels; None if it will use them. Call before the first step."""
     loss = config.loss
     if device.type != "cuda" or loss.name != "info_nce" or loss.negatives == "image":
         return None
@@ -209,12 +213,12 @@ def _loss_without_kernels(config: PretrainConfig, device: torch.device) -> str |
 
 
 def _encoded_shape(config: PretrainConfig, world_size: int) -> tuple[int, ...]:
-    """Return the shape (B, C, *S) of what the backbone encodes at once: both views of a micro-batch."""
+    """Return the shape (B, C, *S) of the backbone's input: both views of a micro-batch."""
     num_images = config.micro_batch or config.global_batch // world_size
     return 2 * num_images, config.model.in_channels, *[config.image.size] * config.image.dimensions
 
 
 def record_damage(storage: Storage, replaced: Replaced) -> None:
-    """Leave a note for whoever mends the corpus; the same damage gives the same note on every rank and in every epoch."""
+    """Record damage for later repair; the same damage gives the same record on every rank and in every epoch."""
     shard = replaced.shard.rsplit("/", 1)[-1]
     storage.write_json(f"quarantine/{shard}-{replaced.sample:08d}.json", asdict(replaced))

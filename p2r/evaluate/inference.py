@@ -10,6 +10,7 @@ Shapes: *S an image's sides, H W or X Y Z; X Y Z T a volume; P = T * Z planes; h
 classes; F features
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,7 @@ from p2r.data.preprocess import (
     Frames,
     Planes,
     Preparation,
+    check_room,
     cubic_to_voxel,
     frames_of,
     from_cubic,
@@ -139,6 +141,7 @@ def predict_probabilities(
     def classes_last(native: Tensor, first: int) -> Tensor:
         return _completed(native).movedim(1, -1)
 
+    _check_maps(num_classes, len(images.images) * math.prod(images.shape))
     found = _on_native_grid(classes_last, segmenter, images, preparation, num_classes, device, batch_size)
     probabilities: NDArray[np.float32] = _assembled(found, images)
     return probabilities
@@ -204,6 +207,8 @@ def _on_native_grid(
     `read` is called with those of B images, and the index of their first one.
     """
     batch_size = batch_size or _BATCH_SIZE[preparation.dimensions]
+    at_once = batch_size if isinstance(images, Planes) else 1
+    _check_maps(num_classes, at_once * (math.prod(images.shape) + math.prod(images.images.shape[2:])))
 
     def probabilities(windows: Tensor) -> Tensor:
         logits: Tensor = segmenter(windows)
@@ -214,7 +219,7 @@ def _on_native_grid(
     found: list[Tensor] = []
     first = 0
     with _evaluating(segmenter):
-        for part in torch.split(images.images, batch_size if isinstance(images, Planes) else 1):
+        for part in torch.split(images.images, at_once):
             blended = _by_windows(probabilities, part.to(device), preparation=preparation, batch_size=batch_size)
             if isinstance(images, Planes):
                 native = from_grid(
@@ -227,6 +232,14 @@ def _on_native_grid(
             found.append(read(native, first).cpu())
             first += len(part)
     return torch.cat(found)
+
+
+def _check_maps(num_classes: int, num_voxels: int) -> None:
+    check_room(
+        num_classes * num_voxels,
+        f"maps of {num_classes} classes on {num_voxels:,} voxels",
+        "segment a part of the scan, or use a model of fewer classes",
+    )
 
 
 def _assembled(maps: Tensor, images: Planes | Frames) -> NDArray[Any]:
@@ -276,8 +289,16 @@ def embed_volume(
         planes = planes_of(volume, preparation=preparation, size=None)
         images, at_once = planes.images, batch_size
     padded, sides = _padded(images, size_divisor), images.shape[2:]
+    parts: list[Tensor] = []
     with _evaluating(backbone):
-        found = torch.cat([read(part.to(device)).cpu() for part in torch.split(padded, at_once)])
+        for part in torch.split(padded, at_once):
+            parts.append(read(part.to(device)).cpu())
+            check_room(
+                2 * parts[0][0].numel() * len(padded),
+                f"{volume.key}: {parts[0].shape[1]} features of {' x '.join(map(str, padded.shape[2:]))} pixels of {len(padded)} images",
+                "embed a part of the scan",
+            )
+    found = torch.cat(parts)
     stride = padded.shape[2] // found.shape[2]
     maps = found[(slice(None), slice(None), *(slice(-(-side // stride)) for side in sides))]
 

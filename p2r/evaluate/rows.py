@@ -5,13 +5,12 @@ kept, so that a report can be written again without loss: `to_json` returns the 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter
 
 from p2r.documents import checked
 from p2r.errors import DataError
-from p2r.storage import Storage
 
 
 class JsonModel(BaseModel):
@@ -153,7 +152,20 @@ class TrialRow(JsonModel):
     @property
     def all_warnings(self) -> list[str]:
         """Problems that did not end the training, those of its pseudo-labels last."""
-        return [*(self.warnings or ()), *(() if self.pseudo_labels is None else self.pseudo_labels.warnings)]
+        return all_warnings(self)
+
+
+class _HasWarnings(Protocol):
+    @property
+    def warnings(self) -> list[str] | None: ...
+
+    @property
+    def pseudo_labels(self) -> PseudoLabelRow | None: ...
+
+
+def all_warnings(facts: _HasWarnings) -> list[str]:
+    """Return the problems that did not end a training, those of its pseudo-labels last."""
+    return [*(facts.warnings or ()), *(() if facts.pseudo_labels is None else facts.pseudo_labels.warnings)]
 
 
 _ROW = TypeAdapter(TrialRow)
@@ -178,13 +190,3 @@ def rows_of(values: Iterable[object], *, where: str = "rows") -> list[TrialRow]:
 def digests_of(rows: Sequence[TrialRow]) -> list[str]:
     """Return the digests of the backbones of rows, sorted."""
     return sorted({row.backbone_sha256 for row in rows if row.backbone_sha256})
-
-
-def read_rows(storage: Storage, path: str) -> list[TrialRow]:
-    """Read the rows of a `report.json`.
-
-    Raises:
-        DataError: A row breaks a rule of `TrialRow`.
-        StorageError: There is no such file.
-    """
-    return rows_of(storage.read_json(path)["rows"], where=storage.at(path))

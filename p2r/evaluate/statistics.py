@@ -26,7 +26,8 @@ of 3 or 5 draws are **too narrow**; and of one draw they say nothing about other
 Wilcoxon's signed-rank test (two-sided) asks whether patients' differences lie about zero. Zero differences are left
 out, as Wilcoxon did; differences are equal where 12 decimals are. The test is exact up to 50 patients without ties and
 up to 13 with ties, and a normal approximation with correction for ties above. Holm's correction is over the numbers of
-labelled patients of one comparison. A test of patients says nothing about other draws: the interval does.
+labelled patients of one comparison. A test of patients says nothing about other draws: the interval does. So does the number of draws
+whose own difference has the sign of the mean: 5 of 5 happens by chance in 6 % of comparisons without an effect, 4 of 5 or more in 38 %.
 
 **Label efficiency** reads, off the straight lines between scratch's means over log n, where scratch first reaches a
 mode's Dice. Outside of what scratch was trained with, the side is named and nothing is extrapolated.
@@ -123,6 +124,10 @@ class PairedDifference(_Compared):
     p: float
     p_holm: float
     """By Holm's correction over the numbers of labelled patients."""
+    difference_by_draw: list[float]
+    """In the order of the draws."""
+    draws_agree: int
+    """Number of draws whose difference has the sign of `difference`."""
 
 
 class LabelEfficiency(_Compared):
@@ -260,7 +265,13 @@ def _compared(
                 continue
             lower, upper = draw.interval(differences, group, against, num_labelled)
             draws, patients = differences.shape
-            figures = {"difference": float(np.nanmean(differences)), "lower": lower, "upper": upper}
+            figures = {
+                "difference": float(np.nanmean(differences)),
+                "lower": lower,
+                "upper": upper,
+                "difference_by_draw": np.nanmean(differences, axis=1).tolist(),
+                "draws_agree": draws_agree(differences),
+            }
             p = signed_rank_p(np.nanmean(differences, axis=0))
             family.append((p, {**entry, "draws": draws, "patients": patients, **figures, "p": p}))
         adjusted = holm([p for p, _ in family])
@@ -318,6 +329,15 @@ def signed_rank_p(differences: NDArray[np.float64]) -> float:
     rounded = np.round(differences, _DECIMALS)
     rounded = rounded[rounded != 0]
     return float(stats.wilcoxon(rounded, method="auto").pvalue) if rounded.size else 1.0
+
+
+def draws_agree(differences: NDArray[np.float64]) -> int:
+    """Return how many draws (rows of (D, P), NaN where a patient has no figure) differ in the direction of the mean difference.
+
+    Differences that are zero to 12 decimals have no direction.
+    """
+    by_draw, mean = np.round(np.nanmean(differences, axis=1), _DECIMALS), np.round(np.nanmean(differences), _DECIMALS)
+    return int((np.sign(by_draw) == np.sign(mean))[by_draw != 0].sum())
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

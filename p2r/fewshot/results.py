@@ -2,34 +2,51 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, FailFast, Field
 
-from p2r.documents import checked
+from p2r.documents import FewKeys, RelativePath, is_relative_path
 from p2r.errors import DataError
 from p2r.evaluate.rows import CurvePoint, JsonModel, PseudoLabelRow, TrialRow
 from p2r.fewshot.protocol import Settings, Trial
+
+Name = Annotated[str, Field(max_length=1000)]
+Text = Annotated[str, Field(max_length=100_000)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Dice = Annotated[float, Field(ge=0, le=1)]
+
+
+def _settings(values: dict[str, int | float]) -> dict[str, int | float]:
+    if unknown := values.keys() - Settings.__dataclass_fields__.keys():
+        raise ValueError(f"{min(unknown)[:80]!r} is not a setting of a trial")
+    return values
+
+
+def _trial_id(name: str) -> str:
+    if not is_relative_path(name) or "/" in name:
+        raise ValueError("must be a file's name")
+    return name
 
 
 class TrialFacts(JsonModel):
     """The trial that a result belongs to; see `Trial.to_row`."""
 
-    id: str
-    task: str
-    mode: str
-    protocol: str = "leak_free"
-    num_labelled: int
-    draw: int
-    subjects: list[str]
-    settings: dict[str, Any] = Field(default_factory=dict)
+    id: Annotated[str, AfterValidator(_trial_id)]
+    task: Name
+    mode: Name
+    protocol: Name
+    num_labelled: Annotated[int, Field(ge=1, lt=2**53)]
+    draw: Count
+    subjects: Annotated[list[Name], FailFast()]
+    settings: Annotated[dict[str, int | float], FewKeys, AfterValidator(_settings)]
 
 
 class SplitSummary(JsonModel):
     """Figures of one split; see `p2r.evaluate.metrics.Summary`."""
 
-    dice_mean: float | None
-    dice: dict[str, float | None] = Field(default_factory=dict)
+    dice_mean: Dice | None
 
 
 class TrialResult(JsonModel):
@@ -38,19 +55,19 @@ class TrialResult(JsonModel):
     trial: TrialFacts
     validation: SplitSummary | None = None
     """None: the trial failed."""
-    seconds: float | None = None
+    seconds: Seconds | None = None
     train_loss: float | None = None
     device: str | None = None
     curve: list[CurvePoint] | None = None
     pseudo_labels: PseudoLabelRow | None = None
-    num_prototypes: list[int] | None = None
-    weights: str | None = None
+    num_prototypes: Annotated[list[Count], Field(max_length=1000)] | None = None
+    weights: RelativePath | None = None
     """Path below the task's storage; search trials leave none."""
     row: TrialRow | None = None
     """The row of `report.json`; search trials have none."""
-    stopped_at_step: int | None = None
+    stopped_at_step: Count | None = None
     """Step after which a scheduler stopped the trial; None: it was not stopped."""
-    failed: str | None = None
+    failed: Text | None = None
     """Reason; None: the trial did not fail."""
     diverged: bool = False
     """True if a repetition would fail in the same way."""
@@ -74,18 +91,6 @@ class TrialResult(JsonModel):
         if self.row is None:
             raise DataError(f"trial {self.trial.id} has no row: it is of a search, or it did not finish")
         return self.row
-
-
-_RESULT = TypeAdapter(TrialResult)
-
-
-def result_of(value: object, *, where: str) -> TrialResult:
-    """Validate the stored result of a trial.
-
-    Raises:
-        DataError: It breaks a rule of `TrialResult`.
-    """
-    return checked(_RESULT, value, where=f"{where}:", error=DataError)
 
 
 def failed_result(trial: Trial, reason: str, *, diverged: bool = False) -> TrialResult:
@@ -116,7 +121,7 @@ class SearchedTrial(JsonModel):
     protocol: str
     num_labelled: int
     draw: int
-    settings: dict[str, float]
+    settings: dict[str, int | float]
     validation_dice_mean: float | None
     seconds: float | None
     stopped_at_step: int | None
@@ -144,7 +149,7 @@ class ChosenSettings(JsonModel):
 
     task: str
     mode: str
-    settings: dict[str, float]
+    settings: dict[str, int | float]
     by: str
     """`search`, or `only candidate`."""
 
@@ -157,10 +162,10 @@ class ChosenSettings(JsonModel):
 class SweepTime(JsonModel):
     """Time of one call that ran trials."""
 
-    num_trials: int
-    num_concurrent: int
-    sweep_s: float
-    trials_s: float
+    num_trials: Annotated[int, Field(ge=1, lt=2**53)]
+    num_concurrent: Annotated[int, Field(ge=1, lt=2**53)]
+    sweep_s: Seconds
+    trials_s: Seconds
 
 
 class Overhead(JsonModel):
@@ -179,18 +184,6 @@ class Overhead(JsonModel):
             f"{self.num_trials} of the trials took {self.trials_s:.0f} s of their own, {self.num_concurrent} at a time, the sweep "
             f"{self.sweep_s:.0f} s: overhead {share:.1%}"
         )
-
-
-_SWEEP = TypeAdapter(SweepTime)
-
-
-def sweep_of(value: object, *, where: str) -> SweepTime:
-    """Validate the stored time of a sweep.
-
-    Raises:
-        DataError: It breaks a rule of `SweepTime`.
-    """
-    return checked(_SWEEP, value, where=f"{where}:", error=DataError)
 
 
 def failures_of(results: Iterable[TrialResult]) -> list[FailedTrial]:

@@ -38,9 +38,9 @@ from p2r.fewshot.results import (
     TrialResult,
     failed_result,
     failures_of,
-    sweep_of,
 )
 from p2r.fewshot.setup import TrialSetup
+from p2r.fewshot.stored import read_sweeps
 from p2r.fewshot.trial import run_trial
 from p2r.modes import Mode
 from p2r.storage import Storage, json_bytes
@@ -152,8 +152,7 @@ class _Sweep:
 
     def overhead(self) -> Overhead:
         """Return the time that complete sweeps took beyond their trials' own time."""
-        paths = [path for path in self._storage.list("sweeps") if path.endswith(".json")]
-        took = [sweep_of(self._storage.read_json(path), where=self._storage.at(path)) for path in paths]
+        took = read_sweeps(self._storage)
         slots_s = math.fsum(one.sweep_s * one.num_concurrent for one in took)
         trials_s = math.fsum(one.trials_s for one in took)
         return Overhead(

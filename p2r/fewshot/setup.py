@@ -10,7 +10,8 @@ from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Preparation
 from p2r.evaluate.tasks import TaskConfig, read_task_config, task_sha256
 from p2r.fewshot.protocol import Trial
-from p2r.fewshot.results import TrialResult, result_of
+from p2r.fewshot.results import TrialResult
+from p2r.fewshot.stored import read_result
 from p2r.modes import MODES
 from p2r.storage import Storage, json_bytes
 
@@ -46,7 +47,9 @@ class TrialSetup:
     def recipe_sha256(self, trial: Trial) -> str:
         """Return a digest of everything that the trial's result depends on."""
         config = self.config.model_dump(
-            mode="json", include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"}
+            mode="json",
+            include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"},
+            exclude={"views": {"shown_fraction"}},  # of pretraining only
         )
         if MODES[trial.mode].unlabelled == "pseudo_labels":
             config |= self.config.model_dump(mode="json", include={"strong_intensity"})
@@ -100,16 +103,12 @@ class TrialSetup:
     def stored(self, trial: Trial) -> TrialResult | None:
         """Return the trial's result on the storage, or the step at which it was stopped; None: neither is stored."""
         path = self._stored_path(trial)
-        return None if path is None else self._read(path)
+        return None if path is None else read_result(Storage(self.storage), path)
 
     def finished(self, trial: Trial) -> TrialResult | None:
         """Return the result of the trial, if the storage has it."""
         path = self.result_path(trial)
-        return self._read(path) if Storage(self.storage).exists(path) else None
-
-    def _read(self, path: str) -> TrialResult:
-        storage = Storage(self.storage)
-        return result_of(storage.read_json(path), where=storage.at(path))
+        return read_result(Storage(self.storage), path) if Storage(self.storage).exists(path) else None
 
     def _stored_path(self, trial: Trial) -> str | None:
         storage = Storage(self.storage)

@@ -7,7 +7,7 @@ scan is whole (no crop by the label). What a finished trial found is read from t
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from p2r.data.preprocess import Frames, Planes, Preparation
 from p2r.evaluate.inference import size_read
 from p2r.evaluate.metrics import Summary
 from p2r.evaluate.prepared import prepared_images, prepared_scan
-from p2r.evaluate.rows import CurvePoint, JsonModel, PseudoLabelRow, TrialRow
+from p2r.evaluate.rows import CurvePoint, JsonModel, PseudoLabelRow, TrialRow, all_warnings
 from p2r.evaluate.tasks import LabelledScan, Split, Task, load_task
 from p2r.fewshot.frozen import FeaturesOfScan, frozen_features, plausibility_of, segmenter_by_prototypes
 from p2r.fewshot.leaks import Known
+from p2r.fewshot.odd_scans import odd_scans
 from p2r.fewshot.paper_compat import Crop, cropped, split_by_slice
 from p2r.fewshot.plausibility import frames_of_scans
 from p2r.fewshot.protocol import Trial
@@ -51,6 +52,8 @@ from p2r.modes import MODES
 from p2r.randomness import keyed_generator
 from p2r.storage import Storage
 from p2r.version import code_version
+
+_NONE_LEFT = "no train patient is left without labels: the labelled patients' own images served as the unlabelled ones"
 
 Say = Callable[[str], None]
 ReportDice = Callable[[int, float], None]
@@ -124,7 +127,7 @@ def run_trial(
     trained = _fit(prepared, say=say, report=report, saved=saved)
     validation = _validate(prepared, trained.segmenter)
     facts = _training_facts(prepared, trained, validation.summary)
-    for warning in facts.pseudo_labels.warnings if facts.pseudo_labels is not None else ():
+    for warning in all_warnings(facts):
         say(f"{trial.id} | WARNING: {warning}")
     reported = _evaluate(prepared, trained.segmenter) if prepared.reports_test else validation
     return _write(prepared, trained.segmenter, facts, validation, reported, saved=saved)
@@ -195,6 +198,7 @@ class _TrainingFacts(JsonModel):
     train_loss: float | None
     curve: list[CurvePoint] | None = None
     pseudo_labels: PseudoLabelRow | None = None
+    warnings: list[str] | None = None
 
 
 def _training_facts(prepared: _Prepared, trained: Trained, validation: Summary) -> _TrainingFacts:
@@ -207,12 +211,9 @@ def _training_facts(prepared: _Prepared, trained: Trained, validation: Summary) 
         names = ["background", *task.config.classes.values()]
         threshold = trial.settings.confidence_threshold or 0.0
         row = trained.pseudo_labels.to_row(names, threshold=threshold)
-        row["warnings"] += trained.warnings
-        if not prepared.unlabelled_subjects:
-            row["warnings"].append(
-                "no train patient is left without labels: the labelled patients' own images served as the unlabelled ones"
-            )
         facts["pseudo_labels"] = {**row, **({"rounds": trained.rounds} if trained.rounds else {})}
+    if trained.warnings:
+        facts["warnings"] = list(trained.warnings)
     return _TrainingFacts.model_validate({"train_loss": trained.loss, **facts})
 
 
@@ -342,15 +343,21 @@ def _fit(prepared: _Prepared, *, say: Say, report: ReportDice | None, saved: Sav
     if trial.mode == "linear_probe" and config.probe_augmentation == "none":
         return _fit_probe(prepared, segmenter, say=say, look=look, look_steps=steps or 1)
     labelled = prepared.training(None)
-    unlabelled, rounds = None, None
+    unlabelled, rounds, warnings = None, None, list[str]()
     if MODES[trial.mode].unlabelled != "none":
         # The images, without labels, of patients who were not drawn; if all were drawn, their own.
         others = prepared.unlabelled_subjects or trial.subjects
-        images = [prepared_images(scan, prepared.preparation) for scan in prepared.task.scans_of(others)]
+        scans = prepared.task.scans_of(others)
+        images = [prepared_images(scan, prepared.preparation) for scan in scans]
+        if others == trial.subjects:
+            warnings.append(_NONE_LEFT)
+        else:
+            by_name = {scan.key: image for scan, image in zip(scans, images, strict=True)}
+            warnings += odd_scans([scan.planes for scan in labelled], by_name)
         unlabelled = _on(unlabelled_images(images), prepared.device)
         if MODES[trial.mode].has_rounds:
             rounds = _rounds(prepared, segmenter.backbone, labelled, images, unlabelled)
-    return train_segmenter(
+    trained = train_segmenter(
         segmenter,
         _on(labelled_images(labelled), prepared.device),
         unlabelled,
@@ -365,6 +372,7 @@ def _fit(prepared: _Prepared, *, say: Say, report: ReportDice | None, saved: Sav
         saved=saved if report is None else None,  # a scheduler's trials are short and depend on their rivals
         rounds=rounds,
     )
+    return replace(trained, warnings=(*warnings, *trained.warnings))
 
 
 def _look(

@@ -103,13 +103,23 @@ def _differences(material: Material, rows: Sequence[TrialRow], task: str, tag: s
         f"Difference of Dice to {against}, paired by patient, with its {material.level} interval: to the right of zero is better.",
     )
     yield Grid(
-        ("labelled patients", "mode", "against", f"difference, {material.level} interval", "p", "p (Holm)", "patients"),
+        (
+            "labelled patients",
+            "mode",
+            "against",
+            f"difference, {material.level} interval",
+            "draws of its sign",
+            "p",
+            "p (Holm)",
+            "patients",
+        ),
         [
             (
                 str(one.num_labelled),
                 series_name(series_of(one)),
                 series_name((one.against, "")),
                 figures_text(one.difference, one.lower, one.upper),
+                f"{one.draws_agree} of {one.draws}",
                 p_text(one.p),
                 p_text(one.p_holm),
                 str(one.patients),

@@ -274,7 +274,7 @@ def test_a_discovery_folder_that_is_gone_is_made_again(exporter: Exporter, folde
     (path,) = folder.iterdir()
     path.unlink()
     folder.rmdir()
-    exporter._endpoint._entry.keep()  # type: ignore[union-attr]
+    exporter._endpoint._discovery_file.keep()  # type: ignore[union-attr]
     assert path.is_file()
 
 
@@ -285,12 +285,12 @@ def test_a_folder_that_cannot_be_written_is_one_line_in_the_log(
     config = MetricsConfig(folder=str(tmp_path / "file" / "below"))
     exporter = Exporter(run="toy", storage_url="s3://b/x", endpoint=config)
     for _ in range(3):
-        exporter._endpoint._entry.keep()  # type: ignore[union-attr]
+        exporter._endpoint._discovery_file.keep()  # type: ignore[union-attr]
     exporter.observe(reports[0])
     assert scrape(exporter)
     exporter.close()
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "Not a directory" in caplog.text and "training goes on" in caplog.text
+    assert "Not a directory" in caplog.text and "training continues" in caplog.text
 
 
 def test_a_port_in_use_is_left_to_who_has_it(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -345,11 +345,11 @@ def test_clients_that_never_read_make_room_and_a_thousand_change_nothing(exporte
 def test_trials_are_counted_by_state_and_tune_can_keep_who_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray import cloudpickle
 
-    from cluster.finetune import _Watching
+    from cluster.finetune import _TrialCounter
 
     driver = Exporter(run="toy", storage_url="s3://b/x", role="driver", endpoint=None)
-    monkeypatch.setattr(_Watching, "count", driver.trials)
-    kept = cloudpickle.loads(cloudpickle.dumps(_Watching()))  # the exporter itself has locks and sockets
+    monkeypatch.setattr(_TrialCounter, "count", driver.trials)
+    kept = cloudpickle.loads(cloudpickle.dumps(_TrialCounter()))  # the exporter itself has locks and sockets
     kept.on_step_end(1, [SimpleNamespace(status=status) for status in ("RUNNING", "PENDING", "TERMINATED", "ERROR")])
     kept.on_step_end(2, [])  # too soon after the last
     series = parsed(driver.page().decode())

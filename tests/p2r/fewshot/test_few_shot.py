@@ -27,8 +27,9 @@ from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.tasks import load_task
 from p2r.fewshot.checks import check_task
 from p2r.fewshot.protocol import Settings, Trial, final_trials, settings_of
-from p2r.fewshot.publishing import publish_best
+from p2r.fewshot.publishing import choose_model, publish_best, reason_for
 from p2r.fewshot.readings import merge_readings
+from p2r.fewshot.results import SearchedTrial, TrialResult
 from p2r.fewshot.search import FewShot, attempt, few_shot
 from p2r.fewshot.setup import TrialSetup
 from p2r.fewshot.trial import run_trial
@@ -48,6 +49,26 @@ def final(setup: TrialSetup, mode: str, **settings: float) -> Trial:
     return final_trials(config, load_task(Path(setup.task)), {mode: chosen})[0]  # type: ignore[dict-item]
 
 
+def test_the_published_model_is_the_best_fine_tuned_one_or_the_best_of_all() -> None:
+    def result(mode: str, dice: float | None) -> TrialResult:
+        facts = {"id": mode, "task": "t", "mode": mode, "protocol": "leak_free", "num_labelled": 1, "draw": 0}
+        trial = {**facts, "subjects": ["a"], "settings": {}}
+        return TrialResult.model_validate({"trial": trial, "validation": {"dice_mean": dice}})
+
+    found = {"scratch": 0.9, "linear_probe": 0.3, "fine_tune": 0.6, "weak_to_strong": 0.7}
+    results = [result(mode, dice) for mode, dice in found.items()]
+
+    def published(mode: str, among: list[TrialResult]) -> tuple[str, str]:
+        config = FinetuneConfig.model_validate({"tasks": ["t.yaml"], "published_mode": mode})
+        best = choose_model(config, among)
+        return best.trial.mode, reason_for(config, best, among).removeprefix("the best validation Dice ")
+
+    assert published("fine_tuned", results) == ("weak_to_strong", "(0.700) of 2 fine-tuned models")
+    assert published("any", results) == ("scratch", "(0.900) of 4 models")
+    assert published("fine_tuned", results[:1]) == ("scratch", "(0.900) of 1 models"), "nothing was fine-tuned"
+    assert published("fine_tuned", [result("fine_tune", None), results[3]])[0] == "weak_to_strong"
+
+
 def weights(setup: TrialSetup, result: dict[str, Any]) -> dict[str, torch.Tensor]:
     return load(Storage(setup.storage).read_bytes(result["weights"]))
 
@@ -65,8 +86,8 @@ def relabel(data: Path, subjects: list[str]) -> None:
         nibabel.Nifti1Image(wrong.astype(np.int16), image.affine).to_filename(path)
 
 
-# fine_tune is a part of mean_teacher, and scratch_weak_to_strong one of weak_to_strong
-MODES = ["scratch", "linear_probe", "mean_teacher", "weak_to_strong", "prototype"]
+# fine_tune is a part of mean_teacher, and both modes of weak_to_strong are parts of prototype_self_training
+MODES = ["scratch", "linear_probe", "mean_teacher", "prototype_self_training", "prototype"]
 
 
 @pytest.mark.parametrize("options", [{}, {"probe_augmentation": "none", "planes": "centre", "largest_component": True}])
@@ -81,8 +102,8 @@ def test_labels_of_test_patients_change_the_final_figures_and_nothing_else(
     poisoned = make(data=copy, storage="poisoned", **values)
     misled = run(poisoned)
 
-    def without_clocks(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+    def without_clocks(found: list[SearchedTrial]) -> list[SearchedTrial]:
+        return [row.replaced(seconds=None) for row in found]
 
     assert len(honest.searched) == 8 and without_clocks(honest.searched) == without_clocks(misled.searched)
     assert honest.chosen == misled.chosen

@@ -1,0 +1,103 @@
+"""Documents that few-shot trials leave on a job's storage -> checked values.
+
+    trials/*.json, searches/*.json    result of a trial, or how far it came
+    searches/MODE-*.json              candidates that a search algorithm has proposed
+    sweeps/*.json                     time that a sweep took
+    report/test_reads/*.json          readings of test patients
+
+Each is read within the bounds of `p2r.documents`. The fields that p2r computes with are checked; a model keeps all others.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import FailFast, Field, TypeAdapter
+
+from p2r.documents import FewKeys, RelativePath, Sha256
+from p2r.evaluate.rows import JsonModel, TrialRow
+from p2r.fewshot.results import Dice, Name, SweepTime, TrialResult
+from p2r.storage import Storage
+
+MAX_BYTES = 1 << 26
+"""Largest of these documents."""
+
+
+class _Row(TrialRow):
+    """A row as trials leave it: complete, and within bounds."""
+
+    task: Name
+    mode: Name
+    split: Name
+    dice_mean: Dice | None
+    dice: Annotated[dict[str, Dice | None], FewKeys]
+    backbone_sha256: Sha256 | None
+    predictions: RelativePath
+
+
+class _Result(TrialResult):
+    row: _Row | None = None
+
+
+class Reading(JsonModel):
+    """A reading of test patients."""
+
+    time: Name
+    trial: Name
+    recipe_sha256: Name
+
+
+class _Report(JsonModel):
+    rows: Annotated[list[_Row], FailFast()]
+
+
+_RESULT, _SWEEP, _READING, _REPORT = (TypeAdapter(one) for one in (_Result, SweepTime, Reading, _Report))
+_CANDIDATES = TypeAdapter(list[tuple[dict[str, Annotated[float, Field(strict=True)]], _Result | None]])
+
+
+def read_result(storage: Storage, path: str) -> TrialResult:
+    """Return the result of a trial, or the note that it was stopped.
+
+    Raises:
+        DamagedError: naming the file, the key and the rule.
+    """
+    found: TrialResult = _read(storage, path, _RESULT)
+    return found
+
+
+def read_candidates(storage: Storage, path: str) -> list[tuple[dict[str, float], TrialResult | None]]:
+    """Return the candidates of a search, each with its result; None: the result is stored as that of its trial.
+
+    Raises:
+        DamagedError: naming the file, the key and the rule.
+    """
+    return list(_read(storage, path, _CANDIDATES))
+
+
+def read_sweeps(storage: Storage) -> list[SweepTime]:
+    """Return the time of every sweep.
+
+    Raises:
+        DamagedError: naming the file, the key and the rule.
+    """
+    return [_read(storage, path, _SWEEP) for path in storage.list("sweeps") if path.endswith(".json")]
+
+
+def read_readings(storage: Storage, folder: str) -> list[Reading]:
+    """Return every reading of test patients below a folder.
+
+    Raises:
+        DamagedError: naming the file, the key and the rule.
+    """
+    return [_read(storage, path, _READING) for path in storage.list(folder) if path.endswith(".json")]
+
+
+def read_report_rows(storage: Storage, path: str) -> list[TrialRow]:
+    """Return the rows of a report.
+
+    Raises:
+        DamagedError: naming the file, the key and the rule.
+    """
+    return list(_read(storage, path, _REPORT).rows)
+
+
+def _read(storage: Storage, path: str, adapter: TypeAdapter[Any]) -> Any:
+    return adapter.validate_python(storage.read_checked(path, adapter, max_bytes=MAX_BYTES))
