@@ -5,13 +5,13 @@ from typing import Any
 
 from cluster import finetune, ingest, pretrain
 from cluster.metrics import Exporter
-from cluster.progress import Say
 from cluster.session import refuse_unshared_folder
 from p2r.config import IngestConfig, PretrainConfig
 from p2r.fewshot.protocol import Trial
 from p2r.fewshot.results import TrialResult
 from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job
+from p2r.logs import Say
 from p2r.modes import Mode
 from p2r.storage import Storage
 

@@ -22,7 +22,7 @@ from ray.tune.schedulers import create_scheduler
 from ray.tune.search import create_searcher
 
 from cluster.pretrain import ray_folder
-from cluster.progress import Say, relay
+from cluster.progress import relay
 from cluster.session import Credentials, credentials, num_cpus, num_gpus
 from p2r.config import Distribution, SearchConfig
 from p2r.errors import DataError, JobError, masked_errors
@@ -32,7 +32,7 @@ from p2r.fewshot.results import TrialResult, failed_result, stopped_result
 from p2r.fewshot.setup import TrialSetup
 from p2r.fewshot.stored import read_candidates, read_result
 from p2r.job import Resources
-from p2r.logs import Line, counted
+from p2r.logs import Line, Say, counted
 from p2r.masking import masked
 from p2r.modes import Mode
 from p2r.storage import Storage, json_bytes

@@ -678,14 +678,7 @@ class SearchConfig(Section):
     num_labelled: Annotated[tuple[NumLabelled, ...], Field(min_length=1)] = (1,)
     """Numbers of labelled patients at which candidates are compared (first draw), by mean validation Dice."""
     learning_rates: dict[Mode, Candidates] = {
-        "scratch": (1e-3, 3e-3),
-        "scratch_long": (1e-3, 3e-3),
-        "scratch_weak_to_strong": (1e-3, 3e-3),
-        "linear_probe": (3e-3, 1e-2),
-        "fine_tune": (1e-3, 3e-3),
-        "mean_teacher": (1e-3, 3e-3),
-        "weak_to_strong": (1e-3, 3e-3),
-        "prototype_self_training": (1e-3, 3e-3),
+        mode: facts.learning_rates for mode, facts in MODES.items() if facts.trains != "nothing"
     }
     """Candidates for the peak learning rate, by mode: a list, or a distribution such as `{loguniform: [1e-4, 1e-2]}`. prototype has none:
     it trains nothing."""
@@ -706,9 +699,9 @@ class SearchConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if "prototype" in self.learning_rates:
-            raise ValueError("learning_rates has candidates for prototype, which trains nothing: take them out")
         for mode, rates in self.learning_rates.items():
+            if MODES[mode].trains == "nothing":
+                raise ValueError(f"learning_rates has candidates for {mode}, which trains nothing: take them out")
             given = rates.named()[1] if isinstance(rates, Distribution) else rates
             if min(given) <= 0:
                 raise ValueError(f"learning_rates.{mode} must be above 0, got {min(given):g}")

@@ -1,7 +1,7 @@
 """Table of the fine-tuning modes: the only place that lists their names, titles, colours and settings.
 
-A new mode needs an entry here, candidates in `SearchConfig.learning_rates` if it trains anything, and its code in
-`p2r.fewshot`. Tables and legends use the order of the entries.
+A new mode is an entry here. The entry says what is trained, from which weights, and with which unlabelled images; `p2r.fewshot` reads
+these fields, so a mode that combines known parts needs no other change. Tables and legends use the order of the entries.
 """
 
 from dataclasses import dataclass
@@ -74,6 +74,10 @@ class ModeFacts:
     """Initial weights of the backbone; frozen: pretrained, and not trained further."""
     unlabelled: Literal["none", "consistency", "pseudo_labels"] = "none"
     """Training signal from images of the train patients who were not drawn; their label files are not opened."""
+    trains: Literal["network", "head", "nothing"] = "network"
+    """Part that is trained. head: a linear head; its features are computed once if they are not augmented. nothing: class prototypes."""
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+    """Default candidates of the search for the peak learning rate; not used where nothing is trained."""
     has_rounds: bool = False
     """True if class prototypes give the first pseudo-labels, followed by rounds of self-training (`p2r.fewshot.rounds`)."""
     control: str | None = None
@@ -96,7 +100,16 @@ MODES: dict[str, ModeFacts] = {
         (*_TRAINING_SETTINGS, *_PSEUDO_LABEL_SETTINGS),
         unlabelled="pseudo_labels",
     ),
-    "linear_probe": ModeFacts("linear probe", "#d98200", "#f0a43f", "s", _TRAINING_SETTINGS, weights="frozen"),
+    "linear_probe": ModeFacts(
+        "linear probe",
+        "#d98200",
+        "#f0a43f",
+        "s",
+        _TRAINING_SETTINGS,
+        weights="frozen",
+        trains="head",
+        learning_rates=(3e-3, 1e-2),
+    ),
     "fine_tune": ModeFacts(
         "fine-tuned", "#0072b2", "#5ab1e6", "D", _BACKBONE_SETTINGS, weights="pretrained", control="scratch"
     ),
@@ -130,7 +143,9 @@ MODES: dict[str, ModeFacts] = {
         has_rounds=True,
         control="scratch_weak_to_strong",
     ),
-    "prototype": ModeFacts("prototypes", "#a8488a", "#dd92c4", "v", ("background_prototypes",), weights="frozen"),
+    "prototype": ModeFacts(
+        "prototypes", "#a8488a", "#dd92c4", "v", ("background_prototypes",), weights="frozen", trains="nothing"
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from p2r.engine.build import DTYPES, build_engine, set_mean_weights
 from p2r.engine.checkpoint import Checkpoints, Fetched
 from p2r.engine.corpora import agreed_corpora
 from p2r.engine.feed import Batches, Timed, feed
+from p2r.engine.objectives import objective_of
 from p2r.engine.online_probe import OnlineProbe
 from p2r.engine.profile import Profiler
 from p2r.engine.running import Clock, HistoryRows, OnAnyRank, Sums, UnreadSteps, never
@@ -201,7 +202,7 @@ def _build_compiled_engine(model: Pix2Rep, config: PretrainConfig, *, world_size
 def _explain_missing_kernels(config: PretrainConfig, device: torch.device) -> str | None:
     """Return the reason that a GPU will compute the loss without its kernels; None if it will use them. Call before the first step."""
     loss = config.loss
-    if device.type != "cuda" or loss.name != "info_nce" or loss.negatives == "image":
+    if device.type != "cuda" or objective_of(loss).operations is None:
         return None
     return without_kernels(
         DTYPES[config.precision],

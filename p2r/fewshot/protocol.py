@@ -149,7 +149,7 @@ def candidates_of(config: FinetuneConfig, mode: Mode) -> list[Candidate]:
 def space_of(config: FinetuneConfig, mode: Mode) -> dict[str, tuple[float, ...] | Distribution]:
     """Return the candidates of every setting that is searched and that the mode has."""
     space: dict[str, tuple[float, ...] | Distribution] = {}
-    if mode != "prototype":
+    if MODES[mode].trains != "nothing":
         space["learning_rate"] = config.search.learning_rates[mode]
     return space | {name: config.search.space[name] for name in MODES[mode].settings if name in config.search.space}
 
@@ -174,7 +174,7 @@ def settings_of(config: FinetuneConfig, mode: Mode, candidate: Candidate) -> Set
     of_section = {**{name: getattr(config, name) for name in MODES[mode].settings}, "steps": config.steps_of(mode)}
     values: dict[str, Any] = {name: candidate.get(name, of_section[name]) for name in MODES[mode].settings}
     values = {name: int(value) if name in _WHOLE else float(value) for name, value in values.items()}
-    if mode != "prototype":
+    if MODES[mode].trains != "nothing":
         values["learning_rate"] = float(candidate["learning_rate"])
     return Settings(**values)
 

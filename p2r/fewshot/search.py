@@ -9,7 +9,7 @@ on; running the job again tries it again.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,10 +42,9 @@ from p2r.fewshot.results import (
 from p2r.fewshot.setup import TrialSetup
 from p2r.fewshot.stored import read_sweeps
 from p2r.fewshot.trial import run_trial
+from p2r.logs import Say
 from p2r.modes import Mode
 from p2r.storage import Storage, json_bytes
-
-Say = Callable[[str], None]
 
 
 class TrialRunner(Protocol):

@@ -55,7 +55,7 @@ class TrialSetup:
             config |= self.config.model_dump(mode="json", include={"strong_intensity"})
         if self.config.compile:
             config["compile"] = True
-        if trial.mode == "linear_probe":
+        if MODES[trial.mode].trains == "head":
             config["probe_augmentation"] = self.config.probe_augmentation
         recipe: dict[str, Any] = {
             "config": config,

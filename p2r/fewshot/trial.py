@@ -45,6 +45,7 @@ from p2r.fewshot.training import (
     train_segmenter,
     unlabelled_images,
 )
+from p2r.logs import Say
 from p2r.model.backbones import build_backbone
 from p2r.model.heads import PrototypeHead
 from p2r.model.pix2rep import Segmenter
@@ -55,7 +56,6 @@ from p2r.version import code_version
 
 _NONE_LEFT = "no train patient is left without labels: the labelled patients' own images served as the unlabelled ones"
 
-Say = Callable[[str], None]
 ReportDice = Callable[[int, float], None]
 """Receives the steps done and the mean validation Dice."""
 
@@ -338,9 +338,10 @@ def _fit(prepared: _Prepared, *, say: Say, report: ReportDice | None, saved: Sav
     segmenter = build_segmenter(trial, prepared.backbone, num_classes=num_classes, seed=config.seed).to(prepared.device)
     steps = config.curve_steps if report is None else config.search.report_steps
     look = None if steps is None else partial(_look, prepared=prepared, say=say, report=report)
-    if trial.mode == "prototype":
+    trains = MODES[trial.mode].trains
+    if trains == "nothing":
         return Trained(_prototypes(prepared, segmenter.backbone), None)
-    if trial.mode == "linear_probe" and config.probe_augmentation == "none":
+    if trains == "head" and config.probe_augmentation == "none":
         return _fit_probe(prepared, segmenter, say=say, look=look, look_steps=steps or 1)
     labelled = prepared.training(None)
     unlabelled, rounds, warnings = None, None, list[str]()

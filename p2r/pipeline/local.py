@@ -22,11 +22,11 @@ from p2r.fewshot.results import TrialResult
 from p2r.fewshot.search import attempt
 from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job, read_job, validated
-from p2r.logs import Line, within
+from p2r.logs import Line, Say, within
 from p2r.logs import say as say_line
 from p2r.modes import Mode
 from p2r.pipeline.lines import report_lines
-from p2r.pipeline.stages import Say, run_job
+from p2r.pipeline.stages import run_job
 from p2r.storage import Storage
 
 

@@ -34,13 +34,13 @@ from p2r.fewshot.search import TrialRunner, few_shot
 from p2r.fewshot.setup import TrialSetup, preparation_for
 from p2r.fewshot.stored import read_report_rows
 from p2r.job import Job, variants_of
-from p2r.logs import Say as Say
-from p2r.logs import within
+from p2r.logs import Say, within
 from p2r.model.backbones import cost_of
 from p2r.modes import MODES
 from p2r.pipeline.reporting import make_report, write_variants
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
 from p2r.report.text import for_markdown
+from p2r.stages import KINDS
 from p2r.storage import Storage
 
 
@@ -68,10 +68,7 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
     storage = Storage(job.storage)
     storage.check_writable()
     made: dict[str, Any] = {"storage": storage.url}
-    stages = {
-        "pipeline": ("ingest", "pretrain", "publish", "finetune"),
-        "ablation": ("ingest", "variants") if job.ingest is not None else ("variants",),
-    }.get(job.kind, (job.kind,))
+    stages = KINDS[job.kind].stages
     if "finetune" in stages or "variants" in stages:
         if "ingest" in stages:
             _check_selection(job, storage)
@@ -108,7 +105,7 @@ def _run_variants(job: Job, storage: Storage, executor: Executor, say: Say) -> d
     for name, variant in variants_of(job).items():
         where = Storage(variant.storage)
         say(f"variant {name} | " + ", ".join(f"{key}: {value}" for key, value in job.variants[name].items()))
-        stages = ("finetune",) if variant.pretrain is None else ("pretrain", "publish", "finetune")
+        stages = ("finetune",) if variant.pretrain is None else KINDS[job.kind].sections
         made = _train_and_score(variant, where, executor, stages, say)
         if "unfinished" in made:
             return {"unfinished": f"variant {name}"}

@@ -12,12 +12,12 @@ Letters: n pixel pairs of a rank, N of all, E embedding channels.
 from dataclasses import dataclass
 
 from p2r.config import PretrainConfig
+from p2r.engine.objectives import objective_of
 
 RATES = {"bf16": 798e12, "tf32": 399e12}
 """Operations per second of an H100's matrix products, by `pretrain.precision`."""
 EFFICIENCY = 0.7
 """Modelled fraction of this throughput that the loss reaches."""
-_OPERATIONS = {"cross_view": 10, "nt_xent": 22}
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class LossTime:
 
 def loss_time(config: PretrainConfig, *, world_size: int, device: str) -> LossTime | None:
     """Return the time of the loss; None where it is unknown: on CPUs, in fp32, and for other losses and negatives."""
-    loss = config.loss
-    if device != "cuda" or config.precision not in RATES or loss.name != "info_nce" or loss.negatives == "image":
+    loss, operations_of = config.loss, objective_of(config.loss).operations
+    if device != "cuda" or config.precision not in RATES or operations_of is None:
         return None
     passes = 1
     if loss.negatives == "micro_batch" and config.micro_batch is not None:
         passes = config.global_batch // (world_size * config.micro_batch)
     pairs = config.global_batch * loss.pixel_pairs_per_image // passes
-    operations = _OPERATIONS[loss.form] * passes * pairs * (pairs / world_size) * config.model.embedding_channels
+    operations = operations_of[loss.form] * passes * pairs * (pairs / world_size) * config.model.embedding_channels
     least_s = operations / RATES[config.precision]
     return LossTime(operations, least_s, least_s / EFFICIENCY)
 

@@ -15,10 +15,11 @@ from p2r.fewshot import saved_training
 from p2r.fewshot.protocol import Trial, final_trials, settings_of
 from p2r.fewshot.results import TrialResult
 from p2r.fewshot.saved_training import SavedTraining, TrainingState
-from p2r.fewshot.search import Say, attempt
+from p2r.fewshot.search import attempt
 from p2r.fewshot.setup import TrialSetup
 from p2r.fewshot.trial import run_trial
 from p2r.job import read_job
+from p2r.logs import Say
 from p2r.modes import MODES
 from p2r.pipeline.local import LocalExecutor
 from p2r.pipeline.stages import run_job

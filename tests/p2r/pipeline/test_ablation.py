@@ -11,9 +11,9 @@ import torch
 from p2r.errors import JobError
 from p2r.fewshot.protocol import Trial
 from p2r.fewshot.results import TrialResult
-from p2r.fewshot.search import Say
 from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job, read_job, variants_of
+from p2r.logs import Say
 from p2r.pipeline.local import LocalExecutor
 from p2r.pipeline.stages import run_job
 from p2r.storage import Storage
