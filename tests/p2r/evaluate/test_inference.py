@@ -1,4 +1,4 @@
-"""Segmentations land on the scan's own voxels, features at the right place in the patient."""
+"""Segmentations are on the scan's own voxels, and features at the right position in the patient."""
 
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def test_the_batch_size_does_not_change_a_segmentation(tmp_path: Path) -> None:
 
 def test_a_network_with_another_number_of_classes_is_refused(tmp_path: Path) -> None:
     volume, _ = scan_with_blob(tmp_path, spacing_mm=(1.0, 1.0, 4.0), shape=(20, 20, 4))
-    with pytest.raises(ValueError, match="gives 2 classes, 4 were expected"):
+    with pytest.raises(ValueError, match="has 2 classes, expected 4"):
         predict_volume(Threshold(), volume, preparation=Preparation(spacing_mm=1.0, image_size=32), num_classes=4)
 
 

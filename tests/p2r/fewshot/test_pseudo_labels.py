@@ -162,7 +162,7 @@ def test_a_class_that_no_pseudo_label_finds_is_named() -> None:
     assert told["steps"] == list(range(2, 41, 2)) and set(told["confident_fraction"]) == {0.8}
     assert told["class_fractions"]["right"][0] == 0.25
     assert told["classes_never_found"] == ["left"]
-    assert told["warnings"] == ["no pseudo-label was of class left: it was learnt from labelled images only"]
+    assert told["warnings"] == ["no pseudo-label had class left: it was learnt from labelled images only"]
 
 
 def test_a_tally_that_is_resumed_within_an_interval_counts_on() -> None:

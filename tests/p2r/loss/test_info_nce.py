@@ -1,4 +1,4 @@
-"""InfoNCE against its definition written out, one anchor at a time, in float64."""
+"""InfoNCE against a naive implementation of its definition, one anchor at a time, in float64."""
 
 import importlib
 import math
@@ -33,7 +33,7 @@ def written_out(
     weights: Tensor | None = None,
     exclude: SameImage | None = None,
 ) -> Tensor:
-    """Minus the log of the probability of picking the partner, averaged over anchors."""
+    """Return minus the log of the probability of picking the partner, averaged over anchors."""
     q = [row / row.norm() for row in queries]
     k = [row / row.norm() for row in keys]
     weight = [1.0] * len(q) if weights is None else weights.tolist()
@@ -62,7 +62,7 @@ def written_out(
 
 
 def matrix_form(queries: Tensor, keys: Tensor, *, temperature: float, form: str) -> Tensor:
-    """The dense textbook form, for sizes at which the written-out one takes too long."""
+    """Compute the dense textbook form, for sizes at which the naive one takes too long."""
     q, k = queries / queries.norm(dim=1, keepdim=True), keys / keys.norm(dim=1, keepdim=True)
     index = torch.arange(len(q))
     if form == "cross_view":
@@ -97,7 +97,7 @@ def test_gradient_equals_finite_differences(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_tiles_do_not_show(form: str) -> None:
+def test_the_result_does_not_depend_on_tiles(form: str) -> None:
     num = 2 * TILE + 37  # several tiles both ways, none of them whole at the end
     queries, keys = (x.requires_grad_() for x in embeddings(num, 8, seed=2))
     expected = matrix_form(queries, keys, temperature=0.1, form=form)
@@ -234,7 +234,7 @@ def test_excluded_negatives_are_found_in_every_tile(form: str, radius_mm: float)
     num = 2 * TILE + 37
     queries, keys = (x.requires_grad_() for x in embeddings(num, 8, seed=2))
     generator = torch.Generator().manual_seed(0)
-    image = torch.arange(num) // 90  # images lie across the borders of tiles
+    image = torch.arange(num) // 90  # images cross the borders of tiles
     position_mm = 30 * torch.rand(num, 3, generator=generator, dtype=torch.float64)
     exclude = SameImage(image, position_mm, radius_mm)
     near = (image[:, None] == image) & ((position_mm[:, None] - position_mm).norm(dim=-1) <= radius_mm)
@@ -251,7 +251,7 @@ def test_excluded_negatives_are_found_in_every_tile(form: str, radius_mm: float)
 
 
 def stable_form(q: Tensor, k: Tensor, *, temperature: float, form: str, near: Tensor | None = None) -> Tensor:
-    """The dense form over negatives only: exact in float64 however small the loss is."""
+    """Compute the dense form over negatives only, which is exact in float64 for arbitrarily small losses."""
     q, k = q / q.norm(dim=1, keepdim=True), k / k.norm(dim=1, keepdim=True)
     excluded = torch.eye(len(q), dtype=torch.bool) if near is None else near | torch.eye(len(q), dtype=torch.bool)
     positive = (q * k).sum(1) / temperature
@@ -273,7 +273,7 @@ REGIMES = {"random": 10.0, "learning": 0.5, "converged": 0.003, "duplicated": 10
 def test_float32_gradients_are_right_where_the_usual_ones_are_not(
     form: str, regime: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With respect to the unit rows: normalising is a step of its own, with its own rounding.
+    # With respect to the unit rows, because normalising is a separate step with its own rounding.
     monkeypatch.setattr(importlib.import_module("p2r.loss.info_nce"), "_unit", lambda rows: rows)
     queries, keys = embeddings(700, 128, seed=6, noise=REGIMES[regime])
     if regime == "duplicated":
@@ -290,7 +290,7 @@ def test_float32_gradients_are_right_where_the_usual_ones_are_not(
 
 
 def of_unit_rows(q: Tensor, k: Tensor, positive: Tensor, *, temperature: float, form: str, both: bool = True) -> Tensor:
-    """`stable_form` without normalising, in both directions or from queries to keys only."""
+    """Compute `stable_form` without normalising, in both directions or only from queries to keys."""
     diagonal = torch.eye(len(q), dtype=torch.bool)
     losses = []
     for anchors, others in ((q, k), (k, q))[: 2 if both else 1]:
@@ -325,10 +325,10 @@ def test_a_pair_without_negatives_costs_nothing(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_pair_of_weight_zero_is_not_there(form: str) -> None:
+def test_a_pair_of_weight_zero_is_ignored(form: str) -> None:
     queries, keys = (x.requires_grad_() for x in embeddings(10, 4))
     with torch.no_grad():
-        queries[3] = math.nan  # whatever it holds
+        queries[3] = math.nan  # arbitrary values
     weights = torch.ones(10).index_fill(0, torch.tensor([3]), 0)
     others = [i for i in range(10) if i != 3]
     loss = info_nce(queries, keys, temperature=0.2, form=form, weights=weights)  # type: ignore[arg-type]
@@ -407,7 +407,7 @@ def test_unknown_names_are_refused() -> None:
 
 @pytest.fixture
 def waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treat the CPU as a device that must not be waited for."""
+    """Treat the CPU as a device with which code must not synchronise."""
     monkeypatch.setattr("p2r.loss.ranks.is_waited_for", lambda device: True)
 
 
@@ -421,7 +421,7 @@ def test_without_waiting_the_loss_and_its_gradient_are_the_same(
 ) -> None:
     queries, keys = (x.requires_grad_() for x in embeddings(12, 4))
     with torch.no_grad():
-        queries[3], keys[7] = math.nan, 0.0  # of no weight, whatever they hold
+        queries[3], keys[7] = math.nan, 0.0  # of weight 0, with arbitrary values
     weights = torch.ones(12).index_fill(0, torch.tensor([3, 7]), 0).index_fill(0, torch.tensor([5]), 2)
     options: dict[str, Any] = {"form": form, "temperature": temperature, "exchange": exchange, "decoupled": decoupled}
     for exclude in (None, SameImage(torch.arange(12) // 3)):
@@ -450,14 +450,14 @@ def test_without_waiting_bad_values_are_counted_and_refused_when_they_are_read()
         findings.refuse([int(count) for count in findings.counts()])
 
 
-def test_with_findings_a_cpu_is_still_looked_at_at_once() -> None:
+def test_with_findings_values_on_a_cpu_are_still_checked_at_once() -> None:
     with pytest.raises(EmbeddingError, match=r"keys: 5 of 5 .* all zeros"):
         info_nce(torch.ones(5, 4), torch.zeros(5, 4), temperature=0.1, findings=Findings())
 
 
 @pytest.mark.parametrize("is_waited_for", [False, True])
 @pytest.mark.parametrize("num", [0, 1])
-def test_with_findings_fewer_than_two_pairs_teach_nothing(
+def test_with_findings_fewer_than_two_pairs_have_no_loss_and_no_gradient(
     num: int, is_waited_for: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("p2r.loss.ranks.is_waited_for", lambda device: is_waited_for)
@@ -481,7 +481,7 @@ def test_a_learnt_temperature_is_not_read_and_gives_the_same_loss_and_gradients(
     options: dict[str, Any] = {"form": form, "exchange": exchange, "temperature": temperature}
     expected = info_nce(queries, keys, **options)
     of_expected = gradients(expected, queries, keys, temperature)
-    module = importlib.import_module("p2r.loss.info_nce")  # its name is that of the function
+    module = importlib.import_module("p2r.loss.info_nce")  # the function of the same name hides it
     monkeypatch.setattr(module, "number_in", lambda value: pytest.fail("it was read"))
     findings = Findings()
     loss = info_nce(queries, keys, findings=findings, **options)
@@ -493,7 +493,7 @@ def test_a_learnt_temperature_is_not_read_and_gives_the_same_loss_and_gradients(
 
 @pytest.mark.usefixtures("waited_for")
 @pytest.mark.parametrize("value", [0.0115, 0.0, -1.0, math.nan])
-def test_a_learnt_temperature_that_no_shift_serves_is_counted(value: float) -> None:
+def test_a_learnt_temperature_without_a_static_shift_is_counted(value: float) -> None:
     findings = Findings()
     info_nce(torch.ones(5, 4), torch.ones(5, 4), temperature=torch.tensor(value), findings=findings)
     with pytest.raises(EmbeddingError, match=r"temperature must be at least 0\.0\d+ for 5 candidates"):
@@ -502,9 +502,7 @@ def test_a_learnt_temperature_that_no_shift_serves_is_counted(value: float) -> N
 
 @pytest.mark.parametrize("num_candidates", [2, 10**5, 10**8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_sharpest_temperature_is_the_last_that_a_static_shift_serves(
-    dtype: torch.dtype, num_candidates: int
-) -> None:
+def test_the_sharpest_temperature_is_the_last_with_a_static_shift(dtype: torch.dtype, num_candidates: int) -> None:
     most = sharpest(num_candidates, dtype)
     shift = static_shift(most, num_candidates, dtype)
     assert shift is not None

@@ -1,4 +1,4 @@
-"""Triton's kernels against the torch tiles: in Triton's interpreter on a CPU, compiled where there is a CUDA device."""
+"""Triton kernels against the torch tiles: in Triton's interpreter on a CPU, compiled with a CUDA device."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ import torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-# In a process of its own: Triton decides when it is imported whether it interprets.
+# In a separate process, because Triton chooses its interpreter at import.
 SCRIPT = """
 import dataclasses, itertools, json, math, sys
 import torch
@@ -96,7 +96,7 @@ def test_interpreted_kernels_equal_the_tiles_and_themselves() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     ("dtype", "channels", "bound"),
     [("bfloat16", [64, 128, 256], 4e-3), ("float16", [64], 1e-3), ("float32", [64], 2e-3)],
@@ -122,7 +122,7 @@ CPU, BF16 = torch.device("cpu"), torch.bfloat16
         (torch.float16, 512, "got 512"),
     ],
 )
-def test_rows_that_the_kernels_do_not_take_are_named_with_the_way_out(
+def test_rows_that_the_kernels_do_not_support_are_named_with_the_way_out(
     dtype: torch.dtype, channels: int, reason: str | None
 ) -> None:
     from p2r.loss.kernels import fit, unfit
@@ -132,7 +132,7 @@ def test_rows_that_the_kernels_do_not_take_are_named_with_the_way_out(
     assert fit(torch.ones(4, channels, dtype=dtype)) == (reason is None)
 
 
-def test_float32_takes_the_kernels_where_tf32_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_uses_the_kernels_if_tf32_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     from p2r.loss.kernels import unfit
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
@@ -145,9 +145,9 @@ def test_a_gpu_with_little_shared_memory_takes_smaller_tiles_or_fewer_channels(m
     from p2r.loss.tiles import Rows
 
     rows = Rows(torch.ones(4, 128, dtype=BF16), 0)
-    usual = kernels._tile(kernels._PUSH_TILES, rows)
+    usual = kernels._choose_tile(kernels._PUSH_TILES, rows)
     monkeypatch.setattr(kernels, "_shared_limit", lambda device: 101_376)  # of an RTX 4090
-    assert kernels._tile(kernels._PUSH_TILES, rows).block_candidates < usual.block_candidates
+    assert kernels._choose_tile(kernels._PUSH_TILES, rows).block_candidates < usual.block_candidates
     assert kernels.unfit(BF16, 128, device=CPU) is None
     assert "more shared memory than this GPU's 101376 bytes" in (kernels.unfit(BF16, 512, device=CPU) or "")
 
