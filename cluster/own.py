@@ -1,4 +1,4 @@
-"""`p2r check` and `p2r init`: what p2r would make of a folder, and the first job and task of a user with own data.
+"""`p2r check` and `p2r init`: a survey of a folder of scans, and a first job and task for it.
 
 survey of the names -> some scans and label maps read -> facts, a contact sheet, the text of a job and a task
 """
@@ -39,16 +39,16 @@ _READ_S = 8.0
 _LEAST_READ, _PATIENCE = (
     8,
     4.0,
-)  # scans; seconds on the clock for a second of work, where the machine is busy or files are remote
+)  # scans; clock seconds allowed per second of work, for busy machines and remote files
 _SHOWN = 24
 _LABELS_READ = 12
-_LEAST_LABELLED = 4  # one trains, one validates, one is tested on; and one to spare
+_LEAST_LABELLED = 4  # one each to train, validate and test on, and one spare
 Tile = tuple[NDArray[np.uint8] | None, str, str, bool]
 
 
 @dataclass
 class Found:
-    """What a look at a folder gives."""
+    """Findings about a folder."""
 
     names: Survey
     num_read: int = 0
@@ -58,15 +58,15 @@ class Found:
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     tiles: list[Tile] = field(default_factory=list)
     values: dict[int, int] = field(default_factory=dict)
-    """Label maps by value that they hold, of those that were read."""
+    """Number of label maps, among those read, that contain each value."""
     seconds: float = 0.0
 
     @property
     def voxels(self) -> Voxels | None:
-        """Sizes of the scans that were read; None if none could be."""
+        """Median sizes of the scans that were read; None if there are none."""
         if not self.spacings_mm:
             return None
-        planes = [_plane(spacing, shape) for spacing, shape in zip(self.spacings_mm, self.shapes, strict=True)]
+        planes = [_plane_size(spacing, shape) for spacing, shape in zip(self.spacings_mm, self.shapes, strict=True)]
         return Voxels(*(float(np.median(values)) for values in zip(*planes, strict=True)))
 
 
@@ -78,14 +78,14 @@ def look(
     contrast: str | None = None,
     read_s: float = _READ_S,
 ) -> Found:
-    """Survey a folder, and read as many of its scans, evenly spread, as there is time for.
+    """Survey a folder, and read an even sample of its scans within a time limit.
 
     Raises:
-        DataError: as `survey`.
+        DataError: See `survey`.
     """
     found = Found(survey(folder, labels=labels, form=form, contrast=contrast, cache=cache_folder()))
     began, cpu_began = time.monotonic(), time.process_time()
-    for scan in _spread(found.names.scans, lambda scan: scan.path):
+    for scan in _shuffle(found.names.scans, lambda scan: scan.path):
         took_s = max(time.process_time() - cpu_began, (time.monotonic() - began) / _PATIENCE)
         if found.num_read >= _LEAST_READ and took_s > read_s:
             break
@@ -100,13 +100,13 @@ def look(
             percentile_table(volume.data)
         except RefusedScan as error:
             found.refused[below] = str(error)
-            _show(found, None, below, error.code, is_refused=True)
+            _add_tile(found, None, below, error.code, is_refused=True)
             continue
         found.spacings_mm.append(volume.spacing_mm)
         found.shapes.append(volume.data.shape[:3])
-        _show(found, volume, below, " x ".join(f"{mm:.3g}" for mm in volume.spacing_mm) + " mm")
+        _add_tile(found, volume, below, " x ".join(f"{mm:.3g}" for mm in volume.spacing_mm) + " mm")
     pairing = found.names.pairing
-    for _, path in _spread(pairing.pairs if pairing else (), lambda pair: str(pair[1]))[:_LABELS_READ]:
+    for _, path in _shuffle(pairing.pairs if pairing else (), lambda pair: str(pair[1]))[:_LABELS_READ]:
         try:
             for value in np.unique(read_labels(path).data).tolist():
                 found.values[int(value)] = found.values.get(int(value), 0) + 1
@@ -117,14 +117,14 @@ def look(
 
 
 def classes_of(found: Found) -> dict[int, str]:
-    """Return the classes of a task: as a `dataset.json` names them, else as the label maps that were read hold them."""
+    """Return the classes of a task, from its `dataset.json` or else from the label maps that were read."""
     named = found.names.dataset.labels if found.names.dataset is not None else {}
     values = [value for value in found.values if value > 0]
     return dict(named) or {value: f"label{value}" for value in sorted(values)}
 
 
 def lines_of(found: Found) -> Iterator[tuple[str, str]]:
-    """Yield what a user should know, a fact a line: its name, and the fact."""
+    """Yield the facts to print: name and text."""
     names, pairing = found.names, found.names.pairing
     yield "folder", f"{names.root}: {NAMES[names.form]}{', by its dataset.json' * (names.dataset is not None)}"
     subjects = {subject: scans for subject, scans in names.subjects.items() if subject}
@@ -148,10 +148,10 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
     if found.shapes:
         yield (
             "voxels",
-            f"{_range([max(s) for s in found.spacings_mm], 'mm')} at most, planes of "
+            f"{_format_range([max(s) for s in found.spacings_mm], 'mm')} at most, planes of "
             + (
-                f"{_range([_plane(s, n)[0] for s, n in zip(found.spacings_mm, found.shapes, strict=True)], 'mm')}; "
-                f"{' x '.join(_range([shape[axis] for shape in found.shapes]) for axis in range(3))} voxels"
+                f"{_format_range([_plane_size(s, n)[0] for s, n in zip(found.spacings_mm, found.shapes, strict=True)], 'mm')}; "
+                f"{' x '.join(_format_range([shape[axis] for shape in found.shapes]) for axis in range(3))} voxels"
             ),
         )
     if names.label_maps:
@@ -172,14 +172,14 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
         if pairing.num_unlabelled:
             yield (
                 "unlabelled",
-                f"{pairing.num_unlabelled} scans called {pairing.image_name} have no label map: for pretraining alone",
+                f"{pairing.num_unlabelled} scans called {pairing.image_name} have no label map: for pretraining only",
             )
         if pairing.others:
             yield "also", f"label maps fit scans called {', '.join(pairing.others[:4])}, too: --contrast NAME chooses"
     elif names.label_maps:
         yield (
             "labelled",
-            "no label map fits a scan by its name; say where they are by --labels, or rename them (jobs/tasks/folder.yaml)",
+            "no label map fits a scan by its name; give their folder by --labels, or rename them (jobs/tasks/folder.yaml)",
         )
     yield "read", f"{found.num_read} of {len(names.scans)} scans in {found.seconds:.1f} s, {len(found.refused)} refused"
     for path, reason in list(found.refused.items())[:10]:
@@ -187,13 +187,13 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
     if found.names.dataset is not None and found.names.dataset.ignored:
         yield (
             "ignored",
-            f"labels {', '.join(found.names.dataset.ignored)} of dataset.json are regions or ignored: no part of a task",
+            f"labels {', '.join(found.names.dataset.ignored)} of dataset.json are regions or ignored: not part of a task",
         )
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """Texts of a job and, where label maps were found, of its task."""
+    """Texts of a job and, if label maps were found, of its task."""
 
     job: str
     task: str | None
@@ -236,13 +236,13 @@ def drafts_of(
         name=name, sources=sources, cohort=name, subject_pattern=names.subject_pattern, task="task.yaml" if task else None,
         voxels=found.voxels, num_labelled=len(labelled) // 2, storage=storage, **stated,
     )  # fmt: skip
-    return Drafts(_headed(job, "job", found), None if task is None else _headed(task, "task", found), why)
+    return Drafts(_add_header(job, "job", found), None if task is None else _add_header(task, "task", found), why)
 
 
 def check(
     folder: Path, *, labels: Path | None, form: Form | None, contrast: str | None, output: Path, read_all: bool
 ) -> None:
-    """Print what p2r would make of a folder, and draw some of its scans."""
+    """Print how p2r reads a folder, and draw some of its scans."""
     from p2r.report.canvas import CLASS_COLOURS, FAINT
     from p2r.report.corpus_report import contact_sheet
 
@@ -270,10 +270,10 @@ def init(
     licence: str | None,
     provenance: str | None,
 ) -> None:
-    """Write `job.yaml` and, where there are label maps, `task.yaml` for a folder of scans, and print the next commands.
+    """Write `job.yaml` and, if there are label maps, `task.yaml` for a folder of scans; print the next commands.
 
     Raises:
-        InputError: if one of the files is there already.
+        InputError: One of the files already exists.
     """
     targets = {kind: folder / f"{kind}.yaml" for kind in ("job", "task")}
     if there := [str(path) for path in targets.values() if path.exists()]:
@@ -288,7 +288,7 @@ def init(
     targets["job"].chmod(0o755)
     show(f"wrote       {targets['job']}")
     if drafts.task is None:
-        show(f"no task     {drafts.why_no_task}: the job pretrains, and scores nothing")
+        show(f"no task     {drafts.why_no_task}: the job only pretrains, without scores")
     else:
         targets["task"].write_text(drafts.task, encoding="utf-8")
         if "${" not in drafts.task:
@@ -307,14 +307,14 @@ def init(
 
 
 def next_commands(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> list[str]:
-    """Return the three commands after `p2r init`."""
+    """Return the three commands to run after `p2r init`."""
     job, files = (
         targets["job"],
         " ".join(str(targets[kind]) for kind in ("job", "task") if kind == "job" or drafts.task),
     )
     asked = [name for name in ("P2R_LICENCE", "P2R_PROVENANCE") if f"${{{name}}}" in drafts.job]
     given = (
-        "export " + " ".join(f'{name}="..."' for name in asked) + "  # asked for by name: they travel with the data"
+        "export " + " ".join(f'{name}="..."' for name in asked) + "  # required: they travel with the data"
         if asked
         else ""
     )
@@ -327,37 +327,37 @@ def next_commands(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> 
     return [*([given] if given else []), f"p2r validate {files}", f"p2r run {job}", last]
 
 
-def _show(found: Found, volume: Volume | None, below: str, line: str, *, is_refused: bool = False) -> None:
+def _add_tile(found: Found, volume: Volume | None, below: str, line: str, *, is_refused: bool = False) -> None:
     if len(found.tiles) < _SHOWN or is_refused:
         picture = None if volume is None else thumbnail(volume)
         found.tiles.append((picture, below.rpartition("/")[2], line, is_refused))
 
 
-def _spread(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
-    """Return all items in an order that is random, and the same every time: the first n stand for all."""
+def _shuffle(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
+    """Return the items in a random but fixed order, so that the first n are a fair sample."""
     return sorted(items, key=lambda item: lot(key(item)))
 
 
-def _plane(spacing_mm: Sequence[float], shape: Sequence[int]) -> tuple[float, float]:
+def _plane_size(spacing_mm: Sequence[float], shape: Sequence[int]) -> tuple[float, float]:
     """Return voxel size and larger extent in the plane, mm."""
     axis = slice_axis(tuple(spacing_mm), shape=tuple(shape))
     others = [other for other in range(3) if other != axis]
     return max(spacing_mm[a] for a in others), max(spacing_mm[a] * shape[a] for a in others)
 
 
-def _range(values: Sequence[float], unit: str = "") -> str:
+def _format_range(values: Sequence[float], unit: str = "") -> str:
     low, high = min(values), max(values)
     return (f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}") + f" {unit}" * bool(unit)
 
 
-def _headed(text: str, kind: str, found: Found) -> str:
+def _add_header(text: str, kind: str, found: Found) -> str:
     facts = [
         f"# {name}: {fact}" for name, fact in lines_of(found) if name in ("folder", "scans", "contrasts", "labelled")
     ]
     opening = {
-        "job": "#!/usr/bin/env -S python -m cluster run\n# Own scans -> corpus -> backbone -> few-shot table and model, as `p2r init` "
-        "wrote it. Change what is wrong; run it again,\n# and what is done already is kept.",
-        "task": "# A task: scans, label maps, the meaning of the labels, and who trains, validates and is tested on.",
+        "job": "#!/usr/bin/env -S python -m cluster run\n# Own scans -> corpus -> backbone -> few-shot table and model, written by "
+        "`p2r init`. Correct what is wrong and run it again:\n# finished parts are kept.",
+        "task": "# A task: scans, label maps, meaning of the labels, and the patients for training, validation and test.",
     }[kind]
     return "\n".join([opening, "#", *(line[:150] for line in facts), text])
 

@@ -1,8 +1,8 @@
-"""`p2r validate`: every path that a job or a task names is followed, without a voxel being read.
+"""`p2r validate`: follow every path that a job or task names, without reading a voxel.
 
     job -> its tasks -> their folders -> scans, label maps and splits; sources, corpora, backbones, storage
 
-What is in a bucket is not asked for here: a job may be valid on a machine that does not have its keys.
+Buckets are not read: a job may be validated on a machine without its keys.
 """
 
 import re
@@ -23,7 +23,7 @@ _VARIABLE = re.compile(r"\$\{[A-Za-z_]\w*\}")
 
 
 def is_task(path: Path) -> bool:
-    """Tell whether a file is a task rather than a job: a mapping with classes, and no kind.
+    """Return whether a file is a task rather than a job: a mapping with classes, and no kind.
 
     Raises:
         InputError: The file cannot be read, or is not YAML.
@@ -39,10 +39,10 @@ def is_task(path: Path) -> bool:
 
 
 def task_facts(path: Path) -> Iterator[str]:
-    """Yield what a task comes to, a line each, after its files were looked for.
+    """Look for the files of a task, and yield lines that describe it.
 
     Raises:
-        DataError: as `load_task`.
+        DataError: See `load_task`.
     """
     config = read_task_config(path)
     for key in ("images", "labels"):
@@ -58,24 +58,24 @@ def job_facts(path: Path, overrides: tuple[str, ...]) -> tuple[Job, list[str], l
     """Follow every path of a job.
 
     Returns:
-        The job; names of variables that are not set; lines about what its paths lead to.
+        The job; names of unset variables; lines that describe the targets of its paths.
 
     Raises:
-        InputError: naming the key of the first path that leads nowhere.
+        InputError: A path leads nowhere; names the key of the first.
     """
     unset: dict[str, str] = {}
     job = read_job(path, overrides, unset=unset)
-    return job, list(unset), [*_lines(path, job)]
+    return job, list(unset), [*_describe_paths(path, job)]
 
 
-def _lines(path: Path, job: Job) -> Iterator[str]:
-    for key, text in _paths(job):
+def _describe_paths(path: Path, job: Job) -> Iterator[str]:
+    for key, text in _list_paths(job):
         _refuse_placeholder(text, f"job {path}: {key}")
     for source in job.ingest.sources if job.ingest else ():
         yield from _source_facts(source, f"job {path}: ingest.sources")
-    for key, url in _artefacts(job):
+    for key, url in _list_artefacts(job):
         _check_artefact(url, f"job {path}: {key}")
-    for key, task in _tasks(job):
+    for key, task in _list_tasks(job):
         try:
             yield from task_facts(Path(task))
         except DataError as error:
@@ -93,15 +93,15 @@ def _split_facts(task: Task) -> Iterator[str]:
         yield f"{len(subjects)} patients {'to train' if split == 'train' else 'for ' + split}{more}"
 
 
-def _paths(job: Job) -> Iterator[tuple[str, str]]:
+def _list_paths(job: Job) -> Iterator[tuple[str, str]]:
     yield "storage", job.storage
     for source in job.ingest.sources if job.ingest else ():
         yield "ingest.sources", source
-    yield from _artefacts(job)
+    yield from _list_artefacts(job)
 
 
-def _artefacts(job: Job) -> Iterator[tuple[str, str]]:
-    """Yield key and URL of what a job takes from elsewhere."""
+def _list_artefacts(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield key and URL of every corpus or artefact that a job takes from elsewhere."""
     if job.pretrain is not None:
         corpus = job.pretrain.corpus
         urls = [corpus] if isinstance(corpus, str) else [share.url for share in corpus or ()]
@@ -112,8 +112,8 @@ def _artefacts(job: Job) -> Iterator[tuple[str, str]]:
         yield "finetune.backbone", job.finetune.backbone
 
 
-def _tasks(job: Job) -> list[tuple[str, str]]:
-    """Return key and path of every task, each path once."""
+def _list_tasks(job: Job) -> list[tuple[str, str]]:
+    """Return key and path of every task, without duplicate paths."""
     named = [("finetune.tasks", task) for task in (job.finetune.tasks if job.finetune else ())]
     if job.ingest is not None and job.ingest.subjects_of is not None:
         named.append(("ingest.subjects_of", job.ingest.subjects_of.task))
@@ -126,7 +126,7 @@ def _source_facts(source: str, where: str) -> Iterator[str]:
     if _VARIABLE.search(source) or source.startswith("template://"):
         return
     if "://" in source and not source.startswith("file://"):
-        yield f"not looked at: {source}"
+        yield f"not checked: {source}"
         return
     path = Path(source.removeprefix("file://")).expanduser()
     if not path.exists():

@@ -808,10 +808,10 @@ class FinetuneConfig(Section):
     this rule."""
     agreement_views: PositiveInt = 3
     """prototype_self_training: number of views that must agree on a pixel's pseudo-label. 1: only the unchanged image."""
-    plausible_size_factor: Annotated[float, Field(ge=1)] = 2.0
-    """prototype_self_training: largest ratio of a class's size to its sizes in the labelled patients, both ways; other frames do not
-    count."""
-    plausible_margin_mm: NonNegativeFloat = 30.0
+    plausible_size_factor: Annotated[float, Field(ge=1)] = 3.0
+    """prototype_self_training: largest ratio of a class's size to its sizes in the labelled patients, both ways. A larger class does not
+    count; a smaller one excludes its frame."""
+    plausible_margin_mm: NonNegativeFloat = 40.0
     """prototype_self_training: distance beyond the labelled patients' organs, relative to the scan's centre, within which foreground
     counts, mm."""
     probe_augmentation: Literal["views", "none"] = "views"

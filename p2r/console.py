@@ -23,6 +23,11 @@ _CONTROL = re.compile(f"[{_CONTROL_CHARACTERS}]")
 _CONTROL_OR_BREAK = re.compile(f"[{_CONTROL_CHARACTERS}\t\n]")
 
 
+def is_plain(text: str) -> bool:
+    """Return True for one line without characters that `visible` replaces."""
+    return _CONTROL_OR_BREAK.search(text) is None
+
+
 def visible(text: str) -> str:
     """Return the text as one line that cannot control a terminal: each control character and line break becomes `?`."""
     return _CONTROL_OR_BREAK.sub("?", text)

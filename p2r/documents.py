@@ -37,6 +37,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, from_json
 
+from p2r.console import is_plain
 from p2r.errors import InputError
 
 Checked = TypeVar("Checked")
@@ -56,7 +57,7 @@ _MAX_DETAILS, _MAX_DETAIL_LETTERS = 20_000, 1 << 20
 _SHOWN = 3  # findings of a model in a message
 _MAX_SHOWN = 80  # characters of a key or value in a message
 _ODD_ESCAPE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
-_RELATIVE = re.compile(r"[^\x00-\x1f\x7f\\]{1,1024}")
+_MAX_PATH = 1024
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,\n]')
 
 
@@ -137,15 +138,17 @@ def as_utf8(name: str) -> str:
 def is_relative_path(path: str) -> bool:
     """Return whether a path names something below the folder that it is joined to, on any system.
 
-    Only `/` may separate names: no `..`, no `.`, no empty name, no backslash, no control character.
+    Only `/` may separate names: no `..`, no `.`, no empty name, no backslash, no control character, no mark of direction.
     """
-    return _RELATIVE.fullmatch(path) is not None and not {".", "..", ""} & set(path.split("/"))
+    is_name = len(path) <= _MAX_PATH and "\\" not in path and is_plain(path)
+    return is_name and not {".", "..", ""} & set(path.split("/"))
 
 
 def _check_relative(path: str) -> str:
     if not is_relative_path(path):
         raise ValueError(
-            "must be a path below the folder: no `..`, no leading slash, no backslash, no control character"
+            "must be a path below the folder: no `..`, no leading slash, no backslash, no control character, no mark of "
+            "direction"
         )
     return path
 

@@ -37,7 +37,7 @@ Model = TypeVar("Model", bound=BaseModel)
 Kind = Literal["ingest", "pretrain", "publish", "finetune", "pipeline", "ablation"]
 
 FORK_HELP = (
-    "start a new run in <storage>-NAME (or in NAME, if it is a URL), at step 0, from the weights of the newest checkpoint; "
+    "start a new run from the weights of the newest checkpoint, at step 0, in <storage>-NAME (or in NAME, if it is a URL); "
     "the same command resumes it"
 )
 

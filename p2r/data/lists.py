@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from p2r.console import is_plain, visible
 from p2r.data.names import composed
 from p2r.documents import read_lines
 from p2r.errors import DataError
@@ -25,10 +26,15 @@ SUFFIXES = (".csv", ".tsv", ".jsonl")
 SUBJECT_COLUMNS = ("subject", "subject_id", "participant_id", "participant", "patient_id", "patient")
 """Columns that name the subject; the first one present is used."""
 
-MAX_BYTES = 1 << 28
+MAX_BYTES = 1 << 27
 """Largest list that is read."""
+MAX_LINES = 1_000_000
+"""Most lines of a list, empty ones included: to parse them takes about ten seconds of one CPU."""
 
 _MAX_TEXT = 4096
+_MAX_COLUMNS = 1000
+_MAX_LINE = 1 << 20
+_SHOWN = 100
 
 
 @dataclass(frozen=True)
@@ -61,17 +67,22 @@ def parse_list(content: bytes, name: str) -> list[Row]:
         raise DataError(
             f"list {name} is not UTF-8 text: {error}; save it as UTF-8, or: iconv -f LATIN1 -t UTF-8 {name}"
         ) from None
+    if text.count("\n") + text.count("\r") - text.count("\r\n") > MAX_LINES:
+        raise DataError(f"list {name} has more than the {MAX_LINES:,} lines that a list may have; part it")
     rows = _parse_jsonl(text.encode(), name) if name.lower().endswith(".jsonl") else _parse_csv(text, name)
     return [_make_row(line, values, f"list {name}, line {line}") for line, values in rows]
 
 
 def _parse_csv(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=_find_delimiter(text, name), skipinitialspace=True, strict=True
-    )
+    lines = _lines(text, name)
+    reader = csv.reader(lines, delimiter=_find_delimiter(text, name), skipinitialspace=True, strict=True)
     columns: list[str] | None = None
     try:
         for record in reader:
+            if len(record) > _MAX_COLUMNS:
+                raise DataError(
+                    f"list {name}, line {reader.line_num}: {len(record):,} values; a row may have {_MAX_COLUMNS:,}"
+                )
             if not any(value.strip() for value in record):
                 continue
             if columns is None:
@@ -92,11 +103,18 @@ def _parse_csv(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise DataError(f"list {name}, line {reader.line_num}: {error}") from None
 
 
+def _lines(text: str, name: str) -> Iterator[str]:
+    for number, line in enumerate(io.StringIO(text, newline=""), start=1):
+        if len(line) > _MAX_LINE:
+            raise DataError(f"list {name}, line {number}: it has more than the {_MAX_LINE:,} characters of a line")
+        yield line
+
+
 def _find_delimiter(text: str, name: str) -> str:
     """Return the column separator: for a `.csv`, the one with which `path` is a column."""
     if name.lower().endswith(".tsv"):
         return "\t"
-    first = next((line for line in io.StringIO(text) if line.strip()), "")
+    first = next((line for line in _lines(text, name) if not line.isspace()), "")
     fitting = [one for one in ",;\t" if "path" in (_column_name(value.strip(' "')) for value in first.split(one))]
     return fitting[0] if fitting else ","
 
@@ -110,6 +128,8 @@ def _column_name(name: str) -> str:
 def _parse_jsonl(content: bytes, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for line, value in read_lines(content, where=f"list {name}", max_bytes=MAX_BYTES, max_depth=4, error=DataError):
         found = {_column_name(key): item for key, item in value.items()} if isinstance(value, dict) else {}
+        if len(found) > _MAX_COLUMNS:
+            raise DataError(f"list {name}, line {line}: {len(found):,} keys; a row may have {_MAX_COLUMNS:,}")
         if "path" not in found or len(found) < len(value):
             raise DataError(
                 f"list {name}, line {line}: a line must be a JSON object with the key `path`, and each key once"
@@ -135,10 +155,10 @@ def _check_text(value: Any, field: str, where: str) -> str:
         return ""
     if isinstance(value, bool | int | float):
         value = json.dumps(value)
-    if not isinstance(value, str) or len(value) > _MAX_TEXT or not _is_plain(value):
+    if not isinstance(value, str) or len(value) > _MAX_TEXT or not is_plain(value):
         raise DataError(
-            f"{where}: {field} must be a text of up to {_MAX_TEXT} characters without control characters, or a number; "
-            f"got {_shorten(value)}"
+            f"{where}: {field} must be a text of up to {_MAX_TEXT} characters, without control characters, marks of direction or "
+            f"characters of no width, or a number; got {_shorten(value)}"
         )
     if looks_secret(value):
         raise DataError(
@@ -147,14 +167,10 @@ def _check_text(value: Any, field: str, where: str) -> str:
     return value.strip()
 
 
-def _is_plain(text: str) -> bool:
-    try:
-        text.encode()  # fails for lone surrogates, which JSON allows
-    except UnicodeEncodeError:
-        return False
-    return not any(ord(character) < 32 or ord(character) == 127 for character in text)
-
-
 def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    if isinstance(value, str | list):
+        value = value[:_SHOWN]
+    if isinstance(value, list):
+        value = [item[:_SHOWN] if isinstance(item, str) else item for item in value]
+    text = visible(repr(value))
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -27,6 +27,7 @@ from p2r.data.batch import Batch, Group, Replaced
 from p2r.data.fetch import OpenShards
 from p2r.data.order import Order, Samples
 from p2r.data.preparation import intensity_window, plane_axes, plane_spacing
+from p2r.data.preprocess import check_plane
 from p2r.data.shards import Box, IndexRow, ShardReader
 from p2r.errors import DataError
 from p2r.randomness import keyed_generator
@@ -255,7 +256,14 @@ class Loader:
 
     def _locate_part(self, place: _Place, reader: ShardReader) -> _Part:
         if self._image.dimensions == 2:
-            return _Part(reader, *reader.locate(place.sample))
+            row, number = reader.locate(place.sample)
+            check_plane(
+                row.stored_shape[2:],
+                plane_spacing(row.spacing_mm, row.slice_axis),
+                target_mm=self._image.spacing_mm,
+                name=f"{reader.name}: {row.key}",
+            )
+            return _Part(reader, row, number)
         row, frame = reader.locate_volume(place.sample // self._image.patches_per_volume)
         generator = keyed_generator(self._seed, "patch", place.corpus, place.epoch, place.shard, place.sample)
         return _Part(reader, row, frame, *_choose_patch(row, self._image, generator))

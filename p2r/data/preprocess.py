@@ -35,6 +35,11 @@ from p2r.data.volume import Volume
 from p2r.device import on_device
 from p2r.errors import RefusedScan
 
+MAX_IMAGES_MIB = 8192.0
+"""Largest memory for the images or maps of one scan, including intermediate arrays."""
+
+_MAX_PLANE_MIB = 256.0
+_COARSER = "use larger voxels (pretrain.image.spacing_mm, or another backbone) or a part of the scan; its header's voxel size may be wrong"
 _ROUNDING = 0.01  # of a voxel: tolerance for rounded spacings in a header
 
 
@@ -76,6 +81,83 @@ class Frames:
     """(x, y, z) on the volume's own grid."""
     spacing_mm: tuple[float, float, float]
     """Voxel size on the volume's own grid, mm."""
+
+
+def check_room(num_values: float, what: str, way_out: str, *, max_mib: float | None = None) -> None:
+    """Refuse arrays of float32 that would be too large, before any of them is allocated.
+
+    Args:
+        num_values: Of all arrays together.
+        what: They would hold, for the message.
+        way_out: What makes them smaller.
+        max_mib: Most memory; None: `MAX_IMAGES_MIB`.
+
+    Raises:
+        RefusedScan: `too_large`.
+    """
+    max_mib = MAX_IMAGES_MIB if max_mib is None else max_mib
+    num_mib = num_values * 4 / 2**20
+    if num_mib > max_mib:
+        raise RefusedScan(
+            "too_large",
+            f"{what} would take {num_mib:,.0f} MiB of memory, up to {max_mib:,.0f} MiB are allowed: {way_out}",
+        )
+
+
+def check_plane(shape: tuple[int, int], spacing_mm: tuple[float, float], *, target_mm: float, name: str) -> None:
+    """Refuse planes that cannot be resampled one by one: an image of training is a crop of such a plane.
+
+    Args:
+        shape: (h, w).
+        spacing_mm: Of rows and columns, mm.
+        target_mm: Pixel size after resampling, mm.
+        name: Of the scan.
+
+    Raises:
+        RefusedScan: `too_large`.
+    """
+    _check_planes(1, shape, spacing_mm, target_mm=target_mm, name=name, max_mib=_MAX_PLANE_MIB)
+
+
+def _check_planes(
+    num_planes: int,
+    shape: tuple[int, int],
+    spacing_mm: tuple[float, float],
+    *,
+    target_mm: float,
+    name: str,
+    max_mib: float | None = None,
+) -> None:
+    height, width = _resampled_shape(shape, spacing_mm, target_mm)
+    check_room(
+        num_planes * (shape[0] * width + height * width),  # columns are resampled first
+        f"{name}: {num_planes:,} planes of {_sizes(shape, spacing_mm)}, {_sizes((height, width), (target_mm,))} after resampling,",
+        _COARSER,
+        max_mib=max_mib,
+    )
+
+
+def _check_frames(
+    num_frames: int,
+    own: tuple[int, int, int],
+    shape: tuple[int, int, int],
+    spacing_mm: tuple[float, ...],
+    *,
+    target_mm: float,
+    name: str,
+) -> None:
+    (_, y, z), (to_x, to_y, to_z) = own, shape
+    images = to_x * y * z + to_x * to_y * z + to_x * to_y * to_z  # one axis is resampled after another
+    weights = 8 * sum(n * to_n for n, to_n in zip(own, shape, strict=True))  # of `axis_weights`, in float64
+    check_room(
+        num_frames * images + weights,
+        f"{name}: {num_frames:,} frames of {_sizes(own, spacing_mm)}, {_sizes(shape, (target_mm,))} after resampling,",
+        _COARSER,
+    )
+
+
+def _sizes(shape: Sequence[int], spacing_mm: Sequence[float]) -> str:
+    return f"{' x '.join(f'{n:,}' for n in shape)} voxels of {' x '.join(f'{mm:g}' for mm in spacing_mm)} mm"
 
 
 def normalise(voxels: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
@@ -263,6 +345,7 @@ def frames_of(volume: Volume, *, preparation: Preparation, size: int | None) -> 
         )
     low, high = intensity_window(percentile_table(volume.data, name=volume.key), preparation.intensity_percentiles)
     shape = (size, size, size) if size is not None else cubic_shape(own, spacing_mm, target_mm=target_mm)
+    _check_frames(volume.data.shape[3], own, shape, spacing_mm, target_mm=target_mm, name=volume.key)
     stored = torch.from_numpy(np.ascontiguousarray(np.moveaxis(volume.data, 3, 0), dtype=np.float32))
     images, inside = _resample_to_cubic(
         normalise(stored[:, None], low, high),  # (T, 1, x, y, z)
@@ -278,6 +361,7 @@ def label_frames_of(labels: Volume, *, preparation: Preparation, size: int | Non
     """Resample a label map to (T, X, Y, Z) int64, on the grid of `frames_of` for its scan; 0 outside."""
     own, spacing_mm, target_mm = labels.data.shape[:3], labels.spacing_mm, preparation.spacing_mm
     shape = (size, size, size) if size is not None else cubic_shape(own, spacing_mm, target_mm=target_mm)
+    _check_frames(2 * labels.data.shape[3], own, shape, spacing_mm, target_mm=target_mm, name=labels.key)  # of int64
     maps = torch.from_numpy(np.ascontiguousarray(np.moveaxis(labels.data, 3, 0))).long()
     for axis in range(3):
         places = _sample_places(shape[axis], (own[axis] - 1) / 2, target_mm / spacing_mm[axis])
@@ -313,8 +397,9 @@ def planes_of(volume: Volume, *, preparation: Preparation, size: int | None) -> 
     window = intensity_window(percentile_table(volume.data, name=volume.key), preparation.intensity_percentiles)
     planes = volume_to_planes(volume.data, axis)  # (P, h, w)
     spacing = plane_spacing(volume.spacing_mm, axis)
-    images, inside = prepare(planes, window, spacing, target_mm=preparation.spacing_mm, size=size)
     shape = (planes.shape[1], planes.shape[2])
+    _check_planes(len(planes), shape, spacing, target_mm=preparation.spacing_mm, name=volume.key)
+    images, inside = prepare(planes, window, spacing, target_mm=preparation.spacing_mm, size=size)
     return Planes(images, inside, axis, *window, shape, spacing, num_frames=volume.data.shape[3])
 
 
@@ -322,6 +407,8 @@ def label_planes_of(labels: Volume, *, preparation: Preparation, axis: int, size
     """Cut a label map into (P, H, W) int64, on the grid of `planes_of` for its scan."""
     planes = torch.from_numpy(volume_to_planes(labels.data, axis).astype(np.float32))[:, None]
     spacing = plane_spacing(labels.spacing_mm, axis)
+    shape = (planes.shape[2], planes.shape[3])
+    _check_planes(len(planes), shape, spacing, target_mm=preparation.spacing_mm, name=labels.key)
     resampled, _ = to_grid(planes, spacing, target_mm=preparation.spacing_mm, size=size, mode="nearest")
     return resampled[:, 0].long()
 

@@ -9,6 +9,7 @@ Shapes: *S an image's sides, H W or X Y Z; X Y Z T a volume; P = T * Z slices; h
 classes; F features.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,7 @@ from p2r.data.preprocess import (
     Frames,
     Planes,
     Preparation,
+    check_room,
     cubic_to_voxel,
     frames_of,
     from_cubic,
@@ -138,6 +140,7 @@ def predict_probabilities(
     def classes_last(native: Tensor, first: int) -> Tensor:
         return _normalise_probabilities(native).movedim(1, -1)
 
+    _check_map_memory(num_classes, len(images.images) * math.prod(images.shape))
     found = _map_native_probabilities(classes_last, segmenter, images, preparation, num_classes, device, batch_size)
     probabilities: NDArray[np.float32] = _assemble_volume(found, images)
     return probabilities
@@ -203,6 +206,8 @@ def _map_native_probabilities(
     `read` gets the probabilities of B slices (B, K, h, w), or of a volume (1, K, x, y, z), and the index of the first image.
     """
     batch_size = batch_size or _BATCH_SIZE[preparation.dimensions]
+    at_once = batch_size if isinstance(images, Planes) else 1
+    _check_map_memory(num_classes, at_once * (math.prod(images.shape) + math.prod(images.images.shape[2:])))
 
     def probabilities(windows: Tensor) -> Tensor:
         logits: Tensor = segmenter(windows)
@@ -213,7 +218,7 @@ def _map_native_probabilities(
     found: list[Tensor] = []
     first = 0
     with _evaluation_mode(segmenter):
-        for part in torch.split(images.images, batch_size if isinstance(images, Planes) else 1):
+        for part in torch.split(images.images, at_once):
             blended = _blend_windows(probabilities, part.to(device), preparation=preparation, batch_size=batch_size)
             if isinstance(images, Planes):
                 native = from_grid(
@@ -228,8 +233,16 @@ def _map_native_probabilities(
     return torch.cat(found)
 
 
+def _check_map_memory(num_classes: int, num_voxels: int) -> None:
+    check_room(
+        num_classes * num_voxels,
+        f"maps of {num_classes} classes on {num_voxels:,} voxels",
+        "segment a part of the scan, or use a model with fewer classes",
+    )
+
+
 def _assemble_volume(maps: Tensor, images: Planes | Frames) -> NDArray[Any]:
-    """Assemble maps of slices (P, h, w, ...), or of frames (T, x, y, z, ...), to (X, Y, Z, T, ...)."""
+    """Put maps of planes (P, h, w, ...), or of frames (T, x, y, z, ...), together to (X, Y, Z, T, ...)."""
     if isinstance(images, Planes):
         return planes_to_volume(maps.numpy(), images.axis, images.num_frames)
     return maps.movedim(0, 3).contiguous().numpy()
@@ -275,8 +288,16 @@ def embed_volume(
         planes = planes_of(volume, preparation=preparation, size=None)
         images, at_once = planes.images, batch_size
     padded, sides = _pad_to_divisor(images, size_divisor), images.shape[2:]
+    parts: list[Tensor] = []
     with _evaluation_mode(backbone):
-        found = torch.cat([read(part.to(device)).cpu() for part in torch.split(padded, at_once)])
+        for part in torch.split(padded, at_once):
+            parts.append(read(part.to(device)).cpu())
+            check_room(
+                2 * parts[0][0].numel() * len(padded),
+                f"{volume.key}: {parts[0].shape[1]} features of {' x '.join(map(str, padded.shape[2:]))} pixels of {len(padded)} images",
+                "embed a part of the scan",
+            )
+    found = torch.cat(parts)
     stride = padded.shape[2] // found.shape[2]
     maps = found[(slice(None), slice(None), *(slice(-(-side // stride)) for side in sides))]
 

@@ -5,6 +5,7 @@ segmentation = model.predict("scan.nii.gz")        # nibabel.Nifti1Image
 segmentation.to_filename("segmentation.nii.gz")
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 
 from p2r.backbone import ArtefactConfig
 from p2r.backbone import load_model as load_segmenter
+from p2r.data.preprocess import check_room
 from p2r.data.volume import Volume, nifti_image, read_volume, to_source_grid, volume_of
 from p2r.errors import InputError
 from p2r.evaluate.inference import images_read, predict_probabilities, predict_volume
@@ -165,6 +167,11 @@ def on_scan_grid(features: NDArray[np.float32], affine: NDArray[np.float64], vol
 
     to_features = np.linalg.inv(affine) @ volume.affine
     shape = volume.data.shape[:3]
+    check_room(
+        math.prod(shape) * features.shape[3],
+        f"{volume.key}: {features.shape[3]} features of {' x '.join(map(str, shape))} voxels",
+        "leave out --native, or embed a part of the scan",
+    )
     found = np.empty((*shape, features.shape[3]), np.float32)
     for channel in range(features.shape[3]):
         ndimage.affine_transform(

@@ -6,9 +6,10 @@ Three rules, learnt from the labelled frames and nothing else:
     one piece  where the foreground of every labelled frame is in one piece, only the largest part of a frame's foreground counts
     size       the largest cross-section of each class (its volume, for a network of volumes) is within a factor of the labelled ones
 
-A pixel that breaks one of the first two rules does not count: it is neither foreground nor background to a student. A frame that breaks
-the third does not count at all, because an organ that is missed elsewhere would be taught as background. The rules presume that scans
-show the organ about the same place. For lesions, which may be anywhere, widen the margin beyond the scan.
+A pixel that breaks one of the first two rules does not count: it is neither foreground nor background to a student. Nor does a class
+that is too large. A frame with a class that is too small does not count at all, because the part that is missed would be taught as
+background. The rules presume that scans show the organ in about the same place. For lesions, which may be anywhere, widen the margin
+beyond the scan.
 
 Letters: P images, planes frame by frame or one volume per frame; *S their sizes, padded about their centre; K classes.
 """
@@ -29,7 +30,7 @@ _LEAST_SHARE = 0.95  # of a frame's foreground, in its largest part: a few pixel
 
 @dataclass(frozen=True)
 class Plausibility:
-    """What the labelled frames say of place and size; sizes in pixels of the network's grid."""
+    """Place and size of labelled organs, with tolerances; in pixels of the network's grid."""
 
     low: tuple[float, ...]
     """Along each axis, the first pixel at which foreground can be, from the image's centre."""
@@ -90,7 +91,7 @@ def plausible(classes: Tensor, frames: Sequence[slice], rules: Plausibility) -> 
         rules: From `learn_plausibility`.
 
     Returns:
-        (P, *S) bool; and of each frame whether its organs have a plausible size.
+        (P, *S) bool; and of each frame whether no class is too small.
     """
     found = classes.cpu().numpy()
     box = _box(found.shape[1:], rules)
@@ -102,7 +103,9 @@ def plausible(classes: Tensor, frames: Sequence[slice], rules: Plausibility) -> 
         if rules.is_one_piece:
             possible = _largest_part(possible)
         sizes = _sizes(np.where(possible, found[frame], 0), 1 + len(rules.largest))
-        is_plausible = bool((sizes >= rules.smallest).all() and (sizes <= rules.largest).all())
+        too_large = [value for value, size in enumerate(sizes, start=1) if size > rules.largest[value - 1]]
+        possible &= ~np.isin(found[frame], too_large)
+        is_plausible = bool((sizes >= rules.smallest).all())
         kept[frame] = (possible | ~foreground) & is_plausible
         verdicts.append(is_plausible)
     return torch.from_numpy(kept).to(classes.device), verdicts
@@ -115,7 +118,7 @@ def _sizes(frame: NDArray[np.integer], num_classes: int) -> NDArray[np.float64]:
 
 
 def _largest_part(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return the largest connected part of a frame (n, *S); pixels that share a corner, or lie in neighbouring images, touch."""
+    """Return the largest connected part of a frame (n, *S); pixels that share a corner, or a place in neighbouring images, touch."""
     stack = mask[0] if len(mask) == 1 else mask
     parts, number = ndimage.label(stack, structure=np.ones((3,) * stack.ndim))
     if number < 2:

@@ -4,7 +4,7 @@
     round 1... the mean teacher, where it is confident            -> views agree? -> plausible? -> learnt for as many steps
     then       the teacher labels the images of every step, as in weak_to_strong
 
-Rounds end without a validation label: after so many, or as soon as pseudo-labels hardly change. A pixel counts where all views of its
+Rounds end without a validation label: after a set number, or as soon as pseudo-labels hardly change. A pixel counts where all views of its
 image (appearance, and mirrored where training mirrors) give it the same class, and where that class is plausible
 (`p2r.fewshot.plausibility`). Both filters come from the labelled patients and the images; label files of the others are not opened.
 
@@ -36,7 +36,7 @@ _AT_ONCE = 16  # images
 
 @dataclass(frozen=True)
 class Unlabelled:
-    """Unlabelled images, and what is needed to label them."""
+    """Unlabelled images, by frame."""
 
     images: Tensor
     """(P, 1, *S) in [0, 1]."""
@@ -47,15 +47,15 @@ class Unlabelled:
 
 
 class Rounds:
-    """Pseudo-labels that are made anew at the start of each round.
+    """Pseudo-labels of all unlabelled images, made again at the start of each round.
 
     Args:
-        unlabelled: What is labelled.
+        unlabelled: Images to label.
         first: Labels the first round: image -> logits.
-        rules: What is plausible.
+        rules: Place and size that organs can have.
         trial: Its settings; keys the views.
         config: Ranges of the views.
-        preparation: Pixel size, and what of an image the model reads.
+        preparation: Pixel size; whole images or their centre.
         names: Of the K classes, background first.
     """
 
@@ -113,7 +113,8 @@ class Rounds:
     def _label(self, network: nn.Module, number: int, threshold: float | None) -> tuple[Tensor, list[bool]]:
         """Label all images: classes where they count, and whether each frame's organs have a plausible size."""
         box = _box_read(self._of.images, self._preparation)
-        labels = torch.full(self._of.inside.shape, NOT_COUNTED, dtype=torch.int16, device=self._of.inside.device)
+        labels = torch.zeros(self._of.inside.shape, dtype=torch.int16, device=self._of.inside.device)
+        counts = torch.zeros_like(self._of.inside)
         for start in range(0, len(self._of.images), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             images, inside = self._of.images[(part, slice(None), *box)], self._of.inside[(part, *box)]
@@ -131,9 +132,10 @@ class Rounds:
                 config=self._config,
                 preparation=self._preparation,
             )
-            labels[(part, *box)] = torch.where(is_agreed, classes, NOT_COUNTED).to(torch.int16)
+            labels[(part, *box)], counts[(part, *box)] = classes.to(torch.int16), is_agreed
+        # Sizes are judged before pixels are left out because views disagree: an organ's border is where they do.
         can_be, frames = plausible(labels, self._of.frames, self._rules)
-        return labels.masked_fill_(~can_be, NOT_COUNTED), frames
+        return labels.masked_fill_(~(can_be & counts), NOT_COUNTED), frames
 
     def _facts(
         self, step: int, number: int, labels: Tensor, frames: list[bool], change: float | None
@@ -153,7 +155,7 @@ class Rounds:
         }
 
     def warnings(self) -> list[str]:
-        """Return what went wrong without ending the training."""
+        """Return problems that did not end the training."""
         if self.told and not self.told[0]["plausible_frames"]:
             return [
                 "no unlabelled frame has organs of a plausible size by the first pseudo-labels: nothing was learnt from them; widen "
@@ -162,14 +164,14 @@ class Rounds:
         return []
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what `restore` needs: labels, compressed, for most of them are background."""
+        """Return tensors for `restore`: labels, compressed, because most are background."""
         if self.labels is None:
             return {}
         packed = zlib.compress(self.labels.cpu().numpy().tobytes(), 1)
         return {"rounds.labels": torch.from_numpy(np.frombuffer(packed, np.uint8).copy())}
 
     def facts(self) -> dict[str, Any]:
-        """Return what else `restore` needs, as JSON values."""
+        """Return JSON values for `restore`."""
         return {"told": self.told, "is_over": self._is_over}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -205,7 +207,7 @@ def agreed_classes(
         num_views: At least 1.
         threshold: Least mean probability of a class that counts; None: any.
         config: Ranges of the views.
-        preparation: What the network reads.
+        preparation: Pixel size and image size.
 
     Returns:
         (B, *S) int64 and (B, *S) bool.
@@ -243,7 +245,7 @@ def changed_fraction(before: Tensor, after: Tensor) -> float:
 
 
 def _box_read(images: Tensor, preparation: Preparation) -> tuple[slice, ...]:
-    """Return what of images (P, 1, *S) the model reads: all, or `image_size` about the centre."""
+    """Return the part of images (P, 1, *S) that the model reads: all, or `image_size` about the centre."""
     if preparation.planes == "whole":
         return tuple(slice(0, size) for size in images.shape[2:])
     side = preparation.image_size

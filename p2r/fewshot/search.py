@@ -50,6 +50,7 @@ from p2r.fewshot.protocol import (
     settings_of,
     trial_on_all,
 )
+from p2r.fewshot.stored import read_sweeps
 from p2r.fewshot.trial import TrialSetup, run_trial, slices_of
 from p2r.files import file_sha256
 from p2r.modes import MODES, Mode
@@ -189,7 +190,7 @@ class _Sweep:
 
     def overhead(self) -> dict[str, Any]:
         """Return what all sweeps that were not cut short took beyond their trials' own time."""
-        took = [self._storage.read_json(path) for path in self._storage.list("sweeps") if path.endswith(".json")]
+        took = read_sweeps(self._storage)
         slots_s = math.fsum(one["sweep_s"] * one["num_concurrent"] for one in took)
         trials_s = math.fsum(one["trials_s"] for one in took)
         return {

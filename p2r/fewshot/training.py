@@ -105,7 +105,7 @@ class Trained:
     rounds: Sequence[Mapping[str, Any]] = ()
     """Of each round of self-training, JSON values."""
     warnings: Sequence[str] = ()
-    """Of its rounds."""
+    """Problems that did not end the training."""
 
 
 def train_segmenter(

@@ -153,7 +153,9 @@ def info_nce(
     dtype = torch.promote_types(queries.dtype, torch.float32)
     product_dtype = _product_dtype(queries)
     num_candidates = sum(counts) * (2 if form == "nt_xent" else 1)
-    k = 1 / number if number is not None else 1 / torch.as_tensor(temperature).detach().to(dtype).reshape(())
+    k: float | Tensor = 1 / number if number is not None else 1.0
+    if number is None and isinstance(temperature, Tensor):
+        k = 1 / temperature.detach().to(dtype).reshape(())
     scale = _choose_scale(k, num_candidates, exclude, findings, product_dtype)
     contrast = _Contrast(
         form,

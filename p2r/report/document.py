@@ -451,13 +451,23 @@ class _Page:
             f"Difference of Dice to {against}, paired by patient, with its {self.level} interval: to the right of zero is better.",
         )
         yield Grid(
-            ("labelled patients", "mode", "against", f"difference, {self.level} interval", "p", "p (Holm)", "patients"),
+            (
+                "labelled patients",
+                "mode",
+                "against",
+                f"difference, {self.level} interval",
+                "draws of its sign",
+                "p",
+                "p (Holm)",
+                "patients",
+            ),
             [
                 (
                     str(one["num_labelled"]),
                     series_name(series_of(one)),
                     series_name((one["against"], "")),
                     figures_text(one["difference"], one["lower"], one["upper"]),
+                    f"{one['draws_agree']} of {one['draws']}" if "draws_agree" in one else "–",
                     p_text(one["p"]),
                     p_text(one["p_holm"]),
                     str(one["patients"]),

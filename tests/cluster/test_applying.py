@@ -138,7 +138,7 @@ def test_a_ray_that_does_not_start_is_tried_once_more_and_named_in_one_message(m
         started_session(None, job=job, show_worker_logs=False, say=said.append),
     ):
         pass
-    assert said[0] == "starting Ray on this machine ..." and said[1].endswith("one more attempt") and len(attempts) == 2
+    assert said[0] == "starting Ray on this machine ..." and said[1].endswith("retrying once") and len(attempts) == 2
     with started_session(None, job=job, show_worker_logs=False, say=said.append):
         assert len(attempts) == 3
     attempts.clear()

@@ -209,6 +209,12 @@ def test_a_state_of_another_stream_is_refused_by_the_stream_too(small_corpus: Sm
         stream(Corpus(*small_corpus), image=IMAGE, seed=0, global_batch=SIZE, state=state)
 
 
+def test_planes_that_would_be_too_large_after_resampling_are_refused_by_name(small_corpus: SmallCorpus) -> None:
+    image = ImageConfig(spacing_mm=0.001, size=32)
+    with pytest.raises(DataError, match=r"shard-.*\.tar: .*: 1 planes of .* would take .* allowed: use larger voxels"):
+        batches(small_corpus, 1, image=image)
+
+
 @pytest.mark.parametrize("value", [{}, {"step": -1}, {"step": "7"}, {"step": None}])
 def test_a_state_without_a_step_is_refused(small_corpus: SmallCorpus, value: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="no valid step"):

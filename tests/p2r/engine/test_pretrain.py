@@ -24,8 +24,9 @@ from p2r.data.manifest import load_manifest, manifest_sha256
 from p2r.data.shards import open_shard
 from p2r.data.stream import Corpus, stream
 from p2r.engine.build import join_process_group
-from p2r.engine.pretrain import Report, _num_lost, finished_checkpoint, pretrain
+from p2r.engine.pretrain import _count_lost_weights, finished_checkpoint, pretrain
 from p2r.engine.profile import PARTS, profile_text
+from p2r.engine.report import PretrainReport
 from p2r.errors import CheckpointError, DataError, InputError, StorageError, TrainingError
 from p2r.job import Job
 from p2r.loss import corresponding_points
@@ -47,7 +48,7 @@ def job(job_of: JobOf, tmp_path: Path) -> Job:
 
 def _train(
     job: Job, storage: Storage, corpus: Storage, *, most: int | None = None, seconds: float | None = None
-) -> list[Report]:
+) -> list[PretrainReport]:
     assert job.pretrain is not None
     reports = []
     run = pretrain(job.pretrain, storage=storage, corpus=corpus, device=CPU, max_seconds=seconds)
@@ -241,7 +242,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(job_of: JobOf, corpus: Storage,
     storage = Storage(str(tmp_path / "pretrain"))
     with pytest.raises(
         TrainingError,
-        match=r"^step 4: queries: .* embeddings are not finite; steps in a row that could not be taken: 3, "
+        match=r"^step 4: queries: .* embeddings are not finite; skipped steps in a row: 3, "
         r"pretrain.max_skipped_steps allows 2; the last good checkpoint is .*/checkpoints/step-00000001\. Lower",
     ):
         _train(job, storage, corpus)
@@ -423,10 +424,10 @@ def test_a_step_that_went_wrong_unnoticed_is_named_before_a_checkpoint_is_made(
 def test_weights_that_are_no_longer_finite_are_not_saved() -> None:
     join_process_group(CPU)
     engine = SimpleNamespace(module=torch.nn.Linear(3, 2), zero_optimization_stage=lambda: 0)
-    assert _num_lost(engine) == 0
+    assert _count_lost_weights(engine) == 0
     with torch.no_grad():
         engine.module.weight[0, 1:] = torch.tensor([math.nan, math.inf])
-    assert _num_lost(engine) == 2
+    assert _count_lost_weights(engine) == 2
 
 
 def test_a_run_saves_no_weights_that_were_lost(
@@ -434,7 +435,7 @@ def test_a_run_saves_no_weights_that_were_lost(
 ) -> None:
     storage = Storage(str(tmp_path / "pretrain"))
     _train(job, storage, corpus, most=1)
-    monkeypatch.setattr("p2r.engine.pretrain._num_lost", lambda engine: 2)
+    monkeypatch.setattr("p2r.engine.pretrain._count_lost_weights", lambda engine: 2)
     with pytest.raises(TrainingError, match=r"step 4: 2 weights are no longer finite; the last good .*step-00000002"):
         _train(job, storage, corpus)
 

@@ -62,8 +62,8 @@ def relabel(data: Path, subjects: list[str]) -> None:
         nibabel.Nifti1Image(wrong.astype(np.int16), image.affine).to_filename(path)
 
 
-# fine_tune is a part of mean_teacher, and scratch_weak_to_strong one of weak_to_strong
-MODES = ["scratch", "linear_probe", "mean_teacher", "weak_to_strong", "prototype"]
+# fine_tune is a part of mean_teacher, and both modes of weak_to_strong are parts of prototype_self_training
+MODES = ["scratch", "linear_probe", "mean_teacher", "prototype_self_training", "prototype"]
 
 
 @pytest.mark.parametrize("options", [{}, {"probe_augmentation": "none", "planes": "centre", "largest_component": True}])

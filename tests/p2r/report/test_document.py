@@ -231,6 +231,11 @@ def test_the_page_and_the_table_say_how_far_confidence_can_be_trusted(make_rows:
     assert printed.file.getvalue().count("ECE") == 1, "rows without calibration have no such column"  # type: ignore[attr-defined]
 
 
+def test_the_table_of_differences_says_how_many_draws_agree(make_rows: MakeRows, tmp_path: Path) -> None:
+    _, text = written(tmp_path, make_rows(num_draws=3, gain=0.2, numbers=(1,)))
+    assert "| draws of its sign |" in text and "| 3 of 3 |" in text
+
+
 def test_protocols_are_kept_apart_and_named_everywhere(make_rows: MakeRows, tmp_path: Path) -> None:
     labels = ("leak_free", "paper_compat", "transductive")
     few: dict[str, Any] = {"numbers": (1,), "num_patients": 2}

@@ -311,8 +311,9 @@ def test_the_views_of_an_unlabelled_image_show_the_same_places_and_the_weak_one_
     def generators() -> list[np.random.Generator]:
         return [keyed_generator(0, slot) for slot in range(3)]
 
-    moved, _ = augment_labelled(
-        image, inside.long(), inside=inside, generators=generators(), config=GEOMETRY_ONLY, **options
+    labels = torch.randint(-1, 3, (3, *size))
+    moved, moved_labels = augment_labelled(
+        image, labels, inside=inside, generators=generators(), config=GEOMETRY_ONLY, **options
     )
     for config, is_alike in ((GEOMETRY_ONLY, True), (EVERYTHING, False)):
         views = augment_weakly_and_strongly(
@@ -321,8 +322,10 @@ def test_the_views_of_an_unlabelled_image_show_the_same_places_and_the_weak_one_
             generators=generators(),
             geometry=config.geometry,
             intensity=config.intensity,
+            labels=labels,
             **options,
         )
+        assert views.labels is not None and torch.equal(views.labels[views.shown], moved_labels[views.shown])
         assert views.shown.shape == (3, *[16] * len(size))
         for view in (views.weak, *views.strong):
             assert view.shape == (3, 1, *[16] * len(size))
