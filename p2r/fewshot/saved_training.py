@@ -26,7 +26,7 @@ _FORMAT = "p2r-training/1"
 
 
 class _Facts(BaseModel):
-    """What this file computes with; the learner keeps more."""
+    """Facts that this module uses; the learner stores more."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     format: str

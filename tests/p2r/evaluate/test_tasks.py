@@ -255,7 +255,7 @@ def test_for_a_network_of_volumes_a_scan_and_its_label_stay_whole(make_task: Mak
 def test_a_label_value_that_the_task_does_not_name_is_refused(make_task: MakeTask) -> None:
     task = load_task(make_task())
     rewrite_label(task, array=np.full((20, 24, 6), 7, np.uint8))
-    with pytest.raises(DataError, match=r"holds the value 7, the task names 0 background, 1 bright, 2 brightest"):
+    with pytest.raises(DataError, match=r"holds the value 7, but the task names 0 background, 1 bright, 2 brightest"):
         load_scan(task.scans[0], task, PREPARATION)
 
 
@@ -321,7 +321,7 @@ def test_the_patient_that_acdc_holds_twice_is_found(tmp_path: Path) -> None:
     values["splits"] = {"train": ["patient001"], "validation": ["patient074"], "test": ["patient076"]}
     (tmp_path / "acdc.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(
-        DataError, match=r"subject patient074 \(validation\) and .* of subject patient076 \(test\) are the same"
+        DataError, match=r"subject patient074 \(validation\) and .* of subject patient076 \(test\) have the same"
     ):
         check_scans(load_task(tmp_path / "acdc.yaml"), Preparation(spacing_mm=3.0, image_size=64))
 
@@ -633,7 +633,7 @@ def test_one_image_under_two_subjects_is_refused_with_both(make_task: MakeTask, 
     task = load_task(make_task())
     image = np.asanyarray(nibabel.load(task.scans[0].image).dataobj)
     replace_scan(task, other, "image", image.astype(np.int32))  # other bytes, the same voxels
-    with pytest.raises(DataError, match=rf"sub-01 \(.*sub-0{other + 1} \(.* are the same voxels") as refusal:
+    with pytest.raises(DataError, match=rf"sub-01 \(.*sub-0{other + 1} \(.* have the same voxels") as refusal:
         check_scans(task, PREPARATION)
     assert [word in str(refusal.value) for word in splits.split(".*")] == [True, True]
 

@@ -9,7 +9,7 @@ import torch
 from p2r.data.preprocess import Preparation, frames_of, label_frames_of, label_planes_of, planes_of
 from p2r.data.volume import Volume
 from p2r.evaluate.tasks import LabelledScan, TaskScan
-from p2r.fewshot.training import Images, _windows, labelled_images
+from p2r.fewshot.training import Images, _cut_windows, labelled_images
 from p2r.randomness import keyed_generator
 
 
@@ -19,7 +19,7 @@ def _centres(planes: str, height: int, width: int) -> set[tuple[int, int]]:
     labels = (1 + rows * width + columns)[None]
     generators = [keyed_generator(0, "test", number) for number in range(200)]
     preparation = Preparation(spacing_mm=1.0, image_size=32, planes=planes)
-    _, inside, cut = _windows(
+    _, inside, cut = _cut_windows(
         Images(torch.zeros(1, 1, height, width), torch.ones(1, height, width, dtype=torch.bool), labels),
         np.zeros(200, np.int64),
         generators,
@@ -49,7 +49,7 @@ def test_training_windows_of_volumes_lie_anywhere_in_them_and_one_that_fits_is_s
     shape = (24, 12, 40)
     labels = 1 + torch.arange(np.prod(shape)).reshape(1, *shape)
     generators = [keyed_generator(0, "test", number) for number in range(100)]
-    _, inside, cut = _windows(
+    _, inside, cut = _cut_windows(
         Images(torch.zeros(1, 1, *shape), torch.ones(1, *shape, dtype=torch.bool), labels),
         np.zeros(100, np.int64),
         generators,

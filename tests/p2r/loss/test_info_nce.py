@@ -274,7 +274,7 @@ def test_float32_gradients_are_right_where_the_usual_ones_are_not(
     form: str, regime: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With respect to the unit rows, because normalising is a separate step with its own rounding.
-    monkeypatch.setattr(importlib.import_module("p2r.loss.info_nce"), "_unit", lambda rows: rows)
+    monkeypatch.setattr(importlib.import_module("p2r.loss.info_nce"), "_normalise_rows", lambda rows: rows)
     queries, keys = embeddings(700, 128, seed=6, noise=REGIMES[regime])
     if regime == "duplicated":
         queries[100:200], keys[100:200] = queries[:100], keys[:100]
