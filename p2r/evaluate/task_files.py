@@ -205,17 +205,18 @@ class Task:
         return tuple(scan for scan in self.scans if scan.subject in subjects)
 
 
-def load_task(path: Path, *, cache: Path | None = None) -> Task:
+def load_task(path: Path, *, cache: Path | None = None, unset: dict[str, str] | None = None) -> Task:
     """Read a task's YAML and find its files.
 
     Args:
         path: The YAML file.
         cache: Folder for `template://` subjects; None: the user's cache.
+        unset: As in `read_task_config`.
 
     Raises:
         DataError: naming the file or the subject, the rule, and the way out.
     """
-    config = read_task_config(path)
+    config = read_task_config(path, unset=unset)
     images = _resolve_folder(config.images, "images", path, cache)
     labels = _resolve_folder(config.labels, "labels", path, cache)
     found = [
@@ -282,8 +283,12 @@ def task_sha256(path: Path) -> str:
     return hashlib.sha256(json_bytes(decides)).hexdigest()
 
 
-def read_task_config(path: Path) -> TaskConfig:
+def read_task_config(path: Path, *, unset: dict[str, str] | None = None) -> TaskConfig:
     """Read a task's YAML without searching its files.
+
+    Args:
+        path: The YAML file.
+        unset: If given, receives unset environment variables with their keys, instead of an error.
 
     Raises:
         DataError: with one line for each invalid key.
@@ -299,7 +304,9 @@ def read_task_config(path: Path) -> TaskConfig:
             for key in ("images", "labels", "licence", "citation"):
                 if isinstance(values.get(key), str):
                     values[key] = fill_in_variables(values[key], where=key, unset=missing)
-            if missing:
+            if unset is not None:
+                unset |= missing
+            elif missing:
                 verb = "variable {} is" if len(missing) == 1 else "variables {} are"
                 raise DataError(
                     f"task {path}: {', '.join(missing.values())}: environment {verb.format(', '.join(missing))} not set; "

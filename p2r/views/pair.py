@@ -8,6 +8,10 @@ View a is the image with a new appearance; view b is the *warped* image with ano
 warp is the correspondence, and no inverse is needed. Appearance is applied after the warp, so that interpolation does not
 smooth the noise. Pixels outside the scan are zero in both views, like the padding at inference.
 
+With `shown_fraction`, each view shows only its own box of the image; the rest is zero, as outside the scan. The distance to the
+scan's edge is then no cue for the position. Otherwise a contrastive loss may learn this shortcut instead of anatomy, if the
+scan is smaller than the image.
+
 Letters: B images, C contrasts, D spatial dimensions (2 or 3), *S sizes along them.
 """
 
@@ -20,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.config import GeometryConfig, IntensityConfig, ViewsConfig
+from p2r.views.cutmix import draw_boxes
 from p2r.views.draws import Draws
 from p2r.views.geometric import apply_warp, sample_geometry, shown_mask, warp_of
 from p2r.views.intensity import draw_intensity
@@ -79,9 +84,17 @@ def make_views(
     mm = _spacing_per_axis(spacing_mm, image)
     size = tuple(image.shape[2:])
     warped, warp, valid = _warp_image(image, inside, draws, geometry=config.geometry, size_out=size, spacing_mm=mm)
+    shown_a, shown_b = inside, valid
+    if config.shown_fraction is not None:
+        boxes = [
+            draw_boxes(draws.named(name), size=size, device=image.device, fraction=config.shown_fraction)
+            for name in ("box a", "box b")
+        ]
+        shown_a, shown_b = inside & boxes[0], valid & boxes[1]
+        valid = shown_b & (apply_warp(boxes[0][:, None].float(), warp)[:, 0] > 0.9999)  # all interpolated pixels
     # Both views in one batch: fewer and larger kernels.
     both_draws = Draws(np.concatenate([draws.named("view a").keys, draws.named("view b").keys]))
-    masks = torch.cat([inside, valid])
+    masks = torch.cat([shown_a, shown_b])
     views = draw_intensity(torch.cat([image, warped]), both_draws, config=config.intensity, spacing_mm=mm, inside=masks)
     a, b = views.masked_fill_(~masks[:, None], 0).chunk(2)
     return ViewPair(a=a, b=b, warp=warp, valid=valid)
