@@ -21,7 +21,7 @@ from p2r.data.folders import images_below
 from p2r.data.names import composed, scan_key
 from p2r.data.pairs import key_of, label_finder
 from p2r.data.preparation import Preparation, SliceAxis
-from p2r.data.subjects import expand_subjects
+from p2r.data.subjects import expand_subjects, subject_by_pattern
 from p2r.documents import read_start
 from p2r.errors import DataError, JobError
 from p2r.job import fill_in_variables, validated
@@ -427,7 +427,7 @@ def _pairs(config: TaskConfig, images: Path, labels: Path, path: Path) -> Iterab
     pattern = subject_pattern(config.subject_pattern)
     for key, image, label in scans:
         below = composed(image.relative_to(images).as_posix())
-        subject = pattern.first_group(composed(image.name)) or pattern.first_group(below)
+        subject = subject_by_pattern(pattern, composed(image.name), below)
         # In a folder that holds both, a label map is no scan.
         if subject is not None and not (label is None and image in scan_of):
             yield key, subject, image, label
