@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.dicom_cases import DICOM_CASES
+from tests.folder_cases import FOLDER_CASES
 
 SHAPE = (18, 20, 6)
 GRID = np.array([[-1.5, 0, 0, 12.0], [0, 1.5, 0, -15.0], [0, 0, 6.0, -18.0], [0, 0, 0, 1]])
@@ -388,7 +389,11 @@ def table() -> str:
         "a scan's grid has the scan's sform, qform, codes, units and spacing in time, so that it overlays the scan in every viewer. A\n"
         "refusal has a reason code and names the way out; in a corpus, both are in the ledger.\n\n"
         "This table is written by `python -m tests.scan_cases > docs/inputs.md`; a test holds every line of it.\n\n"
-        "| file | ending | outcome |\n|---|---|---|\n" + "".join(f"{case.row()}\n" for case in (*CASES, *DICOM_CASES))
+        "| file | ending | outcome |\n|---|---|---|\n"
+        + "".join(f"{case.row()}\n" for case in (*CASES, *DICOM_CASES))
+        + "\n## Folders, lists and tasks\n\n"
+        "A refusal names the file, and of a list the line.\n\n"
+        "| source | kind | outcome |\n|---|---|---|\n" + "".join(f"{case.row()}\n" for case in FOLDER_CASES)
     )
 
 

@@ -21,7 +21,7 @@ from p2r.data.folders import images_below
 from p2r.data.names import composed, scan_key
 from p2r.data.pairs import key_of, label_finder
 from p2r.data.preparation import Preparation, SliceAxis
-from p2r.data.subjects import expand_subjects
+from p2r.data.subjects import expand_subjects, subject_by_pattern
 from p2r.documents import read_start
 from p2r.errors import DataError, JobError
 from p2r.job import fill_in_variables, validated
@@ -436,7 +436,7 @@ def _pair_files(
     pattern = subject_pattern(config.subject_pattern)
     for key, image, label in scans:
         below = composed(image.relative_to(images).as_posix())
-        subject = pattern.first_group(composed(image.name)) or pattern.first_group(below)
+        subject = subject_by_pattern(pattern, composed(image.name), below)
         # In a folder of scans and label maps, a label map does not count as a scan.
         if subject is not None and not (label is None and image in scan_of):
             yield key, subject, image, label
