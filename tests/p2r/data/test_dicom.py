@@ -392,13 +392,13 @@ def enhanced(
         header.save_as(path)
         return voxels.transpose(3, 2, 1, 0)[::-1, ::-1]
     path.unlink()
-    places = [(t, z) for t in range(times) for z in range(5)]
-    for part in sorted({part_of(z, t) for t, z in places}):
-        wanted = [number for number, (t, z) in enumerate(places) if part_of(z, t) == part]
+    frame_places = [(t, z) for t in range(times) for z in range(5)]
+    for part in sorted({part_of(z, t) for t, z in frame_places}):
+        wanted = [number for number, (t, z) in enumerate(frame_places) if part_of(z, t) == part]
         header.PixelData = voxels.reshape(-1, header.Rows, header.Columns)[wanted].tobytes()
         header.NumberOfFrames, header.InstanceNumber = len(wanted), part + 1
         header.PerFrameFunctionalGroupsSequence = pydicom.Sequence([frames[number] for number in wanted])
-        header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = f"1.2.9.{part + 1}"
+        header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.9.{part + 1}")
         header.save_as(folder / f"part{part}.dcm")
     return voxels.transpose(3, 2, 1, 0)[::-1, ::-1]
 

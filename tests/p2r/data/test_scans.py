@@ -433,7 +433,7 @@ def test_a_bucket_is_searched_like_a_folder(s3_url: str, tmp_path: Path) -> None
         ]
         assert [
             (folder.path.removeprefix(f"{s3_url}/ds/"), folder.modified)
-            for folder in search_scans([f"{s3_url}/ds"], cache=tmp_path, **options).passed_over
+            for folder in search_scans([f"{s3_url}/ds"], cache=tmp_path, exclude=exclude).passed_over
         ] == [("code", "1 files"), ("derivatives", "1 files"), ("sourcedata", "1 files")]
         for scan, local in zip(scans, here, strict=True):
             assert (scan.key, scan.num_bytes, scan.subject, scan.entities) == (
