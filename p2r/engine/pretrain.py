@@ -12,7 +12,7 @@ would push out good ones.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -53,7 +53,7 @@ def pretrain(
     profile_steps: int = 0,
     note: Note | None = None,
     should_stop: Callable[[], bool] | None = None,
-) -> Iterator[PretrainReport]:
+) -> Generator[PretrainReport, None, None]:
     """Train to `config.steps`, resuming from the newest checkpoint if there is one.
 
     Args:
@@ -120,7 +120,7 @@ def _round_products(config: PretrainConfig, device: torch.device) -> Iterator[No
         torch.set_float32_matmul_precision(before)
 
 
-def _train_steps(run: "PretrainRun") -> Iterator[PretrainReport]:
+def _train_steps(run: "PretrainRun") -> Generator[PretrainReport, None, None]:
     """Train to the last step, or until the run is over on any rank."""
     config, checkpoints = run.config, run.checkpoints
     try:

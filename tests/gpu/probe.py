@@ -76,12 +76,13 @@ def _rows(num: int, first: int, channels: int, dtype: torch.dtype, masks: str, d
     image = torch.arange(num) // 40 + 3 if masks != "none" else None
     position_mm = 20 * torch.rand(num, 2, generator=generator) if masks == "radius" else None
     present = (torch.rand(num, generator=generator) < 0.8).to(torch.uint8) if masks == "image" else None
-    parts = {"values": values, "image": image, "position_mm": position_mm, "present": present}
+    parts: dict[str, Any] = {"values": values, "image": image, "position_mm": position_mm, "present": present}
     weight = torch.rand(num, generator=generator)
+    on_device: dict[str, Any] = {name: None if part is None else part.to(device) for name, part in parts.items()}
     return Rows(
         first=first,
         weight=weight.to(device),
-        **{name: None if part is None else part.to(device) for name, part in parts.items()},
+        **on_device,
     )
 
 
@@ -160,7 +161,7 @@ def tiles_of_kernels(sizes: Sizes) -> Iterator[Fact]:
                 else:
                     ours.push(rows, rows, Scale(10.0))
 
-            ours._tile = lambda table, anchors, shape=shape: ours._Tile(*shape)
+            ours._tile = lambda table, anchors, shape=shape: ours._Tile(*shape)  # type: ignore[misc]
             try:
                 yield {"kernel": name, "tile": shape, "ms": 1e3 * seconds(run, sizes, repeats=sizes.pick(10, 1))}
             except Exception as error:  # the others are still wanted

@@ -288,8 +288,8 @@ def test_a_phantom_without_one_organ_scores_by_the_rules_and_the_other_by_geomet
         assert scores["RV"].hd95_mm == pytest.approx(8.0)
         expected = {
             "both": Score(None, None, None, "both"),
-            "prediction": Score(0.0, pytest.approx(diagonal_mm), 0.0, "prediction"),
-            "reference": Score(0.0, pytest.approx(diagonal_mm), 0.0, "reference"),
+            "prediction": Score(0.0, pytest.approx(diagonal_mm), 0.0, "prediction"),  # type: ignore[arg-type]
+            "reference": Score(0.0, pytest.approx(diagonal_mm), 0.0, "reference"),  # type: ignore[arg-type]
             "none": Score(1.0, 0.0, 1.0, "none"),
         }
         assert scores["LV"] == expected[absent]

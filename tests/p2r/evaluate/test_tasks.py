@@ -342,6 +342,7 @@ def test_the_lower_third_of_a_heart_is_its_base_where_the_right_ventricle_is_wid
 
 def test_the_template_task_uses_every_virtual_subject_that_it_makes() -> None:
     config = TaskConfig.model_validate(yaml.safe_load((TASKS / "template.yaml").read_text()))
+    assert config.splits is not None
     subjects = [subject for patterns in config.splits.model_dump().values() for subject in expand_subjects(patterns)]
     assert subjects == [f"sub-{number:03d}" for number in range(1, len(subjects) + 1)]
     assert config.images == f"template://icbm152/images?subjects={len(subjects)}&seed=0"
@@ -589,7 +590,7 @@ def test_any_folder_of_images_and_labels_is_a_task(
     assert sorted(subject for split in task.subjects.values() for subject in split) == [
         f"sub-{number:02d}_T1w" for number in range(1, 5)
     ]
-    preparation = Preparation(dimensions=dimensions, spacing_mm=2.0, image_size=32)  # type: ignore[arg-type]
+    preparation = Preparation(dimensions=dimensions, spacing_mm=2.0, image_size=32)
     assert check_scans(task, preparation) == {scan.subject: {1, 2} for scan in task.scans}
 
 

@@ -96,9 +96,9 @@ def within_images(a: Tensor, b: Tensor, *, num: int, group: Any) -> list[Tensor]
     return [loss.detach(), *torch.autograd.grad(loss, (a, b))]
 
 
-def in_group(group: Any, world: int) -> dict[str, Any]:
+def in_group(group: Any, world: int) -> dict[Any, Any]:
     rank = dist.get_rank(group)
-    results: dict[str, Any] = {}
+    results: dict[Any, Any] = {}
     for loss in LOSSES:
         for unequal in (False, True):
             part = parts(NUM, world, unequal=unequal)[rank]
@@ -146,7 +146,7 @@ def refusals(rank: int) -> Iterator[str]:
         {"temperature": 0.1, "form": FORMS[odd]},
     ):
         try:
-            info_nce(a, a, **options)  # type: ignore[arg-type]
+            info_nce(a, a, **options)
         except ValueError as error:
             yield f"{type(error).__name__}: {error}"
 

@@ -30,7 +30,7 @@ SMALL = ModelConfig(channels=CHANNELS["basic_unet"], feature_channels=6)
 
 
 def small(name: str, **values: Any) -> ModelConfig:
-    return ModelConfig(name=name, channels=CHANNELS[name], feature_channels=6, **values)  # type: ignore[arg-type]
+    return ModelConfig(name=name, channels=CHANNELS[name], feature_channels=6, **values)
 
 
 def image_for(config: ModelConfig, dimensions: int = 2, *, num_images: int = 1) -> Tensor:
@@ -281,7 +281,7 @@ def test_the_cost_is_that_of_its_convolutions() -> None:
     backbone = build_backbone(config)
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            module.register_forward_hook(add)  # type: ignore[arg-type]
+            module.register_forward_hook(add)
     backbone(torch.rand(1, 1, 16, 16))
     state = torch.get_rng_state()
     cost = cost_of(config, dimensions=2, size=16)

@@ -43,7 +43,9 @@ def draw(image: Tensor, *, spacing_mm: float | tuple[float, ...] = 1.0, **ranges
 def look(image: Tensor, *, spacing_mm: float | tuple[float, ...] = 1.0, **parameters: Any) -> Tensor:
     """Apply given parameters, the same for all images."""
     neutral = unchanged(draws(len(image)), dimensions=image.ndim - 2)
-    given = {name: np.array(np.broadcast_to(value, getattr(neutral, name).shape)) for name, value in parameters.items()}
+    given: dict[str, Any] = {
+        name: np.array(np.broadcast_to(value, getattr(neutral, name).shape)) for name, value in parameters.items()
+    }
     return apply_appearance(image, replace(neutral, **given), spacing_mm=edges(image, spacing_mm))
 
 
@@ -314,7 +316,7 @@ def test_an_image_does_not_depend_on_the_rest_of_the_batch_or_on_threads(size: t
     image = torch.rand(11, 2, *size, generator=torch.Generator().manual_seed(0))
     inside = image[:, 0] > 0.1
     mm = (1.0, 1.5, 2.0)[: len(size)]
-    options = {"config": EVERYTHING, "spacing_mm": mm}
+    options: dict[str, Any] = {"config": EVERYTHING, "spacing_mm": mm}
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)

@@ -86,12 +86,16 @@ def test_a_network_of_isotropic_filters_is_equivariant_up_to_interpolation_error
     places = torch.stack(torch.meshgrid(*(torch.linspace(-1, 1, length) for length in size), indexing="ij"))
     centres = torch.rand(4, dimensions, 8, generator=torch.Generator().manual_seed(0)) - 0.5
     image = (
-        sum(
-            (-12 * (places[None] - centres[..., blob].reshape(4, dimensions, *[1] * dimensions)).square().sum(1)).exp()
-            for blob in range(8)
-        )[:, None]
+        torch.stack(
+            [
+                (
+                    -12 * (places[None] - centres[..., blob].reshape(4, dimensions, *[1] * dimensions)).square().sum(1)
+                ).exp()
+                for blob in range(8)
+            ]
+        ).sum(0)[:, None]
         / 4
-    )  # type: ignore[index]
+    )
     distance = torch.stack(torch.meshgrid(*[torch.arange(-6.0, 7.0)] * dimensions, indexing="ij")).norm(dim=0)
     filters = torch.stack([(-(distance**2) / (2 * sigma**2)).exp() for sigma in (1.0, 1.5, 2.0)])[:, None]
     filters /= filters.flatten(1).sum(1).reshape(-1, 1, *[1] * dimensions)
