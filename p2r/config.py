@@ -845,6 +845,8 @@ class FinetuneConfig(Section):
     publish_model: bool = True
     """Publish the model with the best validation Dice among `published_mode` as `models/<task>/<version>`. Publish a second, trained in the
     same mode on all labelled train patients, as `models/<task>/all`; its validation Dice is computed, its test Dice is not."""
+    publish_draws: bool = False
+    """Also publish the other draws of the best model's mode and number of labelled patients, for `p2r predict --ensemble`."""
     published_mode: Literal["fine_tuned", "any"] = "fine_tuned"
     """Candidates for the published model. fine_tuned: models that train the pretrained backbone's weights (fine_tune, mean_teacher,
     weak_to_strong, prototype_self_training); all models, if the job has none of these. any: also models from scratch and on frozen
