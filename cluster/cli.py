@@ -92,13 +92,15 @@ def validate(
     for path in files:
         try:
             if is_task(path):
-                lines = [f"valid    {path}  task", *(f"         {fact}" for fact in task_facts(path))]
+                unset_in_task: dict[str, str] = {}
+                facts, unset, words = [*task_facts(path, unset=unset_in_task)], list(unset_in_task), "task"
             else:
                 job, unset, facts = job_facts(path, tuple(set_ or ()))
-                ranks = _allowed_ranks(job)
-                needs = "".join(f"  needs {name}" for name in unset)
-                lines = [f"valid    {path}  {job.kind}  {job.storage}{needs}", *(f"         {fact}" for fact in facts)]
-                lines += [f"         pretrain on {', '.join(map(str, ranks))} workers"] * bool(ranks)
+                words = f"{job.kind}  {job.storage}"
+                if ranks := _allowed_ranks(job):
+                    facts.append(f"pretrain on {', '.join(map(str, ranks))} workers")
+            needs = "".join(f"  needs {name}" for name in unset)
+            lines = [f"valid    {path}  {words}{needs}", *(f"         {fact}" for fact in facts)]
         except InputError as error:
             refused += 1
             say(f"refused  {error}")
@@ -189,7 +191,7 @@ Contrast = Annotated[
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="A folder of scans: nnU-Net, Decathlon, BIDS or any other.")],
+    folder: Annotated[str, typer.Argument(help="A folder of scans, or s3://: nnU-Net, Decathlon, BIDS or any other.")],
     labels: Labels = None,
     form: Form = None,
     contrast: Contrast = None,
@@ -210,11 +212,11 @@ def check(
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="Folder for job.yaml and task.yaml; created if absent.")],
-    scans: Annotated[Path, typer.Option(help="Folder of the scans: nnU-Net, Decathlon, BIDS or any other.")],
+    scans: Annotated[str, typer.Option(help="Folder of the scans, or s3://: nnU-Net, Decathlon, BIDS or any other.")],
     labels: Labels = None,
     form: Form = None,
     contrast: Contrast = None,
-    name: Annotated[str | None, typer.Option(help="Name of the job and the task; default: the folder's.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job and the task; default: that of FOLDER.")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the data: an SPDX identifier or a name.")] = None,
     provenance: Annotated[str | None, typer.Option(help="Origin of the data, and how to cite them.")] = None,
     debug: Debug = False,

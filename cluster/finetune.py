@@ -157,7 +157,7 @@ def suggest(
                 if outcome.config is not None:
                     trial = search_trial(setup.config, task, mode, num_labelled, outcome.config)
                     is_whole = storage.exists(setup.result_path(trial))
-                    candidates.append([outcome.config, None if is_whole else _missing_result(trial, outcome)])
+                    candidates.append((outcome.config, None if is_whole else _missing_result(trial, outcome)))
         if not any(other and "failed" in other for _, other in candidates):
             storage.write_json(done, candidates)
     found = []

@@ -345,6 +345,9 @@ class ViewsConfig(Section):
     """The warp between the views."""
     intensity: IntensityConfig = IntensityConfig()
     """Changes of contrast, drawn for each view."""
+    shown_fraction: Annotated[Range, Within(0.02, 1)] | None = None
+    """Pretraining only: smallest and largest part of the image that a view shows, a box drawn for each view; the rest is zero, as outside
+    the scan. Against a shortcut: where scans are smaller than the image, the distance to their edge tells the place. None: all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -856,6 +859,10 @@ class FinetuneConfig(Section):
         missing = [mode for mode in trained if mode not in self.search.learning_rates]
         if missing:
             raise ValueError(f"search.learning_rates has no candidates for {', '.join(missing)}")
+        if self.views.shown_fraction is not None:
+            raise ValueError(
+                "views.shown_fraction is for pretraining only: a labelled image is shown whole; leave it out"
+            )
         if self.protocol == "paper_compat":
             for mode in self.modes:
                 if MODES[mode].unlabelled != "none":

@@ -89,7 +89,9 @@ class TrialSetup:
     def recipe_sha256(self, trial: Trial) -> str:
         """Return a digest of everything that the trial's result depends on."""
         config = self.config.model_dump(
-            mode="json", include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"}
+            mode="json",
+            include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"},
+            exclude={"views": {"shown_fraction"}},  # of pretraining only
         )
         if MODES[trial.mode].unlabelled == "pseudo_labels":
             config |= self.config.model_dump(mode="json", include={"strong_intensity"})

@@ -277,6 +277,7 @@ def test_candidates_drawn_from_distributions_depend_on_the_seed_alone_and_are_al
             "equally many candidates for every mode, got scratch 1, fine_tune 8: some modes have only lists",
         ),
         ({"num_labelled_by_mode": {"prototype": [1]}}, "names prototype, which is not in modes"),
+        ({"views": {"shown_fraction": [0.3, 0.6]}}, "views.shown_fraction is for pretraining only"),
         ({"modes": ["weak_to_strong"], "protocol": "paper_compat"}, "take weak_to_strong out of modes"),
         ({"steps_by_mode": {"weak_to_strong": 9}}, "steps_by_mode names weak_to_strong, which is not in modes"),
         (
