@@ -72,8 +72,8 @@ Fork = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Start a new run from the weights of the newest checkpoint, at step 0, in <storage>-NAME (or in NAME, if it is a URL); "
-        "the same command resumes it.",
+        help="Start a new run at step 0 from the newest checkpoint's weights, in <storage>-NAME (or NAME, if a URL); the same command "
+        "resumes it.",
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, and the output of workers.")]
@@ -216,7 +216,7 @@ def init(
     labels: Labels = None,
     form: Form = None,
     contrast: Contrast = None,
-    name: Annotated[str | None, typer.Option(help="Name of the job and the task; default: that of FOLDER.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job and the task; default: the name of FOLDER.")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the data: an SPDX identifier or a name.")] = None,
     provenance: Annotated[str | None, typer.Option(help="Origin of the data, and how to cite them.")] = None,
     debug: Debug = False,

@@ -307,7 +307,7 @@ def _parse_fast(content: bytes, max_depth: int) -> Any:
     """Parse a large document with pydantic's reader: three times faster, and without a copy of its text.
 
     The reader keeps the last of duplicate keys. None was lost if the number of keys equals the number of quotes followed by
-    a colon. This holds if no escaped quote and no blank precedes a colon: then every key has such a quote, and other texts
+    a colon. It holds if no escaped quote and no blank precedes a colon: then every key has such a quote, and other texts
     can only add to the count.
 
     Raises:

@@ -2,8 +2,8 @@
 
 Retries pause with full jitter: a random time up to a bound that doubles. They cover answers 5xx and 429, refused and broken
 connections, time-outs, truncated bodies, and content that does not match its digest. A proxy that does not answer gets
-20 s, and so does a server that has never answered and closes every connection, as one does that speaks https where http is
-asked for. All other failures are final, such as invalid certificates, http against https, or a proxy that refuses. Every retry
+20 s. So does a server that has never answered and closes every connection, as an https server does when asked for http. All
+other failures are final, such as invalid certificates, http against https, or a proxy that refuses. Every retry
 is counted by cause.
 """
 

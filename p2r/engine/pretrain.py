@@ -6,8 +6,8 @@ report. All ranks yield at the same steps, because saving is collective.
 On a GPU the host runs ahead of the device. Results of steps are read at reports and before checkpoints, so no checkpoint
 contains weights affected by a bad step. On a CPU every step is read at once.
 
-A step with a non-finite loss or gradient is skipped on every rank (see `p2r.engine.update`): its batch is used up, `step` and
-schedule advance, and it is counted. While steps are skipped, checkpoints that are only due by interval are not saved: they
+A step with a non-finite loss or gradient is skipped on every rank (see `p2r.engine.update`). Its batch is consumed, `step` and
+schedule advance, and the skip is counted. While steps are skipped, checkpoints that are only due by interval are not saved: they
 would push out good ones.
 """
 
