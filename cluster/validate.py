@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from p2r.documents import read_start
 from p2r.errors import DataError, InputError, JobError
 from p2r.evaluate.task_files import HELD_OUT, Task, load_task, read_task_config
@@ -82,7 +84,24 @@ def _lines(path: Path, job: Job) -> Iterator[str]:
             if "environment variable" not in str(error):
                 raise DataError(f"job {path}: {key}: {error}") from None
             yield f"{key}: {str(error).removeprefix(f'task {task}: ')}"
-    yield from (f"note: {note}" for note in ignored_variables(path, job))
+    yield from (f"note: {note}" for note in (*ignored_variables(path, job), *_gpu_notes(path, job)))
+
+
+def _gpu_notes(path: Path, job: Job) -> Iterator[str]:
+    """Yield what GPUs will do slowly; refuse what they have to do and CPUs cannot."""
+    config, gpus = job.pretrain, job.resources.gpus_per_worker
+    if config is None:
+        return
+    if config.precision == "tf32" and gpus == 0:
+        raise InputError(
+            f"job {path}: pretrain.precision tf32 needs GPUs, and resources.gpus_per_worker is 0: set the precision to fp32"
+        )
+    if gpus == 1 or (gpus == "auto" and config.precision != "fp32"):
+        # Here, because the engine takes seconds to import.
+        from p2r.engine.step import loss_without_kernels
+
+        if (reason := loss_without_kernels(config, device=torch.device("cpu"))) is not None:
+            yield f"on GPUs, {reason}"
 
 
 def _split_facts(task: Task) -> Iterator[str]:

@@ -32,7 +32,7 @@ from p2r.data.preparation import planes_to_volume as planes_to_volume
 from p2r.data.preparation import slice_axis as slice_axis
 from p2r.data.preparation import volume_to_planes as volume_to_planes
 from p2r.data.volume import Volume
-from p2r.device import on_device
+from p2r.device import to_device
 from p2r.errors import RefusedScan
 
 _ROUNDING = 0.01  # of a voxel: what spacings in a header may be off
@@ -195,14 +195,14 @@ def _to_cubic(
             voxels.shape[axis - 3], centre[axis], spacing_mm=spacing_mm[axis], target_mm=target_mm, size=size
         )
         weights.append(of_axis)
-        inside = inside[..., None] & on_device(within.numpy(), voxels.device, dtype=torch.bool)
+        inside = inside[..., None] & to_device(within, voxels.device)
     return _along_axes(voxels, weights), inside
 
 
 def _along_axes(maps: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Multiply the last three axes of `maps`, one after another, by a matrix (samples, voxels) each."""
     for axis, of_axis in enumerate(weights, start=maps.ndim - 3):
-        matrix = on_device(of_axis.numpy(), maps.device)
+        matrix = to_device(of_axis, maps.device)
         maps = torch.movedim(torch.tensordot(matrix, maps, dims=([1], [axis])), 0, axis)
     return maps
 

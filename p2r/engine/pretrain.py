@@ -11,6 +11,7 @@ and schedule go on, and it is counted. While steps are left out, no checkpoint i
 out one from before.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from torch.profiler import record_function
 
 from p2r.config import PretrainConfig
 from p2r.counters import Counters
+from p2r.data.order import check_micro_batch
 from p2r.data.stream import Quarantine, Replaced, StreamState, stream, stream_state
 from p2r.device import is_waited_for
 from p2r.engine.build import DTYPES, build_engine, full_weights, join_process_group, masters, set_mean_weights
@@ -35,18 +37,20 @@ from p2r.engine.feed import Batches, Timed, feed
 from p2r.engine.health import embedding_health
 from p2r.engine.history import history_bytes, read_history
 from p2r.engine.online_probe import OnlineProbe
+from p2r.engine.peers import refuse_mixed_gpus
 from p2r.engine.profile import Profiler, peak_mib
-from p2r.engine.step import COLDEST, Step, equivariance_error, loss_parts, take_step
+from p2r.engine.step import Step, equivariance_error, loss_parts, loss_without_kernels, take_step
 from p2r.engine.uploading import path_of
 from p2r.engine.weights import backbone_weights, init_weights
 from p2r.errors import CheckpointError, EmbeddingError, InputError, TrainingError
-from p2r.loss import without_kernels
 from p2r.model.compiling import compile_in_place, warm_up
 from p2r.model.pix2rep import Pix2Rep
 from p2r.schedule import averaging, learning_rate
 from p2r.storage import Storage
 
 HISTORY = "history.jsonl"
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,7 @@ def pretrain(
 
     with deterministic(config.deterministic), _products(config, device):
         join_process_group(device)
+        refuse_mixed_gpus(device)
         with Checkpoints(storage, config, note=note) as checkpoints:
             fetched = checkpoints.newest()
             if fetched is not None and fetched.manifest["step"] >= config.steps:
@@ -314,6 +319,13 @@ def _begin(
     model, init_from = _network(config, checkpoint)
     engine, compiled = _engine(model.to(device), config, world_size=world_size)
     news = _News(compiled=compiled, loss_without_kernels=_loss_without_kernels(config, device))
+    if rank == 0:
+        for reason in (
+            news.loss_without_kernels,
+            compiled if compiled is not None and "not compiled" in compiled else None,
+        ):
+            if reason is not None:
+                _LOG.warning("steps will be slow: %s", reason)
     running = _Running()
     if fetched is not None and checkpoint is not None:
         tensors = checkpoints.load(engine, fetched)
@@ -384,11 +396,7 @@ def _refuse(config: PretrainConfig, checkpoint: Mapping[str, Any] | None, storag
         raise InputError(
             f"pretrain.global_batch must be divisible by the number of workers, got {config.global_batch} for {world_size}"
         )
-    if config.micro_batch is not None and config.global_batch // world_size % config.micro_batch:
-        raise InputError(
-            f"pretrain.micro_batch must divide a worker's part of the global batch, got {config.micro_batch} "
-            f"for {config.global_batch} images over {world_size} workers: {config.global_batch // world_size} each"
-        )
+    check_micro_batch(config.global_batch, world_size, config.micro_batch)
 
 
 def _network(config: PretrainConfig, checkpoint: Mapping[str, Any] | None) -> tuple[Pix2Rep, dict[str, Any] | None]:
@@ -419,16 +427,7 @@ def _engine(model: Pix2Rep, config: PretrainConfig, *, world_size: int) -> tuple
 
 def _loss_without_kernels(config: PretrainConfig, device: torch.device) -> str | None:
     """Return why a GPU will compute the loss without its kernels, as long as nothing has been computed yet."""
-    loss = config.loss
-    if device.type != "cuda" or loss.name != "info_nce" or loss.negatives == "image":
-        return None
-    return without_kernels(
-        DTYPES[config.precision],
-        config.model.embedding_channels,
-        temperature=COLDEST if loss.learn_temperature else loss.temperature,
-        num_pairs=config.global_batch * loss.pixel_pairs_per_image,
-        device=device,
-    )
+    return loss_without_kernels(config, device=device) if device.type == "cuda" else None
 
 
 def _take(run: _Run, step: int, *, reports: bool) -> Step:

@@ -45,15 +45,16 @@ _LOG2_E = math.log2(math.e)
 
 def fit(rows: Tensor) -> bool:
     """Return whether the kernels take these rows."""
-    return unfit(rows.dtype, rows.shape[1], device=rows.device) is None
+    allows_tf32 = torch.get_float32_matmul_precision() != "highest"
+    return unfit(rows.dtype, rows.shape[1], device=rows.device, allows_tf32=allows_tf32) is None
 
 
-def unfit(dtype: torch.dtype, channels: int, *, device: torch.device) -> str | None:
+def unfit(dtype: torch.dtype, channels: int, *, device: torch.device, allows_tf32: bool) -> str | None:
     """Return why rows of this kind take the torch tiles on this device, and how they would take the kernels; None: they do."""
     if dtype not in CHANNELS:
         return f"they multiply bfloat16, float16 or TF32, got {dtype}: set pretrain.precision to bf16 or tf32"
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return "they multiply float32 as TF32, which nobody has allowed: set pretrain.precision to bf16 or tf32"
+    if dtype == torch.float32 and not allows_tf32:
+        return "they multiply float32 as TF32, which is not allowed: set pretrain.precision to bf16 or tf32"
     if channels not in CHANNELS[dtype]:
         known = ", ".join(map(str, CHANNELS[dtype]))
         return f"they take {dtype} of {known} channels, got {channels}: set pretrain.model.embedding_channels"
@@ -197,7 +198,7 @@ _PUSH_TILES = {
     128: (_Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)),
     256: (_Tile(128, 128, 8, 3), _Tile(128, 64, 8, 2)),
     512: (_Tile(128, 64, 8, 2), _Tile(64, 32, 8, 2)),
-    1024: (_Tile(64, 32, 8, 2),),
+    1024: (_Tile(64, 64, 8, 2), _Tile(64, 32, 8, 2)),
 }
 """By the most bytes of a row that they are for, then by preference: GPUs with less shared memory take the first that they can
 hold. 128 anchors read half as much from the L2 cache as 64 do."""

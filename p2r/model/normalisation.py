@@ -4,6 +4,9 @@ PyTorch keeps the statistics of a bfloat16 map in bfloat16 where scale and shift
 digits is worth little where it is large beside the deviation. Given a scale and shift in fp32, it keeps them in fp32 and
 still reads and writes the map in bfloat16: so these few numbers are widened, and never the map.
 
+PyTorch's kernel for instances takes maps with channels first. One with channels last is copied there and back, in the forward pass
+and in the backward pass: two reads and two writes of the map more, each. torch.compile can fuse them; no GPU has measured it.
+
 Letters: B images, C channels, *S spatial.
 """
 

@@ -26,11 +26,12 @@ from typing import Any
 import torch
 
 from p2r.config import LossConfig, PretrainConfig
-from p2r.data.order import allowed_world_sizes, check_world_size
+from p2r.data.order import allowed_world_sizes, check_micro_batch, check_world_size
 from p2r.data.stream import Corpus, order_of
 from p2r.engine.build import DTYPES
 from p2r.engine.counting import LiveTensors, SavedTensors, storages_of
 from p2r.errors import InputError
+from p2r.loss.info_nce import PANEL
 from p2r.loss.tiles import TILE, num_panels
 from p2r.loss.within_image import images_at_once
 from p2r.model.pix2rep import Pix2Rep
@@ -196,17 +197,13 @@ def plan(
         cost_per_hour: Of one worker, in any currency.
 
     Raises:
-        DataError: The global batch cannot be shared by so many workers, or the corpus is smaller than it.
-        InputError: The micro-batch does not divide a worker's part.
+        DataError: The global batch cannot be shared by so many workers, the corpus is smaller than it, or the micro-batch does
+            not divide a worker's part.
     """
     world_size = num_nodes * workers_per_node
     check_world_size(config.global_batch, world_size)
+    check_micro_batch(config.global_batch, world_size, config.micro_batch)
     images = config.global_batch // world_size
-    if config.micro_batch is not None and images % config.micro_batch:
-        raise InputError(
-            f"pretrain.micro_batch must divide a worker's part of the global batch, got {config.micro_batch} "
-            f"for {config.global_batch} images over {world_size} workers: {images} each"
-        )
     epoch = None
     if corpora is not None:
         order = order_of(corpora, image=config.image, seed=config.seed, global_batch=config.global_batch)
@@ -470,6 +467,8 @@ def _loss_traffic(config: PretrainConfig, rows: int, *, world_size: int, device:
         # Around the ring once in each pass, in the second one with the rows' softmax weights.
         return agreement + others * rows * (2 * of_a_row + 2 * _FP32 + of_sums)
     softmax, column = 2 * _FP32, _FP32 * _num_panels(rows, on_kernels=_has_kernels(config, device))
+    if loss.form == "nt_xent" and rows % PANEL == 0 and rows * world_size >= 3 * PANEL:
+        column *= 3  # sums over columns within both towers, too
     return agreement + others * rows * (of_a_row + of_sums + softmax + column)
 
 
