@@ -9,7 +9,7 @@
     made = p2r.run("mine/job.yaml", pretrain__steps=20)    # in this process, without Ray
     rows = p2r.open_report(made["storage"]).rows
 
-Importing the package is cheap: torch is loaded with the first name that needs it.
+Importing the package is cheap: torch is loaded on first use of a name that needs it.
 """
 
 from importlib import import_module
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Backbone", "Model", "__version__", "load_backbone", "load_model", "open_report", "run"]
 
-_HOMES = {
+_MODULES = {
     "Backbone": "p2r.backbone",
     "load_backbone": "p2r.backbone",
     "Model": "p2r.evaluate.models",
@@ -36,8 +36,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'p2r' has no attribute '{name}'")
 
 

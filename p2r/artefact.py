@@ -1,15 +1,15 @@
-"""A published folder: files that are named by their content, and one manifest that is written once.
+"""Published artefact: a folder of files named by their content, and a manifest that is written once.
 
     model-<sha256>.safetensors   weights
-    config-<sha256>.json         architecture, and what is done to a scan before the network sees it
+    config-<sha256>.json         architecture, and the preprocessing of a scan
     README-<sha256>.md           model card
-    manifest.json                which of these files are the artefact; corpora, licence, origin; created once, last
+    manifest.json                list of these files, with corpora, licence and origin; created once, last
     manifest.sig                 optional: a signature over manifest.json (`p2r.signature`)
 
-A file's name holds its digest, so publishers that race write beside one another and never over one another. The conditional
-creation of `manifest.json` is the only commit: one publisher succeeds; each other one compares the whole manifest with its own.
-What the bytes of the manifest hash to is the artefact's pin (`p2r.reference`). What is read is hashed first, and parsed from the
-same bytes. Folders of version 1 (model.safetensors, config.json, README.md) are read and repaired as they are.
+File names contain digests, so racing publishers never overwrite one another's files. The conditional creation of
+`manifest.json` is the only commit: one publisher succeeds, and every other compares the whole manifest with its own. The
+digest of the manifest's bytes is the artefact's pin (`p2r.reference`). Every file is hashed before the same bytes are parsed.
+Folders of version 1 (model.safetensors, config.json, README.md) are read and repaired in place.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from p2r.documents import read_json
+from p2r.documents import Details, Digests, FewKeys, Sha256, checked, read_json
 from p2r.errors import CheckpointError, DamagedError, InputError, StorageError
 from p2r.reference import Reference
 from p2r.signature import SIGNATURE, SIGNATURE_BYTES, check_signature, sign
@@ -33,21 +33,20 @@ Role = Literal["weights", "config", "card"]
 MANIFEST = "manifest.json"
 MAX_TEXT_BYTES = 2**20
 _MAX_WEIGHTS_BYTES = 2**40
-_MAX_MANIFEST_BYTES = 2**28
+MAX_MANIFEST_BYTES = 2**27
+"""Largest manifest of an artefact: of backbones that have seen two million scans."""
+_MAX_MEMORY_BYTES = 2**29
 _MAX_DEPTH = 16
-_SHOWN = 3
 _NAMES: dict[Role, tuple[str, str, str]] = {
     "weights": ("model", ".safetensors", "model.safetensors"),
     "config": ("config", ".json", "config.json"),
     "card": ("README", ".md", "README.md"),
 }
-"""Stem and suffix of each file; and its name in version 1."""
+"""Stem and suffix of each file, and its name in version 1."""
 _PROGRAM = ("p2r_version", "code")
 
 Text = Annotated[str, Field(max_length=20_000)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
-Digests = Annotated[list[Sha256], Field(max_length=10_000_000)]
 
 
 class _Strict(BaseModel):
@@ -55,7 +54,7 @@ class _Strict(BaseModel):
 
 
 class FileEntry(_Strict):
-    """A file of the folder."""
+    """Name, digest and size of a file in the folder."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     sha256: Sha256
@@ -63,12 +62,12 @@ class FileEntry(_Strict):
 
 
 class Files(_Strict):
-    """The files of an artefact, by what they are for."""
+    """Files of an artefact, by role."""
 
     weights: FileEntry
     config: FileEntry
     card: FileEntry | None = None
-    """None: in version 1 only."""
+    """Model card; None only in version 1."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -79,13 +78,13 @@ class Files(_Strict):
         return self
 
     def entries(self) -> dict[Role, FileEntry]:
-        """Return the files that there are."""
+        """Return the files that exist."""
         found: dict[Role, FileEntry | None] = {"weights": self.weights, "config": self.config, "card": self.card}
         return {role: entry for role, entry in found.items() if entry is not None}
 
 
 class CorpusFacts(_Strict):
-    """What a backbone keeps of a corpus: enough to tell whether a patient or scan is in it."""
+    """Facts about a corpus, kept with a backbone: enough to tell whether it contains a patient or scan."""
 
     url: Text
     sha256: Sha256
@@ -98,7 +97,7 @@ class CorpusFacts(_Strict):
     salt: Sha256
     subject_digests: Digests
     voxel_digests: Digests
-    deidentification: dict[Text, Text]
+    deidentification: Annotated[dict[Text, Text], FewKeys]
 
 
 class Manifest(_Strict):
@@ -108,10 +107,10 @@ class Manifest(_Strict):
     files: Files
     p2r_version: Annotated[str, Field(max_length=100)] = ""
     code: Annotated[str, Field(max_length=100)] = ""
-    """Commit of the program that published it."""
+    """Commit of the program that published the artefact."""
     licence: Text = "unknown"
     corpora: Annotated[list[CorpusFacts], Field(max_length=1000)] | None = None
-    """What the weights were pretrained on; None: unknown."""
+    """Corpora on which the weights were pretrained; None: unknown."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -132,7 +131,7 @@ class BackboneManifest(Manifest):
     description: Text | None = None
     step: Count | None = None
     samples_seen: Count | None = None
-    pretrain: dict[str, JsonValue] | None = None
+    pretrain: Details | None = None
     negatives: Text | None = None
 
 
@@ -140,23 +139,24 @@ class ModelManifest(Manifest):
     """`manifest.json` of a segmentation model."""
 
     task: Text | None = None
-    trial: dict[str, JsonValue] | None = None
-    validation: dict[str, JsonValue] | None = None
+    trial: Details | None = None
+    validation: Details | None = None
     transductive: bool | None = None
     backbone_sha256: Sha256 | None = None
 
 
 _MANIFESTS: dict[str, type[Manifest]] = {"p2r-backbone": BackboneManifest, "p2r-model": ModelManifest}
+_CHECKS: dict[str, TypeAdapter[Any]] = {kind: TypeAdapter(model) for kind, model in _MANIFESTS.items()}
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A published folder whose manifest has been read and checked."""
+    """A published folder with a manifest that has been read and checked."""
 
     storage: Storage
     manifest: Manifest
     content: bytes
-    """Of `manifest.json`."""
+    """Content of `manifest.json`."""
 
     @property
     def sha256(self) -> str:
@@ -165,18 +165,18 @@ class Artefact:
 
     @property
     def pin(self) -> str:
-        """The reference that names this very artefact: `URL@sha256:HEX`."""
+        """Reference pinned to this artefact: `URL@sha256:HEX`."""
         return str(Reference(self.storage.url, self.sha256))
 
     def facts(self) -> dict[str, Any]:
-        """Return the manifest's entries, and `sha256`, `url` and `pin`."""
+        """Return the manifest's entries, plus `sha256`, `url` and `pin`."""
         return {**self.manifest.model_dump(), "sha256": self.sha256, "url": self.storage.url, "pin": self.pin}
 
     def read(self, role: Role) -> bytes:
-        """Return the content of a file, once hashed: no one can exchange it between check and use.
+        """Return the content of a file, hashed after reading, so that it cannot be exchanged between check and use.
 
         Raises:
-            DamagedError: It is absent, or not the file that the manifest names.
+            DamagedError: The file is absent, or is not the one that the manifest names.
         """
         entry = self.manifest.files.entries()[role]
         path = self.storage.local(entry.name, sha256=entry.sha256, num_bytes=entry.num_bytes)
@@ -192,7 +192,7 @@ class Artefact:
         return content
 
     def problems(self) -> list[str]:
-        """Return what is wrong with the named files, after every byte was read; a line each."""
+        """Read all named files, and return one line per problem found."""
         return [
             f"{entry.name}: absent, or without the sha256 of its manifest: it is damaged; publish it again"
             for entry in self.manifest.files.entries().values()
@@ -200,30 +200,30 @@ class Artefact:
         ]
 
     def unnamed_files(self) -> list[str]:
-        """List what is stored below the folder and no part of the artefact: of publishers that lost a race, or of strangers."""
+        """List files in the folder that are not part of the artefact: leftovers of publishers that lost a race, or foreign files."""
         known = {MANIFEST, SIGNATURE, *(entry.name for entry in self.manifest.files.entries().values())}
         return [name for name in self.storage.list() if name not in known]
 
     def check_signature(self, key: str) -> str:
-        """Check that the owner of a public key has signed this manifest, and return the key as text.
+        """Check that the owner of a public key signed this manifest, and return the key as text.
 
         Raises:
-            InputError: as `p2r.signature.check_signature`.
+            InputError: See `p2r.signature.check_signature`.
         """
         signature = _read_bounded(self.storage, SIGNATURE, SIGNATURE_BYTES)
         return check_signature(self.content, signature, key=key, where=self.storage.url)
 
     def sign(self, key: Path) -> str:
-        """Write the signature of a private key's owner beside the manifest, and return the public key as text.
+        """Sign the manifest with a private key, write the signature beside it, and return the public key as text.
 
         Raises:
-            InputError: The key cannot be used, or somebody else has signed.
+            InputError: The key cannot be used, or another key has signed.
         """
         signature, name = sign(self.content, key=key)
         if not self.storage.create(SIGNATURE, signature):
             found = _read_bounded(self.storage, SIGNATURE, SIGNATURE_BYTES)
             if found is not None and len(found) != SIGNATURE_BYTES:
-                self.storage.write_bytes(SIGNATURE, signature)  # that is no signature
+                self.storage.write_bytes(SIGNATURE, signature)  # the existing file is not a signature
             elif found != signature:
                 raise CheckpointError(
                     f"{self.storage.url} has a signature that is not by {name}: another key's, or a damaged one; delete "
@@ -233,7 +233,7 @@ class Artefact:
 
 
 def file_name(role: Role, sha256: str) -> str:
-    """Return the name that a file of this content has."""
+    """Return the name of a file with this content."""
     stem, suffix, _ = _NAMES[role]
     return f"{stem}-{sha256}{suffix}"
 
@@ -242,16 +242,16 @@ def open_artefact(reference: Reference, *, format: str | None = None, key: str |
     """Read the manifest of a published folder.
 
     Args:
-        reference: Where it is; with a pin, which one it must be.
-        format: What it must be, `p2r-backbone` or `p2r-model`; None: either.
-        key: Public key of who must have signed it; None: nobody.
+        reference: Location of the folder, with an optional pin of its manifest.
+        format: Required format, `p2r-backbone` or `p2r-model`; None: either.
+        key: Public key that must have signed the manifest; None: no signature required.
 
     Raises:
-        StorageError: There is no manifest, or it is not the one that is pinned, or not signed by this key.
-        CheckpointError: It is not the manifest of such an artefact.
+        StorageError: The manifest is absent, differs from the pin, or is not signed by this key.
+        CheckpointError: The manifest is not one of the required format.
     """
     storage = Storage(reference.url)
-    content = _read_bounded(storage, MANIFEST, _MAX_MANIFEST_BYTES)
+    content = _read_bounded(storage, MANIFEST, MAX_MANIFEST_BYTES)
     if content is None:
         raise StorageError(
             f"{storage.url} holds no manifest.json: give the folder of one published version, such as backbones/NAME/1"
@@ -270,38 +270,49 @@ def _parse(content: bytes, reference: Reference, *, where: str, needed: str | No
         weights = _weights_sha256(content)
         if weights is not None and weights == reference.sha256:
             raise DamagedError(
-                f"{reference} names the digest of the weights; a pin is the digest of manifest.json, which names the weights, "
-                f"too: {Reference(reference.url, hashlib.sha256(content).hexdigest())}"
+                f"{reference} has the digest of the weights; a pin is the digest of manifest.json, which also covers the weights: "
+                f"{Reference(reference.url, hashlib.sha256(content).hexdigest())}"
             ) from None
         raise error
-    value = read_json(content, where=where, max_bytes=_MAX_MANIFEST_BYTES, max_depth=_MAX_DEPTH, error=CheckpointError)
+    value = _value_of(content, where)
     found = str(value.get("format"))[:80] if isinstance(value, dict) else None
     kind, _, version = (found or "").partition("/")
     if kind not in _MANIFESTS or needed not in (None, kind) or version not in ("1", "2"):
         wanted = " or ".join(f"{one}/1 or {one}/2" for one in ([needed] if needed else _MANIFESTS))
-        raise CheckpointError(f"{where} has format {found!r}, needed is {wanted}")
+        raise CheckpointError(f"{where} has format {found!r}, expected {wanted}")
     model = _MANIFESTS[kind]
-    try:
-        return model.model_validate(_from_version_1(value, model) if version == "1" else value)
-    except ValidationError as error:
-        findings = error.errors(include_url=False, include_context=False)
-        lines = [f"{'.'.join(map(str, one['loc'])):.200}: {one['msg']}, got {one['input']!r:.80}" for one in findings]
-        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        raise CheckpointError(f"{where} is no valid manifest: {'; '.join(lines[:_SHOWN] + more)}") from None
+    manifest: Manifest = checked(
+        _CHECKS[kind],
+        _upgrade_version_1(value, model) if version == "1" else value,
+        where=f"{where} is not a valid manifest:",
+        error=CheckpointError,
+    )
+    return manifest
+
+
+def _value_of(content: bytes, where: str) -> Any:
+    return read_json(
+        content,
+        where=where,
+        max_bytes=MAX_MANIFEST_BYTES,
+        max_memory_bytes=_MAX_MEMORY_BYTES,
+        max_depth=_MAX_DEPTH,
+        error=CheckpointError,
+    )
 
 
 def _weights_sha256(content: bytes) -> str | None:
-    """Return the digest of the weights that an unchecked manifest names, if it is one."""
+    """Return the digest of the weights from an unchecked manifest; None if it has none."""
     try:
-        value = read_json(content, where="", max_bytes=_MAX_MANIFEST_BYTES, max_depth=_MAX_DEPTH)
+        value = _value_of(content, "")
         files = value["files"]
         return str((files.get("weights") or files.get(_NAMES["weights"][2]))["sha256"])
     except (InputError, TypeError, KeyError, AttributeError):
         return None
 
 
-def _from_version_1(value: dict[str, Any], model: type[Manifest]) -> dict[str, Any]:
-    """Return a manifest of version 1 in the form of version 2, without entries that nothing reads."""
+def _upgrade_version_1(value: dict[str, Any], model: type[Manifest]) -> dict[str, Any]:
+    """Convert a manifest of version 1 to version 2, dropping unused entries."""
     files = value.get("files")
     named = {
         role: {"name": name, **files[name]}
@@ -313,7 +324,7 @@ def _from_version_1(value: dict[str, Any], model: type[Manifest]) -> dict[str, A
         if isinstance(corpora, list):
             [CorpusFacts.model_validate(one) for one in corpora]
     except ValidationError:
-        corpora = None  # of a version that said less: whom it has seen is unknown
+        corpora = None  # written by an older version with fewer facts: its subjects are unknown
     known = {key: found for key, found in value.items() if key in model.model_fields}
     return {**known, "files": named, "corpora": corpora}
 
@@ -321,38 +332,38 @@ def _from_version_1(value: dict[str, Any], model: type[Manifest]) -> dict[str, A
 def commit(
     storage: Storage, manifest: Manifest, files: Mapping[Role, Path], *, is_same_config: Callable[[bytes], bool]
 ) -> tuple[Artefact, bool]:
-    """Publish files under a manifest, or find them published.
+    """Publish files under a manifest, unless an equal artefact is already published.
 
     Args:
         storage: The artefact's folder.
-        manifest: Of version 2.
-        files: The local files that the manifest names.
-        is_same_config: Whether the content of another `config.json` says the same; versions of p2r may write it differently.
+        manifest: Manifest of version 2.
+        files: Local files that the manifest names.
+        is_same_config: Compares the content of another `config.json`; versions of p2r may write it differently.
 
     Returns:
-        The artefact that is published now, and whether this call published it. Damaged and missing files of one that was
+        The published artefact, and whether this call published it. Damaged and missing files of an artefact that was
         published before are written again.
 
     Raises:
-        CheckpointError: Something else is published there; says what, when, and what differs.
+        CheckpointError: A different artefact is published there; the message says what, when, and what differs.
     """
     content = json_bytes(manifest.model_dump(mode="json"))
-    if len(content) > _MAX_MANIFEST_BYTES:
+    if len(content) > MAX_MANIFEST_BYTES:
         raise CheckpointError(
-            f"the manifest of {storage.url} has {len(content):,} bytes, more than {_MAX_MANIFEST_BYTES:,}"
+            f"the manifest of {storage.url} has {len(content):,} bytes, more than {MAX_MANIFEST_BYTES:,}"
         )
     if not storage.exists(MANIFEST):
         for role, entry in manifest.files.entries().items():
-            _ensure(storage, entry, files[role])
+            _upload_if_damaged(storage, entry, files[role])
         if storage.create(MANIFEST, content):
             return Artefact(storage, manifest, content), True
     published = open_artefact(Reference(storage.url))
-    differ = _differences(manifest, published, is_same_config)
+    differ = _list_differences(manifest, published, is_same_config)
     if differ:
-        raise _refusal(published, differ)
+        raise _conflict_error(published, differ)
     for role, entry in published.manifest.files.entries().items():
         if entry.sha256 == manifest.files.entries()[role].sha256:
-            _ensure(storage, entry, files[role])
+            _upload_if_damaged(storage, entry, files[role])
         elif not _is_sound(storage, entry):
             raise DamagedError(
                 f"{storage.at(entry.name)} is absent or damaged, and this version of p2r writes it differently: restore the file"
@@ -360,8 +371,8 @@ def commit(
     return published, False
 
 
-def _ensure(storage: Storage, entry: FileEntry, local: Path) -> None:
-    """Make a file of the storage what its entry says."""
+def _upload_if_damaged(storage: Storage, entry: FileEntry, local: Path) -> None:
+    """Upload a file unless the storage has it with the digest of its entry."""
     if not _is_sound(storage, entry):
         storage.upload(local, entry.name)
 
@@ -378,10 +389,10 @@ def _is_sound(storage: Storage, entry: FileEntry) -> bool:
     return True
 
 
-def _differences(mine: Manifest, published: Artefact, is_same_config: Callable[[bytes], bool]) -> list[str]:
-    """Return in what two manifests differ, apart from the program that wrote them; a phrase for each.
+def _list_differences(mine: Manifest, published: Artefact, is_same_config: Callable[[bytes], bool]) -> list[str]:
+    """Return one phrase per difference between two manifests, ignoring the program that wrote them.
 
-    A card is text that p2r makes of the rest: of two programs, it may differ.
+    The card is generated by p2r, so it may differ if the program differs.
     """
     theirs = published.manifest
     is_same_program = all(getattr(mine, name) == getattr(theirs, name) for name in _PROGRAM)
@@ -390,7 +401,7 @@ def _differences(mine: Manifest, published: Artefact, is_same_config: Callable[[
         other = theirs.files.entries().get(role)
         if other is None or other.sha256 == entry.sha256 or (role == "card" and not is_same_program):
             continue
-        if role == "config" and _is_same(published, is_same_config):
+        if role == "config" and _has_same_config(published, is_same_config):
             continue
         differ.append(role)
     if type(mine) is not type(theirs):
@@ -400,31 +411,31 @@ def _differences(mine: Manifest, published: Artefact, is_same_config: Callable[[
         if name in ("files", "format", *_PROGRAM) or found == wanted:
             continue
         if theirs.format.endswith("/1") and name not in theirs.model_fields_set:
-            continue  # it did not say that yet
+            continue  # version 1 did not record this yet
         differ.append(f"{name} ({found!r:.60} there, {wanted!r:.60} here)" if isinstance(wanted, str | int) else name)
     return differ
 
 
-def _is_same(published: Artefact, is_same_config: Callable[[bytes], bool]) -> bool:
+def _has_same_config(published: Artefact, is_same_config: Callable[[bytes], bool]) -> bool:
     try:
         return is_same_config(published.read("config"))
     except DamagedError:
         return False
 
 
-def _refusal(published: Artefact, differ: list[str]) -> CheckpointError:
+def _conflict_error(published: Artefact, differ: list[str]) -> CheckpointError:
     facts = published.storage.facts(MANIFEST)
     when = "" if facts is None else f" at {datetime.fromtimestamp(facts.modified_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
     manifest = published.manifest
     return CheckpointError(
-        f"{published.storage.url} is already published with other {', '.join(differ)}, and what is published never changes: "
-        f"choose another publish.version. There is {published.pin}, published{when} by p2r {manifest.p2r_version}, code "
+        f"{published.storage.url} is already published with other {', '.join(differ)}, and published artefacts never change: "
+        f"choose another publish.version. Found {published.pin}, published{when} by p2r {manifest.p2r_version}, code "
         f"{manifest.code}"
     )
 
 
 def _read_bounded(storage: Storage, path: str, max_bytes: int) -> bytes | None:
-    """Return the content of a small file, or of one that is too large its first bytes and one more; None if it is absent."""
+    """Return at most `max_bytes` + 1 bytes of a file; None if it is absent."""
     facts = storage.facts(path)
     if facts is None:
         return None
@@ -432,6 +443,6 @@ def _read_bounded(storage: Storage, path: str, max_bytes: int) -> bytes | None:
 
 
 def entry_of(role: Role, local: Path) -> FileEntry:
-    """Return the entry of a local file that is to be published."""
+    """Return the entry for a local file that is to be published."""
     sha256 = file_sha256(local)
     return FileEntry(name=file_name(role, sha256), sha256=sha256, num_bytes=local.stat().st_size)

@@ -1,12 +1,12 @@
-"""What is published, and how it is loaded: a folder that needs no code of its own to be read.
+"""Published backbones and models: saving, verifying, loading.
 
     <name>/<version>/model-<sha256>.safetensors   weights
-                     config-<sha256>.json         architecture, and what is done to a scan before the network sees it
+                     config-<sha256>.json         architecture, and the preprocessing of a scan
                      README-<sha256>.md           model card
                      manifest.json                the files by name and digest, corpora, licence, origin; created last
 
-A backbone gives features for every pixel; a model adds a segmentation head. Both are loaded after every digest has been
-checked, from safetensors only: loading somebody's model never runs their code. `p2r.artefact` has the folder's rules.
+A backbone returns features for every pixel; a model adds a segmentation head. Both are loaded only after every digest has
+been checked, and only from safetensors: loading a stranger's model never runs code. See `p2r.artefact` for the folder.
 """
 
 import hashlib
@@ -57,14 +57,14 @@ class ArtefactConfig(Section):
     model: ModelConfig
     """Architecture."""
     preparation: Preparation
-    """What is done to a scan before the network sees it."""
+    """Preprocessing of a scan."""
     classes: dict[int, Annotated[str, Field(max_length=200)]] = Field(default_factory=dict, max_length=1000)
     """Models only: name of each label value; 0 is the background."""
     num_prototypes: Annotated[tuple[PositiveInt, ...], Field(max_length=1001)] = ()
-    """Models whose head compares features with prototypes: how many there are of each class, background first."""
+    """Models with a prototype head: number of prototypes of each class, background first."""
 
     largest_component: bool = False
-    """Models only: keep the largest connected part of each predicted class alone."""
+    """Models only: keep only the largest connected component of each predicted class."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -73,7 +73,7 @@ class ArtefactConfig(Section):
         return self
 
     def sha256(self) -> str:
-        """Return a digest of the network's shape and of what is done to a scan."""
+        """Return a digest of the architecture and the preprocessing."""
         return hashlib.sha256(json_bytes(self.model_dump(mode="json"))).hexdigest()
 
     def head(self) -> nn.Module:
@@ -87,11 +87,11 @@ class ArtefactConfig(Section):
 class Backbone(nn.Module):
     """A published backbone: image (B, C, *S) in [0, 1] -> features (B, F, *S).
 
-    One that was trained at a coarser level of its decoder (`config.model.level`) gives features (B, F, *S / 2^level).
+    A backbone trained at a coarser decoder level (`config.model.level`) returns features (B, F, *S / 2^level).
 
     Attributes:
-        preparation: What `prepare` does to a scan.
-        manifest: The artefact's manifest, with its digest under `sha256`, and `pin`: the reference that names this very backbone.
+        preparation: Preprocessing used by `prepare`.
+        manifest: The artefact's manifest, plus its digest as `sha256`, and `pin`: the reference pinned to this backbone.
     """
 
     def __init__(self, network: nn.Module, config: ArtefactConfig, manifest: Mapping[str, Any]) -> None:
@@ -105,22 +105,22 @@ class Backbone(nn.Module):
         """Return the features of every pixel.
 
         Raises:
-            ValueError: for a side of the image that `config.model.size_divisor` does not divide (16 for the default).
+            ValueError: A side of the image is not divisible by `config.model.size_divisor` (16 by default).
         """
         features: Tensor = self.network(image)
         return features
 
     def features(self, scan: str | Path | Volume | Tensor) -> Tensor:
-        """Return features without a graph for gradients.
+        """Return features without a gradient graph.
 
         Args:
-            scan: A scan, of which `prepare` makes images, or images (B, C, *S) in [0, 1].
+            scan: A scan, which `prepare` converts to images, or images (B, C, *S) in [0, 1].
 
         Returns:
-            (B, F, *S): of a scan (planes, F, H, W), or, of volumes, (frames, F, X, Y, Z).
+            (B, F, *S). For a scan: (planes, F, H, W), or, for 3D backbones, (frames, F, X, Y, Z).
 
         Raises:
-            RefusedScan: if the scan cannot be used; its code says why.
+            RefusedScan: The scan cannot be used; the code gives the reason.
         """
         images = scan if isinstance(scan, Tensor) else self.prepare(scan).images
         with torch.no_grad():
@@ -128,12 +128,12 @@ class Backbone(nn.Module):
         return features
 
     def prepare(self, scan: str | Path | Volume) -> Planes | Frames:
-        """Make of a scan the images that training saw: orientation, spacing, size and intensities alike.
+        """Convert a scan to images as in training: the same orientation, spacing, size and intensities.
 
-        Planes, about their centre; or, for a backbone of volumes, each frame about the middle.
+        Returns planes cropped about their centre or, for 3D backbones, frames cropped about the middle.
 
         Raises:
-            RefusedScan: if the file cannot be used; its code says why.
+            RefusedScan: The file cannot be used; the code gives the reason.
         """
         volume = scan if isinstance(scan, Volume) else read_volume(scan)
         make = frames_of if self.preparation.dimensions == 3 else planes_of
@@ -144,28 +144,28 @@ def load_backbone(url: str, *, sha256: str | None = None, key: str | None = None
     """Load a published backbone, in evaluation mode.
 
     Args:
-        url: `file://`, `s3://` or a path: the folder that holds `manifest.json`; or `URL@sha256:HEX`.
+        url: Folder that holds `manifest.json`: `file://`, `s3://` or a path; or `URL@sha256:HEX`.
         sha256: The pin, if it is not in `url`: SHA-256 of `manifest.json`, which names every other file.
-        key: Public key of who must have signed it: `ed25519:HEX`, or the path of a PEM file.
-        device: Where the weights go.
+        key: Public key that must have signed the manifest: `ed25519:HEX`, or the path of a PEM file.
+        device: Device for the weights.
 
     Raises:
-        StorageError: if it is absent or damaged, another one than is pinned, or not signed by the key.
-        CheckpointError: if it is not a backbone, or not one that this version can build.
+        StorageError: The artefact is absent or damaged, differs from the pin, or is not signed by the key.
+        CheckpointError: It is not a backbone, or not one that this version can build.
     """
-    artefact = open_artefact(pinned(url, sha256), format=_kind(BACKBONE_FORMAT), key=key)
+    artefact = open_artefact(pinned(url, sha256), format=_format_kind(BACKBONE_FORMAT), key=key)
     config = read_config(artefact)
-    network = _loaded(artefact, config, is_model=False)
+    network = _load_network(artefact, config, is_model=False)
     return Backbone(network, config, artefact.facts()).to(device).eval()
 
 
 def load_model(
     url: str, *, sha256: str | None = None, key: str | None = None, device: str = "cpu"
 ) -> tuple[Segmenter, ArtefactConfig, dict[str, Any]]:
-    """Load a published segmentation model, in evaluation mode, with its configuration and manifest; as `load_backbone`."""
-    artefact = open_artefact(pinned(url, sha256), format=_kind(MODEL_FORMAT), key=key)
+    """Load a published segmentation model in evaluation mode, with configuration and manifest. Arguments as in `load_backbone`."""
+    artefact = open_artefact(pinned(url, sha256), format=_format_kind(MODEL_FORMAT), key=key)
     config = read_config(artefact)
-    segmenter = _loaded(artefact, config, is_model=True)
+    segmenter = _load_network(artefact, config, is_model=True)
     assert isinstance(segmenter, Segmenter)
     return segmenter.to(device).eval(), config, artefact.facts()
 
@@ -180,19 +180,19 @@ def verify_artefact(artefact: Artefact) -> None:
     problems = artefact.problems()
     if problems:
         raise DamagedError(f"{artefact.storage.url} is damaged:\n" + "\n".join(f"  {problem}" for problem in problems))
-    _loaded(artefact, read_config(artefact), is_model=isinstance(artefact.manifest, ModelManifest))
+    _load_network(artefact, read_config(artefact), is_model=isinstance(artefact.manifest, ModelManifest))
 
 
 def read_config(artefact: Artefact) -> ArtefactConfig:
-    """Read the configuration of a published folder: parsed from the very bytes that were hashed.
+    """Read the configuration of a published folder, parsed from the same bytes that were hashed.
 
     Raises:
-        InputError: It is damaged, or breaks a rule.
+        InputError: The configuration is damaged or breaks a rule.
     """
-    return _parsed_config(artefact.read("config"), where=artefact.storage.at(artefact.manifest.files.config.name))
+    return _parse_config(artefact.read("config"), where=artefact.storage.at(artefact.manifest.files.config.name))
 
 
-def _parsed_config(content: bytes, *, where: str) -> ArtefactConfig:
+def _parse_config(content: bytes, *, where: str) -> ArtefactConfig:
     value = read_json(
         content, where=where, max_bytes=MAX_TEXT_BYTES, max_depth=_MAX_CONFIG_DEPTH, error=CheckpointError
     )
@@ -208,21 +208,23 @@ def publish(
     card: str,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Publish an artefact, and return its manifest's entries with `sha256`, `url`, `pin`, and `is_new`.
+    """Publish an artefact, and return its manifest's entries with `sha256`, `url`, `pin` and `is_new`.
 
-    Publishing the same thing again changes nothing, but for files that are damaged or missing: they are written again. Args:
+    Publishing an equal artefact again only rewrites files that are damaged or missing.
+
+    Args:
         storage: The artefact's folder.
         format: `BACKBONE_FORMAT` or `MODEL_FORMAT`.
         weights: State of the network, float32.
-        config: Architecture and preparation.
-        card: README.md.
+        config: Architecture and preprocessing.
+        card: Content of README.md.
         facts: Further entries of the manifest: corpora, licence, job, step.
 
     Raises:
-        CheckpointError: if something else is published there; or the weights do not fit the configuration, or are not finite.
+        CheckpointError: A different artefact is published there, or the weights are not finite or do not fit the configuration.
     """
     is_model = format == MODEL_FORMAT
-    network = _unallocated(config, is_model=is_model, where=storage.url)
+    network = _build_unallocated(config, is_model=is_model, where=storage.url)
     check_fit(shapes_of(weights), shapes_of(network.state_dict()), where=storage.url, of="the configuration")
     check_values(weights, where=storage.url)
     with tempfile.TemporaryDirectory(prefix="p2r-publish-") as name:
@@ -242,19 +244,19 @@ def publish(
             storage,
             manifest,
             files,
-            is_same_config=lambda content: _parsed_config(content, where=storage.url) == config,
+            is_same_config=lambda content: _parse_config(content, where=storage.url) == config,
         )
     return {**artefact.facts(), "is_new": is_new}
 
 
-def _kind(format: str) -> str:
+def _format_kind(format: str) -> str:
     return format.partition("/")[0]
 
 
-def _loaded(artefact: Artefact, config: ArtefactConfig, *, is_model: bool) -> nn.Module:
-    """Build the network of an artefact and load its weights; nothing of their size is allocated before both fit."""
+def _load_network(artefact: Artefact, config: ArtefactConfig, *, is_model: bool) -> nn.Module:
+    """Build the network of an artefact and load its weights; memory is allocated only after both are known to fit."""
     where, entry = artefact.storage.url, artefact.manifest.files.weights
-    network = _unallocated(config, is_model=is_model, where=where)
+    network = _build_unallocated(config, is_model=is_model, where=where)
     room = num_bytes_of(network) + MAX_HEADER_BYTES
     if entry.num_bytes > room or entry.num_bytes < num_bytes_of(network):
         raise CheckpointError(
@@ -265,7 +267,7 @@ def _loaded(artefact: Artefact, config: ArtefactConfig, *, is_model: bool) -> nn
     return network
 
 
-def _unallocated(config: ArtefactConfig, *, is_model: bool, where: str) -> nn.Module:
+def _build_unallocated(config: ArtefactConfig, *, is_model: bool, where: str) -> nn.Module:
     def build() -> nn.Module:
         network: nn.Module = build_backbone(config.model, dimensions=config.preparation.dimensions)
         return Segmenter(network, config.head()) if is_model else network

@@ -1,12 +1,14 @@
-"""Shards of object storage -> local files, in a folder of bounded size that all processes of a node share.
+"""Cache of shards from object storage: local files in a folder of bounded size, shared by all processes of a node.
 
-Who leases a shard finds it in the folder, or fetches it, or waits for the process that does; and reads a local file until
-the lease ends. The folder holds, besides shards by the SHA-256 of their content, what is on its way (`.tmp-*`) and locks.
+A lease on a shard is served from the folder, or fetches it, or waits for the process that is fetching it. The local file
+stays until the lease ends. Besides shards, named by the SHA-256 of their content, the folder holds partial downloads
+(`.tmp-*`) and locks.
 
-Choices: no index and no server: the folder's files are the state, and `flock`s on them the leases, which end with their
-process however it ends. Space is taken before the first byte arrives, by giving the new file its final size, so the
-bound holds at every moment. What nobody leases is evicted, the longest unused first. Where a shard cannot be had within
-the bound, or on the disk, there is no lease and no error: the caller reads ranges from the storage instead.
+Choices: no index and no server. The files are the state, and `flock`s on them are the leases, which end with their process.
+Choices: no index and no server. The files are the state, and `flock`s on them are the leases, which end with their process.
+Space is reserved before the first byte arrives, by giving the new file its final size, so the bound holds at every moment.
+Files without a lease are evicted, least recently used first. A shard that does not fit into the bound or on the disk gets
+no lease and no error; the caller then reads ranges from the storage.
 """
 
 import errno
@@ -32,35 +34,35 @@ _LOG = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """What a cache needs of a `Storage`."""
+    """The methods of `Storage` that a cache uses."""
 
     def at(self, path: str) -> str:
         """Return the URL of `path`."""
 
     def version(self, path: str) -> tuple[int, str]:
-        """Return the size of `path`, and what changes when its content does."""
+        """Return the size of `path`, and a text that differs if its content differs."""
 
     def fetch(self, path: str, file: BinaryIO, *, sha256: str | None, num_bytes: int | None) -> None:
         """Write the checked content of `path` into `file`."""
 
 
 def cache_folder() -> Path:
-    """Folder for what can be made again: `$P2R_CACHE`, else `~/.cache/p2r`."""
+    """Return the folder for files that can be made again: `$P2R_CACHE`, or `~/.cache/p2r`."""
     return Path(os.environ.get("P2R_CACHE") or Path.home() / ".cache" / "p2r")
 
 
 def node_cache(counters: Counters) -> "ShardCache":
-    """Return this node's cache: `objects` in `cache_folder()`, of `$P2R_CACHE_GIB`.
+    """Return this node's cache: `objects` in `cache_folder()`, of size `$P2R_CACHE_GIB`.
 
-    Without that variable it takes half of the disk's space that is free, or its own already, at the start of the process.
+    Without that variable its size is half of the disk's free space at the start of the process, its own files included.
 
     Raises:
-        StorageError: `P2R_CACHE_GIB` is no number above 0.
+        StorageError: `P2R_CACHE_GIB` is not a number above 0.
     """
     folder = cache_folder() / "objects"
     text = os.environ.get("P2R_CACHE_GIB")
     if not text:
-        return ShardCache(folder, max_bytes=_half_of_the_disk(folder), counters=counters)
+        return ShardCache(folder, max_bytes=_half_of_free_space(folder), counters=counters)
     try:
         max_bytes = int(float(text) * _GIB)
     except (ValueError, OverflowError):
@@ -71,16 +73,16 @@ def node_cache(counters: Counters) -> "ShardCache":
 
 
 class Lease:
-    """A local file that stays as long as the lease is open. Closed by `close`, `with`, the end of the process, or when nobody has it.
+    """A local file that stays as long as the lease is open. `close`, `with`, garbage collection and process exit close it.
 
     Attributes:
-        path: Of the file, to be opened for reading.
+        path: File to open for reading.
     """
 
     def __init__(self, path: Path, handle: int) -> None:
         self.path = path
         self._handle = handle
-        self._closed = weakref.finalize(self, os.close, handle)  # closing the file lifts its lock
+        self._closed = weakref.finalize(self, os.close, handle)  # closing the file releases its lock
 
     def __enter__(self) -> "Lease":
         return self
@@ -89,23 +91,23 @@ class Lease:
         self.close()
 
     def close(self) -> None:
-        """End the lease; again: nothing happens."""
+        """End the lease; closing it again has no effect."""
         self._closed()
 
     def drop(self) -> None:
-        """End the lease of a file whose content turned out to be wrong, and remove it: the next lease fetches it again."""
+        """End the lease of a file with wrong content, and remove the file: the next lease fetches it again."""
         if self._closed.alive and is_file_at(self.path, self._handle):
             self.path.unlink(missing_ok=True)
         self.close()
 
 
 class ShardCache:
-    """A folder of at most `max_bytes`. Any number of processes may have one for the same folder; threads may share one.
+    """A folder of at most `max_bytes`. Any number of processes may use the same folder; threads may share an instance.
 
     Args:
-        folder: Made when first needed, and nobody else's.
-        max_bytes: Of all shards in it, those on their way included.
-        counters: For cache_hits, cache_misses, cache_evictions, cache_evicted_bytes, cache_refusals{cause}.
+        folder: Created when first needed; used only by caches.
+        max_bytes: Largest total size of the shards, partial downloads included.
+        counters: Counters of cache_hits, cache_misses, cache_evictions, cache_evicted_bytes, cache_refusals{cause}.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int, counters: Counters) -> None:
@@ -114,19 +116,19 @@ class ShardCache:
         self._counters = counters
 
     def lease(self, storage: Source, path: str, *, sha256: str | None, num_bytes: int | None) -> Lease | None:
-        """Return a lease of the content of `path`; fetch it first if it is not here, or wait for who is fetching it.
+        """Return a lease on the content of `path`, fetching it if necessary or waiting for the process that fetches it.
 
         Args:
-            storage: Where it lies.
-            path: Its path there.
-            sha256: Its digest, checked as it arrives. None: unknown, and the storage is asked for its version.
-            num_bytes: Its size. None: unknown, and the storage is asked.
+            storage: Storage of the file.
+            path: Path in the storage.
+            sha256: Digest, checked during the download. None: unknown; the storage is asked for its version.
+            num_bytes: Size. None: unknown; the storage is asked.
 
         Returns:
-            None if there is no room: it is larger than the cache, too much is leased, or the disk is full.
+            The lease, or None if there is no room: the file exceeds the cache, too much is leased, or the disk is full.
 
         Raises:
-            StorageError: It cannot be fetched, its size or digest is another, or the folder cannot be written.
+            StorageError: The file cannot be fetched, has another size or digest, or the folder is not writable.
         """
         name = sha256
         if sha256 is None or num_bytes is None:
@@ -138,10 +140,12 @@ class ShardCache:
             self._count_refusal("size")
             return None
         try:
-            lease = self._found(name, num_bytes)
+            lease = self._lease_cached(name, num_bytes)
             if lease is None:
-                with locked(self.folder / f".lock-{name}"):  # whoever fetches it
-                    lease = self._found(name, num_bytes) or self._fetched(storage, path, name, sha256, num_bytes)
+                with locked(self.folder / f".lock-{name}"):  # held by the process that fetches the file
+                    lease = self._lease_cached(name, num_bytes) or self._lease_fetched(
+                        storage, path, name, sha256, num_bytes
+                    )
         except OSError as error:
             if error.errno in _DISK_IS_FULL:
                 self._count_refusal("disk")
@@ -152,8 +156,8 @@ class ShardCache:
             ) from error
         return lease
 
-    def _found(self, name: str, num_bytes: int) -> Lease | None:
-        """Lease what is here. Waits at most for the instant in which somebody moves or evicts it."""
+    def _lease_cached(self, name: str, num_bytes: int) -> Lease | None:
+        """Lease a cached file. Waits only while another process moves or evicts it."""
         target = self.folder / name
         while True:
             try:
@@ -165,22 +169,24 @@ class ShardCache:
             if not is_file_at(target, handle):
                 lease.close()  # evicted between the two lines
             elif os.fstat(handle).st_size != num_bytes:
-                lease.drop()  # a power failure cut it
+                lease.drop()  # truncated by a power failure
             else:
                 mark_used(handle)
                 self._counters.add("cache_hits")
                 return lease
 
-    def _fetched(self, storage: Source, path: str, name: str, sha256: str | None, num_bytes: int) -> Lease | None:
+    def _lease_fetched(self, storage: Source, path: str, name: str, sha256: str | None, num_bytes: int) -> Lease | None:
         self._counters.add("cache_misses")
         partial, target = self.folder / f".tmp-{name}", self.folder / name
-        handle = self._reserved(partial, num_bytes)
+        handle = self._reserve_file(partial, num_bytes)
         if handle is None:
             return None
         try:
             with os.fdopen(handle, "r+b", closefd=False) as file:
                 storage.fetch(path, file, sha256=sha256, num_bytes=num_bytes)
-            with self._accounts():  # who counts meanwhile must find it under one of its names; and nobody evicts it
+            with (
+                self._lock_folder()
+            ):  # a concurrent count must find the file under one of its names, and nothing may evict it
                 partial.rename(target)
                 fcntl.flock(handle, fcntl.LOCK_SH)
         except BaseException:
@@ -190,13 +196,13 @@ class ShardCache:
         mark_used(handle)
         return Lease(target, handle)
 
-    def _reserved(self, partial: Path, num_bytes: int) -> int | None:
-        """Make a file of this size, without content, locked for us; evict what stands in its way. None: no room."""
-        with self._accounts(), ExitStack() as held:
+    def _reserve_file(self, partial: Path, num_bytes: int) -> int | None:
+        """Create a locked file of this size without content, evicting others as needed. None: no room."""
+        with self._lock_folder(), ExitStack() as held:
             self._remove_leftovers()
             used = unwritten = 0
             shards: list[tuple[int, str, int]] = []
-            for entry, facts in _files(self.folder):
+            for entry, facts in _list_files(self.folder):
                 used += facts.st_size
                 if entry.name.startswith("."):
                     unwritten += max(0, facts.st_size - 512 * facts.st_blocks)
@@ -209,7 +215,7 @@ class ShardCache:
             for _, name, size in sorted(shards):
                 if missing <= 0:
                     break
-                victim = _locked_if_unused(self.folder / name)
+                victim = _lock_if_unused(self.folder / name)
                 if victim is not None:
                     held.callback(os.close, victim)
                     victims.append((name, size))
@@ -232,24 +238,24 @@ class ShardCache:
             return handle
 
     def _remove_leftovers(self) -> None:
-        """Remove what killed processes left on its way, and their lock files."""
-        for entry, _ in _files(self.folder):
+        """Remove partial downloads and locks left by killed processes."""
+        for entry, _ in _list_files(self.folder):
             if entry.name.startswith((".tmp-", ".lock-")):
-                handle = _locked_if_unused(Path(entry.path))
+                handle = _lock_if_unused(Path(entry.path))
                 if handle is not None:
                     Path(entry.path).unlink(missing_ok=True)
                     os.close(handle)
 
-    def _accounts(self) -> AbstractContextManager[None]:
-        """Be the only one who adds to the folder, or removes from it for want of room."""
+    def _lock_folder(self) -> AbstractContextManager[None]:
+        """Lock the folder for adding files or evicting them."""
         return locked(self.folder / ".lock")
 
     def _count_refusal(self, cause: str) -> None:
         self._counters.add("cache_refusals", cause=cause)
 
 
-def _locked_if_unused(path: Path) -> int | None:
-    """Open a file that nobody leases, writes or holds as a lock; until it is closed, nobody begins to. None: in use, or gone."""
+def _lock_if_unused(path: Path) -> int | None:
+    """Open and lock a file that no process leases, writes or uses as a lock. None: in use, or gone."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -262,20 +268,20 @@ def _locked_if_unused(path: Path) -> int | None:
     return None
 
 
-def _files(folder: Path) -> Iterator[tuple["os.DirEntry[str]", os.stat_result]]:
+def _list_files(folder: Path) -> Iterator[tuple["os.DirEntry[str]", os.stat_result]]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            with suppress(FileNotFoundError):  # gone meanwhile
+            with suppress(FileNotFoundError):  # deleted by another process
                 if entry.is_file(follow_symlinks=False):
                     yield entry, entry.stat(follow_symlinks=False)
 
 
 @functools.cache
-def _half_of_the_disk(folder: Path) -> int:
+def _half_of_free_space(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     disk = os.statvfs(folder)
-    num_bytes = (disk.f_bavail * disk.f_frsize + sum(facts.st_size for _, facts in _files(folder))) // 2
+    num_bytes = (disk.f_bavail * disk.f_frsize + sum(facts.st_size for _, facts in _list_files(folder))) // 2
     _LOG.info(
-        "%s takes up to %.1f GiB, half of what is free; P2R_CACHE_GIB says another size", folder, num_bytes / _GIB
+        "%s takes up to %.1f GiB, half of the free space; set P2R_CACHE_GIB for another size", folder, num_bytes / _GIB
     )
     return num_bytes

@@ -1,7 +1,7 @@
-"""Numbers of the host -> tensors on a device, and random numbers made there; nothing waits for the device.
+"""Host values -> tensors on a device, and random bits computed there, without waiting for the device.
 
-A random number per pixel is a hash of its sample's key and of its place, in 32-bit integers, which every device multiplies
-fast: a stream per sample would have to be read on the host, one sample after another. It is the same on CPU and CUDA.
+A random number per pixel is a hash of its sample's key and its position, in 32-bit integers, which every device multiplies
+quickly. A generator per sample would have to run on the host, one sample at a time. CPU and CUDA give the same bits.
 
 Letters: B samples. Source: Wellons 2018, hash-prospector (triple32).
 """
@@ -21,10 +21,10 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def this_device() -> torch.device:
-    """Return this process's first GPU, or the CPU where there is none.
+    """Return this process's first GPU, or the CPU.
 
     Raises:
-        InputError: There is a driver for GPUs, but too old a one for this torch: it would train on the CPU without a word.
+        InputError: The GPU driver is too old for this torch, which would silently train on the CPU.
     """
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
@@ -33,7 +33,7 @@ def this_device() -> torch.device:
         raise InputError(
             f"this machine's NVIDIA driver ({found[0] if found else 'of unknown version'}) does not run torch {torch.__version__} for CUDA "
             f"{torch.version.cuda}: install a newer driver, or an older torch (pip install torch --index-url "
-            "https://download.pytorch.org/whl/cu126); CUDA_VISIBLE_DEVICES= (empty) computes on the CPU"
+            "https://download.pytorch.org/whl/cu126). To compute on the CPU, set CUDA_VISIBLE_DEVICES= (empty)"
         )
     return torch.device("cpu")
 
@@ -41,31 +41,31 @@ def this_device() -> torch.device:
 def on_device(
     values: NDArray[np.generic], device: torch.device | None, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Bring numbers from the host to a device, without waiting for what the device still has to do."""
+    """Copy host values to a device, without waiting for its queued work."""
     return to_device(torch.as_tensor(values, dtype=dtype), device)
 
 
 def to_device(tensor: Tensor, device: torch.device | None) -> Tensor:
-    """Copy a tensor to a device if it is elsewhere, through pinned memory: from any other, CUDA would make the host wait."""
+    """Copy a tensor to a device if it is elsewhere, through pinned memory: from other memory CUDA would block the host."""
     if device is None or device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def is_waited_for(device: torch.device) -> bool:
-    """Return whether to look at a value is to wait for a device that works on its own: for any but a CPU."""
+    """Return whether reading a value waits for an asynchronous device; False on a CPU."""
     return device.type != "cpu"
 
 
 def random_bits(keys: NDArray[np.uint64], num: int, *, device: torch.device | None = None) -> Tensor:
-    """Return (B, num) int32 of 32 random bits each, made on the device from the samples' keys (B,)."""
+    """Return (B, num) int32 of 32 random bits each, computed on the device from the samples' keys (B,)."""
     words = keys.astype("<u8").view("<i4").reshape(-1, 2)
     low, high = on_device(words, device, dtype=torch.int32).chunk(2, dim=1)
-    return _hash_of_counter(torch.arange(num, dtype=torch.int32, device=device), low, high)
+    return _hash_counters(torch.arange(num, dtype=torch.int32, device=device), low, high)
 
 
-def _hash_of_counter(counter: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Hash (n,) counters with (B, 1) keys to (B, n) int32. A mask after each shift: torch shifts in copies of the sign."""
+def _hash_counters(counter: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Hash (n,) counters with (B, 1) keys to (B, n) int32. A mask follows each shift: torch shifts copies of the sign bit in."""
     bits = counter + low
     bits ^= (bits >> 17) & 0x7FFF
     bits *= 0xED5AD4BB - 2**32

@@ -2,18 +2,18 @@
 
     P2RError
     ├── InputError          the user's input: a job, a path, a scan, a storage URL -> exit code 2, one message
-    │   ├── JobError        a job file or an override of it
-    │   ├── DataError       a corpus, a task or a label that breaks a rule
-    │   │   └── RefusedScan one scan that cannot be used; carries the reason code of the ledger
+    │   ├── JobError        a job file, or an override of it
+    │   ├── DataError       a corpus, task or label that breaks a rule
+    │   │   └── RefusedScan one scan that cannot be used; has the reason code of the ledger
     │   ├── StorageError    a storage URL that cannot be read or written
-    │   │   └── DamagedError something there is absent or is not what was written: trying again will not help
+    │   │   └── DamagedError a file that is absent or not as it was written: retrying will not help
     │   └── CheckpointError a checkpoint or published artefact that does not fit
-    ├── OutOfTime           a run's time is over; everything is saved, and the same command resumes it
-    └── TrainingError       training itself went wrong (a loss that is not finite) -> exit code 1
-        └── EmbeddingError  embeddings that a loss cannot compare; a ValueError as well
+    ├── OutOfTime           the run's time is over; everything is saved, and the same command resumes it
+    └── TrainingError       training itself failed (a loss that is not finite) -> exit code 1
+        └── EmbeddingError  embeddings that a loss cannot compare; also a ValueError
 
-An `InputError`'s message names what, where, the rule, and the way out; the command line prints it without a traceback.
-Messages often repeat what a library or a server answered: secrets in them are masked when the error is made.
+The message of an `InputError` names what, where, the rule, and the way out; the command line prints it without a traceback.
+Messages often repeat the answer of a library or server, so secrets are masked when the error is created.
 """
 
 import traceback
@@ -24,14 +24,14 @@ from p2r.masking import masked
 
 
 class P2RError(Exception):
-    """Root of the tree: `except P2RError` catches what p2r itself refuses, and nothing else."""
+    """Root of the tree: `except P2RError` catches exactly the errors that p2r raises on purpose."""
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*(masked(one) if isinstance(one, str) else one for one in arguments))
 
 
 class InputError(P2RError):
-    """Something that the user gave cannot be used as it is."""
+    """The user's input cannot be used as it is."""
 
 
 class JobError(InputError):
@@ -43,11 +43,11 @@ class DataError(InputError):
 
 
 class RefusedScan(DataError):
-    """One scan cannot be used. Ingest writes it into the ledger and goes on.
+    """One scan cannot be used. Ingest records it in the ledger and continues.
 
     Args:
-        code: The ledger's reason code, in snake case, such as `truncated`.
-        message: What was found, where, and which rule it breaks.
+        code: Reason code of the ledger, in snake case, such as `truncated`.
+        message: Finding, place, and the rule it breaks.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -60,31 +60,31 @@ class RefusedScan(DataError):
 
 
 class StorageError(InputError):
-    """A storage URL cannot be read or written, or what lies there is damaged."""
+    """A storage URL cannot be read or written, or its content is damaged."""
 
 
 class DamagedError(StorageError):
-    """What a storage holds is absent, cut off, or has other bytes than its manifest says: trying again will not help."""
+    """A file is absent, truncated, or differs from its manifest: retrying will not help."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint, backbone or model does not fit what it is asked for."""
+    """A checkpoint, backbone or model does not fit the request."""
 
 
 class OutOfTime(P2RError):
-    """The time that a run was given is over. Its state is saved: the same command resumes it."""
+    """The run's time is over. Its state is saved: the same command resumes it."""
 
 
 class TrainingError(P2RError):
-    """Training cannot go on, for a reason that is not in the user's input."""
+    """Training cannot continue, for a reason other than the user's input."""
 
 
 class EmbeddingError(TrainingError, ValueError):
-    """Embeddings are not finite, or zero: weights have diverged, or a network has died."""
+    """Embeddings are not finite, or zero: the weights diverged, or a network died."""
 
 
 def error_text(error: BaseException) -> str:
-    """Return an exception as text to show or to store, without secrets; of one that is not p2r's, with the name of its class."""
+    """Return an exception as text without secrets, to show or store; foreign exceptions include their class name."""
     text = str(error)
     if isinstance(error, P2RError):
         return text
@@ -93,13 +93,13 @@ def error_text(error: BaseException) -> str:
 
 @contextmanager
 def masked_errors() -> Iterator[None]:
-    """Replace an exception that leaves the block by one without secrets, if its traceback holds any.
+    """Replace an exception that leaves the block by one without secrets, if its traceback contains any.
 
-    Ray writes tracebacks of tasks and actors into its own logs, which others on the machine can read.
+    Ray writes tracebacks of tasks and actors into its own logs, which other users of the machine can read.
 
     Raises:
-        P2RError: What left the block, without its causes if these hold a secret.
-        RuntimeError: In place of any other exception with a secret; its text is that of `error_text`.
+        P2RError: The original error, without its causes if they contain a secret.
+        RuntimeError: In place of any other exception with a secret; its text is `error_text` of the original.
     """
     try:
         yield

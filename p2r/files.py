@@ -1,7 +1,7 @@
-"""Local files that are whole or absent, and locks that end with the process that holds them.
+"""Local files: atomic writes, and locks that end with the process that holds them.
 
-Locks are `flock`s: the kernel lifts them when their holder ends, however it ends, so nothing has to be cleaned up after a
-`kill -9`. They bind the processes of one machine (on NFS, where its locks are on, of all that mount it).
+Locks are `flock`s. The kernel releases them when their process ends, however it ends, so nothing needs cleaning up after a
+`kill -9`. They bind the processes of one machine; on NFS with locks enabled, all machines that mount it.
 """
 
 import errno
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from p2r.errors import StorageError
 
-_FULL = re.compile(
+_DISK_FULL = re.compile(
     r"No space left on device|Disk quota exceeded|basic_ios::clear: iostream error|PytorchStreamWriter failed"
 )
 
@@ -30,16 +30,16 @@ def file_sha256(path: Path) -> str:
 
 
 def mark_used(file: Path | int) -> None:
-    """Set the times of a file, or of what a handle has open, to now; another user's, in a folder that users share, keeps its own."""
-    # Left to itself the file system takes the time of its last clock tick, milliseconds ago, and what was used since is not told apart.
+    """Set the times of a file or open handle to now. A file of another user, in a shared folder, keeps its times."""
+    # The file system would use its last clock tick, milliseconds ago, which cannot order uses that follow one another closely.
     with suppress(PermissionError):
         os.utime(file, ns=(time.time_ns(),) * 2)
 
 
 def lack_of_space(error: BaseException) -> StorageError | None:
-    """Return the refusal of a full disk if that is why something failed, however deep; None: it is not.
+    """Return an error for a full disk if that is the cause of `error`, at any depth of its chain; None otherwise.
 
-    torch, and processes of Ray, pass on the words of the system alone.
+    torch and Ray processes pass on only the system's message.
     """
     links: list[BaseException] = []
     link: BaseException | None = error
@@ -49,7 +49,7 @@ def lack_of_space(error: BaseException) -> StorageError | None:
     full = [
         one
         for one in links
-        if (isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT)) or _FULL.search(str(one))
+        if (isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT)) or _DISK_FULL.search(str(one))
     ]
     if not full:
         return None
@@ -65,7 +65,7 @@ def lack_of_space(error: BaseException) -> StorageError | None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Give a temporary file beside `target`; rename it over `target` on success, remove it on failure."""
+    """Yield a temporary file beside `target`; rename it to `target` on success, remove it on failure."""
     with temporary_beside(target) as temporary:
         yield temporary
         temporary.replace(target)
@@ -73,7 +73,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_beside(target: Path) -> Iterator[Path]:
-    """Give an empty file in the folder of `target`, which is made; afterwards it is gone, unless it was renamed."""
+    """Yield an empty file in the folder of `target`, which is created; remove it afterwards unless it was renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".tmp-", dir=target.parent)
     os.fchmod(handle, 0o644)
@@ -87,14 +87,14 @@ def temporary_beside(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Be the only one on this machine who has `path` locked; wait until that is so. The file is gone afterwards."""
+    """Hold an exclusive lock on `path` on this machine, waiting if necessary. The lock file is removed afterwards."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             if not is_file_at(path, handle):
-                continue  # its holder removed it while we waited: another file, if any, is the lock now
+                continue  # the previous holder removed this file; a new file, if any, is the lock now
             try:
                 yield
             finally:
@@ -105,7 +105,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def is_file_at(path: Path, handle: int) -> bool:
-    """Tell whether an open file is still the one that `path` names."""
+    """Return whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""One YAML file is one job: read here into a frozen model, or refused with the key's path, the rule and the way out.
+"""Job files: one YAML file is one job, validated into a frozen model.
 
     YAML + `--set key=value` -> no secrets -> environment variables filled in, in paths and URLs -> no secrets -> `Job`
 
-The file is self-contained: the same job runs under Ray (`p2r run`), as a Ray job's entrypoint, and in one process
-(`python -m p2r`).
+Errors name the key's full path, the rule and the way out. The file is self-contained: the same job runs under Ray
+(`p2r run`), as the entrypoint of a Ray job, and in one process (`python -m p2r`).
 """
 
 import difflib
@@ -37,7 +37,7 @@ Model = TypeVar("Model", bound=BaseModel)
 Kind = Literal["ingest", "pretrain", "publish", "finetune", "pipeline", "ablation"]
 
 FORK_HELP = (
-    "start a new run in <storage>-NAME (or in NAME, if it is a URL), at step 0, from the weights of the newest checkpoint; "
+    "start a new run from the weights of the newest checkpoint, at step 0, in <storage>-NAME (or in NAME, if it is a URL); "
     "the same command resumes it"
 )
 
@@ -49,10 +49,10 @@ _STAGES: dict[Kind, tuple[str, ...]] = {
     "pipeline": ("ingest", "pretrain", "publish", "finetune"),
     "ablation": ("pretrain", "publish", "finetune"),
 }
-# Not p2r: a folder of that name in the home may hide the package from Python that is started there.
+# Not "p2r": a folder of that name in the home directory may hide the package from Python started there.
 _DEFAULT_FOLDER = "p2r-runs"
 _ABLATION_RULE = (
-    "kind ablation needs finetune.score_on: validation, for a recipe that was chosen on test patients proves nothing"
+    "kind ablation needs finetune.score_on: validation, since a recipe chosen on test patients proves nothing"
 )
 _ALLOW_TRANSDUCTIVE = "finetune.allow_transductive=true"
 JOB_VARIABLES = {
@@ -63,61 +63,61 @@ JOB_VARIABLES = {
     "P2R_BACKBONE": "finetune.backbone",
     "P2R_TASK": "finetune.tasks",
 }
-"""Environment variables that jobs read in place of a key, beside `P2R_DATA`, which is set for all of them."""
-_MAX_SHOWN = 300  # characters of a value
-_SHOWN = 30  # findings of a model
+"""Environment variables that jobs read in place of a key, besides `P2R_DATA`, which is set for every job."""
+_MAX_SHOWN = 300  # characters of a value in a message
+_SHOWN = 30  # findings of a model in a message
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
 class Resources(Section):
-    """What the job asks of the cluster. Ray places it; the science does not depend on it."""
+    """Resources that the job requests from the cluster. They do not affect its results."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] | Literal["auto"] = "auto"
-    """Pretraining processes. auto: as many as the cluster has GPUs (CPUs where it has none) and the global batch is divisible by.
-    [min, max]: as many between these as there is room for and the batch can be shared by; the run shrinks when nodes are lost,
-    and grows again when they come back."""
+    """Number of pretraining processes. auto: the cluster's GPUs (CPUs where it has none), reduced until the global batch is divisible.
+    [min, max]: as many as fit in this range and can share the batch; the run shrinks when nodes are lost, and grows when they
+    return."""
     resize_interval_s: PositiveFloat = 60
-    """How often a run with [min, max] workers looks whether it could have more, s; growing costs a checkpoint and a restart."""
+    """Interval at which a run with [min, max] workers checks for more room, s; growing costs a checkpoint and a restart."""
     node_wait_s: NonNegativeFloat = 1800
-    """How long pretraining waits for room on the cluster after nodes were lost, s, before the job fails."""
+    """Longest wait for room on the cluster after nodes were lost, s; then pretraining fails."""
     collective_timeout_s: PositiveFloat = 600
-    """After this time, s, an exchange between workers counts as hung, and they are started again. More than the longest that one
-    worker lets the others wait: writing a checkpoint, compiling, a slow storage."""
+    """Time after which a collective operation between workers counts as hung and the workers are restarted, s. Must exceed the longest
+    delay by one worker: writing a checkpoint, compiling, slow storage."""
     network_interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
-    """Network interface that workers talk over, such as eth0. None: NCCL and gloo choose, which goes wrong where nodes have
-    several and the first does not lead to the others."""
+    """Network interface between workers, such as eth0. None: NCCL and gloo choose. That fails on nodes with several interfaces if the
+    first does not reach the other nodes."""
     nccl: dict[Annotated[str, Field(pattern=r"^(TORCH_)?NCCL_[A-Z0-9_]+$")], str] = Field(default={})
-    """Variables of NCCL for the workers, such as {NCCL_IB_HCA: mlx5}. Those of the environment of `p2r run` go there too; these
-    win. Unless given: TORCH_NCCL_ASYNC_ERROR_HANDLING=1 (a hung exchange ends the worker), NCCL_DEBUG=WARN."""
+    """NCCL variables for the workers, such as {NCCL_IB_HCA: mlx5}. Those in the environment of `p2r run` are also passed on; these take
+    precedence. Defaults: TORCH_NCCL_ASYNC_ERROR_HANDLING=1 (a hung collective ends the worker), NCCL_DEBUG=WARN."""
     cpus_per_worker: PositiveFloat = 1
     """CPU cores reserved for each pretraining process."""
     gpus_per_worker: Literal[0, 1, "auto"] = "auto"
-    """GPUs of each pretraining process. auto: one where the cluster has any."""
+    """GPUs of each pretraining process. auto: one, if the cluster has any."""
     cpus_per_trial: PositiveFloat = 1
     """CPU cores of one fine-tuning trial."""
     gpus_per_trial: NonNegativeFloat | Literal["auto"] = "auto"
-    """GPU share of one fine-tuning trial; 0.25 puts four on one GPU. auto: 0.25 where the cluster has any."""
+    """GPU share of one fine-tuning trial; 0.25 puts four on one GPU. auto: 0.25, if the cluster has any."""
     cpus_per_ingest_task: PositiveFloat = 1
     """CPU cores of one ingest task (one shard)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
-            raise ValueError(f"num_workers [min, max] must not fall, got {list(self.num_workers)}")
+            raise ValueError(f"num_workers [min, max] must not decrease, got {list(self.num_workers)}")
         return self
 
 
 class MetricsConfig(Section):
-    """Where every process of the job shows its metrics to Prometheus. They hold no secret and no name, but ask for no password."""
+    """Prometheus endpoint of every process of the job. Metrics hold no secrets and no patient names, but need no password to read."""
 
     host: Annotated[str, Field(min_length=1)] | None = None
-    """Address to listen on. 0.0.0.0: all of the node's, for a Prometheus on another machine. None: each node's `$P2R_METRICS_HOST`, or
-    127.0.0.1."""
+    """Address to listen on. 0.0.0.0: all of the node's addresses, for a Prometheus on another machine. None: each node's
+    `$P2R_METRICS_HOST`, or 127.0.0.1."""
     port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """0: a free one, which the folder tells. Else the first of 64 ports, of which every process of a node takes the next free one. None:
-    each node's `$P2R_METRICS_PORT`, or 0."""
+    """Port to listen on. 0: any free port, stated in the folder. Otherwise the first of 64 ports; every process of a node takes the next
+    free one. None: each node's `$P2R_METRICS_PORT`, or 0."""
     folder: Location | None = None
-    """Folder of each node with one file per process, which Prometheus reads (`file_sd_configs`). None: `$P2R_METRICS_FOLDER`, or
+    """Folder on each node with one file per process, for Prometheus (`file_sd_configs`). None: `$P2R_METRICS_FOLDER`, or
     `~/.cache/p2r/metrics`."""
 
 
@@ -125,45 +125,45 @@ class Job(Section):
     """A job file."""
 
     kind: Kind
-    """Which stage to run; pipeline: all of them and the report, in order; ablation: the same for every variant, on one corpus."""
+    """Stage to run. pipeline: all stages and the report, in order. ablation: the same for every variant, on one corpus."""
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
-    """The job's name; the last folder of the default storage."""
+    """Name of the job; the last folder of the default storage."""
     storage: Location = ""
     """URL (`file://`, `s3://`) that holds everything the job makes. Default: `${P2R_STORAGE}/<name>`, or `~/p2r-runs/<name>`."""
     retries: NonNegativeInt = 2
-    """How often a failed trial is started again before the job fails. In pretraining: how often in a row, without a new checkpoint
-    in between; days on machines that fail are not counted up. Preemption does not count."""
+    """Number of times a failed trial is restarted before the job fails. Pretraining: failures in a row without a new checkpoint, so that
+    a long run is not stopped by machines that fail now and then. Preemption does not count."""
     resources: Resources = Resources()
-    """What the job asks of the cluster."""
+    """Resources that the job requests from the cluster."""
     metrics: MetricsConfig | None = MetricsConfig()
-    """Where Prometheus finds the job's processes; null: nowhere, no port is opened. Only under Ray (`p2r run`)."""
+    """Prometheus endpoints of the job's processes, under Ray (`p2r run`) only. null: no port is opened."""
     ingest: IngestConfig | None = None
-    """Scans -> corpus. In a pretrain job: how to make the corpus if it is absent."""
+    """Scans -> corpus. In a pretrain job: used if the corpus is absent."""
     pretrain: PretrainConfig | None = None
     """Corpus -> representation."""
     publish: PublishConfig | None = None
     """Checkpoint -> published backbone."""
     finetune: FinetuneConfig | None = None
-    """Backbone -> few-shot figures."""
+    """Backbone -> few-shot results."""
     variants: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")], dict[str, Any]] = Field(default={})
-    """Ablation only: what each variant changes of the sections above, as dotted keys and values."""
+    """Ablation only: changes of each variant to the sections above, as dotted keys and values."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         needed = _STAGES[self.kind]
         if self.kind == "ablation" and self.finetune and self.finetune.backbone is not None:
-            needed = ("finetune",)  # its variants differ in what they do with one backbone
+            needed = ("finetune",)  # all variants use one backbone
         missing = [stage for stage in needed if getattr(self, stage) is None]
         if missing:
             raise ValueError(f"kind {self.kind} needs the section{'s' * (len(missing) > 1)} {', '.join(missing)}")
         if self.kind == "finetune" and self.finetune and self.finetune.backbone is None and self.publish is None:
             raise ValueError(
-                "kind finetune needs finetune.backbone (a URL), or a publish section that names one of this storage"
+                "kind finetune needs finetune.backbone (a URL), or a publish section that names a backbone of this storage"
             )
         if self.ingest is not None and self.pretrain is not None and self.pretrain.corpus is not None:
             raise ValueError(
-                f"pretrain.corpus names a corpus ({self.pretrain.corpus}), and the section ingest makes another one, which nothing "
-                "would read: leave out one of them (--set ingest=null, or --set pretrain.corpus=null)"
+                f"pretrain.corpus names a corpus ({self.pretrain.corpus}), and the section ingest would make another, unused one: "
+                "leave out one of them (--set ingest=null, or --set pretrain.corpus=null)"
             )
         if (self.kind == "ablation") != bool(self.variants):
             raise ValueError("kind ablation needs variants, and no other kind has them")
@@ -173,13 +173,13 @@ class Job(Section):
 
 
 def jobs_folder() -> Path:
-    """Return the folder of the jobs that p2r brings: in the package as installed from a wheel, beside it in a clone."""
+    """Return the folder of the jobs that come with p2r: inside the package in a wheel, beside it in a clone."""
     package = Path(__file__).parent
     return package / "jobs" if (package / "jobs").is_dir() else package.parent / "jobs"
 
 
 def find_job(path: Path) -> Path:
-    """Return the path of a job file: `path`, or the job that p2r brings where `demo` or `jobs/demo.yaml` names no file."""
+    """Return the path of a job file: `path`, or a job that comes with p2r if `demo` or `jobs/demo.yaml` is not a file."""
     brought = jobs_folder() / f"{path.name.removesuffix('.yaml')}.yaml"
     is_name = path.parent.as_posix() in (".", "jobs")
     return brought if is_name and not path.is_file() and brought.is_file() else path
@@ -189,14 +189,14 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
     """Read a job file and apply `key=value` overrides.
 
     Args:
-        path: The YAML file, or the name of a job that p2r brings (`find_job`). Task paths inside it are made absolute,
+        path: The YAML file, or the name of a job that comes with p2r (`find_job`). Task paths inside it are made absolute,
             relative to its folder.
         overrides: Dotted keys with YAML values, such as `pretrain.steps=20`.
-        unset: If given, environment variables that are not set are noted here instead of refused: for validation on a
-            machine that does not have the data.
+        unset: If given, collects environment variables that are not set instead of refusing them: for validation on a
+            machine without the data.
 
     Raises:
-        JobError: naming the file, the key, the rule and the value.
+        JobError: The job is invalid; names the file, the key, the rule and the value.
     """
     path = find_job(path)
     try:
@@ -204,7 +204,7 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
     except (OSError, ValueError) as error:
         names = ", ".join(sorted(brought.stem for brought in jobs_folder().glob("*.yaml")))
         raise JobError(
-            f"job {path} cannot be read: {error}; give the path of a YAML file, or the name of a job that p2r brings: "
+            f"job {path} cannot be read: {error}; give the path of a YAML file, or the name of a job that comes with p2r: "
             f"{names}{nearest_file(path)}"
         ) from None
     values = read_yaml(content, where=f"job {path}", error=JobError)
@@ -212,13 +212,11 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
         raise JobError(f"job {path} must be a mapping that begins with `kind:`, found {type(values).__name__}")
     for override in overrides:
         if override == _ALLOW_TRANSDUCTIVE and not values.get("finetune"):
-            raise JobError(
-                f"job {path} has no finetune section: there is nothing that --allow-transductive could allow"
-            )
-        _apply(values, override)
+            raise JobError(f"job {path} has no finetune section: --allow-transductive does not apply")
+        _apply_override(values, override)
     _refuse_secrets(values, path, ())
     missing: dict[str, str] = {}
-    values = _fill_in(values, [Job], path, (), missing)
+    values = _fill_in_values(values, [Job], path, (), missing)
     if unset is not None:
         unset |= missing
     elif missing:
@@ -237,31 +235,31 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
             f"job {path}: storage must be a URL or an absolute path, got {storage!r}: "
             "a relative folder would vanish with the job's working directory on a cluster"
         )
-    job = _with_absolute_tasks(job.model_copy(update={"storage": storage}), path.absolute().parent)
+    job = _make_tasks_absolute(job.model_copy(update={"storage": storage}), path.absolute().parent)
     variants_of(job)
     return job
 
 
 def ignored_variables(path: Path, job: Job) -> list[str]:
-    """Return a note for each variable that is set, that some job of p2r reads, and that neither this job nor its tasks read.
+    """Return a note for each set variable that some job of p2r reads, but neither this job nor its tasks.
 
     Args:
         path: The job file.
-        job: From `read_job`.
+        job: Result of `read_job`.
     """
     subjects = None if job.ingest is None else job.ingest.subjects_of
     tasks = [*(job.finetune.tasks if job.finetune else ()), *([subjects.task] if subjects else [])]
     texts = [file.read_text(encoding="utf-8") for file in (find_job(path), *map(Path, tasks)) if file.is_file()]
     read = {match[1] for text in texts for match in _VARIABLE.finditer(text)}
     return [
-        f"{name} is set, but job {path} does not read it: give {key} by --set {key}=..., or take a job that reads it"
+        f"{name} is set, but job {path} does not read it: give {key} by --set {key}=..., or use a job that reads it"
         for name, key in JOB_VARIABLES.items()
         if os.environ.get(name) and name not in read
     ]
 
 
 def nearest_file(path: Path) -> str:
-    """Return a question that names the YAML file whose path is most like a missing one; empty if there is none."""
+    """Return a question that names the YAML file closest to a missing path; empty if there is none."""
     folders = [path.parent, Path("jobs"), jobs_folder(), jobs_folder() / "tasks"]
     there = {str(file): file for folder in folders if folder.is_dir() for file in folder.glob("*.y*ml")}
     stems = {name: file.stem for name, file in there.items()}
@@ -271,15 +269,15 @@ def nearest_file(path: Path) -> str:
 
 
 def overrides_of(set_: Sequence[str] | None, *, allow_transductive: bool) -> tuple[str, ...]:
-    """Return the overrides that a command line's `--set` and `--allow-transductive` stand for."""
+    """Return the overrides given by a command line's `--set` and `--allow-transductive`."""
     return (*(set_ or ()), *((_ALLOW_TRANSDUCTIVE,) if allow_transductive else ()))
 
 
 def variants_of(job: Job) -> dict[str, Job]:
-    """Return the jobs of an ablation by name: each below `<storage>/variants`, on the corpus of the whole.
+    """Return the jobs of an ablation by name: each stored below `<storage>/variants`, on the corpus of the ablation.
 
     Raises:
-        JobError: naming the variant, the key and the rule.
+        JobError: A variant is invalid; names the variant, the key and the rule.
     """
     found = {}
     for name, changes in job.variants.items():
@@ -294,7 +292,7 @@ def variants_of(job: Job) -> dict[str, Job]:
                 if not isinstance(target, dict):
                     raise JobError(f"variants.{name}: {key} is not a key of this job")
             target[last] = value
-        values["kind"], values["ingest"] = "finetune", None  # the whole has made the corpus
+        values["kind"], values["ingest"] = "finetune", None  # the ablation itself makes the corpus
         values["storage"] = f"{job.storage}/variants/{name}"
         if values["pretrain"] is not None and values["pretrain"]["corpus"] is None:
             values["pretrain"]["corpus"] = f"{job.storage}/corpus"
@@ -310,31 +308,31 @@ def json_schema() -> dict[str, Any]:
 
 
 def validated(model: type[Model], values: object, *, where: str) -> Model:
-    """Validate `values`, turning pydantic's findings into one message.
+    """Validate `values`, and report pydantic's findings in one message.
 
     Raises:
-        JobError: with one line per finding: the key's full path, the rule, the value, and the nearest valid name.
+        JobError: One line per finding: the key's full path, the rule, the value, and the nearest valid name.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         findings = error.errors(include_url=False)
-        lines = [_explain(model, finding) for finding in findings[:_SHOWN]]
+        lines = [_explain_finding(model, finding) for finding in findings[:_SHOWN]]
         lines += [f"and {len(findings) - _SHOWN:,} more"] if len(findings) > _SHOWN else []
         raise JobError(f"{where} is not valid:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
 def fill_in_variables(text: str, *, where: str, unset: dict[str, str] | None = None) -> str:
-    """Replace `${NAME}` and `${NAME:-default}` by environment variables; note the unset ones in `unset` if it is given.
+    """Replace `${NAME}` and `${NAME:-default}` by environment variables; collect unset ones in `unset` if it is given.
 
     Raises:
-        JobError: naming the variable, which is not set, or is a secret by its name or its value.
+        JobError: A variable is not set, or is a secret by its name or value.
     """
 
     def value(match: re.Match[str]) -> str:
         name, default = match.groups()
         if is_secret_name(name) or looks_secret(os.environ.get(name, "")):
-            raise JobError(f"{where}: environment variable {name} holds a secret, and is not filled in; {_SECRET_RULE}")
+            raise JobError(f"{where}: environment variable {name} holds a secret and is not filled in; {_SECRET_RULE}")
         found = os.environ.get(name) or default
         if found is None and unset is not None:
             unset[name] = where
@@ -346,7 +344,7 @@ def fill_in_variables(text: str, *, where: str, unset: dict[str, str] | None = N
     return _VARIABLE.sub(value, text)
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise JobError(f"--set {override}: write KEY=VALUE, as in --set pretrain.steps=20")
@@ -378,52 +376,50 @@ def _refuse_secrets(value: Any, path: Path, key: tuple[str, ...]) -> None:
         raise JobError(f"job {path}: the value of {visible(where)} looks like a secret; {_SECRET_RULE}")
 
 
-_SECRET_RULE = (
-    "credentials come from the environment only (AWS_ACCESS_KEY_ID and the like) and never stand in a job file"
-)
+_SECRET_RULE = "credentials come from the environment only (AWS_ACCESS_KEY_ID and the like), never from a job file"
 
 
-def _fill_in(
+def _fill_in_values(
     value: Any, annotations: Sequence[Any], path: Path, key: tuple[str, ...], unset: dict[str, str] | None
 ) -> Any:
-    """Return a job's values with variables filled in; `annotations` are what the model says of this one.
+    """Return a job's values with variables filled in; `annotations` are the model's type annotations of this value.
 
     Raises:
-        JobError: naming the variable that is not set or secret, or the field that is neither a path nor a URL.
+        JobError: A variable is not set or is a secret, or the field is neither a path nor a URL.
     """
     if isinstance(value, dict):
         return {
-            name: _fill_in(child, _annotations_at(annotations, key, str(name)), path, (*key, str(name)), unset)
+            name: _fill_in_values(child, _annotations_at(annotations, key, str(name)), path, (*key, str(name)), unset)
             for name, child in value.items()
         }
     if isinstance(value, list):
-        below = [annotation for one in annotations for annotation in _below(one, None)]
-        return [_fill_in(child, below, path, (*key, str(index)), unset) for index, child in enumerate(value)]
+        below = [annotation for one in annotations for annotation in _child_annotations(one, None)]
+        return [_fill_in_values(child, below, path, (*key, str(index)), unset) for index, child in enumerate(value)]
     if not isinstance(value, str) or not annotations or not (match := _VARIABLE.search(value)):
         return value
     where = f"job {path}: {visible('.'.join(key))}"
-    if not any(isinstance(part, FilledIn) for annotation in annotations for part in _parts(annotation)):
+    if not any(isinstance(part, FilledIn) for annotation in annotations for part in _flatten_annotation(annotation)):
         raise JobError(
             f"{where}: ${{{match[1]}}} is not filled in here: only paths, URLs, and a corpus's licence and provenance are, "
-            "for other fields are published; "
+            "because other fields are published; "
             f"write the value itself, or give it with --set {visible('.'.join(key))}=VALUE"
         )
     return fill_in_variables(value, where=where, unset=unset)
 
 
 def _annotations_at(annotations: Sequence[Any], key: tuple[str, ...], name: str) -> list[Any]:
-    """Return the annotations of a key; a variant's is that of the section's field that it changes."""
+    """Return the annotations of a key; for a key of a variant, those that the changed field has in its section."""
     if len(key) != 2 or key[0] != "variants":
-        return [annotation for one in annotations for annotation in _below(one, name)]
+        return [annotation for one in annotations for annotation in _child_annotations(one, name)]
     found: list[Any] = [Job]
     for part in name.split("."):
-        found = [annotation for one in found for annotation in _below(one, part)]
+        found = [annotation for one in found for annotation in _child_annotations(one, part)]
     return found
 
 
-def _below(annotation: Any, name: str | None) -> Iterator[Any]:
-    """Yield the annotations of a field or an element of what is annotated."""
-    for part in _parts(annotation):
+def _child_annotations(annotation: Any, name: str | None) -> Iterator[Any]:
+    """Yield the annotations of a field of a model, or of the elements of a collection."""
+    for part in _flatten_annotation(annotation):
         if isinstance(part, type) and issubclass(part, BaseModel):
             field = part.model_fields.get(name or "")
             if field is not None:
@@ -434,16 +430,16 @@ def _below(annotation: Any, name: str | None) -> Iterator[Any]:
             yield from (one for one in get_args(part) if one is not ...)
 
 
-def _parts(annotation: Any) -> Iterator[Any]:
-    """Yield the types of a union, and what is said about them."""
+def _flatten_annotation(annotation: Any) -> Iterator[Any]:
+    """Yield the members of a union and the metadata of an annotation."""
     if get_origin(annotation) in (Annotated, Union, UnionType):
         for part in get_args(annotation):
-            yield from _parts(part)
+            yield from _flatten_annotation(part)
     else:
         yield annotation
 
 
-def _with_absolute_tasks(job: Job, folder: Path) -> Job:
+def _make_tasks_absolute(job: Job, folder: Path) -> Job:
     update: dict[str, Any] = {}
     if job.finetune is not None:
         tasks = tuple(str(folder / task) for task in job.finetune.tasks)
@@ -457,11 +453,11 @@ def _with_absolute_tasks(job: Job, folder: Path) -> Job:
     return job.model_copy(update=update)
 
 
-def _explain(model: type[BaseModel], finding: ErrorDetails) -> str:
+def _explain_finding(model: type[BaseModel], finding: ErrorDetails) -> str:
     location = [visible(str(part)) for part in finding["loc"]]
     key = ".".join(location) or "the job"
     if finding["type"] == "extra_forbidden":
-        names = _names_at(model, location[:-1])
+        names = _field_names_at(model, location[:-1])
         nearest = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
         return f"{key}: unknown key; " + (
             f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(names)}"
@@ -470,7 +466,7 @@ def _explain(model: type[BaseModel], finding: ErrorDetails) -> str:
         return f"{key}: missing; it has no default"
     message = finding["msg"].removeprefix("Value error, ")
     shown = finding.get("input")
-    explained = f"{key}: {message}" + ("" if isinstance(shown, dict | list) else f", got {_short(shown)}")
+    explained = f"{key}: {message}" + ("" if isinstance(shown, dict | list) else f", got {_shorten(shown)}")
     if finding["type"] == "literal_error" and isinstance(shown, str):
         names = re.findall(r"'([^']+)'", finding["ctx"]["expected"])
         nearest = difflib.get_close_matches(shown, names, n=1, cutoff=0.5)
@@ -478,15 +474,15 @@ def _explain(model: type[BaseModel], finding: ErrorDetails) -> str:
     return explained
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def _names_at(model: type[BaseModel], location: list[str]) -> list[str]:
+def _field_names_at(model: type[BaseModel], location: list[str]) -> list[str]:
     found: list[Any] = [model]
     for part in location:
-        found = [annotation for one in found for annotation in _below(one, part)]
-    parts = [part for annotation in found for part in _parts(annotation)]
+        found = [annotation for one in found for annotation in _child_annotations(one, part)]
+    parts = [part for annotation in found for part in _flatten_annotation(annotation)]
     models = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
     return sorted(models[0].model_fields) if models else []

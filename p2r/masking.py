@@ -1,10 +1,10 @@
-"""Secrets: which names and values are secret, and text without them.
+"""Secrets: recognise secret names and values, and mask them in text.
 
-    variables whose names say so, patterns of known tokens -> `masked` text, refused jobs, variables that Ray never sees
+    variables with secret names, patterns of known tokens -> `masked` text, refused jobs, variables withheld from Ray
 
-Every message passes here before anybody can read it: `P2RError` masks its text when it is made, `p2r.errors.error_text` that of any other
-exception, and the log masks each line. A value is found as it is, and as `repr`, JSON, percent-encoding and base64 write it. A part of a
-value, or one that another program has encoded otherwise, is not found.
+Every message is masked before anyone can read it: `P2RError` masks its text when it is created, `p2r.errors.error_text` masks
+other exceptions, and the log masks each line. A value is found in plain form, and as written by `repr`, JSON,
+percent-encoding and base64. A part of a value is not found, nor is a value in another encoding.
 """
 
 import base64
@@ -22,11 +22,11 @@ _SECRET_NAME = re.compile(
 _NO_SECRET_NAME = re.compile(r"_(FILE|PATH|DIR|URI|URL|ENDPOINT|MODE|FORMAT)$", re.IGNORECASE)
 _URL_WITH_PASSWORD = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/:@]*:(\S+)@[^\s@]*")
 _MIN_SECRET = 6
-"""Letters: masking a shorter value would hide half of every line."""
+"""Shortest secret that is masked, characters: masking shorter ones would hide half of every line."""
 _MIN_LINE = 16
-"""Letters of a line of a secret that has several: shorter ones are in other texts, too."""
+"""Shortest masked line of a multi-line secret, characters: shorter ones also occur in other texts."""
 _MASK = "***"
-# Patterns meet text of strangers: what is repeated is bounded, or cannot begin within itself, so that none takes quadratic time.
+# Patterns run on text from strangers. Repetitions are bounded or cannot start inside themselves, so none takes quadratic time.
 _TOKENS = (
     r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",  # AWS
     r"\bhf_[A-Za-z0-9]{16,}",  # Hugging Face
@@ -37,21 +37,33 @@ _TOKENS = (
     r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",  # JSON web tokens
     r"\bhooks\.slack\.com/(?:services|workflows|triggers)/[A-Za-z0-9_/-]{16,}",
     r"\bdiscord(?:app)?\.com/api/webhooks/[0-9]+/[A-Za-z0-9_-]{16,}",
-    r"\bsk-(?:[a-z]{2,12}-)?[A-Za-z0-9_]{20,}|\b[rs]k_(?:live|test)_[A-Za-z0-9]{16,}",  # OpenAI and its like; Stripe
+    r"\bsk-(?:[a-z]{2,12}-)?[A-Za-z0-9_]{20,}|\b[rs]k_(?:live|test)_[A-Za-z0-9]{16,}",  # OpenAI and similar; Stripe
     r"\bnpm_[A-Za-z0-9]{30,}|\bpypi-AgE[A-Za-z0-9_-]{16,}|\bGOCSPX-[A-Za-z0-9_-]{16,}|\bdop_v1_[a-f0-9]{32,}",
     r"(?i:\b(?:AccountKey|SharedAccessKey|SharedAccessSignature)=)[^\s;'\"]{8,}",  # Azure's connection strings
-    r"(?i:;\s?(?:Password|Pwd)=)[^\s;'\"]+",  # others'
+    r"(?i:;\s?(?:Password|Pwd)=)[^\s;'\"]+",  # other connection strings
 )
 _SIGNED = r"[\w.-]{0,40}(?:signature|credential|token|access_?key_?id|api_?key|password|passwd|secret)|sig"
-"""Names in queries; those of presigned URLs differ in what comes before, as in `X-Amz-`, `X-Goog-`, `x-oss-`, `q-`."""
+"""Secret names in queries. Those of presigned URLs differ in their prefix, as in `X-Amz-`, `X-Goog-`, `x-oss-`, `q-`."""
 _AUTHORITY = r"\b[a-z][a-z0-9+.-]{0,31}://(?=[^/?#\s'\"]*@)"
+_AUTHORITY_WITH_SLASH = r"\b[a-z][a-z0-9+.-]{0,31}://(?=[^/?#\s'\"@:\[]{0,512}:(?!\d{1,5}[/?#])[^\s'\"]{0,512}@)"
+"""A password may hold a slash, as secret keys of AWS do; digits before the first slash are a port."""
+_OPTION = r"(?<![\w-])--?[\w-]{0,40}(?:token|password|passwd|passphrase|secret|credentials?|(?:api|access|secret|private)-?key)"
+"""An option of a command; its value follows after `=` or a blank, or is the next text of a list."""
+_AUTHORIZATION = r"\b(?:proxy-)?authorization['\"]?\s{0,9}[:=]\s{0,9}['\"]?(?:[\w-]{1,20}\s{1,9})?"
 _PATTERNS = (
     # https://user:password@host, and s3://KEY:SECRET@bucket
     (re.compile(rf"({_AUTHORITY})[^/?#\s'\"]*@", re.IGNORECASE), rf"\1{_MASK}@"),
+    (re.compile(rf"({_AUTHORITY_WITH_SLASH})[^\s'\"]{{0,1025}}@", re.IGNORECASE), rf"\1{_MASK}@"),
     # signatures of presigned URLs, and tokens in queries
     (re.compile(rf"([?&;#](?:{_SIGNED})=)[^&\s'\"]+", re.IGNORECASE), rf"\1{_MASK}"),
     (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\1 {_MASK}"),
     (re.compile(r"\b(AWS4-HMAC-SHA256)\s+Credential=.{0,400}?Signature=[^\s'\"]+", re.IGNORECASE), rf"\1 {_MASK}"),
+    (
+        re.compile(rf"({_OPTION}['\"]?(?:=|\s{{0,9}},\s{{0,9}}|\s{{1,9}})['\"]?)[^\s'\",;]{{6,}}", re.IGNORECASE),
+        rf"\1{_MASK}",
+    ),
+    (re.compile(rf"({_AUTHORIZATION})[^\s'\",;]{{4,}}", re.IGNORECASE), rf"\1{_MASK}"),
+    (re.compile(r"(\btoken['\"]?\s{0,9}[=:]\s{0,9}['\"]?)[A-Za-z0-9._~+/=-]{16,}", re.IGNORECASE), rf"\1{_MASK}"),
     # aws_secret_access_key = ..., "SecretAccessKey": "...", RAY_AUTH_TOKEN=...
     (
         re.compile(
@@ -73,8 +85,10 @@ _SECRET_VALUE = re.compile(
         (
             *_TOKENS,
             rf"(?i:{_AUTHORITY})",
+            rf"(?i:{_AUTHORITY_WITH_SLASH})",
+            rf"(?i:(?:{_AUTHORIZATION}|{_OPTION}[=\s])(?=[^\s]{{0,512}}[0-9])[A-Za-z0-9._~+/=-]{{16,}})",
             rf"(?i:[?&;#](?:{_SIGNED})=[^&\s])",
-            r"(?i:\b(?:Bearer|Basic)\s+(?=[^\s]*[0-9])[A-Za-z0-9._~+/=-]{16,})",  # a digit: a sentence has none
+            r"(?i:\b(?:Bearer|Basic)\s+(?=[^\s]*[0-9])[A-Za-z0-9._~+/=-]{16,})",  # requires a digit, which sentences lack
             r"-----BEGIN [A-Z ]*PRIVATE KEY",
         )
     )
@@ -83,48 +97,50 @@ _SECRET_VALUE = re.compile(
 
 @functools.lru_cache(maxsize=1024)
 def is_secret_name(name: str) -> bool:
-    """Tell whether a variable, or a key of a job, holds a secret by its name; a path or URL of one does not."""
+    """Return whether a variable or job key is secret by its name; the path or URL of a secret is not."""
     return _SECRET_NAME.search(name) is not None and _NO_SECRET_NAME.search(name) is None
 
 
 def looks_secret(value: str) -> bool:
-    """Tell whether a value holds a known form of secret: a token, user info in a URL, a signature of one, a private key."""
+    """Return whether a value has a known form of secret: a token, user info in a URL, a URL signature, a private key."""
     return _SECRET_VALUE.search(value) is not None
 
 
 def masked(text: str, *, environment: Mapping[str, str] | None = None) -> str:
-    """Return the text without secrets.
+    """Return the text with secrets masked.
 
     Args:
-        text: Of any length.
+        text: Text of any length.
         environment: Variables whose secret values are masked; None: this process's.
     """
-    for secret in sorted(_secrets(os.environ if environment is None else environment), key=len, reverse=True):
+    for secret in sorted(_list_secrets(os.environ if environment is None else environment), key=len, reverse=True):
         text = text.replace(secret, _MASK)
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return text
 
 
-def _secrets(environment: Mapping[str, str]) -> Iterable[str]:
+def _list_secrets(environment: Mapping[str, str]) -> Iterable[str]:
     for name, value in environment.items():
         parts = value.splitlines() if "\n" in value else ()
         secret = (
-            [value, *(part for part in parts if len(part) >= _MIN_LINE)] if is_secret_name(name) else _passwords(value)
+            [value, *(part for part in parts if len(part) >= _MIN_LINE)]
+            if is_secret_name(name)
+            else _url_passwords(value)
         )
         for one in secret:
             if len(one) >= _MIN_SECRET:
-                yield from _forms(one)
+                yield from _encodings(one)
 
 
-def _passwords(value: str) -> list[str]:
-    """Return the password of a URL, such as a proxy's, as it is written and as a server gets it."""
+def _url_passwords(value: str) -> list[str]:
+    """Return the password in a URL, such as a proxy's, both as written and decoded."""
     found = _URL_WITH_PASSWORD.fullmatch(value)
     return [found[1], unquote(found[1])] if found else []
 
 
 @functools.lru_cache(maxsize=64)
-def _forms(value: str) -> frozenset[str]:
+def _encodings(value: str) -> frozenset[str]:
     encoded = value.encode(errors="surrogateescape")
     plain, safe = base64.b64encode(encoded).decode(), base64.urlsafe_b64encode(encoded).decode()
     forms = {

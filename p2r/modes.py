@@ -1,7 +1,7 @@
-"""The modes of fine-tuning, one entry each: the only place that lists their names, titles, looks and kinds.
+"""Table of the fine-tuning modes: the only place that lists their names, titles, colours and settings.
 
-A new mode is an entry here, a rate in `SearchConfig.learning_rates` unless nothing of it is trained, and its code in
-`p2r.fewshot`. The order is that of tables and keys.
+A new mode needs an entry here, candidates in `SearchConfig.learning_rates` if it trains anything, and its code in
+`p2r.fewshot`. Tables and legends use the order of the entries.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ Mode = Literal[
     "fine_tune",
     "mean_teacher",
     "weak_to_strong",
+    "prototype_self_training",
     "prototype",
 ]
 Setting = Literal[
@@ -30,20 +31,35 @@ Setting = Literal[
     "cutmix_labelled_fraction",
     "feature_dropout",
     "background_prototypes",
+    "self_training_rounds",
+    "self_training_fraction",
+    "self_training_min_change",
+    "agreement_views",
+    "plausible_size_factor",
+    "plausible_margin_mm",
 ]
 
 SCRATCH: Mode = "scratch"
-"""The mode that others are measured against."""
+"""Reference mode: the others are compared with it."""
 
-_OF_TRAINING: tuple[Setting, ...] = ("weight_decay", "steps")
-_OF_A_BACKBONE: tuple[Setting, ...] = (*_OF_TRAINING, "warmup_head_steps", "backbone_learning_rate_factor")
-_OF_A_TEACHER: tuple[Setting, ...] = ("ema_decay", "ramp_up_fraction", "consistency_weight")
-_OF_PSEUDO_LABELS: tuple[Setting, ...] = (
-    *_OF_A_TEACHER,
+_TRAINING_SETTINGS: tuple[Setting, ...] = ("weight_decay", "steps")
+_BACKBONE_SETTINGS: tuple[Setting, ...] = (*_TRAINING_SETTINGS, "warmup_head_steps", "backbone_learning_rate_factor")
+_TEACHER_SETTINGS: tuple[Setting, ...] = ("ema_decay", "ramp_up_fraction", "consistency_weight")
+_PSEUDO_LABEL_SETTINGS: tuple[Setting, ...] = (
+    *_TEACHER_SETTINGS,
     "confidence_threshold",
     "cutmix_probability",
     "cutmix_labelled_fraction",
     "feature_dropout",
+)
+_ROUND_SETTINGS: tuple[Setting, ...] = (
+    "background_prototypes",
+    "self_training_rounds",
+    "self_training_fraction",
+    "self_training_min_change",
+    "agreement_views",
+    "plausible_size_factor",
+    "plausible_margin_mm",
 )
 
 
@@ -52,49 +68,51 @@ class ModeFacts:
     """Properties of one mode."""
 
     title: str
-    """Its name for people."""
+    """Display name."""
     colour: str
-    """On white. A mode is told by its colour, its marker and, where there is room, its title."""
+    """Colour on white. Charts distinguish modes by colour, marker and, where there is room, title."""
     dark_colour: str
-    """On a dark page."""
+    """Colour on a dark page."""
     marker: str
-    """Of matplotlib."""
+    """Marker of matplotlib."""
     settings: tuple[Setting, ...]
-    """The settings of a fine-tuning section that it reads, beside a learning rate (which prototype has not)."""
+    """Settings of the fine-tuning section that the mode uses, besides a learning rate (which prototype does not have)."""
     weights: Literal["random", "frozen", "pretrained"] = "random"
-    """Initial weights of its backbone; frozen: pretrained, and not trained further."""
+    """Initial weights of the backbone; frozen: pretrained, and not trained further."""
     unlabelled: Literal["none", "consistency", "pseudo_labels"] = "none"
-    """What it learns from the images of the train patients who were not drawn; their label files are not opened."""
+    """Training signal from images of the train patients who were not drawn; their label files are not opened."""
+    has_rounds: bool = False
+    """True if class prototypes give the first pseudo-labels, followed by rounds of self-training (`p2r.fewshot.rounds`)."""
     control: Mode | None = None
-    """The same training from random weights, at equal settings: the difference is what pretraining adds."""
+    """The same training from random weights at equal settings; the difference is the effect of pretraining."""
 
     @property
     def is_from_scratch(self) -> bool:
-        """Whether it takes nothing of the backbone but its architecture and its way to prepare a scan."""
+        """True if the mode uses only the backbone's architecture and preprocessing, not its weights."""
         return self.weights == "random"
 
 
 MODES: dict[Mode, ModeFacts] = {
-    "scratch": ModeFacts("from scratch", "#6b6b6b", "#a9adb3", "o", _OF_TRAINING),
-    "scratch_long": ModeFacts("scratch, long", "#3f4a5a", "#c9d1dc", "h", _OF_TRAINING),
+    "scratch": ModeFacts("from scratch", "#6b6b6b", "#a9adb3", "o", _TRAINING_SETTINGS),
+    "scratch_long": ModeFacts("scratch, long", "#3f4a5a", "#c9d1dc", "h", _TRAINING_SETTINGS),
     "scratch_weak_to_strong": ModeFacts(
         "W2S, scratch",
         "#7d5a3c",
         "#cfa985",
         "X",
-        (*_OF_TRAINING, *_OF_PSEUDO_LABELS),
+        (*_TRAINING_SETTINGS, *_PSEUDO_LABEL_SETTINGS),
         unlabelled="pseudo_labels",
     ),
-    "linear_probe": ModeFacts("linear probe", "#d98200", "#f0a43f", "s", _OF_TRAINING, weights="frozen"),
+    "linear_probe": ModeFacts("linear probe", "#d98200", "#f0a43f", "s", _TRAINING_SETTINGS, weights="frozen"),
     "fine_tune": ModeFacts(
-        "fine-tuned", "#0072b2", "#5ab1e6", "D", _OF_A_BACKBONE, weights="pretrained", control="scratch"
+        "fine-tuned", "#0072b2", "#5ab1e6", "D", _BACKBONE_SETTINGS, weights="pretrained", control="scratch"
     ),
     "mean_teacher": ModeFacts(
         "Mean Teacher",
         "#00835f",
         "#3cc79c",
         "^",
-        (*_OF_A_BACKBONE, *_OF_A_TEACHER),
+        (*_BACKBONE_SETTINGS, *_TEACHER_SETTINGS),
         weights="pretrained",
         unlabelled="consistency",
     ),
@@ -103,9 +121,20 @@ MODES: dict[Mode, ModeFacts] = {
         "#b3261e",
         "#ff8f84",
         "*",
-        (*_OF_A_BACKBONE, *_OF_PSEUDO_LABELS),
+        (*_BACKBONE_SETTINGS, *_PSEUDO_LABEL_SETTINGS),
         weights="pretrained",
         unlabelled="pseudo_labels",
+        control="scratch_weak_to_strong",
+    ),
+    "prototype_self_training": ModeFacts(
+        "self-training",
+        "#6a4fb3",
+        "#b39cf0",
+        "p",
+        (*_BACKBONE_SETTINGS, *_PSEUDO_LABEL_SETTINGS, *_ROUND_SETTINGS),
+        weights="pretrained",
+        unlabelled="pseudo_labels",
+        has_rounds=True,
         control="scratch_weak_to_strong",
     ),
     "prototype": ModeFacts("prototypes", "#a8488a", "#dd92c4", "v", ("background_prototypes",), weights="frozen"),

@@ -1,7 +1,7 @@
-"""Random generators keyed by what they are for, never by worker, rank or order of calls.
+"""Random generators keyed by purpose, never by worker, rank or order of calls.
 
-`keyed_generator(seed, "views", epoch, position)` gives the same stream on every machine, for any number of ranks and
-after any restart: this is what makes a resumed run the run that it would have been.
+`keyed_generator(seed, "views", epoch, position)` gives the same stream on every machine, for any number of ranks and after
+any restart. This makes a resumed run equal to an uninterrupted one.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def keyed_generator(seed: int, *key: int | str) -> np.random.Generator:
-    """Return a generator whose stream depends on `seed` and `key` alone.
+    """Return a generator whose stream depends only on `seed` and `key`.
 
     Philox is counter-based: two different keys give independent streams, and making one costs microseconds.
     """
@@ -18,6 +18,6 @@ def keyed_generator(seed: int, *key: int | str) -> np.random.Generator:
 
 
 def keyed_number(seed: int, *key: int | str) -> int:
-    """Return 128 bits that depend on `seed` and `key` alone."""
+    """Return 128 bits that depend only on `seed` and `key`."""
     text = "\x1f".join([str(seed), *(str(part) for part in key)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")

@@ -1,7 +1,7 @@
-"""`URL` or `URL@sha256:HEX` -> where something is stored, and the digest that pins it.
+"""References to published artefacts: `URL` or `URL@sha256:HEX` -> a location, and the digest that pins it.
 
-A pin is the SHA-256 of the bytes of `manifest.json`. The manifest names the digest of every other file, so a pin fixes all
-of them: weights, configuration, card, licence. It is what rows of a report hold as `backbone_sha256`.
+A pin is the SHA-256 of the bytes of `manifest.json`. The manifest has the digest of every other file, so a pin fixes all of
+them: weights, configuration, card, licence. Rows of a report record it as `backbone_sha256`.
 """
 
 import hashlib
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from p2r.errors import DamagedError, InputError
 
-_MARK = re.compile(r"@(?:sha\d+|md5)\b", re.IGNORECASE)
+_PIN_LIKE = re.compile(r"@(?:sha\d+|md5)\b", re.IGNORECASE)
 _RULE = "a pin is URL@sha256: and the 64 digits, 0 to f, that `p2r verify URL` prints"
 
 
 class Reference(NamedTuple):
-    """A place, and the manifest that must be there."""
+    """A location, and the manifest that must be there."""
 
     url: str
     sha256: str | None = None
@@ -28,13 +28,13 @@ class Reference(NamedTuple):
         """Compare the bytes of a `manifest.json` with the pin.
 
         Raises:
-            DamagedError: They have another digest.
+            DamagedError: The digest differs from the pin.
         """
         found = hashlib.sha256(content).hexdigest()
         if self.sha256 not in (None, found):
             raise DamagedError(
                 f"{self.url} is pinned to the manifest with sha256 {self.sha256}, and its manifest.json has {found}: it was "
-                "exchanged or damaged, or the pin is of another version"
+                "exchanged or damaged, or the pin is for another version"
             )
 
 
@@ -42,21 +42,21 @@ def parse_reference(text: str) -> Reference:
     """Split a reference into its URL and its pin.
 
     Raises:
-        InputError: The pin is not one.
+        InputError: The pin is invalid.
     """
     url, mark, digest = text.rpartition("@sha256:")
-    if mark and url and re.fullmatch(r"[0-9a-f]{64}", digest) and not _MARK.search(url):
+    if mark and url and re.fullmatch(r"[0-9a-f]{64}", digest) and not _PIN_LIKE.search(url):
         return Reference(url, digest)
-    if _MARK.search(text):
+    if _PIN_LIKE.search(text):
         raise InputError(f"{text[:300]!r} has no valid pin: {_RULE}")
     return Reference(text)
 
 
 def pinned(text: str, sha256: str | None) -> Reference:
-    """Parse a reference whose pin may be given beside it.
+    """Parse a reference whose pin may be given separately.
 
     Raises:
-        InputError: The pin is not one, or two pins differ.
+        InputError: The pin is invalid, or two pins differ.
     """
     if sha256 is None:
         return parse_reference(text)

@@ -1,15 +1,15 @@
-"""Ed25519 over the bytes of a `manifest.json`, in `manifest.sig` beside it: 64 bytes, without a header.
+"""Ed25519 signatures over the bytes of `manifest.json`, stored beside it in `manifest.sig`: 64 bytes, without a header.
 
-OpenSSL makes the keys, and checks a signature without p2r:
+OpenSSL makes the keys, and can check a signature without p2r:
 
     openssl genpkey -algorithm ed25519 -out private.pem
     openssl pkey -in private.pem -pubout -out public.pem
     openssl pkeyutl -verify -rawin -pubin -inkey public.pem -in manifest.json -sigfile manifest.sig
 
-The package `model-signing` was not taken: it requires sigstore, in-toto and blake3, whose identities need servers on the
-network, to hash a folder file by file, which our manifest has already done.
+The package `model-signing` was not chosen: it requires sigstore, in-toto and blake3, and its identities need network
+servers. It would hash the folder file by file, which our manifest has already done.
 
-A public key is short, so a job or a command may give it in place of its file: `ed25519:` and 64 digits.
+A public key is short, so a job or command may give it in place of its file: `ed25519:` and 64 digits.
 """
 
 import re
@@ -25,8 +25,8 @@ from p2r.errors import DamagedError, InputError
 SIGNATURE = "manifest.sig"
 SIGNATURE_BYTES = 64
 _MAX_KEY_BYTES = 2**14
-# Keys of small order, for which signatures over any bytes can be made without a private key: y of the points of order 1, 2, 4 and 8,
-# and of two that are written beyond the field; the highest bit is the sign of x.
+# Keys of small order, for which anyone can make signatures without a private key. These are the y of the points of order 1, 2, 4
+# and 8, and of two points encoded beyond the field. The highest bit is the sign of x.
 _SMALL_ORDER = frozenset(
     bytes.fromhex(digits)
     for digits in (
@@ -39,7 +39,7 @@ _SMALL_ORDER = frozenset(
         "ee" + "ff" * 30 + "7f",
     )
 )
-_MADE_BY = "openssl genpkey -algorithm ed25519 -out private.pem"
+_MAKE_KEY = "openssl genpkey -algorithm ed25519 -out private.pem"
 
 
 def sign(content: bytes, *, key: Path) -> tuple[bytes, str]:
@@ -47,41 +47,41 @@ def sign(content: bytes, *, key: Path) -> tuple[bytes, str]:
 
     Args:
         content: The bytes.
-        key: PEM file of an Ed25519 private key that its owner alone may read.
+        key: PEM file of an Ed25519 private key that only its owner may read.
 
     Returns:
         The signature, and the public key as text.
 
     Raises:
-        InputError: The file cannot be used.
+        InputError: The key file cannot be used.
     """
-    private = _private_key(key)
-    return private.sign(content), _name(private.public_key())
+    private = _read_private_key(key)
+    return private.sign(content), _key_text(private.public_key())
 
 
 def check_signature(content: bytes, signature: bytes | None, *, key: str, where: str) -> str:
-    """Check that the owner of a key has signed the bytes of a manifest.
+    """Check that the owner of a key signed the bytes of a manifest.
 
     Args:
         content: The bytes.
-        signature: Content of `manifest.sig`; None: there is none.
-        key: `ed25519:HEX`, or the path of a PEM file: the public key.
-        where: What was signed, for messages.
+        signature: Content of `manifest.sig`; None: absent.
+        key: The public key: `ed25519:HEX`, or the path of a PEM file.
+        where: Name of the signed artefact, for messages.
 
     Returns:
         The public key as text.
 
     Raises:
-        DamagedError: There is no signature, or it is not of this key over these bytes.
+        DamagedError: The signature is absent, or was not made by this key over these bytes.
         InputError: The key cannot be used.
     """
     public = public_key(key)
-    name = _name(public)
+    name = _key_text(public)
     *low, high = public.public_bytes_raw()
     if bytes([*low, high & 0x7F]) in _SMALL_ORDER:
-        raise InputError(f"key {name} is of small order: anybody can sign for it; make another with {_MADE_BY}")
+        raise InputError(f"key {name} is of small order: anybody can sign for it; make another with {_MAKE_KEY}")
     if signature is None:
-        raise DamagedError(f"{where} is not signed: it has no {SIGNATURE}; {name} was asked for")
+        raise DamagedError(f"{where} is not signed: it has no {SIGNATURE}; a signature by {name} is required")
     try:
         public.verify(signature, content)
     except InvalidSignature:
@@ -96,14 +96,14 @@ def public_key(key: str) -> Ed25519PublicKey:
     """Read a public key from `ed25519:HEX`, or from a PEM file.
 
     Raises:
-        InputError: It is neither.
+        InputError: The key is neither.
     """
     if key.startswith("ed25519:"):
         digits = key.removeprefix("ed25519:")
         if not re.fullmatch(r"[0-9a-f]{64}", digits):
             raise InputError(f"key {key[:100]!r}: a public key is ed25519: and 64 digits, 0 to f, or a PEM file")
         return Ed25519PublicKey.from_public_bytes(bytes.fromhex(digits))
-    content = _pem(Path(key))
+    content = _read_pem(Path(key))
     if b"PRIVATE KEY" in content:
         raise InputError(f"key {key} is a private key: give the public one, openssl pkey -in {key} -pubout")
     try:
@@ -111,12 +111,12 @@ def public_key(key: str) -> Ed25519PublicKey:
     except (ValueError, UnsupportedAlgorithm):
         raise InputError(f"key {key} is not a public key in PEM; make one with openssl pkey -pubout") from None
     if not isinstance(found, Ed25519PublicKey):
-        raise InputError(f"key {key} is not an Ed25519 key; make one with {_MADE_BY}")
+        raise InputError(f"key {key} is not an Ed25519 key; make one with {_MAKE_KEY}")
     return found
 
 
-def _private_key(path: Path) -> Ed25519PrivateKey:
-    content = _pem(path)
+def _read_private_key(path: Path) -> Ed25519PrivateKey:
+    content = _read_pem(path)
     if stat.S_IMODE(path.expanduser().stat().st_mode) & 0o077:
         raise InputError(f"key {path} can be read by other users: chmod 600 {path}")
     try:
@@ -124,13 +124,13 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
     except TypeError:
         raise InputError(f"key {path} is encrypted: decrypt it for this command with openssl pkey -in {path}") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise InputError(f"key {path} is not a private key in PEM; make one with {_MADE_BY}") from None
+        raise InputError(f"key {path} is not a private key in PEM; make one with {_MAKE_KEY}") from None
     if not isinstance(found, Ed25519PrivateKey):
-        raise InputError(f"key {path} is not an Ed25519 key; make one with {_MADE_BY}")
+        raise InputError(f"key {path} is not an Ed25519 key; make one with {_MAKE_KEY}")
     return found
 
 
-def _pem(path: Path) -> bytes:
+def _read_pem(path: Path) -> bytes:
     try:
         with path.expanduser().open("rb") as file:
             return file.read(_MAX_KEY_BYTES)
@@ -138,9 +138,9 @@ def _pem(path: Path) -> bytes:
         OSError,
         ValueError,
         RuntimeError,
-    ) as error:  # ValueError: a NUL in it; RuntimeError: no home folder for `~`
+    ) as error:  # ValueError: the path has a NUL; RuntimeError: no home folder for `~`
         raise InputError(f"key {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _name(public: Ed25519PublicKey) -> str:
+def _key_text(public: Ed25519PublicKey) -> str:
     return f"ed25519:{public.public_bytes_raw().hex()}"

@@ -1,7 +1,7 @@
-"""Weights from outside -> float32 tensors that fit a network, or a refusal by name.
+"""Weights from outside: bytes of a safetensors file -> float32 tensors that fit a network, or an error by name.
 
-A network is built without memory for its weights (`unallocated`), so that a configuration of a few bytes cannot ask for gigabytes.
-Names, shapes and types stand in the header of a safetensors file; they are compared before anything of their size is allocated.
+A network is built without memory for its weights (`unallocated`), so that a configuration of a few bytes cannot allocate
+gigabytes. Names, shapes and types come from the header of the file, and are compared before any tensor is allocated.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from p2r.documents import read_json
+from p2r.documents import FewKeys, checked, read_json
 from p2r.errors import CheckpointError
 
 MAX_HEADER_BYTES = 2**24
@@ -33,11 +33,11 @@ class _Entry(BaseModel):
     data_offsets: Annotated[list[Size], Field(min_length=2, max_length=2)]
 
 
-_HEADER = TypeAdapter(dict[str, _Entry])
+_HEADER = TypeAdapter(Annotated[dict[str, _Entry], FewKeys])
 
 
 class _Unallocated(TorchFunctionMode):
-    """Tensors that networks make for their weights have a shape and no memory."""
+    """Mode in which new tensors, such as a network's weights, have a shape but no memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -47,10 +47,10 @@ class _Unallocated(TorchFunctionMode):
 
 
 def unallocated(build: Callable[[], nn.Module], *, where: str) -> nn.Module:
-    """Build a network whose weights have no memory yet; neither does it draw numbers.
+    """Build a network without memory for its weights and without drawing random numbers.
 
     Raises:
-        CheckpointError: It cannot be built.
+        CheckpointError: The network cannot be built.
     """
     try:
         with _Unallocated():
@@ -60,27 +60,27 @@ def unallocated(build: Callable[[], nn.Module], *, where: str) -> nn.Module:
 
 
 def num_bytes_of(network: nn.Module) -> int:
-    """Return how many bytes the weights of a network have in float32."""
+    """Return the size of a network's weights in float32, bytes."""
     return sum(weight.numel() * 4 for weight in network.state_dict().values())
 
 
 def check_fit(
     found: Mapping[str, Shape], wanted: Mapping[str, Shape], *, where: str, of: str, way_out: str = ""
 ) -> None:
-    """Compare names and shapes.
+    """Compare the names and shapes of weights and network.
 
     Args:
-        found: Of the weights.
-        wanted: Of the network.
-        where: Whose weights they are, for the message.
-        of: What describes the network, such as `its config.json`.
-        way_out: The message's last line.
+        found: Shapes of the weights.
+        wanted: Shapes of the network.
+        where: Name of the weights, for the message.
+        of: Description of the network, such as `its config.json`.
+        way_out: Last line of the message.
 
     Raises:
-        CheckpointError: They differ; names the first that do.
+        CheckpointError: They differ; the message names the first differences.
     """
     problems = [
-        f"{name:.120}: {_shown(found.get(name))} there, {_shown(wanted.get(name))} here"
+        f"{name:.120}: {_format_shape(found.get(name))} there, {_format_shape(wanted.get(name))} here"
         for name in sorted(found.keys() | wanted.keys())
         if found.get(name) != wanted.get(name)
     ]
@@ -99,7 +99,7 @@ def check_values(weights: Mapping[str, Tensor], *, where: str) -> None:
     """Check that weights are float32 and finite.
 
     Raises:
-        CheckpointError: naming the first that is not.
+        CheckpointError: A tensor is not float32 or not finite; the message names the first.
     """
     for name, value in weights.items():
         if value.dtype != torch.float32:
@@ -115,13 +115,13 @@ def read_tensors(
 
     Args:
         content: The whole file.
-        where: Its name, for messages.
-        check: Receives the shapes that the header states, before tensors are made; may refuse them.
+        where: Name of the file, for messages.
+        check: Receives the shapes from the header before tensors are made, and may raise.
 
     Raises:
-        CheckpointError: It is not one, or not all of its tensors are float32 and finite.
+        CheckpointError: The file is not safetensors, or a tensor is not float32 or not finite.
     """
-    header = _header(content, where)
+    header = _parse_header(content, where)
     for name, entry in header.items():
         if entry.dtype != "F32":
             raise CheckpointError(f"{where}: {name:.120} is {entry.dtype}; published weights are float32 (F32)")
@@ -135,21 +135,26 @@ def read_tensors(
     return weights
 
 
-def _header(content: bytes, where: str) -> dict[str, _Entry]:
-    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
-    room = len(content) - _LENGTH_BYTES
-    if not 0 < length <= min(room, MAX_HEADER_BYTES):
-        raise CheckpointError(
-            f"{where} is not a safetensors file: its header would have {length:,} bytes, there are {max(room, 0):,}, and at most "
-            f"{MAX_HEADER_BYTES:,} are allowed"
-        )
-    value = read_json(
-        content[_LENGTH_BYTES : _LENGTH_BYTES + length],
-        where=f"the header of {where}",
-        max_bytes=MAX_HEADER_BYTES,
-        max_depth=4,
-        error=CheckpointError,
+def read_facts(content: bytes, adapter: TypeAdapter[Any], *, where: str) -> dict[str, Any]:
+    """Return the JSON under `facts` in the metadata of a safetensors file, after a pydantic model has checked it.
+
+    Raises:
+        CheckpointError: The file is not safetensors, or its facts are absent or break a rule.
+    """
+    value = _header_value(content, where)
+    metadata = value.get("__metadata__") if isinstance(value, dict) else None
+    text = metadata.get("facts") if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise CheckpointError(f"{where} has no facts in its header")
+    facts: dict[str, Any] = read_json(
+        text.encode(), where=f"the facts of {where}", max_bytes=MAX_HEADER_BYTES, error=CheckpointError
     )
+    checked(adapter, facts, where=f"the facts of {where}:", error=CheckpointError)
+    return facts
+
+
+def _parse_header(content: bytes, where: str) -> dict[str, _Entry]:
+    value = _header_value(content, where)
     if isinstance(value, dict):
         value.pop("__metadata__", None)
     try:
@@ -160,11 +165,28 @@ def _header(content: bytes, where: str) -> dict[str, _Entry]:
         raise CheckpointError(f"{where} is not a safetensors file: {key:.200}: {problem['msg']}") from None
 
 
+def _header_value(content: bytes, where: str) -> Any:
+    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    room = len(content) - _LENGTH_BYTES
+    if not 0 < length <= min(room, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{where} is not a safetensors file: its header would have {length:,} bytes, there are {max(room, 0):,}, and at most "
+            f"{MAX_HEADER_BYTES:,} are allowed"
+        )
+    return read_json(
+        content[_LENGTH_BYTES : _LENGTH_BYTES + length],
+        where=f"the header of {where}",
+        max_bytes=MAX_HEADER_BYTES,
+        max_depth=4,
+        error=CheckpointError,
+    )
+
+
 def load_into(network: nn.Module, content: bytes, *, where: str) -> None:
-    """Give an unallocated network its weights from the bytes of a safetensors file.
+    """Load the bytes of a safetensors file into an unallocated network.
 
     Raises:
-        CheckpointError: as `read_tensors`; or they do not fit the network.
+        CheckpointError: See `read_tensors`; or the weights do not fit the network.
     """
     wanted = shapes_of(network.state_dict())
     weights = read_tensors(
@@ -175,5 +197,5 @@ def load_into(network: nn.Module, content: bytes, *, where: str) -> None:
     assert not empty, f"{where}: {empty} have no values"
 
 
-def _shown(shape: Shape | None) -> str:
+def _format_shape(shape: Shape | None) -> str:
     return "none" if shape is None else " x ".join(map(str, shape)) or "a number"

@@ -1,4 +1,4 @@
-"""Which code this is, for everything that it writes."""
+"""Version and commit of this code, recorded in everything that it writes."""
 
 import os
 import subprocess
@@ -10,13 +10,13 @@ __version__ = "0.1.0"
 
 @cache
 def code_version() -> str:
-    """Return the commit of this code: `$P2R_COMMIT`, else that of the wheel, else what git says of the clone, else `unknown`."""
+    """Return the commit of this code: `$P2R_COMMIT`, or the wheel's, or from git in a clone, or `unknown`."""
     if os.environ.get("P2R_COMMIT"):
         return os.environ["P2R_COMMIT"]
     package = Path(__file__).parent
     if (package / "COMMIT").exists():
         return (package / "COMMIT").read_text()
-    if not (package.parent / ".git").exists():  # an environment may lie in somebody else's repository
+    if not (package.parent / ".git").exists():  # an environment may be inside another repository
         return "unknown"
     try:
         done = subprocess.run(

@@ -105,7 +105,7 @@ def _copy_all(folder: Path) -> None:
 
 
 TURNED = ([1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1], [1, 0, 0, 0, 0, -1])
-UNEVEN = {"refused": "uneven_slices", "way_out": "Copy it again"}
+UNEVEN = {"refused": "uneven_slices", "way_out": "copy the series again"}
 
 DICOM_CASES = [
     DicomCase("one file a slice"),

@@ -366,7 +366,7 @@ LABELS = [
         Scan(data=lambda: -label_map().astype(np.int16)),
         is_label=True,
         refused="labels",
-        way_out="write others as 0 or a class",
+        way_out="replace others by 0 or a class",
     ),
     Case(
         "label map with NaN .nii.gz",

@@ -20,9 +20,11 @@ def test_validating_a_job_imports_neither_torch_nor_ray(repository: Path) -> Non
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True, timeout=120)
 
 
-def test_controller_and_wire_of_a_worker_group_import_no_torch_and_start_no_needless_actors(repository: Path) -> None:
+def test_controller_and_channel_of_a_worker_group_import_no_torch_and_start_no_needless_actors(
+    repository: Path,
+) -> None:
     code = (
-        "import sys; from cluster.group import TorchGroup, Trainer, Wire; Wire();"
+        "import sys; from cluster.group import TorchGroup, Trainer, DriverChannel; DriverChannel();"
         "trainer = Trainer(lambda: None, backend_config=TorchGroup(backend='gloo', timeout_s=60));"
         "assert not {'torch', 'deepspeed'} & set(sys.modules), 'slow imports';"
         "print(*(type(callback).__name__ for callback in trainer._create_default_callbacks()))"

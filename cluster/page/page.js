@@ -1,14 +1,14 @@
-// status.json -> the page. Whatever comes from a run becomes text by textContent; nothing here makes markup of it.
+// status.json -> the page. Content of a run enters as textContent, never as markup.
 "use strict";
 
 const POLL_MS = 700, HIDDEN_POLL_MS = 10000;
 const MODES = { scratch: ["from scratch", 4], linear_probe: ["linear probe", 1], fine_tune: ["fine-tuned", 0], mean_teacher: ["mean teacher", 2], prototype: ["prototype", 3] };
 
-// name, unit, [[series, label]...], further: from (the axis begins there), percent, note
+// name, unit, [[series, label]...], further: from (start of the axis), percent, note
 const SPEED = [
   ["Throughput", "img/s", [["images_per_s"]], { from: 0 }],
   ["Pixel pairs", "pairs/s", [["pixel_pairs_per_s"]], { from: 0 }],
-  ["Data wait", "", [["wait_fraction"]], { from: 0, percent: true, note: "part of the time in which the device waited for data" }],
+  ["Data wait", "", [["wait_fraction"]], { from: 0, percent: true, note: "fraction of the time that the device waited for data" }],
   ["Step", "s", [["step_s"]], { from: 0 }],
   ["Memory", "MiB", [["memory_mib"]], { from: 0 }],
   ["Checkpoint", "s", [["checkpoint_s"]], { from: 0 }],
@@ -17,7 +17,7 @@ const SPEED = [
 const HEALTH = [
   ["Equivariance error", "", [["equivariance_error"]], { from: 0, note: "0: embeddings follow the warp; 1: no better than chance" }],
   ["Online probe", "Dice", [["probe_dice"]], { from: 0 }],
-  ["Effective rank", "", [["health.effective_rank"]], { from: 0, note: "dimensions that are used; towards 1: collapse" }],
+  ["Effective rank", "", [["health.effective_rank"]], { from: 0, note: "dimensions in use; near 1: collapse" }],
   ["Dead dimensions", "", [["health.dead_dimensions_fraction"]], { from: 0, percent: true }],
   ["Alignment", "", [["health.alignment"]], { note: "distance within pairs: lower is closer" }],
   ["Uniformity", "", [["health.uniformity"]], { note: "lower: spread more evenly over the sphere" }],
@@ -189,7 +189,7 @@ function charts(id, title, specs, status, height) {
 }
 
 function fewShot(curves) {
-  // x: the numbers of patients that were tried, evenly spaced: 1, 5 and all of them lie far apart
+  // x: the numbers of patients, evenly spaced, because 1, 5 and all are far apart
   const numbers = [...new Set(curves.flatMap((curve) => curve.points.map((point) => point[0])))].sort((a, b) => a - b);
   const values = curves.flatMap((curve) => curve.points.map((point) => point[1]));
   const place = el("div"), box = el("div", { class: "chart" }, el("h3", {}, `Few-shot curve so far: ${curves[0].task}, mean Dice of ${curves[0].split} patients`), place);
@@ -224,7 +224,7 @@ function table(name, columns, rows) {
       el("tbody", {}, rows.map((row) => el("tr", {}, row.map((text, column) => (column ? el("td", { class: kind(text, column) }, text) : el("th", { scope: "row", class: kind(text, column) }, text))))))));
 }
 
-// --- sections: each is drawn again only when what it shows has changed
+// --- sections: each is redrawn only when its data change
 
 const below = (line, s) => line.replaceAll(`${s.url}/`, "");
 const text = (value) => (value === null || value === undefined ? "–" : String(value));
@@ -284,7 +284,7 @@ const SECTIONS = {
   variants: [(s) => s.variants, (s) => {
     if (!s.variants.length) return byId("variants").replaceChildren();
     const rows = s.variants.map((one) => [one.name, text(one.step), text(one.num_steps), number(one.loss, 4)]);
-    byId("variants").replaceChildren(el("h2", {}, "Variants"), el("p", { class: "faint" }, "Each has a page of its own: p2r status URL/variants/NAME --web"), table("Variants", ["variant", "step", "of", "loss"], rows));
+    byId("variants").replaceChildren(el("h2", {}, "Variants"), el("p", { class: "faint" }, "Each has its own page: p2r status URL/variants/NAME --web"), table("Variants", ["variant", "step", "of", "loss"], rows));
   }],
   sweep: [(s) => s.sweep, (s) => {
     const sweep = s.sweep;
@@ -310,7 +310,7 @@ const SECTIONS = {
   data: [(s) => s.training && s.training.data, (s) => {
     const counters = s.training ? Object.entries(s.training.data) : [];
     if (!counters.length) return byId("data").replaceChildren();
-    byId("data").replaceChildren(el("h2", {}, "What the first worker's stream has done"), table("Counters", ["counter", "value"], counters.map(([name, value]) => [name, number(value, 4)])));
+    byId("data").replaceChildren(el("h2", {}, "Counters of the first worker's stream"), table("Counters", ["counter", "value"], counters.map(([name, value]) => [name, number(value, 4)])));
   }],
 };
 
@@ -347,7 +347,7 @@ async function poll() {
   const asked = performance.now();
   try {
     const response = await fetch("status.json", { cache: "no-store", headers: tag ? { "If-None-Match": tag } : {}, signal: AbortSignal.timeout(8000) });
-    lost = response.ok || response.status === 304 ? null : response.status === 401 ? "token refused" : `server says ${response.status}`;
+    lost = response.ok || response.status === 304 ? null : response.status === 401 ? "token refused" : `server answered ${response.status}`;
     age_s = Number(response.headers.get("X-Read-Age"));
     const date = Date.parse(response.headers.get("Date"));
     if (date) skew_s = (date - Date.now()) / 1000;

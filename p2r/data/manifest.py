@@ -1,13 +1,13 @@
-"""The manifest of a corpus: what lies there, read, checked, and asked whether a subject or scan is in it.
+"""The manifest of a corpus: its content, validation, and lookup of subjects and scans.
 
-`manifest.json` is replaced last, so whoever finds it finds all that it names. Every revision stays, as
-`manifests/<sha256>.json`, and names the one before it: a run that pins a revision goes on with it while the corpus grows.
+`manifest.json` is replaced last, so everything that it names exists. Every revision is kept as `manifests/<sha256>.json`
+and names the previous one: a run that pins a revision keeps using it while the corpus grows.
 
-A manifest comes from outside. What it says is checked before anything is done with it: names cannot leave the folder,
-counts are whole numbers that fit one another.
+A manifest is untrusted input and is validated before use: names cannot leave the folder, and counts are whole numbers that
+agree with one another.
 
-It does not name subjects: it holds digests, salted with the corpus's own content, which answer `contains`. They are no
-secret to someone who can guess the names, unless the corpus has pseudonyms (see `pseudonyms`).
+It does not name subjects. It holds digests, salted with the corpus's own content, for lookups by `contains`. Anyone who
+can guess a name can test it, unless the corpus has pseudonyms (see `pseudonyms`).
 """
 
 import hashlib
@@ -17,30 +17,29 @@ from collections.abc import Iterator, Mapping
 from operator import itemgetter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, TypeAdapter
 
 from p2r.data.pseudonyms import names_for
-from p2r.documents import checked, read_json
+from p2r.documents import Digests, FewKeys, Sha256, checked, read_json
 from p2r.errors import DataError
 from p2r.storage import Storage
 
 FORMAT = "p2r-corpus/2"
-MAX_MANIFEST_BYTES = 2**29
-"""Largest manifest that is read: of about 1.5 million shards."""
+MAX_MANIFEST_BYTES = 2**28
+"""Largest manifest that is read: about 350,000 shards or three million scans. `MAX_MEMORY_BYTES` of memory suffice to parse it."""
 MOST = 2**53
-"""What every count is below, and every sum of counts: arrays and JSON hold it exactly."""
+"""Upper bound of every count and every sum of counts: arrays and JSON represent smaller ones exactly."""
 
 Manifest = Mapping[str, Any]
 
 _COUNTS = ("num_samples", "num_records", "num_volumes", "num_bytes")
 _NAMES = re.compile(r"(?:shard-[0-9]{6,9}-[0-9a-f]{12}\.tar\n)*")  # of all shards, a line each
 _Count = Annotated[int, Field(ge=0, lt=MOST)]
-_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{6,9}-[0-9a-f]{12}\.tar$")]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True)  # further keys may come with later versions
+    model_config = ConfigDict(strict=True)  # not extra="forbid": later versions may add keys
 
 
 class _Shard(_Strict):
@@ -49,8 +48,8 @@ class _Shard(_Strict):
     num_samples: _Count
     num_volumes: _Count
     num_bytes: _Count
-    sha256: _Sha256
-    index_sha256: _Sha256
+    sha256: Sha256
+    index_sha256: Sha256
 
 
 class _Preprocessing(_Strict):
@@ -66,52 +65,52 @@ class _Ranges(_Strict):
 
 
 class _Summary(_Strict):
-    dtypes: dict[str, _Count]
+    dtypes: Annotated[dict[str, _Count], FewKeys]
     spacing_mm: _Ranges
     shape: _Ranges
 
 
 class _Manifest(_Strict):
     revision: Annotated[int, Field(ge=1)]
-    previous: _Sha256 | None
+    previous: Sha256 | None
     licence: str
     provenance: str
     cohort: str
-    source: list[str]
-    asked: list[_Sha256]
-    preprocessing: _Preprocessing
-    preprocessing_sha256: _Sha256
-    deidentification: dict[str, str]
+    source: Annotated[list[str], FailFast()]
+    asked: Digests
+    preprocessing: Annotated[_Preprocessing, FewKeys]
+    preprocessing_sha256: Sha256
+    deidentification: Annotated[dict[str, str], FewKeys]
     num_samples: _Count
     num_records: _Count
     num_volumes: _Count
     num_bytes: _Count
     num_subjects: _Count
     num_cross_subject_copies: _Count
-    reasons: dict[str, _Count]
+    reasons: Annotated[dict[str, _Count], FewKeys]
     summary: _Summary
     shards: list[Any]
-    """Checked by `_are_plainly_shards`, or by `_Shards`."""
-    ledger_sha256: _Sha256
-    thumbnails_sha256: _Sha256
-    salt: _Sha256
-    subject_digests: list[_Sha256]
-    voxel_digests: list[_Sha256]
-    code: dict[str, str]
+    """Checked by `_are_valid_shards`, or by `_Shards`."""
+    ledger_sha256: Sha256
+    thumbnails_sha256: Sha256
+    salt: Sha256
+    subject_digests: Digests
+    voxel_digests: Digests
+    code: Annotated[dict[str, str], FewKeys]
 
 
 class _Shards(_Strict):
-    shards: list[_Shard]
+    shards: Annotated[list[_Shard], FailFast()]
 
 
 _MANIFEST, _SHARDS, _SHARD = TypeAdapter(_Manifest), TypeAdapter(_Shards), TypeAdapter(_Shard)
 
 
 def check_shard(entry: object, *, where: str) -> None:
-    """Refuse what is no entry of a shard.
+    """Check that an object is the entry of a shard.
 
     Raises:
-        DataError: naming the field and the rule.
+        DataError: if it is not; names the field and the rule.
     """
     checked(_SHARD, entry, where=where, error=DataError)
 
@@ -120,29 +119,29 @@ def load_manifest(storage: Storage, *, revision: str | None = None) -> dict[str,
     """Read a manifest of the corpus at `storage`.
 
     Args:
-        storage: Of the corpus.
+        storage: Storage of the corpus.
         revision: SHA-256 of a manifest; None: the current one.
 
     Raises:
-        DataError: There is none, it is not a manifest that this version reads, or it breaks a rule.
+        DataError: if it is absent, not a manifest that this version reads, or breaks a rule.
     """
     path = "manifest.json" if revision is None else revision_path(revision)
     found = storage.read_tagged(path, max_bytes=MAX_MANIFEST_BYTES)
     if found is None and revision is None:
         raise DataError(f"no corpus at {storage.url}: it has no manifest.json; make one with a job of kind ingest")
     if found is None:
-        raise DataError(f"{storage.url} has no revision {revision}: it is another corpus, or was made anew")
+        raise DataError(f"{storage.url} has no revision {revision}: it is another corpus, or was made again")
     content, _ = found
     if revision is not None and hashlib.sha256(content).hexdigest() != revision:
-        raise DataError(f"{storage.at(path)} is damaged: its SHA-256 is not the one in its name")
+        raise DataError(f"{storage.at(path)} is damaged: its SHA-256 differs from the one in its name")
     return parse_manifest(content, name=storage.at(path))
 
 
 def parse_manifest(content: bytes, *, name: str) -> dict[str, Any]:
-    """Return the manifest in the bytes of a file.
+    """Parse and validate the bytes of a manifest.
 
     Raises:
-        DataError: They are not a manifest that this version reads, or it breaks a rule; names the key and the rule.
+        DataError: if this version cannot read the manifest, or it breaks a rule; names the key and the rule.
     """
     manifest = read_json(content, where=name, max_bytes=MAX_MANIFEST_BYTES, error=DataError)
     found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -151,21 +150,21 @@ def parse_manifest(content: bytes, *, name: str) -> dict[str, Any]:
             f"{name}: format is {str(found)[:80]!r}, this version reads {FORMAT!r}; ingest this corpus again"
         )
     assert isinstance(manifest, dict)
-    where = f"{name} is no valid manifest:"
+    where = f"{name} is not a valid manifest:"
     checked(_MANIFEST, manifest, where=where, error=DataError)
-    if not _are_plainly_shards(manifest["shards"]):
+    if not _are_valid_shards(manifest["shards"]):
         checked(_SHARDS, manifest, where=where, error=DataError)
     _check_sums(manifest, where)
     return manifest
 
 
 def manifest_sha256(manifest: Manifest) -> str:
-    """Digest that names a revision: of the bytes of its `manifest.json`."""
+    """Return the digest that names a revision: the SHA-256 of its `manifest.json`."""
     return hashlib.sha256(manifest_bytes(manifest)).hexdigest()
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """Serialise a manifest: equal ones are equal bytes. A line for each key: indenting all would take ten times as long."""
+    """Serialise a manifest: equal manifests give equal bytes. One line per key, because indenting all takes ten times as long."""
     lines = (
         f"{json.dumps(key)}: {json.dumps(manifest[key], sort_keys=True, allow_nan=False)}" for key in sorted(manifest)
     )
@@ -173,28 +172,30 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def revision_path(sha256: str) -> str:
-    """Where a revision lies.
+    """Return the path of a revision.
 
     Raises:
-        DataError: if this is no digest.
+        DataError: if `sha256` is not a digest.
     """
     if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise DataError(f"revision {sha256[:80]!r} is no SHA-256: 64 digits from 0 to f, as `p2r inspect` shows it")
+        raise DataError(
+            f"revision {sha256[:80]!r} is not a SHA-256: give its 64 digits from 0 to f, as `p2r inspect` shows them"
+        )
     return f"manifests/{sha256}.json"
 
 
 def ledger_path(manifest: Manifest) -> str:
-    """Where the ledger of a revision lies."""
+    """Return the path of the ledger of a revision."""
     return f"ledgers/{manifest['ledger_sha256']}.jsonl"
 
 
 def thumbnails_path(manifest: Manifest) -> str:
-    """Where the thumbnails of a revision lie."""
+    """Return the path of the thumbnails of a revision."""
     return f"thumbnails/{manifest['thumbnails_sha256']}.jsonl"
 
 
 def facts_of(manifest: Manifest) -> list[tuple[str, str]]:
-    """Return what is to be said about a revision, as names and texts."""
+    """Return the facts about a revision that users see, as names and texts."""
     facts = {
         "revision": f"{manifest['revision']}, sha256 {manifest_sha256(manifest)}",
         "licence": manifest["licence"],
@@ -207,24 +208,24 @@ def facts_of(manifest: Manifest) -> list[tuple[str, str]]:
         "volumes": f"{manifest['num_volumes']:,}",
         "planes": f"{manifest['num_samples']:,}",
         "size": f"{manifest['num_bytes'] / 1e6:,.1f} MB in {len(manifest['shards']):,} shards",
-        "preprocessing": ", ".join(_rules(manifest["preprocessing"])),
+        "preprocessing": ", ".join(_list_settings(manifest["preprocessing"])),
         "names": "as they are" if manifest["deidentification"].get("names") == "plain" else "keyed hashes",
         "code": " ".join(manifest["code"].values()),
     }
     return [(name, text) for name, text in facts.items() if text]
 
 
-def _rules(section: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is set, as texts: `record planes`, `quality.preset openmind`."""
+def _list_settings(section: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the settings that are set, as texts: `record planes`, `quality.preset openmind`."""
     for name, value in section.items():
         if isinstance(value, Mapping):
-            yield from (f"{name}.{rule}" for rule in _rules(value))
+            yield from (f"{name}.{setting}" for setting in _list_settings(value))
         elif value not in (None, "none"):
             yield f"{name} {value}"
 
 
 def ranges_of(manifest: Manifest) -> list[tuple[str, ...]]:
-    """Return rows of (what, axis, smallest, median, largest) of the accepted scans."""
+    """Return rows of (quantity, axis, smallest, median, largest) over the accepted scans."""
     rows = []
     for name, title, axes in (("spacing_mm", "spacing, mm", "RAS"), ("shape", "extent, voxels", "RAST")):
         of = manifest["summary"][name]
@@ -234,28 +235,28 @@ def ranges_of(manifest: Manifest) -> list[tuple[str, ...]]:
 
 
 def subject_digest(salt: str, cohort: str, subject: str) -> str:
-    """Name of a subject in the manifest."""
+    """Return the digest of a subject in the manifest."""
     return hashlib.sha256(f"{salt}{cohort}/{subject}".encode()).hexdigest()
 
 
 def voxel_digest(salt: str, sha256: str) -> str:
-    """Name of a scan's voxels in the manifest."""
+    """Return the digest of a scan's voxels in the manifest."""
     return hashlib.sha256(f"{salt}{sha256}".encode()).hexdigest()
 
 
 def contains(
     manifest: Manifest, *, cohort: str | None = None, subject: str | None = None, voxels_sha256: str | None = None
 ) -> bool:
-    """Tell whether a subject, or a scan of exactly these voxels, is in the corpus: the question that rules out leaks.
+    """Return whether a subject, or a scan with exactly these voxels, is in the corpus. Used to rule out leaks.
 
     Args:
-        manifest: Of the corpus, or what a published backbone keeps of it.
-        cohort: Name space of `subject`; None: the corpus's own.
-        subject: A subject's name; the name itself also where the corpus has pseudonyms.
-        voxels_sha256: From `p2r.data.shards.voxels_sha256`.
+        manifest: Manifest of the corpus, or the part of it stored with a published backbone.
+        cohort: Namespace of `subject`; None: the corpus's own.
+        subject: A subject's name: the plain name, also if the corpus has pseudonyms.
+        voxels_sha256: Digest from `p2r.data.shards.voxels_sha256`.
 
     Raises:
-        DataError: The corpus has pseudonyms, and their secret is not in the environment.
+        DataError: if the corpus has pseudonyms and their secret is not in the environment.
     """
     if subject is None and voxels_sha256 is None:
         raise ValueError("contains needs a subject, voxels_sha256, or both")
@@ -269,11 +270,11 @@ def contains(
     return by_subject or by_voxels
 
 
-def _are_plainly_shards(entries: list[Any]) -> bool:
-    """Tell whether entries are shards as `_Shard` has them, by looking at all values of a field at once.
+def _are_valid_shards(entries: list[Any]) -> bool:
+    """Return whether entries are valid by the rules of `_Shard`, checking all values of a field at once.
 
-    For 300,000 shards this takes a third of the time of as many models, and no memory to speak of. False: ask `_Shards`,
-    which says what is wrong.
+    For 300,000 shards this takes a third of the time of as many models, and negligible memory. If it returns False, `_Shards`
+    finds the error.
     """
     if not all(type(entry) is dict for entry in entries):
         return False
@@ -306,4 +307,4 @@ def _check_sums(manifest: Manifest, where: str) -> None:
         if total != stated:
             raise DataError(f"{where} {field} is {stated}, its shards add up to {total}")
     if manifest["num_samples"] == 0:
-        raise DataError(f"{where} it has no samples")
+        raise DataError(f"{where} the corpus has no samples")

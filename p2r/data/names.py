@@ -1,7 +1,7 @@
 """File names and URLs of scans.
 
-Names are compared in Unicode's composed form (NFC): what a Mac wrote as `u` and a diaeresis is the `ü` that Linux writes.
-Paths stay as they are.
+Names are compared in Unicode's composed form (NFC), because a Mac may write `ü` as `u` and a diaeresis, and Linux as one
+character. Paths stay unchanged.
 """
 
 import unicodedata
@@ -9,15 +9,15 @@ from pathlib import Path
 from urllib.parse import unquote
 
 SUFFIXES = (".nii.gz", ".nii")
-"""File names that are taken for NIfTI."""
+"""File endings of NIfTI files."""
 HEADER_SUFFIXES = (".hdr.gz", ".hdr")
-"""File names of headers whose voxels lie in another file."""
+"""File endings of headers whose voxels are in another file."""
 VOXEL_SUFFIXES = (".img.gz", ".img")
-"""File names of these voxels, in the same order."""
+"""File endings of these voxel files, in the same order."""
 
 
 def scan_key(path: str | Path) -> str:
-    """Return the file name of a path or URL without `.nii`, `.nii.gz` or its like, in Unicode's composed form."""
+    """Return the file name of a path or URL without `.nii`, `.nii.gz` or a similar suffix, in Unicode's composed form."""
     name = composed(str(path)).rstrip("/").rsplit("/", 1)[-1]
     for suffix in (*SUFFIXES, *HEADER_SUFFIXES, *VOXEL_SUFFIXES):
         if name.lower().endswith(suffix):
@@ -34,7 +34,7 @@ def local_path(path: str | Path) -> Path | None:
 
 
 def pair_of(path: str) -> tuple[str, str] | None:
-    """Return the header and the voxels of a scan in two files, given either; None for other names."""
+    """Return the header file and the voxel file of a scan in two files, given either; None for other names."""
     for header, voxels in zip(HEADER_SUFFIXES, VOXEL_SUFFIXES, strict=True):
         for suffix in (header, voxels):
             if path.lower().endswith(suffix):

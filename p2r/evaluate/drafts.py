@@ -39,13 +39,16 @@ class Voxels:
 
 def draft_job(
     *, name: str, sources: str, licence: str, provenance: str, cohort: str, subject_pattern: str, task: str | None,
-    voxels: Voxels | None, num_labelled: int, storage: str | None = None,
+    voxels: Voxels | None, num_labelled: int, storage: str | None = None, exclude: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """Return a job's YAML: the whole pipeline if there is a task, else pretraining alone."""
     spacing, size = (1.5, 128) if voxels is None else voxels.image()
     kind = "pretrain" if task is None else "pipeline"
     ingest = [
         f"  sources: [{quoted(sources)}] # label maps among them are left out",
+        *[
+            f"  exclude: [{', '.join(map(quoted, exclude))}] # the data set's own test images; without this line they are pretrained on"
+        ][: len(exclude)],
         f"  licence: {quoted(licence)} # SPDX identifier or name; it travels with everything made from the data",
         f"  provenance: {quoted(provenance)} # where the data come from, and how to cite them",
         f"  cohort: {quoted(cohort)} # the task's, too: subjects of one name are one person",
@@ -90,6 +93,7 @@ def draft_task(
     pairing: Pairing,
     *,
     name: str,
+    cohort: str,
     classes: Mapping[int, str],
     licence: str,
     provenance: str,
@@ -100,14 +104,15 @@ def draft_task(
     Args:
         found: The survey.
         pairing: Its rule.
-        name: Of the task, and of its subjects' cohort.
+        name: Of the task.
+        cohort: Of its subjects; the corpus has the same.
         classes: Names of the labels, from 1 on.
         licence: Of the data.
         provenance: What must be cited.
         folder: That the file will be in; folders of data below it are written as relative paths.
     """
     num_subjects = len(labelled_subjects(found, pairing))
-    title = (found.dataset.title if found.dataset else "") or f"Segmentation of {', '.join(classes.values())}"
+    title = found.title or f"Segmentation of {', '.join(classes.values())}"
     lines = [
         f"name: {name}",
         f"title: {quoted(title)}",
@@ -118,7 +123,7 @@ def draft_task(
         f"label_name: {quoted(pairing.label_name)}",
         f"licence: {quoted(licence)}",
         f"citation: {quoted(provenance)}",
-        f"cohort: {name}",
+        f"cohort: {cohort}",
         f"subject_pattern: {quoted(found.subject_pattern)} # its first group is the patient, who is in one split only",
         "classes: # values of the label maps, from 1 on without a gap; give them their names",
         *(f"  {value}: {quoted(label)}" for value, label in sorted(classes.items())),
@@ -135,9 +140,9 @@ def labelled_subjects(found: Survey, pairing: Pairing) -> set[str]:
     return {of_path[str(image)] for image, _ in pairing.pairs if of_path.get(str(image))}
 
 
-def name_for(path: Path) -> str:
-    """Return a name for a job or task after a folder."""
-    found = re.sub(r"[^a-z0-9]+", "-", path.name.lower()).strip("-")
+def name_for(path: str | Path) -> str:
+    """Return a name for a job or task after a folder or the URL of one."""
+    found = re.sub(r"[^a-z0-9]+", "-", str(path).rstrip("/").rpartition("/")[2].lower()).strip("-")
     return found or "own"
 
 

@@ -10,6 +10,7 @@ Shapes: *S an image's sides, H W or X Y Z; X Y Z T a volume; P = T * Z planes; h
 classes; F features
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,7 @@ from p2r.data.preprocess import (
     Frames,
     Planes,
     Preparation,
+    check_room,
     cubic_to_voxel,
     frames_of,
     from_cubic,
@@ -36,6 +38,9 @@ from p2r.data.preprocess import (
 )
 from p2r.data.volume import Volume
 from p2r.evaluate.metrics import largest_components
+
+SeeProbabilities = Callable[[Tensor, int], None]
+"""Receives probabilities (B, K, h, w), or (1, K, x, y, z), on the scan's own voxels, and the index of their first image."""
 
 _OVERLAP = 0.25
 _BATCH_SIZE = {2: 8, 3: 1}
@@ -65,17 +70,21 @@ def predict_volume(
     Returns:
         Labels (X, Y, Z, T) on the grid of `volume.data`.
     """
-    size = size_read(preparation)
-    images = (frames_of if preparation.dimensions == 3 else planes_of)(volume, preparation=preparation, size=size)
     return predict_images(
         segmenter,
-        images,
+        images_read(volume, preparation),
         preparation=preparation,
         num_classes=num_classes,
         device=device,
         batch_size=batch_size,
         largest_component=largest_component,
     )
+
+
+def images_read(volume: Volume, preparation: Preparation) -> Planes | Frames:
+    """Return the images that a segmentation model reads of a scan."""
+    make = frames_of if preparation.dimensions == 3 else planes_of
+    return make(volume, preparation=preparation, size=size_read(preparation))
 
 
 def size_read(preparation: Preparation) -> int | None:
@@ -92,14 +101,22 @@ def predict_images(
     device: torch.device | str = "cpu",
     batch_size: int | None = None,
     largest_component: bool = False,
+    see: SeeProbabilities | None = None,
 ) -> NDArray[np.uint8]:
     """Segment a scan that is cut into images already: `predict_volume` after `planes_of` or `frames_of`.
+
+    Args:
+        segmenter: As in `predict_volume`, like the arguments that are not listed here.
+        images: The scan's.
+        see: Called with the probabilities of some images at a time, so that those of a whole scan need no memory at once.
 
     Returns:
         Labels (X, Y, Z, T) on the scan's own grid.
     """
 
-    def labels(native: Tensor) -> Tensor:
+    def labels(native: Tensor, first: int) -> Tensor:
+        if see is not None:
+            see(_completed(native), first)
         return native.argmax(dim=1).to(torch.uint8)
 
     found = _on_native_grid(labels, segmenter, images, preparation, num_classes, device, batch_size)
@@ -116,14 +133,40 @@ def predict_probabilities(
     device: torch.device | str = "cpu",
     batch_size: int | None = None,
 ) -> NDArray[np.float32]:
-    """Return the probabilities (X, Y, Z, T, K) whose largest is what `predict_images` names."""
+    """Return the probabilities (X, Y, Z, T, K) whose largest is what `predict_images` names.
 
-    def classes_last(native: Tensor) -> Tensor:
-        return native.movedim(1, -1)
+    They add up to 1 in every voxel. Where the network read nothing of the scan, the background has all of it.
+    """
 
+    def classes_last(native: Tensor, first: int) -> Tensor:
+        return _completed(native).movedim(1, -1)
+
+    _check_maps(num_classes, len(images.images) * math.prod(images.shape))
     found = _on_native_grid(classes_last, segmenter, images, preparation, num_classes, device, batch_size)
     probabilities: NDArray[np.float32] = _assembled(found, images)
     return probabilities
+
+
+def probabilities_of_images(
+    segmenter: nn.Module, images: Tensor, *, preparation: Preparation, batch_size: int | None = None
+) -> Tensor:
+    """Return probabilities (B, K, *S) of images (B, 1, *S) of any size, on their own grid and device, read by windows."""
+
+    def probabilities(windows: Tensor) -> Tensor:
+        logits: Tensor = segmenter(windows)
+        return logits.float().softmax(dim=1)
+
+    batch_size = batch_size or _BATCH_SIZE[preparation.dimensions]
+    with _evaluating(segmenter):
+        return _by_windows(probabilities, images, preparation=preparation, batch_size=batch_size)
+
+
+def _completed(native: Tensor) -> Tensor:
+    """Make maps (B, K, ...) add up to 1: interpolation rounds, and falls to zero beyond what the network read."""
+    total = native.sum(1, keepdim=True)
+    whole = native / total.clamp_min(torch.finfo(native.dtype).tiny)
+    whole[:, :1] += total == 0
+    return whole
 
 
 def features_of_images(
@@ -151,7 +194,7 @@ def features_of_images(
 
 
 def _on_native_grid(
-    read: Callable[[Tensor], Tensor],
+    read: Callable[[Tensor, int], Tensor],
     segmenter: nn.Module,
     images: Planes | Frames,
     preparation: Preparation,
@@ -159,8 +202,13 @@ def _on_native_grid(
     device: torch.device | str,
     batch_size: int | None,
 ) -> Tensor:
-    """Return what `read` makes of the probabilities (B, K, h, w), or (1, K, x, y, z), on the scan's own voxels, of all images."""
+    """Return what `read` makes of the probabilities (B, K, h, w), or (1, K, x, y, z), on the scan's own voxels, of all images.
+
+    `read` is called with those of B images, and the index of their first one.
+    """
     batch_size = batch_size or _BATCH_SIZE[preparation.dimensions]
+    at_once = batch_size if isinstance(images, Planes) else 1
+    _check_maps(num_classes, at_once * (math.prod(images.shape) + math.prod(images.images.shape[2:])))
 
     def probabilities(windows: Tensor) -> Tensor:
         logits: Tensor = segmenter(windows)
@@ -168,9 +216,10 @@ def _on_native_grid(
             raise ValueError(f"the segmenter gives {logits.shape[1]} classes, {num_classes} were expected")
         return logits.float().softmax(dim=1)
 
-    found = []
+    found: list[Tensor] = []
+    first = 0
     with _evaluating(segmenter):
-        for part in torch.split(images.images, batch_size if isinstance(images, Planes) else 1):
+        for part in torch.split(images.images, at_once):
             blended = _by_windows(probabilities, part.to(device), preparation=preparation, batch_size=batch_size)
             if isinstance(images, Planes):
                 native = from_grid(
@@ -180,8 +229,17 @@ def _on_native_grid(
                 native = from_cubic(
                     blended, images.shape, spacing_mm=images.spacing_mm, target_mm=preparation.spacing_mm
                 )
-            found.append(read(native).cpu())
+            found.append(read(native, first).cpu())
+            first += len(part)
     return torch.cat(found)
+
+
+def _check_maps(num_classes: int, num_voxels: int) -> None:
+    check_room(
+        num_classes * num_voxels,
+        f"maps of {num_classes} classes on {num_voxels:,} voxels",
+        "segment a part of the scan, or use a model of fewer classes",
+    )
 
 
 def _assembled(maps: Tensor, images: Planes | Frames) -> NDArray[Any]:
@@ -231,8 +289,16 @@ def embed_volume(
         planes = planes_of(volume, preparation=preparation, size=None)
         images, at_once = planes.images, batch_size
     padded, sides = _padded(images, size_divisor), images.shape[2:]
+    parts: list[Tensor] = []
     with _evaluating(backbone):
-        found = torch.cat([read(part.to(device)).cpu() for part in torch.split(padded, at_once)])
+        for part in torch.split(padded, at_once):
+            parts.append(read(part.to(device)).cpu())
+            check_room(
+                2 * parts[0][0].numel() * len(padded),
+                f"{volume.key}: {parts[0].shape[1]} features of {' x '.join(map(str, padded.shape[2:]))} pixels of {len(padded)} images",
+                "embed a part of the scan",
+            )
+    found = torch.cat(parts)
     stride = padded.shape[2] // found.shape[2]
     maps = found[(slice(None), slice(None), *(slice(-(-side // stride)) for side in sides))]
 

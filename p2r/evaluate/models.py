@@ -5,31 +5,36 @@ segmentation = model.predict("scan.nii.gz")        # nibabel.Nifti1Image
 segmentation.to_filename("segmentation.nii.gz")
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from p2r.backbone import ArtefactConfig
 from p2r.backbone import load_model as load_segmenter
+from p2r.data.preprocess import check_room
 from p2r.data.volume import Volume, nifti_image, read_volume, to_source_grid, volume_of
-from p2r.evaluate.inference import predict_volume
-from p2r.model.pix2rep import Segmenter
+from p2r.errors import InputError
+from p2r.evaluate.inference import images_read, predict_probabilities, predict_volume
+from p2r.evaluate.metrics import largest_components
+from p2r.model.ensemble import EnsembleSegmenter
 
 
 @dataclass(frozen=True)
 class Model:
-    """A published model, in evaluation mode."""
+    """A published model, or an ensemble of several, in evaluation mode."""
 
-    segmenter: Segmenter
+    segmenter: nn.Module
     """The network: images (B, 1, *S) -> scores (B, 1 + classes, *S)."""
     config: ArtefactConfig
     """Architecture, preparation and classes."""
     manifest: Mapping[str, Any]
-    """The artefact's manifest, with `sha256` and `url`."""
+    """The artefact's manifest, with `sha256` and `url`; of an ensemble, those of its `members`."""
     device: str = "cpu"
     """Device of the weights."""
 
@@ -67,6 +72,24 @@ class Model:
             largest_component=self.config.largest_component,
         )
 
+    def probabilities(self, volume: Volume) -> NDArray[np.float32]:
+        """Return the probability of each class, (X, Y, Z, T, 1 + classes) on the grid of `volume.data`, background first.
+
+        They add up to 1 in every voxel, and need 4 bytes per voxel, frame and class.
+        """
+        return predict_probabilities(
+            self.segmenter,
+            images_read(volume, self.config.preparation),
+            preparation=self.config.preparation,
+            num_classes=len(self.classes) + 1,
+            device=self.device,
+        )
+
+    def labels_of(self, probabilities: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Return the labels (X, Y, Z, T) to which `probabilities` lead."""
+        labels = probabilities.argmax(-1).astype(np.uint8)
+        return largest_components(labels, classes=self.classes) if self.config.largest_component else labels
+
     def volumes_ml(self, labels: NDArray[np.uint8], volume: Volume) -> dict[str, list[float]]:
         """Return the volume of each class in each frame, ml."""
         voxel_ml = float(np.prod(volume.spacing_mm)) / 1000
@@ -91,6 +114,44 @@ def load_model(url: str, *, sha256: str | None = None, key: str | None = None, d
     return Model(segmenter, config, manifest, device)
 
 
+def ensemble(models: Sequence[Model]) -> Model:
+    """Return one model whose probabilities are the mean of those of several, such as the draws of a task.
+
+    Args:
+        models: Of the same classes and preparation, on the same device; their networks may differ in shape.
+
+    Raises:
+        InputError: if there is none, or one differs from the first in what an ensemble must share.
+    """
+    if not models:
+        raise InputError("an ensemble needs at least one model")
+    first = models[0]
+    for other in models[1:]:
+        for name in ("classes", "preparation", "largest_component"):
+            ours, theirs = (getattr(model.config, name) for model in (first, other))
+            if ours != theirs:
+                where = f"{other.manifest['url']} cannot join an ensemble with {first.manifest['url']}"
+                raise InputError(
+                    f"{where}: its {name} {'differ' if name == 'classes' else 'differs'}, {_difference(theirs, ours)}; "
+                    "take models of one task and one preparation"
+                )
+        if other.device != first.device:
+            raise InputError(f"the models of an ensemble must be on one device, got {first.device} and {other.device}")
+    if len(models) == 1:
+        return first
+    manifest = {"members": [dict(model.manifest) for model in models]}
+    segmenter = EnsembleSegmenter([model.segmenter for model in models])
+    return Model(segmenter.eval(), first.config, manifest, first.device)
+
+
+def _difference(theirs: Any, ours: Any) -> str:
+    """Return in which values two parts of a configuration differ."""
+    if hasattr(ours, "model_dump"):
+        pairs = [(name, getattr(theirs, name), value) for name, value in ours.model_dump().items()]
+        return ", ".join(f"{name} {a!r} instead of {b!r}" for name, a, b in pairs if a != b)
+    return f"{theirs!r} instead of {ours!r}"
+
+
 def on_scan_grid(features: NDArray[np.float32], affine: NDArray[np.float64], volume: Volume) -> NDArray[np.float32]:
     """Resample features to the grid of a scan's file, trilinearly; at the edge the nearest ones are taken.
 
@@ -106,6 +167,11 @@ def on_scan_grid(features: NDArray[np.float32], affine: NDArray[np.float64], vol
 
     to_features = np.linalg.inv(affine) @ volume.affine
     shape = volume.data.shape[:3]
+    check_room(
+        math.prod(shape) * features.shape[3],
+        f"{volume.key}: {features.shape[3]} features of {' x '.join(map(str, shape))} voxels",
+        "leave out --native, or embed a part of the scan",
+    )
     found = np.empty((*shape, features.shape[3]), np.float32)
     for channel in range(features.shape[3]):
         ndimage.affine_transform(

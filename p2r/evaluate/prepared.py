@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,16 +28,20 @@ from safetensors.numpy import save_file
 from p2r.data import header, opening, preprocess, volume
 from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
 from p2r.data.volume import Volume, read_volume
-from p2r.errors import StorageError
+from p2r.documents import read_json
+from p2r.errors import InputError, StorageError
 from p2r.evaluate import inference, tasks
 from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, load_scan
 from p2r.files import file_sha256, mark_used, replacing
 from p2r.storage import cache_folder, json_bytes
 
 Arrays = Mapping[str, NDArray[Any]]
+Made = TypeVar("Made")
 
 _VARIABLE = "P2R_PREPARED_GIB"
 _DEFAULT_GIB = "8"
+_MAX_FACTS_BYTES = 2**20
+_UNFIT = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 _LOG = logging.getLogger(__name__)
 
 
@@ -65,14 +69,17 @@ def prepared_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size:
         "preparation": preparation.model_dump(mode="json"),
         "size": size,
     }
-    arrays, facts = kept("scan", key, make)
-    volumes = {
-        name: _volume({key: arrays[f"{name}.{key}"] for key in _ARRAYS_OF_A_VOLUME}, facts[name])
-        for name in ("volume", "labels")
-    }
-    label_planes = torch.from_numpy(arrays["label_planes"]).long()
-    planes = _joined(arrays, facts["planes"])
-    return LabelledScan(scan, volumes["volume"], volumes["labels"], planes, label_planes)
+
+    def use(arrays: Arrays, facts: dict[str, Any]) -> LabelledScan:
+        volumes = {
+            name: _volume({key: arrays[f"{name}.{key}"] for key in _ARRAYS_OF_A_VOLUME}, facts[name])
+            for name in ("volume", "labels")
+        }
+        label_planes = torch.from_numpy(arrays["label_planes"]).long()
+        planes = _joined(arrays, facts["planes"])
+        return LabelledScan(scan, volumes["volume"], volumes["labels"], planes, label_planes)
+
+    return kept("scan", key, make, use=use)
 
 
 def prepared_images(scan: TaskScan, preparation: Preparation) -> Planes | Frames:
@@ -84,43 +91,50 @@ def prepared_images(scan: TaskScan, preparation: Preparation) -> Planes | Frames
         return _split(of(loaded, preparation=preparation, size=None))
 
     key = {"image": file_sha256(scan.image), "preparation": preparation.model_dump(mode="json")}
-    return _joined(*kept("images", key, make))
+    return kept("images", key, make, use=_joined)
 
 
 def kept(
-    kind: str, key: Mapping[str, Any], make: Callable[[], tuple[Arrays, dict[str, Any]]]
-) -> tuple[Arrays, dict[str, Any]]:
-    """Return arrays and JSON facts that were made before for this key, or make them, and keep them.
+    kind: str,
+    key: Mapping[str, Any],
+    make: Callable[[], tuple[Arrays, dict[str, Any]]],
+    *,
+    use: Callable[[Arrays, dict[str, Any]], Made],
+) -> Made:
+    """Return the use of arrays and JSON facts that were made before for this key; or make them, and keep them.
 
     Args:
         kind: Of what is kept.
         key: JSON values: all that it depends on, beside the code that prepares scans.
         make: Makes it.
+        use: Makes the result of them. Kept ones that it cannot use are damaged: they are made again.
     """
     name = hashlib.sha256(json_bytes({"kind": kind, "key": dict(key), "code": _code_sha256()})).hexdigest()
     path = cache_folder() / "prepared" / f"{name}.safetensors"
-    found = _read(path)
+    found = _read(path, use)
     if found is not None:
         return found
     arrays, facts = make()
     _write(path, arrays, facts)
-    return arrays, facts
+    return use(arrays, facts)
 
 
-def _read(path: Path) -> tuple[Arrays, dict[str, Any]] | None:
+def _read(path: Path, use: Callable[[Arrays, dict[str, Any]], Made]) -> Made | None:
     try:
         with safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            facts = json.loads(file.metadata()["facts"])
+            text = file.metadata()["facts"].encode()
+        facts = read_json(text, where=str(path), max_bytes=_MAX_FACTS_BYTES)
+        used = use(arrays, facts)
     except FileNotFoundError:
         return None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # cut by a power failure: made again
+    except (OSError, SafetensorError, InputError, *_UNFIT):  # cut by a power failure, or another's: made again
         with suppress(OSError):
             path.unlink(missing_ok=True)
         return None
     with suppress(OSError):  # evicted meanwhile
         mark_used(path)
-    return arrays, facts
+    return used
 
 
 def _write(path: Path, arrays: Arrays, facts: dict[str, Any]) -> None:

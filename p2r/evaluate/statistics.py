@@ -26,7 +26,8 @@ of 3 or 5 draws are **too narrow**; and of one draw they say nothing about other
 Wilcoxon's signed-rank test (two-sided) asks whether patients' differences lie about zero. Zero differences are left
 out, as Wilcoxon did; differences are equal where 12 decimals are. The test is exact up to 50 patients without ties and
 up to 13 with ties, and a normal approximation with correction for ties above. Holm's correction is over the numbers of
-labelled patients of one comparison. A test of patients says nothing about other draws: the interval does.
+labelled patients of one comparison. A test of patients says nothing about other draws: the interval does. So does the number of draws
+whose own difference has the sign of the mean: 5 of 5 happens by chance in 6 % of comparisons without an effect, 4 of 5 or more in 38 %.
 
 **Label efficiency** reads, off the straight lines between scratch's means over log n, where scratch first reaches a
 mode's Dice. Outside of what scratch was trained with, the side is named and nothing is extrapolated.
@@ -99,7 +100,8 @@ def few_shot_statistics(
           the patients for this draw; with one patient as well, it has no width;
         - `differences`: of each mode from `against`: scratch where there is one (of the same backbone, or of no backbone), and
           the mode's own control from random weights; else every pair of modes. `num_labelled`, `draws`, `patients`,
-          `difference`, `lower`, `upper`, `p`, `p_holm`;
+          `difference`, `lower`, `upper`, `p`, `p_holm`; `difference_by_draw`, in the order of the draws, and `draws_agree`: how many of
+          these have the sign of `difference`;
         - `between_backbones`: the same of one mode with `backbone` from that with `against_backbone`;
         - `label_efficiency`: `num_labelled`, `dice`, `scratch_patients`, `beyond`: `below` if scratch reaches that Dice with
           its fewest patients already, `above` if it nowhere does, else None;
@@ -160,6 +162,8 @@ def few_shot_statistics(
                         "lower": lower,
                         "upper": upper,
                         "p": signed_rank_p(np.nanmean(differences, axis=0)),
+                        "difference_by_draw": np.nanmean(differences, axis=1).tolist(),
+                        "draws_agree": draws_agree(differences),
                     }
                 )
             adjusted = holm([entry["p"] for entry in family])
@@ -217,6 +221,15 @@ def signed_rank_p(differences: NDArray[np.float64]) -> float:
     rounded = np.round(differences, _DECIMALS)
     rounded = rounded[rounded != 0]
     return float(stats.wilcoxon(rounded, method="auto").pvalue) if rounded.size else 1.0
+
+
+def draws_agree(differences: NDArray[np.float64]) -> int:
+    """Return how many draws (rows of (D, P), NaN where a patient has no figure) differ in the direction of the mean difference.
+
+    Differences that are zero to 12 decimals have no direction.
+    """
+    by_draw, mean = np.round(np.nanmean(differences, axis=1), _DECIMALS), np.round(np.nanmean(differences), _DECIMALS)
+    return int((np.sign(by_draw) == np.sign(mean))[by_draw != 0].sum())
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -203,17 +203,18 @@ class Task:
         return tuple(scan for scan in self.scans if scan.subject in subjects)
 
 
-def load_task(path: Path, *, cache: Path | None = None) -> Task:
+def load_task(path: Path, *, cache: Path | None = None, unset: dict[str, str] | None = None) -> Task:
     """Read a task's YAML and find its files.
 
     Args:
         path: The YAML file.
         cache: Where `template://` subjects are made; None: the user's cache.
+        unset: As for `read_task_config`.
 
     Raises:
         DataError: naming the file or the subject, the rule, and the way out.
     """
-    config = read_task_config(path)
+    config = read_task_config(path, unset=unset)
     images = _folder(config.images, "images", path, cache)
     labels = _folder(config.labels, "labels", path, cache)
     found = [
@@ -275,8 +276,12 @@ def task_sha256(path: Path) -> str:
     return hashlib.sha256(json_bytes(decides)).hexdigest()
 
 
-def read_task_config(path: Path) -> TaskConfig:
+def read_task_config(path: Path, *, unset: dict[str, str] | None = None) -> TaskConfig:
     """Read a task's YAML without looking for its files.
+
+    Args:
+        path: The YAML file.
+        unset: If given, environment variables that are not set are noted here, with their keys, instead of refused.
 
     Raises:
         DataError: with one line for each key that is wrong.
@@ -292,7 +297,9 @@ def read_task_config(path: Path) -> TaskConfig:
             for key in ("images", "labels", "licence", "citation"):
                 if isinstance(values.get(key), str):
                     values[key] = fill_in_variables(values[key], where=key, unset=missing)
-            if missing:
+            if unset is not None:
+                unset |= missing
+            elif missing:
                 verb = "variable {} is" if len(missing) == 1 else "variables {} are"
                 raise DataError(
                     f"task {path}: {', '.join(missing.values())}: environment {verb.format(', '.join(missing))} not set; "

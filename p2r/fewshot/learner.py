@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from p2r.data.preprocess import Preparation
 from p2r.fewshot.protocol import Settings, Trial
 from p2r.fewshot.pseudo_labels import PseudoLabelTally
+from p2r.fewshot.rounds import Rounds
 from p2r.fewshot.saved_training import (
     SavedTraining,
     TrainingState,
@@ -36,12 +37,15 @@ Say = Callable[[str], None]
 class Learner:
     """All that one training changes: weights, teacher, optimizer, and what is kept of its losses."""
 
-    def __init__(self, segmenter: Segmenter, trial: Trial, *, num_classes: int, device: str) -> None:
+    def __init__(
+        self, segmenter: Segmenter, trial: Trial, *, num_classes: int, device: str, rounds: Rounds | None = None
+    ) -> None:
         settings, kind = trial.settings, MODES[trial.mode].unlabelled
         assert settings.learning_rate is not None and settings.steps is not None
         self.segmenter, self._trial, self._steps, self._peak = segmenter, trial, settings.steps, settings.learning_rate
         self.teacher = copy.deepcopy(segmenter).requires_grad_(False) if kind != "none" else None
         self.tally = PseudoLabelTally(num_classes, self._steps, device) if kind == "pseudo_labels" else None
+        self.rounds = rounds
         self.student, self.as_teacher = segmenter, self.teacher or segmenter
         self._is_frozen = not any(parameter.requires_grad for parameter in segmenter.backbone.parameters())
         self._warmup = 0 if self._is_frozen else min(settings.warmup_head_steps or 0, self._steps)
@@ -124,6 +128,9 @@ class Learner:
             "tail": torch.stack(self.tail) if self.tail else torch.zeros(0),
         }
         facts = {"curve": self.curve, "tally": None if self.tally is None else self.tally.state()}
+        if self.rounds is not None:
+            tensors |= self.rounds.tensors()
+            facts["rounds"] = self.rounds.facts()
         return TrainingState(step, tensors, facts)
 
     def resume(self, saved: SavedTraining | None, *, say: Say) -> int:
@@ -141,6 +148,8 @@ class Learner:
         self.curve = list(state.facts["curve"])
         if self.tally is not None:
             self.tally.restore(state.facts["tally"])
+        if self.rounds is not None:
+            self.rounds.restore(state.tensors, state.facts["rounds"])
         say(f"{self._trial.id} | resumes after step {state.step}/{self._steps}")
         return state.step
 

@@ -25,7 +25,16 @@ ProtocolName = Literal["leak_free", "paper_compat"]
 Candidate = Mapping[str, float]
 """Values that a search tries, by the settings' names."""
 
-_WHOLE = ("steps", "warmup_head_steps", "background_prototypes")
+_WHOLE = ("steps", "warmup_head_steps", "background_prototypes", "self_training_rounds", "agreement_views")
+_LATER = (
+    "self_training_rounds",
+    "self_training_fraction",
+    "self_training_min_change",
+    "agreement_views",
+    "plausible_size_factor",
+    "plausible_margin_mm",
+)
+"""Settings that came after results were published: a trial whose mode has none keeps the digest that it had before."""
 
 
 class LabelledTask(Protocol):
@@ -62,6 +71,12 @@ class Settings:
     cutmix_labelled_fraction: float | None = None
     feature_dropout: float | None = None
     background_prototypes: int | None = None
+    self_training_rounds: int | None = None
+    self_training_fraction: float | None = None
+    self_training_min_change: float | None = None
+    agreement_views: int | None = None
+    plausible_size_factor: float | None = None
+    plausible_margin_mm: float | None = None
 
     def given(self) -> dict[str, float]:
         """Return the settings that the mode has."""
@@ -91,6 +106,13 @@ class Trial:
         name += f"-{self.protocol}" * (self.protocol != "leak_free")
         values = asdict(self.settings)
         return name + "".join(f"-{'lr' if key == 'learning_rate' else key}{values[key]!r}" for key in self.searched)
+
+    def to_recipe(self) -> dict[str, Any]:
+        """Return what a digest of the trial depends on."""
+        values = asdict(self)
+        settings = values["settings"].items()
+        values["settings"] = {name: value for name, value in settings if value is not None or name not in _LATER}
+        return values
 
     def to_row(self) -> dict[str, Any]:
         """Return what a row of `report.json` says of the trial."""

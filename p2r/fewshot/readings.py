@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from p2r.fewshot.stored import read_readings
 from p2r.storage import Storage, json_bytes
 from p2r.version import code_version
 
@@ -32,7 +33,7 @@ def record_reading(storage: Storage, reading: Mapping[str, Any]) -> None:
 
 def merge_readings(storage: Storage) -> list[dict[str, Any]]:
     """Write `report/test_reads.jsonl` from all readings so far, and return them, oldest first."""
-    readings = [storage.read_json(path) for path in storage.list(_FOLDER) if path.endswith(".json")]
+    readings = read_readings(storage, _FOLDER)
     readings.sort(key=lambda reading: (reading["time"], reading["trial"], reading["recipe_sha256"]))
     if readings:
         lines = "".join(json.dumps(reading, sort_keys=True) + "\n" for reading in readings)

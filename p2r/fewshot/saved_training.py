@@ -8,18 +8,33 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from p2r.errors import InputError
 from p2r.storage import Storage
+from p2r.tensors import read_facts
 
 SAVE_INTERVAL_S = 120.0
 """Time between two saves: what a kill costs at most."""
 _FORMAT = "p2r-training/1"
+
+
+class _Facts(BaseModel):
+    """What this file computes with; the learner keeps more."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    format: str
+    step: Annotated[int, Field(ge=0, lt=2**53)]
+    seconds: Annotated[float, Field(ge=0, le=1e12)]
+
+
+_FACTS = TypeAdapter(_Facts)
 
 
 @dataclass(frozen=True)
@@ -76,14 +91,13 @@ class SavedTraining:
         content = self._storage.read_bytes(self._path)
         try:
             tensors = load(content)
-            length = int.from_bytes(content[:8], "little")
-            facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["facts"])
-        except (SafetensorError, ValueError, KeyError):
+            facts = read_facts(content, _FACTS, where=self._storage.at(self._path))
+        except (SafetensorError, ValueError, InputError):
             return None
-        if facts.get("format") != _FORMAT:
+        if facts["format"] != _FORMAT:
             return None
         self._seconds_before = float(facts["seconds"])
-        return TrainingState(int(facts["step"]), tensors, facts)
+        return TrainingState(facts["step"], tensors, facts)
 
     def delete(self) -> None:
         """Remove what is stored: the trial is done."""

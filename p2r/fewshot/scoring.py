@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from p2r.data.preprocess import Frames, Planes, Preparation, slice_axis
+from p2r.data.preprocess import Frames, Planes, Preparation, slice_axis, volume_to_planes
 from p2r.data.volume import Volume
+from p2r.evaluate.calibration import CalibrationSums, calibration_row, calibration_sums, near_organs
 from p2r.evaluate.inference import predict_images, predict_probabilities, size_read
 from p2r.evaluate.metrics import (
     Score,
@@ -59,6 +60,8 @@ class Scored:
     """Labels (X, Y, Z, T) on each scan's own grid, by the scan's key."""
     soft_dice_with_background: float | None
     """Mean over patients, with paper_compat only."""
+    calibration: dict[str, Any] | None
+    """The `calibration` of a row of `report.json`, if it was asked for."""
 
 
 def cases_of(scans: Sequence[TaskScan], task: Task, preparation: Preparation, *, is_cropped: bool) -> Iterator[Case]:
@@ -89,6 +92,7 @@ def score_cases(
     nsd_tolerance_mm: float | None,
     largest_component: bool,
     device: str,
+    is_calibrated: bool = False,
     see: Callable[[Case], None] = lambda case: None,
 ) -> Scored:
     """Predict and compare.
@@ -101,16 +105,21 @@ def score_cases(
         nsd_tolerance_mm: Of the normalised surface Dice; None: Dice alone.
         largest_component: Keep the largest connected part of each predicted class alone.
         device: Where the segmenter runs.
+        is_calibrated: Compute calibration, too (`p2r.evaluate.calibration`).
         see: Called with every case before it is predicted; it may refuse it.
     """
     scores: list[tuple[str, dict[str, Score]]] = []
     rows: list[dict[str, Any]] = []
     predictions: dict[str, NDArray[np.uint8]] = {}
     soft: dict[str, list[float]] = {}
+    calibration: dict[str, CalibrationSums] = {}
     for case in cases:
         see(case)
-        prediction, probabilities = _predicted(segmenter, case, task, preparation, largest_component, device)
         subject = case.scan.subject
+        tally = _Calibration(case) if is_calibrated else None
+        prediction, probabilities = _predicted(segmenter, case, task, preparation, largest_component, device, tally)
+        if tally is not None:
+            calibration[subject] = calibration.get(subject, CalibrationSums.empty()) + tally.sums
         axis = (
             case.images.axis
             if isinstance(case.images, Planes)
@@ -142,16 +151,46 @@ def score_cases(
                 soft.setdefault(subject, []).append(figure)
         _put(prediction, case, predictions)
     soft_dice = fmean(fmean(of_subject) for of_subject in soft.values()) if soft else None
-    return Scored(summarise(scores), tuple(rows), predictions, soft_dice)
+    calibrated = calibration_row(calibration) if is_calibrated else None
+    return Scored(summarise(scores), tuple(rows), predictions, soft_dice, calibrated)
+
+
+class _Calibration:
+    """Compares the probabilities of a case with its reference, some images at a time."""
+
+    def __init__(self, case: Case) -> None:
+        near = near_organs(case.reference, case.volume.spacing_mm)
+        self._reference, self._near = (_as_images(maps, case.images) for maps in (case.reference, near))
+        self.sums = CalibrationSums.empty()
+
+    def see(self, probabilities: Tensor, first: int) -> None:
+        images = slice(first, first + len(probabilities))
+        self.sums += calibration_sums(probabilities.cpu(), self._reference[images], self._near[images])
+
+
+def _as_images(maps: NDArray[Any], images: Planes | Frames) -> Tensor:
+    """Cut maps (X, Y, Z, T) as the images of their scan are cut, on the scan's own voxels."""
+    cut = volume_to_planes(maps, images.axis) if isinstance(images, Planes) else np.moveaxis(maps, 3, 0)
+    return torch.from_numpy(np.ascontiguousarray(cut))
 
 
 def _predicted(
-    segmenter: nn.Module, case: Case, task: Task, preparation: Preparation, largest_component: bool, device: str
+    segmenter: nn.Module,
+    case: Case,
+    task: Task,
+    preparation: Preparation,
+    largest_component: bool,
+    device: str,
+    tally: _Calibration | None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
     options: dict[str, Any] = {"preparation": preparation, "num_classes": task.num_classes, "device": device}
     if case.places is None:
-        return predict_images(segmenter, case.images, largest_component=largest_component, **options), None
+        see = None if tally is None else tally.see
+        return predict_images(segmenter, case.images, largest_component=largest_component, see=see, **options), None
     probabilities = predict_probabilities(segmenter, case.images, **options)
+    if tally is not None:
+        images = [_as_images(probabilities[..., value], case.images) for value in range(task.num_classes)]
+        tally.see(torch.stack(images, dim=1), 0)
     labels = probabilities.argmax(-1).astype(np.uint8)
     return largest_components(labels, classes=task.config.classes) if largest_component else labels, probabilities
 

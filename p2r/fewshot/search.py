@@ -50,6 +50,7 @@ from p2r.fewshot.protocol import (
     settings_of,
     trial_on_all,
 )
+from p2r.fewshot.stored import read_sweeps
 from p2r.fewshot.trial import TrialSetup, run_trial, slices_of
 from p2r.files import file_sha256
 from p2r.modes import MODES, Mode
@@ -189,7 +190,7 @@ class _Sweep:
 
     def overhead(self) -> dict[str, Any]:
         """Return what all sweeps that were not cut short took beyond their trials' own time."""
-        took = [self._storage.read_json(path) for path in self._storage.list("sweeps") if path.endswith(".json")]
+        took = read_sweeps(self._storage)
         slots_s = math.fsum(one["sweep_s"] * one["num_concurrent"] for one in took)
         trials_s = math.fsum(one["trials_s"] for one in took)
         return {
@@ -406,10 +407,15 @@ def trial_for_publishing(setup: TrialSetup, best: Result) -> Trial | None:
 def publish_best(setup: TrialSetup, results: Sequence[Result], backbone: Backbone, storage: Storage) -> dict[str, Any]:
     """Publish the model that `choose_model` chooses below `storage` (`<storage>/models`), and return its manifest."""
     best = choose_model(setup.config, results)
+    return _publish(setup, best, backbone, storage, why=reason_for(setup.config, best, results))
+
+
+def reason_for(config: FinetuneConfig, best: Result, results: Sequence[Result]) -> str:
+    """Return why `best` is published, for its card: its validation Dice, and the models that it was compared with."""
     num = sum(MODES[one["trial"]["mode"]].weights == MODES[best["trial"]["mode"]].weights for one in results)
-    among = "fine-tuned models" if setup.config.published_mode == "fine_tuned" and num < len(results) else "models"
-    why = f"the best validation Dice ({_dice_of(best):.3f}) of {num if among != 'models' else len(results)} {among}"
-    return _publish(setup, best, backbone, storage, why=why)
+    is_among_fine_tuned = config.published_mode == "fine_tuned" and num < len(results)
+    among = f"{num} fine-tuned models" if is_among_fine_tuned else f"{len(results)} models"
+    return f"the best validation Dice ({_dice_of(best):.3f}) of {among}"
 
 
 def publish_on_all(setup: TrialSetup, result: Result, backbone: Backbone, storage: Storage) -> dict[str, Any]:

@@ -14,8 +14,8 @@ common size `*S` (`H W`, or `X Y Z`).
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from p2r.fewshot.pseudo_labels import (
     pseudo_labels,
     strong_views,
 )
+from p2r.fewshot.rounds import NOT_COUNTED, Rounds
 from p2r.fewshot.saved_training import (
     SavedTraining,
 )
@@ -65,7 +66,7 @@ class Images:
     inside: Tensor
     """(P, *S) bool: pixels of the scan."""
     labels: Tensor | None
-    """(P, *S) int64; None: unlabelled."""
+    """(P, *S) int64; of pseudo-labels, `NOT_COUNTED` where there is none; None: unlabelled."""
 
 
 def labelled_images(scans: Sequence[LabelledScan]) -> Images:
@@ -101,6 +102,10 @@ class Trained:
     curve: tuple[dict[str, Any], ...] = ()
     """Everything that `look` returned."""
     pseudo_labels: PseudoLabelTally | None = None
+    rounds: Sequence[Mapping[str, Any]] = ()
+    """Of each round of self-training, JSON values."""
+    warnings: Sequence[str] = ()
+    """Problems that did not end the training."""
 
 
 def train_segmenter(
@@ -117,6 +122,7 @@ def train_segmenter(
     look: Look | None = None,
     look_steps: int = 1,
     saved: SavedTraining | None = None,
+    rounds: Rounds | None = None,
 ) -> Trained:
     """Train with Dice + cross-entropy on augmented images.
 
@@ -133,6 +139,7 @@ def train_segmenter(
         look: Called with the number of steps done, and the network that would be returned, every `look_steps`.
         look_steps: See `look`.
         saved: Where the training state is saved every few minutes, and resumed from.
+        rounds: Labels the unlabelled images in rounds, before the teacher does it at every step.
 
     Raises:
         TrainingError: if it diverges.
@@ -141,7 +148,7 @@ def train_segmenter(
     settings = trial.settings
     steps = settings.steps
     assert settings.learning_rate is not None and steps is not None and labelled.labels is not None
-    run = Learner(segmenter, trial, num_classes=num_classes, device=device)
+    run = Learner(segmenter, trial, num_classes=num_classes, device=device, rounds=rounds)
     criterion = DiceCELoss(softmax=True, to_onehot_y=True, batch=True)
     segmenter.train()
     if config.compile:
@@ -149,13 +156,16 @@ def train_segmenter(
     start = run.resume(saved, say=say)
     for step in range(start, steps):
         run.set_rates(step)
+        if rounds is not None and (line := rounds.at(step, run.found)) is not None:
+            say(f"{trial.id} | step {step} | {line}")
         key = ("finetune", trial.task, trial.num_labelled, trial.draw, step)
         batch = _labelled_batch(labelled, key, config=config, preparation=preparation, device=device)
         unlabelled_loss: Tensor | None = None
         if unlabelled is None or run.teacher is None:
             logits = run.student(batch.images)
         else:
-            views, draws = _views(unlabelled, key, config=config, preparation=preparation, device=device)
+            of_step = unlabelled if rounds is None else replace(unlabelled, labels=rounds.labels)
+            views, draws = _views(of_step, key, config=config, preparation=preparation, device=device)
             if run.tally is None:
                 logits = run.student(batch.images)
                 unlabelled_loss = _disagreement(run.student, run.as_teacher, views)
@@ -176,7 +186,14 @@ def train_segmenter(
             saved.save(run.state(step + 1))
             if saved.is_over:
                 raise OutOfTime(f"{trial.id} | time is over, saved after step {step + 1}/{steps}")
-    return Trained(run.found.eval(), _checked(run.found, run.first, run.tail, trial), tuple(run.curve), run.tally)
+    return Trained(
+        run.found.eval(),
+        _checked(run.found, run.first, run.tail, trial),
+        tuple(run.curve),
+        run.tally,
+        () if rounds is None else rounds.told,
+        () if rounds is None else rounds.warnings(),
+    )
 
 
 def _labelled_batch(
@@ -213,7 +230,7 @@ def _views(
 ) -> tuple[WeakAndStrong, Draws]:
     """Augment unlabelled images of a step; and what else is drawn for each of them."""
     chosen, generators = _draw(config, (*key, "unlabelled"), len(unlabelled.images))
-    windows, is_scan, _ = _windows(unlabelled, chosen, generators, preparation)
+    windows, is_scan, labels = _windows(unlabelled, chosen, generators, preparation)
     views = augment_weakly_and_strongly(
         windows,
         is_scan,
@@ -222,9 +239,15 @@ def _views(
         size=preparation.image_size,
         spacing_mm=preparation.spacing_mm,
         generators=generators,
+        labels=labels,
     )
-    a, b = views.strong
-    moved = WeakAndStrong(views.weak.to(device), (a.to(device), b.to(device)), views.shown.to(device))
+    (a, b), labels = views.strong, views.labels
+    moved = WeakAndStrong(
+        views.weak.to(device),
+        (a.to(device), b.to(device)),
+        views.shown.to(device),
+        None if labels is None else labels.to(device),
+    )
     return moved, Draws.of_generators(generators)
 
 
@@ -234,8 +257,11 @@ def _weak_to_strong(
     """Return the logits of the labelled images, and the loss on the unlabelled ones, of one pass over all of them."""
     settings = run.settings
     assert run.teacher is not None and run.tally is not None
-    threshold = settings.confidence_threshold or 0.0
-    classes, counts = pseudo_labels(run.as_teacher, views.weak, views.shown, threshold=threshold)
+    if views.labels is None:
+        threshold = settings.confidence_threshold or 0.0
+        classes, counts = pseudo_labels(run.as_teacher, views.weak, views.shown, threshold=threshold)
+    else:
+        classes, counts = views.labels.clamp(min=0), (views.labels != NOT_COUNTED) & views.shown
     run.tally.add(step, classes, counts, views.shown)
     strong = strong_views(views, classes, counts, batch, settings=settings, draws=draws)
     # Normalisation never mixes images (p2r.model.backbones), so one pass gives what two would.

@@ -5,30 +5,35 @@ a semi-supervised mode, the images of the other train patients, whose label file
 scan is whole (no crop by the label). What a finished trial found is read from the storage; it trains and reads nothing again.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from p2r.backbone import ArtefactConfig, Backbone, load_backbone
 from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Preparation
-from p2r.evaluate.inference import features_of_images, size_read
-from p2r.evaluate.prepared import kept, prepared_images, prepared_scan
+from p2r.evaluate.inference import size_read
+from p2r.evaluate.prepared import prepared_images, prepared_scan
 from p2r.evaluate.tasks import LabelledScan, Split, Task, TaskConfig, load_task, read_task_config, task_sha256
+from p2r.fewshot.frozen import FeaturesOfScan, frozen_features, plausibility_of, segmenter_by_prototypes
 from p2r.fewshot.leaks import Known
+from p2r.fewshot.odd_scans import odd_scans
 from p2r.fewshot.paper_compat import Crop, cropped, split_by_slice
+from p2r.fewshot.plausibility import frames_of_scans
 from p2r.fewshot.protocol import Trial
-from p2r.fewshot.prototypes import class_prototypes
 from p2r.fewshot.readings import record_reading
+from p2r.fewshot.rounds import Rounds, Unlabelled
 from p2r.fewshot.saved_training import SavedTraining
 from p2r.fewshot.scoring import Case, Scored, case_of_crop, cases_of, npz_bytes, score_cases
+from p2r.fewshot.stored import read_result
 from p2r.fewshot.training import (
     Images,
     Look,
@@ -38,7 +43,6 @@ from p2r.fewshot.training import (
     train_segmenter,
     unlabelled_images,
 )
-from p2r.files import file_sha256
 from p2r.model.backbones import build_backbone
 from p2r.model.heads import PrototypeHead
 from p2r.model.pix2rep import Segmenter
@@ -46,6 +50,8 @@ from p2r.modes import MODES
 from p2r.randomness import keyed_generator
 from p2r.storage import Storage, json_bytes
 from p2r.version import code_version
+
+_NONE_LEFT = "no train patient is left without labels: the labelled patients' own images served as the unlabelled ones"
 
 Say = Callable[[str], None]
 Report = Callable[[int, float], None]
@@ -83,7 +89,9 @@ class TrialSetup:
     def recipe_sha256(self, trial: Trial) -> str:
         """Return a digest of everything that the trial's result depends on."""
         config = self.config.model_dump(
-            mode="json", include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"}
+            mode="json",
+            include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"},
+            exclude={"views": {"shown_fraction"}},  # of pretraining only
         )
         if MODES[trial.mode].unlabelled == "pseudo_labels":
             config |= self.config.model_dump(mode="json", include={"strong_intensity"})
@@ -93,7 +101,7 @@ class TrialSetup:
             config["probe_augmentation"] = self.config.probe_augmentation
         recipe: dict[str, Any] = {
             "config": config,
-            "trial": asdict(trial),
+            "trial": trial.to_recipe(),
             "task": task_sha256(Path(self.task)),
             "data": self.data_sha256,
             "backbone": self._backbone_of(trial),
@@ -137,7 +145,7 @@ class TrialSetup:
     def stored(self, trial: Trial) -> dict[str, Any] | None:
         """Return what the storage holds of the trial: its result, or how far it came before it was stopped."""
         path = self._stored_path(trial)
-        return None if path is None else dict(Storage(self.storage).read_json(path))
+        return None if path is None else read_result(Storage(self.storage), path)
 
     def _stored_path(self, trial: Trial) -> str | None:
         storage = Storage(self.storage)
@@ -179,8 +187,7 @@ def run_trial(
     """
     storage, path = Storage(setup.storage), setup.result_path(trial)
     if storage.exists(path):
-        done: dict[str, Any] = storage.read_json(path)
-        return done
+        return read_result(storage, path)
     saved = SavedTraining(storage, setup.state_path(trial), deadline=deadline)
     config, task = setup.config, load_task(Path(setup.task))
     backbone = load_backbone(setup.backbone, sha256=setup.backbone_sha256)
@@ -193,7 +200,7 @@ def run_trial(
 
     reports_validation = trial.purpose == "final" and config.score_on == "validation"
 
-    def score(segmenter: nn.Module, cases: Iterable[Case], split: Split) -> Scored:
+    def score(segmenter: nn.Module, cases: Iterable[Case], split: Split, *, is_reported: bool = False) -> Scored:
         return score_cases(
             segmenter,
             cases,
@@ -203,6 +210,7 @@ def run_trial(
             nsd_tolerance_mm=config.nsd_tolerance_mm if split == "test" or reports_validation else None,
             largest_component=config.largest_component,
             device=device,
+            is_calibrated=is_reported,
             see=lambda case: see(case, split),
         )
 
@@ -230,7 +238,7 @@ def run_trial(
         saved=saved if report is None else None,  # a scheduler's trials are short, and hang on their rivals
     )
     segmenter = trained.segmenter
-    validation = score(segmenter, validation_cases(), "validation")
+    validation = score(segmenter, validation_cases(), "validation", is_reported=reports_validation)
     result: dict[str, Any] = {
         "trial": trial.to_row(),
         "train_loss": trained.loss,
@@ -249,8 +257,12 @@ def run_trial(
         names = ["background", *task.config.classes.values()]
         threshold = trial.settings.confidence_threshold or 0.0
         told["pseudo_labels"] = trained.pseudo_labels.to_row(names, threshold=threshold)
-        for warning in told["pseudo_labels"]["warnings"]:
-            say(f"{trial.id} | WARNING: {warning}")
+        if trained.rounds:
+            told["pseudo_labels"]["rounds"] = trained.rounds
+    if trained.warnings:
+        told["warnings"] = list(trained.warnings)
+    for warning in warnings_of(told):
+        say(f"{trial.id} | WARNING: {warning}")
     result |= told
     if isinstance(segmenter.head, PrototypeHead):
         result["num_prototypes"] = list(segmenter.head.num_prototypes)
@@ -267,7 +279,7 @@ def run_trial(
                 Storage(setup.root), {"task": task.name, "trial": trial.id, "num_scans": len(scans), **reading}
             )
             cases = cases_of(scans, task, preparation, is_cropped=trial.protocol == "paper_compat")
-            reported = score(segmenter, cases, "test")
+            reported = score(segmenter, cases, "test", is_reported=True)
         result["weights"], predictions = f"{stem}.safetensors", f"{stem}.npz"
         storage.write_bytes(
             result["weights"], save({key: value.cpu().contiguous() for key, value in segmenter.state_dict().items()})
@@ -288,6 +300,8 @@ def run_trial(
             "device": result["device"],
             **told,
         }
+        if reported.calibration is not None:
+            result["row"]["calibration"] = reported.calibration
         if reported.soft_dice_with_background is not None:
             result["row"]["soft_dice_with_background"] = reported.soft_dice_with_background
     result["seconds"] = round(saved.seconds, 3)
@@ -355,22 +369,27 @@ def _fit(
     """Make the segmenter of a trial."""
     config, preparation = setup.config, setup.preparation(backbone)
     segmenter = build_segmenter(trial, backbone, num_classes=task.num_classes, seed=config.seed).to(device)
-    if trial.mode == "prototype":
-        scans = _features(training(size_read(preparation)), segmenter.backbone, setup, trial, preparation, device)
-        found = class_prototypes(
-            scans,
-            num_classes=task.num_classes,
-            background_prototypes=trial.settings.background_prototypes or 1,
-            generator=keyed_generator(config.seed, "prototypes", trial.num_labelled, trial.draw),
+    num_classes = task.num_classes
+
+    def features() -> list[FeaturesOfScan]:
+        return frozen_features(
+            training(size_read(preparation)),
+            segmenter.backbone,
+            trial,
+            backbone_sha256=setup.backbone_sha256,
+            preparation=preparation,
+            device=device,
         )
-        head = PrototypeHead(backbone.config.model.feature_channels, [len(of_class) for of_class in found])
-        head.load_state_dict({"prototypes": torch.cat(found)})
-        return Trained(Segmenter(segmenter.backbone, head).to(device).eval(), None)
+
+    if trial.mode == "prototype":
+        by_prototypes = segmenter_by_prototypes(
+            segmenter.backbone, features(), trial, num_classes=num_classes, seed=config.seed
+        )
+        return Trained(by_prototypes, None)
     if trial.mode == "linear_probe" and config.probe_augmentation == "none":
-        scans = _features(training(size_read(preparation)), segmenter.backbone, setup, trial, preparation, device)
         loss, curve = train_head(
             segmenter.head,
-            scans,
+            features(),
             trial=trial,
             config=config,
             device=device,
@@ -379,25 +398,57 @@ def _fit(
             look_steps=look_steps,
         )
         return Trained(segmenter.eval(), loss, curve)
-    unlabelled = None
+    labelled = training(None)
+    unlabelled, rounds, warnings = None, None, list[str]()
     if MODES[trial.mode].unlabelled != "none":
         # Of those who were not drawn, the images alone; if all were drawn, theirs.
-        others = tuple(sorted(set(task.subjects["train"]) - set(trial.subjects))) or trial.subjects
-        unlabelled = unlabelled_images([prepared_images(scan, preparation) for scan in task.scans_of(others)])
-    return train_segmenter(
+        others = _without_labels(task, trial) or trial.subjects
+        scans = task.scans_of(others)
+        images = [prepared_images(scan, preparation) for scan in scans]
+        if others == trial.subjects:
+            warnings.append(_NONE_LEFT)
+        else:
+            by_name = {scan.key: image for scan, image in zip(scans, images, strict=True)}
+            warnings += odd_scans([scan.planes for scan in labelled], by_name)
+        unlabelled = _on(unlabelled_images(images), device)
+        if MODES[trial.mode].has_rounds:
+            rounds = Rounds(
+                Unlabelled(unlabelled.images, unlabelled.inside, frames_of_scans(images)),
+                segmenter_by_prototypes(
+                    copy.deepcopy(segmenter.backbone), features(), trial, num_classes=num_classes, seed=config.seed
+                ),
+                plausibility_of(labelled, trial, num_classes=num_classes, preparation=preparation),
+                trial=trial,
+                config=config,
+                preparation=preparation,
+                names=["background", *task.config.classes.values()],
+            )
+    trained = train_segmenter(
         segmenter,
-        _on(labelled_images(training(None)), device),
-        None if unlabelled is None else _on(unlabelled, device),
+        _on(labelled_images(labelled), device),
+        unlabelled,
         trial=trial,
         config=config,
         preparation=preparation,
-        num_classes=task.num_classes,
+        num_classes=num_classes,
         device=device,
         say=say,
         look=look,
         look_steps=look_steps,
         saved=saved,
+        rounds=rounds,
     )
+    return replace(trained, warnings=(*warnings, *trained.warnings))
+
+
+def warnings_of(row: Mapping[str, Any]) -> list[str]:
+    """Return the problems of a trial that did not end it, as its row states them."""
+    return [*row.get("warnings", ()), *(row.get("pseudo_labels") or {}).get("warnings", ())]
+
+
+def _without_labels(task: Task, trial: Trial) -> tuple[str, ...]:
+    """Return the train patients who were not drawn."""
+    return tuple(sorted(set(task.subjects["train"]) - set(trial.subjects)))
 
 
 def _on(images: Images, device: str) -> Images:
@@ -418,36 +469,6 @@ def build_segmenter(trial: Trial, backbone: Backbone, *, num_classes: int, seed:
     return Segmenter(
         network, ArtefactConfig(model=config.model, preparation=config.preparation, classes=classes).head()
     )
-
-
-def _features(
-    scans: list[LabelledScan],
-    network: nn.Module,
-    setup: TrialSetup,
-    trial: Trial,
-    preparation: Preparation,
-    device: str,
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Features, labels and inside of every scan; features are kept on this machine's disk for all trials of the backbone."""
-    found = []
-    for scan in scans:
-
-        def make(scan: LabelledScan = scan) -> tuple[dict[str, Any], dict[str, Any]]:
-            features = features_of_images(network, scan.planes, preparation=preparation, device=device)
-            return {"features": features.numpy()}, {}
-
-        if trial.protocol == "paper_compat":  # cropped by the label, and split: of this trial alone
-            arrays = make()[0]
-        else:
-            key = {
-                "image": file_sha256(scan.scan.image),
-                "preparation": preparation.model_dump(mode="json"),
-                "backbone": setup.backbone_sha256,
-                "device": device,
-            }
-            arrays = dict(kept("features", key, make)[0])
-        found.append((torch.from_numpy(arrays["features"]), scan.label_planes, scan.planes.inside))
-    return found
 
 
 def _dice_text(point: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from p2r.report.distributions import by_stratum, class_boxes, where_in_the_organ
 from p2r.report.forest import Difference, figures_text, forest, p_text
 from p2r.report.page import Block, Cards, Folded, Grid, Heading, Paragraph, Picture, html, markdown
 from p2r.report.patients import MEAN, THIRDS, Patient, mean_of, patients_of
+from p2r.report.reliability import calibration_blocks
 from p2r.report.tables import (
     LEAK_FREE,
     Cell,
@@ -411,6 +412,7 @@ class _Page:
                 f"Dice of every one of the {split_of(rows)} patients, by class, mode and number of labelled patients.",
             )
         yield from self.failures(patients, rows, task, tag, source)
+        yield from calibration_blocks(rows, task=task, tag=tag, source=source, put=self.put)
 
     def differences(self, rows: Sequence[Row], task: str, tag: str, source: str) -> Iterator[Block]:
         """Yield the forest of paired differences and its table."""
@@ -449,13 +451,23 @@ class _Page:
             f"Difference of Dice to {against}, paired by patient, with its {self.level} interval: to the right of zero is better.",
         )
         yield Grid(
-            ("labelled patients", "mode", "against", f"difference, {self.level} interval", "p", "p (Holm)", "patients"),
+            (
+                "labelled patients",
+                "mode",
+                "against",
+                f"difference, {self.level} interval",
+                "draws of its sign",
+                "p",
+                "p (Holm)",
+                "patients",
+            ),
             [
                 (
                     str(one["num_labelled"]),
                     series_name(series_of(one)),
                     series_name((one["against"], "")),
                     figures_text(one["difference"], one["lower"], one["upper"]),
+                    f"{one['draws_agree']} of {one['draws']}" if "draws_agree" in one else "–",
                     p_text(one["p"]),
                     p_text(one["p_holm"]),
                     str(one["patients"]),

@@ -52,6 +52,10 @@ class Cell:
     """Mean Dice above that of training from scratch on the same patients."""
     backbone: str = ""
     """Short name of the backbone, where rows of several stand in one table."""
+    ece: Spread = Spread(None, None)
+    """Expected calibration error near the organs; no mean where rows do not hold it."""
+    brier: Spread = Spread(None, None)
+    """Brier score near the organs."""
 
     @property
     def series(self) -> tuple[str, str]:
@@ -120,6 +124,9 @@ def table(rows: Sequence[Row]) -> Table:
         result.add_column(name, justify="right" if name == "patients" else "left", no_wrap=True)
     for name in ("Dice", "over scratch", "per class", "HD95 mm", "NSD"):
         result.add_column(name, justify="left" if name == "per class" else "right")
+    is_calibrated = any(cell.ece.mean is not None for cell in cells)
+    for name in ("ECE", "Brier") if is_calibrated else ():
+        result.add_column(name, justify="right")
     best = best_cells(cells)
     for index, cell in enumerate(cells):
         per_class = ", ".join(f"{name} {spread.text(2).split(' ')[0]}" for name, spread in cell.dice.items())
@@ -133,6 +140,7 @@ def table(rows: Sequence[Row]) -> Table:
             Text(one_line(per_class)),
             cell.hd95_mm.text(1),
             cell.nsd.text(3),
+            *((cell.ece.text(3), cell.brier.text(3)) if is_calibrated else ()),
             end_section=index + 1 == len(cells) or _setting(cells[index + 1]) != _setting(cell),
         )
     return result
@@ -182,6 +190,12 @@ def best_cells(cells: Sequence[Cell]) -> list[Cell]:
     return [max(group, key=lambda cell: cell.dice_mean.mean or 0.0) for group in settings.values() if len(group) > 1]
 
 
+def calibration_of(row: Row, name: str) -> float | None:
+    """Return a figure of a row's `calibration`; None for a row that has none, as those of earlier versions."""
+    figure = (row.get("calibration") or {}).get(name)
+    return None if figure is None else float(figure)
+
+
 def gain_text(cell: Cell) -> str:
     """Return the gain over training from scratch with its sign, or nothing."""
     return "" if cell.gain is None or cell.mode == SCRATCH else signed(cell.gain, 3)
@@ -209,6 +223,8 @@ def _cell(key: tuple[str, str, int, tuple[str, str]], draws: dict[int, Row], scr
         nsd=_spread(row["nsd"] for row in rows),
         gain=fmean(gains) if gains else None,
         backbone=backbone,
+        ece=_spread(calibration_of(row, "ece") for row in rows),
+        brier=_spread(calibration_of(row, "brier") for row in rows),
     )
 
 

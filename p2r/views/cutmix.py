@@ -38,23 +38,30 @@ class Labelled:
         return Labelled(self.images[rows], self.labels[rows], self.counts[rows])
 
 
-def draw_boxes(draws: Draws, *, size: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+def draw_boxes(
+    draws: Draws,
+    *,
+    size: tuple[int, ...],
+    device: torch.device | None = None,
+    fraction: tuple[float, float] = BOX_FRACTION,
+) -> Tensor:
     """Draw a box in each image.
 
     Args:
         draws: Of B images.
         size: *S.
         device: Where the result is made.
+        fraction: Smallest and largest part of the image's area or volume, drawn uniformly.
 
     Returns:
         (B, *S) bool: the pixels of the box.
     """
     dimensions = len(size)
-    fraction = draws.between(*BOX_FRACTION, "box's size")
+    part = draws.between(*fraction, "box's size")
     largest = math.log(_LARGEST_RATIO) / 2
     stretch = draws.between(-largest, largest, "box's shape", dimensions)
     stretch -= stretch.mean(1, keepdims=True)
-    parts = np.minimum(1.0, fraction[:, None] ** (1 / dimensions) * np.exp(stretch))
+    parts = np.minimum(1.0, part[:, None] ** (1 / dimensions) * np.exp(stretch))
     edges = np.clip(np.rint(parts * size), 1, size)
     starts = np.floor(draws.uniform("box's place", dimensions) * (np.array(size) - edges + 1))
     box = torch.ones((len(draws), *size), dtype=torch.bool, device=device)

@@ -5,6 +5,9 @@ View a is the image in a new appearance; view b is the *warped* image in another
 made b is the correspondence, and nothing needs to be inverted. Appearance is drawn after the warp, so that noise is not
 smoothed by interpolation, and what lies outside the scan is zero in both views, as the padding is in use.
 
+With `shown_fraction`, either view shows a box of its own, and the rest is zero as if outside the scan. The distance to an edge then says
+nothing about the place, which a contrast would learn instead of anatomy where the scan is smaller than the image.
+
 Letters: B images, C contrasts, D spatial dimensions (2 or 3), *S sizes along them.
 """
 
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.config import GeometryConfig, IntensityConfig, ViewsConfig
+from p2r.views.cutmix import draw_boxes
 from p2r.views.draws import Draws
 from p2r.views.geometric import apply_warp, sample_geometry, shown_mask, warp_of
 from p2r.views.intensity import draw_intensity
@@ -76,9 +80,17 @@ def make_views(
     mm = _edges(spacing_mm, image)
     size = tuple(image.shape[2:])
     warped, warp, valid = _move(image, inside, draws, geometry=config.geometry, size_out=size, spacing_mm=mm)
+    shown_a, shown_b = inside, valid
+    if config.shown_fraction is not None:
+        boxes = [
+            draw_boxes(draws.named(name), size=size, device=image.device, fraction=config.shown_fraction)
+            for name in ("box a", "box b")
+        ]
+        shown_a, shown_b = inside & boxes[0], valid & boxes[1]
+        valid = shown_b & (apply_warp(boxes[0][:, None].float(), warp)[:, 0] > 0.9999)  # all that is interpolated from
     # Both views in one go: half as many, larger steps for the device.
     of_both = Draws(np.concatenate([draws.named("view a").keys, draws.named("view b").keys]))
-    masks = torch.cat([inside, valid])
+    masks = torch.cat([shown_a, shown_b])
     views = draw_intensity(torch.cat([image, warped]), of_both, config=config.intensity, spacing_mm=mm, inside=masks)
     a, b = views.masked_fill_(~masks[:, None], 0).chunk(2)
     return ViewPair(a=a, b=b, warp=warp, valid=valid)
@@ -134,6 +146,8 @@ class WeakAndStrong:
     """Two of (B, C, *s)."""
     shown: Tensor
     """(B, *s) bool: pixels that show the scan. The images are 0 elsewhere."""
+    labels: Tensor | None = None
+    """(B, *s) int64, moved with the images, if there are any; not meant where `shown` is False."""
 
 
 def augment_weakly_and_strongly(
@@ -145,6 +159,7 @@ def augment_weakly_and_strongly(
     size: int | Sequence[int],
     spacing_mm: Spacing,
     generators: Sequence[np.random.Generator],
+    labels: Tensor | None = None,
 ) -> WeakAndStrong:
     """Augment and cut as `augment_labelled` does, by one geometric draw per image and two draws of its appearance.
 
@@ -156,6 +171,7 @@ def augment_weakly_and_strongly(
         size: Of the result, pixels along every axis, or D numbers.
         spacing_mm: Pixel size, before and after.
         generators: B, one per image; one number is taken of each, whatever is drawn.
+        labels: (B, *S) integers that move along.
 
     Raises:
         ValueError: The shapes do not fit each other.
@@ -166,12 +182,13 @@ def augment_weakly_and_strongly(
     size_out = (size,) * (image.ndim - 2) if isinstance(size, int) else tuple(size)
     draws = Draws.of_generators(generators)
     mm = _edges(spacing_mm, image)
-    warped, _, shown = _move(image, inside, draws, geometry=geometry, size_out=size_out, spacing_mm=mm)
+    warped, warp, shown = _move(image, inside, draws, geometry=geometry, size_out=size_out, spacing_mm=mm)
     of_both = Draws(np.concatenate([draws.named("view a").keys, draws.named("view b").keys]))
     masks = torch.cat([shown, shown])
     views = draw_intensity(torch.cat([warped, warped]), of_both, config=intensity, spacing_mm=mm, inside=masks)
     a, b = views.masked_fill_(~masks[:, None], 0).chunk(2)
-    return WeakAndStrong(warped.masked_fill_(~shown[:, None], 0), (a, b), shown)
+    moved = None if labels is None else apply_warp(labels[:, None].float(), warp, mode="nearest")[:, 0].long()
+    return WeakAndStrong(warped.masked_fill_(~shown[:, None], 0), (a, b), shown, moved)
 
 
 def _move(

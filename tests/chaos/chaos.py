@@ -426,7 +426,7 @@ def _s3(folder: Path, address: str) -> Iterator[S3Server]:
 
 def _left_over(nodes: Cluster) -> list[str]:
     """Processes of training that are still there some seconds after the driver has ended."""
-    words = ("RayTrainWorker", "TrainController", "ray::Wire", "cluster run")
+    words = ("RayTrainWorker", "TrainController", "ray::DriverChannel", "cluster run")
     deadline = time.monotonic() + 30
     while True:
         found = [f"{node.address}: {pid}" for node in nodes.nodes for pid in node.pids_of(*words)]

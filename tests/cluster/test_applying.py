@@ -48,6 +48,35 @@ def test_predict_segments_a_folder_with_progress_and_a_table_of_volumes(
     assert code == 2 and "results go into a folder" in said
 
 
+def test_probabilities_of_an_ensemble_are_written_beside_its_segmentation(
+    p2r: P2R, published: dict[str, str], toy_data: Path, tmp_path: Path
+) -> None:
+    voxels = np.asarray(nibabel.load(toy_data / "images/sub-07_T1w.nii.gz").dataobj)
+    affine = np.diag([-2.0, 2.0, 8.0, 1.0])
+    nibabel.Nifti1Image(np.stack([voxels, voxels[::-1]], -1), affine).to_filename(tmp_path / "cine.nii.gz")
+    members = (published["model"], f"{published['storage']}/models/disc/all")
+    of_members = []
+    for number, model in enumerate(members):
+        code, said = p2r(
+            "predict", model, tmp_path / "cine.nii.gz", "-o", tmp_path / f"{number}.nii", "--probabilities"
+        )
+        assert code == 0, said
+        assert f"{tmp_path}/{number}_probabilities.nii: background, DISC" in said
+        of_members.append(nibabel.load(tmp_path / f"{number}_probabilities.nii").get_fdata())
+    code, said = p2r(
+        *("predict", members[0], tmp_path / "cine.nii.gz", "-o", tmp_path / "both.nii.gz"),
+        *("--ensemble", members[1], "--probabilities"),
+    )
+    assert code == 0, said
+    image, labels = (nibabel.load(tmp_path / f"both{name}.nii.gz") for name in ("_probabilities", ""))
+    assert np.allclose(image.affine, affine) and image.shape == (36, 40, 3, 4), "two classes of two frames"
+    found = image.get_fdata()
+    assert np.allclose(found, np.mean(of_members, axis=0), atol=1e-5) and not np.allclose(*of_members, atol=1e-3)
+    of_frames = found.reshape(36, 40, 3, 2, 2)
+    assert np.allclose(of_frames.sum(-1), 1, atol=1e-6) and found.min() >= 0
+    assert np.array_equal(of_frames.argmax(-1), np.asarray(labels.dataobj))
+
+
 def test_embed_on_the_scan_s_own_grid(p2r: P2R, published: dict[str, str], toy_data: Path, tmp_path: Path) -> None:
     scan = toy_data / "images/sub-07_T1w.nii.gz"
     code, said = p2r("embed", published["backbone"], scan, "-o", tmp_path / "features.nii.gz", "--native")
@@ -109,7 +138,7 @@ def test_a_ray_that_does_not_start_is_tried_once_more_and_named_in_one_message(m
         started_session(None, job=job, show_worker_logs=False, say=said.append),
     ):
         pass
-    assert said[0] == "starting Ray on this machine ..." and said[1].endswith("one more attempt") and len(attempts) == 2
+    assert said[0] == "starting Ray on this machine ..." and said[1].endswith("retrying once") and len(attempts) == 2
     with started_session(None, job=job, show_worker_logs=False, say=said.append):
         assert len(attempts) == 3
     attempts.clear()

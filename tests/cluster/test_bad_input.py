@@ -172,7 +172,7 @@ def test_a_damaged_corpus(p2r: Run, published: dict[str, str], tmp_path: Path) -
     refused(p2r("verify", copy), "is damaged", tar.name)
     (copy / "manifest.json").write_text("[1]")
     refused(p2r("verify", copy), "this version reads")
-    refused(p2r("inspect", copy / "nothing"), "holds nothing of p2r's")
+    refused(p2r("inspect", copy / "nothing"), "holds nothing of p2r: no manifest.json")
 
 
 def test_a_cohort_that_hides_a_leak(run: Run) -> None:

@@ -92,5 +92,5 @@ def test_more_workers_than_the_cluster_has_room_for_are_refused(job_file: Path, 
     job = read_job(
         job_file, ("kind=pretrain", "resources.num_workers=40", "pretrain.global_batch=40", f"storage={tmp_path}")
     )
-    with pytest.raises(InputError, match=r"asks for 40 workers, the cluster has room for 4"):
+    with pytest.raises(InputError, match=r"asks for 40 workers, but the cluster has room for 4"):
         _run(job)

@@ -19,7 +19,8 @@ import pytest
 
 from cluster import cli
 from cluster import status_server as module
-from cluster.status import FAULTS, HISTORY, Reader
+from cluster.status_files import FAULTS, HISTORY
+from cluster.status_reader import Reader
 from cluster.status_server import Feed, StatusServer, is_loopback
 from p2r.errors import InputError, StorageError
 from p2r.storage import Storage

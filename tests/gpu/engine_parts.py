@@ -52,7 +52,7 @@ def _trained(sizes: Sizes, *, deterministic: bool, images: int, num_steps: int) 
 
 def engine(sizes: Sizes) -> Iterator[Fact]:
     """Steps of the real engine: that none waits (from step 6 on, one that does is an error), their rate, memory beside the plan."""
-    from p2r.planning.estimate import count_step
+    from p2r.planning.memory import count_step
 
     images, num_steps = sizes.pick(64, 2), sizes.pick(36, 3)
     began, losses = 0.0, []

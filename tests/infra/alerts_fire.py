@@ -220,9 +220,9 @@ def not_finite(stage: Stage, note: Note) -> None:
 
 def collapse(stage: Stage, note: Note) -> None:
     """A weight decay that leaves nothing to tell pixels apart by."""
-    from p2r.engine.pretrain import Report
+    from p2r.engine.report import PretrainReport
 
-    if "health" not in {field.name for field in fields(Report)}:
+    if "health" not in {field.name for field in fields(PretrainReport)}:
         raise _Missing("embedding health in the reports")
     decay = ("pretrain.optimizer.learning_rate=0.1", "pretrain.optimizer.weight_decay=5", "pretrain.steps=10000")
     with contextlib.ExitStack() as running:

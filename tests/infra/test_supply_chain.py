@@ -56,7 +56,7 @@ def test_every_licence_is_allowed_for_its_use(committed: dict[str, Row]) -> None
 def test_what_users_install_is_pinned_apart_from_what_tests_add() -> None:
     product, others = (read_pins((ROOT / name).read_text()).keys() for name in PINS)
     assert not product & others
-    for use, pinned in (("p2r", product), ("tests", product | others)):
+    for use, pinned in (("p2r", product), ("tests", product | others), ("docs", product | others)):
         unpinned = {name for name in closure(use).keys() - pinned if not name.startswith(("nvidia-", "cuda-"))}
         # torch asks for the one Triton that it was built with, where it is built for CUDA.
         assert unpinned <= {"setuptools", "pip", "wheel", *(["triton"] if use == "p2r" else [])}, unpinned

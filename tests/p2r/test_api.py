@@ -1,9 +1,12 @@
 """What people who write Python import from `p2r`: typed, lazy, and the same as the commands."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -12,7 +15,8 @@ import torch
 
 import p2r
 from p2r.data.volume import read_volume
-from p2r.errors import JobError, RefusedScan
+from p2r.errors import InputError, JobError, RefusedScan
+from p2r.evaluate.models import ensemble
 from p2r.job import read_job
 
 
@@ -37,6 +41,26 @@ def test_a_model_segments_a_path_an_image_and_a_volume_alike(
     assert model.volumes_ml(model.labels(read_volume(scan)), read_volume(scan))["DISC"][0] > 0
     with pytest.raises(RefusedScan, match="constant"):
         model.predict(nibabel.Nifti1Image(np.ones((20, 20, 3), np.int16), np.eye(4)))
+
+
+def test_what_an_ensemble_cannot_join_is_refused_by_name(published: dict[str, str]) -> None:
+    model = p2r.load_model(published["model"])
+    assert ensemble([model]) is model
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"classes": {1: "SPHERE"}}, "its classes differ, {1: 'SPHERE'} instead of {1: 'DISC'}"),
+        (
+            {"preparation": model.config.preparation.model_copy(update={"spacing_mm": 1.5})},
+            "its preparation differs, spacing_mm 1.5 instead of 2.0",
+        ),
+        ({"largest_component": True}, "its largest_component differs, True instead of False"),
+    ]
+    for change, words in changes:
+        other = replace(model, config=model.config.model_copy(update=change), manifest={"url": "file:///other"})
+        with pytest.raises(InputError, match=re.escape(words)) as refused:
+            ensemble([model, other])
+        assert str(refused.value).startswith(f"file:///other cannot join an ensemble with {model.manifest['url']}")
+    with pytest.raises(InputError, match="at least one model"):
+        ensemble([])
 
 
 def test_a_backbone_gives_features_without_a_graph(published: dict[str, str], toy_data: Path) -> None:

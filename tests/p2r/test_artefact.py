@@ -329,6 +329,10 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "header: a list": (header([1]), "is not a safetensors file"),
     "header: deep": (header(DEEP[:5000].replace(b"1", b"") + b"1" + b"}" * 1000), "is not valid|is not JSON"),
     "header: an entry twice": (header(b'{"x": 1, "x": 2}'), "is twice in one object"),
+    "header: many wrong entries": (
+        header(b"{" + b",".join(b'"%x":0' % number for number in range(150_000)) + b"}"),
+        "may have 100,000 keys, got 150,000",
+    ),
     "header: negative size": (
         header({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}),
         "is not a safetensors file: x.shape.0",
@@ -343,18 +347,30 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config: features of ten gigabytes": (with_config(feature_channels=2**31), "cannot be built|do not fit"),
     "config: an unknown key": (with_config(hook="os.system"), "hook: unknown key"),
     "config: an unknown network": (with_config(name="torch.hub.load"), "model.name"),
-    "config: NaN": (lambda folder: put(folder, "config", b'{"model": NaN}'), "NaN is not a number of JSON"),
+    "config: NaN": (lambda folder: put(folder, "config", b'{"model": NaN}'), "NaN is not a number in JSON"),
     "config: 2 MB": (lambda folder: put(folder, "config", b" " * 2**21), "config may have 1,048,576 bytes"),
     "config: another level": (with_config(level=2), "do not fit its config.json"),
     "manifest: an unknown key": (with_manifest(hook="os.system"), "hook: Extra inputs are not permitted"),
     "manifest: without files": (with_manifest(files={}), "files.weights: Field required"),
     "manifest: files are a list": (with_manifest(files=[]), "files: "),
-    "manifest: of another format": (with_manifest(format="p2r-corpus/2"), "has format 'p2r-corpus/2', needed is"),
-    "manifest: of a later version": (with_manifest(format="p2r-backbone/3"), "has format 'p2r-backbone/3', needed is"),
-    "manifest: a format that is a list": (with_manifest(format=["p2r-backbone/2"]), "has format .*, needed is"),
+    "manifest: of another format": (with_manifest(format="p2r-corpus/2"), "has format 'p2r-corpus/2', expected"),
+    "manifest: of a later version": (with_manifest(format="p2r-backbone/3"), "has format 'p2r-backbone/3', expected"),
+    "manifest: a format that is a list": (with_manifest(format=["p2r-backbone/2"]), "has format .*, expected"),
     "manifest: a licence of a megabyte": (with_manifest(licence="x" * 2**20), "licence: String should have at most"),
     "manifest: a corpus that is none": (with_manifest(corpora=[{}]), "corpora.0.url: Field required"),
     "manifest: a step that is text": (with_manifest(step="4"), "step: Input should be a valid integer"),
+    "manifest: a section of the job of a million values": (
+        with_manifest(pretrain={"a": [0] * 1_000_000}),
+        "pretrain: .*may have 20,000 keys and values",
+    ),
+    "manifest: a million wrong digests": (
+        with_manifest(corpora=[{"subject_digests": [0] * 1_000_000}]),
+        "corpora.0.url: Field required",
+    ),
+    "manifest: lists by the million": (
+        lambda folder: (folder / "manifest.json").write_bytes(b"[" + b"[]," * 5_000_000 + b"0]"),
+        "would take about .* MiB of memory, more than the 512 MiB",
+    ),
     "manifest: an old format with rubbish": (
         with_manifest(format="p2r-backbone/1", files=[{}]),
         "files.weights: Field",
@@ -420,7 +436,7 @@ def test_a_model_whose_head_would_not_fit_into_memory_is_refused(tmp_path: Path)
     with_config(num_prototypes=[2**60])(tmp_path)
     with pytest.raises(CheckpointError, match=r"do not fit its config.json|cannot be built"):
         load_model(str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"has format 'p2r-model/2', needed is p2r-backbone/1"):
+    with pytest.raises(CheckpointError, match=r"has format 'p2r-model/2', expected p2r-backbone/1"):
         load_backbone(str(tmp_path))
 
 
@@ -454,7 +470,7 @@ def test_a_pin_is_the_digest_of_the_manifest_and_holds_every_file(made: dict[str
 
 
 def test_the_digest_of_the_weights_is_no_pin_and_the_message_says_so(made: dict[str, Any]) -> None:
-    with pytest.raises(DamagedError, match=f"names the digest of the weights; a pin is .* {made['pin']}"):
+    with pytest.raises(DamagedError, match=f"has the digest of the weights; a pin is .* {made['pin']}"):
         load_backbone(made["url"], sha256=made["files"]["weights"]["sha256"])
 
 

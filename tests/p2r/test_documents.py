@@ -2,14 +2,18 @@
 
 import contextlib
 import json
+import tracemalloc
 from itertools import pairwise
+from typing import Annotated
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from p2r.documents import read_json, read_lines
+from p2r import documents
+from p2r.documents import Details, Digests, FewKeys, checked, memory_of, read_json, read_lines
 from p2r.errors import DataError
 from p2r.plain_yaml import read_yaml
 
@@ -69,8 +73,77 @@ def test_a_mark_of_the_byte_order_and_escaped_escapes_are_read() -> None:
 
 
 def test_a_document_of_many_small_values_is_refused_before_it_is_parsed() -> None:
-    with pytest.raises(DataError, match="about 1,002 values"):
-        read_json(b"[" + b"[]," * 499 + b"[],1]", where="a list", max_bytes=10_000, max_values=900, error=DataError)
+    content = b"[" + b"[]," * 499 + b"[],1]"
+    with pytest.raises(DataError, match="a list would take about 0 MiB of memory, more than"):
+        read_json(content, where="a list", max_bytes=10_000, max_memory_bytes=2**16, error=DataError)
+    with pytest.raises(DataError, match="up to line 8 would take"):
+        list(read_lines(b"[[],[]]\n" * 9, where="rows", max_bytes=100, max_memory_bytes=3000, error=DataError))
+    assert read_json(content, where="", max_bytes=10_000, max_memory_bytes=2**20)
+
+
+DEAR = {
+    "digests": b"[" + b",".join(b'"%064x"' % number for number in range(500)) + b"]",
+    "small objects": b"[" + b'{"a":0},' * 5000 + b"0]",
+    "objects with a blank": b"[" + b'{"a" :0},' * 5000 + b"0]",
+    "empty objects": b"[" + b"{}," * 10_000 + b"0]",
+    "empty lists": b"[" + b"[]," * 10_000 + b"0]",
+    "lists in lists": b"[" + b"[[[[[]]]]]," * 4000 + b"0]",
+    "digits": b"[" + b"9," * 20_000 + b"0]",
+    "long integers": b"[" + b"4611686018427387904," * 2000 + b"0]",
+    "fractions": b"[" + b"1.5," * 10_000 + b"0]",
+    "short texts": b"[" + b'"ab",' * 8000 + b"0]",
+    "signs": b"[" + '"😀",'.encode() * 6000 + b"0]",
+    "a long text with a sign": b'["' + "😀".encode() + b"a" * 40_000 + b'"]',
+    "keys": b"{" + b",".join(b'"%x":0' % number for number in range(4000)) + b"}",
+    "keys of many objects": b"["
+    + b",".join(b'{"%x":0,"b%x":0,"c%x":0,"d%x":0,"e%x":0,"f%x":0}' % ((number,) * 6) for number in range(500))
+    + b"]",
+}
+
+
+@pytest.mark.parametrize("least_bytes", [1 << 30, 1 << 10], ids=["by Python's reader", "by the fast reader"])
+@pytest.mark.parametrize("case", DEAR)
+def test_no_document_takes_more_memory_than_is_estimated(
+    case: str, least_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "_MANY_BYTES", least_bytes)
+    content = DEAR[case]
+    tracemalloc.start()
+    try:
+        value = read_json(content, where="", max_bytes=len(content))
+        peak = tracemalloc.get_traced_memory()[1] + len(content)
+    finally:
+        tracemalloc.stop()
+    assert value and peak < memory_of(content) + 16_384 < 10 * peak
+
+
+class _Many(BaseModel):
+    model_config = ConfigDict(strict=True)
+    digests: Digests = []
+    counts: Annotated[dict[str, int], FewKeys] = {}
+    details: Details = {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"digests": ["x"] * 200_000},
+        {"counts": dict.fromkeys(map(str, range(200_000)), "x")},
+        {"details": {"a": list(range(200_000))}},
+        {"details": {"a": "x" * 2_000_000}},
+        {"digests": "x" * 2_000_000},
+    ],
+    ids=["digests", "keys", "values", "letters", "a text"],
+)
+def test_a_refusal_of_many_wrong_values_costs_no_memory(value: dict[str, object]) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"a manifest (digests|counts|details)") as refusal:
+            checked(TypeAdapter(_Many), value, where="a manifest", error=DataError)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4_000_000 and len(str(refusal.value)) < 300
 
 
 def test_lines_are_values_with_their_numbers() -> None:
@@ -101,6 +174,17 @@ YAML_REFUSED = {
     "an integer of 5,000 digits": ("a: " + "9" * 5000, "line 1: '9+' is not a valid int"),
     "not a number": ("a: .nan", "line 1: .nan is not a finite number"),
     "infinity": ("a: 1.e+400", "is not a finite number"),
+    "a number to base 8": ("b: 1\na: 0777", "line 2: 0777 is another number .* the text in quotes: '0777'"),
+    "a negative number to base 8": ("a: [-07]", "line 1: -07 is another number"),
+    "a subject's number": ("subjects: [001, 002]", "line 1: 001 is another number"),
+    "a number that is said to be one": ("a: !!int '010'", "line 1: 010 is another number"),
+    "hours": ("a: 1:30:00", "line 1: 1:30:00 is another number .* a colon base 60"),
+    "minutes with a fraction": ("a: 190:20:30.15", "line 1: 190:20:30.15 is another number"),
+    "a key to base 8": ("010: x", "line 1: 010 is another number"),
+    "a key over two lines": ("{a\n b: 1}", "line 1: a key goes over several lines: write it on one line"),
+    "a quoted key over two lines": ("{'a\n b': 1}", "line 1: a key goes over several lines"),
+    "a key that is asked for over two lines": ("? a\n  b\n: 1", "line 1: a key goes over several lines"),
+    "a block as a key": ("? |\n  a\n: 1", "line 1: a key goes over several lines"),
     "an object": ("a: !!python/object:os.system x", "the tag .*python/object:os.system is not read"),
     "a set": ("a: !!set {b}", "the tag .*set is not read"),
     "no boolean": ("a: !!bool perhaps", "'perhaps' is not a valid bool"),
@@ -134,6 +218,9 @@ def test_yaml_is_read_as_pyyaml_reads_it_but_for_dates() -> None:
     assert (value["a"]["b"], value["e"][1]["b"], value["d"]["b"]) == (1, 1, 2)
     assert read_yaml("a: 2026-11-29", where="") == {"a": "2026-11-29"}
     assert read_yaml("# nothing", where="") is None
+    assert read_yaml("[0, -0, 0.5, 00.5, 0x1F, 0b11, '0777', '1:30', 1:x, 008]", where="") == (
+        [0, 0, 0.5, 0.5, 31, 3, "0777", "1:30", "1:x", "008"]
+    )
 
 
 @settings(max_examples=150, derandomize=True, deadline=None, database=None)

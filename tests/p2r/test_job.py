@@ -61,7 +61,7 @@ def test_rules_between_fields_are_checked(tmp_path: Path) -> None:
             48,
             r"divisible by 32 \(Swin UNETR depth 5\), got 48",
         ),
-        ("{name: swin_unetr}", 64, "channels of swin_unetr must be five that double from a multiple of 12 on, as 24"),
+        ("{name: swin_unetr}", 64, "channels of swin_unetr must be five that double from a multiple of 12, such as 24"),
         ("{channels: [8, 8, 8]}", 64, "channels of basic_unet must be five, got 3"),
         ("{level: 4}", 64, r"level must be below 4 \(U-Net depth 4\), got 4"),
         ("{normalisation: batch}", 64, "batch normalisation would make features depend on the other images"),

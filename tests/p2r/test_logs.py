@@ -14,7 +14,7 @@ import pytest
 
 import p2r.__main__ as one_process
 from cluster import cli
-from cluster.progress import _with_attempt
+from cluster.progress import _number_attempt
 from p2r import logs
 from p2r.errors import InputError
 from p2r.logs import Line, as_text, configure, counted, duration, fields_of, say, say_crash, say_error, within
@@ -111,7 +111,7 @@ def test_fields_travel_through_stages_and_processes() -> None:
 def test_a_new_group_of_workers_is_a_new_attempt() -> None:
     groups: list[str] = []
     lines = [Line("x", group="first", step=1), Line("y", group="first"), "z", Line("x", group="second", step=1)]
-    found = [logs.fields_of(_with_attempt(line, groups)) for line in lines]
+    found = [logs.fields_of(_number_attempt(line, groups)) for line in lines]
     assert found == [{"step": 1, "attempt": 1}, {"attempt": 1}, {}, {"step": 1, "attempt": 2}]
 
 

@@ -204,7 +204,7 @@ def test_a_range_is_exactly_the_bytes_asked_for(shared: Storage) -> None:
     for start, stop in ((0, 1), (0, len(content)), (300, 700), (len(content) - 1, len(content)), (5, 5)):
         assert shared.read_range("x", start, stop) == content[start:stop]
     assert shared.counters.snapshot()["range_reads"] == 5
-    with pytest.raises(StorageError, match=f"asked for those before {len(content) + 1}: it is damaged"):
+    with pytest.raises(StorageError, match=f"bytes up to {len(content) + 1} were requested: it is damaged"):
         shared.read_range("x", 10, len(content) + 1)
     with pytest.raises(StorageError, match="nothing"):
         shared.read_range("nothing", 0, 1)
@@ -273,7 +273,7 @@ def test_an_object_larger_than_the_cache_is_refused_with_the_way_out(
     monkeypatch.setenv("P2R_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("P2R_CACHE_GIB", "0.000001")
     Storage(s3_url).write_bytes("x", bytes(2000))
-    with pytest.raises(StorageError, match=r"/x has no room in the cache .*: set P2R_CACHE_GIB"):
+    with pytest.raises(StorageError, match=r"/x does not fit into the cache .*: set P2R_CACHE_GIB"):
         Storage(s3_url).local("x")
 
 
@@ -287,7 +287,7 @@ def test_what_a_folder_holds_is_read_within_bounds(tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match=r"rows\.jsonl, line 2 is not JSON: NaN"):
         storage.read_rows("rows.jsonl")
     storage.write_bytes("rows.jsonl", b"[1]\n")
-    with pytest.raises(DamagedError, match="line 1 is no JSON object"):
+    with pytest.raises(DamagedError, match="line 1 is not a JSON object"):
         storage.read_rows("rows.jsonl")
     with pytest.raises(ValueError, match="relative"):
         storage.read_bytes("a\0b")

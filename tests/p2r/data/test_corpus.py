@@ -511,7 +511,7 @@ def many(write_scan: WriteScan) -> Path:
 def test_a_job_that_refuses_too_much_stops_early_and_says_why(many: Path, storage: Storage) -> None:
     reports = []
     with pytest.raises(
-        DataError, match=r"of 2\d scans read were refused \(\d+ constant\).*0\.5.*ledger\.jsonl says why"
+        DataError, match=r"of 2\d scans read were refused \(\d+ constant\).*0\.5.*ledger\.jsonl lists the reason"
     ):
         for report in ingest_locally(config_of(many, shard_size_mib=0.001), storage):
             reports.append(report)
@@ -535,7 +535,7 @@ def test_a_corpus_keeps_its_ledger_when_a_job_that_would_add_to_it_stops(
     good = config_of(folder, include=("sub-?_run*",))
     make(storage, good)
     before = storage.read_bytes("ledger.jsonl")
-    with pytest.raises(DataError, match=r"ledgers/[0-9a-f]{64}\.jsonl says why"):
+    with pytest.raises(DataError, match=r"ledgers/[0-9a-f]{64}\.jsonl lists the reason"):
         make(storage, config_of(many))
     assert storage.read_bytes("ledger.jsonl") == before
     assert verify_corpus(storage) == []

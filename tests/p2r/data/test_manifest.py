@@ -35,7 +35,7 @@ def test_a_folder_without_a_manifest_is_no_corpus(tmp_path: Path) -> None:
 def test_a_revision_that_is_not_there_or_damaged_is_refused(small_corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no revision 00"):
         load_manifest(small_corpus[0], revision="0" * 64)
-    with pytest.raises(DataError, match="is no SHA-256"):
+    with pytest.raises(DataError, match="is not a SHA-256"):
         load_manifest(small_corpus[0], revision="../../etc/passwd")
     (tmp_path / "manifests").mkdir()
     (tmp_path / f"manifests/{'0' * 64}.json").write_text("{}")
@@ -89,7 +89,7 @@ def test_a_hostile_shard_is_refused(small_corpus: Corpus, change: dict[str, Any]
     _, manifest = small_corpus
     first, *others = manifest["shards"]
     hostile = {**manifest, "shards": [{**first, **change}, *others]}
-    with pytest.raises(DataError, match=r"is no valid manifest: shards\.0|is not JSON"):
+    with pytest.raises(DataError, match=r"is not a valid manifest: shards\.0|is not JSON"):
         parse_manifest(json.dumps(hostile).encode(), name="manifest.json")
 
 
@@ -99,7 +99,10 @@ def test_a_hostile_shard_is_refused(small_corpus: Corpus, change: dict[str, Any]
         ({"shards": {}}, "shards"),
         ({"shards": [7]}, r"shards\.0"),
         ({"shards": []}, "num_samples is 62, its shards add up to 0"),
-        ({"shards": [], "num_samples": 0, "num_records": 0, "num_volumes": 0, "num_bytes": 0}, "it has no samples"),
+        (
+            {"shards": [], "num_samples": 0, "num_records": 0, "num_volumes": 0, "num_bytes": 0},
+            "the corpus has no samples",
+        ),
         ({"ledger_sha256": "../../ledger"}, "ledger_sha256"),
         ({"thumbnails_sha256": 3}, "thumbnails_sha256"),
         ({"previous": "../manifest"}, "previous"),
@@ -117,7 +120,7 @@ def test_a_hostile_shard_is_refused(small_corpus: Corpus, change: dict[str, Any]
     ],
 )
 def test_a_hostile_manifest_is_refused(small_corpus: Corpus, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=f"is no valid manifest: {message}"):
+    with pytest.raises(DataError, match=f"is not a valid manifest: {message}"):
         parse_manifest(manifest_bytes({**small_corpus[1], **change}), name="manifest.json")
 
 

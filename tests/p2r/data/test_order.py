@@ -72,10 +72,12 @@ def test_windows_within_a_long_lane_take_everything_once(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 7, 16, 30, 255, 256, 257, 1000])
 def test_shuffling_a_window_is_one_to_one_and_even(length: int) -> None:
     num_keys = 4000
-    keys = order._mixed(np.arange(num_keys, dtype=np.uint64))
+    keys = order._mix_words(np.arange(num_keys, dtype=np.uint64))
     index = np.arange(min(length, 32), dtype=np.uint64)
-    sent = np.stack([order._permuted(np.full(num_keys, i, np.uint64), length, keys) for i in index], axis=1)
-    one = np.stack([order._permuted(np.uint64(i) + np.zeros(1, np.uint64), length, keys[:1]) for i in range(length)])
+    sent = np.stack([order._permute_index(np.full(num_keys, i, np.uint64), length, keys) for i in index], axis=1)
+    one = np.stack(
+        [order._permute_index(np.uint64(i) + np.zeros(1, np.uint64), length, keys[:1]) for i in range(length)]
+    )
     assert sorted(one[:, 0].tolist()) == list(range(length))
     assert all(len(set(row)) == len(index) for row in sent[:50].tolist())
     share = np.bincount(sent[:, 0].astype(int), minlength=length) / num_keys  # where the first goes, over all keys

@@ -1,5 +1,6 @@
 """From voxels to the network's grid, and back to the voxels."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from p2r.config import PERCENTILES
+from p2r.data import preprocess
 from p2r.data.preprocess import (
     Preparation,
     axis_weights,
@@ -343,3 +345,33 @@ def test_labels_of_frames_are_the_nearest_voxels_labels(size: int | None) -> Non
         inside = all(-0.5 <= at <= o - 0.5 for at, o in zip(own, shape, strict=True))
         nearest = tuple(min(max(int(np.floor(at + 0.5)), 0), o - 1) for at, o in zip(own, shape, strict=True))
         assert found[1][tuple(index)] == (labels[(*nearest, 1)] if inside else 0)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        partial(planes_of, size=None),
+        partial(planes_of, size=32),
+        partial(frames_of, size=None),
+        partial(label_planes_of, axis=2, size=None),
+        partial(label_frames_of, size=None),
+    ],
+)
+def test_images_beyond_their_memory_are_refused_before_they_are_made(of: Any) -> None:
+    data = np.random.default_rng(0).integers(0, 9, (20, 30, 4, 1)).astype(np.int16)
+    rules = Preparation(spacing_mm=0.001, image_size=32)
+    message = r"scan: \d+ (planes|frames) of .* voxels of .* mm, .* of 0.001 mm after resampling, would take .* 8,192 MiB are allowed: use"
+    with pytest.raises(RefusedScan, match=message) as refusal:
+        of(volume_of(data), preparation=rules)
+    assert refusal.value.code == "too_large"
+
+
+def test_the_memory_of_images_is_what_the_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = np.random.default_rng(0).integers(0, 9, (20, 30, 4, 1)).astype(np.int16)
+    needed = 4 * (20 * 60 + 40 * 60) * 4 / 2**20  # float32, after columns and after rows
+    rules = Preparation(spacing_mm=0.75, image_size=32)
+    monkeypatch.setattr(preprocess, "MAX_IMAGES_MIB", needed)
+    assert planes_of(volume_of(data), preparation=rules, size=None).images.shape == (4, 1, 40, 60)
+    monkeypatch.setattr(preprocess, "MAX_IMAGES_MIB", needed * 0.999)
+    with pytest.raises(RefusedScan):
+        planes_of(volume_of(data), preparation=rules, size=None)

@@ -1,5 +1,6 @@
 """From sources to a list of scans, and from ranges to subjects."""
 
+import json
 import os
 import shutil
 import unicodedata
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 from p2r.config import IngestConfig
+from p2r.data import lists
 from p2r.data.folders import images_below
 from p2r.data.read import read_scan, sidecar_of
-from p2r.data.scans import Scan, expand_subjects, find_scans
+from p2r.data.scans import Scan, expand_subjects, find_scans, search_scans
 from p2r.data.volume import write_nifti
 from p2r.errors import DataError, RefusedScan, StorageError
 
@@ -52,7 +54,7 @@ def test_broken_ranges_are_refused_by_name(pattern: str) -> None:
     "pattern", ["p[0-1000000000000]", "p[0-9999][0-9999][0-9999]", "p[" + "1" * 5000 + "]", "p[1-900000,1-900000]"]
 )
 def test_ranges_that_stand_for_too_many_names_are_refused(pattern: str) -> None:
-    with pytest.raises(DataError, match=r"stands for more than 1,000,000 names|neither a number nor a range"):
+    with pytest.raises(DataError, match=r"expands to more than 1,000,000 names|neither a number nor a range"):
         expand_subjects([pattern])
 
 
@@ -228,6 +230,10 @@ def test_a_bids_data_set_is_read_by_its_names(tmp_path: Path) -> None:
         ("odd name.nii", None, {}),
         ("sub-03_T2w.nii", "sub-03", {"sub": "03", "suffix": "T2w"}),
     ]
+    folders = search_scans([str(tmp_path)], cache=tmp_path).passed_over
+    assert [Path(folder.path).name for folder in folders] == ["code", "derivatives", "sourcedata"]
+    assert all("is not read (1 images)" in folder.passed_over for folder in folders)
+    assert not search_scans([str(tmp_path)], cache=tmp_path, exclude=["ds/code/*", "ds/der*", "*raw*"]).passed_over
 
 
 def test_what_is_derived_is_searched_only_where_a_source_says_so(tmp_path: Path) -> None:
@@ -304,7 +310,7 @@ def test_patterns_choose_among_the_rows_of_a_list(tmp_path: Path) -> None:
         ("l.csv", "path\n" + "x" * 4000 + ".nii\n", "line 2: there is no"),
         ("l.csv", "path\nempty\n", "line 2: there is no"),
         ("l.csv", "file,subject\na.nii,s\n", "line 1: .*`path`"),
-        ("l.csv", "path,path\na.nii,a.nii\n", "each once"),
+        ("l.csv", "path,path\na.nii,a.nii\n", "each column once"),
         ("l.csv", "path,\na.nii,\n", "line 1"),
         ("l.csv", "path,subject\na.nii\n", "line 2: 1 values for 2 columns"),
         ("l.csv", "path\na.nii,b\n", "line 2: 2 values for 1 columns"),
@@ -322,7 +328,11 @@ def test_patterns_choose_among_the_rows_of_a_list(tmp_path: Path) -> None:
         ("l.jsonl", '{"path": ["a.nii"]}', "line 1: `'path'` must be a text"),
         ("l.jsonl", '{"path": "a.nii", "tags": {"x": 1}}', "line 1: `'tags'` must be a text"),
         ("l.jsonl", '{"path": "\\ud800"}', "line 1"),
-        ("l.jsonl", '{"path": "a.nii", "subject": "s\\u001b[2J"}', "line 1: `'subject'` .* without control characters"),
+        (
+            "l.jsonl",
+            '{"path": "a.nii", "subject": "s\\u001b[2J"}',
+            "line 1: `'subject'` .*, without control characters",
+        ),
         ("l.csv", f"path,subject\na.nii,{'s' * 5000}\n", "line 2: `'subject'` must be a text of up to 4096 characters"),
         ("l.jsonl", "[" * 100_000, "line 1 is not valid: objects and lists may be 4 deep"),
         ("l.jsonl", '{"path": ' + "9" * 5000 + "}", "line 1"),
@@ -336,6 +346,45 @@ def test_a_list_that_breaks_a_rule_is_refused_with_the_line(tmp_path: Path, name
         find_scans([str(tmp_path / name)], cache=tmp_path)
     assert str(tmp_path / name) in str(refusal.value)
     assert len(str(refusal.value)) < 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("l.csv", "path\n" + "\n" * 32, "has more than the 20 lines"),
+        ("l.csv", "path\r" + "\r" * 32, "has more than the 20 lines"),
+        ("l.jsonl", "\n" * 32, "has more than the 20 lines"),
+        ("l.tsv", "path\t" + "\t" * 20, "line 1: 22 values; a row may have 10"),
+        ("l.csv", "\n" + "," * 20, "line 2: 21 values; a row may have 10"),
+        ("l.csv", "path\n" + " " * 300, "line 2: it has more than the 200 characters"),
+        ("l.jsonl", json.dumps(dict.fromkeys(["path", *map(str, range(10))])), "line 1: 11 keys; a row may have 10"),
+        ("l.csv", "path\n" + "a" * 2001, "has more than the 2,000 bytes"),
+    ],
+)
+def test_a_list_has_bounds_that_keep_reading_it_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, rule: str
+) -> None:
+    for bound, value in {"MAX_LINES": 20, "_MAX_COLUMNS": 10, "_MAX_LINE": 200, "MAX_BYTES": 2000}.items():
+        monkeypatch.setattr(lists, bound, value)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rule):
+        only(tmp_path / name)
+
+
+@pytest.mark.parametrize("letter", "\x85\x9b\u061c\u200b\u2028\u202e\u2066\ufeff\U000e0041")
+@pytest.mark.parametrize("column", ["path", "subject", "site"])
+def test_what_would_command_or_turn_a_line_is_no_text_of_a_list(tmp_path: Path, letter: str, column: str) -> None:
+    touch(tmp_path / "a.nii")
+    row = {"path": "a.nii", "subject": "s", "site": "x"}
+    row[column] = f"a{letter}b"
+    (tmp_path / "l.jsonl").write_text(json.dumps(row))
+    (tmp_path / "l.csv").write_text("path,subject,site\n" + ",".join(row.values()))
+    for name in ("l.jsonl", "l.csv"):
+        with pytest.raises(
+            DataError, match=r"line [12]: `.*` must be a text of up to 4096 characters, without control"
+        ) as refusal:
+            only(tmp_path / name)
+        assert letter not in str(refusal.value)
 
 
 def test_a_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
@@ -382,6 +431,10 @@ def test_a_bucket_is_searched_like_a_folder(s3_url: str, tmp_path: Path) -> None
         assert [scan.path.removeprefix(f"{s3_url}/ds/") for scan in scans] == [
             scan.path.removeprefix(f"{tmp_path}/") for scan in here
         ]
+        assert [
+            (folder.path.removeprefix(f"{s3_url}/ds/"), folder.modified)
+            for folder in search_scans([f"{s3_url}/ds"], cache=tmp_path, **options).passed_over
+        ] == [("code", "1 files"), ("derivatives", "1 files"), ("sourcedata", "1 files")]
         for scan, local in zip(scans, here, strict=True):
             assert (scan.key, scan.num_bytes, scan.subject, scan.entities) == (
                 local.key,

@@ -113,7 +113,7 @@ def test_every_plane_comes_back_by_its_number(tmp_path: Path, scans: list[Path])
         found = reader.read_plane(number)
         assert found.dtype == plane.dtype and found.flags.writeable
         np.testing.assert_array_equal(found, plane)
-    with pytest.raises(ValueError, match="samples, asked for number"):
+    with pytest.raises(ValueError, match="samples, got number"):
         reader.read_plane(len(planes))
 
 

@@ -209,6 +209,12 @@ def test_a_state_of_another_stream_is_refused_by_the_stream_too(small_corpus: Sm
         stream(Corpus(*small_corpus), image=IMAGE, seed=0, global_batch=SIZE, state=state)
 
 
+def test_planes_that_would_be_too_large_after_resampling_are_refused_by_name(small_corpus: SmallCorpus) -> None:
+    image = ImageConfig(spacing_mm=0.001, size=32)
+    with pytest.raises(DataError, match=r"shard-.*\.tar: .*: 1 planes of .* would take .* allowed: use larger voxels"):
+        batches(small_corpus, 1, image=image)
+
+
 @pytest.mark.parametrize("value", [{}, {"step": -1}, {"step": "7"}, {"step": None}])
 def test_a_state_without_a_step_is_refused(small_corpus: SmallCorpus, value: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="no valid step"):
@@ -274,7 +280,7 @@ def test_a_damaged_sample_is_replaced_by_the_same_one_in_every_run_counted_and_n
 def test_more_damage_than_the_quarantine_takes_stops_the_stream(damageable: tuple[Path, SmallCorpus]) -> None:
     folder, corpus = damageable
     damage(folder, corpus[1]["shards"][1]["name"], [(0, 0), (0, 1), (0, 2)])
-    with pytest.raises(DataError, match=r"is damaged.*2 damaged samples were replaced before, the most allowed"):
+    with pytest.raises(DataError, match=r"is damaged.*2 damaged samples were replaced already, the most allowed"):
         batches(corpus, 30, quarantine=Quarantine(2))
 
 
@@ -283,7 +289,7 @@ def test_a_shard_of_which_nothing_can_be_read_stops_the_stream(damageable: tuple
     shard = corpus[1]["shards"][1]["name"]
     rows = read_index(folder / shard.replace(".tar", ".idx"))
     damage(folder, shard, [(number, plane) for number, row in enumerate(rows) for plane in range(row.num_planes)])
-    with pytest.raises(DataError, match="samples in the place of a damaged one cannot be read either"):
+    with pytest.raises(DataError, match="replacements of a damaged sample cannot be read either"):
         batches(corpus, 30, quarantine=Quarantine(1000))
 
 

@@ -63,13 +63,13 @@ def in_tar(what: str) -> Callable[[Path], tuple[Path, int]]:
     ("place", "problem"),
     [
         (in_tar("payload"), r"shard-000000-.*\.tar: damaged: chunk 0 of record sub-"),
-        (in_tar("header"), r"\.tar: damaged, .* voxels are sound, headers"),
-        (in_tar("header's checksum"), r"\.tar: damaged, .* voxels are sound, headers"),
-        (in_tar("text"), r"\.tar: damaged, .* voxels are sound, headers"),
-        (in_tar("padding"), r"\.tar: damaged, .* voxels are sound, headers"),
-        (in_tar("end"), r"\.tar: damaged, .* voxels are sound, headers"),
+        (in_tar("header"), r"\.tar: damaged, .* voxels are intact, headers"),
+        (in_tar("header's checksum"), r"\.tar: damaged, .* voxels are intact, headers"),
+        (in_tar("text"), r"\.tar: damaged, .* voxels are intact, headers"),
+        (in_tar("padding"), r"\.tar: damaged, .* voxels are intact, headers"),
+        (in_tar("end"), r"\.tar: damaged, .* voxels are intact, headers"),
         (lambda folder: (only(folder, "*.idx"), 40), r"shard-000000-.*\.idx: the index is damaged"),
-        (lambda folder: (folder / "ledger.jsonl", 40), r"ledger\.jsonl: not the current revision's"),
+        (lambda folder: (folder / "ledger.jsonl", 40), r"ledger\.jsonl: not the ledger of the current revision"),
         (lambda folder: (only(folder, "ledgers/*"), 40), r"ledgers/.*: damaged"),
         (lambda folder: (only(folder, "thumbnails/*"), 40), r"thumbnails/.*: damaged"),
         (lambda folder: (only(folder, "manifests/*"), 40), r"manifests/.*\.json: damaged"),
@@ -98,11 +98,11 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(copy: Path) -> None:
     [
         (lambda folder: only(folder, "*.tar").unlink(), r"shard-000000-.*\.tar does not exist"),
         (lambda folder: only(folder, "*.idx").unlink(), r"shard-000000-.*\.idx does not exist"),
-        (lambda folder: only(folder, "*.tar").write_bytes(b"short"), r"it has 5 bytes, the manifest says"),
+        (lambda folder: only(folder, "*.tar").write_bytes(b"short"), r"it has 5 bytes, the manifest has"),
         (lambda folder: (folder / "ledger.jsonl").unlink(), r"ledger\.jsonl: absent"),
         (lambda folder: only(folder, "ledgers/*").write_text(""), r"ledgers/.*: damaged"),
         (lambda folder: shutil.rmtree(folder / "thumbnails"), r"thumbnails/.*: absent"),
-        (lambda folder: shutil.rmtree(folder / "manifests"), r"absent, though manifest\.json is that revision"),
+        (lambda folder: shutil.rmtree(folder / "manifests"), r"absent, although manifest\.json is this revision"),
     ],
 )
 def test_every_kind_of_loss_is_one_named_problem(copy: Path, damage: Callable[[Path], None], problem: str) -> None:
@@ -167,10 +167,13 @@ def add_a_sample(manifest: dict[str, Any], index: dict[str, Any], ledger: dict[s
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (an_index_row(spacing_mm=[1.0, 1e5, 1.0]), "spacing_mm has three values of a scan"),
-        (an_index_row(spacing_mm=[1.0, 1e300, 1.0]), "spacing_mm has three values of a scan"),
-        (an_index_row(percentiles=[1e308] * 17), "percentiles has 17 values that do not fall"),
-        (an_index_row(percentiles=[float(n) for n in range(17, 0, -1)]), "percentiles has 17 values that do not fall"),
+        (an_index_row(spacing_mm=[1.0, 1e5, 1.0]), "spacing_mm has three values that are plausible"),
+        (an_index_row(spacing_mm=[1.0, 1e300, 1.0]), "spacing_mm has three values that are plausible"),
+        (an_index_row(percentiles=[1e308] * 17), "percentiles has 17 values that never decrease"),
+        (
+            an_index_row(percentiles=[float(n) for n in range(17, 0, -1)]),
+            "percentiles has 17 values that never decrease",
+        ),
         (an_index_row(chunk_offsets=[2**60, 2**60 + 1]), "whole numbers up to"),
         (add_a_sample, "num_samples is"),
     ],

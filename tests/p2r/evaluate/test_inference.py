@@ -1,6 +1,7 @@
 """Segmentations land on the scan's own voxels, features at the right place in the patient."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from p2r.config import ModelConfig
+from p2r.data import preprocess
 from p2r.data.preprocess import Preparation
 from p2r.data.volume import Volume, read_labels, read_volume, to_source_grid, write_nifti
-from p2r.evaluate.inference import embed_volume, predict_volume
+from p2r.errors import RefusedScan
+from p2r.evaluate.inference import embed_volume, images_read, predict_probabilities, predict_volume
+from p2r.evaluate.models import on_scan_grid
 from p2r.model import SegmentationHead, Segmenter, build_backbone
 
 
@@ -329,3 +333,39 @@ def test_the_largest_component_alone_is_kept_on_request(tmp_path: Path) -> None:
     )
     assert whole[25, 25, 1] == largest[8, 8, 1] == 1 and largest[25, 25, 1] == 0
     assert np.array_equal(largest, np.where(np.indices(whole.shape)[0] < 20, whole, 0))
+
+
+def test_maps_of_a_stranger_s_many_classes_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    volume, _ = scan_with_blob(tmp_path, spacing_mm=(1.0, 1.0, 2.0), shape=(40, 40, 12))
+    with pytest.raises(RefusedScan, match=r"maps of 10000000 classes on .* voxels would take .*: segment a part"):
+        predict_volume(
+            Threshold(), volume, preparation=Preparation(spacing_mm=1.0, image_size=32), num_classes=10_000_000
+        )
+
+
+def test_features_beyond_the_memory_of_a_scan_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume, _ = scan_with_blob(tmp_path, spacing_mm=(1.0, 1.0, 2.0), shape=(40, 40, 12))
+    rules = Preparation(spacing_mm=1.0, image_size=32)
+    features, affine = embed_volume(Identity(), volume, preparation=rules)
+    monkeypatch.setattr(preprocess, "MAX_IMAGES_MIB", 0.18)
+    with pytest.raises(RefusedScan, match=r"2 features of 48 x 48 pixels of 12 images would take"):
+        embed_volume(Identity(), volume, preparation=rules)
+    monkeypatch.setattr(preprocess, "MAX_IMAGES_MIB", 0.1)
+    with pytest.raises(RefusedScan, match=r"2 features of 40 x 12 x 40 voxels would take .*: leave out --native"):
+        on_scan_grid(features[:, :, :, 0], affine, volume)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_probabilities_add_up_to_one_also_where_the_network_reads_nothing(tmp_path: Path, dimensions: int) -> None:
+    shape = (30, 26, 6) if dimensions == 2 else (30, 26, 28)
+    volume, _ = scan_with_blob(
+        tmp_path, spacing_mm=(1.5, 1.5, 6.0) if dimensions == 2 else (1.5, 1.5, 1.5), shape=shape
+    )
+    preparation = Preparation(spacing_mm=1.3, image_size=16, planes="centre", dimensions=dimensions)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"preparation": preparation, "num_classes": 2}
+    found = predict_probabilities(Threshold(), images_read(volume, preparation), **options)
+    assert found.shape == (*volume.data.shape, 2)
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
+    beyond = (found[..., 0] == 1) & (found[..., 1] == 0)
+    assert beyond.mean() > 0.3 and beyond.any(axis=(1, 2, 3)).all()
+    assert np.array_equal(found.argmax(-1), predict_volume(Threshold(), volume, **options))

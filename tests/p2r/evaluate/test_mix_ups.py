@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,14 +69,38 @@ def test_two_exchanged_label_maps_are_refused_with_both_names(tmp_path: Path, a:
         see_all(exchanged(scans, a, b))
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Collect every share that is computed: one per scan, and two per pair of scans that are compared."""
+    shares: list[float] = []
+    explained = mix_ups._explained
+
+    def recorded(*arguments: Any) -> float:
+        shares.append(explained(*arguments))
+        return shares[-1]
+
+    monkeypatch.setattr(mix_ups, "_explained", recorded)
+    return shares
+
+
 @pytest.mark.parametrize("places", [[2, 5, 9, 14], [8, 8, 8, 8], [8, 9, 8, 9]])
-def test_true_pairs_are_left_in_peace_also_where_organs_lie_alike(tmp_path: Path, places: list[int]) -> None:
+def test_true_pairs_are_left_in_peace_also_where_organs_lie_alike(
+    tmp_path: Path, places: list[int], measured: list[float]
+) -> None:
     see_all(scans_of(write_task(tmp_path, places=places)))
+    assert len(measured) == 4 + 2 * 6, "every pair was compared"
+    assert max(measured) > 0.4
 
 
-def test_scans_of_other_shapes_and_empty_label_maps_are_not_compared(tmp_path: Path) -> None:
-    see_all(scans_of(write_task(tmp_path, places=[2, 5, 9, 14], shapes=[24, 25, 26, 27])))
-    see_all(exchanged(scans_of(write_task(tmp_path / "empty", places=[2, 5, 9, 14], labelled=False)), 0, 1))
+def test_scans_of_other_shapes_are_not_compared(tmp_path: Path, measured: list[float]) -> None:
+    see_all(scans_of(write_task(tmp_path, places=[2, 5, 9, 14], shapes=[24, 25, 26, 24])))
+    assert len(measured) == 4 + 2, "only the two of one shape were compared"
+
+
+def test_empty_label_maps_are_not_compared(tmp_path: Path, measured: list[float]) -> None:
+    scans = scans_of(write_task(tmp_path, places=[2, 5, 9, 14], labelled=False))
+    see_all(exchanged(scans, 0, 1))
+    assert measured == []
 
 
 def test_what_is_kept_to_compare_with_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

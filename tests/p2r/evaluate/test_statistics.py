@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from p2r.errors import DataError
-from p2r.evaluate.statistics import bootstrap_interval, few_shot_statistics, holm, patients_needed, signed_rank_p
+from p2r.evaluate.statistics import (
+    bootstrap_interval,
+    draws_agree,
+    few_shot_statistics,
+    holm,
+    patients_needed,
+    signed_rank_p,
+)
 from p2r.randomness import keyed_generator
 
 
@@ -100,6 +107,20 @@ def test_the_same_patients_in_all_draws_are_no_more_patients_than_there_are() ->
         for values in (one, np.repeat(one, 5, axis=0))
     ]
     assert intervals[0] == pytest.approx(intervals[1], abs=0.03)
+
+
+def test_a_difference_says_in_how_many_draws_it_has_its_sign() -> None:
+    offsets = [0.1, 0.02, -0.05, 0.0, 0.03]
+    rows = [
+        row(mode, 1, draw, (0.5 + (mode == "fine_tune") * offset + 0.01 * np.arange(4)).tolist())
+        for draw, offset in enumerate(offsets)
+        for mode in ("scratch", "fine_tune")
+    ]
+    (found,) = few_shot_statistics(rows, seed=0, num_resamples=20)["differences"]
+    assert found["difference_by_draw"] == pytest.approx(offsets)
+    assert found["draws"] == 5 and found["draws_agree"] == 3, "a draw without a difference agrees with nothing"
+    assert draws_agree(np.array([[-0.2, math.nan], [0.1, 0.05]])) == 1
+    assert draws_agree(np.zeros((3, 2))) == 0
 
 
 def test_the_signed_rank_test_is_exact_on_few_patients() -> None:

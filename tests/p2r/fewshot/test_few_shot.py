@@ -22,11 +22,12 @@ from p2r.backbone import load_model
 from p2r.config import FinetuneConfig
 from p2r.data.volume import read_volume
 from p2r.errors import DataError, JobError
+from p2r.evaluate.calibration import near_organs
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.tasks import load_task
 from p2r.fewshot.protocol import Settings, Trial, final_trials, settings_of
 from p2r.fewshot.readings import merge_readings
-from p2r.fewshot.search import FewShot, attempt, check_task, few_shot, publish_best
+from p2r.fewshot.search import FewShot, attempt, check_task, choose_model, few_shot, publish_best, reason_for
 from p2r.fewshot.trial import TrialSetup, run_trial
 from p2r.pipeline.local import LocalExecutor
 from p2r.storage import Storage
@@ -42,6 +43,25 @@ def final(setup: TrialSetup, mode: str, **settings: float) -> Trial:
     chosen = settings_of(setup.config, mode, {"learning_rate": 1e-2, **settings})  # type: ignore[arg-type]
     config = setup.config.model_copy(update={"modes": (mode,)})
     return final_trials(config, load_task(Path(setup.task)), {mode: chosen})[0]  # type: ignore[dict-item]
+
+
+def test_the_published_model_is_the_best_fine_tuned_one_or_the_best_of_all() -> None:
+    results: list[dict[str, Any]] = [
+        {"trial": {"mode": mode}, "validation": {"dice_mean": dice}}
+        for mode, dice in {"scratch": 0.9, "linear_probe": 0.3, "fine_tune": 0.6, "weak_to_strong": 0.7}.items()
+    ]
+
+    def published(mode: str, among: list[dict[str, Any]]) -> tuple[str, str]:
+        config = FinetuneConfig.model_validate({"tasks": ["t.yaml"], "published_mode": mode})
+        best = choose_model(config, among)
+        return best["trial"]["mode"], reason_for(config, best, among).removeprefix("the best validation Dice ")
+
+    assert published("fine_tuned", results) == ("weak_to_strong", "(0.700) of 2 fine-tuned models")
+    assert published("any", results) == ("scratch", "(0.900) of 4 models")
+    assert published("fine_tuned", results[:1]) == ("scratch", "(0.900) of 1 models"), "nothing was fine-tuned"
+    assert (
+        published("fine_tuned", [{**results[2], "validation": {"dice_mean": None}}, results[3]])[0] == "weak_to_strong"
+    )
 
 
 def weights(setup: TrialSetup, result: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -61,8 +81,8 @@ def relabel(data: Path, subjects: list[str]) -> None:
         nibabel.Nifti1Image(wrong.astype(np.int16), image.affine).to_filename(path)
 
 
-# fine_tune is a part of mean_teacher, and scratch_weak_to_strong one of weak_to_strong
-MODES = ["scratch", "linear_probe", "mean_teacher", "weak_to_strong", "prototype"]
+# fine_tune is a part of mean_teacher, and both modes of weak_to_strong are parts of prototype_self_training
+MODES = ["scratch", "linear_probe", "mean_teacher", "prototype_self_training", "prototype"]
 
 
 @pytest.mark.parametrize("options", [{}, {"probe_augmentation": "none", "planes": "centre", "largest_component": True}])
@@ -172,6 +192,28 @@ def test_a_row_holds_every_case_with_its_scores_and_prediction(make: Make, toy_d
             assert case["scores"]["DISC"]["dice"] == pytest.approx(2 * both / sizes, abs=1e-6)
             assert len(case["thirds"]["DISC"]) == 3
     assert row["dice_mean"] == pytest.approx(np.mean([case["scores"]["DISC"]["dice"] for case in row["cases"]]))
+
+
+def test_a_row_says_how_far_its_model_s_confidence_can_be_trusted(make: Make, toy_data: Path) -> None:
+    setup = make(steps=12, batch_size=4, planes="centre", modes=["scratch", "prototype"])
+    found = [result for result in run(setup).results if "calibration" not in result["validation"]]
+    assert len(found) == 2
+    for result in found:
+        row = result["row"]
+        calibration = row["calibration"]
+        assert list(calibration["by_subject"]) == ["sub-07", "sub-08"]
+        assert 0 < calibration["ece"] < 1 and 0 < calibration["brier_whole"] < 2
+        right, number = 0, 0
+        with np.load(Storage(setup.storage).local(row["predictions"]), allow_pickle=False) as predictions:
+            for name in predictions:
+                truth = np.asarray(nibabel.load(toy_data / f"labels/{name}.nii.gz").dataobj)[::-1, ::-1, :, None]
+                near = near_organs(truth, (2.0, 2.0, 8.0))
+                right += (predictions[name] == truth)[near].sum()
+                number += near.sum()
+        curve = calibration["reliability"]
+        assert sum(curve["num_voxels"]) == number
+        accuracy = sum(n * (a or 0) for n, a in zip(curve["num_voxels"], curve["accuracy"], strict=True))
+        assert accuracy == pytest.approx(right), "probabilities and references lie on one grid"
 
 
 def make_again(setup: TrialSetup, trial: Trial) -> dict[str, torch.Tensor]:

@@ -252,7 +252,7 @@ def test_candidates_drawn_from_distributions_depend_on_the_seed_alone_and_are_al
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"draws": {1: 5}}, "draws names no number of draws for 5 labelled patients"),
+        ({"draws": {1: 5}}, "draws gives no number of draws for 5 labelled patients"),
         ({"num_labelled": ["some"]}, "num_labelled"),
         ({"search": {"space": {"steps": [0.5]}}}, "search.space.steps: .*valid integer.*got 0.5"),
         ({"search": {"space": {"weight_decay": {"uniform": [-1, 1]}}}}, "search.space.weight_decay: .*got -1"),
@@ -274,9 +274,10 @@ def test_candidates_drawn_from_distributions_depend_on_the_seed_alone_and_are_al
                 "modes": ["scratch", "fine_tune"],
                 "search": {"learning_rates": {"scratch": [1e-3], "fine_tune": {"loguniform": [1e-4, 1e-2]}}},
             },
-            "equally many candidates for every mode, got scratch 1, fine_tune 8: some modes have lists alone",
+            "equally many candidates for every mode, got scratch 1, fine_tune 8: some modes have only lists",
         ),
         ({"num_labelled_by_mode": {"prototype": [1]}}, "names prototype, which is not in modes"),
+        ({"views": {"shown_fraction": [0.3, 0.6]}}, "views.shown_fraction is for pretraining only"),
         ({"modes": ["weak_to_strong"], "protocol": "paper_compat"}, "take weak_to_strong out of modes"),
         ({"steps_by_mode": {"weak_to_strong": 9}}, "steps_by_mode names weak_to_strong, which is not in modes"),
         (

@@ -22,8 +22,11 @@ from p2r.engine.step import take_step
 from p2r.errors import DataError, InputError
 from p2r.job import read_job
 from p2r.model.pix2rep import Pix2Rep
-from p2r.planning.estimate import Plan, Rate, count_step, measured_rate, plan, refuse_what_does_not_fit, traffic_of
+from p2r.planning.estimate import measured_rate, plan, refuse_what_does_not_fit
+from p2r.planning.forecast import Plan, Rate
+from p2r.planning.memory import count_step
 from p2r.planning.roofline import loss_time, ways_to_shorten
+from p2r.planning.traffic import traffic_of
 from p2r.planning.tune_batch import noise_batch
 
 TOLERANCE = 0.15

@@ -7,6 +7,23 @@ import pytest
 BACKBONE = "a9" * 32
 
 
+def calibration(level: float, num_patients: int) -> dict[str, Any]:
+    """The calibration of a row whose model is right as often as its confidence says, but for a part that depends on its Dice."""
+    confidence = [None if index < 5 else (index + 0.5) / 15 for index in range(15)]
+    figures = {"ece": round(0.6 - level / 2, 4), "brier": 0.3, "ece_whole": 0.01, "brier_whole": 0.02}
+    return {
+        "num_bins": 15,
+        "margin_mm": 10.0,
+        **figures,
+        "by_subject": {f"patient{index + 101}": figures for index in range(num_patients)},
+        "reliability": {
+            "num_voxels": [0 if one is None else 1000 for one in confidence],
+            "confidence": confidence,
+            "accuracy": [None if one is None else one * level for one in confidence],
+        },
+    }
+
+
 @pytest.fixture(scope="session")
 def make_rows() -> Callable[..., list[dict[str, Any]]]:
     """A function that makes rows as final trials leave them; every mode reads the same draws and patients."""
@@ -76,6 +93,7 @@ def make_rows() -> Callable[..., list[dict[str, Any]]]:
                             "num_test_subjects": num_patients,
                             "num_scans": num_patients,
                             "cases": cases,
+                            "calibration": calibration(level, num_patients),
                             "seconds": 61.0,
                             "device": "cpu",
                             **changes,

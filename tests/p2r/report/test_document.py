@@ -6,13 +6,16 @@ import xml.etree.ElementTree as ET
 from base64 import b64decode
 from collections.abc import Callable
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 from p2r.evaluate.statistics import few_shot_statistics
-from p2r.report import source_line, trials_line, write_report
+from p2r.report import source_line, table, trials_line, write_report
 from p2r.report.cases import shown_cases
 from p2r.report.patients import MEAN, patients_of
 from p2r.report.tables import series_name
@@ -99,9 +102,9 @@ def test_the_page_shows_every_part(standard: Path) -> None:
     for part in ("1 trial failed", "nan at step 31", "test split was read once", "What won the search", "What it cost"):
         assert part in page.text and part in text
     assert {path.stem for path in (standard / "pictures").glob("*.svg")} == {
-        f"{kind}-acdc" for kind in ("few-shot", "classes", "differences", "thirds", "strata")
+        f"{kind}-acdc" for kind in ("few-shot", "classes", "differences", "thirds", "strata", "reliability")
     }
-    assert page.tags.count("img") == 5
+    assert page.tags.count("img") == 6
     assert set(page.tags) <= TAGS
 
 
@@ -195,13 +198,42 @@ def test_rows_of_earlier_reports_are_shown_without_what_they_lack(make_rows: Mak
             "seed",
             "transductive",
             "validation_dice_mean",
+            "calibration",
         ):
             del row[key]
         row["protocol"] = "leak-free"
     report = write_report(Storage(str(tmp_path)), rows=rows, context={"code": "0123abcd"}, pictures={})
     assert report["pictures"] == ["pictures/few-shot-acdc.png"]
     assert "code of the trials | 0123abcd" in (tmp_path / "report.md").read_text()
-    assert "Where it fails" not in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Where it fails" not in page and "How far its confidence" not in page
+
+
+def test_the_page_and_the_table_say_how_far_confidence_can_be_trusted(make_rows: MakeRows, tmp_path: Path) -> None:
+    rows = make_rows()
+    for row in rows[:2]:
+        del row["calibration"]  # of an earlier version
+    page, text = written(tmp_path, rows)
+    assert "How far its confidence can be trusted" in page.text
+    (line,) = [line for line in text.splitlines() if line.startswith("| 5 | fine-tuned | 0.2")]
+    level = 0.5 + 0.05 * np.log(5) + 0.1
+    assert line == f"| 5 | fine-tuned | {0.6 - level / 2:.3f} ± 0.000 | 0.300 ± 0.000 | 0.010 | 0.020 |"
+    drawn = " ".join(ET.parse(tmp_path / "pictures/reliability-acdc.svg").getroot().itertext())
+    for words in ("confidence and accuracy", "1 labelled patient", "5 labelled patients", "dashed: calibrated"):
+        assert words in drawn
+    printed = Console(width=200, file=StringIO())
+    printed.print(table(rows))
+    shown = printed.file.getvalue()  # type: ignore[attr-defined]
+    assert "ECE" in shown and f"{0.6 - level / 2:.3f} ± 0.000" in shown
+    for row in rows:
+        row.pop("calibration", None)
+    printed.print(table(rows))
+    assert printed.file.getvalue().count("ECE") == 1, "rows without calibration have no such column"  # type: ignore[attr-defined]
+
+
+def test_the_table_of_differences_says_how_many_draws_agree(make_rows: MakeRows, tmp_path: Path) -> None:
+    _, text = written(tmp_path, make_rows(num_draws=3, gain=0.2, numbers=(1,)))
+    assert "| draws of its sign |" in text and "| 3 of 3 |" in text
 
 
 def test_protocols_are_kept_apart_and_named_everywhere(make_rows: MakeRows, tmp_path: Path) -> None:
@@ -246,8 +278,8 @@ def test_hostile_names_are_names(make_rows: MakeRows, tmp_path: Path) -> None:
             root = ET.fromstring(b64decode(value.partition(",")[2]))
             assert not [one for one in root.iter() if str(one.tag).endswith(("}script", "}foreignObject", "}a"))]
     assert "<" not in text.replace("&lt;", "") and not re.search(r"(?<!\\)\]\(javascript", text)
-    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
+    for lines in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines.splitlines()}) == 1, lines
     assert {path.name for path in tmp_path.iterdir()} == {"pictures", "report.html", "report.md", "report.json"}
     assert json.loads((tmp_path / "report.json").read_text())["rows"] == rows
 

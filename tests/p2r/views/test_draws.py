@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from p2r.device import _hash_of_counter
+from p2r.device import _hash_counters
 from p2r.randomness import keyed_generator
 from p2r.views.draws import Draws, _mix
 
@@ -57,7 +57,7 @@ def test_the_hashes_are_those_of_their_sources() -> None:
         return x ^ x >> 14
 
     counter = torch.randint(-(2**31), 2**31, (1000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    hashes = _hash_of_counter(counter, torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32))
+    hashes = _hash_counters(counter, torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32))
     assert (hashes[0].numpy().view(np.uint32)).tolist() == [triple32(x % 2**32) for x in counter.tolist()]
 
 

@@ -311,8 +311,9 @@ def test_the_views_of_an_unlabelled_image_show_the_same_places_and_the_weak_one_
     def generators() -> list[np.random.Generator]:
         return [keyed_generator(0, slot) for slot in range(3)]
 
-    moved, _ = augment_labelled(
-        image, inside.long(), inside=inside, generators=generators(), config=GEOMETRY_ONLY, **options
+    labels = torch.randint(-1, 3, (3, *size))
+    moved, moved_labels = augment_labelled(
+        image, labels, inside=inside, generators=generators(), config=GEOMETRY_ONLY, **options
     )
     for config, is_alike in ((GEOMETRY_ONLY, True), (EVERYTHING, False)):
         views = augment_weakly_and_strongly(
@@ -321,11 +322,33 @@ def test_the_views_of_an_unlabelled_image_show_the_same_places_and_the_weak_one_
             generators=generators(),
             geometry=config.geometry,
             intensity=config.intensity,
+            labels=labels,
             **options,
         )
+        assert views.labels is not None and torch.equal(views.labels[views.shown], moved_labels[views.shown])
         assert views.shown.shape == (3, *[16] * len(size))
         for view in (views.weak, *views.strong):
             assert view.shape == (3, 1, *[16] * len(size))
             assert not view[:, 0][~views.shown].any()
         assert torch.equal(*views.strong) == is_alike == torch.equal(views.strong[0], views.weak)
         assert torch.equal(views.weak, moved), "where augment_labelled, which draws the same geometry, moves it"
+
+
+@pytest.mark.parametrize("size", [(40, 36), (24, 20, 16)])
+def test_each_view_shows_a_box_of_its_own_and_valid_pixels_are_in_both(size: tuple[int, ...]) -> None:
+    image, inside = torch.ones(6, 1, *size), torch.ones(6, *size, dtype=torch.bool)
+    inside[:, :3] = False
+    options: dict[str, Any] = {"spacing_mm": 1.0, "seed": 0, "epochs": np.zeros(6, int), "positions": np.arange(6)}
+    whole = make_views(image, inside, config=GEOMETRY_ONLY, **options)
+    views = make_views(image, inside, config=GEOMETRY_ONLY.model_copy(update={"shown_fraction": (0.3, 0.6)}), **options)
+    assert torch.equal(views.warp, whole.warp), "the geometry does not depend on it"
+    is_shown = views.a[:, 0] > 0
+    share = is_shown.flatten(1).float().mean(1)
+    assert ((share > 0.2) & (share < 0.7)).all() and len(share.unique()) == 6
+    assert not is_shown[:, :3].any()
+    assert views.valid.any() and not (views.valid & ~whole.valid).any()
+    in_a = apply_warp(is_shown[:, None].float(), views.warp)[:, 0]
+    torch.testing.assert_close(in_a[views.valid], torch.ones(int(views.valid.sum())))
+    torch.testing.assert_close(views.b[:, 0][views.valid], torch.ones(int(views.valid.sum())))
+    in_b = views.b[:, 0] > 0.999
+    assert (in_b & ~views.valid).any(), "a place that only view b shows is no pair"

@@ -1,0 +1,88 @@
+"""Labelled scans before any training -> features of a frozen backbone, a segmenter by class prototypes, rules of plausibility."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from p2r.data.preprocess import Preparation
+from p2r.evaluate.inference import features_of_images
+from p2r.evaluate.prepared import kept
+from p2r.evaluate.tasks import LabelledScan
+from p2r.fewshot.plausibility import Plausibility, frames_of_scans, learn_plausibility
+from p2r.fewshot.protocol import Trial
+from p2r.fewshot.prototypes import class_prototypes
+from p2r.fewshot.training import labelled_images
+from p2r.files import file_sha256
+from p2r.model.heads import PrototypeHead
+from p2r.model.pix2rep import Segmenter
+from p2r.randomness import keyed_generator
+
+FeaturesOfScan = tuple[Tensor, Tensor, Tensor]
+"""Features (P, F, *s), labels (P, *S) and inside (P, *S) bool of one scan."""
+
+
+def frozen_features(
+    scans: Sequence[LabelledScan],
+    network: nn.Module,
+    trial: Trial,
+    *,
+    backbone_sha256: str,
+    preparation: Preparation,
+    device: str,
+) -> list[FeaturesOfScan]:
+    """Return features, labels and inside of every scan; features are kept on this machine's disk for all trials of the backbone."""
+    found = []
+    for scan in scans:
+
+        def make(scan: LabelledScan = scan) -> tuple[dict[str, Any], dict[str, Any]]:
+            features = features_of_images(network, scan.planes, preparation=preparation, device=device)
+            return {"features": features.numpy()}, {}
+
+        if trial.protocol == "paper_compat":  # cropped by the label, and split: only for this trial
+            features = _as_tensor(*make())
+        else:
+            key = {
+                "image": file_sha256(scan.scan.image),
+                "preparation": preparation.model_dump(mode="json"),
+                "backbone": backbone_sha256,
+                "device": device,
+            }
+            features = kept("features", key, make, use=_as_tensor)
+        found.append((features, scan.label_planes, scan.planes.inside))
+    return found
+
+
+def _as_tensor(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> Tensor:
+    return torch.from_numpy(arrays["features"])
+
+
+def segmenter_by_prototypes(
+    network: nn.Module, scans: Sequence[FeaturesOfScan], trial: Trial, *, num_classes: int, seed: int
+) -> Segmenter:
+    """Return a segmenter by the nearest class prototypes of labelled features, on the network's device."""
+    found = class_prototypes(
+        scans,
+        num_classes=num_classes,
+        background_prototypes=trial.settings.background_prototypes or 1,
+        generator=keyed_generator(seed, "prototypes", trial.num_labelled, trial.draw),
+    )
+    head = PrototypeHead(found[0].shape[1], [len(of_class) for of_class in found])
+    head.load_state_dict({"prototypes": torch.cat(found)})
+    return Segmenter(network, head.to(next(network.parameters()).device)).eval()
+
+
+def plausibility_of(
+    labelled: Sequence[LabelledScan], trial: Trial, *, num_classes: int, preparation: Preparation
+) -> Plausibility:
+    """Learn the organs' size and place from labelled scans, with the trial's tolerances."""
+    labels = labelled_images(labelled).labels
+    assert labels is not None
+    return learn_plausibility(
+        labels,
+        frames_of_scans([scan.planes for scan in labelled]),
+        num_classes=num_classes,
+        size_factor=trial.settings.plausible_size_factor or 1.0,
+        margin_pixels=(trial.settings.plausible_margin_mm or 0.0) / preparation.spacing_mm,
+    )
