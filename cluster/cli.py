@@ -113,16 +113,18 @@ def validate(
 
 def _allowed_ranks(job: "Job") -> list[int]:
     """Return the numbers of workers that can share the job's global batch; refuse a job whose number cannot."""
-    from p2r.data.order import allowed_world_sizes, check_world_size, world_sizes_between
+    from p2r.data.order import allowed_world_sizes, check_world_size, sizes_for_micro_batch, world_sizes_between
 
     if job.pretrain is None or job.kind in ("publish", "finetune"):
         return []
-    wanted = job.resources.num_workers
-    if isinstance(wanted, tuple):
-        return world_sizes_between(job.pretrain.global_batch, *wanted)
-    if wanted != "auto":
+    wanted, micro_batch = job.resources.num_workers, job.pretrain.micro_batch
+    if isinstance(wanted, int):
         check_world_size(job.pretrain.global_batch, wanted)
-    return allowed_world_sizes(job.pretrain.global_batch)
+        sizes_for_micro_batch(job.pretrain.global_batch, [wanted], micro_batch)
+    sizes = allowed_world_sizes(job.pretrain.global_batch)
+    if isinstance(wanted, tuple):
+        sizes = world_sizes_between(job.pretrain.global_batch, *wanted)
+    return sizes_for_micro_batch(job.pretrain.global_batch, sizes, micro_batch)
 
 
 @app.command()
