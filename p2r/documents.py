@@ -371,6 +371,15 @@ def decoded(content: bytes, kind: str, where: str, error: type[InputError]) -> s
         raise error(f"{where} is not {kind}: it is not UTF-8: {problem}") from None
 
 
+@contextlib.contextmanager
+def way_out(text: str) -> Iterator[None]:
+    """Add to each refusal that leaves the block how its reader can go on."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{error}; {text}") from None
+
+
 def check_size(content: bytes, where: str, max_bytes: int, error: type[InputError]) -> None:
     """Raise an error if a document exceeds `max_bytes`."""
     if len(content) > max_bytes:
