@@ -153,7 +153,7 @@ class Storage:
             value = self.read_json(path, max_bytes=max_bytes)
             documents.checked(adapter, value, where=f"{self.at(path)} is damaged:", error=DamagedError)
         except DamagedError as error:
-            raise DamagedError(f"{error}; restore the file, or delete it: the same command makes it again") from None
+            raise DamagedError(f"{error}; restore the file, or delete it: the same command creates it again") from None
         return value
 
     def read_rows(
