@@ -138,7 +138,7 @@ def as_utf8(name: str) -> str:
 def is_relative_path(path: str) -> bool:
     """Return whether a path names something below the folder that it is joined to, on any system.
 
-    Only `/` may separate names: no `..`, no `.`, no empty name, no backslash, no control character, no mark of direction.
+    Only `/` may separate names: no `..`, no `.`, no empty name, no backslash, no control character, no bidirectional mark.
     """
     is_name = len(path) <= _MAX_PATH and "\\" not in path and is_plain(path)
     return is_name and not {".", "..", ""} & set(path.split("/"))
@@ -147,8 +147,8 @@ def is_relative_path(path: str) -> bool:
 def _check_relative(path: str) -> str:
     if not is_relative_path(path):
         raise ValueError(
-            "must be a path below the folder: no `..`, no leading slash, no backslash, no control character, no mark of "
-            "direction"
+            "must be a path below the folder: no `..`, no leading slash, no backslash, no control character, no "
+            "bidirectional mark"
         )
     return path
 

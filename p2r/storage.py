@@ -149,7 +149,7 @@ class Storage:
         Raises:
             DamagedError: It is absent, over a limit, or breaks a rule of the model; names the key and the way out.
         """
-        with documents.way_out("restore the file, or delete it: the same command makes it again"):
+        with documents.way_out("restore the file, or delete it: the same command creates it again"):
             value = self.read_json(path, max_bytes=max_bytes)
             documents.checked(adapter, value, where=f"{self.at(path)} is damaged:", error=DamagedError)
         return value
