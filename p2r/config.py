@@ -841,7 +841,7 @@ class FinetuneConfig(Section):
     """Tolerance of the normalised surface Dice, mm."""
     allow_transductive: bool = False
     """Continue although validation or test patients are in the backbone's corpus. Every row of the report is then labelled: such results
-    say nothing about patients that the backbone has not seen."""
+    do not hold for patients that the backbone has not seen."""
     publish_model: bool = True
     """Publish the model with the best validation Dice among `published_mode` as `models/<task>/<version>`. Publish a second, trained in the
     same mode on all labelled train patients, as `models/<task>/all`; its validation Dice is computed, its test Dice is not."""
