@@ -227,7 +227,9 @@ def _each_converted(
 
 def _check_even(images: Sequence[Path], name: str) -> None:
     if any("_Eq" in image.stem for image in images):  # dcm2niix has interpolated
-        raise RefusedScan("uneven_slices", f"{name} has slices at uneven distances: is one missing? Copy it again")
+        raise RefusedScan(
+            "uneven_slices", f"{name} has slices at uneven distances: one may be missing; copy the series again"
+        )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from p2r.data.dataset_json import DatasetJson
 from p2r.data.folders import images_below
 from p2r.data.growth import subject_of
 from p2r.data.label_maps import LABEL_SUFFIX
-from p2r.data.names import composed, local_path, scan_key
+from p2r.data.names import composed, local_path, lower_suffix, scan_key
 from p2r.data.pairs import key_of, label_finder
 from p2r.data.scans import Scan, dataset_in, matches, search_scans
 from p2r.errors import DataError
@@ -189,7 +189,9 @@ def subject_pattern_for(scans: Sequence[Scan], form: Form) -> str:
         # File names that repeat across folders name contrasts; the folder then names the patient.
         patterns = [*([_FIRST_FOLDER] * in_folders), _NUMBERED, _EVERY_FILE]
     for pattern in patterns:
-        matches = [re.search(pattern, scan.below if pattern == _FIRST_FOLDER else scan.name) for scan in scans]
+        matches = [
+            re.search(pattern, lower_suffix(scan.below if pattern == _FIRST_FOLDER else scan.name)) for scan in scans
+        ]
         subjects = {match[1] for match in matches if match}
         if all(matches) and len(subjects) > 1:
             return pattern

@@ -7,7 +7,7 @@ Letters: W ranks, n pixel pairs of a rank, N of all, E embedding channels.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from p2r.config import LossConfig, PretrainConfig
 from p2r.engine.build import DTYPES
 from p2r.errors import InputError
 from p2r.loss import Findings, SameImage, barlow_twins, info_nce, info_nce_within_images
+from p2r.loss.info_nce import PANEL
 from p2r.loss.tiles import TILE, num_panels
 from p2r.loss.within_image import images_at_once
 
@@ -62,8 +63,8 @@ class Objective:
     """Configuration, n, W and device -> memory."""
     traffic: Callable[[PretrainConfig, int, int, str], int]
     """Configuration, n, W and device -> bytes that a rank sends in one evaluation; W is at least 2."""
-    operations: Mapping[str, int] | None = None
-    """Operations per n N E, by form of the loss, where matrix products are most of the time; None: unknown."""
+    products: Callable[[PretrainConfig, int, int], float] | None = None
+    """Configuration, N and W -> operations in units of n N E, if kernels compute the objective by matrix products; None: they do not."""
 
 
 def objective_of(config: LossConfig) -> Objective:
@@ -174,7 +175,16 @@ def _info_nce_traffic(config: PretrainConfig, rows: int, world_size: int, device
         # Once around the ring in each pass; in the second with the rows' softmax weights.
         return agreement + others * rows * (2 * of_a_row + 2 * FP32_BYTES + of_sums)
     softmax, column = 2 * FP32_BYTES, FP32_BYTES * _num_panels(rows, on_kernels=has_kernels(config, device))
+    if loss.form == "nt_xent" and rows % PANEL == 0 and rows * world_size >= 3 * PANEL:
+        column *= 3  # sums over columns within both views, too
     return agreement + others * rows * (of_a_row + of_sums + softmax + column)
+
+
+def _info_nce_products(config: PretrainConfig, pairs: int, world_size: int) -> float:
+    if config.loss.form == "cross_view":
+        return 10
+    halves = config.loss.exchange == "all_gather" and pairs // PANEL >= 3 and pairs // world_size % PANEL == 0
+    return 20 + 2 * PANEL / pairs if halves else 22
 
 
 def _exclusion_bytes(loss: LossConfig, dimensions: int) -> int:
@@ -249,9 +259,7 @@ def _barlow_twins_traffic(config: PretrainConfig, rows: int, world_size: int, de
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "info_nce": Objective(
-        _info_nce_loss, _info_nce_memory, _info_nce_traffic, operations={"cross_view": 10, "nt_xent": 22}
-    ),
+    "info_nce": Objective(_info_nce_loss, _info_nce_memory, _info_nce_traffic, _info_nce_products),
     "info_nce_within_images": Objective(_within_images_loss, _within_images_memory, _within_images_traffic),
     "barlow_twins": Objective(_barlow_twins_loss, _barlow_twins_memory, _barlow_twins_traffic),
 }

@@ -24,12 +24,12 @@ from torch import Tensor
 from p2r.config import LossConfig, PretrainConfig
 from p2r.data.batch import Batch
 from p2r.device import on_device
-from p2r.engine.build import gather_parameter
+from p2r.engine.build import DTYPES, gather_parameter
 from p2r.engine.feed import Timed
 from p2r.engine.health import sample_pairs
-from p2r.engine.objectives import PixelPairs, pixel_pair_loss
+from p2r.engine.objectives import PixelPairs, objective_of, pixel_pair_loss
 from p2r.engine.update import Update, update
-from p2r.loss import Findings, corresponding_points
+from p2r.loss import Findings, corresponding_points, without_kernels
 from p2r.randomness import keyed_generator
 from p2r.views.geometric import apply_warp
 from p2r.views.pair import make_views
@@ -171,7 +171,7 @@ def _draw_pairs(batch: Batch, device: torch.device, *, config: PretrainConfig, t
             foreground=foreground,
             foreground_share=config.loss.foreground_share,
         )
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = DTYPES[config.precision]
     return _Drawn(
         a=views.a.to(dtype),
         b=views.b.to(dtype),
@@ -277,6 +277,26 @@ def _alignment_sums(queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     units = [F.normalize(rows.float().masked_fill(absent, 0), dim=1) for rows in (queries, keys)]
     of_pairs = (units[0] * units[1]).sum().reshape(1)
     return torch.cat([*(unit.sum(0) for unit in units), of_pairs, (weights > 0).sum().float().reshape(1)])
+
+
+def explain_missing_kernels(config: PretrainConfig, *, device: torch.device) -> str | None:
+    """Return the reason that GPUs will compute the loss without its kernels, and the way out; None if they use them or need none.
+
+    Args:
+        config: Configuration of the run.
+        device: The GPU. A CPU stands for an H100.
+    """
+    loss = config.loss
+    if objective_of(loss).products is None:
+        return None
+    return without_kernels(
+        DTYPES[config.precision],
+        config.model.embedding_channels,
+        temperature=COLDEST if loss.learn_temperature else loss.temperature,
+        num_pairs=config.global_batch * loss.pixel_pairs_per_image,
+        device=device,
+        allows_tf32=config.precision == "tf32",
+    )
 
 
 def _run_two_passes(

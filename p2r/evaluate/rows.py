@@ -73,9 +73,30 @@ class CurvePoint(JsonModel):
         return f"validation Dice {mean} ({classes})"
 
 
+class RoundRow(JsonModel):
+    """One round of self-training, before a step of the training."""
+
+    step: int
+    by: str
+    counted_fraction: float
+    plausible_frames: int
+    frames: int
+    change: float | None
+    ended_by: str | None = None
+    """Reason that no round follows."""
+
+
 class PseudoLabelRow(JsonModel):
     """Pseudo-labels of a training, by interval of its steps."""
 
+    steps: list[int] = Field(default_factory=list)
+    """Last step of each interval."""
+    confident_fraction: list[float] = Field(default_factory=list)
+    """Fraction of the scans' pixels that count."""
+    class_fractions: dict[str, list[float]] = Field(default_factory=dict)
+    """Fraction of these by class, the background first."""
+    rounds: list[RoundRow] | None = None
+    """Rounds of self-training."""
     warnings: list[str] = Field(default_factory=list)
 
 

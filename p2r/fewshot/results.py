@@ -18,29 +18,29 @@ Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Dice = Annotated[float, Field(ge=0, le=1)]
 
 
-def _settings(values: dict[str, int | float]) -> dict[str, int | float]:
+def _check_settings(values: dict[str, int | float]) -> dict[str, int | float]:
     if unknown := values.keys() - Settings.__dataclass_fields__.keys():
         raise ValueError(f"{min(unknown)[:80]!r} is not a setting of a trial")
     return values
 
 
-def _trial_id(name: str) -> str:
+def _check_trial_id(name: str) -> str:
     if not is_relative_path(name) or "/" in name:
-        raise ValueError("must be a file's name")
+        raise ValueError("must be a file name")
     return name
 
 
 class TrialFacts(JsonModel):
     """The trial that a result belongs to; see `Trial.to_row`."""
 
-    id: Annotated[str, AfterValidator(_trial_id)]
+    id: Annotated[str, AfterValidator(_check_trial_id)]
     task: Name
     mode: Name
     protocol: Name
     num_labelled: Annotated[int, Field(ge=1, lt=2**53)]
     draw: Count
     subjects: Annotated[list[Name], FailFast()]
-    settings: Annotated[dict[str, int | float], FewKeys, AfterValidator(_settings)]
+    settings: Annotated[dict[str, int | float], FewKeys, AfterValidator(_check_settings)]
 
 
 class SplitSummary(JsonModel):

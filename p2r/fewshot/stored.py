@@ -1,9 +1,9 @@
-"""Documents that few-shot trials leave on a job's storage -> checked values.
+"""Documents of few-shot trials on a job's storage -> checked values.
 
-    trials/*.json, searches/*.json    result of a trial, or how far it came
-    searches/MODE-*.json              candidates that a search algorithm has proposed
-    sweeps/*.json                     time that a sweep took
-    report/test_reads/*.json          readings of test patients
+    trials/*.json, searches/*.json    result of a trial, or of a stopped one
+    searches/MODE-*.json              candidates proposed by a search algorithm
+    sweeps/*.json                     time of a sweep
+    report/test_reads/*.json          test-set evaluations
 
 Each is read within the bounds of `p2r.documents`. The fields that p2r computes with are checked; a model keeps all others.
 """
@@ -18,7 +18,7 @@ from p2r.fewshot.results import Dice, Name, SweepTime, TrialResult
 from p2r.storage import Storage
 
 MAX_BYTES = 1 << 26
-"""Largest of these documents."""
+"""Largest document that is read."""
 
 
 class _Row(TrialRow):
@@ -54,12 +54,12 @@ _CANDIDATES = TypeAdapter(list[tuple[dict[str, Annotated[float, Field(strict=Tru
 
 
 def read_result(storage: Storage, path: str) -> TrialResult:
-    """Return the result of a trial, or the note that it was stopped.
+    """Return the result of a trial, or of a stopped one.
 
     Raises:
         DamagedError: naming the file, the key and the rule.
     """
-    found: TrialResult = _read(storage, path, _RESULT)
+    found: TrialResult = _read_document(storage, path, _RESULT)
     return found
 
 
@@ -69,7 +69,7 @@ def read_candidates(storage: Storage, path: str) -> list[tuple[dict[str, float],
     Raises:
         DamagedError: naming the file, the key and the rule.
     """
-    return list(_read(storage, path, _CANDIDATES))
+    return list(_read_document(storage, path, _CANDIDATES))
 
 
 def read_sweeps(storage: Storage) -> list[SweepTime]:
@@ -78,16 +78,16 @@ def read_sweeps(storage: Storage) -> list[SweepTime]:
     Raises:
         DamagedError: naming the file, the key and the rule.
     """
-    return [_read(storage, path, _SWEEP) for path in storage.list("sweeps") if path.endswith(".json")]
+    return [_read_document(storage, path, _SWEEP) for path in storage.list("sweeps") if path.endswith(".json")]
 
 
 def read_readings(storage: Storage, folder: str) -> list[Reading]:
-    """Return every reading of test patients below a folder.
+    """Return all test-set evaluations below a folder.
 
     Raises:
         DamagedError: naming the file, the key and the rule.
     """
-    return [_read(storage, path, _READING) for path in storage.list(folder) if path.endswith(".json")]
+    return [_read_document(storage, path, _READING) for path in storage.list(folder) if path.endswith(".json")]
 
 
 def read_report_rows(storage: Storage, path: str) -> list[TrialRow]:
@@ -96,8 +96,8 @@ def read_report_rows(storage: Storage, path: str) -> list[TrialRow]:
     Raises:
         DamagedError: naming the file, the key and the rule.
     """
-    return list(_read(storage, path, _REPORT).rows)
+    return list(_read_document(storage, path, _REPORT).rows)
 
 
-def _read(storage: Storage, path: str, adapter: TypeAdapter[Any]) -> Any:
+def _read_document(storage: Storage, path: str, adapter: TypeAdapter[Any]) -> Any:
     return adapter.validate_python(storage.read_checked(path, adapter, max_bytes=MAX_BYTES))

@@ -27,7 +27,7 @@ from p2r.errors import DataError, JobError, OutOfTime
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.tasks import HELD_OUT, load_task
 from p2r.fewshot.checks import check_data, check_task
-from p2r.fewshot.publishing import choose_model, publish_best, publish_on_all, trial_for_publishing
+from p2r.fewshot.publishing import choose_model, publish_best, publish_on_all, publish_other_draws, trial_for_publishing
 from p2r.fewshot.readings import merge_readings
 from p2r.fewshot.results import FailedTrial, FewShot, TrialResult, failures_of
 from p2r.fewshot.search import TrialRunner, few_shot
@@ -370,6 +370,13 @@ def _publish_models(
     mode = MODES[best.trial.mode].title
     models = {name: str(publish_best(setup, results, backbone, storage)["url"])}
     say(f"finetune | published model of {name}: {mode}, best by validation Dice | {models[name]}")
+    if setup.config.publish_draws:
+        others = publish_other_draws(setup, results, backbone, storage)
+        models |= {f"{name}/draw-{draw}": str(manifest["url"]) for draw, manifest in sorted(others.items())}
+        urls = [url for key, url in models.items() if key != name]
+        say(
+            f"finetune | ensemble of {name}: p2r predict {models[name]} SCAN -o OUT {' '.join(f'--ensemble {url}' for url in urls)}"
+        )
     trial = trial_for_publishing(setup, best)
     result = best
     if trial is not None:

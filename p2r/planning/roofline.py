@@ -1,7 +1,8 @@
 """Time of the pixel-pair loss on a GPU, from its operation count and the GPU's matrix throughput.
 
     cross_view  10 n N E operations of a rank: 2 for both sums, and 4 for each gradient, which computes similarities again
-    nt_xent     22 n N E: three such passes for sums, four for gradients
+    nt_xent     20 n N E, and 2 n N E / P: sums across views, half of the sums within both views, four gradients. Of P panels of
+                16,384 pairs, entries of a panel with itself are computed twice. 22 n N E if the pairs of a rank are no whole panels
 
 The bfloat16 throughput is the one reached by plain products on an H100; TF32 has half of it. The fraction that the loss
 reaches is modelled from the kernels' machine code (jobs/RESULTS.md), and has not been measured.
@@ -33,14 +34,15 @@ class LossTime:
 
 def loss_time(config: PretrainConfig, *, world_size: int, device: str) -> LossTime | None:
     """Return the time of the loss; None where it is unknown: on CPUs, in fp32, and for other losses and negatives."""
-    loss, operations_of = config.loss, objective_of(config.loss).operations
-    if device != "cuda" or config.precision not in RATES or operations_of is None:
+    loss, products_of = config.loss, objective_of(config.loss).products
+    if device != "cuda" or config.precision not in RATES or products_of is None:
         return None
     passes = 1
     if loss.negatives == "micro_batch" and config.micro_batch is not None:
         passes = config.global_batch // (world_size * config.micro_batch)
     pairs = config.global_batch * loss.pixel_pairs_per_image // passes
-    operations = operations_of[loss.form] * passes * pairs * (pairs / world_size) * config.model.embedding_channels
+    products = products_of(config, pairs, world_size)
+    operations = products * passes * pairs * (pairs / world_size) * config.model.embedding_channels
     least_s = operations / RATES[config.precision]
     return LossTime(operations, least_s, least_s / EFFICIENCY)
 

@@ -25,6 +25,7 @@ from p2r.report.tables import (
     series_order,
     split_of,
 )
+from p2r.report.training_curves import pseudo_label_blocks
 
 
 def figures(material: Material, rows: Sequence[TrialRow], protocol: str) -> Iterator[Block]:
@@ -66,6 +67,7 @@ def figures(material: Material, rows: Sequence[TrialRow], protocol: str) -> Iter
         )
     yield from _failures(material, patients, rows, task, tag, source)
     yield from calibration_blocks(rows, task=task, tag=tag, source=source, put=material.put)
+    yield from pseudo_label_blocks(rows, task=task, tag=tag, source=source, put=material.put)
 
 
 def _differences(material: Material, rows: Sequence[TrialRow], task: str, tag: str, source: str) -> Iterator[Block]:

@@ -425,15 +425,15 @@ def test_a_bucket_is_searched_like_a_folder(s3_url: str, tmp_path: Path) -> None
     )
     bucket = s3fs.S3FileSystem(skip_instance_cache=True)
     bucket.put(f"{tmp_path}/", f"{s3_url.removeprefix('s3://')}/ds/", recursive=True)
-    for options in ({}, {"exclude": ["*bold*"]}):
-        scans = find_scans([f"{s3_url}/ds"], cache=tmp_path, **options)
-        here = find_scans([str(tmp_path)], cache=tmp_path, **options)
+    for exclude in ([], ["*bold*"]):
+        scans = find_scans([f"{s3_url}/ds"], cache=tmp_path, exclude=exclude)
+        here = find_scans([str(tmp_path)], cache=tmp_path, exclude=exclude)
         assert [scan.path.removeprefix(f"{s3_url}/ds/") for scan in scans] == [
             scan.path.removeprefix(f"{tmp_path}/") for scan in here
         ]
         assert [
             (folder.path.removeprefix(f"{s3_url}/ds/"), folder.modified)
-            for folder in search_scans([f"{s3_url}/ds"], cache=tmp_path, **options).passed_over
+            for folder in search_scans([f"{s3_url}/ds"], cache=tmp_path, exclude=exclude).passed_over
         ] == [("code", "1 files"), ("derivatives", "1 files"), ("sourcedata", "1 files")]
         for scan, local in zip(scans, here, strict=True):
             assert (scan.key, scan.num_bytes, scan.subject, scan.entities) == (

@@ -79,7 +79,7 @@ DOCUMENTS: dict[str, tuple[Any, Callable[[Storage, str], Any]]] = {
     "report": ({"rows": [ROW]}, lambda storage, path: [one.to_json() for one in read_report_rows(storage, path)]),
     "profile": (PROFILE, lambda storage, _: profile_text(storage)),
 }
-HOSTILE = [
+HOSTILE: list[tuple[str, tuple[str | int, ...], Any]] = [
     ("result", (), []),
     ("result", ("trial",), None),
     ("result", ("trial", "id"), "../../x"),
