@@ -58,7 +58,7 @@ from p2r.loss.ranks import (
 from p2r.loss.tiles import Rows, Scale, sharpest, static_shift, static_shift_on_device
 
 PANEL = 16_384
-"""Rows that fill a GPU together: the entries of two such panels of one tower are computed once."""
+"""Rows of a panel, enough to fill a GPU. The entries of two panels of one tower are computed once."""
 Form = Literal["cross_view", "nt_xent"]
 Exchange = Literal["all_gather", "ring"]
 
@@ -98,8 +98,8 @@ def info_nce(
     Args:
         queries: (n, E) embeddings of pixels in view a; any length, normalised inside.
         keys: (n, E) embeddings of the same places in view b.
-        temperature: Width of the softmax over cosine similarities, > 0. A tensor of one element is learnt. With findings, one on
-            a device is not read: values so small that they would need a maximum per row are counted there.
+        temperature: Width of the softmax over cosine similarities, > 0. A tensor of one element is learnt. With findings, a tensor on
+            a device is not read; a value without a static shift is counted among them.
         form: Which candidates an anchor has, see the module.
         decoupled: Leave the positive out of the denominator.
         weights: (n,) of each pair in the mean, >= 0. A pair of weight 0 takes no part, not even as a negative.
@@ -201,7 +201,7 @@ class _Contrast:
     k: float | Tensor
     """A scalar on the rows' device where the temperature is not read."""
     scale: Scale | None
-    """None: no static shift serves, rows need a maximum each."""
+    """None: no static shift exists, and every row needs a maximum."""
     exclude: SameImage | None
     findings: Findings | None
     parts: dict[str, Tensor] | None
@@ -368,10 +368,11 @@ def _log_sums(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tupl
 
 
 def _sums_within_tower(own: Rows, everyone: Rows, contrast: _Contrast) -> Tensor:
-    """Sum entries of own rows with all rows of their tower, (n,). They are symmetric: those of two panels are computed once.
+    """Sum the entries of own rows with all rows of their tower, (n,). The entries of two panels with one another are computed once.
 
-    A panel computes its entries with the half of the others that follows it around a circle, so ranks share the work evenly; sums over
-    columns bring the others what is theirs. Ranks whose rows are no whole panels compute all of them.
+    Entries are symmetric. Panels form a circle, and each computes its entries with the half of the others that follows it, so ranks
+    share the work evenly. Sums over columns are sent to the ranks of the columns. If the rows of a rank are not whole panels, all
+    entries are computed.
     """
     assert contrast.scale is not None
     backend, scale = _backend(own.values), contrast.scale
@@ -395,7 +396,7 @@ def _sums_within_tower(own: Rows, everyone: Rows, contrast: _Contrast) -> Tensor
 
 
 def _following(panel: int, num_panels: int) -> Iterator[slice]:
-    """Yield the rows of the half of the other panels that follows one around the circle, so that of two one follows the other."""
+    """Yield slices of rows: the half of the other panels that follows a panel around the circle. Of two panels, one follows the other."""
     opposite = num_panels % 2 == 0 and panel < num_panels // 2
     stop = panel + 1 + (num_panels - 1) // 2 + opposite
     for first, last in ((panel + 1, min(stop, num_panels)), (0, stop - num_panels)):
@@ -536,7 +537,7 @@ def _unit(rows: Tensor) -> Tensor:
 def _scale(
     k: float | Tensor, num_candidates: int, exclude: SameImage | None, findings: Findings | None, dtype: torch.dtype
 ) -> Scale | None:
-    """Return how similarities become entries; None: there is no static shift. A `k` that is not read is held to have one."""
+    """Return the scale of the entries, or None if no static shift exists. A `k` on the device is assumed to have one, and checked there."""
     radius_mm = math.inf if exclude is None else exclude.radius_mm
     if not isinstance(k, Tensor):
         shift = static_shift(k, num_candidates, dtype)

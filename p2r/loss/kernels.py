@@ -50,7 +50,7 @@ def fit(rows: Tensor) -> bool:
 
 
 def unfit(dtype: torch.dtype, channels: int, *, device: torch.device, allows_tf32: bool) -> str | None:
-    """Return why rows of this kind take the torch tiles on this device, and how they would take the kernels; None: they do."""
+    """Return the reason that rows of this kind take the torch tiles on this device, and the way out; None if they take the kernels."""
     if dtype not in CHANNELS:
         return f"they multiply bfloat16, float16 or TF32, got {dtype}: set pretrain.precision to bf16 or tf32"
     if dtype == torch.float32 and not allows_tf32:
@@ -189,12 +189,12 @@ class _Tile:
         return rows * channels * dtype.itemsize + weights + 2048
 
 
-_SUMS_TILES = {
+_SUMS_TILES: dict[int, tuple[_Tile, ...]] = {
     256: (_Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)),
     512: (_Tile(128, 64, 8, 2), _Tile(64, 64, 8, 2)),
     1024: (_Tile(64, 64, 8, 2),),
 }
-_PUSH_TILES = {
+_PUSH_TILES: dict[int, tuple[_Tile, ...]] = {
     128: (_Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)),
     256: (_Tile(128, 128, 8, 3), _Tile(128, 64, 8, 2)),
     512: (_Tile(128, 64, 8, 2), _Tile(64, 32, 8, 2)),
@@ -265,7 +265,7 @@ def _arguments(anchors: Rows, candidates: Rows, scale: Scale, tile: _Tile) -> tu
 
 
 def _in_log2(value: float | Tensor, like: Tensor) -> Tensor:
-    """Return a number as a float32 scalar on a device, for entries that are powers of 2; one that is there is not read."""
+    """Return a number times log2(e), as a float32 scalar on the device of `like`, for entries computed as powers of 2."""
     if isinstance(value, Tensor):
         return (value.double() * _LOG2_E).float()
     return like.new_full((), value * _LOG2_E, dtype=torch.float32)

@@ -59,7 +59,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scale:
-    """How similarities become entries. Of a learnt temperature, `k` and `shift` are scalars on the rows' device: nothing reads them."""
+    """Scale and shift of the entries. With a learnt temperature, `k` and `shift` are scalars on the rows' device, which are not read."""
 
     k: float | Tensor
     """1 / temperature."""
@@ -79,12 +79,12 @@ def static_shift(k: float, num_candidates: int, dtype: torch.dtype) -> float | N
 
 
 def static_shift_on_device(k: Tensor, num_candidates: int, dtype: torch.dtype) -> Tensor:
-    """Return `static_shift` of a scalar that is not read, for `k` up to `sharpest`."""
+    """Return `static_shift` as a scalar on the device, for `k` up to `sharpest`."""
     return _excess(k, num_candidates, dtype).clamp(min=0)
 
 
 def sharpest(num_candidates: int, dtype: torch.dtype) -> float:
-    """Return the largest k with a static shift: neither does a sum overflow nor the smallest entry vanish."""
+    """Return the largest k with a static shift: sums do not overflow, and the smallest entry does not vanish."""
     largest, smallest = _log_limits(dtype)
     return min(-smallest, (largest - smallest - math.log(num_candidates)) / 2) / _LONGEST
 
