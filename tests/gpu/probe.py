@@ -151,7 +151,7 @@ def tiles_of_kernels(sizes: Sizes) -> Iterator[Fact]:
     channels = sizes.pick(128, 16)
     rows = _rows(num, 0, channels, dtype, "none", sizes.device, 1)
     shapes = ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3))
-    chosen = ours._tile
+    chosen = ours._choose_tile
     for shape in sizes.pick(shapes, shapes[-1:]):
         for name in ("sums", "push"):
 
@@ -161,13 +161,13 @@ def tiles_of_kernels(sizes: Sizes) -> Iterator[Fact]:
                 else:
                     ours.push(rows, rows, Scale(10.0))
 
-            ours._tile = lambda table, anchors, shape=shape: ours._Tile(*shape)  # type: ignore[misc]
+            ours._choose_tile = lambda table, anchors, shape=shape: ours._Tile(*shape)  # type: ignore[misc]
             try:
                 yield {"kernel": name, "tile": shape, "ms": 1e3 * seconds(run, sizes, repeats=sizes.pick(10, 1))}
             except Exception as error:  # the others are still wanted
                 yield {"kernel": name, "tile": shape, "error": f"{type(error).__name__}: {error}"[:200]}
             finally:
-                ours._tile = chosen
+                ours._choose_tile = chosen
 
 
 def _trained(sizes: Sizes, *, deterministic: bool, images: int, num_steps: int) -> Iterator[tuple[float, Any, Any]]:
