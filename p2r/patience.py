@@ -48,7 +48,7 @@ _ABSENT_PROXY = re.compile(
     r"refused|timed out|unreachable|reset|Temporary failure|Remote end closed|Tunnel connection failed: 5"
 )
 _STRANGER_DEADLINE_S = 20.0
-_STRANGERS = ("proxy", "protocol")  # failures that rarely heal: they get less time
+_STRANGERS = ("proxy", "protocol")  # failures that rarely recover: they are retried for less time
 _MAX_CLOCK_SKEW_S = 240.0  # S3 allows 15 minutes, others 5
 _LOG_AFTER_S = 5.0  # failures are logged after this time
 _JITTER = random.SystemRandom()  # forked processes must not pause in step
@@ -163,7 +163,7 @@ def cause_of(error: Exception, *, has_answered: bool = True) -> str | None:
     """Return the cause under which a failure is counted; None if a retry would fail as well.
 
     Args:
-        error: Of botocore, or of reading a body.
+        error: A failure of botocore, or of reading a body.
         has_answered: The server has answered this process before.
     """
     if not has_answered and isinstance(error, _CLOSED) and not isinstance(error, failures.ProxyConnectionError):

@@ -24,6 +24,7 @@ from p2r.device import is_waited_for
 from p2r.engine.build import full_weights, join_process_group, masters
 from p2r.engine.checkpoint import Checkpoints, Note, newest_checkpoint, refuse_other_config
 from p2r.engine.determinism import deterministic
+from p2r.engine.peers import refuse_mixed_gpus
 from p2r.engine.profile import peak_mib
 from p2r.engine.report import PretrainReport
 from p2r.engine.running import (
@@ -81,6 +82,7 @@ def pretrain(
 
     with deterministic(config.deterministic), _round_products(config, device):
         join_process_group(device)
+        refuse_mixed_gpus(device)
         with Checkpoints(storage, config, note=note) as checkpoints:
             fetched = checkpoints.newest()
             if fetched is not None and fetched.manifest["step"] >= config.steps:

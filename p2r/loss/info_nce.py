@@ -57,6 +57,8 @@ from p2r.loss.ranks import (
 )
 from p2r.loss.tiles import Rows, Scale, sharpest, static_shift, static_shift_on_device
 
+PANEL = 16_384
+"""Rows that fill a GPU together: the entries of two such panels of one tower are computed once."""
 Form = Literal["cross_view", "nt_xent"]
 Exchange = Literal["all_gather", "ring"]
 
@@ -361,9 +363,45 @@ def _compute_log_sums(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast)
     panels = [backend.num_panels(count) for count in contrast.counts]
     key_sums = own_columns(column_sums, contrast.counts, panels, contrast.group)
     if contrast.form == "nt_xent":
-        query_sums += sums(queries, all_queries, scale, of_columns=False)[0]
-        key_sums += sums(keys, all_keys, scale, of_columns=False)[0]
+        query_sums += _sums_within_tower(queries, all_queries, contrast)
+        key_sums += _sums_within_tower(keys, all_keys, contrast)
     return query_sums.log() + scale.shift, key_sums.log() + scale.shift
+
+
+def _sums_within_tower(own: Rows, everyone: Rows, contrast: _Contrast) -> Tensor:
+    """Sum the entries of own rows with all rows of their tower, (n,). The matrix is symmetric, so each pair of panels is computed once.
+
+    Each panel computes its entries with the following half of the panels, around a circle, so ranks share the work evenly. Column sums
+    supply the rest. Ranks whose rows do not divide into whole panels compute all entries.
+    """
+    assert contrast.scale is not None
+    backend, scale = _backend(own.values), contrast.scale
+    num_panels = contrast.num_pairs // PANEL
+    if num_panels < 3 or any(count % PANEL for count in contrast.counts):
+        total: Tensor = backend.sums(own, everyone, scale, of_columns=False)[0]
+        return total
+    parts = backend.num_panels(PANEL)
+    over_rows = own.values.new_zeros(len(own), dtype=contrast.sum_dtype)
+    over_columns = over_rows.new_zeros(len(own) // PANEL * parts, len(everyone))
+    for number, rows in enumerate(tiles.blocks(len(own), PANEL)):
+        anchors = own.part(rows)
+        itself = slice(anchors.first, anchors.first + PANEL)
+        over_rows[rows] = backend.sums(anchors, everyone.part(itself), scale, of_columns=False)[0]
+        for others in _following(anchors.first // PANEL, num_panels):
+            over, apart = backend.sums(anchors, everyone.part(others), scale, of_columns=True)
+            over_rows[rows] += over
+            over_columns[number * parts : (number + 1) * parts, others] = apart
+    of_ranks = [count // PANEL * parts for count in contrast.counts]
+    return over_rows + own_columns(over_columns, contrast.counts, of_ranks, contrast.group)
+
+
+def _following(panel: int, num_panels: int) -> Iterator[slice]:
+    """Yield the rows of the half of the other panels that follows a panel around the circle; of two panels, one follows the other."""
+    opposite = num_panels % 2 == 0 and panel < num_panels // 2
+    stop = panel + 1 + (num_panels - 1) // 2 + opposite
+    for first, last in ((panel + 1, min(stop, num_panels)), (0, stop - num_panels)):
+        if first < last:
+            yield slice(first * PANEL, last * PANEL)
 
 
 def _compute_log_sums_by_rows(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tuple[Tensor, Tensor]:
@@ -448,7 +486,7 @@ def _gather_pairs(own: _Pairs, contrast: _Contrast) -> _Pairs:
 
 
 def without_kernels(
-    dtype: torch.dtype, channels: int, *, temperature: float, num_pairs: int, device: torch.device
+    dtype: torch.dtype, channels: int, *, temperature: float, num_pairs: int, device: torch.device, allows_tf32: bool
 ) -> str | None:
     """Return why a loss on a GPU has to use torch tiles, many times slower, and the way out; None if it can use the kernels.
 
@@ -457,15 +495,20 @@ def without_kernels(
         channels: E.
         temperature: Temperature; of a learnt one, the smallest.
         num_pairs: N.
-        device: The GPU.
+        device: The GPU; a CPU stands for an H100.
+        allows_tf32: Whether products of float32 may be rounded to TF32.
     """
     if find_spec("triton") is None:
         return "the loss has no kernels: Triton is not installed"
-    if static_shift(1 / temperature, 2 * num_pairs, dtype) is None:
-        return f"the loss has no kernels for a temperature of {temperature} and {num_pairs} pairs: raise it above 0.013"
+    most = sharpest(2 * num_pairs, dtype)
+    if 1 / temperature > most:
+        return (
+            f"the loss has no kernels for a temperature of {temperature} and {num_pairs} pairs, whose sums would overflow or vanish in "
+            f"float32: set pretrain.loss.temperature to {math.ceil(1e4 / most) / 1e4} or more"
+        )
     from p2r.loss import kernels
 
-    reason = kernels.unfit(dtype, channels, device=device)
+    reason = kernels.unfit(dtype, channels, device=device, allows_tf32=allows_tf32)
     return None if reason is None else f"the loss has no kernels for these embeddings: {reason}"
 
 

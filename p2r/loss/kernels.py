@@ -46,15 +46,16 @@ _LOG2_E = math.log2(math.e)
 
 def fit(rows: Tensor) -> bool:
     """Return whether the kernels support these rows."""
-    return unfit(rows.dtype, rows.shape[1], device=rows.device) is None
+    allows_tf32 = torch.get_float32_matmul_precision() != "highest"
+    return unfit(rows.dtype, rows.shape[1], device=rows.device, allows_tf32=allows_tf32) is None
 
 
-def unfit(dtype: torch.dtype, channels: int, *, device: torch.device) -> str | None:
+def unfit(dtype: torch.dtype, channels: int, *, device: torch.device, allows_tf32: bool) -> str | None:
     """Return why the kernels do not support these rows on this device, and the way out; None if they do."""
     if dtype not in CHANNELS:
         return f"they multiply bfloat16, float16 or TF32, got {dtype}: set pretrain.precision to bf16 or tf32"
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return "they multiply float32 as TF32, which is not allowed here: set pretrain.precision to bf16 or tf32"
+    if dtype == torch.float32 and not allows_tf32:
+        return "they multiply float32 as TF32, which is not allowed: set pretrain.precision to bf16 or tf32"
     if channels not in CHANNELS[dtype]:
         known = ", ".join(map(str, CHANNELS[dtype]))
         return f"they support {dtype} of {known} channels, got {channels}: set pretrain.model.embedding_channels"
@@ -191,16 +192,16 @@ class _Tile:
         return rows * channels * dtype.itemsize + weights + 2048
 
 
-_SUMS_TILES = {
+_SUMS_TILES: dict[int, tuple[_Tile, ...]] = {
     256: (_Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)),
     512: (_Tile(128, 64, 8, 2), _Tile(64, 64, 8, 2)),
     1024: (_Tile(64, 64, 8, 2),),
 }
-_PUSH_TILES = {
+_PUSH_TILES: dict[int, tuple[_Tile, ...]] = {
     128: (_Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)),
     256: (_Tile(128, 128, 8, 3), _Tile(128, 64, 8, 2)),
     512: (_Tile(128, 64, 8, 2), _Tile(64, 32, 8, 2)),
-    1024: (_Tile(64, 32, 8, 2),),
+    1024: (_Tile(64, 64, 8, 2), _Tile(64, 32, 8, 2)),
 }
 """Tiles by the maximum bytes of a row, in order of preference: a GPU uses the first tile that fits its shared memory. With 128
 anchors instead of 64, half as much is read from the L2 cache."""

@@ -49,6 +49,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.values)
 
+    def part(self, rows: slice) -> "Rows":
+        """Return some of the rows, which keep their numbers."""
+        image, position_mm, weight, present = (
+            None if part is None else part[rows] for part in (self.image, self.position_mm, self.weight, self.present)
+        )
+        return Rows(self.values[rows], self.first + rows.start, image, position_mm, weight, present)
+
 
 @dataclass(frozen=True)
 class Scale:

@@ -238,6 +238,54 @@ def test_a_job_that_p2r_brings_gives_way_to_a_file_of_that_name(
     assert find_job(Path("jobs/demo.yaml")) == Path("jobs/demo.yaml")
 
 
+EXTRA = [
+    "ray",
+    "deepspeed",
+    "webdataset",
+    "blosc2",
+    "pydicom",
+    "dcm2niix",
+    "nilearn",
+    "prometheus_client",
+    "matplotlib",
+]
+CORE = f"""
+import runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {EXTRA}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run_core(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run a module, or code after `-c`, as an installation without the extra `cluster` does."""
+    first, *rest = map(str, words)
+    code = rest.pop(0) if first == "-c" else f"runpy.run_module({first!r}, run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", CORE + code, *rest]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+@pytest.mark.parametrize("words", ["p2r.engine jobs/demo.yaml", "cluster run jobs/demo.yaml"])
+def test_without_the_extra_a_job_says_what_to_install(words: str) -> None:
+    done = run_core(*words.split())
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "which is not installed here: pip install 'p2r[cluster]'" in done.stderr
+
+
+def test_without_the_extra_p2r_run_in_python_says_what_to_install() -> None:
+    done = run_core("-c", "import p2r; p2r.load_backbone, p2r.load_model; p2r.run")
+    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: p2r.run needs the package")
+    assert "pip install 'p2r[cluster]'" in done.stderr
+
+
+def test_without_the_extra_artefacts_are_inspected_and_verified(published: dict[str, str]) -> None:
+    for command in ("inspect", "verify"):
+        done = run_core("cluster", command, published["backbone"])
+        assert done.returncode == 0 and "p2r-backbone/2" in done.stdout, done.stderr
+
+
 def test_what_the_demo_leaves_does_not_hide_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python looks first in the folder in which it is started; `~/p2r` once was where jobs left what they made."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -108,6 +108,31 @@ def test_the_result_does_not_depend_on_tiles(form: Form) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("num_panels", [3, 4, 5])
+def test_entries_within_a_view_are_computed_once_for_two_panels(
+    num_panels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("p2r.loss.info_nce")  # its name is that of the function
+    monkeypatch.setattr(module, "PANEL", 8)
+    queries, keys = (x.requires_grad_() for x in embeddings(8 * num_panels, 6, seed=2))
+    computed = 0
+    sums = module.tiles.sums
+
+    def counting(anchors: Any, candidates: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal computed
+        computed += len(anchors) * len(candidates)
+        return sums(anchors, candidates, *arguments, **options)
+
+    monkeypatch.setattr(module.tiles, "sums", counting)
+    exclude = SameImage(torch.arange(8 * num_panels) // 3)
+    expected = written_out(queries, keys, temperature=0.2, form="nt_xent", exclude=exclude)
+    loss = info_nce(queries, keys, temperature=0.2, form="nt_xent", exclude=exclude)
+    assert computed == 64 * (num_panels**2 + num_panels * (num_panels + 1))
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(gradients(loss, queries, keys), gradients(expected, queries, keys), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_float32_keeps_its_digits_when_training_has_converged(form: Form) -> None:
     queries, keys = embeddings(300, 64, seed=3, noise=0.01)

@@ -128,17 +128,19 @@ def test_rows_that_the_kernels_do_not_support_are_named_with_the_way_out(
 ) -> None:
     from p2r.loss.kernels import fit, unfit
 
-    found = unfit(dtype, channels, device=CPU)
+    found = unfit(dtype, channels, device=CPU, allows_tf32=False)
     assert (found is None) if reason is None else (found is not None and reason in found)
     assert fit(torch.ones(4, channels, dtype=dtype)) == (reason is None)
 
 
 def test_float32_uses_the_kernels_if_tf32_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from p2r.loss.kernels import unfit
+    from p2r.loss.kernels import fit, unfit
 
+    assert unfit(torch.float32, 128, device=CPU, allows_tf32=True) is None
+    assert "got 256" in (unfit(torch.float32, 256, device=CPU, allows_tf32=True) or "")
+    assert not fit(torch.ones(4, 128))
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert unfit(torch.float32, 128, device=CPU) is None
-    assert "got 256" in (unfit(torch.float32, 256, device=CPU) or "")
+    assert fit(torch.ones(4, 128))
 
 
 def test_a_gpu_with_little_shared_memory_takes_smaller_tiles_or_fewer_channels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,14 +151,20 @@ def test_a_gpu_with_little_shared_memory_takes_smaller_tiles_or_fewer_channels(m
     usual = kernels._choose_tile(kernels._PUSH_TILES, rows)
     monkeypatch.setattr(kernels, "_shared_limit", lambda device: 101_376)  # of an RTX 4090
     assert kernels._choose_tile(kernels._PUSH_TILES, rows).block_candidates < usual.block_candidates
-    assert kernels.unfit(BF16, 128, device=CPU) is None
-    assert "more shared memory than this GPU's 101376 bytes" in (kernels.unfit(BF16, 512, device=CPU) or "")
+    assert kernels.unfit(BF16, 128, device=CPU, allows_tf32=False) is None
+    assert "more shared memory than this GPU's 101376 bytes" in (
+        kernels.unfit(BF16, 512, device=CPU, allows_tf32=False) or ""
+    )
 
 
-def test_a_temperature_that_sums_of_float32_cannot_take_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_temperature_that_sums_of_float32_cannot_take_is_named() -> None:
     from p2r.engine.step import COLDEST
     from p2r.loss import without_kernels
 
-    assert without_kernels(BF16, 128, temperature=COLDEST, num_pairs=10**8, device=CPU) is None
-    cold = without_kernels(BF16, 128, temperature=0.01, num_pairs=65_536, device=CPU)
-    assert cold is not None and cold.endswith("for a temperature of 0.01 and 65536 pairs: raise it above 0.013")
+    def found(temperature: float, num_pairs: int) -> str | None:
+        return without_kernels(BF16, 128, temperature=temperature, num_pairs=num_pairs, device=CPU, allows_tf32=False)
+
+    assert found(COLDEST, 10**8) is None
+    assert found(0.0124, 65_536) is None
+    cold = found(0.01, 65_536)
+    assert cold is not None and cold.endswith("set pretrain.loss.temperature to 0.0124 or more")

@@ -31,7 +31,7 @@ CEILINGS: dict[Case, float] = {
     (90, "push", BF16, 16, "none"): 7.0,
     (90, "sums", BF16, 256, "none"): 9.5,
     (90, "push", BF16, 256, "none"): 10.0,
-    (90, "push", BF16, 512, "none"): 66.0,
+    (90, "push", BF16, 512, "none"): 36.0,
     (90, "push", FP16, 128, "none"): 13.0,
     (90, "push", FP32, 128, "none"): 14.5,
     (80, "sums", BF16, 128, "none"): 10.0,
@@ -40,6 +40,8 @@ CEILINGS: dict[Case, float] = {
     (100, "push", BF16, 128, "none"): 7.5,
 }
 """Instructions of the hot loop per entry."""
+SPILLS: dict[Case, int] = {(90, "push", BF16, 512, "none"): 34}
+"""Sums of 512 channels fill all registers of a program of 8 warps. Half the tile spills nothing and takes 62 instructions an entry."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def test_a_kernel_fits_its_gpu_and_its_hot_loop_is_short(compile_kernel: Compile
     assert found.programs >= 1
     assert found.products > 0
     assert (found.warpgroup_products > 0) == (case[0] == 90)
-    assert found.spills == 0
+    assert found.spills <= SPILLS.get(case, 0)
     assert found.per_entry <= CEILINGS[case]
 
 

@@ -4,9 +4,11 @@ Four processes are started once, over gloo. Each computes everything in groups o
 for the tests.
 """
 
+import importlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,25 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "barlow_twins": lambda a, b, *, temperature, **rest: barlow_twins(a, b, off_diagonal_weight=0.1, **rest),
 }
 ZERO = [(stage, prescale) for stage in (0, 1, 2) for prescale in (False, True)]  # prescale_gradients
+
+
+PANEL = NUM // PROCESSES
+"""Ranks that have equally many rows have whole panels."""
+
+
+@contextmanager
+def panels_of(num_rows: int) -> Iterator[None]:
+    """Compute entries within a view once for two panels of so many rows."""
+    module = importlib.import_module("p2r.loss.info_nce")  # its name is that of the function
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PANEL", num_rows)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def small_panels() -> Iterator[None]:
+    with panels_of(PANEL):
+        yield
 
 
 def rows(num: int, dtype: torch.dtype, channels: int = 6) -> tuple[Tensor, Tensor]:
@@ -124,7 +145,8 @@ def in_group(group: Any, world: int) -> dict[Any, Any]:
     for form in FORMS:
         part = parts(PROCESSES * TILE, world, unequal=False)[rank]
         a, b = (x[part] for x in rows(PROCESSES * TILE, torch.float32))
-        results["whole tiles", form] = of_rows(LOSSES[form], a, b, group=group, gradient_scale="sum")
+        with panels_of(TILE):
+            results["whole tiles", form] = of_rows(LOSSES[form], a, b, group=group, gradient_scale="sum")
     return results
 
 
@@ -185,10 +207,10 @@ def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES, timeout=minutes
     )
-    results: dict[Any, Any] = {4: in_group(dist.group.WORLD, 4)}
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     alone = [dist.new_group([member]) for member in range(PROCESSES)][rank]
-    results[2] = in_group(pairs[rank // 2], 2)
+    with panels_of(PANEL):
+        results: dict[Any, Any] = {4: in_group(dist.group.WORLD, 4), 2: in_group(pairs[rank // 2], 2)}
     a, b = rows(NUM, torch.float64)
     results["alone"] = {name: loss(a, b, temperature=0.1, group=alone) for name, loss in LOSSES.items()}
     results["refusals"] = list(refusals(rank))
@@ -269,7 +291,8 @@ def test_gradients_of_whole_tiles_are_bitwise_equal(ranks: list[Any], form: str,
     num = PROCESSES * TILE
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    expected = of_rows(LOSSES[form], *rows(num, torch.float32))
+    with panels_of(TILE):
+        expected = of_rows(LOSSES[form], *rows(num, torch.float32))
     torch.set_num_threads(threads)
     for rank, results in enumerate(ranks):
         part = parts(num, world, unequal=False)[rank % world]

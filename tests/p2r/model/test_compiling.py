@@ -69,3 +69,44 @@ def test_compiled_code_is_cached_in_p2rs_cache_unless_the_environment_names_a_fo
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as PyTorch sets it when it is imported
     warm_up(build_backbone(SMALL), shape=(2, 1, 8, 8), dtype=torch.float32)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (given or str(tmp_path / "inductor"))
+
+
+NETWORKS: dict[str, tuple[dict[str, object], int, int]] = {
+    "basic_unet": ({"channels": (4, 4, 4, 4, 4)}, 2, 32),
+    "basic_unet, group, level 1, activations again": (
+        {
+            "channels": (4, 4, 4, 4, 4),
+            "normalisation": "group",
+            "groups": 2,
+            "level": 1,
+            "checkpoint_activations": "all",
+        },
+        2,
+        32,
+    ),
+    "unet": ({"channels": (4, 4, 4)}, 3, 16),
+    "dynunet": ({"channels": (4, 4, 4)}, 2, 16),
+    "residual_dynunet": ({"channels": (4, 4, 4)}, 2, 16),
+    "swin_unetr": ({"channels": (12, 24, 48, 96, 192)}, 2, 64),
+}
+"""Fields of a network, its dimensions, and the size of an image."""
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_one_graph(name: str) -> None:
+    fields, dimensions, size = NETWORKS[name]
+    config = ModelConfig.model_validate({"name": name.split(",")[0], "feature_channels": 4, **fields})
+    image = torch.zeros(2, 1, *[size] * dimensions)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(build_backbone(config, dimensions=dimensions))(image)
+    assert found.graph_break_count == 0, found.break_reasons
+    assert found.graph_count == 1 and found.op_count > 10
+
+
+def test_a_break_of_the_graph_is_counted() -> None:
+    class Deciding(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image + 1 if image.sum() > 0 else image
+
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(Deciding())(torch.ones(3)).graph_break_count > 0
