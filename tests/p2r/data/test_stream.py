@@ -211,7 +211,7 @@ def test_a_state_of_another_stream_is_refused_by_the_stream_too(small_corpus: Sm
 
 def test_planes_that_would_be_too_large_after_resampling_are_refused_by_name(small_corpus: SmallCorpus) -> None:
     image = ImageConfig(spacing_mm=0.001, size=32)
-    with pytest.raises(DataError, match=r"shard-.*\.tar: .*: 1 planes of .* would take .* allowed: use larger voxels"):
+    with pytest.raises(DataError, match=r"shard-.*\.tar: .*: 1 slices of .* would take .* allowed: use larger voxels"):
         batches(small_corpus, 1, image=image)
 
 
