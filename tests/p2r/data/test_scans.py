@@ -358,7 +358,7 @@ def test_a_list_that_breaks_a_rule_is_refused_with_the_line(tmp_path: Path, name
         ("l.csv", "\n" + "," * 20, "line 2: 21 values; a row may have 10"),
         ("l.csv", "path\n" + " " * 300, "line 2: it has more than the 200 characters"),
         ("l.jsonl", json.dumps(dict.fromkeys(["path", *map(str, range(10))])), "line 1: 11 keys; a row may have 10"),
-        ("l.csv", "path\n" + "a" * 2001, "has more than the 2,000 bytes"),
+        ("l.csv", "path\n" + "a" * 2001, "has more than 2,000 bytes"),
     ],
 )
 def test_a_list_has_bounds_that_keep_reading_it_short(

@@ -344,7 +344,7 @@ def test_the_settings_of_self_training_can_be_searched_and_whole_numbers_stay_wh
             "search": {"learning_rates": {"prototype_self_training": [1e-3]}, "space": space, "num_samples": 12},
         }
     )
-    mode = "prototype_self_training"
+    mode: Mode = "prototype_self_training"
     found = [settings_of(section, mode, candidate) for candidate in candidates_of(section, mode)]
     rounds = {one.self_training_rounds for one in found}
     assert rounds <= {1, 2, 3, 4} and len(rounds) > 1 and all(isinstance(one, int) for one in rounds)
