@@ -364,7 +364,7 @@ def test_a_list_that_breaks_a_rule_is_refused_with_the_line(tmp_path: Path, name
 def test_a_list_has_bounds_that_keep_reading_it_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, rule: str
 ) -> None:
-    for bound, value in {"MAX_LINES": 20, "_MAX_COLUMNS": 10, "_MAX_LINE": 200, "MAX_BYTES": 2000}.items():
+    for bound, value in {"MAX_LINES": 20, "_MAX_COLUMNS": 10, "_MAX_LINE_LENGTH": 200, "MAX_BYTES": 2000}.items():
         monkeypatch.setattr(lists, bound, value)
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=rule):
