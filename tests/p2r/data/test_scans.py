@@ -325,15 +325,19 @@ def test_patterns_choose_among_the_rows_of_a_list(tmp_path: Path) -> None:
         ("l.jsonl", '{"path": "a.nii"}\n{"path": ', "line 2 is not JSON"),
         ("l.jsonl", '["a.nii"]', "line 1: .*the key `path`"),
         ("l.jsonl", '{"subject": "s"}', "line 1: .*the key `path`"),
-        ("l.jsonl", '{"path": ["a.nii"]}', "line 1: `'path'` must be a text"),
-        ("l.jsonl", '{"path": "a.nii", "tags": {"x": 1}}', "line 1: `'tags'` must be a text"),
+        ("l.jsonl", '{"path": ["a.nii"]}', "line 1: `'path'` must be a number, or a text"),
+        ("l.jsonl", '{"path": "a.nii", "tags": {"x": 1}}', "line 1: `'tags'` must be a number, or a text"),
         ("l.jsonl", '{"path": "\\ud800"}', "line 1"),
         (
             "l.jsonl",
             '{"path": "a.nii", "subject": "s\\u001b[2J"}',
-            "line 1: `'subject'` .*, without control characters",
+            "line 1: `'subject'` .* without control characters",
         ),
-        ("l.csv", f"path,subject\na.nii,{'s' * 5000}\n", "line 2: `'subject'` must be a text of up to 4096 characters"),
+        (
+            "l.csv",
+            f"path,subject\na.nii,{'s' * 5000}\n",
+            "line 2: `'subject'` must be a number, or a text of up to 4096 characters",
+        ),
         ("l.jsonl", "[" * 100_000, "line 1 is not valid: objects and lists may be 4 deep"),
         ("l.jsonl", '{"path": ' + "9" * 5000 + "}", "line 1"),
     ],
@@ -351,13 +355,17 @@ def test_a_list_that_breaks_a_rule_is_refused_with_the_line(tmp_path: Path, name
 @pytest.mark.parametrize(
     ("name", "content", "rule"),
     [
-        ("l.csv", "path\n" + "\n" * 32, "has more than the 20 lines"),
-        ("l.csv", "path\r" + "\r" * 32, "has more than the 20 lines"),
-        ("l.jsonl", "\n" * 32, "has more than the 20 lines"),
-        ("l.tsv", "path\t" + "\t" * 20, "line 1: 22 values; a row may have 10"),
-        ("l.csv", "\n" + "," * 20, "line 2: 21 values; a row may have 10"),
-        ("l.csv", "path\n" + " " * 300, "line 2: it has more than the 200 characters"),
-        ("l.jsonl", json.dumps(dict.fromkeys(["path", *map(str, range(10))])), "line 1: 11 keys; a row may have 10"),
+        ("l.csv", "path\n" + "\n" * 32, "has more than 20 lines"),
+        ("l.csv", "path\r" + "\r" * 32, "has more than 20 lines"),
+        ("l.jsonl", "\n" * 32, "has more than 20 lines"),
+        ("l.tsv", "path\t" + "\t" * 20, "line 1: 22 values; a row may have up to 10"),
+        ("l.csv", "\n" + "," * 20, "line 2: 21 values; a row may have up to 10"),
+        ("l.csv", "path\n" + " " * 300, "line 2: the line exceeds 200 characters"),
+        (
+            "l.jsonl",
+            json.dumps(dict.fromkeys(["path", *map(str, range(10))])),
+            "line 1: 11 keys; a row may have up to 10",
+        ),
         ("l.csv", "path\n" + "a" * 2001, "has more than 2,000 bytes"),
     ],
 )
@@ -381,7 +389,7 @@ def test_what_would_command_or_turn_a_line_is_no_text_of_a_list(tmp_path: Path, 
     (tmp_path / "l.csv").write_text("path,subject,site\n" + ",".join(row.values()))
     for name in ("l.jsonl", "l.csv"):
         with pytest.raises(
-            DataError, match=r"line [12]: `.*` must be a text of up to 4096 characters, without control"
+            DataError, match=r"line [12]: `.*` must be a number, or a text of up to 4096 characters without control"
         ) as refusal:
             only(tmp_path / name)
         assert letter not in str(refusal.value)
