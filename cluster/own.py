@@ -3,6 +3,9 @@
 survey of the names -> some scans and label maps read -> facts, a contact sheet, the text of a job and a task
 """
 
+import re
+import shlex
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 
 from p2r.console import show
 from p2r.data.label_maps import label_map_by_voxels
+from p2r.data.names import scan_key
 from p2r.data.preparation import percentile_table, slice_axis
 from p2r.data.survey import NAMES, Form, Survey, survey
 from p2r.data.thumbnails import lot, thumbnail
@@ -28,9 +32,9 @@ from p2r.evaluate.drafts import (
     labelled_subjects,
     name_for,
     problems_of,
-    quoted,
 )
 from p2r.evaluate.task_files import load_task
+from p2r.job import read_job
 from p2r.storage import cache_folder
 
 Item = TypeVar("Item")
@@ -71,7 +75,7 @@ class Found:
 
 
 def look(
-    folder: Path,
+    folder: str | Path,
     *,
     labels: Path | None = None,
     form: Form | None = None,
@@ -117,10 +121,15 @@ def look(
 
 
 def classes_of(found: Found) -> dict[int, str]:
-    """Return the classes of a task, from its `dataset.json` or else from the label maps that were read."""
-    named = found.names.dataset.labels if found.names.dataset is not None else {}
-    values = [value for value in found.values if value > 0]
-    return dict(named) or {value: f"label{value}" for value in sorted(values)}
+    """Return the classes of a task: from its `dataset.json` or else from the label maps that were read."""
+    names = found.names
+    if names.dataset is not None and names.label_names:
+        return dict(names.label_names)
+    values = sorted(value for value in found.values if value > 0)
+    # A mask is named by its entity: sub-01_label-lesion_mask.
+    entity = re.search(r"_(?:label|desc)-([A-Za-z0-9]+)", names.pairing.label_name) if names.pairing else None
+    single = {1: entity[1]} if entity and values == [1] else {}
+    return {value: names.label_names.get(value) or single.get(value, f"label{value}") for value in values}
 
 
 def lines_of(found: Found) -> Iterator[tuple[str, str]]:
@@ -160,6 +169,13 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
             "label maps",
             f"{len(names.label_maps)} left out of pretraining, such as {one.below or one.name}, which {one.label_map}",
         )
+    for left_out in names.passed_over:
+        yield "not read", f"{left_out.path}: {left_out.passed_over}"
+    if names.test:
+        yield (
+            "test images",
+            f"{len(names.test)} scans, {', '.join(names.test_patterns[:3])}: held out by the data set, so left out of pretraining",
+        )
     if pairing is not None:
         classes = classes_of(found)
         yield (
@@ -176,6 +192,8 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
             )
         if pairing.others:
             yield "also", f"label maps fit scans called {', '.join(pairing.others[:4])}, too: --contrast NAME chooses"
+    elif names.label_maps and "://" in names.root:
+        yield "labelled", "not read: tasks read scans and label maps from local folders; copy the data to one"
     elif names.label_maps:
         yield (
             "labelled",
@@ -211,17 +229,18 @@ def drafts_of(
 ) -> Drafts:
     """Return the job and the task that would be written into `folder`."""
     names, pairing = found.names, found.names.pairing
-    name = name or name_for(names.root)
-    dataset = names.dataset
-    stated = {
-        "licence": licence or (dataset.licence if dataset else "") or LICENCE,
-        "provenance": provenance or (dataset.reference if dataset else "") or PROVENANCE,
-    }
+    cohort = name_for(names.root)
+    name = name or cohort
+    stated = {"licence": licence or names.licence or LICENCE, "provenance": provenance or names.reference or PROVENANCE}
     classes = classes_of(found)
     labelled = labelled_subjects(names, pairing) if pairing is not None else set()
     why = ""
     if pairing is None:
-        why = "no label maps were found"
+        why = (
+            "a task reads label maps from folders: copy the data to one"
+            if "://" in names.root
+            else "no label maps were found"
+        )
     elif not classes:
         why = "the label maps that were read are empty"
     elif problem := problems_of(list(classes)):
@@ -230,17 +249,17 @@ def drafts_of(
         why = f"{len(labelled)} labelled subjects are too few to train, validate and test on"
     task = None
     if pairing is not None and not why:
-        task = draft_task(names, pairing, name=name, classes=classes, folder=folder, **stated)
-    sources = str(names.root)
+        task = draft_task(names, pairing, name=name, cohort=cohort, classes=classes, folder=folder, **stated)
     job = draft_job(
-        name=name, sources=sources, cohort=name, subject_pattern=names.subject_pattern, task="task.yaml" if task else None,
+        name=name, sources=names.root, cohort=cohort, exclude=names.test_patterns, subject_pattern=names.subject_pattern,
+        task="task.yaml" if task else None,
         voxels=found.voxels, num_labelled=len(labelled) // 2, storage=storage, **stated,
     )  # fmt: skip
     return Drafts(_add_header(job, "job", found), None if task is None else _add_header(task, "task", found), why)
 
 
 def check(
-    folder: Path, *, labels: Path | None, form: Form | None, contrast: str | None, output: Path, read_all: bool
+    folder: str, *, labels: Path | None, form: Form | None, contrast: str | None, output: Path, read_all: bool
 ) -> None:
     """Print how p2r reads a folder, and draw some of its scans."""
     from p2r.report.canvas import CLASS_COLOURS, FAINT
@@ -250,7 +269,7 @@ def check(
     drafts = drafts_of(found, Path.cwd())
     _print_facts(lines_of(found))
     tiles = [(picture, name, line, CLASS_COLOURS[5] if bad else FAINT) for picture, name, line, bad in found.tiles]
-    output.write_bytes(contact_sheet(tiles, f"{len(tiles)} of {len(found.names.scans)} scans", str(found.names.root)))
+    output.write_bytes(contact_sheet(tiles, f"{len(tiles)} of {len(found.names.scans)} scans", found.names.root))
     show(f"picture     {output}")
     _show_text("job.yaml, as p2r init would write it:", drafts.job)
     if drafts.task is None:
@@ -262,7 +281,7 @@ def check(
 def init(
     folder: Path,
     *,
-    scans: Path,
+    scans: str,
     labels: Path | None,
     form: Form | None,
     contrast: str | None,
@@ -282,6 +301,7 @@ def init(
         )
     found = look(scans, labels=labels, form=form, contrast=contrast, read_s=3.0)
     folder.mkdir(parents=True, exist_ok=True)
+    name = name or name_for(folder.absolute())
     drafts = drafts_of(found, folder.absolute(), name=name, licence=licence, provenance=provenance)
     _print_facts(lines_of(found))
     targets["job"].write_text(drafts.job, encoding="utf-8")
@@ -291,15 +311,9 @@ def init(
         show(f"no task     {drafts.why_no_task}: the job only pretrains, without scores")
     else:
         targets["task"].write_text(drafts.task, encoding="utf-8")
-        if "${" not in drafts.task:
-            splits = load_task(targets["task"]).subjects
-            show(
-                f"wrote       {targets['task']}: "
-                + ", ".join(f"{len(found)} {split}" for split, found in splits.items())
-                + " patients"
-            )
-        else:
-            show(f"wrote       {targets['task']}")
+        splits = load_task(targets["task"], unset={}).subjects
+        counts = ", ".join(f"{len(subjects)} {split}" for split, subjects in splits.items())
+        show(f"wrote       {targets['task']}: {counts} patients")
     show()
     show("next:")
     for line in next_commands(targets, drafts, found):
@@ -318,11 +332,13 @@ def next_commands(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> 
         if asked
         else ""
     )
-    scan = found.names.scans[0].path
+    scan = shlex.quote((found.names.test or found.names.scans)[0].path)
+    written = read_job(job, unset={})
+    storage = shlex.quote(written.storage.removeprefix("file://"))
     last = (
-        f"p2r predict MODEL {quoted(scan)} -o segmentation.nii.gz  # MODEL: a URL that the run prints"
+        f"p2r predict {storage}/models/{written.name}/all {scan} -o segmentation.nii.gz"
         if drafts.task
-        else f"p2r embed BACKBONE {quoted(scan)} -o features.nii.gz  # BACKBONE: a URL that the run prints"
+        else f"p2r embed {storage}/backbones/{written.name}/1 {scan} -o features.nii.gz"
     )
     return [*([given] if given else []), f"p2r validate {files}", f"p2r run {job}", last]
 
@@ -330,7 +346,7 @@ def next_commands(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> 
 def _add_tile(found: Found, volume: Volume | None, below: str, line: str, *, is_refused: bool = False) -> None:
     if len(found.tiles) < _SHOWN or is_refused:
         picture = None if volume is None else thumbnail(volume)
-        found.tiles.append((picture, below.rpartition("/")[2], line, is_refused))
+        found.tiles.append((picture, scan_key(below), line, is_refused))
 
 
 def _shuffle(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
@@ -352,14 +368,24 @@ def _format_range(values: Sequence[float], unit: str = "") -> str:
 
 def _add_header(text: str, kind: str, found: Found) -> str:
     facts = [
-        f"# {name}: {fact}" for name, fact in lines_of(found) if name in ("folder", "scans", "contrasts", "labelled")
+        line
+        for name, fact in lines_of(found)
+        if name in ("folder", "scans", "contrasts", "labelled")
+        for line in textwrap.wrap(
+            f"{name}: {fact}",
+            130,
+            initial_indent="# ",
+            subsequent_indent="#   ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     ]
     opening = {
         "job": "#!/usr/bin/env -S python -m cluster run\n# Own scans -> corpus -> backbone -> few-shot table and model, written by "
         "`p2r init`. Correct what is wrong and run it again:\n# finished parts are kept.",
         "task": "# A task: scans, label maps, meaning of the labels, and the patients for training, validation and test.",
     }[kind]
-    return "\n".join([opening, "#", *(line[:150] for line in facts), text])
+    return "\n".join([opening, "#", *facts, text])
 
 
 def _show_text(title: str, text: str) -> None:

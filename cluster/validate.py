@@ -38,19 +38,26 @@ def is_task(path: Path) -> bool:
     return isinstance(values, dict) and "classes" in values and "kind" not in values
 
 
-def task_facts(path: Path) -> Iterator[str]:
+def task_facts(path: Path, *, unset: dict[str, str]) -> Iterator[str]:
     """Look for the files of a task, and yield lines that describe it.
+
+    Args:
+        path: The task's YAML.
+        unset: Environment variables that are not set are noted here, with their keys.
 
     Raises:
         DataError: See `load_task`.
     """
-    config = read_task_config(path)
+    config = read_task_config(path, unset=unset)
     for key in ("images", "labels"):
         _refuse_placeholder(getattr(config, key), f"task {path}: {key}")
     if config.images.startswith("template://"):
         yield f"task {config.name}: virtual subjects, made when they are needed"
         return
-    task = load_task(path)
+    if _VARIABLE.search(config.images) or _VARIABLE.search(config.labels):
+        yield f"task {config.name}: not read: images {config.images}, labels {config.labels}"
+        return
+    task = load_task(path, unset=unset)
     yield f"task {task.name}: {len(task.scans)} scans with label maps; " + "; ".join(_split_facts(task))
 
 
@@ -65,10 +72,11 @@ def job_facts(path: Path, overrides: tuple[str, ...]) -> tuple[Job, list[str], l
     """
     unset: dict[str, str] = {}
     job = read_job(path, overrides, unset=unset)
-    return job, list(unset), [*_describe_paths(path, job)]
+    facts = [*_describe_paths(path, job, unset)]
+    return job, list(unset), facts
 
 
-def _describe_paths(path: Path, job: Job) -> Iterator[str]:
+def _describe_paths(path: Path, job: Job, unset: dict[str, str]) -> Iterator[str]:
     for key, text in _list_paths(job):
         _refuse_placeholder(text, f"job {path}: {key}")
     for source in job.ingest.sources if job.ingest else ():
@@ -77,12 +85,29 @@ def _describe_paths(path: Path, job: Job) -> Iterator[str]:
         _check_artefact(url, f"job {path}: {key}")
     for key, task in _list_tasks(job):
         try:
-            yield from task_facts(Path(task))
+            yield from task_facts(Path(task), unset=unset)
         except DataError as error:
-            if "environment variable" not in str(error):
-                raise DataError(f"job {path}: {key}: {error}") from None
-            yield f"{key}: {str(error).removeprefix(f'task {task}: ')}"
-    yield from (f"note: {note}" for note in ignored_variables(path, job))
+            raise DataError(f"job {path}: {key}: {error}") from None
+    yield from (f"note: {note}" for note in (*ignored_variables(path, job), *_gpu_notes(path, job)))
+
+
+def _gpu_notes(path: Path, job: Job) -> Iterator[str]:
+    """Yield a note on settings that make GPUs slow; refuse a precision that CPUs do not have."""
+    config, gpus = job.pretrain, job.resources.gpus_per_worker
+    if config is None:
+        return
+    if config.precision == "tf32" and gpus == 0:
+        raise InputError(
+            f"job {path}: pretrain.precision tf32 needs GPUs, and resources.gpus_per_worker is 0: set the precision to fp32"
+        )
+    if gpus == 1 or (gpus == "auto" and config.precision != "fp32"):
+        # Imported here: the engine takes seconds to import.
+        import torch
+
+        from p2r.engine.step import explain_missing_kernels
+
+        if (reason := explain_missing_kernels(config, device=torch.device("cpu"))) is not None:
+            yield f"on GPUs, {reason}"
 
 
 def _split_facts(task: Task) -> Iterator[str]:

@@ -346,8 +346,8 @@ class ViewsConfig(Section):
     intensity: IntensityConfig = IntensityConfig()
     """Changes of contrast, drawn for each view."""
     shown_fraction: Annotated[Range, Within(0.02, 1)] | None = None
-    """Pretraining only: smallest and largest part of the image that a view shows, a box drawn for each view; the rest is zero, as outside
-    the scan. Against a shortcut: where scans are smaller than the image, the distance to their edge tells the place. None: all."""
+    """Pretraining only: smallest and largest fraction of the image that a view shows, in a box drawn for each view. The rest is zero, as
+    outside the scan. It removes a shortcut: in scans smaller than the image, the distance to their edge reveals the position. None: all."""
 
     @model_validator(mode="before")
     @classmethod

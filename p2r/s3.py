@@ -45,6 +45,7 @@ _PART_BYTES = 2**24  # of a multipart upload; larger if 10,000 parts are not eno
 _SINGLE_BYTES = 2**26  # largest object written in one request
 _MAX_PARTS = 10_000
 _UPLOAD_THREADS = 4
+_ANSWERED: set[str] = set()  # servers that have answered this process
 _TOKEN = "p2r-write"  # metadata key of an object: the write that made it
 _LOADER = create_loader()  # caches the description of S3; parsing it is most of the cost of a client
 _LOG = logging.getLogger(__name__)
@@ -217,9 +218,10 @@ class S3:
             client, keys = self._client()
             try:
                 answer: dict[str, Any] = getattr(client, operation)(Bucket=self.bucket, **parameters)
+                _ANSWERED.add(client.meta.endpoint_url)
                 return answer
             except REQUEST_FAILURES as error:
-                cause = cause_of(error)
+                cause = cause_of(error, has_answered=client.meta.endpoint_url in _ANSWERED)
                 if cause is not None:
                     patience.wait(cause, error)
                     continue

@@ -3,15 +3,68 @@
 A data set is a folder with a `dataset_description.json`. Outside a data set, names follow no rule and are not parsed.
 """
 
+import csv
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from p2r.data.names import scan_key
+from p2r.documents import read_json, read_start
+from p2r.errors import InputError
 
 DESCRIPTION = "dataset_description.json"
 """File that marks a folder as a data set."""
 NOT_RAW = frozenset({"derivatives", "sourcedata", "code"})
 """Folders of a data set that do not hold raw scans."""
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Description:
+    """The statements of a `dataset_description.json` about the data as a whole; empty where it is silent."""
+
+    title: str = ""
+    licence: str = ""
+    reference: str = ""
+    """What it asks to be cited."""
+
+
+def read_description(path: Path) -> Description:
+    """Read a `dataset_description.json`; one that is absent or broken states nothing."""
+    try:
+        found = read_json(read_start(path, max_bytes=_MAX_BYTES), where=str(path), max_bytes=_MAX_BYTES)
+    except (OSError, InputError):
+        return Description()
+    if not isinstance(found, dict):
+        return Description()
+    cited = (found.get(key) for key in ("DatasetDOI", "HowToAcknowledge", "ReferencesAndLinks"))
+    return Description(
+        _words(found.get("Name")), _words(found.get("License")), next((text for text in map(_words, cited) if text), "")
+    )
+
+
+def label_names(folders: Iterable[Path]) -> dict[int, str]:
+    """Return the names of label values in the `dseg.tsv` files of some folders, which BIDS keeps beside label maps."""
+    names: dict[int, str] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*dseg.tsv")):
+            try:
+                text = read_start(path, max_bytes=_MAX_BYTES).decode("utf-8-sig")
+                for row in csv.DictReader(text.splitlines(), delimiter="\t"):
+                    index, name = (row.get("index") or "").strip(), _words(row.get("name"))
+                    if index.isascii() and index.isdecimal() and name:
+                        names.setdefault(int(index[:9]), name)
+            except (OSError, UnicodeDecodeError, csv.Error):
+                continue
+    return names
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        value = "; ".join(item for item in value if isinstance(item, str))
+    return " ".join(value.split())[:1000] if isinstance(value, str) else ""
 
 
 def is_dataset(folder: Path) -> bool:
@@ -31,6 +84,11 @@ def entities_of(name: str) -> dict[str, str]:
     if not re.fullmatch(r"[A-Za-z0-9]+", suffix) or "suffix" in entities:
         return {}
     return {**entities, "suffix": suffix}
+
+
+def subject_of(entities: Mapping[str, str]) -> str | None:
+    """Return the subject that the entities of a name state."""
+    return f"sub-{entities['sub']}" if "sub" in entities else None
 
 
 def applies(sidecar: str, name: str) -> bool:

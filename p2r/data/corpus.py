@@ -39,6 +39,7 @@ from p2r.data.revision import (
     settle_ledger,
     write_refused_ledger,
 )
+from p2r.data.scans import Found, search_scans
 from p2r.data.scans import Scan as Scan
 from p2r.data.scans import expand_subjects as expand_subjects
 from p2r.data.scans import find_scans as find_scans
@@ -120,14 +121,15 @@ def ingest(
     is_published = False
     while not is_published:
         base = current_revision(storage)
-        _check_only_grows(base, config, names, found, allowed_subjects, cache, storage)
+        _check_only_grows(base, config, names, found.scans, allowed_subjects, cache, storage)
         growth = plan_growth(
-            found,
+            found.scans,
             config,
             names,
             ledger=base.rows,
             first_number=len(base.shards),
             allowed_subjects=allowed_subjects,
+            passed_over=found.passed_over,
         )
         _report_oddities(growth, say)
         if not growth.is_new:
@@ -165,9 +167,8 @@ def check_selection(
     Raises:
         DataError: as `find_scans` and `plan_growth`.
     """
-    found = _find_scans(config, cache)
     plan_growth(
-        found, config, names_of(config.cohort, pseudonyms=config.pseudonyms), allowed_subjects=allowed_subjects
+        _find_scans(config, cache).scans, config, names_of(config.cohort, pseudonyms=config.pseudonyms), allowed_subjects=allowed_subjects
     )  # fmt: skip
 
 
@@ -177,12 +178,12 @@ def subjects_found(config: IngestConfig, *, cache: Path | None = None) -> frozen
     Raises:
         DataError: as `find_scans`; also for a pattern without a group.
     """
-    subjects = (subject_of(scan, config) for scan in _find_scans(config, cache))
+    subjects = (subject_of(scan, config) for scan in _find_scans(config, cache).scans)
     return frozenset(subject for subject in subjects if subject is not None)
 
 
-def _find_scans(config: IngestConfig, cache: Path | None) -> list[Scan]:
-    return find_scans(
+def _find_scans(config: IngestConfig, cache: Path | None) -> Found:
+    return search_scans(
         config.sources,
         cache=cache or cache_folder(),
         include=config.include,
@@ -384,6 +385,9 @@ def _report_oddities(growth: Growth, say: Say) -> None:
             f"{len(label_maps)} label map{'s' * (len(label_maps) > 1)} left out, such as {label_maps[0]['source']} (see the ledger); "
             f"{WAY_OUT}"
         )
+    for row in growth.rows:
+        if row["reason"] == "not_raw":
+            say(str(row["message"]))
     if growth.changed:
         shown = ", ".join(growth.changed[:_MAX_SHOWN]) + (", ..." if len(growth.changed) > _MAX_SHOWN else "")
         say(

@@ -70,7 +70,20 @@ def read_dataset_json(path: Path) -> DatasetJson | None:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}; check its permissions") from None
-    found = read_json(content, where=str(path), max_bytes=MAX_BYTES, error=DataError)
+    return parse_dataset_json(content, str(path))
+
+
+def parse_dataset_json(content: bytes, path: str) -> DatasetJson | None:
+    """Parse a `dataset.json`; None if it is another program's.
+
+    Args:
+        content: Of the file.
+        path: Its path or URL, for messages.
+
+    Raises:
+        DataError: naming the file, the key and the rule.
+    """
+    found = read_json(content, where=path, max_bytes=MAX_BYTES, error=DataError)
     if not isinstance(found, dict) or "labels" not in found or not ("channel_names" in found or "modality" in found):
         return None
     channels = _parse_channels(found, path)
@@ -98,7 +111,7 @@ def case_of(name: str, dataset: DatasetJson) -> tuple[str, int]:
     return (key, 0) if match is None else (match[1], int(match[2]))
 
 
-def _parse_channels(found: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+def _parse_channels(found: Mapping[str, Any], path: str) -> tuple[str, ...]:
     named = found.get("channel_names", found.get("modality"))
     if isinstance(named, list):
         named = {str(number): name for number, name in enumerate(named)}
@@ -113,7 +126,7 @@ def _parse_channels(found: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     return tuple(_single_line(named[str(number)], f"channel {number}") for number in range(len(named)))
 
 
-def _parse_labels(found: Any, path: Path) -> tuple[dict[int, str], tuple[str, ...]]:
+def _parse_labels(found: Any, path: str) -> tuple[dict[int, str], tuple[str, ...]]:
     """Return the names of single labels, and the names of all other entries."""
     if not isinstance(found, dict) or not found:
         raise DataError(
@@ -133,7 +146,7 @@ def _parse_labels(found: Any, path: Path) -> tuple[dict[int, str], tuple[str, ..
     return {number: name for number, name in sorted(labels.items()) if number > 0}, tuple(ignored)
 
 
-def _parse_cases(found: Mapping[str, Any], path: Path) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+def _parse_cases(found: Mapping[str, Any], path: str) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
     training: list[tuple[str, str]] = []
     cases = found.get("dataset")
     if isinstance(cases, dict):
@@ -152,7 +165,7 @@ def _parse_cases(found: Mapping[str, Any], path: Path) -> tuple[tuple[tuple[str,
     return tuple(training), tuple(_relative_path(item, path) for item in listed)
 
 
-def _relative_path(value: Any, path: Path) -> str:
+def _relative_path(value: Any, path: str) -> str:
     if not isinstance(value, str) or not value or ".." in value.split("/"):
         raise DataError(f"{path}: a case names a file below this folder, got {_shorten(value)}")
     return value.removeprefix("./")

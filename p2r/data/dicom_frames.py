@@ -1,4 +1,4 @@
-"""Check of converted multi-frame DICOM over time: that the conversion did not mix slices of different times.
+"""Check of converted multi-frame DICOM: that no slices of different times were mixed, and that their distance is right.
 
 dcm2niix orders the frames of some files by their dimension indices, last index first, whatever the indices mean. Where a
 position has several frames, slices of different times may then form one volume, without any warning. So each slice of the
@@ -43,6 +43,37 @@ def mixes_frames(file: str, images: Sequence[Path]) -> bool:
     for position, frame in zip(positions, frames, strict=True):
         found[_signature(frame)].add(position)
     return not all(_is_in_order(image, found) for image in images)
+
+
+def distance_mm(file: str) -> float | None:
+    """Return the distance between neighbouring slices by the positions of an enhanced image's frames.
+
+    dcm2niix takes the thickness of a slice for it where the header states no distance. None: the frames have several orientations or
+    uneven positions, or the file cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(file, stop_before_pixels=True)
+            if len(_read_orientations(dataset)) > 1:
+                return None
+            steps = np.diff(sorted(set(_read_positions(dataset))))
+    except Exception:  # pydicom raises whatever hostile bytes lead it to
+        return None
+    if not len(steps) or np.ptp(steps) > 0.05 * steps.mean():
+        return None
+    return float(steps.mean())
+
+
+def _read_orientations(dataset: Any) -> set[tuple[float, ...]]:
+    """Return the distinct orientations of the frames, to three decimals."""
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    frames = dataset.PerFrameFunctionalGroupsSequence
+    sources = [frame if "PlaneOrientationSequence" in frame else shared for frame in frames]
+    return {
+        tuple(round(float(value), 3) for value in source.PlaneOrientationSequence[0].ImageOrientationPatient)
+        for source in sources
+    }
 
 
 def _read_positions(dataset: Any) -> list[float]:

@@ -110,6 +110,19 @@ def by_position(files: Sequence[str], name: str) -> list[list[str]] | None:
     return [groups[along] for along in sorted(groups)]
 
 
+def in_order(images: Sequence[Path]) -> list[Path]:
+    """Sort images (X, Y, 1, T) by position along their normal; [] if they do not lie evenly along one."""
+    affines = [nibabel.nifti1.Nifti1Image.from_filename(image).affine for image in images]
+    normals = [np.cross(affine[:3, 0], affine[:3, 1]) for affine in affines]
+    units = [normal / max(float(np.linalg.norm(normal)), 1e-9) for normal in normals]
+    if not np.allclose(units, units[0], atol=1e-4):
+        return []
+    places = [Place((), tuple(units[0].tolist()), tuple(affine[:3, 3].tolist())) for affine in affines]
+    if not is_stack(places):
+        return []
+    return [images[index] for index in np.argsort([place.along_mm for place in places])]
+
+
 def stack_planes(images: Sequence[Path], output: Path) -> bool:
     """Stack images (X, Y, 1, T) of neighbouring slices into one (X, Y, Z, T), in the given order.
 
@@ -117,6 +130,8 @@ def stack_planes(images: Sequence[Path], output: Path) -> bool:
         True if `output` was written; False if an image has several slices, or the grids differ.
     """
     loaded = [nibabel.nifti1.Nifti1Image.from_filename(image) for image in images]
+    if len(loaded) < 2:
+        return False
     shape = loaded[0].shape
     if len(shape) < 3 or shape[2] != 1 or any(one.shape != shape for one in loaded):
         return False

@@ -36,6 +36,8 @@ class Folder:
     """Names of its files, sorted."""
     is_bids: bool
     """True inside a BIDS data set."""
+    not_raw: tuple[str, ...] = ()
+    """Folders in it that are not searched: derivatives and sources of a BIDS data set."""
 
 
 def walk(root: Path) -> Iterator[Folder]:
@@ -60,8 +62,9 @@ def walk(root: Path) -> Iterator[Folder]:
         names, folders, linked = _list_folder(folder)
         is_dataset = bids.DESCRIPTION in names
         is_bids = is_bids or is_dataset
-        yield Folder(folder, tuple(sorted(name for name in names if not is_passed_over(name))), is_bids)
         skipped = bids.NOT_RAW if is_dataset else frozenset()
+        not_raw = tuple(sorted(skipped.intersection((*folders, *linked))))
+        yield Folder(folder, tuple(sorted(name for name in names if not is_passed_over(name))), is_bids, not_raw)
         wanted = {name for name in (*folders, *linked) if not is_passed_over(name) and name not in skipped}
         links += [(folder / name, is_bids) for name in linked if name in wanted]
         waiting += [(folder / name, is_bids) for name in sorted(wanted.intersection(folders), reverse=True)]

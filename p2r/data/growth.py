@@ -22,6 +22,7 @@ from p2r.data.label_maps import WAY_OUT
 from p2r.data.ledger import LedgerRow, is_accepted, ledger_row
 from p2r.data.pseudonyms import Names
 from p2r.data.scans import Scan, expand_subjects
+from p2r.data.subjects import subject_by_pattern
 from p2r.data.thumbnails import MOST, drawn
 from p2r.errors import DataError
 from p2r.patterns import subject_pattern
@@ -140,6 +141,7 @@ def plan_growth(
     ledger: Sequence[LedgerRow] = (),
     first_number: int = 0,
     allowed_subjects: Set[str] | None = None,
+    passed_over: Sequence[Scan] = (),
 ) -> Growth:
     """Find the new scans and assign them to shards, subject by subject, in an order shuffled by `config.seed`.
 
@@ -150,6 +152,7 @@ def plan_growth(
         ledger: Ledger of the current corpus.
         first_number: Number of the first new shard.
         allowed_subjects: Subjects to which `config.subjects_of` resolves; None: all.
+        passed_over: Folders that are not read, from `search_scans`: each has a row.
 
     Raises:
         DataError: if a listed subject has no scan, or no scan belongs to a selected subject. Also if all scans appear to
@@ -174,7 +177,7 @@ def plan_growth(
     rows: list[LedgerRow] = []
     to_read: list[Scan] = []
     changed = []
-    for scan, subject in subjects.items():
+    for scan, subject in (*subjects.items(), *((folder, None) for folder in passed_over)):
         source = names.source(scan.path)
         old = known.get(source, [])
         is_same = all(names.is_state(row, scan.num_bytes, scan.modified) for row in old)
@@ -262,7 +265,9 @@ def _make_unread_row(
 ) -> LedgerRow | None:
     """Return the row of a scan that is not read; None if the scan is to be read."""
     status = "not_selected"
-    if scan.label_map and config.label_maps == "leave_out":
+    if scan.passed_over:
+        reason, message = "not_raw", f"{scan.path}: {scan.passed_over}"
+    elif scan.label_map and config.label_maps == "leave_out":
         reason, message = LABEL_MAP, f"{scan.name} {scan.label_map}, so it is taken for a label map; {WAY_OUT}"
     elif subject is None:
         status, reason = "refused", "no_subject"
@@ -312,7 +317,7 @@ def subject_of(scan: Scan, config: IngestConfig) -> str | None:
     if scan.case is not None and text == _DEFAULT_PATTERN:
         return scan.case
     pattern = subject_pattern(text)
-    return pattern.first_group(scan.name) or pattern.first_group(scan.below)
+    return subject_by_pattern(pattern, scan.name, scan.below)
 
 
 def _check_subject_pattern(subjects: Mapping[Scan, str | None], config: IngestConfig, allowed: Set[str] | None) -> None:

@@ -32,7 +32,7 @@ from p2r.data.preparation import planes_to_volume as planes_to_volume
 from p2r.data.preparation import slice_axis as slice_axis
 from p2r.data.preparation import volume_to_planes as volume_to_planes
 from p2r.data.volume import Volume
-from p2r.device import on_device
+from p2r.device import to_device
 from p2r.errors import RefusedScan
 
 MAX_IMAGES_MIB = 8192.0
@@ -277,14 +277,14 @@ def _resample_to_cubic(
             voxels.shape[axis - 3], centre[axis], spacing_mm=spacing_mm[axis], target_mm=target_mm, size=size
         )
         weights.append(matrix)
-        inside = inside[..., None] & on_device(within.numpy(), voxels.device, dtype=torch.bool)
+        inside = inside[..., None] & to_device(within, voxels.device)
     return _apply_weights(voxels, weights), inside
 
 
 def _apply_weights(maps: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Multiply each of the last three axes of `maps` by its matrix (samples, voxels)."""
     for axis, axis_matrix in enumerate(weights, start=maps.ndim - 3):
-        matrix = on_device(axis_matrix.numpy(), maps.device)
+        matrix = to_device(axis_matrix, maps.device)
         maps = torch.movedim(torch.tensordot(matrix, maps, dims=([1], [axis])), 0, axis)
     return maps
 

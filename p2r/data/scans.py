@@ -22,22 +22,26 @@ import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 from p2r.data import bids, dicom, lists
+from p2r.data.buckets import scans_at, scans_in_bucket, small_object
+from p2r.data.dataset_json import MAX_BYTES as MAX_DATASET_BYTES
 from p2r.data.dataset_json import NAME as DATASET_JSON
-from p2r.data.dataset_json import DatasetJson, case_of, read_dataset_json
-from p2r.data.folders import has_header, is_dead_link, is_image, is_passed_over, walk
+from p2r.data.dataset_json import DatasetJson, case_of, parse_dataset_json, read_dataset_json
+from p2r.data.folders import has_header, is_dead_link, is_image, walk
 from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import composed, local_path, pair_of, scan_key
 from p2r.data.opening import bucket_client
+from p2r.data.scan import Scan as Scan
+from p2r.data.scan import folder_passed_over
 from p2r.data.subjects import expand_subjects as expand_subjects
 from p2r.documents import read_start
 from p2r.errors import DataError
@@ -45,41 +49,6 @@ from p2r.errors import DataError
 DicomSubject = Literal["folder", "patient_id"]
 
 _KINDS = ".nii, .nii.gz, .hdr/.img or DICOM file"
-
-
-@dataclass(frozen=True, order=True)
-class Scan:
-    """One image, or one DICOM series, that may become a record."""
-
-    path: str
-    """Absolute path, or URL. Two files: the header's path. A series: its folder, plus `#` and a digest if it holds several."""
-    key: str
-    """Unique name within the corpus, without dots, because WebDataset cuts a member's name at the first dot."""
-    num_bytes: int
-    """Size of its files."""
-    modified: str = ""
-    """Modification time in ns, or ETag; empty if unknown."""
-    files: tuple[str, ...] = ()
-    """Its files, if there are several, or if `path` is not a file."""
-    subject: str | None = None
-    """Subject from BIDS names, a list or PatientID; None: the job's `subject_pattern` finds it in `name`."""
-    entities: tuple[tuple[str, str], ...] = ()
-    """BIDS entities, or columns of a list; sorted."""
-    format: Literal["nifti", "dicom"] = "nifti"
-    """File format."""
-    label: str = ""
-    """For a DICOM series, the first folder below the source on the path to it."""
-    below: str = ""
-    """Path relative to its source; empty if it is not below a source."""
-    case: str | None = None
-    """Name of its case in a `dataset.json`."""
-    label_map: str = ""
-    """Reason why its name or a `dataset.json` marks it as a label map; empty if there is none."""
-
-    @property
-    def name(self) -> str:
-        """File name of the scan, or label of the series, in Unicode's composed form."""
-        return composed(self.label or self.path.rsplit("/", 1)[-1])
 
 
 @dataclass(frozen=True)
@@ -93,7 +62,17 @@ class _Search:
     def wants(self, below: str) -> bool:
         """Return whether include and exclude select a file, by its path relative to the source."""
         below = composed(below)
-        return (not self.include or _matches(below, self.include)) and not _matches(below, self.exclude)
+        return (not self.include or matches(below, self.include)) and not matches(below, self.exclude)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of a search."""
+
+    scans: list[Scan]
+    """Sorted by path, each once."""
+    passed_over: list[Scan]
+    """Folders of BIDS data sets whose files are not read: derivatives, sourcedata, code."""
 
 
 def find_scans(
@@ -104,7 +83,19 @@ def find_scans(
     exclude: Sequence[str] = (),
     dicom_subject: DicomSubject = "folder",
 ) -> list[Scan]:
-    """List every scan of the sources once, sorted by path.
+    """List every scan of the sources once, sorted by path; as `search_scans`."""
+    return search_scans(sources, cache=cache, include=include, exclude=exclude, dicom_subject=dicom_subject).scans
+
+
+def search_scans(
+    sources: Iterable[str],
+    *,
+    cache: Path,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dicom_subject: DicomSubject = "folder",
+) -> Found:
+    """Search the sources for scans.
 
     Args:
         sources: Folders, files and URLs.
@@ -119,9 +110,12 @@ def find_scans(
     """
     search = _Search(include, exclude, dicom_subject)
     found: dict[str, Scan] = {}
-    datasets: dict[Path, DatasetJson | None] = {}
+    passed_over: dict[str, Scan] = {}
+    datasets: dict[str, DatasetJson | None] = {}
     for source in sources:
-        scans = _scan_source(source, cache, search)
+        everything = _scan_source(source, cache, search, datasets)
+        scans = [scan for scan in everything if not scan.passed_over]
+        passed_over |= {scan.path: scan for scan in everything if scan.passed_over}
         if not scans:
             rule = " that ingest.include and ingest.exclude select" if include or exclude else ""
             raise DataError(f"source {source} holds no {_KINDS}{rule}; name the folder that has them, at any depth")
@@ -130,10 +124,13 @@ def find_scans(
         root = _root_of(source)
         found |= {scan.path: _describe_scan(found[scan.path], root, datasets) for scan in scans}
     keys = _unique_keys([found[path] for path in sorted(found)])
-    return [replace(found[path], key=keys[path]) for path in sorted(found)]
+    return Found(
+        [replace(found[path], key=keys[path]) for path in sorted(found)],
+        [passed_over[path] for path in sorted(passed_over)],
+    )
 
 
-def _scan_source(source: str, cache: Path, search: _Search) -> list[Scan]:
+def _scan_source(source: str, cache: Path, search: _Search, datasets: dict[str, DatasetJson | None]) -> list[Scan]:
     scheme = source.partition("://")[0] if "://" in source else ""
     if scheme == "template":
         # A URL without a path names the whole data set; a corpus takes only its images, never the labels.
@@ -142,7 +139,7 @@ def _scan_source(source: str, cache: Path, search: _Search) -> list[Scan]:
         part = "" if urlsplit(source).path.strip("/") else "images"
         return list(_scan_folder(resolve_source(source, cache) / part, search))
     if scheme == "s3":
-        return list(_scan_list(source, search) if _is_list(source) else _scan_bucket(source, search))
+        return list(_scan_list(source, search) if _is_list(source) else scans_in_bucket(source, search.wants, datasets))
     local = local_path(source)
     if local is None or (scheme == "file" and not local.is_absolute()):
         rule = (
@@ -178,7 +175,25 @@ def _scan_folder(root: Path, search: _Search) -> Iterator[Scan]:
             for name in wanted
             if name.lower().endswith(dicom.SUFFIXES) or (not images and dicom.is_dicom(folder.path / name))
         )
+        for name in folder.not_raw:
+            if count := _count_wanted(folder.path / name, root, search):
+                yield folder_passed_over(str(folder.path / name), count)
     yield from _make_series_scans(dicom_files, root, search)
+
+
+def _count_wanted(folder: Path, root: Path, search: _Search) -> int:
+    """Count the NIfTI and DICOM files below a folder, by their names."""
+    num = 0
+    for one in walk(folder):
+        below = one.path.relative_to(root)
+        images = {name for name in one.names if is_image(name)}
+        files = [
+            name
+            for name in one.names
+            if name.lower().endswith(dicom.SUFFIXES) or (name in images and not has_header(name, images))
+        ]
+        num += sum(search.wants((below / name).as_posix()) for name in files)
+    return num
 
 
 def _scan_file(path: Path, search: _Search) -> Iterator[Scan]:
@@ -201,7 +216,7 @@ def _make_image_scan(path: Path, is_bids: bool) -> Scan:
         num_bytes,
         modified,
         files=pair or (),
-        subject=_bids_subject(entities),
+        subject=bids.subject_of(entities),
         entities=tuple(sorted(entities.items())),
     )
 
@@ -256,19 +271,19 @@ def _root_of(source: str) -> str:
     return str(root if root.is_dir() else root.parent)
 
 
-def _describe_scan(scan: Scan, root: str, datasets: dict[Path, DatasetJson | None]) -> Scan:
+def _describe_scan(scan: Scan, root: str, datasets: dict[str, DatasetJson | None]) -> Scan:
     """Add the facts from a scan's path and from a `dataset.json` above it, which is cached in `datasets`."""
     below = composed(scan.path.removeprefix(f"{root}/")) if scan.path.startswith(f"{root}/") else ""
     if scan.format == "dicom":
         return replace(scan, below=below)
     reason = label_map_by_name(below or scan.path.rpartition("/")[2])
-    found = None if "://" in scan.path else _find_dataset(Path(scan.path), datasets)
+    found = _find_dataset(scan.path, datasets)
     if found is None:
         return replace(scan, below=below, label_map=reason or "")
     folder, dataset = found
-    path = Path(scan.path).relative_to(folder).as_posix()
+    path = scan.path.removeprefix(f"{folder}/")
     if path in dataset.label_maps:
-        reason = f"is listed as a label in {folder / DATASET_JSON}"
+        reason = f"is listed as a label in {folder}/{DATASET_JSON}"
     case, channel = case_of(path, dataset)
     entities = dict(scan.entities)
     if channel < len(dataset.channels):
@@ -278,78 +293,30 @@ def _describe_scan(scan: Scan, root: str, datasets: dict[Path, DatasetJson | Non
     )  # fmt: skip
 
 
-def _find_dataset(path: Path, datasets: dict[Path, DatasetJson | None]) -> tuple[Path, DatasetJson] | None:
+def dataset_in(folder: str) -> DatasetJson | None:
+    """Read the `dataset.json` of a folder or of a prefix in a bucket; None if there is none.
+
+    Raises:
+        DataError: if it cannot be read, or breaks its rules.
+    """
+    url = f"{folder}/{DATASET_JSON}"
+    if "://" not in folder:
+        return read_dataset_json(Path(url))
+    content = small_object(url, max_bytes=MAX_DATASET_BYTES) if folder.startswith("s3://") else None
+    return None if content is None else parse_dataset_json(content, url)
+
+
+def _find_dataset(path: str, datasets: dict[str, DatasetJson | None]) -> tuple[str, DatasetJson] | None:
     """Return the `dataset.json` in a file's folder or the parent folder, and that folder."""
-    for folder in path.parents[:2]:
+    beside = path.rpartition("/")[0]
+    for folder in (beside, beside.rpartition("/")[0]):
+        if folder.endswith(":/") or not folder:  # above a bucket
+            return None
         if folder not in datasets:
-            datasets[folder] = read_dataset_json(folder / DATASET_JSON)
+            datasets[folder] = dataset_in(folder)
         if (dataset := datasets[folder]) is not None:
             return folder, dataset
     return None
-
-
-# Buckets
-
-
-def _scan_bucket(url: str, search: _Search) -> Iterator[Scan]:
-    objects = _list_objects(url)
-    prefix = url.removeprefix("s3://").rstrip("/")
-    datasets = {path.rpartition("/")[0] for path in objects if path.endswith(f"/{bids.DESCRIPTION}")}
-    is_bids = _is_in_dataset(prefix.rpartition("/")[0], bucket_client(), {})
-    for path in sorted(objects):
-        below = path.removeprefix(prefix).lstrip("/") or path.rpartition("/")[2]
-        folders = path.split("/")[:-1]
-        inside = [level for level in range(1, len(folders) + 1) if "/".join(folders[:level]) in datasets]
-        is_raw = not any(folders[level : level + 1] and folders[level] in bids.NOT_RAW for level in inside)
-        if any(is_passed_over(part) for part in below.split("/")) or not is_raw or not search.wants(below):
-            continue
-        if path.lower().endswith(dicom.SUFFIXES):
-            raise DataError(
-                f"source {url} holds DICOM (s3://{path}), which is read from folders only: copy it to a folder, "
-                "or leave it out with ingest.exclude"
-            )
-        if is_image(path) and not has_header(path, objects):
-            yield _make_object_scan(path, objects, is_bids or bool(inside))
-
-
-def _list_objects(url: str) -> dict[str, dict[str, Any]]:
-    try:
-        found: dict[str, dict[str, Any]] = bucket_client().find(url, detail=True)
-    except Exception as error:  # botocore's errors have no common base class
-        raise DataError(
-            f"source {url} cannot be listed: {type(error).__name__}: {error}; check the bucket, AWS_ENDPOINT_URL and keys"
-        ) from error
-    return found
-
-
-def _make_object_scan(path: str, objects: Mapping[str, Mapping[str, Any]], is_bids: bool) -> Scan:
-    pair = pair_of(path)
-    if pair is not None and pair[0] in objects:
-        path = pair[0]
-    states = [objects[file] for file in pair or (path,) if file in objects]
-    entities = bids.entities_of(path) if is_bids else {}
-    return Scan(
-        f"s3://{path}",
-        scan_key(path),
-        sum(int(state["size"]) for state in states),
-        " ".join(str(state.get("ETag", "")).strip('"') for state in states),
-        files=() if pair is None else (f"s3://{pair[0]}", f"s3://{pair[1]}"),
-        subject=_bids_subject(entities),
-        entities=tuple(sorted(entities.items())),
-    )
-
-
-def _is_in_dataset(path: str, bucket: Any, known: dict[str, bool]) -> bool:
-    """Return whether a folder of a bucket is in a BIDS data set; lookups are cached in `known`."""
-    if "/" not in path:
-        return False
-    if path not in known:
-        try:
-            is_dataset = bool(bucket.exists(f"{path}/{bids.DESCRIPTION}"))
-        except PermissionError:
-            is_dataset = False  # folders above the scans may be inaccessible
-        known[path] = is_dataset or _is_in_dataset(path.rpartition("/")[0], bucket, known)
-    return known[path]
 
 
 # Lists
@@ -407,22 +374,10 @@ def _look_up_targets(targets: Sequence[str], search: _Search) -> Iterator[list[S
     bucket, known = bucket_client(), dict[str, bool]()
 
     def look_up(target: str) -> list[Scan]:
-        return _look_up_object(target, bucket, known) if target.startswith("s3://") else _look_up_path(target, search)
+        return scans_at(target, bucket, known) if target.startswith("s3://") else _look_up_path(target, search)
 
     with ThreadPoolExecutor(16) as threads:
         yield from threads.map(look_up, targets)
-
-
-def _look_up_object(target: str, bucket: Any, known: dict[str, bool]) -> list[Scan]:
-    path = target.removeprefix("s3://")
-    try:
-        objects = {file: bucket.info(file) for file in pair_of(path) or (path,)} if is_image(path) else {}
-        is_bids = bool(bids.entities_of(path)) and _is_in_dataset(path.rpartition("/")[0], bucket, known)
-    except FileNotFoundError:
-        return []
-    except Exception as error:  # botocore's errors have no common base class
-        raise DataError(f"{target} cannot be looked up: {type(error).__name__}: {error}") from error
-    return [_make_object_scan(path, objects, is_bids)] if objects else []
 
 
 def _look_up_path(target: str, search: _Search) -> list[Scan]:
@@ -444,11 +399,8 @@ def _is_list(name: str) -> bool:
     return name.lower().endswith(lists.SUFFIXES)
 
 
-def _bids_subject(entities: Mapping[str, str]) -> str | None:
-    return f"sub-{entities['sub']}" if "sub" in entities else None
-
-
-def _matches(path: str, patterns: Sequence[str]) -> bool:
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Return whether a path below a source matches one of the patterns of `ingest.include` or `exclude`."""
     return any(fnmatchcase(path, variant) for pattern in patterns for variant in _expand_pattern(pattern))
 
 

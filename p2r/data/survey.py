@@ -8,10 +8,11 @@
 Only names are used; voxels are read elsewhere. A guess that does not fit every file is shown before it is used.
 """
 
+import glob
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
@@ -19,13 +20,13 @@ from typing import Literal
 from p2r.config import IngestConfig
 from p2r.data import bids
 from p2r.data.dataset_json import NAME as DATASET_JSON
-from p2r.data.dataset_json import DatasetJson, read_dataset_json
+from p2r.data.dataset_json import DatasetJson
 from p2r.data.folders import images_below
 from p2r.data.growth import subject_of
 from p2r.data.label_maps import LABEL_SUFFIX
-from p2r.data.names import composed, scan_key
+from p2r.data.names import composed, local_path, lower_suffix, scan_key
 from p2r.data.pairs import key_of, label_finder
-from p2r.data.scans import Scan, find_scans
+from p2r.data.scans import Scan, dataset_in, matches, search_scans
 from p2r.errors import DataError
 
 Form = Literal["nnunet", "msd", "bids", "folder"]
@@ -63,7 +64,8 @@ class Pairing:
 class Survey:
     """Facts about a folder, derived from its file names."""
 
-    root: Path
+    root: str
+    """Folder, or URL of a prefix in a bucket."""
     form: Form
     dataset: DatasetJson | None
     scans: tuple[Scan, ...]
@@ -77,15 +79,29 @@ class Survey:
     """Number of scans by contrast."""
     pairing: Pairing | None
     """Best pairing; None without label maps, or if none of them pairs with a scan."""
+    passed_over: tuple[Scan, ...] = ()
+    """Folders of a BIDS data set whose files are not read."""
+    test: tuple[Scan, ...] = ()
+    """Scans that a `dataset.json` keeps apart as test images, and imagesTs."""
+    test_patterns: tuple[str, ...] = ()
+    """Patterns of `ingest.exclude` that stand for them."""
+    title: str = ""
+    """Name or description that the data set gives itself."""
+    licence: str = ""
+    """As the data set states it."""
+    reference: str = ""
+    """What the data set asks to be cited."""
+    label_names: Mapping[int, str] = field(default_factory=dict)
+    """Names of label values, as the data set states them."""
 
 
 def survey(
-    root: Path, *, labels: Path | None = None, form: Form | None = None, contrast: str | None = None, cache: Path
+    root: str | Path, *, labels: Path | None = None, form: Form | None = None, contrast: str | None = None, cache: Path
 ) -> Survey:
     """Survey a folder by its file names.
 
     Args:
-        root: The folder.
+        root: The folder, or the `s3://` URL of a prefix, whose label maps are not paired: tasks read folders.
         labels: Folder of the label maps, if known; None: search below `root`.
         form: Layout; None: guess it.
         contrast: Part of the name of the labelled scans, to choose among several contrasts.
@@ -94,24 +110,29 @@ def survey(
     Raises:
         DataError: as `find_scans`; also if the folder does not have the requested layout.
     """
-    root = root.expanduser().absolute()
-    found = find_scans([str(root)], cache=cache)
-    dataset = read_dataset_json(root / DATASET_JSON)
-    form = _choose_form(root, dataset, form)
+    local = local_path(root)
+    folder = local.expanduser().absolute() if local is not None else None
+    where = str(root).rstrip("/") if folder is None else str(folder)
+    everything = search_scans([where], cache=cache)
+    found = everything.scans
+    dataset = dataset_in(where)
+    form = _choose_form(where, found, dataset, form)
     scans = tuple(scan for scan in found if not scan.label_map)
     if not scans:
         raise DataError(
-            f"{root} holds {len(found)} label maps but no scan ({found[0].path} {found[0].label_map}); name the folder of the scans"
+            f"{where} holds {len(found)} label maps but no scan ({found[0].path} {found[0].label_map}); name the folder of the scans"
         )
     pattern = subject_pattern_for(scans, form)
-    config = IngestConfig(sources=(str(root),), licence="unknown", subject_pattern=pattern)
+    config = IngestConfig(sources=(where,), licence="unknown", subject_pattern=pattern)
     subjects: dict[str, list[Scan]] = defaultdict(list)
     for scan in scans:
         subjects[subject_of(scan, config) or ""].append(scan)
-    folders = [labels.expanduser().absolute()] if labels is not None else _find_label_folders(root, form)
-    pairings = [pairing for folder in folders if (pairing := _find_pairing(root, folder, form, contrast))]
+    folders = [labels.expanduser().absolute()] if labels is not None else _find_label_folders(folder, form)
+    pairings = [pairing for one in folders if folder and (pairing := _find_pairing(folder, one, form, contrast))]
+    patterns = _test_patterns(dataset, scans)
+    stated = dataset or (bids.read_description(folder / bids.DESCRIPTION) if folder else bids.Description())
     return Survey(
-        root,
+        where,
         form,
         dataset,
         scans,
@@ -120,7 +141,28 @@ def survey(
         {subject: tuple(subjects[subject]) for subject in sorted(subjects)},
         dict(sorted(Counter(map(contrast_of, scans)).items())),
         max(pairings, key=lambda one: len(one.pairs), default=None),
+        tuple(everything.passed_over),
+        tuple(scan for scan in scans if matches(scan.below, patterns)),
+        patterns,
+        stated.title,
+        stated.licence,
+        stated.reference,
+        dataset.labels if dataset is not None else bids.label_names([folder, *folders] if folder else folders),
     )
+
+
+def _test_patterns(dataset: DatasetJson | None, scans: Sequence[Scan]) -> tuple[str, ...]:
+    """Return patterns of the test images: of their folders, and of single files where training images are in the same."""
+    if dataset is None:
+        return ()
+    training = {image.rpartition("/")[0] for image, _ in dataset.training} | {"imagesTr"}
+    patterns = {"imagesTs/*"}
+    for image in dataset.test:
+        folder = image.rpartition("/")[0]
+        patterns.add(
+            glob.escape(image if folder in training or not folder else folder) + "/*" * (folder not in training)
+        )
+    return tuple(sorted(pattern for pattern in patterns if any(matches(scan.below, [pattern]) for scan in scans)))
 
 
 def contrast_of(scan: Scan) -> str:
@@ -147,15 +189,17 @@ def subject_pattern_for(scans: Sequence[Scan], form: Form) -> str:
         # File names that repeat across folders name contrasts; the folder then names the patient.
         patterns = [*([_FIRST_FOLDER] * in_folders), _NUMBERED, _EVERY_FILE]
     for pattern in patterns:
-        matches = [re.search(pattern, scan.below if pattern == _FIRST_FOLDER else scan.name) for scan in scans]
+        matches = [
+            re.search(pattern, lower_suffix(scan.below if pattern == _FIRST_FOLDER else scan.name)) for scan in scans
+        ]
         subjects = {match[1] for match in matches if match}
         if all(matches) and len(subjects) > 1:
             return pattern
     return patterns[-1]
 
 
-def _choose_form(root: Path, dataset: DatasetJson | None, asked: Form | None) -> Form:
-    is_bids = bids.is_dataset(root) or any(_is_bids_subject(path.name) for path in root.iterdir())
+def _choose_form(root: str, scans: Sequence[Scan], dataset: DatasetJson | None, asked: Form | None) -> Form:
+    is_bids = ("://" not in root and bids.is_dataset(Path(root))) or any(_is_bids_subject(scan.below) for scan in scans)
     found: Form = dataset.form if dataset is not None else "bids" if is_bids else "folder"
     if asked in ("nnunet", "msd") and dataset is None:
         raise DataError(
@@ -169,12 +213,14 @@ def _choose_form(root: Path, dataset: DatasetJson | None, asked: Form | None) ->
     return asked or found
 
 
-def _is_bids_subject(name: str) -> bool:
-    return re.fullmatch(r"sub-[A-Za-z0-9]+", name) is not None
+def _is_bids_subject(below: str) -> bool:
+    return re.match(r"sub-[A-Za-z0-9]+/", below) is not None
 
 
-def _find_label_folders(root: Path, form: Form) -> list[Path]:
+def _find_label_folders(root: Path | None, form: Form) -> list[Path]:
     """Return the folders below `root` that may contain label maps, the root itself last."""
+    if root is None:
+        return []
     if form in ("nnunet", "msd"):
         return [root / "labelsTr"] if (root / "labelsTr").is_dir() else []
     if form == "bids":

@@ -5,13 +5,14 @@ an upload) may take one rank minutes while the others wait. It uses its own proc
 a long timeout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 from torch import distributed
 
-from p2r.errors import P2RError, TrainingError
+from p2r.errors import InputError, P2RError, TrainingError
 
 T = TypeVar("T")
 
@@ -70,3 +71,30 @@ class Peers:
         if self._group is not None:
             distributed.destroy_process_group(self._group)
             self._group = None
+
+
+def refuse_mixed_gpus(device: torch.device) -> None:
+    """Refuse a group of GPUs of different kinds: the fastest would wait for the slowest in every step, and round differently. Collective.
+
+    Raises:
+        InputError: On every rank.
+    """
+    names = [""] * distributed.get_world_size()
+    if device.type == "cuda" and len(names) > 1:
+        distributed.all_gather_object(names, torch.cuda.get_device_name(device))
+        check_kinds(names)
+
+
+def check_kinds(names: Sequence[str]) -> None:
+    """Raise InputError unless all devices, named by rank, are of one kind."""
+    kinds = {name: [rank for rank, other in enumerate(names) if other == name] for name in names}
+    if len(kinds) > 1:
+        found = "; ".join(f"{name} on {_ranks(ranks)}" for name, ranks in kinds.items())
+        raise InputError(
+            f"the workers of a run must have GPUs of one kind, got {found}: take the job to nodes with one kind of GPU"
+        )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + ", ..." * (len(ranks) > 8)
+    return f"rank{'s' * (len(ranks) > 1)} {shown}"

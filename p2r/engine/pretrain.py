@@ -6,13 +6,13 @@ report. All ranks yield at the same steps, because saving is collective.
 On a GPU the host runs ahead of the device. Results of steps are read at reports and before checkpoints, so no checkpoint
 contains weights affected by a bad step. On a CPU every step is read at once.
 
-A step with a non-finite loss or gradient is skipped on every rank (see `p2r.engine.update`): its batch is used up, `step` and
-schedule advance, and it is counted. While steps are skipped, checkpoints that are only due by interval are not saved: they
+A step with a non-finite loss or gradient is skipped on every rank (see `p2r.engine.update`). Its batch is consumed, `step` and
+schedule advance, and the skip is counted. While steps are skipped, checkpoints that are only due by interval are not saved: they
 would push out good ones.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -24,6 +24,7 @@ from p2r.device import is_waited_for
 from p2r.engine.build import full_weights, join_process_group, masters
 from p2r.engine.checkpoint import Checkpoints, Note, newest_checkpoint, refuse_other_config
 from p2r.engine.determinism import deterministic
+from p2r.engine.peers import refuse_mixed_gpus
 from p2r.engine.profile import peak_mib
 from p2r.engine.report import PretrainReport
 from p2r.engine.running import (
@@ -53,7 +54,7 @@ def pretrain(
     profile_steps: int = 0,
     note: Note | None = None,
     should_stop: Callable[[], bool] | None = None,
-) -> Iterator[PretrainReport]:
+) -> Generator[PretrainReport, None, None]:
     """Train to `config.steps`, resuming from the newest checkpoint if there is one.
 
     Args:
@@ -81,6 +82,7 @@ def pretrain(
 
     with deterministic(config.deterministic), _round_products(config, device):
         join_process_group(device)
+        refuse_mixed_gpus(device)
         with Checkpoints(storage, config, note=note) as checkpoints:
             fetched = checkpoints.newest()
             if fetched is not None and fetched.manifest["step"] >= config.steps:
@@ -120,7 +122,7 @@ def _round_products(config: PretrainConfig, device: torch.device) -> Iterator[No
         torch.set_float32_matmul_precision(before)
 
 
-def _train_steps(run: "PretrainRun") -> Iterator[PretrainReport]:
+def _train_steps(run: "PretrainRun") -> Generator[PretrainReport, None, None]:
     """Train to the last step, or until the run is over on any rank."""
     config, checkpoints = run.config, run.checkpoints
     try:

@@ -1,5 +1,6 @@
 """Start of a run: configuration and newest checkpoint -> a run that is ready for its next step."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from torch.profiler import record_function
 
 from p2r.config import PretrainConfig
 from p2r.counters import Counters
+from p2r.data.order import check_micro_batch
 from p2r.data.stream import Quarantine, Replaced, StreamState, stream, stream_state
 from p2r.engine.build import DTYPES, build_engine, set_mean_weights
 from p2r.engine.checkpoint import Checkpoints, Fetched
@@ -18,13 +20,14 @@ from p2r.engine.feed import Batches, Timed, feed
 from p2r.engine.online_probe import OnlineProbe
 from p2r.engine.profile import Profiler
 from p2r.engine.running import Clock, HistoryRows, OnAnyRank, Sums, UnreadSteps, never
-from p2r.engine.step import COLDEST
+from p2r.engine.step import explain_missing_kernels
 from p2r.engine.weights import init_weights
 from p2r.errors import CheckpointError, InputError
-from p2r.loss import without_kernels
 from p2r.model.compiling import compile_in_place, warm_up
 from p2r.model.pix2rep import Pix2Rep
 from p2r.storage import Storage
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -90,7 +93,11 @@ def begin_run(
     state = stream_state(corpora, seed=config.seed, global_batch=config.global_batch, neighbours=config.neighbours)
     model, init_from = _build_network(config, checkpoint)
     engine, compiled = _build_compiled_engine(model.to(device), config, world_size=world_size)
-    pending = PendingReport(compiled=compiled, loss_without_kernels=_explain_missing_kernels(config, device))
+    reason = explain_missing_kernels(config, device=device) if device.type == "cuda" else None
+    pending = PendingReport(compiled=compiled, loss_without_kernels=reason)
+    for slow in (compiled if compiled is not None and compiled.startswith("not compiled") else None, reason):
+        if slow is not None and rank == 0:
+            _LOG.warning("steps will be slow: %s", slow)
     running = Sums()
     if fetched is not None and checkpoint is not None:
         tensors = checkpoints.load(engine, fetched)
@@ -156,18 +163,14 @@ def _check_batch_and_checkpoint(
     """Raise `InputError` if this number of workers cannot share a batch, or cannot resume from a checkpoint."""
     if checkpoint is not None and "skipped_steps" not in checkpoint["state"]["running"]:
         raise CheckpointError(
-            f"{storage.at(checkpoint['path'])} holds the state of an optimizer that could not skip a step, and cannot be "
-            f"resumed: use the version of p2r that wrote it ({checkpoint['code_version']}), or another storage URL"
+            f"{storage.at(checkpoint['path'])} cannot be resumed: the optimizer that wrote it could not skip steps. "
+            f"Use the version of p2r that wrote it ({checkpoint['code_version']}), or another storage URL"
         )
     if config.global_batch % world_size:
         raise InputError(
             f"pretrain.global_batch must be divisible by the number of workers, got {config.global_batch} for {world_size}"
         )
-    if config.micro_batch is not None and config.global_batch // world_size % config.micro_batch:
-        raise InputError(
-            f"pretrain.micro_batch must divide a worker's part of the global batch, got {config.micro_batch} "
-            f"for {config.global_batch} images over {world_size} workers: {config.global_batch // world_size} each"
-        )
+    check_micro_batch(config.global_batch, world_size, config.micro_batch)
 
 
 def _build_network(
@@ -196,20 +199,6 @@ def _build_compiled_engine(model: Pix2Rep, config: PretrainConfig, *, world_size
     if is_compiled and config.compile:
         compile_in_place(engine.module.backbone, config.compile)
     return engine, compiled
-
-
-def _explain_missing_kernels(config: PretrainConfig, device: torch.device) -> str | None:
-    """Return the reason that a GPU will compute the loss without its kernels; None if it will use them. Call before the first step."""
-    loss = config.loss
-    if device.type != "cuda" or loss.name != "info_nce" or loss.negatives == "image":
-        return None
-    return without_kernels(
-        DTYPES[config.precision],
-        config.model.embedding_channels,
-        temperature=COLDEST if loss.learn_temperature else loss.temperature,
-        num_pairs=config.global_batch * loss.pixel_pairs_per_image,
-        device=device,
-    )
 
 
 def _encoded_shape(config: PretrainConfig, world_size: int) -> tuple[int, ...]:

@@ -23,11 +23,19 @@ from torch import Tensor
 from p2r.config import LossConfig, PretrainConfig
 from p2r.data.batch import Batch
 from p2r.device import on_device
-from p2r.engine.build import gather_parameter
+from p2r.engine.build import DTYPES, gather_parameter
 from p2r.engine.feed import Timed
 from p2r.engine.health import sample_pairs
 from p2r.engine.update import Update, update
-from p2r.loss import Findings, SameImage, barlow_twins, corresponding_points, info_nce, info_nce_within_images
+from p2r.loss import (
+    Findings,
+    SameImage,
+    barlow_twins,
+    corresponding_points,
+    info_nce,
+    info_nce_within_images,
+    without_kernels,
+)
 from p2r.randomness import keyed_generator
 from p2r.views.geometric import apply_warp
 from p2r.views.pair import make_views
@@ -114,7 +122,7 @@ def take_step(
             foreground=foreground,
             foreground_share=config.loss.foreground_share,
         )
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = DTYPES[config.precision]
     size = config.micro_batch or len(image)
     inputs = tuple(
         zip(*(torch.split(x, size) for x in (views.a.to(dtype), views.b.to(dtype), pairs.a, pairs.b)), strict=True)
@@ -290,6 +298,26 @@ def pixel_pair_loss(
         exchange=config.exchange,
         findings=findings,
         parts=parts,
+    )
+
+
+def explain_missing_kernels(config: PretrainConfig, *, device: torch.device) -> str | None:
+    """Return the reason that GPUs will compute the loss without its kernels, and the way out; None if they use them or need none.
+
+    Args:
+        config: Configuration of the run.
+        device: The GPU. A CPU stands for an H100.
+    """
+    loss = config.loss
+    if loss.name != "info_nce" or loss.negatives == "image":
+        return None
+    return without_kernels(
+        DTYPES[config.precision],
+        config.model.embedding_channels,
+        temperature=COLDEST if loss.learn_temperature else loss.temperature,
+        num_pairs=config.global_batch * loss.pixel_pairs_per_image,
+        device=device,
+        allows_tf32=config.precision == "tf32",
     )
 
 

@@ -407,10 +407,15 @@ def trial_for_publishing(setup: TrialSetup, best: Result) -> Trial | None:
 def publish_best(setup: TrialSetup, results: Sequence[Result], backbone: Backbone, storage: Storage) -> dict[str, Any]:
     """Publish the model that `choose_model` chooses below `storage` (`<storage>/models`), and return its manifest."""
     best = choose_model(setup.config, results)
+    return _publish(setup, best, backbone, storage, why=reason_for(setup.config, best, results))
+
+
+def reason_for(config: FinetuneConfig, best: Result, results: Sequence[Result]) -> str:
+    """Return why `best` is published, for its card: its validation Dice, and the models that it was compared with."""
     num = sum(MODES[one["trial"]["mode"]].weights == MODES[best["trial"]["mode"]].weights for one in results)
-    among = "fine-tuned models" if setup.config.published_mode == "fine_tuned" and num < len(results) else "models"
-    why = f"the best validation Dice ({_dice_of(best):.3f}) of {num if among != 'models' else len(results)} {among}"
-    return _publish(setup, best, backbone, storage, why=why)
+    is_among_fine_tuned = config.published_mode == "fine_tuned" and num < len(results)
+    among = f"{num} fine-tuned models" if is_among_fine_tuned else f"{len(results)} models"
+    return f"the best validation Dice ({_dice_of(best):.3f}) of {among}"
 
 
 def publish_on_all(setup: TrialSetup, result: Result, backbone: Backbone, storage: Storage) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from p2r.config import PretrainConfig
-from p2r.data.order import allowed_world_sizes, check_world_size
+from p2r.data.order import allowed_world_sizes, check_micro_batch, check_world_size
 from p2r.data.stream import Corpus, order_of
 from p2r.errors import InputError
 from p2r.planning.forecast import Pace, Plan, Rate
@@ -64,12 +64,8 @@ def plan(
     """
     world_size = num_nodes * workers_per_node
     check_world_size(config.global_batch, world_size)
+    check_micro_batch(config.global_batch, world_size, config.micro_batch)
     images = config.global_batch // world_size
-    if config.micro_batch is not None and images % config.micro_batch:
-        raise InputError(
-            f"pretrain.micro_batch must divide a worker's part of the global batch, got {config.micro_batch} "
-            f"for {config.global_batch} images over {world_size} workers: {images} each"
-        )
     epoch = None
     if corpora is not None:
         order = order_of(corpora, image=config.image, seed=config.seed, global_batch=config.global_batch)

@@ -4,6 +4,7 @@ import math
 
 from p2r.config import LossConfig, PretrainConfig
 from p2r.engine.build import DTYPES
+from p2r.loss.info_nce import PANEL
 from p2r.planning.forecast import Traffic
 from p2r.planning.memory import FP32_BYTES, has_kernels, num_loss_panels
 
@@ -43,6 +44,8 @@ def _loss_traffic(config: PretrainConfig, rows: int, *, world_size: int, device:
         # Once around the ring in each pass; in the second with the rows' softmax weights.
         return agreement + others * rows * (2 * of_a_row + 2 * FP32_BYTES + of_sums)
     softmax, column = 2 * FP32_BYTES, FP32_BYTES * num_loss_panels(rows, on_kernels=has_kernels(config, device))
+    if loss.form == "nt_xent" and rows % PANEL == 0 and rows * world_size >= 3 * PANEL:
+        column *= 3  # sums over columns within both views, too
     return agreement + others * rows * (of_a_row + of_sums + softmax + column)
 
 

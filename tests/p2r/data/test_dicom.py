@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from pydicom.uid import UID
 
 from p2r.config import IngestConfig, QualityConfig
 from p2r.data.dicom import converted, group_by_series, is_dicom
@@ -205,7 +206,7 @@ def test_a_dicomdir_is_no_scan(tmp_path: Path, write_series: WriteSeries) -> Non
     write_series(tmp_path / "p1")
     header = pydicom.dcmread(tmp_path / "p1" / "IM030001.dcm")
     del header.SeriesInstanceUID
-    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = "1.2.840.10008.1.3.10"
+    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = UID("1.2.840.10008.1.3.10")
     header.save_as(tmp_path / "DICOMDIR")
     assert [scan.key for scan in scans_of(tmp_path)] == ["p1_s003"]
 
@@ -279,7 +280,7 @@ def cine(folder: Path, *, series_of: Callable[[int], int], drop: tuple[tuple[int
             header.file_meta = pydicom.dataset.FileMetaDataset()
             header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
             header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = pydicom.uid.MRImageStorage
-            header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID = f"1.2.3.{number}"
+            header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID = UID(f"1.2.3.{number}")
             header.Modality, header.PatientID, header.Manufacturer = "MR", "P", "SIEMENS"
             header.StudyInstanceUID, header.FrameOfReferenceUID = "1.2.4", "1.2.5"
             header.SeriesInstanceUID, header.SeriesNumber = f"1.2.6.{series_of(z)}", series_of(z)
@@ -342,8 +343,23 @@ def test_images_that_dcm2niix_would_lose_or_split_are_stacked(tmp_path: Path, wr
         np.testing.assert_allclose(volume.affine, expected.affine, atol=1e-4)
 
 
-def enhanced(folder: Path, write_series: WriteSeries, *, times: int, manufacturer: str) -> Any:
-    """Write a multi-frame image of 5 slices at some times, and return its voxels (X, Y, Z, T) as RAS."""
+def enhanced(
+    folder: Path,
+    write_series: WriteSeries,
+    *,
+    times: int,
+    manufacturer: str,
+    part_of: Callable[[int, int], int] | None = None,
+) -> Any:
+    """Write 5 slices at some times as one multi-frame image, or as several of one series, and return the voxels (X, Y, Z, T) as RAS.
+
+    Args:
+        folder: For the files.
+        write_series: The fixture.
+        times: How many.
+        manufacturer: The header's; dcm2niix reads frames accordingly.
+        part_of: Number of the file that has slice z at time t.
+    """
     write_series(folder, size=1)
     (path,) = folder.iterdir()
     header = pydicom.dcmread(path)
@@ -372,8 +388,65 @@ def enhanced(folder: Path, write_series: WriteSeries, *, times: int, manufacture
             frames.append(frame)
     header.SharedFunctionalGroupsSequence = pydicom.Sequence([shared])
     header.PerFrameFunctionalGroupsSequence = pydicom.Sequence(frames)
-    header.save_as(path)
+    if part_of is None:
+        header.save_as(path)
+        return voxels.transpose(3, 2, 1, 0)[::-1, ::-1]
+    path.unlink()
+    frame_places = [(t, z) for t in range(times) for z in range(5)]
+    for part in sorted({part_of(z, t) for t, z in frame_places}):
+        wanted = [number for number, (t, z) in enumerate(frame_places) if part_of(z, t) == part]
+        header.PixelData = voxels.reshape(-1, header.Rows, header.Columns)[wanted].tobytes()
+        header.NumberOfFrames, header.InstanceNumber = len(wanted), part + 1
+        header.PerFrameFunctionalGroupsSequence = pydicom.Sequence([frames[number] for number in wanted])
+        header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.9.{part + 1}")
+        header.save_as(folder / f"part{part}.dcm")
     return voxels.transpose(3, 2, 1, 0)[::-1, ::-1]
+
+
+PARTS: dict[str, Callable[[int, int], int]] = {
+    "time": lambda z, t: t,
+    "slice": lambda z, t: z,
+    "frame": lambda z, t: 3 * z + t,
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_several_multi_frame_images_of_a_series_are_converted_one_by_one(
+    tmp_path: Path, write_series: WriteSeries, kind: str
+) -> None:
+    """A file for each time, or for each slice. In one run, dcm2niix fills all but the first with values that are in no file."""
+    voxels = enhanced(tmp_path / "p1", write_series, times=3, manufacturer="Philips", part_of=PARTS[kind])
+    (scan,) = scans_of(tmp_path)
+    volumes = read_scan(scan, CONFIG)
+    assert [volume.key for volume in volumes] == (
+        [f"{scan.key}_{t}" for t in range(3)] if kind == "time" else [scan.key]
+    )
+    np.testing.assert_array_equal(np.concatenate([volume.data for volume in volumes], axis=3), voxels)
+    assert all(volume.spacing_mm == pytest.approx((1.25, 1.5, 4.0)) for volume in volumes)
+    assert sidecar_of(scan)["SliceThickness"] == 4
+
+
+@pytest.mark.parametrize("stated_mm", [None, 8.0])
+def test_a_multi_frame_image_with_gaps_is_read_right_or_refused(
+    tmp_path: Path, write_series: WriteSeries, stated_mm: float | None
+) -> None:
+    """Slices of 4 mm, 8 mm apart: where the header states no distance, dcm2niix takes the thickness for it."""
+    enhanced(tmp_path / "p1", write_series, times=1, manufacturer="Siemens")
+    (path,) = (tmp_path / "p1").iterdir()
+    header = pydicom.dcmread(path)
+    for frame in header.PerFrameFunctionalGroupsSequence:
+        place = frame.PlanePositionSequence[0]
+        place.ImagePositionPatient = [2 * float(value) for value in place.ImagePositionPatient]
+    if stated_mm is not None:
+        header.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices = stated_mm
+    header.save_as(path)
+    (scan,) = scans_of(tmp_path)
+    if stated_mm is None:
+        with pytest.raises(RefusedScan, match=r"4 mm between slices whose positions are 8 mm apart: .* single-frame"):
+            read_scan(scan, CONFIG)
+        return
+    (volume,) = read_scan(scan, CONFIG)
+    assert volume.spacing_mm == pytest.approx((1.25, 1.5, 8.0))
 
 
 @pytest.mark.parametrize(("times", "manufacturer"), [(1, "Siemens"), (3, "Siemens"), (3, "Philips")])

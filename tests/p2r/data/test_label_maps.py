@@ -12,7 +12,9 @@ from p2r.config import IngestConfig
 from p2r.data.corpus import ingest_locally, load_manifest
 from p2r.data.dataset_json import read_dataset_json
 from p2r.data.label_maps import label_map_by_name, label_map_by_voxels
+from p2r.data.opening import bucket_client
 from p2r.data.scans import find_scans
+from p2r.data.survey import survey
 from p2r.data.volume import read_volume
 from p2r.errors import DataError
 from p2r.storage import Storage
@@ -182,6 +184,47 @@ def test_a_label_that_a_dataset_json_lists_is_left_out_whatever_its_name(write_s
     )
     rows = ingested(config_of(folder), tmp_path / "corpus")
     assert sorted(row["reason"] for row in rows.values()) == ["accepted", "label_map"]
+
+
+def test_derivatives_of_a_bids_data_set_have_a_row(write_scan: WriteScan, tmp_path: Path) -> None:
+    for number in range(3):
+        write_scan(f"sub-{number}/anat/sub-{number}_T1w.nii.gz", scan(number))
+        path = write_scan(f"derivatives/fmriprep/sub-{number}/sub-{number}_T1w.nii.gz", scan(9))
+    root = path.parents[3]
+    (root / "dataset_description.json").write_text("{}")
+    said: list[str] = []
+    for take in ("leave_out", "take"):
+        corpus = Storage(str(tmp_path / "corpus"))
+        list(ingest_locally(config_of(root, label_maps=take), corpus, say=said.append))
+        rows = [json.loads(line) for line in corpus.read_bytes("ledger.jsonl").splitlines()]
+        assert [row["key"] for row in rows if row["status"] == "accepted"] == [f"sub-{n}_T1w" for n in range(3)]
+        (row,) = (row for row in rows if row["status"] != "accepted")
+        assert (row["status"], row["reason"], row["subject"]) == ("not_selected", "not_raw", None)
+        assert str(root / "derivatives") in row["message"] and "(3 images)" in row["message"]
+    assert sum("(3 images)" in line for line in said) == 2, "each run says so"
+    assert len(corpus.list("manifests")) == 1, "the second run adds nothing"
+
+
+@pytest.mark.s3
+def test_a_dataset_json_in_a_bucket_is_read(nnunet: Path, s3_url: str, tmp_path: Path) -> None:
+    bucket = bucket_client()
+    bucket.put(f"{nnunet}/", f"{s3_url.removeprefix('s3://')}/d/", recursive=True)
+    found, here = (
+        [
+            (scan.name, scan.case, dict(scan.entities), bool(scan.label_map))
+            for scan in find_scans([source], cache=tmp_path)
+        ]
+        for source in (f"{s3_url}/d", str(nnunet))
+    )
+    assert found == here and found[0][1:3] == ("case_000", {"channel": "T1"})
+    (below,) = find_scans([f"{s3_url}/d/imagesTs"], cache=tmp_path)
+    assert below.case == "case_009", "the file is above the source"
+    names = survey(f"{s3_url}/d/", cache=tmp_path)
+    assert (names.form, len(names.scans), len(names.subjects), len(names.label_maps)) == ("nnunet", 9, 5, 4)
+    assert names.test_patterns == ("imagesTs/*",) and names.pairing is None
+    bucket.pipe_file(f"{s3_url}/d/dataset.json", b'{"labels": 1, "modality": {"0": "x"}}')
+    with pytest.raises(DataError, match=rf"{s3_url}/d/dataset\.json: labels must map"):
+        find_scans([f"{s3_url}/d"], cache=tmp_path)
 
 
 # Whose scans they are

@@ -14,7 +14,7 @@ from p2r.config import IngestConfig
 from p2r.data import lists
 from p2r.data.folders import images_below
 from p2r.data.read import read_scan, sidecar_of
-from p2r.data.scans import Scan, expand_subjects, find_scans
+from p2r.data.scans import Scan, expand_subjects, find_scans, search_scans
 from p2r.data.volume import write_nifti
 from p2r.errors import DataError, RefusedScan, StorageError
 
@@ -230,6 +230,10 @@ def test_a_bids_data_set_is_read_by_its_names(tmp_path: Path) -> None:
         ("odd name.nii", None, {}),
         ("sub-03_T2w.nii", "sub-03", {"sub": "03", "suffix": "T2w"}),
     ]
+    folders = search_scans([str(tmp_path)], cache=tmp_path).passed_over
+    assert [Path(folder.path).name for folder in folders] == ["code", "derivatives", "sourcedata"]
+    assert all("is not read (1 images)" in folder.passed_over for folder in folders)
+    assert not search_scans([str(tmp_path)], cache=tmp_path, exclude=["ds/code/*", "ds/der*", "*raw*"]).passed_over
 
 
 def test_what_is_derived_is_searched_only_where_a_source_says_so(tmp_path: Path) -> None:
@@ -421,12 +425,16 @@ def test_a_bucket_is_searched_like_a_folder(s3_url: str, tmp_path: Path) -> None
     )
     bucket = s3fs.S3FileSystem(skip_instance_cache=True)
     bucket.put(f"{tmp_path}/", f"{s3_url.removeprefix('s3://')}/ds/", recursive=True)
-    for options in ({}, {"exclude": ["*bold*"]}):
-        scans = find_scans([f"{s3_url}/ds"], cache=tmp_path, **options)
-        here = find_scans([str(tmp_path)], cache=tmp_path, **options)
+    for exclude in ([], ["*bold*"]):
+        scans = find_scans([f"{s3_url}/ds"], cache=tmp_path, exclude=exclude)
+        here = find_scans([str(tmp_path)], cache=tmp_path, exclude=exclude)
         assert [scan.path.removeprefix(f"{s3_url}/ds/") for scan in scans] == [
             scan.path.removeprefix(f"{tmp_path}/") for scan in here
         ]
+        assert [
+            (folder.path.removeprefix(f"{s3_url}/ds/"), folder.modified)
+            for folder in search_scans([f"{s3_url}/ds"], cache=tmp_path, exclude=exclude).passed_over
+        ] == [("code", "1 files"), ("derivatives", "1 files"), ("sourcedata", "1 files")]
         for scan, local in zip(scans, here, strict=True):
             assert (scan.key, scan.num_bytes, scan.subject, scan.entities) == (
                 local.key,

@@ -157,7 +157,7 @@ def test_the_memory_of_a_batch_is_used_again_only_when_no_part_of_it_is_held(sma
             for group in batch.groups:
                 places.append(group.voxels.untyped_storage().data_ptr())
                 if step % 5 == 0:  # a view of a view, as a tensor or an array
-                    part = group.voxels[-1:] if step % 2 else group.voxels.numpy()[..., 1:].T
+                    part: Any = group.voxels[-1:] if step % 2 else group.voxels.numpy()[..., 1:].T
                     held.append((part, part.clone() if step % 2 else part.copy()))
             del batch, group
     assert len(set(places)) < len(places) / 2

@@ -28,7 +28,16 @@ from p2r.evaluate.models import ensemble
 from p2r.evaluate.tasks import load_task
 from p2r.fewshot.protocol import Settings, Trial, final_trials, settings_of
 from p2r.fewshot.readings import merge_readings
-from p2r.fewshot.search import FewShot, attempt, check_task, few_shot, publish_best, publish_other_draws
+from p2r.fewshot.search import (
+    FewShot,
+    attempt,
+    check_task,
+    choose_model,
+    few_shot,
+    publish_best,
+    publish_other_draws,
+    reason_for,
+)
 from p2r.fewshot.trial import TrialSetup, run_trial
 from p2r.pipeline.local import LocalExecutor
 from p2r.storage import Storage
@@ -44,6 +53,25 @@ def final(setup: TrialSetup, mode: str, **settings: float) -> Trial:
     chosen = settings_of(setup.config, mode, {"learning_rate": 1e-2, **settings})  # type: ignore[arg-type]
     config = setup.config.model_copy(update={"modes": (mode,)})
     return final_trials(config, load_task(Path(setup.task)), {mode: chosen})[0]  # type: ignore[dict-item]
+
+
+def test_the_published_model_is_the_best_fine_tuned_one_or_the_best_of_all() -> None:
+    results: list[dict[str, Any]] = [
+        {"trial": {"mode": mode}, "validation": {"dice_mean": dice}}
+        for mode, dice in {"scratch": 0.9, "linear_probe": 0.3, "fine_tune": 0.6, "weak_to_strong": 0.7}.items()
+    ]
+
+    def published(mode: str, among: list[dict[str, Any]]) -> tuple[str, str]:
+        config = FinetuneConfig.model_validate({"tasks": ["t.yaml"], "published_mode": mode})
+        best = choose_model(config, among)
+        return best["trial"]["mode"], reason_for(config, best, among).removeprefix("the best validation Dice ")
+
+    assert published("fine_tuned", results) == ("weak_to_strong", "(0.700) of 2 fine-tuned models")
+    assert published("any", results) == ("scratch", "(0.900) of 4 models")
+    assert published("fine_tuned", results[:1]) == ("scratch", "(0.900) of 1 models"), "nothing was fine-tuned"
+    assert (
+        published("fine_tuned", [{**results[2], "validation": {"dice_mean": None}}, results[3]])[0] == "weak_to_strong"
+    )
 
 
 def weights(setup: TrialSetup, result: dict[str, Any]) -> dict[str, torch.Tensor]:

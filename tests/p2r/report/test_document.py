@@ -329,8 +329,8 @@ def test_a_patient_is_the_mean_of_its_frames_and_then_of_its_draws(make_rows: Ma
     (patient,) = patients_of(rows)
     assert patient.dice["RV"] == pytest.approx((0.3 + 0.7) / 2)
     assert patient.dice[MEAN] == pytest.approx((0.3 + 0.7) / 2)
-    assert patient.thirds == (pytest.approx(0.5), None, pytest.approx(0.5))
     assert patient.stratum == "NOR"
+    assert patient.thirds == (pytest.approx(0.5), None, pytest.approx(0.5))
 
 
 def test_the_shown_trial_is_chosen_on_validation_and_its_cases_by_their_dice(make_rows: MakeRows) -> None:
