@@ -55,7 +55,7 @@ def task_facts(path: Path, *, unset: dict[str, str]) -> Iterator[str]:
         yield f"task {config.name}: virtual subjects, made when they are needed"
         return
     if _VARIABLE.search(config.images) or _VARIABLE.search(config.labels):
-        yield f"task {config.name}: not looked at: images {config.images}, labels {config.labels}"
+        yield f"task {config.name}: not read: images {config.images}, labels {config.labels}"
         return
     task = load_task(path, unset=unset)
     yield f"task {task.name}: {len(task.scans)} scans with label maps; " + "; ".join(_split_facts(task))

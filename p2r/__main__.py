@@ -15,22 +15,23 @@ from typing import get_args
 
 from p2r.console import console, show
 from p2r.device import this_device
-from p2r.errors import InputError, P2RError
-from p2r.fewshot.search import failure_message
+from p2r.errors import InputError, P2RError, missing_package
 from p2r.files import lack_of_space
 from p2r.identity import ensure_identity
 from p2r.job import FORK_HELP, ignored_variables, overrides_of, read_job
 from p2r.logs import LogFormat, configure, reset, say, say_crash, say_error
-from p2r.pipeline.fork import forked
-from p2r.pipeline.lines import made_lines
-from p2r.pipeline.local import LocalExecutor
-from p2r.pipeline.stages import run_job
 
 
 def main() -> int:
     """Run a job and return the exit code."""
     try:
         return _main()
+    except ModuleNotFoundError as error:
+        if (lacking := missing_package(error, what="python -m p2r")) is None:
+            say_crash(error)
+            return 1
+        say_error(lacking, code=2)
+        return 2
     except Exception as error:
         if (full := lack_of_space(error)) is not None:
             say_error(full, code=1)
@@ -66,6 +67,12 @@ def _main() -> int:
     arguments = parser.parse_args()
     if arguments.profile < 0:
         parser.error(f"--profile must not be negative, got {arguments.profile}")
+    # Imported here, so that an installation without the extra `cluster` gets a message for the missing package.
+    from p2r.fewshot.search import failure_message
+    from p2r.pipeline.fork import forked
+    from p2r.pipeline.lines import made_lines
+    from p2r.pipeline.local import LocalExecutor
+    from p2r.pipeline.stages import run_job
 
     try:
         device = this_device()

@@ -346,8 +346,8 @@ class ViewsConfig(Section):
     intensity: IntensityConfig = IntensityConfig()
     """Changes of contrast, drawn for each view."""
     shown_fraction: Annotated[Range, Within(0.02, 1)] | None = None
-    """Pretraining only: smallest and largest part of the image that a view shows, a box drawn for each view; the rest is zero, as outside
-    the scan. Against a shortcut: where scans are smaller than the image, the distance to their edge tells the place. None: all."""
+    """Pretraining only: smallest and largest fraction of the image that a view shows, in a box drawn for each view. The rest is zero, as
+    outside the scan. It removes a shortcut: in scans smaller than the image, the distance to their edge reveals the position. None: all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -841,10 +841,12 @@ class FinetuneConfig(Section):
     """Tolerance of the normalised surface Dice, mm."""
     allow_transductive: bool = False
     """Continue although validation or test patients are in the backbone's corpus. Every row of the report is then labelled: such results
-    say nothing about patients that the backbone has not seen."""
+    do not hold for patients that the backbone has not seen."""
     publish_model: bool = True
     """Publish the model with the best validation Dice among `published_mode` as `models/<task>/<version>`. Publish a second, trained in the
     same mode on all labelled train patients, as `models/<task>/all`; its validation Dice is computed, its test Dice is not."""
+    publish_draws: bool = False
+    """Also publish the other draws of the best model's mode and number of labelled patients, for `p2r predict --ensemble`."""
     published_mode: Literal["fine_tuned", "any"] = "fine_tuned"
     """Candidates for the published model. fine_tuned: models that train the pretrained backbone's weights (fine_tune, mean_teacher,
     weak_to_strong, prototype_self_training); all models, if the job has none of these. any: also models from scratch and on frozen

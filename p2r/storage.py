@@ -149,11 +149,9 @@ class Storage:
         Raises:
             DamagedError: It is absent, over a limit, or breaks a rule of the model; names the key and the way out.
         """
-        try:
+        with documents.way_out("restore the file, or delete it: the same command creates it again"):
             value = self.read_json(path, max_bytes=max_bytes)
             documents.checked(adapter, value, where=f"{self.at(path)} is damaged:", error=DamagedError)
-        except DamagedError as error:
-            raise DamagedError(f"{error}; restore the file, or delete it: the same command makes it again") from None
         return value
 
     def read_rows(

@@ -22,6 +22,7 @@ from p2r.data.label_maps import WAY_OUT
 from p2r.data.ledger import LedgerRow, is_accepted, ledger_row
 from p2r.data.pseudonyms import Names
 from p2r.data.scans import Scan, expand_subjects
+from p2r.data.subjects import subject_by_pattern
 from p2r.data.thumbnails import MOST, drawn
 from p2r.errors import DataError
 from p2r.patterns import subject_pattern
@@ -151,7 +152,7 @@ def plan_growth(
         ledger: Ledger of the current corpus.
         first_number: Number of the first new shard.
         allowed_subjects: Subjects to which `config.subjects_of` resolves; None: all.
-        passed_over: Folders that are not read, from `search_scans`: each has a row.
+        passed_over: Folders that are not read, from `search_scans`; each gets a row.
 
     Raises:
         DataError: if a listed subject has no scan, or no scan belongs to a selected subject. Also if all scans appear to
@@ -316,7 +317,7 @@ def subject_of(scan: Scan, config: IngestConfig) -> str | None:
     if scan.case is not None and text == _DEFAULT_PATTERN:
         return scan.case
     pattern = subject_pattern(text)
-    return pattern.first_group(scan.name) or pattern.first_group(scan.below)
+    return subject_by_pattern(pattern, scan.name, scan.below)
 
 
 def _check_subject_pattern(subjects: Mapping[Scan, str | None], config: IngestConfig, allowed: Set[str] | None) -> None:

@@ -25,6 +25,14 @@ def scan_key(path: str | Path) -> str:
     return name
 
 
+def lower_suffix(path: str) -> str:
+    """Return a path or name with its suffix in lower case: `P01.NII.GZ` as `P01.nii.gz`."""
+    for suffix in (*SUFFIXES, *HEADER_SUFFIXES, *VOXEL_SUFFIXES):
+        if path.lower().endswith(suffix):
+            return path[: -len(suffix)] + suffix
+    return path
+
+
 def local_path(path: str | Path) -> Path | None:
     """Return the file of a path or `file://` URL; None for another URL."""
     text = str(path)

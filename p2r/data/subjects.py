@@ -1,12 +1,13 @@
-"""Subject names in jobs and tasks: plain, or as ranges such as `patient[001-014]`."""
+"""Subject names in jobs and tasks: plain, as ranges such as `patient[001-014]`, or found in file names by a pattern."""
 
 import itertools
 import math
 import re
 from collections.abc import Iterable
 
-from p2r.data.names import composed
+from p2r.data.names import composed, lower_suffix
 from p2r.errors import DataError
+from p2r.patterns import Pattern
 
 _MAX_SUBJECTS = 1_000_000
 
@@ -24,6 +25,15 @@ def expand_subjects(patterns: Iterable[str]) -> list[str]:
         names |= dict.fromkeys(_expand_pattern(pattern))
         _check_count(len(names), pattern)
     return list(names)
+
+
+def subject_by_pattern(pattern: Pattern, name: str, below: str) -> str | None:
+    """Return the subject that a pattern finds in a scan's file name, else in its path below the source; None without a match.
+
+    The suffix is in lower case first, so that `\\.nii` matches `P01.NII.GZ`.
+    """
+    texts = (lower_suffix(name), lower_suffix(below), name, below)
+    return next((found for text in texts if (found := pattern.first_group(text))), None)
 
 
 def _expand_pattern(pattern: str) -> list[str]:

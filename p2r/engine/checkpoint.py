@@ -330,8 +330,8 @@ def refuse_other_config(manifest: Mapping[str, Any], config: PretrainConfig, *, 
         )
         raise CheckpointError(
             f"{where} was made with another configuration:\n{lines}\n"
-            "Restore these values; or start a new run from its weights, beside this one, with --fork NAME; "
-            "or give the job another storage URL to start from scratch."
+            "Restore these values. Or start a new run from its weights with --fork NAME. "
+            "Or give the job another storage URL to start from scratch."
         )
 
 
@@ -401,7 +401,7 @@ def _fetch_newest_sound(
         reasons = "\n".join(f"  {reason}" for reason in damaged.values())
         raise CheckpointError(
             f"{storage.at('checkpoints')}: none of its {len(damaged)} checkpoints can be used:\n{reasons}\n"
-            "Restore their files; or remove the folder, or give the job another storage URL, to start from scratch."
+            "Restore their files. Or remove the folder, or give the job another storage URL, to start from scratch."
         )
     step = -1 if taken is None else int(taken["step"])
     for path in _incomplete_checkpoints(storage, above=step):

@@ -20,7 +20,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         meta: Count meta tensors as if they were real; otherwise they count as 0 bytes.
-        apart: Keys of earlier storages, such as those of weights: an operation may return a view of them.
+        apart: Keys of earlier storages, such as the weights: an operation may return a view of them.
     """
 
     def __init__(self, *, meta: bool = False, apart: frozenset[int] = frozenset()) -> None:
@@ -59,7 +59,7 @@ class SavedTensors:
     """Counts the storages that autograd saves, each once, until they are freed.
 
     Args:
-        apart: Keys of storages that are not counted, such as those of the weights.
+        apart: Keys of storages that are not counted, such as the weights.
     """
 
     def __init__(self, apart: frozenset[int]) -> None:

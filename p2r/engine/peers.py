@@ -74,10 +74,10 @@ class Peers:
 
 
 def refuse_mixed_gpus(device: torch.device) -> None:
-    """Refuse a group of GPUs of different kinds. Every step would wait for the slowest, and ranks would round differently. Collective.
+    """Refuse GPUs of different kinds: the slowest would limit every step, and each kind rounds differently. Collective.
 
     Raises:
-        InputError: On every rank.
+        InputError: The kinds differ; raised on every rank.
     """
     names = [""] * distributed.get_world_size()
     if device.type == "cuda" and len(names) > 1:

@@ -6,13 +6,13 @@ report. All ranks yield at the same steps, because saving is collective.
 On a GPU the host runs ahead of the device. Results of steps are read at reports and before checkpoints, so no checkpoint
 contains weights affected by a bad step. On a CPU every step is read at once.
 
-A step with a non-finite loss or gradient is skipped on every rank (see `p2r.engine.update`): its batch is used up, `step` and
-schedule advance, and it is counted. While steps are skipped, checkpoints that are only due by interval are not saved: they
+A step with a non-finite loss or gradient is skipped on every rank (see `p2r.engine.update`). Its batch is consumed, `step` and
+schedule advance, and the skip is counted. While steps are skipped, checkpoints that are only due by interval are not saved: they
 would push out good ones.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -54,7 +54,7 @@ def pretrain(
     profile_steps: int = 0,
     note: Note | None = None,
     should_stop: Callable[[], bool] | None = None,
-) -> Iterator[PretrainReport]:
+) -> Generator[PretrainReport, None, None]:
     """Train to `config.steps`, resuming from the newest checkpoint if there is one.
 
     Args:
@@ -122,7 +122,7 @@ def _round_products(config: PretrainConfig, device: torch.device) -> Iterator[No
         torch.set_float32_matmul_precision(before)
 
 
-def _train_steps(run: "PretrainRun") -> Iterator[PretrainReport]:
+def _train_steps(run: "PretrainRun") -> Generator[PretrainReport, None, None]:
     """Train to the last step, or until the run is over on any rank."""
     config, checkpoints = run.config, run.checkpoints
     try:

@@ -163,8 +163,8 @@ def _check_batch_and_checkpoint(
     """Raise `InputError` if this number of workers cannot share a batch, or cannot resume from a checkpoint."""
     if checkpoint is not None and "skipped_steps" not in checkpoint["state"]["running"]:
         raise CheckpointError(
-            f"{storage.at(checkpoint['path'])} holds the state of an optimizer that could not skip a step, and cannot be "
-            f"resumed: use the version of p2r that wrote it ({checkpoint['code_version']}), or another storage URL"
+            f"{storage.at(checkpoint['path'])} cannot be resumed: the optimizer that wrote it could not skip steps. "
+            f"Use the version of p2r that wrote it ({checkpoint['code_version']}), or another storage URL"
         )
     if config.global_batch % world_size:
         raise InputError(

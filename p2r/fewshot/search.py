@@ -427,6 +427,21 @@ def publish_on_all(setup: TrialSetup, result: Result, backbone: Backbone, storag
     return _publish(setup, result, backbone, storage, why=why, name="all")
 
 
+def publish_other_draws(
+    setup: TrialSetup, results: Sequence[Result], backbone: Backbone, storage: Storage
+) -> dict[int, dict[str, Any]]:
+    """Publish the other draws of the best model's mode and number of labelled patients; return their manifests by draw."""
+    best, published = choose_model(setup.config, results)["trial"], {}
+    for one in results:
+        trial = one["trial"]
+        if (trial["mode"], trial["num_labelled"]) == (best["mode"], best["num_labelled"]) and trial["draw"] != best[
+            "draw"
+        ]:
+            why = f"draw {trial['draw']}, published for ensembles; validation Dice {_dice_of(one):.3f}"
+            published[trial["draw"]] = _publish(setup, one, backbone, storage, why=why)
+    return published
+
+
 def _dice_of(result: Result) -> float:
     return float(result["validation"]["dice_mean"] or 0.0)
 

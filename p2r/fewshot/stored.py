@@ -1,11 +1,11 @@
-"""Documents that few-shot trials leave on a job's storage -> checked values.
+"""Documents of few-shot trials on a job's storage -> checked values.
 
-    trials/*.json, searches/*.json    result of a trial, or how far it came
-    searches/MODE-*.json              candidates that a search algorithm has proposed
-    sweeps/*.json                     time that a sweep took
-    report/test_reads/*.json          readings of test patients
+    trials/*.json, searches/*.json    result of a trial, or of a stopped one
+    searches/MODE-*.json              candidates proposed by a search algorithm
+    sweeps/*.json                     time of a sweep
+    report/test_reads/*.json          test-set evaluations
 
-Each is read within the bounds of `p2r.documents`. The keys that p2r computes with are checked; a document keeps all others.
+Each is read within the limits of `p2r.documents`. Keys that p2r uses are checked; all others are kept unchanged.
 """
 
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from p2r.fewshot.protocol import Settings
 from p2r.storage import Storage
 
 MAX_BYTES = 1 << 26
-"""Largest of these documents."""
+"""Largest document that is read."""
 
 _Name = Annotated[str, Field(max_length=1000)]
 _Text = Annotated[str, Field(max_length=100_000)]
@@ -26,33 +26,33 @@ _Seconds = Annotated[float, Field(ge=0, le=1e12)]
 _Dice = Annotated[float, Field(ge=0, le=1)]
 
 
-def _settings(values: dict[str, float]) -> dict[str, float]:
+def _check_settings(values: dict[str, float]) -> dict[str, float]:
     if unknown := values.keys() - Settings.__dataclass_fields__.keys():
         raise ValueError(f"{min(unknown)[:80]!r} is not a setting of a trial")
     return values
 
 
-def _trial_id(name: str) -> str:
+def _check_trial_id(name: str) -> str:
     if not is_relative_path(name) or "/" in name:
-        raise ValueError("must be a file's name")
+        raise ValueError("must be a file name")
     return name
 
 
 class _Kept(BaseModel):
-    """A part of a document: the keys that are computed with."""
+    """Part of a document: the keys that p2r uses; other keys are kept."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
 class _Trial(_Kept):
-    id: Annotated[str, AfterValidator(_trial_id)]
+    id: Annotated[str, AfterValidator(_check_trial_id)]
     task: _Name
     mode: _Name
     protocol: _Name
     num_labelled: Annotated[int, Field(ge=1, lt=2**53)]
     draw: _Count
     subjects: Annotated[list[_Name], FailFast()]
-    settings: Annotated[dict[str, float], FewKeys, AfterValidator(_settings)]
+    settings: Annotated[dict[str, float], FewKeys, AfterValidator(_check_settings)]
 
 
 class _Validation(_Kept):
@@ -72,7 +72,7 @@ class _Row(_Kept):
 class _Result(_Kept):
     trial: _Trial
     validation: _Validation | None = None
-    """None: it failed."""
+    """None: the trial failed."""
     failed: _Text | None = None
     stopped_at_step: _Count | None = None
     seconds: _Seconds | None = None
@@ -103,52 +103,52 @@ _CANDIDATES = TypeAdapter(list[tuple[dict[str, Annotated[float, Field(strict=Tru
 
 
 def read_result(storage: Storage, path: str) -> dict[str, Any]:
-    """Return the result of a trial, or the note that it was stopped.
+    """Return the result of a trial, or of a stopped one.
 
     Raises:
-        DamagedError: naming the file, the key and the rule.
+        DamagedError: if it is invalid; names the file, the key and the rule.
     """
-    return _read(storage, path, _RESULT)
+    return _read_document(storage, path, _RESULT)
 
 
 def read_candidates(storage: Storage, path: str) -> list[tuple[dict[str, float], dict[str, Any] | None]]:
-    """Return the candidates of a search, each with what became of it; None: its result is stored.
+    """Return the candidates of a search, each with its outcome, or with None if its result is stored.
 
     Raises:
-        DamagedError: naming the file, the key and the rule.
+        DamagedError: if the document is invalid; names the file, the key and the rule.
     """
     found = storage.read_checked(path, _CANDIDATES, max_bytes=MAX_BYTES)
     return [(candidate, other) for candidate, other in found]
 
 
 def read_sweeps(storage: Storage) -> list[dict[str, Any]]:
-    """Return what every sweep took.
+    """Return the times of all sweeps.
 
     Raises:
-        DamagedError: naming the file, the key and the rule.
+        DamagedError: if a document is invalid; names the file, the key and the rule.
     """
-    return [_read(storage, path, _SWEEP) for path in storage.list("sweeps") if path.endswith(".json")]
+    return [_read_document(storage, path, _SWEEP) for path in storage.list("sweeps") if path.endswith(".json")]
 
 
 def read_readings(storage: Storage, folder: str) -> list[dict[str, Any]]:
-    """Return every reading of test patients below a folder.
+    """Return all test-set evaluations below a folder.
 
     Raises:
-        DamagedError: naming the file, the key and the rule.
+        DamagedError: if a document is invalid; names the file, the key and the rule.
     """
-    return [_read(storage, path, _READING) for path in storage.list(folder) if path.endswith(".json")]
+    return [_read_document(storage, path, _READING) for path in storage.list(folder) if path.endswith(".json")]
 
 
 def read_report_rows(storage: Storage, path: str) -> list[dict[str, Any]]:
     """Return the rows of a report.
 
     Raises:
-        DamagedError: naming the file, the key and the rule.
+        DamagedError: if the report is invalid; names the file, the key and the rule.
     """
-    rows: list[dict[str, Any]] = _read(storage, path, _REPORT)["rows"]
+    rows: list[dict[str, Any]] = _read_document(storage, path, _REPORT)["rows"]
     return rows
 
 
-def _read(storage: Storage, path: str, adapter: TypeAdapter[Any]) -> dict[str, Any]:
+def _read_document(storage: Storage, path: str, adapter: TypeAdapter[Any]) -> dict[str, Any]:
     found: dict[str, Any] = storage.read_checked(path, adapter, max_bytes=MAX_BYTES)
     return found

@@ -1,7 +1,7 @@
 """Last stage of a job: writes report.json, report.md and pictures from the rows of results and the backbone.
 
-Pictures show training images (view pairs), validation patients (embedding, outlines), and cases of the reported split with
-the stored predictions of its trials: no model reads a test patient here.
+Pictures show training images (view pairs), validation patients (embedding, outlines), and cases of the reported split. The cases
+use the stored predictions of its trials: no model reads a test patient here.
 """
 
 import zipfile
@@ -419,6 +419,6 @@ def _plane_spacing(scan: LabelledScan, axis: int) -> tuple[float, float]:
 
 
 def _choose_slices(labels: NDArray[Any]) -> list[int]:
-    """Return planes evenly spread over those of `labels` (P, H, W) that have foreground."""
+    """Return planes of `labels` (P, H, W), evenly spread over the planes with foreground."""
     labelled = np.flatnonzero((labels > 0).any((1, 2))).tolist() or list(range(len(labels)))
     return [labelled[len(labelled) * (2 * number + 1) // (2 * _NUM_SLICES)] for number in range(_NUM_SLICES)]

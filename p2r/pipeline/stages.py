@@ -36,6 +36,7 @@ from p2r.fewshot.search import (
     few_shot,
     publish_best,
     publish_on_all,
+    publish_other_draws,
     trial_for_publishing,
 )
 from p2r.fewshot.stored import read_report_rows
@@ -376,6 +377,13 @@ def _publish_models(
     mode = MODES[best["trial"]["mode"]].title
     models = {name: str(publish_best(setup, results, backbone, storage)["url"])}
     say(f"finetune | published model of {name}: {mode}, best by validation Dice | {models[name]}")
+    if setup.config.publish_draws:
+        others = publish_other_draws(setup, results, backbone, storage)
+        models |= {f"{name}/draw-{draw}": str(manifest["url"]) for draw, manifest in sorted(others.items())}
+        urls = [url for key, url in models.items() if key != name]
+        say(
+            f"finetune | ensemble of {name}: p2r predict {models[name]} SCAN -o OUT {' '.join(f'--ensemble {url}' for url in urls)}"
+        )
     trial = trial_for_publishing(setup, best)
     result = best
     if trial is not None:

@@ -195,7 +195,7 @@ def _list_blocks(manifest: Mapping[str, Any], pictures: Sequence[str]) -> Iterat
     yield Heading(2, "Accepted scans")
     yield Grid(("", "axis", "smallest", "median", "largest"), ranges_of(manifest))
     dtypes = ", ".join(f"{count} {name}" for name, count in manifest["summary"]["dtypes"].items())
-    yield Paragraph(f"Voxels are stored as: {dtypes}. Axes are those of the volume in RAS order.")
+    yield Paragraph(f"Voxels are stored as: {dtypes}. Axes refer to the volume in RAS order.")
     yield Heading(2, "Deidentification")
     statement = manifest["deidentification"]
     yield Grid(("item", "state"), [(name.replace("_", " "), state) for name, state in statement.items()])

@@ -38,6 +38,7 @@ from p2r.report.tables import (
     split_of,
 )
 from p2r.report.text import for_file_name, signed
+from p2r.report.training_curves import pseudo_label_blocks
 from p2r.storage import Storage
 
 FORMAT = "p2r-report/1"
@@ -413,6 +414,7 @@ class _Page:
             )
         yield from self.failures(patients, rows, task, tag, source)
         yield from calibration_blocks(rows, task=task, tag=tag, source=source, put=self.put)
+        yield from pseudo_label_blocks(rows, task=task, tag=tag, source=source, put=self.put)
 
     def differences(self, rows: Sequence[Row], task: str, tag: str, source: str) -> Iterator[Block]:
         """Yield the forest of paired differences and its table."""

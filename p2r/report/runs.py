@@ -169,7 +169,7 @@ def _find_report(url: str) -> tuple[Storage, str, _Published | None]:
         if reference.sha256 is not None:
             raise
         raise DataError(
-            f"{storage.url} has no report (looked for {', '.join(paths)}) and is not a published backbone; give the "
+            f"{storage.url} has no report (looked for {', '.join(paths)}) and is not a published backbone. Give the "
             "storage of a finished job, a backbone in it (STORAGE/backbones/NAME/VERSION), or the URL of a report.json"
         ) from error
     place = re.fullmatch(r"(.+)/backbones/[^/]+/[^/]+", storage.url)

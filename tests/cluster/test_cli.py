@@ -231,7 +231,7 @@ def test_plan_refuses_what_cannot_fit(
 def test_the_hook_adds_the_working_directory(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
     monkeypatch.chdir(repository)
-    monkeypatch.setattr(submit_hook.os, "execv", lambda program, arguments: called.append(arguments))
+    monkeypatch.setattr("cluster.submit_hook.os.execv", lambda program, arguments: called.append(arguments))
     monkeypatch.setattr(sys, "argv", ["ray", "job", "submit", "--no-wait", "jobs/pretrain.yaml"])
     submit_hook.default_working_dir(working_dir=None, entrypoint=("jobs/pretrain.yaml",), address=None)
     expected = ["ray", "job", "submit", "--working-dir", ".", "--no-wait", "jobs/pretrain.yaml"]
@@ -246,7 +246,7 @@ def test_the_hook_leaves_other_submissions_alone(
     repository: Path, monkeypatch: pytest.MonkeyPatch, working_dir: str | None, entrypoint: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(repository)
-    monkeypatch.setattr(submit_hook.os, "execv", lambda *_: pytest.fail("it submitted again"))
+    monkeypatch.setattr("cluster.submit_hook.os.execv", lambda *_: pytest.fail("it submitted again"))
     submit_hook.default_working_dir(working_dir=working_dir, entrypoint=entrypoint)
 
 

@@ -253,7 +253,7 @@ def test_a_layout_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_labels_with_gaps_say_what_to_do() -> None:
     assert problems_of([1, 2, 3]) is None
-    assert "rewrite them (nothing is 3)" in str(problems_of([1, 2, 4]))
+    assert "renumber them (missing: 3)" in str(problems_of([1, 2, 4]))
 
 
 def test_the_job_that_travels_with_p2r_is_the_one_that_init_writes(repository: Path) -> None:

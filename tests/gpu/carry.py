@@ -42,9 +42,12 @@ def fetch(folder: Path, *, python: str) -> None:
     pip = [sys.executable, "-m", "pip"]
     platforms = [option for name in _PLATFORMS for option in ("--platform", name)]
     target = ["--only-binary=:all:", "--python-version", python, "--implementation", "cp", *platforms]
-    pure = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder]
-    subprocess.run([*pip, "download", "-q", "--no-deps", *target, "-d", folder, *map(wanted.get, PACKAGES)], check=True)
-    subprocess.run([*pure, *map(wanted.get, BUILT)], check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
+    pure = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run(
+        [*pip, "download", "-q", "--no-deps", *target, "-d", str(folder), *[wanted[name] for name in PACKAGES]],
+        check=True,
+    )
+    subprocess.run([*pure, *[wanted[name] for name in BUILT]], check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
 
 
 def weigh(folder: Path) -> dict[str, float]:

@@ -72,8 +72,7 @@ def variants(sizes: Sizes) -> Iterator[Fact]:
     """Throughput of the step in every variant of precision, layout and compiling; then a profile of one variant."""
     from functools import partial
 
-    from p2r.engine.build import join_process_group
-    from tests.bench.training import (
+    from training import (
         VARIANTS,
         Setting,
         batch_of,
@@ -83,6 +82,8 @@ def variants(sizes: Sizes) -> Iterator[Fact]:
         turn,
         voxels_in_memory,
     )
+
+    from p2r.engine.build import join_process_group
 
     size, batch, width = sizes.pick((128, 64, 64), (32, 2, 4))
     setting = Setting(2, size, batch, pairs=sizes.pick(256, 16), width=width, views="pix2rep", device=sizes.device)

@@ -35,7 +35,16 @@ def build(folder: Path) -> Path:
         source = Path(__file__).with_name("fake_device.cpp")
         lib = torch_folder / "lib"
         linked = [f"-L{lib}", f"-Wl,-rpath,{lib}", "-lc10", "-ltorch_cpu"]
-        command = ["g++", "-O0", "-shared", "-fPIC", "-std=c++20", source, f"-I{torch_folder / 'include'}", *linked]
+        command = [
+            "g++",
+            "-O0",
+            "-shared",
+            "-fPIC",
+            "-std=c++20",
+            str(source),
+            f"-I{torch_folder / 'include'}",
+            *linked,
+        ]
         subprocess.run([*command, "-o", library], check=True, timeout=300)
     return library
 

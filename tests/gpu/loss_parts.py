@@ -40,13 +40,10 @@ def _rows(num: int, first: int, channels: int, dtype: torch.dtype, masks: str, d
     image = torch.arange(num) // 40 + 3 if masks != "none" else None
     position_mm = 20 * torch.rand(num, 2, generator=generator) if masks == "radius" else None
     present = (torch.rand(num, generator=generator) < 0.8).to(torch.uint8) if masks == "image" else None
-    parts = {"values": values, "image": image, "position_mm": position_mm, "present": present}
+    parts: dict[str, Any] = {"values": values, "image": image, "position_mm": position_mm, "present": present}
     weight = torch.rand(num, generator=generator)
-    return Rows(
-        first=first,
-        weight=weight.to(device),
-        **{name: None if part is None else part.to(device) for name, part in parts.items()},
-    )
+    on_device: dict[str, Any] = {name: None if part is None else part.to(device) for name, part in parts.items()}
+    return Rows(first=first, weight=weight.to(device), **on_device)
 
 
 def kernels(sizes: Sizes) -> Iterator[Fact]:
@@ -107,7 +104,7 @@ def loss(sizes: Sizes) -> Iterator[Fact]:
 
 def peers(sizes: Sizes) -> Iterator[Fact]:
     """The loss beside other implementations, by turns: time, memory, error."""
-    from tests.bench.bench_loss import PEERS, matmul_rate, measure
+    from bench_loss import PEERS, matmul_rate, measure
 
     dtype = sizes.pick(torch.bfloat16, torch.float32)
     rate = matmul_rate(dtype, sizes.device, size=sizes.pick(8192, 256))
@@ -143,7 +140,7 @@ def tiles_of_kernels(sizes: Sizes) -> Iterator[Fact]:
     channels = sizes.pick(128, 16)
     rows = _rows(num, 0, channels, dtype, "none", sizes.device, 1)
     shapes = ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3))
-    chosen = ours._tile
+    chosen = ours._choose_tile
     for shape in sizes.pick(shapes, shapes[-1:]):
         for name in ("sums", "push"):
 
@@ -153,13 +150,13 @@ def tiles_of_kernels(sizes: Sizes) -> Iterator[Fact]:
                 else:
                     ours.push(rows, rows, Scale(10.0))
 
-            ours._tile = lambda table, anchors, shape=shape: ours._Tile(*shape)
+            ours._choose_tile = lambda table, anchors, shape=shape: ours._Tile(*shape)  # type: ignore[misc]
             try:
                 yield {"kernel": name, "tile": shape, "ms": 1e3 * seconds(run, sizes, repeats=sizes.pick(10, 1))}
             except Exception as error:  # the others are still wanted
                 yield {"kernel": name, "tile": shape, "error": f"{type(error).__name__}: {error}"[:200]}
             finally:
-                ours._tile = chosen
+                ours._choose_tile = chosen
 
 
 def tools(sizes: Sizes) -> Iterator[Fact]:

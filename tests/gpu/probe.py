@@ -54,6 +54,7 @@ PARTS: dict[str, tuple[Callable[[Sizes], Iterator[Fact]], int]] = {
 def run_part(name: str, device: str, out: Path) -> None:
     """Print the facts of one part, a line of JSON each, and append them to a file at once."""
     sizes = Sizes(torch.device(device), device == "cuda")
+    sys.path.append(str(Path(__file__).parents[1] / "bench"))  # benchmarks import one another as scripts
     with out.open("a") as file:
         for fact in (launches if name == "launches" else PARTS[name][0])(sizes):
             line = json.dumps({"part": name, **fact})

@@ -325,15 +325,19 @@ def test_patterns_choose_among_the_rows_of_a_list(tmp_path: Path) -> None:
         ("l.jsonl", '{"path": "a.nii"}\n{"path": ', "line 2 is not JSON"),
         ("l.jsonl", '["a.nii"]', "line 1: .*the key `path`"),
         ("l.jsonl", '{"subject": "s"}', "line 1: .*the key `path`"),
-        ("l.jsonl", '{"path": ["a.nii"]}', "line 1: `'path'` must be a text"),
-        ("l.jsonl", '{"path": "a.nii", "tags": {"x": 1}}', "line 1: `'tags'` must be a text"),
+        ("l.jsonl", '{"path": ["a.nii"]}', "line 1: `'path'` must be a number, or a text"),
+        ("l.jsonl", '{"path": "a.nii", "tags": {"x": 1}}', "line 1: `'tags'` must be a number, or a text"),
         ("l.jsonl", '{"path": "\\ud800"}', "line 1"),
         (
             "l.jsonl",
             '{"path": "a.nii", "subject": "s\\u001b[2J"}',
-            "line 1: `'subject'` .*, without control characters",
+            "line 1: `'subject'` .* without control characters",
         ),
-        ("l.csv", f"path,subject\na.nii,{'s' * 5000}\n", "line 2: `'subject'` must be a text of up to 4096 characters"),
+        (
+            "l.csv",
+            f"path,subject\na.nii,{'s' * 5000}\n",
+            "line 2: `'subject'` must be a number, or a text of up to 4096 characters",
+        ),
         ("l.jsonl", "[" * 100_000, "line 1 is not valid: objects and lists may be 4 deep"),
         ("l.jsonl", '{"path": ' + "9" * 5000 + "}", "line 1"),
     ],
@@ -351,20 +355,24 @@ def test_a_list_that_breaks_a_rule_is_refused_with_the_line(tmp_path: Path, name
 @pytest.mark.parametrize(
     ("name", "content", "rule"),
     [
-        ("l.csv", "path\n" + "\n" * 32, "has more than the 20 lines"),
-        ("l.csv", "path\r" + "\r" * 32, "has more than the 20 lines"),
-        ("l.jsonl", "\n" * 32, "has more than the 20 lines"),
-        ("l.tsv", "path\t" + "\t" * 20, "line 1: 22 values; a row may have 10"),
-        ("l.csv", "\n" + "," * 20, "line 2: 21 values; a row may have 10"),
-        ("l.csv", "path\n" + " " * 300, "line 2: it has more than the 200 characters"),
-        ("l.jsonl", json.dumps(dict.fromkeys(["path", *map(str, range(10))])), "line 1: 11 keys; a row may have 10"),
-        ("l.csv", "path\n" + "a" * 2001, "has more than the 2,000 bytes"),
+        ("l.csv", "path\n" + "\n" * 32, "has more than 20 lines"),
+        ("l.csv", "path\r" + "\r" * 32, "has more than 20 lines"),
+        ("l.jsonl", "\n" * 32, "has more than 20 lines"),
+        ("l.tsv", "path\t" + "\t" * 20, "line 1: 22 values; a row may have up to 10"),
+        ("l.csv", "\n" + "," * 20, "line 2: 21 values; a row may have up to 10"),
+        ("l.csv", "path\n" + " " * 300, "line 2: the line exceeds 200 characters"),
+        (
+            "l.jsonl",
+            json.dumps(dict.fromkeys(["path", *map(str, range(10))])),
+            "line 1: 11 keys; a row may have up to 10",
+        ),
+        ("l.csv", "path\n" + "a" * 2001, "has more than 2,000 bytes"),
     ],
 )
 def test_a_list_has_bounds_that_keep_reading_it_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, rule: str
 ) -> None:
-    for bound, value in {"MAX_LINES": 20, "_MAX_COLUMNS": 10, "_MAX_LINE": 200, "MAX_BYTES": 2000}.items():
+    for bound, value in {"MAX_LINES": 20, "_MAX_COLUMNS": 10, "_MAX_LINE_LENGTH": 200, "MAX_BYTES": 2000}.items():
         monkeypatch.setattr(lists, bound, value)
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=rule):
@@ -381,7 +389,7 @@ def test_what_would_command_or_turn_a_line_is_no_text_of_a_list(tmp_path: Path, 
     (tmp_path / "l.csv").write_text("path,subject,site\n" + ",".join(row.values()))
     for name in ("l.jsonl", "l.csv"):
         with pytest.raises(
-            DataError, match=r"line [12]: `.*` must be a text of up to 4096 characters, without control"
+            DataError, match=r"line [12]: `.*` must be a number, or a text of up to 4096 characters without control"
         ) as refusal:
             only(tmp_path / name)
         assert letter not in str(refusal.value)
@@ -425,15 +433,15 @@ def test_a_bucket_is_searched_like_a_folder(s3_url: str, tmp_path: Path) -> None
     )
     bucket = s3fs.S3FileSystem(skip_instance_cache=True)
     bucket.put(f"{tmp_path}/", f"{s3_url.removeprefix('s3://')}/ds/", recursive=True)
-    for options in ({}, {"exclude": ["*bold*"]}):
-        scans = find_scans([f"{s3_url}/ds"], cache=tmp_path, **options)
-        here = find_scans([str(tmp_path)], cache=tmp_path, **options)
+    for exclude in ([], ["*bold*"]):
+        scans = find_scans([f"{s3_url}/ds"], cache=tmp_path, exclude=exclude)
+        here = find_scans([str(tmp_path)], cache=tmp_path, exclude=exclude)
         assert [scan.path.removeprefix(f"{s3_url}/ds/") for scan in scans] == [
             scan.path.removeprefix(f"{tmp_path}/") for scan in here
         ]
         assert [
             (folder.path.removeprefix(f"{s3_url}/ds/"), folder.modified)
-            for folder in search_scans([f"{s3_url}/ds"], cache=tmp_path, **options).passed_over
+            for folder in search_scans([f"{s3_url}/ds"], cache=tmp_path, exclude=exclude).passed_over
         ] == [("code", "1 files"), ("derivatives", "1 files"), ("sourcedata", "1 files")]
         for scan, local in zip(scans, here, strict=True):
             assert (scan.key, scan.num_bytes, scan.subject, scan.entities) == (

@@ -131,7 +131,8 @@ def waits(case: dict[str, Any], world_size: int) -> tuple[dict[str, int], list[s
             patch.setattr(f"p2r.loss.{module}.is_waited_for", lambda device: True)
         for _ in range(STEPS - 1):
             take_step(engine, batch, config=config, learning_rate=1e-3)
-        host, operators = [group.index for group in batch.groups], set()  # patches are placed by the host
+        operators: set[str] = set()
+        host = [group.index for group in batch.groups]  # patches are placed by the host
         with counted(patch, of_host=host, operators=operators) as found:
             take_step(engine, batch, config=config, learning_rate=1e-3)
     engine.destroy()

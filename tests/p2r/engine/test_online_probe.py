@@ -129,7 +129,7 @@ def test_a_run_may_go_on_with_another_probe(job_of: JobOf, corpus: Storage, disc
 
 
 def test_more_patients_than_there_are_is_refused(job_of: JobOf, disc_task: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="6 labelled patients were asked for"):
+    with pytest.raises(DataError, match="6 labelled patients were requested"):
         OnlineProbe(_config(job_of(tmp_path), disc_task, num_labelled=6), CPU)
 
 

@@ -92,7 +92,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[f
     cases[2]["cheap"] = config({**LOSSES["info_nce"], "negatives": "micro_batch"}, 1)
     starts = {size: start_ranks(size, folder, run_rank, str(folder), size, cases[size]) for size in (2, 4)}
     join_process_group(torch.device("cpu"))
-    found = {name: train(settings, 0, 1) for name, settings in cases[1].items()}
+    found: dict[str, Any] = {name: train(settings, 0, 1) for name, settings in cases[1].items()}
     for size, start in starts.items():
         join_ranks(start)
         of_ranks = [json.loads((folder / f"{size}-{rank}.json").read_text()) for rank in range(size)]
@@ -184,7 +184,7 @@ def guarded(name: str, rank: int) -> dict[str, Any]:
         # What flows back into the head, on one rank: the loss itself is finite.
         model.head.register_full_backward_pre_hook(
             lambda module, gradients: (
-                (gradients[0].index_fill(0, torch.tensor(0), math.inf),) if bool(spoilt) and rank == 1 else None
+                (gradients[0].index_fill(0, torch.tensor(0), math.inf),) if bool(spoilt) and rank == 1 else None  # type: ignore[index]
             )
         )
     engine = build_engine(model, settings, world_size=2)
@@ -257,8 +257,10 @@ def plain(settings: PretrainConfig, skipped: int) -> dict[str, Any]:
             num_points=20,
             generators=[keyed_generator(0, "points", 0, int(position)) for position in of_all.positions],
         )
+        queries, keys = model(views.a, views.b, pairs.a, pairs.b)
         loss = pixel_pair_loss(
-            *model(views.a, views.b, pairs.a, pairs.b),
+            queries,
+            keys,
             settings.loss,
             temperature=model.log_temperature.exp(),
             weights=pairs.weight.flatten(),

@@ -122,7 +122,7 @@ def test_rounds_end_as_soon_as_pseudo_labels_hardly_change() -> None:
     lines = [made.at(step, Bright(0.5 + 0.01 * (step == 4))) for step in range(20)]
     assert [step for step, line in enumerate(lines) if line] == [0, 4]
     assert made.told[-1]["ended_by"] == "change" and 0 < made.told[-1]["change"] < 0.05
-    assert "the teacher labels every step from here on" in str(lines[4]) and made.labels is None
+    assert "from now on the teacher labels the images of every step" in str(lines[4]) and made.labels is None
 
 
 def test_a_pixel_without_a_plausible_class_does_not_count_and_a_teacher_counts_where_it_is_sure() -> None:
@@ -135,7 +135,7 @@ def test_a_pixel_without_a_plausible_class_does_not_count_and_a_teacher_counts_w
     assert labels is not None and set(labels[:, :12].unique().tolist()) == {0}
     assert (labels[:, 12:14] == 1).all() and (labels[:, 14:] == NOT_COUNTED).all()
     made.at(4, Bright())
-    assert (made.labels == NOT_COUNTED).all(), "sure by 0.88 is not sure"
+    assert made.labels is not None and torch.eq(made.labels, NOT_COUNTED).all(), "sure by 0.88 is not sure"
     assert made.told[1]["counted_fraction"] == 0
 
 
@@ -145,6 +145,7 @@ def test_a_model_of_the_centre_labels_the_centre() -> None:
     made.at(0, Bright())
     assert made.labels is not None
     assert (made.labels[:, 4:20] == 1).all() and (made.labels[:, :4] == NOT_COUNTED).all()
+    assert made.told[0]["counted_fraction"] == 1, "of what it reads"
 
 
 def test_first_pseudo_labels_of_which_no_frame_is_plausible_are_warned_of() -> None:

@@ -190,7 +190,7 @@ def test_a_threshold_that_nothing_reaches_is_named_in_the_row(make: Make) -> Non
     told = run_trial(setup, trial, device="cpu", say=lines.append)["row"]["pseudo_labels"]
     assert told["confident_fraction"] == [0.0, 0.0, 0.0] and told["classes_never_found"] == ["background", "DISC"]
     (warning,) = told["warnings"]
-    assert warning.startswith("no pixel reached confidence_threshold 0.999: nothing was learnt from unlabelled images")
+    assert warning.startswith("no pixel reached confidence_threshold 0.999, so unlabelled images had no effect")
     assert any(line.endswith(warning) for line in lines)
 
 
@@ -237,8 +237,8 @@ def test_unlabelled_scans_of_another_spacing_or_contrast_are_named_and_used(make
     Storage(setup.storage).delete("trials")
     row = run_trial(setup, trial, device="cpu", say=lines.append)["row"]
     spacing, contrast = row["warnings"]
-    assert f"voxel size than the labelled ones, such as 8 x 8 mm against 2 to 2 mm: {coarse}_T1w" in spacing
-    assert f"as if of another contrast: {inverted}_T1w" in contrast
+    assert f"voxel size than the labelled ones, such as 8 x 8 mm instead of 2 to 2 mm: {coarse}_T1w" in spacing
+    assert f"like another contrast: {inverted}_T1w" in contrast
     assert sum(line.endswith(row["warnings"][0]) for line in lines) == 1 and " | WARNING: " in "".join(lines)
 
 

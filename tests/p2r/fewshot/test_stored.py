@@ -77,7 +77,7 @@ DOCUMENTS: dict[str, tuple[Any, Callable[[Storage, str], Any]]] = {
     "report": ({"rows": [ROW]}, read_report_rows),
     "profile": (PROFILE, lambda storage, _: profile_text(storage)),
 }
-HOSTILE = [
+HOSTILE: list[tuple[str, tuple[str | int, ...], Any]] = [
     ("result", (), []),
     ("result", ("trial",), None),
     ("result", ("trial", "id"), "../../x"),

@@ -1,8 +1,8 @@
-"""The loss kernels' machine code, compiled on a CPU for GPUs that are not there.
+"""The loss kernels' machine code, compiled on a CPU for absent GPUs.
 
-A subset that covers every kernel, dtype, number of channels, mask and architecture is compiled and counted; the whole
-product is a command (`python -m tests.p2r.loss.machine_code`). Triton keeps compiled kernels in pytest's cache. Versions of
-Triton schedule registers differently: figures are bounds, a little above those of Triton 3.7.
+A subset that covers every kernel, dtype, number of channels, mask and architecture is compiled and counted; a command compiles
+the whole product (`python -m tests.p2r.loss.machine_code`). Triton caches compiled kernels in pytest's cache. Versions of
+Triton schedule registers differently, so the numbers are bounds, slightly above those of Triton 3.7.
 """
 
 import importlib.util
@@ -46,7 +46,7 @@ SPILLS: dict[Case, int] = {(90, "push", BF16, 512, "none"): 34}
 
 @pytest.fixture(scope="module")
 def compile_kernel(request: pytest.FixtureRequest) -> Compile:
-    """A function that compiles a kernel and counts; pytest's cache keeps the compiled kernels."""
+    """Return a function that compiles a kernel and counts; pytest's cache stores the compiled kernels."""
     assert request.config.cache is not None
     folder = request.config.cache.mkdir("triton")
 

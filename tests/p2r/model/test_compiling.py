@@ -19,17 +19,17 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
 
 
-def test_without_a_compiler_training_goes_on_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_training_continues_and_logs_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     is_compiled, said = warm_up(build_backbone(SMALL), shape=(2, 1, 8, 8), dtype=torch.float32)
     assert not is_compiled
     assert said == (
         "not compiled: no compiler (no-such-compiler) on this machine, install one or name it in CXX; "
-        "training goes on without"
+        "training continues without it"
     )
 
 
-def test_with_a_compiler_that_fails_too(tmp_path: Path) -> None:
+def test_with_a_failing_compiler_training_continues_and_logs_the_reason(tmp_path: Path) -> None:
     import torch._inductor.config as inductor
 
     backbone = build_backbone(SMALL)
@@ -37,13 +37,13 @@ def test_with_a_compiler_that_fails_too(tmp_path: Path) -> None:
     with inductor.patch({"cpp.cxx": (None, "false")}):  # CXX is read once in a process
         is_compiled, said = warm_up(backbone, shape=(2, 1, 8, 8), dtype=torch.bfloat16)
     assert not is_compiled
-    assert said.startswith("not compiled: ") and said.endswith("training goes on without")
+    assert said.startswith("not compiled: ") and said.endswith("training continues without it")
     assert "\n" not in said
     assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
 
 
-def test_memory_that_does_not_suffice_for_compiling_costs_a_line_and_not_the_run(
+def test_insufficient_memory_for_compiling_is_logged_and_does_not_end_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(*_: object) -> None:
@@ -55,11 +55,11 @@ def test_memory_that_does_not_suffice_for_compiling_costs_a_line_and_not_the_run
     )
     is_compiled, said = warm_up(backbone, shape=(2, 1, 8, 8), dtype=torch.float32)
     assert not is_compiled
-    assert said == "not compiled: OutOfMemoryError: CUDA out of memory; training goes on without"
+    assert said == "not compiled: OutOfMemoryError: CUDA out of memory; training continues without it"
 
 
 @pytest.mark.parametrize("given", [None, "/somewhere/else"])
-def test_what_is_compiled_is_kept_in_our_cache_unless_the_environment_says_where(
+def test_compiled_code_is_cached_in_p2rs_cache_unless_the_environment_names_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")

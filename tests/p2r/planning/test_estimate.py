@@ -206,7 +206,7 @@ def test_a_rate_that_leaves_no_time_for_the_loss_is_called_impossible(
     assert of_crossed is not None
     assert of_crossed.operations == pytest.approx(time.operations * 10 / products)
     assert loss_time(settings, world_size=64, device="cpu") is None
-    stated = {"num_nodes": 8, "workers_per_node": 8, "device": "cuda"}
+    stated: dict[str, Any] = {"num_nodes": 8, "workers_per_node": 8, "device": "cuda"}
     tiny = config(loss={"form": "nt_xent", "pixel_pairs_per_image": 64}, global_batch=64, precision="bf16")
     fast, slow = (plan(tiny, **stated, rate=Rate(rate, "stated")).pace for rate in (1e9, 1.0))
     assert fast is not None and slow is not None

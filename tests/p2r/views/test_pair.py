@@ -1,4 +1,4 @@
-"""Views: a point of b shows the anatomy that the warp says it does in a; an image's views are its own. 2D and 3D."""
+"""Views in 2D and 3D: the warp maps a point of b to the same anatomy in a, and views are independent of other images."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ PARTS = ("a", "b", "warp", "valid")
 
 
 def coordinate_image(num: int, *size: int) -> Tensor:
-    """An image whose channels are its own coordinates, as parts of its size: a map of where one is."""
+    """Return an image whose channels are its own coordinates, as fractions of its size."""
     places = torch.meshgrid(*(torch.arange(length) / length for length in size), indexing="ij")
     return torch.stack(places).expand(num, len(size), *size)
 
@@ -61,7 +61,7 @@ def test_a_valid_pixel_of_b_shows_the_place_in_a_that_the_warp_names(
 
 
 def test_embedding_a_warped_image_equals_warping_the_embedding() -> None:
-    """A map that acts on every pixel alone follows any warp onto whole pixels, here a quarter turn, exactly."""
+    """A pointwise map is exactly equivariant to any warp onto whole pixels, here a quarter turn."""
     image = torch.rand(1, 1, 31, 31)
     rows, columns = torch.meshgrid(torch.arange(31.0), torch.arange(31.0), indexing="ij")
     quarter_turn = torch.stack([columns, 30 - rows], -1)[None]
@@ -74,8 +74,8 @@ def test_embedding_a_warped_image_equals_warping_the_embedding() -> None:
 
 
 @pytest.mark.parametrize("size", [(96, 96), (40, 40, 40)])
-def test_a_network_of_round_filters_follows_rotation_and_flips_to_interpolation_error(size: tuple[int, ...]) -> None:
-    """Filters that look the same from all sides: what they answer turns with the image, by the very warp of the views."""
+def test_a_network_of_isotropic_filters_is_equivariant_up_to_interpolation_error(size: tuple[int, ...]) -> None:
+    """The output of isotropic filters rotates with the image, by the warp of the views."""
     dimensions = len(size)
     config = ViewsConfig(
         geometry=STILL.model_copy(
@@ -86,12 +86,16 @@ def test_a_network_of_round_filters_follows_rotation_and_flips_to_interpolation_
     places = torch.stack(torch.meshgrid(*(torch.linspace(-1, 1, length) for length in size), indexing="ij"))
     centres = torch.rand(4, dimensions, 8, generator=torch.Generator().manual_seed(0)) - 0.5
     image = (
-        sum(
-            (-12 * (places[None] - centres[..., blob].reshape(4, dimensions, *[1] * dimensions)).square().sum(1)).exp()
-            for blob in range(8)
-        )[:, None]
+        torch.stack(
+            [
+                (
+                    -12 * (places[None] - centres[..., blob].reshape(4, dimensions, *[1] * dimensions)).square().sum(1)
+                ).exp()
+                for blob in range(8)
+            ]
+        ).sum(0)[:, None]
         / 4
-    )  # type: ignore[index]
+    )
     distance = torch.stack(torch.meshgrid(*[torch.arange(-6.0, 7.0)] * dimensions, indexing="ij")).norm(dim=0)
     filters = torch.stack([(-(distance**2) / (2 * sigma**2)).exp() for sigma in (1.0, 1.5, 2.0)])[:, None]
     filters /= filters.flatten(1).sum(1).reshape(-1, 1, *[1] * dimensions)
@@ -114,7 +118,7 @@ def test_a_network_of_round_filters_follows_rotation_and_flips_to_interpolation_
 
 @pytest.mark.parametrize("config", [ViewsConfig(), EVERYTHING], ids=["default", "everything"])
 @pytest.mark.parametrize("size", [(64, 64), (45, 51), (150, 130), (20, 33, 27)])
-def test_an_images_views_do_not_depend_on_the_images_beside_it(size: tuple[int, ...], config: ViewsConfig) -> None:
+def test_an_images_views_do_not_depend_on_the_rest_of_the_batch(size: tuple[int, ...], config: ViewsConfig) -> None:
     image = torch.rand(9, 1, *size, generator=torch.Generator().manual_seed(1))
     together = views(image, list(range(100, 109)), config=config)
     for index in (0, 4, 8):
@@ -331,7 +335,7 @@ def test_the_views_of_an_unlabelled_image_show_the_same_places_and_the_weak_one_
             assert view.shape == (3, 1, *[16] * len(size))
             assert not view[:, 0][~views.shown].any()
         assert torch.equal(*views.strong) == is_alike == torch.equal(views.strong[0], views.weak)
-        assert torch.equal(views.weak, moved), "where augment_labelled, which draws the same geometry, moves it"
+        assert torch.equal(views.weak, moved), "as in augment_labelled, which draws the same geometry"
 
 
 @pytest.mark.parametrize("size", [(40, 36), (24, 20, 16)])
