@@ -491,14 +491,9 @@ def compare(
     A backbone selects its own rows in its storage's report, and the rows from scratch. Settings that differ between the jobs
     are listed above the results.
     """
-    from p2r.report.comparison import (
-        compare_runs,
-        comparison_table,
-        notes_of,
-        reasons_of,
-        settings_table,
-        write_comparison,
-    )
+    from p2r.report.comparison import compare_runs
+    from p2r.report.comparison_page import write_comparison
+    from p2r.report.comparison_tables import comparison_table, notes_of, reasons_of, settings_table
     from p2r.report.runs import read_runs
     from p2r.storage import Storage
 
