@@ -520,4 +520,4 @@ def test_the_report_omits_failed_trials_and_the_exit_code_reports_them(
     assert one_process.main() == 1
     report = json.loads((tmp_path / "none/report/report.json").read_text())
     assert report["rows"] == [] and report["context"]["failed"][0]["trial"] == "disc-final-scratch-n1-d0"
-    assert "There are no figures." in (tmp_path / "none/report/report.md").read_text()
+    assert "There are no results." in (tmp_path / "none/report/report.md").read_text()
