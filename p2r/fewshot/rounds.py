@@ -144,10 +144,11 @@ class Rounds:
     ) -> dict[str, Any]:
         counted = labels >= 0
         total = max(1, int(counted.sum()))
+        read = int(self._unlabelled.inside[(slice(None), *_read_box(self._unlabelled.images, self._preparation))].sum())
         return {
             "step": step,
             "by": "teacher" if number else "prototypes",
-            "counted_fraction": round(total / max(1, int(self._unlabelled.inside.sum())), 4) if counted.any() else 0.0,
+            "counted_fraction": round(int(counted.sum()) / max(1, read), 4),  # of what the model reads
             "plausible_frames": sum(frames),
             "frames": len(frames),
             "class_fractions": {

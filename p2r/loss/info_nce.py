@@ -58,7 +58,7 @@ from p2r.loss.ranks import (
 from p2r.loss.tiles import Rows, Scale, sharpest, static_shift, static_shift_on_device
 
 PANEL = 16_384
-"""Rows that fill a GPU together: the entries of two such panels of one tower are computed once."""
+"""Rows of a panel, enough to fill a GPU. The entries of two panels of one tower are computed once."""
 Form = Literal["cross_view", "nt_xent"]
 Exchange = Literal["all_gather", "ring"]
 

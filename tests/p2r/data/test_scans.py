@@ -325,15 +325,19 @@ def test_patterns_select_rows_of_a_list(tmp_path: Path) -> None:
         ("l.jsonl", '{"path": "a.nii"}\n{"path": ', "line 2 is not JSON"),
         ("l.jsonl", '["a.nii"]', "line 1: .*the key `path`"),
         ("l.jsonl", '{"subject": "s"}', "line 1: .*the key `path`"),
-        ("l.jsonl", '{"path": ["a.nii"]}', "line 1: `'path'` must be a text"),
-        ("l.jsonl", '{"path": "a.nii", "tags": {"x": 1}}', "line 1: `'tags'` must be a text"),
+        ("l.jsonl", '{"path": ["a.nii"]}', "line 1: `'path'` must be a number, or a text"),
+        ("l.jsonl", '{"path": "a.nii", "tags": {"x": 1}}', "line 1: `'tags'` must be a number, or a text"),
         ("l.jsonl", '{"path": "\\ud800"}', "line 1"),
         (
             "l.jsonl",
             '{"path": "a.nii", "subject": "s\\u001b[2J"}',
-            "line 1: `'subject'` .*, without control characters",
+            "line 1: `'subject'` .* without control characters",
         ),
-        ("l.csv", f"path,subject\na.nii,{'s' * 5000}\n", "line 2: `'subject'` must be a text of up to 4096 characters"),
+        (
+            "l.csv",
+            f"path,subject\na.nii,{'s' * 5000}\n",
+            "line 2: `'subject'` must be a number, or a text of up to 4096 characters",
+        ),
         ("l.jsonl", "[" * 100_000, "line 1 is not valid: objects and lists may be 4 deep"),
         ("l.jsonl", '{"path": ' + "9" * 5000 + "}", "line 1"),
     ],
@@ -362,13 +366,13 @@ def test_a_list_that_breaks_a_rule_is_refused_with_the_line(tmp_path: Path, name
             json.dumps(dict.fromkeys(["path", *map(str, range(10))])),
             "line 1: 11 keys; a row may have up to 10",
         ),
-        ("l.csv", "path\n" + "a" * 2001, "has more than the 2,000 bytes"),
+        ("l.csv", "path\n" + "a" * 2001, "has more than 2,000 bytes"),
     ],
 )
 def test_a_list_beyond_its_bounds_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, rule: str
 ) -> None:
-    for bound, value in {"MAX_LINES": 20, "_MAX_COLUMNS": 10, "_MAX_LINE": 200, "MAX_BYTES": 2000}.items():
+    for bound, value in {"MAX_LINES": 20, "_MAX_COLUMNS": 10, "_MAX_LINE_LENGTH": 200, "MAX_BYTES": 2000}.items():
         monkeypatch.setattr(lists, bound, value)
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=rule):
@@ -385,7 +389,7 @@ def test_control_and_direction_characters_in_a_list_are_refused(tmp_path: Path, 
     (tmp_path / "l.csv").write_text("path,subject,site\n" + ",".join(row.values()))
     for name in ("l.jsonl", "l.csv"):
         with pytest.raises(
-            DataError, match=r"line [12]: `.*` must be a text of up to 4096 characters, without control"
+            DataError, match=r"line [12]: `.*` must be a number, or a text of up to 4096 characters without control"
         ) as refusal:
             only(tmp_path / name)
         assert letter not in str(refusal.value)

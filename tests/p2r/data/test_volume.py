@@ -297,7 +297,7 @@ def test_writing_to_an_impossible_path_is_a_storage_error(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot write"):
         write_nifti(tmp_path / "file" / "scan.nii", voxels(np.int16), np.eye(4))
-    with pytest.raises(StorageError, match="ends in"):
+    with pytest.raises(StorageError, match="must end in"):
         write_nifti(tmp_path / "scan.mgz", voxels(np.int16), np.eye(4))
 
 

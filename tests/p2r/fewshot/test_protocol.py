@@ -331,3 +331,20 @@ def test_the_settings_of_weak_to_strong_can_be_searched() -> None:
         (threshold, dropout) for threshold in (0.9, 0.95) for dropout in (0.0, 0.5)
     }
     assert {one.cutmix_probability for one in found} == {0.5}
+
+
+def test_the_settings_of_self_training_can_be_searched_and_whole_numbers_stay_whole() -> None:
+    space = {"self_training_rounds": {"randint": (1, 5)}, "plausible_size_factor": (1.5, 3.0)}
+    section = FinetuneConfig.model_validate(
+        {
+            "tasks": ["a"],
+            "modes": ["prototype_self_training"],
+            "search": {"learning_rates": {"prototype_self_training": [1e-3]}, "space": space, "num_samples": 12},
+        }
+    )
+    mode: Mode = "prototype_self_training"
+    found = [settings_of(section, mode, candidate) for candidate in candidates_of(section, mode)]
+    rounds = {one.self_training_rounds for one in found}
+    assert rounds <= {1, 2, 3, 4} and len(rounds) > 1 and all(isinstance(one, int) for one in rounds)
+    assert {one.plausible_size_factor for one in found} == {1.5, 3.0}
+    assert {one.agreement_views for one in found} == {3}

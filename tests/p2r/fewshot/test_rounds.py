@@ -145,6 +145,7 @@ def test_a_model_of_the_centre_labels_the_centre() -> None:
     made.at(0, Bright())
     assert made.labels is not None
     assert (made.labels[:, 4:20] == 1).all() and (made.labels[:, :4] == NOT_COUNTED).all()
+    assert made.told[0]["counted_fraction"] == 1, "of what it reads"
 
 
 def test_a_warning_names_a_first_round_without_plausible_frames() -> None:
