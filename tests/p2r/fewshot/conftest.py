@@ -10,8 +10,8 @@ import pytest
 import p2r
 from p2r.config import FinetuneConfig
 from p2r.evaluate.tasks import load_task
-from p2r.fewshot.search import check_task
-from p2r.fewshot.trial import TrialSetup
+from p2r.fewshot.checks import check_task
+from p2r.fewshot.setup import TrialSetup
 from p2r.modes import MODES
 from p2r.storage import Storage
 

@@ -26,19 +26,14 @@ from p2r.evaluate.calibration import near_organs
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.models import ensemble
 from p2r.evaluate.tasks import load_task
+from p2r.fewshot.checks import check_task
 from p2r.fewshot.protocol import Settings, Trial, final_trials, settings_of
+from p2r.fewshot.publishing import choose_model, publish_best, publish_other_draws, reason_for
 from p2r.fewshot.readings import merge_readings
-from p2r.fewshot.search import (
-    FewShot,
-    attempt,
-    check_task,
-    choose_model,
-    few_shot,
-    publish_best,
-    publish_other_draws,
-    reason_for,
-)
-from p2r.fewshot.trial import TrialSetup, run_trial
+from p2r.fewshot.results import SearchedTrial, TrialResult
+from p2r.fewshot.search import FewShot, attempt, few_shot
+from p2r.fewshot.setup import TrialSetup
+from p2r.fewshot.trial import run_trial
 from p2r.pipeline.local import LocalExecutor
 from p2r.storage import Storage
 
@@ -56,22 +51,23 @@ def final(setup: TrialSetup, mode: str, **settings: float) -> Trial:
 
 
 def test_the_published_model_is_the_best_fine_tuned_one_or_the_best_of_all() -> None:
-    results: list[dict[str, Any]] = [
-        {"trial": {"mode": mode}, "validation": {"dice_mean": dice}}
-        for mode, dice in {"scratch": 0.9, "linear_probe": 0.3, "fine_tune": 0.6, "weak_to_strong": 0.7}.items()
-    ]
+    def result(mode: str, dice: float | None) -> TrialResult:
+        facts = {"id": mode, "task": "t", "mode": mode, "protocol": "leak_free", "num_labelled": 1, "draw": 0}
+        trial = {**facts, "subjects": ["a"], "settings": {}}
+        return TrialResult.model_validate({"trial": trial, "validation": {"dice_mean": dice}})
 
-    def published(mode: str, among: list[dict[str, Any]]) -> tuple[str, str]:
+    found = {"scratch": 0.9, "linear_probe": 0.3, "fine_tune": 0.6, "weak_to_strong": 0.7}
+    results = [result(mode, dice) for mode, dice in found.items()]
+
+    def published(mode: str, among: list[TrialResult]) -> tuple[str, str]:
         config = FinetuneConfig.model_validate({"tasks": ["t.yaml"], "published_mode": mode})
         best = choose_model(config, among)
-        return best["trial"]["mode"], reason_for(config, best, among).removeprefix("the best validation Dice ")
+        return best.trial.mode, reason_for(config, best, among).removeprefix("the best validation Dice ")
 
     assert published("fine_tuned", results) == ("weak_to_strong", "(0.700) of 2 fine-tuned models")
     assert published("any", results) == ("scratch", "(0.900) of 4 models")
     assert published("fine_tuned", results[:1]) == ("scratch", "(0.900) of 1 models"), "nothing was fine-tuned"
-    assert (
-        published("fine_tuned", [{**results[2], "validation": {"dice_mean": None}}, results[3]])[0] == "weak_to_strong"
-    )
+    assert published("fine_tuned", [result("fine_tune", None), results[3]])[0] == "weak_to_strong"
 
 
 def weights(setup: TrialSetup, result: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -107,8 +103,8 @@ def test_labels_of_test_patients_change_only_the_final_scores(
     poisoned = make(data=copy, storage="poisoned", **values)
     misled = run(poisoned)
 
-    def without_clocks(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+    def without_clocks(found: list[SearchedTrial]) -> list[SearchedTrial]:
+        return [row.replaced(seconds=None) for row in found]
 
     assert len(honest.searched) == 8 and without_clocks(honest.searched) == without_clocks(misled.searched)
     assert honest.chosen == misled.chosen
@@ -143,7 +139,7 @@ def test_a_frozen_recipe_reads_the_test_patients_once_and_a_changed_recipe_again
     run(other)
     assert len(merge_readings(storage)) == 2
     lines = storage.read_bytes("report/test_reads.jsonl").decode().splitlines()
-    assert reading in [json.loads(line) for line in lines] and len(lines) == 2
+    assert reading.to_json() in [json.loads(line) for line in lines] and len(lines) == 2
     # A trial that crashed between reading and writing reads again; both readings are kept.
     Storage(first.storage).delete(first.result_path(final(first, "scratch")))
     run(first)

@@ -13,10 +13,13 @@ from safetensors.torch import load
 from p2r.evaluate.tasks import load_task
 from p2r.fewshot import saved_training
 from p2r.fewshot.protocol import Trial, final_trials, settings_of
+from p2r.fewshot.results import TrialResult
 from p2r.fewshot.saved_training import SavedTraining, TrainingState
-from p2r.fewshot.search import Result, Say, attempt
-from p2r.fewshot.trial import TrialSetup, run_trial
+from p2r.fewshot.search import attempt
+from p2r.fewshot.setup import TrialSetup
+from p2r.fewshot.trial import run_trial
 from p2r.job import read_job
+from p2r.logs import Say
 from p2r.modes import MODES
 from p2r.pipeline.local import LocalExecutor
 from p2r.pipeline.stages import run_job
@@ -157,7 +160,7 @@ def test_trials_in_slices_of_time_give_the_report_of_one_run(
 class _Slice(LocalExecutor):
     """Starts its trial regardless of the clock, so that every slice of time has 25 steps."""
 
-    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[TrialResult]:
         return [
             attempt(setup, trial, device="cpu", retries=2, say=say, deadline=self._deadline) for setup, trial in trials
         ]

@@ -67,14 +67,16 @@ PATHS = {
     "profile": "profile/profile.json",
 }
 DOCUMENTS: dict[str, tuple[Any, Callable[[Storage, str], Any]]] = {
-    "result": (RESULT, read_result),
+    "result": (RESULT, lambda storage, path: read_result(storage, path).to_json()),
     "candidates": (
         [[{"learning_rate": 0.01}, None], [{"steps": 2}, {"trial": TRIAL, "failed": "why"}]],
-        read_candidates,
+        lambda storage, path: [
+            (candidate, other and other.to_json()) for candidate, other in read_candidates(storage, path)
+        ],
     ),
-    "sweep": (SWEEP, lambda storage, _: read_sweeps(storage)),
-    "reading": (READING, lambda storage, _: read_readings(storage, "readings")),
-    "report": ({"rows": [ROW]}, read_report_rows),
+    "sweep": (SWEEP, lambda storage, _: [one.to_json() for one in read_sweeps(storage)]),
+    "reading": (READING, lambda storage, _: [one.to_json() for one in read_readings(storage, "readings")]),
+    "report": ({"rows": [ROW]}, lambda storage, path: [one.to_json() for one in read_report_rows(storage, path)]),
     "profile": (PROFILE, lambda storage, _: profile_text(storage)),
 }
 HOSTILE: list[tuple[str, tuple[str | int, ...], Any]] = [

@@ -18,7 +18,9 @@ from cluster import cli
 from cluster.cli import app
 from p2r.config import FinetuneConfig
 from p2r.errors import DataError, InputError
-from p2r.report.comparison import compare_runs, comparison_table, notes_of, reasons_of, write_comparison
+from p2r.report.comparison import compare_runs
+from p2r.report.comparison_page import write_comparison
+from p2r.report.comparison_tables import comparison_table, notes_of, reasons_of
 from p2r.report.runs import read_runs
 from p2r.storage import Storage
 
