@@ -280,11 +280,11 @@ def _alignment_sums(queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
 
 
 def explain_missing_kernels(config: PretrainConfig, *, device: torch.device) -> str | None:
-    """Return the reason that GPUs will compute the loss without its kernels, and the way out; None if they use them or need none.
+    """Return why GPUs will compute the loss without its kernels, and the way out; None if they use them or need none.
 
     Args:
         config: Configuration of the run.
-        device: The GPU. A CPU stands for an H100.
+        device: The GPU. A CPU represents an H100.
     """
     loss = config.loss
     if objective_of(loss).products is None:

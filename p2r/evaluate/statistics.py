@@ -8,8 +8,8 @@ All statistics use one number per draw and test patient: Dice, averaged over the
 **Intervals** are percentiles of a hierarchical bootstrap: draws of labelled patients, then test patients. All draws are
 evaluated on the same test patients, so a resample uses one choice of patients for all its draws. (An independent choice per
 draw would treat one patient as D different ones. Its nominal 95 % interval of 5 draws covered 74 %, with spreads of draws,
-patients and noise of 0.5 : 2 : 1.) Each level resamples m - 1 of m items, because the variance of m resampled of m is too
-small by the factor (m - 1) / m, which matters for 3 draws (Rao and Wu, JASA 83, 1988).
+patients and noise of 0.5 : 2 : 1.) Each level resamples m - 1 of m items (Rao and Wu, JASA 83, 1988). With m of m, the
+variance would be too small by the factor (m - 1) / m, which matters for 3 draws.
 
 Measured coverage of the nominal 95 % interval, on normal models with 20 patients (1,000 data sets each):
 
@@ -27,8 +27,8 @@ signed-rank test (two-sided) then tests whether the patients' differences are sy
 dropped, as by Wilcoxon; differences that agree to 12 decimals count as equal. The test is exact up to 50 patients without ties
 and up to 13 with ties, and above uses a normal approximation with correction for ties. Holm's correction covers the numbers
 of labelled patients of one comparison. The test does not cover variation between draws. The interval does, and so does the
-number of draws with the sign of the mean difference: without an effect, 5 of 5 occurs by chance in 6 % of comparisons, 4 of 5
-or more in 38 %.
+number of draws with the sign of the mean difference. Without an effect, 5 of 5 occurs by chance in 6 % of comparisons, and
+4 of 5 or more in 38 %.
 
 **Label efficiency** is the number of patients at which scratch first reaches a mode's Dice, read from straight lines between
 the means of scratch over log n. Outside the range of scratch, only the side is reported, without extrapolation.

@@ -9,7 +9,7 @@ and different appearances. Weak-to-strong consistency (`p2r.fewshot.pseudo_label
 confident classes. The weight of either loss rises as in the paper, and training returns the teacher. Only a check of the loss
 every 25 steps synchronises with the device.
 
-`P` images: all slices of the labelled scans, or all their frames for a network of volumes, padded about their centre to a
+`P` images: all slices of the labelled scans, or all frames for a network of volumes. They are padded about their centre to a
 common size `*S` (`H W`, or `X Y Z`).
 """
 

@@ -2,7 +2,7 @@
 
     cross_view  10 n N E operations of a rank: 2 for both sums, and 4 for each gradient, which computes similarities again
     nt_xent     20 n N E, and 2 n N E / P: sums across views, half of the sums within both views, four gradients. Of P panels of
-                16,384 pairs, entries of a panel with itself are computed twice. 22 n N E if the pairs of a rank are no whole panels
+                16,384 pairs, entries of a panel with itself are computed twice. 22 n N E if a rank has a fraction of a panel
 
 The bfloat16 throughput is the one reached by plain products on an H100; TF32 has half of it. The fraction that the loss
 reaches is modelled from the kernels' machine code (jobs/RESULTS.md), and has not been measured.

@@ -1,7 +1,7 @@
-"""Rows of modes with pseudo-labels -> their pseudo-labels over training, one panel for each trial.
+"""Pseudo-labels over training, one panel for each trial of the modes that use them.
 
-A panel shows, over the steps, the part of the scans' pixels that count, and the part of these in each foreground class, on one logarithmic
-axis: a class that collapses falls out of it. Dotted lines mark the steps at which a round of self-training labelled all images.
+A panel shows the fraction of the scans' pixels that count at each step, and the fraction of these in each foreground class. The axis is
+logarithmic: a class that collapses drops out of it. Dotted lines mark the steps at which a round of self-training labelled all images.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,20 +32,20 @@ from p2r.report.text import for_picture
 
 _MOST = 12  # panels
 _PANEL = 1.6  # inches
-_LEAST = 1e-5  # share of pixels, at the foot of the axis
+_LEAST = 1e-5  # fraction of pixels at the lower end of the axis
 Put = Callable[[str, Drawing, str], Picture]
-"""Puts a picture on the page: name, drawing, caption."""
+"""Function that adds a picture to the page: name, drawing, caption."""
 
 
 def pseudo_label_blocks(rows: Sequence[TrialRow], *, task: str, tag: str, source: str, put: Put) -> Iterator[Block]:
-    """Yield the part of a page on pseudo-labels: nothing if no mode has any.
+    """Yield the part of a page on pseudo-labels; empty without a mode that uses them.
 
     Args:
-        rows: Of one task and protocol.
-        task: Its name.
+        rows: Rows of one task and protocol.
+        task: Name of the task.
         tag: Part of the picture's name.
-        source: Line below the picture that says where the figures come from.
-        put: Puts the picture on the page.
+        source: Source line below the picture.
+        put: Adds the picture to the page.
     """
     trials = sorted(
         (row for row in rows if row.pseudo_labels is not None and row.pseudo_labels.steps),
@@ -60,7 +60,7 @@ def pseudo_label_blocks(rows: Sequence[TrialRow], *, task: str, tag: str, source
         pseudo_label_curves(
             trials[:_MOST], title=f"{task}: pseudo-labels over training{label_of(rows)}", source=source
         ),
-        f"Part of the unlabelled scans' pixels that count, and of these in each class, for every trial.{left_out}",
+        f"Fraction of the unlabelled scans' pixels that count, and of these in each class, for every trial.{left_out}",
     )
     rounds = [(_name(row), one) for row in trials for one in _of_training(row).rounds or ()]
     if rounds:
@@ -100,9 +100,9 @@ def pseudo_label_curves(rows: Sequence[TrialRow], *, title: str, source: str = "
     """Draw the pseudo-labels of some trials over their training.
 
     Args:
-        rows: At least one, each with its `pseudo_labels`.
+        rows: At least one row, each with its `pseudo_labels`.
         title: Headline.
-        source: Line below that says where the figures come from.
+        source: Source line below the picture.
     """
     return drawing(*(_figure(rows, title, source, width) for width in (WIDE, NARROW)))
 
@@ -118,7 +118,7 @@ def _figure(rows: Sequence[TrialRow], title: str, source: str, width: float) -> 
     left, below, gap, above = 0.65, 0.45, 0.65, 0.25
     panel = (width - left - 0.15 - (columns - 1) * 0.6) / columns
     height = below + lines * (_PANEL + above) + (lines - 1) * gap + KEY_LINE * len(key) + 0.1
-    subtitle = "part of the scans' pixels, and of these by class; dotted: a round labels all images"
+    subtitle = "fraction of the scans' pixels, and of these by class; dotted: a round labels all images"
     sheet = new_sheet(width, height, title=title, subtitle=subtitle, source=source)
     sheet.key(key, 0.15, height - 0.02)
     for index, row in enumerate(rows):

@@ -25,7 +25,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make(own_cache: None, published: dict[str, str], toy_data: Path, tmp_path: Path) -> Make:
-    """A function that makes the setup of the toy task, checked, with two steps of two images unless told otherwise."""
+    """Return a function that makes a checked setup of the toy task; by default two steps of two images."""
 
     def make(*, data: Path = toy_data, storage: str = "storage", **values: Any) -> TrialSetup:
         rates = {mode: [1e-2] for mode, facts in MODES.items() if "steps" in facts.settings}

@@ -31,7 +31,7 @@ def test_the_report_of_a_job_shows_its_best_and_worst_case(published: dict[str, 
     assert "left_out" not in report["context"]
     assert report["statistics"]["intervals"]
     page = storage.read_bytes("report.html").decode()
-    for part in ("At a glance", "Single patients", "No trial failed.", "Readings of the test split", "What it cost"):
+    for part in ("At a glance", "Single patients", "No trial failed.", "Test-set evaluations", "Cost"):
         assert part in page
 
 
