@@ -85,8 +85,8 @@ def calibration_blocks(rows: Sequence[TrialRow], *, task: str, tag: str, source:
     )
     yield Paragraph(
         f"Calibration is measured on the network's probabilities per patient, then averaged; ± over draws. ECE: mean distance of "
-        f"confidence and accuracy over {first.num_bins} bins. Brier: squared distance of the probabilities from the truth, 0 to 2. Near: within "
-        f"{first.margin_mm:g} mm of the box around the reference. Sources: p2r/evaluate/calibration.py."
+        f"confidence and accuracy over {first.num_bins} bins. Brier: squared distance of the probabilities from the truth, 0 to 2. Near: "
+        f"within {first.margin_mm:g} mm of the box around the reference. Sources: p2r/evaluate/calibration.py."
     )
 
 
