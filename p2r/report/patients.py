@@ -47,7 +47,7 @@ def patients_of(rows: Sequence[TrialRow]) -> list[Patient]:
                 name: mean_of(mean_of(_dice(case, name) for case in of_row) for of_row in cases) for name in classes
             }
             dice[MEAN] = mean_of(row.dice_by_subject.get(subject) for row in of_group)
-            lower, middle, upper = (_third(cases, number) for number in range(3))
+            lower, middle, upper = (_third_dice(cases, number) for number in range(3))
             found.append(
                 Patient(series, num_labelled, subject, strata[0] if strata else None, dice, (lower, middle, upper))
             )
@@ -71,7 +71,7 @@ def _dice(case: CaseRow, name: str) -> float | None:
     return None if score is None else score.dice
 
 
-def _third(cases: Sequence[Sequence[CaseRow]], number: int) -> float | None:
+def _third_dice(cases: Sequence[Sequence[CaseRow]], number: int) -> float | None:
     return mean_of(
         mean_of(mean_of(thirds[number] for thirds in (case.thirds or {}).values()) for case in of_row)
         for of_row in cases
