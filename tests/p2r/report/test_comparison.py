@@ -18,7 +18,7 @@ from cluster import cli
 from cluster.cli import app
 from p2r.config import FinetuneConfig
 from p2r.errors import DataError, InputError
-from p2r.report.comparison import compare_runs
+from p2r.report.comparison import Comparison, compare_runs
 from p2r.report.comparison_page import write_comparison
 from p2r.report.comparison_tables import comparison_table, notes_of, reasons_of
 from p2r.report.runs import read_runs
@@ -66,7 +66,7 @@ def p2r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-def compared(tmp_path: Path, *rows: Any) -> dict[str, Any]:
+def compared(tmp_path: Path, *rows: Any) -> Comparison:
     return compare_runs(read_runs([write(tmp_path / f"run-{number}", one) for number, one in enumerate(rows)]))
 
 

@@ -14,9 +14,9 @@ from p2r.modes import MODES
 from p2r.report import canvas, few_shot_curve, outlines, variants_picture
 from p2r.report.canvas import Drawing, KeyEntry, inside, key_lines
 from p2r.report.distributions import by_stratum, class_boxes, where_in_the_organ
-from p2r.report.document import source_line
 from p2r.report.forest import Difference, forest
 from p2r.report.patients import patients_of
+from p2r.report.sources import source_line
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 STRATA = ("hypertrophic", "dilated", "infarction", "abnormal right ventricle", "normal", None)
