@@ -194,7 +194,7 @@ def test_a_recipe_chosen_on_validation_patients_is_evaluated_on_test_patients_wi
     reused = {**found.to_json()["row"], "seconds": None, "predictions": None}
     assert reused.pop("training_code") == chosen["row"]["code"]
     assert reused == {**direct["row"], "seconds": None, "predictions": None}
-    assert equal(weights(frozen, found.to_json()), weights(frozen, chosen))
+    assert equal(weights(frozen, found), weights(frozen, chosen))
     (reading,) = merge_readings(Storage(frozen.root))
     assert reading.recipe_sha256 == frozen.recipe_sha256(trial)
 
