@@ -62,7 +62,7 @@ def pseudo_label_blocks(rows: Sequence[TrialRow], *, task: str, tag: str, source
         ),
         f"Fraction of the unlabelled scans' pixels that count, and of these in each class, for every trial.{left_out}",
     )
-    rounds = [(_name(row), one) for row in trials for one in _of_training(row).rounds or ()]
+    rounds = [(_name(row), one) for row in trials for one in _pseudo_labels_of(row).rounds or ()]
     if rounds:
         yield Folded(
             f"Rounds of self-training ({len(rounds)})",
@@ -88,7 +88,7 @@ def _round_line(told: RoundRow) -> tuple[str, ...]:
     )
 
 
-def _of_training(row: TrialRow) -> PseudoLabelRow:
+def _pseudo_labels_of(row: TrialRow) -> PseudoLabelRow:
     return row.pseudo_labels or PseudoLabelRow()
 
 
@@ -108,7 +108,7 @@ def pseudo_label_curves(rows: Sequence[TrialRow], *, title: str, source: str = "
 
 
 def _figure(rows: Sequence[TrialRow], title: str, source: str, width: float) -> Figure:
-    names = list(dict.fromkeys(name for row in rows for name in list(_of_training(row).class_fractions)[1:]))
+    names = list(dict.fromkeys(name for row in rows for name in list(_pseudo_labels_of(row).class_fractions)[1:]))
     colours = {name: CLASS_COLOURS[number % len(CLASS_COLOURS)] for number, name in enumerate(names)}
     entries = [KeyEntry("pixels that count", "o", INK)]
     entries += [KeyEntry(for_picture(name, 30), "o", colour) for name, colour in colours.items()]
@@ -124,7 +124,7 @@ def _figure(rows: Sequence[TrialRow], title: str, source: str, width: float) -> 
     for index, row in enumerate(rows):
         low = below + (lines - 1 - index // columns) * (_PANEL + above + gap)
         axes = sheet.panel(left + (index % columns) * (panel + 0.6), low, panel, _PANEL)
-        _draw(axes, _of_training(row), colours)
+        _draw(axes, _pseudo_labels_of(row), colours)
         axes.set_title(for_picture(_name(row), 40), fontsize=9, loc="left", color=INK)
         if index + columns >= len(rows):
             axes.set_xlabel("step", color=INK)
