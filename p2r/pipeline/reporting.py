@@ -224,6 +224,7 @@ def _report_context(job: Job, backbone: Backbone, tasks: Sequence[Task], models:
                 "licence": task.config.licence,
                 "citation": task.config.citation,
                 "thirds": list(task.config.thirds),
+                "classes": list(task.config.classes.values()),
                 "splits": {split: list(subjects) for split, subjects in task.subjects.items()},
             }
             for task in tasks

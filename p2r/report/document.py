@@ -414,7 +414,8 @@ class _Page:
             )
         yield from self.failures(patients, rows, task, tag, source)
         yield from calibration_blocks(rows, task=task, tag=tag, source=source, put=self.put)
-        yield from pseudo_label_blocks(rows, task=task, tag=tag, source=source, put=self.put)
+        classes = self.context.get("tasks", {}).get(task, {}).get("classes") or sorted(rows[0]["dice"])
+        yield from pseudo_label_blocks(rows, task=task, classes=classes, tag=tag, source=source, put=self.put)
 
     def differences(self, rows: Sequence[Row], task: str, tag: str, source: str) -> Iterator[Block]:
         """Yield the forest of paired differences and its table."""

@@ -36,12 +36,15 @@ Put = Callable[[str, Drawing, str], Picture]
 """Puts a picture on the page: name, drawing, caption."""
 
 
-def pseudo_label_blocks(rows: Sequence[Row], *, task: str, tag: str, source: str, put: Put) -> Iterator[Block]:
+def pseudo_label_blocks(
+    rows: Sequence[Row], *, task: str, classes: Sequence[str], tag: str, source: str, put: Put
+) -> Iterator[Block]:
     """Yield the part of a page on pseudo-labels: nothing if no mode has any.
 
     Args:
         rows: Of one task and protocol.
         task: Its name.
+        classes: Names of the task's classes, in the order of their labels, as in pictures of segmentations.
         tag: Part of the picture's name.
         source: Line below the picture that says where the figures come from.
         put: Puts the picture on the page.
@@ -57,7 +60,10 @@ def pseudo_label_blocks(rows: Sequence[Row], *, task: str, tag: str, source: str
     yield put(
         f"pseudo-labels-{tag}",
         pseudo_label_curves(
-            trials[:_MOST], title=f"{task}: pseudo-labels over training{label_of(rows)}", source=source
+            trials[:_MOST],
+            classes=classes,
+            title=f"{task}: pseudo-labels over training{label_of(rows)}",
+            source=source,
         ),
         f"Part of the unlabelled scans' pixels that count, and of these in each class, for every trial.{left_out}",
     )
@@ -91,20 +97,20 @@ def _name(row: Row) -> str:
     return f"{series_name(series_of(row))}, n = {row['num_labelled']}, draw {row['draw']}"
 
 
-def pseudo_label_curves(rows: Sequence[Row], *, title: str, source: str = "") -> Drawing:
+def pseudo_label_curves(rows: Sequence[Row], *, classes: Sequence[str], title: str, source: str = "") -> Drawing:
     """Draw the pseudo-labels of some trials over their training.
 
     Args:
         rows: At least one, each with its `pseudo_labels`.
+        classes: Names of the classes, in the order of their labels.
         title: Headline.
         source: Line below that says where the figures come from.
     """
-    return drawing(*(_figure(rows, title, source, width) for width in (WIDE, NARROW)))
+    colours = {name: CLASS_COLOURS[number % len(CLASS_COLOURS)] for number, name in enumerate(classes)}
+    return drawing(*(_figure(rows, colours, title, source, width) for width in (WIDE, NARROW)))
 
 
-def _figure(rows: Sequence[Row], title: str, source: str, width: float) -> Figure:
-    names = list(dict.fromkeys(name for row in rows for name in list(row["pseudo_labels"]["class_fractions"])[1:]))
-    colours = {name: CLASS_COLOURS[number % len(CLASS_COLOURS)] for number, name in enumerate(names)}
+def _figure(rows: Sequence[Row], colours: Mapping[str, str], title: str, source: str, width: float) -> Figure:
     entries = [KeyEntry("pixels that count", "o", INK)]
     entries += [KeyEntry(for_picture(name, 30), "o", colour) for name, colour in colours.items()]
     key = key_lines(entries, width - 0.3)
