@@ -67,7 +67,7 @@ def _main() -> int:
     arguments = parser.parse_args()
     if arguments.profile < 0:
         parser.error(f"--profile must not be negative, got {arguments.profile}")
-    # Here, because an installation without the extra `cluster` lacks what these import: it is told so.
+    # Imported here, so that an installation without the extra `cluster` gets a message for the missing package.
     from p2r.fewshot.search import failure_message
     from p2r.pipeline.fork import forked
     from p2r.pipeline.lines import made_lines

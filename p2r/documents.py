@@ -373,7 +373,7 @@ def decoded(content: bytes, kind: str, where: str, error: type[InputError]) -> s
 
 @contextlib.contextmanager
 def way_out(text: str) -> Iterator[None]:
-    """Add to each refusal that leaves the block how its reader can go on."""
+    """Append the way out to each refusal raised in the block."""
     try:
         yield
     except InputError as error:

@@ -12,9 +12,9 @@ L / R neighbouring lanes. Therefore
 
 Several corpora share the lanes by weight, and each has its own epochs: a small one repeats more often.
 
-A sample's position within a window is computed, not looked up: a Feistel network with cycle walking is a permutation of any
-length in constant time and no memory (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Shards are
-permuted by sorting raw Philox words. Neither depends on functions whose results numpy may change.
+A sample's position within a window is computed, not looked up. A Feistel network with cycle walking permutes any length in
+constant time and no memory (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Shards are permuted by
+sorting raw Philox words. Neither depends on functions whose results numpy may change.
 
 Letters: N samples, G global batch, L lanes, R ranks, W window.
 """

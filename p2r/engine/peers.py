@@ -74,27 +74,27 @@ class Peers:
 
 
 def refuse_mixed_gpus(device: torch.device) -> None:
-    """Refuse a group of GPUs of different kinds: the fastest would wait for the slowest in every step, and round differently. Collective.
+    """Refuse GPUs of different kinds: the slowest would limit every step, and each kind rounds differently. Collective.
 
     Raises:
-        InputError: On every rank.
+        InputError: The kinds differ; raised on every rank.
     """
     names = [""] * distributed.get_world_size()
     if device.type == "cuda" and len(names) > 1:
         distributed.all_gather_object(names, torch.cuda.get_device_name(device))
-        check_kinds(names)
+        check_device_names(names)
 
 
-def check_kinds(names: Sequence[str]) -> None:
-    """Raise InputError unless all devices, named by rank, are of one kind."""
+def check_device_names(names: Sequence[str]) -> None:
+    """Raise `InputError` unless all devices, named by rank, are of one kind."""
     kinds = {name: [rank for rank, other in enumerate(names) if other == name] for name in names}
     if len(kinds) > 1:
-        found = "; ".join(f"{name} on {_ranks(ranks)}" for name, ranks in kinds.items())
+        found = "; ".join(f"{name} on {_list_ranks(ranks)}" for name, ranks in kinds.items())
         raise InputError(
-            f"the workers of a run must have GPUs of one kind, got {found}: take the job to nodes with one kind of GPU"
+            f"the workers of a run must have GPUs of one kind, got {found}: run the job on nodes with one kind of GPU"
         )
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def _list_ranks(ranks: Sequence[int]) -> str:
     shown = ", ".join(map(str, ranks[:8])) + ", ..." * (len(ranks) > 8)
     return f"rank{'s' * (len(ranks) > 1)} {shown}"

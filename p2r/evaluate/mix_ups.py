@@ -62,8 +62,8 @@ class MixUps:
                 self._gain = gain
                 self._found = (
                     f"{other.name} and {mine.name} fit each other's images better than their own (exchanged, their classes explain "
-                    f"{exchanged[1]:.0%} and {exchanged[0]:.0%} of the variance of the intensities around them, instead of "
-                    f"{other.explained:.0%} and {mine.explained:.0%})"
+                    f"{exchanged[1]:.0%} and {exchanged[0]:.0%} of the intensities' variance around them, instead of {other.explained:.0%} "
+                    f"and {mine.explained:.0%})"
                 )
         self._seen[scan.scan.key] = mine
         while sum(kept.num_bytes for kept in self._seen.values()) > _MAX_BYTES:

@@ -8,8 +8,8 @@ All statistics use one number per draw and test patient: Dice, averaged over the
 **Intervals** are percentiles of a hierarchical bootstrap: draws of labelled patients, then test patients. All draws are
 evaluated on the same test patients, so a resample uses one choice of patients for all its draws. (An independent choice per
 draw would treat one patient as D different ones. Its nominal 95 % interval of 5 draws covered 74 %, with spreads of draws,
-patients and noise of 0.5 : 2 : 1.) Each level resamples m - 1 of m items, because the variance of m resampled of m is too
-small by the factor (m - 1) / m, which matters for 3 draws (Rao and Wu, JASA 83, 1988).
+patients and noise of 0.5 : 2 : 1.) Each level resamples m - 1 of m items (Rao and Wu, JASA 83, 1988). With m of m, the
+variance would be too small by the factor (m - 1) / m, which matters for 3 draws.
 
 Measured coverage of the nominal 95 % interval, on normal models with 20 patients (1,000 data sets each):
 
@@ -27,8 +27,8 @@ signed-rank test (two-sided) then tests whether the patients' differences are sy
 dropped, as by Wilcoxon; differences that agree to 12 decimals count as equal. The test is exact up to 50 patients without ties
 and up to 13 with ties, and above uses a normal approximation with correction for ties. Holm's correction covers the numbers
 of labelled patients of one comparison. The test does not cover variation between draws. The interval does, and so does the
-number of draws with the sign of the mean difference: without an effect, 5 of 5 occurs by chance in 6 % of comparisons, 4 of 5
-or more in 38 %.
+number of draws with the sign of the mean difference. Without an effect, 5 of 5 occurs by chance in 6 % of comparisons, and
+4 of 5 or more in 38 %.
 
 **Label efficiency** is the number of patients at which scratch first reaches a mode's Dice, read from straight lines between
 the means of scratch over log n. Outside the range of scratch, only the side is reported, without extrapolation.
@@ -40,7 +40,7 @@ Shapes: D draws, P test patients, R resamples.
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from p2r.errors import DataError
+from p2r.evaluate.rows import JsonModel, TrialRow
 from p2r.modes import SCRATCH, facts_of
 from p2r.randomness import keyed_generator
 
@@ -76,14 +77,96 @@ class _Group:
     backbone: str
     mode: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def names(self) -> dict[str, Any]:
+        """Return the fields of `_Compared`."""
         return {**asdict(self.setting), "backbone": self.backbone or None, "mode": self.mode}
 
 
+class _Compared(JsonModel):
+    """The part that every entry of the statistics has: what it is about."""
+
+    task: str
+    protocol: str
+    transductive: bool
+    split: str
+    backbone: str | None
+    """None where rows name none."""
+    mode: str
+
+    @property
+    def corpora(self) -> str | None:
+        """None: entries of unknown corpora are transductive, as their rows are."""
+        return None
+
+
+class Interval(_Compared):
+    """Mean Dice of one mode and number of labelled patients. With one draw, the interval is over patients, for this draw only;
+    with one patient as well, it has no width."""
+
+    num_labelled: int
+    draws: int
+    patients: int
+    mean: float
+    lower: float
+    upper: float
+
+
+class PairedDifference(_Compared):
+    """Difference of Dice from another mode (`against`) or the same mode of another backbone (`against_backbone`)."""
+
+    against: str = ""
+    against_backbone: str | None = None
+    num_labelled: int
+    draws: int
+    patients: int
+    difference: float
+    lower: float
+    upper: float
+    p: float
+    p_holm: float
+    """By Holm's correction over the numbers of labelled patients."""
+    difference_by_draw: list[float]
+    """In the order of the draws."""
+    draws_agree: int
+    """Number of draws whose difference has the sign of `difference`."""
+
+
+class LabelEfficiency(_Compared):
+    """Labelled patients that training from scratch needs for the Dice of a mode."""
+
+    num_labelled: int
+    dice: float
+    scratch_patients: float | None
+    beyond: str | None
+    """`below` if scratch reaches that Dice with its fewest patients already, `above` if it never does, else None."""
+
+
+class LeftOut(_Compared):
+    """A comparison that cannot be made."""
+
+    num_labelled: int
+    reason: str
+
+
+class Statistics(JsonModel):
+    """Statistics of the rows of final trials."""
+
+    confidence: float = 0.95
+    num_resamples: int
+    seed: int
+    intervals: list[Interval]
+    differences: list[PairedDifference]
+    """From scratch where there is one (of the same backbone, or of no backbone) and from the mode's own control from random weights;
+    else of every pair of modes."""
+    between_backbones: list[PairedDifference]
+    label_efficiency: list[LabelEfficiency]
+    left_out: list[LeftOut]
+
+
 def few_shot_statistics(
-    rows: Iterable[Mapping[str, Any]], *, seed: int, num_resamples: int = 2000, confidence: float = 0.95
-) -> dict[str, Any]:
-    """Compute the statistics of the rows of final trials.
+    rows: Iterable[TrialRow], *, seed: int, num_resamples: int = 2000, confidence: float = 0.95
+) -> Statistics:
+    """Compute the statistics of final trials together.
 
     Args:
         rows: Rows of `report.json`, in any order. Rows with different `protocol`, `transductive`, `split` or `backbone` (a short
@@ -92,24 +175,8 @@ def few_shot_statistics(
         num_resamples: R.
         confidence: Confidence level of the intervals, in (0, 1).
 
-    Returns:
-        Plain values for JSON. Every entry of a list has `task`, `protocol`, `transductive`, `split`, `backbone` (None if the
-        rows name none) and `mode`.
-
-        - `confidence`, `num_resamples`, `seed`;
-        - `intervals`: `num_labelled`, `draws`, `patients`, `mean`, `lower`, `upper`. With one draw, the interval covers only
-          the patients of this draw; with one patient as well, it has no width;
-        - `differences`: each mode minus `against`, which is scratch (of the same backbone, or of no backbone) and the mode's own
-          control from random weights; without scratch, all pairs of modes. `num_labelled`, `draws`, `patients`, `difference`,
-          `lower`, `upper`, `p`, `p_holm`; `difference_by_draw`, in the order of the draws; `draws_agree`, the number of these with
-          the sign of `difference`;
-        - `between_backbones`: the same for one mode, `backbone` minus `against_backbone`;
-        - `label_efficiency`: `num_labelled`, `dice`, `scratch_patients`, `beyond`: `below` if scratch reaches this Dice already
-          with its fewest patients, `above` if it never does, else None;
-        - `left_out`: comparisons that are not possible, with the `reason`.
-
     Raises:
-        DataError: if a row lacks a key, a Dice is not a number in [0, 1], or two rows belong to one trial.
+        DataError: if a row has no `dice_by_subject`, a Dice is not in [0, 1], or two rows are of one trial.
         ValueError: if `num_resamples` or `confidence` is out of range.
     """
     if num_resamples < 1 or not 0 < confidence < 1:
@@ -117,74 +184,115 @@ def few_shot_statistics(
             f"num_resamples must be positive and confidence in (0, 1), got {num_resamples} and {confidence}"
         )
     tables = _tabulate(rows)
-    found: dict[str, Any] = {"confidence": confidence, "num_resamples": num_resamples, "seed": seed}
-    left_out: list[dict[str, Any]] = []
-
-    def interval(dice: NDArray[np.float64], *key: object) -> tuple[float, float]:
-        generator = keyed_generator(seed, "bootstrap", repr(key))
-        return bootstrap_interval(dice, generator=generator, num_resamples=num_resamples, confidence=confidence)
-
+    left_out: list[LeftOut] = []
+    draw = _Bootstrap(seed, num_resamples, confidence)
+    intervals = _intervals(tables, draw, left_out)
     means: dict[_Group, dict[int, float]] = {}
-    intervals = []
+    for group, one in intervals:
+        means.setdefault(group, {})[one.num_labelled] = one.mean
+    modes, backbones = _pair_modes(tables), _pair_backbones(tables)
+    return Statistics(
+        confidence=confidence,
+        num_resamples=num_resamples,
+        seed=seed,
+        intervals=[one for _, one in intervals],
+        differences=_compared(tables, [(*pair, {"against": pair[1].mode}) for pair in modes], draw, left_out),
+        between_backbones=_compared(
+            tables, [(*pair, {"against_backbone": pair[1].backbone or None}) for pair in backbones], draw, left_out
+        ),
+        label_efficiency=list(_efficiency(means)),
+        left_out=left_out,
+    )
+
+
+@dataclass(frozen=True)
+class _Bootstrap:
+    """Intervals whose resamples depend on the seed and on what they are of."""
+
+    seed: int
+    num_resamples: int
+    confidence: float
+
+    def interval(self, dice: NDArray[np.float64], *key: object) -> tuple[float, float]:
+        generator = keyed_generator(self.seed, "bootstrap", repr(key))
+        return bootstrap_interval(
+            dice, generator=generator, num_resamples=self.num_resamples, confidence=self.confidence
+        )
+
+
+def _intervals(
+    tables: Mapping[_Group, Mapping[int, _Table]], draw: _Bootstrap, left_out: list[LeftOut]
+) -> list[tuple[_Group, Interval]]:
+    found = []
     for group, by_number in tables.items():
         for num_labelled, table in by_number.items():
             dice = _to_matrix(table)
             if not dice.size:
-                left_out.append(
-                    {**group.to_dict(), "num_labelled": num_labelled, "reason": "no test patient has a Dice"}
-                )
+                reason = "no test patient has a Dice"
+                left_out.append(LeftOut(**group.names(), num_labelled=num_labelled, reason=reason))
                 continue
-            lower, upper = interval(dice, group, num_labelled)
-            means.setdefault(group, {})[num_labelled] = mean = float(np.nanmean(dice))
-            counts = {"num_labelled": num_labelled, "draws": dice.shape[0], "patients": dice.shape[1]}
-            intervals.append({**group.to_dict(), **counts, "mean": mean, "lower": lower, "upper": upper})
-    found["intervals"] = intervals
+            lower, upper = draw.interval(dice, group, num_labelled)
+            draws, patients = dice.shape
+            mean = float(np.nanmean(dice))
+            interval = Interval(
+                **group.names(),
+                num_labelled=num_labelled,
+                draws=draws,
+                patients=patients,
+                mean=mean,
+                lower=lower,
+                upper=upper,
+            )
+            found.append((group, interval))
+    return found
 
-    def compare(pairs: Iterable[tuple[_Group, _Group]], other: str) -> list[dict[str, Any]]:
-        entries = []
-        for group, against in pairs:
-            name = {other: against.mode if other == "against" else against.backbone or None}
-            family = []
-            for num_labelled in sorted(tables[group].keys() & tables[against].keys()):
-                entry = {**group.to_dict(), **name, "num_labelled": num_labelled}
-                differences = _subtract_tables(tables[group][num_labelled], tables[against][num_labelled])
-                if not differences.size:
-                    left_out.append(
-                        {**entry, "reason": "no draw of the same labelled patients has a common test patient"}
-                    )
-                    continue
-                lower, upper = interval(differences, group, against, num_labelled)
-                family.append(
-                    {
-                        **entry,
-                        "draws": differences.shape[0],
-                        "patients": differences.shape[1],
-                        "difference": float(np.nanmean(differences)),
-                        "lower": lower,
-                        "upper": upper,
-                        "p": signed_rank_p(np.nanmean(differences, axis=0)),
-                        "difference_by_draw": np.nanmean(differences, axis=1).tolist(),
-                        "draws_agree": draws_agree(differences),
-                    }
-                )
-            adjusted = holm([entry["p"] for entry in family])
-            entries += [{**entry, "p_holm": p} for entry, p in zip(family, adjusted, strict=True)]
-        return entries
 
-    found["differences"] = compare(_pair_modes(tables), "against")
-    found["between_backbones"] = compare(_pair_backbones(tables), "against_backbone")
-    efficiency = []
-    for group, by_number_mean in means.items():
+def _compared(
+    tables: Mapping[_Group, Mapping[int, _Table]],
+    pairs: Iterable[tuple[_Group, _Group, dict[str, str | None]]],
+    draw: _Bootstrap,
+    left_out: list[LeftOut],
+) -> list[PairedDifference]:
+    """Compare pairs of groups; the last part of each pair names the other one in the entry."""
+    entries: list[PairedDifference] = []
+    for group, against, name in pairs:
+        family = []
+        for num_labelled in sorted(tables[group].keys() & tables[against].keys()):
+            entry = {**group.names(), **name, "num_labelled": num_labelled}
+            differences = _subtract_tables(tables[group][num_labelled], tables[against][num_labelled])
+            if not differences.size:
+                reason = "no draw of the same labelled patients has a common test patient"
+                left_out.append(LeftOut.model_validate({**entry, "reason": reason}))
+                continue
+            lower, upper = draw.interval(differences, group, against, num_labelled)
+            draws, patients = differences.shape
+            figures = {
+                "difference": float(np.nanmean(differences)),
+                "lower": lower,
+                "upper": upper,
+                "difference_by_draw": np.nanmean(differences, axis=1).tolist(),
+                "draws_agree": draws_agree(differences),
+            }
+            p = signed_rank_p(np.nanmean(differences, axis=0))
+            family.append((p, {**entry, "draws": draws, "patients": patients, **figures, "p": p}))
+        adjusted = holm([p for p, _ in family])
+        entries += [
+            PairedDifference.model_validate({**entry, "p_holm": p})
+            for (_, entry), p in zip(family, adjusted, strict=True)
+        ]
+    return entries
+
+
+def _efficiency(means: Mapping[_Group, Mapping[int, float]]) -> Iterator[LabelEfficiency]:
+    for group, by_number in means.items():
         scratch = _find_scratch(group, means)
         if group.mode == SCRATCH or scratch is None:
             continue
-        for num_labelled, mean in by_number_mean.items():
+        for num_labelled, mean in by_number.items():
             patients, beyond = patients_needed(mean, means[scratch])
-            named = {"num_labelled": num_labelled, "dice": mean, "scratch_patients": patients, "beyond": beyond}
-            efficiency.append({**group.to_dict(), **named})
-    found["label_efficiency"] = efficiency
-    found["left_out"] = left_out
-    return found
+            yield LabelEfficiency(
+                **group.names(), num_labelled=num_labelled, dice=mean, scratch_patients=patients, beyond=beyond
+            )
 
 
 def bootstrap_interval(
@@ -267,22 +375,18 @@ def patients_needed(dice: float, scratch: Mapping[int, float]) -> tuple[float | 
     return None, "above"
 
 
-def _tabulate(rows: Iterable[Mapping[str, Any]]) -> dict[_Group, dict[int, _Table]]:
+def _tabulate(rows: Iterable[TrialRow]) -> dict[_Group, dict[int, _Table]]:
     """Tabulate the Dice of the rows by group, number of labelled patients, draw and test patient."""
     tables: dict[_Group, dict[int, _Table]] = {}
     for row in rows:
-        try:
-            setting = _Setting(
-                row["task"], row.get("protocol", "leak_free"), bool(row.get("transductive")), row.get("split", "test")
-            )
-            group = _Group(setting, row.get("backbone") or "", row["mode"])
-            num_labelled, draw = int(row["num_labelled"]), (int(row["draw"]), tuple(sorted(row["subjects"])))
-            dice = {subject: float(found) for subject, found in row["dice_by_subject"].items() if found is not None}
-        except (KeyError, TypeError, ValueError) as error:
+        if "dice_by_subject" not in row.model_fields_set:
             raise DataError(
-                f"row {row.get('id', dict(row))}: {type(error).__name__}: {error}; the row of a final trial needs task, mode, "
-                "num_labelled, draw, subjects and dice_by_subject"
-            ) from None
+                f"row {row.id or row.mode}: dice_by_subject is missing; statistics need that of a final trial"
+            )
+        setting = _Setting(row.task, row.protocol, row.transductive, row.split)
+        group = _Group(setting, row.backbone or "", row.mode)
+        num_labelled, draw = row.num_labelled, (row.draw, tuple(sorted(row.subjects)))
+        dice = {subject: found for subject, found in row.dice_by_subject.items() if found is not None}
         trial = f"{setting.task}, {group.backbone or 'one backbone'}, {group.mode}, n = {num_labelled}, draw {draw[0]}"
         for subject, value in dice.items():
             if not 0 <= value <= 1:

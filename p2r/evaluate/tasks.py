@@ -3,9 +3,14 @@
     jobs/tasks/acdc.yaml -> TaskConfig -> Task(scans, subjects by split) -> LabelledScan
 
 A task is a folder of images, a folder of label maps with matching names and grids, the meaning of each label, and the
-subjects of each split, by name or by a seeded rule. Every error that would invalidate a metric is refused here, by name: a
-patient in two splits, an image without its label map, a label map on another grid, with an undeclared value or where its
-image is empty, one scan under two subjects, a class without any labelled patient.
+subjects of each split. Splits are by name or by a seeded rule.
+
+Every error that would invalidate a metric is refused here, by name:
+
+- a patient in two splits, or one scan under two subjects;
+- an image without its label map, or a label map on another grid;
+- a label map with an undeclared value, or with labels where its image is empty;
+- a class without any labelled patient.
 
 `p2r.evaluate.mix_ups` finds two label maps of one grid that were exchanged. One error cannot be detected: a label map of
 another patient that fits the image in name, grid, position and appearance.

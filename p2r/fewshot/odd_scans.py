@@ -1,8 +1,8 @@
 """Unlabelled and labelled scans -> warnings about unlabelled scans of another spacing or another contrast.
 
-Every scan is resampled to the backbone's pixel size and normalised between its own percentiles, so such scans are not refused:
-with one labelled patient, the variety of unlabelled scans may be their benefit. But a localiser or a scan of another sequence
-gives pseudo-labels of anatomy that the labelled patients never show, so a warning names it.
+Such scans are not refused: every scan is resampled to the backbone's pixel size and normalised between its own percentiles.
+With one labelled patient, the variety of unlabelled scans may even be their benefit. But a localiser or a scan of another
+sequence gives pseudo-labels of anatomy that the labelled patients never show, so a warning names it.
 
 The contrast of a scan is the distribution of its intensities after preparation. The distance between two scans is the mean
 difference of their quantiles (Wasserstein distance, from 0 to 1). A scan is odd if its distance to the nearest labelled scan is

@@ -3,8 +3,8 @@
 It crops every volume, also of test patients, to the box of the *reference* + 10 px, and drops slices with an empty reference.
 So the label leaks into the input, and false positives elsewhere never count. It separates validation from training by slices,
 not by patients, and averages a soft Dice that includes the background. All of this is reproduced here, to measure its effect
-compared with `leak_free`. Details that the paper leaves open are chosen as follows: the margin is in voxels of the scan, a scan
-with several frames is cropped frame by frame, and a fifth of the slices is for validation.
+compared with `leak_free`. Three details are not in the paper, and chosen here. The margin is in voxels of the scan, a scan with
+several frames is cropped frame by frame, and a fifth of the slices is for validation.
 
 Shapes: X Y Z T a volume; P slices; K classes
 """

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 from p2r.config import Distribution, FinetuneConfig, NumLabelled
 from p2r.errors import DataError
 from p2r.evaluate.sampling import draw_subjects
-from p2r.modes import SETTINGS_OF, Mode
+from p2r.modes import MODES, Mode
 from p2r.randomness import keyed_generator
 
 ProtocolName = Literal["leak_free", "paper_compat"]
@@ -149,9 +149,9 @@ def candidates_of(config: FinetuneConfig, mode: Mode) -> list[Candidate]:
 def space_of(config: FinetuneConfig, mode: Mode) -> dict[str, tuple[float, ...] | Distribution]:
     """Return the candidates of every setting that is searched and that the mode has."""
     space: dict[str, tuple[float, ...] | Distribution] = {}
-    if mode != "prototype":
+    if MODES[mode].trains != "nothing":
         space["learning_rate"] = config.search.learning_rates[mode]
-    return space | {name: config.search.space[name] for name in SETTINGS_OF[mode] if name in config.search.space}
+    return space | {name: config.search.space[name] for name in MODES[mode].settings if name in config.search.space}
 
 
 def _quantile(seed: int, number: int, name: str) -> float:
@@ -171,10 +171,10 @@ def _drawn(candidates: tuple[float, ...] | Distribution, *, quantile: float) -> 
 
 def settings_of(config: FinetuneConfig, mode: Mode, candidate: Candidate) -> Settings:
     """Return a trial's settings: the candidate's, and the section's for what is not searched."""
-    of_section = {**{name: getattr(config, name) for name in SETTINGS_OF[mode]}, "steps": config.steps_of(mode)}
-    values: dict[str, Any] = {name: candidate.get(name, of_section[name]) for name in SETTINGS_OF[mode]}
+    of_section = {**{name: getattr(config, name) for name in MODES[mode].settings}, "steps": config.steps_of(mode)}
+    values: dict[str, Any] = {name: candidate.get(name, of_section[name]) for name in MODES[mode].settings}
     values = {name: int(value) if name in _WHOLE else float(value) for name, value in values.items()}
-    if mode != "prototype":
+    if MODES[mode].trains != "nothing":
         values["learning_rate"] = float(candidate["learning_rate"])
     return Settings(**values)
 

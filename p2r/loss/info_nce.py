@@ -5,9 +5,9 @@ Each embedding has to identify its partner among all candidates by cosine simila
     cross_view  candidates of a query are all keys, and of a key all queries (N x N), mean over both directions
     nt_xent     candidates are all 2N embeddings except itself (SimCLR's form, used by Pix2Rep)
 
-The loss of one anchor is computed from its negatives only, as `softplus(lse_j(k s_ij) - k s_positive)`: as training
-converges, the usual `lse - k s_positive` and its gradient lose all significant digits. The decoupled variant, with the
-positive left out of the denominator, has no softplus.
+The loss of one anchor is `softplus(lse_j(k s_ij) - k s_positive)`, with j over its negatives only. As training converges,
+the usual `lse - k s_positive` and its gradient lose all significant digits. The decoupled variant, with the positive left
+out of the denominator, has no softplus.
 
 Similarities are computed tile by tile and never stored; the backward pass recomputes them:
 
@@ -58,7 +58,7 @@ from p2r.loss.ranks import (
 from p2r.loss.tiles import Rows, Scale, sharpest, static_shift, static_shift_on_device
 
 PANEL = 16_384
-"""Rows that fill a GPU together: the entries of two such panels of one tower are computed once."""
+"""Rows of a panel, enough to fill a GPU. The entries of two panels of one tower are computed once."""
 Form = Literal["cross_view", "nt_xent"]
 Exchange = Literal["all_gather", "ring"]
 

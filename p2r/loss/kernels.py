@@ -4,9 +4,9 @@ Each program holds a block of anchors and streams the candidates, like the forwa
 additions: programs write partial results to separate memory, which is summed in a fixed order, so runs are bitwise
 reproducible.
 
-Nearly all tiles contain only negatives. Masks are computed for the other tiles, in a separate loop: tiles on the diagonal,
-tiles whose rows have an image in common, and the last tile if it is incomplete. Elsewhere, excluded candidates cost nothing:
-in `sums` their shift is infinite, in `push` their rows are zero.
+Nearly all tiles contain only negatives. The other tiles need masks, and have a separate loop: those on the diagonal, those
+whose rows have an image in common, and the last tile if incomplete. Elsewhere, excluded candidates cost nothing: in `sums`
+their shift is infinite, in `push` their rows are zero.
 
 Rows are multiplied in their own dtype (float32, and the second product of float16, as TF32); sums are float32. Weights of
 bfloat16 rows are rounded to bfloat16. Weights of float16 rows would underflow in float16, and are rounded to TF32.

@@ -4,8 +4,8 @@ Pix2Rep trains a network f to be equivariant to geometry: f(warped image) = warp
 compare them would be expensive. Instead, features are read only at the sampled points (a pixel of view b, and its position in
 view a), and only these are projected.
 
-If the representation is coarser than the image, pixel p has the position (p + 1/2) / stride - 1/2 in it: the borders of both
-grids coincide, so that a mirrored image has a mirrored representation.
+In a representation coarser than the image, pixel p has the position (p + 1/2) / stride - 1/2. So the borders of both grids
+coincide, and a mirrored image has a mirrored representation.
 
 Letters: B images, C contrasts, *S the D axes of an image (H W, or X Y Z), F feature channels, n points per image, E
 embedding channels.

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from p2r.evaluate.rows import TrialRow
+from p2r.evaluate.statistics import Interval
 from p2r.report.canvas import (
     INK,
     NARROW,
@@ -21,17 +22,15 @@ from p2r.report.canvas import (
     plain,
     text_width,
 )
-from p2r.report.tables import Cell, Row, aggregate, label_of, protocol_of, series_name, series_of, split_of
+from p2r.report.tables import Cell, aggregate, label_of, protocol_of, series_name, series_of, split_of
 from p2r.report.text import for_picture
 
 _DODGE = 0.018  # of the axis, between modes: otherwise their draws hide one another
 _LINES = ("solid", "dashed", "dotted", "dashdot")
 
-Interval = Mapping[str, Any]
-
 
 def few_shot_curve(
-    rows: Sequence[Row],
+    rows: Sequence[TrialRow],
     task: str,
     *,
     title: str | None = None,
@@ -55,7 +54,7 @@ def few_shot_curve(
     Raises:
         ValueError: if there is nothing to draw, or protocols would be mixed.
     """
-    rows = [row for row in rows if row["task"] == task and row["dice_mean"] is not None]
+    rows = [row for row in rows if row.task == task and row.dice_mean is not None]
     if not rows:
         raise ValueError(f"no row of task {task} has a Dice")
     protocols = {protocol_of(row) for row in rows}
@@ -63,9 +62,9 @@ def few_shot_curve(
         raise ValueError(f"one curve shows one protocol, got {', '.join(sorted(protocols))}")
     cells = [cell for cell in aggregate(rows) if cell.dice_mean.mean is not None]
     bands: dict[tuple[tuple[str, str], int], tuple[float, float]] = {
-        (series_of(interval), interval["num_labelled"]): (interval["lower"], interval["upper"])
+        (series_of(interval), interval.num_labelled): (interval.lower, interval.upper)
         for interval in intervals
-        if interval["task"] == task and protocol_of(interval) in protocols and interval["lower"] is not None
+        if interval.task == task and protocol_of(interval) in protocols
     }
     headline = (title or f"{task}: what a few labels are worth") + label_of(rows)
     figures = [_figure(rows, cells, bands, level, headline, source, width) for width in (WIDE, NARROW)]
@@ -73,7 +72,7 @@ def few_shot_curve(
 
 
 def _figure(
-    rows: Sequence[Row],
+    rows: Sequence[TrialRow],
     cells: Sequence[Cell],
     bands: Mapping[tuple[tuple[str, str], int], tuple[float, float]],
     level: str,
@@ -131,7 +130,7 @@ def _figure(
 def draw_series(
     axes: Axes,
     cells: Sequence[Cell],
-    rows: Sequence[Row],
+    rows: Sequence[TrialRow],
     bands: Mapping[tuple[tuple[str, str], int], tuple[float, float]],
     offset: float,
     span: float,
@@ -148,7 +147,7 @@ def draw_series(
     elif banded:
         at_all, lowers, uppers = zip(*banded, strict=True)
         axes.fill_between(at_all, lowers, uppers, color=colour, alpha=0.14, linewidth=0)
-    draws = [(row["num_labelled"] * math.exp(offset), row["dice_mean"]) for row in rows if series_of(row) == series]
+    draws = [(row.num_labelled * math.exp(offset), row.dice_mean) for row in rows if series_of(row) == series]
     axes.plot(*zip(*draws, strict=True), "o", color=colour, alpha=0.45, markersize=4, markeredgewidth=0)
     means = [cell.dice_mean.mean or 0.0 for cell in cells]
     # Alone, the means of all modes would lie upon each other: each stands at its draws.

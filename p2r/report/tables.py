@@ -5,20 +5,49 @@ the denominator; none for one draw). The gain of a mode over training from scrat
 have, so that it compares networks trained on the same patients.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
+from typing import Literal, Protocol
 
 from rich.table import Table
 from rich.text import Text
 
+from p2r.evaluate.rows import TrialRow
 from p2r.modes import MODES, SCRATCH, facts_of
 from p2r.report.text import one_line, signed
 
 LEAK_FREE, TRANSDUCTIVE, UNKNOWN = "leak_free", "transductive", "corpora unknown"
 
-Row = Mapping[str, Any]
+CalibrationFigure = Literal["ece", "brier", "ece_whole", "brier_whole"]
+
+
+class HasSeries(Protocol):
+    """A row, or an entry of the statistics, of one mode and backbone."""
+
+    @property
+    def mode(self) -> str:
+        """Name of the mode."""
+
+    @property
+    def backbone(self) -> str | None:
+        """Short name of the backbone, where there are several."""
+
+
+class HasProtocol(Protocol):
+    """A row, or an entry of the statistics, by one protocol."""
+
+    @property
+    def protocol(self) -> str:
+        """Name of the protocol."""
+
+    @property
+    def transductive(self) -> bool:
+        """True if the backbone has seen the patients, or may have."""
+
+    @property
+    def corpora(self) -> str | None:
+        """`unknown` if the backbone's corpora are."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +92,18 @@ class Cell:
         return self.mode, self.backbone
 
 
-def protocol_of(row: Row) -> str:
+def protocol_of(row: HasProtocol) -> str:
     """Return the protocol that a row was made by; `transductive` if the backbone has seen the patients, or what says that it may have."""
-    protocol = str(row["protocol"]).replace("-", "_")
-    label = UNKNOWN if row.get("corpora") == "unknown" else TRANSDUCTIVE
-    if not row.get("transductive") or label in protocol:
+    protocol = row.protocol.replace("-", "_")
+    label = UNKNOWN if row.corpora == "unknown" else TRANSDUCTIVE
+    if not row.transductive or label in protocol:
         return protocol
     return label if protocol == LEAK_FREE else f"{protocol}, {label}"
 
 
-def series_of(row: Row) -> tuple[str, str]:
+def series_of(row: HasSeries) -> tuple[str, str]:
     """Return mode and backbone of a row."""
-    return str(row["mode"]), str(row.get("backbone") or "")
+    return row.mode, row.backbone or ""
 
 
 def series_name(series: tuple[str, str]) -> str:
@@ -95,13 +124,13 @@ def series_order(series: tuple[str, str]) -> tuple[int, str, str]:
     return order.index(series[0]) if series[0] in order else len(order), *series
 
 
-def aggregate(rows: Sequence[Row]) -> list[Cell]:
+def aggregate(rows: Sequence[TrialRow]) -> list[Cell]:
     """Average rows over draws, sorted by task, protocol, number of patients, mode and backbone."""
-    groups: dict[tuple[str, str, int, tuple[str, str]], dict[int, Row]] = {}
+    groups: dict[tuple[str, str, int, tuple[str, str]], dict[int, TrialRow]] = {}
     for row in rows:
-        key = (row["task"], protocol_of(row), row["num_labelled"], series_of(row))
-        if groups.setdefault(key, {}).setdefault(row["draw"], row) is not row:
-            raise ValueError(f"draw {row['draw']} of {key} has two rows")
+        key = (row.task, protocol_of(row), row.num_labelled, series_of(row))
+        if groups.setdefault(key, {}).setdefault(row.draw, row) is not row:
+            raise ValueError(f"draw {row.draw} of {key} has two rows")
     keys = sorted(groups, key=lambda key: (*key[:3], series_order(key[3])))
     return [
         _cell(
@@ -113,7 +142,7 @@ def aggregate(rows: Sequence[Row]) -> list[Cell]:
     ]
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[TrialRow]) -> Table:
     """Return the figures of all tasks as one table for the terminal."""
     cells = aggregate(rows)
     result = Table(
@@ -146,17 +175,17 @@ def table(rows: Sequence[Row]) -> Table:
     return result
 
 
-def is_transductive(rows: Sequence[Row]) -> bool:
+def is_transductive(rows: Sequence[TrialRow]) -> bool:
     """Tell whether figures of patients that the backbone has seen are among the rows."""
     return any(TRANSDUCTIVE in protocol_of(row) for row in rows)
 
 
-def is_unknown(rows: Sequence[Row]) -> bool:
+def is_unknown(rows: Sequence[TrialRow]) -> bool:
     """Tell whether figures of a backbone whose corpora are unknown are among the rows."""
     return any(UNKNOWN in protocol_of(row) for row in rows)
 
 
-def label_of(rows: Sequence[Row]) -> str:
+def label_of(rows: Sequence[TrialRow]) -> str:
     """Return what a title must say of rows that are not leak-free, or nothing."""
     if is_unknown(rows):
         return " (corpora unknown: the backbone may have seen these patients)"
@@ -165,19 +194,19 @@ def label_of(rows: Sequence[Row]) -> str:
     return " (paper_compat: the label leaks into the input)" if is_paper_compatible(rows) else ""
 
 
-def is_paper_compatible(rows: Sequence[Row]) -> bool:
+def is_paper_compatible(rows: Sequence[TrialRow]) -> bool:
     """Tell whether figures made by the released code's choices, which leak, are among the rows."""
     return any("paper_compat" in protocol_of(row) for row in rows)
 
 
-def split_of(rows: Sequence[Row]) -> str:
+def split_of(rows: Sequence[TrialRow]) -> str:
     """Return the name of the split that the rows were read on."""
-    return " and ".join(sorted({str(row.get("split", "test")) for row in rows})) or "test"
+    return " and ".join(sorted({row.split for row in rows})) or "test"
 
 
-def code_of(rows: Sequence[Row], context: Mapping[str, Any]) -> str:
+def code_of(rows: Sequence[TrialRow], code: str | None) -> str:
     """Return the commits that ran the trials; of rows that do not say, that of their report."""
-    codes = {str(row.get("code") or context.get("code") or "") for row in rows}
+    codes = {row.code or code or "" for row in rows}
     return ", ".join(sorted(codes - {""}))
 
 
@@ -190,10 +219,10 @@ def best_cells(cells: Sequence[Cell]) -> list[Cell]:
     return [max(group, key=lambda cell: cell.dice_mean.mean or 0.0) for group in settings.values() if len(group) > 1]
 
 
-def calibration_of(row: Row, name: str) -> float | None:
+def calibration_of(row: TrialRow, name: CalibrationFigure) -> float | None:
     """Return a figure of a row's `calibration`; None for a row that has none, as those of earlier versions."""
-    figure = (row.get("calibration") or {}).get(name)
-    return None if figure is None else float(figure)
+    figure: float | None = None if row.calibration is None else getattr(row.calibration, name)
+    return figure
 
 
 def gain_text(cell: Cell) -> str:
@@ -205,11 +234,15 @@ def _setting(cell: Cell) -> tuple[str, str, int]:
     return cell.task, cell.protocol, cell.num_labelled
 
 
-def _cell(key: tuple[str, str, int, tuple[str, str]], draws: dict[int, Row], scratch: dict[int, Row] | None) -> Cell:
+def _cell(
+    key: tuple[str, str, int, tuple[str, str]], draws: dict[int, TrialRow], scratch: dict[int, TrialRow] | None
+) -> Cell:
     task, protocol, num_labelled, (mode, backbone) = key
     rows = list(draws.values())
-    classes = list(rows[0]["dice"])
-    pairs = [(row["dice_mean"], (scratch or {}).get(draw, {}).get("dice_mean")) for draw, row in draws.items()]
+    classes = list(rows[0].dice)
+    pairs = [
+        (row.dice_mean, scratch[draw].dice_mean if scratch and draw in scratch else None) for draw, row in draws.items()
+    ]
     gains = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
     return Cell(
         task=task,
@@ -217,10 +250,10 @@ def _cell(key: tuple[str, str, int, tuple[str, str]], draws: dict[int, Row], scr
         mode=mode,
         num_labelled=num_labelled,
         num_draws=len(rows),
-        dice_mean=_spread(row["dice_mean"] for row in rows),
-        dice={name: _spread(row["dice"].get(name) for row in rows) for name in classes},
-        hd95_mm=_spread(row["hd95_mm"] for row in rows),
-        nsd=_spread(row["nsd"] for row in rows),
+        dice_mean=_spread(row.dice_mean for row in rows),
+        dice={name: _spread(row.dice.get(name) for row in rows) for name in classes},
+        hd95_mm=_spread(row.hd95_mm for row in rows),
+        nsd=_spread(row.nsd for row in rows),
         gain=fmean(gains) if gains else None,
         backbone=backbone,
         ece=_spread(calibration_of(row, "ece") for row in rows),

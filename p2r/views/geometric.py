@@ -2,8 +2,8 @@
 
 Rotation, scale, shear, flip, translation and elastic deformation are drawn first, then composed into ONE field of
 positions. So an image is interpolated once, and the source of every pixel of a view is known. They act in millimetres, also
-for anisotropic pixels: a rotation by 30 degrees maps a circle in the body to itself, and an augmentation has the same
-meaning at every pixel size.
+for anisotropic pixels: a rotation maps a circle in the body to itself, and a parameter has the same effect at every pixel
+size.
 
 A rotation in 3D is about the first axis, then the second, then the third, each by an angle of its own range, as in
 nnU-Net and TorchIO. Alternatives: kornia works in batches, but interpolates twice (affine, then elastic) and has no elastic

@@ -6,9 +6,9 @@ resolution (blur, large voxels), ghosts of periodic motion, noise. The window be
 finished image. The result is clipped to [0, 1], the range at inference.
 
 A transform is applied only to the images for which it was drawn; the others stay bitwise unchanged. The host knows which
-images these are, so nothing synchronises with the device. Sums do not depend on the order of addition, and functions do not
-depend on a pixel's position in memory (a power does, so it is computed by exp and log). So an image's view does not depend
-on the rest of the batch.
+images these are, so nothing synchronises with the device. An image's view does not depend on the rest of the batch: sums do
+not depend on the order of addition, and functions not on a pixel's position in memory. (A power does, so it is computed by
+exp and log.)
 
 Alternatives: kornia has most of these transforms in batches, but no ghosts, bias fields or Rician noise, and draws from the
 global generator. MONAI and TorchIO have all of them, one image at a time.

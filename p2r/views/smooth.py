@@ -3,8 +3,8 @@
 The weights of B-splines are positive and sum to 1, so a field never leaves the range of its control values, and its first
 two derivatives are continuous. Few numbers are drawn per image, independent of its size.
 
-Pixels are computed as sums over the four taps of the spline, not as a matrix product: the result of a matrix library for
-one image may depend on the batch size, and a view must not.
+Pixels are sums over the four taps of the spline, not a matrix product. With a matrix library, the result for one image may
+depend on the batch size; a view must not.
 
 Letters: B images, K fields, *s pixels along each axis, *k control points along each axis.
 """

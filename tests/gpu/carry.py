@@ -1,9 +1,9 @@
-"""Wheels that the probe needs on a borrowed GPU machine without a network, and how much has to travel.
+"""Wheels for the probe on a GPU machine without a network, and their size.
 
     python -m tests.gpu.carry FOLDER [--python 3.12]
 
-The machine has torch, Triton and their libraries (`tests/gpu/probe.py`); the rest is downloaded for its Python, at the versions
-that the project pins. DeepSpeed has no wheel, and is built here: it is pure Python. On the machine:
+The machine has torch, Triton and their libraries. The other packages are downloaded for its Python, at the versions that the
+project pins. DeepSpeed publishes no wheel; a pure one is built here. On the machine:
 
     python3 -m pip install --no-index --no-deps --target /tmp/site FOLDER/*.whl
     PYTHONPATH=/tmp/site python3 -m tests.gpu.probe --minutes 9
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LIMIT_MIB = 64
-"""Of all that travels: the repository's tracked files, and the wheels."""
+"""Limit for the repository's tracked files and the wheels together."""
 PACKAGES = (
     *("annotated-types", "pydantic", "pydantic-core", "typing-inspection", "google-re2"),
     *("blosc2", "ndindex", "numexpr", "isal", "nibabel", "pydicom", "webdataset", "braceexpand"),
@@ -51,7 +51,7 @@ def fetch(folder: Path, *, python: str) -> None:
 
 
 def weigh(folder: Path) -> dict[str, float]:
-    """Return what travels, MiB: each wheel, and the tracked files of the repository."""
+    """Return sizes in MiB: each wheel, and the tracked files of the repository."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     tracked = sum((ROOT / name).stat().st_size for name in listed.split("\0") if name and (ROOT / name).is_file())
     wheels = {path.name: path.stat().st_size / 2**20 for path in sorted(folder.glob("*.whl"))}
@@ -59,7 +59,7 @@ def weigh(folder: Path) -> dict[str, float]:
 
 
 def main() -> int:
-    """Fetch, and print the weights; return 1 if it is too much."""
+    """Fetch the wheels and print their sizes; return 1 if they exceed the limit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", default="3.12")

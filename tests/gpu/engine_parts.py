@@ -69,7 +69,7 @@ def engine(sizes: Sizes) -> Iterator[Fact]:
 
 
 def variants(sizes: Sizes) -> Iterator[Fact]:
-    """Images a second of the step in every variant of precision, layout and compiling; then where the time of one goes."""
+    """Throughput of the step in every variant of precision, layout and compiling; then a profile of one variant."""
     from functools import partial
 
     from training import (
@@ -114,7 +114,7 @@ def variants(sizes: Sizes) -> Iterator[Fact]:
 
 
 def _dearest(step: Callable[[], object], sizes: Sizes, *, name: str) -> Iterator[Fact]:
-    """Profile one step, and yield what takes most of the device's time."""
+    """Profile one step, and yield the operators with the longest device time."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if sizes.is_gpu else [])]) as found:

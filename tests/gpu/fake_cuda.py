@@ -1,11 +1,11 @@
-"""Training steps on CUDA tensors that have shapes and no memory, in a torch without CUDA: device code that never ran is run.
+"""Training steps on CUDA tensors that have shapes and no memory, in a torch without CUDA.
 
     python -m tests.gpu.fake_cuda < cases.json
 
-Every tensor knows its device, shape and dtype, and nothing else. So a step that reads a value of its device fails, a copy that
-would make the host wait is counted, and operands on different devices are an error; a step of 64 workers on images of full
-size takes seconds. DeepSpeed needs a real device: a plain engine takes its place here (`tests/p2r/engine/test_no_waiting.py`
-runs the real one on a CPU). Kernels are not launched: what they would be launched with is checked.
+Every tensor knows its device, shape and dtype, and nothing else. A step that reads a value of its device therefore fails,
+operands on different devices are an error, and copies for which the host would wait are counted. A step of 64 workers on images
+of full size takes seconds. DeepSpeed needs a real device and is replaced by a plain engine; `tests/p2r/engine/test_no_waiting.py`
+runs DeepSpeed on a CPU. Kernels are not launched; the arguments of each launch are checked.
 
 Cases are a JSON list of {"name", "config": section `pretrain`, "world_size", "rank", "steps"}; each gives a line of JSON.
 """
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def steps_of(case: dict[str, Any]) -> dict[str, Any]:
-    """Take the steps of one case; return what they waited for, the kernels' launches, and the operators."""
+    """Take the steps of one case; return copies that wait, the kernels' launches, and the operators."""
     import torch
 
     from p2r.config import PretrainConfig
@@ -101,7 +101,7 @@ def steps_of(case: dict[str, Any]) -> dict[str, Any]:
 
 
 class _PlainEngine:
-    """As much of an engine at ZeRO stage 0 as a step uses."""
+    """The part of an engine at ZeRO stage 0 that a step uses."""
 
     mean_weights = None
 
@@ -144,7 +144,7 @@ class _PlainEngine:
 
 @contextmanager
 def _group(rank: int, world_size: int) -> Iterator[None]:
-    """A process group of one process that has shapes of all ranks."""
+    """Join a process group of one process, whose collectives give the shapes of all ranks."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -157,7 +157,7 @@ def _group(rank: int, world_size: int) -> Iterator[None]:
 
 @contextmanager
 def _fake(waits: Counter[str], launches: Counter[str], operators: set[str]) -> Iterator[Any]:
-    """Make tensors fake, count copies that wait, and take the place of what a build without CUDA has not."""
+    """Make tensors fake, count copies that wait, and replace functions that a build without CUDA lacks."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -186,7 +186,7 @@ def _fake(waits: Counter[str], launches: Counter[str], operators: set[str]) -> I
         kept.append(tensor)
         return tensor
 
-    kept: list[torch.Tensor] = []  # an id stays a tensor's own for as long as the tensor is there
+    kept: list[torch.Tensor] = []  # keeps the ids of pinned tensors from being used again
     state = torch.zeros(16, dtype=torch.uint8)
     with ExitStack() as stack:
         for place, name, value in (

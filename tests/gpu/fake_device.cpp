@@ -1,6 +1,6 @@
-// A CUDA device for a build of torch without CUDA: no memory, no streams, no kernels.
+// A CUDA device for a build of torch without CUDA. It has no memory, streams or kernels.
 //
-// Fake tensors can then be of CUDA, and autograd's engine finds a device to run their backward pass on.
+// With it, fake tensors can be on CUDA, and autograd's engine has a device for their backward pass.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>

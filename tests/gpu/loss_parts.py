@@ -1,4 +1,4 @@
-"""Parts of the probe that need torch, Triton and the loss alone: the card, kernels, peers, draws, views."""
+"""Parts of the probe that need only torch, Triton and the loss: the card, kernels, peers, draws, views."""
 
 import csv
 import dataclasses
@@ -117,7 +117,7 @@ def peers(sizes: Sizes) -> Iterator[Fact]:
 
 
 def precisions(sizes: Sizes) -> Iterator[Fact]:
-    """Time of the loss of float32 rows: by the kernels, as TF32, and in torch's tiles."""
+    """Time of the loss of float32 rows, by the kernels as TF32 and by torch's tiles."""
     from p2r.loss import info_nce
 
     num = sizes.pick(16_384, 256)
@@ -132,7 +132,7 @@ def precisions(sizes: Sizes) -> Iterator[Fact]:
 
 
 def tiles_of_kernels(sizes: Sizes) -> Iterator[Fact]:
-    """Time of each kernel alone, by tile."""
+    """Time of each kernel by itself, for several tiles."""
     from p2r.loss import kernels as ours
     from p2r.loss.tiles import Scale
 
@@ -160,7 +160,7 @@ def tiles_of_kernels(sizes: Sizes) -> Iterator[Fact]:
 
 
 def tools(sizes: Sizes) -> Iterator[Fact]:
-    """NVIDIA's own tools on the kernels: where their time goes, and whether they keep to their memory."""
+    """Counters of the kernels by ncu, and memory errors by compute-sanitizer, if these tools are installed."""
     module = [sys.executable, "-m", "tests.gpu.probe", "--device", sizes.device.type]
     commands = {
         "ncu": [
@@ -181,7 +181,7 @@ def tools(sizes: Sizes) -> Iterator[Fact]:
 
 
 def launches(sizes: Sizes) -> Iterator[Fact]:
-    """Launch each kernel twice: what `tools` looks at."""
+    """Launch each kernel twice, for `tools`."""
     from p2r.loss import kernels as ours
     from p2r.loss.tiles import Scale
 
@@ -197,7 +197,7 @@ def launches(sizes: Sizes) -> Iterator[Fact]:
 
 
 def draws(sizes: Sizes) -> Iterator[Fact]:
-    """Random bits, points and views of the device: bits and points are those of a CPU, views but for rounding."""
+    """Random bits and points of the device; they equal the CPU's."""
     import numpy as np
 
     from p2r.device import random_bits
@@ -225,7 +225,7 @@ def draws(sizes: Sizes) -> Iterator[Fact]:
 
 
 def views(sizes: Sizes) -> Iterator[Fact]:
-    """Views of the device beside those of a CPU, in 2D and 3D: by how much they differ."""
+    """Largest difference between views made on the device and on a CPU, in 2D and 3D."""
     import numpy as np
 
     from p2r.config import ViewsConfig

@@ -29,10 +29,10 @@ NOT_DETERMINISTIC = {
     "torch.Tensor.scatter_reduce": r"scatter_reduce_?",
     "torch.Tensor.resize_": "resize_ of quantized",
 }
-"""What `torch.use_deterministic_algorithms` names as raising on CUDA, and the operators behind."""
+"""Names in the documentation of `torch.use_deterministic_algorithms`, and patterns of their ATen operators."""
 
 
 def not_deterministic(operators: Iterable[str]) -> list[str]:
-    """Return which of the ATen operators raise on CUDA where algorithms have to be deterministic."""
+    """Return the ATen operators that raise on CUDA if algorithms must be deterministic."""
     raising = re.compile("|".join(NOT_DETERMINISTIC.values()))
     return sorted(name for name in operators if raising.fullmatch(name))

@@ -1,11 +1,11 @@
-"""Ten minutes on a borrowed GPU: everything about this code that only a GPU can tell, most valuable first.
+"""Ten minutes on a borrowed GPU: measurements that need one, the most valuable first.
 
     python -m tests.gpu.probe [--minutes 9] [--device cuda|cpu] [--out FILE] [--parts machine,kernels,...]
 
-Every part is a process of its own with its own limit. Each fact is a line of JSON, written as soon as it is known; a table of
-all facts ends the run. It needs the repository, torch, Triton, and what `tests/gpu/carry.py` brings; neither a network nor Ray.
-Peers of the loss and NVIDIA's tools are used where they are, and skipped by name elsewhere. On a CPU the same parts run on tiny
-sizes, with kernels in Triton's interpreter.
+Every part is a process with a time limit of its own. Each fact is a line of JSON, written as soon as it is known; a table of all
+facts ends the run. The probe needs the repository, torch, Triton and the wheels of `tests/gpu/carry.py`; neither a network nor
+Ray. Peers of the loss and NVIDIA's tools are used if they are installed, and skipped by name otherwise. On a CPU the same parts
+run on tiny sizes, with kernels in Triton's interpreter.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the parts of the probe share: the device with sizes for it, and a clock."""
+"""Device, sizes and clock of the probe's parts."""
 
 import dataclasses
 import time
@@ -12,7 +12,7 @@ Fact = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What a part computes with."""
+    """Device of a part, with its sizes."""
 
     device: torch.device
     is_gpu: bool

@@ -34,11 +34,11 @@ LAUNCHES = {
     "learnt temperature, radius, micro-batches": {"sums": 3, "push": 4},
     "learnt temperature, ring": {"sums": 8, "push": 8},  # four directions with the rows of each of two ranks
 }
-"""Of the loss's kernels in a step; other cases have no use for them, or too few channels."""
+"""Launches of the loss's kernels in a step. Other cases need no kernels, or compute in fp32."""
 JOBS = {"acdc": 1, "pretrain-8gpu": 8, "pretrain-64gpu": 64}
 """Number of GPUs by job."""
 SUMS = {"acdc": 3, "pretrain-8gpu": 5, "pretrain-64gpu": 5}
-"""Launches in a step: across views, and within each of two; of several panels, with a panel itself and with those that follow."""
+"""Launches of sums in a step: across views, and within each of two views. Several panels take two launches for a view."""
 FOLDER = Path(__file__).parents[2] / "jobs"
 
 
@@ -67,7 +67,7 @@ def pretraining() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def steps(pretraining: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the steps of each case and job waited for, launched and called."""
+    """Copies that wait, kernel launches and operators of each case and job."""
     jobs = [
         {"name": name, "config": config.model_dump(mode="json"), "world_size": JOBS[name], "rank": JOBS[name] - 1}
         for name, config in pretraining.items()

@@ -196,7 +196,7 @@ def test_every_operator_of_a_step_has_a_deterministic_implementation_on_cuda(ste
 def test_every_rank_refuses_a_group_of_two_kinds_of_gpus_by_name(steps: Waits) -> None:
     assert steps[2, "mixed"] == 2 * [
         "the workers of a run must have GPUs of one kind, got NVIDIA H200 on rank 0; NVIDIA L4 on rank 1: "
-        "take the job to nodes with one kind of GPU"
+        "run the job on nodes with one kind of GPU"
     ]
 
 

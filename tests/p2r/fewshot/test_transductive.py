@@ -1,4 +1,4 @@
-"""A backbone that has seen test patients is refused, or every figure says so."""
+"""A backbone trained on test patients is refused, or every result is labelled transductive."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from p2r.report import label_of, table
 from p2r.report.tables import is_transductive
 
 
-def test_every_row_and_title_is_labelled_once_it_is_allowed(
+def test_every_row_and_title_is_labelled_if_allowed(
     write_toy_job: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -45,7 +45,7 @@ def test_every_row_and_title_is_labelled_once_it_is_allowed(
     assert "transductive" in best.read_text() and "transductive" in of_all.read_text()
 
 
-def test_a_backbone_that_says_nothing_of_its_corpora_is_unknown_and_not_clean(
+def test_a_backbone_without_a_list_of_corpora_is_unknown_and_not_clean(
     write_toy_job: Callable[..., Path],
     published: dict[str, str],
     tmp_path: Path,

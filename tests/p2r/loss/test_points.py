@@ -40,6 +40,34 @@ def test_points_of_b_are_valid_pixels_and_points_of_a_follow_the_warp(warp: torc
             assert torch.equal(a, warp[image, row, col])
 
 
+def test_positions_on_the_border_stay_and_those_beyond_come_back_to_it() -> None:
+    rows, cols = torch.meshgrid(torch.arange(12.0), torch.arange(17.0), indexing="ij")
+    identity, valid = torch.stack((rows, cols), -1)[None], torch.ones(1, 12, 17, dtype=torch.bool)
+    points_a, points_b = drawn(identity, valid, num_points=12 * 17, generators=make_generators(1))
+    assert torch.equal(points_a, points_b)
+    assert points_a.amax((0, 1)).tolist() == [11, 16]
+    beyond, _ = drawn(3 * identity - 10, valid, num_points=12 * 17, generators=make_generators(1))
+    assert (beyond.amin((0, 1)).tolist(), beyond.amax((0, 1)).tolist()) == ([0, 0], [11, 16])
+
+
+def test_the_only_valid_pixel_is_drawn_every_time_and_counts(warp: torch.Tensor) -> None:
+    valid = torch.zeros(SHAPE, dtype=torch.bool)
+    valid[:, 7, 3] = True
+    pairs = corresponding_points(warp, valid, num_points=5, generators=make_generators())
+    assert {tuple(point) for point in pairs.b.flatten(0, 1).tolist()} == {(7.0, 3.0)}
+    assert pairs.weight.tolist() == [[1.0] * 5] * 3
+
+
+def test_a_foreground_without_a_share_of_its_own_changes_nothing(warp: torch.Tensor) -> None:
+    valid, foreground = torch.ones(SHAPE, dtype=torch.bool), torch.zeros(SHAPE, dtype=torch.bool)
+    foreground[:, 5, 5] = True
+    plain, with_foreground = (
+        drawn(warp, valid, num_points=20, generators=make_generators(), foreground=given)
+        for given in (None, foreground)
+    )
+    assert torch.equal(plain[1], with_foreground[1])
+
+
 def test_no_pixel_is_drawn_twice_if_there_are_enough(warp: torch.Tensor) -> None:
     valid = torch.zeros(SHAPE, dtype=torch.bool)
     valid[:, 2:6, 3:13] = True  # 40 pixels

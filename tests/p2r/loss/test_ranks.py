@@ -211,8 +211,8 @@ def run_rank(rank: int, folder: str) -> None:
     alone = [dist.new_group([member]) for member in range(PROCESSES)][rank]
     with panels_of(PANEL):
         results: dict[Any, Any] = {4: in_group(dist.group.WORLD, 4), 2: in_group(pairs[rank // 2], 2)}
-    a, b = rows(NUM, torch.float64)
-    results["alone"] = {name: loss(a, b, temperature=0.1, group=alone) for name, loss in LOSSES.items()}
+        a, b = rows(NUM, torch.float64)
+        results["alone"] = {name: loss(a, b, temperature=0.1, group=alone) for name, loss in LOSSES.items()}
     results["refusals"] = list(refusals(rank))
     from p2r.engine.build import join_process_group
 

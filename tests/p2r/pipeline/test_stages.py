@@ -61,7 +61,9 @@ def test_the_task_that_chooses_the_subjects_gives_pattern_and_cohort(tmp_path: P
     assert everybody == subjects | {"30"}  # who has no labels is pretrained on; who is held out is not
     with pytest.raises(JobError, match=r"ingest\.cohort is 'theirs'.*leave ingest\.cohort out"):
         _select_subjects(_job(tmp_path, subjects_of=chosen, cohort="theirs").ingest)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"none of the 9 scans .*ingest\.subject_pattern '\^\(scan\)'.*scan.*wanted: 0"):
+    with pytest.raises(
+        DataError, match=r"none of the 9 scans .*ingest\.subject_pattern '\^\(scan\)'.*scan.*selected: 0"
+    ):
         run_job(
             _job(tmp_path, subjects_of=chosen, subject_pattern="^(scan)"),
             LocalExecutor(torch.device("cpu"), None),

@@ -18,7 +18,9 @@ from cluster import cli
 from cluster.cli import app
 from p2r.config import FinetuneConfig
 from p2r.errors import DataError, InputError
-from p2r.report.comparison import compare_runs, comparison_table, notes_of, reasons_of, write_comparison
+from p2r.report.comparison import compare_runs
+from p2r.report.comparison_page import write_comparison
+from p2r.report.comparison_tables import comparison_table, notes_of, reasons_of
 from p2r.report.runs import read_runs
 from p2r.storage import Storage
 
@@ -179,7 +181,7 @@ def test_reports_must_be_two_and_different(make_rows: MakeRows, tmp_path: Path) 
         read_runs([url])
     with pytest.raises(DataError, match="given twice"):
         read_runs([url, f"{url}/report/report.json"])
-    with pytest.raises(DataError, match=r"no report at .*nowhere"):
+    with pytest.raises(DataError, match=r"nowhere.* has no report"):
         read_runs([url, str(tmp_path / "nowhere")])
 
 

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from p2r.evaluate.rows import rows_of
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.report import source_line, table, trials_line, write_report
 from p2r.report.cases import shown_cases
+from p2r.report.context import context_of
 from p2r.report.patients import MEAN, patients_of
 from p2r.report.tables import series_name
 from p2r.storage import Storage
@@ -80,10 +82,10 @@ class Page(HTMLParser):
 def written(folder: Path, rows: list[dict[str, Any]], **context: Any) -> tuple[Page, str]:
     write_report(
         Storage(str(folder)),
-        rows=rows,
-        context={"code": "0123abcd", **context},
+        rows=rows_of(rows),
+        context=context_of({"code": "0123abcd", **context}),
         pictures={},
-        statistics=few_shot_statistics(rows, seed=0, num_resamples=50),
+        statistics=few_shot_statistics(rows_of(rows), seed=0, num_resamples=50),
     )
     return Page((folder / "report.html").read_text()), (folder / "report.md").read_text()
 
@@ -159,11 +161,11 @@ def test_every_picture_of_a_job_says_what_it_shows_and_nothing_that_it_does_not(
 
 def test_a_picture_of_trials_names_each_and_no_backbone_from_scratch(make_rows: MakeRows) -> None:
     rows = make_rows(numbers=(5,), num_draws=1)
-    assert trials_line(rows, {}, patient="test patient patient101") == (
+    assert trials_line(rows_of(rows), None, patient="test patient patient101") == (
         "from scratch; fine-tuned of backbone a9a9a9a9a9a9 · task acdc · leak_free, test patient patient101 · n = 5, draw 0 · "
         "seed 0 · code 7c0de"
     )
-    assert source_line(make_rows(modes=("scratch",)), {}).startswith("from scratch · task acdc")
+    assert source_line(rows_of(make_rows(modes=("scratch",))), None).startswith("from scratch · task acdc")
 
 
 def test_figures_have_words_units_and_a_minus(make_rows: MakeRows, tmp_path: Path) -> None:
@@ -202,7 +204,9 @@ def test_rows_of_earlier_reports_are_shown_without_what_they_lack(make_rows: Mak
         ):
             del row[key]
         row["protocol"] = "leak-free"
-    report = write_report(Storage(str(tmp_path)), rows=rows, context={"code": "0123abcd"}, pictures={})
+    report = write_report(
+        Storage(str(tmp_path)), rows=rows_of(rows), context=context_of({"code": "0123abcd"}), pictures={}
+    )
     assert report["pictures"] == ["pictures/few-shot-acdc.png"]
     assert "code of the trials | 0123abcd" in (tmp_path / "report.md").read_text()
     page = (tmp_path / "report.html").read_text()
@@ -222,12 +226,12 @@ def test_the_page_and_the_table_say_how_far_confidence_can_be_trusted(make_rows:
     for words in ("confidence and accuracy", "1 labelled patient", "5 labelled patients", "dashed: calibrated"):
         assert words in drawn
     printed = Console(width=200, file=StringIO())
-    printed.print(table(rows))
+    printed.print(table(rows_of(rows)))
     shown = printed.file.getvalue()  # type: ignore[attr-defined]
     assert "ECE" in shown and f"{0.6 - level / 2:.3f} ± 0.000" in shown
     for row in rows:
         row.pop("calibration", None)
-    printed.print(table(rows))
+    printed.print(table(rows_of(rows)))
     assert printed.file.getvalue().count("ECE") == 1, "rows without calibration have no such column"  # type: ignore[attr-defined]
 
 
@@ -327,7 +331,7 @@ def test_a_patient_is_the_mean_of_its_frames_and_then_of_its_draws(make_rows: Ma
             for frame, dice in enumerate(values)
         ]
         row["dice_by_subject"] = {"patient101": sum(values) / len(values)}
-    (patient,) = patients_of(rows)
+    (patient,) = patients_of(rows_of(rows))
     assert patient.dice["RV"] == pytest.approx((0.3 + 0.7) / 2)
     assert patient.dice[MEAN] == pytest.approx((0.3 + 0.7) / 2)
     assert patient.stratum == "NOR"
@@ -340,7 +344,7 @@ def test_the_shown_trial_is_chosen_on_validation_and_its_cases_by_their_dice(mak
         row["validation_dice_mean"] = {"scratch": 0.99, "linear_probe": 0.9, "fine_tune": 0.1}[row["mode"]] - row[
             "draw"
         ] / 100
-    best, median, worst = shown_cases(rows)
+    best, median, worst = shown_cases(rows_of(rows))
     assert (best.rank, median.rank, worst.rank) == ("best", "median", "worst")
     assert list(best.trials) == ["from scratch", "linear probe"]
     assert [(row["num_labelled"], row["draw"]) for row in best.trials.values()] == [(1, 1), (1, 1)]
@@ -350,4 +354,4 @@ def test_the_shown_trial_is_chosen_on_validation_and_its_cases_by_their_dice(mak
     assert [one.dice["linear probe"] for one in (worst, median, best)] == pytest.approx(
         [of_trial[0], of_trial[2], of_trial[-1]]
     )
-    assert shown_cases([{**row, "predictions": None} for row in rows]) == []
+    assert shown_cases(rows_of([{**row, "predictions": None} for row in rows])) == []

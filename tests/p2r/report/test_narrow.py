@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from p2r.evaluate.rows import rows_of
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.modes import MODES
 from p2r.report import canvas, few_shot_curve, outlines, variants_picture
@@ -48,11 +49,11 @@ def rows(make_rows: MakeRows) -> list[dict[str, Any]]:
 
 
 def _charts(rows: list[dict[str, Any]]) -> Iterator[Drawing | None]:
-    source, patients = source_line(rows, {}), patients_of(rows)
-    statistics = few_shot_statistics(rows, seed=0, num_resamples=50)
+    source, patients = source_line(rows_of(rows), None), patients_of(rows_of(rows))
+    statistics = few_shot_statistics(rows_of(rows), seed=0, num_resamples=50)
     for numbers in ((1, 5, 20), (1,)):
         some = [row for row in rows if row["num_labelled"] in numbers]
-        yield few_shot_curve(some, "acdc", intervals=statistics["intervals"], source=source)
+        yield few_shot_curve(rows_of(some), "acdc", intervals=statistics.intervals, source=source)
     yield class_boxes(patients, title="acdc: every patient, class by class", source=source)
     thirds = ("base of the heart", "middle", "apex of the heart")
     yield where_in_the_organ(patients, title="acdc: where in the organ it fails", names=thirds, source=source)
@@ -66,7 +67,7 @@ def _charts(rows: list[dict[str, Any]]) -> Iterator[Drawing | None]:
         for row in rows
         if row["num_labelled"] < 20
     ]
-    yield variants_picture(variants, title="ablation: what each variant reaches", source=source)
+    yield variants_picture(rows_of(variants), title="ablation: what each variant reaches", source=source)
     yield by_stratum(patients, title="acdc: which patients it fails", source=source)
 
 

@@ -1,0 +1,147 @@
+"""A task and a backbone -> a setup whose trials can run, or a refusal before anything is trained."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from p2r.backbone import Backbone
+from p2r.config import FinetuneConfig
+from p2r.data.preprocess import Preparation
+from p2r.errors import DataError
+from p2r.evaluate.inference import size_read
+from p2r.evaluate.mix_ups import MixUps
+from p2r.evaluate.prepared import prepared_scan
+from p2r.evaluate.tasks import (
+    HELD_OUT,
+    LabelledScan,
+    Split,
+    Task,
+    TaskScan,
+    check_classes_present,
+    check_scans,
+    classes_shown,
+)
+from p2r.fewshot.leaks import Known
+from p2r.fewshot.protocol import (
+    Settings,
+    draw_of,
+    final_trials,
+    is_searched,
+    numbers_of,
+)
+from p2r.fewshot.setup import TrialSetup
+from p2r.fewshot.trial import slices_of
+from p2r.files import file_sha256
+
+_OF = {2: "planes", 3: "volumes"}
+
+
+def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
+    """Check, before anything is trained, that the task can be run with this backbone.
+
+    Returns:
+        The setup with the digests of the task's files; marked as transductive if a validation or test patient is in the
+        backbone's corpus and the job allows it.
+
+    Raises:
+        DataError: if the backbone is not for such scans, a validation or test patient is in its corpus, or as `check_data`.
+    """
+    config = setup.config
+    _check_backbone(task, backbone, config)
+    known = Known(backbone, is_allowed=config.allow_transductive)
+    for split in HELD_OUT:
+        for subject in task.subjects[split]:
+            known.see_subject(subject, split, task=task)
+
+    def see(scan: LabelledScan, split: Split) -> None:
+        if split in HELD_OUT:
+            known.see_scan(scan.scan, scan.volume, split)
+
+    check_data(task, config, setup.preparation(backbone), see=see)
+    test = set(task.subjects["test"])
+    return replace(
+        setup,
+        is_transductive=setup.is_transductive or known.is_any,
+        data_sha256=_files_sha256([scan for scan in task.scans if scan.subject not in test]),
+        test_sha256=_files_sha256([scan for scan in task.scans if scan.subject in test]),
+    )
+
+
+def check_data(
+    task: Task,
+    config: FinetuneConfig,
+    preparation: Preparation,
+    *,
+    see: Callable[[LabelledScan, Split], None] = lambda scan, split: None,
+) -> None:
+    """Read every scan of a task, and check that the trials that a section asks for can learn from it.
+
+    Args:
+        task: From `load_task`.
+        config: The section.
+        preparation: How the trials' models read a scan.
+        see: Called with every scan and its split; it may refuse it.
+
+    Raises:
+        DataError: if more patients are asked for than exist, a file breaks the task's rules, two label maps were mixed up, or a
+            class is in none of what the labelled patients of a draw show the network.
+    """
+    draws = _draws(config, task)
+    mix_ups = MixUps(task.name)
+
+    def look(scan: LabelledScan, split: Split) -> None:
+        see(scan, split)
+        if task.config.find_mix_ups:
+            mix_ups.see(scan)
+
+    load = partial(prepared_scan, size=size_read(preparation))
+    labels_by_subject = check_scans(task, preparation, load=load, see=look)
+    mix_ups.check()
+    for (num_labelled, draw), subjects in draws.items():
+        check_classes_present(labels_by_subject, task, subjects=subjects)
+        if config.protocol == "paper_compat":
+            training, _ = slices_of(
+                task, preparation, subjects, size=None, seed=config.seed, num_labelled=num_labelled, draw=draw
+            )
+            shown = classes_shown(crop.scan for crop in training)
+            check_classes_present(dict.fromkeys(subjects, shown), task, subjects=subjects)
+
+
+def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> None:
+    model = backbone.config.model
+    if model.in_channels != 1:
+        raise DataError(
+            f"task {task.name}: a scan has one contrast, the backbone {backbone.manifest['url']} takes {model.in_channels}; "
+            "take a backbone of one"
+        )
+    dimensions = backbone.preparation.dimensions
+    asked = task.config.dimensions or (2 if task.config.slice_axis is not None else dimensions)
+    if dimensions != asked:
+        field = "dimensions" if task.config.dimensions else "slice_axis"
+        raise DataError(
+            f"task {task.name} is for networks of {_OF[asked]} ({field}), the backbone {backbone.manifest['url']} reads "
+            f"{_OF[dimensions]}; take a backbone of {_OF[asked]}, or change the task's {field}"
+        )
+    if config.protocol == "paper_compat" and dimensions != 2:
+        raise DataError(
+            f"finetune.protocol paper_compat crops and splits planes, the backbone {backbone.manifest['url']} reads volumes: "
+            "take a backbone of planes, or leak_free"
+        )
+
+
+def _draws(config: FinetuneConfig, task: Task) -> dict[tuple[int, int], tuple[str, ...]]:
+    """Return the labelled patients of every trial that the protocol may ask for, by their number and draw."""
+    finals = final_trials(config, task, dict.fromkeys(config.modes, Settings()))  # whatever they will be trained with
+    draws = {(trial.num_labelled, trial.draw): trial.subjects for trial in finals}
+    if any(is_searched(config, mode) for mode in config.modes):
+        for number in numbers_of(config.search.num_labelled, task):
+            draws[number, 0] = draw_of(config, task, num_labelled=number, draw=0)
+    return dict(sorted(draws.items()))
+
+
+def _files_sha256(scans: Sequence[TaskScan]) -> str:
+    digest = hashlib.sha256()
+    for scan in scans:
+        digest.update(f"{scan.key} {scan.subject} {file_sha256(scan.image)} {file_sha256(scan.label)}\n".encode())
+    return digest.hexdigest()
