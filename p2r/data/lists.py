@@ -33,7 +33,7 @@ MAX_LINES = 1_000_000
 
 _MAX_TEXT = 4096
 _MAX_COLUMNS = 1000
-_MAX_LINE = 1 << 20
+_MAX_LINE_LENGTH = 1 << 20
 _SHOWN = 100
 
 
@@ -105,8 +105,8 @@ def _parse_csv(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _iterate_lines(text: str, name: str) -> Iterator[str]:
     for number, line in enumerate(io.StringIO(text, newline=""), start=1):
-        if len(line) > _MAX_LINE:
-            raise DataError(f"list {name}, line {number}: the line exceeds {_MAX_LINE:,} characters; correct it")
+        if len(line) > _MAX_LINE_LENGTH:
+            raise DataError(f"list {name}, line {number}: the line exceeds {_MAX_LINE_LENGTH:,} characters; correct it")
         yield line
 
 
@@ -157,8 +157,8 @@ def _check_text(value: Any, field: str, where: str) -> str:
         value = json.dumps(value)
     if not isinstance(value, str) or len(value) > _MAX_TEXT or not is_plain(value):
         raise DataError(
-            f"{where}: {field} must be a text of up to {_MAX_TEXT} characters, without control characters, direction marks or "
-            f"zero-width characters, or a number; got {_shorten(value)}"
+            f"{where}: {field} must be a number, or a text of up to {_MAX_TEXT} characters without control characters, "
+            f"direction marks and zero-width characters; got {_shorten(value)}"
         )
     if looks_secret(value):
         raise DataError(
