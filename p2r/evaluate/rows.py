@@ -135,6 +135,8 @@ class TrialRow(JsonModel):
     seed: int | None = None
     code: str | None = None
     """Commit that ran the trial."""
+    training_code: str | None = None
+    """Commit that trained, if the weights of an earlier trial with the same training were evaluated."""
     device: str | None = None
     seconds: float | None = None
 

@@ -186,6 +186,10 @@ class Overhead(JsonModel):
         )
 
 
+NO_OVERHEAD = Overhead(num_trials=0, num_concurrent=0, sweep_s=0.0, trials_s=0.0, overhead_fraction=None)
+"""Of no sweep."""
+
+
 def failures_of(results: Iterable[TrialResult]) -> list[FailedTrial]:
     """Return the failed trials with their reasons."""
     return [FailedTrial(trial=one.trial.id, reason=one.failed) for one in results if one.failed is not None]
@@ -200,9 +204,9 @@ class FewShot:
     searched: list[SearchedTrial] = field(default_factory=list)
     chosen: list[ChosenSettings] = field(default_factory=list)
     failed: list[FailedTrial] = field(default_factory=list)
-    overhead: Overhead | None = None
+    overhead: Overhead = field(default_factory=lambda: NO_OVERHEAD)
 
     def facts(self) -> dict[str, Any]:
         """Return the part of a report beside its rows, as JSON values."""
         lists = {name: [one.to_json() for one in getattr(self, name)] for name in ("searched", "chosen", "failed")}
-        return {**lists, "overhead": {} if self.overhead is None else self.overhead.to_json()}
+        return {**lists, "overhead": self.overhead.to_json()}

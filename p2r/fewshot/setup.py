@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from p2r.backbone import Backbone
 from p2r.config import FinetuneConfig
@@ -44,8 +44,9 @@ class TrialSetup:
         """Return the preparation of scans for the trials' models; see `preparation_for`."""
         return preparation_for(read_task_config(Path(self.task)), self.config, backbone.preparation)
 
-    def recipe_sha256(self, trial: Trial) -> str:
-        """Return a digest of everything that the trial's result depends on."""
+    def recipe_sha256(self, trial: Trial, *, score_on: Literal["test", "validation"] | None = None) -> str:
+        """Return a digest of everything that the trial's result depends on, if scored on this split; None: the job's."""
+        score_on = score_on or self.config.score_on
         config = self.config.model_dump(
             mode="json",
             include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"},
@@ -65,8 +66,8 @@ class TrialSetup:
             "backbone": self._backbone_digest(trial),
         }
         if trial.purpose == "final":
-            recipe["score_on"] = self.config.score_on
-            if self.config.score_on == "test":
+            recipe["score_on"] = score_on
+            if score_on == "test":
                 recipe["test"] = self.test_sha256
         if self.config.allow_transductive:
             recipe["transductive"] = True
@@ -108,6 +109,16 @@ class TrialSetup:
     def finished(self, trial: Trial) -> TrialResult | None:
         """Return the trial's stored result if it finished; None otherwise."""
         path = self.result_path(trial)
+        return read_result(Storage(self.storage), path) if Storage(self.storage).exists(path) else None
+
+    def scored_on_validation(self, trial: Trial) -> TrialResult | None:
+        """Return the result of the same training with scores of validation patients; None if the storage has none.
+
+        A recipe is chosen on validation patients. To evaluate it on test patients then needs no second training.
+        """
+        if trial.purpose != "final" or self.config.score_on == "validation":
+            return None
+        path = f"trials/{trial.id}-{self.recipe_sha256(trial, score_on='validation')[:12]}.json"
         return read_result(Storage(self.storage), path) if Storage(self.storage).exists(path) else None
 
     def _stored_path(self, trial: Trial) -> str | None:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import nn
 
 from p2r.backbone import ArtefactConfig, Backbone, load_backbone
 from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Frames, Planes, Preparation
+from p2r.errors import DamagedError, StorageError
 from p2r.evaluate.inference import size_read
 from p2r.evaluate.metrics import Summary
 from p2r.evaluate.prepared import prepared_images, prepared_scan
@@ -125,15 +127,23 @@ def run_trial(
     """
     if (finished := setup.finished(trial)) is not None:
         return finished
+    earlier = setup.scored_on_validation(trial) if MODES[trial.mode].trains != "nothing" else None
     saved = SavedTraining(Storage(setup.storage), setup.state_path(trial), deadline=deadline)
     prepared = _prepare(setup, trial, device=device)
-    trained = _train(prepared, say=say, report=report, saved=saved)
-    validation = _validate(prepared, trained.segmenter)
-    facts = _describe_training(prepared, trained, validation.summary)
+    if earlier is not None:
+        say(f"{trial.id} | already trained for validation scores; its weights are evaluated")
+        saved.add_seconds(earlier.seconds or 0.0)
+        segmenter, facts = _load_earlier(prepared, earlier)
+        validation = _validate(prepared, segmenter)
+    else:
+        trained = _train(prepared, say=say, report=report, saved=saved)
+        segmenter = trained.segmenter
+        validation = _validate(prepared, segmenter)
+        facts = _describe_training(prepared, trained, validation.summary)
     for warning in all_warnings(facts):
         say(f"{trial.id} | WARNING: {warning}")
-    reported = _score_test_patients(prepared, trained.segmenter) if prepared.reports_test else validation
-    return _store_result(prepared, trained.segmenter, facts, validation, reported, saved=saved)
+    reported = _score_test_patients(prepared, segmenter) if prepared.reports_test else validation
+    return _store_result(prepared, segmenter, facts, validation, reported, saved=saved)
 
 
 def _prepare(setup: TrialSetup, trial: Trial, *, device: str) -> _Prepared:
@@ -199,6 +209,7 @@ class _TrainingFacts(JsonModel):
     """Description of the training, part of both result and row."""
 
     train_loss: float | None
+    training_code: str | None = None
     curve: list[CurvePoint] | None = None
     pseudo_labels: PseudoLabelRow | None = None
     warnings: list[str] | None = None
@@ -218,6 +229,34 @@ def _describe_training(prepared: _Prepared, trained: Trained, validation: Summar
     if trained.warnings:
         facts["warnings"] = list(trained.warnings)
     return _TrainingFacts.model_validate({"train_loss": trained.loss, **facts})
+
+
+def _load_earlier(prepared: _Prepared, earlier: TrialResult) -> tuple[Segmenter, _TrainingFacts]:
+    """Return the network of an earlier trial with the same training, and the description of that training.
+
+    Raises:
+        DamagedError: if the weights are absent, or do not fit the network.
+    """
+    storage, row = Storage(prepared.setup.storage), earlier.reported()
+    segmenter = build_segmenter(
+        prepared.trial, prepared.backbone, num_classes=prepared.task.num_classes, seed=prepared.config.seed
+    )
+    assert earlier.weights is not None
+    try:
+        segmenter.load_state_dict(load(storage.read_bytes(earlier.weights)))
+    except (RuntimeError, SafetensorError, StorageError) as error:
+        raise DamagedError(
+            f"{storage.at(earlier.weights)} does not contain the weights of trial {prepared.trial.id}: {error!s:.300}; "
+            "delete the trial's three files of this name to train it again"
+        ) from error
+    training = {
+        "training_code": row.code,
+        "curve": row.curve,
+        "pseudo_labels": row.pseudo_labels,
+        "warnings": row.warnings,
+    }
+    facts = {"train_loss": earlier.train_loss, **{name: value for name, value in training.items() if value is not None}}
+    return segmenter.to(prepared.device).eval(), _TrainingFacts.model_validate(facts)
 
 
 def _store_result(

@@ -1,8 +1,7 @@
-"""Rows with `cases` -> which scans are shown: the best, the median and the worst of one trial, and a trial to see beside it.
+"""Selection of the scans to show: the best, the median and the worst case of one trial, beside a trial from scratch.
 
-The trial is chosen by validation patients: of the fewest labelled patients, the mode of the highest mean validation Dice,
-and of its draws the one in the middle. Its cases are ranked by Dice on the reported patients: that choice is of what is
-shown, never of what is claimed.
+The trial is chosen on validation patients: for the fewest labelled patients, the mode with the highest mean validation Dice, and
+its median draw. Its cases are ranked by Dice on the reported patients. The ranking only selects pictures and affects no result.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from p2r.report.tables import series_name, series_of
 
 @dataclass(frozen=True)
 class ShownCase:
-    """One frame of one scan, under the trials whose segmentations are put beside one another."""
+    """One frame of one scan, with the trials whose segmentations are shown side by side."""
 
     rank: str
     """`best`, `median` or `worst`."""
@@ -31,7 +30,7 @@ class ShownCase:
 
 
 def shown_cases(rows: Sequence[TrialRow]) -> list[ShownCase]:
-    """Choose the cases of rows of one task and protocol; none if no row keeps its predictions."""
+    """Choose the cases to show from rows of one task and protocol; none without stored predictions."""
     known = [row for row in rows if row.cases and row.predictions]
     trained = [row for row in known if row.mode != SCRATCH] or known
     if not trained:

@@ -1,13 +1,13 @@
-"""Reports of several runs, or backbones -> what they reach side by side, and the difference patient by patient.
+"""Comparison of several runs or backbones: results side by side, and differences paired by patient.
 
     Run (A, B, ...) -> comparison -> table for the terminal; comparison.html, comparison.json, pictures
 
-Only what was asked alike is put side by side: the same task, protocol, split, mode and number of labelled patients. What
-was not is named, and never mixed. A difference is paired where the draws had the same labelled patients and were read on
-the same test patients; elsewhere both figures are shown, with the reason why there is no difference. Settings that differ
-do not forbid a comparison, but stand above its figures: a difference may come of them.
+Only results of the same task, protocol, split, mode and number of labelled patients are put side by side. All others are listed,
+and never mixed. A difference is paired if the draws had the same labelled patients and were evaluated on the same test patients.
+Otherwise both results are shown, with the reason why there is no difference. Differing settings do not forbid a comparison. They
+are printed above its results, because they may explain a difference.
 
-The first run is what the others are compared with.
+Every run is compared with the first one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ _SEED = 0
 
 
 class CellName(JsonModel):
-    """The properties that figures share if they are compared: one row of the table."""
+    """Properties that compared results share: one row of the table."""
 
     task: str
     protocol: str
@@ -52,7 +52,7 @@ class CellName(JsonModel):
         return self.task if self.protocol == LEAK_FREE else f"{self.task} ({self.protocol})"
 
     def order(self) -> tuple[Any, ...]:
-        """Return a key that sorts cells as everywhere in a report."""
+        """Return the sort key of cells in all reports."""
         return (*self.setting, self.num_labelled, series_order((self.mode, "")))
 
     def text(self) -> str:
@@ -61,7 +61,7 @@ class CellName(JsonModel):
 
 
 class ComparedCell(CellName):
-    """Figures of every run, by its letter."""
+    """Results of every run, by its letter."""
 
     dice: dict[str, float | None]
     """Mean over draws."""
@@ -130,7 +130,7 @@ class ComparedRun(JsonModel):
 
 
 class Comparison(JsonModel):
-    """Figures of several runs side by side: the content of `comparison.json`."""
+    """Results of several runs side by side: the content of `comparison.json`."""
 
     format: str
     runs: list[ComparedRun]
@@ -143,7 +143,7 @@ class Comparison(JsonModel):
     differences: list[ComparedDifference]
     unpaired: list[Unpaired]
     not_compared: list[str]
-    """Sentences about what only some runs have."""
+    """Sentences about results that only some runs have."""
 
     @property
     def letters(self) -> list[str]:
@@ -162,7 +162,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     """Compare runs with the first of them.
 
     Raises:
-        DataError: if nothing was asked alike.
+        DataError: The runs have no result in common.
     """
     first, others = runs[0], runs[1:]
     cells_of, names, not_compared = _shared_cells(runs)
@@ -228,8 +228,8 @@ def _shared_cells(runs: Sequence[Run]) -> tuple[dict[str, Cells], list[CellName]
     sentences = list(dict.fromkeys(not_compared))
     if not alike:
         raise DataError(
-            "there is nothing that all of these reports were asked alike (same task, protocol, split, mode and number of labelled "
-            "patients): " + "; ".join(sentences)
+            "these reports have no result in common (same task, protocol, split, mode and number of labelled patients): "
+            + "; ".join(sentences)
         )
     return cells_of, alike, sentences
 
@@ -300,7 +300,7 @@ def _settings(run: Run) -> set[Setting]:
 
 
 def _only_in_one(first: Run, run: Run) -> Iterator[str]:
-    """Say what one of two runs has and the other lacks: tasks, or other protocols and splits of one task."""
+    """Yield sentences about tasks of only one run, and about differing protocols or splits of a shared task."""
     tasks = [{task for task, _, _ in _settings(one)} for one in (first, run)]
     for task in sorted(tasks[0] ^ tasks[1]):
         yield f"task {task}: only in {first.letter if task in tasks[0] else run.letter}"
@@ -311,7 +311,7 @@ def _only_in_one(first: Run, run: Run) -> Iterator[str]:
         )
         if ours != theirs:
             yield (
-                f"task {task}: {first.letter} is {' and '.join(ours)}, {run.letter} is {' and '.join(theirs)}; figures of "
+                f"task {task}: {first.letter} is {' and '.join(ours)}, {run.letter} is {' and '.join(theirs)}; results of "
                 "different protocols or splits are never mixed"
             )
 
@@ -339,7 +339,7 @@ def _as_one_run(cells: Cells, names: Sequence[CellName], letter: str) -> list[Tr
 
 
 def _why_unpaired(ours: Sequence[TrialRow], theirs: Sequence[TrialRow], our_letter: str, their_letter: str) -> str:
-    """Return why two cells cannot be compared patient by patient; nothing if they can."""
+    """Return the reason why two cells cannot be paired by patient; empty if they can."""
     mine, yours = ({subject for row in rows for subject in row.dice_by_subject} for rows in (ours, theirs))
     if mine != yours:
         parts = [
@@ -347,7 +347,7 @@ def _why_unpaired(ours: Sequence[TrialRow], theirs: Sequence[TrialRow], our_lett
             for letter, there in ((our_letter, mine - yours), (their_letter, yours - mine))
             if there
         ]
-        return f"the patients read differ: {', '.join(parts)}"
+        return f"the evaluated patients differ: {', '.join(parts)}"
     draws = [{row.draw: sorted(row.subjects) for row in rows} for rows in (ours, theirs)]
     common = sorted(draws[0].keys() & draws[1].keys())
     if not common:

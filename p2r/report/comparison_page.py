@@ -1,4 +1,4 @@
-"""A comparison -> comparison.html, comparison.json and pictures."""
+"""Page of a comparison: comparison.html, comparison.json and pictures."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from p2r.report.text import for_file_name, for_picture, shortened
 from p2r.storage import Storage
 
 _PANEL, _BELOW = 1.9, 0.6  # inches
-_DODGE = 0.06  # of the axis, between runs: a panel is small, and the marks of means would hide the draws
+_DODGE = 0.06  # fraction of the axis, between runs: in a small panel, the marks of means would hide the draws
 _LINES = ("solid", "dashed", "dotted", "dashdot")
 
 
@@ -45,11 +45,11 @@ def _blocks(comparison: Comparison, drawn: dict[str, Drawing | bytes]) -> Iterat
     yield Heading(1, f"{' and '.join(letters)} side by side{_label(cells)}")
     if any(cell.protocol != LEAK_FREE for cell in cells):
         yield Paragraph(
-            "Not all figures are leak-free: each says its protocol, and different ones are never mixed.", note=True
+            "Not all results are leak-free: each states its protocol, and protocols are never mixed.", note=True
         )
     for note in notes_of(comparison):
         yield Paragraph(f"{note[:1].upper()}{note[1:]}.", note=True)
-    yield Heading(2, "Who is who")
+    yield Heading(2, "Runs")
     yield _who(comparison)
     header, differ = settings_grid(comparison.settings, letters)
     if differ:
@@ -58,7 +58,7 @@ def _blocks(comparison: Comparison, drawn: dict[str, Drawing | bytes]) -> Iterat
         yield from _of_setting(comparison, setting, drawn)
     reasons = reasons_of(comparison)
     if reasons:
-        yield Heading(2, "What is not compared, and why")
+        yield Heading(2, "Not compared")
         yield Grid(("", "reason"), [(str(number), reason) for number, reason in enumerate(reasons, start=1)])
 
 
@@ -77,13 +77,13 @@ def _who(comparison: Comparison) -> Grid:
 
 
 def _of_setting(comparison: Comparison, setting: Setting, drawn: dict[str, Drawing | bytes]) -> Iterator[Block]:
-    """Yield the figures of one task, protocol and split."""
+    """Yield the results of one task, protocol and split."""
     (task, protocol, split), letters = setting, comparison.letters
     here = [cell for cell in comparison.cells if cell.setting == setting]
     name = for_file_name(task if protocol == LEAK_FREE else f"{task}-{protocol}")
     name = name if len({one.split for one in comparison.cells}) == 1 else f"{name}-{for_file_name(split)}"
     yield Heading(2, task)
-    yield Paragraph(f"Protocol: {protocol}. Read on {split} patients.")
+    yield Paragraph(f"Protocol: {protocol}. Evaluated on {split} patients.")
     if any(dice is not None for cell in here for dice in cell.dice.values()):
         drawn[f"runs-{name}"] = _side_by_side(comparison, here, task)
         yield Picture(
@@ -99,7 +99,7 @@ def _of_setting(comparison: Comparison, setting: Setting, drawn: dict[str, Drawi
         drawn[f"differences-{name}"] = _forest(comparison, here, found, task)
         yield Picture(
             f"differences-{name}",
-            f"Difference of Dice to {letters[0]}, paired by patient: to the right of zero {letters[0]} is worse.",
+            f"Difference in Dice to {letters[0]}, paired by patient: right of zero, {letters[0]} is worse.",
         )
 
 
@@ -123,18 +123,18 @@ def _forest(
         title=f"{task}: {', '.join(letters[1:])} against {letters[0]}{_label(here)}",
         subtitle="paired by patient, same labelled patients; line: 95 % of a bootstrap over draws and patients; p: Wilcoxon, "
         "Holm over n",
-        axis=f"Dice above that of {letters[0]}",
+        axis=f"gain in Dice over {letters[0]}",
         source=_source(comparison, [cell for cell in here if cell.cell in paired]),
     )
 
 
 def _label(cells: Sequence[CellName]) -> str:
-    """Return what a title must say of figures that are not leak-free, or nothing."""
+    """Return the suffix of a title for results that are not leak-free; else empty."""
     return label_of([_as_row(cell) for cell in cells])
 
 
 def _as_row(cell: CellName) -> TrialRow:
-    """Return a row of a cell without figures, whose protocol names what the backbone has seen."""
+    """Return a row without results for a cell. Its protocol tells if the backbone has seen the patients."""
     return TrialRow(
         task=cell.task,
         protocol=cell.protocol,
@@ -147,7 +147,7 @@ def _as_row(cell: CellName) -> TrialRow:
 
 
 def _abbreviated(digests: str) -> str:
-    """Return the beginning of each digest: comparison.json has all of it."""
+    """Shorten each digest: comparison.json has all of it."""
     return ", ".join(digest[:12] for digest in digests.split(", "))
 
 
@@ -231,8 +231,8 @@ def _side_by_side(comparison: Comparison, of_task: Sequence[ComparedCell], task:
 
 
 def _rows_in(comparison: Comparison, cells: Sequence[CellName]) -> list[TrialRow]:
-    """Return the draws of some cells as rows of a report, with their run as backbone; distances are left out, because only Dice is
-    compared."""
+    """Return the draws of some cells as rows of a report, with their run as backbone. Only Dice is compared, so distances are
+    left out."""
     places = {cell.cell for cell in cells}
     return [
         _as_row(row).replaced(
@@ -250,7 +250,7 @@ def _rows_in(comparison: Comparison, cells: Sequence[CellName]) -> list[TrialRow
 
 
 def _source(comparison: Comparison, cells: Sequence[CellName]) -> str:
-    """Return where the figures of some cells come from: first the parts that all runs share, then those of each run."""
+    """Return the source line of some cells: the parts that all runs share, then the parts of each run."""
     rows = _rows_in(comparison, cells)
     of_run = {
         run.letter: source_line([row for row in rows if row.backbone == run.letter], run.code).split(" · ")

@@ -1,4 +1,4 @@
-"""A comparison -> tables for the terminal, and sentences for people."""
+"""Tables and sentences of a comparison, for the terminal."""
 
 from rich.table import Table
 from rich.text import Text
@@ -22,7 +22,7 @@ def settings_table(comparison: Comparison) -> Table:
 
 
 def notes_of(comparison: Comparison) -> list[str]:
-    """Return sentences about the settings that a reader needs before any figure."""
+    """Return the sentences about settings that are printed above all results."""
     return notes_of_settings(comparison.settings, comparison.letters)
 
 
@@ -41,7 +41,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def reasons_of(comparison: Comparison) -> list[str]:
-    """Return, for people, why some figures have no difference, and what was not compared at all."""
+    """Return the reasons for missing differences, and the results that were not compared."""
     unpaired: dict[str, list[str]] = {}
     for one in comparison.unpaired:
         unpaired.setdefault(f"{one.run} and {one.against} unpaired: {one.reason}", []).append(
@@ -52,7 +52,7 @@ def reasons_of(comparison: Comparison) -> list[str]:
 
 
 def comparison_line(comparison: Comparison, cell: ComparedCell) -> list[str]:
-    """Return the cells of a line: what is compared, the figure of every run, and the differences from the first one."""
+    """Return a line of the table: the compared cell, the result of every run, and the differences from the first run."""
     letters = comparison.letters
     line = [cell.task_and_protocol, str(cell.num_labelled), series_name((cell.mode, ""))]
     for letter in letters:

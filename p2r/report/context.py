@@ -1,4 +1,4 @@
-"""The facts of a report beside its rows: validated once, read by every part of the page."""
+"""Facts of a report other than its rows: validated once, read by every part of the page."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from p2r.evaluate.rows import JsonModel
 
 
 class TaskFacts(JsonModel):
-    """A task, for people."""
+    """Description of a task."""
 
     title: str | None = None
     licence: str | None = None
@@ -22,7 +22,7 @@ class TaskFacts(JsonModel):
 
 
 class ReportContext(JsonModel):
-    """The source of the rows. Fields below have places of their own on the page; unknown ones become lines of the provenance."""
+    """Origin of the rows. The fields below have places of their own on the page; unknown fields become lines of the provenance."""
 
     title: str = "Few-shot segmentation"
     caveats: list[str] = Field(default_factory=list)
@@ -39,20 +39,20 @@ class ReportContext(JsonModel):
     failed: list[dict[str, Any]] | None = None
     """Trials that failed, with their reasons."""
     overhead: Any = None
-    """Time of the sweep beside its trials."""
+    """Time of the sweep outside its trials."""
     spent: dict[str, Any] = Field(default_factory=dict)
     """Time of pretraining and search."""
     test_reads: list[dict[str, Any]] | None = None
-    """Readings of the test split."""
+    """Test-set evaluations."""
     left_out: list[str] = Field(default_factory=list)
-    """Sentences about what could not be shown."""
+    """Sentences about parts that could not be shown."""
     backbone: Any = None
     """A mapping with its `url`, or a name."""
     code: str | None = None
-    """Commit that made the report."""
+    """Commit that wrote the report."""
 
     def provenance(self) -> dict[str, Any]:
-        """Return the facts that have no place of their own."""
+        """Return the facts without a place of their own."""
         return {name: value for name, value in self.to_json().items() if name not in _OWN_PLACE}
 
 

@@ -1,10 +1,9 @@
-"""Rows of final trials, statistics and provenance -> `report.html`, `report.md`, `report.json` and pictures on a job's storage.
+"""Report of a few-shot evaluation, from rows of final trials, statistics and provenance, in a job's storage.
 
     pictures/NAME.png, NAME.svg · report.md · report.html (one file, pictures inside) · report.json, written last
 
-The page is put together once, as a list of blocks, and written twice. What a reader must know before believing a figure
-(caveats, other protocols than leak-free) stands above the figures; what is needed to check it (digests, seeds, patients,
-readings of the test split) stands below them. What rows of an earlier report do not hold is left out.
+The page is built once, as a list of blocks, and rendered twice. Caveats, and protocols that are not leak-free, are printed above
+the results; digests, seeds, patients and test-set evaluations below them. Facts missing from rows of an earlier report are left out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,23 +25,23 @@ FORMAT = "p2r-report/1"
 
 _HOW_TO_READ = (
     "Dice is hard, in 3D, on the scan's own grid, per patient (frames averaged first), then over patients. "
-    "± is the standard deviation over draws of the labelled patients; every mode is given the same draws, and “over "
+    "± is the standard deviation over draws of the labelled patients; every mode has the same draws, and “over "
     "scratch” is the difference on them. HD95 and NSD are means over classes. A class that only the prediction or only "
-    "the reference lacks counts as Dice 0, NSD 0, HD95 the grid's diagonal; one that both lack is left out. "
-    "Bold: the best mode for that number of patients. Intervals are of a bootstrap over draws and patients: with one draw they are "
-    "of the patients alone, and with three to five draws of one patient rather too narrow (p2r/evaluate/statistics.py)."
+    "the reference lacks counts as Dice 0, NSD 0, HD95 the grid's diagonal; a class that both lack is left out. "
+    "Bold: the best mode for that number of patients. Intervals come from a bootstrap over draws and patients. With one draw they "
+    "cover only the patients; with three to five draws of one patient they are rather too narrow (p2r/evaluate/statistics.py)."
 )
 _TRANSDUCTIVE = (
-    "Transductive: validation or test patients are in the corpus that the backbone was pretrained on. These figures say nothing "
-    "about patients whom it has not seen, and must not be compared with leak-free ones. Rows are labelled in report.json."
+    "Transductive: validation or test patients are in the backbone's pretraining corpus. These results do not hold for unseen "
+    "patients, and must not be compared with leak-free results. Rows are labelled in report.json."
 )
 _UNKNOWN = (
-    "Corpora unknown: the backbone's manifest does not say what it was pretrained on. It may have seen validation or test patients: "
-    "these figures must not be compared with leak-free ones. Rows are labelled in report.json."
+    "Corpora unknown: the backbone's manifest does not state its pretraining data. It may have seen validation or test patients: "
+    "these results must not be compared with leak-free results. Rows are labelled in report.json."
 )
 _PAPER_COMPATIBLE = (
-    "paper_compat: made by the choices of the paper's released code, in which the reference decides what the network is shown, "
-    "at test too. These figures stand beside the paper's only, and must not be compared with leak-free ones."
+    "paper_compat: follows the choices of the paper's released code, in which the reference determines the network's input, at "
+    "test too. These results may be compared with the paper's only, not with leak-free results."
 )
 
 
@@ -60,8 +59,8 @@ def write_report(
         storage: The report's own folder.
         rows: One for each final trial.
         context: The source of the rows.
-        pictures: Pictures that are not made of the rows, by name: drawings, or PNG files.
-        statistics: Of the rows; None: no interval is shown.
+        pictures: Pictures that do not come from the rows, by name: drawings, or PNG files.
+        statistics: Statistics of the rows; None: no intervals are shown.
     """
     material = Material(context, pictures, statistics)
     blocks = list(_blocks(rows, material))
@@ -92,10 +91,10 @@ def _blocks(rows: Sequence[TrialRow], material: Material) -> Iterator[Block]:
     if rows:
         yield Heading(2, "At a glance")
         yield from glance(material, rows)
-        yield Heading(2, "What was asked")
+        yield Heading(2, "Setup")
         yield asked(material, rows)
     else:
-        yield Paragraph("There are no figures.")
+        yield Paragraph("There are no results.")
     names = sorted({row.task for row in rows})
     for name in names:
         yield from _task([row for row in rows if row.task == name], name, material)
@@ -111,7 +110,7 @@ def _blocks(rows: Sequence[TrialRow], material: Material) -> Iterator[Block]:
 
 
 def _notes(rows: Sequence[TrialRow], context: ReportContext) -> Iterator[Block]:
-    """Yield what a reader needs before any figure."""
+    """Yield the caveats, which are printed above all results."""
     if is_unknown(rows):
         yield Paragraph(_UNKNOWN, note=True)
     if is_transductive(rows):

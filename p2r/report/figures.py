@@ -1,4 +1,4 @@
-"""Rows of one task by one protocol -> its tables and pictures, each with what a reader must know of it."""
+"""Tables and pictures of one task by one protocol, each with the notes needed to read it."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -29,13 +29,15 @@ from p2r.report.training_curves import pseudo_label_blocks
 
 
 def figures(material: Material, rows: Sequence[TrialRow], protocol: str) -> Iterator[Block]:
-    """Yield tables and pictures of one task by one protocol: figures of different ones must not be compared by accident."""
+    """Yield tables and pictures of one task by one protocol: results of different protocols are never shown together."""
     task = rows[0].task
     tag = task if protocol == LEAK_FREE else f"{task}-{protocol}"
     source = source_line(rows, material.context.code)
     num_patients = sorted({row.num_test_subjects for row in rows if row.num_test_subjects})
     where = (
-        f" Read on {', '.join(map(str, num_patients))} patients of the {split_of(rows)} split." if num_patients else ""
+        f" Evaluated on {', '.join(map(str, num_patients))} patients of the {split_of(rows)} split."
+        if num_patients
+        else ""
     )
     yield Paragraph(f"Protocol: {protocol}.{where}")
     if any(row.dice_mean is not None for row in rows):
@@ -63,7 +65,7 @@ def figures(material: Material, rows: Sequence[TrialRow], protocol: str) -> Iter
         yield material.put(
             f"classes-{tag}",
             boxes,
-            f"Dice of every one of the {split_of(rows)} patients, by class, mode and number of labelled patients.",
+            f"Dice of every {split_of(rows)} patient, by class, mode and number of labelled patients.",
         )
     yield from _failures(material, patients, rows, task, tag, source)
     yield from calibration_blocks(rows, task=task, tag=tag, source=source, put=material.put)
@@ -76,7 +78,7 @@ def _differences(material: Material, rows: Sequence[TrialRow], task: str, tag: s
     if not found:
         return
     found.sort(key=lambda one: (one.num_labelled, series_order(series_of(one))))
-    # A mode's own control stands in the table; the picture has one zero.
+    # A mode's own control is only in the table; the picture has one zero.
     shown = [one for one in found if one.against == SCRATCH] or found
     against = " and ".join(dict.fromkeys(against_text(one.against) for one in shown))
     yield Heading(3, f"Against {against}")
@@ -96,13 +98,13 @@ def _differences(material: Material, rows: Sequence[TrialRow], task: str, tag: s
         lines,
         title=f"{task}: difference to {against}{label_of(rows)}",
         subtitle=f"paired by patient; line: {material.level} interval of a bootstrap over draws and patients; p: Wilcoxon, Holm over n",
-        axis=f"Dice above that of {against}",
+        axis=f"gain in Dice over {against}",
         source=source,
     )
     yield material.put(
         f"differences-{tag}",
         picture,
-        f"Difference of Dice to {against}, paired by patient, with its {material.level} interval: to the right of zero is better.",
+        f"Difference in Dice to {against}, paired by patient, with its {material.level} interval: right of zero is better.",
     )
     yield Grid(
         (
@@ -132,14 +134,14 @@ def _differences(material: Material, rows: Sequence[TrialRow], task: str, tag: s
 
 
 def _efficiency(material: Material, rows: Sequence[TrialRow]) -> Iterator[Block]:
-    """Yield how many labelled patients training from scratch needs for the same Dice."""
+    """Yield the number of labelled patients that training from scratch needs for the same Dice."""
     found = [one for one in material.efficiency(rows) if one.mode != SCRATCH]
     if not found:
         return
     numbers = sorted({one.num_labelled for one in found})
     series = sorted({series_of(one) for one in found}, key=series_order)
     worth = {(series_of(one), one.num_labelled): worth_text(one, rows) for one in found}
-    yield Heading(3, "How many labels it saves")
+    yield Heading(3, "Label efficiency")
     yield Grid(
         ("mode", *(f"n = {number}" for number in numbers)),
         [(series_name(one), *(worth.get((one, number), "–") for number in numbers)) for one in series],
@@ -150,15 +152,15 @@ def _efficiency(material: Material, rows: Sequence[TrialRow]) -> Iterator[Block]
 def _failures(
     material: Material, patients: Sequence[Patient], rows: Sequence[TrialRow], task: str, tag: str, source: str
 ) -> Iterator[Block]:
-    """Yield where in the organ, and in which patients, it fails."""
+    """Yield Dice by third of the organ and by stratum of the patients."""
     names = _names_of_thirds(material, task)
     thirds = where_in_the_organ(
-        patients, title=f"{task}: where in the organ it fails{label_of(rows)}", names=names, source=source
+        patients, title=f"{task}: Dice by third of the organ{label_of(rows)}", names=names, source=source
     )
-    strata = by_stratum(patients, title=f"{task}: which patients it fails{label_of(rows)}", source=source)
+    strata = by_stratum(patients, title=f"{task}: Dice by stratum of the patients{label_of(rows)}", source=source)
     if thirds is None and strata is None:
         return
-    yield Heading(3, "Where it fails")
+    yield Heading(3, "Failure analysis")
     few = min(patient.num_labelled for patient in patients)
     here = [patient for patient in patients if patient.num_labelled == few]
     series = sorted({patient.series for patient in here}, key=series_order)
@@ -225,7 +227,7 @@ def _table(rows: Sequence[TrialRow]) -> Grid:
 
 
 def _absences(rows: Sequence[TrialRow]) -> str:
-    """Say how often a class was missing, summed over all trials: means alone hide it."""
+    """Return a sentence that counts missing classes over all trials, because means hide them."""
     counts: dict[tuple[str, str], int] = {}
     for row in rows:
         for name, of_class in (row.absent or {}).items():
@@ -241,7 +243,7 @@ def rows_of_cell(rows: Sequence[TrialRow], cell: Cell) -> list[TrialRow]:
 
 
 def worth_text(efficiency: LabelEfficiency, rows: Sequence[TrialRow]) -> str:
-    """Return the number of labelled patients from scratch that a mode is worth, or its side of all numbers that were tried."""
+    """Return the number of patients that training from scratch needs for the same Dice, or a bound beyond the tried numbers."""
     if efficiency.scratch_patients is not None:
         return f"{efficiency.scratch_patients:.1f}"
     tried = [row.num_labelled for row in rows if row.mode == SCRATCH]
@@ -251,7 +253,7 @@ def worth_text(efficiency: LabelEfficiency, rows: Sequence[TrialRow]) -> str:
 
 
 def against_text(mode: str) -> str:
-    """Return the name of the mode that a difference is from."""
+    """Return the name of the reference mode of a difference."""
     return "scratch" if mode == SCRATCH else series_name((mode, ""))
 
 

@@ -1,4 +1,4 @@
-"""Rows -> the first part of the page: the figures that a reader looks for first, and what the job asked for."""
+"""Top of the page: the key results of every task, and the setup of the job."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -24,11 +24,11 @@ from p2r.report.tables import (
 from p2r.report.text import signed
 
 Card = tuple[str, str, str]
-"""Name, figure, remark."""
+"""Name, value, remark."""
 
 
 def glance(material: Material, rows: Sequence[TrialRow]) -> Iterator[Block]:
-    """Yield, for every task, the figures that a reader looks for first."""
+    """Yield the key results of every task."""
     for task in sorted({row.task for row in rows}):
         for protocol in sorted({protocol_of(row) for row in rows if row.task == task}):
             chosen = [row for row in rows if row.task == task and protocol_of(row) == protocol]
@@ -40,7 +40,7 @@ def glance(material: Material, rows: Sequence[TrialRow]) -> Iterator[Block]:
     facts = []
     for name, found in (
         ("trials failed", material.context.failed),
-        ("readings of the test split", material.context.test_reads),
+        ("test-set evaluations", material.context.test_reads),
     ):
         if found is not None:
             facts.append(f"{name}: {len(found)}")
@@ -52,7 +52,7 @@ def glance(material: Material, rows: Sequence[TrialRow]) -> Iterator[Block]:
 
 
 def _cards(material: Material, rows: Sequence[TrialRow]) -> Iterator[Card]:
-    """Yield the figures of one task for the fewest and the most labelled patients, by the mode that validation prefers."""
+    """Yield results of one task for the fewest and the most labelled patients, with the mode that is best on validation patients."""
     cells = [cell for cell in aggregate(rows) if cell.dice_mean.mean is not None]
     numbers = sorted({cell.num_labelled for cell in cells})
     for number in dict.fromkeys((*numbers[:1], *numbers[-1:])):
@@ -103,7 +103,7 @@ def _gain_cards(material: Material, rows: Sequence[TrialRow], leader: Cell, labe
 
 
 def asked(material: Material, rows: Sequence[TrialRow]) -> Grid:
-    """Return what the job asked for."""
+    """Return the setup of the job as a table."""
     draws = sorted({(cell.num_labelled, cell.num_draws) for cell in aggregate(rows)})
     series = sorted({series_of(row) for row in rows}, key=series_order)
     backbone = material.context.backbone or {}
@@ -111,7 +111,7 @@ def asked(material: Material, rows: Sequence[TrialRow]) -> Grid:
     lines = [
         ("task", ", ".join(sorted({row.task for row in rows}))),
         ("protocol", ", ".join(sorted({protocol_of(row) for row in rows}))),
-        ("read on", f"{split_of(rows)} patients"),
+        ("evaluated on", f"{split_of(rows)} patients"),
         ("modes", ", ".join(map(series_name, series))),
         ("labelled patients", "; ".join(f"{number} ({count} draw{'s' * (count > 1)})" for number, count in draws)),
         ("backbone", str(backbone.get("url") or "") if isinstance(backbone, Mapping) else str(backbone)),
@@ -119,11 +119,11 @@ def asked(material: Material, rows: Sequence[TrialRow]) -> Grid:
         ("seed", ", ".join(sorted({str(row.seed) for row in rows if row.seed is not None}))),
         ("code of the trials", code_of(rows, material.context.code)),
     ]
-    return Grid(("what", "value"), [line for line in lines if line[1]])
+    return Grid(("fact", "value"), [line for line in lines if line[1]])
 
 
 def _validation(rows: Sequence[TrialRow], cell: Cell) -> float:
-    """Mean validation Dice of a cell: the choice of what is shown first uses no test patient."""
+    """Return the mean validation Dice of a cell. It selects the mode shown first, without test patients."""
     return mean_of(row.validation_dice_mean for row in rows_of_cell(rows, cell)) or 0.0
 
 

@@ -1,4 +1,4 @@
-"""Everything that the parts of a page share: rows' context and statistics, pictures that were given, and those drawn so far."""
+"""Shared state of the parts of a page: context and statistics of the rows, given pictures, and pictures drawn so far."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -15,12 +15,12 @@ Entry = TypeVar("Entry", Interval, PairedDifference, LabelEfficiency)
 
 
 class Material:
-    """The shared part of all functions that yield blocks of a page.
+    """Shared state of all functions that yield blocks of a page.
 
     Args:
         context: The source of the rows.
-        pictures: Pictures that are not made of the rows, by name.
-        statistics: Of the rows; None: no interval is shown.
+        pictures: Pictures that do not come from the rows, by name.
+        statistics: Statistics of the rows; None: no intervals are shown.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Material:
         return task if facts is None or facts.title is None else facts.title
 
     def put(self, name: str, picture: Drawing | bytes, caption: str) -> Picture:
-        """Add a picture to the page under a name that can be a file's, and that no other has."""
+        """Add a picture to the page under a unique name that is a valid file name."""
         name = unique = for_file_name(name)
         number = 1
         while unique in self.drawn:
@@ -59,7 +59,7 @@ class Material:
         return Picture(unique, caption)
 
     def given(self, task: str | None) -> Iterator[Block]:
-        """Yield the pictures that are not made of rows and belong to a task, or to none."""
+        """Yield the given pictures of a task; None: pictures of no task."""
         for name, picture in self.pictures.items():
             if self.context.places.get(name) == task:
                 caption = self.context.captions.get(name, name.replace("-", " "))

@@ -1,6 +1,6 @@
-"""Rows (one trial each) -> what single patients got: Dice by class, by third of the organ, and who they are.
+"""Results of single patients: Dice by class and by third of the organ, from rows (one trial each).
 
-Frames are averaged within a patient, then draws. Rows of earlier reports have no `cases`: of those only a patient's mean
+Frames are averaged within a patient, then draws. Rows of earlier reports have no `cases`: for them, only a patient's mean
 over classes is known.
 """
 
@@ -55,13 +55,13 @@ def patients_of(rows: Sequence[TrialRow]) -> list[Patient]:
 
 
 def classes_of(patients: Sequence[Patient]) -> list[str]:
-    """Return the classes that patients have Dice of, the mean of all last if there are several."""
+    """Return the classes of the patients' Dice, with the mean of all last if there are several."""
     names = dict.fromkeys(name for patient in patients for name in patient.dice if name != MEAN)
     return list(names) if len(names) == 1 else [*names, MEAN]
 
 
 def mean_of(figures: Iterable[float | None]) -> float | None:
-    """Return the mean of those that are there, or None."""
+    """Return the mean of the values that are not None, or None."""
     present = [figure for figure in figures if figure is not None]
     return fmean(present) if present else None
 

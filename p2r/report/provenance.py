@@ -1,4 +1,4 @@
-"""Rows and their context -> the last part of the page: how it was run, what it cost, and what is needed to check it."""
+"""Bottom of the page: search, cost and provenance."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,28 +13,30 @@ _FIRST = ("time", "task", "trial", "mode")
 _WORDS = {
     "num_labelled": "labelled patients",
     "pretraining_s": "pretraining of the backbone, each worker",
-    "num_pretraining_workers": "workers that pretrained",
+    "num_pretraining_workers": "pretraining workers",
     "search_s": "trials of the search",
-    "num_trials": "trials that were run",
+    "num_trials": "trials run",
     "num_concurrent": "at a time",
-    "trials_s": "the trials' own time, added up",
-    "sweep_s": "the sweep from start to end",
+    "trials_s": "sum of trial times",
+    "sweep_s": "sweep, wall-clock time",
     "overhead_fraction": "overhead",
     "validation_dice_mean": "validation Dice",
 }
-"""Names of fields that say little to who did not write them."""
+"""Labels of fields whose names are not self-explanatory."""
 _MAX_ENTRIES, _MAX_LINES = 30, 12
 
 
 def how_it_ran(rows: Sequence[TrialRow], context: ReportContext) -> Iterator[Block]:
-    """Yield what was searched and what won, what failed, how often test patients were read, and what it cost."""
+    """Yield search, winners, failed trials, test-set evaluations and cost."""
     blocks: list[Block] = []
-    for found, title in ((context.chosen, "What won the search"), (context.searched, "What was searched")):
+    for found, title in ((context.chosen, "Search winners"), (context.searched, "Search")):
         blocks += _listed(found, title)
     failed = context.failed
     if failed:
         blocks += [
-            Paragraph(f"{len(failed)} trial{'s' * (len(failed) > 1)} failed; figures above are without.", note=True)
+            Paragraph(
+                f"{len(failed)} trial{'s' * (len(failed) > 1)} failed, and the results above are without.", note=True
+            )
         ]
         blocks += _listed(failed, "Trials that failed")
     elif failed is not None:
@@ -43,14 +45,14 @@ def how_it_ran(rows: Sequence[TrialRow], context: ReportContext) -> Iterator[Blo
     if reads:
         blocks.append(
             Paragraph(
-                f"The test split was read {'once' if len(reads) == 1 else f'{len(reads)} times'}, by frozen recipes only."
+                f"The test split was evaluated {'once' if len(reads) == 1 else f'{len(reads)} times'}, with frozen recipes only."
             )
         )
-        blocks += _listed(reads, "Readings of the test split")
+        blocks += _listed(reads, "Test-set evaluations")
     blocks += _compute(rows, context.overhead, context.spent)
     blocks += [Paragraph(f"Left out: {sentence}") for sentence in context.left_out]
     if blocks:
-        yield Heading(2, "How it was run")
+        yield Heading(2, "Run")
         yield from blocks
 
 
@@ -67,41 +69,41 @@ def _listed(value: Any, title: str) -> list[Block]:
         header = [*(name for name in _FIRST if name in there), *(name for name in there if name not in _FIRST)]
         grid = Grid(header, [[_abbreviated(one.get(name, "")) for name in header] for one in flat])
     else:
-        grid = Grid(("what", "value"), [_in_words(*line) for line in _flat(value) if line[1] is not None])
+        grid = Grid(("fact", "value"), [_in_words(*line) for line in _flat(value) if line[1] is not None])
     if len(grid.rows) > _MAX_LINES:
         return [Folded(f"{title} ({len(grid.rows)})", [grid])]
     return [Heading(3, title), grid]
 
 
 def _abbreviated(text: str) -> str:
-    """Return the beginning of a digest; report.json has all of it."""
+    """Shorten a digest; report.json has all of it."""
     return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def _compute(rows: Sequence[TrialRow], overhead: Any, before: Mapping[str, Any]) -> list[Block]:
-    """Return what final trials took, by mode; what came before them; and what the sweep took beside all trials."""
+    """Return the time of final trials by mode, of the steps before them, and of the sweep outside its trials."""
     spent: dict[tuple[tuple[str, str], str], list[float]] = {}
     for row in rows:
         if row.seconds is not None:
             spent.setdefault((series_of(row), row.device or ""), []).append(row.seconds)
     overhead = overhead if isinstance(overhead, Mapping) else {"overhead": overhead} if overhead else {}
     if not spent:
-        return _listed({**before, **overhead}, "What it cost")
+        return _listed({**before, **overhead}, "Cost")
     lines = [
         (series_name(series), device, str(len(seconds)), f"{sum(seconds) / len(seconds):.0f}", hours_text(sum(seconds)))
         for (series, device), seconds in sorted(spent.items(), key=lambda item: (series_order(item[0][0]), item[0][1]))
     ]
     lines.append(("all", "", str(sum(map(len, spent.values()))), "", hours_text(sum(map(sum, spent.values())))))
-    table = Grid(("mode", "device", "final trials", "seconds each", "together"), lines)
+    table = Grid(("mode", "device", "final trials", "seconds each", "total"), lines)
     facts = [_in_words(*line) for line in _flat({**before, **overhead}) if line[1] is not None]
-    about = [Grid(("before them, and all trials together", "value"), facts)] if facts else []
-    return [Heading(3, "What it cost"), table, *about]
+    about = [Grid(("before the final trials, and in total", "value"), facts)] if facts else []
+    return [Heading(3, "Cost"), table, *about]
 
 
 def provenance(rows: Sequence[TrialRow], context: ReportContext, names: Sequence[str]) -> Iterator[Block]:
     """Yield the facts of the context, and the patients of every split and draw."""
     rest = context.provenance()
-    # Settings have the names that a job's file gives them.
+    # Settings keep the names that they have in a job file.
     lines = [
         (key, _text(value)) if key.startswith("finetune.") else _in_words(key, value) for key, value in _flat(rest)
     ]
@@ -111,15 +113,15 @@ def provenance(rows: Sequence[TrialRow], context: ReportContext, names: Sequence
     of_trials = [line for line in facts if line[0].startswith("finetune.")]
     facts = [line for line in facts if line not in of_trials]
     if facts:
-        yield Grid(("what", "value"), facts)
+        yield Grid(("fact", "value"), facts)
     if of_trials:
-        yield Folded(f"All settings of the trials ({len(of_trials)})", [Grid(("what", "value"), of_trials)])
+        yield Folded(f"All settings of the trials ({len(of_trials)})", [Grid(("setting", "value"), of_trials)])
     for name in names:
         splits = context.tasks[name].splits if name in context.tasks else {}
         if splits:
             yield Heading(3, f"Splits of {name}")
             yield Grid(
-                ("split", "subjects", "who"),
+                ("split", "number", "subjects"),
                 [(str(split), str(len(who)), ", ".join(map(str, who))) for split, who in splits.items()],
             )
         draws = _draws([row for row in rows if row.task == name])
@@ -133,7 +135,7 @@ def provenance(rows: Sequence[TrialRow], context: ReportContext, names: Sequence
 def _draws(rows: Sequence[TrialRow]) -> Grid:
     found = {(row.num_labelled, row.draw, row.seed, ", ".join(row.subjects)) for row in rows}
     lines = [tuple("" if value is None else str(value) for value in line) for line in sorted(found, key=_sortable)]
-    return Grid(("labelled patients", "draw", "seed", "who"), lines)
+    return Grid(("labelled patients", "draw", "seed", "subjects"), lines)
 
 
 def _sortable(line: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -156,7 +158,7 @@ def _text(value: Any) -> str:
 
 
 def _in_words(key: str, value: Any) -> tuple[str, str]:
-    """Return what a field is called for people, and its value with its unit, which stands at the end of a field's name."""
+    """Return the label of a field, and its value with the unit that ends the field's name."""
     where, dot, name = key.rpartition(".")
     text = _text(value)
     words = name.removeprefix("num_")
@@ -170,7 +172,7 @@ def _in_words(key: str, value: Any) -> tuple[str, str]:
 
 
 def hours_text(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
+    """Format a time in seconds, minutes or hours."""
     return (
         f"{seconds / 3600:.1f} h"
         if seconds >= 3600

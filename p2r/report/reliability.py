@@ -1,8 +1,7 @@
-"""Rows -> how far a model's confidence can be trusted: a reliability curve for each mode, and its calibration as a table.
+"""Calibration of the models' confidence: a reliability curve for each mode, and a table.
 
-A point of a curve is one bin of confidence: voxels of all patients and draws together. A model on the diagonal is right as often as its
-confidence says; below it, it is too sure. Bins with less than one voxel in `_LEAST` are left out, because a handful of voxels says
-nothing.
+A point of a curve is one bin of confidence, over voxels of all patients and draws. A model on the diagonal is right as often as its
+confidence states; below it, it is overconfident. Bins with less than one voxel in `_LEAST` are left out, because they are too noisy.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,30 +44,30 @@ _LEAST = 1000
 _PANEL = 2.5  # inches
 _TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 Put = Callable[[str, Drawing, str], Picture]
-"""Puts a picture on the page: name, drawing, caption."""
+"""Function that adds a picture to the page: name, drawing, caption."""
 
 
 def calibration_blocks(rows: Sequence[TrialRow], *, task: str, tag: str, source: str, put: Put) -> Iterator[Block]:
-    """Yield the part of a page on calibration: nothing for rows of earlier versions, which have none.
+    """Yield the calibration part of a page; empty for rows of earlier versions, which lack it.
 
     Args:
-        rows: Of one task and protocol.
-        task: Its name.
+        rows: Rows of one task and protocol.
+        task: Name of the task.
         tag: Part of the picture's name.
-        source: Line below the picture that says where the figures come from.
-        put: Puts the picture on the page.
+        source: Source line below the picture.
+        put: Adds the picture to the page.
     """
     known = [row for row in rows if calibration_of(row, "ece") is not None]
     if not known:
         return
     first = known[0].calibration
     assert first is not None
-    yield Heading(3, "How far its confidence can be trusted")
+    yield Heading(3, "Calibration")
     yield put(
         f"reliability-{tag}",
         reliability_curves(known, title=f"{task}: confidence and accuracy{label_of(rows)}", source=source),
         f"Accuracy of voxels by the confidence of their prediction ({first.num_bins} bins), near the organs. Below the diagonal a model "
-        "is too sure.",
+        "is overconfident.",
     )
     yield Grid(
         ("labelled patients", "mode", "ECE", "Brier", "ECE, whole scan", "Brier, whole scan"),
@@ -85,9 +84,9 @@ def calibration_blocks(rows: Sequence[TrialRow], *, task: str, tag: str, source:
         ],
     )
     yield Paragraph(
-        f"Calibration is of the network's probabilities, per patient, then averaged; ± over draws. ECE: mean distance of confidence and "
-        f"accuracy over {first.num_bins} bins. Brier: squared distance of the probabilities from the truth, 0 to 2. Near: within "
-        f"{first.margin_mm:g} mm of the box around the reference. Sources: p2r/evaluate/calibration.py."
+        f"Calibration is measured on the network's probabilities per patient, then averaged; ± over draws. ECE: mean distance of "
+        f"confidence and accuracy over {first.num_bins} bins. Brier: squared distance of the probabilities from the truth, 0 to 2. "
+        f"Near: within {first.margin_mm:g} mm of the box around the reference. Sources: p2r/evaluate/calibration.py."
     )
 
 
@@ -101,9 +100,9 @@ def reliability_curves(rows: Sequence[TrialRow], *, title: str, source: str = ""
     """Draw accuracy over confidence, one panel for the fewest and one for the most labelled patients.
 
     Args:
-        rows: Of one task and protocol, each with its `calibration`.
+        rows: Rows of one task and protocol, each with its `calibration`.
         title: Headline.
-        source: Line below that says where the figures come from.
+        source: Source line below the picture.
     """
     return drawing(*(_figure(rows, title, source, width) for width in (WIDE, NARROW)))
 

@@ -1,4 +1,4 @@
-"""Settings of several runs -> those that differ, as a table and as sentences that stand above the figures."""
+"""Differing settings of several runs, as a table and as sentences printed above the results."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +18,8 @@ _NO_FIGURE = (
     "num_labelled",
     "num_labelled_by_mode",
 )
-"""Settings that change no figure which two runs share; what only one of them has is named anyway."""
-_TOLERANCE = "finetune.nsd_tolerance_mm"  # changes NSD alone
+"""Settings that cannot change results shared by two runs. Results that only one run has are listed anyway."""
+_TOLERANCE = "finetune.nsd_tolerance_mm"  # changes only NSD
 _CHOSEN = "chosen for "
 
 
@@ -47,7 +47,7 @@ class ComparedSettings(JsonModel):
     """Letters of the runs whose report does not hold their settings."""
 
     def asked(self) -> list[str]:
-        """Return the names of settings that differ and can change a Dice."""
+        """Return the names of differing settings that can change a Dice."""
         return [one.name for one in self.differ if one.name != _TOLERANCE]
 
 
@@ -77,7 +77,7 @@ def _chosen_differently(runs: Sequence[Run], task: str, mode: str) -> Iterator[D
     names = [
         name
         for name in _names_that_differ(found)
-        # Settings that no search chose are those of the section, and listed already.
+        # A setting that was not searched has the section's value, which is listed already.
         if any(found[run.letter].get(name) != run.finetune.get(name) for run in runs if run.letter in found)
     ]
     if names:
@@ -104,7 +104,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def settings_grid(settings: ComparedSettings, letters: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Return header and lines of a table of what differs: what was asked for, then what was chosen."""
+    """Return header and lines of a table of differing settings: configured ones, then those chosen by the search."""
     lines = [[one.name, *(_json_text(one.values.get(letter)) for letter in letters)] for one in settings.differ]
     for choice in settings.chosen:
         texts = (
@@ -117,7 +117,7 @@ def settings_grid(settings: ComparedSettings, letters: Sequence[str]) -> tuple[l
 
 
 def notes_of_settings(settings: ComparedSettings, letters: Sequence[str]) -> list[str]:
-    """Return sentences that a reader needs before any figure."""
+    """Return the sentences that are printed above all results."""
     everyone = " and ".join(letters)
     _, lines = settings_grid(settings, letters)
     num_asked = len(settings.differ)
@@ -127,18 +127,18 @@ def notes_of_settings(settings: ComparedSettings, letters: Sequence[str]) -> lis
     notes = []
     if asked:
         notes.append(
-            f"{everyone} were run with different settings, and a difference of Dice may come of these: {_first_of(asked)}"
+            f"{everyone} were run with different settings, which may explain a difference in Dice: {_first_of(asked)}"
         )
     if chosen:
         notes.append(f"different settings were chosen on validation patients of {everyone}: {_first_of(chosen)}")
     if tolerance:
         of_each = ", ".join(f"{letter} {text} mm" for letter, text in zip(letters, tolerance, strict=True))
         notes.append(
-            f"NSD is left out, for it was measured with different tolerances ({_TOLERANCE}: {of_each}); Dice does not depend on it"
+            f"NSD is left out, because it was measured with different tolerances ({_TOLERANCE}: {of_each}); Dice does not depend on them"
         )
     if unknown := settings.unknown:
         notes.append(
-            f"whether settings differ is not known of {' and '.join(unknown)}: a report without them, of an earlier version"
+            f"the settings of {' and '.join(unknown)} are unknown: reports of earlier versions do not hold them"
         )
     return notes
 

@@ -1,4 +1,4 @@
-"""Rows -> the line below every picture that names where its figures come from."""
+"""Source line below every picture: the origin of its values."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ from p2r.report.tables import aggregate, code_of, protocol_of, series_name, seri
 
 
 def source_line(rows: Sequence[TrialRow], code: str | None) -> str:
-    """Return what every picture says below itself: backbone, task, protocol, patients, draws, seed and code."""
+    """Return the source line of a picture: backbone, task, protocol, patients, draws, seed and code."""
     backbones = [digest[:12] for digest in digests_of(rows)]
     numbers = sorted({row.num_labelled for row in rows})
     draws = sorted({cell.num_draws for cell in aggregate(rows)})
@@ -25,12 +25,12 @@ def source_line(rows: Sequence[TrialRow], code: str | None) -> str:
 
 
 def trials_line(rows: Sequence[TrialRow], code: str | None, *, patient: str) -> str:
-    """Return what a picture of single trials says below itself: which they are, of which backbone, if of any, and by which code.
+    """Return the source line of a picture of single trials: the trials with their backbones, and the code.
 
     Args:
-        rows: Of the trials, all from the same labelled patients.
+        rows: Rows of the trials, all from the same labelled patients.
         code: Commit of the report, for rows that do not name one.
-        patient: Who is shown, of which split.
+        patient: The patient shown, with the split.
     """
     backbones = [(row.backbone_sha256 or "")[:12] for row in rows]
     trials = [

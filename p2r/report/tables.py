@@ -1,8 +1,8 @@
-"""Rows (one trial each) -> cells (a mode and a number of patients each), averaged over draws; a table for the terminal.
+"""Cells: rows (one trial each) averaged over draws, by mode and number of patients; and their table for the terminal.
 
 A row is a mean over patients; a cell's spread is the standard deviation over draws of labelled patients (n - 1 in
-the denominator; none for one draw). The gain of a mode over training from scratch is averaged over the draws that both
-have, so that it compares networks trained on the same patients.
+the denominator; none for one draw). The gain of a mode over training from scratch is averaged over their common
+draws, so that it compares networks trained on the same patients.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,7 +31,7 @@ class HasSeries(Protocol):
 
     @property
     def backbone(self) -> str | None:
-        """Short name of the backbone, where there are several."""
+        """Short name of the backbone, if there are several."""
 
 
 class HasProtocol(Protocol):
@@ -47,18 +47,18 @@ class HasProtocol(Protocol):
 
     @property
     def corpora(self) -> str | None:
-        """`unknown` if the backbone's corpora are."""
+        """`unknown` if the backbone's corpora are unknown."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation over draws; None where there is no figure, or only one."""
+    """Mean and standard deviation over draws. The mean is None without values, the deviation with fewer than two."""
 
     mean: float | None
     sd: float | None
 
     def text(self, digits: int) -> str:
-        """Return `mean ± sd` with so many digits, or a dash."""
+        """Return `mean ± sd` with `digits` decimals, or a dash."""
         if self.mean is None:
             return "–"
         return f"{self.mean:.{digits}f}" + ("" if self.sd is None else f" ± {self.sd:.{digits}f}")
@@ -78,22 +78,22 @@ class Cell:
     hd95_mm: Spread
     nsd: Spread
     gain: float | None
-    """Mean Dice above that of training from scratch on the same patients."""
+    """Mean gain in Dice over training from scratch on the same patients."""
     backbone: str = ""
-    """Short name of the backbone, where rows of several stand in one table."""
+    """Short name of the backbone; empty if the table has only one."""
     ece: Spread = Spread(None, None)
-    """Expected calibration error near the organs; no mean where rows do not hold it."""
+    """Expected calibration error near the organs; without a mean if rows do not hold it."""
     brier: Spread = Spread(None, None)
     """Brier score near the organs."""
 
     @property
     def series(self) -> tuple[str, str]:
-        """What is one line of a picture: mode and backbone."""
+        """Mode and backbone, one line of a picture."""
         return self.mode, self.backbone
 
 
 def protocol_of(row: HasProtocol) -> str:
-    """Return the protocol that a row was made by; `transductive` if the backbone has seen the patients, or what says that it may have."""
+    """Return the protocol of a row, with `transductive` if the backbone has seen the patients, `corpora unknown` if it may have."""
     protocol = row.protocol.replace("-", "_")
     label = UNKNOWN if row.corpora == "unknown" else TRANSDUCTIVE
     if not row.transductive or label in protocol:
@@ -107,19 +107,19 @@ def series_of(row: HasSeries) -> tuple[str, str]:
 
 
 def series_name(series: tuple[str, str]) -> str:
-    """Return the name of a mode, and of its backbone if there are several, for people."""
+    """Return the display name of a mode, with its backbone if there are several."""
     mode, backbone = series
     return mode_title(mode) + (f" · {backbone}" if backbone else "")
 
 
 def mode_title(mode: str) -> str:
-    """Return the name of a mode for people."""
+    """Return the display name of a mode."""
     facts = facts_of(mode)
     return mode if facts is None else facts.title
 
 
 def series_order(series: tuple[str, str]) -> tuple[int, str, str]:
-    """Sort modes as they are listed everywhere: from scratch first, unknown ones last."""
+    """Return the sort key of a series: training from scratch first, unknown modes last."""
     order: list[str] = list(MODES)
     return order.index(series[0]) if series[0] in order else len(order), *series
 
@@ -143,7 +143,7 @@ def aggregate(rows: Sequence[TrialRow]) -> list[Cell]:
 
 
 def table(rows: Sequence[TrialRow]) -> Table:
-    """Return the figures of all tasks as one table for the terminal."""
+    """Return the results of all tasks as one table for the terminal."""
     cells = aggregate(rows)
     result = Table(
         title=f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws{label_of(rows)}",
@@ -176,17 +176,17 @@ def table(rows: Sequence[TrialRow]) -> Table:
 
 
 def is_transductive(rows: Sequence[TrialRow]) -> bool:
-    """Tell whether figures of patients that the backbone has seen are among the rows."""
+    """Return True if any row is about patients that the backbone has seen."""
     return any(TRANSDUCTIVE in protocol_of(row) for row in rows)
 
 
 def is_unknown(rows: Sequence[TrialRow]) -> bool:
-    """Tell whether figures of a backbone whose corpora are unknown are among the rows."""
+    """Return True if any row is of a backbone whose corpora are unknown."""
     return any(UNKNOWN in protocol_of(row) for row in rows)
 
 
 def label_of(rows: Sequence[TrialRow]) -> str:
-    """Return what a title must say of rows that are not leak-free, or nothing."""
+    """Return the suffix of a title for rows that are not leak-free; else empty."""
     if is_unknown(rows):
         return " (corpora unknown: the backbone may have seen these patients)"
     if is_transductive(rows):
@@ -195,17 +195,17 @@ def label_of(rows: Sequence[TrialRow]) -> str:
 
 
 def is_paper_compatible(rows: Sequence[TrialRow]) -> bool:
-    """Tell whether figures made by the released code's choices, which leak, are among the rows."""
+    """Return True if any row follows the released code's protocol, which leaks labels."""
     return any("paper_compat" in protocol_of(row) for row in rows)
 
 
 def split_of(rows: Sequence[TrialRow]) -> str:
-    """Return the name of the split that the rows were read on."""
+    """Return the name of the split that the rows were evaluated on."""
     return " and ".join(sorted({row.split for row in rows})) or "test"
 
 
 def code_of(rows: Sequence[TrialRow], code: str | None) -> str:
-    """Return the commits that ran the trials; of rows that do not say, that of their report."""
+    """Return the commits that ran the trials; for rows without one, the report's commit."""
     codes = {row.code or code or "" for row in rows}
     return ", ".join(sorted(codes - {""}))
 
@@ -220,7 +220,7 @@ def best_cells(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def calibration_of(row: TrialRow, name: CalibrationFigure) -> float | None:
-    """Return a figure of a row's `calibration`; None for a row that has none, as those of earlier versions."""
+    """Return a value of a row's `calibration`; None for rows without it, as in earlier versions."""
     figure: float | None = None if row.calibration is None else getattr(row.calibration, name)
     return figure
 

@@ -1,4 +1,4 @@
-"""Rows of an ablation's variants -> a table and a picture that put them side by side."""
+"""Table and picture of an ablation's variants, side by side."""
 
 from collections.abc import Iterator, Sequence
 from textwrap import wrap
@@ -29,7 +29,7 @@ _COLUMNS = ("variant", "task", "labelled patients", "mode", "Dice", "per class",
 
 
 def variants_table(rows: Sequence[TrialRow]) -> Table:
-    """Return the variants' figures as a table for the terminal; rows have a `variant`."""
+    """Return the variants' results as a table for the terminal; rows have a `variant`."""
     result = Table(
         *_COLUMNS, title=f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws{label_of(rows)}"
     )
@@ -50,7 +50,7 @@ def variants_picture(rows: Sequence[TrialRow], *, title: str, source: str = "") 
     Args:
         rows: One for each final trial, with its `variant`.
         title: Headline.
-        source: Line below that says where the figures come from.
+        source: Source line below the picture.
     """
     return drawing(*(_figure(rows, title + label_of(rows), source, width) for width in (WIDE, NARROW)))
 

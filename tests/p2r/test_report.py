@@ -146,7 +146,7 @@ def test_the_page_holds_tables_pictures_caveats_and_provenance(tmp_path: Path) -
         assert expected in text
     assert "| corpus.planes | 99 entries, in report.json |" in text
     assert "RV in prediction 54 times" in text
-    assert "| 5 | 2 | 3 | patient001 |" in text, "number of patients, draw, seed, who"
+    assert "| 5 | 2 | 3 | patient001 |" in text, "number of patients, draw, seed, subjects"
     links = re.findall(r"!\[.*\]\((.*)\)", text)
     assert links == report["pictures"] == ["pictures/few-shot-acdc.png", "pictures/view-pairs.png"]
     assert (tmp_path / links[0]).read_bytes().startswith(b"\x89PNG")
@@ -168,7 +168,7 @@ def test_text_from_outside_cannot_break_the_page(tmp_path: Path) -> None:
 
 def test_a_report_without_rows_says_so(tmp_path: Path) -> None:
     write_report(Storage(str(tmp_path)), rows=rows_of([]), context=context_of({}), pictures={})
-    assert "There are no figures." in (tmp_path / "report.md").read_text()
+    assert "There are no results." in (tmp_path / "report.md").read_text()
 
 
 def test_no_json_is_written_when_a_figure_is_not_a_number(tmp_path: Path) -> None:

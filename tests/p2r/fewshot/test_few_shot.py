@@ -21,7 +21,7 @@ import p2r.fewshot.search as fewshot
 from p2r.backbone import load_model
 from p2r.config import FinetuneConfig
 from p2r.data.volume import read_volume
-from p2r.errors import DataError, JobError
+from p2r.errors import DamagedError, DataError, JobError
 from p2r.evaluate.calibration import near_organs
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.models import ensemble
@@ -30,8 +30,8 @@ from p2r.fewshot.checks import check_task
 from p2r.fewshot.protocol import Settings, Trial, final_trials, settings_of
 from p2r.fewshot.publishing import choose_model, publish_best, publish_other_draws, reason_for
 from p2r.fewshot.readings import merge_readings
-from p2r.fewshot.results import SearchedTrial, TrialResult
-from p2r.fewshot.search import FewShot, attempt, few_shot
+from p2r.fewshot.results import FewShot, SearchedTrial, TrialResult
+from p2r.fewshot.search import attempt, few_shot
 from p2r.fewshot.setup import TrialSetup
 from p2r.fewshot.trial import run_trial
 from p2r.pipeline.local import LocalExecutor
@@ -45,9 +45,9 @@ def run(*setups: TrialSetup) -> FewShot:
 
 
 def final(setup: TrialSetup, mode: str, **settings: float) -> Trial:
-    chosen = settings_of(setup.config, mode, {"learning_rate": 1e-2, **settings})  # type: ignore[arg-type]
+    chosen = settings_of(setup.config, mode, {"learning_rate": 1e-2, **settings})
     config = setup.config.model_copy(update={"modes": (mode,)})
-    return final_trials(config, load_task(Path(setup.task)), {mode: chosen})[0]  # type: ignore[dict-item]
+    return final_trials(config, load_task(Path(setup.task)), {mode: chosen})[0]
 
 
 def test_the_published_model_is_the_best_fine_tuned_one_or_the_best_of_all() -> None:
@@ -70,7 +70,7 @@ def test_the_published_model_is_the_best_fine_tuned_one_or_the_best_of_all() -> 
     assert published("fine_tuned", [result("fine_tune", None), results[3]])[0] == "weak_to_strong"
 
 
-def weights(setup: TrialSetup, result: dict[str, Any]) -> dict[str, torch.Tensor]:
+def weights(setup: TrialSetup, result: TrialResult) -> dict[str, torch.Tensor]:
     return load(Storage(setup.storage).read_bytes(result["weights"]))
 
 
@@ -169,6 +169,34 @@ def test_validation_scores_read_no_test_patient(make: Make, copy: Path) -> None:
     (result,) = run(setup).results
     assert result["row"]["split"] == "validation"
     assert merge_readings(Storage(setup.root)) == []
+
+
+def test_a_recipe_chosen_on_validation_patients_is_evaluated_on_test_patients_without_a_second_training(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: dict[str, Any] = {"modes": ["scratch"], "curve_steps": 2}
+    direct = run(make(storage="direct", **values)).results[0]
+    chosen = run(make(storage="two", score_on="validation", **values)).results[0]
+    frozen = make(storage="two", **values)
+    trial = final(frozen, "scratch")
+    kept = Storage(frozen.storage).read_bytes(chosen["weights"])
+    Storage(frozen.storage).write_bytes(chosen["weights"], kept[:-8])
+    with pytest.raises(DamagedError, match=r"does not contain the weights of trial .*-scratch-n1-d0: .*; delete"):
+        run_trial(frozen, trial, device="cpu")
+    Storage(frozen.storage).write_bytes(chosen["weights"], kept)
+    assert merge_readings(Storage(frozen.root)) == [], "nothing was evaluated so far"
+
+    monkeypatch.setattr("p2r.fewshot.trial._train", lambda *args, **options: pytest.fail("it was trained again"))
+    lines: list[str] = []
+    found = run_trial(frozen, trial, device="cpu", say=lines.append)
+    assert any("trained before" in line for line in lines)
+    assert found.seconds is not None and found.seconds > chosen["seconds"]
+    reused = {**found.to_json()["row"], "seconds": None, "predictions": None}
+    assert reused.pop("training_code") == chosen["row"]["code"]
+    assert reused == {**direct["row"], "seconds": None, "predictions": None}
+    assert equal(weights(frozen, found), weights(frozen, chosen))
+    (reading,) = merge_readings(Storage(frozen.root))
+    assert reading.recipe_sha256 == frozen.recipe_sha256(trial)
 
 
 def test_a_row_holds_every_case_with_its_scores_and_prediction(make: Make, toy_data: Path) -> None:
@@ -492,4 +520,4 @@ def test_the_report_omits_failed_trials_and_the_exit_code_reports_them(
     assert one_process.main() == 1
     report = json.loads((tmp_path / "none/report/report.json").read_text())
     assert report["rows"] == [] and report["context"]["failed"][0]["trial"] == "disc-final-scratch-n1-d0"
-    assert "There are no figures." in (tmp_path / "none/report/report.md").read_text()
+    assert "There are no results." in (tmp_path / "none/report/report.md").read_text()

@@ -30,14 +30,14 @@ SEMI_SUPERVISED = [mode for mode, facts in MODES.items() if facts.unlabelled != 
 
 
 def final(setup: TrialSetup, mode: str, **settings: float) -> Trial:
-    chosen = settings_of(setup.config, mode, {"learning_rate": 1e-2, **settings})  # type: ignore[arg-type]
+    chosen = settings_of(setup.config, mode, {"learning_rate": 1e-2, **settings})
     config = setup.config.model_copy(update={"modes": (mode,)})
-    return final_trials(config, load_task(Path(setup.task)), {mode: chosen})[0]  # type: ignore[dict-item]
+    return final_trials(config, load_task(Path(setup.task)), {mode: chosen})[0]
 
 
 def run(setup: TrialSetup, trial: Trial) -> dict[str, Any]:
     Storage(setup.storage).delete("trials")
-    return run_trial(setup, trial, device="cpu")
+    return run_trial(setup, trial, device="cpu").to_json()
 
 
 def weights(setup: TrialSetup, result: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -117,7 +117,7 @@ def test_a_killed_and_resumed_trial_is_bitwise_equal(make: Make, monkeypatch: py
     for _ in range(2):  # after 25 and 50 steps: within and after the head's warm-up
         with pytest.raises(Killed):
             run_trial(setup, trial, device="cpu", say=lines.append)
-    resumed = run_trial(setup, trial, device="cpu", say=lines.append)
+    resumed = run_trial(setup, trial, device="cpu", say=lines.append).to_json()
     assert [line for line in lines if "resumes" in line] == [
         f"{trial.id} | resumes after step {step}/60" for step in (25, 50)
     ]
@@ -259,6 +259,6 @@ def test_a_trial_that_cannot_be_compiled_warns_and_runs_uncompiled(make: Make, m
     for is_asked in (False, True):
         setup = make(steps=2, compile=is_asked)
         trial = final(setup, "weak_to_strong")
-        found.append(weights(setup, run_trial(setup, trial, device="cpu", say=lines.append)))
+        found.append(weights(setup, run_trial(setup, trial, device="cpu", say=lines.append).to_json()))
     assert equal(*found)
     assert any(" | not compiled: no compiler (no-such-compiler) on this machine" in line for line in lines)

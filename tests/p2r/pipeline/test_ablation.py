@@ -10,7 +10,7 @@ import torch
 
 from p2r.errors import JobError
 from p2r.fewshot.protocol import Trial
-from p2r.fewshot.results import TrialResult
+from p2r.fewshot.results import TrialResult, failed_result
 from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job, read_job, variants_of
 from p2r.logs import Say
@@ -46,7 +46,7 @@ class OneFails(LocalExecutor):
         results = super().run_trials(trials, say=say)
         is_bad = [trial.num_labelled == 3 and "/variants/many/" in setup.storage for setup, trial in trials]
         return [
-            {"trial": trial.to_row(), "failed": "the loss is nan | at step 3"} if bad else result
+            failed_result(trial, "the loss is nan | at step 3") if bad else result
             for (_, trial), result, bad in zip(trials, results, is_bad, strict=True)
         ]
 
