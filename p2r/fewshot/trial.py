@@ -131,9 +131,9 @@ def run_trial(
     saved = SavedTraining(Storage(setup.storage), setup.state_path(trial), deadline=deadline)
     prepared = _prepare(setup, trial, device=device)
     if earlier is not None:
-        say(f"{trial.id} | trained before, for scores of validation patients: its weights are evaluated")
+        say(f"{trial.id} | already trained for validation scores; its weights are evaluated")
         saved.add_seconds(earlier.seconds or 0.0)
-        segmenter, facts = _restore(prepared, earlier)
+        segmenter, facts = _load_earlier(prepared, earlier)
         validation = _validate(prepared, segmenter)
     else:
         trained = _train(prepared, say=say, report=report, saved=saved)
@@ -231,11 +231,11 @@ def _describe_training(prepared: _Prepared, trained: Trained, validation: Summar
     return _TrainingFacts.model_validate({"train_loss": trained.loss, **facts})
 
 
-def _restore(prepared: _Prepared, earlier: TrialResult) -> tuple[Segmenter, _TrainingFacts]:
-    """Return the weights of an earlier trial with the same training, and the facts of that training.
+def _load_earlier(prepared: _Prepared, earlier: TrialResult) -> tuple[Segmenter, _TrainingFacts]:
+    """Return the network of an earlier trial with the same training, and the description of that training.
 
     Raises:
-        DamagedError: The weights are absent, or are not of this network.
+        DamagedError: if the weights are absent, or do not fit the network.
     """
     storage, row = Storage(prepared.setup.storage), earlier.reported()
     segmenter = build_segmenter(
@@ -246,11 +246,16 @@ def _restore(prepared: _Prepared, earlier: TrialResult) -> tuple[Segmenter, _Tra
         segmenter.load_state_dict(load(storage.read_bytes(earlier.weights)))
     except (RuntimeError, SafetensorError, StorageError) as error:
         raise DamagedError(
-            f"{storage.at(earlier.weights)} does not hold the weights of trial {prepared.trial.id}: {error!s:.300}; "
-            "delete the trial's three files of this name, and it is trained again"
+            f"{storage.at(earlier.weights)} does not contain the weights of trial {prepared.trial.id}: {error!s:.300}; "
+            "delete the trial's three files of this name to train it again"
         ) from error
-    told = {"training_code": row.code, "curve": row.curve, "pseudo_labels": row.pseudo_labels, "warnings": row.warnings}
-    facts = {"train_loss": earlier.train_loss, **{name: value for name, value in told.items() if value is not None}}
+    training = {
+        "training_code": row.code,
+        "curve": row.curve,
+        "pseudo_labels": row.pseudo_labels,
+        "warnings": row.warnings,
+    }
+    facts = {"train_loss": earlier.train_loss, **{name: value for name, value in training.items() if value is not None}}
     return segmenter.to(prepared.device).eval(), _TrainingFacts.model_validate(facts)
 
 

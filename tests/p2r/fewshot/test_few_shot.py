@@ -181,7 +181,7 @@ def test_a_recipe_chosen_on_validation_patients_is_evaluated_on_test_patients_wi
     trial = final(frozen, "scratch")
     kept = Storage(frozen.storage).read_bytes(chosen["weights"])
     Storage(frozen.storage).write_bytes(chosen["weights"], kept[:-8])
-    with pytest.raises(DamagedError, match=r"does not hold the weights of trial .*-scratch-n1-d0: .*; delete"):
+    with pytest.raises(DamagedError, match=r"does not contain the weights of trial .*-scratch-n1-d0: .*; delete"):
         run_trial(frozen, trial, device="cpu")
     Storage(frozen.storage).write_bytes(chosen["weights"], kept)
     assert merge_readings(Storage(frozen.root)) == [], "nothing was evaluated so far"
