@@ -26,6 +26,14 @@ def written_out(a: Tensor, b: Tensor, weight: float) -> Tensor:
     return total
 
 
+@pytest.mark.parametrize("findings", [None, Findings()], ids=["read", "counted"])
+def test_two_pairs_are_enough(findings: Findings | None) -> None:
+    a, b = embeddings(2, 3)
+    loss = barlow_twins(a, b, off_diagonal_weight=0.3, findings=findings)
+    assert loss > 0
+    torch.testing.assert_close(loss, written_out(a, b, 0.3))
+
+
 def test_loss_and_gradient_equal_the_definition() -> None:
     a, b = (x.requires_grad_() for x in embeddings(15, 6))
     loss, expected = barlow_twins(a, b, off_diagonal_weight=0.3), written_out(a, b, 0.3)
