@@ -162,7 +162,7 @@ def docstring_lines(text: str) -> list[str]:
 
 
 def escape(text: str) -> str:
-    """Escape what Markdown or HTML would interpret, outside of code."""
+    """Escape the characters that Markdown or HTML interprets, outside of code."""
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(part if part.startswith("`") else re.sub(r"([<*_\[\]])", r"\\\1", part) for part in parts)
 

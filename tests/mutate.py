@@ -5,7 +5,7 @@
 A survivor is either a missing assertion or an equivalent change; a person decides. Mutants run in a copy of the repository, one
 at a time, in children forked from a process that has already imported torch: a mutant costs its tests and no start-up. mutmut
 skips decorated functions, and with them the gradients of our losses (static methods of `autograd.Function`); cosmic-ray imports
-torch again for every mutant. Messages, docstrings and annotations are left as they are.
+torch again for every mutant. Messages, docstrings and annotations stay.
 """
 
 import argparse
@@ -196,7 +196,7 @@ def _cpu_s() -> float:
 def main() -> int:
     """Print a line for every survivor, then the counts."""
     parser = argparse.ArgumentParser(
-        description="Change a module place by place, and list what its tests do not notice."
+        description="Change a module place by place, and list the changes that its tests do not notice."
     )
     parser.add_argument("module", type=Path)
     parser.add_argument("--tests", nargs="+", required=True)
