@@ -69,7 +69,9 @@ def figures(material: Material, rows: Sequence[TrialRow], protocol: str) -> Iter
         )
     yield from _failures(material, patients, rows, task, tag, source)
     yield from calibration_blocks(rows, task=task, tag=tag, source=source, put=material.put)
-    yield from pseudo_label_blocks(rows, task=task, tag=tag, source=source, put=material.put)
+    facts = material.context.tasks.get(task)
+    classes = facts.classes if facts is not None and facts.classes else sorted(rows[0].dice)
+    yield from pseudo_label_blocks(rows, task=task, classes=classes, tag=tag, source=source, put=material.put)
 
 
 def _differences(material: Material, rows: Sequence[TrialRow], task: str, tag: str, source: str) -> Iterator[Block]:

@@ -51,7 +51,7 @@ def _patient(subject: str, series: tuple[str, str], num_labelled: int, rows: Seq
         for name in dict.fromkeys(name for case in of_all for name in case.scores)
     }
     dice[MEAN] = mean_of(row.dice_by_subject.get(subject) for row in rows)
-    lower, middle, upper = (_third(cases, number) for number in range(3))
+    lower, middle, upper = (_third_dice(cases, number) for number in range(3))
     stratum = next((case.stratum for case in of_all if case.stratum), None)
     return Patient(series, num_labelled, subject, stratum, dice, (lower, middle, upper))
 
@@ -73,7 +73,7 @@ def _dice(case: CaseRow, name: str) -> float | None:
     return None if score is None else score.dice
 
 
-def _third(cases: Sequence[Sequence[CaseRow]], number: int) -> float | None:
+def _third_dice(cases: Sequence[Sequence[CaseRow]], number: int) -> float | None:
     return mean_of(
         mean_of(mean_of(thirds[number] for thirds in (case.thirds or {}).values()) for case in of_row)
         for of_row in cases
