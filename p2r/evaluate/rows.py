@@ -94,7 +94,7 @@ class PseudoLabelRow(JsonModel):
     confident_fraction: list[float] = Field(default_factory=list)
     """Fraction of the scans' pixels that count."""
     class_fractions: dict[str, list[float]] = Field(default_factory=dict)
-    """Fraction of these pixels by class, the background first."""
+    """Fraction of these pixels by class, background included."""
     rounds: list[RoundRow] | None = None
     """Rounds of self-training."""
     warnings: list[str] = Field(default_factory=list)

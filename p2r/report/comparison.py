@@ -4,7 +4,7 @@
 
 Only results of the same task, protocol, split, mode and number of labelled patients are put side by side. All others are listed,
 and never mixed. A difference is paired if the draws had the same labelled patients and were evaluated on the same test patients.
-Otherwise both results are shown, with the reason why there is no difference. Differing settings do not forbid a comparison. They
+Otherwise both results are shown, with the reason for the missing difference. Differing settings do not forbid a comparison. They
 are printed above its results, because they may explain a difference.
 
 Every run is compared with the first one.
@@ -167,7 +167,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     first, others = runs[0], runs[1:]
     cells_of, names, not_compared = _shared_cells(runs)
     reasons = {
-        (run.letter, name.cell): _why_unpaired(
+        (run.letter, name.cell): _explain_unpaired(
             cells_of[first.letter][name.cell], cells_of[run.letter][name.cell], first.letter, run.letter
         )
         for run in others
@@ -183,7 +183,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
             _row(name, row, letter) for letter, cells in cells_of.items() for name in names for row in cells[name.cell]
         ],
         intervals=[
-            one for letter, cells in cells_of.items() for one in _intervals(letter, _as_one_run(cells, names, letter))
+            one for letter, cells in cells_of.items() for one in _intervals(letter, _rows_of_run(cells, names, letter))
         ],
         differences=[
             one
@@ -194,7 +194,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
                 [
                     row
                     for letter in (first.letter, run.letter)
-                    for row in _as_one_run(
+                    for row in _rows_of_run(
                         cells_of[letter], [name for name in names if not reasons[run.letter, name.cell]], letter
                     )
                 ],
@@ -217,7 +217,7 @@ def _shared_cells(runs: Sequence[Run]) -> tuple[dict[str, Cells], list[CellName]
     shared = _settings(first)
     for run in others:
         shared = shared & _settings(run)
-        not_compared += _only_in_one(first, run)
+        not_compared += _explain_unshared(first, run)
     cells_of = {run.letter: _cells(run, shared) for run in runs}
     names = sorted((_name(key) for key in {key for cells in cells_of.values() for key in cells}), key=CellName.order)
     alike = [name for name in names if all(name.cell in cells for cells in cells_of.values())]
@@ -299,7 +299,7 @@ def _settings(run: Run) -> set[Setting]:
     return {setting_of(row) for row in run.rows}
 
 
-def _only_in_one(first: Run, run: Run) -> Iterator[str]:
+def _explain_unshared(first: Run, run: Run) -> Iterator[str]:
     """Yield sentences about tasks of only one run, and about differing protocols or splits of a shared task."""
     tasks = [{task for task, _, _ in _settings(one)} for one in (first, run)]
     for task in sorted(tasks[0] ^ tasks[1]):
@@ -329,7 +329,7 @@ def _name(key: tuple[Setting, int, str]) -> CellName:
     return CellName(task=task, protocol=protocol, split=split, num_labelled=num_labelled, mode=mode)
 
 
-def _as_one_run(cells: Cells, names: Sequence[CellName], letter: str) -> list[TrialRow]:
+def _rows_of_run(cells: Cells, names: Sequence[CellName], letter: str) -> list[TrialRow]:
     """Return the rows of some cells under the letter of their run, for statistics."""
     return [
         row.replaced(protocol=name.protocol, transductive=False, backbone=letter)
@@ -338,12 +338,12 @@ def _as_one_run(cells: Cells, names: Sequence[CellName], letter: str) -> list[Tr
     ]
 
 
-def _why_unpaired(ours: Sequence[TrialRow], theirs: Sequence[TrialRow], our_letter: str, their_letter: str) -> str:
+def _explain_unpaired(ours: Sequence[TrialRow], theirs: Sequence[TrialRow], our_letter: str, their_letter: str) -> str:
     """Return the reason why two cells cannot be paired by patient; empty if they can."""
     mine, yours = ({subject for row in rows for subject in row.dice_by_subject} for rows in (ours, theirs))
     if mine != yours:
         parts = [
-            f"only {letter} has {_few(sorted(there))}"
+            f"only {letter} has {_shorten_names(sorted(there))}"
             for letter, there in ((our_letter, mine - yours), (their_letter, yours - mine))
             if there
         ]
@@ -355,12 +355,12 @@ def _why_unpaired(ours: Sequence[TrialRow], theirs: Sequence[TrialRow], our_lett
     if not any(draws[0][draw] == draws[1][draw] for draw in common):
         draw = common[0]
         return (
-            f"the labelled patients differ: draw {draw} is {_few(draws[0][draw])} in {our_letter}, {_few(draws[1][draw])} in "
-            f"{their_letter}"
+            f"the labelled patients differ: draw {draw} is {_shorten_names(draws[0][draw])} in {our_letter}, "
+            f"{_shorten_names(draws[1][draw])} in {their_letter}"
         )
     return ""
 
 
-def _few(names: Sequence[str]) -> str:
+def _shorten_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return ", ".join(names[:_MOST_NAMES]) + more

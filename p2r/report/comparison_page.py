@@ -50,19 +50,19 @@ def _blocks(comparison: Comparison, drawn: dict[str, Drawing | bytes]) -> Iterat
     for note in notes_of(comparison):
         yield Paragraph(f"{note[:1].upper()}{note[1:]}.", note=True)
     yield Heading(2, "Runs")
-    yield _who(comparison)
+    yield _runs_grid(comparison)
     header, differ = settings_grid(comparison.settings, letters)
     if differ:
         yield Grid(header, differ, caption=SETTINGS_TITLE)
     for setting in dict.fromkeys(cell.setting for cell in cells):
-        yield from _of_setting(comparison, setting, drawn)
+        yield from _setting_blocks(comparison, setting, drawn)
     reasons = reasons_of(comparison)
     if reasons:
         yield Heading(2, "Not compared")
         yield Grid(("", "reason"), [(str(number), reason) for number, reason in enumerate(reasons, start=1)])
 
 
-def _who(comparison: Comparison) -> Grid:
+def _runs_grid(comparison: Comparison) -> Grid:
     runs = comparison.runs
     facts = [
         ("job", [run.job for run in runs]),
@@ -76,7 +76,7 @@ def _who(comparison: Comparison) -> Grid:
     return Grid(("", *comparison.letters), [(name, *values) for name, values in facts])
 
 
-def _of_setting(comparison: Comparison, setting: Setting, drawn: dict[str, Drawing | bytes]) -> Iterator[Block]:
+def _setting_blocks(comparison: Comparison, setting: Setting, drawn: dict[str, Drawing | bytes]) -> Iterator[Block]:
     """Yield the results of one task, protocol and split."""
     (task, protocol, split), letters = setting, comparison.letters
     here = [cell for cell in comparison.cells if cell.setting == setting]
@@ -130,10 +130,10 @@ def _forest(
 
 def _label(cells: Sequence[CellName]) -> str:
     """Return the suffix of a title for results that are not leak-free; else empty."""
-    return label_of([_as_row(cell) for cell in cells])
+    return label_of([_empty_row(cell) for cell in cells])
 
 
-def _as_row(cell: CellName) -> TrialRow:
+def _empty_row(cell: CellName) -> TrialRow:
     """Return a row without results for a cell. Its protocol tells if the backbone has seen the patients."""
     return TrialRow(
         task=cell.task,
@@ -235,7 +235,7 @@ def _rows_in(comparison: Comparison, cells: Sequence[CellName]) -> list[TrialRow
     left out."""
     places = {cell.cell for cell in cells}
     return [
-        _as_row(row).replaced(
+        _empty_row(row).replaced(
             draw=row.draw,
             dice_mean=row.dice_mean,
             dice=row.dice,
@@ -262,7 +262,7 @@ def _source(comparison: Comparison, cells: Sequence[CellName]) -> str:
     }
     first = next(iter(of_run))
     shared = [part for part in of_run[first] if part not in own[first]]
-    differ = comparison.settings.asked()
+    differ = comparison.settings.relevant_names()
     return " · ".join(
         [
             *shared,

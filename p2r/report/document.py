@@ -14,10 +14,10 @@ from p2r.evaluate.statistics import Statistics
 from p2r.report.canvas import Drawing
 from p2r.report.context import ReportContext, TaskFacts
 from p2r.report.figures import figures
-from p2r.report.glance import asked, glance
+from p2r.report.glance import glance, setup_grid
 from p2r.report.material import Material
 from p2r.report.page import Block, Heading, Paragraph, html, markdown
-from p2r.report.provenance import how_it_ran, provenance
+from p2r.report.provenance import provenance, run_blocks
 from p2r.report.tables import LEAK_FREE, is_paper_compatible, is_transductive, is_unknown, label_of, protocol_of
 from p2r.storage import Storage
 
@@ -27,7 +27,7 @@ _HOW_TO_READ = (
     "Dice is hard, in 3D, on the scan's own grid, per patient (frames averaged first), then over patients. "
     "± is the standard deviation over draws of the labelled patients; every mode has the same draws, and “over "
     "scratch” is the difference on them. HD95 and NSD are means over classes. A class that only the prediction or only "
-    "the reference lacks counts as Dice 0, NSD 0, HD95 the grid's diagonal; a class that both lack is left out. "
+    "the reference lacks counts as Dice 0, NSD 0, HD95 the grid's diagonal. A class that both lack is left out. "
     "Bold: the best mode for that number of patients. Intervals come from a bootstrap over draws and patients. With one draw they "
     "cover only the patients; with three to five draws of one patient they are rather too narrow (p2r/evaluate/statistics.py)."
 )
@@ -92,7 +92,7 @@ def _blocks(rows: Sequence[TrialRow], material: Material) -> Iterator[Block]:
         yield Heading(2, "At a glance")
         yield from glance(material, rows)
         yield Heading(2, "Setup")
-        yield asked(material, rows)
+        yield setup_grid(material, rows)
     else:
         yield Paragraph("There are no results.")
     names = sorted({row.task for row in rows})
@@ -104,7 +104,7 @@ def _blocks(rows: Sequence[TrialRow], material: Material) -> Iterator[Block]:
     if others:
         yield Heading(2, "The backbone")
         yield from others
-    yield from how_it_ran(rows, context)
+    yield from run_blocks(rows, context)
     yield Heading(2, "Provenance")
     yield from provenance(rows, context, names)
 

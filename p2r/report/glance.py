@@ -102,7 +102,7 @@ def _gain_cards(material: Material, rows: Sequence[TrialRow], leader: Cell, labe
         )
 
 
-def asked(material: Material, rows: Sequence[TrialRow]) -> Grid:
+def setup_grid(material: Material, rows: Sequence[TrialRow]) -> Grid:
     """Return the setup of the job as a table."""
     draws = sorted({(cell.num_labelled, cell.num_draws) for cell in aggregate(rows)})
     series = sorted({series_of(row) for row in rows}, key=series_order)

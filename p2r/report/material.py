@@ -33,15 +33,15 @@ class Material:
 
     def intervals(self, rows: Sequence[TrialRow]) -> list[Interval]:
         """Return the intervals of the rows' tasks and protocols."""
-        return [] if self.statistics is None else _about(self.statistics.intervals, rows)
+        return [] if self.statistics is None else _matching_entries(self.statistics.intervals, rows)
 
     def differences(self, rows: Sequence[TrialRow]) -> list[PairedDifference]:
         """Return the paired differences of the rows' tasks and protocols."""
-        return [] if self.statistics is None else _about(self.statistics.differences, rows)
+        return [] if self.statistics is None else _matching_entries(self.statistics.differences, rows)
 
     def efficiency(self, rows: Sequence[TrialRow]) -> list[LabelEfficiency]:
         """Return the label efficiency of the rows' tasks and protocols."""
-        return [] if self.statistics is None else _about(self.statistics.label_efficiency, rows)
+        return [] if self.statistics is None else _matching_entries(self.statistics.label_efficiency, rows)
 
     def title_of(self, task: str) -> str:
         """Return the title of a task."""
@@ -73,6 +73,6 @@ def entry_of(entries: Sequence[Entry], cell: Cell) -> Entry | None:
     )
 
 
-def _about(entries: Sequence[Entry], rows: Sequence[TrialRow]) -> list[Entry]:
+def _matching_entries(entries: Sequence[Entry], rows: Sequence[TrialRow]) -> list[Entry]:
     settings = {(row.task, protocol_of(row)) for row in rows}
     return [one for one in entries if (one.task, protocol_of(one)) in settings]

@@ -26,11 +26,11 @@ _WORDS = {
 _MAX_ENTRIES, _MAX_LINES = 30, 12
 
 
-def how_it_ran(rows: Sequence[TrialRow], context: ReportContext) -> Iterator[Block]:
+def run_blocks(rows: Sequence[TrialRow], context: ReportContext) -> Iterator[Block]:
     """Yield search, winners, failed trials, test-set evaluations and cost."""
     blocks: list[Block] = []
     for found, title in ((context.chosen, "Search winners"), (context.searched, "Search")):
-        blocks += _listed(found, title)
+        blocks += _value_blocks(found, title)
     failed = context.failed
     if failed:
         blocks += [
@@ -38,7 +38,7 @@ def how_it_ran(rows: Sequence[TrialRow], context: ReportContext) -> Iterator[Blo
                 f"{len(failed)} trial{'s' * (len(failed) > 1)} failed, and the results above are without.", note=True
             )
         ]
-        blocks += _listed(failed, "Trials that failed")
+        blocks += _value_blocks(failed, "Trials that failed")
     elif failed is not None:
         blocks.append(Paragraph("No trial failed."))
     reads = context.test_reads
@@ -48,7 +48,7 @@ def how_it_ran(rows: Sequence[TrialRow], context: ReportContext) -> Iterator[Blo
                 f"The test split was evaluated {'once' if len(reads) == 1 else f'{len(reads)} times'}, with frozen recipes only."
             )
         )
-        blocks += _listed(reads, "Test-set evaluations")
+        blocks += _value_blocks(reads, "Test-set evaluations")
     blocks += _compute(rows, context.overhead, context.spent)
     blocks += [Paragraph(f"Left out: {sentence}") for sentence in context.left_out]
     if blocks:
@@ -56,20 +56,22 @@ def how_it_ran(rows: Sequence[TrialRow], context: ReportContext) -> Iterator[Blo
         yield from blocks
 
 
-def _listed(value: Any, title: str) -> list[Block]:
+def _value_blocks(value: Any, title: str) -> list[Block]:
     """Return a list of mappings as a table, folded if it is long; anything else as lines of key and value."""
     if not value:
         return []
     if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(one, Mapping) for one in value):
         flat = [
-            dict(_in_words(key.removeprefix("settings."), child) for key, child in _flat(one) if child is not None)
+            dict(
+                _label_field(key.removeprefix("settings."), child) for key, child in _flatten(one) if child is not None
+            )
             for one in value
         ]
         there = dict.fromkeys(name for one in flat for name in one)
         header = [*(name for name in _FIRST if name in there), *(name for name in there if name not in _FIRST)]
         grid = Grid(header, [[_abbreviated(one.get(name, "")) for name in header] for one in flat])
     else:
-        grid = Grid(("fact", "value"), [_in_words(*line) for line in _flat(value) if line[1] is not None])
+        grid = Grid(("fact", "value"), [_label_field(*line) for line in _flatten(value) if line[1] is not None])
     if len(grid.rows) > _MAX_LINES:
         return [Folded(f"{title} ({len(grid.rows)})", [grid])]
     return [Heading(3, title), grid]
@@ -88,14 +90,14 @@ def _compute(rows: Sequence[TrialRow], overhead: Any, before: Mapping[str, Any])
             spent.setdefault((series_of(row), row.device or ""), []).append(row.seconds)
     overhead = overhead if isinstance(overhead, Mapping) else {"overhead": overhead} if overhead else {}
     if not spent:
-        return _listed({**before, **overhead}, "Cost")
+        return _value_blocks({**before, **overhead}, "Cost")
     lines = [
         (series_name(series), device, str(len(seconds)), f"{sum(seconds) / len(seconds):.0f}", hours_text(sum(seconds)))
         for (series, device), seconds in sorted(spent.items(), key=lambda item: (series_order(item[0][0]), item[0][1]))
     ]
     lines.append(("all", "", str(sum(map(len, spent.values()))), "", hours_text(sum(map(sum, spent.values())))))
     table = Grid(("mode", "device", "final trials", "seconds each", "total"), lines)
-    facts = [_in_words(*line) for line in _flat({**before, **overhead}) if line[1] is not None]
+    facts = [_label_field(*line) for line in _flatten({**before, **overhead}) if line[1] is not None]
     about = [Grid(("before the final trials, and in total", "value"), facts)] if facts else []
     return [Heading(3, "Cost"), table, *about]
 
@@ -105,7 +107,8 @@ def provenance(rows: Sequence[TrialRow], context: ReportContext, names: Sequence
     rest = context.provenance()
     # Settings keep the names that they have in a job file.
     lines = [
-        (key, _text(value)) if key.startswith("finetune.") else _in_words(key, value) for key, value in _flat(rest)
+        (key, _text(value)) if key.startswith("finetune.") else _label_field(key, value)
+        for key, value in _flatten(rest)
     ]
     facts = [line for line in lines if line[1] not in ("", "None")]
     backbones = digests_of(rows)
@@ -142,10 +145,10 @@ def _sortable(line: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple((value is not None, value) for value in line)
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for name, child in value.items():
-            yield from _flat(child, f"{key}.{name}" if key else str(name))
+            yield from _flatten(child, f"{key}.{name}" if key else str(name))
     else:
         yield key, value
 
@@ -157,7 +160,7 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _in_words(key: str, value: Any) -> tuple[str, str]:
+def _label_field(key: str, value: Any) -> tuple[str, str]:
     """Return the label of a field, and its value with the unit that ends the field's name."""
     where, dot, name = key.rpartition(".")
     text = _text(value)

@@ -77,8 +77,8 @@ def calibration_blocks(rows: Sequence[TrialRow], *, task: str, tag: str, source:
                 series_name(cell.series),
                 cell.ece.text(3),
                 cell.brier.text(3),
-                _whole(known, cell.series, cell.num_labelled, "ece_whole"),
-                _whole(known, cell.series, cell.num_labelled, "brier_whole"),
+                _whole_scan_text(known, cell.series, cell.num_labelled, "ece_whole"),
+                _whole_scan_text(known, cell.series, cell.num_labelled, "brier_whole"),
             )
             for cell in aggregate(known)
         ],
@@ -90,7 +90,9 @@ def calibration_blocks(rows: Sequence[TrialRow], *, task: str, tag: str, source:
     )
 
 
-def _whole(rows: Sequence[TrialRow], series: tuple[str, str], num_labelled: int, name: CalibrationFigure) -> str:
+def _whole_scan_text(
+    rows: Sequence[TrialRow], series: tuple[str, str], num_labelled: int, name: CalibrationFigure
+) -> str:
     found = [calibration_of(row, name) for row in rows if series_of(row) == series and row.num_labelled == num_labelled]
     present = [figure for figure in found if figure is not None]
     return Spread(float(np.mean(present)) if present else None, None).text(3)
@@ -129,7 +131,7 @@ def _figure(rows: Sequence[TrialRow], title: str, source: str, width: float) -> 
         axes = sheet.panel(left, low, _PANEL, _PANEL)
         axes.plot([0, 1], [0, 1], color=FAINT, linestyle="dashed", linewidth=1)
         for one in series:
-            curve = _pooled([row for row in rows if series_of(row) == one and row.num_labelled == number])
+            curve = _pool_bins([row for row in rows if series_of(row) == one and row.num_labelled == number])
             if len(curve):
                 axes.plot(*curve.T, color=mode_colour(one[0]), marker=mode_marker(one[0]), markersize=5, linewidth=1.6)
         axes.set_xlim(0, 1.02)
@@ -143,7 +145,7 @@ def _figure(rows: Sequence[TrialRow], title: str, source: str, width: float) -> 
     return sheet.figure
 
 
-def _pooled(rows: Sequence[TrialRow]) -> NDArray[np.float64]:
+def _pool_bins(rows: Sequence[TrialRow]) -> NDArray[np.float64]:
     """Return (bins, 2) mean confidence and accuracy of the bins that hold enough voxels."""
     total = np.zeros((0, 3))
     for row in rows:

@@ -46,7 +46,7 @@ class ComparedSettings(JsonModel):
     unknown: list[str]
     """Letters of the runs whose report does not hold their settings."""
 
-    def asked(self) -> list[str]:
+    def relevant_names(self) -> list[str]:
         """Return the names of differing settings that can change a Dice."""
         return [one.name for one in self.differ if one.name != _TOLERANCE]
 
@@ -121,16 +121,16 @@ def notes_of_settings(settings: ComparedSettings, letters: Sequence[str]) -> lis
     everyone = " and ".join(letters)
     _, lines = settings_grid(settings, letters)
     num_asked = len(settings.differ)
-    asked = [_brief(name, letters, texts) for name, *texts in lines[:num_asked] if name != _TOLERANCE]
-    chosen = [_brief(name.removeprefix(_CHOSEN), letters, texts) for name, *texts in lines[num_asked:]]
+    asked = [_format_setting(name, letters, texts) for name, *texts in lines[:num_asked] if name != _TOLERANCE]
+    chosen = [_format_setting(name.removeprefix(_CHOSEN), letters, texts) for name, *texts in lines[num_asked:]]
     tolerance = next((texts for name, *texts in lines if name == _TOLERANCE), None)
     notes = []
     if asked:
         notes.append(
-            f"{everyone} were run with different settings, which may explain a difference in Dice: {_first_of(asked)}"
+            f"{everyone} were run with different settings, which may explain a difference in Dice: {_join_first(asked)}"
         )
     if chosen:
-        notes.append(f"different settings were chosen on validation patients of {everyone}: {_first_of(chosen)}")
+        notes.append(f"different settings were chosen on validation patients of {everyone}: {_join_first(chosen)}")
     if tolerance:
         of_each = ", ".join(f"{letter} {text} mm" for letter, text in zip(letters, tolerance, strict=True))
         notes.append(
@@ -143,12 +143,12 @@ def notes_of_settings(settings: ComparedSettings, letters: Sequence[str]) -> lis
     return notes
 
 
-def _brief(name: str, letters: Sequence[str], texts: Sequence[str]) -> str:
+def _format_setting(name: str, letters: Sequence[str], texts: Sequence[str]) -> str:
     values = ", ".join(f"{letter} {shortened(text, 60)}" for letter, text in zip(letters, texts, strict=True))
     return f"{name} ({values})"
 
 
-def _first_of(settings: Sequence[str]) -> str:
+def _join_first(settings: Sequence[str]) -> str:
     more = len(settings) - _MOST_SETTINGS
     return "; ".join(settings[:_MOST_SETTINGS]) + (f"; and {more} more, in the list of settings" if more > 0 else "")
 

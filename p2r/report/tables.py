@@ -1,7 +1,7 @@
 """Cells: rows (one trial each) averaged over draws, by mode and number of patients; and their table for the terminal.
 
-A row is a mean over patients; a cell's spread is the standard deviation over draws of labelled patients (n - 1 in
-the denominator; none for one draw). The gain of a mode over training from scratch is averaged over their common
+A row is a mean over patients. The spread of a cell is the standard deviation over draws of labelled patients, with n - 1 in
+the denominator, and None for one draw. The gain of a mode over training from scratch is averaged over their common
 draws, so that it compares networks trained on the same patients.
 """
 

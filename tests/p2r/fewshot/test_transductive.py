@@ -73,7 +73,7 @@ def test_a_backbone_without_a_list_of_corpora_is_unknown_and_not_clean(
     assert report["context"]["backbone"]["pin"].startswith(f"file://{silent}@sha256:")
     page = (tmp_path / "storage/report/report.md").read_text()
     assert "(corpora unknown: the backbone may have seen these patients)" in page.splitlines()[0]
-    assert "> **Note.** Corpora unknown:" in page and "patients are in the corpus" not in page
+    assert "> **Note.** Corpora unknown:" in page and "patients are in the backbone's pretraining corpus" not in page
     cards = [card.read_text() for card in (tmp_path / "storage/models/disc").glob("*/README-*.md")]
     assert len(cards) == 2, "the best, and one of all patients; both fine-tuned"
     assert all("may include validation or test patients" in card for card in cards)
