@@ -1,7 +1,7 @@
-"""The row of one final trial, as in `report.json`: an immutable model that travels from the trial to statistics, report and comparison.
+"""The row of one final trial in `report.json`: an immutable model for statistics, report and comparison.
 
-A row is validated once, where it is read. Rows of earlier versions lack some fields, which are None or empty then. Unknown fields are
-kept, so that a report can be written again without loss: `to_json` returns the fields that were given, and nothing else.
+A row is validated once, when it is read. Fields that rows of earlier versions lack are None or empty. Unknown fields are
+kept, so that a report can be rewritten without loss; `to_json` returns exactly the fields that were set.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,15 +19,15 @@ class JsonModel(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields that were given, as JSON values."""
+        """Return the fields that were set, as JSON values."""
         return self.model_dump(exclude_unset=True)
 
     def __getitem__(self, name: str) -> Any:
-        """Return a field by its JSON name, as a plain value. For notebooks; the code uses attributes."""
+        """Return a field by its JSON name, as a plain value. For notebooks; p2r itself uses attributes."""
         return self.to_json()[name]
 
     def replaced(self, **changes: Any) -> Self:
-        """Return a copy with other values, which are not validated."""
+        """Return a copy with other values, without validation."""
         return self.model_copy(update=changes)
 
 
@@ -59,7 +59,7 @@ class CaseRow(JsonModel):
 
 
 class CurvePoint(JsonModel):
-    """Validation after some steps of training."""
+    """Validation result after a number of training steps."""
 
     step: int | None
     dice_mean: float | None
@@ -67,7 +67,7 @@ class CurvePoint(JsonModel):
     """By class."""
 
     def text(self) -> str:
-        """Return the figures as a log line has them."""
+        """Return the scores, for a log line."""
         classes = ", ".join(f"{name} {dice:.3f}" for name, dice in self.dice.items() if dice is not None)
         mean = "none" if self.dice_mean is None else f"{self.dice_mean:.3f}"
         return f"validation Dice {mean} ({classes})"
@@ -83,25 +83,25 @@ class RoundRow(JsonModel):
     frames: int
     change: float | None
     ended_by: str | None = None
-    """Reason that no round follows."""
+    """Reason that this round is the last one."""
 
 
 class PseudoLabelRow(JsonModel):
-    """Pseudo-labels of a training, by interval of its steps."""
+    """Pseudo-labels of one training run, by interval of steps."""
 
     steps: list[int] = Field(default_factory=list)
     """Last step of each interval."""
     confident_fraction: list[float] = Field(default_factory=list)
     """Fraction of the scans' pixels that count."""
     class_fractions: dict[str, list[float]] = Field(default_factory=dict)
-    """Fraction of these by class, the background first."""
+    """Fraction of these pixels by class, background included."""
     rounds: list[RoundRow] | None = None
     """Rounds of self-training."""
     warnings: list[str] = Field(default_factory=list)
 
 
 class Reliability(JsonModel):
-    """Bins of confidence, over all patients."""
+    """Bins of confidence over all patients."""
 
     num_voxels: list[int]
     confidence: list[float | None]
@@ -121,7 +121,7 @@ class CalibrationRow(JsonModel):
 
 
 class TrialRow(JsonModel):
-    """One final trial with its figures on the reported split."""
+    """One final trial with its scores on the reported split."""
 
     task: str
     protocol: str = "leak_free"
@@ -143,7 +143,7 @@ class TrialRow(JsonModel):
     backbone_sha256: str | None = None
     """Digest of the manifest; None: from scratch."""
     backbone: str | None = None
-    """Short name of the backbone, where rows of several are in one table."""
+    """Short name of the backbone, in a table of several backbones."""
     variant: str | None = None
     """Name of the variant, in an ablation."""
     transductive: bool = False
@@ -159,7 +159,7 @@ class TrialRow(JsonModel):
     hd95_mm: float | None = None
     nsd: float | None = None
     absent: dict[str, dict[str, int]] | None = None
-    """By class: number of scans in which it is absent in both, in the prediction, in the reference."""
+    """By class: number of scans in which it is absent in both, only in the prediction, and only in the reference."""
     num_test_subjects: int | None = None
     validation_dice_mean: float | None = None
     soft_dice_with_background: float | None = None
@@ -174,7 +174,7 @@ class TrialRow(JsonModel):
 
     @property
     def all_warnings(self) -> list[str]:
-        """Problems that did not end the training, those of its pseudo-labels last."""
+        """Problems that did not end the training; those of pseudo-labels come last."""
         return all_warnings(self)
 
 
@@ -187,7 +187,7 @@ class _HasWarnings(Protocol):
 
 
 def all_warnings(facts: _HasWarnings) -> list[str]:
-    """Return the problems that did not end a training, those of its pseudo-labels last."""
+    """Return the problems that did not end a training; those of pseudo-labels come last."""
     return [*(facts.warnings or ()), *(() if facts.pseudo_labels is None else facts.pseudo_labels.warnings)]
 
 
@@ -202,7 +202,7 @@ def rows_of(values: Iterable[object], *, where: str = "rows") -> list[TrialRow]:
         where: Name of their document, for messages.
 
     Raises:
-        DataError: A row breaks a rule of `TrialRow`.
+        DataError: if a row breaks a rule of `TrialRow`.
     """
     return [
         value if isinstance(value, TrialRow) else checked(_ROW, value, where=f"{where}: row {number}:", error=DataError)
@@ -211,5 +211,5 @@ def rows_of(values: Iterable[object], *, where: str = "rows") -> list[TrialRow]:
 
 
 def digests_of(rows: Sequence[TrialRow]) -> list[str]:
-    """Return the digests of the backbones of rows, sorted."""
+    """Return the sorted digests of the rows' backbones."""
     return sorted({row.backbone_sha256 for row in rows if row.backbone_sha256})

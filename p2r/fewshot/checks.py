@@ -1,4 +1,4 @@
-"""A task and a backbone -> a setup whose trials can run, or a refusal before anything is trained."""
+"""A task and a backbone -> a checked setup of trials, or a refusal before anything is trained."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -34,18 +34,19 @@ from p2r.fewshot.setup import TrialSetup
 from p2r.fewshot.trial import slices_of
 from p2r.files import file_sha256
 
-_OF = {2: "planes", 3: "volumes"}
+_INPUTS = {2: "slices", 3: "volumes"}
 
 
 def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
-    """Check, before anything is trained, that the task can be run with this backbone.
+    """Check that the task can be run with this backbone, before anything is trained.
 
     Returns:
-        The setup with the digests of the task's files; marked as transductive if a validation or test patient is in the
+        The setup with digests of the task's files. It is marked as transductive if a validation or test patient is in the
         backbone's corpus and the job allows it.
 
     Raises:
-        DataError: if the backbone is not for such scans, a validation or test patient is in its corpus, or as `check_data`.
+        DataError: if the backbone cannot read such scans, or a validation or test patient is in its corpus. Also as
+            `check_data`.
     """
     config = setup.config
     _check_backbone(task, backbone, config)
@@ -75,19 +76,19 @@ def check_data(
     *,
     see: Callable[[LabelledScan, Split], None] = lambda scan, split: None,
 ) -> None:
-    """Read every scan of a task, and check that the trials that a section asks for can learn from it.
+    """Read every scan of a task, and check that it suffices for all trials of a section.
 
     Args:
-        task: From `load_task`.
-        config: The section.
-        preparation: How the trials' models read a scan.
-        see: Called with every scan and its split; it may refuse it.
+        task: Task from `load_task`.
+        config: Fine-tuning section.
+        preparation: Preparation of scans for the trials' models.
+        see: Called with every scan and its split; may refuse the scan.
 
     Raises:
-        DataError: if more patients are asked for than exist, a file breaks the task's rules, two label maps were mixed up, or a
-            class is in none of what the labelled patients of a draw show the network.
+        DataError: if there are too few patients, a file breaks the task's rules, or two label maps were exchanged. Also if
+            a class is absent in all images of a draw's labelled patients.
     """
-    draws = _draws(config, task)
+    draws = _list_draws(config, task)
     mix_ups = MixUps(task.name)
 
     def look(scan: LabelledScan, split: Split) -> None:
@@ -112,27 +113,27 @@ def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> N
     model = backbone.config.model
     if model.in_channels != 1:
         raise DataError(
-            f"task {task.name}: a scan has one contrast, the backbone {backbone.manifest['url']} takes {model.in_channels}; "
-            "take a backbone of one"
+            f"task {task.name}: a scan has one contrast, the backbone {backbone.manifest['url']} reads {model.in_channels}; "
+            "use a backbone of one contrast"
         )
     dimensions = backbone.preparation.dimensions
     asked = task.config.dimensions or (2 if task.config.slice_axis is not None else dimensions)
     if dimensions != asked:
         field = "dimensions" if task.config.dimensions else "slice_axis"
         raise DataError(
-            f"task {task.name} is for networks of {_OF[asked]} ({field}), the backbone {backbone.manifest['url']} reads "
-            f"{_OF[dimensions]}; take a backbone of {_OF[asked]}, or change the task's {field}"
+            f"task {task.name} is for networks of {_INPUTS[asked]} ({field}), the backbone {backbone.manifest['url']} reads "
+            f"{_INPUTS[dimensions]}; use a backbone of {_INPUTS[asked]}, or change the task's {field}"
         )
     if config.protocol == "paper_compat" and dimensions != 2:
         raise DataError(
-            f"finetune.protocol paper_compat crops and splits planes, the backbone {backbone.manifest['url']} reads volumes: "
-            "take a backbone of planes, or leak_free"
+            f"finetune.protocol paper_compat crops and splits slices, the backbone {backbone.manifest['url']} reads volumes: "
+            "use a backbone of slices, or leak_free"
         )
 
 
-def _draws(config: FinetuneConfig, task: Task) -> dict[tuple[int, int], tuple[str, ...]]:
-    """Return the labelled patients of every trial that the protocol may ask for, by their number and draw."""
-    finals = final_trials(config, task, dict.fromkeys(config.modes, Settings()))  # whatever they will be trained with
+def _list_draws(config: FinetuneConfig, task: Task) -> dict[tuple[int, int], tuple[str, ...]]:
+    """Return the labelled patients of every draw of the protocol, by number of patients and index."""
+    finals = final_trials(config, task, dict.fromkeys(config.modes, Settings()))  # draws do not depend on settings
     draws = {(trial.num_labelled, trial.draw): trial.subjects for trial in finals}
     if any(is_searched(config, mode) for mode in config.modes):
         for number in numbers_of(config.search.num_labelled, task):

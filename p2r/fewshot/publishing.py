@@ -25,22 +25,22 @@ from p2r.report.text import for_markdown, one_line
 from p2r.storage import Storage, json_bytes
 
 _TRANSDUCTIVE_CARD = """
-Its backbone was pretrained on scans of validation or test patients (transductive): the figure is no estimate for others."""
+Its backbone was pretrained on scans of validation or test patients (transductive): its scores do not hold for other patients."""
 _UNKNOWN_CARD = """
-The corpora of its backbone are unknown: validation or test patients may be among them, and the figure is no estimate for others."""
+The corpora of its backbone are unknown and may include validation or test patients: its scores may not hold for other patients."""
 _PAPER_COMPAT_CARD = """
-It was trained and judged on scans that were cropped by their labels (paper_compat): it is for comparison with a paper only."""
+It was trained and scored on scans cropped by their labels (paper_compat): it is only for comparison with a paper."""
 
 
 def choose_model(config: FinetuneConfig, results: Sequence[TrialResult]) -> TrialResult:
-    """Return the result whose model is published: the best validation Dice among the modes that `published_mode` names."""
+    """Return the result of the model to publish: the best validation Dice among the modes of `published_mode`."""
     fine_tuned = [one for one in results if MODES[one.trial.mode].weights == "pretrained"]
     candidates = fine_tuned if config.published_mode == "fine_tuned" and fine_tuned else results
     return max(candidates, key=lambda result: result.validation_dice or 0.0)
 
 
 def trial_for_publishing(setup: TrialSetup, best: TrialResult) -> Trial | None:
-    """Return the trial that trains the best model's mode on all labelled patients; None if the best one is trained on all."""
+    """Return the trial that trains the best mode on all labelled patients; None if the best model already is."""
     task = load_task(Path(setup.task))
     trial = best.trial
     if setup.config.protocol != "leak_free" or trial.num_labelled == len(set(task.subjects["train"])):
@@ -52,13 +52,13 @@ def trial_for_publishing(setup: TrialSetup, best: TrialResult) -> Trial | None:
 def publish_best(
     setup: TrialSetup, results: Sequence[TrialResult], backbone: Backbone, storage: Storage
 ) -> dict[str, Any]:
-    """Publish the model that `choose_model` chooses below `storage` (`<storage>/models`), and return its manifest."""
+    """Publish the best model below `storage` (`<storage>/models`), and return its manifest."""
     best = choose_model(setup.config, results)
-    return _publish(setup, best, backbone, storage, why=reason_for(setup.config, best, results))
+    return _publish_result(setup, best, backbone, storage, why=reason_for(setup.config, best, results))
 
 
 def reason_for(config: FinetuneConfig, best: TrialResult, results: Sequence[TrialResult]) -> str:
-    """Return the reason that `best` is published, for its card: its validation Dice, and the models that it was compared with."""
+    """Return why `best` is published, for its card: its validation Dice, and the number of models compared."""
     num = sum(MODES[one.trial.mode].weights == MODES[best.trial.mode].weights for one in results)
     is_among_fine_tuned = config.published_mode == "fine_tuned" and num < len(results)
     among = f"{num} fine-tuned models" if is_among_fine_tuned else f"{len(results)} models"
@@ -66,12 +66,12 @@ def reason_for(config: FinetuneConfig, best: TrialResult, results: Sequence[Tria
 
 
 def publish_on_all(setup: TrialSetup, result: TrialResult, backbone: Backbone, storage: Storage) -> dict[str, Any]:
-    """Publish the model that learned from all labelled patients as `<task>/all`, and return its manifest.
+    """Publish the model trained on all labelled patients as `<task>/all`, and return its manifest.
 
-    What is published never changes: where `all` is another model already, this one is `all-<digest>`.
+    Published models never change: if `all` already is another model, this one is published as `all-<digest>`.
     """
     why = f"all labelled patients of the train split; validation Dice {_dice_of(result):.3f}, test patients not read"
-    return _publish(setup, result, backbone, storage, why=why, name="all")
+    return _publish_result(setup, result, backbone, storage, why=why, name="all")
 
 
 def publish_other_draws(
@@ -83,7 +83,7 @@ def publish_other_draws(
         trial = one.trial
         if (trial.mode, trial.num_labelled) == (best.mode, best.num_labelled) and trial.draw != best.draw:
             why = f"draw {trial.draw}, published for ensembles; validation Dice {_dice_of(one):.3f}"
-            published[trial.draw] = _publish(setup, one, backbone, storage, why=why)
+            published[trial.draw] = _publish_result(setup, one, backbone, storage, why=why)
     return published
 
 
@@ -91,7 +91,7 @@ def _dice_of(result: TrialResult) -> float:
     return result.validation_dice or 0.0
 
 
-def _publish(
+def _publish_result(
     setup: TrialSetup, best: TrialResult, backbone: Backbone, storage: Storage, *, why: str, name: str | None = None
 ) -> dict[str, Any]:
     task = load_task(Path(setup.task))
@@ -99,7 +99,7 @@ def _publish(
     row = best.reported()
     assert best.weights is not None and best.validation is not None
     weights = load(Storage(setup.storage).read_bytes(best.weights))
-    # From scratch, a model has the backbone's shape and nothing of its weights or corpora.
+    # A model from scratch has only the backbone's architecture, so its licence and corpora do not apply.
     is_scratch = MODES[trial.mode].is_from_scratch
     licences = [task.config.licence] if is_scratch else [backbone.manifest["licence"], task.config.licence]
     licence = " AND ".join(dict.fromkeys(licences))
@@ -134,9 +134,9 @@ Licence of the weights: {for_markdown(licence)}. {for_markdown(task.config.citat
         "backbone_sha256": row.backbone_sha256,
         "corpora": [] if is_scratch else backbone.manifest["corpora"],
     }
-    # What is published never changes: a model of which anything else is said, such as a corrected licence, is another version.
-    said = hashlib.sha256(json_bytes([about, facts, config.model_dump(mode="json")])).hexdigest()
-    own_version = f"{Path(best.weights).stem}-{said[:12]}"
+    # Published models never change: with another description, such as a corrected licence, a model is another version.
+    description = hashlib.sha256(json_bytes([about, facts, config.model_dump(mode="json")])).hexdigest()
+    own_version = f"{Path(best.weights).stem}-{description[:12]}"
 
     def publish_as(version: str) -> dict[str, Any]:
         where = storage.child(f"{task.config.name}/{version}")
@@ -147,5 +147,5 @@ Licence of the weights: {for_markdown(licence)}. {for_markdown(task.config.citat
         return publish_as(own_version)
     try:
         return publish_as(name)
-    except CheckpointError:  # another model is published there, or this one cannot be: then this fails, too
-        return publish_as(f"{name}-{said[:12]}")
+    except CheckpointError:  # the name is taken; if this model cannot be published at all, the next line fails, too
+        return publish_as(f"{name}-{description[:12]}")

@@ -44,7 +44,7 @@ class TrialFacts(JsonModel):
 
 
 class SplitSummary(JsonModel):
-    """Figures of one split; see `p2r.evaluate.metrics.Summary`."""
+    """Scores of one split; see `p2r.evaluate.metrics.Summary`."""
 
     dice_mean: Dice | None
 
@@ -62,9 +62,9 @@ class TrialResult(JsonModel):
     pseudo_labels: PseudoLabelRow | None = None
     num_prototypes: Annotated[list[Count], Field(max_length=1000)] | None = None
     weights: RelativePath | None = None
-    """Path below the task's storage; search trials leave none."""
+    """Path below the task's storage; None for search trials."""
     row: TrialRow | None = None
-    """The row of `report.json`; search trials have none."""
+    """Row of `report.json`; None for search trials."""
     stopped_at_step: Count | None = None
     """Step after which a scheduler stopped the trial; None: it was not stopped."""
     failed: Text | None = None
@@ -74,7 +74,7 @@ class TrialResult(JsonModel):
 
     @property
     def validation_dice(self) -> float | None:
-        """Mean validation Dice, if there is one."""
+        """Mean validation Dice; None if it is undefined."""
         return None if self.validation is None else self.validation.dice_mean
 
     @property
@@ -89,12 +89,12 @@ class TrialResult(JsonModel):
             DataError: There is none.
         """
         if self.row is None:
-            raise DataError(f"trial {self.trial.id} has no row: it is of a search, or it did not finish")
+            raise DataError(f"trial {self.trial.id} has no row: it is a search trial, or it did not finish")
         return self.row
 
 
 def failed_result(trial: Trial, reason: str, *, diverged: bool = False) -> TrialResult:
-    """Return the result of a trial that failed."""
+    """Return the result of a failed trial."""
     facts = {"trial": trial.to_row(), "failed": reason, **({"diverged": True} if diverged else {})}
     return TrialResult.model_validate(facts)
 
@@ -109,7 +109,7 @@ class FailedTrial(JsonModel):
     """A trial without a result."""
 
     trial: str
-    """Its id."""
+    """Id of the trial."""
     reason: str
 
 
@@ -169,7 +169,7 @@ class SweepTime(JsonModel):
 
 
 class Overhead(JsonModel):
-    """Time of all sweeps, beside the trials' own time."""
+    """Time of all sweeps compared with the time of their trials."""
 
     num_trials: int
     num_concurrent: int
@@ -178,11 +178,11 @@ class Overhead(JsonModel):
     overhead_fraction: float | None
 
     def text(self) -> str:
-        """Return a log line; there is at least one trial."""
+        """Return a log line for one trial or more."""
         share = 0.0 if self.overhead_fraction is None else self.overhead_fraction
         return (
-            f"{self.num_trials} of the trials took {self.trials_s:.0f} s of their own, {self.num_concurrent} at a time, the sweep "
-            f"{self.sweep_s:.0f} s: overhead {share:.1%}"
+            f"{self.num_trials} of the trials took {self.trials_s:.0f} s in total, up to {self.num_concurrent} at a time; the sweep "
+            f"took {self.sweep_s:.0f} s: overhead {share:.1%}"
         )
 
 
@@ -191,7 +191,7 @@ NO_OVERHEAD = Overhead(num_trials=0, num_concurrent=0, sweep_s=0.0, trials_s=0.0
 
 
 def failures_of(results: Iterable[TrialResult]) -> list[FailedTrial]:
-    """Return the trials that failed, with their reasons."""
+    """Return the failed trials with their reasons."""
     return [FailedTrial(trial=one.trial.id, reason=one.failed) for one in results if one.failed is not None]
 
 

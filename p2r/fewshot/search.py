@@ -1,10 +1,9 @@
-"""Few-shot segmentation as science: search on validation, freeze, read the test patients once.
+"""The few-shot protocol: search on validation patients, freeze the settings, evaluate test patients once.
 
     tasks -> search trials -> one choice of settings per mode -> final trials (n x draw x mode) -> rows
 
-How trials are run is the caller's: a loop here, Ray Tune on a cluster. Trials that are done already return at once, so
-calling this again after a kill goes on where it stopped. A trial that fails is listed with its reason, and the others go
-on; running the job again tries it again.
+The caller provides the runner of trials: a loop on one machine, Ray Tune on a cluster. Finished trials return at once, so
+a killed job continues where it stopped. Failed trials are listed with their reasons, and retried when the job runs again.
 """
 
 import math
@@ -48,16 +47,16 @@ from p2r.storage import Storage, json_bytes
 
 
 class TrialRunner(Protocol):
-    """Who runs trials."""
+    """Runs trials."""
 
     def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[TrialResult]:
-        """Run trials in any order; return their results in the given one."""
+        """Run trials in any order; return their results in the order of `trials`."""
 
     def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, TrialResult]]:
-        """Run the trials that `search.searcher` proposes for a mode, and return them."""
+        """Run the trials that `search.searcher` proposes for a mode; return them with their results."""
 
     def num_concurrent(self, num_trials: int) -> int:
-        """Return how many of so many trials run at a time."""
+        """Return the number of concurrent trials, at most `num_trials`."""
 
 
 def few_shot(setups: Sequence[TrialSetup], *, runner: TrialRunner, say: Say) -> FewShot:
@@ -65,20 +64,20 @@ def few_shot(setups: Sequence[TrialSetup], *, runner: TrialRunner, say: Say) -> 
 
     Args:
         setups: One per task.
-        runner: Runs trials.
-        say: Receives a line for every decision.
+        runner: Runner of the trials.
+        say: Called with a line per decision.
     """
     sweep = _Sweep(runner, Storage(setups[0].root).child("finetune"), say)
     tasks = [load_task(Path(setup.task)) for setup in setups]
-    outcomes = _search(setups, tasks, sweep)
+    outcomes = _run_searches(setups, tasks, sweep)
     found = FewShot([])
     finals: list[tuple[TrialSetup, Trial]] = []
     for setup, task in zip(setups, tasks, strict=True):
         of_task = [(trial, result) for owner, trial, result in outcomes if owner is setup]
         found.searched += [SearchedTrial.of(trial, result) for trial, result in of_task]
-        # A candidate that diverged or was stopped is out; it has its line among the searched ones.
+        # A candidate that diverged or was stopped is excluded, and listed in `searched`.
         found.failed += failures_of(result for _, result in of_task if not result.diverged)
-        chosen = _choose(setup, task, of_task, found)
+        chosen = _choose_by_mode(setup, task, of_task, found)
         for mode, settings in chosen.items():
             values = ", ".join(f"{name} {value:g}" for name, value in settings.given().items())
             how = "chosen on validation" if is_searched(setup.config, mode) else "the only candidate"
@@ -95,10 +94,10 @@ def few_shot(setups: Sequence[TrialSetup], *, runner: TrialRunner, say: Say) -> 
     return found
 
 
-def _search(
+def _run_searches(
     setups: Sequence[TrialSetup], tasks: Sequence[Task], sweep: "_Sweep"
 ) -> list[tuple[TrialSetup, Trial, TrialResult]]:
-    """Run every search trial: those of a grid at once, those of a search algorithm mode by mode."""
+    """Run every search trial: those of grids together, those of a search algorithm mode by mode."""
     grid = [
         (setup, trial)
         for setup, task in zip(setups, tasks, strict=True)
@@ -114,17 +113,17 @@ def _search(
 
 
 class _Sweep:
-    """Runs trials and keeps the time, of this call and of all before, on the storage."""
+    """Runs trials, and records the time of every call on the storage."""
 
     def __init__(self, runner: TrialRunner, storage: Storage, say: Say) -> None:
         self._runner, self._storage, self._say = runner, storage, say
 
     def run(self, trials: Sequence[tuple[TrialSetup, Trial]]) -> list[TrialResult]:
-        # A trial that resumes took a part of its time in an earlier call.
+        # A resumed trial is not timed, because part of its time belongs to an earlier call.
         missing = [not setup.is_done(trial) and not setup.is_begun(trial) for setup, trial in trials]
         began = time.monotonic()
         results = self._runner.run_trials(trials, say=self._say) if trials else []
-        self._count(time.monotonic() - began, [r for r, is_new in zip(results, missing, strict=True) if is_new])
+        self._record_time(time.monotonic() - began, [r for r, is_new in zip(results, missing, strict=True) if is_new])
         return results
 
     def suggest(self, setup: TrialSetup, mode: Mode) -> list[tuple[Trial, TrialResult]]:
@@ -133,40 +132,40 @@ class _Sweep:
         found = self._runner.suggest(setup, mode, say=self._say)
         wall_s = time.monotonic() - began
         new = [(trial, result) for trial, result in found if setup.result_path(trial) not in before]
-        # If no trial has a result now, nothing was run: these were stopped in an earlier call.
+        # Without any stored result, nothing was run: the trials were stopped in an earlier call.
         if any(setup.is_done(trial) for trial, _ in new):
-            self._count(wall_s, [result for _, result in new])
+            self._record_time(wall_s, [result for _, result in new])
         return found
 
-    def _count(self, wall_s: float, results: Sequence[TrialResult]) -> None:
+    def _record_time(self, wall_s: float, results: Sequence[TrialResult]) -> None:
         timed = [result.seconds for result in results if result.seconds is not None]
         if timed:
-            took = SweepTime(
+            sweep = SweepTime(
                 num_trials=len(timed),
                 num_concurrent=self._runner.num_concurrent(len(timed)),
                 sweep_s=wall_s,
                 trials_s=math.fsum(timed),
             )
-            self._storage.create(f"sweeps/{time.time_ns()}.json", json_bytes(took.to_json()))
+            self._storage.create(f"sweeps/{time.time_ns()}.json", json_bytes(sweep.to_json()))
 
     def overhead(self) -> Overhead:
-        """Return the time that complete sweeps took beyond their trials' own time."""
-        took = read_sweeps(self._storage)
-        slots_s = math.fsum(one.sweep_s * one.num_concurrent for one in took)
-        trials_s = math.fsum(one.trials_s for one in took)
+        """Return the time of all sweeps compared with the time of their trials."""
+        sweeps = read_sweeps(self._storage)
+        slots_s = math.fsum(one.sweep_s * one.num_concurrent for one in sweeps)
+        trials_s = math.fsum(one.trials_s for one in sweeps)
         return Overhead(
-            num_trials=sum(one.num_trials for one in took),
-            num_concurrent=max((one.num_concurrent for one in took), default=0),
-            sweep_s=round(math.fsum(one.sweep_s for one in took), 3),
+            num_trials=sum(one.num_trials for one in sweeps),
+            num_concurrent=max((one.num_concurrent for one in sweeps), default=0),
+            sweep_s=round(math.fsum(one.sweep_s for one in sweeps), 3),
             trials_s=round(trials_s, 3),
             overhead_fraction=slots_s / trials_s - 1 if trials_s else None,
         )
 
 
-def _choose(
+def _choose_by_mode(
     setup: TrialSetup, task: Task, of_task: Sequence[tuple[Trial, TrialResult]], found: FewShot
 ) -> dict[Mode, Settings]:
-    """Return the settings of every mode that has any left: the best of the search, or the only candidate."""
+    """Return the settings by mode: the best of the search, or the only candidate. A mode is missing if all candidates failed."""
     config = setup.config
     best = choose_settings((trial, result.validation_dice if result.is_whole else None) for trial, result in of_task)
     chosen: dict[Mode, Settings] = {}
@@ -177,8 +176,8 @@ def _choose(
             chosen[mode] = best[mode]
         else:
             reasons = [result.failed for trial, result in of_task if trial.mode == mode and result.failed is not None]
-            reason = "no candidate of its search has a figure" + "".join(f": {one}" for one in reasons[:1])
-            missing = final_trials(config, task, {mode: Settings()})  # names hold no settings
+            reason = "no candidate of its search has a result" + "".join(f": {one}" for one in reasons[:1])
+            missing = final_trials(config, task, {mode: Settings()})  # names do not contain settings
             found.failed += [FailedTrial(trial=trial.id, reason=reason) for trial in missing]
             continue
         is_chosen = is_searched(config, mode)
@@ -187,13 +186,13 @@ def _choose(
 
 
 def attempt(setup: TrialSetup, trial: Trial, *, device: str, retries: int, say: Say, **options: Any) -> TrialResult:
-    """Run a trial, once more after whatever went wrong, `retries` times; then say what did.
+    """Run a trial, with up to `retries` repetitions after unexpected errors; return its result or its failure.
 
-    A trial that diverged would diverge again: it is not repeated.
+    A diverged trial is not repeated, because it would diverge again.
 
     Raises:
-        InputError: what the user gave cannot be used; no other trial could either.
-        OutOfTime: the deadline among `options` has passed.
+        InputError: The user's input is invalid, so every other trial would fail, too.
+        OutOfTime: The deadline in `options` has passed.
     """
     for number in range(retries + 1):
         try:
@@ -209,9 +208,9 @@ def attempt(setup: TrialSetup, trial: Trial, *, device: str, retries: int, say: 
 
 
 def failure_message(failed: Sequence[Mapping[str, str]]) -> str:
-    """Return what the command line says of trials that failed."""
+    """Return the command line's message about failed trials."""
     names = "\n".join(f"  {failure['trial']}: {failure['reason']}" for failure in failed)
     return (
-        f"{len(failed)} trial{'s' * (len(failed) > 1)} failed; the report has the others; run the job again to try again, and change it "
-        f"where they diverged:\n{names}"
+        f"{len(failed)} trial{'s' * (len(failed) > 1)} failed; the report has the others; run the job again to retry them, and change "
+        f"the settings of trials that diverged:\n{names}"
     )

@@ -1,4 +1,4 @@
-"""Properties that all trials of one task share, and the names of a trial's files, which depend on all of its recipe."""
+"""Properties shared by all trials of a task, and the names of a trial's files, which contain a digest of its recipe."""
 
 import hashlib
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from p2r.storage import Storage, json_bytes
 
 @dataclass(frozen=True)
 class TrialSetup:
-    """What all trials of one task share; plain values, so that it travels to another machine."""
+    """Properties shared by all trials of one task; plain values that can be sent to another machine."""
 
     config: FinetuneConfig
     task: str
@@ -26,22 +26,22 @@ class TrialSetup:
     backbone: str
     """URL of the published backbone."""
     backbone_sha256: str
-    """Its pin, the digest of its manifest: a trial that finds another one under the URL refuses."""
+    """Digest of the backbone's manifest. A trial refuses a URL whose manifest has another digest."""
     architecture_sha256: str
-    """Digest of its network's shape and its way to prepare a scan: all that a trial from scratch takes of it."""
+    """Digest of the backbone's architecture and preparation, the only parts that a trial from scratch uses."""
     storage: str
     """URL of `<storage>/finetune/<task>`."""
     root: str
     """URL of `<storage>`."""
     is_transductive: bool = False
-    """Whether validation or test patients of the task are known to be in the backbone's corpus."""
+    """True if validation or test patients of the task are known to be in the backbone's corpus."""
     data_sha256: str = ""
     """Digest of the files of train and validation patients."""
     test_sha256: str = ""
-    """Digest of the files of test patients: part of what their figures depend on, and of nothing else."""
+    """Digest of the files of test patients; part of the recipe of trials that report test patients."""
 
     def preparation(self, backbone: Backbone) -> Preparation:
-        """What the trials' models do to a scan: the backbone's way, how much of a plane they read, and what the task states."""
+        """Return the preparation of scans for the trials' models; see `preparation_for`."""
         return preparation_for(read_task_config(Path(self.task)), self.config, backbone.preparation)
 
     def recipe_sha256(self, trial: Trial, *, score_on: Literal["test", "validation"] | None = None) -> str:
@@ -50,7 +50,7 @@ class TrialSetup:
         config = self.config.model_dump(
             mode="json",
             include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"},
-            exclude={"views": {"shown_fraction"}},  # of pretraining only
+            exclude={"views": {"shown_fraction"}},  # only for pretraining
         )
         if MODES[trial.mode].unlabelled == "pseudo_labels":
             config |= self.config.model_dump(mode="json", include={"strong_intensity"})
@@ -63,7 +63,7 @@ class TrialSetup:
             "trial": trial.to_recipe(),
             "task": task_sha256(Path(self.task)),
             "data": self.data_sha256,
-            "backbone": self._backbone_of(trial),
+            "backbone": self._backbone_digest(trial),
         }
         if trial.purpose == "final":
             recipe["score_on"] = score_on
@@ -73,41 +73,41 @@ class TrialSetup:
             recipe["transductive"] = True
         return hashlib.sha256(json_bytes(recipe)).hexdigest()
 
-    def _backbone_of(self, trial: Trial) -> str:
-        """Return the digest of what the trial takes of the backbone."""
-        # Whether a row is labelled as transductive hangs on the backbone's corpus, not on its shape alone.
+    def _backbone_digest(self, trial: Trial) -> str:
+        """Return the digest of the parts of the backbone that the trial uses."""
+        # The label transductive of a row depends on the backbone's corpus, so not only on its architecture.
         if MODES[trial.mode].is_from_scratch and not self.config.allow_transductive:
             return self.architecture_sha256
         return self.backbone_sha256
 
     def result_path(self, trial: Trial) -> str:
-        """Where the trial's result lies below `storage`: its name holds a digest of everything that it depends on."""
+        """Path of the trial's result below `storage`; its name contains the digest of the recipe."""
         return f"trials/{trial.id}-{self.recipe_sha256(trial)[:12]}.json"
 
     def state_path(self, trial: Trial) -> str:
-        """Where the trial's training state is stored below `storage` until it is done."""
+        """Path of the trial's training state below `storage`, until the trial is done."""
         return f"unfinished/{trial.id}-{self.recipe_sha256(trial)[:12]}.safetensors"
 
     def stopped_path(self, trial: Trial) -> str:
-        """Where it is noted below `storage` that a scheduler stopped the trial: that depends on its rivals, too."""
-        of = {"recipe": self.recipe_sha256(trial), "search": self.config.search.model_dump(mode="json")}
-        return f"searches/{trial.id}-{hashlib.sha256(json_bytes(of)).hexdigest()[:12]}.json"
+        """Path below `storage` of the result of a trial that a scheduler stopped, which also depends on the search section."""
+        inputs = {"recipe": self.recipe_sha256(trial), "search": self.config.search.model_dump(mode="json")}
+        return f"searches/{trial.id}-{hashlib.sha256(json_bytes(inputs)).hexdigest()[:12]}.json"
 
     def is_done(self, trial: Trial) -> bool:
-        """Whether the storage has the trial's result, or knows that it was stopped."""
+        """Return whether the storage has the trial's result, finished or stopped."""
         return self._stored_path(trial) is not None
 
     def is_begun(self, trial: Trial) -> bool:
-        """Whether the storage has the training state of the trial, which an earlier run left."""
+        """Return whether the storage has a training state of the trial from an earlier run."""
         return Storage(self.storage).exists(self.state_path(trial))
 
     def stored(self, trial: Trial) -> TrialResult | None:
-        """Return the trial's result on the storage, or the step at which it was stopped; None: neither is stored."""
+        """Return the trial's stored result, finished or stopped; None if there is none."""
         path = self._stored_path(trial)
         return None if path is None else read_result(Storage(self.storage), path)
 
     def finished(self, trial: Trial) -> TrialResult | None:
-        """Return the result of the trial, if the storage has it."""
+        """Return the trial's stored result if it finished; None otherwise."""
         path = self.result_path(trial)
         return read_result(Storage(self.storage), path) if Storage(self.storage).exists(path) else None
 
@@ -129,5 +129,5 @@ class TrialSetup:
 
 
 def preparation_for(task: TaskConfig, config: FinetuneConfig, of_backbone: Preparation) -> Preparation:
-    """Return what models of a task do to a scan: the backbone's way, but for how much they read of it, and what the task states."""
+    """Return the preparation of scans for a task's models: the backbone's, with the section's `planes` and the task's values."""
     return task.preparation(of_backbone.model_copy(update={"planes": config.planes}))

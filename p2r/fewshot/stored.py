@@ -22,7 +22,7 @@ MAX_BYTES = 1 << 26
 
 
 class _Row(TrialRow):
-    """A row as trials leave it: complete, and within bounds."""
+    """A row as written by trials: complete, and within bounds."""
 
     task: Name
     mode: Name
@@ -38,7 +38,7 @@ class _Result(TrialResult):
 
 
 class Reading(JsonModel):
-    """A reading of test patients."""
+    """A test-set evaluation."""
 
     time: Name
     trial: Name

@@ -1,8 +1,8 @@
-"""One few-shot trial: labelled patients of a task x mode x settings -> Dice on validation, and, once frozen, on test.
+"""One few-shot trial: task, labelled patients, mode and settings -> Dice on validation patients, for final trials also on test.
 
-The labels of validation and test patients enter nowhere but the scores: training sees the drawn patients only, and, with
-a semi-supervised mode, the images of the other train patients, whose label files are not opened. With the protocol leak_free every
-scan is whole (no crop by the label). What a finished trial found is read from the storage; it trains and reads nothing again.
+Labels of validation and test patients are used only for scores. Training reads the drawn patients. In semi-supervised
+modes it also reads the images of the other train patients, but does not open their label files. With the protocol leak_free,
+scans are not cropped by the label. The result of a finished trial is read from the storage, without any repetition.
 """
 
 import copy
@@ -56,15 +56,17 @@ from p2r.randomness import keyed_generator
 from p2r.storage import Storage
 from p2r.version import code_version
 
-_NONE_LEFT = "no train patient is left without labels: the labelled patients' own images served as the unlabelled ones"
+_NO_UNLABELLED_PATIENTS = (
+    "no train patient is left without labels: the labelled patients' own images served as the unlabelled ones"
+)
 
 ReportDice = Callable[[int, float], None]
-"""Receives the steps done and the mean validation Dice."""
+"""Called with the number of steps done and the mean validation Dice."""
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Everything that a trial is trained and scored with."""
+    """Inputs of training and scoring of a trial."""
 
     setup: TrialSetup
     trial: Trial
@@ -72,10 +74,11 @@ class _Prepared:
     backbone: Backbone
     preparation: Preparation
     known: Known
-    """Held-out patients that the backbone has seen, as far as found."""
+    """Held-out patients found in the backbone's corpora."""
     training: Callable[[int | None], list[LabelledScan]]
-    """Size of images (None: whole) -> the labelled scans."""
+    """Function: image size (None: whole images) -> the labelled scans."""
     validation: Callable[[], Iterable[Case]]
+    """Function -> the validation cases."""
     device: str
 
     @property
@@ -92,7 +95,7 @@ class _Prepared:
 
     @property
     def unlabelled_subjects(self) -> tuple[str, ...]:
-        """The train patients who were not drawn."""
+        """Train patients that were not drawn."""
         return tuple(sorted(set(self.task.subjects["train"]) - set(self.trial.subjects)))
 
 
@@ -105,18 +108,18 @@ def run_trial(
     report: ReportDice | None = None,
     deadline: float | None = None,
 ) -> TrialResult:
-    """Train and score one trial, or return the result that the storage already holds. A killed one resumes.
+    """Train and score one trial, or return its stored result. A killed trial resumes.
 
-    A search trial is scored on validation patients, a final one also on the reported split. A final trial and the trial of
-    a model to be published leave their weights and predictions beside their results.
+    Search trials are scored on validation patients, final trials also on the reported split. Final and published trials store
+    weights and predictions next to their results.
 
     Args:
-        setup: Properties that the task's trials share.
+        setup: Properties shared by the task's trials.
         trial: The trial.
         device: `cpu` or `cuda`.
-        say: Receives lines of progress.
-        report: Receives an intermediate validation every `search.report_steps`, for a scheduler.
-        deadline: Of `time.monotonic`: when to save the training state and end. None: never.
+        say: Called with each progress line.
+        report: Called with the validation result every `search.report_steps`, for a scheduler.
+        deadline: Time of `time.monotonic` at which to save the training state and end; None: never.
 
     Raises:
         TrainingError: if it diverges.
@@ -128,19 +131,19 @@ def run_trial(
     saved = SavedTraining(Storage(setup.storage), setup.state_path(trial), deadline=deadline)
     prepared = _prepare(setup, trial, device=device)
     if earlier is not None:
-        say(f"{trial.id} | trained before, for scores of validation patients: its weights are evaluated")
+        say(f"{trial.id} | already trained for validation scores; its weights are evaluated")
         saved.add_seconds(earlier.seconds or 0.0)
-        segmenter, facts = _restore(prepared, earlier)
+        segmenter, facts = _load_earlier(prepared, earlier)
         validation = _validate(prepared, segmenter)
     else:
-        trained = _fit(prepared, say=say, report=report, saved=saved)
+        trained = _train(prepared, say=say, report=report, saved=saved)
         segmenter = trained.segmenter
         validation = _validate(prepared, segmenter)
-        facts = _training_facts(prepared, trained, validation.summary)
+        facts = _describe_training(prepared, trained, validation.summary)
     for warning in all_warnings(facts):
         say(f"{trial.id} | WARNING: {warning}")
-    reported = _evaluate(prepared, segmenter) if prepared.reports_test else validation
-    return _write(prepared, segmenter, facts, validation, reported, saved=saved)
+    reported = _score_test_patients(prepared, segmenter) if prepared.reports_test else validation
+    return _store_result(prepared, segmenter, facts, validation, reported, saved=saved)
 
 
 def _prepare(setup: TrialSetup, trial: Trial, *, device: str) -> _Prepared:
@@ -148,7 +151,7 @@ def _prepare(setup: TrialSetup, trial: Trial, *, device: str) -> _Prepared:
     backbone = load_backbone(setup.backbone, sha256=setup.backbone_sha256)
     preparation = setup.preparation(backbone)
     known = Known(backbone, is_allowed=setup.config.allow_transductive)
-    training, validation = _labelled(trial, task, preparation, seed=setup.config.seed)
+    training, validation = _split_loaders(trial, task, preparation, seed=setup.config.seed)
     return _Prepared(setup, trial, task, backbone, preparation, known, training, validation, device)
 
 
@@ -156,7 +159,7 @@ def _score(
     prepared: _Prepared, segmenter: nn.Module, cases: Iterable[Case], split: Split, *, is_reported: bool = False
 ) -> Scored:
     def see(case: Case) -> None:
-        if split == "test" or prepared.trial.protocol == "leak_free":  # else slices of the labelled patients
+        if split == "test" or prepared.trial.protocol == "leak_free":  # paper_compat validates on labelled patients
             prepared.known.see_scan(case.scan, case.volume, split)
 
     config = prepared.config
@@ -165,7 +168,7 @@ def _score(
         cases,
         prepared.task,
         prepared.preparation,
-        # A choice needs Dice only.
+        # Only reported splits need more than Dice.
         nsd_tolerance_mm=config.nsd_tolerance_mm if split == "test" or prepared.reports_validation else None,
         largest_component=config.largest_component,
         device=prepared.device,
@@ -179,8 +182,8 @@ def _validate(prepared: _Prepared, segmenter: nn.Module) -> Scored:
     return _score(prepared, segmenter, cases, "validation", is_reported=prepared.reports_validation)
 
 
-def _evaluate(prepared: _Prepared, segmenter: nn.Module) -> Scored:
-    """Score the test patients; the reading is recorded before the first of them is read."""
+def _score_test_patients(prepared: _Prepared, segmenter: nn.Module) -> Scored:
+    """Score the test patients, after recording the evaluation."""
     setup, trial, task = prepared.setup, prepared.trial, prepared.task
     scans = task.scans_of(task.subjects["test"])
     record_reading(
@@ -198,12 +201,12 @@ def _evaluate(prepared: _Prepared, segmenter: nn.Module) -> Scored:
 
 
 def _weights_sha256(prepared: _Prepared) -> str | None:
-    """Return the digest of the backbone whose weights the trial starts from; None: from scratch."""
+    """Return the digest of the backbone that provides the initial weights; None: from scratch."""
     return None if MODES[prepared.trial.mode].is_from_scratch else prepared.setup.backbone_sha256
 
 
 class _TrainingFacts(JsonModel):
-    """The part of result and row that describes the training."""
+    """Description of the training, part of both result and row."""
 
     train_loss: float | None
     training_code: str | None = None
@@ -212,7 +215,7 @@ class _TrainingFacts(JsonModel):
     warnings: list[str] | None = None
 
 
-def _training_facts(prepared: _Prepared, trained: Trained, validation: Summary) -> _TrainingFacts:
+def _describe_training(prepared: _Prepared, trained: Trained, validation: Summary) -> _TrainingFacts:
     trial, task = prepared.trial, prepared.task
     facts: dict[str, Any] = {}
     if prepared.config.curve_steps is not None and "steps" in MODES[trial.mode].settings:
@@ -228,11 +231,11 @@ def _training_facts(prepared: _Prepared, trained: Trained, validation: Summary) 
     return _TrainingFacts.model_validate({"train_loss": trained.loss, **facts})
 
 
-def _restore(prepared: _Prepared, earlier: TrialResult) -> tuple[Segmenter, _TrainingFacts]:
-    """Return the weights of an earlier trial with the same training, and the facts of that training.
+def _load_earlier(prepared: _Prepared, earlier: TrialResult) -> tuple[Segmenter, _TrainingFacts]:
+    """Return the network of an earlier trial with the same training, and the description of that training.
 
     Raises:
-        DamagedError: The weights are absent, or are not of this network.
+        DamagedError: if the weights are absent, or do not fit the network.
     """
     storage, row = Storage(prepared.setup.storage), earlier.reported()
     segmenter = build_segmenter(
@@ -243,15 +246,20 @@ def _restore(prepared: _Prepared, earlier: TrialResult) -> tuple[Segmenter, _Tra
         segmenter.load_state_dict(load(storage.read_bytes(earlier.weights)))
     except (RuntimeError, SafetensorError, StorageError) as error:
         raise DamagedError(
-            f"{storage.at(earlier.weights)} does not hold the weights of trial {prepared.trial.id}: {error!s:.300}; "
-            "delete the trial's three files of this name, and it is trained again"
+            f"{storage.at(earlier.weights)} does not contain the weights of trial {prepared.trial.id}: {error!s:.300}; "
+            "delete the trial's three files of this name to train it again"
         ) from error
-    told = {"training_code": row.code, "curve": row.curve, "pseudo_labels": row.pseudo_labels, "warnings": row.warnings}
-    facts = {"train_loss": earlier.train_loss, **{name: value for name, value in told.items() if value is not None}}
+    training = {
+        "training_code": row.code,
+        "curve": row.curve,
+        "pseudo_labels": row.pseudo_labels,
+        "warnings": row.warnings,
+    }
+    facts = {"train_loss": earlier.train_loss, **{name: value for name, value in training.items() if value is not None}}
     return segmenter.to(prepared.device).eval(), _TrainingFacts.model_validate(facts)
 
 
-def _write(
+def _store_result(
     prepared: _Prepared,
     segmenter: Segmenter,
     facts: _TrainingFacts,
@@ -260,7 +268,7 @@ def _write(
     *,
     saved: SavedTraining,
 ) -> TrialResult:
-    """Store weights and predictions, unless of a search; then the result, last."""
+    """Store weights and predictions, except for search trials; then the result."""
     setup, trial, storage = prepared.setup, prepared.trial, Storage(prepared.setup.storage)
     path, row = setup.result_path(trial), None
     files: dict[str, str] = {}
@@ -272,7 +280,9 @@ def _write(
         storage.write_bytes(files["predictions"], npz_bytes(reported.predictions))
     seconds = round(saved.seconds, 3)
     if files:
-        row = _row(prepared, facts, validation.summary, reported, predictions=files["predictions"], seconds=seconds)
+        row = _make_row(
+            prepared, facts, validation.summary, reported, predictions=files["predictions"], seconds=seconds
+        )
     result = TrialResult.model_validate(
         {
             "trial": trial.to_row(),
@@ -293,7 +303,7 @@ def _write(
     return result
 
 
-def _row(
+def _make_row(
     prepared: _Prepared,
     facts: _TrainingFacts,
     validation: Summary,
@@ -302,7 +312,7 @@ def _row(
     predictions: str,
     seconds: float,
 ) -> TrialRow:
-    told = {name: value for name, value in facts.to_json().items() if name != "train_loss"}
+    training = {name: value for name, value in facts.to_json().items() if name != "train_loss"}
     optional = {"calibration": reported.calibration, "soft_dice_with_background": reported.soft_dice_with_background}
     return TrialRow.model_validate(
         {
@@ -319,16 +329,16 @@ def _row(
             "predictions": predictions,
             "device": _device_name(prepared.device),
             "seconds": seconds,
-            **told,
+            **training,
             **{name: value for name, value in optional.items() if value is not None},
         }
     )
 
 
-def _labelled(
+def _split_loaders(
     trial: Trial, task: Task, preparation: Preparation, *, seed: int
 ) -> tuple[Callable[[int | None], list[LabelledScan]], Callable[[], Iterable[Case]]]:
-    """Return what gives the labelled scans at some size of their images, and what gives the cases of validation."""
+    """Return two functions: image size -> labelled scans, and () -> validation cases."""
     chosen = task.scans_of(trial.subjects)
     if trial.protocol == "leak_free":
         validation = task.scans_of(task.subjects["validation"])
@@ -356,7 +366,7 @@ def slices_of(
     num_labelled: int,
     draw: int,
 ) -> tuple[list[Crop], list[Crop]]:
-    """Return the slices of labelled patients that paper_compat trains on, and those that validate.
+    """Return the training slices and the validation slices of labelled patients, for paper_compat.
 
     Raises:
         DataError: as `split_by_slice`.
@@ -366,35 +376,35 @@ def slices_of(
     return split_by_slice(crops, keyed_generator(seed, "slices", num_labelled, draw))
 
 
-def _fit(prepared: _Prepared, *, say: Say, report: ReportDice | None, saved: SavedTraining) -> Trained:
+def _train(prepared: _Prepared, *, say: Say, report: ReportDice | None, saved: SavedTraining) -> Trained:
     """Train the segmenter of a trial."""
     trial, config, num_classes = prepared.trial, prepared.config, prepared.task.num_classes
     segmenter = build_segmenter(trial, prepared.backbone, num_classes=num_classes, seed=config.seed).to(prepared.device)
     steps = config.curve_steps if report is None else config.search.report_steps
-    look = None if steps is None else partial(_look, prepared=prepared, say=say, report=report)
+    look = None if steps is None else partial(_validate_at_step, prepared=prepared, say=say, report=report)
     trains = MODES[trial.mode].trains
     if trains == "nothing":
-        return Trained(_prototypes(prepared, segmenter.backbone), None)
+        return Trained(_prototype_segmenter(prepared, segmenter.backbone), None)
     if trains == "head" and config.probe_augmentation == "none":
-        return _fit_probe(prepared, segmenter, say=say, look=look, look_steps=steps or 1)
+        return _train_probe(prepared, segmenter, say=say, look=look, look_steps=steps or 1)
     labelled = prepared.training(None)
     unlabelled, rounds, warnings = None, None, list[str]()
     if MODES[trial.mode].unlabelled != "none":
-        # The images, without labels, of patients who were not drawn; if all were drawn, their own.
+        # Images without labels: of patients that were not drawn, or of the labelled patients if all were drawn.
         others = prepared.unlabelled_subjects or trial.subjects
         scans = prepared.task.scans_of(others)
         images = [prepared_images(scan, prepared.preparation) for scan in scans]
         if others == trial.subjects:
-            warnings.append(_NONE_LEFT)
+            warnings.append(_NO_UNLABELLED_PATIENTS)
         else:
             by_name = {scan.key: image for scan, image in zip(scans, images, strict=True)}
             warnings += odd_scans([scan.planes for scan in labelled], by_name)
-        unlabelled = _on(unlabelled_images(images), prepared.device)
+        unlabelled = _to_device(unlabelled_images(images), prepared.device)
         if MODES[trial.mode].has_rounds:
-            rounds = _rounds(prepared, segmenter.backbone, labelled, images, unlabelled)
+            rounds = _make_rounds(prepared, segmenter.backbone, labelled, images, unlabelled)
     trained = train_segmenter(
         segmenter,
-        _on(labelled_images(labelled), prepared.device),
+        _to_device(labelled_images(labelled), prepared.device),
         unlabelled,
         trial=trial,
         config=config,
@@ -404,16 +414,16 @@ def _fit(prepared: _Prepared, *, say: Say, report: ReportDice | None, saved: Sav
         say=say,
         look=look,
         look_steps=steps or 1,
-        saved=saved if report is None else None,  # a scheduler's trials are short and depend on their rivals
+        saved=saved if report is None else None,  # trials of a scheduler are short and depend on other trials
         rounds=rounds,
     )
     return replace(trained, warnings=(*warnings, *trained.warnings))
 
 
-def _look(
+def _validate_at_step(
     step: int, segmenter: nn.Module, *, prepared: _Prepared, say: Say, report: ReportDice | None
 ) -> dict[str, Any]:
-    """Validate in the course of training."""
+    """Validate during training."""
     summary = _score(prepared, segmenter, prepared.validation(), "validation").summary
     point = CurvePoint(step=step, dice_mean=summary.dice_mean, dice=summary.dice)
     say(f"{prepared.trial.id} | step {step} | {point.text()}")
@@ -422,11 +432,11 @@ def _look(
     return point.to_json()
 
 
-def _fit_probe(prepared: _Prepared, segmenter: Segmenter, *, say: Say, look: Look | None, look_steps: int) -> Trained:
-    """Train a linear head on features that are computed once."""
+def _train_probe(prepared: _Prepared, segmenter: Segmenter, *, say: Say, look: Look | None, look_steps: int) -> Trained:
+    """Train a linear head on features computed once."""
     loss, curve = train_head(
         segmenter.head,
-        _features(prepared, segmenter.backbone),
+        _compute_features(prepared, segmenter.backbone),
         trial=prepared.trial,
         config=prepared.config,
         device=prepared.device,
@@ -437,7 +447,7 @@ def _fit_probe(prepared: _Prepared, segmenter: Segmenter, *, say: Say, look: Loo
     return Trained(segmenter.eval(), loss, curve)
 
 
-def _features(prepared: _Prepared, network: nn.Module) -> list[FeaturesOfScan]:
+def _compute_features(prepared: _Prepared, network: nn.Module) -> list[FeaturesOfScan]:
     return frozen_features(
         prepared.training(size_read(prepared.preparation)),
         network,
@@ -448,25 +458,25 @@ def _features(prepared: _Prepared, network: nn.Module) -> list[FeaturesOfScan]:
     )
 
 
-def _prototypes(prepared: _Prepared, network: nn.Module) -> Segmenter:
-    features, num_classes = _features(prepared, network), prepared.task.num_classes
+def _prototype_segmenter(prepared: _Prepared, network: nn.Module) -> Segmenter:
+    features, num_classes = _compute_features(prepared, network), prepared.task.num_classes
     return segmenter_by_prototypes(
         network, features, prepared.trial, num_classes=num_classes, seed=prepared.config.seed
     )
 
 
-def _rounds(
+def _make_rounds(
     prepared: _Prepared,
     network: nn.Module,
     labelled: Sequence[LabelledScan],
     images: Sequence[Planes | Frames],
     unlabelled: Images,
 ) -> Rounds:
-    """Return the rounds of self-training, which start from class prototypes of the untrained backbone."""
+    """Return the rounds of self-training, which start from class prototypes of the backbone before training."""
     trial, num_classes, preparation = prepared.trial, prepared.task.num_classes, prepared.preparation
     return Rounds(
         Unlabelled(unlabelled.images, unlabelled.inside, frames_of_scans(images)),
-        _prototypes(prepared, copy.deepcopy(network)),
+        _prototype_segmenter(prepared, copy.deepcopy(network)),
         plausibility_of(labelled, trial, num_classes=num_classes, preparation=preparation),
         trial=trial,
         config=prepared.config,
@@ -475,13 +485,16 @@ def _rounds(
     )
 
 
-def _on(images: Images, device: str) -> Images:
+def _to_device(images: Images, device: str) -> Images:
     labels = None if images.labels is None else images.labels.to(device)
     return Images(images.images.to(device), images.inside.to(device), labels)
 
 
 def build_segmenter(trial: Trial, backbone: Backbone, *, num_classes: int, seed: int) -> Segmenter:
-    """Return the network of a mode: the backbone's architecture, its weights unless from scratch, frozen for a linear probe."""
+    """Return the network of a mode, with the backbone's architecture.
+
+    It has the backbone's weights unless the mode is from scratch. They are frozen for a linear probe.
+    """
     torch.manual_seed(seed)
     config = backbone.config
     network: nn.Module = build_backbone(config.model, dimensions=config.preparation.dimensions)

@@ -232,6 +232,7 @@ def _report_context(
                 "licence": task.config.licence,
                 "citation": task.config.citation,
                 "thirds": list(task.config.thirds),
+                "classes": list(task.config.classes.values()),
                 "splits": {split: list(subjects) for split, subjects in task.subjects.items()},
             }
             for task in tasks

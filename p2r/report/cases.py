@@ -32,36 +32,39 @@ class ShownCase:
 def shown_cases(rows: Sequence[TrialRow]) -> list[ShownCase]:
     """Choose the cases to show from rows of one task and protocol; none without stored predictions."""
     known = [row for row in rows if row.cases and row.predictions]
-    trained = [row for row in known if row.mode != SCRATCH] or known
-    if not trained:
+    if not known:
         return []
-    few = min(row.num_labelled for row in trained)
-    candidates = [row for row in trained if row.num_labelled == few]
-    validation = {
-        series: mean_of(row.validation_dice_mean for row in candidates if series_of(row) == series) or 0.0
-        for series in sorted({series_of(row) for row in candidates})
-    }
-    series = max(validation, key=lambda one: validation[one])
-    draws = sorted(
-        (row for row in candidates if series_of(row) == series),
-        key=lambda row: (row.validation_dice_mean or 0.0, row.draw),
-    )
-    chosen = draws[(len(draws) - 1) // 2]
+    chosen = _choose_trial(known)
     beside = [
         row
         for row in known
-        if row.mode == SCRATCH and (row.num_labelled, row.draw) == (few, chosen.draw) and row is not chosen
+        if row.mode == SCRATCH
+        and (row.num_labelled, row.draw) == (chosen.num_labelled, chosen.draw)
+        and row is not chosen
     ]
     trials = {series_name(series_of(row)): row for row in (*beside[:1], chosen)}
-    ranked = sorted(
-        ((dice, case.key) for case in chosen.cases or () if (dice := _dice(case)) is not None), key=lambda pair: pair
-    )
-    if not ranked:
-        return []
-    places = {"best": len(ranked) - 1, "median": (len(ranked) - 1) // 2, "worst": 0}
-    if len(ranked) < len(places):
-        places = {"best": len(ranked) - 1, "worst": 0} if len(ranked) > 1 else {"only": 0}
-    return [_shown(rank, ranked[place][1], trials) for rank, place in places.items()]
+    ranked = sorted((dice, case.key) for case in chosen.cases or () if (dice := _dice(case)) is not None)
+    return [_shown(rank, ranked[place][1], trials) for rank, place in _places(len(ranked)).items()]
+
+
+def _choose_trial(known: Sequence[TrialRow]) -> TrialRow:
+    """Return the middle draw of the mode that validation prefers, with the fewest labelled patients; scratch only without others."""
+    trained = [row for row in known if row.mode != SCRATCH] or known
+    few = min(row.num_labelled for row in trained)
+    by_series: dict[tuple[str, str], list[TrialRow]] = {}
+    for row in trained:
+        if row.num_labelled == few:
+            by_series.setdefault(series_of(row), []).append(row)
+    series = max(sorted(by_series), key=lambda one: mean_of(row.validation_dice_mean for row in by_series[one]) or 0.0)
+    draws = sorted(by_series[series], key=lambda row: (row.validation_dice_mean or 0.0, row.draw))
+    return draws[(len(draws) - 1) // 2]
+
+
+def _places(num_ranked: int) -> dict[str, int]:
+    """Return the places in ascending order of Dice, by their name."""
+    if num_ranked < 3:
+        return {"best": 1, "worst": 0} if num_ranked == 2 else {"only": 0} if num_ranked == 1 else {}
+    return {"best": num_ranked - 1, "median": (num_ranked - 1) // 2, "worst": 0}
 
 
 def _shown(rank: str, key: tuple[str, int], trials: Mapping[str, TrialRow]) -> ShownCase:

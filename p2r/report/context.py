@@ -17,6 +17,8 @@ class TaskFacts(JsonModel):
     citation: str | None = None
     thirds: list[str] = Field(default_factory=list)
     """Names of the thirds of the organ; empty: lower, middle, upper."""
+    classes: list[str] = Field(default_factory=list)
+    """Names of the classes in the order of their labels; empty: unknown, as in an older report."""
     splits: dict[str, list[str]] = Field(default_factory=dict)
     """Patients of each split."""
 

@@ -69,7 +69,9 @@ def figures(material: Material, rows: Sequence[TrialRow], protocol: str) -> Iter
         )
     yield from _failures(material, patients, rows, task, tag, source)
     yield from calibration_blocks(rows, task=task, tag=tag, source=source, put=material.put)
-    yield from pseudo_label_blocks(rows, task=task, tag=tag, source=source, put=material.put)
+    facts = material.context.tasks.get(task)
+    classes = facts.classes if facts is not None and facts.classes else sorted(rows[0].dice)
+    yield from pseudo_label_blocks(rows, task=task, classes=classes, tag=tag, source=source, put=material.put)
 
 
 def _differences(material: Material, rows: Sequence[TrialRow], task: str, tag: str, source: str) -> Iterator[Block]:
@@ -165,40 +167,45 @@ def _failures(
     here = [patient for patient in patients if patient.num_labelled == few]
     series = sorted({patient.series for patient in here}, key=series_order)
     if thirds is not None:
+        where = f"Dice in {names[0]}, {names[1]} and {names[2]}: " if names != THIRDS else "Dice in "
         yield material.put(
             f"thirds-{tag}",
             thirds,
-            (f"Dice in {names[0]}, {names[1]} and {names[2]}: " if names != THIRDS else "Dice in ")
-            + "the lower, middle and upper third of the slices in which the reference holds any class.",
+            where + "the lower, middle and upper third of the slices in which the reference holds any class.",
         )
-        yield Grid(
-            ("mode", *names),
-            [
-                (
-                    series_name(one),
-                    *(_mean_text(p.thirds[number] for p in here if p.series == one) for number in range(3)),
-                )
-                for one in series
-            ],
-            caption=f"Mean Dice by third of the slices, n = {few}",
-        )
+        yield _thirds_table(here, series, names, caption=f"Mean Dice by third of the slices, n = {few}")
     if strata is not None:
         yield material.put(f"strata-{tag}", strata, "Dice of patients by their stratum, such as pathology.")
-        strata_names = sorted({patient.stratum for patient in here if patient.stratum})
-        yield Grid(
-            ("mode", *(f"{name} ({len({p.subject for p in here if p.stratum == name})})" for name in strata_names)),
-            [
-                (
-                    series_name(one),
-                    *(
-                        _mean_text(p.dice[MEAN] for p in here if p.series == one and p.stratum == name)
-                        for name in strata_names
-                    ),
-                )
-                for one in series
-            ],
-            caption=f"Mean Dice by stratum (number of patients), n = {few}",
+        yield _strata_table(here, series, caption=f"Mean Dice by stratum (number of patients), n = {few}")
+
+
+def _thirds_table(
+    patients: Sequence[Patient], series: Sequence[tuple[str, str]], names: Sequence[str], *, caption: str
+) -> Grid:
+    lines = [
+        (
+            series_name(one),
+            *(
+                _mean_text(patient.thirds[number] for patient in patients if patient.series == one)
+                for number in range(3)
+            ),
         )
+        for one in series
+    ]
+    return Grid(("mode", *names), lines, caption=caption)
+
+
+def _strata_table(patients: Sequence[Patient], series: Sequence[tuple[str, str]], *, caption: str) -> Grid:
+    names = sorted({patient.stratum for patient in patients if patient.stratum})
+    counts = [len({patient.subject for patient in patients if patient.stratum == name}) for name in names]
+
+    def mean(one: tuple[str, str], name: str) -> str:
+        return _mean_text(
+            patient.dice[MEAN] for patient in patients if (patient.series, patient.stratum) == (one, name)
+        )
+
+    header = ("mode", *(f"{name} ({count})" for name, count in zip(names, counts, strict=True)))
+    return Grid(header, [(series_name(one), *(mean(one, name) for name in names)) for one in series], caption=caption)
 
 
 def _table(rows: Sequence[TrialRow]) -> Grid:

@@ -34,24 +34,26 @@ def patients_of(rows: Sequence[TrialRow]) -> list[Patient]:
     groups: dict[tuple[int, tuple[str, str]], list[TrialRow]] = {}
     for row in rows:
         groups.setdefault((row.num_labelled, series_of(row)), []).append(row)
-    found = []
-    for (num_labelled, series), of_group in sorted(
-        groups.items(), key=lambda item: (item[0][0], series_order(item[0][1]))
-    ):
-        subjects = sorted({subject for row in of_group for subject in row.dice_by_subject})
-        for subject in subjects:
-            cases = [[case for case in row.cases or () if case.subject == subject] for row in of_group]
-            strata = [case.stratum for of_row in cases for case in of_row if case.stratum]
-            classes = list(dict.fromkeys(name for of_row in cases for case in of_row for name in case.scores))
-            dice: dict[str, float | None] = {
-                name: mean_of(mean_of(_dice(case, name) for case in of_row) for of_row in cases) for name in classes
-            }
-            dice[MEAN] = mean_of(row.dice_by_subject.get(subject) for row in of_group)
-            lower, middle, upper = (_third_dice(cases, number) for number in range(3))
-            found.append(
-                Patient(series, num_labelled, subject, strata[0] if strata else None, dice, (lower, middle, upper))
-            )
-    return found
+    ordered = sorted(groups.items(), key=lambda item: (item[0][0], series_order(item[0][1])))
+    return [
+        _patient(subject, series, num_labelled, of_group)
+        for (num_labelled, series), of_group in ordered
+        for subject in sorted({subject for row in of_group for subject in row.dice_by_subject})
+    ]
+
+
+def _patient(subject: str, series: tuple[str, str], num_labelled: int, rows: Sequence[TrialRow]) -> Patient:
+    """Average the cases of a patient over the draws of one mode."""
+    cases = [[case for case in row.cases or () if case.subject == subject] for row in rows]
+    of_all = [case for of_row in cases for case in of_row]
+    dice: dict[str, float | None] = {
+        name: mean_of(mean_of(_dice(case, name) for case in of_row) for of_row in cases)
+        for name in dict.fromkeys(name for case in of_all for name in case.scores)
+    }
+    dice[MEAN] = mean_of(row.dice_by_subject.get(subject) for row in rows)
+    lower, middle, upper = (_third_dice(cases, number) for number in range(3))
+    stratum = next((case.stratum for case in of_all if case.stratum), None)
+    return Patient(series, num_labelled, subject, stratum, dice, (lower, middle, upper))
 
 
 def classes_of(patients: Sequence[Patient]) -> list[str]:

@@ -107,25 +107,14 @@ def _read_run(url: str, letter: str) -> Run:
     rows = report.get("rows")
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{where} holds no rows: there is nothing to compare")
-    checked: list[TrialRow] = []
-    for number, row in enumerate(rows):
-        try:
-            checked.append(_ReportRow.model_validate(row))
-        except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(map(str, problem["loc"])) or "the row"
-            raise DataError(f"{where}: row {number}: {one_line(key)}: {one_line(problem['msg'])}") from None
+    checked = _check_rows(rows, where)
     if published is not None:
         checked = _select_rows(published, checked, where)
     if len({row.backbone for row in checked}) > 1:
         raise DataError(f"{where} already holds rows of several backbones; give reports of one backbone each")
-    trials = [(*setting_of(row), row.num_labelled, row.mode, row.draw) for row in checked]
-    for number, trial in enumerate(trials):
-        if trial in trials[:number]:
-            raise DataError(f"{where}: rows {trials.index(trial)} and {number} are of one trial: {one_line(trial)}")
+    _refuse_repeated_trials(checked, where)
     context = _mapping_or_empty(report.get("context"))
     backbone = _mapping_or_empty(context.get("backbone"))
-    chosen = context.get("chosen")
     return Run(
         letter,
         where,
@@ -136,11 +125,34 @@ def _read_run(url: str, letter: str) -> Run:
         str(context.get("seed", "")),
         str((published.licence if published else context.get("licence")) or ""),
         _mapping_or_empty(context.get("finetune")),
-        tuple({**one, "settings": _mapping_or_empty(one.get("settings"))} for one in chosen if isinstance(one, dict))
-        if isinstance(chosen, list)
-        else (),
+        _chosen_settings(context.get("chosen")),
         tuple(checked),
     )
+
+
+def _check_rows(rows: Sequence[object], where: str) -> list[TrialRow]:
+    checked: list[TrialRow] = []
+    for number, row in enumerate(rows):
+        try:
+            checked.append(_ReportRow.model_validate(row))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"])) or "the row"
+            raise DataError(f"{where}: row {number}: {one_line(key)}: {one_line(problem['msg'])}") from None
+    return checked
+
+
+def _refuse_repeated_trials(rows: Sequence[TrialRow], where: str) -> None:
+    trials = [(*setting_of(row), row.num_labelled, row.mode, row.draw) for row in rows]
+    for number, trial in enumerate(trials):
+        if trial in trials[:number]:
+            raise DataError(f"{where}: rows {trials.index(trial)} and {number} are of one trial: {one_line(trial)}")
+
+
+def _chosen_settings(chosen: object) -> tuple[dict[str, Any], ...]:
+    if not isinstance(chosen, list):
+        return ()
+    return tuple({**one, "settings": _mapping_or_empty(one.get("settings"))} for one in chosen if isinstance(one, dict))
 
 
 def _find_report(url: str) -> tuple[Storage, str, _Published | None]:

@@ -37,12 +37,15 @@ Put = Callable[[str, Drawing, str], Picture]
 """Function that adds a picture to the page: name, drawing, caption."""
 
 
-def pseudo_label_blocks(rows: Sequence[TrialRow], *, task: str, tag: str, source: str, put: Put) -> Iterator[Block]:
+def pseudo_label_blocks(
+    rows: Sequence[TrialRow], *, task: str, classes: Sequence[str], tag: str, source: str, put: Put
+) -> Iterator[Block]:
     """Yield the part of a page on pseudo-labels; empty without a mode that uses them.
 
     Args:
         rows: Rows of one task and protocol.
         task: Name of the task.
+        classes: Names of its classes in the order of their labels, as in pictures of segmentations.
         tag: Part of the picture's name.
         source: Source line below the picture.
         put: Adds the picture to the page.
@@ -58,7 +61,10 @@ def pseudo_label_blocks(rows: Sequence[TrialRow], *, task: str, tag: str, source
     yield put(
         f"pseudo-labels-{tag}",
         pseudo_label_curves(
-            trials[:_MOST], title=f"{task}: pseudo-labels over training{label_of(rows)}", source=source
+            trials[:_MOST],
+            classes=classes,
+            title=f"{task}: pseudo-labels over training{label_of(rows)}",
+            source=source,
         ),
         f"Fraction of the unlabelled scans' pixels that count, and of these in each class, for every trial.{left_out}",
     )
@@ -96,20 +102,20 @@ def _name(row: TrialRow) -> str:
     return f"{series_name(series_of(row))}, n = {row.num_labelled}, draw {row.draw}"
 
 
-def pseudo_label_curves(rows: Sequence[TrialRow], *, title: str, source: str = "") -> Drawing:
+def pseudo_label_curves(rows: Sequence[TrialRow], *, classes: Sequence[str], title: str, source: str = "") -> Drawing:
     """Draw the pseudo-labels of some trials over their training.
 
     Args:
         rows: At least one row, each with its `pseudo_labels`.
+        classes: Names of the classes in the order of their labels.
         title: Headline.
         source: Source line below the picture.
     """
-    return drawing(*(_figure(rows, title, source, width) for width in (WIDE, NARROW)))
+    colours = {name: CLASS_COLOURS[number % len(CLASS_COLOURS)] for number, name in enumerate(classes)}
+    return drawing(*(_figure(rows, colours, title, source, width) for width in (WIDE, NARROW)))
 
 
-def _figure(rows: Sequence[TrialRow], title: str, source: str, width: float) -> Figure:
-    names = list(dict.fromkeys(name for row in rows for name in list(_pseudo_labels_of(row).class_fractions)[1:]))
-    colours = {name: CLASS_COLOURS[number % len(CLASS_COLOURS)] for number, name in enumerate(names)}
+def _figure(rows: Sequence[TrialRow], colours: Mapping[str, str], title: str, source: str, width: float) -> Figure:
     entries = [KeyEntry("pixels that count", "o", INK)]
     entries += [KeyEntry(for_picture(name, 30), "o", colour) for name, colour in colours.items()]
     key = key_lines(entries, width - 0.3)

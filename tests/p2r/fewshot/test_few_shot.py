@@ -181,12 +181,12 @@ def test_a_recipe_chosen_on_validation_patients_is_evaluated_on_test_patients_wi
     trial = final(frozen, "scratch")
     kept = Storage(frozen.storage).read_bytes(chosen["weights"])
     Storage(frozen.storage).write_bytes(chosen["weights"], kept[:-8])
-    with pytest.raises(DamagedError, match=r"does not hold the weights of trial .*-scratch-n1-d0: .*; delete"):
+    with pytest.raises(DamagedError, match=r"does not contain the weights of trial .*-scratch-n1-d0: .*; delete"):
         run_trial(frozen, trial, device="cpu")
     Storage(frozen.storage).write_bytes(chosen["weights"], kept)
     assert merge_readings(Storage(frozen.root)) == [], "nothing was evaluated so far"
 
-    monkeypatch.setattr("p2r.fewshot.trial._fit", lambda *args, **options: pytest.fail("it was trained again"))
+    monkeypatch.setattr("p2r.fewshot.trial._train", lambda *args, **options: pytest.fail("it was trained again"))
     lines: list[str] = []
     found = run_trial(frozen, trial, device="cpu", say=lines.append)
     assert any("trained before" in line for line in lines)
@@ -331,7 +331,7 @@ def test_a_diverging_trial_is_listed_and_the_others_continue(make: Make) -> None
     assert found.results[0]["row"]["learning_rate"] == 1e-2
     assert [failure["trial"] for failure in found.failed] == ["disc-final-fine_tune-n1-d0"]
     assert (
-        "no candidate of its search has a figure: trial disc-search-fine_tune-n1-d0-lr1e+30 diverged: the loss is nan"
+        "no candidate of its search has a result: trial disc-search-fine_tune-n1-d0-lr1e+30 diverged: the loss is nan"
         in (found.failed[0]["reason"])
     )
     assert [row["failed"] is None for row in found.searched] == [True, False, False, False]
@@ -386,7 +386,7 @@ def test_a_backbone_of_two_contrasts_is_refused_before_anything_runs(
     backbone.config = backbone.config.model_copy(
         update={"model": backbone.config.model.model_copy(update={"in_channels": 2})}
     )
-    with pytest.raises(DataError, match=r"a scan has one contrast, the backbone .* takes 2"):
+    with pytest.raises(DataError, match=r"a scan has one contrast, the backbone .* reads 2"):
         check_task(load_task(toy_data / "task.yaml"), backbone, setup)
 
 
@@ -402,7 +402,7 @@ def test_a_backbone_of_another_dimension_is_refused_before_anything_runs(
     backbone.preparation = backbone.preparation.model_copy(update={"dimensions": 5 - wanted})
     path = copy / "task.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **stated}))
-    both = {2: "planes", 3: "volumes"}
+    both = {2: "slices", 3: "volumes"}
     expected = rf"task disc is for networks of {both[wanted]} \({field}\), the backbone .* reads {both[5 - wanted]}"
     with pytest.raises(DataError, match=expected):
         check_task(load_task(path), backbone, setup)

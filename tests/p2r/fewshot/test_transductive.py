@@ -76,7 +76,7 @@ def test_a_backbone_without_a_list_of_corpora_is_unknown_and_not_clean(
     assert "> **Note.** Corpora unknown:" in page and "patients are in the backbone's pretraining corpus" not in page
     cards = [card.read_text() for card in (tmp_path / "storage/models/disc").glob("*/README-*.md")]
     assert len(cards) == 2, "the best, and one of all patients; both fine-tuned"
-    assert all("validation or test patients may be among them" in card for card in cards)
+    assert all("may include validation or test patients" in card for card in cards)
 
 
 def test_a_job_without_fine_tuning_has_nothing_to_allow(repository: Path) -> None:

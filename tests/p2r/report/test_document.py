@@ -249,13 +249,14 @@ def test_the_page_shows_pseudo_labels_over_the_training_of_every_trial(make_rows
             row["pseudo_labels"] = {
                 "steps": [50, 100],
                 "confident_fraction": [0.4, 0.9],
-                "class_fractions": {"background": [0.99, 0.97], "RV": [0.0, 0.01], "LV": [0.01, 0.02]},
+                "class_fractions": {"LV": [0.01, 0.02], "RV": [0.0, 0.01], "background": [0.99, 0.97]},  # as JSON sorts
                 "rounds": [{**first, "change": None}, last],
             }
-    page, text = written(tmp_path, rows)
+    page, text = written(tmp_path, rows, tasks={"acdc": {"classes": ["RV", "LV"]}})
     assert "Pseudo-labels over training" in page.text and "Rounds of self-training (4)" in page.text
     assert "| self-training, n = 1, draw 1 | 51 | teacher | 20.0 % | 7 of 9 | 3.1 % | rounds end (change) |" in text
     drawn = " ".join(ET.parse(tmp_path / "pictures/pseudo-labels-acdc.svg").getroot().itertext())
+    assert drawn.index("RV") < drawn.index("LV"), "in the order of the labels, as in pictures of segmentations"
     for words in ("pixels that count", "RV", "LV", "self-training, n = 1, draw 0", "self-training, n = 1, draw 1"):
         assert words in drawn
     assert "background" not in drawn
