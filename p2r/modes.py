@@ -1,6 +1,6 @@
 """Table of the fine-tuning modes: the only place that lists their names, titles, colours and settings.
 
-A new mode is an entry here. The entry says what is trained, from which weights, and with which unlabelled images; `p2r.fewshot` reads
+A new mode is an entry here. The entry states the trained part, its initial weights, and the unlabelled images. `p2r.fewshot` reads
 these fields, so a mode that combines known parts needs no other change. Tables and legends use the order of the entries.
 """
 

@@ -119,7 +119,7 @@ def _agreement_bytes(world_size: int, device: str) -> int:
 
 
 def _reduced_bytes(num_bytes: int, world_size: int) -> int:
-    """Return the bytes that a rank sends to sum so many over all ranks."""
+    """Return the bytes that a rank sends to sum that number of bytes over all ranks."""
     return round(2 * (world_size - 1) / world_size * num_bytes)
 
 

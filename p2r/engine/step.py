@@ -126,7 +126,7 @@ class _Drawn:
     """(B, n, 2 or 3) position in the sample."""
 
     def split(self, size: int) -> "list[_Drawn]":
-        """Return micro-batches of so many images."""
+        """Return micro-batches of `size` images."""
         parts = (torch.split(getattr(self, field.name), size) for field in fields(self))
         return [_Drawn(*of_batch) for of_batch in zip(*parts, strict=True)]
 
@@ -184,7 +184,7 @@ def _draw_pairs(batch: Batch, device: torch.device, *, config: PretrainConfig, t
 
 
 class _Objective:
-    """The loss of a step over one or several sets of pixel pairs, and what reports need of these pairs."""
+    """Loss of a step over one or several sets of pixel pairs, with the data of these pairs that reports need."""
 
     def __init__(self, engine: Any, config: PretrainConfig, *, aligns: bool) -> None:
         self._engine, self._config, self._aligns = engine, config, aligns
@@ -250,7 +250,7 @@ def loss_parts(parts: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def equivariance_error(alignment: Sequence[float]) -> float | None:
     """Return the deviation of the embeddings from the warp: 0 if they follow it perfectly, 1 if no better than chance.
 
-    It is the mean of 1 - cos over embedding pairs of the same anatomy in the two views, divided by the mean over all pairs of
+    It is the mean of 1 - cos over embedding pairs of the same anatomy in both views, divided by the mean over all pairs of
     different pixels. Since the views also differ in contrast, it includes the effect of contrast changes.
 
     Args:

@@ -78,30 +78,32 @@ class _Group:
     mode: str
 
     def names(self) -> dict[str, Any]:
-        """Return the fields of `_Compared`."""
+        """Return the fields of `_Entry`."""
         return {**asdict(self.setting), "backbone": self.backbone or None, "mode": self.mode}
 
 
-class _Compared(JsonModel):
-    """The part that every entry of the statistics has: what it is about."""
+class _Entry(JsonModel):
+    """Fields of every entry of the statistics that identify the results described."""
 
     task: str
     protocol: str
     transductive: bool
     split: str
     backbone: str | None
-    """None where rows name none."""
+    """None if the rows name no backbone."""
     mode: str
 
     @property
     def corpora(self) -> str | None:
-        """None: entries of unknown corpora are transductive, as their rows are."""
+        """Always None: entries of unknown corpora count as transductive, like their rows."""
         return None
 
 
-class Interval(_Compared):
-    """Mean Dice of one mode and number of labelled patients. With one draw, the interval is over patients, for this draw only;
-    with one patient as well, it has no width."""
+class Interval(_Entry):
+    """Mean Dice of one mode and number of labelled patients.
+
+    With one draw, the interval covers only patients, for this draw. With one draw and one patient, it has no width.
+    """
 
     num_labelled: int
     draws: int
@@ -111,7 +113,7 @@ class Interval(_Compared):
     upper: float
 
 
-class PairedDifference(_Compared):
+class PairedDifference(_Entry):
     """Difference of Dice from another mode (`against`) or the same mode of another backbone (`against_backbone`)."""
 
     against: str = ""
@@ -124,25 +126,25 @@ class PairedDifference(_Compared):
     upper: float
     p: float
     p_holm: float
-    """By Holm's correction over the numbers of labelled patients."""
+    """Holm's correction of `p` over the numbers of labelled patients."""
     difference_by_draw: list[float]
-    """In the order of the draws."""
+    """Differences in the order of the draws."""
     draws_agree: int
     """Number of draws whose difference has the sign of `difference`."""
 
 
-class LabelEfficiency(_Compared):
-    """Labelled patients that training from scratch needs for the Dice of a mode."""
+class LabelEfficiency(_Entry):
+    """Number of labelled patients at which training from scratch reaches the Dice of a mode."""
 
     num_labelled: int
     dice: float
     scratch_patients: float | None
     beyond: str | None
-    """`below` if scratch reaches that Dice with its fewest patients already, `above` if it never does, else None."""
+    """`below` if scratch exceeds that Dice with its fewest patients, `above` if it never reaches it, else None."""
 
 
-class LeftOut(_Compared):
-    """A comparison that cannot be made."""
+class LeftOut(_Entry):
+    """An interval or comparison that cannot be computed."""
 
     num_labelled: int
     reason: str
@@ -156,8 +158,8 @@ class Statistics(JsonModel):
     seed: int
     intervals: list[Interval]
     differences: list[PairedDifference]
-    """From scratch where there is one (of the same backbone, or of no backbone) and from the mode's own control from random weights;
-    else of every pair of modes."""
+    """Differences from scratch (of the same backbone or of none) and from the mode's control with random weights; without
+    scratch, of every pair of modes."""
     between_backbones: list[PairedDifference]
     label_efficiency: list[LabelEfficiency]
     left_out: list[LeftOut]
@@ -186,7 +188,7 @@ def few_shot_statistics(
     tables = _tabulate(rows)
     left_out: list[LeftOut] = []
     draw = _Bootstrap(seed, num_resamples, confidence)
-    intervals = _intervals(tables, draw, left_out)
+    intervals = _compute_intervals(tables, draw, left_out)
     means: dict[_Group, dict[int, float]] = {}
     for group, one in intervals:
         means.setdefault(group, {})[one.num_labelled] = one.mean
@@ -196,18 +198,18 @@ def few_shot_statistics(
         num_resamples=num_resamples,
         seed=seed,
         intervals=[one for _, one in intervals],
-        differences=_compared(tables, [(*pair, {"against": pair[1].mode}) for pair in modes], draw, left_out),
-        between_backbones=_compared(
+        differences=_compare_pairs(tables, [(*pair, {"against": pair[1].mode}) for pair in modes], draw, left_out),
+        between_backbones=_compare_pairs(
             tables, [(*pair, {"against_backbone": pair[1].backbone or None}) for pair in backbones], draw, left_out
         ),
-        label_efficiency=list(_efficiency(means)),
+        label_efficiency=list(_compute_efficiency(means)),
         left_out=left_out,
     )
 
 
 @dataclass(frozen=True)
 class _Bootstrap:
-    """Intervals whose resamples depend on the seed and on what they are of."""
+    """Bootstrap intervals; each has resamples keyed by the seed and the results described."""
 
     seed: int
     num_resamples: int
@@ -220,7 +222,7 @@ class _Bootstrap:
         )
 
 
-def _intervals(
+def _compute_intervals(
     tables: Mapping[_Group, Mapping[int, _Table]], draw: _Bootstrap, left_out: list[LeftOut]
 ) -> list[tuple[_Group, Interval]]:
     found = []
@@ -247,13 +249,13 @@ def _intervals(
     return found
 
 
-def _compared(
+def _compare_pairs(
     tables: Mapping[_Group, Mapping[int, _Table]],
     pairs: Iterable[tuple[_Group, _Group, dict[str, str | None]]],
     draw: _Bootstrap,
     left_out: list[LeftOut],
 ) -> list[PairedDifference]:
-    """Compare pairs of groups; the last part of each pair names the other one in the entry."""
+    """Compare pairs of groups; the last item of each tuple has the entry's fields that name the second group."""
     entries: list[PairedDifference] = []
     for group, against, name in pairs:
         family = []
@@ -283,7 +285,7 @@ def _compared(
     return entries
 
 
-def _efficiency(means: Mapping[_Group, Mapping[int, float]]) -> Iterator[LabelEfficiency]:
+def _compute_efficiency(means: Mapping[_Group, Mapping[int, float]]) -> Iterator[LabelEfficiency]:
     for group, by_number in means.items():
         scratch = _find_scratch(group, means)
         if group.mode == SCRATCH or scratch is None:
@@ -335,9 +337,10 @@ def signed_rank_p(differences: NDArray[np.float64]) -> float:
 
 
 def draws_agree(differences: NDArray[np.float64]) -> int:
-    """Return how many draws (rows of (D, P), NaN where a patient has no figure) differ in the direction of the mean difference.
+    """Return the number of draws whose difference has the sign of the mean difference.
 
-    Differences that are zero to 12 decimals have no direction.
+    Args:
+        differences: (D, P), NaN if a patient has no value. Differences that are zero to 12 decimals have no sign.
     """
     by_draw, mean = np.round(np.nanmean(differences, axis=1), _DECIMALS), np.round(np.nanmean(differences), _DECIMALS)
     return int((np.sign(by_draw) == np.sign(mean))[by_draw != 0].sum())
@@ -381,7 +384,7 @@ def _tabulate(rows: Iterable[TrialRow]) -> dict[_Group, dict[int, _Table]]:
     for row in rows:
         if "dice_by_subject" not in row.model_fields_set:
             raise DataError(
-                f"row {row.id or row.mode}: dice_by_subject is missing; statistics need that of a final trial"
+                f"row {row.id or row.mode}: dice_by_subject is missing; statistics need rows of final trials"
             )
         setting = _Setting(row.task, row.protocol, row.transductive, row.split)
         group = _Group(setting, row.backbone or "", row.mode)
@@ -394,7 +397,7 @@ def _tabulate(rows: Iterable[TrialRow]) -> dict[_Group, dict[int, _Table]]:
         table = tables.setdefault(group, {}).setdefault(num_labelled, {})
         if any(draw[0] == other for other, _ in table):
             raise DataError(
-                f"trial {trial}: two rows; a trial has one row, and rows of several runs or backbones need different values of `backbone`"
+                f"trial {trial} has two rows; rows of several runs or backbones need different values of `backbone`"
             )
         table[draw] = dice
     return {group: dict(sorted(tables[group].items())) for group in sorted(tables)}

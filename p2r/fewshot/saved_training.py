@@ -68,7 +68,7 @@ class SavedTraining:
         return self._seconds_before + time.monotonic() - self._began
 
     def add_seconds(self, seconds: float) -> None:
-        """Count the time of a training that is reused."""
+        """Add the time of an earlier training whose weights are reused."""
         self._seconds_before += seconds
 
     @property

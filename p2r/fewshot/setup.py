@@ -112,9 +112,9 @@ class TrialSetup:
         return read_result(Storage(self.storage), path) if Storage(self.storage).exists(path) else None
 
     def scored_on_validation(self, trial: Trial) -> TrialResult | None:
-        """Return the result of the same training with scores of validation patients; None if the storage has none.
+        """Return the stored result of the same training with validation scores; None if there is none.
 
-        A recipe is chosen on validation patients. To evaluate it on test patients then needs no second training.
+        A recipe chosen on validation patients can then be evaluated on test patients without a second training.
         """
         if trial.purpose != "final" or self.config.score_on == "validation":
             return None

@@ -59,8 +59,7 @@ def read_result(storage: Storage, path: str) -> TrialResult:
     Raises:
         DamagedError: naming the file, the key and the rule.
     """
-    found: TrialResult = _read_document(storage, path, _RESULT)
-    return found
+    return TrialResult.model_validate(_read_document(storage, path, _RESULT))
 
 
 def read_candidates(storage: Storage, path: str) -> list[tuple[dict[str, float], TrialResult | None]]:
@@ -69,7 +68,8 @@ def read_candidates(storage: Storage, path: str) -> list[tuple[dict[str, float],
     Raises:
         DamagedError: naming the file, the key and the rule.
     """
-    return list(_read_document(storage, path, _CANDIDATES))
+    found = _read_document(storage, path, _CANDIDATES)
+    return [(candidate, other and TrialResult.model_validate(other)) for candidate, other in found]
 
 
 def read_sweeps(storage: Storage) -> list[SweepTime]:
@@ -78,7 +78,11 @@ def read_sweeps(storage: Storage) -> list[SweepTime]:
     Raises:
         DamagedError: naming the file, the key and the rule.
     """
-    return [_read_document(storage, path, _SWEEP) for path in storage.list("sweeps") if path.endswith(".json")]
+    return [
+        SweepTime.model_validate(_read_document(storage, path, _SWEEP))
+        for path in storage.list("sweeps")
+        if path.endswith(".json")
+    ]
 
 
 def read_readings(storage: Storage, folder: str) -> list[Reading]:
@@ -87,7 +91,11 @@ def read_readings(storage: Storage, folder: str) -> list[Reading]:
     Raises:
         DamagedError: naming the file, the key and the rule.
     """
-    return [_read_document(storage, path, _READING) for path in storage.list(folder) if path.endswith(".json")]
+    return [
+        Reading.model_validate(_read_document(storage, path, _READING))
+        for path in storage.list(folder)
+        if path.endswith(".json")
+    ]
 
 
 def read_report_rows(storage: Storage, path: str) -> list[TrialRow]:
@@ -96,8 +104,8 @@ def read_report_rows(storage: Storage, path: str) -> list[TrialRow]:
     Raises:
         DamagedError: naming the file, the key and the rule.
     """
-    return list(_read_document(storage, path, _REPORT).rows)
+    return [TrialRow.model_validate(row) for row in _read_document(storage, path, _REPORT)["rows"]]
 
 
 def _read_document(storage: Storage, path: str, adapter: TypeAdapter[Any]) -> Any:
-    return adapter.validate_python(storage.read_checked(path, adapter, max_bytes=MAX_BYTES))
+    return storage.read_checked(path, adapter, max_bytes=MAX_BYTES)

@@ -56,7 +56,7 @@ _DARK_COLOURS = {
     LINE: "#34383e",
     RULE: "#626870",
 }
-"""Replacements of colours on a dark page, besides those of the modes."""
+"""Replacements of colours on a dark page, besides the colours of modes."""
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 

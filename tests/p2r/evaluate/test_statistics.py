@@ -335,7 +335,7 @@ def test_one_draw_of_one_patient_has_an_interval_without_width() -> None:
 
 def test_invalid_rows_are_refused_by_name() -> None:
     good = row("scratch", 1, 0, [0.5])
-    with pytest.raises(DataError, match=r"acdc, one backbone, scratch, n = 1, draw 0: two rows"):
+    with pytest.raises(DataError, match=r"acdc, one backbone, scratch, n = 1, draw 0 has two rows"):
         statistics_of([good, {**good, "subjects": ["another"]}], seed=0)
     with pytest.raises(DataError, match=r"the Dice of patient00 is 1\.2"):
         statistics_of([row("scratch", 1, 0, [1.2])], seed=0)

@@ -189,7 +189,7 @@ def test_a_recipe_chosen_on_validation_patients_is_evaluated_on_test_patients_wi
     monkeypatch.setattr("p2r.fewshot.trial._train", lambda *args, **options: pytest.fail("it was trained again"))
     lines: list[str] = []
     found = run_trial(frozen, trial, device="cpu", say=lines.append)
-    assert any("trained before" in line for line in lines)
+    assert any("already trained" in line for line in lines)
     assert found.seconds is not None and found.seconds > chosen["seconds"]
     reused = {**found.to_json()["row"], "seconds": None, "predictions": None}
     assert reused.pop("training_code") == chosen["row"]["code"]
