@@ -220,7 +220,7 @@ def test_a_line_break_in_a_name_begins_no_line_that_looks_like_one_of_ours(capsy
     logging.getLogger("p2r.x").warning("cannot read %s", "y\np2r: done")
     said = capsys.readouterr().err
     assert said == (
-        "reading x\n  step 500 | loss 0.1\np2r: a\n  sound    b\n\n  key: rule\n\ttab\n  c\nwarning: cannot read y\n  p2r: done\n"
+        "reading x\n  step 500 | loss 0.1\np2r: a\n  sound    b\n\n  key: rule\n\ttab\n  c\nwarning: p2r.x: cannot read y\n  p2r: done\n"
     )
 
 

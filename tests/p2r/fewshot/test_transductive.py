@@ -10,6 +10,7 @@ import pytest
 
 import p2r.__main__ as one_process
 from p2r.errors import JobError
+from p2r.evaluate.rows import rows_of
 from p2r.job import overrides_of, read_job
 from p2r.report import label_of, table
 from p2r.report.tables import is_transductive
@@ -39,8 +40,8 @@ def test_every_row_and_title_is_labelled_if_allowed(
     assert {(row["transductive"], row["protocol"]) for row in report["rows"]} == {(True, "leak_free")}
     page = (tmp_path / "storage/report/report.md").read_text()
     assert "(transductive: the backbone has seen these patients)" in page.splitlines()[0]
-    assert "> **Note.** Transductive: validation or test patients are in the corpus" in page
-    assert "transductive" in str(table(report["rows"]).title)
+    assert "> **Note.** Transductive: validation or test patients are in the backbone's pretraining corpus" in page
+    assert "transductive" in str(table(rows_of(report["rows"])).title)
     best, of_all = (tmp_path / "storage/models/disc").glob("*/README-*.md")
     assert "transductive" in best.read_text() and "transductive" in of_all.read_text()
 
@@ -87,6 +88,7 @@ def test_a_job_without_fine_tuning_has_nothing_to_allow(repository: Path) -> Non
 def test_rows_without_a_leak_are_not_labelled(published: dict[str, str]) -> None:
     report = json.loads(Path(published["report"].removeprefix("file://")).with_suffix(".json").read_text())
     assert {(row["transductive"], row["protocol"]) for row in report["rows"]} == {(False, "leak_free")}
-    assert not is_transductive(report["rows"]) and label_of(report["rows"]) == ""
+    rows = rows_of(report["rows"])
+    assert not is_transductive(rows) and label_of(rows) == ""
     page = Path(published["report"].removeprefix("file://")).read_text()
     assert "Transductive" not in page and "(transductive" not in page
