@@ -321,7 +321,7 @@ def test_an_error_on_one_rank_is_raised_on_all_ranks(ranks: list[Any]) -> None:
     of_info_nce, of_barlow, rest = (ranks[0]["refusals"][start : start + 3] for start in (0, 3, 6))
     for channels, shapes, values in (of_info_nce, of_barlow):
         assert channels.endswith("embedding channels must be the same on every rank, got by rank [4.0, 4.0, 5.0, 4.0]")
-        assert shapes.startswith("ValueError: rank 2: want ")
+        assert shapes.startswith("ValueError: rank 2: expected ")
         assert "(3, 4) and (2, 4)" in shapes
         assert values.startswith(f"{EmbeddingError.__name__}: rank 2: ")
         assert "1 of 3 embeddings are not finite" in values
