@@ -8,6 +8,7 @@
 # make lock      writes requirements.lock, from pyproject.toml and constraints.txt
 # make wheel     writes dist/p2r-VERSION-py3-none-any.whl, which knows its commit and brings the jobs
 # make licences  writes and checks infra/licences.csv; benchmarks' packages keep their rows where they are not installed
+# make docs      builds the documentation into build/docs
 # make sbom      writes build/p2r.cdx.json, a CycloneDX bill of materials
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ INSTALLED := $(VENV)/.installed$(if $(filter 1,$(LOCKED)),-locked)
 # Where bytecode is not kept, every process compiles torch and ray again: a quarter of a minute each, for nothing.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test chaos s3 stack alerts install lock wheel supported licences sbom
+.PHONY: demo test docs chaos s3 stack alerts install lock wheel supported licences sbom
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -30,6 +31,9 @@ test: $(VENV)/.installed-tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n auto --maxprocesses 4
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # CHAOS="--faults 3" makes it shorter; CHAOS="--world elastic" lets the number of workers change.
 CHAOS ?= --faults 10
@@ -90,4 +94,8 @@ $(VENV)/.installed-locked: pyproject.toml setup.py requirements.lock | supported
 
 $(VENV)/.installed-tests: $(INSTALLED) constraints-tests.txt
 	$(BIN)/python -m pip install --no-compile -c constraints.txt -c constraints-tests.txt -e '.[tests]'
+	touch $@
+
+$(VENV)/.installed-docs: $(INSTALLED) constraints-tests.txt
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -c constraints-tests.txt -e '.[docs]'
 	touch $@

@@ -1,1 +1,1 @@
-"""Ray orchestration: where and when. No tensor arithmetic happens here."""
+"""Ray orchestration of jobs. No tensor arithmetic happens here."""

@@ -1,4 +1,4 @@
-"""`python -m cluster run JOB`: what the first line of every `jobs/*.yaml` calls, so that a job file is an entrypoint."""
+"""`python -m cluster run JOB`: the command in the first line of every `jobs/*.yaml`, which makes a job file an entrypoint."""
 
 from cluster.cli import main
 

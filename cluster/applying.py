@@ -1,6 +1,6 @@
-"""`p2r predict` and `p2r embed`: a published model or backbone on one scan, or on every scan of a folder.
+"""`p2r predict` and `p2r embed`: apply a published model or backbone to one scan, or to every scan of a folder.
 
-Of a folder, results have the scans' own paths below the output, and a scan that cannot be used is named and left out.
+For a folder, results keep the scans' relative paths below the output; an unusable scan is reported and left out.
 """
 
 import csv
@@ -37,11 +37,11 @@ def predict(
         say: Receives a line of progress for each scan.
 
     Raises:
-        InputError: if the output cannot be written, the scan cannot be used, no scan of a folder can, or models differ in classes or
-            preparation.
+        InputError: The output cannot be written, the scan cannot be used, no scan of the folder can, or models differ in
+            classes or preprocessing.
     """
-    targets = list(_targets(scan, output))
-    from p2r.evaluate.models import ensemble, load_model  # after the cheap checks: torch takes seconds
+    targets = list(_list_targets(scan, output))
+    from p2r.evaluate.models import ensemble, load_model  # after the cheap checks: torch takes seconds to import
 
     model = ensemble([load_model(url, device=device) for url in urls])
     rows: list[dict[str, str]] = []
@@ -68,10 +68,10 @@ def predict(
         )
         for note in volume.notes:
             say(f"{path}: {note}")
-        return _told(volumes)
+        return _describe_volumes(volumes)
 
     if _is_folder(scan):
-        _each(targets, segment, say)
+        _process_each(targets, segment, say)
         table = Path(output) / "volumes.csv"
         with table.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["scan", "frame", *(f"{name}_ml" for name in model.classes.values())])
@@ -93,7 +93,7 @@ def beside(segmentation: Path) -> Path:
 
 
 def _write_probabilities(path: Path, probabilities: NDArray[np.float32], volume: Volume) -> None:
-    """Write (X, Y, Z, T, K) as (X, Y, Z, T K): the classes of the first frame, background first, then those of the next."""
+    """Write (X, Y, Z, T, K) as (X, Y, Z, T K): class by class within a frame, background first, frame after frame."""
     frames, classes = probabilities.shape[3:]
     flat = probabilities.reshape(*probabilities.shape[:3], frames * classes)
     write_nifti(path, to_source_grid(flat, volume), volume.source_affine, like=volume)
@@ -103,9 +103,9 @@ def embed(url: str, scan: str, output: str, *, native: bool, device: str, say: S
     """Write the features of a scan, or of a folder of scans.
 
     Raises:
-        InputError: as `predict`.
+        InputError: See `predict`.
     """
-    targets = list(_targets(scan, output))
+    targets = list(_list_targets(scan, output))
     from p2r.backbone import load_backbone
     from p2r.evaluate.inference import embed_volume
     from p2r.evaluate.models import on_scan_grid
@@ -129,16 +129,16 @@ def embed(url: str, scan: str, output: str, *, native: bool, device: str, say: S
         return f"{channels} features of {size} voxels{f', {frames} frames' if frames > 1 else ''}"
 
     if _is_folder(scan):
-        show(f"{_each(targets, write, say)} files of features in {output}")
+        show(f"{_process_each(targets, write, say)} files of features in {output}")
     else:
         show(f"{output}: {write(scan, targets[0][1])}")
 
 
 def check_output(output: str | Path, endings: tuple[str, ...] = _ENDINGS) -> None:
-    """Refuse a file that could not be written, before anything is computed.
+    """Refuse an output file that could not be written, before anything is computed.
 
     Raises:
-        InputError: naming the file and the rule.
+        InputError: The file cannot be written; names the file and the rule.
     """
     path = Path(output)
     if "://" in str(output):
@@ -156,14 +156,14 @@ def _is_folder(scan: str) -> bool:
     return path is not None and path.expanduser().is_dir()
 
 
-def _targets(scan: str, output: str) -> Iterator[tuple[str, Path]]:
-    """Yield each scan and the file of its result."""
+def _list_targets(scan: str, output: str) -> Iterator[tuple[str, Path]]:
+    """Yield each scan with the path of its result."""
     if not _is_folder(scan):
         check_output(output)
         yield scan, Path(output)
         return
     if "://" in output or output.endswith(_ENDINGS) or Path(output).is_file():
-        raise InputError(f"output {output}: {scan} is a folder of scans, and so its results go into a folder; name one")
+        raise InputError(f"output {output}: {scan} is a folder of scans, so its results go into a folder; name one")
     root = (local_path(scan) or Path(scan)).expanduser()
     found = [
         path for path in sorted(images_below(root)) if label_map_by_name(path.relative_to(root).as_posix()) is None
@@ -174,8 +174,8 @@ def _targets(scan: str, output: str) -> Iterator[tuple[str, Path]]:
         yield str(path), Path(output) / path.relative_to(root).parent / f"{scan_key(path)}.nii.gz"
 
 
-def _each(targets: list[tuple[str, Path]], work: Callable[[str, Path], str], say: Say) -> int:
-    """Do the work for every scan of a folder, with a line for each; return for how many it was done."""
+def _process_each(targets: list[tuple[str, Path]], work: Callable[[str, Path], str], say: Say) -> int:
+    """Process every scan of a folder, with a log line for each; return the number of scans processed."""
     began, refused = time.monotonic(), []
     for number, (path, target) in enumerate(targets, start=1):
         try:
@@ -190,13 +190,13 @@ def _each(targets: list[tuple[str, Path]], work: Callable[[str, Path], str], say
     return len(targets) - len(refused)
 
 
-def _told(volumes: dict[str, list[float]]) -> str:
+def _describe_volumes(volumes: dict[str, list[float]]) -> str:
     parts = []
     for value, (name, of_class) in enumerate(volumes.items(), start=1):
-        in_ml = ", ".join(_volume_text(ml) for ml in of_class)
+        in_ml = ", ".join(_format_volume(ml) for ml in of_class)
         parts.append(f"{value} {name}: {in_ml} ml" + f" in frames 1 to {len(of_class)}" * (len(of_class) > 1))
     return "; ".join(parts)
 
 
-def _volume_text(ml: float) -> str:
+def _format_volume(ml: float) -> str:
     return f"{ml:.1f}" if ml >= 1 or ml == 0 else f"{ml:.2g}"

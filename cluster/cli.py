@@ -1,7 +1,7 @@
 """The `p2r` command. Results go to stdout, progress to stderr.
 
-Exit codes: 0 done; 2 the user's input, with one message; 1 anything else; 130 interrupted; 143 stopped by SIGTERM, with a
-checkpoint to go on from.
+Exit codes: 0 done; 2 invalid input, with one message; 1 any other error; 130 interrupted; 143 stopped by SIGTERM, with a
+checkpoint to resume from.
 """
 
 import io
@@ -19,7 +19,7 @@ from p2r.files import lack_of_space
 from p2r.identity import ensure_identity
 from p2r.logs import configure, reset, say, say_crash, say_error
 
-if TYPE_CHECKING:  # `p2r --help` imports none of it
+if TYPE_CHECKING:  # `p2r --help` imports neither
     from p2r.config import PretrainConfig
     from p2r.job import Job
 
@@ -42,7 +42,7 @@ def _print_version(is_asked: bool) -> None:
 
 
 @app.callback()
-def _options(
+def _global_options(
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and the commit."),
@@ -57,32 +57,32 @@ Overrides = Annotated[
 ]
 JobPath = Annotated[
     Path,
-    typer.Argument(metavar="JOB", help="A job file, or the name of a job that p2r brings, such as demo."),
+    typer.Argument(metavar="JOB", help="A job file, or the name of a job that comes with p2r, such as demo."),
 ]
 AllowTransductive = Annotated[
     bool,
     typer.Option(
         "--allow-transductive",
-        help="Go on although validation or test patients are in the backbone's corpus; every row of the report is labelled.",
+        help="Continue although validation or test patients are in the backbone's corpus; every row of the report is labelled.",
     ),
 ]
 Sign = Annotated[
-    Path | None, typer.Option(metavar="KEY", help="Private key, a PEM file, to sign what was published with.")
+    Path | None, typer.Option(metavar="KEY", help="Private key (PEM file) with which to sign the published artefact.")
 ]
 Fork = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Start a new run in <storage>-NAME (or in NAME, if it is a URL), at step 0, from the weights of the newest checkpoint; "
-        "the same command resumes it.",
+        help="Start a new run at step 0 from the newest checkpoint's weights, in <storage>-NAME (or NAME, if a URL); the same command "
+        "resumes it.",
     ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, and what workers print.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, and the output of workers.")]
 
 
 @app.command()
 def validate(
-    files: Annotated[list[Path], typer.Argument(metavar="JOB-or-TASK...", help="Job files, or files of tasks.")],
+    files: Annotated[list[Path], typer.Argument(metavar="JOB-or-TASK...", help="Job files or task files.")],
     set_: Overrides = None,
     debug: Debug = False,
 ) -> None:
@@ -93,13 +93,15 @@ def validate(
     for path in files:
         try:
             if is_task(path):
-                lines = [f"valid    {path}  task", *(f"         {fact}" for fact in task_facts(path))]
+                unset_in_task: dict[str, str] = {}
+                facts, unset, words = [*task_facts(path, unset=unset_in_task)], list(unset_in_task), "task"
             else:
                 job, unset, facts = job_facts(path, tuple(set_ or ()))
-                ranks = _ranks(job)
-                needs = "".join(f"  needs {name}" for name in unset)
-                lines = [f"valid    {path}  {job.kind}  {job.storage}{needs}", *(f"         {fact}" for fact in facts)]
-                lines += [f"         pretrain on {', '.join(map(str, ranks))} workers"] * bool(ranks)
+                words = f"{job.kind}  {job.storage}"
+                if ranks := _allowed_ranks(job):
+                    facts.append(f"pretrain on {', '.join(map(str, ranks))} workers")
+            needs = "".join(f"  needs {name}" for name in unset)
+            lines = [f"valid    {path}  {words}{needs}", *(f"         {fact}" for fact in facts)]
         except InputError as error:
             refused += 1
             say(f"refused  {error}")
@@ -110,35 +112,35 @@ def validate(
         raise JobError(f"{refused} of {len(files)} files refused")
 
 
-def _ranks(job: "Job") -> list[int]:
-    """Return the numbers of workers that can share the job's global batch; refuse one that cannot."""
-    from p2r.data.order import allowed_world_sizes, check_world_size, world_sizes_between
+def _allowed_ranks(job: "Job") -> list[int]:
+    """Return the numbers of workers that can share the job's global batch; refuse a job whose number cannot."""
+    from p2r.data.order import allowed_world_sizes, check_world_size, sizes_for_micro_batch, world_sizes_between
 
     if job.pretrain is None or job.kind in ("publish", "finetune"):
         return []
-    wanted = job.resources.num_workers
-    if isinstance(wanted, tuple):
-        return world_sizes_between(job.pretrain.global_batch, *wanted)
-    if wanted != "auto":
+    wanted, micro_batch = job.resources.num_workers, job.pretrain.micro_batch
+    if isinstance(wanted, int):
         check_world_size(job.pretrain.global_batch, wanted)
-    return allowed_world_sizes(job.pretrain.global_batch)
+        sizes_for_micro_batch(job.pretrain.global_batch, [wanted], micro_batch)
+    sizes = allowed_world_sizes(job.pretrain.global_batch)
+    if isinstance(wanted, tuple):
+        sizes = world_sizes_between(job.pretrain.global_batch, *wanted)
+    return sizes_for_micro_batch(job.pretrain.global_batch, sizes, micro_batch)
 
 
 @app.command()
 def run(
     path: JobPath,
     set_: Overrides = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, else this machine.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, or this machine.")] = None,
     allow_transductive: AllowTransductive = False,
     profile: Annotated[
-        int, typer.Option(metavar="STEPS", min=0, help="Profile so many steps of pretraining, after a few.")
+        int, typer.Option(metavar="STEPS", min=0, help="Number of pretraining steps to profile, after a few others.")
     ] = 0,
     fork: Fork = None,
     log_format: Annotated[
         str | None,
-        typer.Option(
-            help="text, json, or auto: text on a terminal, JSON elsewhere; default: P2R_LOG_FORMAT, else auto."
-        ),
+        typer.Option(help="text, json, or auto: text on a terminal, JSON elsewhere; default: P2R_LOG_FORMAT, or auto."),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -155,7 +157,7 @@ def run(
         job = forked(job, fork)
     configure(log_format, run=job.name)
     if (brought := find_job(path)) != path:
-        say(f"job | {path}: no such file here, so the job that p2r brings, {brought}")
+        say(f"job | {path}: no such file; using the job that comes with p2r, {brought}")
     made = _run_on_ray(job, path, address, profile_steps=profile, debug=debug)
     failed = made.pop("failed", [])
     _print_made(made)
@@ -181,57 +183,55 @@ def _run_on_ray(job: Any, path: Path, address: str | None, *, profile_steps: int
 
 Form = Annotated[
     str | None,
-    typer.Option(
-        "--from", metavar="FORM", help="nnunet, msd, bids or folder: how the scans are laid out; default: guessed."
-    ),
+    typer.Option("--from", metavar="FORM", help="Layout of the scans: nnunet, msd, bids or folder; default: detected."),
 ]
-Labels = Annotated[Path | None, typer.Option(help="Folder of the label maps; default: looked for below the scans.")]
+Labels = Annotated[Path | None, typer.Option(help="Folder of the label maps; default: searched below the scans.")]
 Contrast = Annotated[
     str | None,
-    typer.Option(help="Part of the names of the scans that are labelled, where several contrasts are there."),
+    typer.Option(help="Part of the labelled scans' names, if there are several contrasts."),
 ]
 
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="A folder of scans: nnU-Net, Decathlon, BIDS or any other.")],
+    folder: Annotated[str, typer.Argument(help="A folder of scans, or s3://: nnU-Net, Decathlon, BIDS or any other.")],
     labels: Labels = None,
     form: Form = None,
     contrast: Contrast = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file: middle planes of some scans.")] = Path(
         "p2r-check.png"
     ),
-    read_all: Annotated[bool, typer.Option("--all", help="Read every scan, not only those there is time for.")] = False,
+    read_all: Annotated[bool, typer.Option("--all", help="Read every scan, not only a sample within seconds.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Say in seconds what p2r would make of a folder: scans, subjects, label maps, and the job and task it would write."""
+    """Report within seconds how p2r reads a folder: scans, subjects, label maps, and the job and task it would write."""
     from cluster import own
     from cluster.applying import check_output
 
     check_output(output, (".png",))
-    own.check(folder, labels=labels, form=_form(form), contrast=contrast, output=output, read_all=read_all)
+    own.check(folder, labels=labels, form=_check_form(form), contrast=contrast, output=output, read_all=read_all)
 
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="Where job.yaml and task.yaml are written; made if absent.")],
-    scans: Annotated[Path, typer.Option(help="Folder of the scans: nnU-Net, Decathlon, BIDS or any other.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for job.yaml and task.yaml; created if absent.")],
+    scans: Annotated[str, typer.Option(help="Folder of the scans, or s3://: nnU-Net, Decathlon, BIDS or any other.")],
     labels: Labels = None,
     form: Form = None,
     contrast: Contrast = None,
-    name: Annotated[str | None, typer.Option(help="Of the job and the task; default: the folder's.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Of the data: an SPDX identifier or a name.")] = None,
-    provenance: Annotated[str | None, typer.Option(help="Where the data come from, and how to cite them.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job and the task; default: the name of FOLDER.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the data: an SPDX identifier or a name.")] = None,
+    provenance: Annotated[str | None, typer.Option(help="Origin of the data, and how to cite them.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Write the first job and task for own scans, and print the next three commands."""
+    """Write the first job and task for your own scans, and print the next three commands."""
     from cluster import own
 
     own.init(
         folder,
         scans=scans,
         labels=labels,
-        form=_form(form),
+        form=_check_form(form),
         contrast=contrast,
         name=name,
         licence=licence,
@@ -239,7 +239,7 @@ def init(
     )
 
 
-def _form(name: str | None) -> Any:
+def _check_form(name: str | None) -> Any:
     from p2r.data.survey import NAMES
 
     if name is not None and name not in NAMES:
@@ -282,7 +282,7 @@ def inspect(
     json_: Annotated[bool, typer.Option("--json", help="Print a corpus's manifest instead of a table.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show what lies at a URL."""
+    """Show the contents of a URL."""
     from cluster.inspect import inspect as show_contents
 
     show_contents(url, as_json=json_)
@@ -290,14 +290,14 @@ def inspect(
 
 @app.command()
 def verify(
-    url: Annotated[str, typer.Argument(help="A corpus, backbone or model; with @sha256:HEX, this very one.")],
+    url: Annotated[str, typer.Argument(help="A corpus, backbone or model; @sha256:HEX pins its manifest.")],
     key: Annotated[
         str | None,
-        typer.Option(help="Public key of who must have signed it: a PEM file, or ed25519:HEX. Backbones and models."),
+        typer.Option(help="Public key that must have signed a backbone or model: a PEM file, or ed25519:HEX."),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Check every digest of what is stored at a URL, and who has signed it."""
+    """Check every digest of a corpus, backbone or model, and its signature."""
     from cluster.verify import verify as verified
 
     for line in verified(url, key=key):
@@ -306,7 +306,7 @@ def verify(
 
 @app.command()
 def publish(path: JobPath, set_: Overrides = None, sign: Sign = None, debug: Debug = False) -> None:
-    """Publish the last checkpoint of a job's pretraining, as the job's section publish says; here, without Ray."""
+    """Publish the last checkpoint of a job's pretraining, as set in its section publish; in this process, without Ray."""
     from p2r.job import read_job
     from p2r.pipeline.stages import publish_backbone
     from p2r.storage import Storage
@@ -317,22 +317,22 @@ def publish(path: JobPath, set_: Overrides = None, sign: Sign = None, debug: Deb
     published = publish_backbone(job, Storage(job.storage), say)
     _print_made({"backbone": published["url"], "backbone_pin": published["pin"]})
     if sign is not None:
-        show(_signed(published["pin"], sign))
+        show(_verify_and_sign(published["pin"], sign))
 
 
 @app.command()
 def sign(
-    url: Annotated[str, typer.Argument(help="A backbone or model; with @sha256:HEX, this very one.")],
+    url: Annotated[str, typer.Argument(help="A backbone or model; @sha256:HEX pins its manifest.")],
     key: Annotated[
         Path, typer.Option(help="Private key, a PEM file: openssl genpkey -algorithm ed25519 -out private.pem")
     ],
     debug: Debug = False,
 ) -> None:
     """Check a published backbone or model, and sign its manifest."""
-    show(_signed(url, key))
+    show(_verify_and_sign(url, key))
 
 
-def _signed(url: str, key: Path) -> str:
+def _verify_and_sign(url: str, key: Path) -> str:
     from p2r.artefact import open_artefact
     from p2r.backbone import verify_artefact
     from p2r.reference import parse_reference
@@ -346,15 +346,16 @@ def _signed(url: str, key: Path) -> str:
 def status(
     job_or_url: Annotated[str, typer.Argument(metavar="JOB-or-URL", help="A job file, or the storage of a run.")],
     set_: Overrides = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until Ctrl-C.")] = False,
-    web: Annotated[bool, typer.Option("--web", help="Serve a page that shows it live, until Ctrl-C.")] = False,
-    port: Annotated[int, typer.Option(help="Of the page; 0: any that is free.")] = 8321,
-    host: Annotated[str, typer.Option(help="Address that the page listens at.")] = "127.0.0.1",
-    json_: Annotated[bool, typer.Option("--json", help="Print what the page shows as JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+    web: Annotated[bool, typer.Option("--web", help="Serve a live page until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(help="Port of the page; 0: any free one.")] = 8321,
+    host: Annotated[str, typer.Option(help="Address on which the page listens.")] = "127.0.0.1",
+    json_: Annotated[bool, typer.Option("--json", help="Print the content of the page as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show how a run is doing, from its storage alone: from any machine, while it runs or after it died."""
-    from cluster.status import Reader, target_of
+    """Show the state of a run, read only from its storage: from any machine, while it runs or after it died."""
+    from cluster.status import target_of
+    from cluster.status_reader import Reader
 
     if watch + web + json_ > 1:
         raise InputError("--watch, --web and --json exclude one another: give one of them")
@@ -381,7 +382,7 @@ def tune_batch(
     set_: Overrides = None,
     memory_gib: Annotated[
         float | None,
-        typer.Option(min=0.1, help="Memory of a worker; default: all of the GPU. Needed where there is no GPU."),
+        typer.Option(min=0.1, help="Memory of a worker, GiB; default: all of the GPU's. Required without a GPU."),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -390,7 +391,7 @@ def tune_batch(
     from p2r.job import read_job
     from p2r.planning.tune_batch import tune_batch as tune
 
-    config = _pretrain_of(read_job(path, tuple(set_ or ())), path)
+    config = _pretrain_config(read_job(path, tuple(set_ or ())), path)
     found = tune(config, device=this_device(), memory_gib=memory_gib, say=say)
     _print_rows(
         ("images", "pairs per image", "peak MiB", "img/s"),
@@ -403,7 +404,7 @@ def tune_batch(
             for one in found.trials
         ],
     )
-    show(f"a worker takes up to {found.images} images at once, and of these up to {found.pairs} pixel pairs each")
+    show(f"a worker fits up to {found.images} images at once, and for these up to {found.pairs} pixel pairs each")
     show()
     _print_rows(
         ("workers", "images of each", "pretrain.micro_batch"),
@@ -420,30 +421,30 @@ def plan(
     workers_per_node: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Workers on each; default: the job's resources.num_workers over the nodes, else GPUs."
+            min=1, help="Workers per machine; default: resources.num_workers divided by the nodes, or the GPUs here."
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; default: what the job asks for, else has here.")
+        str | None, typer.Option(help="cpu or cuda; default: the job's request, or this machine's.")
     ] = None,
     memory_gib: Annotated[
-        float | None, typer.Option(min=0.01, help="Memory of a worker; default: of the GPU here, if there is one.")
+        float | None, typer.Option(min=0.01, help="Memory of a worker, GiB; default: this machine's GPU, if any.")
     ] = None,
     images_per_s_per_worker: Annotated[
-        float | None, typer.Option(min=1e-9, help="Default: as measured by the job's own run, if there was one.")
+        float | None, typer.Option(min=1e-9, help="Default: measured from the job's own run, if there was one.")
     ] = None,
-    cost_per_hour: Annotated[float | None, typer.Option(min=0, help="Of one worker, in any currency.")] = None,
+    cost_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of one worker, in any currency.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a job's pretraining would hold, send, read, take and cost on so many workers, before anything is spent."""
+    """Estimate memory, traffic, duration and cost of a job's pretraining on a cluster, without starting anything."""
     from cluster.plan import show_plan
     from p2r.job import read_job
 
     job = read_job(path, tuple(set_ or ()), unset={})
     show_plan(
         job,
-        _pretrain_of(job, path),
+        _pretrain_config(job, path),
         num_nodes=nodes,
         workers_per_node=workers_per_node,
         device=device,
@@ -464,7 +465,7 @@ def _print_rows(columns: tuple[str, ...], rows: list[tuple[str, ...]], *, title:
     console().print(table)
 
 
-def _pretrain_of(job: "Job", path: Path) -> "PretrainConfig":
+def _pretrain_config(job: "Job", path: Path) -> "PretrainConfig":
     if job.pretrain is None:
         raise JobError(f"job {path} has no section pretrain; give a job of kind pretrain, pipeline or ablation")
     return job.pretrain
@@ -476,8 +477,8 @@ def compare(
         list[str],
         typer.Argument(
             metavar="A B...",
-            help="Storages of jobs that have run, URLs of a report.json, or backbones that lie in such a storage "
-            "(STORAGE/backbones/NAME/VERSION); A comes first.",
+            help="Storages of finished jobs, URLs of a report.json, or backbones inside such a storage "
+            "(STORAGE/backbones/NAME/VERSION). A comes first.",
         ),
     ],
     output: Annotated[
@@ -486,19 +487,14 @@ def compare(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Put the reports of several runs, or backbones, side by side, and their differences patient by patient.
+    """Compare the reports of several runs or backbones, with their differences patient by patient.
 
-    A backbone stands for its rows in the report of the storage that it lies in, and for those from scratch. Settings that
-    differ between the jobs are listed above the figures.
+    A backbone selects its own rows in its storage's report, and the rows from scratch. Settings that differ between the jobs
+    are listed above the results.
     """
-    from p2r.report.comparison import (
-        compare_runs,
-        comparison_table,
-        notes_of,
-        reasons_of,
-        settings_table,
-        write_comparison,
-    )
+    from p2r.report.comparison import compare_runs
+    from p2r.report.comparison_page import write_comparison
+    from p2r.report.comparison_tables import comparison_table, notes_of, reasons_of, settings_table
     from p2r.report.runs import read_runs
     from p2r.storage import Storage
 
@@ -531,7 +527,7 @@ def views(
     set_: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Draw what a job's section pretrain.views does to an image: every transform over its range."""
+    """Draw the effect of a job's section pretrain.views on an image: every transform over its range."""
     from cluster.applying import check_output
     from p2r.data.phantom import resolve_source
     from p2r.data.volume import read_volume
@@ -539,7 +535,7 @@ def views(
     from p2r.report import image_of, view_sheet
 
     job = read_job(path, tuple(set_ or ()))
-    config = _pretrain_of(job, path)
+    config = _pretrain_config(job, path)
     check_output(output, (".png",))
     volume = read_volume(scan or next(resolve_source("template://icbm152/images?subjects=1").glob("*.nii.gz")))
     image, inside = image_of(volume, config.image)
@@ -550,14 +546,14 @@ def views(
 @app.command()
 def embed(
     backbone: Annotated[
-        str, typer.Argument(metavar="BACKBONE", help="URL of a published backbone; with @sha256:HEX, this very one.")
+        str, typer.Argument(metavar="BACKBONE", help="URL of a published backbone; @sha256:HEX pins its manifest.")
     ],
     scan: Annotated[str, typer.Argument(help="A NIfTI scan (a path, file:// or s3://), or a folder of scans.")],
     output: Annotated[
-        str, typer.Option("-o", "--output", help="NIfTI of the features (X, Y, Z, F); of a folder: a folder.")
+        str, typer.Option("-o", "--output", help="NIfTI file for the features (X, Y, Z, F); for a folder: a folder.")
     ],
     native: Annotated[
-        bool, typer.Option("--native", help="On the scan's own grid, instead of the backbone's.")
+        bool, typer.Option("--native", help="Use the scan's own grid instead of the backbone's.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     debug: Debug = False,
@@ -571,13 +567,13 @@ def embed(
 @app.command()
 def predict(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="URL of a published model; with @sha256:HEX, this very one.")
+        str, typer.Argument(metavar="MODEL", help="URL of a published model; @sha256:HEX pins its manifest.")
     ],
     scan: Annotated[str, typer.Argument(help="A NIfTI scan (a path, file:// or s3://), or a folder of scans.")],
     output: Annotated[
         str,
         typer.Option(
-            "-o", "--output", help="NIfTI of the segmentation, on the scan's own grid; of a folder: a folder."
+            "-o", "--output", help="NIfTI file for the segmentation, on the scan's own grid; for a folder: a folder."
         ),
     ],
     probabilities: Annotated[
@@ -597,20 +593,20 @@ def predict(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
-    """Segment a scan, or all scans of a folder, whose volumes per class are written to volumes.csv, too."""
+    """Segment a scan, or all scans of a folder; for a folder, volumes per class are also written to volumes.csv."""
     from cluster.applying import predict as apply
 
     apply([model, *(ensemble or ())], scan, output, has_probabilities=probabilities, device=device, say=say)
 
 
 def main() -> None:
-    """Run the command line and turn errors into exit codes."""
+    """Run the command line, and turn errors into exit codes."""
     try:
-        if (news := ensure_identity()) is not None:
-            say(news)
+        if (notice := ensure_identity()) is not None:
+            say(notice)
         _run_command()
     except KeyboardInterrupt:
-        say("p2r: interrupted; run the same command again to go on from the newest checkpoint")
+        say("p2r: interrupted; run the same command again to resume from the newest checkpoint")
         sys.exit(130)
     except P2RError as error:
         if "--debug" in sys.argv:

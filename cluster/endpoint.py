@@ -1,12 +1,12 @@
-"""A page of text -> an HTTP endpoint that Prometheus finds, and that nothing a client does can slow training with.
+"""HTTP endpoint for one page of text, which Prometheus discovers, and whose clients cannot slow training.
 
-    bind -> serve in daemon threads -> a file in the discovery folder names the endpoint -> at the end both are gone
+    bind -> serve in daemon threads -> a file in the discovery folder names the endpoint -> both are removed at the end
 
-Choices: at most `_MAX_OPEN` connections, the oldest of which makes room for a new one, so clients that never read, or a
-thousand at once, take no thread and no memory beyond that; the page is made anew at most every `_FRESH_S`, however many ask.
-The discovery file is written whole and stays locked (`flock`) as long as its process lives, however that ends. One that is not
-locked tells Prometheus that a process is missing; the next process of its run removes it, and after an hour any. Nothing here raises
-into training: a port or a folder that cannot be had leaves one line in the log, and the folder is tried again.
+Choices: at most `_MAX_OPEN` connections. The oldest makes room for a new one, so clients that never read, or a thousand at
+once, cannot take more threads or memory. The page is rendered at most every `_FRESH_S`, for any number of clients.
+The discovery file is written atomically and locked (`flock`) while its process lives. An unlocked file tells Prometheus that
+a process is missing; the next process of the same run removes it, or any process after an hour. Errors never reach training:
+an unusable port or folder is logged once, and the folder is retried.
 """
 
 import errno
@@ -30,54 +30,54 @@ from p2r.files import is_file_at, temporary_beside
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 NUM_PORTS = 64
-"""Ports that are tried, from the one that was asked for: one for each process of a node."""
+"""Ports tried, starting at the configured one: one for each process of a node."""
 
 _MAX_OPEN = 16
-_SILENT_S = 5.0  # a client that sends or takes nothing for so long is left
-_GRACE_S = 1.0  # a connection that is younger makes no room for another
+_SILENT_S = 5.0  # a client that sends or reads nothing for this time is disconnected
+_GRACE_S = 1.0  # a younger connection is not closed to make room
 _FRESH_S = 0.25
-_POLL_S = 0.2  # closing waits for it
-_MISSED_S = 3600.0  # what a killed process of another run left
-_KEEP_S = 5.0  # between two looks whether the discovery file is still there
+_POLL_S = 0.2  # closing waits up to this time
+_MISSED_S = 3600.0  # age at which any process removes the file of a killed process
+_KEEP_S = 5.0  # interval of checks that the discovery file still exists
 _LOG = logging.getLogger(__name__)
 
 
 def discovery_folder(folder: str | None = None) -> Path:
-    """Folder of the files that name a node's endpoints: `folder`, else `$P2R_METRICS_FOLDER`, else `~/.cache/p2r/metrics`."""
+    """Return the folder for a node's discovery files: `folder`, `$P2R_METRICS_FOLDER`, or `~/.cache/p2r/metrics`."""
     named = folder or os.environ.get("P2R_METRICS_FOLDER")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "p2r" / "metrics"
 
 
 def listening_host(host: str | None = None) -> str:
-    """Address to listen on: `host`, else `$P2R_METRICS_HOST`, else loopback."""
+    """Return the address to listen on: `host`, `$P2R_METRICS_HOST`, or loopback."""
     return host or os.environ.get("P2R_METRICS_HOST") or "127.0.0.1"
 
 
 def first_port(port: int | None = None) -> int:
-    """First port to try: `port`, else `$P2R_METRICS_PORT`, else 0; what is no port is named in the log, and counts as 0."""
+    """Return the first port to try: `port`, `$P2R_METRICS_PORT`, or 0. An invalid variable is logged and counts as 0."""
     if port is not None:
         return port
     named = os.environ.get("P2R_METRICS_PORT") or "0"
     if named.isdecimal() and int(named) <= 65535:
         return int(named)
-    _LOG.warning("P2R_METRICS_PORT must be a port from 0 to 65535, got %r: a free one is taken", named)
+    _LOG.warning("P2R_METRICS_PORT must be a port from 0 to 65535, got %r: using a free one", named)
     return 0
 
 
 class Endpoint:
-    """One process's page under `/metrics`, from now until `close`.
+    """Page of one process under `/metrics`, served until `close`.
 
     Args:
-        page: Makes the page; called from the endpoint's own threads.
+        page: Renders the page; called from the endpoint's own threads.
         host: Address to listen on.
-        port: The first of `NUM_PORTS` to try; 0: a free one.
-        folder: For discovery.
-        run: What this process belongs to.
-        name: Of this process in it.
-        labels: For its discovery file: Prometheus adds them to every series of this process.
+        port: First of `NUM_PORTS` ports to try; 0: any free one.
+        folder: Discovery folder.
+        run: Name of the run.
+        name: Name of this process in the run.
+        labels: Labels in the discovery file; Prometheus adds them to every series of this process.
 
     Attributes:
-        target: `host:port` as others reach it; None if no port could be had.
+        target: `host:port` as others reach it; None if no port was available.
     """
 
     def __init__(
@@ -92,34 +92,36 @@ class Endpoint:
         labels: Mapping[str, str],
     ) -> None:
         self.target: str | None = None
-        self._server, self._entry, self._ended = _bound(_Page(page), host, port), None, threading.Event()
+        self._server, self._discovery_file, self._ended = _bind_server(_Page(page), host, port), None, threading.Event()
         if self._server is None:
             return
-        self.target = f"{_reachable(host)}:{self._server.server_address[1]}"
+        self.target = f"{_reachable_host(host)}:{self._server.server_address[1]}"
         content = [{"targets": [self.target], "labels": dict(labels)}]
-        self._entry = _Entry(folder, f"p2r-{socket.gethostname()}-{run}-", f"{name}-{os.getpid()}.json", content)
-        self._entry.keep()
+        self._discovery_file = _DiscoveryFile(
+            folder, f"p2r-{socket.gethostname()}-{run}-", f"{name}-{os.getpid()}.json", content
+        )
+        self._discovery_file.keep()
         threading.Thread(target=self._server.serve_forever, args=(_POLL_S,), name="p2r-metrics", daemon=True).start()
-        threading.Thread(target=self._keep, name="p2r-metrics-file", daemon=True).start()
+        threading.Thread(target=self._keep_discovery_file, name="p2r-metrics-file", daemon=True).start()
 
     def close(self) -> None:
-        """Take the file away, then end the endpoint. A second time nothing happens."""
+        """Remove the discovery file, then end the endpoint. A second call has no effect."""
         self._ended.set()
-        if self._entry is not None:
-            self._entry.close()
+        if self._discovery_file is not None:
+            self._discovery_file.close()
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
 
-    def _keep(self) -> None:
+    def _keep_discovery_file(self) -> None:
         while not self._ended.wait(_KEEP_S):
-            if self._entry is not None:
-                self._entry.keep()
+            if self._discovery_file is not None:
+                self._discovery_file.keep()
 
 
 class _Page:
-    """The page, made anew only if the one at hand is older than `_FRESH_S`."""
+    """The page, rendered again only if the last one is older than `_FRESH_S`."""
 
     def __init__(self, make: Callable[[], bytes]) -> None:
         self._make, self._lock = make, threading.Lock()
@@ -146,7 +148,7 @@ class _Server(socketserver.ThreadingTCPServer):
         super().__init__(address, _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve in a thread of its own; where all places are taken, the oldest client leaves, or else this one."""
+        """Serve in a new thread. At the limit, disconnect the oldest client, or this one if the oldest is very young."""
         now_s = time.monotonic()
         with self._lock:
             if len(self._open) >= _MAX_OPEN:
@@ -156,18 +158,18 @@ class _Server(socketserver.ThreadingTCPServer):
                     return
                 del self._open[oldest]
                 with suppress(OSError):
-                    oldest.shutdown(socket.SHUT_RDWR)  # its thread wakes up, and ends
+                    oldest.shutdown(socket.SHUT_RDWR)  # wakes its thread, which then ends
             self._open[request] = now_s
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection and give its place free."""
+        """Close a connection and free its place."""
         with self._lock:
             self._open.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore a client that left: it concerns nobody."""
+        """Ignore a client that disconnected."""
         _LOG.debug("a client of the metrics endpoint left", exc_info=True)
 
 
@@ -186,11 +188,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: a scrape is no event."""
+        """Do not log scrapes."""
 
 
-class _Entry:
-    """A discovery file that is locked while its process lives."""
+class _DiscoveryFile:
+    """Discovery file, locked while its process lives."""
 
     def __init__(self, folder: Path, prefix: str, name: str, content: Any) -> None:
         self._path, self._prefix, self._content = folder / f"{prefix}{name}", prefix, json.dumps(content).encode()
@@ -198,13 +200,13 @@ class _Entry:
         self._lock, self._is_closed, self._is_failing = threading.Lock(), False, False
 
     def keep(self) -> None:
-        """Write the file if it is not there, and remove those of processes that are gone."""
+        """Write the file if it is absent, and remove the files of dead processes."""
         with self._lock:
             if self._is_closed:
                 return
             if self._handle is not None and is_file_at(self._path, self._handle):
                 with suppress(OSError):
-                    os.utime(self._handle)  # its age begins when its process ends
+                    os.utime(self._handle)  # its age counts from the end of its process
                 return
             self._release()
             try:
@@ -223,8 +225,8 @@ class _Entry:
             except OSError as error:
                 if not self._is_failing:
                     _LOG.warning(
-                        "Prometheus will not find the metrics of this process: %s cannot be written (%s); training goes on, "
-                        "P2R_METRICS_FOLDER or metrics.folder names another folder",
+                        "Prometheus will not find the metrics of this process: %s cannot be written (%s); training continues; "
+                        "set P2R_METRICS_FOLDER or metrics.folder to another folder",
                         self._path,
                         error.strerror or type(error).__name__,
                     )
@@ -260,7 +262,7 @@ def _remove_abandoned(folder: Path, prefix: str) -> None:
                 os.close(handle)
 
 
-def _bound(page: _Page, host: str, port: int) -> _Server | None:
+def _bind_server(page: _Page, host: str, port: int) -> _Server | None:
     reason = ""
     for number in range(port, min(port + NUM_PORTS, 2**16)) if port else [0]:
         try:
@@ -270,14 +272,12 @@ def _bound(page: _Page, host: str, port: int) -> _Server | None:
             if error.errno != errno.EADDRINUSE:
                 break
     where = f"{host}:{port}" + (f" and the {NUM_PORTS - 1} ports above" if port else "")
-    _LOG.warning(
-        "no metrics endpoint at %s (%s); training goes on, metrics.host and metrics.port say where", where, reason
-    )
+    _LOG.warning("no metrics endpoint at %s (%s); training continues; set metrics.host and metrics.port", where, reason)
     return None
 
 
-def _reachable(host: str) -> str:
-    """Return the address under which others reach what listens on `host`: of every address, the one that routes lead through."""
+def _reachable_host(host: str) -> str:
+    """Return the address at which others reach `host`; for a wildcard, the one that outgoing routes use."""
     if host in ("0.0.0.0", "::"):
         family = socket.AF_INET6 if host == "::" else socket.AF_INET
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -1,25 +1,25 @@
-"""The heavy parts of a job on Ray: what `p2r.pipeline.stages.run_job` is given by `p2r run`."""
+"""Executor that runs the heavy parts of a job on Ray; `p2r run` passes it to `p2r.pipeline.stages.run_job`."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from cluster import finetune, ingest, pretrain
 from cluster.metrics import Exporter
-from cluster.progress import Say
 from cluster.session import refuse_unshared_folder
 from p2r.config import IngestConfig, PretrainConfig
 from p2r.fewshot.protocol import Trial
-from p2r.fewshot.search import Result
-from p2r.fewshot.trial import TrialSetup
+from p2r.fewshot.results import TrialResult
+from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job
+from p2r.logs import Say
 from p2r.modes import Mode
 from p2r.storage import Storage
 
 
 class RayExecutor:
-    """Runs ingest as tasks, pretraining by Ray Train, trials by Ray Tune, with the job's resources and retries.
+    """Runs ingest as tasks, pretraining with Ray Train and trials with Ray Tune, using the job's resources and retries.
 
-    Closing it ends the endpoint of this process's metrics.
+    Closing it ends this process's metrics endpoint.
     """
 
     def __init__(self, job: Job, *, profile_steps: int = 0) -> None:
@@ -36,7 +36,7 @@ class RayExecutor:
         self.exporter.close()
 
     def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
-        """One Ray task per shard."""
+        """Run one Ray task per shard."""
         ingest.ingest(
             config,
             storage,
@@ -47,7 +47,7 @@ class RayExecutor:
         )
 
     def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
-        """Ray Train worker groups, one after another, until the last step is done or the job is told to stop."""
+        """Run Ray Train worker groups, one after another, until the last step is done or the job is asked to stop."""
         return pretrain.pretrain(
             config,
             storage=storage,
@@ -60,18 +60,18 @@ class RayExecutor:
             on_fault=self.exporter.fault,
         )
 
-    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
-        """A Ray Tune experiment; with a scheduler, one for each task and mode."""
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[TrialResult]:
+        """Run the trials in a Ray Tune experiment; with a scheduler, in one per task and mode."""
         return finetune.run_trials(
             trials, resources=self._resources, retries=self._retries, say=say, count=self.exporter.trials
         )
 
-    def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, Result]]:
-        """A Ray Tune experiment with a search algorithm."""
+    def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, TrialResult]]:
+        """Run a Ray Tune experiment with a search algorithm."""
         return finetune.suggest(
             setup, mode, resources=self._resources, retries=self._retries, say=say, count=self.exporter.trials
         )
 
     def num_concurrent(self, num_trials: int) -> int:
-        """As many as the cluster has CPUs, and GPUs, for."""
+        """Return the number of trials that the cluster's CPUs and GPUs can run at once."""
         return finetune.num_concurrent(num_trials, self._resources)

@@ -1,10 +1,10 @@
-"""What went wrong in pretraining, what was decided, and where that is written down.
+"""Faults of pretraining: find the cause, and record cause and decision.
 
     Ray's error -> cause, what -> decision -> one line of the log, and one row of <storage>/pretrain/faults.jsonl
 
-A cause is what a user can act on: a worker's process, a node, a notice of preemption, an exchange that hung, a wish to stop, a
-damaged checkpoint, a loss that is no longer finite, a driver that vanished. When one worker dies the others fail, too, a
-moment later and for want of it; the cause is what explains the rest.
+A cause is a problem that a user can act on: a lost worker or node, a notice of preemption, a hung collective, a request to stop.
+Others are a damaged checkpoint, a loss that is not finite, and a vanished driver. When one worker dies, the others fail a moment
+later as a consequence; the cause is the error that explains the rest.
 """
 
 import json
@@ -37,21 +37,21 @@ class Fault:
     """A row of `faults.jsonl`."""
 
     time: str
-    """When it was noted: ISO 8601, UTC."""
+    """Time of recording: ISO 8601, UTC."""
     attempt: int
-    """Number of the worker group that it happened to, over all drivers of the run; 1 is the first."""
+    """Number of the affected worker group, over all drivers of the run; 1 is the first."""
     cause: Cause
-    """What explains it."""
+    """Cause that explains the fault."""
     what: str
-    """What was seen, in one line."""
+    """Observation, in one line."""
     decision: Decision
-    """What is done about it."""
+    """Reaction of the driver."""
     from_step: int | None
-    """Step of the checkpoint from which the run goes on, or would; None: from the beginning."""
+    """Step of the checkpoint from which the run resumes, or would; None: from the beginning."""
     count: int
-    """How many of this kind there were in a row, without a new checkpoint in between."""
+    """Faults of this kind in a row, without a new checkpoint in between."""
     limit: int | None
-    """How many there may be; None: any number."""
+    """Largest allowed count; None: no limit."""
 
     def line(self) -> str:
         """Return the fault as one line of the log."""
@@ -59,7 +59,7 @@ class Fault:
         decided = {
             "restart": f"restart from {where}",
             "resize": f"another number of workers, from {where}",
-            "end": f"end; running the job again goes on from {where}",
+            "end": f"end; running the job again resumes from {where}",
             "fall back": f"fall back to {where}",
         }[self.decision]
         counted = f" | {self.count} of {self.limit}" if self.limit is not None else ""
@@ -67,7 +67,7 @@ class Fault:
 
 
 class _Row(BaseModel):
-    """The keys of a row that are read again; all others are kept as they are."""
+    """Keys of a row that are used again; others are kept unchanged."""
 
     model_config = ConfigDict(strict=True)
     cause: str
@@ -79,10 +79,10 @@ _ROW = TypeAdapter(_Row)
 
 
 class FaultLog:
-    """`faults.jsonl` of one run, and the lines that go with it. One driver writes at a time.
+    """`faults.jsonl` of one run, and its log lines. Only one driver writes at a time.
 
     Args:
-        storage: `<storage>/pretrain`. Object storage cannot append: the file is short, and written again.
+        storage: `<storage>/pretrain`. Object storage cannot append, so the short file is rewritten.
         say: Receives the lines.
         on_fault: Receives the rows.
     """
@@ -103,12 +103,12 @@ class FaultLog:
 
     @property
     def attempt(self) -> int:
-        """Number of the worker group that runs, or is about to."""
+        """Number of the current or next worker group."""
         return 1 + len([row for row in self._rows if row["decision"] != "fall back"])
 
     @property
     def has_ended(self) -> bool:
-        """Whether the last word is that the run ended, for a known reason."""
+        """True if the last row records that the run ended, for a known cause."""
         return bool(self._rows) and self._rows[-1]["decision"] == "end"
 
     def add(
@@ -121,17 +121,17 @@ class FaultLog:
         count: int = 1,
         limit: int | None = None,
     ) -> Fault:
-        """Note a fault and say it."""
-        fault = Fault(_now(), self.attempt, cause, one_line(masked(what)), decision, from_step, count, limit)
-        self._write(asdict(fault))
+        """Record a fault and log it."""
+        fault = Fault(_utc_now(), self.attempt, cause, one_line(masked(what)), decision, from_step, count, limit)
+        self._write_row(asdict(fault))
         self._say(fault.line())
         return fault
 
     def add_row(self, row: Mapping[str, Any]) -> None:
-        """Note what a worker has found and decided by itself: it gives cause, what, decision and from_step."""
+        """Record a fault that a worker handled by itself; the row has cause, what, decision and from_step."""
         self.add(row["cause"], row["what"], decision=row["decision"], from_step=row["from_step"])
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _write_row(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
         text = "".join(json.dumps(each) + "\n" for each in self._rows)
         self._storage.write_bytes(FAULTS, text.encode())
@@ -140,27 +140,27 @@ class FaultLog:
 
 
 def cause_of(error: Exception, *, lost: Mapping[int, str], addresses: Mapping[int, str]) -> tuple[Cause, str]:
-    """Return what explains that a worker group failed, and a line on what was seen.
+    """Return the cause of a worker group's failure, and a line that describes it.
 
     Args:
-        error: From `trainer.fit()`: of Ray Train, or that its controller has died.
-        lost: Ranks whose node is no longer there, and its address.
-        addresses: Address of the node of each rank.
+        error: Exception from `trainer.fit()`, by Ray Train or because its controller died.
+        lost: Ranks whose node is gone, with the node's address.
+        addresses: Address of each rank's node.
     """
-    found = dict(_errors(error))
+    found = dict(_unwrap_errors(error))
     for rank, failure in found.items():
         if isinstance(failure, TrainingError):
             return "divergence", f"rank {rank}: {failure}"
     if _is_preempted(error, found.values()):
-        return "preemption", _who("node", lost or addresses) + " was taken away"
+        return "preemption", _describe_ranks("node", lost or addresses) + " was removed"
     if lost:
-        return "node", _who("node", lost) + " is gone"
+        return "node", _describe_ranks("node", lost) + " is gone"
     died = {rank: addresses.get(rank, "?") for rank, failure in found.items() if isinstance(failure, RayActorError)}
     for failure in found.values():
         if isinstance(failure, RayActorError) and _NODE_IS_GONE.search(str(failure)):
-            return "node", _who("node", died) + " is gone"
+            return "node", _describe_ranks("node", died) + " is gone"
     if died:
-        return "worker", _who("worker", died) + " died"
+        return "worker", _describe_ranks("worker", died) + " died"
     for rank, failure in found.items():
         if _HANG.search(str(failure)):
             return "hang", f"rank {rank}: {failure}"
@@ -173,22 +173,22 @@ def cause_of(error: Exception, *, lost: Mapping[int, str], addresses: Mapping[in
 
 
 def refusal_of(error: Exception, *, was_running: bool) -> InputError | None:
-    """Return what a worker refused of the user's input; a storage that it could read before may come back."""
-    for _, failure in _errors(error):
+    """Return a worker's input error, if any. Storage errors after a successful start do not count: the storage may recover."""
+    for _, failure in _unwrap_errors(error):
         if isinstance(failure, InputError) and not (was_running and isinstance(failure, StorageError)):
             return failure
     return None
 
 
 def one_line(text: str, *, most: int = 300) -> str:
-    """Return the first line that says something, cut to a length."""
+    """Return the first non-empty line, truncated to a length."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     line = lines[0] if lines else "no message"
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
-def _errors(error: Exception) -> Iterator[tuple[int, BaseException]]:
-    """Give each rank's error, out of what Ray has wrapped it in."""
+def _unwrap_errors(error: Exception) -> Iterator[tuple[int, BaseException]]:
+    """Yield each rank's error, unwrapped from Ray's."""
     for rank, wrapped in sorted((getattr(error, "worker_failures", None) or {}).items()):
         failure: BaseException = wrapped
         while True:
@@ -205,7 +205,7 @@ def _is_preempted(error: Exception, failures: Any) -> bool:
     )
 
 
-def _who(kind: Literal["worker", "node"], places: Mapping[int, str]) -> str:
+def _describe_ranks(kind: Literal["worker", "node"], places: Mapping[int, str]) -> str:
     ranks = ", ".join(map(str, sorted(places)))
     nodes = ", ".join(sorted(set(places.values())))
     if kind == "node":
@@ -213,5 +213,5 @@ def _who(kind: Literal["worker", "node"], places: Mapping[int, str]) -> str:
     return f"rank{'s' * (len(places) > 1)} {ranks} on {nodes}"
 
 
-def _now() -> str:
+def _utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")

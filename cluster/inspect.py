@@ -1,4 +1,4 @@
-"""What lies at a URL, for people: a corpus as a table, an artefact as its manifest, a folder as a list of these."""
+"""`p2r inspect`: the contents of a URL. A corpus is shown as a table, an artefact as its manifest, a folder as a list."""
 
 import hashlib
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ _MAX_REVISIONS = 10
 
 
 def inspect(url: str, *, as_json: bool) -> None:
-    """Print what is stored at a URL; with a pin, this very manifest.
+    """Print the contents of a URL; a pin selects the manifest.
 
     Raises:
-        InputError: if that is nothing of p2r's, or another one than is pinned.
+        InputError: The URL holds nothing of p2r, or its manifest differs from the pin.
     """
     reference = parse_reference(url)
     storage = Storage(reference.url)
     if not storage.exists("manifest.json"):
-        _list(storage)
+        _list_contents(storage)
         return
     content = storage.read_bytes("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
     reference.check(content)
@@ -37,28 +37,28 @@ def inspect(url: str, *, as_json: bool) -> None:
     kind = str(manifest.get("format")) if isinstance(manifest, dict) else ""
     if not as_json and kind.startswith(("p2r-backbone/", "p2r-model/")):
         sha256 = hashlib.sha256(content).hexdigest()
-        _print(artefact_tables(manifest, pin=str(reference._replace(url=storage.url, sha256=sha256))))
+        _print_tables(artefact_tables(manifest, pin=str(reference._replace(url=storage.url, sha256=sha256))))
         return
     if as_json or kind != FORMAT:
         pin = {"pin": str(reference._replace(url=storage.url, sha256=hashlib.sha256(content).hexdigest()))}
-        shown = _without(manifest, _HIDDEN)
+        shown = _hide_keys(manifest, _HIDDEN)
         show_json({**shown, **pin} if isinstance(shown, dict) else shown)
         return
-    _print(corpus_tables(storage))
+    _print_tables(corpus_tables(storage))
 
 
-def _print(tables: list[Table]) -> None:
+def _print_tables(tables: list[Table]) -> None:
     shown = console()
     for table in tables:
         shown.print(table)
 
 
 def artefact_tables(manifest: dict[str, Any], *, pin: str) -> list[Table]:
-    """Return what a backbone or a model says of itself: facts, and what it was pretrained on.
+    """Return tables of a backbone's or model's manifest: facts, and the corpora of its pretraining.
 
     Args:
-        manifest: Its `manifest.json`.
-        pin: Reference that names this very one.
+        manifest: Content of `manifest.json`.
+        pin: Reference pinned to this manifest.
     """
     facts = Table(title=pin.partition("@")[0], title_justify="left", show_header=False)
     for name, value in _artefact_facts(manifest, pin):
@@ -81,9 +81,9 @@ def _artefact_facts(manifest: dict[str, Any], pin: str) -> Iterator[tuple[str, s
     for name in ("job", "description", "step", "samples_seen", "task"):
         if manifest.get(name) is not None:
             yield name.replace("_", " "), str(manifest[name])
-    pretrain, trial = _part(manifest, "pretrain"), _part(manifest, "trial")
+    pretrain, trial = _section(manifest, "pretrain"), _section(manifest, "trial")
     if pretrain:
-        model, image = _part(pretrain, "model"), _part(pretrain, "image")
+        model, image = _section(pretrain, "model"), _section(pretrain, "image")
         yield (
             "network",
             f"{model.get('name')}, channels {model.get('channels')}, {model.get('feature_channels')} features",
@@ -93,21 +93,21 @@ def _artefact_facts(manifest: dict[str, Any], pin: str) -> Iterator[tuple[str, s
         facts = facts_of_mode(str(trial.get("mode")))
         yield "mode", facts.title if facts else str(trial.get("mode"))
         yield "labelled patients", str(trial.get("num_labelled"))
-        dice = _part(manifest, "validation").get("dice_mean")
+        dice = _section(manifest, "validation").get("dice_mean")
         yield "validation Dice", f"{dice:.3f}" if isinstance(dice, float) else "unknown"
-    num_bytes = _part(_part(manifest, "files"), "weights").get("num_bytes")
+    num_bytes = _section(_section(manifest, "files"), "weights").get("num_bytes")
     if isinstance(num_bytes, int):
         yield "weights", f"{num_bytes / 2**20:.1f} MiB"
     yield "published by", f"p2r {manifest.get('p2r_version', '?')}, commit {manifest.get('code', '?')}"
 
 
-def _part(mapping: dict[str, Any], name: str) -> dict[str, Any]:
+def _section(mapping: dict[str, Any], name: str) -> dict[str, Any]:
     found = mapping.get(name)
     return found if isinstance(found, dict) else {}
 
 
 def corpus_tables(storage: Storage) -> list[Table]:
-    """Return what is to be said about a corpus: facts, ranges, what became of its inputs, its revisions."""
+    """Return tables of a corpus: facts, ranges, outcome of its inputs, revisions."""
     manifest = load_manifest(storage)
     facts = Table(title=storage.url, title_justify="left", show_header=False)
     for name, text in facts_of(manifest):
@@ -115,18 +115,18 @@ def corpus_tables(storage: Storage) -> list[Table]:
     ranges = Table("", "axis", "smallest", "median", "largest", title="Accepted scans", title_justify="left")
     for row in ranges_of(manifest):
         ranges.add_row(*row)
-    reasons = Table("inputs", "", title="What became of every input", title_justify="left")
+    reasons = Table("inputs", "", title="Outcome of every input", title_justify="left")
     for reason, count in manifest["reasons"].items():
         reasons.add_row(f"{count:,}", plain(reason))
     for name, count in manifest["summary"]["dtypes"].items():
         reasons.add_row(f"{count:,}", plain(f"stored as {name}"))
     revisions = Table("revision", "scans", "shards", "sha256", title="Revisions", title_justify="left")
-    for sha256, older in _revisions(storage, manifest):
+    for sha256, older in _newest_revisions(storage, manifest):
         revisions.add_row(str(older["revision"]), f"{older['num_records']:,}", f"{len(older['shards']):,}", sha256)
     return [facts, ranges, reasons, revisions]
 
 
-def _revisions(storage: Storage, manifest: Manifest) -> list[tuple[str, Manifest]]:
+def _newest_revisions(storage: Storage, manifest: Manifest) -> list[tuple[str, Manifest]]:
     """Return the newest revisions, newest first."""
     found = [(manifest_sha256(manifest), manifest)]
     while (previous := found[-1][1]["previous"]) is not None and len(found) < _MAX_REVISIONS:
@@ -135,19 +135,19 @@ def _revisions(storage: Storage, manifest: Manifest) -> list[tuple[str, Manifest
 
 
 def plain(text: str) -> Text:
-    """Return text of one line that neither rich nor the terminal takes for a command."""
+    """Return one line of text in which neither rich nor the terminal finds a command."""
     return Text(visible(text))
 
 
-def _list(storage: Storage) -> None:
+def _list_contents(storage: Storage) -> None:
     manifests = [name for name in storage.list() if name.endswith("/manifest.json")]
     if not manifests:
-        raise InputError(f"{storage.url} holds nothing of p2r's: no manifest.json at any depth")
+        raise InputError(f"{storage.url} holds nothing of p2r: no manifest.json at any depth")
     for name in manifests:
-        show(f"{_format(storage, name):20} {storage.at(name.removesuffix('/manifest.json'))}")
+        show(f"{_read_format(storage, name):20} {storage.at(name.removesuffix('/manifest.json'))}")
 
 
-def _format(storage: Storage, name: str) -> str:
+def _read_format(storage: Storage, name: str) -> str:
     try:
         manifest = storage.read_json(name, max_bytes=MAX_MANIFEST_BYTES)
     except InputError:
@@ -155,9 +155,9 @@ def _format(storage: Storage, name: str) -> str:
     return plain(str(manifest.get("format", "?"))[:80]).plain if isinstance(manifest, dict) else "?"
 
 
-def _without(value: Any, hidden: set[str]) -> Any:
+def _hide_keys(value: Any, hidden: set[str]) -> Any:
     if isinstance(value, dict):
-        return {key: _without(child, hidden) for key, child in value.items() if key not in hidden}
+        return {key: _hide_keys(child, hidden) for key, child in value.items() if key not in hidden}
     if isinstance(value, list):
-        return [_without(child, hidden) for child in value]
+        return [_hide_keys(child, hidden) for child in value]
     return value

@@ -1,13 +1,13 @@
-"""Every metric of p2r, and the object through which a process shows them: `Report`s, faults and counts of trials -> Prometheus.
+"""All metrics of p2r, and the exporter of a process: `PretrainReport`s, faults and trial counts -> Prometheus.
 
-This file alone names metrics. Rules and dashboards are generated from `METRICS` (`infra/prometheus`, `infra/grafana`), and a test
-compares them with a scrape of a real run.
+Only this file names metrics. Rules and dashboards are generated from `METRICS` (`infra/prometheus`, `infra/grafana`), and a
+test compares them with a scrape of a real run.
 
-Choices. A report is kept as it is, and turned into samples when somebody scrapes: a step costs nothing, a report some assignments.
-Counters begin at 0 with their process, as Prometheus expects, and exist from its start, so that a first increase is seen; what has to
-hold for a whole run (its step, its skipped steps, its faults) is a gauge, whose value comes from the checkpoint through the report, or
-from `faults.jsonl`. A label has a value of a list below; anything else becomes `other`. So a series carries no path, no message, no
-URL: nothing in which a secret or a patient's name could stand. `run` is the job's name, whose characters the job restricts.
+Choices. A report is stored unchanged and converted to samples on a scrape: a step costs nothing, a report a few assignments.
+Counters start at 0 with their process, as Prometheus expects, so that the first increase is visible. Values of the whole run
+(its step, its skipped steps, its faults) are gauges, restored from the checkpoint through the report, or from `faults.jsonl`.
+A label takes only the values listed below; anything else becomes `other`. A series therefore contains no path, message or
+URL that could hold a secret or a patient's name. `run` is the job's name, whose characters the job restricts.
 """
 
 import logging
@@ -33,13 +33,13 @@ from p2r.job import MetricsConfig
 from p2r.storage import Storage
 
 if TYPE_CHECKING:
-    from p2r.engine.pretrain import Report
+    from p2r.engine.report import PretrainReport
 
 Role = Literal["worker", "driver"]
 Values = Mapping[str, float]
 
 LABELS = ("run", "role", "rank")
-"""Of every series: the job's name; worker or driver; the rank of a worker, 0 for the driver."""
+"""Labels of every series: the job's name; worker or driver; the rank of a worker, 0 for the driver."""
 OTHER = "other"
 
 _PUSH_LIMIT_S = 5.0
@@ -48,27 +48,27 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Metric:
-    """What one name means."""
+    """Definition of one metric."""
 
     name: str
-    """Counters end in `_total`."""
+    """Name; counters end in `_total`."""
     unit: Literal["", "seconds", "bytes", "ratio", "per second", "nats", "timestamp"]
     help: str
     """One sentence, for Prometheus and above a panel."""
     scope: Literal["run", "process", "driver"]
-    """Who has it: rank 0, every worker, or the process that runs the job."""
+    """Processes that have it: rank 0, every worker, or the process that runs the job."""
     group: Literal["training", "embedding", "data", "cache", "checkpoint", "faults", "sweep"]
-    """Where dashboards show it."""
+    """Section of the dashboards."""
     source: str
     """`report.x`, `report.x.key`, `data.x` (a sum of `p2r.counters`), or `own.x`."""
     label: str | None = None
     """Name of its label, if it has one besides `LABELS`."""
     values: tuple[str, ...] = ()
-    """All values of that label, but for `other`."""
+    """All values of that label except `other`."""
 
     @property
     def is_counter(self) -> bool:
-        """Whether it only grows, until its process ends."""
+        """True if the value only grows until the process ends."""
         return self.name.endswith("_total")
 
 
@@ -82,8 +82,8 @@ FOLDERS = ("cache", "storage")
 
 # fmt: off
 METRICS = (
-    # What the run is about.
-    Metric("p2r_train_loss", "nats", "Mean loss since the report before.", "run", "training", "report.loss"),
+    # Progress of the run.
+    Metric("p2r_train_loss", "nats", "Mean loss since the previous report.", "run", "training", "report.loss"),
     Metric("p2r_train_loss_part", "nats", "Parts of the loss, by name.", "run", "training", "report.loss_parts",
            "part", ("positive", "negatives", "invariance", "redundancy")),
     Metric("p2r_train_step", "", "Optimizer steps since the run began.", "run", "training", "report.step"),
@@ -93,7 +93,7 @@ METRICS = (
     Metric("p2r_train_images_per_second", "per second", "Images of all ranks together.", "run", "training", "report.images_per_s"),
     Metric("p2r_train_pixel_pairs_per_second", "per second", "Pixel pairs of all ranks together.", "run", "training",
            "report.pixel_pairs_per_s"),
-    Metric("p2r_train_eta_seconds", "seconds", "Time to the end at this speed.", "run", "training", "report.eta_s"),
+    Metric("p2r_train_eta_seconds", "seconds", "Time to the end at the current speed.", "run", "training", "report.eta_s"),
     Metric("p2r_train_learning_rate", "", "Learning rate of the last step.", "run", "training", "report.learning_rate"),
     Metric("p2r_train_gradient_norm", "", "Gradient norm of the last step, before clipping.", "run", "training", "report.gradient_norm"),
     Metric("p2r_train_skipped_steps_total", "", "Steps of this process without an update, because something was not finite.",
@@ -103,41 +103,41 @@ METRICS = (
            "own.images_without_pairs"),
     Metric("p2r_train_workers", "", "Ranks of the run.", "run", "training", "report.world_size"),
     Metric("p2r_train_probe_dice_ratio", "ratio", "Validation Dice of the online probe.", "run", "training", "report.probe_dice"),
-    Metric("p2r_train_progress_timestamp_seconds", "timestamp", "When this process last reported; before that, when it started.",
+    Metric("p2r_train_progress_timestamp_seconds", "timestamp", "Time of this process's last report; before the first, its start.",
            "process", "training", "own.progress"),
     Metric("p2r_train_step_seconds", "seconds", "Mean duration of a step.", "process", "training", "report.step_s"),
-    Metric("p2r_train_wait_ratio", "ratio", "Part of the time in which this rank waited for data.", "process", "training",
+    Metric("p2r_train_wait_ratio", "ratio", "Fraction of time that this rank waited for data.", "process", "training",
            "report.wait_fraction"),
     Metric("p2r_train_memory_bytes", "bytes", "Peak memory of this rank.", "process", "training", "own.memory_bytes"),
-    # Whether it still learns something.
+    # Health of the embeddings.
     Metric("p2r_embedding_equivariance_error_ratio", "ratio", "0: embeddings follow the warp; 1: no better than chance.",
            "run", "embedding", "report.equivariance_error"),
     Metric("p2r_embedding_alignment", "", "Mean squared distance of the embeddings of a pair.", "run", "embedding",
            "report.health.alignment"),
     Metric("p2r_embedding_uniformity", "", "Logarithm of the mean Gaussian potential; 0: all embeddings are one point.",
            "run", "embedding", "report.health.uniformity"),
-    Metric("p2r_embedding_effective_rank", "", "Dimensions in use (RankMe); 1: all embeddings lie on one line.", "run", "embedding",
+    Metric("p2r_embedding_effective_rank", "", "Dimensions in use (RankMe); 1: all embeddings are on one line.", "run", "embedding",
            "report.health.effective_rank"),
-    Metric("p2r_embedding_dead_dimensions_ratio", "ratio", "Part of the channels that do not vary.", "run", "embedding",
+    Metric("p2r_embedding_dead_dimensions_ratio", "ratio", "Fraction of the channels that do not vary.", "run", "embedding",
            "report.health.dead_dimensions_fraction"),
     # The data plane.
     Metric("p2r_data_fetched_bytes_total", "bytes", "Bytes from object storage.", "process", "data", "data.bytes_fetched"),
-    Metric("p2r_data_fetch_seconds_total", "seconds", "Time of fetching, over threads.", "process", "data", "data.fetch_seconds"),
-    Metric("p2r_data_decode_seconds_total", "seconds", "Time of decoding, over threads.", "process", "data", "data.decode_seconds"),
-    Metric("p2r_data_wait_seconds_total", "seconds", "Time of waiting for a batch.", "process", "data", "data.wait_seconds"),
+    Metric("p2r_data_fetch_seconds_total", "seconds", "Fetching time, summed over threads.", "process", "data", "data.fetch_seconds"),
+    Metric("p2r_data_decode_seconds_total", "seconds", "Decoding time, summed over threads.", "process", "data", "data.decode_seconds"),
+    Metric("p2r_data_wait_seconds_total", "seconds", "Time spent waiting for batches.", "process", "data", "data.wait_seconds"),
     Metric("p2r_data_batches_total", "", "Batches taken.", "process", "data", "data.batches"),
-    Metric("p2r_data_ready_batches_total", "", "How many batches were ready whenever one was taken, summed.", "process", "data",
+    Metric("p2r_data_ready_batches_total", "", "Batches ready when one was taken, summed over batches.", "process", "data",
            "data.ready_batches"),
-    Metric("p2r_data_range_reads_total", "", "Reads from object storage by range: no local copy of the shard.", "process", "data",
+    Metric("p2r_data_range_reads_total", "", "Range reads from object storage, made without a local copy of the shard.", "process", "data",
            "data.range_reads"),
-    Metric("p2r_data_retries_total", "", "Requests and reads that were tried again.", "process", "data", "data.retries",
+    Metric("p2r_data_retries_total", "", "Requests and reads that were retried.", "process", "data", "data.retries",
            "cause", RETRY_CAUSES),
-    Metric("p2r_data_replaced_records_total", "", "Damaged samples that others replaced; each leaves a note under quarantine/.",
+    Metric("p2r_data_replaced_records_total", "", "Damaged samples replaced by others; each is recorded under quarantine/.",
            "process", "data", "data.replaced_records"),
     Metric("p2r_cache_hits_total", "", "Shards found in the node's cache.", "process", "cache", "data.cache_hits"),
     Metric("p2r_cache_misses_total", "", "Shards that had to be fetched.", "process", "cache", "data.cache_misses"),
-    Metric("p2r_cache_evictions_total", "", "Shards that made room for others.", "process", "cache", "data.cache_evictions"),
-    Metric("p2r_cache_evicted_bytes_total", "bytes", "Bytes of the shards that made room.", "process", "cache",
+    Metric("p2r_cache_evictions_total", "", "Shards evicted from the cache.", "process", "cache", "data.cache_evictions"),
+    Metric("p2r_cache_evicted_bytes_total", "bytes", "Bytes of the evicted shards.", "process", "cache",
            "data.cache_evicted_bytes"),
     Metric("p2r_cache_refusals_total", "", "Shards for which there was no room.", "process", "cache", "data.cache_refusals",
            "cause", ("size", "leased", "disk")),
@@ -145,38 +145,38 @@ METRICS = (
            "folder", FOLDERS),
     Metric("p2r_disk_size_bytes", "bytes", "Size of the disk of a folder.", "process", "cache", "own.disk_size",
            "folder", FOLDERS),
-    # What a fault would cost, and which faults there were.
-    Metric("p2r_checkpoint_timestamp_seconds", "timestamp", "When this process made its newest checkpoint; before that, when it started.",
+    # Checkpoints and faults.
+    Metric("p2r_checkpoint_timestamp_seconds", "timestamp", "Time of this process's newest checkpoint; before the first, its start.",
            "run", "checkpoint", "own.checkpoint"),
     Metric("p2r_checkpoint_step", "", "Step of the newest checkpoint of this process.", "run", "checkpoint", "own.checkpoint_step"),
-    Metric("p2r_checkpoint_seconds", "seconds", "How long saving the newest checkpoint took.", "run", "checkpoint",
+    Metric("p2r_checkpoint_seconds", "seconds", "Duration of saving the newest checkpoint.", "run", "checkpoint",
            "report.checkpoint_s"),
     Metric("p2r_checkpoint_bytes", "bytes", "Size of the newest checkpoint.", "run", "checkpoint", "report.checkpoint_bytes"),
-    Metric("p2r_faults_total", "", "Faults that this driver has seen.", "driver", "faults", "own.faults", "cause", FAULT_CAUSES),
+    Metric("p2r_faults_total", "", "Faults seen by this driver.", "driver", "faults", "own.faults", "cause", FAULT_CAUSES),
     Metric("p2r_run_faults", "", "Faults that count against their limit, over all starts of the run.", "driver", "faults",
            "own.run_faults", "cause", FAULT_CAUSES),
-    Metric("p2r_run_fault_limit", "", "How many faults the job allows.", "driver", "faults", "own.fault_limit",
+    Metric("p2r_run_fault_limit", "", "Number of faults that the job allows.", "driver", "faults", "own.fault_limit",
            "cause", FAULT_CAUSES),
-    Metric("p2r_fault_timestamp_seconds", "timestamp", "When this driver last saw a fault.", "driver", "faults", "own.fault_at",
+    Metric("p2r_fault_timestamp_seconds", "timestamp", "Time of the last fault seen by this driver.", "driver", "faults", "own.fault_at",
            "cause", FAULT_CAUSES),
-    Metric("p2r_sweep_trials", "", "Trials of the experiment that runs, by state.", "driver", "sweep", "own.trials",
+    Metric("p2r_sweep_trials", "", "Trials of the current experiment, by state.", "driver", "sweep", "own.trials",
            "state", TRIAL_STATES),
 )
 # fmt: on
 
 _OPTIONAL = ("equivariance_error", "health", "probe_dice", "checkpoint_s", "checkpoint_bytes")
-"""Fields of a report that are not in every one: the newest value stays."""
+"""Report fields that are not in every report: the newest value is kept."""
 
 
 class Exporter(Collector):
-    """What one process shows. Safe to use from any thread; nothing that goes wrong in it stops training.
+    """Metrics of one process. Thread-safe; its failures never stop training.
 
     Args:
-        run: The job's name.
-        storage_url: Of the job; a driver finds there which faults there were before it.
-        rank: Of a worker.
-        role: What this process does.
-        endpoint: The job's section `metrics`; None: no endpoint, and no push.
+        run: Name of the job.
+        storage_url: Storage of the job; a driver reads earlier faults there.
+        rank: Rank of a worker.
+        role: Role of this process.
+        endpoint: The job's section `metrics`; None: no endpoint, no push.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Exporter(Collector):
         self._metrics = [metric for metric in METRICS if metric.scope in _scopes(role, rank)]
         self._lock = threading.Lock()
         self._started_at = self._progress_at = self._checkpoint_at = time.time()
-        self._report: Report | None = None
+        self._report: PretrainReport | None = None
         self._kept: dict[str, Any] = {}
         self._first_step = self._first_skipped = self._without_pairs = 0
         self._checkpoint_step: int | None = None
@@ -225,8 +225,8 @@ class Exporter(Collector):
         """`host:port` of the endpoint; None if there is none."""
         return None if self._endpoint is None else self._endpoint.target
 
-    def observe(self, report: "Report") -> None:
-        """Show what a report says."""
+    def observe(self, report: "PretrainReport") -> None:
+        """Export the values of a report."""
         now = time.time()
         with self._lock:
             if self._report is None:
@@ -242,23 +242,23 @@ class Exporter(Collector):
                 self._checkpoint_at, self._checkpoint_step = now, report.step
 
     def fault(self, row: Mapping[str, Any]) -> None:
-        """Count a fault: a row of `faults.jsonl`."""
+        """Count a fault, given its row of `faults.jsonl`."""
         with self._lock:
-            self._num_faults[self._note_fault(row, at=time.time())] += 1
+            self._num_faults[self._record_fault(row, at=time.time())] += 1
 
     def trials(self, counts: Mapping[str, int]) -> None:
-        """Show how many trials are in which state."""
+        """Export the number of trials in each state."""
         with self._lock:
             self._trials = {state: float(counts.get(state, 0)) for state in TRIAL_STATES}
 
     def page(self) -> bytes:
-        """Return everything in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return bytes(generate_latest(self._registry))
 
     def collect(self) -> Iterator[Family]:
-        """Yield a family of every metric; one whose value is not known yet has no sample."""
+        """Yield a family for every metric; a metric without a known value has no sample."""
         with self._lock:
-            own = self._own()
+            own = self._process_values()
             report, kept = self._report, dict(self._kept)
         for metric in self._metrics:
             labels = (*LABELS, *((metric.label,) if metric.label else ()))
@@ -269,7 +269,7 @@ class Exporter(Collector):
             yield family
 
     def close(self) -> None:
-        """Push what there is, where `$P2R_PUSHGATEWAY` says, and end the endpoint. A second time nothing happens."""
+        """Push the metrics to `$P2R_PUSHGATEWAY` if set, and end the endpoint. A second call has no effect."""
         if self._gateway:
             gateway, self._gateway = self._gateway, None
             key = dict(zip(LABELS, self._constant, strict=True))
@@ -282,10 +282,10 @@ class Exporter(Collector):
             self._endpoint.close()
             self._endpoint = None
 
-    def _own(self) -> dict[str, float | Values]:
+    def _process_values(self) -> dict[str, float | Values]:
         report = self._report
         memory_mib = getattr(report, "memory_mib", None)
-        disks = {name: _disk(folder) for name, folder in self._folders.items()}
+        disks = {name: _disk_space(folder) for name, folder in self._folders.items()}
         own: dict[str, float | Values | None] = {
             "progress": self._progress_at,
             "steps": 0 if report is None else report.step - self._first_step,
@@ -304,7 +304,7 @@ class Exporter(Collector):
         }
         return {name: value for name, value in own.items() if value is not None}
 
-    def _note_fault(self, row: Mapping[str, Any], *, at: float) -> str:
+    def _record_fault(self, row: Mapping[str, Any], *, at: float) -> str:
         cause = row.get("cause")
         cause = cause if isinstance(cause, str) and cause in FAULT_CAUSES else "unknown"
         self._faults["at"][cause] = at
@@ -320,21 +320,21 @@ class Exporter(Collector):
             storage = Storage(storage_url)
             if storage.exists(path):
                 for row in storage.read_rows(path):
-                    self._note_fault(row, at=self._started_at)
-                self._faults["at"].clear()  # long ago: nobody has to be told
+                    self._record_fault(row, at=self._started_at)
+                self._faults["at"].clear()  # old faults must not raise an alert
         except (P2RError, ValueError) as error:
             _LOG.warning("faults of earlier starts are not in the metrics: %s", error)
 
 
 def _samples(
-    metric: Metric, report: "Report | None", kept: Mapping[str, Any], own: Mapping[str, float | Values]
+    metric: Metric, report: "PretrainReport | None", kept: Mapping[str, Any], own: Mapping[str, float | Values]
 ) -> Iterator[tuple[str, float]]:
     """Yield the value of a metric for each value of its label."""
     kind, name, *keys = metric.source.split(".")
     if kind == "own":
         found: Any = own.get(name)
     elif kind == "data":
-        found = _sums(metric, name, {} if report is None else report.data)
+        found = _counter_values(metric, name, {} if report is None else report.data)
     else:
         found = kept.get(name, getattr(report, name, None))
         for key in keys:
@@ -343,11 +343,11 @@ def _samples(
         if isinstance(found, int | float):
             yield "", float(found)
     elif isinstance(found, Mapping):
-        yield from _bounded(metric, found.items())
+        yield from _limit_labels(metric, found.items())
 
 
-def _sums(metric: Metric, name: str, data: Values) -> float | Values:
-    """Return what `p2r.counters` says of a name: 0 where nothing has happened."""
+def _counter_values(metric: Metric, name: str, data: Values) -> float | Values:
+    """Return the sums of `p2r.counters` under a name; 0 if there are none."""
     if metric.label is None:
         return data.get(name, 0.0)
     by_value = dict.fromkeys(metric.values, 0.0)
@@ -357,8 +357,8 @@ def _sums(metric: Metric, name: str, data: Values) -> float | Values:
     return by_value
 
 
-def _bounded(metric: Metric, items: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
-    """Yield what has a listed value of the label, and the sum of all else as `other`."""
+def _limit_labels(metric: Metric, items: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
+    """Yield the values for listed label values, and the sum of all others as `other`."""
     others = 0.0
     for value_of_label, value in items:
         if value_of_label in metric.values:
@@ -375,8 +375,8 @@ def _scopes(role: Role, rank: int) -> tuple[str, ...]:
     return ("process", "run") if rank == 0 else ("process",)
 
 
-def _disk(folder: Path) -> tuple[float, float] | None:
-    """Return bytes that are free on the disk of a folder, or of the nearest above it, and its size."""
+def _disk_space(folder: Path) -> tuple[float, float] | None:
+    """Return the free bytes and the size of a folder's disk, or of its nearest existing parent's."""
     for place in (folder, *folder.parents):
         try:
             disk = os.statvfs(place)

@@ -1,8 +1,11 @@
-"""`p2r check` and `p2r init`: what p2r would make of a folder, and the first job and task of a user with own data.
+"""`p2r check` and `p2r init`: a survey of a folder of scans, and a first job and task for it.
 
 survey of the names -> some scans and label maps read -> facts, a contact sheet, the text of a job and a task
 """
 
+import re
+import shlex
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 
 from p2r.console import show
 from p2r.data.label_maps import label_map_by_voxels
+from p2r.data.names import scan_key
 from p2r.data.preparation import percentile_table, slice_axis
 from p2r.data.survey import NAMES, Form, Survey, survey
 from p2r.data.thumbnails import lot, thumbnail
@@ -28,9 +32,9 @@ from p2r.evaluate.drafts import (
     labelled_subjects,
     name_for,
     problems_of,
-    quoted,
 )
 from p2r.evaluate.task_files import load_task
+from p2r.job import read_job
 from p2r.storage import cache_folder
 
 Item = TypeVar("Item")
@@ -39,16 +43,16 @@ _READ_S = 8.0
 _LEAST_READ, _PATIENCE = (
     8,
     4.0,
-)  # scans; seconds on the clock for a second of work, where the machine is busy or files are remote
+)  # scans; clock seconds allowed per second of work, for busy machines and remote files
 _SHOWN = 24
 _LABELS_READ = 12
-_LEAST_LABELLED = 4  # one trains, one validates, one is tested on; and one to spare
+_LEAST_LABELLED = 4  # one each to train, validate and test on, and one spare
 Tile = tuple[NDArray[np.uint8] | None, str, str, bool]
 
 
 @dataclass
 class Found:
-    """What a look at a folder gives."""
+    """Findings about a folder."""
 
     names: Survey
     num_read: int = 0
@@ -58,34 +62,34 @@ class Found:
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     tiles: list[Tile] = field(default_factory=list)
     values: dict[int, int] = field(default_factory=dict)
-    """Label maps by value that they hold, of those that were read."""
+    """Number of label maps, among those read, that contain each value."""
     seconds: float = 0.0
 
     @property
     def voxels(self) -> Voxels | None:
-        """Sizes of the scans that were read; None if none could be."""
+        """Median sizes of the scans that were read; None if there are none."""
         if not self.spacings_mm:
             return None
-        planes = [_plane(spacing, shape) for spacing, shape in zip(self.spacings_mm, self.shapes, strict=True)]
+        planes = [_plane_size(spacing, shape) for spacing, shape in zip(self.spacings_mm, self.shapes, strict=True)]
         return Voxels(*(float(np.median(values)) for values in zip(*planes, strict=True)))
 
 
 def look(
-    folder: Path,
+    folder: str | Path,
     *,
     labels: Path | None = None,
     form: Form | None = None,
     contrast: str | None = None,
     read_s: float = _READ_S,
 ) -> Found:
-    """Survey a folder, and read as many of its scans, evenly spread, as there is time for.
+    """Survey a folder, and read an even sample of its scans within a time limit.
 
     Raises:
-        DataError: as `survey`.
+        DataError: See `survey`.
     """
     found = Found(survey(folder, labels=labels, form=form, contrast=contrast, cache=cache_folder()))
     began, cpu_began = time.monotonic(), time.process_time()
-    for scan in _spread(found.names.scans, lambda scan: scan.path):
+    for scan in _shuffle(found.names.scans, lambda scan: scan.path):
         took_s = max(time.process_time() - cpu_began, (time.monotonic() - began) / _PATIENCE)
         if found.num_read >= _LEAST_READ and took_s > read_s:
             break
@@ -100,13 +104,13 @@ def look(
             percentile_table(volume.data)
         except RefusedScan as error:
             found.refused[below] = str(error)
-            _show(found, None, below, error.code, is_refused=True)
+            _add_tile(found, None, below, error.code, is_refused=True)
             continue
         found.spacings_mm.append(volume.spacing_mm)
         found.shapes.append(volume.data.shape[:3])
-        _show(found, volume, below, " x ".join(f"{mm:.3g}" for mm in volume.spacing_mm) + " mm")
+        _add_tile(found, volume, below, " x ".join(f"{mm:.3g}" for mm in volume.spacing_mm) + " mm")
     pairing = found.names.pairing
-    for _, path in _spread(pairing.pairs if pairing else (), lambda pair: str(pair[1]))[:_LABELS_READ]:
+    for _, path in _shuffle(pairing.pairs if pairing else (), lambda pair: str(pair[1]))[:_LABELS_READ]:
         try:
             for value in np.unique(read_labels(path).data).tolist():
                 found.values[int(value)] = found.values.get(int(value), 0) + 1
@@ -117,14 +121,19 @@ def look(
 
 
 def classes_of(found: Found) -> dict[int, str]:
-    """Return the classes of a task: as a `dataset.json` names them, else as the label maps that were read hold them."""
-    named = found.names.dataset.labels if found.names.dataset is not None else {}
-    values = [value for value in found.values if value > 0]
-    return dict(named) or {value: f"label{value}" for value in sorted(values)}
+    """Return the classes of a task: from its `dataset.json` or else from the label maps that were read."""
+    names = found.names
+    if names.dataset is not None and names.label_names:
+        return dict(names.label_names)
+    values = sorted(value for value in found.values if value > 0)
+    # A mask is named by its entity: sub-01_label-lesion_mask.
+    entity = re.search(r"_(?:label|desc)-([A-Za-z0-9]+)", names.pairing.label_name) if names.pairing else None
+    single = {1: entity[1]} if entity and values == [1] else {}
+    return {value: names.label_names.get(value) or single.get(value, f"label{value}") for value in values}
 
 
 def lines_of(found: Found) -> Iterator[tuple[str, str]]:
-    """Yield what a user should know, a fact a line: its name, and the fact."""
+    """Yield the facts to print: name and text."""
     names, pairing = found.names, found.names.pairing
     yield "folder", f"{names.root}: {NAMES[names.form]}{', by its dataset.json' * (names.dataset is not None)}"
     subjects = {subject: scans for subject, scans in names.subjects.items() if subject}
@@ -148,10 +157,10 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
     if found.shapes:
         yield (
             "voxels",
-            f"{_range([max(s) for s in found.spacings_mm], 'mm')} at most, planes of "
+            f"{_format_range([max(s) for s in found.spacings_mm], 'mm')} at most, planes of "
             + (
-                f"{_range([_plane(s, n)[0] for s, n in zip(found.spacings_mm, found.shapes, strict=True)], 'mm')}; "
-                f"{' x '.join(_range([shape[axis] for shape in found.shapes]) for axis in range(3))} voxels"
+                f"{_format_range([_plane_size(s, n)[0] for s, n in zip(found.spacings_mm, found.shapes, strict=True)], 'mm')}; "
+                f"{' x '.join(_format_range([shape[axis] for shape in found.shapes]) for axis in range(3))} voxels"
             ),
         )
     if names.label_maps:
@@ -159,6 +168,13 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
         yield (
             "label maps",
             f"{len(names.label_maps)} left out of pretraining, such as {one.below or one.name}, which {one.label_map}",
+        )
+    for left_out in names.passed_over:
+        yield "not read", f"{left_out.path}: {left_out.passed_over}"
+    if names.test:
+        yield (
+            "test images",
+            f"{len(names.test)} scans, {', '.join(names.test_patterns[:3])}: held out by the data set, so left out of pretraining",
         )
     if pairing is not None:
         classes = classes_of(found)
@@ -172,14 +188,16 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
         if pairing.num_unlabelled:
             yield (
                 "unlabelled",
-                f"{pairing.num_unlabelled} scans called {pairing.image_name} have no label map: for pretraining alone",
+                f"{pairing.num_unlabelled} scans called {pairing.image_name} have no label map: for pretraining only",
             )
         if pairing.others:
             yield "also", f"label maps fit scans called {', '.join(pairing.others[:4])}, too: --contrast NAME chooses"
+    elif names.label_maps and "://" in names.root:
+        yield "labelled", "not read: tasks read scans and label maps from local folders; copy the data to one"
     elif names.label_maps:
         yield (
             "labelled",
-            "no label map fits a scan by its name; say where they are by --labels, or rename them (jobs/tasks/folder.yaml)",
+            "no label map fits a scan by its name; give their folder by --labels, or rename them (jobs/tasks/folder.yaml)",
         )
     yield "read", f"{found.num_read} of {len(names.scans)} scans in {found.seconds:.1f} s, {len(found.refused)} refused"
     for path, reason in list(found.refused.items())[:10]:
@@ -187,13 +205,13 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
     if found.names.dataset is not None and found.names.dataset.ignored:
         yield (
             "ignored",
-            f"labels {', '.join(found.names.dataset.ignored)} of dataset.json are regions or ignored: no part of a task",
+            f"labels {', '.join(found.names.dataset.ignored)} of dataset.json are regions or ignored: not part of a task",
         )
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """Texts of a job and, where label maps were found, of its task."""
+    """Texts of a job and, if label maps were found, of its task."""
 
     job: str
     task: str | None
@@ -211,17 +229,18 @@ def drafts_of(
 ) -> Drafts:
     """Return the job and the task that would be written into `folder`."""
     names, pairing = found.names, found.names.pairing
-    name = name or name_for(names.root)
-    dataset = names.dataset
-    stated = {
-        "licence": licence or (dataset.licence if dataset else "") or LICENCE,
-        "provenance": provenance or (dataset.reference if dataset else "") or PROVENANCE,
-    }
+    cohort = name_for(names.root)
+    name = name or cohort
+    stated = {"licence": licence or names.licence or LICENCE, "provenance": provenance or names.reference or PROVENANCE}
     classes = classes_of(found)
     labelled = labelled_subjects(names, pairing) if pairing is not None else set()
     why = ""
     if pairing is None:
-        why = "no label maps were found"
+        why = (
+            "a task reads label maps from folders: copy the data to one"
+            if "://" in names.root
+            else "no label maps were found"
+        )
     elif not classes:
         why = "the label maps that were read are empty"
     elif problem := problems_of(list(classes)):
@@ -230,19 +249,19 @@ def drafts_of(
         why = f"{len(labelled)} labelled subjects are too few to train, validate and test on"
     task = None
     if pairing is not None and not why:
-        task = draft_task(names, pairing, name=name, classes=classes, folder=folder, **stated)
-    sources = str(names.root)
+        task = draft_task(names, pairing, name=name, cohort=cohort, classes=classes, folder=folder, **stated)
     job = draft_job(
-        name=name, sources=sources, cohort=name, subject_pattern=names.subject_pattern, task="task.yaml" if task else None,
+        name=name, sources=names.root, cohort=cohort, exclude=names.test_patterns, subject_pattern=names.subject_pattern,
+        task="task.yaml" if task else None,
         voxels=found.voxels, num_labelled=len(labelled) // 2, storage=storage, **stated,
     )  # fmt: skip
-    return Drafts(_headed(job, "job", found), None if task is None else _headed(task, "task", found), why)
+    return Drafts(_add_header(job, "job", found), None if task is None else _add_header(task, "task", found), why)
 
 
 def check(
-    folder: Path, *, labels: Path | None, form: Form | None, contrast: str | None, output: Path, read_all: bool
+    folder: str, *, labels: Path | None, form: Form | None, contrast: str | None, output: Path, read_all: bool
 ) -> None:
-    """Print what p2r would make of a folder, and draw some of its scans."""
+    """Print how p2r reads a folder, and draw some of its scans."""
     from p2r.report.canvas import CLASS_COLOURS, FAINT
     from p2r.report.corpus_report import contact_sheet
 
@@ -250,7 +269,7 @@ def check(
     drafts = drafts_of(found, Path.cwd())
     _print_facts(lines_of(found))
     tiles = [(picture, name, line, CLASS_COLOURS[5] if bad else FAINT) for picture, name, line, bad in found.tiles]
-    output.write_bytes(contact_sheet(tiles, f"{len(tiles)} of {len(found.names.scans)} scans", str(found.names.root)))
+    output.write_bytes(contact_sheet(tiles, f"{len(tiles)} of {len(found.names.scans)} scans", found.names.root))
     show(f"picture     {output}")
     _show_text("job.yaml, as p2r init would write it:", drafts.job)
     if drafts.task is None:
@@ -262,7 +281,7 @@ def check(
 def init(
     folder: Path,
     *,
-    scans: Path,
+    scans: str,
     labels: Path | None,
     form: Form | None,
     contrast: str | None,
@@ -270,10 +289,10 @@ def init(
     licence: str | None,
     provenance: str | None,
 ) -> None:
-    """Write `job.yaml` and, where there are label maps, `task.yaml` for a folder of scans, and print the next commands.
+    """Write `job.yaml` and, if there are label maps, `task.yaml` for a folder of scans; print the next commands.
 
     Raises:
-        InputError: if one of the files is there already.
+        InputError: One of the files already exists.
     """
     targets = {kind: folder / f"{kind}.yaml" for kind in ("job", "task")}
     if there := [str(path) for path in targets.values() if path.exists()]:
@@ -282,24 +301,19 @@ def init(
         )
     found = look(scans, labels=labels, form=form, contrast=contrast, read_s=3.0)
     folder.mkdir(parents=True, exist_ok=True)
+    name = name or name_for(folder.absolute())
     drafts = drafts_of(found, folder.absolute(), name=name, licence=licence, provenance=provenance)
     _print_facts(lines_of(found))
     targets["job"].write_text(drafts.job, encoding="utf-8")
     targets["job"].chmod(0o755)
     show(f"wrote       {targets['job']}")
     if drafts.task is None:
-        show(f"no task     {drafts.why_no_task}: the job pretrains, and scores nothing")
+        show(f"no task     {drafts.why_no_task}: the job only pretrains, without scores")
     else:
         targets["task"].write_text(drafts.task, encoding="utf-8")
-        if "${" not in drafts.task:
-            splits = load_task(targets["task"]).subjects
-            show(
-                f"wrote       {targets['task']}: "
-                + ", ".join(f"{len(found)} {split}" for split, found in splits.items())
-                + " patients"
-            )
-        else:
-            show(f"wrote       {targets['task']}")
+        splits = load_task(targets["task"], unset={}).subjects
+        counts = ", ".join(f"{len(subjects)} {split}" for split, subjects in splits.items())
+        show(f"wrote       {targets['task']}: {counts} patients")
     show()
     show("next:")
     for line in next_commands(targets, drafts, found):
@@ -307,59 +321,71 @@ def init(
 
 
 def next_commands(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> list[str]:
-    """Return the three commands after `p2r init`."""
+    """Return the three commands to run after `p2r init`."""
     job, files = (
         targets["job"],
         " ".join(str(targets[kind]) for kind in ("job", "task") if kind == "job" or drafts.task),
     )
     asked = [name for name in ("P2R_LICENCE", "P2R_PROVENANCE") if f"${{{name}}}" in drafts.job]
     given = (
-        "export " + " ".join(f'{name}="..."' for name in asked) + "  # asked for by name: they travel with the data"
+        "export " + " ".join(f'{name}="..."' for name in asked) + "  # required: they travel with the data"
         if asked
         else ""
     )
-    scan = found.names.scans[0].path
+    scan = shlex.quote((found.names.test or found.names.scans)[0].path)
+    written = read_job(job, unset={})
+    storage = shlex.quote(written.storage.removeprefix("file://"))
     last = (
-        f"p2r predict MODEL {quoted(scan)} -o segmentation.nii.gz  # MODEL: a URL that the run prints"
+        f"p2r predict {storage}/models/{written.name}/all {scan} -o segmentation.nii.gz"
         if drafts.task
-        else f"p2r embed BACKBONE {quoted(scan)} -o features.nii.gz  # BACKBONE: a URL that the run prints"
+        else f"p2r embed {storage}/backbones/{written.name}/1 {scan} -o features.nii.gz"
     )
     return [*([given] if given else []), f"p2r validate {files}", f"p2r run {job}", last]
 
 
-def _show(found: Found, volume: Volume | None, below: str, line: str, *, is_refused: bool = False) -> None:
+def _add_tile(found: Found, volume: Volume | None, below: str, line: str, *, is_refused: bool = False) -> None:
     if len(found.tiles) < _SHOWN or is_refused:
         picture = None if volume is None else thumbnail(volume)
-        found.tiles.append((picture, below.rpartition("/")[2], line, is_refused))
+        found.tiles.append((picture, scan_key(below), line, is_refused))
 
 
-def _spread(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
-    """Return all items in an order that is random, and the same every time: the first n stand for all."""
+def _shuffle(items: Sequence[Item], key: Callable[[Item], str]) -> list[Item]:
+    """Return the items in a random but fixed order, so that the first n are a fair sample."""
     return sorted(items, key=lambda item: lot(key(item)))
 
 
-def _plane(spacing_mm: Sequence[float], shape: Sequence[int]) -> tuple[float, float]:
+def _plane_size(spacing_mm: Sequence[float], shape: Sequence[int]) -> tuple[float, float]:
     """Return voxel size and larger extent in the plane, mm."""
     axis = slice_axis(tuple(spacing_mm), shape=tuple(shape))
     others = [other for other in range(3) if other != axis]
     return max(spacing_mm[a] for a in others), max(spacing_mm[a] * shape[a] for a in others)
 
 
-def _range(values: Sequence[float], unit: str = "") -> str:
+def _format_range(values: Sequence[float], unit: str = "") -> str:
     low, high = min(values), max(values)
     return (f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}") + f" {unit}" * bool(unit)
 
 
-def _headed(text: str, kind: str, found: Found) -> str:
+def _add_header(text: str, kind: str, found: Found) -> str:
     facts = [
-        f"# {name}: {fact}" for name, fact in lines_of(found) if name in ("folder", "scans", "contrasts", "labelled")
+        line
+        for name, fact in lines_of(found)
+        if name in ("folder", "scans", "contrasts", "labelled")
+        for line in textwrap.wrap(
+            f"{name}: {fact}",
+            130,
+            initial_indent="# ",
+            subsequent_indent="#   ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     ]
     opening = {
-        "job": "#!/usr/bin/env -S python -m cluster run\n# Own scans -> corpus -> backbone -> few-shot table and model, as `p2r init` "
-        "wrote it. Change what is wrong; run it again,\n# and what is done already is kept.",
-        "task": "# A task: scans, label maps, the meaning of the labels, and who trains, validates and is tested on.",
+        "job": "#!/usr/bin/env -S python -m cluster run\n# Own scans -> corpus -> backbone -> few-shot table and model, written by "
+        "`p2r init`. Correct what is wrong and run it again:\n# finished parts are kept.",
+        "task": "# A task: scans, label maps, meaning of the labels, and the patients for training, validation and test.",
     }[kind]
-    return "\n".join([opening, "#", *(line[:150] for line in facts), text])
+    return "\n".join([opening, "#", *facts, text])
 
 
 def _show_text(title: str, text: str) -> None:

@@ -1,7 +1,7 @@
 """Lines of progress from workers to the driver's log, in order and without Ray's prefixes.
 
-A line may say which group of workers it comes from (field `group`). The driver sees groups one after the other, each a new
-attempt, and replaces the name by the attempt's number: workers that have just been started cannot know it.
+A line may name its group of workers (field `group`). Newly started workers do not know the number of their attempt. The
+driver sees the groups in order, and replaces the name by the attempt's number.
 """
 
 import threading
@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from ray.util.queue import Empty, Queue
 
 from cluster.session import this_node
-from p2r.logs import Line, fields_of
-from p2r.logs import Say as Say
+from p2r.logs import Line, Say, fields_of
 
 
 @contextmanager
 def relay(say: Say) -> Iterator[Queue]:
-    """Give a queue that workers `put` lines into; a thread hands them to `say` until the block ends."""
+    """Yield a queue for workers' lines; a thread passes them to `say` until the block ends."""
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})
     ended = threading.Event()
     groups: list[str] = []
@@ -25,7 +24,7 @@ def relay(say: Say) -> Iterator[Queue]:
     def pump() -> None:
         while True:
             try:
-                say(_with_attempt(queue.get(timeout=0.5), groups))
+                say(_number_attempt(queue.get(timeout=0.5), groups))
             except Empty:
                 if ended.is_set():
                     return
@@ -40,8 +39,8 @@ def relay(say: Say) -> Iterator[Queue]:
         queue.shutdown(force=True)
 
 
-def _with_attempt(line: str, groups: list[str]) -> str:
-    """Return the line with the number of its group among those seen so far, from 1."""
+def _number_attempt(line: str, groups: list[str]) -> str:
+    """Return the line with its group's number, in order of appearance from 1."""
     fields = dict(fields_of(line))
     group = fields.pop("group", None)
     if group is None:

@@ -1,8 +1,8 @@
-"""Joining a Ray cluster, or starting one on this machine, and giving its processes what they need from the environment.
+"""Connection to a Ray cluster, or a local Ray, and the environment variables of its processes.
 
-this process's variables -> settings: Ray's runtime environment, which Ray logs and keeps
-                         -> secrets:  a local Ray inherits them; to a cluster's workers they go by an actor call, in memory
-                         -> the key of pseudonyms: stays in the driver
+this process's variables -> settings: Ray's runtime environment, which Ray logs and stores
+                         -> secrets:  inherited from a local Ray; sent to a cluster's workers by an actor call, in memory
+                         -> the pseudonym key: stays in the driver
 """
 
 import os
@@ -31,25 +31,25 @@ _CONNECT_S = 2.0
 
 @contextmanager
 def session(address: str | None = None, *, show_worker_logs: bool = False) -> Iterator[None]:
-    """Be connected to Ray.
+    """Connect to Ray for the duration of the block.
 
     Args:
-        address: Of a cluster; None: the one that `RAY_ADDRESS` names (Ray sets it in a submitted job), else a local one that
-            ends with the session.
-        show_worker_logs: Print what Ray and its workers print, too; it is in Ray's log folder in any case.
+        address: Address of a cluster. None: `RAY_ADDRESS` (Ray sets it in a submitted job), or a local Ray that ends with
+            the session.
+        show_worker_logs: Also print the output of Ray and its workers; Ray's log folder has it in any case.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # A submitted job has its environment from `p2r submit`, and this process adds its own. Where both name a variable, Ray would
-    # refuse.
+    # A submitted job gets its environment from `p2r submit`, and this process adds its own. Without this setting Ray refuses a variable
+    # that both name.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables: ours are shorter
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our tables replace Tune's
     already = ray.is_initialized()
     if not already:
         where = address or os.environ.get("RAY_ADDRESS")
         folder = None if where else ray_folder()
         if folder is not None:
-            say(f"TMPDIR is too long for the sockets of Ray: it uses {folder}; RAY_TMPDIR names another short folder")
-        with _without_pseudonym_key():
+            say(f"TMPDIR is too long for Ray's sockets: using {folder}; set RAY_TMPDIR for another short folder")
+        with _hide_pseudonym_key():
             ray.init(
                 address=where or "local",
                 runtime_env={"env_vars": forwarded_settings()},
@@ -58,18 +58,18 @@ def session(address: str | None = None, *, show_worker_logs: bool = False) -> It
                 **({} if where else {"include_dashboard": False, "_temp_dir": folder}),
             )
         if where:
-            _hand_over(forwarded_secrets())
+            _share_secrets(forwarded_secrets())
     try:
         yield
     finally:
         if not already:
-            _handed.clear()
+            _session_credentials.clear()
             ray.shutdown()
 
 
 @contextmanager
-def _without_pseudonym_key() -> Iterator[None]:
-    """Hide the key from the Ray that is started here: the driver makes pseudonyms, workers get them ready-made."""
+def _hide_pseudonym_key() -> Iterator[None]:
+    """Hide the key from a Ray started in this block: only the driver makes pseudonyms."""
     key = os.environ.pop(PSEUDONYM_KEY, None)
     try:
         yield
@@ -79,9 +79,9 @@ def _without_pseudonym_key() -> Iterator[None]:
 
 
 def forwarded_settings() -> dict[str, str]:
-    """Return the variables that every worker gets and everybody may read: p2r's, the storage's and the network's without secrets."""
-    forwarded = _forwarded()
-    # With keys, the role of the machine is not needed, and asking for it takes seconds where there is none.
+    """Return the non-secret variables for every worker: settings of p2r, the storage and the network."""
+    forwarded = _forwarded_variables()
+    # With keys, the machine's role is not needed, and looking for it takes seconds on machines without one.
     has_keys = "AWS_ACCESS_KEY_ID" in forwarded
     return {
         "PYTHONUNBUFFERED": "1",
@@ -93,11 +93,15 @@ def forwarded_settings() -> dict[str, str]:
 
 
 def forwarded_secrets() -> dict[str, str]:
-    """Return the secret variables that every worker needs: credentials of the storage."""
-    return {name: value for name, value in _forwarded().items() if _is_secret(name, value) and name != PSEUDONYM_KEY}
+    """Return the secret variables that every worker needs: credentials for the storage."""
+    return {
+        name: value
+        for name, value in _forwarded_variables().items()
+        if _is_secret(name, value) and name != PSEUDONYM_KEY
+    }
 
 
-def _forwarded() -> dict[str, str]:
+def _forwarded_variables() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED_PREFIXES)}
 
 
@@ -107,19 +111,19 @@ def _is_secret(name: str, value: str) -> bool:
 
 @dataclass(frozen=True)
 class Credentials:
-    """Access to the driver's secret variables. It travels in arguments, which Ray may store; the values do not."""
+    """Access to the driver's secret variables. It is passed in arguments, which Ray may store; the values are not."""
 
     holder: Any = None
-    """The actor that has them; None: the worker has inherited them, or has an identity of its own."""
+    """Actor that holds the values; None: the worker inherited them, or has its own identity."""
 
     def take(self) -> None:
-        """Put the variables into the environment of this process."""
+        """Copy the variables into this process's environment."""
         if self.holder is not None:
             os.environ.update(ray.get(self.holder.values.remote()))
 
 
-class _Holder:
-    """An actor beside the driver. Both calls carry the values from memory to memory: neither is stored, logged or spilled."""
+class _SecretHolder:
+    """Actor beside the driver. Both calls copy the values from memory to memory: they are never stored, logged or spilled."""
 
     def keep(self, values: dict[str, str]) -> None:
         self._values = values
@@ -128,62 +132,62 @@ class _Holder:
         return self._values
 
 
-_handed: list[Credentials] = []
+_session_credentials: list[Credentials] = []
 
 
 def credentials() -> Credentials:
-    """Return the access of this session's workers to the driver's secret variables."""
-    return _handed[-1] if _handed else Credentials()
+    """Return the access to the driver's secret variables for this session's workers."""
+    return _session_credentials[-1] if _session_credentials else Credentials()
 
 
-def _hand_over(values: dict[str, str]) -> None:
+def _share_secrets(values: dict[str, str]) -> None:
     if values:
-        # Not to the constructor: Ray's head keeps the arguments of that.
-        holder = ray.remote(num_cpus=0)(_Holder).options(scheduling_strategy=this_node()).remote()
+        # Not passed to the constructor: Ray's head node stores constructor arguments.
+        holder = ray.remote(num_cpus=0)(_SecretHolder).options(scheduling_strategy=this_node()).remote()
         ray.get(holder.keep.remote(values))
-        _handed.append(Credentials(holder))
+        _session_credentials.append(Credentials(holder))
 
 
 def num_gpus() -> int:
-    """GPUs of the cluster."""
+    """Return the number of GPUs in the cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
 
 
 def gpu_types() -> set[str]:
-    """What kinds of GPUs the cluster has, as Ray names them, such as T4 or H100."""
+    """Return the types of the cluster's GPUs by Ray's names, such as T4 or H100."""
     prefix = "accelerator_type:"
     return {name.removeprefix(prefix) for name in ray.cluster_resources() if name.startswith(prefix)}
 
 
 def num_cpus() -> int:
-    """CPU cores of the cluster."""
+    """Return the number of CPU cores in the cluster."""
     return int(ray.cluster_resources().get("CPU", 1))
 
 
 def this_node() -> NodeAffinitySchedulingStrategy:
-    """Where an actor must run that the driver cannot do without: anywhere else it would die with another machine."""
+    """Return the placement for an actor that the driver depends on: on the driver's node, so that they fail together."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def usable_nodes() -> dict[str, dict[str, float]]:
-    """Resources of each node, by its id, that is alive, answers, and is not about to be taken away.
+    """Return the resources of every usable node by node id: alive, reachable, and not about to be removed.
 
-    Ray needs seconds, up to half a minute, to see that a node is gone; whoever starts workers on it before waits for nothing.
+    Ray takes up to half a minute to notice a lost node; workers started on it in the meantime would wait in vain.
     """
     draining = draining_nodes()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
     with ThreadPoolExecutor(max_workers=32) as pool:
-        answers = pool.map(lambda node: _answers(node["NodeManagerAddress"], node["NodeManagerPort"]), nodes)
+        answers = pool.map(lambda node: _is_reachable(node["NodeManagerAddress"], node["NodeManagerPort"]), nodes)
     return {node["NodeID"]: node["Resources"] for node, answer in zip(nodes, answers, strict=True) if answer}
 
 
 def draining_nodes() -> dict[str, int]:
-    """Ids of nodes that will be taken away, and when: ms since 1970, 0 if that is not known."""
-    # No public call tells this before a worker is there; Ray Train's own watcher asks here, too.
+    """Return the ids of nodes about to be removed, and their deadlines, ms since 1970 (0: unknown)."""
+    # No public call returns this before workers run; Ray Train's own watcher uses the same call.
     return dict(ray._private.state.state.get_draining_nodes())
 
 
-def _answers(address: str, port: int) -> bool:
+def _is_reachable(address: str, port: int) -> bool:
     try:
         socket.create_connection((address, port), timeout=_CONNECT_S).close()
     except OSError:
@@ -192,10 +196,10 @@ def _answers(address: str, port: int) -> bool:
 
 
 def refuse_unshared_folder(storage: Storage) -> None:
-    """Refuse a `file://` storage that some node of the cluster does not see.
+    """Refuse a `file://` storage that some node of the cluster cannot see.
 
     Raises:
-        StorageError: naming the nodes: their workers would write into folders of their own, and nobody would find the pieces.
+        StorageError: Some nodes do not see the folder. Their workers would write into separate local folders; names the nodes.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if not storage.url.startswith("file://") or len(nodes) < 2:

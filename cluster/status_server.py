@@ -1,19 +1,19 @@
-"""One page about one run, for a browser: `p2r status JOB-or-URL --web`.
+"""`p2r status JOB-or-URL --web`: one page about one run, for a browser.
 
     GET /  ·  /page.css  ·  /page.js  ·  /status.json  ·  /pictures/PATH        and nothing else
 
-Read-only, and built so that whoever may reach the port can do no harm to the run or to this process:
+Read-only, and built so that clients cannot harm the run or this process:
 
-- Requests never touch the storage: one thread reads it, and only while somebody looks. A thousand clients cost what one costs.
-- Every connection serves one request and ends within `_DEADLINE_S`, read or not; when there are too many, the oldest ends.
-- A token is required, on loopback too, which all users of a login node share. It is in the URL that is printed, then in a cookie,
-  and is compared in constant time. On loopback the `Host` of a request must also be a name of this machine, so that no foreign page
-  reaches it through a name of its own.
-- The page loads nothing that is not served here, and its policy forbids it to. Whatever the storage holds becomes text in the
-  page by `textContent`, never markup.
+- Requests never touch the storage: one thread reads it, and only while a client asks. A thousand clients cost the same as one.
+- Every connection serves one request and ends within `_DEADLINE_S`, read or not. If there are too many, the oldest ends.
+- A token is required, even on loopback, which all users of a login node share. It is in the printed URL, then in a cookie, and is
+  compared in constant time. On loopback the `Host` header must also name this machine, so that a foreign page cannot reach it
+  through its own name.
+- The page loads only what is served here, and its policy forbids anything else. Content of the storage enters the page only as
+  `textContent`, never as markup.
 
-`http.server` of the standard library does it: no framework is needed for four paths, and a thread for each connection with a
-timeout on its socket is what makes a client that never reads harmless.
+It uses `http.server` of the standard library. Four paths need no framework, and a thread per connection with a socket timeout
+makes a client that never reads harmless.
 """
 
 import errno
@@ -36,7 +36,7 @@ from importlib import resources
 from typing import Any, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from cluster.status import Reader
+from cluster.status_reader import Reader
 from p2r.console import show
 from p2r.errors import InputError, P2RError, error_text
 from p2r.logs import say
@@ -61,7 +61,7 @@ _FILES = {
 _MAX_CONNECTIONS = 256
 _SOCKET_TIMEOUT_S, _DEADLINE_S = 5.0, 15.0
 _LOCAL_PAUSE_S, _REMOTE_PAUSE_S = 0.3, 0.8
-"""Between two looks at the storage, while somebody looks at the page."""
+"""Pauses between two reads of the storage, while a client asks."""
 _DEMAND_S, _FIRST_S = 5.0, 1.0
 _CACHE_BYTES = 2**26
 _PICTURES_AT_ONCE = 4
@@ -69,7 +69,7 @@ _PICTURES_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Answer:
-    """What `/status.json` says, in both encodings."""
+    """Content of `/status.json`, in both encodings."""
 
     plain: bytes
     zipped: bytes
@@ -77,32 +77,32 @@ class Answer:
 
 
 class Feed:
-    """The newest status as JSON; a thread reads it again while anybody asks.
+    """The newest status as JSON, read again by a thread while clients ask.
 
     Raises:
-        StorageError: Nothing of a run lies there, or it cannot be read.
+        StorageError: The storage holds no run, or cannot be read.
     """
 
     def __init__(self, reader: Reader, *, is_local: bool) -> None:
         self._reader, self._pause_s = reader, _LOCAL_PAUSE_S if is_local else _REMOTE_PAUSE_S
         self._status: Mapping[str, Any] = asdict(reader.read())
         self._asked, self._asked_at, self._read_at = threading.Event(), 0.0, time.monotonic()
-        self._answer = _answer(self._status, None)
+        self._answer = _encode_answer(self._status, None)
         self._pictures: OrderedDict[tuple[str, str], bytes] = OrderedDict()
-        self._lock, self._few = threading.Lock(), threading.Semaphore(_PICTURES_AT_ONCE)
+        self._lock, self._picture_slots = threading.Lock(), threading.Semaphore(_PICTURES_AT_ONCE)
         self._fresh = threading.Event()
         self._is_closed = False
         threading.Thread(target=self._run, name="p2r-status", daemon=True).start()
 
     def close(self) -> None:
-        """Read no more."""
+        """Stop reading."""
         self._is_closed = True
         self._asked.set()
 
     def answer(self) -> tuple[Answer, float]:
-        """Return the newest status, and how many seconds ago it was read."""
+        """Return the newest status, and its age in seconds."""
         is_first = time.monotonic() - self._asked_at > _DEMAND_S
-        if is_first:  # nobody has looked for a while: what is known may be old
+        if is_first:  # after a pause without requests the last status may be old
             self._fresh.clear()
         self._asked_at = time.monotonic()
         self._asked.set()
@@ -111,11 +111,11 @@ class Feed:
         return self._answer, time.monotonic() - self._read_at
 
     def picture(self, path: str) -> tuple[bytes, str] | None:
-        """Return a picture of the run and its version; None if there is none of this path."""
+        """Return a picture of the run and its version; None if there is none at this path."""
         version = next((str(one["version"]) for one in self._status["pictures"] if one["path"] == path), None)
         if version is None:
             return None
-        with self._few:
+        with self._picture_slots:
             with self._lock:
                 content = self._pictures.get((path, version))
             if content is None:
@@ -143,14 +143,14 @@ class Feed:
                 self._read_at = time.monotonic()
             except P2RError as error:
                 trouble = str(error)
-            except Exception as error:  # a thread that died would leave a page that looks alive
+            except Exception as error:  # a dead thread would leave a page that looks alive
                 trouble = f"the status cannot be read: {error_text(error)}"
-            self._answer = _answer(self._status, trouble, before=self._answer)
+            self._answer = _encode_answer(self._status, trouble, before=self._answer)
             self._fresh.set()
             time.sleep(self._pause_s)
 
 
-def _answer(status: Mapping[str, Any], trouble: str | None, *, before: Answer | None = None) -> Answer:
+def _encode_answer(status: Mapping[str, Any], trouble: str | None, *, before: Answer | None = None) -> Answer:
     plain = json.dumps({"status": status, "trouble": trouble}, allow_nan=False, separators=(",", ":")).encode()
     if before is not None and before.plain == plain:
         return before
@@ -158,15 +158,15 @@ def _answer(status: Mapping[str, Any], trouble: str | None, *, before: Answer | 
 
 
 class StatusServer(ThreadingHTTPServer):
-    """Serves the page until `shutdown`.
+    """HTTP server of the page, until `shutdown`.
 
     Args:
-        feed: What is to be shown.
-        host: Address to listen at.
-        port: 0: any that is free.
+        feed: Status to show.
+        host: Address to listen on.
+        port: Port; 0: any free one.
 
     Raises:
-        InputError: The port is in use, or the host is no address of this machine.
+        InputError: The port is in use, or the host is not an address of this machine.
     """
 
     daemon_threads = True
@@ -184,7 +184,7 @@ class StatusServer(ThreadingHTTPServer):
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise InputError(
-                    f"port {port} of {host} is in use: give another with --port, or --port 0 for any that is free"
+                    f"port {port} of {host} is in use: give another with --port, or --port 0 for any free one"
                 ) from None
             raise InputError(
                 f"cannot listen at {host} port {port}: {error.strerror or error}; give --host and --port"
@@ -194,7 +194,7 @@ class StatusServer(ThreadingHTTPServer):
         self.cookie = f"p2r-{self.server_port}"
 
     def server_close(self) -> None:
-        """Stop listening, and reading."""
+        """Stop listening and reading."""
         super().server_close()
         self.feed.close()
 
@@ -207,7 +207,7 @@ class StatusServer(ThreadingHTTPServer):
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/?token={self.token}"
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread of its own; where there are too many, the oldest makes room."""
+        """Serve a connection in a new thread; at the limit, end the oldest connection."""
         with self._open_lock:
             crowded = len(self._open) >= _MAX_CONNECTIONS
             oldest = min(self._open, key=self._open.__getitem__) if crowded else None
@@ -215,41 +215,41 @@ class StatusServer(ThreadingHTTPServer):
                 self._open.pop(oldest)
             self._open[request] = time.monotonic()
         if oldest is not None:
-            _end(oldest)
+            _end_connection(oldest)
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """End connections that are older than a request may take."""
+        """End connections that have exceeded the deadline."""
         now = time.monotonic()
         with self._open_lock:
             late = [one for one, since in self._open.items() if now - since > _DEADLINE_S]
             for one in late:
                 self._open.pop(one)
         for one in late:
-            _end(one)
+            _end_connection(one)
 
     def shutdown_request(self, request: Any) -> None:
-        """Forget a connection that has ended."""
+        """Forget a closed connection."""
         with self._open_lock:
             self._open.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away, or was late, is nobody's business."""
+        """Ignore clients that disconnected or were late."""
 
 
 def serve(reader: Reader, *, host: str, port: int, is_local: bool) -> None:
-    """Serve the page until Ctrl-C; say where it is.
+    """Serve the page until Ctrl-C, and print its URL.
 
     Raises:
-        InputError: Nothing of a run lies there, the port is in use, or the host is no address of this machine.
+        InputError: The storage holds no run, the port is in use, or the host is not an address of this machine.
     """
     server = StatusServer(Feed(reader, is_local=is_local), host=host, port=port)
     show(f"page: {server.page_url}", flush=True)
-    say("everybody with this URL can read the page")
+    say("everyone with this URL can read the page")
     if not server.is_loopback:
-        say("the page is not encrypted: on a network that you do not trust, leave --host out and use ssh -L")
-    say("Ctrl-C ends the page; the run does not notice")
+        say("the page is not encrypted: on an untrusted network, leave out --host and use ssh -L")
+    say("Ctrl-C ends the page; the run is not affected")
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -258,7 +258,7 @@ def serve(reader: Reader, *, host: str, port: int, is_local: bool) -> None:
         server.server_close()
 
 
-def _end(connection: socket.socket) -> None:
+def _end_connection(connection: socket.socket) -> None:
     try:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
@@ -266,7 +266,7 @@ def _end(connection: socket.socket) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine can reach what listens at `host`."""
+    """Return whether only this machine can reach a server on `host`."""
     if host == "localhost":
         return True
     try:
@@ -280,19 +280,19 @@ class _Handler(BaseHTTPRequestHandler):
     server: StatusServer
 
     def do_GET(self) -> None:
-        """Answer with a file of the page, the status or a picture."""
+        """Answer with a file of the page, the status, or a picture."""
         try:
             self._answer()
-        except ValueError:  # an address or a host that is none
+        except ValueError:  # invalid address or host
             self.send_error(HTTPStatus.BAD_REQUEST)
 
     def _answer(self) -> None:
         url = urlsplit(self.path)
-        if not self._may_pass(url.query, is_page=url.path == "/"):
+        if not self._is_authorised(url.query, is_page=url.path == "/"):
             return
         if url.path in _FILES:
             name, kind = _FILES[url.path]
-            self._send(_file(name), kind)
+            self._send(_read_file(name), kind)
         elif url.path == "/status.json":
             self._send_status()
         elif url.path.startswith("/pictures/"):
@@ -300,14 +300,14 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 
-    def _may_pass(self, query: str, *, is_page: bool) -> bool:
+    def _is_authorised(self, query: str, *, is_page: bool) -> bool:
         token = self.server.token
         if self.server.is_loopback and not _is_name_of_this_machine(self.headers.get("Host", "")):
             self.send_error(HTTPStatus.MISDIRECTED_REQUEST, "open the page as localhost or 127.0.0.1")
             return False
         given = parse_qs(query).get("token", [""])[0]
-        if is_page and _is_same(given, token):
-            # The token leaves the address bar, and with it the history and whatever is copied from there.
+        if is_page and _matches_token(given, token):
+            # Redirect, so that the token leaves the address bar, the history and copied URLs.
             self.send_response(HTTPStatus.SEE_OTHER)
             self.send_header("Set-Cookie", f"{self.server.cookie}={token}; HttpOnly; SameSite=Strict; Path=/")
             self.send_header("Location", "/")
@@ -318,7 +318,7 @@ class _Handler(BaseHTTPRequestHandler):
         except CookieError:
             cookie = None
         bearer = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if _is_same(cookie.value if cookie else "", token) or _is_same(bearer, token):
+        if _matches_token(cookie.value if cookie else "", token) or _matches_token(bearer, token):
             return True
         self.send_error(HTTPStatus.UNAUTHORIZED, "open the URL with the token that p2r status printed")
         return False
@@ -341,7 +341,7 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             self.send_error(HTTPStatus.NOT_FOUND)
         else:
-            # The page asks for it with its version: this one never changes.
+            # The page requests a picture with its version, so its content never changes.
             self._send(found[0], "image/png", {"Cache-Control": "private, max-age=3600"})
 
     def _send(self, content: bytes, kind: str, headers: Mapping[str, str] | None = None) -> None:
@@ -361,9 +361,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer with one line of text; a method that is not served is 405."""
+        """Answer with one line of text; an unsupported method is 405."""
         status = HTTPStatus.METHOD_NOT_ALLOWED if code == HTTPStatus.NOT_IMPLEMENTED else HTTPStatus(code)
-        # What http.server says of a bad request repeats it: not here.
+        # The messages of http.server repeat the bad request, so they are left out.
         said = message if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.MISDIRECTED_REQUEST) else None
         text = f"{int(status)} {status.phrase}{f': {said}' if said else ''}\n".encode()
         self.send_response(status)
@@ -375,14 +375,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
     def version_string(self) -> str:
-        """Say nothing about versions."""
+        """Return a name without versions."""
         return "p2r"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: requests are no events of the run, and the first one holds the token."""
+        """Do not log requests: they are not events of the run, and the first contains the token."""
 
 
-def _is_same(given: str, token: str) -> bool:
+def _matches_token(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode(errors="replace"), token.encode())
 
 
@@ -391,5 +391,5 @@ def _is_name_of_this_machine(host: str) -> bool:
     return name is not None and is_loopback(name)
 
 
-def _file(name: str) -> bytes:
+def _read_file(name: str) -> bytes:
     return (resources.files("cluster") / "page" / name).read_bytes()

@@ -1,6 +1,6 @@
-"""A `Status` -> the terminal: with colours, curves and tables by rich, or as plain lines where stdout is no terminal.
+"""`Status` in the terminal: colours, curves and tables with rich, or plain lines if stdout is not a terminal.
 
-What a run's files say is only text here: nothing in it is a command to rich or to the terminal.
+Content of a run's files is shown only as text: rich and the terminal never interpret it as a command.
 """
 
 import time
@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.inspect import plain
-from cluster.status import Points, Reader, Status, Training
+from cluster.status import Status
+from cluster.status_files import Points, Training
+from cluster.status_reader import Reader
 from p2r.console import console, show
 from p2r.errors import StorageError
 from p2r.modes import facts_of
@@ -25,7 +27,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _MAX_SPARK, _BESIDE_SPARK = 32, 34
 _MAX_FAULTS, _MAX_CHECKPOINTS = 5, 3
 _STYLES = {"running": "bold green", "done": "bold green", "silent": "bold yellow"}
-_FIGURES = (
+_METRICS = (
     ("images_per_s", "images/s", "{:.1f}"),
     ("pixel_pairs_per_s", "pixel pairs/s", "{:,.0f}"),
     ("wait_fraction", "data wait", "{:.1%}"),
@@ -47,7 +49,7 @@ def show_run(reader: Reader) -> None:
     """Print the status once.
 
     Raises:
-        StorageError: The storage cannot be read, or nothing of a run lies there.
+        StorageError: The storage cannot be read, or holds no run.
     """
     status = reader.read()
     terminal = console()
@@ -59,36 +61,36 @@ def show_run(reader: Reader) -> None:
 
 
 def watch_run(reader: Reader) -> None:
-    """Show the status until Ctrl-C: a picture that follows it; where stdout is no terminal, a line for each new report.
+    """Show the status until Ctrl-C: a live view, or, if stdout is not a terminal, one line per new report.
 
     Raises:
-        StorageError: The storage cannot be read at the beginning, or nothing of a run lies there.
+        StorageError: The storage cannot be read at the start, or holds no run.
     """
     status = reader.read()
     terminal = console()
     try:
         if not terminal.is_terminal:
-            _follow(reader, status)
+            _follow_lines(reader, status)
             return
         with Live(console=terminal, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
             trouble = None
             while True:
                 live.update(view(status, width=terminal.width, trouble=trouble), refresh=True)
                 time.sleep(_REFRESH_S)
-                status, trouble = _again(reader, status)
+                status, trouble = _read_again(reader, status)
     except KeyboardInterrupt:
         if terminal.is_terminal:
             terminal.print(view(status, width=terminal.width))
 
 
-def _follow(reader: Reader, status: Status) -> None:
+def _follow_lines(reader: Reader, status: Status) -> None:
     for line in plain_lines(status):
         show(line, flush=True)
     said: str | None = None
     while True:
         before = status.training and status.training.step
         time.sleep(_REFRESH_S)
-        status, trouble = _again(reader, status)
+        status, trouble = _read_again(reader, status)
         if trouble is not None and trouble != said:
             show(trouble, flush=True)
         said = trouble
@@ -96,7 +98,7 @@ def _follow(reader: Reader, status: Status) -> None:
             show(_report_line(status.training), flush=True)
 
 
-def _again(reader: Reader, status: Status) -> tuple[Status, str | None]:
+def _read_again(reader: Reader, status: Status) -> tuple[Status, str | None]:
     try:
         return reader.read(), None
     except StorageError as error:
@@ -104,19 +106,19 @@ def _again(reader: Reader, status: Status) -> tuple[Status, str | None]:
 
 
 def plain_lines(status: Status) -> Iterator[str]:
-    """Yield what there is to say without colours and curves, a fact a line."""
+    """Yield the status as plain lines, one fact per line."""
     yield plain(f"{status.name} | {status.url}").plain
     for stage in status.stages:
         yield plain(f"{stage.name:9} {stage.text or '-'}").plain
     if status.training is not None:
-        yield f"newest    {_report_line(status.training)} | {_state(status.training)}"
+        yield f"newest    {_report_line(status.training)} | {_format_state(status.training)}"
     for one in status.resumed:
         yield f"resumed   from step {one['from']}"
     for fault in status.faults[-_MAX_FAULTS:]:
-        yield plain(f"fault     {fault['time']} | {fault['cause']}: {fault['what']} | {_decision(fault)}").plain
+        yield plain(f"fault     {fault['time']} | {fault['cause']}: {fault['what']} | {_format_decision(fault)}").plain
     for curve in status.sweep.curves:
         yield plain(
-            f"few-shot  {curve['task']} | {_mode(curve['mode'])} | {_points(curve['points'])} | {curve['split']} Dice"
+            f"few-shot  {curve['task']} | {_mode_title(curve['mode'])} | {_format_points(curve['points'])} | {curve['split']} Dice"
         ).plain
     for variant in status.variants:
         yield plain(f"variant   {variant['name']} | step {variant['step']}/{variant['num_steps']}").plain
@@ -127,40 +129,44 @@ def plain_lines(status: Status) -> Iterator[str]:
 
 
 def view(status: Status, *, width: int, trouble: str | None = None) -> RenderableType:
-    """Return the status for a terminal of so many columns."""
+    """Return the status for a terminal of `width` columns."""
     width = max(40, min(width, 120))
-    parts: list[RenderableType] = [_head(status)]
+    parts: list[RenderableType] = [_header(status)]
     if status.training is not None:
         training = status.training
         bar = ProgressBar(
             total=max(1, training.num_steps), completed=training.step, width=width - 24, complete_style="cyan"
         )
         count = f"  {training.step:,} of {training.num_steps:,}"
-        parts.append(_grid([(bar, Text(count, style="dim"))]))
-    parts += [Text(f"! {one}", style="yellow") for one in map(_clean, filter(None, (trouble, *status.problems)))]
-    parts.append(_grid([(Text(stage.name, style="bold"), plain(stage.text or "–")) for stage in status.stages], gap=2))
+        parts.append(_new_grid([(bar, Text(count, style="dim"))]))
+    parts += [Text(f"! {one}", style="yellow") for one in map(_visible_text, filter(None, (trouble, *status.problems)))]
+    parts.append(
+        _new_grid([(Text(stage.name, style="bold"), plain(stage.text or "–")) for stage in status.stages], gap=2)
+    )
     if status.series.get("loss"):
-        parts += [Text(), *_curve(status, width)]
-    figures = _figures(status, width)
+        parts += [Text(), *_draw_curve(status, width)]
+    figures = _metrics_table(status, width)
     if figures is not None:
         parts += [Text(), figures]
-    parts += [part for section in (_faults(status), _sweep(status), _rest(status)) for part in section]
+    parts += [
+        part for section in (_faults_table(status), _sweep_tables(status), _other_parts(status)) for part in section
+    ]
     return Group(*parts)
 
 
-def _head(status: Status) -> RenderableType:
+def _header(status: Status) -> RenderableType:
     head = Text()
     head.append_text(plain(status.name)).stylize("bold")
     if status.training is not None:
-        head.append("   ").append(_state(status.training), style=_STYLES[status.training.state])
-    return Group(head, Text(_clean(status.url), style="dim", no_wrap=True, overflow="ellipsis"))
+        head.append("   ").append(_format_state(status.training), style=_STYLES[status.training.state])
+    return Group(head, Text(_visible_text(status.url), style="dim", no_wrap=True, overflow="ellipsis"))
 
 
-def _state(training: Training) -> str:
+def _format_state(training: Training) -> str:
     word = {"done": "pretrained", "running": "running", "silent": "silent"}[training.state]
     eta_s = training.last.get("eta_s")
-    left = f", {_duration(eta_s)} to go" if eta_s and training.state == "running" else ""
-    return f"{word}, last report {_duration(time.time() - training.written_at_s)} ago{left}"
+    left = f", {_format_duration(eta_s)} to go" if eta_s and training.state == "running" else ""
+    return f"{word}, last report {_format_duration(time.time() - training.written_at_s)} ago{left}"
 
 
 def _report_line(training: Training) -> str:
@@ -173,8 +179,8 @@ def _report_line(training: Training) -> str:
     return " | ".join(parts)
 
 
-def _curve(status: Status, width: int) -> Iterator[RenderableType]:
-    """Yield the loss as dots of Braille, and below it where checkpoints, resumptions and faults are."""
+def _draw_curve(status: Status, width: int) -> Iterator[RenderableType]:
+    """Yield the loss curve in Braille dots, and below it the marks of checkpoints, resumptions and faults."""
     points = status.series["loss"]
     values = [value for _, value in points]
     low, high = min(values), max(values)
@@ -182,7 +188,9 @@ def _curve(status: Status, width: int) -> Iterator[RenderableType]:
     margin = max(map(len, labels)) + 1
     columns = width - margin - 1
     first, last = 0, max(points[-1][0], 1)
-    for number, row in enumerate(_braille(points, columns, _CURVE_ROWS, first=first, last=last, low=low, high=high)):
+    for number, row in enumerate(
+        _draw_braille(points, columns, _CURVE_ROWS, first=first, last=last, low=low, high=high)
+    ):
         label = labels[0] if number == 0 else labels[1] if number == _CURVE_ROWS - 1 else ""
         yield Text.assemble((f"{label:>{margin - 1}} ", "dim"), (row, "cyan"))
     marks = [" "] * columns
@@ -208,8 +216,10 @@ def _curve(status: Status, width: int) -> Iterator[RenderableType]:
     yield told
 
 
-def _braille(points: Points, columns: int, rows: int, *, first: int, last: int, low: float, high: float) -> list[str]:
-    """Draw a line through the points: every letter has two dots across and four down."""
+def _draw_braille(
+    points: Points, columns: int, rows: int, *, first: int, last: int, low: float, high: float
+) -> list[str]:
+    """Draw a line through the points; every character has two dots across and four down."""
     across, down = 2 * columns, 4 * rows
     dots = [[False] * across for _ in range(down)]
     places = [
@@ -223,7 +233,7 @@ def _braille(points: Points, columns: int, rows: int, *, first: int, last: int, 
         count = max(abs(x1 - x0), abs(y1 - y0), 1)
         for part in range(count + 1):
             dots[y0 + round((y1 - y0) * part / count)][x0 + round((x1 - x0) * part / count)] = True
-    bits = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of the letter U+2800
+    bits = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of the character U+2800
     return [
         "".join(
             chr(0x2800 + sum(bits[y][x] for y in range(4) for x in range(2) if dots[4 * row + y][2 * column + x]))
@@ -233,16 +243,16 @@ def _braille(points: Points, columns: int, rows: int, *, first: int, last: int, 
     ]
 
 
-def _figures(status: Status, width: int) -> Table | None:
+def _metrics_table(status: Status, width: int) -> Table | None:
     training = status.training
     if training is None:
         return None
     across = 1 if width < 90 else 2
     room = max(8, min(_MAX_SPARK, width // across - _BESIDE_SPARK))
     rows = []
-    for name, title, layout in _FIGURES:
+    for name, title, layout in _METRICS:
         if name in training.last and (name != "skipped_steps" or training.last[name]):
-            spark = _spark([value for _, value in status.series.get(name, [])], room)
+            spark = _draw_spark([value for _, value in status.series.get(name, [])], room)
             rows.append(
                 (
                     Text(title, style="dim"),
@@ -251,16 +261,16 @@ def _figures(status: Status, width: int) -> Table | None:
                 )
             )
     if across == 1:
-        return _grid(rows, gap=2)
+        return _new_grid(rows, gap=2)
     half = (len(rows) + 1) // 2
     blank = (Text(), Text(), Text())
-    return _grid(
+    return _new_grid(
         [(*left, *right) for left, right in zip(rows[:half], [*rows[half:], blank][:half], strict=True)], gap=2
     )
 
 
-def _spark(values: Sequence[float], most: int) -> str:
-    """Return means of equal parts of the values as at most so many bars."""
+def _draw_spark(values: Sequence[float], most: int) -> str:
+    """Return the means of equal parts of the values, as at most `most` bars."""
     if len(values) < 2:
         return ""
     width = min(most, len(values))
@@ -270,26 +280,26 @@ def _spark(values: Sequence[float], most: int) -> str:
     return "".join(_BLOCKS[round((mean - low) / ((high - low) or 1.0) * (len(_BLOCKS) - 1))] for mean in means)
 
 
-def _faults(status: Status) -> Iterator[RenderableType]:
+def _faults_table(status: Status) -> Iterator[RenderableType]:
     if status.faults:
         table = Table(
             "time", "cause", "what", "decision", title="Faults", title_justify="left", title_style="bold", box=None
         )
         for fault in status.faults[-_MAX_FAULTS:]:
             when = plain(fault["time"][:19].replace("T", " "))
-            table.add_row(when, plain(fault["cause"]), plain(fault["what"]), plain(_decision(fault)))
+            table.add_row(when, plain(fault["cause"]), plain(fault["what"]), plain(_format_decision(fault)))
         yield Text()
         yield table
 
 
-def _decision(fault: Mapping[str, Any]) -> str:
+def _format_decision(fault: Mapping[str, Any]) -> str:
     where = "" if fault["from_step"] is None else f" from step {fault['from_step']}"
     limit = "" if fault["limit"] is None else f" of {fault['limit']}"
     count = "" if fault["count"] is None else f" ({fault['count']}{limit})"
     return f"{fault['decision']}{where}{count}"
 
 
-def _sweep(status: Status) -> Iterator[RenderableType]:
+def _sweep_tables(status: Status) -> Iterator[RenderableType]:
     curves = status.sweep.curves
     for task in dict.fromkeys(curve["task"] for curve in curves):
         of_task = [curve for curve in curves if curve["task"] == task]
@@ -299,46 +309,46 @@ def _sweep(status: Status) -> Iterator[RenderableType]:
         table = Table("mode", *map(str, numbers), box=None)
         for curve in of_task:
             found = {number: f"{mean:.3f} ({draws})" for number, mean, draws in curve["points"]}
-            table.add_row(plain(_mode(curve["mode"])), *(found.get(number, "–") for number in numbers))
+            table.add_row(plain(_mode_title(curve["mode"])), *(found.get(number, "–") for number in numbers))
         yield Text()
         yield title
         yield table
 
 
-def _rest(status: Status) -> Iterator[RenderableType]:
+def _other_parts(status: Status) -> Iterator[RenderableType]:
     if status.checkpoints or status.variants or status.failed:
         yield Text()
     for one in status.checkpoints[-_MAX_CHECKPOINTS:]:
         size = f"{one['num_bytes'] / 2**20:,.1f} MiB"
-        age = _duration(time.time() - one["written_at_s"])
+        age = _format_duration(time.time() - one["written_at_s"])
         yield plain(f"checkpoint of step {one['step']}   {size}   {age} ago   {one['path']}")
     for variant in status.variants:
         yield plain(f"variant {variant['name']}   step {variant['step']} of {variant['num_steps']}")
     for failed in status.failed:
-        yield Text(_clean(f"failed: {failed['trial']}: {failed['reason']}"), style="red")
+        yield Text(_visible_text(f"failed: {failed['trial']}: {failed['reason']}"), style="red")
 
 
-def _grid(rows: Sequence[Sequence[RenderableType]], *, gap: int = 0) -> Table:
+def _new_grid(rows: Sequence[Sequence[RenderableType]], *, gap: int = 0) -> Table:
     table = Table.grid(padding=(0, gap))
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def _clean(text: str) -> str:
+def _visible_text(text: str) -> str:
     return plain(text).plain
 
 
-def _mode(mode: str) -> str:
+def _mode_title(mode: str) -> str:
     facts = facts_of(mode)
     return mode if facts is None else facts.title
 
 
-def _points(points: Sequence[tuple[int, float, int]]) -> str:
+def _format_points(points: Sequence[tuple[int, float, int]]) -> str:
     return ", ".join(f"{number}: {mean:.3f} ({draws} draw{'s' * (draws > 1)})" for number, mean, draws in points)
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     seconds = max(0.0, seconds)
     if seconds < 100:
         return f"{seconds:.0f} s"

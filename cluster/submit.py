@@ -1,7 +1,7 @@
-"""`p2r submit`: as `ray job submit --working-dir . -- JOB`, with overrides and this shell's settings, but none of its secrets.
+"""`p2r submit`: like `ray job submit --working-dir . -- JOB`, plus overrides and this shell's settings, without secrets.
 
-Ray's API of jobs has no place for a secret: it stores the runtime environment, metadata, entrypoint and uploaded files, and shows them to
-everybody who may submit. The driver runs on the cluster with the identity of its node.
+Ray's job API has no place for a secret: it stores the runtime environment, metadata, entrypoint and uploaded files, and shows
+them to everyone who may submit. The driver runs on the cluster with the identity of its node.
 """
 
 import asyncio
@@ -27,21 +27,21 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
     """Submit the job, or a fork of it, follow its log, and return when it has succeeded.
 
     Raises:
-        JobError: if the job file does not lie below the current folder, which is what the cluster gets, or the cluster does
-            not take jobs from here: no or a wrong token, or no job server at that address.
-        TrainingError: if the job did not succeed.
+        JobError: The job file is outside the current folder, which is uploaded to the cluster. Or the cluster refuses the job:
+            its token is missing or wrong, or no job server answers at the address.
+        TrainingError: The job did not succeed.
     """
     try:
         relative = path.absolute().relative_to(Path.cwd())
     except ValueError:
         raise JobError(
-            f"job {path} must lie below the current folder {Path.cwd()}: the cluster gets this folder"
+            f"job {path} must be inside the current folder {Path.cwd()}: the cluster gets this folder"
         ) from None
     left_out = [*forwarded_secrets(), *(name for name in [PSEUDONYM_KEY] if name in os.environ)]
     if left_out:
         say(
-            f"not passed on, for Ray stores what comes with a job: {', '.join(sorted(left_out))}. The cluster's nodes need an identity of "
-            "their own: a role, a Secret, or these variables where ray start ran"
+            f"not passed on, because Ray stores them with the job: {', '.join(sorted(left_out))}. The cluster's nodes need their own "
+            "identity: a role, a Secret, or these variables where ray start ran"
         )
     arguments = [word for override in overrides for word in ("--set", override)]
     arguments += ["--fork", fork] if fork else []
@@ -53,35 +53,35 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
         )
     except AuthenticationError as error:
         raise JobError(
-            f"the cluster takes jobs only with its token ({error.message.splitlines()[0]}): set RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token to the token that its head was started with"
+            f"the cluster accepts jobs only with its token ({error.message.splitlines()[0]}): set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token to the token with which its head was started"
         ) from None
     except (RuntimeError, ValueError) as error:
         if "maximum size" not in str(error):
             raise
         raise JobError(
-            f"the current folder {Path.cwd()} is more than Ray uploads with a job ({_reason(error)}): the largest in it are "
-            f"{', '.join(_largest(Path.cwd()))}; list what the job does not need in .rayignore, or move it"
+            f"the current folder {Path.cwd()} exceeds Ray's upload limit for a job ({_size_limit_text(error)}). The largest in it are "
+            f"{', '.join(_largest_files(Path.cwd()))}; list unneeded files in .rayignore, or move them"
         ) from None
     except ConnectionError:
         raise JobError(
-            f"no job server answers at {address or 'the address that RAY_API_SERVER_ADDRESS or RAY_ADDRESS names'}: "
+            f"no job server answers at {address or 'the address in RAY_API_SERVER_ADDRESS or RAY_ADDRESS'}: "
             "give --address http://HOST:8265, and start the head with its dashboard"
         ) from None
     say(f"submitted {submission}")
-    asyncio.run(_follow(client, submission))
+    asyncio.run(_follow_log(client, submission))
     state = client.get_job_status(submission)
     if state != JobStatus.SUCCEEDED:
         raise TrainingError(f"job {submission} ended as {state}: its log is above")
 
 
-def _reason(error: Exception) -> str:
+def _size_limit_text(error: Exception) -> str:
     found = re.search(r"[^.\n]*maximum size of [\d.]+ ?\w+", str(error))
     return found[0].strip() if found else "it exceeds the maximum size"
 
 
-def _largest(folder: Path) -> list[str]:
-    """Return the three largest files and folders of those that are uploaded, with their sizes."""
+def _largest_files(folder: Path) -> list[str]:
+    """Return the three largest uploaded files and folders, with their sizes."""
     sizes: dict[str, int] = {}
     for path in folder.iterdir():
         if not any(fnmatch(path.name, pattern) for pattern in _IGNORED):
@@ -93,7 +93,7 @@ def _largest(folder: Path) -> list[str]:
     ]
 
 
-async def _follow(client: JobSubmissionClient, submission: str) -> None:
+async def _follow_log(client: JobSubmissionClient, submission: str) -> None:
     unfinished = ""
     async for lines in client.tail_job_logs(submission):
         *whole, unfinished = (unfinished + lines).split("\n")

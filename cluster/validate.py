@@ -1,8 +1,8 @@
-"""`p2r validate`: every path that a job or a task names is followed, without a voxel being read.
+"""`p2r validate`: follow every path that a job or task names, without reading a voxel.
 
     job -> its tasks -> their folders -> scans, label maps and splits; sources, corpora, backbones, storage
 
-What is in a bucket is not asked for here: a job may be valid on a machine that does not have its keys.
+Buckets are not read: a job may be validated on a machine without its keys.
 """
 
 import re
@@ -23,7 +23,7 @@ _VARIABLE = re.compile(r"\$\{[A-Za-z_]\w*\}")
 
 
 def is_task(path: Path) -> bool:
-    """Tell whether a file is a task rather than a job: a mapping with classes, and no kind.
+    """Return whether a file is a task rather than a job: a mapping with classes, and no kind.
 
     Raises:
         InputError: The file cannot be read, or is not YAML.
@@ -38,19 +38,26 @@ def is_task(path: Path) -> bool:
     return isinstance(values, dict) and "classes" in values and "kind" not in values
 
 
-def task_facts(path: Path) -> Iterator[str]:
-    """Yield what a task comes to, a line each, after its files were looked for.
+def task_facts(path: Path, *, unset: dict[str, str]) -> Iterator[str]:
+    """Look for the files of a task, and yield lines that describe it.
+
+    Args:
+        path: The task's YAML.
+        unset: Environment variables that are not set are noted here, with their keys.
 
     Raises:
-        DataError: as `load_task`.
+        DataError: See `load_task`.
     """
-    config = read_task_config(path)
+    config = read_task_config(path, unset=unset)
     for key in ("images", "labels"):
         _refuse_placeholder(getattr(config, key), f"task {path}: {key}")
     if config.images.startswith("template://"):
         yield f"task {config.name}: virtual subjects, made when they are needed"
         return
-    task = load_task(path)
+    if _VARIABLE.search(config.images) or _VARIABLE.search(config.labels):
+        yield f"task {config.name}: not read: images {config.images}, labels {config.labels}"
+        return
+    task = load_task(path, unset=unset)
     yield f"task {task.name}: {len(task.scans)} scans with label maps; " + "; ".join(_split_facts(task))
 
 
@@ -58,31 +65,49 @@ def job_facts(path: Path, overrides: tuple[str, ...]) -> tuple[Job, list[str], l
     """Follow every path of a job.
 
     Returns:
-        The job; names of variables that are not set; lines about what its paths lead to.
+        The job; names of unset variables; lines that describe the targets of its paths.
 
     Raises:
-        InputError: naming the key of the first path that leads nowhere.
+        InputError: A path leads nowhere; names the key of the first.
     """
     unset: dict[str, str] = {}
     job = read_job(path, overrides, unset=unset)
-    return job, list(unset), [*_lines(path, job)]
+    facts = [*_describe_paths(path, job, unset)]
+    return job, list(unset), facts
 
 
-def _lines(path: Path, job: Job) -> Iterator[str]:
-    for key, text in _paths(job):
+def _describe_paths(path: Path, job: Job, unset: dict[str, str]) -> Iterator[str]:
+    for key, text in _list_paths(job):
         _refuse_placeholder(text, f"job {path}: {key}")
     for source in job.ingest.sources if job.ingest else ():
         yield from _source_facts(source, f"job {path}: ingest.sources")
-    for key, url in _artefacts(job):
+    for key, url in _list_artefacts(job):
         _check_artefact(url, f"job {path}: {key}")
-    for key, task in _tasks(job):
+    for key, task in _list_tasks(job):
         try:
-            yield from task_facts(Path(task))
+            yield from task_facts(Path(task), unset=unset)
         except DataError as error:
-            if "environment variable" not in str(error):
-                raise DataError(f"job {path}: {key}: {error}") from None
-            yield f"{key}: {str(error).removeprefix(f'task {task}: ')}"
-    yield from (f"note: {note}" for note in ignored_variables(path, job))
+            raise DataError(f"job {path}: {key}: {error}") from None
+    yield from (f"note: {note}" for note in (*ignored_variables(path, job), *_gpu_notes(path, job)))
+
+
+def _gpu_notes(path: Path, job: Job) -> Iterator[str]:
+    """Yield a note on settings that make GPUs slow; refuse a precision that CPUs do not have."""
+    config, gpus = job.pretrain, job.resources.gpus_per_worker
+    if config is None:
+        return
+    if config.precision == "tf32" and gpus == 0:
+        raise InputError(
+            f"job {path}: pretrain.precision tf32 needs GPUs, and resources.gpus_per_worker is 0: set the precision to fp32"
+        )
+    if gpus == 1 or (gpus == "auto" and config.precision != "fp32"):
+        # Imported here: the engine takes seconds to import.
+        import torch
+
+        from p2r.engine.step import explain_missing_kernels
+
+        if (reason := explain_missing_kernels(config, device=torch.device("cpu"))) is not None:
+            yield f"on GPUs, {reason}"
 
 
 def _split_facts(task: Task) -> Iterator[str]:
@@ -93,15 +118,15 @@ def _split_facts(task: Task) -> Iterator[str]:
         yield f"{len(subjects)} patients {'to train' if split == 'train' else 'for ' + split}{more}"
 
 
-def _paths(job: Job) -> Iterator[tuple[str, str]]:
+def _list_paths(job: Job) -> Iterator[tuple[str, str]]:
     yield "storage", job.storage
     for source in job.ingest.sources if job.ingest else ():
         yield "ingest.sources", source
-    yield from _artefacts(job)
+    yield from _list_artefacts(job)
 
 
-def _artefacts(job: Job) -> Iterator[tuple[str, str]]:
-    """Yield key and URL of what a job takes from elsewhere."""
+def _list_artefacts(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield key and URL of every corpus or artefact that a job takes from elsewhere."""
     if job.pretrain is not None:
         corpus = job.pretrain.corpus
         urls = [corpus] if isinstance(corpus, str) else [share.url for share in corpus or ()]
@@ -112,8 +137,8 @@ def _artefacts(job: Job) -> Iterator[tuple[str, str]]:
         yield "finetune.backbone", job.finetune.backbone
 
 
-def _tasks(job: Job) -> list[tuple[str, str]]:
-    """Return key and path of every task, each path once."""
+def _list_tasks(job: Job) -> list[tuple[str, str]]:
+    """Return key and path of every task, without duplicate paths."""
     named = [("finetune.tasks", task) for task in (job.finetune.tasks if job.finetune else ())]
     if job.ingest is not None and job.ingest.subjects_of is not None:
         named.append(("ingest.subjects_of", job.ingest.subjects_of.task))
@@ -126,7 +151,7 @@ def _source_facts(source: str, where: str) -> Iterator[str]:
     if _VARIABLE.search(source) or source.startswith("template://"):
         return
     if "://" in source and not source.startswith("file://"):
-        yield f"not looked at: {source}"
+        yield f"not checked: {source}"
         return
     path = Path(source.removeprefix("file://")).expanduser()
     if not path.exists():

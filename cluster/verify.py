@@ -1,4 +1,4 @@
-"""`p2r verify`: every digest of a corpus, a backbone or a model, its pin, and who has signed it."""
+"""`p2r verify`: check every digest of a corpus, backbone or model, its pin, and its signature."""
 
 import hashlib
 
@@ -12,20 +12,20 @@ from p2r.storage import Storage
 
 
 def verify(url: str, *, key: str | None) -> list[str]:
-    """Check what is stored at a reference, and return the lines that say so.
+    """Check a published folder or corpus, and return the lines to print.
 
     Args:
-        url: `URL`, or `URL@sha256:HEX`, of a corpus, a backbone or a model.
-        key: Public key of who must have signed it, of backbones and models only; None: nobody.
+        url: `URL`, or `URL@sha256:HEX`, of a corpus, backbone or model.
+        key: Public key that must have signed a backbone or model; None: no signature required.
 
     Raises:
-        InputError: It is damaged, another one than is pinned, or not signed by this key; names every problem.
+        InputError: It is damaged, differs from the pin, or is not signed by this key; names every problem.
     """
     reference = parse_reference(url)
     storage = Storage(reference.url)
     if not storage.exists(MANIFEST):
         raise InputError(
-            f"{storage.url} has no manifest.json: a corpus, a backbone or a model is verified, such as corpus, backbones/NAME/VERSION or "
+            f"{storage.url} has no manifest.json: give a corpus, backbone or model, such as corpus, backbones/NAME/VERSION or "
             "models/TASK/VERSION of a job's storage (p2r inspect lists them)"
         )
     return _verify_artefact(reference, key) if _is_artefact(storage) else _verify_corpus(reference, key)

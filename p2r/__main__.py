@@ -1,10 +1,10 @@
-"""`python -m p2r JOB`: a job in this process, without Ray.
+"""`python -m p2r JOB`: run a job in this process, without Ray.
 
     python -m p2r jobs/demo.yaml --set pretrain.steps=20 --minutes 8
 
-With `--minutes`, pretraining or the running trial saves its state when the time is over; the same command resumes it. With
-`--fork NAME` a new run starts from the weights that the job's has reached. With
-`--profile STEPS` it says where so many of its steps spend time and memory, and goes on.
+`--minutes`: pretraining or the current trial saves its state when the time is over; the same command resumes it.
+`--fork NAME`: a new run starts from the job's newest weights.
+`--profile STEPS`: time and memory of STEPS steps are recorded, and the run continues.
 """
 
 import argparse
@@ -43,27 +43,31 @@ def main() -> int:
 
 
 def _main() -> int:
-    if (news := ensure_identity()) is not None:
-        say(news)
+    if (notice := ensure_identity()) is not None:
+        say(notice)
     parser = argparse.ArgumentParser(prog="python -m p2r", description="Run a job in one process, without Ray.")
     parser.add_argument("job", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the job")
     parser.add_argument(
         "--allow-transductive",
         action="store_true",
-        help="go on although validation or test patients are in the backbone's corpus; every row of the report is labelled",
+        help="continue although validation or test patients are in the backbone's corpus; every row of the report is labelled",
     )
     parser.add_argument("--fork", metavar="NAME", help=FORK_HELP)
     parser.add_argument("--minutes", type=float, help="save and end after this time, to resume later")
     parser.add_argument(
-        "--profile", type=int, default=0, metavar="STEPS", help="profile so many steps of pretraining, after a few"
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="number of pretraining steps to profile, after a few others",
     )
-    parser.add_argument("--log-format", choices=get_args(LogFormat), help="default: P2R_LOG_FORMAT, else auto")
+    parser.add_argument("--log-format", choices=get_args(LogFormat), help="default: P2R_LOG_FORMAT, or auto")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a refused input")
     arguments = parser.parse_args()
     if arguments.profile < 0:
         parser.error(f"--profile must not be negative, got {arguments.profile}")
-    # Here, because an installation without the extra `cluster` lacks what these import: it is told so.
+    # Imported here, so that an installation without the extra `cluster` gets a message for the missing package.
     from p2r.fewshot.search import failure_message
     from p2r.pipeline.fork import forked
     from p2r.pipeline.lines import made_lines
@@ -88,7 +92,7 @@ def _main() -> int:
         )
         made = run_job(job, executor, say=say)
     except KeyboardInterrupt:
-        say("p2r: interrupted; run the same command again to go on from the newest checkpoint")
+        say("p2r: interrupted; run the same command again to resume from the newest checkpoint")
         return 130
     except P2RError as error:
         if arguments.debug:

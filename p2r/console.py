@@ -24,7 +24,7 @@ _CONTROL_OR_BREAK = re.compile(f"[{_CONTROL_CHARACTERS}\t\n]")
 
 
 def is_plain(text: str) -> bool:
-    """Return whether a text is one line without a character that is replaced when it is shown."""
+    """Return True for one line without characters that `visible` replaces."""
     return _CONTROL_OR_BREAK.search(text) is None
 
 

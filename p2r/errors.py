@@ -84,18 +84,18 @@ class EmbeddingError(TrainingError, ValueError):
 
 
 def missing_package(error: ModuleNotFoundError, *, what: str) -> InputError | None:
-    """Return what to tell a user whose installation lacks an extra of p2r; None if a module of p2r itself is absent.
+    """Return an error for an installation without an extra of p2r; None if a module of p2r itself is missing.
 
     Args:
-        error: From an import.
+        error: Raised by an import.
         what: The command or function that needs the package, for the message.
     """
     package = (error.name or "").partition(".")[0]
     if package in ("", "p2r", "cluster"):
         return None
     return InputError(
-        f"{what} needs the package {package}, which is not installed here: pip install 'p2r[cluster]', or make install in a clone; "
-        "`pip install p2r` alone is for embed, predict, inspect and verify of backbones and models, p2r.load_backbone and p2r.load_model"
+        f"{what} needs the package {package}, which is not installed here: pip install 'p2r[cluster]', or make install in a clone. "
+        "`pip install p2r` only supports embed, predict, inspect and verify of backbones and models, p2r.load_backbone and p2r.load_model"
     )
 
 

@@ -32,23 +32,16 @@ from p2r.documents import MAX_DEPTH, read_start
 from p2r.errors import JobError
 from p2r.masking import is_secret_name, looks_secret
 from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
+from p2r.stages import KINDS
 
 Model = TypeVar("Model", bound=BaseModel)
 Kind = Literal["ingest", "pretrain", "publish", "finetune", "pipeline", "ablation"]
 
 FORK_HELP = (
-    "start a new run in <storage>-NAME (or in NAME, if it is a URL), at step 0, from the weights of the newest checkpoint; "
-    "the same command resumes it"
+    "start a new run at step 0 from the newest checkpoint's weights, in <storage>-NAME (or NAME, if a URL); the same command "
+    "resumes it"
 )
 
-_STAGES: dict[Kind, tuple[str, ...]] = {
-    "ingest": ("ingest",),
-    "pretrain": ("pretrain",),
-    "publish": ("publish",),
-    "finetune": ("finetune",),
-    "pipeline": ("ingest", "pretrain", "publish", "finetune"),
-    "ablation": ("pretrain", "publish", "finetune"),
-}
 # Not "p2r": a folder of that name in the home directory may hide the package from Python started there.
 _DEFAULT_FOLDER = "p2r-runs"
 _ABLATION_RULE = (
@@ -150,7 +143,7 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        needed = _STAGES[self.kind]
+        needed = KINDS[self.kind].sections
         if self.kind == "ablation" and self.finetune and self.finetune.backbone is not None:
             needed = ("finetune",)  # all variants use one backbone
         missing = [stage for stage in needed if getattr(self, stage) is None]
@@ -400,9 +393,9 @@ def _fill_in_values(
     where = f"job {path}: {visible('.'.join(key))}"
     if not any(isinstance(part, FilledIn) for annotation in annotations for part in _flatten_annotation(annotation)):
         raise JobError(
-            f"{where}: ${{{match[1]}}} is not filled in here: only paths, URLs, and a corpus's licence and provenance are, "
-            "because other fields are published; "
-            f"write the value itself, or give it with --set {visible('.'.join(key))}=VALUE"
+            f"{where}: ${{{match[1]}}} is not filled in here, because this field is published. Variables are allowed in paths, "
+            "URLs, and a corpus's licence and provenance. "
+            f"Write the value itself, or give it with --set {visible('.'.join(key))}=VALUE"
         )
     return fill_in_variables(value, where=where, unset=unset)
 

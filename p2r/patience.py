@@ -2,7 +2,8 @@
 
 Retries pause with full jitter: a random time up to a bound that doubles. They cover answers 5xx and 429, refused and broken
 connections, time-outs, truncated bodies, and content that does not match its digest. A proxy that does not answer gets
-20 s. All other failures are final, such as invalid certificates, http against https, or a proxy that refuses. Every retry
+20 s. So does a server that has never answered and closes every connection, as an https server does when asked for http. All
+other failures are final, such as invalid certificates, http against https, or a proxy that refuses. Every retry
 is counted by cause.
 """
 
@@ -41,11 +42,13 @@ _TRANSIENT_CODES = {  # answers below 500 that are worth a retry, and the cause 
     "ThrottlingException": "429",
     "XAmzContentSHA256Mismatch": "digest",
 }
+_CLOSED = (failures.ConnectionClosedError, failures.SSLError)  # the server was reached, and did not answer
 _BROKEN_TLS = re.compile(r"EOF|timed out|reset|BAD_RECORD_MAC|DECRYPTION_FAILED", re.IGNORECASE)  # transient
 _ABSENT_PROXY = re.compile(
     r"refused|timed out|unreachable|reset|Temporary failure|Remote end closed|Tunnel connection failed: 5"
 )
-_PROXY_DEADLINE_S = 20.0
+_STRANGER_DEADLINE_S = 20.0
+_STRANGERS = ("proxy", "protocol")  # failures that rarely recover: they are retried for less time
 _MAX_CLOCK_SKEW_S = 240.0  # S3 allows 15 minutes, others 5
 _LOG_AFTER_S = 5.0  # failures are logged after this time
 _JITTER = random.SystemRandom()  # forked processes must not pause in step
@@ -129,13 +132,15 @@ class Patience:
         self.num_failures += 1
         failing_s = now_s - self._failing_since_s
         text = self._clean(text_of(error))
-        deadline_s = (
-            self._settings.deadline_s if cause != "proxy" else min(_PROXY_DEADLINE_S, self._settings.deadline_s)
-        )
+        deadline_s = self._settings.deadline_s
+        if cause in _STRANGERS:
+            deadline_s = min(_STRANGER_DEADLINE_S, deadline_s)
         if failing_s + pause_s > deadline_s:
             raise StorageError(
                 f"cannot {self._what}: {self._num_consecutive} attempts in {failing_s:.1f} s failed, the last with {text}; "
-                f"{HINT}. {_variable_name('deadline_s')} ({self._settings.deadline_s:g}) sets the time limit"
+                f"{HINT}"
+                + f". {_variable_name('deadline_s')} ({self._settings.deadline_s:g}) sets the time limit"
+                * (cause not in _STRANGERS)
             )
         self._counters.add("retries", cause=cause)
         if failing_s > _LOG_AFTER_S:
@@ -154,8 +159,15 @@ class Patience:
         self._counters.add("retries", cause="digest" if is_whole else "changed")
 
 
-def cause_of(error: Exception) -> str | None:
-    """Return the cause under which a failure is counted; None if a retry would fail as well."""
+def cause_of(error: Exception, *, has_answered: bool = True) -> str | None:
+    """Return the cause under which a failure is counted; None if a retry would fail as well.
+
+    Args:
+        error: A failure of botocore, or of reading a body.
+        has_answered: The server has answered this process before.
+    """
+    if not has_answered and isinstance(error, _CLOSED) and not isinstance(error, failures.ProxyConnectionError):
+        return "protocol" if cause_of(error) is not None else None
     if isinstance(error, failures.ClientError):
         status = status_of(error)
         is_passing = status == 429 or (status >= 500 and status not in (501, 505))
@@ -202,6 +214,8 @@ def text_of(error: Exception) -> str:
             f"{type(error).__name__}: {error}; AWS_CA_BUNDLE names the file of a private certificate authority, and AWS_ENDPOINT_URL "
             "must begin with the server's scheme, http:// or https://"
         )
+    if isinstance(error, failures.ConnectionClosedError):
+        return f"{type(error).__name__}: {error}; AWS_ENDPOINT_URL must begin with the server's scheme, http:// or https:// and its port"
     if not isinstance(error, failures.ClientError):
         return f"{type(error).__name__}: {error}"
     message = error.response.get("Error", {}).get("Message", "")

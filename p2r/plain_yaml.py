@@ -143,7 +143,7 @@ class _Composer:
             if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
                 _refuse(event, "a key is a list or a mapping; a key is a text or a number")
             if event.start_mark.line != event.end_mark.line:
-                _refuse(event, "a key goes over several lines: write it on one line, in quotes if it has blanks")
+                _refuse(event, "a key spans several lines: write it on one line, in quotes if it has blanks")
             is_merge = isinstance(event, yaml.ScalarEvent) and self._resolve_tag(event) == f"{_TAG}merge"
             key = self._read_value(event, depth)
             if isinstance(key, dict | list):

@@ -14,10 +14,9 @@ import hashlib
 import logging
 import os
 import threading
-import time
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,9 +27,9 @@ from botocore.loaders import create_loader
 from botocore.session import Session
 
 from p2r.counters import Counters
+from p2r.downloads import Download, limit_size
 from p2r.errors import DamagedError, StorageError, error_text
 from p2r.patience import (
-    BODY_FAILURES,
     HINT,
     REQUEST_FAILURES,
     Patience,
@@ -42,11 +41,11 @@ from p2r.patience import (
     text_of,
 )
 
-_CHUNK_BYTES = 2**20
 _PART_BYTES = 2**24  # of a multipart upload; larger if 10,000 parts are not enough
 _SINGLE_BYTES = 2**26  # largest object written in one request
 _MAX_PARTS = 10_000
 _UPLOAD_THREADS = 4
+_ANSWERED: set[str] = set()  # servers that have answered this process
 _TOKEN = "p2r-write"  # metadata key of an object: the write that made it
 _LOADER = create_loader()  # caches the description of S3; parsing it is most of the cost of a client
 _LOG = logging.getLogger(__name__)
@@ -128,7 +127,7 @@ class S3:
             while True:
                 file.seek(0)
                 digest = hashlib.sha256()
-                body = _Body(self, key, patience, num_bytes=num_bytes)
+                body = Download(self, key, patience, num_bytes=num_bytes)
                 for chunk in body:
                     file.write(chunk)
                     if sha256 is not None:
@@ -219,9 +218,10 @@ class S3:
             client, keys = self._client()
             try:
                 answer: dict[str, Any] = getattr(client, operation)(Bucket=self.bucket, **parameters)
+                _ANSWERED.add(client.meta.endpoint_url)
                 return answer
             except REQUEST_FAILURES as error:
-                cause = cause_of(error)
+                cause = cause_of(error, has_answered=client.meta.endpoint_url in _ANSWERED)
                 if cause is not None:
                     patience.wait(cause, error)
                     continue
@@ -235,8 +235,8 @@ class S3:
     ) -> tuple[bytes, str]:
         patience = self._new_patience("read", key)
         while True:
-            body = _Body(self, key, patience, start=start, stop=stop)
-            content = b"".join(body if max_bytes is None else _limit_size(body, max_bytes, self.url(key)))
+            body = Download(self, key, patience, start=start, stop=stop)
+            content = b"".join(body if max_bytes is None else limit_size(body, max_bytes, self.url(key)))
             if body.is_whole and body.crc32 in (None, _crc32(content)):
                 return content, body.etag
             patience.refetch(body.is_whole)
@@ -397,111 +397,6 @@ class _Process:
         """Sign with these keys from now on; running requests keep their client."""
         self.client, self.keys = client, keys
         self.secrets += tuple(part for part in keys if part)
-
-
-class _Body:
-    """The bytes of an object as they arrive. A broken body is resumed where it broke, so no byte comes twice.
-
-    Args:
-        s3: The bucket.
-        key: Key of the object.
-        patience: Retry budget for the whole object.
-        start: First byte.
-        stop: End of the range, exclusive; None: the object's end.
-        num_bytes: Required size of the object.
-    """
-
-    def __init__(
-        self,
-        s3: S3,
-        key: str,
-        patience: Patience,
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        num_bytes: int | None = None,
-    ) -> None:
-        self._s3, self._key, self._patience, self._num_bytes = s3, key, patience, num_bytes
-        self._position, self._stop = start, stop
-        self.etag = ""  # from the first answer
-        self.crc32: str | None = None  # of the whole object in base64, if the bucket has it
-        self.is_whole = True  # False: the object was replaced during the download
-
-    def __iter__(self) -> Iterator[bytes]:
-        while self._stop is None or self._position < self._stop:
-            try:
-                answer = self._request_rest()
-            except failures.ClientError as error:
-                if self.etag and status_of(error) in (404, 412):
-                    self.is_whole = False
-                    return
-                raise
-            yield from self._receive(answer["Body"])
-
-    def _request_rest(self) -> dict[str, Any]:
-        """Request the remaining bytes; the first answer also gives size, ETag and checksum."""
-        parameters: dict[str, str] = {"ChecksumMode": "ENABLED"}
-        if self._position or self._stop is not None:
-            parameters = {"Range": f"bytes={self._position}-{'' if self._stop is None else self._stop - 1}"}
-        if self.etag:
-            parameters["IfMatch"] = self.etag
-        began_s = time.perf_counter()
-        answer = self._s3.request("get_object", self._patience, Key=self._key, **parameters)
-        self._s3.counters.add("fetch_seconds", time.perf_counter() - began_s)
-        url, span = self._s3.url(self._key), answer.get("ContentRange", "")
-        num_bytes, etag = answer.get("ContentLength"), answer.get("ETag")
-        if span.startswith("bytes ") and span.rpartition("/")[2].isdigit():
-            num_bytes = int(span.rpartition("/")[2])
-        if num_bytes is None or etag is None:
-            raise StorageError(f"{url}: the server states no size or no ETag, as S3 does; {HINT}")
-        if self._num_bytes not in (None, num_bytes):
-            raise DamagedError(f"{url} has {num_bytes} bytes, its manifest says {self._num_bytes}: it is damaged")
-        if self._stop is None:
-            self._stop = num_bytes
-        if self._stop > num_bytes:
-            raise DamagedError(
-                f"{url} has {num_bytes} bytes, but bytes up to {self._stop} were requested: it is damaged"
-            )
-        sent = span.rpartition("/")[0] or f"bytes 0-{num_bytes - 1}"
-        if "Range" in parameters and sent != f"bytes {self._position}-{self._stop - 1}":
-            raise StorageError(
-                f"{url}: asked for {parameters['Range']}, got {sent}: the server lacks S3's ranges; {HINT}"
-            )
-        if not self.etag:
-            self.etag, self.crc32 = etag, answer.get("ChecksumCRC32")
-        return answer
-
-    def _receive(self, body: Any) -> Iterator[bytes]:
-        """Yield pieces until the body ends or breaks."""
-        with contextlib.closing(body):
-            while True:
-                began_s = time.perf_counter()
-                try:
-                    # urllib3's own `read1`, which botocore hides: `read` waits for a whole chunk, and loses the part of it
-                    # that arrived before a connection broke.
-                    piece = body._raw_stream.read1(_CHUNK_BYTES)
-                except BODY_FAILURES as error:
-                    self._patience.wait(cause_of(error) or "connection", error)
-                    return
-                finally:
-                    self._s3.counters.add("fetch_seconds", time.perf_counter() - began_s)
-                if not piece:
-                    break
-                self._patience.progress()
-                self._position += len(piece)
-                self._s3.counters.add("bytes_fetched", len(piece))
-                yield piece
-        if self._stop is not None and self._position < self._stop:
-            self._patience.wait("truncated", EOFError(f"the body ended at byte {self._position} of {self._stop}"))
-
-
-def _limit_size(body: Iterable[bytes], max_bytes: int, where: str) -> Iterator[bytes]:
-    num_bytes = 0
-    for piece in body:
-        num_bytes += len(piece)
-        if num_bytes > max_bytes:
-            raise DamagedError(f"{where} has more than the {max_bytes:,} bytes allowed for such a file")
-        yield piece
 
 
 def _condition_header(if_absent: bool, if_match: str | None) -> dict[str, str]:

@@ -149,7 +149,7 @@ class Storage:
         Raises:
             DamagedError: It is absent, over a limit, or breaks a rule of the model; names the key and the way out.
         """
-        with documents.way_out("restore the file, or delete it: the same command makes it again"):
+        with documents.way_out("restore the file, or delete it: the same command creates it again"):
             value = self.read_json(path, max_bytes=max_bytes)
             documents.checked(adapter, value, where=f"{self.at(path)} is damaged:", error=DamagedError)
         return value
@@ -451,7 +451,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def _open_bucket(name: str, counters: Counters) -> "S3":
-    from p2r.s3 import S3  # botocore takes 0.2 s to import, which commands on folders can save
+    from p2r.s3 import S3
 
     return S3(name, counters=counters)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, RLELossless
+from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, RLELossless
 
 ROWS, COLUMNS, SLICES = 20, 18, 8
 
@@ -31,13 +31,20 @@ class Series:
     after: Callable[[Path], None] = lambda folder: None
     """Changes the folder."""
     echoes: int = 1
+    times: int = 1
+    """Images of each slice, 40 ms apart."""
 
     def write(self, folder: Path) -> None:
         """Write the files."""
         folder.mkdir(parents=True)
-        for echo in range(self.echoes):
+        for number in range(self.echoes * self.times):
             for k in self.slices:
-                self._slice(k, echo).save_as(folder / self.name.format(1000 * echo + k + 1), enforce_file_format=True)
+                file = self._slice(k, number % self.echoes)
+                if self.times > 1:
+                    file.TriggerTime, file.InstanceNumber = 40.0 * number, self.times * k + number + 1
+                    file.SOPInstanceUID = file.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.3.{number}.{k + 1}")
+                    file.PixelData = np.ascontiguousarray(voxels(number)[:, :, k].T).tobytes()
+                file.save_as(folder / self.name.format(1000 * number + k + 1), enforce_file_format=True)
         self.after(folder)
 
     def _slice(self, k: int, echo: int) -> pydicom.Dataset:
@@ -105,7 +112,7 @@ def _copy_all(folder: Path) -> None:
 
 
 TURNED = ([1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1], [1, 0, 0, 0, 0, -1])
-UNEVEN = {"refused": "uneven_slices", "way_out": "Copy it again"}
+UNEVEN: dict[str, Any] = {"refused": "uneven_slices", "way_out": "copy the series again"}
 
 DICOM_CASES = [
     DicomCase("one file a slice"),
@@ -148,6 +155,18 @@ DICOM_CASES = [
     ),
     DicomCase("compressed by run lengths", Series(after=_compress)),
     DicomCase("two echoes", Series(echoes=2), shapes=((COLUMNS, ROWS, SLICES, 1),) * 2),
+    DicomCase("a cine: each slice at four times", Series(times=4), shapes=((COLUMNS, ROWS, SLICES, 4),)),
+    DicomCase(
+        "a cine with a series for each slice",
+        Series(times=4, each=lambda k: {"SeriesInstanceUID": f"1.2.6.{k}", "SeriesNumber": 10 + k}),
+        shapes=((COLUMNS, ROWS, SLICES, 4),),
+    ),
+    DicomCase(
+        "a cine that lacks one image",
+        Series(times=4, after=lambda folder: sorted(folder.iterdir())[10].unlink()),
+        refused="uneven_slices",
+        way_out="copy the series again",
+    ),
     DicomCase(
         "a localizer in three orientations",
         Series(slices=(0, 1, 2), each=lambda k: {"ImageOrientationPatient": TURNED[k]}),

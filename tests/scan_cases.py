@@ -14,9 +14,11 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from nibabel import affines
 from numpy.typing import NDArray
 
 from tests.dicom_cases import DICOM_CASES
+from tests.folder_cases import FOLDER_CASES
 
 SHAPE = (18, 20, 6)
 GRID = np.array([[-1.5, 0, 0, 12.0], [0, 1.5, 0, -15.0], [0, 0, 6.0, -18.0], [0, 0, 0, 1]])
@@ -136,7 +138,7 @@ def turned(a: float, b: float) -> NDArray[np.float64]:
     """GRID, turned about two axes."""
     x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
     z = np.array([[np.cos(b), -np.sin(b), 0], [np.sin(b), np.cos(b), 0], [0, 0, 1]])
-    return nibabel.affines.from_matvec(x @ z @ np.diag(MM), [3, -8, 12])
+    return affines.from_matvec(x @ z @ np.diag(MM), [3, -8, 12])
 
 
 SHEARED = turned(0.2, 0.3) @ np.array([[1, 0.1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -366,7 +368,7 @@ LABELS = [
         Scan(data=lambda: -label_map().astype(np.int16)),
         is_label=True,
         refused="labels",
-        way_out="write others as 0 or a class",
+        way_out="replace others by 0 or a class",
     ),
     Case(
         "label map with NaN .nii.gz",
@@ -382,13 +384,18 @@ CASES = [*READ, *REFUSED, *LABELS]
 
 def table() -> str:
     """The page of documentation."""
+    rows = [*(case.row() for case in CASES), *(case.row() for case in DICOM_CASES)]
     return (
         "# Scans as people have them\n\n"
         "What p2r does with files that are odd or broken. Everything that is read keeps its place: an image that `p2r predict` writes on\n"
         "a scan's grid has the scan's sform, qform, codes, units and spacing in time, so that it overlays the scan in every viewer. A\n"
         "refusal has a reason code and names the way out; in a corpus, both are in the ledger.\n\n"
         "This table is written by `python -m tests.scan_cases > docs/inputs.md`; a test holds every line of it.\n\n"
-        "| file | ending | outcome |\n|---|---|---|\n" + "".join(f"{case.row()}\n" for case in (*CASES, *DICOM_CASES))
+        "| file | ending | outcome |\n|---|---|---|\n"
+        + "".join(f"{row}\n" for row in rows)
+        + "\n## Folders, lists and tasks\n\n"
+        "A refusal names the file, and of a list the line.\n\n"
+        "| source | kind | outcome |\n|---|---|---|\n" + "".join(f"{case.row()}\n" for case in FOLDER_CASES)
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 def test_the_science_does_not_know_the_cluster_and_layers_point_one_way(repository: Path) -> None:
     # In a process of its own: import-linter switches off the loggers that it finds.
-    command = [Path(sys.executable).parent / "lint-imports", "--no-cache"]
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -20,9 +20,11 @@ def test_validating_a_job_imports_neither_torch_nor_ray(repository: Path) -> Non
     subprocess.run([sys.executable, "-c", code], cwd=repository, check=True, timeout=120)
 
 
-def test_controller_and_wire_of_a_worker_group_import_no_torch_and_start_no_needless_actors(repository: Path) -> None:
+def test_controller_and_channel_of_a_worker_group_import_no_torch_and_start_no_needless_actors(
+    repository: Path,
+) -> None:
     code = (
-        "import sys; from cluster.group import TorchGroup, Trainer, Wire; Wire();"
+        "import sys; from cluster.group import TorchGroup, Trainer, DriverChannel; DriverChannel();"
         "trainer = Trainer(lambda: None, backend_config=TorchGroup(backend='gloo', timeout_s=60));"
         "assert not {'torch', 'deepspeed'} & set(sys.modules), 'slow imports';"
         "print(*(type(callback).__name__ for callback in trainer._create_default_callbacks()))"

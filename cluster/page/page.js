@@ -1,14 +1,13 @@
-// status.json -> the page. Whatever comes from a run becomes text by textContent; nothing here makes markup of it.
+// status.json -> the page. Content of a run enters as textContent, never as markup.
 "use strict";
 
 const POLL_MS = 700, HIDDEN_POLL_MS = 10000;
-const MODES = { scratch: ["from scratch", 4], linear_probe: ["linear probe", 1], fine_tune: ["fine-tuned", 0], mean_teacher: ["mean teacher", 2], prototype: ["prototype", 3] };
 
-// name, unit, [[series, label]...], further: from (the axis begins there), percent, note
+// name, unit, [[series, label]...], further: from (start of the axis), percent, note
 const SPEED = [
   ["Throughput", "img/s", [["images_per_s"]], { from: 0 }],
   ["Pixel pairs", "pairs/s", [["pixel_pairs_per_s"]], { from: 0 }],
-  ["Data wait", "", [["wait_fraction"]], { from: 0, percent: true, note: "part of the time in which the device waited for data" }],
+  ["Data wait", "", [["wait_fraction"]], { from: 0, percent: true, note: "fraction of the time that the device waited for data" }],
   ["Step", "s", [["step_s"]], { from: 0 }],
   ["Memory", "MiB", [["memory_mib"]], { from: 0 }],
   ["Checkpoint", "s", [["checkpoint_s"]], { from: 0 }],
@@ -17,7 +16,7 @@ const SPEED = [
 const HEALTH = [
   ["Equivariance error", "", [["equivariance_error"]], { from: 0, note: "0: embeddings follow the warp; 1: no better than chance" }],
   ["Online probe", "Dice", [["probe_dice"]], { from: 0 }],
-  ["Effective rank", "", [["health.effective_rank"]], { from: 0, note: "dimensions that are used; towards 1: collapse" }],
+  ["Effective rank", "", [["health.effective_rank"]], { from: 0, note: "dimensions in use; near 1: collapse" }],
   ["Dead dimensions", "", [["health.dead_dimensions_fraction"]], { from: 0, percent: true }],
   ["Alignment", "", [["health.alignment"]], { note: "distance within pairs: lower is closer" }],
   ["Uniformity", "", [["health.uniformity"]], { note: "lower: spread more evenly over the sphere" }],
@@ -188,12 +187,12 @@ function charts(id, title, specs, status, height) {
   made.forEach((one) => one.draw(Math.max(200, Math.round(one.place.clientWidth))));
 }
 
-function fewShot(curves) {
-  // x: the numbers of patients that were tried, evenly spaced: 1, 5 and all of them lie far apart
+function fewShot(curves, titles) {
+  // x: the numbers of patients, evenly spaced, because 1, 5 and all are far apart
   const numbers = [...new Set(curves.flatMap((curve) => curve.points.map((point) => point[0])))].sort((a, b) => a - b);
   const values = curves.flatMap((curve) => curve.points.map((point) => point[1]));
   const place = el("div"), box = el("div", { class: "chart" }, el("h3", {}, `Few-shot curve so far: ${curves[0].task}, mean Dice of ${curves[0].split} patients`), place);
-  box.append(legend(curves.map((curve, index) => [(MODES[curve.mode] || [curve.mode])[0], (MODES[curve.mode] || [0, index])[1]])));
+  box.append(legend(curves.map((curve, index) => [titles[curve.mode] || curve.mode, index])));
   const draw = (width) => {
     const height = 240, left = 44, right = 24, top = 10, bottom = 36;
     const low = Math.max(0, Math.min(...values) - 0.05), high = Math.min(1, Math.max(...values) + 0.05);
@@ -204,7 +203,7 @@ function fewShot(curves) {
     for (const labelled of numbers) svg.append(el("text", { x: x(labelled), y: height - 20, "text-anchor": "middle" }, String(labelled)));
     svg.append(el("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, "labelled patients"));
     curves.forEach((curve, index) => {
-      const colour = (MODES[curve.mode] || [0, index])[1] % 5;
+      const colour = index % 5;
       svg.append(el("path", { class: `line c${colour}`, d: curve.points.map((point, number) => `${number ? "L" : "M"}${x(point[0])} ${y(point[1])}`).join("") }));
       for (const point of curve.points) svg.append(el("circle", { class: `dot c${colour}`, r: 4, cx: x(point[0]), cy: y(point[1]) }, el("title", {}, `${curve.mode}, ${point[0]} labelled: ${dice(point[1])}, ${point[2]} draws`)));
     });
@@ -224,7 +223,7 @@ function table(name, columns, rows) {
       el("tbody", {}, rows.map((row) => el("tr", {}, row.map((text, column) => (column ? el("td", { class: kind(text, column) }, text) : el("th", { scope: "row", class: kind(text, column) }, text))))))));
 }
 
-// --- sections: each is drawn again only when what it shows has changed
+// --- sections: each is redrawn only when its data change
 
 const below = (line, s) => line.replaceAll(`${s.url}/`, "");
 const text = (value) => (value === null || value === undefined ? "–" : String(value));
@@ -284,14 +283,14 @@ const SECTIONS = {
   variants: [(s) => s.variants, (s) => {
     if (!s.variants.length) return byId("variants").replaceChildren();
     const rows = s.variants.map((one) => [one.name, text(one.step), text(one.num_steps), number(one.loss, 4)]);
-    byId("variants").replaceChildren(el("h2", {}, "Variants"), el("p", { class: "faint" }, "Each has a page of its own: p2r status URL/variants/NAME --web"), table("Variants", ["variant", "step", "of", "loss"], rows));
+    byId("variants").replaceChildren(el("h2", {}, "Variants"), el("p", { class: "faint" }, "Each has its own page: p2r status URL/variants/NAME --web"), table("Variants", ["variant", "step", "of", "loss"], rows));
   }],
   sweep: [(s) => s.sweep, (s) => {
     const sweep = s.sweep;
     if (!sweep.trials.length) return byId("sweep").replaceChildren();
     const tasks = [...new Set(sweep.curves.map((curve) => curve.task))];
-    drawings.sweep = tasks.map((task) => fewShot(sweep.curves.filter((curve) => curve.task === task)));
-    const rows = sweep.trials.map((one) => [one.task, one.purpose, text(one.num_labelled), text(one.draw), (MODES[one.mode] || [one.mode])[0], dice(one.validation_dice), dice(one.test_dice), seconds(one.seconds), one.settings]);
+    drawings.sweep = tasks.map((task) => fewShot(sweep.curves.filter((curve) => curve.task === task), sweep.mode_titles));
+    const rows = sweep.trials.map((one) => [one.task, one.purpose, text(one.num_labelled), text(one.draw), sweep.mode_titles[one.mode] || one.mode, dice(one.validation_dice), dice(one.test_dice), seconds(one.seconds), one.settings]);
     const total = sweep.num_search + sweep.num_final;
     byId("sweep").replaceChildren(
       el("h2", {}, "Few labelled patients"),
@@ -310,7 +309,7 @@ const SECTIONS = {
   data: [(s) => s.training && s.training.data, (s) => {
     const counters = s.training ? Object.entries(s.training.data) : [];
     if (!counters.length) return byId("data").replaceChildren();
-    byId("data").replaceChildren(el("h2", {}, "What the first worker's stream has done"), table("Counters", ["counter", "value"], counters.map(([name, value]) => [name, number(value, 4)])));
+    byId("data").replaceChildren(el("h2", {}, "Counters of the first worker's stream"), table("Counters", ["counter", "value"], counters.map(([name, value]) => [name, number(value, 4)])));
   }],
 };
 
@@ -347,7 +346,7 @@ async function poll() {
   const asked = performance.now();
   try {
     const response = await fetch("status.json", { cache: "no-store", headers: tag ? { "If-None-Match": tag } : {}, signal: AbortSignal.timeout(8000) });
-    lost = response.ok || response.status === 304 ? null : response.status === 401 ? "token refused" : `server says ${response.status}`;
+    lost = response.ok || response.status === 304 ? null : response.status === 401 ? "token refused" : `server answered ${response.status}`;
     age_s = Number(response.headers.get("X-Read-Age"));
     const date = Date.parse(response.headers.get("Date"));
     if (date) skew_s = (date - Date.now()) / 1000;

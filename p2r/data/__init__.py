@@ -1,1 +1,1 @@
-"""The data plane: NIfTI files -> a corpus of WebDataset shards -> batches in an order that is a pure function."""
+"""The data plane: NIfTI files -> a corpus of WebDataset shards -> batches, in an order computed by a pure function."""

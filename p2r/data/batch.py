@@ -1,9 +1,9 @@
-"""A batch as it lies in the shards -> the network's input, on the device.
+"""A batch as stored in the shards -> the network's input, on the device.
 
-Samples come as integers, each scan on its own grid. Intensities are stretched and grids resampled where the network is:
-on a GPU that costs next to nothing, and a quarter of the bytes go over the bus.
+Samples arrive as integers, each scan on its own grid. Intensities are normalised and grids resampled on the network's
+device: this costs almost nothing on a GPU, and only a quarter of the bytes cross the bus.
 
-Shapes: B samples of this rank; S = H W pixels of planes, or X Y Z voxels of patches; S' on a scan's own grid.
+Shapes: B samples of this rank; S = H W pixels of slices, or X Y Z voxels of patches; S' on a scan's own grid.
 """
 
 from dataclasses import dataclass, field
@@ -20,10 +20,10 @@ from p2r.device import to_device
 
 @dataclass(frozen=True)
 class Group:
-    """Samples of a batch that lie on equal grids, as they were stored."""
+    """Samples of a batch that share one grid, as stored."""
 
     index: Tensor
-    """(b,) places in the batch."""
+    """(b,) positions in the batch."""
     voxels: Tensor
     """(b, *S') in the dtype of the scans; pinned where the device is a GPU."""
     low: Tensor
@@ -31,14 +31,14 @@ class Group:
     high: Tensor
     """(b,) float32 intensity that becomes 1."""
     spacing_mm: tuple[float, ...]
-    """Along the axes of `voxels`."""
+    """Voxel size along the axes of `voxels`."""
     centre: tuple[float, ...] = ()
-    """Of a patch, in voxels; planes are centred as they are."""
+    """Centre of a patch, in voxels; empty for slices, which are centred already."""
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """A damaged sample, and the one that took its place."""
+    """A damaged sample and its replacement."""
 
     shard: str
     sample: int
@@ -51,19 +51,19 @@ class Batch:
     """One rank's part of a global batch."""
 
     groups: tuple[Group, ...]
-    """The samples as they were stored."""
+    """The samples as stored."""
     positions: NDArray[np.int64]
-    """(B,) the samples' places in the corpora: keys for augmentation."""
+    """(B,) positions of the samples in the corpora: keys for augmentation."""
     epochs: NDArray[np.int64]
-    """(B,) passes over their corpus before: keys, too."""
+    """(B,) completed passes over the sample's corpus: also keys for augmentation."""
     image: ImageConfig
     """The network's grid."""
     wait_s: float = 0.0
-    """How long the consumer stood still for this batch."""
+    """Time that the consumer waited for this batch."""
     num_ready: int = 0
     """Further batches that were ready at that moment."""
     replaced: tuple[Replaced, ...] = field(default=(), compare=False)
-    """Samples whose bytes were damaged."""
+    """Samples that were damaged and replaced."""
 
     @property
     def spacing_mm(self) -> float:
@@ -71,10 +71,10 @@ class Batch:
         return self.image.spacing_mm
 
     def images(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Make the network's input on a device.
+        """Compute the network's input on a device.
 
         Returns:
-            (B, 1, *S) float32 in [0, 1]; and (B, *S) bool, True where a pixel belongs to the scan.
+            (B, 1, *S) float32 in [0, 1]; and (B, *S) bool, True inside the scan.
         """
         device = torch.device(device)
         size, target_mm = self.image.size, self.image.spacing_mm

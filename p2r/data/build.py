@@ -1,8 +1,8 @@
-"""A plan of a shard -> the shard, its index, and a receipt that says what became of every scan.
+"""A shard plan -> the shard, its index, and a receipt with the outcome of every scan.
 
-The shard is named after its own content and never overwritten, so any number of runs may build at once. The receipt
-is written last: a run that finds it, and the shard that it names, has nothing to build. That is all it takes to go on after
-a kill, or after a task was run twice.
+A shard is named by the digest of its content and never overwritten, so any number of runs may build at once. The receipt
+is written last: a run that finds the receipt and its shard has nothing to build. Builds are therefore idempotent, and
+resuming after a kill or a task that ran twice needs nothing else.
 """
 
 import json
@@ -36,28 +36,28 @@ _MAX_RECEIPT_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Built:
-    """What became of a plan."""
+    """Result of building a plan."""
 
     entry: Entry | None
     """The shard's entry in the manifest; None if every scan was refused."""
     rows: tuple[LedgerRow, ...]
-    """What became of each scan, in the plan's order."""
+    """Ledger rows of the scans, in the plan's order."""
     thumbnails: Thumbnails
-    """Of the scans that the report may show."""
+    """Thumbnails of the scans that the report may show."""
     is_found: bool = False
-    """Whether it had been built before."""
+    """True if an earlier run built it."""
 
 
 def build_shard(plan: ShardPlan, config: IngestConfig, storage: Storage) -> Built:
-    """Read a plan's scans, write its shard and index to `storage`; the same bytes on every run and every machine."""
+    """Read a plan's scans and write its shard and index to `storage`: the same bytes on every run and every machine."""
     receipt = f"receipts/{plan.digest(config)}.json"
-    if (found := _from_receipt(storage, receipt)) is not None:
+    if (found := _read_receipt(storage, receipt)) is not None:
         return found
     rows: list[LedgerRow] = []
     thumbnails: Thumbnails = {}
     with tempfile.TemporaryDirectory(prefix="p2r-shard-") as folder:
         tar = Path(folder, "shard.tar")
-        records = _records(plan, config, rows, thumbnails)
+        records = _read_records(plan, config, rows, thumbnails)
         entry: Entry | None = write_shard(tar, records, record=config.record, codec=config.codec)
         assert entry is not None
         if entry["num_records"]:
@@ -68,14 +68,14 @@ def build_shard(plan: ShardPlan, config: IngestConfig, storage: Storage) -> Buil
                 row["shard"] = entry["name"] if is_accepted(row) else None
         else:
             entry = None
-    thumbnails |= _refused_thumbnails(plan, config, rows)
+    thumbnails |= _draw_refused_thumbnails(plan, config, rows)
     content = {"format": _FORMAT, "entry": entry, "rows": rows, "thumbnails": to_rows(thumbnails)}
     storage.write_bytes(receipt, (json.dumps(content, sort_keys=True, allow_nan=False) + "\n").encode())
     return Built(entry, tuple(rows), thumbnails)
 
 
-def _from_receipt(storage: Storage, path: str) -> Built | None:
-    """Return what a receipt says; None if there is none, or what it names does not lie there whole."""
+def _read_receipt(storage: Storage, path: str) -> Built | None:
+    """Return the result recorded in a receipt; None if the receipt, its shard or its index is absent or damaged."""
     try:
         found = storage.read_tagged(path, max_bytes=_MAX_RECEIPT_BYTES)
     except DamagedError:
@@ -92,29 +92,29 @@ def _from_receipt(storage: Storage, path: str) -> Built | None:
         if entry is not None:
             check_shard(entry, where=path)
             tar, index = entry["name"], index_name(entry["name"])
-            if _size(storage, tar) != entry["num_bytes"] or not _size(storage, index):
+            if _stored_size(storage, tar) != entry["num_bytes"] or not _stored_size(storage, index):
                 return None
     except (ValueError, TypeError, KeyError, AttributeError, DataError):
-        return None  # damaged, or another version's: what it stood for is built again
+        return None  # damaged, or written by another version: build the shard again
     return Built(entry, tuple(rows), thumbnails, is_found=True)
 
 
 def _upload(storage: Storage, file: Path, name: str) -> None:
     if storage.upload(file, name, if_absent=True):
         return
-    # The name holds a digest of the content: what lies there is the same, unless it was cut.
-    if _size(storage, name) != file.stat().st_size:
+    # The name contains a digest of the content, so an existing object is identical unless it was truncated.
+    if _stored_size(storage, name) != file.stat().st_size:
         storage.upload(file, name)
 
 
-def _size(storage: Storage, path: str) -> int | None:
+def _stored_size(storage: Storage, path: str) -> int | None:
     return storage.version(path)[0] if storage.exists(path) else None
 
 
-def _records(
+def _read_records(
     plan: ShardPlan, config: IngestConfig, rows: list[LedgerRow], thumbnails: Thumbnails
 ) -> Iterator[tuple[Volume, dict[str, Any]]]:
-    """Yield the volumes that can be used, with their meta; add a ledger row for every one, used or not."""
+    """Yield the usable volumes with their metadata; append a ledger row for every volume, used or refused."""
     seen = {(subject, digest): key for subject, digest, key in plan.known}
     copies = dict(plan.without)
     taken: set[str] = set()
@@ -130,13 +130,13 @@ def _records(
             refuse(planned, error)
             continue
         for volume in volumes:
-            # A series that is several images has several keys; the scan's own begins each of them.
+            # A series with several images has several keys; each begins with the key of the scan.
             part = volume.key.removeprefix(planned.scan.key)
             key = planned.key + part if planned.key + part not in taken else f"{planned.key}-part{part}"
             taken.add(key)
             axis = slice_axis(volume.spacing_mm, config.slice_axis, shape=volume.data.shape)
             if config.label_maps == "leave_out" and (reason := label_map_by_voxels(volume.data)):
-                message = f"{planned.scan.path} {reason}: a label map; {WAY_OUT}"
+                message = f"{planned.scan.path} {reason}, so it is taken for a label map; {WAY_OUT}"
                 refuse(planned, RefusedScan(LABEL_MAP, message), key=key)
                 continue
             try:
@@ -146,12 +146,12 @@ def _records(
                 continue
             digest = volume.acquired_sha256 or voxels_sha256(volume)
             if original := seen.get((planned.subject, digest)):
-                message = f"{planned.scan.path} has exactly the voxels of {original}"
+                message = f"{planned.scan.path} has the same voxels as {original}"
                 refuse(planned, RefusedScan("duplicate", message), key=key, copy_of=original)
                 continue
             seen[planned.subject, digest] = key
             if original := copies.get(key):
-                message = f"{planned.scan.path} has exactly the voxels of {original}, which is another subject's"
+                message = f"{planned.scan.path} has the same voxels as {original}, a scan of another subject"
                 refuse(planned, RefusedScan("cross_subject_copy", message), key=key, copy_of=original)
                 continue
             fields = accepted_fields(volume, axis=axis, percentiles=percentiles, voxels_sha256=digest)
@@ -177,8 +177,8 @@ def _records(
             yield volume, meta | {name: value for name, value in known.items() if value}
 
 
-def _refused_thumbnails(plan: ShardPlan, config: IngestConfig, rows: list[LedgerRow]) -> Thumbnails:
-    """Return thumbnails of refused scans that can be read at all: what was refused should be seen."""
+def _draw_refused_thumbnails(plan: ShardPlan, config: IngestConfig, rows: list[LedgerRow]) -> Thumbnails:
+    """Return thumbnails of refused scans that are readable, so that users can see the refused images."""
     scans = {planned.key: planned.scan for planned in plan.scans}
     refused = drawn(
         (row["key"] for row in rows if not is_accepted(row) and row["key"] in scans), plan.max_refused_thumbnails
@@ -188,5 +188,5 @@ def _refused_thumbnails(plan: ShardPlan, config: IngestConfig, rows: list[Ledger
         try:
             found[key] = thumbnail(read_volume(scans[key].path, max_mib=config.max_scan_mib, max_frames=1))
         except RefusedScan:
-            continue  # its tile in the report says why instead
+            continue  # its tile in the report shows the reason instead
     return found

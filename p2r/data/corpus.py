@@ -1,12 +1,12 @@
-"""Scans -> a corpus: any number of runs at once, killed and run again, end in one that is whole and holds all they found.
+"""Scans -> a corpus. Concurrent, killed and repeated runs converge to one complete corpus with the scans of all runs.
 
     find_scans -> plan_growth -> build_shard (any number at once, on any machine) -> publish
 
-One run is a loop: read the current revision, list what it lacks, build shards of that, and make them part of the next
-revision if no other run was faster. If one was, start over from its revision: what has been built is found again. A shard
-never changes and a revision never loses anything, so a reader needs no lock.
+A run is a loop. It reads the current revision, lists the scans that it lacks, builds shards from them, and publishes the
+next revision unless another run has published one meanwhile. In that case it starts again from the new revision and
+reuses the shards that are built. Shards never change and a revision never loses anything, so readers need no lock.
 
-Every scan that was found has a row in the ledger, whatever became of it: nothing is dropped in silence.
+Every scan found has a row in the ledger, whatever its outcome: nothing is dropped silently.
 """
 
 import hashlib
@@ -35,48 +35,48 @@ from p2r.data.revision import (
     choose_thumbnails,
     current_revision,
     next_manifest,
-    publish,
+    publish_revision,
     settle_ledger,
     write_refused_ledger,
 )
+from p2r.data.scans import Found, search_scans
 from p2r.data.scans import Scan as Scan
 from p2r.data.scans import expand_subjects as expand_subjects
 from p2r.data.scans import find_scans as find_scans
 from p2r.data.verify import verify_corpus as verify_corpus
 from p2r.errors import DataError
-from p2r.logs import duration
+from p2r.logs import Say, duration
 from p2r.storage import Storage, cache_folder, json_bytes
 
 BuildAll = Callable[[Sequence[ShardPlan]], Generator[tuple[ShardPlan, Built], None, None]]
-Say = Callable[[str], None]
 
-_LEAST_READ = 20
-_NEWER = ("label_maps", "one_subject")
-_SHOWN = 5
+_MIN_ROWS_TO_STOP = 20
+_NEWER_FIELDS = ("label_maps", "one_subject")
+_MAX_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class IngestProgress:
-    """One more shard is done."""
+    """Progress of an ingest after one more shard."""
 
     shard: str | None
-    """Name of the tar; None if all of its scans were refused."""
+    """Name of the tar; None if all its scans were refused."""
     done: int
-    """Shards done, this one included."""
+    """Shards done, including this one."""
     num_shards: int
     """Shards to build."""
     rows: tuple[LedgerRow, ...]
-    """What became of the shard's scans."""
+    """Ledger rows of the shard's scans."""
     scans_read: int
-    """Scans done, in all."""
+    """Scans read so far."""
     num_scans: int
     """Scans to read."""
     refused: dict[str, int]
-    """Scans refused so far, by reason."""
+    """Number of scans refused so far, by reason."""
     mb_per_s: float
-    """Size of the files that were read, by time; what had been built before does not count."""
+    """Read throughput, in file size; shards built by earlier runs do not count."""
     remaining_s: float | None
-    """Time that is left at this rate; None while there is none."""
+    """Estimated time left at this throughput; None until a shard is built."""
 
     def line(self) -> str:
         """Return a line for the terminal."""
@@ -99,43 +99,44 @@ def ingest(
     cache: Path | None = None,
     say: Say = lambda line: None,
 ) -> Iterator[IngestProgress]:
-    """Make the corpus at `storage`, or add to it what is new; it is there when the iterator ends.
+    """Create the corpus at `storage`, or add new scans to it; it is complete when the iterator ends.
 
     Args:
         config: The job's ingest section.
-        storage: Of the corpus.
-        build_all: Calls `build_shard` for every plan, in any order, and yields what becomes of each.
-        allowed_subjects: The subjects that `config.subjects_of` stands for; None: all.
-        cache: For `template://` sources.
-        say: Receives lines that a user should see.
+        storage: Storage of the corpus.
+        build_all: Calls `build_shard` for every plan, in any order, and yields each plan with its result.
+        allowed_subjects: Subjects to which `config.subjects_of` resolves; None: all.
+        cache: Folder for `template://` sources.
+        say: Receives lines for the user.
 
     Raises:
-        DataError: if the corpus was made by other rules, or holds what this job does not select; if no scan can be used,
-            or more are refused than `config.max_refused_fraction` allows. The ledger is written in these two cases.
+        DataError: if the corpus was made with other settings, or holds scans that this job does not select. Also if no scan
+            is usable, or more are refused than `config.max_refused_fraction` allows; the ledger is then written first.
     """
     names = names_of(config.cohort, pseudonyms=config.pseudonyms)
-    found = _found(config, cache)
+    found = _find_scans(config, cache)
     asked = names.asked(corpus_digest(config, allowed_subjects))
     storage.check_conditional()
     is_published = False
     while not is_published:
         base = current_revision(storage)
-        _check_grows(base, config, names, found, allowed_subjects, cache, storage)
+        _check_only_grows(base, config, names, found.scans, allowed_subjects, cache, storage)
         growth = plan_growth(
-            found,
+            found.scans,
             config,
             names,
             ledger=base.rows,
             first_number=len(base.shards),
             allowed_subjects=allowed_subjects,
+            passed_over=found.passed_over,
         )
-        _say_what_is_odd(growth, say)
+        _report_oddities(growth, say)
         if not growth.is_new:
             say(f"{storage.url} is complete")
             settle_ledger(storage)
             return
         built = yield from _build(growth, config, storage, build_all, say)
-        built, ledger = _without_copies(growth, built, config, build_all)
+        built, ledger = _mark_copies(growth, built, config, build_all)
         _check_refused(ledger, ledger, config, storage)
         entries = [result.entry for result in built if result.entry is not None]
         if not entries and base.manifest is None:
@@ -143,7 +144,7 @@ def ingest(
                 ", ".join(f"{count} {reason}" for reason, count in count_reasons(ledger).items()) or "no scan at all"
             )
             raise DataError(
-                f"no scan could be used ({reasons}); {write_refused_ledger(storage, ledger)} says why, scan by scan"
+                f"no scan is usable ({reasons}); {write_refused_ledger(storage, ledger)} lists the reason for each scan"
             )
         candidates = dict(base.thumbnails)
         for result in built:
@@ -152,37 +153,36 @@ def ingest(
         manifest = next_manifest(
             base, config, names, asked=asked, entries=entries, ledger=ledger, thumbnails=thumbnails
         )
-        is_published = publish(storage, base, manifest, ledger, thumbnails)
+        is_published = publish_revision(storage, base, manifest, ledger, thumbnails)
         if not is_published:
-            say("another run published a revision meanwhile: going on from that")
+            say("another run published a revision meanwhile: continuing from it")
 
 
 def check_selection(
     config: IngestConfig, *, allowed_subjects: Set[str] | None = None, cache: Path | None = None
 ) -> None:
-    """List the scans of a job's sources and check that some are selected, without reading one.
+    """List the scans of a job's sources and check that some are selected, without reading any scan.
 
     Raises:
         DataError: as `find_scans` and `plan_growth`.
     """
-    found = _found(config, cache)
     plan_growth(
-        found, config, names_of(config.cohort, pseudonyms=config.pseudonyms), allowed_subjects=allowed_subjects
+        _find_scans(config, cache).scans, config, names_of(config.cohort, pseudonyms=config.pseudonyms), allowed_subjects=allowed_subjects
     )  # fmt: skip
 
 
 def subjects_found(config: IngestConfig, *, cache: Path | None = None) -> frozenset[str]:
-    """Return the subjects of all scans of a job's sources, before any selection.
+    """Return the subjects of all scans in a job's sources, before any selection.
 
     Raises:
-        DataError: as `find_scans`; for a pattern without a group.
+        DataError: as `find_scans`; also for a pattern without a group.
     """
-    subjects = (subject_of(scan, config) for scan in _found(config, cache))
+    subjects = (subject_of(scan, config) for scan in _find_scans(config, cache).scans)
     return frozenset(subject for subject in subjects if subject is not None)
 
 
-def _found(config: IngestConfig, cache: Path | None) -> list[Scan]:
-    return find_scans(
+def _find_scans(config: IngestConfig, cache: Path | None) -> Found:
+    return search_scans(
         config.sources,
         cache=cache or cache_folder(),
         include=config.include,
@@ -199,7 +199,7 @@ def ingest_locally(
     cache: Path | None = None,
     say: Say = lambda line: None,
 ) -> Iterator[IngestProgress]:
-    """Make or grow a corpus in this process, one shard after the other: `ingest` with the plainest `build_all`."""
+    """Create or grow a corpus in this process, one shard after another: `ingest` with a sequential `build_all`."""
 
     def build_all(plans: Sequence[ShardPlan]) -> Generator[tuple[ShardPlan, Built], None, None]:
         return ((plan, build_shard(plan, config, storage)) for plan in plans)
@@ -208,7 +208,7 @@ def ingest_locally(
 
 
 def report_progress(progress: Iterable[IngestProgress], say: Say, *, interval_s: float = 2.0) -> None:
-    """Run an ingest to its end and say how far it is: the first time, the last, and now and then."""
+    """Run an ingest to its end and log its first, last and periodic progress reports."""
     last: IngestProgress | None = None
     said_at = 0.0
     for report in progress:
@@ -221,9 +221,9 @@ def report_progress(progress: Iterable[IngestProgress], say: Say, *, interval_s:
 
 
 def corpus_digest(config: IngestConfig, allowed_subjects: Set[str] | None = None) -> str:
-    """Digest of what a corpus is asked to be: the ingest section, with the subjects that `subjects_of` stands for."""
-    # A field that came after a corpus was made is left out at its default: the corpus stays what was asked for.
-    newer = {name for name in _NEWER if getattr(config, name) == IngestConfig.model_fields[name].default}
+    """Digest of a requested corpus: of the ingest section, with `subjects_of` resolved to subjects."""
+    # Newer fields are left out at their defaults, so that corpora made before them keep their digests.
+    newer = {name for name in _NEWER_FIELDS if getattr(config, name) == IngestConfig.model_fields[name].default}
     asked = config.model_dump(mode="json", exclude={"subjects_of", *newer})
     return hashlib.sha256(
         json_bytes({**asked, "allowed_subjects": None if allowed_subjects is None else sorted(allowed_subjects)})
@@ -231,24 +231,24 @@ def corpus_digest(config: IngestConfig, allowed_subjects: Set[str] | None = None
 
 
 def was_asked(manifest: Manifest, config: IngestConfig, allowed_subjects: Set[str] | None = None) -> bool:
-    """Tell whether a corpus was asked for by this section. Pseudonyms without their secret: false, if it cannot be told."""
+    """Return whether this section requested the corpus; False if that depends on a pseudonym secret that is not set."""
     digest = corpus_digest(config, allowed_subjects)
     names = names_if_known(config.cohort, pseudonyms=config.pseudonyms)
-    known = {digest} if names is None else {digest, names.asked(digest)}  # earlier versions wrote the digest as it is
+    known = {digest} if names is None else {digest, names.asked(digest)}  # earlier versions wrote the digest unkeyed
     return not known.isdisjoint(manifest["asked"])
 
 
 def _build(
     growth: Growth, config: IngestConfig, storage: Storage, build_all: BuildAll, say: Say
 ) -> Generator[IngestProgress, None, list[Built]]:
-    """Build all plans, yielding progress; return what was built, in the plans' order."""
+    """Build all plans, yielding progress; return the results in the plans' order."""
     plans = growth.plans
     num_bytes = sum(plan.num_bytes for plan in plans)
     num_scans = sum(len(plan.scans) for plan in plans)
     if plans:
         say(f"{num_scans} scans to read, {num_bytes / 1e6:.0f} MB, for {len(plans)} shards")
-    hopeful = len(growth.rows) + num_scans
-    if sum(map(is_failure, growth.rows)) > config.max_refused_fraction * hopeful:
+    most_inputs = len(growth.rows) + num_scans
+    if sum(map(is_failure, growth.rows)) > config.max_refused_fraction * most_inputs:
         _check_refused(growth.rows, growth.rows, config, storage)
     done: dict[int, Built] = {}
     refused: Counter[str] = Counter()
@@ -275,21 +275,21 @@ def _build(
             )
             num_failed += sum(map(is_failure, result.rows))
             num_rows += len(result.rows)
-            if num_rows >= _LEAST_READ and num_failed > config.max_refused_fraction * num_rows:
+            if num_rows >= _MIN_ROWS_TO_STOP and num_failed > config.max_refused_fraction * num_rows:
                 read = [row for plan in plans if plan.number in done for row in done[plan.number].rows]
                 _check_refused([*growth.rows, *read], read, config, storage)
     return [done[plan.number] for plan in plans]
 
 
-def _without_copies(
+def _mark_copies(
     growth: Growth, built: Sequence[Built], config: IngestConfig, build_all: BuildAll
 ) -> tuple[list[Built], list[LedgerRow]]:
-    """Find scans that are copies of another subject's. The first stays, in the order of the plans; later ones are marked.
+    """Mark scans that are copies of another subject's scan; the first in the order of the plans is the original.
 
-    If they are to be refused, the shards that hold them are built again without them.
+    If copies are refused, the shards that hold them are built again without them.
 
     Returns:
-        What was built, and the whole ledger.
+        The results, and the whole ledger.
     """
     first = {row["voxels_sha256"]: row["key"] for row in growth.rows if is_accepted(row) and row["copy_of"] is None}
     again: dict[int, ShardPlan] = {}
@@ -309,7 +309,7 @@ def _without_copies(
 def _check_refused(
     ledger: Sequence[LedgerRow], inputs: Sequence[LedgerRow], config: IngestConfig, storage: Storage
 ) -> None:
-    """Stop the job if too many of the inputs were refused; the ledger is written then."""
+    """Stop the job if too many inputs were refused, after writing the ledger."""
     read = [row for row in inputs if row["status"] != "not_selected"]
     failed = [row for row in read if is_failure(row)]
     if len(failed) <= config.max_refused_fraction * len(read):
@@ -318,12 +318,12 @@ def _check_refused(
     where = write_refused_ledger(storage, ledger)
     raise DataError(
         f"{len(failed)} of {len(read)} scans read were refused ({reasons}), ingest.max_refused_fraction is "
-        f"{config.max_refused_fraction:g}: {where} says why, scan by scan; correct the sources, or raise the limit. Shards that "
-        "were built stay and are found again"
+        f"{config.max_refused_fraction:g}: {where} lists the reason for each scan; correct the sources, or raise the limit. The next "
+        "run reuses the shards that were built"
     )
 
 
-def _check_grows(
+def _check_only_grows(
     base: Revision,
     config: IngestConfig,
     names: Names,
@@ -332,15 +332,15 @@ def _check_grows(
     cache: Path | None,
     storage: Storage,
 ) -> None:
-    """Refuse a job by which the corpus would not be what the job says.
+    """Refuse a job whose settings or selection contradict the existing corpus.
 
     Raises:
-        DataError: naming what differs, or whom the job leaves out.
+        DataError: naming the settings that differ, or the subjects and scans that the job leaves out.
     """
     if base.manifest is None:
         return
-    way_out = "a corpus only grows: give the job another storage URL, or the section that the corpus was made with"
-    # A field that came after the corpus was made had its default then.
+    way_out = "a corpus only grows: give the job another storage URL, or the section that made the corpus"
+    # Fields newer than the corpus had their defaults when it was made.
     defaults = preprocessing_of(IngestConfig(sources=config.sources, licence=config.licence))
     statement = base.manifest["deidentification"]
     theirs = {**defaults, **base.manifest["preprocessing"], "names": (statement.get("names"), statement.get("key_id"))}
@@ -349,10 +349,10 @@ def _check_grows(
         theirs[name], ours[name] = base.manifest[name], getattr(config, name)
     differing = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
     if differing:
-        what = "; ".join(
+        differences = "; ".join(
             f"{name}: {theirs.get(name)!r} in the corpus, {ours.get(name)!r} in the job" for name in differing
         )
-        raise DataError(f"{storage.url} holds a corpus made by other rules ({what}); {way_out}")
+        raise DataError(f"{storage.url} holds a corpus made with other settings ({differences}); {way_out}")
     accepted = [row for row in base.rows if is_accepted(row)]
     selected = allowed_subjects
     if config.subjects is not None:
@@ -369,24 +369,27 @@ def _check_grows(
         _refuse_left_out("scans", missing & {names.source(scan.path) for scan in everything}, way_out, storage)
 
 
-def _refuse_left_out(what: str, left_out: Set[str], way_out: str, storage: Storage) -> None:
+def _refuse_left_out(kind: str, left_out: Set[str], way_out: str, storage: Storage) -> None:
     if left_out:
-        shown = ", ".join(sorted(left_out)[:_SHOWN]) + (", ..." if len(left_out) > _SHOWN else "")
+        shown = ", ".join(sorted(left_out)[:_MAX_SHOWN]) + (", ..." if len(left_out) > _MAX_SHOWN else "")
         raise DataError(
-            f"{storage.url} holds {len(left_out)} {what} that this job does not select ({shown}); {way_out}"
+            f"{storage.url} holds {len(left_out)} {kind} that this job does not select ({shown}); {way_out}"
         )
 
 
-def _say_what_is_odd(growth: Growth, say: Say) -> None:
+def _report_oddities(growth: Growth, say: Say) -> None:
     label_maps = [row for row in growth.rows if row["reason"] == LABEL_MAP]
     if label_maps:
         say(
-            f"{len(label_maps)} label map{'s' * (len(label_maps) > 1)} left out, such as {label_maps[0]['source']} (the ledger says why); "
+            f"{len(label_maps)} label map{'s' * (len(label_maps) > 1)} left out, such as {label_maps[0]['source']} (see the ledger); "
             f"{WAY_OUT}"
         )
+    for row in growth.rows:
+        if row["reason"] == "not_raw":
+            say(str(row["message"]))
     if growth.changed:
-        shown = ", ".join(growth.changed[:_SHOWN]) + (", ..." if len(growth.changed) > _SHOWN else "")
+        shown = ", ".join(growth.changed[:_MAX_SHOWN]) + (", ..." if len(growth.changed) > _MAX_SHOWN else "")
         say(
-            f"{len(growth.changed)} scans changed after they were accepted and keep their records ({shown}); to read them again, "
-            "make another corpus"
+            f"{len(growth.changed)} scans changed after they were accepted; their records stay as they are ({shown}). To read them "
+            "again, make another corpus"
         )

@@ -1,20 +1,25 @@
-"""One DICOM series -> NIfTI files, by `dcm2niix` in a process of its own; and files -> series, by their headers.
+"""One DICOM series -> NIfTI files, with `dcm2niix` in a subprocess; and files -> series, by their headers.
 
-Choices: the converter sees a temporary folder with links to this series' files and nothing else, no settings of the
-user, and a time limit. Of its sidecar only the tags of `sidecar.TAGS` are taken: its option to anonymise keeps
-institution, station, serial number and free text. A series whose slices are unevenly spaced (one was lost, mostly) is
-refused: dcm2niix offers an interpolated guess, and we do not take it. So is everything that is no MR image, and what is
-known to have text burned into the picture.
+Isolation: the converter gets a temporary folder with links to the files of one series, a time limit, and no user settings.
+From its sidecar only the tags in `sidecar.TAGS` are kept, because its anonymisation option keeps institution, station,
+serial number and free text.
 
-Two series of one folder are told apart by SeriesInstanceUID; a series that lies in several folders is one for each. Series that
-are one slice each of one acquisition, such as a cine, are joined (`dicom_stack`), as are slices that dcm2niix does not join.
-No image may get lost on the way: a series of which dcm2niix makes fewer planes than it has images is refused.
+Refused: a series with unevenly spaced slices, mostly because one was lost (dcm2niix would interpolate; p2r does not
+accept the guess). Anything other than MR images, and images marked as having text burned in. Also a series from which
+dcm2niix makes fewer slices than it has images, because no image may be lost.
+
+SeriesInstanceUID separates the series of a folder; a series spread over several folders counts once per folder. Series with
+one slice each of one acquisition, such as a cine, are joined (`dicom_stack`), as are slices that dcm2niix does not join.
+Each multi-frame file of a series is converted in a separate run: with several in one run, dcm2niix 1.0.20260724 fills all
+images but the first with values that are in no file. A multi-frame image is refused if its slice distance contradicts its
+slice positions.
 """
 
 import hashlib
 import os
 import subprocess
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +31,7 @@ import dcm2niix
 import nibabel
 import numpy as np
 
-from p2r.data.dicom_frames import mixes_frames
+from p2r.data.dicom_frames import mixes_frames, slice_distance_mm
 from p2r.data.dicom_stack import (
     PLACE_TAGS,
     Place,
@@ -35,6 +40,7 @@ from p2r.data.dicom_stack import (
     is_stack,
     num_images,
     place_of,
+    sort_slices,
     stack_planes,
     unique_files,
 )
@@ -42,7 +48,7 @@ from p2r.data.sidecar import allowed_tags, common_tags
 from p2r.errors import RefusedScan
 
 SUFFIXES = (".dcm", ".ima")
-"""File names that are taken for DICOM wherever they lie."""
+"""File names that are read as DICOM in any folder."""
 
 _MAGIC_OFFSET = 128
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
@@ -51,35 +57,35 @@ _DIRECTORY = "1.2.840.10008.1.3.10"
 
 @dataclass(frozen=True)
 class Series:
-    """Files of one folder that belong together."""
+    """The files of one series in one folder."""
 
     folder: str
     files: tuple[str, ...]
-    """Sorted."""
+    """Sorted paths."""
     uid_digest: str | None
-    """Short digest of SeriesInstanceUID; None: a file whose header cannot be read, or has none."""
+    """Short digest of SeriesInstanceUID; None for a file without one, or with an unreadable header."""
     number: int | None
     """SeriesNumber."""
     patient_id: str | None
-    """PatientID. It identifies a person: it is used where a job asks for it, and to tell series of two people apart."""
+    """PatientID. It identifies a person: it is used only where a job requests it, and to separate the series of two people."""
     place: Place | None = None
-    """Where its images are, if that is one position."""
+    """Position of its images, if all have the same one."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One image that a series was converted to."""
+    """One image converted from a series."""
 
     path: Path | None
-    """A `.nii` file; None if only tags were asked for."""
+    """A `.nii` file; None if only tags were requested."""
     tags: dict[str, Any]
-    """By the allow-list of `sidecar`."""
+    """Tags on the allow-list of `sidecar`."""
     num_ignored: int
-    """Tags on the list without a usable value."""
+    """Number of listed tags without a usable value."""
 
 
 def is_dicom(path: Path) -> bool:
-    """Tell whether a file has DICOM's magic number."""
+    """Return whether a file has DICOM's magic number."""
     try:
         if not path.is_file():
             return False
@@ -91,7 +97,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def group_by_series(paths: Iterable[Path]) -> list[Series]:
-    """Read the headers of DICOM files, and group them by folder and series; a `DICOMDIR`, which lists files, is left out."""
+    """Read the headers of DICOM files and group them by folder and series. A `DICOMDIR` is left out: it only lists files."""
     grouped: dict[tuple[str, str], list[str]] = defaultdict(list)
     headers: dict[tuple[str, str], dict[str, str]] = {}
     places: dict[tuple[str, str], Place | None] = {}
@@ -104,8 +110,8 @@ def group_by_series(paths: Iterable[Path]) -> list[Series]:
         if uid := header.get("SeriesInstanceUID"):
             key = str(path.parent), hashlib.sha256(uid.encode()).hexdigest()[:8]
             place = place_of(header)
-            if key in headers and _differ(places[key], place):
-                place = None  # of a series at several positions
+            if key in headers and _have_different_positions(places[key], place):
+                place = None  # the series has several positions
             grouped[key].append(str(path))
             headers.setdefault(key, header)
             places[key] = place
@@ -128,7 +134,7 @@ def group_by_series(paths: Iterable[Path]) -> list[Series]:
 
 
 def join_slices(found: Sequence[Series]) -> list[Series]:
-    """Join series that are one slice each of one acquisition, at even distances; the others stay as they are."""
+    """Join series that hold one slice each of one acquisition, at even distances; return the others unchanged."""
     groups: dict[Any, list[Series]] = defaultdict(list)
     for index, one in enumerate(found):
         groups[(one.place.alike, one.patient_id, len(one.files)) if one.place else index].append(one)
@@ -151,48 +157,89 @@ def join_slices(found: Sequence[Series]) -> list[Series]:
     return joined
 
 
-def _differ(one: Place | None, other: Place | None) -> bool:
+def _have_different_positions(one: Place | None, other: Place | None) -> bool:
     return one is None or other is None or not np.allclose(one.position_mm, other.position_mm, atol=1e-3)
 
 
 @contextmanager
 def converted(files: Sequence[str], name: str, *, timeout_s: float, only_tags: bool = False) -> Iterator[list[Part]]:
-    """Convert one series; the images are there for as long as the context is open.
+    """Convert one series; the images exist until the context closes.
 
     Args:
-        files: Of the series.
-        name: Of the series, for messages.
-        timeout_s: Most time that the converter may take.
-        only_tags: Make no images.
+        files: Files of the series.
+        name: Name of the series, for messages.
+        timeout_s: Time limit of each run of the converter.
+        only_tags: Read the tags without making images.
 
     Raises:
         RefusedScan: `not_mr`, `secondary_capture`, `burned_in_annotation`, `uneven_slices`, `timeout`, or `unreadable`.
     """
     _check_kind(files, name)
     with tempfile.TemporaryDirectory(prefix="p2r-dicom-") as folder:
-        images, exit_code = _converted(files, name, Path(folder, "whole"), timeout_s=timeout_s, only_tags=only_tags)
-        if any("_Eq" in image.stem for image in images):
-            raise RefusedScan("uneven_slices", f"{name} has slices at uneven distances: is one missing? Copy it again")
-        defect = None if only_tags and images else _defect(images, files, exit_code)
-        parts = [_part(image) for image in images]
+        groups = _group_for_converter(files)
+        if len(groups) > 1:
+            yield _convert_groups(groups, name, Path(folder), timeout_s=timeout_s, only_tags=only_tags)
+            return
+        images, exit_code = _run_dcm2niix(files, name, Path(folder, "whole"), timeout_s=timeout_s, only_tags=only_tags)
+        _check_even_spacing(images, name)
+        defect = None if only_tags and images else _find_defect(images, files, exit_code)
+        parts = [_read_part(image) for image in images]
         if defect is not None:
-            stack = _stacked(files, name, Path(folder, "slices"), timeout_s=timeout_s, only_tags=only_tags)
+            stack = _convert_as_stack(files, name, Path(folder, "slices"), timeout_s=timeout_s, only_tags=only_tags)
             if stack is None and not defect.is_harmless:
                 raise RefusedScan(
-                    "unreadable", f"{name}: {defect.what}; run dcm2niix on the folder to see what it says"
+                    "unreadable", f"{name}: {defect.description}; run dcm2niix on the folder to read its output"
                 )
             parts = parts if stack is None else [stack]
         yield parts
 
 
+def _group_for_converter(files: Sequence[str]) -> list[list[str]]:
+    """Group the files of a series by run of the converter: each multi-frame file separately, the others together."""
+    unique = set(unique_files(files))
+    num_frames = {file: num_images([file]) for file in files if file in unique}
+    groups = [[file] for file, number in num_frames.items() if number > 1]
+    others = [file for file, number in num_frames.items() if number == 1]
+    return [*groups, *([others] if others else [])]
+
+
+def _convert_groups(
+    groups: Sequence[Sequence[str]], name: str, folder: Path, *, timeout_s: float, only_tags: bool
+) -> list[Part]:
+    """Convert the groups one by one; images of one slice each are joined if they form a stack."""
+    until_s, images = time.monotonic() + timeout_s, list[Path]()
+    for number, group in enumerate(groups):
+        rest_s = max(1.0, until_s - time.monotonic())
+        made, exit_code = _run_dcm2niix(group, name, folder / f"{number:04d}", timeout_s=rest_s, only_tags=only_tags)
+        _check_even_spacing(made, name)
+        defect = None if only_tags and made else _find_defect(made, group, exit_code)
+        if defect is not None and not defect.is_harmless:
+            raise RefusedScan(
+                "unreadable", f"{name}: {defect.description}; run dcm2niix on {group[0]} to read its output"
+            )
+        images += made
+    parts = [_read_part(image) for image in images]
+    stack = folder / "stack.nii"
+    if only_tags or not stack_planes(sort_slices(images), stack):
+        return parts
+    return [Part(stack, common_tags([part.tags for part in parts]), sum(part.num_ignored for part in parts))]
+
+
+def _check_even_spacing(images: Sequence[Path], name: str) -> None:
+    if any("_Eq" in image.stem for image in images):  # dcm2niix's suffix for interpolated images
+        raise RefusedScan(
+            "uneven_slices", f"{name} has slices at uneven distances: one may be missing; copy the series again"
+        )
+
+
 @dataclass(frozen=True)
 class _Defect:
-    what: str
+    description: str
     is_harmless: bool = False
 
 
-def _defect(images: Sequence[Path], files: Sequence[str], exit_code: int) -> _Defect | None:
-    """Return what is wrong with the images that dcm2niix made of a series; None: nothing is."""
+def _find_defect(images: Sequence[Path], files: Sequence[str], exit_code: int) -> _Defect | None:
+    """Return the first defect of the images that dcm2niix made from a series; None if there is none."""
     if exit_code or not images:
         return _Defect(f"dcm2niix ended with exit code {exit_code} and {len(images)} images")
     headers = [nibabel.nifti1.Nifti1Image.from_filename(image).header for image in images]
@@ -200,32 +247,42 @@ def _defect(images: Sequence[Path], files: Sequence[str], exit_code: int) -> _De
     num_planes, num_files = sum(depth * times for depth, times in shapes), num_images(files)
     if len(files) == 1 and num_files > 1 and mixes_frames(files[0], images):
         return _Defect(
-            "dcm2niix mixed up slices and times of a multi-frame image, or they cannot be told apart: export the series as single-frame "
-            "DICOM"
+            "dcm2niix mixed up slices and times of a multi-frame image, or they cannot be distinguished: export the series as "
+            "single-frame DICOM"
         )
     if num_planes < num_files:
-        return _Defect(f"dcm2niix made {num_planes} planes of its {num_files} images: some would be lost")
+        return _Defect(f"dcm2niix made {num_planes} slices of its {num_files} images: some would be lost")
     gaps = [np.linalg.norm(header.get_best_affine()[:3, 2]) for header in headers]
+    stated_mm = slice_distance_mm(files[0]) if len(files) == 1 and num_files > 1 else None
+    if stated_mm and any(
+        depth > 1 and abs(gap - stated_mm) > 0.05 * stated_mm for (depth, _), gap in zip(shapes, gaps, strict=True)
+    ):
+        return _Defect(
+            f"dcm2niix wrote {max(gaps):.4g} mm between slices whose positions are {stated_mm:.4g} mm apart: export the series as "
+            "single-frame DICOM"
+        )
     if any(depth > 1 and not gap > 0 for (depth, _), gap in zip(shapes, gaps, strict=True)):
-        return _Defect("dcm2niix wrote 0 mm between its slices, which have one position, or none")
+        return _Defect("dcm2niix wrote 0 mm between its slices: they have the same position, or none")
     if len(images) > 1 and all(depth == 1 for depth, _ in shapes):
-        return _Defect(f"dcm2niix split it into {len(images)} single planes", is_harmless=True)
+        return _Defect(f"dcm2niix split it into {len(images)} single slices", is_harmless=True)
     return None
 
 
-def _stacked(files: Sequence[str], name: str, folder: Path, *, timeout_s: float, only_tags: bool) -> Part | None:
-    """Convert a series position by position, and put the planes together; None if they make no stack."""
+def _convert_as_stack(
+    files: Sequence[str], name: str, folder: Path, *, timeout_s: float, only_tags: bool
+) -> Part | None:
+    """Convert a series position by position and stack the slices; None if they do not form a stack."""
     groups = by_position(unique_files(files), name)
     if groups is None:
         return None
     folder.mkdir()
     images: list[Path] = []
     for number, group in enumerate(groups):
-        made, exit_code = _converted(group, name, folder / f"{number:04d}", timeout_s=timeout_s, only_tags=only_tags)
+        made, exit_code = _run_dcm2niix(group, name, folder / f"{number:04d}", timeout_s=timeout_s, only_tags=only_tags)
         if exit_code or len(made) != 1:
             return None
         images += made
-    parts = [_part(image) for image in images]
+    parts = [_read_part(image) for image in images]
     stack = folder / "stack.nii"
     if not only_tags and not stack_planes(images, stack):
         return None
@@ -233,10 +290,10 @@ def _stacked(files: Sequence[str], name: str, folder: Path, *, timeout_s: float,
     return Part(None if only_tags else stack, tags, sum(part.num_ignored for part in parts))
 
 
-def _converted(
+def _run_dcm2niix(
     files: Sequence[str], name: str, folder: Path, *, timeout_s: float, only_tags: bool
 ) -> tuple[list[Path], int]:
-    """Run dcm2niix on some files; return what it made, and its exit code."""
+    """Run dcm2niix on files; return the paths that it wrote, and its exit code."""
     links, output = folder / "series", folder / "output"
     links.mkdir(parents=True)
     output.mkdir()
@@ -245,7 +302,7 @@ def _converted(
     sidecars = ["-b", "o" if only_tags else "y", "-ba", "y"]
     command = [dcm2niix.bin, "-g", "i", *sidecars, "-z", "n", "-f", "part", "-o", str(output), str(links)]
     try:
-        # Its words may quote a patient: they are not passed on.
+        # Its output may quote patient data, so it is discarded.
         done = subprocess.run(command, capture_output=True, timeout=timeout_s, env={"HOME": str(folder)}, check=False)
     except subprocess.TimeoutExpired:
         raise RefusedScan(
@@ -254,7 +311,7 @@ def _converted(
     return sorted(output.glob("part*.json" if only_tags else "part*.nii")), done.returncode
 
 
-def _part(image: Path) -> Part:
+def _read_part(image: Path) -> Part:
     sidecar = image.with_suffix(".json")
     tags, num_ignored = allowed_tags(sidecar.read_bytes()) if sidecar.is_file() else ({}, 1)
     return Part(image if image.suffix == ".nii" else None, tags, num_ignored)
@@ -265,16 +322,16 @@ def _check_kind(files: Sequence[str], name: str) -> None:
         header = header_of(Path(file), "Modality", "SOPClassUID", "BurnedInAnnotation")
         if header["SOPClassUID"].startswith(_SECONDARY_CAPTURE):
             raise RefusedScan(
-                "secondary_capture", f"{name} holds secondary captures: pictures of images, not a scan; leave it out"
+                "secondary_capture", f"{name} holds secondary captures (pictures of images), not a scan; leave it out"
             )
         if header["Modality"] != "MR":
             raise RefusedScan(
                 "not_mr",
-                f"{name} has the modality {header['Modality'][:16]!r}; MR is read: leave others out by ingest.exclude, or convert the "
-                "series to NIfTI if its tag Modality is wrong",
+                f"{name} has the modality {header['Modality'][:16]!r}, and only MR is read: leave it out with ingest.exclude, or convert "
+                "the series to NIfTI if its Modality tag is wrong",
             )
         if header["BurnedInAnnotation"].upper() == "YES":
             raise RefusedScan(
                 "burned_in_annotation",
-                f"{name} has text in its pictures (BurnedInAnnotation is YES), maybe a name; leave it out",
+                f"{name} has text burned into its images (BurnedInAnnotation is YES), possibly a name; leave it out",
             )

@@ -1,10 +1,10 @@
-"""Slices of one DICOM acquisition -> one volume, where their positions say how they lie.
+"""Slices of one DICOM acquisition -> one volume, by their positions.
 
-dcm2niix joins the slices of most series. It does not where a cine is stored as one series for each slice, where several
-images of a series have one position and times that it does not understand (it then writes 0 mm between slices), or where
-dates or numbers differ from slice to slice. Then each position is converted on its own, and the planes are put together.
+dcm2niix joins the slices of most series, with three exceptions: a cine stored as one series per slice; several images at
+one position with times that it does not understand (it then writes 0 mm between slices); and dates or numbers that differ
+from slice to slice. For these, each position is converted separately and the slices are stacked.
 
-All must lie evenly along one normal, and each position must have equally many images: nothing is interpolated or guessed.
+The slices must be evenly spaced along one normal, with the same number of images at each position: nothing is interpolated.
 """
 
 import re
@@ -28,19 +28,19 @@ PLACE_TAGS = (
 """Tags that `place_of` reads."""
 
 _SAME_PLACE_MM = 0.01
-_UNEVEN = 0.05  # of the distance between slices
+_MAX_UNEVENNESS = 0.05  # as a fraction of the distance between slices
 _MAX_GAP_MM = 50.0  # between slices of one acquisition
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an image is, and which others may belong to its acquisition."""
+    """Position of an image, and the tags that it shares with the rest of its acquisition."""
 
     alike: tuple[str, ...]
-    """Equal for all slices of an acquisition. It never leaves memory: the description of a series may name somebody."""
+    """Equal for all slices of an acquisition. Never stored or logged: a series description may contain a person's name."""
     normal: tuple[float, ...]
     position_mm: tuple[float, ...]
-    """Of the image's corner."""
+    """Position of the image's corner."""
 
     @property
     def along_mm(self) -> float:
@@ -49,9 +49,9 @@ class Place:
 
 
 def place_of(header: Mapping[str, str]) -> Place | None:
-    """Return the place of an image from `PLACE_TAGS` as text; None if the header does not say it."""
-    rows_columns = _numbers(header.get("ImageOrientationPatient", ""))
-    position = _numbers(header.get("ImagePositionPatient", ""))
+    """Return the place of an image from the text of its `PLACE_TAGS`; None if the header does not state it."""
+    rows_columns = _parse_numbers(header.get("ImageOrientationPatient", ""))
+    position = _parse_numbers(header.get("ImagePositionPatient", ""))
     if len(rows_columns) != 6 or len(position) != 3 or not np.isfinite([*rows_columns, *position]).all():
         return None
     normal = np.cross(rows_columns[:3], rows_columns[3:])
@@ -66,22 +66,23 @@ def place_of(header: Mapping[str, str]) -> Place | None:
 
 
 def is_stack(places: Sequence[Place]) -> bool:
-    """Tell whether slices lie evenly along their normal, each at a position of its own."""
+    """Return whether slices are evenly spaced along their normal, each at a different position."""
     ordered = sorted(places, key=lambda place: place.along_mm)
     steps = np.diff([place.position_mm for place in ordered], axis=0)
     if not len(steps):
         return False
     mean, normal = steps.mean(axis=0), np.asarray(places[0].normal)
     gap = float(mean @ normal)
-    is_straight = bool(np.linalg.norm(mean - gap * normal) <= _UNEVEN * abs(gap))
-    return _SAME_PLACE_MM < gap <= _MAX_GAP_MM and is_straight and float(np.abs(steps - mean).max()) <= _UNEVEN * gap
+    is_straight = bool(np.linalg.norm(mean - gap * normal) <= _MAX_UNEVENNESS * abs(gap))
+    is_even = float(np.abs(steps - mean).max()) <= _MAX_UNEVENNESS * gap
+    return _SAME_PLACE_MM < gap <= _MAX_GAP_MM and is_straight and is_even
 
 
 def by_position(files: Sequence[str], name: str) -> list[list[str]] | None:
-    """Sort the files of an acquisition by position; None where they do not state one, or lie in several orientations.
+    """Group the files of an acquisition by position, sorted; None if positions are not stated, or orientations differ.
 
     Raises:
-        RefusedScan: `uneven_slices` if positions are uneven, or have unequal numbers of images.
+        RefusedScan: `uneven_slices` if positions are unevenly spaced, or have different numbers of images.
     """
     places: list[Place] = []
     groups: dict[float, list[str]] = defaultdict(list)
@@ -100,20 +101,37 @@ def by_position(files: Sequence[str], name: str) -> list[list[str]] | None:
         raise RefusedScan(
             "uneven_slices",
             f"{name} has {counts[0]} images at one position and {counts[-1]} at another: some are missing, or several series are mixed; "
-            "copy it again",
+            "copy the series again",
         )
     if not is_stack(places):
-        raise RefusedScan("uneven_slices", f"{name} has slices at uneven distances: is one missing? Copy it again")
+        raise RefusedScan(
+            "uneven_slices", f"{name} has slices at uneven distances: one may be missing; copy the series again"
+        )
     return [groups[along] for along in sorted(groups)]
 
 
+def sort_slices(images: Sequence[Path]) -> list[Path]:
+    """Sort images (X, Y, 1, T) by position along their normal; [] unless they are parallel and evenly spaced."""
+    affines = [nibabel.nifti1.Nifti1Image.from_filename(image).affine for image in images]
+    normals = [np.cross(affine[:3, 0], affine[:3, 1]) for affine in affines]
+    units = [normal / max(float(np.linalg.norm(normal)), 1e-9) for normal in normals]
+    if not np.allclose(units, units[0], atol=1e-4):
+        return []
+    places = [Place((), tuple(units[0].tolist()), tuple(affine[:3, 3].tolist())) for affine in affines]
+    if not is_stack(places):
+        return []
+    return [images[index] for index in np.argsort([place.along_mm for place in places])]
+
+
 def stack_planes(images: Sequence[Path], output: Path) -> bool:
-    """Put images (X, Y, 1, T) of neighbouring slices together to one (X, Y, Z, T), in the order given.
+    """Stack images (X, Y, 1, T) of neighbouring slices into one (X, Y, Z, T), in the given order.
 
     Returns:
-        Whether `output` was written: not if an image has several planes, or their grids differ.
+        True if `output` was written; False if an image has several slices, or the grids differ.
     """
     loaded = [nibabel.nifti1.Nifti1Image.from_filename(image) for image in images]
+    if len(loaded) < 2:
+        return False
     shape = loaded[0].shape
     if len(shape) < 3 or shape[2] != 1 or any(one.shape != shape for one in loaded):
         return False
@@ -128,41 +146,41 @@ def stack_planes(images: Sequence[Path], output: Path) -> bool:
 
 
 def num_images(files: Sequence[str]) -> int:
-    """Return how many images some files hold, a copy of one counted once, a file of several frames by its frames."""
+    """Return the number of images in files: copies of an image count once, a multi-frame file counts its frames."""
     frames = (header_of(file, "NumberOfFrames")["NumberOfFrames"] for file in unique_files(files))
     return sum(int(number) if number.isdecimal() and len(number) < 7 else 1 for number in frames)
 
 
 def unique_files(files: Sequence[str]) -> list[str]:
-    """Return the files without copies of an image that another one holds."""
-    return list({_identity(file): file for file in reversed(files)}.values())
+    """Return the files without those that repeat the image of another file."""
+    return list({_image_identity(file): file for file in reversed(files)}.values())
 
 
 def header_of(path: str | Path, *tags: str) -> dict[str, str]:
-    """Return some tags of a file as text, and the kind of the file; empty where they are absent.
+    """Return tags of a file as text, along with its MediaStorageSOPClassUID; absent tags are empty.
 
     Raises:
         RefusedScan: `unreadable`.
     """
     try:
-        with warnings.catch_warnings():  # odd values are no reason to speak up: those that matter are checked
+        with warnings.catch_warnings():  # the values that matter are checked, so pydicom's warnings are noise
             warnings.simplefilter("ignore")
-            # Files named .dcm may lack the preamble, and are DICOM nevertheless.
+            # Some DICOM files lack the preamble.
             header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(tags))
             found = {tag: header.get(tag) for tag in tags}
             found["MediaStorageSOPClassUID"] = header.file_meta.get("MediaStorageSOPClassUID")
             return {tag: "" if value is None else str(value).strip() for tag, value in found.items()}
-    except Exception as error:  # pydicom raises whatever hostile bytes lead it to
-        raise RefusedScan("unreadable", f"{path} has no DICOM header to be read ({type(error).__name__})") from error
+    except Exception as error:  # hostile bytes can make pydicom raise anything
+        raise RefusedScan("unreadable", f"{path} has no readable DICOM header ({type(error).__name__})") from error
 
 
-def _identity(file: str) -> tuple[str, str]:
-    # Some exports give all images of a series one UID.
+def _image_identity(file: str) -> tuple[str, str]:
+    # The position is needed as well: some exports give all images of a series the same UID.
     header = header_of(file, "SOPInstanceUID", "ImagePositionPatient")
     return header["SOPInstanceUID"] or file, header["ImagePositionPatient"]
 
 
-def _numbers(text: str) -> list[float]:
+def _parse_numbers(text: str) -> list[float]:
     try:
         return [float(number) for number in re.findall(r"[-+.\deE]+", text)]
     except ValueError:

@@ -1,11 +1,11 @@
-"""The shards of a corpus -> open readers, fetched before they are needed.
+"""The shards of a corpus -> open readers, prefetched.
 
-Local shards are read where they lie. Remote ones come whole into the node's cache, ahead of need, since the order of
-samples says long before which ones will be wanted; what the cache has no room for is read by ranges straight from the
-object storage, chunk by chunk. So a cache that is small, or full, or absent makes a run slower and never wrong.
+Local shards are read in place. Remote shards are prefetched whole into the node's cache, because the sample order is
+known far ahead. Shards that do not fit into the cache are read from object storage by byte ranges, one chunk at a
+time. A small, full or absent cache therefore makes a run slower, never wrong.
 
-Every process of a node fetches what its own lanes need, on threads; the cache sees to it that no object is fetched twice.
-No process is ever forked: clients of object storage do not survive that.
+Every process of a node prefetches the shards of its own lanes on threads, and the cache ensures that each object is fetched
+once. Threads, not forked processes: object storage clients do not survive a fork.
 """
 
 import threading
@@ -24,27 +24,27 @@ from p2r.storage import Storage
 
 Read = TypeVar("Read")
 
-_MAX_OPEN_SHARDS = 256  # file descriptors; a plane finds its shard open as long as the rank has no more lanes than this
+_MAX_OPEN_SHARDS = 256  # bounds file descriptors; up to this number of lanes per rank, shards stay open between samples
 
 
 @dataclass(frozen=True)
 class _Opened:
     reader: ShardReader
     lease: Lease | None
-    """Of the copy in the cache."""
+    """Lease of the cached copy."""
     by_range: bool
-    """Nothing lies on this machine: every read is a request."""
+    """There is no local copy: every read is a request."""
 
 
 class OpenShards:
-    """Readers of the shards in use. Safe to share between threads.
+    """Readers of the shards in use. Thread-safe.
 
     Args:
-        storage: Of the corpus.
-        manifest: Of the corpus.
-        cache: Of this node, for remote shards; None: read them by ranges.
-        counters: Receives what happens.
-        num_fetchers: Shards that are fetched at the same time.
+        storage: Storage of the corpus.
+        manifest: Manifest of the corpus.
+        cache: Shard cache of this node, for remote shards; None: read them by ranges.
+        counters: Receives the event counts.
+        num_fetchers: Number of shards fetched at the same time.
     """
 
     def __init__(
@@ -66,44 +66,44 @@ class OpenShards:
         self._fetchers = ThreadPoolExecutor(num_fetchers, thread_name_prefix="p2r-stream-fetch")
 
     def plan(self, step: int, shards: Iterable[int]) -> None:
-        """Say that these shards will be needed at a step; remote ones are fetched from now on."""
+        """Register the shards that a step needs, and start fetching the remote ones."""
         if not self.is_remote:
             return
         for number in shards:
             self._needed_until[number] = step
-            self._opened(number)
+            self._open_shard(number)
 
     def done(self, step: int) -> None:
-        """Say that this step is over: shards that no later step was planned to need may leave the cache."""
+        """Mark a step as finished: shards that no later planned step needs may leave the cache."""
         with self._lock:
-            over = [number for number, until in self._needed_until.items() if until <= step]
-            for number in over:
+            finished = [number for number, until in self._needed_until.items() if until <= step]
+            for number in finished:
                 del self._needed_until[number]
 
     def name(self, number: int) -> str:
-        """URL of a shard."""
+        """Return the URL of a shard."""
         return self._storage.at(self._entries[number]["name"])
 
     def reader(self, number: int) -> ShardReader:
-        """Return the reader of a shard, fetching it first if need be."""
-        return self._opened(number).result().reader
+        """Return the reader of a shard, fetching the shard first if necessary."""
+        return self._open_shard(number).result().reader
 
     def is_by_range(self, number: int) -> bool:
-        """Tell whether every read of this shard is a request."""
-        return self._opened(number).result().by_range
+        """Return whether every read of this shard is a request."""
+        return self._open_shard(number).result().by_range
 
     def read_again(self, number: int, read: Callable[[ShardReader], Read]) -> Read:
-        """Call `read` with the original, after what was read turned out damaged; a copy in the cache is fetched anew.
+        """Call `read` with the original after a read returned damaged data; drop the cached copy, to be fetched again.
 
         Raises:
-            DataError: The original is damaged.
+            DataError: if the original is damaged.
         """
-        opened = self._opened(number).result()
+        opened = self._open_shard(number).result()
         if opened.lease is None:
             result = read(opened.reader)
             self._counters.add("retries", cause="damaged_read")
             return result
-        result = read(self._by_range(number).reader)
+        result = read(self._open_by_range(number).reader)
         self._counters.add("retries", cause="damaged_cache")
         opened.lease.drop()
         with self._lock:
@@ -111,14 +111,14 @@ class OpenShards:
         return result
 
     def close(self) -> None:
-        """End the threads and give the cache free."""
+        """Stop the threads and release the cached copies."""
         self._fetchers.shutdown(wait=True, cancel_futures=True)
         with self._lock:
             for future in self._open.values():
-                _close(future)
+                _release_lease(future)
             self._open.clear()
 
-    def _opened(self, number: int) -> Future[_Opened]:
+    def _open_shard(self, number: int) -> Future[_Opened]:
         with self._lock:
             future = self._open.get(number)
             if future is None:
@@ -126,32 +126,34 @@ class OpenShards:
             self._open.move_to_end(number)
             for other in list(self._open)[: max(0, len(self._open) - _MAX_OPEN_SHARDS)]:
                 if other not in self._needed_until:
-                    _close(self._open.pop(other))  # a thread that still reads it keeps it open
+                    _release_lease(self._open.pop(other))  # a thread that still reads the file keeps it open
         return future
 
     def _fetch(self, number: int) -> _Opened:
         entry = self._entries[number]
         if not self.is_remote:
             path = self._storage.local(entry["name"], num_bytes=entry["num_bytes"])
-            return _Opened(self._reader(number, local_ranges(path)), None, by_range=False)
+            return _Opened(self._make_reader(number, local_ranges(path)), None, by_range=False)
         for _ in range(2):
-            lease = self._lease(entry)
+            lease = self._lease_copy(entry)
             if lease is not None:
-                return _Opened(self._reader(number, local_ranges(lease.path)), lease, by_range=False)
+                return _Opened(self._make_reader(number, local_ranges(lease.path)), lease, by_range=False)
             self._release_idle()
-        return self._by_range(number)
+        return self._open_by_range(number)
 
-    def _lease(self, entry: Mapping[str, Any]) -> Lease | None:
+    def _lease_copy(self, entry: Mapping[str, Any]) -> Lease | None:
         if self._cache is None:
             return None
         return self._cache.lease(self._storage, entry["name"], sha256=entry["sha256"], num_bytes=entry["num_bytes"])
 
-    def _by_range(self, number: int) -> _Opened:
+    def _open_by_range(self, number: int) -> _Opened:
         return _Opened(
-            self._reader(number, partial(self._storage.read_range, self._entries[number]["name"])), None, by_range=True
+            self._make_reader(number, partial(self._storage.read_range, self._entries[number]["name"])),
+            None,
+            by_range=True,
         )
 
-    def _reader(self, number: int, read: Callable[[int, int], bytes]) -> ShardReader:
+    def _make_reader(self, number: int, read: Callable[[int, int], bytes]) -> ShardReader:
         entry = self._entries[number]
         name = index_name(entry["name"])
         index = parse_index(
@@ -170,14 +172,14 @@ class OpenShards:
         return reader
 
     def _release_idle(self) -> None:
-        """Give the cache free what no planned step needs."""
+        """Release the cached copies that no planned step needs."""
         with self._lock:
             for number in [number for number in self._open if number not in self._needed_until]:
                 if self._open[number].done():
-                    _close(self._open.pop(number))
+                    _release_lease(self._open.pop(number))
 
 
-def _close(future: Future[_Opened]) -> None:
+def _release_lease(future: Future[_Opened]) -> None:
     if future.done() and not future.cancelled() and future.exception() is None:
         lease = future.result().lease
         if lease is not None:

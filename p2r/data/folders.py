@@ -1,12 +1,14 @@
-"""A folder -> its files that may be scans: the one search behind a corpus and a task.
+"""A folder -> its files that may be scans: the search used for corpora and for tasks.
 
-Skipped: hidden files and folders (macOS leaves `._sub-01.nii.gz` beside every file it copies; file servers keep snapshots in
-`.snapshot`, git-annex its objects in `.git`), other folders that systems make on their own, and, in a BIDS data set,
-`derivatives`, `sourcedata` and `code`, unless the search starts in them.
+Skipped:
+    - hidden files and folders: macOS leaves `._sub-01.nii.gz` beside every file that it copies, file servers keep
+      snapshots in `.snapshot`, and git-annex keeps its objects in `.git`
+    - other folders created by systems
+    - `derivatives`, `sourcedata` and `code` of a BIDS data set, unless the search starts in them
 
-Links are followed, links to folders too, and each folder is searched once, under its own path if it has one below the
-root. So a loop ends, and a link to a folder above the root is not followed. A link that leads nowhere is listed where its
-name may be that of a scan or of a subject's folder: reading refuses it, and the ledger says so.
+Links are followed, including links to folders, and each folder is searched once, under its own path if that is below the
+root. So loops end, and a link to a folder above the root is not followed. A broken link is listed if its name could
+belong to a scan or to a subject's folder: reading it then refuses it, with a row in the ledger.
 """
 
 import os
@@ -18,29 +20,31 @@ from p2r.data import bids
 from p2r.data.names import HEADER_SUFFIXES, SUFFIXES, VOXEL_SUFFIXES, pair_of
 from p2r.errors import DataError
 
-_MADE_BY_SYSTEMS = frozenset(
+_SYSTEM_FOLDERS = frozenset(
     ("__macosx", "__pycache__", "lost+found", "~snapshot", "#snapshot", "#recycle", "@recycle", "@eadir", "$recycle.bin",
      "system volume information")
 )  # fmt: skip
-_NO_SUFFIX_NEEDED = "annex/objects"  # part of the target of every link that git-annex makes
+_ANNEX_TARGET = "annex/objects"  # part of the target of every git-annex link
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that was searched."""
+    """A searched folder."""
 
     path: Path
     names: tuple[str, ...]
-    """Its files, sorted."""
+    """Names of its files, sorted."""
     is_bids: bool
-    """It is in a BIDS data set."""
+    """True inside a BIDS data set."""
+    not_raw: tuple[str, ...] = ()
+    """Subfolders that are not searched: derivatives, sourcedata and code of a BIDS data set."""
 
 
 def walk(root: Path) -> Iterator[Folder]:
-    """Yield a folder and every folder below it, in an order that does not depend on the file system.
+    """Yield a folder and all folders below it, in an order that is independent of the file system.
 
     Raises:
-        DataError: for a folder that cannot be listed.
+        DataError: if a folder cannot be listed.
     """
     waiting = [(root, bids.is_dataset(root.parent))]
     links: list[tuple[Path, bool]] = []
@@ -48,28 +52,29 @@ def walk(root: Path) -> Iterator[Folder]:
     above = {str(folder) for folder in Path(os.path.realpath(root)).parents}
     while waiting or links:
         if not waiting:
-            links.sort(reverse=True)  # a folder that two links name is searched under the first
+            links.sort(reverse=True)  # a folder with two links is searched under the first
             waiting = [links.pop()]
         folder, is_bids = waiting.pop()
         place = os.path.realpath(folder)
         if place in searched or place in above:
             continue
         searched.add(place)
-        names, folders, linked = _listed(folder)
+        names, folders, linked = _list_folder(folder)
         is_dataset = bids.DESCRIPTION in names
         is_bids = is_bids or is_dataset
-        yield Folder(folder, tuple(sorted(name for name in names if not is_passed_over(name))), is_bids)
         skipped = bids.NOT_RAW if is_dataset else frozenset()
+        not_raw = tuple(sorted(skipped.intersection((*folders, *linked))))
+        yield Folder(folder, tuple(sorted(name for name in names if not is_passed_over(name))), is_bids, not_raw)
         wanted = {name for name in (*folders, *linked) if not is_passed_over(name) and name not in skipped}
         links += [(folder / name, is_bids) for name in linked if name in wanted]
         waiting += [(folder / name, is_bids) for name in sorted(wanted.intersection(folders), reverse=True)]
 
 
 def images_below(root: Path) -> Iterator[Path]:
-    """Yield every NIfTI file below a folder, of two files the header.
+    """Yield every NIfTI file below a folder; a scan in two files is yielded once, as its header.
 
     Raises:
-        DataError: for a folder that cannot be listed.
+        DataError: if a folder cannot be listed.
     """
     for folder in walk(root):
         images = {name for name in folder.names if is_image(name)}
@@ -77,33 +82,33 @@ def images_below(root: Path) -> Iterator[Path]:
 
 
 def is_image(name: str) -> bool:
-    """Tell whether a name, or the last part of a path, is that of a NIfTI file."""
+    """Return whether a name, or the last part of a path, belongs to a NIfTI file."""
     name = name.rpartition("/")[2]
     return name.lower().endswith((*SUFFIXES, *HEADER_SUFFIXES, *VOXEL_SUFFIXES)) and not is_passed_over(name)
 
 
 def has_header(name: str, names: Container[str]) -> bool:
-    """Tell whether a file has the voxels of a scan whose header is among `names`: one scan, listed by its header."""
+    """Return whether a file holds the voxels of a scan whose header is in `names`; such a scan is listed by its header."""
     pair = pair_of(name)
     return pair is not None and name == pair[1] and pair[0] in names
 
 
 def is_passed_over(name: str) -> bool:
-    """Tell whether a file or folder of this name is no part of a data set."""
-    return name.startswith(".") or name.lower() in _MADE_BY_SYSTEMS
+    """Return whether a file or folder of this name does not belong to a data set."""
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
 def is_dead_link(path: Path) -> bool:
-    """Tell whether a path is a link that leads nowhere and may stand for a scan or for a subject's folder."""
+    """Return whether a path is a broken link whose name could belong to a scan or to a subject's folder."""
     try:
         if not path.is_symlink() or path.exists():
             return False
-        return is_image(path.name) or (not path.suffix and _NO_SUFFIX_NEEDED not in str(path.readlink()))
-    except OSError:  # links that form a loop
+        return is_image(path.name) or (not path.suffix and _ANNEX_TARGET not in str(path.readlink()))
+    except OSError:  # a loop of links
         return is_image(path.name) or not path.suffix
 
 
-def _listed(folder: Path) -> tuple[list[str], list[str], list[str]]:
+def _list_folder(folder: Path) -> tuple[list[str], list[str], list[str]]:
     """Return the names of the files, folders and links to folders in a folder."""
     files, folders, linked = [], [], []
     try:
@@ -111,7 +116,7 @@ def _listed(folder: Path) -> tuple[list[str], list[str], list[str]]:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.name)
-                elif entry.is_symlink() and Path(entry).is_dir():  # is_dir() of an entry fails where links loop
+                elif entry.is_symlink() and Path(entry).is_dir():  # entry.is_dir() fails on a loop of links
                     linked.append(entry.name)
                 else:
                     files.append(entry.name)

@@ -1,11 +1,11 @@
-"""Scans that were found, and the ledger of what a corpus holds -> what is new, dealt to shards.
+"""Scans found, and the ledger of a corpus -> the new scans, assigned to shards.
 
-Which scan goes into which shard is settled from names and file sizes before anything is read, so every shard can be
-built, or built again after a failure, alone, and always has the same bytes. What is planned together keeps a subject in
-one shard; scans of a subject that come later go into later shards, since shards never change.
+Names and file sizes determine the shard of each scan before anything is read. So every shard can be built, or rebuilt after
+a failure, independently of the others, always with the same bytes. Scans planned together keep a subject in one shard;
+later scans of the subject go into later shards, because shards never change.
 
-A scan is known by its path, size and time. One that was refused is read again once it has changed; one that was accepted
-keeps its record.
+A scan is identified by its path, size and time. A refused scan is read again after it changes; an accepted scan keeps its
+record.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from p2r.data.label_maps import WAY_OUT
 from p2r.data.ledger import LedgerRow, is_accepted, ledger_row
 from p2r.data.pseudonyms import Names
 from p2r.data.scans import Scan, expand_subjects
+from p2r.data.subjects import subject_by_pattern
 from p2r.data.thumbnails import MOST, drawn
 from p2r.errors import DataError
 from p2r.patterns import subject_pattern
@@ -33,14 +34,14 @@ _SELECTION = (
     "shard_size_mib", "seed", "pseudonyms", "max_refused_fraction", "cross_subject_copies", "dicom_subject",
     "one_subject",
 )  # fmt: skip
-_LIMITS = ("max_scan_mib", "dcm2niix_timeout_s", "label_maps")  # they may differ from run to run
+_LIMITS = ("max_scan_mib", "dcm2niix_timeout_s", "label_maps")  # may differ from run to run
 _DEFAULT_PATTERN = IngestConfig.model_fields["subject_pattern"].default
-_LEAST_SCANS = 3  # of one subject by the pattern, that look like a mistake
+_MIN_SUSPICIOUS_SCANS = 3  # this number of scans, all of one subject by the pattern, suggests a wrong pattern
 
 
 @dataclass(frozen=True)
 class PlannedScan:
-    """A scan that will be read, and its names as the corpus publishes them."""
+    """A scan to read, and its names as published by the corpus."""
 
     scan: Scan
     key: str
@@ -48,10 +49,10 @@ class PlannedScan:
     source: str
     modified: str
     num_bytes: int | None = None
-    """Size of its files as the ledger has it; None under pseudonyms."""
+    """Size of its files in the ledger; None with pseudonyms."""
     entities: tuple[tuple[str, str], ...] = ()
     is_shown: bool = False
-    """Whether its thumbnail is wanted."""
+    """True if the report needs its thumbnail."""
 
     def row(self, status: str, reason: str, message: str = "", *, key: str | None = None, **more: Any) -> LedgerRow:
         """Return the scan's row in the ledger."""
@@ -70,30 +71,30 @@ class PlannedScan:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What one shard will be made of. Small, and can be sent to another machine."""
+    """The scans of one shard. Small, so that it can be sent to another machine."""
 
     number: int
-    """Its place in the corpus, for its name."""
+    """Number of the shard in the corpus, for its name."""
     scans: tuple[PlannedScan, ...]
-    """In the order of the records."""
+    """Scans in the order of the records."""
     known: tuple[tuple[str, str, str], ...] = ()
-    """(subject, digest of the voxels, key) of what the corpus already holds of these subjects."""
+    """(subject, voxel digest, key) of scans of these subjects that the corpus already holds."""
     without: tuple[tuple[str, str], ...] = ()
-    """Keys of scans to leave out as copies of another subject's, with the keys of the originals."""
+    """(key of a copy to leave out, key of the original, a scan of another subject)."""
     max_refused_thumbnails: int = MOST
-    """How many refused scans' thumbnails may be taken along."""
+    """Maximum number of thumbnails of refused scans."""
 
     @property
     def num_bytes(self) -> int:
-        """Size of the files that will be read."""
+        """Size of the files to read."""
         return sum(planned.scan.num_bytes for planned in self.scans)
 
     def digest(self, config: IngestConfig) -> str:
-        """Digest of all that the shard depends on, but for its number: what was built once is found again by it."""
+        """Digest of everything that the shard depends on, except its number; the key by which a built shard is reused."""
         members = []
         for planned in self.scans:
             fields = asdict(planned)
-            # Where the size of a file is not published, its digest is in `modified`.
+            # With pseudonyms the size is not published, but its digest is part of `modified`.
             members.append({**fields, "scan": fields.pop("num_bytes"), "files": len(planned.scan.files)})
         return hashlib.sha256(
             json_bytes(
@@ -115,20 +116,20 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Growth:
-    """What a job adds to a corpus."""
+    """Additions of a job to a corpus."""
 
     plans: tuple[ShardPlan, ...]
     """Shards to build."""
     rows: tuple[LedgerRow, ...]
-    """Of the next ledger, but for the scans in `plans`: rows that stay, and those of scans that need not be read."""
+    """Rows of the next ledger except for the scans in `plans`: rows that stay, and rows of scans that are not read."""
     changed: tuple[str, ...]
     """Sources that changed after they were accepted."""
     is_new: bool
-    """Whether anything is added at all."""
+    """True if anything is added."""
 
 
 def preprocessing_of(config: IngestConfig) -> dict[str, Any]:
-    """Return the fields of an ingest section that say how a scan becomes a record, or is refused."""
+    """Return the fields of an ingest section that determine the record of a scan, or its refusal."""
     return config.model_dump(mode="json", exclude={*_SELECTION, *_LIMITS})
 
 
@@ -140,41 +141,43 @@ def plan_growth(
     ledger: Sequence[LedgerRow] = (),
     first_number: int = 0,
     allowed_subjects: Set[str] | None = None,
+    passed_over: Sequence[Scan] = (),
 ) -> Growth:
-    """Find what is new among scans, and deal it to shards, subject by subject in an order shuffled by `config.seed`.
+    """Find the new scans and assign them to shards, subject by subject, in an order shuffled by `config.seed`.
 
     Args:
-        scans: From `find_scans`.
+        scans: Scans from `find_scans`.
         config: The job's ingest section.
-        names: How names are published.
-        ledger: Of the corpus as it is.
-        first_number: Of the first new shard.
-        allowed_subjects: The subjects that `config.subjects_of` stands for; None: all.
+        names: Names as the corpus publishes them.
+        ledger: Ledger of the current corpus.
+        first_number: Number of the first new shard.
+        allowed_subjects: Subjects to which `config.subjects_of` resolves; None: all.
+        passed_over: Folders that are not read, from `search_scans`; each gets a row.
 
     Raises:
-        DataError: for a subject that is listed and has no scan; if no scan found is of a selected subject; if all scans found
-            seem to be of one subject, and the section does not say that they are.
+        DataError: if a listed subject has no scan, or no scan belongs to a selected subject. Also if all scans appear to
+            belong to one subject, and the section does not confirm it.
     """
     subjects = {scan: subject_of(scan, config) for scan in scans}
-    _check_several(subjects, config, allowed_subjects)
+    _check_subject_pattern(subjects, config, allowed_subjects)
     found = {subject for subject in subjects.values() if subject is not None}
-    selected = _selected(found, config, allowed_subjects)
+    selected = _select_subjects(found, config, allowed_subjects)
     if not selected:
         raise DataError(
-            f"none of the {len(scans)} scans found is of a selected subject; subjects found by ingest.subject_pattern "
-            f"{config.subject_pattern!r}: {_listing(found)}; "
+            f"none of the {len(scans)} scans found belongs to a selected subject; subjects found by ingest.subject_pattern "
+            f"{config.subject_pattern!r}: {_list_names(found)}; "
             + (
-                f"wanted: {_listing(allowed_subjects)} (ingest.subjects_of); correct ingest.subject_pattern, or ingest.sources"
+                f"selected: {_list_names(allowed_subjects)} (ingest.subjects_of); correct ingest.subject_pattern, or ingest.sources"
                 if allowed_subjects is not None
                 else "correct ingest.subjects or ingest.subject_pattern"
             )
         )
-    known = _by_source(ledger)
+    known = _group_by_source(ledger)
     replaced: set[str] = set()
     rows: list[LedgerRow] = []
     to_read: list[Scan] = []
     changed = []
-    for scan, subject in subjects.items():
+    for scan, subject in (*subjects.items(), *((folder, None) for folder in passed_over)):
         source = names.source(scan.path)
         old = known.get(source, [])
         is_same = all(names.is_state(row, scan.num_bytes, scan.modified) for row in old)
@@ -182,9 +185,9 @@ def plan_growth(
             if not is_same:
                 changed.append(source)
             continue
-        row = _row_unread(scan, subject, selected, config, names)
+        row = _make_unread_row(scan, subject, selected, config, names)
         if old and is_same:
-            was_read = old[0]["reason"] not in ("not_selected", "no_subject") and not _is_wanted_now(old[0], config)
+            was_read = old[0]["reason"] not in ("not_selected", "no_subject") and not _is_accepted_now(old[0], config)
             if was_read or (row is not None and row["reason"] == old[0]["reason"]):
                 continue
         replaced.add(source)
@@ -193,19 +196,19 @@ def plan_growth(
         else:
             rows.append(row)
     kept = [row for row in ledger if row["source"] not in replaced]
-    keys = _Keys(row["key"] for row in kept)
+    keys = _UniqueKeys(row["key"] for row in kept)
     for row in rows:
-        row["key"] = keys.free(row["key"], row["source"])
-    planned = [_planned(scan, subjects[scan] or "", names, keys) for scan in sorted(to_read)]
-    plans = tuple(_plans(planned, config, kept, first_number=first_number))
+        row["key"] = keys.reserve(row["key"], row["source"])
+    planned = [_plan_scan(scan, subjects[scan] or "", names, keys) for scan in sorted(to_read)]
+    plans = tuple(_plan_shards(planned, config, kept, first_number=first_number))
     return Growth(plans, (*kept, *rows), tuple(changed), is_new=bool(plans or rows))
 
 
-def _planned(scan: Scan, subject: str, names: Names, keys: "_Keys") -> PlannedScan:
+def _plan_scan(scan: Scan, subject: str, names: Names, keys: "_UniqueKeys") -> PlannedScan:
     num_bytes, modified = names.state(scan.num_bytes, scan.modified)
     return PlannedScan(
         scan=scan,
-        key=keys.free(names.key(scan.key), names.source(scan.path)),
+        key=keys.reserve(names.key(scan.key), names.source(scan.path)),
         subject=names.subject(subject),
         source=names.source(scan.path),
         modified=modified,
@@ -214,10 +217,10 @@ def _planned(scan: Scan, subject: str, names: Names, keys: "_Keys") -> PlannedSc
     )
 
 
-def _plans(
+def _plan_shards(
     planned: Sequence[PlannedScan], config: IngestConfig, kept: Sequence[LedgerRow], *, first_number: int
 ) -> Iterator[ShardPlan]:
-    shown = set(drawn((it.key for it in planned), 2 * MOST))  # twice as many as needed: some will be refused
+    shown = set(drawn((it.key for it in planned), 2 * MOST))  # twice the needed number: some will be refused
     groups: dict[str, list[PlannedScan]] = defaultdict(list)
     for it in planned:
         groups[it.subject].append(replace(it, is_shown=it.key in shown))
@@ -225,19 +228,19 @@ def _plans(
     for row in kept:
         if is_accepted(row) and row["subject"] in groups:
             held[row["subject"]].append((row["subject"], row["voxels_sha256"], row["key"]))
-    parts = list(_dealt(groups, config))
+    parts = list(_assign_subjects(groups, config))
     for number, part in enumerate(parts):
         yield ShardPlan(
             number=first_number + number,
             scans=tuple(it for subject in part for it in groups[subject]),
             known=tuple(entry for subject in part for entry in held[subject]),
-            # Shards are shuffled: the first ones stand for all, and no more travels however many there are.
+            # Shards are shuffled, so the first ones are representative; this bounds the number of thumbnails sent.
             max_refused_thumbnails=-(-2 * MOST // len(parts)) if number < 2 * MOST else 0,
         )
 
 
-def _dealt(groups: Mapping[str, Sequence[PlannedScan]], config: IngestConfig) -> Iterator[list[str]]:
-    """Yield the subjects of each shard. A shard is full once the files behind it reach the size that was asked for."""
+def _assign_subjects(groups: Mapping[str, Sequence[PlannedScan]], config: IngestConfig) -> Iterator[list[str]]:
+    """Yield the subjects of each shard. A shard is full when its source files reach `shard_size_mib`."""
     names = sorted(groups)
     order = np.argsort(keyed_generator(config.seed, "shards").bit_generator.random_raw(len(names)), kind="stable")
     part: list[str] = []
@@ -252,18 +255,20 @@ def _dealt(groups: Mapping[str, Sequence[PlannedScan]], config: IngestConfig) ->
         yield part
 
 
-def _is_wanted_now(row: LedgerRow, config: IngestConfig) -> bool:
-    """Tell whether a scan was left out as a label map, and the job now takes label maps."""
+def _is_accepted_now(row: LedgerRow, config: IngestConfig) -> bool:
+    """Return whether a scan was left out as a label map, and the job now takes label maps."""
     return bool(row["reason"] == LABEL_MAP and config.label_maps == "take")
 
 
-def _row_unread(
+def _make_unread_row(
     scan: Scan, subject: str | None, selected: Set[str], config: IngestConfig, names: Names
 ) -> LedgerRow | None:
-    """Return the row of a scan that will not be read; None for one that will."""
+    """Return the row of a scan that is not read; None if the scan is to be read."""
     status = "not_selected"
-    if scan.label_map and config.label_maps == "leave_out":
-        reason, message = LABEL_MAP, f"{scan.name} {scan.label_map}: a label map; {WAY_OUT}"
+    if scan.passed_over:
+        reason, message = "not_raw", f"{scan.path}: {scan.passed_over}"
+    elif scan.label_map and config.label_maps == "leave_out":
+        reason, message = LABEL_MAP, f"{scan.name} {scan.label_map}, so it is taken for a label map; {WAY_OUT}"
     elif subject is None:
         status, reason = "refused", "no_subject"
         message = f"{scan.name} does not match subject_pattern {config.subject_pattern!r}"
@@ -284,20 +289,20 @@ def _row_unread(
     )
 
 
-class _Keys:
-    """Names of records that are taken. A second file of one name gets a piece of the digest of its source."""
+class _UniqueKeys:
+    """Record keys in use. A second file of the same name gets part of the digest of its source as a suffix."""
 
-    def __init__(self, taken: Iterable[str]) -> None:
-        self._taken = set(taken)
+    def __init__(self, used: Iterable[str]) -> None:
+        self._used = set(used)
 
-    def free(self, key: str, source: str) -> str:
-        if key in self._taken:
+    def reserve(self, key: str, source: str) -> str:
+        if key in self._used:
             key = f"{key}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
-        self._taken.add(key)
+        self._used.add(key)
         return key
 
 
-def _by_source(ledger: Iterable[LedgerRow]) -> dict[str, list[LedgerRow]]:
+def _group_by_source(ledger: Iterable[LedgerRow]) -> dict[str, list[LedgerRow]]:
     found: dict[str, list[LedgerRow]] = defaultdict(list)
     for row in ledger:
         found[row["source"]].append(row)
@@ -305,46 +310,46 @@ def _by_source(ledger: Iterable[LedgerRow]) -> dict[str, list[LedgerRow]]:
 
 
 def subject_of(scan: Scan, config: IngestConfig) -> str | None:
-    """Return whose scan it is: as BIDS or a list says, by a pattern that the job states, as `dataset.json` says, by the default."""
+    """Return the subject of a scan: from BIDS or a list, else the job's pattern, else `dataset.json`, else the default pattern."""
     if scan.subject is not None:
         return scan.subject
     text = config.subject_pattern
     if scan.case is not None and text == _DEFAULT_PATTERN:
         return scan.case
     pattern = subject_pattern(text)
-    return pattern.first_group(scan.name) or pattern.first_group(scan.below)
+    return subject_by_pattern(pattern, scan.name, scan.below)
 
 
-def _check_several(subjects: Mapping[Scan, str | None], config: IngestConfig, allowed: Set[str] | None) -> None:
-    """Refuse a pattern by which all scans are of one subject; what BIDS names or a list say of subjects is believed."""
+def _check_subject_pattern(subjects: Mapping[Scan, str | None], config: IngestConfig, allowed: Set[str] | None) -> None:
+    """Refuse a pattern that assigns all scans to one subject; subjects from BIDS names or lists are not questioned."""
     if config.one_subject or config.subjects is not None or allowed is not None:
         return
     is_left_out = config.label_maps == "leave_out"
     scans = [scan for scan in subjects if not (is_left_out and scan.label_map)]
     found = {subjects[scan] for scan in scans}
-    if len(scans) < _LEAST_SCANS or len(found) > 1 or None in found or any(scan.subject for scan in scans):
+    if len(scans) < _MIN_SUSPICIOUS_SCANS or len(found) > 1 or None in found or any(scan.subject for scan in scans):
         return
     shown = "" if config.pseudonyms else f", {found.pop()}, such as {scans[0].name} and {scans[-1].name}"
     raise DataError(
         f"all {len(scans)} scans found are of one subject by ingest.subject_pattern {config.subject_pattern!r}{shown}: write a "
-        "pattern whose first group is the subject's name, such as ^(.+?)\\.nii if every file is a subject; or, if it is one "
-        "person, ingest.one_subject: true"
+        "pattern whose first group is the subject's name, such as ^(.+?)\\.nii if every file is a subject; if they do show one "
+        "person, set ingest.one_subject: true"
     )
 
 
-def _selected(found: set[str], config: IngestConfig, allowed: Set[str] | None) -> set[str]:
+def _select_subjects(found: set[str], config: IngestConfig, allowed: Set[str] | None) -> set[str]:
     selected = found if allowed is None else found & allowed
     if config.subjects is None:
         return selected
     listed = set(expand_subjects(config.subjects))
     if absent := listed - found:
         raise DataError(
-            f"ingest.subjects lists {_listing(absent)}, of whom there is no scan; subjects found: {_listing(found)}"
+            f"ingest.subjects lists {_list_names(absent)} without any scan; subjects found: {_list_names(found)}"
         )
     return selected & listed
 
 
-def _listing(names: Set[str]) -> str:
+def _list_names(names: Set[str]) -> str:
     ordered = sorted(names)
     shown = ", ".join(ordered[:5])
     return f"{shown}, and {len(ordered) - 5} more" if len(ordered) > 5 else shown or "none"

@@ -1,10 +1,10 @@
-"""A NIfTI header -> voxel size, place, shape and scaling of a scan, or a named refusal, before a voxel is read.
+"""A NIfTI header -> voxel size, position, shape and scaling of a scan, or a named refusal, before any voxel is read.
 
-Lengths are millimetres. A header that states metres or microns is converted; one that states no unit is taken as mm, as
-every other reader takes it. The extent of a scan must be possible: a wrong unit would otherwise end as voxels of 100 mm.
+Lengths are millimetres. Metres and microns are converted; a header without a unit is read as mm, as every other reader
+does. The extent of the scan must be plausible: otherwise a wrong unit would give voxels of 100 mm.
 
-Place is nibabel's: the sform if its code is set, else the qform, else the voxel sizes. Two defects are common enough to be
-known: converters that know no orientation write an sform of ones and leave the true size in `pixdim` (see `_spacing`), and
+The affine follows nibabel: the sform if its code is set, else the qform, else the voxel sizes. Two common defects are
+mended: an sform of ones from converters without orientation, with the true size in `pixdim` (see `_spacing_per_axis`), and
 quaternions rounded to slightly more than 1.
 """
 
@@ -26,45 +26,45 @@ from p2r.data.opening import Stream
 from p2r.errors import RefusedScan
 
 _LOGGER = logging.getLogger(__name__)
-_LOGGER.addHandler(logging.NullHandler())  # what nibabel mends in a header is of interest to those who ask
+_LOGGER.addHandler(logging.NullHandler())  # nibabel's mends of a header are logged only on request
 
-_MAX_AXIS = 32_767  # what NIfTI-1 can say; NIfTI-2 could say 2**63
+_MAX_AXIS = 32_767  # the largest that NIfTI-1 can state; NIfTI-2 could state 2**63
 _MM_PER_UNIT = {1: 1e3, 3: 1e-3}  # metre, micron; mm for all others
 _UNIT_NAMES = {1: "metre", 2: "mm", 3: "micron"}
 _MAX_EXTENT_MM = 3000.0  # a person lying on the table
 _MIN_EXTENT_MM = 1.0  # the longest side: an embryo of a fish under a microscope
-_MIN_SPACING_MM, _MAX_RECORD_MM = 1e-6, 1e4  # of what a corpus may hold: corpora were made before the bounds above
+_MIN_SPACING_MM, _MAX_RECORD_MM = 1e-6, 1e4  # for records of a corpus, which may be older than the bounds above
 _QUATERNION_ROUNDING = -1e-4
 _PLACEMENT = (
     "pixdim", "xyzt_units", "toffset", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
     "qoffset_z", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
 _OTHER_FILES = (
-    (b"version https://git-lfs", "not_fetched", "is a pointer of Git LFS: its content is not on this machine; fetch it: git lfs pull"),
-    (b"/annex/objects/", "not_fetched", "is a pointer of git-annex: its content is not on this machine; fetch it: datalad get PATH"),
-    (b".git/annex/", "not_fetched", "is a pointer of git-annex: its content is not on this machine; fetch it: datalad get PATH"),
+    (b"version https://git-lfs", "not_fetched", "is a Git LFS pointer: its content is not on this machine; fetch it: git lfs pull"),
+    (b"/annex/objects/", "not_fetched", "is a git-annex pointer: its content is not on this machine; fetch it: datalad get PATH"),
+    (b".git/annex/", "not_fetched", "is a git-annex pointer: its content is not on this machine; fetch it: datalad get PATH"),
     (b"\x1f\x8b", "not_nifti", "is gzipped twice; gunzip it once"),
-    (b"<", "not_nifti", "is a web page, such as that of a login, or XML; download it again, signed in"),
+    (b"<", "not_nifti", "is XML or a web page, such as a login page; download it again, signed in"),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A scan's place in space and time."""
+    """Position of a scan in space and time."""
 
     affine: NDArray[np.float64]
     """(4, 4): voxel of the file -> mm."""
     spacing_mm: NDArray[np.float64]
     """Voxel size along the axes of the file."""
     placement: Mapping[str, tuple[float, ...]]
-    """The header's fields of place and time, as the file has them."""
+    """Space and time fields of the header, as the file has them."""
 
 
 def read_header(stream: Stream, path: str | Path) -> tuple[Any, Mapping[str, tuple[float, ...]]]:
     """Read a header.
 
     Returns:
-        nibabel's header, with small defects mended; and its fields of place and time as they were.
+        nibabel's header, with small defects mended; and its space and time fields, unchanged.
 
     Raises:
         RefusedScan: `not_nifti`, `not_fetched`, `truncated` or `dtype`.
@@ -76,7 +76,7 @@ def read_header(stream: Stream, path: str | Path) -> tuple[Any, Mapping[str, tup
         kind = Nifti2Header if block[4:8] == b"n+2\0" else Nifti2PairHeader
         block += stream.read(kind.sizeof_hdr - len(block))
     if kind is None or (not kind.is_single and pair_of(str(path)) is None):
-        raise _not_nifti(block, path, is_half=kind is not None)
+        raise _refuse_other_file(block, path, is_half=kind is not None)
     if len(block) < kind.sizeof_hdr:
         raise RefusedScan("truncated", f"{path} ends within its header, after {len(block)} bytes; copy it again")
     try:
@@ -84,19 +84,19 @@ def read_header(stream: Stream, path: str | Path) -> tuple[Any, Mapping[str, tup
         placement = {name: tuple(np.atleast_1d(raw[name]).tolist()) for name in _PLACEMENT}
         _check_dtype(raw, path)
         raw.quaternion_threshold = _QUATERNION_ROUNDING
-        raw.check_fix(logger=_LOGGER, error_level=40)  # 40 breaks the standard; less is mended
+        raw.check_fix(logger=_LOGGER, error_level=40)  # level 40 breaks the standard; lower levels are mended
     except (HeaderDataError, ValueError, OverflowError) as error:
-        raise _breaks_standard(path, error) from error
+        raise _refuse_broken_header(path, error) from error
     return raw, placement
 
 
 def geometry_of(header: Any, placement: Mapping[str, tuple[float, ...]], path: str | Path) -> Geometry:
-    """Return a scan's place.
+    """Return the position of a scan in space and time.
 
     Args:
-        header: From `read_header`.
-        placement: From `read_header`.
-        path: For messages.
+        header: Header from `read_header`.
+        placement: Its space and time fields, from `read_header`.
+        path: Path of the scan, for messages.
 
     Raises:
         RefusedScan: `degenerate_affine`.
@@ -116,7 +116,7 @@ def geometry_of(header: Any, placement: Mapping[str, tuple[float, ...]], path: s
         ) from error
     affine[:3] *= mm_per_unit
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    # Volume of a voxel over the product of its edges: 1 for right angles, 0 where axes coincide.
+    # Volume of a voxel divided by the product of its edges: 1 for right angles, 0 if axes coincide.
     if (
         not np.isfinite(affine).all()
         or not ((sizes > 1e-9) & (sizes < 1e9)).all()
@@ -124,19 +124,19 @@ def geometry_of(header: Any, placement: Mapping[str, tuple[float, ...]], path: s
     ):
         raise RefusedScan(
             "degenerate_affine",
-            f"{path} has an affine that does not span space: {affine[:3].round(4).tolist()}; convert the scan again, or set its "
+            f"{path} has a singular or non-finite affine: {affine[:3].round(4).tolist()}; convert the scan again, or set its "
             f"{'sform' if int(header['sform_code']) > 0 else 'qform'}",
         )
-    return Geometry(affine, _spacing(header, affine, mm_per_unit), placement)
+    return Geometry(affine, _spacing_per_axis(header, affine, mm_per_unit), placement)
 
 
 def check_extent(place: Geometry, shape: tuple[int, ...], path: str | Path) -> None:
-    """Refuse a scan that is larger or smaller than a body can be, as one with a wrong unit of length.
+    """Refuse a scan that is too large or too small for a body, such as one with a wrong unit of length.
 
     Args:
-        place: From `geometry_of`.
-        shape: From `shape_of`.
-        path: For messages.
+        place: Geometry from `geometry_of`.
+        shape: Shape from `shape_of`.
+        path: Path of the scan, for messages.
 
     Raises:
         RefusedScan: `extent`.
@@ -146,18 +146,20 @@ def check_extent(place: Geometry, shape: tuple[int, ...], path: str | Path) -> N
     if extent.max() <= _MAX_EXTENT_MM and extent.max() >= _MIN_EXTENT_MM:
         return
     stated = (
-        f"its header states {_UNIT_NAMES[unit]}" if unit in _UNIT_NAMES else "its header states no unit: mm is taken"
+        f"Its header states {_UNIT_NAMES[unit]}"
+        if unit in _UNIT_NAMES
+        else "Its header states no unit, so mm is assumed"
     )
     raise RefusedScan(
         "extent",
         f"{path} covers {' x '.join(f'{size:.3g}' for size in extent)} mm; the longest side of a scan has {_MIN_EXTENT_MM:g} to "
-        f"{_MAX_EXTENT_MM:g} mm. {stated[0].upper()}{stated[1:]} (xyzt_units): correct it with nibabel's "
-        "header.set_xyzt_units('mm'), ('meter') or ('micron'), or the voxel size itself",
+        f"{_MAX_EXTENT_MM:g} mm. {stated} (xyzt_units): correct it with nibabel's "
+        "header.set_xyzt_units('mm'), ('meter') or ('micron'), or correct the voxel size",
     )
 
 
 def is_physical(shape: Sequence[int], spacing_mm: Sequence[float]) -> bool:
-    """Tell whether a record of a corpus, voxels of this size and so many along X, Y and Z, can be of a scan."""
+    """Return whether a record of this shape and voxel size (X, Y, Z) can come from a scan."""
     return all(
         size > _MIN_SPACING_MM and size * count < _MAX_RECORD_MM for size, count in zip(spacing_mm, shape, strict=False)
     )
@@ -178,21 +180,24 @@ def shape_of(header: Any, path: str | Path, max_mib: float) -> tuple[int, int, i
         shape = tuple(int(size) for size in header.get_data_shape())
         offset = int(header["vox_offset"])
     except (HeaderDataError, ValueError, OverflowError) as error:
-        raise _breaks_standard(path, error) from error
+        raise _refuse_broken_header(path, error) from error
     while len(shape) > 4 and shape[-1] == 1:
         shape = shape[:-1]
     if not 3 <= len(shape) <= 4:
         raise RefusedScan(
             "not_3d",
-            f"{path} has {len(shape)} axes {list(shape)}; a scan has three, or four with time last: save one volume, or one plane as "
+            f"{path} has {len(shape)} axes {list(shape)}; a scan has three, or four with time last: save one volume, or one slice as "
             "(X, Y, 1)",
         )
     if min(shape) < 1:
         raise RefusedScan("empty", f"{path} has no voxels: its shape is {list(shape)}; correct the header's dim")
     if sum(size == 1 for size in shape[:3]) > 1:
-        raise RefusedScan("not_3d", f"{path} is a line of voxels, its shape is {list(shape)}; a scan has planes")
+        raise RefusedScan(
+            "not_3d",
+            f"{path} is a line of voxels: its shape is {list(shape)}; a scan has at least two axes of 2 voxels",
+        )
     if offset < 0:
-        raise RefusedScan("not_nifti", f"{path} says that its voxels begin at byte {offset}; write the file again")
+        raise RefusedScan("not_nifti", f"{path} states that its voxels begin at byte {offset}; write the file again")
     promised = offset + int(np.prod(shape, dtype=object)) * int(header.get_data_dtype().itemsize)
     if max(shape) > _MAX_AXIS or promised > max_mib * 2**20:
         raise RefusedScan(
@@ -213,23 +218,23 @@ def scaling_of(header: Any, path: str | Path) -> tuple[float, float]:
         slope, intercept = header.get_slope_inter()
     except HeaderDataError as error:
         raise RefusedScan(
-            "nonfinite", f"{path} has a scaling that is not finite: {error}; correct scl_slope and scl_inter"
+            "nonfinite", f"{path} has a non-finite scaling: {error}; correct scl_slope and scl_inter"
         ) from error
     return (1.0, 0.0) if slope is None else (float(slope), float(intercept or 0.0))
 
 
-def _not_nifti(block: bytes, path: str | Path, *, is_half: bool) -> RefusedScan:
-    for start, code, what in _OTHER_FILES:
+def _refuse_other_file(block: bytes, path: str | Path, *, is_half: bool) -> RefusedScan:
+    for start, code, reason in _OTHER_FILES:
         if block.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(start):
-            return RefusedScan(code, f"{path} {what.replace('PATH', str(path))}")
-    what = "is empty" if not block else "is a header without voxels" if is_half else "has no NIfTI magic number"
+            return RefusedScan(code, f"{path} {reason.replace('PATH', str(path))}")
+    reason = "is empty" if not block else "is a header without voxels" if is_half else "has no NIfTI magic number"
     return RefusedScan(
         "not_nifti",
-        f"{path} {what}; NIfTI-1 and NIfTI-2 (.nii, .nii.gz, .hdr/.img) can be read: copy or convert it again",
+        f"{path} {reason}; only NIfTI-1 and NIfTI-2 (.nii, .nii.gz, .hdr/.img) are read: copy or convert it again",
     )
 
 
-def _breaks_standard(path: str | Path, error: Exception) -> RefusedScan:
+def _refuse_broken_header(path: str | Path, error: Exception) -> RefusedScan:
     return RefusedScan(
         "not_nifti",
         f"{path} has a header that breaks the NIfTI standard: {error}; write the file again, as with nibabel",
@@ -243,17 +248,17 @@ def _check_dtype(header: Any, path: str | Path) -> None:
         name = known.label.get(number, "unknown")
         raise RefusedScan(
             "dtype",
-            f"{path} holds voxels of type {name} (NIfTI code {number}); integers and real numbers of up to 64 bits can be used: save "
+            f"{path} holds voxels of type {name} (NIfTI code {number}); integers and real numbers of up to 64 bits are supported: save "
             "it as one of these, such as float32",
         )
 
 
-def _spacing(header: Any, affine: NDArray[np.float64], mm_per_unit: float) -> NDArray[np.float64]:
+def _spacing_per_axis(header: Any, affine: NDArray[np.float64], mm_per_unit: float) -> NDArray[np.float64]:
     """Return the voxel size along the axes of the file, mm.
 
-    The affine says it, but for one common defect: converters that know no orientation write an sform of ones and leave the
-    true size in `pixdim`. Read as written, ACDC's voxels of 1.56 x 1.56 x 10 mm would be 1 mm cubes. An sform of the scanner
-    (code 1) is believed, unless a qform, which holds `pixdim`, contradicts it.
+    It follows from the affine, with one exception: converters without orientation write an sform of ones and leave the true
+    size in `pixdim`. Taken literally, ACDC's voxels of 1.56 x 1.56 x 10 mm would be 1 mm cubes. An sform of the scanner
+    (code 1) is trusted, unless the qform, which uses `pixdim`, contradicts it.
     """
     sizes: NDArray[np.float64] = np.linalg.norm(affine[:3, :3], axis=0)
     pixdim = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64)) * mm_per_unit

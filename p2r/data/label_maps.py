@@ -1,10 +1,10 @@
 """Label maps among scans: recognised by name, by the list in a `dataset.json`, or by their voxels.
 
-A label map that is read as a scan teaches a network the outlines of organs, test patients' too, and no digest of scans can
-show it afterwards. So ingest leaves label maps out, each with a reason in the ledger, unless `ingest.label_maps` says `take`.
+A label map read as a scan would teach the network the outlines of organs, also of test patients, and no digest of scans
+could reveal it afterwards. So ingest leaves label maps out, with a reason in the ledger, unless `ingest.label_maps` is `take`.
 
     by name     a folder such as labelsTr, labels, masks or derivatives; a name that ends in _seg, _dseg, _mask, _label, ...
-    by voxels   whole numbers, and few of them; or more, as in atlases, that hardly change from voxel to voxel
+    by voxels   few distinct whole numbers; or more, as in atlases, that rarely change from voxel to voxel
 """
 
 import re
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from p2r.data.names import scan_key
 
 CODE = "label_map"
-"""Reason of the ledger's rows for label maps that were left out."""
-WAY_OUT = "ingest.label_maps: take reads it as a scan"
+"""Ledger reason of label maps that were left out."""
+WAY_OUT = "set ingest.label_maps: take to read it as a scan"
 
 _FOLDERS = frozenset(
     {
@@ -30,49 +30,51 @@ LABEL_SUFFIX = re.compile(
     r"(^|[_.\s-])(seg|segs|dseg|probseg|segmentation|mask|masks|brainmask|label|labels|labelmap|gt|groundtruth|roi|aseg|aparc\+aseg)$",
     re.IGNORECASE,
 )
-_FEW = 16
-_MANY = 512
-_LEAST_ALIKE = 0.8  # of neighbouring voxels of an atlas; scans, 8-bit ones too, stay below 0.3
-_WHOLE = 1e-3
-_SAMPLE = 1 << 14
+_MAX_LABELS = 16
+_MAX_ATLAS_LABELS = 512
+_MIN_EQUAL_FRACTION = 0.8  # of neighbouring voxels of an atlas; scans, even with 8 bits, stay below 0.3
+_WHOLE_TOLERANCE = 1e-3
+_SAMPLE_VOXELS = 1 << 14
 
 
 def label_map_by_name(below: str) -> str | None:
-    """Return why a file is taken for a label map, by its path below its source; None if nothing says so."""
+    """Return the reason to take a file for a label map, by its path below its source; None if there is none."""
     path = PurePosixPath(below)
     for folder in path.parts[:-1]:
         if folder.lower() in _FOLDERS:
-            return f"is below a folder {folder}"
+            return f"is below a folder named {folder}"
     match = LABEL_SUFFIX.search(scan_key(path.name))
     return None if match is None else f"has a name that ends in {match[0]}"
 
 
 def label_map_by_voxels(data: NDArray[Any]) -> str | None:
-    """Return why a volume (X, Y, Z, T) is taken for a label map; None if it looks like a scan."""
+    """Return the reason to take a volume (X, Y, Z, T) for a label map; None if it looks like a scan."""
     flat = data.reshape(-1)
-    if _num_whole(flat[:: max(1, flat.size // _SAMPLE)]) is None:  # true of nearly every scan, and cheap
+    if _count_labels(flat[:: max(1, flat.size // _SAMPLE_VOXELS)]) is None:  # cheap, and decides for nearly every scan
         return None
-    num_values = _num_whole(flat)
+    num_values = _count_labels(flat)
     if num_values is None or num_values < 2:
         return None
-    if num_values <= _FEW:
+    if num_values <= _MAX_LABELS:
         return f"holds only {num_values} different values, all whole numbers"
-    alike = _alike(data)
-    if alike >= _LEAST_ALIKE:
-        return f"holds {num_values} different whole numbers, and {alike:.0%} of its neighbouring voxels are equal"
+    equal_fraction = _equal_neighbours(data)
+    if equal_fraction >= _MIN_EQUAL_FRACTION:
+        return (
+            f"holds {num_values} different whole numbers, and {equal_fraction:.0%} of its neighbouring voxels are equal"
+        )
     return None
 
 
-def _num_whole(values: NDArray[Any]) -> int | None:
-    """Count the distinct values; None if they are many, or not all whole numbers."""
+def _count_labels(values: NDArray[Any]) -> int | None:
+    """Count the distinct values; None if there are too many for labels, or not all are whole numbers."""
     found = np.unique(values)
-    if len(found) > _MANY or np.abs(found - np.rint(found)).max(initial=0) > _WHOLE:
+    if len(found) > _MAX_ATLAS_LABELS or np.abs(found - np.rint(found)).max(initial=0) > _WHOLE_TOLERANCE:
         return None
     return len(np.unique(np.rint(found)))
 
 
-def _alike(data: NDArray[Any]) -> float:
-    """Return the share of neighbours, among those that are not background, that have one value."""
+def _equal_neighbours(data: NDArray[Any]) -> float:
+    """Return the fraction of neighbouring foreground voxels with equal values."""
     num_equal = num_pairs = 0
     for axis in range(3):
         ahead, behind = np.moveaxis(data, axis, 0)[1:], np.moveaxis(data, axis, 0)[:-1]

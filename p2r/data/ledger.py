@@ -1,15 +1,15 @@
-"""The ledger: a row for every input of a corpus, whatever became of it.
+"""The ledger: a row for every input of a corpus, accepted or not.
 
-    key, source, num_bytes, modified, subject           which input, and which version of it
-    status, reason, message, copy_of                    what became of it, and why
-    num_samples, shape, spacing_mm, dtype, percentiles, voxels_sha256, shard      of what was accepted
-    notes                                               codes of what was passed over on the way, such as a broken sidecar
+    key, source, num_bytes, modified, subject           the input, and its version
+    status, reason, message, copy_of                    its outcome, and the reason
+    num_samples, shape, spacing_mm, dtype, percentiles, voxels_sha256, shard      accepted inputs only
+    notes                                               codes of defects that were ignored, such as a broken sidecar
 
-`status` is `accepted`, `refused` or `not_selected`. `reason` is the same word, or says why a scan was refused, in the
-codes of `RefusedScan`. Under pseudonyms `num_bytes` is null, and `modified` a keyed digest of size and time.
+`status` is `accepted`, `refused` or `not_selected`. `reason` is the same word, or the code of the `RefusedScan`. With
+pseudonyms, `num_bytes` is null and `modified` is a keyed digest of size and time.
 
-A row is a volume: a series that holds several has as many rows. Each revision has its own ledger, `ledgers/<sha256>.jsonl`;
-`ledger.jsonl` is the current one again, for people.
+Each volume has a row, so a series with several volumes has several rows. Each revision has its own ledger,
+`ledgers/<sha256>.jsonl`; `ledger.jsonl` is a copy of the current one, for people.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ from p2r.storage import Storage
 LedgerRow = dict[str, Any]
 
 
-def _table(percentiles: list[float]) -> list[float]:
+def _check_percentiles(percentiles: list[float]) -> list[float]:
     if not is_percentile_table(percentiles):
-        raise ValueError("percentiles do not rise, have no contrast, or are not as many as are recorded")
+        raise ValueError("percentiles must never decrease, span a range, and have one value per recorded percentile")
     return percentiles
 
 
@@ -49,9 +49,9 @@ _Size = Annotated[float, Field(gt=0, lt=1e4)]
 
 
 class _Row(BaseModel):
-    """What every row has."""
+    """Fields of every row."""
 
-    model_config = ConfigDict(strict=True)  # further keys may come with later versions
+    model_config = ConfigDict(strict=True)  # not extra="forbid": later versions may add keys
     key: _Name
     source: _Name
     num_bytes: Annotated[int, Field(ge=0, lt=2**53)] | None
@@ -68,14 +68,14 @@ class _Row(BaseModel):
 
 
 class _Accepted(_Row):
-    """What the row of an accepted scan has."""
+    """Fields of the row of an accepted scan."""
 
     subject: _Name
     num_samples: Annotated[int, Field(ge=1, lt=2**40)]
     shape: Annotated[list[_Axis], Field(min_length=4, max_length=4)]
     spacing_mm: Annotated[list[_Size], Field(min_length=3, max_length=3)]
     dtype: Literal["int8", "uint8", "int16", "uint16", "float32"]
-    percentiles: Annotated[list[float], AfterValidator(_table)]
+    percentiles: Annotated[list[float], AfterValidator(_check_percentiles)]
     voxels_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     shard: _Name
 
@@ -95,7 +95,7 @@ def ledger_row(
     message: str = "",
     copy_of: str | None = None,
 ) -> LedgerRow:
-    """Return the row of an input that was not accepted, or not yet."""
+    """Return the row of an input that is not accepted, or not yet."""
     return {
         "key": key,
         "source": source,
@@ -118,7 +118,7 @@ def ledger_row(
 
 
 def accepted_fields(volume: Volume, *, axis: int, percentiles: Sequence[float], voxels_sha256: str) -> dict[str, Any]:
-    """Return what the row of an accepted scan says of its voxels."""
+    """Return the fields of an accepted scan's row that describe its voxels."""
     return {
         "num_samples": volume.data.shape[axis] * volume.data.shape[3],
         "shape": list(volume.data.shape),
@@ -131,7 +131,7 @@ def accepted_fields(volume: Volume, *, axis: int, percentiles: Sequence[float], 
 
 
 def ledger_bytes(rows: Iterable[LedgerRow]) -> bytes:
-    """Serialise a ledger: one JSON object a line, by key; equal rows are equal bytes."""
+    """Serialise a ledger: one JSON object per line, sorted by key. Equal rows give equal bytes."""
     ordered = sorted(rows, key=lambda row: (str(row["key"]), str(row["source"])))
     return b"".join(json.dumps(row, sort_keys=True, allow_nan=False).encode() + b"\n" for row in ordered)
 
@@ -140,7 +140,7 @@ def read_ledger(storage: Storage, manifest: Manifest) -> list[LedgerRow]:
     """Read the ledger of a revision.
 
     Raises:
-        DataError: if it is not the one that the manifest names.
+        DataError: if it is absent, or its digest differs from the one in the manifest.
     """
     path = ledger_path(manifest)
     found = storage.read_tagged(path, max_bytes=MAX_BYTES)
@@ -151,10 +151,10 @@ def read_ledger(storage: Storage, manifest: Manifest) -> list[LedgerRow]:
 
 
 def parse_ledger(content: bytes, *, name: str) -> list[LedgerRow]:
-    """Return the rows in the bytes of a ledger.
+    """Parse the rows of a ledger.
 
     Raises:
-        DataError: They are none.
+        DataError: if a line is not a valid row.
     """
     rows = []
     lines = read_lines(
@@ -173,10 +173,10 @@ def parse_ledger(content: bytes, *, name: str) -> list[LedgerRow]:
 
 
 def check_row(row: object, *, where: str) -> None:
-    """Refuse what is no row of a ledger.
+    """Check that an object is a row of a ledger.
 
     Raises:
-        DataError: naming the field and the rule.
+        DataError: if it is not; names the field and the rule.
     """
     found = checked(_ROW, row, where=where, error=DataError)
     if found.status == "accepted":
@@ -189,10 +189,10 @@ def count_reasons(rows: Iterable[LedgerRow]) -> dict[str, int]:
 
 
 def is_accepted(row: LedgerRow) -> bool:
-    """Tell whether a row's scan is in the corpus."""
+    """Return whether a row's scan is in the corpus."""
     return bool(row["status"] == "accepted")
 
 
 def is_failure(row: LedgerRow) -> bool:
-    """Tell whether a row's scan was refused as unusable: copies of good scans and label maps are not."""
+    """Return whether a row's scan was refused as unusable; copies of good scans and label maps do not count."""
     return bool(row["status"] == "refused" and row["reason"] not in ("duplicate", "cross_subject_copy", LABEL_MAP))

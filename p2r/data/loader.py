@@ -1,8 +1,8 @@
-"""A step of the order -> one rank's batch: located, read, checked, decoded; what is damaged replaced and counted.
+"""A step of the order -> one rank's batch: located, read, checked and decoded; damaged samples are replaced and counted.
 
-Which sample takes the place of a damaged one follows from the damaged one's place alone, so that all runs agree.
+The replacement of a damaged sample depends only on the sample's own position, so that all runs choose the same one.
 
-Shapes: B samples of this rank, b of them on equal grids; T P h w as in `shards`.
+Shapes: B samples of this rank, b of them on one grid; T P h w as in `shards`.
 """
 
 import math
@@ -35,25 +35,25 @@ from p2r.randomness import keyed_generator
 Array = NDArray[Any]
 
 _window = lru_cache(maxsize=4096)(intensity_window)
-_LOOKAHEAD_STEPS = 32  # how far ahead of the batches remote shards are fetched
-_BLOCK_STEPS = 16  # whose order is computed at once
-_RANGE_THREADS = 16  # requests at the same time, where chunks are read by ranges
-_SPARE_BUFFERS = 2  # kept beside those in use
-_REPLACEMENTS = 8  # samples tried in the place of a damaged one
+_LOOKAHEAD_STEPS = 32  # remote shards are prefetched up to this number of steps ahead
+_BLOCK_STEPS = 16  # the order is computed in blocks of this number of steps
+_RANGE_THREADS = 16  # concurrent requests where chunks are read by ranges
+_SPARE_BUFFERS = 2  # kept in addition to the buffers in use
+_MAX_REPLACEMENTS = 8  # samples tried in place of a damaged one
 
 
 @dataclass(frozen=True)
 class Quarantine:
-    """What becomes of damaged samples."""
+    """Policy for damaged samples."""
 
     max_replaced: int = 0
-    """How many are replaced before the stream stops."""
+    """Number of samples that are replaced before the stream stops."""
     on_replaced: Callable[[Replaced], None] | None = None
-    """Called with each of them once, on some thread."""
+    """Called once for each replaced sample, on any thread."""
 
 
 class _Place(NamedTuple):
-    """Where a sample lies."""
+    """Location of a sample."""
 
     corpus: int
     shard: int
@@ -62,25 +62,25 @@ class _Place(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What is read for a sample."""
+    """The part of a record that is read for a sample."""
 
     reader: ShardReader
     row: IndexRow
     number: int
-    """Of the plane in its record, or of the patch's frame."""
+    """Index of the slice in its record, or of the patch's frame."""
     box: Box | None = None
-    """Patches only: planes, rows, columns."""
+    """Patches only: slices, rows, columns."""
     centre: tuple[float, ...] = ()
-    """Patches only: in voxels of the box, along X, Y, Z."""
+    """Patches only: centre in voxels of the box, along X, Y, Z."""
 
     @property
     def grid(self) -> tuple[Any, ...]:
-        """Equal for samples that lie in one array; a patch lies alone."""
+        """Key that is equal for samples stacked in one array; a patch is never stacked."""
         return self.row.plane_grid if self.box is None else (id(self),)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a plane, or of the box."""
+        """Shape of the slice, or of the box."""
         if self.box is None:
             return self.row.stored_shape[2:]
         return tuple(side.stop - side.start for side in self.box)
@@ -94,9 +94,9 @@ class _Part(NamedTuple):
 
 
 class _Buffers:
-    """Memory of earlier batches, given out again once nobody holds any part of it.
+    """Reusable memory: buffers of earlier batches that are no longer referenced.
 
-    Fresh memory costs a page fault every 4 KiB: for large batches, more time than decoding takes.
+    New memory costs a page fault every 4 KiB; for large batches these take longer than decoding.
     """
 
     def __init__(self) -> None:
@@ -104,32 +104,32 @@ class _Buffers:
         self._buffers: list[NDArray[np.uint8]] = []
 
     def take(self, num_bytes: int) -> Tensor:
-        """Return so many bytes, (num_bytes,) uint8, not initialised: the caller's as long as any view of them lives."""
+        """Return uninitialised memory, (num_bytes,) uint8; it is not reused while any view of it exists."""
         with self._lock:
             held: list[NDArray[np.uint8]] = []
             free: list[NDArray[np.uint8]] = []
             for buffer in self._buffers:
-                # Every view of it holds it, tensors too. Here, the list, the loop and the call do.
+                # Every view holds a reference, tensors too. The three counted here: the list, the loop variable, the call.
                 (free if sys.getrefcount(buffer) == 3 else held).append(buffer)
             free.sort(key=len)
             fitting = next((index for index, buffer in enumerate(free) if len(buffer) >= num_bytes), None)
-            chosen = free.pop(fitting) if fitting is not None else np.empty(_rounded_up(num_bytes), np.uint8)
+            chosen = free.pop(fitting) if fitting is not None else np.empty(_round_up(num_bytes), np.uint8)
             self._buffers = [*held, *free[-_SPARE_BUFFERS:], chosen]
             return torch.from_numpy(chosen[:num_bytes])
 
 
 class Loader:
-    """Makes the batch of any step. Safe to call from several threads.
+    """Loader of the batch of any step. Thread-safe.
 
     Args:
-        shards: Of each corpus.
-        order: Of the run.
+        shards: Open shards of each corpus.
+        order: Sample order of the run.
         image: The network's grid.
-        seed: Of the run.
-        share: Samples of each global batch that are this rank's.
-        neighbours: Share of samples that are the neighbour of the one before.
-        quarantine: What becomes of damaged samples.
-        counters: Receives what happens.
+        seed: Seed of the run.
+        share: This rank's samples of each global batch.
+        neighbours: Fraction of samples that are the neighbour of the previous sample.
+        quarantine: Policy for damaged samples.
+        counters: Receives the event counts.
         pin_memory: Decode into pinned memory.
     """
 
@@ -148,36 +148,36 @@ class Loader:
     ) -> None:
         self._shards, self._order, self._image, self._seed = shards, order, image, seed
         self._share, self._neighbours, self._pin_memory = share, neighbours, pin_memory
-        # Of neighbours, the first of a pair may be another rank's.
+        # The first of a pair of neighbours may belong to another rank.
         self._numbers = range(share.start - (share.start % 2 if neighbours else 0), share.stop)
         self._quarantine, self._counters = quarantine, counters
         self._replaced: set[_Place] = set()
         self._buffers = _Buffers()
         self._lock = threading.Lock()
-        self._block = lru_cache(maxsize=8)(self._order_block)
-        self._planned = -1
+        self._cached_block = lru_cache(maxsize=8)(self._order_block)
+        self._last_planned = -1
         self._is_remote = any(source.is_remote for source in shards)
         self._requests = ThreadPoolExecutor(_RANGE_THREADS, thread_name_prefix="p2r-stream-range")
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self._requests.shutdown(wait=True, cancel_futures=True)
         for source in self._shards:
             source.close()
 
     def plan(self, step: int) -> None:
-        """Have what this step and those soon after it need fetched."""
+        """Start fetching the shards of this step and the next `_LOOKAHEAD_STEPS`."""
         if not self._is_remote:
             return
         last = step + _LOOKAHEAD_STEPS
-        for later in range(max(step, self._planned + 1), last + 1):
-            corpora, shards, _ = self._order.locate(self._ordered(later).positions)
+        for later in range(max(step, self._last_planned + 1), last + 1):
+            corpora, shards, _ = self._order.locate(self._ordered_samples(later).positions)
             for number, source in enumerate(self._shards):
                 source.plan(later, np.unique(shards[corpora == number]).tolist())
-        self._planned = max(self._planned, last)
+        self._last_planned = max(self._last_planned, last)
 
     def done(self, step: int) -> None:
-        """A step's batch was taken."""
+        """Mark the batch of a step as consumed."""
         for source in self._shards:
             source.done(step)
 
@@ -185,21 +185,21 @@ class Loader:
         """Read the batch of a step.
 
         Raises:
-            DataError: More samples are damaged than the quarantine takes, or a shard as a whole.
-            StorageError: A shard cannot be had.
+            DataError: if more samples are damaged than the quarantine allows, or a whole shard is.
+            StorageError: if a shard cannot be fetched.
         """
         began = time.perf_counter()
-        positions, epochs = self._samples(step)
+        positions, epochs = self._choose_samples(step)
         located = zip(*(part.tolist() for part in self._order.locate(positions)), epochs.tolist(), strict=True)
         places = [_Place(*place) for place in located]
         needed = {(place.corpus, place.shard) for place in places}
         readers = {(corpus, shard): self._shards[corpus].reader(shard) for corpus, shard in needed}
-        parts = [self._part(place, readers[place.corpus, place.shard]) for place in places]
+        parts = [self._locate_part(place, readers[place.corpus, place.shard]) for place in places]
 
         together: dict[Any, list[int]] = defaultdict(list)
         for index, part in enumerate(parts):
             together[part.grid].append(index)
-        arrays = self._empty([(parts[members[0]], len(members)) for members in together.values()])
+        arrays = self._allocate([(parts[members[0]], len(members)) for members in together.values()])
         voxels = dict(zip(together, arrays, strict=True))
         jobs = {
             index: (places[index], parts[index], out)
@@ -214,39 +214,39 @@ class Loader:
             if sound:
                 array = voxels[grid] if len(sound) == len(members) else voxels[grid][sound]
                 groups.append(
-                    self._group([members[row] for row in sound], [parts[members[row]] for row in sound], array)
+                    self._make_group([members[row] for row in sound], [parts[members[row]] for row in sound], array)
                 )
         replaced = []
         for index, error in damage.items():
-            part, array, note = self._replacement(places[index], error)
-            groups.append(self._group([index], [part], array))
+            part, array, note = self._read_replacement(places[index], error)
+            groups.append(self._make_group([index], [part], array))
             positions[index] += note.by - note.sample
             replaced.append(note)
         self._counters.add("decode_seconds", time.perf_counter() - began)
         return Batch(tuple(groups), positions, epochs, self._image, replaced=tuple(replaced))
 
-    def _samples(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Positions and epochs of this rank, neighbours put in their places: the second of pairs 2k, 2k + 1 of the whole batch."""
-        ordered, share = self._ordered(step), 2 * self._neighbours
+    def _choose_samples(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return positions and epochs of this rank's samples; of pairs 2k, 2k + 1 of the global batch, the second may be a neighbour."""
+        ordered, share = self._ordered_samples(step), 2 * self._neighbours
         positions, epochs = ordered.positions.copy(), ordered.epochs.copy()
         for index, number in enumerate(self._numbers if share else ()):
             if number % 2 and math.floor((number // 2 + 1) * share) > math.floor(number // 2 * share):
-                positions[index] = self._neighbour(positions[index - 1], positions[index])
+                positions[index] = self._find_neighbour(positions[index - 1], positions[index])
                 epochs[index] = epochs[index - 1]
         extra = self._share.start - self._numbers.start
         return positions[extra:], epochs[extra:]
 
-    def _ordered(self, step: int) -> Samples:
-        """The order's samples of a step."""
+    def _ordered_samples(self, step: int) -> Samples:
+        """Return the samples of a step in the order, before neighbours."""
         block, index = divmod(step, _BLOCK_STEPS)
-        return self._block(block)[index]
+        return self._cached_block(block)[index]
 
     def _order_block(self, block: int) -> list[Samples]:
         steps = range(block * _BLOCK_STEPS, (block + 1) * _BLOCK_STEPS)
         return self._order.slices(steps, self._numbers)
 
-    def _neighbour(self, position: np.int64, otherwise: np.int64) -> np.int64:
-        """Position of the next plane of the same frame, or of the one before where it is the last."""
+    def _find_neighbour(self, position: np.int64, otherwise: np.int64) -> np.int64:
+        """Return the position of the next slice of the same frame, or of the previous slice if this is the last."""
         corpus, shard, sample = (int(part[0]) for part in self._order.locate(np.array([position])))
         row, number = self._shards[corpus].reader(shard).locate(sample)
         plane, num_planes = number % row.stored_shape[1], row.stored_shape[1]
@@ -254,7 +254,7 @@ class Loader:
             return otherwise
         return position + 1 if plane + 1 < num_planes else position - 1
 
-    def _part(self, place: _Place, reader: ShardReader) -> _Part:
+    def _locate_part(self, place: _Place, reader: ShardReader) -> _Part:
         if self._image.dimensions == 2:
             row, number = reader.locate(place.sample)
             check_plane(
@@ -266,29 +266,29 @@ class Loader:
             return _Part(reader, row, number)
         row, frame = reader.locate_volume(place.sample // self._image.patches_per_volume)
         generator = keyed_generator(self._seed, "patch", place.corpus, place.epoch, place.shard, place.sample)
-        return _Part(reader, row, frame, *_patch(row, self._image, generator))
+        return _Part(reader, row, frame, *_choose_patch(row, self._image, generator))
 
-    def _empty(self, groups: Sequence[tuple[_Part, int]]) -> list[Tensor]:
-        """Room for so many samples like each of these."""
+    def _allocate(self, groups: Sequence[tuple[_Part, int]]) -> list[Tensor]:
+        """Allocate an array for each (part, count): room for `count` samples of the shape and type of the part."""
         shapes = [(count, *part.shape) for part, count in groups]
         dtypes = [torch.from_numpy(np.empty(0, part.row.dtype)).dtype for part, _ in groups]
-        if self._pin_memory:  # torch itself keeps it for the next batch
+        if self._pin_memory:  # torch caches pinned memory for the next batch
             return [
                 torch.empty(shape, dtype=dtype, pin_memory=True) for shape, dtype in zip(shapes, dtypes, strict=True)
             ]
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
-        pieces = torch.split(self._buffers.take(sum(map(_aligned, sizes))), [_aligned(size) for size in sizes])
+        pieces = torch.split(self._buffers.take(sum(map(_align_size, sizes))), [_align_size(size) for size in sizes])
         return [
             piece[:size].view(dtype).view(shape)
             for piece, size, dtype, shape in zip(pieces, sizes, dtypes, shapes, strict=True)
         ]
 
     def _read_all(self, jobs: Mapping[int, tuple[_Place, _Part, Array]]) -> dict[int, DataError]:
-        """Read samples into their arrays and return the damage; requests go out together."""
+        """Read samples into their arrays and return the errors by index; range requests run concurrently."""
 
         def attempt(job: tuple[_Place, _Part, Array]) -> DataError | None:
             try:
-                self._read(*job)
+                self._read_part(*job)
             except DataError as error:
                 return error
             return None
@@ -298,13 +298,13 @@ class Loader:
         results = self._requests.map(attempt, jobs.values()) if by_range else map(attempt, jobs.values())
         return {index: error for index, error in zip(jobs, results, strict=True) if error is not None}
 
-    def _read(self, place: _Place, part: _Part, out: Array) -> None:
+    def _read_part(self, place: _Place, part: _Part, out: Array) -> None:
         try:
             part.read(part.reader, out)
         except DataError:
             self._shards[place.corpus].read_again(place.shard, lambda reader: part.read(reader, out))
 
-    def _group(self, members: list[int], parts: list[_Part], voxels: Tensor) -> Group:
+    def _make_group(self, members: list[int], parts: list[_Part], voxels: Tensor) -> Group:
         row = parts[0].row
         windows = [_window(part.row.percentiles, self._image.intensity_percentiles) for part in parts]
         low, high = torch.tensor(windows, dtype=torch.float32).unbind(1)
@@ -314,23 +314,23 @@ class Loader:
         canonical = torch.movedim(voxels, 1, 1 + row.slice_axis)  # (b, X, Y, Z)
         return Group(torch.tensor(members), canonical, low, high, row.spacing_mm, parts[0].centre)
 
-    def _replacement(self, place: _Place, error: DataError) -> tuple[_Part, Tensor, Replaced]:
-        """Read another sample of the same shard in the place of a damaged one."""
+    def _read_replacement(self, place: _Place, error: DataError) -> tuple[_Part, Tensor, Replaced]:
+        """Read another sample of the same shard in place of a damaged one."""
         count = self._order.num_samples(place.corpus, place.shard)
         generator = keyed_generator(self._seed, "replacement", place.corpus, place.epoch, place.shard, place.sample)
-        for word in generator.bit_generator.random_raw(_REPLACEMENTS).tolist():
+        for word in generator.bit_generator.random_raw(_MAX_REPLACEMENTS).tolist():
             other = _Place(place.corpus, place.shard, word % count, place.epoch)
-            part = self._part(other, self._shards[place.corpus].reader(place.shard))
-            (voxels,) = self._empty([(part, 1)])
+            part = self._locate_part(other, self._shards[place.corpus].reader(place.shard))
+            (voxels,) = self._allocate([(part, 1)])
             if other != place and not self._read_all({0: (other, part, voxels[0].numpy())}):
                 note = Replaced(self._shards[place.corpus].name(place.shard), place.sample, other.sample, str(error))
-                self._count(place, note, error)
+                self._count_replacement(place, note, error)
                 return part, voxels, note
         raise DataError(
-            f"{_REPLACEMENTS} samples in the place of a damaged one cannot be read either: {error}"
+            f"{_MAX_REPLACEMENTS} replacements of a damaged sample cannot be read either: {error}"
         ) from error
 
-    def _count(self, place: _Place, note: Replaced, error: DataError) -> None:
+    def _count_replacement(self, place: _Place, note: Replaced, error: DataError) -> None:
         with self._lock:
             is_new = place not in self._replaced
             self._replaced.add(place)
@@ -339,24 +339,24 @@ class Loader:
         if num_replaced > self._quarantine.max_replaced:
             limit = self._quarantine.max_replaced
             raise DataError(
-                f"{error}" + (f"; {limit} damaged samples were replaced before, the most allowed" if limit else "")
+                f"{error}" + (f"; {limit} damaged samples were replaced already, the most allowed" if limit else "")
             ) from error
         if is_new and self._quarantine.on_replaced is not None:
             self._quarantine.on_replaced(note)
 
 
-def _aligned(num_bytes: int) -> int:
+def _align_size(num_bytes: int) -> int:
     return -(-num_bytes // 64) * 64
 
 
-def _rounded_up(num_bytes: int) -> int:
-    """A little more, so that a batch of slightly larger planes fits, too."""
+def _round_up(num_bytes: int) -> int:
+    """Round up to a multiple of an eighth to a quarter of the size, so that a batch of slightly larger slices fits, too."""
     step = max(1 << 20, 1 << max(0, num_bytes.bit_length() - 3))
     return -(-num_bytes // step) * step
 
 
-def _patch(row: IndexRow, image: ImageConfig, generator: np.random.Generator) -> tuple[Box, tuple[float, ...]]:
-    """Choose a patch within a frame: anywhere where it fits, about the middle along axes that are too short for it."""
+def _choose_patch(row: IndexRow, image: ImageConfig, generator: np.random.Generator) -> tuple[Box, tuple[float, ...]]:
+    """Choose a patch of a frame: at random along each axis, or centred where the axis is shorter than the patch."""
     sides, centres = [], []
     for axis in range(3):
         num_voxels, scale = row.shape[axis], image.spacing_mm / row.spacing_mm[axis]
@@ -364,7 +364,7 @@ def _patch(row: IndexRow, image: ImageConfig, generator: np.random.Generator) ->
         free = num_voxels - extent
         first_edge = generator.random() * free if free > 0 else free / 2
         centre = first_edge + extent / 2 - 0.5
-        margin = extent / 2 + max(1.0, scale)  # what the filter reaches
+        margin = extent / 2 + max(1.0, scale)  # includes the reach of the filter
         start, stop = max(0, math.floor(centre - margin)), min(num_voxels, math.ceil(centre + margin) + 1)
         sides.append(slice(start, stop))
         centres.append(centre - start)

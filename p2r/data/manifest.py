@@ -1,13 +1,13 @@
-"""The manifest of a corpus: what lies there, read, checked, and asked whether a subject or scan is in it.
+"""The manifest of a corpus: its content, validation, and lookup of subjects and scans.
 
-`manifest.json` is replaced last, so whoever finds it finds all that it names. Every revision stays, as
-`manifests/<sha256>.json`, and names the one before it: a run that pins a revision goes on with it while the corpus grows.
+`manifest.json` is replaced last, so everything that it names exists. Every revision is kept as `manifests/<sha256>.json`
+and names the previous one: a run that pins a revision keeps using it while the corpus grows.
 
-A manifest comes from outside. What it says is checked before anything is done with it: names cannot leave the folder,
-counts are whole numbers that fit one another.
+A manifest is untrusted input and is validated before use: names cannot leave the folder, and counts are whole numbers that
+agree with one another.
 
-It does not name subjects: it holds digests, salted with the corpus's own content, which answer `contains`. They are no
-secret to someone who can guess the names, unless the corpus has pseudonyms (see `pseudonyms`).
+It does not name subjects. It holds digests, salted with the corpus's own content, for lookups by `contains`. Anyone who
+can guess a name can test it, unless the corpus has pseudonyms (see `pseudonyms`).
 """
 
 import hashlib
@@ -26,9 +26,9 @@ from p2r.storage import Storage
 
 FORMAT = "p2r-corpus/2"
 MAX_MANIFEST_BYTES = 2**28
-"""Largest manifest that is read: of some 350,000 shards, or three million scans, for which `MAX_MEMORY_BYTES` of memory are enough."""
+"""Largest manifest that is read: about 350,000 shards or three million scans. `MAX_MEMORY_BYTES` of memory suffice to parse it."""
 MOST = 2**53
-"""What every count is below, and every sum of counts: arrays and JSON hold it exactly."""
+"""Upper bound of every count and every sum of counts: arrays and JSON represent smaller ones exactly."""
 
 Manifest = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ _ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{6,9}-[0-9a-f]{12}\.tar$
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True)  # further keys may come with later versions
+    model_config = ConfigDict(strict=True)  # not extra="forbid": later versions may add keys
 
 
 class _Shard(_Strict):
@@ -93,7 +93,7 @@ class _Manifest(_Strict):
     reasons: Annotated[dict[str, _Count], FewKeys]
     summary: _Summary
     shards: list[Any]
-    """Checked by `_are_plainly_shards`, or by `_Shards`."""
+    """Checked by `_are_valid_shards`, or by `_Shards`."""
     ledger_sha256: Sha256
     thumbnails_sha256: Sha256
     salt: Sha256
@@ -110,10 +110,10 @@ _MANIFEST, _SHARDS, _SHARD = TypeAdapter(_Manifest), TypeAdapter(_Shards), TypeA
 
 
 def check_shard(entry: object, *, where: str) -> None:
-    """Refuse what is no entry of a shard.
+    """Check that an object is the entry of a shard.
 
     Raises:
-        DataError: naming the field and the rule.
+        DataError: if it is not; names the field and the rule.
     """
     checked(_SHARD, entry, where=where, error=DataError)
 
@@ -122,29 +122,29 @@ def load_manifest(storage: Storage, *, revision: str | None = None) -> dict[str,
     """Read a manifest of the corpus at `storage`.
 
     Args:
-        storage: Of the corpus.
+        storage: Storage of the corpus.
         revision: SHA-256 of a manifest; None: the current one.
 
     Raises:
-        DataError: There is none, it is not a manifest that this version reads, or it breaks a rule.
+        DataError: if it is absent, not a manifest that this version reads, or breaks a rule.
     """
     path = "manifest.json" if revision is None else revision_path(revision)
     found = storage.read_tagged(path, max_bytes=MAX_MANIFEST_BYTES)
     if found is None and revision is None:
         raise DataError(f"no corpus at {storage.url}: it has no manifest.json; make one with a job of kind ingest")
     if found is None:
-        raise DataError(f"{storage.url} has no revision {revision}: it is another corpus, or was made anew")
+        raise DataError(f"{storage.url} has no revision {revision}: it is another corpus, or was made again")
     content, _ = found
     if revision is not None and hashlib.sha256(content).hexdigest() != revision:
-        raise DataError(f"{storage.at(path)} is damaged: its SHA-256 is not the one in its name")
+        raise DataError(f"{storage.at(path)} is damaged: its SHA-256 differs from the one in its name")
     return parse_manifest(content, name=storage.at(path))
 
 
 def parse_manifest(content: bytes, *, name: str) -> dict[str, Any]:
-    """Return the manifest in the bytes of a file.
+    """Parse and validate the bytes of a manifest.
 
     Raises:
-        DataError: They are not a manifest that this version reads, or it breaks a rule; names the key and the rule.
+        DataError: if this version cannot read the manifest, or it breaks a rule; names the key and the rule.
     """
     with way_out(_WAY_OUT):
         return _parsed(content, name)
@@ -156,21 +156,21 @@ def _parsed(content: bytes, name: str) -> dict[str, Any]:
     if found != FORMAT:
         raise DataError(f"{name}: format is {str(found)[:80]!r}, this version reads {FORMAT!r}")
     assert isinstance(manifest, dict)
-    where = f"{name} is no valid manifest:"
+    where = f"{name} is not a valid manifest:"
     checked(_MANIFEST, manifest, where=where, error=DataError)
-    if not _are_plainly_shards(manifest["shards"]):
+    if not _are_valid_shards(manifest["shards"]):
         checked(_SHARDS, manifest, where=where, error=DataError)
     _check_sums(manifest, where)
     return manifest
 
 
 def manifest_sha256(manifest: Manifest) -> str:
-    """Digest that names a revision: of the bytes of its `manifest.json`."""
+    """Return the digest that names a revision: the SHA-256 of its `manifest.json`."""
     return hashlib.sha256(manifest_bytes(manifest)).hexdigest()
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """Serialise a manifest: equal ones are equal bytes. A line for each key: indenting all would take ten times as long."""
+    """Serialise a manifest: equal manifests give equal bytes. One line per key, because indenting all takes ten times as long."""
     lines = (
         f"{json.dumps(key)}: {json.dumps(manifest[key], sort_keys=True, allow_nan=False)}" for key in sorted(manifest)
     )
@@ -178,28 +178,30 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def revision_path(sha256: str) -> str:
-    """Where a revision lies.
+    """Return the path of a revision.
 
     Raises:
-        DataError: if this is no digest.
+        DataError: if `sha256` is not a digest.
     """
     if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise DataError(f"revision {sha256[:80]!r} is no SHA-256: 64 digits from 0 to f, as `p2r inspect` shows it")
+        raise DataError(
+            f"revision {sha256[:80]!r} is not a SHA-256: give its 64 digits from 0 to f, as `p2r inspect` shows them"
+        )
     return f"manifests/{sha256}.json"
 
 
 def ledger_path(manifest: Manifest) -> str:
-    """Where the ledger of a revision lies."""
+    """Return the path of the ledger of a revision."""
     return f"ledgers/{manifest['ledger_sha256']}.jsonl"
 
 
 def thumbnails_path(manifest: Manifest) -> str:
-    """Where the thumbnails of a revision lie."""
+    """Return the path of the thumbnails of a revision."""
     return f"thumbnails/{manifest['thumbnails_sha256']}.jsonl"
 
 
 def facts_of(manifest: Manifest) -> list[tuple[str, str]]:
-    """Return what is to be said about a revision, as names and texts."""
+    """Return the facts about a revision that users see, as names and texts."""
     facts = {
         "revision": f"{manifest['revision']}, sha256 {manifest_sha256(manifest)}",
         "licence": manifest["licence"],
@@ -212,24 +214,24 @@ def facts_of(manifest: Manifest) -> list[tuple[str, str]]:
         "volumes": f"{manifest['num_volumes']:,}",
         "planes": f"{manifest['num_samples']:,}",
         "size": f"{manifest['num_bytes'] / 1e6:,.1f} MB in {len(manifest['shards']):,} shards",
-        "preprocessing": ", ".join(_rules(manifest["preprocessing"])),
+        "preprocessing": ", ".join(_list_settings(manifest["preprocessing"])),
         "names": "as they are" if manifest["deidentification"].get("names") == "plain" else "keyed hashes",
         "code": " ".join(manifest["code"].values()),
     }
     return [(name, text) for name, text in facts.items() if text]
 
 
-def _rules(section: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is set, as texts: `record planes`, `quality.preset openmind`."""
+def _list_settings(section: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the settings that are set, as texts: `record planes`, `quality.preset openmind`."""
     for name, value in section.items():
         if isinstance(value, Mapping):
-            yield from (f"{name}.{rule}" for rule in _rules(value))
+            yield from (f"{name}.{setting}" for setting in _list_settings(value))
         elif value not in (None, "none"):
             yield f"{name} {value}"
 
 
 def ranges_of(manifest: Manifest) -> list[tuple[str, ...]]:
-    """Return rows of (what, axis, smallest, median, largest) of the accepted scans."""
+    """Return rows of (quantity, axis, smallest, median, largest) over the accepted scans."""
     rows = []
     for name, title, axes in (("spacing_mm", "spacing, mm", "RAS"), ("shape", "extent, voxels", "RAST")):
         of = manifest["summary"][name]
@@ -239,28 +241,28 @@ def ranges_of(manifest: Manifest) -> list[tuple[str, ...]]:
 
 
 def subject_digest(salt: str, cohort: str, subject: str) -> str:
-    """Name of a subject in the manifest."""
+    """Return the digest of a subject in the manifest."""
     return hashlib.sha256(f"{salt}{cohort}/{subject}".encode()).hexdigest()
 
 
 def voxel_digest(salt: str, sha256: str) -> str:
-    """Name of a scan's voxels in the manifest."""
+    """Return the digest of a scan's voxels in the manifest."""
     return hashlib.sha256(f"{salt}{sha256}".encode()).hexdigest()
 
 
 def contains(
     manifest: Manifest, *, cohort: str | None = None, subject: str | None = None, voxels_sha256: str | None = None
 ) -> bool:
-    """Tell whether a subject, or a scan of exactly these voxels, is in the corpus: the question that rules out leaks.
+    """Return whether a subject, or a scan with exactly these voxels, is in the corpus. Used to rule out leaks.
 
     Args:
-        manifest: Of the corpus, or what a published backbone keeps of it.
-        cohort: Name space of `subject`; None: the corpus's own.
-        subject: A subject's name; the name itself also where the corpus has pseudonyms.
-        voxels_sha256: From `p2r.data.shards.voxels_sha256`.
+        manifest: Manifest of the corpus, or the part of it stored with a published backbone.
+        cohort: Namespace of `subject`; None: the corpus's own.
+        subject: A subject's name: the plain name, also if the corpus has pseudonyms.
+        voxels_sha256: Digest from `p2r.data.shards.voxels_sha256`.
 
     Raises:
-        DataError: The corpus has pseudonyms, and their secret is not in the environment.
+        DataError: if the corpus has pseudonyms and their secret is not in the environment.
     """
     if subject is None and voxels_sha256 is None:
         raise ValueError("contains needs a subject, voxels_sha256, or both")
@@ -274,11 +276,11 @@ def contains(
     return by_subject or by_voxels
 
 
-def _are_plainly_shards(entries: list[Any]) -> bool:
-    """Tell whether entries are shards as `_Shard` has them, by looking at all values of a field at once.
+def _are_valid_shards(entries: list[Any]) -> bool:
+    """Return whether entries are valid by the rules of `_Shard`, checking all values of a field at once.
 
-    For 300,000 shards this takes a third of the time of as many models, and no memory to speak of. False: ask `_Shards`,
-    which says what is wrong.
+    For 300,000 shards this takes a third of the time of as many models, and negligible memory. If it returns False, `_Shards`
+    finds the error.
     """
     if not all(type(entry) is dict for entry in entries):
         return False
@@ -311,4 +313,4 @@ def _check_sums(manifest: Manifest, where: str) -> None:
         if total != stated:
             raise DataError(f"{where} {field} is {stated}, its shards add up to {total}")
     if manifest["num_samples"] == 0:
-        raise DataError(f"{where} it has no samples")
+        raise DataError(f"{where} the corpus has no samples")

@@ -1,7 +1,7 @@
 """File names and URLs of scans.
 
-Names are compared in Unicode's composed form (NFC): what a Mac wrote as `u` and a diaeresis is the `ü` that Linux writes.
-Paths stay as they are.
+Names are compared in Unicode's composed form (NFC), because a Mac may write `ü` as `u` and a diaeresis, and Linux as one
+character. Paths stay unchanged.
 """
 
 import unicodedata
@@ -9,20 +9,28 @@ from pathlib import Path
 from urllib.parse import unquote
 
 SUFFIXES = (".nii.gz", ".nii")
-"""File names that are taken for NIfTI."""
+"""File endings of NIfTI files."""
 HEADER_SUFFIXES = (".hdr.gz", ".hdr")
-"""File names of headers whose voxels lie in another file."""
+"""File endings of headers whose voxels are in another file."""
 VOXEL_SUFFIXES = (".img.gz", ".img")
-"""File names of these voxels, in the same order."""
+"""File endings of these voxel files, in the same order."""
 
 
 def scan_key(path: str | Path) -> str:
-    """Return the file name of a path or URL without `.nii`, `.nii.gz` or its like, in Unicode's composed form."""
+    """Return the file name of a path or URL without `.nii`, `.nii.gz` or a similar suffix, in Unicode's composed form."""
     name = composed(str(path)).rstrip("/").rsplit("/", 1)[-1]
     for suffix in (*SUFFIXES, *HEADER_SUFFIXES, *VOXEL_SUFFIXES):
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return name
+
+
+def lower_suffix(path: str) -> str:
+    """Return a path or name with its suffix in lower case: `P01.NII.GZ` as `P01.nii.gz`."""
+    for suffix in (*SUFFIXES, *HEADER_SUFFIXES, *VOXEL_SUFFIXES):
+        if path.lower().endswith(suffix):
+            return path[: -len(suffix)] + suffix
+    return path
 
 
 def local_path(path: str | Path) -> Path | None:
@@ -34,7 +42,7 @@ def local_path(path: str | Path) -> Path | None:
 
 
 def pair_of(path: str) -> tuple[str, str] | None:
-    """Return the header and the voxels of a scan in two files, given either; None for other names."""
+    """Return the header file and the voxel file of a scan in two files, given either; None for other names."""
     for header, voxels in zip(HEADER_SUFFIXES, VOXEL_SUFFIXES, strict=True):
         for suffix in (header, voxels):
             if path.lower().endswith(suffix):

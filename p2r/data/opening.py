@@ -1,6 +1,6 @@
-"""A path or URL of a scan -> its bytes, gunzipped in a stream and followed no further than its header promises.
+"""A path or URL of a scan -> a stream of its bytes, decompressed, and read no further than its header states.
 
-Files are gunzipped by isal, several times faster than nibabel's own way. Bytes that may follow the voxels are bounded: some
+Files are decompressed by isal, several times faster than by nibabel. The number of bytes after the voxels is bounded: some
 writers pad their files, and a stream could be endless.
 """
 
@@ -26,29 +26,29 @@ from p2r.errors import RefusedScan, StorageError
 
 _BLOCK_BYTES = 1 << 20
 _MAX_EXCESS_BYTES = 1 << 20
-_MAX_PADDING_BYTES = 16 << 20  # zeros behind the voxels
-_MAX_DEFLATE_RATIO = 1032  # no gzip stream grows more
+_MAX_PADDING_BYTES = 16 << 20  # zeros after the voxels
+_MAX_DEFLATE_RATIO = 1032  # the largest expansion of a gzip stream
 
 
 def bucket_client() -> Any:
-    """Return the client for `s3://` paths: one for each process and set of keys, since making one takes a third of a second."""
-    return _client(os.getpid(), tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
+    """Return the client for `s3://` paths: one per process and set of keys, because creating one takes a third of a second."""
+    return _create_client(os.getpid(), tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
 
 
 @lru_cache(maxsize=4)
-def _client(process: int, environment: tuple[tuple[str, str], ...]) -> Any:
-    # What lies in a bucket may change: no listing is kept.
+def _create_client(process: int, environment: tuple[tuple[str, str], ...]) -> Any:
+    # The content of a bucket may change, so listings are not cached.
     return fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
 
 
 class Stream:
-    """The content of one open file, gunzipped as it is read.
+    """The content of an open file, decompressed on the fly.
 
     Args:
-        file: Open at its start.
-        path: Its name, for messages.
-        limit: Most bytes that its content can have.
-        zipped: The file below, if `file` gunzips it.
+        file: File open at its start.
+        path: Path of the file, for messages.
+        limit: Largest possible size of its content, bytes.
+        zipped: The underlying file, if `file` decompresses it.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Stream:
         self._position = 0
 
     def read(self, size: int) -> bytes:
-        """Return the next `size` bytes; fewer at the end."""
+        """Return the next `size` bytes, fewer at the end of the file."""
         try:
             content = self._file.read(size)
         except gzip.BadGzipFile as error:
@@ -80,11 +80,11 @@ class Stream:
         if size > self._limit:
             raise RefusedScan(
                 "truncated",
-                f"{self._path} has room for {self._limit} bytes, its header promises {size}; copy it again",
+                f"{self._path} has at most {self._limit} bytes, its header states {size}; copy it again",
             )
 
     def seek(self, position: int) -> None:
-        """Pass over everything before `position`."""
+        """Skip to `position`."""
         while self._position < position:
             if not self.read(min(_BLOCK_BYTES, position - self._position)):
                 self._refuse_truncated(position)
@@ -104,10 +104,10 @@ class Stream:
             self._position += count
 
     def finish(self) -> tuple[str, ...]:
-        """Follow the stream to its end, where a gzip stream's checksum is.
+        """Read the stream to its end, where the checksum of a gzip stream is.
 
         Returns:
-            `trailing_bytes` if something harmless follows: zeros, up to a MiB of anything, or bytes behind the gzip stream.
+            `trailing_bytes` if harmless bytes follow: zeros, up to a MiB of other bytes, or bytes after the gzip stream.
         """
         excess, is_padding = 0, True
         try:
@@ -117,18 +117,18 @@ class Stream:
                 if excess > (_MAX_PADDING_BYTES if is_padding else _MAX_EXCESS_BYTES):
                     raise RefusedScan(
                         "unreadable",
-                        f"{self._path} continues after the voxels that its header promises: one of both is wrong; correct the "
+                        f"{self._path} continues after the voxels that its header states: the header or the data is wrong; correct the "
                         "header's dim, or write the file again",
                     )
         except gzip.BadGzipFile as error:
-            if not _is_about_what_follows(error):
+            if not _is_trailing_data(error):
                 raise
             return ("trailing_bytes",)
         return ("trailing_bytes",) if excess else ()
 
     def _reopen(self, error: gzip.BadGzipFile) -> None:
-        """Gunzip by the standard library, which gives what comes before bytes that are not gzip; isal gives only the error."""
-        if self._zipped is None or not _is_about_what_follows(error):
+        """Decompress with the standard library, which returns the data before trailing bytes; isal only raises the error."""
+        if self._zipped is None or not _is_trailing_data(error):
             raise error
         zipped, self._zipped = self._zipped, None
         zipped.seek(0)
@@ -138,27 +138,27 @@ class Stream:
 
     def _refuse_truncated(self, promised: int) -> None:
         raise RefusedScan(
-            "truncated", f"{self._path} has {self._position} bytes, its header promises {promised}; copy it again"
+            "truncated", f"{self._path} has {self._position} bytes, its header states {promised}; copy it again"
         )
 
 
-def _is_about_what_follows(error: gzip.BadGzipFile) -> bool:
-    """Tell whether bytes behind a gzip stream are no further one."""
+def _is_trailing_data(error: gzip.BadGzipFile) -> bool:
+    """Return whether the error is about bytes after a gzip stream that do not form another one."""
     return str(error).startswith("Not a gzipped file")
 
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Stream]:
-    """Open a file, or a temporary copy of a remote one, for as long as the context is.
+    """Open a file, or a temporary copy of a remote one, as a context manager.
 
     Raises:
-        RefusedScan: `unreadable`, `not_fetched` or `truncated`, also for what is read while the context is open.
-        StorageError: if a remote file cannot be fetched, for another reason than that there is none.
+        RefusedScan: `unreadable`, `not_fetched` or `truncated`; reading inside the context raises the same.
+        StorageError: if a remote file exists but cannot be fetched.
     """
-    with _fetched(path) as local:
+    with _fetch_file(path) as local:
         try:
             if "\0" in str(local) or not stat.S_ISREG((state := local.stat()).st_mode):
-                # Opening a pipe would wait for its writer, and a device might never end.
+                # Opening a pipe would block until there is a writer, and reading a device may never end.
                 raise RefusedScan(
                     "unreadable", f"cannot read {path}: it is not a file; give the path of a .nii, .nii.gz or .hdr file"
                 )
@@ -177,11 +177,11 @@ def opened(path: str | Path) -> Iterator[Stream]:
                 "unreadable", f"{path} is damaged: its gzip stream does not decode ({error}); copy it again"
             ) from error
         except OSError as error:
-            raise _unreadable(local, path, error) from error
+            raise _refuse_unreadable(local, path, error) from error
 
 
-def _unreadable(local: Path, path: str | Path, error: OSError) -> RefusedScan:
-    """Return the refusal of a file that cannot be opened; of a link it names the target."""
+def _refuse_unreadable(local: Path, path: str | Path, error: OSError) -> RefusedScan:
+    """Return the refusal of a file that cannot be opened; for a link it names the target."""
     try:
         target = str(local.readlink()) if local.is_symlink() else ""
     except OSError:
@@ -194,15 +194,16 @@ def _unreadable(local: Path, path: str | Path, error: OSError) -> RefusedScan:
         )
     if isinstance(error, FileNotFoundError) and target:
         return RefusedScan(
-            "unreadable", f"cannot read {path}: it is a link to {target}, which does not exist; mount or restore that"
+            "unreadable",
+            f"cannot read {path}: it is a link to {target}, which does not exist; mount or restore the target",
         )
     reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
-    return RefusedScan("unreadable", f"cannot read {path}: {reason}; check the path, and who may read it")
+    return RefusedScan("unreadable", f"cannot read {path}: {reason}; check the path and its permissions")
 
 
 @contextmanager
-def _fetched(path: str | Path) -> Iterator[Path]:
-    """Give a local file with the content of `path`: itself, or a temporary copy, still zipped if it was."""
+def _fetch_file(path: str | Path) -> Iterator[Path]:
+    """Yield a local file with the content of `path`: the file itself, or a temporary copy, not decompressed."""
     if (local := local_path(path)) is not None:
         yield local
         return
@@ -213,8 +214,8 @@ def _fetched(path: str | Path) -> Iterator[Path]:
             files.get_file(str(path), str(copy))
         except FileNotFoundError as error:
             raise RefusedScan("unreadable", f"cannot read {path}: there is no such object") from error
-        except Exception as error:  # fsspec's file systems raise what they like
-            # A network that fails says nothing about the scan: it must not vanish from the corpus for that.
+        except Exception as error:  # fsspec's file systems raise arbitrary exceptions
+            # A network failure is not the scan's fault: a refusal would drop the scan from the corpus.
             raise StorageError(
                 f"cannot read {path}: {type(error).__name__}: {error}; check network and keys"
             ) from error

@@ -1,4 +1,4 @@
-"""Names of scans and of label maps -> which label map belongs to which scan, by a task's `image_name` and `label_name`."""
+"""Names of scans and label maps -> pairs of a scan and its label map, by a task's `image_name` and `label_name`."""
 
 import re
 from collections import defaultdict
@@ -9,10 +9,10 @@ from p2r.data.names import composed, scan_key
 
 
 def key_of(below: str, name: str) -> str | None:
-    """Return the part of a file's name for which `{key}` in `name` stands, or its folder's path if `name` has none; None: no match.
+    """Return the part of a file name that matches `{key}` in `name`; without `{key}`, its folder; None without a match.
 
     Args:
-        below: Path below the folder, with or without the suffix.
+        below: Path relative to the folder, with or without the suffix.
         name: `image_name` or `label_name` of a task.
     """
     stem, folder = scan_key(below), below.rpartition("/")[0]
@@ -24,14 +24,14 @@ def key_of(below: str, name: str) -> str | None:
 
 
 def label_finder(maps: Mapping[str, Path], label_name: str) -> Callable[[str, str], Path | None]:
-    """Return a function that finds the label map of a scan: in the folder of the same path, else the only one of its name.
+    """Return a function that finds the label map of a scan: at the same relative path, else the only one of its name.
 
     Args:
-        maps: Label maps by path below their folder.
-        label_name: Of a task.
+        maps: Label maps by path relative to their folder.
+        label_name: `label_name` of a task.
 
     Returns:
-        (path of the scan below its folder, its key) -> label map or None.
+        (relative path of the scan, its key) -> label map or None.
     """
     by_path = {below.rpartition("/")[0] + "/" + scan_key(below): path for below, path in maps.items()}
     by_name: dict[str, list[Path]] = defaultdict(list)
@@ -41,7 +41,7 @@ def label_finder(maps: Mapping[str, Path], label_name: str) -> Callable[[str, st
     def find(below: str, key: str) -> Path | None:
         name = composed(label_name).replace("{key}", key)
         beside = by_path.get(f"{below.rpartition('/')[0]}/{name}")
-        alone = by_name.get(name, [])
-        return beside or (alone[0] if len(alone) == 1 and "{key}" in label_name else None)
+        candidates = by_name.get(name, [])
+        return beside or (candidates[0] if len(candidates) == 1 and "{key}" in label_name else None)
 
     return find

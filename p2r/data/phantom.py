@@ -1,10 +1,10 @@
-"""The ICBM-152 template that nilearn carries -> virtual subjects: T1-like brains with exact labels, no download.
+"""The ICBM-152 template of nilearn -> virtual subjects: T1-like brains with exact labels, without a download.
 
-Every subject is the template, deformed (affine and smooth elastic), given its own tissue contrast, bias field and
-noise. Labels go through the same deformation, so they are right by construction. They let the whole system be tried,
-and its results be checked, where no data set may be shipped; they say nothing about how well it works on people.
+Every subject is the template with a random deformation (affine and smooth elastic), tissue contrast, bias field and noise.
+Labels undergo the same deformation, so they are exact by construction. Virtual subjects allow the whole system to be tried
+and its results checked where no data set may be shipped. Results on them do not predict results on people.
 
-Everything is a function of (seed, number of the subject): subject 7 is the same in a group of 8 and of 800.
+Everything is a function of (seed, subject number): subject 7 is the same in a group of 8 and of 800.
 """
 
 import hashlib
@@ -27,19 +27,19 @@ from p2r.storage import cache_folder
 
 CLASSES = {1: "GM", 2: "WM"}
 
-_RECIPE = "1"  # change it with anything that changes the voxels
+_RECIPE = "1"  # increment with every change that affects the voxels
 _SPACING_MM = 2
-_MARGIN = 5  # voxels around the brain, room for the deformation
+_MARGIN = 5  # voxels around the brain, for the deformation
 _MAX_SUBJECTS = 10_000
 _MARKER = "complete.json"
 _TISSUE = (0.0, 0.30, 0.65, 0.87, 1.0)  # template intensities: air, fluid, grey matter, white matter, brightest
 
 _README = """Virtual subjects, made by p2r: not scans of people.
 
-Each file under images/ is the ICBM-152 (2009a, nonlinear, symmetric) T1 template at 2 mm, deformed at random, with
-its own contrast, bias field and noise (seed {seed}, {num_subjects} subjects). labels/ holds the template's tissue maps
-under the same deformation: 0 background and fluid, 1 grey matter (GM), 2 white matter (WM). Use them to try a system
-out; results on them say nothing about results on real scans.
+Each file in images/ is the ICBM-152 (2009a, nonlinear, symmetric) T1 template at 2 mm with a random deformation,
+contrast, bias field and noise (seed {seed}, {num_subjects} subjects). labels/ holds the template's tissue maps after
+the same deformation: 0 background and fluid, 1 grey matter (GM), 2 white matter (WM). Use them to try out a system;
+results on them do not predict results on real scans.
 
 """
 
@@ -60,14 +60,14 @@ Map = NDArray[np.float32]
 
 
 def resolve_source(url: str, cache: Path | None = None) -> Path:
-    """Make the folder that `template://icbm152[/images|/labels]?subjects=N&seed=S` stands for, unless it is there.
+    """Return the folder of `template://icbm152[/images|/labels]?subjects=N&seed=S`, generating it if it does not exist.
 
     Args:
-        url: subjects defaults to 24, seed to 0.
-        cache: Where to keep it; None: `$P2R_CACHE`, else `~/.cache/p2r`.
+        url: The URL; subjects defaults to 24, seed to 0.
+        cache: Parent folder; None: `$P2R_CACHE`, else `~/.cache/p2r`.
 
     Raises:
-        DataError: Another template, folder or parameter.
+        DataError: for another template, folder or parameter.
     """
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -88,7 +88,7 @@ def resolve_source(url: str, cache: Path | None = None) -> Path:
 def virtual_subjects(folder: Path, *, num_subjects: int, seed: int) -> Path:
     """Write `images/sub-001_T1w.nii.gz`, `labels/sub-001_T1w.nii.gz`, ... into a folder below `folder`, and return it.
 
-    A folder that is already complete is left as it is; one that is not whole never has the final name.
+    An existing complete folder is reused. The folder gets its final name only when it is complete.
     """
     recipe = {
         "template": "icbm152-2009a",
@@ -126,15 +126,15 @@ def _move_into_place(work: Path, target: Path) -> None:
     try:
         work.rename(target)
     except OSError:
-        if not (target / _MARKER).is_file():  # another process was faster: then its folder is the same
+        if not (target / _MARKER).is_file():  # otherwise another process has made the same folder
             raise
 
 
 class _Template:
-    """T1, grey and white matter maps, cropped to the brain."""
+    """T1, grey matter and white matter maps, cropped to the brain."""
 
     def __init__(self) -> None:
-        # nilearn takes a second to import, and only this needs it.
+        # Imported here because nilearn takes a second to import, and only this class needs it.
         from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 
         t1 = load_mni152_template(resolution=_SPACING_MM)
@@ -155,31 +155,31 @@ class _Template:
 
     def subject(self, generator: np.random.Generator) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
         """Draw one subject: (X, Y, Z) image and labels."""
-        where = self._deformation(generator)
+        where = self._draw_deformation(generator)
         t1 = np.clip(ndimage.map_coordinates(self._t1_splines, where, order=3, prefilter=False), 0.0, 1.0)
         grey, white = (ndimage.map_coordinates(one, where, order=1) for one in (self._grey, self._white))
         label = np.argmax(np.stack([1.0 - grey - white, grey, white]), axis=0).astype(np.uint8)
-        return _acquired(_recontrasted(t1, generator), generator), label
+        return _simulate_scanner(_change_contrast(t1, generator), generator), label
 
-    def _deformation(self, generator: np.random.Generator) -> NDArray[Any]:
-        """(3, X, Y, Z): for each voxel of the subject, its place in the template, in voxels."""
+    def _draw_deformation(self, generator: np.random.Generator) -> NDArray[Any]:
+        """Draw a deformation, (3, X, Y, Z): for each voxel of the subject, its position in the template, in voxels."""
         shape = self._t1.shape
         centre = (np.array(shape) - 1) / 2
         angles = np.deg2rad(generator.normal(0.0, 4.0, 3))
         zoom = np.exp(generator.normal(0.0, 0.05, 3))
         shear = np.eye(3) + np.triu(generator.normal(0.0, 0.03, (3, 3)), 1)
-        matrix = _rotation(angles) @ shear @ np.diag(zoom)
+        matrix = _rotation_matrix(angles) @ shear @ np.diag(zoom)
         shift = generator.normal(0.0, 2.0, 3) / _SPACING_MM
         grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")) - centre[:, None, None, None]
         where = np.einsum("ij,jxyz->ixyz", matrix, grid) + (centre + shift)[:, None, None, None]
         for distance_mm, amplitude_mm in ((40.0, 4.0), (16.0, 1.2)):
             coarse = [max(4, round(n * _SPACING_MM / distance_mm) + 3) for n in shape]
             for axis in range(3):
-                where[axis] += _smooth(generator, coarse, shape) * amplitude_mm / _SPACING_MM
+                where[axis] += _draw_smooth_field(generator, coarse, shape) * amplitude_mm / _SPACING_MM
         return np.asarray(where)
 
 
-def _rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
+def _rotation_matrix(angles: NDArray[np.float64]) -> NDArray[np.float64]:
     matrix = np.eye(3)
     for axis, angle in enumerate(angles):
         i, j = (other for other in range(3) if other != axis)
@@ -190,18 +190,18 @@ def _rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
     return matrix
 
 
-def _smooth(generator: np.random.Generator, coarse: list[int], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Standard normal control points, interpolated by cubic splines to `shape`."""
+def _draw_smooth_field(generator: np.random.Generator, coarse: list[int], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Draw standard normal control points, interpolated to `shape` by cubic splines."""
     field = generator.standard_normal(coarse)
     for axis, size in enumerate(shape):
-        # The spline is separable: a small matrix for each axis does what a 3D zoom does in ten times the time.
+        # The spline is separable: a small matrix per axis is ten times faster than a 3D zoom.
         basis = np.stack([ndimage.zoom(unit, size / len(unit), order=3) for unit in np.eye(coarse[axis])])
         field = np.moveaxis(np.tensordot(field, basis, axes=(axis, 0)), -1, axis)
     return np.asarray(field)
 
 
-def _recontrasted(t1: Map, generator: np.random.Generator) -> Map:
-    """Give fluid, grey and white matter this subject's own brightness; they keep the order that makes a T1."""
+def _change_contrast(t1: Map, generator: np.random.Generator) -> Map:
+    """Draw this subject's brightness of fluid, grey and white matter, in the order of a T1."""
     fluid = generator.uniform(0.08, 0.35)
     grey = generator.uniform(0.42, 0.70)
     white = grey + generator.uniform(0.12, 0.30)
@@ -209,9 +209,9 @@ def _recontrasted(t1: Map, generator: np.random.Generator) -> Map:
     return np.interp(t1, _TISSUE, knots).astype(np.float32)
 
 
-def _acquired(image: Map, generator: np.random.Generator) -> NDArray[np.int16]:
-    """What a scanner does to it: coil sensitivity, blur, Rician noise, an arbitrary scale."""
-    bias = np.exp(generator.uniform(0.03, 0.15) * _smooth(generator, [4, 4, 4], image.shape))
+def _simulate_scanner(image: Map, generator: np.random.Generator) -> NDArray[np.int16]:
+    """Simulate coil sensitivity, blur, Rician noise and an arbitrary intensity scale."""
+    bias = np.exp(generator.uniform(0.03, 0.15) * _draw_smooth_field(generator, [4, 4, 4], image.shape))
     blurred = ndimage.gaussian_filter(image, generator.uniform(0.0, 0.4))
     sigma = generator.uniform(0.008, 0.03)
     real = blurred * bias + sigma * generator.standard_normal(image.shape)

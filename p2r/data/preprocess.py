@@ -1,13 +1,13 @@
-"""A volume -> images as the network sees them, and maps of the network -> back onto the volume's grid. Pure functions.
+"""A volume -> the network's input images, and maps of the network -> the volume's grid. Pure functions.
 
-Choices: a plane is cut across the axis of the largest spacing, so that it is the sharpest cut there is; intensities are
-stretched between two percentiles of the whole volume, so that planes of one scan stay comparable; planes are resampled
-to one pixel size *before* they are cropped or padded about their centre, so that a pixel means the same length in every
-scan. Training and use go through the same code: what the backbone saw is what it will see. A network that reads volumes
-gets them on cubic voxels, about the same middle; which axis is the sharpest does not matter then.
+Choices: slices are perpendicular to the axis with the largest spacing, where in-plane resolution is best. Intensities are
+normalised between two percentiles of the whole volume, so that slices of one scan stay comparable. Slices are resampled to
+one pixel size *before* they are cropped or padded about their centre, so that a pixel has the same length in every scan.
+Training and inference use the same code, so the backbone always gets the input that it was trained on. A network that reads
+volumes gets cubic voxels about the same centre, independent of the slice axis.
 
-Shapes: X Y Z T a volume; P = T * Z planes, frame by frame; h w a plane's voxels; H W its pixels after resampling; x y z a
-volume's own voxels where X Y Z are those after resampling.
+Shapes: X Y Z T a volume; P = T * Z slices, frame by frame; h w voxels of a slice; H W its pixels after resampling; where
+X Y Z are voxels after resampling, x y z are the volume's own voxels.
 """
 
 import math
@@ -32,47 +32,47 @@ from p2r.data.preparation import planes_to_volume as planes_to_volume
 from p2r.data.preparation import slice_axis as slice_axis
 from p2r.data.preparation import volume_to_planes as volume_to_planes
 from p2r.data.volume import Volume
-from p2r.device import on_device
+from p2r.device import to_device
 from p2r.errors import RefusedScan
 
 MAX_IMAGES_MIB = 8192.0
-"""Most memory that the images or maps of one scan may take, with the arrays on the way to them."""
+"""Largest memory for the images or maps of one scan, including intermediate arrays."""
 
 _MAX_PLANE_MIB = 256.0
 _COARSER = "use larger voxels (pretrain.image.spacing_mm, or another backbone) or a part of the scan; its header's voxel size may be wrong"
-_ROUNDING = 0.01  # of a voxel: what spacings in a header may be off
+_ROUNDING = 0.01  # of a voxel: tolerance for rounded spacings in a header
 
 
 @dataclass(frozen=True)
 class Planes:
-    """All planes of one volume, ready for a network."""
+    """All slices of one volume, ready for a network."""
 
     images: Tensor
     """(P, 1, H, W) float32 in [0, 1]."""
     inside: Tensor
-    """(P, H, W) bool: pixels that are part of the scan, not padding."""
+    """(P, H, W) bool: True in the scan, False in the padding."""
     axis: int
-    """Axis of the volume across which the planes were cut."""
+    """Axis of the volume perpendicular to the slices."""
     low: float
     """Intensity that became 0."""
     high: float
     """Intensity that became 1."""
     shape: tuple[int, int]
-    """(h, w) of a plane on the volume's own grid."""
+    """(h, w) of a slice on the volume's own grid."""
     spacing_mm: tuple[float, float]
     """In-plane voxel size on the volume's own grid, mm."""
     num_frames: int
-    """T."""
+    """T, the number of frames."""
 
 
 @dataclass(frozen=True)
 class Frames:
-    """All frames of one volume, whole, ready for a network that reads volumes."""
+    """All frames of one volume, ready for a network that reads volumes."""
 
     images: Tensor
     """(T, 1, X, Y, Z) float32 in [0, 1]."""
     inside: Tensor
-    """(T, X, Y, Z) bool: voxels that are part of the scan, not padding."""
+    """(T, X, Y, Z) bool: True in the scan, False in the padding."""
     low: float
     """Intensity that became 0."""
     high: float
@@ -83,14 +83,14 @@ class Frames:
     """Voxel size on the volume's own grid, mm."""
 
 
-def check_room(num_values: float, what: str, way_out: str, *, max_mib: float | None = None) -> None:
-    """Refuse arrays of float32 that would be too large, before any of them is allocated.
+def check_room(num_values: float, content: str, advice: str, *, max_mib: float | None = None) -> None:
+    """Refuse float32 arrays that would be too large, before any of them is allocated.
 
     Args:
-        num_values: Of all arrays together.
-        what: They would hold, for the message.
-        way_out: What makes them smaller.
-        max_mib: Most memory; None: `MAX_IMAGES_MIB`.
+        num_values: Total number of values.
+        content: Content of the arrays, for the message.
+        advice: Way to make them smaller, for the message.
+        max_mib: Largest allowed memory; None: `MAX_IMAGES_MIB`.
 
     Raises:
         RefusedScan: `too_large`.
@@ -100,18 +100,18 @@ def check_room(num_values: float, what: str, way_out: str, *, max_mib: float | N
     if num_mib > max_mib:
         raise RefusedScan(
             "too_large",
-            f"{what} would take {num_mib:,.0f} MiB of memory, up to {max_mib:,.0f} MiB are allowed: {way_out}",
+            f"{content} would take {num_mib:,.0f} MiB of memory, up to {max_mib:,.0f} MiB are allowed: {advice}",
         )
 
 
 def check_plane(shape: tuple[int, int], spacing_mm: tuple[float, float], *, target_mm: float, name: str) -> None:
-    """Refuse planes that cannot be resampled one by one: an image of training is a crop of such a plane.
+    """Refuse slices that are too large to resample one by one; a training image is a crop of a resampled slice.
 
     Args:
-        shape: (h, w).
-        spacing_mm: Of rows and columns, mm.
+        shape: (h, w) of a slice.
+        spacing_mm: Spacing of rows and columns, mm.
         target_mm: Pixel size after resampling, mm.
-        name: Of the scan.
+        name: Name of the scan, for messages.
 
     Raises:
         RefusedScan: `too_large`.
@@ -131,7 +131,8 @@ def _check_planes(
     height, width = _resampled_shape(shape, spacing_mm, target_mm)
     check_room(
         num_planes * (shape[0] * width + height * width),  # columns are resampled first
-        f"{name}: {num_planes:,} planes of {_sizes(shape, spacing_mm)}, {_sizes((height, width), (target_mm,))} after resampling,",
+        f"{name}: {num_planes:,} slices of {_describe_size(shape, spacing_mm)}, "
+        f"{_describe_size((height, width), (target_mm,))} after resampling,",
         _COARSER,
         max_mib=max_mib,
     )
@@ -147,21 +148,21 @@ def _check_frames(
     name: str,
 ) -> None:
     (_, y, z), (to_x, to_y, to_z) = own, shape
-    images = to_x * y * z + to_x * to_y * z + to_x * to_y * to_z  # one axis is resampled after another
+    images = to_x * y * z + to_x * to_y * z + to_x * to_y * to_z  # axes are resampled one after another
     weights = 8 * sum(n * to_n for n, to_n in zip(own, shape, strict=True))  # of `axis_weights`, in float64
     check_room(
         num_frames * images + weights,
-        f"{name}: {num_frames:,} frames of {_sizes(own, spacing_mm)}, {_sizes(shape, (target_mm,))} after resampling,",
+        f"{name}: {num_frames:,} frames of {_describe_size(own, spacing_mm)}, {_describe_size(shape, (target_mm,))} after resampling,",
         _COARSER,
     )
 
 
-def _sizes(shape: Sequence[int], spacing_mm: Sequence[float]) -> str:
+def _describe_size(shape: Sequence[int], spacing_mm: Sequence[float]) -> str:
     return f"{' x '.join(f'{n:,}' for n in shape)} voxels of {' x '.join(f'{mm:g}' for mm in spacing_mm)} mm"
 
 
 def normalise(voxels: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Map [low, high] to [0, 1] in float32, and clip what lies outside; tensors of bounds are broadcast."""
+    """Map [low, high] to [0, 1] in float32 and clip the rest; bounds given as tensors are broadcast."""
     return ((voxels.float() - low) / (high - low)).clamp_(0.0, 1.0)
 
 
@@ -173,74 +174,74 @@ def to_grid(
     size: int | None,
     mode: Literal["bilinear", "nearest"] = "bilinear",
 ) -> tuple[Tensor, Tensor]:
-    """Resample planes to square pixels, then crop or pad them about their centre.
+    """Resample slices to square pixels, then crop or pad them about their centre.
 
     Args:
-        planes: (B, C, h, w) float32.
+        planes: Slices, (B, C, h, w) float32.
         spacing_mm: Row and column spacing of `planes`, mm.
         target_mm: Pixel size of the result, mm.
-        size: Height and width of the result; None: whatever the resampling gives.
-        mode: bilinear for intensities (with antialiasing where pixels grow), nearest for labels.
+        size: Height and width of the result; None: no cropping or padding.
+        mode: bilinear for intensities (antialiased where pixels grow), nearest for labels.
 
     Returns:
-        (B, C, H, W), and (B, H, W) bool: True where a pixel comes from the scan.
+        (B, C, H, W), and (B, H, W) bool: True inside the scan.
     """
     height, width = _resampled_shape(planes.shape[-2:], spacing_mm, target_mm)
-    resampled = _resample(planes, (height, width), mode)  # (B, C, H, W)
+    resampled = _resample_planes(planes, (height, width), mode)  # (B, C, H, W)
     inside = torch.ones(planes.shape[0], height, width, dtype=torch.bool, device=planes.device)
     if size is None:
         return resampled, inside
-    padding = _centring((height, width), (size, size))
+    padding = _centre_padding((height, width), (size, size))
     return F.pad(resampled, padding), F.pad(inside, padding)
 
 
 def from_grid(maps: Tensor, shape: tuple[int, int], *, spacing_mm: tuple[float, float], target_mm: float) -> Tensor:
-    """Bring maps of the network back to the planes' own voxels: the way of `to_grid`, backwards.
+    """Resample maps of the network to the slices' own voxels: the inverse of `to_grid`.
 
     Args:
-        maps: (B, C, H, W) on the grid that `to_grid` made, cropped, padded or neither.
-        shape: (h, w) of the planes before `to_grid`.
-        spacing_mm: Row and column spacing of those planes, mm.
+        maps: (B, C, H, W) on the grid of `to_grid`: cropped, padded or neither.
+        shape: (h, w) of the slices before `to_grid`.
+        spacing_mm: Row and column spacing of those slices, mm.
         target_mm: Pixel size of `maps`, mm.
 
     Returns:
-        (B, C, h, w); zero where `to_grid` had cropped the plane away.
+        (B, C, h, w); zero where `to_grid` cropped the slice.
     """
     resampled = _resampled_shape(shape, spacing_mm, target_mm)
-    whole = F.pad(maps, _centring((maps.shape[-2], maps.shape[-1]), resampled, inverse=True))
-    return _resample(whole, shape, "bilinear")
+    whole = F.pad(maps, _centre_padding((maps.shape[-2], maps.shape[-1]), resampled, inverse=True))
+    return _resample_planes(whole, shape, "bilinear")
 
 
 def axis_weights(
     num_voxels: int, centre: float, *, spacing_mm: float, target_mm: float, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Weights with which the voxels along one axis make `size` samples about a centre: linear, antialiased where voxels grow.
+    """Compute the linear weights for resampling one axis to `size` samples about a centre, antialiased where voxels grow.
 
     Args:
-        num_voxels: Along the axis.
-        centre: Of the samples, in voxels; 0 is the middle of the first voxel.
-        spacing_mm: Of the voxels.
-        target_mm: Of the samples.
+        num_voxels: Number of voxels along the axis.
+        centre: Centre of the samples, in voxels; 0 is the centre of the first voxel.
+        spacing_mm: Spacing of the voxels.
+        target_mm: Spacing of the samples.
         size: Number of samples.
 
     Returns:
-        (size, num_voxels) float32, rows add up to 1, or to 0 for samples outside; and (size,) bool: inside.
+        (size, num_voxels) float32, with rows that sum to 1, or to 0 for samples outside; and (size,) bool: inside.
     """
     scale = target_mm / spacing_mm
-    places = _places(size, centre, scale)
+    places = _sample_places(size, centre, scale)
     distance = (torch.arange(num_voxels, dtype=torch.float64) - places[:, None].clamp(0, num_voxels - 1)).abs()
     weights = (1 - distance / max(1.0, scale)).clamp_min(0)
-    inside = _within(places, num_voxels)
+    inside = _are_inside(places, num_voxels)
     weights = weights / weights.sum(1, keepdim=True) * inside[:, None]
     return weights.float(), inside
 
 
-def _places(size: int, centre: float, scale: float) -> Tensor:
-    """Return where `size` samples about a centre lie, in voxels (float64)."""
+def _sample_places(size: int, centre: float, scale: float) -> Tensor:
+    """Return the positions of `size` samples about a centre, in voxels (float64)."""
     return centre + (torch.arange(size, dtype=torch.float64) - (size - 1) / 2) * scale
 
 
-def _within(places: Tensor, num_voxels: int) -> Tensor:
+def _are_inside(places: Tensor, num_voxels: int) -> Tensor:
     return (places >= -0.5) & (places <= num_voxels - 0.5)
 
 
@@ -250,19 +251,19 @@ def to_patch(
     """Resample a box of a volume to a cube of isotropic voxels about a centre.
 
     Args:
-        voxels: (X, Y, Z) float32.
-        centre: In voxels of the box.
-        spacing_mm: Of the box.
-        target_mm: Voxel size of the result.
-        size: Edge of the result.
+        voxels: The box, (X, Y, Z) float32.
+        centre: Centre of the cube, in voxels of the box.
+        spacing_mm: Voxel size of the box.
+        target_mm: Voxel size of the cube.
+        size: Edge of the cube, in voxels.
 
     Returns:
-        (size, size, size) float32, 0 outside of the box; and bool: inside.
+        (size, size, size) float32, 0 outside the box; and bool: inside.
     """
-    return _to_cubic(voxels, centre, spacing_mm=spacing_mm, target_mm=target_mm, shape=(size, size, size))
+    return _resample_to_cubic(voxels, centre, spacing_mm=spacing_mm, target_mm=target_mm, shape=(size, size, size))
 
 
-def _to_cubic(
+def _resample_to_cubic(
     voxels: Tensor,
     centre: Sequence[float],
     *,
@@ -270,21 +271,21 @@ def _to_cubic(
     target_mm: float,
     shape: tuple[int, int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Resample (..., x, y, z) to cubic voxels (..., X, Y, Z) about a centre; and (X, Y, Z) bool: inside."""
+    """Resample (..., x, y, z) to cubic voxels about a centre; return (..., X, Y, Z), and (X, Y, Z) bool: inside."""
     weights, inside = [], torch.ones((), dtype=torch.bool, device=voxels.device)
     for axis, size in enumerate(shape):
-        of_axis, within = axis_weights(
+        matrix, within = axis_weights(
             voxels.shape[axis - 3], centre[axis], spacing_mm=spacing_mm[axis], target_mm=target_mm, size=size
         )
-        weights.append(of_axis)
-        inside = inside[..., None] & on_device(within.numpy(), voxels.device, dtype=torch.bool)
-    return _along_axes(voxels, weights), inside
+        weights.append(matrix)
+        inside = inside[..., None] & to_device(within, voxels.device)
+    return _apply_weights(voxels, weights), inside
 
 
-def _along_axes(maps: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Multiply the last three axes of `maps`, one after another, by a matrix (samples, voxels) each."""
-    for axis, of_axis in enumerate(weights, start=maps.ndim - 3):
-        matrix = on_device(of_axis.numpy(), maps.device)
+def _apply_weights(maps: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Multiply each of the last three axes of `maps` by its matrix (samples, voxels)."""
+    for axis, axis_matrix in enumerate(weights, start=maps.ndim - 3):
+        matrix = to_device(axis_matrix, maps.device)
         maps = torch.movedim(torch.tensordot(matrix, maps, dims=([1], [axis])), 0, axis)
     return maps
 
@@ -292,7 +293,7 @@ def _along_axes(maps: Tensor, weights: Sequence[Tensor]) -> Tensor:
 def cubic_shape(
     shape: tuple[int, int, int], spacing_mm: tuple[float, ...], *, target_mm: float
 ) -> tuple[int, int, int]:
-    """Return how many cubic voxels along each axis, about the middle, hold all voxels of a volume."""
+    """Return the number of cubic voxels along each axis, about the centre, that cover a volume."""
     x, y, z = (max(1, math.ceil(n * mm / target_mm - _ROUNDING)) for n, mm in zip(shape, spacing_mm, strict=True))
     return x, y, z
 
@@ -300,7 +301,7 @@ def cubic_shape(
 def cubic_to_voxel(
     shape: tuple[int, int, int], cubic: tuple[int, int, int], *, spacing_mm: tuple[float, ...], target_mm: float
 ) -> tuple[tuple[float, float], ...]:
-    """Return, for each axis, (scale, offset): the cubic voxel i lies at scale * i + offset on the volume's own grid."""
+    """Return (scale, offset) for each axis: cubic voxel i is at scale * i + offset on the volume's own grid."""
     scales = [target_mm / mm for mm in spacing_mm]
     return tuple(
         (scale, ((own - 1) - scale * (size - 1)) / 2) for own, size, scale in zip(shape, cubic, scales, strict=True)
@@ -308,22 +309,22 @@ def cubic_to_voxel(
 
 
 def from_cubic(maps: Tensor, shape: tuple[int, int, int], *, spacing_mm: tuple[float, ...], target_mm: float) -> Tensor:
-    """Bring maps of the network back to the volume's own voxels: the way of `frames_of`, backwards.
+    """Resample maps of the network to the volume's own voxels: the inverse of `frames_of`.
 
     Args:
-        maps: (..., X, Y, Z) on cubic voxels about the volume's middle, all of it or a part.
-        shape: (x, y, z).
-        spacing_mm: Of the volume's own voxels, mm.
+        maps: (..., X, Y, Z) on cubic voxels about the volume's centre, covering all or part of it.
+        shape: (x, y, z) of the volume.
+        spacing_mm: Size of the volume's own voxels, mm.
         target_mm: Voxel size of `maps`, mm.
 
     Returns:
-        (..., x, y, z); zero where `maps` do not reach.
+        (..., x, y, z); zero outside `maps`.
     """
     weights = [
         axis_weights(cubic, (cubic - 1) / 2, spacing_mm=target_mm, target_mm=mm, size=own)[0]
         for cubic, own, mm in zip(maps.shape[-3:], shape, spacing_mm, strict=True)
     ]
-    return _along_axes(maps, weights)
+    return _apply_weights(maps, weights)
 
 
 def frames_of(volume: Volume, *, preparation: Preparation, size: int | None) -> Frames:
@@ -331,23 +332,23 @@ def frames_of(volume: Volume, *, preparation: Preparation, size: int | None) -> 
 
     Args:
         volume: The scan.
-        preparation: Rules.
-        size: Edge of the images, about the middle, usually `preparation.image_size`; None: all of the volume.
+        preparation: Rules of the backbone.
+        size: Edge of the central cube, usually `preparation.image_size`; None: the whole volume.
 
     Raises:
-        RefusedScan: `not_3d` for a single plane, `constant` as `percentile_table`.
+        RefusedScan: `not_3d` for a single slice; `constant` as `percentile_table`.
     """
     own, spacing_mm, target_mm = volume.data.shape[:3], volume.spacing_mm, preparation.spacing_mm
     if 1 in own:
         raise RefusedScan(
             "not_3d",
-            f"{volume.key} is a single plane, its shape is {list(own)}; this network reads volumes: use one of planes (dimensions: 2)",
+            f"{volume.key} is a single slice of shape {list(own)}, but this network reads volumes: use one with dimensions: 2",
         )
     low, high = intensity_window(percentile_table(volume.data, name=volume.key), preparation.intensity_percentiles)
     shape = (size, size, size) if size is not None else cubic_shape(own, spacing_mm, target_mm=target_mm)
     _check_frames(volume.data.shape[3], own, shape, spacing_mm, target_mm=target_mm, name=volume.key)
     stored = torch.from_numpy(np.ascontiguousarray(np.moveaxis(volume.data, 3, 0), dtype=np.float32))
-    images, inside = _to_cubic(
+    images, inside = _resample_to_cubic(
         normalise(stored[:, None], low, high),  # (T, 1, x, y, z)
         [(n - 1) / 2 for n in own],
         spacing_mm=spacing_mm,
@@ -358,15 +359,15 @@ def frames_of(volume: Volume, *, preparation: Preparation, size: int | None) -> 
 
 
 def label_frames_of(labels: Volume, *, preparation: Preparation, size: int | None) -> Tensor:
-    """Resample a label map to (T, X, Y, Z) int64, on the grid that `frames_of` gives its scan; 0 outside."""
+    """Resample a label map to (T, X, Y, Z) int64, on the grid of `frames_of` for its scan; 0 outside."""
     own, spacing_mm, target_mm = labels.data.shape[:3], labels.spacing_mm, preparation.spacing_mm
     shape = (size, size, size) if size is not None else cubic_shape(own, spacing_mm, target_mm=target_mm)
     _check_frames(2 * labels.data.shape[3], own, shape, spacing_mm, target_mm=target_mm, name=labels.key)  # of int64
     maps = torch.from_numpy(np.ascontiguousarray(np.moveaxis(labels.data, 3, 0))).long()
     for axis in range(3):
-        places = _places(shape[axis], (own[axis] - 1) / 2, target_mm / spacing_mm[axis])
+        places = _sample_places(shape[axis], (own[axis] - 1) / 2, target_mm / spacing_mm[axis])
         nearest = places.add(0.5).floor().long().clamp(0, own[axis] - 1)
-        outside = ~_within(places, own[axis])
+        outside = ~_are_inside(places, own[axis])
         maps = maps.index_select(axis + 1, nearest).index_fill(axis + 1, outside.nonzero()[:, 0], 0)
     return maps
 
@@ -379,8 +380,8 @@ def prepare(
     target_mm: float,
     size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Turn raw planes (B, h, w) into images (B, 1, H, W) in [0, 1], and `inside` (B, H, W): `normalise`, `to_grid`."""
-    # PyTorch has no arithmetic for uint16.
+    """Turn stored slices (B, h, w) into images (B, 1, H, W) in [0, 1], and `inside` (B, H, W): `normalise`, then `to_grid`."""
+    # Converted here because PyTorch has no arithmetic for uint16.
     stored = torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32))
     return to_grid(normalise(stored[:, None], *window), spacing_mm, target_mm=target_mm, size=size)
 
@@ -390,8 +391,8 @@ def planes_of(volume: Volume, *, preparation: Preparation, size: int | None) -> 
 
     Args:
         volume: The scan.
-        preparation: Rules.
-        size: Height and width of the images, usually `preparation.image_size`; None: the planes' whole extent.
+        preparation: Rules of the backbone.
+        size: Height and width of the images, usually `preparation.image_size`; None: the whole slices.
     """
     axis = slice_axis(volume.spacing_mm, preparation.slice_axis, shape=volume.data.shape)
     window = intensity_window(percentile_table(volume.data, name=volume.key), preparation.intensity_percentiles)
@@ -404,7 +405,7 @@ def planes_of(volume: Volume, *, preparation: Preparation, size: int | None) -> 
 
 
 def label_planes_of(labels: Volume, *, preparation: Preparation, axis: int, size: int | None) -> Tensor:
-    """Cut a label map into (P, H, W) int64, on the grid that `planes_of` gives its scan."""
+    """Cut a label map into (P, H, W) int64, on the grid of `planes_of` for its scan."""
     planes = torch.from_numpy(volume_to_planes(labels.data, axis).astype(np.float32))[:, None]
     spacing = plane_spacing(labels.spacing_mm, axis)
     shape = (planes.shape[2], planes.shape[3])
@@ -418,7 +419,7 @@ def _resampled_shape(shape: tuple[int, ...], spacing_mm: tuple[float, float], ta
     return height, width
 
 
-def _resample(planes: Tensor, shape: tuple[int, int], mode: Literal["bilinear", "nearest"]) -> Tensor:
+def _resample_planes(planes: Tensor, shape: tuple[int, int], mode: Literal["bilinear", "nearest"]) -> Tensor:
     if planes.shape[-2:] == shape:
         return planes
     if mode == "nearest":
@@ -426,8 +427,8 @@ def _resample(planes: Tensor, shape: tuple[int, int], mode: Literal["bilinear", 
     return F.interpolate(planes, size=shape, mode="bilinear", align_corners=False, antialias=True)
 
 
-def _centring(shape: tuple[int, int], size: tuple[int, int], *, inverse: bool = False) -> list[int]:
-    """Padding for `F.pad` (negative: cropping) that takes `shape` to `size`; `inverse` undoes the opposite way."""
+def _centre_padding(shape: tuple[int, int], size: tuple[int, int], *, inverse: bool = False) -> list[int]:
+    """Return the padding for `F.pad` (negative: cropping) from `shape` to `size`; `inverse` undoes that from `size` to `shape`."""
     padding: list[int] = []
     for have, want in zip(reversed(shape), reversed(size), strict=True):  # F.pad starts at the last axis
         before = -((have - want) // 2) if inverse else (want - have) // 2

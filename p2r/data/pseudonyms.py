@@ -1,12 +1,12 @@
-"""Names of subjects, scans and files -> what a corpus publishes of them: the names themselves, or keyed hashes.
+"""Names of subjects, scans and files -> the published names: the names themselves, or keyed hashes.
 
-A pseudonym is the beginning of HMAC-SHA256 under the secret in `P2R_PSEUDONYM_KEY`: without the secret nobody can tell
-whose it is, not even by trying names; with it, the same name always gives the same pseudonym, so that a corpus can grow
-and a leak can still be found. The secret comes from the environment alone and is written nowhere. A corpus holds the
-`key_id` instead: enough to tell that another secret is set, useless for undoing anything.
+A pseudonym is a truncated HMAC-SHA256 under the secret in `P2R_PSEUDONYM_KEY`. Without the secret it cannot be reversed,
+not even by trying names. With the secret, the same name always gives the same pseudonym, so that a corpus can grow and
+leaks can be found. The secret is read only from the environment and never written. A corpus stores the `key_id` instead:
+it shows that another secret is set, and reveals nothing else.
 
-Sizes and times of files, and the job's own sources, become keyed digests as well. Voxels speak for themselves: their shape,
-spacing and digest stay, so that whoever has the same scan can recognise it.
+Sizes and times of files and the job's sources become keyed digests, too. Shape, spacing and digest of the voxels are not
+hidden: anyone with the same scan can recognise it.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ SCHEME = "hmac-sha256"
 
 _DIGITS = 16
 _MIN_SECRET = 16
-# What may stay of BIDS names: words of the standard and numbers, nothing that somebody made up.
+# Parts of BIDS names that stay: numbers and words of the standard, never free text.
 _SUFFIXES = frozenset(
     ("T1w", "T2w", "T2starw", "PDw", "FLAIR", "UNIT1", "MP2RAGE", "MEGRE", "MESE", "VFA", "MTS", "MTR", "angio", "bold", "sbref",
      "dwi", "asl", "m0scan", "epi", "fieldmap", "phasediff", "magnitude", "magnitude1", "magnitude2", "phase1", "phase2",
@@ -38,68 +38,68 @@ _FIXED = {"part": frozenset(("mag", "phase", "real", "imag")), "mt": frozenset((
 
 @dataclass(frozen=True)
 class Names:
-    """How the names of one cohort appear in its corpus."""
+    """Published names of one cohort."""
 
     cohort: str
     secret: bytes | None = None
-    """None: as they are."""
+    """Secret of the pseudonyms; None: names are published unchanged."""
 
     def subject(self, name: str) -> str:
-        """Name of a subject."""
-        return self._published("subject", f"{self.cohort}/{name}", name)
+        """Return the published name of a subject."""
+        return self._publish("subject", f"{self.cohort}/{name}", name)
 
     def key(self, key: str) -> str:
-        """Name of a record."""
-        return self._published("key", key, key)
+        """Return the published name of a record."""
+        return self._publish("key", key, key)
 
     def source(self, path: str) -> str:
-        """Name of a file, folder or URL."""
-        return self._published("source", path, path)
+        """Return the published name of a file, folder or URL."""
+        return self._publish("source", path, path)
 
     def state(self, num_bytes: int, modified: str) -> tuple[int | None, str]:
-        """Size of a file and its time or tag, by which a change is noticed.
+        """Return the size of a file and its time or tag, which reveal a change.
 
-        A size tells known files apart, and a time when somebody was scanned: under pseudonyms both are in one digest.
+        A size can identify a known file, and a time can reveal when a person was scanned: pseudonyms put both into one digest.
         """
         if self.secret is None:
             return num_bytes, modified
         return None, _digest(self.secret, "state", f"{num_bytes}\n{modified}")
 
     def is_state(self, row: Mapping[str, Any], num_bytes: int, modified: str) -> bool:
-        """Tell whether a ledger's row is of a file as it is now. Corpora of earlier versions have its size beside its digest."""
+        """Return whether a ledger row matches the current state of a file. Older corpora store the size beside the digest."""
         states = [self.state(num_bytes, modified)]
         if self.secret is not None:
             states.append((num_bytes, _digest(self.secret, "modified", modified) if modified else ""))
         return (row["num_bytes"], row["modified"]) in states
 
     def asked(self, digest: str) -> str:
-        """Digest of an ingest section, which has paths and names: without the secret nobody can try a section."""
+        """Return the published digest of an ingest section; keyed, because unkeyed it would allow guesses of paths and names."""
         if self.secret is None:
             return digest
         return hmac.new(self.secret, f"p2r/asked\n{digest}".encode(), hashlib.sha256).hexdigest()
 
     def message(self, text: str) -> str:
-        """Text that may quote names: nothing is left of it under pseudonyms."""
+        """Return a message that may quote names; empty with pseudonyms."""
         return as_utf8(text) if self.secret is None else ""
 
     def entities(self, found: Mapping[str, str]) -> dict[str, str]:
-        """Entities of a BIDS name; under pseudonyms only numbers and words of the standard."""
+        """Return the entities of a BIDS name; with pseudonyms, only numbers and words of the standard."""
         if self.secret is None:
             return dict(sorted(found.items()))
         return {name: value for name, value in sorted(found.items()) if _is_technical(name, value)}
 
     def statement(self) -> dict[str, str]:
-        """What the manifest says about names."""
+        """Return the manifest's statement about names."""
         if self.secret is None:
             return {"names": "plain"}
         return {"names": SCHEME, "key_id": _digest(self.secret, "key_id", "")}
 
-    def _published(self, kind: str, name: str, plain: str) -> str:
+    def _publish(self, kind: str, name: str, plain: str) -> str:
         return as_utf8(plain) if self.secret is None else _digest(self.secret, kind, as_utf8(name))
 
 
 def names_of(cohort: str, *, pseudonyms: bool) -> Names:
-    """Return the names of a cohort, with the secret from the environment if they are to be pseudonyms.
+    """Return the names of a cohort; pseudonyms use the secret in the environment.
 
     Raises:
         DataError: if the secret is not set, or is shorter than 16 characters.
@@ -110,14 +110,14 @@ def names_of(cohort: str, *, pseudonyms: bool) -> Names:
     if len(secret) < _MIN_SECRET:
         raise DataError(
             f"pseudonyms need a secret of {_MIN_SECRET} or more characters in the environment variable {VARIABLE} "
-            f"({'it has ' + str(len(secret)) if secret else 'it is not set'}): make one with `openssl rand -hex 32`, and keep it "
-            "as long as the corpus"
+            f"({'it has ' + str(len(secret)) if secret else 'it is not set'}): make one with `openssl rand -hex 32`. Keep it for "
+            "the lifetime of the corpus"
         )
     return Names(cohort, secret.encode())
 
 
 def names_if_known(cohort: str, *, pseudonyms: bool) -> Names | None:
-    """Return the names of a cohort; None if they are to be pseudonyms and the environment has no secret."""
+    """Return the names of a cohort; None for pseudonyms without a secret in the environment."""
     try:
         return names_of(cohort, pseudonyms=pseudonyms)
     except DataError:
@@ -125,18 +125,18 @@ def names_if_known(cohort: str, *, pseudonyms: bool) -> Names | None:
 
 
 def names_for(statement: Mapping[str, Any], cohort: str) -> Names:
-    """Return the names as a corpus has them, from the `deidentification` of its manifest.
+    """Return the names of a corpus, from the `deidentification` of its manifest.
 
     Raises:
-        DataError: if they are pseudonyms, and the secret that made them is not the one in the environment.
+        DataError: if they are pseudonyms made with another secret than the one in the environment.
     """
     if statement.get("names", "plain") == "plain":
         return Names(cohort)
     names = names_of(cohort, pseudonyms=True)
     if names.statement()["key_id"] != statement.get("key_id"):
         raise DataError(
-            f"the corpus's subjects are pseudonyms under another secret than the one in {VARIABLE}: whether a subject is in it "
-            "cannot be told; set the secret that made the corpus"
+            f"the corpus's pseudonyms were made with another secret than the one in {VARIABLE}, so subjects cannot be looked up; "
+            "set the secret that made the corpus"
         )
     return names
 

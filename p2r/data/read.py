@@ -1,10 +1,10 @@
-"""A scan of the list -> the volumes that a corpus keeps of it, or a refusal.
+"""A scan -> the volumes that a corpus stores of it, or a refusal.
 
     NIfTI:  one volume
-    DICOM:  one volume for each image that dcm2niix makes of the series (echoes, phase beside magnitude, orientations)
+    DICOM:  one volume for each image that dcm2niix makes of the series (echoes, magnitude and phase, orientations)
 
-Each is read, checked as it was acquired, resampled if the job asks, and checked for size. Of a series that was split, the
-images that can be used are kept; what became of the others is in `Volume.notes`.
+Each volume is read, checked as acquired, resampled if the job requires it, and checked for size. Of a split series the
+usable images are kept; `Volume.notes` records the refusals of the others.
 """
 
 from dataclasses import replace
@@ -21,34 +21,34 @@ from p2r.errors import RefusedScan
 
 
 def read_scan(scan: Scan, config: IngestConfig) -> list[Volume]:
-    """Read a scan as the job's ingest section asks.
+    """Read a scan by the rules of a job's ingest section.
 
     Args:
-        scan: From `find_scans`.
+        scan: Scan from `find_scans`.
         config: The job's ingest section.
 
     Returns:
-        One volume with the scan's key; or, of a DICOM series that is several images, those that can be used, with the
-        keys KEY_0, KEY_1 and so on. Each has the tags of its sidecar, and in `notes` the code `sidecar_ignored` for each
-        JSON file or value that could not be used, and `part_CODE` for each refused image of the series.
+        One volume with the scan's key. For a DICOM series with several images, the usable ones with keys KEY_0, KEY_1, ...
+        Each has the tags of its sidecar. `notes` has `sidecar_ignored` for each unusable JSON file or value, and `part_CODE`
+        for each refused image of the series.
 
     Raises:
-        RefusedScan: if nothing of it can be used; the codes are those of `read_volume`, `converted`, `check_quality`,
-            `check_size` and `resample`.
-        StorageError: if a remote file cannot be fetched, for another reason than that there is none.
+        RefusedScan: if no image is usable, with the codes of `read_volume`, `converted`, `check_quality`, `check_size` and
+            `resample`.
+        StorageError: if a remote file exists but cannot be fetched.
     """
     if scan.format == "dicom":
         return _read_series(scan, config)
-    volume = _read(scan.path, scan.key, config)
+    volume = _read_and_check(scan.path, scan.key, config)
     tags, num_ignored = read_sidecar(scan.path)
-    return [replace(volume, sidecar=tags, notes=_ignored(num_ignored))]
+    return [replace(volume, sidecar=tags, notes=_repeat_note(num_ignored))]
 
 
 def sidecar_of(scan: Scan) -> dict[str, Any]:
-    """Return the technical tags of a scan's acquisition: of the JSON files beside NIfTI, or those dcm2niix finds in DICOM.
+    """Return the technical tags of a scan's acquisition: from the JSON files beside NIfTI, or from DICOM by dcm2niix.
 
-    `read_scan` gives them with each volume; this is for when no voxel is wanted. Of a series that is several images, the
-    tags on which all agree.
+    `read_scan` returns them with each volume; this function reads no voxels. For a series with several images it returns
+    the tags that all images share.
 
     Raises:
         RefusedScan: for a DICOM series that cannot be converted.
@@ -69,30 +69,30 @@ def _read_series(scan: Scan, config: IngestConfig) -> list[Volume]:
         for number, part in enumerate(parts):
             key = scan.key if len(parts) == 1 else f"{scan.key}_{number}"
             try:
-                volume = _read(str(part.path), key, config)
+                volume = _read_and_check(str(part.path), key, config)
             except RefusedScan as error:
-                # Where it lay for the moment is nobody's concern, and would make two runs differ.
+                # The temporary path would make the messages of two runs differ.
                 refusals.append(RefusedScan(error.code, error.message.replace(str(part.path), scan.path)))
             else:
-                volumes.append(replace(volume, sidecar=part.tags, notes=_ignored(part.num_ignored)))
+                volumes.append(replace(volume, sidecar=part.tags, notes=_repeat_note(part.num_ignored)))
     if not volumes:
         raise refusals[0]
     refused = tuple(f"part_{error.code}" for error in refusals)
     return [replace(volume, notes=volume.notes + refused) for volume in volumes]
 
 
-def _read(path: str, key: str, config: IngestConfig) -> Volume:
+def _read_and_check(path: str, key: str, config: IngestConfig) -> Volume:
     volume = read_volume(
         path, key=key, max_mib=config.max_scan_mib, max_frames=config.max_frames, nan=config.nan_voxels
     )
     check_quality(volume, config)
     if config.resample_mm is not None:
-        asked = config.resample_mm
-        spacing_mm = asked if isinstance(asked, tuple) else (asked, asked, asked)
+        requested = config.resample_mm
+        spacing_mm = requested if isinstance(requested, tuple) else (requested, requested, requested)
         volume = resample(volume, spacing_mm, max_mib=config.max_scan_mib)
     check_size(volume, config)
     return volume
 
 
-def _ignored(count: int) -> tuple[str, ...]:
+def _repeat_note(count: int) -> tuple[str, ...]:
     return ("sidecar_ignored",) * count

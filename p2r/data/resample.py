@@ -1,8 +1,8 @@
-"""A volume -> the same volume on another voxel size, for corpora that ask for one.
+"""A volume -> the same volume at another voxel size, for corpora with `ingest.resample_mm`.
 
-Choices: the grid keeps its directions and its centre, so an oblique scan stays oblique; where voxels grow, a Gaussian
-first takes away what the coarser grid cannot hold (its width matches the point spread of the two grids); interpolation
-is linear, which never leaves the range of the values; integers are rounded back to integers.
+Choices: the grid keeps its directions and its centre, so an oblique scan stays oblique. Where voxels grow, a Gaussian
+first removes frequencies that the coarser grid cannot represent; its width matches the point spread of the two grids.
+Interpolation is linear, which never leaves the range of the values. Integers are rounded back to integers.
 
 Source: Cardoso et al., Scale factor point spread function matching, MICCAI 2015, for the Gaussian's width.
 """
@@ -25,11 +25,11 @@ _SAME_SPACING = 1e-3
 def resample(volume: Volume, spacing_mm: tuple[float, float, float], *, max_mib: float = MAX_SCAN_MIB) -> Volume:
     """Resample a volume to a voxel size along its axes (Right, Anterior, Superior), mm.
 
-    Axes whose spacing is within 0.1 % of what is asked for stay as they are, as does that of a single plane.
-    Works frame by frame: beside both volumes, it takes 16 bytes for each voxel of one frame.
+    Axes whose spacing is within 0.1 % of the requested one stay unchanged, and so does the axis of a single slice.
+    Works frame by frame: in addition to both volumes, it takes 16 bytes per voxel of one frame.
 
     Raises:
-        RefusedScan: `too_small` if less than two voxels would be left along an axis, `too_large` beyond `max_mib`.
+        RefusedScan: `too_small` if fewer than two voxels would be left along an axis, `too_large` beyond `max_mib`.
     """
     factors = tuple(
         1.0 if size == 1 or abs(new / old - 1) < _SAME_SPACING else new / old
@@ -48,32 +48,32 @@ def resample(volume: Volume, spacing_mm: tuple[float, float, float], *, max_mib:
             f"ingest.max_scan_mib is {max_mib:g}",
         )
     data = np.empty((*shape, volume.data.shape[3]), volume.data.dtype)
-    # Both grids share their centre: voxel i of the new one lies at factor * i + offset of the old one.
+    # Both grids have the same centre: voxel i of the new grid is at factor * i + offset of the old one.
     offset = [
         (old - 1) / 2 - factor * (new - 1) / 2
         for old, new, factor in zip(volume.data.shape[:3], shape, factors, strict=True)
     ]
     for frame in range(data.shape[3]):
-        data[..., frame] = _on_grid(volume.data[..., frame], factors, offset, shape, data.dtype)
+        data[..., frame] = _resample_frame(volume.data[..., frame], factors, offset, shape, data.dtype)
     new_spacing = tuple(old * factor for old, factor in zip(volume.spacing_mm, factors, strict=True))
     return replace(
         volume,
         data=data,
-        affine=_affine(volume, (new_spacing[0], new_spacing[1], new_spacing[2]), shape),
+        affine=_resampled_affine(volume, (new_spacing[0], new_spacing[1], new_spacing[2]), shape),
         spacing_mm=(new_spacing[0], new_spacing[1], new_spacing[2]),
         resampled_from_mm=volume.spacing_mm,
         acquired_sha256=voxels_sha256(volume),
     )
 
 
-def _on_grid(
+def _resample_frame(
     frame: NDArray[Any],
     factors: tuple[float, ...],
     offset: list[float],
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
 ) -> NDArray[np.float32]:
-    from scipy import ndimage  # takes a second, and most jobs keep the acquired grid
+    from scipy import ndimage  # imported here: it takes a second, and most jobs keep the acquired grid
 
     voxels: NDArray[np.float32] = frame.astype(np.float32)
     sigma = [math.sqrt(max(factor**2 - 1, 0)) / _FWHM_PER_SIGMA for factor in factors]
@@ -85,7 +85,9 @@ def _on_grid(
     return voxels
 
 
-def _affine(volume: Volume, spacing_mm: tuple[float, float, float], shape: tuple[int, ...]) -> NDArray[np.float64]:
+def _resampled_affine(
+    volume: Volume, spacing_mm: tuple[float, float, float], shape: tuple[int, ...]
+) -> NDArray[np.float64]:
     directions = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
     affine = np.eye(4)
     affine[:3, :3] = directions * spacing_mm

@@ -1,12 +1,12 @@
-"""What a corpus holds, and what was added -> its next revision, published by compare-and-swap.
+"""A corpus and its additions -> the next revision, published by compare-and-swap.
 
     ledgers/<sha256>.jsonl, thumbnails/<sha256>.jsonl, manifests/<sha256>.json      immutable, written first
-    manifest.json                                                                   replaced if it is still the one that was grown
-    ledger.jsonl                                                                    the current ledger again
+    manifest.json                                                                   replaced if it is still the base revision
+    ledger.jsonl                                                                    a copy of the current ledger
 
-Whoever loses the race starts over from the winner's revision; nothing that another run relies on is ever overwritten.
-Shards of a revision are those of the one before it and new ones behind them, so positions of samples stay what they were.
-The salt is that of the first revision: digests of subjects mean the same in all of them.
+A run that loses the race starts again from the winner's revision. Nothing that another run relies on is overwritten.
+New shards are appended to the shards of the previous revision, so sample positions do not change. All revisions use the
+salt of the first one, so digests of subjects stay comparable.
 """
 
 import hashlib
@@ -38,12 +38,12 @@ from p2r.errors import DataError, StorageError
 from p2r.storage import Storage, json_bytes
 from p2r.version import __version__, code_version
 
-_MAX_STALLED = 10
+_MAX_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
 class Revision:
-    """A corpus as it is at one moment; an empty one where there is none yet."""
+    """A corpus at one moment; empty if there is no corpus yet."""
 
     manifest: dict[str, Any] | None = None
     tag: str | None = None
@@ -54,15 +54,15 @@ class Revision:
 
     @property
     def shards(self) -> list[dict[str, Any]]:
-        """Entries of its shards."""
+        """Manifest entries of its shards."""
         return [] if self.manifest is None else list(self.manifest["shards"])
 
 
 def current_revision(storage: Storage) -> Revision:
-    """Read what lies at `storage`.
+    """Read the current revision at `storage`.
 
     Raises:
-        DataError: It is damaged, or of another version.
+        DataError: if it is damaged, or of another version.
     """
     found = storage.read_tagged("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
     if found is None:
@@ -82,7 +82,7 @@ def read_thumbnails(storage: Storage, manifest: Mapping[str, Any]) -> Thumbnails
     """Read the thumbnails of a revision.
 
     Raises:
-        DataError: if they are not those that the manifest names.
+        DataError: if they are absent, or their digest differs from the one in the manifest.
     """
     path = thumbnails_path(manifest)
     found = storage.read_tagged(path, max_bytes=MAX_BYTES)
@@ -101,16 +101,16 @@ def next_manifest(
     ledger: Sequence[LedgerRow],
     thumbnails: Thumbnails,
 ) -> dict[str, Any]:
-    """Put the manifest of the next revision together.
+    """Assemble the manifest of the next revision.
 
     Args:
-        base: The revision that grew.
+        base: The revision to grow.
         config: The job's ingest section.
-        names: How names are published.
-        asked: Digest of what the job asked for.
-        entries: Of the new shards.
-        ledger: Of the next revision, whole.
-        thumbnails: Of the next revision, whole.
+        names: Names as the corpus publishes them.
+        asked: Digest of the job's request.
+        entries: Manifest entries of the new shards.
+        ledger: Complete ledger of the next revision.
+        thumbnails: All thumbnails of the next revision.
     """
     before: Mapping[str, Any] = base.manifest or {}
     shards = [*base.shards, *map(dict, entries)]
@@ -138,7 +138,7 @@ def next_manifest(
         "num_subjects": len(subjects),
         "num_cross_subject_copies": sum(row["copy_of"] is not None for row in accepted),
         "reasons": count_reasons(ledger),
-        "summary": _summary(accepted),
+        "summary": _summarise(accepted),
         "shards": shards,
         "ledger_sha256": hashlib.sha256(ledger_bytes(ledger)).hexdigest(),
         "thumbnails_sha256": hashlib.sha256(to_bytes(thumbnails)).hexdigest(),
@@ -150,7 +150,7 @@ def next_manifest(
 
 
 def deidentification_of(names: Names) -> dict[str, str]:
-    """Return what a corpus states about what was taken out of its scans, and what was not."""
+    """Return the statement of a corpus about the identifying data that was removed from its scans, or kept."""
     return {
         **names.statement(),
         "header_text": "not copied",
@@ -160,36 +160,36 @@ def deidentification_of(names: Names) -> dict[str, str]:
     }
 
 
-def publish(
+def publish_revision(
     storage: Storage, base: Revision, manifest: Mapping[str, Any], ledger: Sequence[LedgerRow], thumbnails: Thumbnails
 ) -> bool:
-    """Make `manifest` the current revision if `base` still is; tell whether it was.
+    """Make `manifest` the current revision if `base` still is; return whether it was.
 
     Raises:
-        StorageError: if the storage does not keep its word about conditional writes.
+        StorageError: if the storage does not support conditional writes.
     """
     content = manifest_bytes(manifest)
     storage.create(ledger_path(manifest), ledger_bytes(ledger))
     storage.create(thumbnails_path(manifest), to_bytes(thumbnails))
     storage.create(revision_path(hashlib.sha256(content).hexdigest()), content)
-    for attempt in range(_MAX_STALLED):
+    for attempt in range(_MAX_ATTEMPTS):
         if storage.replace("manifest.json", content, tag=base.tag):
             settle_ledger(storage)
             return True
         found = storage.read_tagged("manifest.json")
         if (found and found[1]) != base.tag:
             return False
-        time.sleep(0.05 * 2**attempt)  # a store may refuse while another request is under way
+        time.sleep(0.05 * 2**attempt)  # a store may refuse while another request is in progress
     raise StorageError(
-        f"{storage.at('manifest.json')} cannot be replaced, though nobody else replaced it: this storage lacks conditional "
+        f"{storage.at('manifest.json')} cannot be replaced, although no other run replaced it: this storage lacks conditional "
         "writes (If-Match and If-None-Match on PUT); use one that has them"
     )
 
 
 def settle_ledger(storage: Storage) -> None:
-    """Make `ledger.jsonl` the current revision's, also after a run that was killed between the two.
+    """Copy the current revision's ledger to `ledger.jsonl`; this also repairs a run killed between the two writes.
 
-    Of runs that do this at once, the last to look at the manifest is the last to write.
+    Concurrent runs converge: each checks the manifest again after its write, and repeats if the revision has changed.
     """
     while True:
         manifest = load_manifest(storage)
@@ -201,7 +201,7 @@ def settle_ledger(storage: Storage) -> None:
 
 
 def write_refused_ledger(storage: Storage, ledger: Sequence[LedgerRow]) -> str:
-    """Keep the ledger of a job that stops, and return its URL. A corpus's own `ledger.jsonl` stays."""
+    """Write the ledger of a job that stops, and return its URL. The `ledger.jsonl` of an existing corpus is kept."""
     content = ledger_bytes(ledger)
     path = f"ledgers/{hashlib.sha256(content).hexdigest()}.jsonl"
     storage.create(path, content)
@@ -212,15 +212,15 @@ def write_refused_ledger(storage: Storage, ledger: Sequence[LedgerRow]) -> str:
 
 
 def choose_thumbnails(found: Thumbnails, ledger: Sequence[LedgerRow]) -> Thumbnails:
-    """Return the thumbnails that a report of this ledger shows."""
+    """Return the thumbnails to show in a report of this ledger."""
     accepted = {row["key"] for row in ledger if is_accepted(row)}
     refused = {row["key"] for row in ledger if row["status"] == "refused"}
     groups = (drawn(found.keys() & keys, MOST) for keys in (accepted, refused))
     return {key: found[key] for group in groups for key in group}
 
 
-def _summary(accepted: Sequence[LedgerRow]) -> dict[str, Any]:
-    """Return what `p2r inspect` shows without reading the ledger: smallest, middle and largest along each axis."""
+def _summarise(accepted: Sequence[LedgerRow]) -> dict[str, Any]:
+    """Return the summary for `p2r inspect`: types, and the smallest, median and largest spacing and shape along each axis."""
     columns = {name: list(zip(*(row[name] for row in accepted), strict=True)) for name in ("spacing_mm", "shape")}
     return {
         "dtypes": dict(sorted(Counter(str(row["dtype"]) for row in accepted).items())),

@@ -1,20 +1,20 @@
-"""Volumes -> one WebDataset tar and its index; and planes or boxes back out of it, each checked before it is decoded.
+"""Volumes -> one WebDataset tar and its index; and slices or boxes read back from it, each checked before decoding.
 
-A record is one volume, as two members of a plain tar: `<key>.json` describes it, and the other holds its voxels, cut
-into chunks that are compressed one by one. So any WebDataset reader gets whole volumes, and p2r reads one chunk with
-one `pread`, or one range request. Three layouts, named by the member's extension:
+A record is one volume, stored as two members of a plain tar: `<key>.json` with metadata, and the voxels, in chunks that are
+compressed separately. So any WebDataset reader gets whole volumes, and p2r reads one chunk with one `pread` or one range
+request. Three layouts, named by the member's extension:
 
-- `.planes`: a chunk is a plane. What 2D training reads.
-- `.blocks`: a chunk is a cube of 32 voxels. What 3D patches read: three times faster than out of planes.
-- `.npy`: all planes, not compressed, as numpy writes them. Any reader decodes it without p2r; a chunk is a plane.
+- `.planes`: a chunk is a slice; for 2D training.
+- `.blocks`: a chunk is a cube of 32 voxels; for 3D patches, three times faster than from `.planes`.
+- `.npy`: all slices, uncompressed, in numpy's format. Any reader decodes it without p2r; a chunk is a slice.
 
-Chunks are blosc2: lz4 after byte shuffle (20,000 planes of 256 x 256 a second and core; about the size of `.nii.gz`), or
-zstd after bit shuffle (a fifth smaller, three times slower). Stock readers lose data in silence where a tar is cut or a bit
-flips. The index holds a CRC-32 of every chunk, the manifest the digest of the tar and of the index: p2r reads nothing
-that neither covers.
+Chunks are blosc2: lz4 after byte shuffle (20,000 slices of 256 x 256 per second and core; about the size of `.nii.gz`), or
+zstd after bit shuffle (a fifth smaller, three times slower). Stock readers lose data silently when a tar is truncated or a
+bit flips. So the index holds a CRC-32 of every chunk, and the manifest holds the digests of the tar and the index: p2r reads
+no byte without one of these checks.
 
-Shapes: (X, Y, Z, T) as in `volume`; stored as (T, P, h, w): frames of planes cut across `slice_axis`. Sample n of a shard
-is its n-th plane, frame by frame.
+Shapes: (X, Y, Z, T) as in `volume`; stored as (T, P, h, w): frames of slices perpendicular to `slice_axis`. Sample n of a
+shard is its n-th slice, frame by frame.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ Box = tuple[slice, slice, slice]
 ReadRange = Callable[[int, int], bytes]
 
 DTYPES = ("|i1", "|u1", "<i2", "<u2", "<f4")
-"""What a volume may hold."""
+"""Data types that a volume may have."""
 
 MAX_INDEX_BYTES = 1 << 28
 """Largest index that is read."""
@@ -63,20 +63,22 @@ _COMPRESSION = {
     "lz4": (blosc2.Codec.LZ4, 5, blosc2.Filter.SHUFFLE),
     "zstd": (blosc2.Codec.ZSTD, 1, blosc2.Filter.BITSHUFFLE),
 }
-blosc2.set_releasegil(True)  # or a thread that decodes would stop the one that trains, chunk by chunk
+blosc2.set_releasegil(True)  # otherwise a decoding thread would block the training thread for each chunk
 
-_SPLIT_BYTES = 1 << 15  # fixed, so that no machine chooses it by its own cache: equal records, equal bytes
-_MAX_CHUNK_BYTES = 1 << 28  # a damaged or hostile index cannot ask for more memory than this
+_SPLIT_BYTES = (
+    1 << 15
+)  # fixed, because blosc2 would choose it by the machine's cache: equal records must give equal bytes
+_MAX_CHUNK_BYTES = 1 << 28  # limits the memory that a damaged or hostile index can request
 _MAX_JSON_BYTES = 1 << 26
 _MAX_AXIS = 1 << 20
 _MAX_OFFSET = 1 << 50
 _MAX_KEY = 1024
-_NOT_PARSED = (AttributeError, KeyError, ValueError, TypeError, OverflowError, RecursionError)
+_PARSE_ERRORS = (AttributeError, KeyError, ValueError, TypeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
 class IndexRow:
-    """One record of a shard, as its index describes it; offsets count from the start of the tar."""
+    """Index entry of one record of a shard; offsets count from the start of the tar."""
 
     key: str
     subject: str
@@ -101,30 +103,30 @@ class IndexRow:
 
     @property
     def whole(self) -> Box:
-        """All voxels of one frame."""
+        """Box with all voxels of one frame."""
         _, planes, rows, columns = self.stored_shape
         return (slice(0, planes), slice(0, rows), slice(0, columns))
 
     @property
     def num_planes(self) -> int:
-        """P of all frames: the samples in this record."""
+        """Number of slices over all frames: the samples in this record."""
         return self.shape[3] * self.shape[self.slice_axis]
 
     @cached_property
     def plane_grid(self) -> tuple[Any, ...]:
-        """Equal for records whose planes can lie in one array and be resampled together."""
+        """Key that is equal for records whose slices can be stacked in one array and resampled together."""
         return (self.stored_shape[2:], self.dtype, self.slice_axis, self.spacing_mm)
 
     @cached_property
     def grid(self) -> tuple[int, int, int]:
-        """Chunks along planes, rows and columns of one frame."""
+        """Number of chunks along slices, rows and columns of one frame."""
         planes, rows, columns = (
             math.ceil(n / chunk) for n, chunk in zip(self.stored_shape[1:], self.chunk_shape, strict=True)
         )
         return (planes, rows, columns)
 
     def chunk_box(self, place: tuple[int, int, int]) -> Box:
-        """Voxels of a frame that the chunk at `place` of the grid holds; chunks at the far edges are smaller."""
+        """Return the box of a frame that the chunk at `place` of the grid holds; chunks at the far edges are smaller."""
         planes, rows, columns = (
             slice(at * chunk, min((at + 1) * chunk, n))
             for at, chunk, n in zip(place, self.chunk_shape, self.stored_shape[1:], strict=True)
@@ -139,12 +141,12 @@ def encode_record(
 
     Args:
         volume: The scan.
-        meta: At least `key`, `slice_axis`, `percentiles`; all of it is kept.
+        meta: Metadata with at least `key`, `slice_axis` and `percentiles`; all of it is stored.
         record: Layout.
-        codec: Compression; `npy` has none.
+        codec: Compression; not used for `npy`.
 
     Returns:
-        The voxels' member, and the content of the `.json` member.
+        The bytes of the voxel member, and the content of the `.json` member.
     """
     data = volume.data.astype(volume.data.dtype.newbyteorder("<"), copy=False)
     planes = volume_to_planes(data, meta["slice_axis"])
@@ -169,7 +171,7 @@ def encode_record(
         sizes = [planes[0].nbytes] * len(planes)
         start = len(content) - sum(sizes)
     else:
-        chunks = [_compress(chunk, codec) for frame in stored for chunk in _cut(frame, chunk_shape)]
+        chunks = [_compress_chunk(chunk, codec) for frame in stored for chunk in _cut_chunks(frame, chunk_shape)]
         content, sizes, start = b"".join(chunks), [len(chunk) for chunk in chunks], 0
     offsets = list(accumulate(sizes, initial=start))
     checksums = [crc32(content[begin:end]) for begin, end in pairwise(offsets)]
@@ -177,21 +179,21 @@ def encode_record(
 
 
 def decode_record(content: bytes, meta: Mapping[str, Any]) -> Array:
-    """Give back the (X, Y, Z, T) voxels of the two members of a record, of any layout, as any reader could without p2r.
+    """Decode the two members of a record of any layout to (X, Y, Z, T) voxels, for readers that get whole records.
 
     Raises:
-        DataError: A chunk does not have the checksum that the record states, or the two do not fit each other.
+        DataError: if a chunk does not have its checksum in the metadata, or the two members do not fit each other.
     """
-    row = _checked_row(_row_of(meta, offset=0, size=len(content), checksum=0), num_bytes=len(content))
+    row = _check_row(_make_row(meta, offset=0, size=len(content), checksum=0), num_bytes=len(content))
     reader = ShardReader(f"of record {row.key}", [row], lambda start, stop: content[start:stop])
     stored = np.stack([reader.read_box(row, frame, row.whole) for frame in range(row.shape[3])])
     return planes_to_volume(stored.reshape(-1, *stored.shape[2:]), row.slice_axis, len(stored))
 
 
 def voxels_sha256(volume: Volume) -> str:
-    """Digest of the voxel values: the same for a copy that was zipped again, or has another header or dtype."""
+    """Return the digest of the voxel values; it is independent of compression, header and dtype of the file."""
     data = volume.data
-    dtype = "<f4"  # a `Volume` holds whole numbers as floats only where 16 bits are too few
+    dtype = "<f4"  # a `Volume` holds whole numbers as floats only if they exceed 16 bits
     if data.dtype.kind in "iu":
         dtype = "<i2" if data.dtype != np.uint16 or data.max() < 1 << 15 else "<u2"
     digest = hashlib.sha256(f"{dtype}{data.shape}".encode())
@@ -206,23 +208,23 @@ def write_shard(
     record: Record = "planes",
     codec: Codec = "lz4",
 ) -> dict[str, Any]:
-    """Write `<path>` (a `.tar`) and its `.idx` beside it, each whole or not at all; equal records give equal bytes.
+    """Write `<path>` (a `.tar`) and its `.idx` beside it, each atomically; equal records give equal bytes.
 
     Args:
         path: The tar; its folder must exist.
-        records: Volumes with their meta: `key` (unique, of letters, digits, `-` and `_`), `subject`, `cohort`,
-            `slice_axis`, `percentiles` (from `percentile_table`), and what else is worth keeping.
+        records: Volumes with metadata: `key` (unique, of letters, digits, `-` and `_`), `subject`, `cohort`,
+            `slice_axis`, `percentiles` (from `percentile_table`), and any other fields to store.
         record: Layout of the voxels.
-        codec: Their compression.
+        codec: Compression of the voxels.
 
     Returns:
         The shard's entry in the manifest.
     """
-    from webdataset import TarWriter  # brings torch along, which a reader does not need
+    from webdataset import TarWriter  # imported here: it imports torch, which readers do not need
 
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         tar, index = Path(folder, path.name), Path(folder, index_name(path.name))
-        # GNU's format takes names beyond 100 bytes and members beyond 8 GiB, and every tar reader knows it.
+        # GNU's format allows names beyond 100 bytes and members beyond 8 GiB, and every tar reader supports it.
         with (
             tar.open("wb") as file,
             TarWriter(file, encoder=False, compress=False, mtime=0, format="GNU_FORMAT") as writer,
@@ -234,7 +236,7 @@ def write_shard(
                 text = json.dumps(described, sort_keys=True, allow_nan=False)
                 writer.write({"__key__": meta["key"], "json": text.encode(), record: voxels})
         rows = index_shard(tar)
-        index.write_text("".join(json.dumps(_described(row), sort_keys=True) + "\n" for row in rows))
+        index.write_text("".join(json.dumps(_row_as_dict(row), sort_keys=True) + "\n" for row in rows))
         entry = {
             "name": path.name,
             "num_records": len(rows),
@@ -250,15 +252,15 @@ def write_shard(
 
 
 def index_name(tar_name: str) -> str:
-    """Name of the index beside a tar."""
+    """Return the name of the index beside a tar."""
     return tar_name.removesuffix(".tar") + ".idx"
 
 
 def index_shard(path: Path) -> list[IndexRow]:
-    """Make the index of a tar from the tar alone.
+    """Rebuild the index of a tar from the tar itself.
 
     Raises:
-        DataError: It is no tar, or its members are not the pairs that `write_shard` makes.
+        DataError: if it is not a tar, or its members are not pairs written by `write_shard`.
     """
     rows = []
     num_bytes = path.stat().st_size
@@ -268,7 +270,7 @@ def index_shard(path: Path) -> list[IndexRow]:
             for member in tar:
                 content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
                 if content is None or member.offset_data + member.size > num_bytes:
-                    raise ValueError(f"member {member.name!r} is not a whole file")
+                    raise ValueError(f"member {member.name!r} is not a complete file")
                 if described is None and voxels is None:
                     key = member.name.partition(".")[0]
                 if member.name == f"{key}.json" and described is None and member.size <= _MAX_JSON_BYTES:
@@ -277,13 +279,13 @@ def index_shard(path: Path) -> list[IndexRow]:
                 elif member.name in (f"{key}.planes", f"{key}.blocks", f"{key}.npy") and voxels is None:
                     voxels = {"offset": member.offset_data, "size": member.size, "checksum": _file_crc32(content)}
                 else:
-                    raise ValueError(f"member {member.name!r} is not where a record has it")
+                    raise ValueError(f"member {member.name!r} is not at its position in a record")
                 if described is not None and voxels is not None:
-                    rows.append(_checked_row(_row_of(described, **voxels), num_bytes=num_bytes))
+                    rows.append(_check_row(_make_row(described, **voxels), num_bytes=num_bytes))
                     described, voxels = None, None
             if described is not None or voxels is not None:
-                raise ValueError(f"record {key} is not whole")
-    except (tarfile.TarError, EOFError, DataError, *_NOT_PARSED) as error:
+                raise ValueError(f"record {key} is incomplete")
+    except (tarfile.TarError, EOFError, DataError, *_PARSE_ERRORS) as error:
         raise DataError(f"{path}: not a shard, or damaged: {error}") from error
     return rows
 
@@ -294,10 +296,10 @@ def read_index(path: Path, *, sha256: str | None = None, num_bytes: int | None =
     Args:
         path: The index.
         sha256: Expected digest.
-        num_bytes: Size of the tar, beyond which nothing may lie.
+        num_bytes: Size of the tar, an upper bound of all offsets.
 
     Raises:
-        DataError: It is not what was written: another digest, or lines that do not parse.
+        DataError: if the digest differs, or a line cannot be parsed.
     """
     try:
         content = read_start(path, max_bytes=MAX_INDEX_BYTES)
@@ -309,32 +311,34 @@ def read_index(path: Path, *, sha256: str | None = None, num_bytes: int | None =
 def parse_index(
     content: bytes, *, name: str, sha256: str | None = None, num_bytes: int | None = None
 ) -> list[IndexRow]:
-    """Like `read_index`, for the content of the file."""
+    """Parse the bytes of an index, with the rules of `read_index`."""
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise DataError(f"{name}: the index is damaged (its SHA-256 is not the manifest's); ingest this corpus again")
+        raise DataError(
+            f"{name}: the index is damaged (its SHA-256 differs from the manifest); ingest this corpus again"
+        )
     rows = []
     lines = read_lines(
         content, where=name, max_bytes=MAX_INDEX_BYTES, max_line_bytes=_MAX_JSON_BYTES, max_depth=4, error=DataError
     )
     for number, described in lines:
         try:
-            rows.append(_checked_row(IndexRow(**_as_tuples(described)), num_bytes=num_bytes))
+            rows.append(_check_row(IndexRow(**_lists_to_tuples(described)), num_bytes=num_bytes))
         except DataError as error:
             raise DataError(f"{name}, line {number}: {error}") from None
-        except _NOT_PARSED as error:
+        except _PARSE_ERRORS as error:
             raise DataError(f"{name}, line {number}: the index cannot be parsed: {error}") from error
     if len({row.key for row in rows}) < len(rows):
-        raise DataError(f"{name}: the index has a record twice")
+        raise DataError(f"{name}: the index lists a record twice")
     return rows
 
 
 class ShardReader:
-    """Planes and boxes of one shard. Safe to share between threads.
+    """Reader of slices and boxes of one shard. Thread-safe.
 
     Args:
-        name: Of the tar, for messages.
-        index: Its rows, from `read_index`.
-        read: Gives the bytes from one offset to another: of a local file (`local_ranges`), or of an object in a bucket.
+        name: Name of the tar, for messages.
+        index: Rows of its index, from `read_index`.
+        read: Returns the bytes between two offsets, of a local file (`local_ranges`) or of an object in a bucket.
     """
 
     def __init__(self, name: str, index: list[IndexRow], read: ReadRange) -> None:
@@ -347,28 +351,28 @@ class ShardReader:
         self.num_volumes = self._volume_ends[-1] if self._volume_ends else 0
 
     def locate(self, sample: int) -> tuple[IndexRow, int]:
-        """Record and number of the plane in it, for sample 0 to `num_samples` - 1 of the shard."""
+        """Return the record of a sample (0 to `num_samples` - 1), and the index of its slice in the record."""
         if not 0 <= sample < self.num_samples:
-            raise ValueError(f"{self.name} has {self.num_samples} samples, asked for number {sample}")
+            raise ValueError(f"{self.name} has {self.num_samples} samples, got number {sample}")
         record = bisect_right(self._ends, sample)
         return self._rows[record], sample - (self._ends[record - 1] if record else 0)
 
     def locate_volume(self, number: int) -> tuple[IndexRow, int]:
-        """Record and frame, for volume 0 to the sum of all frames - 1."""
+        """Return the record and the frame of a volume (0 to `num_volumes` - 1)."""
         record = bisect_right(self._volume_ends, number)
         if number < 0 or record == len(self._rows):
             raise ValueError(f"{self.name} has no volume number {number}")
         return self._rows[record], number - (self._volume_ends[record - 1] if record else 0)
 
     def read_plane(self, sample: int, out: Array | None = None) -> Array:
-        """Read, check and decode one plane, (h, w) in the dtype of its scan.
+        """Read, check and decode one slice, (h, w) in the dtype of its scan.
 
         Args:
-            sample: 0 to `num_samples` - 1.
-            out: Where to; None: into a new array.
+            sample: Sample number, 0 to `num_samples` - 1.
+            out: Output array; None: a new array.
 
         Raises:
-            DataError: The bytes are not those that were written; names shard, key and chunk.
+            DataError: if the bytes are damaged; names shard, key and chunk.
         """
         row, number = self.locate(sample)
         target: Array = np.empty(row.stored_shape[2:], row.dtype) if out is None else out
@@ -376,19 +380,19 @@ class ShardReader:
         return target
 
     def read_located(self, row: IndexRow, number: int, out: Array) -> None:
-        """Like `read_plane`, for what `locate` returned."""
-        if row.chunk_shape[0] == 1:  # a plane is a chunk
+        """Read, check and decode the slice that `locate` returned, into `out`."""
+        if row.chunk_shape[0] == 1:  # each slice is a chunk
             offsets = row.chunk_offsets
             try:
-                _decode(row, number, self._read(offsets[number], offsets[number + 1]), out)
+                _decode_chunk(row, number, self._read(offsets[number], offsets[number + 1]), out)
             except _Damage as damage:
-                raise self._named(damage) from None
+                raise self._name_damage(damage) from None
         else:
             frame, plane = divmod(number, row.stored_shape[1])
             self.read_box(row, frame, (slice(plane, plane + 1), *row.whole[1:]), out[None])
 
     def read_box(self, row: IndexRow, frame: int, box: Box, out: Array | None = None) -> Array:
-        """Read, check and decode a box of one frame: planes, rows and columns of the stored order, each from start to stop.
+        """Read, check and decode a box of one frame: slices, rows and columns in stored order, each from start to stop.
 
         Raises:
             DataError: as `read_plane`.
@@ -397,27 +401,27 @@ class ShardReader:
         try:
             _read_box(row, frame, box, target, self._read)
         except _Damage as damage:
-            raise self._named(damage) from None
+            raise self._name_damage(damage) from None
         return target
 
-    def _named(self, damage: "_Damage") -> DataError:
+    def _name_damage(self, damage: "_Damage") -> DataError:
         return DataError(f"shard {self.name}: {damage}; restore the file or ingest these scans again")
 
 
 def open_shard(tar: Path, *, index: Path | None = None) -> ShardReader:
-    """Open a local shard by the index beside it, or another one.
+    """Open a local shard with the index beside it, or with another one.
 
     Raises:
-        DataError: The index is absent, or not one of this tar.
+        DataError: if the index is absent, or does not belong to this tar.
     """
     rows = read_index(tar.with_suffix(".idx") if index is None else index, num_bytes=tar.stat().st_size)
     return ShardReader(str(tar), rows, local_ranges(tar))
 
 
 def local_ranges(path: Path) -> ReadRange:
-    """Read ranges of a local file, which stays open for as long as the function is held.
+    """Return a function that reads ranges of a local file; the file stays open as long as the function exists.
 
-    By `pread`, not `mmap`: as fast, and a file that is cut under it gives a short read instead of killing the process.
+    It uses `pread`, not `mmap`: just as fast, and a file truncated meanwhile gives a short read instead of a bus error.
     """
     file = os.open(path, os.O_RDONLY)
 
@@ -429,11 +433,11 @@ def local_ranges(path: Path) -> ReadRange:
 
 
 class _Damage(Exception):
-    """Bytes that are not those that were written."""
+    """The bytes read differ from the bytes written."""
 
 
 def _read_box(row: IndexRow, frame: int, box: Box, out: Array, read: ReadRange) -> None:
-    """Fill `out` with a box of a frame: neighbouring chunks in one read, each checked, then decoded."""
+    """Fill `out` with a box of a frame. Neighbouring chunks are read together; each is checked, then decoded."""
     places = [
         range(part.start // chunk, math.ceil(part.stop / chunk))
         for part, chunk in zip(box, row.chunk_shape, strict=True)
@@ -442,37 +446,37 @@ def _read_box(row: IndexRow, frame: int, box: Box, out: Array, read: ReadRange) 
     numbers = (
         first_of_frame + (plane * row.grid[1] + line) * row.grid[2] + column for plane, line, column in product(*places)
     )
-    for run in _runs(numbers):
+    for run in _group_runs(numbers):
         start = row.chunk_offsets[run[0]]
         content = memoryview(read(start, row.chunk_offsets[run[-1] + 1]))
         for number in run:
             chunk = content[row.chunk_offsets[number] - start : row.chunk_offsets[number + 1] - start]
-            _place(row, number, number - first_of_frame, chunk, box, out)
+            _decode_into_box(row, number, number - first_of_frame, chunk, box, out)
 
 
-def _place(row: IndexRow, number: int, of_frame: int, content: memoryview, box: Box, out: Array) -> None:
-    """Decode a chunk into the part of `out` that it covers."""
-    plane, rest = divmod(of_frame, row.grid[1] * row.grid[2])
+def _decode_into_box(row: IndexRow, number: int, in_frame: int, content: memoryview, box: Box, out: Array) -> None:
+    """Decode a chunk (number `in_frame` of its frame) into the part of `out` that it covers."""
+    plane, rest = divmod(in_frame, row.grid[1] * row.grid[2])
     chunk_box = row.chunk_box((plane, *divmod(rest, row.grid[2])))
     shape = tuple(part.stop - part.start for part in chunk_box)
     overlap = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(chunk_box, box, strict=True)]
     target = out[tuple(slice(o.start - b.start, o.stop - b.start) for o, b in zip(overlap, box, strict=True))]
     if target.shape == shape and target.flags.c_contiguous:
-        _decode(row, number, content, target)
+        _decode_chunk(row, number, content, target)
         return
     decoded = np.empty(shape, row.dtype)
-    _decode(row, number, content, decoded)
+    _decode_chunk(row, number, content, decoded)
     target[...] = decoded[
         tuple(slice(o.start - c.start, o.stop - c.start) for o, c in zip(overlap, chunk_box, strict=True))
     ]
 
 
-def _decode(row: IndexRow, number: int, content: bytes | memoryview, out: Array) -> None:
-    """Check a chunk, then decode all of it into `out`, whose shape it must have."""
+def _decode_chunk(row: IndexRow, number: int, content: bytes | memoryview, out: Array) -> None:
+    """Check a chunk, then decode it into `out`, which must have its shape."""
     start, stop = row.chunk_offsets[number], row.chunk_offsets[number + 1]
     if len(content) != stop - start or crc32(content) != row.chunk_crc32[number]:
         raise _Damage(f"chunk {number} of {row.key} is damaged (bytes {start} to {stop} lack the CRC-32 of the index)")
-    # The header of a blosc2 chunk has the decoded size at byte 4.
+    # A blosc2 chunk has its decoded size at byte 4 of the header.
     size = int.from_bytes(content[4:8], "little") if row.is_compressed else len(content)
     if size != out.nbytes:
         raise _Damage(f"chunk {number} of {row.key} does not decode to its shape {out.shape}")
@@ -482,8 +486,8 @@ def _decode(row: IndexRow, number: int, content: bytes | memoryview, out: Array)
         out[...] = np.frombuffer(content, row.dtype).reshape(out.shape)
 
 
-def _runs(numbers: Iterable[int]) -> Iterator[list[int]]:
-    """Group rising numbers into runs of neighbours."""
+def _group_runs(numbers: Iterable[int]) -> Iterator[list[int]]:
+    """Group increasing numbers into runs of consecutive ones."""
     run: list[int] = []
     for number in numbers:
         if run and number != run[-1] + 1:
@@ -494,14 +498,14 @@ def _runs(numbers: Iterable[int]) -> Iterator[list[int]]:
         yield run
 
 
-def _cut(frame: Array, chunk_shape: tuple[int, ...]) -> Iterator[Array]:
+def _cut_chunks(frame: Array, chunk_shape: tuple[int, ...]) -> Iterator[Array]:
     starts = (range(0, n, chunk) for n, chunk in zip(frame.shape, chunk_shape, strict=True))
     for place in product(*starts):
         box = tuple(slice(start, start + chunk) for start, chunk in zip(place, chunk_shape, strict=True))
         yield np.ascontiguousarray(frame[box])
 
 
-def _compress(chunk: Array, codec: Codec) -> bytes:
+def _compress_chunk(chunk: Array, codec: Codec) -> bytes:
     name, level, filter_ = _COMPRESSION[codec]
     compressed: bytes = blosc2.compress2(
         chunk,
@@ -515,9 +519,9 @@ def _compress(chunk: Array, codec: Codec) -> bytes:
     return compressed
 
 
-def _row_of(described: Mapping[str, Any], *, offset: int, size: int, checksum: int) -> IndexRow:
+def _make_row(described: Mapping[str, Any], *, offset: int, size: int, checksum: int) -> IndexRow:
     names = {field.name for field in fields(IndexRow)} - {"offset", "size", "crc32"}
-    values = _as_tuples({name: described[name] for name in names})
+    values = _lists_to_tuples({name: described[name] for name in names})
     values["chunk_offsets"] = tuple(offset + int(start) for start in values["chunk_offsets"])
     return IndexRow(offset=offset, size=size, crc32=checksum, **values)
 
@@ -529,62 +533,64 @@ def _file_crc32(file: IO[bytes]) -> int:
     return checksum
 
 
-def _described(row: IndexRow) -> dict[str, Any]:
+def _row_as_dict(row: IndexRow) -> dict[str, Any]:
     return {field.name: getattr(row, field.name) for field in fields(row)}
 
 
-def _as_tuples(value: dict[str, Any]) -> dict[str, Any]:
+def _lists_to_tuples(value: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
 
 
-def _checked_row(row: IndexRow, *, num_bytes: int | None) -> IndexRow:
-    """Refuse a row that is not one that `write_shard` can have made; what is refused here is never allocated or read.
+def _check_row(row: IndexRow, *, num_bytes: int | None) -> IndexRow:
+    """Refuse a row that `write_shard` cannot have written, before anything is allocated or read for it.
 
     Raises:
-        DataError: naming the record and the rule.
+        DataError: if the row breaks a rule; names the record and the rule.
     """
 
-    def need(is_right: bool, rule: str) -> None:
-        if not is_right:
+    def require(is_valid: bool, rule: str) -> None:
+        if not is_valid:
             raise DataError(f"record {str(row.key)[:80]!r} of an index breaks a rule: {rule}")
 
     whole = (row.offset, row.size, *row.shape, *row.chunk_shape, *row.chunk_offsets, *row.chunk_crc32)
-    need(
+    require(
         all(type(value) is int and 0 <= value <= _MAX_OFFSET for value in whole),
         "offsets, sizes and shapes are whole numbers up to 2**50",
     )
-    need(
+    require(
         all(isinstance(text, str) and len(text) <= _MAX_KEY for text in (row.key, row.subject)),
         f"key and subject are texts of up to {_MAX_KEY} characters",
     )
-    need(
+    require(
         len(row.shape) == 4 and min(row.shape) >= 1 and max(row.shape) <= _MAX_AXIS,
         f"shape has four axes of 1 to {_MAX_AXIS:,} voxels",
     )
-    need(type(row.slice_axis) is int and row.slice_axis in (0, 1, 2), "slice_axis is 0, 1 or 2")
-    need(row.dtype in DTYPES, f"dtype is one of {', '.join(DTYPES)}")
+    require(type(row.slice_axis) is int and row.slice_axis in (0, 1, 2), "slice_axis is 0, 1 or 2")
+    require(row.dtype in DTYPES, f"dtype is one of {', '.join(DTYPES)}")
     numbers = (*row.spacing_mm, *row.percentiles)
-    need(
+    require(
         all(type(value) in (int, float) and math.isfinite(value) for value in numbers),
         "spacing and percentiles are finite",
     )
-    need(
+    require(
         len(row.spacing_mm) == 3 and is_physical(row.shape, row.spacing_mm),
-        f"spacing_mm has three values of a scan, got {list(row.spacing_mm)[:4]}",
+        f"spacing_mm has three values that are plausible for a scan, got {list(row.spacing_mm)[:4]}",
     )
-    need(
+    require(
         is_percentile_table(row.percentiles),
-        f"percentiles has {len(PERCENTILES)} values that do not fall, have a contrast and fit 32 bits",
+        f"percentiles has {len(PERCENTILES)} values that never decrease, span a range and fit 32 bits",
     )
-    need(isinstance(row.is_compressed, bool), "is_compressed is true or false")
-    need(len(row.chunk_shape) == 3 and min(row.chunk_shape) >= 1, "chunk_shape has three positive axes")
-    need(math.prod(row.chunk_shape) * np.dtype(row.dtype).itemsize <= _MAX_CHUNK_BYTES, "a chunk has at most 256 MiB")
+    require(isinstance(row.is_compressed, bool), "is_compressed is true or false")
+    require(len(row.chunk_shape) == 3 and min(row.chunk_shape) >= 1, "chunk_shape has three positive axes")
+    require(
+        math.prod(row.chunk_shape) * np.dtype(row.dtype).itemsize <= _MAX_CHUNK_BYTES, "a chunk has at most 256 MiB"
+    )
     num_chunks = math.prod(row.grid) * row.shape[3]
-    need(len(row.chunk_crc32) == num_chunks and len(row.chunk_offsets) == num_chunks + 1, "chunks fill the shape")
-    need(list(row.chunk_offsets) == sorted(row.chunk_offsets), "chunks follow one another")
-    need(
+    require(len(row.chunk_crc32) == num_chunks and len(row.chunk_offsets) == num_chunks + 1, "chunks fill the shape")
+    require(list(row.chunk_offsets) == sorted(row.chunk_offsets), "chunks follow one another")
+    require(
         row.offset <= row.chunk_offsets[0] and row.chunk_offsets[-1] <= row.offset + row.size,
-        "chunks lie in their member",
+        "chunks are inside their member",
     )
-    need(num_bytes is None or row.offset + row.size <= num_bytes, "members lie in the tar")
+    require(num_bytes is None or row.offset + row.size <= num_bytes, "members are inside the tar")
     return row

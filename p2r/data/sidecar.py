@@ -1,11 +1,10 @@
-"""The JSON beside a scan -> technical tags of its acquisition, by an allow-list; whatever else stands there is left behind.
+"""The JSON sidecar of a scan -> technical tags of its acquisition, by an allow-list; everything else is dropped.
 
-Choices: names, dates, places, serial numbers and free text (`SeriesDescription`, `ProtocolName`, comments) may identify a
-person, and dcm2niix keeps several of them even when told to anonymise: so a tag is taken only if it is on the list, and
-its value only if it has the list's kind. A sidecar that cannot be read says nothing about the scan; it is passed over,
-and counted.
+Names, dates, places, serial numbers and free text (`SeriesDescription`, `ProtocolName`, comments) may identify a person, and
+dcm2niix keeps several of them even with its anonymisation option. So only tags on the list are kept, and only with values of
+the listed kind. An unreadable sidecar does not affect the scan; it is ignored and counted.
 
-In a BIDS data set a scan also inherits from `.json` files further up, the nearest one last.
+In a BIDS data set a scan also inherits `.json` files from parent folders; nearer files take precedence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +40,7 @@ _KINDS: dict[Kind, str] = {
     "flag": "SpoilingState MTState NonlinearGradientCorrection",
 }
 TAGS: dict[str, Kind] = {tag: kind for kind, tags in _KINDS.items() for tag in tags.split()}
-"""Tags that are kept, by their BIDS names, with the kind that their value, or every item of a list of values, must have."""
+"""Tags that are kept, by BIDS name, with the required kind of the value, or of every item of a list."""
 
 _WORDS: dict[str, str] = {
     "Modality": "MR",
@@ -64,29 +63,31 @@ _WORDS: dict[str, str] = {
     "ConversionSoftware": "dcm2niix",
 }
 _VOCABULARY = {tag: frozenset(words.split()) for tag, words in _WORDS.items()}
-"""Words of DICOM and BIDS, and of a few manufacturers: what may stay of texts under pseudonyms. Texts of other tags are
-whatever somebody at the scanner has typed."""
+"""Words of DICOM and BIDS, and of a few manufacturers: the only text kept with pseudonyms. Text in other tags may have been
+typed at the scanner."""
 
 
 def closed_tags(tags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tags that hold nothing that somebody made up: numbers, flags, and texts of a closed vocabulary."""
-    return {tag: value for tag, value in tags.items() if TAGS.get(tag) in ("number", "flag") or _is_closed(tag, value)}
+    """Return the tags without free text: numbers, flags, and text of a closed vocabulary."""
+    return {
+        tag: value for tag, value in tags.items() if TAGS.get(tag) in ("number", "flag") or _is_vocabulary(tag, value)
+    }
 
 
-def _is_closed(tag: str, value: Any) -> bool:
+def _is_vocabulary(tag: str, value: Any) -> bool:
     known = _VOCABULARY.get(tag, frozenset())
     if isinstance(value, list):
-        return all(_is_closed(tag, item) for item in value)
+        return all(_is_vocabulary(tag, item) for item in value)
     text = str(value)
     words = [text] if text in known else text.replace("\\", "_").split("_")
     return all(word in known or word.upper() in known for word in words)
 
 
 def read_sidecar(path: str) -> tuple[dict[str, Any], int]:
-    """Return the tags of the scan at `path`, and how many JSON files or values could not be used.
+    """Return the tags of the scan at `path`, and the number of unusable JSON files or values.
 
     Args:
-        path: Of a NIfTI file, or its URL.
+        path: Path or URL of a NIfTI file.
 
     Raises:
         StorageError: if a bucket cannot be read.
@@ -94,8 +95,8 @@ def read_sidecar(path: str) -> tuple[dict[str, Any], int]:
     tags: dict[str, Any] = {}
     num_ignored = 0
     bucket = bucket_client() if path.startswith("s3://") else None
-    for sidecar in _sidecars(path, bucket):
-        content = _content(sidecar, bucket)
+    for sidecar in _find_sidecars(path, bucket):
+        content = _read_content(sidecar, bucket)
         if content is not None:
             found, ignored = allowed_tags(content)
             tags |= found
@@ -104,9 +105,9 @@ def read_sidecar(path: str) -> tuple[dict[str, Any], int]:
 
 
 def allowed_tags(content: bytes) -> tuple[dict[str, Any], int]:
-    """Return the tags in a JSON object that are on the list, and how many of those had no usable value (a whole file: 1)."""
+    """Return the listed tags of a JSON object, and the number of those without a usable value (1 for an unusable file)."""
     try:
-        # NaN, which other programs write, becomes None, which no kind allows.
+        # Other programs write NaN; it becomes None, which no kind allows.
         value = read_json(content, where="a sidecar", max_bytes=MAX_BYTES, nan_as_none=True)
     except InputError:
         return {}, 1
@@ -118,7 +119,7 @@ def allowed_tags(content: bytes) -> tuple[dict[str, Any], int]:
 
 
 def common_tags(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the tags on which all parts of a series agree."""
+    """Return the tags that all parts of a series share."""
     first, *others = parts
     return {tag: value for tag, value in first.items() if all(other.get(tag) == value for other in others)}
 
@@ -133,44 +134,44 @@ def _is_usable(value: Any, kind: Kind) -> bool:
     return isinstance(value, str) and len(value) <= _MAX_TEXT and value.isascii() and value.isprintable()
 
 
-def _sidecars(path: str, bucket: Any) -> list[str]:
-    """Return the JSON files that may speak for a scan, the ones that overrule others last."""
+def _find_sidecars(path: str, bucket: Any) -> list[str]:
+    """Return the JSON files that apply to a scan, in increasing precedence."""
     folder, _, name = path.rpartition("/")
-    levels = _levels(folder, bucket) if entities_of(name) else []
-    # The most general of a level comes first, so that one with more entities overrules it.
+    levels = _dataset_folders(folder, bucket) if entities_of(name) else []
+    # Within a folder, files with more entities take precedence, so they come last.
     return [
         f"{level}/{other}"
         for level in levels
-        for other in sorted(_names(level, bucket), key=lambda other: (other.count("-"), other))
+        for other in sorted(_list_names(level, bucket), key=lambda other: (other.count("-"), other))
         if applies(other, name)
     ] or [f"{folder}/{scan_key(name)}.json"]
 
 
-def _levels(folder: str, bucket: Any) -> list[str]:
-    """Return the folders from the top of the data set down to `folder`; none if it lies in no data set."""
+def _dataset_folders(folder: str, bucket: Any) -> list[str]:
+    """Return the folders from the root of the data set down to `folder`; empty outside a data set."""
     below = []
     while folder.strip("/") and not folder.endswith(":/"):
         below.append(folder)
         local = local_path(folder)
-        if (local / DESCRIPTION).is_file() if local is not None else DESCRIPTION in _names(folder, bucket):
+        if (local / DESCRIPTION).is_file() if local is not None else DESCRIPTION in _list_names(folder, bucket):
             return below[::-1]
         folder = folder.rpartition("/")[0]
     return []
 
 
-def _names(folder: str, bucket: Any) -> list[str]:
+def _list_names(folder: str, bucket: Any) -> list[str]:
     try:
         if (local := local_path(folder)) is not None:
             return [entry.name for entry in local.iterdir()]
         return [str(entry).rstrip("/").rpartition("/")[2] for entry in bucket.ls(folder, detail=False)]
     except (FileNotFoundError, PermissionError):
-        return []  # what lies above the data may be closed to us
+        return []  # folders above the data may be inaccessible
     except OSError as error:
         raise StorageError(f"cannot list {folder}: {type(error).__name__}: {error}; check the network") from error
 
 
-def _content(path: str, bucket: Any) -> bytes | None:
-    """Return the start of a file; None if there is none."""
+def _read_content(path: str, bucket: Any) -> bytes | None:
+    """Return up to `MAX_BYTES` + 1 bytes of a file; None if it is absent."""
     try:
         if (local := local_path(path)) is not None:
             if not local.is_file():
@@ -182,6 +183,6 @@ def _content(path: str, bucket: Any) -> bytes | None:
     except FileNotFoundError:
         return None
     except PermissionError:
-        return b""  # counted as one that says nothing
+        return b""  # counted as unusable
     except OSError as error:
         raise StorageError(f"cannot read {path}: {type(error).__name__}: {error}; check the network") from error

@@ -1,9 +1,9 @@
-"""Corpora -> an endless stream of (batch, state): samples read, checked and decoded ahead of need.
+"""Corpora -> an endless stream of (batch, state), with samples read, checked and decoded ahead of use.
 
-Which samples come is decided by `order` alone; threads only decide when. So the state is a step number, and what names
-the stream: a run that resumes from it gets, bit for bit, the batches that it would have got. Threads, because reading,
-checking and decompressing release the interpreter; no processes, whose number could leak into the order, and which
-clients of object storage do not survive when forked.
+`order` alone determines the samples; threads affect only timing. So the state is a step number plus the identity of the
+stream, and a resumed run gets, bit for bit, the batches of an uninterrupted one. Loading uses threads, because reading,
+checking and decompressing release the GIL. Processes are avoided: their number could leak into the order, and object storage
+clients do not survive a fork.
 """
 
 import time
@@ -34,26 +34,26 @@ class Corpus:
     storage: Storage
     manifest: Mapping[str, Any]
     weight: float | None = None
-    """Part in every batch, relative to the other corpora's; None for all: in proportion to their sizes."""
+    """Weight in every batch relative to the other corpora; None for all corpora: proportional to their sizes."""
 
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where a stream stands: everything that a checkpoint has to hold of the data."""
+    """Position of a stream: the complete data state for a checkpoint."""
 
     corpora: tuple[tuple[str, float | None], ...]
     """Revision (the manifest's SHA-256) and weight of each corpus."""
     seed: int
-    """Of the order."""
+    """Seed of the order."""
     global_batch: int
     """Samples per step over all ranks."""
     neighbours: float = 0.0
-    """Share of samples that are the neighbour of another."""
+    """Fraction of samples that are the neighbour of another sample."""
     step: int = 0
-    """Batches taken since the run began, over all epochs."""
+    """Batches consumed since the run began, over all epochs."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For a checkpoint; names the order, too."""
+        """Return the state for a checkpoint, along with the version of the order."""
         return {
             "order": ORDER,
             "corpora": [{"manifest_sha256": sha256, "weight": weight} for sha256, weight in self.corpora],
@@ -64,10 +64,10 @@ class StreamState:
         }
 
     def resumed(self, value: Mapping[str, Any]) -> "StreamState":
-        """Return the state in a checkpoint, if it belongs to the stream that this state names.
+        """Return the state in a checkpoint, after checking that it belongs to this stream.
 
         Raises:
-            CheckpointError: It belongs to another stream; going on would repeat some samples and skip others.
+            CheckpointError: if it belongs to another stream; resuming would repeat some samples and skip others.
         """
         if not isinstance(value.get("step"), int) or value["step"] < 0:
             raise CheckpointError(f"the stream state has no valid step: {value.get('step')!r}")
@@ -75,7 +75,7 @@ class StreamState:
             if value.get(name) != expected:
                 raise CheckpointError(
                     f"the checkpoint's data stream has {name} {value.get(name)!r}, this run has {expected!r}: "
-                    "resume with the same corpus, seed and global batch, or start a new run from the weights with --fork NAME"
+                    "resume with the same corpus, seed and global batch, or start from the weights with --fork NAME"
                 )
         return replace(self, step=value["step"])
 
@@ -96,27 +96,27 @@ def stream(
     prefetch: int = 2,
     pin_memory: bool = False,
 ) -> Generator[tuple[Batch, StreamState], None, None]:
-    """Yield this rank's batches for ever, each with the state to save after it.
+    """Yield this rank's batches endlessly, each with the state to save after it.
 
     Args:
-        corpora: What to stream, by weight.
+        corpora: Corpora to mix, by weight.
         image: The network's grid.
-        seed: Of the order.
+        seed: Seed of the order.
         global_batch: Samples per step over all ranks.
-        rank: This process.
-        world_size: All processes; must divide the lanes of the order.
-        state: Go on from here; None: from the beginning.
-        neighbours: Share of samples, at most a half, that are the next plane of the sample before.
-        quarantine: What becomes of damaged samples.
-        counters: Receives what happens.
-        num_threads: Batches decoded at the same time.
-        prefetch: Batches ready or in work ahead of the consumer.
-        pin_memory: Decode into memory from which a GPU copies on its own.
+        rank: Rank of this process.
+        world_size: Number of ranks; must divide the lanes of the order.
+        state: State to resume from; None: start from the beginning.
+        neighbours: Fraction of samples, at most 0.5, that are the next slice of the previous sample.
+        quarantine: Policy for damaged samples.
+        counters: Receives the event counts.
+        num_threads: Number of batches decoded at the same time.
+        prefetch: Number of batches that are ready or being loaded ahead of the consumer.
+        pin_memory: Decode into pinned memory, for asynchronous copies to a GPU.
 
     Raises:
-        DataError: At once for a corpus or world size that cannot be; later for damage that the quarantine does not take.
-        StorageError: For shards that cannot be had.
-        CheckpointError: `state` belongs to another stream.
+        DataError: immediately for an unsuitable corpus or world size; later for more damage than the quarantine allows.
+        StorageError: if a shard cannot be fetched.
+        CheckpointError: if `state` belongs to another stream.
     """
     corpora = [corpora] if isinstance(corpora, Corpus) else list(corpora)
     counters = counters or Counters()
@@ -137,11 +137,11 @@ def stream(
         counters=counters,
         pin_memory=pin_memory,
     )
-    return _ahead(loader, state or fresh, counters, num_threads=num_threads, depth=max(prefetch, num_threads))
+    return _load_ahead(loader, state or fresh, counters, num_threads=num_threads, depth=max(prefetch, num_threads))
 
 
 def stream_state(corpora: Sequence[Corpus], *, seed: int, global_batch: int, neighbours: float = 0.0) -> StreamState:
-    """Return the state at the beginning of a stream."""
+    """Return the initial state of a stream."""
     return StreamState(
         corpora=tuple((manifest_sha256(corpus.manifest), corpus.weight) for corpus in corpora),
         seed=seed,
@@ -151,10 +151,10 @@ def stream_state(corpora: Sequence[Corpus], *, seed: int, global_batch: int, nei
 
 
 def order_of(corpora: Sequence[Corpus], *, image: ImageConfig, seed: int, global_batch: int) -> Order:
-    """Return the order of a stream: of planes; or of patches, of which each volume gives some.
+    """Return the order of a stream: of slices, or of patches (`patches_per_volume` of each volume).
 
     Raises:
-        DataError: A corpus is too small, or some corpora have a weight and others have none.
+        DataError: if a corpus is too small, or only some of the corpora have a weight.
     """
     weights = [corpus.weight for corpus in corpora if corpus.weight is not None]
     if len(weights) not in (0, len(corpora)):
@@ -164,10 +164,10 @@ def order_of(corpora: Sequence[Corpus], *, image: ImageConfig, seed: int, global
     return Order(counts, seed=seed, global_batch=global_batch, weights=weights or None)
 
 
-def _ahead(
+def _load_ahead(
     loader: Loader, state: StreamState, counters: Counters, *, num_threads: int, depth: int
 ) -> Generator[tuple[Batch, StreamState], None, None]:
-    """Load steps on threads, `depth` of them ahead; yield in order. Closing the generator ends the threads."""
+    """Load up to `depth` steps ahead on threads, and yield them in order. Closing the generator stops the threads."""
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="p2r-stream")
     waiting: deque[Future[Batch]] = deque()
     try:

@@ -1,17 +1,18 @@
-"""A folder as people have it -> what p2r would make of it: scans, subjects, contrasts, label maps and how they pair up.
+"""A user's folder -> its scans, subjects, contrasts, label maps, and the pairs of scans and label maps.
 
     nnU-Net     imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz, dataset.json
     msd         imagesTr/CASE.nii.gz, labelsTr/CASE.nii.gz, dataset.json
     bids        sub-X/anat/sub-X_T1w.nii.gz, derivatives/NAME/.../sub-X_..._dseg.nii.gz, dataset_description.json
-    folder      anything else: one folder for scans and one for label maps, or both in one, or a folder for each patient
+    folder      anything else: one folder for scans and one for label maps, both in one folder, or a folder per patient
 
-Names decide; voxels are read elsewhere. A guess that does not fit every file is shown before it is used.
+Only names are used; voxels are read elsewhere. A guess that does not fit every file is shown before it is used.
 """
 
+import glob
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
@@ -19,13 +20,13 @@ from typing import Literal
 from p2r.config import IngestConfig
 from p2r.data import bids
 from p2r.data.dataset_json import NAME as DATASET_JSON
-from p2r.data.dataset_json import DatasetJson, read_dataset_json
+from p2r.data.dataset_json import DatasetJson
 from p2r.data.folders import images_below
 from p2r.data.growth import subject_of
 from p2r.data.label_maps import LABEL_SUFFIX
-from p2r.data.names import composed, scan_key
+from p2r.data.names import composed, local_path, lower_suffix, scan_key
 from p2r.data.pairs import key_of, label_finder
-from p2r.data.scans import Scan, find_scans
+from p2r.data.scans import Scan, dataset_in, matches, search_scans
 from p2r.errors import DataError
 
 Form = Literal["nnunet", "msd", "bids", "folder"]
@@ -40,12 +41,12 @@ _DEFAULT_PATTERN = str(IngestConfig.model_fields["subject_pattern"].default)
 _EVERY_FILE = r"^(.+?)\.nii"
 _NUMBERED = r"^((?:[A-Za-z]+[-_]?)*\d+)"
 _FIRST_FOLDER = r"^([^/]+)/"
-_VOTERS, _TRIED, _WORDS = 50, 24, 4
+_MAX_VOTERS, _MAX_RULES, _MAX_WORDS = 50, 24, 4
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """A rule by which scans find their label maps, as a task states it."""
+    """A rule that pairs scans with label maps, in the form of a task."""
 
     images: Path
     labels: Path
@@ -54,64 +55,84 @@ class Pairing:
     pairs: tuple[tuple[Path, Path], ...]
     """Scan and label map of each case."""
     num_unlabelled: int
-    """Scans that the rule finds, and that have no label map."""
+    """Number of scans that match the rule but have no label map."""
     others: tuple[str, ...] = ()
-    """Other names of scans that have as many label maps: further contrasts."""
+    """Other `image_name`s with as many pairs: further contrasts."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The statements of the names in a folder."""
+    """Facts about a folder, derived from its file names."""
 
-    root: Path
+    root: str
+    """Folder, or URL of a prefix in a bucket."""
     form: Form
     dataset: DatasetJson | None
     scans: tuple[Scan, ...]
-    """Without label maps."""
+    """Scans, without label maps."""
     label_maps: tuple[Scan, ...]
-    """Below the root, left out of a corpus by their names."""
+    """Label maps below the root, which a corpus leaves out by their names."""
     subject_pattern: str
     subjects: Mapping[str, tuple[Scan, ...]]
-    """Scans by subject; those without a subject are under an empty name."""
+    """Scans by subject; scans without a subject have the empty name."""
     contrasts: Mapping[str, int]
-    """Scans by contrast."""
+    """Number of scans by contrast."""
     pairing: Pairing | None
-    """None: no label maps, or none that pair up."""
+    """Best pairing; None without label maps, or if none of them pairs with a scan."""
+    passed_over: tuple[Scan, ...] = ()
+    """Folders of a BIDS data set whose files are not read."""
+    test: tuple[Scan, ...] = ()
+    """Test images: scans listed as such in a `dataset.json`, and those in imagesTs."""
+    test_patterns: tuple[str, ...] = ()
+    """Patterns for `ingest.exclude` that match the test images."""
+    title: str = ""
+    """Name or description, as the data set states it."""
+    licence: str = ""
+    """Licence, as the data set states it."""
+    reference: str = ""
+    """Citation that the data set requests."""
+    label_names: Mapping[int, str] = field(default_factory=dict)
+    """Names of label values, as the data set states them."""
 
 
 def survey(
-    root: Path, *, labels: Path | None = None, form: Form | None = None, contrast: str | None = None, cache: Path
+    root: str | Path, *, labels: Path | None = None, form: Form | None = None, contrast: str | None = None, cache: Path
 ) -> Survey:
-    """Look at the names in a folder.
+    """Survey a folder by its file names.
 
     Args:
-        root: The folder.
-        labels: Folder of the label maps, if it is known; None: looked for below `root`.
-        form: Layout; None: guessed.
-        contrast: Part of the name of the scans that are labelled, where several contrasts could be.
-        cache: As for `find_scans`.
+        root: The folder, or the `s3://` URL of a prefix. In a bucket label maps are not paired, because tasks read folders.
+        labels: Folder of the label maps, if known; None: search below `root`.
+        form: Layout; None: guess it.
+        contrast: Part of the name of the labelled scans, to choose among several contrasts.
+        cache: Folder for generated data, as for `find_scans`.
 
     Raises:
-        DataError: as `find_scans`; if the layout that is asked for is not there.
+        DataError: as `find_scans`; also if the folder does not have the requested layout.
     """
-    root = root.expanduser().absolute()
-    found = find_scans([str(root)], cache=cache)
-    dataset = read_dataset_json(root / DATASET_JSON)
-    form = _form(root, dataset, form)
+    local = local_path(root)
+    folder = local.expanduser().absolute() if local is not None else None
+    where = str(root).rstrip("/") if folder is None else str(folder)
+    everything = search_scans([where], cache=cache)
+    found = everything.scans
+    dataset = dataset_in(where)
+    form = _choose_form(where, found, dataset, form)
     scans = tuple(scan for scan in found if not scan.label_map)
     if not scans:
         raise DataError(
-            f"{root} holds {len(found)} label maps and no scan ({found[0].path} {found[0].label_map}); name the folder of the scans"
+            f"{where} holds {len(found)} label maps but no scan ({found[0].path} {found[0].label_map}); name the folder of the scans"
         )
     pattern = subject_pattern_for(scans, form)
-    config = IngestConfig(sources=(str(root),), licence="unknown", subject_pattern=pattern)
+    config = IngestConfig(sources=(where,), licence="unknown", subject_pattern=pattern)
     subjects: dict[str, list[Scan]] = defaultdict(list)
     for scan in scans:
         subjects[subject_of(scan, config) or ""].append(scan)
-    folders = [labels.expanduser().absolute()] if labels is not None else _label_folders(root, form)
-    pairings = [pairing for folder in folders if (pairing := _pairing(root, folder, form, contrast))]
+    folders = [labels.expanduser().absolute()] if labels is not None else _find_label_folders(folder, form)
+    pairings = [pairing for one in folders if folder and (pairing := _find_pairing(folder, one, form, contrast))]
+    patterns = _test_patterns(dataset, scans)
+    stated = dataset or (bids.read_description(folder / bids.DESCRIPTION) if folder else bids.Description())
     return Survey(
-        root,
+        where,
         form,
         dataset,
         scans,
@@ -120,11 +141,32 @@ def survey(
         {subject: tuple(subjects[subject]) for subject in sorted(subjects)},
         dict(sorted(Counter(map(contrast_of, scans)).items())),
         max(pairings, key=lambda one: len(one.pairs), default=None),
+        tuple(everything.passed_over),
+        tuple(scan for scan in scans if matches(scan.below, patterns)),
+        patterns,
+        stated.title,
+        stated.licence,
+        stated.reference,
+        dataset.labels if dataset is not None else bids.label_names([folder, *folders] if folder else folders),
     )
 
 
+def _test_patterns(dataset: DatasetJson | None, scans: Sequence[Scan]) -> tuple[str, ...]:
+    """Return patterns that match the test images: a folder of them, or single files in a folder with training images."""
+    if dataset is None:
+        return ()
+    training = {image.rpartition("/")[0] for image, _ in dataset.training} | {"imagesTr"}
+    patterns = {"imagesTs/*"}
+    for image in dataset.test:
+        folder = image.rpartition("/")[0]
+        patterns.add(
+            glob.escape(image if folder in training or not folder else folder) + "/*" * (folder not in training)
+        )
+    return tuple(sorted(pattern for pattern in patterns if any(matches(scan.below, [pattern]) for scan in scans)))
+
+
 def contrast_of(scan: Scan) -> str:
-    """Return the contrast that a scan's name states: a channel, a BIDS suffix, or the last word of the name."""
+    """Return the contrast in a scan's name: a channel, a BIDS suffix, or the last word of the name."""
     entities = dict(scan.entities)
     if "channel" in entities:
         return entities["channel"]
@@ -136,7 +178,7 @@ def contrast_of(scan: Scan) -> str:
 
 
 def subject_pattern_for(scans: Sequence[Scan], form: Form) -> str:
-    """Return a pattern by which the scans are of several subjects, from the way in which they are called."""
+    """Choose a subject pattern from the scans' names, such that the scans belong to several subjects."""
     if form == "nnunet":
         patterns = [_NUMBERED, r"^(.+)_\d{4}\.nii"]
     elif form == "bids":
@@ -144,37 +186,41 @@ def subject_pattern_for(scans: Sequence[Scan], form: Form) -> str:
     else:
         names = [scan.name for scan in scans]
         in_folders = len(set(names)) < len(names) and all("/" in scan.below for scan in scans)
-        # Names that come again in one folder after the other are names of contrasts, and the folder's is the patient's.
+        # File names that repeat across folders name contrasts; the folder then names the patient.
         patterns = [*([_FIRST_FOLDER] * in_folders), _NUMBERED, _EVERY_FILE]
     for pattern in patterns:
-        matches = [re.search(pattern, scan.below if pattern == _FIRST_FOLDER else scan.name) for scan in scans]
+        matches = [
+            re.search(pattern, lower_suffix(scan.below if pattern == _FIRST_FOLDER else scan.name)) for scan in scans
+        ]
         subjects = {match[1] for match in matches if match}
         if all(matches) and len(subjects) > 1:
             return pattern
     return patterns[-1]
 
 
-def _form(root: Path, dataset: DatasetJson | None, asked: Form | None) -> Form:
-    is_bids = bids.is_dataset(root) or any(_is_bids_subject(path.name) for path in root.iterdir())
+def _choose_form(root: str, scans: Sequence[Scan], dataset: DatasetJson | None, asked: Form | None) -> Form:
+    is_bids = ("://" not in root and bids.is_dataset(Path(root))) or any(_is_bids_subject(scan.below) for scan in scans)
     found: Form = dataset.form if dataset is not None else "bids" if is_bids else "folder"
     if asked in ("nnunet", "msd") and dataset is None:
         raise DataError(
-            f"{root} has no {DATASET_JSON} with labels and channel_names (or modality): it is no {NAMES[asked]}; "
+            f"{root} has no {DATASET_JSON} with labels and channel_names (or modality), so it is not a {NAMES[asked]}; "
             "name the folder that has it, or leave --from out"
         )
     if asked == "bids" and not is_bids:
         raise DataError(
-            f"{root} has no {bids.DESCRIPTION} and no folder sub-...: it is no BIDS data set; leave --from out"
+            f"{root} has no {bids.DESCRIPTION} and no folder sub-..., so it is not a BIDS data set; leave --from out"
         )
     return asked or found
 
 
-def _is_bids_subject(name: str) -> bool:
-    return re.fullmatch(r"sub-[A-Za-z0-9]+", name) is not None
+def _is_bids_subject(below: str) -> bool:
+    return re.match(r"sub-[A-Za-z0-9]+/", below) is not None
 
 
-def _label_folders(root: Path, form: Form) -> list[Path]:
-    """Return the folders below `root` that label maps may be in, the root itself last."""
+def _find_label_folders(root: Path | None, form: Form) -> list[Path]:
+    """Return the folders below `root` that may contain label maps, the root itself last."""
+    if root is None:
+        return []
     if form in ("nnunet", "msd"):
         return [root / "labelsTr"] if (root / "labelsTr").is_dir() else []
     if form == "bids":
@@ -185,10 +231,10 @@ def _label_folders(root: Path, form: Form) -> list[Path]:
     return [path for path in below if re.match(r"labels?|masks?|seg|gt|annot", path.name.lower())] + [root]
 
 
-def _pairing(root: Path, labels: Path, form: Form, contrast: str | None) -> Pairing | None:
-    """Return the rule by which most label maps of a folder find a scan."""
+def _find_pairing(root: Path, labels: Path, form: Form, contrast: str | None) -> Pairing | None:
+    """Return the rule that pairs the most label maps of a folder with a scan."""
     if not labels.is_dir():
-        raise DataError(f"there is no folder {labels} with label maps; correct the path")
+        raise DataError(f"the folder of label maps {labels} does not exist; correct the path")
     images = root
     if form in ("nnunet", "msd") and (root / "imagesTr").is_dir():
         images = root / "imagesTr"
@@ -205,7 +251,7 @@ def _pairing(root: Path, labels: Path, form: Form, contrast: str | None) -> Pair
     }
     if form == "bids" and labels != images:
         scans = {below: path for below, path in scans.items() if not below.startswith("derivatives/")}
-    rules = [rule for rule in _rules(scans, maps) if contrast is None or contrast.lower() in rule[0].lower()]
+    rules = [rule for rule in _rank_rules(scans, maps) if contrast is None or contrast.lower() in rule[0].lower()]
     if not rules:
         return None
     best, names = rules[0], [rule[0] for rule in rules]
@@ -217,43 +263,45 @@ def _pairing(root: Path, labels: Path, form: Form, contrast: str | None) -> Pair
 _Rule = tuple[str, str, tuple[tuple[Path, Path], ...], int]
 
 
-def _rules(scans: Mapping[str, Path], maps: Mapping[str, Path]) -> list[_Rule]:
-    """Return (image_name, label_name, pairs, scans without a label map), the rule with most pairs first."""
+def _rank_rules(scans: Mapping[str, Path], maps: Mapping[str, Path]) -> list[_Rule]:
+    """Return rules as (image_name, label_name, pairs, number of scans without a label map), most pairs first."""
     votes: Counter[tuple[str, str]] = Counter()
     stems = sorted({scan_key(below) for below in scans})
     named = Counter(map(scan_key, maps))
-    for below in sorted(maps)[:: max(1, len(maps) // _VOTERS)]:
+    for below in sorted(maps)[:: max(1, len(maps) // _MAX_VOTERS)]:
         label = scan_key(below)
-        for key in _keys(label):
+        for key in _candidate_keys(label):
             names = ["{key}" + stem[len(key) :] for stem in stems if stem.startswith(key)]
             votes.update((name, "{key}" + label[len(key) :]) for name in names if not name[5:6].isalnum())
-        if named[label] > 1:  # one name in every patient's folder
+        if named[label] > 1:  # the same name in every patient's folder
             votes.update((stem, label) for stem in stems)
-    tried = [rule for rule, _ in votes.most_common(_TRIED)]
-    rules = [(image, label, *_paired(scans, maps, image, label)) for image, label in tried]
+    tried = [rule for rule, _ in votes.most_common(_MAX_RULES)]
+    rules = [(image, label, *_apply_rule(scans, maps, image, label)) for image, label in tried]
     found = [rule for rule in rules if rule[2]]
-    return sorted(found, key=lambda rule: (-len(rule[2]), -_num_shared(*rule[:2]), rule[3], len(rule[0]), rule[0]))
+    return sorted(
+        found, key=lambda rule: (-len(rule[2]), -_common_prefix_length(*rule[:2]), rule[3], len(rule[0]), rule[0])
+    )
 
 
-def _num_shared(image_name: str, label_name: str) -> int:
-    """Count the letters after the key that both names begin with: `_FLAIR` of `{key}_FLAIR` and `{key}_FLAIR_dseg`."""
+def _common_prefix_length(image_name: str, label_name: str) -> int:
+    """Return the length of the common prefix: `{key}_FLAIR` of `{key}_FLAIR` and `{key}_FLAIR_dseg`."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(image_name, label_name, strict=False)))
 
 
-def _keys(stem: str) -> Iterator[str]:
-    """Yield what a label map's name may share with its scan's: all of it, and less by a word, and another."""
+def _candidate_keys(stem: str) -> Iterator[str]:
+    """Yield the parts of a label map's name that its scan may share: the whole name, then one word less at a time."""
     yield stem
-    for _ in range(_WORDS):
+    for _ in range(_MAX_WORDS):
         stem = stem.rpartition("_" if "_" in stem else "-")[0]
         if not stem:
             return
         yield stem
 
 
-def _paired(
+def _apply_rule(
     scans: Mapping[str, Path], maps: Mapping[str, Path], image_name: str, label_name: str
 ) -> tuple[tuple[tuple[Path, Path], ...], int]:
-    """Return the pairs that a rule makes, and the number of scans that it finds without a label map."""
+    """Return the pairs of a rule, and the number of matching scans without a label map."""
     find = label_finder(maps, label_name)
     pairs, num_unlabelled = [], 0
     for below, path in scans.items():

@@ -1,10 +1,10 @@
-"""A volume -> its middle plane, 96 x 96 pixels of 8 bits; and which scans' thumbnails a corpus keeps for its report.
+"""A volume -> a thumbnail of its middle slice, 96 x 96 pixels of 8 bits; and the choice of thumbnails for a report.
 
-Integers only, once the intensities are: equal volumes give equal bytes on every machine, since thumbnails are part of a
-revision. Which scans are shown is drawn by a hash of their keys, so a corpus that grows keeps most of its pictures, and
-only a bounded number of thumbnails ever travels.
+Thumbnails are part of a revision, so equal volumes must give equal bytes on every machine: after the intensities are
+quantised, all arithmetic is in integers. The scans shown are drawn by a hash of their keys. So a growing corpus keeps most
+of its thumbnails, and their number is bounded.
 
-Shapes: h w a plane's voxels; 96 x 96 the thumbnail, rows and columns as in `preprocess`.
+Shapes: h w voxels of a slice; 96 x 96 the thumbnail, rows and columns as in `preprocess`.
 """
 
 import base64
@@ -23,20 +23,20 @@ from p2r.errors import DataError
 
 Pixels = NDArray[np.uint8]
 Thumbnails = dict[str, Pixels]
-"""By key."""
+"""Thumbnails by key."""
 
 SIZE = 96
 MAX_BYTES = 1 << 26
 """Largest file of thumbnails that is read."""
 MOST = 48
-"""How many accepted, and how many refused scans a report shows."""
+"""Number of accepted scans, and of refused scans, that a report shows."""
 
-_DARK, _BRIGHT = 1.0, 99.0  # percentiles of the plane that become black and white
+_DARK, _BRIGHT = 1.0, 99.0  # percentiles of the slice that become black and white
 _LEVELS = 65_535
 
 
 def thumbnail(volume: Volume) -> Pixels:
-    """Return the middle plane of the first frame, with square pixels, centred on black."""
+    """Return the middle slice of the first frame, with square pixels, centred on black."""
     axis = slice_axis(volume.spacing_mm, shape=volume.data.shape)
     plane = np.take(volume.data[..., 0], volume.data.shape[axis] // 2, axis=axis)
     low, high = np.percentile(plane, (_DARK, _BRIGHT))
@@ -44,7 +44,7 @@ def thumbnail(volume: Volume) -> Pixels:
     levels = np.rint(levels.clip(0, 1) * _LEVELS).astype(np.int64)
     sizes_mm = [n * mm for n, mm in zip(plane.shape, plane_spacing(volume.spacing_mm, axis), strict=True)]
     rows, columns = (max(1, round(SIZE * mm / max(sizes_mm))) for mm in sizes_mm)
-    small = _averaged(_averaged(levels, rows).T, columns).T  # (rows, columns)
+    small = _average_rows(_average_rows(levels, rows).T, columns).T  # (rows, columns)
     canvas = np.zeros((SIZE, SIZE), np.uint8)
     top, left = (SIZE - rows) // 2, (SIZE - columns) // 2
     canvas[top : top + rows, left : left + columns] = small // ((_LEVELS + 1) // 256)
@@ -52,25 +52,25 @@ def thumbnail(volume: Volume) -> Pixels:
 
 
 def lot(key: str) -> str:
-    """The lot of a scan: the lowest are shown."""
+    """Return the lot of a scan: the scans with the lowest lots are shown."""
     return hashlib.sha256(f"thumbnail/{key}".encode()).hexdigest()
 
 
 def drawn(keys: Iterable[str], most: int) -> list[str]:
-    """Return the `most` keys of the lowest lots, in their order."""
+    """Return the `most` keys with the lowest lots, in increasing order of lot."""
     return sorted(keys, key=lot)[:most]
 
 
 def to_bytes(thumbnails: Thumbnails) -> bytes:
-    """Serialise thumbnails: one JSON object a line, by key."""
+    """Serialise thumbnails: one JSON object per line, sorted by key."""
     return "".join(json.dumps(row, sort_keys=True) + "\n" for row in to_rows(thumbnails)).encode()
 
 
 def from_bytes(content: bytes) -> Thumbnails:
-    """Undo `to_bytes`.
+    """Parse the output of `to_bytes`.
 
     Raises:
-        DataError: if the content is something else.
+        DataError: if the content is invalid.
     """
     try:
         rows = read_lines(content, where="the file", max_bytes=MAX_BYTES, max_depth=2, error=DataError)
@@ -80,15 +80,15 @@ def from_bytes(content: bytes) -> Thumbnails:
 
 
 def to_rows(thumbnails: Thumbnails) -> list[dict[str, str]]:
-    """Return thumbnails as JSON values, by key. They are not compressed: compressors differ between machines."""
+    """Return thumbnails as JSON values, sorted by key. Uncompressed, because compressors differ between machines."""
     return [{"key": key, "pixels": base64.b64encode(thumbnails[key].tobytes()).decode()} for key in sorted(thumbnails)]
 
 
 def from_rows(rows: Sequence[Any]) -> Thumbnails:
-    """Undo `to_rows`.
+    """Parse the output of `to_rows`.
 
     Raises:
-        DataError: if they are something else.
+        DataError: if a row is invalid.
     """
     found = {}
     for row in rows:
@@ -100,8 +100,8 @@ def from_rows(rows: Sequence[Any]) -> Thumbnails:
     return found
 
 
-def _averaged(levels: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """Resample rows to `length` by the mean of the rows that each new one covers; exact in integers."""
+def _average_rows(levels: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """Resample to `length` rows, each the mean of the rows that it covers; exact in integers."""
     edges = np.arange(length + 1) * len(levels)
     first, last = edges[:-1] // length, -(-edges[1:] // length)
     sums = np.concatenate([np.zeros_like(levels[:1]), levels.cumsum(axis=0)])

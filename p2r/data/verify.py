@@ -1,7 +1,7 @@
-"""A corpus -> the list of everything that is wrong with it, after every byte of it was read.
+"""A corpus -> the list of its defects, found by reading every byte.
 
-The manifest has the digests of tars, indexes, ledgers and of the revision before it, so one flipped bit anywhere is
-found. Where it lies in a tar is told by the checksums of the index: which chunk of which record, or none of them.
+The manifest has the digests of the tars, the indexes, the ledger and the previous revision, so one flipped bit anywhere is
+found. The checksums of the index locate damage in a tar: a chunk of a record, or bytes outside the chunks.
 """
 
 import hashlib
@@ -21,17 +21,17 @@ from p2r.data.shards import MAX_INDEX_BYTES, IndexRow, index_name, index_shard, 
 from p2r.errors import DataError, StorageError
 from p2r.storage import Storage, file_sha256, json_bytes
 
-_SHOWN = 3
+_MAX_SHOWN = 3
 
 
 def verify_corpus(storage: Storage) -> list[str]:
     """Read every byte of a corpus and compare it with the manifest.
 
     Returns:
-        The problems found, one line each; empty for a sound corpus.
+        The problems found, one line each; empty for an intact corpus.
 
     Raises:
-        DataError: There is no manifest to compare with.
+        DataError: if there is no manifest to compare with.
     """
     found = storage.read_tagged("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
     if found is None:
@@ -44,20 +44,20 @@ def verify_corpus(storage: Storage) -> list[str]:
     problems = _problems_of_history(storage, content, manifest)
     if hashlib.sha256(json_bytes(manifest["preprocessing"])).hexdigest() != manifest["preprocessing_sha256"]:
         problems.append("manifest.json: preprocessing_sha256 is not the digest of preprocessing")
-    ledger, of_ledger = _ledger(storage, manifest)
+    ledger, ledger_problems = _check_ledger(storage, manifest)
     by_shard: dict[str, Counter[str]] = {}
     for row in filter(is_accepted, ledger):
         by_shard.setdefault(str(row.get("shard")), Counter())[str(row["key"])] += int(row["num_samples"])
     for entry in manifest["shards"]:
         problems += _problems_of_shard(storage, entry, by_shard.pop(entry["name"], Counter()) if ledger else None)
     problems += [f"ledger: it names the shard {name}, which the manifest lacks" for name in sorted(by_shard)]
-    return problems + of_ledger + _problems_of_thumbnails(storage, manifest)
+    return problems + ledger_problems + _problems_of_thumbnails(storage, manifest)
 
 
 def unreferenced_files(storage: Storage) -> list[str]:
-    """List what lies in a sound corpus and belongs to no revision of it: left by runs that lost a race or were stopped.
+    """List the files of an intact corpus that no revision uses: left by runs that lost a race or were stopped.
 
-    Receipts and the report are no part of a revision, and are not listed.
+    Receipts and the report are not listed, although they do not belong to a revision.
     """
     known = {"manifest.json", "ledger.jsonl"}
     content = storage.read_bytes("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
@@ -72,12 +72,12 @@ def unreferenced_files(storage: Storage) -> list[str]:
 
 
 def _problems_of_history(storage: Storage, content: bytes, manifest: Manifest) -> list[str]:
-    """Follow the revisions back to the first."""
+    """Check all revisions, from the current one back to the first."""
     path = revision_path(hashlib.sha256(content).hexdigest())
     copy = storage.read_tagged(path, max_bytes=MAX_MANIFEST_BYTES)
     if copy is None or copy[0] != content:
         state = "absent" if copy is None else "damaged"
-        return [f"{path}: {state}, though manifest.json is that revision; or manifest.json itself is damaged"]
+        return [f"{path}: {state}, although manifest.json is this revision; or manifest.json itself is damaged"]
     problems: list[str] = []
     while (previous := manifest["previous"]) is not None:
         path = revision_path(previous)
@@ -89,9 +89,9 @@ def _problems_of_history(storage: Storage, content: bytes, manifest: Manifest) -
         except DataError as error:
             return [*problems, str(error)]
         if list(manifest["shards"][: len(older["shards"])]) != older["shards"]:
-            problems.append(f"{path}: the revision after it does not begin with its shards")
+            problems.append(f"{path}: the next revision does not begin with its shards")
         if older["revision"] != manifest["revision"] - 1 or older["salt"] != manifest["salt"]:
-            problems.append(f"{path}: its number or salt does not fit the revision after it")
+            problems.append(f"{path}: its number or salt does not fit the next revision")
         problems += _problems_of_digest(storage, ledger_path(older), older["ledger_sha256"])
         problems += _problems_of_digest(storage, thumbnails_path(older), older["thumbnails_sha256"])
         manifest = older
@@ -102,15 +102,19 @@ def _problems_of_digest(storage: Storage, path: str, sha256: str) -> list[str]:
     found = storage.read_tagged(path)
     if found is None:
         return [f"{path}: absent"]
-    return [] if hashlib.sha256(found[0]).hexdigest() == sha256 else [f"{path}: damaged, its SHA-256 is not its name"]
+    return (
+        []
+        if hashlib.sha256(found[0]).hexdigest() == sha256
+        else [f"{path}: damaged, its SHA-256 differs from its name"]
+    )
 
 
 def _problems_of_thumbnails(storage: Storage, manifest: Manifest) -> list[str]:
     return _problems_of_digest(storage, thumbnails_path(manifest), manifest["thumbnails_sha256"])
 
 
-def _ledger(storage: Storage, manifest: Manifest) -> tuple[list[LedgerRow], list[str]]:
-    """Return the rows of the current ledger, and what is wrong with it."""
+def _check_ledger(storage: Storage, manifest: Manifest) -> tuple[list[LedgerRow], list[str]]:
+    """Return the rows of the current ledger, and its problems."""
     path = ledger_path(manifest)
     problems = _problems_of_digest(storage, path, manifest["ledger_sha256"])
     if problems:
@@ -118,8 +122,8 @@ def _ledger(storage: Storage, manifest: Manifest) -> tuple[list[LedgerRow], list
     content = storage.read_bytes(path)
     current = storage.read_tagged("ledger.jsonl")
     if current is None or current[0] != content:
-        state = "absent" if current is None else "not the current revision's"
-        problems.append(f"ledger.jsonl: {state}; running the ingest job again puts it right")
+        state = "absent" if current is None else "not the ledger of the current revision"
+        problems.append(f"ledger.jsonl: {state}; run the ingest job again to repair it")
     try:
         rows = parse_ledger(content, name=path)
     except DataError as error:
@@ -135,7 +139,7 @@ def _problems_of_shard(storage: Storage, entry: Mapping[str, Any], accepted: Cou
         content = storage.read_bytes(index_name(name), max_bytes=MAX_INDEX_BYTES)
         rows = parse_index(content, name=index_name(name), sha256=entry["index_sha256"], num_bytes=entry["num_bytes"])
     except (StorageError, DataError) as error:
-        return [_line(error)]
+        return [_one_line(error)]
     counts = {
         "num_records": len(rows),
         "num_samples": sum(row.num_planes for row in rows),
@@ -147,32 +151,32 @@ def _problems_of_shard(storage: Storage, entry: Mapping[str, Any], accepted: Cou
         if count != entry[field]
     ]
     if accepted is not None and Counter({row.key: row.num_planes for row in rows}) != accepted:
-        problems.append(f"{name}: its records are not those that the ledger has accepted into it")
+        problems.append(f"{name}: its records differ from the scans that the ledger lists for it")
     try:
-        with _fetched(storage, name) as tar:
+        with _fetch_tar(storage, name) as tar:
             return problems + _problems_of_tar(tar, entry, rows)
     except (StorageError, DataError) as error:
-        return [*problems, _line(error)]
+        return [*problems, _one_line(error)]
 
 
 def _problems_of_tar(tar: Path, entry: Mapping[str, Any], rows: list[IndexRow]) -> list[str]:
     name, num_bytes = entry["name"], tar.stat().st_size
     if num_bytes != entry["num_bytes"]:
-        return [f"{name}: it has {num_bytes} bytes, the manifest says {entry['num_bytes']}"]
-    is_sound = file_sha256(tar) == entry["sha256"]
+        return [f"{name}: it has {num_bytes} bytes, the manifest has {entry['num_bytes']}"]
+    is_intact = file_sha256(tar) == entry["sha256"]
     damaged = list(_damaged_chunks(tar, rows))
     if damaged:
-        more = f" and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
-        where = ", ".join(damaged[:_SHOWN]) + more
-        return [f"{name}: " + ("the index does not describe this tar: " if is_sound else "damaged: ") + where]
-    if not is_sound:
+        more = f" and {len(damaged) - _MAX_SHOWN} more" if len(damaged) > _MAX_SHOWN else ""
+        where = ", ".join(damaged[:_MAX_SHOWN]) + more
+        return [f"{name}: " + ("the index does not describe this tar: " if is_intact else "damaged: ") + where]
+    if not is_intact:
         return [
-            f"{name}: damaged, its SHA-256 is not the manifest's; voxels are sound, headers, texts or padding are not"
+            f"{name}: damaged, its SHA-256 differs from the manifest; voxels are intact, headers, texts or padding are not"
         ]
     try:
         described = index_shard(tar)
     except DataError as error:
-        return [_line(error)]
+        return [_one_line(error)]
     return [] if described == rows else [f"{name}: the index does not describe this tar"]
 
 
@@ -185,8 +189,8 @@ def _damaged_chunks(tar: Path, rows: list[IndexRow]) -> Iterator[str]:
 
 
 @contextmanager
-def _fetched(storage: Storage, name: str) -> Iterator[Path]:
-    """Give a local file with the content of `name`, for as long as the block lasts: a corpus may not fit on this disk."""
+def _fetch_tar(storage: Storage, name: str) -> Iterator[Path]:
+    """Yield a local file with the content of `name`; a copy is deleted afterwards, as a whole corpus may not fit on this disk."""
     if storage.is_local:
         yield storage.local(name)
         return
@@ -196,5 +200,5 @@ def _fetched(storage: Storage, name: str) -> Iterator[Path]:
         yield target
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())

@@ -1,19 +1,19 @@
 """A NIfTI file -> `Volume` with voxels in RAS order, or a named refusal; and back to the file's own grid.
 
-    opening: bytes, gunzipped -> header: place, size, scaling -> Volume
+    opening: bytes, decompressed -> header: position, size, scaling -> Volume
 
-Choices: the header is nibabel's, and is judged before a voxel is read; whole numbers become narrow integers (never
-`get_fdata`, which makes four times the bytes). What cannot be used is refused with a code that ends up in the corpus's
-ledger: nothing is guessed.
+Choices: nibabel parses the header, which is checked before any voxel is read. Whole numbers become narrow integers (not
+`get_fdata`, which needs four times the bytes). An unusable file is refused with a code for the corpus's ledger: nothing is
+guessed.
 
-Memory: at its peak, reading takes the bytes of the voxels as stored (of the frames that are kept), those of `data`, and
-32 MiB. What is stored is what the header promises, at most `max_mib`; a stream is followed no further than that and some
-padding, and a file too small to hold what its header promises is refused before anything is allocated.
+Memory: at its peak, reading takes the bytes of the stored voxels of the selected frames, the bytes of `data`, and 32 MiB.
+The stored size is the one in the header, at most `max_mib`; a stream is read no further than that and some padding. A file
+that is too small for its header is refused before anything is allocated.
 
-Writing: viewers read a file's place differently. nibabel takes the sform first, ITK the qform in some cases, and they
-disagree about files that have neither. So an image on a scan's own grid gets the fields of the scan's header as they are.
+Writing: viewers interpret position fields differently. nibabel prefers the sform, ITK the qform in some cases, and they
+disagree about files with neither. So an image on a scan's own grid gets these fields of the scan's header unchanged.
 
-Shapes: X Y Z voxels towards Right, Anterior, Superior (one of them may be 1: a single plane); T frames (1 for a still scan).
+Shapes: X Y Z voxels towards Right, Anterior, Superior (one of them may be 1: a single slice); T frames (1 for a still scan).
 """
 
 import gzip
@@ -42,19 +42,19 @@ from p2r.data.opening import bucket_client as bucket_client
 from p2r.errors import RefusedScan, StorageError
 
 MAX_SCAN_MIB = 4096.0
-"""Most memory that the voxels of a scan may claim, unless the reader allows another."""
+"""Default limit of the memory for the voxels of a scan."""
 
 Nan = Literal["background", "refuse"]
 
 _LABEL_ROUNDING = 1e-3
-_PART_VOXELS = 1 << 19
+_SLAB_VOXELS = 1 << 19
 _KEPT_DTYPES = (np.int8, np.uint8, np.int16, np.uint16)
 _RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class Volume:
-    """A scan in RAS voxel order, with what is needed to go back to its file's grid."""
+    """A scan in RAS voxel order, with the information to return to its file's grid."""
 
     data: NDArray[Any]
     """(X, Y, Z, T): int8, uint8, int16, uint16 or float32."""
@@ -65,21 +65,21 @@ class Volume:
     source_shape: tuple[int, ...]
     """Spatial shape in the file."""
     spacing_mm: tuple[float, float, float]
-    """Voxel size along X, Y, Z; the affine's, unless that is a placeholder (see `header`)."""
+    """Voxel size along X, Y, Z, from the affine unless that is a placeholder (see `header`)."""
     key: str
     """File name without `.nii` or `.nii.gz`."""
     frames: tuple[int, ...] | None = None
-    """Which of the file's frames `data` holds; None: all."""
+    """Indices of the file's frames in `data`; None: all."""
     resampled_from_mm: tuple[float, float, float] | None = None
-    """Voxel size before resampling; None: the voxels are the file's."""
+    """Voxel size before resampling; None if not resampled."""
     acquired_sha256: str | None = None
-    """`voxels_sha256` before resampling, by which the scan is known again; None: the voxels are the file's."""
+    """`voxels_sha256` before resampling, to recognise the scan; None if not resampled."""
     sidecar: Mapping[str, Any] = field(default_factory=dict)
-    """Technical tags of the acquisition, where they are known (see `sidecar`)."""
+    """Technical tags of the acquisition, if known (see `sidecar`)."""
     notes: tuple[str, ...] = ()
-    """What was passed over on the way here, as codes for the ledger."""
+    """Defects that were ignored, as codes for the ledger."""
     placement: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Fields of the file's header that say where and when its voxels are, as they are."""
+    """Space and time fields of the file's header, unchanged."""
 
 
 def read_volume(
@@ -95,41 +95,41 @@ def read_volume(
     Args:
         path: A `.nii` or `.nii.gz` file, either file of a `.hdr` and `.img` pair, or its URL.
         key: Name of the volume; None: the file name without its suffix.
-        max_mib: Most memory that its voxels may claim.
-        max_frames: Most frames that are taken of it, evenly spaced; None: all.
-        nan: background: voxels that are NaN become 0, or the least value if that is lower, and `notes` counts them; refuse:
-            one such voxel refuses the scan.
+        max_mib: Limit of the memory for its voxels.
+        max_frames: Maximum number of frames to read, evenly spaced; None: all.
+        nan: background: NaN voxels become 0, or the minimum if that is lower, and `notes` counts them; refuse: one NaN voxel
+            refuses the scan.
 
     Raises:
         RefusedScan: with the code `unreadable`, `not_fetched`, `truncated`, `not_nifti`, `not_3d`, `empty`, `dtype`,
             `too_large`, `nonfinite`, `constant`, `extent` or `degenerate_affine`.
-        StorageError: if a remote file cannot be fetched, for another reason than that there is none.
+        StorageError: if a remote file exists but cannot be fetched.
     """
-    volume = _read(path, key, max_mib, max_frames, nan)
+    volume = _read_or_refuse(path, key, max_mib, max_frames, nan)
     if volume.data.min() == volume.data.max():
         raise RefusedScan(
             "constant",
-            f"{path} is constant: every voxel is {volume.data.flat[0]}, in 32 bits; there is nothing to see. Leave it out, or "
-            "subtract an offset from values that only more digits tell apart",
+            f"{path} is constant: every voxel is {volume.data.flat[0]} in 32 bits. Leave it out, or subtract an offset if the values "
+            "differ only in digits beyond 32 bits",
         )
     return volume
 
 
 def read_labels(path: str | Path, *, key: str | None = None) -> Volume:
-    """Read a label map: whole numbers from 0 to 32767, int16. An empty one is allowed.
+    """Read a label map: whole numbers from 0 to 32767, as int16. An empty label map is allowed.
 
-    A value within 0.001 of a whole number is that number: label maps that were float64 in memory come back as 1.0000153.
+    Values within 0.001 of a whole number are rounded, because label maps stored from float64 can contain 1.0000153.
 
     Raises:
-        RefusedScan: as `read_volume` but for `constant`; and `labels` for values that are no labels.
+        RefusedScan: as `read_volume` except `constant`; also `labels` for invalid values.
     """
-    volume = _read(path, key, MAX_SCAN_MIB, None, "refuse")
+    volume = _read_or_refuse(path, key, MAX_SCAN_MIB, None, "refuse")
     if volume.data.dtype.kind == "f":
         whole = np.rint(volume.data)
         if np.abs(volume.data - whole).max() > _LABEL_ROUNDING:
             raise RefusedScan(
                 "labels",
-                f"{path} holds fractions; labels are whole numbers, to {_LABEL_ROUNDING:g}: resample label maps by nearest "
+                f"{path} holds fractions; labels are whole numbers, to within {_LABEL_ROUNDING:g}: resample label maps by nearest "
                 "neighbour, or round them",
             )
         volume = replace(volume, data=whole)
@@ -137,26 +137,28 @@ def read_labels(path: str | Path, *, key: str | None = None) -> Volume:
     if low < 0 or high > np.iinfo(np.int16).max:
         raise RefusedScan(
             "labels",
-            f"{path} holds values from {low} to {high}; labels are whole numbers from 0 to 32767: write others as 0 or a class",
+            f"{path} holds values from {low} to {high}; labels are whole numbers from 0 to 32767: replace others by 0 or a class",
         )
     return replace(volume, data=volume.data.astype(np.int16))
 
 
 def to_source_grid(canonical: NDArray[Any], volume: Volume) -> NDArray[Any]:
-    """Undo the reorientation exactly.
+    """Reorder voxels from RAS to the order of the scan's file, exactly.
 
     Args:
-        canonical: (X, Y, Z, ...) on the grid of `volume.data`; further axes are carried along.
-        volume: The scan as it was read.
+        canonical: (X, Y, Z, ...) on the grid of `volume.data`; further axes are kept.
+        volume: The scan as read.
 
     Returns:
-        The same voxels in the order of the file that `volume` was read from.
+        The same voxels in the order of the file of `volume`.
 
     Raises:
-        ValueError: for another grid, or a volume that was resampled: there is no exact way back.
+        ValueError: for another grid, or for a resampled volume, which has no exact inverse.
     """
     if volume.resampled_from_mm is not None:
-        raise ValueError(f"the volume {volume.key} was resampled; read its file again without, to go back to its grid")
+        raise ValueError(
+            f"the volume {volume.key} was resampled; read its file without resampling to return to its grid"
+        )
     if canonical.shape[:3] != volume.data.shape[:3]:
         raise ValueError(f"array has the grid {canonical.shape[:3]}, the volume {volume.key} {volume.data.shape[:3]}")
     back = ornt_transform(_RAS, io_orientation(volume.source_affine))
@@ -171,15 +173,15 @@ def write_nifti(
     like: Volume | None = None,
     world: Volume | None = None,
 ) -> None:
-    """Write (X, Y, Z) or (X, Y, Z, T) to a `.nii` or `.nii.gz` file: whole, or not at all. Equal input, equal bytes.
+    """Write (X, Y, Z) or (X, Y, Z, T) to a `.nii` or `.nii.gz` file, atomically. Equal input gives equal bytes.
 
     Args:
-        path: Where to. Its folder is made.
-        array: Booleans become uint8, float64 becomes float32, wide integers become a narrow type that holds them.
-        affine: (4, 4) voxel -> mm; set as sform and as qform (which holds it as well as a quaternion can).
-        like: The scan whose file has the same grid: its sform, qform, codes, units and spacing in time are written as
-            they are, so that every viewer puts both at one place. A mismatch is a `ValueError`: a forgotten
-            `to_source_grid` would otherwise give a mirrored file that looks right.
+        path: Output path. Its folder is created.
+        array: Booleans become uint8, float64 becomes float32, wide integers become the narrowest sufficient type.
+        affine: (4, 4) voxel -> mm; set as the sform, and as the qform to the extent that a quaternion can represent it.
+        like: The scan whose file has the same grid. Its sform, qform, codes, units and temporal spacing are copied, so that
+            every viewer overlays both. A mismatch is a `ValueError`: without `to_source_grid` the file would be mirrored,
+            and look right.
         world: The scan whose unit of length is used, for another grid in its world; None: mm.
 
     Raises:
@@ -187,7 +189,7 @@ def write_nifti(
     """
     path = Path(path)
     if not path.name.endswith(SUFFIXES):
-        raise StorageError(f"{path}: a NIfTI file's name ends in .nii or .nii.gz")
+        raise StorageError(f"{path}: the name of a NIfTI file must end in .nii or .nii.gz")
     content = _nifti_bytes(array, affine, like=like, world=world)
     if path.name.endswith(".gz"):
         content = gzip.compress(content, compresslevel=6, mtime=0)
@@ -207,12 +209,12 @@ def write_nifti(
 
 
 def nifti_image(array: NDArray[Any], affine: NDArray[np.float64], *, like: Volume | None = None) -> Any:
-    """Return what `write_nifti` writes as a `nibabel.Nifti1Image` in memory."""
+    """Return the image that `write_nifti` would write, as a `nibabel.Nifti1Image` in memory."""
     return nibabel.Nifti1Image.from_bytes(_nifti_bytes(array, affine, like=like, world=None))
 
 
 def volume_of(image: Any) -> Volume:
-    """Return a `nibabel` image as a volume, by every rule that `read_volume` has for files.
+    """Convert a `nibabel` image to a volume, with all the checks of `read_volume`.
 
     Raises:
         RefusedScan: as `read_volume`.
@@ -228,22 +230,22 @@ def _nifti_bytes(
 ) -> bytes:
     if like is not None and (array.shape[:3] != like.source_shape or not np.allclose(affine, like.source_affine)):
         raise ValueError(
-            f"array {array.shape} and its affine do not lie on the grid of {like.key}'s file {like.source_shape}"
+            f"array {array.shape} and its affine are not on the grid of {like.key}'s file {like.source_shape}"
         )
     unit = 1.0 if world is None or not world.placement else unit_mm(world.placement)
     affine = np.diag([1 / unit, 1 / unit, 1 / unit, 1.0]) @ affine
-    image = nibabel.Nifti1Image(_storable(array), affine)
+    image = nibabel.Nifti1Image(_narrow_dtype(array), affine)
     image.set_sform(affine, code="aligned")
     image.set_qform(affine, code="aligned", strip_shears=True)
     image.header.set_xyzt_units({1e3: "meter", 1e-3: "micron"}.get(unit, "mm"), "sec")
     content: bytes = image.to_bytes()
     if like is not None and like.placement:
-        content = _placed(content, like.placement, has_time=array.ndim == 4 and like.frames is None)
+        content = _replace_placement(content, like.placement, has_time=array.ndim == 4 and like.frames is None)
     return content
 
 
-def _placed(content: bytes, placement: Mapping[str, Sequence[float]], *, has_time: bool) -> bytes:
-    """Replace what a NIfTI-1 header says about place and time by what another file's header says."""
+def _replace_placement(content: bytes, placement: Mapping[str, Sequence[float]], *, has_time: bool) -> bytes:
+    """Replace the space and time fields of a NIfTI-1 header by those in another file's header."""
     size = Nifti1Header.sizeof_hdr
     header = Nifti1Header(content[:size], check=False)
     for name, values in placement.items():
@@ -253,13 +255,13 @@ def _placed(content: bytes, placement: Mapping[str, Sequence[float]], *, has_tim
         else:
             header[name] = values if len(values) > 1 else values[0]
     rounded_up = float(np.linalg.norm([header[f"quatern_{part}"] for part in "bcd"]))
-    if 1 < rounded_up < 1.01:  # nibabel would refuse it
+    if 1 < rounded_up < 1.01:  # nibabel refuses norms above 1
         for part in "bcd":
             header[f"quatern_{part}"] /= rounded_up
     return bytes(header.binaryblock) + content[size:]
 
 
-def _storable(array: NDArray[Any]) -> NDArray[Any]:
+def _narrow_dtype(array: NDArray[Any]) -> NDArray[Any]:
     if array.ndim not in (3, 4):
         raise ValueError(f"array must be (X, Y, Z) or (X, Y, Z, T), got {array.shape}")
     if array.dtype == np.bool_:
@@ -270,37 +272,39 @@ def _storable(array: NDArray[Any]) -> NDArray[Any]:
     return array.astype(np.float32) if array.dtype.kind == "f" else array
 
 
-def _read(path: str | Path, key: str | None, max_mib: float, max_frames: int | None, nan: Nan) -> Volume:
+def _read_or_refuse(path: str | Path, key: str | None, max_mib: float, max_frames: int | None, nan: Nan) -> Volume:
     try:
-        with np.errstate(all="ignore"):  # what overflows here is refused below, by name
-            return _decoded(path, key, max_mib, max_frames, nan)
+        with np.errstate(all="ignore"):  # overflows are refused below, by name
+            return _decode_volume(path, key, max_mib, max_frames, nan)
     except MemoryError as error:
-        raise RefusedScan("too_large", f"{path} needs more memory than there is ({error})") from error
+        raise RefusedScan(
+            "too_large", f"{path} needs more memory than is available ({error}); read it on a larger machine"
+        ) from error
 
 
-def _decoded(path: str | Path, key: str | None, max_mib: float, max_frames: int | None, nan: Nan) -> Volume:
+def _decode_volume(path: str | Path, key: str | None, max_mib: float, max_frames: int | None, nan: Nan) -> Volume:
     pair = pair_of(str(path))
     header_path, voxels_path = pair or (path, path)
     with opened(header_path) as stream:
         header, placement = read_header(stream, header_path)
         if pair is not None and header.is_single:
             voxels_path = header_path
-        shape = shape_of(header, path, max_mib)  # (X, Y, Z, T), the file's order
+        shape = shape_of(header, path, max_mib)  # (X, Y, Z, T) in the order of the file
         place = geometry_of(header, placement, path)
-        frames = _spread(shape[3], max_frames)
+        frames = _choose_frames(shape[3], max_frames)
         if voxels_path == header_path:
-            stored, notes = _stored(stream, header, shape, frames)
+            stored, notes = _read_stored(stream, header, shape, frames)
         else:
             with opened(voxels_path) as voxels:
-                stored, notes = _stored(voxels, header, shape, frames)
+                stored, notes = _read_stored(voxels, header, shape, frames)
     check_extent(place, shape, path)
     scaling = scaling_of(header, path)
-    dtype, num_nan, background = _narrowest(stored, scaling, path, nan)
+    dtype, num_nan, background = _choose_dtype(stored, scaling, path, nan)
     orientation = io_orientation(place.affine)
     data = np.empty([*(shape[axis] for axis in np.argsort(orientation[:, 0])), len(frames)], dtype)
     in_file_order = apply_orientation(data, ornt_transform(_RAS, orientation))  # a view
-    for part in _parts(stored.shape):
-        scaled = _scaled(stored[part], scaling)
+    for part in _split_into_slabs(stored.shape):
+        scaled = _apply_scaling(stored[part], scaling)
         in_file_order[part] = np.where(np.isnan(scaled), background, scaled) if num_nan else scaled
     spacing = place.spacing_mm[np.argsort(orientation[:, 0])]
     return Volume(
@@ -316,17 +320,17 @@ def _decoded(path: str | Path, key: str | None, max_mib: float, max_frames: int 
     )
 
 
-def _spread(num_frames: int, max_frames: int | None) -> tuple[int, ...]:
-    """Return the middle of each of `max_frames` equal parts of a series, or all of its frames."""
+def _choose_frames(num_frames: int, max_frames: int | None) -> tuple[int, ...]:
+    """Return the middle frame of each of `max_frames` equal parts of a series, or all frames."""
     if max_frames is None or num_frames <= max_frames:
         return tuple(range(num_frames))
     return tuple((2 * part + 1) * num_frames // (2 * max_frames) for part in range(max_frames))
 
 
-def _stored(
+def _read_stored(
     stream: Stream, header: Any, shape: tuple[int, int, int, int], frames: tuple[int, ...]
 ) -> tuple[NDArray[Any], tuple[str, ...]]:
-    """Read the voxels of some frames as they are stored, the others are passed over; and notes about the stream."""
+    """Read the stored voxels of the selected frames; return them, and notes about the stream."""
     dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
     if header.is_single and offset == 0:
         offset = int(header.single_vox_offset)
@@ -341,7 +345,7 @@ def _stored(
     return content.reshape(-1).view(dtype).reshape((*shape[:3], len(frames)), order="F"), notes
 
 
-def _scaled(stored: NDArray[Any], scaling: tuple[float, float]) -> NDArray[Any]:
+def _apply_scaling(stored: NDArray[Any], scaling: tuple[float, float]) -> NDArray[Any]:
     slope, intercept = scaling
     if scaling == (1.0, 0.0):
         return stored
@@ -351,47 +355,50 @@ def _scaled(stored: NDArray[Any], scaling: tuple[float, float]) -> NDArray[Any]:
     return stored.astype(np.float64) * slope + intercept
 
 
-def _narrowest(
+def _choose_dtype(
     stored: NDArray[Any], scaling: tuple[float, float], path: str | Path, nan: Nan
 ) -> tuple[np.dtype[Any], int, float]:
-    """Return the type that holds the scaled voxels without loss, float32 where they have fractions or are large; how many
-    voxels are NaN; and the value that they get."""
+    """Return the narrowest lossless type for the scaled voxels, the number of NaN voxels, and the value to replace them.
+
+    The type is float32 if the voxels have fractions, or exceed 16 bits.
+    """
     native = stored.dtype.newbyteorder("=")
     if native in _KEPT_DTYPES and scaling == (1.0, 0.0):
         return np.dtype(native), 0, 0.0
     low, high, num_infinite, num_nan, is_whole = np.inf, -np.inf, 0, 0, True
-    for part in _parts(stored.shape):
-        values = _scaled(stored[part], scaling)
+    for part in _split_into_slabs(stored.shape):
+        values = _apply_scaling(stored[part], scaling)
         if values.dtype.kind == "f":
             finite = values[np.isfinite(values)]
-            of_part = int(np.isnan(values).sum())
-            num_nan, num_infinite = num_nan + of_part, num_infinite + values.size - finite.size - of_part
+            num_nan_here = int(np.isnan(values).sum())
+            num_nan, num_infinite = num_nan + num_nan_here, num_infinite + values.size - finite.size - num_nan_here
             values = finite
             is_whole = is_whole and bool((np.rint(values) == values).all())
         if values.size:
             low, high = min(low, values.min()), max(high, values.max())
     if num_infinite or low > high or (num_nan and nan == "refuse"):
-        what = f"{num_nan + num_infinite} voxels that are NaN or infinite"
         way_out = (
-            "; replace them by finite values"
+            "replace them by finite values"
             if num_infinite or low > high
-            else "; set them to 0 where that is right, or read them as background (ingest.nan_voxels: background)"
+            else "set them to 0 if that is correct, or read them as background (ingest.nan_voxels: background)"
         )
-        raise RefusedScan("nonfinite", f"{path} has {what}{way_out}")
+        raise RefusedScan(
+            "nonfinite", f"{path} has {num_nan + num_infinite} voxels that are NaN or infinite; {way_out}"
+        )
     background = min(0.0, float(low)) if num_nan else 0.0
     low, high = min(low, background) if num_nan else low, max(high, background) if num_nan else high
     for dtype in (np.int16, np.uint16) if is_whole else ():
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
             return np.dtype(dtype), num_nan, background
     if max(-low, high) > np.finfo(np.float32).max:
-        raise RefusedScan("nonfinite", f"{path} has values beyond what 32-bit numbers hold; scale them down")
-    # Whole numbers are exact up to 2**24, far beyond what a scanner's converter resolves.
+        raise RefusedScan("nonfinite", f"{path} has values that exceed 32-bit numbers; scale them down")
+    # float32 is exact for whole numbers up to 2**24, far beyond the resolution of a scanner's converter.
     return np.dtype(np.float32), num_nan, background
 
 
-def _parts(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice, int]]:
-    """Yield slabs of (X, Y, Z, T), none larger than `_PART_VOXELS` or a row: what is computed on them stays small."""
-    rows = max(1, _PART_VOXELS // shape[0])
+def _split_into_slabs(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice, int]]:
+    """Yield slabs of (X, Y, Z, T) of at most `_SLAB_VOXELS` or one row, to bound the memory of temporary arrays."""
+    rows = max(1, _SLAB_VOXELS // shape[0])
     planes = max(1, rows // shape[1])
     for frame in range(shape[3]):
         for plane in range(0, shape[2], planes):

@@ -1,4 +1,4 @@
-"""Features of labelled scans by a frozen backbone -> a segmenter by class prototypes; and what else labelled scans say before training."""
+"""Labelled scans before any training -> features of a frozen backbone, a segmenter by class prototypes, rules of plausibility."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,7 +32,7 @@ def frozen_features(
     preparation: Preparation,
     device: str,
 ) -> list[FeaturesOfScan]:
-    """Return features, labels and inside of every scan; features are kept on this machine's disk for all trials of the backbone."""
+    """Return features, labels and inside of every scan; features are cached on the local disk for all trials of the backbone."""
     found = []
     for scan in scans:
 
@@ -40,7 +40,7 @@ def frozen_features(
             features = features_of_images(network, scan.planes, preparation=preparation, device=device)
             return {"features": features.numpy()}, {}
 
-        if trial.protocol == "paper_compat":  # cropped by the label, and split: of this trial alone
+        if trial.protocol == "paper_compat":  # cropped by the label, and split: only for this trial
             features = _as_tensor(*make())
         else:
             key = {
@@ -61,14 +61,14 @@ def _as_tensor(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> Tensor:
 def segmenter_by_prototypes(
     network: nn.Module, scans: Sequence[FeaturesOfScan], trial: Trial, *, num_classes: int, seed: int
 ) -> Segmenter:
-    """Return a segmenter by the nearest class prototypes of labelled features, on the network's device."""
+    """Return a segmenter with class prototypes from labelled features, on the network's device."""
     found = class_prototypes(
         scans,
         num_classes=num_classes,
         background_prototypes=trial.settings.background_prototypes or 1,
         generator=keyed_generator(seed, "prototypes", trial.num_labelled, trial.draw),
     )
-    head = PrototypeHead(found[0].shape[1], [len(of_class) for of_class in found])
+    head = PrototypeHead(found[0].shape[1], [len(prototypes) for prototypes in found])
     head.load_state_dict({"prototypes": torch.cat(found)})
     return Segmenter(network, head.to(next(network.parameters()).device)).eval()
 
@@ -76,7 +76,7 @@ def segmenter_by_prototypes(
 def plausibility_of(
     labelled: Sequence[LabelledScan], trial: Trial, *, num_classes: int, preparation: Preparation
 ) -> Plausibility:
-    """Learn from labelled scans what the organs' size and place can be, with the trial's tolerances."""
+    """Learn the organs' size and place from labelled scans, with the trial's tolerances."""
     labels = labelled_images(labelled).labels
     assert labels is not None
     return learn_plausibility(

@@ -1,4 +1,4 @@
-"""Jobs from Python: `p2r.run`, in this process and without Ray.
+"""Jobs from Python: `p2r.run` runs a job in this process, without Ray.
 
 made = p2r.run("mine/job.yaml", pretrain__steps=20, storage="/data/try")
 report = p2r.open_report(made["storage"])
@@ -18,19 +18,20 @@ from p2r.engine.pretrain import pretrain
 from p2r.engine.profile import profile_text
 from p2r.errors import JobError, OutOfTime
 from p2r.fewshot.protocol import Trial
-from p2r.fewshot.search import Result, attempt
-from p2r.fewshot.trial import TrialSetup
+from p2r.fewshot.results import TrialResult
+from p2r.fewshot.search import attempt
+from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job, read_job, validated
-from p2r.logs import Line, within
+from p2r.logs import Line, Say, within
 from p2r.logs import say as say_line
 from p2r.modes import Mode
 from p2r.pipeline.lines import report_lines
-from p2r.pipeline.stages import Say, run_job
+from p2r.pipeline.stages import run_job
 from p2r.storage import Storage
 
 
 class LocalExecutor:
-    """Every heavy part as a loop in this process."""
+    """Runs every heavy part of a job as a loop in this process."""
 
     def __init__(
         self, device: torch.device, max_seconds: float | None, *, retries: int = 0, profile_steps: int = 0
@@ -40,12 +41,12 @@ class LocalExecutor:
         self._retries, self._profile_steps = retries, profile_steps
 
     def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
-        """Shard after shard."""
+        """Build shards one after another."""
         say_ingest = within(say, "ingest")
         report_progress(ingest_locally(config, storage, allowed_subjects=subjects, say=say_ingest), say_ingest)
 
     def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
-        """On this process's device."""
+        """Train on this process's device."""
         step = config.steps
         for report in pretrain(
             config,
@@ -62,8 +63,8 @@ class LocalExecutor:
             step = report.step
         return step == config.steps
 
-    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
-        """One after the other."""
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[TrialResult]:
+        """Run trials one after another."""
         results = []
         for number, (setup, trial) in enumerate(trials, start=1):
             if self._deadline is not None and time.monotonic() >= self._deadline and not setup.is_done(trial):
@@ -71,21 +72,21 @@ class LocalExecutor:
             result = attempt(
                 setup, trial, device=self._device.type, retries=self._retries, say=say, deadline=self._deadline
             )
-            dice = result.get("validation", {}).get("dice_mean")
+            dice = result.validation_dice
             text = f"{number}/{len(trials)} | {trial.id} | validation Dice {'none' if dice is None else f'{dice:.3f}'}"
-            say(Line(text, trial=trial.id, validation_dice=dice, seconds=result.get("seconds")))
+            say(Line(text, trial=trial.id, validation_dice=dice, seconds=result.seconds))
             results.append(result)
         return results
 
-    def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, Result]]:
-        """Nobody here: search algorithms are Ray Tune's."""
+    def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, TrialResult]]:
+        """Refuse: search algorithms belong to Ray Tune."""
         raise JobError(
             f"finetune.search.searcher {setup.config.search.searcher!r} is a search algorithm of Ray Tune: run the job with p2r run, "
-            "or set it to grid, which draws candidates from distributions, too"
+            "or set it to grid, which also draws candidates from distributions"
         )
 
     def num_concurrent(self, num_trials: int) -> int:
-        """One."""
+        """Return 1."""
         return 1
 
 
@@ -93,16 +94,16 @@ def run(job: str | Path | Job, *, say: Say = say_line, **overrides: Any) -> dict
     """Run a job in this process; running it again resumes it.
 
     Args:
-        job: Path of a job file, the name of a job that p2r brings, or a `Job`.
+        job: Path of a job file, the name of a job that comes with p2r, or a `Job`.
         say: Receives lines of progress; default: stderr.
         overrides: Fields to set, with two underscores for a dot, as in `pretrain__steps=20`.
 
     Returns:
-        What was made, by name: `storage`, `corpus`, `checkpoint`, `backbone`, `models`, `report`, `page`, as far as the job's kind
-        makes them; `failed` if trials failed.
+        Outputs by name: `storage`, `corpus`, `checkpoint`, `backbone`, `models`, `report`, `page`, depending on the job's kind;
+        `failed` if trials failed.
 
     Raises:
-        InputError: for anything in job or data that cannot be used.
+        InputError: Something in the job or data cannot be used.
     """
     if isinstance(job, Job):
         values = job.model_dump()

@@ -1,8 +1,8 @@
-"""Rows of few-shot figures -> what people read: a table on the terminal, a page, pictures.
+"""Reports from rows of few-shot results: a table for the terminal, a page, pictures.
 
-`write_report` makes the page; `table` prints; a picture is a `Drawing`, or the bytes of a PNG. Names are loaded when they are first
-used: Matplotlib and torch take seconds, and most commands draw nothing. No file has the name of a function, for a loaded file would
-hide it.
+`write_report` makes the page; `table` makes the table; a picture is a `Drawing`, or the bytes of a PNG. Names are imported on
+first use, because Matplotlib and torch take seconds and most commands draw nothing. No file has the name of a function, since
+a loaded module would hide it.
 """
 
 from importlib import import_module
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from p2r.report.cases import ShownCase, shown_cases
     from p2r.report.corpus_report import corpus_report_is_current, write_corpus_report
     from p2r.report.curve import few_shot_curve
-    from p2r.report.document import source_line, trials_line, write_report
+    from p2r.report.document import write_report
     from p2r.report.pictures import embedding_pca, outlines, view_pairs
     from p2r.report.sheet import image_of, view_sheet
+    from p2r.report.sources import source_line, trials_line
     from p2r.report.tables import Cell, Spread, aggregate, label_of, split_of, table
     from p2r.report.variants import markdown_variants, variants_picture, variants_table
 
@@ -45,14 +46,14 @@ __all__ = [
     "write_report",
 ]
 
-_HOMES = {
+_MODULES = {
     "Drawing": "p2r.report.canvas",
     "ShownCase": "p2r.report.cases",
     "shown_cases": "p2r.report.cases",
     "corpus_report_is_current": "p2r.report.corpus_report",
     "write_corpus_report": "p2r.report.corpus_report",
-    "source_line": "p2r.report.document",
-    "trials_line": "p2r.report.document",
+    "source_line": "p2r.report.sources",
+    "trials_line": "p2r.report.sources",
     "write_report": "p2r.report.document",
     "few_shot_curve": "p2r.report.curve",
     "embedding_pca": "p2r.report.pictures",
@@ -73,6 +74,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'p2r.report' has no attribute '{name}'")

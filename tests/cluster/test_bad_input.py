@@ -64,14 +64,14 @@ def test_a_corpus_smaller_than_a_global_batch(run: Run) -> None:
     refused(run("pretrain.global_batch=64"), "15", "64", "global")
 
 
-def _broken(path: Path) -> dict[str, Callable[[], None]]:
+def _broken(path: Path) -> dict[str, Callable[[], object]]:
     def save(data: np.ndarray) -> None:
         nibabel.Nifti1Image(data, np.diag([2.0, 2.0, 8.0, 1.0])).to_filename(path)
 
     shape = (36, 40, 3)
     return {
-        "truncated": lambda: path.write_bytes(path.read_bytes()[:-800]) and None,
-        "not_nifti": lambda: path.write_bytes(gzip.compress(b"this is not an image" * 50)) and None,
+        "truncated": lambda: path.write_bytes(path.read_bytes()[:-800]),
+        "not_nifti": lambda: path.write_bytes(gzip.compress(b"this is not an image" * 50)),
         "nonfinite": lambda: save(np.full(shape, np.nan, np.float32)),
         "constant": lambda: save(np.full(shape, 7, np.int16)),
         "not_3d": lambda: save(np.arange(36 * 40, dtype=np.int16).reshape(36, 40)),
@@ -174,7 +174,7 @@ def test_a_damaged_corpus(p2r: Run, published: dict[str, str], tmp_path: Path) -
     refused(p2r("verify", copy), "is damaged", tar.name)
     (copy / "manifest.json").write_text("[1]")
     refused(p2r("verify", copy), "this version reads")
-    refused(p2r("inspect", copy / "nothing"), "holds nothing of p2r's")
+    refused(p2r("inspect", copy / "nothing"), "holds nothing of p2r: no manifest.json")
 
 
 def test_a_cohort_that_hides_a_leak(run: Run) -> None:

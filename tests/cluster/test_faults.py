@@ -11,7 +11,7 @@ from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from cluster.faults import FaultLog, cause_of, refusal_of
-from cluster.pretrain import _gpus_per_worker, _room, _world_sizes, network_environment
+from cluster.pretrain import _allowed_world_sizes, _count_room, _gpus_per_worker, network_environment
 from p2r.config import PretrainConfig
 from p2r.errors import DataError, InputError, StorageError, TrainingError
 from p2r.job import Resources, read_job
@@ -44,7 +44,7 @@ SLOW = RuntimeError(
         (failed(rank0=SLOW), {1: "10.0.0.2"}, "node", "node 10.0.0.2 with rank 1 is gone"),
         (failed(rank0=SLOW), {}, "hang", "Timed out waiting 30000ms"),
         (failed(rank0=CLOSED, rank1=TrainingError("step 7: the loss is nan")), {}, "divergence", "step 7"),
-        (PreemptionError(PreemptionInfo(0, {"node": [1]})), {}, "preemption", "was taken away"),
+        (PreemptionError(PreemptionInfo(0, {"node": [1]})), {}, "preemption", "was removed"),
         (failed(rank0=ZeroDivisionError("division")), {}, "unknown", "ZeroDivisionError: division"),
     ],
 )
@@ -83,9 +83,9 @@ def test_faults_are_rows_on_the_storage_and_lines_of_the_log(tmp_path: Path) -> 
 
 def test_room_is_counted_node_by_node() -> None:
     nodes = [{"CPU": 3.0}, {"CPU": 3.0}, {"GPU": 1.0}]
-    assert _room(nodes, {"CPU": 2}) == 2
-    assert _room(nodes, {"CPU": 1}) == 6
-    assert _room(nodes, {"CPU": 1, "GPU": 1}) == 0
+    assert _count_room(nodes, {"CPU": 2}) == 2
+    assert _count_room(nodes, {"CPU": 1}) == 6
+    assert _count_room(nodes, {"CPU": 1, "GPU": 1}) == 0
 
 
 def test_the_job_s_words_on_the_network_reach_nccl_and_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_the_job_s_words_on_the_network_reach_nccl_and_gloo(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("resources.num_workers=[4, 2]", "must not fall"),
+        ("resources.num_workers=[4, 2]", "must not decrease"),
         ("resources.nccl={LD_PRELOAD: x}", "NCCL_"),
         ("resources.network_interface=eth0 --x", "pattern"),
         ("resources.collective_timeout_s=0", "greater than 0"),
@@ -132,16 +132,16 @@ class TestWorldSizes:
         self, wanted: object, allowed: list[int]
     ) -> None:
         resources = Resources.model_validate({"num_workers": wanted})
-        assert _world_sizes(config(), resources, uses_gpu=False) == allowed
+        assert _allowed_world_sizes(config(), resources, uses_gpu=False) == allowed
 
     def test_numbers_that_cannot_share_it_are_refused_with_those_that_can(self) -> None:
         for wanted in (5, [7, 11]):
             with pytest.raises(DataError, match=r"use 1, 2, 3, 4, 6, 12 ranks"):
-                _world_sizes(config(), Resources.model_validate({"num_workers": wanted}), uses_gpu=False)
+                _allowed_world_sizes(config(), Resources.model_validate({"num_workers": wanted}), uses_gpu=False)
 
     def test_a_micro_batch_that_does_not_divide_any_share_is_refused(self) -> None:
         with pytest.raises(InputError, match=r"pretrain\.micro_batch must divide"):
-            _world_sizes(config(micro_batch=5), Resources(num_workers=4), uses_gpu=False)
+            _allowed_world_sizes(config(micro_batch=5), Resources(num_workers=4), uses_gpu=False)
 
 
 class TestGpus:
@@ -162,11 +162,11 @@ class TestGpus:
 
     def test_a_gpu_that_is_not_there_is_refused(self, gpus: Callable[..., None]) -> None:
         gpus()
-        with pytest.raises(InputError, match=r"resources\.gpus_per_worker asks for a GPU, and the cluster has none"):
+        with pytest.raises(InputError, match=r"resources\.gpus_per_worker asks for a GPU, but the cluster has none"):
             _gpus_per_worker(config(), Resources(gpus_per_worker=1))
 
     def test_bf16_is_refused_where_a_gpu_does_not_have_it(self, gpus: Callable[..., None]) -> None:
         gpus("H100", "T4")
-        with pytest.raises(InputError, match=r"do not have \(T4\): set pretrain\.precision=fp32"):
+        with pytest.raises(InputError, match=r"do not support \(T4\): set pretrain\.precision=fp32"):
             _gpus_per_worker(config(precision="bf16"), Resources())
         assert _gpus_per_worker(config(), Resources()) == 1

@@ -19,9 +19,9 @@ from cluster.finetune import num_concurrent, run_trials, suggest
 from p2r.config import FinetuneConfig
 from p2r.errors import JobError
 from p2r.evaluate.tasks import load_task
+from p2r.fewshot.checks import check_task
 from p2r.fewshot.protocol import choose_settings, search_trials
-from p2r.fewshot.search import check_task
-from p2r.fewshot.trial import TrialSetup
+from p2r.fewshot.setup import TrialSetup
 from p2r.job import Resources, read_job
 from p2r.pipeline.local import LocalExecutor
 from p2r.pipeline.stages import run_job
@@ -54,7 +54,9 @@ def test_candidates_are_stopped_and_proposed_and_what_was_found_lies_on_the_stor
     stopping = make(
         *(published, toy_data, tmp_path / "asha"),
         learning_rates={"scratch": [3e-2, 1e-2, 1e-7, 1e-8, 1e30]},
-        **{"scheduler": "asha", "report_steps": 2, "scheduler_options": {"reduction_factor": 2}},
+        scheduler="asha",
+        report_steps=2,
+        scheduler_options={"reduction_factor": 2},
     )
     trials = [(stopping, trial) for trial in search_trials(stopping.config, load_task(toy_data / "task.yaml"))]
     counts: list[Mapping[str, int]] = []
@@ -62,10 +64,10 @@ def test_candidates_are_stopped_and_proposed_and_what_was_found_lies_on_the_stor
     assert {sum(count.values()) for count in counts} >= {5} and counts[-1]["done"] == 5
     by_rate = {trial.settings.learning_rate: result for (_, trial), result in zip(trials, results, strict=True)}
     assert "diverged" in by_rate[1e30]["failed"]
-    stopped = [result["stopped_at_step"] for result in results if "stopped_at_step" in result]
+    stopped = [result.stopped_at_step for result in results if result.stopped_at_step is not None]
     assert stopped and all(step in (2, 4, 6) for step in stopped)
     best = choose_settings(
-        (trial, None if {"failed", "stopped_at_step"} & result.keys() else result["validation"]["dice_mean"])
+        (trial, result.validation_dice if result.is_whole else None)
         for (_, trial), result in zip(trials, results, strict=True)
     )
     assert best["scratch"].learning_rate in (3e-2, 1e-2)
@@ -78,7 +80,8 @@ def test_candidates_are_stopped_and_proposed_and_what_was_found_lies_on_the_stor
         make(
             *(published, toy_data, tmp_path / name),
             learning_rates={"scratch": {"loguniform": [1e-3, 1e-1]}},
-            **{"searcher": "random", "num_samples": 2},
+            searcher="random",
+            num_samples=2,
         )
         for name in ("random", "elsewhere")
     )
@@ -94,8 +97,8 @@ def test_candidates_are_stopped_and_proposed_and_what_was_found_lies_on_the_stor
     assert suggest(proposing, "scratch", resources=RESOURCES, retries=0, say=lines.append) == found
     assert time.monotonic() - began < 2, "what was searched lies on the storage"
 
-    again = suggest(elsewhere, "scratch", resources=RESOURCES, retries=0, say=lines.append)
-    assert [trial for trial, _ in again] == [trial for trial, _ in found], "candidates depend on the seed alone"
+    repeated = suggest(elsewhere, "scratch", resources=RESOURCES, retries=0, say=lines.append)
+    assert [trial for trial, _ in repeated] == [trial for trial, _ in found], "candidates depend on the seed alone"
 
 
 def test_a_sweep_whose_driver_was_killed_goes_on_to_the_report_of_one_that_was_not(

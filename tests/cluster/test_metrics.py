@@ -26,7 +26,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.endpoint import NUM_PORTS, discovery_folder
 from cluster.metrics import FAULT_CAUSES, METRICS, RETRY_CAUSES, Exporter
 from p2r.data.corpus import ingest_locally
-from p2r.engine.pretrain import Report, pretrain
+from p2r.engine.pretrain import pretrain
+from p2r.engine.report import PretrainReport
 from p2r.job import MetricsConfig, read_job
 from p2r.storage import Storage
 
@@ -34,7 +35,7 @@ Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 @pytest.fixture(scope="module")
-def reports(write_toy_job: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
+def reports(write_toy_job: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[PretrainReport]:
     """Those of a real run on the toy data."""
     folder = tmp_path_factory.mktemp("run")
     job = read_job(write_toy_job(folder))
@@ -76,7 +77,7 @@ def value(series: Series, name: str, **labels: str) -> float:
     return found
 
 
-def test_a_scrape_says_what_the_reports_say(exporter: Exporter, reports: list[Report]) -> None:
+def test_a_scrape_says_what_the_reports_say(exporter: Exporter, reports: list[PretrainReport]) -> None:
     for report in reports:
         exporter.observe(report)
     time.sleep(0.3)
@@ -102,14 +103,14 @@ def test_a_scrape_says_what_the_reports_say(exporter: Exporter, reports: list[Re
     )
 
 
-def test_every_metric_is_in_a_scrape_of_a_real_run(reports: list[Report], tmp_path: Path) -> None:
+def test_every_metric_is_in_a_scrape_of_a_real_run(reports: list[PretrainReport], tmp_path: Path) -> None:
     """Those of a field that is optional in a report need one that has it; the fields of this version's reports are what counts."""
     worker, driver = (Exporter(run="toy", storage_url=f"file://{tmp_path}", role=x, endpoint=None) for x in ROLES)
     worker.observe(reports[-1])
     driver.trials({"running": 1})
     driver.fault({"cause": "worker", "count": 1, "limit": 2})
     names = {name for page in (worker.page(), driver.page()) for name, _ in parsed(page.decode())}
-    known = {field.name for field in dataclasses.fields(Report)}
+    known = {field.name for field in dataclasses.fields(PretrainReport)}
     absent = {metric.name: metric.source.split(".")[1] for metric in METRICS if metric.name not in names}
     optional = {"probe_dice"}  # of runs with a probe
     own = {"p2r_train_memory_bytes": "memory_mib"}
@@ -141,14 +142,14 @@ def test_every_sum_of_the_data_plane_has_a_metric(repository: Path) -> None:
     assert set(re.findall(r'cause="(\w+)"', text)) <= {*RETRY_CAUSES, "size", "leased", "disk"}
 
 
-def test_only_rank_0_shows_what_is_the_run_s(tmp_path: Path, reports: list[Report]) -> None:
+def test_only_rank_0_shows_what_is_the_run_s(tmp_path: Path, reports: list[PretrainReport]) -> None:
     other = Exporter(run="toy", storage_url="s3://b/x", rank=3, endpoint=None)
     other.observe(reports[0])
     names = {name for name, _ in parsed(other.page().decode())}
     assert "p2r_train_wait_ratio" in names and "p2r_train_loss" not in names
 
 
-def test_counters_begin_with_their_process_and_totals_with_the_run(reports: list[Report]) -> None:
+def test_counters_begin_with_their_process_and_totals_with_the_run(reports: list[PretrainReport]) -> None:
     resumed = Exporter(run="toy", storage_url="s3://b/x", endpoint=None)
     assert value(parsed(resumed.page().decode()), "p2r_train_steps_total") == 0
     resumed.observe(dataclasses.replace(reports[-1], resumed_from=4))
@@ -157,14 +158,14 @@ def test_counters_begin_with_their_process_and_totals_with_the_run(reports: list
     assert (value(series, "p2r_train_step"), value(series, "p2r_train_images_seen")) == (6, 24)
 
 
-def test_what_not_every_report_states_stays(reports: list[Report]) -> None:
+def test_what_not_every_report_states_stays(reports: list[PretrainReport]) -> None:
     exporter = Exporter(run="toy", storage_url="s3://b/x", endpoint=None)
     exporter.observe(dataclasses.replace(reports[0], equivariance_error=0.25))
     exporter.observe(dataclasses.replace(reports[1], equivariance_error=None))
     assert value(parsed(exporter.page().decode()), "p2r_embedding_equivariance_error_ratio") == 0.25
 
 
-def test_labels_are_bounded_and_carry_no_secret_and_no_name(reports: list[Report], tmp_path: Path) -> None:
+def test_labels_are_bounded_and_carry_no_secret_and_no_name(reports: list[PretrainReport], tmp_path: Path) -> None:
     secret = "hunter2 Jane Doe"
     report = dataclasses.replace(
         reports[0],
@@ -207,7 +208,9 @@ def test_a_driver_remembers_the_faults_of_its_run(tmp_path: Path) -> None:
     assert set(FAULT_CAUSES) == {dict(labels)["cause"] for name, labels in series if name == "p2r_faults_total"}
 
 
-def test_a_report_costs_a_handful_of_operations_and_a_step_none(exporter: Exporter, reports: list[Report]) -> None:
+def test_a_report_costs_a_handful_of_operations_and_a_step_none(
+    exporter: Exporter, reports: list[PretrainReport]
+) -> None:
     calls = 0
 
     def count(frame: object, event: str, argument: object) -> None:
@@ -271,23 +274,23 @@ def test_a_discovery_folder_that_is_gone_is_made_again(exporter: Exporter, folde
     (path,) = folder.iterdir()
     path.unlink()
     folder.rmdir()
-    exporter._endpoint._entry.keep()  # type: ignore[union-attr]
+    exporter._endpoint._discovery_file.keep()  # type: ignore[union-attr]
     assert path.is_file()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line_in_the_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, reports: list[Report]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reports: list[PretrainReport]
 ) -> None:
     (tmp_path / "file").write_text("")
     config = MetricsConfig(folder=str(tmp_path / "file" / "below"))
     exporter = Exporter(run="toy", storage_url="s3://b/x", endpoint=config)
     for _ in range(3):
-        exporter._endpoint._entry.keep()  # type: ignore[union-attr]
+        exporter._endpoint._discovery_file.keep()  # type: ignore[union-attr]
     exporter.observe(reports[0])
     assert scrape(exporter)
     exporter.close()
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "Not a directory" in caplog.text and "training goes on" in caplog.text
+    assert "Not a directory" in caplog.text and "training continues" in caplog.text
 
 
 def test_a_port_in_use_is_left_to_who_has_it(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -302,7 +305,7 @@ def test_a_port_in_use_is_left_to_who_has_it(folder: Path, caplog: pytest.LogCap
 
 
 def test_an_address_that_is_not_ours_is_one_line_in_the_log(
-    folder: Path, caplog: pytest.LogCaptureFixture, reports: list[Report]
+    folder: Path, caplog: pytest.LogCaptureFixture, reports: list[PretrainReport]
 ) -> None:
     config = MetricsConfig(host="192.0.2.1", folder=str(folder))
     exporter = Exporter(run="a", storage_url="s3://b/x", endpoint=config)
@@ -342,11 +345,11 @@ def test_clients_that_never_read_make_room_and_a_thousand_change_nothing(exporte
 def test_trials_are_counted_by_state_and_tune_can_keep_who_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray import cloudpickle
 
-    from cluster.finetune import _Watching
+    from cluster.finetune import _TrialCounter
 
     driver = Exporter(run="toy", storage_url="s3://b/x", role="driver", endpoint=None)
-    monkeypatch.setattr(_Watching, "count", driver.trials)
-    kept = cloudpickle.loads(cloudpickle.dumps(_Watching()))  # the exporter itself has locks and sockets
+    monkeypatch.setattr(_TrialCounter, "count", driver.trials)
+    kept = cloudpickle.loads(cloudpickle.dumps(_TrialCounter()))  # the exporter itself has locks and sockets
     kept.on_step_end(1, [SimpleNamespace(status=status) for status in ("RUNNING", "PENDING", "TERMINATED", "ERROR")])
     kept.on_step_end(2, [])  # too soon after the last
     series = parsed(driver.page().decode())

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.own import classes_of, drafts_of, look
 from p2r import run as p2r_run
+from p2r.data.corpus import subjects_found
 from p2r.data.survey import survey
 from p2r.errors import DataError
 from p2r.evaluate.drafts import draft_job, problems_of
@@ -75,7 +76,13 @@ def _bids(root: Path) -> None:
         write(
             root / f"derivatives/expert/sub-{number:02d}/anat/sub-{number:02d}_FLAIR_desc-lesion_mask.nii.gz", seed=None
         )
-    (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.9.0"}')
+    stated = {
+        "Name": "Lesions",
+        "BIDSVersion": "1.9.0",
+        "License": "CC0-1.0",
+        "ReferencesAndLinks": ["A paper", "2020"],
+    }
+    (root / "dataset_description.json").write_text(json.dumps(stated))
 
 
 def _bids_flat_labels(root: Path) -> None:
@@ -140,6 +147,9 @@ def test_a_folder_as_people_have_it_becomes_a_valid_job_and_task(kind: str, tmp_
     assert (job.ingest.subject_pattern, job.ingest.cohort) == (task.config.subject_pattern, task.config.cohort)
     assert len(task.scans) == expected["pairs"]
     assert list(task.config.classes) == [1, 2]
+    assert (job.name, task.name, job.ingest.cohort) == ("mine", "mine", "data")
+    assert f"p2r predict {job.storage.removeprefix('file://')}/models/mine/all {tmp_path}" in said
+    assert all(len(line) < 140 for line in Path("mine/job.yaml").read_text().splitlines() if line.startswith("#"))
     code, said = p2r("validate", "mine/job.yaml", "mine/task.yaml")
     assert code == 0 and "patients to train" in said, said
 
@@ -162,6 +172,9 @@ def test_a_licence_and_a_source_that_nobody_stated_are_asked_for_by_name(tmp_pat
     _two_folders(tmp_path / "data")
     code, said = p2r("init", "mine", "--scans", tmp_path / "data")
     assert code == 0 and 'export P2R_LICENCE="..." P2R_PROVENANCE="..."' in said
+    code, said = p2r("validate", "mine/job.yaml", "mine/task.yaml")
+    assert code == 0 and said.count("needs P2R_LICENCE  needs P2R_PROVENANCE") == 2, said
+    assert said.count("5 patients to train") == 2, "splits are shown without a licence"
     code, said = p2r("run", "mine/job.yaml")
     assert code == 2 and "P2R_LICENCE, P2R_PROVENANCE are not set (ingest.licence, ingest.provenance)" in said
 
@@ -172,6 +185,38 @@ def test_a_dataset_json_states_licence_and_reference(tmp_path: Path) -> None:
     assert drafts.task is not None
     assert "licence: CC-BY-SA 4.0" in drafts.task and "citation: A clinic" in drafts.task
     assert classes_of(look(tmp_path / "data")) == {1: "liver", 2: "cancer"}
+
+
+def test_a_bids_data_set_states_licence_reference_and_classes(tmp_path: Path) -> None:
+    _bids(tmp_path / "data")
+    found = look(tmp_path / "data")
+    drafts = drafts_of(found, tmp_path)
+    assert drafts.task is not None
+    for words in ("licence: CC0-1.0", "citation: A paper; 2020", "title: Lesions"):
+        assert words in drafts.task
+    assert classes_of(found) == {1: "label1", 2: "label2"}
+    (tmp_path / "data/dseg.tsv").write_text("index\tname\n1\tcore\n2\tedema\n9\tnowhere\n")
+    assert classes_of(look(tmp_path / "data")) == {1: "core", 2: "edema"}
+    found.values.clear()
+    found.values[1] = 8
+    assert classes_of(found) == {1: "lesion"}, "the entity of {key}_FLAIR_desc-lesion_mask"
+    (tmp_path / "data/dataset_description.json").write_text("{")
+    assert survey(tmp_path / "data", cache=tmp_path).licence == ""
+
+
+def test_test_images_of_a_data_set_are_left_out_of_pretraining(tmp_path: Path, p2r: P2R) -> None:
+    _nnunet(tmp_path / "data")
+    code, said = p2r("init", "mine", "--scans", tmp_path / "data", *STATED)
+    assert code == 0 and "1 scans, imagesTs/*" in said
+    job = read_job(Path("mine/job.yaml"))
+    assert job.ingest is not None and job.ingest.exclude == ("imagesTs/*",)
+    assert "heart_050" not in subjects_found(job.ingest)
+    _msd(tmp_path / "other")
+    stated = json.loads((tmp_path / "other/dataset.json").read_text())
+    stated |= {"training": stated["training"][:6], "test": ["./imagesTr/liver_6.nii.gz", "held/liver_9.nii.gz"]}
+    (tmp_path / "other/dataset.json").write_text(json.dumps(stated))
+    write(tmp_path / "other/held/liver_9.nii.gz", seed=9)
+    assert survey(tmp_path / "other", cache=tmp_path).test_patterns == ("held/*", "imagesTr/liver_6.nii.gz")
 
 
 def test_init_overwrites_nothing(tmp_path: Path, p2r: P2R) -> None:
@@ -197,9 +242,9 @@ def test_a_layout_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     _two_folders(tmp_path / "data")
     with pytest.raises(DataError, match=r"no dataset\.json"):
         survey(tmp_path / "data", form="nnunet", cache=tmp_path)
-    with pytest.raises(DataError, match="no BIDS data set"):
+    with pytest.raises(DataError, match="not a BIDS data set"):
         survey(tmp_path / "data", form="bids", cache=tmp_path)
-    with pytest.raises(DataError, match="8 label maps and no scan"):
+    with pytest.raises(DataError, match="8 label maps but no scan"):
         _bids(tmp_path / "b")
         (tmp_path / "only").mkdir()
         (tmp_path / "b/derivatives").rename(tmp_path / "only/masks")
@@ -208,7 +253,7 @@ def test_a_layout_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_labels_with_gaps_say_what_to_do() -> None:
     assert problems_of([1, 2, 3]) is None
-    assert "rewrite them (nothing is 3)" in str(problems_of([1, 2, 4]))
+    assert "renumber them (missing: 3)" in str(problems_of([1, 2, 4]))
 
 
 def test_the_job_that_travels_with_p2r_is_the_one_that_init_writes(repository: Path) -> None:
@@ -284,3 +329,37 @@ def test_validate_follows_every_path(tmp_path: Path, p2r: P2R) -> None:
     assert code == 2 and "finetune.tasks" in said and "03.nii.gz" in said and "unlabelled: leave_out" in said
     code, said = p2r("validate", "mine/jop.yaml")
     assert code == 2 and "did you mean mine/job.yaml?" in said
+
+
+def test_validate_refuses_settings_that_no_worker_could_have_and_notes_slow_ones(
+    write_toy_job: Callable[..., Path], tmp_path: Path, p2r: P2R
+) -> None:
+    job = write_toy_job(tmp_path)
+    gpu = "resources.gpus_per_worker=1"
+    for overrides, words in (
+        (["pretrain.micro_batch=3"], "pretrain.micro_batch must divide a worker's part of the global batch, got 3"),
+        (["pretrain.precision=tf32", "resources.gpus_per_worker=0"], "pretrain.precision tf32 needs GPUs"),
+    ):
+        code, said = p2r("validate", job, *(word for override in overrides for word in ("--set", override)))
+        assert code == 2 and words in said, said
+    for overrides, words in (
+        (
+            ["pretrain.precision=bf16", gpu, "pretrain.model.embedding_channels=48"],
+            "set pretrain.model.embedding_channels",
+        ),
+        (["pretrain.precision=bf16", gpu, "pretrain.loss.temperature=0.01"], "set pretrain.loss.temperature to 0.01"),
+        (["pretrain.precision=fp32", gpu], "set pretrain.precision to bf16 or tf32"),
+    ):
+        code, said = p2r("validate", job, *(word for override in overrides for word in ("--set", override)))
+        assert code == 0 and "note: on GPUs, the loss has no kernels for" in said and words in said, said
+    code, said = p2r(
+        "validate",
+        job,
+        "--set",
+        "pretrain.precision=bf16",
+        "--set",
+        gpu,
+        "--set",
+        "pretrain.model.embedding_channels=64",
+    )
+    assert code == 0 and "no kernels" not in said, said

@@ -145,7 +145,7 @@ def test_a_cluster_s_workers_get_the_driver_s_keys_in_memory_and_a_submitted_job
             cwd=tmp_path,
         )
         jobs = jobs_of(dashboard)
-    assert "not passed on, for Ray stores what comes with a job: " + ", ".join(sorted(MARKED)) in said
+    assert "not passed on, because Ray stores them with the job: " + ", ".join(sorted(MARKED)) in said
     assert jobs.count('"entrypoint"') == 2
     assert [*leaks(short, secret), *leaks(tmp_path / "storage")] == []
     for text in (said, jobs, *(command.decode(errors="replace") for command in commands)):

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster import cli
-from cluster import status as module
-from cluster.status import FAULTS, HISTORY, Reader, target_of
+from cluster import cli, status_files, status_reader
+from cluster.status import target_of
+from cluster.status_files import FAULTS, HISTORY
+from cluster.status_reader import Reader
 from cluster.status_terminal import plain_lines, view
 from p2r.errors import InputError, StorageError
 from p2r.storage import Storage
@@ -111,9 +112,9 @@ class Watched(Storage):
         super().__init__(url)
         self.reads: list[tuple[str, int]] = []
 
-    def read_bytes(self, path: str) -> bytes:
+    def read_bytes(self, path: str, *, max_bytes: int | None = None) -> bytes:
         self.reads.append((path, -1))
-        return super().read_bytes(path)
+        return super().read_bytes(path, max_bytes=max_bytes)
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         self.reads.append((path, stop - start))
@@ -121,8 +122,8 @@ class Watched(Storage):
 
 
 def test_what_is_known_is_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOCAL_SLOW_S", -1.0)  # everything is looked at each time
-    monkeypatch.setattr(module, "_OVERLAP_BYTES", 64)
+    monkeypatch.setattr(status_reader, "_LOCAL_SLOW_S", -1.0)  # everything is looked at each time
+    monkeypatch.setattr(status_files, "_OVERLAP_BYTES", 64)
     storage = Watched(str(folder))
     reader = Reader("run", storage)
     reader.read()
@@ -232,9 +233,9 @@ def test_a_long_run_is_as_small_as_a_short_one_and_keeps_its_spikes(folder: Path
 
 
 def test_of_a_history_without_end_only_the_end_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MAX_HISTORY_BYTES", 2 * len(lines_of(row(10))) + 10)
+    monkeypatch.setattr(status_files, "_MAX_HISTORY_BYTES", 2 * len(lines_of(row(10))) + 10)
     reader = Reader("run", Storage(str(folder)))
-    reader._history._most_bytes = module._MAX_HISTORY_BYTES
+    reader._history._most_bytes = status_files._MAX_HISTORY_BYTES
     found = reader.read()
     assert [step for step, _ in found.series["loss"]] == [70, 80]
     assert "only its last" in found.problems[0]
@@ -269,7 +270,7 @@ def test_variants_of_an_ablation_are_listed(tmp_path: Path) -> None:
 
 @pytest.mark.s3
 def test_a_bucket_is_read_like_a_folder(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_REMOTE_SLOW_S", -1.0)
+    monkeypatch.setattr(status_reader, "_REMOTE_SLOW_S", -1.0)
     storage = Storage(s3_url)
     for path in sorted(folder.rglob("*.json*")):
         storage.write_bytes(path.relative_to(folder).as_posix(), path.read_bytes())

@@ -19,7 +19,8 @@ import pytest
 
 from cluster import cli
 from cluster import status_server as module
-from cluster.status import FAULTS, HISTORY, Reader
+from cluster.status_files import FAULTS, HISTORY
+from cluster.status_reader import Reader
 from cluster.status_server import Feed, StatusServer, is_loopback
 from p2r.errors import InputError, StorageError
 from p2r.storage import Storage
@@ -286,7 +287,7 @@ def test_a_storage_that_fails_leaves_the_last_status_and_the_reason(run: Path, m
                 raise error
 
             monkeypatch.setattr(Reader, "read", fail)
-            found = _status_when(server, lambda found, words=words: found["trouble"] == words)
+            found = _status_when(server, lambda found, words=words: found["trouble"] == words)  # type: ignore[misc]
             assert found["status"]["training"]["step"] == 80
         monkeypatch.undo()
         _status_when(server, lambda found: found["trouble"] is None)

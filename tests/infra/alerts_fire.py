@@ -149,7 +149,7 @@ class Watch:
             return json.load(answer)["data"]
 
 
-Note = Callable[[str, str, Callable[[], None]], Any]
+Note = Callable[[str, str, Callable[[], object]], Any]
 """Given an alert, a run and what mends the fault: waits for it to fire, mends, waits for it to be resolved."""
 
 
@@ -220,9 +220,9 @@ def not_finite(stage: Stage, note: Note) -> None:
 
 def collapse(stage: Stage, note: Note) -> None:
     """A weight decay that leaves nothing to tell pixels apart by."""
-    from p2r.engine.pretrain import Report
+    from p2r.engine.report import PretrainReport
 
-    if "health" not in {field.name for field in fields(Report)}:
+    if "health" not in {field.name for field in fields(PretrainReport)}:
         raise _Missing("embedding health in the reports")
     decay = ("pretrain.optimizer.learning_rate=0.1", "pretrain.optimizer.weight_decay=5", "pretrain.steps=10000")
     with contextlib.ExitStack() as running:
@@ -253,7 +253,7 @@ def restarts(stage: Stage, note: Note) -> None:
     with _driver(stage, "restarts") as driver, contextlib.ExitStack() as running:
         training = running.enter_context(Training(stage, "restarts"))
         training.kill()
-        note("P2RProcessUnreachable", "restarts", lambda: running.enter_context(Training(stage, "restarts")) and None)
+        note("P2RProcessUnreachable", "restarts", lambda: running.enter_context(Training(stage, "restarts")))
         driver.fault({"cause": "worker", "count": 1, "limit": 2})
         note("P2RRestartsNearLimit", "restarts", lambda: None)  # an hour without another one
 

@@ -48,11 +48,11 @@ def resolve(
         pytest.skip("no uv: pip install uv")
     (asked,) = (word for word in arguments if word.startswith("."))
     extras = asked.removeprefix(".").strip("[]").split(",")
-    command = [uv, "pip", "compile", "--no-config", "--no-header", "--no-annotate", "--python", sys.executable]
+    command = [str(uv), "pip", "compile", "--no-config", "--no-header", "--no-annotate", "--python", sys.executable]
     command += ["--python-version", python, "--python-platform", platform, "pyproject.toml"]
     command += [word for name in extras for word in ("--extra", name)]
     command += [word for word in arguments if word == "-c" or word.endswith(".txt")]
-    command += [] if wheels is None else ["--find-links", wheels]
+    command += [] if wheels is None else ["--find-links", str(wheels)]
     # No wheel of this machine, no other index of this machine: what anybody gets.
     environment = {name: value for name, value in os.environ.items() if NETWORK.search(name)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -160,7 +160,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 def build(source: Path, folder: Path) -> Path:
     """Build a wheel of `source` as `make wheel` does, without the network, and return the folder of its content."""
-    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder]
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(folder)]
     run(sys.executable, "-m", "pip", "wheel", *options, source, cwd=folder)
     (built,) = folder.glob("*.whl")
     shutil.unpack_archive(built, folder / "site", "zip")
@@ -231,7 +231,7 @@ def test_a_job_that_p2r_brings_gives_way_to_a_file_of_that_name(
     monkeypatch.chdir(tmp_path)
     for name in ("demo", "demo.yaml", "jobs/demo.yaml"):
         assert find_job(Path(name)) == ROOT / "jobs/demo.yaml"
-    for name in ("mine/demo.yaml", "nothing", tmp_path / "demo.yaml"):
+    for name in ("mine/demo.yaml", "nothing", str(tmp_path / "demo.yaml")):
         assert find_job(Path(name)) == Path(name), "only a name, or a path of the README, means what p2r brings"
     assert target_of("demo")[0] == "demo"
     (tmp_path / "jobs").mkdir()

@@ -14,7 +14,7 @@ import pytest
 
 import p2r.__main__ as one_process
 from cluster import cli
-from cluster.progress import _with_attempt
+from cluster.progress import _number_attempt
 from p2r import logs
 from p2r.errors import DataError, InputError
 from p2r.logs import Line, as_text, configure, counted, duration, fields_of, say, say_crash, say_error, within
@@ -54,7 +54,7 @@ def test_a_terminal_gets_the_line_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     say_error(InputError("job x: no such file"), code=2)
     logging.getLogger("p2r.s3").warning("cannot read %s", "s3://b/k")
     said = "pretrain | step 3/9 | loss 1.0\np2r: job x: no such file\nwarning: p2r.s3: cannot read s3://b/k\n"
-    assert sys.stderr.getvalue() == said  # type: ignore[attr-defined]
+    assert sys.stderr.getvalue() == said  # type: ignore[union-attr]
 
 
 def test_whoever_is_no_terminal_gets_an_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +111,7 @@ def test_fields_travel_through_stages_and_processes() -> None:
 def test_a_new_group_of_workers_is_a_new_attempt() -> None:
     groups: list[str] = []
     lines = [Line("x", group="first", step=1), Line("y", group="first"), "z", Line("x", group="second", step=1)]
-    found = [logs.fields_of(_with_attempt(line, groups)) for line in lines]
+    found = [logs.fields_of(_number_attempt(line, groups)) for line in lines]
     assert found == [{"step": 1, "attempt": 1}, {"attempt": 1}, {}, {"step": 1, "attempt": 2}]
 
 
@@ -220,7 +220,7 @@ def test_a_line_break_in_a_name_begins_no_line_that_looks_like_one_of_ours(capsy
     logging.getLogger("p2r.x").warning("cannot read %s", "y\np2r: done")
     said = capsys.readouterr().err
     assert said == (
-        "reading x\n  step 500 | loss 0.1\np2r: a\n  sound    b\n\n  key: rule\n\ttab\n  c\nwarning: cannot read y\n  p2r: done\n"
+        "reading x\n  step 500 | loss 0.1\np2r: a\n  sound    b\n\n  key: rule\n\ttab\n  c\nwarning: p2r.x: cannot read y\n  p2r: done\n"
     )
 
 

@@ -222,7 +222,7 @@ def _lines_of_text(handler: ast.ExceptHandler, name: str) -> list[int]:
         is_str = isinstance(node, ast.Call) and ast.unparse(node.func) in ("str", "repr") and bool(node.args)
         inside = node.args[0] if is_str and isinstance(node, ast.Call) else getattr(node, "value", None)
         if (is_str or isinstance(node, ast.FormattedValue)) and isinstance(inside, ast.Name) and inside.id == name:
-            lines += [node.lineno] if id(node) not in safe else []
+            lines += [inside.lineno] if id(node) not in safe else []
     return lines
 
 

@@ -19,7 +19,7 @@ CLOSED = "http://127.0.0.1:1"
 
 
 def server(answer: bytes) -> str:
-    """Address of a server that gives one answer to everything."""
+    """Address of a server that gives one answer to everything, or none and closes the connection."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -66,12 +66,21 @@ def test_only_what_may_heal_is_tried_again(make: Callable[[], Exception], cause:
     assert words in text_of(error)
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_server_that_has_never_answered_and_closes_every_connection_gets_seconds(scheme: str) -> None:
+    """It speaks TLS and is asked in plain text, or the other way round; one that has answered before is down for a moment."""
+    error = failure(f"{scheme}://" + server(b""))
+    assert (cause_of(error), cause_of(error, has_answered=False)) == ("connection", "protocol")
+    assert "AWS_ENDPOINT_URL" in text_of(error) and "http:// or https://" in text_of(error)
+    assert cause_of(failure(CLOSED), has_answered=False) == "connection", "a server that is being started"
+
+
 def test_an_absent_proxy_gets_seconds_and_not_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now_s[0])
     monkeypatch.setattr("time.sleep", lambda pause_s: now_s.__setitem__(0, now_s[0] + max(1.0, pause_s)))
     monkeypatch.setattr("p2r.patience._JITTER", SimpleNamespace(uniform=lambda low, high: (low + high) / 2))
-    for cause, most_s in (("proxy", 21.0), ("connection", 301.0)):
+    for cause, most_s in (("proxy", 21.0), ("protocol", 21.0), ("connection", 301.0)):
         patience, start_s = Patience(S3Settings(), Counters(), "read", str), now_s[0]
         with pytest.raises(StorageError, match="attempts"):
             while True:

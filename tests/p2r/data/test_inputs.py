@@ -1,4 +1,4 @@
-"""Every case of `scan_cases`: the right value, or a refusal with a way out; and what is written overlays its scan."""
+"""Every case of `scan_cases` is read correctly or refused with advice, and written files overlay their scan."""
 
 from pathlib import Path
 
@@ -6,18 +6,22 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from nibabel import affines
 from numpy.typing import NDArray
 
 from p2r.config import IngestConfig
+from p2r.data.growth import subject_of
 from p2r.data.preprocess import percentile_table
 from p2r.data.read import read_scan
-from p2r.data.scans import find_scans
+from p2r.data.scans import find_scans, search_scans
 from p2r.data.volume import Volume, read_labels, read_volume, to_source_grid, write_nifti
-from p2r.errors import RefusedScan
+from p2r.errors import DataError, RefusedScan
+from p2r.evaluate.task_files import load_task
 from tests.dicom_cases import DICOM_CASES, DicomCase, voxels
+from tests.folder_cases import FOLDER_CASES, FolderCase
 from tests.scan_cases import CASES, READ, Case, table
 
-# Files that these two do not read, or read as other values: nothing can be compared.
+# Files that nibabel or ITK do not read, or read as other values; they cannot be compared.
 NOT_FOR_NIBABEL = ("gzipped, under", "quaternion rounded", "vox_offset of 0")
 NOT_FOR_ITK = ("NIfTI-2", "with shear", "gzipped, under a plain name", "scl_slope of 0", "vox_offset of 0")
 
@@ -31,7 +35,7 @@ def read(case: Case, path: Path) -> Volume:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_case_has_the_outcome_of_the_table(case: Case, tmp_path: Path) -> None:
+def test_every_file_has_the_outcome_of_the_table(case: Case, tmp_path: Path) -> None:
     path = case.write(tmp_path)
     if case.refused:
         with pytest.raises(RefusedScan) as refusal:
@@ -66,9 +70,38 @@ def test_every_series_has_the_outcome_of_the_table(case: DicomCase, tmp_path: Pa
         np.testing.assert_allclose(volumes[0].data[..., 0], case.values(voxels())[::-1, ::-1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("case", FOLDER_CASES, ids=lambda case: f"{case.kind}: {case.name}")
+def test_every_folder_list_and_task_has_the_outcome_of_the_table(case: FolderCase, tmp_path: Path) -> None:
+    source = case.write(tmp_path)
+    if case.refused:
+        with pytest.raises(DataError) as refusal:
+            described(case.kind, source)
+        assert str(source) in str(refusal.value) and case.outcome in str(refusal.value)
+    else:
+        assert described(case.kind, source) == case.outcome
+
+
+def described(kind: str, source: Path) -> str:
+    """Return the outcome of a source, as stated in the table."""
+    if kind == "task":
+        task = load_task(source)
+        return f"{len(task.scans)} cases of {sum(map(len, task.subjects.values()))} patients"
+    found = search_scans([str(source)], cache=source.parent)
+    scans = [scan for scan in found.scans if not scan.label_map]
+    config = IngestConfig(sources=(str(source),), licence="CC0-1.0")
+    subjects = sorted({str(subject_of(scan, config)) for scan in scans})
+    num_maps, num_folders = len(found.scans) - len(scans), len(found.passed_over)
+    return (
+        f"{len(scans)} scan{'s' * (len(scans) != 1)} of {len(subjects)} subject{'s' * (len(subjects) != 1)}"
+        + f", {subjects[0]}" * (len(subjects) == 1)
+        + f", {num_maps} label maps" * bool(num_maps)
+        + f", {num_folders} folders not read" * bool(num_folders)
+    )
+
+
 @pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_what_is_written_like_a_scan_overlays_it_in_nibabel_and_itk(case: Case, tmp_path: Path) -> None:
+def test_a_file_written_like_a_scan_overlays_it_in_nibabel_and_itk(case: Case, tmp_path: Path) -> None:
     path, output = case.write(tmp_path), tmp_path / "out" / "labels.nii.gz"
     volume = read_volume(path)
     stored = to_source_grid(volume.data, volume)
@@ -77,8 +110,8 @@ def test_what_is_written_like_a_scan_overlays_it_in_nibabel_and_itk(case: Case, 
     voxels = np.stack([rng.integers(0, size, 20) for size in volume.source_shape], 1)
     if not any(words in case.name for words in NOT_FOR_NIBABEL):
         scan, written = nibabel.load(path), nibabel.load(output)
-        world = nibabel.affines.apply_affine(scan.affine, voxels)
-        places = np.rint(nibabel.affines.apply_affine(np.linalg.inv(written.affine), world)).astype(int)
+        world = affines.apply_affine(scan.affine, voxels)
+        places = np.rint(affines.apply_affine(np.linalg.inv(written.affine), world)).astype(int)
         np.testing.assert_array_equal(places, voxels)
         assert written.header.get_zooms() == scan.header.get_zooms()[: len(written.shape)]
         for field in ("sform_code", "qform_code", "xyzt_units"):

@@ -1,4 +1,4 @@
-"""What is kept of prepared scans is what would be made again, and never out of date."""
+"""The cache of prepared scans returns exactly the scans that would be prepared again, and never stale ones."""
 
 import shutil
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_a_kept_scan_is_the_scan_that_was_made(folder: Path, task: Task, dimensi
     assert [path.stat().st_ino for path in folder.iterdir()] == [made]
 
 
-def test_other_labels_or_another_preparation_are_prepared_anew(folder: Path, task: Task) -> None:
+def test_other_labels_or_another_preparation_are_prepared_again(folder: Path, task: Task) -> None:
     scan = task.scans[0]
     before = prepared_scan(scan, task, PREPARATION)
     image = nibabel.load(scan.label)
@@ -121,7 +121,7 @@ def test_the_folder_stays_below_its_bound_and_the_longest_unused_goes_first(
         arrays, facts = kept("test", {"number": number}, make, use=lambda arrays, facts: (arrays, facts))
         assert facts == {"number": number} and set(arrays["x"]) == {number}
 
-    for number in (1, 2, 1, 3, 1, 2):  # 3 drives out 2, which was not used for longest
+    for number in (1, 2, 1, 3, 1, 2):  # 3 evicts 2, the least recently used
         ask(number)
         assert sum(path.stat().st_size for path in folder.iterdir()) <= 100_000
     assert made == [1, 2, 3, 2]
@@ -140,4 +140,4 @@ def test_a_folder_that_cannot_be_written_costs_time_and_no_trial(
     folder.parent.mkdir(parents=True)
     folder.write_text("a file in the way")
     assert_same(prepared_scan(task.scans[0], task, PREPARATION), load_scan(task.scans[0], task, PREPARATION))
-    assert "cannot keep prepared scans" in caplog.text
+    assert "cannot cache prepared scans" in caplog.text

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from p2r.errors import EmbeddingError
 from p2r.loss import SameImage, info_nce, info_nce_within_images
+from p2r.loss.within_image import images_at_once
 
 B, N, E = 3, 7, 5
+IMAGES_AT_ONCE = images_at_once  # before the fixture replaces it
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["one at a time", "two at once"])
 def _at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images as a CPU takes them, and several at once as a GPU does."""
+    """Batch images as on a CPU, and several at once as on a GPU."""
     monkeypatch.setattr("p2r.loss.within_image.images_at_once", lambda num_pairs, is_gpu: request.param)
 
 
@@ -27,7 +29,7 @@ def rows(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def image_by_image(a: Tensor, b: Tensor, **options: Any) -> Tensor:
-    """The mean over images of `info_nce` of each: equal to the mean over pairs where all have equal weight."""
+    """Return the mean over images of `info_nce` of each, equal to the mean over pairs if all have equal weight."""
     return torch.stack([info_nce(x, y, **options) for x, y in zip(a.split(N), b.split(N), strict=True)]).mean()
 
 
@@ -63,7 +65,7 @@ def test_other_images_do_not_matter() -> None:
     torch.testing.assert_close(ours[:N], others[:N])
 
 
-def test_near_pixels_are_left_out_and_one_alone_costs_nothing() -> None:
+def test_near_pixels_are_excluded_and_a_pixel_without_negatives_has_no_loss() -> None:
     a, b = rows()
     position_mm = torch.arange(B * N, dtype=torch.float64)[:, None].expand(-1, 2) % N
     within = SameImage(torch.zeros(N, dtype=torch.int64), position_mm[:N], radius_mm=3.0)
@@ -76,7 +78,7 @@ def test_near_pixels_are_left_out_and_one_alone_costs_nothing() -> None:
     assert not torch.autograd.grad(alone, a)[0].any()
 
 
-def test_a_pair_of_weight_zero_is_not_there() -> None:
+def test_a_pair_of_weight_zero_is_ignored() -> None:
     a, b = rows()
     weights = torch.ones(B * N, dtype=torch.float64)
     weights[-N:] = 0
@@ -90,7 +92,7 @@ def test_a_pair_of_weight_zero_is_not_there() -> None:
     assert not gradient[-N:].any()
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_inconsistent_arguments_are_refused() -> None:
     a, b = rows()
     with pytest.raises(ValueError, match="21 pixel pairs do not divide into 4 images"):
         info_nce_within_images(a, b, num_images=4, temperature=0.2)
@@ -105,3 +107,42 @@ def test_what_does_not_fit_is_refused() -> None:
         info_nce_within_images(
             a, torch.where(torch.arange(B * N)[:, None] == 4, math.inf, b), num_images=B, temperature=0.2
         )
+
+
+def test_one_image_is_the_loss_of_all_its_pairs() -> None:
+    a, b = rows()
+    expected = info_nce(a, b, temperature=0.2)
+    torch.testing.assert_close(info_nce_within_images(a, b, num_images=1, temperature=0.2), expected)
+
+
+def test_towers_of_two_shapes_are_refused_by_name() -> None:
+    a, b = rows()
+    with pytest.raises(ValueError, match="queries and keys of one shape"):
+        info_nce_within_images(a, b[:, 1:], num_images=B, temperature=0.2)
+
+
+def test_pairs_without_negatives_add_nothing_to_the_parts() -> None:
+    a, b = rows()
+    parts: dict[str, Tensor] = {}
+    places = torch.zeros(B * N, 2)
+    options: dict[str, Any] = {"position_mm": places, "radius_mm": 1.0}
+    info_nce_within_images(a, b, num_images=B, temperature=0.2, parts=parts, **options)
+    assert parts["negatives"][0] == 0
+    assert parts["negatives"][1] == B * N
+
+
+def test_pixels_exactly_at_the_radius_are_excluded() -> None:
+    a, b = rows()
+    places = torch.arange(float(B * N))[:, None] * torch.tensor([3.0, 0.0])
+    near, at, beyond = (
+        info_nce_within_images(a, b, num_images=B, temperature=0.2, position_mm=places, radius_mm=radius)
+        for radius in (2.9, 3.0, 3.1)
+    )
+    assert at == beyond != near
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "is_gpu", "expected"), [(64, True, 4096), (2**13, True, 1), (0, True, 2**24), (64, False, 1)]
+)
+def test_as_many_images_at_once_as_fit(num_pairs: int, is_gpu: bool, expected: int) -> None:
+    assert IMAGES_AT_ONCE(num_pairs, is_gpu=is_gpu) == expected

@@ -1,0 +1,213 @@
+"""Start of a run: configuration and newest checkpoint -> a run that is ready for its next step."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+from p2r.config import PretrainConfig
+from p2r.counters import Counters
+from p2r.data.order import check_micro_batch
+from p2r.data.stream import Quarantine, Replaced, StreamState, stream, stream_state
+from p2r.engine.build import DTYPES, build_engine, set_mean_weights
+from p2r.engine.checkpoint import Checkpoints, Fetched
+from p2r.engine.corpora import agreed_corpora
+from p2r.engine.feed import Batches, Timed, feed
+from p2r.engine.online_probe import OnlineProbe
+from p2r.engine.profile import Profiler
+from p2r.engine.running import Clock, HistoryRows, OnAnyRank, Sums, UnreadSteps, never
+from p2r.engine.step import explain_missing_kernels
+from p2r.engine.weights import init_weights
+from p2r.errors import CheckpointError, InputError
+from p2r.model.compiling import compile_in_place, warm_up
+from p2r.model.pix2rep import Pix2Rep
+from p2r.storage import Storage
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class PendingReport:
+    """Fields of `PretrainReport` that only the next report contains."""
+
+    resumed_from: int | None = None
+    fell_back: str | None = None
+    compiled: str | None = None
+    loss_without_kernels: str | None = None
+    profile: str | None = None
+    probe_dice: float | None = None
+
+
+@dataclass
+class PretrainRun:
+    """State of a run on this rank between two steps."""
+
+    config: PretrainConfig
+    storage: Storage
+    device: torch.device
+    checkpoints: Checkpoints
+    engine: Any
+    batches: Batches
+    counters: Counters
+    history: "HistoryRows"
+    is_over: Callable[[], bool]
+    """True if the run should end; collective."""
+    profiler: Profiler | None
+    probe: OnlineProbe | None
+    """On rank 0 only."""
+    timed: Timed
+    init_from: dict[str, Any] | None
+    """Origin of the initial weights."""
+    first_step: int
+    state: StreamState
+    """State of the data after the last step."""
+    running: "Sums"
+    unread: "UnreadSteps"
+    good: str | None
+    """Path of the newest checkpoint since which no step was skipped."""
+    pending: PendingReport
+    clock: "Clock"
+
+
+def begin_run(
+    config: PretrainConfig,
+    *,
+    storage: Storage,
+    corpus: Storage,
+    device: torch.device,
+    checkpoints: Checkpoints,
+    fetched: Fetched | None,
+    profile_steps: int,
+    is_over: Callable[[], bool] | None,
+) -> PretrainRun:
+    """Prepare the first step, restoring the newest checkpoint if there is one. Collective."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    checkpoint = None if fetched is None else fetched.manifest
+    _check_batch_and_checkpoint(config, checkpoint, storage, world_size=world_size)
+    saved_stream = None if checkpoint is None else checkpoint["state"]["stream"]
+    corpora = agreed_corpora(config, corpus, stream=saved_stream, device=device)
+    state = stream_state(corpora, seed=config.seed, global_batch=config.global_batch, neighbours=config.neighbours)
+    model, init_from = _build_network(config, checkpoint)
+    engine, compiled = _build_compiled_engine(model.to(device), config, world_size=world_size)
+    reason = explain_missing_kernels(config, device=device) if device.type == "cuda" else None
+    pending = PendingReport(compiled=compiled, loss_without_kernels=reason)
+    for slow in (compiled if compiled is not None and compiled.startswith("not compiled") else None, reason):
+        if slow is not None and rank == 0:
+            _LOG.warning("steps will be slow: %s", slow)
+    running = Sums()
+    if fetched is not None and checkpoint is not None:
+        tensors = checkpoints.load(engine, fetched)
+        if "ema" in tensors:
+            set_mean_weights(engine, tensors["ema"])
+        pending.resumed_from, pending.fell_back = checkpoint["step"], fetched.note
+        running = Sums(**checkpoint["state"]["running"])
+        state = state.resumed(checkpoint["state"]["stream"])
+    resumed_from = pending.resumed_from or 0
+    history = HistoryRows(storage, rank, first_step=resumed_from)
+    is_over_anywhere = never if is_over is None else OnAnyRank(is_over, device)
+
+    counters = Counters()
+    decoded = stream(
+        corpora,
+        image=config.image,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        neighbours=config.neighbours,
+        rank=rank,
+        world_size=world_size,
+        state=state,
+        quarantine=Quarantine(config.max_replaced, partial(record_damage, storage)),
+        counters=counters,
+        pin_memory=device.type == "cuda",
+    )
+    profiler = None
+    if profile_steps and rank == 0:
+        profiler = Profiler(
+            storage,
+            num_steps=profile_steps,
+            device=device,
+            decode_s=lambda: counters.snapshot().get("decode_seconds", 0.0),
+        )
+    timed = record_function if profiler is None else profiler.timed
+    return PretrainRun(
+        config=config,
+        storage=storage,
+        device=device,
+        checkpoints=checkpoints,
+        engine=engine,
+        batches=feed(decoded, device, timed=timed),
+        counters=counters,
+        history=history,
+        is_over=is_over_anywhere,
+        profiler=profiler,
+        probe=OnlineProbe(config, device) if config.probe is not None and rank == 0 else None,
+        timed=timed,
+        init_from=init_from,
+        first_step=resumed_from + 1,
+        state=state,
+        running=running,
+        unread=UnreadSteps(config.max_skipped_steps),
+        good=None if checkpoint is None else checkpoint["path"],
+        pending=pending,
+        clock=Clock(),
+    )
+
+
+def _check_batch_and_checkpoint(
+    config: PretrainConfig, checkpoint: Mapping[str, Any] | None, storage: Storage, *, world_size: int
+) -> None:
+    """Raise `InputError` if this number of workers cannot share a batch, or cannot resume from a checkpoint."""
+    if checkpoint is not None and "skipped_steps" not in checkpoint["state"]["running"]:
+        raise CheckpointError(
+            f"{storage.at(checkpoint['path'])} cannot be resumed: the optimizer that wrote it could not skip steps. "
+            f"Use the version of p2r that wrote it ({checkpoint['code_version']}), or another storage URL"
+        )
+    if config.global_batch % world_size:
+        raise InputError(
+            f"pretrain.global_batch must be divisible by the number of workers, got {config.global_batch} for {world_size}"
+        )
+    check_micro_batch(config.global_batch, world_size, config.micro_batch)
+
+
+def _build_network(
+    config: PretrainConfig, checkpoint: Mapping[str, Any] | None
+) -> tuple[Pix2Rep, dict[str, Any] | None]:
+    """Return the network with its initial weights, and their origin if they are not random."""
+    torch.manual_seed(config.seed)
+    learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
+    model = Pix2Rep(config.model, dimensions=config.image.dimensions, learnt_temperature=learnt_temperature)
+    if checkpoint is not None:
+        return model, checkpoint.get("init_from")
+    return model, None if config.init_from is None else init_weights(model, config.init_from)
+
+
+def _build_compiled_engine(model: Pix2Rep, config: PretrainConfig, *, world_size: int) -> tuple[Any, str | None]:
+    """Return the engine of a network on its device, and a line on its compilation, if requested."""
+    is_compiled, compiled = False, None
+    if config.compile:
+        is_compiled, compiled = warm_up(
+            model.backbone,
+            shape=_encoded_shape(config, world_size),
+            dtype=DTYPES[config.precision],
+            how=config.compile,
+        )
+    engine = build_engine(model, config, world_size=world_size)
+    if is_compiled and config.compile:
+        compile_in_place(engine.module.backbone, config.compile)
+    return engine, compiled
+
+
+def _encoded_shape(config: PretrainConfig, world_size: int) -> tuple[int, ...]:
+    """Return the shape (B, C, *S) of the backbone's input: both views of a micro-batch."""
+    num_images = config.micro_batch or config.global_batch // world_size
+    return 2 * num_images, config.model.in_channels, *[config.image.size] * config.image.dimensions
+
+
+def record_damage(storage: Storage, replaced: Replaced) -> None:
+    """Record damage for later repair; the same damage gives the same record on every rank and in every epoch."""
+    shard = replaced.shard.rsplit("/", 1)[-1]
+    storage.write_json(f"quarantine/{shard}-{replaced.sample:08d}.json", asdict(replaced))
