@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -188,6 +189,29 @@ def test_what_was_published_before_loads_is_found_published_and_is_repaired(made
     assert torch.equal(load_backbone(made["url"])(image), features)
     with pytest.raises(CheckpointError, match="other licence"):
         publish_toy(made["url"], licence="MIT")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda files: files["model.safetensors"].update(name="../../../etc/passwd"), "files.weights.name"),
+        (lambda files: files["config.json"].update(sha256="A" * 64), "files.config.sha256"),
+        (lambda files: files["config.json"].update(num_bytes=-1), "files.config.num_bytes"),
+        (lambda files: files["config.json"].update(hook="os.system"), "files.config.hook"),
+        (lambda files: files.pop("config.json"), "files.config: Field required"),
+        (lambda files: files.clear(), "files.weights: Field required"),
+    ],
+)
+def test_a_tampered_folder_of_version_1_is_refused_by_name(
+    folder: Path, change: Callable[[Any], object], message: str
+) -> None:
+    to_version_1(folder)
+    manifest = manifest_of(folder)
+    change(manifest["files"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for use in (load_backbone, verify):
+        with pytest.raises(CheckpointError, match=message):
+            use(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -391,6 +415,18 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file is a folder": (
         lambda folder: (file_of(folder, "config").unlink(), file_of(folder, "config").mkdir()),
         "does not exist|absent, or",
+    ),
+    "a file is a pipe": (
+        lambda folder: (file_of(folder, "config").unlink(), os.mkfifo(file_of(folder, "config"))),
+        "does not exist|absent, or",
+    ),
+    "the weights are a device": (
+        lambda folder: (path := file_of(folder, "weights"), path.unlink(), path.symlink_to("/dev/zero")),
+        "does not exist|absent, or",
+    ),
+    "the manifest is a pipe": (
+        lambda folder: ((folder / "manifest.json").unlink(), os.mkfifo(folder / "manifest.json")),
+        "holds no manifest.json",
     ),
     "the manifest is a folder": (
         lambda folder: ((folder / "manifest.json").unlink(), (folder / "manifest.json").mkdir()),

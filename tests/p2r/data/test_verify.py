@@ -1,5 +1,6 @@
 """One flipped bit anywhere in a corpus is a named problem, as are absent, truncated and inconsistent files."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -153,6 +154,66 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Any], dict
     storage.write_bytes("manifest.json", manifest_bytes(manifest))
     storage.write_bytes(revision_path(manifest_sha256(manifest)), manifest_bytes(manifest))
     return storage
+
+
+def rewrite_lines(folder: Path, which: str, change: Callable[[list[bytes]], list[bytes]]) -> Storage:
+    """Change the lines of the first index, or of the ledger, and every digest that names them."""
+    storage = Storage(str(folder))
+    manifest = load_manifest(storage)
+    path = index_name(manifest["shards"][0]["name"]) if which == "index" else "ledger.jsonl"
+    content = b"".join(change(storage.read_bytes(path).splitlines(keepends=True)))
+    sha256 = hashlib.sha256(content).hexdigest()
+    storage.write_bytes(path, content)
+    if which == "index":
+        manifest["shards"][0]["index_sha256"] = sha256
+    else:
+        manifest["ledger_sha256"] = sha256
+        storage.write_bytes(ledger_path(manifest), content)
+    storage.write_bytes("manifest.json", manifest_bytes(manifest))
+    storage.write_bytes(revision_path(manifest_sha256(manifest)), manifest_bytes(manifest))
+    return storage
+
+
+def first_with(**values: Any) -> Callable[[list[bytes]], list[bytes]]:
+    return lambda lines: [json.dumps({**json.loads(lines[0]), **values}).encode() + b"\n", *lines[1:]]
+
+
+@pytest.mark.parametrize("which", ["index", "ledger"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: [*lines[:-1], lines[-1][: len(lines[-1]) // 2]],
+        lambda lines: lines[:-1],
+        lambda lines: [],
+        lambda lines: [*lines, lines[0]],
+        lambda lines: [*lines, b"[]\n"],
+        lambda lines: [*lines, b"7\n"],
+        lambda lines: [*lines, b"[" * 100_000],
+        lambda lines: [*lines, b"\xff\xfe\n"],
+        lambda lines: [*lines, b'{"key": 1, "key": 2}\n'],
+        first_with(key=7),
+        first_with(key="x" * 10_000),
+        first_with(subject=["x"]),
+        first_with(shape=[2**62] * 4),
+        first_with(shape=[10, 10]),
+        first_with(dtype="object"),
+        first_with(spacing_mm="1"),
+        first_with(percentiles=[]),
+    ],
+    ids=[
+        *("cut", "a row less", "empty", "a row twice", "a list", "a number", "deep", "no UTF-8", "a key twice"),
+        *("key", "long key", "subject", "huge shape", "short shape", "dtype", "spacing", "percentiles"),
+    ],
+)
+def test_rows_of_a_stranger_are_problems_of_one_line_with_digests_that_fit(
+    copy: Path, which: str, change: Callable[[list[bytes]], list[bytes]]
+) -> None:
+    storage = rewrite_lines(copy, which, change)
+    problems = verify_corpus(storage)
+    assert any(which in problem or ".idx" in problem for problem in problems)
+    assert all("\n" not in problem and len(problem) < 1000 for problem in problems)
+    with contextlib.suppress(DataError):  # a row less, or twice, is found by comparing files, which growing does not
+        current_revision(storage)
 
 
 def an_index_row(**values: Any) -> Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], None]:
