@@ -10,7 +10,7 @@ dcm2niix makes fewer slices than it has images, because no image may be lost.
 
 SeriesInstanceUID separates the series of a folder; a series spread over several folders counts once per folder. Series with
 one slice each of one acquisition, such as a cine, are joined (`dicom_stack`), as are slices that dcm2niix does not join.
-Each multi-frame file of a series is converted in a separate run: with several in one run, dcm2niix 1.0.20260724 fills all
+Each multi-frame file of a series is converted in a separate run. With several in one run, dcm2niix 1.0.20260724 fills all
 images but the first with values that are in no file. A multi-frame image is refused if its slice distance contradicts its
 slice positions.
 """
