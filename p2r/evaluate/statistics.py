@@ -102,7 +102,8 @@ def few_shot_statistics(
           `difference`, `lower`, `upper`, `p`, `p_holm`;
         - `between_backbones`: the same of one mode with `backbone` from that with `against_backbone`;
         - `label_efficiency`: `num_labelled`, `dice`, `scratch_patients`, `beyond`: `below` if scratch reaches that Dice with
-          its fewest patients already, `above` if it nowhere does, else None;
+          its fewest patients already, `above` if it nowhere does, else None; `scratch_interval`: the two ends of its interval,
+          numbers, `below` or `above`;
         - `left_out`: comparisons that cannot be made, with the `reason`.
 
     Raises:
@@ -175,8 +176,15 @@ def few_shot_statistics(
             continue
         for num_labelled, mean in by_number_mean.items():
             patients, beyond = patients_needed(mean, means[scratch])
+            ends = efficiency_interval(
+                tables[group][num_labelled],
+                {number: tables[scratch][number] for number in means[scratch]},
+                generator=keyed_generator(seed, "bootstrap", repr((group, num_labelled, "label_efficiency"))),
+                num_resamples=num_resamples,
+                confidence=confidence,
+            )
             named = {"num_labelled": num_labelled, "dice": mean, "scratch_patients": patients, "beyond": beyond}
-            efficiency.append({**group.to_dict(), **named})
+            efficiency.append({**group.to_dict(), **named, "scratch_interval": list(ends)})
     found["label_efficiency"] = efficiency
     found["left_out"] = left_out
     return found
@@ -249,6 +257,54 @@ def patients_needed(dice: float, scratch: Mapping[int, float]) -> tuple[float | 
             share = (dice - scratch[low]) / (scratch[high] - scratch[low])
             return math.exp(math.log(low) + share * (math.log(high) - math.log(low))), None
     return None, "above"
+
+
+def efficiency_interval(
+    ours: _Table,
+    scratch: Mapping[int, _Table],
+    *,
+    generator: np.random.Generator,
+    num_resamples: int,
+    confidence: float,
+) -> tuple[float | str, float | str]:
+    """Return percentiles of `patients_needed` over resampled test patients, the same for all tables, and draws of each table.
+
+    Args:
+        ours: Dice of the mode with one number of labelled patients.
+        scratch: Dice of training from scratch by number of labelled patients.
+        generator: Source of the resamples.
+        num_resamples: R.
+        confidence: Share of the resamples between the two ends, in (0, 1).
+
+    Returns:
+        The ends: numbers, or `below` the fewest labelled patients of scratch, or `above` the most.
+    """
+    patients = sorted({patient for table in (ours, *scratch.values()) for dice in table.values() for patient in dice})
+    of_patients = _counts(len(patients), generator, num_resamples)
+
+    def resampled(table: _Table) -> NDArray[np.float64]:
+        values = np.array([[dice.get(one, math.nan) for one in patients] for _, dice in sorted(table.items()) if dice])
+        is_there = ~np.isnan(values)
+        of_draws = _counts(len(values), generator, num_resamples)
+        total = np.einsum("rd,rd->r", of_draws, of_patients @ np.where(is_there, values, 0.0).T)
+        number = np.einsum("rd,rd->r", of_draws, of_patients @ is_there.T.astype(np.float64))
+        means: NDArray[np.float64] = np.divide(total, number, out=np.full(num_resamples, np.nan), where=number > 0)
+        return means
+
+    reached, curves = resampled(ours), {number: resampled(table) for number, table in scratch.items()}
+    beyond = {"below": -math.inf, "above": math.inf}
+    needed = []
+    for index, dice in enumerate(reached):
+        curve = {number: float(means[index]) for number, means in curves.items() if not math.isnan(means[index])}
+        if curve and not math.isnan(dice):
+            number, side = patients_needed(float(dice), curve)
+            needed.append(beyond[side] if side is not None else float(number or 0.0))
+    if not needed:
+        return "below", "above"
+    tail = (1 - confidence) / 2
+    names = {-math.inf: "below", math.inf: "above"}
+    lower, upper = np.quantile(needed, [tail, 1 - tail], method="inverted_cdf").tolist()
+    return names.get(lower, lower), names.get(upper, upper)
 
 
 def _tables(rows: Iterable[Mapping[str, Any]]) -> dict[_Group, dict[int, _Table]]:

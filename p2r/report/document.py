@@ -339,8 +339,17 @@ class _Page:
                 yield (
                     f"{labelled.capitalize()}, {series_name(leader.series)}, is worth",
                     _worth(efficiency, rows),
-                    "labelled patients from scratch, for the same Dice",
+                    "labelled patients from scratch, for the same Dice" + self.worth_interval(efficiency, rows),
                 )
+
+    def worth_interval(self, efficiency: Mapping[str, Any], rows: Sequence[Row]) -> str:
+        """Return the interval of a number of labelled patients from scratch, for a card; empty if there is none."""
+        tried = [row["num_labelled"] for row in rows if row["mode"] == SCRATCH]
+        if not tried or "scratch_interval" not in efficiency:
+            return ""
+        ends = {"below": f"below {min(tried)}", "above": f"above {max(tried)}"}
+        low, high = (ends.get(end) or f"{end:.1f}" for end in efficiency["scratch_interval"])
+        return f"; {self.level} {low} to {high}" if low != high else f"; {self.level} {low}"
 
     def entry(self, part: str, rows: Sequence[Row], cell: Cell) -> Mapping[str, Any] | None:
         """Return what a part of the statistics says of a cell."""
@@ -617,7 +626,9 @@ def _listed(value: Any, title: str) -> list[Block]:
 
 
 def _abbreviated(text: str) -> str:
-    """Return the beginning of a digest; report.json has all of it."""
+    """Return the beginning of a digest, and a time without its seconds; report.json has all of both."""
+    if time := re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d):[\d.]+(Z|\+00:00)", text):
+        return f"{time[1]} {time[2]} UTC"
     return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 

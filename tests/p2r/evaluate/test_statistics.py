@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from p2r.errors import DataError
-from p2r.evaluate.statistics import bootstrap_interval, few_shot_statistics, holm, patients_needed, signed_rank_p
+from p2r.evaluate.statistics import (
+    bootstrap_interval,
+    efficiency_interval,
+    few_shot_statistics,
+    holm,
+    patients_needed,
+    signed_rank_p,
+)
 from p2r.randomness import keyed_generator
 
 
@@ -157,6 +164,29 @@ def test_label_efficiency_is_interpolated_over_the_logarithm() -> None:
     assert patients_needed(0.75, scratch) == (pytest.approx(10**1.5), None)
     assert patients_needed(0.5, scratch) == (1.0, None)
     assert patients_needed(0.8, scratch) == (pytest.approx(100), None)
+
+
+def test_the_interval_of_label_efficiency_follows_test_patients_and_draws() -> None:
+    """Scratch gains 0.1 from 1 to 10 labelled patients for everybody; a mode with 1 lies half-way, for everybody or on average."""
+    patients = [f"p{number}" for number in range(20)]
+    base = dict(zip(patients, np.linspace(0.3, 0.7, 20), strict=True))
+    scratch = {
+        number: {(0, ("a",)): {one: dice + gain for one, dice in base.items()}}
+        for number, gain in ((1, 0.0), (10, 0.1))
+    }
+
+    def interval(gains: list[float]) -> tuple[float | str, float | str]:
+        ours = {(0, ("a",)): {one: base[one] + gain for one, gain in zip(patients, gains, strict=True)}}
+        generator = np.random.default_rng(0)
+        return efficiency_interval(ours, scratch, generator=generator, num_resamples=500, confidence=0.95)
+
+    assert interval([0.05] * 20) == (pytest.approx(10**0.5), pytest.approx(10**0.5)), (
+        "patients are the same in all tables"
+    )
+    lower, upper = interval([0.0, 0.1] * 10)
+    assert isinstance(lower, float) and isinstance(upper, float) and 1 < lower < 10**0.5 < upper < 10
+    assert interval([-0.3, 0.4] * 10) == ("below", "above"), "it reaches beyond both ends"
+    assert interval([0.2] * 20) == ("above", "above") and interval([-0.1] * 20) == ("below", "below")
 
 
 def test_label_efficiency_is_never_extrapolated() -> None:
