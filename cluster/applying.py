@@ -93,7 +93,7 @@ def beside(segmentation: Path) -> Path:
 
 
 def _write_probabilities(path: Path, probabilities: NDArray[np.float32], volume: Volume) -> None:
-    """Write (X, Y, Z, T, K) as (X, Y, Z, T K): the classes of the first frame, background first, then those of the next."""
+    """Write (X, Y, Z, T, K) as (X, Y, Z, T K): class by class within a frame, background first, frame after frame."""
     frames, classes = probabilities.shape[3:]
     flat = probabilities.reshape(*probabilities.shape[:3], frames * classes)
     write_nifti(path, to_source_grid(flat, volume), volume.source_affine, like=volume)

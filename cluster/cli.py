@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from p2r.console import console, show, show_json
-from p2r.errors import InputError, JobError, P2RError, TrainingError
+from p2r.errors import InputError, JobError, P2RError, TrainingError, missing_package
 from p2r.files import lack_of_space
 from p2r.identity import ensure_identity
 from p2r.logs import configure, reset, say, say_crash, say_error
@@ -72,8 +72,8 @@ Fork = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Start a new run from the weights of the newest checkpoint, at step 0, in <storage>-NAME (or in NAME, if it is a URL); "
-        "the same command resumes it.",
+        help="Start a new run at step 0 from the newest checkpoint's weights, in <storage>-NAME (or NAME, if a URL); the same command "
+        "resumes it.",
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, and the output of workers.")]
@@ -113,16 +113,18 @@ def validate(
 
 def _allowed_ranks(job: "Job") -> list[int]:
     """Return the numbers of workers that can share the job's global batch; refuse a job whose number cannot."""
-    from p2r.data.order import allowed_world_sizes, check_world_size, world_sizes_between
+    from p2r.data.order import allowed_world_sizes, check_world_size, sizes_for_micro_batch, world_sizes_between
 
     if job.pretrain is None or job.kind in ("publish", "finetune"):
         return []
-    wanted = job.resources.num_workers
-    if isinstance(wanted, tuple):
-        return world_sizes_between(job.pretrain.global_batch, *wanted)
-    if wanted != "auto":
+    wanted, micro_batch = job.resources.num_workers, job.pretrain.micro_batch
+    if isinstance(wanted, int):
         check_world_size(job.pretrain.global_batch, wanted)
-    return allowed_world_sizes(job.pretrain.global_batch)
+        sizes_for_micro_batch(job.pretrain.global_batch, [wanted], micro_batch)
+    sizes = allowed_world_sizes(job.pretrain.global_batch)
+    if isinstance(wanted, tuple):
+        sizes = world_sizes_between(job.pretrain.global_batch, *wanted)
+    return sizes_for_micro_batch(job.pretrain.global_batch, sizes, micro_batch)
 
 
 @app.command()
@@ -223,7 +225,7 @@ def init(
     labels: Labels = None,
     form: Form = None,
     contrast: Contrast = None,
-    name: Annotated[str | None, typer.Option(help="Name of the job and the task; default: that of FOLDER.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job and the task; default: the name of FOLDER.")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the data: an SPDX identifier or a name.")] = None,
     provenance: Annotated[str | None, typer.Option(help="Origin of the data, and how to cite them.")] = None,
     debug: Debug = False,
@@ -642,13 +644,9 @@ def _run_command() -> None:
     try:
         app(standalone_mode=False)
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in ("", "p2r", "cluster"):
+        if (lacking := missing_package(error, what="this command")) is None:
             raise
-        raise InputError(
-            f"this command needs the package {package}, which is not installed here: pip install 'p2r[cluster]', "
-            "or make install in a clone. `pip install p2r` is enough only for embed, predict and p2r.load_backbone"
-        ) from error
+        raise lacking from error
 
 
 def _print_made(made: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
     Ray's error -> cause, what -> decision -> one line of the log, and one row of <storage>/pretrain/faults.jsonl
 
-A cause is something that a user can act on: a lost worker or node, a notice of preemption, a hung collective, a request to
-stop, a damaged checkpoint, a loss that is not finite, a driver that vanished. When one worker dies, the others fail a moment
+A cause is a problem that a user can act on: a lost worker or node, a notice of preemption, a hung collective, a request to stop.
+Others are a damaged checkpoint, a loss that is not finite, and a vanished driver. When one worker dies, the others fail a moment
 later as a consequence; the cause is the error that explains the rest.
 """
 

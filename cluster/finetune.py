@@ -29,6 +29,7 @@ from p2r.errors import DataError, JobError, masked_errors
 from p2r.evaluate.tasks import load_task
 from p2r.fewshot.protocol import Trial, numbers_of, search_trial, space_of
 from p2r.fewshot.search import Result
+from p2r.fewshot.stored import read_candidates, read_result
 from p2r.fewshot.trial import TrialSetup
 from p2r.job import Resources
 from p2r.logs import Line, counted
@@ -123,7 +124,7 @@ def suggest(
     if not space:
         return []
     if storage.exists(done):
-        candidates = storage.read_json(done)
+        candidates = read_candidates(storage, done)
     else:
         with relay(say) as queue:
             trainable = _with_resources(
@@ -156,13 +157,13 @@ def suggest(
                 if outcome.config is not None:
                     trial = search_trial(setup.config, task, mode, num_labelled, outcome.config)
                     is_whole = storage.exists(setup.result_path(trial))
-                    candidates.append([outcome.config, None if is_whole else _missing_result(trial, outcome)])
+                    candidates.append((outcome.config, None if is_whole else _missing_result(trial, outcome)))
         if not any(other and "failed" in other for _, other in candidates):
             storage.write_json(done, candidates)
     found = []
     for candidate, other in candidates:
         trial = search_trial(setup.config, task, mode, num_labelled, candidate)
-        found.append((trial, other or storage.read_json(setup.result_path(trial))))
+        found.append((trial, other or read_result(storage, setup.result_path(trial))))
     return found
 
 

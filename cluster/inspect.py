@@ -9,7 +9,7 @@ from rich.text import Text
 
 from p2r.console import console, show, show_json, visible
 from p2r.data.manifest import FORMAT, MAX_MANIFEST_BYTES, Manifest, facts_of, load_manifest, manifest_sha256, ranges_of
-from p2r.documents import read_json
+from p2r.documents import read_json, way_out
 from p2r.errors import InputError
 from p2r.modes import facts_of as facts_of_mode
 from p2r.reference import parse_reference
@@ -32,7 +32,8 @@ def inspect(url: str, *, as_json: bool) -> None:
         return
     content = storage.read_bytes("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
     reference.check(content)
-    manifest = read_json(content, where=storage.at("manifest.json"), max_bytes=MAX_MANIFEST_BYTES)
+    with way_out("restore the file from a copy; `p2r verify` checks the files beside it"):
+        manifest = read_json(content, where=storage.at("manifest.json"), max_bytes=MAX_MANIFEST_BYTES)
     kind = str(manifest.get("format")) if isinstance(manifest, dict) else ""
     if not as_json and kind.startswith(("p2r-backbone/", "p2r-model/")):
         sha256 = hashlib.sha256(content).hexdigest()

@@ -174,7 +174,7 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
     if names.test:
         yield (
             "test images",
-            f"{len(names.test)} scans, {', '.join(names.test_patterns[:3])}: kept apart by the data set, and so left out of pretraining",
+            f"{len(names.test)} scans, {', '.join(names.test_patterns[:3])}: held out by the data set, so left out of pretraining",
         )
     if pairing is not None:
         classes = classes_of(found)
@@ -193,7 +193,7 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
         if pairing.others:
             yield "also", f"label maps fit scans called {', '.join(pairing.others[:4])}, too: --contrast NAME chooses"
     elif names.label_maps and "://" in names.root:
-        yield "labelled", "not looked at: a task reads scans and label maps from folders; copy the data to one"
+        yield "labelled", "not read: tasks read scans and label maps from local folders; copy the data to one"
     elif names.label_maps:
         yield (
             "labelled",

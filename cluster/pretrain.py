@@ -35,7 +35,7 @@ from cluster.pretrain_worker import POLL_S, WAIT_TO_SAVE_S, run_worker
 from cluster.progress import Say, relay
 from cluster.session import credentials, draining_nodes, gpu_types, num_cpus, num_gpus, this_node, usable_nodes
 from p2r.config import PretrainConfig
-from p2r.data.order import allowed_world_sizes, check_world_size, world_sizes_between
+from p2r.data.order import allowed_world_sizes, check_world_size, sizes_for_micro_batch, world_sizes_between
 from p2r.data.stream import order_of
 from p2r.engine.checkpoint import newest_checkpoint, refuse_other_config, refuse_other_ranks
 from p2r.engine.corpora import corpora_of, refuse_other_stream
@@ -446,13 +446,7 @@ def _allowed_world_sizes(config: PretrainConfig, resources: Resources, *, uses_g
     else:
         check_world_size(config.global_batch, wanted)
         sizes = [wanted]
-    micro = config.micro_batch
-    fitting = [size for size in sizes if micro is None or config.global_batch // size % micro == 0]
-    if not fitting:
-        raise InputError(
-            f"pretrain.micro_batch must divide a worker's part of the global batch, got {micro} for {config.global_batch} "
-            f"images over {' or '.join(map(str, sizes))} workers: {config.global_batch // sizes[0]} each"
-        )
+    fitting = sizes_for_micro_batch(config.global_batch, sizes, config.micro_batch)
     available = num_gpus() if uses_gpu else num_cpus() / resources.cpus_per_worker
     if fitting[0] > available:
         raise InputError(

@@ -1,4 +1,4 @@
-"""One worker of pretraining: joins its group, trains, and passes reports to the driver."""
+"""A pretraining worker: joins its group, trains, and passes reports to the driver."""
 
 import os
 import threading

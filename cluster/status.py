@@ -1,11 +1,11 @@
-"""A job's storage -> how its run is doing, for the terminal (`status_terminal`) and for a browser (`status_server`).
+"""Status of a run, read from its storage, for the terminal (`status_terminal`) and the browser (`status_server`).
 
     history.jsonl, faults.jsonl, manifests, trials, pictures  ->  `Status`: plain values, as small for a long run as for a short one
 
-Only the storage is read, so it works from any machine, while the run goes on or after it died, and the run does not
-notice: `Reader` keeps what it has read, and asks again by size and version; of files that only grow it reads what is new.
-Nothing that lies there is trusted. A row that is not one is counted and left out, a file that is not what it should be is
-named in `problems`, and the rest is shown. No text is escaped here: that is up to whoever shows it.
+Only the storage is read, so this works from any machine, while the run continues or after it died, and without affecting it.
+`Reader` caches what it has read and checks size and version before reading again; of growing files it reads only new rows.
+Content is not trusted. An invalid row is counted and skipped, an unusable file is listed in `problems`, and the rest is shown.
+Text is not escaped here: callers escape it for their output.
 """
 
 import os
@@ -25,16 +25,16 @@ _DEADLINE = "P2R_S3_DEADLINE_S"
 
 @dataclass(frozen=True)
 class Stage:
-    """What is there of one stage of a job."""
+    """Result of one stage of a job."""
 
     name: str
     text: str | None
-    """None: nothing yet."""
+    """None: no result yet."""
 
 
 @dataclass(frozen=True)
 class TrialState:
-    """One few-shot trial that has ended."""
+    """A few-shot trial that has ended."""
 
     id: str
     task: str
@@ -51,20 +51,20 @@ class TrialState:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What fine-tuning has found so far."""
+    """Results of fine-tuning so far."""
 
     num_search: int = 0
     num_final: int = 0
     num_unread: int = 0
-    """Trials that have ended and are not read yet."""
+    """Trials that have ended but are not read yet."""
     trials: tuple[TrialState, ...] = ()
     curves: tuple[dict[str, Any], ...] = ()
-    """Of final trials: task, split, mode, and points: labelled patients, mean Dice over draws, number of draws."""
+    """Curves of final trials: task, split, mode, and points (labelled patients, mean Dice over draws, number of draws)."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """All that there is to show. Times are seconds since 1970; names of files are relative to `url`."""
+    """Complete status of a run. Times are seconds since 1970; file names are relative to `url`."""
 
     name: str
     url: str
@@ -73,12 +73,12 @@ class Status:
     series: dict[str, Points]
     """By name: step and value; long series keep the extremes of every interval."""
     resumed: tuple[dict[str, int], ...]
-    """Where the run went on after a stop: `step` of the first report since, `from` the checkpoint's step."""
+    """Resumptions: `step` of the first report afterwards, and `from`, the checkpoint's step."""
     faults: tuple[dict[str, Any], ...]
     checkpoints: tuple[dict[str, Any], ...]
     sweep: Sweep
     failed: tuple[dict[str, str], ...]
-    """Trials that the report lists as failed, with reasons."""
+    """Failed trials with reasons, from the report."""
     pictures: tuple[dict[str, str], ...]
     variants: tuple[dict[str, Any], ...]
     problems: tuple[str, ...]
@@ -95,19 +95,19 @@ def target_of(job_or_url: str, overrides: Sequence[str] = ()) -> tuple[str, Stor
     path = path if path.is_dir() else find_job(path)
     if "://" not in job_or_url and path.suffix in (".yaml", ".yml") and not path.is_dir():
         job = read_job(path, tuple(overrides))
-        return job.name, _impatient(job.storage)
+        return job.name, _open_with_short_deadline(job.storage)
     if overrides:
         raise InputError(
             f"--set overrides fields of a job file, and {job_or_url} is a storage: give the job, or leave --set out"
         )
     if "://" not in job_or_url and not path.expanduser().is_dir():
         raise InputError(f"{job_or_url} is neither a job file (.yaml) nor the folder or URL of a job's storage")
-    storage = _impatient(job_or_url)
+    storage = _open_with_short_deadline(job_or_url)
     return storage.url.rstrip("/").rsplit("/", 1)[-1], storage
 
 
-def _impatient(url: str) -> Storage:
-    """Return a storage that gives up within seconds: who watches a run wants to know that its bucket does not answer."""
+def _open_with_short_deadline(url: str) -> Storage:
+    """Return a storage with a short deadline, so that a viewer soon learns that the bucket does not answer."""
     before = os.environ.get(_DEADLINE)
     os.environ.setdefault(_DEADLINE, "20")
     try:

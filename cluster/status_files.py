@@ -1,4 +1,4 @@
-"""Files of a run that only grow -> their rows: each is read again from the place where the last reading ended."""
+"""Growing files of a run: each refresh reads only the rows appended since the last one."""
 
 import re
 import statistics
@@ -42,14 +42,14 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Training:
-    """How pretraining is doing."""
+    """State of pretraining."""
 
     step: int
     num_steps: int
     state: str
-    """`running`, `silent` (no report for longer than was to be expected), or `done`."""
+    """`running`, `silent` (no report for longer than expected), or `done`."""
     written_at_s: float
-    """When the newest report was written, by the storage's clock."""
+    """Time of the newest report, by the storage's clock."""
     last: dict[str, float]
     """The newest value of every series."""
     negatives: str | None
@@ -58,7 +58,7 @@ class Training:
 
 
 class GrowingFile:
-    """The whole lines of a file of JSON objects. What is appended is read alone; a file that was written anew is read anew."""
+    """Complete lines of a file of JSON objects. Appended lines are read incrementally; a rewritten file is read again."""
 
     def __init__(self, storage: Storage, path: str, *, most_bytes: int = _MAX_HISTORY_BYTES) -> None:
         self._storage, self._path, self._most_bytes = storage, path, most_bytes
@@ -71,7 +71,7 @@ class GrowingFile:
         self._start, self._end, self._last, self._num_bad, self._is_half = 0, 0, b"", 0, False
 
     def refresh(self) -> None:
-        """Read what has changed.
+        """Read changes.
 
         Raises:
             StorageError: The storage cannot be read.
@@ -81,8 +81,8 @@ class GrowingFile:
             return
         if facts is None:
             self._clear()
-        elif (added := self._added(facts)) is not None:
-            self._take(added)
+        elif (added := self._read_appended(facts)) is not None:
+            self._take_lines(added)
         else:
             self._clear()
             self._start = self._end = max(0, facts.num_bytes - self._most_bytes)
@@ -92,11 +92,11 @@ class GrowingFile:
                 self._end += len(before) + 1
             else:
                 content = self._storage.read_bytes(self._path)
-            self._take(content)
+            self._take_lines(content)
         self.facts = facts
 
     def problems(self) -> Iterator[str]:
-        """Say what was left out."""
+        """Yield descriptions of the rows that were left out."""
         where = self._storage.at(self._path)
         if self._num_bad:
             rows = "1 row is" if self._num_bad == 1 else f"{self._num_bad} rows are"
@@ -106,17 +106,17 @@ class GrowingFile:
         if self._start:
             yield f"{where}: only its last {self._most_bytes >> 20} MiB are shown"
 
-    def _added(self, facts: FileFacts) -> bytes | None:
-        """Return what was appended; None if what was there before is not there any more."""
+    def _read_appended(self, facts: FileFacts) -> bytes | None:
+        """Return the appended bytes; None if the earlier content has changed."""
         if not self._last or facts.num_bytes < self._end:
             return None
         try:
             content = self._storage.read_range(self._path, self._end - len(self._last), facts.num_bytes)
-        except StorageError:  # it has become shorter since
+        except StorageError:  # the file has become shorter
             return None
         return content[len(self._last) :] if content.startswith(self._last) else None
 
-    def _take(self, content: bytes) -> None:
+    def _take_lines(self, content: bytes) -> None:
         whole, newline, rest = content.rpartition(b"\n")
         self._is_half = bool(rest.strip())
         whole += newline
@@ -124,19 +124,19 @@ class GrowingFile:
         self._last = (self._last + whole)[-_OVERLAP_BYTES:]
         for line in whole.splitlines():
             if line.strip():
-                row = _object(line)
-                if row is None or not self._use(row):
+                row = _parse_object(line)
+                if row is None or not self._add_row(row):
                     self._num_bad += 1
 
-    def _use(self, row: dict[str, Any]) -> bool:
+    def _add_row(self, row: dict[str, Any]) -> bool:
         self.rows.append(row)
         return True
 
 
 class FaultFile(GrowingFile):
-    """`faults.jsonl`: what failed, what was decided, and from which step it went on."""
+    """`faults.jsonl`: each fault with its cause, the decision, and the step that the run resumed from."""
 
-    def _use(self, row: dict[str, Any]) -> bool:
+    def _add_row(self, row: dict[str, Any]) -> bool:
         texts = {name: masked_text(row.get(name)) for name in ("time", "cause", "what", "decision")}
         if not (texts["cause"] or texts["what"]):
             return False
@@ -146,7 +146,7 @@ class FaultFile(GrowingFile):
 
 
 class HistoryFile(GrowingFile):
-    """`history.jsonl` as series of numbers; of rows only the newest is kept."""
+    """`history.jsonl` as series of numbers; only the newest row is kept."""
 
     def _clear(self) -> None:
         super()._clear()
@@ -156,7 +156,7 @@ class HistoryFile(GrowingFile):
         self._gaps: deque[int] = deque(maxlen=20)
 
     def training(self) -> Training | None:
-        """Return how pretraining is doing; None before the first report."""
+        """Return the state of pretraining; None before the first report."""
         step = step_of_row(self._newest)
         if step is None or self.facts is None:
             return None
@@ -182,7 +182,7 @@ class HistoryFile(GrowingFile):
             data={masked_text(name): number for name, number in data.items()},
         )
 
-    def _use(self, row: dict[str, Any]) -> bool:
+    def _add_row(self, row: dict[str, Any]) -> bool:
         step = step_of_row(row)
         if step is None:
             return False
@@ -214,7 +214,7 @@ def _numbers_of_row(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def thinned_points(steps: Sequence[int], values: Sequence[float]) -> Points:
-    """Return at most `_MAX_POINTS` points: of every interval its lowest and its highest, so that no spike is lost."""
+    """Return at most `_MAX_POINTS` points: the lowest and highest of every interval, so that no spike is lost."""
     num = len(steps)
     if num <= _MAX_POINTS:
         return list(zip(steps, values, strict=True))
@@ -226,7 +226,7 @@ def thinned_points(steps: Sequence[int], values: Sequence[float]) -> Points:
     return [(steps[index], values[index]) for index in sorted(chosen)]
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
+def _parse_object(line: bytes) -> dict[str, Any] | None:
     try:
         value = read_json(line, where="a row", max_bytes=MAX_FILE_BYTES, nan_as_none=True)
     except InputError:

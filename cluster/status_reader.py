@@ -1,4 +1,4 @@
-"""The storage of a job -> its `Status`, part by part: a part is read again only where it may have changed."""
+"""Reader of a job's storage: builds its `Status` part by part, and reads a part again only if it may have changed."""
 
 import math
 import re
@@ -47,7 +47,7 @@ Other = TypeVar("Other")
 
 
 class Reader:
-    """Reads the status of a run again and again, each time only what has changed. One thread at a time may use it."""
+    """Reads the status of a run repeatedly, each time only the changes. Not thread-safe."""
 
     def __init__(self, name: str, storage: Storage) -> None:
         self._name, self._storage = name, storage
@@ -61,10 +61,10 @@ class Reader:
         self._problems: list[str] = []
 
     def read(self) -> Status:
-        """Return the status now.
+        """Return the current status.
 
         Raises:
-            StorageError: The storage cannot be read, or nothing of a run lies there.
+            StorageError: The storage cannot be read, or holds no run.
         """
         self._problems = []
         self._history.refresh()
@@ -84,8 +84,8 @@ class Reader:
         )
         if not (any(stage.text for stage in stages) or slow["variants"] or slow["checkpoints"] or self._problems):
             raise StorageError(
-                f"{self._storage.url} holds no run: neither a corpus, nor pretrain/history.jsonl, backbones, trials or a report; "
-                "give the job, or the storage that `p2r run` prints; a run that has just begun may not have written anything yet"
+                f"{self._storage.url} holds no run: neither a corpus, nor pretrain/history.jsonl, backbones, trials or a report. "
+                "Give the job, or the storage that `p2r run` prints. A run that has just started may not have written anything yet"
             )
         return Status(
             name=self._name,
@@ -104,10 +104,10 @@ class Reader:
         )
 
     def picture(self, path: str) -> bytes:
-        """Return one of the pictures that `read` has listed.
+        """Return a picture listed by `read`.
 
         Raises:
-            StorageError: It is not one of them, or no PNG of a reasonable size.
+            StorageError: It is not listed, or not a PNG of a reasonable size.
         """
         if path not in {one["path"] for one in self._slow.get("pictures", ())}:
             raise StorageError(f"{path} is not a picture of this run")
@@ -116,25 +116,25 @@ class Reader:
             raise StorageError(f"{self._storage.at(path)} is gone, or larger than {MAX_FILE_BYTES >> 20} MiB")
         content = self._storage.read_bytes(path)
         if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-            raise StorageError(f"{self._storage.at(path)} is no PNG")
+            raise StorageError(f"{self._storage.at(path)} is not a PNG")
         return content
 
     def _read_slow(self) -> dict[str, Any]:
-        """What changes seldom, or takes a listing."""
+        """Read the parts that change seldom or need a listing."""
         found = {
-            "corpus": self._part("corpus/manifest.json", self._corpus, None),
-            "backbones": self._part("backbones", self._backbones, None),
-            "checkpoints": self._part("pretrain/checkpoints", self._checkpoints, ()),
-            "sweep": self._part("finetune", self._sweep, Sweep()),
-            "report": self._part("report", self._report, None),
-            "failed": self._part("report/report.json", self._failed, ()),
-            "pictures": self._part("report/pictures", self._pictures, ()),
-            "variants": self._part("variants", self._variants, ()),
+            "corpus": self._read_part("corpus/manifest.json", self._read_corpus, None),
+            "backbones": self._read_part("backbones", self._read_backbones, None),
+            "checkpoints": self._read_part("pretrain/checkpoints", self._read_checkpoints, ()),
+            "sweep": self._read_part("finetune", self._read_sweep, Sweep()),
+            "report": self._read_part("report", self._read_report, None),
+            "failed": self._read_part("report/report.json", self._read_failed, ()),
+            "pictures": self._read_part("report/pictures", self._read_pictures, ()),
+            "variants": self._read_part("variants", self._read_variants, ()),
         }
         return {**found, "problems": tuple(self._problems)}
 
-    def _part(self, path: str, read: Callable[[], Found], otherwise: Other) -> Found | Other:
-        """Return what a part reads; of one that cannot be read, say so, and go on with the others."""
+    def _read_part(self, path: str, read: Callable[[], Found], otherwise: Other) -> Found | Other:
+        """Return the result of `read`; if it fails, record the problem and return `otherwise`."""
         try:
             return read()
         except StorageError as error:
@@ -145,8 +145,8 @@ class Reader:
             self._problems.append(masked_text(f"{self._storage.at(path)} cannot be used: {error_text(error)}"))
         return otherwise
 
-    def _json(self, path: str) -> Any:
-        """Return the JSON value in `path`, read again when it is another; None if it is absent."""
+    def _read_json(self, path: str) -> Any:
+        """Return the JSON value in `path`, read again if the file changed; None if it is absent."""
         facts = self._storage.facts(path)
         if facts is None:
             self._files.pop(path, None)
@@ -158,8 +158,8 @@ class Reader:
             known = self._files[path] = (facts, self._storage.read_json(path))
         return known[1]
 
-    def _corpus(self) -> str | None:
-        if self._json("corpus/manifest.json") is None:
+    def _read_corpus(self) -> str | None:
+        if self._read_json("corpus/manifest.json") is None:
             num_built = len(self._storage.list("corpus/receipts"))
             return f"{num_built} shards built, no revision yet" if num_built else None
         facts = self._files["corpus/manifest.json"][0]
@@ -172,21 +172,21 @@ class Reader:
             f"revision {manifest['revision']}"
         )
 
-    def _backbones(self) -> str | None:
+    def _read_backbones(self) -> str | None:
         names = [name for name in self._storage.list("backbones") if name.endswith("/manifest.json")]
         return ", ".join(self._storage.at(name.removesuffix("/manifest.json")) for name in names[:5]) or None
 
-    def _report(self) -> str | None:
+    def _read_report(self) -> str | None:
         for name in ("report/report.html", "report/report.md"):
             if self._storage.exists(name):
                 return self._storage.at(name)
         return None
 
-    def _checkpoints(self) -> tuple[dict[str, Any], ...]:
+    def _read_checkpoints(self) -> tuple[dict[str, Any], ...]:
         found = []
         names = [name for name in self._storage.list("pretrain/checkpoints") if name.endswith("/manifest.json")]
         for name in names[-MAX_CHECKPOINTS:]:
-            manifest = self._part(name, lambda name=name: self._json(name), None)  # type: ignore[misc]
+            manifest = self._read_part(name, lambda name=name: self._read_json(name), None)  # type: ignore[misc]
             if not isinstance(manifest, dict):
                 continue
             files = manifest.get("files")
@@ -202,17 +202,17 @@ class Reader:
             )
         return tuple(found)
 
-    def _sweep(self) -> Sweep:
+    def _read_sweep(self) -> Sweep:
         names = [name for name in self._storage.list("finetune") if _TRIAL.fullmatch(name)]
         new = [name for name in names if name not in self._trials]
         if new:
             with ThreadPoolExecutor(_THREADS, thread_name_prefix="p2r-status") as pool:
-                for name, trial in zip(new, pool.map(self._trial, new[:_TRIALS_AT_ONCE]), strict=False):
+                for name, trial in zip(new, pool.map(self._read_trial, new[:_TRIALS_AT_ONCE]), strict=False):
                     self._trials[name] = trial
         trials = [trial for name in names if (trial := self._trials.get(name)) is not None]
         bad = sum(name in self._trials and self._trials[name] is None for name in names)
         if bad:
-            self._problems.append(f"{bad} files below {self._storage.at('finetune')} are no results of trials")
+            self._problems.append(f"{bad} files below {self._storage.at('finetune')} are not results of trials")
         finals = [trial for trial in trials if trial.purpose == "final"]
         return Sweep(
             num_search=sum(trial.purpose == "search" for trial in trials),
@@ -222,7 +222,7 @@ class Reader:
             curves=tuple(_curves(finals)),
         )
 
-    def _trial(self, name: str) -> TrialState | None:
+    def _read_trial(self, name: str) -> TrialState | None:
         try:
             facts = self._storage.facts(name)
             if facts is None or facts.num_bytes > MAX_FILE_BYTES:
@@ -231,8 +231,8 @@ class Reader:
         except _BROKEN:
             return None
 
-    def _failed(self) -> tuple[dict[str, str], ...]:
-        context = mapping_or_empty(mapping_or_empty(self._json("report/report.json")).get("context"))
+    def _read_failed(self) -> tuple[dict[str, str], ...]:
+        context = mapping_or_empty(mapping_or_empty(self._read_json("report/report.json")).get("context"))
         rows = [mapping_or_empty(row) for row in list_or_empty(context.get("failed"))]
         return tuple(
             {
@@ -242,10 +242,10 @@ class Reader:
             for row in rows[:MAX_TRIALS]
         )
 
-    def _pictures(self) -> tuple[dict[str, str], ...]:
-        """The pictures that are there: first what the network sees, last the corpus."""
+    def _read_pictures(self) -> tuple[dict[str, str], ...]:
+        """Return the existing pictures: training images first, the corpus last."""
         captions = mapping_or_empty(
-            mapping_or_empty(mapping_or_empty(self._json("report/report.json")).get("context")).get("captions")
+            mapping_or_empty(mapping_or_empty(self._read_json("report/report.json")).get("context")).get("captions")
         )
         names = [*self._storage.list("report/pictures"), *self._storage.list("corpus/report")]
 
@@ -264,7 +264,7 @@ class Reader:
                 found.append({"path": name, "version": re.sub(r"\W", "", facts.version), "caption": caption})
         return tuple(found)
 
-    def _variants(self) -> tuple[dict[str, Any], ...]:
+    def _read_variants(self) -> tuple[dict[str, Any], ...]:
         names = [name for name in self._storage.list("variants") if name.endswith("/" + HISTORY)]
         found = []
         for name in names[:MAX_VARIANTS]:
@@ -305,7 +305,7 @@ def _trial_order(trial: TrialState) -> tuple[Any, ...]:
 
 
 def _curves(finals: Sequence[TrialState]) -> Iterator[dict[str, Any]]:
-    """Yield, for each task and mode, mean Dice over the draws that are there; on test patients if any trial read them."""
+    """Yield mean Dice over the available draws for each task and mode; on test patients if any trial read them."""
     for task in sorted({trial.task for trial in finals}):
         of_task = [trial for trial in finals if trial.task == task]
         split = "test" if any(trial.test_dice is not None for trial in of_task) else "validation"

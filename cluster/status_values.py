@@ -1,4 +1,4 @@
-"""Values of a document that somebody else wrote -> values of the expected type, or none."""
+"""Conversion of untrusted values to the expected type, or None."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -55,7 +55,7 @@ def task_facts(path: Path, *, unset: dict[str, str]) -> Iterator[str]:
         yield f"task {config.name}: virtual subjects, made when they are needed"
         return
     if _VARIABLE.search(config.images) or _VARIABLE.search(config.labels):
-        yield f"task {config.name}: not looked at: images {config.images}, labels {config.labels}"
+        yield f"task {config.name}: not read: images {config.images}, labels {config.labels}"
         return
     task = load_task(path, unset=unset)
     yield f"task {task.name}: {len(task.scans)} scans with label maps; " + "; ".join(_split_facts(task))
@@ -88,7 +88,26 @@ def _describe_paths(path: Path, job: Job, unset: dict[str, str]) -> Iterator[str
             yield from task_facts(Path(task), unset=unset)
         except DataError as error:
             raise DataError(f"job {path}: {key}: {error}") from None
-    yield from (f"note: {note}" for note in ignored_variables(path, job))
+    yield from (f"note: {note}" for note in (*ignored_variables(path, job), *_gpu_notes(path, job)))
+
+
+def _gpu_notes(path: Path, job: Job) -> Iterator[str]:
+    """Yield a note on settings that make GPUs slow; refuse a precision that CPUs do not have."""
+    config, gpus = job.pretrain, job.resources.gpus_per_worker
+    if config is None:
+        return
+    if config.precision == "tf32" and gpus == 0:
+        raise InputError(
+            f"job {path}: pretrain.precision tf32 needs GPUs, and resources.gpus_per_worker is 0: set the precision to fp32"
+        )
+    if gpus == 1 or (gpus == "auto" and config.precision != "fp32"):
+        # Imported here: the engine takes seconds to import.
+        import torch
+
+        from p2r.engine.step import explain_missing_kernels
+
+        if (reason := explain_missing_kernels(config, device=torch.device("cpu"))) is not None:
+            yield f"on GPUs, {reason}"
 
 
 def _split_facts(task: Task) -> Iterator[str]:

@@ -4,6 +4,7 @@ import hashlib
 
 from p2r.artefact import MANIFEST, open_artefact
 from p2r.data.manifest import FORMAT, MAX_MANIFEST_BYTES
+from p2r.documents import way_out
 from p2r.errors import InputError
 from p2r.reference import Reference, parse_reference
 from p2r.signature import SIGNATURE
@@ -31,7 +32,8 @@ def verify(url: str, *, key: str | None) -> list[str]:
 
 
 def _is_artefact(storage: Storage) -> bool:
-    manifest = storage.read_json(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+    with way_out("restore the file from a copy; nothing beside it can be checked without it"):
+        manifest = storage.read_json(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
     return isinstance(manifest, dict) and str(manifest.get("format")).startswith(("p2r-backbone/", "p2r-model/"))
 
 

@@ -124,7 +124,7 @@ def read_pins(text: str) -> dict[str, tuple[str, str]]:
     Raises:
         ValueError: A line is not `name==version`.
     """
-    pins = {}
+    pins: dict[str, tuple[str, str]] = {}
     for line in text.split():
         match = re.fullmatch(r"([A-Za-z0-9._-]+)==([^=;\s]+)", line)
         if not match:
@@ -153,7 +153,8 @@ def all_rows(pins: Mapping[str, tuple[str, str]], known: Mapping[str, Row]) -> l
     Raises:
         ValueError: A package has neither; names all of them.
     """
-    used = {name: use for use in ("bench", "docs", "tests", "p2r") for name in closure(use)}
+    uses: tuple[Use, ...] = ("bench", "docs", "tests", "p2r")
+    used: dict[str, Use] = {name: use for use in uses for name in closure(use)}
     rows, missing = [], []
     for name, (spelled, version) in pins.items():
         try:
@@ -211,10 +212,10 @@ def licence_of(distribution: importlib.metadata.Distribution) -> str:
     classifiers = {
         line.rpartition(" :: ")[2] for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")
     }
-    stated = [READ.get(name), metadata.get("License-Expression"), metadata.get("License")]
+    stated = [READ.get(name), *(metadata[field] for field in ("License-Expression", "License") if field in metadata)]
     stated += classifiers if len(classifiers) == 1 else []
     for text in filter(None, stated):
-        title = text.strip().splitlines()[0]  # some packages put the full licence text here
+        title = str(text).strip().splitlines()[0]  # some packages put the full licence text here
         expression = SPELLINGS.get(title.lower(), title)
         if re.fullmatch(r"[\w.+() -]+", expression) and not unknown(expression):
             return expression
@@ -276,9 +277,9 @@ def sbom(rows: Iterable[Row], needs: Mapping[str, list[str]], *, version: str) -
         purl=PackageURL("pypi", None, "p2r", version),
     )
     bom.metadata.component = root
-    components = {}
+    components: dict[str, Component] = {}
     for row in rows:
-        name = canonicalize_name(row.name)
+        name: str = canonicalize_name(row.name)
         url = PackageURL("pypi", None, name, row.version)
         components[name] = Component(
             name=row.name, version=row.version, bom_ref=str(url), purl=url, licenses=[licence(row.licence)]

@@ -37,7 +37,14 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return getattr(import_module(_MODULES[name]), name)
+        try:
+            return getattr(import_module(_MODULES[name]), name)
+        except ModuleNotFoundError as error:
+            from p2r.errors import missing_package
+
+            if (lacking := missing_package(error, what=f"p2r.{name}")) is None:
+                raise
+            raise ModuleNotFoundError(str(lacking), name=error.name) from error
     raise AttributeError(f"module 'p2r' has no attribute '{name}'")
 
 

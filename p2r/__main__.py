@@ -1,10 +1,10 @@
-"""`python -m p2r JOB`: a job in this process, without Ray.
+"""`python -m p2r JOB`: run a job in this process, without Ray.
 
     python -m p2r jobs/demo.yaml --set pretrain.steps=20 --minutes 8
 
-With `--minutes`, pretraining or the running trial saves its state when the time is over; the same command resumes it. With
-`--fork NAME` a new run starts from the weights that the job's has reached. With
-`--profile STEPS` it says where so many of its steps spend time and memory, and goes on.
+`--minutes`: pretraining or the current trial saves its state when the time is over; the same command resumes it.
+`--fork NAME`: a new run starts from the job's newest weights.
+`--profile STEPS`: time and memory of STEPS steps are recorded, and the run continues.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from p2r.console import console, show
-from p2r.errors import InputError, P2RError
+from p2r.errors import InputError, P2RError, missing_package
 from p2r.files import lack_of_space
 from p2r.identity import ensure_identity
 from p2r.job import FORK_HELP, Job, ignored_variables, overrides_of, read_job
@@ -27,6 +27,12 @@ def main() -> int:
     """Run a job and return the exit code."""
     try:
         return _main()
+    except ModuleNotFoundError as error:
+        if (lacking := missing_package(error, what="python -m p2r")) is None:
+            say_crash(error)
+            return 1
+        say_error(lacking, code=2)
+        return 2
     except Exception as error:
         if (full := lack_of_space(error)) is not None:
             say_error(full, code=1)
@@ -38,27 +44,30 @@ def main() -> int:
 
 
 def _main() -> int:
-    if (news := ensure_identity()) is not None:
-        say(news)
+    if (notice := ensure_identity()) is not None:
+        say(notice)
     parser = argparse.ArgumentParser(prog="python -m p2r", description="Run a job in one process, without Ray.")
     parser.add_argument("job", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the job")
     parser.add_argument(
         "--allow-transductive",
         action="store_true",
-        help="go on although validation or test patients are in the backbone's corpus; every row of the report is labelled",
+        help="continue although validation or test patients are in the backbone's corpus; every row of the report is labelled",
     )
     parser.add_argument("--fork", metavar="NAME", help=FORK_HELP)
     parser.add_argument("--minutes", type=float, help="save and end after this time, to resume later")
     parser.add_argument(
-        "--profile", type=int, default=0, metavar="STEPS", help="profile so many steps of pretraining, after a few"
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="number of pretraining steps to profile, after a few others",
     )
-    parser.add_argument("--log-format", choices=get_args(LogFormat), help="default: P2R_LOG_FORMAT, else auto")
+    parser.add_argument("--log-format", choices=get_args(LogFormat), help="default: P2R_LOG_FORMAT, or auto")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a refused input")
     arguments = parser.parse_args()
     if arguments.profile < 0:
         parser.error(f"--profile must not be negative, got {arguments.profile}")
-
     try:
         configure(arguments.log_format)
         overrides = overrides_of(arguments.set, allow_transductive=arguments.allow_transductive)
@@ -76,7 +85,7 @@ def _main() -> int:
         else:
             say(FINISHED)
     except KeyboardInterrupt:
-        say("p2r: interrupted; run the same command again to go on from the newest checkpoint")
+        say("p2r: interrupted; run the same command again to resume from the newest checkpoint")
         return 130
     except P2RError as error:
         if arguments.debug:

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from p2r.documents import Details, Digests, FewKeys, Sha256, checked, read_json
+from p2r.documents import Details, Digests, FewKeys, Sha256, checked, read_json, way_out
 from p2r.errors import CheckpointError, DamagedError, InputError, StorageError
 from p2r.reference import Reference
 from p2r.signature import SIGNATURE, SIGNATURE_BYTES, check_signature, sign
@@ -37,6 +37,7 @@ MAX_MANIFEST_BYTES = 2**27
 """Largest manifest of an artefact: of backbones that have seen two million scans."""
 _MAX_MEMORY_BYTES = 2**29
 _MAX_DEPTH = 16
+_WAY_OUT = "restore the file from a copy of the folder, or publish another version"
 _NAMES: dict[Role, tuple[str, str, str]] = {
     "weights": ("model", ".safetensors", "model.safetensors"),
     "config": ("config", ".json", "config.json"),
@@ -281,24 +282,26 @@ def _parse(content: bytes, reference: Reference, *, where: str, needed: str | No
         wanted = " or ".join(f"{one}/1 or {one}/2" for one in ([needed] if needed else _MANIFESTS))
         raise CheckpointError(f"{where} has format {found!r}, expected {wanted}")
     model = _MANIFESTS[kind]
-    manifest: Manifest = checked(
-        _CHECKS[kind],
-        _upgrade_version_1(value, model) if version == "1" else value,
-        where=f"{where} is not a valid manifest:",
-        error=CheckpointError,
-    )
+    with way_out(_WAY_OUT):
+        manifest: Manifest = checked(
+            _CHECKS[kind],
+            _upgrade_version_1(value, model) if version == "1" else value,
+            where=f"{where} is not a valid manifest:",
+            error=CheckpointError,
+        )
     return manifest
 
 
 def _value_of(content: bytes, where: str) -> Any:
-    return read_json(
-        content,
-        where=where,
-        max_bytes=MAX_MANIFEST_BYTES,
-        max_memory_bytes=_MAX_MEMORY_BYTES,
-        max_depth=_MAX_DEPTH,
-        error=CheckpointError,
-    )
+    with way_out(_WAY_OUT):
+        return read_json(
+            content,
+            where=where,
+            max_bytes=MAX_MANIFEST_BYTES,
+            max_memory_bytes=_MAX_MEMORY_BYTES,
+            max_depth=_MAX_DEPTH,
+            error=CheckpointError,
+        )
 
 
 def _weights_sha256(content: bytes) -> str | None:

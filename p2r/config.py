@@ -345,6 +345,9 @@ class ViewsConfig(Section):
     """The warp between the views."""
     intensity: IntensityConfig = IntensityConfig()
     """Changes of contrast, drawn for each view."""
+    shown_fraction: Annotated[Range, Within(0.02, 1)] | None = None
+    """Pretraining only: smallest and largest fraction of the image that a view shows, in a box drawn for each view. The rest is zero, as
+    outside the scan. It removes a shortcut: in scans smaller than the image, the distance to their edge reveals the position. None: all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -808,10 +811,10 @@ class FinetuneConfig(Section):
     this rule."""
     agreement_views: PositiveInt = 3
     """prototype_self_training: number of views that must agree on a pixel's pseudo-label. 1: only the unchanged image."""
-    plausible_size_factor: Annotated[float, Field(ge=1)] = 2.0
-    """prototype_self_training: largest ratio of a class's size to its sizes in the labelled patients, both ways; other frames do not
-    count."""
-    plausible_margin_mm: NonNegativeFloat = 30.0
+    plausible_size_factor: Annotated[float, Field(ge=1)] = 3.0
+    """prototype_self_training: largest ratio of a class's size to its sizes in the labelled patients, both ways. A larger class does not
+    count; a smaller one excludes its frame."""
+    plausible_margin_mm: NonNegativeFloat = 40.0
     """prototype_self_training: distance beyond the labelled patients' organs, relative to the scan's centre, within which foreground
     counts, mm."""
     probe_augmentation: Literal["views", "none"] = "views"
@@ -838,10 +841,12 @@ class FinetuneConfig(Section):
     """Tolerance of the normalised surface Dice, mm."""
     allow_transductive: bool = False
     """Continue although validation or test patients are in the backbone's corpus. Every row of the report is then labelled: such results
-    say nothing about patients that the backbone has not seen."""
+    do not hold for patients that the backbone has not seen."""
     publish_model: bool = True
     """Publish the model with the best validation Dice among `published_mode` as `models/<task>/<version>`. Publish a second, trained in the
     same mode on all labelled train patients, as `models/<task>/all`; its validation Dice is computed, its test Dice is not."""
+    publish_draws: bool = False
+    """Also publish the other draws of the best model's mode and number of labelled patients, for `p2r predict --ensemble`."""
     published_mode: Literal["fine_tuned", "any"] = "fine_tuned"
     """Candidates for the published model. fine_tuned: models that train the pretrained backbone's weights (fine_tune, mean_teacher,
     weak_to_strong, prototype_self_training); all models, if the job has none of these. any: also models from scratch and on frozen
@@ -856,6 +861,10 @@ class FinetuneConfig(Section):
         missing = [mode for mode in trained if mode not in self.search.learning_rates]
         if missing:
             raise ValueError(f"search.learning_rates has no candidates for {', '.join(missing)}")
+        if self.views.shown_fraction is not None:
+            raise ValueError(
+                "views.shown_fraction is for pretraining only: a labelled image is shown whole; leave it out"
+            )
         if self.protocol == "paper_compat":
             for mode in self.modes:
                 if MODES[mode].unlabelled != "none":

@@ -138,7 +138,7 @@ def as_utf8(name: str) -> str:
 def is_relative_path(path: str) -> bool:
     """Return whether a path names something below the folder that it is joined to, on any system.
 
-    Only `/` may separate names: no `..`, no `.`, no empty name, no backslash, no control character, no mark of direction.
+    Only `/` may separate names: no `..`, no `.`, no empty name, no backslash, no control character, no bidirectional mark.
     """
     is_name = len(path) <= _MAX_PATH and "\\" not in path and is_plain(path)
     return is_name and not {".", "..", ""} & set(path.split("/"))
@@ -147,7 +147,8 @@ def is_relative_path(path: str) -> bool:
 def _check_relative(path: str) -> str:
     if not is_relative_path(path):
         raise ValueError(
-            "must be a path below the folder: no `..`, no leading slash, no backslash, no control character"
+            "must be a path below the folder: no `..`, no leading slash, no backslash, no control character, no "
+            "bidirectional mark"
         )
     return path
 
@@ -306,7 +307,7 @@ def _parse_fast(content: bytes, max_depth: int) -> Any:
     """Parse a large document with pydantic's reader: three times faster, and without a copy of its text.
 
     The reader keeps the last of duplicate keys. None was lost if the number of keys equals the number of quotes followed by
-    a colon. This holds if no escaped quote and no blank precedes a colon: then every key has such a quote, and other texts
+    a colon. It holds if no escaped quote and no blank precedes a colon: then every key has such a quote, and other texts
     can only add to the count.
 
     Raises:
@@ -368,6 +369,15 @@ def decoded(content: bytes, kind: str, where: str, error: type[InputError]) -> s
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raise error(f"{where} is not {kind}: it is not UTF-8: {problem}") from None
+
+
+@contextlib.contextmanager
+def way_out(text: str) -> Iterator[None]:
+    """Append the way out to each refusal raised in the block."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{error}; {text}") from None
 
 
 def check_size(content: bytes, where: str, max_bytes: int, error: type[InputError]) -> None:

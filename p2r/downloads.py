@@ -1,4 +1,4 @@
-"""One object of S3, piece by piece: after a broken connection the rest is requested."""
+"""Download of one S3 object piece by piece; after a broken connection only the rest is requested."""
 
 import contextlib
 import time

@@ -83,6 +83,22 @@ class EmbeddingError(TrainingError, ValueError):
     """Embeddings are not finite, or zero: the weights diverged, or a network died."""
 
 
+def missing_package(error: ModuleNotFoundError, *, what: str) -> InputError | None:
+    """Return an error for an installation without an extra of p2r; None if a module of p2r itself is missing.
+
+    Args:
+        error: Raised by an import.
+        what: The command or function that needs the package, for the message.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "p2r", "cluster"):
+        return None
+    return InputError(
+        f"{what} needs the package {package}, which is not installed here: pip install 'p2r[cluster]', or make install in a clone. "
+        "`pip install p2r` only supports embed, predict, inspect and verify of backbones and models, p2r.load_backbone and p2r.load_model"
+    )
+
+
 def error_text(error: BaseException) -> str:
     """Return an exception as text without secrets, to show or store; foreign exceptions include their class name."""
     text = str(error)

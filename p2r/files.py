@@ -59,7 +59,7 @@ def lack_of_space(error: BaseException) -> StorageError | None:
     free_mib = shutil.disk_usage(temporary).free / 2**20
     return StorageError(
         f"a disk is full{what}: {str(full[-1]).strip().splitlines()[-1]}. Temporary files are in {temporary} ({free_mib:.0f} MiB are "
-        "free now): make room there and in the storage, or set TMPDIR to a larger folder, and run the same command again"
+        "free now). Make room there and in the storage, or set TMPDIR to a larger folder; then run the same command again"
     )
 
 

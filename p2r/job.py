@@ -37,8 +37,8 @@ Model = TypeVar("Model", bound=BaseModel)
 Kind = Literal["ingest", "pretrain", "publish", "finetune", "pipeline", "ablation"]
 
 FORK_HELP = (
-    "start a new run from the weights of the newest checkpoint, at step 0, in <storage>-NAME (or in NAME, if it is a URL); "
-    "the same command resumes it"
+    "start a new run at step 0 from the newest checkpoint's weights, in <storage>-NAME (or NAME, if a URL); the same command "
+    "resumes it"
 )
 
 _STAGES: dict[Kind, tuple[str, ...]] = {
@@ -400,9 +400,9 @@ def _fill_in_values(
     where = f"job {path}: {visible('.'.join(key))}"
     if not any(isinstance(part, FilledIn) for annotation in annotations for part in _flatten_annotation(annotation)):
         raise JobError(
-            f"{where}: ${{{match[1]}}} is not filled in here: only paths, URLs, and a corpus's licence and provenance are, "
-            "because other fields are published; "
-            f"write the value itself, or give it with --set {visible('.'.join(key))}=VALUE"
+            f"{where}: ${{{match[1]}}} is not filled in here, because this field is published. Variables are allowed in paths, "
+            "URLs, and a corpus's licence and provenance. "
+            f"Write the value itself, or give it with --set {visible('.'.join(key))}=VALUE"
         )
     return fill_in_variables(value, where=where, unset=unset)
 

@@ -45,13 +45,25 @@ _TOKENS = (
 _SIGNED = r"[\w.-]{0,40}(?:signature|credential|token|access_?key_?id|api_?key|password|passwd|secret)|sig"
 """Secret names in queries. Those of presigned URLs differ in their prefix, as in `X-Amz-`, `X-Goog-`, `x-oss-`, `q-`."""
 _AUTHORITY = r"\b[a-z][a-z0-9+.-]{0,31}://(?=[^/?#\s'\"]*@)"
+_AUTHORITY_WITH_SLASH = r"\b[a-z][a-z0-9+.-]{0,31}://(?=[^/?#\s'\"@:\[]{0,512}:(?!\d{1,5}[/?#])[^\s'\"]{0,512}@)"
+"""A password may hold a slash, as secret keys of AWS do; digits before the first slash are a port."""
+_OPTION = r"(?<![\w-])--?[\w-]{0,40}(?:token|password|passwd|passphrase|secret|credentials?|(?:api|access|secret|private)-?key)"
+"""An option of a command; its value follows after `=` or a blank, or is the next text of a list."""
+_AUTHORIZATION = r"\b(?:proxy-)?authorization['\"]?\s{0,9}[:=]\s{0,9}['\"]?(?:[\w-]{1,20}\s{1,9})?"
 _PATTERNS = (
     # https://user:password@host, and s3://KEY:SECRET@bucket
     (re.compile(rf"({_AUTHORITY})[^/?#\s'\"]*@", re.IGNORECASE), rf"\1{_MASK}@"),
+    (re.compile(rf"({_AUTHORITY_WITH_SLASH})[^\s'\"]{{0,1025}}@", re.IGNORECASE), rf"\1{_MASK}@"),
     # signatures of presigned URLs, and tokens in queries
     (re.compile(rf"([?&;#](?:{_SIGNED})=)[^&\s'\"]+", re.IGNORECASE), rf"\1{_MASK}"),
     (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\1 {_MASK}"),
     (re.compile(r"\b(AWS4-HMAC-SHA256)\s+Credential=.{0,400}?Signature=[^\s'\"]+", re.IGNORECASE), rf"\1 {_MASK}"),
+    (
+        re.compile(rf"({_OPTION}['\"]?(?:=|\s{{0,9}},\s{{0,9}}|\s{{1,9}})['\"]?)[^\s'\",;]{{6,}}", re.IGNORECASE),
+        rf"\1{_MASK}",
+    ),
+    (re.compile(rf"({_AUTHORIZATION})[^\s'\",;]{{4,}}", re.IGNORECASE), rf"\1{_MASK}"),
+    (re.compile(r"(\btoken['\"]?\s{0,9}[=:]\s{0,9}['\"]?)[A-Za-z0-9._~+/=-]{16,}", re.IGNORECASE), rf"\1{_MASK}"),
     # aws_secret_access_key = ..., "SecretAccessKey": "...", RAY_AUTH_TOKEN=...
     (
         re.compile(
@@ -73,6 +85,8 @@ _SECRET_VALUE = re.compile(
         (
             *_TOKENS,
             rf"(?i:{_AUTHORITY})",
+            rf"(?i:{_AUTHORITY_WITH_SLASH})",
+            rf"(?i:(?:{_AUTHORIZATION}|{_OPTION}[=\s])(?=[^\s]{{0,512}}[0-9])[A-Za-z0-9._~+/=-]{{16,}})",
             rf"(?i:[?&;#](?:{_SIGNED})=[^&\s])",
             r"(?i:\b(?:Bearer|Basic)\s+(?=[^\s]*[0-9])[A-Za-z0-9._~+/=-]{16,})",  # requires a digit, which sentences lack
             r"-----BEGIN [A-Z ]*PRIVATE KEY",

@@ -2,8 +2,8 @@
 
 Retries pause with full jitter: a random time up to a bound that doubles. They cover answers 5xx and 429, refused and broken
 connections, time-outs, truncated bodies, and content that does not match its digest. A proxy that does not answer gets
-20 s, and so does a server that has never answered and closes every connection, as one does that speaks https where http is
-asked for. All other failures are final, such as invalid certificates, http against https, or a proxy that refuses. Every retry
+20 s. So does a server that has never answered and closes every connection, as an https server does when asked for http. All
+other failures are final, such as invalid certificates, http against https, or a proxy that refuses. Every retry
 is counted by cause.
 """
 
@@ -48,7 +48,7 @@ _ABSENT_PROXY = re.compile(
     r"refused|timed out|unreachable|reset|Temporary failure|Remote end closed|Tunnel connection failed: 5"
 )
 _STRANGER_DEADLINE_S = 20.0
-_STRANGERS = ("proxy", "protocol")  # failures that rarely heal: they get less time
+_STRANGERS = ("proxy", "protocol")  # failures that rarely recover: they are retried for less time
 _MAX_CLOCK_SKEW_S = 240.0  # S3 allows 15 minutes, others 5
 _LOG_AFTER_S = 5.0  # failures are logged after this time
 _JITTER = random.SystemRandom()  # forked processes must not pause in step
@@ -163,7 +163,7 @@ def cause_of(error: Exception, *, has_answered: bool = True) -> str | None:
     """Return the cause under which a failure is counted; None if a retry would fail as well.
 
     Args:
-        error: Of botocore, or of reading a body.
+        error: A failure of botocore, or of reading a body.
         has_answered: The server has answered this process before.
     """
     if not has_answered and isinstance(error, _CLOSED) and not isinstance(error, failures.ProxyConnectionError):

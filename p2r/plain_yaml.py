@@ -7,6 +7,7 @@ last. Dates stay texts, and tags that create objects are refused.
 
 import copy
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ MAX_YAML_BYTES = 1 << 20
 _MAX_SCALAR = 64  # characters of a number
 _MAX_CHARACTERS = 4 * MAX_YAML_BYTES
 _TAG = "tag:yaml.org,2002:"
+_OTHER_BASE = re.compile(r"[-+]?(?:0[0-9_]+$|[0-9_]+:)")
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Event = Any
 _CONSTRUCTOR = yaml.constructor.SafeConstructor()
@@ -140,6 +142,8 @@ class _Composer:
             event = self._loader.get_event()
             if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
                 _refuse(event, "a key is a list or a mapping; a key is a text or a number")
+            if event.start_mark.line != event.end_mark.line:
+                _refuse(event, "a key spans several lines: write it on one line, in quotes if it has blanks")
             is_merge = isinstance(event, yaml.ScalarEvent) and self._resolve_tag(event) == f"{_TAG}merge"
             key = self._read_value(event, depth)
             if isinstance(key, dict | list):
@@ -200,6 +204,7 @@ class _Composer:
             return None
         if kind not in ("bool", "int", "float"):
             _refuse(event, f"the tag {event.tag[:80]} is not read; write plain values")
+        _check_base(kind, event)
         try:
             value = _parse_number(kind, event)
         except (ValueError, KeyError, IndexError):
@@ -209,6 +214,17 @@ class _Composer:
         if kind == "float" and not math.isfinite(value):
             _refuse(event, f"{event.value[:40]} is not a finite number")
         return value
+
+
+def _check_base(kind: str, event: _Event) -> None:
+    """Refuse a number that YAML 1.1 reads in another base than its reader: 0777 in base 8, 1:30:00 in base 60."""
+    if kind != "bool" and _OTHER_BASE.match(event.value):
+        shown = event.value[:40]
+        _refuse(
+            event,
+            f"{shown} is another number in YAML: a leading zero means base 8, a colon base 60. Write the number in base 10, or the text in "
+            f"quotes: '{shown}'",
+        )
 
 
 def _parse_number(kind: str, event: _Event) -> Any:

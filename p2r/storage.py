@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from urllib.parse import urlparse
 
+from pydantic import TypeAdapter
+
 from p2r import documents
 from p2r.cache import cache_folder as cache_folder
 from p2r.cache import node_cache
@@ -140,6 +142,17 @@ class Storage:
         """Return the JSON value in `path`, within the limits of `p2r.documents`."""
         content = self.read_bytes(path, max_bytes=max_bytes)
         return documents.read_json(content, where=self.at(path), max_bytes=max_bytes, error=DamagedError)
+
+    def read_checked(self, path: str, adapter: TypeAdapter[Any], *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+        """Return the JSON document in `path` as it is, after a pydantic model has checked it.
+
+        Raises:
+            DamagedError: It is absent, over a limit, or breaks a rule of the model; names the key and the way out.
+        """
+        with documents.way_out("restore the file, or delete it: the same command creates it again"):
+            value = self.read_json(path, max_bytes=max_bytes)
+            documents.checked(adapter, value, where=f"{self.at(path)} is damaged:", error=DamagedError)
+        return value
 
     def read_rows(
         self, path: str, *, max_bytes: int = MAX_ROWS_BYTES, nan_as_none: bool = False

@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from p2r.documents import FewKeys, read_json
+from p2r.documents import FewKeys, checked, read_json
 from p2r.errors import CheckpointError
 
 MAX_HEADER_BYTES = 2**24
@@ -135,21 +135,26 @@ def read_tensors(
     return weights
 
 
-def _parse_header(content: bytes, where: str) -> dict[str, _Entry]:
-    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
-    room = len(content) - _LENGTH_BYTES
-    if not 0 < length <= min(room, MAX_HEADER_BYTES):
-        raise CheckpointError(
-            f"{where} is not a safetensors file: its header would have {length:,} bytes, there are {max(room, 0):,}, and at most "
-            f"{MAX_HEADER_BYTES:,} are allowed"
-        )
-    value = read_json(
-        content[_LENGTH_BYTES : _LENGTH_BYTES + length],
-        where=f"the header of {where}",
-        max_bytes=MAX_HEADER_BYTES,
-        max_depth=4,
-        error=CheckpointError,
+def read_facts(content: bytes, adapter: TypeAdapter[Any], *, where: str) -> dict[str, Any]:
+    """Return the JSON under `facts` in the metadata of a safetensors file, after a pydantic model has checked it.
+
+    Raises:
+        CheckpointError: The file is not safetensors, or its facts are absent or break a rule.
+    """
+    value = _header_value(content, where)
+    metadata = value.get("__metadata__") if isinstance(value, dict) else None
+    text = metadata.get("facts") if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise CheckpointError(f"{where} has no facts in its header")
+    facts: dict[str, Any] = read_json(
+        text.encode(), where=f"the facts of {where}", max_bytes=MAX_HEADER_BYTES, error=CheckpointError
     )
+    checked(adapter, facts, where=f"the facts of {where}:", error=CheckpointError)
+    return facts
+
+
+def _parse_header(content: bytes, where: str) -> dict[str, _Entry]:
+    value = _header_value(content, where)
     if isinstance(value, dict):
         value.pop("__metadata__", None)
     try:
@@ -158,6 +163,23 @@ def _parse_header(content: bytes, where: str) -> dict[str, _Entry]:
         problem = error.errors(include_url=False)[0]
         key = ".".join(map(str, problem["loc"])) or "it"
         raise CheckpointError(f"{where} is not a safetensors file: {key:.200}: {problem['msg']}") from None
+
+
+def _header_value(content: bytes, where: str) -> Any:
+    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    room = len(content) - _LENGTH_BYTES
+    if not 0 < length <= min(room, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{where} is not a safetensors file: its header would have {length:,} bytes, there are {max(room, 0):,}, and at most "
+            f"{MAX_HEADER_BYTES:,} are allowed"
+        )
+    return read_json(
+        content[_LENGTH_BYTES : _LENGTH_BYTES + length],
+        where=f"the header of {where}",
+        max_bytes=MAX_HEADER_BYTES,
+        max_depth=4,
+        error=CheckpointError,
+    )
 
 
 def load_into(network: nn.Module, content: bytes, *, where: str) -> None:

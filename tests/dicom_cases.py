@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, RLELossless
+from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, RLELossless
 
 ROWS, COLUMNS, SLICES = 20, 18, 8
 
@@ -42,7 +42,7 @@ class Series:
                 file = self._slice(k, number % self.echoes)
                 if self.times > 1:
                     file.TriggerTime, file.InstanceNumber = 40.0 * number, self.times * k + number + 1
-                    file.SOPInstanceUID = file.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{number}.{k + 1}"
+                    file.SOPInstanceUID = file.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.3.{number}.{k + 1}")
                     file.PixelData = np.ascontiguousarray(voxels(number)[:, :, k].T).tobytes()
                 file.save_as(folder / self.name.format(1000 * number + k + 1), enforce_file_format=True)
         self.after(folder)
@@ -112,7 +112,7 @@ def _copy_all(folder: Path) -> None:
 
 
 TURNED = ([1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1], [1, 0, 0, 0, 0, -1])
-UNEVEN = {"refused": "uneven_slices", "way_out": "copy the series again"}
+UNEVEN: dict[str, Any] = {"refused": "uneven_slices", "way_out": "copy the series again"}
 
 DICOM_CASES = [
     DicomCase("one file a slice"),

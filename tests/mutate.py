@@ -85,7 +85,7 @@ def _places(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
         yield node
     skipped = {"annotation", "returns", "decorator_list", "type_params"}
     for field, value in ast.iter_fields(node):
-        if field in skipped:
+        if field in skipped or (isinstance(node, ast.keyword) and node.arg == "strict"):
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):

@@ -124,7 +124,7 @@ class Cluster:
         assert node.main is not None
         inside = ["nsenter", f"--target={node.main.pid}", "--mount", "--net", f"--wd={REPOSITORY}", "--", *command]
         environment = {**os.environ, **self.environment, "RAY_ADDRESS": self.address}
-        return subprocess.Popen(inside, env=environment, **options)  # type: ignore[call-overload, no-any-return]
+        return subprocess.Popen(inside, env=environment, **options)  # type: ignore[call-overload]
 
     def wait(self, *, num_nodes: int | None = None) -> None:
         """Return when all nodes (or so many) have joined.

@@ -66,7 +66,7 @@ def races(url: str, *, num_races: int, num_publishers: int) -> dict[str, Any]:
         # In half of the races all come to the commit at once; in the others they come as the machine lets them.
         meeting = FORK.Barrier(num_publishers) if race // 4 % 2 == 0 else None
         found = _together(
-            lambda number, where=where, kind=kind, meeting=meeting: _entrant(where, kind, number, meeting),
+            lambda number, where=where, kind=kind, meeting=meeting: _entrant(where, kind, number, meeting),  # type: ignore[misc]
             num_publishers,
         )
         outcomes.update(f"{kind}: {one['outcome']}" for one in found)
@@ -87,7 +87,7 @@ def _entrant(where: str, kind: str, number: int, meeting: Any) -> dict[str, Any]
         return create(storage, path, data)
 
     if meeting is not None:
-        Storage.create = met  # type: ignore[method-assign]  # of this process
+        Storage.create = met  # type: ignore[method-assign, assignment]  # of this process
     differing = {"weights": {"seed": number}, "licence": {"licence": f"L{number}"}, "card": {"card": f"# {number}\n"}}
     try:
         made = publish_toy(where, **differing.get(kind, {}))  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ def kills(url: str) -> dict[str, Any]:
     committed = 0
     for write in range(1, 1000):
         where = f"{url}/kill-{write:03d}"
-        (status,) = _statuses(lambda _, where=where, write=write: _killed_at(where, write), 1)
+        (status,) = _statuses(lambda _, where=where, write=write: _killed_at(where, write), 1)  # type: ignore[misc]
         if status == 0:
             return {"num_writes": write - 1, "num_committed_before_the_kill": committed, "broken": broken}
         if status != -signal.SIGKILL:

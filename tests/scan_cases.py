@@ -14,6 +14,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from nibabel import affines
 from numpy.typing import NDArray
 
 from tests.dicom_cases import DICOM_CASES
@@ -137,7 +138,7 @@ def turned(a: float, b: float) -> NDArray[np.float64]:
     """GRID, turned about two axes."""
     x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
     z = np.array([[np.cos(b), -np.sin(b), 0], [np.sin(b), np.cos(b), 0], [0, 0, 1]])
-    return nibabel.affines.from_matvec(x @ z @ np.diag(MM), [3, -8, 12])
+    return affines.from_matvec(x @ z @ np.diag(MM), [3, -8, 12])
 
 
 SHEARED = turned(0.2, 0.3) @ np.array([[1, 0.1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -383,6 +384,7 @@ CASES = [*READ, *REFUSED, *LABELS]
 
 def table() -> str:
     """The page of documentation."""
+    rows = [*(case.row() for case in CASES), *(case.row() for case in DICOM_CASES)]
     return (
         "# Scans as people have them\n\n"
         "What p2r does with files that are odd or broken. Everything that is read keeps its place: an image that `p2r predict` writes on\n"
@@ -390,7 +392,7 @@ def table() -> str:
         "refusal has a reason code and names the way out; in a corpus, both are in the ledger.\n\n"
         "This table is written by `python -m tests.scan_cases > docs/inputs.md`; a test holds every line of it.\n\n"
         "| file | ending | outcome |\n|---|---|---|\n"
-        + "".join(f"{case.row()}\n" for case in (*CASES, *DICOM_CASES))
+        + "".join(f"{row}\n" for row in rows)
         + "\n## Folders, lists and tasks\n\n"
         "A refusal names the file, and of a list the line.\n\n"
         "| source | kind | outcome |\n|---|---|---|\n" + "".join(f"{case.row()}\n" for case in FOLDER_CASES)

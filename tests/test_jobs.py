@@ -29,7 +29,7 @@ def test_every_job_is_valid_executable_and_documented(path: Path) -> None:
     assert lines[0] == "#!/usr/bin/env -S python -m cluster run"
     assert lines[1] == "# yaml-language-server: $schema=job.schema.json"
     comments = "\n".join(line for line in lines if line.startswith("#"))
-    for word in ("Hardware:", "Time:", "Command:", "Figure to expect:"):
+    for word in ("Hardware:", "Time:", "Command:", "Expected result:"):
         assert word in comments, f"{path.name} does not state its {word}"
     jsonschema.validate(yaml.safe_load(path.read_text()), json_schema())
     for task in job.finetune.tasks if job.finetune else ():

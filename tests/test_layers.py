@@ -5,7 +5,7 @@ from pathlib import Path
 
 def test_the_science_does_not_know_the_cluster_and_layers_point_one_way(repository: Path) -> None:
     # In a process of its own: import-linter switches off the loggers that it finds.
-    command = [Path(sys.executable).parent / "lint-imports", "--no-cache"]
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

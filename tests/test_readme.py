@@ -5,6 +5,7 @@ import re
 import shlex
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import nibabel
@@ -71,7 +72,8 @@ def test_every_file_that_it_names_exists(repository: Path) -> None:
 
 def test_the_tree_is_the_tree(repository: Path) -> None:
     block = README.split("## The tree\n")[1].split("\n## ")[0]
-    folder, listed = "", {"": set(), "p2r/": set()}
+    folder = ""
+    listed: dict[str, set[str]] = {"": set(), "p2r/": set()}
     for line in re.findall(r"^    ( *)(\S+) ", block, re.MULTILINE):
         indent, name = line
         folder = "p2r/" if indent else ""
@@ -104,9 +106,7 @@ def test_every_job_is_in_the_table(repository: Path) -> None:
 def test_the_stock_library_and_five_lines_read_the_shards(tmp_path: Path, kind: str) -> None:
     rng = np.random.default_rng(0)
     shape = (20, 24, 5, 3) if kind == "cine" else (20, 24, 18)
-    data = rng.integers(-200, 3000, shape).astype(np.float32 if kind == "float" else np.int16) / (
-        3 if kind == "float" else 1
-    )
+    data = rng.integers(-200, 3000, shape) / (3 if kind == "float" else 1)
     affine = np.diag([-2.0, 1.5, 8.0, 1.0])
     if kind == "oblique":
         affine = np.array([[0.1, -1.4, 0.3, 5], [0.2, 0.3, 3.9, -7], [-1.5, 0.0, 0.4, 2], [0, 0, 0, 1]])
@@ -119,14 +119,14 @@ def test_the_stock_library_and_five_lines_read_the_shards(tmp_path: Path, kind: 
 
     code = re.search(r"```python\n(def voxels.*?)```", DOCS["docs/how-to/stream.md"], re.DOTALL)
     assert code is not None
-    names = {"json": json, "np": np, "blosc2": blosc2}
+    names: dict[str, Any] = {"json": json, "np": np, "blosc2": blosc2}
     exec(code[1], names)
     (shard,) = (tmp_path / "corpus").glob("*.tar")
     records = list(webdataset.WebDataset(str(shard), shardshuffle=False))
     assert len(records) == 1
     assert {type(records[0][name]) for name in ("json", "planes")} == {bytes}
     expected = np.asarray(nibabel.as_closest_canonical(image).dataobj)
-    found = names["voxels"](records[0])  # type: ignore[operator]
+    found = names["voxels"](records[0])
     assert np.array_equal(found, expected if kind == "cine" else expected[..., None])
     with tarfile.open(shard) as tar:
         assert sorted(tar.getnames()) == ["sub-01_T1w.json", "sub-01_T1w.planes"]

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Nothing -> infra/docker/secrets/: the token of Ray, the password of Grafana's `admin`, the key of the S3 server; each is made once.
-# The folder is its owner's alone; the files in it can be read, because the users in the containers are not its owner.
+# Creates infra/docker/secrets/ with Ray's token, the password of Grafana's `admin` and the key of the S3 server, each once.
+# Only its owner may enter the folder. Its files are world-readable, because the users in the containers are not its owner.
 set -eu
 folder=${1:-$(dirname "$0")/secrets}
 mkdir -p "$folder"
@@ -8,7 +8,7 @@ chmod 700 "$folder"
 
 random() { od -An -tx1 -N32 /dev/urandom | tr -d ' \n'; }
 
-once() { # once FILE TEXT: whole, or not there; without a line's end, which would be part of a password
+once() { # once FILE TEXT: atomic; without a trailing newline, which would be part of a password
     [ -s "$folder/$1" ] && return
     printf '%s' "$2" >"$folder/$1.new"
     chmod 644 "$folder/$1.new"
@@ -18,4 +18,4 @@ once() { # once FILE TEXT: whole, or not there; without a line's end, which woul
 once ray_auth_token "$(random)"
 once grafana_password "$(random)"
 once s3.env "$(printf 'AWS_ACCESS_KEY_ID=p2r\nAWS_SECRET_ACCESS_KEY=%s' "$(random)")"
-echo "secrets lie in $folder"
+echo "secrets are in $folder"

@@ -199,7 +199,7 @@ def _wait_for(is_up: Callable[[], bool], process: "subprocess.Popen[bytes]", *, 
         if is_up():
             return
         time.sleep(0.1)
-    raise RuntimeError(f"{process.args[0]} did not start: {log.read_text(errors='replace')[-2000:]}")
+    raise RuntimeError(f"{process.args!r} did not start: {log.read_text(errors='replace')[-2000:]}")
 
 
 def _is_answering(url: str) -> bool:

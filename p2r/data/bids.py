@@ -23,16 +23,16 @@ _MAX_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Description:
-    """The statements of a `dataset_description.json` about the data as a whole; empty where it is silent."""
+    """Content of a `dataset_description.json` that p2r uses; a missing value is empty."""
 
     title: str = ""
     licence: str = ""
     reference: str = ""
-    """What it asks to be cited."""
+    """Citation that the file requests."""
 
 
 def read_description(path: Path) -> Description:
-    """Read a `dataset_description.json`; one that is absent or broken states nothing."""
+    """Read a `dataset_description.json`; an absent or broken file has an empty description."""
     try:
         found = read_json(read_start(path, max_bytes=_MAX_BYTES), where=str(path), max_bytes=_MAX_BYTES)
     except (OSError, InputError):
@@ -41,19 +41,21 @@ def read_description(path: Path) -> Description:
         return Description()
     cited = (found.get(key) for key in ("DatasetDOI", "HowToAcknowledge", "ReferencesAndLinks"))
     return Description(
-        _words(found.get("Name")), _words(found.get("License")), next((text for text in map(_words, cited) if text), "")
+        _single_line(found.get("Name")),
+        _single_line(found.get("License")),
+        next((text for text in map(_single_line, cited) if text), ""),
     )
 
 
 def label_names(folders: Iterable[Path]) -> dict[int, str]:
-    """Return the names of label values in the `dseg.tsv` files of some folders, which BIDS keeps beside label maps."""
+    """Return the names of label values from the `dseg.tsv` files in folders of label maps."""
     names: dict[int, str] = {}
     for folder in folders:
         for path in sorted(folder.glob("*dseg.tsv")):
             try:
                 text = read_start(path, max_bytes=_MAX_BYTES).decode("utf-8-sig")
                 for row in csv.DictReader(text.splitlines(), delimiter="\t"):
-                    index, name = (row.get("index") or "").strip(), _words(row.get("name"))
+                    index, name = (row.get("index") or "").strip(), _single_line(row.get("name"))
                     if index.isascii() and index.isdecimal() and name:
                         names.setdefault(int(index[:9]), name)
             except (OSError, UnicodeDecodeError, csv.Error):
@@ -61,7 +63,7 @@ def label_names(folders: Iterable[Path]) -> dict[int, str]:
     return names
 
 
-def _words(value: Any) -> str:
+def _single_line(value: Any) -> str:
     if isinstance(value, list):
         value = "; ".join(item for item in value if isinstance(item, str))
     return " ".join(value.split())[:1000] if isinstance(value, str) else ""
@@ -87,7 +89,7 @@ def entities_of(name: str) -> dict[str, str]:
 
 
 def subject_of(entities: Mapping[str, str]) -> str | None:
-    """Return the subject that the entities of a name state."""
+    """Return the subject of a scan from the entities of its name."""
     return f"sub-{entities['sub']}" if "sub" in entities else None
 
 

@@ -1,4 +1,4 @@
-"""Scans in a bucket: one listing of a prefix, or one object after the other."""
+"""Scans in a bucket: by one listing of a prefix, or object by object."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +15,12 @@ from p2r.errors import DataError
 
 
 def scans_in_bucket(url: str, wants: Callable[[str], bool], datasets: dict[str, DatasetJson | None]) -> Iterator[Scan]:
-    """Yield every scan below a prefix, and the folders of a BIDS data set that are passed over.
+    """Yield every scan below a prefix, and the folders of a BIDS data set that are not read.
 
     Args:
-        url: Of the prefix, or of one object.
-        wants: Tells whether a file is wanted, by its path below the prefix.
-        datasets: Folders that are known to have no `dataset.json` are noted here, so that none is asked for.
+        url: URL of the prefix, or of one object.
+        wants: Predicate of the path below the prefix: whether a file is wanted.
+        datasets: `dataset.json` by folder. Folders without one are added, so that no request is made for it.
 
     Raises:
         DataError: if the bucket cannot be listed, or holds DICOM.
@@ -54,16 +54,16 @@ def scans_in_bucket(url: str, wants: Callable[[str], bool], datasets: dict[str, 
 
 
 def _list_folders(path: str) -> tuple[str, str]:
-    """Return the folder of an object, and the folder above."""
+    """Return the folder of an object, and the parent of that folder."""
     folder = path.rpartition("/")[0]
     return folder, folder.rpartition("/")[0]
 
 
 def small_object(url: str, *, max_bytes: int) -> bytes | None:
-    """Return the first bytes of an object, one more than `max_bytes` of a larger one; None if there is none.
+    """Return an object's content, or the first `max_bytes` + 1 bytes of a larger object; None if it does not exist.
 
     Raises:
-        DataError: if the bucket cannot be asked.
+        DataError: if the bucket cannot be reached.
     """
     try:
         return bytes(bucket_client().cat_file(url, start=0, end=max_bytes + 1))
@@ -114,15 +114,15 @@ def _is_in_dataset(path: str, bucket: Any, known: dict[str, bool]) -> bool:
 
 
 def scans_at(target: str, bucket: Any, known: dict[str, bool]) -> list[Scan]:
-    """Return the scan of an object, alone in a list; [] if there is none.
+    """Return the scan of one object as a list of one; [] if the object is no image or does not exist.
 
     Args:
         target: URL of the object.
-        bucket: The client.
-        known: Folders that were asked about, and whether they are in a BIDS data set.
+        bucket: Client of the bucket.
+        known: Cache by folder: whether it is in a BIDS data set.
 
     Raises:
-        DataError: if the bucket cannot be asked.
+        DataError: if the bucket cannot be reached.
     """
     path = target.removeprefix("s3://")
     try:

@@ -74,11 +74,11 @@ def read_dataset_json(path: Path) -> DatasetJson | None:
 
 
 def parse_dataset_json(content: bytes, path: str) -> DatasetJson | None:
-    """Parse a `dataset.json`; None if it is another program's.
+    """Parse a `dataset.json`; None if it belongs to another program.
 
     Args:
-        content: Of the file.
-        path: Its path or URL, for messages.
+        content: Bytes of the file.
+        path: Path or URL of the file, for messages.
 
     Raises:
         DataError: naming the file, the key and the rule.

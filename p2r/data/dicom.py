@@ -10,9 +10,9 @@ dcm2niix makes fewer slices than it has images, because no image may be lost.
 
 SeriesInstanceUID separates the series of a folder; a series spread over several folders counts once per folder. Series with
 one slice each of one acquisition, such as a cine, are joined (`dicom_stack`), as are slices that dcm2niix does not join.
-dcm2niix converts each multi-frame file of a series in a run of its own: in one run, version 1.0.20260724 fills all images but
-the first with values that are in no file. A multi-frame image with another distance between slices than its positions
-state is refused.
+Each multi-frame file of a series is converted in a separate run: with several in one run, dcm2niix 1.0.20260724 fills all
+images but the first with values that are in no file. A multi-frame image is refused if its slice distance contradicts its
+slice positions.
 """
 
 import hashlib
@@ -31,16 +31,16 @@ import dcm2niix
 import nibabel
 import numpy as np
 
-from p2r.data.dicom_frames import distance_mm, mixes_frames
+from p2r.data.dicom_frames import mixes_frames, slice_distance_mm
 from p2r.data.dicom_stack import (
     PLACE_TAGS,
     Place,
     by_position,
     header_of,
-    in_order,
     is_stack,
     num_images,
     place_of,
+    sort_slices,
     stack_planes,
     unique_files,
 )
@@ -176,12 +176,12 @@ def converted(files: Sequence[str], name: str, *, timeout_s: float, only_tags: b
     """
     _check_kind(files, name)
     with tempfile.TemporaryDirectory(prefix="p2r-dicom-") as folder:
-        groups = _by_frames(files)
+        groups = _group_for_converter(files)
         if len(groups) > 1:
-            yield _each_converted(groups, name, Path(folder), timeout_s=timeout_s, only_tags=only_tags)
+            yield _convert_groups(groups, name, Path(folder), timeout_s=timeout_s, only_tags=only_tags)
             return
         images, exit_code = _run_dcm2niix(files, name, Path(folder, "whole"), timeout_s=timeout_s, only_tags=only_tags)
-        _check_even(images, name)
+        _check_even_spacing(images, name)
         defect = None if only_tags and images else _find_defect(images, files, exit_code)
         parts = [_read_part(image) for image in images]
         if defect is not None:
@@ -194,8 +194,8 @@ def converted(files: Sequence[str], name: str, *, timeout_s: float, only_tags: b
         yield parts
 
 
-def _by_frames(files: Sequence[str]) -> list[list[str]]:
-    """Group the files of a series for the converter: each with several frames alone, the others together."""
+def _group_for_converter(files: Sequence[str]) -> list[list[str]]:
+    """Group the files of a series by run of the converter: each multi-frame file separately, the others together."""
     unique = set(unique_files(files))
     num_frames = {file: num_images([file]) for file in files if file in unique}
     groups = [[file] for file, number in num_frames.items() if number > 1]
@@ -203,30 +203,30 @@ def _by_frames(files: Sequence[str]) -> list[list[str]]:
     return [*groups, *([others] if others else [])]
 
 
-def _each_converted(
+def _convert_groups(
     groups: Sequence[Sequence[str]], name: str, folder: Path, *, timeout_s: float, only_tags: bool
 ) -> list[Part]:
-    """Convert the groups one by one; images of one plane each are put together, if they make a stack."""
+    """Convert the groups one by one; images of one slice each are joined if they form a stack."""
     until_s, images = time.monotonic() + timeout_s, list[Path]()
     for number, group in enumerate(groups):
         rest_s = max(1.0, until_s - time.monotonic())
         made, exit_code = _run_dcm2niix(group, name, folder / f"{number:04d}", timeout_s=rest_s, only_tags=only_tags)
-        _check_even(made, name)
+        _check_even_spacing(made, name)
         defect = None if only_tags and made else _find_defect(made, group, exit_code)
         if defect is not None and not defect.is_harmless:
             raise RefusedScan(
-                "unreadable", f"{name}: {defect.description}; run dcm2niix on {group[0]} to see what it says"
+                "unreadable", f"{name}: {defect.description}; run dcm2niix on {group[0]} to read its output"
             )
         images += made
     parts = [_read_part(image) for image in images]
     stack = folder / "stack.nii"
-    if only_tags or not stack_planes(in_order(images), stack):
+    if only_tags or not stack_planes(sort_slices(images), stack):
         return parts
     return [Part(stack, common_tags([part.tags for part in parts]), sum(part.num_ignored for part in parts))]
 
 
-def _check_even(images: Sequence[Path], name: str) -> None:
-    if any("_Eq" in image.stem for image in images):  # dcm2niix has interpolated
+def _check_even_spacing(images: Sequence[Path], name: str) -> None:
+    if any("_Eq" in image.stem for image in images):  # dcm2niix's suffix for interpolated images
         raise RefusedScan(
             "uneven_slices", f"{name} has slices at uneven distances: one may be missing; copy the series again"
         )
@@ -253,7 +253,7 @@ def _find_defect(images: Sequence[Path], files: Sequence[str], exit_code: int) -
     if num_planes < num_files:
         return _Defect(f"dcm2niix made {num_planes} slices of its {num_files} images: some would be lost")
     gaps = [np.linalg.norm(header.get_best_affine()[:3, 2]) for header in headers]
-    stated_mm = distance_mm(files[0]) if len(files) == 1 and num_files > 1 else None
+    stated_mm = slice_distance_mm(files[0]) if len(files) == 1 and num_files > 1 else None
     if stated_mm and any(
         depth > 1 and abs(gap - stated_mm) > 0.05 * stated_mm for (depth, _), gap in zip(shapes, gaps, strict=True)
     ):

@@ -45,11 +45,13 @@ def mixes_frames(file: str, images: Sequence[Path]) -> bool:
     return not all(_is_in_order(image, found) for image in images)
 
 
-def distance_mm(file: str) -> float | None:
-    """Return the distance between neighbouring slices by the positions of an enhanced image's frames.
+def slice_distance_mm(file: str) -> float | None:
+    """Return the distance between neighbouring slices, from the frame positions of an enhanced image.
 
-    dcm2niix takes the thickness of a slice for it where the header states no distance. None: the frames have several orientations or
-    uneven positions, or the file cannot be read.
+    dcm2niix uses the slice thickness instead if the header has no distance.
+
+    Returns:
+        None if the frames have several orientations or uneven positions, or if the file cannot be read.
     """
     try:
         with warnings.catch_warnings():
@@ -58,7 +60,7 @@ def distance_mm(file: str) -> float | None:
             if len(_read_orientations(dataset)) > 1:
                 return None
             steps = np.diff(sorted(set(_read_positions(dataset))))
-    except Exception:  # pydicom raises whatever hostile bytes lead it to
+    except Exception:  # hostile bytes can make pydicom raise anything
         return None
     if not len(steps) or np.ptp(steps) > 0.05 * steps.mean():
         return None
@@ -66,7 +68,7 @@ def distance_mm(file: str) -> float | None:
 
 
 def _read_orientations(dataset: Any) -> set[tuple[float, ...]]:
-    """Return the distinct orientations of the frames, to three decimals."""
+    """Return the distinct orientations of the frames, rounded to three decimals."""
     shared = dataset.SharedFunctionalGroupsSequence[0]
     frames = dataset.PerFrameFunctionalGroupsSequence
     sources = [frame if "PlaneOrientationSequence" in frame else shared for frame in frames]

@@ -110,8 +110,8 @@ def by_position(files: Sequence[str], name: str) -> list[list[str]] | None:
     return [groups[along] for along in sorted(groups)]
 
 
-def in_order(images: Sequence[Path]) -> list[Path]:
-    """Sort images (X, Y, 1, T) by position along their normal; [] if they do not lie evenly along one."""
+def sort_slices(images: Sequence[Path]) -> list[Path]:
+    """Sort images (X, Y, 1, T) by position along their normal; [] unless they are parallel and evenly spaced."""
     affines = [nibabel.nifti1.Nifti1Image.from_filename(image).affine for image in images]
     normals = [np.cross(affine[:3, 0], affine[:3, 1]) for affine in affines]
     units = [normal / max(float(np.linalg.norm(normal)), 1e-9) for normal in normals]

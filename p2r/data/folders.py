@@ -37,7 +37,7 @@ class Folder:
     is_bids: bool
     """True inside a BIDS data set."""
     not_raw: tuple[str, ...] = ()
-    """Folders in it that are not searched: derivatives and sources of a BIDS data set."""
+    """Subfolders that are not searched: derivatives, sourcedata and code of a BIDS data set."""
 
 
 def walk(root: Path) -> Iterator[Folder]:

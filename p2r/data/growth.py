@@ -152,7 +152,7 @@ def plan_growth(
         ledger: Ledger of the current corpus.
         first_number: Number of the first new shard.
         allowed_subjects: Subjects to which `config.subjects_of` resolves; None: all.
-        passed_over: Folders that are not read, from `search_scans`: each has a row.
+        passed_over: Folders that are not read, from `search_scans`; each gets a row.
 
     Raises:
         DataError: if a listed subject has no scan, or no scan belongs to a selected subject. Also if all scans appear to

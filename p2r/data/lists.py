@@ -29,11 +29,11 @@ SUBJECT_COLUMNS = ("subject", "subject_id", "participant_id", "participant", "pa
 MAX_BYTES = 1 << 27
 """Largest list that is read."""
 MAX_LINES = 1_000_000
-"""Most lines of a list, empty ones included: to parse them takes about ten seconds of one CPU."""
+"""Maximum number of lines, including empty ones; parsing them takes one CPU about ten seconds."""
 
 _MAX_TEXT = 4096
 _MAX_COLUMNS = 1000
-_MAX_LINE = 1 << 20
+_MAX_LINE_LENGTH = 1 << 20
 _SHOWN = 100
 
 
@@ -68,20 +68,20 @@ def parse_list(content: bytes, name: str) -> list[Row]:
             f"list {name} is not UTF-8 text: {error}; save it as UTF-8, or: iconv -f LATIN1 -t UTF-8 {name}"
         ) from None
     if text.count("\n") + text.count("\r") - text.count("\r\n") > MAX_LINES:
-        raise DataError(f"list {name} has more than the {MAX_LINES:,} lines that a list may have; part it")
+        raise DataError(f"list {name} has more than {MAX_LINES:,} lines; split it into several lists")
     rows = _parse_jsonl(text.encode(), name) if name.lower().endswith(".jsonl") else _parse_csv(text, name)
     return [_make_row(line, values, f"list {name}, line {line}") for line, values in rows]
 
 
 def _parse_csv(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    lines = _lines(text, name)
+    lines = _iterate_lines(text, name)
     reader = csv.reader(lines, delimiter=_find_delimiter(text, name), skipinitialspace=True, strict=True)
     columns: list[str] | None = None
     try:
         for record in reader:
             if len(record) > _MAX_COLUMNS:
                 raise DataError(
-                    f"list {name}, line {reader.line_num}: {len(record):,} values; a row may have {_MAX_COLUMNS:,}"
+                    f"list {name}, line {reader.line_num}: {len(record):,} values; a row may have up to {_MAX_COLUMNS:,}"
                 )
             if not any(value.strip() for value in record):
                 continue
@@ -103,10 +103,10 @@ def _parse_csv(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise DataError(f"list {name}, line {reader.line_num}: {error}") from None
 
 
-def _lines(text: str, name: str) -> Iterator[str]:
+def _iterate_lines(text: str, name: str) -> Iterator[str]:
     for number, line in enumerate(io.StringIO(text, newline=""), start=1):
-        if len(line) > _MAX_LINE:
-            raise DataError(f"list {name}, line {number}: it has more than the {_MAX_LINE:,} characters of a line")
+        if len(line) > _MAX_LINE_LENGTH:
+            raise DataError(f"list {name}, line {number}: the line exceeds {_MAX_LINE_LENGTH:,} characters; correct it")
         yield line
 
 
@@ -114,7 +114,7 @@ def _find_delimiter(text: str, name: str) -> str:
     """Return the column separator: for a `.csv`, the one with which `path` is a column."""
     if name.lower().endswith(".tsv"):
         return "\t"
-    first = next((line for line in _lines(text, name) if not line.isspace()), "")
+    first = next((line for line in _iterate_lines(text, name) if not line.isspace()), "")
     fitting = [one for one in ",;\t" if "path" in (_column_name(value.strip(' "')) for value in first.split(one))]
     return fitting[0] if fitting else ","
 
@@ -129,7 +129,7 @@ def _parse_jsonl(content: bytes, name: str) -> Iterator[tuple[int, Mapping[str, 
     for line, value in read_lines(content, where=f"list {name}", max_bytes=MAX_BYTES, max_depth=4, error=DataError):
         found = {_column_name(key): item for key, item in value.items()} if isinstance(value, dict) else {}
         if len(found) > _MAX_COLUMNS:
-            raise DataError(f"list {name}, line {line}: {len(found):,} keys; a row may have {_MAX_COLUMNS:,}")
+            raise DataError(f"list {name}, line {line}: {len(found):,} keys; a row may have up to {_MAX_COLUMNS:,}")
         if "path" not in found or len(found) < len(value):
             raise DataError(
                 f"list {name}, line {line}: a line must be a JSON object with the key `path`, and each key once"
@@ -157,8 +157,8 @@ def _check_text(value: Any, field: str, where: str) -> str:
         value = json.dumps(value)
     if not isinstance(value, str) or len(value) > _MAX_TEXT or not is_plain(value):
         raise DataError(
-            f"{where}: {field} must be a text of up to {_MAX_TEXT} characters, without control characters, marks of direction or "
-            f"characters of no width, or a number; got {_shorten(value)}"
+            f"{where}: {field} must be a number, or a text of up to {_MAX_TEXT} characters without control characters, "
+            f"direction marks and zero-width characters; got {_shorten(value)}"
         )
     if looks_secret(value):
         raise DataError(

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, TypeAdapter
 
 from p2r.data.pseudonyms import names_for
-from p2r.documents import Digests, FewKeys, Sha256, checked, read_json
+from p2r.documents import Digests, FewKeys, Sha256, checked, read_json, way_out
 from p2r.errors import DataError
 from p2r.storage import Storage
 
@@ -32,6 +32,9 @@ MOST = 2**53
 
 Manifest = Mapping[str, Any]
 
+_WAY_OUT = (
+    "restore the file (the folder `manifests` of a corpus has a copy of each revision), or ingest this corpus again"
+)
 _COUNTS = ("num_samples", "num_records", "num_volumes", "num_bytes")
 _NAMES = re.compile(r"(?:shard-[0-9]{6,9}-[0-9a-f]{12}\.tar\n)*")  # of all shards, a line each
 _Count = Annotated[int, Field(ge=0, lt=MOST)]
@@ -143,12 +146,15 @@ def parse_manifest(content: bytes, *, name: str) -> dict[str, Any]:
     Raises:
         DataError: if this version cannot read the manifest, or it breaks a rule; names the key and the rule.
     """
+    with way_out(_WAY_OUT):
+        return _parsed(content, name)
+
+
+def _parsed(content: bytes, name: str) -> dict[str, Any]:
     manifest = read_json(content, where=name, max_bytes=MAX_MANIFEST_BYTES, error=DataError)
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
-        raise DataError(
-            f"{name}: format is {str(found)[:80]!r}, this version reads {FORMAT!r}; ingest this corpus again"
-        )
+        raise DataError(f"{name}: format is {str(found)[:80]!r}, this version reads {FORMAT!r}")
     assert isinstance(manifest, dict)
     where = f"{name} is not a valid manifest:"
     checked(_MANIFEST, manifest, where=where, error=DataError)

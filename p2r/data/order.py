@@ -12,9 +12,9 @@ L / R neighbouring lanes. Therefore
 
 Several corpora share the lanes by weight, and each has its own epochs: a small one repeats more often.
 
-A sample's position within a window is computed, not looked up: a Feistel network with cycle walking is a permutation of any
-length in constant time and no memory (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Shards are
-permuted by sorting raw Philox words. Neither depends on functions whose results numpy may change.
+A sample's position within a window is computed, not looked up. A Feistel network with cycle walking permutes any length in
+constant time and no memory (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Shards are permuted by
+sorting raw Philox words. Neither depends on functions whose results numpy may change.
 
 Letters: N samples, G global batch, L lanes, R ranks, W window.
 """
@@ -227,6 +227,32 @@ def check_world_size(global_batch: int, world_size: int) -> None:
             f"{world_size} ranks cannot share a global batch of {global_batch} ({lanes} lanes): "
             f"use {', '.join(map(str, allowed_world_sizes(global_batch)))} ranks, or another global_batch"
         )
+
+
+def check_micro_batch(global_batch: int, world_size: int, micro_batch: int | None) -> None:
+    """Refuse a micro-batch that does not divide a rank's part of the global batch.
+
+    Raises:
+        DataError: It does not.
+    """
+    images = global_batch // world_size
+    if micro_batch is not None and images % micro_batch:
+        raise DataError(
+            f"pretrain.micro_batch must divide a worker's part of the global batch, got {micro_batch} for {global_batch} "
+            f"images over {world_size} workers: {images} each"
+        )
+
+
+def sizes_for_micro_batch(global_batch: int, world_sizes: Sequence[int], micro_batch: int | None) -> list[int]:
+    """Return the numbers of ranks whose parts of the global batch the micro-batch divides.
+
+    Raises:
+        DataError: There is none.
+    """
+    found = [size for size in world_sizes if micro_batch is None or global_batch // size % micro_batch == 0]
+    if not found:
+        check_micro_batch(global_batch, world_sizes[0], micro_batch)
+    return found
 
 
 def world_sizes_between(global_batch: int, fewest: int, most: int) -> list[int]:

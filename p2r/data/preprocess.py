@@ -32,7 +32,7 @@ from p2r.data.preparation import planes_to_volume as planes_to_volume
 from p2r.data.preparation import slice_axis as slice_axis
 from p2r.data.preparation import volume_to_planes as volume_to_planes
 from p2r.data.volume import Volume
-from p2r.device import on_device
+from p2r.device import to_device
 from p2r.errors import RefusedScan
 
 MAX_IMAGES_MIB = 8192.0
@@ -83,14 +83,14 @@ class Frames:
     """Voxel size on the volume's own grid, mm."""
 
 
-def check_room(num_values: float, what: str, way_out: str, *, max_mib: float | None = None) -> None:
-    """Refuse arrays of float32 that would be too large, before any of them is allocated.
+def check_room(num_values: float, content: str, advice: str, *, max_mib: float | None = None) -> None:
+    """Refuse float32 arrays that would be too large, before any of them is allocated.
 
     Args:
-        num_values: Of all arrays together.
-        what: They would hold, for the message.
-        way_out: What makes them smaller.
-        max_mib: Most memory; None: `MAX_IMAGES_MIB`.
+        num_values: Total number of values.
+        content: Content of the arrays, for the message.
+        advice: Way to make them smaller, for the message.
+        max_mib: Largest allowed memory; None: `MAX_IMAGES_MIB`.
 
     Raises:
         RefusedScan: `too_large`.
@@ -100,18 +100,18 @@ def check_room(num_values: float, what: str, way_out: str, *, max_mib: float | N
     if num_mib > max_mib:
         raise RefusedScan(
             "too_large",
-            f"{what} would take {num_mib:,.0f} MiB of memory, up to {max_mib:,.0f} MiB are allowed: {way_out}",
+            f"{content} would take {num_mib:,.0f} MiB of memory, up to {max_mib:,.0f} MiB are allowed: {advice}",
         )
 
 
 def check_plane(shape: tuple[int, int], spacing_mm: tuple[float, float], *, target_mm: float, name: str) -> None:
-    """Refuse planes that cannot be resampled one by one: an image of training is a crop of such a plane.
+    """Refuse slices that are too large to resample one by one; a training image is a crop of a resampled slice.
 
     Args:
-        shape: (h, w).
-        spacing_mm: Of rows and columns, mm.
+        shape: (h, w) of a slice.
+        spacing_mm: Spacing of rows and columns, mm.
         target_mm: Pixel size after resampling, mm.
-        name: Of the scan.
+        name: Name of the scan, for messages.
 
     Raises:
         RefusedScan: `too_large`.
@@ -131,7 +131,8 @@ def _check_planes(
     height, width = _resampled_shape(shape, spacing_mm, target_mm)
     check_room(
         num_planes * (shape[0] * width + height * width),  # columns are resampled first
-        f"{name}: {num_planes:,} planes of {_sizes(shape, spacing_mm)}, {_sizes((height, width), (target_mm,))} after resampling,",
+        f"{name}: {num_planes:,} slices of {_describe_size(shape, spacing_mm)}, "
+        f"{_describe_size((height, width), (target_mm,))} after resampling,",
         _COARSER,
         max_mib=max_mib,
     )
@@ -147,16 +148,16 @@ def _check_frames(
     name: str,
 ) -> None:
     (_, y, z), (to_x, to_y, to_z) = own, shape
-    images = to_x * y * z + to_x * to_y * z + to_x * to_y * to_z  # one axis is resampled after another
+    images = to_x * y * z + to_x * to_y * z + to_x * to_y * to_z  # axes are resampled one after another
     weights = 8 * sum(n * to_n for n, to_n in zip(own, shape, strict=True))  # of `axis_weights`, in float64
     check_room(
         num_frames * images + weights,
-        f"{name}: {num_frames:,} frames of {_sizes(own, spacing_mm)}, {_sizes(shape, (target_mm,))} after resampling,",
+        f"{name}: {num_frames:,} frames of {_describe_size(own, spacing_mm)}, {_describe_size(shape, (target_mm,))} after resampling,",
         _COARSER,
     )
 
 
-def _sizes(shape: Sequence[int], spacing_mm: Sequence[float]) -> str:
+def _describe_size(shape: Sequence[int], spacing_mm: Sequence[float]) -> str:
     return f"{' x '.join(f'{n:,}' for n in shape)} voxels of {' x '.join(f'{mm:g}' for mm in spacing_mm)} mm"
 
 
@@ -277,14 +278,14 @@ def _resample_to_cubic(
             voxels.shape[axis - 3], centre[axis], spacing_mm=spacing_mm[axis], target_mm=target_mm, size=size
         )
         weights.append(matrix)
-        inside = inside[..., None] & on_device(within.numpy(), voxels.device, dtype=torch.bool)
+        inside = inside[..., None] & to_device(within, voxels.device)
     return _apply_weights(voxels, weights), inside
 
 
 def _apply_weights(maps: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Multiply each of the last three axes of `maps` by its matrix (samples, voxels)."""
     for axis, axis_matrix in enumerate(weights, start=maps.ndim - 3):
-        matrix = on_device(axis_matrix.numpy(), maps.device)
+        matrix = to_device(axis_matrix, maps.device)
         maps = torch.movedim(torch.tensordot(matrix, maps, dims=([1], [axis])), 0, axis)
     return maps
 

@@ -110,8 +110,8 @@ def names_of(cohort: str, *, pseudonyms: bool) -> Names:
     if len(secret) < _MIN_SECRET:
         raise DataError(
             f"pseudonyms need a secret of {_MIN_SECRET} or more characters in the environment variable {VARIABLE} "
-            f"({'it has ' + str(len(secret)) if secret else 'it is not set'}): make one with `openssl rand -hex 32`, and keep it "
-            "for the lifetime of the corpus"
+            f"({'it has ' + str(len(secret)) if secret else 'it is not set'}): make one with `openssl rand -hex 32`. Keep it for "
+            "the lifetime of the corpus"
         )
     return Names(cohort, secret.encode())
 

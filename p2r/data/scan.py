@@ -1,4 +1,4 @@
-"""A scan that was found: its files, and the facts that names and lists state about it. Its voxels are read elsewhere."""
+"""A scan of a source: its files, and facts from file names and lists. Its voxels are read elsewhere."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -35,7 +35,7 @@ class Scan:
     label_map: str = ""
     """Reason why its name or a `dataset.json` marks it as a label map; empty if there is none."""
     passed_over: str = ""
-    """Reason why it is a folder that is not read instead of a scan; empty for a scan."""
+    """For a folder that is not read, the reason; empty for a scan."""
 
     @property
     def name(self) -> str:
@@ -44,7 +44,7 @@ class Scan:
 
 
 def folder_passed_over(path: str, num_files: int) -> Scan:
-    """Return the entry of a folder of a BIDS data set that holds results or sources, and whose files are not read."""
+    """Return the entry of a folder of a BIDS data set that is not read, because it holds results or sources."""
     name = path.rpartition("/")[2]
-    reason = f"{name} of a BIDS data set is not read ({num_files} images); a source of its own in ingest.sources is"
+    reason = f"{name} of a BIDS data set is not read ({num_files} images); to read it, list it in ingest.sources"
     return Scan(path, name, 0, f"{num_files} files", passed_over=reason)

@@ -83,7 +83,7 @@ def find_scans(
     exclude: Sequence[str] = (),
     dicom_subject: DicomSubject = "folder",
 ) -> list[Scan]:
-    """List every scan of the sources once, sorted by path; as `search_scans`."""
+    """List every scan of the sources once, sorted by path; see `search_scans`."""
     return search_scans(sources, cache=cache, include=include, exclude=exclude, dicom_subject=dicom_subject).scans
 
 

@@ -75,7 +75,7 @@ class StreamState:
             if value.get(name) != expected:
                 raise CheckpointError(
                     f"the checkpoint's data stream has {name} {value.get(name)!r}, this run has {expected!r}: "
-                    "resume with the same corpus, seed and global batch, or start a new run from the weights with --fork NAME"
+                    "resume with the same corpus, seed and global batch, or start from the weights with --fork NAME"
                 )
         return replace(self, step=value["step"])
 

@@ -82,15 +82,15 @@ class Survey:
     passed_over: tuple[Scan, ...] = ()
     """Folders of a BIDS data set whose files are not read."""
     test: tuple[Scan, ...] = ()
-    """Scans that a `dataset.json` keeps apart as test images, and imagesTs."""
+    """Test images: scans listed as such in a `dataset.json`, and those in imagesTs."""
     test_patterns: tuple[str, ...] = ()
-    """Patterns of `ingest.exclude` that stand for them."""
+    """Patterns for `ingest.exclude` that match the test images."""
     title: str = ""
-    """Name or description that the data set gives itself."""
+    """Name or description, as the data set states it."""
     licence: str = ""
-    """As the data set states it."""
+    """Licence, as the data set states it."""
     reference: str = ""
-    """What the data set asks to be cited."""
+    """Citation that the data set requests."""
     label_names: Mapping[int, str] = field(default_factory=dict)
     """Names of label values, as the data set states them."""
 
@@ -101,7 +101,7 @@ def survey(
     """Survey a folder by its file names.
 
     Args:
-        root: The folder, or the `s3://` URL of a prefix, whose label maps are not paired: tasks read folders.
+        root: The folder, or the `s3://` URL of a prefix. In a bucket label maps are not paired, because tasks read folders.
         labels: Folder of the label maps, if known; None: search below `root`.
         form: Layout; None: guess it.
         contrast: Part of the name of the labelled scans, to choose among several contrasts.
@@ -152,7 +152,7 @@ def survey(
 
 
 def _test_patterns(dataset: DatasetJson | None, scans: Sequence[Scan]) -> tuple[str, ...]:
-    """Return patterns of the test images: of their folders, and of single files where training images are in the same."""
+    """Return patterns that match the test images: a folder of them, or single files in a folder with training images."""
     if dataset is None:
         return ()
     training = {image.rpartition("/")[0] for image, _ in dataset.training} | {"imagesTr"}
@@ -234,7 +234,7 @@ def _find_label_folders(root: Path | None, form: Form) -> list[Path]:
 def _find_pairing(root: Path, labels: Path, form: Form, contrast: str | None) -> Pairing | None:
     """Return the rule that pairs the most label maps of a folder with a scan."""
     if not labels.is_dir():
-        raise DataError(f"there is no folder {labels} with label maps; correct the path")
+        raise DataError(f"the folder of label maps {labels} does not exist; correct the path")
     images = root
     if form in ("nnunet", "msd") and (root / "imagesTr").is_dir():
         images = root / "imagesTr"

@@ -1,4 +1,4 @@
-"""`python -m p2r.engine JOB`: the former name of `python -m p2r JOB`, kept for one version."""
+"""`python -m p2r.engine JOB`: former name of `python -m p2r JOB`, kept for one version."""
 
 import runpy
 from contextlib import suppress

@@ -1,7 +1,7 @@
-"""First weights from elsewhere -> the corpora and licences that they bring along.
+"""Corpora and licences that a run inherits through its initial weights.
 
-A run that starts from another's weights has seen that run's patients, too. A checkpoint keeps where its first weights came
-from, as pins of corpora and backbones (`origins`); publishing reads them again, so that the backbone names every corpus.
+A run that starts from another run's weights has seen that run's patients, too. A checkpoint records the origin of its initial
+weights as pins of corpora and backbones (`origins`). Publishing reads them, so that the backbone names every corpus.
 """
 
 import re
@@ -14,39 +14,39 @@ from p2r.errors import InputError
 from p2r.reference import Reference, parse_reference
 from p2r.storage import Storage
 
-_OF_CORPUS = ("licence", "provenance", "cohort", "num_samples", "num_subjects")
-# What fine-tuning needs to refuse a task whose validation or test patients are in the corpus.
-_OF_LEAKS = ("salt", "subject_digests", "voxel_digests", "deidentification")
+_CORPUS_KEYS = ("licence", "provenance", "cohort", "num_samples", "num_subjects")
+# Needed by fine-tuning to refuse a task whose validation or test patients are in the corpus.
+_LEAK_KEYS = ("salt", "subject_digests", "voxel_digests", "deidentification")
 
 
 class Ancestry(NamedTuple):
-    """What first weights were pretrained on."""
+    """Pretraining data of initial weights."""
 
     corpora: list[CorpusFacts] | None
-    """None: unknown, in part or whole."""
+    """Corpora; None: unknown, at least in part."""
     licences: list[str]
 
 
 def corpus_facts(manifest: Mapping[str, Any], *, url: str, sha256: str, weight: float | None) -> CorpusFacts:
-    """Return what a backbone keeps of a corpus revision."""
-    facts = {key: manifest[key] for key in (*_OF_CORPUS, *_OF_LEAKS)}
+    """Return the facts about a corpus revision that a backbone keeps."""
+    facts = {key: manifest[key] for key in (*_CORPUS_KEYS, *_LEAK_KEYS)}
     return CorpusFacts(url=url, sha256=sha256, weight=weight, **facts)
 
 
 def origins_of_checkpoint(manifest: Mapping[str, Any], url: str) -> list[str] | None:
-    """Return pins of all that a checkpoint's weights were pretrained on; None: unknown.
+    """Return pins of all pretraining data of a checkpoint's weights; None: unknown.
 
     Args:
-        manifest: Of the checkpoint.
-        url: Its folder.
+        manifest: Manifest of the checkpoint.
+        url: URL of its folder.
     """
     try:
-        return _origins(manifest, url)
-    except (KeyError, TypeError, AttributeError, ValueError, InputError):  # of another version, or rubbish
+        return _list_origins(manifest, url)
+    except (KeyError, TypeError, AttributeError, ValueError, InputError):  # of another version, or invalid
         return None
 
 
-def _origins(manifest: Mapping[str, Any], url: str) -> list[str] | None:
+def _list_origins(manifest: Mapping[str, Any], url: str) -> list[str] | None:
     before = manifest.get("init_from")
     origins = [] if before is None else before.get("origins")
     own = re.fullmatch(r"(.+)/pretrain/checkpoints/[^/]+", url)
@@ -60,15 +60,15 @@ def _origins(manifest: Mapping[str, Any], url: str) -> list[str] | None:
 
 
 def origins_of_backbone(artefact: Artefact) -> list[str]:
-    """Return pins of all that a backbone's weights were pretrained on: its manifest says the rest."""
+    """Return pins of all pretraining data of a backbone's weights: the backbone itself, whose manifest names its corpora."""
     return [artefact.pin]
 
 
 def ancestry(init_from: Mapping[str, Any] | None) -> Ancestry:
-    """Return the corpora and licences of a run's first weights.
+    """Return the corpora and licences of a run's initial weights.
 
     Args:
-        init_from: What its checkpoint keeps of them; None: they were drawn.
+        init_from: Record of the initial weights in the checkpoint; None: random weights.
     """
     if init_from is None:
         return Ancestry([], [])
@@ -77,13 +77,13 @@ def ancestry(init_from: Mapping[str, Any] | None) -> Ancestry:
     corpora: list[CorpusFacts] | None = []
     licences: list[str] = []
     for origin in init_from["origins"]:
-        found = _read(origin)
+        found = _read_origin(origin)
         licences += found.licences
         corpora = None if corpora is None or found.corpora is None else corpora + found.corpora
     return Ancestry(corpora, licences)
 
 
-def _read(origin: str) -> Ancestry:
+def _read_origin(origin: str) -> Ancestry:
     try:
         reference = parse_reference(origin)
         if reference.sha256 is None:
@@ -96,12 +96,12 @@ def _read(origin: str) -> Ancestry:
         return Ancestry(
             [corpus_facts(corpus, url=storage.url, sha256=reference.sha256, weight=None)], [corpus["licence"]]
         )
-    except InputError:  # it is gone, or was exchanged
+    except InputError:  # deleted, or replaced
         return Ancestry(None, ["unknown"])
 
 
 def added(own: Sequence[CorpusFacts], inherited: Sequence[CorpusFacts]) -> list[CorpusFacts]:
-    """Return own corpora, and inherited ones in which somebody is who is in none of these; revisions of one corpus share a salt."""
+    """Return own corpora, plus inherited ones with subjects or scans not in them. Revisions of one corpus share a salt."""
     found = list(own)
     for corpus in inherited:
         is_known = any(

@@ -1,8 +1,8 @@
-"""The one door to DeepSpeed: a process group and a training engine, on GPUs (NCCL) and on CPUs (gloo) alike.
+"""The only access to DeepSpeed: a process group and a training engine, on GPUs (NCCL) and CPUs (gloo) alike.
 
-DeepSpeed would compile C++ operators at first use; the optimizer is torch's and all others are declared absent, so that no
-compiler is needed. Whether gradients are finite, how they are clipped and what becomes of a mean of the weights is decided
-in `p2r.engine.update`, alike for every ZeRO stage: DeepSpeed is told to do none of it.
+DeepSpeed would compile C++ operators at first use. The optimizer is torch's and all others are declared absent, so no compiler
+is needed. `p2r.engine.update` checks gradients, clips them and averages the weights, in the same way for every ZeRO stage;
+these features of DeepSpeed are disabled.
 """
 
 import logging
@@ -19,11 +19,11 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # there, 
 from p2r.config import PretrainConfig
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-"""Of the weights in training, by `pretrain.precision`."""
+"""Type of the weights in training, by `pretrain.precision`."""
 
 
 def join_process_group(device: torch.device) -> tuple[int, int]:
-    """Join the process group that the environment describes (torchrun, Ray), or make one of a single process.
+    """Join the process group described by the environment (torchrun, Ray), or create one with a single process.
 
     Returns:
         This process's rank, and the number of processes.
@@ -34,29 +34,29 @@ def join_process_group(device: torch.device) -> tuple[int, int]:
     from deepspeed.runtime import compiler
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Of what DeepSpeed calls at ZeRO stage 3: nothing that a user could change.
+    # Raised by DeepSpeed's own calls at ZeRO stage 3; users cannot act on it.
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
-    # Set before anything asks: DeepSpeed would probe all its C++ operators with the compiler, and build one for gloo.
+    # Set before the first query: DeepSpeed would probe all its C++ operators with the compiler, and build one for gloo.
     deepspeed.ops.__compatible_ops__ = {}
-    # DeepSpeed would prepare an optimizer for torch.compile that nobody uses here: 1.5 s of imports at every start.
+    # DeepSpeed would prepare an unused optimizer for torch.compile: 1.5 s of imports at every start.
     compiler.compile = lambda: compiler.dummy_decorator
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "WORLD_SIZE" in os.environ:
             torch.distributed.init_process_group(backend)
         else:
-            # No address, no port: nothing that another process, or a child of this one, could collide with.
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
+            # Without an address and port, no other process, not even a child, can collide with it.
+            os.environ.setdefault("LOCAL_RANK", "0")  # required by DeepSpeed
             torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False, dist_init_required=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -> Any:
-    """Wrap `model` into a DeepSpeed engine with AdamW and ZeRO as `config` says.
+    """Wrap `model` into a DeepSpeed engine with AdamW and ZeRO, following `config`.
 
-    The engine's gradients are averaged over ranks; the losses of `p2r.loss` expect exactly that. Its `mean_weights` are
-    this rank's part of a running mean (see `pretrain.ema_decay`), in the layout of `masters`; None without one.
+    Gradients are averaged over ranks, as the losses of `p2r.loss` require. `mean_weights` is this rank's part of the moving
+    average (see `pretrain.ema_decay`), in the layout of `masters`; None if disabled.
     """
     import deepspeed
 
@@ -65,7 +65,7 @@ def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.optimizer.learning_rate,
-        fused=True,  # one that can be told on the device to scale gradients, or to do nothing
+        fused=True,  # can scale gradients, or skip the step, by tensors on the device
     )
     micro_batch = config.micro_batch or config.global_batch // world_size
     num_weights = sum(parameter.numel() for parameter in model.parameters())
@@ -79,9 +79,9 @@ def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -
             "gradient_accumulation_steps": config.global_batch // (world_size * micro_batch),
             "zero_optimization": {
                 "stage": config.zero_stage,
-                # A bucket is allocated whole: its default of 5e8 numbers is for models that are larger than ours.
+                # A bucket is allocated in full: its default of 5e8 numbers is meant for larger models.
                 "reduce_bucket_size": min(500_000_000, num_weights),
-                # Norms are ours; stages 0 and 3 cannot be told so.
+                # We compute the norm ourselves; stages 0 and 3 do not allow disabling DeepSpeed's.
                 "compute_grad_norm": config.zero_stage not in (1, 2),
             },
             "zero_allow_untested_optimizer": True,
@@ -90,7 +90,7 @@ def build_engine(model: nn.Module, config: PretrainConfig, *, world_size: int) -
             "gradient_clipping": 0.0,
             "steps_per_print": 2**62,
             "wall_clock_breakdown": False,
-            # Measures samples per second, which nothing here reads, by synchronising with the device twice a micro-batch.
+            # The throughput timer synchronises with the device twice per micro-batch, and nothing reads it.
             "timers": {"throughput": {"enabled": False, "synchronized": False}},
         },
     )
@@ -107,7 +107,7 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def masters(engine: Any) -> list[Tensor]:
-    """Return the fp32 weights that this rank updates: all, tensor by tensor, at ZeRO stage 0; its flat part from 1 on."""
+    """Return the fp32 weights that this rank updates: all, tensor by tensor, at ZeRO stage 0; its flat part from stage 1."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return list(engine.module.parameters())
@@ -117,11 +117,13 @@ def masters(engine: Any) -> list[Tensor]:
 
 
 def reduced_gradients(engine: Any) -> list[Tensor]:
-    """Return the mean gradients over ranks that this rank holds before a step: all at ZeRO stage 0, its part from 1 on."""
+    """Return the mean gradients over ranks held by this rank before a step: all at ZeRO stage 0, its part from stage 1."""
     if engine.zero_optimization_stage() == 0:
         trained = [weight for weight in engine.module.parameters() if weight.grad is not None]
         for weight in trained:
-            if weight.grad.stride() != weight.stride():  # axes of one element; a fused optimizer insists
+            if (
+                weight.grad.stride() != weight.stride()
+            ):  # differs for axes of one element; fused optimizers require equality
                 weight.grad = torch.empty_like(weight).copy_(weight.grad)
         return [weight.grad for weight in trained]
     return [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group or ()]
@@ -129,31 +131,31 @@ def reduced_gradients(engine: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def full_weights(engine: Any, *, mean: bool = False) -> dict[str, Tensor]:
-    """Bring together the whole model in fp32 on the host, under the names of its state. Collective.
+    """Gather the whole model in fp32 on the host, under the names of its state. Collective.
 
     Args:
-        engine: At any ZeRO stage and precision; of bf16 training, these are the weights before rounding.
-        mean: Take the running mean of the weights, of an engine that keeps one.
+        engine: Engine at any ZeRO stage and precision; in bf16 training, the weights before rounding are returned.
+        mean: Return the moving average of the weights; the engine must have one.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
     partitioned = engine.zero_optimization_stage() > 0
-    with _mean_in_place(engine) if mean else _as_they_are():
+    with _swap_in_mean(engine) if mean else _keep_weights():
         weights = {
-            name: _on_host(safe_get_full_fp32_param(weight) if partitioned else weight)
+            name: _to_host(safe_get_full_fp32_param(weight) if partitioned else weight)
             for name, weight in engine.module.named_parameters()
         }
-    buffers = {name: _on_host(buffer) for name, buffer in engine.module.named_buffers()}
+    buffers = {name: _to_host(buffer) for name, buffer in engine.module.named_buffers()}
     return weights | buffers
 
 
-def _on_host(tensor: Tensor) -> Tensor:
+def _to_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 @torch.no_grad()
 def set_mean_weights(engine: Any, weights: Mapping[str, Tensor]) -> None:
-    """Set the running mean of the weights from a whole model, as `full_weights` gave it on any number of ranks."""
+    """Set the moving average of the weights from a whole model, as returned by `full_weights` on any number of ranks."""
     from deepspeed.utils import safe_set_full_fp32_param
 
     stage = engine.zero_optimization_stage()
@@ -165,7 +167,7 @@ def set_mean_weights(engine: Any, weights: Mapping[str, Tensor]) -> None:
             weight.copy_(value)
         elif stage < 3:
             safe_set_full_fp32_param(weight, value)
-        else:  # DeepSpeed's own setter fails where the last rank's part is padded
+        else:  # DeepSpeed's setter fails if the last rank's part is padded
             optimizer = engine.optimizer
             group, first, num = optimizer.grad_position[optimizer.get_param_id(weight)]
             here = value.flatten()[num * torch.distributed.get_rank() :][:num]
@@ -175,15 +177,15 @@ def set_mean_weights(engine: Any, weights: Mapping[str, Tensor]) -> None:
         part.copy_(before)
 
 
-def bring(weight: nn.Parameter) -> None:
-    """Have a small weight of the model here, to be read outside of its forward pass: ZeRO stage 3 may hold a part of it."""
+def gather_parameter(weight: nn.Parameter) -> None:
+    """Gather a small ZeRO-3 parameter for use outside the forward pass; no effect at other stages."""
     status = getattr(weight, "ds_status", None)
     if status is not None and status.name != "AVAILABLE":
         weight.all_gather()  # type: ignore[attr-defined]
 
 
 @contextmanager
-def _mean_in_place(engine: Any) -> Iterator[None]:
+def _swap_in_mean(engine: Any) -> Iterator[None]:
     parts = masters(engine)
     kept = [part.detach().clone() for part in parts]
     for part, mean in zip(parts, engine.mean_weights, strict=True):
@@ -196,5 +198,5 @@ def _mean_in_place(engine: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _as_they_are() -> Iterator[None]:
+def _keep_weights() -> Iterator[None]:
     yield

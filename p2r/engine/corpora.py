@@ -1,7 +1,7 @@
-"""The corpora that a run streams from, each at the revision that the run began with.
+"""Corpora that a run streams from, each at the revision that was current when the run started.
 
-A corpus grows while runs read it. The first process to start decides which revision is current and tells the others; the
-checkpoint keeps it, so a resumed run, and the backbone that is published from it, see what the run began with.
+A corpus grows while runs read it. The first process to start picks the current revision and tells the others. The checkpoint
+records it, so a resumed run, and the backbone published from it, use the same revision.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from p2r.storage import Storage
 
 
 def corpora_of(config: PretrainConfig, own: Storage, *, stream: Mapping[str, Any] | None = None) -> list[Corpus]:
-    """Find the corpora of a run.
+    """Open the corpora of a run.
 
     Args:
-        config: Names them.
-        own: The job's own corpus, where `config` names none.
-        stream: A checkpoint's stream state: take the revisions that it names.
+        config: Configuration that names them.
+        own: The job's own corpus, used if `config` names none.
+        stream: Stream state of a checkpoint, whose revisions are then used.
 
     Raises:
         DataError: A corpus or revision is absent.
@@ -44,21 +44,21 @@ def corpora_of(config: PretrainConfig, own: Storage, *, stream: Mapping[str, Any
     for share, revision in zip(shares, revisions, strict=True):
         storage = Storage(share.url)
         if stream is not None and share.revision not in (None, revision):
-            raise _other_revision(storage, revision, share.revision)
+            raise _revision_error(storage, revision, share.revision)
         if stream is not None and revision is not None and not storage.exists(revision_path(revision)):
-            raise _other_revision(storage, revision, manifest_sha256(load_manifest(storage)))
+            raise _revision_error(storage, revision, manifest_sha256(load_manifest(storage)))
         found.append(Corpus(storage, load_manifest(storage, revision=revision), share.weight))
     return found
 
 
 def refuse_other_stream(config: PretrainConfig, own: Storage, saved: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` if a run with these corpora would not go on with the stream that a checkpoint has saved."""
+    """Raise `CheckpointError` if a run with these corpora would not continue the stream saved in a checkpoint."""
     corpora = corpora_of(config, own, stream=saved)
     state = stream_state(corpora, seed=config.seed, global_batch=config.global_batch, neighbours=config.neighbours)
     state.resumed(saved)
 
 
-def _other_revision(storage: Storage, saved: str | None, wanted: str | None) -> CheckpointError:
+def _revision_error(storage: Storage, saved: str | None, wanted: str | None) -> CheckpointError:
     return CheckpointError(
         f"the checkpoint streams from revision {saved} of {storage.url}, this run from {wanted}: restore the revision, "
         "or start a new run from the weights with --fork NAME"
@@ -68,7 +68,7 @@ def _other_revision(storage: Storage, saved: str | None, wanted: str | None) -> 
 def agreed_corpora(
     config: PretrainConfig, own: Storage, *, stream: Mapping[str, Any] | None, device: torch.device
 ) -> list[Corpus]:
-    """Like `corpora_of`, the same revisions on every rank: those that rank 0 found. Collective."""
+    """Open the corpora as `corpora_of`, at the revisions chosen by rank 0 on every rank. Collective."""
     mine = corpora_of(config, own, stream=stream) if torch.distributed.get_rank() == 0 else []
     agreed: list[Any] = [[{"manifest_sha256": manifest_sha256(corpus.manifest)} for corpus in mine]]
     torch.distributed.broadcast_object_list(agreed, src=0, device=device)

@@ -1,7 +1,7 @@
-"""What tensors hold, in bytes, counted by their storages: those that live, and those that autograd keeps.
+"""Memory of tensors in bytes, counted by their storages: live tensors, and tensors saved by autograd.
 
-Both count real tensors, or meta ones: these have shapes and types, and neither memory nor values. So what a step holds is
-counted on a machine that could not hold it, by running the very code that will run.
+Both count real tensors, or meta tensors, which have shapes and types but neither memory nor values. The memory of a step can
+thus be counted on a machine too small for it, by running the actual code.
 """
 
 import weakref
@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts, while entered, what was made since and still lives.
+    """Counts, while active, the tensors that were created in it and are still alive.
 
     Args:
-        meta: Count meta tensors as if they were real; else they hold nothing.
-        apart: Keys of storages that were there before, such as those of the weights: an operation may return a view of them.
+        meta: Count meta tensors as if they were real; otherwise they count as 0 bytes.
+        apart: Keys of earlier storages, such as the weights: an operation may return a view of them.
     """
 
     def __init__(self, *, meta: bool = False, apart: frozenset[int] = frozenset()) -> None:
@@ -33,31 +33,33 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = operation(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor) and leaf.is_meta == self._meta:
-                self._hold(leaf.untyped_storage())
+                self._count_storage(leaf.untyped_storage())
         return made
 
     def forget_peak(self) -> None:
-        """Begin a new search for the most that lives at once."""
+        """Reset the peak to the current size."""
         self.peak_bytes = self.num_bytes
 
-    def _hold(self, storage: torch.UntypedStorage) -> None:
+    def _count_storage(self, storage: torch.UntypedStorage) -> None:
         key = storage_key(storage)
         if key in self._sizes or key in self._apart:
             return
         self._sizes[key] = storage.nbytes()
         self.num_bytes += storage.nbytes()
         self.peak_bytes = max(self.peak_bytes, self.num_bytes)
-        weakref.finalize(storage, self._let_go, key)  # lives as long as the memory, however many tensors share it
+        weakref.finalize(
+            storage, self._release_storage, key
+        )  # lives as long as the memory, however many tensors share it
 
-    def _let_go(self, key: int) -> None:
+    def _release_storage(self, key: int) -> None:
         self.num_bytes -= self._sizes.pop(key)
 
 
 class SavedTensors:
-    """Counts what autograd keeps, storages once; one that is freed counts no more.
+    """Counts the storages that autograd saves, each once, until they are freed.
 
     Args:
-        apart: Keys of storages that are not counted, such as those of the weights.
+        apart: Keys of storages that are not counted, such as the weights.
     """
 
     def __init__(self, apart: frozenset[int]) -> None:
@@ -67,7 +69,9 @@ class SavedTensors:
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """Count within this context."""
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Held(tensor, self), lambda held: held.tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: _SavedTensor(tensor, self), lambda held: held.tensor
+        ):
             yield
 
     def hold(self, tensor: Tensor) -> None:
@@ -81,7 +85,7 @@ class SavedTensors:
             self.peak_bytes = max(self.peak_bytes, self._bytes)
 
     def let_go(self, tensor: Tensor) -> None:
-        """Count it no longer, if nobody else holds it."""
+        """Stop counting a tensor, unless something else holds it."""
         storage = tensor.untyped_storage()
         key = storage_key(storage)
         self._holders[key] -= 1
@@ -89,9 +93,9 @@ class SavedTensors:
             self._bytes -= storage.nbytes()
 
 
-class _Held:
+class _SavedTensor:
     def __init__(self, tensor: Tensor, counter: SavedTensors) -> None:
-        self.tensor, self._counter = tensor.detach(), counter  # with its graph, it would hold itself
+        self.tensor, self._counter = tensor.detach(), counter  # with its graph, the tensor would hold itself
         counter.hold(self.tensor)
 
     def __del__(self) -> None:
@@ -99,12 +103,12 @@ class _Held:
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """Return what tells storages that live at the same time apart. Meta ones have no address."""
+    """Return a key that distinguishes storages alive at the same time. Meta storages have no address."""
     key: int = storage._cdata
     return key
 
 
 def storages_of(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Return the sizes in bytes of all storages, by their keys."""
+    """Return the sizes of all storages in bytes, by key."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage_key(storage): storage.nbytes() for storage in storages}

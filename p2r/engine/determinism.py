@@ -1,6 +1,6 @@
-"""Only algorithms that give the same bits every time, for as long as a run lasts.
+"""Deterministic algorithms for the duration of a run.
 
-PyTorch then refuses what it has no such algorithm for, by name, rather than computing it another way each time.
+PyTorch then raises an error, by name, for operations without a deterministic algorithm.
 """
 
 import os
@@ -14,10 +14,10 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Set what makes algorithms deterministic, and set it back; do nothing unless it is wanted.
+    """Enable deterministic algorithms, and restore the settings afterwards; without effect if not `wanted`.
 
-    cuBLAS reads its variable when it is first used: a process that has multiplied on a GPU before must have it set from its
-    beginning (`CUBLAS_WORKSPACE_CONFIG=:4096:8`).
+    cuBLAS reads its variable on first use. A process that has already multiplied on a GPU needs it from its start
+    (`CUBLAS_WORKSPACE_CONFIG=:4096:8`).
     """
     if not wanted:
         yield

@@ -1,18 +1,18 @@
-"""Embeddings of a step's pixel pairs -> numbers that tell a representation from a collapsed one.
+"""Metrics of a step's embeddings that tell a useful representation from a collapsed one.
 
     alignment                 mean squared distance of the two unit embeddings of a pair: 0 perfect, 2 unrelated
     uniformity                log of the mean of exp(-2 d^2) over pairs of different pixels, d their distance on the unit
                               sphere: 0 collapsed, towards -4 spread evenly over many dimensions
-    effective_rank            exp of the entropy of the singular values' shares: how many dimensions embeddings really use
-    dead_dimensions_fraction  part of the channels in which unit embeddings hardly differ: whose standard deviation is below a
-                              hundredth of what it would be were they spread evenly
+    effective_rank            exp of the entropy of the normalised singular values: number of dimensions in use
+    dead_dimensions_fraction  fraction of channels in which unit embeddings hardly differ: standard deviation below a
+                              hundredth of its value for an even spread
 
-They are computed of at most about a thousand pairs, taken from all images alike: how a step is cut over ranks and
-micro-batches does not change which.
+They are computed from at most about a thousand pairs, sampled equally from all images. The choice does not depend on how a
+step is split over ranks and micro-batches.
 
 Source: Wang and Isola 2020, arXiv:2005.10242 (alpha 2, t 2); Garrido et al. 2023 (RankMe), arXiv:2210.02885.
 
-Shape letters: B images, n pixel pairs per image, m of them that are taken, M taken of all images, E embedding channels.
+Shape letters: B images, n pixel pairs per image, m of them sampled, M sampled from all images, E embedding channels.
 """
 
 import math
@@ -26,14 +26,14 @@ _DEAD = 0.01
 
 
 def sample_pairs(queries: Tensor, keys: Tensor, weights: Tensor, *, pairs_per_image: int, global_batch: int) -> Tensor:
-    """Take some of this rank's pairs, without waiting for their device.
+    """Sample some of this rank's pairs, without waiting for their device.
 
     Args:
         queries: (B * n, E), image by image.
         keys: (B * n, E).
-        weights: (B * n,) 0 for pairs that show nothing.
+        weights: (B * n,) 0 for pairs without content.
         pairs_per_image: n.
-        global_batch: Images of all ranks.
+        global_batch: Number of images over all ranks.
 
     Returns:
         (B * m, 2E + 1) float32: query, key, weight.
@@ -44,13 +44,13 @@ def sample_pairs(queries: Tensor, keys: Tensor, weights: Tensor, *, pairs_per_im
 
 
 def embedding_health(pairs: Tensor) -> dict[str, float] | None:
-    """Compute the numbers above.
+    """Compute the metrics above.
 
     Args:
-        pairs: (M, 2E + 1) of all ranks, from `sample_pairs`, on a CPU.
+        pairs: (M, 2E + 1) of all ranks, from `sample_pairs`, on the CPU.
 
     Returns:
-        None if fewer than two pairs show something, or any embedding of one that does is not finite.
+        The metrics, or None if fewer than two pairs have content, or one of their embeddings is not finite.
     """
     present = pairs[pairs[:, -1] > 0, :-1].double()
     if len(present) < 2 or not torch.isfinite(present).all():

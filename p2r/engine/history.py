@@ -1,4 +1,4 @@
-"""Rows of `history.jsonl`: one JSON object per report of a run, written without NaN and read within bounds."""
+"""Rows of `history.jsonl`: one JSON object per report of a run, written without NaN and read within limits."""
 
 import json
 import math
@@ -15,7 +15,7 @@ _Number = Annotated[float, Field(ge=0, le=1e12)]
 
 
 class _Row(BaseModel):
-    """The keys of a row that p2r computes with; all others are kept as they are."""
+    """Keys of a row that p2r computes with; others are kept unchanged."""
 
     model_config = ConfigDict(strict=True)
     step: Annotated[int, Field(ge=0, lt=2**53)]
@@ -31,13 +31,13 @@ def read_history(storage: Storage, path: str) -> list[dict[str, Any]]:
     """Return the rows of a run's history.
 
     Args:
-        storage: That holds it.
-        path: Of the file.
+        storage: Storage of the file.
+        path: Path of the file.
 
     Raises:
-        DamagedError: naming the line, the key and the rule.
+        DamagedError: A row is invalid; names the line, the key and the rule.
     """
-    # Runs of earlier versions may have written NaN, which JSON has not: None here.
+    # Earlier versions may have written NaN, which JSON does not have: read as None.
     rows = storage.read_rows(path, nan_as_none=True)
     for number, row in enumerate(rows, start=1):
         checked(_ROW, row, where=f"{storage.at(path)}, row {number}:", error=DamagedError)
@@ -45,13 +45,13 @@ def read_history(storage: Storage, path: str) -> list[dict[str, Any]]:
 
 
 def history_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Serialise the rows of a history. JSON has no NaN and no infinity: they become null."""
-    return "".join(json.dumps(_without_nan(row), allow_nan=False) + "\n" for row in rows).encode()
+    """Serialise the rows of a history. NaN and infinities, which JSON does not have, become null."""
+    return "".join(json.dumps(_replace_nan(row), allow_nan=False) + "\n" for row in rows).encode()
 
 
-def _without_nan(value: Any) -> Any:
+def _replace_nan(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _replace_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [_replace_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,14 +1,14 @@
-"""A backbone in training x a small labelled task -> one Dice, in seconds: a number in which a collapse is seen in minutes.
+"""Online probe: a backbone in training x a small labelled task -> one Dice within seconds, which reveals a collapse early.
 
-A few train patients of the task give labelled pixels, a few validation patients are segmented; test patients are never
-opened. The read-out is a linear one in closed form: ridge regression of the classes on standardised features. It has no
-learning rate, no steps and no seed, so the number moves only because the features did. Classes weigh by the square root
-of their number of pixels: unweighted, a small organ is background to every model; weighted alike, background is organ.
+A few train patients of the task give labelled pixels, and a few validation patients are segmented; test patients are never
+opened. The probe is ridge regression of the classes on standardised features, in closed form. Without learning rate, steps or
+seed, its result changes only with the features. Classes are weighted by the square root of their number of pixels. Unweighted,
+every model calls a small organ background; with equal weights, it calls background the organ.
 
-The figure is for watching one run: planes are read about their centre on the network's grid, and Dice is pooled over the
-pixels of all validation patients. It is no figure to report, and not comparable with those of fine-tuning.
+The Dice is for monitoring one run. Planes are read about their centre on the network's grid, and Dice is pooled over the pixels
+of all validation patients. It is not a result to report, and not comparable with fine-tuning.
 
-Training is not touched: weights are copied into a network of the probe's own, no generator of training is drawn from.
+Training is unaffected: weights are copied into the probe's own network, and no random generator of training is used.
 
 Letters: P images, *S their sides, F features, K classes with the background, n pixels.
 """
@@ -31,18 +31,18 @@ from p2r.model.backbones import build_backbone
 
 _IMAGES_AT_ONCE = 4
 _RIDGE = 1e-3
-"""Added to the diagonal of the features' covariance, whose own diagonal is 1: a dead or doubled feature changes nothing."""
+"""Ridge added to the features' covariance, whose diagonal is 1: dead or duplicated features do not matter."""
 
 
 class OnlineProbe:
-    """The scans of a probe, read once, and a network to put weights into.
+    """The scans of a probe, read once, and a network to load weights into.
 
     Args:
-        config: Of the run, with a section `probe`.
-        device: Where the network runs.
+        config: Configuration of the run, with a section `probe`.
+        device: Device of the network.
 
     Raises:
-        DataError: The task breaks a rule, has too few patients, or a class that the labelled images do not show.
+        DataError: The task breaks a rule, has too few patients, or the labelled images lack a class.
         RefusedScan: A file cannot be used.
     """
 
@@ -64,7 +64,7 @@ class OnlineProbe:
         num_validation = min(probe.num_validation, len(others))
         validation = draw_subjects(others, num_labelled=num_validation, draw=0, seed=probe.seed)
         self._train, self._validation = (
-            [self._read(scan, task, probe.planes_per_scan) for scan in task.scans_of(subjects)]
+            [self._read_scan(scan, task, probe.planes_per_scan) for scan in task.scans_of(subjects)]
             for subjects in (train, validation)
         )
         check_classes_present(dict.fromkeys(train, classes_shown(self._train)), task, subjects=train)
@@ -72,24 +72,24 @@ class OnlineProbe:
             network = build_backbone(config.model, dimensions=image.dimensions)
         self._network = network.to(device).requires_grad_(False)
 
-    def _read(self, scan: TaskScan, task: Task, most: int) -> LabelledScan:
-        """Read a scan and keep at most so many of its planes, evenly spread over it."""
+    def _read_scan(self, scan: TaskScan, task: Task, most: int) -> LabelledScan:
+        """Read a scan, and keep at most `most` of its planes, evenly spaced."""
         loaded = prepared_scan(scan, task, self._preparation, size=self._preparation.image_size)
-        chosen = _evenly(len(loaded.label_planes), most)
-        return replace(loaded, planes=_some_of(loaded.planes, chosen), label_planes=loaded.label_planes[chosen])
+        chosen = _even_indices(len(loaded.label_planes), most)
+        return replace(loaded, planes=_select_images(loaded.planes, chosen), label_planes=loaded.label_planes[chosen])
 
     def dice(self, weights: Mapping[str, Tensor]) -> float:
         """Return the mean Dice over classes, pooled over the pixels of all validation images.
 
         Args:
-            weights: The backbone's, under the names of its state; in any precision.
+            weights: The backbone's weights, under the names of its state, in any precision.
         """
         self._network.load_state_dict(dict(weights))
-        labelled = (pixels for scan in self._train for pixels in self._pixels(scan))
+        labelled = (pixels for scan in self._train for pixels in self._pixel_features(scan))
         readout = fit_readout(labelled, num_classes=self._num_classes)
         both, either = torch.zeros(2, self._num_classes, dtype=torch.int64)
         for scan in self._validation:
-            for features, labels in self._pixels(scan):
+            for features, labels in self._pixel_features(scan):
                 found = readout(features)
                 both += torch.bincount(labels[found == labels], minlength=self._num_classes)
                 for values in (found, labels):
@@ -97,11 +97,11 @@ class OnlineProbe:
         of_classes = [2 * int(b) / int(e) for b, e in zip(both[1:], either[1:], strict=True) if e]
         return sum(of_classes) / len(of_classes) if of_classes else 0.0
 
-    def _pixels(self, scan: LabelledScan) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield features (n, F) and labels (n,) of the pixels that belong to the scan, of a few images at a time."""
+    def _pixel_features(self, scan: LabelledScan) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield features (n, F) and labels (n,) of the pixels inside the scan, for a few images at a time."""
         for start in range(0, len(scan.label_planes), _IMAGES_AT_ONCE):
             chosen = torch.arange(start, min(start + _IMAGES_AT_ONCE, len(scan.label_planes)))
-            images, labels = _some_of(scan.planes, chosen), scan.label_planes[chosen]
+            images, labels = _select_images(scan.planes, chosen), scan.label_planes[chosen]
             maps = features_of_images(self._network, images, preparation=self._preparation, device=self._device)
             if maps.shape[2:] != labels.shape[1:]:
                 mode = "bilinear" if labels.ndim == 3 else "trilinear"
@@ -110,7 +110,7 @@ class OnlineProbe:
 
 
 class Readout:
-    """A linear read-out: features -> classes.
+    """A linear classifier of features.
 
     Args:
         weights: (F, K).
@@ -126,33 +126,31 @@ class Readout:
 
 
 def fit_readout(scans: Iterable[tuple[Tensor, Tensor]], *, num_classes: int) -> Readout:
-    """Regress the classes of pixels on their features, in float64, by sums that need each scan once.
+    """Regress the classes of pixels on their features in float64, by sums that read each scan once.
 
     Args:
-        scans: Features (n, F) and labels (n,) of each.
+        scans: Features (n, F) and labels (n,) of each scan.
         num_classes: K.
     """
     counts = torch.zeros(num_classes, dtype=torch.float64)
     sums: Tensor | float = 0.0
     products: Tensor | float = 0.0
     for features, labels in scans:
-        rows = features.double().nan_to_num(
-            0, 0, 0
-        )  # weights may have diverged: a network that is lost has no features
+        rows = features.double().nan_to_num(0, 0, 0)  # weights may have diverged: such a network has no features
         targets = F.one_hot(labels, num_classes).double()
         counts += targets.sum(0)
         of_classes = [rows[labels == value] for value in range(num_classes)]
         sums = sums + targets.T @ rows  # (K, F)
         products = products + torch.stack([some.T @ some for some in of_classes])  # (K, F, F)
     assert isinstance(sums, Tensor) and isinstance(products, Tensor)
-    # Every pixel of a class weighs 1 / sqrt(its number): a class then weighs the square root of its number.
+    # Every pixel of a class weighs 1 / sqrt(number of its pixels), so a class weighs the square root of that number.
     of_pixel = counts.clamp_min(1).rsqrt()
     total = (of_pixel * counts).sum()
     prior = of_pixel * counts / total  # (K,)
     mean = (of_pixel[:, None] * sums).sum(0) / total
     covariance = (of_pixel[:, None, None] * products).sum(0) / total - mean[:, None] * mean
     deviation = covariance.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(deviation > 1e-12, 1 / deviation.clamp_min(1e-12), 0)  # a constant feature says nothing
+    scale = torch.where(deviation > 1e-12, 1 / deviation.clamp_min(1e-12), 0)  # a constant feature has no weight
     against = (of_pixel[:, None] * sums / total - prior[:, None] * mean).T * scale[:, None]  # (F, K)
     correlation = covariance * scale[:, None] * scale
     correlation.diagonal().add_(_RIDGE)
@@ -160,11 +158,11 @@ def fit_readout(scans: Iterable[tuple[Tensor, Tensor]], *, num_classes: int) -> 
     return Readout(weights, prior - mean @ weights)
 
 
-def _evenly(num: int, most: int) -> Tensor:
-    """Return at most so many of `num` indices, evenly spread about the middle."""
+def _even_indices(num: int, most: int) -> Tensor:
+    """Return at most `most` of `num` indices, evenly spaced about the middle."""
     count = min(num, most)
     return (2 * torch.arange(count) + 1) * num // (2 * count)
 
 
-def _some_of(images: Planes | Frames, chosen: Tensor) -> Planes | Frames:
+def _select_images(images: Planes | Frames, chosen: Tensor) -> Planes | Frames:
     return replace(images, images=images.images[chosen], inside=images.inside[chosen])

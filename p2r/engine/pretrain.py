@@ -1,18 +1,18 @@
 """Pretraining as a generator of reports: corpus -> stream -> steps -> checkpoints.
 
-The same function runs in a for-loop on a laptop and on every worker of a cluster; whoever calls it decides what to do
-with a report. All ranks yield at the same steps, because saving is collective.
+The same function runs in a for-loop on a laptop and on every worker of a cluster; the caller decides what to do with a
+report. All ranks yield at the same steps, because saving is collective.
 
-On a GPU the host runs ahead of the device: what steps have to say is read at reports and before checkpoints, so that no
-checkpoint is made of weights that a bad step has touched. On a CPU every step is read at once.
+On a GPU the host runs ahead of the device. Results of steps are read at reports and before checkpoints, so no checkpoint
+contains weights affected by a bad step. On a CPU every step is read at once.
 
-A step whose loss or gradients are not finite is left out on every rank (see `p2r.engine.update`): its batch is used up, `step`
-and schedule go on, and it is counted. While steps are left out, no checkpoint is made only because it is due: it would push
-out one from before.
+A step with a non-finite loss or gradient is skipped on every rank (see `p2r.engine.update`). Its batch is consumed, `step` and
+schedule advance, and the skip is counted. While steps are skipped, checkpoints that are only due by interval are not saved: they
+would push out good ones.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -24,6 +24,7 @@ from p2r.device import is_waited_for
 from p2r.engine.build import full_weights, join_process_group, masters
 from p2r.engine.checkpoint import Checkpoints, Note, newest_checkpoint, refuse_other_config
 from p2r.engine.determinism import deterministic
+from p2r.engine.peers import refuse_mixed_gpus
 from p2r.engine.profile import peak_mib
 from p2r.engine.report import PretrainReport
 from p2r.engine.running import (
@@ -34,7 +35,7 @@ from p2r.engine.running import (
     gather_loss_parts,
     gather_values,
 )
-from p2r.engine.start import News, PretrainRun, begin_run
+from p2r.engine.start import PendingReport, PretrainRun, begin_run
 from p2r.engine.step import Step, take_step
 from p2r.engine.uploading import path_of
 from p2r.engine.weights import backbone_weights
@@ -53,24 +54,24 @@ def pretrain(
     profile_steps: int = 0,
     note: Note | None = None,
     should_stop: Callable[[], bool] | None = None,
-) -> Iterator[PretrainReport]:
-    """Train to `config.steps`, from the newest checkpoint if there is one.
+) -> Generator[PretrainReport, None, None]:
+    """Train to `config.steps`, resuming from the newest checkpoint if there is one.
 
     Args:
-        config: What to train.
+        config: Configuration of the run.
         storage: `<storage>/pretrain`.
-        corpus: The job's own corpus, where `config` names none.
-        device: This process's device.
-        max_seconds: Save a checkpoint and end early after this time, to go on in a later call.
-        profile_steps: Profile so many steps of rank 0, after a few, into `<storage>/pretrain/profile`; 0: none.
-        should_stop: Asked after every step; once it is true on any rank, all save a checkpoint of that step and end. Given
+        corpus: The job's own corpus, used if `config` names none.
+        device: Device of this process.
+        max_seconds: Time after which to save a checkpoint and end early; a later call resumes.
+        profile_steps: Number of steps to profile on rank 0, after a few others, into `<storage>/pretrain/profile`; 0: none.
+        should_stop: Called after every step. Once it is true on any rank, all save a checkpoint of that step and end. Given
             on all ranks or on none.
-        note: Is told, on rank 0, of every checkpoint that could not be used.
+        note: Receives, on rank 0, every checkpoint that could not be used.
 
     Raises:
-        InputError: for a corpus, checkpoint or number of workers that does not fit.
-        StorageError: when the checkpoint before could not be uploaded.
-        TrainingError: when too many steps in a row were not finite, or the network has died.
+        InputError: A corpus, checkpoint or number of workers does not fit.
+        StorageError: The previous checkpoint could not be uploaded.
+        TrainingError: Too many steps in a row were not finite, or the network has died.
     """
     began = time.monotonic()
 
@@ -79,8 +80,9 @@ def pretrain(
             should_stop is not None and should_stop()
         )
 
-    with deterministic(config.deterministic), _products(config, device):
+    with deterministic(config.deterministic), _round_products(config, device):
         join_process_group(device)
+        refuse_mixed_gpus(device)
         with Checkpoints(storage, config, note=note) as checkpoints:
             fetched = checkpoints.newest()
             if fetched is not None and fetched.manifest["step"] >= config.steps:
@@ -95,15 +97,15 @@ def pretrain(
                 profile_steps=profile_steps,
                 is_over=None if max_seconds is None and should_stop is None else is_over,
             )
-            yield from _steps(run)
+            yield from _train_steps(run)
 
 
 @contextmanager
-def _products(config: PretrainConfig, device: torch.device) -> Iterator[None]:
-    """Let products of float32 be rounded to TF32 for as long as a run that asks for it lasts.
+def _round_products(config: PretrainConfig, device: torch.device) -> Iterator[None]:
+    """Allow float32 products to be rounded to TF32 for the duration of a run that asks for it.
 
     Raises:
-        InputError: The device has no TF32.
+        InputError: The device does not support TF32.
     """
     if config.precision != "tf32":
         yield
@@ -120,31 +122,31 @@ def _products(config: PretrainConfig, device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _steps(run: "PretrainRun") -> Iterator[PretrainReport]:
-    """Go on to the last step, or until the run is over on any rank."""
+def _train_steps(run: "PretrainRun") -> Generator[PretrainReport, None, None]:
+    """Train to the last step, or until the run is over on any rank."""
     config, checkpoints = run.config, run.checkpoints
     try:
         for step in range(run.first_step, config.steps + 1):
             reports = _is_due(step, config.report_interval, config.steps)
             saves = _is_due(step, config.checkpoint_interval, config.steps)
-            taken = _take(run, step, reports=reports)
+            taken = _take_step(run, step, reports=reports)
             stops = run.is_over()
             is_last = step == config.steps or stops
             if reports or saves or stops or not is_waited_for(run.device):
-                _read(run)
+                _read_results(run)
             saves = is_last or (saves and not run.running.skipped_in_a_row)
             _profile_and_probe(run, step, is_last=is_last)
             if saves:
                 _refuse_lost_weights(run, step)
             if reports or saves:
                 report = _make_report(run, step, taken, ends_interval=reports, is_last=is_last)
-                # Before the checkpoint: whatever goes on from it finds the rows of all steps before.
+                # Before the checkpoint, so that a resumed run finds the rows of all earlier steps.
                 run.history.add(report, flush=saves)
                 run.clock = Clock()
                 if saves:
-                    _save(run, step)
+                    _save_checkpoint(run, step)
                 if is_last:
-                    checkpoints.finish()  # whoever gets the last report finds its checkpoint
+                    checkpoints.finish()  # the last report must not precede its checkpoint
                     report = replace(report, **_upload_facts(checkpoints))
                 yield report
             if stops:
@@ -154,8 +156,8 @@ def _steps(run: "PretrainRun") -> Iterator[PretrainReport]:
         run.engine.destroy()
 
 
-def _take(run: PretrainRun, step: int, *, reports: bool) -> Step:
-    """Take a step with the next batch; what it has to say stays on the device."""
+def _take_step(run: PretrainRun, step: int, *, reports: bool) -> Step:
+    """Take a step with the next batch; its results stay on the device."""
     config = run.config
     every = config.report_interval * config.equivariance_interval
     with nullcontext() if run.profiler is None else run.profiler.step(step, run.engine):
@@ -165,13 +167,13 @@ def _take(run: PretrainRun, step: int, *, reports: bool) -> Step:
                 run.engine,
                 batch,
                 config=config,
-                learning_rate=_rate(config, step),
+                learning_rate=_learning_rate(config, step),
                 averaging=None if config.ema_decay is None else averaging(step - 1, decay=config.ema_decay),
                 aligns=reports and _is_due(step, every, config.steps),
                 timed=run.timed,
             )
         except EmbeddingError as error:
-            raise _diverged(run, step, error) from error
+            raise _divergence_error(run, step, error) from error
     run.unread.add(step, taken)
     run.clock.add(batch.wait_s)
     if run.profiler is not None:
@@ -179,8 +181,8 @@ def _take(run: PretrainRun, step: int, *, reports: bool) -> Step:
     return taken
 
 
-def _rate(config: PretrainConfig, step: int) -> float:
-    """Return the learning rate of a step, from 1."""
+def _learning_rate(config: PretrainConfig, step: int) -> float:
+    """Return the learning rate of a step, counted from 1."""
     return learning_rate(
         step - 1,
         peak=config.optimizer.learning_rate,
@@ -189,46 +191,46 @@ def _rate(config: PretrainConfig, step: int) -> float:
     )
 
 
-def _read(run: PretrainRun) -> None:
-    """Wait for the device, and add up what steps had to say since this was done before. Collective."""
+def _read_results(run: PretrainRun) -> None:
+    """Wait for the device, and add up the results of all steps since the last call. Collective."""
     try:
         run.unread.read_into(run.running)
     except BadStep as bad:
-        raise _diverged(run, bad.step, bad) from bad
+        raise _divergence_error(run, bad.step, bad) from bad
 
 
 def _profile_and_probe(run: PretrainRun, step: int, *, is_last: bool) -> None:
-    """Write a profile and probe the weights, where it is time for that; the clock stands meanwhile. Collective."""
+    """Write a profile and probe the weights if either is due, with the clock stopped. Collective."""
     if run.profiler is not None:
         with run.clock.stopped():
-            run.news.profile = run.profiler.written(is_last=is_last) or run.news.profile
+            run.pending.profile = run.profiler.written(is_last=is_last) or run.pending.profile
     if run.config.probe is not None and _is_due(step, run.config.probe.interval, run.config.steps):
         weights = full_weights(run.engine)
         if run.probe is not None:
-            with run.clock.stopped():  # the other ranks wait in the next step's first exchange
-                run.news.probe_dice = run.probe.dice(backbone_weights(weights))
+            with run.clock.stopped():  # the other ranks wait in the next step's first collective
+                run.pending.probe_dice = run.probe.dice(backbone_weights(weights))
 
 
 def _refuse_lost_weights(run: PretrainRun, step: int) -> None:
-    """Raise TrainingError if weights are not finite, though the loss before them was: they are not to be saved. Collective."""
-    if lost := _num_lost(run.engine):
-        raise _diverged(run, step, f"{lost} weights are no longer finite")
+    """Raise `TrainingError` if weights are not finite although the previous loss was: they must not be saved. Collective."""
+    if lost := _count_lost_weights(run.engine):
+        raise _divergence_error(run, step, f"{lost} weights are no longer finite")
 
 
 def _make_report(run: PretrainRun, step: int, taken: Step, *, ends_interval: bool, is_last: bool) -> PretrainReport:
-    """Say how the run is, and its news. Collective."""
+    """Build the report of the current interval. Collective."""
     config, running, clock, data = run.config, run.running, run.clock, run.counters.snapshot()
     mean_loss, num_without_pairs = running.mean(), running.num_images_without_pairs
     if ends_interval:
         running.reset()
-    news, run.news = run.news, News()
+    pending, run.pending = run.pending, PendingReport()
     seconds = clock.lap()
     return PretrainReport(
         step=step,
         num_steps=config.steps,
         samples_seen=step * config.global_batch,
         loss=mean_loss,
-        learning_rate=_rate(config, step),
+        learning_rate=_learning_rate(config, step),
         gradient_norm=running.gradient_norm,
         images_per_s=clock.steps * config.global_batch / seconds,
         wait_fraction=clock.wait_s / seconds,
@@ -247,12 +249,12 @@ def _make_report(run: PretrainRun, step: int, taken: Step, *, ends_interval: boo
         equivariance_error=gather_equivariance_error(taken),
         checkpoint=path_of(step) if is_last else run.checkpoints.completed(),
         **_upload_facts(run.checkpoints),
-        **asdict(news),
+        **asdict(pending),
     )
 
 
-def _save(run: PretrainRun, step: int) -> None:
-    """Save a checkpoint of this step, to be uploaded while training goes on. Collective."""
+def _save_checkpoint(run: PretrainRun, step: int) -> None:
+    """Save a checkpoint of this step; the upload runs in the background. Collective."""
     run.checkpoints.save(
         run.engine,
         step=step,
@@ -269,22 +271,22 @@ def _upload_facts(checkpoints: Checkpoints) -> dict[str, Any]:
     return {} if uploaded is None else {"checkpoint_s": uploaded.seconds, "checkpoint_bytes": uploaded.num_bytes}
 
 
-def _diverged(run: PretrainRun, step: int, error: object) -> TrainingError:
+def _divergence_error(run: PretrainRun, step: int, error: object) -> TrainingError:
     last = (
         "there is no checkpoint yet" if run.good is None else f"the last good checkpoint is {run.storage.at(run.good)}"
     )
     return TrainingError(f"step {step}: {error}; {last}. Lower pretrain.optimizer.learning_rate, or use precision fp32")
 
 
-def _num_lost(engine: Any) -> int:
-    """Return how many weights are not finite, though the loss before them was: they are not to be saved. Collective."""
+def _count_lost_weights(engine: Any) -> int:
+    """Return the number of weights that are not finite. Collective."""
     lost = torch.stack([(~torch.isfinite(part.detach())).sum() for part in masters(engine)]).sum()
     of_ranks = [int(count) for count in gather_values(lost)]
     return max(of_ranks) if engine.zero_optimization_stage() == 0 else sum(of_ranks)
 
 
 def _is_due(step: int, interval: int, num_steps: int) -> bool:
-    """Return whether something that is done every so many steps, and after the last, is done after this one; 0: never."""
+    """Return whether an action is due after a step: every `interval` steps and after the last; never if `interval` is 0."""
     return interval > 0 and (step % interval == 0 or step == num_steps)
 
 
@@ -292,7 +294,7 @@ def finished_checkpoint(storage: Storage, config: PretrainConfig) -> dict[str, A
     """Return the manifest of the last step's checkpoint.
 
     Raises:
-        CheckpointError: if there is none yet, or it belongs to another run.
+        CheckpointError: There is none yet, or it belongs to another run.
     """
     checkpoint = newest_checkpoint(storage)
     if checkpoint is None:

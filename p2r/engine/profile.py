@@ -1,8 +1,8 @@
-"""Some steps of a run -> where their time and memory go: a trace, tables, a picture, below `<storage>/pretrain/profile`.
+"""Profile of some steps of a run: a trace, tables and a picture of time and memory, in `<storage>/pretrain/profile`.
 
-The run goes on as it would: the first steps pass, then one in which what the backward pass keeps is counted, then those that
-are recorded. Parts of a step are measured by the device's own events on a GPU and by the clock on a CPU. Decoding (on threads)
-and copying (on a stream of its own) go on beside the steps, and are no part of them.
+The run is not changed. First come warm-up steps, then one that counts the memory saved for the backward pass, then the
+recorded steps. On a GPU, parts of a step are timed by the device's events, on a CPU by the clock. Decoding (on threads) and
+copying (on its own stream) run beside the steps, and are not part of them.
 """
 
 import resource
@@ -15,85 +15,92 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.profiler import ProfilerActivity, record_function
 
+from p2r.documents import checked
 from p2r.engine.counting import SavedTensors, storages_of
+from p2r.errors import DamagedError
 from p2r.storage import Storage
 
 NUM_WARM_UP = 3
-"""Steps that pass before those that are recorded."""
+"""Number of warm-up steps before the recorded ones."""
 PARTS = ("wait", "images", "views", "points", "forward", "loss", "backward", "optimizer")
-"""Of a step, in order: what `p2r.engine.step.take_step` names, after waiting for data."""
+"""Parts of a step, in order: the wait for data, then the names in `p2r.engine.step.take_step`."""
 BESIDE = ("decode", "copy")
-"""What goes on at the same time."""
+"""Work that runs beside the steps."""
 
 _MIB = 2**20
 _NUM_OPERATORS = 10
+_MAX_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where time goes."""
+    """Time of one part of a step."""
 
     name: str
     seconds_per_step: float
     share: float
-    """Of a step's time."""
+    """Fraction of a step's time."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """A kernel on a GPU, an operator on a CPU."""
+    """A GPU kernel or CPU operator."""
 
     name: str
     seconds_per_step: float
-    """Its own, without what it calls."""
+    """Its own time, without the operators that it calls."""
     share: float
-    """Of the time of all of them."""
+    """Fraction of the time of all operators."""
     calls_per_step: float
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What one process holds, counted in tensors."""
+    """Memory of one process, counted in tensors."""
 
     weights_mib: float
     gradients_mib: float
-    """With the buffers in which ranks reduce them."""
+    """Gradients, and the buffers in which ranks reduce them."""
     optimizer_mib: float
-    """The optimizer's states and, with bf16, its fp32 copy of the weights; this process's part of them."""
+    """This process's part of the optimizer's state and, with bf16, of the fp32 copy of the weights."""
     activations_mib: float
-    """The most that forward passes keep for backward ones."""
+    """Largest size of the tensors that forward passes save for backward."""
     peak_mib: float
-    """The most that the recorded steps held. On a GPU: in tensors; on a CPU: of the whole process since it began."""
+    """Peak during the recorded steps. On a GPU: in tensors; on a CPU: of the whole process since it started."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What was found."""
+    """Time and memory of the recorded steps."""
 
     device: str
     first_step: int
     num_steps: int
     seconds_per_step: float
     parts: tuple[Part, ...]
-    """Of a step; they add up to it with `other`, what none of them names."""
+    """Parts of a step; together with `other`, the unnamed rest, they add up to it."""
     beside: tuple[Part, ...]
-    """On threads and streams of their own."""
+    """Work on separate threads and streams."""
     operators: tuple[Operator, ...]
-    """The dearest."""
+    """The most expensive operators."""
     memory: Memory
 
 
+_PROFILE = TypeAdapter(Profile)
+
+
 class Profiler:
-    """Follows a run of one process and profiles some of its steps.
+    """Follows the run of one process, and profiles some of its steps.
 
     Args:
         storage: `<storage>/pretrain`.
-        num_steps: How many steps are recorded.
-        device: This process's.
-        decode_s: Gives the seconds that threads have decoded for so far.
+        num_steps: Number of recorded steps.
+        device: Device of this process.
+        decode_s: Returns the seconds that threads have spent decoding so far.
     """
 
     def __init__(
@@ -111,13 +118,13 @@ class Profiler:
 
     @contextmanager
     def step(self, step: int, engine: Any) -> Iterator[None]:
-        """Everything that a step does, waiting for its data included."""
+        """Cover a whole step, including the wait for its data."""
         self._engine = engine
         self._num_seen += 1
         if self._num_seen > NUM_WARM_UP and not self._records and not self._is_done:
-            self._begin(step)
+            self._start_recording(step)
         with ExitStack() as stack:
-            if self._counts:
+            if self._counts_memory:
                 self._saved = SavedTensors(frozenset(storages_of(engine.module.parameters())))
                 stack.enter_context(self._saved.hooks())
                 self._recorder.prepare_trace()
@@ -126,28 +133,28 @@ class Profiler:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """A part of a step."""
-        if self._counts and name == "optimizer":
+        """Cover one part of a step."""
+        if self._counts_memory and name == "optimizer":
             self._gradients_mib = max(self._gradients_mib, _gradients_mib(self._engine))
         with record_function(name):
-            begin = self._now() if self._records else None
+            begin = self._timestamp() if self._records else None
             yield
             if begin is not None:
-                self._spans.append((name, begin, self._now()))
+                self._spans.append((name, begin, self._timestamp()))
 
     def waited(self, seconds: float) -> None:
-        """Add to the time in which a step could not begin for want of data."""
+        """Add time that a step waited for data."""
         self._wait_s += seconds * self._records
 
     def written(self, *, is_last: bool) -> str | None:
-        """Return where the profile lies below the storage, right after it was written; None before and afterwards.
+        """Write the profile once it is complete, and return its path in the storage; None at any other time.
 
         Args:
-            is_last: No further step follows: what was recorded is all there will be.
+            is_last: No further step follows, so the recorded steps are all there will be.
         """
         if not self._records or not (is_last or self._num_recorded == self._num_steps):
             return None
-        profile, trace = self._end()
+        profile, trace = self._stop_recording()
         with tempfile.TemporaryDirectory(prefix="p2r-profile-") as name:
             local = Path(name, "trace.json.gz")
             trace(str(local))
@@ -158,10 +165,10 @@ class Profiler:
         return "profile"
 
     @property
-    def _counts(self) -> bool:
+    def _counts_memory(self) -> bool:
         return self._num_seen == NUM_WARM_UP
 
-    def _begin(self, step: int) -> None:
+    def _start_recording(self, step: int) -> None:
         self._first_step, self._records = step, True
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -169,7 +176,7 @@ class Profiler:
         self._recorder.start_trace()
         self._began, self._decode_began = time.perf_counter(), self._decode_s()
 
-    def _end(self) -> tuple[Profile, Callable[[str], None]]:
+    def _stop_recording(self) -> tuple[Profile, Callable[[str], None]]:
         self._synchronise()
         seconds = time.perf_counter() - self._began
         decode_s = self._decode_s() - self._decode_began
@@ -188,9 +195,9 @@ class Profiler:
             seconds_per_step=seconds / num,
             parts=tuple(parts[name] for name in (*PARTS, "other")),
             beside=tuple(parts[name] for name in BESIDE if name == "decode" or self._device.type == "cuda"),
-            operators=_dearest(self._recorder.key_averages(), num, on_gpu=self._device.type == "cuda"),
+            operators=_most_expensive(self._recorder.key_averages(), num, on_gpu=self._device.type == "cuda"),
             memory=Memory(
-                weights_mib=_mib(self._engine.module.parameters()),
+                weights_mib=_size_mib(self._engine.module.parameters()),
                 gradients_mib=self._gradients_mib,
                 optimizer_mib=_optimizer_mib(self._engine),
                 activations_mib=self._saved.peak_bytes / _MIB,
@@ -199,7 +206,7 @@ class Profiler:
         )
         return profile, self._recorder.export_chrome_trace
 
-    def _now(self) -> Any:
+    def _timestamp(self) -> Any:
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -212,34 +219,34 @@ class Profiler:
 
 
 def to_text(profile: Profile) -> str:
-    """Return the profile as Markdown tables, which a terminal shows as well."""
+    """Return the profile as Markdown tables, which are also readable in a terminal."""
     steps = (
         f"{profile.num_steps} steps from step {profile.first_step} on, {1000 * profile.seconds_per_step:.1f} ms each"
     )
     lines = [f"{steps}, on {profile.device}.", "", "| part | ms per step | share |", "|---|---:|---:|"]
-    lines += [_row(part.name, part) for part in profile.parts]
-    lines += [_row(f"{part.name} (beside)", part) for part in profile.beside]
-    lines += ["", "| dearest, without what they call | ms per step | share | calls |", "|---|---:|---:|---:|"]
+    lines += [_table_row(part.name, part) for part in profile.parts]
+    lines += [_table_row(f"{part.name} (beside)", part) for part in profile.beside]
+    lines += ["", "| most expensive, without what they call | ms per step | share | calls |", "|---|---:|---:|---:|"]
     lines += [
         f"| {one.name[:80].replace('|', '/')} | {1000 * one.seconds_per_step:.2f} | {one.share:.1%} | {one.calls_per_step:.0f} |"
         for one in profile.operators
     ]
     lines += ["", "| memory | MiB |", "|---|---:|"]
-    lines += [f"| {name.removesuffix('_mib')} | {value:.1f} |" for name, value in asdict(profile.memory).items()]
+    lines += [f"| {name.removesuffix('_size_mib')} | {value:.1f} |" for name, value in asdict(profile.memory).items()]
     return "\n".join(lines) + "\n"
 
 
-def _row(name: str, part: Part) -> str:
+def _table_row(name: str, part: Part) -> str:
     return f"| {name} | {1000 * part.seconds_per_step:.2f} | {part.share:.1%} |"
 
 
 def picture(profile: Profile) -> bytes:
     """Draw time by part and memory by kind, as a PNG."""
-    # Matplotlib takes seconds to import; a worker that is not profiled needs none.
+    # Matplotlib takes seconds to import, so it is loaded only for a profile.
     from p2r.report.canvas import INK, new_figure, plain, to_png
 
     figure = new_figure(9, 3.6)
-    memory = {name.removesuffix("_mib"): value for name, value in asdict(profile.memory).items()}
+    memory = {name.removesuffix("_size_mib"): value for name, value in asdict(profile.memory).items()}
     charts: tuple[tuple[str, dict[str, float]], ...] = (
         ("ms per step", {part.name: 1000 * part.seconds_per_step for part in profile.parts}),
         ("MiB", memory),
@@ -256,13 +263,13 @@ def picture(profile: Profile) -> bytes:
 
 
 def peak_mib(device: torch.device) -> float:
-    """Return the most memory in tensors since the last reset on a GPU, of this process since it began on a CPU."""
+    """Return the peak memory: on a GPU in tensors since the last reset, on a CPU of this process since it started."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _MIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
 
 
-def _dearest(events: Iterable[Any], num_steps: int, *, on_gpu: bool) -> tuple[Operator, ...]:
+def _most_expensive(events: Iterable[Any], num_steps: int, *, on_gpu: bool) -> tuple[Operator, ...]:
     named = {*PARTS, *BESIDE}
     if on_gpu:
         found = [
@@ -285,32 +292,23 @@ def _gradients_mib(engine: Any) -> float:
     tensors = [weight.grad for weight in engine.module.parameters()]
     tensors += [part for parts in getattr(optimizer, "averaged_gradients", {}).values() for part in parts or ()]
     tensors += [part for bucket in getattr(optimizer, "ipg_buckets", {}).values() for part in bucket.buffer]
-    return _mib(tensor for tensor in tensors if tensor is not None)
+    return _size_mib(tensor for tensor in tensors if tensor is not None)
 
 
 def _optimizer_mib(engine: Any) -> float:
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     states = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
     masters = [weight for group in inner.param_groups for weight in group["params"]]
-    return _mib((*states, *masters, *(engine.mean_weights or ())), apart=storages_of(engine.module.parameters()))
+    return _size_mib((*states, *masters, *(engine.mean_weights or ())), apart=storages_of(engine.module.parameters()))
 
 
-def _mib(tensors: Iterable[Tensor], *, apart: Iterable[int] = ()) -> float:
+def _size_mib(tensors: Iterable[Tensor], *, apart: Iterable[int] = ()) -> float:
     storages = storages_of(tensors)
     return sum(size for pointer, size in storages.items() if pointer not in set(apart)) / _MIB
 
 
 def profile_text(storage: Storage) -> str:
-    """Return the tables that lie at `<storage>/pretrain/profile`."""
-    profile = storage.read_json("profile/profile.json")
-    return to_text(
-        Profile(
-            **{
-                **profile,
-                "parts": tuple(Part(**part) for part in profile["parts"]),
-                "beside": tuple(Part(**part) for part in profile["beside"]),
-                "operators": tuple(Operator(**one) for one in profile["operators"]),
-                "memory": Memory(**profile["memory"]),
-            }
-        )
-    )
+    """Return the tables of the profile in `<storage>/pretrain/profile`."""
+    where = "profile/profile.json"
+    value = storage.read_json(where, max_bytes=_MAX_BYTES)
+    return to_text(checked(_PROFILE, value, where=f"{storage.at(where)} is damaged:", error=DamagedError))

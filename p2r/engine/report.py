@@ -1,4 +1,4 @@
-"""The report that pretraining yields at intervals, and its line of progress."""
+"""Report that pretraining yields at intervals, and its line of progress."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ HISTORY = "history.jsonl"
 
 @dataclass(frozen=True)
 class PretrainReport:
-    """What a caller learns about a run. Means are over the steps since the report before."""
+    """State of a run for its caller. Means are over the steps since the previous report."""
 
     step: int
     """Optimizer steps taken."""
@@ -16,29 +16,29 @@ class PretrainReport:
     samples_seen: int
     """Images consumed by all ranks, each giving two views."""
     loss: float
-    """Mean loss: nats for InfoNCE. Of steps that were not left out; if all were, what the report before said."""
+    """Mean loss of the steps that were not skipped (InfoNCE: nats); if all were, the value of the previous report."""
     learning_rate: float
-    """Rate of the last step."""
+    """Learning rate of the last step."""
     gradient_norm: float
-    """Global norm of the last step that was not left out, before clipping."""
+    """Global gradient norm of the last step that was not skipped, before clipping."""
     images_per_s: float
-    """All ranks together."""
+    """Throughput of all ranks together."""
     wait_fraction: float
-    """Part of the time in which this rank waited for data, and its device had nothing else to do."""
+    """Fraction of time that this rank waited for data while its device was idle."""
     num_replaced: int
-    """Damaged samples that this rank has replaced by others, since it started."""
+    """Damaged samples that this rank has replaced since it started."""
     data: dict[str, float]
-    """What this rank's stream has done since it started: bytes, seconds, retries, cache hits (see `p2r.counters`)."""
+    """Counters of this rank's stream since it started: bytes, seconds, retries, cache hits (see `p2r.counters`)."""
     eta_s: float
-    """Seconds to the end at this speed."""
+    """Time to the end at the current speed, s."""
     negatives: str
-    """Which pixels were contrasted with one another."""
+    """Description of the negatives."""
     num_images_without_pairs: int = 0
-    """Images of all ranks, since the report before, of which no pixel could be paired; they take no part in the loss."""
+    """Images of all ranks since the previous report of which no pixel could be paired; they do not contribute to the loss."""
     skipped_steps: int = 0
-    """Steps left out because the loss or a gradient was not finite, since the run's beginning."""
+    """Steps since the start of the run that were skipped because the loss or a gradient was not finite."""
     pixel_pairs_per_s: float = 0.0
-    """All ranks together."""
+    """Throughput of all ranks together."""
     step_s: float = 0.0
     """Mean time of a step, seconds."""
     memory_mib: float = 0.0
@@ -46,32 +46,32 @@ class PretrainReport:
     world_size: int = 1
     """Number of ranks."""
     loss_parts: dict[str, float] = field(default_factory=dict)
-    """Of the last step. InfoNCE: mean cosine of pairs (positive), mean log-sum-exp of logits over negatives (negatives, nats). Barlow
-    Twins: the two terms of the loss (invariance, redundancy)."""
+    """Parts of the last step's loss. InfoNCE: mean cosine of pairs (positive), mean log-sum-exp of logits over negatives (negatives,
+    nats). Barlow Twins: the two terms of the loss (invariance, redundancy)."""
     health: dict[str, float] | None = None
-    """Of the last step's embeddings, where the equivariance error is stated: alignment, uniformity, effective_rank,
+    """Metrics of the last step's embeddings, given with the equivariance error: alignment, uniformity, effective_rank,
     dead_dimensions_fraction; see `p2r.engine.health`."""
     equivariance_error: float | None = None
-    """Of the last step: 0 if embeddings follow the warp perfectly, 1 if no better than chance; see `p2r.engine.step`."""
+    """For the last step: 0 if embeddings follow the warp perfectly, 1 if no better than chance; see `p2r.engine.step`."""
     probe_dice: float | None = None
-    """Of the newest online probe since the report before, on rank 0: mean Dice of the labelled task; see `p2r.engine.online_probe`."""
+    """Newest online probe since the previous report, on rank 0: mean Dice of the labelled task; see `p2r.engine.online_probe`."""
     resumed_from: int | None = None
-    """In the first report of a resumed run: the step it went on from."""
+    """In the first report of a resumed run: the step of the checkpoint."""
     fell_back: str | None = None
-    """In the first report of a resumed run: which checkpoints could not be used, and why."""
+    """In the first report of a resumed run: checkpoints that could not be used, and the reasons."""
     checkpoint: str | None = None
-    """Path below `<storage>/pretrain` of a checkpoint that was completed since the report before: of an earlier step, for uploads go on
-    beside training; after the last step, of that step."""
+    """Path below `<storage>/pretrain` of a checkpoint completed since the previous report. It is of an earlier step, because uploads
+    run beside training; after the last step, of that step."""
     checkpoint_s: float | None = None
-    """Seconds that the newest complete checkpoint of this process took, from the beginning of the save to its manifest."""
+    """Time from the start of the save to the manifest, for this process's newest complete checkpoint, s."""
     checkpoint_bytes: int | None = None
-    """Its size."""
+    """Size of that checkpoint."""
     compiled: str | None = None
-    """In the first report of a run that compiles: what came of it."""
+    """In the first report of a run that compiles: the outcome."""
     loss_without_kernels: str | None = None
-    """In the first report of a run on a GPU whose loss is computed without its kernels: why, and the way out."""
+    """In the first report of a GPU run that computes the loss without its kernels: the reason, and the way out."""
     profile: str | None = None
-    """Path of the profile that was made since the report before, below `<storage>/pretrain`."""
+    """Path below `<storage>/pretrain` of a profile made since the previous report."""
 
     def line(self) -> str:
         """Return the report as one line for a terminal."""

@@ -1,4 +1,4 @@
-"""State of a run between two reports: results of steps that are still on the device, sums, the clock, the history."""
+"""State of a run between two reports: step results still on the device, sums, the clock, the history."""
 
 import math
 import time
@@ -20,7 +20,7 @@ from p2r.storage import Storage
 
 @dataclass
 class Sums:
-    """Sums since the last report, and since the beginning; part of the checkpoint, so that a resumed curve is the same curve."""
+    """Sums since the last report and since the start; part of the checkpoint, so that a resumed run continues the same curve."""
 
     total: float = 0.0
     count: int = 0
@@ -31,29 +31,29 @@ class Sums:
     skipped_in_a_row: int = 0
 
     def add(self, loss: float, gradient_norm: float) -> None:
-        """Count a step."""
+        """Add the results of a step."""
         self.total += loss
         self.count += 1
         self.gradient_norm = gradient_norm
         self.skipped_in_a_row = 0
 
     def skip(self) -> None:
-        """Count a step that was left out."""
+        """Count a skipped step."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
 
     def mean(self) -> float:
-        """Return the mean loss since the last report; after it, the mean before."""
+        """Return the mean loss since the last report; if all steps were skipped, the previous mean."""
         return self.total / self.count if self.count else self.mean_before
 
     def reset(self) -> None:
-        """Begin the next interval."""
+        """Start the next interval."""
         self.mean_before = self.mean()
         self.total, self.count, self.num_images_without_pairs = 0.0, 0, 0
 
 
 class BadStep(EmbeddingError):
-    """What went wrong at a step."""
+    """Failure of a step."""
 
     def __init__(self, step: int, message: str) -> None:
         super().__init__(message)
@@ -61,7 +61,7 @@ class BadStep(EmbeddingError):
 
 
 class UnreadSteps:
-    """Steps that were taken, and whose values still lie on the device."""
+    """Results of steps that are still on the device."""
 
     def __init__(self, max_skipped: int) -> None:
         self._steps: list[tuple[int, Step]] = []
@@ -72,13 +72,15 @@ class UnreadSteps:
         self._steps.append((step, taken))
 
     def read_into(self, running: Sums) -> None:
-        """Wait for the device, once, and add up what the steps have to say. Collective.
+        """Wait once for the device, and add the results of all steps to `running`. Collective.
 
         Raises:
-            BadStep: On every rank, for the first step that went wrong on any beyond being left out, or that was left out after
-                as many as may be.
+            BadStep: A step failed on some rank other than by being skipped, or too many were skipped in a row. Raised on
+                every rank for the first such step.
         """
-        values = torch.stack([torch.stack([value.double() for value in _facts(taken)]) for _, taken in self._steps])
+        values = torch.stack(
+            [torch.stack([value.double() for value in _results_of(taken)]) for _, taken in self._steps]
+        )
         of_ranks = torch.stack(gather_values(values)).tolist()  # (ranks, steps, 4 + findings)
         for number, (step, taken) in enumerate(self._steps):
             reasons = []
@@ -103,13 +105,13 @@ class UnreadSteps:
                 raise BadStep(
                     step,
                     f"{reason}; "
-                    + (f"steps in a row that could not be taken: {in_a_row}, " if in_a_row > 1 else "")
+                    + (f"skipped steps in a row: {in_a_row}, " if in_a_row > 1 else "")
                     + f"pretrain.max_skipped_steps allows {self._max_skipped}",
                 )
         self._steps.clear()
 
 
-def _facts(taken: Step) -> list[Tensor]:
+def _results_of(taken: Step) -> list[Tensor]:
     updated = taken.update
     return [
         taken.loss,
@@ -128,13 +130,13 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Leave the time within out of the count."""
+        """Exclude the time of this block."""
         before = time.monotonic()
         yield
         self._began += time.monotonic() - before
 
     def add(self, wait_s: float) -> None:
-        """Count a step and its waiting for data."""
+        """Count a step and the time that it waited for data."""
         self.steps += 1
         self.wait_s += wait_s
 
@@ -144,7 +146,7 @@ class Clock:
 
 
 class HistoryRows:
-    """`history.jsonl`: one JSON object per report. Object storage cannot append, so the whole file is written again, not too often."""
+    """`history.jsonl`: one JSON object per report. Object storage cannot append, so the file is rewritten, at limited intervals."""
 
     def __init__(self, storage: Storage, rank: int, *, first_step: int) -> None:
         self._storage, self._rank, self._written_at = storage, rank, 0.0
@@ -153,7 +155,7 @@ class HistoryRows:
             self._rows = [row for row in read_history(storage, HISTORY) if row["step"] <= first_step]
 
     def add(self, report: PretrainReport, *, flush: bool) -> None:
-        """Add the row of a report; write the file at most every 10 s unless told to flush."""
+        """Add the row of a report; the file is written at most every 10 s unless `flush` is set."""
         self._rows.append(asdict(report))
         if self._rank == 0 and (flush or time.monotonic() - self._written_at > 10):
             self._storage.write_bytes(HISTORY, history_bytes(self._rows))
@@ -199,11 +201,11 @@ def never() -> bool:
 
 
 class OnAnyRank:
-    """Asks whether something holds on any rank. On GPUs, by a group of hosts, so that none waits for its device.
+    """Tells whether a condition holds on any rank. On GPUs it uses a host process group, so that no rank waits for its device.
 
     Args:
-        holds: Asked on this rank.
-        device: This rank's.
+        holds: Condition on this rank.
+        device: Device of this rank.
     """
 
     def __init__(self, holds: Callable[[], bool], device: torch.device) -> None:
@@ -213,7 +215,7 @@ class OnAnyRank:
             self._group = torch.distributed.new_group(backend="gloo")
 
     def __call__(self) -> bool:
-        """Return whether it holds on any rank. Collective."""
+        """Return whether the condition holds on any rank. Collective."""
         if self._alone:
             return self._holds()
         value = torch.tensor([int(self._holds())])

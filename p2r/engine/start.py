@@ -1,5 +1,6 @@
-"""A configuration and the newest checkpoint -> a run that is ready for its next step."""
+"""Start of a run: configuration and newest checkpoint -> a run that is ready for its next step."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from torch.profiler import record_function
 
 from p2r.config import PretrainConfig
 from p2r.counters import Counters
+from p2r.data.order import check_micro_batch
 from p2r.data.stream import Quarantine, Replaced, StreamState, stream, stream_state
 from p2r.engine.build import DTYPES, build_engine, set_mean_weights
 from p2r.engine.checkpoint import Checkpoints, Fetched
@@ -18,18 +20,19 @@ from p2r.engine.feed import Batches, Timed, feed
 from p2r.engine.online_probe import OnlineProbe
 from p2r.engine.profile import Profiler
 from p2r.engine.running import Clock, HistoryRows, OnAnyRank, Sums, UnreadSteps, never
-from p2r.engine.step import COLDEST
+from p2r.engine.step import explain_missing_kernels
 from p2r.engine.weights import init_weights
 from p2r.errors import CheckpointError, InputError
-from p2r.loss import without_kernels
 from p2r.model.compiling import compile_in_place, warm_up
 from p2r.model.pix2rep import Pix2Rep
 from p2r.storage import Storage
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass
-class News:
-    """What the next report says, and none after it; see `PretrainReport`."""
+class PendingReport:
+    """Fields of `PretrainReport` that only the next report contains."""
 
     resumed_from: int | None = None
     fell_back: str | None = None
@@ -41,7 +44,7 @@ class News:
 
 @dataclass
 class PretrainRun:
-    """A run on this rank, between two of its steps."""
+    """State of a run on this rank between two steps."""
 
     config: PretrainConfig
     storage: Storage
@@ -52,21 +55,21 @@ class PretrainRun:
     counters: Counters
     history: "HistoryRows"
     is_over: Callable[[], bool]
-    """Collective."""
+    """True if the run should end; collective."""
     profiler: Profiler | None
     probe: OnlineProbe | None
-    """On rank 0 alone."""
+    """On rank 0 only."""
     timed: Timed
     init_from: dict[str, Any] | None
-    """Where the first weights came from."""
+    """Origin of the initial weights."""
     first_step: int
     state: StreamState
-    """Of the data after the last step."""
+    """State of the data after the last step."""
     running: "Sums"
     unread: "UnreadSteps"
     good: str | None
-    """Path of the newest checkpoint after which no step was left out."""
-    news: News
+    """Path of the newest checkpoint since which no step was skipped."""
+    pending: PendingReport
     clock: "Clock"
 
 
@@ -81,25 +84,29 @@ def begin_run(
     profile_steps: int,
     is_over: Callable[[], bool] | None,
 ) -> PretrainRun:
-    """Make what the first step needs: as the newest checkpoint left it, if there is one. Collective."""
+    """Prepare the first step, restoring the newest checkpoint if there is one. Collective."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     checkpoint = None if fetched is None else fetched.manifest
-    _refuse(config, checkpoint, storage, world_size=world_size)
+    _check_batch_and_checkpoint(config, checkpoint, storage, world_size=world_size)
     saved_stream = None if checkpoint is None else checkpoint["state"]["stream"]
     corpora = agreed_corpora(config, corpus, stream=saved_stream, device=device)
     state = stream_state(corpora, seed=config.seed, global_batch=config.global_batch, neighbours=config.neighbours)
-    model, init_from = _network(config, checkpoint)
-    engine, compiled = _engine(model.to(device), config, world_size=world_size)
-    news = News(compiled=compiled, loss_without_kernels=_loss_without_kernels(config, device))
+    model, init_from = _build_network(config, checkpoint)
+    engine, compiled = _build_compiled_engine(model.to(device), config, world_size=world_size)
+    reason = explain_missing_kernels(config, device=device) if device.type == "cuda" else None
+    pending = PendingReport(compiled=compiled, loss_without_kernels=reason)
+    for slow in (compiled if compiled is not None and compiled.startswith("not compiled") else None, reason):
+        if slow is not None and rank == 0:
+            _LOG.warning("steps will be slow: %s", slow)
     running = Sums()
     if fetched is not None and checkpoint is not None:
         tensors = checkpoints.load(engine, fetched)
         if "ema" in tensors:
             set_mean_weights(engine, tensors["ema"])
-        news.resumed_from, news.fell_back = checkpoint["step"], fetched.note
+        pending.resumed_from, pending.fell_back = checkpoint["step"], fetched.note
         running = Sums(**checkpoint["state"]["running"])
         state = state.resumed(checkpoint["state"]["stream"])
-    resumed_from = news.resumed_from or 0
+    resumed_from = pending.resumed_from or 0
     history = HistoryRows(storage, rank, first_step=resumed_from)
     is_over_anywhere = never if is_over is None else OnAnyRank(is_over, device)
 
@@ -145,31 +152,31 @@ def begin_run(
         running=running,
         unread=UnreadSteps(config.max_skipped_steps),
         good=None if checkpoint is None else checkpoint["path"],
-        news=news,
+        pending=pending,
         clock=Clock(),
     )
 
 
-def _refuse(config: PretrainConfig, checkpoint: Mapping[str, Any] | None, storage: Storage, *, world_size: int) -> None:
-    """Raise InputError if so many workers cannot share a batch, or cannot go on from a checkpoint."""
+def _check_batch_and_checkpoint(
+    config: PretrainConfig, checkpoint: Mapping[str, Any] | None, storage: Storage, *, world_size: int
+) -> None:
+    """Raise `InputError` if this number of workers cannot share a batch, or cannot resume from a checkpoint."""
     if checkpoint is not None and "skipped_steps" not in checkpoint["state"]["running"]:
         raise CheckpointError(
-            f"{storage.at(checkpoint['path'])} holds the state of an optimizer that could not leave out a step, and cannot be "
-            f"resumed: use the version of p2r that wrote it ({checkpoint['code_version']}), or another storage URL"
+            f"{storage.at(checkpoint['path'])} cannot be resumed: the optimizer that wrote it could not skip steps. "
+            f"Use the version of p2r that wrote it ({checkpoint['code_version']}), or another storage URL"
         )
     if config.global_batch % world_size:
         raise InputError(
             f"pretrain.global_batch must be divisible by the number of workers, got {config.global_batch} for {world_size}"
         )
-    if config.micro_batch is not None and config.global_batch // world_size % config.micro_batch:
-        raise InputError(
-            f"pretrain.micro_batch must divide a worker's part of the global batch, got {config.micro_batch} "
-            f"for {config.global_batch} images over {world_size} workers: {config.global_batch // world_size} each"
-        )
+    check_micro_batch(config.global_batch, world_size, config.micro_batch)
 
 
-def _network(config: PretrainConfig, checkpoint: Mapping[str, Any] | None) -> tuple[Pix2Rep, dict[str, Any] | None]:
-    """Return the network with its first weights, and where these came from if they were not drawn."""
+def _build_network(
+    config: PretrainConfig, checkpoint: Mapping[str, Any] | None
+) -> tuple[Pix2Rep, dict[str, Any] | None]:
+    """Return the network with its initial weights, and their origin if they are not random."""
     torch.manual_seed(config.seed)
     learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
     model = Pix2Rep(config.model, dimensions=config.image.dimensions, learnt_temperature=learnt_temperature)
@@ -178,8 +185,8 @@ def _network(config: PretrainConfig, checkpoint: Mapping[str, Any] | None) -> tu
     return model, None if config.init_from is None else init_weights(model, config.init_from)
 
 
-def _engine(model: Pix2Rep, config: PretrainConfig, *, world_size: int) -> tuple[Any, str | None]:
-    """Return the engine of a network on its device, its backbone compiled if asked and possible, and what to say of that."""
+def _build_compiled_engine(model: Pix2Rep, config: PretrainConfig, *, world_size: int) -> tuple[Any, str | None]:
+    """Return the engine of a network on its device, and a line on its compilation, if requested."""
     is_compiled, compiled = False, None
     if config.compile:
         is_compiled, compiled = warm_up(
@@ -194,27 +201,13 @@ def _engine(model: Pix2Rep, config: PretrainConfig, *, world_size: int) -> tuple
     return engine, compiled
 
 
-def _loss_without_kernels(config: PretrainConfig, device: torch.device) -> str | None:
-    """Return why a GPU will compute the loss without its kernels, as long as nothing has been computed yet."""
-    loss = config.loss
-    if device.type != "cuda" or loss.name != "info_nce" or loss.negatives == "image":
-        return None
-    return without_kernels(
-        DTYPES[config.precision],
-        config.model.embedding_channels,
-        temperature=COLDEST if loss.learn_temperature else loss.temperature,
-        num_pairs=config.global_batch * loss.pixel_pairs_per_image,
-        device=device,
-    )
-
-
 def _encoded_shape(config: PretrainConfig, world_size: int) -> tuple[int, ...]:
-    """Return the shape (B, C, *S) of what the backbone encodes at once: both views of a micro-batch."""
+    """Return the shape (B, C, *S) of the backbone's input: both views of a micro-batch."""
     num_images = config.micro_batch or config.global_batch // world_size
     return 2 * num_images, config.model.in_channels, *[config.image.size] * config.image.dimensions
 
 
 def record_damage(storage: Storage, replaced: Replaced) -> None:
-    """Leave a note for whoever mends the corpus; the same damage gives the same note on every rank and in every epoch."""
+    """Record damage for later repair; the same damage gives the same record on every rank and in every epoch."""
     shard = replaced.shard.rsplit("/", 1)[-1]
     storage.write_json(f"quarantine/{shard}-{replaced.sample:08d}.json", asdict(replaced))

@@ -1,13 +1,12 @@
 """One optimizer step of pretraining: images -> two views -> N pixel pairs -> loss -> update.
 
-A rank that cannot encode all its images at once does so in micro-batches. The negatives are still the pixels of the whole
-global batch: all images are encoded without a graph, the loss's gradient is taken on all embeddings together, and each
-micro-batch is encoded again, with a graph, to carry its part of that gradient to the weights. So how a step is cut over
-ranks and micro-batches changes rounding alone. Source: Gao et al. 2021 (GradCache), arXiv:2101.06983.
+If a rank cannot encode all its images at once, it uses micro-batches. The negatives are still the pixels of the whole global
+batch. All images are encoded without a graph; the gradient of the loss is computed for all embeddings together. Each
+micro-batch is then encoded again, with a graph, to propagate its part of that gradient to the weights. Splitting a step over
+ranks and micro-batches therefore changes only rounding. Source: Gao et al. 2021 (GradCache), arXiv:2101.06983.
 
-Nothing here waits for the device. What a step has to say
-(its loss, whether it was left out, images without pairs, values that broke a rule) stays on the device until somebody
-reads it.
+Nothing here waits for the device. The results of a step (its loss, whether it was skipped, images without pairs, values that
+broke a rule) stay on the device until they are read.
 
 `B` images of this rank, `H W` pixels, `n` pixel pairs per image, `E` embedding channels.
 """
@@ -24,41 +23,49 @@ from torch import Tensor
 from p2r.config import LossConfig, PretrainConfig
 from p2r.data.batch import Batch
 from p2r.device import on_device
-from p2r.engine.build import bring
+from p2r.engine.build import DTYPES, gather_parameter
 from p2r.engine.feed import Timed
 from p2r.engine.health import sample_pairs
 from p2r.engine.update import Update, update
-from p2r.loss import Findings, SameImage, barlow_twins, corresponding_points, info_nce, info_nce_within_images
+from p2r.loss import (
+    Findings,
+    SameImage,
+    barlow_twins,
+    corresponding_points,
+    info_nce,
+    info_nce_within_images,
+    without_kernels,
+)
 from p2r.randomness import keyed_generator
 from p2r.views.geometric import apply_warp
 from p2r.views.pair import make_views
 
 COLDEST, _WARMEST = 0.013, 1.0
-"""Bounds of a learnt temperature. Below, no static shift serves more than 10^8 candidates, and GPUs leave the loss kernels."""
+"""Bounds of a learnt temperature. Below, no static shift serves more than 10^8 candidates, and GPUs cannot use the loss kernels."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step has to say; tensors on its device, to be read when nobody minds waiting for it."""
+    """Result of a step, as device tensors; reading them synchronises."""
 
     loss: Tensor
-    """Scalar, of the global batch, the same on every rank."""
+    """Scalar; the loss of the global batch, equal on every rank."""
     update: Update
-    """What became of it."""
+    """Outcome of the optimizer's update."""
     num_images_without_pairs: Tensor
-    """Scalar: images of this rank of which no pixel can be paired."""
+    """Scalar; number of this rank's images of which no pixel can be paired."""
     findings: Findings
     """Values of this rank that broke a rule."""
     parts: dict[str, Tensor]
-    """What the loss is made of: each (2,), for `loss_parts`; empty where no pixel could be paired."""
+    """Parts of the loss: each (2,), for `loss_parts`; empty if no pixel could be paired."""
     alignment: Tensor | None
-    """(2E + 2,) of this rank, for `equivariance_error`; None if it was not asked for."""
+    """(2E + 2,) of this rank, for `equivariance_error`; None if not requested."""
     pairs: Tensor | None
-    """(m, 2E + 1) of this rank, for `embedding_health`; None if it was not asked for."""
+    """(m, 2E + 1) of this rank, for `embedding_health`; None if not requested."""
 
 
 def pretrain_step(engine: Any, batch: Batch, *, config: PretrainConfig, learning_rate: float) -> Tensor:
-    """Take one step and return the loss of the global batch, detached, the same on every rank."""
+    """Take one step, and return the detached loss of the global batch, equal on every rank."""
     return take_step(engine, batch, config=config, learning_rate=learning_rate).loss
 
 
@@ -75,16 +82,16 @@ def take_step(
     """Take one step.
 
     Args:
-        engine: From `build_engine`.
+        engine: Engine from `build_engine`.
         batch: This rank's part of the global batch.
-        config: The run's.
-        learning_rate: Of this step.
-        averaging: Weight of this step's weights in their running mean; None: there is none.
+        config: Configuration of the run.
+        learning_rate: Learning rate of this step.
+        averaging: Weight of the new weights in their moving average; None: no average.
         aligns: Also compare embeddings of pairs, for `equivariance_error` and `embedding_health`.
-        timed: Context of each part: images, views, points, forward, loss, backward, optimizer.
+        timed: Context for each part: images, views, points, forward, loss, backward, optimizer.
 
     Raises:
-        EmbeddingError: On a CPU, for embeddings that have no direction; elsewhere, they are among the findings.
+        EmbeddingError: On a CPU: an embedding has no direction. Elsewhere this is one of the findings.
     """
     device = engine.device
     with timed("images"):
@@ -115,7 +122,7 @@ def take_step(
             foreground=foreground,
             foreground_share=config.loss.foreground_share,
         )
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = DTYPES[config.precision]
     size = config.micro_batch or len(image)
     inputs = tuple(
         zip(*(torch.split(x, size) for x in (views.a.to(dtype), views.b.to(dtype), pairs.a, pairs.b)), strict=True)
@@ -132,7 +139,7 @@ def take_step(
 
     def loss_of(queries: Tensor, keys: Tensor, **of_pairs: Tensor) -> Tensor:
         if aligns:
-            alignments.append(_alignment(queries.detach(), keys.detach(), of_pairs["weights"]))
+            alignments.append(_alignment_sums(queries.detach(), keys.detach(), of_pairs["weights"]))
             samples.append(
                 sample_pairs(
                     queries,
@@ -147,7 +154,7 @@ def take_step(
             queries,
             keys,
             config.loss,
-            temperature=_temperature(engine, config.loss),
+            temperature=_bounded_temperature(engine, config.loss),
             findings=findings,
             parts=of_batch,
             **of_pairs,
@@ -159,7 +166,7 @@ def take_step(
         return update(engine, loss, clip_norm=config.optimizer.clip_norm, averaging=averaging)
 
     if len(inputs) > 1 and config.loss.negatives == "global_batch":
-        loss, updated = _step_in_two_passes(engine, inputs, _of_pairs(facts), loss_of, finish, timed)
+        loss, updated = _run_two_passes(engine, inputs, _flatten_pairs(facts), loss_of, finish, timed)
     else:
         losses: list[Tensor] = []
         for number, micro_batch in enumerate(inputs):
@@ -167,13 +174,13 @@ def take_step(
                 queries, keys = engine(*micro_batch)  # (B*n, E) each
             of_images = slice(number * size, (number + 1) * size)
             with timed("loss"):
-                part = loss_of(queries, keys, **_of_pairs({name: fact[of_images] for name, fact in facts.items()}))
+                part = loss_of(queries, keys, **_flatten_pairs({name: fact[of_images] for name, fact in facts.items()}))
             with timed("backward"):
                 engine.backward(part)
             losses.append(part.detach())
             with timed("optimizer"):
                 if number < len(inputs) - 1:
-                    engine.step()  # adds up
+                    engine.step()  # only accumulates
                 else:
                     loss = torch.stack(losses).mean()
                     updated = finish(loss)
@@ -189,7 +196,7 @@ def take_step(
 
 
 def loss_parts(parts: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Return what the loss is made of, by name: see `p2r.loss.info_nce` and `barlow_twins`.
+    """Return the parts of the loss by name: see `p2r.loss.info_nce` and `barlow_twins`.
 
     Args:
         parts: Sums over ranks of `Step.parts`.
@@ -198,16 +205,16 @@ def loss_parts(parts: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def equivariance_error(alignment: Sequence[float]) -> float | None:
-    """Return how far embeddings are from following the warp: 0 perfectly, 1 no better than chance.
+    """Return the deviation of the embeddings from the warp: 0 if they follow it perfectly, 1 if no better than chance.
 
-    It is the mean of 1 - cos over pairs of embeddings of the same anatomy in the two views, divided by the mean over all
-    pairs of different pixels. As views differ in contrast, too, it also counts what a change of contrast does.
+    It is the mean of 1 - cos over embedding pairs of the same anatomy in the two views, divided by the mean over all pairs of
+    different pixels. Since the views also differ in contrast, it includes the effect of contrast changes.
 
     Args:
         alignment: Sum over ranks (and micro-batches) of `Step.alignment`.
 
     Returns:
-        None where there are fewer than two pixel pairs.
+        The error, or None if there are fewer than two pixel pairs.
     """
     *sums, of_pairs, num_pairs = alignment
     if num_pairs < 2:
@@ -221,7 +228,7 @@ def equivariance_error(alignment: Sequence[float]) -> float | None:
     return max(0.0, 1 - of_pairs / num_pairs) / by_chance
 
 
-def _alignment(queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+def _alignment_sums(queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     """Return the sums of unit queries and unit keys, of the pairs' cosines, and the number of pairs: (2E + 2,)."""
     absent = (weights == 0)[:, None]
     units = [F.normalize(rows.float().masked_fill(absent, 0), dim=1) for rows in (queries, keys)]
@@ -241,18 +248,18 @@ def pixel_pair_loss(
     findings: Findings | None = None,
     parts: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Return the objective that `config` names, over the pixel pairs of all ranks.
+    """Return the objective of `config` over the pixel pairs of all ranks.
 
     Args:
         queries: (N, E).
         keys: (N, E).
-        config: Which objective.
+        config: Configuration of the objective.
         temperature: tau of InfoNCE.
-        weights: (N,) 0 for pairs that show nothing.
-        image: (N,) the sample that a pair comes from.
-        position_mm: (N, 2) where in it.
-        findings: Where to keep what is wrong with values, instead of waiting for their device; see `info_nce`.
-        parts: Receives what the loss is made of.
+        weights: (N,) 0 for pairs without content.
+        image: (N,) sample that each pair comes from.
+        position_mm: (N, 2) position in the sample.
+        findings: Collects invalid values, instead of waiting for the device; see `info_nce`.
+        parts: Receives the parts of the loss.
     """
     if config.name == "barlow_twins":
         return barlow_twins(
@@ -294,7 +301,27 @@ def pixel_pair_loss(
     )
 
 
-def _step_in_two_passes(
+def explain_missing_kernels(config: PretrainConfig, *, device: torch.device) -> str | None:
+    """Return why GPUs will compute the loss without its kernels, and the way out; None if they use them or need none.
+
+    Args:
+        config: Configuration of the run.
+        device: The GPU. A CPU represents an H100.
+    """
+    loss = config.loss
+    if loss.name != "info_nce" or loss.negatives == "image":
+        return None
+    return without_kernels(
+        DTYPES[config.precision],
+        config.model.embedding_channels,
+        temperature=COLDEST if loss.learn_temperature else loss.temperature,
+        num_pairs=config.global_batch * loss.pixel_pairs_per_image,
+        device=device,
+        allows_tf32=config.precision == "tf32",
+    )
+
+
+def _run_two_passes(
     engine: Any,
     inputs: tuple[tuple[Tensor, ...], ...],
     facts: dict[str, Tensor],
@@ -315,10 +342,10 @@ def _step_in_two_passes(
         of_queries, of_keys, *of_learnt = torch.autograd.grad(loss, [queries, keys, *learnt])
 
     size = len(towers[0][0])
-    # DeepSpeed takes the mean over micro-batches; here they add up.
+    # DeepSpeed averages over micro-batches; here their gradients must add up.
     gradients = [torch.split(len(inputs) * gradient, size) for gradient in (of_queries, of_keys)]
     for number, micro_batch in enumerate(inputs):
-        _set_generator_states(generators[number], engine.device)  # what was drawn in the first pass is drawn again
+        _set_generator_states(generators[number], engine.device)  # repeats the random draws of the first pass
         of_micro_batch = (gradient[number] for gradient in gradients)
         with timed("forward"):
             carried = sum(
@@ -330,24 +357,24 @@ def _step_in_two_passes(
             engine.backward(carried)
         with timed("optimizer"):
             if number < len(inputs) - 1:
-                engine.step()  # adds up
+                engine.step()  # only accumulates
             else:
                 updated = finish(loss.detach())
     return loss.detach(), updated
 
 
-def _temperature(engine: Any, config: LossConfig) -> float | Tensor:
+def _bounded_temperature(engine: Any, config: LossConfig) -> float | Tensor:
     log_temperature = engine.module.log_temperature
     if log_temperature is None:
         return config.temperature
-    bring(log_temperature)
-    # Straight through the bounds: a gradient can lead back from beyond them.
+    gather_parameter(log_temperature)
+    # Straight-through bounds: outside them the gradient still leads back.
     bounded = log_temperature.detach().float().clamp(math.log(COLDEST), math.log(_WARMEST))
     temperature: Tensor = (log_temperature.float() + (bounded - log_temperature.detach().float())).exp()
     return temperature
 
 
-def _of_pairs(facts: dict[str, Tensor]) -> dict[str, Tensor]:
+def _flatten_pairs(facts: dict[str, Tensor]) -> dict[str, Tensor]:
     """(B, n, ...) -> (B * n, ...)."""
     return {name: fact.flatten(0, 1) for name, fact in facts.items()}
 

@@ -1,12 +1,12 @@
-"""A checkpoint that was made by other ranks, or on another ZeRO stage -> this engine, by DeepSpeed's universal checkpoint.
+"""Loading a checkpoint made by another number of ranks or ZeRO stage, through DeepSpeed's universal checkpoint.
 
-With ZeRO, every rank saves its part of one flat vector, which means nothing to another number of ranks. DeepSpeed's
-converter cuts the parts back into parameters; whoever loads them takes what is its own now. Both sides read pickles: they
-are for checkpoints from the job's own storage only.
+With ZeRO, every rank saves its part of one flat vector, which is useless to another number of ranks. DeepSpeed's converter
+splits the parts into parameters, and each rank loads its own part of them. Both sides read pickles, so they are used only for
+checkpoints from the job's own storage.
 
-What the loader gets wrong is put right here: on stage 3, all groups of parameters have the settings of the first (biases would
-be decayed), and share one count of steps, which Adam then raises once for each (moments would be corrected for the wrong
-step); no stage reads the network's buffers.
+Errors of the loader are corrected here. On stage 3, all parameter groups get the settings of the first (biases would be
+decayed). They also share one step count, which Adam then increments once per group (a wrong correction of the moments). No
+stage restores the network's buffers.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from p2r.errors import CheckpointError
 
 TAG = "deepspeed"
 _CONVERTIBLE = {(1, 1), (1, 2), (2, 1), (2, 2), (3, 3)}
-"""Stages then and now between which a universal checkpoint leads; stage 0 needs none."""
+"""Pairs of old and new stage that a universal checkpoint can convert; stage 0 needs no conversion."""
 
 
 def refuse_inconvertible(then: tuple[int, int], now: tuple[int, int], *, where: str) -> None:
-    """Raise `CheckpointError` if a checkpoint cannot be loaded by so many ranks on such a stage.
+    """Raise `CheckpointError` if a checkpoint cannot be loaded by this number of ranks on this stage.
 
     Args:
-        then: Number of ranks, and ZeRO stage, that made it.
-        now: Those of this run.
-        where: Its URL.
+        then: Number of ranks and ZeRO stage of the checkpoint.
+        now: Number of ranks and ZeRO stage of this run.
+        where: URL of the checkpoint.
     """
     if then[1] != now[1] and (then[1], now[1]) not in _CONVERTIBLE:
         raise CheckpointError(
@@ -41,16 +41,16 @@ def refuse_inconvertible(then: tuple[int, int], now: tuple[int, int], *, where: 
 
 
 def is_plain(then: tuple[int, int], now: tuple[int, int]) -> bool:
-    """Return whether DeepSpeed loads the checkpoint as it is; the arguments are those of `refuse_inconvertible`."""
+    """Return whether DeepSpeed can load the checkpoint without conversion; for the arguments see `refuse_inconvertible`."""
     return then == now or then[1] == now[1] == 0
 
 
 def convert(folder: Path, target: Path) -> None:
-    """Make a universal checkpoint.
+    """Convert a checkpoint to a universal checkpoint.
 
     Args:
-        folder: Holds `deepspeed/`, what the engine saved.
-        target: Gets `deepspeed/`, the universal checkpoint.
+        folder: Folder with `deepspeed/`, as saved by the engine.
+        target: Folder for `deepspeed/`, the universal checkpoint.
 
     Raises:
         CheckpointError: DeepSpeed cannot convert it.
@@ -60,11 +60,11 @@ def convert(folder: Path, target: Path) -> None:
     settings = argparse.Namespace(
         input_folder=str(folder / TAG),
         output_folder=str(target / TAG),
-        num_extract_workers=1,  # more are processes, which take longer to start than there is to do
+        num_extract_workers=1,  # further processes would take longer to start than the work
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
-        inject_missing_state=True,  # stages 1 and 2 save none of what other engines say of tensor parallelism
+        inject_missing_state=True,  # stages 1 and 2 do not save the tensor-parallel state of other engines
     )
     (target / TAG).mkdir(parents=True)
     said = io.StringIO()
@@ -74,7 +74,7 @@ def convert(folder: Path, target: Path) -> None:
     except (AssertionError, RuntimeError, NotImplementedError, KeyError, OSError) as error:
         raise CheckpointError(
             f"DeepSpeed cannot convert the checkpoint to another number of ranks: {type(error).__name__}: {error}; "
-            "resume on as many as made it"
+            "resume on the number of ranks that made it"
         ) from error
 
 
@@ -89,9 +89,7 @@ def load_universal(engine: Any, folder: Path, *, weights: Path) -> None:
     groups = [
         {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
     ]
-    engine._config.load_universal_checkpoint = (
-        True  # a setting that DeepSpeed reads when it loads, and at no other time
-    )
+    engine._config.load_universal_checkpoint = True  # DeepSpeed reads this setting only while loading
     try:
         engine.load_checkpoint(str(folder), tag=TAG)
     finally:

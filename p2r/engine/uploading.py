@@ -1,11 +1,11 @@
-"""A checkpoint in a local folder of each rank -> complete on the job's storage, while training goes on.
+"""Upload of checkpoints from each rank's local folder to the job's storage, while training continues.
 
     every rank, in a thread   its files -> <path>/...; then <path>/receipts/rank-00003.json: their digests
-    rank 0, in its thread     all receipts -> <path>/manifest.json; then old checkpoints go
+    rank 0, in its thread     all receipts -> <path>/manifest.json; then old checkpoints are removed
 
-The threads speak through the storage alone: a collective of theirs would mix with training's. A receipt names the attempt,
-a random number that the ranks agree on when they start, so that what an earlier attempt left at the same step is never
-taken for this one's. One upload at a time: whoever wants the next one waits for it, and learns whether it failed.
+The threads communicate only through the storage, because their collectives would mix with training's. A receipt names the
+attempt, a random number that the ranks agree on at the start. Files of an earlier attempt at the same step are therefore
+never mistaken for this one's. Only one upload runs at a time: the next waits for it, and learns whether it failed.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class _Receipt(BaseModel):
-    """What a rank says of its part."""
+    """Files that a rank uploaded, or its failure."""
 
     model_config = ConfigDict(strict=True)
     attempt: str
@@ -50,37 +50,37 @@ _RECEIPT = TypeAdapter(_Receipt)
 
 @dataclass(frozen=True)
 class Uploaded:
-    """A checkpoint that is complete on the storage."""
+    """A complete checkpoint on the storage."""
 
     path: str
-    """Below `<storage>/pretrain`."""
+    """Path below `<storage>/pretrain`."""
     seconds: float
-    """From the beginning of the save to the manifest."""
+    """Time from the start of the save to the manifest."""
     num_bytes: int
-    """Of all its files."""
+    """Size of all its files."""
 
 
 def path_of(step: int) -> str:
-    """Return where the checkpoint after a step lies below `<storage>/pretrain`."""
+    """Return the path below `<storage>/pretrain` of the checkpoint after a step."""
     return f"checkpoints/step-{step:08d}"
 
 
 def step_of(path: str) -> int:
-    """Return the step of the checkpoint that a file, or folder, below `<storage>/pretrain` belongs to; -1: of none."""
+    """Return the step of the checkpoint that a path below `<storage>/pretrain` belongs to; -1 if none."""
     parts = path.split("/")
     number = parts[1].removeprefix("step-") if len(parts) > 1 else ""
     return int(number) if number.isdigit() else -1
 
 
 class Uploader:
-    """Brings checkpoints to the storage, one at a time. Every rank has one; making it is collective.
+    """Uploads checkpoints, one at a time. Every rank has an instance; creating it is collective.
 
     Args:
         storage: `<storage>/pretrain`.
         peers: The ranks.
-        keep: How many of the newest complete checkpoints stay.
-        keep_every: Those whose step it divides stay, too; 0: none.
-        timeout_s: How long rank 0 waits for the receipts of the others once its own files are there.
+        keep: Number of newest complete checkpoints to keep.
+        keep_every: Also keep checkpoints whose step is a multiple of this; 0: none.
+        timeout_s: Time that rank 0 waits for the other receipts after its own upload.
     """
 
     def __init__(
@@ -96,17 +96,17 @@ class Uploader:
 
     @property
     def newest(self) -> Uploaded | None:
-        """The newest checkpoint that this uploader has completed; known to rank 0 alone."""
+        """The newest checkpoint that this uploader completed; only known on rank 0."""
         return self._newest
 
     def start(self, folder: Path, step: int, *, facts: Mapping[str, Any], began_s: float) -> None:
-        """Begin to upload all files of a folder, which then goes; to be called when `finish` has returned.
+        """Start to upload all files of a folder, which is removed afterwards. `finish` must have returned before.
 
         Args:
             folder: This rank's part of the checkpoint.
-            step: Which one.
-            facts: Entries of its manifest beside the digests.
-            began_s: Monotonic time at which saving began.
+            step: Step of the checkpoint.
+            facts: Entries of its manifest besides the digests.
+            began_s: Monotonic time at which saving started.
         """
         assert self._thread is None
 
@@ -116,9 +116,9 @@ class Uploader:
             except P2RError as error:
                 self._failure = StorageError(
                     f"the checkpoint of step {step} could not be uploaded: {error}; "
-                    "the newest complete checkpoint stays, and the same command goes on from it"
+                    "the newest complete checkpoint stays, and the same command resumes from it"
                 )
-            except Exception as error:  # told by `finish`, to whoever waits
+            except Exception as error:  # raised by `finish`
                 self._failure = StorageError(
                     f"the checkpoint of step {step} could not be uploaded: {type(error).__name__}: {error}"
                 )
@@ -129,14 +129,14 @@ class Uploader:
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait until the upload that is on its way, if any, is complete. Collective.
+        """Wait until a running upload is complete. Collective.
 
         Raises:
-            StorageError: On every rank, if it failed on any.
+            StorageError: The upload failed on some rank; raised on every rank.
         """
-        self.peers.together(self._joined)
+        self.peers.together(self._join_thread)
 
-    def _joined(self) -> None:
+    def _join_thread(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -144,7 +144,7 @@ class Uploader:
             raise self._failure
 
     def close(self, *, timeout_s: float = 60.0) -> None:
-        """Let the upload that is on its way come to its end, but do not wait for ever; what failed is logged. Not collective."""
+        """Wait for a running upload up to a time limit; failures are logged. Not collective."""
         if self._thread is not None:
             self._thread.join(timeout_s)
             self._gives_up.set()
@@ -153,7 +153,7 @@ class Uploader:
             _LOG.warning("%s", self._failure)
 
     def _upload(self, folder: Path, path: str, facts: Mapping[str, Any], began_s: float) -> None:
-        """Upload this rank's files; on rank 0, wait for the others and complete the checkpoint."""
+        """Upload this rank's files; on rank 0, also wait for the others and complete the checkpoint."""
         receipt: dict[str, Any] = {"attempt": self._attempt, "files": {}}
         try:
             for file in sorted(folder.rglob("*")):
@@ -163,14 +163,14 @@ class Uploader:
                     self.storage.upload(file, f"{path}/{name}")
         except P2RError as error:
             if self.peers.rank > 0:
-                with suppress(StorageError):  # rank 0 need not wait until its patience ends
+                with suppress(StorageError):  # so that rank 0 need not wait for its timeout
                     self._write_receipt(path, {**receipt, "failure": str(error)})
             raise
         if self.peers.rank > 0:
             self._write_receipt(path, receipt)
             return
         files = dict(receipt["files"])
-        for other in self._receipts(path):
+        for other in self._wait_for_receipts(path):
             files.update(other)
         self.storage.write_json(f"{path}/{MANIFEST}", {**facts, "files": files})
         num_bytes = sum(entry["num_bytes"] for entry in files.values())
@@ -179,17 +179,17 @@ class Uploader:
             self.storage.delete(f"{path}/receipts")
             remove_old(self.storage, step_of(path), keep=self._keep, keep_every=self._keep_every)
         except StorageError as error:
-            _LOG.warning("checkpoint %s is complete, but what it makes superfluous stays: %s", path, error)
+            _LOG.warning("checkpoint %s is complete, but outdated files could not be removed: %s", path, error)
 
     def _write_receipt(self, path: str, receipt: Mapping[str, Any]) -> None:
-        self.storage.write_json(_receipt_at(path, self.peers.rank), receipt)
+        self.storage.write_json(_receipt_path(path, self.peers.rank), receipt)
 
-    def _receipts(self, path: str) -> Iterator[dict[str, Any]]:
-        """Yield the files of all other ranks, as soon as they are there."""
+    def _wait_for_receipts(self, path: str) -> Iterator[dict[str, Any]]:
+        """Yield the files of all other ranks as their receipts arrive."""
         deadline_s, pause_s = time.monotonic() + self._timeout_s, 0.02
         for rank in range(1, self.peers.world_size):
             while True:
-                receipt = self._receipt(path, rank)
+                receipt = self._read_receipt(path, rank)
                 if receipt is not None:
                     break
                 if time.monotonic() > deadline_s or self._gives_up.wait(pause_s):
@@ -199,8 +199,8 @@ class Uploader:
                 raise StorageError(f"rank {rank}: {receipt['failure']}")
             yield receipt["files"]
 
-    def _receipt(self, path: str, rank: int) -> dict[str, Any] | None:
-        where = _receipt_at(path, rank)
+    def _read_receipt(self, path: str, rank: int) -> dict[str, Any] | None:
+        where = _receipt_path(path, rank)
         if not self.storage.exists(where):
             return None
         receipt: dict[str, Any] = self.storage.read_json(where, max_bytes=_MAX_RECEIPT_BYTES)
@@ -209,37 +209,37 @@ class Uploader:
 
 
 def remove_old(storage: Storage, newest: int, *, keep: int, keep_every: int) -> None:
-    """Remove checkpoints that are no longer wanted, and what never became one, below the newest complete one.
+    """Remove outdated checkpoints and incomplete leftovers older than the newest complete one.
 
     Args:
         storage: `<storage>/pretrain`.
-        newest: Step of the newest complete checkpoint; whatever is newer is left alone.
-        keep: How many of the newest complete ones stay.
-        keep_every: Those whose step it divides stay, too; 0: none.
+        newest: Step of the newest complete checkpoint; newer files are kept.
+        keep: Number of newest complete checkpoints to keep.
+        keep_every: Also keep checkpoints whose step is a multiple of this; 0: none.
     """
     paths = storage.list("checkpoints")
     for step in outdated(paths, newest, keep=keep, keep_every=keep_every):
         path = path_of(step)
         if f"{path}/{MANIFEST}" in paths:
-            storage.delete(f"{path}/{MANIFEST}")  # first: from here on the checkpoint does not exist
+            storage.delete(f"{path}/{MANIFEST}")  # first: without it the checkpoint no longer counts
         storage.delete(path)
 
 
 def outdated(paths: Sequence[str], newest: int, *, keep: int, keep_every: int) -> list[int]:
-    """Return the steps of checkpoints that `remove_old` removes, given all files below `checkpoints`."""
+    """Return the steps of the checkpoints that `remove_old` removes, given all paths below `checkpoints`."""
     found = sorted({step for path in paths if 0 <= (step := step_of(path)) <= newest})
     complete = [step for step in found if f"{path_of(step)}/{MANIFEST}" in paths]
     kept = {newest, *complete[-keep:], *(step for step in complete if keep_every and step % keep_every == 0)}
     return [step for step in found if step not in kept]
 
 
-def _receipt_at(path: str, rank: int) -> str:
+def _receipt_path(path: str, rank: int) -> str:
     return f"{path}/receipts/rank-{rank:05d}.json"
 
 
 @contextmanager
 def own_folder() -> Iterator[Path]:
-    """Give an empty folder for checkpoints that come or go; it is removed at the end, also if this process is killed: by the next."""
+    """Yield an empty folder for checkpoints, removed at the end; if this process is killed, the next one removes it."""
     parent = Path(tempfile.gettempdir())
     for lock in parent.glob(f"{_PREFIX}*.lock"):
         _remove_if_abandoned(lock)
@@ -257,7 +257,7 @@ def _remove_if_abandoned(lock: Path) -> None:
     with suppress(OSError):
         handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else: its holder lives
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the holder lives
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
             lock.unlink()
         finally:

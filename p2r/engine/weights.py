@@ -1,7 +1,7 @@
-"""Weights from elsewhere -> the first weights of a run: of a published backbone, or of another run's checkpoint.
+"""Initial weights of a run, from a published backbone or another run's checkpoint.
 
-Only safetensors are read, after their digest was checked: whoever made them gets no code to run here. Everything must fit.
-A backbone leaves the projection head as it was drawn; a temperature that is learnt on one side only is left out.
+Only safetensors are read, after their digest was checked: their author cannot run code here. All tensors must fit. A backbone
+leaves the projection head at its random weights. A temperature that is learnt on only one side is left out.
 """
 
 import hashlib
@@ -27,20 +27,20 @@ _WAY_OUT = "Take over its model section, or leave init_from out."
 
 
 def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
-    """Give a model the weights that are stored at a URL.
+    """Load the weights stored at a URL into a model.
 
     Args:
-        model: Of the run.
-        url: Folder of a published backbone, or of a checkpoint; or the safetensors in one of them. With `@sha256:HEX`, the
+        model: Model of the run.
+        url: Folder of a published backbone or of a checkpoint, or the safetensors file in one of them. `@sha256:HEX` adds the
             digest of its `manifest.json`.
 
     Returns:
-        What a checkpoint keeps of it: URL, format, SHA-256 of the weights and of the manifest, pins of what they were pretrained
-        on (None: unknown), and the step of a checkpoint.
+        Record for the checkpoint: URL, format, SHA-256 of the weights and of the manifest, pins of the pretraining data (None:
+        unknown), and the step of a checkpoint.
 
     Raises:
-        StorageError: It is absent or damaged, or another one than is pinned.
-        CheckpointError: It is something else, or its weights do not fit the model.
+        StorageError: The weights are absent or damaged, or differ from the pin.
+        CheckpointError: The URL holds something else, or the weights do not fit the model.
     """
     given = parse_reference(url)
     reference = Reference(re.sub(r"/model(-[0-9a-f]{64})?\.safetensors$", "", given.url.rstrip("/")), given.sha256)
@@ -60,14 +60,14 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
         assert isinstance(artefact.manifest, BackboneManifest)
         entry = artefact.manifest.files.weights
         weights = read_tensors(artefact.read("weights"), where=storage.at(entry.name))
-        _load(model.backbone, weights, where=where, optional=set())
+        _load_fitting(model.backbone, weights, where=where, optional=set())
         step = {} if artefact.manifest.step is None else {"step": artefact.manifest.step}
         return {**facts, "weights_sha256": entry.sha256, "origins": origins_of_backbone(artefact), **step}
     if format != FORMAT:
         raise CheckpointError(f"{where} has format {format!r}; weights are taken from p2r-backbone/2 and {FORMAT}")
     check_manifest(manifest, where=where)
     reference.check(content)
-    _load(model, checked_weights(storage, _FILE, manifest["files"][_FILE]), where=where, optional=_OPTIONAL)
+    _load_fitting(model, checked_weights(storage, _FILE, manifest["files"][_FILE]), where=where, optional=_OPTIONAL)
     return {
         **facts,
         "weights_sha256": manifest["files"][_FILE]["sha256"],
@@ -77,11 +77,11 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
 
 
 def checked_weights(storage: Storage, path: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Read safetensors that are what a manifest's entry says of them: float32, finite, parsed from the bytes that were hashed.
+    """Read safetensors and check them: digest, float32, finite; parsed from the same bytes that were hashed.
 
     Raises:
-        DamagedError: They are absent, or others.
-        CheckpointError: They are not such weights.
+        DamagedError: They are absent, or have another digest.
+        CheckpointError: They are not safetensors in float32, or not finite.
     """
     content = storage.local(path, sha256=entry["sha256"], num_bytes=entry["num_bytes"]).read_bytes()
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
@@ -89,7 +89,7 @@ def checked_weights(storage: Storage, path: str, entry: Mapping[str, Any]) -> di
     return read_tensors(content, where=storage.at(path))
 
 
-def _load(module: Any, weights: dict[str, Tensor], *, where: str, optional: set[str]) -> None:
+def _load_fitting(module: Any, weights: dict[str, Tensor], *, where: str, optional: set[str]) -> None:
     wanted = module.state_dict()
     for name in optional:
         if (name in weights) != (name in wanted):
@@ -100,6 +100,6 @@ def _load(module: Any, weights: dict[str, Tensor], *, where: str, optional: set[
 
 
 def backbone_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return those of a whole model's weights that are the backbone's, under its own names."""
+    """Return the backbone's part of a whole model's weights, under the backbone's own names."""
     prefix = "backbone."
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

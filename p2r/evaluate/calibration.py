@@ -1,15 +1,15 @@
 """Probabilities of a scan and its reference -> expected calibration error, Brier score and a reliability curve.
 
-Confidence is the probability of the class that is predicted. A calibrated model with confidence 0.8 is right in 80 % of such voxels.
-Almost all of a scan is background that every model finds with confidence near 1, so each figure is computed twice:
+Confidence is the probability of the predicted class. With confidence 0.8, a calibrated model is right in 80 % of voxels. Almost
+all of a scan is background, which every model predicts with a confidence near 1, so each metric is computed twice:
 
-    near     voxels in the box around the reference's foreground, `MARGIN_MM` wider on every side; equal for all models
+    near     voxels in the box around the reference's foreground, `MARGIN_MM` wider on every side; the same for all models
     whole    all voxels of the scan
 
-ECE sorts voxels into `NUM_BINS` bins of confidence, equally wide from 0 to 1, and averages the distance between mean confidence and
-accuracy over voxels. The Brier score is the squared distance between the probabilities of all classes and the reference's one-hot
-vector, from 0 to 2. Both are computed per patient, over all of the patient's frames, and then averaged over patients. They are about the
-network's probabilities: removing small components, or another operation after prediction, changes neither.
+ECE sorts voxels into `NUM_BINS` bins of confidence, equally wide from 0 to 1, and averages the distance between mean confidence
+and accuracy over voxels. The Brier score is the squared distance between the probabilities of all classes and the reference's
+one-hot vector, from 0 to 2. Both are computed per patient, over all frames of the patient, and then averaged over patients.
+They measure the network's probabilities: postprocessing, such as removing small components, does not change them.
 
 Letters: B images, K classes, *s a scan's own voxels.
 
@@ -35,23 +35,23 @@ _COUNT, _CONFIDENCE, _CORRECT = range(3)
 
 @dataclass(frozen=True)
 class CalibrationSums:
-    """Sums over voxels, by region: those of several images, frames or patients can be added."""
+    """Sums over voxels, by region. Sums of several images, frames or patients can be added."""
 
     bins: NDArray[np.float64]
-    """(2, NUM_BINS, 3): number of voxels, their confidence, those that are correct."""
+    """(2, NUM_BINS, 3): number of voxels, sum of their confidences, number of correct voxels."""
     squares: NDArray[np.float64]
-    """(2,): squared distances of the Brier score."""
+    """(2,): sums of the squared distances of the Brier score."""
 
     @classmethod
     def empty(cls) -> "CalibrationSums":
-        """Return the sums of no voxel."""
+        """Return sums over no voxels."""
         return cls(np.zeros((len(REGIONS), NUM_BINS, 3)), np.zeros(len(REGIONS)))
 
     def __add__(self, other: "CalibrationSums") -> "CalibrationSums":
         return CalibrationSums(self.bins + other.bins, self.squares + other.squares)
 
     def figures(self) -> dict[str, float | None]:
-        """Return `ece` and `brier` of the region near the organs, and `ece_whole` and `brier_whole`; None without a voxel."""
+        """Return `ece` and `brier` near the organs, and `ece_whole` and `brier_whole`; None for a region without voxels."""
         found: dict[str, float | None] = {}
         for region, name in enumerate(REGIONS):
             ending = "" if name == "near" else f"_{name}"
@@ -67,28 +67,28 @@ def calibration_sums(probabilities: Tensor, reference: Tensor, near: Tensor) -> 
     """Compare probabilities with references.
 
     Args:
-        probabilities: (B, K, *s), adding up to 1 over K.
+        probabilities: (B, K, *s), summing to 1 over K.
         reference: (B, *s) classes, 0 to K - 1.
         near: (B, *s) bool, voxels near the organs.
 
     Raises:
-        ValueError: The grids differ.
+        ValueError: if the grids differ.
     """
     if not (probabilities.shape[:1] + probabilities.shape[2:] == reference.shape == near.shape):
         raise ValueError(
-            f"probabilities (B, K, *s), reference and near (B, *s) must share one grid, got {tuple(probabilities.shape)}, "
+            f"probabilities (B, K, *s), reference and near (B, *s) must have the same grid, got {tuple(probabilities.shape)}, "
             f"{tuple(reference.shape)} and {tuple(near.shape)}"
         )
     true = reference.long()
     confidence, predicted = probabilities.max(1)
-    of_true = probabilities.gather(1, true[:, None])[:, 0]
-    squares = (probabilities.square().sum(1) - 2 * of_true + 1).double()
+    true_probability = probabilities.gather(1, true[:, None])[:, 0]
+    squares = (probabilities.square().sum(1) - 2 * true_probability + 1).double()
     place = (confidence * NUM_BINS).ceil().long().sub(1).clamp(0, NUM_BINS - 1)
     values = torch.stack([torch.ones_like(squares), confidence.double(), (predicted == true).double()])
     bins, totals = [], []
     for region in (near, torch.ones_like(near)):
-        of_region = [torch.bincount(place[region], value[region], NUM_BINS) for value in values]
-        bins.append(torch.stack(of_region, dim=1))
+        columns = [torch.bincount(place[region], value[region], NUM_BINS) for value in values]
+        bins.append(torch.stack(columns, dim=1))
         totals.append(squares[region].sum())
     return CalibrationSums(torch.stack(bins).cpu().numpy(), torch.stack(totals).cpu().numpy())
 
@@ -115,9 +115,9 @@ def calibration_row(by_subject: Mapping[str, CalibrationSums]) -> dict[str, Any]
     """Return the `calibration` of a row of `report.json`.
 
     Returns:
-        `num_bins`, `margin_mm`; means over patients `ece`, `brier` (near the organs), `ece_whole`, `brier_whole`; `by_subject`: the same
-        figures of each; `reliability`: of each bin, near the organs and over all patients, `num_voxels`, mean `confidence` and
-        `accuracy`, None for an empty bin.
+        `num_bins`, `margin_mm`; means over patients of `ece`, `brier` (near the organs), `ece_whole`, `brier_whole`; `by_subject`,
+        the same metrics per patient; `reliability`, for each bin near the organs, over all patients: `num_voxels`, mean
+        `confidence` and `accuracy`, None for an empty bin.
     """
     figures = {subject: sums.figures() for subject, sums in by_subject.items()}
     names = CalibrationSums.empty().figures()
@@ -130,7 +130,7 @@ def calibration_row(by_subject: Mapping[str, CalibrationSums]) -> dict[str, Any]
     return {
         "num_bins": NUM_BINS,
         "margin_mm": MARGIN_MM,
-        **{name: _mean([of_subject[name] for of_subject in figures.values()]) for name in names},
+        **{name: _mean_present([metrics[name] for metrics in figures.values()]) for name in names},
         "by_subject": figures,
         "reliability": {
             "num_voxels": counts.astype(int).tolist(),
@@ -140,6 +140,6 @@ def calibration_row(by_subject: Mapping[str, CalibrationSums]) -> dict[str, Any]
     }
 
 
-def _mean(figures: list[float | None]) -> float | None:
+def _mean_present(figures: list[float | None]) -> float | None:
     present = [figure for figure in figures if figure is not None]
     return fmean(present) if present else None

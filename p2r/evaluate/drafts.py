@@ -1,7 +1,7 @@
-"""A survey of a folder -> the text of a job and of a task: the first files of a user with own data.
+"""A survey of a folder -> draft files of a job and of a task, for a user's own data.
 
-Both are files to be read and changed: each key that may have to be changed has a comment. What a folder cannot tell is left to
-variables, which a job asks for by name: a licence and a source are never made up.
+Both files are meant to be read and edited: each key that may need a change has a comment. Facts that the folder does not
+reveal become variables, which a job requires by name: a licence and a source are never invented.
 """
 
 import math
@@ -16,21 +16,21 @@ from p2r.data.survey import Pairing, Survey
 
 LICENCE, PROVENANCE = "${P2R_LICENCE}", "${P2R_PROVENANCE}"
 
-_EXACT_BELOW = 60  # labelled patients; with fewer, splits by fraction are too uneven
+_MIN_FOR_FRACTIONS = 60  # labelled patients; with fewer, splits by fraction are too uneven
 _SIZES = (32, 48, 64, 96, 112, 128, 160)
 
 
 @dataclass(frozen=True)
 class Voxels:
-    """Sizes of the scans that were read."""
+    """Sizes of the scans read."""
 
     spacing_mm: float
-    """Median voxel size in the plane."""
+    """Median in-plane voxel size."""
     extent_mm: float
-    """Median of the larger extent in the plane."""
+    """Median of the larger in-plane extent."""
 
     def image(self) -> tuple[float, int]:
-        """Return pixel size, mm, and edge of an image: most of a scan about its centre, in up to 160 pixels."""
+        """Return pixel size, mm, and edge of an image of up to 160 pixels that covers most of a scan about its centre."""
         spacing = max(self.spacing_mm, self.extent_mm / 224)
         rounded = round(spacing, 2 if spacing < 1 else 1)
         need = self.extent_mm / rounded
@@ -41,17 +41,17 @@ def draft_job(
     *, name: str, sources: str, licence: str, provenance: str, cohort: str, subject_pattern: str, task: str | None,
     voxels: Voxels | None, num_labelled: int, storage: str | None = None, exclude: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """Return a job's YAML: the whole pipeline if there is a task, else pretraining alone."""
+    """Return a job's YAML: the whole pipeline with a task, otherwise only pretraining."""
     spacing, size = (1.5, 128) if voxels is None else voxels.image()
     kind = "pretrain" if task is None else "pipeline"
     ingest = [
         f"  sources: [{quoted(sources)}] # label maps among them are left out",
         *[
-            f"  exclude: [{', '.join(map(quoted, exclude))}] # the data set's own test images; without this line they are pretrained on"
+            f"  exclude: [{', '.join(map(quoted, exclude))}] # the data set's own test images; without this line, pretraining uses them"
         ][: len(exclude)],
-        f"  licence: {quoted(licence)} # SPDX identifier or name; it travels with everything made from the data",
+        f"  licence: {quoted(licence)} # SPDX identifier or name; stored with everything made from the data",
         f"  provenance: {quoted(provenance)} # where the data come from, and how to cite them",
-        f"  cohort: {quoted(cohort)} # the task's, too: subjects of one name are one person",
+        f"  cohort: {quoted(cohort)} # as in the task: within a cohort, the same name is the same person",
         f"  subject_pattern: {quoted(subject_pattern)} # its first group is the subject",
     ]
     if task is not None:
@@ -65,7 +65,7 @@ def draft_job(
         "ingest:",
         *ingest,
         "pretrain:",
-        f"  image: {{spacing_mm: {spacing:g}, size: {size}}} # planes; dimensions: 3 for volumes",
+        f"  image: {{spacing_mm: {spacing:g}, size: {size}}} # slices; dimensions: 3 for volumes",
         "  model: {name: unet, channels: [16, 32, 64, 128, 256], feature_channels: 32}",
         "  loss: {name: info_nce, pixel_pairs_per_image: 128, temperature: 0.2}",
         "  optimizer: {learning_rate: 2.0e-3}",
@@ -79,11 +79,11 @@ def draft_job(
         lines += [
             "finetune:",
             f"  tasks: [{quoted(task)}]",
-            "  modes: [scratch, linear_probe, fine_tune] # what pretraining is worth shows beside scratch",
+            "  modes: [scratch, linear_probe, fine_tune] # compare with scratch to see the value of pretraining",
             f"  num_labelled: [{', '.join(map(str, numbers))}] # labelled patients; all: the whole train split",
-            "  draws: 3 # how often they are drawn",
+            "  draws: 3 # random draws of the labelled patients",
             "  steps: 200",
-            "  search: {learning_rates: {scratch: [2.0e-3], linear_probe: [2.0e-2], fine_tune: [1.0e-3]}} # more candidates are compared",
+            "  search: {learning_rates: {scratch: [2.0e-3], linear_probe: [2.0e-2], fine_tune: [1.0e-3]}} # add candidates to compare them",
         ]
     return "\n".join(lines) + "\n"
 
@@ -99,55 +99,55 @@ def draft_task(
     provenance: str,
     folder: Path,
 ) -> str:
-    """Return a task's YAML for the pairs that a survey found.
+    """Return a task's YAML for the pairs found by a survey.
 
     Args:
         found: The survey.
-        pairing: Its rule.
-        name: Of the task.
-        cohort: Of its subjects; the corpus has the same.
+        pairing: Its pairing rule.
+        name: Name of the task.
+        cohort: Cohort of its subjects, as in the corpus.
         classes: Names of the labels, from 1 on.
-        licence: Of the data.
-        provenance: What must be cited.
-        folder: That the file will be in; folders of data below it are written as relative paths.
+        licence: Licence of the data.
+        provenance: Citation of the data.
+        folder: Folder of the new file; data folders below it are written as relative paths.
     """
     num_subjects = len(labelled_subjects(found, pairing))
     title = found.title or f"Segmentation of {', '.join(classes.values())}"
     lines = [
         f"name: {name}",
         f"title: {quoted(title)}",
-        f"images: {quoted(_path(pairing.images, folder))}",
-        f"labels: {quoted(_path(pairing.labels, folder))}",
-        f"image_name: {quoted(pairing.image_name)} # a scan's name without its suffix; {{key}} is what its label map shares"
+        f"images: {quoted(_shorten_path(pairing.images, folder))}",
+        f"labels: {quoted(_shorten_path(pairing.labels, folder))}",
+        f"image_name: {quoted(pairing.image_name)} # a scan's name without its suffix; {{key}} is the part shared with its label map"
         + (f"; others here: {', '.join(pairing.others[:4])}" if pairing.others else ""),
         f"label_name: {quoted(pairing.label_name)}",
         f"licence: {quoted(licence)}",
         f"citation: {quoted(provenance)}",
         f"cohort: {cohort}",
         f"subject_pattern: {quoted(found.subject_pattern)} # its first group is the patient, who is in one split only",
-        "classes: # values of the label maps, from 1 on without a gap; give them their names",
+        "classes: # values of the label maps, from 1 on without a gap; correct their names",
         *(f"  {value}: {quoted(label)}" for value, label in sorted(classes.items())),
-        f"split_rule: {{seed: 0, {_shares(num_subjects)}}} # of {num_subjects} labelled patients; the others train",
+        f"split_rule: {{seed: 0, {_choose_split_sizes(num_subjects)}}} # of {num_subjects} labelled patients; the others train",
     ]
     if pairing.num_unlabelled:
-        lines.append("unlabelled: leave_out # scans without a label map; they are pretrained on all the same")
+        lines.append("unlabelled: leave_out # scans without a label map; pretraining still uses them")
     return "\n".join(lines) + "\n"
 
 
 def labelled_subjects(found: Survey, pairing: Pairing) -> set[str]:
     """Return the subjects that have a label map."""
-    of_path = {scan.path: subject for subject, scans in found.subjects.items() for scan in scans}
-    return {of_path[str(image)] for image, _ in pairing.pairs if of_path.get(str(image))}
+    subject_by_path = {scan.path: subject for subject, scans in found.subjects.items() for scan in scans}
+    return {subject_by_path[str(image)] for image, _ in pairing.pairs if subject_by_path.get(str(image))}
 
 
 def name_for(path: str | Path) -> str:
-    """Return a name for a job or task after a folder or the URL of one."""
+    """Return a name for a job or task, derived from a folder or its URL."""
     found = re.sub(r"[^a-z0-9]+", "-", str(path).rstrip("/").rpartition("/")[2].lower()).strip("-")
     return found or "own"
 
 
 def quoted(text: str) -> str:
-    """Return a YAML scalar that is read as this text, plain where YAML allows it."""
+    """Return a YAML scalar with this text, unquoted where YAML allows it."""
     written = yaml.safe_dump(text, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
     return (
         written
@@ -159,21 +159,21 @@ def quoted(text: str) -> str:
 
 
 def problems_of(values: Sequence[int]) -> str | None:
-    """Return why label values cannot be classes as they are; None if they can."""
+    """Return why label values cannot be class numbers; None if they can."""
     missing = sorted(set(range(1, max(values, default=0) + 1)) - set(values))
     if not missing:
         return None
     return (
-        f"label maps hold the values {', '.join(map(str, sorted(values)))}, and a task numbers its classes from 1 on without a gap: "
-        f"rewrite them (nothing is {', '.join(map(str, missing[:5]))})"
+        f"label maps hold the values {', '.join(map(str, sorted(values)))}, but a task numbers its classes from 1 on without a gap: "
+        f"renumber them (missing: {', '.join(map(str, missing[:5]))})"
     )
 
 
-def _shares(num_subjects: int) -> str:
-    if num_subjects >= _EXACT_BELOW:
+def _choose_split_sizes(num_subjects: int) -> str:
+    if num_subjects >= _MIN_FOR_FRACTIONS:
         return "validation: 0.15, test: 0.25"
     return f"validation: {max(1, round(0.15 * num_subjects))}, test: {max(1, math.ceil(0.25 * num_subjects))}"
 
 
-def _path(path: Path, folder: Path) -> str:
+def _shorten_path(path: Path, folder: Path) -> str:
     return str(path.relative_to(folder)) if folder == path or folder in path.parents else str(path)

@@ -1,13 +1,12 @@
-"""A network and a whole scan -> a segmentation, or features, on a grid whose place in the patient is known.
+"""A network and a whole scan -> a segmentation, or features, on a grid with a known position in the patient.
 
-A plane, or a volume for a network of volumes, is read at its full extent, or, where the model was trained for that
-(`Preparation.planes`), about its centre; never about a label. What is larger than the training images is covered by
-overlapping windows of that size, because instance normalisation would see another field of view otherwise;
-probabilities, not logits, are blended, brought back to the scan's own voxels, and only there become labels. So an edge
-is as sharp as the scan, not as the network's grid.
+A slice (or a volume, for a network of volumes) is read at its full extent; or about its centre, if the model was trained for
+that (`Preparation.planes`); never about a label. Larger images are covered by overlapping windows of the training size,
+because instance normalisation would otherwise get another field of view. Probabilities, not logits, are blended and resampled
+to the scan's own voxels, where they become labels. So an edge is as sharp as the scan, not as the network's grid.
 
-Shapes: *S an image's sides, H W or X Y Z; X Y Z T a volume; P = T * Z planes; h w and x y z a scan's own voxels; K
-classes; F features
+Shapes: *S an image's sides, H W or X Y Z; X Y Z T a volume; P = T * Z slices; h w and x y z a scan's own voxels; K
+classes; F features.
 """
 
 import math
@@ -60,12 +59,12 @@ def predict_volume(
 
     Args:
         segmenter: Image (B, 1, *S) -> logits (B, K, *S), already on `device`.
-        volume: The scan; `to_source_grid` takes the result to its file's voxel order.
-        preparation: What the segmenter expects of a scan; every side of S is its `image_size`.
-        num_classes: K, with the background.
-        device: Where the network runs.
-        batch_size: Planes, and windows, at a time; None: 8 in planes, 1 in volumes.
-        largest_component: Keep the largest connected part of each class alone.
+        volume: The scan; `to_source_grid` reorders the result to its file's voxel order.
+        preparation: Preparation of scans for the segmenter; every side of S is its `image_size`.
+        num_classes: K, including background.
+        device: Device of the network.
+        batch_size: Number of slices, and of windows, at a time; None: 8 in 2D, 1 in 3D.
+        largest_component: Keep only the largest connected component of each class.
 
     Returns:
         Labels (X, Y, Z, T) on the grid of `volume.data`.
@@ -82,13 +81,13 @@ def predict_volume(
 
 
 def images_read(volume: Volume, preparation: Preparation) -> Planes | Frames:
-    """Return the images that a segmentation model reads of a scan."""
+    """Return the images of a scan for a segmentation model."""
     make = frames_of if preparation.dimensions == 3 else planes_of
     return make(volume, preparation=preparation, size=size_read(preparation))
 
 
 def size_read(preparation: Preparation) -> int | None:
-    """Return the sides of the images that a segmentation model reads of a scan; None: their whole extent."""
+    """Return the side of a scan's images for a segmentation model; None: their whole extent."""
     return preparation.image_size if preparation.planes == "centre" else None
 
 
@@ -103,12 +102,12 @@ def predict_images(
     largest_component: bool = False,
     see: SeeProbabilities | None = None,
 ) -> NDArray[np.uint8]:
-    """Segment a scan that is cut into images already: `predict_volume` after `planes_of` or `frames_of`.
+    """Segment a scan that is already cut into images: `predict_volume` after `planes_of` or `frames_of`.
 
     Args:
         segmenter: As in `predict_volume`, like the arguments that are not listed here.
-        images: The scan's.
-        see: Called with the probabilities of some images at a time, so that those of a whole scan need no memory at once.
+        images: Images of the scan.
+        see: Called with the probabilities of a few images at a time, so that they are never in memory all at once.
 
     Returns:
         Labels (X, Y, Z, T) on the scan's own grid.
@@ -116,11 +115,11 @@ def predict_images(
 
     def labels(native: Tensor, first: int) -> Tensor:
         if see is not None:
-            see(_completed(native), first)
+            see(_normalise_probabilities(native), first)
         return native.argmax(dim=1).to(torch.uint8)
 
-    found = _on_native_grid(labels, segmenter, images, preparation, num_classes, device, batch_size)
-    segmented: NDArray[np.uint8] = _assembled(found, images)
+    found = _map_native_probabilities(labels, segmenter, images, preparation, num_classes, device, batch_size)
+    segmented: NDArray[np.uint8] = _assemble_volume(found, images)
     return largest_components(segmented, classes=range(1, num_classes)) if largest_component else segmented
 
 
@@ -133,17 +132,17 @@ def predict_probabilities(
     device: torch.device | str = "cpu",
     batch_size: int | None = None,
 ) -> NDArray[np.float32]:
-    """Return the probabilities (X, Y, Z, T, K) whose largest is what `predict_images` names.
+    """Return the probabilities (X, Y, Z, T, K) of which `predict_images` takes the largest.
 
-    They add up to 1 in every voxel. Where the network read nothing of the scan, the background has all of it.
+    They sum to 1 in every voxel. Where the network did not read the scan, the background has probability 1.
     """
 
     def classes_last(native: Tensor, first: int) -> Tensor:
-        return _completed(native).movedim(1, -1)
+        return _normalise_probabilities(native).movedim(1, -1)
 
-    _check_maps(num_classes, len(images.images) * math.prod(images.shape))
-    found = _on_native_grid(classes_last, segmenter, images, preparation, num_classes, device, batch_size)
-    probabilities: NDArray[np.float32] = _assembled(found, images)
+    _check_map_memory(num_classes, len(images.images) * math.prod(images.shape))
+    found = _map_native_probabilities(classes_last, segmenter, images, preparation, num_classes, device, batch_size)
+    probabilities: NDArray[np.float32] = _assemble_volume(found, images)
     return probabilities
 
 
@@ -157,12 +156,12 @@ def probabilities_of_images(
         return logits.float().softmax(dim=1)
 
     batch_size = batch_size or _BATCH_SIZE[preparation.dimensions]
-    with _evaluating(segmenter):
-        return _by_windows(probabilities, images, preparation=preparation, batch_size=batch_size)
+    with _evaluation_mode(segmenter):
+        return _blend_windows(probabilities, images, preparation=preparation, batch_size=batch_size)
 
 
-def _completed(native: Tensor) -> Tensor:
-    """Make maps (B, K, ...) add up to 1: interpolation rounds, and falls to zero beyond what the network read."""
+def _normalise_probabilities(native: Tensor) -> Tensor:
+    """Normalise maps (B, K, ...) to sum to 1: interpolation rounds, and gives 0 outside the part that the network read."""
     total = native.sum(1, keepdim=True)
     whole = native / total.clamp_min(torch.finfo(native.dtype).tiny)
     whole[:, :1] += total == 0
@@ -177,23 +176,23 @@ def features_of_images(
     device: torch.device | str = "cpu",
     batch_size: int | None = None,
 ) -> Tensor:
-    """Return the features (P, F, *S), or fewer of them along each axis, on the images' grid, read by windows as in prediction."""
+    """Compute features (P, F, *S), or coarser, on the images' grid, in windows as in prediction."""
     batch_size = batch_size or _BATCH_SIZE[preparation.dimensions]
 
     def features(windows: Tensor) -> Tensor:
         found: Tensor = backbone(windows)
         return found.float()
 
-    with _evaluating(backbone):
+    with _evaluation_mode(backbone):
         return torch.cat(
             [
-                _by_windows(features, part.to(device), preparation=preparation, batch_size=batch_size).cpu()
+                _blend_windows(features, part.to(device), preparation=preparation, batch_size=batch_size).cpu()
                 for part in torch.split(images.images, 1 if preparation.dimensions == 3 else batch_size)
             ]
         )
 
 
-def _on_native_grid(
+def _map_native_probabilities(
     read: Callable[[Tensor, int], Tensor],
     segmenter: nn.Module,
     images: Planes | Frames,
@@ -202,25 +201,25 @@ def _on_native_grid(
     device: torch.device | str,
     batch_size: int | None,
 ) -> Tensor:
-    """Return what `read` makes of the probabilities (B, K, h, w), or (1, K, x, y, z), on the scan's own voxels, of all images.
+    """Apply `read` to the probabilities of all images on the scan's own voxels, and concatenate the results.
 
-    `read` is called with those of B images, and the index of their first one.
+    `read` gets the probabilities of B slices (B, K, h, w), or of a volume (1, K, x, y, z), and the index of the first image.
     """
     batch_size = batch_size or _BATCH_SIZE[preparation.dimensions]
     at_once = batch_size if isinstance(images, Planes) else 1
-    _check_maps(num_classes, at_once * (math.prod(images.shape) + math.prod(images.images.shape[2:])))
+    _check_map_memory(num_classes, at_once * (math.prod(images.shape) + math.prod(images.images.shape[2:])))
 
     def probabilities(windows: Tensor) -> Tensor:
         logits: Tensor = segmenter(windows)
         if logits.shape[1] != num_classes:
-            raise ValueError(f"the segmenter gives {logits.shape[1]} classes, {num_classes} were expected")
+            raise ValueError(f"the segmenter has {logits.shape[1]} classes, expected {num_classes}")
         return logits.float().softmax(dim=1)
 
     found: list[Tensor] = []
     first = 0
-    with _evaluating(segmenter):
+    with _evaluation_mode(segmenter):
         for part in torch.split(images.images, at_once):
-            blended = _by_windows(probabilities, part.to(device), preparation=preparation, batch_size=batch_size)
+            blended = _blend_windows(probabilities, part.to(device), preparation=preparation, batch_size=batch_size)
             if isinstance(images, Planes):
                 native = from_grid(
                     blended, images.shape, spacing_mm=images.spacing_mm, target_mm=preparation.spacing_mm
@@ -234,15 +233,15 @@ def _on_native_grid(
     return torch.cat(found)
 
 
-def _check_maps(num_classes: int, num_voxels: int) -> None:
+def _check_map_memory(num_classes: int, num_voxels: int) -> None:
     check_room(
         num_classes * num_voxels,
         f"maps of {num_classes} classes on {num_voxels:,} voxels",
-        "segment a part of the scan, or use a model of fewer classes",
+        "segment a part of the scan, or use a model with fewer classes",
     )
 
 
-def _assembled(maps: Tensor, images: Planes | Frames) -> NDArray[Any]:
+def _assemble_volume(maps: Tensor, images: Planes | Frames) -> NDArray[Any]:
     """Put maps of planes (P, h, w, ...), or of frames (T, x, y, z, ...), together to (X, Y, Z, T, ...)."""
     if isinstance(images, Planes):
         return planes_to_volume(maps.numpy(), images.axis, images.num_frames)
@@ -260,18 +259,18 @@ def embed_volume(
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Compute the features of every pixel of a scan, on the network's grid.
 
-    Planes are read whole. Volumes are read by overlapping windows, whose features are blended.
+    Slices are read whole. Volumes are read in overlapping windows, whose features are blended.
 
     Args:
-        backbone: Image (B, 1, *S) -> features (B, F, *S), or fewer of them along each axis, already on `device`.
+        backbone: Image (B, 1, *S) -> features (B, F, *S), or coarser, already on `device`.
         volume: The scan.
-        preparation: What the backbone expects of a scan.
-        size_divisor: What the backbone's image must be divisible by (`ModelConfig.size_divisor`).
-        device: Where the network runs.
-        batch_size: Planes, or windows, at a time; None: 8 in planes, 1 in volumes.
+        preparation: Preparation of scans for the backbone.
+        size_divisor: Divisor of the sides of the backbone's image (`ModelConfig.size_divisor`).
+        device: Device of the network.
+        batch_size: Number of slices, or of windows, at a time; None: 8 in 2D, 1 in 3D.
 
     Returns:
-        Features (X', Y', Z', T, F), where axes that the network reads are resampled, and the affine (4, 4) of that grid:
+        Features (X', Y', Z', T, F), resampled along the axes that the network reads; and the affine (4, 4) of that grid,
         voxel (centre) -> mm, in the world of `volume.affine`.
     """
     batch_size = batch_size or _BATCH_SIZE[preparation.dimensions]
@@ -284,13 +283,13 @@ def embed_volume(
     if preparation.dimensions == 3:
         frames = frames_of(volume, preparation=preparation, size=None)
         images, at_once = frames.images, 1
-        read = partial(_by_windows, features, preparation=preparation, batch_size=batch_size)
+        read = partial(_blend_windows, features, preparation=preparation, batch_size=batch_size)
     else:
         planes = planes_of(volume, preparation=preparation, size=None)
         images, at_once = planes.images, batch_size
-    padded, sides = _padded(images, size_divisor), images.shape[2:]
+    padded, sides = _pad_to_divisor(images, size_divisor), images.shape[2:]
     parts: list[Tensor] = []
-    with _evaluating(backbone):
+    with _evaluation_mode(backbone):
         for part in torch.split(padded, at_once):
             parts.append(read(part.to(device)).cpu())
             check_room(
@@ -310,17 +309,17 @@ def embed_volume(
     else:
         embedded = planes_to_volume(maps.permute(0, 2, 3, 1).numpy(), planes.axis, planes.num_frames)
         axes = plane_axes(planes.axis)
-        # The corners of both grids coincide: pixel i, whose centre lies at i + 1/2, lies at (i + 1/2) h / H - 1/2.
+        # The corners of both grids coincide: pixel i, with its centre at i + 1/2, is at (i + 1/2) h / H - 1/2.
         scales = [own / side for own, side in zip(planes.shape, sides, strict=True)]
         grid = tuple((scale, (scale - 1) / 2) for scale in scales)
     to_voxel = np.eye(4)
     for axis, (scale, offset) in zip(axes, grid, strict=True):
         to_voxel[axis, axis] = scale * stride
-        to_voxel[axis, 3] = offset + scale * (stride - 1) / 2  # the middle of the first `stride` pixels
+        to_voxel[axis, 3] = offset + scale * (stride - 1) / 2  # the centre of the first `stride` pixels
     return embedded, volume.affine @ to_voxel
 
 
-def _by_windows(
+def _blend_windows(
     network: Callable[[Tensor], Tensor], images: Tensor, *, preparation: Preparation, batch_size: int
 ) -> Tensor:
     blended = sliding_window_inference(
@@ -335,17 +334,17 @@ def _by_windows(
     return blended
 
 
-def _padded(images: Tensor, divisor: int) -> Tensor:
-    """Add zeros behind every side of (B, C, *S) up to a size that the network takes."""
+def _pad_to_divisor(images: Tensor, divisor: int) -> Tensor:
+    """Pad the end of every side of (B, C, *S) with zeros, up to a size that the network supports."""
     sides = [-(-side // divisor) * divisor for side in images.shape[2:]]
     if all(side == divisor for side in sides):
-        sides[-1] *= 2  # one pixel would be left at the coarsest level
+        sides[-1] *= 2  # otherwise one pixel would be left at the coarsest level
     padding = [(0, side - have) for side, have in zip(sides, images.shape[2:], strict=True)]
     return F.pad(images, [amount for pair in reversed(padding) for amount in pair])
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def _evaluation_mode(network: nn.Module) -> Iterator[None]:
     was_training = network.training
     network.eval()
     try:

@@ -1,4 +1,4 @@
-"""A published segmentation model for people who write Python: a scan in, a label map on the scan's own grid out.
+"""A published segmentation model in Python: a scan -> a label map on the scan's own grid.
 
 model = p2r.load_model("s3://bucket/models/liver/all")
 segmentation = model.predict("scan.nii.gz")        # nibabel.Nifti1Image
@@ -34,7 +34,7 @@ class Model:
     config: ArtefactConfig
     """Architecture, preparation and classes."""
     manifest: Mapping[str, Any]
-    """The artefact's manifest, with `sha256` and `url`; of an ensemble, those of its `members`."""
+    """The artefact's manifest, with `sha256` and `url`; for an ensemble, the manifests of its `members`."""
     device: str = "cpu"
     """Device of the weights."""
 
@@ -50,13 +50,13 @@ class Model:
             scan: A path or URL of NIfTI, a `nibabel` image, or a `Volume`.
 
         Returns:
-            A `nibabel.Nifti1Image` of labels on the scan's own grid, (X, Y, Z) or, of a series of frames, (X, Y, Z, T); its sform,
-            qform, codes and units are the scan's.
+            A `nibabel.Nifti1Image` of labels on the scan's own grid, (X, Y, Z), or (X, Y, Z, T) for a series of frames; with the
+            sform, qform, codes and units of the scan.
 
         Raises:
-            RefusedScan: if the scan cannot be used; its code says why.
+            RefusedScan: if the scan cannot be used; its code gives the reason.
         """
-        volume = _volume(scan)
+        volume = _read_volume(scan)
         on_scan = to_source_grid(self.labels(volume), volume)
         flat = on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan
         return nifti_image(flat, volume.source_affine, like=volume)
@@ -75,7 +75,7 @@ class Model:
     def probabilities(self, volume: Volume) -> NDArray[np.float32]:
         """Return the probability of each class, (X, Y, Z, T, 1 + classes) on the grid of `volume.data`, background first.
 
-        They add up to 1 in every voxel, and need 4 bytes per voxel, frame and class.
+        They sum to 1 in every voxel, and take 4 bytes per voxel, frame and class.
         """
         return predict_probabilities(
             self.segmenter,
@@ -86,7 +86,7 @@ class Model:
         )
 
     def labels_of(self, probabilities: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Return the labels (X, Y, Z, T) to which `probabilities` lead."""
+        """Return the labels (X, Y, Z, T) for `probabilities`."""
         labels = probabilities.argmax(-1).astype(np.uint8)
         return largest_components(labels, classes=self.classes) if self.config.largest_component else labels
 
@@ -94,7 +94,7 @@ class Model:
         """Return the volume of each class in each frame, ml."""
         voxel_ml = float(np.prod(volume.spacing_mm)) / 1000
         counts = {name: (labels == value).sum(axis=(0, 1, 2)) for value, name in self.classes.items()}
-        return {name: [float(count) * voxel_ml for count in of_class] for name, of_class in counts.items()}
+        return {name: [float(count) * voxel_ml for count in by_frame] for name, by_frame in counts.items()}
 
 
 def load_model(url: str, *, sha256: str | None = None, key: str | None = None, device: str = "cpu") -> Model:
@@ -102,26 +102,26 @@ def load_model(url: str, *, sha256: str | None = None, key: str | None = None, d
 
     Args:
         url: `file://`, `s3://` or a path of its folder; or `URL@sha256:HEX`.
-        sha256: The pin, if it is not in `url`: SHA-256 of `manifest.json`.
-        key: Public key of who must have signed it: `ed25519:HEX`, or the path of a PEM file.
-        device: Where the weights go.
+        sha256: Pin of the version, if it is not in `url`: SHA-256 of `manifest.json`.
+        key: Public key of the required signer: `ed25519:HEX`, or the path of a PEM file.
+        device: Device for the weights.
 
     Raises:
-        StorageError: if it is absent or damaged, another one than is pinned, or not signed by the key.
-        CheckpointError: if it is no model, or not one that this version can build.
+        StorageError: if the model is absent or damaged, differs from the pinned version, or is not signed by the key.
+        CheckpointError: if it is not a model, or this version cannot build it.
     """
     segmenter, config, manifest = load_segmenter(url, sha256=sha256, key=key, device=device)
     return Model(segmenter, config, manifest, device)
 
 
 def ensemble(models: Sequence[Model]) -> Model:
-    """Return one model whose probabilities are the mean of those of several, such as the draws of a task.
+    """Combine several models, such as the draws of a task, into one that averages their probabilities.
 
     Args:
-        models: Of the same classes and preparation, on the same device; their networks may differ in shape.
+        models: Models with the same classes and preparation, on the same device; their networks may differ.
 
     Raises:
-        InputError: if there is none, or one differs from the first in what an ensemble must share.
+        InputError: if there is no model, or one differs from the first in classes, preparation or device.
     """
     if not models:
         raise InputError("an ensemble needs at least one model")
@@ -132,8 +132,8 @@ def ensemble(models: Sequence[Model]) -> Model:
             if ours != theirs:
                 where = f"{other.manifest['url']} cannot join an ensemble with {first.manifest['url']}"
                 raise InputError(
-                    f"{where}: its {name} {'differ' if name == 'classes' else 'differs'}, {_difference(theirs, ours)}; "
-                    "take models of one task and one preparation"
+                    f"{where}: its {name} {'differ' if name == 'classes' else 'differs'}, {_describe_difference(theirs, ours)}; "
+                    "use models of one task and one preparation"
                 )
         if other.device != first.device:
             raise InputError(f"the models of an ensemble must be on one device, got {first.device} and {other.device}")
@@ -144,8 +144,8 @@ def ensemble(models: Sequence[Model]) -> Model:
     return Model(segmenter.eval(), first.config, manifest, first.device)
 
 
-def _difference(theirs: Any, ours: Any) -> str:
-    """Return in which values two parts of a configuration differ."""
+def _describe_difference(theirs: Any, ours: Any) -> str:
+    """Return the values in which two parts of a configuration differ."""
     if hasattr(ours, "model_dump"):
         pairs = [(name, getattr(theirs, name), value) for name, value in ours.model_dump().items()]
         return ", ".join(f"{name} {a!r} instead of {b!r}" for name, a, b in pairs if a != b)
@@ -153,10 +153,10 @@ def _difference(theirs: Any, ours: Any) -> str:
 
 
 def on_scan_grid(features: NDArray[np.float32], affine: NDArray[np.float64], volume: Volume) -> NDArray[np.float32]:
-    """Resample features to the grid of a scan's file, trilinearly; at the edge the nearest ones are taken.
+    """Resample features to the grid of a scan's file, trilinearly; positions outside get the nearest features.
 
     Args:
-        features: (X', Y', Z', F) on a grid of `affine`, as from `embed_volume`.
+        features: (X', Y', Z', F) on the grid of `affine`, as from `embed_volume`.
         affine: (4, 4) voxel of `features` -> mm.
         volume: The scan.
 
@@ -180,7 +180,7 @@ def on_scan_grid(features: NDArray[np.float32], affine: NDArray[np.float64], vol
     return np.asarray(to_source_grid(found, volume))
 
 
-def _volume(scan: str | Path | Volume | Any) -> Volume:
+def _read_volume(scan: str | Path | Volume | Any) -> Volume:
     if isinstance(scan, Volume):
         return scan
     return read_volume(scan) if isinstance(scan, str | Path) else volume_of(scan)

@@ -1,4 +1,4 @@
-"""Training patients of a task -> the labelled patients of one draw, a pure function of seed, number and index."""
+"""Training patients of a task -> the labelled patients of one draw: a pure function of seed, number and index."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,20 +13,20 @@ def draw_subjects(
     """Choose the labelled patients of one draw, sorted by name.
 
     Args:
-        train_subjects: Who can be drawn.
-        num_labelled: How many.
+        train_subjects: Patients to choose from.
+        num_labelled: Number of patients to choose.
         draw: Index of the draw.
-        seed: Of the draws.
-        strata: Stratum of each patient, for a draw in proportion to the strata; None: all patients alike.
+        seed: Seed of the draws.
+        strata: Stratum of each patient, for a draw in proportion to the strata; None: an unstratified draw.
 
     Raises:
-        DataError: if there are fewer training patients than asked for, or one of them has no stratum.
+        DataError: if there are fewer than `num_labelled` training patients, or one of them has no stratum.
     """
     available = sorted(set(train_subjects))
     if not 1 <= num_labelled <= len(available):
         raise DataError(
-            f"{num_labelled} labelled patients were asked for, but the task's train split has {len(available)}: "
-            f"finetune.num_labelled and finetune.search.num_labelled must lie between 1 and {len(available)}"
+            f"{num_labelled} labelled patients were requested, but the task's train split has {len(available)}: "
+            f"finetune.num_labelled and finetune.search.num_labelled must be between 1 and {len(available)}"
         )
     if strata is None:
         generator = keyed_generator(seed, "labelled", num_labelled, draw)
@@ -34,7 +34,7 @@ def draw_subjects(
         return tuple(available[index] for index in sorted(chosen.tolist()))
     if lacking := [subject for subject in available if subject not in strata]:
         raise DataError(
-            f"finetune.stratify needs a stratum of every patient of the train split, {lacking[0]} has none "
+            f"finetune.stratify needs a stratum for every patient of the train split, {lacking[0]} has none "
             f"({len(lacking)} of {len(available)} lack one): name strata in the task, or leave stratify out"
         )
     generator = keyed_generator(seed, "stratified", num_labelled, draw)
@@ -42,13 +42,13 @@ def draw_subjects(
         stratum: [subject for subject in available if strata[subject] == stratum]
         for stratum in sorted({strata[subject] for subject in available})
     }
-    # Largest remainders; of equal ones, and so for one patient among equal strata, chance decides.
-    shares = {stratum: num_labelled * len(of_it) / len(available) for stratum, of_it in members.items()}
+    # Largest remainder method. Ties are broken at random, as for one patient among equal strata.
+    shares = {stratum: num_labelled * len(subjects) / len(available) for stratum, subjects in members.items()}
     order = [list(members)[index] for index in generator.permutation(len(members))]
     order.sort(key=lambda stratum: math.floor(shares[stratum]) - shares[stratum])
     missing = num_labelled - sum(math.floor(share) for share in shares.values())
     found: list[str] = []
-    for stratum, of_it in members.items():
+    for stratum, subjects in members.items():
         count = math.floor(shares[stratum]) + (stratum in order[:missing])
-        found += [of_it[index] for index in generator.choice(len(of_it), size=count, replace=False)]
+        found += [subjects[index] for index in generator.choice(len(subjects), size=count, replace=False)]
     return tuple(sorted(found))

@@ -1,17 +1,17 @@
-"""Rows of final trials -> intervals, paired differences with tests, and how many labelled patients scratch would need.
+"""Rows of final trials -> intervals, paired differences with tests, and the number of labelled patients that scratch needs.
 
     rows (task x protocol x backbone x mode x n x draw) -> Dice (D, P) of each mode and n -> `few_shot_statistics`
 
-All figures stand on one number per draw and test patient: Dice, averaged over the patient's frames and classes
-(`dice_by_subject` of a row). A patient without any class in prediction and reference has none, and is left out.
+All statistics use one number per draw and test patient: Dice, averaged over the patient's frames and classes
+(`dice_by_subject` of a row). Patients without any class in prediction and reference have none and are left out.
 
-**Intervals** are percentiles of a hierarchical bootstrap: draws of labelled patients, then test patients. Every draw is
-read on the same test patients, so a resample takes one choice of patients for all of its draws. (Choosing them anew
-within every draw treats one patient as D different ones: its "95 %" interval of 5 draws covered 74 % where the spreads
-of draws, patients and noise were 0.5 : 2 : 1.) Each level is resamples of one less than there are, because the spread of m
-resampled out of m is too small by (m - 1) / m, which matters for 3 draws (Rao and Wu, JASA 83, 1988).
+**Intervals** are percentiles of a hierarchical bootstrap: draws of labelled patients, then test patients. All draws are
+evaluated on the same test patients, so a resample uses one choice of patients for all its draws. (An independent choice per
+draw would treat one patient as D different ones. Its nominal 95 % interval of 5 draws covered 74 %, with spreads of draws,
+patients and noise of 0.5 : 2 : 1.) Each level resamples m - 1 of m items (Rao and Wu, JASA 83, 1988). With m of m, the
+variance would be too small by the factor (m - 1) / m, which matters for 3 draws.
 
-What it reaches is measured, on normal models with 20 patients, for a nominal 95 % (1,000 data sets each):
+Measured coverage of the nominal 95 % interval, on normal models with 20 patients (1,000 data sets each):
 
     spread of draws : patients : noise    1 draw    3 draws    5 draws    10 draws
     0   : 1 : 1                           93 %      97 %       97 %       95 %
@@ -19,19 +19,21 @@ What it reaches is measured, on normal models with 20 patients, for a nominal 95
     0.5 : 1 : 1                           69 %      93 %       94 %       95 %
     1   : 1 : 1                           45 %      88 %       91 %       95 %
 
-So where the choice of labelled patients matters as much as the test patients, which is what n = 1 looks like, intervals
-of 3 or 5 draws are **too narrow**; and of one draw they say nothing about other draws at all.
+So if the choice of labelled patients matters as much as the test patients, as for n = 1, intervals of 3 or 5 draws are **too
+narrow**; intervals of one draw do not cover the variation between draws at all.
 
-**Differences** are paired: the same labelled patients, the same test patients. Draws are averaged within a patient, and
-Wilcoxon's signed-rank test (two-sided) asks whether patients' differences lie about zero. Zero differences are left
-out, as Wilcoxon did; differences are equal where 12 decimals are. The test is exact up to 50 patients without ties and
-up to 13 with ties, and a normal approximation with correction for ties above. Holm's correction is over the numbers of
-labelled patients of one comparison. A test of patients says nothing about other draws: the interval does.
+**Differences** are paired: the same labelled patients, the same test patients. Draws are averaged within a patient. Wilcoxon's
+signed-rank test (two-sided) then tests whether the patients' differences are symmetric about zero. Zero differences are
+dropped, as by Wilcoxon; differences that agree to 12 decimals count as equal. The test is exact up to 50 patients without ties
+and up to 13 with ties, and above uses a normal approximation with correction for ties. Holm's correction covers the numbers
+of labelled patients of one comparison. The test does not cover variation between draws. The interval does, and so does the
+number of draws with the sign of the mean difference. Without an effect, 5 of 5 occurs by chance in 6 % of comparisons, and
+4 of 5 or more in 38 %.
 
-**Label efficiency** reads, off the straight lines between scratch's means over log n, where scratch first reaches a
-mode's Dice. Outside of what scratch was trained with, the side is named and nothing is extrapolated.
+**Label efficiency** is the number of patients at which scratch first reaches a mode's Dice, read from straight lines between
+the means of scratch over log n. Outside the range of scratch, only the side is reported, without extrapolation.
 
-All of it depends on the seed and on what the rows say, not on their order, nor on what other groups there are.
+All results depend on the seed and the content of the rows, not on their order or on other groups.
 
 Shapes: D draws, P test patients, R resamples.
 """
@@ -50,7 +52,7 @@ from p2r.errors import DataError
 from p2r.modes import SCRATCH, facts_of
 from p2r.randomness import keyed_generator
 
-_DECIMALS = 12  # differences of means are equal up to rounding, or ties and zeros would be broken by it
+_DECIMALS = 12  # differences are rounded, because floating-point noise would break ties and zeros
 
 _Draw = tuple[int, tuple[str, ...]]
 _Table = dict[_Draw, dict[str, float]]
@@ -58,7 +60,7 @@ _Table = dict[_Draw, dict[str, float]]
 
 @dataclass(frozen=True, order=True)
 class _Setting:
-    """What figures must share to be put beside one another."""
+    """Settings that must be equal for results to be comparable."""
 
     task: str
     protocol: str
@@ -68,7 +70,7 @@ class _Setting:
 
 @dataclass(frozen=True, order=True)
 class _Group:
-    """One line of a few-shot plot."""
+    """One curve of a few-shot plot."""
 
     setting: _Setting
     backbone: str
@@ -81,40 +83,41 @@ class _Group:
 def few_shot_statistics(
     rows: Iterable[Mapping[str, Any]], *, seed: int, num_resamples: int = 2000, confidence: float = 0.95
 ) -> dict[str, Any]:
-    """Return what the rows of final trials say together.
+    """Compute the statistics of the rows of final trials.
 
     Args:
-        rows: Rows of `report.json`, in any order. A row's `protocol`, `transductive`, `split` and `backbone` (a short name,
-            where several are compared) keep apart what must not be mixed.
-        seed: Of the resamples.
+        rows: Rows of `report.json`, in any order. Rows with different `protocol`, `transductive`, `split` or `backbone` (a short
+            name, if several are compared) are never mixed.
+        seed: Seed of the resamples.
         num_resamples: R.
-        confidence: Of the intervals, in (0, 1).
+        confidence: Confidence level of the intervals, in (0, 1).
 
     Returns:
-        Plain values for JSON. Every entry of a list says its `task`, `protocol`, `transductive`, `split`, `backbone` (None
-        where rows name none) and `mode`.
+        Plain values for JSON. Every entry of a list has `task`, `protocol`, `transductive`, `split`, `backbone` (None if the
+        rows name none) and `mode`.
 
         - `confidence`, `num_resamples`, `seed`;
-        - `intervals`: `num_labelled`, `draws`, `patients`, `mean`, `lower`, `upper`. With one draw, the interval is that of
-          the patients for this draw; with one patient as well, it has no width;
-        - `differences`: of each mode from `against`: scratch where there is one (of the same backbone, or of no backbone), and
-          the mode's own control from random weights; else every pair of modes. `num_labelled`, `draws`, `patients`,
-          `difference`, `lower`, `upper`, `p`, `p_holm`;
-        - `between_backbones`: the same of one mode with `backbone` from that with `against_backbone`;
-        - `label_efficiency`: `num_labelled`, `dice`, `scratch_patients`, `beyond`: `below` if scratch reaches that Dice with
-          its fewest patients already, `above` if it nowhere does, else None; `scratch_interval`: the two ends of its interval,
+        - `intervals`: `num_labelled`, `draws`, `patients`, `mean`, `lower`, `upper`. With one draw, the interval covers only
+          the patients of this draw; with one patient as well, it has no width;
+        - `differences`: each mode minus `against`, which is scratch (of the same backbone, or of no backbone) and the mode's own
+          control from random weights; without scratch, all pairs of modes. `num_labelled`, `draws`, `patients`, `difference`,
+          `lower`, `upper`, `p`, `p_holm`; `difference_by_draw`, in the order of the draws; `draws_agree`, the number of these with
+          the sign of `difference`;
+        - `between_backbones`: the same for one mode, `backbone` minus `against_backbone`;
+        - `label_efficiency`: `num_labelled`, `dice`, `scratch_patients`, `beyond`: `below` if scratch reaches this Dice already
+          with its fewest patients, `above` if it never does, else None; `scratch_interval`: the two ends of its interval, which are
           numbers, `below` or `above`;
-        - `left_out`: comparisons that cannot be made, with the `reason`.
+        - `left_out`: comparisons that are not possible, with the `reason`.
 
     Raises:
-        DataError: if a row lacks a key, a Dice is no number in [0, 1], or two rows are of one trial.
+        DataError: if a row lacks a key, a Dice is not a number in [0, 1], or two rows belong to one trial.
         ValueError: if `num_resamples` or `confidence` is out of range.
     """
     if num_resamples < 1 or not 0 < confidence < 1:
         raise ValueError(
             f"num_resamples must be positive and confidence in (0, 1), got {num_resamples} and {confidence}"
         )
-    tables = _tables(rows)
+    tables = _tabulate(rows)
     found: dict[str, Any] = {"confidence": confidence, "num_resamples": num_resamples, "seed": seed}
     left_out: list[dict[str, Any]] = []
 
@@ -126,7 +129,7 @@ def few_shot_statistics(
     intervals = []
     for group, by_number in tables.items():
         for num_labelled, table in by_number.items():
-            dice = _matrix(table)
+            dice = _to_matrix(table)
             if not dice.size:
                 left_out.append(
                     {**group.to_dict(), "num_labelled": num_labelled, "reason": "no test patient has a Dice"}
@@ -138,14 +141,14 @@ def few_shot_statistics(
             intervals.append({**group.to_dict(), **counts, "mean": mean, "lower": lower, "upper": upper})
     found["intervals"] = intervals
 
-    def compared(pairs: Iterable[tuple[_Group, _Group]], other: str) -> list[dict[str, Any]]:
+    def compare(pairs: Iterable[tuple[_Group, _Group]], other: str) -> list[dict[str, Any]]:
         entries = []
         for group, against in pairs:
             name = {other: against.mode if other == "against" else against.backbone or None}
             family = []
             for num_labelled in sorted(tables[group].keys() & tables[against].keys()):
                 entry = {**group.to_dict(), **name, "num_labelled": num_labelled}
-                differences = _differences(tables[group][num_labelled], tables[against][num_labelled])
+                differences = _subtract_tables(tables[group][num_labelled], tables[against][num_labelled])
                 if not differences.size:
                     left_out.append(
                         {**entry, "reason": "no draw of the same labelled patients has a common test patient"}
@@ -161,17 +164,19 @@ def few_shot_statistics(
                         "lower": lower,
                         "upper": upper,
                         "p": signed_rank_p(np.nanmean(differences, axis=0)),
+                        "difference_by_draw": np.nanmean(differences, axis=1).tolist(),
+                        "draws_agree": draws_agree(differences),
                     }
                 )
             adjusted = holm([entry["p"] for entry in family])
             entries += [{**entry, "p_holm": p} for entry, p in zip(family, adjusted, strict=True)]
         return entries
 
-    found["differences"] = compared(_pairs_of_modes(tables), "against")
-    found["between_backbones"] = compared(_pairs_of_backbones(tables), "against_backbone")
+    found["differences"] = compare(_pair_modes(tables), "against")
+    found["between_backbones"] = compare(_pair_backbones(tables), "against_backbone")
     efficiency = []
     for group, by_number_mean in means.items():
-        scratch = _scratch_of(group, means)
+        scratch = _find_scratch(group, means)
         if group.mode == SCRATCH or scratch is None:
             continue
         for num_labelled, mean in by_number_mean.items():
@@ -193,42 +198,53 @@ def few_shot_statistics(
 def bootstrap_interval(
     values: NDArray[np.float64], *, generator: np.random.Generator, num_resamples: int, confidence: float
 ) -> tuple[float, float]:
-    """Return percentiles of the mean of resampled draws and patients (see the module's text).
+    """Return percentiles of the mean over resampled draws and patients; see the module's docstring.
 
     Args:
-        values: (D, P), NaN where a patient has no figure in a draw.
-        generator: Source of the resamples.
+        values: (D, P), NaN if a patient has no value in a draw.
+        generator: Random generator of the resamples.
         num_resamples: R.
-        confidence: Share of resampled means between the two ends, in (0, 1).
+        confidence: Fraction of resampled means in the interval, in (0, 1).
     """
-    is_there = ~np.isnan(values)
-    if not is_there.any():
+    is_present = ~np.isnan(values)
+    if not is_present.any():
         raise ValueError("there are no values to resample")
-    of_draws, of_patients = (_counts(size, generator, num_resamples) for size in values.shape)  # (R, D), (R, P)
-    total = np.einsum("rd,rd->r", of_draws, of_patients @ np.where(is_there, values, 0.0).T)
-    number = np.einsum("rd,rd->r", of_draws, of_patients @ is_there.T.astype(np.float64))
+    draw_counts, patient_counts = (
+        _draw_counts(size, generator, num_resamples) for size in values.shape
+    )  # (R, D), (R, P)
+    total = np.einsum("rd,rd->r", draw_counts, patient_counts @ np.where(is_present, values, 0.0).T)
+    number = np.einsum("rd,rd->r", draw_counts, patient_counts @ is_present.T.astype(np.float64))
     means = total[number > 0] / number[number > 0]
     tail = (1 - confidence) / 2
-    if not means.size:  # hardly any figure is there, and no resample met one
-        means = values[is_there]
+    if not means.size:  # values are so sparse that no resample contains one
+        means = values[is_present]
     lower, upper = np.quantile(means, [tail, 1 - tail])
     return float(lower), float(upper)
 
 
-def _counts(size: int, generator: np.random.Generator, num_resamples: int) -> NDArray[np.float64]:
-    """How often each of `size` things is in each resample of `size - 1`; the only one is always in."""
+def _draw_counts(size: int, generator: np.random.Generator, num_resamples: int) -> NDArray[np.float64]:
+    """Draw the count of each of `size` items in each resample of `size - 1` items; a single item always counts once."""
     return generator.multinomial(max(1, size - 1), np.full(size, 1 / size), size=num_resamples).astype(np.float64)
 
 
 def signed_rank_p(differences: NDArray[np.float64]) -> float:
-    """Return the two-sided p-value of Wilcoxon's signed-rank test; 1 if no difference is other than zero."""
+    """Return the two-sided p-value of Wilcoxon's signed-rank test; 1 if all differences are zero."""
     rounded = np.round(differences, _DECIMALS)
     rounded = rounded[rounded != 0]
     return float(stats.wilcoxon(rounded, method="auto").pvalue) if rounded.size else 1.0
 
 
+def draws_agree(differences: NDArray[np.float64]) -> int:
+    """Return how many draws (rows of (D, P), NaN where a patient has no figure) differ in the direction of the mean difference.
+
+    Differences that are zero to 12 decimals have no direction.
+    """
+    by_draw, mean = np.round(np.nanmean(differences, axis=1), _DECIMALS), np.round(np.nanmean(differences), _DECIMALS)
+    return int((np.sign(by_draw) == np.sign(mean))[by_draw != 0].sum())
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p-values, in the given order: reject those up to alpha, and hardly any family errs."""
+    """Return Holm's adjusted p-values, in the given order; rejecting those up to alpha bounds the family-wise error by alpha."""
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
@@ -238,11 +254,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def patients_needed(dice: float, scratch: Mapping[int, float]) -> tuple[float | None, str | None]:
-    """Return with how many labelled patients scratch first reaches a Dice, or on which side of its range that lies.
+    """Return the number of labelled patients at which scratch first reaches a Dice, or the side of its range.
 
     Args:
-        dice: What is to be reached.
-        scratch: Mean Dice by number of labelled patients; at least one.
+        dice: Dice to reach.
+        scratch: Mean Dice of scratch by number of labelled patients; at least one.
 
     Returns:
         The number, interpolated over log n, and None; or None and `below` or `above`.
@@ -280,26 +296,21 @@ def efficiency_interval(
         The ends: numbers, or `below` the fewest labelled patients of scratch, or `above` the most.
     """
     patients = sorted({patient for table in (ours, *scratch.values()) for dice in table.values() for patient in dice})
-    of_patients = _counts(len(patients), generator, num_resamples)
+    of_patients = _draw_counts(len(patients), generator, num_resamples)
 
     def resampled(table: _Table) -> NDArray[np.float64]:
         values = np.array([[dice.get(one, math.nan) for one in patients] for _, dice in sorted(table.items()) if dice])
         is_there = ~np.isnan(values)
-        of_draws = _counts(len(values), generator, num_resamples)
+        of_draws = _draw_counts(len(values), generator, num_resamples)
         total = np.einsum("rd,rd->r", of_draws, of_patients @ np.where(is_there, values, 0.0).T)
         number = np.einsum("rd,rd->r", of_draws, of_patients @ is_there.T.astype(np.float64))
         means: NDArray[np.float64] = np.divide(total, number, out=np.full(num_resamples, np.nan), where=number > 0)
         return means
 
-    reached, curves = resampled(ours), {number: resampled(table) for number, table in scratch.items()}
-    beyond = {"below": -math.inf, "above": math.inf}
-    needed = []
-    for index, dice in enumerate(reached):
-        curve = {number: float(means[index]) for number, means in curves.items() if not math.isnan(means[index])}
-        if curve and not math.isnan(dice):
-            number, side = patients_needed(float(dice), curve)
-            needed.append(beyond[side] if side is not None else float(number or 0.0))
-    if not needed:
+    numbers = sorted(scratch)
+    needed = _patients_needed(resampled(ours), np.stack([resampled(scratch[number]) for number in numbers], 1), numbers)
+    needed = needed[~np.isnan(needed)]
+    if not needed.size:
         return "below", "above"
     tail = (1 - confidence) / 2
     names = {-math.inf: "below", math.inf: "above"}
@@ -307,8 +318,29 @@ def efficiency_interval(
     return names.get(lower, lower), names.get(upper, upper)
 
 
-def _tables(rows: Iterable[Mapping[str, Any]]) -> dict[_Group, dict[int, _Table]]:
-    """Sort the rows into Dice by group, number of labelled patients, draw and test patient."""
+def _patients_needed(
+    dice: NDArray[np.float64], curves: NDArray[np.float64], numbers: Sequence[int]
+) -> NDArray[np.float64]:
+    """Return `patients_needed` of every resample (R,): minus infinity below, infinity above, NaN without a Dice.
+
+    Args:
+        dice: (R,) to be reached.
+        curves: (R, N) Dice of scratch.
+        numbers: N numbers of labelled patients, rising.
+    """
+    logs, first = np.log(numbers), curves[:, 0]
+    needed = np.where(dice < first, -np.inf, np.where(dice == first, float(numbers[0]), np.inf))
+    is_reached = (curves[:, 1:] >= dice[:, None]) & (dice > first)[:, None]
+    rows = np.flatnonzero(is_reached.any(axis=1))
+    step = is_reached[rows].argmax(axis=1)
+    low, high = curves[rows, step], curves[rows, step + 1]
+    needed[rows] = np.exp(logs[step] + (dice[rows] - low) / (high - low) * (logs[step + 1] - logs[step]))
+    needed[np.isnan(dice) | np.isnan(curves).any(axis=1)] = np.nan
+    return needed
+
+
+def _tabulate(rows: Iterable[Mapping[str, Any]]) -> dict[_Group, dict[int, _Table]]:
+    """Tabulate the Dice of the rows by group, number of labelled patients, draw and test patient."""
     tables: dict[_Group, dict[int, _Table]] = {}
     for row in rows:
         try:
@@ -320,54 +352,54 @@ def _tables(rows: Iterable[Mapping[str, Any]]) -> dict[_Group, dict[int, _Table]
             dice = {subject: float(found) for subject, found in row["dice_by_subject"].items() if found is not None}
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"row {row.get('id', dict(row))}: {type(error).__name__}: {error}; statistics need task, mode, num_labelled, "
-                "draw, subjects and dice_by_subject of a final trial"
+                f"row {row.get('id', dict(row))}: {type(error).__name__}: {error}; the row of a final trial needs task, mode, "
+                "num_labelled, draw, subjects and dice_by_subject"
             ) from None
         trial = f"{setting.task}, {group.backbone or 'one backbone'}, {group.mode}, n = {num_labelled}, draw {draw[0]}"
         for subject, value in dice.items():
             if not 0 <= value <= 1:
-                raise DataError(f"trial {trial}: the Dice of {subject} is {value}; it must lie between 0 and 1")
+                raise DataError(f"trial {trial}: the Dice of {subject} is {value}; it must be between 0 and 1")
         table = tables.setdefault(group, {}).setdefault(num_labelled, {})
         if any(draw[0] == other for other, _ in table):
             raise DataError(
-                f"trial {trial}: two rows; one trial has one row, and rows of two runs or backbones need a `backbone` each"
+                f"trial {trial}: two rows; a trial has one row, and rows of several runs or backbones need different values of `backbone`"
             )
         table[draw] = dice
     return {group: dict(sorted(tables[group].items())) for group in sorted(tables)}
 
 
-def _matrix(table: _Table) -> NDArray[np.float64]:
-    """(D, P) without patients that have no figure in any draw, and draws in which no patient has one."""
+def _to_matrix(table: _Table) -> NDArray[np.float64]:
+    """Return (D, P) without patients that have no value in any draw, and without draws that have no values."""
     patients = sorted({patient for dice in table.values() for patient in dice})
     draws = [table[draw] for draw in sorted(table) if table[draw]]
     return np.array([[dice.get(patient, math.nan) for patient in patients] for dice in draws], dtype=np.float64)
 
 
-def _differences(ours: _Table, theirs: _Table) -> NDArray[np.float64]:
-    """(D, P) of draws with the same labelled patients, on patients that both have a figure of."""
-    return _matrix(
+def _subtract_tables(ours: _Table, theirs: _Table) -> NDArray[np.float64]:
+    """Return differences (D, P) for draws with the same labelled patients, on patients with a value in both."""
+    return _to_matrix(
         {
             draw: {
-                patient: dice - theirs[draw][patient] for patient, dice in of_draw.items() if patient in theirs[draw]
+                patient: dice - theirs[draw][patient] for patient, dice in patients.items() if patient in theirs[draw]
             }
-            for draw, of_draw in ours.items()
+            for draw, patients in ours.items()
             if draw in theirs
         }
     )
 
 
-def _scratch_of(group: _Group, tables: Mapping[_Group, object]) -> _Group | None:
-    """Scratch of the same backbone's architecture, or the one that all backbones share."""
-    return _of_mode(SCRATCH, group, tables)
+def _find_scratch(group: _Group, tables: Mapping[_Group, object]) -> _Group | None:
+    """Return scratch with the architecture of the same backbone, else the scratch common to all backbones."""
+    return _find_mode(SCRATCH, group, tables)
 
 
-def _control_of(group: _Group, tables: Mapping[_Group, object]) -> _Group | None:
-    """The same training from random weights, if the mode has such a control and it was run."""
+def _find_control(group: _Group, tables: Mapping[_Group, object]) -> _Group | None:
+    """Return the same training from random weights, if the mode has such a control and it was run."""
     facts = facts_of(group.mode)
-    return None if facts is None or facts.control is None else _of_mode(facts.control, group, tables)
+    return None if facts is None or facts.control is None else _find_mode(facts.control, group, tables)
 
 
-def _of_mode(mode: str, group: _Group, tables: Mapping[_Group, object]) -> _Group | None:
+def _find_mode(mode: str, group: _Group, tables: Mapping[_Group, object]) -> _Group | None:
     for backbone in (group.backbone, ""):
         found = _Group(group.setting, backbone, mode)
         if found in tables:
@@ -375,13 +407,13 @@ def _of_mode(mode: str, group: _Group, tables: Mapping[_Group, object]) -> _Grou
     return None
 
 
-def _pairs_of_modes(tables: Mapping[_Group, object]) -> list[tuple[_Group, _Group]]:
+def _pair_modes(tables: Mapping[_Group, object]) -> list[tuple[_Group, _Group]]:
     pairs = []
     for group in tables:
-        scratch = _scratch_of(group, tables)
+        scratch = _find_scratch(group, tables)
         if scratch is not None:
             pairs += [(group, scratch)] if group.mode != SCRATCH else []
-            control = _control_of(group, tables)
+            control = _find_control(group, tables)
             pairs += [(group, control)] if control not in (None, scratch) else []
         else:
             pairs += [
@@ -392,7 +424,7 @@ def _pairs_of_modes(tables: Mapping[_Group, object]) -> list[tuple[_Group, _Grou
     return pairs
 
 
-def _pairs_of_backbones(tables: Mapping[_Group, object]) -> list[tuple[_Group, _Group]]:
+def _pair_backbones(tables: Mapping[_Group, object]) -> list[tuple[_Group, _Group]]:
     return [
         (group, other)
         for other, group in itertools.combinations(tables, 2)

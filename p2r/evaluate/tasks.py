@@ -2,13 +2,18 @@
 
     jobs/tasks/acdc.yaml -> TaskConfig -> Task(scans, subjects by split) -> LabelledScan
 
-A task is a folder of images, a folder of label maps with names and grids to match, the meaning of each label, and the
-subjects of each split, by name or by a seeded rule. Whatever would make a figure mean something else is refused here, by
-name: a patient in two splits, an image without its label, a label on another grid, with a value that nobody explained
-or where its image is empty, one scan under two subjects, a class that no labelled patient has.
+A task is a folder of images, a folder of label maps with matching names and grids, the meaning of each label, and the
+subjects of each split. Splits are by name or by a seeded rule.
 
-Two label maps of one grid that were exchanged are found by `p2r.evaluate.mix_ups`. What cannot be known is whether a label
-map that fits its image in name, grid, place and look was drawn on another patient.
+Every error that would invalidate a metric is refused here, by name:
+
+- a patient in two splits, or one scan under two subjects;
+- an image without its label map, or a label map on another grid;
+- a label map with an undeclared value, or with labels where its image is empty;
+- a class without any labelled patient.
+
+`p2r.evaluate.mix_ups` finds two label maps of one grid that were exchanged. One error cannot be detected: a label map of
+another patient that fits the image in name, grid, position and appearance.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,17 +48,17 @@ from p2r.evaluate.task_files import task_sha256 as task_sha256
 _AFFINE_TOLERANCE = 1e-3
 _SPACING_TOLERANCE = 1e-3  # relative
 _RESTORE = "where the files of two scans were mixed up, restore the pairs"
-_MAX_SHARE_ON_NOTHING = 0.99  # of the labelled voxels, where the image has its least value
+_MAX_EMPTY_FRACTION = 0.99  # of the labelled voxels, where the image has its minimum
 
 
 @dataclass(frozen=True)
 class LabelledScan:
-    """A scan read, checked, and cut into planes, or kept whole for a network of volumes, together with its reference."""
+    """A scan and its reference, read, checked, and cut into slices (or kept whole, for a network of volumes)."""
 
     scan: TaskScan
     volume: Volume
     labels: Volume
-    """On the grid of `volume`: (X, Y, Z, T) int16."""
+    """Label map on the grid of `volume`: (X, Y, Z, T) int16."""
     planes: Planes | Frames
     """Images (P, 1, H, W), or (T, 1, X, Y, Z)."""
     label_planes: Tensor
@@ -67,21 +72,21 @@ def check_scans(
     load: Callable[[TaskScan, Task, Preparation], LabelledScan] | None = None,
     see: Callable[[LabelledScan, Split], None] = lambda scan, split: None,
 ) -> dict[str, frozenset[int]]:
-    """Read every scan of a task and refuse whatever breaks a rule.
+    """Read and check every scan of a task.
 
     Args:
-        task: From `load_task`.
-        preparation: What the backbone expects of a scan.
-        load: Reads a scan; None: `load_scan`.
-        see: Called with every scan and its split; it may refuse it.
+        task: Task from `load_task`.
+        preparation: Preparation of scans for the backbone.
+        load: Function that reads a scan; None: `load_scan`.
+        see: Called with every scan and its split; it may raise an error to refuse the scan.
 
     Returns:
-        The labels that each subject's images show, on the network's grid, for `check_classes_present`.
+        The labels in each subject's images, on the network's grid, for `check_classes_present`.
 
     Raises:
-        DataError: as `load_scan`; if one image, or one label map with content, is there under two subjects; if the label maps of
-            validation or test patients are all empty.
-        RefusedScan: if a file cannot be used at all.
+        DataError: as `load_scan`; also if two subjects have the same image or the same non-empty label map, or if the label
+            maps of all validation or all test patients are empty.
+        RefusedScan: if a file is unusable.
     """
     split_of = {subject: split for split in get_args(Split) for subject in task.subjects[split]}
     images: dict[str, TaskScan] = {}
@@ -94,67 +99,67 @@ def check_scans(
         if twin.subject != scan.subject:
             raise DataError(
                 f"task {task.name}: {twin.image} of subject {twin.subject} ({split_of[twin.subject]}) and {scan.image} of "
-                f"subject {scan.subject} ({split_of[scan.subject]}) are the same voxels: one patient under two names would "
-                "leak from split to split, or count twice; take one of both out of the splits"
+                f"subject {scan.subject} ({split_of[scan.subject]}) have the same voxels: one patient under two names would "
+                "leak between splits, or count twice; remove one of them from the splits"
             )
         twin = labels.setdefault(voxels_sha256(loaded.labels), scan) if loaded.labels.data.any() else scan
         if twin.subject != scan.subject:
             raise DataError(
                 f"task {task.name}: {twin.label} of subject {twin.subject} and {scan.label} of subject {scan.subject} are "
-                "the same labels on different images: one of both belongs to another patient; restore it"
+                "the same labels on different images: one of them belongs to another patient; restore it"
             )
         classes[scan.subject] = classes.get(scan.subject, frozenset()) | classes_shown([loaded])
     for split in HELD_OUT:
         if not any(classes[subject] for subject in task.subjects[split]):
             raise DataError(
-                f"task {task.name}: no label map of the {split} patients ({few(list(task.subjects[split]))}) holds any class: there is "
-                "nothing to compare with; restore them, or choose other patients"
+                f"task {task.name}: all label maps of the {split} patients ({few(list(task.subjects[split]))}) are empty, so nothing can "
+                "be evaluated; restore them, or choose other patients"
             )
     return classes
 
 
 def classes_shown(scans: Iterable[LabelledScan]) -> frozenset[int]:
-    """Return the labels that the images of some scans show, on the network's grid."""
+    """Return the labels in the images of scans, on the network's grid."""
     return frozenset(label for scan in scans for label in np.unique(scan.label_planes.numpy()).tolist()) - {0}
 
 
 def check_classes_present(
     labels_by_subject: Mapping[str, Iterable[int]], task: Task, *, subjects: Sequence[str]
 ) -> None:
-    """Refuse labelled patients of whom none has one of the classes: a model would never see it.
+    """Check that at least one labelled patient has each class, as a model cannot learn a class that it never gets.
 
     Args:
-        labels_by_subject: From `check_scans`.
+        labels_by_subject: Labels from `check_scans`.
         task: The task.
         subjects: Labelled patients of one draw.
 
     Raises:
-        DataError: naming the class and the patients.
+        DataError: if a class is absent; names the class and the patients.
     """
     present = {label for subject in subjects for label in labels_by_subject[subject]}
     for label, name in task.config.classes.items():
         if label not in present:
             raise DataError(
-                f"task {task.name}: class {label} {name} is empty in all labelled patients ({few(list(subjects))}), as the network "
-                "reads them: it would never see it; draw more patients (finetune.num_labelled) or others (finetune.seed)"
+                f"task {task.name}: class {label} {name} is empty in all labelled patients ({few(list(subjects))}) on the network's "
+                "grid, so a model could not learn it; draw more patients (finetune.num_labelled) or others (finetune.seed)"
             )
 
 
 def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int | None = None) -> LabelledScan:
-    """Read a scan and its reference, check that they fit, and make images of both.
+    """Read a scan and its reference, check that they match, and make images of both.
 
     Args:
         scan: One of `task.scans`.
-        task: Its task.
-        preparation: What the backbone expects of a scan.
-        size: Sides of the images; None: their whole extent.
+        task: The scan's task.
+        preparation: Preparation of scans for the backbone.
+        size: Side of the images; None: their whole extent.
 
     Raises:
-        DataError: if the label map lies on another grid, or holds a value that the task does not name.
-        RefusedScan: if a file cannot be used at all.
+        DataError: if the label map is on another grid, or has a value that the task does not name.
+        RefusedScan: if a file is unusable.
     """
     volume, labels = read_volume(scan.image), read_labels(scan.label)
-    grids = f"{scan.label} has {_grid_of(labels)}, its image {scan.image} {_grid_of(volume)}"
+    grids = f"{scan.label} has {_describe_grid(labels)}, its image {scan.image} {_describe_grid(volume)}"
     if volume.data.shape != labels.data.shape or volume.source_shape != labels.source_shape:
         raise DataError(
             f"task {task.name}: the grids differ: {grids}; {_RESTORE}, or resample the label map to its image"
@@ -162,12 +167,13 @@ def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int
     difference = float(np.abs(volume.source_affine - labels.source_affine).max())
     if difference > _AFFINE_TOLERANCE:
         raise DataError(
-            f"task {task.name}: the affines differ by up to {difference:.3g} ({_AFFINE_TOLERANCE} is allowed): {grids}; "
+            f"task {task.name}: the affines differ by up to {difference:.3g} (allowed: {_AFFINE_TOLERANCE}): {grids}; "
             f"{_RESTORE}, or copy the image's affine if the voxels do match"
         )
     if not np.allclose(volume.spacing_mm, labels.spacing_mm, rtol=_SPACING_TOLERANCE, atol=0):
         raise DataError(
-            f"task {task.name}: {scan.label} states voxels of {_mm(labels)} mm, its image {scan.image} {_mm(volume)}; "
+            f"task {task.name}: {scan.label} states voxels of {_describe_spacing(labels)} mm, its image {scan.image} "
+            f"{_describe_spacing(volume)}; "
             f"{_RESTORE}, or copy the image's header if the voxels do match"
         )
     unknown = sorted(set(np.unique(labels.data).tolist()) - {0, *task.config.classes})
@@ -175,15 +181,15 @@ def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int
         named = ", ".join(f"{value} {name}" for value, name in task.config.classes.items())
         raise DataError(
             f"task {task.name}: {scan.label} holds the value{'s' * (len(unknown) > 1)} {', '.join(map(str, unknown))}, "
-            f"the task names 0 background, {named}; add the class to the task, or correct the label map"
+            f"but the task names 0 background, {named}; add the class to the task, or correct the label map"
         )
     for frame in range(labels.data.shape[3]):
         image, is_labelled = volume.data[..., frame], labels.data[..., frame] > 0
-        if is_labelled.any() and (image[is_labelled] == image.min()).mean() > _MAX_SHARE_ON_NOTHING:
+        if is_labelled.any() and (image[is_labelled] == image.min()).mean() > _MAX_EMPTY_FRACTION:
             raise DataError(
-                f"task {task.name}: what {scan.label} labels{f' in frame {frame}' * (labels.data.shape[3] > 1)} lies where its "
-                f"image {scan.image} is empty (its least value, {image.min():g}): the two belong to different scans, or one "
-                "of them is turned or shifted; restore the pair"
+                f"task {task.name}: the labels of {scan.label}{f' in frame {frame}' * (labels.data.shape[3] > 1)} are where its "
+                f"image {scan.image} is empty (its minimum, {image.min():g}): the two belong to different scans, or one "
+                "of them is rotated or shifted; restore the pair"
             )
     planes: Planes | Frames
     if preparation.dimensions == 3:
@@ -195,10 +201,10 @@ def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int
     return LabelledScan(scan, volume, labels, planes, label_planes)
 
 
-def _mm(volume: Volume) -> str:
+def _describe_spacing(volume: Volume) -> str:
     return " x ".join(f"{mm:g}" for mm in volume.spacing_mm)
 
 
-def _grid_of(volume: Volume) -> str:
+def _describe_grid(volume: Volume) -> str:
     rows = "; ".join(" ".join(f"{number:.6g}" for number in row) for row in volume.source_affine[:3])
     return f"shape {volume.source_shape} x {volume.data.shape[3]} frames, affine [{rows}]"

@@ -1,6 +1,6 @@
-"""Features of labelled scans by a frozen backbone -> a segmenter by class prototypes; and what else labelled scans say before training."""
+"""Labelled scans before any training -> features of a frozen backbone, a segmenter by class prototypes, rules of plausibility."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def frozen_features(
     preparation: Preparation,
     device: str,
 ) -> list[FeaturesOfScan]:
-    """Return features, labels and inside of every scan; features are kept on this machine's disk for all trials of the backbone."""
+    """Return features, labels and inside of every scan; features are cached on the local disk for all trials of the backbone."""
     found = []
     for scan in scans:
 
@@ -40,8 +40,8 @@ def frozen_features(
             features = features_of_images(network, scan.planes, preparation=preparation, device=device)
             return {"features": features.numpy()}, {}
 
-        if trial.protocol == "paper_compat":  # cropped by the label, and split: of this trial alone
-            arrays = make()[0]
+        if trial.protocol == "paper_compat":  # cropped by the label, and split: only for this trial
+            features = _as_tensor(*make())
         else:
             key = {
                 "image": file_sha256(scan.scan.image),
@@ -49,22 +49,26 @@ def frozen_features(
                 "backbone": backbone_sha256,
                 "device": device,
             }
-            arrays = dict(kept("features", key, make)[0])
-        found.append((torch.from_numpy(arrays["features"]), scan.label_planes, scan.planes.inside))
+            features = kept("features", key, make, use=_as_tensor)
+        found.append((features, scan.label_planes, scan.planes.inside))
     return found
+
+
+def _as_tensor(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> Tensor:
+    return torch.from_numpy(arrays["features"])
 
 
 def segmenter_by_prototypes(
     network: nn.Module, scans: Sequence[FeaturesOfScan], trial: Trial, *, num_classes: int, seed: int
 ) -> Segmenter:
-    """Return a segmenter by the nearest class prototypes of labelled features, on the network's device."""
+    """Return a segmenter with class prototypes from labelled features, on the network's device."""
     found = class_prototypes(
         scans,
         num_classes=num_classes,
         background_prototypes=trial.settings.background_prototypes or 1,
         generator=keyed_generator(seed, "prototypes", trial.num_labelled, trial.draw),
     )
-    head = PrototypeHead(found[0].shape[1], [len(of_class) for of_class in found])
+    head = PrototypeHead(found[0].shape[1], [len(prototypes) for prototypes in found])
     head.load_state_dict({"prototypes": torch.cat(found)})
     return Segmenter(network, head.to(next(network.parameters()).device)).eval()
 
@@ -72,7 +76,7 @@ def segmenter_by_prototypes(
 def plausibility_of(
     labelled: Sequence[LabelledScan], trial: Trial, *, num_classes: int, preparation: Preparation
 ) -> Plausibility:
-    """Learn from labelled scans what the organs' size and place can be, with the trial's tolerances."""
+    """Learn the organs' size and place from labelled scans, with the trial's tolerances."""
     labels = labelled_images(labelled).labels
     assert labels is not None
     return learn_plausibility(

@@ -1,7 +1,7 @@
-"""All that the training of a segmenter changes: weights, teacher, optimizer; and how it is saved and resumed.
+"""The mutable state of training a segmenter (weights, teacher, optimizer), with saving and resuming.
 
-A mean teacher is an average of the student's weights, and it is what is returned. The backbone joins in after the head's
-warm-up, if there is one.
+A mean teacher is an average of the student's weights, and is the network that training returns. If the head has a warm-up, the
+backbone is trained after it.
 """
 
 import copy
@@ -29,13 +29,13 @@ from p2r.modes import MODES
 from p2r.schedule import learning_rate
 
 WARMUP_FRACTION = 0.05
-"""Part of the steps in which the learning rate rises."""
+"""Fraction of the steps in which the learning rate rises."""
 
 Say = Callable[[str], None]
 
 
 class Learner:
-    """All that one training changes: weights, teacher, optimizer, and what is kept of its losses."""
+    """The mutable state of one training: weights, teacher, optimizer, and recorded losses."""
 
     def __init__(
         self, segmenter: Segmenter, trial: Trial, *, num_classes: int, device: str, rounds: Rounds | None = None
@@ -54,7 +54,7 @@ class Learner:
             groups["backbone"] = list(segmenter.backbone.parameters())
             segmenter.backbone.requires_grad_(self._warmup == 0)
         self._optimizer = torch.optim.AdamW(
-            [{"params": of_group, "name": name} for name, of_group in groups.items()],
+            [{"params": parameters, "name": name} for name, parameters in groups.items()],
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay or 0.0,
         )
@@ -63,36 +63,36 @@ class Learner:
 
     @property
     def settings(self) -> Settings:
-        """What the trial is trained with."""
+        """Settings of the trial."""
         return self._trial.settings
 
     @property
     def found(self) -> Segmenter:
-        """The network that is returned."""
+        """The network that training returns."""
         return self.teacher or self.segmenter
 
     def compile(self, batch_size: int, preparation: Preparation) -> str:
-        """Have training call compiled networks, which share their weights with those that are saved, and validated as they are.
+        """Use compiled networks for training steps; saving and validation use the original ones, with the same weights.
 
         Returns:
-            What to say of it.
+            A message for the log.
         """
         backbone = self.segmenter.backbone
-        of_views = 2 if self.tally is not None else 0
-        shape = (batch_size * (1 + of_views), 1, *[preparation.image_size] * preparation.dimensions)
+        num_views = 2 if self.tally is not None else 0
+        shape = (batch_size * (1 + num_views), 1, *[preparation.image_size] * preparation.dimensions)
         is_compiled, message = warm_up(backbone, shape=shape, dtype=torch.float32)
         if is_compiled:
-            self.student = _compiled(self.segmenter)
+            self.student = _compile_segmenter(self.segmenter)
             if self.teacher is not None:
-                self.as_teacher = _compiled(self.teacher)
+                self.as_teacher = _compile_segmenter(self.teacher)
         return message
 
     def set_rates(self, step: int) -> None:
-        """Set the learning rates of a step; the backbone joins in after the head's warm-up."""
+        """Set the learning rates of a step; the backbone is trained after the head's warm-up."""
         if step >= self._warmup and not self._is_frozen:
             self.segmenter.backbone.requires_grad_(True)
         for group in self._optimizer.param_groups:
-            # The backbone's rate rises when it joins in, and falls with the head's.
+            # The backbone's rate rises from the end of the head's warm-up, and decays with the head's rate.
             is_backbone = group["name"] == "backbone"
             before = self._warmup if is_backbone else 0
             scale = (self.settings.backbone_learning_rate_factor or 1.0) if is_backbone else 1.0
@@ -104,7 +104,7 @@ class Learner:
             )
 
     def update(self, step: int, loss: Tensor) -> None:
-        """Take the step of the optimizer and of the teacher."""
+        """Update the weights with the optimizer, and then the teacher."""
         self.first = loss.detach() if step == 0 else self.first
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -114,12 +114,12 @@ class Learner:
         self._optimizer.step()
         if self.teacher is not None:
             decay = min(self.settings.ema_decay or 0.0, 1 - 1 / (step + 2))
-            _follow(self.teacher, self.segmenter, decay=decay)
+            _update_teacher(self.teacher, self.segmenter, decay=decay)
         if step >= self._steps * 0.9 or step == self._steps - 1:
             self.tail.append(loss.detach())
 
     def state(self, step: int) -> TrainingState:
-        """Return the training state after so many steps."""
+        """Return the training state after `step` steps."""
         tensors = {
             **module_tensors("student", self.segmenter),
             **({} if self.teacher is None else module_tensors("teacher", self.teacher)),
@@ -134,7 +134,7 @@ class Learner:
         return TrainingState(step, tensors, facts)
 
     def resume(self, saved: SavedTraining | None, *, say: Say) -> int:
-        """Return the number of steps that were done before, with all as it was then."""
+        """Restore the saved training state, if there is one, and return the number of completed steps."""
         state = None if saved is None else saved.load()
         if state is None:
             return 0
@@ -154,14 +154,14 @@ class Learner:
         return state.step
 
 
-def _compiled(segmenter: Segmenter) -> Segmenter:
-    """Return a segmenter with the same weights, whose backbone is compiled at its first use."""
+def _compile_segmenter(segmenter: Segmenter) -> Segmenter:
+    """Return a segmenter with the same weights, with a backbone that is compiled at its first use."""
     backbone = cast(nn.Module, torch.compile(segmenter.backbone, dynamic=False))
     return Segmenter(backbone, segmenter.head)
 
 
 @torch.no_grad()
-def _follow(teacher: nn.Module, student: nn.Module, *, decay: float) -> None:
+def _update_teacher(teacher: nn.Module, student: nn.Module, *, decay: float) -> None:
     theirs = [parameter.detach() for parameter in student.parameters()]
     torch._foreach_lerp_(list(teacher.parameters()), theirs, 1 - decay)
     for mine, other in zip(teacher.buffers(), student.buffers(), strict=True):

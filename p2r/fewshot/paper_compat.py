@@ -1,12 +1,12 @@
-"""A labelled scan -> what the released code of Pix2Rep makes of it. For comparison with the paper only.
+"""The evaluation protocol of the released code of Pix2Rep, for comparison with the paper only.
 
-It crops every volume, the test patients' too, to the box of the *reference* + 10 px, and drops slices whose reference is
-empty: the label leaks into the input, and whatever a model finds elsewhere is never counted. It tells validation from
-training slices, not patients, and it averages a soft Dice with the background in it. All of that is repeated here, so
-that what it is worth can be measured beside `leak_free`. What its text leaves open is chosen here: pixels of the margin are
-voxels of the scan, a scan of several frames is cropped frame by frame, and a fifth of the slices validates.
+It crops every volume, also of test patients, to the box of the *reference* + 10 px, and drops slices with an empty reference.
+So the label leaks into the input, and false positives elsewhere never count. It separates validation from training by slices,
+not by patients, and averages a soft Dice that includes the background. All of this is reproduced here, to measure its effect
+compared with `leak_free`. Three details are not in the paper, and chosen here. The margin is in voxels of the scan, a scan with
+several frames is cropped frame by frame, and a fifth of the slices is for validation.
 
-Shapes: X Y Z T a volume; P planes; K classes
+Shapes: X Y Z T a volume; P slices; K classes
 """
 
 from collections.abc import Sequence
@@ -26,27 +26,27 @@ _VALIDATION_FRACTION = 0.2
 
 @dataclass(frozen=True)
 class Crop:
-    """One frame of a scan, cropped by its label; and where it was."""
+    """One frame of a scan, cropped by its label, and its position in the whole scan."""
 
     scan: LabelledScan
-    """Volume, reference, images and labels of what was left: one frame."""
+    """Volume, reference, images and labels after cropping: one frame."""
     frame: int
     places: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
-    """Of each axis of the whole volume, the voxels that were left."""
+    """Remaining voxel indices along each axis of the whole volume."""
     whole: Volume
-    """The volume before."""
+    """The volume before cropping."""
 
 
 def cropped(scan: LabelledScan, preparation: Preparation, *, size: int | None) -> list[Crop]:
-    """Crop every frame of a scan to the box of its label + 10 px, without the slices whose label is empty.
+    """Crop every frame of a scan to the box of its label + 10 px, without the slices with an empty label.
 
     Args:
-        scan: Of a network of planes.
-        preparation: What the backbone expects of a scan.
-        size: Sides of the images; None: their whole extent.
+        scan: Scan cut into slices.
+        preparation: Preparation of scans for the backbone.
+        size: Side of the images; None: their whole extent.
 
     Returns:
-        Frames that have any label.
+        The frames with any label.
     """
     assert isinstance(scan.planes, Planes)
     axis = scan.planes.axis
@@ -62,22 +62,22 @@ def cropped(scan: LabelledScan, preparation: Preparation, *, size: int | None) -
             low, high = held[0] - _MARGIN_PX, held[-1] + 1 + _MARGIN_PX
             places[side] = np.arange(max(0, low), min(is_class.shape[side], high))
         x, y, z = places
-        volume, labels = (_part(part, (x, y, z), frame) for part in (scan.volume, scan.labels))
+        volume, labels = (_crop_volume(part, (x, y, z), frame) for part in (scan.volume, scan.labels))
         planes = planes_of(volume, preparation=preparation, size=size)
         label_planes = label_planes_of(labels, preparation=preparation, axis=axis, size=size)
         crops.append(Crop(LabelledScan(scan.scan, volume, labels, planes, label_planes), frame, (x, y, z), scan.volume))
     return crops
 
 
-def _part(whole: Volume, places: tuple[NDArray[np.int64], ...], frame: int) -> Volume:
+def _crop_volume(whole: Volume, places: tuple[NDArray[np.int64], ...], frame: int) -> Volume:
     affine = whole.affine.copy()
-    affine[:3, 3] = (whole.affine @ [*(of_axis[0] for of_axis in places), 1])[:3]
+    affine[:3, 3] = (whole.affine @ [*(indices[0] for indices in places), 1])[:3]
     data = np.ascontiguousarray(whole.data[..., frame][np.ix_(*places)][..., None])
     return replace(whole, data=data, affine=affine)
 
 
 def split_by_slice(crops: Sequence[Crop], generator: np.random.Generator) -> tuple[list[Crop], list[Crop]]:
-    """Give a fifth of the slices, at least one, to validation, whoever's they are, and the rest to training.
+    """Split slices, independent of patient, into training and validation, which gets a fifth, and at least one.
 
     Raises:
         DataError: if there are fewer than two slices.
@@ -98,13 +98,13 @@ def split_by_slice(crops: Sequence[Crop], generator: np.random.Generator) -> tup
                 plane for plane in range(len(crop.scan.label_planes)) if ((index, plane) in held_out) == is_validation
             ]
             if planes:
-                side.append(_with_planes(crop, planes))
+                side.append(_select_planes(crop, planes))
         sides.append(side)
     return sides[0], sides[1]
 
 
-def _with_planes(crop: Crop, planes: list[int]) -> Crop:
-    """Keep some planes; their intensities stay what they were among all."""
+def _select_planes(crop: Crop, planes: list[int]) -> Crop:
+    """Select slices, without normalising their intensities again."""
     scan = crop.scan
     assert isinstance(scan.planes, Planes)
     axis = scan.planes.axis

@@ -1,16 +1,17 @@
-"""Label maps of labelled patients -> where an organ can be and how large it is: a filter for pseudo-labels of other patients.
+"""Label maps of labelled patients -> plausible positions and sizes of organs: a filter for pseudo-labels of other patients.
 
-Three rules, learnt from the labelled frames and nothing else:
+Three rules, learnt only from the labelled frames:
 
     place      foreground is within the box of all labelled foreground, about the scan's centre, widened by a margin in mm
-    one piece  where the foreground of every labelled frame is in one piece, only the largest part of a frame's foreground counts
+    one piece  if the foreground of every labelled frame is in one piece, only the largest part of a frame's foreground counts
     size       the largest cross-section of each class (its volume, for a network of volumes) is within a factor of the labelled ones
 
-A pixel that breaks one of the first two rules does not count: it is neither foreground nor background to a student. A frame that breaks
-the third does not count at all, because an organ that is missed elsewhere would be taught as background. The rules presume that scans
-show the organ about the same place. For lesions, which may be anywhere, widen the margin beyond the scan.
+Pixels that break one of the first two rules do not count: a student learns them neither as foreground nor as background. The
+same holds for a class that is too large. A frame with a class that is too small does not count at all, because the missed part
+would be learnt as background. The rules assume that scans show the organ at about the same position. For lesions, which may be
+anywhere, widen the margin beyond the scan.
 
-Letters: P images, planes frame by frame or one volume per frame; *S their sizes, padded about their centre; K classes.
+Letters: P images, slices frame by frame or one volume per frame; *S their sizes, padded about their centre; K classes.
 """
 
 from collections.abc import Sequence
@@ -24,27 +25,27 @@ from torch import Tensor
 
 from p2r.data.preprocess import Frames, Planes
 
-_LEAST_SHARE = 0.95  # of a frame's foreground, in its largest part: a few pixels are lost by resampling
+_MIN_LARGEST_PART = 0.95  # fraction of a frame's foreground in its largest part; resampling may split off a few pixels
 
 
 @dataclass(frozen=True)
 class Plausibility:
-    """What the labelled frames say of place and size; sizes in pixels of the network's grid."""
+    """Place and size of labelled organs, with tolerances; in pixels of the network's grid."""
 
     low: tuple[float, ...]
-    """Along each axis, the first pixel at which foreground can be, from the image's centre."""
+    """First pixel along each axis at which foreground may be, from the image's centre."""
     high: tuple[float, ...]
-    """The last one."""
+    """Last pixel along each axis at which foreground may be."""
     smallest: tuple[float, ...]
-    """Of each class but the background: least size."""
+    """Minimum size of each class except background."""
     largest: tuple[float, ...]
-    """Of each class but the background: greatest size."""
+    """Maximum size of each class except background."""
     is_one_piece: bool
-    """Whether foreground is in one piece in every labelled frame."""
+    """True if the foreground of every labelled frame is in one piece."""
 
 
 def frames_of_scans(scans: Sequence[Planes | Frames]) -> list[slice]:
-    """Return which of all scans' images, one after another, belong to each frame."""
+    """Return, for each frame, the slice of its images in the concatenated images of all scans."""
     frames: list[slice] = []
     start = 0
     for scan in scans:
@@ -61,39 +62,39 @@ def learn_plausibility(
     """Learn the rules from labelled frames.
 
     Args:
-        labels: (P, *S) classes, with foreground in one of them at least.
-        frames: Which images belong to each frame.
+        labels: (P, *S) classes, with foreground in at least one image.
+        frames: Images of each frame.
         num_classes: K.
-        size_factor: How much larger or smaller than all labelled ones an organ may be.
-        margin_pixels: How far beyond the labelled foreground an organ may reach.
+        size_factor: Factor by which an organ may be larger or smaller than all labelled ones.
+        margin_pixels: Distance by which an organ may extend beyond the labelled foreground.
     """
     found = labels.cpu().numpy()
-    of_frames = [found[frame] for frame in frames]
-    sizes = np.array([_sizes(frame, num_classes) for frame in of_frames])  # (frames, K - 1)
-    places = np.argwhere(found > 0)[:, 1:] - _centre(found.shape[1:])
-    largest_parts = [(_largest_part(frame > 0).sum(), (frame > 0).sum()) for frame in of_frames]
+    label_frames = [found[frame] for frame in frames]
+    sizes = np.array([_class_sizes(frame, num_classes) for frame in label_frames])  # (frames, K - 1)
+    places = np.argwhere(found > 0)[:, 1:] - _image_centre(found.shape[1:])
+    largest_parts = [(_largest_part(frame > 0).sum(), (frame > 0).sum()) for frame in label_frames]
     return Plausibility(
         low=tuple((places.min(0) - margin_pixels).tolist()),
         high=tuple((places.max(0) + margin_pixels).tolist()),
         smallest=tuple((sizes.min(0) / size_factor).tolist()),
         largest=tuple((sizes.max(0) * size_factor).tolist()),
-        is_one_piece=all(part >= _LEAST_SHARE * whole for part, whole in largest_parts),
+        is_one_piece=all(part >= _MIN_LARGEST_PART * whole for part, whole in largest_parts),
     )
 
 
 def plausible(classes: Tensor, frames: Sequence[slice], rules: Plausibility) -> tuple[Tensor, list[bool]]:
-    """Find the pixels whose class can be true.
+    """Mark the pixels with a plausible class.
 
     Args:
         classes: (P, *S), on images that are padded about their centre.
-        frames: Which images belong to each frame.
-        rules: From `learn_plausibility`.
+        frames: Images of each frame.
+        rules: Rules from `learn_plausibility`.
 
     Returns:
-        (P, *S) bool; and of each frame whether its organs have a plausible size.
+        (P, *S) bool; and for each frame, True if no class is too small.
     """
     found = classes.cpu().numpy()
-    box = _box(found.shape[1:], rules)
+    box = _foreground_box(found.shape[1:], rules)
     kept = np.ones(found.shape, dtype=np.bool_)
     verdicts = []
     for frame in frames:
@@ -101,21 +102,23 @@ def plausible(classes: Tensor, frames: Sequence[slice], rules: Plausibility) -> 
         possible = foreground & box
         if rules.is_one_piece:
             possible = _largest_part(possible)
-        sizes = _sizes(np.where(possible, found[frame], 0), 1 + len(rules.largest))
-        is_plausible = bool((sizes >= rules.smallest).all() and (sizes <= rules.largest).all())
+        sizes = _class_sizes(np.where(possible, found[frame], 0), 1 + len(rules.largest))
+        too_large = [value for value, size in enumerate(sizes, start=1) if size > rules.largest[value - 1]]
+        possible &= ~np.isin(found[frame], too_large)
+        is_plausible = bool((sizes >= rules.smallest).all())
         kept[frame] = (possible | ~foreground) & is_plausible
         verdicts.append(is_plausible)
     return torch.from_numpy(kept).to(classes.device), verdicts
 
 
-def _sizes(frame: NDArray[np.integer], num_classes: int) -> NDArray[np.float64]:
-    """Return the pixels (K - 1,) of each class in that image of a frame (n, *S) which has most of it."""
+def _class_sizes(frame: NDArray[np.integer], num_classes: int) -> NDArray[np.float64]:
+    """Return the size (K - 1,) of each class in a frame (n, *S): its largest number of pixels in one image."""
     flat = frame.reshape(len(frame), -1)
     return np.array([float((flat == value).sum(1).max()) for value in range(1, num_classes)])
 
 
 def _largest_part(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return the largest connected part of a frame (n, *S); pixels that share a corner, or lie in neighbouring images, touch."""
+    """Return the largest connected component of a frame (n, *S); corners, and neighbouring images, connect pixels."""
     stack = mask[0] if len(mask) == 1 else mask
     parts, number = ndimage.label(stack, structure=np.ones((3,) * stack.ndim))
     if number < 2:
@@ -125,11 +128,11 @@ def _largest_part(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return part
 
 
-def _centre(size: Sequence[int]) -> NDArray[np.float64]:
+def _image_centre(size: Sequence[int]) -> NDArray[np.float64]:
     return (np.array(size) - 1) / 2
 
 
-def _box(size: Sequence[int], rules: Plausibility) -> NDArray[np.bool_]:
+def _foreground_box(size: Sequence[int], rules: Plausibility) -> NDArray[np.bool_]:
     box = np.ones(tuple(size), dtype=np.bool_)
     for axis, (length, low, high) in enumerate(zip(size, rules.low, rules.high, strict=True)):
         offsets = np.arange(length) - (length - 1) / 2

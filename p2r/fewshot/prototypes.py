@@ -1,8 +1,8 @@
-"""Features of a few labelled scans -> prototypes of each class: a segmentation without any training.
+"""Features of a few labelled scans -> prototypes of each class: segmentation without training.
 
-A class is the mean of the directions of its pixels' features, a point on the unit sphere. The background is no one thing:
-its pixels are split by k-means on that sphere, from centres that k-means++ draws. A pixel belongs to the class of the prototype
-with the largest cosine (`p2r.model.heads.PrototypeHead`).
+The prototype of a class is the mean direction of its pixels' features, a point on the unit sphere. The background is
+heterogeneous, so its pixels are split by k-means on the sphere, initialised by k-means++. A pixel gets the class of the
+prototype with the largest cosine similarity (`p2r.model.heads.PrototypeHead`).
 
 Shapes: P images; *S their sides; F features; n pixels
 
@@ -29,20 +29,20 @@ def class_prototypes(
     background_prototypes: int,
     generator: np.random.Generator,
 ) -> list[Tensor]:
-    """Find the prototypes of every class.
+    """Compute the prototypes of every class.
 
     Args:
-        images: Of each labelled scan: features (P, F, *s), its sides or fewer of them along each axis; labels (P, *S); and
-            inside (P, *S) bool, pixels of the scan, the only ones that are read.
-        num_classes: With the background.
-        background_prototypes: How many stand for the background, at most.
-        generator: For the background's pixels and first centres.
+        images: For each labelled scan: features (P, F, *s), on its grid or coarser; labels (P, *S); and inside (P, *S) bool, the
+            pixels of the scan, to which the computation is restricted.
+        num_classes: Number of classes, including background.
+        background_prototypes: Maximum number of background prototypes.
+        generator: Random generator for the sampled background pixels and the initial centres.
 
     Returns:
         Unit vectors (n, F) of each class, background first.
 
     Raises:
-        DataError: if a class has no pixel in any of the images.
+        DataError: if a class has no pixels in the images.
     """
     sums: list[Tensor | None] = [None] * num_classes
     background = []
@@ -55,34 +55,34 @@ def class_prototypes(
             directions = F.normalize(whole[0].flatten(1), dim=0).T  # (n, F)
             flat = torch.where(is_scan, label, -1).flatten()
             for value in range(1, num_classes):
-                of_class = directions[flat == value].sum(0)
-                so_far = sums[value]
-                sums[value] = of_class if so_far is None else so_far + of_class
-            background.append(_some(directions[flat == 0], generator))
+                class_sum = directions[flat == value].sum(0)
+                previous = sums[value]
+                sums[value] = class_sum if previous is None else previous + class_sum
+            background.append(_sample_tenth(directions[flat == 0], generator))
     missing = [str(value) for value in range(1, num_classes) if sums[value] is None or not sums[value].any()]  # type: ignore[union-attr]
     if missing or not any(len(pixels) for pixels in background):
         raise DataError(
-            f"the labelled patients have no pixel of class {', '.join(missing) or '0'}: a prototype needs one; "
-            "take another seed, or more patients"
+            f"the labelled patients have no pixel of class {', '.join(missing) or '0'}, so it has no prototype; "
+            "use another seed, or more patients"
         )
     centres = _spherical_k_means(torch.cat(background), background_prototypes, generator)
     return [centres, *(F.normalize(total[None], dim=1) for total in sums[1:] if total is not None)]
 
 
-def _some(directions: Tensor, generator: np.random.Generator) -> Tensor:
-    """Keep a tenth of the pixels of one image, for neighbours say the same."""
+def _sample_tenth(directions: Tensor, generator: np.random.Generator) -> Tensor:
+    """Sample a tenth of the pixels of one image, because neighbouring pixels are redundant."""
     count = -(-len(directions) // 10)
     chosen = generator.choice(len(directions), size=count, replace=False) if count else np.zeros(0, np.int64)
     return directions[torch.from_numpy(np.sort(chosen))]
 
 
 def _spherical_k_means(directions: Tensor, num_centres: int, generator: np.random.Generator) -> Tensor:
-    """Return at most `num_centres` unit vectors (n, F) about which unit vectors lie."""
+    """Cluster unit vectors around at most `num_centres` unit vectors (n, F)."""
     if len(directions) > _MAX_BACKGROUND_PIXELS:
         chosen = generator.choice(len(directions), size=_MAX_BACKGROUND_PIXELS, replace=False)
         directions = directions[torch.from_numpy(np.sort(chosen))]
     centres = directions[[int(generator.integers(len(directions)))]]
-    while len(centres) < min(num_centres, len(directions)):  # k-means++: far from the centres before
+    while len(centres) < min(num_centres, len(directions)):  # k-means++: far from previous centres
         distances = (1 - (directions @ centres.T).amax(1)).clamp_min(0).double().numpy()
         if distances.sum() <= 0:
             break

@@ -3,9 +3,10 @@
     unlabelled -> one geometry -> weak view   -> teacher -> class of every confident pixel of the scan
                                -> two strong views (appearance, then CutMix) -> student -> Dice + cross-entropy with that class
 
-A strong view exchanges a box with that of another image, whose label or pseudo-label goes along (`p2r.views.cutmix`). Where
-that one is labelled, a coin decides which of the two is the ground: so labels reach unlabelled anatomy, and unlabelled anatomy
-labelled images. A pixel without a confident pseudo-label counts nowhere; every pixel of a labelled image does.
+CutMix replaces a box of a strong view by the box of another image, along with its label or pseudo-label (`p2r.views.cutmix`).
+If the other image is labelled, a random choice decides which of the two is the ground: so labels reach unlabelled anatomy, and
+unlabelled anatomy reaches labelled images. Pixels without a confident pseudo-label do not count in the loss; all pixels of
+labelled images do.
 
 Letters: B images, K classes, *S their sizes. Sources: Sohn et al. 2020 (FixMatch); Yang et al. 2023 (UniMatch); Bai et al. 2023 (BCP).
 """
@@ -26,19 +27,19 @@ from p2r.views.cutmix import Labelled, draw_boxes, exchange
 from p2r.views.draws import Draws
 from p2r.views.pair import WeakAndStrong
 
-_SMOOTHING = 1e-5  # MONAI's, of the loss on labelled images
-_NUM_INTERVALS = 20  # of the training, for which shares of pseudo-labels are kept
+_SMOOTHING = 1e-5  # as in MONAI, for the loss on labelled images
+_NUM_INTERVALS = 20  # intervals of the training with separate statistics of pseudo-labels
 
 
 @torch.no_grad()
 def pseudo_labels(teacher: nn.Module, weak: Tensor, shown: Tensor, *, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return the teacher's class of every pixel, and where it counts.
+    """Return the teacher's class of every pixel, and a mask of the confident pixels.
 
     Args:
         teacher: Image -> logits.
-        weak: (B, C, *S), moved and otherwise unchanged.
+        weak: (B, C, *S), warped but otherwise unchanged.
         shown: (B, *S) bool, pixels of the scan.
-        threshold: Least probability of a class that counts.
+        threshold: Minimum probability of a confident class.
 
     Returns:
         (B, *S) int64 and (B, *S) bool.
@@ -53,29 +54,31 @@ def strong_views(
     """Mix both strong views with other images.
 
     Args:
-        views: Of B unlabelled images.
+        views: Views of B unlabelled images.
         classes: (B, *S) pseudo-labels.
-        counts: (B, *S) bool, where they count.
-        labelled: Labelled images, as the student sees them in this step.
+        counts: (B, *S) bool, pixels whose pseudo-label counts.
+        labelled: The student's labelled images of this step.
         settings: Probabilities of the exchange.
-        draws: Of the B images.
+        draws: Random numbers of the B images.
 
     Returns:
         2B images: the first strong view of each, then the second.
     """
     mixed = []
     for name, images in zip(("view a", "view b"), views.strong, strict=True):
-        mixed.append(_mixed(Labelled(images, classes, counts), labelled, settings=settings, draws=draws.named(name)))
+        mixed.append(
+            _apply_cutmix(Labelled(images, classes, counts), labelled, settings=settings, draws=draws.named(name))
+        )
     return Labelled(*(torch.cat(parts) for parts in zip(*((m.images, m.labels, m.counts) for m in mixed), strict=True)))
 
 
-def _mixed(unlabelled: Labelled, labelled: Labelled, *, settings: Settings, draws: Draws) -> Labelled:
+def _apply_cutmix(unlabelled: Labelled, labelled: Labelled, *, settings: Settings, draws: Draws) -> Labelled:
     number, device = len(unlabelled.images), unlabelled.images.device
     is_mixed = draws.uniform("is mixed") < (settings.cutmix_probability or 0.0)
     with_labelled = draws.uniform("with a labelled image") < (settings.cutmix_labelled_fraction or 0.0)
     is_ground = draws.uniform("is the ground") < 0.5
     at = draws.uniform("partner")
-    # Of the unlabelled images, another one than itself, unless it is the only one.
+    # The unlabelled partner is another image, unless there is only one.
     neighbours = (np.arange(number) + 1 + np.floor(at * max(1, number - 1))) % number
     partners = np.where(with_labelled, number + np.floor(at * len(labelled.images)), neighbours)
     both = Labelled(
@@ -84,19 +87,19 @@ def _mixed(unlabelled: Labelled, labelled: Labelled, *, settings: Settings, draw
         torch.cat([unlabelled.counts, labelled.counts]),
     )
     box = draw_boxes(draws, size=tuple(unlabelled.labels.shape[1:]), device=device)
-    is_inverted = _flags(with_labelled & ~is_ground, box)
-    taken = (box ^ is_inverted) & _flags(is_mixed, box)
-    return exchange(unlabelled, both.take(on_device(partners, device, dtype=torch.int64)), taken)
+    is_inverted = _broadcast_flags(with_labelled & ~is_ground, box)
+    exchanged = (box ^ is_inverted) & _broadcast_flags(is_mixed, box)
+    return exchange(unlabelled, both.take(on_device(partners, device, dtype=torch.int64)), exchanged)
 
 
-def _flags(of_images: np.typing.NDArray[np.bool_], like: Tensor) -> Tensor:
-    return on_device(of_images, like.device, dtype=torch.bool).reshape(-1, *[1] * (like.ndim - 1))
+def _broadcast_flags(flags: np.typing.NDArray[np.bool_], like: Tensor) -> Tensor:
+    return on_device(flags, like.device, dtype=torch.bool).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def masked_dice_ce(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
-    """Return the Dice + cross-entropy loss over the pixels that count; 0 if none does.
+    """Return the Dice + cross-entropy loss over the pixels that count; 0 if there are none.
 
-    Dice is of each class over all images together, background included, as on labelled images.
+    Dice is computed per class over all images together, including background, as for labelled images.
 
     Args:
         logits: (B, K, *S).
@@ -115,7 +118,7 @@ def masked_dice_ce(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
 
 
 def logits_without_channels(student: Segmenter, weak: Tensor, *, fraction: float, draws: Draws) -> Tensor:
-    """Return the student's logits (B, K, *S) of the weak views, each without a part of its backbone's output channels."""
+    """Return the student's logits (B, K, *S) of the weak views, after dropping a fraction of the backbone's output channels."""
     features = student.backbone(weak)
     kept = on_device(draws.uniform("channels", features.shape[1]) >= fraction, weak.device)
     dropped = features * kept.reshape(*kept.shape, *[1] * (features.ndim - 2)) / (1 - fraction)
@@ -128,37 +131,37 @@ class PseudoLabelTally:
 
     num_classes: int
     steps: int
-    """Of the whole training."""
+    """Number of steps of the whole training."""
     device: str = "cpu"
     intervals: list[list[int]] = field(default_factory=list)
-    """Of each: the last step, pixels of the scan, confident pixels of each class."""
+    """For each interval: the last step, pixels of the scan, confident pixels of each class."""
     _open: Tensor | None = None
-    """(1 + K,) of the interval that is not over, on the device."""
+    """(1 + K,) counts of the current interval, on the device."""
 
     def add(self, step: int, classes: Tensor, counts: Tensor, shown: Tensor) -> None:
-        """Count those of one step (from 0); reads the device only at an interval's end."""
-        of_classes = [((classes == value) & counts).sum() for value in range(self.num_classes)]
-        one = torch.stack([shown.sum(), *of_classes])
-        self._open = one if self._open is None else self._open + one
+        """Count the pseudo-labels of one step (from 0); synchronises with the device only at the end of an interval."""
+        class_counts = [((classes == value) & counts).sum() for value in range(self.num_classes)]
+        step_counts = torch.stack([shown.sum(), *class_counts])
+        self._open = step_counts if self._open is None else self._open + step_counts
         if (step + 1) % max(1, -(-self.steps // _NUM_INTERVALS)) == 0 or step + 1 == self.steps:
             self.intervals.append([step + 1, *self._open.tolist()])
             self._open = None
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs, as JSON values."""
+        """Return the state for `restore`, as JSON values."""
         return {"intervals": self.intervals, "open": None if self._open is None else self._open.tolist()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state."""
+        """Restore a state."""
         self.intervals = [list(one) for one in state["intervals"]]
         self._open = None if state["open"] is None else torch.tensor(state["open"], device=self.device)
 
     def to_row(self, names: Sequence[str], *, threshold: float) -> dict[str, Any]:
-        """Return what a row of `report.json` says of them.
+        """Return the statistics for a row of `report.json`.
 
         Args:
-            names: Of the K classes, the background first.
-            threshold: The least probability that counts.
+            names: Names of the K classes, background first.
+            threshold: Minimum probability of a confident class.
         """
         counts = np.array(self.intervals, dtype=np.float64).reshape(-1, 2 + self.num_classes)
         confident = counts[:, 2:].sum(1)
@@ -172,9 +175,9 @@ class PseudoLabelTally:
         }
         if not confident.any():
             row["warnings"].append(
-                f"no pixel reached confidence_threshold {threshold:g}: nothing was learnt from unlabelled images; lower it, or train longer"
+                f"no pixel reached confidence_threshold {threshold:g}, so unlabelled images had no effect; lower it, or train longer"
             )
         elif row["classes_never_found"]:
             missing = ", ".join(row["classes_never_found"])
-            row["warnings"].append(f"no pseudo-label was of class {missing}: it was learnt from labelled images only")
+            row["warnings"].append(f"no pseudo-label had class {missing}: it was learnt from labelled images only")
         return row

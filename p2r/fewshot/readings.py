@@ -1,9 +1,9 @@
-"""Every reading of test patients -> one line of `<storage>/report/test_reads.jsonl`, for ever.
+"""Record of every test-set evaluation: one line each in `<storage>/report/test_reads.jsonl`, never removed.
 
-An object store cannot append to a file, and trials run on many machines: so each reading is an object of its own,
-`report/test_reads/<recipe>.json`, made before the first test patient is read, and never replaced. A recipe that is read again,
-because its trial died between reading and writing its result, leaves a second object beside the first. The lines are put
-together from these objects, oldest first.
+An object store cannot append to a file, and trials run on many machines. So each evaluation is a separate object,
+`report/test_reads/<recipe>.json`, created before the first test patient is read, and never replaced. If a trial dies between
+reading and writing its result, the repeated evaluation of the recipe leaves a second object. The lines are assembled from
+these objects, oldest first.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from p2r.fewshot.stored import read_readings
 from p2r.storage import Storage, json_bytes
 from p2r.version import code_version
 
@@ -18,10 +19,10 @@ _FOLDER = "report/test_reads"
 
 
 def record_reading(storage: Storage, reading: Mapping[str, Any]) -> None:
-    """Note that test patients are about to be read.
+    """Record a test-set evaluation, before test patients are read.
 
     Args:
-        storage: Of the job.
+        storage: Storage of the job.
         reading: task, trial, recipe_sha256, backbone_sha256 and num_scans; time and code are added.
     """
     entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "code": code_version(), **reading}
@@ -31,8 +32,8 @@ def record_reading(storage: Storage, reading: Mapping[str, Any]) -> None:
 
 
 def merge_readings(storage: Storage) -> list[dict[str, Any]]:
-    """Write `report/test_reads.jsonl` from all readings so far, and return them, oldest first."""
-    readings = [storage.read_json(path) for path in storage.list(_FOLDER) if path.endswith(".json")]
+    """Write `report/test_reads.jsonl` from all recorded evaluations, and return them, oldest first."""
+    readings = read_readings(storage, _FOLDER)
     readings.sort(key=lambda reading: (reading["time"], reading["trial"], reading["recipe_sha256"]))
     if readings:
         lines = "".join(json.dumps(reading, sort_keys=True) + "\n" for reading in readings)

@@ -1,12 +1,13 @@
-"""Self-training in rounds: pseudo-labels of all unlabelled images, made at once, filtered, and learnt until the next round.
+"""Self-training in rounds: all unlabelled images get pseudo-labels at once, which are filtered and learnt until the next round.
 
     round 0    nearest class prototypes on the frozen backbone    -> views agree? -> plausible? -> learnt for a part of the steps
     round 1... the mean teacher, where it is confident            -> views agree? -> plausible? -> learnt for as many steps
     then       the teacher labels the images of every step, as in weak_to_strong
 
-Rounds end without a validation label: after so many, or as soon as pseudo-labels hardly change. A pixel counts where all views of its
-image (appearance, and mirrored where training mirrors) give it the same class, and where that class is plausible
-(`p2r.fewshot.plausibility`). Both filters come from the labelled patients and the images; label files of the others are not opened.
+Rounds end without a validation label: after a set number, or when pseudo-labels hardly change. A pixel counts if all views of its
+image (appearance, and mirroring if training mirrors) give the same class, and if that class is plausible
+(`p2r.fewshot.plausibility`). Both filters use only the labelled patients and the images; label files of other patients are not
+opened.
 
 Letters: P unlabelled images, K classes, *S their sizes. Sources: Snell et al. 2017 (prototypes); Xie et al. 2020 (noisy student: rounds, a
 student under stronger augmentation); Yang et al. 2022 (ST++: stability of predictions as a filter).
@@ -31,32 +32,32 @@ from p2r.views.draws import Draws
 from p2r.views.intensity import draw_intensity
 
 NOT_COUNTED = -1
-_AT_ONCE = 16  # images
+_BATCH_IMAGES = 16
 
 
 @dataclass(frozen=True)
 class Unlabelled:
-    """Unlabelled images, and what is needed to label them."""
+    """Unlabelled images, by frame."""
 
     images: Tensor
     """(P, 1, *S) in [0, 1]."""
     inside: Tensor
     """(P, *S) bool: pixels of the scan."""
     frames: Sequence[slice]
-    """Which images belong to each frame."""
+    """Images of each frame."""
 
 
 class Rounds:
-    """Pseudo-labels that are made anew at the start of each round.
+    """Pseudo-labels of all unlabelled images, made again at the start of each round.
 
     Args:
-        unlabelled: What is labelled.
-        first: Labels the first round: image -> logits.
-        rules: What is plausible.
-        trial: Its settings; keys the views.
+        unlabelled: Images to label.
+        first: Network for the first round: image -> logits.
+        rules: Plausible positions and sizes of organs.
+        trial: The trial, for its settings and as the key of the views.
         config: Ranges of the views.
-        preparation: Pixel size, and what of an image the model reads.
-        names: Of the K classes, background first.
+        preparation: Pixel size; whole images or their centre.
+        names: Names of the K classes, background first.
     """
 
     def __init__(
@@ -70,12 +71,12 @@ class Rounds:
         preparation: Preparation,
         names: Sequence[str],
     ) -> None:
-        self._of, self._first, self._rules = unlabelled, first, rules
+        self._unlabelled, self._first, self._rules = unlabelled, first, rules
         self._trial, self._config, self._preparation, self._names = trial, config, preparation, names
         self.labels: Tensor | None = None
-        """(P, *S) int16 class, or `NOT_COUNTED`; None: rounds have not begun, or are over."""
+        """(P, *S) int16 class, or `NOT_COUNTED`; None before the first and after the last round."""
         self.told: list[dict[str, Any]] = []
-        """Of each round, JSON values."""
+        """Facts of each round, JSON values."""
         self._is_over = False
 
     @property
@@ -83,10 +84,10 @@ class Rounds:
         return self._trial.settings
 
     def at(self, step: int, teacher: nn.Module) -> str | None:
-        """Make new pseudo-labels, or end the rounds, if that is due before this step (from 0).
+        """Make new pseudo-labels, or end the rounds, if due before this step (from 0).
 
         Returns:
-            A line about the new round; None: nothing was due.
+            A line about the new round; None if nothing was due.
         """
         settings = self._settings
         length = max(1, round((settings.self_training_fraction or 0.0) * (settings.steps or 1)))
@@ -99,8 +100,8 @@ class Rounds:
         labels, frames = self._label(network, number, threshold)
         change = None if self.labels is None else changed_fraction(self.labels, labels)
         self.labels = labels
-        self.told.append(self._facts(step, number, labels, frames, change))
-        line = _line(self.told[-1])
+        self.told.append(self._describe_round(step, number, labels, frames, change))
+        line = _format_round(self.told[-1])
         if change is not None and change < (settings.self_training_min_change or 0.0):
             return f"{line}; {self._end(step, 'change')}"
         return line
@@ -108,15 +109,17 @@ class Rounds:
     def _end(self, step: int, why: str) -> str:
         self.labels, self._is_over = None, True
         self.told[-1] |= {"ended_at_step": step, "ended_by": why}
-        return f"rounds end before step {step + 1}: the teacher labels every step from here on"
+        return f"rounds end before step {step + 1}: from now on the teacher labels the images of every step"
 
     def _label(self, network: nn.Module, number: int, threshold: float | None) -> tuple[Tensor, list[bool]]:
-        """Label all images: classes where they count, and whether each frame's organs have a plausible size."""
-        box = _box_read(self._of.images, self._preparation)
-        labels = torch.full(self._of.inside.shape, NOT_COUNTED, dtype=torch.int16, device=self._of.inside.device)
-        for start in range(0, len(self._of.images), _AT_ONCE):
-            part = slice(start, start + _AT_ONCE)
-            images, inside = self._of.images[(part, slice(None), *box)], self._of.inside[(part, *box)]
+        """Label all images; return classes (`NOT_COUNTED` where they do not count), and the plausibility of each frame."""
+        box = _read_box(self._unlabelled.images, self._preparation)
+        labels = torch.zeros(self._unlabelled.inside.shape, dtype=torch.int16, device=self._unlabelled.inside.device)
+        counts = torch.zeros_like(self._unlabelled.inside)
+        for start in range(0, len(self._unlabelled.images), _BATCH_IMAGES):
+            part = slice(start, start + _BATCH_IMAGES)
+            images = self._unlabelled.images[(part, slice(None), *box)]
+            inside = self._unlabelled.inside[(part, *box)]
             key = ("agreement", self._trial.task, self._trial.num_labelled, self._trial.draw, number, start)
             draws = Draws.of_generators(
                 [keyed_generator(self._config.seed, *key, index) for index in range(len(images))]
@@ -131,19 +134,21 @@ class Rounds:
                 config=self._config,
                 preparation=self._preparation,
             )
-            labels[(part, *box)] = torch.where(is_agreed, classes, NOT_COUNTED).to(torch.int16)
-        can_be, frames = plausible(labels, self._of.frames, self._rules)
-        return labels.masked_fill_(~can_be, NOT_COUNTED), frames
+            labels[(part, *box)], counts[(part, *box)] = classes.to(torch.int16), is_agreed
+        # Sizes are checked before pixels with disagreeing views are left out, because views disagree at an organ's border.
+        is_plausible, frames = plausible(labels, self._unlabelled.frames, self._rules)
+        return labels.masked_fill_(~(is_plausible & counts), NOT_COUNTED), frames
 
-    def _facts(
+    def _describe_round(
         self, step: int, number: int, labels: Tensor, frames: list[bool], change: float | None
     ) -> dict[str, Any]:
         counted = labels >= 0
         total = max(1, int(counted.sum()))
+        read = int(self._unlabelled.inside[(slice(None), *_read_box(self._unlabelled.images, self._preparation))].sum())
         return {
             "step": step,
             "by": "teacher" if number else "prototypes",
-            "counted_fraction": round(total / max(1, int(self._of.inside.sum())), 4) if counted.any() else 0.0,
+            "counted_fraction": round(int(counted.sum()) / max(1, read), 4),  # of what the model reads
             "plausible_frames": sum(frames),
             "frames": len(frames),
             "class_fractions": {
@@ -153,32 +158,32 @@ class Rounds:
         }
 
     def warnings(self) -> list[str]:
-        """Return what went wrong without ending the training."""
+        """Return problems that did not end the training."""
         if self.told and not self.told[0]["plausible_frames"]:
             return [
-                "no unlabelled frame has organs of a plausible size by the first pseudo-labels: nothing was learnt from them; widen "
+                "no unlabelled frame has organs of a plausible size in the first pseudo-labels, so they had no effect; widen "
                 "plausible_size_factor or plausible_margin_mm"
             ]
         return []
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what `restore` needs: labels, compressed, for most of them are background."""
+        """Return tensors for `restore`: labels, compressed, because most are background."""
         if self.labels is None:
             return {}
         packed = zlib.compress(self.labels.cpu().numpy().tobytes(), 1)
         return {"rounds.labels": torch.from_numpy(np.frombuffer(packed, np.uint8).copy())}
 
     def facts(self) -> dict[str, Any]:
-        """Return what else `restore` needs, as JSON values."""
+        """Return JSON values for `restore`."""
         return {"told": self.told, "is_over": self._is_over}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Continue from a state."""
+        """Restore a state."""
         self.told, self._is_over = [dict(one) for one in facts["told"]], bool(facts["is_over"])
         packed = tensors.get("rounds.labels")
         if packed is not None:
             flat = np.frombuffer(zlib.decompress(packed.cpu().numpy().tobytes()), np.int16)
-            shape, device = self._of.inside.shape, self._of.inside.device
+            shape, device = self._unlabelled.inside.shape, self._unlabelled.inside.device
             self.labels = torch.from_numpy(flat.reshape(shape).copy()).to(device)
 
 
@@ -193,19 +198,19 @@ def agreed_classes(
     config: FinetuneConfig,
     preparation: Preparation,
 ) -> tuple[Tensor, Tensor]:
-    """Return the class of each pixel by the mean of several views, and where all views agree on it.
+    """Return the class of each pixel by the mean of several views, and a mask of the pixels where all views agree.
 
-    The first view is the image as it is. Each further one has another appearance, and is mirrored where the views of training are.
+    The first view is the unchanged image. Each further view has another appearance, and is mirrored if training mirrors.
 
     Args:
         network: Image -> logits.
         images: (B, 1, *S).
         inside: (B, *S) bool: other pixels never count.
-        draws: Of B images.
-        num_views: At least 1.
-        threshold: Least mean probability of a class that counts; None: any.
+        draws: Random numbers of B images.
+        num_views: Number of views, at least 1.
+        threshold: Minimum mean probability of a class that counts; None: any.
         config: Ranges of the views.
-        preparation: What the network reads.
+        preparation: Pixel size and image size.
 
     Returns:
         (B, *S) int64 and (B, *S) bool.
@@ -218,9 +223,9 @@ def agreed_classes(
     for number in range(num_views):
         view = images
         if number:
-            of_view = draws.named(f"view {number}")
+            view_draws = draws.named(f"view {number}")
             view = draw_intensity(
-                images, of_view, config=config.views.intensity, spacing_mm=spacing, inside=inside
+                images, view_draws, config=config.views.intensity, spacing_mm=spacing, inside=inside
             ).masked_fill(~inside[:, None], 0)
         axis = axes[number % len(axes)]
         probabilities = probabilities_of_images(
@@ -237,13 +242,13 @@ def agreed_classes(
 
 
 def changed_fraction(before: Tensor, after: Tensor) -> float:
-    """Return the part of all pixels that were or are foreground whose pseudo-label changed; 0 if there are none."""
+    """Return the fraction of pixels with a changed pseudo-label, among those that were or are foreground; 0 without any."""
     foreground = (before > 0) | (after > 0)
     return float(((before != after) & foreground).sum() / foreground.sum().clamp(min=1))
 
 
-def _box_read(images: Tensor, preparation: Preparation) -> tuple[slice, ...]:
-    """Return what of images (P, 1, *S) the model reads: all, or `image_size` about the centre."""
+def _read_box(images: Tensor, preparation: Preparation) -> tuple[slice, ...]:
+    """Return the part of images (P, 1, *S) that the model reads: all, or `image_size` about the centre."""
     if preparation.planes == "whole":
         return tuple(slice(0, size) for size in images.shape[2:])
     side = preparation.image_size
@@ -251,7 +256,7 @@ def _box_read(images: Tensor, preparation: Preparation) -> tuple[slice, ...]:
     return tuple(slice(start, start + side) for start in starts)
 
 
-def _line(told: Mapping[str, Any]) -> str:
+def _format_round(told: Mapping[str, Any]) -> str:
     classes = ", ".join(f"{name} {100 * share:.2f} %" for name, share in told["class_fractions"].items())
     change = "" if told["change"] is None else f", {100 * told['change']:.1f} % of the foreground changed"
     return (

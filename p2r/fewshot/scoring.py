@@ -1,7 +1,7 @@
-"""A segmenter and the scans of a split -> figures: of all, and of every case, with what it predicted.
+"""A segmenter and the scans of a split -> metrics, overall and for every case, and the predictions.
 
-A case is what is predicted and compared at once: all frames of a scan; or, with `paper_compat`, one frame, cropped by its
-label. References are read here and in training only; nothing of a case but its images reaches the segmenter.
+A case is the unit of prediction: all frames of a scan; or, with `paper_compat`, one frame, cropped by its label. References
+are read only here and in training; the segmenter gets nothing but the images of a case.
 """
 
 import io
@@ -36,36 +36,36 @@ from p2r.fewshot.paper_compat import Crop, cropped
 
 @dataclass(frozen=True)
 class Case:
-    """What is predicted and compared at once."""
+    """Unit of prediction and comparison."""
 
     scan: TaskScan
     frames: tuple[int, ...]
     images: Planes | Frames
     reference: NDArray[np.int16]
-    """(X, Y, Z, T), T being the number of `frames`."""
+    """(X, Y, Z, T), with T the number of `frames`."""
     volume: Volume
-    """Of the whole scan."""
+    """The whole scan."""
     places: tuple[NDArray[np.int64], ...] | None = None
-    """Of each axis of the whole scan, the voxels that `reference` holds; None: all."""
+    """Voxel indices of `reference` along each axis of the whole scan; None: all."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The figures of a split."""
+    """Metrics of a split."""
 
     summary: Summary
     cases: tuple[dict[str, Any], ...]
-    """As they stand in a row of `report.json`."""
+    """Cases as in a row of `report.json`."""
     predictions: Mapping[str, NDArray[np.uint8]]
     """Labels (X, Y, Z, T) on each scan's own grid, by the scan's key."""
     soft_dice_with_background: float | None
-    """Mean over patients, with paper_compat only."""
+    """Mean over patients, only with paper_compat."""
     calibration: dict[str, Any] | None
-    """The `calibration` of a row of `report.json`, if it was asked for."""
+    """The `calibration` of a row of `report.json`, if requested."""
 
 
 def cases_of(scans: Sequence[TaskScan], task: Task, preparation: Preparation, *, is_cropped: bool) -> Iterator[Case]:
-    """Yield the cases of some scans; `is_cropped`: as paper_compat has them."""
+    """Yield the cases of scans; with `is_cropped`, cropped as in paper_compat."""
     size = size_read(preparation)
     for scan in scans:
         if is_cropped:
@@ -78,7 +78,7 @@ def cases_of(scans: Sequence[TaskScan], task: Task, preparation: Preparation, *,
 
 
 def case_of_crop(crop: Crop) -> Case:
-    """Return the case of a frame that was cropped by its label."""
+    """Return the case of a frame cropped by its label."""
     scan = crop.scan
     return Case(scan.scan, (crop.frame,), scan.planes, scan.labels.data, crop.whole, crop.places)
 
@@ -95,18 +95,18 @@ def score_cases(
     is_calibrated: bool = False,
     see: Callable[[Case], None] = lambda case: None,
 ) -> Scored:
-    """Predict and compare.
+    """Predict all cases and compare them with their references.
 
     Args:
-        segmenter: On `device`.
-        cases: One after the other.
-        task: Theirs.
-        preparation: What the segmenter expects of a scan.
-        nsd_tolerance_mm: Of the normalised surface Dice; None: Dice alone.
-        largest_component: Keep the largest connected part of each predicted class alone.
-        device: Where the segmenter runs.
-        is_calibrated: Compute calibration, too (`p2r.evaluate.calibration`).
-        see: Called with every case before it is predicted; it may refuse it.
+        segmenter: Segmenter on `device`.
+        cases: Cases, read one after another.
+        task: Task of the cases.
+        preparation: Preparation of scans for the segmenter.
+        nsd_tolerance_mm: Tolerance of the normalised surface Dice; None: only Dice.
+        largest_component: Keep only the largest connected component of each predicted class.
+        device: Device of the segmenter.
+        is_calibrated: Also compute calibration (`p2r.evaluate.calibration`).
+        see: Called with every case before its prediction; it may raise an error to refuse the case.
     """
     scores: list[tuple[str, dict[str, Score]]] = []
     rows: list[dict[str, Any]] = []
@@ -116,8 +116,8 @@ def score_cases(
     for case in cases:
         see(case)
         subject = case.scan.subject
-        tally = _Calibration(case) if is_calibrated else None
-        prediction, probabilities = _predicted(segmenter, case, task, preparation, largest_component, device, tally)
+        tally = _CalibrationTally(case) if is_calibrated else None
+        prediction, probabilities = _predict_case(segmenter, case, task, preparation, largest_component, device, tally)
         if tally is not None:
             calibration[subject] = calibration.get(subject, CalibrationSums.empty()) + tally.sums
         axis = (
@@ -127,40 +127,40 @@ def score_cases(
         )
         for index, frame in enumerate(case.frames):
             found, true = prediction[..., index], case.reference[..., index]
-            of_frame = score_volume(
+            frame_scores = score_volume(
                 found,
                 true,
                 classes=task.config.classes,
                 spacing_mm=case.volume.spacing_mm,
                 nsd_tolerance_mm=nsd_tolerance_mm,
             )
-            scores.append((subject, of_frame))
+            scores.append((subject, frame_scores))
             rows.append(
                 {
                     "subject": subject,
                     "scan": case.scan.key,
                     "frame": frame,
                     "stratum": task.strata.get(subject),
-                    "scores": {name: asdict(score) for name, score in of_frame.items()},
+                    "scores": {name: asdict(score) for name, score in frame_scores.items()},
                     "thirds": dice_by_thirds(found, true, classes=task.config.classes, axis=axis),
                 }
             )
             if probabilities is not None:
-                of_classes = torch.from_numpy(probabilities[..., index, :]).movedim(-1, 0)
-                figure = soft_dice_with_background(of_classes, torch.from_numpy(true).long())
-                soft.setdefault(subject, []).append(figure)
-        _put(prediction, case, predictions)
-    soft_dice = fmean(fmean(of_subject) for of_subject in soft.values()) if soft else None
+                class_maps = torch.from_numpy(probabilities[..., index, :]).movedim(-1, 0)
+                frame_dice = soft_dice_with_background(class_maps, torch.from_numpy(true).long())
+                soft.setdefault(subject, []).append(frame_dice)
+        _store_prediction(prediction, case, predictions)
+    soft_dice = fmean(fmean(frame_dices) for frame_dices in soft.values()) if soft else None
     calibrated = calibration_row(calibration) if is_calibrated else None
     return Scored(summarise(scores), tuple(rows), predictions, soft_dice, calibrated)
 
 
-class _Calibration:
-    """Compares the probabilities of a case with its reference, some images at a time."""
+class _CalibrationTally:
+    """Calibration sums of a case, updated a few images at a time."""
 
     def __init__(self, case: Case) -> None:
         near = near_organs(case.reference, case.volume.spacing_mm)
-        self._reference, self._near = (_as_images(maps, case.images) for maps in (case.reference, near))
+        self._reference, self._near = (_cut_like_images(maps, case.images) for maps in (case.reference, near))
         self.sums = CalibrationSums.empty()
 
     def see(self, probabilities: Tensor, first: int) -> None:
@@ -168,20 +168,20 @@ class _Calibration:
         self.sums += calibration_sums(probabilities.cpu(), self._reference[images], self._near[images])
 
 
-def _as_images(maps: NDArray[Any], images: Planes | Frames) -> Tensor:
-    """Cut maps (X, Y, Z, T) as the images of their scan are cut, on the scan's own voxels."""
+def _cut_like_images(maps: NDArray[Any], images: Planes | Frames) -> Tensor:
+    """Cut maps (X, Y, Z, T) like the images of their scan, on the scan's own voxels."""
     cut = volume_to_planes(maps, images.axis) if isinstance(images, Planes) else np.moveaxis(maps, 3, 0)
     return torch.from_numpy(np.ascontiguousarray(cut))
 
 
-def _predicted(
+def _predict_case(
     segmenter: nn.Module,
     case: Case,
     task: Task,
     preparation: Preparation,
     largest_component: bool,
     device: str,
-    tally: _Calibration | None,
+    tally: _CalibrationTally | None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
     options: dict[str, Any] = {"preparation": preparation, "num_classes": task.num_classes, "device": device}
     if case.places is None:
@@ -189,14 +189,14 @@ def _predicted(
         return predict_images(segmenter, case.images, largest_component=largest_component, see=see, **options), None
     probabilities = predict_probabilities(segmenter, case.images, **options)
     if tally is not None:
-        images = [_as_images(probabilities[..., value], case.images) for value in range(task.num_classes)]
+        images = [_cut_like_images(probabilities[..., value], case.images) for value in range(task.num_classes)]
         tally.see(torch.stack(images, dim=1), 0)
     labels = probabilities.argmax(-1).astype(np.uint8)
     return largest_components(labels, classes=task.config.classes) if largest_component else labels, probabilities
 
 
-def _put(prediction: NDArray[np.uint8], case: Case, predictions: dict[str, NDArray[np.uint8]]) -> None:
-    """Put what was predicted where it lies in the whole scan; where nothing was read, there is background."""
+def _store_prediction(prediction: NDArray[np.uint8], case: Case, predictions: dict[str, NDArray[np.uint8]]) -> None:
+    """Insert the prediction at its position in the whole scan, which is background elsewhere."""
     if case.places is None:
         predictions[case.scan.key] = prediction
         return
@@ -205,11 +205,11 @@ def _put(prediction: NDArray[np.uint8], case: Case, predictions: dict[str, NDArr
 
 
 def npz_bytes(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """Return a compressed `.npz`, for `np.load(..., allow_pickle=False)`; equal arrays are equal bytes."""
+    """Return a compressed `.npz`, for `np.load(..., allow_pickle=False)`; equal arrays give equal bytes."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
-            member = zipfile.ZipInfo(f"{name}.npy")  # of 1980: no clock
+            member = zipfile.ZipInfo(f"{name}.npy")  # dated 1980, for reproducible bytes
             member.compress_type = zipfile.ZIP_DEFLATED
             with archive.open(member, "w") as part:
                 np.lib.format.write_array(part, array, allow_pickle=False)

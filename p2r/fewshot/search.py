@@ -50,6 +50,7 @@ from p2r.fewshot.protocol import (
     settings_of,
     trial_on_all,
 )
+from p2r.fewshot.stored import read_sweeps
 from p2r.fewshot.trial import TrialSetup, run_trial, slices_of
 from p2r.files import file_sha256
 from p2r.modes import MODES, Mode
@@ -189,7 +190,7 @@ class _Sweep:
 
     def overhead(self) -> dict[str, Any]:
         """Return what all sweeps that were not cut short took beyond their trials' own time."""
-        took = [self._storage.read_json(path) for path in self._storage.list("sweeps") if path.endswith(".json")]
+        took = read_sweeps(self._storage)
         slots_s = math.fsum(one["sweep_s"] * one["num_concurrent"] for one in took)
         trials_s = math.fsum(one["trials_s"] for one in took)
         return {
@@ -424,6 +425,21 @@ def publish_on_all(setup: TrialSetup, result: Result, backbone: Backbone, storag
     """
     why = f"all labelled patients of the train split; validation Dice {_dice_of(result):.3f}, test patients not read"
     return _publish(setup, result, backbone, storage, why=why, name="all")
+
+
+def publish_other_draws(
+    setup: TrialSetup, results: Sequence[Result], backbone: Backbone, storage: Storage
+) -> dict[int, dict[str, Any]]:
+    """Publish the other draws of the best model's mode and number of labelled patients; return their manifests by draw."""
+    best, published = choose_model(setup.config, results)["trial"], {}
+    for one in results:
+        trial = one["trial"]
+        if (trial["mode"], trial["num_labelled"]) == (best["mode"], best["num_labelled"]) and trial["draw"] != best[
+            "draw"
+        ]:
+            why = f"draw {trial['draw']}, published for ensembles; validation Dice {_dice_of(one):.3f}"
+            published[trial["draw"]] = _publish(setup, one, backbone, storage, why=why)
+    return published
 
 
 def _dice_of(result: Result) -> float:

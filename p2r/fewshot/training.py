@@ -1,15 +1,15 @@
-"""Labelled images -> a trained segmenter: the loops behind the modes, and nothing of tasks, splits or figures.
+"""Labelled images -> a trained segmenter: the training loops of the modes, independent of tasks, splits and metrics.
 
-    train_segmenter     every mode that trains on augmented images: Dice + cross-entropy, and what its teacher asks for
-    train_head          linear_probe on features that were computed once, without augmentation
+    train_segmenter     every mode that trains on augmented images: Dice + cross-entropy, plus the consistency loss of its teacher
+    train_head          linear_probe on features that are computed once, without augmentation
 
-All trials of one (n, draw) see the same images in the same order, whatever their mode. A mean teacher (Tarvainen and
-Valpola 2017) is an average of the student's own weights; the student must also agree with it on unlabelled images, shown
-to both in the same place and in different appearances. Weak-to-strong consistency (`p2r.fewshot.pseudo_labels`) has the same
-teacher, whose confident classes the student learns. The weight of either rises as in the paper, and the teacher is what is
-returned. Nothing waits for the device but a check of the loss every 25 steps.
+All trials of one (n, draw) get the same images in the same order, in every mode. A mean teacher (Tarvainen and Valpola 2017) is
+an average of the student's weights; the student is also trained to agree with it on unlabelled images, with the same geometry
+and different appearances. Weak-to-strong consistency (`p2r.fewshot.pseudo_labels`) uses the same teacher; the student learns its
+confident classes. The weight of either loss rises as in the paper, and training returns the teacher. Only a check of the loss
+every 25 steps synchronises with the device.
 
-`P` images: all planes of the labelled scans, or all their frames for a network of volumes, padded about their centre to a
+`P` images: all slices of the labelled scans, or all frames for a network of volumes. They are padded about their centre to a
 common size `*S` (`H W`, or `X Y Z`).
 """
 
@@ -51,10 +51,10 @@ from p2r.views.pair import WeakAndStrong, augment_labelled, augment_weakly_and_s
 
 Say = Callable[[str], None]
 Look = Callable[[int, Segmenter], dict[str, Any]]
-"""Steps done and the network so far -> what is kept of it, JSON values."""
+"""Validation callback: number of steps done, and the current network -> JSON values for the curve."""
 
 _CHECK_STEPS = 25
-_MAX_RISE = 5.0  # of the loss, over that of the first step, which is a guess
+_MAX_RISE = 5.0  # of the loss relative to the first step, where predictions are guesses
 
 
 @dataclass(frozen=True)
@@ -66,46 +66,47 @@ class Images:
     inside: Tensor
     """(P, *S) bool: pixels of the scan."""
     labels: Tensor | None
-    """(P, *S) int64; of pseudo-labels, `NOT_COUNTED` where there is none; None: unlabelled."""
+    """(P, *S) int64, with `NOT_COUNTED` for pixels without a pseudo-label; None: unlabelled."""
 
 
 def labelled_images(scans: Sequence[LabelledScan]) -> Images:
-    """Put the images of scans on one grid, padded about their centre, because augmentation turns and cuts about the centre."""
-    together = unlabelled_images([scan.planes for scan in scans])
-    size = together.inside.shape[1:]
-    return Images(together.images, together.inside, torch.cat([_padded(scan.label_planes, size) for scan in scans]))
+    """Concatenate the images of scans, padded about their centre, because augmentation rotates and crops about the centre."""
+    combined = unlabelled_images([scan.planes for scan in scans])
+    size = combined.inside.shape[1:]
+    labels = torch.cat([_pad_to_size(scan.label_planes, size) for scan in scans])
+    return Images(combined.images, combined.inside, labels)
 
 
 def unlabelled_images(scans: Sequence[Planes | Frames]) -> Images:
-    """Put images without labels on one grid, padded about their centre."""
+    """Concatenate images without labels, padded about their centre to one size."""
     size = [max(sides) for sides in zip(*(scan.images.shape[2:] for scan in scans), strict=True)]
     return Images(
-        torch.cat([_padded(scan.images, size) for scan in scans]),
-        torch.cat([_padded(scan.inside, size) for scan in scans]),
+        torch.cat([_pad_to_size(scan.images, size) for scan in scans]),
+        torch.cat([_pad_to_size(scan.inside, size) for scan in scans]),
         None,
     )
 
 
-def _padded(maps: Tensor, size: Sequence[int]) -> Tensor:
+def _pad_to_size(maps: Tensor, size: Sequence[int]) -> Tensor:
     missing = [want - have for want, have in zip(size, maps.shape[-len(size) :], strict=True)]
     return F.pad(maps, [amount for side in reversed(missing) for amount in (side // 2, side - side // 2)])
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network, and what its training tells."""
+    """A trained network, and the record of its training."""
 
     segmenter: Segmenter
-    """The teacher, if there is one."""
+    """The teacher, if there is one; otherwise the student."""
     loss: float | None
-    """Mean of the last tenth of the steps; None: nothing was trained."""
+    """Mean of the last tenth of the steps; None without training."""
     curve: tuple[dict[str, Any], ...] = ()
-    """Everything that `look` returned."""
+    """All return values of `look`."""
     pseudo_labels: PseudoLabelTally | None = None
     rounds: Sequence[Mapping[str, Any]] = ()
-    """Of each round of self-training, JSON values."""
+    """Facts of each round of self-training, JSON values."""
     warnings: Sequence[str] = ()
-    """Of its rounds."""
+    """Problems that did not end the training."""
 
 
 def train_segmenter(
@@ -127,22 +128,22 @@ def train_segmenter(
     """Train with Dice + cross-entropy on augmented images.
 
     Args:
-        segmenter: Network, changed in place; parameters that do not require a gradient stay as they are.
-        labelled: What it learns from.
-        unlabelled: Of semi-supervised modes: images on which student and teacher must agree.
-        trial: Settings; keys the order and augmentation, by (n, draw), not by mode.
-        config: Batch, augmentation.
+        segmenter: Network, trained in place; parameters that do not require a gradient stay unchanged.
+        labelled: Training images.
+        unlabelled: Images for the consistency loss of semi-supervised modes.
+        trial: The trial, for its settings; its (n, draw), not its mode, keys the order and augmentation.
+        config: Fine-tuning section, for batch size and augmentation.
         preparation: Pixel size and image size.
-        num_classes: Of the task, background included.
-        device: Where it trains.
-        say: Receives a line of progress now and then.
-        look: Called with the number of steps done, and the network that would be returned, every `look_steps`.
-        look_steps: See `look`.
-        saved: Where the training state is saved every few minutes, and resumed from.
-        rounds: Labels the unlabelled images in rounds, before the teacher does it at every step.
+        num_classes: Number of classes, including background.
+        device: Device of the training.
+        say: Receives lines of progress.
+        look: Called every `look_steps` with the number of steps done and the network that training would return.
+        look_steps: Interval of `look`.
+        saved: Storage for the training state: saved every few minutes, and resumed from.
+        rounds: Pseudo-labels in rounds, used before the teacher labels the images of every step.
 
     Raises:
-        TrainingError: if it diverges.
+        TrainingError: if the training diverges.
         OutOfTime: if the deadline of `saved` passes.
     """
     settings = trial.settings
@@ -159,18 +160,18 @@ def train_segmenter(
         if rounds is not None and (line := rounds.at(step, run.found)) is not None:
             say(f"{trial.id} | step {step} | {line}")
         key = ("finetune", trial.task, trial.num_labelled, trial.draw, step)
-        batch = _labelled_batch(labelled, key, config=config, preparation=preparation, device=device)
+        batch = _draw_labelled_batch(labelled, key, config=config, preparation=preparation, device=device)
         unlabelled_loss: Tensor | None = None
         if unlabelled is None or run.teacher is None:
             logits = run.student(batch.images)
         else:
-            of_step = unlabelled if rounds is None else replace(unlabelled, labels=rounds.labels)
-            views, draws = _views(of_step, key, config=config, preparation=preparation, device=device)
+            step_images = unlabelled if rounds is None else replace(unlabelled, labels=rounds.labels)
+            views, draws = _draw_views(step_images, key, config=config, preparation=preparation, device=device)
             if run.tally is None:
                 logits = run.student(batch.images)
-                unlabelled_loss = _disagreement(run.student, run.as_teacher, views)
+                unlabelled_loss = _consistency_loss(run.student, run.as_teacher, views)
             else:
-                logits, unlabelled_loss = _weak_to_strong(run, step, batch, views, draws)
+                logits, unlabelled_loss = _weak_to_strong_loss(run, step, batch, views, draws)
         loss = criterion(logits, batch.labels[:, None])
         if unlabelled_loss is not None:
             loss = loss + _consistency_weight(step, trial) * unlabelled_loss
@@ -188,7 +189,7 @@ def train_segmenter(
                 raise OutOfTime(f"{trial.id} | time is over, saved after step {step + 1}/{steps}")
     return Trained(
         run.found.eval(),
-        _checked(run.found, run.first, run.tail, trial),
+        _final_loss(run.found, run.first, run.tail, trial),
         tuple(run.curve),
         run.tally,
         () if rounds is None else rounds.told,
@@ -196,7 +197,7 @@ def train_segmenter(
     )
 
 
-def _labelled_batch(
+def _draw_labelled_batch(
     labelled: Images,
     key: tuple[int | str, ...],
     *,
@@ -204,8 +205,8 @@ def _labelled_batch(
     preparation: Preparation,
     device: str,
 ) -> Labelled:
-    chosen, generators = _draw(config, key, len(labelled.images))
-    windows, is_scan, label = _windows(labelled, chosen, generators, preparation)
+    chosen, generators = _draw_images(config, key, len(labelled.images))
+    windows, is_scan, label = _cut_windows(labelled, chosen, generators, preparation)
     assert label is not None
     image, label = augment_labelled(
         windows,
@@ -220,7 +221,7 @@ def _labelled_batch(
     return Labelled(image.to(device), label, torch.ones_like(label, dtype=torch.bool))
 
 
-def _views(
+def _draw_views(
     unlabelled: Images,
     key: tuple[int | str, ...],
     *,
@@ -228,9 +229,9 @@ def _views(
     preparation: Preparation,
     device: str,
 ) -> tuple[WeakAndStrong, Draws]:
-    """Augment unlabelled images of a step; and what else is drawn for each of them."""
-    chosen, generators = _draw(config, (*key, "unlabelled"), len(unlabelled.images))
-    windows, is_scan, labels = _windows(unlabelled, chosen, generators, preparation)
+    """Augment the unlabelled images of a step; return their views, and draws for CutMix and dropout."""
+    chosen, generators = _draw_images(config, (*key, "unlabelled"), len(unlabelled.images))
+    windows, is_scan, labels = _cut_windows(unlabelled, chosen, generators, preparation)
     views = augment_weakly_and_strongly(
         windows,
         is_scan,
@@ -242,19 +243,19 @@ def _views(
         labels=labels,
     )
     (a, b), labels = views.strong, views.labels
-    moved = WeakAndStrong(
+    on_device = WeakAndStrong(
         views.weak.to(device),
         (a.to(device), b.to(device)),
         views.shown.to(device),
         None if labels is None else labels.to(device),
     )
-    return moved, Draws.of_generators(generators)
+    return on_device, Draws.of_generators(generators)
 
 
-def _weak_to_strong(
+def _weak_to_strong_loss(
     run: Learner, step: int, batch: Labelled, views: WeakAndStrong, draws: Draws
 ) -> tuple[Tensor, Tensor]:
-    """Return the logits of the labelled images, and the loss on the unlabelled ones, of one pass over all of them."""
+    """Return the logits of the labelled images and the loss on the unlabelled ones, from one forward pass over both."""
     settings = run.settings
     assert run.teacher is not None and run.tally is not None
     if views.labels is None:
@@ -264,46 +265,46 @@ def _weak_to_strong(
         classes, counts = views.labels.clamp(min=0), (views.labels != NOT_COUNTED) & views.shown
     run.tally.add(step, classes, counts, views.shown)
     strong = strong_views(views, classes, counts, batch, settings=settings, draws=draws)
-    # Normalisation never mixes images (p2r.model.backbones), so one pass gives what two would.
-    of_labelled, of_strong = run.student(torch.cat([batch.images, strong.images])).split(
+    # Normalisation never mixes images (p2r.model.backbones), so one pass is equal to two.
+    labelled_logits, strong_logits = run.student(torch.cat([batch.images, strong.images])).split(
         [len(batch.images), len(strong.images)]
     )
     labels, is_counted = strong.labels, strong.counts
     if settings.feature_dropout:
         third = logits_without_channels(run.segmenter, views.weak, fraction=settings.feature_dropout, draws=draws)
-        of_strong = torch.cat([of_strong, third])
+        strong_logits = torch.cat([strong_logits, third])
         labels, is_counted = torch.cat([labels, classes]), torch.cat([is_counted, counts])
-    return of_labelled, masked_dice_ce(of_strong, labels, is_counted)
+    return labelled_logits, masked_dice_ce(strong_logits, labels, is_counted)
 
 
-def _checked(network: nn.Module, first: Tensor, tail: list[Tensor], trial: Trial) -> float:
-    """Return the mean loss of the last steps, if it is that of a network that has learnt anything.
+def _final_loss(network: nn.Module, first: Tensor, tail: list[Tensor], trial: Trial) -> float:
+    """Return the mean loss of the last steps, after checking that the training did not diverge.
 
     Raises:
-        TrainingError: Weights are not finite (the last update is in no loss), or the loss is far above what it began with.
+        TrainingError: if weights are not finite (no loss includes the last update), or the loss is far above its first value.
     """
     last = float(torch.stack(tail).mean())
     if not all(bool(torch.isfinite(weight).all()) for weight in network.parameters()):
-        raise _diverged(trial, "its weights are not finite after the last step")
+        raise _make_divergence_error(trial, "its weights are not finite after the last step")
     if last > _MAX_RISE * float(first):
-        raise _diverged(trial, f"the loss rose from {float(first):.3g} to {last:.3g}")
+        raise _make_divergence_error(trial, f"the loss rose from {float(first):.3g} to {last:.3g}")
     return last
 
 
 def _check_finite(loss: Tensor, trial: Trial, step: int) -> None:
-    # A loss that is not finite leaves weights that are not, so none is missed between two looks.
+    # After a non-finite loss all later losses are non-finite too, so occasional checks suffice.
     if not torch.isfinite(loss):
-        raise _diverged(trial, f"the loss is {float(loss.detach())} at step {step + 1}")
+        raise _make_divergence_error(trial, f"the loss is {float(loss.detach())} at step {step + 1}")
 
 
-def _diverged(trial: Trial, what: str) -> TrainingError:
+def _make_divergence_error(trial: Trial, symptom: str) -> TrainingError:
     return TrainingError(
-        f"trial {trial.id} diverged: {what}, with learning rate {trial.settings.learning_rate:g}; "
+        f"trial {trial.id} diverged: {symptom}, with learning rate {trial.settings.learning_rate:g}; "
         "lower finetune.search.learning_rates"
     )
 
 
-def _draw(
+def _draw_images(
     config: FinetuneConfig, key: tuple[int | str, ...], num_images: int
 ) -> tuple[NDArray[np.int64], list[np.random.Generator]]:
     chosen = keyed_generator(config.seed, *key).integers(num_images, size=config.batch_size)
@@ -311,51 +312,51 @@ def _draw(
 
 
 def _consistency_weight(step: int, trial: Trial) -> float:
-    """Rise from e^-5 of the weight to all of it: exp(-5 (1 - t)^2), as in the paper."""
+    """Return the weight of a step, which rises from e^-5 of the full weight to 1: exp(-5 (1 - t)^2), as in the paper."""
     settings = trial.settings
     rising = (settings.ramp_up_fraction or 0.0) * (settings.steps or 1)
     t = min(1.0, step / rising) if rising > 0 else 1.0
     return (settings.consistency_weight or 0.0) * math.exp(-5 * (1 - t) ** 2)
 
 
-def _disagreement(student: nn.Module, teacher: nn.Module, views: WeakAndStrong) -> Tensor:
-    """Mean squared difference of the probabilities of student and teacher, over pixels of the scan and classes."""
-    for_student, for_teacher = views.strong
+def _consistency_loss(student: nn.Module, teacher: nn.Module, views: WeakAndStrong) -> Tensor:
+    """Return the mean squared difference of the probabilities of student and teacher, over pixels of the scan and classes."""
+    student_view, teacher_view = views.strong
     with torch.no_grad():
-        target = teacher(for_teacher).softmax(1)
-    squared = (student(for_student).softmax(1) - target).square().mean(1)
-    disagreement: Tensor = (squared * views.shown).sum() / views.shown.sum().clamp(min=1)
-    return disagreement
+        target = teacher(teacher_view).softmax(1)
+    squared = (student(student_view).softmax(1) - target).square().mean(1)
+    loss: Tensor = (squared * views.shown).sum() / views.shown.sum().clamp(min=1)
+    return loss
 
 
-def _windows(
-    of: Images, chosen: NDArray[np.int64], generators: list[np.random.Generator], preparation: Preparation
+def _cut_windows(
+    source: Images, chosen: NDArray[np.int64], generators: list[np.random.Generator], preparation: Preparation
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The chosen images about their centre, or, if the model is to read all of them, about a place drawn anywhere in them.
+    """Cut windows of the chosen images, about their centre or, if the model reads whole images, about a random position.
 
-    The windows have twice the edge of the network's image, room for augmentation to turn and cut about their centre.
+    The windows have twice the edge of the network's image, so that augmentation can rotate and crop about their centre.
     """
     if preparation.planes == "centre":
         index = torch.from_numpy(chosen)
-        return of.images[index], of.inside[index], None if of.labels is None else of.labels[index]
+        return source.images[index], source.inside[index], None if source.labels is None else source.labels[index]
     size = preparation.image_size
-    kinds = [of.images, of.inside] if of.labels is None else [of.images, of.inside, of.labels]
+    tensors = [source.images, source.inside] if source.labels is None else [source.images, source.inside, source.labels]
     cut = []
     for image, generator in zip(chosen, generators, strict=True):
-        # A window may reach over the edge only as far as it must: an image that fits is always seen whole.
-        extents = of.images.shape[2:]
-        starts = [_start(extent, size, generator) - size // 2 for extent in extents]
+        # A window extends beyond the image only as far as necessary: an image that fits is always included whole.
+        extents = source.images.shape[2:]
+        starts = [_draw_start(extent, size, generator) - size // 2 for extent in extents]
         padding = [
             amount
             for start, extent in zip(reversed(starts), reversed(extents), strict=True)
             for amount in (-start, start + 2 * size - extent)
         ]
-        cut.append([F.pad(all_of_them[int(image)], padding) for all_of_them in kinds])
+        cut.append([F.pad(tensor[int(image)], padding) for tensor in tensors])
     images, inside, *labels = (torch.stack(parts) for parts in zip(*cut, strict=True))
     return images, inside, labels[0] if labels else None
 
 
-def _start(extent: int, size: int, generator: np.random.Generator) -> int:
+def _draw_start(extent: int, size: int, generator: np.random.Generator) -> int:
     if extent <= size:
         return -((size - extent) // 2)
     return int(generator.integers(extent - size + 1))
@@ -372,23 +373,23 @@ def train_head(
     look: Callable[[int], dict[str, Any]] | None = None,
     look_steps: int = 1,
 ) -> tuple[float, tuple[dict[str, Any], ...]]:
-    """Train a head with Dice + cross-entropy on features that do not change.
+    """Train a head with Dice + cross-entropy on fixed features.
 
     Args:
-        head: Features (B, F, *S) -> logits, on `device`, changed in place.
-        scans: Of each: features (P, F, *s), labels (P, *S), inside (P, *S).
-        trial: Settings; keys the order, by (n, draw).
-        config: Batch.
-        device: Where it trains.
-        say: Receives a line of progress now and then.
-        look: Called with the number of steps done every `look_steps`.
-        look_steps: See `look`.
+        head: Features (B, F, *S) -> logits, on `device`, trained in place.
+        scans: For each scan: features (P, F, *s), labels (P, *S), inside (P, *S).
+        trial: The trial, for its settings; its (n, draw) keys the order.
+        config: Fine-tuning section, for the batch size.
+        device: Device of the training.
+        say: Receives lines of progress.
+        look: Called every `look_steps` with the number of steps done.
+        look_steps: Interval of `look`.
 
     Returns:
-        The mean loss of the last tenth of the steps; and everything that `look` returned.
+        The mean loss of the last tenth of the steps; and all return values of `look`.
 
     Raises:
-        TrainingError: if it diverges.
+        TrainingError: if the training diverges.
     """
     settings = trial.settings
     assert settings.learning_rate is not None and settings.steps is not None
@@ -432,4 +433,4 @@ def train_head(
             say(f"{trial.id} | step {step + 1}/{settings.steps} | loss {float(loss.detach()):.3f}")
         if look is not None and is_look:
             curve.append(look(step + 1))
-    return _checked(head, first, tail, trial), tuple(curve)
+    return _final_loss(head, first, tail, trial), tuple(curve)

@@ -8,7 +8,7 @@ scan is whole (no crop by the label). What a finished trial found is read from t
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from p2r.evaluate.prepared import prepared_images, prepared_scan
 from p2r.evaluate.tasks import LabelledScan, Split, Task, TaskConfig, load_task, read_task_config, task_sha256
 from p2r.fewshot.frozen import FeaturesOfScan, frozen_features, plausibility_of, segmenter_by_prototypes
 from p2r.fewshot.leaks import Known
+from p2r.fewshot.odd_scans import odd_scans
 from p2r.fewshot.paper_compat import Crop, cropped, split_by_slice
 from p2r.fewshot.plausibility import frames_of_scans
 from p2r.fewshot.protocol import Trial
@@ -32,6 +33,7 @@ from p2r.fewshot.readings import record_reading
 from p2r.fewshot.rounds import Rounds, Unlabelled
 from p2r.fewshot.saved_training import SavedTraining
 from p2r.fewshot.scoring import Case, Scored, case_of_crop, cases_of, npz_bytes, score_cases
+from p2r.fewshot.stored import read_result
 from p2r.fewshot.training import (
     Images,
     Look,
@@ -48,6 +50,8 @@ from p2r.modes import MODES
 from p2r.randomness import keyed_generator
 from p2r.storage import Storage, json_bytes
 from p2r.version import code_version
+
+_NONE_LEFT = "no train patient is left without labels: the labelled patients' own images served as the unlabelled ones"
 
 Say = Callable[[str], None]
 Report = Callable[[int, float], None]
@@ -85,7 +89,9 @@ class TrialSetup:
     def recipe_sha256(self, trial: Trial) -> str:
         """Return a digest of everything that the trial's result depends on."""
         config = self.config.model_dump(
-            mode="json", include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"}
+            mode="json",
+            include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"},
+            exclude={"views": {"shown_fraction"}},  # of pretraining only
         )
         if MODES[trial.mode].unlabelled == "pseudo_labels":
             config |= self.config.model_dump(mode="json", include={"strong_intensity"})
@@ -139,7 +145,7 @@ class TrialSetup:
     def stored(self, trial: Trial) -> dict[str, Any] | None:
         """Return what the storage holds of the trial: its result, or how far it came before it was stopped."""
         path = self._stored_path(trial)
-        return None if path is None else dict(Storage(self.storage).read_json(path))
+        return None if path is None else read_result(Storage(self.storage), path)
 
     def _stored_path(self, trial: Trial) -> str | None:
         storage = Storage(self.storage)
@@ -181,8 +187,7 @@ def run_trial(
     """
     storage, path = Storage(setup.storage), setup.result_path(trial)
     if storage.exists(path):
-        done: dict[str, Any] = storage.read_json(path)
-        return done
+        return read_result(storage, path)
     saved = SavedTraining(storage, setup.state_path(trial), deadline=deadline)
     config, task = setup.config, load_task(Path(setup.task))
     backbone = load_backbone(setup.backbone, sha256=setup.backbone_sha256)
@@ -252,15 +257,12 @@ def run_trial(
         names = ["background", *task.config.classes.values()]
         threshold = trial.settings.confidence_threshold or 0.0
         told["pseudo_labels"] = trained.pseudo_labels.to_row(names, threshold=threshold)
-        told["pseudo_labels"]["warnings"] += trained.warnings
         if trained.rounds:
             told["pseudo_labels"]["rounds"] = trained.rounds
-        if not _without_labels(task, trial):
-            told["pseudo_labels"]["warnings"].append(
-                "no train patient is left without labels: the labelled patients' own images served as the unlabelled ones"
-            )
-        for warning in told["pseudo_labels"]["warnings"]:
-            say(f"{trial.id} | WARNING: {warning}")
+    if trained.warnings:
+        told["warnings"] = list(trained.warnings)
+    for warning in warnings_of(told):
+        say(f"{trial.id} | WARNING: {warning}")
     result |= told
     if isinstance(segmenter.head, PrototypeHead):
         result["num_prototypes"] = list(segmenter.head.num_prototypes)
@@ -397,11 +399,17 @@ def _fit(
         )
         return Trained(segmenter.eval(), loss, curve)
     labelled = training(None)
-    unlabelled, rounds = None, None
+    unlabelled, rounds, warnings = None, None, list[str]()
     if MODES[trial.mode].unlabelled != "none":
         # Of those who were not drawn, the images alone; if all were drawn, theirs.
         others = _without_labels(task, trial) or trial.subjects
-        images = [prepared_images(scan, preparation) for scan in task.scans_of(others)]
+        scans = task.scans_of(others)
+        images = [prepared_images(scan, preparation) for scan in scans]
+        if others == trial.subjects:
+            warnings.append(_NONE_LEFT)
+        else:
+            by_name = {scan.key: image for scan, image in zip(scans, images, strict=True)}
+            warnings += odd_scans([scan.planes for scan in labelled], by_name)
         unlabelled = _on(unlabelled_images(images), device)
         if MODES[trial.mode].has_rounds:
             rounds = Rounds(
@@ -415,7 +423,7 @@ def _fit(
                 preparation=preparation,
                 names=["background", *task.config.classes.values()],
             )
-    return train_segmenter(
+    trained = train_segmenter(
         segmenter,
         _on(labelled_images(labelled), device),
         unlabelled,
@@ -430,6 +438,12 @@ def _fit(
         saved=saved,
         rounds=rounds,
     )
+    return replace(trained, warnings=(*warnings, *trained.warnings))
+
+
+def warnings_of(row: Mapping[str, Any]) -> list[str]:
+    """Return the problems of a trial that did not end it, as its row states them."""
+    return [*row.get("warnings", ()), *(row.get("pseudo_labels") or {}).get("warnings", ())]
 
 
 def _without_labels(task: Task, trial: Trial) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
 """Embeddings of N pixel pairs -> Barlow Twins over all pairs of all ranks.
 
-Channels are standardised over the pixels of all ranks, then their E x E cross-correlation between the views is pushed
-to the identity. Ranks add up sums (E and E x E numbers), so the cost of communication does not depend on N.
+Channels are standardised over the pixels of all ranks. The loss drives their E x E cross-correlation between the views
+towards the identity. Ranks reduce sums (E and E x E numbers), so the communication cost does not depend on N.
 
-Sums are centred about the global mean, which enters as a constant: centred moments do not change, to first order, when
-the mean moves, so this is exact, and each rank's part of the gradient depends on its own rows alone.
+Sums are centred about the global mean, which enters as a constant. To first order, centred moments do not change with the
+mean, so this is exact, and each rank's part of the gradient depends only on its own rows.
 
 Source: Zbontar et al. 2021, eq. 1 and 2, arXiv:2103.03230; over pixels: Pix2Rep-v2, arXiv:2609.01427.
 
@@ -31,8 +31,8 @@ from p2r.loss.ranks import (
     refuse_weights,
 )
 
-_SMALLEST_VARIANCE = 1e-12
-"""A channel that varies less is constant; it correlates with nothing, rather than dividing by zero."""
+_MIN_VARIANCE = 1e-12
+"""A channel with a smaller variance counts as constant and gets zero correlation, instead of a division by zero."""
 
 
 def barlow_twins(
@@ -46,26 +46,26 @@ def barlow_twins(
     findings: Findings | None = None,
     parts: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Make each channel agree between the views, and differ from all other channels.
+    """Compute the Barlow Twins loss: each channel should agree between the views and be decorrelated from the others.
 
     Args:
         a: (n, E) embeddings of pixels in view a; computed in float32 or better.
-        b: (n, E) embeddings of the same places in view b.
+        b: (n, E) embeddings of the same positions in view b.
         off_diagonal_weight: Weight of the redundancy term, >= 0.
-        weights: (n,) of each pair in the moments, >= 0. A pair of weight 0 takes no part.
-        group: Ranks whose pairs are taken together; they may hold different numbers of them.
-        gradient_scale: What the caller's reducer does with the ranks' gradients.
-        findings: Where to keep what is wrong with values on a device, instead of waiting for it. Less than two pairs
-            are then no error: their loss is 0, and so is its gradient.
-        parts: Receives the two terms, whose sum is the loss, each as (2,): itself, and a 1 to divide by when both have
-            been added up over ranks. "invariance": of the diagonal; "redundancy": of the rest, weighted.
+        weights: (n,) weight of each pair in the moments, >= 0. Pairs of weight 0 are excluded.
+        group: Ranks whose pairs are combined; they may hold different numbers of pairs.
+        gradient_scale: Reduction of gradients over ranks by the caller.
+        findings: Collects invalid values on a device without synchronising. Fewer than two pairs are then not an error:
+            their loss and gradient are 0.
+        parts: Receives the two terms, whose sum is the loss, each as (2,): the term, and a 1 to divide by after both are
+            summed over ranks. "invariance": the diagonal term; "redundancy": the weighted off-diagonal term.
 
     Returns:
         Scalar `sum_i (1 - C_ii)^2 + weight * sum_{i != j} C_ij^2`, the same on every rank.
 
     Raises:
-        ValueError: On every rank, if an argument on any rank breaks a rule, or fewer than two pairs are left.
-        EmbeddingError: On every rank, if embeddings on any are not finite.
+        ValueError: on every rank, if an argument on any rank breaks a rule, or fewer than two pairs are left.
+        EmbeddingError: on every rank, if embeddings on any rank are not finite.
     """
     factor = own_gradient_factor(gradient_scale, group)
     problem: ValueError | None = None
@@ -77,7 +77,7 @@ def barlow_twins(
         if weights is not None:
             refuse_weights(weights, a, findings)
             kept = weights > 0
-            if postponed:  # how many are kept, only the device knows
+            if postponed:  # only the device knows the number of kept pairs
                 a, b = (rows.masked_fill(~kept[:, None], 0) for rows in (a, b))
             else:
                 a, b, weights = a[kept], b[kept], weights[kept]
@@ -93,7 +93,7 @@ def barlow_twins(
         counts = agree(problem, len(a) if a.ndim else 0, equal, device=a.device, group=group)
     if sum(counts) < 2:
         if findings is None:
-            raise ValueError(f"want at least 2 pixel pairs of positive weight over all ranks, got {sum(counts)}")
+            raise ValueError(f"expected at least 2 pixel pairs of positive weight over all ranks, got {sum(counts)}")
         return (a.sum() + b.sum()) * 0
 
     dtype = torch.promote_types(a.dtype, torch.float32)
@@ -102,10 +102,10 @@ def barlow_twins(
         weights = a.new_ones(len(a)) if weights is None else weights.to(dtype)
         channels = a.shape[1]
         column = weights[:, None]
-        of_weights = torch.stack((weights.sum(), (weights > 0).sum().to(dtype)))
-        sums = torch.cat(((column * a.detach()).sum(0), (column * b.detach()).sum(0), of_weights))
+        weight_sums = torch.stack((weights.sum(), (weights > 0).sum().to(dtype)))
+        sums = torch.cat(((column * a.detach()).sum(0), (column * b.detach()).sum(0), weight_sums))
         totals = all_reduce_sum(sums, group)
-        # Of no pair at all, nothing is the mean.
+        # Without any pair the mean is 0, not 0 / 0.
         total_weight, num_pairs = torch.where(totals[-2] > 0, totals[-2], 1), totals[-1]
         a = a - totals[:channels] / total_weight
         b = b - totals[channels:-2] / total_weight
@@ -113,7 +113,7 @@ def barlow_twins(
             ((column * a.square()).sum(0)[None], (column * b.square()).sum(0)[None], (column * a).T @ b)
         )  # (2 + E, E)
         moments = _SumOverRanks.apply(moments, group, factor) / total_weight  # type: ignore[no-untyped-call]
-        deviation_a, deviation_b = moments[:2].clamp_min(_SMALLEST_VARIANCE).sqrt()
+        deviation_a, deviation_b = moments[:2].clamp_min(_MIN_VARIANCE).sqrt()
         correlation = moments[2:] / (deviation_a[:, None] * deviation_b)
         diagonal = correlation.diagonal()
         off_diagonal = correlation - torch.diag(diagonal)
@@ -126,7 +126,7 @@ def barlow_twins(
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over ranks whose backward does not communicate: every rank computes the same loss from the same sums."""
+    """Sum over ranks without communication in backward: every rank computes the same loss from the same sums."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: ProcessGroup | None, factor: float) -> Tensor:

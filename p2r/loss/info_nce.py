@@ -1,15 +1,15 @@
 r"""Embeddings of N pixel pairs -> InfoNCE over all pairs of all ranks, exact, in memory linear in N.
 
-Each embedding must find its partner among all candidates by cosine similarity s, sharpened by k = 1 / temperature:
+Each embedding has to identify its partner among all candidates by cosine similarity s, scaled by k = 1 / temperature:
 
     cross_view  candidates of a query are all keys, and of a key all queries (N x N), mean over both directions
-    nt_xent     candidates are all 2N embeddings but itself (SimCLR's form, which Pix2Rep uses)
+    nt_xent     candidates are all 2N embeddings except itself (SimCLR's form, used by Pix2Rep)
 
-The loss of one anchor is written over its negatives only, `softplus(lse_j(k s_ij) - k s_positive)`: as training
-converges, the usual `lse - k s_positive` loses all its digits, and its gradient with them. The decoupled variant, with
-the positive left out of the denominator, is the same without the softplus.
+The loss of one anchor is `softplus(lse_j(k s_ij) - k s_positive)`, with j over its negatives only. As training converges,
+the usual `lse - k s_positive` and its gradient lose all significant digits. The decoupled variant, with the positive left
+out of the denominator, has no softplus.
 
-Similarities are computed tile by tile and never stored; the backward pass computes them again:
+Similarities are computed tile by tile and never stored; the backward pass recomputes them:
 
     d loss / d z_i = k / (2 sum w) * ( sum over negatives j of (w_i exp(k s_ij - l_i) + w_j exp(k s_ij - l_j)) z_j
                                        - w_i (sigmoid(x_i) + sigmoid(x_partner)) z_partner )
@@ -17,10 +17,10 @@ Similarities are computed tile by tile and never stored; the backward pass compu
 with x_i the softplus's argument, l_i = k s_positive + softplus(x_i) the log-sum-exp over all candidates of i, and w the
 pairs' weights. The loss depends on k only through k s, so its derivative is a dot product of rows and their gradients.
 
-Ranks exchange embeddings and log-sums in the forward pass; each then has all it needs for its own rows' gradient, and
-the backward pass does not communicate. Tiles follow a rank's own rows: where their number is a multiple of the tile,
-every rank does the same arithmetic as one process would. A ring of ranks does the same with the rows of one other rank
-at a time, for when those of all do not fit; it passes them around once more in the backward pass.
+Ranks exchange embeddings and log-sums in the forward pass, so the backward pass needs no communication for the gradient of
+a rank's own rows. Tiles start at a rank's own rows: if their number is a multiple of the tile, every rank does the same
+arithmetic as a single process. With `ring`, a rank holds the rows of one other rank at a time, for rows of all ranks that do
+not fit into memory; the backward pass sends them around again.
 
 Source: van den Oord et al. 2018, arXiv:1807.03748; Chen et al. 2020 (SimCLR), eq. 1, arXiv:2002.05709; Yeh et al. 2022
 (decoupled), arXiv:2110.06848.
@@ -57,20 +57,22 @@ from p2r.loss.ranks import (
 )
 from p2r.loss.tiles import Rows, Scale, sharpest, static_shift, static_shift_on_device
 
+PANEL = 16_384
+"""Rows of a panel, enough to fill a GPU. The entries of two panels of one tower are computed once."""
 Form = Literal["cross_view", "nt_xent"]
 Exchange = Literal["all_gather", "ring"]
 
 
 @dataclass(frozen=True)
 class SameImage:
-    """Pixels of one image that are no negatives of one another, for they show nearly the same."""
+    """Pixels of one image to exclude from each other's negatives, because they show nearly the same anatomy."""
 
     image: Tensor
-    """(n,) integers: which image each pixel pair comes from, unique among all ranks."""
+    """(n,) integers: image of each pixel pair, unique among all ranks."""
     position_mm: Tensor | None = None
-    """(n, D) where each pixel pair lies in its image, mm. None: all pixels of an image are excluded."""
+    """(n, D) position of each pixel pair in its image, mm. None: all pixels of an image are excluded."""
     radius_mm: float = math.inf
-    """Pixels at most this far apart are excluded."""
+    """Pixels within this distance are excluded."""
 
 
 def info_nce(
@@ -88,35 +90,35 @@ def info_nce(
     findings: Findings | None = None,
     parts: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Contrast every pixel pair with all others.
+    """Contrast every pixel pair with all other pairs.
 
-    Products are taken in the dtype of the embeddings on CUDA (bfloat16 runs at full speed there) and in float32 or
-    better elsewhere; sums are in float32, in float64 for float64 embeddings. Autocast does not reach inside.
+    On CUDA, products are computed in the dtype of the embeddings (bfloat16 runs at full speed), elsewhere in float32 or
+    better. Sums are in float32, or in float64 for float64 embeddings. Autocast has no effect inside.
 
     Args:
-        queries: (n, E) embeddings of pixels in view a; any length, normalised inside.
-        keys: (n, E) embeddings of the same places in view b.
-        temperature: Width of the softmax over cosine similarities, > 0. A tensor of one element is learnt. With findings, one on
-            a device is not read: values so small that they would need a maximum per row are counted there.
-        form: Which candidates an anchor has, see the module.
+        queries: (n, E) embeddings of pixels in view a; normalised inside.
+        keys: (n, E) embeddings of the same positions in view b.
+        temperature: Temperature of the softmax over cosine similarities, > 0. A tensor of one element is learnt. With findings,
+            a value on a device is not read: values that are too small for a static shift are counted as findings.
+        form: Candidates of an anchor, see the module.
         decoupled: Leave the positive out of the denominator.
-        weights: (n,) of each pair in the mean, >= 0. A pair of weight 0 takes no part, not even as a negative.
-        exclude: Which negatives are left out. A pair that keeps none costs nothing.
-        exchange: Hold the rows of all ranks at once, or those of one other rank at a time.
-        group: Ranks whose pairs are contrasted together; they may hold different numbers of them.
-        gradient_scale: What the caller's reducer does with the ranks' gradients.
-        findings: Where to keep what is wrong with values on a device, instead of waiting for it. Less than two pairs
-            are then no error: their loss is 0, and so is its gradient.
-        parts: Receives what the loss is made of, each as (2,): a sum over this rank's pairs, and the weight to divide it
-            by when both have been added up over ranks. "positive": cosine of the two of a pair; "negatives": log-sum-exp
-            of an anchor's logits over its negatives, nats.
+        weights: (n,) weight of each pair in the mean, >= 0. Pairs of weight 0 are excluded, also as negatives.
+        exclude: Negatives to leave out. A pair without any negatives has zero loss.
+        exchange: Hold the rows of all ranks at once (`all_gather`), or of one other rank at a time (`ring`).
+        group: Ranks whose pairs are contrasted with each other; they may hold different numbers of pairs.
+        gradient_scale: Reduction of gradients over ranks by the caller.
+        findings: Collects invalid values on a device without synchronising. Fewer than two pairs are then not an error:
+            their loss and gradient are 0.
+        parts: Receives the components of the loss, each as (2,): a sum over this rank's pairs, and the weight to divide by
+            after both are summed over ranks. "positive": cosine similarity of a pair; "negatives": log-sum-exp of an
+            anchor's logits over its negatives, nats.
 
     Returns:
-        Scalar, nats: the loss of all ranks' pairs together, the same on every rank.
+        Scalar, nats: the loss over the pairs of all ranks, the same on every rank.
 
     Raises:
-        ValueError: On every rank, if an argument on any rank breaks a rule, or fewer than two pairs are left.
-        EmbeddingError: On every rank, if embeddings on any are not finite or rows of zeros.
+        ValueError: on every rank, if an argument on any rank breaks a rule, or fewer than two pairs are left.
+        EmbeddingError: on every rank, if embeddings on any rank are not finite or all zeros.
     """
     factor = own_gradient_factor(gradient_scale, group)
     problem: ValueError | None = None
@@ -128,9 +130,9 @@ def info_nce(
     try:
         _refuse_arguments(queries, keys, temperature, number, form, weights, exclude, exchange, findings)
         if weights is not None and postponed:
-            queries, keys, present = _without_weightless(queries, keys, weights)
+            queries, keys, present = _replace_weightless(queries, keys, weights)
         elif weights is not None:
-            queries, keys, weights, exclude = _of_positive_weight(queries, keys, weights, exclude)
+            queries, keys, weights, exclude = _drop_weightless(queries, keys, weights, exclude)
         refuse_values(queries=queries, keys=keys, findings=findings)
     except ValueError as error:
         problem = error
@@ -147,8 +149,8 @@ def info_nce(
         counts = agree(problem, len(queries) if queries.ndim else 0, equal, device=queries.device, group=group)
     if sum(counts) < 2:
         if findings is None:
-            raise ValueError(f"want at least 2 pixel pairs of positive weight over all ranks, got {sum(counts)}")
-        return _nothing(queries, keys, temperature)
+            raise ValueError(f"expected at least 2 pixel pairs of positive weight over all ranks, got {sum(counts)}")
+        return _zero_loss(queries, keys, temperature)
 
     dtype = torch.promote_types(queries.dtype, torch.float32)
     product_dtype = _product_dtype(queries)
@@ -156,7 +158,7 @@ def info_nce(
     k: float | Tensor = 1 / number if number is not None else 1.0
     if number is None and isinstance(temperature, Tensor):
         k = 1 / temperature.detach().to(dtype).reshape(())
-    scale = _scale(k, num_candidates, exclude, findings, product_dtype)
+    scale = _choose_scale(k, num_candidates, exclude, findings, product_dtype)
     contrast = _Contrast(
         form,
         decoupled,
@@ -164,7 +166,7 @@ def info_nce(
         group,
         counts,
         factor,
-        dtype if scale is None else product_dtype,  # sharper than half precision could tell apart
+        dtype if scale is None else product_dtype,  # half precision cannot resolve logits with such a large k
         k,
         scale,
         exclude,
@@ -175,8 +177,8 @@ def info_nce(
         weights = torch.ones(len(queries), dtype=dtype, device=queries.device)
     with torch.autocast(queries.device.type, enabled=False):
         loss: Tensor = _InfoNCE.apply(  # type: ignore[no-untyped-call]
-            _unit(queries.to(dtype)),
-            _unit(keys.to(dtype)),
+            _normalise_rows(queries.to(dtype)),
+            _normalise_rows(keys.to(dtype)),
             temperature if isinstance(temperature, Tensor) else None,
             weights.to(dtype),
             present,
@@ -187,7 +189,7 @@ def info_nce(
 
 @dataclass(frozen=True)
 class _Contrast:
-    """What does not change between the two passes of one call."""
+    """Settings of one call, for both passes."""
 
     form: Form
     decoupled: bool
@@ -197,9 +199,9 @@ class _Contrast:
     factor: float
     product_dtype: torch.dtype
     k: float | Tensor
-    """A scalar on the rows' device where the temperature is not read."""
+    """1 / temperature; a scalar on the rows' device if the temperature is not read."""
     scale: Scale | None
-    """None: no static shift serves, rows need a maximum each."""
+    """None: no static shift exists, so each row needs its own maximum."""
     exclude: SameImage | None
     findings: Findings | None
     parts: dict[str, Tensor] | None
@@ -209,7 +211,7 @@ class _Contrast:
         return sum(self.counts)
 
     def first(self, rank: int) -> int:
-        """Return the number of a rank's first pair among all."""
+        """Return the index of a rank's first pair among all pairs."""
         return sum(self.counts[:rank])
 
     @property
@@ -222,7 +224,7 @@ class _Contrast:
 
     @property
     def metadata(self) -> tuple[Tensor | None, Tensor | None]:
-        """What tiles need of `exclude`: images, and positions if a radius is asked for."""
+        """The parts of `exclude` for tiles: images, and positions if there is a radius."""
         if self.exclude is None:
             return None, None
         return self.exclude.image, self.exclude.position_mm if math.isfinite(self.exclude.radius_mm) else None
@@ -233,41 +235,41 @@ class _Contrast:
 
     @property
     def by_rows(self) -> bool:
-        """Each direction on its own: rows of others come one rank at a time, or need a maximum each."""
+        """Compute each direction separately, because rows arrive one rank at a time, or need a maximum each."""
         return self.exchange == "ring" or self.scale is None
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Pixel pairs of this rank, of another, or of all."""
+    """Pixel pairs of this rank, of another rank, or of all ranks."""
 
     queries: Tensor
     """(m, E) unit rows."""
     keys: Tensor
-    """(m, E)."""
+    """(m, E) unit rows."""
     image: Tensor | None
-    """(m,)."""
+    """(m,) as in `SameImage`."""
     position_mm: Tensor | None
-    """(m, D)."""
+    """(m, D) as in `SameImage`."""
     present: Tensor | None
-    """(m,) uint8: 0 for pairs that take no part, where leaving them out would be waiting for their number."""
+    """(m,) uint8: 0 for excluded pairs; they stay in place, because dropping them would synchronise with the device."""
     softmax: Tensor | None = None
-    """(m, 2) weights of a query's and a key's entries in the gradient; not there before the backward pass."""
+    """(m, 2) weights of a query's and a key's entries in the gradient; set for the backward pass."""
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.queries, self.keys, self.image, self.position_mm, self.present, self.softmax
 
     def towers(self, first: int) -> tuple[Rows, Rows]:
         """Return queries and keys, numbered from `first`."""
-        of_queries, of_keys = (None, None) if self.softmax is None else self.softmax.T.contiguous()
+        query_weights, key_weights = (None, None) if self.softmax is None else self.softmax.T.contiguous()
         return (
-            Rows(self.queries, first, self.image, self.position_mm, of_queries, self.present),
-            Rows(self.keys, first, self.image, self.position_mm, of_keys, self.present),
+            Rows(self.queries, first, self.image, self.position_mm, query_weights, self.present),
+            Rows(self.keys, first, self.image, self.position_mm, key_weights, self.present),
         )
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Unit rows of this rank -> the loss of all ranks; backward gives this rank's rows' gradient times the factor."""
+    """Unit rows of this rank -> the loss over all ranks; backward returns the gradient of this rank's rows times the factor."""
 
     @staticmethod
     def forward(
@@ -280,24 +282,24 @@ class _InfoNCE(torch.autograd.Function):
         contrast: _Contrast,
     ) -> Tensor:
         own = _Pairs(queries.to(contrast.product_dtype), keys.to(contrast.product_dtype), *contrast.metadata, present)
-        everyone = None if contrast.exchange == "ring" else _all_gather(own, contrast)
+        everyone = None if contrast.exchange == "ring" else _gather_pairs(own, contrast)
         positive = contrast.k * (own.queries.to(queries.dtype) * own.keys.to(queries.dtype)).sum(1)
-        log_sums = (_log_sums_by_rows if contrast.by_rows else _log_sums)(own, everyone, contrast)
-        of_negatives = torch.stack(log_sums, 1)  # (n, 2)
-        x = of_negatives - positive[:, None]
+        compute_log_sums = _compute_log_sums_by_rows if contrast.by_rows else _compute_log_sums
+        negatives = torch.stack(compute_log_sums(own, everyone, contrast), 1)  # (n, 2)
+        x = negatives - positive[:, None]
         if contrast.parts is not None:
-            contrast.parts["positive"] = _mean_parts(positive / contrast.k, weights, present)
-            contrast.parts["negatives"] = _mean_parts(of_negatives.mean(1), weights, present)
+            contrast.parts["positive"] = _sum_with_weight(positive / contrast.k, weights, present)
+            contrast.parts["negatives"] = _sum_with_weight(negatives.mean(1), weights, present)
         losses = x if contrast.decoupled else _softplus(x)
         if present is not None:
             losses = losses.masked_fill(present[:, None] == 0, 0)
         weighted = torch.cat((losses * weights[:, None], weights[:, None]), 1)
-        of_all = all_gather_rows(weighted, contrast.counts, contrast.group)
+        all_weighted = all_gather_rows(weighted, contrast.counts, contrast.group)
         if contrast.decoupled:
-            _refuse_alone(torch.isinf(of_all).any(1).sum(), contrast)
-        total_queries, total_keys, total_weight = of_all.sum(0)
+            _refuse_without_negatives(torch.isinf(all_weighted).any(1).sum(), contrast)
+        total_queries, total_keys, total_weight = all_weighted.sum(0)
         if present is not None:
-            total_weight = torch.where(total_weight > 0, total_weight, 1)  # of no pair at all, nothing is the mean
+            total_weight = torch.where(total_weight > 0, total_weight, 1)  # without any pair the mean is 0, not 0 / 0
         log_norms = positive[:, None] + losses
         if contrast.scale is None:
             softmax = log_norms - weights.log()[:, None]
@@ -320,58 +322,95 @@ class _InfoNCE(torch.autograd.Function):
         contrast: _Contrast = ctx.contrast
         pull, total_weight, temperature, *tensors = ctx.saved_tensors
         own, everyone = _Pairs(*tensors[:6]), _Pairs(*tensors[6:]) if ctx.gathered else None
-        of_queries, of_keys = (_push_by_rows if contrast.by_rows else _push)(own, everyone, contrast)
-        of_queries.addcmul_(pull[:, None], own.keys.to(pull.dtype), value=-1)
-        of_keys.addcmul_(pull[:, None], own.queries.to(pull.dtype), value=-1)
+        push_rows = _push_by_rows if contrast.by_rows else _push_both_ways
+        query_gradient, key_gradient = push_rows(own, everyone, contrast)
+        query_gradient.addcmul_(pull[:, None], own.keys.to(pull.dtype), value=-1)
+        key_gradient.addcmul_(pull[:, None], own.queries.to(pull.dtype), value=-1)
         scale = gradient * contrast.factor * contrast.k / (2 * total_weight)
-        of_queries *= scale
-        of_keys *= scale
-        of_temperature = None
+        query_gradient *= scale
+        key_gradient *= scale
+        temperature_gradient = None
         if temperature is not None:
-            dots = (own.queries * of_queries).sum() + (own.keys * of_keys).sum()
-            of_temperature = (-contrast.k / 2 * dots).to(temperature.dtype).reshape(temperature.shape)
-        return of_queries, of_keys, of_temperature, None, None, None
+            dots = (own.queries * query_gradient).sum() + (own.keys * key_gradient).sum()
+            temperature_gradient = (-contrast.k / 2 * dots).to(temperature.dtype).reshape(temperature.shape)
+        return query_gradient, key_gradient, temperature_gradient, None, None, None
 
 
-def _mean_parts(values: Tensor, weights: Tensor, present: Tensor | None) -> Tensor:
-    """Return the weighted sum of values (n,) and the sum of weights: (2,). A pair without negatives has none to speak of."""
+def _sum_with_weight(values: Tensor, weights: Tensor, present: Tensor | None) -> Tensor:
+    """Return the weighted sum of values (n,) and the sum of weights, (2,); pairs with value -inf (no negatives) do not count."""
     counts = ~torch.isneginf(values) if present is None else ~torch.isneginf(values) & (present > 0)
     return torch.stack(((values * weights).masked_fill(~counts, 0).sum(), (weights * counts).sum()))
 
 
-def _refuse_alone(num_alone: Tensor, contrast: _Contrast) -> None:
+def _refuse_without_negatives(num_pairs: Tensor, contrast: _Contrast) -> None:
     message = (
         f"the decoupled loss needs a negative for every pixel pair, {{count}} of {contrast.num_pairs} have none: "
         "exclude fewer, or draw pairs from more images"
     )
     if contrast.findings is not None:
-        contrast.findings.add(message, num_alone)
-    elif count := int(num_alone):
+        contrast.findings.add(message, num_pairs)
+    elif count := int(num_pairs):
         raise ValueError(message.format(count=count))
 
 
-def _log_sums(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of each own row's logits over its negatives, (n,) twice; one product serves both directions."""
+def _compute_log_sums(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tuple[Tensor, Tensor]:
+    """Return the log-sum-exp of each own row's logits over its negatives, (n,) twice; one product serves both directions."""
     assert everyone is not None and contrast.scale is not None
     (queries, keys), (all_queries, all_keys) = own.towers(contrast.own_first), everyone.towers(0)
     scale, backend = contrast.scale, _backend(own.queries)
     sums = backend.sums
-    of_queries, of_columns = sums(queries, all_keys, scale, of_columns=True)
+    query_sums, column_sums = sums(queries, all_keys, scale, of_columns=True)
     panels = [backend.num_panels(count) for count in contrast.counts]
-    of_keys = own_columns(of_columns, contrast.counts, panels, contrast.group)
+    key_sums = own_columns(column_sums, contrast.counts, panels, contrast.group)
     if contrast.form == "nt_xent":
-        of_queries += sums(queries, all_queries, scale, of_columns=False)[0]
-        of_keys += sums(keys, all_keys, scale, of_columns=False)[0]
-    return of_queries.log() + scale.shift, of_keys.log() + scale.shift
+        query_sums += _sums_within_tower(queries, all_queries, contrast)
+        key_sums += _sums_within_tower(keys, all_keys, contrast)
+    return query_sums.log() + scale.shift, key_sums.log() + scale.shift
 
 
-def _log_sums_by_rows(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tuple[Tensor, Tensor]:
-    """Do the same for each direction on its own, with others' rows as they come."""
+def _sums_within_tower(own: Rows, everyone: Rows, contrast: _Contrast) -> Tensor:
+    """Sum the entries of own rows with all rows of their tower, (n,). The matrix is symmetric, so each pair of panels is computed once.
+
+    Each panel computes its entries with the following half of the panels, around a circle, so ranks share the work evenly. Column sums
+    supply the rest. Ranks whose rows do not divide into whole panels compute all entries.
+    """
+    assert contrast.scale is not None
+    backend, scale = _backend(own.values), contrast.scale
+    num_panels = contrast.num_pairs // PANEL
+    if num_panels < 3 or any(count % PANEL for count in contrast.counts):
+        total: Tensor = backend.sums(own, everyone, scale, of_columns=False)[0]
+        return total
+    parts = backend.num_panels(PANEL)
+    over_rows = own.values.new_zeros(len(own), dtype=contrast.sum_dtype)
+    over_columns = over_rows.new_zeros(len(own) // PANEL * parts, len(everyone))
+    for number, rows in enumerate(tiles.blocks(len(own), PANEL)):
+        anchors = own.part(rows)
+        itself = slice(anchors.first, anchors.first + PANEL)
+        over_rows[rows] = backend.sums(anchors, everyone.part(itself), scale, of_columns=False)[0]
+        for others in _following(anchors.first // PANEL, num_panels):
+            over, apart = backend.sums(anchors, everyone.part(others), scale, of_columns=True)
+            over_rows[rows] += over
+            over_columns[number * parts : (number + 1) * parts, others] = apart
+    of_ranks = [count // PANEL * parts for count in contrast.counts]
+    return over_rows + own_columns(over_columns, contrast.counts, of_ranks, contrast.group)
+
+
+def _following(panel: int, num_panels: int) -> Iterator[slice]:
+    """Yield the rows of the half of the other panels that follows a panel around the circle; of two panels, one follows the other."""
+    opposite = num_panels % 2 == 0 and panel < num_panels // 2
+    stop = panel + 1 + (num_panels - 1) // 2 + opposite
+    for first, last in ((panel + 1, min(stop, num_panels)), (0, stop - num_panels)):
+        if first < last:
+            yield slice(first * PANEL, last * PANEL)
+
+
+def _compute_log_sums_by_rows(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tuple[Tensor, Tensor]:
+    """Compute the log-sums of each direction separately, as the rows of other ranks arrive."""
     queries, keys = own.towers(contrast.own_first)
-    of_queries, of_keys = (torch.full_like(own.queries[:, 0], -math.inf, dtype=contrast.sum_dtype) for _ in range(2))
-    for other_queries, other_keys in _others(own, everyone, contrast):
-        for total, anchors, candidates in _directions(
-            (of_queries, queries), (of_keys, keys), other_queries, other_keys, contrast.form
+    query_sums, key_sums = (torch.full_like(own.queries[:, 0], -math.inf, dtype=contrast.sum_dtype) for _ in range(2))
+    for other_queries, other_keys in _iterate_ranks(own, everyone, contrast):
+        for total, anchors, candidates in _iterate_directions(
+            (query_sums, queries), (key_sums, keys), other_queries, other_keys, contrast.form
         ):
             if contrast.scale is None:
                 log_sums = tiles.online_log_sums(anchors, candidates, contrast.k, contrast.radius_mm)
@@ -379,45 +418,45 @@ def _log_sums_by_rows(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast)
                 sums, _ = _backend(own.queries).sums(anchors, candidates, contrast.scale, of_columns=False)
                 log_sums = sums.log() + contrast.scale.shift
             torch.logaddexp(total, log_sums, out=total)
-    return of_queries, of_keys
+    return query_sums, key_sums
 
 
-def _push(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tuple[Tensor, Tensor]:
-    """Sum each own row's negatives, weighted by their share in its own softmax and its share in theirs: (n, E) twice."""
+def _push_both_ways(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tuple[Tensor, Tensor]:
+    """Sum each own row's negatives, weighted by their probability in its softmax plus its probability in theirs: (n, E) twice."""
     assert everyone is not None and contrast.scale is not None
     (queries, keys), (all_queries, all_keys) = own.towers(contrast.own_first), everyone.towers(0)
     scale, push = contrast.scale, _backend(own.queries).push
     if len(contrast.counts) == 1:
-        of_queries, of_keys = push(queries, keys, scale, to_candidates=True)
+        pushed_queries, pushed_keys = push(queries, keys, scale, to_candidates=True)
     else:
-        of_queries, _ = push(queries, all_keys, scale)
-        # Queries stay the rows of a tile, as in one process.
-        _, of_keys = push(all_queries, keys, scale, to_anchors=False, to_candidates=True)
+        pushed_queries, _ = push(queries, all_keys, scale)
+        # Queries stay the rows of a tile, for the same arithmetic as in one process.
+        _, pushed_keys = push(all_queries, keys, scale, to_anchors=False, to_candidates=True)
     if contrast.form == "nt_xent":
-        of_queries += push(queries, all_queries, scale)[0]
-        of_keys += push(keys, all_keys, scale)[0]
-    return of_queries, of_keys
+        pushed_queries += push(queries, all_queries, scale)[0]
+        pushed_keys += push(keys, all_keys, scale)[0]
+    return pushed_queries, pushed_keys
 
 
 def _push_by_rows(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> tuple[Tensor, Tensor]:
-    """Do the same for each direction on its own, with others' rows as they come."""
+    """Compute `_push_both_ways` for each direction separately, as the rows of other ranks arrive."""
     queries, keys = own.towers(contrast.own_first)
-    of_queries, of_keys = (torch.zeros_like(own.queries, dtype=contrast.sum_dtype) for _ in range(2))
-    for other_queries, other_keys in _others(own, everyone, contrast):
-        for total, anchors, candidates in _directions(
-            (of_queries, queries), (of_keys, keys), other_queries, other_keys, contrast.form
+    pushed_queries, pushed_keys = (torch.zeros_like(own.queries, dtype=contrast.sum_dtype) for _ in range(2))
+    for other_queries, other_keys in _iterate_ranks(own, everyone, contrast):
+        for total, anchors, candidates in _iterate_directions(
+            (pushed_queries, queries), (pushed_keys, keys), other_queries, other_keys, contrast.form
         ):
             if contrast.scale is None:
                 total += tiles.online_push(anchors, candidates, contrast.k, contrast.radius_mm)
             else:
                 total += _backend(own.queries).push(anchors, candidates, contrast.scale)[0]
-    return of_queries, of_keys
+    return pushed_queries, pushed_keys
 
 
-def _directions(
+def _iterate_directions(
     queries: tuple[Tensor, Rows], keys: tuple[Tensor, Rows], other_queries: Rows, other_keys: Rows, form: Form
 ) -> Iterator[tuple[Tensor, Rows, Rows]]:
-    """Yield a result, the anchors that it belongs to, and candidates of theirs."""
+    """Yield (result, its anchors, candidates of these anchors)."""
     yield *queries, other_keys
     yield *keys, other_queries
     if form == "nt_xent":
@@ -425,8 +464,8 @@ def _directions(
         yield *keys, other_keys
 
 
-def _others(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> Iterator[tuple[Rows, Rows]]:
-    """Yield queries and keys of all ranks, at once or, around the ring, one rank after another."""
+def _iterate_ranks(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> Iterator[tuple[Rows, Rows]]:
+    """Yield queries and keys of all ranks: all at once, or rank by rank around the ring."""
     if everyone is not None:
         yield everyone.towers(0)
         return
@@ -437,7 +476,7 @@ def _others(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast) -> Iterat
         yield pairs.towers(contrast.first(rank))
 
 
-def _all_gather(own: _Pairs, contrast: _Contrast) -> _Pairs:
+def _gather_pairs(own: _Pairs, contrast: _Contrast) -> _Pairs:
     return _Pairs(
         *(
             None if tensor is None else all_gather_rows(tensor, contrast.counts, contrast.group)
@@ -447,29 +486,34 @@ def _all_gather(own: _Pairs, contrast: _Contrast) -> _Pairs:
 
 
 def without_kernels(
-    dtype: torch.dtype, channels: int, *, temperature: float, num_pairs: int, device: torch.device
+    dtype: torch.dtype, channels: int, *, temperature: float, num_pairs: int, device: torch.device, allows_tf32: bool
 ) -> str | None:
-    """Return why the loss on a GPU is computed in torch's tiles, many times as slowly, and the way out; None: it has kernels.
+    """Return why a loss on a GPU has to use torch tiles, many times slower, and the way out; None if it can use the kernels.
 
     Args:
-        dtype: Of the embeddings.
+        dtype: Type of the embeddings.
         channels: E.
-        temperature: tau; of a learnt one, the coldest.
+        temperature: Temperature; of a learnt one, the smallest.
         num_pairs: N.
-        device: The GPU.
+        device: The GPU; a CPU stands for an H100.
+        allows_tf32: Whether products of float32 may be rounded to TF32.
     """
     if find_spec("triton") is None:
         return "the loss has no kernels: Triton is not installed"
-    if static_shift(1 / temperature, 2 * num_pairs, dtype) is None:
-        return f"the loss has no kernels for a temperature of {temperature} and {num_pairs} pairs: raise it above 0.013"
+    most = sharpest(2 * num_pairs, dtype)
+    if 1 / temperature > most:
+        return (
+            f"the loss has no kernels for a temperature of {temperature} and {num_pairs} pairs, whose sums would overflow or vanish in "
+            f"float32: set pretrain.loss.temperature to {math.ceil(1e4 / most) / 1e4} or more"
+        )
     from p2r.loss import kernels
 
-    reason = kernels.unfit(dtype, channels, device=device)
-    return None if reason is None else f"the loss has no kernels for this: {reason}"
+    reason = kernels.unfit(dtype, channels, device=device, allows_tf32=allows_tf32)
+    return None if reason is None else f"the loss has no kernels for these embeddings: {reason}"
 
 
 def _backend(rows: Tensor) -> Any:
-    """Return the module whose `sums` and `push` take these rows: Triton's kernels where they run, torch's tiles elsewhere."""
+    """Return the module whose `sums` and `push` support these rows: Triton kernels if possible, otherwise torch tiles."""
     if rows.device.type == "cuda" and find_spec("triton") is not None:
         from p2r.loss import kernels
 
@@ -479,60 +523,60 @@ def _backend(rows: Tensor) -> Any:
 
 
 def _product_dtype(rows: Tensor) -> torch.dtype:
-    """Return the dtype in which rows are multiplied."""
+    """Return the dtype for products of rows."""
     return torch.promote_types(rows.dtype, torch.float32) if _backend(rows) is tiles else rows.dtype
 
 
-def _unit(rows: Tensor) -> Tensor:
-    """Normalise rows of any length: squares of very long or short ones would leave the dtype's range."""
+def _normalise_rows(rows: Tensor) -> Tensor:
+    """Normalise rows of any norm, without overflow or underflow of their squares."""
     longest = rows.detach().abs().amax(1, keepdim=True) if len(rows) else 1
     unit: Tensor = F.normalize(rows / longest, dim=1)
     return unit
 
 
-def _scale(
+def _choose_scale(
     k: float | Tensor, num_candidates: int, exclude: SameImage | None, findings: Findings | None, dtype: torch.dtype
 ) -> Scale | None:
-    """Return how similarities become entries; None: there is no static shift. A `k` that is not read is held to have one."""
+    """Return the scale of the entries; None without a static shift. A `k` on a device is assumed to have one, and checked there."""
     radius_mm = math.inf if exclude is None else exclude.radius_mm
     if not isinstance(k, Tensor):
         shift = static_shift(k, num_candidates, dtype)
         return None if shift is None else Scale(k, radius_mm, shift)
     assert findings is not None
     most = sharpest(num_candidates, dtype)
-    message = f"temperature must be at least {1 / most:.3g} for {num_candidates} candidates, the learnt one was not"
+    message = f"temperature must be at least {1 / most:.3g} for {num_candidates} candidates, the learnt one is smaller"
     findings.add(message, (~((k > 0) & (k <= most))).sum())
     return Scale(k, radius_mm, static_shift_on_device(k, num_candidates, dtype))
 
 
 def number_in(value: float | Tensor) -> float:
-    """Return what is in a tensor, not a number if that is not one element."""
+    """Return the value of a number or a one-element tensor; NaN for other tensors."""
     if not isinstance(value, Tensor):
         return float(value)
     return float(value.detach()) if value.numel() == 1 else math.nan
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) without the threshold of F.softplus, which costs float64 half its digits."""
+    """Compute log(1 + exp(x)) without the threshold of F.softplus, which costs float64 half its digits."""
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
-def _nothing(*arguments: Tensor | float) -> Tensor:
-    """Return a loss of 0 whose gradient is 0 as well."""
+def _zero_loss(*arguments: Tensor | float) -> Tensor:
+    """Return a loss of 0 with zero gradients."""
     return torch.stack([argument.sum() * 0 for argument in arguments if isinstance(argument, Tensor)]).sum()
 
 
-def _without_weightless(queries: Tensor, keys: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Put something harmless in the place of rows of weight 0, whatever they hold; mark the others.
+def _replace_weightless(queries: Tensor, keys: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace rows of weight 0, which may hold anything, by ones; return a mask of the other rows.
 
-    How many there are, only the device knows: leaving them out would be waiting for it.
+    The rows cannot be dropped: only the device knows their number, and reading it would synchronise.
     """
     is_present = weights > 0
     queries, keys = (torch.where(is_present[:, None], rows, torch.ones_like(rows)) for rows in (queries, keys))
     return queries, keys, is_present.to(torch.uint8)
 
 
-def _of_positive_weight(
+def _drop_weightless(
     queries: Tensor, keys: Tensor, weights: Tensor, exclude: SameImage | None
 ) -> tuple[Tensor, Tensor, Tensor, SameImage | None]:
     kept = weights > 0
@@ -567,12 +611,12 @@ def _equal_on_all_ranks(
 
 
 def refuse_form_and_temperature(form: str, temperature: float | Tensor, number: float | None) -> None:
-    """Raise ValueError for a form that does not exist, or a temperature that is not one positive number.
+    """Raise ValueError for an unknown form, or for a temperature other than one positive number.
 
     Args:
-        form: Which candidates an anchor has.
-        temperature: As the loss was given it.
-        number: What it holds; None where nobody may wait for its device.
+        form: Candidates of an anchor.
+        temperature: The temperature as passed to the loss.
+        number: Its value; None if reading it would synchronise with the device.
     """
     if isinstance(temperature, Tensor) and temperature.numel() != 1:
         raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
@@ -605,7 +649,7 @@ def _refuse_arguments(
     image, position_mm = exclude.image, exclude.position_mm
     if image.shape != (num,) or image.dtype.is_floating_point or image.device != device:
         raise ValueError(
-            f"want exclude.image ({num},) of integers on {device}, got {tuple(image.shape)} of {image.dtype} on {image.device}"
+            f"expected exclude.image ({num},) of integers on {device}, got {tuple(image.shape)} of {image.dtype} on {image.device}"
         )
     if not exclude.radius_mm > 0:
         raise ValueError(f"exclude.radius_mm must be positive, got {exclude.radius_mm}")
@@ -615,7 +659,7 @@ def _refuse_arguments(
         return
     if position_mm.ndim != 2 or len(position_mm) != num or position_mm.device != device:
         raise ValueError(
-            f"want exclude.position_mm ({num}, D) on {device}, got {tuple(position_mm.shape)} on {position_mm.device}"
+            f"expected exclude.position_mm ({num}, D) on {device}, got {tuple(position_mm.shape)} on {position_mm.device}"
         )
     bad = ~torch.isfinite(position_mm)
     if postpones(findings, position_mm):

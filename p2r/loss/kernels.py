@@ -1,14 +1,15 @@
-"""The sums of `tiles`, as Triton kernels: for CUDA devices, and in Triton's interpreter on a CPU.
+"""The sums of `tiles` as Triton kernels, for CUDA devices, and for Triton's interpreter on a CPU.
 
-One program holds a block of anchors and streams the candidates past it, as the forward pass of attention does. Nothing
-is added atomically: programs write what they share apart, and it is added up in a fixed order, so two runs agree to the bit.
+Each program holds a block of anchors and streams the candidates, like the forward pass of attention. There are no atomic
+additions: programs write partial results to separate memory, which is summed in a fixed order, so runs are bitwise
+reproducible.
 
-Nearly all tiles hold negatives only. Masks are computed in the few others, in a loop of their own: tiles that the diagonal
-crosses, tiles whose rows share an image, and the last one if it is ragged. Elsewhere absent candidates vanish for nothing:
-in `sums` their shift is infinite, in `push` their rows are zero.
+Nearly all tiles contain only negatives. The other tiles need masks, and have a separate loop: those on the diagonal, those
+whose rows have an image in common, and the last tile if incomplete. Elsewhere, excluded candidates cost nothing: in `sums`
+their shift is infinite, in `push` their rows are zero.
 
-Rows are multiplied in their own dtype (float32 and the second product of float16: as TF32), sums are float32. Weights of
-bfloat16 rows are rounded to bfloat16. Those of float16 rows would vanish in its range, and are rounded to TF32.
+Rows are multiplied in their own dtype (float32, and the second product of float16, as TF32); sums are float32. Weights of
+bfloat16 rows are rounded to bfloat16. Weights of float16 rows would underflow in float16, and are rounded to TF32.
 
 Shape letters: n anchors, m candidates, E channels (a power of two), D spatial dimensions.
 """
@@ -28,57 +29,58 @@ from torch import Tensor
 from p2r.loss.tiles import Rows, Scale, blocks
 
 CHANNELS = {torch.bfloat16: (16, 32, 64, 128, 256, 512), torch.float16: (16, 32, 64, 128), torch.float32: (32, 64, 128)}
-"""E that the kernels are compiled for in the tests, by dtype; others take the torch tiles."""
+"""Values of E for which the tests compile the kernels, by dtype; others use the torch tiles."""
 _PANEL = 16384
-"""Anchors whose column sums are kept apart at a time: m numbers for each block of them."""
+"""Number of anchors whose column sums are kept separately at a time: m numbers for each block of anchors."""
 _SPLIT = 8192
-"""Candidates of one program of `sums`; a function of m alone, so that every rank adds up in the same order."""
+"""Candidates per program of `sums`; depends only on m, so that every rank sums in the same order."""
 _PUSH_SPLIT = 16384
-"""Candidates of one program of `push`, at least; a function of m alone for the same reason."""
-_MOST_PUSH_SPLITS = 8
+"""Minimum number of candidates per program of `push`; depends only on m for the same reason."""
+_MAX_PUSH_SPLITS = 8
 _PARTIAL_BYTES = 2**28
-"""Memory for the parts of `push` that are added up afterwards; it is launched again where they need more."""
-_OLDEST = (8, 0)
-_MOST_SHARED = 232_448  # of an H100, for the interpreter
+"""Memory limit for partial sums of `push`; larger problems take several launches."""
+_MIN_CAPABILITY = (8, 0)
+_INTERPRETER_SHARED_BYTES = 232_448  # shared memory of an H100
 _LOG2_E = math.log2(math.e)
 
 
 def fit(rows: Tensor) -> bool:
-    """Return whether the kernels take these rows."""
-    return unfit(rows.dtype, rows.shape[1], device=rows.device) is None
+    """Return whether the kernels support these rows."""
+    allows_tf32 = torch.get_float32_matmul_precision() != "highest"
+    return unfit(rows.dtype, rows.shape[1], device=rows.device, allows_tf32=allows_tf32) is None
 
 
-def unfit(dtype: torch.dtype, channels: int, *, device: torch.device) -> str | None:
-    """Return why rows of this kind take the torch tiles on this device, and how they would take the kernels; None: they do."""
+def unfit(dtype: torch.dtype, channels: int, *, device: torch.device, allows_tf32: bool) -> str | None:
+    """Return why the kernels do not support these rows on this device, and the way out; None if they do."""
     if dtype not in CHANNELS:
         return f"they multiply bfloat16, float16 or TF32, got {dtype}: set pretrain.precision to bf16 or tf32"
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return "they multiply float32 as TF32, which nobody has allowed: set pretrain.precision to bf16 or tf32"
+    if dtype == torch.float32 and not allows_tf32:
+        return "they multiply float32 as TF32, which is not allowed: set pretrain.precision to bf16 or tf32"
     if channels not in CHANNELS[dtype]:
         known = ", ".join(map(str, CHANNELS[dtype]))
-        return f"they take {dtype} of {known} channels, got {channels}: set pretrain.model.embedding_channels"
+        return f"they support {dtype} of {known} channels, got {channels}: set pretrain.model.embedding_channels"
     if device.type == "cuda" and not _has_compiler():
         return "Triton finds no C compiler: install gcc or clang, or name one in CC"
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _OLDEST
-    if capability < _OLDEST:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _MIN_CAPABILITY
+    if capability < _MIN_CAPABILITY:
         return f"they need a GPU of compute capability 8.0 or newer, this one has {'.'.join(map(str, capability))}"
     limit = _shared_limit(device)
-    if not all(_choices(table, dtype, channels, limit, has_image=True) for table in (_SUMS_TILES, _PUSH_TILES)):
+    if not all(_fitting_tiles(table, dtype, channels, limit, has_image=True) for table in (_SUMS_TILES, _PUSH_TILES)):
         return f"{channels} channels of {dtype} need more shared memory than this GPU's {limit} bytes: choose fewer"
     return None
 
 
 @cache
 def _has_compiler() -> bool:
-    """Return whether Triton can build the stub that launches a kernel. It looks in the same places."""
+    """Return whether Triton can build the stub that launches a kernel, with the same search as Triton."""
     names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
     return any(map(shutil.which, names))
 
 
 def _shared_limit(device: torch.device) -> int:
-    """Return the bytes of shared memory that one program may take."""
+    """Return the limit of shared memory per program, in bytes."""
     if device.type != "cuda":
-        return _MOST_SHARED
+        return _INTERPRETER_SHARED_BYTES
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
     return int(properties["max_shared_mem"])
 
@@ -86,9 +88,9 @@ def _shared_limit(device: torch.device) -> int:
 def sums(anchors: Rows, candidates: Rows, scale: Scale, *, of_columns: bool) -> tuple[Tensor, Tensor]:
     """See `tiles.sums`."""
     n, m, device = len(anchors), len(candidates), anchors.values.device
-    tile = _tile(_SUMS_TILES, anchors)
-    arguments = _arguments(anchors, candidates, scale, tile)
-    shift = _in_log2(scale.shift, candidates.values).repeat(m)
+    tile = _choose_tile(_SUMS_TILES, anchors)
+    arguments = _common_arguments(anchors, candidates, scale, tile)
+    shift = _to_log2(scale.shift, candidates.values).repeat(m)
     if candidates.present is not None:
         shift.masked_fill_(candidates.present == 0, math.inf)
     splits = max(1, math.ceil(m / _SPLIT))
@@ -100,7 +102,7 @@ def sums(anchors: Rows, candidates: Rows, scale: Scale, *, of_columns: bool) -> 
         if m:
             _sums_kernel[(num_blocks, splits)](
                 *arguments,
-                _kept(anchors),
+                _presence(anchors),
                 shift,
                 over_candidates,
                 partial,
@@ -108,7 +110,7 @@ def sums(anchors: Rows, candidates: Rows, scale: Scale, *, of_columns: bool) -> 
                 SPLIT=_SPLIT,
                 OF_COLUMNS=of_columns,
                 **tile.options(anchors.values.shape[1]),
-                **_masks(anchors, candidates),
+                **_mask_options(anchors, candidates),
             )
         if of_columns:
             over_anchors[panel] = partial.sum(0)
@@ -124,37 +126,39 @@ def num_panels(num_anchors: int) -> int:
 def push(
     anchors: Rows, candidates: Rows, scale: Scale, *, to_anchors: bool = True, to_candidates: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """See `tiles.push`; two directions are two launches, for sharing a tile would take atomic additions."""
+    """See `tiles.push`; two directions take two launches, because sharing tiles would require atomic additions."""
     return (
-        _push(anchors, candidates, scale) if to_anchors else torch.zeros_like(anchors.values, dtype=torch.float32),
-        _push(candidates, anchors, scale)
+        _push_to_anchors(anchors, candidates, scale)
+        if to_anchors
+        else torch.zeros_like(anchors.values, dtype=torch.float32),
+        _push_to_anchors(candidates, anchors, scale)
         if to_candidates
         else torch.zeros_like(candidates.values, dtype=torch.float32),
     )
 
 
-def _push(anchors: Rows, candidates: Rows, scale: Scale) -> Tensor:
+def _push_to_anchors(anchors: Rows, candidates: Rows, scale: Scale) -> Tensor:
     assert anchors.weight is not None and candidates.weight is not None
     n, m = len(anchors), len(candidates)
     moved = torch.zeros_like(anchors.values, dtype=torch.float32)
     if not n or not m:
         return moved
-    tile = _tile(_PUSH_TILES, anchors)
-    arguments = _arguments(anchors, candidates, scale, tile)
-    split = _PUSH_SPLIT * math.ceil(m / (_PUSH_SPLIT * _MOST_PUSH_SPLITS))
+    tile = _choose_tile(_PUSH_TILES, anchors)
+    arguments = _common_arguments(anchors, candidates, scale, tile)
+    split = _PUSH_SPLIT * math.ceil(m / (_PUSH_SPLIT * _MAX_PUSH_SPLITS))
     at_once = max(1, _PARTIAL_BYTES // (moved.numel() * moved.element_size()))
     for splits in blocks(math.ceil(m / split), at_once):
         partial = torch.empty(splits.stop - splits.start, *moved.shape, device=moved.device)
         _push_kernel[(math.ceil(n / tile.block_anchors), len(partial))](
             *arguments,
-            _kept(anchors),
+            _presence(anchors),
             anchors.weight.contiguous(),
             candidates.weight.contiguous(),
             partial,
             splits.start,
             split,
             **tile.options(anchors.values.shape[1]),
-            **_masks(anchors, candidates),
+            **_mask_options(anchors, candidates),
         )
         for part in partial:
             moved += part
@@ -163,7 +167,7 @@ def _push(anchors: Rows, candidates: Rows, scale: Scale) -> Tensor:
 
 @dataclass(frozen=True)
 class _Tile:
-    """Size of a tile, and the options that compile it."""
+    """Size of a tile, and its compile options."""
 
     block_anchors: int
     block_candidates: int
@@ -181,96 +185,96 @@ class _Tile:
         }
 
     def shared_bytes(self, dtype: torch.dtype, channels: int) -> int:
-        """Return about how much shared memory a program takes: held anchors, and a candidate tile for each stage."""
+        """Estimate the shared memory of a program: the block of anchors, and a candidate tile per stage."""
         rows = self.block_anchors + self.num_stages * self.block_candidates
-        # Weights of more than two bytes pass through shared memory.
+        # Weights of more than two bytes go through shared memory.
         weights = 0 if dtype == torch.bfloat16 else 4 * self.block_anchors * self.block_candidates
         return rows * channels * dtype.itemsize + weights + 2048
 
 
-_SUMS_TILES = {
+_SUMS_TILES: dict[int, tuple[_Tile, ...]] = {
     256: (_Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)),
     512: (_Tile(128, 64, 8, 2), _Tile(64, 64, 8, 2)),
     1024: (_Tile(64, 64, 8, 2),),
 }
-_PUSH_TILES = {
+_PUSH_TILES: dict[int, tuple[_Tile, ...]] = {
     128: (_Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)),
     256: (_Tile(128, 128, 8, 3), _Tile(128, 64, 8, 2)),
     512: (_Tile(128, 64, 8, 2), _Tile(64, 32, 8, 2)),
-    1024: (_Tile(64, 32, 8, 2),),
+    1024: (_Tile(64, 64, 8, 2), _Tile(64, 32, 8, 2)),
 }
-"""By the most bytes of a row that they are for, then by preference: GPUs with less shared memory take the first that they can
-hold. 128 anchors read half as much from the L2 cache as 64 do."""
+"""Tiles by the maximum bytes of a row, in order of preference: a GPU uses the first tile that fits its shared memory. With 128
+anchors instead of 64, half as much is read from the L2 cache."""
 
 
-def _choices(
+def _fitting_tiles(
     table: dict[int, tuple[_Tile, ...]], dtype: torch.dtype, channels: int, limit: int, *, has_image: bool
 ) -> tuple[_Tile, ...]:
     """Return the tiles of a table that fit into shared memory, best first."""
     tiles = table[min(most for most in table if most >= channels * dtype.itemsize)]
-    if has_image or dtype != torch.bfloat16:  # masks, and weights of four bytes, take the registers of larger tiles
+    if has_image or dtype != torch.bfloat16:  # masks, and weights of four bytes, need the registers of larger tiles
         tiles = tuple(tile for tile in tiles if tile.num_warps == 8 and tile.block_candidates <= 64)
     return tuple(tile for tile in tiles if tile.shared_bytes(dtype, channels) <= limit)
 
 
-def _tile(table: dict[int, tuple[_Tile, ...]], anchors: Rows) -> _Tile:
+def _choose_tile(table: dict[int, tuple[_Tile, ...]], anchors: Rows) -> _Tile:
     values, has_image = anchors.values, anchors.image is not None
-    return _choices(table, values.dtype, values.shape[1], _shared_limit(values.device), has_image=has_image)[0]
+    return _fitting_tiles(table, values.dtype, values.shape[1], _shared_limit(values.device), has_image=has_image)[0]
 
 
-def _kept(rows: Rows) -> Tensor:
-    """Return (n,) float32: 1 for rows that take part, 0 for others."""
+def _presence(rows: Rows) -> Tensor:
+    """Return (n,) float32: 1 for present rows, 0 for excluded ones."""
     if rows.present is None:
         return rows.values.new_ones(len(rows), dtype=torch.float32)
     return (rows.present != 0).float()
 
 
-def _masks(anchors: Rows, candidates: Rows) -> dict[str, Any]:
+def _mask_options(anchors: Rows, candidates: Rows) -> dict[str, Any]:
     has_image = anchors.image is not None and candidates.image is not None
     has_position = has_image and anchors.position_mm is not None and candidates.position_mm is not None
     dimensions = anchors.position_mm.shape[1] if has_position and anchors.position_mm is not None else 0
     return {"HAS_IMAGE": has_image, "D": dimensions}
 
 
-def _arguments(anchors: Rows, candidates: Rows, scale: Scale, tile: _Tile) -> tuple[Any, ...]:
-    """Return the arguments that both kernels take."""
-    nothing = anchors.values
-    of_rows = []
+def _common_arguments(anchors: Rows, candidates: Rows, scale: Scale, tile: _Tile) -> tuple[Any, ...]:
+    """Return the arguments that both kernels have in common."""
+    unused = anchors.values  # passed for absent tensors, which the kernels do not read
+    row_tensors = []
     for rows in (anchors, candidates):
         values = rows.values.contiguous()
         if rows.present is not None:
             values = values.masked_fill(rows.present[:, None] == 0, 0)
-        of_rows.append(
+        row_tensors.append(
             (
                 values,
-                nothing if rows.image is None else rows.image.contiguous(),
-                nothing if rows.position_mm is None else rows.position_mm.float().contiguous(),
+                unused if rows.image is None else rows.image.contiguous(),
+                unused if rows.position_mm is None else rows.position_mm.float().contiguous(),
             )
         )
-    by_kind = [part for pair in zip(*of_rows, strict=True) for part in pair]
-    ends = (nothing, nothing)
+    by_kind = [part for pair in zip(*row_tensors, strict=True) for part in pair]
+    image_ranges = (unused, unused)
     if candidates.image is not None and anchors.image is not None and len(candidates):
-        ends = _ends(candidates.image, tile.block_candidates)
+        image_ranges = _image_range_per_block(candidates.image, tile.block_candidates)
     return (
         *by_kind,
-        *ends,
+        *image_ranges,
         len(anchors),
         len(candidates),
         anchors.first - candidates.first,
-        _in_log2(scale.k, nothing),
-        _in_log2(scale.shift, nothing),
+        _to_log2(scale.k, anchors.values),
+        _to_log2(scale.shift, anchors.values),
         min(scale.radius_mm**2, 3e38),
     )
 
 
-def _in_log2(value: float | Tensor, like: Tensor) -> Tensor:
-    """Return a number as a float32 scalar on a device, for entries that are powers of 2; one that is there is not read."""
+def _to_log2(value: float | Tensor, like: Tensor) -> Tensor:
+    """Return value * log2(e) as a float32 scalar on the device of `like`, without reading a device value; kernels use exp2."""
     if isinstance(value, Tensor):
         return (value.double() * _LOG2_E).float()
     return like.new_full((), value * _LOG2_E, dtype=torch.float32)
 
 
-def _ends(image: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _image_range_per_block(image: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Return the smallest and the largest image number of each block."""
     ragged = -len(image) % block
     padded = torch.cat((image, image[-1:].expand(ragged))).view(-1, block)
@@ -282,11 +286,11 @@ def _masked_tiles(
     image_a, first_of_image, last_of_image, rows, n, offset, begin, end,
     HAS_IMAGE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Range of the tiles [begin, end) in which some pair of rows may be no negatives."""
+    """Return the range of the tiles [begin, end) that may contain pairs of rows other than negatives."""
     own = tl.min(rows, 0)
     low = (own + offset) // BLOCK_C
     high = (own + offset + BLOCK_A - 1) // BLOCK_C + 1
-    if own + offset + BLOCK_A <= 0:  # division rounds towards zero
+    if own + offset + BLOCK_A <= 0:  # because division rounds towards zero
         high = low
     if HAS_IMAGE:
         of_anchors = tl.load(image_a + tl.minimum(rows, n - 1))
@@ -307,7 +311,7 @@ def _is_no_negative(
     i, j, rows_i, rows_j, num_i, num_j, image_i, image_j, position_i, position_j, radius_squared,
     D: tl.constexpr, HAS_IMAGE: tl.constexpr,
 ):  # fmt: skip
-    """Mask of one tile: rows of one pair, or too near one another in one image. `i` and `j` number pairs alike."""
+    """Return the mask of one tile: rows of the same pair, or within the radius in one image. `i` and `j` are pair indices."""
     excluded = i[:, None] == j[None, :]
     if HAS_IMAGE:
         of_i = tl.load(image_i + rows_i, mask=rows_i < num_i, other=-1)
@@ -354,10 +358,10 @@ def _sums_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums of a block of anchors over a split of candidates, and of each of these candidates over the block.
+    """Sum a block of anchors over a split of candidates, and each of these candidates over the block.
 
-    Candidates are the rows of the tile. A candidate's sum then stays within four lanes, and anchors' sums are kept
-    apart for each of its rows to the end.
+    Candidates are the rows of the tile, so a candidate's sum stays within four lanes. The anchors' sums are kept separately
+    for each row of the tile until the end.
     """
     block, split = tl.program_id(0), tl.program_id(1)
     k_log2 = tl.load(k_at)
@@ -428,7 +432,7 @@ def _push_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Weighted sum of a split of the candidates, for a block of anchors."""
+    """Sum a split of the candidates with weights, for a block of anchors."""
     part, split = tl.program_id(1), first_split + tl.program_id(1)
     k_log2, shift_log2 = tl.load(k_at), tl.load(shift_at)
     channels, within = tl.arange(0, E), tl.arange(0, BLOCK_C)

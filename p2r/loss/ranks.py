@@ -1,8 +1,8 @@
-"""What a loss over all ranks' rows needs of the other ranks.
+"""Communication and validation for losses over the rows of all ranks.
 
-`group=None` means the default process group where torch.distributed is initialised, and one process elsewhere.
+`group=None` means the default process group if torch.distributed is initialised, and a single process otherwise.
 
-Nothing here is differentiable: every loss knows its own rows' part of the gradient.
+Nothing here is differentiable: each loss computes the gradient of its own rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,31 +17,30 @@ from p2r.device import is_waited_for
 from p2r.errors import EmbeddingError
 
 GradientScale = Literal["mean", "sum"]
-"""How the reducer of gradients over ranks works: DDP and ZeRO average (`mean`), a plain all-reduce adds (`sum`)."""
+"""Reduction of gradients over ranks: DDP and ZeRO average (`mean`), a plain all-reduce adds (`sum`)."""
 
-_LONGEST_MESSAGE = 400
-_MOST_NUMBERS = 16
+_MAX_MESSAGE_BYTES = 400
+_MAX_NUMBERS = 16
 
 
 class Findings:
-    """Rules that values on a device broke, counted there: nothing waits until somebody reads the counts.
+    """Violations counted on the device, without synchronising until the counts are read.
 
-    For training steps, whose shapes do not change, on ranks that all go through the same code. A loss that is given
-    findings takes for granted what every rank's arguments are alike in, and that all have equally many rows; on a CPU,
-    where looking costs nothing, it looks and raises at once. Values that are not finite are counted there, too: a step may
-    be left out for them, and the run go on.
+    For training steps with constant shapes, on ranks that run the same code. A loss with findings assumes that all ranks pass
+    equal arguments and the same number of rows. On a CPU, where reading values is free, it checks and raises immediately.
+    Non-finite values are counted on a CPU, too: the caller may skip the step and continue.
     """
 
     def __init__(self) -> None:
         self._found: list[tuple[str, Tensor, bool]] = []
 
     def add(self, message: str, count: Tensor, *, may_pass: bool = False) -> None:
-        """Keep how often a rule was broken.
+        """Record the number of violations of a rule.
 
         Args:
-            message: In which `{count}` stands for the number.
-            count: Scalar.
-            may_pass: The loss is not finite then, and whoever leaves out the step may go on.
+            message: Message with the placeholder `{count}`.
+            count: Number of violations, a scalar on the device.
+            may_pass: The loss is then not finite, and the caller may skip the step and continue.
         """
         self._found.append((message, count, may_pass))
 
@@ -50,18 +49,18 @@ class Findings:
         return [count for _, count, _ in self._found]
 
     def broken(self, counts: Sequence[int]) -> str | None:
-        """Say which rule was broken first, by the counts as they were read; None: none."""
+        """Return the message of the first violated rule, given the values of the counts; None if no rule is violated."""
         return next(
             (message.format(count=count) for (message, *_), count in zip(self._found, counts, strict=True) if count),
             None,
         )
 
     def refuse(self, counts: Sequence[int], *, may_pass: bool = False) -> None:
-        """Raise EmbeddingError for the first rule that was broken.
+        """Raise EmbeddingError for the first violated rule.
 
         Args:
-            counts: As they were read.
-            may_pass: Let go what may pass where a step is left out.
+            counts: Values of `counts()`.
+            may_pass: Ignore violations for which a step may be skipped.
         """
         for (message, _, passes), count in zip(self._found, counts, strict=True):
             if count and not (passes and may_pass):
@@ -69,7 +68,7 @@ class Findings:
 
 
 def postpones(findings: Findings | None, *values: Tensor) -> TypeGuard[Findings]:
-    """Return whether what these values are is left for later: there are findings, and looking would be waiting."""
+    """Return whether checks of these values are postponed: there are findings, and reading the values would synchronise."""
     return findings is not None and any(is_waited_for(value.device) for value in values)
 
 
@@ -81,7 +80,7 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
 
 
 def own_gradient_factor(gradient_scale: GradientScale, group: ProcessGroup | None) -> float:
-    """Return what a rank's own part of the gradient is multiplied by, so that the reducer arrives at the whole."""
+    """Return the factor for a rank's own part of the gradient, such that the reducer gives the full gradient."""
     if gradient_scale not in ("mean", "sum"):
         raise ValueError(f"gradient_scale must be 'mean' or 'sum', got {gradient_scale!r}")
     return float(rank_and_size(group)[1]) if gradient_scale == "mean" else 1.0
@@ -95,34 +94,34 @@ def agree(
     device: torch.device,
     group: ProcessGroup | None,
 ) -> list[int]:
-    """Tell all ranks how many rows each has, or raise on all of them what is wrong on any.
+    """Exchange the number of rows of each rank, or raise the same error on all ranks.
 
-    A rank that raised alone would leave the others waiting for it. This is why every check of a loss comes before its
-    first exchange, and its finding comes here.
+    If only one rank raised, the others would wait for it forever. So every check of a loss precedes its first exchange, and
+    its result is passed here.
 
     Args:
-        problem: What is wrong with this rank's arguments; None if nothing is.
+        problem: Error in this rank's arguments; None if there is none.
         num_rows: This rank's number of rows.
-        equal: Numbers that must be the same on every rank, by name; of no matter where there is a problem.
-        device: One that the group can send from.
+        equal: Numbers that must be equal on every rank, by name; ignored if there is a problem.
+        device: Device from which the group can send.
         group: The ranks.
 
     Returns:
         Number of rows by rank.
 
     Raises:
-        ValueError: On every rank, with the problem of the first rank that has one, or the number that differs.
+        ValueError: on every rank, with the problem of the first rank that has one, or the number that differs.
     """
     if rank_and_size(group)[1] == 1:
         if problem is not None:
             raise problem
         return [num_rows]
     kind = 0 if problem is None else 2 if isinstance(problem, EmbeddingError) else 1
-    values = [*equal.values()][:_MOST_NUMBERS]
-    own = torch.tensor([kind, num_rows, *values, *[0] * (_MOST_NUMBERS - len(values))], dtype=torch.float64)
+    values = [*equal.values()][:_MAX_NUMBERS]
+    own = torch.tensor([kind, num_rows, *values, *[0] * (_MAX_NUMBERS - len(values))], dtype=torch.float64)
     facts = torch.stack(_gather_equal(own.to(device), group)).tolist()
     if any(row[0] for row in facts):
-        text = str(problem or "").encode()[:_LONGEST_MESSAGE].ljust(_LONGEST_MESSAGE, b"\0")
+        text = str(problem or "").encode()[:_MAX_MESSAGE_BYTES].ljust(_MAX_MESSAGE_BYTES, b"\0")
         texts = _gather_equal(torch.tensor(list(text), dtype=torch.uint8, device=device), group)
         rank = next(rank for rank, row in enumerate(facts) if row[0])
         message = f"rank {rank}: {bytes(texts[rank].tolist()).rstrip(bytes(1)).decode(errors='replace')}"
@@ -139,18 +138,18 @@ def refuse_pair(**towers: Tensor) -> None:
     (one_name, one), (other_name, other) = towers.items()
     both = f"{one_name} and {other_name}"
     if one.ndim != 2 or one.shape != other.shape:
-        raise ValueError(f"want {both} of one shape (n, E), got {tuple(one.shape)} and {tuple(other.shape)}")
+        raise ValueError(f"expected {both} of one shape (n, E), got {tuple(one.shape)} and {tuple(other.shape)}")
     if one.dtype != other.dtype or not one.dtype.is_floating_point:
-        raise ValueError(f"want {both} of one floating dtype, got {one.dtype} and {other.dtype}")
+        raise ValueError(f"expected {both} of one floating dtype, got {one.dtype} and {other.dtype}")
     if one.device != other.device:
-        raise ValueError(f"want {both} on one device, got {one.device} and {other.device}")
+        raise ValueError(f"expected {both} on one device, got {one.device} and {other.device}")
 
 
 def refuse_weights(weights: Tensor, rows: Tensor, findings: Findings | None) -> None:
-    """Raise ValueError unless there is one finite weight, not negative, for each of `rows`, on its device."""
+    """Raise ValueError unless each row has one finite, non-negative weight, on the same device."""
     if weights.shape != (len(rows),) or weights.device != rows.device:
         raise ValueError(
-            f"want weights ({len(rows)},) on {rows.device}, got {tuple(weights.shape)} on {weights.device}"
+            f"expected weights ({len(rows)},) on {rows.device}, got {tuple(weights.shape)} on {weights.device}"
         )
     bad = ~(torch.isfinite(weights) & (weights >= 0))
     if postpones(findings, weights):
@@ -160,28 +159,28 @@ def refuse_weights(weights: Tensor, rows: Tensor, findings: Findings | None) -> 
 
 
 def refuse_values(*, findings: Findings | None, zeros: bool = False, **towers: Tensor) -> None:
-    """Raise EmbeddingError for embeddings that are not finite or, unless `zeros`, have no direction.
+    """Raise EmbeddingError for embeddings that are not finite or, unless `zeros`, all zeros.
 
-    The device is waited for once, or not at all where there are findings to add to.
+    This synchronises with the device once, or not at all if there are findings to add to.
     """
     found = Findings()
     for name, rows in towers.items():
         values = rows.detach()
         message = f"{name}: {{count}} of {len(rows)} embeddings are not finite"
-        # Embeddings that are not finite may be a bad step's; zeros are those of a network that has died.
+        # One bad step may give non-finite embeddings, so it may be skipped; zeros mean that the network has collapsed.
         (found if findings is None else findings).add(message, (~torch.isfinite(values)).any(1).sum(), may_pass=True)
         if not zeros:
-            message = f"{name}: {{count}} of {len(rows)} embeddings are all zeros, and have no direction"
+            message = f"{name}: {{count}} of {len(rows)} embeddings are all zeros, without a direction"
             (findings if postpones(findings, rows) else found).add(message, (values == 0).all(1).sum())
     if counts := found.counts():
         found.refuse(torch.stack(counts).tolist())
 
 
 def all_gather_rows(rows: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
-    """Concatenate all ranks' rows in the order of ranks.
+    """Concatenate the rows of all ranks, in the order of ranks.
 
     Args:
-        rows: (n, ...).
+        rows: (n, ...) rows of this rank.
         counts: n of each rank.
         group: The ranks.
     """
@@ -196,16 +195,16 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: ProcessGroup | N
 def own_columns(
     partial_sums: Tensor, counts: Sequence[int], panels: Sequence[int], group: ProcessGroup | None
 ) -> Tensor:
-    """Add up all ranks' partial sums of this rank's columns, always in the same order.
+    """Sum all ranks' partial sums of this rank's columns, always in the same order.
 
     Args:
-        partial_sums: (P, N) this rank's.
-        counts: Columns of each rank, N together.
-        panels: P of each rank. Ranks compute them from `counts`: exchanging them would make the host read the device.
+        partial_sums: (P, N) partial sums of this rank.
+        counts: Number of columns of each rank, N in total.
+        panels: P of each rank, computed from `counts`: exchanging it would synchronise with the device.
         group: The ranks.
 
     Returns:
-        (n,) for n columns of this rank.
+        (n,) sums of this rank's n columns.
     """
     rank, size = rank_and_size(group)
     received = [partial_sums]
@@ -236,9 +235,9 @@ def own_columns(
 def circulate(
     own: Sequence[Tensor], counts: Sequence[int], group: ProcessGroup | None
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yield every rank's tensors in turn, own first, while each is passed on around the ring.
+    """Yield the tensors of every rank in turn, own first, passing them around the ring.
 
-    A rank holds its own and at most two others' at a time: one to work on, one arriving.
+    A rank holds its own tensors and those of at most two other ranks: one in use, one arriving.
 
     Args:
         own: Tensors (n, ...) of this rank.
@@ -246,7 +245,7 @@ def circulate(
         group: The ranks.
 
     Yields:
-        The rank that they come from, and the tensors.
+        The source rank, and its tensors.
     """
     rank, size = rank_and_size(group)
     here = [tensor.contiguous() for tensor in own]
@@ -270,7 +269,7 @@ def circulate(
 
 
 def all_reduce_sum(value: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Add up all ranks' tensors into a new one."""
+    """Sum the tensors of all ranks into a new tensor."""
     total = value.clone()
     if rank_and_size(group)[1] > 1:
         dist.all_reduce(total, group=group)

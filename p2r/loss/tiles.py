@@ -1,14 +1,14 @@
 """Sums over all pairs of rows, tile by tile, in torch: on any device, in memory linear in the number of rows.
 
-One entry, for anchor i and candidate j with cosine similarity s_ij and sharpness k = 1 / temperature:
+The entry for anchor i and candidate j, with cosine similarity s_ij and k = 1 / temperature:
 
-    E_ij = exp(k s_ij - shift), or 0 where j is no negative of i
+    E_ij = exp(k s_ij - shift), or 0 if j is not a negative of i
 
-`shift` is one number for all entries, chosen so that neither a sum overflows nor the smallest entry vanishes
-(`static_shift`): rows and columns of a tile can then be summed at once, where a running maximum would serve only one
-of them. Temperatures for which no such number exists take the `online` functions, which keep a maximum per row.
+`shift` is the same for all entries, chosen such that no sum overflows and no entry underflows (`static_shift`). So rows and
+columns of a tile can be summed at once, where a running maximum would allow only one of them. Temperatures without such a
+shift use the `online` functions, which keep a maximum per row.
 
-Tiles follow the rows that are given: the same rows in the same tiles are the same arithmetic, whoever computes them.
+Tiles depend only on the given rows: the same rows give the same arithmetic on every rank.
 
 Shape letters: n anchors, m candidates, E channels, P panels, D spatial dimensions.
 """
@@ -24,85 +24,92 @@ from torch import Tensor
 from p2r.device import is_waited_for
 
 TILE = 1024
-"""Anchors and candidates of a tile: its product runs at full speed, and 4 MiB of float32 cost no memory to speak of."""
+"""Number of anchors and of candidates in a tile: its product runs at full speed, and needs only 4 MiB of float32."""
 PANELS = 64
-"""Column sums are kept for at most about this many groups of tiles: what ranks exchange, m numbers each."""
+"""Approximate maximum number of groups of tiles with separate column sums; ranks exchange m numbers per group."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Unit embeddings of one view, with what tells which of them are no negatives of one another."""
+    """Unit embeddings of one view, and the data that determine their negatives."""
 
     values: Tensor
-    """(n, E)."""
+    """(n, E) unit rows."""
     first: int
-    """Number of the first row's pixel pair among those of all ranks; a row and a row of the same pair are no negatives."""
+    """Index of the first row's pixel pair among all ranks. Rows of the same pair are not negatives of each other."""
     image: Tensor | None = None
-    """(n,) integers: the image that a row comes from. None: only rows of the same pair are excluded."""
+    """(n,) integers: the image of each row. None: only rows of the same pair are excluded."""
     position_mm: Tensor | None = None
-    """(n, D). None: all rows of an image are excluded from one another."""
+    """(n, D) position of each row. None: all rows of an image are excluded from each other's negatives."""
     weight: Tensor | None = None
-    """(n,) what `push` weighs a row's entries with; `online_push` takes its negative logarithm."""
+    """(n,) weight of a row's entries in `push`; for `online_push`, its negative logarithm."""
     present: Tensor | None = None
-    """(n,) uint8: 0 for a row that is nobody's negative and has none. None: there is no such row."""
+    """(n,) uint8: 0 for a row without negatives that is also never a negative. None: all rows are present."""
 
     def __len__(self) -> int:
         return len(self.values)
 
+    def part(self, rows: slice) -> "Rows":
+        """Return some of the rows, which keep their numbers."""
+        image, position_mm, weight, present = (
+            None if part is None else part[rows] for part in (self.image, self.position_mm, self.weight, self.present)
+        )
+        return Rows(self.values[rows], self.first + rows.start, image, position_mm, weight, present)
+
 
 @dataclass(frozen=True)
 class Scale:
-    """How similarities become entries. Of a learnt temperature, `k` and `shift` are scalars on the rows' device: nothing reads them."""
+    """Parameters that turn similarities into entries. For a learnt temperature, `k` and `shift` are scalars on the rows' device."""
 
     k: float | Tensor
     """1 / temperature."""
     radius_mm: float = math.inf
-    """Rows of one image at most this far apart are no negatives of one another."""
+    """Rows of one image within this distance are not negatives of each other."""
     shift: float | Tensor = 0.0
 
 
 _Number = TypeVar("_Number", float, Tensor)
-_LONGEST = 1.01
-"""Largest similarity: rows rounded to bfloat16 are a little longer or shorter than 1."""
+_MAX_SIMILARITY = 1.01
+"""Largest similarity: the norm of rows rounded to bfloat16 differs slightly from 1."""
 
 
 def static_shift(k: float, num_candidates: int, dtype: torch.dtype) -> float | None:
-    """Return the shift that keeps every sum of `num_candidates` entries within `dtype`, None if there is none."""
-    return None if k > sharpest(num_candidates, dtype) else max(0.0, _excess(k, num_candidates, dtype))
+    """Return a shift that keeps every sum of `num_candidates` entries in the range of `dtype`; None if none exists."""
+    return None if k > sharpest(num_candidates, dtype) else max(0.0, _overflow_excess(k, num_candidates, dtype))
 
 
 def static_shift_on_device(k: Tensor, num_candidates: int, dtype: torch.dtype) -> Tensor:
-    """Return `static_shift` of a scalar that is not read, for `k` up to `sharpest`."""
-    return _excess(k, num_candidates, dtype).clamp(min=0)
+    """Compute `static_shift` for a scalar on a device without reading it; `k` must not exceed `sharpest`."""
+    return _overflow_excess(k, num_candidates, dtype).clamp(min=0)
 
 
 def sharpest(num_candidates: int, dtype: torch.dtype) -> float:
-    """Return the largest k with a static shift: neither does a sum overflow nor the smallest entry vanish."""
+    """Return the largest k with a static shift, for which no sum overflows and no entry underflows."""
     largest, smallest = _log_limits(dtype)
-    return min(-smallest, (largest - smallest - math.log(num_candidates)) / 2) / _LONGEST
+    return min(-smallest, (largest - smallest - math.log(num_candidates)) / 2) / _MAX_SIMILARITY
 
 
-def _excess(k: _Number, num_candidates: int, dtype: torch.dtype) -> _Number:
-    """Return by how much the log of the largest sum exceeds the log of the largest number."""
-    return _LONGEST * k + (math.log(num_candidates) - _log_limits(dtype)[0])
+def _overflow_excess(k: _Number, num_candidates: int, dtype: torch.dtype) -> _Number:
+    """Return the log of the largest possible sum minus the log of the largest number."""
+    return _MAX_SIMILARITY * k + (math.log(num_candidates) - _log_limits(dtype)[0])
 
 
 def _log_limits(dtype: torch.dtype) -> tuple[float, float]:
-    """Return the logs of a sum's largest number, with some room, and of its smallest positive one."""
+    """Return the log of the largest number, with a margin, and of the smallest positive number, in the type of sums."""
     limits = torch.finfo(torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype)
     return math.log(limits.max) - 1, math.log(limits.tiny)
 
 
 def sums(anchors: Rows, candidates: Rows, scale: Scale, *, of_columns: bool) -> tuple[Tensor, Tensor | None]:
-    """Add up entries over candidates and, of the same tiles, over anchors.
+    """Sum entries over candidates and, from the same tiles, over anchors.
 
     Returns:
-        (n,) sums over candidates, and with `of_columns` (P, m) sums over each panel of anchors.
+        (n,) sums over candidates; and with `of_columns`, (P, m) sums over each panel of anchors.
     """
-    panel = _panel(len(anchors))
+    panel = _panel_size(len(anchors))
     over_candidates = anchors.values.new_zeros(len(anchors))
     over_anchors = anchors.values.new_zeros(num_panels(len(anchors)), len(candidates)) if of_columns else None
-    for rows, columns, entries in _entries(anchors, candidates, scale):
+    for rows, columns, entries in _compute_entries(anchors, candidates, scale):
         over_candidates[rows] += entries.sum(1)
         if over_anchors is not None:
             over_anchors[rows.start // panel, columns] += entries.sum(0)
@@ -110,28 +117,28 @@ def sums(anchors: Rows, candidates: Rows, scale: Scale, *, of_columns: bool) -> 
 
 
 def num_panels(num_anchors: int) -> int:
-    """Return P, the number of groups of anchors whose column sums are kept apart."""
-    return math.ceil(num_anchors / _panel(num_anchors))
+    """Return P, the number of groups of anchors with separate column sums."""
+    return math.ceil(num_anchors / _panel_size(num_anchors))
 
 
-def _panel(num_anchors: int) -> int:
+def _panel_size(num_anchors: int) -> int:
     return TILE * max(1, math.ceil(num_anchors / (TILE * PANELS)))
 
 
 def push(
     anchors: Rows, candidates: Rows, scale: Scale, *, to_anchors: bool = True, to_candidates: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Move rows by their negatives, each weighted by W_ij = E_ij (weight_i + weight_j).
+    """Sum each row's negatives, weighted by W_ij = E_ij (weight_i + weight_j).
 
-    Both directions at once share the tile, and give to the bit what each gives alone.
+    Both directions together share the tiles, and are bitwise equal to separate calls.
 
     Returns:
-        `W @ candidates` (n, E) if `to_anchors`, and `W.T @ anchors` (m, E) if `to_candidates`; zeros for what is not asked.
+        `W @ candidates` (n, E) if `to_anchors`, and `W.T @ anchors` (m, E) if `to_candidates`; otherwise zeros.
     """
     assert anchors.weight is not None and candidates.weight is not None
     moved_anchors, moved_candidates = torch.zeros_like(anchors.values), torch.zeros_like(candidates.values)
     weights = _Scratch(anchors.values)
-    for rows, columns, entries in _entries(anchors, candidates, scale):
+    for rows, columns, entries in _compute_entries(anchors, candidates, scale):
         weight = weights.tile(*entries.shape)
         torch.add(anchors.weight[rows, None], candidates.weight[columns], out=weight)
         entries.mul_(weight)
@@ -143,34 +150,34 @@ def push(
 
 
 def online_log_sums(anchors: Rows, candidates: Rows, k: float | Tensor, radius_mm: float) -> Tensor:
-    """Return the log of each anchor's sum of exp(k s_ij), (n,): -inf for one without negatives."""
+    """Return the log of each anchor's sum of exp(k s_ij), (n,): -inf for an anchor without negatives."""
     result = anchors.values.new_full((len(anchors),), -math.inf)
-    for rows, _, logits in _logits(anchors, candidates, k, radius_mm):
+    for rows, _, logits in _compute_logits(anchors, candidates, k, radius_mm):
         result[rows] = torch.logaddexp(result[rows], logits.logsumexp(1))
     return result
 
 
 def online_push(anchors: Rows, candidates: Rows, k: float | Tensor, radius_mm: float) -> Tensor:
-    """Do what `push` does to anchors, with the weights' negative logarithms: their products with entries are at most 1."""
+    """Compute `push` for anchors from the weights' negative logarithms, such that products with entries are at most 1."""
     assert anchors.weight is not None and candidates.weight is not None
     moved = torch.zeros_like(anchors.values)
-    for rows, columns, logits in _logits(anchors, candidates, k, radius_mm):
+    for rows, columns, logits in _compute_logits(anchors, candidates, k, radius_mm):
         weight = (logits - anchors.weight[rows, None]).exp_()
         weight += logits.sub_(candidates.weight[columns]).exp_()
         moved[rows].addmm_(weight, candidates.values[columns])
     return moved
 
 
-def _entries(anchors: Rows, candidates: Rows, scale: Scale) -> Iterator[tuple[slice, slice, Tensor]]:
-    for rows, columns, tile in _logits(anchors, candidates, scale.k, scale.radius_mm):
+def _compute_entries(anchors: Rows, candidates: Rows, scale: Scale) -> Iterator[tuple[slice, slice, Tensor]]:
+    for rows, columns, tile in _compute_logits(anchors, candidates, scale.k, scale.radius_mm):
         is_shifted = isinstance(scale.shift, Tensor) or scale.shift != 0
         yield rows, columns, (tile.sub_(scale.shift) if is_shifted else tile).exp_()
 
 
-def _logits(
+def _compute_logits(
     anchors: Rows, candidates: Rows, k: float | Tensor, radius_mm: float
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield tiles of k s_ij, -inf where j is no negative of i. A tile is overwritten by the next one."""
+    """Yield tiles of k s_ij, -inf where j is not a negative of i. Each tile overwrites the memory of the previous one."""
     scratch = _Scratch(anchors.values)
     images = _ImageRanges(anchors, candidates)
     for rows in blocks(len(anchors), TILE):
@@ -181,52 +188,52 @@ def _logits(
             diagonal = anchors.first + rows.start - candidates.first - columns.start
             if -tile.shape[0] < diagonal < tile.shape[1]:
                 tile.diagonal(diagonal).fill_(-math.inf)
-            if images.may_meet(rows, columns):
-                tile.masked_fill_(_near(anchors, candidates, rows, columns, radius_mm), -math.inf)
+            if images.may_overlap(rows, columns):
+                tile.masked_fill_(_mark_near_rows(anchors, candidates, rows, columns, radius_mm), -math.inf)
             if anchors.present is not None and candidates.present is not None:
                 tile.masked_fill_((anchors.present[rows, None] & candidates.present[columns]) == 0, -math.inf)
             yield rows, columns, tile
 
 
-def _near(anchors: Rows, candidates: Rows, rows: slice, columns: slice, radius_mm: float) -> Tensor:
+def _mark_near_rows(anchors: Rows, candidates: Rows, rows: slice, columns: slice, radius_mm: float) -> Tensor:
     assert anchors.image is not None and candidates.image is not None
     near = anchors.image[rows, None] == candidates.image[columns]
     if anchors.position_mm is not None and candidates.position_mm is not None and math.isfinite(radius_mm):
         squared = torch.zeros_like(near, dtype=anchors.position_mm.dtype)
-        for of_anchors, of_candidates in zip(
+        for anchor_place, candidate_place in zip(
             anchors.position_mm[rows].unbind(1), candidates.position_mm[columns].unbind(1), strict=True
         ):
-            squared += (of_anchors[:, None] - of_candidates).square_()
+            squared += (anchor_place[:, None] - candidate_place).square_()
         near &= squared <= radius_mm**2
     return near
 
 
 class _ImageRanges:
-    """Smallest and largest image number of every block: blocks whose ranges are apart share no image.
+    """Smallest and largest image number of every block; blocks with disjoint ranges have no image in common.
 
-    Rows come image by image, so nearly all tiles are told apart by two comparisons. Looking would make a CUDA device
-    wait; there, all tiles may meet.
+    Rows come image by image, so two comparisons decide for nearly all tiles. On CUDA reading the numbers would synchronise,
+    so all tiles count as overlapping.
     """
 
     def __init__(self, anchors: Rows, candidates: Rows) -> None:
         self._masks = anchors.image is not None
         self._ranges: tuple[dict[int, tuple[int, int]], dict[int, tuple[int, int]]] | None = None
         if anchors.image is not None and candidates.image is not None and not is_waited_for(anchors.image.device):
-            self._ranges = (_ranges(anchors.image, TILE), _ranges(candidates.image, TILE))
+            self._ranges = (_image_range_per_block(anchors.image, TILE), _image_range_per_block(candidates.image, TILE))
 
-    def may_meet(self, rows: slice, columns: slice) -> bool:
+    def may_overlap(self, rows: slice, columns: slice) -> bool:
         if self._ranges is None:
             return self._masks
         (low, high), (other_low, other_high) = self._ranges[0][rows.start], self._ranges[1][columns.start]
         return low <= other_high and other_low <= high
 
 
-def _ranges(image: Tensor, block: int) -> dict[int, tuple[int, int]]:
+def _image_range_per_block(image: Tensor, block: int) -> dict[int, tuple[int, int]]:
     return {rows.start: (int(image[rows].min()), int(image[rows].max())) for rows in blocks(len(image), block)}
 
 
 class _Scratch:
-    """Memory of one tile, used again by the next: asking the system for it anew costs more than filling it."""
+    """Memory of one tile, reused by the next, because allocating it again costs more than filling it."""
 
     def __init__(self, like: Tensor) -> None:
         self._memory = like.new_empty(TILE**2)

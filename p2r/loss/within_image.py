@@ -1,12 +1,12 @@
-r"""Embeddings of pixel pairs -> InfoNCE within each image: a pixel is told apart from the other pixels of its own image alone.
+r"""Embeddings of pixel pairs -> InfoNCE within each image: the negatives of a pixel come only from its own image.
 
-Across images, the same anatomy of two patients would be a negative of itself: false, and the more of them the larger the
-batch. Within an image, what tells pixels apart is where they lie in the anatomy, which patients share. The price are
-fewer negatives, and nothing that asks patients to be alike either.
+Across images, the same anatomy in two patients would be a false negative, more often in larger batches. Within an image,
+pixels differ by their anatomical position, which patients have in common. The price is fewer negatives; and no term makes
+patients similar, either.
 
-Candidates, forms and the decoupled variant are those of `info_nce`, of which this is the sum over images. As images have
-few pixels, similarities are held for one image at a time, in the backward pass again. A GPU takes so many images at once
-that one matrix of their similarities has 64 MiB: launching kernels image by image would take longer than running them.
+Candidates, forms and the decoupled variant are as in `info_nce`; the loss is the mean over the pairs of all images. Images
+have few pixels, so similarities are stored for one image at a time and recomputed in the backward pass. On a GPU, images are
+batched until one similarity matrix has 64 MiB, because launching kernels per image would take longer than running them.
 
 Source: the local loss of Chaitanya et al. 2020 (negatives of the same image), arXiv:2006.10511.
 
@@ -32,8 +32,8 @@ from p2r.loss.ranks import (
     refuse_weights,
 )
 
-_ENTRIES_AT_ONCE = 2**24
-_NEVER = -1e30  # of a similarity: finite, so that a pixel without negatives has a gradient of zero and not of NaN
+_MAX_ENTRIES = 2**24
+_EXCLUDED = -1e30  # logit of an excluded candidate: finite, so that a pixel without negatives has gradient 0, not NaN
 
 
 def info_nce_within_images(
@@ -52,29 +52,29 @@ def info_nce_within_images(
     findings: Findings | None = None,
     parts: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Contrast every pixel pair with the others of its image.
+    """Contrast every pixel pair with the other pairs of its image.
 
     Args:
-        queries: (B * n, E) embeddings of pixels in view a, image after image; any length, normalised inside.
-        keys: (B * n, E) embeddings of the same places in view b.
+        queries: (B * n, E) embeddings of pixels in view a, image by image; normalised inside.
+        keys: (B * n, E) embeddings of the same positions in view b.
         num_images: B.
-        temperature: Width of the softmax over cosine similarities, > 0. A tensor of one element is learnt.
-        form: Which candidates an anchor has, see `p2r.loss.info_nce`.
+        temperature: Temperature of the softmax over cosine similarities, > 0. A tensor of one element is learnt.
+        form: Candidates of an anchor, see `p2r.loss.info_nce`.
         decoupled: Leave the positive out of the denominator.
-        weights: (B * n,) of each pair in the mean, >= 0. A pair of weight 0 takes no part, not even as a negative.
-        position_mm: (B * n, D) where each pair lies in its image, mm; wanted where there is a radius.
-        radius_mm: Pixels at most this far apart are no negatives of one another.
-        group: Ranks over whose pairs the mean is taken.
-        gradient_scale: What the caller's reducer does with the ranks' gradients.
-        findings: Where to keep what is wrong with values on a device, instead of waiting for it.
-        parts: Receives what the loss is made of; see `info_nce`.
+        weights: (B * n,) weight of each pair in the mean, >= 0. Pairs of weight 0 are excluded, also as negatives.
+        position_mm: (B * n, D) position of each pair in its image, mm; required with a radius.
+        radius_mm: Pixels within this distance are not negatives of each other.
+        group: Ranks whose pairs the mean includes.
+        gradient_scale: Reduction of gradients over ranks by the caller.
+        findings: Collects invalid values on a device without synchronising.
+        parts: Receives the components of the loss; see `info_nce`.
 
     Returns:
-        Scalar, nats: the mean over all ranks' pairs, the same on every rank. A pair without negatives costs nothing.
+        Scalar, nats: the mean over all ranks' pairs, the same on every rank. A pair without negatives has zero loss.
 
     Raises:
-        ValueError: On every rank, if an argument on any rank breaks a rule.
-        EmbeddingError: On every rank, if embeddings on any are not finite or rows of zeros.
+        ValueError: on every rank, if an argument on any rank breaks a rule.
+        EmbeddingError: on every rank, if embeddings on any rank are not finite or all zeros.
     """
     factor = own_gradient_factor(gradient_scale, group)
     problem: ValueError | None = None
@@ -88,7 +88,7 @@ def info_nce_within_images(
             raise ValueError("radius_mm needs position_mm, one for each pixel pair")
         if weights is not None:
             refuse_weights(weights, queries, findings)
-            # Rows of no weight may hold anything; of zeros they would have no direction.
+            # Rows of weight 0 may hold anything, including zeros, which have no direction.
             queries, keys = (torch.where(weights[:, None] > 0, rows, 1.0) for rows in (queries, keys))
         refuse_values(queries=queries, keys=keys, findings=findings)
     except ValueError as error:
@@ -114,10 +114,10 @@ def info_nce_within_images(
             ),
             strict=True,
         )
-        costs = [
+        losses = [
             checkpoint(
-                _costs,
-                *of_images,
+                _sum_losses,
+                *image_tensors,
                 1 / temperature,
                 form,
                 decoupled,
@@ -125,26 +125,26 @@ def info_nce_within_images(
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-            for of_images in by_images
+            for image_tensors in by_images
         ]
-        own, cosine, of_negatives = torch.cat(costs).sum(0)
+        own, cosine, negatives = torch.cat(losses).sum(0)
         if parts is not None:
             own_weight = weight.sum()
             parts["positive"] = torch.stack([cosine.detach(), own_weight])
-            parts["negatives"] = torch.stack([of_negatives.detach(), own_weight])
-        of_all, total_weight = all_reduce_sum(torch.stack([own.detach(), weight.sum()]), group)
-        total_weight = torch.where(total_weight > 0, total_weight, 1)  # of no pair at all, nothing is the mean
-        carried = factor * own / total_weight
-        loss: Tensor = carried + (of_all / total_weight - carried).detach()
+            parts["negatives"] = torch.stack([negatives.detach(), own_weight])
+        total, total_weight = all_reduce_sum(torch.stack([own.detach(), weight.sum()]), group)
+        total_weight = torch.where(total_weight > 0, total_weight, 1)  # without any pair the mean is 0, not 0 / 0
+        differentiable = factor * own / total_weight
+        loss: Tensor = differentiable + (total / total_weight - differentiable).detach()
         return loss
 
 
 def images_at_once(num_pairs: int, *, is_gpu: bool) -> int:
-    """Return how many images of `num_pairs` pixel pairs have their similarities held at a time."""
-    return max(1, _ENTRIES_AT_ONCE // max(1, num_pairs**2)) if is_gpu else 1
+    """Return the number of images whose similarities are computed together, each with `num_pairs` pixel pairs."""
+    return max(1, _MAX_ENTRIES // max(1, num_pairs**2)) if is_gpu else 1
 
 
-def _costs(
+def _sum_losses(
     queries: Tensor,
     keys: Tensor,
     weights: Tensor,
@@ -154,10 +154,11 @@ def _costs(
     decoupled: bool,
     radius_mm: float,
 ) -> Tensor:
-    """Add up the pairs of each of B images.
+    """Sum over the pairs of each of B images.
 
     Returns:
-        (B, 3) weighted sums: half of the cost of query and key, cosines, half of the log-sum-exps of both over their negatives.
+        (B, 3) weighted sums over pairs: mean loss of query and key, cosine similarity of the pair, and mean log-sum-exp of
+        query and key over their negatives.
     """
     num = queries.shape[1]
     excluded = torch.eye(num, dtype=torch.bool, device=queries.device) | (weights == 0)[:, None]  # (B, n, n)
@@ -170,12 +171,12 @@ def _costs(
     if form == "nt_xent":
         candidates = [torch.cat([across, queries @ queries.mT], 2), torch.cat([across.mT, keys @ keys.mT], 2)]
         excluded = excluded.repeat(1, 1, 2)
-    cost, of_negatives = queries.new_zeros(len(queries)), queries.new_zeros(len(queries))
+    loss, negatives = queries.new_zeros(len(queries)), queries.new_zeros(len(queries))
     for similarities in candidates:
-        log_sums = torch.logsumexp((k * similarities).masked_fill(excluded, _NEVER), 2)
+        log_sums = torch.logsumexp((k * similarities).masked_fill(excluded, _EXCLUDED), 2)
         x = log_sums - positive
-        has_negatives = log_sums > _NEVER / 2
+        has_negatives = log_sums > _EXCLUDED / 2
         losses = torch.where(has_negatives, x, 0) if decoupled else torch.logaddexp(x, torch.zeros_like(x))
-        cost = cost + (weights * losses).sum(1) / 2
-        of_negatives = of_negatives + (weights * torch.where(has_negatives, log_sums, 0)).sum(1) / 2
-    return torch.stack([cost, (weights * cosine).sum(1), of_negatives], 1)
+        loss = loss + (weights * losses).sum(1) / 2
+        negatives = negatives + (weights * torch.where(has_negatives, log_sums, 0)).sum(1) / 2
+    return torch.stack([loss, (weights * cosine).sum(1), negatives], 1)

@@ -1,4 +1,4 @@
-"""Networks: an encoder-decoder that gives F channels for every pixel, and the heads that read them."""
+"""Networks: an encoder-decoder with F channels per pixel, and the heads on top of it."""
 
 from p2r.model.backbones import build_backbone
 from p2r.model.heads import ProjectionHead, SegmentationHead

@@ -1,16 +1,16 @@
 """Model section of a job -> a network from an image (B, C, *S) to a dense representation (B, F, *S).
 
-The networks are MONAI's, in 2D and 3D, without their last layer: the representation is what the decoder made, so that a
-linear probe reads it, and pretraining and segmentation share every weight below their heads. They are run here, block by
-block, because a representation may be taken from a coarser level of the decoder (blocks that would follow are left out),
-and because blocks may be computed again in the backward pass instead of keeping what they made.
+The networks are MONAI's, in 2D and 3D, without their last layer: the representation is the output of the decoder. So a linear
+probe can read it, and pretraining and segmentation share all weights below their heads. The blocks are run one by one, for
+two reasons: the representation may come from a coarser level of the decoder, without the later blocks; and blocks may be
+recomputed in the backward pass instead of storing their activations.
 
-Normalisation never mixes samples: an image's features do not depend on its batch, on its rank, or on train() and eval().
-It would also take away any bias of the convolution before it, so those have none. Weights are drawn from torch's global
-generator, which the caller seeds.
+Normalisation never mixes samples: an image's features do not depend on its batch, its rank, or on train() and eval(). It
+would also cancel the bias of the preceding convolution, so these convolutions have none. Weights are drawn from torch's
+global generator, which the caller seeds.
 
-Letters: B images, C contrasts, *S rows and columns, or three axes; F feature channels. Levels are counted from the
-finest, 0; level l has 1 / 2^l of the image's pixels along each axis.
+Letters: B images, C contrasts, *S rows and columns, or three axes; F feature channels. Levels count from the finest, 0;
+level l has 1 / 2^l of the image's pixels along each axis.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,29 +35,29 @@ Norm.add_factory_callable("p2r_instance", lambda dimensions: InstanceNorm)
 Norm.add_factory_callable("p2r_group", lambda dimensions: GroupNorm)
 
 Block = Callable[..., Tensor]
-"""Maps, and in the decoder those of the encoder beside them -> maps."""
+"""Maps, and in the decoder also the skip maps of the encoder -> maps."""
 Run = Callable[..., Tensor]
-"""(block, *inputs, level=..., is_encoder=...) -> what the block made."""
+"""(block, *inputs, level=..., is_encoder=...) -> output of the block."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a backbone costs."""
+    """Parameters and operations of a backbone."""
 
     num_parameters: int
     flops_per_image: int
-    """Of one forward pass; a multiplication and an addition are two."""
+    """Floating-point operations of one forward pass; a multiply-add counts as two."""
 
     def __str__(self) -> str:
         return f"{self.num_parameters / 1e6:.2f} M parameters, {self.flops_per_image / 1e9:.2f} GFLOP forward per image"
 
 
 def cost_of(config: ModelConfig, *, dimensions: int, size: int) -> Cost:
-    """Count a backbone's parameters and operations, without computing any.
+    """Count a backbone's parameters and operations, without running it.
 
     Args:
-        config: Which network.
-        dimensions: 2 or 3, of the image.
+        config: Model section of a job.
+        dimensions: Dimensions of the image, 2 or 3.
         size: Edge of the image, pixels.
     """
     with torch.random.fork_rng(devices=[]):
@@ -68,41 +68,41 @@ def cost_of(config: ModelConfig, *, dimensions: int, size: int) -> Cost:
 
 
 def build_backbone(config: ModelConfig, *, dimensions: int = 2) -> "EncoderDecoder":
-    """Build the backbone that `config` names, with new weights from torch's global generator.
+    """Build a backbone, with new weights from torch's global generator.
 
     Args:
-        config: Which network.
-        dimensions: 2 or 3, of the image.
+        config: Model section of a job.
+        dimensions: Dimensions of the image, 2 or 3.
     """
     return EncoderDecoder(config, dimensions=dimensions)
 
 
 class EncoderDecoder(nn.Module):
-    """One of MONAI's encoder-decoders, up to the decoder level that gives the representation.
+    """One of MONAI's encoder-decoders, up to the decoder level of the representation.
 
     Args:
-        config: Which, and how wide.
-        dimensions: Of the image.
+        config: Model section of a job.
+        dimensions: Dimensions of the image, 2 or 3.
 
     Attributes:
-        unet: MONAI's network, without what is not used of it. Its name is part of every published weight's.
-        projection: 1x1 convolution from the level's own channels to F; nothing where the level has F already.
+        unet: MONAI's network, without unused parts. The attribute's name is part of the names of published weights.
+        projection: 1x1 convolution from the level's own channels to F; identity if the level has F channels already.
     """
 
     def __init__(self, config: ModelConfig, *, dimensions: int) -> None:
         super().__init__()
         self.config, self.dimensions = config, dimensions
-        build, self._encode, self._decoder = _NETWORKS[config.name]
+        build, self._encode, self._decoder_blocks = _NETWORKS[config.name]
         self.unet, channels = build(config, dimensions)
         self.projection: nn.Module = nn.Identity()
         if channels != config.feature_channels:
             self.projection = Conv["conv", dimensions](channels, config.feature_channels, kernel_size=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Turn `image` (B, C, *S) into features (B, F, *S / 2^level), in the precision of the weights.
+        """Compute features (B, F, *S / 2^level) of `image` (B, C, *S), in the precision of the weights.
 
         Raises:
-            ValueError: Another number of contrasts or axes, or a size that the levels cannot halve.
+            ValueError: for another number of contrasts or axes, or a size that the levels cannot halve.
         """
         channels, axes = self.config.in_channels, "H, W" if self.dimensions == 2 else "X, Y, Z"
         if image.ndim != 2 + self.dimensions or image.shape[1] != channels:
@@ -110,27 +110,29 @@ class EncoderDecoder(nn.Module):
         self.config.check_size(*image.shape[2:], what="the sides of an image")
         image = image.to(next(self.parameters()).dtype)
         if self.config.channels_last is True or (self.config.channels_last == "auto" and image.is_cuda):
-            # A copy: with one contrast both layouts are the same bytes, and would go on as channels first.
+            # A copy: with one contrast both layouts are the same bytes, and torch would continue with channels first.
             image = image.clone(memory_format=torch.channels_last if self.dimensions == 2 else torch.channels_last_3d)
-        *skips, maps = self._encode(self.unet, image, self._run)  # one per level, finest first
-        decoder = self._decoder(self.unet)  # finest first, from the level that is asked for
+        *skips, maps = self._encode(self.unet, image, self._run_block)  # one per level, finest first
+        decoder = self._decoder_blocks(self.unet)  # finest first, from the configured level
         for level, block in reversed(list(enumerate(decoder, start=self.config.level))):
-            maps = self._run(block, maps, skips[level], level=level, is_encoder=False)
+            maps = self._run_block(block, maps, skips[level], level=level, is_encoder=False)
         features: Tensor = self.projection(maps)
         return features
 
-    def _run(self, block: Block, *inputs: Tensor, level: int, is_encoder: bool) -> Tensor:
-        which = self.config.checkpoint_activations
-        again = which == "all" or (which == "encoder" and is_encoder) or (isinstance(which, int) and level < which)
-        if not again or not torch.is_grad_enabled():
+    def _run_block(self, block: Block, *inputs: Tensor, level: int, is_encoder: bool) -> Tensor:
+        setting = self.config.checkpoint_activations
+        recompute = (
+            setting == "all" or (setting == "encoder" and is_encoder) or (isinstance(setting, int) and level < setting)
+        )
+        if not recompute or not torch.is_grad_enabled():
             return block(*inputs)
-        # The networks draw nothing, so there is no state of a generator to keep.
+        # The networks draw no random numbers, so no generator state has to be saved.
         recomputed: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return recomputed
 
 
-def _encode(blocks: Sequence[Block], image: Tensor, run: Run) -> list[Tensor]:
-    """Run blocks one after another and return what each of them made."""
+def _run_sequence(blocks: Sequence[Block], image: Tensor, run: Run) -> list[Tensor]:
+    """Run blocks one after another and return the output of each."""
     maps = []
     for level, block in enumerate(blocks):
         image = run(block, image, level=level, is_encoder=True)
@@ -144,7 +146,7 @@ def _build_basic_unet(config: ModelConfig, dimensions: int) -> tuple[nn.Module, 
         in_channels=config.in_channels,
         out_channels=1,
         features=(*config.channels, config.feature_channels),
-        norm=_norm(config),
+        norm=_norm_spec(config),
         bias=False,
     )
     network.final_conv = nn.Identity()
@@ -154,17 +156,17 @@ def _build_basic_unet(config: ModelConfig, dimensions: int) -> tuple[nn.Module, 
 
 
 def _encode_basic_unet(network: Any, image: Tensor, run: Run) -> list[Tensor]:
-    return _encode([network.conv_0, *(getattr(network, f"down_{level}") for level in range(1, 5))], image, run)
+    return _run_sequence([network.conv_0, *(getattr(network, f"down_{level}") for level in range(1, 5))], image, run)
 
 
-def _decoder_of_basic_unet(network: Any) -> list[Block]:
-    def concatenated(block: Any, maps: Tensor, skip: Tensor) -> Tensor:
-        # As MONAI's own, without the padding of odd sizes, which torch.compile cannot follow.
-        found: Tensor = block.convs(torch.cat([skip, block.upsample(maps)], dim=1))
-        return found
+def _basic_unet_decoder_blocks(network: Any) -> list[Block]:
+    def run_upcat(block: Any, maps: Tensor, skip: Tensor) -> Tensor:
+        # Like MONAI's forward, without the padding of odd sizes, which torch.compile does not support.
+        output: Tensor = block.convs(torch.cat([skip, block.upsample(maps)], dim=1))
+        return output
 
     names = [f"upcat_{number}" for number in range(1, 5)]
-    return [partial(concatenated, getattr(network, name)) for name in names if hasattr(network, name)]
+    return [partial(run_upcat, getattr(network, name)) for name in names if hasattr(network, name)]
 
 
 def _build_dynunet(config: ModelConfig, dimensions: int) -> tuple[nn.Module, int]:
@@ -177,20 +179,20 @@ def _build_dynunet(config: ModelConfig, dimensions: int) -> tuple[nn.Module, int
         strides=strides,
         upsample_kernel_size=strides[1:],
         filters=config.channels,
-        norm_name=_norm(config),
+        norm_name=_norm_spec(config),
         res_block=config.name == "residual_dynunet",
     )
     network.output_block = nn.Identity()
-    del network.skip_layers  # the same blocks once more
+    del network.skip_layers  # the same blocks, registered twice
     network.upsamples = network.upsamples[: config.depth - config.level]  # coarsest first
     return network, config.channels[config.level]
 
 
 def _encode_dynunet(network: Any, image: Tensor, run: Run) -> list[Tensor]:
-    return _encode([network.input_block, *network.downsamples, network.bottleneck], image, run)
+    return _run_sequence([network.input_block, *network.downsamples, network.bottleneck], image, run)
 
 
-def _decoder_of_dynunet(network: Any) -> list[Block]:
+def _dynunet_decoder_blocks(network: Any) -> list[Block]:
     return list(reversed(network.upsamples))
 
 
@@ -202,7 +204,7 @@ def _build_unet(config: ModelConfig, dimensions: int) -> tuple[nn.Module, int]:
         channels=config.channels,
         strides=[2] * config.depth,
         num_res_units=2,
-        norm=_norm(config),
+        norm=_norm_spec(config),
         bias=False,
     ).model
     network = nn.Module()
@@ -218,35 +220,35 @@ def _build_unet(config: ModelConfig, dimensions: int) -> tuple[nn.Module, int]:
 
 
 def _encode_unet(network: Any, image: Tensor, run: Run) -> list[Tensor]:
-    return _encode([*network.down, network.bottom], image, run)
+    return _run_sequence([*network.down, network.bottom], image, run)
 
 
-def _decoder_of_unet(network: Any) -> list[Block]:
-    def concatenated(block: nn.Module, maps: Tensor, skip: Tensor) -> Tensor:
-        found: Tensor = block(torch.cat([skip, maps], dim=1))
-        return found
+def _unet_decoder_blocks(network: Any) -> list[Block]:
+    def run_up(block: nn.Module, maps: Tensor, skip: Tensor) -> Tensor:
+        output: Tensor = block(torch.cat([skip, maps], dim=1))
+        return output
 
-    return [partial(concatenated, block) for block in network.up]
+    return [partial(run_up, block) for block in network.up]
 
 
 def _build_swin_unetr(config: ModelConfig, dimensions: int) -> tuple[nn.Module, int]:
-    which = config.checkpoint_activations
+    setting = config.checkpoint_activations
     network = SwinUNETR(
         in_channels=config.in_channels,
         out_channels=1,
         feature_size=config.channels[0],
-        norm_name=_norm(config),
+        norm_name=_norm_spec(config),
         norm_layer=LayerNorm,
         spatial_dims=dimensions,
         # Tokens begin at level 1.
-        use_checkpoint=which in ("encoder", "all") or (isinstance(which, int) and which > 1),
+        use_checkpoint=setting in ("encoder", "all") or (isinstance(setting, int) and setting > 1),
     )
     network.out = nn.Identity()
     for level in range(config.level):
         delattr(network, f"decoder{level + 1}")
-        delattr(network, f"encoder{level + 1}")  # of the skip into that decoder
+        delattr(network, f"encoder{level + 1}")  # it only serves the skip into that decoder
     for module in network.modules():
-        if hasattr(module, "relative_position_index"):  # follows from the window's size: no weight
+        if hasattr(module, "relative_position_index"):  # determined by the window size, so not a weight to store
             module.register_buffer("relative_position_index", module.relative_position_index, persistent=False)
     return network, config.channels[max(config.level - 1, 0)]
 
@@ -254,7 +256,7 @@ def _build_swin_unetr(config: ModelConfig, dimensions: int) -> tuple[nn.Module, 
 def _encode_swin_unetr(network: Any, image: Tensor, run: Run) -> list[Tensor]:
     *tokens, deepest, coarsest = network.swinViT(image, network.normalize)  # levels 1 to 5
     maps = [
-        # What a left out decoder would have read is not computed.
+        # The inputs of removed decoders are not computed.
         run(getattr(network, f"encoder{level + 1}"), given, level=level, is_encoder=True)
         if hasattr(network, f"encoder{level + 1}")
         else given
@@ -263,19 +265,19 @@ def _encode_swin_unetr(network: Any, image: Tensor, run: Run) -> list[Tensor]:
     return [*maps, deepest, run(network.encoder10, coarsest, level=5, is_encoder=True)]
 
 
-def _decoder_of_swin_unetr(network: Any) -> list[Block]:
+def _swin_unetr_decoder_blocks(network: Any) -> list[Block]:
     names = [f"decoder{number}" for number in range(1, 6)]
     return [getattr(network, name) for name in names if hasattr(network, name)]
 
 
-def _norm(config: ModelConfig) -> tuple[str, dict[str, int]]:
+def _norm_spec(config: ModelConfig) -> tuple[str, dict[str, int]]:
     return ("p2r_group", {"num_groups": config.groups}) if config.normalisation == "group" else ("p2r_instance", {})
 
 
 _NETWORKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    "basic_unet": (_build_basic_unet, _encode_basic_unet, _decoder_of_basic_unet),
-    "unet": (_build_unet, _encode_unet, _decoder_of_unet),
-    "dynunet": (_build_dynunet, _encode_dynunet, _decoder_of_dynunet),
-    "residual_dynunet": (_build_dynunet, _encode_dynunet, _decoder_of_dynunet),
-    "swin_unetr": (_build_swin_unetr, _encode_swin_unetr, _decoder_of_swin_unetr),
+    "basic_unet": (_build_basic_unet, _encode_basic_unet, _basic_unet_decoder_blocks),
+    "unet": (_build_unet, _encode_unet, _unet_decoder_blocks),
+    "dynunet": (_build_dynunet, _encode_dynunet, _dynunet_decoder_blocks),
+    "residual_dynunet": (_build_dynunet, _encode_dynunet, _dynunet_decoder_blocks),
+    "swin_unetr": (_build_swin_unetr, _encode_swin_unetr, _swin_unetr_decoder_blocks),
 }

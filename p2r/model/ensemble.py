@@ -1,4 +1,4 @@
-"""Several segmenters that read the same images -> one whose probabilities are the mean of theirs."""
+"""Several segmenters of the same images -> one segmenter with their mean probabilities."""
 
 import math
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class EnsembleSegmenter(nn.Module):
-    """Mean of the members' probabilities, as logits: blending windows and resampling are linear, so either may come first.
+    """Mean of the members' probabilities, as logits. It commutes with blending windows and resampling, which are linear.
 
     Args:
-        members: Image (B, C, *S) -> logits (B, num_classes, *S) each, of the same classes.
+        members: Segmenters of the same classes: image (B, C, *S) -> logits (B, num_classes, *S).
 
     Source: Lakshminarayanan, Pritzel and Blundell 2017 (deep ensembles); Mehrtash et al. 2020 (of segmentation networks).
     """
@@ -21,6 +21,6 @@ class EnsembleSegmenter(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Turn `image` (B, C, *S) into the logarithm of the mean probabilities (B, num_classes, *S)."""
+        """Compute the log of the mean probabilities, (B, num_classes, *S), of `image` (B, C, *S)."""
         logs = torch.stack([member(image).float().log_softmax(1) for member in self.members])
         return logs.logsumexp(0) - math.log(len(self.members))

@@ -1,8 +1,8 @@
-"""Small networks on top of the representation: one for pretraining, dropped afterwards, and two for a task.
+"""Small networks on top of the representation: a projection head for pretraining, and two heads for tasks.
 
-The projection head works on points, not on maps: only sampled pixels are compared, so it costs H*W/n times less. Its
-normalisation is over the channels of one point, and never mixes points. It is so cheap that it computes in fp32 where the
-backbone does not, and rounds what it gives once, for the loss to multiply in the network's precision.
+The projection head is dropped after pretraining. It works on points, not on maps: only sampled pixels are compared, so it
+costs H*W/n times less. It normalises over the channels of one point, and never mixes points. Being cheap, it computes in fp32
+even if the backbone does not, and rounds its output once, for the loss to multiply in the network's precision.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from p2r.model.normalisation import LayerNorm, wide
 
 
 class WideLinear(nn.Linear):
-    """PyTorch's, computed in fp32. Every layer widens its own weights: ZeRO stage 3 brings them layer by layer."""
+    """Linear layer computed in fp32. Each layer widens its own weights, because ZeRO stage 3 gathers them layer by layer."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """Turn `features` (..., F), in fp32, into (..., E)."""
+        """Map `features` (..., F), in fp32, to (..., E)."""
         return F.linear(features, wide(self.weight), wide(self.bias))
 
 
@@ -42,19 +42,19 @@ class ProjectionHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Turn `features` (..., F) into embeddings (..., E), not normalised: the loss does that, in fp32."""
+        """Map `features` (..., F) to embeddings (..., E), not normalised: the loss normalises them in fp32."""
         dtype = next(self.parameters()).dtype
         embeddings: Tensor = self.layers(features.to(torch.promote_types(dtype, torch.float32))).to(dtype)
         return embeddings
 
 
 class SegmentationHead(nn.Module):
-    """Features (B, F, *S) -> logits (B, num_classes, *S) by one 1x1 convolution: on frozen features, a probe.
+    """Features (B, F, *S) -> logits (B, num_classes, *S) by one 1x1 convolution; a linear probe on frozen features.
 
     Args:
         feature_channels: F.
-        num_classes: Classes, background included.
-        dimensions: 2 or 3, of the maps.
+        num_classes: Number of classes, including background.
+        dimensions: Dimensions of the maps, 2 or 3.
     """
 
     def __init__(self, feature_channels: int, num_classes: int, *, dimensions: int = 2) -> None:
@@ -62,21 +62,21 @@ class SegmentationHead(nn.Module):
         self.convolution = Conv["conv", dimensions](feature_channels, num_classes, kernel_size=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Turn `features` (B, F, *S) into logits (B, num_classes, *S)."""
+        """Compute logits (B, num_classes, *S) of `features` (B, F, *S)."""
         logits: Tensor = self.convolution(features)
         return logits
 
 
 class PrototypeHead(nn.Module):
-    """Features (B, F, *S) -> logits (B, num_classes, *S): the cosine to the nearest prototype of each class, over a temperature.
+    """Features (B, F, *S) -> logits (B, num_classes, *S): the cosine to the nearest prototype of each class / temperature.
 
     Args:
         feature_channels: F.
-        num_prototypes: Of each class, background first.
+        num_prototypes: Number of prototypes of each class, background first.
     """
 
     temperature = 0.1
-    """It decides how windows are blended where they overlap, and nothing else: the largest cosine wins."""
+    """Temperature of the logits. It only affects the blending of overlapping windows: the largest cosine wins anyway."""
 
     def __init__(self, feature_channels: int, num_prototypes: Sequence[int]) -> None:
         super().__init__()
@@ -84,8 +84,8 @@ class PrototypeHead(nn.Module):
         self.prototypes = nn.Parameter(torch.zeros(sum(num_prototypes), feature_channels), requires_grad=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Turn `features` (B, F, *S) into logits (B, num_classes, *S)."""
+        """Compute logits (B, num_classes, *S) of `features` (B, F, *S)."""
         directions = F.normalize(features.float(), dim=1)
         cosines = torch.einsum("pf,bf...->bp...", F.normalize(self.prototypes.float(), dim=1), directions)
-        of_classes = torch.split(cosines, list(self.num_prototypes), dim=1)
-        return torch.stack([of_class.amax(1) for of_class in of_classes], dim=1) / self.temperature
+        by_class = torch.split(cosines, list(self.num_prototypes), dim=1)
+        return torch.stack([class_cosines.amax(1) for class_cosines in by_class], dim=1) / self.temperature

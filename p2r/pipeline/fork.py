@@ -1,7 +1,7 @@
-"""A job that has trained -> another job, beside it, that starts from its weights: what `--fork NAME` does.
+"""`--fork NAME`: a new job beside a trained one, which starts from its weights.
 
-A run is resumed only as what it was. Who wants another schedule, loss or corpus from here on starts a new run, at step 0,
-from the weights of the old one's newest checkpoint; nothing of the old run is written to.
+A run can only be resumed unchanged. For another schedule, loss or corpus, a fork starts a new run at step 0 from the weights
+of the old run's newest checkpoint. Nothing is written to the old run.
 """
 
 import re
@@ -14,18 +14,18 @@ from p2r.storage import Storage
 
 
 def forked(job: Job, name: str) -> Job:
-    """Return the job of a fork; called again, the fork goes on as what it began.
+    """Return the job of a fork; called again, it returns the same fork, to be resumed.
 
     Args:
-        job: The one that has trained, with the changes that the fork is made for.
-        name: The fork's storage is `<storage>-NAME`; or, if it is a URL or an absolute path, that.
+        job: The trained job, with the changes for the fork.
+        name: The fork's storage is `<storage>-NAME`, or NAME itself if it is a URL or an absolute path.
 
     Returns:
-        The job with another storage, and `pretrain.init_from`. It reads the old run's own corpus where that is, and so ingests
-        nothing.
+        The job with another storage, and `pretrain.init_from`. If the old run has its own corpus, the fork reads that and does
+        not ingest.
 
     Raises:
-        JobError: The job does not pretrain, or names its first weights itself.
+        JobError: The job does not pretrain, or already sets `init_from`.
         CheckpointError: It has no checkpoint yet.
     """
     if job.pretrain is None or job.kind not in ("pretrain", "pipeline"):

@@ -1,4 +1,4 @@
-"""Jobs from Python: `p2r.run`, in this process and without Ray.
+"""Jobs from Python: `p2r.run` runs a job in this process, without Ray.
 
 made = p2r.run("mine/job.yaml", pretrain__steps=20, storage="/data/try")
 report = p2r.open_report(made["storage"])
@@ -30,7 +30,7 @@ from p2r.storage import Storage
 
 
 class LocalExecutor:
-    """Every heavy part as a loop in this process."""
+    """Runs every heavy part of a job as a loop in this process."""
 
     def __init__(
         self, device: torch.device, max_seconds: float | None, *, retries: int = 0, profile_steps: int = 0
@@ -40,12 +40,12 @@ class LocalExecutor:
         self._retries, self._profile_steps = retries, profile_steps
 
     def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
-        """Shard after shard."""
+        """Build shards one after another."""
         say_ingest = within(say, "ingest")
         report_progress(ingest_locally(config, storage, allowed_subjects=subjects, say=say_ingest), say_ingest)
 
     def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
-        """On this process's device."""
+        """Train on this process's device."""
         step = config.steps
         for report in pretrain(
             config,
@@ -63,7 +63,7 @@ class LocalExecutor:
         return step == config.steps
 
     def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
-        """One after the other."""
+        """Run trials one after another."""
         results = []
         for number, (setup, trial) in enumerate(trials, start=1):
             if self._deadline is not None and time.monotonic() >= self._deadline and not setup.is_done(trial):
@@ -78,14 +78,14 @@ class LocalExecutor:
         return results
 
     def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, Result]]:
-        """Nobody here: search algorithms are Ray Tune's."""
+        """Refuse: search algorithms belong to Ray Tune."""
         raise JobError(
             f"finetune.search.searcher {setup.config.search.searcher!r} is a search algorithm of Ray Tune: run the job with p2r run, "
-            "or set it to grid, which draws candidates from distributions, too"
+            "or set it to grid, which also draws candidates from distributions"
         )
 
     def num_concurrent(self, num_trials: int) -> int:
-        """One."""
+        """Return 1."""
         return 1
 
 
@@ -93,16 +93,16 @@ def run(job: str | Path | Job, *, say: Say = say_line, **overrides: Any) -> dict
     """Run a job in this process; running it again resumes it.
 
     Args:
-        job: Path of a job file, the name of a job that p2r brings, or a `Job`.
+        job: Path of a job file, the name of a job that comes with p2r, or a `Job`.
         say: Receives lines of progress; default: stderr.
         overrides: Fields to set, with two underscores for a dot, as in `pretrain__steps=20`.
 
     Returns:
-        What was made, by name: `storage`, `corpus`, `checkpoint`, `backbone`, `models`, `report`, `page`, as far as the job's kind
-        makes them; `failed` if trials failed.
+        Outputs by name: `storage`, `corpus`, `checkpoint`, `backbone`, `models`, `report`, `page`, depending on the job's kind;
+        `failed` if trials failed.
 
     Raises:
-        InputError: for anything in job or data that cannot be used.
+        InputError: Something in the job or data cannot be used.
     """
     if isinstance(job, Job):
         values = job.model_dump()

@@ -1,7 +1,7 @@
-"""The last stage: rows of test figures and the backbone -> report.json, report.md and pictures.
+"""Last stage of a job: writes report.json, report.md and pictures from the rows of results and the backbone.
 
-Pictures show training images (view pairs), validation patients (embedding, outlines), and cases of the reported split with
-the predictions that its trials left: no model reads a test patient here.
+Pictures show training images (view pairs), validation patients (embedding, outlines), and cases of the reported split. The cases
+use the stored predictions of its trials: no model reads a test patient here.
 """
 
 import zipfile
@@ -24,7 +24,7 @@ from p2r.errors import DataError, StorageError, error_text
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.evaluate.tasks import LabelledScan, Task, load_scan, load_task
-from p2r.fewshot.trial import TrialSetup
+from p2r.fewshot.trial import TrialSetup, warnings_of
 from p2r.job import Job
 from p2r.loss import corresponding_points
 from p2r.modes import MODES
@@ -50,13 +50,13 @@ from p2r.storage import Storage
 from p2r.version import code_version
 from p2r.views.pair import ViewPair, make_views
 
-_OF_CORPUS = ("url", "sha256", "weight", "licence", "provenance", "num_samples", "num_subjects")
+_CORPUS_KEYS = ("url", "sha256", "weight", "licence", "provenance", "num_samples", "num_subjects")
 _NUM_VIEWS = 4
-_NUM_POINTS = 64  # from which a picture of views chooses some
+_NUM_POINTS = 64  # candidates from which a picture of views chooses
 _NUM_SLICES = 3
 _NUM_CASE_SLICES = 5
 _UNREADABLE = (StorageError, DataError, ValueError, EOFError, zipfile.BadZipFile)
-"""What a prediction may be that is not there any more, damaged, or of another scan: a report is made without its picture."""
+"""Errors of a prediction that is missing, damaged, or of another scan; the report is then made without its picture."""
 
 
 def make_report(
@@ -69,21 +69,21 @@ def make_report(
     models: dict[str, str],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write the report below `<storage>/report` and return its URLs, and the table for a terminal.
+    """Write the report to `<storage>/report`; return its URLs, and the table for a terminal.
 
     Args:
-        job: What was asked.
-        storage: The job's.
-        backbone: Whose features were used.
+        job: The job.
+        storage: Storage of the job.
+        backbone: Backbone of the trials.
         setups: One for each task.
-        rows: Of all final trials that were made.
+        rows: Rows of all finished final trials.
         models: URL of each task's published model.
-        facts: What the rows do not say: `searched`, `chosen`, `failed` and `test_reads` (lists of mappings: trials of the search,
-            what won, trial and reason, readings of test patients) and `overhead` (a mapping).
+        facts: Facts that rows do not contain. Lists of mappings: `searched` (trials of the search), `chosen` (winners), `failed`
+            (trial and reason), `test_reads` (evaluations of test patients). A mapping: `overhead`.
     """
     tasks = [load_task(Path(setup.task)) for setup in setups]
     where = storage.child("report")
-    context = {**_context(job, backbone, tasks, models), **facts}
+    context = {**_report_context(job, backbone, tasks, models), **facts}
     context["caveats"] += _warnings(rows)
     pictures: dict[str, Drawing | bytes] = {}
     captions: dict[str, str] = {}
@@ -100,7 +100,7 @@ def make_report(
         of_task = [row for row in rows if row["task"] == task.name]
         for case in shown_cases(of_task):
             try:
-                picture = _case(case, task, setup, backbone, context)
+                picture = _draw_case(case, task, setup, backbone, context)
             except _UNREADABLE as error:
                 left_out.append(f"{case.rank} case of {task.name}, {case.scan}: {error_text(error)}")
                 continue
@@ -110,7 +110,7 @@ def make_report(
             put(f"case-{case.rank}-{task.name}", picture, caption, task=task)
     if job.pretrain is not None:
         try:
-            picture = _view_pairs(job, storage, source=of_backbone)
+            picture = _draw_view_pairs(job, storage, source=of_backbone)
         except (StorageError, DataError) as error:
             left_out.append(f"views of training images: {error}")
         else:
@@ -120,14 +120,14 @@ def make_report(
         who = f"validation patient {scan.scan.subject}"
         put(
             f"embedding-{task.name}",
-            _embedding(backbone, scan, source=f"{of_backbone} · task {task.name}, {who}"),
+            _draw_embedding(backbone, scan, source=f"{of_backbone} · task {task.name}, {who}"),
             f"Features of {who}: three principal components as red, green and blue.",
         )
         if task.name in models:
             put(
                 f"outlines-{task.name}",
-                _outlines(models[task.name], scan, task, rows, context, who=who),
-                f"The published model ({_mode_of(models[task.name])}) on {who}.",
+                _draw_outlines(models[task.name], scan, task, rows, context, who=who),
+                f"The published model ({_mode_title(models[task.name])}) on {who}.",
             )
     context |= {"captions": captions, "places": places}
     if left_out:
@@ -151,18 +151,18 @@ def make_report(
 def write_variants(
     job: Job, storage: Storage, rows: Sequence[dict[str, Any]], *, failed: Sequence[Mapping[str, str]] = ()
 ) -> str:
-    """Write what the variants of an ablation reached below `<storage>/report`, and return the URL of the page.
+    """Write the comparison of an ablation's variants to `<storage>/report`, and return the URL of the page.
 
     Args:
         job: The ablation.
-        storage: Its own.
-        rows: Of all variants' final trials, each with its `variant`.
-        failed: Trials without a result, and why.
+        storage: Storage of the ablation.
+        rows: Rows of all variants' final trials, each with its `variant`.
+        failed: Trials without a result, with reasons.
     """
     where = storage.child("report")
-    # Two variants have the same draws: each stands where a backbone's name does.
+    # Two variants share their draws, so the variant replaces the backbone's name.
     source = source_line([{**row, "backbone": row["variant"]} for row in rows], {})
-    picture = variants_picture(rows, title=f"{job.name}: what each variant reaches", source=source)
+    picture = variants_picture(rows, title=f"{job.name}: Dice of each variant", source=source)
     where.write_bytes("pictures/variants.png", picture.png)
     where.write_bytes("pictures/variants.svg", picture.svg)
     facts: dict[str, Any] = {
@@ -180,9 +180,9 @@ def write_variants(
         "",
     ]
     if failed:
-        lines += [f"> **Note.** {len(failed)} trial{'s' * (len(failed) > 1)} failed; the figures are without.", ""]
+        lines += [f"> **Note.** {len(failed)} trial{'s' * (len(failed) > 1)} failed; the results are without.", ""]
     lines += markdown_variants(rows)
-    lines += ["", "![what each variant reaches](pictures/variants.png)", ""]
+    lines += ["", "![Dice of each variant](pictures/variants.png)", ""]
     lines += ["| variant | changes | report |", "| --- | --- | --- |"]
     for name, changes in job.variants.items():
         settings = ", ".join(for_markdown_code(f"{key}: {value}") for key, value in changes.items())
@@ -194,7 +194,7 @@ def write_variants(
     return where.at("report.md")
 
 
-def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[str, str]) -> dict[str, Any]:
+def _report_context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[str, str]) -> dict[str, Any]:
     assert job.finetune is not None
     corpora = backbone.manifest["corpora"] or []
     return {
@@ -210,7 +210,7 @@ def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[s
             "code": backbone.manifest["code"],
         },
         **{
-            "corpus" if len(corpora) == 1 else f"corpus {number}": {key: corpus.get(key) for key in _OF_CORPUS}
+            "corpus" if len(corpora) == 1 else f"corpus {number}": {key: corpus.get(key) for key in _CORPUS_KEYS}
             for number, corpus in enumerate(corpora, start=1)
         },
         "licence": backbone.manifest["licence"],
@@ -232,14 +232,12 @@ def _context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[s
 
 
 def _warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what went wrong in single trials without ending them."""
-    return [
-        f"{row['id']}: {warning}." for row in rows for warning in (row.get("pseudo_labels") or {}).get("warnings", [])
-    ]
+    """Return warnings of single trials, which did not end them."""
+    return [f"{row['id']}: {warning}." for row in rows for warning in warnings_of(row)]
 
 
 def _backbone_line(backbone: Backbone) -> str:
-    """Return what a picture of the backbone alone says below itself: no task, draw or protocol has a part in it."""
+    """Return the source line of a picture that depends only on the backbone, not on a task, draw or protocol."""
     digests = [corpus["sha256"][:12] for corpus in backbone.manifest["corpora"] or []]
     code = backbone.manifest["code"]
     parts = [
@@ -250,7 +248,7 @@ def _backbone_line(backbone: Backbone) -> str:
     return " · ".join(filter(None, parts))
 
 
-def _view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
+def _draw_view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
     config = job.pretrain
     assert config is not None
     corpora = corpora_of(config, storage.child("corpus"))
@@ -259,7 +257,7 @@ def _view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
         batch, _ = next(batches)
     finally:
         batches.close()
-    # The fullest images of the batch: a picture of air explains nothing.
+    # Show the fullest images of the batch, since pictures of air explain nothing.
     images, insides = batch.images()
     fullest = images.flatten(1).mean(1).argsort(descending=True)[:_NUM_VIEWS]
     images, epochs, positions = images[fullest], batch.epochs[fullest.numpy()], batch.positions[fullest.numpy()]
@@ -278,7 +276,7 @@ def _view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
     ]
     if config.image.dimensions == 3:
         return view_pairs(*_shared_planes(images, views, generators), of_volumes=True, source=source)
-    # The picture shows a few of them, far apart.
+    # The picture shows a few of these, far apart.
     pairs = corresponding_points(views.warp, views.valid, num_points=_NUM_POINTS, generators=generators)
     return view_pairs(images, views, pairs.a, pairs.b, source=source)
 
@@ -286,22 +284,22 @@ def _view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
 def _shared_planes(
     images: Tensor, views: ViewPair, generators: Sequence[np.random.Generator]
 ) -> tuple[Tensor, ViewPair, Tensor, Tensor]:
-    """Volumes and their views -> a plane of each across Z, and points of view b's that lie in view a's.
+    """Reduce volumes and their views to one plane each across Z, with points of view b that are also in view a.
 
-    The plane of view b is its middle one, that of the volume and of view a the one in which most of that anatomy lies: planes
-    that were turned out of one another share a band.
+    The plane of view b is its middle one. The plane of the volume and of view a is the one with most of that anatomy: planes
+    rotated against each other share a band.
 
     Args:
         images: (B, 1, X, Y, Z).
-        views: Their views.
+        views: Views of the images.
         generators: One per volume, for the choice of points.
 
     Returns:
-        Planes (B', 1, X, Y), their views, and points (B', n, 2) in both. Volumes whose middle plane of view b shows nothing of
-        the scan are left out.
+        Planes (B', 1, X, Y), their views, and points (B', n, 2) in both. Volumes whose middle plane of view b is outside the
+        scan are left out.
 
     Raises:
-        DataError: All are.
+        DataError: All volumes are left out.
     """
     middle = images.shape[-1] // 2
     rows: list[tuple[Tensor, ...]] = []
@@ -316,29 +314,29 @@ def _shared_planes(
         of_a = warp[chosen[:, 0], chosen[:, 1], :2]
         rows.append((image[..., plane], a[..., plane], b[..., middle], warp[..., :2], valid, of_a, chosen))
     if not rows:
-        raise DataError("none shows any of its scan")
+        raise DataError("no volume shows any of its scan")
     planes, a, b, warp, valid, points_a, points_b = (torch.stack(part) for part in zip(*rows, strict=True))
     return planes, ViewPair(a=a, b=b, warp=warp, valid=valid), points_a, points_b
 
 
-def _embedding(backbone: Backbone, scan: LabelledScan, *, source: str) -> Drawing:
+def _draw_embedding(backbone: Backbone, scan: LabelledScan, *, source: str) -> Drawing:
     images = backbone.prepare(scan.volume).images
-    images = images[_slices(scan.label_planes.numpy())] if images.ndim == 4 else images[:1]
+    images = images[_choose_slices(scan.label_planes.numpy())] if images.ndim == 4 else images[:1]
     with torch.inference_mode():
         features = backbone(images)
     if features.shape[2:] != images.shape[2:]:
         features = F.interpolate(features, size=images.shape[2:])
-    if images.ndim == 5:  # cut across the last axis: (1, C, X, Y, Z) -> (Z, C, X, Y)
+    if images.ndim == 5:  # planes across the last axis: (1, C, X, Y, Z) -> (Z, C, X, Y)
         images, features = (maps[0].permute(3, 0, 1, 2) for maps in (images, features))
     return embedding_pca(images, features, num_slices=_NUM_SLICES, source=source)
 
 
-def _mode_of(model: str) -> str:
-    """Return the title of the mode by which a published model was trained."""
+def _mode_title(model: str) -> str:
+    """Return the title of the mode in which a published model was trained."""
     return MODES[load_model(model)[2]["trial"]["mode"]].title
 
 
-def _outlines(
+def _draw_outlines(
     model: str,
     scan: LabelledScan,
     task: Task,
@@ -360,7 +358,7 @@ def _outlines(
     planes, predicted, reference = (
         volume_to_planes(data, axis) for data in (scan.volume.data, prediction, scan.labels.data)
     )
-    chosen = _slices(scan.label_planes.numpy() if config.preparation.dimensions == 2 else reference)
+    chosen = _choose_slices(scan.label_planes.numpy() if config.preparation.dimensions == 2 else reference)
     low, high = scan.planes.low, scan.planes.high
     images = np.clip((planes[chosen].astype(np.float32) - low) / (high - low), 0, 1)
     return outlines(
@@ -368,14 +366,16 @@ def _outlines(
         predicted[chosen],
         reference[chosen],
         list(task.config.classes.values()),
-        spacing_mm=_in_plane(scan, axis),
+        spacing_mm=_plane_spacing(scan, axis),
         title=f"The published model ({MODES[trial['mode']].title}), {who}",
         source=trials_line([trial], context, patient=who),
     )
 
 
-def _case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, context: Mapping[str, Any]) -> Drawing:
-    """Draw a scan of the reported split with what its trials predicted, as they left it; no model runs."""
+def _draw_case(
+    case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, context: Mapping[str, Any]
+) -> Drawing:
+    """Draw a scan of the reported split with the stored predictions of its trials; no model runs."""
     found = [one for one in task.scans_of((case.subject,)) if one.key == case.scan]
     if not found:
         raise DataError(f"the task has no scan {case.scan} of {case.subject} any more")
@@ -383,7 +383,7 @@ def _case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, co
     axis = slice_axis(scan.volume.spacing_mm, backbone.preparation.slice_axis, shape=scan.volume.data.shape)
     frame = slice(case.frame, case.frame + 1)
     predictions = {
-        name: volume_to_planes(_prediction(row, case.scan, setup, scan)[..., frame], axis)
+        name: volume_to_planes(_read_prediction(row, case.scan, setup, scan)[..., frame], axis)
         for name, row in case.trials.items()
     }
     image, reference = (volume_to_planes(volume.data[..., frame], axis) for volume in (scan.volume, scan.labels))
@@ -394,7 +394,7 @@ def _case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, co
         predictions,
         reference,
         list(task.config.classes.values()),
-        spacing_mm=_in_plane(scan, axis),
+        spacing_mm=_plane_spacing(scan, axis),
         num_slices=_NUM_CASE_SLICES,
         title=f"{case.rank.capitalize()} case: {case.subject}" + (f" ({case.stratum})" if case.stratum else ""),
         subtitle=f"{trials[0]['num_labelled']} labelled; Dice: {dice}",
@@ -402,7 +402,7 @@ def _case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, co
     )
 
 
-def _prediction(row: Mapping[str, Any], key: str, setup: TrialSetup, scan: LabelledScan) -> NDArray[Any]:
+def _read_prediction(row: Mapping[str, Any], key: str, setup: TrialSetup, scan: LabelledScan) -> NDArray[Any]:
     content = Storage(setup.storage).read_bytes(row["predictions"])
     with np.load(BytesIO(content), allow_pickle=False) as arrays:
         if key not in arrays:
@@ -413,12 +413,12 @@ def _prediction(row: Mapping[str, Any], key: str, setup: TrialSetup, scan: Label
     return found
 
 
-def _in_plane(scan: LabelledScan, axis: int) -> tuple[float, float]:
+def _plane_spacing(scan: LabelledScan, axis: int) -> tuple[float, float]:
     first, second = (mm for number, mm in enumerate(scan.volume.spacing_mm) if number != axis)
     return first, second
 
 
-def _slices(labels: NDArray[Any]) -> list[int]:
-    """Planes evenly spread over those of `labels` (P, H, W) that have any foreground."""
+def _choose_slices(labels: NDArray[Any]) -> list[int]:
+    """Return planes of `labels` (P, H, W), evenly spread over the planes with foreground."""
     labelled = np.flatnonzero((labels > 0).any((1, 2))).tolist() or list(range(len(labels)))
     return [labelled[len(labelled) * (2 * number + 1) // (2 * _NUM_SLICES)] for number in range(_NUM_SLICES)]

@@ -1,8 +1,8 @@
-"""A job, stage by stage: ingest -> pretrain -> publish -> fine-tune -> report.
+"""Stages of a job: ingest -> pretrain -> publish -> fine-tune -> report.
 
-What is expensive or wants many machines (reading scans, training, trials) is done by an `Executor`: a plain loop in
-`p2r.__main__`, Ray in `cluster`. Everything else is here, once. Each stage finds what an earlier call has already
-made on the job's storage and goes on from there, so running a job again after a kill is how it is resumed.
+An `Executor` does the heavy parts (reading scans, training, trials): a plain loop in `p2r.__main__`, Ray in `cluster`.
+Everything else is implemented here, once. Each stage continues from what earlier calls stored, so a killed job is resumed
+by running it again.
 """
 
 import json
@@ -36,8 +36,10 @@ from p2r.fewshot.search import (
     few_shot,
     publish_best,
     publish_on_all,
+    publish_other_draws,
     trial_for_publishing,
 )
+from p2r.fewshot.stored import read_report_rows
 from p2r.fewshot.trial import TrialSetup, preparation_for
 from p2r.job import Job, variants_of
 from p2r.logs import Say as Say
@@ -52,25 +54,25 @@ from p2r.storage import Storage
 
 
 class Executor(TrialRunner, Protocol):
-    """Who does the heavy parts of a job."""
+    """Runs the heavy parts of a job."""
 
     def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
-        """Make a corpus at `storage`; its manifest is there when this returns."""
+        """Make a corpus at `storage`, with its manifest."""
 
     def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
-        """Train to the end, or as far as there was time; tell whether it is the end."""
+        """Train to the end, or as far as time allows; return whether the end was reached."""
 
 
 def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
-    """Run the stages of a job's kind and return what they made: URLs and figures.
+    """Run the stages of a job's kind, and return their outputs: URLs and results.
 
     Args:
-        job: From `p2r.job.read_job`.
-        executor: Who does the heavy parts.
+        job: Job from `p2r.job.read_job`.
+        executor: Runs the heavy parts.
         say: Receives lines of progress.
 
     Raises:
-        InputError: for anything in job or data that cannot be used; nothing is left half-written.
+        InputError: Something in the job or data cannot be used; nothing is left half-written.
     """
     storage = Storage(job.storage)
     storage.check_writable()
@@ -84,7 +86,7 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
         if "ingest" in stages:
             _check_selection(job, storage)
         _check_tasks(job, storage, say)
-    if job.ingest is not None and ("ingest" in stages or "pretrain" in stages):  # a fork has its corpus
+    if job.ingest is not None and ("ingest" in stages or "pretrain" in stages):  # a fork uses an existing corpus
         made["corpus"] = _ingest(job, storage, executor, say)
     if "variants" in stages:
         return {**made, **_run_variants(job, storage, executor, say)}
@@ -112,7 +114,7 @@ def _train_and_score(job: Job, storage: Storage, executor: Executor, stages: Seq
 
 
 def _run_variants(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
-    """Run every variant of an ablation, one after the other, and write what they reached side by side."""
+    """Run every variant of an ablation in turn, and write a comparison of their results."""
     rows, failed = [], []
     for name, variant in variants_of(job).items():
         where = Storage(variant.storage)
@@ -121,16 +123,16 @@ def _run_variants(job: Job, storage: Storage, executor: Executor, say: Say) -> d
         made = _train_and_score(variant, where, executor, stages, say)
         if "unfinished" in made:
             return {"unfinished": f"variant {name}"}
-        rows += [{**row, "variant": name} for row in where.read_json("report/report.json")["rows"]]
+        rows += [{**row, "variant": name} for row in read_report_rows(where, "report/report.json")]
         failed += [{**failure, "trial": f"{name}: {failure['trial']}"} for failure in made.get("failed", [])]
     found = {"report": write_variants(job, storage, rows, failed=failed), "table": variants_table(rows)}
     return {**found, "failed": failed} if failed else found
 
 
 def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
-    """Publish the last checkpoint's weights, without the projection head, and return the artefact's manifest.
+    """Publish the weights of the last checkpoint, without the projection head, and return the artefact's manifest.
 
-    Where a running mean of the weights was kept, it is taken.
+    If a moving average of the weights was kept, it is published instead.
     """
     config = job.publish
     assert config is not None
@@ -140,7 +142,7 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
     checkpoint = finished_checkpoint(storage.child("pretrain"), job.pretrain)
     corpora = corpora_of(job.pretrain, storage.child("corpus"), stream=checkpoint["state"]["stream"])
     inherited = ancestry(checkpoint.get("init_from"))
-    licence = _licence(config, [*(corpus.manifest["licence"] for corpus in corpora), *inherited.licences])
+    licence = _choose_licence(config, [*(corpus.manifest["licence"] for corpus in corpora), *inherited.licences])
     rules = {corpus.manifest["preprocessing"]["slice_axis"] for corpus in corpora}
     dimensions = job.pretrain.image.dimensions
     if len(rules) > 1 and dimensions == 2:
@@ -158,34 +160,36 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             model=job.pretrain.model,
             preparation=_preparation(job.pretrain.image, rules.pop() if dimensions == 2 else "auto"),
         ),
-        card=_card(job, config, corpora, where.url, licence, step=checkpoint["step"]),
+        card=_write_card(job, config, corpora, where.url, licence, step=checkpoint["step"]),
         facts={
             "licence": licence,
             "job": job.name,
             "step": checkpoint["step"],
             "samples_seen": checkpoint["step"] * job.pretrain.global_batch,
-            # Without what was only watched on the way, by a path of this machine.
+            # Without the probe, which does not affect the weights and has a path of this machine.
             "pretrain": {key: value for key, value in checkpoint["config"].items() if key != "probe"},
             "negatives": job.pretrain.negatives,
             "description": config.description,
-            "corpora": None if inherited.corpora is None else added(list(map(_facts, corpora)), inherited.corpora),
+            "corpora": None
+            if inherited.corpora is None
+            else added(list(map(_corpus_facts, corpora)), inherited.corpora),
         },
     )
     if inherited.corpora is None:
         say(
-            "publish | CORPORA UNKNOWN: what the first weights were pretrained on cannot be read; evaluation will refuse this backbone"
+            "publish | CORPORA UNKNOWN: the pretraining data of the initial weights cannot be read; evaluation will refuse this backbone"
         )
     say(f"publish | {published['pin']} | licence {licence}" + " | was published already" * (not published["is_new"]))
     return published
 
 
-def _facts(corpus: Corpus) -> CorpusFacts:
+def _corpus_facts(corpus: Corpus) -> CorpusFacts:
     sha256 = manifest_sha256(corpus.manifest)
     return corpus_facts(corpus.manifest, url=corpus.storage.url, sha256=sha256, weight=corpus.weight)
 
 
-def _spent(storage: Storage, found: FewShot) -> dict[str, float]:
-    """Return what the job's own pretraining and its trials took, whenever they ran: seconds of each worker, and of all trials."""
+def _time_spent(storage: Storage, found: FewShot) -> dict[str, float]:
+    """Return the time spent so far, by any call: seconds per worker of pretraining, and of all trials."""
     spent = {"search_s": math.fsum(one["seconds"] or 0.0 for one in found.searched)}
     if storage.exists(f"pretrain/{HISTORY}"):
         rows = read_history(storage, f"pretrain/{HISTORY}")
@@ -198,7 +202,7 @@ def _spent(storage: Storage, found: FewShot) -> dict[str, float]:
 
 
 def _check_tasks(job: Job, storage: Storage, say: Say) -> None:
-    """Refuse a job whose tasks cannot be used before an hour of pretraining, not after it."""
+    """Refuse a job with unusable tasks before pretraining, not after it."""
     config = job.finetune
     assert config is not None
     tasks = [load_task(Path(path)) for path in config.tasks]
@@ -217,7 +221,7 @@ def _check_tasks(job: Job, storage: Storage, say: Say) -> None:
 
 
 def _preparation(image: ImageConfig, slice_axis: SliceAxis) -> Preparation:
-    """Return what a backbone that is pretrained on such images does to a scan."""
+    """Return the preprocessing of a backbone that is pretrained on such images."""
     return Preparation(
         dimensions=image.dimensions,
         slice_axis=slice_axis,
@@ -227,11 +231,11 @@ def _preparation(image: ImageConfig, slice_axis: SliceAxis) -> Preparation:
     )
 
 
-def _selected(config: IngestConfig) -> tuple[IngestConfig, frozenset[str] | None]:
-    """Return an ingest section with the pattern and cohort of the task that chooses its subjects, and those subjects.
+def _select_subjects(config: IngestConfig) -> tuple[IngestConfig, frozenset[str] | None]:
+    """Return an ingest section with its task's subject pattern and cohort, and the subjects of the chosen split.
 
     Raises:
-        JobError: The section has a cohort of its own.
+        JobError: The section sets another cohort.
     """
     chosen = config.subjects_of
     if chosen is None:
@@ -242,7 +246,7 @@ def _selected(config: IngestConfig) -> tuple[IngestConfig, frozenset[str] | None
     if {"cohort": config.cohort, **inherited}["cohort"] != task.config.cohort:
         raise JobError(
             f"ingest.cohort is {config.cohort!r}, but task {task.name}, which names the subjects, has cohort "
-            f"{task.config.cohort!r}: they must be equal, or fine-tuning could not tell that a patient is in the corpus; "
+            f"{task.config.cohort!r}. They must be equal, or fine-tuning could not tell that a patient is in the corpus; "
             "leave ingest.cohort out"
         )
     config = config.model_copy(update=inherited)
@@ -251,29 +255,29 @@ def _selected(config: IngestConfig) -> tuple[IngestConfig, frozenset[str] | None
     found, labelled = subjects_found(config), {subject for split in task.subjects.values() for subject in split}
     if not found & labelled:
         raise DataError(
-            f"ingest.subjects_of.split is not_held_out, but none of the {len(found)} subjects of ingest.sources is in task {task.name}: by "
-            f"ingest.subject_pattern {config.subject_pattern!r} they are {_few(found)}, the task has {_few(labelled)}; "
-            "make both patterns give one name to one patient"
+            f"ingest.subjects_of.split is not_held_out, but none of the {len(found)} subjects of ingest.sources is in task {task.name}. "
+            f"By ingest.subject_pattern {config.subject_pattern!r} they are {_some_names(found)}, the task has {_some_names(labelled)}; "
+            "make both patterns give a patient the same name"
         )
     return config, frozenset(found - {subject for split in HELD_OUT for subject in task.subjects[split]})
 
 
-def _few(names: Set[str]) -> str:
+def _some_names(names: Set[str]) -> str:
     return ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3)
 
 
 def _check_selection(job: Job, storage: Storage) -> None:
-    """Refuse sources of which the job selects nothing, or all as one subject, before a single scan is read."""
+    """Refuse sources from which the job selects nothing, or only one subject, before any scan is read."""
     if job.ingest is not None and not storage.exists("corpus/manifest.json"):
-        config, subjects = _selected(job.ingest)
+        config, subjects = _select_subjects(job.ingest)
         check_selection(config, allowed_subjects=subjects)
 
 
 def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
     assert job.ingest is not None
     corpus = storage.child("corpus")
-    config, subjects = _selected(job.ingest)
-    # Training takes a corpus that was asked for like this as it is; a job of kind ingest looks whether there is more.
+    config, subjects = _select_subjects(job.ingest)
+    # Training accepts an existing corpus made with the same settings; a job of kind ingest looks for new scans.
     is_asked = job.kind != "ingest" and corpus.exists("manifest.json")
     if is_asked and was_asked(load_manifest(corpus), config, subjects):
         say(f"ingest | {corpus.url} is complete")
@@ -293,7 +297,7 @@ def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
 def _pretrain(job: Job, storage: Storage, executor: Executor, say: Say) -> str | None:
     assert job.pretrain is not None
     where = storage.child("pretrain")
-    say(f"pretrain | {_network(job.pretrain)}")
+    say(f"pretrain | {_describe_network(job.pretrain)}")
     if not executor.pretrain(job.pretrain, storage=where, corpus=storage.child("corpus"), say=say):
         return None
     checkpoint = finished_checkpoint(where, job.pretrain)
@@ -301,7 +305,7 @@ def _pretrain(job: Job, storage: Storage, executor: Executor, say: Say) -> str |
     return where.at(checkpoint["path"])
 
 
-def _network(config: PretrainConfig) -> str:
+def _describe_network(config: PretrainConfig) -> str:
     model, image = config.model, config.image
     cost = cost_of(model, dimensions=image.dimensions, size=image.size)
     return f"{model.name}, channels {', '.join(map(str, model.channels))}; {cost}"
@@ -336,10 +340,10 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
         setups.append(setup)
     try:
         found = few_shot(setups, runner=executor, say=within(say, "finetune"))
-    finally:  # what was read stays said, whatever became of it
+    finally:  # readings of test patients are recorded, whatever the outcome
         test_reads = merge_readings(storage)
     results, facts = found.results, {**found.facts(), "test_reads": test_reads}
-    facts["spent"] = _spent(storage, found)
+    facts["spent"] = _time_spent(storage, found)
     models: dict[str, str] = {}
     if job.finetune.publish_model:
         for setup in setups:
@@ -372,11 +376,18 @@ def _publish_models(
     say: Say,
     failed: list[dict[str, str]],
 ) -> dict[str, str]:
-    """Publish a task's best model, and one of its mode that learned from all labelled patients; return their URLs by name."""
+    """Publish a task's best model, and a model trained in the same mode on all labelled patients; return their URLs by name."""
     best = choose_model(setup.config, results)
     mode = MODES[best["trial"]["mode"]].title
     models = {name: str(publish_best(setup, results, backbone, storage)["url"])}
     say(f"finetune | published model of {name}: {mode}, best by validation Dice | {models[name]}")
+    if setup.config.publish_draws:
+        others = publish_other_draws(setup, results, backbone, storage)
+        models |= {f"{name}/draw-{draw}": str(manifest["url"]) for draw, manifest in sorted(others.items())}
+        urls = [url for key, url in models.items() if key != name]
+        say(
+            f"finetune | ensemble of {name}: p2r predict {models[name]} SCAN -o OUT {' '.join(f'--ensemble {url}' for url in urls)}"
+        )
     trial = trial_for_publishing(setup, best)
     result = best
     if trial is not None:
@@ -390,7 +401,7 @@ def _publish_models(
     return models
 
 
-def _licence(config: PublishConfig, of_corpora: Sequence[str]) -> str:
+def _choose_licence(config: PublishConfig, of_corpora: Sequence[str]) -> str:
     corpus_licence = " AND ".join(sorted(set(of_corpora)))
     if config.licence is None or config.licence == corpus_licence:
         return corpus_licence
@@ -401,7 +412,9 @@ def _licence(config: PublishConfig, of_corpora: Sequence[str]) -> str:
     return config.licence
 
 
-def _card(job: Job, config: PublishConfig, corpora: Sequence[Corpus], url: str, licence: str, *, step: int) -> str:
+def _write_card(
+    job: Job, config: PublishConfig, corpora: Sequence[Corpus], url: str, licence: str, *, step: int
+) -> str:
     assert job.pretrain is not None
     model, loss, image = job.pretrain.model, job.pretrain.loss, job.pretrain.image
     batch = job.pretrain.global_batch
@@ -410,7 +423,7 @@ def _card(job: Job, config: PublishConfig, corpora: Sequence[Corpus], url: str, 
     facts = {
         "method": f"{loss.name} over {loss.pixel_pairs_per_image * batch} pixel pairs a step, {step} steps of {batch} images",
         "negatives": job.pretrain.negatives,
-        "network": _network(job.pretrain),
+        "network": _describe_network(job.pretrain),
         "input": f"one contrast, {' x '.join([str(image.size)] * image.dimensions)} {pixel}s of {image.spacing_mm:g} mm; intensities "
         "as in config.json",
         **{
@@ -438,5 +451,5 @@ labels by p2r.
 
 {sources}
 
-Not a medical device. A figure is worth what its test patients say: see the report of the job that made this.
+Not a medical device. Its results depend on the test patients: see the report of the job that made this backbone.
 """

@@ -1,18 +1,18 @@
-"""A job and a number of workers -> what its pretraining will hold, send, read, take and cost, before anything is spent.
+"""Plan of a pretraining job: memory, traffic, reads, time and cost on a given number of workers, before anything is spent.
 
-Memory is that of the worst of three moments of a step, by what holds it:
+Memory is the largest of three moments of a step, listed by owner:
 
-    backward     weights, optimizer, batch and views, activations, what the backward pass makes on its way
-    loss         the same with embeddings (all ranks', where they are gathered) and tiles instead
-    optimizer    gradients, and the buffers that reduce them; activations are gone
+    backward     weights, optimizer, batch and views, activations, temporaries of the backward pass
+    loss         embeddings (of all ranks, if gathered) and tiles in place of the temporaries
+    optimizer    gradients, and the buffers that reduce them; activations are freed
 
-Activations are not estimated: the job's own network runs forward and backward on meta tensors, which have shapes and no
-memory, and what autograd keeps and what lives is counted (`p2r.engine.counting`). So blocks that are computed again, bf16,
-micro-batches and every architecture count as they will. The rest follows from the shapes, as DeepSpeed's ZeRO and the loss
-allocate it. Everything is tensors: a process holds its libraries as well (a GPU's context, or 0.6 GiB of code on a CPU).
+Activations are counted, not estimated. The job's own network runs forward and backward on meta tensors, which have shapes
+but no memory, and `p2r.engine.counting` counts saved and live tensors. Activation checkpointing, bf16, micro-batches and
+every architecture are thus included. The rest follows from the shapes, as DeepSpeed's ZeRO and the loss allocate it. Only
+tensors are counted; a process also holds its libraries (a GPU's context, or 0.6 GiB of code on a CPU).
 
-Network traffic is what a rank must send at least: an all-gather of n bytes sends n to each of the W - 1 others, a reduction
-to all sends 2 n (W - 1) / W. That is also what leaves a node of a ring over nodes, whatever its number of workers.
+Network traffic is the minimum that a rank sends. An all-gather of n bytes sends n to each of the W - 1 others; an all-reduce
+sends 2 n (W - 1) / W. The same amount leaves a node of a ring over nodes, whatever its number of workers.
 
 Letters: W ranks, P weights, B images of a rank, n pixel pairs of a rank, N of all, E embedding channels.
 """
@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from p2r.config import PretrainConfig
-from p2r.data.order import allowed_world_sizes, check_world_size
+from p2r.data.order import allowed_world_sizes, check_micro_batch, check_world_size
 from p2r.data.stream import Corpus, order_of
 from p2r.errors import InputError
 from p2r.planning.forecast import Pace, Plan, Rate
@@ -49,34 +49,30 @@ def plan(
     """Plan a job's pretraining.
 
     Args:
-        config: Of the job.
-        num_nodes: How many machines.
-        workers_per_node: How many workers on each.
-        device: `cuda` or `cpu`: what workers will run on. This machine need not have it.
-        memory_gib: Of one worker.
-        corpora: What it streams, if that is there already.
-        rate: Of one worker.
-        cost_per_hour: Of one worker, in any currency.
+        config: Configuration of the job.
+        num_nodes: Number of machines.
+        workers_per_node: Number of workers on each.
+        device: Device of the workers, `cuda` or `cpu`. This machine need not have it.
+        memory_gib: Memory of one worker, GiB.
+        corpora: Corpora of the job, if they exist already.
+        rate: Throughput of one worker.
+        cost_per_hour: Cost of one worker, in any currency.
 
     Raises:
-        DataError: The global batch cannot be shared by so many workers, or the corpus is smaller than it.
+        DataError: This number of workers cannot share the global batch, or the corpus is smaller than the batch.
         InputError: The micro-batch does not divide a worker's part.
     """
     world_size = num_nodes * workers_per_node
     check_world_size(config.global_batch, world_size)
+    check_micro_batch(config.global_batch, world_size, config.micro_batch)
     images = config.global_batch // world_size
-    if config.micro_batch is not None and images % config.micro_batch:
-        raise InputError(
-            f"pretrain.micro_batch must divide a worker's part of the global batch, got {config.micro_batch} "
-            f"for {config.global_batch} images over {world_size} workers: {images} each"
-        )
     epoch = None
     if corpora is not None:
         order = order_of(corpora, image=config.image, seed=config.seed, global_batch=config.global_batch)
         epoch = max(order.steps_per_epoch)
     counted = count_step(config, world_size=world_size, device=device)
     traffic = traffic_of(config, world_size=world_size, num_weights=counted.num_weights, device=device)
-    bytes_per_image, images_in_corpus = _of_an_image(config, corpora)
+    bytes_per_image, images_in_corpus = _read_size(config, corpora)
     found = Plan(
         num_nodes=num_nodes,
         workers_per_node=workers_per_node,
@@ -98,11 +94,11 @@ def plan(
         loss_time=loss_time(config, world_size=world_size, device=device),
         world_sizes=tuple(allowed_world_sizes(config.global_batch)),
     )
-    return found if rate is None else replace(found, pace=_pace(config, found, rate, cost_per_hour))
+    return found if rate is None else replace(found, pace=_estimate_pace(config, found, rate, cost_per_hour))
 
 
-def _of_an_image(config: PretrainConfig, corpora: Sequence[Corpus] | None) -> tuple[float, int | None]:
-    """Return the bytes that are read for an image, and how many images there are."""
+def _read_size(config: PretrainConfig, corpora: Sequence[Corpus] | None) -> tuple[float, int | None]:
+    """Return the bytes read per image, and the number of images."""
     if corpora is None:
         return 2.0 * config.image.size**config.image.dimensions, None
     name, times = (
@@ -114,12 +110,12 @@ def _of_an_image(config: PretrainConfig, corpora: Sequence[Corpus] | None) -> tu
 
 
 def measured_rate(rows: Sequence[Mapping[str, Any]], *, where: str) -> Rate | None:
-    """Return the median rate of a worker in the rows of a `history.jsonl`; None if it has none."""
+    """Return the median throughput of a worker in the rows of a `history.jsonl`; None if there is none."""
     rates = [row["images_per_s"] / max(1, row.get("world_size") or 1) for row in rows if row.get("images_per_s")]
     return Rate(median(rates), f"median of {len(rates)} reports in {where}") if rates else None
 
 
-def _pace(config: PretrainConfig, found: Plan, rate: Rate, cost_per_hour: float | None) -> Pace:
+def _estimate_pace(config: PretrainConfig, found: Plan, rate: Rate, cost_per_hour: float | None) -> Pace:
     images_per_s = rate.images_per_s * found.num_workers
     step_s = config.global_batch / images_per_s
     hours = step_s / 3600
@@ -135,11 +131,11 @@ def _pace(config: PretrainConfig, found: Plan, rate: Rate, cost_per_hour: float 
         epoch_hours=None if epoch is None else epoch * hours,
         run_cost=None if per_step is None else config.steps * per_step,
         epoch_cost=None if per_step is None or epoch is None else epoch * per_step,
-        impossible=_impossible(config, found, step_s),
+        impossible=_explain_impossible(config, found, step_s),
     )
 
 
-def _impossible(config: PretrainConfig, found: Plan, step_s: float) -> str | None:
+def _explain_impossible(config: PretrainConfig, found: Plan, step_s: float) -> str | None:
     time = found.loss_time
     if time is None or time.expected_s < step_s:
         return None
@@ -151,7 +147,7 @@ def _impossible(config: PretrainConfig, found: Plan, step_s: float) -> str | Non
 
 
 def refuse_what_does_not_fit(config: PretrainConfig, found: Plan) -> None:
-    """Raise `InputError` for a plan that does not fit, with the fields that would make it fit."""
+    """Raise `InputError` if a plan does not fit, naming the fields that would make it fit."""
     if found.fits:
         return
     assert found.limit_bytes is not None
@@ -160,13 +156,13 @@ def refuse_what_does_not_fit(config: PretrainConfig, found: Plan) -> None:
     largest = max(parts, key=lambda name: parts[name])
     message = (
         f"a worker would hold {_gib(peak.total)} of tensors (moment: {peak.name}; most of it {largest}, {_gib(parts[largest])}) and may "
-        f"hold {_gib(allowed)}, for {HEADROOM:.0%} of {_gib(found.limit_bytes)} stay free"
+        f"hold {_gib(allowed)}, since {HEADROOM:.0%} of {_gib(found.limit_bytes)} stay free"
     )
     tried = "the job as it is"
-    for fields in _ways_out(config, found.images_per_worker):
+    for fields in _list_ways_out(config, found.images_per_worker):
         other = config
         for key, value in fields.items():
-            other = _with(other, key, value)
+            other = _replace_field(other, key, value)
         counted = count_step(other, world_size=found.num_workers, device=found.device)
         total = max(moment.total for moment in counted.memory)
         tried = " ".join(f"pretrain.{key}={value}" for key, value in fields.items())
@@ -182,8 +178,8 @@ def _gib(num_bytes: float) -> str:
     return f"{num_bytes / _GIB:.3g} GiB"
 
 
-def _ways_out(config: PretrainConfig, images: int) -> list[dict[str, Any]]:
-    """List what may be changed, without changing what is learnt, the mildest first."""
+def _list_ways_out(config: PretrainConfig, images: int) -> list[dict[str, Any]]:
+    """List changes that save memory without changing the training result, the mildest first."""
     micro_batches = [
         part for part in range(images - 1, 0, -1) if images % part == 0 and part < (config.micro_batch or images)
     ]
@@ -200,7 +196,7 @@ def _ways_out(config: PretrainConfig, images: int) -> list[dict[str, Any]]:
     return ways
 
 
-def _with(config: PretrainConfig, key: str, value: Any) -> PretrainConfig:
+def _replace_field(config: PretrainConfig, key: str, value: Any) -> PretrainConfig:
     section, _, name = key.rpartition(".")
     if not section:
         return config.model_copy(update={name: value})

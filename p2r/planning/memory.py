@@ -1,4 +1,4 @@
-"""Bytes that a worker holds in a step: states by the configuration, activations by a run on tensors without memory."""
+"""Memory of a worker in a step: states from the configuration, activations from a run on meta tensors."""
 
 import math
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from p2r.model.pix2rep import Pix2Rep
 from p2r.planning.forecast import Moment
 
 FP32_BYTES = 4
-_PANEL_ON_CUDA = 16_384  # rows whose column sums the kernels keep apart
-_SPLIT_ON_CUDA, _MOST_SPLITS_ON_CUDA, _PARTIAL_ON_CUDA = 16_384, 8, 2**28  # of the kernels' gradients
+_PANEL_ON_CUDA = 16_384  # rows per panel of column sums in the kernels
+_SPLIT_ON_CUDA, _MOST_SPLITS_ON_CUDA, _PARTIAL_ON_CUDA = 16_384, 8, 2**28  # for the kernels' gradients
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What one step holds."""
+    """Memory of one step."""
 
     num_weights: int
     saved_bytes: int
@@ -28,12 +28,12 @@ class Counted:
 
 
 def count_step(config: PretrainConfig, *, world_size: int, device: str) -> Counted:
-    """Count what a rank holds in a step, without computing any."""
+    """Count the memory of a rank in a step, without computing the step."""
     images = config.global_batch // world_size
     size = config.micro_batch or images
     in_two_passes = size < images and config.loss.negatives == "global_batch"
     network = _count_network(config, num_images=size, device=device)
-    states = _states(config, network.num_weights, world_size=world_size)
+    states = _state_bytes(config, network.num_weights, world_size=world_size)
     batch = _batch_bytes(config, images)
     pairs = config.loss.pixel_pairs_per_image
     rows = (images if in_two_passes else size) * pairs
@@ -48,13 +48,13 @@ def count_step(config: PretrainConfig, *, world_size: int, device: str) -> Count
         gradients=in_backward,
         activations=network.saved_bytes,
         working=network.peak_bytes - network.saved_bytes,
-        embeddings=3 * towers if in_two_passes else 0,  # of all micro-batches, put together, and their gradients
+        embeddings=3 * towers if in_two_passes else 0,  # of all micro-batches, concatenated, and their gradients
         batch=batch,
     )
     in_loss = Moment(
         "loss",
         **states,
-        gradients=in_backward if accumulates and not in_two_passes else 0,  # of the micro-batches before
+        gradients=in_backward if accumulates and not in_two_passes else 0,  # of earlier micro-batches
         activations=0 if in_two_passes else network.saved_bytes,
         working=0 if in_two_passes else network.forward_bytes - network.saved_bytes,
         embeddings=loss.peak_bytes + (2 * towers if in_two_passes else 0),
@@ -73,23 +73,23 @@ def count_step(config: PretrainConfig, *, world_size: int, device: str) -> Count
 
 @dataclass(frozen=True)
 class _Network:
-    """One micro-batch through the network and back."""
+    """Memory of one micro-batch through the network and back."""
 
     num_weights: int
     forward_bytes: int
-    """That live when the forward pass is over."""
+    """Live tensors after the forward pass."""
     saved_bytes: int
-    """That autograd keeps of them."""
+    """Part of them that autograd saves."""
     peak_bytes: int
-    """The most that lives in the backward pass, without gradients of weights that are complete."""
+    """Peak of the backward pass, without completed gradients of weights."""
     peak_with_gradients_bytes: int
-    """The most that lives there with them, if there were none before."""
+    """Peak of the backward pass with them, if there were none before."""
 
 
 def _count_network(config: PretrainConfig, *, num_images: int, device: str) -> _Network:
     """Run forward and backward on meta tensors."""
     model_config, dimensions = config.model, config.image.dimensions
-    if device == "cuda" and model_config.channels_last == "auto":  # which looks at the device of the image
+    if device == "cuda" and model_config.channels_last == "auto":  # "auto" depends on the image's device
         model_config = model_config.model_copy(update={"channels_last": True})
     learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
     with torch.random.fork_rng(devices=[]):
@@ -131,43 +131,46 @@ def _count_network(config: PretrainConfig, *, num_images: int, device: str) -> _
     )
 
 
-def _states(config: PretrainConfig, num_weights: int, *, world_size: int) -> dict[str, int]:
-    """Return the bytes of weights and of the optimizer's states, this rank's part of them."""
+def _state_bytes(config: PretrainConfig, num_weights: int, *, world_size: int) -> dict[str, int]:
+    """Return the bytes of the weights and of this rank's part of the optimizer's states."""
     part = -(-num_weights // world_size)
     number = DTYPES[config.precision].itemsize
-    # Stage 3 keeps a part, and at the worst moment has gathered all of a network of this size.
+    # Stage 3 keeps a part, and at its worst moment has gathered all weights of a network of this size.
     weights = number * (num_weights + (part if config.zero_stage == 3 else 0))
     mean = 0 if config.ema_decay is None else FP32_BYTES
     if config.zero_stage == 0:
         return {"weights": weights, "optimizer": (2 * FP32_BYTES + mean) * num_weights}
-    return {"weights": weights, "optimizer": (3 * FP32_BYTES + mean) * part}  # with the fp32 weights that are updated
+    return {
+        "weights": weights,
+        "optimizer": (3 * FP32_BYTES + mean) * part,
+    }  # includes the fp32 weights that are updated
 
 
 def _gradients_in_backward(config: PretrainConfig, network: _Network, *, world_size: int, accumulates: bool) -> int:
     number = DTYPES[config.precision].itemsize
     if config.zero_stage < 2:
-        if not accumulates:  # those that are complete at the worst moment
+        if not accumulates:  # gradients completed at the peak
             return network.peak_with_gradients_bytes - network.peak_bytes
         return number * network.num_weights
-    # They move into one bucket as they come; this rank's part is kept from one micro-batch to the next.
+    # Gradients move into one bucket as they are completed; this rank's part is kept between micro-batches.
     part = -(-network.num_weights // world_size)
     return number * (network.num_weights + (part if accumulates else 0))
 
 
 def _gradients_in_update(config: PretrainConfig, num_weights: int, *, world_size: int) -> int:
     number, part = DTYPES[config.precision].itemsize, -(-num_weights // world_size)
-    # As they are and in the bucket, or in the bucket and in a flat copy that is sent.
+    # Gradients and their bucket, or the bucket and the flat copy that is sent.
     reduced = 2 * number * num_weights
-    # Then this rank's part, and the same in fp32 for the optimizer.
+    # Then this rank's part, and its fp32 copy for the optimizer.
     return reduced if config.zero_stage == 0 else max(reduced, (number + FP32_BYTES) * part)
 
 
 def _batch_bytes(config: PretrainConfig, num_images: int) -> int:
-    """Return what a rank's images hold in the network's grid: they, their views, and the warp between these."""
+    """Return the bytes of a rank's images on the network's grid: images, their views, and the warp between the views."""
     dimensions = config.image.dimensions
     pixels: int = num_images * config.image.size**dimensions
     of_views = 2 * FP32_BYTES + (2 * DTYPES[config.precision].itemsize if config.precision == "bf16" else 0)
-    masks = 2 + 2  # inside and valid, and both once more for the two views
+    masks = 2 + 2  # inside and valid, and both again for the two views
     return pixels * (FP32_BYTES + of_views + FP32_BYTES * dimensions + masks)
 
 
@@ -178,22 +181,22 @@ class _Loss:
 
 
 def _loss_bytes(config: PretrainConfig, *, rows: int, world_size: int, device: str) -> _Loss:
-    """Return what the loss over `rows` pixel pairs of this rank holds."""
+    """Return the memory of the loss over `rows` pixel pairs of this rank."""
     loss, tower = config.loss, rows * config.model.embedding_channels
     if loss.name == "barlow_twins":
-        # Both views centred, and one of them weighted; on the way, both as they were, and gradients.
+        # Saved: both views centred, one of them weighted. Temporaries: both as given, and gradients.
         return _Loss(FP32_BYTES * 3 * tower, FP32_BYTES * 8 * tower)
     is_gpu, on_kernels = device == "cuda", has_kernels(config, device)
     product = DTYPES[config.precision].itemsize if is_gpu else FP32_BYTES
     tile = 0 if on_kernels else FP32_BYTES * TILE**2
     others = tower * world_size if world_size > 1 and loss.exchange == "all_gather" else 0
     if loss.negatives == "image":
-        # Rows of length 1, and some images' similarities, of which softmax and its gradient want a few copies.
+        # Normalised rows, and the similarities of some images, of which softmax and its gradient need a few copies.
         pairs = loss.pixel_pairs_per_image
         at_once = min(rows // pairs, images_at_once(pairs, is_gpu=is_gpu))
         square = FP32_BYTES * at_once * pairs**2 * (4 if loss.form == "nt_xent" else 2)
         return _Loss(2 * FP32_BYTES * 2 * tower, 2 * FP32_BYTES * 3 * tower + 5 * square)
-    # Rows over their longest number, rows of length 1; the same in the dtype of products; everybody's.
+    # Rows divided by their largest number, normalised rows; both again in the dtype of products; rows of all ranks.
     saved = 2 * FP32_BYTES * 2 * tower + 2 * product * (tower if product != FP32_BYTES else 0) + 2 * product * others
     forward = max(
         product * others,
@@ -207,10 +210,10 @@ def _loss_bytes(config: PretrainConfig, *, rows: int, world_size: int, device: s
 
 
 def has_kernels(config: PretrainConfig, device: str) -> bool:
-    """Return whether the loss takes the kernels. In fp32, GPUs compute it in torch's tiles."""
+    """Return whether the loss uses the kernels. In fp32, GPUs compute it in torch's tiles."""
     return device == "cuda" and config.precision != "fp32"
 
 
 def num_loss_panels(rows: int, *, on_kernels: bool) -> int:
-    """Return into how many groups of anchors the sums over them are cut."""
+    """Return the number of groups into which the anchors are split for the sums over them."""
     return math.ceil(rows / _PANEL_ON_CUDA) if on_kernels else num_panels(rows)

@@ -1,10 +1,11 @@
-"""Time of the pixel-pair loss on a GPU: its operations, by the rate of the GPU's matrix products.
+"""Time of the pixel-pair loss on a GPU, from its operation count and the GPU's matrix throughput.
 
     cross_view  10 n N E operations of a rank: 2 for both sums, and 4 for each gradient, which computes similarities again
-    nt_xent     22 n N E: three such passes for sums, four for gradients
+    nt_xent     20 n N E, and 2 n N E / P: sums across views, half of the sums within both views, four gradients. Of P panels of
+                16,384 pairs, entries of a panel with itself are computed twice. 22 n N E if a rank has a fraction of a panel
 
-The rate of bfloat16 is what plain products reach on an H100; that of TF32 is half. The share of it that the loss reaches is
-modelled from the kernels' machine code (jobs/RESULTS.md), and has not been measured.
+The bfloat16 throughput is the one reached by plain products on an H100; TF32 has half of it. The fraction that the loss
+reaches is modelled from the kernels' machine code (jobs/RESULTS.md), and has not been measured.
 
 Letters: n pixel pairs of a rank, N of all, E embedding channels.
 """
@@ -12,27 +13,27 @@ Letters: n pixel pairs of a rank, N of all, E embedding channels.
 from dataclasses import dataclass
 
 from p2r.config import PretrainConfig
+from p2r.loss.info_nce import PANEL
 
 RATES = {"bf16": 798e12, "tf32": 399e12}
-"""Operations a second of an H100's matrix products, by `pretrain.precision`."""
+"""Operations per second of an H100's matrix products, by `pretrain.precision`."""
 EFFICIENCY = 0.7
-"""Share of the rate that the loss is modelled to reach."""
-_OPERATIONS = {"cross_view": 10, "nt_xent": 22}
+"""Modelled fraction of this throughput that the loss reaches."""
 
 
 @dataclass(frozen=True)
 class LossTime:
-    """The loss of one rank and step."""
+    """Time of the loss of one rank and step."""
 
     operations: float
     least_s: float
-    """At the full rate of products: no kernel can be faster."""
+    """Time at full throughput: no kernel can be faster."""
     expected_s: float
-    """At the modelled share of it."""
+    """Time at the modelled fraction of it."""
 
 
 def loss_time(config: PretrainConfig, *, world_size: int, device: str) -> LossTime | None:
-    """Return the time of the loss; None where it is not known: on CPUs, in fp32, for other losses and negatives."""
+    """Return the time of the loss; None where it is unknown: on CPUs, in fp32, and for other losses and negatives."""
     loss = config.loss
     if device != "cuda" or config.precision not in RATES or loss.name != "info_nce" or loss.negatives == "image":
         return None
@@ -40,13 +41,22 @@ def loss_time(config: PretrainConfig, *, world_size: int, device: str) -> LossTi
     if loss.negatives == "micro_batch" and config.micro_batch is not None:
         passes = config.global_batch // (world_size * config.micro_batch)
     pairs = config.global_batch * loss.pixel_pairs_per_image // passes
-    operations = _OPERATIONS[loss.form] * passes * pairs * (pairs / world_size) * config.model.embedding_channels
+    products = _products(config, pairs, world_size=world_size)
+    operations = products * passes * pairs * (pairs / world_size) * config.model.embedding_channels
     least_s = operations / RATES[config.precision]
     return LossTime(operations, least_s, least_s / EFFICIENCY)
 
 
+def _products(config: PretrainConfig, pairs: int, *, world_size: int) -> float:
+    """Return the operations of a step in units of n N E."""
+    if config.loss.form == "cross_view":
+        return 10
+    halves = config.loss.exchange == "all_gather" and pairs // PANEL >= 3 and pairs // world_size % PANEL == 0
+    return 20 + 2 * PANEL / pairs if halves else 22
+
+
 def ways_to_shorten(config: PretrainConfig, *, world_size: int, step_s: float) -> list[str]:
-    """Return fields that leave the loss less than two thirds of a step of that many seconds, each with its time then."""
+    """Return fields that reduce the loss to less than two thirds of a step, each with the resulting time."""
     loss = config.loss
     tries: list[dict[str, str | int]] = [{"form": "cross_view"}] if loss.form == "nt_xent" else []
     tries += [{"pixel_pairs_per_image": loss.pixel_pairs_per_image >> halvings} for halvings in range(1, 5)]

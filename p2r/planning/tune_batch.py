@@ -1,11 +1,11 @@
-"""A job -> how many images a worker can take at once, and how many pixel pairs of each, by trying.
+"""Batch tuning: how many images a worker can encode at once, and how many pixel pairs of each, found by trial.
 
-Every trial is a process of its own that takes a few steps on images of noise of the job's shape: what does not fit ends
-there, and nothing is left behind. Images are doubled until they do not fit, then the gap is halved twice; then pairs are
-doubled. No shards are read. A trial is one worker: those of a group hold less of the optimizer's state and, of one another,
-only the embeddings of their pairs, which the headroom is for.
+Every trial is a separate process that takes a few steps on noise images of the job's shape, so a failed trial leaves nothing
+behind. Images are doubled until they do not fit, and the gap is halved twice; then pairs are doubled. No shards are read. A
+trial is a single worker. Workers of a group hold a smaller part of the optimizer's state, and also the embeddings of the other
+workers' pairs, which the headroom covers.
 
-    python -m p2r.planning.tune_batch < trial.json      # what a trial runs
+    python -m p2r.planning.tune_batch < trial.json      # command of a trial
 """
 
 import json
@@ -20,85 +20,101 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from p2r.config import ImageConfig, PretrainConfig
 from p2r.console import show
 from p2r.data.batch import Batch, Group
 from p2r.data.order import allowed_world_sizes
+from p2r.documents import checked, read_json
 from p2r.engine.profile import peak_mib
 from p2r.errors import InputError, TrainingError
 
 HEADROOM = 0.1
-"""Part of the memory that stays free: for the embeddings of other workers, and for what the allocator cannot use."""
+"""Fraction of the memory that stays free: for other workers' embeddings, and for fragmentation in the allocator."""
 
 MOST_TIMES = 4
-"""Images up to so many times the job's global batch are tried, and pairs up to so many times the job's: more is another job."""
+"""Largest number of images to try, as a multiple of the job's global batch; and of pairs, as a multiple of the job's pairs."""
 
-_NUM_STEPS = 2  # that are timed, after one that is not
+_NUM_STEPS = 2  # timed steps, after an untimed one
 _DOES_NOT_FIT = 3  # exit code of a trial
+_MAX_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One attempt."""
+    """One trial."""
 
     images: int
-    """Encoded at once."""
+    """Images encoded at once."""
     pairs: int
-    """Of each image."""
+    """Pairs of each image."""
     peak_mib: float | None = None
     """None: it did not fit."""
     images_per_s: float | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether it fitted."""
+        """True if the trial fitted into memory."""
         return self.peak_mib is not None
 
 
 @dataclass(frozen=True)
+class _Given:
+    """The input of a trial's process."""
+
+    config: PretrainConfig
+    trial: Trial
+    device: str
+    limit_mib: float
+
+
+_TRIAL, _GIVEN = TypeAdapter(Trial), TypeAdapter(_Given)
+
+
+@dataclass(frozen=True)
 class Cut:
-    """How some workers share the job's global batch."""
+    """Split of the job's global batch over a number of workers."""
 
     num_workers: int
     images: int
-    """Of each worker."""
+    """Images of each worker."""
     micro_batch: int | None
-    """Encoded at once; None: all of them."""
+    """Images encoded at once; None: all of them."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was found."""
+    """Result of batch tuning."""
 
     trials: tuple[Trial, ...]
-    """In the order in which they were made."""
+    """Trials in order."""
     images: int
-    """The most that a worker can take at once, with the job's pairs."""
+    """Largest number of images that a worker can encode at once, with the job's pairs."""
     pairs: int
-    """The most of each image, with so many images."""
+    """Largest number of pairs per image, with this number of images."""
     cuts: tuple[Cut, ...]
-    """For every number of workers that can share the job's global batch."""
+    """Splits for every number of workers that can share the job's global batch."""
 
 
 def tune_batch(
     config: PretrainConfig, *, device: torch.device, memory_gib: float | None, say: Callable[[str], None]
 ) -> Tuning:
-    """Find what fits.
+    """Find the largest batch that fits.
 
     Args:
-        config: Of the job.
-        device: What trials run on.
-        memory_gib: Of one worker. On a CPU: of the whole process. None: all of the GPU's.
+        config: Configuration of the job.
+        device: Device of the trials.
+        memory_gib: Memory of one worker, GiB. On a CPU: of the whole process. None: all of the GPU's.
         say: Receives a line per trial.
 
     Raises:
-        InputError: On a CPU, without `memory_gib`; or if not even one image fits.
-        TrainingError: If a trial fails for another reason than memory.
+        InputError: `memory_gib` is missing on a CPU, or not even one image fits.
+        TrainingError: A trial failed for a reason other than memory.
     """
     if device.type != "cuda" and memory_gib is None:
-        raise InputError("tune-batch on a CPU needs to be told how much memory a worker may use: --memory-gib 8")
-    limit_mib = (1 - HEADROOM) * (1024 * memory_gib if memory_gib is not None else _device_mib(device))
+        raise InputError("tune-batch on a CPU needs the memory that a worker may use: --memory-gib 8")
+    limit_mib = (1 - HEADROOM) * (1024 * memory_gib if memory_gib is not None else _device_memory_mib(device))
     trials: list[Trial] = []
 
     def fits(images: int, pairs: int) -> bool:
@@ -109,14 +125,14 @@ def tune_batch(
         return trial.fits
 
     pairs = config.loss.pixel_pairs_per_image
-    images = _most(1, MOST_TIMES * config.global_batch, lambda images: fits(images, pairs), halvings=2)
+    images = _largest_fitting(1, MOST_TIMES * config.global_batch, lambda images: fits(images, pairs), halvings=2)
     if not images:
         raise InputError(
             f"one image with {pairs} pixel pairs does not fit into {limit_mib / 1024:.1f} GiB ({HEADROOM:.0%} are kept free): "
             "give more memory, a smaller image or network, or pretrain.model.checkpoint_activations: all"
         )
     most = max(pairs, min(MOST_TIMES * pairs, config.image.size**config.image.dimensions))
-    more = _most(2 * pairs, most, lambda pairs: fits(images, pairs), halvings=0) if 2 * pairs <= most else 0
+    more = _largest_fitting(2 * pairs, most, lambda pairs: fits(images, pairs), halvings=0) if 2 * pairs <= most else 0
     return Tuning(tuple(trials), images, more or pairs, cuts_of(config.global_batch, images))
 
 
@@ -131,7 +147,7 @@ def cuts_of(global_batch: int, most_images: int) -> tuple[Cut, ...]:
 
 
 def run_trial(config: PretrainConfig, trial: Trial, *, device: torch.device, limit_mib: float) -> Trial:
-    """Try a size in a process of its own, and return it with what was measured."""
+    """Try a size in a separate process, and return it with its measurements."""
     given = {
         "config": config.model_dump(mode="json"),
         "trial": asdict(trial),
@@ -141,21 +157,26 @@ def run_trial(config: PretrainConfig, trial: Trial, *, device: torch.device, lim
     done = subprocess.run(
         [sys.executable, "-m", "p2r.planning.tune_batch"], input=json.dumps(given), capture_output=True, text=True
     )
-    if done.returncode in (_DOES_NOT_FIT, -9):  # -9: the system has ended it for want of memory
+    if done.returncode in (_DOES_NOT_FIT, -9):  # -9: killed by the system for lack of memory
         return trial
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise TrainingError(f"a trial of {trial.images} images with {trial.pairs} pairs failed: {last}")
-    return Trial(**json.loads(done.stdout.splitlines()[-1]))
+    where = f"the answer of a trial of {trial.images} images with {trial.pairs} pairs"
+    answer = (done.stdout.splitlines() or [""])[-1].encode(errors="replace")
+    try:
+        return checked(_TRIAL, read_json(answer, where=where, max_bytes=_MAX_BYTES), where=where)
+    except InputError as error:
+        raise TrainingError(str(error)) from None
 
 
 def noise_batch(image: ImageConfig, num_images: int) -> Batch:
-    """Return a batch of noise as if it had come from shards."""
+    """Return a batch of noise in the form of a batch from shards."""
     generator = torch.Generator().manual_seed(0)
     shape = [image.size] * image.dimensions
     voxels = torch.randint(0, 1000, (num_images, *shape), generator=generator, dtype=torch.int16)
     spacing_mm, centre = (image.spacing_mm,) * image.dimensions, ((image.size - 1) / 2,) * 3
-    # Planes of one grid come together, patches one by one.
+    # Planes of one grid come together, patches one at a time.
     parts = [torch.arange(num_images)] if image.dimensions == 2 else list(torch.arange(num_images)[:, None])
     groups = tuple(
         Group(part, voxels[part], torch.zeros(len(part)), torch.full((len(part),), 1000.0), spacing_mm, centre)
@@ -165,10 +186,10 @@ def noise_batch(image: ImageConfig, num_images: int) -> Batch:
     return Batch(groups, positions, np.zeros_like(positions), image)
 
 
-def _most(first: int, last: int, fits: Callable[[int], bool], *, halvings: int) -> int:
-    """Return the largest number up to `last` that was seen to fit, 0 if not even the first does.
+def _largest_fitting(first: int, last: int, fits: Callable[[int], bool], *, halvings: int) -> int:
+    """Return the largest number up to `last` that fits, 0 if not even `first` does.
 
-    Numbers are doubled from the first on; then the gap to what did not fit is halved so often.
+    The number is doubled until it does not fit; then the gap is halved `halvings` times.
     """
     low, high = 0, first
     while high <= last and fits(high):
@@ -183,17 +204,17 @@ def _most(first: int, last: int, fits: Callable[[int], bool], *, halvings: int) 
     return low
 
 
-def _device_mib(device: torch.device) -> float:
+def _device_memory_mib(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory / 2**20
 
 
-def _attempt(config: PretrainConfig, trial: Trial, *, device: torch.device, limit_mib: float) -> Trial:
-    """Take a few steps, in this process, and measure them."""
+def _run_steps(config: PretrainConfig, trial: Trial, *, device: torch.device, limit_mib: float) -> Trial:
+    """Take a few steps in this process, and measure them."""
     if device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / _device_mib(device)), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / _device_memory_mib(device)), device)
     else:
-        threading.Thread(target=_end_beyond, args=(limit_mib, device), daemon=True).start()
-    # Here, because they take seconds to import, and only trials need them.
+        threading.Thread(target=_exit_beyond_limit, args=(limit_mib, device), daemon=True).start()
+    # Imported here, because only trials need these modules, which take seconds to import.
     from p2r.engine.build import build_engine, join_process_group
     from p2r.engine.step import pretrain_step
     from p2r.model.pix2rep import Pix2Rep
@@ -217,24 +238,19 @@ def _attempt(config: PretrainConfig, trial: Trial, *, device: torch.device, limi
     return Trial(trial.images, trial.pairs, found, _NUM_STEPS * trial.images / seconds)
 
 
-def _end_beyond(limit_mib: float, device: torch.device) -> None:
-    """End this process as soon as it holds more than it may, before the machine swaps."""
+def _exit_beyond_limit(limit_mib: float, device: torch.device) -> None:
+    """End this process as soon as it exceeds its memory limit, before the machine swaps."""
     while peak_mib(device) <= limit_mib:
         time.sleep(0.05)
     os._exit(_DOES_NOT_FIT)
 
 
 def main() -> int:
-    """Run the trial that stands on stdin."""
-    given = json.load(sys.stdin)
-    device = torch.device(given["device"])
+    """Run the trial given on stdin."""
+    content = sys.stdin.buffer.read(_MAX_BYTES + 1)
+    given = checked(_GIVEN, read_json(content, where="stdin", max_bytes=_MAX_BYTES), where="stdin")
     try:
-        trial = _attempt(
-            PretrainConfig.model_validate(given["config"]),
-            Trial(**given["trial"]),
-            device=device,
-            limit_mib=given["limit_mib"],
-        )
+        trial = _run_steps(given.config, given.trial, device=torch.device(given.device), limit_mib=given.limit_mib)
     except torch.cuda.OutOfMemoryError:
         return _DOES_NOT_FIT
     show(json.dumps(asdict(trial)))

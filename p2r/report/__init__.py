@@ -1,8 +1,8 @@
-"""Rows of few-shot figures -> what people read: a table on the terminal, a page, pictures.
+"""Reports from rows of few-shot results: a table for the terminal, a page, pictures.
 
-`write_report` makes the page; `table` prints; a picture is a `Drawing`, or the bytes of a PNG. Names are loaded when they are first
-used: Matplotlib and torch take seconds, and most commands draw nothing. No file has the name of a function, for a loaded file would
-hide it.
+`write_report` makes the page; `table` makes the table; a picture is a `Drawing`, or the bytes of a PNG. Names are imported on
+first use, because Matplotlib and torch take seconds and most commands draw nothing. No file has the name of a function, since
+a loaded module would hide it.
 """
 
 from importlib import import_module
@@ -45,7 +45,7 @@ __all__ = [
     "write_report",
 ]
 
-_HOMES = {
+_MODULES = {
     "Drawing": "p2r.report.canvas",
     "ShownCase": "p2r.report.cases",
     "shown_cases": "p2r.report.cases",
@@ -73,6 +73,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'p2r.report' has no attribute '{name}'")

@@ -1,11 +1,11 @@
-"""What all pictures share: colours that colour-blind readers tell apart, upright slices, files without a display.
+"""Base of all pictures: colours that colour-blind readers can tell apart, upright slices, files without a display.
 
     Figure (wide, narrow) -> Drawing: PNG and SVG for papers, SVG for pages that are light or dark, wide or narrow
 
-Figures are made without pyplot: it keeps global state, and a cluster's worker has no screen. Places and sizes are inches.
+Figures are made without pyplot, which keeps global state and expects a display. Positions and sizes are in inches.
 
-A slice has its lower axis of the RAS volume first. It is shown with that axis to the right and the other one upwards,
-so that anatomy stands upright in axial, coronal and sagittal planes alike.
+The first axis of a slice is the lower axis of the RAS volume. It is shown to the right, and the other axis upwards, so that
+axial, coronal and sagittal planes are all upright.
 """
 
 import re
@@ -35,48 +35,48 @@ from p2r.modes import MODES, facts_of
 from p2r.report.text import for_picture
 
 CLASS_COLOURS = ("#e69f00", "#56b4e9", "#cc79a7", "#009e73", "#f0e442", "#d55e00")
-"""After Okabe and Ito: distinct for all common kinds of colour vision, and on grey."""
+"""Colours after Okabe and Ito: distinct for all common kinds of colour vision, and on grey."""
 INK, FAINT, LINE, RULE = "#1a1a1a", "#6b6b6b", "#e6e6e6", "#b0b0b0"
 OUTSIDE = np.array(to_rgb("#9a6a85"))
-"""Shade of what shows no place of the scan."""
+"""Shade of pixels outside the scan."""
 
 WIDE, NARROW = 8.4, 4.2
-"""Inches across a picture on a wide and on a narrow page."""
+"""Width of a picture on a wide and on a narrow page, inches."""
 
 KEY_LINE = 0.2
-"""Inches that a line of a key is high."""
+"""Height of a line of a key, inches."""
 
 _DPI = 120
 _MARGIN = 0.15
 _KEY_FONT = 8.5
 _TO_NAME, _TO_NEXT = 0.17, 0.2  # inches from a key's mark to its name, and from there to the next mark
-_DARK = {
+_DARK_COLOURS = {
     INK: "#ececec",
     FAINT: "#a9adb3",
     LINE: "#34383e",
     RULE: "#626870",
     **{facts.colour: facts.dark_colour for facts in MODES.values()},
 }
-"""What takes a colour's place on a dark page."""
+"""Replacements of colours on a dark page."""
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture in all forms that a report needs; equal pictures are equal bytes."""
+    """One picture in all forms that a report needs; equal pictures give equal bytes."""
 
     png: bytes
     svg: bytes
     """On white, for papers and editors."""
     wide: bytes
-    """SVG for a page: without a ground, its colours follow the reader's choice of light or dark."""
+    """SVG for a page: no background, and colours that follow the reader's light or dark mode."""
     narrow: bytes | None
     """The same for narrow pages, if it was drawn for them."""
 
 
 @dataclass(frozen=True)
 class KeyEntry:
-    """What a mark means."""
+    """Meaning of a marker."""
 
     name: str
     marker: str
@@ -87,32 +87,32 @@ class KeyEntry:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A figure with its headline above and its source below; `bottom` is where the room between them begins."""
+    """A figure with its headline and its source line; `bottom` is the lower edge of the area between them."""
 
     figure: Figure
     bottom: float
 
     def panel(self, left: float, low: float, width: float, height: float) -> Axes:
-        """Return axes whose lower left corner lies so far, inches, from that of the room."""
+        """Return axes with their lower left corner at this position in the area, inches."""
         across, up = float(self.figure.get_figwidth()), float(self.figure.get_figheight())
         axes = self.figure.add_axes((left / across, (self.bottom + low) / up, width / across, height / up))
         axes.patch.set_visible(False)
         return axes
 
     def write(self, left: float, low: float, text: str, **options: Any) -> None:
-        """Write text at a place in the room."""
+        """Write text at a position in the area."""
         across, up = float(self.figure.get_figwidth()), float(self.figure.get_figheight())
         self.figure.text(left / across, (self.bottom + low) / up, text, **{"fontsize": 9, "color": INK, **options})
 
     def mark(self, left: float, low: float, *, marker: str, colour: str) -> None:
-        """Put a mark at a place in the room."""
+        """Draw a marker at a position in the area."""
         across, up = float(self.figure.get_figwidth()), float(self.figure.get_figheight())
         self.figure.add_artist(
             Line2D([left / across], [(self.bottom + low) / up], marker=marker, color=colour, markersize=6)
         )
 
     def key(self, lines: Sequence[Sequence[KeyEntry]], left: float, top: float) -> None:
-        """Put a key (from `key_lines`) at a place in the room: a name beside each mark, lines downwards."""
+        """Draw a key (from `key_lines`) at a position in the area, from the top down: a name beside each marker."""
         for number, line in enumerate(lines):
             place, low = left, top - (number + 0.5) * KEY_LINE
             for one in line:
@@ -123,10 +123,10 @@ class Sheet:
 
 
 def new_sheet(width: float, height: float, *, title: str, subtitle: str = "", source: str = "") -> Sheet:
-    """Return a figure with room of so many inches between a title and a line that says where the figures come from."""
+    """Return a figure with an area of this size, inches, between a title and a line that states the source."""
     room = width - 2 * _MARGIN
     titles, below, sources = (
-        # Not at hyphens: whoever searches for a task or a commit finds it in one piece.
+        # Not broken at hyphens, so that tasks and commits can be searched for.
         textwrap.wrap(for_picture(text, 400), max(10, int(room * letters)), break_on_hyphens=False)
         for text, letters in ((title, 8.6), (subtitle, 12.6), (source, 16.2))
     )
@@ -153,13 +153,13 @@ def drawing(wide: Figure, narrow: Figure | None = None) -> Drawing:
     return Drawing(
         png=png,
         svg=svg,
-        wide=_for_pages(svg),
-        narrow=None if narrow is None else _for_pages(_to_svg(narrow)),
+        wide=_adapt_for_pages(svg),
+        narrow=None if narrow is None else _adapt_for_pages(_to_svg(narrow)),
     )
 
 
 def key_lines(entries: Sequence[KeyEntry], room: float) -> list[list[KeyEntry]]:
-    """Break a key into lines of so many inches: a narrow picture has more of them, and as many names."""
+    """Break a key into lines of at most `room` inches."""
     lines: list[list[KeyEntry]] = []
     left = 0.0
     for one in entries:
@@ -173,34 +173,34 @@ def key_lines(entries: Sequence[KeyEntry], room: float) -> list[list[KeyEntry]]:
 
 
 def text_width(text: str, size: float, *, bold: bool = False) -> float:
-    """Return how wide a line of text is, inches, in the font of PNG files; those of pages are no wider."""
+    """Return the width of a line of text, inches, in the font of PNG files; fonts of pages are not wider."""
     font = FontProperties(size=size, weight="bold" if bold else "normal")
-    with _silent_fonts():
+    with _ignore_missing_glyphs():
         points, _, _ = TextToPath().get_text_width_height_descent(text, font, ismath=False)
     return float(points) / 72
 
 
 def mode_colour(mode: str) -> str:
-    """Return the colour of a mode, wherever it is drawn."""
+    """Return the colour of a mode in all pictures."""
     facts = facts_of(mode)
     return INK if facts is None else facts.colour
 
 
 def mode_marker(mode: str) -> str:
-    """Return the mark of a mode."""
+    """Return the marker of a mode."""
     facts = facts_of(mode)
     return "P" if facts is None else facts.marker
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, inches, that `to_png` can draw."""
+    """Return an empty figure of this size, inches, for `to_png`."""
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def apart(heights: list[float], gap: float) -> list[float]:
-    """Move labels up and down until neighbours are `gap` apart, each group about its own middle."""
+    """Move labels vertically until neighbours are `gap` apart, each group about its own centre."""
     order = sorted(range(len(heights)), key=lambda index: heights[index])
     groups = [[index] for index in order]
 
@@ -224,7 +224,7 @@ def apart(heights: list[float], gap: float) -> list[float]:
 
 
 def plain(axes: Axes) -> None:
-    """Leave of a chart's frame what helps to read heights: faint lines across, and the axis below."""
+    """Reduce a chart's frame to faint horizontal lines and the lower axis."""
     axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=FAINT, labelcolor=INK, length=3, labelsize=9)
@@ -236,9 +236,9 @@ def plain(axes: Axes) -> None:
 
 
 def to_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG file; equal figures are equal bytes."""
+    """Return the figure as a PNG file; equal figures give equal bytes."""
     buffer = BytesIO()
-    with _silent_fonts():
+    with _ignore_missing_glyphs():
         figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     return buffer.getvalue()
 
@@ -246,38 +246,38 @@ def to_png(figure: Figure) -> bytes:
 def _to_svg(figure: Figure) -> bytes:
     buffer = BytesIO()
     for image in figure.findobj(AxesImage):
-        image.set_interpolation("none")  # its own pixels, which the reader's program makes larger: a tenth of the bytes
-    # Text stays text: it can be searched, and takes the reader's font.
+        image.set_interpolation("none")  # stores the original pixels, a tenth of the bytes; the viewer enlarges them
+    # Text stays text: it can be searched, and uses the reader's font.
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "p2r"}
-    with matplotlib.rc_context(settings), _silent_fonts():
+    with matplotlib.rc_context(settings), _ignore_missing_glyphs():
         figure.savefig(buffer, format="svg", dpi=_DPI, metadata={"Date": None, "Creator": None})
     smooth = buffer.getvalue().replace(b"image-rendering:crisp-edges;image-rendering:pixelated", b"")
     return smooth
 
 
-def _for_pages(svg: bytes) -> bytes:
-    """Take the ground away, and replace colours by variables, which a dark page sets otherwise, and fonts by the reader's."""
+def _adapt_for_pages(svg: bytes) -> bytes:
+    """Remove the background, replace colours by variables, which a dark page overrides, and use the reader's fonts."""
     text = re.sub(r'<g id="patch_1">.*?</g>', "", svg.decode(), count=1, flags=re.DOTALL)
-    names = {colour: f"--c{number}" for number, colour in enumerate(_DARK)}
+    names = {colour: f"--c{number}" for number, colour in enumerate(_DARK_COLOURS)}
     for colour, name in names.items():
         text = text.replace(f": {colour}", f": var({name})")
     text = re.sub(r"'DejaVu Sans'[^;\"]*?sans-serif", _FONTS, text)
     light = ";".join(f"{name}:{colour}" for colour, name in names.items())
-    dark = ";".join(f"{name}:{_DARK[colour]}" for colour, name in names.items())
+    dark = ";".join(f"{name}:{_DARK_COLOURS[colour]}" for colour, name in names.items())
     style = f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
     return text.replace('<style type="text/css">', f'<style type="text/css">{style}', 1).encode()
 
 
 @contextmanager
-def _silent_fonts() -> Iterator[None]:
-    """A name in letters that Matplotlib's font lacks is drawn as boxes in the PNG, and is no reason to warn."""
+def _ignore_missing_glyphs() -> Iterator[None]:
+    """Suppress warnings about letters that Matplotlib's font lacks; the PNG shows boxes for them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         yield
 
 
 def as_array(values: Tensor | NDArray[Any]) -> NDArray[Any]:
-    """Return a NumPy array of a tensor anywhere, or of an array."""
+    """Return a tensor on any device, or an array, as a NumPy array."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
@@ -299,13 +299,13 @@ def show(axes: Axes, plane: NDArray[Any], **options: Any) -> None:
 
 
 def evenly(candidates: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Return at most so many of the candidates, spread evenly."""
+    """Return at most `most` candidates, evenly spread."""
     chosen = np.linspace(0, len(candidates) - 1, min(len(candidates), most)).round().astype(np.int64)
     return candidates[chosen]
 
 
 def inside(candidates: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Return at most so many of the candidates, the middles of equal parts: of few, the ends would show least."""
+    """Return at most `most` candidates: the middles of equal parts, because the ends often show least."""
     number = min(len(candidates), most)
     return candidates[[len(candidates) * (2 * part + 1) // (2 * number) for part in range(number)]]
 
@@ -323,7 +323,7 @@ def box_around(mask: NDArray[np.bool_], *, margin: int, least: int = 24) -> tupl
 
 
 def headline(figure: Figure, title: str, subtitle: str = "") -> None:
-    """Write a title and a line below it at the figure's upper left corner."""
+    """Write a title, and a line below it, at the figure's upper left corner."""
     height = float(figure.get_figheight())
     figure.text(
         0.15 / float(figure.get_figwidth()), 1 - 0.16 / height, title, va="top", fontsize=13, weight="bold", color=INK

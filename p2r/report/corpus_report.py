@@ -1,8 +1,8 @@
-"""A corpus's manifest, ledger and thumbnails -> a page with pictures of what was taken, and of what was not.
+"""Corpus report: a page with pictures of accepted and refused scans, from manifest, ledger and thumbnails.
 
     <corpus>/report/report.md · accepted.png · refused.png (if any scan was) · histograms.png
 
-It is made from one revision alone, reads no shard, and can be made again at any time: equal revisions, equal bytes.
+It depends only on one revision, reads no shard, and can be made again at any time: equal revisions give equal bytes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ _NUM_BINS = 36
 
 
 def corpus_report_is_current(corpus: Storage) -> bool:
-    """Tell whether the report beside a corpus is of its current revision."""
+    """Return whether the report beside a corpus is of its current revision."""
     found = corpus.read_tagged("report/report.md")
     return found is not None and manifest_sha256(load_manifest(corpus)).encode() in found[0]
 
@@ -53,15 +53,15 @@ def write_corpus_report(corpus: Storage) -> str:
         else:
             where.write_bytes(f"{name}.png", content)
     made = [name for name, content in pictures.items() if content is not None]
-    where.write_bytes("report.md", markdown(list(_blocks(manifest, made)), pictures="").encode())
+    where.write_bytes("report.md", markdown(list(_list_blocks(manifest, made)), pictures="").encode())
     return where.at("report.md")
 
 
 def accepted_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes:
-    """Draw the middle planes of up to 48 accepted scans, drawn by lot."""
+    """Draw the middle planes of up to 48 accepted scans, chosen at random."""
     accepted = {row["key"]: row for row in ledger if is_accepted(row)}
     keys = sorted(drawn(accepted.keys() & thumbnails.keys(), MOST))
-    tiles = [(thumbnails[key], key, _size_of(accepted[key]), FAINT) for key in keys]
+    tiles = [(thumbnails[key], key, _format_spacing(accepted[key]), FAINT) for key in keys]
     return contact_sheet(
         tiles,
         f"Accepted: {len(tiles)} of {len(accepted)} scans",
@@ -70,11 +70,11 @@ def accepted_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes
 
 
 def refused_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes | None:
-    """Draw up to 48 refused scans with their reasons, those that cannot be read as empty tiles; None if none was refused."""
+    """Draw up to 48 refused scans with their reasons, unreadable ones as empty tiles; None if there are none."""
     refused = {row["key"]: row for row in ledger if row["status"] == "refused"}
     if not refused:
         return None
-    # Those that can be seen come first: a sheet of empty tiles shows nothing.
+    # Readable scans come first: a sheet of empty tiles shows nothing.
     seen = drawn(refused.keys() & thumbnails.keys(), MOST)
     keys = sorted(
         [*seen, *drawn(refused.keys() - set(seen), MOST - len(seen))], key=lambda key: (refused[key]["reason"], key)
@@ -85,7 +85,7 @@ def refused_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes 
 
 
 def histograms(accepted: Sequence[LedgerRow]) -> bytes:
-    """Draw how voxel sizes, extents and intensities of the accepted scans are distributed."""
+    """Draw the distributions of voxel size, extent and intensity of the accepted scans."""
     spacing = np.sort(np.array([row["spacing_mm"] for row in accepted], dtype=np.float64), axis=1)
     shape = np.array([row["shape"][:3] for row in accepted], dtype=np.float64)
     across = np.array([slice_axis(tuple(row["spacing_mm"]), shape=tuple(row["shape"])) for row in accepted])
@@ -94,13 +94,13 @@ def histograms(accepted: Sequence[LedgerRow]) -> bytes:
     percentiles = np.array([row["percentiles"] for row in accepted], dtype=np.float64)
     figure = new_figure(11.4, 3.2)
     panels = [figure.add_axes((0.05 + 0.32 * column, 0.165, 0.275, 0.62)) for column in range(3)]
-    _histogram(
+    _draw_histogram(
         panels[0],
         "voxel size, mm",
         {"in plane": spacing[:, :2].mean(axis=1), "across planes": spacing[:, 2]},
     )
-    _histogram(panels[1], "extent, voxels", {"in plane": in_plane, "across planes": planes})
-    _histogram(
+    _draw_histogram(panels[1], "extent, voxels", {"in plane": in_plane, "across planes": planes})
+    _draw_histogram(
         panels[2],
         "intensity, percentiles of the non-zero voxels",
         {f"{p:g} %": percentiles[:, PERCENTILES.index(p)] for p in (0.5, 50.0, 99.5)},
@@ -111,7 +111,7 @@ def histograms(accepted: Sequence[LedgerRow]) -> bytes:
 
 
 def contact_sheet(tiles: Sequence[tuple[NDArray[np.uint8] | None, str, str, str]], title: str, subtitle: str) -> bytes:
-    """Draw tiles: picture (None: there is none), name, a line below it and that line's colour."""
+    """Draw tiles of a picture (None: empty), its name, a line below it and that line's colour."""
     rows = max(1, -(-len(tiles) // _COLUMNS))
     width = _GAP + _COLUMNS * (_TILE + _GAP)
     height = _TOP + rows * (_TILE + _CAPTION + _GAP)
@@ -120,14 +120,14 @@ def contact_sheet(tiles: Sequence[tuple[NDArray[np.uint8] | None, str, str, str]
         row, column = divmod(number, _COLUMNS)
         left = _GAP + column * (_TILE + _GAP)
         low = height - _TOP - row * (_TILE + _CAPTION + _GAP) - _TILE
-        _tile(figure, (left / width, low / height, _TILE / width, _TILE / height), pixels)
-        for text, below, ink in ((_shortened(name), 0.035, INK), (line, 0.155, colour)):
+        _draw_tile(figure, (left / width, low / height, _TILE / width, _TILE / height), pixels)
+        for text, below, ink in ((_shorten_name(name), 0.035, INK), (line, 0.155, colour)):
             figure.text(left / width, (low - below) / height, text, fontsize=6.2, color=ink, va="top")
     headline(figure, title, subtitle)
     return to_png(figure)
 
 
-def _tile(figure: Figure, box: tuple[float, float, float, float], pixels: NDArray[np.uint8] | None) -> None:
+def _draw_tile(figure: Figure, box: tuple[float, float, float, float], pixels: NDArray[np.uint8] | None) -> None:
     axes = figure.add_axes(box)
     if pixels is not None:
         show(axes, pixels, vmin=0, vmax=255, interpolation="bilinear")
@@ -140,7 +140,7 @@ def _tile(figure: Figure, box: tuple[float, float, float, float], pixels: NDArra
     axes.text(0.5, 0.5, "no picture", ha="center", va="center", fontsize=7, color=FAINT, transform=axes.transAxes)
 
 
-def _histogram(axes: Axes, name: str, groups: Mapping[str, NDArray[np.float64]]) -> None:
+def _draw_histogram(axes: Axes, name: str, groups: Mapping[str, NDArray[np.float64]]) -> None:
     values = np.concatenate(list(groups.values()))
     low, high = float(values.min()), float(values.max())
     is_log = low > 0 and high / low > 4
@@ -149,7 +149,7 @@ def _histogram(axes: Axes, name: str, groups: Mapping[str, NDArray[np.float64]])
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        _label_few(axes, low, high)
+        _label_sparsely(axes, low, high)
     else:
         margin = max(high - low, abs(high), 1e-6) * 0.03
         bins = np.linspace(low - margin, high + margin, _NUM_BINS)
@@ -162,15 +162,15 @@ def _histogram(axes: Axes, name: str, groups: Mapping[str, NDArray[np.float64]])
     axes.set_xlabel(name, color=INK)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     plain(axes)
-    # Above the panel: bars may stand anywhere in it.
+    # Above the panel, because bars may be anywhere in it.
     axes.legend(
         frameon=False, fontsize=7.2, loc="lower left", bbox_to_anchor=(-0.06, 0.98), ncols=len(groups),
         handlelength=1.0, handletextpad=0.4, columnspacing=1.0, borderaxespad=0.0,
     )  # fmt: skip
 
 
-def _label_few(axes: Axes, low: float, high: float) -> None:
-    """Label a logarithmic axis by round numbers, so many that they do not touch."""
+def _label_sparsely(axes: Axes, low: float, high: float) -> None:
+    """Label a logarithmic axis by round numbers, few enough not to touch."""
     steps = [digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)]
     ticks = [step for step in steps if low / 1.1 <= step <= high * 1.1]
     while len(ticks) > 7:
@@ -179,15 +179,15 @@ def _label_few(axes: Axes, low: float, high: float) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _blocks(manifest: Mapping[str, Any], pictures: Sequence[str]) -> Iterator[Block]:
+def _list_blocks(manifest: Mapping[str, Any], pictures: Sequence[str]) -> Iterator[Block]:
     yield Heading(1, f"Corpus of cohort {manifest['cohort']}")
-    yield Grid(("what", "value"), facts_of(manifest))
-    yield Heading(2, "What became of every input")
+    yield Grid(("fact", "value"), facts_of(manifest))
+    yield Heading(2, "Outcome of every input")
     yield Grid(("reason", "inputs"), [(reason, str(count)) for reason, count in manifest["reasons"].items()])
-    yield Paragraph("A row for each of them stands in `ledger.jsonl`, with the message behind the reason.")
+    yield Paragraph("`ledger.jsonl` has a row for each of them, with the message behind the reason.")
     captions = {
-        "accepted": "Accepted scans, drawn by lot.",
-        "refused": "Refused scans, drawn by lot among those that can be shown, with the reason.",
+        "accepted": "Accepted scans, chosen at random.",
+        "refused": "Refused scans, chosen at random among those that can be shown, with the reason.",
         "histograms": "Voxel size, extent and intensity of all accepted scans.",
     }
     for name in pictures:
@@ -195,19 +195,19 @@ def _blocks(manifest: Mapping[str, Any], pictures: Sequence[str]) -> Iterator[Bl
     yield Heading(2, "Accepted scans")
     yield Grid(("", "axis", "smallest", "median", "largest"), ranges_of(manifest))
     dtypes = ", ".join(f"{count} {name}" for name, count in manifest["summary"]["dtypes"].items())
-    yield Paragraph(f"Voxels are stored as: {dtypes}. Axes are those of the volume in RAS order.")
-    yield Heading(2, "What was done about identity")
+    yield Paragraph(f"Voxels are stored as: {dtypes}. Axes refer to the volume in RAS order.")
+    yield Heading(2, "Deidentification")
     statement = manifest["deidentification"]
-    yield Grid(("what", "state"), [(name.replace("_", " "), state) for name, state in statement.items()])
+    yield Grid(("item", "state"), [(name.replace("_", " "), state) for name, state in statement.items()])
     yield Paragraph("Faces can be recognised in scans of heads. This corpus is not anonymous.", note=True)
 
 
-def _size_of(row: LedgerRow) -> str:
+def _format_spacing(row: LedgerRow) -> str:
     spacing = " x ".join(f"{mm:.3g}" for mm in row["spacing_mm"])
     return f"{spacing} mm"
 
 
-def _shortened(name: str) -> str:
+def _shorten_name(name: str) -> str:
     if len(name) <= _MOST_LETTERS:
         return name
     half = (_MOST_LETTERS - 1) // 2

@@ -1,7 +1,7 @@
-"""Patients' Dice -> boxes by class, and where it fails: by third of the organ, by stratum.
+"""Distributions of patients' Dice: boxes by class, by third of the organ, and by stratum.
 
-A point is one patient (frames and draws averaged), a box holds the middle half of them, its line is the median; whiskers
-reach to the farthest patient within one and a half box lengths. Fewer patients than `_LEAST` have no box, only the line.
+A point is one patient (frames and draws averaged). A box holds the middle half of the patients, its line is the median, and
+whiskers reach the farthest patient within one and a half box lengths. Groups under `_LEAST` patients have only the line.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ from p2r.report.text import for_picture
 
 _LEAST = 5
 _MOST_POINTS = 200
-_LETTERS = 14  # in a line of a tilted name
+_LETTERS = 14  # per line of a tilted name
 _PANEL = 1.95  # inches
 _NOT_GIVEN = "no stratum given"
 
@@ -45,9 +45,9 @@ def class_boxes(patients: Sequence[Patient], *, title: str, source: str = "") ->
     """Draw every patient's Dice, one panel for each class, by number of labelled patients and mode.
 
     Args:
-        patients: From `patients_of`; of one task and protocol.
+        patients: Patients of one task and protocol, from `patients_of`.
         title: Headline.
-        source: Line below that says where the figures come from.
+        source: Line below that states the source of the results.
     """
     names = classes_of(patients)
     names = [name for name in names if any(patient.dice.get(name) is not None for patient in patients)]
@@ -60,7 +60,7 @@ def class_boxes(patients: Sequence[Patient], *, title: str, source: str = "") ->
             (str(number), [(one, one.dice[name]) for one in of_panel if one.num_labelled == number])
             for number in numbers
         ]
-        _groups(axes, [(label, _known(pairs)) for label, pairs in groups], _series(patients))
+        _draw_groups(axes, [(label, _drop_missing(pairs)) for label, pairs in groups], _list_series(patients))
         axes.set_title(
             for_picture(name, 30), fontsize=10, color=INK, loc="left", weight="bold" if name == MEAN else None
         )
@@ -68,7 +68,7 @@ def class_boxes(patients: Sequence[Patient], *, title: str, source: str = "") ->
     subtitle = "a point: one patient, draws averaged; box: quartiles; by number of labelled patients"
     return drawing(
         *(
-            _panels(
+            _draw_panels(
                 len(panels),
                 draw,
                 patients,
@@ -87,13 +87,13 @@ def class_boxes(patients: Sequence[Patient], *, title: str, source: str = "") ->
 def where_in_the_organ(
     patients: Sequence[Patient], *, title: str, names: Sequence[str] = THIRDS, source: str = ""
 ) -> Drawing | None:
-    """Draw Dice in the lower, middle and upper third of the slices that hold any class; None if that is not known.
+    """Draw Dice in the lower, middle and upper third of the slices with any class; None if thirds are unknown.
 
     Args:
-        patients: From `patients_of`; of one task and protocol.
+        patients: Patients of one task and protocol, from `patients_of`.
         title: Headline.
-        names: Of the lower, the middle and the upper third.
-        source: Line below that says where the figures come from.
+        names: Names of the lower, middle and upper third.
+        source: Line below that states the source of the results.
     """
     known = [patient for patient in patients if any(third is not None for third in patient.thirds)]
     if not known:
@@ -103,11 +103,11 @@ def where_in_the_organ(
         for number, name in enumerate(names)
     ]
     subtitle = "a point: one patient, mean of classes; thirds of the labelled slices, along the slice axis"
-    return _by_group(known, groups, title, subtitle, source, "third of the slices")
+    return _draw_by_group(known, groups, title, subtitle, source, "third of the slices")
 
 
 def by_stratum(patients: Sequence[Patient], *, title: str, source: str = "") -> Drawing | None:
-    """Draw patients' mean Dice by their stratum, such as pathology; None if the task names no strata."""
+    """Draw patients' mean Dice by stratum, such as pathology; None if the task has no strata."""
     strata = sorted({patient.stratum for patient in patients if patient.stratum})
     if not strata:
         return None
@@ -117,32 +117,35 @@ def by_stratum(patients: Sequence[Patient], *, title: str, source: str = "") -> 
     ]
     if any(patient.stratum is None for patient in patients):
         groups.append((_NOT_GIVEN, lambda patient: patient.dice[MEAN] if patient.stratum is None else None))
-    return _by_group(patients, groups, title, "a point: one patient, mean of classes", source, "stratum")
+    return _draw_by_group(patients, groups, title, "a point: one patient, mean of classes", source, "stratum")
 
 
-def _by_group(
+def _draw_by_group(
     patients: Sequence[Patient], groups: Sequence[Group], title: str, subtitle: str, source: str, axis: str
 ) -> Drawing:
-    """One panel for each number of labelled patients: the fewest, one between, the most."""
+    """Draw one panel per number of labelled patients: the smallest, a middle one, the largest."""
     numbers = sorted({patient.num_labelled for patient in patients})
     shown = list(dict.fromkeys((numbers[0], numbers[len(numbers) // 2], numbers[-1])))
 
     def draw(axes: Axes, index: int) -> None:
         here = [patient for patient in patients if patient.num_labelled == shown[index]]
-        _groups(
+        _draw_groups(
             axes,
-            [(name, _known([(patient, dice(patient)) for patient in here])) for name, dice in groups],
-            _series(patients),
+            [(name, _drop_missing([(patient, dice(patient)) for patient in here])) for name, dice in groups],
+            _list_series(patients),
         )
         axes.set_title(f"{shown[index]} labelled", fontsize=10, color=INK, loc="left")
 
     names = [name for name, _ in groups]
     return drawing(
-        *(_panels(len(shown), draw, patients, title, subtitle, source, width, axis, names) for width in (WIDE, NARROW))
+        *(
+            _draw_panels(len(shown), draw, patients, title, subtitle, source, width, axis, names)
+            for width in (WIDE, NARROW)
+        )
     )
 
 
-def _panels(
+def _draw_panels(
     number: int,
     draw: Callable[[Axes, int], None],
     patients: Sequence[Patient],
@@ -160,7 +163,7 @@ def _panels(
     each = (width - left - 0.15 - (columns - 1) * gap) / columns
     entries = [
         KeyEntry(for_picture(series_name(one), 24), mode_marker(one[0]), mode_colour(one[0]), mode_colour(one[0]))
-        for one in _series(patients)
+        for one in _list_series(patients)
     ]
     key = key_lines(entries, width - 0.3)
     height = rows * (_PANEL + below) + KEY_LINE * len(key) + 0.14
@@ -182,23 +185,23 @@ def _panels(
     return sheet.figure
 
 
-def _groups(
+def _draw_groups(
     axes: Axes,
     groups: Sequence[tuple[str, Sequence[tuple[Patient, float]]]],
     series: Sequence[tuple[str, str]],
 ) -> None:
-    """Draw groups side by side, the modes of each beside one another."""
+    """Draw groups side by side, with the modes of each next to one another."""
     step = 0.8 / len(series)
     for index, one in enumerate(series):
         at = [place + (index - (len(series) - 1) / 2) * step for place in range(len(groups))]
         dice = [[dice for patient, dice in members if patient.series == one] for _, members in groups]
-        _boxes(axes, at, step * 0.72, dice, mode_colour(one[0]))
+        _draw_boxes(axes, at, step * 0.72, dice, mode_colour(one[0]))
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.xaxis.set_major_locator(FixedLocator(range(len(groups))))
     names = [for_picture(label, 24) for label, _ in groups]
     tilted = _are_long(names)
     axes.set_xticklabels(
-        # In one line, a long name would reach over the picture's left edge.
+        # On one line, a long name would exceed the picture's left edge.
         ["\n".join(wrap(name, _LETTERS)) if tilted else name for name in names],
         fontsize=8.5,
         rotation=40 if tilted else 0,
@@ -212,8 +215,10 @@ def _are_long(names: Sequence[str]) -> bool:
     return sum(map(len, names)) > 24
 
 
-def _boxes(axes: Axes, places: Sequence[float], width: float, groups: Sequence[Sequence[float]], colour: str) -> None:
-    """Draw the boxes of one mode: few artists, because a page has hundreds of boxes."""
+def _draw_boxes(
+    axes: Axes, places: Sequence[float], width: float, groups: Sequence[Sequence[float]], colour: str
+) -> None:
+    """Draw the boxes of one mode with few artists, because a page has hundreds of boxes."""
     points: list[tuple[float, float]] = []
     outlines: list[list[tuple[float, float]]] = []
     medians = []
@@ -224,7 +229,7 @@ def _boxes(axes: Axes, places: Sequence[float], width: float, groups: Sequence[S
         median = float(np.median(dice))
         medians.append(((left, median), (right, median)))
         if len(dice) <= _MOST_POINTS:
-            # Patients are spread by rank, not by chance: the same picture every time.
+            # Spread patients by rank instead of at random, so that the picture is always the same.
             order = np.argsort(np.argsort(dice))
             points += zip(at + ((order * 0.618) % 1.0 - 0.5) * width * 0.8, dice, strict=True)
         if len(dice) >= _LEAST:
@@ -239,9 +244,9 @@ def _boxes(axes: Axes, places: Sequence[float], width: float, groups: Sequence[S
     axes.add_collection(LineCollection(medians, colors=colour, linewidths=2.4, capstyle="butt"))
 
 
-def _series(patients: Sequence[Patient]) -> list[tuple[str, str]]:
+def _list_series(patients: Sequence[Patient]) -> list[tuple[str, str]]:
     return sorted({patient.series for patient in patients}, key=series_order)
 
 
-def _known(pairs: Sequence[tuple[Patient, float | None]]) -> list[tuple[Patient, float]]:
+def _drop_missing(pairs: Sequence[tuple[Patient, float | None]]) -> list[tuple[Patient, float]]:
     return [(patient, dice) for patient, dice in pairs if dice is not None]

@@ -38,6 +38,7 @@ from p2r.report.tables import (
     split_of,
 )
 from p2r.report.text import for_file_name, signed
+from p2r.report.training_curves import pseudo_label_blocks
 from p2r.storage import Storage
 
 FORMAT = "p2r-report/1"
@@ -422,6 +423,7 @@ class _Page:
             )
         yield from self.failures(patients, rows, task, tag, source)
         yield from calibration_blocks(rows, task=task, tag=tag, source=source, put=self.put)
+        yield from pseudo_label_blocks(rows, task=task, tag=tag, source=source, put=self.put)
 
     def differences(self, rows: Sequence[Row], task: str, tag: str, source: str) -> Iterator[Block]:
         """Yield the forest of paired differences and its table."""
@@ -460,13 +462,23 @@ class _Page:
             f"Difference of Dice to {against}, paired by patient, with its {self.level} interval: to the right of zero is better.",
         )
         yield Grid(
-            ("labelled patients", "mode", "against", f"difference, {self.level} interval", "p", "p (Holm)", "patients"),
+            (
+                "labelled patients",
+                "mode",
+                "against",
+                f"difference, {self.level} interval",
+                "draws of its sign",
+                "p",
+                "p (Holm)",
+                "patients",
+            ),
             [
                 (
                     str(one["num_labelled"]),
                     series_name(series_of(one)),
                     series_name((one["against"], "")),
                     figures_text(one["difference"], one["lower"], one["upper"]),
+                    f"{one['draws_agree']} of {one['draws']}" if "draws_agree" in one else "–",
                     p_text(one["p"]),
                     p_text(one["p_holm"]),
                     str(one["patients"]),

@@ -1,4 +1,4 @@
-"""Paired differences with their intervals -> a forest: one line each, what is to the right of zero is better."""
+"""Forest plot of paired differences with their intervals: one line each; right of zero is better."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,33 +28,33 @@ _LINE, _GAP = 0.25, 0.16  # inches
 
 @dataclass(frozen=True)
 class Difference:
-    """One line: a mean difference of Dice, its interval, and what a test says of it."""
+    """One line: a mean difference of Dice, its interval, and the p value of a test."""
 
     group: str
-    """Lines of one group stand together below this heading."""
+    """Heading; lines of one group are listed together below it."""
     name: str
     mode: str
-    """Gives colour and mark."""
+    """Determines colour and marker."""
     difference: float
     lower: float
     upper: float
     p: float | None
-    """Corrected for the number of tests, where there are several."""
+    """Corrected for multiple tests, if there are several."""
 
 
 def forest(differences: Sequence[Difference], *, title: str, subtitle: str, axis: str, source: str = "") -> Drawing:
     """Draw differences in the order given.
 
     Args:
-        differences: At least one; those of one group follow one another.
+        differences: At least one; lines of one group must be adjacent.
         title: Headline.
-        subtitle: What is compared, how.
-        axis: What a difference is.
-        source: Line below that says where the figures come from.
+        subtitle: Description of the comparison.
+        axis: Meaning of a difference.
+        source: Line below that states the source of the results.
     """
     if not differences:
-        raise ValueError("a forest needs a difference")
-    return drawing(*(_figure(differences, title, subtitle, axis, source, width) for width in (WIDE, NARROW)))
+        raise ValueError("a forest plot needs at least one difference")
+    return drawing(*(_draw_figure(differences, title, subtitle, axis, source, width) for width in (WIDE, NARROW)))
 
 
 def figures_text(difference: float, lower: float, upper: float) -> str:
@@ -67,7 +67,7 @@ def p_text(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _figure(
+def _draw_figure(
     differences: Sequence[Difference], title: str, subtitle: str, axis: str, source: str, width: float
 ) -> Figure:
     groups = list(dict.fromkeys(one.group for one in differences))

@@ -1,9 +1,8 @@
-"""Blocks (headings, paragraphs, tables, pictures) -> one page of HTML, and the same page as Markdown.
+"""Pages: blocks (headings, paragraphs, tables, pictures) -> one HTML page, and the same page as Markdown.
 
-The HTML is one file that asks nobody for anything: pictures are inside, there is no script, and its own policy forbids
-to load any. It is light or dark as the reader's system is, and its pictures with it; narrow screens get the pictures
-that were drawn for them, and wide tables are moved sideways by themselves, not with the page. Whatever text comes in is
-escaped here, and only here.
+The HTML is one self-contained file: pictures are embedded, there are no scripts, and its own policy forbids loading anything.
+The page and its pictures follow the reader's light or dark mode. Narrow screens get pictures drawn for them, and wide tables
+scroll sideways on their own. All incoming text is escaped here, and only here.
 """
 
 import base64
@@ -50,12 +49,12 @@ details{margin:1rem 0} summary{cursor:pointer;color:var(--link)}
 """
 _NUMBER = re.compile(r"[<>≈]? ?[+\-−]?\d[\d.,]*( ?%| s| ± [\d.]+| \[[^\]]*\])?|–|")
 _TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC")
-_SHORT, _LONG = 20, 44  # letters: a cell that is longer may break its lines, or is given room to do so
+_SHORT, _LONG = 20, 44  # letters; longer cells may break lines, or get more room
 
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading; level 1 is the page's title, level 2 stands in the contents."""
+    """A heading; level 1 is the page's title, level 2 is listed in the contents."""
 
     level: int
     text: str
@@ -63,7 +62,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Text, or a note that must not be missed."""
+    """Text, or a prominent note."""
 
     text: str
     note: bool = False
@@ -71,7 +70,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; cells in `bold`, by row and column, stand out."""
+    """A table; cells in `bold`, given by row and column, are emphasised."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -81,24 +80,24 @@ class Grid:
 
 @dataclass(frozen=True)
 class Cards:
-    """Figures to be read first: what it is, its value, and what must be known beside it."""
+    """Key results: name, value, and necessary context."""
 
     cards: Sequence[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture by its name."""
+    """A picture, referred to by name."""
 
     name: str
     caption: str
     alt: str = ""
-    """What it shows, for who cannot see it; empty: the caption says it."""
+    """Alternative text; empty: the caption."""
 
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks that are unfolded by who wants to read them."""
+    """Blocks that are folded until opened."""
 
     summary: str
     blocks: Sequence["Block"]
@@ -109,14 +108,14 @@ Block = Heading | Paragraph | Grid | Cards | Picture | Folded
 
 def markdown(blocks: Sequence[Block], *, pictures: str = "pictures/") -> str:
     """Return a page as Markdown; `pictures` is the folder of its pictures."""
-    return "\n\n".join(_markdown(blocks, pictures)) + "\n"
+    return "\n\n".join(_markdown_blocks(blocks, pictures)) + "\n"
 
 
 def html(blocks: Sequence[Block], pictures: Mapping[str, Drawing | bytes]) -> str:
     """Return a page as one HTML file; `pictures` are drawings, or PNG files, by name."""
     title = next((block.text for block in blocks if isinstance(block, Heading)), "Report")
     sections = [block.text for block in blocks if isinstance(block, Heading) and block.level == 2]
-    targets = _targets(sections)
+    targets = _section_anchors(sections)
     head = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -125,7 +124,7 @@ def html(blocks: Sequence[Block], pictures: Mapping[str, Drawing | bytes]) -> st
         f"<style>{_STYLE}</style></head><body><main>",
     ]
     body = []
-    for block, part in zip(blocks, _html(blocks, pictures, iter(targets)), strict=True):
+    for block, part in zip(blocks, _html_blocks(blocks, pictures, iter(targets)), strict=True):
         body.append(part)
         if isinstance(block, Heading) and block.level == 1 and len(sections) > 2:
             links = "".join(
@@ -136,12 +135,12 @@ def html(blocks: Sequence[Block], pictures: Mapping[str, Drawing | bytes]) -> st
     return "\n".join([*head, *body, "</main></body></html>"]) + "\n"
 
 
-def _targets(sections: Sequence[str]) -> list[str]:
-    """Return a name for each section that no other has."""
+def _section_anchors(sections: Sequence[str]) -> list[str]:
+    """Return a unique anchor for each section."""
     return [f"s{number}-{for_file_name(text)}" for number, text in enumerate(sections, start=1)]
 
 
-def _markdown(blocks: Sequence[Block], pictures: str) -> Iterator[str]:
+def _markdown_blocks(blocks: Sequence[Block], pictures: str) -> Iterator[str]:
     for block in blocks:
         match block:
             case Heading(level, text):
@@ -151,27 +150,33 @@ def _markdown(blocks: Sequence[Block], pictures: str) -> Iterator[str]:
             case Picture(name, caption, alt):
                 yield f"![{for_markdown(alt or caption)}]({pictures}{name}.png)\n\n*{for_markdown(caption)}*"
             case Cards(cards):
-                lines = [_line(("", "", "")), _line(["---"] * 3)]
-                lines += [_line((for_markdown(a), f"**{for_markdown(b)}**", for_markdown(c))) for a, b, c in cards]
+                lines = [_table_line(("", "", "")), _table_line(["---"] * 3)]
+                lines += [
+                    _table_line((for_markdown(a), f"**{for_markdown(b)}**", for_markdown(c))) for a, b, c in cards
+                ]
                 yield "\n".join(lines)
             case Folded(summary, inside):
                 yield f"**{for_markdown(summary)}**"
-                yield from _markdown(inside, pictures)
+                yield from _markdown_blocks(inside, pictures)
             case Grid(header, rows, bold, caption):
                 if caption:
                     yield for_markdown(caption)
-                lines = [_line([for_markdown(cell) for cell in header]), _line(["---"] * len(header))]
+                lines = [_table_line([for_markdown(cell) for cell in header]), _table_line(["---"] * len(header))]
                 for i, row in enumerate(rows):
                     cells = [for_markdown(cell) for cell in row]
-                    lines.append(_line([f"**{cell}**" if (i, j) in bold else cell for j, cell in enumerate(cells)]))
+                    lines.append(
+                        _table_line([f"**{cell}**" if (i, j) in bold else cell for j, cell in enumerate(cells)])
+                    )
                 yield "\n".join(lines)
 
 
-def _line(cells: Sequence[str]) -> str:
+def _table_line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _html(blocks: Sequence[Block], pictures: Mapping[str, Drawing | bytes], targets: Iterator[str]) -> Iterator[str]:
+def _html_blocks(
+    blocks: Sequence[Block], pictures: Mapping[str, Drawing | bytes], targets: Iterator[str]
+) -> Iterator[str]:
     for block in blocks:
         match block:
             case Heading(level, text):
@@ -180,40 +185,40 @@ def _html(blocks: Sequence[Block], pictures: Mapping[str, Drawing | bytes], targ
             case Paragraph(text, note):
                 yield f'<p class="note" role="note">{for_html(text)}</p>' if note else f"<p>{for_html(text)}</p>"
             case Picture(name, caption, alt):
-                yield _figure(pictures[name], for_html(alt or caption), for_html(caption))
+                yield _html_figure(pictures[name], for_html(alt or caption), for_html(caption))
             case Cards(cards):
-                yield f'<dl class="cards">{"".join(_card(*card) for card in cards)}</dl>'
+                yield f'<dl class="cards">{"".join(_html_card(*card) for card in cards)}</dl>'
             case Folded(summary, inside):
-                content = "\n".join(_html(inside, pictures, targets))
+                content = "\n".join(_html_blocks(inside, pictures, targets))
                 yield f"<details><summary>{for_html(summary)}</summary>\n{content}\n</details>"
             case Grid():
-                yield _table(block)
+                yield _html_table(block)
 
 
-def _card(name: str, value: str, detail: str) -> str:
+def _html_card(name: str, value: str, detail: str) -> str:
     return (
         f'<div class="card"><dt>{for_html(name)}</dt><dd class="value">{for_html(value)}</dd>'
         f'<dd class="detail">{for_html(detail)}</dd></div>'
     )
 
 
-def _figure(picture: Drawing | bytes, alt: str, caption: str) -> str:
+def _html_figure(picture: Drawing | bytes, alt: str, caption: str) -> str:
     if isinstance(picture, bytes):
-        image = f'<img alt="{alt}" src="{_data(picture, "png")}">'
+        image = f'<img alt="{alt}" src="{_data_url(picture, "png")}">'
     else:
-        image = f'<img alt="{alt}" src="{_data(picture.wide, "svg+xml")}">'
+        image = f'<img alt="{alt}" src="{_data_url(picture.wide, "svg+xml")}">'
         if picture.narrow is not None:
-            narrow = _data(picture.narrow, "svg+xml")
+            narrow = _data_url(picture.narrow, "svg+xml")
             image = f'<picture><source media="(max-width:600px)" srcset="{narrow}">{image}</picture>'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def _data(content: bytes, kind: str) -> str:
+def _data_url(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _table(grid: Grid) -> str:
-    """Return a table in a box of its own that the keyboard can move; a column of numbers is flush right."""
+def _html_table(grid: Grid) -> str:
+    """Return a table in a box that the keyboard can scroll; columns of numbers are right-aligned."""
     numeric = [
         all(_NUMBER.fullmatch(row[column]) for row in grid.rows) and any(row[column] for row in grid.rows)
         for column in range(len(grid.header))

@@ -1,4 +1,4 @@
-"""Tensors of one example -> pictures: two views and their pixel pairs, what features see, segmentations as outlines.
+"""Pictures of one example: two views and their pixel pairs, principal components of features, outlines of segmentations.
 
 Shape letters: B or P images or slices, H W, F features, n points per image.
 """
@@ -43,8 +43,8 @@ Slices = Tensor | NDArray[Any]
 
 _LEFT = 0.42  # inches beside a row of panels, for its label
 _TALLEST = 3.6
-_TISSUE = 0.05  # of the intensity window: darker pixels are air
-_FULL = 0.05  # share of tissue, or of the largest label: emptier slices show nothing
+_TISSUE = 0.05  # of the intensity window; darker pixels are air
+_FULL = 0.05  # fraction of tissue, or of the largest label; emptier slices are not shown
 _EDGE = "#333333"
 _PAIR_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7", "#ffffff", "#8fb9ff")
 
@@ -67,10 +67,10 @@ def view_pairs(
         views: The views of these images.
         points_a: (B, n, 2) row and column in view a.
         points_b: (B, n, 2) the same anatomy in view b.
-        num_rows: Images shown.
-        num_points: Pairs shown per image, far apart from one another and on tissue where possible.
-        of_volumes: The images are planes of volumes, turned out of one another.
-        source: Line below that says where the images come from.
+        num_rows: Number of images shown.
+        num_points: Pairs shown per image, far apart from one another, and on tissue where possible.
+        of_volumes: The images are planes of volumes, rotated against each other.
+        source: Line below that states the source of the images.
     """
     originals, firsts, seconds = as_slices(image), as_slices(views.a), as_slices(views.b)
     valid, at_a, at_b = as_array(views.valid), as_array(points_a), as_array(points_b)
@@ -83,9 +83,9 @@ def view_pairs(
             width,
             rows * (edge + gap) + top,
             title="Two views of a volume, one plane of each" if of_volumes else "Two views of one slice",
-            subtitle="the planes are turned out of one another, and share a band; "
+            subtitle="the planes are rotated against each other, and share a band; "
             * of_volumes
-            + "joined points show the same anatomy: their features are pulled together; shaded: from outside the scan, "
+            + "joined points show the same anatomy: their features are pulled together; shaded: outside the scan, "
             "never compared",
             source=source,
         )
@@ -94,34 +94,34 @@ def view_pairs(
             panels = [sheet.panel(0.15 + column * (edge + gap), low, edge, edge) for column in range(3)]
             show(panels[0], originals[row], vmin=0, vmax=1)
             show(panels[1], firsts[row], vmin=0, vmax=1)
-            show(panels[2], _tinted(seconds[row], valid[row]))
+            show(panels[2], _shade_outside(seconds[row], valid[row]))
             if row == 0:
                 names = ("image", "view a: contrast", "view b: contrast and geometry")
                 for panel, name in zip(panels, names if width > NARROW else ("image", "view a", "view b"), strict=True):
                     panel.set_title(name, fontsize=9.5, color=INK, pad=4)
-            chosen = _far_apart(at_a[row], at_b[row], originals[row], num_points)
+            chosen = _choose_far_apart(at_a[row], at_b[row], originals[row], num_points)
             for colour, index in zip(_PAIR_COLOURS * num_points, chosen, strict=False):
-                _connect(panels[1], at_a[row, index], panels[2], at_b[row, index], colour)
+                _connect_points(panels[1], at_a[row, index], panels[2], at_b[row, index], colour)
         return sheet.figure
 
     return drawing(figure(WIDE), figure(NARROW))
 
 
 def embedding_pca(image: Slices, features: Slices, *, num_slices: int = 6, source: str = "") -> Drawing:
-    """Draw slices above the first three principal components of their features, as red, green and blue.
+    """Draw slices, and below them the first three principal components of their features as red, green and blue.
 
-    The components and their colours are the same for all slices: equal colours are equal features, across slices too.
+    Components and colours are shared by all slices: equal colours mean equal features, also across slices.
 
     Args:
         image: (P, 1, H, W) or (P, H, W) in [0, 1].
         features: (P, F, H, W).
-        num_slices: How many, evenly spread.
-        source: Line below that says where features and slices come from.
+        num_slices: Number of slices, evenly spread.
+        source: Line below that states the source of features and slices.
     """
     slices, maps = as_slices(image), as_array(features).astype(np.float32)
     if maps.ndim != 4 or maps.shape[0] != slices.shape[0] or maps.shape[2:] != slices.shape[1:]:
         raise ValueError(f"features {maps.shape} do not fit the slices {slices.shape}")
-    # Averaged over neighbours: noise in the air is no tissue.
+    # Averaged over neighbours, so that noise in air is not taken for tissue.
     tissue = uniform_filter(slices, size=(1, 5, 5)) > 2 * _TISSUE
     full = np.flatnonzero(tissue.mean(axis=(1, 2)) > _FULL)
     shown = evenly(full if full.size else np.arange(len(slices)), num_slices)
@@ -134,19 +134,19 @@ def embedding_pca(image: Slices, features: Slices, *, num_slices: int = 6, sourc
 
     def figure(width: float) -> Figure:
         here = np.arange(len(slices)) if width > NARROW else inside(np.arange(len(slices)), 2)
-        sheet, panels = _grid(
+        sheet, panels = _new_grid(
             ("slice", "features"),
             len(here),
             slices.shape[1:],
             width=width,
-            title="What the representation tells apart",
+            title="Principal components of the representation",
             subtitle=f"principal components 1 to 3 of {maps.shape[1]} features as red, green, blue: {explained:.0%} of the "
             "variance",
             source=source,
         )
         for column, index in enumerate(here):
             show(panels[0][column], slices[index], vmin=0, vmax=1)
-            # What is no tissue is left open: a page is light or dark.
+            # Pixels outside tissue are transparent, because a page is light or dark.
             opaque = np.concatenate([colours[index], tissue[index][..., None].astype(np.float32)], axis=2)
             show(panels[1][column], opaque)
         return sheet.figure
@@ -170,14 +170,14 @@ def outlines(
 
     Args:
         slices: (P, H, W) or (P, 1, H, W), any intensities.
-        prediction: (P, H, W) labels, or several of them by name (of modes): one line of pictures for each.
+        prediction: (P, H, W) labels, or several by name (of modes): one row of pictures for each.
         reference: (P, H, W) labels.
-        class_names: Of the labels 1, 2, ...
+        class_names: Names of the labels 1, 2, ...
         spacing_mm: Row and column spacing of the slices; None: square pixels of unknown size.
-        num_slices: How many, evenly spread over those that the reference labels.
+        num_slices: Number of slices, evenly spread over those with reference labels.
         title: Headline.
-        subtitle: What is to be said before how it is drawn.
-        source: Line below that says where the segmentations come from.
+        subtitle: Text before the description of the drawing.
+        source: Line below that states the source of the segmentations.
     """
     planes, truth = as_slices(slices), as_array(reference)
     by_name = prediction if isinstance(prediction, Mapping) else {"prediction": prediction}
@@ -200,7 +200,7 @@ def outlines(
     def figure(width: float) -> Figure:
         here = np.arange(len(planes)) if width > NARROW else inside(np.arange(len(planes)), 2)
         key = key_lines(classes, width - _LEFT - 0.1)
-        sheet, panels = _grid(
+        sheet, panels = _new_grid(
             names,
             len(here),
             planes.shape[1:],
@@ -216,16 +216,16 @@ def outlines(
                 axes = panels[line][column]
                 show(axes, planes[index], vmin=low, vmax=max(high, low + 1e-6), interpolation="bilinear")
                 if name != "slice":
-                    _overlay(axes, found[name][index], truth[index], len(class_names))
+                    _draw_overlay(axes, found[name][index], truth[index], len(class_names))
         if spacing_mm is not None:
-            _scale_bar(panels[0][0], planes.shape[1:], spacing_mm)
+            _draw_scale_bar(panels[0][0], planes.shape[1:], spacing_mm)
         sheet.key(key, _LEFT, KEY_LINE * len(key) + 0.02)
         return sheet.figure
 
     return drawing(figure(WIDE), figure(NARROW))
 
 
-def _grid(
+def _new_grid(
     labels: Sequence[str],
     columns: int,
     shape: tuple[int, ...],
@@ -237,7 +237,7 @@ def _grid(
     below: float = 0.06,
     pixel: tuple[float, float] = (1, 1),
 ) -> tuple[Sheet, list[list[Axes]]]:
-    """Return a sheet with a line of panels for each label, for planes of one shape."""
+    """Return a sheet with a row of panels for each label, for planes of one shape."""
     gap = 0.06
     panel_width = min(2.4, (width - _LEFT - 0.1) / columns - gap)
     panel_height = panel_width * shape[1] * pixel[1] / (shape[0] * pixel[0])  # shown with the first axis to the right
@@ -258,16 +258,16 @@ def _grid(
     return sheet, panels
 
 
-def _tinted(plane: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
+def _shade_outside(plane: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
     grey = np.repeat(plane.clip(0, 1)[..., None], 3, axis=2)
     mixed: NDArray[np.float32] = np.where(valid[..., None], grey, 0.1 * grey + 0.9 * OUTSIDE)
     return mixed
 
 
-def _far_apart(at_a: NDArray[Any], at_b: NDArray[Any], plane: NDArray[np.float32], count: int) -> list[int]:
-    """Choose pairs one after another, each the farthest from those before: spread out, and the same every time.
+def _choose_far_apart(at_a: NDArray[Any], at_b: NDArray[Any], plane: NDArray[np.float32], count: int) -> list[int]:
+    """Choose pairs one by one, each the farthest from the previous ones: spread out and deterministic.
 
-    Pairs on tissue and away from the pictures' edges come first: on air, nobody sees that they match.
+    Pairs on tissue and away from the edges come first, because matches in air cannot be seen.
     """
     size = np.array(plane.shape)
     rows, columns = at_a.round().astype(int).clip(0, size - 1).T
@@ -285,7 +285,7 @@ def _far_apart(at_a: NDArray[Any], at_b: NDArray[Any], plane: NDArray[np.float32
     return chosen
 
 
-def _connect(first: Axes, at_a: NDArray[Any], second: Axes, at_b: NDArray[Any], colour: str) -> None:
+def _connect_points(first: Axes, at_a: NDArray[Any], second: Axes, at_b: NDArray[Any], colour: str) -> None:
     for axes, point in ((first, at_a), (second, at_b)):
         axes.plot(point[0], point[1], "o", color=colour, markersize=6.5, markeredgecolor="black", markeredgewidth=0.8)
     line = ConnectionPatch(
@@ -299,13 +299,13 @@ def _connect(first: Axes, at_a: NDArray[Any], second: Axes, at_b: NDArray[Any], 
 
 
 def _principal_colours(maps: NDArray[np.float32], tissue: NDArray[np.bool_]) -> tuple[NDArray[np.float32], float]:
-    """Return (P, H, W, 3) colours in [0, 1], and the share of the variance that the three explain together."""
+    """Return (P, H, W, 3) colours in [0, 1], and the fraction of variance that the three components explain."""
     pixels = np.moveaxis(maps, 1, -1)  # (P, H, W, F)
     sample = pixels[tissue].astype(np.float64)
     mean = sample.mean(axis=0)
     values, vectors = np.linalg.eigh(np.cov(sample - mean, rowvar=False).reshape(maps.shape[1], -1))
     axes = vectors[:, ::-1][:, :3]
-    # An eigenvector's sign is arbitrary: fix it, so that the same features always give the same picture.
+    # An eigenvector's sign is arbitrary; it is fixed here, so that equal features give equal pictures.
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
     scores = (pixels - mean) @ axes
     low, high = np.percentile(scores[tissue], (2, 98), axis=0)
@@ -315,7 +315,7 @@ def _principal_colours(maps: NDArray[np.float32], tissue: NDArray[np.bool_]) -> 
     return colours, float(values[::-1][:3].sum()) / total
 
 
-def _overlay(axes: Axes, found: NDArray[Any], truth: NDArray[Any], num_classes: int) -> None:
+def _draw_overlay(axes: Axes, found: NDArray[Any], truth: NDArray[Any], num_classes: int) -> None:
     paint = np.zeros((*found.shape, 4), np.float32)
     for value in range(1, num_classes + 1):
         colour = _class_colour(value)
@@ -329,7 +329,7 @@ def _class_colour(value: int) -> str:
     return CLASS_COLOURS[(value - 1) % len(CLASS_COLOURS)]
 
 
-def _scale_bar(axes: Axes, shape: tuple[int, ...], spacing_mm: tuple[float, float]) -> None:
+def _draw_scale_bar(axes: Axes, shape: tuple[int, ...], spacing_mm: tuple[float, float]) -> None:
     width_mm = shape[0] * spacing_mm[0]
     length_mm = max(mm for mm in (1, 2, 5, 10, 20, 50, 100) if mm <= max(1.0, width_mm / 3))
     left, low = shape[0] * 0.06, shape[1] * 0.07

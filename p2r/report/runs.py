@@ -1,7 +1,7 @@
-"""URLs of storages, reports or backbones -> `Run`s that can be compared, or a refusal by name.
+"""Runs to compare, read from URLs of storages, reports or backbones, with errors by name.
 
-A report comes from elsewhere: its rows are checked before anything is made of them. A published backbone stands for its
-rows, and those from scratch, in the report of the storage that it lies in.
+A report comes from elsewhere, so its rows are validated first. A published backbone selects its own rows, and the rows from
+scratch, in its storage's report.
 """
 
 import re
@@ -24,11 +24,11 @@ _WAY_OUT = "give the storage, or the report.json, of a job that fine-tuned it"
 
 Dice = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Setting = tuple[str, str, str]
-"""Task, protocol, split: what figures must share to be put beside one another."""
+"""Task, protocol and split: results must agree in them to be compared."""
 
 
 class _Row(BaseModel):
-    """What a comparison needs of a row; whatever else a report holds is let through."""
+    """Fields of a row that a comparison needs; others are accepted unchecked."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -49,7 +49,7 @@ class _Row(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """One report, under the letter that stands for it."""
+    """One report, and the letter by which it is named."""
 
     letter: str
     url: str
@@ -60,14 +60,14 @@ class Run:
     seed: str
     licence: str
     finetune: dict[str, Any]
-    """The job's section; empty: the report does not say it."""
+    """The job's section; empty: not in the report."""
     chosen: tuple[dict[str, Any], ...]
-    """What the search chose: `task`, `mode` and `settings`."""
+    """Choices of the search: `task`, `mode` and `settings`."""
     rows: tuple[dict[str, Any], ...]
 
 
 class _Published(NamedTuple):
-    """A backbone, by its manifest."""
+    """A published backbone, by its manifest."""
 
     url: str
     sha256: str
@@ -75,7 +75,7 @@ class _Published(NamedTuple):
 
 
 def open_report(url: str) -> Run:
-    """Read the report of a job, or of a backbone that it published, with its rows checked.
+    """Read and validate the report of a job, or of a backbone that it published.
 
         report = p2r.open_report("/data/runs/mine")
         best = max(report.rows, key=lambda row: row["dice_mean"] or 0)
@@ -85,18 +85,17 @@ def open_report(url: str) -> Run:
         url: Storage of a job, its `report.json`, or a backbone in such a storage.
 
     Raises:
-        DataError: if the report breaks a rule.
-        StorageError: if there is none.
+        DataError: The report breaks a rule.
+        StorageError: There is no report.
     """
     return _read_run(url, "A")
 
 
 def read_runs(urls: Sequence[str]) -> list[Run]:
-    """Read the reports below several URLs: of a job's storage, of its report, of a report.json, or of a backbone that a job
-    published in its storage.
+    """Read the reports at several URLs: of a job's storage, a report.json, or a backbone that a job published in its storage.
 
     Raises:
-        DataError: naming the URL that holds no report, or a report that breaks its own rules.
+        DataError: A URL has no report, or its report breaks a rule; names the URL.
     """
     if not 2 <= len(urls) <= _MOST_RUNS:
         raise DataError(f"a comparison needs 2 to {_MOST_RUNS} reports, got {len(urls)}")
@@ -109,11 +108,11 @@ def read_runs(urls: Sequence[str]) -> list[Run]:
 
 
 def _read_run(url: str, letter: str) -> Run:
-    storage, found, published = _report_of(url)
+    storage, found, published = _find_report(url)
     where = storage.at(found)
     report = storage.read_json(found)
     if not isinstance(report, dict) or not str(report.get("format")).startswith("p2r-report/"):
-        raise DataError(f"{where} is no report of p2r (format p2r-report/1)")
+        raise DataError(f"{where} is not a p2r report (format p2r-report/1)")
     rows = report.get("rows")
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{where} holds no rows: there is nothing to compare")
@@ -126,35 +125,35 @@ def _read_run(url: str, letter: str) -> Run:
             key = ".".join(map(str, problem["loc"])) or "the row"
             raise DataError(f"{where}: row {number}: {one_line(key)}: {one_line(problem['msg'])}") from None
     if published is not None:
-        checked = _rows_of(published, checked, where)
+        checked = _select_rows(published, checked, where)
     if len({row.get("backbone") for row in checked}) > 1:
-        raise DataError(f"{where} holds rows of several backbones already; give reports of one backbone each")
+        raise DataError(f"{where} already holds rows of several backbones; give reports of one backbone each")
     trials = [(*setting_of(row), row["num_labelled"], row["mode"], row["draw"]) for row in checked]
     for number, trial in enumerate(trials):
         if trial in trials[:number]:
             raise DataError(f"{where}: rows {trials.index(trial)} and {number} are of one trial: {one_line(trial)}")
-    context = _mapping(report.get("context"))
-    backbone = _mapping(context.get("backbone"))
+    context = _mapping_or_empty(report.get("context"))
+    backbone = _mapping_or_empty(context.get("backbone"))
     chosen = context.get("chosen")
     return Run(
         letter,
         where,
         str(context.get("job") or ""),
         str((published.url if published else backbone.get("url")) or ""),
-        ", ".join(_digests(checked)),
+        ", ".join(_backbone_digests(checked)),
         code_of(checked, context),
         str(context.get("seed", "")),
         str((published.licence if published else context.get("licence")) or ""),
-        _mapping(context.get("finetune")),
-        tuple({**one, "settings": _mapping(one.get("settings"))} for one in chosen if isinstance(one, dict))
+        _mapping_or_empty(context.get("finetune")),
+        tuple({**one, "settings": _mapping_or_empty(one.get("settings"))} for one in chosen if isinstance(one, dict))
         if isinstance(chosen, list)
         else (),
         tuple(checked),
     )
 
 
-def _report_of(url: str) -> tuple[Storage, str, _Published | None]:
-    """Return where the report of a URL lies, and the backbone whose rows are meant, if the URL is that of one."""
+def _find_report(url: str) -> tuple[Storage, str, _Published | None]:
+    """Return the location of a URL's report, and the backbone whose rows are meant, if the URL is of one."""
     reference = parse_reference(url)
     if url.endswith(".json"):
         folder, _, path = url.rpartition("/")
@@ -170,28 +169,28 @@ def _report_of(url: str) -> tuple[Storage, str, _Published | None]:
         if reference.sha256 is not None:
             raise
         raise DataError(
-            f"there is no report at {storage.url} (looked for {', '.join(paths)}), nor is it a published backbone; give the "
-            "storage of a job that has run, a backbone in it (STORAGE/backbones/NAME/VERSION), or the URL of a report.json"
+            f"{storage.url} has no report (looked for {', '.join(paths)}) and is not a published backbone. Give the "
+            "storage of a finished job, a backbone in it (STORAGE/backbones/NAME/VERSION), or the URL of a report.json"
         ) from error
     place = re.fullmatch(r"(.+)/backbones/[^/]+/[^/]+", storage.url)
     if place is None:
         raise DataError(
-            f"backbone {storage.url} does not lie in the storage of a job (STORAGE/backbones/NAME/VERSION), where its report "
+            f"backbone {storage.url} is not in the storage of a job (STORAGE/backbones/NAME/VERSION), where its report "
             f"would be; {_WAY_OUT}"
         )
     published = _Published(storage.url, artefact.sha256, artefact.manifest.licence)
     job = Storage(place[1])
     if not job.exists("report/report.json"):
         raise DataError(
-            f"backbone {storage.url}: there is no report in its storage, {job.at('report/report.json')}; run its job to the "
+            f"backbone {storage.url}: its storage has no report, {job.at('report/report.json')}; run its job to the "
             f"end, or {_WAY_OUT}"
         )
     return job, "report/report.json", published
 
 
-def _rows_of(published: _Published, rows: Sequence[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    """Keep the rows of a backbone, and those from scratch, which are of none."""
-    digests = _digests(rows)
+def _select_rows(published: _Published, rows: Sequence[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Keep the rows of a backbone, and the rows from scratch, which have no backbone."""
+    digests = _backbone_digests(rows)
     if published.sha256 not in digests:
         raise DataError(
             f"{where} has no row of backbone {published.url} (sha256 {published.sha256[:12]}): its rows are of "
@@ -200,14 +199,14 @@ def _rows_of(published: _Published, rows: Sequence[dict[str, Any]], where: str) 
     return [row for row in rows if row.get("backbone_sha256") in (None, published.sha256)]
 
 
-def _digests(rows: Sequence[Row]) -> list[str]:
+def _backbone_digests(rows: Sequence[Row]) -> list[str]:
     return sorted({str(row["backbone_sha256"]) for row in rows if row.get("backbone_sha256")})
 
 
-def _mapping(value: object) -> dict[str, Any]:
+def _mapping_or_empty(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
 def setting_of(row: Row) -> Setting:
-    """Return what a row's figure must share with another's."""
+    """Return the setting in which a row's result can be compared with others."""
     return str(row["task"]), protocol_of(row), str(row["split"])

@@ -1,7 +1,7 @@
-"""The section `views` of a job -> a picture of each transform at the ends and in the middle of its range, and of whole draws.
+"""View sheet: a job's section `views` as a picture of each transform at the ends and middle of its range, and of whole draws.
 
-What people read in a job are numbers; whether a bias field of 0.4 is strong, they see. Every panel goes through the code
-that training goes through. A volume is shown by its middle plane across the third axis.
+A job gives numbers; the sheet shows whether, say, a bias field of 0.4 is strong. Every panel runs the code that training
+runs. A volume is shown by its middle plane across the third axis.
 
 Letters: C contrasts, D spatial dimensions (2 or 3), *S sizes along them.
 """
@@ -38,7 +38,7 @@ class _Row:
 
 
 def image_of(volume: Volume, config: ImageConfig) -> tuple[Tensor, Tensor]:
-    """Return the fullest plane of a scan, or the patch about its centre, as training would see it.
+    """Return the fullest plane of a scan, or the patch about its centre, prepared as in training.
 
     Returns:
         (1, *S) float32 in [0, 1], and (*S) bool: pixels of the scan.
@@ -86,17 +86,17 @@ def view_sheet(image: Tensor, inside: Tensor, *, config: ViewsConfig, spacing_mm
                 at = start + _LABEL + panel * (_EDGE + _GAP)
                 axes = figure.add_axes((at / width, low / height, _EDGE / width, _EDGE / height))
                 show(axes, picture, **({"vmin": 0, "vmax": 1} if picture.ndim == 2 else {}))
-                _caption(axes, caption)
+                _draw_caption(axes, caption)
     headline(
         figure,
         "Each transform over its range, and whole draws",
         f"{sheet.dimensions}D, {spacing_mm:g} mm pixels, {' x '.join(map(str, image.shape[1:]))}; "
-        "left: what moves; right: what changes the look",
+        "left: geometry; right: appearance",
     )
     figure.text(
         1 - 0.1 / width,
         0.12 / height,
-        "shaded: shows no place of the scan, never compared",
+        "shaded: outside the scan, never compared",
         ha="right",
         fontsize=9,
         color=FAINT,
@@ -193,8 +193,8 @@ class _Sheet:
 
         noise = _from_zero(config.noise)
         return [
-            row("gamma", _along(config.gamma, log=True), lambda v: f"{v:.2f}", number("gamma")),
-            row("contrast", _along(config.contrast, log=True), lambda v: f"{v:.2f}", number("contrast")),
+            row("gamma", _ends_and_middle(config.gamma, log=True), lambda v: f"{v:.2f}", number("gamma")),
+            row("contrast", _ends_and_middle(config.contrast, log=True), lambda v: f"{v:.2f}", number("contrast")),
             row("inversion", (0, 1), lambda v: "inverted" if v else "as it is", flag("inverted")),
             row(
                 "bias field",
@@ -205,13 +205,13 @@ class _Sheet:
             row("blur", _from_zero(config.blur_mm), lambda v: f"{v:.2f} mm", number("blur_mm")),
             row(
                 "low resolution",
-                _along(config.low_resolution_mm),
+                _ends_and_middle(config.low_resolution_mm),
                 lambda v: f"{v:.1f} mm",
                 lambda v: {"voxel_mm": v * first_axis},
             ),
             row(
                 "ghosting",
-                _along(config.ghosting),
+                _ends_and_middle(config.ghosting),
                 lambda v: f"{v:.2f}, n = {ghosts(v)['num_ghosts'][0]}",
                 ghosts,
             ),
@@ -258,7 +258,7 @@ class _Sheet:
         controls_mm: NDArray[np.float64] | None = None,
         **parts: NDArray[Any],
     ) -> NDArray[Any]:
-        """Warp the image by one part of a geometry, the others being neutral."""
+        """Warp the image by one part of a geometry, with the others neutral."""
         pairs = self.dimensions * (self.dimensions - 1) // 2
         neutral: dict[str, NDArray[Any]] = {
             "rotation_deg": np.zeros((1, pairs)),
@@ -272,7 +272,7 @@ class _Sheet:
         return self.tinted(apply_warp(self.image, warp)[0, 0], inside_mask(warp, self.inside)[0])
 
     def changed(self, **parameters: Any) -> NDArray[Any]:
-        """Change one parameter of the image's look, the others being neutral."""
+        """Change one parameter of the image's appearance, with the others neutral."""
         look = replace(unchanged(self.draws("look"), dimensions=self.dimensions), **parameters)
         result = apply_appearance(self.image, look, spacing_mm=self.spacing_mm, inside=self.inside)
         return self.plane(result[0, 0] * self.inside[0])
@@ -287,7 +287,7 @@ class _Sheet:
         return np.where(self.plane(shows)[..., None], grey, 0.1 * grey + 0.9 * OUTSIDE)
 
 
-def _along(limits: tuple[float, float], *, log: bool = False) -> tuple[float, ...]:
+def _ends_and_middle(limits: tuple[float, float], *, log: bool = False) -> tuple[float, ...]:
     low, high = limits
     return low, float(np.sqrt(low * high)) if log else (low + high) / 2, high
 
@@ -296,6 +296,6 @@ def _from_zero(most: float) -> tuple[float, ...]:
     return 0.0, most / 2, most
 
 
-def _caption(axes: Axes, text: str) -> None:
+def _draw_caption(axes: Axes, text: str) -> None:
     box = {"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "boxstyle": "square,pad=0.15"}
     axes.text(0.03, 0.04, text, transform=axes.transAxes, color="white", fontsize=8, va="bottom", bbox=box)

@@ -1,4 +1,4 @@
-"""Augmentation: two views of one image, and where each pixel of the second lies in the first."""
+"""Augmentation: two views of one image, and the position in the first view of each pixel of the second."""
 
 from p2r.views.cutmix import Labelled, draw_boxes, exchange
 from p2r.views.draws import Draws

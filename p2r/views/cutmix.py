@@ -1,7 +1,7 @@
-"""CutMix for segmentation: a box of one image takes the place of another's, and its label and mask go along.
+"""CutMix for segmentation: a box of one image replaces the same box of another, along with its label and mask.
 
-A box has 2 to 40 % of the image's area or volume, as in UniMatch; its edges differ by a factor of up to about 3. Boxes lie
-inside the image.
+A box covers 2 to 40 % of the image's area or volume, as in UniMatch; its edges differ by a factor of up to about 3. Boxes
+stay inside the image.
 
 Letters: B images, C contrasts, D spatial dimensions (2 or 3), *S sizes along them. Sources: Yun et al. 2019 (CutMix); Yang et
 al. 2023 (UniMatch); Bai et al. 2023 (BCP, in which labelled and unlabelled images are mixed both ways).
@@ -18,13 +18,13 @@ from p2r.device import on_device
 from p2r.views.draws import Draws
 
 BOX_FRACTION = (0.02, 0.4)
-"""Smallest and largest part of the image's area or volume; a little more or less by rounding to pixels."""
-_LARGEST_RATIO = 1 / 0.3  # of a box's edges, each as part of the image's
+"""Smallest and largest fraction of the image's area or volume, before rounding to pixels."""
+_MAX_ASPECT_RATIO = 1 / 0.3  # of a box's edges, each relative to the image's
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images with a class for every pixel, true or guessed."""
+    """Images with a class for every pixel: a true label or a pseudo-label."""
 
     images: Tensor
     """(B, C, *S) float32."""
@@ -34,27 +34,34 @@ class Labelled:
     """(B, *S) bool: pixels whose class counts in a loss."""
 
     def take(self, rows: Tensor) -> "Labelled":
-        """Return some of the images, in any order."""
+        """Select images by index, in any order."""
         return Labelled(self.images[rows], self.labels[rows], self.counts[rows])
 
 
-def draw_boxes(draws: Draws, *, size: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+def draw_boxes(
+    draws: Draws,
+    *,
+    size: tuple[int, ...],
+    device: torch.device | None = None,
+    fraction: tuple[float, float] = BOX_FRACTION,
+) -> Tensor:
     """Draw a box in each image.
 
     Args:
-        draws: Of B images.
+        draws: Random numbers of B images.
         size: *S.
-        device: Where the result is made.
+        device: Device of the result.
+        fraction: Smallest and largest fraction of the image's area or volume, drawn uniformly.
 
     Returns:
         (B, *S) bool: the pixels of the box.
     """
     dimensions = len(size)
-    fraction = draws.between(*BOX_FRACTION, "box's size")
-    largest = math.log(_LARGEST_RATIO) / 2
+    part = draws.between(*fraction, "box's size")
+    largest = math.log(_MAX_ASPECT_RATIO) / 2
     stretch = draws.between(-largest, largest, "box's shape", dimensions)
     stretch -= stretch.mean(1, keepdims=True)
-    parts = np.minimum(1.0, fraction[:, None] ** (1 / dimensions) * np.exp(stretch))
+    parts = np.minimum(1.0, part[:, None] ** (1 / dimensions) * np.exp(stretch))
     edges = np.clip(np.rint(parts * size), 1, size)
     starts = np.floor(draws.uniform("box's place", dimensions) * (np.array(size) - edges + 1))
     box = torch.ones((len(draws), *size), dtype=torch.bool, device=device)
@@ -69,7 +76,7 @@ def draw_boxes(draws: Draws, *, size: tuple[int, ...], device: torch.device | No
 
 
 def exchange(ground: Labelled, patch: Labelled, box: Tensor) -> Labelled:
-    """Put the pixels of `patch` in the box (B, *S) into `ground`: image, label and mask alike."""
+    """Replace image, label and mask of `ground` by those of `patch` inside the box (B, *S)."""
     return Labelled(
         torch.where(box[:, None], patch.images, ground.images),
         torch.where(box, patch.labels, ground.labels),

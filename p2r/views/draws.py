@@ -1,12 +1,12 @@
-"""A sample's key, the name of a draw, an index -> a random number. No state: nothing is advanced by drawing.
+"""A sample's key, the name of a draw, an index -> a random number, without state.
 
-Every number is a hash of what it is for (a counter-based generator). So a transform that is added, or off, changes no
-other's numbers; a sample's numbers do not depend on the samples beside it; and noise, one number per pixel, is made on
-the device, in integers, where a stream per sample would have to be read on the host, one sample after another.
+Every number is a hash of its purpose (a counter-based generator). So adding or disabling a transform does not change the
+numbers of others, and a sample's numbers do not depend on the rest of the batch. Noise, one number per pixel, is generated
+on the device in integers; a stateful stream per sample would need the host, one sample after another.
 
-Parameters are few and drawn on the host in double precision (splitmix64). Noise is drawn on the device (`p2r.device`), two
-values from each hash by the Box-Muller transform: the same on CPU and CUDA but for the rounding of four functions. 16 bits
-of radius bound it at 4.9 standard deviations.
+Parameters are few and are drawn on the host in double precision (splitmix64). Noise is drawn on the device (`p2r.device`),
+two values from each hash by the Box-Muller transform: CPU and CUDA agree up to the rounding of four functions. With 16 bits
+for the radius, noise is bounded by 4.9 standard deviations.
 
 Letters: B samples. Source: Steele, Lea, Flood 2014 (splitmix64).
 """
@@ -32,17 +32,17 @@ class Draws:
     """The random numbers of B samples."""
 
     keys: NDArray[np.uint64]
-    """(B,) all that a sample's numbers depend on, beside their names."""
+    """(B,) keys; a sample's numbers depend only on its key and their names."""
 
     @classmethod
     def of_samples(cls, seed: int, *, epochs: NDArray[np.int64], positions: NDArray[np.int64]) -> "Draws":
-        """Key samples by the seed of the run, the epoch, and their place in the corpus."""
+        """Key samples by the seed of the run, the epoch, and their position in the corpus."""
         pairs = zip(epochs.tolist(), positions.tolist(), strict=True)
         return cls(np.array([keyed_number(seed, "views", *pair) >> 64 for pair in pairs], dtype=np.uint64))
 
     @classmethod
     def of_generators(cls, generators: Sequence[np.random.Generator]) -> "Draws":
-        """Key samples by one number of each generator, which is all that is taken from it."""
+        """Key samples by exactly one number from each generator."""
         keys = [generator.integers(2**64, dtype=np.uint64) for generator in generators]
         return cls(np.array(keys, dtype=np.uint64))
 
@@ -50,17 +50,17 @@ class Draws:
         return len(self.keys)
 
     def named(self, name: str) -> "Draws":
-        """Return other draws of the same samples, independent of these."""
-        return Draws(_mix(self.keys ^ _hash_of(name)))
+        """Return independent draws of the same samples."""
+        return Draws(_mix_bits(self.keys ^ _hash_name(name)))
 
     def take(self, rows: NDArray[np.intp]) -> "Draws":
-        """Return the draws of some of the samples."""
+        """Select samples by index."""
         return Draws(self.keys[rows])
 
     def uniform(self, name: str, *shape: int) -> NDArray[np.float64]:
         """Return (B, *shape) numbers in [0, 1)."""
         index = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)
-        hashes = _mix(self.named(name).keys[:, None] + index * _GOLDEN)
+        hashes = _mix_bits(self.named(name).keys[:, None] + index * _GOLDEN)
         return ((hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(len(self), *shape)
 
     def between(self, low: float, high: float, name: str, *shape: int) -> NDArray[np.float64]:
@@ -74,7 +74,7 @@ class Draws:
         return deviates
 
     def noise(self, name: str, *shape: int, device: torch.device | None = None) -> Tensor:
-        """Return (B, *shape) standard normal numbers, float32, made on the device."""
+        """Return (B, *shape) standard normal numbers, float32, generated on the device."""
         size = math.prod(shape)
         bits = random_bits(self.named(name).keys, (size + 1) // 2, device=device)
         radius = (((bits >> 16) & 0xFFFF).float() + 0.5).mul_(2.0**-16).log_().mul_(-2).sqrt_()
@@ -83,13 +83,13 @@ class Draws:
         return pairs[:, :size].reshape(len(self), *shape)
 
 
-def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Make every bit of the result depend on every bit of `state`, one to one."""
+def _mix_bits(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scramble bijectively, such that every bit of the result depends on every bit of `state`."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
 
 
 @cache
-def _hash_of(name: str) -> np.uint64:
+def _hash_name(name: str) -> np.uint64:
     return np.uint64(keyed_number(0, name) >> 64)

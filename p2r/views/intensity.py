@@ -1,19 +1,20 @@
-"""An image in [0, 1] -> the same anatomy as another scanner, coil or sequence might have shown it, in [0, 1].
+"""An image in [0, 1] -> the same anatomy as from another scanner, coil or sequence, in [0, 1].
 
-All parameters are drawn first (`sample_appearance`), each from its own numbers; then they are applied to the whole batch
-(`apply_appearance`). The order is that of an acquisition: tissue contrast (gamma, inversion, contrast), the coil's bias
-field, resolution (blur, large voxels), ghosts of periodic motion, noise; then what is done to a finished image, the
-window between two percentiles. The result is clipped to [0, 1], the range that a network sees in use.
+All parameters are drawn first (`sample_appearance`), each from its own random numbers, and then applied to the whole batch
+(`apply_appearance`). The order follows an acquisition: tissue contrast (gamma, inversion, contrast), the coil's bias field,
+resolution (blur, large voxels), ghosts of periodic motion, noise. The window between two percentiles comes last, as for a
+finished image. The result is clipped to [0, 1], the range at inference.
 
-An image that a transform was not drawn for does not go through it, and stays what it is to the bit. Which images do is
-known on the host, so that nothing waits for the device. No sum depends on the order of adding, and no function on where
-in memory a pixel lies (a power does, so it is written as exp and log): an image's view is its own, whatever is beside it.
+A transform is applied only to the images for which it was drawn; the others stay bitwise unchanged. The host knows which
+images these are, so nothing synchronises with the device. An image's view does not depend on the rest of the batch: sums do
+not depend on the order of addition, and functions not on a pixel's position in memory. (A power does, so it is computed by
+exp and log.)
 
-kornia has most of these in batches, but no ghosts, bias fields or Rician noise, and draws from the global generator;
-MONAI and TorchIO have them all, one image at a time.
+Alternatives: kornia has most of these transforms in batches, but no ghosts, bias fields or Rician noise, and draws from the
+global generator. MONAI and TorchIO have all of them, one image at a time.
 
-Letters: B images, C contrasts, D spatial dimensions (2 or 3), *S sizes along them. One draw serves all contrasts of an
-image; noise and percentiles are each contrast's own.
+Letters: B images, C contrasts, D spatial dimensions (2 or 3), *S sizes along them. All contrasts of an image share one draw,
+except that noise and percentiles are per contrast.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,13 +35,13 @@ from p2r.views.draws import Draws
 from p2r.views.smooth import spline_field
 
 BIAS_CONTROLS = 5
-"""Control points along each side: two patches of the spline, as slow as a surface coil's field."""
+"""Control points along each side: two patches of the spline, as smooth as a surface coil's field."""
 NARROWEST_WINDOW = 0.05
-"""A plane of air is not stretched until its noise fills the range."""
-_FIXED_POINT = 2**24  # a mean over whole numbers is the same in every order of adding
+"""Minimum width of the window, so that a slice of air is not stretched until its noise fills the range."""
+_FIXED_POINT = 2**24  # sums of whole numbers do not depend on the order of addition
 _FINE_FIXED_POINT = 2.0**44  # sums up to 2**19 fit into 63 bits
 _NUM_BINS = 1024
-_NUM_COUNTED = 2**16  # pixels of an image that its percentiles are taken of, at most, on a regular grid
+_MAX_COUNTED = 2**16  # largest number of pixels for an image's percentiles, on a regular grid
 
 Numbers = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -48,39 +49,39 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Appearance:
-    """What changes the look of B images, on the host."""
+    """Appearance parameters of B images, on the host."""
 
     draws: Draws
-    """Of the noise."""
+    """Random numbers of the noise."""
     gamma: Numbers
-    """(B,) exponents; 1: none."""
+    """(B,) exponents; 1: off."""
     inverted: Flags
-    """(B,) whether dark and bright change places."""
+    """(B,) True: dark and bright are exchanged."""
     contrast: Numbers
-    """(B,) factors about the image's mean; 1: none."""
+    """(B,) factors about the image's mean; 1: off."""
     biased: Flags
-    """(B,) whether there is a bias field."""
+    """(B,) True: a bias field is applied."""
     bias: Numbers
-    """(B, *k) control values of its splines; the geometric mean is 1, so that as much is darkened as is brightened."""
+    """(B, *k) control values of the bias field's splines; their geometric mean is 1, to balance darkening and brightening."""
     blur_mm: Numbers
-    """(B,) standard deviations; 0: none."""
+    """(B,) standard deviations; 0: off."""
     voxel_mm: Numbers
-    """(B, D) edges of the voxels that are simulated; none along axes whose pixels are as large already."""
+    """(B, D) edges of the simulated voxels; no effect along axes whose pixels are at least as large."""
     ghosting: Numbers
-    """(B,) part of every n-th line of k-space that is lost to motion; 0: none."""
+    """(B,) fraction of every n-th line of k-space that is lost to motion; 0: off."""
     num_ghosts: NDArray[np.int64]
-    """(B,) that n: copies of the image across its field of view, itself included."""
+    """(B,) n: copies of the image across its field of view, including itself."""
     ghost_axis: NDArray[np.int64]
-    """(B,) axis along which they lie, that of phase encoding."""
+    """(B,) axis of the ghosts, the phase encoding axis."""
     noise: Numbers
-    """(B,) standard deviations; 0: none."""
+    """(B,) standard deviations; 0: off."""
     rician: Flags
-    """(B,) whether the noise is in both parts of a complex image whose magnitude is seen."""
+    """(B,) True: the noise is in both parts of a complex image, of which the magnitude is taken."""
     window: Numbers
-    """(B, 2) percentiles that become 0 and 1; 0 and 100: nothing is done."""
+    """(B, 2) percentiles that become 0 and 1; 0 and 100: off."""
 
     def take(self, rows: NDArray[np.intp]) -> "Appearance":
-        """Return what changes the look of some of the images."""
+        """Select images by index."""
         parts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "draws"}
         return Appearance(self.draws.take(rows), **{name: values[rows] for name, values in parts.items()})
 
@@ -97,10 +98,10 @@ def draw_intensity(
 
     Args:
         image: (B, C, *S) float32 in [0, 1].
-        draws: Of B images.
-        config: Ranges.
-        spacing_mm: Edges of a pixel, D of them.
-        inside: (B, *S) bool, pixels of the scan, that percentiles are taken of; None: all.
+        draws: Random numbers of B images.
+        config: Ranges of the parameters.
+        spacing_mm: Pixel size along each of D axes.
+        inside: (B, *S) bool, pixels of the scan, over which percentiles are computed; None: all.
 
     Returns:
         (B, C, *S) float32 in [0, 1].
@@ -110,7 +111,7 @@ def draw_intensity(
 
 
 def unchanged(draws: Draws, *, dimensions: int) -> Appearance:
-    """Return the appearance that leaves images as they are."""
+    """Return the neutral appearance, which does not change images."""
     batch = len(draws)
     zeros, ones = np.zeros(batch), np.ones(batch)
     none = np.zeros(batch, dtype=np.bool_)
@@ -133,10 +134,10 @@ def unchanged(draws: Draws, *, dimensions: int) -> Appearance:
 
 
 def sample_appearance(draws: Draws, *, config: IntensityConfig, dimensions: int) -> Appearance:
-    """Draw what changes each image's look. A transform that is off, or left out by chance, has its neutral value."""
+    """Draw the appearance of each image. Transforms that are off, or not drawn, get their neutral value."""
 
     def happens(name: str, probability: float, *shape: int) -> Flags:
-        if probability in (0, 1):  # nothing is to be drawn, and no other number depends on that
+        if probability in (0, 1):  # nothing to draw; draws are stateless, so no other number changes
             return np.full((len(draws), *shape), probability == 1)
         flags: Flags = draws.uniform(f"{name} happens", *shape) < probability
         return flags
@@ -180,94 +181,97 @@ def sample_appearance(draws: Draws, *, config: IntensityConfig, dimensions: int)
 
 
 def _bias_controls(draws: Draws, amplitude: Numbers, dimensions: int) -> Numbers:
-    """Draw positive fields of mean log 0. The exponential is taken of these few values, not of every pixel."""
+    """Draw positive fields with mean log 0. The exponential is applied to these few values, not to every pixel."""
     shape = [BIAS_CONTROLS] * dimensions
-    of_image = (slice(None), *[None] * dimensions)
+    per_image = (slice(None), *[None] * dimensions)
     log_field = draws.between(-1, 1, "bias field's shape", *shape)
     axes = tuple(range(1, dimensions + 1))
-    log_field -= log_field.mean(axes)[of_image]
+    log_field -= log_field.mean(axes)[per_image]
     largest = np.maximum(np.abs(log_field).max(axes), 1e-12)
-    controls: Numbers = np.exp(log_field * (amplitude / largest)[of_image])
+    controls: Numbers = np.exp(log_field * (amplitude / largest)[per_image])
     return controls
 
 
 def apply_appearance(
     image: Tensor, appearance: Appearance, *, spacing_mm: Sequence[float], inside: Tensor | None = None
 ) -> Tensor:
-    """Change the look of each image; see `draw_intensity`.
+    """Apply an appearance to each image; see `draw_intensity`.
 
     Raises:
-        ValueError: The shapes do not fit each other.
+        ValueError: if the shapes do not match.
     """
     dimensions = image.ndim - 2
     if dimensions not in (2, 3) or len(appearance.draws) != len(image) or len(spacing_mm) != dimensions:
         raise ValueError(
-            f"expected (B, C, *S) in 2D or 3D, the draws of B images and D edges of a pixel, "
+            f"expected image (B, C, *S) in 2D or 3D, the draws of B images and D pixel sizes, "
             f"got {tuple(image.shape)}, {len(appearance.draws)} and {len(spacing_mm)}"
         )
     if inside is None:
         inside = torch.ones_like(image[:, 0], dtype=torch.bool)
     look = appearance
-    result = _on(image, look, look.gamma != 1, _gamma)
-    result = _on(result, look, look.inverted | (look.contrast != 1), _tone)
-    result = _on(result, look, look.biased, _bias)
-    result = _on(result, look, look.blur_mm > 0, partial(_blur, spacing_mm=spacing_mm))
+    result = _transform_chosen(image, look, look.gamma != 1, _apply_gamma)
+    result = _transform_chosen(result, look, look.inverted | (look.contrast != 1), _apply_tone)
+    result = _transform_chosen(result, look, look.biased, _apply_bias)
+    result = _transform_chosen(result, look, look.blur_mm > 0, partial(_apply_blur, spacing_mm=spacing_mm))
     for axis, mm in enumerate(spacing_mm):
-        result = _on(result, look, look.voxel_mm[:, axis] > mm, partial(_large_voxels, axis=axis, spacing_mm=mm))
+        enlarge = partial(_simulate_large_voxels, axis=axis, spacing_mm=mm)
+        result = _transform_chosen(result, look, look.voxel_mm[:, axis] > mm, enlarge)
     for axis in range(dimensions):
         chosen = (look.ghosting > 0) & (look.ghost_axis == axis)
-        result = _on(result, look, chosen, partial(_ghosts, axis=axis))
+        result = _transform_chosen(result, look, chosen, partial(_add_ghosts, axis=axis))
     is_noisy = look.noise > 0
-    result = _on(result, look, is_noisy & ~look.rician, _gaussian_noise)
-    result = _on(result, look, is_noisy & look.rician, _rician_noise)
+    result = _transform_chosen(result, look, is_noisy & ~look.rician, _add_gaussian_noise)
+    result = _transform_chosen(result, look, is_noisy & look.rician, _add_rician_noise)
     result = result.clamp(0, 1)
-    return _on(result, look, (look.window != (0, 100)).any(1), _window, inside)
+    return _transform_chosen(result, look, (look.window != (0, 100)).any(1), _apply_window, inside)
 
 
-def _on(image: Tensor, look: Appearance, chosen: Flags, transform: Callable[..., Tensor], *beside: Tensor) -> Tensor:
-    """Put some images of a batch, what they are to look like, and their parts of `beside`, through a transform."""
+def _transform_chosen(
+    image: Tensor, look: Appearance, chosen: Flags, transform: Callable[..., Tensor], *others: Tensor
+) -> Tensor:
+    """Apply a transform to the chosen images of a batch, with their rows of the appearance and of `others`."""
     rows = np.flatnonzero(chosen)
     if len(rows) == 0:
         return image
     if len(rows) == len(image):
-        return transform(image, look, *beside)
+        return transform(image, look, *others)
     index = on_device(rows, image.device, dtype=torch.int64)
-    some = [batch.index_select(0, index) for batch in (image, *beside)]
-    return image.index_copy(0, index, transform(some[0], look.take(rows), *some[1:]))
+    selected = [batch.index_select(0, index) for batch in (image, *others)]
+    return image.index_copy(0, index, transform(selected[0], look.take(rows), *selected[1:]))
 
 
 def _per_image(values: NDArray[Any], image: Tensor) -> Tensor:
     return on_device(values, image.device).reshape(-1, *[1] * (image.ndim - 1))
 
 
-def _gamma(image: Tensor, look: Appearance) -> Tensor:
+def _apply_gamma(image: Tensor, look: Appearance) -> Tensor:
     return (image.log() * _per_image(look.gamma, image)).exp_()
 
 
-def _tone(image: Tensor, look: Appearance) -> Tensor:
-    """Invert, then stretch contrast: one linear map of each image's values."""
+def _apply_tone(image: Tensor, look: Appearance) -> Tensor:
+    """Apply inversion, then contrast, as one linear map of each image's values."""
     inverted, contrast = _per_image(look.inverted, image), _per_image(look.contrast, image)
     scale, offset = 1 - 2 * inverted, inverted
     if (look.contrast != 1).any():
-        offset = contrast * offset + (1 - contrast) * (offset + scale * _mean(image))
+        offset = contrast * offset + (1 - contrast) * (offset + scale * _exact_mean(image))
         scale = contrast * scale
     return image * scale + offset
 
 
-def _mean(image: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
-    """Return each image's mean (B, 1, ...), or that along `dims`, the same to the bit however a machine splits the sum."""
+def _exact_mean(image: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Return the mean of each image (B, 1, ...), or along `dims`; bitwise independent of the order of summation."""
     dims = tuple(range(1, image.ndim)) if dims is None else dims
     count = np.prod([image.shape[dim] for dim in dims])
     total = (image * _FIXED_POINT).int().sum(dims, keepdim=True, dtype=torch.int64)
     return (total.double() / (_FIXED_POINT * float(count))).float()
 
 
-def _bias(image: Tensor, look: Appearance) -> Tensor:
+def _apply_bias(image: Tensor, look: Appearance) -> Tensor:
     return image * spline_field(look.bias[:, None], size=tuple(image.shape[2:]), device=image.device)
 
 
-def _blur(image: Tensor, look: Appearance, *, spacing_mm: Sequence[float]) -> Tensor:
-    """Blur each image with its own Gaussian, cut at 3 sigma; the border is repeated outwards."""
+def _apply_blur(image: Tensor, look: Appearance, *, spacing_mm: Sequence[float]) -> Tensor:
+    """Blur each image with its own Gaussian, truncated at 3 sigma; border values are replicated outside."""
     dimensions = len(spacing_mm)
     for axis, mm in enumerate(spacing_mm):
         sigmas = look.blur_mm / mm
@@ -276,7 +280,7 @@ def _blur(image: Tensor, look: Appearance, *, spacing_mm: Sequence[float]) -> Te
         offsets = np.arange(-reach, reach + 1)
         kernels = np.exp(-0.5 * (offsets / np.maximum(sigmas[:, None], 1e-3)) ** 2)
         kernels[np.abs(offsets) > radii[:, None]] = 0.0
-        kernels /= np.cumsum(kernels, axis=1)[:, -1:]  # one after another: zeros beside a kernel change no sum
+        kernels /= np.cumsum(kernels, axis=1)[:, -1:]  # a sequential sum, which zeros around a kernel do not change
         weights = on_device(kernels.T.copy(), image.device).reshape(len(offsets), -1, *[1] * (dimensions + 1))
         padding = [0, 0] * (dimensions - 1 - axis) + [reach, reach] + [0, 0] * axis
         padded = F.pad(image, padding, mode="replicate")
@@ -286,11 +290,12 @@ def _blur(image: Tensor, look: Appearance, *, spacing_mm: Sequence[float]) -> Te
     return image
 
 
-def _large_voxels(image: Tensor, look: Appearance, *, axis: int, spacing_mm: float) -> Tensor:
-    """Show each image as if its voxels were longer along an axis, where its pixels are `spacing_mm` long.
+def _simulate_large_voxels(image: Tensor, look: Appearance, *, axis: int, spacing_mm: float) -> Tensor:
+    """Simulate longer voxels along an axis with pixels of `spacing_mm`.
 
-    A large voxel holds the mean of what it covers, the border repeated outwards; from their centres, one of which is the
-    image's own, the image is interpolated linearly. Means over any interval are differences of one running integral.
+    A large voxel has the mean value of the interval that it covers, with border values replicated outside. The image is
+    interpolated linearly between voxel centres, one of which is the image's centre. Means over intervals are differences
+    of one running integral.
     """
     lines = image.movedim(axis + 2, -1)  # (B, C, ..., L)
     length, shape = lines.shape[-1], lines.shape
@@ -300,22 +305,22 @@ def _large_voxels(image: Tensor, look: Appearance, *, axis: int, spacing_mm: flo
     place = (np.arange(length) - (length - 1) / 2) / edge  # in large voxels, from the image's centre
     before = np.floor(place)
     bounds = [(before + step) * edge + length / 2 for step in (-0.5, 0.5, 1.5)]
-    upto = [_integral_upto(integral, lines, bound) for bound in bounds]
-    means = [after - ahead for ahead, after in pairwise(upto)]
+    integrals = [_integrate_to(integral, lines, bound) for bound in bounds]
+    means = [after - ahead for ahead, after in pairwise(integrals)]
     share = on_device((place - before)[:, None], image.device)
     result = ((1 - share) * means[0] + share * means[1]) / on_device(edge[:, None], image.device)
     return result.reshape(shape).movedim(-1, axis + 2)
 
 
 def _running_sum(lines: Tensor) -> Tensor:
-    """Sum values along the last axis, up to and with each, in whole numbers.
+    """Compute the inclusive running sum along the last axis, in whole numbers.
 
-    They are exact in every order of adding. CUDA has no deterministic running sum of floating point.
+    These are exact in any order of addition; CUDA has no deterministic running sum of floating-point numbers.
     """
     return ((lines.double() * _FINE_FIXED_POINT).long().cumsum(-1).double() / _FINE_FIXED_POINT).to(lines.dtype)
 
 
-def _integral_upto(integral: Tensor, lines: Tensor, bounds: Numbers) -> Tensor:
+def _integrate_to(integral: Tensor, lines: Tensor, bounds: Numbers) -> Tensor:
     """Integrate lines (B, R, L), constant over each pixel and beyond the ends, from 0 to `bounds` (B, L)."""
     length = lines.shape[-1]
     within = bounds.clip(0, length)
@@ -325,15 +330,15 @@ def _integral_upto(integral: Tensor, lines: Tensor, bounds: Numbers) -> Tensor:
         on_device(values[:, None], lines.device)
         for values in (within - whole, np.minimum(bounds, 0), np.maximum(bounds - length, 0))
     )
-    upto = integral.gather(2, index) + part * lines.gather(2, index)
-    return upto + below * lines[..., :1] + above * lines[..., -1:]
+    within_image = integral.gather(2, index) + part * lines.gather(2, index)
+    return within_image + below * lines[..., :1] + above * lines[..., -1:]
 
 
-def _ghosts(image: Tensor, look: Appearance, *, axis: int) -> Tensor:
-    """Weaken every n-th line of k-space but the central one, as motion in step with every n-th excitation does.
+def _add_ghosts(image: Tensor, look: Appearance, *, axis: int) -> Tensor:
+    """Attenuate every n-th line of k-space except the central one, like motion in step with every n-th excitation.
 
-    In the image, that subtracts the mean of n copies, each a further n-th of the field of view along, and adds the mean
-    along the axis. Copies are moved by whole pixels; the magnitude is what is seen.
+    In the image this subtracts the mean of n copies, each shifted by a further n-th of the field of view, and adds the mean
+    along the axis. Copies are shifted by whole pixels, and the result is a magnitude.
     """
     lines = image.movedim(axis + 2, -1)  # (B, C, ..., L)
     length = lines.shape[-1]
@@ -342,46 +347,46 @@ def _ghosts(image: Tensor, look: Appearance, *, axis: int) -> Tensor:
         shift = np.rint(number * length / look.num_ghosts)[:, None]
         source = ((np.arange(length) - shift) % length).astype(np.int64)  # (B, L)
         index = on_device(source, image.device, dtype=torch.int64).reshape(len(image), *[1] * (lines.ndim - 2), length)
-        moved = lines.gather(lines.ndim - 1, index.expand(lines.shape))
-        copies = copies + _per_image(number < look.num_ghosts, image) * moved
-    ghosts = copies / _per_image(look.num_ghosts, image) - _mean(lines, (lines.ndim - 1,))
+        shifted = lines.gather(lines.ndim - 1, index.expand(lines.shape))
+        copies = copies + _per_image(number < look.num_ghosts, image) * shifted
+    ghosts = copies / _per_image(look.num_ghosts, image) - _exact_mean(lines, (lines.ndim - 1,))
     return (lines - _per_image(look.ghosting, image) * ghosts).abs_().movedim(-1, axis + 2)
 
 
-def _gaussian_noise(image: Tensor, look: Appearance) -> Tensor:
-    return _noise("noise", image, look).add_(image)
+def _add_gaussian_noise(image: Tensor, look: Appearance) -> Tensor:
+    return _draw_noise("noise", image, look).add_(image)
 
 
-def _rician_noise(image: Tensor, look: Appearance) -> Tensor:
-    real, imaginary = _gaussian_noise(image, look), _noise("imaginary noise", image, look)
+def _add_rician_noise(image: Tensor, look: Appearance) -> Tensor:
+    real, imaginary = _add_gaussian_noise(image, look), _draw_noise("imaginary noise", image, look)
     return real.square_().add_(imaginary.square_()).sqrt_()
 
 
-def _noise(name: str, image: Tensor, look: Appearance) -> Tensor:
+def _draw_noise(name: str, image: Tensor, look: Appearance) -> Tensor:
     return _per_image(look.noise, image) * look.draws.noise(name, *image.shape[1:], device=image.device)
 
 
-def _window(image: Tensor, look: Appearance, inside: Tensor) -> Tensor:
-    """Stretch the values between two percentiles of each contrast's pixels in the scan to [0, 1]."""
+def _apply_window(image: Tensor, look: Appearance, inside: Tensor) -> Tensor:
+    """Map the values between two percentiles of each contrast, over the pixels of the scan, to [0, 1]."""
     stride = 1
-    while np.prod([-(-size // stride) for size in image.shape[2:]]) > _NUM_COUNTED:
+    while np.prod([-(-size // stride) for size in image.shape[2:]]) > _MAX_COUNTED:
         stride += 1
     grid = (slice(None), slice(None), *[slice(None, None, stride)] * (image.ndim - 2))
     counted = image[grid].flatten(2)  # (B, C, pixels)
     weight = inside[:, None][grid].flatten(2).expand(counted.shape).long()
     bins = (counted * _NUM_BINS).long().clamp_(max=_NUM_BINS - 1)
     counts = weight.new_zeros((*counted.shape[:2], _NUM_BINS)).scatter_add_(2, bins, weight)
-    upto = counts.cumsum(2)
-    low, high = (_percentile(counts, upto, column) for column in look.window.T)
+    cumulative = counts.cumsum(2)
+    low, high = (_read_percentile(counts, cumulative, column) for column in look.window.T)
     spread = (high - low).clamp(min=NARROWEST_WINDOW)
     ends = (*image.shape[:2], *[1] * (image.ndim - 2))
     return ((image - low.reshape(ends)) / spread.reshape(ends)).clamp_(0, 1)
 
 
-def _percentile(counts: Tensor, upto: Tensor, percent: Numbers) -> Tensor:
-    """Read a percentile (B,) off histograms (B, C, bins) of [0, 1], as if pixels were spread evenly within a bin."""
-    rank = (on_device(percent / 100, counts.device)[:, None, None] * upto[..., -1:]).clamp(min=0.5)
-    at = (upto < rank).sum(2, keepdim=True).clamp_(max=_NUM_BINS - 1)
+def _read_percentile(counts: Tensor, cumulative: Tensor, percent: Numbers) -> Tensor:
+    """Read a percentile (B,) from histograms (B, C, bins) of [0, 1], assuming uniform values within a bin."""
+    rank = (on_device(percent / 100, counts.device)[:, None, None] * cumulative[..., -1:]).clamp(min=0.5)
+    at = (cumulative < rank).sum(2, keepdim=True).clamp_(max=_NUM_BINS - 1)
     count = counts.gather(2, at)
-    part = (rank - (upto.gather(2, at) - count)) / count.clamp(min=1)
+    part = (rank - (cumulative.gather(2, at) - count)) / count.clamp(min=1)
     return (at + part) / _NUM_BINS

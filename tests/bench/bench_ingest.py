@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from multiprocessing.pool import Pool
 from pathlib import Path
@@ -62,10 +62,10 @@ def ours(pool: Pool, config: IngestConfig, folder: Path) -> None:
     """Make a corpus, one shard a task."""
     shutil.rmtree(folder, ignore_errors=True)
 
-    def build_all(plans: Sequence[ShardPlan]) -> Iterator[tuple[ShardPlan, Built]]:
+    def build_all(plans: Sequence[ShardPlan]) -> Generator[tuple[ShardPlan, Built], None, None]:
         yield from pool.imap_unordered(build, [(plan, config, str(folder)) for plan in plans])
 
-    for _ in ingest(config, Storage(str(folder)), build_all=build_all):  # type: ignore[arg-type]
+    for _ in ingest(config, Storage(str(folder)), build_all=build_all):
         pass
 
 
@@ -134,7 +134,7 @@ def main() -> None:
         options.images or resolve_source(f"template://icbm152?subjects={options.subjects}", cache_folder()) / "images"
     )
     files = sorted(images.rglob("*.nii.gz"))
-    configs = {codec: config_of(images, codec, options.shard_size_mib) for codec in ("lz4", "zstd")}  # type: ignore[arg-type]
+    configs = {codec: config_of(images, codec, options.shard_size_mib) for codec in ("lz4", "zstd")}
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="p2r-bench-") as temporary, spawn.Pool(options.processes) as pool:
         folder = Path(temporary)

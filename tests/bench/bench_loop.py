@@ -28,7 +28,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -187,11 +187,12 @@ def ours(job: Job, folder: Path, *, num_turns: int) -> Iterator[Contender]:
         with relay(say) as queue:
             yield GatedQueue(queue, address, num_turns)
 
+    config = job.pretrain
+    assert config is not None
+
     def run() -> None:
         try:
-            executor.pretrain(
-                job.pretrain, storage=storage.child("pretrain"), corpus=storage.child("corpus"), say=progress
-            )
+            executor.pretrain(config, storage=storage.child("pretrain"), corpus=storage.child("corpus"), say=progress)
         except Exception as error:
             progress(f"{OURS}: {error}")
             raise
@@ -240,7 +241,7 @@ def train_bare(
             gate.wait(step=taken, loss=float(torch.stack(losses).mean()))
 
 
-def bare_steps(config: PretrainConfig, corpus: Storage, device: torch.device) -> Iterator[Tensor]:
+def bare_steps(config: PretrainConfig, corpus: Storage, device: torch.device) -> Generator[Tensor, None, None]:
     """Train, and yield the loss of every step."""
     torch.manual_seed(config.seed)
     model = Pix2Rep(config.model, dimensions=config.image.dimensions).to(device)

@@ -262,7 +262,7 @@ def measure(
     exact = None
     if num <= 16384:  # float64 on all pairs takes long beyond
         doubles = [rows.detach().double().requires_grad_() for rows in (queries, keys)]
-        exact = torch.autograd.grad(exactly(*doubles, temperature), doubles)
+        exact = torch.autograd.grad(exactly(doubles[0], doubles[1], temperature), doubles)
     rows: list[dict[str, Any]] = []
     running: dict[str, tuple[Loss, dict[str, Any]]] = {}
     for name, loss in contenders(temperature, device, channels):

@@ -47,9 +47,12 @@ from bench_views import torchio_appearance
 from charts import OTHERS_COLOUR, OURS_COLOUR, bars, shares
 from rounds import cpu_name, progress, ratios, spread, take_turns
 from training import (
+    FIRST,
     FULL_SCALE,
     LEARNING_RATE,
+    OURS,
     SPACING_MM,
+    VARIANTS,
     Setting,
     Steps,
     add_options,
@@ -70,20 +73,7 @@ from p2r.engine.build import DTYPES, join_process_group
 from p2r.model.backbones import build_backbone, cost_of
 from p2r.report.canvas import headline, new_figure, to_png
 
-OURS = "p2r, fp32"
 PUBLISHED, UNAUGMENTED = "published manner", "published manner, without TorchIO"
-LAST: dict[str, Any] = {"model": {"channels_last": True}}
-FIRST: dict[str, Any] = {"model": {"channels_last": False}}
-VARIANTS: dict[str, dict[str, Any]] = {
-    OURS: FIRST,
-    "p2r, fp32, channels last": LAST,
-    "p2r, fp32, compiled": FIRST | {"compile": True},
-    "p2r, bf16": FIRST | {"precision": "bf16"},
-    "p2r, bf16, channels last": LAST | {"precision": "bf16"},
-    "p2r, bf16, compiled": FIRST | {"precision": "bf16", "compile": True},
-    "p2r, bf16, compiled, channels last": LAST | {"precision": "bf16", "compile": True},
-}
-"""Keys of a job's `pretrain` section."""
 BATCHES = 4
 """Different batches in memory."""
 UNCOUNTED = 1

@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -62,7 +62,7 @@ from p2r.report.canvas import FAINT, INK, headline, new_figure, to_png
 from p2r.storage import Storage
 
 Planes = NDArray[np.int16]  # (N, H, W)
-Batches = Iterator[Any]  # of (B, H, W)
+Batches = Generator[Any, None, None]  # of (B, H, W)
 
 TAKE, TAKE_CLIP = "numpy.take from memory", "numpy.take from memory, mode clip"
 GET, FETCH = "GET to file, check, decode", "GET to file and check alone"
@@ -232,8 +232,8 @@ def litdata(data: Data, bucket: Mapping[str, str] | None = None) -> Batches:
     if not folder.exists():
         work = Path(tempfile.mkdtemp(dir=data.folder))
         one = partial(_plane, str(data.folder / "planes.npy"))
-        numbers, options = list(range(len(data.planes))), {"chunk_bytes": "64MB", "num_workers": 1, "verbose": False}
-        peer.optimize(one, numbers, output_dir=str(work), **options)
+        numbers = list(range(len(data.planes)))
+        peer.optimize(one, numbers, output_dir=str(work), chunk_bytes="64MB", num_workers=1, verbose=False)
         work.rename(folder)
     options: dict[str, Any] = {"shuffle": True, "seed": SEED, "batch_decode": 0}
     with tempfile.TemporaryDirectory(dir=data.folder) as cold:
@@ -423,7 +423,7 @@ def whole_turn(make: Callable[[], Batches], num_steps: int) -> Turn:
         return turn(batches, num_steps)
 
 
-def checked(name: str, batches: Batches, data: Data) -> dict[str, Any]:
+def checked(name: str, batches: Iterable[Any], data: Data) -> dict[str, Any]:
     """Compare what a contender delivers with the truth; return the beginning of its row, with the reason if it fails."""
     seen: list[int] = []
     try:
@@ -455,7 +455,9 @@ def measured(
         row, cpu_us = rows[name], [one.cpu_us_per_slice for one in turns[name]]
         row["slices_per_s"], row["of_rounds"] = spread(values), values
         row["mb_per_s"] = row["slices_per_s"]["median"] * data.planes[0].nbytes / 1e6
-        row["cpu_us_per_slice"] = None if None in cpu_us else statistics.median(cpu_us)
+        row["cpu_us_per_slice"] = (
+            None if None in cpu_us else statistics.median(used for used in cpu_us if used is not None)
+        )
         row["of_yardstick"] = ratios(values, rates[yardstick])
         row["times_ours"] = ratios(rates[ours], values)
     return list(rows.values())

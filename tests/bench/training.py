@@ -29,6 +29,19 @@ from p2r.model.pix2rep import Pix2Rep
 Steps = Generator[Any, None, None]
 LEARNING_RATE = 1e-4
 SPACING_MM = 1.5
+OURS = "p2r, fp32"
+LAST: dict[str, Any] = {"model": {"channels_last": True}}
+FIRST: dict[str, Any] = {"model": {"channels_last": False}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    OURS: FIRST,
+    "p2r, fp32, channels last": LAST,
+    "p2r, fp32, compiled": FIRST | {"compile": True},
+    "p2r, bf16": FIRST | {"precision": "bf16"},
+    "p2r, bf16, channels last": LAST | {"precision": "bf16"},
+    "p2r, bf16, compiled": FIRST | {"precision": "bf16", "compile": True},
+    "p2r, bf16, compiled, channels last": LAST | {"precision": "bf16", "compile": True},
+}
+"""Keys of a job's `pretrain` section."""
 FULL_SCALE = 1000
 """Integer that becomes 1 in the network's input."""
 

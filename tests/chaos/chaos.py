@@ -166,7 +166,7 @@ class Trouble:
 
     def __init__(self, nodes: Cluster, store: S3Server, run: Submitted, rng: random.Random) -> None:
         self._nodes, self._store, self._run, self._rng = nodes, store, run, rng
-        self._later: list[tuple[float, Callable[[], None]]] = []
+        self._later: list[tuple[float, Callable[[], object]]] = []
 
     def make(self, draw: Draw) -> Made:
         """Make one fault now: at the node that was drawn, or, where an elastic group does without that one, at another."""
@@ -202,7 +202,7 @@ class Trouble:
             action()
         self._later.clear()
 
-    def _in(self, seconds: float, action: Callable[[], None]) -> None:
+    def _in(self, seconds: float, action: Callable[[], object]) -> None:
         self._later.append((time.monotonic() + seconds, action))
 
     def _worker(self, node: Node) -> str:
@@ -276,7 +276,7 @@ class Trouble:
         ]
         drain = [ray, "drain-node", f"--node-id={self._id_of(node)}", *arguments, "--deadline-remaining-seconds=30"]
         self._nodes.popen(self._nodes.head, drain, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait()
-        self._in(30.0, lambda: self._node(node) and None)
+        self._in(30.0, lambda: self._node(node))
         return node.address
 
     def _id_of(self, node: Node) -> str:

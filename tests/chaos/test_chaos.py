@@ -1,10 +1,11 @@
 """What chaos draws and how it judges; the run itself is `make chaos`."""
 
 from itertools import pairwise
+from typing import Any
 
 from tests.chaos.chaos import APART, KINDS, Made, draw_curves, draw_faults, verdict
 
-RUN = {"losses": {1: 5.0, 2: 4.0, 3: 3.5}, "last_step": 3, "stream": {"step": 3}, "damaged": []}
+RUN: dict[str, Any] = {"losses": {1: 5.0, 2: 4.0, 3: 3.5}, "last_step": 3, "stream": {"step": 3}, "damaged": []}
 
 
 def test_a_seed_draws_faults_far_enough_apart_and_every_kind_before_any_comes_twice() -> None:

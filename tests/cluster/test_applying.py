@@ -71,7 +71,9 @@ def test_probabilities_of_an_ensemble_are_written_beside_its_segmentation(
     image, labels = (nibabel.load(tmp_path / f"both{name}.nii.gz") for name in ("_probabilities", ""))
     assert np.allclose(image.affine, affine) and image.shape == (36, 40, 3, 4), "two classes of two frames"
     found = image.get_fdata()
-    assert np.allclose(found, np.mean(of_members, axis=0), atol=1e-5) and not np.allclose(*of_members, atol=1e-3)
+    assert np.allclose(found, np.mean(of_members, axis=0), atol=1e-5) and not np.allclose(
+        of_members[0], of_members[1], atol=1e-3
+    )
     of_frames = found.reshape(36, 40, 3, 2, 2)
     assert np.allclose(of_frames.sum(-1), 1, atol=1e-6) and found.min() >= 0
     assert np.array_equal(of_frames.argmax(-1), np.asarray(labels.dataobj))

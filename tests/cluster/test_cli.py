@@ -165,9 +165,30 @@ def test_verify_names_files_of_no_revision(p2r: Call, published: dict[str, str],
     assert "unreferenced  shard-000099-000000000000.tar" in printed and "sound" in printed
 
 
-def test_verify_reads_every_digest(p2r: Call, published: dict[str, str]) -> None:
-    for name in ("corpus", "backbone", "model"):
-        assert "sound" in p2r("verify", published[name])
+@pytest.mark.parametrize("name", ["corpus", "backbone", "model"])
+def test_verify_reads_every_digest(p2r: Call, published: dict[str, str], tmp_path: Path, name: str) -> None:
+    """One flipped bit in the middle of any file is found, and the file is named."""
+    copy = Path(shutil.copytree(published[name].removeprefix("file://"), tmp_path / name))
+    printed = p2r("verify", copy)
+    assert "sound" in printed and "unreferenced" not in printed
+    (pin,) = re.findall(r"^pin +(\S+)$", printed, re.MULTILINE)
+    files = [path for path in sorted(copy.rglob("*")) if path.is_file() and not {"receipts", "report"} & {*path.parts}]
+    kinds = {path.suffix for path in files}
+    assert kinds >= ({".tar", ".idx", ".jsonl"} if name == "corpus" else {".safetensors", ".json", ".md"})
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(flipped(content))
+        with pytest.raises(SystemExit) as refusal:
+            p2r("verify", pin if path.name == "manifest.json" else copy)
+        assert refusal.value.code in (1, 2), path.name
+        path.write_bytes(content)
+    assert "sound" in p2r("verify", pin)
+
+
+def flipped(content: bytes) -> bytes:
+    """Flip one bit in the middle; of text, one that keeps it text."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 def test_status_reads_the_storage_alone(
@@ -210,7 +231,7 @@ def test_plan_refuses_what_cannot_fit(
 def test_the_hook_adds_the_working_directory(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
     monkeypatch.chdir(repository)
-    monkeypatch.setattr(submit_hook.os, "execv", lambda program, arguments: called.append(arguments))
+    monkeypatch.setattr("cluster.submit_hook.os.execv", lambda program, arguments: called.append(arguments))
     monkeypatch.setattr(sys, "argv", ["ray", "job", "submit", "--no-wait", "jobs/pretrain.yaml"])
     submit_hook.default_working_dir(working_dir=None, entrypoint=("jobs/pretrain.yaml",), address=None)
     expected = ["ray", "job", "submit", "--working-dir", ".", "--no-wait", "jobs/pretrain.yaml"]
@@ -225,7 +246,7 @@ def test_the_hook_leaves_other_submissions_alone(
     repository: Path, monkeypatch: pytest.MonkeyPatch, working_dir: str | None, entrypoint: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(repository)
-    monkeypatch.setattr(submit_hook.os, "execv", lambda *_: pytest.fail("it submitted again"))
+    monkeypatch.setattr("cluster.submit_hook.os.execv", lambda *_: pytest.fail("it submitted again"))
     submit_hook.default_working_dir(working_dir=working_dir, entrypoint=entrypoint)
 
 

@@ -54,7 +54,9 @@ def test_candidates_are_stopped_and_proposed_and_what_was_found_lies_on_the_stor
     stopping = make(
         *(published, toy_data, tmp_path / "asha"),
         learning_rates={"scratch": [3e-2, 1e-2, 1e-7, 1e-8, 1e30]},
-        **{"scheduler": "asha", "report_steps": 2, "scheduler_options": {"reduction_factor": 2}},
+        scheduler="asha",
+        report_steps=2,
+        scheduler_options={"reduction_factor": 2},
     )
     trials = [(stopping, trial) for trial in search_trials(stopping.config, load_task(toy_data / "task.yaml"))]
     counts: list[Mapping[str, int]] = []
@@ -78,7 +80,8 @@ def test_candidates_are_stopped_and_proposed_and_what_was_found_lies_on_the_stor
         make(
             *(published, toy_data, tmp_path / name),
             learning_rates={"scratch": {"loguniform": [1e-3, 1e-1]}},
-            **{"searcher": "random", "num_samples": 2},
+            searcher="random",
+            num_samples=2,
         )
         for name in ("random", "elsewhere")
     )
@@ -94,8 +97,8 @@ def test_candidates_are_stopped_and_proposed_and_what_was_found_lies_on_the_stor
     assert suggest(proposing, "scratch", resources=RESOURCES, retries=0, say=lines.append) == found
     assert time.monotonic() - began < 2, "what was searched lies on the storage"
 
-    again = suggest(elsewhere, "scratch", resources=RESOURCES, retries=0, say=lines.append)
-    assert [trial for trial, _ in again] == [trial for trial, _ in found], "candidates depend on the seed alone"
+    repeated = suggest(elsewhere, "scratch", resources=RESOURCES, retries=0, say=lines.append)
+    assert [trial for trial, _ in repeated] == [trial for trial, _ in found], "candidates depend on the seed alone"
 
 
 def test_a_sweep_whose_driver_was_killed_goes_on_to_the_report_of_one_that_was_not(

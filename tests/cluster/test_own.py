@@ -253,7 +253,7 @@ def test_a_layout_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_labels_with_gaps_say_what_to_do() -> None:
     assert problems_of([1, 2, 3]) is None
-    assert "rewrite them (nothing is 3)" in str(problems_of([1, 2, 4]))
+    assert "renumber them (missing: 3)" in str(problems_of([1, 2, 4]))
 
 
 def test_the_job_that_travels_with_p2r_is_the_one_that_init_writes(repository: Path) -> None:
@@ -329,3 +329,37 @@ def test_validate_follows_every_path(tmp_path: Path, p2r: P2R) -> None:
     assert code == 2 and "finetune.tasks" in said and "03.nii.gz" in said and "unlabelled: leave_out" in said
     code, said = p2r("validate", "mine/jop.yaml")
     assert code == 2 and "did you mean mine/job.yaml?" in said
+
+
+def test_validate_refuses_settings_that_no_worker_could_have_and_notes_slow_ones(
+    write_toy_job: Callable[..., Path], tmp_path: Path, p2r: P2R
+) -> None:
+    job = write_toy_job(tmp_path)
+    gpu = "resources.gpus_per_worker=1"
+    for overrides, words in (
+        (["pretrain.micro_batch=3"], "pretrain.micro_batch must divide a worker's part of the global batch, got 3"),
+        (["pretrain.precision=tf32", "resources.gpus_per_worker=0"], "pretrain.precision tf32 needs GPUs"),
+    ):
+        code, said = p2r("validate", job, *(word for override in overrides for word in ("--set", override)))
+        assert code == 2 and words in said, said
+    for overrides, words in (
+        (
+            ["pretrain.precision=bf16", gpu, "pretrain.model.embedding_channels=48"],
+            "set pretrain.model.embedding_channels",
+        ),
+        (["pretrain.precision=bf16", gpu, "pretrain.loss.temperature=0.01"], "set pretrain.loss.temperature to 0.01"),
+        (["pretrain.precision=fp32", gpu], "set pretrain.precision to bf16 or tf32"),
+    ):
+        code, said = p2r("validate", job, *(word for override in overrides for word in ("--set", override)))
+        assert code == 0 and "note: on GPUs, the loss has no kernels for" in said and words in said, said
+    code, said = p2r(
+        "validate",
+        job,
+        "--set",
+        "pretrain.precision=bf16",
+        "--set",
+        gpu,
+        "--set",
+        "pretrain.model.embedding_channels=64",
+    )
+    assert code == 0 and "no kernels" not in said, said

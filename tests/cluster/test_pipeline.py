@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,9 @@ def test_scans_become_a_report_and_running_again_repeats_nothing(
         assert row["num_test_subjects"] == 2
         assert set(row["subjects"]) <= {f"sub-{number:02d}" for number in range(1, 6)}
         assert (row["backbone_sha256"] is None) == (row["mode"] == "scratch")
-    same_patients = {(row["num_labelled"], row["draw"]): set() for row in report["rows"]}
+    same_patients: dict[tuple[Any, Any], set[Any]] = {
+        (row["num_labelled"], row["draw"]): set() for row in report["rows"]
+    }
     for row in report["rows"]:
         same_patients[row["num_labelled"], row["draw"]].add(tuple(row["subjects"]))
     assert all(len(subjects) == 1 for subjects in same_patients.values())

@@ -112,9 +112,9 @@ class Watched(Storage):
         super().__init__(url)
         self.reads: list[tuple[str, int]] = []
 
-    def read_bytes(self, path: str) -> bytes:
+    def read_bytes(self, path: str, *, max_bytes: int | None = None) -> bytes:
         self.reads.append((path, -1))
-        return super().read_bytes(path)
+        return super().read_bytes(path, max_bytes=max_bytes)
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         self.reads.append((path, stop - start))

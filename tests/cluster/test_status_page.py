@@ -287,7 +287,7 @@ def test_a_storage_that_fails_leaves_the_last_status_and_the_reason(run: Path, m
                 raise error
 
             monkeypatch.setattr(Reader, "read", fail)
-            found = _status_when(server, lambda found, words=words: found["trouble"] == words)
+            found = _status_when(server, lambda found, words=words: found["trouble"] == words)  # type: ignore[misc]
             assert found["status"]["training"]["step"] == 80
         monkeypatch.undo()
         _status_when(server, lambda found: found["trouble"] is None)

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from tests.gpu.carry import requirements
 from tests.gpu.probe import PARTS
 
 
@@ -28,3 +29,7 @@ def test_a_part_that_takes_too_long_is_named_and_the_others_run(repository: Path
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
     assert [json.loads(line)["part"] for line in out.read_text().splitlines()] == list(PARTS)
+
+
+def test_all_that_the_probe_carries_has_a_pinned_version() -> None:
+    assert all("==" in requirement for requirement in requirements().values())

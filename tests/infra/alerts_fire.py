@@ -149,7 +149,7 @@ class Watch:
             return json.load(answer)["data"]
 
 
-Note = Callable[[str, str, Callable[[], None]], Any]
+Note = Callable[[str, str, Callable[[], object]], Any]
 """Given an alert, a run and what mends the fault: waits for it to fire, mends, waits for it to be resolved."""
 
 
@@ -253,7 +253,7 @@ def restarts(stage: Stage, note: Note) -> None:
     with _driver(stage, "restarts") as driver, contextlib.ExitStack() as running:
         training = running.enter_context(Training(stage, "restarts"))
         training.kill()
-        note("P2RProcessUnreachable", "restarts", lambda: running.enter_context(Training(stage, "restarts")) and None)
+        note("P2RProcessUnreachable", "restarts", lambda: running.enter_context(Training(stage, "restarts")))
         driver.fault({"cause": "worker", "count": 1, "limit": 2})
         note("P2RRestartsNearLimit", "restarts", lambda: None)  # an hour without another one
 

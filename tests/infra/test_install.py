@@ -47,11 +47,11 @@ def resolve(
         pytest.skip("no uv: pip install uv")
     (asked,) = (word for word in arguments if word.startswith("."))
     extras = asked.removeprefix(".").strip("[]").split(",")
-    command = [uv, "pip", "compile", "--no-config", "--no-header", "--no-annotate", "--python", sys.executable]
+    command = [str(uv), "pip", "compile", "--no-config", "--no-header", "--no-annotate", "--python", sys.executable]
     command += ["--python-version", python, "--python-platform", platform, "pyproject.toml"]
     command += [word for name in extras for word in ("--extra", name)]
     command += [word for word in arguments if word == "-c" or word.endswith(".txt")]
-    command += [] if wheels is None else ["--find-links", wheels]
+    command += [] if wheels is None else ["--find-links", str(wheels)]
     # No wheel of this machine, no other index of this machine: what anybody gets.
     environment = {name: value for name, value in os.environ.items() if NETWORK.search(name)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -159,7 +159,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 def build(source: Path, folder: Path) -> Path:
     """Build a wheel of `source` as `make wheel` does, without the network, and return the folder of its content."""
-    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder]
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(folder)]
     run(sys.executable, "-m", "pip", "wheel", *options, source, cwd=folder)
     (built,) = folder.glob("*.whl")
     shutil.unpack_archive(built, folder / "site", "zip")
@@ -230,12 +230,60 @@ def test_a_job_that_p2r_brings_gives_way_to_a_file_of_that_name(
     monkeypatch.chdir(tmp_path)
     for name in ("demo", "demo.yaml", "jobs/demo.yaml"):
         assert find_job(Path(name)) == ROOT / "jobs/demo.yaml"
-    for name in ("mine/demo.yaml", "nothing", tmp_path / "demo.yaml"):
+    for name in ("mine/demo.yaml", "nothing", str(tmp_path / "demo.yaml")):
         assert find_job(Path(name)) == Path(name), "only a name, or a path of the README, means what p2r brings"
     assert target_of("demo")[0] == "demo"
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs/demo.yaml").write_text("kind: pipeline\n")
     assert find_job(Path("jobs/demo.yaml")) == Path("jobs/demo.yaml")
+
+
+EXTRA = [
+    "ray",
+    "deepspeed",
+    "webdataset",
+    "blosc2",
+    "pydicom",
+    "dcm2niix",
+    "nilearn",
+    "prometheus_client",
+    "matplotlib",
+]
+CORE = f"""
+import runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {EXTRA}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run_core(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run a module, or code after `-c`, as an installation without the extra `cluster` does."""
+    first, *rest = map(str, words)
+    code = rest.pop(0) if first == "-c" else f"runpy.run_module({first!r}, run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", CORE + code, *rest]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+@pytest.mark.parametrize("words", ["p2r.engine jobs/demo.yaml", "cluster run jobs/demo.yaml"])
+def test_without_the_extra_a_job_says_what_to_install(words: str) -> None:
+    done = run_core(*words.split())
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "which is not installed here: pip install 'p2r[cluster]'" in done.stderr
+
+
+def test_without_the_extra_p2r_run_in_python_says_what_to_install() -> None:
+    done = run_core("-c", "import p2r; p2r.load_backbone, p2r.load_model; p2r.run")
+    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: p2r.run needs the package")
+    assert "pip install 'p2r[cluster]'" in done.stderr
+
+
+def test_without_the_extra_artefacts_are_inspected_and_verified(published: dict[str, str]) -> None:
+    for command in ("inspect", "verify"):
+        done = run_core("cluster", command, published["backbone"])
+        assert done.returncode == 0 and "p2r-backbone/2" in done.stdout, done.stderr
 
 
 def test_what_the_demo_leaves_does_not_hide_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

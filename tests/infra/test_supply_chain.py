@@ -1,4 +1,5 @@
 import json
+from collections.abc import Set
 from dataclasses import replace
 from email.message import Message
 from pathlib import Path
@@ -14,6 +15,7 @@ from infra.supply_chain import (
     ALLOWED_FOR,
     PINS,
     Row,
+    Use,
     all_pins,
     all_rows,
     closure,
@@ -56,7 +58,8 @@ def test_every_licence_is_allowed_for_its_use(committed: dict[str, Row]) -> None
 def test_what_users_install_is_pinned_apart_from_what_tests_add() -> None:
     product, others = (read_pins((ROOT / name).read_text()).keys() for name in PINS)
     assert not product & others
-    for use, pinned in (("p2r", product), ("tests", product | others), ("docs", product | others)):
+    cases: list[tuple[Use, Set[str]]] = [("p2r", product), ("tests", product | others), ("docs", product | others)]
+    for use, pinned in cases:
         unpinned = {name for name in closure(use).keys() - pinned if not name.startswith(("nvidia-", "cuda-"))}
         # torch asks for the one Triton that it was built with, where it is built for CUDA.
         assert unpinned <= {"setuptools", "pip", "wheel", *(["triton"] if use == "p2r" else [])}, unpinned
@@ -141,7 +144,7 @@ def test_the_bill_of_materials_is_valid_and_whole(committed: dict[str, Row]) -> 
     graph = {entry["ref"]: entry.get("dependsOn", []) for entry in document["dependencies"]}
     reached, waiting = set(), ["p2r"]
     while waiting:
-        waiting += [child for child in graph[waiting.pop()] if not (child in reached or reached.add(child))]  # type: ignore[func-returns-value]
+        waiting += [child for child in graph[waiting.pop()] if not (child in reached or reached.add(child))]
     assert reached == {component["bom-ref"] for component in document["components"]}, (
         "everything is there for something"
     )

@@ -9,6 +9,7 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 def file_of(folder: Path, role: str) -> Path:
     return folder / manifest_of(folder)["files"][role]["name"]
+
+
+def put_manifest(folder: Path, content: bytes) -> None:
+    (folder / "manifest.json").write_bytes(content)
 
 
 def put(folder: Path, role: str, content: bytes) -> None:
@@ -301,7 +306,7 @@ RUBBISH = {
 
 ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     **{
-        f"{role}: {name}": ((lambda folder, role=role, content=content: put(folder, role, content)), message)
+        f"{role}: {name}": (partial(put, role=role, content=content), message)
         for role, message in (
             ("weights", "is not a safetensors file|do not fit its config.json"),
             ("config", "is not JSON|is not valid"),
@@ -310,7 +315,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], object], str]] = {
     },
     **{
         f"manifest: {name}": (
-            (lambda folder, content=content: (folder / "manifest.json").write_bytes(content)),
+            partial(put_manifest, content=content),
             "is not JSON|is not valid|has format None",
         )
         for name, content in RUBBISH.items()
@@ -510,8 +515,8 @@ def test_an_at_sign_in_a_url_is_no_pin() -> None:
         ({"spacing_mm": 1e-9}, "preparation.spacing_mm"),
         ({"spacing_mm": 1e300}, "preparation.spacing_mm"),
         ({"image_size": 10**6}, "preparation.image_size"),
-        ({"intensity_percentiles": [99.5, 0.5]}, "two of .* that rise"),
-        ({"intensity_percentiles": [0.5, 1e300]}, "two of .* that rise"),
+        ({"intensity_percentiles": [99.5, 0.5]}, "two of .* in increasing order"),
+        ({"intensity_percentiles": [0.5, 1e300]}, "two of .* in increasing order"),
     ],
 )
 def test_a_preparation_that_no_scan_could_have_is_refused(change: dict[str, Any], message: str, folder: Path) -> None:

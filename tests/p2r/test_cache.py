@@ -329,6 +329,7 @@ def test_what_a_killed_process_leased_or_was_fetching_is_free_again(
     finally:
         other.send_signal(signal.SIGKILL)
         other.wait()
+        assert other.stdout is not None
         other.stdout.close()
     lease = shards.lease(cache, "d")
     assert lease is not None

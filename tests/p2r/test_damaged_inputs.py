@@ -2,9 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -60,7 +58,7 @@ def test_a_task_is_read_or_refused(data: st.DataObject, tmp_path_factory: pytest
 @FUZZ
 @given(data=st.data())
 def test_a_list_is_read_or_refused(data: st.DataObject) -> None:
-    contents: dict[str, Callable[..., Any] | bytes] = {
+    contents = {
         "list.csv": b'path,subject,site\na.nii,one,"x, y"\nb.nii,two,\n',
         "list.tsv": b"path\tsubject\na.nii\tone\n",
         "list.jsonl": b'{"path": "a.nii", "subject": "one", "age": 3}\n{"path": "b.nii"}\n',

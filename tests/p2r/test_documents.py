@@ -174,6 +174,17 @@ YAML_REFUSED = {
     "an integer of 5,000 digits": ("a: " + "9" * 5000, "line 1: '9+' is not a valid int"),
     "not a number": ("a: .nan", "line 1: .nan is not a finite number"),
     "infinity": ("a: 1.e+400", "is not a finite number"),
+    "a number to base 8": ("b: 1\na: 0777", "line 2: 0777 is another number .* the text in quotes: '0777'"),
+    "a negative number to base 8": ("a: [-07]", "line 1: -07 is another number"),
+    "a subject's number": ("subjects: [001, 002]", "line 1: 001 is another number"),
+    "a number that is said to be one": ("a: !!int '010'", "line 1: 010 is another number"),
+    "hours": ("a: 1:30:00", "line 1: 1:30:00 is another number .* a colon base 60"),
+    "minutes with a fraction": ("a: 190:20:30.15", "line 1: 190:20:30.15 is another number"),
+    "a key to base 8": ("010: x", "line 1: 010 is another number"),
+    "a key over two lines": ("{a\n b: 1}", "line 1: a key spans several lines: write it on one line"),
+    "a quoted key over two lines": ("{'a\n b': 1}", "line 1: a key spans several lines"),
+    "a key that is asked for over two lines": ("? a\n  b\n: 1", "line 1: a key spans several lines"),
+    "a block as a key": ("? |\n  a\n: 1", "line 1: a key spans several lines"),
     "an object": ("a: !!python/object:os.system x", "the tag .*python/object:os.system is not read"),
     "a set": ("a: !!set {b}", "the tag .*set is not read"),
     "no boolean": ("a: !!bool perhaps", "'perhaps' is not a valid bool"),
@@ -207,6 +218,9 @@ def test_yaml_is_read_as_pyyaml_reads_it_but_for_dates() -> None:
     assert (value["a"]["b"], value["e"][1]["b"], value["d"]["b"]) == (1, 1, 2)
     assert read_yaml("a: 2026-11-29", where="") == {"a": "2026-11-29"}
     assert read_yaml("# nothing", where="") is None
+    assert read_yaml("[0, -0, 0.5, 00.5, 0x1F, 0b11, '0777', '1:30', 1:x, 008]", where="") == (
+        [0, 0, 0.5, 0.5, 31, 3, "0777", "1:30", "1:x", "008"]
+    )
 
 
 @settings(max_examples=150, derandomize=True, deadline=None, database=None)

@@ -238,7 +238,7 @@ variants: {a: {pretrain.corpus: "${P2R_HERE}/d", pretrain.steps: 3}}
         value = "{publish.name: '${P2R_HERE}'}" if override.startswith("variants") else "'x ${P2R_HERE:-y}'"
         override = "variants.a" if override.startswith("variants") else override
         message = refusal(tmp_path, text, f"{override}={value}")
-        assert override in message and "${P2R_HERE} is not filled in here: only paths, URLs" in message
+        assert override in message and "${P2R_HERE} is not filled in here, because this field is published" in message
 
 
 def test_a_key_that_commands_a_terminal_is_named_without_its_commands(tmp_path: Path) -> None:

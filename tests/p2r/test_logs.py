@@ -54,7 +54,7 @@ def test_a_terminal_gets_the_line_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     say_error(InputError("job x: no such file"), code=2)
     logging.getLogger("p2r.s3").warning("cannot read %s", "s3://b/k")
     said = "pretrain | step 3/9 | loss 1.0\np2r: job x: no such file\nwarning: p2r.s3: cannot read s3://b/k\n"
-    assert sys.stderr.getvalue() == said  # type: ignore[attr-defined]
+    assert sys.stderr.getvalue() == said  # type: ignore[union-attr]
 
 
 def test_whoever_is_no_terminal_gets_an_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,14 +76,19 @@ def test_names_of_secrets() -> None:
         assert not is_secret_name(name)
 
 
-@pytest.mark.parametrize(
-    "piece", ["a.", "eyJ-", "AWS4-HMAC-SHA256 Credential=", "?token", "https://", "-----BEGIN A", " password ", " "]
+PIECES = (
+    *("a.", "eyJ-", "AWS4-HMAC-SHA256 Credential=", "?token", "https://", "-----BEGIN A", " password ", " "),
+    *("https://a:", "--token ", "-token", "authorization:", "token=", "http://a:x/"),
 )
+
+
+@pytest.mark.parametrize("piece", PIECES)
 def test_no_text_takes_longer_than_its_length(piece: str) -> None:
     """Repeated, each began a search of all that follows: a minute and more for these, of which a second is left."""
     text = piece * (200_000 // len(piece))
     with time_limit(30):
-        assert masked(text, environment={}) == text and not looks_secret(text)
+        assert len(masked(text, environment={})) <= len(text)
+        looks_secret(text)
 
 
 def test_the_password_of_a_proxy_and_the_lines_of_a_key_are_secret_without_a_secret_name() -> None:
@@ -105,10 +110,51 @@ def test_the_password_of_a_proxy_and_the_lines_of_a_key_are_secret_without_a_sec
         "AZURE_CLIENT_SECRET=pl4nted-1",
         "{'AccessKeySecret': 'pl4nted-1'}",
         "HF_TOKEN=pl4nted-1",
+        "p2r status --token pl4nted-1",
+        "--token=pl4nted-1",
+        "['ray', '--redis-password', 'pl4nted-1', 'x']",
+        "-api-key pl4nted-1",
+        '--client-secret "pl4nted-1"',
+        "Authorization: token pl4nted-1",
+        "Authorization: pl4nted-1",
+        "{'authorization': 'ApiKey pl4nted-1'}",
+        "proxy-authorization=Digest pl4nted-1",
+        "{'token': 'pl4nted-1-of-some-length'}",
+        "s3://AKIA:pl4nted/1/pl4nted@bucket/x",
+        "https://me:1234x/pl4nted@host/x?y",
+        "no route to http://me:pl4nted?#/1@host:80/x",
     ],
 )
 def test_a_value_beside_the_name_of_a_secret_is_masked(text: str) -> None:
     assert "pl4nted" not in masked(text, environment={})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://localhost:9000/bucket/x@sha256:0123456789",
+        "s3://bucket/a@b",
+        "http://[::1]:8080/a@b",
+        "file:///data/a:b@c",
+        "the option --token-file /run/token names it",
+        "a token: see the page",
+        "step 5 | tokens: 12345",
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert masked(text, environment={}) == text and not looks_secret(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://AKIA:pl4nted/1@bucket",
+        "Authorization: token pl4nted-1-of-some-length",
+        "curl --token pl4nted-1-of-some-length",
+    ],
+)
+def test_what_is_refused_as_a_secret(text: str) -> None:
+    assert looks_secret(text)
 
 
 def test_an_error_of_ours_never_holds_a_secret() -> None:
@@ -176,7 +222,7 @@ def _lines_of_text(handler: ast.ExceptHandler, name: str) -> list[int]:
         is_str = isinstance(node, ast.Call) and ast.unparse(node.func) in ("str", "repr") and bool(node.args)
         inside = node.args[0] if is_str and isinstance(node, ast.Call) else getattr(node, "value", None)
         if (is_str or isinstance(node, ast.FormattedValue)) and isinstance(inside, ast.Name) and inside.id == name:
-            lines += [node.lineno] if id(node) not in safe else []
+            lines += [inside.lineno] if id(node) not in safe else []
     return lines
 
 

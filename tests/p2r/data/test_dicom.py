@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from pydicom.uid import UID
 
 from p2r.config import IngestConfig, QualityConfig
 from p2r.data.dicom import converted, group_by_series, is_dicom
@@ -205,7 +206,7 @@ def test_a_dicomdir_is_no_scan(tmp_path: Path, write_series: WriteSeries) -> Non
     write_series(tmp_path / "p1")
     header = pydicom.dcmread(tmp_path / "p1" / "IM030001.dcm")
     del header.SeriesInstanceUID
-    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = "1.2.840.10008.1.3.10"
+    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = UID("1.2.840.10008.1.3.10")
     header.save_as(tmp_path / "DICOMDIR")
     assert [scan.key for scan in scans_of(tmp_path)] == ["p1_s003"]
 
@@ -279,7 +280,7 @@ def cine(folder: Path, *, series_of: Callable[[int], int], drop: tuple[tuple[int
             header.file_meta = pydicom.dataset.FileMetaDataset()
             header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
             header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = pydicom.uid.MRImageStorage
-            header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID = f"1.2.3.{number}"
+            header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID = UID(f"1.2.3.{number}")
             header.Modality, header.PatientID, header.Manufacturer = "MR", "P", "SIEMENS"
             header.StudyInstanceUID, header.FrameOfReferenceUID = "1.2.4", "1.2.5"
             header.SeriesInstanceUID, header.SeriesNumber = f"1.2.6.{series_of(z)}", series_of(z)
@@ -391,13 +392,13 @@ def enhanced(
         header.save_as(path)
         return voxels.transpose(3, 2, 1, 0)[::-1, ::-1]
     path.unlink()
-    places = [(t, z) for t in range(times) for z in range(5)]
-    for part in sorted({part_of(z, t) for t, z in places}):
-        wanted = [number for number, (t, z) in enumerate(places) if part_of(z, t) == part]
+    frame_places = [(t, z) for t in range(times) for z in range(5)]
+    for part in sorted({part_of(z, t) for t, z in frame_places}):
+        wanted = [number for number, (t, z) in enumerate(frame_places) if part_of(z, t) == part]
         header.PixelData = voxels.reshape(-1, header.Rows, header.Columns)[wanted].tobytes()
         header.NumberOfFrames, header.InstanceNumber = len(wanted), part + 1
         header.PerFrameFunctionalGroupsSequence = pydicom.Sequence([frames[number] for number in wanted])
-        header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = f"1.2.9.{part + 1}"
+        header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.9.{part + 1}")
         header.save_as(folder / f"part{part}.dcm")
     return voxels.transpose(3, 2, 1, 0)[::-1, ::-1]
 

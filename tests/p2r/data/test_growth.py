@@ -92,7 +92,7 @@ def test_a_subject_that_the_source_names_is_taken_over_the_pattern() -> None:
 
 
 def test_listed_subjects_without_scans_are_refused_by_name() -> None:
-    with pytest.raises(DataError, match=r"sub-3.*no scan"):
+    with pytest.raises(DataError, match=r"sub-3 without any scan"):
         plan_growth(scans_of("sub-1_a", "sub-2_a"), config_of(subjects=("sub-[1-3]",)), PLAIN)
 
 

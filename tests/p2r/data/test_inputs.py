@@ -6,6 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from nibabel import affines
 from numpy.typing import NDArray
 
 from p2r.config import IngestConfig
@@ -109,8 +110,8 @@ def test_what_is_written_like_a_scan_overlays_it_in_nibabel_and_itk(case: Case, 
     voxels = np.stack([rng.integers(0, size, 20) for size in volume.source_shape], 1)
     if not any(words in case.name for words in NOT_FOR_NIBABEL):
         scan, written = nibabel.load(path), nibabel.load(output)
-        world = nibabel.affines.apply_affine(scan.affine, voxels)
-        places = np.rint(nibabel.affines.apply_affine(np.linalg.inv(written.affine), world)).astype(int)
+        world = affines.apply_affine(scan.affine, voxels)
+        places = np.rint(affines.apply_affine(np.linalg.inv(written.affine), world)).astype(int)
         np.testing.assert_array_equal(places, voxels)
         assert written.header.get_zooms() == scan.header.get_zooms()[: len(written.shape)]
         for field in ("sform_code", "qform_code", "xyzt_units"):

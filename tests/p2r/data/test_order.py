@@ -294,3 +294,19 @@ def test_steps_and_ranks_out_of_range_are_value_errors() -> None:
         rank_batch(UNEVEN, seed=0, epoch=0, step=0, global_batch=16, rank=2, world_size=2)
     with pytest.raises(ValueError, match="global_batch"):
         num_lanes(0)
+
+
+def test_a_position_in_a_mixture_is_found_in_its_corpus_shard_and_sample() -> None:
+    mixture = Order([[3, 1, 2], [2, 4]], seed=0, global_batch=4)
+    expected = [
+        (corpus, shard, sample)
+        for corpus, counts in enumerate([[3, 1, 2], [2, 4]])
+        for shard, count in enumerate(counts)
+        for sample in range(count)
+    ]
+    assert [tuple(map(int, place)) for place in zip(*mixture.locate(np.arange(12)), strict=True)] == expected
+    shuffled = np.array([11, 0, 6, 5])
+    assert [tuple(map(int, place)) for place in zip(*mixture.locate(shuffled), strict=True)] == [
+        expected[position] for position in shuffled
+    ]
+    assert mixture.num_samples(1, 1) == 4

@@ -360,7 +360,7 @@ def test_labels_of_frames_are_the_nearest_voxels_labels(size: int | None) -> Non
 def test_images_beyond_their_memory_are_refused_before_they_are_made(of: Any) -> None:
     data = np.random.default_rng(0).integers(0, 9, (20, 30, 4, 1)).astype(np.int16)
     rules = Preparation(spacing_mm=0.001, image_size=32)
-    message = r"scan: \d+ (planes|frames) of .* voxels of .* mm, .* of 0.001 mm after resampling, would take .* 8,192 MiB are allowed: use"
+    message = r"scan: \d+ (slices|frames) of .* voxels of .* mm, .* of 0.001 mm after resampling, would take .* 8,192 MiB are allowed: use"
     with pytest.raises(RefusedScan, match=message) as refusal:
         of(volume_of(data), preparation=rules)
     assert refusal.value.code == "too_large"

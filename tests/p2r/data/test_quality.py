@@ -75,7 +75,7 @@ def test_a_rule_that_is_given_wins_over_the_preset() -> None:
 def test_rules_that_make_no_sense_are_refused() -> None:
     for quality in ({"max_spacing_mm": 0}, {"min_slices": -1}, {"preset": "strict"}, {"max_spacing": 3}):
         with pytest.raises(ValidationError):
-            QualityConfig(**quality)  # type: ignore[arg-type]
+            QualityConfig(**quality)
 
 
 def test_planes_must_have_the_size_that_the_job_asks_for(tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def test_the_extent_and_its_centre_stay() -> None:
     found = resample(volume, (2.0, 2.0, 2.0))
     extent = np.array(volume.data.shape[:3]) * volume.spacing_mm
     np.testing.assert_allclose(np.array(found.data.shape[:3]) * found.spacing_mm, extent, atol=1.01)
-    centres = [v.affine @ [*((np.array(v.data.shape[:3]) - 1) / 2), 1] for v in (volume, found)]
-    np.testing.assert_allclose(*centres, atol=1e-9)
+    one, other = (v.affine @ [*((np.array(v.data.shape[:3]) - 1) / 2), 1] for v in (volume, found))
+    np.testing.assert_allclose(one, other, atol=1e-9)
     np.testing.assert_allclose(
         found.affine[:3, :3] / found.spacing_mm, volume.affine[:3, :3] / volume.spacing_mm, atol=1e-12
     )

@@ -358,13 +358,13 @@ def test_a_list_that_breaks_a_rule_is_refused_with_the_line(tmp_path: Path, name
         ("l.csv", "\n" + "," * 20, "line 2: 21 values; a row may have 10"),
         ("l.csv", "path\n" + " " * 300, "line 2: it has more than the 200 characters"),
         ("l.jsonl", json.dumps(dict.fromkeys(["path", *map(str, range(10))])), "line 1: 11 keys; a row may have 10"),
-        ("l.csv", "path\n" + "a" * 2001, "has more than the 2,000 bytes"),
+        ("l.csv", "path\n" + "a" * 2001, "has more than 2,000 bytes"),
     ],
 )
 def test_a_list_has_bounds_that_keep_reading_it_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, rule: str
 ) -> None:
-    for bound, value in {"MAX_LINES": 20, "_MAX_COLUMNS": 10, "_MAX_LINE": 200, "MAX_BYTES": 2000}.items():
+    for bound, value in {"MAX_LINES": 20, "_MAX_COLUMNS": 10, "_MAX_LINE_LENGTH": 200, "MAX_BYTES": 2000}.items():
         monkeypatch.setattr(lists, bound, value)
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=rule):
@@ -425,15 +425,15 @@ def test_a_bucket_is_searched_like_a_folder(s3_url: str, tmp_path: Path) -> None
     )
     bucket = s3fs.S3FileSystem(skip_instance_cache=True)
     bucket.put(f"{tmp_path}/", f"{s3_url.removeprefix('s3://')}/ds/", recursive=True)
-    for options in ({}, {"exclude": ["*bold*"]}):
-        scans = find_scans([f"{s3_url}/ds"], cache=tmp_path, **options)
-        here = find_scans([str(tmp_path)], cache=tmp_path, **options)
+    for exclude in ([], ["*bold*"]):
+        scans = find_scans([f"{s3_url}/ds"], cache=tmp_path, exclude=exclude)
+        here = find_scans([str(tmp_path)], cache=tmp_path, exclude=exclude)
         assert [scan.path.removeprefix(f"{s3_url}/ds/") for scan in scans] == [
             scan.path.removeprefix(f"{tmp_path}/") for scan in here
         ]
         assert [
             (folder.path.removeprefix(f"{s3_url}/ds/"), folder.modified)
-            for folder in search_scans([f"{s3_url}/ds"], cache=tmp_path, **options).passed_over
+            for folder in search_scans([f"{s3_url}/ds"], cache=tmp_path, exclude=exclude).passed_over
         ] == [("code", "1 files"), ("derivatives", "1 files"), ("sourcedata", "1 files")]
         for scan, local in zip(scans, here, strict=True):
             assert (scan.key, scan.num_bytes, scan.subject, scan.entities) == (

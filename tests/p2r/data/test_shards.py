@@ -137,7 +137,8 @@ def test_every_layout_gives_volumes_planes_and_boxes(tmp_path: Path, record: Any
         rng = np.random.default_rng(axis)
         for _ in range(10):
             ends = [sorted(rng.choice(n + 1, 2, replace=False)) for n in frames.shape[1:]]
-            box = tuple(slice(int(start), int(stop)) for start, stop in ends)
+            a, b, c = (slice(int(start), int(stop)) for start, stop in ends)
+            box = (a, b, c)
             np.testing.assert_array_equal(reader.read_box(row, frame, box), frames[1][box])
         with pytest.raises(ValueError, match="no volume number 2"):
             reader.locate_volume(2)

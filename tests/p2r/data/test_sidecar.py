@@ -102,7 +102,7 @@ def test_numbers_that_are_none_are_not_kept(constant: str) -> None:
     assert allowed_tags(f'{{"EchoTime": {constant}}}'.encode()) == ({}, 1)
 
 
-VALUES = st.one_of(
+VALUES: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from([None, True, [], [[]], {}, {"a": 1}, [None], ["a", 1], 10**400, "x" * 65, "\0", [1e308] * 600]),
     st.text(max_size=8),
     st.floats(),

@@ -157,7 +157,7 @@ def test_the_memory_of_a_batch_is_used_again_only_when_no_part_of_it_is_held(sma
             for group in batch.groups:
                 places.append(group.voxels.untyped_storage().data_ptr())
                 if step % 5 == 0:  # a view of a view, as a tensor or an array
-                    part = group.voxels[-1:] if step % 2 else group.voxels.numpy()[..., 1:].T
+                    part: Any = group.voxels[-1:] if step % 2 else group.voxels.numpy()[..., 1:].T
                     held.append((part, part.clone() if step % 2 else part.copy()))
             del batch, group
     assert len(set(places)) < len(places) / 2
@@ -211,7 +211,7 @@ def test_a_state_of_another_stream_is_refused_by_the_stream_too(small_corpus: Sm
 
 def test_planes_that_would_be_too_large_after_resampling_are_refused_by_name(small_corpus: SmallCorpus) -> None:
     image = ImageConfig(spacing_mm=0.001, size=32)
-    with pytest.raises(DataError, match=r"shard-.*\.tar: .*: 1 planes of .* would take .* allowed: use larger voxels"):
+    with pytest.raises(DataError, match=r"shard-.*\.tar: .*: 1 slices of .* would take .* allowed: use larger voxels"):
         batches(small_corpus, 1, image=image)
 
 

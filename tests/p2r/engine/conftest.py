@@ -22,6 +22,7 @@ def job_of(write_toy_job: Callable[..., Path]) -> JobOf:
 def corpus(job_of: JobOf, tmp_path_factory: pytest.TempPathFactory) -> Storage:
     job = job_of(tmp_path_factory.mktemp("job"))
     storage = Storage(str(tmp_path_factory.mktemp("corpus")))
+    assert job.ingest is not None
     for _ in ingest_locally(job.ingest.model_copy(update={"subjects_of": None}), storage):
         pass
     return storage

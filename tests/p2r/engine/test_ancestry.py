@@ -63,7 +63,13 @@ def test_corpora_of_a_checkpoint_are_pinned_at_the_revisions_that_it_streamed(pu
     assert origins_of_checkpoint({**checkpoint, "init_from": before}, url) == before["origins"]
     assert origins_of_checkpoint({**checkpoint, "init_from": {"sha256": A}}, url) is None
     assert origins_of_checkpoint(checkpoint, "s3://elsewhere/step-00000006") is None
-    for rubbish in ({"config": []}, {"state": {"stream": 1}}, {"config": {"corpus": [1]}}, {"init_from": "/x"}):
+    hostile: list[dict[str, Any]] = [
+        {"config": []},
+        {"state": {"stream": 1}},
+        {"config": {"corpus": [1]}},
+        {"init_from": "/x"},
+    ]
+    for rubbish in hostile:
         assert origins_of_checkpoint({**checkpoint, **rubbish}, url) is None
     found = ancestry({"origins": [pin]})
     assert found.licences == ["CC0-1.0"]

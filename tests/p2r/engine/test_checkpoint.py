@@ -114,7 +114,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "manifest.json",
         "files./tmp/model.safetensors.*below the folder",
     ),
-    "half uploaded": (Path.unlink, "manifest.json", "has no manifest: whoever uploaded it did not finish"),
+    "half uploaded": (Path.unlink, "manifest.json", "has no manifest: its upload was interrupted"),
 }
 
 
@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     assert step == 4
     assert (note["cause"], note["decision"], note["from_step"]) == ("checkpoint", "fall back", 4)
     for text in (note["what"], caplog.text):
-        assert re.search(rf"step-00000006.*{reason}.*taken instead: .*step-00000004", text)
+        assert re.search(rf"step-00000006.*{reason}.*using instead: .*step-00000004", text)
     assert found(job, tmp_path)[0] == 4  # and it is not asked again
     newest = newest_checkpoint(Storage(job.storage).child("pretrain"))
     assert newest is not None and newest["step"] == 4
@@ -141,7 +141,7 @@ def test_a_run_goes_on_from_the_one_before_to_the_same_digits(job: Job, trained:
     reports = train(job)
     assert [report.step for report in reports] == [3, 4, 5, 6]
     assert reports[0].resumed_from == 2
-    assert "step-00000006" in reports[0].line() and "taken instead" in reports[0].line()
+    assert "step-00000006" in reports[0].line() and "using instead" in reports[0].line()
     assert reports[1].fell_back is None
     assert losses(job) == whole
     digests = [

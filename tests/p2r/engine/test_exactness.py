@@ -45,7 +45,7 @@ def run(config: PretrainConfig, folder: Path, *, stops: Any = (), mine: bool = T
         mine: Whether it is this rank that wishes to.
     """
     storage, storages = Storage(str(folder)), Storage(str(folder / "none"))
-    pieces = []
+    pieces: list[int] = []
     for _ in range(len(stops) + 1):
         steps = itertools.count((pieces[-1] if pieces else 0) + 1)
         reports = pretrain(
@@ -53,7 +53,7 @@ def run(config: PretrainConfig, folder: Path, *, stops: Any = (), mine: bool = T
             storage=storage,
             corpus=storages,
             device=torch.device("cpu"),
-            should_stop=lambda steps=steps: next(steps) in stops and mine,
+            should_stop=lambda steps=steps: next(steps) in stops and mine,  # type: ignore[misc]
         )
         pieces.append([report.step for report in reports][-1])
     assert pieces == [*sorted(stops), STEPS]

@@ -1,6 +1,7 @@
 """Representations of which the truth is known."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -74,11 +75,8 @@ def test_pairs_that_show_nothing_do_not_count() -> None:
 @pytest.mark.parametrize(("global_batch", "taken"), [(4, 200), (16, 50), (4096, 1)])
 def test_the_same_pairs_are_taken_however_a_batch_is_cut(global_batch: int, taken: int) -> None:
     queries, keys, weights = noise(8 * 200, 4), noise(8 * 200, 4, seed=1), torch.ones(8 * 200)
-    options = {"pairs_per_image": 200, "global_batch": global_batch}
-    whole = sample_pairs(queries, keys, weights, **options)
+    take = partial(sample_pairs, pairs_per_image=200, global_batch=global_batch)
+    whole = take(queries, keys, weights)
     assert whole.shape == (8 * taken, 9)
-    cut = [
-        sample_pairs(*(rows[part] for rows in (queries, keys, weights)), **options)
-        for part in (slice(400), slice(400, None))
-    ]
+    cut = [take(*(rows[part] for rows in (queries, keys, weights))) for part in (slice(400), slice(400, None))]
     assert torch.equal(torch.cat(cut), whole)

@@ -6,7 +6,6 @@ implementation.
 """
 
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -22,9 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2r.config import PretrainConfig
 from p2r.engine.build import build_engine, join_process_group
+from p2r.engine.peers import refuse_mixed_gpus
 from p2r.engine.step import take_step
+from p2r.errors import InputError
 from p2r.model.pix2rep import Pix2Rep
 from p2r.planning.tune_batch import noise_batch
+from tests.gpu.operators import not_deterministic
 from tests.ranks import join_ranks, start_ranks
 
 MODEL = {"channels": (4, 4, 8, 8, 8), "feature_channels": 6, "head_channels": 8, "embedding_channels": 6}
@@ -54,33 +56,6 @@ READS = {"tolist", "item", "__bool__", "__float__", "__int__", "__index__", "non
 WAITING_OPERATORS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
 COPIES = {"tensor", "as_tensor", "new_tensor", "from_numpy"}
 """Make tensors of the host's numbers; on a GPU without waiting only in `p2r.device`, through pinned memory."""
-NOT_DETERMINISTIC = {
-    "torch.nn.AvgPool3d": "avg_pool3d_backward",
-    "torch.nn.AdaptiveAvgPool2d": "_adaptive_avg_pool2d_backward",
-    "torch.nn.AdaptiveAvgPool3d": "_adaptive_avg_pool3d_backward",
-    "torch.nn.AdaptiveMaxPool2d": "adaptive_max_pool2d_backward",
-    "torch.nn.FractionalMaxPool2d": "fractional_max_pool2d_backward",
-    "torch.nn.FractionalMaxPool3d": "fractional_max_pool3d_backward",
-    "torch.nn.MaxUnpool1d": "max_unpool2d",
-    "torch.nn.MaxUnpool2d": "max_unpool2d",
-    "torch.nn.MaxUnpool3d": "max_unpool3d",
-    "torch.nn.functional.interpolate": r"upsample_(linear1d|bilinear2d|bicubic2d|trilinear3d)_backward",
-    "torch.nn.ReflectionPad1d": "reflection_pad1d_backward",
-    "torch.nn.ReflectionPad2d": "reflection_pad2d_backward",
-    "torch.nn.ReflectionPad3d": "reflection_pad3d_backward",
-    "torch.nn.NLLLoss": r"nll_loss\w*",
-    "torch.nn.CTCLoss": r"_ctc_loss_backward",
-    "torch.nn.EmbeddingBag": r"_embedding_bag\w*",
-    "torch.Tensor.put_": "put_",
-    "torch.histc": "histc",
-    "torch.bincount": "bincount",
-    "torch.median": "median",
-    "torch.nn.functional.grid_sample": r"grid_sampler_[23]d_backward",
-    "torch.cumsum": r"cumsum_? of floating point",
-    "torch.Tensor.scatter_reduce": r"scatter_reduce_?",
-    "torch.Tensor.resize_": "resize_ of quantized",
-}
-"""What `torch.use_deterministic_algorithms` names as raising on CUDA, and the operators behind."""
 
 
 class _Reads(TorchFunctionMode):
@@ -156,7 +131,8 @@ def waits(case: dict[str, Any], world_size: int) -> tuple[dict[str, int], list[s
             patch.setattr(f"p2r.loss.{module}.is_waited_for", lambda device: True)
         for _ in range(STEPS - 1):
             take_step(engine, batch, config=config, learning_rate=1e-3)
-        host, operators = [group.index for group in batch.groups], set()  # patches are placed by the host
+        operators: set[str] = set()
+        host = [group.index for group in batch.groups]  # patches are placed by the host
         with counted(patch, of_host=host, operators=operators) as found:
             take_step(engine, batch, config=config, learning_rate=1e-3)
     engine.destroy()
@@ -164,10 +140,24 @@ def waits(case: dict[str, Any], world_size: int) -> tuple[dict[str, int], list[s
 
 
 def run_rank(rank: int, folder: str) -> None:
-    Path(folder, f"{rank}.json").write_text(json.dumps({name: waits(case, 2) for name, case in CASES.items()}))
+    found = {name: waits(case, 2) for name, case in CASES.items()}
+    Path(folder, f"{rank}.json").write_text(json.dumps({**found, "mixed": refusal_of_mixed_gpus(rank)}))
 
 
-Waits = dict[tuple[int, str], list[tuple[dict[str, int], list[str]]]]
+def refusal_of_mixed_gpus(rank: int) -> str:
+    """Return what a rank says to a group of two kinds of GPUs, having said nothing to one of one kind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+        refuse_mixed_gpus(torch.device("cuda", 0))
+        patch.setattr(torch.cuda, "get_device_name", lambda device: ("NVIDIA H200", "NVIDIA L4")[rank])
+        try:
+            refuse_mixed_gpus(torch.device("cuda", 0))
+        except InputError as error:
+            return str(error)
+    return ""
+
+
+Waits = dict[tuple[int, str], list[Any]]
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +169,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Waits:
     alone = {(1, name): [waits(case, 1)] for name, case in CASES.items()}
     join_ranks(ranks)
     of_two = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-    return alone | {(2, name): [of_rank[name] for of_rank in of_two] for name in CASES}
+    return alone | {(2, name): [of_rank[name] for of_rank in of_two] for name in (*CASES, "mixed")}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "zero 3"])
@@ -197,17 +187,17 @@ def test_deepspeed_alone_waits_at_zero_stage_3_and_once(steps: Waits, world_size
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_operator_of_a_step_has_a_deterministic_implementation_on_cuda(steps: Waits, case: str) -> None:
-    raising = re.compile("|".join(NOT_DETERMINISTIC.values()))
     for world_size in (1, 2):
         for _, operators in steps[world_size, case]:
             assert len(operators) > 50
-            assert [name for name in operators if raising.fullmatch(name)] == []
+            assert not_deterministic(operators) == []
 
 
-def test_the_operators_that_raise_are_those_of_this_version_of_torch() -> None:
-    _, _, text = (torch.use_deterministic_algorithms.__doc__ or "").partition("operations will throw a")
-    named = re.findall(r"\* :(?:class|func):`([\w.]+)`", text.partition("In addition")[0])
-    assert set(named) == set(NOT_DETERMINISTIC)
+def test_every_rank_refuses_a_group_of_two_kinds_of_gpus_by_name(steps: Waits) -> None:
+    assert steps[2, "mixed"] == 2 * [
+        "the workers of a run must have GPUs of one kind, got NVIDIA H200 on rank 0; NVIDIA L4 on rank 1: "
+        "run the job on nodes with one kind of GPU"
+    ]
 
 
 def test_what_would_wait_is_counted() -> None:

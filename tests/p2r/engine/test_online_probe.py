@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from p2r.config import PretrainConfig, ProbeConfig
-from p2r.engine.online_probe import OnlineProbe, _evenly, fit_readout
+from p2r.engine.online_probe import OnlineProbe, _even_indices, fit_readout
 from p2r.engine.pretrain import pretrain
 from p2r.engine.report import PretrainReport
 from p2r.errors import DataError
@@ -78,7 +78,7 @@ def test_features_that_say_nothing_are_read_as_the_largest_class(value: float) -
     ("num", "most", "expected"), [(3, 16, [0, 1, 2]), (10, 2, [2, 7]), (5, 1, [2]), (4, 4, [0, 1, 2, 3])]
 )
 def test_planes_are_spread_evenly(num: int, most: int, expected: list[int]) -> None:
-    assert _evenly(num, most).tolist() == expected
+    assert _even_indices(num, most).tolist() == expected
 
 
 def test_a_collapse_shows_in_the_probe(job_of: JobOf, disc_task: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_run_may_go_on_with_another_probe(job_of: JobOf, corpus: Storage, disc
 
 
 def test_more_patients_than_there_are_is_refused(job_of: JobOf, disc_task: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="6 labelled patients were asked for"):
+    with pytest.raises(DataError, match="6 labelled patients were requested"):
         OnlineProbe(_config(job_of(tmp_path), disc_task, num_labelled=6), CPU)
 
 

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,11 @@ from p2r.data.corpus import ingest_locally
 from p2r.data.manifest import load_manifest, manifest_sha256
 from p2r.data.shards import open_shard
 from p2r.data.stream import Corpus, stream
-from p2r.engine.build import join_process_group
-from p2r.engine.pretrain import _num_lost, finished_checkpoint, pretrain
+from p2r.engine.build import build_engine, join_process_group, masters
+from p2r.engine.pretrain import _count_lost_weights, finished_checkpoint, pretrain
 from p2r.engine.profile import PARTS, profile_text
 from p2r.engine.report import PretrainReport
+from p2r.engine.step import Step, take_step
 from p2r.errors import CheckpointError, DataError, InputError, StorageError, TrainingError
 from p2r.job import Job
 from p2r.loss import corresponding_points
@@ -208,7 +208,7 @@ def test_a_checkpoint_of_an_optimizer_that_could_not_leave_out_a_step_is_refused
     manifest = storage.read_json("checkpoints/step-00000002/manifest.json")
     manifest["state"]["running"] = {"total": 0.0, "count": 0, "num_images_without_pairs": 0}
     storage.write_json("checkpoints/step-00000002/manifest.json", manifest)
-    with pytest.raises(CheckpointError, match="cannot be resumed: use the version of p2r that wrote it"):
+    with pytest.raises(CheckpointError, match=r"could not skip steps\. Use the version of p2r that wrote it"):
         _train(job, storage, corpus)
 
 
@@ -242,7 +242,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(job_of: JobOf, corpus: Storage,
     storage = Storage(str(tmp_path / "pretrain"))
     with pytest.raises(
         TrainingError,
-        match=r"^step 4: queries: .* embeddings are not finite; steps in a row that could not be taken: 3, "
+        match=r"^step 4: queries: .* embeddings are not finite; skipped steps in a row: 3, "
         r"pretrain.max_skipped_steps allows 2; the last good checkpoint is .*/checkpoints/step-00000001\. Lower",
     ):
         _train(job, storage, corpus)
@@ -421,23 +421,46 @@ def test_a_step_that_went_wrong_unnoticed_is_named_before_a_checkpoint_is_made(
     assert storage.list("checkpoints") == []
 
 
-def test_weights_that_are_no_longer_finite_are_not_saved() -> None:
-    join_process_group(CPU)
-    engine = SimpleNamespace(module=torch.nn.Linear(3, 2), zero_optimization_stage=lambda: 0)
-    assert _num_lost(engine) == 0
+def lose_two_weights(engine: Any) -> None:
+    """Write NaN and infinity over the first weight of the first and of the last fp32 tensor that the engine updates."""
+    first, *_, last = masters(engine)
     with torch.no_grad():
-        engine.module.weight[0, 1:] = torch.tensor([math.nan, math.inf])
-    assert _num_lost(engine) == 2
+        first.view(-1)[0] = math.nan
+        last.view(-1)[0] = -math.inf
 
 
-def test_a_run_saves_no_weights_that_were_lost(
-    job: Job, corpus: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_that_are_no_longer_finite_are_counted_at_every_zero_stage(
+    job_of: JobOf, tmp_path: Path, stage: int
 ) -> None:
-    storage = Storage(str(tmp_path / "pretrain"))
+    settings = job_of(tmp_path, f"pretrain.zero_stage={stage}").pretrain
+    assert settings is not None
+    join_process_group(CPU)
+    engine = build_engine(Pix2Rep(settings.model), settings, world_size=1)
+    assert _count_lost_weights(engine) == 0
+    lose_two_weights(engine)
+    assert _count_lost_weights(engine) == 2
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_run_saves_no_weights_that_were_lost(
+    job_of: JobOf, corpus: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    job, storage = job_of(tmp_path, f"pretrain.zero_stage={stage}"), Storage(str(tmp_path / "pretrain"))
     _train(job, storage, corpus, most=1)
-    monkeypatch.setattr("p2r.engine.pretrain._num_lost", lambda engine: 2)
+    num_steps = itertools.count(3)
+
+    def step_that_loses_weights(engine: Any, *arguments: Any, **settings: Any) -> Step:
+        taken = take_step(engine, *arguments, **settings)
+        if next(num_steps) == 4:
+            lose_two_weights(engine)
+        return taken
+
+    monkeypatch.setattr("p2r.engine.pretrain.take_step", step_that_loses_weights)
     with pytest.raises(TrainingError, match=r"step 4: 2 weights are no longer finite; the last good .*step-00000002"):
         _train(job, storage, corpus)
+    assert {path.split("/")[1] for path in storage.list("checkpoints")} == {"step-00000002"}
 
 
 def test_deterministic_algorithms_are_asked_for_as_long_as_a_run_lasts(

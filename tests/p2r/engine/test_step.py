@@ -13,7 +13,7 @@ from torch import Tensor
 from p2r.config import ImageConfig, PretrainConfig
 from p2r.data.batch import Batch, Group
 from p2r.engine.build import build_engine, full_weights, inner_optimizer, join_process_group, set_mean_weights
-from p2r.engine.step import _alignment, equivariance_error, pixel_pair_loss, take_step
+from p2r.engine.step import _alignment_sums, equivariance_error, pixel_pair_loss, take_step
 from p2r.loss import corresponding_points
 from p2r.model.pix2rep import Pix2Rep
 from p2r.randomness import keyed_generator
@@ -92,7 +92,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[f
     cases[2]["cheap"] = config({**LOSSES["info_nce"], "negatives": "micro_batch"}, 1)
     starts = {size: start_ranks(size, folder, run_rank, str(folder), size, cases[size]) for size in (2, 4)}
     join_process_group(torch.device("cpu"))
-    found = {name: train(settings, 0, 1) for name, settings in cases[1].items()}
+    found: dict[str, Any] = {name: train(settings, 0, 1) for name, settings in cases[1].items()}
     for size, start in starts.items():
         join_ranks(start)
         of_ranks = [json.loads((folder / f"{size}-{rank}.json").read_text()) for rank in range(size)]
@@ -142,13 +142,13 @@ def test_the_equivariance_error_is_that_of_pairs_over_that_of_all_others() -> No
     cosine = torch.nn.functional.cosine_similarity(queries[:7, None], keys[None, :7], dim=2)
     others = torch.stack([1 - cosine[i, j] for i in range(7) for j in range(7) if i != j])
     expected = float((1 - cosine.diagonal()).mean() / others.mean())
-    sums = _alignment(queries[:4], keys[:4], weights[:4]) + _alignment(queries[4:], keys[4:], weights[4:])
+    sums = _alignment_sums(queries[:4], keys[:4], weights[:4]) + _alignment_sums(queries[4:], keys[4:], weights[4:])
     assert equivariance_error(sums.tolist()) == pytest.approx(expected, rel=1e-5)
-    same = _alignment(queries, queries, torch.ones(9))
+    same = _alignment_sums(queries, queries, torch.ones(9))
     assert equivariance_error(same.tolist()) == pytest.approx(0, abs=1e-6)
-    collapsed = _alignment(torch.ones(9, 5), torch.ones(9, 5), torch.ones(9))
+    collapsed = _alignment_sums(torch.ones(9, 5), torch.ones(9, 5), torch.ones(9))
     assert equivariance_error(collapsed.tolist()) == 1
-    assert equivariance_error(_alignment(queries[:1], keys[:1], weights[:1]).tolist()) is None
+    assert equivariance_error(_alignment_sums(queries[:1], keys[:1], weights[:1]).tolist()) is None
 
 
 # Steps on two ranks, in two micro-batches, of which one cannot be taken; clipped, and with a mean of weights.
@@ -184,7 +184,7 @@ def guarded(name: str, rank: int) -> dict[str, Any]:
         # What flows back into the head, on one rank: the loss itself is finite.
         model.head.register_full_backward_pre_hook(
             lambda module, gradients: (
-                (gradients[0].index_fill(0, torch.tensor(0), math.inf),) if bool(spoilt) and rank == 1 else None
+                (gradients[0].index_fill(0, torch.tensor(0), math.inf),) if bool(spoilt) and rank == 1 else None  # type: ignore[index]
             )
         )
     engine = build_engine(model, settings, world_size=2)
@@ -257,8 +257,10 @@ def plain(settings: PretrainConfig, skipped: int) -> dict[str, Any]:
             num_points=20,
             generators=[keyed_generator(0, "points", 0, int(position)) for position in of_all.positions],
         )
+        queries, keys = model(views.a, views.b, pairs.a, pairs.b)
         loss = pixel_pair_loss(
-            *model(views.a, views.b, pairs.a, pairs.b),
+            queries,
+            keys,
             settings.loss,
             temperature=model.log_temperature.exp(),
             weights=pairs.weight.flatten(),

@@ -53,7 +53,8 @@ def test_an_upload_goes_on_beside_whoever_started_it_and_ends_with_the_manifest(
     storage = Slow(str(tmp_path / "storage"))
     made = uploader(storage)
     start(made, tmp_path, 4, weights="abc", more="d")
-    assert storage.list() == [] and made.newest is None
+    before = made.newest
+    assert storage.list() == [] and before is None
     storage.let.set()
     made.finish()
     files = storage.read_json("checkpoints/step-00000004/manifest.json")["files"]
@@ -61,7 +62,8 @@ def test_an_upload_goes_on_beside_whoever_started_it_and_ends_with_the_manifest(
         "sha256": file_sha256(tmp_path / "storage/checkpoints/step-00000004/weights"),
         "num_bytes": 3,
     }
-    assert made.newest is not None and made.newest.path == path_of(4) and made.newest.num_bytes == 4
+    newest = made.newest
+    assert newest is not None and newest.path == path_of(4) and newest.num_bytes == 4
     assert not (tmp_path / "4").exists()
 
 

@@ -1,4 +1,4 @@
-"""Calibration: what confidence is worth, near the organs and in the whole scan."""
+"""Calibration of the confidence, near the organs and in the whole scan."""
 
 import numpy as np
 import pytest
@@ -84,5 +84,5 @@ def test_the_region_near_the_organs_is_a_box_of_each_frame_in_millimetres() -> N
 
 def test_grids_that_differ_are_refused() -> None:
     probabilities, reference, near = random_case()
-    with pytest.raises(ValueError, match="must share one grid"):
+    with pytest.raises(ValueError, match="must have the same grid"):
         calibration_sums(probabilities, reference[:, :3], near)

@@ -1,4 +1,4 @@
-"""Figures against counts and distances written out by hand, and the rules for absent classes."""
+"""Metrics against counts and distances derived by hand, and the rules for absent classes."""
 
 import json
 import math
@@ -69,14 +69,14 @@ def test_hd95_of_two_single_voxels_is_their_distance_in_mm(axis: int, spacing_mm
 
 
 def test_hd95_interpolates_the_sorted_distances_and_takes_the_worse_direction() -> None:
-    # Voxels 1..4 to voxel 1: 0, 2, 4, 6 mm. The 95th percentile lies at index 0.95 * 3 = 2.85: 4 + 0.85 * 2.
+    # Voxels 1..4 to voxel 1: 0, 2, 4, 6 mm. The 95th percentile is at index 0.95 * 3 = 2.85: 4 + 0.85 * 2.
     # The other way the one distance is 0.
     found = score(row_of(1, 2, 3, 4), row_of(1), spacing_mm=(2.0, 1.0, 1.0))["RV"]
     assert found.hd95_mm == pytest.approx(5.7)
 
 
 def test_nsd_counts_border_voxels_within_the_tolerance_in_mm() -> None:
-    # Distances 0, 2, 4, 6 mm one way, 0 the other: within 2 mm lie 2 of 4 and 1 of 1.
+    # Distances 0, 2, 4, 6 mm one way, 0 the other: within 2 mm are 2 of 4 and 1 of 1.
     prediction, reference = row_of(1, 2, 3, 4), row_of(1)
     for tolerance, expected in ((1.9, 2 / 5), (2.0, 3 / 5), (6.0, 1.0)):
         found = score(prediction, reference, spacing_mm=(2.0, 1.0, 1.0), nsd_tolerance_mm=tolerance)["RV"]
@@ -85,7 +85,7 @@ def test_nsd_counts_border_voxels_within_the_tolerance_in_mm() -> None:
 
 def test_the_interior_of_an_organ_is_no_border() -> None:
     # A 5 x 5 x 5 cube against the same cube with its centre removed. The hole makes 6 more border voxels (the centre's
-    # neighbours), 1 voxel from the nearest of the outer 98: of 98 + 98 + 6 all lie within 1, and 196 within 0.5.
+    # neighbours), 1 voxel from the nearest of the outer 98: of 98 + 98 + 6 all are within 1, and 196 within 0.5.
     cube = labels((7, 7, 7), RV=(slice(1, 6), slice(1, 6), slice(1, 6)))
     hollow = cube.copy()
     hollow[3, 3, 3] = 0
@@ -102,7 +102,7 @@ def test_an_organ_at_the_edge_of_the_grid_has_its_border_there() -> None:
     assert score(part, whole, nsd_tolerance_mm=0.5)["RV"].nsd == pytest.approx((40 + 40) / 100)
 
 
-def test_a_class_that_nobody_has_is_left_out_and_counted() -> None:
+def test_a_class_absent_in_all_patients_is_left_out_and_counted() -> None:
     mask = row_of(1, 2)
     found = score(mask, mask)
     assert found["LV"] == Score(None, None, None, "both")
@@ -172,7 +172,7 @@ def test_figures_do_not_depend_on_where_in_the_grid_the_organs_lie() -> None:
 
 def test_wrong_grids_values_and_spacings_are_refused() -> None:
     mask = row_of(1)
-    with pytest.raises(ValueError, match="one 3D grid"):
+    with pytest.raises(ValueError, match="the same 3D grid"):
         score(mask, mask[:-1])
     with pytest.raises(ValueError, match=r"prediction holds labels \[7\]"):
         score(mask * 7, mask)
@@ -188,7 +188,7 @@ def test_wrong_grids_values_and_spacings_are_refused() -> None:
 def ball(
     shape: tuple[int, ...], spacing_mm: tuple[float, float, float], centre_mm: float, radius_mm: float
 ) -> NDArray[np.bool_]:
-    """Voxels whose middle lies in a ball about `centre_mm` on the first axis and the middle of the others."""
+    """Return the voxels with their centre in a ball about `centre_mm` on the first axis and the middle of the others."""
     axes = [(np.arange(n) + 0.5) * mm for n, mm in zip(shape, spacing_mm, strict=True)]
     middles = (centre_mm, shape[1] * spacing_mm[1] / 2, shape[2] * spacing_mm[2] / 2)
     x, y, z = np.meshgrid(*[axis - middle for axis, middle in zip(axes, middles, strict=True)], indexing="ij")
@@ -201,7 +201,7 @@ def test_balls_have_the_dice_hd95_and_nsd_of_geometry(spacing_mm: tuple[float, f
     # RV: two balls of radius R whose centres are d apart. They share a lens of volume pi (4R + d) (2R - d)^2 / 12. The
     # distance between a point of one sphere and the other sphere is | |R u - d| - R |; over the sphere it is spread evenly
     # between 0 and d: (R - t)^2 <= R^2 + d^2 - 2 R d cos <= (R + t)^2 holds for a range 2 t / d of cos. So the 95th
-    # percentile is 0.95 d, and a share t / d lies within a tolerance t.
+    # percentile is 0.95 d, and a fraction t / d is within a tolerance t.
     # LV: concentric balls, r < R: Dice 2 r^3 / (r^3 + R^3), every distance R - r.
     shape = tuple(round(edge / mm) for edge, mm in zip((96.0, 40.0, 40.0), spacing_mm, strict=True))
     radius, apart, small = 16.0, 8.0, 12.0
@@ -245,7 +245,7 @@ def test_nested_boxes_have_exactly_the_figures_of_their_distance(
             if of == "inner" and any(i in (g, g + n - 1) for i, n, g in zip(voxel, inner, grown, strict=True)):
                 found.append(min(depth * mm for depth, mm in zip(depths, spacing_mm, strict=True)))
             elif of == "outer" and min(depths) == 0:
-                # On the outer border; where it lies over no excess, it is a border of the inner box too.
+                # On the outer border; without excess there, it is a border of the inner box, too.
                 found.append(math.hypot(*(excess * mm for excess, mm in zip(excesses, spacing_mm, strict=True))))
         return np.array(found)
 
@@ -260,7 +260,7 @@ def test_nested_boxes_have_exactly_the_figures_of_their_distance(
 
 
 def test_a_box_grown_by_one_voxel_has_the_counted_figures() -> None:
-    # 10^3 inside of 12^3 of 2 mm: 600 voxels of the outer border lie 1 voxel away, 120 along edges root 2, 8 corners root
+    # 10^3 inside of 12^3 of 2 mm: 600 voxels of the outer border are 1 voxel away, 120 along edges root 2, 8 corners root
     # 3; all 488 of the inner border 1. The 95th percentile of the 728 is an edge's.
     inner = labels((14, 14, 14), LV=(slice(2, 12),) * 3)
     outer = labels((14, 14, 14), LV=(slice(1, 13),) * 3)
@@ -288,8 +288,8 @@ def test_a_phantom_without_one_organ_scores_by_the_rules_and_the_other_by_geomet
         assert scores["RV"].hd95_mm == pytest.approx(8.0)
         expected = {
             "both": Score(None, None, None, "both"),
-            "prediction": Score(0.0, pytest.approx(diagonal_mm), 0.0, "prediction"),
-            "reference": Score(0.0, pytest.approx(diagonal_mm), 0.0, "reference"),
+            "prediction": Score(0.0, pytest.approx(diagonal_mm), 0.0, "prediction"),  # type: ignore[arg-type]
+            "reference": Score(0.0, pytest.approx(diagonal_mm), 0.0, "reference"),  # type: ignore[arg-type]
             "none": Score(1.0, 0.0, 1.0, "none"),
         }
         assert scores["LV"] == expected[absent]
@@ -344,14 +344,14 @@ def test_a_reference_without_organs_has_no_thirds() -> None:
 def test_soft_dice_with_background_is_the_released_codes_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.rand(4, 5, 6, 3, generator=generator).softmax(dim=0)
-    reference = torch.randint(0, 3, (5, 6, 3), generator=generator)  # nobody is of class 3
+    reference = torch.randint(0, 3, (5, 6, 3), generator=generator)  # class 3 is absent
     by_class = []
     for value in range(4):
         p, t = probabilities[value].flatten().tolist(), (reference == value).flatten().float().tolist()
         shared = sum(a * b for a, b in zip(p, t, strict=True))
         by_class.append((2 * shared + 1e-5) / (sum(p) + sum(t) + 1e-5))
     assert soft_dice_with_background(probabilities, reference) == pytest.approx(sum(by_class) / 4, abs=1e-6)
-    with pytest.raises(ValueError, match="must share one grid"):
+    with pytest.raises(ValueError, match="must have the same grid"):
         soft_dice_with_background(probabilities, reference[:-1])
 
 

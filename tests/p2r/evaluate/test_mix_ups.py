@@ -1,9 +1,10 @@
-"""Two label maps that were exchanged are found, and true pairs are left in peace."""
+"""Exchanged label maps are found, and true pairs are accepted."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def scans_of(path: Path) -> list[LabelledScan]:
 
 
 def exchanged(scans: Sequence[LabelledScan], a: int, b: int) -> list[LabelledScan]:
-    """The same images; the label maps of two of them exchanged."""
+    """Return the same images, with the label maps of two of them exchanged."""
     theirs = {a: scans[b], b: scans[a]}
     return [
         replace(scan, labels=theirs[number].labels, scan=replace(scan.scan, label=theirs[number].scan.label))
@@ -68,23 +69,47 @@ def test_two_exchanged_label_maps_are_refused_with_both_names(tmp_path: Path, a:
         see_all(exchanged(scans, a, b))
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Collect all explained fractions: one per scan, and two per compared pair of scans."""
+    shares: list[float] = []
+    explained = mix_ups._explained_fraction
+
+    def recorded(*arguments: Any) -> float:
+        shares.append(explained(*arguments))
+        return shares[-1]
+
+    monkeypatch.setattr(mix_ups, "_explained_fraction", recorded)
+    return shares
+
+
 @pytest.mark.parametrize("places", [[2, 5, 9, 14], [8, 8, 8, 8], [8, 9, 8, 9]])
-def test_true_pairs_are_left_in_peace_also_where_organs_lie_alike(tmp_path: Path, places: list[int]) -> None:
+def test_true_pairs_are_accepted_even_if_their_organs_have_the_same_position(
+    tmp_path: Path, places: list[int], measured: list[float]
+) -> None:
     see_all(scans_of(write_task(tmp_path, places=places)))
+    assert len(measured) == 4 + 2 * 6, "every pair was compared"
+    assert max(measured) > 0.4
 
 
-def test_scans_of_other_shapes_and_empty_label_maps_are_not_compared(tmp_path: Path) -> None:
-    see_all(scans_of(write_task(tmp_path, places=[2, 5, 9, 14], shapes=[24, 25, 26, 27])))
-    see_all(exchanged(scans_of(write_task(tmp_path / "empty", places=[2, 5, 9, 14], labelled=False)), 0, 1))
+def test_scans_of_other_shapes_are_not_compared(tmp_path: Path, measured: list[float]) -> None:
+    see_all(scans_of(write_task(tmp_path, places=[2, 5, 9, 14], shapes=[24, 25, 26, 24])))
+    assert len(measured) == 4 + 2, "only the two of one shape were compared"
 
 
-def test_what_is_kept_to_compare_with_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_label_maps_are_not_compared(tmp_path: Path, measured: list[float]) -> None:
+    scans = scans_of(write_task(tmp_path, places=[2, 5, 9, 14], labelled=False))
+    see_all(exchanged(scans, 0, 1))
+    assert measured == []
+
+
+def test_the_memory_for_comparisons_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scans = scans_of(write_task(tmp_path, places=[2, 5, 9, 14]))
     of_one = scans[0].volume.data.nbytes + scans[0].labels.data.nbytes
     monkeypatch.setattr(mix_ups, "_MAX_BYTES", 2 * of_one)
     with pytest.raises(DataError):
         see_all(exchanged(scans, 1, 3))
-    see_all(exchanged(scans, 0, 3))  # two others came between
+    see_all(exchanged(scans, 0, 3))  # two other scans came in between
 
 
 def test_hearts_that_were_exchanged_are_found_and_no_true_pair_is_refused(mri: Path) -> None:
@@ -96,7 +121,9 @@ def test_hearts_that_were_exchanged_are_found_and_no_true_pair_is_refused(mri: P
     alike = [(a, b) for a, b in combinations(numbers, 2) if scans[a].labels.data.shape == scans[b].labels.data.shape]
     assert len(alike) > 20  # frames of one patient among them
     a, b = next((a, b) for a, b in alike if scans[a].scan.subject != scans[b].scan.subject)
-    with pytest.raises(DataError) as refusal:  # among all, although the other frames of both patients fit better, too
+    with pytest.raises(
+        DataError
+    ) as refusal:  # among all scans, although the other frames of both patients fit better, too
         see_all(exchanged(scans, a, b))
     assert all(scans[number].scan.label.name in str(refusal.value) for number in (a, b))
     for a, b in alike:

@@ -1,4 +1,4 @@
-"""What is kept of prepared scans is what would be made again, and never out of date."""
+"""The cache of prepared scans returns exactly the scans that would be prepared again, and never stale ones."""
 
 import shutil
 from pathlib import Path
@@ -7,6 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from p2r.data.preprocess import Preparation
 from p2r.errors import DataError, StorageError
@@ -54,7 +55,7 @@ def test_a_kept_scan_is_the_scan_that_was_made(folder: Path, task: Task, dimensi
     assert [path.stat().st_ino for path in folder.iterdir()] == [made]
 
 
-def test_other_labels_or_another_preparation_are_prepared_anew(folder: Path, task: Task) -> None:
+def test_other_labels_or_another_preparation_are_prepared_again(folder: Path, task: Task) -> None:
     scan = task.scans[0]
     before = prepared_scan(scan, task, PREPARATION)
     image = nibabel.load(scan.label)
@@ -92,6 +93,20 @@ def test_a_file_that_was_cut_is_made_again(folder: Path, task: Task) -> None:
     assert_same(prepared_scan(scan, task, PREPARATION), load_scan(scan, task, PREPARATION))
 
 
+@pytest.mark.parametrize(
+    "facts", ["", "{}", "[]", "7", '{"volume": 1, "labels": [], "planes": {}}', "[" * 100_000, '{"a": NaN}', None]
+)
+def test_a_file_with_other_facts_is_made_again(folder: Path, task: Task, facts: str | None) -> None:
+    scan = task.scans[0]
+    prepared_scan(scan, task, PREPARATION)
+    (file,) = folder.iterdir()
+    save_file(load_file(file), file, metadata=None if facts is None else {"facts": facts})
+    assert_same(prepared_scan(scan, task, PREPARATION), load_scan(scan, task, PREPARATION))
+    sound = file.read_bytes()
+    prepared_scan(scan, task, PREPARATION)
+    assert file.read_bytes() == sound
+
+
 def test_the_folder_stays_below_its_bound_and_the_longest_unused_goes_first(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,10 +118,10 @@ def test_the_folder_stays_below_its_bound_and_the_longest_unused_goes_first(
             made.append(number)
             return {"x": np.full(40_000, number, np.uint8)}, {"number": number}
 
-        arrays, facts = kept("test", {"number": number}, make)
+        arrays, facts = kept("test", {"number": number}, make, use=lambda arrays, facts: (arrays, facts))
         assert facts == {"number": number} and set(arrays["x"]) == {number}
 
-    for number in (1, 2, 1, 3, 1, 2):  # 3 drives out 2, which was not used for longest
+    for number in (1, 2, 1, 3, 1, 2):  # 3 evicts 2, the least recently used
         ask(number)
         assert sum(path.stat().st_size for path in folder.iterdir()) <= 100_000
     assert made == [1, 2, 3, 2]
@@ -125,4 +140,4 @@ def test_a_folder_that_cannot_be_written_costs_time_and_no_trial(
     folder.parent.mkdir(parents=True)
     folder.write_text("a file in the way")
     assert_same(prepared_scan(task.scans[0], task, PREPARATION), load_scan(task.scans[0], task, PREPARATION))
-    assert "cannot keep prepared scans" in caplog.text
+    assert "cannot cache prepared scans" in caplog.text

@@ -1,4 +1,4 @@
-"""Tasks that load, and every one that is refused with a message that helps."""
+"""Tasks that load, and tasks that are refused with a helpful message."""
 
 import json
 import re
@@ -222,7 +222,7 @@ def test_a_label_of_other_voxels_is_refused(make_task: MakeTask) -> None:
     for path, zooms in ((task.scans[0].image, (1.0, 1.0, 4.0)), (task.scans[0].label, (1.1, 1.0, 4.0))):
         image = nibabel.Nifti1Image(
             np.asarray(nibabel.load(path).dataobj), np.eye(4)
-        )  # as in ACDC: pixdim alone says it
+        )  # as in ACDC: only pixdim states it
         image.header.set_zooms(zooms)
         image.to_filename(path)
     with pytest.raises(
@@ -255,7 +255,7 @@ def test_for_a_network_of_volumes_a_scan_and_its_label_stay_whole(make_task: Mak
 def test_a_label_value_that_the_task_does_not_name_is_refused(make_task: MakeTask) -> None:
     task = load_task(make_task())
     rewrite_label(task, array=np.full((20, 24, 6), 7, np.uint8))
-    with pytest.raises(DataError, match=r"holds the value 7, the task names 0 background, 1 bright, 2 brightest"):
+    with pytest.raises(DataError, match=r"holds the value 7, but the task names 0 background, 1 bright, 2 brightest"):
         load_scan(task.scans[0], task, PREPARATION)
 
 
@@ -321,7 +321,7 @@ def test_the_patient_that_acdc_holds_twice_is_found(tmp_path: Path) -> None:
     values["splits"] = {"train": ["patient001"], "validation": ["patient074"], "test": ["patient076"]}
     (tmp_path / "acdc.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(
-        DataError, match=r"subject patient074 \(validation\) and .* of subject patient076 \(test\) are the same"
+        DataError, match=r"subject patient074 \(validation\) and .* of subject patient076 \(test\) have the same"
     ):
         check_scans(load_task(tmp_path / "acdc.yaml"), Preparation(spacing_mm=3.0, image_size=64))
 
@@ -342,6 +342,7 @@ def test_the_lower_third_of_a_heart_is_its_base_where_the_right_ventricle_is_wid
 
 def test_the_template_task_uses_every_virtual_subject_that_it_makes() -> None:
     config = TaskConfig.model_validate(yaml.safe_load((TASKS / "template.yaml").read_text()))
+    assert config.splits is not None
     subjects = [subject for patterns in config.splits.model_dump().values() for subject in expand_subjects(patterns)]
     assert subjects == [f"sub-{number:03d}" for number in range(1, len(subjects) + 1)]
     assert config.images == f"template://icbm152/images?subjects={len(subjects)}&seed=0"
@@ -369,7 +370,7 @@ def test_every_task_file_says_what_it_is_its_licence_and_its_citation() -> None:
         assert values["name"] == path.stem
 
 
-# Splits by a rule, strata, and names of other people's folders.
+# Splits by a rule, strata, and folders with other naming schemes.
 
 
 def people(folder: Path, *names: str) -> None:
@@ -453,7 +454,7 @@ def test_who_is_left_out_of_a_rule_is_in_no_split(tmp_path: Path, task_of: Calla
         name for name in HUNDRED[:10] if name not in ("p003", "p004")
     ]
     assert found.strata == {"p000": "a", "p001": "a", "p002": "a"}
-    with pytest.raises(DataError, match=r"split_rule\.leave_out names p077, of whom there is no scan"):
+    with pytest.raises(DataError, match=r"split_rule\.leave_out names p077 without any scan"):
         task_of(split_rule={**rule, "leave_out": ["p077"]})
     with pytest.raises(DataError, match=r"p003\.nii\.gz .* has no label map"):
         task_of(split_rule={**rule, "leave_out": []})
@@ -462,14 +463,17 @@ def test_who_is_left_out_of_a_rule_is_in_no_split(tmp_path: Path, task_of: Calla
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"splits": {"train": ["p000"], "validation": ["p001"], "test": ["p002"]}}, "by exactly one of them"),
-        ({"split_rule": None}, "by exactly one of them"),
-        ({"split_rule": {"validation": 0.5, "test": 0.5}}, "some must train"),
+        (
+            {"splits": {"train": ["p000"], "validation": ["p001"], "test": ["p002"]}},
+            "exactly one of splits and split_rule",
+        ),
+        ({"split_rule": None}, "exactly one of splits and split_rule"),
+        ({"split_rule": {"validation": 0.5, "test": 0.5}}, "leave some for training"),
         ({"split_rule": {"validation": 1.5, "test": 0.5}}, "a number of subjects, or a fraction"),
         ({"split_rule": {"validation": 0, "test": 0.5}}, "a number of subjects, or a fraction"),
-        ({"split_rule": {"validation": 5, "test": 5}}, "nobody in train, of 10 subjects"),
-        ({"split_rule": {"validation": 5, "test": 20}}, "nobody in train, validation, of 10 subjects"),
-        ({"split_rule": {"validation": 0.001, "test": 0.2}}, "nobody in validation"),
+        ({"split_rule": {"validation": 5, "test": 5}}, "leaves train without subjects, of 10"),
+        ({"split_rule": {"validation": 5, "test": 20}}, "leaves train, validation without subjects, of 10"),
+        ({"split_rule": {"validation": 0.001, "test": 0.2}}, "leaves validation without subjects"),
         ({"split_rule": {"validation": 2, "test": 2, "stratified": True}}, "stratified needs strata"),
         ({"split_rule": {"validation": 2, "test": 2, "leave_out": ["p[9-1]"]}}, "split_rule.leave_out: subjects"),
         ({"split_rule": {"validation": 2, "test": 2, "stratify": True}}, "did you mean stratified"),
@@ -491,7 +495,7 @@ def test_a_broken_rule_is_refused(
 def test_a_stratified_rule_names_who_has_no_stratum(tmp_path: Path, task_of: Callable[..., Task]) -> None:
     people(tmp_path, *HUNDRED[:10])
     rule = {"validation": 2, "test": 2, "stratified": True}
-    with pytest.raises(DataError, match=r"a stratum of every subject, p008, p009 have none"):
+    with pytest.raises(DataError, match=r"a stratum for every subject, p008, p009 have none"):
         task_of(split_rule=rule, strata={"a": ["p[000-003]"], "b": ["p[004-007]"]})
 
 
@@ -567,7 +571,7 @@ def test_a_patient_may_be_named_by_a_folder(tmp_path: Path, task_of: Callable[..
 
 def test_two_scans_of_one_name_are_refused(tmp_path: Path, task_of: Callable[..., Task]) -> None:
     people(tmp_path, "P1/a_b", "P1_a/b", "P2/a", "P3/a")
-    with pytest.raises(DataError, match=r"a_b\.nii\.gz and .*b\.nii\.gz would both be called P1_a_b"):
+    with pytest.raises(DataError, match=r"a_b\.nii\.gz and .*b\.nii\.gz would have the same key P1_a_b"):
         task_of(subject_pattern=r"^(P\d)", split_rule={"validation": 1, "test": 1})
 
 
@@ -586,7 +590,7 @@ def test_any_folder_of_images_and_labels_is_a_task(
     assert sorted(subject for split in task.subjects.values() for subject in split) == [
         f"sub-{number:02d}_T1w" for number in range(1, 5)
     ]
-    preparation = Preparation(dimensions=dimensions, spacing_mm=2.0, image_size=32)  # type: ignore[arg-type]
+    preparation = Preparation(dimensions=dimensions, spacing_mm=2.0, image_size=32)
     assert check_scans(task, preparation) == {scan.subject: {1, 2} for scan in task.scans}
 
 
@@ -611,7 +615,7 @@ def test_a_task_may_state_how_its_scans_are_read(make_task: MakeTask) -> None:
     assert load_task(make_task()).config.preparation(PREPARATION) == PREPARATION
 
 
-# What makes a figure mean something else, over all scans.
+# Errors that would invalidate metrics, over all scans.
 
 
 def replace_scan(task: Task, number: int, part: str, array: np.ndarray[Any, Any]) -> None:
@@ -630,7 +634,7 @@ def test_one_image_under_two_subjects_is_refused_with_both(make_task: MakeTask, 
     task = load_task(make_task())
     image = np.asanyarray(nibabel.load(task.scans[0].image).dataobj)
     replace_scan(task, other, "image", image.astype(np.int32))  # other bytes, the same voxels
-    with pytest.raises(DataError, match=rf"sub-01 \(.*sub-0{other + 1} \(.* are the same voxels") as refusal:
+    with pytest.raises(DataError, match=rf"sub-01 \(.*sub-0{other + 1} \(.* have the same voxels") as refusal:
         check_scans(task, PREPARATION)
     assert [word in str(refusal.value) for word in splits.split(".*")] == [True, True]
 
@@ -660,7 +664,7 @@ def test_empty_label_maps_are_no_copies(make_task: MakeTask) -> None:
 def test_patients_to_compare_with_must_have_a_class(make_task: MakeTask, number: int, split: str) -> None:
     task = load_task(make_task())
     replace_scan(task, number, "label", np.zeros((20, 24, 6), np.uint8))
-    with pytest.raises(DataError, match=rf"no label map of the {split} patients \(sub-0{number + 1}\) holds any class"):
+    with pytest.raises(DataError, match=rf"all label maps of the {split} patients \(sub-0{number + 1}\) are empty"):
         check_scans(task, PREPARATION)
 
 
@@ -681,9 +685,9 @@ def test_labels_where_the_image_is_empty_are_refused(make_task: MakeTask) -> Non
     label[12:] = 1
     replace_scan(task, 0, "image", image)
     replace_scan(task, 0, "label", label)
-    with pytest.raises(DataError, match=r"what .*labels/sub-01.* labels lies where its image .*sub-01.* is empty"):
+    with pytest.raises(DataError, match=r"the labels of .*labels/sub-01.* are where its image .*sub-01.* is empty"):
         load_scan(task.scans[0], task, PREPARATION)
-    label[9] = 1  # a tenth of it lies on the body
+    label[9] = 1  # a tenth of it is on the body
     replace_scan(task, 0, "label", label)
     load_scan(task.scans[0], task, PREPARATION)
 

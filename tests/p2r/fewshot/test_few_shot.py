@@ -24,10 +24,20 @@ from p2r.data.volume import read_volume
 from p2r.errors import DataError, JobError
 from p2r.evaluate.calibration import near_organs
 from p2r.evaluate.inference import predict_volume
+from p2r.evaluate.models import ensemble
 from p2r.evaluate.tasks import load_task
 from p2r.fewshot.protocol import Settings, Trial, final_trials, settings_of
 from p2r.fewshot.readings import merge_readings
-from p2r.fewshot.search import FewShot, attempt, check_task, choose_model, few_shot, publish_best, reason_for
+from p2r.fewshot.search import (
+    FewShot,
+    attempt,
+    check_task,
+    choose_model,
+    few_shot,
+    publish_best,
+    publish_other_draws,
+    reason_for,
+)
 from p2r.fewshot.trial import TrialSetup, run_trial
 from p2r.pipeline.local import LocalExecutor
 from p2r.storage import Storage
@@ -81,8 +91,8 @@ def relabel(data: Path, subjects: list[str]) -> None:
         nibabel.Nifti1Image(wrong.astype(np.int16), image.affine).to_filename(path)
 
 
-# fine_tune is a part of mean_teacher, and scratch_weak_to_strong one of weak_to_strong
-MODES = ["scratch", "linear_probe", "mean_teacher", "weak_to_strong", "prototype"]
+# fine_tune is a part of mean_teacher, and both modes of weak_to_strong are parts of prototype_self_training
+MODES = ["scratch", "linear_probe", "mean_teacher", "prototype_self_training", "prototype"]
 
 
 @pytest.mark.parametrize("options", [{}, {"probe_augmentation": "none", "planes": "centre", "largest_component": True}])
@@ -261,6 +271,19 @@ def test_prototypes_segment_without_training_and_are_published(make: Make, toy_d
     )
     with np.load(Storage(setup.storage).local(results[0]["row"]["predictions"]), allow_pickle=False) as predictions:
         assert np.array_equal(found, predictions["sub-07_T1w"])
+
+
+def test_the_other_draws_of_the_best_model_are_published_for_an_ensemble(make: Make, tmp_path: Path) -> None:
+    setup = make(modes=["scratch", "prototype"], draws=3, num_labelled=[1, 2])
+    results, backbone = run(setup).results, p2r.load_backbone(setup.backbone)
+    storage = Storage(str(tmp_path / "models"))
+    best = publish_best(setup, results, backbone, storage)
+    others = publish_other_draws(setup, results, backbone, storage)
+    models = [p2r.load_model(manifest["url"]) for manifest in (best, *others.values())]
+    trials = [model.manifest["trial"] for model in models]
+    assert sorted(trial["draw"] for trial in trials) == [0, 1, 2] == sorted([best["trial"]["draw"], *others])
+    assert len({(trial["mode"], trial["num_labelled"]) for trial in trials}) == 1
+    assert len(ensemble(models).manifest["members"]) == 3
 
 
 def test_paper_compat_is_labelled_and_puts_predictions_back(make: Make) -> None:

@@ -1,22 +1,24 @@
 """Draws, candidates, trials and the choice among them."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from p2r.config import FinetuneConfig, SearchConfig
 from p2r.errors import DataError
+from p2r.evaluate.sampling import draw_subjects
 from p2r.fewshot.protocol import (
     Settings,
     Trial,
     candidates_of,
     choose_settings,
-    draw_subjects,
     final_trials,
     numbers_of,
     search_trials,
     settings_of,
 )
+from p2r.modes import Mode
 
 PATIENTS = tuple(f"patient{number:03d}" for number in range(1, 21))
 
@@ -31,12 +33,12 @@ class Task:
 CONFIG = FinetuneConfig(tasks=("acdc.yaml",), num_labelled=(1, 5), draws=2)
 
 
-def trial(mode: str = "scratch", rate: float = 1e-3, num_labelled: int = 1, task: str = "acdc") -> Trial:
+def trial(mode: Mode = "scratch", rate: float = 1e-3, num_labelled: int = 1, task: str = "acdc") -> Trial:
     settings = Settings(learning_rate=rate)
-    return Trial(task, mode, num_labelled, 0, PATIENTS[:num_labelled], settings, "search")  # type: ignore[arg-type]
+    return Trial(task, mode, num_labelled, 0, PATIENTS[:num_labelled], settings, "search")
 
 
-def chosen(**rates: float) -> dict[str, Settings]:
+def chosen(**rates: float) -> dict[Any, Settings]:
     return {mode: Settings(learning_rate=rate) for mode, rate in rates.items()}
 
 
@@ -102,8 +104,8 @@ def test_search_uses_the_first_draw_and_equally_many_rates_per_mode() -> None:
 
 def test_final_trials_are_stable_and_named_without_the_rate() -> None:
     rates = chosen(scratch=1e-3, linear_probe=1e-2, fine_tune=2e-3)
-    trials = final_trials(CONFIG, Task(), rates)  # type: ignore[arg-type]
-    assert trials == final_trials(CONFIG, Task(), rates)  # type: ignore[arg-type]
+    trials = final_trials(CONFIG, Task(), rates)
+    assert trials == final_trials(CONFIG, Task(), rates)
     assert len({found.id for found in trials}) == len(trials) == 12
     assert [found.id for found in trials[:4]] == [
         "acdc-final-scratch-n1-d0",
@@ -154,7 +156,7 @@ def test_an_unfair_or_broken_search_is_refused() -> None:
 def test_all_stands_for_the_train_split_and_no_number_comes_twice() -> None:
     assert numbers_of((1, "all", 20, 5), Task()) == {1: 1, 20: "all", 5: 5}
     config = FinetuneConfig(tasks=("a",), num_labelled=(1, "all"), draws={1: 5, "all": 2}, modes=("scratch",))
-    trials = final_trials(config, Task(), chosen(scratch=1e-3))  # type: ignore[arg-type]
+    trials = final_trials(config, Task(), chosen(scratch=1e-3))
     assert [(found.num_labelled, found.draw) for found in trials] == [
         *((1, draw) for draw in range(5)),
         (20, 0),
@@ -168,7 +170,7 @@ def test_a_mode_may_be_run_for_some_of_the_numbers_only_with_the_same_patients()
     rates = chosen(scratch=1e-3, fine_tune=1e-3)
 
     def trials(**more: object) -> list[Trial]:
-        return final_trials(FinetuneConfig.model_validate({**values, **more}), Task(), rates)  # type: ignore[arg-type]
+        return final_trials(FinetuneConfig.model_validate({**values, **more}), Task(), rates)
 
     some = trials(num_labelled_by_mode={"fine_tune": [5, "all"]})
     left_out = [(found.mode, found.num_labelled) for found in trials() if found not in some]
@@ -200,7 +202,7 @@ def test_unequal_strata_are_drawn_in_proportion() -> None:
 def test_a_stratified_draw_needs_the_stratum_of_every_patient() -> None:
     config = FinetuneConfig(tasks=("a",), stratify=True)
     with pytest.raises(DataError, match=r"patient001 has none \(20 of 20 lack one\)"):
-        final_trials(config, Task(), chosen(scratch=1e-3))  # type: ignore[arg-type]
+        final_trials(config, Task(), chosen(scratch=1e-3))
 
 
 def test_one_candidate_is_taken_without_a_trial_and_a_prototype_has_no_learning_rate() -> None:
@@ -277,6 +279,7 @@ def test_candidates_drawn_from_distributions_depend_on_the_seed_alone_and_are_al
             "equally many candidates for every mode, got scratch 1, fine_tune 8: some modes have only lists",
         ),
         ({"num_labelled_by_mode": {"prototype": [1]}}, "names prototype, which is not in modes"),
+        ({"views": {"shown_fraction": [0.3, 0.6]}}, "views.shown_fraction is for pretraining only"),
         ({"modes": ["weak_to_strong"], "protocol": "paper_compat"}, "take weak_to_strong out of modes"),
         ({"steps_by_mode": {"weak_to_strong": 9}}, "steps_by_mode names weak_to_strong, which is not in modes"),
         (
@@ -330,3 +333,20 @@ def test_the_settings_of_weak_to_strong_can_be_searched() -> None:
         (threshold, dropout) for threshold in (0.9, 0.95) for dropout in (0.0, 0.5)
     }
     assert {one.cutmix_probability for one in found} == {0.5}
+
+
+def test_the_settings_of_self_training_can_be_searched_and_whole_numbers_stay_whole() -> None:
+    space = {"self_training_rounds": {"randint": (1, 5)}, "plausible_size_factor": (1.5, 3.0)}
+    section = FinetuneConfig.model_validate(
+        {
+            "tasks": ["a"],
+            "modes": ["prototype_self_training"],
+            "search": {"learning_rates": {"prototype_self_training": [1e-3]}, "space": space, "num_samples": 12},
+        }
+    )
+    mode: Mode = "prototype_self_training"
+    found = [settings_of(section, mode, candidate) for candidate in candidates_of(section, mode)]
+    rounds = {one.self_training_rounds for one in found}
+    assert rounds <= {1, 2, 3, 4} and len(rounds) > 1 and all(isinstance(one, int) for one in rounds)
+    assert {one.plausible_size_factor for one in found} == {1.5, 3.0}
+    assert {one.agreement_views for one in found} == {3}

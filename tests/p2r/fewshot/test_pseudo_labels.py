@@ -1,5 +1,7 @@
 """Pseudo-labels: whose they are, where they count, how they travel between images, and what they are worth in the loss."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -46,7 +48,7 @@ def test_a_pseudo_label_counts_where_the_teacher_is_confident_and_the_scan_is_sh
     assert torch.equal(counts, shown & ((brightness >= 0.75) | (brightness <= 0.25)))
 
 
-def _mixed(size: tuple[int, ...], number: int, **settings: float) -> tuple[Labelled, Labelled]:
+def _mixed(size: tuple[int, ...], number: int, **settings: Any) -> tuple[Labelled, Labelled]:
     """Mix images of which every pixel is told by its value: unlabelled image i is -i - 1, labelled image i is i + 1."""
     ones = torch.ones(number, *size)
     unlabelled = -(torch.arange(number) + 1).reshape(-1, *[1] * len(size)) * ones
@@ -138,7 +140,7 @@ def test_where_no_pixel_counts_there_is_nothing_to_learn() -> None:
     logits = torch.randn(2, 3, 6, 5).requires_grad_()
     loss = masked_dice_ce(logits, torch.zeros(2, 6, 5, dtype=torch.int64), torch.zeros(2, 6, 5, dtype=torch.bool))
     loss.backward()
-    assert loss == 0 and not logits.grad.any()
+    assert loss == 0 and logits.grad is not None and not logits.grad.any()
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
@@ -162,7 +164,7 @@ def test_a_class_that_no_pseudo_label_finds_is_named() -> None:
     assert told["steps"] == list(range(2, 41, 2)) and set(told["confident_fraction"]) == {0.8}
     assert told["class_fractions"]["right"][0] == 0.25
     assert told["classes_never_found"] == ["left"]
-    assert told["warnings"] == ["no pseudo-label was of class left: it was learnt from labelled images only"]
+    assert told["warnings"] == ["no pseudo-label had class left: it was learnt from labelled images only"]
 
 
 def test_a_tally_that_is_resumed_within_an_interval_counts_on() -> None:

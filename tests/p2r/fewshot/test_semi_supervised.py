@@ -88,11 +88,20 @@ class Killed(BaseException):
     """Ends a trial at once, as a lost machine does."""
 
 
-@pytest.mark.parametrize("mode", ["fine_tune", "weak_to_strong"])
+@pytest.mark.parametrize("mode", ["fine_tune", "prototype_self_training"])
 def test_a_trial_that_was_killed_and_resumed_is_bitwise_the_one_that_was_not(
     make: Make, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    setup = make(steps=60, batch_size=1, curve_steps=20, warmup_head_steps=30, confidence_threshold=0.4)
+    setup = make(
+        steps=60,
+        batch_size=1,
+        curve_steps=20,
+        warmup_head_steps=30,
+        confidence_threshold=0.4,
+        self_training_rounds=2,
+        self_training_fraction=0.3,
+        self_training_min_change=0.0,
+    )
     trial, lines = final(setup, mode), list[str]()
     whole = run(setup, trial)
     monkeypatch.setattr(saved_training, "SAVE_INTERVAL_S", 0.0)
@@ -112,6 +121,9 @@ def test_a_trial_that_was_killed_and_resumed_is_bitwise_the_one_that_was_not(
         f"{trial.id} | resumes after step {step}/60" for step in (25, 50)
     ]
     assert equal(weights(setup, whole), weights(setup, resumed))
+    if mode == "prototype_self_training":  # saved within the second round, and after the last one
+        told = whole["row"]["pseudo_labels"]["rounds"]
+        assert [one["step"] for one in told] == [0, 18] and told[-1]["ended_at_step"] == 36
     for result in (whole, resumed):
         del result["seconds"], result["row"]["seconds"]
     assert resumed == whole
@@ -178,14 +190,65 @@ def test_a_threshold_that_nothing_reaches_is_named_in_the_row(make: Make) -> Non
     told = run_trial(setup, trial, device="cpu", say=lines.append)["row"]["pseudo_labels"]
     assert told["confident_fraction"] == [0.0, 0.0, 0.0] and told["classes_never_found"] == ["background", "DISC"]
     (warning,) = told["warnings"]
-    assert warning.startswith("no pixel reached confidence_threshold 0.999: nothing was learnt from unlabelled images")
+    assert warning.startswith("no pixel reached confidence_threshold 0.999, so unlabelled images had no effect")
     assert any(line.endswith(warning) for line in lines)
+
+
+def test_a_row_tells_what_every_round_of_self_training_labelled(make: Make) -> None:
+    anywhere = {"plausible_size_factor": 1000.0, "plausible_margin_mm": 100.0, "agreement_views": 2}
+    setup = make(
+        steps=8, self_training_fraction=0.25, self_training_min_change=0.0, confidence_threshold=0.4, **anywhere
+    )
+    lines = list[str]()
+    row = run_trial(setup, final(setup, "prototype_self_training"), device="cpu", say=lines.append)["row"]
+    told = row["pseudo_labels"]["rounds"]
+    assert [(one["step"], one["by"]) for one in told] == [(0, "prototypes"), (2, "teacher"), (4, "teacher")]
+    assert told[-1]["ended_by"] == "rounds" and told[-1]["ended_at_step"] == 6
+    assert 0 < told[0]["counted_fraction"] <= 1 and told[0]["class_fractions"]["DISC"] > 0
+    assert told[0]["frames"] == 4 and told[0]["plausible_frames"] > 0
+    assert sum("pseudo-labels by prototypes" in line for line in lines) == 1
+    named = row["settings"]
+    assert named["agreement_views"] == 2 and named["background_prototypes"] == 8
+    assert "rounds" not in run(setup, final(setup, "weak_to_strong"))["row"]["pseudo_labels"]
+
+
+def test_settings_of_self_training_leave_the_digests_of_other_modes_as_they_were(make: Make) -> None:
+    setup = make()
+    for mode in MODES:
+        recipe = final(setup, mode).to_recipe() if mode != "prototype" else {"settings": {}}
+        of_rounds = {"self_training_rounds", "agreement_views", "plausible_margin_mm"} & recipe["settings"].keys()
+        assert bool(of_rounds) == MODES[mode].has_rounds
+
+
+def test_unlabelled_scans_of_another_spacing_or_contrast_are_named_and_used(make: Make, copy: Path) -> None:
+    setup = make(data=copy, steps=2)
+    trial = final(setup, "mean_teacher")
+    assert "warnings" not in run(setup, trial)["row"]
+    coarse, inverted, *_ = (f"sub-{n:02d}" for n in range(1, 6) if f"sub-{n:02d}" not in trial.subjects)
+    for name in (coarse, inverted):
+        path = copy / f"images/{name}_T1w.nii.gz"
+        image = nibabel.load(path)
+        voxels = np.asarray(image.dataobj)
+        if name == coarse:
+            nibabel.Nifti1Image(voxels[::4, ::4], image.affine @ np.diag([4.0, 4.0, 1.0, 1.0])).to_filename(path)
+        else:
+            nibabel.Nifti1Image((1000 - voxels).clip(1), image.affine).to_filename(path)
+    lines = list[str]()
+    Storage(setup.storage).delete("trials")
+    row = run_trial(setup, trial, device="cpu", say=lines.append)["row"]
+    spacing, contrast = row["warnings"]
+    assert f"voxel size than the labelled ones, such as 8 x 8 mm instead of 2 to 2 mm: {coarse}_T1w" in spacing
+    assert f"like another contrast: {inverted}_T1w" in contrast
+    assert sum(line.endswith(row["warnings"][0]) for line in lines) == 1 and " | WARNING: " in "".join(lines)
 
 
 def test_where_all_patients_are_labelled_their_own_images_are_the_unlabelled_ones(make: Make) -> None:
     setup = make(steps=2, num_labelled=["all"], confidence_threshold=0.4)
-    told = run(setup, final(setup, "weak_to_strong"))["row"]["pseudo_labels"]
-    assert told["confident_fraction"][0] > 0
+    row = run(setup, final(setup, "weak_to_strong"))["row"]
+    assert row["pseudo_labels"]["confident_fraction"][0] > 0
+    assert row["warnings"] == [
+        "no train patient is left without labels: the labelled patients' own images served as the unlabelled ones"
+    ]
 
 
 def test_a_trial_that_cannot_be_compiled_says_why_and_is_the_one_that_is_not(

@@ -1,5 +1,6 @@
 """What training sees of the labelled scans, and what a step does with it."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from p2r.data.preprocess import Preparation, frames_of, label_frames_of, label_planes_of, planes_of
 from p2r.data.volume import Volume
 from p2r.evaluate.tasks import LabelledScan, TaskScan
-from p2r.fewshot.training import Images, _windows, labelled_images
+from p2r.fewshot.training import Images, _cut_windows, labelled_images
 from p2r.randomness import keyed_generator
 
 
@@ -19,13 +20,13 @@ def _centres(planes: str, height: int, width: int) -> set[tuple[int, int]]:
     labels = (1 + rows * width + columns)[None]
     generators = [keyed_generator(0, "test", number) for number in range(200)]
     preparation = Preparation(spacing_mm=1.0, image_size=32, planes=planes)
-    _, inside, cut = _windows(
+    _, inside, cut = _cut_windows(
         Images(torch.zeros(1, 1, height, width), torch.ones(1, height, width, dtype=torch.bool), labels),
         np.zeros(200, np.int64),
         generators,
         preparation,
     )
-    assert torch.equal(inside, cut > 0)
+    assert cut is not None and torch.equal(inside, torch.gt(cut, 0))
     middle = cut[:, cut.shape[1] // 2, cut.shape[2] // 2] - 1
     return {(int(value) // width, int(value) % width) for value in middle}
 
@@ -47,16 +48,16 @@ def test_a_model_of_the_centre_trains_on_the_centre() -> None:
 
 def test_training_windows_of_volumes_lie_anywhere_in_them_and_one_that_fits_is_seen_whole() -> None:
     shape = (24, 12, 40)
-    labels = 1 + torch.arange(np.prod(shape)).reshape(1, *shape)
+    labels = 1 + torch.arange(math.prod(shape)).reshape(1, *shape)
     generators = [keyed_generator(0, "test", number) for number in range(100)]
-    _, inside, cut = _windows(
+    _, inside, cut = _cut_windows(
         Images(torch.zeros(1, 1, *shape), torch.ones(1, *shape, dtype=torch.bool), labels),
         np.zeros(100, np.int64),
         generators,
         Preparation(dimensions=3, spacing_mm=1.0, image_size=16),
     )
-    assert cut.shape == (100, 32, 32, 32)
-    assert torch.equal(inside, cut > 0)
+    assert cut is not None and cut.shape == (100, 32, 32, 32)
+    assert torch.equal(inside, torch.gt(cut, 0))
     centres = np.array(np.unravel_index((cut[:, 16, 16, 16] - 1).numpy(), shape))
     assert centres.min(1).tolist() == [8, 6, 8]
     assert centres.max(1).tolist() == [16, 6, 32]
@@ -69,7 +70,7 @@ def test_images_of_unequal_scans_are_padded_about_their_centres(dimensions: int)
         data = np.random.default_rng(0).integers(1, 8, (*shape, 2)).astype(np.int16)
         volume = Volume(data, np.eye(4), np.eye(4), shape, (1.0, 1.0, 1.0), "scan")
         preparation = Preparation(
-            dimensions=dimensions,  # type: ignore[arg-type]
+            dimensions=dimensions,
             spacing_mm=1.0,
             image_size=16,
             intensity_percentiles=(0, 100),
@@ -82,14 +83,14 @@ def test_images_of_unequal_scans_are_padded_about_their_centres(dimensions: int)
                 volume,
                 volume,
                 make(volume, preparation=preparation, size=None),
-                make_labels(volume, preparation=preparation, size=None, **options),  # type: ignore[operator]
+                make_labels(volume, preparation=preparation, size=None, **options),
             )
         )
     together = labelled_images(scans)
     images, inside, labels = together.images, together.inside, together.labels
     size, count = ((9, 8), 8 + 10) if dimensions == 2 else ((9, 8, 5), 4)
     assert images.shape == (count, 1, *size)
-    assert inside.shape == labels.shape == (count, *size)
+    assert labels is not None and inside.shape == labels.shape == (count, *size)
     assert torch.equal((images[:, 0] * 6).round().long() + inside, labels)  # 1 to 7, and 0 for padding
     sizes = {tuple(mask.nonzero().amax(0) - mask.nonzero().amin(0) + 1) for mask in inside}
     assert {tuple(map(int, found)) for found in sizes} == {(6, 8, 4)[:dimensions], (9, 7, 5)[:dimensions]}

@@ -63,7 +63,7 @@ def test_a_backbone_that_says_nothing_of_its_corpora_is_unknown_and_not_clean(
     arguments = [str(write_toy_job(tmp_path)), *(word for override in overrides for word in ("--set", override))]
     monkeypatch.setattr(sys, "argv", ["p2r", *arguments])
     assert one_process.main() == 2
-    assert "does not say which corpora it was pretrained on" in capsys.readouterr().err
+    assert "does not list the corpora of its pretraining" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["p2r", *arguments, "--allow-transductive"])
     assert one_process.main() == 0
     said = capsys.readouterr()

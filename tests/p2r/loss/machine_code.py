@@ -1,9 +1,9 @@
-"""Compile the loss kernels for GPUs that are not there, and count what their machine code does.
+"""Compile the loss kernels for absent GPUs, and count the instructions and registers of their machine code.
 
     python -m tests.p2r.loss.machine_code [--arch 80,90,100] [--dtype bfloat16] [--channels 64,128] [--masks none,image,radius_2d]
 
-Triton's wheel brings the assembler and the disassembler. Arguments and options are those that the project's own host code
-hands to a kernel. A row per kernel; everything that `fit` accepts is about five minutes of CPU time.
+Triton's wheel includes the assembler and the disassembler. Arguments and options come from the project's own host code. It
+prints a row per kernel; all kernels that `fit` accepts take about five minutes of CPU time.
 """
 
 import argparse
@@ -29,7 +29,7 @@ KERNELS = ("sums", "push")
 ARCHITECTURES = {80: 166_912, 90: 232_448, 100: 232_448}
 """Compute capability, times ten, and the shared memory that a program may take there."""
 MASKS = {"none": None, "image": 0, "radius_2d": 2, "radius_3d": 3}
-"""Spatial dimensions of the positions; 0: images alone."""
+"""Spatial dimensions of the positions; 0: only images."""
 
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -65,11 +65,11 @@ class Counted:
     products: int
     """Instructions of the tensor cores there."""
     warpgroup_products: int
-    """Those of them that a warpgroup issues (wgmma)."""
+    """Number of them issued by a warpgroup (wgmma)."""
 
 
 class _Recorder:
-    """Takes the place of a kernel, and keeps what it is launched with."""
+    """Stand-in for a kernel that records its launches."""
 
     def __init__(self) -> None:
         self.arguments: tuple[Any, ...] = ()
@@ -83,7 +83,7 @@ class _Recorder:
 
 
 def launched(name: str, dtype: torch.dtype, channels: int, *, masks: str, limit: int) -> _Recorder:
-    """Return the arguments and options that the host code launches a kernel with, on a GPU of so much shared memory."""
+    """Return the arguments and options with which the host code launches a kernel, on a GPU with this shared memory."""
     dimensions = MASKS[masks]
     rows = Rows(
         torch.zeros(16, channels, dtype=dtype),
@@ -194,12 +194,12 @@ def accepted(arch: int) -> Iterator[tuple[str, torch.dtype, int, str]]:
         for channels in widths:
             tables = (kernels._SUMS_TILES, kernels._PUSH_TILES)
             limit = ARCHITECTURES[arch]
-            if all(kernels._choices(table, dtype, channels, limit, has_image=True) for table in tables):
+            if all(kernels._fitting_tiles(table, dtype, channels, limit, has_image=True) for table in tables):
                 yield from ((name, dtype, channels, masks) for masks in MASKS for name in KERNELS)
 
 
 def main() -> None:
-    """Print a row of what is asked for."""
+    """Print a row per requested kernel."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", default="80,90,100")
     parser.add_argument("--dtype", default="bfloat16,float16,float32")

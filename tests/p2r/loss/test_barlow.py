@@ -1,4 +1,4 @@
-"""Barlow Twins against its definition written out, one pair of channels at a time."""
+"""Barlow Twins against a naive implementation of its definition, one pair of channels at a time."""
 
 import math
 
@@ -84,13 +84,13 @@ def test_shapes_that_do_not_fit_are_refused(shape_a: tuple[int, ...], shape_b: t
         barlow_twins(torch.ones(shape_a), torch.ones(shape_b), off_diagonal_weight=0.1)
 
 
-def test_a_pair_of_weight_zero_is_not_there_and_one_of_weight_two_is_there_twice() -> None:
+def test_a_pair_of_weight_zero_is_ignored_and_one_of_weight_two_counts_twice() -> None:
     a, b = embeddings(12, 4)
     weights = torch.ones(12)
     weights[3], weights[5] = 0, 2
     rows = [0, 1, 2, 4, 5, 5, 6, 7, 8, 9, 10, 11]
     expected = barlow_twins(a[rows], b[rows], off_diagonal_weight=0.1)
-    a[3] = math.nan  # whatever it holds
+    a[3] = math.nan  # arbitrary values
     torch.testing.assert_close(barlow_twins(a, b, off_diagonal_weight=0.1, weights=weights), expected)
 
 
@@ -117,7 +117,7 @@ def test_a_weight_that_is_negative_or_not_finite_is_refused(weight: float) -> No
 
 
 @pytest.mark.parametrize("is_waited_for", [False, True])
-def test_with_findings_pairs_of_no_weight_are_not_there_and_fewer_than_two_teach_nothing(
+def test_with_findings_pairs_of_weight_zero_are_ignored_and_fewer_than_two_have_no_gradient(
     is_waited_for: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("p2r.loss.ranks.is_waited_for", lambda device: is_waited_for)
@@ -132,7 +132,7 @@ def test_with_findings_pairs_of_no_weight_are_not_there_and_fewer_than_two_teach
     torch.testing.assert_close(ours, theirs)
     for got, expected in zip(*(torch.autograd.grad(loss, [a, b]) for loss in (ours, theirs)), strict=True):
         torch.testing.assert_close(got, expected)
-    assert len(findings.counts()) == (3 if is_waited_for else 2)  # whether values are finite is always left for later
+    assert len(findings.counts()) == (3 if is_waited_for else 2)  # checks for finite values are always postponed
     for num in (0, 1):
         loss = barlow_twins(
             a, b, off_diagonal_weight=0.1, weights=(torch.arange(12) < num).float(), findings=Findings()

@@ -1,8 +1,8 @@
-"""InfoNCE against its definition written out, one anchor at a time, in float64."""
+"""InfoNCE against a naive implementation of its definition, one anchor at a time, in float64."""
 
 import importlib
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from p2r.errors import EmbeddingError
 from p2r.loss import Findings, SameImage, info_nce
 from p2r.loss.tiles import TILE, sharpest, static_shift
 
-FORMS = ("cross_view", "nt_xent")
+Form = Literal["cross_view", "nt_xent"]
+FORMS: tuple[Form, ...] = ("cross_view", "nt_xent")
 
 
 def embeddings(num: int, channels: int, *, seed: int = 0, noise: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -28,12 +29,12 @@ def written_out(
     keys: Tensor,
     *,
     temperature: float | Tensor,
-    form: str,
+    form: Form,
     decoupled: bool = False,
     weights: Tensor | None = None,
     exclude: SameImage | None = None,
 ) -> Tensor:
-    """Minus the log of the probability of picking the partner, averaged over anchors."""
+    """Return minus the log of the probability of picking the partner, averaged over anchors."""
     q = [row / row.norm() for row in queries]
     k = [row / row.norm() for row in keys]
     weight = [1.0] * len(q) if weights is None else weights.tolist()
@@ -61,8 +62,8 @@ def written_out(
     return total / (2 * sum(weight))
 
 
-def matrix_form(queries: Tensor, keys: Tensor, *, temperature: float, form: str) -> Tensor:
-    """The dense textbook form, for sizes at which the written-out one takes too long."""
+def matrix_form(queries: Tensor, keys: Tensor, *, temperature: float, form: Form) -> Tensor:
+    """Compute the dense textbook form, for sizes at which the naive one takes too long."""
     q, k = queries / queries.norm(dim=1, keepdim=True), keys / keys.norm(dim=1, keepdim=True)
     index = torch.arange(len(q))
     if form == "cross_view":
@@ -80,7 +81,7 @@ def gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("temperature", [1.0, 0.2, 0.05])
-def test_loss_and_gradient_equal_the_definition(form: str, temperature: float) -> None:
+def test_loss_and_gradient_equal_the_definition(form: Form, temperature: float) -> None:
     queries, keys = (x.requires_grad_() for x in embeddings(9, 5))
     expected = written_out(queries, keys, temperature=temperature, form=form)
     loss = info_nce(queries, keys, temperature=temperature, form=form)
@@ -91,13 +92,13 @@ def test_loss_and_gradient_equal_the_definition(form: str, temperature: float) -
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_gradient_equals_finite_differences(form: str) -> None:
+def test_gradient_equals_finite_differences(form: Form) -> None:
     queries, keys = (x.requires_grad_() for x in embeddings(7, 4, seed=1))
     assert torch.autograd.gradcheck(lambda q, k: info_nce(q, k, temperature=0.3, form=form), (queries, keys))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_tiles_do_not_show(form: str) -> None:
+def test_the_result_does_not_depend_on_tiles(form: Form) -> None:
     num = 2 * TILE + 37  # several tiles both ways, none of them whole at the end
     queries, keys = (x.requires_grad_() for x in embeddings(num, 8, seed=2))
     expected = matrix_form(queries, keys, temperature=0.1, form=form)
@@ -107,8 +108,33 @@ def test_tiles_do_not_show(form: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("num_panels", [3, 4, 5])
+def test_entries_within_a_view_are_computed_once_for_two_panels(
+    num_panels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("p2r.loss.info_nce")  # its name is that of the function
+    monkeypatch.setattr(module, "PANEL", 8)
+    queries, keys = (x.requires_grad_() for x in embeddings(8 * num_panels, 6, seed=2))
+    computed = 0
+    sums = module.tiles.sums
+
+    def counting(anchors: Any, candidates: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal computed
+        computed += len(anchors) * len(candidates)
+        return sums(anchors, candidates, *arguments, **options)
+
+    monkeypatch.setattr(module.tiles, "sums", counting)
+    exclude = SameImage(torch.arange(8 * num_panels) // 3)
+    expected = written_out(queries, keys, temperature=0.2, form="nt_xent", exclude=exclude)
+    loss = info_nce(queries, keys, temperature=0.2, form="nt_xent", exclude=exclude)
+    assert computed == 64 * (num_panels**2 + num_panels * (num_panels + 1))
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(gradients(loss, queries, keys), gradients(expected, queries, keys), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_float32_keeps_its_digits_when_training_has_converged(form: str) -> None:
+def test_float32_keeps_its_digits_when_training_has_converged(form: Form) -> None:
     queries, keys = embeddings(300, 64, seed=3, noise=0.01)
     exact = [x.clone().requires_grad_() for x in (queries.float().double(), keys.float().double())]
     single = [x.float().requires_grad_() for x in (queries, keys)]
@@ -122,7 +148,7 @@ def test_float32_keeps_its_digits_when_training_has_converged(form: str) -> None
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_small_temperatures_neither_overflow_nor_vanish(form: str) -> None:
+def test_small_temperatures_neither_overflow_nor_vanish(form: Form) -> None:
     queries, keys = (x.float().requires_grad_() for x in embeddings(50, 8, seed=4, noise=10.0))
     loss = info_nce(queries, keys, temperature=1e-3, form=form)
     assert torch.isfinite(loss)
@@ -130,7 +156,7 @@ def test_small_temperatures_neither_overflow_nor_vanish(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_length_of_rows_and_order_of_pairs_do_not_matter(form: str) -> None:
+def test_length_of_rows_and_order_of_pairs_do_not_matter(form: Form) -> None:
     queries, keys = embeddings(20, 6, seed=5)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     loss = info_nce(queries, keys, temperature=0.2, form=form)
@@ -189,7 +215,7 @@ def test_shapes_that_do_not_fit_are_refused(shape_queries: tuple[int, ...], shap
         info_nce(torch.ones(shape_queries), torch.ones(shape_keys), temperature=0.1)
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "decoupled": {"decoupled": True},
     "weights": {"weights": torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 0.1, 3.0, 0.0, 1.0], dtype=torch.float64)},
     "same image": {"exclude": SameImage(torch.tensor([0, 0, 0, 4, 4, 7, 7, 7, 9]))},
@@ -207,11 +233,11 @@ OPTIONS["all"] = {key: value for name in ("decoupled", "weights", "radius") for 
 @pytest.mark.parametrize("temperature", [0.2, 0.002])  # a static shift, and a maximum per row
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("form", FORMS)
-def test_options_equal_the_definition(form: str, options: str, temperature: float) -> None:
+def test_options_equal_the_definition(form: Form, options: str, temperature: float) -> None:
     queries, keys = (x.requires_grad_() for x in embeddings(9, 5))
     tau, their_tau = (torch.tensor(temperature, dtype=torch.float64, requires_grad=True) for _ in range(2))
     expected = written_out(queries, keys, temperature=their_tau, form=form, **OPTIONS[options])
-    loss = info_nce(queries, keys, temperature=tau, form=form, **OPTIONS[options])  # type: ignore[arg-type]
+    loss = info_nce(queries, keys, temperature=tau, form=form, **OPTIONS[options])
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     theirs = gradients(expected, queries, keys, their_tau)
     for ours, their in zip(gradients(loss, queries, keys, tau), theirs, strict=True):
@@ -220,7 +246,7 @@ def test_options_equal_the_definition(form: str, options: str, temperature: floa
 
 @pytest.mark.parametrize("options", ["decoupled", "radius"])
 @pytest.mark.parametrize("form", FORMS)
-def test_gradient_with_options_and_temperature_equals_finite_differences(form: str, options: str) -> None:
+def test_gradient_with_options_and_temperature_equals_finite_differences(form: Form, options: str) -> None:
     queries, keys = (x.requires_grad_() for x in embeddings(9, 4, seed=1))
     tau = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
@@ -230,28 +256,28 @@ def test_gradient_with_options_and_temperature_equals_finite_differences(form: s
 
 @pytest.mark.parametrize("radius_mm", [math.inf, 6.0])
 @pytest.mark.parametrize("form", FORMS)
-def test_excluded_negatives_are_found_in_every_tile(form: str, radius_mm: float) -> None:
+def test_excluded_negatives_are_found_in_every_tile(form: Form, radius_mm: float) -> None:
     num = 2 * TILE + 37
     queries, keys = (x.requires_grad_() for x in embeddings(num, 8, seed=2))
     generator = torch.Generator().manual_seed(0)
-    image = torch.arange(num) // 90  # images lie across the borders of tiles
+    image = torch.arange(num) // 90  # images cross the borders of tiles
     position_mm = 30 * torch.rand(num, 3, generator=generator, dtype=torch.float64)
     exclude = SameImage(image, position_mm, radius_mm)
     near = (image[:, None] == image) & ((position_mm[:, None] - position_mm).norm(dim=-1) <= radius_mm)
     assert 3 * num < near.sum() < num**2 / 2
     expected = stable_form(queries, keys, temperature=0.1, form=form, near=near)
-    loss = info_nce(queries, keys, temperature=0.1, form=form, exclude=exclude)  # type: ignore[arg-type]
+    loss = info_nce(queries, keys, temperature=0.1, form=form, exclude=exclude)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(gradients(loss, queries, keys), gradients(expected, queries, keys), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)
     shuffled = torch.randperm(num, generator=generator)
     exclude = SameImage(image[shuffled], position_mm[shuffled], radius_mm)
-    again = info_nce(queries[shuffled], keys[shuffled], temperature=0.1, form=form, exclude=exclude)  # type: ignore[arg-type]
+    again = info_nce(queries[shuffled], keys[shuffled], temperature=0.1, form=form, exclude=exclude)
     torch.testing.assert_close(again, expected, rtol=1e-12, atol=1e-12)
 
 
-def stable_form(q: Tensor, k: Tensor, *, temperature: float, form: str, near: Tensor | None = None) -> Tensor:
-    """The dense form over negatives only: exact in float64 however small the loss is."""
+def stable_form(q: Tensor, k: Tensor, *, temperature: float, form: Form, near: Tensor | None = None) -> Tensor:
+    """Compute the dense form over negatives only, which is exact in float64 for arbitrarily small losses."""
     q, k = q / q.norm(dim=1, keepdim=True), k / k.norm(dim=1, keepdim=True)
     excluded = torch.eye(len(q), dtype=torch.bool) if near is None else near | torch.eye(len(q), dtype=torch.bool)
     positive = (q * k).sum(1) / temperature
@@ -271,26 +297,28 @@ REGIMES = {"random": 10.0, "learning": 0.5, "converged": 0.003, "duplicated": 10
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("form", FORMS)
 def test_float32_gradients_are_right_where_the_usual_ones_are_not(
-    form: str, regime: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+    form: Form, regime: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With respect to the unit rows: normalising is a step of its own, with its own rounding.
-    monkeypatch.setattr(importlib.import_module("p2r.loss.info_nce"), "_unit", lambda rows: rows)
+    # With respect to the unit rows, because normalising is a separate step with its own rounding.
+    monkeypatch.setattr(importlib.import_module("p2r.loss.info_nce"), "_normalise_rows", lambda rows: rows)
     queries, keys = embeddings(700, 128, seed=6, noise=REGIMES[regime])
     if regime == "duplicated":
         queries[100:200], keys[100:200] = queries[:100], keys[:100]
     single = [F.normalize(x.float(), dim=1).requires_grad_() for x in (queries, keys)]
     exact = [x.detach().double().requires_grad_() for x in single]
-    loss = info_nce(*single, temperature=temperature, form=form)  # type: ignore[arg-type]
+    loss = info_nce(*single, temperature=temperature, form=form)
     positive = (exact[0] * exact[1]).sum(1)
-    expected = of_unit_rows(*exact, positive / temperature, temperature=temperature, form=form)
+    expected = of_unit_rows(exact[0], exact[1], positive / temperature, temperature=temperature, form=form)
     bound = 2e-7 / temperature + 1e-6
     assert abs(loss.double() - expected) <= bound * abs(expected)
     for ours, theirs in zip(gradients(loss, *single), gradients(expected, *exact), strict=True):
         assert (ours - theirs).norm() <= bound * theirs.norm()
 
 
-def of_unit_rows(q: Tensor, k: Tensor, positive: Tensor, *, temperature: float, form: str, both: bool = True) -> Tensor:
-    """`stable_form` without normalising, in both directions or from queries to keys only."""
+def of_unit_rows(
+    q: Tensor, k: Tensor, positive: Tensor, *, temperature: float, form: Form, both: bool = True
+) -> Tensor:
+    """Compute `stable_form` without normalising, in both directions or only from queries to keys."""
     diagonal = torch.eye(len(q), dtype=torch.bool)
     losses = []
     for anchors, others in ((q, k), (k, q))[: 2 if both else 1]:
@@ -307,32 +335,32 @@ def test_the_usual_float32_loss_fails_the_bound_that_ours_keeps() -> None:
     exact = [x.detach().double().requires_grad_() for x in single]
     usual = F.cross_entropy(single[0] @ single[1].T / 0.02, torch.arange(700))
     positive = (exact[0] * exact[1]).sum(1) / 0.02
-    expected = of_unit_rows(*exact, positive, temperature=0.02, form="cross_view", both=False)
+    expected = of_unit_rows(exact[0], exact[1], positive, temperature=0.02, form="cross_view", both=False)
     ours, theirs = gradients(usual, *single)[0], gradients(expected, *exact)[0]
     assert (ours - theirs).norm() > 0.1 * theirs.norm()
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_pair_without_negatives_costs_nothing(form: str) -> None:
+def test_a_pair_without_negatives_costs_nothing(form: Form) -> None:
     queries, keys = (x.requires_grad_() for x in embeddings(6, 4))
     lonely = SameImage(torch.zeros(6, dtype=torch.long))
     for temperature in (0.2, 0.001):
-        loss = info_nce(queries, keys, temperature=temperature, form=form, exclude=lonely)  # type: ignore[arg-type]
+        loss = info_nce(queries, keys, temperature=temperature, form=form, exclude=lonely)
         assert loss == 0
         assert all((gradient == 0).all() for gradient in gradients(loss, queries, keys))
         with pytest.raises(ValueError, match="6 of 6 have none"):
-            info_nce(queries, keys, temperature=temperature, form=form, exclude=lonely, decoupled=True)  # type: ignore[arg-type]
+            info_nce(queries, keys, temperature=temperature, form=form, exclude=lonely, decoupled=True)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_pair_of_weight_zero_is_not_there(form: str) -> None:
+def test_a_pair_of_weight_zero_is_ignored(form: Form) -> None:
     queries, keys = (x.requires_grad_() for x in embeddings(10, 4))
     with torch.no_grad():
-        queries[3] = math.nan  # whatever it holds
+        queries[3] = math.nan  # arbitrary values
     weights = torch.ones(10).index_fill(0, torch.tensor([3]), 0)
     others = [i for i in range(10) if i != 3]
-    loss = info_nce(queries, keys, temperature=0.2, form=form, weights=weights)  # type: ignore[arg-type]
-    assert loss == info_nce(queries[others], keys[others], temperature=0.2, form=form)  # type: ignore[arg-type]
+    loss = info_nce(queries, keys, temperature=0.2, form=form, weights=weights)
+    assert loss == info_nce(queries[others], keys[others], temperature=0.2, form=form)
     assert (gradients(loss, keys)[0][3] == 0).all()
 
 
@@ -407,7 +435,7 @@ def test_unknown_names_are_refused() -> None:
 
 @pytest.fixture
 def waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treat the CPU as a device that must not be waited for."""
+    """Treat the CPU as a device with which code must not synchronise."""
     monkeypatch.setattr("p2r.loss.ranks.is_waited_for", lambda device: True)
 
 
@@ -417,11 +445,11 @@ def waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("temperature", [0.2, 0.001])
 @pytest.mark.parametrize("form", FORMS)
 def test_without_waiting_the_loss_and_its_gradient_are_the_same(
-    form: str, temperature: float, exchange: str, decoupled: bool
+    form: Form, temperature: float, exchange: str, decoupled: bool
 ) -> None:
     queries, keys = (x.requires_grad_() for x in embeddings(12, 4))
     with torch.no_grad():
-        queries[3], keys[7] = math.nan, 0.0  # of no weight, whatever they hold
+        queries[3], keys[7] = math.nan, 0.0  # of weight 0, with arbitrary values
     weights = torch.ones(12).index_fill(0, torch.tensor([3, 7]), 0).index_fill(0, torch.tensor([5]), 2)
     options: dict[str, Any] = {"form": form, "temperature": temperature, "exchange": exchange, "decoupled": decoupled}
     for exclude in (None, SameImage(torch.arange(12) // 3)):
@@ -450,14 +478,14 @@ def test_without_waiting_bad_values_are_counted_and_refused_when_they_are_read()
         findings.refuse([int(count) for count in findings.counts()])
 
 
-def test_with_findings_a_cpu_is_still_looked_at_at_once() -> None:
+def test_with_findings_values_on_a_cpu_are_still_checked_at_once() -> None:
     with pytest.raises(EmbeddingError, match=r"keys: 5 of 5 .* all zeros"):
         info_nce(torch.ones(5, 4), torch.zeros(5, 4), temperature=0.1, findings=Findings())
 
 
 @pytest.mark.parametrize("is_waited_for", [False, True])
 @pytest.mark.parametrize("num", [0, 1])
-def test_with_findings_fewer_than_two_pairs_teach_nothing(
+def test_with_findings_fewer_than_two_pairs_have_no_loss_and_no_gradient(
     num: int, is_waited_for: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("p2r.loss.ranks.is_waited_for", lambda device: is_waited_for)
@@ -474,14 +502,14 @@ def test_with_findings_fewer_than_two_pairs_teach_nothing(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("value", [0.3, 0.0127])
 def test_a_learnt_temperature_is_not_read_and_gives_the_same_loss_and_gradients(
-    form: str, value: float, exchange: str, monkeypatch: pytest.MonkeyPatch
+    form: Form, value: float, exchange: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queries, keys = (x.float().requires_grad_() for x in embeddings(12, 4))
     temperature = torch.tensor([value], requires_grad=True)
     options: dict[str, Any] = {"form": form, "exchange": exchange, "temperature": temperature}
     expected = info_nce(queries, keys, **options)
     of_expected = gradients(expected, queries, keys, temperature)
-    module = importlib.import_module("p2r.loss.info_nce")  # its name is that of the function
+    module = importlib.import_module("p2r.loss.info_nce")  # the function of the same name hides it
     monkeypatch.setattr(module, "number_in", lambda value: pytest.fail("it was read"))
     findings = Findings()
     loss = info_nce(queries, keys, findings=findings, **options)
@@ -493,7 +521,7 @@ def test_a_learnt_temperature_is_not_read_and_gives_the_same_loss_and_gradients(
 
 @pytest.mark.usefixtures("waited_for")
 @pytest.mark.parametrize("value", [0.0115, 0.0, -1.0, math.nan])
-def test_a_learnt_temperature_that_no_shift_serves_is_counted(value: float) -> None:
+def test_a_learnt_temperature_without_a_static_shift_is_counted(value: float) -> None:
     findings = Findings()
     info_nce(torch.ones(5, 4), torch.ones(5, 4), temperature=torch.tensor(value), findings=findings)
     with pytest.raises(EmbeddingError, match=r"temperature must be at least 0\.0\d+ for 5 candidates"):
@@ -502,9 +530,7 @@ def test_a_learnt_temperature_that_no_shift_serves_is_counted(value: float) -> N
 
 @pytest.mark.parametrize("num_candidates", [2, 10**5, 10**8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_sharpest_temperature_is_the_last_that_a_static_shift_serves(
-    dtype: torch.dtype, num_candidates: int
-) -> None:
+def test_the_sharpest_temperature_is_the_last_with_a_static_shift(dtype: torch.dtype, num_candidates: int) -> None:
     most = sharpest(num_candidates, dtype)
     shift = static_shift(most, num_candidates, dtype)
     assert shift is not None
@@ -517,13 +543,13 @@ def test_the_sharpest_temperature_is_the_last_that_a_static_shift_serves(
 @pytest.mark.parametrize("is_waited_for", [False, True])
 @pytest.mark.parametrize("form", ["cross_view", "nt_xent"])
 def test_the_parts_are_the_cosine_of_pairs_and_the_log_sum_over_negatives(
-    form: str, is_waited_for: bool, monkeypatch: pytest.MonkeyPatch
+    form: Form, is_waited_for: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("p2r.loss.ranks.is_waited_for", lambda device: is_waited_for)
     queries, keys = embeddings(8, 4)
     weights = torch.tensor([1.0, 2, 1, 0, 1, 1, 1, 1])
     parts: dict[str, torch.Tensor] = {}
-    info_nce(queries, keys, temperature=0.2, form=form, weights=weights, findings=Findings(), parts=parts)  # type: ignore[arg-type]
+    info_nce(queries, keys, temperature=0.2, form=form, weights=weights, findings=Findings(), parts=parts)
     kept, total = weights > 0, weights.sum()
     unit = [torch.nn.functional.normalize(rows[kept], dim=1) for rows in (queries, keys)]
     both = torch.cat(unit)

@@ -1,17 +1,18 @@
-"""Triton's kernels against the torch tiles: in Triton's interpreter on a CPU, compiled where there is a CUDA device."""
+"""Triton kernels against the torch tiles: in Triton's interpreter on a CPU, compiled with a CUDA device."""
 
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-# In a process of its own: Triton decides when it is imported whether it interprets.
+# In a separate process, because Triton chooses its interpreter at import.
 SCRIPT = """
 import dataclasses, itertools, json, math, sys
 import torch
@@ -74,7 +75,7 @@ for dtype, (num, num_candidates, first), exclude in itertools.product(
 """
 
 
-def run(device: str, dtypes: list[str], channels: list[int], **environment: str) -> list[dict[str, object]]:
+def run(device: str, dtypes: list[str], channels: list[int], **environment: str) -> list[dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps([device, dtypes, channels])],
         capture_output=True,
@@ -90,13 +91,13 @@ def test_interpreted_kernels_equal_the_tiles_and_themselves() -> None:
     cases = run("cpu", ["float32", "float16"], [32], TRITON_INTERPRET="1")
     assert len(cases) == 12
     for case in cases:
-        assert max(case["errors"]) < 1e-6, case  # type: ignore[type-var]
+        assert max(case["errors"]) < 1e-6, case
         assert case["same"], case
         assert case["same_in_parts"], case  # as ranks compute them
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     ("dtype", "channels", "bound"),
     [("bfloat16", [64, 128, 256], 4e-3), ("float16", [64], 1e-3), ("float32", [64], 2e-3)],
@@ -104,7 +105,7 @@ def test_interpreted_kernels_equal_the_tiles_and_themselves() -> None:
 def test_compiled_kernels_equal_the_tiles_and_themselves(dtype: str, channels: list[int], bound: float) -> None:
     # Weights are rounded to bfloat16 or TF32, float32 rows to TF32.
     for case in run("cuda", [dtype], channels):
-        assert max(case["errors"]) < bound, case  # type: ignore[type-var]
+        assert max(case["errors"]) < bound, case
         assert case["same"], case
         assert case["same_in_parts"], case
 
@@ -122,22 +123,24 @@ CPU, BF16 = torch.device("cpu"), torch.bfloat16
         (torch.float16, 512, "got 512"),
     ],
 )
-def test_rows_that_the_kernels_do_not_take_are_named_with_the_way_out(
+def test_rows_that_the_kernels_do_not_support_are_named_with_the_way_out(
     dtype: torch.dtype, channels: int, reason: str | None
 ) -> None:
     from p2r.loss.kernels import fit, unfit
 
-    found = unfit(dtype, channels, device=CPU)
+    found = unfit(dtype, channels, device=CPU, allows_tf32=False)
     assert (found is None) if reason is None else (found is not None and reason in found)
     assert fit(torch.ones(4, channels, dtype=dtype)) == (reason is None)
 
 
-def test_float32_takes_the_kernels_where_tf32_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from p2r.loss.kernels import unfit
+def test_float32_uses_the_kernels_if_tf32_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from p2r.loss.kernels import fit, unfit
 
+    assert unfit(torch.float32, 128, device=CPU, allows_tf32=True) is None
+    assert "got 256" in (unfit(torch.float32, 256, device=CPU, allows_tf32=True) or "")
+    assert not fit(torch.ones(4, 128))
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert unfit(torch.float32, 128, device=CPU) is None
-    assert "got 256" in (unfit(torch.float32, 256, device=CPU) or "")
+    assert fit(torch.ones(4, 128))
 
 
 def test_a_gpu_with_little_shared_memory_takes_smaller_tiles_or_fewer_channels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,17 +148,23 @@ def test_a_gpu_with_little_shared_memory_takes_smaller_tiles_or_fewer_channels(m
     from p2r.loss.tiles import Rows
 
     rows = Rows(torch.ones(4, 128, dtype=BF16), 0)
-    usual = kernels._tile(kernels._PUSH_TILES, rows)
+    usual = kernels._choose_tile(kernels._PUSH_TILES, rows)
     monkeypatch.setattr(kernels, "_shared_limit", lambda device: 101_376)  # of an RTX 4090
-    assert kernels._tile(kernels._PUSH_TILES, rows).block_candidates < usual.block_candidates
-    assert kernels.unfit(BF16, 128, device=CPU) is None
-    assert "more shared memory than this GPU's 101376 bytes" in (kernels.unfit(BF16, 512, device=CPU) or "")
+    assert kernels._choose_tile(kernels._PUSH_TILES, rows).block_candidates < usual.block_candidates
+    assert kernels.unfit(BF16, 128, device=CPU, allows_tf32=False) is None
+    assert "more shared memory than this GPU's 101376 bytes" in (
+        kernels.unfit(BF16, 512, device=CPU, allows_tf32=False) or ""
+    )
 
 
-def test_a_temperature_that_sums_of_float32_cannot_take_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_temperature_that_sums_of_float32_cannot_take_is_named() -> None:
     from p2r.engine.step import COLDEST
     from p2r.loss import without_kernels
 
-    assert without_kernels(BF16, 128, temperature=COLDEST, num_pairs=10**8, device=CPU) is None
-    cold = without_kernels(BF16, 128, temperature=0.01, num_pairs=65_536, device=CPU)
-    assert cold is not None and cold.endswith("for a temperature of 0.01 and 65536 pairs: raise it above 0.013")
+    def found(temperature: float, num_pairs: int) -> str | None:
+        return without_kernels(BF16, 128, temperature=temperature, num_pairs=num_pairs, device=CPU, allows_tf32=False)
+
+    assert found(COLDEST, 10**8) is None
+    assert found(0.0124, 65_536) is None
+    cold = found(0.01, 65_536)
+    assert cold is not None and cold.endswith("set pretrain.loss.temperature to 0.0124 or more")

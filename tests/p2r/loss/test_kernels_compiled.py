@@ -1,8 +1,8 @@
-"""The loss kernels' machine code, compiled on a CPU for GPUs that are not there.
+"""The loss kernels' machine code, compiled on a CPU for absent GPUs.
 
-A subset that covers every kernel, dtype, number of channels, mask and architecture is compiled and counted; the whole
-product is a command (`python -m tests.p2r.loss.machine_code`). Triton keeps compiled kernels in pytest's cache. Versions of
-Triton schedule registers differently: figures are bounds, a little above those of Triton 3.7.
+A subset that covers every kernel, dtype, number of channels, mask and architecture is compiled and counted; a command compiles
+the whole product (`python -m tests.p2r.loss.machine_code`). Triton caches compiled kernels in pytest's cache. Versions of
+Triton schedule registers differently, so the numbers are bounds, slightly above those of Triton 3.7.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ CEILINGS: dict[Case, float] = {
     (90, "push", BF16, 16, "none"): 7.0,
     (90, "sums", BF16, 256, "none"): 9.5,
     (90, "push", BF16, 256, "none"): 10.0,
-    (90, "push", BF16, 512, "none"): 66.0,
+    (90, "push", BF16, 512, "none"): 36.0,
     (90, "push", FP16, 128, "none"): 13.0,
     (90, "push", FP32, 128, "none"): 14.5,
     (80, "sums", BF16, 128, "none"): 10.0,
@@ -40,11 +40,13 @@ CEILINGS: dict[Case, float] = {
     (100, "push", BF16, 128, "none"): 7.5,
 }
 """Instructions of the hot loop per entry."""
+SPILLS: dict[Case, int] = {(90, "push", BF16, 512, "none"): 34}
+"""Sums of 512 channels fill all registers of a program of 8 warps. Half the tile spills nothing and takes 62 instructions an entry."""
 
 
 @pytest.fixture(scope="module")
 def compile_kernel(request: pytest.FixtureRequest) -> Compile:
-    """A function that compiles a kernel and counts; pytest's cache keeps the compiled kernels."""
+    """Return a function that compiles a kernel and counts; pytest's cache stores the compiled kernels."""
     assert request.config.cache is not None
     folder = request.config.cache.mkdir("triton")
 
@@ -63,7 +65,7 @@ def test_a_kernel_fits_its_gpu_and_its_hot_loop_is_short(compile_kernel: Compile
     assert found.programs >= 1
     assert found.products > 0
     assert (found.warpgroup_products > 0) == (case[0] == 90)
-    assert found.spills == 0
+    assert found.spills <= SPILLS.get(case, 0)
     assert found.per_entry <= CEILINGS[case]
 
 

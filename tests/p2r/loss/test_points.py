@@ -1,4 +1,4 @@
-"""Which pixel pairs are drawn, and where they lie."""
+"""The choice of pixel pairs, and their positions."""
 
 from typing import Any
 
@@ -23,12 +23,12 @@ def drawn(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def warp() -> torch.Tensor:
-    """Positions that name their own pixel: image 1's pixel (r, c) points to (r / 4 + 1, c / 4 + 1)."""
+    """Return positions that identify their own pixel: pixel (r, c) of image 1 points to (r / 4 + 1, c / 4 + 1)."""
     rows, cols = torch.meshgrid(torch.arange(12.0), torch.arange(17.0), indexing="ij")
     return torch.stack([torch.stack((rows, cols), -1) / 4 + image for image in range(3)])
 
 
-def test_points_of_b_are_valid_pixels_and_points_of_a_are_where_the_warp_says(warp: torch.Tensor) -> None:
+def test_points_of_b_are_valid_pixels_and_points_of_a_follow_the_warp(warp: torch.Tensor) -> None:
     valid = torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)) < 0.5
     points_a, points_b = drawn(warp, valid, num_points=40, generators=make_generators())
     assert points_a.shape == points_b.shape == (3, 40, 2)
@@ -40,7 +40,35 @@ def test_points_of_b_are_valid_pixels_and_points_of_a_are_where_the_warp_says(wa
             assert torch.equal(a, warp[image, row, col])
 
 
-def test_no_pixel_is_drawn_twice_while_there_are_enough(warp: torch.Tensor) -> None:
+def test_positions_on_the_border_stay_and_those_beyond_come_back_to_it() -> None:
+    rows, cols = torch.meshgrid(torch.arange(12.0), torch.arange(17.0), indexing="ij")
+    identity, valid = torch.stack((rows, cols), -1)[None], torch.ones(1, 12, 17, dtype=torch.bool)
+    points_a, points_b = drawn(identity, valid, num_points=12 * 17, generators=make_generators(1))
+    assert torch.equal(points_a, points_b)
+    assert points_a.amax((0, 1)).tolist() == [11, 16]
+    beyond, _ = drawn(3 * identity - 10, valid, num_points=12 * 17, generators=make_generators(1))
+    assert (beyond.amin((0, 1)).tolist(), beyond.amax((0, 1)).tolist()) == ([0, 0], [11, 16])
+
+
+def test_the_only_valid_pixel_is_drawn_every_time_and_counts(warp: torch.Tensor) -> None:
+    valid = torch.zeros(SHAPE, dtype=torch.bool)
+    valid[:, 7, 3] = True
+    pairs = corresponding_points(warp, valid, num_points=5, generators=make_generators())
+    assert {tuple(point) for point in pairs.b.flatten(0, 1).tolist()} == {(7.0, 3.0)}
+    assert pairs.weight.tolist() == [[1.0] * 5] * 3
+
+
+def test_a_foreground_without_a_share_of_its_own_changes_nothing(warp: torch.Tensor) -> None:
+    valid, foreground = torch.ones(SHAPE, dtype=torch.bool), torch.zeros(SHAPE, dtype=torch.bool)
+    foreground[:, 5, 5] = True
+    plain, with_foreground = (
+        drawn(warp, valid, num_points=20, generators=make_generators(), foreground=given)
+        for given in (None, foreground)
+    )
+    assert torch.equal(plain[1], with_foreground[1])
+
+
+def test_no_pixel_is_drawn_twice_if_there_are_enough(warp: torch.Tensor) -> None:
     valid = torch.zeros(SHAPE, dtype=torch.bool)
     valid[:, 2:6, 3:13] = True  # 40 pixels
     _, points_b = drawn(warp, valid, num_points=40, generators=make_generators())
@@ -98,7 +126,7 @@ def test_an_image_without_valid_pixels_weighs_nothing(warp: torch.Tensor) -> Non
     assert pairs.weight.tolist() == [[1.0] * 7, [0.0] * 7, [1.0] * 7]
 
 
-def test_points_of_volumes_lie_where_the_warp_says() -> None:
+def test_points_of_volumes_follow_the_warp() -> None:
     valid = torch.zeros(2, 4, 5, 6, dtype=torch.bool)
     valid[:, 1:3, 2:5, 1:6] = True
     warp = torch.rand(2, 4, 5, 6, 3, generator=torch.Generator().manual_seed(0))

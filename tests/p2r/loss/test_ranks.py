@@ -1,12 +1,14 @@
 """The loss of several ranks is the loss of their rows in one process, and so are its gradients.
 
-Four processes are started once, over gloo; each computes everything in groups of one, two and four, and writes it down;
-the tests read it.
+Four processes are started once, over gloo. Each computes everything in groups of one, two and four, and writes the results
+for the tests.
 """
 
+import importlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -38,6 +40,25 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 ZERO = [(stage, prescale) for stage in (0, 1, 2) for prescale in (False, True)]  # prescale_gradients
 
 
+PANEL = NUM // PROCESSES
+"""Ranks that have equally many rows have whole panels."""
+
+
+@contextmanager
+def panels_of(num_rows: int) -> Iterator[None]:
+    """Compute entries within a view once for two panels of so many rows."""
+    module = importlib.import_module("p2r.loss.info_nce")  # its name is that of the function
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PANEL", num_rows)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def small_panels() -> Iterator[None]:
+    with panels_of(PANEL):
+        yield
+
+
 def rows(num: int, dtype: torch.dtype, channels: int = 6) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(num, channels, generator=generator, dtype=torch.float64)
@@ -45,7 +66,7 @@ def rows(num: int, dtype: torch.dtype, channels: int = 6) -> tuple[Tensor, Tenso
 
 
 def parts(num: int, world: int, *, unequal: bool) -> list[slice]:
-    """Rows of each rank; of unequal ones, the last has none."""
+    """Split rows over the ranks; if unequal, the last rank has none."""
     if not unequal:
         bounds = [num * rank // world for rank in range(world + 1)]
     else:
@@ -54,7 +75,7 @@ def parts(num: int, world: int, *, unequal: bool) -> list[slice]:
 
 
 class Network(nn.Module):
-    """A layer and a temperature, trained by a loss within the forward pass: all that a reducer has to see."""
+    """A layer and a temperature, with the loss in the forward pass, to test reducers."""
 
     def __init__(self, loss: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -96,9 +117,9 @@ def within_images(a: Tensor, b: Tensor, *, num: int, group: Any) -> list[Tensor]
     return [loss.detach(), *torch.autograd.grad(loss, (a, b))]
 
 
-def in_group(group: Any, world: int) -> dict[str, Any]:
+def in_group(group: Any, world: int) -> dict[Any, Any]:
     rank = dist.get_rank(group)
-    results: dict[str, Any] = {}
+    results: dict[Any, Any] = {}
     for loss in LOSSES:
         for unequal in (False, True):
             part = parts(NUM, world, unequal=unequal)[rank]
@@ -124,12 +145,13 @@ def in_group(group: Any, world: int) -> dict[str, Any]:
     for form in FORMS:
         part = parts(PROCESSES * TILE, world, unequal=False)[rank]
         a, b = (x[part] for x in rows(PROCESSES * TILE, torch.float32))
-        results["whole tiles", form] = of_rows(LOSSES[form], a, b, group=group, gradient_scale="sum")
+        with panels_of(TILE):
+            results["whole tiles", form] = of_rows(LOSSES[form], a, b, group=group, gradient_scale="sum")
     return results
 
 
 def refusals(rank: int) -> Iterator[str]:
-    """What a rank is told when rank 2 gives rubbish, or something else than the others."""
+    """Return the errors on this rank if rank 2 passes invalid values, or other arguments than the other ranks."""
     odd = rank == 2
     a = torch.ones(3, 4)
     for loss in (partial(info_nce, temperature=0.1), partial(barlow_twins, off_diagonal_weight=0.1)):
@@ -146,13 +168,13 @@ def refusals(rank: int) -> Iterator[str]:
         {"temperature": 0.1, "form": FORMS[odd]},
     ):
         try:
-            info_nce(a, a, **options)  # type: ignore[arg-type]
+            info_nce(a, a, **options)
         except ValueError as error:
             yield f"{type(error).__name__}: {error}"
 
 
 def through_deepspeed(stage: int, prescale: bool, rank: int) -> list[Tensor]:
-    """Gradients of the layer and the temperature, as one step of plain descent takes them."""
+    """Return gradients of the layer and the temperature, recovered from one step of plain gradient descent."""
     import deepspeed
 
     model = Network("nt_xent", torch.float32)
@@ -185,12 +207,12 @@ def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES, timeout=minutes
     )
-    results: dict[Any, Any] = {4: in_group(dist.group.WORLD, 4)}
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     alone = [dist.new_group([member]) for member in range(PROCESSES)][rank]
-    results[2] = in_group(pairs[rank // 2], 2)
-    a, b = rows(NUM, torch.float64)
-    results["alone"] = {name: loss(a, b, temperature=0.1, group=alone) for name, loss in LOSSES.items()}
+    with panels_of(PANEL):
+        results: dict[Any, Any] = {4: in_group(dist.group.WORLD, 4), 2: in_group(pairs[rank // 2], 2)}
+        a, b = rows(NUM, torch.float64)
+        results["alone"] = {name: loss(a, b, temperature=0.1, group=alone) for name, loss in LOSSES.items()}
     results["refusals"] = list(refusals(rank))
     from p2r.engine.build import join_process_group
 
@@ -265,11 +287,12 @@ def test_a_loss_within_images_is_the_mean_over_all_ranks_images(ranks: list[Any]
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_of_whole_tiles_are_the_same_to_the_bit(ranks: list[Any], form: str, world: int) -> None:
+def test_gradients_of_whole_tiles_are_bitwise_equal(ranks: list[Any], form: str, world: int) -> None:
     num = PROCESSES * TILE
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    expected = of_rows(LOSSES[form], *rows(num, torch.float32))
+    with panels_of(TILE):
+        expected = of_rows(LOSSES[form], *rows(num, torch.float32))
     torch.set_num_threads(threads)
     for rank, results in enumerate(ranks):
         part = parts(num, world, unequal=False)[rank % world]
@@ -278,7 +301,7 @@ def test_gradients_of_whole_tiles_are_the_same_to_the_bit(ranks: list[Any], form
 
 
 @pytest.mark.parametrize(("stage", "prescale"), ZERO)
-def test_deepspeed_arrives_at_the_gradients_of_one_process(ranks: list[Any], stage: int, prescale: bool) -> None:
+def test_deepspeed_computes_the_gradients_of_one_process(ranks: list[Any], stage: int, prescale: bool) -> None:
     _, expected = through_network("nt_xent", *rows(NUM, torch.float32))
     for results in ranks:
         for ours, theirs in zip(results["deepspeed"][stage, prescale], expected, strict=True):
@@ -292,7 +315,7 @@ def test_a_group_of_one_rank_is_one_process(ranks: list[Any], loss: str) -> None
         assert results["alone"][loss] == expected
 
 
-def test_what_is_wrong_on_one_rank_is_refused_on_all_of_them(ranks: list[Any]) -> None:
+def test_an_error_on_one_rank_is_raised_on_all_ranks(ranks: list[Any]) -> None:
     for results in ranks:
         assert results["refusals"] == ranks[0]["refusals"]
     of_info_nce, of_barlow, rest = (ranks[0]["refusals"][start : start + 3] for start in (0, 3, 6))

@@ -15,7 +15,7 @@ B, N, E = 3, 7, 5
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["one at a time", "two at once"])
 def _at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images as a CPU takes them, and several at once as a GPU does."""
+    """Batch images as on a CPU, and several at once as on a GPU."""
     monkeypatch.setattr("p2r.loss.within_image.images_at_once", lambda num_pairs, is_gpu: request.param)
 
 
@@ -27,7 +27,7 @@ def rows(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def image_by_image(a: Tensor, b: Tensor, **options: Any) -> Tensor:
-    """The mean over images of `info_nce` of each: equal to the mean over pairs where all have equal weight."""
+    """Return the mean over images of `info_nce` of each, equal to the mean over pairs if all have equal weight."""
     return torch.stack([info_nce(x, y, **options) for x, y in zip(a.split(N), b.split(N), strict=True)]).mean()
 
 
@@ -63,7 +63,7 @@ def test_other_images_do_not_matter() -> None:
     torch.testing.assert_close(ours[:N], others[:N])
 
 
-def test_near_pixels_are_left_out_and_one_alone_costs_nothing() -> None:
+def test_near_pixels_are_excluded_and_a_pixel_without_negatives_has_no_loss() -> None:
     a, b = rows()
     position_mm = torch.arange(B * N, dtype=torch.float64)[:, None].expand(-1, 2) % N
     within = SameImage(torch.zeros(N, dtype=torch.int64), position_mm[:N], radius_mm=3.0)
@@ -76,7 +76,7 @@ def test_near_pixels_are_left_out_and_one_alone_costs_nothing() -> None:
     assert not torch.autograd.grad(alone, a)[0].any()
 
 
-def test_a_pair_of_weight_zero_is_not_there() -> None:
+def test_a_pair_of_weight_zero_is_ignored() -> None:
     a, b = rows()
     weights = torch.ones(B * N, dtype=torch.float64)
     weights[-N:] = 0
@@ -90,7 +90,7 @@ def test_a_pair_of_weight_zero_is_not_there() -> None:
     assert not gradient[-N:].any()
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_inconsistent_arguments_are_refused() -> None:
     a, b = rows()
     with pytest.raises(ValueError, match="21 pixel pairs do not divide into 4 images"):
         info_nce_within_images(a, b, num_images=4, temperature=0.2)

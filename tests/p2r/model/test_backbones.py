@@ -1,4 +1,4 @@
-"""Backbones: shapes, refusals, that an image's features are its own, and that speed changes no number."""
+"""Backbones: shapes, refusals, features independent of the batch, and optimisations that change no value."""
 
 import hashlib
 import json
@@ -30,11 +30,11 @@ SMALL = ModelConfig(channels=CHANNELS["basic_unet"], feature_channels=6)
 
 
 def small(name: str, **values: Any) -> ModelConfig:
-    return ModelConfig(name=name, channels=CHANNELS[name], feature_channels=6, **values)  # type: ignore[arg-type]
+    return ModelConfig(name=name, channels=CHANNELS[name], feature_channels=6, **values)
 
 
 def image_for(config: ModelConfig, dimensions: int = 2, *, num_images: int = 1) -> Tensor:
-    """Small, and of unequal sides."""
+    """Return a small image with unequal sides."""
     sides = [config.size_divisor * 2, *[config.size_divisor] * (dimensions - 1)]
     return torch.rand(num_images, config.in_channels, *sides)
 
@@ -107,7 +107,7 @@ def test_equal_seeds_give_equal_weights(name: str) -> None:
 
 
 class Before(nn.Module):
-    """The backbone of p2r 0.1.0's first artefacts, as it was written then."""
+    """The backbone of p2r 0.1.0's first artefacts, in its original code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,14 +194,14 @@ def test_activations_that_are_computed_again_give_the_same_gradients_and_need_le
     assert bytes_again < bytes_kept
 
 
-def test_a_frozen_backbone_keeps_nothing_though_it_would_compute_again() -> None:
+def test_a_frozen_backbone_stores_no_activations_despite_checkpointing() -> None:
     backbone = build_backbone(small("dynunet", checkpoint_activations="all")).requires_grad_(False)
     assert not backbone(torch.rand(1, 1, 16, 16)).requires_grad
 
 
 @pytest.mark.parametrize("normalisation", ["instance", "group"])
 @pytest.mark.parametrize("name", QUICK)
-def test_channels_last_are_kept_through_the_network_and_change_rounding_alone(name: str, normalisation: str) -> None:
+def test_channels_last_are_kept_through_the_network_and_only_change_rounding(name: str, normalisation: str) -> None:
     normalised: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, maps: Tensor) -> None:
@@ -209,7 +209,7 @@ def test_channels_last_are_kept_through_the_network_and_change_rounding_alone(na
 
     for dimensions, layout in ((2, torch.channels_last), (3, torch.channels_last_3d)):
         if dimensions == 3 and name == "residual_dynunet":
-            continue  # PyTorch's 1x1x1 convolution on CPUs answers channels first
+            continue  # PyTorch's 1x1x1 convolution on CPUs returns channels first
         config = small(name, channels_last=True, normalisation=normalisation, groups=2)
         torch.manual_seed(0)
         backbone = build_backbone(config, dimensions=dimensions)
@@ -247,7 +247,7 @@ def test_statistics_of_a_bfloat16_map_are_float32(make: Any) -> None:
     torch.testing.assert_close(of_maps.float(), of_exact, rtol=2**-7, atol=2**-6)
 
 
-def test_our_norms_are_torchs() -> None:
+def test_norms_equal_those_of_torch() -> None:
     maps, tokens = torch.randn(2, 8, 6, 5), torch.randn(2, 7, 8)
     torch.testing.assert_close(InstanceNorm(8)(maps), F.instance_norm(maps))
     assert torch.equal(GroupNorm(4, 8)(maps), nn.GroupNorm(4, 8)(maps))
@@ -281,11 +281,11 @@ def test_the_cost_is_that_of_its_convolutions() -> None:
     backbone = build_backbone(config)
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            module.register_forward_hook(add)  # type: ignore[arg-type]
+            module.register_forward_hook(add)
     backbone(torch.rand(1, 1, 16, 16))
     state = torch.get_rng_state()
     cost = cost_of(config, dimensions=2, size=16)
-    assert torch.equal(torch.get_rng_state(), state), "counting must not change what is drawn next"
+    assert torch.equal(torch.get_rng_state(), state), "counting must not change the random state"
     assert cost.flops_per_image == flops
     assert cost.num_parameters == sum(weight.numel() for weight in backbone.parameters())
     assert str(cost).endswith("GFLOP forward per image")

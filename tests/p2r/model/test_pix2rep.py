@@ -1,4 +1,4 @@
-"""Reading features at points, and the two networks that are trained."""
+"""Reading features at points, and the networks for pretraining and segmentation."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_a_loss_on_the_embeddings_reaches_every_weight() -> None:
     (queries * keys).square().sum().backward()
     assert all(weight.grad is not None for weight in model.parameters())
     norms = {name: float(weight.grad.norm()) for name, weight in model.named_parameters() if weight.grad is not None}
-    # A convolution's bias is taken away again by the instance normalisation behind it.
+    # The instance normalisation after a convolution cancels its bias.
     assert all(norm > 0 for name, norm in norms.items() if not name.endswith("conv.bias"))
 
 
@@ -151,7 +151,7 @@ def test_the_projection_head_does_not_mix_points() -> None:
 
 
 class Pointwise(nn.Module):
-    """A backbone that acts on every pixel alone, and so follows any warp onto whole pixels."""
+    """A pointwise backbone, which is equivariant to any warp onto whole pixels."""
 
     def forward(self, image: Tensor) -> Tensor:
         return torch.cat([image, image.sin(), image**2, image.cos(), image**3, image.exp()], dim=1)
@@ -168,7 +168,7 @@ def test_an_equivariant_backbone_gives_equal_queries_and_keys() -> None:
     torch.testing.assert_close(queries, keys)
 
 
-def test_a_frozen_backbone_keeps_nothing_for_a_backward_pass() -> None:
+def test_a_frozen_backbone_stores_no_activations() -> None:
     backbone = build_backbone(SMALL)
     segmenter = Segmenter(backbone, SegmentationHead(6, 4))
     logits = segmenter(torch.rand(2, 1, 32, 32))

@@ -21,7 +21,7 @@ def test_a_card_shows_hostile_names_as_names(
     manifest = {"num_subjects": 1, "num_records": 1, "num_samples": 1, "provenance": HOSTILE}
     config = job.publish.model_copy(update={"description": HOSTILE})
     corpora: Any = [SimpleNamespace(manifest=manifest)]
-    card = pipeline._card(job, config, corpora, f"file:///{HOSTILE}", HOSTILE, step=1)
+    card = pipeline._write_card(job, config, corpora, f"file:///{HOSTILE}", HOSTILE, step=1)
     text = "\n".join(line for line in card.splitlines() if not line.startswith("    "))  # but for code
     assert "<img" not in text and not re.search(r"(?<!\\)[\]\[]\(", text)
     assert "\n# heading" not in card and "| a" not in text.replace("\\| a", "")

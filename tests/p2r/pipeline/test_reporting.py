@@ -12,7 +12,7 @@ import torch
 
 from p2r.errors import DataError
 from p2r.fewshot.scoring import npz_bytes
-from p2r.pipeline.reporting import _UNREADABLE, _prediction, _shared_planes
+from p2r.pipeline.reporting import _UNREADABLE, _read_prediction, _shared_planes
 from p2r.storage import Storage
 from p2r.views.pair import ViewPair
 
@@ -64,7 +64,7 @@ def test_a_prediction_that_cannot_be_read_is_left_out_by_name(
     if content is not None:
         (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(_UNREADABLE, match=message):
-        _prediction({"predictions": "a.npz"}, "scan", setup, scan)
+        _read_prediction({"predictions": "a.npz"}, "scan", setup, scan)
 
 
 def test_points_of_volumes_lie_in_both_planes_that_are_shown() -> None:
@@ -84,7 +84,7 @@ def test_points_of_volumes_lie_in_both_planes_that_are_shown() -> None:
     assert torch.equal(shown.a[0, 0, of_a[:, 0], of_a[:, 1]], shown.b[0, 0, of_b[:, 0], of_b[:, 1]])
     assert len(of_b.unique(dim=0)) > 20
 
-    with pytest.raises(DataError, match="none shows any"):
+    with pytest.raises(DataError, match="no volume shows any"):
         _shared_planes(
             images[1:], ViewPair(*(part[1:] for part in (views.a, views.b, warp, valid))), [np.random.default_rng()]
         )

@@ -11,7 +11,7 @@ from p2r.data.corpus import check_selection
 from p2r.errors import DataError, JobError
 from p2r.job import Job, read_job
 from p2r.pipeline.local import LocalExecutor
-from p2r.pipeline.stages import _selected, run_job
+from p2r.pipeline.stages import _select_subjects, run_job
 from p2r.storage import Storage
 
 
@@ -53,15 +53,17 @@ def _job(folder: Path, **ingest: object) -> Job:
 
 def test_the_task_that_chooses_the_subjects_gives_pattern_and_cohort(tmp_path: Path) -> None:
     chosen = {"task": str(tmp_path / "task.yaml"), "split": "train"}
-    config, subjects = _selected(_job(tmp_path, subjects_of=chosen).ingest)  # type: ignore[arg-type]
+    config, subjects = _select_subjects(_job(tmp_path, subjects_of=chosen).ingest)  # type: ignore[arg-type]
     assert (config.subject_pattern, config.cohort) == (r"^scan_(\d+)", "ours")
     assert subjects is not None and len(subjects) == 4
     check_selection(config, allowed_subjects=subjects)
-    config, everybody = _selected(_job(tmp_path, subjects_of={**chosen, "split": "not_held_out"}).ingest)  # type: ignore[arg-type]
+    config, everybody = _select_subjects(_job(tmp_path, subjects_of={**chosen, "split": "not_held_out"}).ingest)  # type: ignore[arg-type]
     assert everybody == subjects | {"30"}  # who has no labels is pretrained on; who is held out is not
     with pytest.raises(JobError, match=r"ingest\.cohort is 'theirs'.*leave ingest\.cohort out"):
-        _selected(_job(tmp_path, subjects_of=chosen, cohort="theirs").ingest)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"none of the 9 scans .*ingest\.subject_pattern '\^\(scan\)'.*scan.*wanted: 0"):
+        _select_subjects(_job(tmp_path, subjects_of=chosen, cohort="theirs").ingest)  # type: ignore[arg-type]
+    with pytest.raises(
+        DataError, match=r"none of the 9 scans .*ingest\.subject_pattern '\^\(scan\)'.*scan.*selected: 0"
+    ):
         run_job(
             _job(tmp_path, subjects_of=chosen, subject_pattern="^(scan)"),
             LocalExecutor(torch.device("cpu"), None),

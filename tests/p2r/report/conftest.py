@@ -48,7 +48,7 @@ def make_rows() -> Callable[..., list[dict[str, Any]]]:
                 labelled = [f"patient{number:02d}{draw}{index}" for index in range(number)]
                 for mode in modes:
                     level = 0.5 + 0.05 * np.log(number) + gain * (mode != "scratch")
-                    cases = []
+                    cases: list[dict[str, Any]] = []
                     for index, patient in enumerate(hard):
                         dice = {name: float(level + patient + generator.normal(0, 0.02)) for name in classes}
                         cases.append(

@@ -362,10 +362,10 @@ def test_a_backbone_of_another_report_or_of_none_is_refused_with_the_way_out(
         ),
         (
             bare,
-            f"there is no report in its storage, file://{tmp_path}/bare/report/report.json; run its job to the end, or",
+            f"its storage has no report, file://{tmp_path}/bare/report/report.json; run its job to the end, or",
         ),
-        (str(stray), f"backbone file://{stray} does not lie in the storage of a job (STORAGE/backbones/NAME/VERSION)"),
-        (model, "nor is it a published backbone; give the storage of a job that has run"),
+        (str(stray), f"backbone file://{stray} is not in the storage of a job (STORAGE/backbones/NAME/VERSION)"),
+        (model, "and is not a published backbone. Give the storage of a finished job"),
     ):
         code, said = p2r("compare", report, url)
         assert code == 2 and message in said, said

@@ -231,6 +231,32 @@ def test_the_page_and_the_table_say_how_far_confidence_can_be_trusted(make_rows:
     assert printed.file.getvalue().count("ECE") == 1, "rows without calibration have no such column"  # type: ignore[attr-defined]
 
 
+def test_the_table_of_differences_says_how_many_draws_agree(make_rows: MakeRows, tmp_path: Path) -> None:
+    _, text = written(tmp_path, make_rows(num_draws=3, gain=0.2, numbers=(1,)))
+    assert "| draws of its sign |" in text and "| 3 of 3 |" in text
+
+
+def test_the_page_shows_pseudo_labels_over_the_training_of_every_trial(make_rows: MakeRows, tmp_path: Path) -> None:
+    rows = make_rows(modes=("scratch", "prototype_self_training"), numbers=(1,), num_draws=2, num_patients=3)
+    for row in rows:
+        if row["mode"] != "scratch":
+            first = {"step": 0, "by": "prototypes", "counted_fraction": 0.2, "plausible_frames": 7, "frames": 9}
+            last = {**first, "step": 50, "by": "teacher", "change": 0.031, "ended_at_step": 50, "ended_by": "change"}
+            row["pseudo_labels"] = {
+                "steps": [50, 100],
+                "confident_fraction": [0.4, 0.9],
+                "class_fractions": {"background": [0.99, 0.97], "RV": [0.0, 0.01], "LV": [0.01, 0.02]},
+                "rounds": [{**first, "change": None}, last],
+            }
+    page, text = written(tmp_path, rows)
+    assert "Pseudo-labels over training" in page.text and "Rounds of self-training (4)" in page.text
+    assert "| self-training, n = 1, draw 1 | 51 | teacher | 20.0 % | 7 of 9 | 3.1 % | rounds end (change) |" in text
+    drawn = " ".join(ET.parse(tmp_path / "pictures/pseudo-labels-acdc.svg").getroot().itertext())
+    for words in ("pixels that count", "RV", "LV", "self-training, n = 1, draw 0", "self-training, n = 1, draw 1"):
+        assert words in drawn
+    assert "background" not in drawn
+
+
 def test_protocols_are_kept_apart_and_named_everywhere(make_rows: MakeRows, tmp_path: Path) -> None:
     labels = ("leak_free", "paper_compat", "transductive")
     few: dict[str, Any] = {"numbers": (1,), "num_patients": 2}
@@ -303,8 +329,8 @@ def test_a_patient_is_the_mean_of_its_frames_and_then_of_its_draws(make_rows: Ma
     (patient,) = patients_of(rows)
     assert patient.dice["RV"] == pytest.approx((0.3 + 0.7) / 2)
     assert patient.dice[MEAN] == pytest.approx((0.3 + 0.7) / 2)
-    assert patient.thirds == (pytest.approx(0.5), None, pytest.approx(0.5))
     assert patient.stratum == "NOR"
+    assert patient.thirds == (pytest.approx(0.5), None, pytest.approx(0.5))
 
 
 def test_the_shown_trial_is_chosen_on_validation_and_its_cases_by_their_dice(make_rows: MakeRows) -> None:

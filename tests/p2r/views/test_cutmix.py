@@ -1,4 +1,4 @@
-"""A box of one image takes another's place, and everything that is known of its pixels goes along."""
+"""A box of one image replaces the box of another, along with its labels and masks."""
 
 import math
 
@@ -26,16 +26,16 @@ def test_boxes_have_2_to_40_percent_of_the_image_and_no_long_edge(size: tuple[in
         parts = edges / torch.tensor(size)
         # Rounding to a pixel changes the ratio of the shortest edges most.
         assert parts.max() / parts.min() < 1 / 0.3 * 1.3, (edges, fraction)
-    assert boxes.any(0).float().mean() > 0.95, "boxes lie anywhere"
+    assert boxes.any(0).float().mean() > 0.95, "boxes are everywhere"
 
 
-def test_an_images_box_does_not_depend_on_those_beside_it() -> None:
+def test_an_images_box_does_not_depend_on_the_rest_of_the_batch() -> None:
     many, of_one = draws(5), draws(5).take(np.array([3]))
     assert torch.equal(draw_boxes(many, size=(20, 30))[3:4], draw_boxes(of_one, size=(20, 30)))
 
 
 @pytest.mark.parametrize("size", [(8, 6), (8, 6, 4)])
-def test_label_and_mask_go_along_with_the_pixels_of_a_box(size: tuple[int, ...]) -> None:
+def test_label_and_mask_are_exchanged_with_the_pixels_of_a_box(size: tuple[int, ...]) -> None:
     ground = Labelled(
         torch.zeros(2, 1, *size), torch.zeros(2, *size, dtype=torch.int64), torch.ones(2, *size, dtype=torch.bool)
     )

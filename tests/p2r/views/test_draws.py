@@ -1,4 +1,4 @@
-"""Random numbers: functions of key, name and index alone, and as good as random."""
+"""Random numbers: pure functions of key, name and index, with the statistics of random numbers."""
 
 import numpy as np
 import pytest
@@ -7,14 +7,14 @@ from scipy import stats
 
 from p2r.device import _hash_counters
 from p2r.randomness import keyed_generator
-from p2r.views.draws import Draws, _mix
+from p2r.views.draws import Draws, _mix_bits
 
 
 def draws(num: int, *, seed: int = 0, epoch: int = 0) -> Draws:
     return Draws.of_samples(seed, epochs=np.full(num, epoch), positions=np.arange(num))
 
 
-def test_numbers_do_not_depend_on_the_samples_beside_them() -> None:
+def test_numbers_do_not_depend_on_other_samples_of_the_batch() -> None:
     together, alone = draws(9), Draws(draws(9).keys[4:5])
     assert np.array_equal(together.uniform("x", 3, 2)[4], alone.uniform("x", 3, 2)[0])
     assert np.array_equal(together.normal("x", 5)[4], alone.normal("x", 5)[0])
@@ -45,7 +45,7 @@ def test_one_number_is_taken_of_a_generator() -> None:
 def test_the_hashes_are_those_of_their_sources() -> None:
     golden = 0x9E3779B97F4A7C15
     states = np.array([1234567 + golden, (1234567 + 2 * golden) % 2**64], dtype=np.uint64)
-    assert _mix(states).tolist() == [6457827717110365317, 3203168211198807973]  # splitmix64, seed 1234567
+    assert _mix_bits(states).tolist() == [6457827717110365317, 3203168211198807973]  # splitmix64, seed 1234567
 
     def triple32(x: int) -> int:
         x ^= x >> 17

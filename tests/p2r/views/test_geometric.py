@@ -1,4 +1,4 @@
-"""Warps: exact where nothing moves, in the right direction and millimetres where something does, in 2D and 3D."""
+"""Warps: exact for the identity, otherwise in the right direction and in millimetres, in 2D and 3D."""
 
 from itertools import product
 from typing import Any
@@ -146,7 +146,7 @@ def test_translation_and_elastic_displacement_are_millimetres() -> None:
 
 @pytest.mark.parametrize("dimensions", [2, 3])
 def test_anisotropic_pixels_show_the_same_motion_in_millimetres(dimensions: int) -> None:
-    """The same draws on a grid with every n-th pixel of a fine one: where the grids meet, the same places are shown."""
+    """Apply the same draws to a fine grid and to every n-th pixel of it: at common pixels, both show the same positions."""
     config = GeometryConfig()
     steps = (1, 3, 2)[:dimensions]
     fine_size, coarse_size = (37,) * dimensions, (37, 13, 19)[:dimensions]
@@ -273,7 +273,7 @@ def test_folded_pixels_are_not_valid_whichever_way_the_rest_is_turned(size: tupl
 
 @pytest.mark.parametrize("size", [(96, 96), (40, 44, 48)])
 def test_pixels_are_folded_where_the_elastic_field_says_so(size: tuple[int, ...]) -> None:
-    """A field strong enough to fold, against the sign of the determinant that numpy finds from its gradient."""
+    """Compare with the sign of the determinant from numpy's gradient, for a field that is strong enough to fold."""
     config = GeometryConfig(elastic_mm=14, elastic_spacing_mm=16, translation_mm=0, rotation_deg=0)
     warp = warps(config, size, num=3)
     inside = torch.ones(3, *[length + 200 for length in size], dtype=torch.bool)
@@ -285,7 +285,7 @@ def test_pixels_are_folded_where_the_elastic_field_says_so(size: tuple[int, ...]
         sign = np.sign(np.median(np.linalg.det(jacobian)))
         determinant = sign * np.linalg.det(jacobian)
         inner = (slice(2, -2),) * len(size)
-        # Where it is clearly of one sign: the two differ in where they take differences.
+        # Only where the sign is clear, because the two take differences at different positions.
         assert not shows[inner][determinant[inner] < -0.1].any()
         assert shows[inner][determinant[inner] > 0.4].mean() > 0.999
 

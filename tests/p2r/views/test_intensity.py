@@ -1,4 +1,4 @@
-"""Appearance: each effect against its plain formula; every image on its own; in 2D and 3D."""
+"""Appearance: each effect against its plain formula, independent of other images, in 2D and 3D."""
 
 from dataclasses import replace
 from typing import Any
@@ -43,7 +43,9 @@ def draw(image: Tensor, *, spacing_mm: float | tuple[float, ...] = 1.0, **ranges
 def look(image: Tensor, *, spacing_mm: float | tuple[float, ...] = 1.0, **parameters: Any) -> Tensor:
     """Apply given parameters, the same for all images."""
     neutral = unchanged(draws(len(image)), dimensions=image.ndim - 2)
-    given = {name: np.array(np.broadcast_to(value, getattr(neutral, name).shape)) for name, value in parameters.items()}
+    given: dict[str, Any] = {
+        name: np.array(np.broadcast_to(value, getattr(neutral, name).shape)) for name, value in parameters.items()
+    }
     return apply_appearance(image, replace(neutral, **given), spacing_mm=edges(image, spacing_mm))
 
 
@@ -52,7 +54,7 @@ def image(request: pytest.FixtureRequest) -> Tensor:
     return torch.rand(16, 1, *request.param, generator=torch.Generator().manual_seed(0))
 
 
-def test_without_any_transform_the_image_stays_what_it_is_to_the_bit(image: Tensor) -> None:
+def test_without_any_transform_the_image_stays_bitwise_unchanged(image: Tensor) -> None:
     assert torch.equal(draw(image), image)
     assert torch.equal(look(image), image)
 
@@ -309,12 +311,12 @@ def test_percentiles_of_large_images_are_taken_of_a_part_of_them() -> None:
 
 
 @pytest.mark.parametrize("size", [(61, 67), (128, 128), (19, 33, 41)])
-def test_an_image_does_not_depend_on_those_beside_it_or_on_threads(size: tuple[int, ...]) -> None:
-    """In sizes at which torch splits a batch among threads inside of an image."""
+def test_an_image_does_not_depend_on_the_rest_of_the_batch_or_on_threads(size: tuple[int, ...]) -> None:
+    """Use sizes at which torch splits a batch among threads inside an image."""
     image = torch.rand(11, 2, *size, generator=torch.Generator().manual_seed(0))
     inside = image[:, 0] > 0.1
     mm = (1.0, 1.5, 2.0)[: len(size)]
-    options = {"config": EVERYTHING, "spacing_mm": mm}
+    options: dict[str, Any] = {"config": EVERYTHING, "spacing_mm": mm}
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -340,7 +342,7 @@ def test_the_result_is_new_and_stays_in_the_range_of_the_networks_input(image: T
     assert torch.equal(image, before)
 
 
-def test_contrasts_of_an_image_share_what_is_drawn_but_noise(image: Tensor) -> None:
+def test_contrasts_of_an_image_share_all_draws_except_noise(image: Tensor) -> None:
     both = image.expand(-1, 2, *image.shape[2:])
     config = EVERYTHING.model_copy(update={"noise_probability": 0.0})
     result = draw_intensity(both, draws(16), config=config, spacing_mm=edges(image))
@@ -352,7 +354,7 @@ def test_contrasts_of_an_image_share_what_is_drawn_but_noise(image: Tensor) -> N
 def test_draws_and_pixel_edges_must_fit_the_image(image: Tensor) -> None:
     with pytest.raises(ValueError, match="the draws of B images"):
         draw_intensity(image, draws(3), config=NEUTRAL, spacing_mm=edges(image))
-    with pytest.raises(ValueError, match="D edges of a pixel"):
+    with pytest.raises(ValueError, match="D pixel sizes"):
         draw_intensity(image, draws(16), config=NEUTRAL, spacing_mm=(1.0,))
 
 

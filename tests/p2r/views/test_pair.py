@@ -1,4 +1,4 @@
-"""Views: a point of b shows the anatomy that the warp says it does in a; an image's views are its own. 2D and 3D."""
+"""Views in 2D and 3D: the warp maps a point of b to the same anatomy in a, and views are independent of other images."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ PARTS = ("a", "b", "warp", "valid")
 
 
 def coordinate_image(num: int, *size: int) -> Tensor:
-    """An image whose channels are its own coordinates, as parts of its size: a map of where one is."""
+    """Return an image whose channels are its own coordinates, as fractions of its size."""
     places = torch.meshgrid(*(torch.arange(length) / length for length in size), indexing="ij")
     return torch.stack(places).expand(num, len(size), *size)
 
@@ -61,7 +61,7 @@ def test_a_valid_pixel_of_b_shows_the_place_in_a_that_the_warp_names(
 
 
 def test_embedding_a_warped_image_equals_warping_the_embedding() -> None:
-    """A map that acts on every pixel alone follows any warp onto whole pixels, here a quarter turn, exactly."""
+    """A pointwise map is exactly equivariant to any warp onto whole pixels, here a quarter turn."""
     image = torch.rand(1, 1, 31, 31)
     rows, columns = torch.meshgrid(torch.arange(31.0), torch.arange(31.0), indexing="ij")
     quarter_turn = torch.stack([columns, 30 - rows], -1)[None]
@@ -74,8 +74,8 @@ def test_embedding_a_warped_image_equals_warping_the_embedding() -> None:
 
 
 @pytest.mark.parametrize("size", [(96, 96), (40, 40, 40)])
-def test_a_network_of_round_filters_follows_rotation_and_flips_to_interpolation_error(size: tuple[int, ...]) -> None:
-    """Filters that look the same from all sides: what they answer turns with the image, by the very warp of the views."""
+def test_a_network_of_isotropic_filters_is_equivariant_up_to_interpolation_error(size: tuple[int, ...]) -> None:
+    """The output of isotropic filters rotates with the image, by the warp of the views."""
     dimensions = len(size)
     config = ViewsConfig(
         geometry=STILL.model_copy(
@@ -86,12 +86,16 @@ def test_a_network_of_round_filters_follows_rotation_and_flips_to_interpolation_
     places = torch.stack(torch.meshgrid(*(torch.linspace(-1, 1, length) for length in size), indexing="ij"))
     centres = torch.rand(4, dimensions, 8, generator=torch.Generator().manual_seed(0)) - 0.5
     image = (
-        sum(
-            (-12 * (places[None] - centres[..., blob].reshape(4, dimensions, *[1] * dimensions)).square().sum(1)).exp()
-            for blob in range(8)
-        )[:, None]
+        torch.stack(
+            [
+                (
+                    -12 * (places[None] - centres[..., blob].reshape(4, dimensions, *[1] * dimensions)).square().sum(1)
+                ).exp()
+                for blob in range(8)
+            ]
+        ).sum(0)[:, None]
         / 4
-    )  # type: ignore[index]
+    )
     distance = torch.stack(torch.meshgrid(*[torch.arange(-6.0, 7.0)] * dimensions, indexing="ij")).norm(dim=0)
     filters = torch.stack([(-(distance**2) / (2 * sigma**2)).exp() for sigma in (1.0, 1.5, 2.0)])[:, None]
     filters /= filters.flatten(1).sum(1).reshape(-1, 1, *[1] * dimensions)
@@ -114,7 +118,7 @@ def test_a_network_of_round_filters_follows_rotation_and_flips_to_interpolation_
 
 @pytest.mark.parametrize("config", [ViewsConfig(), EVERYTHING], ids=["default", "everything"])
 @pytest.mark.parametrize("size", [(64, 64), (45, 51), (150, 130), (20, 33, 27)])
-def test_an_images_views_do_not_depend_on_the_images_beside_it(size: tuple[int, ...], config: ViewsConfig) -> None:
+def test_an_images_views_do_not_depend_on_the_rest_of_the_batch(size: tuple[int, ...], config: ViewsConfig) -> None:
     image = torch.rand(9, 1, *size, generator=torch.Generator().manual_seed(1))
     together = views(image, list(range(100, 109)), config=config)
     for index in (0, 4, 8):
@@ -311,8 +315,9 @@ def test_the_views_of_an_unlabelled_image_show_the_same_places_and_the_weak_one_
     def generators() -> list[np.random.Generator]:
         return [keyed_generator(0, slot) for slot in range(3)]
 
-    moved, _ = augment_labelled(
-        image, inside.long(), inside=inside, generators=generators(), config=GEOMETRY_ONLY, **options
+    labels = torch.randint(-1, 3, (3, *size))
+    moved, moved_labels = augment_labelled(
+        image, labels, inside=inside, generators=generators(), config=GEOMETRY_ONLY, **options
     )
     for config, is_alike in ((GEOMETRY_ONLY, True), (EVERYTHING, False)):
         views = augment_weakly_and_strongly(
@@ -321,11 +326,33 @@ def test_the_views_of_an_unlabelled_image_show_the_same_places_and_the_weak_one_
             generators=generators(),
             geometry=config.geometry,
             intensity=config.intensity,
+            labels=labels,
             **options,
         )
+        assert views.labels is not None and torch.equal(views.labels[views.shown], moved_labels[views.shown])
         assert views.shown.shape == (3, *[16] * len(size))
         for view in (views.weak, *views.strong):
             assert view.shape == (3, 1, *[16] * len(size))
             assert not view[:, 0][~views.shown].any()
         assert torch.equal(*views.strong) == is_alike == torch.equal(views.strong[0], views.weak)
-        assert torch.equal(views.weak, moved), "where augment_labelled, which draws the same geometry, moves it"
+        assert torch.equal(views.weak, moved), "as in augment_labelled, which draws the same geometry"
+
+
+@pytest.mark.parametrize("size", [(40, 36), (24, 20, 16)])
+def test_each_view_shows_a_box_of_its_own_and_valid_pixels_are_in_both(size: tuple[int, ...]) -> None:
+    image, inside = torch.ones(6, 1, *size), torch.ones(6, *size, dtype=torch.bool)
+    inside[:, :3] = False
+    options: dict[str, Any] = {"spacing_mm": 1.0, "seed": 0, "epochs": np.zeros(6, int), "positions": np.arange(6)}
+    whole = make_views(image, inside, config=GEOMETRY_ONLY, **options)
+    views = make_views(image, inside, config=GEOMETRY_ONLY.model_copy(update={"shown_fraction": (0.3, 0.6)}), **options)
+    assert torch.equal(views.warp, whole.warp), "the geometry does not depend on it"
+    is_shown = views.a[:, 0] > 0
+    share = is_shown.flatten(1).float().mean(1)
+    assert ((share > 0.2) & (share < 0.7)).all() and len(share.unique()) == 6
+    assert not is_shown[:, :3].any()
+    assert views.valid.any() and not (views.valid & ~whole.valid).any()
+    in_a = apply_warp(is_shown[:, None].float(), views.warp)[:, 0]
+    torch.testing.assert_close(in_a[views.valid], torch.ones(int(views.valid.sum())))
+    torch.testing.assert_close(views.b[:, 0][views.valid], torch.ones(int(views.valid.sum())))
+    in_b = views.b[:, 0] > 0.999
+    assert (in_b & ~views.valid).any(), "a place that only view b shows is no pair"

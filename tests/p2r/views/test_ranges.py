@@ -1,4 +1,4 @@
-"""Ranges that make no sense are refused by name, where the job file is read; names stand for whole sections."""
+"""Invalid ranges are refused by name when the job file is read; preset names expand to whole sections."""
 
 from pathlib import Path
 from typing import Any

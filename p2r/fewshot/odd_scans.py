@@ -1,0 +1,83 @@
+"""Unlabelled and labelled scans -> warnings about unlabelled scans of another spacing or another contrast.
+
+Such scans are not refused: every scan is resampled to the backbone's pixel size and normalised between its own percentiles.
+With one labelled patient, the variety of unlabelled scans may even be their benefit. But a localiser or a scan of another
+sequence gives pseudo-labels of anatomy that the labelled patients never show, so a warning names it.
+
+The contrast of a scan is the distribution of its intensities after preparation. The distance between two scans is the mean
+difference of their quantiles (Wasserstein distance, from 0 to 1). A scan is odd if its distance to the nearest labelled scan is
+at least `_MIN_DISTANCE`, and `_MIN_RATIO` times the median of all unlabelled scans. On ACDC, distances to one labelled patient are
+at most 0.21; a scan with inverted intensities has 0.63.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2r.data.preprocess import Frames, Planes
+from p2r.evaluate.task_files import few
+
+_SPACING_FACTOR = 2.0  # beyond the range of labelled spacings
+_MIN_RATIO = 5.0
+_MIN_DISTANCE = 0.25
+_STRIDE = 7  # every seventh pixel suffices for quantiles, in a seventh of the time
+_ADVICE = "their pseudo-labels may be poor, remove them from the task if they do not belong to it"
+_QUANTILES = np.linspace(0.01, 0.99, 50)
+
+
+def odd_scans(labelled: Sequence[Planes | Frames], unlabelled: Mapping[str, Planes | Frames]) -> list[str]:
+    """Return a warning for each property in which unlabelled scans differ from all labelled ones.
+
+    Args:
+        labelled: Images of the labelled scans.
+        unlabelled: Images of the unlabelled scans, by name.
+    """
+    warnings = []
+    spacings = np.array([_spacing_range(scan.spacing_mm) for scan in labelled])
+    least, most = spacings.min() / _SPACING_FACTOR, spacings.max() * _SPACING_FACTOR
+    coarse = [
+        name
+        for name, scan in unlabelled.items()
+        if min(scan.spacing_mm) < least - 1e-6 or max(scan.spacing_mm) > most + 1e-6
+    ]
+    if coarse:
+        sizes = " x ".join(f"{mm:g}" for mm in unlabelled[coarse[0]].spacing_mm)
+        warnings.append(
+            f"{_count_scans(coarse)} another voxel size than the labelled ones, such as {sizes} mm instead of {spacings.min():g} to "
+            f"{spacings.max():g} mm: {few(coarse)}; {_ADVICE}"
+        )
+    distances = _measure_distances(labelled, unlabelled)
+    limit = max(_MIN_DISTANCE, _MIN_RATIO * float(np.median(list(distances.values()))))
+    if odd := [name for name, distance in distances.items() if distance >= limit]:
+        warnings.append(
+            f"{_count_scans(odd)} other intensities than the labelled ones, like another contrast: {few(odd)}; {_ADVICE}"
+        )
+    return warnings
+
+
+def _count_scans(names: Sequence[str]) -> str:
+    return f"{len(names)} unlabelled scan{' has' if len(names) == 1 else 's have'}"
+
+
+def _spacing_range(spacing_mm: Sequence[float]) -> tuple[float, float]:
+    return min(spacing_mm), max(spacing_mm)
+
+
+def _measure_distances(
+    labelled: Sequence[Planes | Frames], unlabelled: Mapping[str, Planes | Frames]
+) -> dict[str, float]:
+    """Return the distance of each unlabelled scan to the nearest labelled one."""
+    ours = [_compute_quantiles(scan) for scan in labelled]
+    return {
+        name: min(float(np.abs(found - other).mean()) for other in ours)
+        for name, scan in unlabelled.items()
+        for found in [_compute_quantiles(scan)]
+    }
+
+
+def _compute_quantiles(scan: Planes | Frames) -> NDArray[np.float64]:
+    values = scan.images[:, 0][scan.inside][::_STRIDE].numpy()
+    present = values[values > 0]
+    found: NDArray[np.float64] = np.quantile(present if present.size else np.zeros(1), _QUANTILES)
+    return found
