@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 invalid input, with one message; 1 any other error; 130 in
 checkpoint to resume from.
 """
 
+import io
 import signal
 import sys
 import traceback
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from p2r.console import console, show, show_json
+from p2r.console import console, show, show_json, visible
 from p2r.errors import InputError, JobError, P2RError, TrainingError, missing_package
 from p2r.files import lack_of_space
 from p2r.identity import ensure_identity
@@ -498,14 +499,9 @@ def compare(
     A backbone selects its own rows in its storage's report, and the rows from scratch. Settings that differ between the jobs
     are listed above the results.
     """
-    from p2r.report.comparison import (
-        compare_runs,
-        comparison_table,
-        notes_of,
-        reasons_of,
-        settings_table,
-        write_comparison,
-    )
+    from p2r.report.comparison import compare_runs
+    from p2r.report.comparison_page import write_comparison
+    from p2r.report.comparison_tables import comparison_table, notes_of, reasons_of, settings_table
     from p2r.report.runs import read_runs
     from p2r.storage import Storage
 
@@ -629,7 +625,8 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except Exception as error:
         if hasattr(error, "format_message"):
-            error.show()  # type: ignore[attr-defined]
+            for line in _usage_lines(error):
+                say(line)
             sys.exit(2)
         if (full := lack_of_space(error)) is not None and "--debug" not in sys.argv:
             say_error(full, code=1)
@@ -638,6 +635,14 @@ def main() -> None:
         sys.exit(1)
     finally:
         reset()
+
+
+def _usage_lines(error: Any) -> list[str]:
+    """Return the lines of a usage error, whose message repeats an argument."""
+    written = io.StringIO()
+    error.show(file=written)
+    message = error.format_message()
+    return written.getvalue().replace(message, visible(message)).splitlines()
 
 
 def _run_command() -> None:

@@ -5,13 +5,13 @@ from typing import Any
 
 from cluster import finetune, ingest, pretrain
 from cluster.metrics import Exporter
-from cluster.progress import Say
 from cluster.session import refuse_unshared_folder
 from p2r.config import IngestConfig, PretrainConfig
 from p2r.fewshot.protocol import Trial
-from p2r.fewshot.search import Result
-from p2r.fewshot.trial import TrialSetup
+from p2r.fewshot.results import TrialResult
+from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job
+from p2r.logs import Say
 from p2r.modes import Mode
 from p2r.storage import Storage
 
@@ -60,13 +60,13 @@ class RayExecutor:
             on_fault=self.exporter.fault,
         )
 
-    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[TrialResult]:
         """Run the trials in a Ray Tune experiment; with a scheduler, in one per task and mode."""
         return finetune.run_trials(
             trials, resources=self._resources, retries=self._retries, say=say, count=self.exporter.trials
         )
 
-    def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, Result]]:
+    def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, TrialResult]]:
         """Run a Ray Tune experiment with a search algorithm."""
         return finetune.suggest(
             setup, mode, resources=self._resources, retries=self._retries, say=say, count=self.exporter.trials

@@ -22,17 +22,17 @@ from ray.tune.schedulers import create_scheduler
 from ray.tune.search import create_searcher
 
 from cluster.pretrain import ray_folder
-from cluster.progress import Say, relay
+from cluster.progress import relay
 from cluster.session import Credentials, credentials, num_cpus, num_gpus
 from p2r.config import Distribution, SearchConfig
 from p2r.errors import DataError, JobError, masked_errors
 from p2r.evaluate.tasks import load_task
 from p2r.fewshot.protocol import Trial, numbers_of, search_trial, space_of
-from p2r.fewshot.search import Result
+from p2r.fewshot.results import TrialResult, failed_result, stopped_result
+from p2r.fewshot.setup import TrialSetup
 from p2r.fewshot.stored import read_candidates, read_result
-from p2r.fewshot.trial import TrialSetup
 from p2r.job import Resources
-from p2r.logs import Line, counted
+from p2r.logs import Line, Say, counted
 from p2r.masking import masked
 from p2r.modes import Mode
 from p2r.storage import Storage, json_bytes
@@ -51,7 +51,7 @@ def run_trials(
     retries: int,
     say: Say,
     count: Count | None = None,
-) -> list[Result]:
+) -> list[TrialResult]:
     """Run the trials whose results are missing, and return all results in the order of `trials`.
 
     A trial that diverged, or failed after `retries` restarts, has its reason in place of its result.
@@ -64,11 +64,11 @@ def run_trials(
         setup, trial = trials[index]
         stopped = _stopped_result(trial, metrics)
         if stopped is not None and not setup.is_done(trial):
-            Storage(setup.storage).write_json(setup.stopped_path(trial), stopped)
+            Storage(setup.storage).write_json(setup.stopped_path(trial), stopped.to_json())
 
     _TrialCounter.count, _TrialCounter.ended = count, ended
     missing = [index for index, (setup, trial) in enumerate(trials) if not setup.is_done(trial)]
-    others: dict[int, Result] = {}
+    others: dict[int, TrialResult] = {}
     if missing:
         say(f"{len(missing)} trials to run, {len(trials) - len(missing)} done already")
         say_each = counted(say, len(missing))
@@ -102,7 +102,7 @@ def run_trials(
 
 def suggest(
     setup: TrialSetup, mode: Mode, *, resources: Resources, retries: int, say: Say, count: Count | None = None
-) -> list[tuple[Trial, Result]]:
+) -> list[tuple[Trial, TrialResult]]:
     """Run and return the trials that a search algorithm of Tune proposes; after a kill, only the missing ones are run.
 
     Raises:
@@ -158,8 +158,8 @@ def suggest(
                     trial = search_trial(setup.config, task, mode, num_labelled, outcome.config)
                     is_whole = storage.exists(setup.result_path(trial))
                     candidates.append((outcome.config, None if is_whole else _missing_result(trial, outcome)))
-        if not any(other and "failed" in other for _, other in candidates):
-            storage.write_json(done, candidates)
+        if not any(other is not None and other.failed is not None for _, other in candidates):
+            storage.write_json(done, [(candidate, other and other.to_json()) for candidate, other in candidates])
     found = []
     for candidate, other in candidates:
         trial = search_trial(setup.config, task, mode, num_labelled, candidate)
@@ -187,7 +187,7 @@ def _is_scheduled(setup: TrialSetup, trial: Trial) -> bool:
     return setup.config.search.scheduler != "none" and trial.purpose == "search"
 
 
-def _missing_result(trial: Trial, outcome: Any) -> Result:
+def _missing_result(trial: Trial, outcome: Any) -> TrialResult:
     """Return the reason that a trial left no result: it failed, diverged, or was stopped for falling behind."""
     metrics: Mapping[str, Any] = outcome.metrics or {}
     if "refused" in metrics:
@@ -196,23 +196,23 @@ def _missing_result(trial: Trial, outcome: Any) -> Result:
     if stopped is not None:
         return stopped
     reason = metrics.get("failed") or masked(str(outcome.error or "it ended without a result")).strip().splitlines()[-1]
-    return {"trial": trial.to_row(), "failed": reason, **({"diverged": True} if "failed" in metrics else {})}
+    return failed_result(trial, reason, diverged="failed" in metrics)
 
 
-def _stopped_result(trial: Trial, metrics: Mapping[str, Any]) -> Result | None:
+def _stopped_result(trial: Trial, metrics: Mapping[str, Any]) -> TrialResult | None:
     """Return a stopped trial's last report; None if it made none, or was not stopped."""
     if {"failed", "refused"} & metrics.keys() or "step" not in metrics:
         return None
-    return {
-        "trial": trial.to_row(),
-        "stopped_at_step": metrics["step"],
-        "validation": {"dice_mean": metrics["validation_dice"]},
-        "seconds": metrics.get("time_total_s", 0.0),
-    }
+    return stopped_result(
+        trial,
+        step=metrics["step"],
+        validation_dice=metrics["validation_dice"],
+        seconds=metrics.get("time_total_s", 0.0),
+    )
 
 
-def _lost_result(trial: Trial) -> Result:
-    return {"trial": trial.to_row(), "failed": "Ray Tune returned no outcome for it"}
+def _lost_result(trial: Trial) -> TrialResult:
+    return failed_result(trial, "Ray Tune returned no outcome for it")
 
 
 def _run_listed(
@@ -253,13 +253,13 @@ def _run_trial(setup: TrialSetup, trial: Trial, *, queue: Any) -> None:
     except InputError as error:
         tune.report({"validation_dice": 0.0, "refused": str(error)})
         return
-    dice, row = result["validation"]["dice_mean"], result.get("row")
+    dice, row = result.validation_dice, result.row
     text = (
         f"{trial.id} | validation Dice {'none' if dice is None else f'{dice:.3f}'}"
-        + (f" | test Dice {row['dice_mean']:.3f}" if row and row["split"] == "test" and row["dice_mean"] else "")
-        + f" | {result['seconds']:.0f} s"
+        + (f" | test Dice {row.dice_mean:.3f}" if row is not None and row.split == "test" and row.dice_mean else "")
+        + f" | {result.seconds or 0.0:.0f} s"
     )
-    queue.put(Line(text, trial=trial.id, validation_dice=dice, seconds=result["seconds"]))
+    queue.put(Line(text, trial=trial.id, validation_dice=dice, seconds=result.seconds))
     tune.report({"validation_dice": dice or 0.0, "step": trial.settings.steps or 0})
 
 

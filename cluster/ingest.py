@@ -5,13 +5,12 @@ from typing import Any
 
 import ray
 
-from cluster.progress import Say
 from cluster.session import Credentials, credentials
 from p2r.config import IngestConfig
 from p2r.data.corpus import Built, ShardPlan, build_shard, report_progress
 from p2r.data.corpus import ingest as ingest_by
 from p2r.errors import masked_errors
-from p2r.logs import within
+from p2r.logs import Say, within
 from p2r.storage import Storage
 
 

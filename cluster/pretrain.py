@@ -32,7 +32,7 @@ from ray.util.queue import Queue
 from cluster.faults import Cause, FaultLog, cause_of, refusal_of
 from cluster.group import DriverChannel, Reason, TorchGroup, Trainer
 from cluster.pretrain_worker import POLL_S, WAIT_TO_SAVE_S, run_worker
-from cluster.progress import Say, relay
+from cluster.progress import relay
 from cluster.session import credentials, draining_nodes, gpu_types, num_cpus, num_gpus, this_node, usable_nodes
 from p2r.config import PretrainConfig
 from p2r.data.order import allowed_world_sizes, check_world_size, sizes_for_micro_batch, world_sizes_between
@@ -41,6 +41,7 @@ from p2r.engine.checkpoint import newest_checkpoint, refuse_other_config, refuse
 from p2r.engine.corpora import corpora_of, refuse_other_stream
 from p2r.errors import InputError, TrainingError
 from p2r.job import Resources
+from p2r.logs import Say
 from p2r.storage import Storage
 
 _WITHOUT_BF16 = ("K80", "P4", "P100", "V100", "T4")

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from ray.util.queue import Empty, Queue
 
 from cluster.session import this_node
-from p2r.logs import Line, fields_of
-from p2r.logs import Say as Say
+from p2r.logs import Line, Say, fields_of
 
 
 @contextmanager

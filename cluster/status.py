@@ -10,13 +10,14 @@ Text is not escaped here: callers escape it for their output.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.status_files import Points, Training
 from p2r.errors import InputError
 from p2r.job import find_job, read_job
+from p2r.modes import MODES
 from p2r.storage import Storage
 
 FORMAT = "p2r-status/1"
@@ -60,6 +61,8 @@ class Sweep:
     trials: tuple[TrialState, ...] = ()
     curves: tuple[dict[str, Any], ...] = ()
     """Curves of final trials: task, split, mode, and points (labelled patients, mean Dice over draws, number of draws)."""
+    mode_titles: dict[str, str] = field(default_factory=lambda: {mode: facts.title for mode, facts in MODES.items()})
+    """Title of every mode, in the order of `p2r.modes`."""
 
 
 @dataclass(frozen=True)

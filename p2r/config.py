@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from p2r.errors import InputError
-from p2r.modes import MODES, SETTINGS_OF, Mode, Setting
+from p2r.modes import MODES, Mode, Setting
 from p2r.patterns import check_subject_pattern
 from p2r.reference import parse_reference
 
@@ -678,14 +678,7 @@ class SearchConfig(Section):
     num_labelled: Annotated[tuple[NumLabelled, ...], Field(min_length=1)] = (1,)
     """Numbers of labelled patients at which candidates are compared (first draw), by mean validation Dice."""
     learning_rates: dict[Mode, Candidates] = {
-        "scratch": (1e-3, 3e-3),
-        "scratch_long": (1e-3, 3e-3),
-        "scratch_weak_to_strong": (1e-3, 3e-3),
-        "linear_probe": (3e-3, 1e-2),
-        "fine_tune": (1e-3, 3e-3),
-        "mean_teacher": (1e-3, 3e-3),
-        "weak_to_strong": (1e-3, 3e-3),
-        "prototype_self_training": (1e-3, 3e-3),
+        mode: facts.learning_rates for mode, facts in MODES.items() if facts.trains != "nothing"
     }
     """Candidates for the peak learning rate, by mode: a list, or a distribution such as `{loguniform: [1e-4, 1e-2]}`. prototype has none:
     it trains nothing."""
@@ -706,9 +699,9 @@ class SearchConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if "prototype" in self.learning_rates:
-            raise ValueError("learning_rates has candidates for prototype, which trains nothing: take them out")
         for mode, rates in self.learning_rates.items():
+            if MODES[mode].trains == "nothing":
+                raise ValueError(f"learning_rates has candidates for {mode}, which trains nothing: take them out")
             given = rates.named()[1] if isinstance(rates, Distribution) else rates
             if min(given) <= 0:
                 raise ValueError(f"learning_rates.{mode} must be above 0, got {min(given):g}")
@@ -857,7 +850,7 @@ class FinetuneConfig(Section):
         for key, given in (("tasks", self.tasks), ("modes", self.modes)):
             if len(set(given)) < len(given):
                 raise ValueError(f"{key} must differ, got {', '.join(given)}")
-        trained = [mode for mode in self.modes if "steps" in SETTINGS_OF[mode]]
+        trained = [mode for mode in self.modes if "steps" in MODES[mode].settings]
         missing = [mode for mode in trained if mode not in self.search.learning_rates]
         if missing:
             raise ValueError(f"search.learning_rates has no candidates for {', '.join(missing)}")
@@ -873,7 +866,7 @@ class FinetuneConfig(Section):
                         f"take {mode} out of modes"
                     )
         for mode in self.steps_by_mode:
-            if mode not in self.modes or "steps" not in SETTINGS_OF[mode]:
+            if mode not in self.modes or "steps" not in MODES[mode].settings:
                 why = "is not in modes" if mode not in self.modes else "trains nothing"
                 raise ValueError(f"steps_by_mode names {mode}, which {why}")
         for mode, numbers in self.num_labelled_by_mode.items():
@@ -916,7 +909,10 @@ class FinetuneConfig(Section):
         return self.steps_by_mode.get(mode, longer * self.steps)
 
     def _num_candidates(self, mode: Mode) -> int:
-        space = [self.search.learning_rates[mode], *(self.search.space.get(name, (0,)) for name in SETTINGS_OF[mode])]
+        space = [
+            self.search.learning_rates[mode],
+            *(self.search.space.get(name, (0,)) for name in MODES[mode].settings),
+        ]
         lists = [candidates for candidates in space if not isinstance(candidates, Distribution)]
         is_proposed = self.search.searcher != "grid" or len(lists) < len(space)
         return self.search.num_samples if is_proposed else math.prod(map(len, lists))

@@ -88,7 +88,7 @@ def missing_package(error: ModuleNotFoundError, *, what: str) -> InputError | No
 
     Args:
         error: Raised by an import.
-        what: The command or function that needs the package, for the message.
+        what: Command or function that needs the package, for the message.
     """
     package = (error.name or "").partition(".")[0]
     if package in ("", "p2r", "cluster"):

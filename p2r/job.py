@@ -32,6 +32,7 @@ from p2r.documents import MAX_DEPTH, read_start
 from p2r.errors import JobError
 from p2r.masking import is_secret_name, looks_secret
 from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
+from p2r.stages import KINDS
 
 Model = TypeVar("Model", bound=BaseModel)
 Kind = Literal["ingest", "pretrain", "publish", "finetune", "pipeline", "ablation"]
@@ -41,14 +42,6 @@ FORK_HELP = (
     "resumes it"
 )
 
-_STAGES: dict[Kind, tuple[str, ...]] = {
-    "ingest": ("ingest",),
-    "pretrain": ("pretrain",),
-    "publish": ("publish",),
-    "finetune": ("finetune",),
-    "pipeline": ("ingest", "pretrain", "publish", "finetune"),
-    "ablation": ("pretrain", "publish", "finetune"),
-}
 # Not "p2r": a folder of that name in the home directory may hide the package from Python started there.
 _DEFAULT_FOLDER = "p2r-runs"
 _ABLATION_RULE = (
@@ -150,7 +143,7 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        needed = _STAGES[self.kind]
+        needed = KINDS[self.kind].sections
         if self.kind == "ablation" and self.finetune and self.finetune.backbone is not None:
             needed = ("finetune",)  # all variants use one backbone
         missing = [stage for stage in needed if getattr(self, stage) is None]

@@ -37,6 +37,7 @@ _LOGGERS = ("p2r", "cluster")
 _STAGES = frozenset({"ingest", "pretrain", "publish", "finetune"})
 _FIRST_FIELDS = ("time", "level", "run", "stage", "attempt", "rank", "step", "message")
 
+_UNINDENTED = re.compile(r"\n(?=[^\s])")
 _UNSEEN_IN_JSON = re.compile(f"[{UNSEEN}]")
 """Characters that `json.dumps` leaves unescaped and terminals interpret."""
 
@@ -212,7 +213,9 @@ class JsonFormatter(logging.Formatter):
 
 def _format_text(level: int, text: str) -> str:
     prefix = {logging.INFO: "", logging.CRITICAL: "", logging.ERROR: "p2r: "}.get(level, "warning: ")
-    return harmless(masked(f"{prefix}{text}"))
+    shown = harmless(masked(f"{prefix}{text}"))
+    # A line break in the name of a file must not begin a line that looks like one of p2r. Tracebacks keep their form.
+    return shown if level == logging.CRITICAL else _UNINDENTED.sub("\n  ", shown)
 
 
 def _to_json(value: Any) -> Any:

@@ -43,7 +43,7 @@ _TOKENS = (
     r"(?i:;\s?(?:Password|Pwd)=)[^\s;'\"]+",  # other connection strings
 )
 _SIGNED = r"[\w.-]{0,40}(?:signature|credential|token|access_?key_?id|api_?key|password|passwd|secret)|sig"
-"""Secret names in queries. Those of presigned URLs differ in their prefix, as in `X-Amz-`, `X-Goog-`, `x-oss-`, `q-`."""
+"""Secret names in queries. In presigned URLs they differ by prefix, as in `X-Amz-`, `X-Goog-`, `x-oss-`, `q-`."""
 _AUTHORITY = r"\b[a-z][a-z0-9+.-]{0,31}://(?=[^/?#\s'\"]*@)"
 _AUTHORITY_WITH_SLASH = r"\b[a-z][a-z0-9+.-]{0,31}://(?=[^/?#\s'\"@:\[]{0,512}:(?!\d{1,5}[/?#])[^\s'\"]{0,512}@)"
 """A password may hold a slash, as secret keys of AWS do; digits before the first slash are a port."""

@@ -1,23 +1,16 @@
 """Table of the fine-tuning modes: the only place that lists their names, titles, colours and settings.
 
-A new mode needs an entry here, candidates in `SearchConfig.learning_rates` if it trains anything, and its code in
-`p2r.fewshot`. Tables and legends use the order of the entries.
+A new mode is an entry here. The entry states the trained part, its initial weights, and the unlabelled images. `p2r.fewshot` reads
+these fields, so a mode that combines known parts needs no other change. Tables and legends use the order of the entries.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-Mode = Literal[
-    "scratch",
-    "scratch_long",
-    "scratch_weak_to_strong",
-    "linear_probe",
-    "fine_tune",
-    "mean_teacher",
-    "weak_to_strong",
-    "prototype_self_training",
-    "prototype",
-]
+from pydantic import AfterValidator, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+
 Setting = Literal[
     "weight_decay",
     "steps",
@@ -39,7 +32,7 @@ Setting = Literal[
     "plausible_margin_mm",
 ]
 
-SCRATCH: Mode = "scratch"
+SCRATCH = "scratch"
 """Reference mode: the others are compared with it."""
 
 _TRAINING_SETTINGS: tuple[Setting, ...] = ("weight_decay", "steps")
@@ -81,9 +74,13 @@ class ModeFacts:
     """Initial weights of the backbone; frozen: pretrained, and not trained further."""
     unlabelled: Literal["none", "consistency", "pseudo_labels"] = "none"
     """Training signal from images of the train patients who were not drawn; their label files are not opened."""
+    trains: Literal["network", "head", "nothing"] = "network"
+    """Part that is trained. head: a linear head; its features are computed once if they are not augmented. nothing: class prototypes."""
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+    """Default candidates of the search for the peak learning rate; not used where nothing is trained."""
     has_rounds: bool = False
     """True if class prototypes give the first pseudo-labels, followed by rounds of self-training (`p2r.fewshot.rounds`)."""
-    control: Mode | None = None
+    control: str | None = None
     """The same training from random weights at equal settings; the difference is the effect of pretraining."""
 
     @property
@@ -92,7 +89,7 @@ class ModeFacts:
         return self.weights == "random"
 
 
-MODES: dict[Mode, ModeFacts] = {
+MODES: dict[str, ModeFacts] = {
     "scratch": ModeFacts("from scratch", "#6b6b6b", "#a9adb3", "o", _TRAINING_SETTINGS),
     "scratch_long": ModeFacts("scratch, long", "#3f4a5a", "#c9d1dc", "h", _TRAINING_SETTINGS),
     "scratch_weak_to_strong": ModeFacts(
@@ -103,7 +100,16 @@ MODES: dict[Mode, ModeFacts] = {
         (*_TRAINING_SETTINGS, *_PSEUDO_LABEL_SETTINGS),
         unlabelled="pseudo_labels",
     ),
-    "linear_probe": ModeFacts("linear probe", "#d98200", "#f0a43f", "s", _TRAINING_SETTINGS, weights="frozen"),
+    "linear_probe": ModeFacts(
+        "linear probe",
+        "#d98200",
+        "#f0a43f",
+        "s",
+        _TRAINING_SETTINGS,
+        weights="frozen",
+        trains="head",
+        learning_rates=(3e-3, 1e-2),
+    ),
     "fine_tune": ModeFacts(
         "fine-tuned", "#0072b2", "#5ab1e6", "D", _BACKBONE_SETTINGS, weights="pretrained", control="scratch"
     ),
@@ -137,12 +143,33 @@ MODES: dict[Mode, ModeFacts] = {
         has_rounds=True,
         control="scratch_weak_to_strong",
     ),
-    "prototype": ModeFacts("prototypes", "#a8488a", "#dd92c4", "v", ("background_prototypes",), weights="frozen"),
+    "prototype": ModeFacts(
+        "prototypes", "#a8488a", "#dd92c4", "v", ("background_prototypes",), weights="frozen", trains="nothing"
+    ),
 }
 
-SETTINGS_OF: dict[Mode, tuple[Setting, ...]] = {mode: facts.settings for mode, facts in MODES.items()}
+
+def _known(mode: str) -> str:
+    if mode not in MODES:
+        *others, last = map(repr, MODES)
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected}", {"expected": f"{', '.join(others)} or {last}"}
+        )
+    return mode
+
+
+class _ModeNames:
+    """Schema of `Mode`: a name in `MODES`."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": list(MODES), "type": "string"}
+
+
+Mode = Annotated[str, AfterValidator(_known), _ModeNames]
+"""Name of a mode in `MODES`."""
 
 
 def facts_of(mode: str) -> ModeFacts | None:
     """Return the properties of a mode; None for a name that this version does not know, as an old report may hold."""
-    return MODES.get(mode)  # type: ignore[call-overload, no-any-return]
+    return MODES.get(mode)

@@ -30,7 +30,7 @@ from p2r.cache import node_cache
 from p2r.counters import Counters
 from p2r.errors import DamagedError, StorageError
 from p2r.files import file_sha256 as file_sha256
-from p2r.files import locked, replacing, temporary_beside
+from p2r.files import locked, open_regular, replacing, temporary_beside
 from p2r.masking import looks_secret
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Storage:
         self.counters.add("range_reads")
         if self._s3 is not None:
             return self._s3.read_range(full, start, stop) if start < stop else b""
-        with _translate_os_errors("read", self.at(path)), Path(full).open("rb", buffering=0) as file:
+        with _translate_os_errors("read", self.at(path)), open_regular(Path(full)) as file:
             file.seek(start)
             content = b"".join(iter(lambda: file.read(stop - file.tell()), b""))
         if len(content) != stop - start:
@@ -350,7 +350,7 @@ class Storage:
         digest = hashlib.sha256()
         with ExitStack() as opened:
             with _translate_os_errors("read", self.at(path)):
-                source = opened.enter_context(Path(full).open("rb", buffering=0))
+                source = opened.enter_context(open_regular(Path(full)))
             self._check_size(path, os.fstat(source.fileno()).st_size, num_bytes)
             file.seek(0)
             while chunk := source.read(_CHUNK_BYTES):
@@ -413,7 +413,7 @@ class Storage:
             return self._s3.read(full, max_bytes=max_bytes)
         with _translate_os_errors("read", self.at(path)):
             try:
-                with Path(full).open("rb") as file:
+                with open_regular(Path(full)) as file:
                     content = file.read() if max_bytes is None else file.read(max_bytes + 1)
             except FileNotFoundError:
                 return None
@@ -429,7 +429,15 @@ class Storage:
             yield from (key[start:] for key in self._s3.keys(f"{full.rstrip('/')}/" if full else ""))
             return
         with _translate_os_errors("list", self.at(prefix)):
-            for folder, _, names in os.walk(full, onerror=_raise_unless_absent, followlinks=True):
+            seen: set[str] = set()
+            for folder, folders, names in os.walk(full, onerror=_raise_unless_absent, followlinks=True):
+                # Links are followed, each folder is listed once: links to a folder above would never end.
+                place = os.path.realpath(folder)
+                if place in seen:
+                    folders.clear()
+                    continue
+                seen.add(place)
+                folders.sort(key=lambda name, folder=folder: Path(folder, name).is_symlink())  # type: ignore[misc]
                 yield from (os.path.relpath(Path(folder, name), self._root) for name in names)
 
     def _check_size(self, path: str, found: int, expected: int | None) -> None:

@@ -2,7 +2,6 @@
 "use strict";
 
 const POLL_MS = 700, HIDDEN_POLL_MS = 10000;
-const MODES = { scratch: ["from scratch", 4], linear_probe: ["linear probe", 1], fine_tune: ["fine-tuned", 0], mean_teacher: ["mean teacher", 2], prototype: ["prototype", 3] };
 
 // name, unit, [[series, label]...], further: from (start of the axis), percent, note
 const SPEED = [
@@ -188,12 +187,12 @@ function charts(id, title, specs, status, height) {
   made.forEach((one) => one.draw(Math.max(200, Math.round(one.place.clientWidth))));
 }
 
-function fewShot(curves) {
+function fewShot(curves, titles) {
   // x: the numbers of patients, evenly spaced, because 1, 5 and all are far apart
   const numbers = [...new Set(curves.flatMap((curve) => curve.points.map((point) => point[0])))].sort((a, b) => a - b);
   const values = curves.flatMap((curve) => curve.points.map((point) => point[1]));
   const place = el("div"), box = el("div", { class: "chart" }, el("h3", {}, `Few-shot curve so far: ${curves[0].task}, mean Dice of ${curves[0].split} patients`), place);
-  box.append(legend(curves.map((curve, index) => [(MODES[curve.mode] || [curve.mode])[0], (MODES[curve.mode] || [0, index])[1]])));
+  box.append(legend(curves.map((curve, index) => [titles[curve.mode] || curve.mode, index])));
   const draw = (width) => {
     const height = 240, left = 44, right = 24, top = 10, bottom = 36;
     const low = Math.max(0, Math.min(...values) - 0.05), high = Math.min(1, Math.max(...values) + 0.05);
@@ -204,7 +203,7 @@ function fewShot(curves) {
     for (const labelled of numbers) svg.append(el("text", { x: x(labelled), y: height - 20, "text-anchor": "middle" }, String(labelled)));
     svg.append(el("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, "labelled patients"));
     curves.forEach((curve, index) => {
-      const colour = (MODES[curve.mode] || [0, index])[1] % 5;
+      const colour = index % 5;
       svg.append(el("path", { class: `line c${colour}`, d: curve.points.map((point, number) => `${number ? "L" : "M"}${x(point[0])} ${y(point[1])}`).join("") }));
       for (const point of curve.points) svg.append(el("circle", { class: `dot c${colour}`, r: 4, cx: x(point[0]), cy: y(point[1]) }, el("title", {}, `${curve.mode}, ${point[0]} labelled: ${dice(point[1])}, ${point[2]} draws`)));
     });
@@ -290,8 +289,8 @@ const SECTIONS = {
     const sweep = s.sweep;
     if (!sweep.trials.length) return byId("sweep").replaceChildren();
     const tasks = [...new Set(sweep.curves.map((curve) => curve.task))];
-    drawings.sweep = tasks.map((task) => fewShot(sweep.curves.filter((curve) => curve.task === task)));
-    const rows = sweep.trials.map((one) => [one.task, one.purpose, text(one.num_labelled), text(one.draw), (MODES[one.mode] || [one.mode])[0], dice(one.validation_dice), dice(one.test_dice), seconds(one.seconds), one.settings]);
+    drawings.sweep = tasks.map((task) => fewShot(sweep.curves.filter((curve) => curve.task === task), sweep.mode_titles));
+    const rows = sweep.trials.map((one) => [one.task, one.purpose, text(one.num_labelled), text(one.draw), sweep.mode_titles[one.mode] || one.mode, dice(one.validation_dice), dice(one.test_dice), seconds(one.seconds), one.settings]);
     const total = sweep.num_search + sweep.num_final;
     byId("sweep").replaceChildren(
       el("h2", {}, "Few labelled patients"),

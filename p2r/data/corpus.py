@@ -35,7 +35,7 @@ from p2r.data.revision import (
     choose_thumbnails,
     current_revision,
     next_manifest,
-    publish,
+    publish_revision,
     settle_ledger,
     write_refused_ledger,
 )
@@ -45,11 +45,10 @@ from p2r.data.scans import expand_subjects as expand_subjects
 from p2r.data.scans import find_scans as find_scans
 from p2r.data.verify import verify_corpus as verify_corpus
 from p2r.errors import DataError
-from p2r.logs import duration
+from p2r.logs import Say, duration
 from p2r.storage import Storage, cache_folder, json_bytes
 
 BuildAll = Callable[[Sequence[ShardPlan]], Generator[tuple[ShardPlan, Built], None, None]]
-Say = Callable[[str], None]
 
 _MIN_ROWS_TO_STOP = 20
 _NEWER_FIELDS = ("label_maps", "one_subject")
@@ -154,7 +153,7 @@ def ingest(
         manifest = next_manifest(
             base, config, names, asked=asked, entries=entries, ledger=ledger, thumbnails=thumbnails
         )
-        is_published = publish(storage, base, manifest, ledger, thumbnails)
+        is_published = publish_revision(storage, base, manifest, ledger, thumbnails)
         if not is_published:
             say("another run published a revision meanwhile: continuing from it")
 

@@ -84,7 +84,7 @@ def read_header(stream: Stream, path: str | Path) -> tuple[Any, Mapping[str, tup
         placement = {name: tuple(np.atleast_1d(raw[name]).tolist()) for name in _PLACEMENT}
         _check_dtype(raw, path)
         raw.quaternion_threshold = _QUATERNION_ROUNDING
-        raw.check_fix(logger=_LOGGER, error_level=40)  # level 40 breaks the standard; lower levels are mended
+        raw.check_fix(logger=_LOGGER, error_level=40)  # level 40: the standard is violated; lower levels are repaired
     except (HeaderDataError, ValueError, OverflowError) as error:
         raise _refuse_broken_header(path, error) from error
     return raw, placement

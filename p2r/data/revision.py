@@ -160,7 +160,7 @@ def deidentification_of(names: Names) -> dict[str, str]:
     }
 
 
-def publish(
+def publish_revision(
     storage: Storage, base: Revision, manifest: Mapping[str, Any], ledger: Sequence[LedgerRow], thumbnails: Thumbnails
 ) -> bool:
     """Make `manifest` the current revision if `base` still is; return whether it was.

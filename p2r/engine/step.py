@@ -13,7 +13,8 @@ broke a rule) stay on the device until they are read.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,16 +27,9 @@ from p2r.device import on_device
 from p2r.engine.build import DTYPES, gather_parameter
 from p2r.engine.feed import Timed
 from p2r.engine.health import sample_pairs
+from p2r.engine.objectives import PixelPairs, objective_of, pixel_pair_loss
 from p2r.engine.update import Update, update
-from p2r.loss import (
-    Findings,
-    SameImage,
-    barlow_twins,
-    corresponding_points,
-    info_nce,
-    info_nce_within_images,
-    without_kernels,
-)
+from p2r.loss import Findings, corresponding_points, without_kernels
 from p2r.randomness import keyed_generator
 from p2r.views.geometric import apply_warp
 from p2r.views.pair import make_views
@@ -93,7 +87,62 @@ def take_step(
     Raises:
         EmbeddingError: On a CPU: an embedding has no direction. Elsewhere this is one of the findings.
     """
-    device = engine.device
+    drawn = _draw_pairs(batch, engine.device, config=config, timed=timed)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    objective = _Objective(engine, config, aligns=aligns)
+    finish = partial(update, engine, clip_norm=config.optimizer.clip_norm, averaging=averaging)
+    size = config.micro_batch or len(drawn.a)
+    run = _run_two_passes if size < len(drawn.a) and config.loss.negatives == "global_batch" else _accumulate
+    loss, updated = run(engine, drawn, size, objective, finish, timed)
+    return Step(
+        loss,
+        updated,
+        (drawn.weights[:, 0] == 0).sum(),
+        objective.findings,
+        objective.parts,
+        torch.stack(objective.alignments).sum(0) if aligns else None,
+        torch.cat(objective.samples) if aligns else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Two views of B images, and n pixel pairs of each."""
+
+    a: Tensor
+    """(B, C, *S) view."""
+    b: Tensor
+    """(B, C, *S) view."""
+    points_a: Tensor
+    """(B, n, 2 or 3) places in view a."""
+    points_b: Tensor
+    """(B, n, 2 or 3) the same anatomy in view b."""
+    weights: Tensor
+    """(B, n) 0 for pairs without content."""
+    image: Tensor
+    """(B, n) sample that each pair comes from."""
+    position_mm: Tensor
+    """(B, n, 2 or 3) position in the sample."""
+
+    def split(self, size: int) -> "list[_Drawn]":
+        """Return micro-batches of `size` images."""
+        parts = (torch.split(getattr(self, field.name), size) for field in fields(self))
+        return [_Drawn(*of_batch) for of_batch in zip(*parts, strict=True)]
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Arguments of the network."""
+        return self.a, self.b, self.points_a, self.points_b
+
+    def pairs(self, queries: Tensor, keys: Tensor) -> PixelPairs:
+        """Return the pixel pairs with their embeddings (B * n, E)."""
+        facts = (fact.flatten(0, 1) for fact in (self.weights, self.image, self.position_mm))
+        return PixelPairs(queries, keys, *facts)
+
+
+def _draw_pairs(batch: Batch, device: torch.device, *, config: PretrainConfig, timed: Timed) -> _Drawn:
+    """Draw two views of every image, and pixel pairs that show the same anatomy in both."""
     with timed("images"):
         image, inside = batch.images(device)
     with timed("views"):
@@ -123,76 +172,70 @@ def take_step(
             foreground_share=config.loss.foreground_share,
         )
     dtype = DTYPES[config.precision]
-    size = config.micro_batch or len(image)
-    inputs = tuple(
-        zip(*(torch.split(x, size) for x in (views.a.to(dtype), views.b.to(dtype), pairs.a, pairs.b)), strict=True)
+    return _Drawn(
+        a=views.a.to(dtype),
+        b=views.b.to(dtype),
+        points_a=pairs.a,
+        points_b=pairs.b,
+        weights=pairs.weight,
+        image=on_device(batch.positions, device, dtype=torch.int64)[:, None].expand_as(pairs.weight),
+        position_mm=pairs.a * batch.spacing_mm,
     )
-    facts = {
-        "weights": pairs.weight,
-        "image": on_device(batch.positions, device, dtype=torch.int64)[:, None].expand_as(pairs.weight),
-        "position_mm": pairs.a * batch.spacing_mm,
-    }  # (B, n, ...)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
-    findings, alignments, samples = Findings(), [], []
-    parts: dict[str, Tensor] = {}
 
-    def loss_of(queries: Tensor, keys: Tensor, **of_pairs: Tensor) -> Tensor:
-        if aligns:
-            alignments.append(_alignment_sums(queries.detach(), keys.detach(), of_pairs["weights"]))
-            samples.append(
+
+class _Objective:
+    """Loss of a step over one or several sets of pixel pairs, with the data of these pairs that reports need."""
+
+    def __init__(self, engine: Any, config: PretrainConfig, *, aligns: bool) -> None:
+        self._engine, self._config, self._aligns = engine, config, aligns
+        self.findings, self.parts = Findings(), dict[str, Tensor]()
+        self.alignments, self.samples = list[Tensor](), list[Tensor]()
+
+    def __call__(self, pairs: PixelPairs) -> Tensor:
+        config = self._config
+        if self._aligns:
+            self.alignments.append(_alignment_sums(pairs.queries.detach(), pairs.keys.detach(), pairs.weights))
+            self.samples.append(
                 sample_pairs(
-                    queries,
-                    keys,
-                    of_pairs["weights"],
+                    pairs.queries,
+                    pairs.keys,
+                    pairs.weights,
                     pairs_per_image=config.loss.pixel_pairs_per_image,
                     global_batch=config.global_batch,
                 )
             )
-        of_batch: dict[str, Tensor] = {}
-        loss = pixel_pair_loss(
-            queries,
-            keys,
-            config.loss,
-            temperature=_bounded_temperature(engine, config.loss),
-            findings=findings,
-            parts=of_batch,
-            **of_pairs,
-        )
-        parts.update({name: parts[name] + part if name in parts else part for name, part in of_batch.items()})
+        temperature, parts = _bounded_temperature(self._engine, config.loss), dict[str, Tensor]()
+        loss = pixel_pair_loss(pairs, config.loss, temperature=temperature, findings=self.findings, parts=parts)
+        for name, part in parts.items():
+            self.parts[name] = self.parts[name] + part if name in self.parts else part
         return loss
 
-    def finish(loss: Tensor) -> Update:
-        return update(engine, loss, clip_norm=config.optimizer.clip_norm, averaging=averaging)
 
-    if len(inputs) > 1 and config.loss.negatives == "global_batch":
-        loss, updated = _run_two_passes(engine, inputs, _flatten_pairs(facts), loss_of, finish, timed)
-    else:
-        losses: list[Tensor] = []
-        for number, micro_batch in enumerate(inputs):
-            with timed("forward"):
-                queries, keys = engine(*micro_batch)  # (B*n, E) each
-            of_images = slice(number * size, (number + 1) * size)
-            with timed("loss"):
-                part = loss_of(queries, keys, **_flatten_pairs({name: fact[of_images] for name, fact in facts.items()}))
-            with timed("backward"):
-                engine.backward(part)
-            losses.append(part.detach())
-            with timed("optimizer"):
-                if number < len(inputs) - 1:
-                    engine.step()  # only accumulates
-                else:
-                    loss = torch.stack(losses).mean()
-                    updated = finish(loss)
-    return Step(
-        loss,
-        updated,
-        (pairs.weight[:, 0] == 0).sum(),
-        findings,
-        parts,
-        torch.stack(alignments).sum(0) if aligns else None,
-        torch.cat(samples) if aligns else None,
-    )
+def _accumulate(
+    engine: Any,
+    drawn: _Drawn,
+    size: int,
+    objective: _Objective,
+    finish: Callable[[Tensor], Update],
+    timed: Timed,
+) -> tuple[Tensor, Update]:
+    """Take the step on the mean of the micro-batches' own losses."""
+    losses, micro_batches = list[Tensor](), drawn.split(size)
+    for number, micro_batch in enumerate(micro_batches):
+        with timed("forward"):
+            queries, keys = engine(*micro_batch.inputs)  # (B*n, E) each
+        with timed("loss"):
+            part = objective(micro_batch.pairs(queries, keys))
+        with timed("backward"):
+            engine.backward(part)
+        losses.append(part.detach())
+        with timed("optimizer"):
+            if number < len(micro_batches) - 1:
+                engine.step()  # only accumulates
+            else:
+                loss = torch.stack(losses).mean()
+                updated = finish(loss)
+    return loss, updated
 
 
 def loss_parts(parts: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -207,7 +250,7 @@ def loss_parts(parts: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def equivariance_error(alignment: Sequence[float]) -> float | None:
     """Return the deviation of the embeddings from the warp: 0 if they follow it perfectly, 1 if no better than chance.
 
-    It is the mean of 1 - cos over embedding pairs of the same anatomy in the two views, divided by the mean over all pairs of
+    It is the mean of 1 - cos over embedding pairs of the same anatomy in both views, divided by the mean over all pairs of
     different pixels. Since the views also differ in contrast, it includes the effect of contrast changes.
 
     Args:
@@ -236,71 +279,6 @@ def _alignment_sums(queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     return torch.cat([*(unit.sum(0) for unit in units), of_pairs, (weights > 0).sum().float().reshape(1)])
 
 
-def pixel_pair_loss(
-    queries: Tensor,
-    keys: Tensor,
-    config: LossConfig,
-    *,
-    temperature: float | Tensor,
-    weights: Tensor,
-    image: Tensor,
-    position_mm: Tensor,
-    findings: Findings | None = None,
-    parts: dict[str, Tensor] | None = None,
-) -> Tensor:
-    """Return the objective of `config` over the pixel pairs of all ranks.
-
-    Args:
-        queries: (N, E).
-        keys: (N, E).
-        config: Configuration of the objective.
-        temperature: tau of InfoNCE.
-        weights: (N,) 0 for pairs without content.
-        image: (N,) sample that each pair comes from.
-        position_mm: (N, 2) position in the sample.
-        findings: Collects invalid values, instead of waiting for the device; see `info_nce`.
-        parts: Receives the parts of the loss.
-    """
-    if config.name == "barlow_twins":
-        return barlow_twins(
-            queries,
-            keys,
-            off_diagonal_weight=config.off_diagonal_weight,
-            weights=weights,
-            findings=findings,
-            parts=parts,
-        )
-    if config.negatives == "image":
-        return info_nce_within_images(
-            queries,
-            keys,
-            num_images=len(queries) // config.pixel_pairs_per_image,
-            temperature=temperature,
-            form=config.form,
-            decoupled=config.decoupled,
-            weights=weights,
-            position_mm=position_mm,
-            radius_mm=config.exclude_within_mm or 0.0,
-            findings=findings,
-            parts=parts,
-        )
-    exclude = None
-    if config.exclude_within_mm is not None:
-        exclude = SameImage(image, position_mm, config.exclude_within_mm)
-    return info_nce(
-        queries,
-        keys,
-        temperature=temperature,
-        form=config.form,
-        decoupled=config.decoupled,
-        weights=weights,
-        exclude=exclude,
-        exchange=config.exchange,
-        findings=findings,
-        parts=parts,
-    )
-
-
 def explain_missing_kernels(config: PretrainConfig, *, device: torch.device) -> str | None:
     """Return why GPUs will compute the loss without its kernels, and the way out; None if they use them or need none.
 
@@ -309,7 +287,7 @@ def explain_missing_kernels(config: PretrainConfig, *, device: torch.device) -> 
         device: The GPU. A CPU represents an H100.
     """
     loss = config.loss
-    if loss.name != "info_nce" or loss.negatives == "image":
+    if objective_of(loss).products is None:
         return None
     return without_kernels(
         DTYPES[config.precision],
@@ -323,40 +301,42 @@ def explain_missing_kernels(config: PretrainConfig, *, device: torch.device) -> 
 
 def _run_two_passes(
     engine: Any,
-    inputs: tuple[tuple[Tensor, ...], ...],
-    facts: dict[str, Tensor],
-    loss_of: Callable[..., Tensor],
+    drawn: _Drawn,
+    size: int,
+    objective: _Objective,
     finish: Callable[[Tensor], Update],
     timed: Timed,
 ) -> tuple[Tensor, Update]:
-    towers, generators = [], []
+    """Take the step on the loss over all micro-batches together: embeddings without a graph first, then gradients through each."""
+    towers, generators, micro_batches = [], [], drawn.split(size)
     with torch.no_grad(), timed("forward"):
-        for micro_batch in inputs:
+        for micro_batch in micro_batches:
             generators.append(_generator_states(engine.device))
-            towers.append(engine.module(*micro_batch))
+            towers.append(engine.module(*micro_batch.inputs))
     queries, keys = (torch.cat(parts).requires_grad_() for parts in zip(*towers, strict=True))
     log_temperature = engine.module.log_temperature
     learnt = [] if log_temperature is None else [log_temperature]
     with timed("loss"):
-        loss = loss_of(queries, keys, **facts)
+        loss = objective(drawn.pairs(queries, keys))
         of_queries, of_keys, *of_learnt = torch.autograd.grad(loss, [queries, keys, *learnt])
 
-    size = len(towers[0][0])
+    num_pairs = len(towers[0][0])
     # DeepSpeed averages over micro-batches; here their gradients must add up.
-    gradients = [torch.split(len(inputs) * gradient, size) for gradient in (of_queries, of_keys)]
-    for number, micro_batch in enumerate(inputs):
+    gradients = [torch.split(len(micro_batches) * gradient, num_pairs) for gradient in (of_queries, of_keys)]
+    for number, micro_batch in enumerate(micro_batches):
         _set_generator_states(generators[number], engine.device)  # repeats the random draws of the first pass
         of_micro_batch = (gradient[number] for gradient in gradients)
         with timed("forward"):
             carried = sum(
-                (tower * gradient).sum() for tower, gradient in zip(engine(*micro_batch), of_micro_batch, strict=True)
+                (tower * gradient).sum()
+                for tower, gradient in zip(engine(*micro_batch.inputs), of_micro_batch, strict=True)
             )
             if number == 0 and learnt:
-                carried = carried + len(inputs) * (log_temperature * of_learnt[0]).sum()
+                carried = carried + len(micro_batches) * (log_temperature * of_learnt[0]).sum()
         with timed("backward"):
             engine.backward(carried)
         with timed("optimizer"):
-            if number < len(inputs) - 1:
+            if number < len(micro_batches) - 1:
                 engine.step()  # only accumulates
             else:
                 updated = finish(loss.detach())
@@ -372,11 +352,6 @@ def _bounded_temperature(engine: Any, config: LossConfig) -> float | Tensor:
     bounded = log_temperature.detach().float().clamp(math.log(COLDEST), math.log(_WARMEST))
     temperature: Tensor = (log_temperature.float() + (bounded - log_temperature.detach().float())).exp()
     return temperature
-
-
-def _flatten_pairs(facts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """(B, n, ...) -> (B * n, ...)."""
-    return {name: fact.flatten(0, 1) for name, fact in facts.items()}
 
 
 def _generator_states(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -40,7 +40,7 @@ Shapes: D draws, P test patients, R resamples.
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from p2r.errors import DataError
+from p2r.evaluate.rows import JsonModel, TrialRow
 from p2r.modes import SCRATCH, facts_of
 from p2r.randomness import keyed_generator
 
@@ -76,14 +77,100 @@ class _Group:
     backbone: str
     mode: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def names(self) -> dict[str, Any]:
+        """Return the fields of `_Entry`."""
         return {**asdict(self.setting), "backbone": self.backbone or None, "mode": self.mode}
 
 
+class _Entry(JsonModel):
+    """Fields of every entry of the statistics that identify the results described."""
+
+    task: str
+    protocol: str
+    transductive: bool
+    split: str
+    backbone: str | None
+    """None if the rows name no backbone."""
+    mode: str
+
+    @property
+    def corpora(self) -> str | None:
+        """Always None: entries of unknown corpora count as transductive, like their rows."""
+        return None
+
+
+class Interval(_Entry):
+    """Mean Dice of one mode and number of labelled patients.
+
+    With one draw, the interval covers only patients, for this draw. With one draw and one patient, it has no width.
+    """
+
+    num_labelled: int
+    draws: int
+    patients: int
+    mean: float
+    lower: float
+    upper: float
+
+
+class PairedDifference(_Entry):
+    """Difference of Dice from another mode (`against`) or the same mode of another backbone (`against_backbone`)."""
+
+    against: str = ""
+    against_backbone: str | None = None
+    num_labelled: int
+    draws: int
+    patients: int
+    difference: float
+    lower: float
+    upper: float
+    p: float
+    p_holm: float
+    """Holm's correction of `p` over the numbers of labelled patients."""
+    difference_by_draw: list[float]
+    """Differences in the order of the draws."""
+    draws_agree: int
+    """Number of draws whose difference has the sign of `difference`."""
+
+
+class LabelEfficiency(_Entry):
+    """Number of labelled patients at which training from scratch reaches the Dice of a mode."""
+
+    num_labelled: int
+    dice: float
+    scratch_patients: float | None
+    beyond: str | None
+    """`below` if scratch exceeds that Dice with its fewest patients, `above` if it never reaches it, else None."""
+    scratch_interval: tuple[float | str, float | str] | None = None
+    """Ends of the interval of `scratch_patients`: numbers, `below` or `above`. None in reports of earlier versions."""
+
+
+class LeftOut(_Entry):
+    """An interval or comparison that cannot be computed."""
+
+    num_labelled: int
+    reason: str
+
+
+class Statistics(JsonModel):
+    """Statistics of the rows of final trials."""
+
+    confidence: float = 0.95
+    num_resamples: int
+    seed: int
+    intervals: list[Interval]
+    differences: list[PairedDifference]
+    """Differences from scratch (of the same backbone or of none) and from the mode's control with random weights; without
+    scratch, of every pair of modes."""
+    between_backbones: list[PairedDifference]
+    label_efficiency: list[LabelEfficiency]
+    left_out: list[LeftOut]
+
+
 def few_shot_statistics(
-    rows: Iterable[Mapping[str, Any]], *, seed: int, num_resamples: int = 2000, confidence: float = 0.95
-) -> dict[str, Any]:
-    """Compute the statistics of the rows of final trials.
+    rows: Iterable[TrialRow], *, seed: int, num_resamples: int = 2000, confidence: float = 0.95
+) -> Statistics:
+    """Compute the statistics of final trials together.
 
     Args:
         rows: Rows of `report.json`, in any order. Rows with different `protocol`, `transductive`, `split` or `backbone` (a short
@@ -92,25 +179,8 @@ def few_shot_statistics(
         num_resamples: R.
         confidence: Confidence level of the intervals, in (0, 1).
 
-    Returns:
-        Plain values for JSON. Every entry of a list has `task`, `protocol`, `transductive`, `split`, `backbone` (None if the
-        rows name none) and `mode`.
-
-        - `confidence`, `num_resamples`, `seed`;
-        - `intervals`: `num_labelled`, `draws`, `patients`, `mean`, `lower`, `upper`. With one draw, the interval covers only
-          the patients of this draw; with one patient as well, it has no width;
-        - `differences`: each mode minus `against`, which is scratch (of the same backbone, or of no backbone) and the mode's own
-          control from random weights; without scratch, all pairs of modes. `num_labelled`, `draws`, `patients`, `difference`,
-          `lower`, `upper`, `p`, `p_holm`; `difference_by_draw`, in the order of the draws; `draws_agree`, the number of these with
-          the sign of `difference`;
-        - `between_backbones`: the same for one mode, `backbone` minus `against_backbone`;
-        - `label_efficiency`: `num_labelled`, `dice`, `scratch_patients`, `beyond`: `below` if scratch reaches this Dice already
-          with its fewest patients, `above` if it never does, else None; `scratch_interval`: the two ends of its interval, which are
-          numbers, `below` or `above`;
-        - `left_out`: comparisons that are not possible, with the `reason`.
-
     Raises:
-        DataError: if a row lacks a key, a Dice is not a number in [0, 1], or two rows belong to one trial.
+        DataError: if a row has no `dice_by_subject`, a Dice is not in [0, 1], or two rows are of one trial.
         ValueError: if `num_resamples` or `confidence` is out of range.
     """
     if num_resamples < 1 or not 0 < confidence < 1:
@@ -118,81 +188,129 @@ def few_shot_statistics(
             f"num_resamples must be positive and confidence in (0, 1), got {num_resamples} and {confidence}"
         )
     tables = _tabulate(rows)
-    found: dict[str, Any] = {"confidence": confidence, "num_resamples": num_resamples, "seed": seed}
-    left_out: list[dict[str, Any]] = []
-
-    def interval(dice: NDArray[np.float64], *key: object) -> tuple[float, float]:
-        generator = keyed_generator(seed, "bootstrap", repr(key))
-        return bootstrap_interval(dice, generator=generator, num_resamples=num_resamples, confidence=confidence)
-
+    left_out: list[LeftOut] = []
+    draw = _Bootstrap(seed, num_resamples, confidence)
+    intervals = _compute_intervals(tables, draw, left_out)
     means: dict[_Group, dict[int, float]] = {}
-    intervals = []
+    for group, one in intervals:
+        means.setdefault(group, {})[one.num_labelled] = one.mean
+    modes, backbones = _pair_modes(tables), _pair_backbones(tables)
+    return Statistics(
+        confidence=confidence,
+        num_resamples=num_resamples,
+        seed=seed,
+        intervals=[one for _, one in intervals],
+        differences=_compare_pairs(tables, [(*pair, {"against": pair[1].mode}) for pair in modes], draw, left_out),
+        between_backbones=_compare_pairs(
+            tables, [(*pair, {"against_backbone": pair[1].backbone or None}) for pair in backbones], draw, left_out
+        ),
+        label_efficiency=list(_compute_efficiency(means, tables, draw)),
+        left_out=left_out,
+    )
+
+
+@dataclass(frozen=True)
+class _Bootstrap:
+    """Bootstrap intervals; each has resamples keyed by the seed and the results described."""
+
+    seed: int
+    num_resamples: int
+    confidence: float
+
+    def interval(self, dice: NDArray[np.float64], *key: object) -> tuple[float, float]:
+        generator = keyed_generator(self.seed, "bootstrap", repr(key))
+        return bootstrap_interval(
+            dice, generator=generator, num_resamples=self.num_resamples, confidence=self.confidence
+        )
+
+
+def _compute_intervals(
+    tables: Mapping[_Group, Mapping[int, _Table]], draw: _Bootstrap, left_out: list[LeftOut]
+) -> list[tuple[_Group, Interval]]:
+    found = []
     for group, by_number in tables.items():
         for num_labelled, table in by_number.items():
             dice = _to_matrix(table)
             if not dice.size:
-                left_out.append(
-                    {**group.to_dict(), "num_labelled": num_labelled, "reason": "no test patient has a Dice"}
-                )
+                reason = "no test patient has a Dice"
+                left_out.append(LeftOut(**group.names(), num_labelled=num_labelled, reason=reason))
                 continue
-            lower, upper = interval(dice, group, num_labelled)
-            means.setdefault(group, {})[num_labelled] = mean = float(np.nanmean(dice))
-            counts = {"num_labelled": num_labelled, "draws": dice.shape[0], "patients": dice.shape[1]}
-            intervals.append({**group.to_dict(), **counts, "mean": mean, "lower": lower, "upper": upper})
-    found["intervals"] = intervals
+            lower, upper = draw.interval(dice, group, num_labelled)
+            draws, patients = dice.shape
+            mean = float(np.nanmean(dice))
+            interval = Interval(
+                **group.names(),
+                num_labelled=num_labelled,
+                draws=draws,
+                patients=patients,
+                mean=mean,
+                lower=lower,
+                upper=upper,
+            )
+            found.append((group, interval))
+    return found
 
-    def compare(pairs: Iterable[tuple[_Group, _Group]], other: str) -> list[dict[str, Any]]:
-        entries = []
-        for group, against in pairs:
-            name = {other: against.mode if other == "against" else against.backbone or None}
-            family = []
-            for num_labelled in sorted(tables[group].keys() & tables[against].keys()):
-                entry = {**group.to_dict(), **name, "num_labelled": num_labelled}
-                differences = _subtract_tables(tables[group][num_labelled], tables[against][num_labelled])
-                if not differences.size:
-                    left_out.append(
-                        {**entry, "reason": "no draw of the same labelled patients has a common test patient"}
-                    )
-                    continue
-                lower, upper = interval(differences, group, against, num_labelled)
-                family.append(
-                    {
-                        **entry,
-                        "draws": differences.shape[0],
-                        "patients": differences.shape[1],
-                        "difference": float(np.nanmean(differences)),
-                        "lower": lower,
-                        "upper": upper,
-                        "p": signed_rank_p(np.nanmean(differences, axis=0)),
-                        "difference_by_draw": np.nanmean(differences, axis=1).tolist(),
-                        "draws_agree": draws_agree(differences),
-                    }
-                )
-            adjusted = holm([entry["p"] for entry in family])
-            entries += [{**entry, "p_holm": p} for entry, p in zip(family, adjusted, strict=True)]
-        return entries
 
-    found["differences"] = compare(_pair_modes(tables), "against")
-    found["between_backbones"] = compare(_pair_backbones(tables), "against_backbone")
-    efficiency = []
-    for group, by_number_mean in means.items():
+def _compare_pairs(
+    tables: Mapping[_Group, Mapping[int, _Table]],
+    pairs: Iterable[tuple[_Group, _Group, dict[str, str | None]]],
+    draw: _Bootstrap,
+    left_out: list[LeftOut],
+) -> list[PairedDifference]:
+    """Compare pairs of groups; the last item of each tuple has the entry's fields that name the second group."""
+    entries: list[PairedDifference] = []
+    for group, against, name in pairs:
+        family = []
+        for num_labelled in sorted(tables[group].keys() & tables[against].keys()):
+            entry = {**group.names(), **name, "num_labelled": num_labelled}
+            differences = _subtract_tables(tables[group][num_labelled], tables[against][num_labelled])
+            if not differences.size:
+                reason = "no draw of the same labelled patients has a common test patient"
+                left_out.append(LeftOut.model_validate({**entry, "reason": reason}))
+                continue
+            lower, upper = draw.interval(differences, group, against, num_labelled)
+            draws, patients = differences.shape
+            figures = {
+                "difference": float(np.nanmean(differences)),
+                "lower": lower,
+                "upper": upper,
+                "difference_by_draw": np.nanmean(differences, axis=1).tolist(),
+                "draws_agree": draws_agree(differences),
+            }
+            p = signed_rank_p(np.nanmean(differences, axis=0))
+            family.append((p, {**entry, "draws": draws, "patients": patients, **figures, "p": p}))
+        adjusted = holm([p for p, _ in family])
+        entries += [
+            PairedDifference.model_validate({**entry, "p_holm": p})
+            for (_, entry), p in zip(family, adjusted, strict=True)
+        ]
+    return entries
+
+
+def _compute_efficiency(
+    means: Mapping[_Group, Mapping[int, float]], tables: Mapping[_Group, Mapping[int, _Table]], draw: _Bootstrap
+) -> Iterator[LabelEfficiency]:
+    for group, by_number in means.items():
         scratch = _find_scratch(group, means)
         if group.mode == SCRATCH or scratch is None:
             continue
-        for num_labelled, mean in by_number_mean.items():
+        for num_labelled, mean in by_number.items():
             patients, beyond = patients_needed(mean, means[scratch])
             ends = efficiency_interval(
                 tables[group][num_labelled],
                 {number: tables[scratch][number] for number in means[scratch]},
-                generator=keyed_generator(seed, "bootstrap", repr((group, num_labelled, "label_efficiency"))),
-                num_resamples=num_resamples,
-                confidence=confidence,
+                generator=keyed_generator(draw.seed, "bootstrap", repr((group, num_labelled, "label_efficiency"))),
+                num_resamples=draw.num_resamples,
+                confidence=draw.confidence,
             )
-            named = {"num_labelled": num_labelled, "dice": mean, "scratch_patients": patients, "beyond": beyond}
-            efficiency.append({**group.to_dict(), **named, "scratch_interval": list(ends)})
-    found["label_efficiency"] = efficiency
-    found["left_out"] = left_out
-    return found
+            yield LabelEfficiency(
+                **group.names(),
+                num_labelled=num_labelled,
+                dice=mean,
+                scratch_patients=patients,
+                beyond=beyond,
+                scratch_interval=ends,
+            )
 
 
 def bootstrap_interval(
@@ -235,9 +353,10 @@ def signed_rank_p(differences: NDArray[np.float64]) -> float:
 
 
 def draws_agree(differences: NDArray[np.float64]) -> int:
-    """Return how many draws (rows of (D, P), NaN where a patient has no figure) differ in the direction of the mean difference.
+    """Return the number of draws whose difference has the sign of the mean difference.
 
-    Differences that are zero to 12 decimals have no direction.
+    Args:
+        differences: (D, P), NaN if a patient has no value. Differences that are zero to 12 decimals have no sign.
     """
     by_draw, mean = np.round(np.nanmean(differences, axis=1), _DECIMALS), np.round(np.nanmean(differences), _DECIMALS)
     return int((np.sign(by_draw) == np.sign(mean))[by_draw != 0].sum())
@@ -339,22 +458,18 @@ def _patients_needed(
     return needed
 
 
-def _tabulate(rows: Iterable[Mapping[str, Any]]) -> dict[_Group, dict[int, _Table]]:
+def _tabulate(rows: Iterable[TrialRow]) -> dict[_Group, dict[int, _Table]]:
     """Tabulate the Dice of the rows by group, number of labelled patients, draw and test patient."""
     tables: dict[_Group, dict[int, _Table]] = {}
     for row in rows:
-        try:
-            setting = _Setting(
-                row["task"], row.get("protocol", "leak_free"), bool(row.get("transductive")), row.get("split", "test")
-            )
-            group = _Group(setting, row.get("backbone") or "", row["mode"])
-            num_labelled, draw = int(row["num_labelled"]), (int(row["draw"]), tuple(sorted(row["subjects"])))
-            dice = {subject: float(found) for subject, found in row["dice_by_subject"].items() if found is not None}
-        except (KeyError, TypeError, ValueError) as error:
+        if "dice_by_subject" not in row.model_fields_set:
             raise DataError(
-                f"row {row.get('id', dict(row))}: {type(error).__name__}: {error}; the row of a final trial needs task, mode, "
-                "num_labelled, draw, subjects and dice_by_subject"
-            ) from None
+                f"row {row.id or row.mode}: dice_by_subject is missing; statistics need rows of final trials"
+            )
+        setting = _Setting(row.task, row.protocol, row.transductive, row.split)
+        group = _Group(setting, row.backbone or "", row.mode)
+        num_labelled, draw = row.num_labelled, (row.draw, tuple(sorted(row.subjects)))
+        dice = {subject: found for subject, found in row.dice_by_subject.items() if found is not None}
         trial = f"{setting.task}, {group.backbone or 'one backbone'}, {group.mode}, n = {num_labelled}, draw {draw[0]}"
         for subject, value in dice.items():
             if not 0 <= value <= 1:
@@ -362,7 +477,7 @@ def _tabulate(rows: Iterable[Mapping[str, Any]]) -> dict[_Group, dict[int, _Tabl
         table = tables.setdefault(group, {}).setdefault(num_labelled, {})
         if any(draw[0] == other for other, _ in table):
             raise DataError(
-                f"trial {trial}: two rows; a trial has one row, and rows of several runs or backbones need different values of `backbone`"
+                f"trial {trial} has two rows; rows of several runs or backbones need different values of `backbone`"
             )
         table[draw] = dice
     return {group: dict(sorted(tables[group].items())) for group in sorted(tables)}

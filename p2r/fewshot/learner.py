@@ -5,7 +5,6 @@ backbone is trained after it.
 """
 
 import copy
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -23,6 +22,7 @@ from p2r.fewshot.saved_training import (
     restore_module,
     restore_optimizer,
 )
+from p2r.logs import Say
 from p2r.model.compiling import warm_up
 from p2r.model.pix2rep import Segmenter
 from p2r.modes import MODES
@@ -30,8 +30,6 @@ from p2r.schedule import learning_rate
 
 WARMUP_FRACTION = 0.05
 """Fraction of the steps in which the learning rate rises."""
-
-Say = Callable[[str], None]
 
 
 class Learner:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from p2r.fewshot.stored import read_readings
+from p2r.fewshot.stored import Reading, read_readings
 from p2r.storage import Storage, json_bytes
 from p2r.version import code_version
 
@@ -31,11 +31,11 @@ def record_reading(storage: Storage, reading: Mapping[str, Any]) -> None:
         number += 1
 
 
-def merge_readings(storage: Storage) -> list[dict[str, Any]]:
+def merge_readings(storage: Storage) -> list[Reading]:
     """Write `report/test_reads.jsonl` from all recorded evaluations, and return them, oldest first."""
     readings = read_readings(storage, _FOLDER)
-    readings.sort(key=lambda reading: (reading["time"], reading["trial"], reading["recipe_sha256"]))
+    readings.sort(key=lambda reading: (reading.time, reading.trial, reading.recipe_sha256))
     if readings:
-        lines = "".join(json.dumps(reading, sort_keys=True) + "\n" for reading in readings)
+        lines = "".join(json.dumps(reading.to_json(), sort_keys=True) + "\n" for reading in readings)
         storage.write_bytes("report/test_reads.jsonl", lines.encode())
     return readings

@@ -144,11 +144,12 @@ class Rounds:
     ) -> dict[str, Any]:
         counted = labels >= 0
         total = max(1, int(counted.sum()))
-        read = int(self._unlabelled.inside[(slice(None), *_read_box(self._unlabelled.images, self._preparation))].sum())
+        box = _read_box(self._unlabelled.images, self._preparation)
+        read = int(self._unlabelled.inside[(slice(None), *box)].sum())
         return {
             "step": step,
             "by": "teacher" if number else "prototypes",
-            "counted_fraction": round(int(counted.sum()) / max(1, read), 4),  # of what the model reads
+            "counted_fraction": round(int(counted.sum()) / max(1, read), 4),  # of the pixels that the model reads
             "plausible_frames": sum(frames),
             "frames": len(frames),
             "class_fractions": {

@@ -67,6 +67,10 @@ class SavedTraining:
         """Time spent on the trial by this process, and by earlier ones up to their last save."""
         return self._seconds_before + time.monotonic() - self._began
 
+    def add_seconds(self, seconds: float) -> None:
+        """Add the time of an earlier training whose weights are reused."""
+        self._seconds_before += seconds
+
     @property
     def is_due(self) -> bool:
         """True if it is time to save."""

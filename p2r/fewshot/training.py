@@ -42,6 +42,7 @@ from p2r.fewshot.rounds import NOT_COUNTED, Rounds
 from p2r.fewshot.saved_training import (
     SavedTraining,
 )
+from p2r.logs import Say
 from p2r.model.pix2rep import Segmenter
 from p2r.randomness import keyed_generator
 from p2r.schedule import learning_rate
@@ -49,7 +50,6 @@ from p2r.views.cutmix import Labelled
 from p2r.views.draws import Draws
 from p2r.views.pair import WeakAndStrong, augment_labelled, augment_weakly_and_strongly
 
-Say = Callable[[str], None]
 Look = Callable[[int, Segmenter], dict[str, Any]]
 """Validation callback: number of steps done, and the current network -> JSON values for the curve."""
 

@@ -1,28 +1,31 @@
-"""One few-shot trial: labelled patients of a task x mode x settings -> Dice on validation, and, once frozen, on test.
+"""One few-shot trial: task, labelled patients, mode and settings -> Dice on validation patients, for final trials also on test.
 
-The labels of validation and test patients enter nowhere but the scores: training sees the drawn patients only, and, with
-a semi-supervised mode, the images of the other train patients, whose label files are not opened. With the protocol leak_free every
-scan is whole (no crop by the label). What a finished trial found is read from the storage; it trains and reads nothing again.
+Labels of validation and test patients are used only for scores. Training reads the drawn patients. In semi-supervised
+modes it also reads the images of the other train patients, but does not open their label files. With the protocol leak_free,
+scans are not cropped by the label. The result of a finished trial is read from the storage, without any repetition.
 """
 
 import copy
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import nn
 
 from p2r.backbone import ArtefactConfig, Backbone, load_backbone
 from p2r.config import FinetuneConfig
-from p2r.data.preprocess import Preparation
+from p2r.data.preprocess import Frames, Planes, Preparation
+from p2r.errors import DamagedError, StorageError
 from p2r.evaluate.inference import size_read
+from p2r.evaluate.metrics import Summary
 from p2r.evaluate.prepared import prepared_images, prepared_scan
-from p2r.evaluate.tasks import LabelledScan, Split, Task, TaskConfig, load_task, read_task_config, task_sha256
+from p2r.evaluate.rows import CurvePoint, JsonModel, PseudoLabelRow, TrialRow, all_warnings
+from p2r.evaluate.tasks import LabelledScan, Split, Task, load_task
 from p2r.fewshot.frozen import FeaturesOfScan, frozen_features, plausibility_of, segmenter_by_prototypes
 from p2r.fewshot.leaks import Known
 from p2r.fewshot.odd_scans import odd_scans
@@ -30,10 +33,11 @@ from p2r.fewshot.paper_compat import Crop, cropped, split_by_slice
 from p2r.fewshot.plausibility import frames_of_scans
 from p2r.fewshot.protocol import Trial
 from p2r.fewshot.readings import record_reading
+from p2r.fewshot.results import TrialResult
 from p2r.fewshot.rounds import Rounds, Unlabelled
 from p2r.fewshot.saved_training import SavedTraining
 from p2r.fewshot.scoring import Case, Scored, case_of_crop, cases_of, npz_bytes, score_cases
-from p2r.fewshot.stored import read_result
+from p2r.fewshot.setup import TrialSetup
 from p2r.fewshot.training import (
     Images,
     Look,
@@ -43,120 +47,56 @@ from p2r.fewshot.training import (
     train_segmenter,
     unlabelled_images,
 )
+from p2r.logs import Say
 from p2r.model.backbones import build_backbone
 from p2r.model.heads import PrototypeHead
 from p2r.model.pix2rep import Segmenter
 from p2r.modes import MODES
 from p2r.randomness import keyed_generator
-from p2r.storage import Storage, json_bytes
+from p2r.storage import Storage
 from p2r.version import code_version
 
-_NONE_LEFT = "no train patient is left without labels: the labelled patients' own images served as the unlabelled ones"
+_NO_UNLABELLED_PATIENTS = (
+    "no train patient is left without labels: the labelled patients' own images served as the unlabelled ones"
+)
 
-Say = Callable[[str], None]
-Report = Callable[[int, float], None]
-"""Steps done, mean validation Dice so far."""
+ReportDice = Callable[[int, float], None]
+"""Called with the number of steps done and the mean validation Dice."""
 
 
 @dataclass(frozen=True)
-class TrialSetup:
-    """What all trials of one task share; plain values, so that it travels to another machine."""
+class _Prepared:
+    """Inputs of training and scoring of a trial."""
 
-    config: FinetuneConfig
-    task: str
-    """Path of the task's YAML."""
-    backbone: str
-    """URL of the published backbone."""
-    backbone_sha256: str
-    """Its pin, the digest of its manifest: a trial that finds another one under the URL refuses."""
-    architecture_sha256: str
-    """Digest of its network's shape and its way to prepare a scan: all that a trial from scratch takes of it."""
-    storage: str
-    """URL of `<storage>/finetune/<task>`."""
-    root: str
-    """URL of `<storage>`."""
-    is_transductive: bool = False
-    """Whether validation or test patients of the task are known to be in the backbone's corpus."""
-    data_sha256: str = ""
-    """Digest of the files of train and validation patients."""
-    test_sha256: str = ""
-    """Digest of the files of test patients: part of what their figures depend on, and of nothing else."""
+    setup: TrialSetup
+    trial: Trial
+    task: Task
+    backbone: Backbone
+    preparation: Preparation
+    known: Known
+    """Held-out patients found in the backbone's corpora."""
+    training: Callable[[int | None], list[LabelledScan]]
+    """Function: image size (None: whole images) -> the labelled scans."""
+    validation: Callable[[], Iterable[Case]]
+    """Function -> the validation cases."""
+    device: str
 
-    def preparation(self, backbone: Backbone) -> Preparation:
-        """What the trials' models do to a scan: the backbone's way, how much of a plane they read, and what the task states."""
-        return preparation_for(read_task_config(Path(self.task)), self.config, backbone.preparation)
+    @property
+    def config(self) -> FinetuneConfig:
+        return self.setup.config
 
-    def recipe_sha256(self, trial: Trial) -> str:
-        """Return a digest of everything that the trial's result depends on."""
-        config = self.config.model_dump(
-            mode="json",
-            include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"},
-            exclude={"views": {"shown_fraction"}},  # of pretraining only
-        )
-        if MODES[trial.mode].unlabelled == "pseudo_labels":
-            config |= self.config.model_dump(mode="json", include={"strong_intensity"})
-        if self.config.compile:
-            config["compile"] = True
-        if trial.mode == "linear_probe":
-            config["probe_augmentation"] = self.config.probe_augmentation
-        recipe: dict[str, Any] = {
-            "config": config,
-            "trial": trial.to_recipe(),
-            "task": task_sha256(Path(self.task)),
-            "data": self.data_sha256,
-            "backbone": self._backbone_of(trial),
-        }
-        if trial.purpose == "final":
-            recipe["score_on"] = self.config.score_on
-            if self.config.score_on == "test":
-                recipe["test"] = self.test_sha256
-        if self.config.allow_transductive:
-            recipe["transductive"] = True
-        return hashlib.sha256(json_bytes(recipe)).hexdigest()
+    @property
+    def reports_test(self) -> bool:
+        return self.trial.purpose == "final" and self.config.score_on == "test"
 
-    def _backbone_of(self, trial: Trial) -> str:
-        """Return the digest of what the trial takes of the backbone."""
-        # Whether a row is labelled as transductive hangs on the backbone's corpus, not on its shape alone.
-        if MODES[trial.mode].is_from_scratch and not self.config.allow_transductive:
-            return self.architecture_sha256
-        return self.backbone_sha256
+    @property
+    def reports_validation(self) -> bool:
+        return self.trial.purpose == "final" and self.config.score_on == "validation"
 
-    def result_path(self, trial: Trial) -> str:
-        """Where the trial's result lies below `storage`: its name holds a digest of everything that it depends on."""
-        return f"trials/{trial.id}-{self.recipe_sha256(trial)[:12]}.json"
-
-    def state_path(self, trial: Trial) -> str:
-        """Where the trial's training state is stored below `storage` until it is done."""
-        return f"unfinished/{trial.id}-{self.recipe_sha256(trial)[:12]}.safetensors"
-
-    def stopped_path(self, trial: Trial) -> str:
-        """Where it is noted below `storage` that a scheduler stopped the trial: that depends on its rivals, too."""
-        of = {"recipe": self.recipe_sha256(trial), "search": self.config.search.model_dump(mode="json")}
-        return f"searches/{trial.id}-{hashlib.sha256(json_bytes(of)).hexdigest()[:12]}.json"
-
-    def is_done(self, trial: Trial) -> bool:
-        """Whether the storage has the trial's result, or knows that it was stopped."""
-        return self._stored_path(trial) is not None
-
-    def is_begun(self, trial: Trial) -> bool:
-        """Whether the storage has the training state of the trial, which an earlier run left."""
-        return Storage(self.storage).exists(self.state_path(trial))
-
-    def stored(self, trial: Trial) -> dict[str, Any] | None:
-        """Return what the storage holds of the trial: its result, or how far it came before it was stopped."""
-        path = self._stored_path(trial)
-        return None if path is None else read_result(Storage(self.storage), path)
-
-    def _stored_path(self, trial: Trial) -> str | None:
-        storage = Storage(self.storage)
-        return next(
-            (path for path in (self.result_path(trial), self.stopped_path(trial)) if storage.exists(path)), None
-        )
-
-
-def preparation_for(task: TaskConfig, config: FinetuneConfig, of_backbone: Preparation) -> Preparation:
-    """Return what models of a task do to a scan: the backbone's way, but for how much they read of it, and what the task states."""
-    return task.preparation(of_backbone.model_copy(update={"planes": config.planes}))
+    @property
+    def unlabelled_subjects(self) -> tuple[str, ...]:
+        """Train patients that were not drawn."""
+        return tuple(sorted(set(self.task.subjects["train"]) - set(self.trial.subjects)))
 
 
 def run_trial(
@@ -165,157 +105,240 @@ def run_trial(
     *,
     device: str,
     say: Say = lambda line: None,
-    report: Report | None = None,
+    report: ReportDice | None = None,
     deadline: float | None = None,
-) -> dict[str, Any]:
-    """Train and score one trial, or return the result that the storage already holds. One that was killed resumes.
+) -> TrialResult:
+    """Train and score one trial, or return its stored result. A killed trial resumes.
 
-    A search trial is scored on validation patients. A final one is scored on the split that is reported too. It and the trial of
-    a model to be published leave their weights and their predictions beside their results.
+    Search trials are scored on validation patients, final trials also on the reported split. Final and published trials store
+    weights and predictions next to their results.
 
     Args:
-        setup: What the task's trials share.
-        trial: Which one.
+        setup: Properties shared by the task's trials.
+        trial: The trial.
         device: `cpu` or `cuda`.
-        say: Receives a line of progress now and then.
-        report: Receives an intermediate validation every `search.report_steps`, for a scheduler.
-        deadline: Of `time.monotonic`: when to save the training state and end. None: never.
+        say: Called with each progress line.
+        report: Called with the validation result every `search.report_steps`, for a scheduler.
+        deadline: Time of `time.monotonic` at which to save the training state and end; None: never.
 
     Raises:
         TrainingError: if it diverges.
         OutOfTime: if the deadline passes.
     """
-    storage, path = Storage(setup.storage), setup.result_path(trial)
-    if storage.exists(path):
-        return read_result(storage, path)
-    saved = SavedTraining(storage, setup.state_path(trial), deadline=deadline)
-    config, task = setup.config, load_task(Path(setup.task))
+    if (finished := setup.finished(trial)) is not None:
+        return finished
+    earlier = setup.scored_on_validation(trial) if MODES[trial.mode].trains != "nothing" else None
+    saved = SavedTraining(Storage(setup.storage), setup.state_path(trial), deadline=deadline)
+    prepared = _prepare(setup, trial, device=device)
+    if earlier is not None:
+        say(f"{trial.id} | already trained for validation scores; its weights are evaluated")
+        saved.add_seconds(earlier.seconds or 0.0)
+        segmenter, facts = _load_earlier(prepared, earlier)
+        validation = _validate(prepared, segmenter)
+    else:
+        trained = _train(prepared, say=say, report=report, saved=saved)
+        segmenter = trained.segmenter
+        validation = _validate(prepared, segmenter)
+        facts = _describe_training(prepared, trained, validation.summary)
+    for warning in all_warnings(facts):
+        say(f"{trial.id} | WARNING: {warning}")
+    reported = _score_test_patients(prepared, segmenter) if prepared.reports_test else validation
+    return _store_result(prepared, segmenter, facts, validation, reported, saved=saved)
+
+
+def _prepare(setup: TrialSetup, trial: Trial, *, device: str) -> _Prepared:
+    task = load_task(Path(setup.task))
     backbone = load_backbone(setup.backbone, sha256=setup.backbone_sha256)
     preparation = setup.preparation(backbone)
-    known = Known(backbone, is_allowed=config.allow_transductive)
+    known = Known(backbone, is_allowed=setup.config.allow_transductive)
+    training, validation = _split_loaders(trial, task, preparation, seed=setup.config.seed)
+    return _Prepared(setup, trial, task, backbone, preparation, known, training, validation, device)
 
-    def see(case: Case, split: Split) -> None:
-        if split == "test" or trial.protocol == "leak_free":  # else these are slices of the labelled patients
-            known.see_scan(case.scan, case.volume, split)
 
-    reports_validation = trial.purpose == "final" and config.score_on == "validation"
+def _score(
+    prepared: _Prepared, segmenter: nn.Module, cases: Iterable[Case], split: Split, *, is_reported: bool = False
+) -> Scored:
+    def see(case: Case) -> None:
+        if split == "test" or prepared.trial.protocol == "leak_free":  # paper_compat validates on labelled patients
+            prepared.known.see_scan(case.scan, case.volume, split)
 
-    def score(segmenter: nn.Module, cases: Iterable[Case], split: Split, *, is_reported: bool = False) -> Scored:
-        return score_cases(
-            segmenter,
-            cases,
-            task,
-            preparation,
-            # What is only chosen by needs Dice alone.
-            nsd_tolerance_mm=config.nsd_tolerance_mm if split == "test" or reports_validation else None,
-            largest_component=config.largest_component,
-            device=device,
-            is_calibrated=is_reported,
-            see=lambda case: see(case, split),
-        )
-
-    training, validation_cases = _labelled(trial, task, preparation, seed=config.seed)
-
-    def look(step: int, segmenter: nn.Module) -> dict[str, Any]:
-        summary = score(segmenter, validation_cases(), "validation").summary
-        point = {"step": step, "dice_mean": summary.dice_mean, "dice": summary.dice}
-        say(f"{trial.id} | step {step} | {_dice_text(point)}")
-        if report is not None:
-            report(step, summary.dice_mean or 0.0)
-        return point
-
-    look_steps = config.curve_steps if report is None else config.search.report_steps
-    trained = _fit(
-        setup,
-        trial,
-        task,
-        backbone,
-        training,
-        device=device,
-        say=say,
-        look=None if look_steps is None else look,
-        look_steps=look_steps or 1,
-        saved=saved if report is None else None,  # a scheduler's trials are short, and hang on their rivals
+    config = prepared.config
+    return score_cases(
+        segmenter,
+        cases,
+        prepared.task,
+        prepared.preparation,
+        # Only reported splits need more than Dice.
+        nsd_tolerance_mm=config.nsd_tolerance_mm if split == "test" or prepared.reports_validation else None,
+        largest_component=config.largest_component,
+        device=prepared.device,
+        is_calibrated=is_reported,
+        see=see,
     )
-    segmenter = trained.segmenter
-    validation = score(segmenter, validation_cases(), "validation", is_reported=reports_validation)
-    result: dict[str, Any] = {
-        "trial": trial.to_row(),
-        "train_loss": trained.loss,
-        "validation": validation.summary.to_row(),
-        "device": _device_name(device),
-    }
-    told: dict[str, Any] = {}
-    if config.curve_steps is not None and "steps" in MODES[trial.mode].settings:
-        last = {
-            "step": trial.settings.steps,
-            "dice_mean": validation.summary.dice_mean,
-            "dice": validation.summary.dice,
-        }
-        told["curve"] = [*trained.curve, last]
+
+
+def _validate(prepared: _Prepared, segmenter: nn.Module) -> Scored:
+    cases = prepared.validation()
+    return _score(prepared, segmenter, cases, "validation", is_reported=prepared.reports_validation)
+
+
+def _score_test_patients(prepared: _Prepared, segmenter: nn.Module) -> Scored:
+    """Score the test patients, after recording the evaluation."""
+    setup, trial, task = prepared.setup, prepared.trial, prepared.task
+    scans = task.scans_of(task.subjects["test"])
+    record_reading(
+        Storage(setup.root),
+        {
+            "task": task.name,
+            "trial": trial.id,
+            "num_scans": len(scans),
+            "recipe_sha256": setup.recipe_sha256(trial),
+            "backbone_sha256": _weights_sha256(prepared),
+        },
+    )
+    cases = cases_of(scans, task, prepared.preparation, is_cropped=trial.protocol == "paper_compat")
+    return _score(prepared, segmenter, cases, "test", is_reported=True)
+
+
+def _weights_sha256(prepared: _Prepared) -> str | None:
+    """Return the digest of the backbone that provides the initial weights; None: from scratch."""
+    return None if MODES[prepared.trial.mode].is_from_scratch else prepared.setup.backbone_sha256
+
+
+class _TrainingFacts(JsonModel):
+    """Description of the training, part of both result and row."""
+
+    train_loss: float | None
+    training_code: str | None = None
+    curve: list[CurvePoint] | None = None
+    pseudo_labels: PseudoLabelRow | None = None
+    warnings: list[str] | None = None
+
+
+def _describe_training(prepared: _Prepared, trained: Trained, validation: Summary) -> _TrainingFacts:
+    trial, task = prepared.trial, prepared.task
+    facts: dict[str, Any] = {}
+    if prepared.config.curve_steps is not None and "steps" in MODES[trial.mode].settings:
+        last = CurvePoint(step=trial.settings.steps, dice_mean=validation.dice_mean, dice=validation.dice)
+        facts["curve"] = [*trained.curve, last.to_json()]
     if trained.pseudo_labels is not None:
         names = ["background", *task.config.classes.values()]
         threshold = trial.settings.confidence_threshold or 0.0
-        told["pseudo_labels"] = trained.pseudo_labels.to_row(names, threshold=threshold)
-        if trained.rounds:
-            told["pseudo_labels"]["rounds"] = trained.rounds
+        row = trained.pseudo_labels.to_row(names, threshold=threshold)
+        facts["pseudo_labels"] = {**row, **({"rounds": trained.rounds} if trained.rounds else {})}
     if trained.warnings:
-        told["warnings"] = list(trained.warnings)
-    for warning in warnings_of(told):
-        say(f"{trial.id} | WARNING: {warning}")
-    result |= told
-    if isinstance(segmenter.head, PrototypeHead):
-        result["num_prototypes"] = list(segmenter.head.num_prototypes)
+        facts["warnings"] = list(trained.warnings)
+    return _TrainingFacts.model_validate({"train_loss": trained.loss, **facts})
+
+
+def _load_earlier(prepared: _Prepared, earlier: TrialResult) -> tuple[Segmenter, _TrainingFacts]:
+    """Return the network of an earlier trial with the same training, and the description of that training.
+
+    Raises:
+        DamagedError: if the weights are absent, or do not fit the network.
+    """
+    storage, row = Storage(prepared.setup.storage), earlier.reported()
+    segmenter = build_segmenter(
+        prepared.trial, prepared.backbone, num_classes=prepared.task.num_classes, seed=prepared.config.seed
+    )
+    assert earlier.weights is not None
+    try:
+        segmenter.load_state_dict(load(storage.read_bytes(earlier.weights)))
+    except (RuntimeError, SafetensorError, StorageError) as error:
+        raise DamagedError(
+            f"{storage.at(earlier.weights)} does not contain the weights of trial {prepared.trial.id}: {error!s:.300}; "
+            "delete the trial's three files of this name to train it again"
+        ) from error
+    training = {
+        "training_code": row.code,
+        "curve": row.curve,
+        "pseudo_labels": row.pseudo_labels,
+        "warnings": row.warnings,
+    }
+    facts = {"train_loss": earlier.train_loss, **{name: value for name, value in training.items() if value is not None}}
+    return segmenter.to(prepared.device).eval(), _TrainingFacts.model_validate(facts)
+
+
+def _store_result(
+    prepared: _Prepared,
+    segmenter: Segmenter,
+    facts: _TrainingFacts,
+    validation: Scored,
+    reported: Scored,
+    *,
+    saved: SavedTraining,
+) -> TrialResult:
+    """Store weights and predictions, except for search trials; then the result."""
+    setup, trial, storage = prepared.setup, prepared.trial, Storage(prepared.setup.storage)
+    path, row = setup.result_path(trial), None
+    files: dict[str, str] = {}
     if trial.purpose != "search":
         stem = path.removesuffix(".json")
-        reported = validation
-        # From scratch, nothing of the backbone is used but its architecture and its way to prepare a scan.
-        backbone_sha256 = None if MODES[trial.mode].is_from_scratch else setup.backbone_sha256
-        reports_test = trial.purpose == "final" and config.score_on == "test"
-        if reports_test:
-            scans = task.scans_of(task.subjects["test"])
-            reading = {"recipe_sha256": setup.recipe_sha256(trial), "backbone_sha256": backbone_sha256}
-            record_reading(
-                Storage(setup.root), {"task": task.name, "trial": trial.id, "num_scans": len(scans), **reading}
-            )
-            cases = cases_of(scans, task, preparation, is_cropped=trial.protocol == "paper_compat")
-            reported = score(segmenter, cases, "test", is_reported=True)
-        result["weights"], predictions = f"{stem}.safetensors", f"{stem}.npz"
-        storage.write_bytes(
-            result["weights"], save({key: value.cpu().contiguous() for key, value in segmenter.state_dict().items()})
+        files = {"weights": f"{stem}.safetensors", "predictions": f"{stem}.npz"}
+        weights = {key: value.cpu().contiguous() for key, value in segmenter.state_dict().items()}
+        storage.write_bytes(files["weights"], save(weights))
+        storage.write_bytes(files["predictions"], npz_bytes(reported.predictions))
+    seconds = round(saved.seconds, 3)
+    if files:
+        row = _make_row(
+            prepared, facts, validation.summary, reported, predictions=files["predictions"], seconds=seconds
         )
-        storage.write_bytes(predictions, npz_bytes(reported.predictions))
-        result["row"] = {
-            **trial.to_row(),
-            "transductive": setup.is_transductive or known.is_any,
-            **({"corpora": "unknown"} if known.is_unknown else {}),
-            "seed": config.seed,
-            "split": "test" if reports_test else "validation",
-            "validation_dice_mean": validation.summary.dice_mean,
-            "backbone_sha256": backbone_sha256,
-            "code": code_version(),
-            **reported.summary.to_row(),
-            "cases": list(reported.cases),
-            "predictions": predictions,
-            "device": result["device"],
-            **told,
+    result = TrialResult.model_validate(
+        {
+            "trial": trial.to_row(),
+            "validation": validation.summary.to_row(),
+            "device": _device_name(prepared.device),
+            "seconds": seconds,
+            **facts.to_json(),
+            **(
+                {"num_prototypes": list(segmenter.head.num_prototypes)}
+                if isinstance(segmenter.head, PrototypeHead)
+                else {}
+            ),
+            **({"weights": files["weights"], "row": row} if row is not None else {}),
         }
-        if reported.calibration is not None:
-            result["row"]["calibration"] = reported.calibration
-        if reported.soft_dice_with_background is not None:
-            result["row"]["soft_dice_with_background"] = reported.soft_dice_with_background
-    result["seconds"] = round(saved.seconds, 3)
-    if "row" in result:
-        result["row"]["seconds"] = result["seconds"]
-    storage.write_json(path, result)
+    )
+    storage.write_json(path, result.to_json())
     saved.delete()
     return result
 
 
-def _labelled(
+def _make_row(
+    prepared: _Prepared,
+    facts: _TrainingFacts,
+    validation: Summary,
+    reported: Scored,
+    *,
+    predictions: str,
+    seconds: float,
+) -> TrialRow:
+    training = {name: value for name, value in facts.to_json().items() if name != "train_loss"}
+    optional = {"calibration": reported.calibration, "soft_dice_with_background": reported.soft_dice_with_background}
+    return TrialRow.model_validate(
+        {
+            **prepared.trial.to_row(),
+            "transductive": prepared.setup.is_transductive or prepared.known.is_any,
+            **({"corpora": "unknown"} if prepared.known.is_unknown else {}),
+            "seed": prepared.config.seed,
+            "split": "test" if prepared.reports_test else "validation",
+            "validation_dice_mean": validation.dice_mean,
+            "backbone_sha256": _weights_sha256(prepared),
+            "code": code_version(),
+            **reported.summary.to_row(),
+            "cases": list(reported.cases),
+            "predictions": predictions,
+            "device": _device_name(prepared.device),
+            "seconds": seconds,
+            **training,
+            **{name: value for name, value in optional.items() if value is not None},
+        }
+    )
+
+
+def _split_loaders(
     trial: Trial, task: Task, preparation: Preparation, *, seed: int
 ) -> tuple[Callable[[int | None], list[LabelledScan]], Callable[[], Iterable[Case]]]:
-    """Return what gives the labelled scans at some size of their images, and what gives the cases of validation."""
+    """Return two functions: image size -> labelled scans, and () -> validation cases."""
     chosen = task.scans_of(trial.subjects)
     if trial.protocol == "leak_free":
         validation = task.scans_of(task.subjects["validation"])
@@ -343,7 +366,7 @@ def slices_of(
     num_labelled: int,
     draw: int,
 ) -> tuple[list[Crop], list[Crop]]:
-    """Return the slices of labelled patients that paper_compat trains on, and those that validate.
+    """Return the training slices and the validation slices of labelled patients, for paper_compat.
 
     Raises:
         DataError: as `split_by_slice`.
@@ -353,111 +376,125 @@ def slices_of(
     return split_by_slice(crops, keyed_generator(seed, "slices", num_labelled, draw))
 
 
-def _fit(
-    setup: TrialSetup,
-    trial: Trial,
-    task: Task,
-    backbone: Backbone,
-    training: Callable[[int | None], list[LabelledScan]],
-    *,
-    device: str,
-    say: Say,
-    look: Look | None,
-    look_steps: int,
-    saved: SavedTraining | None,
-) -> Trained:
-    """Make the segmenter of a trial."""
-    config, preparation = setup.config, setup.preparation(backbone)
-    segmenter = build_segmenter(trial, backbone, num_classes=task.num_classes, seed=config.seed).to(device)
-    num_classes = task.num_classes
-
-    def features() -> list[FeaturesOfScan]:
-        return frozen_features(
-            training(size_read(preparation)),
-            segmenter.backbone,
-            trial,
-            backbone_sha256=setup.backbone_sha256,
-            preparation=preparation,
-            device=device,
-        )
-
-    if trial.mode == "prototype":
-        by_prototypes = segmenter_by_prototypes(
-            segmenter.backbone, features(), trial, num_classes=num_classes, seed=config.seed
-        )
-        return Trained(by_prototypes, None)
-    if trial.mode == "linear_probe" and config.probe_augmentation == "none":
-        loss, curve = train_head(
-            segmenter.head,
-            features(),
-            trial=trial,
-            config=config,
-            device=device,
-            say=say,
-            look=None if look is None else lambda step: look(step, segmenter),
-            look_steps=look_steps,
-        )
-        return Trained(segmenter.eval(), loss, curve)
-    labelled = training(None)
+def _train(prepared: _Prepared, *, say: Say, report: ReportDice | None, saved: SavedTraining) -> Trained:
+    """Train the segmenter of a trial."""
+    trial, config, num_classes = prepared.trial, prepared.config, prepared.task.num_classes
+    segmenter = build_segmenter(trial, prepared.backbone, num_classes=num_classes, seed=config.seed).to(prepared.device)
+    steps = config.curve_steps if report is None else config.search.report_steps
+    look = None if steps is None else partial(_validate_at_step, prepared=prepared, say=say, report=report)
+    trains = MODES[trial.mode].trains
+    if trains == "nothing":
+        return Trained(_prototype_segmenter(prepared, segmenter.backbone), None)
+    if trains == "head" and config.probe_augmentation == "none":
+        return _train_probe(prepared, segmenter, say=say, look=look, look_steps=steps or 1)
+    labelled = prepared.training(None)
     unlabelled, rounds, warnings = None, None, list[str]()
     if MODES[trial.mode].unlabelled != "none":
-        # Of those who were not drawn, the images alone; if all were drawn, theirs.
-        others = _without_labels(task, trial) or trial.subjects
-        scans = task.scans_of(others)
-        images = [prepared_images(scan, preparation) for scan in scans]
+        # Images without labels: of patients that were not drawn, or of the labelled patients if all were drawn.
+        others = prepared.unlabelled_subjects or trial.subjects
+        scans = prepared.task.scans_of(others)
+        images = [prepared_images(scan, prepared.preparation) for scan in scans]
         if others == trial.subjects:
-            warnings.append(_NONE_LEFT)
+            warnings.append(_NO_UNLABELLED_PATIENTS)
         else:
             by_name = {scan.key: image for scan, image in zip(scans, images, strict=True)}
             warnings += odd_scans([scan.planes for scan in labelled], by_name)
-        unlabelled = _on(unlabelled_images(images), device)
+        unlabelled = _to_device(unlabelled_images(images), prepared.device)
         if MODES[trial.mode].has_rounds:
-            rounds = Rounds(
-                Unlabelled(unlabelled.images, unlabelled.inside, frames_of_scans(images)),
-                segmenter_by_prototypes(
-                    copy.deepcopy(segmenter.backbone), features(), trial, num_classes=num_classes, seed=config.seed
-                ),
-                plausibility_of(labelled, trial, num_classes=num_classes, preparation=preparation),
-                trial=trial,
-                config=config,
-                preparation=preparation,
-                names=["background", *task.config.classes.values()],
-            )
+            rounds = _make_rounds(prepared, segmenter.backbone, labelled, images, unlabelled)
     trained = train_segmenter(
         segmenter,
-        _on(labelled_images(labelled), device),
+        _to_device(labelled_images(labelled), prepared.device),
         unlabelled,
         trial=trial,
         config=config,
-        preparation=preparation,
+        preparation=prepared.preparation,
         num_classes=num_classes,
-        device=device,
+        device=prepared.device,
         say=say,
         look=look,
-        look_steps=look_steps,
-        saved=saved,
+        look_steps=steps or 1,
+        saved=saved if report is None else None,  # trials of a scheduler are short and depend on other trials
         rounds=rounds,
     )
     return replace(trained, warnings=(*warnings, *trained.warnings))
 
 
-def warnings_of(row: Mapping[str, Any]) -> list[str]:
-    """Return the problems of a trial that did not end it, as its row states them."""
-    return [*row.get("warnings", ()), *(row.get("pseudo_labels") or {}).get("warnings", ())]
+def _validate_at_step(
+    step: int, segmenter: nn.Module, *, prepared: _Prepared, say: Say, report: ReportDice | None
+) -> dict[str, Any]:
+    """Validate during training."""
+    summary = _score(prepared, segmenter, prepared.validation(), "validation").summary
+    point = CurvePoint(step=step, dice_mean=summary.dice_mean, dice=summary.dice)
+    say(f"{prepared.trial.id} | step {step} | {point.text()}")
+    if report is not None:
+        report(step, summary.dice_mean or 0.0)
+    return point.to_json()
 
 
-def _without_labels(task: Task, trial: Trial) -> tuple[str, ...]:
-    """Return the train patients who were not drawn."""
-    return tuple(sorted(set(task.subjects["train"]) - set(trial.subjects)))
+def _train_probe(prepared: _Prepared, segmenter: Segmenter, *, say: Say, look: Look | None, look_steps: int) -> Trained:
+    """Train a linear head on features computed once."""
+    loss, curve = train_head(
+        segmenter.head,
+        _compute_features(prepared, segmenter.backbone),
+        trial=prepared.trial,
+        config=prepared.config,
+        device=prepared.device,
+        say=say,
+        look=None if look is None else lambda step: look(step, segmenter),
+        look_steps=look_steps,
+    )
+    return Trained(segmenter.eval(), loss, curve)
 
 
-def _on(images: Images, device: str) -> Images:
+def _compute_features(prepared: _Prepared, network: nn.Module) -> list[FeaturesOfScan]:
+    return frozen_features(
+        prepared.training(size_read(prepared.preparation)),
+        network,
+        prepared.trial,
+        backbone_sha256=prepared.setup.backbone_sha256,
+        preparation=prepared.preparation,
+        device=prepared.device,
+    )
+
+
+def _prototype_segmenter(prepared: _Prepared, network: nn.Module) -> Segmenter:
+    features, num_classes = _compute_features(prepared, network), prepared.task.num_classes
+    return segmenter_by_prototypes(
+        network, features, prepared.trial, num_classes=num_classes, seed=prepared.config.seed
+    )
+
+
+def _make_rounds(
+    prepared: _Prepared,
+    network: nn.Module,
+    labelled: Sequence[LabelledScan],
+    images: Sequence[Planes | Frames],
+    unlabelled: Images,
+) -> Rounds:
+    """Return the rounds of self-training, which start from class prototypes of the backbone before training."""
+    trial, num_classes, preparation = prepared.trial, prepared.task.num_classes, prepared.preparation
+    return Rounds(
+        Unlabelled(unlabelled.images, unlabelled.inside, frames_of_scans(images)),
+        _prototype_segmenter(prepared, copy.deepcopy(network)),
+        plausibility_of(labelled, trial, num_classes=num_classes, preparation=preparation),
+        trial=trial,
+        config=prepared.config,
+        preparation=preparation,
+        names=["background", *prepared.task.config.classes.values()],
+    )
+
+
+def _to_device(images: Images, device: str) -> Images:
     labels = None if images.labels is None else images.labels.to(device)
     return Images(images.images.to(device), images.inside.to(device), labels)
 
 
 def build_segmenter(trial: Trial, backbone: Backbone, *, num_classes: int, seed: int) -> Segmenter:
-    """Return the network of a mode: the backbone's architecture, its weights unless from scratch, frozen for a linear probe."""
+    """Return the network of a mode, with the backbone's architecture.
+
+    It has the backbone's weights unless the mode is from scratch. They are frozen for a linear probe.
+    """
     torch.manual_seed(seed)
     config = backbone.config
     network: nn.Module = build_backbone(config.model, dimensions=config.preparation.dimensions)
@@ -469,12 +506,6 @@ def build_segmenter(trial: Trial, backbone: Backbone, *, num_classes: int, seed:
     return Segmenter(
         network, ArtefactConfig(model=config.model, preparation=config.preparation, classes=classes).head()
     )
-
-
-def _dice_text(point: Mapping[str, Any]) -> str:
-    classes = ", ".join(f"{name} {dice:.3f}" for name, dice in point["dice"].items() if dice is not None)
-    mean = point["dice_mean"]
-    return f"validation Dice {'none' if mean is None else f'{mean:.3f}'} ({classes})"
 
 
 def _device_name(device: str) -> str:

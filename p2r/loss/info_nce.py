@@ -58,7 +58,7 @@ from p2r.loss.ranks import (
 from p2r.loss.tiles import Rows, Scale, sharpest, static_shift, static_shift_on_device
 
 PANEL = 16_384
-"""Rows of a panel, enough to fill a GPU. The entries of two panels of one tower are computed once."""
+"""Number of rows of a panel, enough to fill a GPU. Similarities of two panels of one tower are computed once."""
 Form = Literal["cross_view", "nt_xent"]
 Exchange = Literal["all_gather", "ring"]
 
@@ -369,10 +369,10 @@ def _compute_log_sums(own: _Pairs, everyone: _Pairs | None, contrast: _Contrast)
 
 
 def _sums_within_tower(own: Rows, everyone: Rows, contrast: _Contrast) -> Tensor:
-    """Sum the entries of own rows with all rows of their tower, (n,). The matrix is symmetric, so each pair of panels is computed once.
+    """Return the sums over all rows of a tower for own rows, (n,). The matrix is symmetric, so each pair of panels is computed once.
 
-    Each panel computes its entries with the following half of the panels, around a circle, so ranks share the work evenly. Column sums
-    supply the rest. Ranks whose rows do not divide into whole panels compute all entries.
+    Panels are in a ring. Each computes its similarities with the following half of the ring, so that ranks share the work
+    evenly; column sums supply the other half. Ranks whose rows do not divide into whole panels compute everything.
     """
     assert contrast.scale is not None
     backend, scale = _backend(own.values), contrast.scale
@@ -387,7 +387,7 @@ def _sums_within_tower(own: Rows, everyone: Rows, contrast: _Contrast) -> Tensor
         anchors = own.part(rows)
         itself = slice(anchors.first, anchors.first + PANEL)
         over_rows[rows] = backend.sums(anchors, everyone.part(itself), scale, of_columns=False)[0]
-        for others in _following(anchors.first // PANEL, num_panels):
+        for others in _following_panels(anchors.first // PANEL, num_panels):
             over, apart = backend.sums(anchors, everyone.part(others), scale, of_columns=True)
             over_rows[rows] += over
             over_columns[number * parts : (number + 1) * parts, others] = apart
@@ -395,8 +395,11 @@ def _sums_within_tower(own: Rows, everyone: Rows, contrast: _Contrast) -> Tensor
     return over_rows + own_columns(over_columns, contrast.counts, of_ranks, contrast.group)
 
 
-def _following(panel: int, num_panels: int) -> Iterator[slice]:
-    """Yield the rows of the half of the other panels that follows a panel around the circle; of two panels, one follows the other."""
+def _following_panels(panel: int, num_panels: int) -> Iterator[slice]:
+    """Yield the rows of the half of the other panels that follows a panel in the ring.
+
+    Of any two panels, exactly one follows the other.
+    """
     opposite = num_panels % 2 == 0 and panel < num_panels // 2
     stop = panel + 1 + (num_panels - 1) // 2 + opposite
     for first, last in ((panel + 1, min(stop, num_panels)), (0, stop - num_panels)):
@@ -495,8 +498,8 @@ def without_kernels(
         channels: E.
         temperature: Temperature; of a learnt one, the smallest.
         num_pairs: N.
-        device: The GPU; a CPU stands for an H100.
-        allows_tf32: Whether products of float32 may be rounded to TF32.
+        device: The GPU; for a CPU, the answer is that of an H100.
+        allows_tf32: True if products of float32 may be rounded to TF32.
     """
     if find_spec("triton") is None:
         return "the loss has no kernels: Triton is not installed"

@@ -4,8 +4,8 @@ If scale and shift are bfloat16, PyTorch stores the statistics of a bfloat16 map
 imprecise where it is large compared with the standard deviation. With fp32 scale and shift, PyTorch keeps the statistics in
 fp32 and still reads and writes the map in bfloat16. So only these few numbers are widened, never the map.
 
-PyTorch's kernel for instances takes maps with channels first. One with channels last is copied there and back, in the forward pass
-and in the backward pass: two reads and two writes of the map more, each. torch.compile can fuse them; no GPU has measured it.
+PyTorch's kernel of instance normalisation needs channels first. Maps with channels last are copied there and back, in the forward
+pass and in the backward pass: two more reads and writes of the map each. torch.compile can fuse them; not measured on a GPU yet.
 
 Letters: B images, C channels, *S spatial.
 """

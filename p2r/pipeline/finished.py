@@ -12,7 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from p2r.errors import P2RError
+from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.task_files import load_task, read_task_config
 from p2r.job import Job
 from p2r.report import table
@@ -38,8 +41,9 @@ def made_before(job: Job) -> dict[str, Any] | None:
             return None
         made = {name: value for name, value in record["made"].items() if isinstance(name, str)}
         if "report" in made:
-            made["table"] = table(storage.read_json("report/report.json")["rows"])
-    except (P2RError, KeyError, TypeError, AttributeError):  # the stages will report the cause
+            rows = storage.read_json("report/report.json")["rows"]
+            made["table"] = table([TrialRow.model_validate(row) for row in rows])
+    except (P2RError, ValidationError, KeyError, TypeError, AttributeError):  # the stages will report the cause
         return None
     return made
 

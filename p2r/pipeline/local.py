@@ -18,14 +18,15 @@ from p2r.engine.pretrain import pretrain
 from p2r.engine.profile import profile_text
 from p2r.errors import JobError, OutOfTime
 from p2r.fewshot.protocol import Trial
-from p2r.fewshot.search import Result, attempt
-from p2r.fewshot.trial import TrialSetup
+from p2r.fewshot.results import TrialResult
+from p2r.fewshot.search import attempt
+from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job, read_job, validated
-from p2r.logs import Line, within
+from p2r.logs import Line, Say, within
 from p2r.logs import say as say_line
 from p2r.modes import Mode
 from p2r.pipeline.lines import report_lines
-from p2r.pipeline.stages import Say, run_job
+from p2r.pipeline.stages import run_job
 from p2r.storage import Storage
 
 
@@ -62,7 +63,7 @@ class LocalExecutor:
             step = report.step
         return step == config.steps
 
-    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[TrialResult]:
         """Run trials one after another."""
         results = []
         for number, (setup, trial) in enumerate(trials, start=1):
@@ -71,13 +72,13 @@ class LocalExecutor:
             result = attempt(
                 setup, trial, device=self._device.type, retries=self._retries, say=say, deadline=self._deadline
             )
-            dice = result.get("validation", {}).get("dice_mean")
+            dice = result.validation_dice
             text = f"{number}/{len(trials)} | {trial.id} | validation Dice {'none' if dice is None else f'{dice:.3f}'}"
-            say(Line(text, trial=trial.id, validation_dice=dice, seconds=result.get("seconds")))
+            say(Line(text, trial=trial.id, validation_dice=dice, seconds=result.seconds))
             results.append(result)
         return results
 
-    def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, Result]]:
+    def suggest(self, setup: TrialSetup, mode: Mode, *, say: Say) -> list[tuple[Trial, TrialResult]]:
         """Refuse: search algorithms belong to Ray Tune."""
         raise JobError(
             f"finetune.search.searcher {setup.config.search.searcher!r} is a search algorithm of Ray Tune: run the job with p2r run, "

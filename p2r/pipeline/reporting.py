@@ -22,9 +22,11 @@ from p2r.data.stream import stream
 from p2r.engine.corpora import corpora_of
 from p2r.errors import DataError, StorageError, error_text
 from p2r.evaluate.inference import predict_volume
+from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.evaluate.tasks import LabelledScan, Task, load_scan, load_task
-from p2r.fewshot.trial import TrialSetup, warnings_of
+from p2r.fewshot.results import FailedTrial
+from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job
 from p2r.loss import corresponding_points
 from p2r.modes import MODES
@@ -45,6 +47,7 @@ from p2r.report import (
     view_pairs,
     write_report,
 )
+from p2r.report.context import context_of
 from p2r.report.text import for_markdown, for_markdown_code
 from p2r.storage import Storage
 from p2r.version import code_version
@@ -65,7 +68,7 @@ def make_report(
     *,
     backbone: Backbone,
     setups: Sequence[TrialSetup],
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[TrialRow],
     models: dict[str, str],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -83,8 +86,7 @@ def make_report(
     """
     tasks = [load_task(Path(setup.task)) for setup in setups]
     where = storage.child("report")
-    context = {**_report_context(job, backbone, tasks, models), **facts}
-    context["caveats"] += _warnings(rows)
+    code = code_version()
     pictures: dict[str, Drawing | bytes] = {}
     captions: dict[str, str] = {}
     places: dict[str, str] = {}
@@ -97,10 +99,10 @@ def make_report(
             places[name] = task.name
 
     for setup, task in zip(setups, tasks, strict=True):
-        of_task = [row for row in rows if row["task"] == task.name]
+        of_task = [row for row in rows if row.task == task.name]
         for case in shown_cases(of_task):
             try:
-                picture = _draw_case(case, task, setup, backbone, context)
+                picture = _draw_case(case, task, setup, backbone, code)
             except _UNREADABLE as error:
                 left_out.append(f"{case.rank} case of {task.name}, {case.scan}: {error_text(error)}")
                 continue
@@ -126,14 +128,21 @@ def make_report(
         if task.name in models:
             put(
                 f"outlines-{task.name}",
-                _draw_outlines(models[task.name], scan, task, rows, context, who=who),
+                _draw_outlines(models[task.name], scan, task, rows, code, who=who),
                 f"The published model ({_mode_title(models[task.name])}) on {who}.",
             )
-    context |= {"captions": captions, "places": places}
-    if left_out:
-        context["left_out"] = left_out
+    context = context_of(
+        {
+            **_report_context(job, backbone, tasks, models, code),
+            **facts,
+            "caveats": [*(task.config.caveat for task in tasks if task.config.caveat), *_warnings(rows)],
+            "captions": captions,
+            "places": places,
+            **({"left_out": left_out} if left_out else {}),
+        }
+    )
     assert job.finetune is not None
-    written = write_report(
+    write_report(
         where,
         rows=list(rows),
         context=context,
@@ -144,13 +153,11 @@ def make_report(
         "report": where.at("report.md"),
         "page": where.at("report.html"),
         "pictures": where.at("pictures"),
-        "table": table(written["rows"]),
+        "table": table(rows),
     }
 
 
-def write_variants(
-    job: Job, storage: Storage, rows: Sequence[dict[str, Any]], *, failed: Sequence[Mapping[str, str]] = ()
-) -> str:
+def write_variants(job: Job, storage: Storage, rows: Sequence[TrialRow], *, failed: Sequence[FailedTrial] = ()) -> str:
     """Write the comparison of an ablation's variants to `<storage>/report`, and return the URL of the page.
 
     Args:
@@ -161,7 +168,7 @@ def write_variants(
     """
     where = storage.child("report")
     # Two variants share their draws, so the variant replaces the backbone's name.
-    source = source_line([{**row, "backbone": row["variant"]} for row in rows], {})
+    source = source_line([row.replaced(backbone=row.variant) for row in rows], None)
     picture = variants_picture(rows, title=f"{job.name}: Dice of each variant", source=source)
     where.write_bytes("pictures/variants.png", picture.png)
     where.write_bytes("pictures/variants.svg", picture.svg)
@@ -171,8 +178,8 @@ def write_variants(
         "seed": job.finetune.seed if job.finetune else None,
     }
     if failed:
-        facts["failed"] = list(failed)
-    where.write_json("report.json", {"format": "p2r-ablation/1", **facts, "rows": list(rows)})
+        facts["failed"] = [one.to_json() for one in failed]
+    where.write_json("report.json", {"format": "p2r-ablation/1", **facts, "rows": [row.to_json() for row in rows]})
     lines = [
         f"# {for_markdown(job.name)}",
         "",
@@ -189,18 +196,19 @@ def write_variants(
         lines.append(f"| {for_markdown(name)} | {settings} | [report](../variants/{name}/report/report.md) |")
     if failed:
         lines += ["", "| failed trial | reason |", "| --- | --- |"]
-        lines += [f"| {for_markdown(one['trial'])} | {for_markdown(one['reason'])} |" for one in failed]
+        lines += [f"| {for_markdown(one.trial)} | {for_markdown(one.reason)} |" for one in failed]
     where.write_bytes("report.md", ("\n".join(lines) + "\n").encode())
     return where.at("report.md")
 
 
-def _report_context(job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[str, str]) -> dict[str, Any]:
+def _report_context(
+    job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[str, str], code: str
+) -> dict[str, Any]:
     assert job.finetune is not None
     corpora = backbone.manifest["corpora"] or []
     return {
         "title": f"Few-shot report of {job.name}",
         "job": job.name,
-        "caveats": [task.config.caveat for task in tasks if task.config.caveat],
         "backbone": {
             "url": backbone.manifest["url"],
             "sha256": backbone.manifest["sha256"],
@@ -214,7 +222,7 @@ def _report_context(job: Job, backbone: Backbone, tasks: Sequence[Task], models:
             for number, corpus in enumerate(corpora, start=1)
         },
         "licence": backbone.manifest["licence"],
-        "code": code_version(),
+        "code": code,
         "seed": job.finetune.seed,
         "finetune": job.finetune.model_dump(mode="json", exclude={"tasks", "backbone"}),
         "models": models,
@@ -224,6 +232,7 @@ def _report_context(job: Job, backbone: Backbone, tasks: Sequence[Task], models:
                 "licence": task.config.licence,
                 "citation": task.config.citation,
                 "thirds": list(task.config.thirds),
+                "classes": list(task.config.classes.values()),
                 "splits": {split: list(subjects) for split, subjects in task.subjects.items()},
             }
             for task in tasks
@@ -231,9 +240,9 @@ def _report_context(job: Job, backbone: Backbone, tasks: Sequence[Task], models:
     }
 
 
-def _warnings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _warnings(rows: Sequence[TrialRow]) -> list[str]:
     """Return warnings of single trials, which did not end them."""
-    return [f"{row['id']}: {warning}." for row in rows for warning in warnings_of(row)]
+    return [f"{row.id}: {warning}." for row in rows for warning in row.all_warnings]
 
 
 def _backbone_line(backbone: Backbone) -> str:
@@ -340,13 +349,13 @@ def _draw_outlines(
     model: str,
     scan: LabelledScan,
     task: Task,
-    rows: Sequence[Mapping[str, Any]],
-    context: Mapping[str, Any],
+    rows: Sequence[TrialRow],
+    code: str,
     *,
     who: str,
 ) -> Drawing:
     segmenter, config, manifest = load_model(model)
-    trial = next(row for row in rows if row["id"] == manifest["trial"]["id"])
+    trial = next(row for row in rows if row.id == manifest["trial"]["id"])
     prediction = predict_volume(
         segmenter,
         scan.volume,
@@ -367,14 +376,12 @@ def _draw_outlines(
         reference[chosen],
         list(task.config.classes.values()),
         spacing_mm=_plane_spacing(scan, axis),
-        title=f"The published model ({MODES[trial['mode']].title}), {who}",
-        source=trials_line([trial], context, patient=who),
+        title=f"The published model ({MODES[trial.mode].title}), {who}",
+        source=trials_line([trial], code, patient=who),
     )
 
 
-def _draw_case(
-    case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, context: Mapping[str, Any]
-) -> Drawing:
+def _draw_case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, code: str) -> Drawing:
     """Draw a scan of the reported split with the stored predictions of its trials; no model runs."""
     found = [one for one in task.scans_of((case.subject,)) if one.key == case.scan]
     if not found:
@@ -397,16 +404,18 @@ def _draw_case(
         spacing_mm=_plane_spacing(scan, axis),
         num_slices=_NUM_CASE_SLICES,
         title=f"{case.rank.capitalize()} case: {case.subject}" + (f" ({case.stratum})" if case.stratum else ""),
-        subtitle=f"{trials[0]['num_labelled']} labelled; Dice: {dice}",
-        source=trials_line(trials, context, patient=f"{split_of(trials)} patient {case.subject}"),
+        subtitle=f"{trials[0].num_labelled} labelled; Dice: {dice}",
+        source=trials_line(trials, code, patient=f"{split_of(trials)} patient {case.subject}"),
     )
 
 
-def _read_prediction(row: Mapping[str, Any], key: str, setup: TrialSetup, scan: LabelledScan) -> NDArray[Any]:
-    content = Storage(setup.storage).read_bytes(row["predictions"])
+def _read_prediction(row: TrialRow, key: str, setup: TrialSetup, scan: LabelledScan) -> NDArray[Any]:
+    if row.predictions is None:
+        raise DataError(f"trial {row.id} left no predictions")
+    content = Storage(setup.storage).read_bytes(row.predictions)
     with np.load(BytesIO(content), allow_pickle=False) as arrays:
         if key not in arrays:
-            raise DataError(f"{row['predictions']} holds no prediction of {key}")
+            raise DataError(f"{row.predictions} holds no prediction of {key}")
         found: NDArray[Any] = arrays[key]
     if found.shape != scan.labels.data.shape:
         raise DataError(f"the prediction has the grid {found.shape}, its scan {scan.labels.data.shape}")

@@ -24,32 +24,24 @@ from p2r.engine.pretrain import finished_checkpoint
 from p2r.engine.report import HISTORY
 from p2r.engine.weights import backbone_weights, checked_weights
 from p2r.errors import DataError, JobError, OutOfTime
+from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.tasks import HELD_OUT, load_task
+from p2r.fewshot.checks import check_data, check_task
+from p2r.fewshot.publishing import choose_model, publish_best, publish_on_all, publish_other_draws, trial_for_publishing
 from p2r.fewshot.readings import merge_readings
-from p2r.fewshot.search import (
-    FewShot,
-    Result,
-    TrialRunner,
-    check_data,
-    check_task,
-    choose_model,
-    few_shot,
-    publish_best,
-    publish_on_all,
-    publish_other_draws,
-    trial_for_publishing,
-)
+from p2r.fewshot.results import FailedTrial, FewShot, TrialResult, failures_of
+from p2r.fewshot.search import TrialRunner, few_shot
+from p2r.fewshot.setup import TrialSetup, preparation_for
 from p2r.fewshot.stored import read_report_rows
-from p2r.fewshot.trial import TrialSetup, preparation_for
 from p2r.job import Job, variants_of
-from p2r.logs import Say as Say
-from p2r.logs import within
+from p2r.logs import Say, within
 from p2r.model.backbones import cost_of
 from p2r.modes import MODES
 from p2r.pipeline.finished import digest_inputs, record_finished
 from p2r.pipeline.reporting import make_report, write_variants
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
 from p2r.report.text import for_markdown
+from p2r.stages import KINDS
 from p2r.storage import Storage
 
 
@@ -77,10 +69,7 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
     storage = Storage(job.storage)
     storage.check_writable()
     made: dict[str, Any] = {"storage": storage.url}
-    stages = {
-        "pipeline": ("ingest", "pretrain", "publish", "finetune"),
-        "ablation": ("ingest", "variants") if job.ingest is not None else ("variants",),
-    }.get(job.kind, (job.kind,))
+    stages = KINDS[job.kind].stages
     inputs = digest_inputs(job)
     if "finetune" in stages or "variants" in stages:
         if "ingest" in stages:
@@ -115,18 +104,19 @@ def _train_and_score(job: Job, storage: Storage, executor: Executor, stages: Seq
 
 def _run_variants(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
     """Run every variant of an ablation in turn, and write a comparison of their results."""
-    rows, failed = [], []
+    rows: list[TrialRow] = []
+    failed: list[FailedTrial] = []
     for name, variant in variants_of(job).items():
         where = Storage(variant.storage)
         say(f"variant {name} | " + ", ".join(f"{key}: {value}" for key, value in job.variants[name].items()))
-        stages = ("finetune",) if variant.pretrain is None else ("pretrain", "publish", "finetune")
+        stages = ("finetune",) if variant.pretrain is None else KINDS[job.kind].sections
         made = _train_and_score(variant, where, executor, stages, say)
         if "unfinished" in made:
             return {"unfinished": f"variant {name}"}
-        rows += [{**row, "variant": name} for row in read_report_rows(where, "report/report.json")]
-        failed += [{**failure, "trial": f"{name}: {failure['trial']}"} for failure in made.get("failed", [])]
+        rows += [row.replaced(variant=name) for row in read_report_rows(where, "report/report.json")]
+        failed += [FailedTrial(trial=f"{name}: {one['trial']}", reason=one["reason"]) for one in made.get("failed", [])]
     found = {"report": write_variants(job, storage, rows, failed=failed), "table": variants_table(rows)}
-    return {**found, "failed": failed} if failed else found
+    return {**found, "failed": [one.to_json() for one in failed]} if failed else found
 
 
 def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
@@ -190,7 +180,7 @@ def _corpus_facts(corpus: Corpus) -> CorpusFacts:
 
 def _time_spent(storage: Storage, found: FewShot) -> dict[str, float]:
     """Return the time spent so far, by any call: seconds per worker of pretraining, and of all trials."""
-    spent = {"search_s": math.fsum(one["seconds"] or 0.0 for one in found.searched)}
+    spent = {"search_s": math.fsum(one.seconds or 0.0 for one in found.searched)}
     if storage.exists(f"pretrain/{HISTORY}"):
         rows = read_history(storage, f"pretrain/{HISTORY}")
         before = [0, *(row["step"] for row in rows)]
@@ -342,43 +332,46 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
         found = few_shot(setups, runner=executor, say=within(say, "finetune"))
     finally:  # readings of test patients are recorded, whatever the outcome
         test_reads = merge_readings(storage)
-    results, facts = found.results, {**found.facts(), "test_reads": test_reads}
-    facts["spent"] = _time_spent(storage, found)
     models: dict[str, str] = {}
     if job.finetune.publish_model:
         for setup in setups:
             name = load_task(Path(setup.task)).name
-            of_task = [result for result in results if result["trial"]["task"] == name]
+            of_task = [result for result in found.results if result.trial.task == name]
             if not of_task:
                 continue
             models |= _publish_models(
-                setup, name, of_task, backbone, executor, storage.child("models"), say, facts["failed"]
+                setup, name, of_task, backbone, executor, storage.child("models"), say, found.failed
             )
     report = make_report(
         job,
         storage,
         backbone=backbone,
         setups=setups,
-        rows=[result["row"] for result in results],
+        rows=[result.reported() for result in found.results],
         models=models,
-        facts=facts,
+        facts={
+            **found.facts(),
+            "test_reads": [one.to_json() for one in test_reads],
+            "spent": _time_spent(storage, found),
+        },
     )
-    return {"models": models, **report, **({"failed": facts["failed"]} if facts["failed"] else {})}
+    failed = [one.to_json() for one in found.failed]
+    return {"models": models, **report, **({"failed": failed} if failed else {})}
 
 
 def _publish_models(
     setup: TrialSetup,
     name: str,
-    results: Sequence[Result],
+    results: Sequence[TrialResult],
     backbone: Backbone,
     executor: Executor,
     storage: Storage,
     say: Say,
-    failed: list[dict[str, str]],
+    failed: list[FailedTrial],
 ) -> dict[str, str]:
     """Publish a task's best model, and a model trained in the same mode on all labelled patients; return their URLs by name."""
     best = choose_model(setup.config, results)
-    mode = MODES[best["trial"]["mode"]].title
+    mode = MODES[best.trial.mode].title
     models = {name: str(publish_best(setup, results, backbone, storage)["url"])}
     say(f"finetune | published model of {name}: {mode}, best by validation Dice | {models[name]}")
     if setup.config.publish_draws:
@@ -393,8 +386,8 @@ def _publish_models(
     if trial is not None:
         say(f"finetune | training {mode} on all {trial.num_labelled} labelled patients of {name}, to be published")
         (result,) = executor.run_trials([(setup, trial)], say=within(say, "finetune"))
-    if "failed" in result:
-        failed.append({"trial": result["trial"]["id"], "reason": result["failed"]})
+    if failures := failures_of([result]):
+        failed += failures
         return models
     models[f"{name}/all"] = str(publish_on_all(setup, result, backbone, storage)["url"])
     say(f"finetune | model of {name} by all labelled patients: {models[f'{name}/all']}")

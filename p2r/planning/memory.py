@@ -1,6 +1,5 @@
 """Memory of a worker in a step: states from the configuration, activations from a run on meta tensors."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -8,14 +7,9 @@ import torch
 from p2r.config import PretrainConfig
 from p2r.engine.build import DTYPES
 from p2r.engine.counting import LiveTensors, SavedTensors, storages_of
-from p2r.loss.tiles import TILE, num_panels
-from p2r.loss.within_image import images_at_once
+from p2r.engine.objectives import FP32_BYTES, objective_of
 from p2r.model.pix2rep import Pix2Rep
 from p2r.planning.forecast import Moment
-
-FP32_BYTES = 4
-_PANEL_ON_CUDA = 16_384  # rows per panel of column sums in the kernels
-_SPLIT_ON_CUDA, _MOST_SPLITS_ON_CUDA, _PARTIAL_ON_CUDA = 16_384, 8, 2**28  # for the kernels' gradients
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ def count_step(config: PretrainConfig, *, world_size: int, device: str) -> Count
     batch = _batch_bytes(config, images)
     pairs = config.loss.pixel_pairs_per_image
     rows = (images if in_two_passes else size) * pairs
-    loss = _loss_bytes(config, rows=rows, world_size=world_size, device=device)
+    loss = objective_of(config.loss).memory(config, rows, world_size, device)
     towers = 2 * rows * config.model.embedding_channels * DTYPES[config.precision].itemsize
     accumulates = size < images
 
@@ -172,48 +166,3 @@ def _batch_bytes(config: PretrainConfig, num_images: int) -> int:
     of_views = 2 * FP32_BYTES + (2 * DTYPES[config.precision].itemsize if config.precision == "bf16" else 0)
     masks = 2 + 2  # inside and valid, and both again for the two views
     return pixels * (FP32_BYTES + of_views + FP32_BYTES * dimensions + masks)
-
-
-@dataclass(frozen=True)
-class _Loss:
-    saved_bytes: int
-    peak_bytes: int
-
-
-def _loss_bytes(config: PretrainConfig, *, rows: int, world_size: int, device: str) -> _Loss:
-    """Return the memory of the loss over `rows` pixel pairs of this rank."""
-    loss, tower = config.loss, rows * config.model.embedding_channels
-    if loss.name == "barlow_twins":
-        # Saved: both views centred, one of them weighted. Temporaries: both as given, and gradients.
-        return _Loss(FP32_BYTES * 3 * tower, FP32_BYTES * 8 * tower)
-    is_gpu, on_kernels = device == "cuda", has_kernels(config, device)
-    product = DTYPES[config.precision].itemsize if is_gpu else FP32_BYTES
-    tile = 0 if on_kernels else FP32_BYTES * TILE**2
-    others = tower * world_size if world_size > 1 and loss.exchange == "all_gather" else 0
-    if loss.negatives == "image":
-        # Normalised rows, and the similarities of some images, of which softmax and its gradient need a few copies.
-        pairs = loss.pixel_pairs_per_image
-        at_once = min(rows // pairs, images_at_once(pairs, is_gpu=is_gpu))
-        square = FP32_BYTES * at_once * pairs**2 * (4 if loss.form == "nt_xent" else 2)
-        return _Loss(2 * FP32_BYTES * 2 * tower, 2 * FP32_BYTES * 3 * tower + 5 * square)
-    # Rows divided by their largest number, normalised rows; both again in the dtype of products; rows of all ranks.
-    saved = 2 * FP32_BYTES * 2 * tower + 2 * product * (tower if product != FP32_BYTES else 0) + 2 * product * others
-    forward = max(
-        product * others,
-        tile + FP32_BYTES * num_loss_panels(rows, on_kernels=has_kernels(config, device)) * rows * world_size,
-    )
-    travelling = 4 * product * tower if loss.exchange == "ring" and world_size > 1 else 0
-    splits = min(_MOST_SPLITS_ON_CUDA, math.ceil(rows * world_size / _SPLIT_ON_CUDA)) if on_kernels else 0
-    parts = min(splits * FP32_BYTES * tower, max(_PARTIAL_ON_CUDA, FP32_BYTES * tower))
-    backward = 2 * tile + 2 * FP32_BYTES * tower + FP32_BYTES * max(others + tower, 2 * tower) + travelling + parts
-    return _Loss(saved, saved + max(forward, backward))
-
-
-def has_kernels(config: PretrainConfig, device: str) -> bool:
-    """Return whether the loss uses the kernels. In fp32, GPUs compute it in torch's tiles."""
-    return device == "cuda" and config.precision != "fp32"
-
-
-def num_loss_panels(rows: int, *, on_kernels: bool) -> int:
-    """Return the number of groups into which the anchors are split for the sums over them."""
-    return math.ceil(rows / _PANEL_ON_CUDA) if on_kernels else num_panels(rows)

@@ -13,7 +13,7 @@ Letters: n pixel pairs of a rank, N of all, E embedding channels.
 from dataclasses import dataclass
 
 from p2r.config import PretrainConfig
-from p2r.loss.info_nce import PANEL
+from p2r.engine.objectives import objective_of
 
 RATES = {"bf16": 798e12, "tf32": 399e12}
 """Operations per second of an H100's matrix products, by `pretrain.precision`."""
@@ -34,25 +34,17 @@ class LossTime:
 
 def loss_time(config: PretrainConfig, *, world_size: int, device: str) -> LossTime | None:
     """Return the time of the loss; None where it is unknown: on CPUs, in fp32, and for other losses and negatives."""
-    loss = config.loss
-    if device != "cuda" or config.precision not in RATES or loss.name != "info_nce" or loss.negatives == "image":
+    loss, products_of = config.loss, objective_of(config.loss).products
+    if device != "cuda" or config.precision not in RATES or products_of is None:
         return None
     passes = 1
     if loss.negatives == "micro_batch" and config.micro_batch is not None:
         passes = config.global_batch // (world_size * config.micro_batch)
     pairs = config.global_batch * loss.pixel_pairs_per_image // passes
-    products = _products(config, pairs, world_size=world_size)
+    products = products_of(config, pairs, world_size)
     operations = products * passes * pairs * (pairs / world_size) * config.model.embedding_channels
     least_s = operations / RATES[config.precision]
     return LossTime(operations, least_s, least_s / EFFICIENCY)
-
-
-def _products(config: PretrainConfig, pairs: int, *, world_size: int) -> float:
-    """Return the operations of a step in units of n N E."""
-    if config.loss.form == "cross_view":
-        return 10
-    halves = config.loss.exchange == "all_gather" and pairs // PANEL >= 3 and pairs // world_size % PANEL == 0
-    return 20 + 2 * PANEL / pairs if halves else 22
 
 
 def ways_to_shorten(config: PretrainConfig, *, world_size: int, step_s: float) -> list[str]:

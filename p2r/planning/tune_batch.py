@@ -42,7 +42,7 @@ _MAX_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class Trial:
+class BatchTrial:
     """One trial."""
 
     images: int
@@ -64,12 +64,12 @@ class _Given:
     """The input of a trial's process."""
 
     config: PretrainConfig
-    trial: Trial
+    trial: BatchTrial
     device: str
     limit_mib: float
 
 
-_TRIAL, _GIVEN = TypeAdapter(Trial), TypeAdapter(_Given)
+_TRIAL, _GIVEN = TypeAdapter(BatchTrial), TypeAdapter(_Given)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Cut:
 class Tuning:
     """Result of batch tuning."""
 
-    trials: tuple[Trial, ...]
+    trials: tuple[BatchTrial, ...]
     """Trials in order."""
     images: int
     """Largest number of images that a worker can encode at once, with the job's pairs."""
@@ -115,10 +115,10 @@ def tune_batch(
     if device.type != "cuda" and memory_gib is None:
         raise InputError("tune-batch on a CPU needs the memory that a worker may use: --memory-gib 8")
     limit_mib = (1 - HEADROOM) * (1024 * memory_gib if memory_gib is not None else _device_memory_mib(device))
-    trials: list[Trial] = []
+    trials: list[BatchTrial] = []
 
     def fits(images: int, pairs: int) -> bool:
-        trial = run_trial(config, Trial(images, pairs), device=device, limit_mib=limit_mib)
+        trial = run_batch_trial(config, BatchTrial(images, pairs), device=device, limit_mib=limit_mib)
         trials.append(trial)
         found = f"{trial.peak_mib:.0f} MiB | {trial.images_per_s:.1f} img/s" if trial.fits else "does not fit"
         say(f"tune-batch | {images} images of {pairs} pairs | {found}")
@@ -146,7 +146,7 @@ def cuts_of(global_batch: int, most_images: int) -> tuple[Cut, ...]:
     return tuple(cuts)
 
 
-def run_trial(config: PretrainConfig, trial: Trial, *, device: torch.device, limit_mib: float) -> Trial:
+def run_batch_trial(config: PretrainConfig, trial: BatchTrial, *, device: torch.device, limit_mib: float) -> BatchTrial:
     """Try a size in a separate process, and return it with its measurements."""
     given = {
         "config": config.model_dump(mode="json"),
@@ -208,7 +208,7 @@ def _device_memory_mib(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory / 2**20
 
 
-def _run_steps(config: PretrainConfig, trial: Trial, *, device: torch.device, limit_mib: float) -> Trial:
+def _run_steps(config: PretrainConfig, trial: BatchTrial, *, device: torch.device, limit_mib: float) -> BatchTrial:
     """Take a few steps in this process, and measure them."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / _device_memory_mib(device)), device)
@@ -235,7 +235,7 @@ def _run_steps(config: PretrainConfig, trial: Trial, *, device: torch.device, li
     found = peak_mib(device)
     if found > limit_mib:
         sys.exit(_DOES_NOT_FIT)
-    return Trial(trial.images, trial.pairs, found, _NUM_STEPS * trial.images / seconds)
+    return BatchTrial(trial.images, trial.pairs, found, _NUM_STEPS * trial.images / seconds)
 
 
 def _exit_beyond_limit(limit_mib: float, device: torch.device) -> None:

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from p2r.report.cases import ShownCase, shown_cases
     from p2r.report.corpus_report import corpus_report_is_current, write_corpus_report
     from p2r.report.curve import few_shot_curve
-    from p2r.report.document import source_line, trials_line, write_report
+    from p2r.report.document import write_report
     from p2r.report.pictures import embedding_pca, outlines, view_pairs
     from p2r.report.sheet import image_of, view_sheet
+    from p2r.report.sources import source_line, trials_line
     from p2r.report.tables import Cell, Spread, aggregate, label_of, split_of, table
     from p2r.report.variants import markdown_variants, variants_picture, variants_table
 
@@ -51,8 +52,8 @@ _MODULES = {
     "shown_cases": "p2r.report.cases",
     "corpus_report_is_current": "p2r.report.corpus_report",
     "write_corpus_report": "p2r.report.corpus_report",
-    "source_line": "p2r.report.document",
-    "trials_line": "p2r.report.document",
+    "source_line": "p2r.report.sources",
+    "trials_line": "p2r.report.sources",
     "write_report": "p2r.report.document",
     "few_shot_curve": "p2r.report.curve",
     "embedding_pca": "p2r.report.pictures",

@@ -55,9 +55,8 @@ _DARK_COLOURS = {
     FAINT: "#a9adb3",
     LINE: "#34383e",
     RULE: "#626870",
-    **{facts.colour: facts.dark_colour for facts in MODES.values()},
 }
-"""Replacements of colours on a dark page."""
+"""Replacements of colours on a dark page, besides the colours of modes."""
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 
@@ -258,12 +257,13 @@ def _to_svg(figure: Figure) -> bytes:
 def _adapt_for_pages(svg: bytes) -> bytes:
     """Remove the background, replace colours by variables, which a dark page overrides, and use the reader's fonts."""
     text = re.sub(r'<g id="patch_1">.*?</g>', "", svg.decode(), count=1, flags=re.DOTALL)
-    names = {colour: f"--c{number}" for number, colour in enumerate(_DARK_COLOURS)}
+    dark_colours = {**_DARK_COLOURS, **{facts.colour: facts.dark_colour for facts in MODES.values()}}
+    names = {colour: f"--c{number}" for number, colour in enumerate(dark_colours)}
     for colour, name in names.items():
         text = text.replace(f": {colour}", f": var({name})")
     text = re.sub(r"'DejaVu Sans'[^;\"]*?sans-serif", _FONTS, text)
     light = ";".join(f"{name}:{colour}" for colour, name in names.items())
-    dark = ";".join(f"{name}:{_DARK_COLOURS[colour]}" for colour, name in names.items())
+    dark = ";".join(f"{name}:{dark_colours[colour]}" for colour, name in names.items())
     style = f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
     return text.replace('<style type="text/css">', f'<style type="text/css">{style}', 1).encode()
 
@@ -291,7 +291,7 @@ def as_slices(images: Tensor | NDArray[Any]) -> NDArray[np.float32]:
     return array
 
 
-def show(axes: Axes, plane: NDArray[Any], **options: Any) -> None:
+def show_plane(axes: Axes, plane: NDArray[Any], **options: Any) -> None:
     """Show one slice (H, W) or (H, W, 3) upright and without ticks."""
     options = {"cmap": "gray", "interpolation": "antialiased", "aspect": "auto", **options}
     axes.imshow(np.swapaxes(plane, 0, 1), origin="lower", **options)

@@ -20,7 +20,7 @@ from p2r.data.manifest import facts_of, load_manifest, manifest_sha256, ranges_o
 from p2r.data.preparation import slice_axis
 from p2r.data.revision import read_thumbnails
 from p2r.data.thumbnails import MOST, Thumbnails, drawn
-from p2r.report.canvas import CLASS_COLOURS, FAINT, INK, headline, new_figure, plain, show, to_png
+from p2r.report.canvas import CLASS_COLOURS, FAINT, INK, headline, new_figure, plain, show_plane, to_png
 from p2r.report.page import Block, Grid, Heading, Paragraph, Picture, markdown
 from p2r.storage import Storage
 
@@ -130,7 +130,7 @@ def contact_sheet(tiles: Sequence[tuple[NDArray[np.uint8] | None, str, str, str]
 def _draw_tile(figure: Figure, box: tuple[float, float, float, float], pixels: NDArray[np.uint8] | None) -> None:
     axes = figure.add_axes(box)
     if pixels is not None:
-        show(axes, pixels, vmin=0, vmax=255, interpolation="bilinear")
+        show_plane(axes, pixels, vmin=0, vmax=255, interpolation="bilinear")
         return
     axes.set_facecolor(_EMPTY)
     axes.set_xticks([])

@@ -1,13 +1,14 @@
-"""Rows of one task -> the curve that the whole project is about: Dice over the number of labelled patients, by mode."""
+"""Few-shot curve of one task: Dice over the number of labelled patients, by mode."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from p2r.evaluate.rows import TrialRow
+from p2r.evaluate.statistics import Interval
 from p2r.report.canvas import (
     INK,
     NARROW,
@@ -21,17 +22,15 @@ from p2r.report.canvas import (
     plain,
     text_width,
 )
-from p2r.report.tables import Cell, Row, aggregate, label_of, protocol_of, series_name, series_of, split_of
+from p2r.report.tables import Cell, aggregate, label_of, protocol_of, series_name, series_of, split_of
 from p2r.report.text import for_picture
 
-_DODGE = 0.018  # of the axis, between modes: otherwise their draws hide one another
+_DODGE = 0.018  # fraction of the axis, between modes: otherwise their draws overlap
 _LINES = ("solid", "dashed", "dotted", "dashdot")
-
-Interval = Mapping[str, Any]
 
 
 def few_shot_curve(
-    rows: Sequence[Row],
+    rows: Sequence[TrialRow],
     task: str,
     *,
     title: str | None = None,
@@ -41,21 +40,21 @@ def few_shot_curve(
 ) -> Drawing:
     """Draw mean Dice over the number of labelled patients.
 
-    Large marks are means over draws, small points the draws themselves, bands what a bootstrap over draws and patients
-    gives. The mode that has no band has no interval.
+    Large marks are means over draws, small points the draws themselves. Bands are intervals of a bootstrap over draws and
+    patients; a mode without intervals has no band.
 
     Args:
-        rows: Rows of any tasks, those of `task` of one protocol.
-        task: Name of the one to draw.
-        title: Headline; None: made from the task's name.
+        rows: Rows of any tasks; the rows of `task` must have one protocol.
+        task: Name of the task to draw.
+        title: Headline; None: derived from the task's name.
         intervals: `intervals` of `p2r.evaluate.statistics.few_shot_statistics`.
         level: Their confidence.
-        source: Line below that says where the figures come from.
+        source: Source line below the picture.
 
     Raises:
-        ValueError: if there is nothing to draw, or protocols would be mixed.
+        ValueError: There is nothing to draw, or protocols would be mixed.
     """
-    rows = [row for row in rows if row["task"] == task and row["dice_mean"] is not None]
+    rows = [row for row in rows if row.task == task and row.dice_mean is not None]
     if not rows:
         raise ValueError(f"no row of task {task} has a Dice")
     protocols = {protocol_of(row) for row in rows}
@@ -63,17 +62,17 @@ def few_shot_curve(
         raise ValueError(f"one curve shows one protocol, got {', '.join(sorted(protocols))}")
     cells = [cell for cell in aggregate(rows) if cell.dice_mean.mean is not None]
     bands: dict[tuple[tuple[str, str], int], tuple[float, float]] = {
-        (series_of(interval), interval["num_labelled"]): (interval["lower"], interval["upper"])
+        (series_of(interval), interval.num_labelled): (interval.lower, interval.upper)
         for interval in intervals
-        if interval["task"] == task and protocol_of(interval) in protocols and interval["lower"] is not None
+        if interval.task == task and protocol_of(interval) in protocols
     }
-    headline = (title or f"{task}: what a few labels are worth") + label_of(rows)
+    headline = (title or f"{task}: Dice by number of labelled patients") + label_of(rows)
     figures = [_figure(rows, cells, bands, level, headline, source, width) for width in (WIDE, NARROW)]
     return drawing(*figures)
 
 
 def _figure(
-    rows: Sequence[Row],
+    rows: Sequence[TrialRow],
     cells: Sequence[Cell],
     bands: Mapping[tuple[tuple[str, str], int], tuple[float, float]],
     level: str,
@@ -131,7 +130,7 @@ def _figure(
 def draw_series(
     axes: Axes,
     cells: Sequence[Cell],
-    rows: Sequence[Row],
+    rows: Sequence[TrialRow],
     bands: Mapping[tuple[tuple[str, str], int], tuple[float, float]],
     offset: float,
     span: float,
@@ -141,17 +140,17 @@ def draw_series(
     series = cells[0].series
     colour = mode_colour(series[0])
     banded = [(cell.num_labelled, *bands[key]) for cell in cells if (key := (series, cell.num_labelled)) in bands]
-    if len(banded) == 1:  # one number of patients has no length: show its band as a bar
+    if len(banded) == 1:  # a band over one number of patients has no width: draw a bar
         at, lower, upper = banded[0]
         ends = [at * math.exp(offset - 0.006 * span), at * math.exp(offset + 0.006 * span)]
         axes.fill_between(ends, lower, upper, color=colour, alpha=0.22, linewidth=0)
     elif banded:
         at_all, lowers, uppers = zip(*banded, strict=True)
         axes.fill_between(at_all, lowers, uppers, color=colour, alpha=0.14, linewidth=0)
-    draws = [(row["num_labelled"] * math.exp(offset), row["dice_mean"]) for row in rows if series_of(row) == series]
+    draws = [(row.num_labelled * math.exp(offset), row.dice_mean) for row in rows if series_of(row) == series]
     axes.plot(*zip(*draws, strict=True), "o", color=colour, alpha=0.45, markersize=4, markeredgewidth=0)
     means = [cell.dice_mean.mean or 0.0 for cell in cells]
-    # Alone, the means of all modes would lie upon each other: each stands at its draws.
+    # With one number of patients, the means of all modes would overlap: each is shifted to its draws.
     shift = math.exp(offset) if len(cells) == 1 else 1.0
     axes.plot(
         [cell.num_labelled * shift for cell in cells],

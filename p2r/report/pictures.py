@@ -34,7 +34,7 @@ from p2r.report.canvas import (
     inside,
     key_lines,
     new_sheet,
-    show,
+    show_plane,
 )
 from p2r.report.text import for_picture
 from p2r.views.pair import ViewPair
@@ -92,9 +92,9 @@ def view_pairs(
         for row in range(rows):
             low = gap + (rows - 1 - row) * (edge + gap)
             panels = [sheet.panel(0.15 + column * (edge + gap), low, edge, edge) for column in range(3)]
-            show(panels[0], originals[row], vmin=0, vmax=1)
-            show(panels[1], firsts[row], vmin=0, vmax=1)
-            show(panels[2], _shade_outside(seconds[row], valid[row]))
+            show_plane(panels[0], originals[row], vmin=0, vmax=1)
+            show_plane(panels[1], firsts[row], vmin=0, vmax=1)
+            show_plane(panels[2], _shade_outside(seconds[row], valid[row]))
             if row == 0:
                 names = ("image", "view a: contrast", "view b: contrast and geometry")
                 for panel, name in zip(panels, names if width > NARROW else ("image", "view a", "view b"), strict=True):
@@ -145,10 +145,10 @@ def embedding_pca(image: Slices, features: Slices, *, num_slices: int = 6, sourc
             source=source,
         )
         for column, index in enumerate(here):
-            show(panels[0][column], slices[index], vmin=0, vmax=1)
+            show_plane(panels[0][column], slices[index], vmin=0, vmax=1)
             # Pixels outside tissue are transparent, because a page is light or dark.
             opaque = np.concatenate([colours[index], tissue[index][..., None].astype(np.float32)], axis=2)
-            show(panels[1][column], opaque)
+            show_plane(panels[1][column], opaque)
         return sheet.figure
 
     return drawing(figure(WIDE), figure(NARROW))
@@ -214,7 +214,7 @@ def outlines(
         for column, index in enumerate(here):
             for line, name in enumerate(names):
                 axes = panels[line][column]
-                show(axes, planes[index], vmin=low, vmax=max(high, low + 1e-6), interpolation="bilinear")
+                show_plane(axes, planes[index], vmin=low, vmax=max(high, low + 1e-6), interpolation="bilinear")
                 if name != "slice":
                     _draw_overlay(axes, found[name][index], truth[index], len(class_names))
         if spacing_mm is not None:
@@ -322,7 +322,7 @@ def _draw_overlay(axes: Axes, found: NDArray[Any], truth: NDArray[Any], num_clas
         paint[found == value] = (*to_rgb(colour), 0.45)
         if (truth == value).any() and not (truth == value).all():
             axes.contour((truth == value).T.astype(float), levels=[0.5], colors=[colour], linewidths=1.6)
-    show(axes, paint, interpolation="nearest")
+    show_plane(axes, paint, interpolation="nearest")
 
 
 def _class_colour(value: int) -> str:

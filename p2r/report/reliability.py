@@ -1,8 +1,7 @@
-"""Rows -> how far a model's confidence can be trusted: a reliability curve for each mode, and its calibration as a table.
+"""Calibration of the models' confidence: a reliability curve for each mode, and a table.
 
-A point of a curve is one bin of confidence: voxels of all patients and draws together. A model on the diagonal is right as often as its
-confidence says; below it, it is too sure. Bins with less than one voxel in `_LEAST` are left out, because a handful of voxels says
-nothing.
+A point of a curve is one bin of confidence, over voxels of all patients and draws. A model on the diagonal is right as often as its
+confidence states; below it, it is overconfident. Bins with less than one voxel in `_LEAST` are left out, because they are too noisy.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
 
+from p2r.evaluate.rows import TrialRow
 from p2r.report.canvas import (
     FAINT,
     INK,
@@ -28,36 +28,46 @@ from p2r.report.canvas import (
     plain,
 )
 from p2r.report.page import Block, Grid, Heading, Paragraph, Picture
-from p2r.report.tables import Row, Spread, aggregate, calibration_of, label_of, series_name, series_of, series_order
+from p2r.report.tables import (
+    CalibrationFigure,
+    Spread,
+    aggregate,
+    calibration_of,
+    label_of,
+    series_name,
+    series_of,
+    series_order,
+)
 from p2r.report.text import for_picture
 
 _LEAST = 1000
 _PANEL = 2.5  # inches
 _TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 Put = Callable[[str, Drawing, str], Picture]
-"""Puts a picture on the page: name, drawing, caption."""
+"""Function that adds a picture to the page: name, drawing, caption."""
 
 
-def calibration_blocks(rows: Sequence[Row], *, task: str, tag: str, source: str, put: Put) -> Iterator[Block]:
-    """Yield the part of a page on calibration: nothing for rows of earlier versions, which have none.
+def calibration_blocks(rows: Sequence[TrialRow], *, task: str, tag: str, source: str, put: Put) -> Iterator[Block]:
+    """Yield the calibration part of a page; empty for rows of earlier versions, which lack it.
 
     Args:
-        rows: Of one task and protocol.
-        task: Its name.
+        rows: Rows of one task and protocol.
+        task: Name of the task.
         tag: Part of the picture's name.
-        source: Line below the picture that says where the figures come from.
-        put: Puts the picture on the page.
+        source: Source line below the picture.
+        put: Adds the picture to the page.
     """
     known = [row for row in rows if calibration_of(row, "ece") is not None]
     if not known:
         return
-    first = known[0]["calibration"]
-    yield Heading(3, "How far its confidence can be trusted")
+    first = known[0].calibration
+    assert first is not None
+    yield Heading(3, "Calibration")
     yield put(
         f"reliability-{tag}",
         reliability_curves(known, title=f"{task}: confidence and accuracy{label_of(rows)}", source=source),
-        f"Accuracy of voxels by the confidence of their prediction ({first['num_bins']} bins), near the organs. Below the diagonal a model "
-        "is too sure.",
+        f"Accuracy of voxels by the confidence of their prediction ({first.num_bins} bins), near the organs. Below the diagonal a model "
+        "is overconfident.",
     )
     yield Grid(
         ("labelled patients", "mode", "ECE", "Brier", "ECE, whole scan", "Brier, whole scan"),
@@ -67,39 +77,40 @@ def calibration_blocks(rows: Sequence[Row], *, task: str, tag: str, source: str,
                 series_name(cell.series),
                 cell.ece.text(3),
                 cell.brier.text(3),
-                *(_whole(known, cell.series, cell.num_labelled, name) for name in ("ece_whole", "brier_whole")),
+                _whole_scan_text(known, cell.series, cell.num_labelled, "ece_whole"),
+                _whole_scan_text(known, cell.series, cell.num_labelled, "brier_whole"),
             )
             for cell in aggregate(known)
         ],
     )
     yield Paragraph(
-        f"Calibration is of the network's probabilities, per patient, then averaged; ± over draws. ECE: mean distance of confidence and "
-        f"accuracy over {first['num_bins']} bins. Brier: squared distance of the probabilities from the truth, 0 to 2. Near: within "
-        f"{first['margin_mm']:g} mm of the box around the reference. Sources: p2r/evaluate/calibration.py."
+        f"Calibration is measured on the network's probabilities per patient, then averaged; ± over draws. ECE: mean distance of "
+        f"confidence and accuracy over {first.num_bins} bins. Brier: squared distance of the probabilities from the truth, 0 to 2. "
+        f"Near: within {first.margin_mm:g} mm of the box around the reference. Sources: p2r/evaluate/calibration.py."
     )
 
 
-def _whole(rows: Sequence[Row], series: tuple[str, str], num_labelled: int, name: str) -> str:
-    found = [
-        calibration_of(row, name) for row in rows if series_of(row) == series and row["num_labelled"] == num_labelled
-    ]
+def _whole_scan_text(
+    rows: Sequence[TrialRow], series: tuple[str, str], num_labelled: int, name: CalibrationFigure
+) -> str:
+    found = [calibration_of(row, name) for row in rows if series_of(row) == series and row.num_labelled == num_labelled]
     present = [figure for figure in found if figure is not None]
     return Spread(float(np.mean(present)) if present else None, None).text(3)
 
 
-def reliability_curves(rows: Sequence[Row], *, title: str, source: str = "") -> Drawing:
+def reliability_curves(rows: Sequence[TrialRow], *, title: str, source: str = "") -> Drawing:
     """Draw accuracy over confidence, one panel for the fewest and one for the most labelled patients.
 
     Args:
-        rows: Of one task and protocol, each with its `calibration`.
+        rows: Rows of one task and protocol, each with its `calibration`.
         title: Headline.
-        source: Line below that says where the figures come from.
+        source: Source line below the picture.
     """
     return drawing(*(_figure(rows, title, source, width) for width in (WIDE, NARROW)))
 
 
-def _figure(rows: Sequence[Row], title: str, source: str, width: float) -> Figure:
-    numbers = sorted({row["num_labelled"] for row in rows})
+def _figure(rows: Sequence[TrialRow], title: str, source: str, width: float) -> Figure:
+    numbers = sorted({row.num_labelled for row in rows})
     shown = list(dict.fromkeys((numbers[0], numbers[-1])))
     columns = len(shown) if width > NARROW else 1
     series = sorted({series_of(row) for row in rows}, key=series_order)
@@ -120,7 +131,7 @@ def _figure(rows: Sequence[Row], title: str, source: str, width: float) -> Figur
         axes = sheet.panel(left, low, _PANEL, _PANEL)
         axes.plot([0, 1], [0, 1], color=FAINT, linestyle="dashed", linewidth=1)
         for one in series:
-            curve = _pooled([row for row in rows if series_of(row) == one and row["num_labelled"] == number])
+            curve = _pool_bins([row for row in rows if series_of(row) == one and row.num_labelled == number])
             if len(curve):
                 axes.plot(*curve.T, color=mode_colour(one[0]), marker=mode_marker(one[0]), markersize=5, linewidth=1.6)
         axes.set_xlim(0, 1.02)
@@ -134,13 +145,15 @@ def _figure(rows: Sequence[Row], title: str, source: str, width: float) -> Figur
     return sheet.figure
 
 
-def _pooled(rows: Sequence[Row]) -> NDArray[np.float64]:
+def _pool_bins(rows: Sequence[TrialRow]) -> NDArray[np.float64]:
     """Return (bins, 2) mean confidence and accuracy of the bins that hold enough voxels."""
     total = np.zeros((0, 3))
     for row in rows:
-        curve = row["calibration"]["reliability"]
-        counts = np.array(curve["num_voxels"], dtype=np.float64)
-        means = np.array([[one or 0.0 for one in curve[name]] for name in ("confidence", "accuracy")])
+        if row.calibration is None:
+            continue
+        curve = row.calibration.reliability
+        counts = np.array(curve.num_voxels, dtype=np.float64)
+        means = np.array([[one or 0.0 for one in column] for column in (curve.confidence, curve.accuracy)])
         sums = np.column_stack([counts, *(means * counts)])
         total = sums if not len(total) else total + sums
     kept = total[total[:, 0] > max(0.0, total[:, 0].sum() / _LEAST)] if len(total) else total

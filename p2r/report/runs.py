@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import FailFast, Field, ValidationError
 
 from p2r.artefact import open_artefact
 from p2r.documents import FewKeys
 from p2r.errors import CheckpointError, DataError, StorageError
+from p2r.evaluate.rows import TrialRow, digests_of
 from p2r.reference import parse_reference
-from p2r.report.tables import Row, code_of, protocol_of
+from p2r.report.tables import code_of, protocol_of
 from p2r.report.text import one_line
 from p2r.storage import Storage
 
@@ -27,24 +28,14 @@ Setting = tuple[str, str, str]
 """Task, protocol and split: results must agree in them to be compared."""
 
 
-class _Row(BaseModel):
-    """Fields of a row that a comparison needs; others are accepted unchecked."""
+class _ReportRow(TrialRow):
+    """A row with the fields that a comparison needs, within bounds."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    task: str
-    protocol: str
-    mode: str
-    num_labelled: PositiveInt
-    draw: NonNegativeInt
     subjects: Annotated[list[str], FailFast()]
-    split: str = "test"
-    transductive: bool = False
+    protocol: str
     dice_mean: Dice | None
     dice: Annotated[dict[str, Dice | None], FewKeys]
     dice_by_subject: Annotated[dict[str, Dice | None], FewKeys]
-    hd95_mm: float | None = None
-    nsd: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,7 @@ class Run:
     """The job's section; empty: not in the report."""
     chosen: tuple[dict[str, Any], ...]
     """Choices of the search: `task`, `mode` and `settings`."""
-    rows: tuple[dict[str, Any], ...]
+    rows: tuple[TrialRow, ...]
 
 
 class _Published(NamedTuple):
@@ -78,8 +69,8 @@ def open_report(url: str) -> Run:
     """Read and validate the report of a job, or of a backbone that it published.
 
         report = p2r.open_report("/data/runs/mine")
-        best = max(report.rows, key=lambda row: row["dice_mean"] or 0)
-        best["mode"], best["num_labelled"], best["dice"]
+        best = max(report.rows, key=lambda row: row.dice_mean or 0)
+        best.mode, best.num_labelled, best.dice
 
     Args:
         url: Storage of a job, its `report.json`, or a backbone in such a storage.
@@ -116,40 +107,52 @@ def _read_run(url: str, letter: str) -> Run:
     rows = report.get("rows")
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{where} holds no rows: there is nothing to compare")
-    checked = []
-    for number, row in enumerate(rows):
-        try:
-            checked.append(_Row.model_validate(row).model_dump())
-        except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(map(str, problem["loc"])) or "the row"
-            raise DataError(f"{where}: row {number}: {one_line(key)}: {one_line(problem['msg'])}") from None
+    checked = _check_rows(rows, where)
     if published is not None:
         checked = _select_rows(published, checked, where)
-    if len({row.get("backbone") for row in checked}) > 1:
+    if len({row.backbone for row in checked}) > 1:
         raise DataError(f"{where} already holds rows of several backbones; give reports of one backbone each")
-    trials = [(*setting_of(row), row["num_labelled"], row["mode"], row["draw"]) for row in checked]
-    for number, trial in enumerate(trials):
-        if trial in trials[:number]:
-            raise DataError(f"{where}: rows {trials.index(trial)} and {number} are of one trial: {one_line(trial)}")
+    _refuse_repeated_trials(checked, where)
     context = _mapping_or_empty(report.get("context"))
     backbone = _mapping_or_empty(context.get("backbone"))
-    chosen = context.get("chosen")
     return Run(
         letter,
         where,
         str(context.get("job") or ""),
         str((published.url if published else backbone.get("url")) or ""),
-        ", ".join(_backbone_digests(checked)),
-        code_of(checked, context),
+        ", ".join(digests_of(checked)),
+        code_of(checked, str(context.get("code") or "")),
         str(context.get("seed", "")),
         str((published.licence if published else context.get("licence")) or ""),
         _mapping_or_empty(context.get("finetune")),
-        tuple({**one, "settings": _mapping_or_empty(one.get("settings"))} for one in chosen if isinstance(one, dict))
-        if isinstance(chosen, list)
-        else (),
+        _chosen_settings(context.get("chosen")),
         tuple(checked),
     )
+
+
+def _check_rows(rows: Sequence[object], where: str) -> list[TrialRow]:
+    checked: list[TrialRow] = []
+    for number, row in enumerate(rows):
+        try:
+            checked.append(_ReportRow.model_validate(row))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"])) or "the row"
+            raise DataError(f"{where}: row {number}: {one_line(key)}: {one_line(problem['msg'])}") from None
+    return checked
+
+
+def _refuse_repeated_trials(rows: Sequence[TrialRow], where: str) -> None:
+    trials = [(*setting_of(row), row.num_labelled, row.mode, row.draw) for row in rows]
+    for number, trial in enumerate(trials):
+        if trial in trials[:number]:
+            raise DataError(f"{where}: rows {trials.index(trial)} and {number} are of one trial: {one_line(trial)}")
+
+
+def _chosen_settings(chosen: object) -> tuple[dict[str, Any], ...]:
+    if not isinstance(chosen, list):
+        return ()
+    return tuple({**one, "settings": _mapping_or_empty(one.get("settings"))} for one in chosen if isinstance(one, dict))
 
 
 def _find_report(url: str) -> tuple[Storage, str, _Published | None]:
@@ -188,25 +191,21 @@ def _find_report(url: str) -> tuple[Storage, str, _Published | None]:
     return job, "report/report.json", published
 
 
-def _select_rows(published: _Published, rows: Sequence[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+def _select_rows(published: _Published, rows: Sequence[TrialRow], where: str) -> list[TrialRow]:
     """Keep the rows of a backbone, and the rows from scratch, which have no backbone."""
-    digests = _backbone_digests(rows)
+    digests = digests_of(rows)
     if published.sha256 not in digests:
         raise DataError(
             f"{where} has no row of backbone {published.url} (sha256 {published.sha256[:12]}): its rows are of "
             f"{', '.join(digest[:12] for digest in digests) or 'no backbone'}; {_WAY_OUT}"
         )
-    return [row for row in rows if row.get("backbone_sha256") in (None, published.sha256)]
-
-
-def _backbone_digests(rows: Sequence[Row]) -> list[str]:
-    return sorted({str(row["backbone_sha256"]) for row in rows if row.get("backbone_sha256")})
+    return [row for row in rows if row.backbone_sha256 in (None, published.sha256)]
 
 
 def _mapping_or_empty(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def setting_of(row: Row) -> Setting:
+def setting_of(row: TrialRow) -> Setting:
     """Return the setting in which a row's result can be compared with others."""
-    return str(row["task"]), protocol_of(row), str(row["split"])
+    return row.task, protocol_of(row), row.split

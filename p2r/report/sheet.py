@@ -19,7 +19,7 @@ from torch import Tensor
 from p2r.config import ImageConfig, ViewsConfig
 from p2r.data.preprocess import Preparation, intensity_window, normalise, percentile_table, planes_of, to_patch
 from p2r.data.volume import Volume
-from p2r.report.canvas import FAINT, INK, OUTSIDE, headline, new_figure, show, to_png
+from p2r.report.canvas import FAINT, INK, OUTSIDE, headline, new_figure, show_plane, to_png
 from p2r.views import Draws, apply_appearance, apply_warp, inside_mask, make_views, warp_of
 from p2r.views.geometric import Geometry, affine_matrix, sample_geometry
 from p2r.views.intensity import sample_appearance, unchanged
@@ -85,7 +85,7 @@ def view_sheet(image: Tensor, inside: Tensor, *, config: ViewsConfig, spacing_mm
             for panel, (caption, picture) in enumerate(row.panels):
                 at = start + _LABEL + panel * (_EDGE + _GAP)
                 axes = figure.add_axes((at / width, low / height, _EDGE / width, _EDGE / height))
-                show(axes, picture, **({"vmin": 0, "vmax": 1} if picture.ndim == 2 else {}))
+                show_plane(axes, picture, **({"vmin": 0, "vmax": 1} if picture.ndim == 2 else {}))
                 _draw_caption(axes, caption)
     headline(
         figure,

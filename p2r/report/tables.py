@@ -1,35 +1,64 @@
-"""Rows (one trial each) -> cells (a mode and a number of patients each), averaged over draws; a table for the terminal.
+"""Cells: rows (one trial each) averaged over draws, by mode and number of patients; and their table for the terminal.
 
-A row is a mean over patients; a cell's spread is the standard deviation over draws of labelled patients (n - 1 in
-the denominator; none for one draw). The gain of a mode over training from scratch is averaged over the draws that both
-have, so that it compares networks trained on the same patients.
+A row is a mean over patients. The spread of a cell is the standard deviation over draws of labelled patients, with n - 1 in
+the denominator, and None for one draw. The gain of a mode over training from scratch is averaged over their common
+draws, so that it compares networks trained on the same patients.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
+from typing import Literal, Protocol
 
 from rich.table import Table
 from rich.text import Text
 
+from p2r.evaluate.rows import TrialRow
 from p2r.modes import MODES, SCRATCH, facts_of
 from p2r.report.text import one_line, signed
 
 LEAK_FREE, TRANSDUCTIVE, UNKNOWN = "leak_free", "transductive", "corpora unknown"
 
-Row = Mapping[str, Any]
+CalibrationFigure = Literal["ece", "brier", "ece_whole", "brier_whole"]
+
+
+class HasSeries(Protocol):
+    """A row, or an entry of the statistics, of one mode and backbone."""
+
+    @property
+    def mode(self) -> str:
+        """Name of the mode."""
+
+    @property
+    def backbone(self) -> str | None:
+        """Short name of the backbone, if there are several."""
+
+
+class HasProtocol(Protocol):
+    """A row, or an entry of the statistics, by one protocol."""
+
+    @property
+    def protocol(self) -> str:
+        """Name of the protocol."""
+
+    @property
+    def transductive(self) -> bool:
+        """True if the backbone has seen the patients, or may have."""
+
+    @property
+    def corpora(self) -> str | None:
+        """`unknown` if the backbone's corpora are unknown."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation over draws; None where there is no figure, or only one."""
+    """Mean and standard deviation over draws. The mean is None without values, the deviation with fewer than two."""
 
     mean: float | None
     sd: float | None
 
     def text(self, digits: int) -> str:
-        """Return `mean ± sd` with so many digits, or a dash."""
+        """Return `mean ± sd` with `digits` decimals, or a dash."""
         if self.mean is None:
             return "–"
         return f"{self.mean:.{digits}f}" + ("" if self.sd is None else f" ± {self.sd:.{digits}f}")
@@ -49,59 +78,59 @@ class Cell:
     hd95_mm: Spread
     nsd: Spread
     gain: float | None
-    """Mean Dice above that of training from scratch on the same patients."""
+    """Mean gain in Dice over training from scratch on the same patients."""
     backbone: str = ""
-    """Short name of the backbone, where rows of several stand in one table."""
+    """Short name of the backbone; empty if the table has only one."""
     ece: Spread = Spread(None, None)
-    """Expected calibration error near the organs; no mean where rows do not hold it."""
+    """Expected calibration error near the organs; without a mean if rows do not hold it."""
     brier: Spread = Spread(None, None)
     """Brier score near the organs."""
 
     @property
     def series(self) -> tuple[str, str]:
-        """What is one line of a picture: mode and backbone."""
+        """Mode and backbone, one line of a picture."""
         return self.mode, self.backbone
 
 
-def protocol_of(row: Row) -> str:
-    """Return the protocol that a row was made by; `transductive` if the backbone has seen the patients, or what says that it may have."""
-    protocol = str(row["protocol"]).replace("-", "_")
-    label = UNKNOWN if row.get("corpora") == "unknown" else TRANSDUCTIVE
-    if not row.get("transductive") or label in protocol:
+def protocol_of(row: HasProtocol) -> str:
+    """Return the protocol of a row, with `transductive` if the backbone has seen the patients, `corpora unknown` if it may have."""
+    protocol = row.protocol.replace("-", "_")
+    label = UNKNOWN if row.corpora == "unknown" else TRANSDUCTIVE
+    if not row.transductive or label in protocol:
         return protocol
     return label if protocol == LEAK_FREE else f"{protocol}, {label}"
 
 
-def series_of(row: Row) -> tuple[str, str]:
+def series_of(row: HasSeries) -> tuple[str, str]:
     """Return mode and backbone of a row."""
-    return str(row["mode"]), str(row.get("backbone") or "")
+    return row.mode, row.backbone or ""
 
 
 def series_name(series: tuple[str, str]) -> str:
-    """Return the name of a mode, and of its backbone if there are several, for people."""
+    """Return the display name of a mode, with its backbone if there are several."""
     mode, backbone = series
     return mode_title(mode) + (f" · {backbone}" if backbone else "")
 
 
 def mode_title(mode: str) -> str:
-    """Return the name of a mode for people."""
+    """Return the display name of a mode."""
     facts = facts_of(mode)
     return mode if facts is None else facts.title
 
 
 def series_order(series: tuple[str, str]) -> tuple[int, str, str]:
-    """Sort modes as they are listed everywhere: from scratch first, unknown ones last."""
+    """Return the sort key of a series: training from scratch first, unknown modes last."""
     order: list[str] = list(MODES)
     return order.index(series[0]) if series[0] in order else len(order), *series
 
 
-def aggregate(rows: Sequence[Row]) -> list[Cell]:
+def aggregate(rows: Sequence[TrialRow]) -> list[Cell]:
     """Average rows over draws, sorted by task, protocol, number of patients, mode and backbone."""
-    groups: dict[tuple[str, str, int, tuple[str, str]], dict[int, Row]] = {}
+    groups: dict[tuple[str, str, int, tuple[str, str]], dict[int, TrialRow]] = {}
     for row in rows:
-        key = (row["task"], protocol_of(row), row["num_labelled"], series_of(row))
-        if groups.setdefault(key, {}).setdefault(row["draw"], row) is not row:
-            raise ValueError(f"draw {row['draw']} of {key} has two rows")
+        key = (row.task, protocol_of(row), row.num_labelled, series_of(row))
+        if groups.setdefault(key, {}).setdefault(row.draw, row) is not row:
+            raise ValueError(f"draw {row.draw} of {key} has two rows")
     keys = sorted(groups, key=lambda key: (*key[:3], series_order(key[3])))
     return [
         _cell(
@@ -113,8 +142,8 @@ def aggregate(rows: Sequence[Row]) -> list[Cell]:
     ]
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Return the figures of all tasks as one table for the terminal."""
+def table(rows: Sequence[TrialRow]) -> Table:
+    """Return the results of all tasks as one table for the terminal."""
     cells = aggregate(rows)
     result = Table(
         title=f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws{label_of(rows)}",
@@ -146,18 +175,18 @@ def table(rows: Sequence[Row]) -> Table:
     return result
 
 
-def is_transductive(rows: Sequence[Row]) -> bool:
-    """Tell whether figures of patients that the backbone has seen are among the rows."""
+def is_transductive(rows: Sequence[TrialRow]) -> bool:
+    """Return True if any row is about patients that the backbone has seen."""
     return any(TRANSDUCTIVE in protocol_of(row) for row in rows)
 
 
-def is_unknown(rows: Sequence[Row]) -> bool:
-    """Tell whether figures of a backbone whose corpora are unknown are among the rows."""
+def is_unknown(rows: Sequence[TrialRow]) -> bool:
+    """Return True if any row is of a backbone whose corpora are unknown."""
     return any(UNKNOWN in protocol_of(row) for row in rows)
 
 
-def label_of(rows: Sequence[Row]) -> str:
-    """Return what a title must say of rows that are not leak-free, or nothing."""
+def label_of(rows: Sequence[TrialRow]) -> str:
+    """Return the suffix of a title for rows that are not leak-free; else empty."""
     if is_unknown(rows):
         return " (corpora unknown: the backbone may have seen these patients)"
     if is_transductive(rows):
@@ -165,19 +194,19 @@ def label_of(rows: Sequence[Row]) -> str:
     return " (paper_compat: the label leaks into the input)" if is_paper_compatible(rows) else ""
 
 
-def is_paper_compatible(rows: Sequence[Row]) -> bool:
-    """Tell whether figures made by the released code's choices, which leak, are among the rows."""
+def is_paper_compatible(rows: Sequence[TrialRow]) -> bool:
+    """Return True if any row follows the released code's protocol, which leaks labels."""
     return any("paper_compat" in protocol_of(row) for row in rows)
 
 
-def split_of(rows: Sequence[Row]) -> str:
-    """Return the name of the split that the rows were read on."""
-    return " and ".join(sorted({str(row.get("split", "test")) for row in rows})) or "test"
+def split_of(rows: Sequence[TrialRow]) -> str:
+    """Return the name of the split that the rows were evaluated on."""
+    return " and ".join(sorted({row.split for row in rows})) or "test"
 
 
-def code_of(rows: Sequence[Row], context: Mapping[str, Any]) -> str:
-    """Return the commits that ran the trials; of rows that do not say, that of their report."""
-    codes = {str(row.get("code") or context.get("code") or "") for row in rows}
+def code_of(rows: Sequence[TrialRow], code: str | None) -> str:
+    """Return the commits that ran the trials; for rows without one, the report's commit."""
+    codes = {row.code or code or "" for row in rows}
     return ", ".join(sorted(codes - {""}))
 
 
@@ -190,10 +219,10 @@ def best_cells(cells: Sequence[Cell]) -> list[Cell]:
     return [max(group, key=lambda cell: cell.dice_mean.mean or 0.0) for group in settings.values() if len(group) > 1]
 
 
-def calibration_of(row: Row, name: str) -> float | None:
-    """Return a figure of a row's `calibration`; None for a row that has none, as those of earlier versions."""
-    figure = (row.get("calibration") or {}).get(name)
-    return None if figure is None else float(figure)
+def calibration_of(row: TrialRow, name: CalibrationFigure) -> float | None:
+    """Return a value of a row's `calibration`; None for rows without it, as in earlier versions."""
+    figure: float | None = None if row.calibration is None else getattr(row.calibration, name)
+    return figure
 
 
 def gain_text(cell: Cell) -> str:
@@ -205,11 +234,15 @@ def _setting(cell: Cell) -> tuple[str, str, int]:
     return cell.task, cell.protocol, cell.num_labelled
 
 
-def _cell(key: tuple[str, str, int, tuple[str, str]], draws: dict[int, Row], scratch: dict[int, Row] | None) -> Cell:
+def _cell(
+    key: tuple[str, str, int, tuple[str, str]], draws: dict[int, TrialRow], scratch: dict[int, TrialRow] | None
+) -> Cell:
     task, protocol, num_labelled, (mode, backbone) = key
     rows = list(draws.values())
-    classes = list(rows[0]["dice"])
-    pairs = [(row["dice_mean"], (scratch or {}).get(draw, {}).get("dice_mean")) for draw, row in draws.items()]
+    classes = list(rows[0].dice)
+    pairs = [
+        (row.dice_mean, scratch[draw].dice_mean if scratch and draw in scratch else None) for draw, row in draws.items()
+    ]
     gains = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
     return Cell(
         task=task,
@@ -217,10 +250,10 @@ def _cell(key: tuple[str, str, int, tuple[str, str]], draws: dict[int, Row], scr
         mode=mode,
         num_labelled=num_labelled,
         num_draws=len(rows),
-        dice_mean=_spread(row["dice_mean"] for row in rows),
-        dice={name: _spread(row["dice"].get(name) for row in rows) for name in classes},
-        hd95_mm=_spread(row["hd95_mm"] for row in rows),
-        nsd=_spread(row["nsd"] for row in rows),
+        dice_mean=_spread(row.dice_mean for row in rows),
+        dice={name: _spread(row.dice.get(name) for row in rows) for name in classes},
+        hd95_mm=_spread(row.hd95_mm for row in rows),
+        nsd=_spread(row.nsd for row in rows),
         gain=fmean(gains) if gains else None,
         backbone=backbone,
         ece=_spread(calibration_of(row, "ece") for row in rows),

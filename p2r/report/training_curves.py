@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from p2r.evaluate.rows import PseudoLabelRow, RoundRow, TrialRow
 from p2r.report.canvas import (
     CLASS_COLOURS,
     FAINT,
@@ -26,7 +27,7 @@ from p2r.report.canvas import (
     plain,
 )
 from p2r.report.page import Block, Folded, Grid, Heading, Picture
-from p2r.report.tables import Row, label_of, series_name, series_of, series_order
+from p2r.report.tables import label_of, series_name, series_of, series_order
 from p2r.report.text import for_picture
 
 _MOST = 12  # panels
@@ -36,19 +37,22 @@ Put = Callable[[str, Drawing, str], Picture]
 """Function that adds a picture to the page: name, drawing, caption."""
 
 
-def pseudo_label_blocks(rows: Sequence[Row], *, task: str, tag: str, source: str, put: Put) -> Iterator[Block]:
+def pseudo_label_blocks(
+    rows: Sequence[TrialRow], *, task: str, classes: Sequence[str], tag: str, source: str, put: Put
+) -> Iterator[Block]:
     """Yield the part of a page on pseudo-labels; empty without a mode that uses them.
 
     Args:
         rows: Rows of one task and protocol.
         task: Name of the task.
+        classes: Names of its classes in the order of their labels, as in pictures of segmentations.
         tag: Part of the picture's name.
         source: Source line below the picture.
         put: Adds the picture to the page.
     """
     trials = sorted(
-        (row for row in rows if (row.get("pseudo_labels") or {}).get("steps")),
-        key=lambda row: (row["num_labelled"], series_order(series_of(row)), row["draw"]),
+        (row for row in rows if row.pseudo_labels is not None and row.pseudo_labels.steps),
+        key=lambda row: (row.num_labelled, series_order(series_of(row)), row.draw),
     )
     if not trials:
         return
@@ -57,11 +61,14 @@ def pseudo_label_blocks(rows: Sequence[Row], *, task: str, tag: str, source: str
     yield put(
         f"pseudo-labels-{tag}",
         pseudo_label_curves(
-            trials[:_MOST], title=f"{task}: pseudo-labels over training{label_of(rows)}", source=source
+            trials[:_MOST],
+            classes=classes,
+            title=f"{task}: pseudo-labels over training{label_of(rows)}",
+            source=source,
         ),
         f"Fraction of the unlabelled scans' pixels that count, and of these in each class, for every trial.{left_out}",
     )
-    rounds = [(_name(row), one) for row in trials for one in row["pseudo_labels"].get("rounds", ())]
+    rounds = [(_name(row), one) for row in trials for one in _pseudo_labels_of(row).rounds or ()]
     if rounds:
         yield Folded(
             f"Rounds of self-training ({len(rounds)})",
@@ -74,37 +81,41 @@ def pseudo_label_blocks(rows: Sequence[Row], *, task: str, tag: str, source: str
         )
 
 
-def _round_line(told: Mapping[str, Any]) -> tuple[str, ...]:
-    change = told["change"]
-    ended = f"rounds end ({told['ended_by']})" if "ended_by" in told else ""
+def _round_line(told: RoundRow) -> tuple[str, ...]:
+    change = told.change
+    ended = "" if told.ended_by is None else f"rounds end ({told.ended_by})"
     return (
-        str(told["step"] + 1),
-        str(told["by"]),
-        f"{100 * told['counted_fraction']:.1f} %",
-        f"{told['plausible_frames']} of {told['frames']}",
+        str(told.step + 1),
+        told.by,
+        f"{100 * told.counted_fraction:.1f} %",
+        f"{told.plausible_frames} of {told.frames}",
         "–" if change is None else f"{100 * change:.1f} %",
         ended,
     )
 
 
-def _name(row: Row) -> str:
-    return f"{series_name(series_of(row))}, n = {row['num_labelled']}, draw {row['draw']}"
+def _pseudo_labels_of(row: TrialRow) -> PseudoLabelRow:
+    return row.pseudo_labels or PseudoLabelRow()
 
 
-def pseudo_label_curves(rows: Sequence[Row], *, title: str, source: str = "") -> Drawing:
+def _name(row: TrialRow) -> str:
+    return f"{series_name(series_of(row))}, n = {row.num_labelled}, draw {row.draw}"
+
+
+def pseudo_label_curves(rows: Sequence[TrialRow], *, classes: Sequence[str], title: str, source: str = "") -> Drawing:
     """Draw the pseudo-labels of some trials over their training.
 
     Args:
         rows: At least one row, each with its `pseudo_labels`.
+        classes: Names of the classes in the order of their labels.
         title: Headline.
         source: Source line below the picture.
     """
-    return drawing(*(_figure(rows, title, source, width) for width in (WIDE, NARROW)))
+    colours = {name: CLASS_COLOURS[number % len(CLASS_COLOURS)] for number, name in enumerate(classes)}
+    return drawing(*(_figure(rows, colours, title, source, width) for width in (WIDE, NARROW)))
 
 
-def _figure(rows: Sequence[Row], title: str, source: str, width: float) -> Figure:
-    names = list(dict.fromkeys(name for row in rows for name in list(row["pseudo_labels"]["class_fractions"])[1:]))
-    colours = {name: CLASS_COLOURS[number % len(CLASS_COLOURS)] for number, name in enumerate(names)}
+def _figure(rows: Sequence[TrialRow], colours: Mapping[str, str], title: str, source: str, width: float) -> Figure:
     entries = [KeyEntry("pixels that count", "o", INK)]
     entries += [KeyEntry(for_picture(name, 30), "o", colour) for name, colour in colours.items()]
     key = key_lines(entries, width - 0.3)
@@ -119,20 +130,20 @@ def _figure(rows: Sequence[Row], title: str, source: str, width: float) -> Figur
     for index, row in enumerate(rows):
         low = below + (lines - 1 - index // columns) * (_PANEL + above + gap)
         axes = sheet.panel(left + (index % columns) * (panel + 0.6), low, panel, _PANEL)
-        _draw(axes, row["pseudo_labels"], colours)
+        _draw(axes, _pseudo_labels_of(row), colours)
         axes.set_title(for_picture(_name(row), 40), fontsize=9, loc="left", color=INK)
         if index + columns >= len(rows):
             axes.set_xlabel("step", color=INK)
     return sheet.figure
 
 
-def _draw(axes: Axes, told: Mapping[str, Any], colours: Mapping[str, str]) -> None:
-    steps = told["steps"]
-    for one in told.get("rounds", ()):
-        axes.axvline(one["step"], color=FAINT, linestyle="dotted", linewidth=1)
+def _draw(axes: Axes, told: PseudoLabelRow, colours: Mapping[str, str]) -> None:
+    steps = told.steps
+    for one in told.rounds or ():
+        axes.axvline(one.step, color=FAINT, linestyle="dotted", linewidth=1)
     style: dict[str, Any] = {"linewidth": 1.5, "marker": "o", "markersize": 2.5}
-    axes.plot(steps, [max(share, _LEAST) for share in told["confident_fraction"]], color=INK, **style)
-    for name, shares in told["class_fractions"].items():
+    axes.plot(steps, [max(share, _LEAST) for share in told.confident_fraction], color=INK, **style)
+    for name, shares in told.class_fractions.items():
         if name in colours:
             axes.plot(steps, [max(share, _LEAST) for share in shares], color=colours[name], **style)
     axes.set_yscale("log")

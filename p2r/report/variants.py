@@ -1,4 +1,4 @@
-"""Rows of an ablation's variants -> a table and a picture that put them side by side."""
+"""Table and picture of an ablation's variants, side by side."""
 
 from collections.abc import Iterator, Sequence
 from textwrap import wrap
@@ -8,6 +8,7 @@ from matplotlib.ticker import FixedLocator
 from rich.table import Table
 from rich.text import Text
 
+from p2r.evaluate.rows import TrialRow, digests_of
 from p2r.report.canvas import (
     INK,
     KEY_LINE,
@@ -21,14 +22,14 @@ from p2r.report.canvas import (
     new_sheet,
     plain,
 )
-from p2r.report.tables import Cell, Row, aggregate, label_of, mode_title, split_of
+from p2r.report.tables import Cell, aggregate, label_of, mode_title, split_of
 from p2r.report.text import for_markdown, for_picture, one_line
 
 _COLUMNS = ("variant", "task", "labelled patients", "mode", "Dice", "per class", "backbone")
 
 
-def variants_table(rows: Sequence[Row]) -> Table:
-    """Return the variants' figures as a table for the terminal; rows have a `variant`."""
+def variants_table(rows: Sequence[TrialRow]) -> Table:
+    """Return the variants' results as a table for the terminal; rows have a `variant`."""
     result = Table(
         *_COLUMNS, title=f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws{label_of(rows)}"
     )
@@ -37,26 +38,26 @@ def variants_table(rows: Sequence[Row]) -> Table:
     return result
 
 
-def markdown_variants(rows: Sequence[Row]) -> list[str]:
+def markdown_variants(rows: Sequence[TrialRow]) -> list[str]:
     """Return the same table as lines of Markdown."""
     lines = (_COLUMNS, ("---",) * len(_COLUMNS), *([for_markdown(cell) for cell in line] for line in _lines(rows)))
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def variants_picture(rows: Sequence[Row], *, title: str, source: str = "") -> Drawing:
+def variants_picture(rows: Sequence[TrialRow], *, title: str, source: str = "") -> Drawing:
     """Draw Dice by variant: a large point is a mean over draws, its bar the standard deviation, a small point one draw.
 
     Args:
         rows: One for each final trial, with its `variant`.
         title: Headline.
-        source: Line below that says where the figures come from.
+        source: Source line below the picture.
     """
     return drawing(*(_figure(rows, title + label_of(rows), source, width) for width in (WIDE, NARROW)))
 
 
-def _figure(rows: Sequence[Row], title: str, source: str, width: float) -> Figure:
-    names = list(dict.fromkeys(str(row["variant"]) for row in rows))
-    groups = sorted({(row["task"], row["num_labelled"], row["mode"]) for row in rows})
+def _figure(rows: Sequence[TrialRow], title: str, source: str, width: float) -> Figure:
+    names = list(dict.fromkeys(row.variant or "" for row in rows))
+    groups = sorted({(row.task, row.num_labelled, row.mode) for row in rows})
     tasks, numbers = ({group[place] for group in groups} for place in (0, 1))
     entries = []
     for task, num_labelled, mode in groups:
@@ -76,9 +77,9 @@ def _figure(rows: Sequence[Row], title: str, source: str, width: float) -> Figur
         for place, name in enumerate(names):
             chosen = [row for row in rows if _key(row) == (name, task, num_labelled, mode)]
             for row in chosen:
-                if row["dice_mean"] is not None:
+                if row.dice_mean is not None:
                     axes.plot(
-                        place + offset, row["dice_mean"], entry.marker, color=entry.colour, alpha=0.35, markersize=4.5
+                        place + offset, row.dice_mean, entry.marker, color=entry.colour, alpha=0.35, markersize=4.5
                     )
             for cell in aggregate(chosen):
                 if cell.dice_mean.mean is not None:
@@ -99,10 +100,10 @@ def _figure(rows: Sequence[Row], title: str, source: str, width: float) -> Figur
     return sheet.figure
 
 
-def _lines(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
-    for name in dict.fromkeys(str(row["variant"]) for row in rows):
-        of_variant = [row for row in rows if row["variant"] == name]
-        digests = {str(row["backbone_sha256"])[:12] for row in of_variant if row.get("backbone_sha256")}
+def _lines(rows: Sequence[TrialRow]) -> Iterator[tuple[str, ...]]:
+    for name in dict.fromkeys(row.variant or "" for row in rows):
+        of_variant = [row for row in rows if (row.variant or "") == name]
+        digests = {digest[:12] for digest in digests_of(of_variant)}
         for cell in aggregate(of_variant):
             yield _line(name, cell, ", ".join(sorted(digests)))
 
@@ -113,5 +114,5 @@ def _line(name: str, cell: Cell, digests: str) -> tuple[str, ...]:
     return name, cell.task, str(cell.num_labelled), mode, cell.dice_mean.text(3), per_class, digests
 
 
-def _key(row: Row) -> tuple[str, str, int, str]:
-    return str(row["variant"]), row["task"], row["num_labelled"], row["mode"]
+def _key(row: TrialRow) -> tuple[str, str, int, str]:
+    return row.variant or "", row.task, row.num_labelled, row.mode

@@ -50,7 +50,7 @@ from training import Setting, add_options, add_variant, setting_of
 
 import cluster.pretrain
 from cluster.executor import RayExecutor
-from cluster.progress import Say, relay
+from cluster.progress import relay
 from cluster.session import session
 from p2r.config import IngestConfig, PretrainConfig
 from p2r.data.corpus import ingest_locally
@@ -58,7 +58,7 @@ from p2r.data.stream import stream
 from p2r.engine.corpora import corpora_of
 from p2r.engine.feed import feed
 from p2r.job import Job, MetricsConfig, Resources
-from p2r.logs import fields_of
+from p2r.logs import Say, fields_of
 from p2r.loss import Findings, corresponding_points, info_nce
 from p2r.model.pix2rep import Pix2Rep
 from p2r.randomness import keyed_generator

@@ -1,7 +1,9 @@
 """Everything that a user can get wrong: exit code 2, one message that names what, where and the way out, nothing half-written."""
 
 import gzip
+import os
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -264,3 +266,41 @@ def test_an_unknown_command_or_option(p2r: Run) -> None:
 def test_a_job_file_that_is_none(p2r: Run, tmp_path: Path) -> None:
     refused(p2r("run", tmp_path / "absent.yaml"), "absent.yaml cannot be read")
     refused(p2r("validate", tmp_path / "absent.yaml"), "absent.yaml cannot be read")
+
+
+NAME = os.fsdecode(b"a\x1b[2J\nsound    b\xe2\x80\xae\xc2\x9b31m\xe2\x80\x8b\r\xff<b>")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("validate FOLDER/job.yaml", "validate FOLDER/absent", "validate FOLDER/job.yaml --set name=NAME"),
+        *(
+            "validate FOLDER/job.yaml --set NAME=1",
+            "validate --NAME",
+            "NAME",
+            "verify FOLDER",
+            "verify FOLDER@sha256:NAME",
+        ),
+        *("inspect FOLDER", "status FOLDER", "check FOLDER", "compare FOLDER FOLDER/x", "sign FOLDER --key FOLDER/k"),
+        *(
+            "embed FOLDER FOLDER/s.nii -o FOLDER/o.nii",
+            "predict FOLDER FOLDER -o FOLDER/o",
+            "inspect ROOT",
+            "status ROOT",
+        ),
+    ],
+)
+def test_a_hostile_name_in_any_argument_is_shown_as_text(
+    p2r: Run, repository: Path, tmp_path: Path, words: str
+) -> None:
+    folder = tmp_path / NAME
+    (folder / "backbones" / NAME).mkdir(parents=True)
+    (folder / "backbones" / NAME / "manifest.json").write_text("[")
+    (folder / "job.yaml").write_text((repository / "jobs/demo.yaml").read_text())
+    given = {"FOLDER": str(folder), "ROOT": str(tmp_path), "NAME": NAME}
+    arguments = [re.sub("FOLDER|ROOT|NAME", lambda match: given[match[0]], word) for word in words.split()]
+    code, said = p2r(*arguments)
+    assert code in (0, 2) and "Traceback" not in said
+    assert said.replace("\n", "").isprintable()
+    assert not re.search("^sound    b", said, re.MULTILINE), "a forged line"

@@ -19,9 +19,9 @@ from cluster.finetune import num_concurrent, run_trials, suggest
 from p2r.config import FinetuneConfig
 from p2r.errors import JobError
 from p2r.evaluate.tasks import load_task
+from p2r.fewshot.checks import check_task
 from p2r.fewshot.protocol import choose_settings, search_trials
-from p2r.fewshot.search import check_task
-from p2r.fewshot.trial import TrialSetup
+from p2r.fewshot.setup import TrialSetup
 from p2r.job import Resources, read_job
 from p2r.pipeline.local import LocalExecutor
 from p2r.pipeline.stages import run_job
@@ -64,10 +64,10 @@ def test_candidates_are_stopped_and_proposed_and_what_was_found_lies_on_the_stor
     assert {sum(count.values()) for count in counts} >= {5} and counts[-1]["done"] == 5
     by_rate = {trial.settings.learning_rate: result for (_, trial), result in zip(trials, results, strict=True)}
     assert "diverged" in by_rate[1e30]["failed"]
-    stopped = [result["stopped_at_step"] for result in results if "stopped_at_step" in result]
+    stopped = [result.stopped_at_step for result in results if result.stopped_at_step is not None]
     assert stopped and all(step in (2, 4, 6) for step in stopped)
     best = choose_settings(
-        (trial, None if {"failed", "stopped_at_step"} & result.keys() else result["validation"]["dice_mean"])
+        (trial, result.validation_dice if result.is_whole else None)
         for (_, trial), result in zip(trials, results, strict=True)
     )
     assert best["scratch"].learning_rate in (3e-2, 1e-2)

@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 from cluster.status import target_of
 from infra.supply_chain import PINS, all_pins, read_pins
 from p2r.job import find_job, read_job
+from tests.publishing import publish_toy
 
 ROOT = Path(__file__).parents[2]
 LOCK = (ROOT / "requirements.lock").read_text()
@@ -280,9 +281,10 @@ def test_without_the_extra_p2r_run_in_python_says_what_to_install() -> None:
     assert "pip install 'p2r[cluster]'" in done.stderr
 
 
-def test_without_the_extra_artefacts_are_inspected_and_verified(published: dict[str, str]) -> None:
+def test_without_the_extra_artefacts_are_inspected_and_verified(tmp_path: Path) -> None:
+    url = publish_toy(str(tmp_path / "1"))["url"]
     for command in ("inspect", "verify"):
-        done = run_core("cluster", command, published["backbone"])
+        done = run_core("cluster", command, url)
         assert done.returncode == 0 and "p2r-backbone/2" in done.stdout, done.stderr
 
 

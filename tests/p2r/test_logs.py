@@ -16,7 +16,7 @@ import p2r.__main__ as one_process
 from cluster import cli
 from cluster.progress import _number_attempt
 from p2r import logs
-from p2r.errors import InputError
+from p2r.errors import DataError, InputError
 from p2r.logs import Line, as_text, configure, counted, duration, fields_of, say, say_crash, say_error, within
 from p2r.masking import masked
 
@@ -211,6 +211,17 @@ def test_a_name_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) 
     configure("text")
     say("run \x1b[2J\r\u202e x")
     assert capsys.readouterr().err == "run ?[2J?? x\n"
+
+
+def test_a_line_break_in_a_name_begins_no_line_that_looks_like_one_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    configure("text")
+    say("reading x\nstep 500 | loss 0.1")
+    say_error(DataError("a\nsound    b\n\n  key: rule\n\ttab\nc"), code=2)
+    logging.getLogger("p2r.x").warning("cannot read %s", "y\np2r: done")
+    said = capsys.readouterr().err
+    assert said == (
+        "reading x\n  step 500 | loss 0.1\np2r: a\n  sound    b\n\n  key: rule\n\ttab\n  c\nwarning: cannot read y\n  p2r: done\n"
+    )
 
 
 def test_a_reader_of_the_log_who_has_gone_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from p2r.config import ImageConfig, ViewsConfig
 from p2r.data.volume import Volume
+from p2r.evaluate.rows import rows_of
 from p2r.report import (
     aggregate,
     embedding_pca,
@@ -26,6 +27,7 @@ from p2r.report import (
     write_report,
 )
 from p2r.report.canvas import Drawing, apart
+from p2r.report.context import context_of
 from p2r.storage import Storage
 from p2r.views.pair import make_views
 
@@ -70,7 +72,7 @@ def pixels(picture: Drawing | bytes) -> np.ndarray[Any, Any]:
 
 
 def test_a_cell_is_the_mean_and_standard_deviation_over_draws() -> None:
-    (cell,) = aggregate([row(dice=0.4, draw=0), row(dice=0.5, draw=1), row(dice=0.6, draw=2)])
+    (cell,) = aggregate(rows_of([row(dice=0.4, draw=0), row(dice=0.5, draw=1), row(dice=0.6, draw=2)]))
     assert cell.num_draws == 3
     assert cell.dice_mean.mean == pytest.approx(0.5)
     assert cell.dice_mean.sd == pytest.approx(0.1)
@@ -79,15 +81,15 @@ def test_a_cell_is_the_mean_and_standard_deviation_over_draws() -> None:
 
 
 def test_one_draw_has_no_spread_and_a_missing_figure_is_a_dash() -> None:
-    (cell,) = aggregate([row(dice=0.4)])
+    (cell,) = aggregate(rows_of([row(dice=0.4)]))
     assert cell.dice_mean.text(2) == "0.40"
-    (cell,) = aggregate([row(dice=None)])
+    (cell,) = aggregate(rows_of([row(dice=None)]))
     assert cell.dice_mean.text(2) == "–"
 
 
 def test_cells_come_by_task_then_patients_then_mode() -> None:
     rows = [row("fine_tune", num_labelled=10), row("scratch", num_labelled=10), row("linear_probe"), row(task="a")]
-    found = [(cell.task, cell.num_labelled, cell.mode) for cell in aggregate(rows)]
+    found = [(cell.task, cell.num_labelled, cell.mode) for cell in aggregate(rows_of(rows))]
     assert found == [
         ("a", 1, "scratch"),
         ("acdc", 1, "linear_probe"),
@@ -98,23 +100,23 @@ def test_cells_come_by_task_then_patients_then_mode() -> None:
 
 def test_the_gain_over_scratch_compares_equal_draws_only() -> None:
     rows = [row("scratch", 0.4, draw=0), row("fine_tune", 0.5, draw=0), row("fine_tune", 0.9, draw=1)]
-    assert aggregate(rows)[1].gain == pytest.approx(0.1)
-    assert aggregate(rows[1:])[0].gain is None
+    assert aggregate(rows_of(rows))[1].gain == pytest.approx(0.1)
+    assert aggregate(rows_of(rows[1:]))[0].gain is None
 
 
 def test_a_draw_reported_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="two rows"):
-        aggregate([row(), row(dice=0.6)])
+        aggregate(rows_of([row(), row(dice=0.6)]))
 
 
 def test_figures_of_two_protocols_are_never_averaged() -> None:
-    cells = aggregate([row(dice=0.4), row(dice=0.8, protocol="paper-compat")])
+    cells = aggregate(rows_of([row(dice=0.4), row(dice=0.8, protocol="paper-compat")]))
     assert [cell.dice_mean.mean for cell in cells] == [0.4, 0.8]
 
 
 def test_the_terminal_shows_every_figure() -> None:
     console = Console(width=140, file=StringIO())
-    console.print(table([row("scratch", 0.4), row("fine_tune", 0.5)]))
+    console.print(table(rows_of([row("scratch", 0.4), row("fine_tune", 0.5)])))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for expected in ("acdc", "from scratch", "fine-tuned", "0.400", "0.500", "+0.100", "RV 0.40", "12.0"):
         assert expected in text
@@ -132,8 +134,8 @@ def test_the_page_holds_tables_pictures_caveats_and_provenance(tmp_path: Path) -
         "corpus": {"sha256": "ef" * 32, "planes": list(range(99))},
     }
     rows = rows_of_a_job()
-    given = {"view-pairs": few_shot_curve(rows, "acdc").png}
-    report = write_report(Storage(str(tmp_path)), rows=rows, context=context, pictures=given)
+    given = {"view-pairs": few_shot_curve(rows_of(rows), "acdc").png}
+    report = write_report(Storage(str(tmp_path)), rows=rows_of(rows), context=context_of(context), pictures=given)
     text = (tmp_path / "report.md").read_text()
     assert (
         text.index("Only two frames") < text.index("| labelled patients |") < text.index("![") < text.index("## Prov")
@@ -144,7 +146,7 @@ def test_the_page_holds_tables_pictures_caveats_and_provenance(tmp_path: Path) -
         assert expected in text
     assert "| corpus.planes | 99 entries, in report.json |" in text
     assert "RV in prediction 54 times" in text
-    assert "| 5 | 2 | 3 | patient001 |" in text, "number of patients, draw, seed, who"
+    assert "| 5 | 2 | 3 | patient001 |" in text, "number of patients, draw, seed, subjects"
     links = re.findall(r"!\[.*\]\((.*)\)", text)
     assert links == report["pictures"] == ["pictures/few-shot-acdc.png", "pictures/view-pairs.png"]
     assert (tmp_path / links[0]).read_bytes().startswith(b"\x89PNG")
@@ -159,36 +161,38 @@ def test_the_page_holds_tables_pictures_caveats_and_provenance(tmp_path: Path) -
 
 def test_text_from_outside_cannot_break_the_page(tmp_path: Path) -> None:
     context = {"caveats": ["<script>alert(1)</script>"], "job": "a|b"}
-    write_report(Storage(str(tmp_path)), rows=[row()], context=context, pictures={})
+    write_report(Storage(str(tmp_path)), rows=rows_of([row()]), context=context_of(context), pictures={})
     assert "<script>" not in (tmp_path / "report.html").read_text()
     assert "| job | a\\|b |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_report_without_rows_says_so(tmp_path: Path) -> None:
-    write_report(Storage(str(tmp_path)), rows=[], context={}, pictures={})
-    assert "There are no figures." in (tmp_path / "report.md").read_text()
+    write_report(Storage(str(tmp_path)), rows=rows_of([]), context=context_of({}), pictures={})
+    assert "There are no results." in (tmp_path / "report.md").read_text()
 
 
 def test_no_json_is_written_when_a_figure_is_not_a_number(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        write_report(Storage(str(tmp_path)), rows=[row(dice=float("nan"))], context={}, pictures={})
+        write_report(
+            Storage(str(tmp_path)), rows=rows_of([row(dice=float("nan"))]), context=context_of({}), pictures={}
+        )
     assert not (tmp_path / "report.json").exists()
 
 
 @pytest.mark.parametrize("num_labelled", [(1,), (1, 5, 20)])
 def test_the_curve_is_drawn_for_one_number_of_patients_and_for_many(num_labelled: tuple[int, ...]) -> None:
     rows = [one for one in rows_of_a_job() if one["num_labelled"] in num_labelled]
-    assert pixels(few_shot_curve(rows, "acdc")).shape[1] > 800
+    assert pixels(few_shot_curve(rows_of(rows), "acdc")).shape[1] > 800
 
 
 def test_the_same_rows_give_the_same_bytes() -> None:
     rows = rows_of_a_job()
-    assert few_shot_curve(rows, "acdc") == few_shot_curve(rows, "acdc")
+    assert few_shot_curve(rows_of(rows), "acdc") == few_shot_curve(rows_of(rows), "acdc")
 
 
 def test_the_curve_of_an_unknown_task_is_refused() -> None:
     with pytest.raises(ValueError, match="no row of task brain"):
-        few_shot_curve([row()], "brain")
+        few_shot_curve(rows_of([row()]), "brain")
 
 
 def test_labels_of_close_curves_do_not_overlap() -> None:

@@ -1,5 +1,8 @@
 import hashlib
+import io
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -291,3 +294,36 @@ def test_what_a_folder_holds_is_read_within_bounds(tmp_path: Path) -> None:
         storage.read_rows("rows.jsonl")
     with pytest.raises(ValueError, match="relative"):
         storage.read_bytes("a\0b")
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder"])
+def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.json"
+    {"a pipe": lambda: os.mkfifo(path), "a device": lambda: path.symlink_to("/dev/zero"), "a folder": path.mkdir}[
+        kind
+    ]()
+    storage = Storage(str(tmp_path))
+    signal.alarm(60)  # ends the tests: nothing else could
+    for read in (
+        lambda: storage.read_bytes("x.json"),
+        lambda: storage.read_json("x.json"),
+        lambda: storage.read_tagged("x.json", max_bytes=10),
+        lambda: storage.read_range("x.json", 0, 10),
+        lambda: storage.local("x.json"),
+        lambda: storage.fetch("x.json", io.BytesIO(), sha256="0" * 64, num_bytes=10),
+    ):
+        with pytest.raises(StorageError, match=r"x\.json"):
+            read()
+    assert storage.facts("x.json") is None and not storage.exists("x.json")
+    signal.alarm(0)
+
+
+def test_links_that_form_a_loop_end_a_listing(tmp_path: Path) -> None:
+    for folder in ("a/b", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").write_text("x")
+    (tmp_path / "a/linked").symlink_to(tmp_path / "elsewhere")
+    for number in range(4):  # each link twice as many paths, without end
+        (tmp_path / f"a/b/up-{number}").symlink_to("..")
+        (tmp_path / f"a/same-{number}").symlink_to("b")
+    assert Storage(str(tmp_path / "a")).list() == ["b/file", "linked/file"]

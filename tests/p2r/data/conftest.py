@@ -1,4 +1,4 @@
-"""Small scans with known voxels, and a small corpus made of them."""
+"""Small scans with known voxels, and a small corpus of them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +40,7 @@ def write_scan(tmp_path: Path) -> WriteScan:
 def _write_series(
     folder: Path, *, number: int = 3, size: int = 6, echoes: int = 1, suffix: str = ".dcm", **tags: Any
 ) -> NDArray[np.uint16]:
-    """Write a small axial MR series, one file a slice, and return its voxels (rows, columns, slices x echoes)."""
+    """Write a small axial MR series, one file per slice, and return its voxels (rows, columns, slices x echoes)."""
     folder.mkdir(parents=True, exist_ok=True)
     voxels = np.random.default_rng(number).integers(0, 1000, (24, 20, size * echoes)).astype("<u2")
     for index in range(size * echoes):
@@ -110,7 +110,7 @@ def write_series() -> WriteSeries:
 
 
 def some_voxels(seed: int, shape: tuple[int, ...] = (20, 24, 5)) -> NDArray[np.int16]:
-    """A smooth blob with noise: something like a scan."""
+    """Return a smooth blob with noise, similar to a scan."""
     rng = np.random.default_rng(seed)
     grid = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape[:3]), indexing="ij")
     blob = 900 * np.exp(-3 * sum(axis**2 for axis in grid))
@@ -120,7 +120,7 @@ def some_voxels(seed: int, shape: tuple[int, ...] = (20, 24, 5)) -> NDArray[np.i
 
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, dict[str, Any]]:
-    """Twelve scans of six subjects, of different shapes, in three shards: 62 planes. Tests must not change it."""
+    """Twelve scans of six subjects, of different shapes, in three shards: 62 slices. Tests must not change it."""
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(12):
         shape = (20 + number % 3, 24, 4 + number % 3) if number else (20, 24, 3, 2)

@@ -1,4 +1,4 @@
-"""Readers that know nothing of p2r read its shards: the members as bytes, our plain decode function makes the array."""
+"""Readers independent of p2r read its shards: they yield members as bytes, which p2r's decode function converts to arrays."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ import webdataset
 from p2r.data.shards import decode_record, open_shard
 from p2r.storage import Storage
 
-# Both leave the tar to the garbage collector.
+# Both readers leave closing the tar to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:unclosed file:ResourceWarning",
     "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning",
@@ -25,7 +25,7 @@ def shard(small_corpus: tuple[Storage, dict[str, Any]]) -> Path:
 
 
 def assert_whole(found: dict[str, Any], shard: Path) -> None:
-    """`found`: by key, the (X, Y, Z, T) voxels that another reader gave."""
+    """Check the voxels (X, Y, Z, T) by key that another reader returned."""
     reader = open_shard(shard)
     sample = 0
     for key in found:

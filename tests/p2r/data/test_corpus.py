@@ -1,4 +1,4 @@
-"""From scans to a corpus: nothing is dropped in silence, and whoever else runs, or dies, it ends whole."""
+"""Scans -> a corpus: every omission is recorded, and concurrent runs or crashes leave the corpus intact."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ def accepted_in(storage: Storage) -> set[str]:
 
 
 def make(storage: Storage, config: IngestConfig, **more: Any) -> list[str]:
-    """Ingest to the end; return what was said."""
+    """Run ingestion to its end; return the progress lines."""
     said: list[str] = []
     for _ in ingest_locally(config, storage, say=said.append, **more):
         pass
@@ -92,7 +92,7 @@ def storage(tmp_path: Path) -> Storage:
     return Storage(str(tmp_path / "corpus"))
 
 
-def test_a_corpus_is_whole_and_says_what_it_is(folder: Path, storage: Storage) -> None:
+def test_a_corpus_is_complete_and_describes_itself(folder: Path, storage: Storage) -> None:
     config = config_of(folder, cohort="ours", provenance="made up")
     progress = list(ingest_locally(config, storage))
     manifest = load_manifest(storage)
@@ -116,7 +116,7 @@ def test_a_corpus_is_whole_and_says_what_it_is(folder: Path, storage: Storage) -
         assert file_sha256(storage.local(shard["name"])) == shard["sha256"]
 
 
-def test_the_ledger_says_what_became_of_every_scan(folder: Path, storage: Storage) -> None:
+def test_the_ledger_has_the_outcome_of_every_scan(folder: Path, storage: Storage) -> None:
     make(storage, config_of(folder))
     path = folder / "sub-2_run-1.nii.gz"
     row = ledger_of(storage)["sub-2_run-1"]
@@ -155,9 +155,7 @@ def test_shards_built_in_any_order_make_the_same_corpus(folder: Path, storage: S
 # Growing
 
 
-def test_adding_scans_leaves_old_shards_alone_and_old_revisions_readable(
-    folder: Path, more: Path, storage: Storage
-) -> None:
+def test_adding_scans_keeps_old_shards_and_old_revisions_readable(folder: Path, more: Path, storage: Storage) -> None:
     make(storage, config_of(folder))
     first = load_manifest(storage)
     root = Path(storage.url.removeprefix("file://"))
@@ -197,7 +195,7 @@ def test_a_copy_of_a_known_subject_s_scan_is_refused_also_in_a_later_revision(
     assert load_manifest(storage)["num_records"] == 11
 
 
-def test_a_refused_scan_is_read_again_once_it_has_changed(folder: Path, storage: Storage) -> None:
+def test_a_refused_scan_is_read_again_after_it_changed(folder: Path, storage: Storage) -> None:
     path = folder / "sub-1_run-0.nii.gz"
     sound = path.read_bytes()
     path.write_bytes(sound[:-40])
@@ -235,7 +233,7 @@ def test_an_accepted_scan_that_changed_keeps_its_record_and_is_named(
         ({"exclude": ("*run-1*",)}, "holds 4 scans that this job does not select"),
     ],
 )
-def test_a_job_that_the_corpus_would_belie_is_refused(
+def test_a_job_that_contradicts_the_corpus_is_refused(
     folder: Path, storage: Storage, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("P2R_PSEUDONYM_KEY", "0123456789abcdef")
@@ -253,7 +251,7 @@ def test_a_job_that_allows_fewer_subjects_than_the_corpus_holds_is_refused(folde
     make(storage, config_of(folder), allowed_subjects={"sub-0", "sub-1", "sub-2", "sub-3"})
 
 
-def test_a_wider_selection_adds_who_was_left_out(folder: Path, storage: Storage) -> None:
+def test_a_wider_selection_adds_subjects_left_out_before(folder: Path, storage: Storage) -> None:
     make(storage, config_of(folder, subjects=("sub-0",)))
     assert load_manifest(storage)["reasons"] == {"accepted": 2, "not_selected": 6}
     make(storage, config_of(folder))
@@ -263,7 +261,7 @@ def test_a_wider_selection_adds_who_was_left_out(folder: Path, storage: Storage)
 # Races and kills
 
 
-def test_who_loses_a_race_goes_on_from_the_winner_and_builds_nothing_twice(
+def test_the_loser_of_a_race_continues_from_the_winner_and_builds_nothing_twice(
     folder: Path, more: Path, storage: Storage
 ) -> None:
     ours, theirs = config_of(folder), config_of(more, include=("sub-4*",))
@@ -274,7 +272,7 @@ def test_who_loses_a_race_goes_on_from_the_winner_and_builds_nothing_twice(
             results.append(build_shard(plan, ours, storage))
             yield plan, results[-1]
         if not storage.exists("manifest.json"):
-            make(storage, theirs)  # another run is faster
+            make(storage, theirs)  # another run publishes first
 
     said: list[str] = []
     list(ingest(ours, storage, build_all=build_all, say=said.append))
@@ -285,12 +283,12 @@ def test_who_loses_a_race_goes_on_from_the_winner_and_builds_nothing_twice(
     assert (manifest["revision"], manifest["num_records"]) == (2, 10)
     assert verify_corpus(storage) == []
     lost = [name for name in unreferenced_files(storage) if name.startswith("manifests/")]
-    assert len(lost) == 1  # what would have been revision 1
+    assert len(lost) == 1  # the manifest that lost the race
 
 
 @pytest.mark.s3
-def test_a_bucket_keeps_the_same_promises(folder: Path, more: Path, s3_url: str, storage: Storage) -> None:
-    """A race is lost in a bucket, then the corpus grows; in a folder the same happens, one after the other."""
+def test_the_same_holds_for_a_bucket(folder: Path, more: Path, s3_url: str, storage: Storage) -> None:
+    """Lose a race in a bucket, then grow the corpus; compare with the same steps in sequence in a folder."""
     bucket = Storage(f"{s3_url}/corpus")
     ours, theirs = config_of(folder), config_of(more)
 
@@ -326,13 +324,11 @@ def test_the_loser_of_a_race_for_the_same_scans_has_nothing_left_to_do(folder: P
 
 
 def _ingest_with_others(config: IngestConfig, url: str, meeting: Any) -> None:
-    meeting.wait()  # nobody begins before all are there
+    meeting.wait()  # start all processes at the same time
     make(Storage(url), config)
 
 
-def test_processes_that_ingest_at_once_end_in_one_corpus_that_holds_all(
-    folder: Path, more: Path, storage: Storage
-) -> None:
+def test_concurrent_processes_build_one_corpus_of_all_scans(folder: Path, more: Path, storage: Storage) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["p2r.data.corpus", "pytest"])
     meeting = context.Barrier(4)
@@ -363,7 +359,7 @@ for step in ingest_locally(IngestConfig.model_validate_json(sys.argv[1]), Storag
 """
 
 
-def test_being_killed_leaves_no_manifest_and_running_again_goes_on(
+def test_a_killed_run_leaves_no_manifest_and_the_next_run_continues(
     folder: Path, storage: Storage, tmp_path: Path
 ) -> None:
     whole, config = Storage(str(tmp_path / "whole")), config_of(folder)
@@ -381,39 +377,37 @@ def test_being_killed_leaves_no_manifest_and_running_again_goes_on(
 
 
 class Death(BaseException):
-    """A process ends here."""
+    """Simulated end of a process."""
 
 
 class Dying(Storage):
-    """A storage whose user dies at a write."""
+    """A storage that raises `Death` after a number of writes."""
 
     writes_left = 0
 
-    def _live(self) -> None:
+    def _count_write(self) -> None:
         self.writes_left -= 1
         if self.writes_left < 0:
             raise Death
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        self._live()
+        self._count_write()
         super().write_bytes(path, data)
 
     def create(self, path: str, data: bytes) -> bool:
-        self._live()
+        self._count_write()
         return super().create(path, data)
 
     def replace(self, path: str, data: bytes, *, tag: str | None) -> bool:
-        self._live()
+        self._count_write()
         return super().replace(path, data, tag=tag)
 
     def upload(self, local: Path, path: str, *, if_absent: bool = False) -> bool:
-        self._live()
+        self._count_write()
         return super().upload(local, path, if_absent=if_absent)
 
 
-def test_dying_at_any_write_leaves_nothing_that_running_again_does_not_put_right(
-    folder: Path, more: Path, tmp_path: Path
-) -> None:
+def test_a_run_after_a_crash_at_any_write_repairs_the_corpus(folder: Path, more: Path, tmp_path: Path) -> None:
     whole = Storage(str(tmp_path / "whole"))
     make(whole, config_of(folder, shard_size_mib=0.02))
     make(whole, config_of(folder, more, shard_size_mib=0.02))
@@ -430,7 +424,7 @@ def test_dying_at_any_write_leaves_nothing_that_running_again_does_not_put_right
                 died += 1
                 if dying.exists("manifest.json"):
                     left = [problem for problem in verify_corpus(dying) if "ledger.jsonl" not in problem]
-                    assert left == []  # a reader finds a whole corpus at any moment
+                    assert left == []  # readers find a complete corpus at any time
                 dying.writes_left = 1000
                 make(dying, config_of(*sources, shard_size_mib=0.02))
         assert bytes_below(dying) == expected, num_writes
@@ -440,7 +434,7 @@ def test_dying_at_any_write_leaves_nothing_that_running_again_does_not_put_right
     assert deaths > 20
 
 
-def test_a_shard_that_was_cut_is_built_again(folder: Path, storage: Storage, tmp_path: Path) -> None:
+def test_a_truncated_shard_is_rebuilt(folder: Path, storage: Storage, tmp_path: Path) -> None:
     make(storage, config_of(folder))
     expected = bytes_below(storage)
     root = tmp_path / "corpus"
@@ -454,7 +448,7 @@ def test_a_shard_that_was_cut_is_built_again(folder: Path, storage: Storage, tmp
     assert bytes_below(storage) == expected
 
 
-# What is refused
+# Refusals
 
 
 def test_every_scan_has_a_row_with_the_reason(write_scan: WriteScan, storage: Storage) -> None:
@@ -501,14 +495,14 @@ def test_a_corpus_without_samples_is_refused_with_the_count_of_each_reason(
 
 @pytest.fixture
 def many(write_scan: WriteScan) -> Path:
-    """Forty scans of forty subjects; three of four are constant."""
+    """Forty scans of forty subjects, 75 % of them constant."""
     for number in range(40):
         array = voxels(number) if number % 4 == 0 else np.ones((18, 20, 4), np.int16)
         path = write_scan(f"sub-{number:02d}_T1w.nii", array)
     return path.parent
 
 
-def test_a_job_that_refuses_too_much_stops_early_and_says_why(many: Path, storage: Storage) -> None:
+def test_a_job_that_refuses_too_many_scans_stops_early_with_the_reasons(many: Path, storage: Storage) -> None:
     reports = []
     with pytest.raises(
         DataError, match=r"of 2\d scans read were refused \(\d+ constant\).*0\.5.*ledger\.jsonl lists the reason"
@@ -520,7 +514,7 @@ def test_a_job_that_refuses_too_much_stops_early_and_says_why(many: Path, storag
     assert 20 <= len(ledger_of(storage)) < 30
 
 
-def test_what_was_built_before_a_job_stopped_is_found_again(many: Path, storage: Storage, tmp_path: Path) -> None:
+def test_shards_built_before_a_job_stopped_are_reused(many: Path, storage: Storage, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="were refused"):
         make(storage, config_of(many, shard_size_mib=0.001))
     built = {path: path.stat().st_mtime_ns for path in (tmp_path / "corpus").glob("shard-*")}
@@ -548,14 +542,14 @@ def test_few_bad_scans_do_not_stop_a_growing_corpus(folder: Path, storage: Stora
     assert load_manifest(storage)["reasons"] == {"accepted": 8, "not_nifti": 1}
 
 
-def test_a_pattern_that_fits_hardly_anything_stops_before_anything_is_read(folder: Path, storage: Storage) -> None:
+def test_a_pattern_that_matches_few_names_stops_the_job_before_reading(folder: Path, storage: Storage) -> None:
     with pytest.raises(DataError, match=r"6 of 6 scans read were refused \(6 no_subject\)"):
         make(storage, config_of(folder, subject_pattern="^(sub-0)"))
     assert not list(Path(storage.url.removeprefix("file://")).glob("shard-*"))
 
 
 @pytest.mark.parametrize(("shard_size_mib", "num_shards"), [(0.0001, 3), (64.0, 1)])
-def test_copies_of_different_subjects_are_kept_and_counted_however_shards_are_cut(
+def test_copies_of_different_subjects_are_kept_and_counted_for_any_shard_size(
     write_scan: WriteScan, storage: Storage, shard_size_mib: float, num_shards: int
 ) -> None:
     for subject in range(3):
@@ -587,10 +581,10 @@ def test_copies_of_different_subjects_can_be_refused(
     assert load_manifest(storage)["num_records"] == 2
 
 
-# What is said
+# Messages
 
 
-def test_progress_is_said_first_last_and_now_and_then(folder: Path, storage: Storage) -> None:
+def test_progress_is_reported_first_last_and_at_intervals(folder: Path, storage: Storage) -> None:
     (folder / "sub-9_text.nii").write_text("not an image")
     said: list[str] = []
     report_progress(ingest_locally(config_of(folder), storage), said.append, interval_s=60)
@@ -599,7 +593,7 @@ def test_progress_is_said_first_last_and_now_and_then(folder: Path, storage: Sto
     assert said[1].startswith("scans 9/9 | shards ") and said[1].endswith("refused: 1 not_nifti")
 
 
-def test_membership_is_answered_without_naming_anybody(folder: Path, storage: Storage) -> None:
+def test_membership_is_answered_without_naming_a_subject(folder: Path, storage: Storage) -> None:
     make(storage, config_of(folder, cohort="ours", subjects=("sub-[0-2]",)))
     manifest = load_manifest(storage)
     assert contains(manifest, subject="sub-0")
@@ -621,7 +615,7 @@ def test_a_scan_is_known_by_its_voxels_also_after_resampling(folder: Path, stora
         assert contains(load_manifest(storage), voxels_sha256=voxels_sha256(read_volume(path)))
 
 
-def test_the_digest_of_a_corpus_follows_what_was_asked(tmp_path: Path) -> None:
+def test_the_digest_of_a_corpus_depends_on_the_request(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     assert corpus_digest(config) == corpus_digest(config_of(tmp_path))
     others = [
@@ -635,7 +629,7 @@ def test_the_digest_of_a_corpus_follows_what_was_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.data
-def test_acdc_is_accepted_whole(mri: Path, storage: Storage) -> None:
+def test_all_scans_of_acdc_are_accepted(mri: Path, storage: Storage) -> None:
     make(storage, config_of(mri / "acdc/images", cohort="acdc", shard_size_mib=64))
     manifest = load_manifest(storage)
     assert manifest["reasons"] == {"accepted": 200}
@@ -644,7 +638,7 @@ def test_acdc_is_accepted_whole(mri: Path, storage: Storage) -> None:
 
 
 @pytest.mark.data
-def test_hippocampus_is_accepted_whole(mri: Path, storage: Storage) -> None:
+def test_all_scans_of_hippocampus_are_accepted(mri: Path, storage: Storage) -> None:
     pattern = r"^(hippocampus_\d+)"
     make(
         storage,

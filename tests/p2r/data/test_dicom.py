@@ -1,4 +1,4 @@
-"""DICOM: files to series, series to volumes, and no word about a patient on the way."""
+"""DICOM files -> series -> volumes, without any patient data."""
 
 import json
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def test_a_series_becomes_one_volume_with_its_voxels(tmp_path: Path, write_serie
     assert volume.key == "t1_s003"
 
 
-def test_no_word_about_the_patient_gets_through(tmp_path: Path, write_series: WriteSeries) -> None:
+def test_no_patient_data_is_kept(tmp_path: Path, write_series: WriteSeries) -> None:
     write_series(tmp_path / "p1" / "t1")
     (scan,) = scans_of(tmp_path)
     (volume,) = read_scan(scan, CONFIG)
@@ -59,7 +59,7 @@ def test_no_word_about_the_patient_gets_through(tmp_path: Path, write_series: Wr
     assert "10:11" not in known
 
 
-def test_converting_twice_gives_the_same(tmp_path: Path, write_series: WriteSeries) -> None:
+def test_conversion_is_reproducible(tmp_path: Path, write_series: WriteSeries) -> None:
     write_series(tmp_path / "p1", echoes=2)
     (scan,) = scans_of(tmp_path)
     first, second = read_scan(scan, CONFIG), read_scan(scan, CONFIG)
@@ -76,11 +76,11 @@ def test_a_series_with_two_echoes_is_two_volumes(tmp_path: Path, write_series: W
     assert [first.sidecar["EchoTime"], second.sidecar["EchoTime"]] == [0.003, 0.006]
     np.testing.assert_array_equal(first.data[..., 0], voxels[..., :6].transpose(1, 0, 2)[::-1, ::-1])
     np.testing.assert_array_equal(second.data[..., 0], voxels[..., 6:].transpose(1, 0, 2)[::-1, ::-1])
-    assert "EchoTime" not in sidecar_of(scan), "they do not agree on it"
+    assert "EchoTime" not in sidecar_of(scan), "the value differs between the images"
     assert sidecar_of(scan)["FlipAngle"] == 9
 
 
-def test_two_series_of_one_folder_are_told_apart(tmp_path: Path, write_series: WriteSeries) -> None:
+def test_two_series_of_one_folder_are_separate_scans(tmp_path: Path, write_series: WriteSeries) -> None:
     first, second = write_series(tmp_path / "p1", number=3), write_series(tmp_path / "p1", number=4)
     scans = sorted(scans_of(tmp_path), key=lambda scan: scan.key)
     assert [scan.key for scan in scans] == ["p1_s003", "p1_s004"]
@@ -95,10 +95,12 @@ def test_the_same_series_in_two_folders_is_two_scans(tmp_path: Path, write_serie
     write_series(tmp_path / "p1" / "t1")
     write_series(tmp_path / "p2" / "t1")
     assert [scan.key for scan in scans_of(tmp_path)] == ["p1_t1_s003", "p2_t1_s003"]
-    assert [scan.name for scan in scans_of(tmp_path)] == ["p1", "p2"], "what subject_pattern looks at"
+    assert [scan.name for scan in scans_of(tmp_path)] == ["p1", "p2"], (
+        "the name that subject_pattern is matched against"
+    )
 
 
-def test_the_patient_id_is_a_subject_only_where_a_job_asks(tmp_path: Path, write_series: WriteSeries) -> None:
+def test_the_patient_id_is_the_subject_only_if_the_job_says_so(tmp_path: Path, write_series: WriteSeries) -> None:
     write_series(tmp_path / "study" / "t1")
     assert scans_of(tmp_path)[0].subject is None
     (scan,) = scans_of(tmp_path, dicom_subject="patient_id")
@@ -106,7 +108,7 @@ def test_the_patient_id_is_a_subject_only_where_a_job_asks(tmp_path: Path, write
     assert "SECRET" not in scan.key + scan.path
 
 
-def test_dicom_without_suffix_is_found_where_there_is_no_nifti(
+def test_dicom_without_suffix_is_found_in_folders_without_nifti(
     tmp_path: Path, write_series: WriteSeries, write_scan: Any
 ) -> None:
     write_series(tmp_path / "raw" / "p1", suffix="")
@@ -124,7 +126,7 @@ def test_one_file_can_be_a_source(tmp_path: Path, write_series: WriteSeries) -> 
     assert scan.path == str(tmp_path / "p1" / "IM030001")
     assert scan.files == (scan.path,)
     (volume,) = read_scan(scan, CONFIG)
-    assert volume.data.shape == (20, 24, 1, 1), "a single plane"
+    assert volume.data.shape == (20, 24, 1, 1), "a single slice"
 
 
 @pytest.mark.parametrize(
@@ -137,20 +139,20 @@ def test_one_file_can_be_a_source(tmp_path: Path, write_series: WriteSeries) -> 
         ({"BurnedInAnnotation": "YES"}, "burned_in_annotation"),
     ],
 )
-def test_what_is_no_mr_image_is_refused_by_name(
+def test_images_other_than_mr_are_refused_by_name(
     tmp_path: Path, write_series: WriteSeries, tags: dict[str, str], code: str
 ) -> None:
     write_series(tmp_path, **tags)
     assert code_of(scans_of(tmp_path)[0]) == code
 
 
-def test_a_missing_slice_is_not_guessed(tmp_path: Path, write_series: WriteSeries) -> None:
+def test_a_missing_slice_is_not_interpolated(tmp_path: Path, write_series: WriteSeries) -> None:
     write_series(tmp_path, size=8)
     sorted(tmp_path.iterdir())[3].unlink()
     assert code_of(scans_of(tmp_path)[0]) == "uneven_slices"
 
 
-def test_a_cut_file_makes_its_series_unreadable(tmp_path: Path, write_series: WriteSeries) -> None:
+def test_a_truncated_file_makes_its_series_unreadable(tmp_path: Path, write_series: WriteSeries) -> None:
     write_series(tmp_path)
     file = sorted(tmp_path.iterdir())[2]
     file.write_bytes(file.read_bytes()[:-100])
@@ -168,7 +170,7 @@ def test_a_localizer_in_three_orientations_is_three_planes(tmp_path: Path, write
     assert sorted(volume.data.shape[:3].index(1) for volume in volumes) == [0, 1, 2]
 
 
-def test_of_a_split_series_the_usable_images_are_kept_and_the_others_noted(
+def test_usable_images_of_a_split_series_are_kept_and_the_others_noted(
     tmp_path: Path, write_series: WriteSeries
 ) -> None:
     write_series(tmp_path / "p1", size=5)
@@ -189,9 +191,7 @@ def test_conversion_has_a_time_limit(tmp_path: Path, write_series: WriteSeries) 
     assert code_of(scans_of(tmp_path)[0], CONFIG.model_copy(update={"dcm2niix_timeout_s": 1e-6})) == "timeout"
 
 
-def test_files_that_only_look_like_dicom_are_listed_and_refused_alone(
-    tmp_path: Path, write_series: WriteSeries
-) -> None:
+def test_each_file_that_only_looks_like_dicom_is_listed_and_refused(tmp_path: Path, write_series: WriteSeries) -> None:
     write_series(tmp_path / "p1")
     (tmp_path / "p1" / "junk.dcm").write_bytes(b"x" * 3000)
     (tmp_path / "p1" / "empty.dcm").touch()
@@ -211,7 +211,7 @@ def test_a_dicomdir_is_no_scan(tmp_path: Path, write_series: WriteSeries) -> Non
     assert [scan.key for scan in scans_of(tmp_path)] == ["p1_s003"]
 
 
-def test_frames_resampling_and_quality_apply_to_dicom_too(tmp_path: Path, write_series: WriteSeries) -> None:
+def test_frame_limit_resampling_and_quality_rules_apply_to_dicom(tmp_path: Path, write_series: WriteSeries) -> None:
     write_series(tmp_path)
     (scan,) = scans_of(tmp_path)
     config = IngestConfig(sources=("anywhere",), licence="CC0-1.0", resample_mm=1.0)
@@ -229,8 +229,8 @@ def test_odd_folder_names_do_no_harm(tmp_path: Path, write_series: WriteSeries, 
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
 
 
-def test_hostile_headers_end_in_a_reason(tmp_path: Path, write_series: WriteSeries) -> None:
-    """Bits flipped anywhere in the headers of a series: it is read, or refused."""
+def test_hostile_headers_are_refused_with_a_reason(tmp_path: Path, write_series: WriteSeries) -> None:
+    """Flip bits anywhere in the headers of a series; it must be read or refused."""
     write_series(tmp_path / "whole", size=2)
     rng = np.random.default_rng(0)
     raw = (tmp_path / "whole" / "IM030001.dcm").read_bytes()
@@ -250,7 +250,7 @@ def test_hostile_headers_end_in_a_reason(tmp_path: Path, write_series: WriteSeri
         assert sorted(path.name for path in folder.iterdir()) == ["IM1.dcm", "IM2.dcm"]
 
 
-def test_magic_is_asked_of_files_only(tmp_path: Path) -> None:
+def test_only_files_are_checked_for_the_magic_bytes(tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(b"\0" * 128 + b"DICM")
     assert is_dicom(tmp_path / "image")
     assert not is_dicom(tmp_path)
@@ -354,11 +354,11 @@ def enhanced(
     """Write 5 slices at some times as one multi-frame image, or as several of one series, and return the voxels (X, Y, Z, T) as RAS.
 
     Args:
-        folder: For the files.
+        folder: Folder of the files.
         write_series: The fixture.
-        times: How many.
-        manufacturer: The header's; dcm2niix reads frames accordingly.
-        part_of: Number of the file that has slice z at time t.
+        times: Number of times.
+        manufacturer: Manufacturer in the header; dcm2niix interprets frames accordingly.
+        part_of: Function (z, t) -> number of the file with this slice at this time.
     """
     write_series(folder, size=1)
     (path,) = folder.iterdir()
@@ -414,7 +414,7 @@ PARTS: dict[str, Callable[[int, int], int]] = {
 def test_several_multi_frame_images_of_a_series_are_converted_one_by_one(
     tmp_path: Path, write_series: WriteSeries, kind: str
 ) -> None:
-    """A file for each time, or for each slice. In one run, dcm2niix fills all but the first with values that are in no file."""
+    """One file per time, or per slice. In one run, dcm2niix fills all but the first with values that are in no file."""
     voxels = enhanced(tmp_path / "p1", write_series, times=3, manufacturer="Philips", part_of=PARTS[kind])
     (scan,) = scans_of(tmp_path)
     volumes = read_scan(scan, CONFIG)
@@ -427,10 +427,10 @@ def test_several_multi_frame_images_of_a_series_are_converted_one_by_one(
 
 
 @pytest.mark.parametrize("stated_mm", [None, 8.0])
-def test_a_multi_frame_image_with_gaps_is_read_right_or_refused(
+def test_a_multi_frame_image_with_gaps_is_read_correctly_or_refused(
     tmp_path: Path, write_series: WriteSeries, stated_mm: float | None
 ) -> None:
-    """Slices of 4 mm, 8 mm apart: where the header states no distance, dcm2niix takes the thickness for it."""
+    """Slices of 4 mm, 8 mm apart: without a distance in the header, dcm2niix uses the thickness instead."""
     enhanced(tmp_path / "p1", write_series, times=1, manufacturer="Siemens")
     (path,) = (tmp_path / "p1").iterdir()
     header = pydicom.dcmread(path)

@@ -1,4 +1,4 @@
-"""What is new is planned from names, sizes and times alone."""
+"""Growth of a corpus is planned only from names, sizes and times of files."""
 
 from collections import Counter
 from typing import Any
@@ -51,7 +51,7 @@ def test_the_plan_depends_on_the_seed_and_not_on_the_order_of_scans() -> None:
     assert growth != plan_growth(scans, config_of(shard_size_mib=3, seed=1), PLAIN)
 
 
-def test_the_digest_of_a_plan_follows_all_that_the_shard_depends_on_and_nothing_else() -> None:
+def test_the_digest_of_a_plan_covers_exactly_the_inputs_of_its_shard() -> None:
     def digests(scans: list[Scan], *, number: int = 0, **changes: Any) -> list[str]:
         config = config_of(shard_size_mib=2, **changes)
         return [plan.digest(config) for plan in plan_growth(scans, config, PLAIN, first_number=number).plans]
@@ -85,7 +85,7 @@ def test_unselected_subjects_and_nameless_scans_are_in_the_ledger_only() -> None
     }
 
 
-def test_a_subject_that_the_source_names_is_taken_over_the_pattern() -> None:
+def test_the_subject_of_the_source_has_precedence_over_the_pattern() -> None:
     scan = Scan("/data/a.nii", "a", 1, subject="somebody")
     (plan,) = plan_growth([scan], config_of(), PLAIN).plans
     assert plan.scans[0].subject == "somebody"
@@ -120,9 +120,7 @@ def test_a_pattern_that_finds_no_subject_is_refused(pattern: str) -> None:
         ("not_selected", {}, True),
     ],
 )
-def test_only_what_is_new_or_was_refused_and_changed_is_read(
-    reason: str, changes: dict[str, Any], is_read: bool
-) -> None:
+def test_only_new_scans_and_changed_refused_scans_are_read(reason: str, changes: dict[str, Any], is_read: bool) -> None:
     (scan,) = scans_of("sub-1_a")
     growth = plan_growth([scan], config_of(), PLAIN, ledger=[row_of(scan, reason, **changes)])
     assert keys_of(growth) == (["sub-1_a"] if is_read else [])
@@ -131,13 +129,13 @@ def test_only_what_is_new_or_was_refused_and_changed_is_read(
     assert growth.changed == ((scan.path,) if reason == "accepted" and changes else ())
 
 
-def test_rows_of_scans_that_are_gone_stay() -> None:
+def test_rows_of_deleted_scans_stay() -> None:
     gone, new = scans_of("sub-1_a", "sub-2_a")
     growth = plan_growth([new], config_of(), PLAIN, ledger=[row_of(gone)])
     assert ([row["key"] for row in growth.rows], keys_of(growth)) == (["sub-1_a"], ["sub-2_a"])
 
 
-def test_a_second_file_of_one_name_gets_a_key_of_its_own() -> None:
+def test_a_second_file_of_the_same_name_gets_another_key() -> None:
     held, new = Scan("/old/sub-1_a.nii", "sub-1_a", 1), Scan("/new/sub-1_a.nii", "sub-1_a", 1)
     growth = plan_growth([new], config_of(), PLAIN, ledger=[row_of(held)])
     (key,) = keys_of(growth)
@@ -145,19 +143,19 @@ def test_a_second_file_of_one_name_gets_a_key_of_its_own() -> None:
     assert keys_of(plan_growth([new], config_of(), PLAIN, ledger=[row_of(held)])) == [key]
 
 
-def test_a_plan_knows_what_the_corpus_holds_of_its_subjects() -> None:
+def test_a_plan_lists_the_scans_of_its_subjects_in_the_corpus() -> None:
     first, second, other = scans_of("sub-1_a", "sub-1_b", "sub-2_a")
     (plan,) = plan_growth([second], config_of(), PLAIN, ledger=[row_of(first), row_of(other)]).plans
     assert plan.known == (("sub-1", "sub-1_a", "sub-1_a"),)
 
 
-def test_few_thumbnails_are_asked_for_however_many_scans_there_are() -> None:
+def test_the_number_of_thumbnails_is_bounded() -> None:
     growth = plan_growth(scans_of(*[f"sub-{number}" for number in range(1000)]), config_of(shard_size_mib=3), PLAIN)
     assert sum(planned.is_shown for plan in growth.plans for planned in plan.scans) == 96
     assert sum(plan.max_refused_thumbnails for plan in growth.plans) == 96 < len(growth.plans)
 
 
-def test_preprocessing_leaves_out_what_only_selects_or_names() -> None:
+def test_preprocessing_excludes_keys_that_only_select_or_name() -> None:
     section = config_of(sources=("a", "b"), provenance="p", cohort="c", seed=3, shard_size_mib=1, pseudonyms=True)
     assert preprocessing_of(section) == preprocessing_of(config_of())
     assert preprocessing_of(config_of(record="npy")) != preprocessing_of(config_of())

@@ -1,4 +1,4 @@
-"""Every case of `scan_cases`: the right value, or a refusal with a way out; and what is written overlays its scan."""
+"""Every case of `scan_cases` is read correctly or refused with advice, and written files overlay their scan."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tests.dicom_cases import DICOM_CASES, DicomCase, voxels
 from tests.folder_cases import FOLDER_CASES, FolderCase
 from tests.scan_cases import CASES, READ, Case, table
 
-# Files that these two do not read, or read as other values: nothing can be compared.
+# Files that nibabel or ITK do not read, or read as other values; they cannot be compared.
 NOT_FOR_NIBABEL = ("gzipped, under", "quaternion rounded", "vox_offset of 0")
 NOT_FOR_ITK = ("NIfTI-2", "with shear", "gzipped, under a plain name", "scl_slope of 0", "vox_offset of 0")
 
@@ -35,7 +35,7 @@ def read(case: Case, path: Path) -> Volume:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_case_has_the_outcome_of_the_table(case: Case, tmp_path: Path) -> None:
+def test_every_file_has_the_outcome_of_the_table(case: Case, tmp_path: Path) -> None:
     path = case.write(tmp_path)
     if case.refused:
         with pytest.raises(RefusedScan) as refusal:
@@ -82,7 +82,7 @@ def test_every_folder_list_and_task_has_the_outcome_of_the_table(case: FolderCas
 
 
 def described(kind: str, source: Path) -> str:
-    """Return what a source comes to, in the words of the table."""
+    """Return the outcome of a source, as stated in the table."""
     if kind == "task":
         task = load_task(source)
         return f"{len(task.scans)} cases of {sum(map(len, task.subjects.values()))} patients"
@@ -101,7 +101,7 @@ def described(kind: str, source: Path) -> str:
 
 @pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_what_is_written_like_a_scan_overlays_it_in_nibabel_and_itk(case: Case, tmp_path: Path) -> None:
+def test_a_file_written_like_a_scan_overlays_it_in_nibabel_and_itk(case: Case, tmp_path: Path) -> None:
     path, output = case.write(tmp_path), tmp_path / "out" / "labels.nii.gz"
     volume = read_volume(path)
     stored = to_source_grid(volume.data, volume)

@@ -1,4 +1,4 @@
-"""Label maps do not enter a corpus unless the job says so, and whatever is left out has a reason in the ledger."""
+"""A corpus leaves label maps out unless the job takes them; the ledger has the reason of each omission."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def scan(seed: int) -> Any:
 
 
 def blocks(values: int) -> Any:
-    """An atlas: pieces of one value each."""
+    """Return an atlas: blocks of one value each."""
     grid = np.indices(SHAPE) // np.array([3, 4, 2])[:, None, None, None]
     return ((grid[0] * 31 + grid[1] * 7 + grid[2]) % values + 1).astype(np.int16)
 
@@ -78,11 +78,11 @@ def nnunet(write_scan: WriteScan) -> Path:
         ("segment3_T1w.nii.gz", False),
     ],
 )
-def test_a_name_tells_label_maps_from_scans(below: str, is_label_map: bool) -> None:
+def test_label_maps_are_recognised_by_name(below: str, is_label_map: bool) -> None:
     assert (label_map_by_name(below) is not None) == is_label_map
 
 
-def test_voxels_tell_label_maps_from_scans() -> None:
+def test_label_maps_are_recognised_by_voxels() -> None:
     assert label_map_by_voxels((blocks(1) - 1 + (np.indices(SHAPE)[0] > 9))[..., None])
     assert label_map_by_voxels(blocks(3)[..., None] * np.float32(1.0000153))
     assert label_map_by_voxels(np.repeat(np.repeat(blocks(90), 6, axis=0), 6, axis=1)[..., None])
@@ -93,7 +93,7 @@ def test_voxels_tell_label_maps_from_scans() -> None:
 
 @pytest.mark.data
 @pytest.mark.parametrize("folder", ["acdc", "msd_hippocampus"])
-def test_real_scans_and_their_label_maps_are_told_apart(mri: Path, folder: str) -> None:
+def test_real_label_maps_are_recognised_and_their_scans_are_not(mri: Path, folder: str) -> None:
     for path in sorted((mri / folder / "images").glob("*.nii.gz"))[::40]:
         assert label_map_by_voxels(read_volume(path).data) is None
         assert label_map_by_voxels(read_volume(mri / folder / "labels" / path.name).data)
@@ -115,7 +115,7 @@ def test_label_maps_are_left_out_with_a_reason_and_taken_if_asked(write_scan: Wr
     assert {row["reason"] for row in taken.values()} == {"accepted"}
 
 
-def test_more_label_maps_than_scans_are_no_failure(write_scan: WriteScan, tmp_path: Path) -> None:
+def test_more_label_maps_than_scans_are_accepted(write_scan: WriteScan, tmp_path: Path) -> None:
     for number in range(3):
         write_scan(f"images/p{number}.nii.gz", scan(number))
         for reader in "abc":
@@ -124,7 +124,7 @@ def test_more_label_maps_than_scans_are_no_failure(write_scan: WriteScan, tmp_pa
     assert sum(row["reason"] == "label_map" for row in rows.values()) == 9
 
 
-def test_an_nnunet_folder_gives_scans_cases_and_channels_and_no_label(nnunet: Path, tmp_path: Path) -> None:
+def test_an_nnunet_folder_yields_scans_cases_and_channels_without_labels(nnunet: Path, tmp_path: Path) -> None:
     rows = ingested(config_of(nnunet), tmp_path / "corpus")
     accepted = [row for row in rows.values() if row["status"] == "accepted"]
     assert {row["subject"] for row in accepted} == {f"case_{number:03d}" for number in (0, 1, 2, 3, 9)}
@@ -175,7 +175,7 @@ def test_a_broken_dataset_json_is_refused_by_name(tmp_path: Path, text: str, wor
     assert "dataset.json" in str(caught.value)
 
 
-def test_a_label_that_a_dataset_json_lists_is_left_out_whatever_its_name(write_scan: WriteScan, tmp_path: Path) -> None:
+def test_a_label_listed_in_a_dataset_json_is_left_out_under_any_name(write_scan: WriteScan, tmp_path: Path) -> None:
     write_scan("a/one.nii.gz", scan(1))
     folder = write_scan("b/one.nii.gz", scan(2)).parent.parent
     (folder / "dataset.json").write_text(
@@ -227,12 +227,10 @@ def test_a_dataset_json_in_a_bucket_is_read(nnunet: Path, s3_url: str, tmp_path:
         find_scans([f"{s3_url}/d"], cache=tmp_path)
 
 
-# Whose scans they are
+# Subjects of scans
 
 
-def test_scans_that_all_seem_to_be_of_one_subject_stop_the_job_before_one_is_read(
-    write_scan: WriteScan, tmp_path: Path
-) -> None:
+def test_scans_all_of_one_subject_stop_the_job_before_reading(write_scan: WriteScan, tmp_path: Path) -> None:
     for number in range(4):
         path = write_scan(f"brain_{number:03d}.nii.gz", scan(number))
         path.write_bytes(b"not read")

@@ -1,4 +1,4 @@
-"""A ledger, a manifest and thumbnails from a stranger: bounds, and the project's own error for whatever breaks one."""
+"""Untrusted ledgers, manifests and thumbnails are bounded, and every violation raises p2r's own error."""
 
 import json
 from typing import Any
@@ -20,7 +20,7 @@ Corpus = tuple[Storage, dict[str, Any]]
 HUGE = 2**60
 
 
-def test_a_ledger_is_read_as_it_was_written(small_corpus: Corpus) -> None:
+def test_a_ledger_is_unchanged_after_writing_and_reading(small_corpus: Corpus) -> None:
     rows = read_ledger(*small_corpus)
     assert parse_ledger(ledger_bytes(rows), name="ledger") == rows
 
@@ -75,7 +75,7 @@ def test_counts_that_arrays_cannot_add_up_are_refused(small_corpus: Corpus, fiel
         parse_manifest(manifest_bytes(hostile), name="manifest.json")
 
 
-def test_a_large_manifest_is_read_as_a_small_one_and_gives_the_same_order(
+def test_a_large_manifest_is_read_like_a_small_one_and_gives_the_same_order(
     small_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = small_corpus[0].read_bytes("manifest.json")
@@ -93,7 +93,7 @@ PIECES = [b"null", b"[", b"]", b"{", b"}", b"-1", b"9" * 30, b"1e999", b"1e300",
 
 @settings(max_examples=250, derandomize=True, deadline=None, database=None)
 @given(data=st.data())
-def test_no_damage_to_a_document_of_a_corpus_ends_in_another_error(data: st.DataObject, small_corpus: Corpus) -> None:
+def test_every_damaged_document_of_a_corpus_raises_a_data_error(data: st.DataObject, small_corpus: Corpus) -> None:
     storage, manifest = small_corpus
     shard = manifest["shards"][0]
     readers = {
@@ -115,7 +115,7 @@ def test_no_damage_to_a_document_of_a_corpus_ends_in_another_error(data: st.Data
 
 @settings(max_examples=250, derandomize=True, deadline=None, database=None)
 @given(data=st.data())
-def test_the_reader_of_large_documents_gives_what_the_other_gives_or_leaves_it_to_it(data: st.DataObject) -> None:
+def test_the_reader_of_large_documents_agrees_with_the_other_or_defers_to_it(data: st.DataObject) -> None:
     content = bytearray(
         b'{"a": [1, -2.5e3, {"b": null, "c": "x: y"}], "d\\u00e9": {"a": 9223372036854775807, "": true}, "e\\\\": []}'
     )

@@ -20,7 +20,7 @@ from p2r.storage import Storage
 Corpus = tuple[Storage, dict[str, Any]]
 
 
-def test_the_revision_is_kept_under_the_digest_of_its_bytes(small_corpus: Corpus) -> None:
+def test_a_revision_is_stored_under_the_digest_of_its_bytes(small_corpus: Corpus) -> None:
     storage, manifest = small_corpus
     revision = f"manifests/{manifest_sha256(manifest)}.json"
     assert storage.read_bytes(revision) == storage.read_bytes("manifest.json")
@@ -32,7 +32,7 @@ def test_a_folder_without_a_manifest_is_no_corpus(tmp_path: Path) -> None:
         load_manifest(Storage(str(tmp_path)))
 
 
-def test_a_revision_that_is_not_there_or_damaged_is_refused(small_corpus: Corpus, tmp_path: Path) -> None:
+def test_an_absent_or_damaged_revision_is_refused(small_corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no revision 00"):
         load_manifest(small_corpus[0], revision="0" * 64)
     with pytest.raises(DataError, match="is not a SHA-256"):
@@ -52,12 +52,12 @@ def test_a_manifest_of_another_format_is_refused(content: Any) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe", b"{", b"[" * 200_000, b'{"format": NaN}', b'{"n": ' + b"9" * 10_000 + b"}"]
 )
-def test_what_is_not_json_is_refused(content: bytes) -> None:
+def test_a_manifest_that_is_not_json_is_refused(content: bytes) -> None:
     with pytest.raises(DataError, match=r"manifest\.json is not"):
         parse_manifest(content, name="manifest.json")
 
 
-def test_a_manifest_that_lacks_something_says_what(small_corpus: Corpus) -> None:
+def test_a_manifest_that_lacks_a_key_is_refused_by_its_name(small_corpus: Corpus) -> None:
     _, manifest = small_corpus
     for name in set(manifest) - {"format"}:
         lacking = {key: value for key, value in manifest.items() if key != name}
@@ -130,7 +130,7 @@ def test_a_shard_that_is_listed_twice_is_refused(small_corpus: Corpus) -> None:
         parse_manifest(manifest_bytes({**manifest, "shards": manifest["shards"] * 2}), name="manifest.json")
 
 
-def test_it_tells_who_is_in_the_corpus(small_corpus: Corpus) -> None:
+def test_membership_of_subjects_is_answered(small_corpus: Corpus) -> None:
     storage, manifest = small_corpus
     assert contains(manifest, subject="sub-03")
     assert contains(manifest, cohort="default", subject="sub-03")
@@ -147,7 +147,7 @@ def test_the_manifest_names_no_subject(small_corpus: Corpus) -> None:
     assert "sub-0" not in json.dumps(small_corpus[1])
 
 
-def test_its_facts_are_those_of_the_scans(small_corpus: Corpus) -> None:
+def test_the_facts_of_a_manifest_match_the_scans(small_corpus: Corpus) -> None:
     facts = dict(facts_of(small_corpus[1]))
     assert (facts["scans"], facts["subjects"], facts["planes"], facts["volumes"]) == ("12", "6", "62", "13")
     assert ("spacing, mm", "S", "8", "8", "8") in ranges_of(small_corpus[1])

@@ -1,4 +1,4 @@
-"""The order of samples: a pure function with the invariants that pretraining leans on."""
+"""The order of samples is a pure function with the invariants that pretraining relies on."""
 
 import itertools
 import subprocess
@@ -60,17 +60,17 @@ def test_an_epoch_takes_every_sample_at_most_once_and_leaves_out_less_than_a_bat
     assert taken.max() < total
 
 
-def test_where_the_batch_divides_the_corpus_every_sample_comes_exactly_once() -> None:
+def test_every_sample_occurs_exactly_once_if_the_batch_divides_the_corpus() -> None:
     np.testing.assert_array_equal(np.sort(epoch_of(UNEVEN, 61)), np.arange(305))
 
 
-def test_windows_within_a_long_lane_take_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_of_a_long_lane_use_every_sample_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "_WINDOW", 10)
     np.testing.assert_array_equal(np.sort(epoch_of(UNEVEN, 5)), np.arange(305))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 7, 16, 30, 255, 256, 257, 1000])
-def test_shuffling_a_window_is_one_to_one_and_even(length: int) -> None:
+def test_shuffling_a_window_is_a_uniform_permutation(length: int) -> None:
     num_keys = 4000
     keys = order._mix_words(np.arange(num_keys, dtype=np.uint64))
     index = np.arange(min(length, 32), dtype=np.uint64)
@@ -80,12 +80,14 @@ def test_shuffling_a_window_is_one_to_one_and_even(length: int) -> None:
     )
     assert sorted(one[:, 0].tolist()) == list(range(length))
     assert all(len(set(row)) == len(index) for row in sent[:50].tolist())
-    share = np.bincount(sent[:, 0].astype(int), minlength=length) / num_keys  # where the first goes, over all keys
+    share = (
+        np.bincount(sent[:, 0].astype(int), minlength=length) / num_keys
+    )  # destination of the first sample, over all keys
     assert np.abs(share - 1 / length).max() < 5 * np.sqrt(1 / length / num_keys) + 0.02 / length
 
 
-def test_lanes_longer_than_a_window_of_the_real_size_take_everything_once() -> None:
-    prime = 4001  # its only lane is longer than two windows, and steps straddle them
+def test_lanes_longer_than_a_real_window_use_every_sample_once() -> None:
+    prime = 4001  # the only lane is longer than two windows, and steps cross their borders
     manifest = manifest_of(20_000, 15_000, 10 * prime - 35_000)
     assert num_lanes(prime) == 1
     np.testing.assert_array_equal(np.sort(epoch_of(manifest, prime)), np.arange(10 * prime))
@@ -135,7 +137,7 @@ def test_epochs_and_seeds_differ_and_repeat_exactly() -> None:
         assert (first != other).mean() > 0.9
 
 
-def test_other_samples_sit_out_each_epoch() -> None:
+def test_each_epoch_leaves_out_other_samples() -> None:
     left_out = [set(range(305)) - set(epoch_of(UNEVEN, 16, epoch=epoch)) for epoch in range(30)]
     assert all(len(out) == 305 % 16 for out in left_out)
     assert len(set().union(*left_out)) > 10
@@ -163,8 +165,8 @@ def test_the_order_is_the_same_in_another_process() -> None:
     assert printed.strip() == str(global_batch(UNEVEN, seed=7, epoch=2, step=5, global_batch=12).tolist())
 
 
-def test_the_order_is_the_one_that_earlier_runs_had() -> None:
-    """A change here breaks the resuming of every run that exists: rename `order.ORDER` with it."""
+def test_the_order_equals_that_of_earlier_versions() -> None:
+    """A change here prevents existing runs from resuming: change `order.ORDER` with it."""
     assert order.ORDER == "lanes/2"
     assert global_batch(UNEVEN, seed=0, epoch=0, step=0, global_batch=8).tolist() == GOLDEN
 
@@ -180,7 +182,7 @@ def test_a_thousand_uneven_shards_give_the_same_batches_on_every_world_size() ->
     assert int(counts.sum()) - num_steps * 768 < 768 + 768
     for step in (0, 1, num_steps // 2, num_steps - 1):
         whole = global_batch(manifest, seed=1, epoch=2, step=step, global_batch=768)
-        assert len(set(locate(manifest, whole)[0].tolist())) > 300  # it mixes the corpus
+        assert len(set(locate(manifest, whole)[0].tolist())) > 300  # batches mix the corpus
         for world_size in WORLD_SIZES:
             parts = [
                 rank_batch(manifest, seed=1, epoch=2, step=step, global_batch=768, rank=rank, world_size=world_size)
@@ -191,7 +193,7 @@ def test_a_thousand_uneven_shards_give_the_same_batches_on_every_world_size() ->
     assert len(np.unique(taken)) == len(taken)
 
 
-def test_a_run_that_changes_its_ranks_again_and_again_repeats_and_skips_nothing() -> None:
+def test_a_run_with_changing_world_sizes_repeats_and_skips_nothing() -> None:
     manifest = manifest_of(*np.random.default_rng(1).integers(1, 60, 1000).tolist())
     prepared = Order([counts_of(manifest)], seed=0, global_batch=768)
     (num_steps,) = prepared.steps_per_epoch
@@ -206,7 +208,7 @@ def test_a_run_that_changes_its_ranks_again_and_again_repeats_and_skips_nothing(
 MIXED = [[40, 25, 60], [9, 8], [300]]
 
 
-def test_a_mixture_takes_its_corpora_by_weight_in_every_batch() -> None:
+def test_every_batch_of_a_mixture_has_its_corpora_by_weight() -> None:
     mixture = Order(MIXED, seed=0, global_batch=16, weights=[2, 1, 1])
     assert mixture.shares == (0.5, 0.25, 0.25)
     assert mixture.steps_per_epoch == (15, 4, 75)
@@ -221,17 +223,17 @@ def test_a_mixture_takes_its_corpora_by_weight_in_every_batch() -> None:
             np.testing.assert_array_equal(np.concatenate([part.positions for part in parts]), samples.positions)
             np.testing.assert_array_equal(np.concatenate([part.epochs for part in parts]), samples.epochs)
             of_ranks = [np.bincount(mixture.locate(part.positions)[0], minlength=3)[0] for part in parts]
-            assert set(of_ranks) == {8 // world_size}  # no rank gets one corpus alone
+            assert set(of_ranks) == {8 // world_size}  # every rank gets the same mixture
         for corpus, epoch, position in zip(corpora, samples.epochs, samples.positions, strict=True):
             assert epoch == step // mixture.steps_per_epoch[corpus]
             passed[corpus].setdefault(int(epoch), []).append(int(position))
     assert all(len(set(positions)) == len(positions) for epochs in passed for positions in epochs.values())
-    assert sorted(passed[1]) == list(range(8))  # the smallest has come round eight times
+    assert sorted(passed[1]) == list(range(8))  # eight epochs of the smallest corpus
 
 
 def test_steps_taken_together_are_the_steps_taken_one_by_one() -> None:
     mixture = Order(MIXED, seed=0, global_batch=16, weights=[2, 1, 1])
-    one_by_one = [mixture.slice(step, range(3, 14)) for step in range(2, 40)]  # ten epochs of the smallest
+    one_by_one = [mixture.slice(step, range(3, 14)) for step in range(2, 40)]  # ten epochs of the smallest corpus
     for one, other in zip(mixture.slices(range(2, 40), range(3, 14)), one_by_one, strict=True):
         np.testing.assert_array_equal(one.positions, other.positions)
         np.testing.assert_array_equal(one.epochs, other.epochs)
@@ -245,13 +247,13 @@ def test_a_mixture_without_weights_takes_corpora_by_size() -> None:
     ("weights", "size", "message"),
     [([1, 1, 1000], 16, "less than one of the 16 lanes"), ([1, 30, 1], 64, "part of one of them")],
 )
-def test_a_mixture_that_cannot_be_is_refused(weights: list[float], size: int, message: str) -> None:
+def test_an_impossible_mixture_is_refused(weights: list[float], size: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         Order(MIXED, seed=0, global_batch=size, weights=weights)
 
 
 def test_the_order_of_a_billion_samples_is_prepared_at_once_and_a_batch_takes_milliseconds() -> None:
-    """Bounds are ten times what was seen; `bench_stream.py` states the figures."""
+    """Bounds are ten times the measured values, which are in `bench_stream.py`."""
     counts = np.random.default_rng(0).integers(5_000, 15_000, 100_000).tolist()
     began = time.perf_counter()
     tracemalloc.start()

@@ -31,7 +31,7 @@ def test_a_subject_is_an_image_and_its_labels_on_one_grid(two_subjects: Path) ->
         assert set(np.unique(labels.data)) == {0, 1, 2}
 
 
-def test_labels_lie_where_the_tissues_are(two_subjects: Path) -> None:
+def test_labels_match_the_tissues(two_subjects: Path) -> None:
     for path in (two_subjects / "images").iterdir():
         image, label = read_volume(path).data, read_labels(two_subjects / "labels" / path.name).data
         air, grey, white = (np.median(image[label == value]) for value in (0, 1, 2))
@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_bytes_and_a_larger_group_begins_with_the_s
     assert len(alone) == 5
 
 
-def test_another_seed_gives_others(two_subjects: Path, tmp_path: Path) -> None:
+def test_another_seed_gives_other_subjects(two_subjects: Path, tmp_path: Path) -> None:
     other = digests(virtual_subjects(tmp_path, num_subjects=1, seed=1))
     assert other["images/sub-001_T1w.nii.gz"] != digests(two_subjects)["images/sub-001_T1w.nii.gz"]
 
@@ -75,7 +75,7 @@ def test_a_complete_folder_is_left_as_it_is(two_subjects: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in two_subjects.rglob("*")} == before
 
 
-def test_a_failure_leaves_no_folder_of_the_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_no_folder_under_the_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
@@ -85,7 +85,7 @@ def test_a_failure_leaves_no_folder_of_the_final_name(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_says_what_it_is_and_under_which_licence(two_subjects: Path) -> None:
+def test_its_description_names_origin_and_licence(two_subjects: Path) -> None:
     text = (two_subjects / "README").read_text()
     assert "not scans of people" in text and "McGill" in text
     assert json.loads((two_subjects / "complete.json").read_text())["seed"] == 0

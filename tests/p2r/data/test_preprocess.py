@@ -1,4 +1,4 @@
-"""From voxels to the network's grid, and back to the voxels."""
+"""Voxels -> the network's grid -> voxels."""
 
 from functools import partial
 from typing import Any
@@ -57,14 +57,14 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
         ((1.0, 1.0, 0.9), 1),
     ],
 )
-def test_planes_are_cut_across_the_largest_spacing(spacing_mm: tuple[float, ...], axis: int) -> None:
+def test_slices_are_perpendicular_to_the_largest_spacing(spacing_mm: tuple[float, ...], axis: int) -> None:
     assert slice_axis(spacing_mm) == axis
     assert slice_axis(spacing_mm, 0) == 0
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("num_frames", [1, 3])
-def test_cutting_and_stacking_undo_each_other(axis: int, num_frames: int) -> None:
+def test_stacking_inverts_slicing(axis: int, num_frames: int) -> None:
     data = np.random.default_rng(0).integers(0, 99, (4, 5, 6, num_frames))
     planes = volume_to_planes(data, axis)
     assert len(planes) == num_frames * data.shape[axis]
@@ -76,7 +76,7 @@ def test_cutting_and_stacking_undo_each_other(axis: int, num_frames: int) -> Non
     np.testing.assert_array_equal(planes_to_volume(vectors, axis, num_frames)[..., 1], -data)
 
 
-def test_stacking_refuses_planes_that_make_no_whole_frames() -> None:
+def test_stacking_refuses_an_incomplete_frame() -> None:
     with pytest.raises(ValueError, match="frames"):
         planes_to_volume(np.zeros((5, 2, 2)), 0, 2)
 
@@ -101,7 +101,7 @@ def test_the_table_has_the_percentiles_of_numpy(dtype: str) -> None:
     np.testing.assert_allclose(percentile_table(data), np.percentile(data[data != 0], PERCENTILES), rtol=1e-6)
 
 
-def test_a_window_whose_percentiles_fall_together_takes_the_extremes() -> None:
+def test_a_window_of_equal_percentiles_uses_minimum_and_maximum() -> None:
     data = np.zeros((10, 10, 10), np.int16)
     data[:3] = 5
     data[0, 0] = 9
@@ -109,7 +109,7 @@ def test_a_window_whose_percentiles_fall_together_takes_the_extremes() -> None:
     assert intensity_window(table, (10.0, 90.0)) == (5.0, 9.0) and intensity_window(table, (25.0, 50.0)) == (5.0, 9.0)
 
 
-def test_hardly_any_contrast_is_constant() -> None:
+def test_nearly_constant_intensities_count_as_constant() -> None:
     data = np.zeros((20, 20, 20), np.int16)
     data[0, 0, 0] = 1
     with pytest.raises(RefusedScan) as refusal:
@@ -117,8 +117,8 @@ def test_hardly_any_contrast_is_constant() -> None:
     assert refusal.value.code == "constant"
 
 
-def test_the_window_of_a_large_scan_sees_every_plane() -> None:
-    # A stride of 16 along the last axis would see one plane in sixteen.
+def test_the_window_of_a_large_scan_uses_every_slice() -> None:
+    # A stride of 16 along the last axis would use one slice in sixteen.
     data = np.broadcast_to(np.arange(1, 65, dtype=np.int16), (512, 512, 64))
     low, high = intensity_window(percentile_table(data), (0.5, 99.5))
     assert (low, high) == (1.0, 64.0)
@@ -128,14 +128,14 @@ def test_normalising_clips() -> None:
     assert normalise(torch.tensor([0, 10, 15, 20, 99]), 10.0, 20.0).tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
 
 
-def test_a_plane_on_the_grid_already_is_left_as_it_is() -> None:
+def test_a_slice_with_the_target_grid_is_unchanged() -> None:
     planes = noise(2, 1, 20, 24)
     image, inside = to_grid(planes, (1.5, 1.5), target_mm=1.5, size=None)
     assert torch.equal(image, planes)
     assert inside.all()
 
 
-def test_padding_is_central_and_marked() -> None:
+def test_padding_is_symmetric_and_marked() -> None:
     planes = noise(2, 1, 20, 25)
     image, inside = to_grid(planes, (1.0, 1.0), target_mm=1.0, size=32)
     assert image.shape == (2, 1, 32, 32)
@@ -157,7 +157,7 @@ def test_resampling_gives_square_pixels_of_the_stated_size() -> None:
     assert image.shape[-2:] == (40, 20)
 
 
-def test_a_disc_stays_where_it_is_in_millimetres() -> None:
+def test_a_disc_keeps_its_position_in_millimetres() -> None:
     rows, columns = np.meshgrid(np.arange(60), np.arange(30), indexing="ij")
     centre = np.array([20.0, 18.0])
     disc = np.exp(-(((rows - centre[0]) * 1.0) ** 2 + ((columns - centre[1]) * 2.0) ** 2) / 50)
@@ -176,7 +176,7 @@ def test_labels_are_resampled_without_new_values() -> None:
 
 @pytest.mark.parametrize("shape", [(20, 25), (40, 35), (41, 20), (7, 64)])
 @pytest.mark.parametrize("size", [32, 33, None])
-def test_coming_back_undoes_cropping_and_padding(shape: tuple[int, int], size: int | None) -> None:
+def test_the_inverse_undoes_cropping_and_padding(shape: tuple[int, int], size: int | None) -> None:
     planes = noise(1, 2, *shape)
     image, inside = to_grid(planes, (1.5, 1.5), target_mm=1.5, size=size)
     back = from_grid(image, shape, spacing_mm=(1.5, 1.5), target_mm=1.5)
@@ -186,7 +186,7 @@ def test_coming_back_undoes_cropping_and_padding(shape: tuple[int, int], size: i
     assert kept[0, 0].sum() == min(shape[0], size or shape[0]) * min(shape[1], size or shape[1])
 
 
-def test_coming_back_from_other_pixels_nearly_undoes_a_smooth_image() -> None:
+def test_the_inverse_of_resampling_nearly_restores_a_smooth_image() -> None:
     rows, columns = torch.meshgrid(torch.linspace(0, 3, 40), torch.linspace(0, 2, 30), indexing="ij")
     planes = (torch.sin(rows) * torch.cos(columns))[None, None]
     image, _ = to_grid(planes, (1.25, 1.4), target_mm=1.0, size=64)
@@ -194,7 +194,7 @@ def test_coming_back_from_other_pixels_nearly_undoes_a_smooth_image() -> None:
     assert (back - planes).abs().max() < 0.02
 
 
-def test_planes_of_a_volume_are_its_planes_in_order() -> None:
+def test_slices_of_a_volume_are_in_order() -> None:
     data = np.random.default_rng(0).integers(0, 1000, (20, 24, 5, 2)).astype(np.uint16)
     planes = planes_of(volume_of(data), preparation=RULES, size=32)
     assert planes.images.shape == (10, 1, 32, 32)
@@ -204,7 +204,7 @@ def test_planes_of_a_volume_are_its_planes_in_order() -> None:
     np.testing.assert_allclose(planes.images[8, 0, 6:26, 4:28], expected, atol=1e-6)
 
 
-def test_label_planes_lie_on_their_images() -> None:
+def test_label_slices_are_aligned_with_their_images() -> None:
     data = np.random.default_rng(0).integers(0, 1000, (20, 24, 5, 1)).astype(np.int16)
     labels = (data > 500).astype(np.int16)
     planes = planes_of(volume_of(data), preparation=RULES, size=32)
@@ -240,8 +240,8 @@ def test_a_whole_axis_is_resampled_as_torch_does_with_antialiasing(scale: float)
     torch.testing.assert_close(weights @ plane[0, 0], expected[0, 0], rtol=0, atol=1e-5)
 
 
-def test_a_patch_shows_the_place_that_it_was_cut_from() -> None:
-    """Voxels that hold their own position in mm: a patch must hold the positions of its samples."""
+def test_a_patch_shows_the_position_it_was_cropped_from() -> None:
+    """The value of a voxel is its position in mm, so a patch must have the positions of its samples."""
     shape, spacing_mm = (30, 24, 10), (1.0, 1.5, 4.0)
     grids = torch.meshgrid(*(torch.arange(n) * mm for n, mm in zip(shape, spacing_mm, strict=True)), indexing="ij")
     centre, target_mm, size = (14.3, 11.0, 4.6), 1.25, 8
@@ -253,12 +253,14 @@ def test_a_patch_shows_the_place_that_it_was_cut_from() -> None:
         torch.testing.assert_close(shown, wanted.float()[:, None, None].expand_as(shown), rtol=0, atol=0.1)
 
 
-def test_what_a_patch_has_beyond_the_volume_is_outside_and_dark() -> None:
+def test_a_patch_beyond_the_volume_is_zero_and_marked_as_padding() -> None:
     patch, inside = to_patch(
         torch.ones(4, 20, 20), (1.5, 0.0, 10.0), spacing_mm=(2.0, 1.0, 1.0), target_mm=1.0, size=12
     )
     assert inside.any((1, 2)).tolist() == [False] * 2 + [True] * 8 + [False] * 2  # 8 mm of 12
-    assert inside.any((0, 2)).tolist() == [False] * 5 + [True] * 7  # samples lie half a voxel off: one shows the border
+    assert (
+        inside.any((0, 2)).tolist() == [False] * 5 + [True] * 7
+    )  # samples are shifted by half a voxel: one is at the border
     assert inside.any((0, 1)).all()
     torch.testing.assert_close(patch, inside.float())
 
@@ -267,13 +269,13 @@ CUBIC = Preparation(dimensions=3, spacing_mm=1.25, image_size=16, intensity_perc
 
 
 def positions(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> list[NDArray[np.float32]]:
-    """For each axis, a volume whose voxels hold their own position along it, mm from the middle."""
+    """Return, for each axis, a volume whose values are the positions along it, in mm from the centre."""
     along = [(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(shape, spacing_mm, strict=True)]
     return [grid.astype(np.float32) for grid in np.meshgrid(*along, indexing="ij")]
 
 
 @pytest.mark.parametrize("size", [None, 16])
-def test_frames_lie_on_cubic_voxels_about_the_middle_of_the_volume(size: int | None) -> None:
+def test_frames_have_cubic_voxels_about_the_centre_of_the_volume(size: int | None) -> None:
     shape, spacing_mm = (30, 24, 10), (1.0, 1.5, 4.0)
     for axis, own in enumerate(positions(shape, spacing_mm)):
         frames = frames_of(volume_of(np.stack([own, own], -1), spacing_mm), preparation=CUBIC, size=size)
@@ -282,13 +284,15 @@ def test_frames_lie_on_cubic_voxels_about_the_middle_of_the_volume(size: int | N
         assert frames.inside.shape == (2, *cubic)
         shown = frames.images[1, 0] * (frames.high - frames.low) + frames.low
         wanted = torch.from_numpy(positions(cubic, (1.25,) * 3)[axis])
-        limit = (shape[axis] - 1) / 2 * spacing_mm[axis]  # beyond the outermost voxel's centre, its value is repeated
+        limit = (
+            (shape[axis] - 1) / 2 * spacing_mm[axis]
+        )  # beyond the centre of the outermost voxel, its value is repeated
         inside = frames.inside[1]
         torch.testing.assert_close(shown[inside], wanted.clamp(-limit, limit)[inside], rtol=0, atol=0.2)
         assert not frames.images[1, 0][~inside].any()
 
 
-def test_all_of_a_volume_lies_within_its_cubic_voxels_and_they_know_where() -> None:
+def test_cubic_voxels_cover_the_whole_volume_and_mark_it() -> None:
     shape, spacing_mm, target_mm = (35, 51, 7), (0.9, 1.0, 5.5), 1.7
     cubic = cubic_shape(shape, spacing_mm, target_mm=target_mm)
     for own, size, mm, (scale, offset) in zip(
@@ -296,11 +300,11 @@ def test_all_of_a_volume_lies_within_its_cubic_voxels_and_they_know_where() -> N
     ):
         assert 0 <= size * target_mm - own * mm < target_mm
         assert scale * mm == pytest.approx(target_mm)
-        assert (offset * 2 + scale * (size - 1)) / 2 == pytest.approx((own - 1) / 2)  # the middles agree
+        assert (offset * 2 + scale * (size - 1)) / 2 == pytest.approx((own - 1) / 2)  # the centres coincide
     assert cubic_shape((40, 40, 40), (1.0001, 0.9999, 1.0), target_mm=1.0) == (40, 40, 40)
 
 
-def test_frames_of_the_same_voxels_are_the_volume_and_come_back_exactly() -> None:
+def test_frames_on_the_same_grid_equal_the_volume_and_invert_exactly() -> None:
     data = np.random.default_rng(0).random((9, 8, 7, 2), dtype=np.float32)
     volume = volume_of(data, (1.25, 1.25, 1.25))
     frames = frames_of(volume, preparation=CUBIC, size=None)
@@ -312,7 +316,7 @@ def test_frames_of_the_same_voxels_are_the_volume_and_come_back_exactly() -> Non
 
 
 @pytest.mark.parametrize("spacing_mm", [(1.0, 1.5, 4.0), (0.7, 0.8, 0.6)])
-def test_coming_back_from_cubic_voxels_puts_every_position_where_it_was(spacing_mm: tuple[float, float, float]) -> None:
+def test_the_inverse_from_cubic_voxels_restores_every_position(spacing_mm: tuple[float, float, float]) -> None:
     shape = (20, 18, 12)
     cubic = cubic_shape(shape, spacing_mm, target_mm=1.25)
     for axis, wanted in enumerate(positions(shape, spacing_mm)):
@@ -323,13 +327,13 @@ def test_coming_back_from_cubic_voxels_puts_every_position_where_it_was(spacing_
         torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
 
 
-def test_what_lies_outside_of_a_part_comes_back_as_zero() -> None:
+def test_voxels_outside_a_part_are_zero_after_the_inverse() -> None:
     back = from_cubic(torch.ones(1, 1, 4, 4, 4), (10, 4, 4), spacing_mm=(1.0, 1.0, 1.0), target_mm=1.0)
     assert back[0, 0].amax((1, 2)).tolist() == [0.0] * 3 + [1.0] * 4 + [0.0] * 3
 
 
 @pytest.mark.parametrize("size", [None, 32])
-def test_labels_of_frames_are_the_nearest_voxels_labels(size: int | None) -> None:
+def test_labels_of_frames_are_those_of_the_nearest_voxel(size: int | None) -> None:
     shape, spacing_mm = (30, 24, 10), (1.0, 1.5, 4.0)
     labels = np.random.default_rng(0).integers(0, 4, (*shape, 2)).astype(np.int16)
     volume = volume_of(labels, spacing_mm)
@@ -357,7 +361,7 @@ def test_labels_of_frames_are_the_nearest_voxels_labels(size: int | None) -> Non
         partial(label_frames_of, size=None),
     ],
 )
-def test_images_beyond_their_memory_are_refused_before_they_are_made(of: Any) -> None:
+def test_images_beyond_the_memory_limit_are_refused_before_allocation(of: Any) -> None:
     data = np.random.default_rng(0).integers(0, 9, (20, 30, 4, 1)).astype(np.int16)
     rules = Preparation(spacing_mm=0.001, image_size=32)
     message = r"scan: \d+ (slices|frames) of .* voxels of .* mm, .* of 0.001 mm after resampling, would take .* 8,192 MiB are allowed: use"
@@ -366,7 +370,7 @@ def test_images_beyond_their_memory_are_refused_before_they_are_made(of: Any) ->
     assert refusal.value.code == "too_large"
 
 
-def test_the_memory_of_images_is_what_the_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_limit_counts_the_memory_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     data = np.random.default_rng(0).integers(0, 9, (20, 30, 4, 1)).astype(np.int16)
     needed = 4 * (20 * 60 + 40 * 60) * 4 / 2**20  # float32, after columns and after rows
     rules = Preparation(spacing_mm=0.75, image_size=32)

@@ -1,4 +1,4 @@
-"""Under pseudonyms no name gets out of the job, and a leak is found all the same."""
+"""With pseudonyms, a corpus has no names of the source, and leaks are still found."""
 
 import hashlib
 import hmac
@@ -34,7 +34,7 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def patients(write_scan: WriteScan) -> Path:
-    """Scans whose names, folders and sidecars name people: good ones, a copy, a cut one, one that matches no pattern."""
+    """Scans with people's names in file names, folders and sidecars: valid, a copy, truncated, and without a subject."""
     rng = np.random.default_rng(0)
     arrays = [rng.integers(1, 500, (18, 20, 4)).astype(np.int16) for _ in range(4)]
     folder = write_scan(
@@ -68,7 +68,7 @@ def make(storage: Storage, config: IngestConfig) -> dict[str, Any]:
     return load_manifest(storage)
 
 
-def test_no_name_is_anywhere_in_the_bytes_of_the_corpus(patients: Path, tmp_path: Path) -> None:
+def test_no_name_occurs_in_the_bytes_of_the_corpus(patients: Path, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "corpus"))
     manifest = make(storage, config_of(patients, sources=(str(patients), str(patients / "sub-JohnAbernathy"))))
     assert manifest["reasons"] == {"accepted": 3, "duplicate": 1, "no_subject": 1, "truncated": 1}
@@ -90,7 +90,7 @@ def test_names_become_keyed_hashes_that_their_owner_can_compute(patients: Path, 
     assert all(len(row[name]) == 16 for row in rows for name in ("key", "source") if row["status"] == "accepted")
 
 
-def test_technical_entities_and_tags_stay(patients: Path, tmp_path: Path) -> None:
+def test_technical_entities_and_tags_are_kept(patients: Path, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "corpus"))
     manifest = make(storage, config_of(patients))
     tar = storage.read_bytes(manifest["shards"][0]["name"])
@@ -99,7 +99,7 @@ def test_technical_entities_and_tags_stay(patients: Path, tmp_path: Path) -> Non
     assert b'"acquisition": {"EchoTime": 0.01}' in tar
 
 
-def test_the_leak_is_found_with_the_secret_and_cannot_be_looked_for_without(
+def test_a_leak_is_found_with_the_secret_and_unknown_without_it(
     patients: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = Storage(str(tmp_path / "corpus"))
@@ -155,7 +155,7 @@ def test_pseudonyms_of_one_name_differ_by_kind_cohort_and_secret() -> None:
 
 
 def forms_of(text: str) -> list[bytes]:
-    """Return a text as it is, and what somebody who guesses it could compute."""
+    """Return a text and its digests: all forms that can be computed by guessing the text."""
     content = text.encode("utf-8", "surrogateescape")
     digests = [hash_(content).hexdigest() for hash_ in (hashlib.md5, hashlib.sha1, hashlib.sha256)]
     escaped = json.dumps(text)[1:-1].encode()
@@ -167,7 +167,7 @@ def bytes_of(storage: Storage) -> bytes:
 
 
 def guesses_of(folder: Path, config: IngestConfig) -> list[bytes]:
-    """Return all that follows from names, paths and sizes without the secret."""
+    """Return everything that can be computed from names, paths and sizes without the secret."""
     texts = [str(folder), f"file://{folder}", folder.name]
     for path in folder.rglob("*.nii"):
         stem = path.name.removesuffix(".nii")
@@ -179,7 +179,7 @@ def guesses_of(folder: Path, config: IngestConfig) -> list[bytes]:
 
 
 def _name(seed: int) -> str:
-    """A name that is nowhere by accident."""
+    """Return a random name that does not occur by chance."""
     return "".join(np.random.default_rng(seed).choice(list("abcdefghijklmnopqrstuvwxyzäß"), 9))
 
 
@@ -231,7 +231,7 @@ def test_without_the_secret_no_byte_follows_from_a_name_a_path_or_a_size(
     assert {digest for digest in common if digest not in of_voxels and not digest.isdigit()} == set()
 
 
-def test_a_corpus_of_an_earlier_version_is_known_and_grows(
+def test_a_corpus_of_an_earlier_version_is_recognised_and_grows(
     patients: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage, config = Storage(str(tmp_path / "corpus")), config_of(patients)
@@ -240,13 +240,13 @@ def test_a_corpus_of_an_earlier_version_is_known_and_grows(
         key = f"p2r/modified\n{modified}".encode()
         return num_bytes, hmac.new(SECRET.encode(), key, hashlib.sha256).hexdigest()[:16]
 
-    with monkeypatch.context() as patch:  # sizes as they are, and the digest of the section without the secret
+    with monkeypatch.context() as patch:  # sizes in clear text, and the digest of the section without the secret
         patch.setattr(Names, "state", state)
         patch.setattr(Names, "asked", lambda names, digest: digest)
         before = make(storage, config)
     assert before["asked"] == [corpus_digest(config)]
     assert was_asked(before, config)
-    assert make(storage, config) == before  # nothing has changed: all rows are known
+    assert make(storage, config) == before  # nothing changed: all rows are known
     (patients / "extra/NewAbernathy.nii.gz").write_bytes((patients / "extra/OtherAbernathy.nii.gz").read_bytes())
     after = make(storage, config_of(patients, subject_pattern="^([A-Z][a-z]+|sub-[A-Za-z]+)"))
     assert after["revision"] == 2
@@ -270,7 +270,7 @@ def test_a_name_that_is_not_utf_8_has_a_row(write_scan: WriteScan, tmp_path: Pat
     assert escaped == ([] if pseudonyms else ["sub-m\\xfcller"])
 
 
-def test_texts_that_somebody_made_up_are_left_behind(tmp_path: Path) -> None:
+def test_free_text_is_not_kept(tmp_path: Path) -> None:
     tags = {
         "EchoTime": 0.01, "MTState": True, "Manufacturer": "Siemens", "ImageType": ["ORIGINAL", "PRIMARY", "M", "ND"],
         "ScanningSequence": "GR_IR", "SequenceVariant": "SK\\SP", "PhaseEncodingDirection": "j-", "ConversionSoftware": "dcm2niix",

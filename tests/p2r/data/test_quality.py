@@ -1,4 +1,4 @@
-"""Which scans are good enough: off by default, presets by name, and explicit rules before presets."""
+"""Quality rules: none by default, presets by name, explicit rules before presets."""
 
 from pathlib import Path
 from typing import Any
@@ -45,25 +45,25 @@ def test_nothing_is_refused_by_default() -> None:
         ("max_size", 130, 129, "too_large"),
     ],
 )
-def test_each_rule_refuses_what_is_beyond_it(rule: str, at_limit: float, beyond: float, expected: str) -> None:
+def test_each_rule_refuses_scans_beyond_it(rule: str, at_limit: float, beyond: float, expected: str) -> None:
     assert code(scan(), **{rule: at_limit}) is None
     assert code(scan(), **{rule: beyond}) == expected
 
 
-def test_slices_are_counted_across_the_axis_that_is_cut() -> None:
+def test_slices_are_counted_along_the_slice_axis() -> None:
     volume = scan((120, 130, 40))
     with pytest.raises(RefusedScan, match="40 slices"):
         check_quality(volume, config(quality={"min_slices": 125}))
     check_quality(volume, config(quality={"min_slices": 125}, slice_axis=1))
 
 
-def test_openmind_asks_for_3_mm_and_100_mm() -> None:
+def test_openmind_requires_3_mm_and_100_mm() -> None:
     assert code(scan(), preset="openmind") is None
     assert code(scan(spacing=(1.0, 1.0, 3.1)), preset="openmind") == "spacing"
     assert code(scan((99, 130, 40)), preset="openmind") == "field_of_view"
 
 
-def test_a_rule_that_is_given_wins_over_the_preset() -> None:
+def test_an_explicit_rule_has_precedence_over_the_preset() -> None:
     thick = scan(spacing=(1.0, 1.0, 8.0))
     assert code(thick, preset="openmind", max_spacing_mm=10) is None
     assert code(thick, preset="openmind", max_spacing_mm=None) is None
@@ -72,13 +72,13 @@ def test_a_rule_that_is_given_wins_over_the_preset() -> None:
     assert (limits.max_spacing_mm, limits.min_field_of_view_mm, limits.min_slices) == (3.0, 100.0, 5)
 
 
-def test_rules_that_make_no_sense_are_refused() -> None:
+def test_impossible_rules_are_refused() -> None:
     for quality in ({"max_spacing_mm": 0}, {"min_slices": -1}, {"preset": "strict"}, {"max_spacing": 3}):
         with pytest.raises(ValidationError):
             QualityConfig(**quality)
 
 
-def test_planes_must_have_the_size_that_the_job_asks_for(tmp_path: Path) -> None:
+def test_slices_must_have_the_minimum_size_of_the_job(tmp_path: Path) -> None:
     check_size(scan((16, 16, 2)), config())
     with pytest.raises(RefusedScan, match=r"15 x 16 voxels; ingest\.min_size is 16") as refusal:
         check_size(scan((15, 16, 40)), config())

@@ -1,4 +1,4 @@
-"""From the list of scans to volumes: what a job's ingest section asks for is what is read."""
+"""A list of scans -> volumes, according to the job's ingest section."""
 
 import json
 from collections import Counter
@@ -29,7 +29,7 @@ def refusal_of(path: Path, **ingest: Any) -> str:
     return refusal.value.code
 
 
-def test_a_scan_is_read_as_read_volume_reads_it(write_scan: Any, tmp_path: Path) -> None:
+def test_a_scan_is_read_like_by_read_volume(write_scan: Any, tmp_path: Path) -> None:
     path = write_scan("sub-01_T1w.nii.gz", some((20, 24, 5)))
     path.with_name("sub-01_T1w.json").write_text(json.dumps({"EchoTime": 0.01, "PatientName": "x", "FlipAngle": "x"}))
     (scan,) = find_scans([str(path.parent)], cache=tmp_path)
@@ -42,7 +42,7 @@ def test_a_scan_is_read_as_read_volume_reads_it(write_scan: Any, tmp_path: Path)
     assert volume.notes == ("sidecar_ignored",)
 
 
-def test_frames_are_capped_before_anything_else(write_scan: Any, tmp_path: Path) -> None:
+def test_the_frame_limit_applies_first(write_scan: Any, tmp_path: Path) -> None:
     (scan,) = find_scans([str(write_scan("bold.nii.gz", some((20, 24, 5, 10))))], cache=tmp_path)
     (volume,) = read_scan(scan, config(max_frames=2, resample_mm=3.0, min_size=8))
     assert volume.frames == (2, 7)
@@ -50,14 +50,14 @@ def test_frames_are_capped_before_anything_else(write_scan: Any, tmp_path: Path)
     assert volume.resampled_from_mm == (1.5, 1.5, 8.0)
 
 
-def test_quality_looks_at_the_scan_as_it_was_acquired(write_scan: Any) -> None:
+def test_quality_rules_apply_to_the_scan_before_resampling(write_scan: Any) -> None:
     path = write_scan("scan.nii.gz", some((20, 24, 5)))
     assert refusal_of(path, resample_mm=1.0, quality={"max_spacing_mm": 3.0}) == "spacing"
     assert refusal_of(path, quality={"preset": "openmind"}) == "spacing"
     assert refusal_of(path, quality={"preset": "openmind", "max_spacing_mm": 8}) == "field_of_view"
 
 
-def test_the_size_is_that_of_what_is_kept(write_scan: Any) -> None:
+def test_size_rules_apply_to_the_scan_after_resampling(write_scan: Any) -> None:
     path = write_scan("scan.nii.gz", some((20, 24, 5)))
     assert refusal_of(path, min_size=21) == "too_small"
     assert refusal_of(path, resample_mm=3.0) == "too_small"
@@ -70,7 +70,7 @@ def test_the_size_is_that_of_what_is_kept(write_scan: Any) -> None:
     ("name", "num_scans", "openmind"),
     [("acdc", 200, {"spacing": 200}), ("msd_hippocampus", 200, {"field_of_view": 200})],
 )
-def test_real_scans_are_accepted_whole_by_default_and_refused_by_openminds_rules(
+def test_real_scans_are_accepted_by_default_and_refused_by_openminds_rules(
     mri: Path, tmp_path: Path, name: str, num_scans: int, openmind: dict[str, int]
 ) -> None:
     scans = find_scans([str(mri / name / "images")], cache=tmp_path)

@@ -1,4 +1,4 @@
-"""Resampling: the same place, the same brightness, another voxel size."""
+"""Resampling changes the voxel size, but neither positions nor intensities."""
 
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,23 @@ def volume_of(data: Any, affine: Any = OBLIQUE) -> Volume:
 
 
 def ramp(shape: tuple[int, ...], affine: Any, slopes: tuple[float, float, float] = (3.0, -2.0, 1.5)) -> Any:
-    """A brightness that is linear in millimetres: what any right resampling must give back inside the volume."""
+    """Return intensities linear in millimetres, which correct resampling preserves inside the volume."""
     index = np.stack(np.meshgrid(*(np.arange(size) for size in shape), indexing="ij"), axis=-1)
     return (index @ affine[:3, :3].T + affine[:3, 3]) @ np.array(slopes)
 
 
 @pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), (2.5, 2.0, 5.0), (0.7, 3.0, 3.8)])
-def test_a_ramp_in_millimetres_stays_the_same_ramp(spacing_mm: tuple[float, float, float]) -> None:
+def test_a_ramp_in_millimetres_is_unchanged(spacing_mm: tuple[float, float, float]) -> None:
     volume = volume_of(ramp((40, 44, 30), OBLIQUE).astype(np.float32))
     found = resample(volume, spacing_mm)
     np.testing.assert_allclose(found.spacing_mm, spacing_mm, rtol=1e-2)
     np.testing.assert_allclose(np.linalg.norm(found.affine[:3, :3], axis=0), found.spacing_mm)
     expected = ramp(found.data.shape[:3], found.affine)
-    inside = tuple(slice(size // 4, -size // 4) for size in found.data.shape[:3])  # the blur bends its ends
+    inside = tuple(slice(size // 4, -size // 4) for size in found.data.shape[:3])  # the blur changes the ends
     np.testing.assert_allclose(found.data[..., 0][inside], expected[inside], atol=0.05)
 
 
-def test_the_extent_and_its_centre_stay() -> None:
+def test_the_extent_and_its_centre_are_unchanged() -> None:
     volume = volume_of(ramp((40, 44, 30), OBLIQUE).astype(np.float32))
     found = resample(volume, (2.0, 2.0, 2.0))
     extent = np.array(volume.data.shape[:3]) * volume.spacing_mm
@@ -53,7 +53,7 @@ def test_the_extent_and_its_centre_stay() -> None:
     )
 
 
-def test_finer_voxels_are_those_of_nibabel() -> None:
+def test_finer_voxels_match_nibabel() -> None:
     data = np.random.default_rng(0).normal(size=(12, 14, 9)).astype(np.float32)
     found = resample(volume_of(data), (0.6, 1.0, 2.0))
     image = nibabel.Nifti1Image(data, OBLIQUE)
@@ -61,12 +61,12 @@ def test_finer_voxels_are_those_of_nibabel() -> None:
     np.testing.assert_allclose(found.data[..., 0], np.asarray(expected.dataobj), atol=1e-4)
 
 
-def test_what_the_coarser_grid_cannot_hold_is_taken_away_first() -> None:
+def test_frequencies_beyond_the_coarser_grid_are_filtered_first() -> None:
     stripes = np.zeros((64, 64, 8), np.float32)
     stripes[::2] = 1000
     found = resample(volume_of(stripes, np.eye(4)), (3.0, 1.0, 1.0))
     inside = found.data[4:-4, ..., 0]
-    assert np.abs(inside - 500).max() < 50, "without the blur, stripes would come back at another width"
+    assert np.abs(inside - 500).max() < 50, "without the blur, stripes would alias"
     assert found.data.shape == (21, 64, 8, 1)
 
 
@@ -98,7 +98,7 @@ def test_frames_are_resampled_one_by_one() -> None:
 
 
 def test_a_placeholder_affine_gets_the_true_size(tmp_path: Path) -> None:
-    """As ACDC's files are: an affine of ones, the true size in pixdim alone."""
+    """As in ACDC: an affine of ones, and the true voxel size only in pixdim."""
     image = nibabel.Nifti1Image(np.arange(20 * 30 * 6, dtype=np.int16).reshape(20, 30, 6), np.diag([-1, -1, 1, 1.0]))
     image.set_qform(None)
     image.header.set_zooms((1.5, 1.5, 9.0))
@@ -108,7 +108,7 @@ def test_a_placeholder_affine_gets_the_true_size(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(found.affine[:3, :3], axis=0), 3.0)
 
 
-def test_too_little_and_too_much_are_refused() -> None:
+def test_results_too_small_or_too_large_are_refused() -> None:
     volume = volume_of(np.ones((20, 20, 20), np.int16), np.eye(4))
     for spacing_mm, code in (((15.0, 1.0, 1.0), "too_small"), ((0.01, 0.01, 0.01), "too_large")):
         with pytest.raises(RefusedScan) as refusal:
@@ -116,13 +116,13 @@ def test_too_little_and_too_much_are_refused() -> None:
         assert refusal.value.code == code
 
 
-def test_there_is_no_exact_way_back_to_the_file() -> None:
+def test_the_original_file_cannot_be_restored() -> None:
     found = resample(volume_of(np.ones((20, 20, 20), np.int16), np.eye(4)), (2.0, 2.0, 2.0))
     with pytest.raises(ValueError, match="resampled"):
         to_source_grid(found.data, found)
 
 
-def test_a_job_asks_for_one_spacing_or_three(tmp_path: Path, write_scan: Any) -> None:
+def test_a_job_states_one_spacing_or_three(tmp_path: Path, write_scan: Any) -> None:
     path = write_scan("scan.nii.gz", np.random.default_rng(0).integers(0, 900, (40, 40, 10)).astype(np.int16))
     (scan,) = find_scans([str(path)], cache=tmp_path)
     shapes = []

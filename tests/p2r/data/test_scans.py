@@ -1,4 +1,4 @@
-"""From sources to a list of scans, and from ranges to subjects."""
+"""Sources -> a list of scans; ranges -> subjects."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def touch(*paths: Path) -> None:
 
 
 def below(folder: Path, **options: Any) -> list[str]:
-    """Paths of the scans below a folder, relative to it."""
+    """Return the relative paths of the scans below a folder."""
     return [str(Path(scan.path).relative_to(folder)) for scan in find_scans([str(folder)], cache=folder, **options)]
 
 
@@ -53,7 +53,7 @@ def test_broken_ranges_are_refused_by_name(pattern: str) -> None:
 @pytest.mark.parametrize(
     "pattern", ["p[0-1000000000000]", "p[0-9999][0-9999][0-9999]", "p[" + "1" * 5000 + "]", "p[1-900000,1-900000]"]
 )
-def test_ranges_that_stand_for_too_many_names_are_refused(pattern: str) -> None:
+def test_ranges_of_too_many_names_are_refused(pattern: str) -> None:
     with pytest.raises(DataError, match=r"expands to more than 1,000,000 names|neither a number nor a range"):
         expand_subjects([pattern])
 
@@ -67,7 +67,7 @@ def test_scans_are_found_at_any_depth_sorted_and_once(tmp_path: Path) -> None:
     assert scans[1].name == "a.nii.gz"
 
 
-def test_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+def test_equal_names_are_distinguished_by_their_folders(tmp_path: Path) -> None:
     touch(tmp_path / "s1" / "anat" / "T1.nii", tmp_path / "s2" / "anat" / "T1.nii", tmp_path / "s2" / "T2.nii")
     keys = {scan.path: scan.key for scan in find_scans([str(tmp_path)], cache=tmp_path)}
     assert keys == {
@@ -84,13 +84,13 @@ def test_keys_have_no_dots_and_stay_unique(tmp_path: Path) -> None:
     assert not [key for key in keys if "." in key or " " in key]
 
 
-def test_a_broken_link_is_a_scan_that_reading_will_refuse(tmp_path: Path) -> None:
+def test_a_broken_link_is_listed_as_a_scan(tmp_path: Path) -> None:
     touch(tmp_path / "a.nii")
     (tmp_path / "b.nii").symlink_to(tmp_path / "absent.nii")
     assert [scan.num_bytes for scan in find_scans([str(tmp_path)], cache=tmp_path)] == [5, 0]
 
 
-def test_sources_that_hold_no_scan_are_refused_by_name(tmp_path: Path) -> None:
+def test_sources_without_a_scan_are_refused_by_name(tmp_path: Path) -> None:
     touch(tmp_path / "scan.txt")
     for source, rule in (
         (str(tmp_path / "absent"), "does not exist"),
@@ -114,7 +114,7 @@ def test_a_template_gives_its_images_and_never_its_labels(tmp_path: Path, monkey
         assert paths == [str(tmp_path / "images" / "sub-001_T1w.nii.gz")]
 
 
-def test_a_scan_says_when_it_was_changed(tmp_path: Path) -> None:
+def test_a_scan_has_its_modification_time(tmp_path: Path) -> None:
     touch(tmp_path / "a.nii")
     os.utime(tmp_path / "a.nii", ns=(7_000_000_123, 9_000_000_456))
     assert only(tmp_path).modified == "9000000456"
@@ -137,7 +137,7 @@ def test_a_header_and_its_voxels_are_one_scan(tmp_path: Path) -> None:
     assert scans[0].modified == "5000000000"
 
 
-def test_hidden_folders_are_passed_over_unless_they_are_the_source(tmp_path: Path) -> None:
+def test_hidden_folders_are_skipped_unless_they_are_the_source(tmp_path: Path) -> None:
     touch(tmp_path / ".git" / "annex" / "a.nii", tmp_path / "b.nii")
     assert below(tmp_path) == ["b.nii"]
     assert below(tmp_path / ".git") == ["annex/a.nii"]
@@ -162,7 +162,7 @@ def test_links_to_files_and_folders_are_followed_each_folder_once(tmp_path: Path
     assert below(data / "sub-2") == ["b.nii", "back/a.nii", "back/self.nii", "back/sub-1/c.nii", "back/sub-3"]
 
 
-def test_folders_that_systems_make_are_passed_over(tmp_path: Path) -> None:
+def test_folders_of_operating_systems_are_skipped(tmp_path: Path) -> None:
     touch(tmp_path / "a.nii")
     for name in (".snapshot", "~snapshot", "@eaDir", "#recycle", "lost+found", "__MACOSX", ".ipynb_checkpoints"):
         touch(tmp_path / name / "hourly.0" / "a.nii")
@@ -170,7 +170,7 @@ def test_folders_that_systems_make_are_passed_over(tmp_path: Path) -> None:
     assert [path.name for path in images_below(tmp_path)] == ["a.nii"]
 
 
-def test_a_name_is_one_in_both_of_unicodes_forms(tmp_path: Path) -> None:
+def test_both_unicode_forms_of_a_name_are_equal(tmp_path: Path) -> None:
     one, two = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
     touch(tmp_path / "images" / f"{one}_T1.nii", tmp_path / "images" / f"{two}_T2.nii")
     scans = find_scans([str(tmp_path / "images")], cache=tmp_path, include=[f"{two}*"])
@@ -186,7 +186,7 @@ def test_a_pipe_is_listed_and_refused_without_waiting(tmp_path: Path) -> None:
     assert refusal.value.code == "unreadable"
 
 
-def test_patterns_choose_by_the_path_below_the_source(tmp_path: Path) -> None:
+def test_patterns_match_the_path_below_the_source(tmp_path: Path) -> None:
     touch(*(tmp_path / name for name in ("T1.nii", "s1/anat/T1.nii", "s1/anat/T2.nii", "s1/func/bold.nii")))
     assert below(tmp_path, include=["**/T1.nii"]) == ["T1.nii", "s1/anat/T1.nii"]
     assert below(tmp_path, include=["s1/**/T?.nii"]) == ["s1/anat/T1.nii", "s1/anat/T2.nii"]
@@ -236,7 +236,7 @@ def test_a_bids_data_set_is_read_by_its_names(tmp_path: Path) -> None:
     assert not search_scans([str(tmp_path)], cache=tmp_path, exclude=["ds/code/*", "ds/der*", "*raw*"]).passed_over
 
 
-def test_what_is_derived_is_searched_only_where_a_source_says_so(tmp_path: Path) -> None:
+def test_derivatives_are_searched_only_if_a_source_names_them(tmp_path: Path) -> None:
     touch(*(tmp_path / name for name in BIDS_NAMES))
     assert below(tmp_path / "derivatives") == ["fmriprep/sub-01/sub-01_T1w.nii.gz"]
     assert only(tmp_path / "derivatives").subject == "sub-01"
@@ -262,7 +262,7 @@ def test_a_list_names_scans_with_their_subjects_and_other_columns(tmp_path: Path
     ]
 
 
-def test_the_three_kinds_of_lists_say_the_same(tmp_path: Path) -> None:
+def test_the_three_formats_of_lists_are_equivalent(tmp_path: Path) -> None:
     touch(tmp_path / "a.nii", tmp_path / "b.nii")
     (tmp_path / "l.csv").write_text("\ufeffpath,subject,run\r\na.nii,s1,1\r\nb.nii,s2,2\r\n")
     (tmp_path / "l.tsv").write_text("path\tsubject\trun\na.nii\ts1\t1\nb.nii\ts2\t2\n")
@@ -274,7 +274,7 @@ def test_the_three_kinds_of_lists_say_the_same(tmp_path: Path) -> None:
     assert len(one) == 2
 
 
-def test_what_a_list_says_counts_more_than_the_folder_it_lies_in(tmp_path: Path) -> None:
+def test_a_list_has_precedence_over_its_folder(tmp_path: Path) -> None:
     touch(tmp_path / "a.nii", tmp_path / "b.nii")
     (tmp_path / "l.csv").write_text("path,subject\na.nii,anna\n")
     for sources in ([tmp_path, tmp_path / "l.csv"], [tmp_path / "l.csv", tmp_path]):
@@ -294,7 +294,7 @@ def test_a_list_may_name_dicom_folders_and_broken_links(tmp_path: Path, write_se
     ]
 
 
-def test_patterns_choose_among_the_rows_of_a_list(tmp_path: Path) -> None:
+def test_patterns_select_rows_of_a_list(tmp_path: Path) -> None:
     touch(tmp_path / "x" / "a.nii", tmp_path / "b.nii")
     (tmp_path / "l.csv").write_text("path\nx/a.nii\nb.nii\n")
     (scan,) = find_scans([str(tmp_path / "l.csv")], cache=tmp_path, include=["x/*"])
@@ -325,15 +325,19 @@ def test_patterns_choose_among_the_rows_of_a_list(tmp_path: Path) -> None:
         ("l.jsonl", '{"path": "a.nii"}\n{"path": ', "line 2 is not JSON"),
         ("l.jsonl", '["a.nii"]', "line 1: .*the key `path`"),
         ("l.jsonl", '{"subject": "s"}', "line 1: .*the key `path`"),
-        ("l.jsonl", '{"path": ["a.nii"]}', "line 1: `'path'` must be a text"),
-        ("l.jsonl", '{"path": "a.nii", "tags": {"x": 1}}', "line 1: `'tags'` must be a text"),
+        ("l.jsonl", '{"path": ["a.nii"]}', "line 1: `'path'` must be a number, or a text"),
+        ("l.jsonl", '{"path": "a.nii", "tags": {"x": 1}}', "line 1: `'tags'` must be a number, or a text"),
         ("l.jsonl", '{"path": "\\ud800"}', "line 1"),
         (
             "l.jsonl",
             '{"path": "a.nii", "subject": "s\\u001b[2J"}',
-            "line 1: `'subject'` .*, without control characters",
+            "line 1: `'subject'` .* without control characters",
         ),
-        ("l.csv", f"path,subject\na.nii,{'s' * 5000}\n", "line 2: `'subject'` must be a text of up to 4096 characters"),
+        (
+            "l.csv",
+            f"path,subject\na.nii,{'s' * 5000}\n",
+            "line 2: `'subject'` must be a number, or a text of up to 4096 characters",
+        ),
         ("l.jsonl", "[" * 100_000, "line 1 is not valid: objects and lists may be 4 deep"),
         ("l.jsonl", '{"path": ' + "9" * 5000 + "}", "line 1"),
     ],
@@ -351,17 +355,21 @@ def test_a_list_that_breaks_a_rule_is_refused_with_the_line(tmp_path: Path, name
 @pytest.mark.parametrize(
     ("name", "content", "rule"),
     [
-        ("l.csv", "path\n" + "\n" * 32, "has more than the 20 lines"),
-        ("l.csv", "path\r" + "\r" * 32, "has more than the 20 lines"),
-        ("l.jsonl", "\n" * 32, "has more than the 20 lines"),
-        ("l.tsv", "path\t" + "\t" * 20, "line 1: 22 values; a row may have 10"),
-        ("l.csv", "\n" + "," * 20, "line 2: 21 values; a row may have 10"),
-        ("l.csv", "path\n" + " " * 300, "line 2: it has more than the 200 characters"),
-        ("l.jsonl", json.dumps(dict.fromkeys(["path", *map(str, range(10))])), "line 1: 11 keys; a row may have 10"),
+        ("l.csv", "path\n" + "\n" * 32, "has more than 20 lines"),
+        ("l.csv", "path\r" + "\r" * 32, "has more than 20 lines"),
+        ("l.jsonl", "\n" * 32, "has more than 20 lines"),
+        ("l.tsv", "path\t" + "\t" * 20, "line 1: 22 values; a row may have up to 10"),
+        ("l.csv", "\n" + "," * 20, "line 2: 21 values; a row may have up to 10"),
+        ("l.csv", "path\n" + " " * 300, "line 2: the line exceeds 200 characters"),
+        (
+            "l.jsonl",
+            json.dumps(dict.fromkeys(["path", *map(str, range(10))])),
+            "line 1: 11 keys; a row may have up to 10",
+        ),
         ("l.csv", "path\n" + "a" * 2001, "has more than 2,000 bytes"),
     ],
 )
-def test_a_list_has_bounds_that_keep_reading_it_short(
+def test_a_list_beyond_its_bounds_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, rule: str
 ) -> None:
     for bound, value in {"MAX_LINES": 20, "_MAX_COLUMNS": 10, "_MAX_LINE_LENGTH": 200, "MAX_BYTES": 2000}.items():
@@ -373,7 +381,7 @@ def test_a_list_has_bounds_that_keep_reading_it_short(
 
 @pytest.mark.parametrize("letter", "\x85\x9b\u061c\u200b\u2028\u202e\u2066\ufeff\U000e0041")
 @pytest.mark.parametrize("column", ["path", "subject", "site"])
-def test_what_would_command_or_turn_a_line_is_no_text_of_a_list(tmp_path: Path, letter: str, column: str) -> None:
+def test_control_and_direction_characters_in_a_list_are_refused(tmp_path: Path, letter: str, column: str) -> None:
     touch(tmp_path / "a.nii")
     row = {"path": "a.nii", "subject": "s", "site": "x"}
     row[column] = f"a{letter}b"
@@ -381,13 +389,13 @@ def test_what_would_command_or_turn_a_line_is_no_text_of_a_list(tmp_path: Path, 
     (tmp_path / "l.csv").write_text("path,subject,site\n" + ",".join(row.values()))
     for name in ("l.jsonl", "l.csv"):
         with pytest.raises(
-            DataError, match=r"line [12]: `.*` must be a text of up to 4096 characters, without control"
+            DataError, match=r"line [12]: `.*` must be a number, or a text of up to 4096 characters without control"
         ) as refusal:
             only(tmp_path / name)
         assert letter not in str(refusal.value)
 
 
-def test_a_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_list_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_bytes(b"path\n\xff\xfe.nii\n")
     with pytest.raises(DataError, match="not UTF-8"):
         find_scans([str(tmp_path / "l.csv")], cache=tmp_path)
@@ -408,7 +416,7 @@ def test_a_file_url_may_be_quoted_and_needs_three_slashes(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
-def test_a_closed_folder_is_not_passed_over(tmp_path: Path) -> None:
+def test_an_unreadable_folder_is_an_error(tmp_path: Path) -> None:
     touch(tmp_path / "a.nii", tmp_path / "closed" / "b.nii")
     (tmp_path / "closed").chmod(0)
     with pytest.raises(DataError, match="permissions"):
@@ -516,21 +524,21 @@ def test_lists_are_read_as_spreadsheets_write_them(tmp_path: Path, name: str, te
     assert (scan.path, scan.subject, scan.entities) == (str(tmp_path / "a b.nii"), "A", ())
 
 
-def test_a_list_in_another_encoding_names_the_way_out(tmp_path: Path) -> None:
+def test_a_list_in_another_encoding_is_refused_with_advice(tmp_path: Path) -> None:
     touch(tmp_path / "a.nii")
     (tmp_path / "l.csv").write_bytes("path,subject\na.nii,Müller\n".encode("latin1"))
     with pytest.raises(DataError, match="iconv -f LATIN1"):
         only(tmp_path / "l.csv")
 
 
-def test_a_tilde_in_a_list_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_in_a_list_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     touch(tmp_path / "scans" / "a.nii")
     (tmp_path / "l.csv").write_text("path,subject\n~/scans/a.nii,A\n")
     assert only(tmp_path / "l.csv").path == str(tmp_path / "scans" / "a.nii")
 
 
-def test_content_that_is_not_fetched_names_target_and_command(tmp_path: Path) -> None:
+def test_content_not_fetched_is_refused_with_target_and_command(tmp_path: Path) -> None:
     target = ".git/annex/objects/aa/bb/MD5E-s1--0/MD5E-s1--0.nii.gz"
     (tmp_path / "a.nii.gz").symlink_to(target)
     (tmp_path / "b.nii.gz").symlink_to("/not/mounted/b.nii.gz")

@@ -81,7 +81,7 @@ def stock_samples(tar: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_stock_webdataset_and_five_plain_lines_give_the_voxels_of_nibabel(
+def test_stock_webdataset_and_five_lines_of_code_read_the_voxels_of_nibabel(
     tmp_path: Path, scans: list[Path], axis: int
 ) -> None:
     write_shard(tmp_path / "shard.tar", [a_record(path, axis=axis) for path in scans])
@@ -102,7 +102,7 @@ def test_stock_webdataset_and_five_plain_lines_give_the_voxels_of_nibabel(
         np.testing.assert_array_equal(decode_record(raw, meta), expected)
 
 
-def test_every_plane_comes_back_by_its_number(tmp_path: Path, scans: list[Path]) -> None:
+def test_every_slice_is_read_by_its_number(tmp_path: Path, scans: list[Path]) -> None:
     records = [a_record(path, axis=axis % 3) for axis, path in enumerate(scans)]
     entry = write_shard(tmp_path / "shard.tar", records)
     reader = open_shard(tmp_path / "shard.tar")
@@ -144,7 +144,7 @@ def test_every_layout_gives_volumes_planes_and_boxes(tmp_path: Path, record: Any
             reader.locate_volume(2)
 
 
-def test_a_record_of_npy_needs_no_decoder_of_ours(tmp_path: Path) -> None:
+def test_a_record_of_npy_needs_no_decoder_of_p2r(tmp_path: Path) -> None:
     volume, meta = a_record(a_scan(tmp_path, "scan", shape=(9, 8, 4)))
     write_shard(tmp_path / "shard.tar", [(volume, meta)], record="npy")
     (sample,) = webdataset.WebDataset(str(tmp_path / "shard.tar"), shardshuffle=False).decode()
@@ -172,12 +172,12 @@ def test_equal_records_give_equal_bytes(tmp_path: Path, scans: list[Path]) -> No
     assert sorted(path.name for path in (tmp_path / "first").iterdir()) == ["shard.idx", "shard.tar"]
 
 
-def test_the_index_can_be_made_again_from_the_tar_alone(tmp_path: Path, scans: list[Path]) -> None:
+def test_the_index_can_be_rebuilt_from_the_tar(tmp_path: Path, scans: list[Path]) -> None:
     write_shard(tmp_path / "shard.tar", map(a_record, scans))
     assert index_shard(tmp_path / "shard.tar") == read_index(tmp_path / "shard.idx")
 
 
-def test_a_failure_half_way_leaves_neither_tar_nor_index(tmp_path: Path, scans: list[Path]) -> None:
+def test_a_failed_write_leaves_neither_tar_nor_index(tmp_path: Path, scans: list[Path]) -> None:
     def records() -> Any:
         yield a_record(scans[0])
         raise RuntimeError("power cut")
@@ -203,11 +203,11 @@ def test_one_flipped_bit_in_any_plane_is_named(tmp_path: Path, scans: list[Path]
             reader = open_shard(path)
             with pytest.raises(DataError, match=rf"shard\.tar: chunk {plane} of {row.key} is damaged"):
                 reader.read_plane(first + plane)
-            reader.read_plane(first + (plane + 1) % row.num_planes)  # its neighbour is sound
+            reader.read_plane(first + (plane + 1) % row.num_planes)  # its neighbour is intact
         first += row.num_planes
 
 
-def test_a_shard_that_was_cut_is_named(tmp_path: Path, scans: list[Path]) -> None:
+def test_a_truncated_shard_is_named(tmp_path: Path, scans: list[Path]) -> None:
     path = tmp_path / "shard.tar"
     write_shard(path, map(a_record, scans))
     rows = read_index(tmp_path / "shard.idx")
@@ -269,7 +269,7 @@ HOSTILE_ROWS: dict[str, dict[str, Any]] = {
     "true for an axis": {"slice_axis": True},
     "key": {"key": ["a"]},
     "beyond the tar": {"size": 1 << 50},
-    "a key that nobody knows": {"more": 1},
+    "an unknown key": {"more": 1},
     "nothing": {"shape": None},
 }
 
@@ -283,7 +283,7 @@ def test_a_hostile_index_is_refused_before_anything_is_read(tmp_path: Path, chan
         open_shard(tmp_path / "shard.tar")
 
 
-def test_a_chunk_that_decodes_to_another_size_is_named(tmp_path: Path) -> None:
+def test_a_chunk_of_another_decoded_size_is_named(tmp_path: Path) -> None:
     write_shard(tmp_path / "shard.tar", [a_record(a_scan(tmp_path, "scan"))])
     index = tmp_path / "shard.idx"
     row = json.loads(index.read_text())
@@ -316,14 +316,14 @@ def a_tar(path: Path, members: list[tuple[str, bytes, bytes]]) -> Path:
         [("a.json", b"null", tarfile.REGTYPE), ("a.planes", b"x", tarfile.REGTYPE)],
     ],
 )
-def test_a_tar_that_is_no_shard_is_refused(tmp_path: Path, members: list[tuple[str, bytes, bytes]]) -> None:
+def test_a_tar_that_is_not_a_shard_is_refused(tmp_path: Path, members: list[tuple[str, bytes, bytes]]) -> None:
     with pytest.raises(DataError, match="not a shard, or damaged"):
         index_shard(a_tar(tmp_path / "shard.tar", members))
 
 
 @settings(max_examples=600, derandomize=True, deadline=None, database=None)
 @given(data=st.data())
-def test_no_damage_to_a_tar_or_an_index_is_worse_than_an_error(
+def test_every_damaged_tar_or_index_raises_a_data_error(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "fuzz"
@@ -344,7 +344,7 @@ def test_no_damage_to_a_tar_or_an_index_is_worse_than_an_error(
         reader, sound_reader = open_shard(folder / "damaged.tar"), open_shard(folder / "sound.tar")
         for sample in range(reader.num_samples):
             plane = reader.read_plane(sample)
-            if suffix == ".tar":  # what is given is what was written
+            if suffix == ".tar":  # values that are returned equal the written ones
                 np.testing.assert_array_equal(plane, sound_reader.read_plane(sample))
 
 
@@ -354,7 +354,7 @@ def test_a_key_that_webdataset_would_cut_is_refused(tmp_path: Path, scans: list[
         write_shard(tmp_path / "shard.tar", [(volume, {**meta, "key": "sub-01.v2"})])
 
 
-def test_a_key_longer_than_a_plain_tar_name_survives(tmp_path: Path, scans: list[Path]) -> None:
+def test_a_key_longer_than_a_plain_tar_name_is_kept(tmp_path: Path, scans: list[Path]) -> None:
     volume, meta = a_record(scans[0])
     key = "sub-01_" + "x" * 200
     write_shard(tmp_path / "shard.tar", [(volume, {**meta, "key": key})])
@@ -364,14 +364,14 @@ def test_a_key_longer_than_a_plain_tar_name_survives(tmp_path: Path, scans: list
     np.testing.assert_array_equal(reader.read_plane(3), volume.data[:, :, 3, 0])
 
 
-def test_members_carry_no_trace_of_who_wrote_them_and_when(tmp_path: Path, scans: list[Path]) -> None:
+def test_members_have_no_owner_and_no_time(tmp_path: Path, scans: list[Path]) -> None:
     write_shard(tmp_path / "shard.tar", map(a_record, scans))
     with tarfile.open(tmp_path / "shard.tar") as tar:
         assert {(member.mtime, member.uid, member.gid, member.uname) for member in tar} == {(0, 0, 0, "bigdata")}
     assert str(tmp_path).encode() not in (tmp_path / "shard.tar").read_bytes()
 
 
-def test_the_digest_of_voxels_does_not_see_zipping_header_or_dtype(tmp_path: Path) -> None:
+def test_the_digest_of_voxels_does_not_depend_on_compression_header_or_dtype(tmp_path: Path) -> None:
     voxels = np.random.default_rng(0).integers(0, 900, (8, 9, 10)).astype(np.int16)
     nibabel.save(nibabel.Nifti1Image(voxels, OBLIQUE), tmp_path / "a.nii.gz")
     nibabel.save(nibabel.Nifti1Image(voxels.astype(np.float32), OBLIQUE), tmp_path / "b.nii")

@@ -1,4 +1,4 @@
-"""Sidecars: technical tags only, inherited as BIDS says, and hostile JSON does no harm."""
+"""Sidecars: only technical tags are kept, inherited by the rules of BIDS, and hostile JSON is harmless."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from p2r.data.bids import applies, entities_of
 from p2r.data.sidecar import MAX_BYTES, TAGS, allowed_tags, common_tags, read_sidecar
 
-# What dcm2niix 1.0.20260724 writes with `-b y -ba y`, its option to anonymise.
+# Tags that dcm2niix 1.0.20260724 writes with `-b y -ba y`, its anonymisation option.
 ANONYMISED = """{
     "Modality": "MR", "MagneticFieldStrength": 3, "Manufacturer": "Siemens", "ManufacturersModelName": "Prisma",
     "InstitutionName": "SECRET", "InstitutionalDepartmentName": "SECRET", "DeviceSerialNumber": "SECRET",
@@ -27,7 +27,7 @@ def write(path: Path, **tags: Any) -> None:
     path.write_text(json.dumps(tags))
 
 
-def test_what_dcm2niix_leaves_of_a_persons_traces_is_left_behind() -> None:
+def test_personal_tags_that_dcm2niix_keeps_are_dropped() -> None:
     tags, num_ignored = allowed_tags(ANONYMISED.encode())
     assert "SECRET" not in str(tags)
     assert num_ignored == 0
@@ -73,7 +73,7 @@ def test_no_listed_tag_is_a_name_a_date_a_place_or_free_text() -> None:
         ("patientname", "Jane Doe", None),
     ],
 )
-def test_a_value_must_have_the_kind_of_its_tag(tag: str, value: Any, is_kept: bool | None) -> None:
+def test_a_value_must_have_the_type_of_its_tag(tag: str, value: Any, is_kept: bool | None) -> None:
     tags, num_ignored = allowed_tags(json.dumps({tag: value}).encode())
     assert tags == ({tag: value} if is_kept else {})
     assert num_ignored == (is_kept is False)
@@ -93,12 +93,12 @@ def test_a_value_must_have_the_kind_of_its_tag(tag: str, value: Any, is_kept: bo
         b'{"EchoTime": 1, "x": "' + b"x" * MAX_BYTES + b'"}',
     ],
 )
-def test_json_that_cannot_be_used_is_passed_over_and_counted(content: bytes) -> None:
+def test_unusable_json_is_skipped_and_counted(content: bytes) -> None:
     assert allowed_tags(content) == ({}, 1)
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_are_none_are_not_kept(constant: str) -> None:
+def test_nonfinite_numbers_are_not_kept(constant: str) -> None:
     assert allowed_tags(f'{{"EchoTime": {constant}}}'.encode()) == ({}, 1)
 
 
@@ -113,14 +113,14 @@ JSON = st.dictionaries(st.sampled_from([*sorted(TAGS), "PatientName"]), VALUES, 
 
 @settings(max_examples=300, derandomize=True, database=None, deadline=None)
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
-def test_any_bytes_give_tags_that_json_can_hold(content: bytes) -> None:
+def test_any_bytes_give_tags_that_json_can_represent(content: bytes) -> None:
     tags, num_ignored = allowed_tags(content)
     assert set(tags) <= set(TAGS)
     assert num_ignored >= 0
     assert json.loads(json.dumps(tags, allow_nan=False)) == tags
 
 
-def test_the_sidecar_beside_a_scan_is_its_own(tmp_path: Path) -> None:
+def test_the_sidecar_beside_a_scan_is_read(tmp_path: Path) -> None:
     write(tmp_path / "scan.json", EchoTime=1, PatientName="secret")
     write(tmp_path / "other.json", EchoTime=2)
     write(tmp_path / "T1w.json", FlipAngle=9)
@@ -129,7 +129,7 @@ def test_the_sidecar_beside_a_scan_is_its_own(tmp_path: Path) -> None:
     assert read_sidecar(str(tmp_path / "sub-01_T1w.nii")) == ({}, 0), "no data set, nothing is inherited"
 
 
-def test_in_a_data_set_the_nearest_and_most_particular_sidecar_has_the_last_word(tmp_path: Path) -> None:
+def test_in_a_data_set_the_nearest_and_most_specific_sidecar_has_precedence(tmp_path: Path) -> None:
     write(tmp_path / "bold.json", EchoTime=0)  # above the data set
     data = tmp_path / "ds"
     write(data / "dataset_description.json")
@@ -147,13 +147,13 @@ def test_in_a_data_set_the_nearest_and_most_particular_sidecar_has_the_last_word
     assert read_sidecar(str(scan)) == ({**expected, "RepetitionTime": 2}, 1)
 
 
-def test_a_sidecar_that_is_a_folder_or_a_broken_link_is_none(tmp_path: Path) -> None:
+def test_a_folder_or_broken_link_is_no_sidecar(tmp_path: Path) -> None:
     (tmp_path / "a.json").mkdir()
     (tmp_path / "b.json").symlink_to(tmp_path / "absent")
     assert read_sidecar(str(tmp_path / "a.nii")) == read_sidecar(str(tmp_path / "b.nii")) == ({}, 0)
 
 
-def test_entities_are_read_from_names_that_keep_the_rules() -> None:
+def test_entities_are_read_from_valid_names() -> None:
     assert entities_of("sub-01_ses-2_acq-a_ce-gd_rec-x_dir-AP_run-03_T1w.nii.gz") == {
         "sub": "01", "ses": "2", "acq": "a", "ce": "gd", "rec": "x", "dir": "AP", "run": "03", "suffix": "T1w",
     }  # fmt: skip
@@ -164,6 +164,6 @@ def test_entities_are_read_from_names_that_keep_the_rules() -> None:
     assert not applies("sub-01_bold.nii.gz", "sub-01_bold.nii.gz")
 
 
-def test_of_several_images_the_tags_they_agree_on_are_common() -> None:
+def test_common_tags_are_those_equal_in_all_images() -> None:
     assert common_tags([{"a": 1, "b": 2}, {"a": 1, "b": 3}]) == {"a": 1}
     assert common_tags([{"a": 1}, {}]) == {}

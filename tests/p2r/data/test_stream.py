@@ -47,7 +47,7 @@ def assert_bitwise_equal(ours: list[tuple[Batch, StreamState]], theirs: list[tup
         assert (a.image, state_a) == (b.image, state_b)
 
 
-def test_a_batch_holds_the_planes_that_the_order_names(small_corpus: SmallCorpus) -> None:
+def test_a_batch_has_the_slices_of_the_order(small_corpus: SmallCorpus) -> None:
     storage, manifest = small_corpus
     (batch, state), *_ = batches(small_corpus, 1)
     expected = global_batch(manifest, seed=3, epoch=0, step=0, global_batch=SIZE)
@@ -69,7 +69,7 @@ def test_a_batch_holds_the_planes_that_the_order_names(small_corpus: SmallCorpus
 
 @pytest.mark.parametrize("stop", [1, 4, 7, 9])
 def test_resume_repeats_and_skips_nothing_and_is_bitwise_equal(small_corpus: SmallCorpus, stop: int) -> None:
-    assert steps_per_epoch(small_corpus[1], SIZE) == 7  # so that the stops are within, at and beyond an epoch's end
+    assert steps_per_epoch(small_corpus[1], SIZE) == 7  # stops are within an epoch, at its end and beyond
     whole = batches(small_corpus, 16)
     before = batches(small_corpus, stop)
     saved = json.loads(json.dumps(before[-1][1].to_dict()))
@@ -89,7 +89,7 @@ def test_every_epoch_reads_each_sample_at_most_once_in_another_order(small_corpu
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_together_see_what_one_rank_sees(small_corpus: SmallCorpus, world_size: int) -> None:
+def test_all_ranks_together_read_the_batches_of_one_rank(small_corpus: SmallCorpus, world_size: int) -> None:
     whole = batches(small_corpus, 9)
     ranks = [batches(small_corpus, 9, rank=rank, world_size=world_size) for rank in range(world_size)]
     for (batch, state), *parts in zip(whole, *ranks, strict=True):
@@ -97,7 +97,7 @@ def test_ranks_together_see_what_one_rank_sees(small_corpus: SmallCorpus, world_
         assert all(part_state == state for _, part_state in parts)
 
 
-def test_a_run_may_go_on_with_another_number_of_ranks(small_corpus: SmallCorpus) -> None:
+def test_a_run_may_resume_with_another_number_of_ranks(small_corpus: SmallCorpus) -> None:
     whole = batches(small_corpus, 6)
     _, state = batches(small_corpus, 3, rank=1, world_size=2)[-1]
     assert_bitwise_equal(batches(small_corpus, 3, state=state), whole[3:])
@@ -124,10 +124,10 @@ source.close()
 """
 
 
-def test_processes_that_resume_on_another_number_of_ranks_read_what_one_would_have_read(
+def test_processes_resumed_on_another_number_of_ranks_read_the_samples_of_one_process(
     small_corpus: SmallCorpus,
 ) -> None:
-    """Sample by sample: five steps on two processes, then over the end of the epoch on four ranks, then on one."""
+    """Five steps on two processes, then past the end of the epoch on four ranks, then on one."""
     arguments = [json.dumps([small_corpus[0].url, rank, 2, None, 5]) for rank in range(2)]
     ranks = [
         subprocess.Popen([sys.executable, "-c", RANK, text], stdout=subprocess.PIPE, text=True) for text in arguments
@@ -149,14 +149,14 @@ def test_threads_change_nothing(small_corpus: SmallCorpus, num_threads: int, pre
     assert_bitwise_equal(batches(small_corpus, 9, num_threads=num_threads, prefetch=prefetch), batches(small_corpus, 9))
 
 
-def test_the_memory_of_a_batch_is_used_again_only_when_no_part_of_it_is_held(small_corpus: SmallCorpus) -> None:
+def test_the_memory_of_a_batch_is_reused_only_without_references_to_it(small_corpus: SmallCorpus) -> None:
     held: list[tuple[Any, Any]] = []
     places: list[int] = []
     with closing(stream(Corpus(*small_corpus), image=IMAGE, seed=3, global_batch=SIZE)) as source:
         for step, (batch, _) in enumerate(itertools.islice(source, 60)):
             for group in batch.groups:
                 places.append(group.voxels.untyped_storage().data_ptr())
-                if step % 5 == 0:  # a view of a view, as a tensor or an array
+                if step % 5 == 0:  # a view of a view, as tensor or array
                     part: Any = group.voxels[-1:] if step % 2 else group.voxels.numpy()[..., 1:].T
                     held.append((part, part.clone() if step % 2 else part.copy()))
             del batch, group
@@ -181,7 +181,7 @@ def test_a_corpus_smaller_than_a_global_batch_is_refused_at_once(small_corpus: S
         stream(Corpus(*small_corpus), image=IMAGE, seed=0, global_batch=64)
 
 
-def test_a_world_size_that_does_not_fit_is_refused_at_once(small_corpus: SmallCorpus) -> None:
+def test_an_invalid_world_size_is_refused_at_once(small_corpus: SmallCorpus) -> None:
     with pytest.raises(DataError, match="use 1, 2, 4, 8 ranks"):
         stream(Corpus(*small_corpus), image=IMAGE, seed=0, global_batch=SIZE, world_size=3)
 
@@ -249,7 +249,7 @@ def damage(folder: Path, shard: str, chunks: list[tuple[int, int]]) -> None:
     (folder / shard).write_bytes(content)
 
 
-def test_a_damaged_sample_is_replaced_by_the_same_one_in_every_run_counted_and_noted(
+def test_a_damaged_sample_is_replaced_reproducibly_and_counted(
     damageable: tuple[Path, SmallCorpus],
 ) -> None:
     folder, corpus = damageable
@@ -277,14 +277,14 @@ def test_a_damaged_sample_is_replaced_by_the_same_one_in_every_run_counted_and_n
     assert num_changed == len(notes)
 
 
-def test_more_damage_than_the_quarantine_takes_stops_the_stream(damageable: tuple[Path, SmallCorpus]) -> None:
+def test_more_damage_than_the_quarantine_allows_stops_the_stream(damageable: tuple[Path, SmallCorpus]) -> None:
     folder, corpus = damageable
     damage(folder, corpus[1]["shards"][1]["name"], [(0, 0), (0, 1), (0, 2)])
     with pytest.raises(DataError, match=r"is damaged.*2 damaged samples were replaced already, the most allowed"):
         batches(corpus, 30, quarantine=Quarantine(2))
 
 
-def test_a_shard_of_which_nothing_can_be_read_stops_the_stream(damageable: tuple[Path, SmallCorpus]) -> None:
+def test_an_unreadable_shard_stops_the_stream(damageable: tuple[Path, SmallCorpus]) -> None:
     folder, corpus = damageable
     shard = corpus[1]["shards"][1]["name"]
     rows = read_index(folder / shard.replace(".tar", ".idx"))
@@ -295,7 +295,7 @@ def test_a_shard_of_which_nothing_can_be_read_stops_the_stream(damageable: tuple
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
 @pytest.mark.parametrize("world_size", [1, 8])
-def test_neighbours_are_planes_beside_the_sample_before_them(
+def test_neighbours_are_slices_adjacent_to_the_previous_sample(
     small_corpus: SmallCorpus, share: float, world_size: int
 ) -> None:
     steps = [
@@ -317,10 +317,10 @@ def test_neighbours_are_planes_beside_the_sample_before_them(
         shards, _ = locate(small_corpus[1], positions)
         assert (shards[changed] == shards[changed - 1]).all()
         num_neighbours += len(changed)
-    assert share * 7 * SIZE - 3 <= num_neighbours <= share * 7 * SIZE  # a few are neighbours by chance
+    assert share * 7 * SIZE - 3 <= num_neighbours <= share * 7 * SIZE  # some are neighbours by chance
 
 
-def test_a_mixture_streams_all_its_corpora(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+def test_a_mixture_streams_all_of_its_corpora(small_corpus: SmallCorpus, tmp_path: Path) -> None:
     folder = tmp_path / "other"
     shutil.copytree(small_corpus[0].url.removeprefix("file://"), folder)
     corpora = [Corpus(*small_corpus, weight=3.0), Corpus(Storage(str(folder)), small_corpus[1], weight=1.0)]
@@ -338,7 +338,7 @@ PATCHES = ImageConfig(dimensions=3, spacing_mm=1.5, size=16, patches_per_volume=
 
 
 @pytest.mark.parametrize("record", ["planes", "blocks", "npy"])
-def test_patches_come_out_of_the_same_shards(small_corpus: SmallCorpus, tmp_path: Path, record: str) -> None:
+def test_patches_are_read_from_the_same_shards(small_corpus: SmallCorpus, tmp_path: Path, record: str) -> None:
     _, manifest = small_corpus
     config = IngestConfig(sources=tuple(manifest["source"]), licence="CC0-1.0", shard_size_mib=0.012, record=record)
     storage = Storage(str(tmp_path / "corpus"))
@@ -362,7 +362,7 @@ def test_patches_come_out_of_the_same_shards(small_corpus: SmallCorpus, tmp_path
         assert torch.equal(torch.cat([part.images()[0] for part, _ in parts]), batch.images()[0])
 
 
-def test_what_the_stream_does_is_counted(small_corpus: SmallCorpus) -> None:
+def test_the_stream_counts_its_work(small_corpus: SmallCorpus) -> None:
     counters = Counters()
     batches(small_corpus, 3, counters=counters)
     counted = counters.snapshot()
@@ -374,7 +374,7 @@ def test_what_the_stream_does_is_counted(small_corpus: SmallCorpus) -> None:
 @pytest.mark.parametrize(
     "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-700])]
 )
-def test_a_shard_or_index_that_is_absent_or_cut_is_named(
+def test_an_absent_or_truncated_shard_or_index_is_named(
     damageable: tuple[Path, SmallCorpus], suffix: str, damage: Any
 ) -> None:
     folder, corpus = damageable
@@ -385,7 +385,7 @@ def test_a_shard_or_index_that_is_absent_or_cut_is_named(
 
 
 @pytest.mark.s3
-def test_a_bucket_of_scans_becomes_a_bucket_of_shards_and_the_same_batches(
+def test_scans_in_a_bucket_give_the_same_batches(
     s3_url: str, small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("P2R_CACHE", str(tmp_path / "cache"))
@@ -396,7 +396,7 @@ def test_a_bucket_of_scans_becomes_a_bucket_of_shards_and_the_same_batches(
     config = IngestConfig(sources=(bucket.url,), licence="CC0-1.0", shard_size_mib=0.012)
     list(ingest_locally(config, remote))
     found = load_manifest(remote)
-    assert found["shards"] == manifest["shards"]  # byte for byte what the folder gave
+    assert found["shards"] == manifest["shards"]  # bitwise equal to the corpus of the folder
     assert verify_corpus(remote) == []
     with closing(stream(Corpus(remote, found), image=IMAGE, seed=3, global_batch=SIZE)) as source:
         for (batch, _), (expected, _) in zip(source, batches((local, manifest), 9), strict=False):

@@ -1,6 +1,6 @@
-"""What goes wrong between a stream and its bucket costs time, or stops it with a message; never a sample.
+"""Faults between a stream and its bucket cost time or stop it with a message, but never change a sample.
 
-A real S3 server; a proxy before it makes the faults. Every test compares with what the same corpus gives from a folder.
+A proxy in front of a real S3 server causes the faults. Every test compares with the same corpus in a folder.
 """
 
 import itertools
@@ -70,7 +70,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of one kilobyte: everything is read by ranges."""
+    """A cache of one kilobyte, so that everything is read by ranges."""
     monkeypatch.setenv("P2R_CACHE_GIB", "0.000001")
 
 
@@ -105,7 +105,7 @@ def test_without_room_in_the_cache_samples_are_read_by_ranges(
     assert not list(cache.glob("*.tar"))
 
 
-def test_a_cache_smaller_than_the_working_set_goes_round(
+def test_a_cache_smaller_than_the_working_set_evicts_shards(
     remote: Corpus, expected: list[Batch], monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     sizes = [entry["num_bytes"] for entry in remote.manifest["shards"]]
@@ -130,7 +130,7 @@ def test_a_cache_smaller_than_the_working_set_goes_round(
     ],
     ids=["503", "500 for an index", "broken connection", "truncated body", "stalled body", "flipped byte"],
 )
-def test_a_fault_that_passes_costs_time_and_nothing_else(
+def test_a_temporary_fault_only_costs_time(
     remote: Corpus,
     proxy: FaultProxy,
     expected: list[Batch],
@@ -146,7 +146,7 @@ def test_a_fault_that_passes_costs_time_and_nothing_else(
     assert any(name.startswith("retries") for name in counters.snapshot())
 
 
-def test_a_byte_that_is_wrong_in_the_cache_is_noticed_and_fetched_again(
+def test_a_damaged_byte_in_the_cache_is_detected_and_fetched_again(
     remote: Corpus, proxy: FaultProxy, expected: list[Batch], cache: Path
 ) -> None:
     batches(remote)
@@ -161,7 +161,7 @@ def test_a_byte_that_is_wrong_in_the_cache_is_noticed_and_fetched_again(
     assert counters.snapshot()['retries{cause="damaged_cache"}'] >= 1
     counters = Counters()
     assert_same(batches(remote, counters=counters), expected)
-    assert "retries" not in str(counters.snapshot()), "the copies in the cache are sound again"
+    assert "retries" not in str(counters.snapshot()), "the copies in the cache are intact again"
 
 
 def test_an_object_that_is_damaged_in_the_bucket_stops_the_stream_and_is_named(
@@ -176,7 +176,7 @@ def test_an_object_that_is_damaged_in_the_bucket_stops_the_stream_and_is_named(
         batches(remote)
 
 
-def test_read_by_ranges_only_the_damaged_sample_is_replaced(
+def test_with_ranged_reads_only_the_damaged_sample_is_replaced(
     remote: Corpus, small_corpus: SmallCorpus, tmp_path: Path, no_room: None
 ) -> None:
     from p2r.data.shards import read_index
@@ -193,14 +193,14 @@ def test_read_by_ranges_only_the_damaged_sample_is_replaced(
     assert len(taken) == STEPS and 1 <= sum(len(batch.replaced) for batch in taken) <= 2
 
 
-def test_an_object_that_is_gone_stops_the_stream_at_once(remote: Corpus, proxy: FaultProxy) -> None:
+def test_a_deleted_object_stops_the_stream_at_once(remote: Corpus, proxy: FaultProxy) -> None:
     name = remote.manifest["shards"][1]["name"]
     remote.storage.delete(name)
     with pytest.raises(StorageError, match=name):
         batches(remote)
 
 
-def test_a_server_that_stays_away_stops_the_stream_with_the_url(
+def test_an_unreachable_server_stops_the_stream_with_the_url(
     remote: Corpus, proxy: FaultProxy, monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("P2R_S3_DEADLINE_S", "0.5")
@@ -219,7 +219,7 @@ def own_bucket(
     yield uploaded(small_corpus, "s3://faults/corpus")
 
 
-def test_a_server_that_is_killed_in_mid_stream_and_comes_back(
+def test_a_stream_survives_a_restart_of_the_server(
     own_s3: S3Server, own_bucket: Corpus, expected: list[Batch], no_room: None
 ) -> None:
     back = threading.Thread(target=lambda: (threading.Event().wait(1.0), own_s3.start()))
@@ -235,7 +235,7 @@ def test_a_server_that_is_killed_in_mid_stream_and_comes_back(
     assert any(name.startswith("retries") for name in counters.snapshot())
 
 
-def test_keys_that_are_rotated_in_mid_stream_are_taken_up_from_the_credentials_file(
+def test_rotated_keys_are_read_from_the_credentials_file(
     own_s3: S3Server,
     own_bucket: Corpus,
     expected: list[Batch],
@@ -272,7 +272,7 @@ def test_keys_that_are_rotated_in_mid_stream_are_taken_up_from_the_credentials_f
     assert "another-secret" not in str(stopped.value)
 
 
-def test_a_full_disk_is_no_error(
+def test_a_full_disk_is_not_an_error(
     remote: Corpus, expected: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = tmp_path / "disk"

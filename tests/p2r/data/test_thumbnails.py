@@ -11,7 +11,7 @@ def volume_of(data: np.ndarray, spacing_mm: tuple[float, float, float]) -> Volum
     return Volume(data[..., None], affine, affine, data.shape, spacing_mm, key="scan")
 
 
-def test_a_thumbnail_is_the_middle_plane_in_its_own_proportions() -> None:
+def test_a_thumbnail_is_the_middle_slice_in_its_aspect_ratio() -> None:
     data = np.zeros((40, 20, 5), np.int16)
     data[:, :, 2] = 700
     data[20:, :, 2] = 1000
@@ -21,13 +21,13 @@ def test_a_thumbnail_is_the_middle_plane_in_its_own_proportions() -> None:
     assert (pixels[:48, 24:72] == 0).all() and (pixels[48:, 24:72] == 255).all()
 
 
-def test_the_plane_is_cut_across_the_largest_spacing_and_voxels_need_not_be_square() -> None:
+def test_the_slice_is_perpendicular_to_the_largest_spacing_and_pixels_may_be_anisotropic() -> None:
     data = np.random.default_rng(0).integers(0, 900, (6, 30, 60)).astype(np.uint16)
     pixels = thumbnail(volume_of(data, (9.0, 2.0, 1.0)))
     assert (pixels.max(axis=0) > 0).all() and (pixels.max(axis=1) > 0).all()  # 60 mm x 60 mm: the square is full
 
 
-def test_each_pixel_is_the_mean_of_the_voxels_that_it_covers() -> None:
+def test_each_pixel_is_the_mean_of_its_voxels() -> None:
     data = np.random.default_rng(1).integers(0, 1000, (192, 192, 3)).astype(np.float32)
     low, high = np.percentile(data[..., 1], (1, 99))
     levels = ((data[..., 1] - low) / (high - low)).clip(0, 1)
@@ -42,7 +42,7 @@ def test_any_shape_gives_a_thumbnail(shape: tuple[int, int, int]) -> None:
     assert thumbnail(volume_of(data, (1.0, 1.0, 1.0))).shape == (96, 96)
 
 
-def test_thumbnails_survive_storage_in_equal_bytes() -> None:
+def test_thumbnails_are_bitwise_equal_after_storage() -> None:
     rng = np.random.default_rng(2)
     found = {key: rng.integers(0, 256, (96, 96)).astype(np.uint8) for key in ("b", "a")}
     content = to_bytes(found)
@@ -53,12 +53,12 @@ def test_thumbnails_survive_storage_in_equal_bytes() -> None:
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{}", b'{"key": "a", "pixels": "AAAA"}', b"x", b'{"key": 1, "pixels": 2}'])
-def test_what_is_no_thumbnail_is_refused(content: bytes) -> None:
+def test_an_invalid_thumbnail_is_refused(content: bytes) -> None:
     with pytest.raises(DataError, match="cannot be parsed"):
         from_bytes(content)
 
 
-def test_the_draw_of_a_larger_corpus_keeps_most_of_a_smaller_one_s() -> None:
+def test_the_draw_of_a_larger_corpus_keeps_most_scans_of_a_smaller_one() -> None:
     small, large = [[f"scan-{number}" for number in range(count)] for count in (200, 220)]
     assert drawn(small, 48) == drawn(small[::-1], 48)
     assert len(set(drawn(small, 48)) & set(drawn(large, 48))) > 35

@@ -1,4 +1,4 @@
-"""One flipped bit anywhere in a corpus is a problem with a name; so is whatever is absent, cut, or does not fit."""
+"""One flipped bit anywhere in a corpus is a named problem, as are absent, truncated and inconsistent files."""
 
 import hashlib
 import json
@@ -76,13 +76,13 @@ def in_tar(what: str) -> Callable[[Path], tuple[Path, int]]:
         (lambda folder: (folder / "manifest.json", 2), r"manifest\.json"),
     ],
 )
-def test_a_flipped_bit_is_noticed(copy: Path, place: Callable[[Path], tuple[Path, int]], problem: str) -> None:
+def test_a_flipped_bit_is_detected(copy: Path, place: Callable[[Path], tuple[Path, int]], problem: str) -> None:
     flip(*place(copy))
     with pytest.raises(AssertionError, match=problem):
         assert verify_corpus(Storage(str(copy))) == []
 
 
-def test_a_flipped_bit_is_noticed_wherever_it_is(copy: Path) -> None:
+def test_a_flipped_bit_is_detected_at_any_position(copy: Path) -> None:
     storage = Storage(str(copy))
     for path in sorted(path for path in copy.rglob("*") if path.is_file() and "receipts" not in path.parts):
         size = path.stat().st_size
@@ -120,7 +120,7 @@ def test_problems_are_one_line_each(copy: Path) -> None:
     assert not any("\n" in problem for problem in problems)
 
 
-def test_counts_that_do_not_add_up_are_a_problem(copy: Path) -> None:
+def test_inconsistent_counts_are_a_problem(copy: Path) -> None:
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["num_samples"] += 1
@@ -128,7 +128,7 @@ def test_counts_that_do_not_add_up_are_a_problem(copy: Path) -> None:
     assert any("its shards add up to" in problem for problem in verify_corpus(Storage(str(copy))))
 
 
-def test_files_of_no_revision_are_listed(copy: Path) -> None:
+def test_files_outside_every_revision_are_listed(copy: Path) -> None:
     (copy / "shard-000009-0123456789ab.tar").write_bytes(b"")
     (copy / "ledgers" / "other.jsonl").write_bytes(b"")
     assert unreferenced_files(Storage(str(copy))) == ["ledgers/other.jsonl", "shard-000009-0123456789ab.tar"]
@@ -136,7 +136,7 @@ def test_files_of_no_revision_are_listed(copy: Path) -> None:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], None]) -> Storage:
-    """Change a manifest, a row of an index and a row of the ledger, and every digest that names them, as a stranger could."""
+    """Forge a manifest, a row of an index and a row of the ledger, with all digests of them correct."""
     storage = Storage(str(folder))
     manifest = load_manifest(storage)
     shard = manifest["shards"][0]
@@ -178,7 +178,7 @@ def add_a_sample(manifest: dict[str, Any], index: dict[str, Any], ledger: dict[s
         (add_a_sample, "num_samples is"),
     ],
 )
-def test_a_sound_looking_corpus_of_a_stranger_is_refused_by_name_when_verified_and_when_read(
+def test_a_forged_corpus_with_correct_digests_is_refused_when_verified_and_when_read(
     copy: Path, change: Any, problem: str
 ) -> None:
     storage = rewrite(copy, change)
@@ -191,7 +191,7 @@ def test_a_sound_looking_corpus_of_a_stranger_is_refused_by_name_when_verified_a
             pass
 
 
-def test_a_ledger_row_without_its_count_is_named_when_verified_and_when_the_corpus_would_grow(copy: Path) -> None:
+def test_a_ledger_row_without_its_count_is_named_by_verification_and_growth(copy: Path) -> None:
     storage = rewrite(copy, lambda manifest, index, ledger: ledger.pop("num_samples"))
     assert any("num_samples: Field required" in found for found in verify_corpus(storage))
     with pytest.raises(DataError, match="num_samples: Field required"):

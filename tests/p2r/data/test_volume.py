@@ -1,4 +1,4 @@
-"""Reading and writing scans: nibabel is the reference, and everything unusable has a name."""
+"""Reading and writing scans: nibabel is the reference, and unusable files have a reason code."""
 
 import gzip
 import tracemalloc
@@ -55,7 +55,7 @@ def test_voxels_and_affine_are_those_of_as_closest_canonical(write_scan: Any, dt
 
 
 @pytest.mark.parametrize("codes", ["LPS", "RAS", "SRA", "PIL", "ASR", "IRP"])
-def test_every_orientation_goes_to_ras_and_back_exactly(write_scan: Any, codes: str) -> None:
+def test_every_orientation_is_converted_to_ras_and_back_exactly(write_scan: Any, codes: str) -> None:
     orientation = axcodes2ornt(tuple(codes))
     affine = np.diag([1.0, 2.0, 3.0, 1.0]) @ inv_ornt_aff(orientation, (7, 9, 5))
     path = write_scan("scan.nii", voxels(np.int16), affine)
@@ -72,7 +72,7 @@ def test_scaling_is_applied_once(write_scan: Any, tmp_path: Path) -> None:
         image.header.set_slope_inter(slope, intercept)
         path = tmp_path / f"{name}.nii"
         raw = bytearray(image.to_bytes())
-        # nibabel scales on writing; put the factors in by hand, as a scanner's converter would.
+        # nibabel scales on writing, so the factors are written by hand, as by a scanner's converter.
         raw[112:120] = np.array([slope, intercept], "<f4").tobytes()
         raw[352:] = voxels(np.int16).tobytes(order="F")
         path.write_bytes(raw)
@@ -98,7 +98,7 @@ def test_wide_integers_are_narrowed_without_loss(write_scan: Any, values: list[i
     np.testing.assert_array_equal(volume.data[..., 0], array)
 
 
-def test_other_byte_order_is_read_as_what_it_says(tmp_path: Path) -> None:
+def test_another_byte_order_is_read_correctly(tmp_path: Path) -> None:
     image = nibabel.Nifti1Image(voxels(np.int16), np.eye(4), nibabel.Nifti1Header(endianness=">"), dtype=np.int16)
     nibabel.save(image, tmp_path / "big.nii")
     assert read_volume(tmp_path / "big.nii").data.dtype == np.dtype("int16").newbyteorder("=")
@@ -111,7 +111,7 @@ def test_nifti_2_and_a_gzip_without_its_suffix_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_volume(tmp_path / "two.nii.gz").data, read_volume(tmp_path / "zipped.nii").data)
 
 
-def test_time_is_the_last_axis_and_a_single_frame_is_one(write_scan: Any) -> None:
+def test_time_is_the_last_axis_also_for_one_frame(write_scan: Any) -> None:
     four = voxels(np.int16, (7, 9, 5, 3))
     volume = read_volume(write_scan("four.nii.gz", four, OBLIQUE))
     reference = nibabel.as_closest_canonical(nibabel.Nifti1Image(four, OBLIQUE))
@@ -132,7 +132,7 @@ def test_keys_are_file_names_without_the_suffix(name: str) -> None:
     assert scan_key(name) == "scan"
 
 
-def test_a_cut_gzip_is_truncated_wherever_it_is_cut(write_scan: Any) -> None:
+def test_a_gzip_cut_anywhere_is_truncated(write_scan: Any) -> None:
     path = write_scan("scan.nii.gz", voxels(np.int16))
     whole = path.read_bytes()
     for length in (20, len(whole) // 2, len(whole) - 3):
@@ -250,7 +250,7 @@ def test_labels_may_be_empty_and_come_as_int16(write_scan: Any) -> None:
 
 
 @pytest.mark.parametrize("array", [voxels(np.float32) + 0.5, voxels(np.int16) - 60, voxels(np.int32) * 1000])
-def test_labels_are_whole_and_small_and_not_negative(write_scan: Any, array: Any) -> None:
+def test_labels_are_small_nonnegative_integers(write_scan: Any, array: Any) -> None:
     path = write_scan("labels.nii", array)
     with pytest.raises(RefusedScan) as refusal:
         read_labels(path)
@@ -259,7 +259,7 @@ def test_labels_are_whole_and_small_and_not_negative(write_scan: Any, array: Any
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
-def test_what_is_written_is_read_back(tmp_path: Path, suffix: str, dtype: Any) -> None:
+def test_written_volumes_are_read_back(tmp_path: Path, suffix: str, dtype: Any) -> None:
     path = tmp_path / "new" / f"scan{suffix}"
     write_nifti(path, voxels(dtype), OBLIQUE)
     image = nibabel.load(path)
@@ -270,14 +270,14 @@ def test_what_is_written_is_read_back(tmp_path: Path, suffix: str, dtype: Any) -
     assert image.header["sform_code"] == image.header["qform_code"] == 2
 
 
-def test_booleans_and_wide_integers_are_written_narrow(tmp_path: Path) -> None:
+def test_booleans_and_wide_integers_are_written_as_narrow_integers(tmp_path: Path) -> None:
     for array, dtype in ((voxels(np.int64) > 50, "uint8"), (voxels(np.int64), "uint8"), (-voxels(np.int64), "int16")):
         write_nifti(tmp_path / "scan.nii", array, np.eye(4))
         assert nibabel.load(tmp_path / "scan.nii").get_data_dtype() == dtype
         np.testing.assert_array_equal(np.asarray(nibabel.load(tmp_path / "scan.nii").dataobj), array)
 
 
-def test_writing_the_same_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_writing_is_reproducible(tmp_path: Path) -> None:
     for name in ("a.nii.gz", "b.nii.gz"):
         write_nifti(tmp_path / name, voxels(np.int16), OBLIQUE)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
@@ -293,7 +293,7 @@ def test_a_forgotten_reorientation_is_caught_when_writing(write_scan: Any, tmp_p
     assert not (tmp_path / "wrong.nii").exists()
 
 
-def test_writing_to_an_impossible_place_is_a_storage_error(tmp_path: Path) -> None:
+def test_writing_to_an_impossible_path_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot write"):
         write_nifti(tmp_path / "file" / "scan.nii", voxels(np.int16), np.eye(4))
@@ -308,7 +308,7 @@ def test_a_foreign_grid_is_a_value_error(write_scan: Any) -> None:
 
 
 def test_a_placeholder_affine_does_not_hide_the_voxel_size(tmp_path: Path) -> None:
-    """As ACDC's files are: an sform of ones, no qform, and the true size in pixdim alone."""
+    """As in ACDC: an sform of ones, no qform, and the true voxel size only in pixdim."""
     image = nibabel.Nifti1Image(np.arange(6 * 5 * 4, dtype=np.int16).reshape(6, 5, 4), np.diag([-1.0, -1.0, 1.0, 1.0]))
     image.set_qform(None)
     image.header.set_zooms((1.5, 1.25, 10.0))
@@ -323,7 +323,7 @@ def test_a_placeholder_affine_does_not_hide_the_voxel_size(tmp_path: Path) -> No
     assert read_volume(tmp_path / "scan.nii.gz").spacing_mm == read_labels(tmp_path / "labels.nii.gz").spacing_mm
 
 
-def test_a_true_millimetre_cube_stays_one(tmp_path: Path) -> None:
+def test_true_voxels_of_one_millimetre_are_kept(tmp_path: Path) -> None:
     write_nifti(tmp_path / "scan.nii.gz", np.arange(27, dtype=np.int16).reshape(3, 3, 3), np.eye(4))
     assert read_volume(tmp_path / "scan.nii.gz").spacing_mm == (1.0, 1.0, 1.0)
 
@@ -344,15 +344,15 @@ def test_a_scan_in_two_files_is_read_by_either_name(tmp_path: Path, kind: Any, s
             read_volume(tmp_path / f"{name}{suffix}")
 
 
-def test_a_header_that_promises_another_file_is_no_single_one(tmp_path: Path) -> None:
+def test_a_header_of_a_file_pair_is_refused_as_a_single_file(tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Pair(voxels(np.int16), OBLIQUE), tmp_path / "scan.hdr")
     (tmp_path / "alone.nii").write_bytes((tmp_path / "scan.hdr").read_bytes())
     assert code_of(tmp_path / "alone.nii") == "not_nifti"
     nibabel.save(nibabel.AnalyzeImage(voxels(np.int16), np.eye(4)), tmp_path / "old.hdr")
-    assert code_of(tmp_path / "old.hdr") == "not_nifti", "ANALYZE does not say which side is left"
+    assert code_of(tmp_path / "old.hdr") == "not_nifti", "ANALYZE does not define which side is left"
 
 
-def test_names_of_pairs() -> None:
+def test_names_of_header_and_voxel_files() -> None:
     assert pair_of("a/b.hdr") == pair_of("a/b.img") == ("a/b.hdr", "a/b.img")
     assert pair_of("b.HDR.GZ") == ("b.HDR.GZ", "b.IMG.GZ")
     assert pair_of("b.nii") is None
@@ -372,7 +372,7 @@ def test_names_of_pairs() -> None:
     ],
 )
 @pytest.mark.parametrize("stored", [np.float32, np.float64, ">f4"])
-def test_whole_numbers_stored_as_reals_become_integers(
+def test_integers_stored_as_floats_become_integers(
     write_scan: Any, values: list[float], dtype: Any, stored: Any
 ) -> None:
     array = np.resize(np.array(values, np.float64), (4, 4, 4)).astype(stored)
@@ -382,7 +382,7 @@ def test_whole_numbers_stored_as_reals_become_integers(
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 30_001), (2000, 301, 3), (700, 2, 700), (2, 2, 3, 4)])
-def test_scans_larger_than_a_part_are_converted_whole(write_scan: Any, shape: tuple[int, ...]) -> None:
+def test_scans_larger_than_a_chunk_are_converted_completely(write_scan: Any, shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).integers(-1000, 1000, shape).astype(np.int32)
     affine = np.array([[0, 0, -0.06, 1], [-0.03, 0, 0, 2], [0, 0.9, 0, 3], [0, 0, 0, 1]])
     volume = read_volume(write_scan("scan.nii", array, affine))
@@ -407,7 +407,7 @@ def test_a_gzip_in_several_members_and_padding_are_read(write_scan: Any) -> None
     np.testing.assert_array_equal(read_volume(path).data[..., 0], voxels(np.int16))
 
 
-def test_padding_is_noted_and_more_after_the_voxels_is_unreadable(write_scan: Any) -> None:
+def test_padding_is_noted_and_other_trailing_bytes_are_unreadable(write_scan: Any) -> None:
     path = write_scan("scan.nii", voxels(np.int16))
     whole = path.read_bytes()
     zipped, some = gzip.compress(whole), b"some" * 9000
@@ -433,7 +433,7 @@ def peak_mib(path: Path, **options: Any) -> float:
     return peak / 2**20
 
 
-def test_a_gzip_bomb_costs_no_more_than_its_header_promises(write_scan: Any) -> None:
+def test_a_gzip_bomb_is_read_only_to_the_size_in_its_header(write_scan: Any) -> None:
     path = write_scan("scan.nii", voxels(np.int16))
     whole = path.read_bytes()
     path.write_bytes(gzip.compress(whole + bytes(300 << 20), compresslevel=1))
@@ -446,7 +446,7 @@ def test_a_gzip_bomb_costs_no_more_than_its_header_promises(write_scan: Any) -> 
     assert peak_mib(path) < 4
 
 
-def test_the_bytes_that_a_header_may_promise_are_bounded(write_scan: Any) -> None:
+def test_the_size_in_a_header_is_bounded(write_scan: Any) -> None:
     path = write_scan("scan.nii.gz", np.random.default_rng(0).integers(0, 99, (64, 64, 64)).astype(np.int16))
     assert read_volume(path, max_mib=0.51).data.shape == (64, 64, 64, 1)
     with pytest.raises(RefusedScan, match=r"max_scan_mib") as refusal:
@@ -462,7 +462,7 @@ def test_the_bytes_that_a_header_may_promise_are_bounded(write_scan: Any) -> Non
 @pytest.mark.parametrize(
     ("dtype", "slope", "bytes_per_voxel"), [(np.int16, None, 2 + 2), (np.int16, 0.37, 2 + 4), (np.float64, None, 8 + 4)]
 )
-def test_peak_memory_is_what_is_stored_and_what_is_kept(
+def test_peak_memory_is_that_of_the_stored_and_the_kept_voxels(
     write_scan: Any, dtype: Any, slope: float | None, bytes_per_voxel: int
 ) -> None:
     array = np.random.default_rng(0).normal(0, 100, (220, 200, 180)).astype(dtype)
@@ -489,7 +489,7 @@ def test_frames_are_capped_evenly_and_recorded(write_scan: Any) -> None:
         assert read_volume(path, max_frames=12).frames is None
 
 
-def test_frames_that_are_left_out_take_no_memory(write_scan: Any) -> None:
+def test_omitted_frames_take_no_memory(write_scan: Any) -> None:
     path = write_scan("four.nii.gz", np.random.default_rng(0).integers(0, 9, (64, 64, 32, 100)).astype(np.int16))
     assert peak_mib(path, max_frames=2) < 8 < peak_mib(path)
 
@@ -507,7 +507,7 @@ def test_frames_that_are_left_out_take_no_memory(write_scan: Any) -> None:
         (1e6, "truncated"),
     ],
 )
-def test_the_place_of_the_voxels_must_make_sense(write_scan: Any, offset: float, code: str | None) -> None:
+def test_the_offset_of_the_voxels_must_be_valid(write_scan: Any, offset: float, code: str | None) -> None:
     path = write_scan("scan.nii", voxels(np.int16))
     raw = bytearray(path.read_bytes())
     raw[108:112] = np.float32(offset).tobytes()

@@ -13,7 +13,8 @@ from torch import Tensor
 from p2r.config import ImageConfig, PretrainConfig
 from p2r.data.batch import Batch, Group
 from p2r.engine.build import build_engine, full_weights, inner_optimizer, join_process_group, set_mean_weights
-from p2r.engine.step import _alignment_sums, equivariance_error, pixel_pair_loss, take_step
+from p2r.engine.objectives import PixelPairs, pixel_pair_loss
+from p2r.engine.step import _alignment_sums, equivariance_error, take_step
 from p2r.loss import corresponding_points
 from p2r.model.pix2rep import Pix2Rep
 from p2r.randomness import keyed_generator
@@ -258,15 +259,14 @@ def plain(settings: PretrainConfig, skipped: int) -> dict[str, Any]:
             generators=[keyed_generator(0, "points", 0, int(position)) for position in of_all.positions],
         )
         queries, keys = model(views.a, views.b, pairs.a, pairs.b)
-        loss = pixel_pair_loss(
+        embedded = PixelPairs(
             queries,
             keys,
-            settings.loss,
-            temperature=model.log_temperature.exp(),
             weights=pairs.weight.flatten(),
             image=torch.arange(IMAGES).repeat_interleave(20),
             position_mm=pairs.a.flatten(0, 1),
         )
+        loss = pixel_pair_loss(embedded, settings.loss, temperature=model.log_temperature.exp())
         losses.append(float(loss.detach()))
         if step == skipped:
             continue

@@ -84,8 +84,8 @@ def test_nsd_counts_border_voxels_within_the_tolerance_in_mm() -> None:
 
 
 def test_the_interior_of_an_organ_is_no_border() -> None:
-    # A 5 x 5 x 5 cube against the same cube with its centre removed. The hole makes 6 more border voxels (the centre's
-    # neighbours), 1 voxel from the nearest of the outer 98: of 98 + 98 + 6 all are within 1, and 196 within 0.5.
+    # A 5 x 5 x 5 cube against the same cube with its centre removed. The hole adds 6 border voxels (the centre's neighbours),
+    # 1 voxel from the nearest of the outer 98. Of 98 + 98 + 6 voxels, all are within 1 and 196 within 0.5.
     cube = labels((7, 7, 7), RV=(slice(1, 6), slice(1, 6), slice(1, 6)))
     hollow = cube.copy()
     hollow[3, 3, 3] = 0
@@ -97,8 +97,8 @@ def test_the_interior_of_an_organ_is_no_border() -> None:
 def test_an_organ_at_the_edge_of_the_grid_has_its_border_there() -> None:
     whole, part = np.ones((4, 4, 4), np.int16), np.ones((4, 4, 4), np.int16)
     part[3] = 0
-    # Border of the whole: 64 - 8 = 56 voxels, of which the 16 of the last layer are 1 from the part's border, which has
-    # 48 - 4 = 44 voxels: of these the inner 2 x 2 of layer 2 are 1 from the whole's border, all others on it.
+    # The border of the whole has 64 - 8 = 56 voxels; the 16 of the last layer are 1 from the part's border. That border has
+    # 48 - 4 = 44 voxels; the inner 2 x 2 of layer 2 are 1 from the whole's border, all others are on it.
     assert score(part, whole, nsd_tolerance_mm=0.5)["RV"].nsd == pytest.approx((40 + 40) / 100)
 
 
@@ -283,8 +283,8 @@ def test_a_phantom_without_one_organ_scores_by_the_rules_and_the_other_by_geomet
     }
     for absent, scores in found.items():
         assert scores["RV"].dice == pytest.approx(3 / 4)  # four slices, three of them shared
-        # Of 36 + 20 + 20 + 36 border voxels the first 36 are a slice of 8 mm away, and the inside of the last slice at most
-        # 3 mm from the other border, within the slice.
+        # Border: 36 + 20 + 20 + 36 voxels. The first 36 are a slice of 8 mm away. The inner voxels of the last slice are at
+        # most 3 mm from the other border, within the slice.
         assert scores["RV"].hd95_mm == pytest.approx(8.0)
         expected = {
             "both": Score(None, None, None, "both"),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from p2r.errors import DataError
+from p2r.evaluate.rows import rows_of
 from p2r.evaluate.statistics import (
     _patients_needed,
     bootstrap_interval,
@@ -26,6 +27,11 @@ from p2r.evaluate.statistics import (
     signed_rank_p,
 )
 from p2r.randomness import keyed_generator
+
+
+def statistics_of(rows: Iterable[Any], **options: Any) -> dict[str, Any]:
+    """The statistics of JSON rows, as JSON."""
+    return few_shot_statistics(rows_of(rows), **options).to_json()
 
 
 def row(mode: str, num_labelled: int, draw: int, dice: Iterable[float | None], **changes: Any) -> dict[str, Any]:
@@ -118,7 +124,7 @@ def test_a_difference_says_in_how_many_draws_it_has_its_sign() -> None:
         for draw, offset in enumerate(offsets)
         for mode in ("scratch", "fine_tune")
     ]
-    (found,) = few_shot_statistics(rows, seed=0, num_resamples=20)["differences"]
+    (found,) = statistics_of(rows, seed=0, num_resamples=20)["differences"]
     assert found["difference_by_draw"] == pytest.approx(offsets)
     assert found["draws"] == 5 and found["draws_agree"] == 3, "a draw without a difference agrees with nothing"
     assert draws_agree(np.array([[-0.2, math.nan], [0.1, 0.05]])) == 1
@@ -228,7 +234,7 @@ def test_where_scratch_falls_back_the_first_time_that_it_reaches_a_dice_counts()
 
 def test_intervals_differences_and_label_efficiency_stand_side_by_side() -> None:
     rows = table(modes={"scratch": 0.0, "fine_tune": 0.1, "linear_probe": -0.2})
-    found = few_shot_statistics(rows, seed=0)
+    found = statistics_of(rows, seed=0)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert [(entry["mode"], entry["num_labelled"]) for entry in found["intervals"]] == [
         (mode, n) for mode in ("fine_tune", "linear_probe", "scratch") for n in (1, 5)
@@ -256,22 +262,22 @@ def test_draws_are_averaged_within_a_patient_before_the_test() -> None:
     ours, theirs = [[0.9, 0.5, 0.7], [0.5, 0.6, 0.9]], [[0.6, 0.6, 0.6], [0.5, 0.4, 0.7]]
     rows = [row("fine_tune", 1, draw, ours[draw]) for draw in (0, 1)]
     rows += [row("scratch", 1, draw, theirs[draw]) for draw in (0, 1)]
-    entry = few_shot_statistics(rows, seed=0)["differences"][0]
+    entry = statistics_of(rows, seed=0)["differences"][0]
     assert entry["p"] == signed_rank_p(np.array([0.15, 0.05, 0.15]))
     assert entry["difference"] == pytest.approx(0.35 / 3)
 
 
 def test_the_order_of_the_rows_and_other_groups_change_nothing() -> None:
     rows = table(modes={"scratch": 0.0, "fine_tune": 0.1, "linear_probe": -0.2})
-    expected = few_shot_statistics(rows, seed=7)
+    expected = statistics_of(rows, seed=7)
     for seed in range(3):
         shuffled = [{**r, "dice_by_subject": dict(reversed(r["dice_by_subject"].items()))} for r in rows]
         random.Random(seed).shuffle(shuffled)
-        assert few_shot_statistics(iter(shuffled), seed=7) == expected
-    fewer = few_shot_statistics([r for r in rows if r["mode"] != "linear_probe"], seed=7)
+        assert statistics_of(iter(shuffled), seed=7) == expected
+    fewer = statistics_of([r for r in rows if r["mode"] != "linear_probe"], seed=7)
     for part in ("intervals", "differences", "label_efficiency"):
         assert fewer[part] == [entry for entry in expected[part] if entry["mode"] != "linear_probe"]
-    assert few_shot_statistics(rows, seed=8)["intervals"] != expected["intervals"]
+    assert statistics_of(rows, seed=8)["intervals"] != expected["intervals"]
 
 
 def test_incomparable_rows_are_kept_apart() -> None:
@@ -282,8 +288,8 @@ def test_incomparable_rows_are_kept_apart() -> None:
         {"task": "hippocampus"},
         {"split": "validation"},
     ]
-    alone = few_shot_statistics(rows, seed=0)
-    together = few_shot_statistics(rows + [{**r, **change} for change in others for r in rows], seed=0)
+    alone = statistics_of(rows, seed=0)
+    together = statistics_of(rows + [{**r, **change} for change in others for r in rows], seed=0)
     assert len(together["intervals"]) == 5 * len(alone["intervals"])
     assert len(together["differences"]) == 5 * len(alone["differences"])
     assert all(entry in together["intervals"] for entry in alone["intervals"])
@@ -295,7 +301,7 @@ def test_incomparable_rows_are_kept_apart() -> None:
 
 
 def test_without_scratch_every_pair_of_modes_is_compared() -> None:
-    found = few_shot_statistics(table(modes={"fine_tune": 0.1, "linear_probe": 0.0, "prototype": 0.05}), seed=0)
+    found = statistics_of(table(modes={"fine_tune": 0.1, "linear_probe": 0.0, "prototype": 0.05}), seed=0)
     pairs = {(entry["mode"], entry["against"]) for entry in found["differences"]}
     assert pairs == {("linear_probe", "fine_tune"), ("prototype", "fine_tune"), ("prototype", "linear_probe")}
     assert found["label_efficiency"] == []
@@ -305,7 +311,7 @@ def test_two_backbones_are_compared_mode_by_mode_and_with_a_shared_scratch() -> 
     shared = table(modes={"scratch": 0.0}, numbers=(1,))
     a = [{**r, "backbone": "a"} for r in table(modes={"fine_tune": 0.1}, numbers=(1,))]
     b = [{**r, "backbone": "b"} for r in table(modes={"fine_tune": 0.2}, numbers=(1,))]
-    found = few_shot_statistics(shared + a + b, seed=0)
+    found = statistics_of(shared + a + b, seed=0)
     assert [(entry["backbone"], entry["against"]) for entry in found["differences"]] == [
         ("a", "scratch"),
         ("b", "scratch"),
@@ -319,9 +325,9 @@ def test_two_backbones_are_compared_mode_by_mode_and_with_a_shared_scratch() -> 
 def test_a_pair_uses_the_draws_that_both_modes_have() -> None:
     rows = table(modes={"scratch": 0.0, "fine_tune": 0.1}, numbers=(1,), draws=4)
     lost = [r for r in rows if not (r["mode"] == "fine_tune" and r["draw"] == 2)]
-    found = few_shot_statistics(lost, seed=0)
+    found = statistics_of(lost, seed=0)
     assert [entry["draws"] for entry in found["intervals"]] == [3, 4]
-    kept = few_shot_statistics([r for r in rows if r["draw"] != 2], seed=0)
+    kept = statistics_of([r for r in rows if r["draw"] != 2], seed=0)
     assert found["differences"] == kept["differences"]
 
 
@@ -330,7 +336,7 @@ def test_draws_of_other_patients_are_not_paired_and_the_reason_is_listed() -> No
     for r in rows:
         if r["mode"] == "fine_tune":
             r["subjects"] = ["somebody else"]
-    found = few_shot_statistics(rows, seed=0)
+    found = statistics_of(rows, seed=0)
     assert found["differences"] == []
     assert [(entry["mode"], entry["against"]) for entry in found["left_out"]] == [("fine_tune", "scratch")]
     assert "same labelled patients" in found["left_out"][0]["reason"]
@@ -339,38 +345,38 @@ def test_draws_of_other_patients_are_not_paired_and_the_reason_is_listed() -> No
 def test_a_patient_without_any_class_is_left_out_of_the_draws_that_say_so() -> None:
     rows = [row("scratch", 1, 0, [0.4, None, 0.8]), row("scratch", 1, 1, [0.6, 0.2, None])]
     rows += [row("fine_tune", 1, 0, [0.5, 0.9, 0.9]), row("fine_tune", 1, 1, [0.7, None, 0.9])]
-    found = few_shot_statistics(rows, seed=0)
+    found = statistics_of(rows, seed=0)
     by_mode = {entry["mode"]: entry for entry in found["intervals"]}
     assert by_mode["scratch"]["mean"] == pytest.approx(fmean([0.4, 0.8, 0.6, 0.2]))
     assert by_mode["scratch"]["patients"] == 3
     (difference,) = found["differences"]
     assert difference["patients"] == 2
     assert difference["difference"] == pytest.approx(0.1)
-    nobody = few_shot_statistics([row("scratch", 1, 0, [None, None])], seed=0)
+    nobody = statistics_of([row("scratch", 1, 0, [None, None])], seed=0)
     assert nobody["intervals"] == []
     assert [entry["reason"] for entry in nobody["left_out"]] == ["no test patient has a Dice"]
 
 
 def test_one_draw_of_one_patient_has_an_interval_without_width() -> None:
-    (entry,) = few_shot_statistics([row("scratch", 1, 0, [0.5])], seed=0)["intervals"]
+    (entry,) = statistics_of([row("scratch", 1, 0, [0.5])], seed=0)["intervals"]
     assert (entry["lower"], entry["mean"], entry["upper"]) == (0.5, 0.5, 0.5)
-    assert few_shot_statistics([], seed=0)["intervals"] == []
+    assert statistics_of([], seed=0)["intervals"] == []
 
 
 def test_invalid_rows_are_refused_by_name() -> None:
     good = row("scratch", 1, 0, [0.5])
-    with pytest.raises(DataError, match=r"acdc, one backbone, scratch, n = 1, draw 0: two rows"):
-        few_shot_statistics([good, {**good, "subjects": ["another"]}], seed=0)
+    with pytest.raises(DataError, match=r"acdc, one backbone, scratch, n = 1, draw 0 has two rows"):
+        statistics_of([good, {**good, "subjects": ["another"]}], seed=0)
     with pytest.raises(DataError, match=r"the Dice of patient00 is 1\.2"):
-        few_shot_statistics([row("scratch", 1, 0, [1.2])], seed=0)
+        statistics_of([row("scratch", 1, 0, [1.2])], seed=0)
     with pytest.raises(DataError, match=r"the Dice of patient00 is nan"):
-        few_shot_statistics([row("scratch", 1, 0, [math.nan])], seed=0)
-    with pytest.raises(DataError, match=r"KeyError: 'dice_by_subject'"):
-        few_shot_statistics([{key: value for key, value in good.items() if key != "dice_by_subject"}], seed=0)
+        statistics_of([row("scratch", 1, 0, [math.nan])], seed=0)
+    with pytest.raises(DataError, match=r"dice_by_subject is missing"):
+        statistics_of([{key: value for key, value in good.items() if key != "dice_by_subject"}], seed=0)
     with pytest.raises(ValueError, match="num_resamples must be positive"):
-        few_shot_statistics([good], seed=0, num_resamples=0)
+        statistics_of([good], seed=0, num_resamples=0)
     with pytest.raises(ValueError, match=r"confidence in \(0, 1\)"):
-        few_shot_statistics([good], seed=0, confidence=95)
+        statistics_of([good], seed=0, confidence=95)
 
 
 def test_a_large_table_takes_seconds() -> None:
@@ -383,7 +389,7 @@ def test_a_large_table_takes_seconds() -> None:
         for draw in range(5)
     ]
     start = time.process_time()
-    found = few_shot_statistics(rows, seed=0)
+    found = statistics_of(rows, seed=0)
     assert len(found["intervals"]) == 60
     assert time.process_time() - start < 5
 
@@ -399,7 +405,7 @@ def test_resamples_come_from_generators_keyed_by_their_purpose() -> None:
 
 def test_a_mode_is_compared_with_scratch_and_with_its_own_control() -> None:
     rows = table(modes={"scratch": 0.0, "fine_tune": 0.02, "scratch_weak_to_strong": 0.1, "weak_to_strong": 0.15})
-    found = few_shot_statistics(rows, seed=0, num_resamples=20)["differences"]
+    found = statistics_of(rows, seed=0, num_resamples=20)["differences"]
     pairs = {(one["mode"], one["against"]) for one in found}
     assert pairs == {
         ("fine_tune", "scratch"),

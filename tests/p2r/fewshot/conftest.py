@@ -10,8 +10,8 @@ import pytest
 import p2r
 from p2r.config import FinetuneConfig
 from p2r.evaluate.tasks import load_task
-from p2r.fewshot.search import check_task
-from p2r.fewshot.trial import TrialSetup
+from p2r.fewshot.checks import check_task
+from p2r.fewshot.setup import TrialSetup
 from p2r.modes import MODES
 from p2r.storage import Storage
 
@@ -25,7 +25,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make(own_cache: None, published: dict[str, str], toy_data: Path, tmp_path: Path) -> Make:
-    """A function that makes the setup of the toy task, checked, with two steps of two images unless told otherwise."""
+    """Return a function that makes a checked setup of the toy task; by default two steps of two images."""
 
     def make(*, data: Path = toy_data, storage: str = "storage", **values: Any) -> TrialSetup:
         rates = {mode: [1e-2] for mode, facts in MODES.items() if "steps" in facts.settings}

@@ -1,4 +1,4 @@
-"""The protocol on real files, tiny: what reaches what, what is read how often, and what becomes of trials that fail."""
+"""The protocol on small real files: influence of labels, number of reads, and failing trials."""
 
 import json
 import shutil
@@ -21,24 +21,19 @@ import p2r.fewshot.search as fewshot
 from p2r.backbone import load_model
 from p2r.config import FinetuneConfig
 from p2r.data.volume import read_volume
-from p2r.errors import DataError, JobError
+from p2r.errors import DamagedError, DataError, JobError
 from p2r.evaluate.calibration import near_organs
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.models import ensemble
 from p2r.evaluate.tasks import load_task
+from p2r.fewshot.checks import check_task
 from p2r.fewshot.protocol import Settings, Trial, final_trials, settings_of
+from p2r.fewshot.publishing import choose_model, publish_best, publish_other_draws, reason_for
 from p2r.fewshot.readings import merge_readings
-from p2r.fewshot.search import (
-    FewShot,
-    attempt,
-    check_task,
-    choose_model,
-    few_shot,
-    publish_best,
-    publish_other_draws,
-    reason_for,
-)
-from p2r.fewshot.trial import TrialSetup, run_trial
+from p2r.fewshot.results import FewShot, SearchedTrial, TrialResult
+from p2r.fewshot.search import attempt, few_shot
+from p2r.fewshot.setup import TrialSetup
+from p2r.fewshot.trial import run_trial
 from p2r.pipeline.local import LocalExecutor
 from p2r.storage import Storage
 
@@ -50,31 +45,32 @@ def run(*setups: TrialSetup) -> FewShot:
 
 
 def final(setup: TrialSetup, mode: str, **settings: float) -> Trial:
-    chosen = settings_of(setup.config, mode, {"learning_rate": 1e-2, **settings})  # type: ignore[arg-type]
+    chosen = settings_of(setup.config, mode, {"learning_rate": 1e-2, **settings})
     config = setup.config.model_copy(update={"modes": (mode,)})
-    return final_trials(config, load_task(Path(setup.task)), {mode: chosen})[0]  # type: ignore[dict-item]
+    return final_trials(config, load_task(Path(setup.task)), {mode: chosen})[0]
 
 
 def test_the_published_model_is_the_best_fine_tuned_one_or_the_best_of_all() -> None:
-    results: list[dict[str, Any]] = [
-        {"trial": {"mode": mode}, "validation": {"dice_mean": dice}}
-        for mode, dice in {"scratch": 0.9, "linear_probe": 0.3, "fine_tune": 0.6, "weak_to_strong": 0.7}.items()
-    ]
+    def result(mode: str, dice: float | None) -> TrialResult:
+        facts = {"id": mode, "task": "t", "mode": mode, "protocol": "leak_free", "num_labelled": 1, "draw": 0}
+        trial = {**facts, "subjects": ["a"], "settings": {}}
+        return TrialResult.model_validate({"trial": trial, "validation": {"dice_mean": dice}})
 
-    def published(mode: str, among: list[dict[str, Any]]) -> tuple[str, str]:
+    found = {"scratch": 0.9, "linear_probe": 0.3, "fine_tune": 0.6, "weak_to_strong": 0.7}
+    results = [result(mode, dice) for mode, dice in found.items()]
+
+    def published(mode: str, among: list[TrialResult]) -> tuple[str, str]:
         config = FinetuneConfig.model_validate({"tasks": ["t.yaml"], "published_mode": mode})
         best = choose_model(config, among)
-        return best["trial"]["mode"], reason_for(config, best, among).removeprefix("the best validation Dice ")
+        return best.trial.mode, reason_for(config, best, among).removeprefix("the best validation Dice ")
 
     assert published("fine_tuned", results) == ("weak_to_strong", "(0.700) of 2 fine-tuned models")
     assert published("any", results) == ("scratch", "(0.900) of 4 models")
     assert published("fine_tuned", results[:1]) == ("scratch", "(0.900) of 1 models"), "nothing was fine-tuned"
-    assert (
-        published("fine_tuned", [{**results[2], "validation": {"dice_mean": None}}, results[3]])[0] == "weak_to_strong"
-    )
+    assert published("fine_tuned", [result("fine_tune", None), results[3]])[0] == "weak_to_strong"
 
 
-def weights(setup: TrialSetup, result: dict[str, Any]) -> dict[str, torch.Tensor]:
+def weights(setup: TrialSetup, result: TrialResult) -> dict[str, torch.Tensor]:
     return load(Storage(setup.storage).read_bytes(result["weights"]))
 
 
@@ -83,7 +79,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def relabel(data: Path, subjects: list[str]) -> None:
-    """Give the scans of these subjects labels that are wrong, and allowed."""
+    """Replace the labels of these subjects by wrong but valid ones."""
     for subject in subjects:
         path = data / f"labels/{subject}_T1w.nii.gz"
         image = nibabel.load(path)
@@ -96,7 +92,7 @@ MODES = ["scratch", "linear_probe", "mean_teacher", "prototype_self_training", "
 
 
 @pytest.mark.parametrize("options", [{}, {"probe_augmentation": "none", "planes": "centre", "largest_component": True}])
-def test_labels_of_test_patients_change_the_final_figures_and_nothing_else(
+def test_labels_of_test_patients_change_only_the_final_scores(
     make: Make, copy: Path, published: dict[str, str], options: dict[str, Any]
 ) -> None:
     rates = {mode: [1e-2, 2e-2] for mode in MODES[:-1]}
@@ -107,8 +103,8 @@ def test_labels_of_test_patients_change_the_final_figures_and_nothing_else(
     poisoned = make(data=copy, storage="poisoned", **values)
     misled = run(poisoned)
 
-    def without_clocks(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+    def without_clocks(found: list[SearchedTrial]) -> list[SearchedTrial]:
+        return [row.replaced(seconds=None) for row in found]
 
     assert len(honest.searched) == 8 and without_clocks(honest.searched) == without_clocks(misled.searched)
     assert honest.chosen == misled.chosen
@@ -131,7 +127,7 @@ def test_labels_of_test_patients_change_the_final_figures_and_nothing_else(
     assert len({model["files"]["weights"]["sha256"] for model in models}) == 1
 
 
-def test_a_frozen_recipe_reads_the_test_patients_once_and_a_changed_one_again(make: Make) -> None:
+def test_a_frozen_recipe_reads_the_test_patients_once_and_a_changed_recipe_again(make: Make) -> None:
     first, other = make(), make(batch_size=3)
     storage = Storage(first.root)
     row = run(first).results[0]["row"]
@@ -143,14 +139,14 @@ def test_a_frozen_recipe_reads_the_test_patients_once_and_a_changed_one_again(ma
     run(other)
     assert len(merge_readings(storage)) == 2
     lines = storage.read_bytes("report/test_reads.jsonl").decode().splitlines()
-    assert reading in [json.loads(line) for line in lines] and len(lines) == 2
-    # A trial that died between reading and writing reads again: both readings stand.
+    assert reading.to_json() in [json.loads(line) for line in lines] and len(lines) == 2
+    # A trial that crashed between reading and writing reads again; both readings are kept.
     Storage(first.storage).delete(first.result_path(final(first, "scratch")))
     run(first)
     assert [found["recipe_sha256"] for found in merge_readings(storage)].count(reading["recipe_sha256"]) == 2
 
 
-def test_from_scratch_depends_on_the_backbones_shape_and_nothing_else(make: Make) -> None:
+def test_from_scratch_depends_only_on_the_backbones_shape(make: Make) -> None:
     first = make()
     (scratch,) = run(first).results
     other_weights = replace(first, backbone_sha256="0" * 64)
@@ -160,19 +156,47 @@ def test_from_scratch_depends_on_the_backbones_shape_and_nothing_else(make: Make
     assert other_shape.result_path(final(first, "scratch")) != first.result_path(final(first, "scratch"))
     for mode in ("linear_probe", "fine_tune"):
         assert other_weights.result_path(final(first, mode)) != first.result_path(final(first, mode))
-    # Whether its row is labelled hangs on who is in the backbone's corpus.
+    # Its row's label depends on the subjects of the backbone's corpus.
     allowed = make(allow_transductive=True)
     labelled = replace(allowed, backbone_sha256="0" * 64)
     assert labelled.result_path(final(allowed, "scratch")) != allowed.result_path(final(allowed, "scratch"))
 
 
-def test_validation_figures_read_no_test_patient(make: Make, copy: Path) -> None:
+def test_validation_scores_read_no_test_patient(make: Make, copy: Path) -> None:
     setup = make(data=copy, score_on="validation")
     for path in (*copy.glob("*/sub-07*"), *copy.glob("*/sub-08*")):
         path.write_bytes(b"")
     (result,) = run(setup).results
     assert result["row"]["split"] == "validation"
     assert merge_readings(Storage(setup.root)) == []
+
+
+def test_a_recipe_chosen_on_validation_patients_is_evaluated_on_test_patients_without_a_second_training(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: dict[str, Any] = {"modes": ["scratch"], "curve_steps": 2}
+    direct = run(make(storage="direct", **values)).results[0]
+    chosen = run(make(storage="two", score_on="validation", **values)).results[0]
+    frozen = make(storage="two", **values)
+    trial = final(frozen, "scratch")
+    kept = Storage(frozen.storage).read_bytes(chosen["weights"])
+    Storage(frozen.storage).write_bytes(chosen["weights"], kept[:-8])
+    with pytest.raises(DamagedError, match=r"does not contain the weights of trial .*-scratch-n1-d0: .*; delete"):
+        run_trial(frozen, trial, device="cpu")
+    Storage(frozen.storage).write_bytes(chosen["weights"], kept)
+    assert merge_readings(Storage(frozen.root)) == [], "nothing was evaluated so far"
+
+    monkeypatch.setattr("p2r.fewshot.trial._train", lambda *args, **options: pytest.fail("it was trained again"))
+    lines: list[str] = []
+    found = run_trial(frozen, trial, device="cpu", say=lines.append)
+    assert any("already trained" in line for line in lines)
+    assert found.seconds is not None and found.seconds > chosen["seconds"]
+    reused = {**found.to_json()["row"], "seconds": None, "predictions": None}
+    assert reused.pop("training_code") == chosen["row"]["code"]
+    assert reused == {**direct["row"], "seconds": None, "predictions": None}
+    assert equal(weights(frozen, found), weights(frozen, chosen))
+    (reading,) = merge_readings(Storage(frozen.root))
+    assert reading.recipe_sha256 == frozen.recipe_sha256(trial)
 
 
 def test_a_row_holds_every_case_with_its_scores_and_prediction(make: Make, toy_data: Path) -> None:
@@ -204,7 +228,7 @@ def test_a_row_holds_every_case_with_its_scores_and_prediction(make: Make, toy_d
     assert row["dice_mean"] == pytest.approx(np.mean([case["scores"]["DISC"]["dice"] for case in row["cases"]]))
 
 
-def test_a_row_says_how_far_its_model_s_confidence_can_be_trusted(make: Make, toy_data: Path) -> None:
+def test_a_row_has_the_calibration_of_its_model(make: Make, toy_data: Path) -> None:
     setup = make(steps=12, batch_size=4, planes="centre", modes=["scratch", "prototype"])
     found = [result for result in run(setup).results if "calibration" not in result["validation"]]
     assert len(found) == 2
@@ -223,7 +247,7 @@ def test_a_row_says_how_far_its_model_s_confidence_can_be_trusted(make: Make, to
         curve = calibration["reliability"]
         assert sum(curve["num_voxels"]) == number
         accuracy = sum(n * (a or 0) for n, a in zip(curve["num_voxels"], curve["accuracy"], strict=True))
-        assert accuracy == pytest.approx(right), "probabilities and references lie on one grid"
+        assert accuracy == pytest.approx(right), "probabilities and references have the same grid"
 
 
 def make_again(setup: TrialSetup, trial: Trial) -> dict[str, torch.Tensor]:
@@ -231,7 +255,7 @@ def make_again(setup: TrialSetup, trial: Trial) -> dict[str, torch.Tensor]:
     return weights(setup, run_trial(setup, trial, device="cpu"))
 
 
-def test_the_backbone_waits_while_the_head_warms_up(make: Make, published: dict[str, str]) -> None:
+def test_the_backbone_is_frozen_while_the_head_warms_up(make: Make, published: dict[str, str]) -> None:
     setup = make(steps=3)
     backbone = p2r.load_backbone(published["backbone"]).network.state_dict()
 
@@ -244,7 +268,7 @@ def test_the_backbone_waits_while_the_head_warms_up(make: Make, published: dict[
     assert 0 < moved(backbone_learning_rate_factor=0.1) < 0.2 * moved()
 
 
-def test_probes_without_augmentation_share_features_that_are_computed_once(make: Make, tmp_path: Path) -> None:
+def test_probes_without_augmentation_share_features_computed_once(make: Make, tmp_path: Path) -> None:
     setup = make(modes=["linear_probe"], probe_augmentation="none", steps=30, batch_size=3)
     trial = final(setup, "linear_probe")
     first = run_trial(setup, trial, device="cpu")
@@ -286,7 +310,7 @@ def test_the_other_draws_of_the_best_model_are_published_for_an_ensemble(make: M
     assert len(ensemble(models).manifest["members"]) == 3
 
 
-def test_paper_compat_is_labelled_and_puts_predictions_back(make: Make) -> None:
+def test_paper_compat_is_labelled_and_pastes_predictions_back(make: Make) -> None:
     setup = make(protocol="paper_compat", modes=["scratch", "prototype"], steps=12, batch_size=4)
     found = run(setup)
     for result in found.results:
@@ -299,7 +323,7 @@ def test_paper_compat_is_labelled_and_puts_predictions_back(make: Make) -> None:
     assert {case["subject"] for case in found.results[0]["row"]["cases"]} == {"sub-07", "sub-08"}
 
 
-def test_a_trial_that_diverges_is_listed_and_the_others_go_on(make: Make) -> None:
+def test_a_diverging_trial_is_listed_and_the_others_continue(make: Make) -> None:
     search = {"learning_rates": {"scratch": [1e-2, 1e30], "fine_tune": [1e30, 1e31]}}
     setup = make(modes=["scratch", "fine_tune"], steps=4, search=search)
     found = run(setup)
@@ -307,7 +331,7 @@ def test_a_trial_that_diverges_is_listed_and_the_others_go_on(make: Make) -> Non
     assert found.results[0]["row"]["learning_rate"] == 1e-2
     assert [failure["trial"] for failure in found.failed] == ["disc-final-fine_tune-n1-d0"]
     assert (
-        "no candidate of its search has a figure: trial disc-search-fine_tune-n1-d0-lr1e+30 diverged: the loss is nan"
+        "no candidate of its search has a result: trial disc-search-fine_tune-n1-d0-lr1e+30 diverged: the loss is nan"
         in (found.failed[0]["reason"])
     )
     assert [row["failed"] is None for row in found.searched] == [True, False, False, False]
@@ -316,7 +340,7 @@ def test_a_trial_that_diverges_is_listed_and_the_others_go_on(make: Make) -> Non
     assert "diverged: the loss rose from" in result["failed"]
 
 
-def test_what_fails_is_tried_again_so_often_and_then_listed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_trials_are_retried_and_then_listed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = make()
     lines: list[str] = []
     calls: list[int] = []
@@ -335,7 +359,7 @@ def test_what_fails_is_tried_again_so_often_and_then_listed(make: Make, monkeypa
     assert len(calls) == 2 and "attempt 2 of 2 failed: RuntimeError: the disk blinked" in lines[-1]
 
 
-def test_the_report_says_what_was_searched_and_what_it_cost(make: Make) -> None:
+def test_the_report_has_the_search_and_its_cost(make: Make) -> None:
     setup = make(search={"learning_rates": {"scratch": [1e-3, 1e-2]}})
     found = run(setup)
     assert [row["settings"]["learning_rate"] for row in found.searched] == [1e-3, 1e-2]
@@ -344,7 +368,7 @@ def test_the_report_says_what_was_searched_and_what_it_cost(make: Make) -> None:
     assert found.overhead["num_trials"] == 3 and found.overhead["num_concurrent"] == 1
     assert -0.05 < found.overhead["overhead_fraction"] < 2
     again = run(setup)
-    assert again.overhead == found.overhead, "nothing ran, and what it took stays said"
+    assert again.overhead == found.overhead, "nothing ran, so the recorded cost is kept"
     assert again.chosen == found.chosen and again.results == found.results
 
 
@@ -362,7 +386,7 @@ def test_a_backbone_of_two_contrasts_is_refused_before_anything_runs(
     backbone.config = backbone.config.model_copy(
         update={"model": backbone.config.model.model_copy(update={"in_channels": 2})}
     )
-    with pytest.raises(DataError, match=r"a scan has one contrast, the backbone .* takes 2"):
+    with pytest.raises(DataError, match=r"a scan has one contrast, the backbone .* reads 2"):
         check_task(load_task(toy_data / "task.yaml"), backbone, setup)
 
 
@@ -378,7 +402,7 @@ def test_a_backbone_of_another_dimension_is_refused_before_anything_runs(
     backbone.preparation = backbone.preparation.model_copy(update={"dimensions": 5 - wanted})
     path = copy / "task.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **stated}))
-    both = {2: "planes", 3: "volumes"}
+    both = {2: "slices", 3: "volumes"}
     expected = rf"task disc is for networks of {both[wanted]} \({field}\), the backbone .* reads {both[5 - wanted]}"
     with pytest.raises(DataError, match=expected):
         check_task(load_task(path), backbone, setup)
@@ -411,7 +435,7 @@ def test_a_scan_that_the_backbone_saw_under_another_name_is_refused_before_anyth
     assert setup.is_transductive
 
 
-def test_label_maps_that_were_exchanged_are_refused_unless_the_task_says_otherwise(make: Make, copy: Path) -> None:
+def test_exchanged_label_maps_are_refused_unless_the_task_allows_them(make: Make, copy: Path) -> None:
     one, other = (copy / f"labels/sub-0{number}_T1w.nii.gz" for number in (1, 2))
     kept = one.read_bytes()
     other.replace(one)
@@ -423,7 +447,7 @@ def test_label_maps_that_were_exchanged_are_refused_unless_the_task_says_otherwi
     make(data=copy)
 
 
-def test_who_is_labelled_for_no_search_is_not_asked_for_every_class(make: Make, copy: Path) -> None:
+def test_patients_without_a_search_need_not_have_every_class(make: Make, copy: Path) -> None:
     (subject,) = final(make(data=copy), "scratch").subjects
     path = copy / f"labels/{subject}_T1w.nii.gz"
     image = nibabel.load(path)
@@ -433,7 +457,7 @@ def test_who_is_labelled_for_no_search_is_not_asked_for_every_class(make: Make, 
         make(data=copy, num_labelled=["all"], search={"learning_rates": {"scratch": [1e-3, 1e-2]}})
 
 
-def test_settings_of_a_mode_are_those_that_it_has() -> None:
+def test_settings_of_a_mode_are_its_own() -> None:
     config = FinetuneConfig(tasks=("a",))
     assert settings_of(config, "scratch", {"learning_rate": 1}) == Settings(
         learning_rate=1.0, weight_decay=1e-4, steps=300
@@ -441,7 +465,7 @@ def test_settings_of_a_mode_are_those_that_it_has() -> None:
     assert settings_of(config, "mean_teacher", {"learning_rate": 1, "ema_decay": 0.5}).ema_decay == 0.5
 
 
-def test_a_sweep_that_was_stopped_goes_on_to_the_same_report(make: Make) -> None:
+def test_a_resumed_sweep_has_the_same_report(make: Make) -> None:
     values: dict[str, Any] = {"num_labelled": [1, 2], "search": {"learning_rates": {"scratch": [1e-3, 1e-2]}}}
     whole = run(make(storage="whole", **values))
     cut = make(storage="cut", **values)
@@ -462,7 +486,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_report(make: Make) -> None
     assert resumed.overhead["num_trials"] == 1
 
 
-def test_the_report_is_written_without_what_failed_and_the_exit_code_says_so(
+def test_the_report_omits_failed_trials_and_the_exit_code_reports_them(
     write_toy_job: Callable[..., Path],
     published: dict[str, str],
     tmp_path: Path,
@@ -496,4 +520,4 @@ def test_the_report_is_written_without_what_failed_and_the_exit_code_says_so(
     assert one_process.main() == 1
     report = json.loads((tmp_path / "none/report/report.json").read_text())
     assert report["rows"] == [] and report["context"]["failed"][0]["trial"] == "disc-final-scratch-n1-d0"
-    assert "There are no figures." in (tmp_path / "none/report/report.md").read_text()
+    assert "There are no results." in (tmp_path / "none/report/report.md").read_text()

@@ -1,4 +1,4 @@
-"""The released code's crop and split, against what is written out pixel by pixel."""
+"""Crop and split of the released code, compared with explicit pixels."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ PREPARATION = Preparation(spacing_mm=1.0, image_size=32, slice_axis=1)
 
 
 def scan_of(labels: np.ndarray) -> LabelledScan:
-    """A scan (X, Y, Z, T) whose planes are cut across the second axis, and whose every voxel has its own value."""
+    """Return a scan (X, Y, Z, T) with slices perpendicular to the second axis, each voxel with a unique value."""
     values = (1 + np.arange(labels.size)).reshape(labels.shape).astype(np.float32)
     affine = np.diag([1.0, 4.0, 1.0, 1.0])
     volume, reference = (
@@ -34,7 +34,7 @@ def labelled(shape: tuple[int, ...] = (60, 6, 50, 2)) -> np.ndarray:
     return labels
 
 
-def test_a_frame_is_cropped_to_its_label_s_box_and_loses_its_empty_slices() -> None:
+def test_a_frame_is_cropped_to_its_labels_box_without_empty_slices() -> None:
     scan = scan_of(labelled())
     first, second = cropped(scan, PREPARATION, size=None)
     assert (first.frame, second.frame) == (0, 1)
@@ -59,7 +59,7 @@ def test_a_frame_without_any_label_is_dropped() -> None:
     assert [crop.frame for crop in cropped(scan_of(labels), PREPARATION, size=None)] == [0]
 
 
-def test_a_fifth_of_the_slices_validates_whoever_s_they_are() -> None:
+def test_a_fifth_of_all_slices_is_for_validation() -> None:
     crops = [crop for _ in range(5) for crop in cropped(scan_of(labelled()), PREPARATION, size=32)]  # 15 slices
     training, validation = split_by_slice(crops, np.random.default_rng(0))
     sizes = [sum(len(crop.scan.label_planes) for crop in side) for side in (training, validation)]

@@ -1,4 +1,4 @@
-"""What the labelled frames say an organ can be: place, one piece, size; and what of a label map breaks it."""
+"""Rules of plausible organs from labelled frames: place, one piece, size; and their violations."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SIZES = [(24, 20), (24, 20, 12)]
 
 
 def block(size: tuple[int, ...], start: int, edge: int, *, images: int = 3) -> Tensor:
-    """A frame with a block of class 1 in every image, and one of class 2 beside it, along the first axis."""
+    """Return a frame with adjacent blocks of classes 1 and 2 along the first axis, in every image."""
     labels = torch.zeros(images, *size, dtype=torch.int64)
     others = (slice(6, 6 + edge),) * (len(size) - 1)
     labels[(slice(None), slice(start, start + edge), *others)] = 1
@@ -34,7 +34,7 @@ def test_the_labelled_frames_themselves_are_plausible(size: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_foreground_far_from_where_it_is_labelled_counts_neither_as_organ_nor_as_background(
+def test_foreground_far_from_labelled_positions_does_not_count(
     size: tuple[int, ...],
 ) -> None:
     labels = block(size, 6, 4)
@@ -46,7 +46,7 @@ def test_foreground_far_from_where_it_is_labelled_counts_neither_as_organ_nor_as
     assert torch.equal(kept, found == labels)
 
 
-def test_only_the_largest_part_counts_where_labelled_organs_are_in_one_piece_and_all_parts_where_they_are_not() -> None:
+def test_only_the_largest_part_counts_if_labelled_organs_are_in_one_piece() -> None:
     labels = block((24, 20), 4, 4)
     found = labels.clone()
     found[1, 14:16, 6:9] = 2
@@ -63,7 +63,7 @@ def test_only_the_largest_part_counts_where_labelled_organs_are_in_one_piece_and
     ("edge", "kept_classes", "is_kept"),
     [(4, {0, 1, 2}, True), (5, {0}, True), (3, set(), False)],
 )
-def test_a_class_that_is_too_large_does_not_count_and_a_frame_with_one_that_is_too_small_does_not_either(
+def test_too_large_classes_and_frames_with_too_small_classes_do_not_count(
     edge: int, kept_classes: set[int], is_kept: bool
 ) -> None:
     learnt = rules(block((24, 20), 6, 4), FRAME, factor=1.5)  # 16 pixels: between 10.7 and 24
@@ -72,7 +72,7 @@ def test_a_class_that_is_too_large_does_not_count_and_a_frame_with_one_that_is_t
     assert verdicts == [is_kept] and set(found[kept].unique().tolist()) == kept_classes
 
 
-def test_a_class_that_some_labelled_frame_lacks_may_be_absent() -> None:
+def test_a_class_absent_in_a_labelled_frame_may_be_absent() -> None:
     labels = torch.cat([block((24, 20), 6, 4), block((24, 20), 6, 4)])
     labels[3:][labels[3:] == 2] = 0
     learnt = rules(labels, [slice(0, 3), slice(3, 6)])
@@ -84,7 +84,7 @@ def test_the_place_of_organs_is_learnt_from_the_centre_of_the_images() -> None:
     assert learnt.low == (6 - 11.5 - 2.5, 6 - 9.5 - 2.5) and learnt.high == (13 - 11.5 + 2.5, 9 - 9.5 + 2.5)
 
 
-def test_frames_follow_one_another_as_the_images_of_scans_do() -> None:
+def test_frames_are_in_the_order_of_the_images() -> None:
     planes = Planes(torch.zeros(6, 1, 4, 4), torch.ones(6, 4, 4).bool(), 2, 0.0, 1.0, (4, 4), (1.0, 1.0), num_frames=2)
     volumes = Frames(torch.zeros(2, 1, 4, 4, 4), torch.ones(2, 4, 4, 4).bool(), 0.0, 1.0, (4, 4, 4), (1.0, 1.0, 1.0))
     assert frames_of_scans([planes, planes]) == [slice(start, start + 3) for start in (0, 3, 6, 9)]

@@ -1,4 +1,4 @@
-"""Draws, candidates, trials and the choice among them."""
+"""Draws, candidates, trials, and the choice of the best."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +46,7 @@ def labels(config: FinetuneConfig) -> list[str]:
     return [found.id for found in search_trials(config, Task())]
 
 
-def test_a_draw_is_the_same_every_time_and_in_whatever_order_the_patients_come() -> None:
+def test_a_draw_is_reproducible_and_independent_of_the_order_of_patients() -> None:
     first = draw_subjects(PATIENTS, num_labelled=5, draw=1, seed=3)
     assert first == draw_subjects(PATIENTS[::-1], num_labelled=5, draw=1, seed=3)
     assert list(first) == sorted(set(first))
@@ -88,7 +88,7 @@ def test_every_mode_trains_on_the_same_patients() -> None:
     assert all(len(subjects) == 1 for subjects in by_setting.values())
 
 
-def test_search_uses_the_first_draw_and_equally_many_rates_per_mode() -> None:
+def test_search_uses_the_first_draw_and_equally_many_learning_rates_per_mode() -> None:
     trials = search_trials(CONFIG, Task())
     assert [found.id for found in trials] == [
         "acdc-search-scratch-n1-d0-lr0.001",
@@ -117,7 +117,7 @@ def test_final_trials_are_stable_and_named_without_the_rate() -> None:
     assert (row["learning_rate"], row["settings"], row["protocol"]) == (1e-2, {"learning_rate": 1e-2}, "leak_free")
 
 
-def test_the_settings_of_the_best_mean_validation_dice_are_chosen_and_of_equals_the_smaller_rate() -> None:
+def test_the_settings_of_the_best_mean_validation_dice_are_chosen_and_ties_go_to_the_smaller_rate() -> None:
     found = choose_settings(
         [
             (trial("scratch", 1e-3, 1), 0.50),
@@ -131,7 +131,7 @@ def test_the_settings_of_the_best_mean_validation_dice_are_chosen_and_of_equals_
     assert found == chosen(scratch=1e-3, fine_tune=1e-3)
 
 
-def test_a_candidate_that_failed_or_was_stopped_is_out_and_a_mode_without_any_has_no_settings() -> None:
+def test_failed_and_stopped_candidates_are_excluded_and_a_mode_without_any_has_no_settings() -> None:
     found = choose_settings(
         [
             (trial("scratch", 1e-3, 1), 0.50),
@@ -153,7 +153,7 @@ def test_an_unfair_or_broken_search_is_refused() -> None:
         SearchConfig(learning_rates={"scratch": (1e-3,), "fine_tune": (1e-3, 3e-3)})
 
 
-def test_all_stands_for_the_train_split_and_no_number_comes_twice() -> None:
+def test_all_means_the_train_split_and_no_number_occurs_twice() -> None:
     assert numbers_of((1, "all", 20, 5), Task()) == {1: 1, 20: "all", 5: 5}
     config = FinetuneConfig(tasks=("a",), num_labelled=(1, "all"), draws={1: 5, "all": 2}, modes=("scratch",))
     trials = final_trials(config, Task(), chosen(scratch=1e-3))
@@ -165,7 +165,7 @@ def test_all_stands_for_the_train_split_and_no_number_comes_twice() -> None:
     assert trials[-1].subjects == PATIENTS
 
 
-def test_a_mode_may_be_run_for_some_of_the_numbers_only_with_the_same_patients() -> None:
+def test_a_mode_may_be_limited_to_some_numbers_with_the_same_patients() -> None:
     values = {"tasks": ["a"], "num_labelled": [1, 5, "all"], "modes": ["scratch", "fine_tune"]}
     rates = chosen(scratch=1e-3, fine_tune=1e-3)
 
@@ -181,7 +181,7 @@ STRATA = {patient: "ABCD"[index // 5] for index, patient in enumerate(PATIENTS)}
 
 
 @pytest.mark.parametrize("num_labelled", [1, 2, 4, 6, 8, 13, 20])
-def test_a_stratified_draw_has_every_stratum_in_proportion(num_labelled: int) -> None:
+def test_a_stratified_draw_has_all_strata_in_proportion(num_labelled: int) -> None:
     of_strata = dict.fromkeys("ABCD", 0)
     for draw in range(40):
         subjects = draw_subjects(PATIENTS, num_labelled=num_labelled, draw=draw, seed=0, strata=STRATA)
@@ -190,7 +190,7 @@ def test_a_stratified_draw_has_every_stratum_in_proportion(num_labelled: int) ->
         assert set(counts.values()) <= {num_labelled // 4, -(-num_labelled // 4)}
         for stratum, count in counts.items():
             of_strata[stratum] += count
-    assert min(of_strata.values()) > 0.5 * num_labelled * 40 / 4  # none is left out for ever
+    assert min(of_strata.values()) > 0.5 * num_labelled * 40 / 4  # every stratum is drawn at some point
 
 
 def test_unequal_strata_are_drawn_in_proportion() -> None:
@@ -205,7 +205,7 @@ def test_a_stratified_draw_needs_the_stratum_of_every_patient() -> None:
         final_trials(config, Task(), chosen(scratch=1e-3))
 
 
-def test_one_candidate_is_taken_without_a_trial_and_a_prototype_has_no_learning_rate() -> None:
+def test_a_single_candidate_needs_no_trial_and_a_prototype_has_no_learning_rate() -> None:
     rates = {"scratch": (1e-3,), "fine_tune": (2e-3,)}
     config = FinetuneConfig(
         tasks=("a",), modes=("scratch", "fine_tune", "prototype"), search=SearchConfig(learning_rates=rates)
@@ -215,7 +215,7 @@ def test_one_candidate_is_taken_without_a_trial_and_a_prototype_has_no_learning_
     assert settings_of(config, "prototype", only) == Settings(background_prototypes=8)
 
 
-def test_a_grid_has_every_combination_of_what_the_mode_has() -> None:
+def test_a_grid_has_every_combination_of_the_modes_settings() -> None:
     search = {
         "learning_rates": {"scratch": [1e-3, 2e-3, 3e-3, 4e-3], "fine_tune": [1e-3, 2e-3]},
         "space": {"warmup_head_steps": [0, 50], "steps": [100]},
@@ -229,7 +229,7 @@ def test_a_grid_has_every_combination_of_what_the_mode_has() -> None:
         FinetuneConfig.model_validate({"tasks": ["a"], "modes": ["scratch", "fine_tune"], "search": search})
 
 
-def test_candidates_drawn_from_distributions_depend_on_the_seed_alone_and_are_alike_for_every_mode() -> None:
+def test_candidates_drawn_from_distributions_depend_only_on_the_seed_and_are_equal_for_every_mode() -> None:
     rates = {"scratch": {"loguniform": [1e-4, 1e-2]}, "fine_tune": {"loguniform": [1e-5, 1e-3]}}
     space = {"weight_decay": {"choice": [0, 1e-4]}, "steps": {"randint": [10, 20]}}
     values = {
@@ -298,14 +298,12 @@ def test_candidates_drawn_from_distributions_depend_on_the_seed_alone_and_are_al
         ),
     ],
 )
-def test_a_section_that_makes_no_sense_is_refused(values: dict[str, object], message: str) -> None:
+def test_an_impossible_section_is_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FinetuneConfig.model_validate({"tasks": ["a"], **values})
 
 
-def test_every_mode_has_the_steps_of_the_section_unless_it_is_given_others_and_a_long_scratch_three_times_as_many() -> (
-    None
-):
+def test_modes_have_the_steps_of_the_section_or_their_own_and_a_long_scratch_three_times_as_many() -> None:
     modes = ["scratch", "scratch_long", "weak_to_strong", "fine_tune"]
     section = FinetuneConfig.model_validate(
         {"tasks": ["a"], "modes": modes, "steps": 100, "steps_by_mode": {"weak_to_strong": 400}}

@@ -1,4 +1,4 @@
-"""Class prototypes against naive sums, and a head that names the nearest of them."""
+"""Class prototypes compared with naive sums, and a head that selects the nearest prototype."""
 
 import numpy as np
 import pytest
@@ -11,11 +11,11 @@ from p2r.model.heads import PrototypeHead
 
 
 def scene(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two images of 5 features: class 1 and 2 each about one direction, the background about three; lengths are random."""
+    """Return two images of 5 features of random lengths: classes 1 and 2 near one direction each, background near three."""
     directions = torch.eye(5)
     labels = torch.zeros(2, 12, 10, dtype=torch.int64)
     labels[:, 2:5, 2:5], labels[:, 6:9, 5:9] = 1, 2
-    kind = labels.clone()  # which direction
+    kind = labels.clone()  # index of the direction
     background = torch.randint(2, 5, labels.shape, generator=generator)
     kind = torch.where(labels == 0, background, labels - 1)
     noise = 0.1 * torch.randn(2, 12, 10, 5, generator=generator)
@@ -28,7 +28,7 @@ def scene(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch
 
 def test_a_class_is_the_mean_direction_of_its_pixels_in_the_scan() -> None:
     features, labels, inside = scene(torch.Generator().manual_seed(0))
-    labels[:, -1] = 1  # outside of the scan: not read
+    labels[:, -1] = 1  # outside the scan: not used
     _, *found = class_prototypes(
         [(features, labels, inside)], num_classes=3, background_prototypes=3, generator=np.random.default_rng(0)
     )
@@ -41,7 +41,7 @@ def test_a_class_is_the_mean_direction_of_its_pixels_in_the_scan() -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_background_of_several_kinds_is_told_from_the_classes(stride: int) -> None:
+def test_a_background_of_several_kinds_is_distinguished_from_the_classes(stride: int) -> None:
     features, labels, inside = scene(torch.Generator().manual_seed(1))
     if stride == 2:
         labels = labels.repeat_interleave(2, 1).repeat_interleave(2, 2)
@@ -63,7 +63,7 @@ def test_a_background_of_several_kinds_is_told_from_the_classes(stride: int) -> 
     assert torch.equal(head(features * 7).argmax(1), predicted)  # only directions count
 
 
-def test_few_background_pixels_make_few_prototypes() -> None:
+def test_few_background_pixels_give_few_prototypes() -> None:
     features = torch.rand(1, 4, 3, 3)
     labels = torch.ones(1, 3, 3, dtype=torch.int64)
     labels[0, 0, 0] = 0

@@ -1,4 +1,4 @@
-"""Pseudo-labels: whose they are, where they count, how they travel between images, and what they are worth in the loss."""
+"""Pseudo-labels: their teacher, the pixels that count, mixing between images, and their weight in the loss."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ SIZES = [(12, 10), (8, 6, 7)]
 
 
 class Brightness(nn.Module):
-    """Says class 1 of a pixel with its brightness as the probability."""
+    """Predicts class 1 of a pixel with its brightness as probability."""
 
     def forward(self, image: Tensor) -> Tensor:
         self.seen = image
@@ -42,14 +42,14 @@ def test_a_pseudo_label_counts_where_the_teacher_is_confident_and_the_scan_is_sh
     shown = torch.rand(3, *size) < 0.8
     teacher = Brightness()
     classes, counts = pseudo_labels(teacher, weak, shown, threshold=0.75)
-    assert torch.equal(teacher.seen, weak), "the teacher sees geometry alone"
+    assert torch.equal(teacher.seen, weak), "the teacher's view has only the geometry"
     brightness = weak[:, 0]
     assert torch.equal(classes, (brightness > 0.5).long())
     assert torch.equal(counts, shown & ((brightness >= 0.75) | (brightness <= 0.25)))
 
 
 def _mixed(size: tuple[int, ...], number: int, **settings: Any) -> tuple[Labelled, Labelled]:
-    """Mix images of which every pixel is told by its value: unlabelled image i is -i - 1, labelled image i is i + 1."""
+    """Mix images whose pixel values identify the image: unlabelled image i is -i - 1, labelled image i is i + 1."""
     ones = torch.ones(number, *size)
     unlabelled = -(torch.arange(number) + 1).reshape(-1, *[1] * len(size)) * ones
     views = WeakAndStrong(unlabelled[:, None], (unlabelled[:, None], unlabelled[:, None]), ones.bool())
@@ -63,7 +63,7 @@ def _mixed(size: tuple[int, ...], number: int, **settings: Any) -> tuple[Labelle
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_is_known_of_a_pixel_travels_with_it(size: tuple[int, ...]) -> None:
+def test_pseudo_label_and_mask_of_a_pixel_are_mixed_with_it(size: tuple[int, ...]) -> None:
     found, before = _mixed(size, 6, cutmix_probability=1.0, cutmix_labelled_fraction=0.5)
     assert len(found.images) == 12
     assert torch.equal(found.images[:, 0].long(), found.labels)
@@ -85,7 +85,7 @@ def test_labelled_and_unlabelled_images_are_mixed_both_ways() -> None:
 
 
 @pytest.mark.parametrize(("labelled_fraction", "partner"), [(0.0, "unlabelled"), (1.0, "labelled")])
-def test_the_other_image_of_a_mix_is_of_the_asked_kind_and_never_the_image_itself(
+def test_the_other_image_of_a_mix_has_the_requested_kind_and_is_never_the_image_itself(
     labelled_fraction: float, partner: str
 ) -> None:
     number = 10
@@ -96,7 +96,7 @@ def test_the_other_image_of_a_mix_is_of_the_asked_kind_and_never_the_image_itsel
         assert (other > 0) == (partner == "labelled")
 
 
-def test_images_are_mixed_as_often_as_asked_and_the_two_views_differently() -> None:
+def test_images_are_mixed_with_the_requested_probability_and_the_two_views_differ() -> None:
     found, before = _mixed((20, 20), 100, cutmix_probability=0.5, cutmix_labelled_fraction=0.5)
     twice = torch.cat([before.labels, before.labels])
     is_mixed = (found.labels != twice).flatten(1).any(1)
@@ -112,7 +112,7 @@ def test_the_same_draws_mix_the_same_boxes() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_where_every_pixel_counts_the_loss_is_that_on_labelled_images(size: tuple[int, ...]) -> None:
+def test_if_every_pixel_counts_the_loss_equals_that_of_labelled_images(size: tuple[int, ...]) -> None:
     logits = torch.randn(4, 3, *size)
     labels = torch.randint(0, 3, (4, *size))
     expected = DiceCELoss(softmax=True, to_onehot_y=True, batch=True)(logits, labels[:, None])
@@ -136,7 +136,7 @@ def test_pixels_that_do_not_count_change_neither_loss_nor_gradient() -> None:
     torch.testing.assert_close(loss, (1 - dice).mean() + F.cross_entropy(chosen, truth))
 
 
-def test_where_no_pixel_counts_there_is_nothing_to_learn() -> None:
+def test_without_pixels_that_count_the_loss_is_zero() -> None:
     logits = torch.randn(2, 3, 6, 5).requires_grad_()
     loss = masked_dice_ce(logits, torch.zeros(2, 6, 5, dtype=torch.int64), torch.zeros(2, 6, 5, dtype=torch.bool))
     loss.backward()
@@ -155,7 +155,7 @@ def test_feature_dropout_drops_whole_channels_and_keeps_their_mean(dimensions: i
     assert not torch.equal(values[0], values[1])
 
 
-def test_a_class_that_no_pseudo_label_finds_is_named() -> None:
+def test_a_class_without_pseudo_labels_is_named() -> None:
     tally = PseudoLabelTally(3, steps=40)
     classes = torch.tensor([[0, 0, 0, 2, 1]])
     for step in range(40):
@@ -167,7 +167,7 @@ def test_a_class_that_no_pseudo_label_finds_is_named() -> None:
     assert told["warnings"] == ["no pseudo-label had class left: it was learnt from labelled images only"]
 
 
-def test_a_tally_that_is_resumed_within_an_interval_counts_on() -> None:
+def test_a_tally_resumed_within_an_interval_continues_to_count() -> None:
     generator = np.random.default_rng(0)
     classes = torch.from_numpy(generator.integers(0, 2, (50, 1, 7)))
     counts = torch.from_numpy(generator.random((50, 1, 7)) < 0.5)

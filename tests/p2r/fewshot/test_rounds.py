@@ -1,4 +1,4 @@
-"""Rounds of self-training: where views agree, when pseudo-labels are made again, and when that ends."""
+"""Rounds of self-training: agreement of views, renewal of pseudo-labels, and the end of the rounds."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ PLAIN = {
 
 
 class Bright(nn.Module):
-    """Class 1 where the image is brighter than `level`, with a probability of 0.88."""
+    """Predicts class 1 with a probability of 0.88 where the image is brighter than `level`."""
 
     def __init__(self, level: float = 0.5) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def draws(number: int) -> Draws:
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_pixels_count_where_a_change_of_appearance_changes_no_class(dimensions: int) -> None:
+def test_pixels_count_if_a_change_of_appearance_changes_no_class(dimensions: int) -> None:
     images = torch.rand(4, 1, *[20] * dimensions, generator=torch.Generator().manual_seed(0))
     inside = torch.ones(4, *[20] * dimensions, dtype=torch.bool)
     inside[:, :5] = False
@@ -72,7 +72,7 @@ def test_pixels_count_where_a_change_of_appearance_changes_no_class(dimensions: 
     assert not none.any(), "the network is sure by 0.88"
 
 
-def test_pixels_count_where_a_mirrored_image_gives_the_mirrored_class() -> None:
+def test_pixels_count_if_a_mirrored_image_has_the_mirrored_class() -> None:
     views = {"geometry": {"flip_probability": 0.5}, "intensity": PLAIN}
     images, inside = torch.rand(1, 1, 16, 16), torch.ones(1, 16, 16, dtype=torch.bool)
     for probability, agreed in ((0.5, 0.0), (0.0, 1.0)):
@@ -103,7 +103,7 @@ def rounds(first: nn.Module, images: Tensor, *, rules: Plausibility | None = Non
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_prototypes_label_the_first_round_the_teacher_the_others_and_then_every_step(dimensions: int) -> None:
+def test_prototypes_label_the_first_round_and_the_teacher_all_others(dimensions: int) -> None:
     images = torch.rand(4, 1, *[16] * dimensions, generator=torch.Generator().manual_seed(0))
     made = rounds(Bright(0.5), images, self_training_min_change=0.0)
     lines = {step: made.at(step, Bright(0.1 * (step + 2))) for step in range(20)}
@@ -148,7 +148,7 @@ def test_a_model_of_the_centre_labels_the_centre() -> None:
     assert made.told[0]["counted_fraction"] == 1, "of what it reads"
 
 
-def test_first_pseudo_labels_of_which_no_frame_is_plausible_are_warned_of() -> None:
+def test_a_warning_names_a_first_round_without_plausible_frames() -> None:
     rules = Plausibility((-8.0, -8.0), (8.0, 8.0), (300.0,), (1e9,), is_one_piece=False)
     made = rounds(Bright(), torch.ones(4, 1, 16, 16), rules=rules)
     assert made.warnings() == []
@@ -172,7 +172,7 @@ def test_rounds_continue_from_a_saved_state() -> None:
     assert restored.told == whole.told and restored.tensors() == {}
 
 
-def test_change_is_a_part_of_what_is_or_was_foreground() -> None:
+def test_change_is_a_fraction_of_old_and_new_foreground() -> None:
     before = torch.tensor([0, 0, 1, 1, 2, NOT_COUNTED])
     after = torch.tensor([0, NOT_COUNTED, 1, 2, NOT_COUNTED, 1])
     assert changed_fraction(before, after) == pytest.approx(3 / 4)

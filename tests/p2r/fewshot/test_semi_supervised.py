@@ -1,4 +1,4 @@
-"""Modes that learn from unlabelled images: what they read, what a teacher is worth, and a trial that was killed."""
+"""Modes that learn from unlabelled images: files read, effect of the teacher, and resuming of a killed trial."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +13,13 @@ from safetensors.torch import load
 from p2r.evaluate.tasks import load_task
 from p2r.fewshot import saved_training
 from p2r.fewshot.protocol import Trial, final_trials, settings_of
+from p2r.fewshot.results import TrialResult
 from p2r.fewshot.saved_training import SavedTraining, TrainingState
-from p2r.fewshot.search import Result, Say, attempt
-from p2r.fewshot.trial import TrialSetup, run_trial
+from p2r.fewshot.search import attempt
+from p2r.fewshot.setup import TrialSetup
+from p2r.fewshot.trial import run_trial
 from p2r.job import read_job
+from p2r.logs import Say
 from p2r.modes import MODES
 from p2r.pipeline.local import LocalExecutor
 from p2r.pipeline.stages import run_job
@@ -27,14 +30,14 @@ SEMI_SUPERVISED = [mode for mode, facts in MODES.items() if facts.unlabelled != 
 
 
 def final(setup: TrialSetup, mode: str, **settings: float) -> Trial:
-    chosen = settings_of(setup.config, mode, {"learning_rate": 1e-2, **settings})  # type: ignore[arg-type]
+    chosen = settings_of(setup.config, mode, {"learning_rate": 1e-2, **settings})
     config = setup.config.model_copy(update={"modes": (mode,)})
-    return final_trials(config, load_task(Path(setup.task)), {mode: chosen})[0]  # type: ignore[dict-item]
+    return final_trials(config, load_task(Path(setup.task)), {mode: chosen})[0]
 
 
 def run(setup: TrialSetup, trial: Trial) -> dict[str, Any]:
     Storage(setup.storage).delete("trials")
-    return run_trial(setup, trial, device="cpu")
+    return run_trial(setup, trial, device="cpu").to_json()
 
 
 def weights(setup: TrialSetup, result: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -75,7 +78,7 @@ def test_a_mean_teacher_without_memory_or_consistency_is_fine_tuning(make: Make)
     assert not equal(ours, fine_tuned)
 
 
-def test_weak_to_strong_and_its_control_differ_by_their_first_weights_alone(make: Make) -> None:
+def test_weak_to_strong_and_its_control_differ_only_by_their_first_weights(make: Make) -> None:
     setup = make(steps=2, confidence_threshold=0.4, ema_decay=0.0, warmup_head_steps=2)
     pretrained, control = (run(setup, final(setup, mode)) for mode in ("weak_to_strong", "scratch_weak_to_strong"))
     assert pretrained["row"]["backbone_sha256"] == setup.backbone_sha256 and control["row"]["backbone_sha256"] is None
@@ -85,13 +88,11 @@ def test_weak_to_strong_and_its_control_differ_by_their_first_weights_alone(make
 
 
 class Killed(BaseException):
-    """Ends a trial at once, as a lost machine does."""
+    """Ends a trial at once, like the loss of a machine."""
 
 
 @pytest.mark.parametrize("mode", ["fine_tune", "prototype_self_training"])
-def test_a_trial_that_was_killed_and_resumed_is_bitwise_the_one_that_was_not(
-    make: Make, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+def test_a_killed_and_resumed_trial_is_bitwise_equal(make: Make, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     setup = make(
         steps=60,
         batch_size=1,
@@ -116,7 +117,7 @@ def test_a_trial_that_was_killed_and_resumed_is_bitwise_the_one_that_was_not(
     for _ in range(2):  # after 25 and 50 steps: within and after the head's warm-up
         with pytest.raises(Killed):
             run_trial(setup, trial, device="cpu", say=lines.append)
-    resumed = run_trial(setup, trial, device="cpu", say=lines.append)
+    resumed = run_trial(setup, trial, device="cpu", say=lines.append).to_json()
     assert [line for line in lines if "resumes" in line] == [
         f"{trial.id} | resumes after step {step}/60" for step in (25, 50)
     ]
@@ -128,10 +129,10 @@ def test_a_trial_that_was_killed_and_resumed_is_bitwise_the_one_that_was_not(
         del result["seconds"], result["row"]["seconds"]
     assert resumed == whole
     assert [point["step"] for point in whole["row"]["curve"]] == [20, 40, 60]
-    assert Storage(setup.storage).list("unfinished") == [], "what is done needs no state"
+    assert Storage(setup.storage).list("unfinished") == [], "a finished trial needs no state"
 
 
-def test_trials_in_slices_of_time_come_to_the_report_of_a_whole_run(
+def test_trials_in_slices_of_time_give_the_report_of_one_run(
     write_toy_job: Callable[..., Path], published: dict[str, str], tmp_path: Path
 ) -> None:
     given = ("kind=finetune", f"finetune.backbone={published['backbone']}", "pretrain=null", "finetune.steps=60")
@@ -157,15 +158,15 @@ def test_trials_in_slices_of_time_come_to_the_report_of_a_whole_run(
 
 
 class _Slice(LocalExecutor):
-    """Begins its trial whatever the clock says, so that every slice has 25 steps."""
+    """Starts its trial regardless of the clock, so that every slice of time has 25 steps."""
 
-    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[TrialResult]:
         return [
             attempt(setup, trial, device="cpu", retries=2, say=say, deadline=self._deadline) for setup, trial in trials
         ]
 
 
-def test_a_training_state_that_is_damaged_costs_its_steps_and_not_the_trial(make: Make) -> None:
+def test_a_damaged_training_state_costs_its_steps_but_not_the_trial(make: Make) -> None:
     setup = make(steps=3)
     trial = final(setup, "fine_tune")
     whole = weights(setup, run(setup, trial))
@@ -174,7 +175,7 @@ def test_a_training_state_that_is_damaged_costs_its_steps_and_not_the_trial(make
         assert equal(whole, weights(setup, run(setup, trial)))
 
 
-def test_a_row_tells_how_many_pseudo_labels_of_each_class_there_were(make: Make) -> None:
+def test_a_row_has_the_number_of_pseudo_labels_per_class(make: Make) -> None:
     setup = make(steps=4, confidence_threshold=0.4)
     told = run(setup, final(setup, "scratch_weak_to_strong"))["row"]["pseudo_labels"]
     assert told["steps"] == [1, 2, 3, 4]
@@ -183,7 +184,7 @@ def test_a_row_tells_how_many_pseudo_labels_of_each_class_there_were(make: Make)
     assert np.allclose(np.sum(list(told["class_fractions"].values()), axis=0), 1, atol=1e-4)
 
 
-def test_a_threshold_that_nothing_reaches_is_named_in_the_row(make: Make) -> None:
+def test_a_row_warns_of_an_unreachable_threshold(make: Make) -> None:
     setup = make(steps=3)
     lines = list[str]()
     trial = final(setup, "scratch_weak_to_strong", confidence_threshold=0.999)
@@ -194,7 +195,7 @@ def test_a_threshold_that_nothing_reaches_is_named_in_the_row(make: Make) -> Non
     assert any(line.endswith(warning) for line in lines)
 
 
-def test_a_row_tells_what_every_round_of_self_training_labelled(make: Make) -> None:
+def test_a_row_has_the_pseudo_labels_of_every_round(make: Make) -> None:
     anywhere = {"plausible_size_factor": 1000.0, "plausible_margin_mm": 100.0, "agreement_views": 2}
     setup = make(
         steps=8, self_training_fraction=0.25, self_training_min_change=0.0, confidence_threshold=0.4, **anywhere
@@ -212,7 +213,7 @@ def test_a_row_tells_what_every_round_of_self_training_labelled(make: Make) -> N
     assert "rounds" not in run(setup, final(setup, "weak_to_strong"))["row"]["pseudo_labels"]
 
 
-def test_settings_of_self_training_leave_the_digests_of_other_modes_as_they_were(make: Make) -> None:
+def test_settings_of_self_training_do_not_change_digests_of_other_modes(make: Make) -> None:
     setup = make()
     for mode in MODES:
         recipe = final(setup, mode).to_recipe() if mode != "prototype" else {"settings": {}}
@@ -242,7 +243,7 @@ def test_unlabelled_scans_of_another_spacing_or_contrast_are_named_and_used(make
     assert sum(line.endswith(row["warnings"][0]) for line in lines) == 1 and " | WARNING: " in "".join(lines)
 
 
-def test_where_all_patients_are_labelled_their_own_images_are_the_unlabelled_ones(make: Make) -> None:
+def test_if_all_patients_are_labelled_their_images_are_also_the_unlabelled_ones(make: Make) -> None:
     setup = make(steps=2, num_labelled=["all"], confidence_threshold=0.4)
     row = run(setup, final(setup, "weak_to_strong"))["row"]
     assert row["pseudo_labels"]["confident_fraction"][0] > 0
@@ -251,15 +252,13 @@ def test_where_all_patients_are_labelled_their_own_images_are_the_unlabelled_one
     ]
 
 
-def test_a_trial_that_cannot_be_compiled_says_why_and_is_the_one_that_is_not(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trial_that_cannot_be_compiled_warns_and_runs_uncompiled(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/restored/afterwards")
     lines, found = list[str](), []
     for is_asked in (False, True):
         setup = make(steps=2, compile=is_asked)
         trial = final(setup, "weak_to_strong")
-        found.append(weights(setup, run_trial(setup, trial, device="cpu", say=lines.append)))
+        found.append(weights(setup, run_trial(setup, trial, device="cpu", say=lines.append).to_json()))
     assert equal(*found)
     assert any(" | not compiled: no compiler (no-such-compiler) on this machine" in line for line in lines)

@@ -1,4 +1,4 @@
-"""Documents that trials leave on the storage are read within limits, and checked."""
+"""Documents of trials on the storage are read within limits, and checked."""
 
 import ast
 import contextlib
@@ -67,14 +67,16 @@ PATHS = {
     "profile": "profile/profile.json",
 }
 DOCUMENTS: dict[str, tuple[Any, Callable[[Storage, str], Any]]] = {
-    "result": (RESULT, read_result),
+    "result": (RESULT, lambda storage, path: read_result(storage, path).to_json()),
     "candidates": (
         [[{"learning_rate": 0.01}, None], [{"steps": 2}, {"trial": TRIAL, "failed": "why"}]],
-        read_candidates,
+        lambda storage, path: [
+            (candidate, other and other.to_json()) for candidate, other in read_candidates(storage, path)
+        ],
     ),
-    "sweep": (SWEEP, lambda storage, _: read_sweeps(storage)),
-    "reading": (READING, lambda storage, _: read_readings(storage, "readings")),
-    "report": ({"rows": [ROW]}, read_report_rows),
+    "sweep": (SWEEP, lambda storage, _: [one.to_json() for one in read_sweeps(storage)]),
+    "reading": (READING, lambda storage, _: [one.to_json() for one in read_readings(storage, "readings")]),
+    "report": ({"rows": [ROW]}, lambda storage, path: [one.to_json() for one in read_report_rows(storage, path)]),
     "profile": (PROFILE, lambda storage, _: profile_text(storage)),
 }
 HOSTILE: list[tuple[str, tuple[str | int, ...], Any]] = [
@@ -129,7 +131,7 @@ def changed(value: Any, place: tuple[Any, ...], new: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", DOCUMENTS)
-def test_a_sound_document_is_read_as_it_is(kind: str, tmp_path: Path) -> None:
+def test_a_valid_document_is_read_unchanged(kind: str, tmp_path: Path) -> None:
     value, read = DOCUMENTS[kind]
     storage = Storage(str(tmp_path))
     put(storage, kind, json.dumps(value).encode())
@@ -154,7 +156,7 @@ def test_a_wrong_value_is_refused_with_its_key(
 
 @pytest.mark.parametrize("kind", DOCUMENTS)
 @pytest.mark.parametrize("content", [b"", b"[", b"[" * 100_000, b"NaN", b'{"a": 1, "a": 2}', b"\xff", b"9" * 5000])
-def test_what_is_no_document_is_refused_by_name(kind: str, content: bytes, tmp_path: Path) -> None:
+def test_an_unparsable_document_is_refused_by_name(kind: str, content: bytes, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     put(storage, kind, content)
     with pytest.raises(DamagedError, match=PATHS[kind]):
@@ -164,7 +166,7 @@ def test_what_is_no_document_is_refused_by_name(kind: str, content: bytes, tmp_p
 @pytest.mark.parametrize("kind", DOCUMENTS)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_no_damage_ends_in_another_error(kind: str, tmp_path: Path, data: st.DataObject) -> None:
+def test_every_damaged_document_raises_a_data_error(kind: str, tmp_path: Path, data: st.DataObject) -> None:
     value, read = DOCUMENTS[kind]
     content = bytearray(json.dumps(value).encode())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -178,7 +180,7 @@ def test_no_damage_ends_in_another_error(kind: str, tmp_path: Path, data: st.Dat
         read(storage, PATHS[kind])
 
 
-def test_documents_have_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_documents_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(str(tmp_path))
     put(storage, "result", json.dumps(RESULT).encode())
     monkeypatch.setattr(stored, "MAX_BYTES", 100)
@@ -187,7 +189,7 @@ def test_documents_have_a_largest_size(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_every_document_from_outside_is_read_within_limits() -> None:
-    """Python's own readers take any depth, any number and any size: two modules may use them, and say why."""
+    """Python's own readers accept any depth, number and size, so only three modules may use them."""
     allowed = {"p2r/documents.py", "p2r/plain_yaml.py", "p2r/logs.py"}
     readers = {"json": {"load", "loads"}, "yaml": {"load", "safe_load", "full_load"}, "pickle": {"load", "loads"}}
     found = set()

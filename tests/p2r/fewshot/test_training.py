@@ -1,4 +1,4 @@
-"""What training sees of the labelled scans, and what a step does with it."""
+"""Training images cut from labelled scans, and the training step."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ from p2r.randomness import keyed_generator
 
 
 def _centres(planes: str, height: int, width: int) -> set[tuple[int, int]]:
-    """Row and column, in the plane, of what lies at the centre of many windows."""
+    """Return row and column in the slice of the centres of many windows."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     labels = (1 + rows * width + columns)[None]
     generators = [keyed_generator(0, "test", number) for number in range(200)]
@@ -31,14 +31,14 @@ def _centres(planes: str, height: int, width: int) -> set[tuple[int, int]]:
     return {(int(value) // width, int(value) % width) for value in middle}
 
 
-def test_training_windows_of_whole_planes_lie_anywhere_in_them() -> None:
+def test_training_windows_cover_every_part_of_a_slice() -> None:
     centres = _centres("whole", 64, 96)
     rows, columns = ({centre[axis] for centre in centres} for axis in (0, 1))
     assert (min(rows), max(rows)) == (16, 48)
     assert (min(columns), max(columns)) == (16, 80)
 
 
-def test_a_plane_that_fits_is_always_seen_whole() -> None:
+def test_a_slice_that_fits_is_used_whole() -> None:
     assert _centres("whole", 20, 32) == {(10, 16)}
 
 
@@ -46,7 +46,7 @@ def test_a_model_of_the_centre_trains_on_the_centre() -> None:
     assert _centres("centre", 64, 96) == {(32, 48)}
 
 
-def test_training_windows_of_volumes_lie_anywhere_in_them_and_one_that_fits_is_seen_whole() -> None:
+def test_training_windows_cover_every_part_of_a_volume_and_one_that_fits_is_used_whole() -> None:
     shape = (24, 12, 40)
     labels = 1 + torch.arange(math.prod(shape)).reshape(1, *shape)
     generators = [keyed_generator(0, "test", number) for number in range(100)]

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from p2r.errors import EmbeddingError
 from p2r.loss import SameImage, info_nce, info_nce_within_images
+from p2r.loss.within_image import images_at_once
 
 B, N, E = 3, 7, 5
+IMAGES_AT_ONCE = images_at_once  # before the fixture replaces it
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["one at a time", "two at once"])
@@ -105,3 +107,42 @@ def test_inconsistent_arguments_are_refused() -> None:
         info_nce_within_images(
             a, torch.where(torch.arange(B * N)[:, None] == 4, math.inf, b), num_images=B, temperature=0.2
         )
+
+
+def test_one_image_is_the_loss_of_all_its_pairs() -> None:
+    a, b = rows()
+    expected = info_nce(a, b, temperature=0.2)
+    torch.testing.assert_close(info_nce_within_images(a, b, num_images=1, temperature=0.2), expected)
+
+
+def test_towers_of_two_shapes_are_refused_by_name() -> None:
+    a, b = rows()
+    with pytest.raises(ValueError, match="queries and keys of one shape"):
+        info_nce_within_images(a, b[:, 1:], num_images=B, temperature=0.2)
+
+
+def test_pairs_without_negatives_add_nothing_to_the_parts() -> None:
+    a, b = rows()
+    parts: dict[str, Tensor] = {}
+    places = torch.zeros(B * N, 2)
+    options: dict[str, Any] = {"position_mm": places, "radius_mm": 1.0}
+    info_nce_within_images(a, b, num_images=B, temperature=0.2, parts=parts, **options)
+    assert parts["negatives"][0] == 0
+    assert parts["negatives"][1] == B * N
+
+
+def test_pixels_exactly_at_the_radius_are_excluded() -> None:
+    a, b = rows()
+    places = torch.arange(float(B * N))[:, None] * torch.tensor([3.0, 0.0])
+    near, at, beyond = (
+        info_nce_within_images(a, b, num_images=B, temperature=0.2, position_mm=places, radius_mm=radius)
+        for radius in (2.9, 3.0, 3.1)
+    )
+    assert at == beyond != near
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "is_gpu", "expected"), [(64, True, 4096), (2**13, True, 1), (0, True, 2**24), (64, False, 1)]
+)
+def test_as_many_images_at_once_as_fit(num_pairs: int, is_gpu: bool, expected: int) -> None:
+    assert IMAGES_AT_ONCE(num_pairs, is_gpu=is_gpu) == expected

@@ -10,9 +10,10 @@ import torch
 
 from p2r.errors import JobError
 from p2r.fewshot.protocol import Trial
-from p2r.fewshot.search import Result, Say
-from p2r.fewshot.trial import TrialSetup
+from p2r.fewshot.results import TrialResult, failed_result
+from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job, read_job, variants_of
+from p2r.logs import Say
 from p2r.pipeline.local import LocalExecutor
 from p2r.pipeline.stages import run_job
 from p2r.storage import Storage
@@ -41,11 +42,11 @@ def test_variants_differ_in_what_they_name_and_share_the_corpus(ablation: Callab
 class OneFails(LocalExecutor):
     """A trial of one variant ends without a result."""
 
-    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[Result]:
+    def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[TrialResult]:
         results = super().run_trials(trials, say=say)
         is_bad = [trial.num_labelled == 3 and "/variants/many/" in setup.storage for setup, trial in trials]
         return [
-            {"trial": trial.to_row(), "failed": "the loss is nan | at step 3"} if bad else result
+            failed_result(trial, "the loss is nan | at step 3") if bad else result
             for (_, trial), result, bad in zip(trials, results, is_bad, strict=True)
         ]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from p2r.errors import DataError
+from p2r.evaluate.rows import TrialRow
 from p2r.fewshot.scoring import npz_bytes
 from p2r.pipeline.reporting import _UNREADABLE, _read_prediction, _shared_planes
 from p2r.storage import Storage
@@ -30,7 +31,7 @@ def test_the_report_of_a_job_shows_its_best_and_worst_case(published: dict[str, 
     assert "left_out" not in report["context"]
     assert report["statistics"]["intervals"]
     page = storage.read_bytes("report.html").decode()
-    for part in ("At a glance", "Single patients", "No trial failed.", "Readings of the test split", "What it cost"):
+    for part in ("At a glance", "Single patients", "No trial failed.", "Test-set evaluations", "Cost"):
         assert part in page
 
 
@@ -63,8 +64,9 @@ def test_a_prediction_that_cannot_be_read_is_left_out_by_name(
     scan: Any = SimpleNamespace(labels=SimpleNamespace(data=np.zeros((4, 4, 2, 1), np.int16)))
     if content is not None:
         (tmp_path / "a.npz").write_bytes(content)
+    row = TrialRow(task="t", mode="scratch", num_labelled=1, draw=0, subjects=["a"], predictions="a.npz")
     with pytest.raises(_UNREADABLE, match=message):
-        _read_prediction({"predictions": "a.npz"}, "scan", setup, scan)
+        _read_prediction(row, "scan", setup, scan)
 
 
 def test_points_of_volumes_lie_in_both_planes_that_are_shown() -> None:

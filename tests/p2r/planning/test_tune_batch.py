@@ -9,7 +9,7 @@ import torch
 from p2r.config import ImageConfig, PretrainConfig
 from p2r.errors import InputError, TrainingError
 from p2r.planning import tune_batch as module
-from p2r.planning.tune_batch import Cut, Trial, cuts_of, noise_batch, run_trial, tune_batch
+from p2r.planning.tune_batch import BatchTrial, Cut, cuts_of, noise_batch, run_batch_trial, tune_batch
 
 CPU = torch.device("cpu")
 CONFIG = PretrainConfig.model_validate(
@@ -24,31 +24,31 @@ CONFIG = PretrainConfig.model_validate(
 
 
 def test_a_trial_measures_memory_and_speed_in_a_process_of_its_own() -> None:
-    trial = run_trial(CONFIG, Trial(2, 8), device=CPU, limit_mib=8192)
+    trial = run_batch_trial(CONFIG, BatchTrial(2, 8), device=CPU, limit_mib=8192)
     assert trial.fits
     assert trial.peak_mib is not None and 50 < trial.peak_mib < 8192
     assert trial.images_per_s is not None and trial.images_per_s > 0
 
 
 def test_a_trial_beyond_the_limit_does_not_fit() -> None:
-    assert not run_trial(CONFIG, Trial(2, 8), device=CPU, limit_mib=100).fits
+    assert not run_batch_trial(CONFIG, BatchTrial(2, 8), device=CPU, limit_mib=100).fits
 
 
 def test_a_trial_that_fails_otherwise_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(TrainingError, match="a trial of 2 images with 8 pairs failed: exit code 1"):
-        run_trial(CONFIG, Trial(2, 8), device=CPU, limit_mib=8192)
+        run_batch_trial(CONFIG, BatchTrial(2, 8), device=CPU, limit_mib=8192)
 
 
 def test_images_are_doubled_then_halved_and_pairs_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def measured(config: PretrainConfig, trial: Trial, *, device: torch.device, limit_mib: float) -> Trial:
+    def measured(config: PretrainConfig, trial: BatchTrial, *, device: torch.device, limit_mib: float) -> BatchTrial:
         tried.append((trial.images, trial.pairs))
         peak = trial.images * (100 + trial.pairs)
-        return Trial(trial.images, trial.pairs, peak, 1.0) if peak <= limit_mib else trial
+        return BatchTrial(trial.images, trial.pairs, peak, 1.0) if peak <= limit_mib else trial
 
-    monkeypatch.setattr(module, "run_trial", measured)
+    monkeypatch.setattr(module, "run_batch_trial", measured)
     found = tune_batch(CONFIG, device=CPU, memory_gib=3000 / 1024 / 0.9, say=lambda line: None)
     assert tried == [*((n, 8) for n in (1, 2, 4, 8, 16, 32, 24, 28)), (24, 16), (24, 32)]
     assert (found.images, found.pairs) == (24, 16)

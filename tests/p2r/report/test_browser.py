@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from p2r.evaluate.rows import rows_of
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.report import write_report
-from p2r.report.comparison import compare_runs, write_comparison
+from p2r.report.comparison import compare_runs
+from p2r.report.comparison_page import write_comparison
+from p2r.report.context import context_of
 from p2r.report.runs import read_runs
 from p2r.storage import Storage
 from tests.browser import Browser
@@ -31,10 +34,12 @@ def pages(make_rows: MakeRows, tmp_path_factory: pytest.TempPathFactory) -> dict
     first, second = (make_rows(classes=("RV", HOSTILE), task=HOSTILE, seed=seed) for seed in (0, 1))
     write_report(
         Storage(str(folder / "a")),
-        rows=first,
-        context={"title": HOSTILE, "caveats": [HOSTILE], "job": "x" * 300, "failed": [{"trial": "y" * 300}]},
+        rows=rows_of(first),
+        context=context_of(
+            {"title": HOSTILE, "caveats": [HOSTILE], "job": "x" * 300, "failed": [{"trial": "y" * 300}]}
+        ),
         pictures={},
-        statistics=few_shot_statistics(first, seed=0, num_resamples=50),
+        statistics=few_shot_statistics(rows_of(first), seed=0, num_resamples=50),
     )
     (folder / "b").mkdir()
     (folder / "b/report.json").write_text(json.dumps({"format": "p2r-report/1", "rows": second}))

@@ -18,7 +18,9 @@ from cluster import cli
 from cluster.cli import app
 from p2r.config import FinetuneConfig
 from p2r.errors import DataError, InputError
-from p2r.report.comparison import compare_runs, comparison_table, notes_of, reasons_of, write_comparison
+from p2r.report.comparison import Comparison, compare_runs
+from p2r.report.comparison_page import write_comparison
+from p2r.report.comparison_tables import comparison_table, notes_of, reasons_of
 from p2r.report.runs import read_runs
 from p2r.storage import Storage
 
@@ -64,7 +66,7 @@ def p2r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-def compared(tmp_path: Path, *rows: Any) -> dict[str, Any]:
+def compared(tmp_path: Path, *rows: Any) -> Comparison:
     return compare_runs(read_runs([write(tmp_path / f"run-{number}", one) for number, one in enumerate(rows)]))
 
 
@@ -113,13 +115,13 @@ def test_other_test_patients_are_shown_unpaired_by_name(two: Any, tmp_path: Path
     comparison = compared(tmp_path, *two)
     assert not comparison["differences"]
     assert comparison["unpaired"][0]["reason"] == (
-        "the patients read differ: only A has patient101, only B has stranger"
+        "the evaluated patients differ: only A has patient101, only B has stranger"
     )
 
 
 @pytest.mark.parametrize("changes", [{"protocol": "paper_compat"}, {"split": "validation"}, {"transductive": True}])
 def test_protocols_and_splits_are_never_mixed(make_rows: MakeRows, tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"nothing that all of these reports were asked alike.*never mixed"):
+    with pytest.raises(DataError, match=r"these reports have no result in common.*never mixed"):
         compared(tmp_path, make_rows(), make_rows(**changes))
     both = make_rows() + make_rows(**changes)
     comparison = compared(tmp_path / "again", make_rows(), both)
@@ -179,7 +181,7 @@ def test_reports_must_be_two_and_different(make_rows: MakeRows, tmp_path: Path) 
         read_runs([url])
     with pytest.raises(DataError, match="given twice"):
         read_runs([url, f"{url}/report/report.json"])
-    with pytest.raises(DataError, match=r"no report at .*nowhere"):
+    with pytest.raises(DataError, match=r"nowhere.* has no report"):
         read_runs([url, str(tmp_path / "nowhere")])
 
 
@@ -217,7 +219,7 @@ def test_settings_that_differ_are_named_with_both_values(two: Any, tmp_path: Pat
     done = CliRunner().invoke(app, ["compare", *urls, "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     asked = (
-        "A and B were run with different settings, and a difference of Dice may come of these: finetune.steps (A 12, B 3); "
+        "A and B were run with different settings, which may explain a difference in Dice: finetune.steps (A 12, B 3); "
         "finetune.search.learning_rates.scratch (A [0.001, 0.003], B [0.003, 0.01])"
     )
     won = "acdc, from scratch (A learning_rate 0.001, B learning_rate 0.003)"
@@ -225,12 +227,7 @@ def test_settings_that_differ_are_named_with_both_values(two: Any, tmp_path: Pat
     for text in (asked, won):
         assert text in done.stdout and text in page
     assert done.stdout.index(asked) < done.stdout.index("Dice, mean")
-    assert (
-        page.index(asked)
-        < page.index(">Who is who</h2>")
-        < page.index("Settings that differ")
-        < page.index(">acdc</h2>")
-    )
+    assert page.index(asked) < page.index(">Runs</h2>") < page.index("Settings that differ") < page.index(">acdc</h2>")
     written = json.loads((tmp_path / "out/comparison.json").read_text())
     assert written["settings"] == {
         "differ": [
@@ -276,8 +273,8 @@ def test_nsd_of_another_tolerance_is_left_out_with_the_reason(two: Any, tmp_path
     ]
     comparison = compare_runs(read_runs(urls))
     assert notes_of(comparison) == [
-        "NSD is left out, for it was measured with different tolerances (finetune.nsd_tolerance_mm: A 2.0 mm, B 5.0 mm); "
-        "Dice does not depend on it"
+        "NSD is left out, because it was measured with different tolerances (finetune.nsd_tolerance_mm: A 2.0 mm, B 5.0 mm); "
+        "Dice does not depend on them"
     ]
 
 
@@ -289,7 +286,7 @@ def test_a_report_that_does_not_say_its_settings_is_named(two: Any, tmp_path: Pa
     path.write_text(json.dumps(report))
     comparison = compare_runs(read_runs(urls))
     assert comparison["settings"]["unknown"] == ["A"]
-    assert notes_of(comparison)[0].startswith("whether settings differ is not known of A")
+    assert notes_of(comparison)[0].startswith("the settings of A")
 
 
 def test_every_picture_says_n_draws_and_seed(make_rows: MakeRows, tmp_path: Path) -> None:

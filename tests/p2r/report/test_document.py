@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from p2r.evaluate.rows import rows_of
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.report import source_line, table, trials_line, write_report
 from p2r.report.cases import shown_cases
+from p2r.report.context import context_of
 from p2r.report.patients import MEAN, patients_of
 from p2r.report.tables import series_name
 from p2r.storage import Storage
@@ -80,10 +82,10 @@ class Page(HTMLParser):
 def written(folder: Path, rows: list[dict[str, Any]], **context: Any) -> tuple[Page, str]:
     write_report(
         Storage(str(folder)),
-        rows=rows,
-        context={"code": "0123abcd", **context},
+        rows=rows_of(rows),
+        context=context_of({"code": "0123abcd", **context}),
         pictures={},
-        statistics=few_shot_statistics(rows, seed=0, num_resamples=50),
+        statistics=few_shot_statistics(rows_of(rows), seed=0, num_resamples=50),
     )
     return Page((folder / "report.html").read_text()), (folder / "report.md").read_text()
 
@@ -97,9 +99,9 @@ def standard(make_rows: MakeRows, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_the_page_shows_every_part(standard: Path) -> None:
     page, text = Page((standard / "report.html").read_text()), (standard / "report.md").read_text()
-    for part in ("At a glance", "What was asked", "Against scratch", "How many labels it saves", "Where it fails"):
+    for part in ("At a glance", "Setup", "Against scratch", "Label efficiency", "Failure analysis"):
         assert part in page.text and part in text
-    for part in ("1 trial failed", "nan at step 31", "test split was read once", "What won the search", "What it cost"):
+    for part in ("1 trial failed", "nan at step 31", "test split was evaluated once", "Search winners", "Cost"):
         assert part in page.text and part in text
     assert {path.stem for path in (standard / "pictures").glob("*.svg")} == {
         f"{kind}-acdc" for kind in ("few-shot", "classes", "differences", "thirds", "strata", "reliability")
@@ -159,18 +161,18 @@ def test_every_picture_of_a_job_says_what_it_shows_and_nothing_that_it_does_not(
 
 def test_a_picture_of_trials_names_each_and_no_backbone_from_scratch(make_rows: MakeRows) -> None:
     rows = make_rows(numbers=(5,), num_draws=1)
-    assert trials_line(rows, {}, patient="test patient patient101") == (
+    assert trials_line(rows_of(rows), None, patient="test patient patient101") == (
         "from scratch; fine-tuned of backbone a9a9a9a9a9a9 · task acdc · leak_free, test patient patient101 · n = 5, draw 0 · "
         "seed 0 · code 7c0de"
     )
-    assert source_line(make_rows(modes=("scratch",)), {}).startswith("from scratch · task acdc")
+    assert source_line(rows_of(make_rows(modes=("scratch",))), None).startswith("from scratch · task acdc")
 
 
 def test_figures_have_words_units_and_a_minus(make_rows: MakeRows, tmp_path: Path) -> None:
     page, text = written(tmp_path, make_rows(gain=-0.1), corpus={"num_samples": 880}, **FACTS)
     for fact in (
-        "| trials that were run | 8 |",
-        "| the sweep from start to end | 1.5 min |",
+        "| trials run | 8 |",
+        "| sweep, wall-clock time | 1.5 min |",
         "| overhead | 0.036 % |",
         "| task | mode | learning rate | validation Dice |",
         "| acdc | fine-tuned | 0.001 | 0.61 |",
@@ -202,11 +204,13 @@ def test_rows_of_earlier_reports_are_shown_without_what_they_lack(make_rows: Mak
         ):
             del row[key]
         row["protocol"] = "leak-free"
-    report = write_report(Storage(str(tmp_path)), rows=rows, context={"code": "0123abcd"}, pictures={})
+    report = write_report(
+        Storage(str(tmp_path)), rows=rows_of(rows), context=context_of({"code": "0123abcd"}), pictures={}
+    )
     assert report["pictures"] == ["pictures/few-shot-acdc.png"]
     assert "code of the trials | 0123abcd" in (tmp_path / "report.md").read_text()
     page = (tmp_path / "report.html").read_text()
-    assert "Where it fails" not in page and "How far its confidence" not in page
+    assert "Failure analysis" not in page and "Calibration" not in page
 
 
 def test_the_page_and_the_table_say_how_far_confidence_can_be_trusted(make_rows: MakeRows, tmp_path: Path) -> None:
@@ -214,7 +218,7 @@ def test_the_page_and_the_table_say_how_far_confidence_can_be_trusted(make_rows:
     for row in rows[:2]:
         del row["calibration"]  # of an earlier version
     page, text = written(tmp_path, rows)
-    assert "How far its confidence can be trusted" in page.text
+    assert "Calibration" in page.text
     (line,) = [line for line in text.splitlines() if line.startswith("| 5 | fine-tuned | 0.2")]
     level = 0.5 + 0.05 * np.log(5) + 0.1
     assert line == f"| 5 | fine-tuned | {0.6 - level / 2:.3f} ± 0.000 | 0.300 ± 0.000 | 0.010 | 0.020 |"
@@ -222,12 +226,12 @@ def test_the_page_and_the_table_say_how_far_confidence_can_be_trusted(make_rows:
     for words in ("confidence and accuracy", "1 labelled patient", "5 labelled patients", "dashed: calibrated"):
         assert words in drawn
     printed = Console(width=200, file=StringIO())
-    printed.print(table(rows))
+    printed.print(table(rows_of(rows)))
     shown = printed.file.getvalue()  # type: ignore[attr-defined]
     assert "ECE" in shown and f"{0.6 - level / 2:.3f} ± 0.000" in shown
     for row in rows:
         row.pop("calibration", None)
-    printed.print(table(rows))
+    printed.print(table(rows_of(rows)))
     assert printed.file.getvalue().count("ECE") == 1, "rows without calibration have no such column"  # type: ignore[attr-defined]
 
 
@@ -245,13 +249,14 @@ def test_the_page_shows_pseudo_labels_over_the_training_of_every_trial(make_rows
             row["pseudo_labels"] = {
                 "steps": [50, 100],
                 "confident_fraction": [0.4, 0.9],
-                "class_fractions": {"background": [0.99, 0.97], "RV": [0.0, 0.01], "LV": [0.01, 0.02]},
+                "class_fractions": {"LV": [0.01, 0.02], "RV": [0.0, 0.01], "background": [0.99, 0.97]},  # as JSON sorts
                 "rounds": [{**first, "change": None}, last],
             }
-    page, text = written(tmp_path, rows)
+    page, text = written(tmp_path, rows, tasks={"acdc": {"classes": ["RV", "LV"]}})
     assert "Pseudo-labels over training" in page.text and "Rounds of self-training (4)" in page.text
     assert "| self-training, n = 1, draw 1 | 51 | teacher | 20.0 % | 7 of 9 | 3.1 % | rounds end (change) |" in text
     drawn = " ".join(ET.parse(tmp_path / "pictures/pseudo-labels-acdc.svg").getroot().itertext())
+    assert drawn.index("RV") < drawn.index("LV"), "in the order of the labels, as in pictures of segmentations"
     for words in ("pixels that count", "RV", "LV", "self-training, n = 1, draw 0", "self-training, n = 1, draw 1"):
         assert words in drawn
     assert "background" not in drawn
@@ -326,7 +331,7 @@ def test_a_patient_is_the_mean_of_its_frames_and_then_of_its_draws(make_rows: Ma
             for frame, dice in enumerate(values)
         ]
         row["dice_by_subject"] = {"patient101": sum(values) / len(values)}
-    (patient,) = patients_of(rows)
+    (patient,) = patients_of(rows_of(rows))
     assert patient.dice["RV"] == pytest.approx((0.3 + 0.7) / 2)
     assert patient.dice[MEAN] == pytest.approx((0.3 + 0.7) / 2)
     assert patient.stratum == "NOR"
@@ -339,7 +344,7 @@ def test_the_shown_trial_is_chosen_on_validation_and_its_cases_by_their_dice(mak
         row["validation_dice_mean"] = {"scratch": 0.99, "linear_probe": 0.9, "fine_tune": 0.1}[row["mode"]] - row[
             "draw"
         ] / 100
-    best, median, worst = shown_cases(rows)
+    best, median, worst = shown_cases(rows_of(rows))
     assert (best.rank, median.rank, worst.rank) == ("best", "median", "worst")
     assert list(best.trials) == ["from scratch", "linear probe"]
     assert [(row["num_labelled"], row["draw"]) for row in best.trials.values()] == [(1, 1), (1, 1)]
@@ -349,4 +354,4 @@ def test_the_shown_trial_is_chosen_on_validation_and_its_cases_by_their_dice(mak
     assert [one.dice["linear probe"] for one in (worst, median, best)] == pytest.approx(
         [of_trial[0], of_trial[2], of_trial[-1]]
     )
-    assert shown_cases([{**row, "predictions": None} for row in rows]) == []
+    assert shown_cases(rows_of([{**row, "predictions": None} for row in rows])) == []

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from p2r.evaluate.rows import rows_of
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.modes import MODES
 from p2r.report import canvas, few_shot_curve, outlines, variants_picture
 from p2r.report.canvas import Drawing, KeyEntry, inside, key_lines
 from p2r.report.distributions import by_stratum, class_boxes, where_in_the_organ
-from p2r.report.document import source_line
 from p2r.report.forest import Difference, forest
 from p2r.report.patients import patients_of
+from p2r.report.sources import source_line
 
 MakeRows = Callable[..., list[dict[str, Any]]]
 STRATA = ("hypertrophic", "dilated", "infarction", "abnormal right ventricle", "normal", None)
@@ -48,14 +49,14 @@ def rows(make_rows: MakeRows) -> list[dict[str, Any]]:
 
 
 def _charts(rows: list[dict[str, Any]]) -> Iterator[Drawing | None]:
-    source, patients = source_line(rows, {}), patients_of(rows)
-    statistics = few_shot_statistics(rows, seed=0, num_resamples=50)
+    source, patients = source_line(rows_of(rows), None), patients_of(rows_of(rows))
+    statistics = few_shot_statistics(rows_of(rows), seed=0, num_resamples=50)
     for numbers in ((1, 5, 20), (1,)):
         some = [row for row in rows if row["num_labelled"] in numbers]
-        yield few_shot_curve(some, "acdc", intervals=statistics["intervals"], source=source)
+        yield few_shot_curve(rows_of(some), "acdc", intervals=statistics.intervals, source=source)
     yield class_boxes(patients, title="acdc: every patient, class by class", source=source)
     thirds = ("base of the heart", "middle", "apex of the heart")
-    yield where_in_the_organ(patients, title="acdc: where in the organ it fails", names=thirds, source=source)
+    yield where_in_the_organ(patients, title="acdc: Dice by third of the organ", names=thirds, source=source)
     lines = [Difference("20 labelled patients", name, mode, 0.1, 0.0, 0.2, 0.01) for mode, name in NAMES.items()]
     yield forest(
         lines, title="acdc: difference", subtitle="paired by patient", axis="Dice above scratch", source=source
@@ -66,8 +67,8 @@ def _charts(rows: list[dict[str, Any]]) -> Iterator[Drawing | None]:
         for row in rows
         if row["num_labelled"] < 20
     ]
-    yield variants_picture(variants, title="ablation: what each variant reaches", source=source)
-    yield by_stratum(patients, title="acdc: which patients it fails", source=source)
+    yield variants_picture(rows_of(variants), title="ablation: what each variant reaches", source=source)
+    yield by_stratum(patients, title="acdc: Dice by stratum of the patients", source=source)
 
 
 def test_every_mode_is_named_and_every_word_lies_inside(rows: list[dict[str, Any]], figures: list[Figure]) -> None:

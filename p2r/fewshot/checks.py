@@ -1,0 +1,148 @@
+"""A task and a backbone -> a checked setup of trials, or a refusal before anything is trained."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from p2r.backbone import Backbone
+from p2r.config import FinetuneConfig
+from p2r.data.preprocess import Preparation
+from p2r.errors import DataError
+from p2r.evaluate.inference import size_read
+from p2r.evaluate.mix_ups import MixUps
+from p2r.evaluate.prepared import prepared_scan
+from p2r.evaluate.tasks import (
+    HELD_OUT,
+    LabelledScan,
+    Split,
+    Task,
+    TaskScan,
+    check_classes_present,
+    check_scans,
+    classes_shown,
+)
+from p2r.fewshot.leaks import Known
+from p2r.fewshot.protocol import (
+    Settings,
+    draw_of,
+    final_trials,
+    is_searched,
+    numbers_of,
+)
+from p2r.fewshot.setup import TrialSetup
+from p2r.fewshot.trial import slices_of
+from p2r.files import file_sha256
+
+_INPUTS = {2: "slices", 3: "volumes"}
+
+
+def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
+    """Check that the task can be run with this backbone, before anything is trained.
+
+    Returns:
+        The setup with digests of the task's files. It is marked as transductive if a validation or test patient is in the
+        backbone's corpus and the job allows it.
+
+    Raises:
+        DataError: if the backbone cannot read such scans, or a validation or test patient is in its corpus. Also as
+            `check_data`.
+    """
+    config = setup.config
+    _check_backbone(task, backbone, config)
+    known = Known(backbone, is_allowed=config.allow_transductive)
+    for split in HELD_OUT:
+        for subject in task.subjects[split]:
+            known.see_subject(subject, split, task=task)
+
+    def see(scan: LabelledScan, split: Split) -> None:
+        if split in HELD_OUT:
+            known.see_scan(scan.scan, scan.volume, split)
+
+    check_data(task, config, setup.preparation(backbone), see=see)
+    test = set(task.subjects["test"])
+    return replace(
+        setup,
+        is_transductive=setup.is_transductive or known.is_any,
+        data_sha256=_files_sha256([scan for scan in task.scans if scan.subject not in test]),
+        test_sha256=_files_sha256([scan for scan in task.scans if scan.subject in test]),
+    )
+
+
+def check_data(
+    task: Task,
+    config: FinetuneConfig,
+    preparation: Preparation,
+    *,
+    see: Callable[[LabelledScan, Split], None] = lambda scan, split: None,
+) -> None:
+    """Read every scan of a task, and check that it suffices for all trials of a section.
+
+    Args:
+        task: Task from `load_task`.
+        config: Fine-tuning section.
+        preparation: Preparation of scans for the trials' models.
+        see: Called with every scan and its split; may refuse the scan.
+
+    Raises:
+        DataError: if there are too few patients, a file breaks the task's rules, or two label maps were exchanged. Also if
+            a class is absent in all images of a draw's labelled patients.
+    """
+    draws = _list_draws(config, task)
+    mix_ups = MixUps(task.name)
+
+    def look(scan: LabelledScan, split: Split) -> None:
+        see(scan, split)
+        if task.config.find_mix_ups:
+            mix_ups.see(scan)
+
+    load = partial(prepared_scan, size=size_read(preparation))
+    labels_by_subject = check_scans(task, preparation, load=load, see=look)
+    mix_ups.check()
+    for (num_labelled, draw), subjects in draws.items():
+        check_classes_present(labels_by_subject, task, subjects=subjects)
+        if config.protocol == "paper_compat":
+            training, _ = slices_of(
+                task, preparation, subjects, size=None, seed=config.seed, num_labelled=num_labelled, draw=draw
+            )
+            shown = classes_shown(crop.scan for crop in training)
+            check_classes_present(dict.fromkeys(subjects, shown), task, subjects=subjects)
+
+
+def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> None:
+    model = backbone.config.model
+    if model.in_channels != 1:
+        raise DataError(
+            f"task {task.name}: a scan has one contrast, the backbone {backbone.manifest['url']} reads {model.in_channels}; "
+            "use a backbone of one contrast"
+        )
+    dimensions = backbone.preparation.dimensions
+    asked = task.config.dimensions or (2 if task.config.slice_axis is not None else dimensions)
+    if dimensions != asked:
+        field = "dimensions" if task.config.dimensions else "slice_axis"
+        raise DataError(
+            f"task {task.name} is for networks of {_INPUTS[asked]} ({field}), the backbone {backbone.manifest['url']} reads "
+            f"{_INPUTS[dimensions]}; use a backbone of {_INPUTS[asked]}, or change the task's {field}"
+        )
+    if config.protocol == "paper_compat" and dimensions != 2:
+        raise DataError(
+            f"finetune.protocol paper_compat crops and splits slices, the backbone {backbone.manifest['url']} reads volumes: "
+            "use a backbone of slices, or leak_free"
+        )
+
+
+def _list_draws(config: FinetuneConfig, task: Task) -> dict[tuple[int, int], tuple[str, ...]]:
+    """Return the labelled patients of every draw of the protocol, by number of patients and index."""
+    finals = final_trials(config, task, dict.fromkeys(config.modes, Settings()))  # draws do not depend on settings
+    draws = {(trial.num_labelled, trial.draw): trial.subjects for trial in finals}
+    if any(is_searched(config, mode) for mode in config.modes):
+        for number in numbers_of(config.search.num_labelled, task):
+            draws[number, 0] = draw_of(config, task, num_labelled=number, draw=0)
+    return dict(sorted(draws.items()))
+
+
+def _files_sha256(scans: Sequence[TaskScan]) -> str:
+    digest = hashlib.sha256()
+    for scan in scans:
+        digest.update(f"{scan.key} {scan.subject} {file_sha256(scan.image)} {file_sha256(scan.label)}\n".encode())
+    return digest.hexdigest()
