@@ -158,7 +158,14 @@ def run(
     configure(log_format, run=job.name)
     if (brought := find_job(path)) != path:
         say(f"job | {path}: no such file; using the job that comes with p2r, {brought}")
-    made = _run_on_ray(job, path, address, profile_steps=profile, debug=debug)
+    from p2r.pipeline.finished import made_before
+    from p2r.pipeline.lines import FINISHED
+
+    made = None if profile else made_before(job)
+    if made is None:
+        made = _run_on_ray(job, path, address, profile_steps=profile, debug=debug)
+    else:
+        say(FINISHED)
     failed = made.pop("failed", [])
     _print_made(made)
     if "unfinished" in made:

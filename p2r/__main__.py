@@ -11,15 +11,16 @@ import argparse
 import sys
 import traceback
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from p2r.console import console, show
-from p2r.device import this_device
 from p2r.errors import InputError, P2RError, missing_package
 from p2r.files import lack_of_space
 from p2r.identity import ensure_identity
-from p2r.job import FORK_HELP, ignored_variables, overrides_of, read_job
+from p2r.job import FORK_HELP, Job, ignored_variables, overrides_of, read_job
 from p2r.logs import LogFormat, configure, reset, say, say_crash, say_error
+from p2r.pipeline.finished import made_before
+from p2r.pipeline.lines import FINISHED, made_lines
 
 
 def main() -> int:
@@ -67,30 +68,22 @@ def _main() -> int:
     arguments = parser.parse_args()
     if arguments.profile < 0:
         parser.error(f"--profile must not be negative, got {arguments.profile}")
-    # Imported here, so that an installation without the extra `cluster` gets a message for the missing package.
-    from p2r.fewshot.search import failure_message
-    from p2r.pipeline.fork import forked
-    from p2r.pipeline.lines import made_lines
-    from p2r.pipeline.local import LocalExecutor
-    from p2r.pipeline.stages import run_job
-
     try:
-        device = this_device()
         configure(arguments.log_format)
         overrides = overrides_of(arguments.set, allow_transductive=arguments.allow_transductive)
         job = read_job(arguments.job, overrides)
         for note in ignored_variables(arguments.job, job):
             say(f"note: {note}")
         if arguments.fork:
+            from p2r.pipeline.fork import forked
+
             job = forked(job, arguments.fork)
         configure(arguments.log_format, run=job.name)
-        executor = LocalExecutor(
-            device,
-            arguments.minutes and arguments.minutes * 60,
-            retries=job.retries,
-            profile_steps=arguments.profile,
-        )
-        made = run_job(job, executor, say=say)
+        made = None if arguments.profile else made_before(job)
+        if made is None:
+            made = _run(job, arguments)
+        else:
+            say(FINISHED)
     except KeyboardInterrupt:
         say("p2r: interrupted; run the same command again to resume from the newest checkpoint")
         return 130
@@ -107,8 +100,25 @@ def _main() -> int:
     for line in made_lines(made):
         show(line)
     if failed:
+        from p2r.fewshot.search import failure_message
+
         say_error(failure_message(failed), code=1)
     return 1 if failed else 0
+
+
+def _run(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
+    # Torch takes seconds to import, which a finished job and a refused one do not need.
+    from p2r.device import this_device
+    from p2r.pipeline.local import LocalExecutor
+    from p2r.pipeline.stages import run_job
+
+    executor = LocalExecutor(
+        this_device(),
+        arguments.minutes and arguments.minutes * 60,
+        retries=job.retries,
+        profile_steps=arguments.profile,
+    )
+    return run_job(job, executor, say=say)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,8 @@ class LabelEfficiency(_Entry):
     scratch_patients: float | None
     beyond: str | None
     """`below` if scratch exceeds that Dice with its fewest patients, `above` if it never reaches it, else None."""
+    scratch_interval: tuple[float | str, float | str] | None = None
+    """Ends of the interval of `scratch_patients`: numbers, `below` or `above`. None in reports of earlier versions."""
 
 
 class LeftOut(_Entry):
@@ -202,7 +204,7 @@ def few_shot_statistics(
         between_backbones=_compare_pairs(
             tables, [(*pair, {"against_backbone": pair[1].backbone or None}) for pair in backbones], draw, left_out
         ),
-        label_efficiency=list(_compute_efficiency(means)),
+        label_efficiency=list(_compute_efficiency(means, tables, draw)),
         left_out=left_out,
     )
 
@@ -285,15 +287,29 @@ def _compare_pairs(
     return entries
 
 
-def _compute_efficiency(means: Mapping[_Group, Mapping[int, float]]) -> Iterator[LabelEfficiency]:
+def _compute_efficiency(
+    means: Mapping[_Group, Mapping[int, float]], tables: Mapping[_Group, Mapping[int, _Table]], draw: _Bootstrap
+) -> Iterator[LabelEfficiency]:
     for group, by_number in means.items():
         scratch = _find_scratch(group, means)
         if group.mode == SCRATCH or scratch is None:
             continue
         for num_labelled, mean in by_number.items():
             patients, beyond = patients_needed(mean, means[scratch])
+            ends = efficiency_interval(
+                tables[group][num_labelled],
+                {number: tables[scratch][number] for number in means[scratch]},
+                generator=keyed_generator(draw.seed, "bootstrap", repr((group, num_labelled, "label_efficiency"))),
+                num_resamples=draw.num_resamples,
+                confidence=draw.confidence,
+            )
             yield LabelEfficiency(
-                **group.names(), num_labelled=num_labelled, dice=mean, scratch_patients=patients, beyond=beyond
+                **group.names(),
+                num_labelled=num_labelled,
+                dice=mean,
+                scratch_patients=patients,
+                beyond=beyond,
+                scratch_interval=ends,
             )
 
 
@@ -376,6 +392,70 @@ def patients_needed(dice: float, scratch: Mapping[int, float]) -> tuple[float | 
             share = (dice - scratch[low]) / (scratch[high] - scratch[low])
             return math.exp(math.log(low) + share * (math.log(high) - math.log(low))), None
     return None, "above"
+
+
+def efficiency_interval(
+    ours: _Table,
+    scratch: Mapping[int, _Table],
+    *,
+    generator: np.random.Generator,
+    num_resamples: int,
+    confidence: float,
+) -> tuple[float | str, float | str]:
+    """Return percentiles of `patients_needed` over resampled test patients, the same for all tables, and draws of each table.
+
+    Args:
+        ours: Dice of the mode with one number of labelled patients.
+        scratch: Dice of training from scratch by number of labelled patients.
+        generator: Source of the resamples.
+        num_resamples: R.
+        confidence: Share of the resamples between the two ends, in (0, 1).
+
+    Returns:
+        The ends: numbers, or `below` the fewest labelled patients of scratch, or `above` the most.
+    """
+    patients = sorted({patient for table in (ours, *scratch.values()) for dice in table.values() for patient in dice})
+    of_patients = _draw_counts(len(patients), generator, num_resamples)
+
+    def resampled(table: _Table) -> NDArray[np.float64]:
+        values = np.array([[dice.get(one, math.nan) for one in patients] for _, dice in sorted(table.items()) if dice])
+        is_there = ~np.isnan(values)
+        of_draws = _draw_counts(len(values), generator, num_resamples)
+        total = np.einsum("rd,rd->r", of_draws, of_patients @ np.where(is_there, values, 0.0).T)
+        number = np.einsum("rd,rd->r", of_draws, of_patients @ is_there.T.astype(np.float64))
+        means: NDArray[np.float64] = np.divide(total, number, out=np.full(num_resamples, np.nan), where=number > 0)
+        return means
+
+    numbers = sorted(scratch)
+    needed = _patients_needed(resampled(ours), np.stack([resampled(scratch[number]) for number in numbers], 1), numbers)
+    needed = needed[~np.isnan(needed)]
+    if not needed.size:
+        return "below", "above"
+    tail = (1 - confidence) / 2
+    names = {-math.inf: "below", math.inf: "above"}
+    lower, upper = np.quantile(needed, [tail, 1 - tail], method="inverted_cdf").tolist()
+    return names.get(lower, lower), names.get(upper, upper)
+
+
+def _patients_needed(
+    dice: NDArray[np.float64], curves: NDArray[np.float64], numbers: Sequence[int]
+) -> NDArray[np.float64]:
+    """Return `patients_needed` of every resample (R,): minus infinity below, infinity above, NaN without a Dice.
+
+    Args:
+        dice: (R,) to be reached.
+        curves: (R, N) Dice of scratch.
+        numbers: N numbers of labelled patients, rising.
+    """
+    logs, first = np.log(numbers), curves[:, 0]
+    needed = np.where(dice < first, -np.inf, np.where(dice == first, float(numbers[0]), np.inf))
+    is_reached = (curves[:, 1:] >= dice[:, None]) & (dice > first)[:, None]
+    rows = np.flatnonzero(is_reached.any(axis=1))
+    step = is_reached[rows].argmax(axis=1)
+    low, high = curves[rows, step], curves[rows, step + 1]
+    needed[rows] = np.exp(logs[step] + (dice[rows] - low) / (high - low) * (logs[step + 1] - logs[step]))
+    needed[np.isnan(dice) | np.isnan(curves).any(axis=1)] = np.nan
+    return needed
 
 
 def _tabulate(rows: Iterable[TrialRow]) -> dict[_Group, dict[int, _Table]]:

@@ -6,6 +6,8 @@ from typing import Any
 from p2r.engine.report import PretrainReport
 from p2r.logs import Line
 
+FINISHED = "this job is finished, and nothing that it was made from or has made has changed"
+
 _METRICS = ("loss", "images_per_s", "wait_fraction", "learning_rate", "gradient_norm", "equivariance_error")
 
 

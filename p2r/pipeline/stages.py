@@ -37,6 +37,7 @@ from p2r.job import Job, variants_of
 from p2r.logs import Say, within
 from p2r.model.backbones import cost_of
 from p2r.modes import MODES
+from p2r.pipeline.finished import digest_inputs, record_finished
 from p2r.pipeline.reporting import make_report, write_variants
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
 from p2r.report.text import for_markdown
@@ -69,6 +70,7 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
     storage.check_writable()
     made: dict[str, Any] = {"storage": storage.url}
     stages = KINDS[job.kind].stages
+    inputs = digest_inputs(job)
     if "finetune" in stages or "variants" in stages:
         if "ingest" in stages:
             _check_selection(job, storage)
@@ -77,7 +79,9 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
         made["corpus"] = _ingest(job, storage, executor, say)
     if "variants" in stages:
         return {**made, **_run_variants(job, storage, executor, say)}
-    return {**made, **_train_and_score(job, storage, executor, stages, say)}
+    made |= _train_and_score(job, storage, executor, stages, say)
+    record_finished(job, storage, made, inputs=inputs)
+    return made
 
 
 def _train_and_score(job: Job, storage: Storage, executor: Executor, stages: Sequence[str], say: Say) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from p2r.evaluate.rows import TrialRow, digests_of
+from p2r.evaluate.statistics import LabelEfficiency
 from p2r.modes import SCRATCH
 from p2r.report.figures import against_text, rows_of_cell, worth_text
 from p2r.report.forest import p_text
@@ -68,8 +69,18 @@ def _cards(material: Material, rows: Sequence[TrialRow]) -> Iterator[Card]:
                 yield (
                     f"{labelled.capitalize()}, {series_name(leader.series)}, is worth",
                     worth_text(efficiency, rows),
-                    "labelled patients from scratch, for the same Dice",
+                    "labelled patients from scratch, for the same Dice" + _worth_interval(material, efficiency, rows),
                 )
+
+
+def _worth_interval(material: Material, efficiency: LabelEfficiency, rows: Sequence[TrialRow]) -> str:
+    """Return the interval of a number of labelled patients from scratch; empty if there is none."""
+    tried = [row.num_labelled for row in rows if row.mode == SCRATCH]
+    if not tried or efficiency.scratch_interval is None:
+        return ""
+    ends = {"below": f"below {min(tried)}", "above": f"above {max(tried)}"}
+    low, high = (ends[end] if isinstance(end, str) else f"{end:.1f}" for end in efficiency.scratch_interval)
+    return f"; {material.level} {low} to {high}" if low != high else f"; {material.level} {low}"
 
 
 def _best_card(material: Material, rows: Sequence[TrialRow], here: Sequence[Cell], labelled: str) -> Card:

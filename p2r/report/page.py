@@ -48,6 +48,7 @@ details{margin:1rem 0} summary{cursor:pointer;color:var(--link)}
 @media print{details{display:block} .scroll{overflow:visible}}
 """
 _NUMBER = re.compile(r"[<>≈]? ?[+\-−]?\d[\d.,]*( ?%| s| ± [\d.]+| \[[^\]]*\])?|–|")
+_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC")
 _SHORT, _LONG = 20, 44  # letters; longer cells may break lines, or get more room
 
 
@@ -228,7 +229,11 @@ def _html_table(grid: Grid) -> str:
             "number" if (numeric[column] and tag == "td") or (numeric[column] and scope == "col" and column) else ""
         )
         classes = classes or (
-            "long" if len(text) > _LONG else "short" if len(text) <= _SHORT and scope != "col" else ""
+            "long"
+            if len(text) > _LONG
+            else "short"
+            if (len(text) <= _SHORT or _TIME.fullmatch(text)) and scope != "col"
+            else ""
         )
         attributes = (f' class="{classes}"' if classes else "") + (f' scope="{scope}"' if scope else "")
         return f"<{tag}{attributes}>{'<b>' if bold else ''}{for_html(text)}{'</b>' if bold else ''}</{tag}>"

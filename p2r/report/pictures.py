@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 from torch import Tensor
@@ -44,6 +45,7 @@ _LEFT = 0.42  # inches beside a row of panels, for its label
 _TALLEST = 3.6
 _TISSUE = 0.05  # of the intensity window; darker pixels are air
 _FULL = 0.05  # fraction of tissue, or of the largest label; emptier slices are not shown
+_EDGE = "#333333"
 _PAIR_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7", "#ffffff", "#8fb9ff")
 
 
@@ -287,8 +289,11 @@ def _connect_points(first: Axes, at_a: NDArray[Any], second: Axes, at_b: NDArray
     for axes, point in ((first, at_a), (second, at_b)):
         axes.plot(point[0], point[1], "o", color=colour, markersize=6.5, markeredgecolor="black", markeredgewidth=0.8)
     line = ConnectionPatch(
-        tuple(at_a), tuple(at_b), "data", "data", axesA=first, axesB=second, color=colour, linewidth=0.9, alpha=0.75
+        tuple(at_a), tuple(at_b), "data", "data", axesA=first, axesB=second, color=colour, linewidth=0.9
     )
+    line.set_path_effects(
+        [withStroke(linewidth=1.7, foreground=_EDGE)]
+    )  # white and yellow lines cross white pixels and paper
     line.set_in_layout(False)
     second.figure.add_artist(line)
 

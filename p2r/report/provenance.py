@@ -78,7 +78,9 @@ def _value_blocks(value: Any, title: str) -> list[Block]:
 
 
 def _abbreviated(text: str) -> str:
-    """Shorten a digest; report.json has all of it."""
+    """Shorten a digest, and a time to its minute; report.json has all of both."""
+    if time := re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d):[\d.]+(Z|\+00:00)", text):
+        return f"{time[1]} {time[2]} UTC"
     return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 

@@ -40,6 +40,15 @@ def train(folder: Path, name: str, config: PretrainConfig, *, until: int = 4) ->
     run.close()
 
 
+def make_older(folder: Path, name: str) -> None:
+    """Rewrite a checkpoint's manifest as an earlier version of p2r: another number, another commit, no field that came later."""
+    path = folder / name / "checkpoints/step-00000002/manifest.json"
+    manifest = json.loads(path.read_text())
+    config = PretrainConfig.model_validate(manifest["config"]).model_dump(mode="json", exclude_defaults=True)
+    assert len(config) < len(manifest["config"])
+    path.write_text(json.dumps({**manifest, "code_version": "0.0.1", "code": "0123456789ab", "config": config}))
+
+
 def train_as_rank(rank: int, folder: Path, world_size: int, script: list[tuple[str, int, int]]) -> None:
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
@@ -52,7 +61,7 @@ def train_as_rank(rank: int, folder: Path, world_size: int, script: list[tuple[s
 
 @pytest.fixture(scope="module")
 def folder(write_toy_job: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs on each stage: one rank to the middle and two to the end, two to the middle and one to the end; and one throughout."""
+    """Runs on each stage: one rank to the middle, by an older version, and two to the end; two and then one; and one throughout."""
     folder = tmp_path_factory.mktemp("ranks")
     path = write_toy_job(folder)
     ingest = read_job(path).ingest
@@ -61,6 +70,7 @@ def folder(write_toy_job: Callable[..., Path], tmp_path_factory: pytest.TempPath
     join_process_group(CPU)
     for stage in STAGES:
         train(folder, f"1-2 {stage}", config_of(path, stage), until=2)
+        make_older(folder, f"1-2 {stage}")
     script = [task for stage in STAGES for task in ((f"1-2 {stage}", stage, 4), (f"2-1 {stage}", stage, 2))]
     train(folder, "1-1", config_of(path, 1))
     multiprocessing.spawn(train_as_rank, (folder, 2, script), nprocs=2)

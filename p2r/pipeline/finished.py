@@ -1,0 +1,109 @@
+"""Record of a finished job, so that running it again costs no import of torch and no drawing.
+
+`record_finished` writes `<storage>/finished.json` after the last stage: a digest of all inputs, the results, and the state of every
+file below `report/`, `backbones/` and `models/`. `made_before` returns the results if job, code, tasks, scans, label maps and files are
+unchanged. After any change the stages run again, and do only the work that is missing.
+
+A job of kind ingest is never finished, because its sources may have more scans. Neither is code with changes that are not committed.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from p2r.errors import P2RError
+from p2r.evaluate.rows import TrialRow
+from p2r.evaluate.task_files import load_task, read_task_config
+from p2r.job import Job
+from p2r.report import table
+from p2r.storage import Storage, json_bytes
+from p2r.version import code_version
+
+_RECORD = "finished.json"
+_FOLDERS = ("report", "backbones", "models")
+_KINDS = ("pipeline", "pretrain", "publish", "finetune")
+_MAX_BYTES = 16 << 20
+
+
+def made_before(job: Job) -> dict[str, Any] | None:
+    """Return the result of a finished job, as `run_job` returns it; None if anything is left to do, or has changed."""
+    if not _is_recorded(job):
+        return None
+    storage = Storage(job.storage)
+    try:
+        if not storage.exists(_RECORD):
+            return None
+        record = storage.read_json(_RECORD, max_bytes=_MAX_BYTES)
+        if record["inputs"] != digest_inputs(job) or record["files"] != _states(storage):
+            return None
+        made = {name: value for name, value in record["made"].items() if isinstance(name, str)}
+        if "report" in made:
+            rows = storage.read_json("report/report.json")["rows"]
+            made["table"] = table([TrialRow.model_validate(row) for row in rows])
+    except (P2RError, ValidationError, KeyError, TypeError, AttributeError):  # the stages will report the cause
+        return None
+    return made
+
+
+def record_finished(job: Job, storage: Storage, made: Mapping[str, Any], *, inputs: str) -> None:
+    """Write the record of a finished job.
+
+    Args:
+        job: The job.
+        storage: Its storage.
+        made: The result of its stages; nothing is written if a part is unfinished or failed.
+        inputs: `digest_inputs` of the job, from before its first stage.
+    """
+    if not _is_recorded(job) or "unfinished" in made or made.get("failed"):
+        return
+    said = {name: value for name, value in made.items() if name != "table"}
+    content = json_bytes({"format": 1, "inputs": inputs, "made": said, "files": _states(storage)})
+    if not (storage.exists(_RECORD) and storage.read_bytes(_RECORD, max_bytes=_MAX_BYTES) == content):
+        storage.write_bytes(_RECORD, content)
+
+
+def digest_inputs(job: Job) -> str:
+    """Return a digest of job, code, tasks, and size and time of every scan and label map of the tasks; empty if none is kept.
+
+    Raises:
+        InputError: as `load_task`.
+    """
+    if not _is_recorded(job):
+        return ""
+    tasks = {path: list(_task_states(path)) for path in _tasks_of(job)}
+    return hashlib.sha256(json_bytes([job.model_dump(mode="json"), code_version(), tasks])).hexdigest()
+
+
+def _is_recorded(job: Job) -> bool:
+    return job.kind in _KINDS and code_version() != "unknown" and not code_version().endswith("-dirty")
+
+
+def _tasks_of(job: Job) -> list[str]:
+    tasks = list(job.finetune.tasks) if job.finetune is not None else []
+    if job.ingest is not None and job.ingest.subjects_of is not None:
+        tasks.append(job.ingest.subjects_of.task)
+    if job.pretrain is not None and job.pretrain.probe is not None:
+        tasks.append(job.pretrain.probe.task)
+    return sorted(set(tasks))
+
+
+def _task_states(path: str) -> Iterator[tuple[str, int, int]]:
+    files = [Path(path)]
+    if not read_task_config(Path(path)).images.startswith("template://"):  # those are generated, and never change
+        files += [file for scan in load_task(Path(path)).scans for file in (scan.image, scan.label)]
+    for file in files:
+        state = file.stat() if file.exists() else file.lstat()  # a link may lead nowhere: reading says so
+        yield str(file), state.st_size, state.st_mtime_ns
+
+
+def _states(storage: Storage) -> dict[str, list[int | str]]:
+    """Return size and version of every file that a finished job is judged by."""
+    paths = [path for folder in _FOLDERS for path in storage.list(folder)]
+    return {path: list(storage.version(path)) for path in (*paths, *_existing(storage))}
+
+
+def _existing(storage: Storage) -> Iterator[str]:
+    yield from (path for path in ("corpus/manifest.json", "pretrain/history.jsonl") if storage.exists(path))
