@@ -119,7 +119,11 @@ CPU, BF16 = torch.device("cpu"), torch.bfloat16
         (BF16, 128, None),
         (torch.float32, 128, "set pretrain.precision to bf16 or tf32"),
         (torch.float64, 128, "set pretrain.precision to bf16 or tf32"),
-        (BF16, 48, "support torch.bfloat16 of 16, 32, 64, 128, 256, 512 channels, got 48: set pretrain.model.embedding"),
+        (
+            BF16,
+            48,
+            "support torch.bfloat16 of 16, 32, 64, 128, 256, 512 channels, got 48: set pretrain.model.embedding",
+        ),
         (torch.float16, 512, "got 512"),
     ],
 )
