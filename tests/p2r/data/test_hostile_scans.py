@@ -268,7 +268,7 @@ def test_any_bytes(folder: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "not_fetched"),
         (b"/annex/objects/SHA256E-s9--0.nii.gz\n", "not_fetched"),
         (b"", "not_nifti"),
-        (gzip.compress(bytes(1000))[:-9], "truncated"),
+        (gzip.compress(bytes(1000), mtime=0)[:-9], "truncated"),
     ],
 )
 def test_a_file_without_voxels_has_its_own_reason(folder: Path, content: bytes, code: str) -> None:
