@@ -162,7 +162,10 @@ def all_rows(pins: Mapping[str, tuple[str, str]], known: Mapping[str, Row]) -> l
         except importlib.metadata.PackageNotFoundError:
             distribution = None
         if distribution is not None and _public_version(distribution.version) == version:
-            rows.append(Row(spelled, version, used.get(name, "bench"), licence_of(distribution)))
+            is_known = name in known and known[name].version == version
+            # An installed package may belong to an extra that is not installed: its row knows the use.
+            use = used.get(name) or (known[name].use if is_known else "bench")
+            rows.append(Row(spelled, version, use, licence_of(distribution)))
         elif name in known and known[name].version == version:
             rows.append(known[name])
         else:

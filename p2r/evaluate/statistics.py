@@ -141,7 +141,7 @@ class LabelEfficiency(_Entry):
     scratch_patients: float | None
     beyond: str | None
     """`below` if scratch exceeds that Dice with its fewest patients, `above` if it never reaches it, else None."""
-    scratch_interval: tuple[float | str, float | str] | None = None
+    scratch_interval: list[float | str] | None = None
     """Ends of the interval of `scratch_patients`: numbers, `below` or `above`. None in reports of earlier versions."""
 
 
@@ -309,7 +309,7 @@ def _compute_efficiency(
                 dice=mean,
                 scratch_patients=patients,
                 beyond=beyond,
-                scratch_interval=ends,
+                scratch_interval=list(ends),
             )
 
 
@@ -451,9 +451,10 @@ def _patients_needed(
     needed = np.where(dice < first, -np.inf, np.where(dice == first, float(numbers[0]), np.inf))
     is_reached = (curves[:, 1:] >= dice[:, None]) & (dice > first)[:, None]
     rows = np.flatnonzero(is_reached.any(axis=1))
-    step = is_reached[rows].argmax(axis=1)
-    low, high = curves[rows, step], curves[rows, step + 1]
-    needed[rows] = np.exp(logs[step] + (dice[rows] - low) / (high - low) * (logs[step + 1] - logs[step]))
+    if rows.size:  # empty also with a single number, where a curve has no steps
+        step = is_reached[rows].argmax(axis=1)
+        low, high = curves[rows, step], curves[rows, step + 1]
+        needed[rows] = np.exp(logs[step] + (dice[rows] - low) / (high - low) * (logs[step + 1] - logs[step]))
     needed[np.isnan(dice) | np.isnan(curves).any(axis=1)] = np.nan
     return needed
 

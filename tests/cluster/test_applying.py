@@ -135,7 +135,7 @@ def test_a_ray_that_does_not_start_is_tried_once_more_and_named_in_one_message(m
     job = Path("mine/job.yaml")
     with (
         pytest.raises(
-            TrainingError, match=r"twice \(RuntimeError: the node .* seconds\).*python -m p2r\.engine mine/job\.yaml"
+            TrainingError, match=r"twice .*\(RuntimeError: the node .* seconds\).*python -m p2r mine/job\.yaml"
         ),
         started_session(None, job=job, show_worker_logs=False, say=said.append),
     ):
