@@ -164,7 +164,7 @@ def all_rows(pins: Mapping[str, tuple[str, str]], known: Mapping[str, Row]) -> l
         if distribution is not None and _public_version(distribution.version) == version:
             is_known = name in known and known[name].version == version
             # An installed package may belong to an extra that is not installed: its row knows the use.
-            use = used.get(name) or (known[name].use if is_known else "bench")
+            use = used.get(name) or (known[name].used_by if is_known else "bench")
             rows.append(Row(spelled, version, use, licence_of(distribution)))
         elif name in known and known[name].version == version:
             rows.append(known[name])
