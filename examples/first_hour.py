@@ -35,7 +35,7 @@ def main(folder: Path, scans: Path | None, **overrides: Any) -> Path:
     os.environ.setdefault("P2R_PROVENANCE", "Virtual subjects of ICBM-152" if scans is None else "own scans")
     scans = scans or virtual_subjects(folder / "data", num_subjects=8, seed=0)
 
-    # 1. A job and a task, from what is in the folder. Read both before a long run.
+    # 1. A job and a task, from the content of the folder. Read both before a long run.
     if not (folder / "job.yaml").exists():
         own.init(
             folder, scans=str(scans), labels=None, form=None, contrast=None, name="mine", licence=None, provenance=None

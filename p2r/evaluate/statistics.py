@@ -383,15 +383,8 @@ def patients_needed(dice: float, scratch: Mapping[int, float]) -> tuple[float | 
         The number, interpolated over log n, and None; or None and `below` or `above`.
     """
     numbers = sorted(scratch)
-    if dice < scratch[numbers[0]]:
-        return None, "below"
-    if dice == scratch[numbers[0]]:
-        return float(numbers[0]), None
-    for low, high in itertools.pairwise(numbers):
-        if scratch[high] >= dice:
-            share = (dice - scratch[low]) / (scratch[high] - scratch[low])
-            return math.exp(math.log(low) + share * (math.log(high) - math.log(low))), None
-    return None, "above"
+    needed = float(_patients_needed(np.array([dice]), np.array([[scratch[number] for number in numbers]]), numbers)[0])
+    return (needed, None) if math.isfinite(needed) else (None, "below" if needed < 0 else "above")
 
 
 def efficiency_interval(

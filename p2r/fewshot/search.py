@@ -97,7 +97,7 @@ def few_shot(setups: Sequence[TrialSetup], *, runner: TrialRunner, say: Say) -> 
 def _run_searches(
     setups: Sequence[TrialSetup], tasks: Sequence[Task], sweep: "_Sweep"
 ) -> list[tuple[TrialSetup, Trial, TrialResult]]:
-    """Run every search trial: those of grids together, those of a search algorithm mode by mode."""
+    """Run every search trial: grids together, search algorithms mode by mode."""
     grid = [
         (setup, trial)
         for setup, task in zip(setups, tasks, strict=True)

@@ -63,7 +63,7 @@ def read_result(storage: Storage, path: str) -> TrialResult:
 
 
 def read_candidates(storage: Storage, path: str) -> list[tuple[dict[str, float], TrialResult | None]]:
-    """Return the candidates of a search, each with its result; None: the result is stored as that of its trial.
+    """Return the candidates of a search, each with its result; None: the result is stored with its trial.
 
     Raises:
         DamagedError: naming the file, the key and the rule.
