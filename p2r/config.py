@@ -22,10 +22,16 @@ from pydantic import (
     model_validator,
 )
 
+from p2r.contrasts import Contrasts
 from p2r.errors import InputError
 from p2r.modes import MODES, Mode, Setting
 from p2r.patterns import check_subject_pattern
 from p2r.reference import parse_reference
+
+
+def _is_none(value: object) -> bool:
+    """Return whether a field is None: it is then left out of files, which keeps the bytes and digests of older ones."""
+    return value is None
 
 
 class FilledIn:
@@ -366,7 +372,10 @@ class ModelConfig(Section):
     """MONAI's BasicUNet (two convolutions per level), UNet (residual units), DynUNet (nnU-Net's network, with plain or residual blocks)
     or SwinUNETR (attention within windows)."""
     in_channels: PositiveInt = 1
-    """C, contrasts of an image. A record of a corpus holds one."""
+    """C, contrasts of an image. Default with `contrasts`: their number."""
+    contrasts: Contrasts | None = Field(default=None, exclude_if=_is_none)
+    """Names of the contrasts of an image, in the order of its channels, such as [t1, flair]. An image may lack some of them. None: one
+    contrast, of any kind."""
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=8)] = (16, 32, 64, 128, 256)
     """Channels per level, finest first; each level halves the size. basic_unet has five levels. swin_unetr has five token levels below
     the image's own resolution; their channels double from a multiple of 12."""
@@ -389,6 +398,13 @@ class ModelConfig(Section):
     embedding_channels: PositiveInt = 128
     """E, length of the embedding vectors that the loss compares."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _count_contrasts(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("contrasts"), list | tuple):
+            return {"in_channels": len(values["contrasts"]), **values}
+        return values
+
     @field_validator("normalisation", mode="before")
     @classmethod
     def _refuse_batch(cls, value: object) -> object:
@@ -401,6 +417,11 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         first, channels = self.channels[0], list(self.channels)
+        if self.contrasts is not None and self.in_channels != len(self.contrasts):
+            raise ValueError(
+                f"in_channels must be {len(self.contrasts)}, the number of contrasts ({', '.join(self.contrasts)}), got "
+                f"{self.in_channels}; leave it out"
+            )
         if self.name == "basic_unet" and len(channels) != 5:
             raise ValueError(f"channels of basic_unet must be five, got {len(channels)}; unet and dynunet take 3 to 8")
         if self.name == "swin_unetr" and (first % 12 or channels != [first * 2**level for level in range(5)]):
@@ -604,9 +625,9 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self.model.check_size(self.image.size, what="image.size")
-        if self.model.in_channels != 1:
+        if self.model.in_channels != 1 and self.model.contrasts is None:
             raise ValueError(
-                f"model.in_channels must be 1, the contrasts in a record of a corpus, got {self.model.in_channels}"
+                f"model.in_channels {self.model.in_channels} needs the names of the contrasts: give model.contrasts, such as [t1, flair]"
             )
         if self.compile and self.zero_stage == 3:
             raise ValueError(
