@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from p2r.config import PERCENTILES
+from p2r.config.section import is_none
 from p2r.contrasts import Contrasts
 from p2r.errors import RefusedScan
 
@@ -41,7 +42,7 @@ class Preparation(BaseModel):
     """Every side of an image in training, pixels."""
     planes: Literal["whole", "centre"] = "whole"
     """Part of a slice or volume that a segmentation model reads. whole: all, in windows of `image_size`; centre: one central window."""
-    contrasts: Contrasts | None = Field(default=None, exclude_if=lambda value: value is None)
+    contrasts: Contrasts | None = Field(default=None, exclude_if=is_none)
     """Names of the contrasts of an image, in the order of its channels; None: one contrast, of any kind."""
 
     @property
