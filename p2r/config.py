@@ -25,7 +25,7 @@ from pydantic import (
 from p2r.errors import InputError
 from p2r.modes import MODES, Mode, Setting
 from p2r.patterns import check_subject_pattern
-from p2r.reference import parse_reference
+from p2r.reference import names_weights_file, parse_reference
 
 
 class FilledIn:
@@ -362,14 +362,18 @@ class ViewsConfig(Section):
 class ModelConfig(Section):
     """Encoder-decoder with the dimensions of its image, and the projection head used only in pretraining."""
 
-    name: Literal["basic_unet", "unet", "dynunet", "residual_dynunet", "swin_unetr"] = "basic_unet"
+    name: Literal["basic_unet", "unet", "dynunet", "residual_dynunet", "swin_unetr", "residual_encoder_unet"] = (
+        "basic_unet"
+    )
     """MONAI's BasicUNet (two convolutions per level), UNet (residual units), DynUNet (nnU-Net's network, with plain or residual blocks)
-    or SwinUNETR (attention within windows)."""
+    or SwinUNETR (attention within windows). residual_encoder_unet: nnU-Net's ResEnc, the network of the OpenMind checkpoints."""
     in_channels: PositiveInt = 1
     """C, contrasts of an image. A record of a corpus holds one."""
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=8)] = (16, 32, 64, 128, 256)
     """Channels per level, finest first; each level halves the size. basic_unet has five levels. swin_unetr has five token levels below
     the image's own resolution; their channels double from a multiple of 12."""
+    blocks: Annotated[tuple[PositiveInt, ...] | None, Field(exclude_if=lambda value: value is None)] = None
+    """residual_encoder_unet only: residual blocks per level, as many numbers as in `channels`. None: nnU-Net's 1, 3, 4, then 6."""
     feature_channels: PositiveInt = 32
     """F, channels of the dense representation that a backbone returns for every pixel."""
     level: NonNegativeInt = 0
@@ -407,6 +411,12 @@ class ModelConfig(Section):
             raise ValueError(
                 f"channels of swin_unetr must be five that double from a multiple of 12, such as 24, 48, 96, 192, 384, got {channels}"
             )
+        if self.blocks is not None and self.name != "residual_encoder_unet":
+            raise ValueError(f"blocks are for residual_encoder_unet; {self.name} has none: leave them out")
+        if self.blocks is not None and len(self.blocks) != len(channels):
+            raise ValueError(
+                f"blocks must have one number per level, got {len(self.blocks)} for {len(channels)} levels"
+            )
         if self.level >= self.depth:
             raise ValueError(f"level must be below {self.depth} ({self._kind} depth {self.depth}), got {self.level}")
         if self.normalisation == "group":
@@ -414,6 +424,11 @@ class ModelConfig(Section):
             if uneven:
                 raise ValueError(f"groups must divide channels and feature_channels, got {self.groups} for {uneven}")
         return self
+
+    @property
+    def num_blocks(self) -> tuple[int, ...]:
+        """Residual blocks of every level of residual_encoder_unet."""
+        return self.blocks or tuple((1, 3, 4)[level] if level < 3 else 6 for level in range(len(self.channels)))
 
     @property
     def depth(self) -> int:
@@ -595,9 +610,10 @@ class PretrainConfig(Section):
     keep_every: NonNegativeInt = 0
     """Keep checkpoints whose step is a multiple of this permanently, besides the newest. 0 disables."""
     init_from: Artefact | None = None
-    """URL of the initial weights, in safetensors. A published backbone (`STORAGE/backbones/NAME/1`): its projection head is new. Another
-    run's checkpoint: `STORAGE/pretrain/checkpoints/step-00001000`. `@sha256:HEX` pins either. Step, schedule and order start from zero.
-    None: random weights, drawn by `seed`."""
+    """URL of the initial weights. A published backbone (`STORAGE/backbones/NAME/1`): its projection head is new. Another run's checkpoint:
+    `STORAGE/pretrain/checkpoints/step-00001000`. A weights file (.safetensors, .pth, .pt, .ckpt) of MONAI's networks, nnU-Net, nnssl or
+    anatomix, whose names are mapped to `model`. `@sha256:HEX` pins each. Step, schedule and order start from zero. None: random weights,
+    drawn by `seed`."""
     probe: ProbeConfig | None = None
     """Linear probe on a labelled task during training. None: no probe."""
 
@@ -726,13 +742,35 @@ class SearchConfig(Section):
         return any(isinstance(found, Distribution) for found in (*self.learning_rates.values(), *self.space.values()))
 
 
+class ImportedConfig(Section):
+    """Facts about a weights file of another tool that it does not state itself."""
+
+    model: ModelConfig
+    """Network of the file: name, channels and, for residual_encoder_unet, blocks. The heads are not used."""
+    image: ImageConfig
+    """Input image that the network is given."""
+    licence: Annotated[str, FilledIn(), Field(min_length=1)]
+    """SPDX identifier or name of the weights' licence; it is copied into everything made from them."""
+    provenance: Annotated[str, FilledIn()] = ""
+    """Origin of the weights, and how to cite them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.model.check_size(self.image.size, what="image.size")
+        return self
+
+
 class FinetuneConfig(Section):
     """Few-shot fine-tuning: backbone x task x labelled patients x draw x mode -> results on test (or validation) patients."""
 
     tasks: Annotated[tuple[Location, ...], Field(min_length=1)]
     """Paths of task YAMLs, relative to the job file."""
     backbone: Artefact | None = None
-    """URL of a published backbone; `URL@sha256:HEX` pins its manifest. None: the backbone that this job publishes."""
+    """URL of a published backbone; `URL@sha256:HEX` pins its manifest. Or a weights file of another tool (see `imported`), which is first
+    published as `backbones/imported/<digest>` in the job's storage. None: the backbone that this job publishes."""
+    imported: Annotated[ImportedConfig | None, Field(exclude_if=lambda value: value is None)] = None
+    """Only if `backbone` is a weights file (.safetensors, .pth, .pt, .ckpt) of MONAI's networks, nnU-Net, nnssl or anatomix: its network,
+    image and licence. Its pretraining patients are unknown, so `allow_transductive` must be set."""
     backbone_signed_by: Annotated[str, Field(pattern=r"^ed25519:[0-9a-f]{64}$")] | None = None
     """Public key that must have signed the backbone, as `p2r sign` prints it. None: no signature is required."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("scratch", "linear_probe", "fine_tune")
@@ -850,6 +888,14 @@ class FinetuneConfig(Section):
         for key, given in (("tasks", self.tasks), ("modes", self.modes)):
             if len(set(given)) < len(given):
                 raise ValueError(f"{key} must differ, got {', '.join(given)}")
+        is_file = self.backbone is not None and names_weights_file(self.backbone)
+        if is_file and self.imported is None:
+            raise ValueError(
+                f"backbone {self.backbone} is a weights file, which states neither network nor image nor licence: give them as imported: "
+                "{model: ..., image: ..., licence: ...}"
+            )
+        if self.imported is not None and not is_file:
+            raise ValueError("imported describes a weights file, and backbone names none: leave imported out")
         trained = [mode for mode in self.modes if "steps" in MODES[mode].settings]
         missing = [mode for mode in trained if mode not in self.search.learning_rates]
         if missing:
