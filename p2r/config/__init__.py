@@ -5,6 +5,7 @@ of a field is also its description in the JSON Schema.
 """
 
 from p2r.config.finetune import FinetuneConfig
+from p2r.config.imported import ImportedConfig
 from p2r.config.ingest import IngestConfig, QualityConfig, SubjectsOf
 from p2r.config.loss import LossConfig
 from p2r.config.model import ModelConfig
@@ -26,6 +27,7 @@ __all__ = [
     "Fraction",
     "GeometryConfig",
     "ImageConfig",
+    "ImportedConfig",
     "IngestConfig",
     "IntensityConfig",
     "Location",

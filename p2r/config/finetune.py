@@ -14,10 +14,12 @@ from pydantic import (
     model_validator,
 )
 
+from p2r.config.imported import ImportedConfig
 from p2r.config.search import Distribution, SearchConfig
-from p2r.config.section import Artefact, Fraction, Location, NumLabelled, Section
+from p2r.config.section import Artefact, Fraction, Location, NumLabelled, Section, is_none
 from p2r.config.views import GeometryConfig, IntensityConfig, ViewsConfig
 from p2r.modes import MODES, Mode
+from p2r.reference import names_weights_file
 
 
 class FinetuneConfig(Section):
@@ -26,7 +28,11 @@ class FinetuneConfig(Section):
     tasks: Annotated[tuple[Location, ...], Field(min_length=1)]
     """Paths of task YAMLs, relative to the job file."""
     backbone: Artefact | None = None
-    """URL of a published backbone; `URL@sha256:HEX` pins its manifest. None: the backbone that this job publishes."""
+    """URL of a published backbone; `URL@sha256:HEX` pins its manifest. Or a weights file of another tool (see `imported`), which is first
+    published as `backbones/imported/<digest>` in the job's storage. None: the backbone that this job publishes."""
+    imported: ImportedConfig | None = Field(default=None, exclude_if=is_none)
+    """Only if `backbone` is a weights file (.safetensors, .pth, .pt, .ckpt) of MONAI's networks, nnU-Net or nnssl: its network, image and
+    licence. Its pretraining patients are unknown, so `allow_transductive` must be set."""
     backbone_signed_by: Annotated[str, Field(pattern=r"^ed25519:[0-9a-f]{64}$")] | None = None
     """Public key that must have signed the backbone, as `p2r sign` prints it. None: no signature is required."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("scratch", "linear_probe", "fine_tune")
@@ -144,6 +150,7 @@ class FinetuneConfig(Section):
         for key, given in (("tasks", self.tasks), ("modes", self.modes)):
             if len(set(given)) < len(given):
                 raise ValueError(f"{key} must differ, got {', '.join(given)}")
+        self._check_imported()
         trained = [mode for mode in self.modes if "steps" in MODES[mode].settings]
         missing = [mode for mode in trained if mode not in self.search.learning_rates]
         if missing:
@@ -196,6 +203,16 @@ class FinetuneConfig(Section):
                 except ValidationError as error:
                     raise ValueError(f"search.space.{name}: {error.errors()[0]['msg']}, got {value}") from None
         return self
+
+    def _check_imported(self) -> None:
+        is_file = self.backbone is not None and names_weights_file(self.backbone)
+        if is_file and self.imported is None:
+            raise ValueError(
+                f"backbone {self.backbone} is a weights file, which states neither network nor image nor licence: give them as imported: "
+                "{model: ..., image: ..., licence: ...}"
+            )
+        if self.imported is not None and not is_file:
+            raise ValueError("imported describes a weights file, and backbone names none: leave imported out")
 
     def steps_of(self, mode: Mode) -> int:
         """Return the optimizer steps of a mode's trials, unless the search chooses them."""

@@ -18,6 +18,7 @@ from p2r.data.corpus import check_selection, load_manifest, manifest_sha256, sub
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
 from p2r.engine.ancestry import added, ancestry, corpus_facts
+from p2r.engine.checkpoint import newest_checkpoint
 from p2r.engine.corpora import corpora_of
 from p2r.engine.history import read_history
 from p2r.engine.pretrain import finished_checkpoint
@@ -38,6 +39,7 @@ from p2r.logs import Say, within
 from p2r.model.backbones import cost_of
 from p2r.modes import MODES
 from p2r.pipeline.finished import digest_inputs, record_finished
+from p2r.pipeline.imported import check_initial_weights, publish_imported, published_record
 from p2r.pipeline.reporting import make_report, write_variants
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
 from p2r.report.text import for_markdown
@@ -131,7 +133,8 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
         raise JobError("kind publish needs the pretrain section of the run whose checkpoint it publishes")
     checkpoint = finished_checkpoint(storage.child("pretrain"), job.pretrain)
     corpora = corpora_of(job.pretrain, storage.child("corpus"), stream=checkpoint["state"]["stream"])
-    inherited = ancestry(checkpoint.get("init_from"))
+    before = checkpoint.get("init_from")
+    inherited = ancestry(before)
     licence = _choose_licence(config, [*(corpus.manifest["licence"] for corpus in corpora), *inherited.licences])
     rules = {corpus.manifest["preprocessing"]["slice_axis"] for corpus in corpora}
     dimensions = job.pretrain.image.dimensions
@@ -164,6 +167,7 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             "pretrain": {key: value for key, value in checkpoint["config"].items() if key != "probe"},
             "negatives": job.pretrain.negatives,
             "description": config.description,
+            "initial_weights": published_record(before) if before and before.get("format") == "foreign" else None,
             "corpora": None
             if inherited.corpora is None
             else added(list(map(_corpus_facts, corpora)), inherited.corpora),
@@ -294,6 +298,8 @@ def _pretrain(job: Job, storage: Storage, executor: Executor, say: Say) -> str |
     assert job.pretrain is not None
     where = storage.child("pretrain")
     say(f"pretrain | {_describe_network(job.pretrain)}")
+    if newest_checkpoint(where) is None:
+        check_initial_weights(job.pretrain, say)
     if not executor.pretrain(job.pretrain, storage=where, corpus=storage.child("corpus"), say=say):
         return None
     checkpoint = finished_checkpoint(where, job.pretrain)
@@ -313,6 +319,8 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
     if url is None:
         assert job.publish is not None
         url = storage.at(f"backbones/{job.publish.name}/{job.publish.version}")
+    if job.finetune.imported is not None:
+        url = publish_imported(url, job.finetune.imported, storage, say)
     backbone = load_backbone(url, key=job.finetune.backbone_signed_by)
     setups = []
     for path in job.finetune.tasks:
