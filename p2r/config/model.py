@@ -1,10 +1,11 @@
 """Section `pretrain.model`: the network."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from p2r.config.section import Section
+from p2r.config.section import Section, is_none
+from p2r.contrasts import Contrasts
 
 
 class ModelConfig(Section):
@@ -14,7 +15,10 @@ class ModelConfig(Section):
     """MONAI's BasicUNet (two convolutions per level), UNet (residual units), DynUNet (nnU-Net's network, with plain or residual blocks)
     or SwinUNETR (attention within windows)."""
     in_channels: PositiveInt = 1
-    """C, contrasts of an image. A record of a corpus holds one."""
+    """C, contrasts of an image. Default with `contrasts`: their number."""
+    contrasts: Contrasts | None = Field(default=None, exclude_if=is_none)
+    """Names of the contrasts of an image, in the order of its channels, such as [t1, flair]. An image may lack some of them. None: one
+    contrast, of any kind."""
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=8)] = (16, 32, 64, 128, 256)
     """Channels per level, finest first; each level halves the size. basic_unet has five levels. swin_unetr has five token levels below
     the image's own resolution; their channels double from a multiple of 12."""
@@ -37,6 +41,13 @@ class ModelConfig(Section):
     embedding_channels: PositiveInt = 128
     """E, length of the embedding vectors that the loss compares."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _count_contrasts(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("contrasts"), list | tuple):
+            return {"in_channels": len(values["contrasts"]), **values}
+        return values
+
     @field_validator("normalisation", mode="before")
     @classmethod
     def _refuse_batch(cls, value: object) -> object:
@@ -49,6 +60,11 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         first, channels = self.channels[0], list(self.channels)
+        if self.contrasts is not None and self.in_channels != len(self.contrasts):
+            raise ValueError(
+                f"in_channels must be {len(self.contrasts)}, the number of contrasts ({', '.join(self.contrasts)}), got "
+                f"{self.in_channels}; leave it out"
+            )
         if self.name == "basic_unet" and len(channels) != 5:
             raise ValueError(f"channels of basic_unet must be five, got {len(channels)}; unet and dynunet take 3 to 8")
         if self.name == "swin_unetr" and (first % 12 or channels != [first * 2**level for level in range(5)]):

@@ -122,9 +122,9 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self.model.check_size(self.image.size, what="image.size")
-        if self.model.in_channels != 1:
+        if self.model.in_channels != 1 and self.model.contrasts is None:
             raise ValueError(
-                f"model.in_channels must be 1, the contrasts in a record of a corpus, got {self.model.in_channels}"
+                f"model.in_channels {self.model.in_channels} needs the names of the contrasts: give model.contrasts, such as [t1, flair]"
             )
         if self.compile and self.zero_stage == 3:
             raise ValueError(

@@ -8,6 +8,11 @@ from p2r.errors import InputError
 from p2r.reference import parse_reference
 
 
+def is_none(value: object) -> bool:
+    """Return whether a field is None: it is then left out of files, which keeps the bytes and digests of older ones."""
+    return value is None
+
+
 class FilledIn:
     """Marker of job fields in which `${NAME}` and `${NAME:-default}` are replaced by environment variables."""
 

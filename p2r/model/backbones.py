@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from p2r.config import ModelConfig
+from p2r.contrasts import balance
 from p2r.model.normalisation import GroupNorm, InstanceNorm, LayerNorm
 
 Norm.add_factory_callable("p2r_instance", lambda dimensions: InstanceNorm)
@@ -108,7 +109,7 @@ class EncoderDecoder(nn.Module):
         if image.ndim != 2 + self.dimensions or image.shape[1] != channels:
             raise ValueError(f"image must be (B, {channels}, {axes}), got {tuple(image.shape)}")
         self.config.check_size(*image.shape[2:], what="the sides of an image")
-        image = image.to(next(self.parameters()).dtype)
+        image = balance(image.to(next(self.parameters()).dtype))
         if self.config.channels_last is True or (self.config.channels_last == "auto" and image.is_cuda):
             # A copy: with one contrast both layouts are the same bytes, and torch would continue with channels first.
             image = image.clone(memory_format=torch.channels_last if self.dimensions == 2 else torch.channels_last_3d)

@@ -149,7 +149,11 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
         weights=backbone_weights(weights),
         config=ArtefactConfig(
             model=job.pretrain.model,
-            preparation=_preparation(job.pretrain.image, rules.pop() if dimensions == 2 else "auto"),
+            preparation=_preparation(
+                job.pretrain.image,
+                rules.pop() if dimensions == 2 else "auto",
+                contrasts=job.pretrain.model.contrasts,
+            ),
         ),
         card=_write_card(job, config, corpora, where.url, licence, step=checkpoint["step"]),
         facts={
@@ -205,13 +209,14 @@ def _check_tasks(job: Job, storage: Storage, say: Say) -> None:
     if job.pretrain is None or job.ingest is None or storage.exists(f"pretrain/{HISTORY}"):
         return
     image = job.pretrain.image
-    of_backbone = _preparation(image, job.ingest.slice_axis if image.dimensions == 2 else "auto")
+    slice_axis = job.ingest.slice_axis if image.dimensions == 2 else "auto"
+    of_backbone = _preparation(image, slice_axis, contrasts=job.pretrain.model.contrasts)
     for task in tasks:
         say(f"checking {len(task.scans)} scans of task {task.name}")
         check_data(task, config, preparation_for(task.config, config, of_backbone))
 
 
-def _preparation(image: ImageConfig, slice_axis: SliceAxis) -> Preparation:
+def _preparation(image: ImageConfig, slice_axis: SliceAxis, *, contrasts: tuple[str, ...] | None = None) -> Preparation:
     """Return the preprocessing of a backbone that is pretrained on such images."""
     return Preparation(
         dimensions=image.dimensions,
@@ -219,6 +224,7 @@ def _preparation(image: ImageConfig, slice_axis: SliceAxis) -> Preparation:
         intensity_percentiles=image.intensity_percentiles,
         spacing_mm=image.spacing_mm,
         image_size=image.size,
+        contrasts=contrasts,
     )
 
 
