@@ -33,6 +33,7 @@ from p2r.artefact import (
     open_artefact,
 )
 from p2r.config import ModelConfig, Section
+from p2r.contrasts import describe
 from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
 from p2r.data.volume import Volume, read_volume
 from p2r.documents import read_json
@@ -70,6 +71,11 @@ class ArtefactConfig(Section):
     def _check(self) -> Self:
         if sorted(self.classes) != list(range(1, len(self.classes) + 1)):
             raise ValueError("classes must number the labels 1, 2, ... without a gap")
+        if self.model.contrasts != self.preparation.contrasts:
+            raise ValueError(
+                f"model.contrasts and preparation.contrasts must be equal, got {describe(self.model.contrasts)} and "
+                f"{describe(self.preparation.contrasts)}"
+            )
         return self
 
     def sha256(self) -> str:

@@ -110,7 +110,9 @@ def hub_errors(url: HubURL, doing: str) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError:
-        raise StorageError(f"{where}: it is gated; accept its terms on its page, then set HF_TOKEN, or run hf auth login") from None
+        raise StorageError(
+            f"{where}: it is gated; accept its terms on its page, then set HF_TOKEN, or run hf auth login"
+        ) from None
     except errors.RepositoryNotFoundError:
         raise StorageError(
             f"{where}: there is no such repository, or it is private and the token is missing or may not read it; correct the "

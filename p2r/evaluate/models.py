@@ -147,7 +147,7 @@ def ensemble(models: Sequence[Model]) -> Model:
 def _describe_difference(theirs: Any, ours: Any) -> str:
     """Return the values in which two parts of a configuration differ."""
     if hasattr(ours, "model_dump"):
-        pairs = [(name, getattr(theirs, name), value) for name, value in ours.model_dump().items()]
+        pairs = [(name, getattr(theirs, name), getattr(ours, name)) for name in type(ours).model_fields]
         return ", ".join(f"{name} {a!r} instead of {b!r}" for name, a, b in pairs if a != b)
     return f"{theirs!r} instead of {ours!r}"
 

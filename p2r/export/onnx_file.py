@@ -104,7 +104,9 @@ class _Exportable(nn.Module):
 
 def _convert(source: Source, path: Path, output: str) -> None:
     divisor = source.model.size_divisor
-    sides = {2 + axis: divisor * Dim(f"{name}_blocks", min=2, max=4096) for axis, name in enumerate(_AXES[source.dimensions])}
+    sides = {
+        2 + axis: divisor * Dim(f"{name}_blocks", min=2, max=4096) for axis, name in enumerate(_AXES[source.dimensions])
+    }
     shapes: dict[int, Any] = {0: Dim("batch", min=1, max=4096), **sides}
     example = source.images(batch=2, blocks=4)
     try:
@@ -137,6 +139,8 @@ def _compare(source: Source, path: Path) -> float:
         (output,) = session.run(None, {"image": images.numpy()})
         found = max(
             found,
-            largest_difference(torch.from_numpy(np.asarray(output)), wanted, at_most=_MAX_DIFFERENCE, what="ONNX Runtime"),
+            largest_difference(
+                torch.from_numpy(np.asarray(output)), wanted, at_most=_MAX_DIFFERENCE, what="ONNX Runtime"
+            ),
         )
     return found

@@ -32,9 +32,9 @@ def definition(source: Source, *, scripts: str) -> dict[str, Any]:
         scripts: Module with the classes of `bundle_script`, as the bundle imports it.
 
     Raises:
-        InputError: The representation is coarser than the image, which MONAI's networks cannot return.
+        InputError: MONAI has no such network: it is nnU-Net's, reads several contrasts, or returns a coarser level.
     """
-    _check_level(source)
+    _check_counterpart(source)
     head = source.config.head() if source.is_model else None
     network = _network(source, num_outputs=_channels(source))
     if isinstance(head, PrototypeHead):
@@ -76,11 +76,18 @@ def load_stock(network: nn.Module, source: Source) -> None:
         )
 
 
-def _check_level(source: Source) -> None:
-    if source.model.level:
+def _check_counterpart(source: Source) -> None:
+    model, way_out = source.model, "export it with --to onnx"
+    if model.name == "residual_encoder_unet":
+        raise InputError(f"MONAI has no {model.name}: {way_out}, or with --to nnunet")
+    if model.level:
         raise InputError(
-            f"the {source.noun} returns level {source.model.level} of the decoder, and MONAI's {source.model.name} only the finest: "
-            "export it with --to onnx"
+            f"the {source.noun} returns level {model.level} of the decoder, and MONAI's {model.name} only the finest: {way_out}"
+        )
+    if model.in_channels > 1:
+        raise InputError(
+            f"the {source.noun} reads {model.in_channels} contrasts, of which some may be missing, which MONAI's {model.name} cannot "
+            f"weigh: {way_out}"
         )
 
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import subprocess
 import sys
@@ -163,7 +164,8 @@ def test_the_metadata_pass_monais_verifications(published: dict[str, str], tmp_p
     # MONAI's own schema must be downloaded; a file in its place has the same required keys.
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps({"type": "object", "required": sorted(REQUIRED)}))
-    verify_metadata(meta_file=files["meta_file"], filepath=str(schema))
+    digest = hashlib.sha256(schema.read_bytes()).hexdigest()
+    verify_metadata(meta_file=files["meta_file"], filepath=str(schema), hash_val=digest, hash_type="sha256")
     with pytest.warns(DeprecationWarning, match="jit"):
         ckpt_export(
             net_id="network_def",
