@@ -20,7 +20,7 @@ from torch import nn
 from p2r.backbone import ArtefactConfig, Backbone, load_backbone
 from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Frames, Planes, Preparation
-from p2r.errors import DamagedError, StorageError
+from p2r.errors import DamagedError, DataError, StorageError
 from p2r.evaluate.inference import size_read
 from p2r.evaluate.metrics import Summary
 from p2r.evaluate.prepared import prepared_images, prepared_scan
@@ -29,6 +29,7 @@ from p2r.evaluate.tasks import LabelledScan, Split, Task, load_task
 from p2r.fewshot.frozen import FeaturesOfScan, frozen_features, plausibility_of, segmenter_by_prototypes
 from p2r.fewshot.leaks import Known
 from p2r.fewshot.odd_scans import odd_scans
+from p2r.fewshot.others import load_other
 from p2r.fewshot.paper_compat import Crop, cropped, split_by_slice
 from p2r.fewshot.plausibility import frames_of_scans
 from p2r.fewshot.protocol import Trial
@@ -148,11 +149,23 @@ def run_trial(
 
 def _prepare(setup: TrialSetup, trial: Trial, *, device: str) -> _Prepared:
     task = load_task(Path(setup.task))
-    backbone = load_backbone(setup.backbone, sha256=setup.backbone_sha256)
+    is_other = MODES[trial.mode].weights == "other"
+    backbone = _load_other(setup) if is_other else load_backbone(setup.backbone, sha256=setup.backbone_sha256)
     preparation = setup.preparation(backbone)
-    known = Known(backbone, is_allowed=setup.config.allow_transductive)
+    known = Known(backbone, is_allowed=setup.config.allow_transductive or is_other)
     training, validation = _split_loaders(trial, task, preparation, seed=setup.config.seed)
     return _Prepared(setup, trial, task, backbone, preparation, known, training, validation, device)
+
+
+def _load_other(setup: TrialSetup) -> Backbone:
+    assert setup.config.other is not None
+    found = load_other(setup.config.other)
+    if found.manifest["sha256"] != setup.other_sha256:
+        raise DataError(
+            f"finetune.other {setup.config.other.build} built another network than at the start of the job: its weights must be fixed, so "
+            "load them, or seed the function"
+        )
+    return found
 
 
 def _score(
@@ -202,7 +215,7 @@ def _score_test_patients(prepared: _Prepared, segmenter: nn.Module) -> Scored:
 
 def _weights_sha256(prepared: _Prepared) -> str | None:
     """Return the digest of the backbone that provides the initial weights; None: from scratch."""
-    return None if MODES[prepared.trial.mode].is_from_scratch else prepared.setup.backbone_sha256
+    return None if MODES[prepared.trial.mode].is_from_scratch else str(prepared.backbone.manifest["sha256"])
 
 
 class _TrainingFacts(JsonModel):
@@ -452,7 +465,7 @@ def _compute_features(prepared: _Prepared, network: nn.Module) -> list[FeaturesO
         prepared.training(size_read(prepared.preparation)),
         network,
         prepared.trial,
-        backbone_sha256=prepared.setup.backbone_sha256,
+        backbone_sha256=str(prepared.backbone.manifest["sha256"]),
         preparation=prepared.preparation,
         device=prepared.device,
     )
@@ -497,15 +510,16 @@ def build_segmenter(trial: Trial, backbone: Backbone, *, num_classes: int, seed:
     """
     torch.manual_seed(seed)
     config = backbone.config
+    classes = {value: str(value) for value in range(1, num_classes)}
+    head = ArtefactConfig(model=config.model, preparation=config.preparation, classes=classes).head
+    if MODES[trial.mode].weights == "other":
+        return Segmenter(backbone.network, head())
     network: nn.Module = build_backbone(config.model, dimensions=config.preparation.dimensions)
     if not MODES[trial.mode].is_from_scratch:
         network.load_state_dict(backbone.network.state_dict())
     if MODES[trial.mode].weights == "frozen":
         network.requires_grad_(False)
-    classes = {value: str(value) for value in range(1, num_classes)}
-    return Segmenter(
-        network, ArtefactConfig(model=config.model, preparation=config.preparation, classes=classes).head()
-    )
+    return Segmenter(network, head())
 
 
 def _device_name(device: str) -> str:
