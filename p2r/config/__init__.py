@@ -13,7 +13,7 @@ from p2r.config.other import OtherConfig
 from p2r.config.pretrain import CorpusShare, OptimizerConfig, PretrainConfig, ProbeConfig
 from p2r.config.publish import PublishConfig
 from p2r.config.search import Candidates, Distribution, SearchConfig
-from p2r.config.section import Artefact, ContrastName, FilledIn, Fraction, Location, NumLabelled, Range, Section, Within
+from p2r.config.section import Artefact, FilledIn, Fraction, Location, NumLabelled, Range, Section, Within
 from p2r.config.views import PERCENTILES, VIEWS, GeometryConfig, ImageConfig, IntensityConfig, ViewsConfig
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "VIEWS",
     "Artefact",
     "Candidates",
-    "ContrastName",
     "CorpusShare",
     "Distribution",
     "FilledIn",
