@@ -187,15 +187,12 @@ class Reader:
         if self._read_json("corpus/manifest.json") is None:
             num_built = len(self._storage.list("corpus/receipts"))
             return f"{num_built} shards built, no revision yet" if num_built else None
-        facts = self._files["corpus/manifest.json"][0]
+        state = self._files["corpus/manifest.json"][0]
         known = self._files.get("corpus")
-        if known is None or known[0] != facts:
-            known = self._files["corpus"] = (facts, load_manifest(self._storage.child("corpus")))
-        manifest = known[1]
-        return (
-            f"{manifest['num_records']} scans, {manifest['num_samples']} planes, {len(manifest['shards'])} shards, "
-            f"revision {manifest['revision']}"
-        )
+        if known is None or known[0] != state:
+            known = self._files["corpus"] = (state, load_manifest(self._storage.child("corpus")))
+        facts = known[1].facts
+        return f"{facts.num_records} scans, {facts.num_samples} planes, {len(facts.shards)} shards, revision {facts.revision}"
 
     def _read_backbones(self) -> str | None:
         names = [name for name in self._storage.list("backbones") if name.endswith("/manifest.json")]
