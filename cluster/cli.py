@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.commands import artefacts, jobs, own_data, planning, runs, use
+from cluster.commands import artefacts, exchange, jobs, own_data, planning, runs, use
 from p2r.console import show, visible
 from p2r.exits import INTERRUPTED, INVALID_INPUT, exit_code_of
 from p2r.logs import say
@@ -28,6 +28,7 @@ app.command()(artefacts.inspect)
 app.command()(artefacts.verify)
 app.command()(artefacts.publish)
 app.command()(artefacts.sign)
+app.command()(exchange.export)
 app.command()(runs.status)
 app.command(name="tune-batch")(planning.tune_batch)
 app.command()(planning.plan)

@@ -43,7 +43,7 @@ from cluster.status_values import (
     masked_text,
     whole_number,
 )
-from p2r.data.manifest import load_manifest
+from p2r.data.manifest import describe_records, load_manifest
 from p2r.errors import InputError, StorageError, error_text
 from p2r.storage import FileFacts, Storage
 
@@ -191,8 +191,12 @@ class Reader:
         known = self._files.get("corpus")
         if known is None or known[0] != state:
             known = self._files["corpus"] = (state, load_manifest(self._storage.child("corpus")))
-        facts = known[1].facts
-        return f"{facts.num_records} scans, {facts.num_samples} planes, {len(facts.shards)} shards, revision {facts.revision}"
+        manifest = known[1]
+        facts = manifest.facts
+        return (
+            f"{describe_records(manifest)}, {facts.num_samples} planes, {len(facts.shards)} shards, "
+            f"revision {facts.revision}"
+        )
 
     def _read_backbones(self) -> str | None:
         names = [name for name in self._storage.list("backbones") if name.endswith("/manifest.json")]

@@ -5,9 +5,11 @@ of a field is also its description in the JSON Schema.
 """
 
 from p2r.config.finetune import FinetuneConfig
-from p2r.config.ingest import IngestConfig, QualityConfig, SubjectsOf
+from p2r.config.imported import ImportedConfig
+from p2r.config.ingest import IngestConfig, QualityConfig, SessionsConfig, SubjectsOf
 from p2r.config.loss import LossConfig
 from p2r.config.model import ModelConfig
+from p2r.config.other import OtherConfig
 from p2r.config.pretrain import CorpusShare, OptimizerConfig, PretrainConfig, ProbeConfig
 from p2r.config.publish import PublishConfig
 from p2r.config.search import Candidates, Distribution, SearchConfig
@@ -26,6 +28,7 @@ __all__ = [
     "Fraction",
     "GeometryConfig",
     "ImageConfig",
+    "ImportedConfig",
     "IngestConfig",
     "IntensityConfig",
     "Location",
@@ -33,6 +36,7 @@ __all__ = [
     "ModelConfig",
     "NumLabelled",
     "OptimizerConfig",
+    "OtherConfig",
     "PretrainConfig",
     "ProbeConfig",
     "PublishConfig",
@@ -40,6 +44,7 @@ __all__ = [
     "Range",
     "SearchConfig",
     "Section",
+    "SessionsConfig",
     "SubjectsOf",
     "ViewsConfig",
     "Within",

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, TypeAdapter
 
+from p2r.contrasts import Contrast
 from p2r.data.pseudonyms import names_for
 from p2r.documents import Digests, FewKeys, Sha256, checked, read_json, way_out
 from p2r.errors import DataError
@@ -92,6 +93,8 @@ class ManifestFacts(_Strict):
     num_bytes: _Count
     num_subjects: _Count
     num_cross_subject_copies: _Count
+    contrasts: Annotated[dict[Contrast, _Count], FewKeys] | None = None
+    """Number of sessions with each contrast; None: records have one volume without a name."""
     reasons: Annotated[dict[str, _Count], FewKeys]
     summary: _Summary
     shards: list[Any]
@@ -266,7 +269,8 @@ def facts_of(manifest: Manifest) -> list[tuple[str, str]]:
         "cohort": facts.cohort,
         "sources": ", ".join(facts.source),
         "subjects": f"{facts.num_subjects:,}",
-        "scans": f"{facts.num_records:,}",
+        "sessions" if facts.contrasts else "scans": f"{facts.num_records:,}",
+        "contrasts, by number of sessions": describe_contrasts(manifest),
         "of these, copies of another subject's": f"{facts.num_cross_subject_copies:,}",
         "volumes": f"{facts.num_volumes:,}",
         "planes": f"{facts.num_samples:,}",
@@ -276,6 +280,17 @@ def facts_of(manifest: Manifest) -> list[tuple[str, str]]:
         "code": " ".join(facts.code.values()),
     }
     return [(name, text) for name, text in texts.items() if text]
+
+
+def describe_contrasts(manifest: Mapping[str, Any]) -> str:
+    """Return the contrasts of a corpus with their numbers of sessions; empty if its records have no named contrasts."""
+    return ", ".join(f"{name} {count:,}" for name, count in (manifest.get("contrasts") or {}).items())
+
+
+def describe_records(manifest: Mapping[str, Any]) -> str:
+    """Return the number of records: `83 sessions (flair 83, t1 80)`, or `200 scans`."""
+    contrasts = describe_contrasts(manifest)
+    return f"{manifest['num_records']} " + (f"sessions ({contrasts})" if contrasts else "scans")
 
 
 def _list_settings(section: Mapping[str, Any]) -> Iterator[str]:
@@ -373,5 +388,8 @@ def _check_sums(manifest: Manifest, where: str) -> None:
         total, stated = sum(getattr(shard, field) for shard in shards), getattr(facts, field)
         if total != stated:
             raise DataError(f"{where} {field} is {stated}, its shards add up to {total}")
+    for name, count in (facts.contrasts or {}).items():
+        if count > facts.num_records:
+            raise DataError(f"{where} contrasts gives {name} to {count} sessions, num_records is {facts.num_records}")
     if facts.num_samples == 0:
         raise DataError(f"{where} the corpus has no samples")

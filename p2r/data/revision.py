@@ -141,6 +141,7 @@ def next_manifest(
         },
         "num_subjects": len(subjects),
         "num_cross_subject_copies": sum(row["copy_of"] is not None for row in accepted),
+        **_count_contrasts(accepted, config),
         "reasons": count_reasons(ledger),
         "summary": _summarise(accepted),
         "shards": [shard._asdict() for shard in shards],
@@ -166,6 +167,14 @@ class _Inherited(NamedTuple):
     @classmethod
     def of(cls, manifest: Manifest) -> "_Inherited":
         return cls(*(getattr(manifest.facts, name) for name in cls._fields))
+
+
+def _count_contrasts(accepted: Sequence[LedgerRow], config: IngestConfig) -> dict[str, Any]:
+    """Return the number of sessions with each contrast, also of contrasts that none has; nothing without sessions."""
+    if config.sessions is None:
+        return {}
+    counts = Counter(row["contrast"] for row in accepted)
+    return {"contrasts": {name: counts[name] for name in sorted(config.sessions.contrasts)}}
 
 
 def deidentification_of(names: Names) -> dict[str, str]:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from p2r.cache import node_cache
@@ -71,10 +71,18 @@ class StreamState:
         """
         if not isinstance(value.get("step"), int) or value["step"] < 0:
             raise CheckpointError(f"the stream state has no valid step: {value.get('step')!r}")
-        for name, expected in {**self.to_dict(), "step": value["step"]}.items():
-            if value.get(name) != expected:
+        expected_state = {**self.to_dict(), "step": value["step"]}
+        if unknown := sorted(value.keys() - expected_state.keys()):
+            raise CheckpointError(
+                f"the checkpoint's data stream has {', '.join(unknown)}, which this version of p2r does not know: resume with the "
+                "version that wrote it, or start from the weights with --fork NAME"
+            )
+        # A version that had no such key behaved like its default.
+        saved = {field.name: field.default for field in fields(self) if field.default is not MISSING} | dict(value)
+        for name, expected in expected_state.items():
+            if saved.get(name) != expected:
                 raise CheckpointError(
-                    f"the checkpoint's data stream has {name} {value.get(name)!r}, this run has {expected!r}: "
+                    f"the checkpoint's data stream has {name} {saved.get(name)!r}, this run has {expected!r}: "
                     "resume with the same corpus, seed and global batch, or start from the weights with --fork NAME"
                 )
         return replace(self, step=value["step"])

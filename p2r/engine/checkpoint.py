@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -295,20 +296,43 @@ def _do_nothing() -> None:
 
 
 def refuse_other_config(manifest: CheckpointManifest, config: PretrainConfig, *, where: str) -> None:
-    """Raise `CheckpointError` with every differing key if a checkpoint belongs to another run."""
-    saved, wanted = _flatten_keys(manifest.config.to_json()), _flatten_keys(config.model_dump(mode="json"))
+    """Raise `CheckpointError` with every differing key if a checkpoint belongs to another run.
+
+    A key that the version of the checkpoint did not have counts as its default.
+    """
+    saved, wanted = _flatten_keys(_complete_config(manifest)), _flatten_keys(config.model_dump(mode="json"))
     differing = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
     differing = [key for key in differing if key not in _CHANGEABLE_KEYS]
-    if differing:
-        lines = "\n".join(
-            f"  pretrain.{key}: {saved.get(key)!r} in the checkpoint, {wanted.get(key)!r} in the job"
-            for key in differing
-        )
-        raise CheckpointError(
-            f"{where} was made with another configuration:\n{lines}\n"
-            "Restore these values. Or start a new run from its weights with --fork NAME. "
-            "Or give the job another storage URL to start from scratch."
-        )
+    if not differing:
+        return
+    lines = [f"  pretrain.{key}: {_describe_difference(key, saved, wanted)}" for key in differing]
+    way = (
+        "Restore these values. Or start a new run from its weights with --fork NAME. "
+        "Or give the job another storage URL to start from scratch."
+    )
+    wrote = manifest.code_version
+    if wrote != __version__ and any(key not in saved or key not in wanted for key in differing):
+        way = f"p2r {wrote} wrote it, this is p2r {__version__}: resume with that version. {way}"
+    raise CheckpointError("\n".join([f"{where} was made with another configuration:", *lines, way]))
+
+
+def _complete_config(manifest: CheckpointManifest) -> dict[str, Any]:
+    """Return a checkpoint's configuration, with the defaults of keys that its version did not have.
+
+    The default of a new key must keep the earlier behaviour (CONTRIBUTING.md). A configuration that this version cannot read
+    is returned unchanged, and the comparison names the keys.
+    """
+    try:
+        return PretrainConfig.model_validate(manifest.config.to_json()).model_dump(mode="json")
+    except ValidationError:
+        return manifest.config.to_json()
+
+
+def _describe_difference(key: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    if key not in wanted:
+        return f"{saved[key]!r} in the checkpoint; this version of p2r has no such key"
+    before = repr(saved[key]) if key in saved else "absent"
+    return f"{before} in the checkpoint, {wanted[key]!r} in the job"
 
 
 def refuse_other_ranks(manifest: CheckpointManifest, config: PretrainConfig, *, world_size: int, where: str) -> None:

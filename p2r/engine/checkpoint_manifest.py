@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, TypeAdapter
 
+from p2r.config import PretrainConfig
 from p2r.documents import FewKeys, FileEntry, RelativePath, checked
 from p2r.errors import CheckpointError, DamagedError
 from p2r.storage import Storage
@@ -25,7 +26,8 @@ class _Strict(BaseModel):
 class SavedConfig(_Strict):
     """Configuration of the run; only keys used before it is compared with the job's are named here."""
 
-    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    steps: Annotated[int, Field(ge=1)]
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = PretrainConfig.model_fields["zero_stage"].default
 
     def to_json(self) -> dict[str, Any]:
         """Return all keys with their values."""

@@ -36,7 +36,7 @@ def start(made: Uploader, folder: Path, step: int, **files: str) -> None:
         (folder / f"{step}").mkdir(exist_ok=True)
         (folder / f"{step}" / name).write_text(text)
     manifest = CheckpointManifest(
-        step=step, state=SavedState(), config=SavedConfig(zero_stage=1), world_size=1, files={}
+        step=step, state=SavedState(), config=SavedConfig(steps=10, zero_stage=1), world_size=1, files={}
     )
     made.start(folder / f"{step}", step, manifest=manifest, began_s=time.monotonic())
 
