@@ -163,7 +163,11 @@ class OpenShards:
             num_bytes=entry["num_bytes"],
         )
         reader = ShardReader(self._storage.at(entry["name"]), index, read)
-        found = {"num_records": len(index), "num_samples": reader.num_samples, "num_volumes": reader.num_volumes}
+        found = {
+            "num_records": reader.num_records,
+            "num_samples": reader.num_samples,
+            "num_volumes": reader.num_volumes,
+        }
         for field, count in found.items():
             if count != entry[field]:
                 raise DataError(

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from p2r.config import PERCENTILES
+from p2r.config.section import is_none
+from p2r.contrasts import Contrasts
 from p2r.errors import RefusedScan
 
 SliceAxis = Literal["auto", 0, 1, 2]
@@ -40,6 +42,13 @@ class Preparation(BaseModel):
     """Every side of an image in training, pixels."""
     planes: Literal["whole", "centre"] = "whole"
     """Part of a slice or volume that a segmentation model reads. whole: all, in windows of `image_size`; centre: one central window."""
+    contrasts: Contrasts | None = Field(default=None, exclude_if=is_none)
+    """Names of the contrasts of an image, in the order of its channels; None: one contrast, of any kind."""
+
+    @property
+    def num_contrasts(self) -> int:
+        """C, the number of channels of an image."""
+        return 1 if self.contrasts is None else len(self.contrasts)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

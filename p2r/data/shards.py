@@ -21,42 +21,37 @@ import hashlib
 import json
 import math
 import os
-import tarfile
 import tempfile
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import accumulate, pairwise, product
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import blosc2
 import numpy as np
 from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
-from p2r.config import PERCENTILES
-from p2r.data.header import is_physical
-from p2r.data.preparation import is_percentile_table, planes_to_volume, volume_to_planes
+from p2r.data.index import MAX_INDEX_BYTES as MAX_INDEX_BYTES
+from p2r.data.index import Box as Box
+from p2r.data.index import IndexRow as IndexRow
+from p2r.data.index import check_row, make_row, records_of, row_as_dict
+from p2r.data.index import index_name as index_name
+from p2r.data.index import index_shard as index_shard
+from p2r.data.index import parse_index as parse_index
+from p2r.data.index import read_index as read_index
+from p2r.data.preparation import planes_to_volume, volume_to_planes
 from p2r.data.volume import Volume
-from p2r.documents import read_json, read_lines, read_start
 from p2r.errors import DataError
 from p2r.storage import file_sha256
 
 Array = NDArray[Any]
 Record = Literal["planes", "blocks", "npy"]
 Codec = Literal["lz4", "zstd"]
-Box = tuple[slice, slice, slice]
 ReadRange = Callable[[int, int], bytes]
-
-DTYPES = ("|i1", "|u1", "<i2", "<u2", "<f4")
-"""Data types that a volume may have."""
-
-MAX_INDEX_BYTES = 1 << 28
-"""Largest index that is read."""
 
 _BLOCK = 32
 _COMPRESSION = {
@@ -68,70 +63,6 @@ blosc2.set_releasegil(True)  # otherwise a decoding thread would block the train
 _SPLIT_BYTES = (
     1 << 15
 )  # fixed, because blosc2 would choose it by the machine's cache: equal records must give equal bytes
-_MAX_CHUNK_BYTES = 1 << 28  # limits the memory that a damaged or hostile index can request
-_MAX_JSON_BYTES = 1 << 26
-_MAX_AXIS = 1 << 20
-_MAX_OFFSET = 1 << 50
-_MAX_KEY = 1024
-_PARSE_ERRORS = (AttributeError, KeyError, ValueError, TypeError, OverflowError, RecursionError)
-
-
-@dataclass(frozen=True)
-class IndexRow:
-    """Index entry of one record of a shard; offsets count from the start of the tar."""
-
-    key: str
-    subject: str
-    offset: int
-    size: int
-    crc32: int
-    shape: tuple[int, int, int, int]
-    dtype: str
-    slice_axis: int
-    spacing_mm: tuple[float, float, float]
-    percentiles: tuple[float, ...]
-    is_compressed: bool
-    chunk_shape: tuple[int, int, int]
-    chunk_offsets: tuple[int, ...]
-    chunk_crc32: tuple[int, ...]
-
-    @cached_property
-    def stored_shape(self) -> tuple[int, int, int, int]:
-        """(T, P, h, w)."""
-        rows, columns = (self.shape[axis] for axis in range(3) if axis != self.slice_axis)
-        return (self.shape[3], self.shape[self.slice_axis], rows, columns)
-
-    @property
-    def whole(self) -> Box:
-        """Box with all voxels of one frame."""
-        _, planes, rows, columns = self.stored_shape
-        return (slice(0, planes), slice(0, rows), slice(0, columns))
-
-    @property
-    def num_planes(self) -> int:
-        """Number of slices over all frames: the samples in this record."""
-        return self.shape[3] * self.shape[self.slice_axis]
-
-    @cached_property
-    def plane_grid(self) -> tuple[Any, ...]:
-        """Key that is equal for records whose slices can be stacked in one array and resampled together."""
-        return (self.stored_shape[2:], self.dtype, self.slice_axis, self.spacing_mm)
-
-    @cached_property
-    def grid(self) -> tuple[int, int, int]:
-        """Number of chunks along slices, rows and columns of one frame."""
-        planes, rows, columns = (
-            math.ceil(n / chunk) for n, chunk in zip(self.stored_shape[1:], self.chunk_shape, strict=True)
-        )
-        return (planes, rows, columns)
-
-    def chunk_box(self, place: tuple[int, int, int]) -> Box:
-        """Return the box of a frame that the chunk at `place` of the grid holds; chunks at the far edges are smaller."""
-        planes, rows, columns = (
-            slice(at * chunk, min((at + 1) * chunk, n))
-            for at, chunk, n in zip(place, self.chunk_shape, self.stored_shape[1:], strict=True)
-        )
-        return (planes, rows, columns)
 
 
 def encode_record(
@@ -184,7 +115,7 @@ def decode_record(content: bytes, meta: Mapping[str, Any]) -> Array:
     Raises:
         DataError: if a chunk does not have its checksum in the metadata, or the two members do not fit each other.
     """
-    row = _check_row(_make_row(meta, offset=0, size=len(content), checksum=0), num_bytes=len(content))
+    row = check_row(make_row(meta, offset=0, size=len(content), checksum=0), num_bytes=len(content))
     reader = ShardReader(f"of record {row.key}", [row], lambda start, stop: content[start:stop])
     stored = np.stack([reader.read_box(row, frame, row.whole) for frame in range(row.shape[3])])
     return planes_to_volume(stored.reshape(-1, *stored.shape[2:]), row.slice_axis, len(stored))
@@ -213,7 +144,8 @@ def write_shard(
     Args:
         path: The tar; its folder must exist.
         records: Volumes with metadata: `key` (unique, of letters, digits, `-` and `_`), `subject`, `cohort`,
-            `slice_axis`, `percentiles` (from `percentile_table`), and any other fields to store.
+            `slice_axis`, `percentiles` (from `percentile_table`), and any other fields to store. Volumes of one session follow
+            one another, with the same key and grid, and a `contrast` each.
         record: Layout of the voxels.
         codec: Compression of the voxels.
 
@@ -234,14 +166,13 @@ def write_shard(
                     raise ValueError(f"key {meta['key']!r} must consist of letters, digits, '-' and '_'")
                 voxels, described = encode_record(volume, meta, record=record, codec=codec)
                 text = json.dumps(described, sort_keys=True, allow_nan=False)
-                writer.write({"__key__": meta["key"], "json": text.encode(), record: voxels})
+                prefix = f"{meta['contrast']}." if meta.get("contrast") else ""
+                writer.write({"__key__": meta["key"], f"{prefix}json": text.encode(), f"{prefix}{record}": voxels})
         rows = index_shard(tar)
-        index.write_text("".join(json.dumps(_row_as_dict(row), sort_keys=True) + "\n" for row in rows))
+        index.write_text("".join(json.dumps(row_as_dict(row), sort_keys=True) + "\n" for row in rows))
         entry = {
             "name": path.name,
-            "num_records": len(rows),
-            "num_samples": sum(row.num_planes for row in rows),
-            "num_volumes": sum(row.shape[3] for row in rows),
+            **count_records(rows),
             "num_bytes": tar.stat().st_size,
             "sha256": file_sha256(tar),
             "index_sha256": file_sha256(index),
@@ -251,89 +182,10 @@ def write_shard(
     return entry
 
 
-def index_name(tar_name: str) -> str:
-    """Return the name of the index beside a tar."""
-    return tar_name.removesuffix(".tar") + ".idx"
-
-
-def index_shard(path: Path) -> list[IndexRow]:
-    """Rebuild the index of a tar from the tar itself.
-
-    Raises:
-        DataError: if it is not a tar, or its members are not pairs written by `write_shard`.
-    """
-    rows = []
-    num_bytes = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar:
-            key, described, voxels = "", None, None
-            for member in tar:
-                content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
-                if content is None or member.offset_data + member.size > num_bytes:
-                    raise ValueError(f"member {member.name!r} is not a complete file")
-                if described is None and voxels is None:
-                    key = member.name.partition(".")[0]
-                if member.name == f"{key}.json" and described is None and member.size <= _MAX_JSON_BYTES:
-                    text = content.read(member.size)
-                    described = read_json(text, where=member.name, max_bytes=_MAX_JSON_BYTES, error=DataError)
-                elif member.name in (f"{key}.planes", f"{key}.blocks", f"{key}.npy") and voxels is None:
-                    voxels = {"offset": member.offset_data, "size": member.size, "checksum": _file_crc32(content)}
-                else:
-                    raise ValueError(f"member {member.name!r} is not at its position in a record")
-                if described is not None and voxels is not None:
-                    rows.append(_check_row(_make_row(described, **voxels), num_bytes=num_bytes))
-                    described, voxels = None, None
-            if described is not None or voxels is not None:
-                raise ValueError(f"record {key} is incomplete")
-    except (tarfile.TarError, EOFError, DataError, *_PARSE_ERRORS) as error:
-        raise DataError(f"{path}: not a shard, or damaged: {error}") from error
-    return rows
-
-
-def read_index(path: Path, *, sha256: str | None = None, num_bytes: int | None = None) -> list[IndexRow]:
-    """Read an `.idx` file: one JSON object per record.
-
-    Args:
-        path: The index.
-        sha256: Expected digest.
-        num_bytes: Size of the tar, an upper bound of all offsets.
-
-    Raises:
-        DataError: if the digest differs, or a line cannot be parsed.
-    """
-    try:
-        content = read_start(path, max_bytes=MAX_INDEX_BYTES)
-    except OSError as error:
-        raise DataError(f"{path}: the index cannot be read: {error}") from error
-    return parse_index(content, name=str(path), sha256=sha256, num_bytes=num_bytes)
-
-
-def parse_index(
-    content: bytes, *, name: str, sha256: str | None = None, num_bytes: int | None = None
-) -> list[IndexRow]:
-    """Parse the bytes of an index, with the rules of `read_index`."""
-    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise DataError(
-            f"{name}: the index is damaged (its SHA-256 differs from the manifest); ingest this corpus again"
-        )
-    rows = []
-    lines = read_lines(
-        content, where=name, max_bytes=MAX_INDEX_BYTES, max_line_bytes=_MAX_JSON_BYTES, max_depth=4, error=DataError
-    )
-    for number, described in lines:
-        try:
-            rows.append(_check_row(IndexRow(**_lists_to_tuples(described)), num_bytes=num_bytes))
-        except DataError as error:
-            raise DataError(f"{name}, line {number}: {error}") from None
-        except _PARSE_ERRORS as error:
-            raise DataError(f"{name}, line {number}: the index cannot be parsed: {error}") from error
-    if len({row.key for row in rows}) < len(rows):
-        raise DataError(f"{name}: the index lists a record twice")
-    return rows
-
-
 class ShardReader:
     """Reader of slices and boxes of one shard. Thread-safe.
+
+    A sample is a slice of a record. A record with several contrasts is located by its first volume; `volumes` has all of them.
 
     Args:
         name: Name of the tar, for messages.
@@ -343,11 +195,13 @@ class ShardReader:
 
     def __init__(self, name: str, index: list[IndexRow], read: ReadRange) -> None:
         self.name = name
-        self._rows = index
+        records = records_of(index)
+        self.records = tuple(record[0] for record in records)
+        self._volumes = {record[0].key: record for record in records if len(record) > 1}
         self._read = read
-        self._ends = list(accumulate(row.num_planes for row in index))
-        self.num_samples = self._ends[-1] if self._ends else 0
-        self._volume_ends = list(accumulate(row.shape[3] for row in index))
+        self._ends = list(accumulate(row.num_planes for row in self.records))
+        self.num_records, self.num_samples = len(records), self._ends[-1] if self._ends else 0
+        self._volume_ends = list(accumulate(row.shape[3] for row in self.records))
         self.num_volumes = self._volume_ends[-1] if self._volume_ends else 0
 
     def locate(self, sample: int) -> tuple[IndexRow, int]:
@@ -355,17 +209,21 @@ class ShardReader:
         if not 0 <= sample < self.num_samples:
             raise ValueError(f"{self.name} has {self.num_samples} samples, got number {sample}")
         record = bisect_right(self._ends, sample)
-        return self._rows[record], sample - (self._ends[record - 1] if record else 0)
+        return self.records[record], sample - (self._ends[record - 1] if record else 0)
 
     def locate_volume(self, number: int) -> tuple[IndexRow, int]:
         """Return the record and the frame of a volume (0 to `num_volumes` - 1)."""
         record = bisect_right(self._volume_ends, number)
-        if number < 0 or record == len(self._rows):
+        if number < 0 or record == len(self.records):
             raise ValueError(f"{self.name} has no volume number {number}")
-        return self._rows[record], number - (self._volume_ends[record - 1] if record else 0)
+        return self.records[record], number - (self._volume_ends[record - 1] if record else 0)
+
+    def volumes(self, row: IndexRow) -> tuple[IndexRow, ...]:
+        """Return the volumes of a record, one for each of its contrasts, given any of them."""
+        return self._volumes.get(row.key, (row,))
 
     def read_plane(self, sample: int, out: Array | None = None) -> Array:
-        """Read, check and decode one slice, (h, w) in the dtype of its scan.
+        """Read, check and decode one slice of the first contrast, (h, w) in the dtype of its scan.
 
         Args:
             sample: Sample number, 0 to `num_samples` - 1.
@@ -406,6 +264,16 @@ class ShardReader:
 
     def _name_damage(self, damage: "_Damage") -> DataError:
         return DataError(f"shard {self.name}: {damage}; restore the file or ingest these scans again")
+
+
+def count_records(rows: Sequence[IndexRow]) -> dict[str, int]:
+    """Return the counts of a shard in its manifest entry: records, and the slices and volumes (frames) of one contrast of each."""
+    first = [record[0] for record in records_of(rows)]
+    return {
+        "num_records": len(first),
+        "num_samples": sum(row.num_planes for row in first),
+        "num_volumes": sum(row.shape[3] for row in first),
+    }
 
 
 def open_shard(tar: Path, *, index: Path | None = None) -> ShardReader:
@@ -517,80 +385,3 @@ def _compress_chunk(chunk: Array, codec: Codec) -> bytes:
         nthreads=1,
     )
     return compressed
-
-
-def _make_row(described: Mapping[str, Any], *, offset: int, size: int, checksum: int) -> IndexRow:
-    names = {field.name for field in fields(IndexRow)} - {"offset", "size", "crc32"}
-    values = _lists_to_tuples({name: described[name] for name in names})
-    values["chunk_offsets"] = tuple(offset + int(start) for start in values["chunk_offsets"])
-    return IndexRow(offset=offset, size=size, crc32=checksum, **values)
-
-
-def _file_crc32(file: IO[bytes]) -> int:
-    checksum = 0
-    while part := file.read(1 << 20):
-        checksum = crc32(part, checksum)
-    return checksum
-
-
-def _row_as_dict(row: IndexRow) -> dict[str, Any]:
-    return {field.name: getattr(row, field.name) for field in fields(row)}
-
-
-def _lists_to_tuples(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
-
-
-def _check_row(row: IndexRow, *, num_bytes: int | None) -> IndexRow:
-    """Refuse a row that `write_shard` cannot have written, before anything is allocated or read for it.
-
-    Raises:
-        DataError: if the row breaks a rule; names the record and the rule.
-    """
-
-    def require(is_valid: bool, rule: str) -> None:
-        if not is_valid:
-            raise DataError(f"record {str(row.key)[:80]!r} of an index breaks a rule: {rule}")
-
-    whole = (row.offset, row.size, *row.shape, *row.chunk_shape, *row.chunk_offsets, *row.chunk_crc32)
-    require(
-        all(type(value) is int and 0 <= value <= _MAX_OFFSET for value in whole),
-        "offsets, sizes and shapes are whole numbers up to 2**50",
-    )
-    require(
-        all(isinstance(text, str) and len(text) <= _MAX_KEY for text in (row.key, row.subject)),
-        f"key and subject are texts of up to {_MAX_KEY} characters",
-    )
-    require(
-        len(row.shape) == 4 and min(row.shape) >= 1 and max(row.shape) <= _MAX_AXIS,
-        f"shape has four axes of 1 to {_MAX_AXIS:,} voxels",
-    )
-    require(type(row.slice_axis) is int and row.slice_axis in (0, 1, 2), "slice_axis is 0, 1 or 2")
-    require(row.dtype in DTYPES, f"dtype is one of {', '.join(DTYPES)}")
-    numbers = (*row.spacing_mm, *row.percentiles)
-    require(
-        all(type(value) in (int, float) and math.isfinite(value) for value in numbers),
-        "spacing and percentiles are finite",
-    )
-    require(
-        len(row.spacing_mm) == 3 and is_physical(row.shape, row.spacing_mm),
-        f"spacing_mm has three values that are plausible for a scan, got {list(row.spacing_mm)[:4]}",
-    )
-    require(
-        is_percentile_table(row.percentiles),
-        f"percentiles has {len(PERCENTILES)} values that never decrease, span a range and fit 32 bits",
-    )
-    require(isinstance(row.is_compressed, bool), "is_compressed is true or false")
-    require(len(row.chunk_shape) == 3 and min(row.chunk_shape) >= 1, "chunk_shape has three positive axes")
-    require(
-        math.prod(row.chunk_shape) * np.dtype(row.dtype).itemsize <= _MAX_CHUNK_BYTES, "a chunk has at most 256 MiB"
-    )
-    num_chunks = math.prod(row.grid) * row.shape[3]
-    require(len(row.chunk_crc32) == num_chunks and len(row.chunk_offsets) == num_chunks + 1, "chunks fill the shape")
-    require(list(row.chunk_offsets) == sorted(row.chunk_offsets), "chunks follow one another")
-    require(
-        row.offset <= row.chunk_offsets[0] and row.chunk_offsets[-1] <= row.offset + row.size,
-        "chunks are inside their member",
-    )
-    require(num_bytes is None or row.offset + row.size <= num_bytes, "members are inside the tar")
-    return row

@@ -35,6 +35,8 @@ class Corpus:
     manifest: Mapping[str, Any]
     weight: float | None = None
     """Weight in every batch relative to the other corpora; None for all corpora: proportional to their sizes."""
+    contrast: str | None = None
+    """Name of the contrast of its records, if they do not state it."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def stream(
     image: ImageConfig,
     seed: int,
     global_batch: int,
+    contrasts: tuple[str, ...] | None = None,
     rank: int = 0,
     world_size: int = 1,
     state: StreamState | None = None,
@@ -111,6 +114,7 @@ def stream(
         image: The network's grid.
         seed: Seed of the order.
         global_batch: Samples per step over all ranks.
+        contrasts: Names of the contrasts of an image, in the order of its channels; None: records have one without a name.
         rank: Rank of this process.
         world_size: Number of ranks; must divide the lanes of the order.
         state: State to resume from; None: start from the beginning.
@@ -131,6 +135,8 @@ def stream(
     fresh = stream_state(corpora, seed=seed, global_batch=global_batch, neighbours=neighbours)
     if state is not None:
         fresh.resumed(state.to_dict())
+    for corpus in corpora:
+        check_contrasts(corpus, contrasts)
     order = order_of(corpora, image=image, seed=seed, global_batch=global_batch)
     check_world_size(global_batch, world_size)
     cache = node_cache(counters) if not all(corpus.storage.is_local for corpus in corpora) else None
@@ -139,6 +145,8 @@ def stream(
         order,
         image=image,
         seed=seed,
+        contrasts=contrasts,
+        names=[corpus.contrast for corpus in corpora],
         share=range(rank * global_batch // world_size, (rank + 1) * global_batch // world_size),
         neighbours=neighbours,
         quarantine=quarantine,
@@ -156,6 +164,35 @@ def stream_state(corpora: Sequence[Corpus], *, seed: int, global_batch: int, nei
         global_batch=global_batch,
         neighbours=neighbours,
     )
+
+
+def check_contrasts(corpus: Corpus, contrasts: tuple[str, ...] | None) -> None:
+    """Refuse a corpus that does not have the contrasts of a network.
+
+    Raises:
+        DataError: if only one of the two has named contrasts, or the corpus has none of the network's.
+    """
+    known = corpus.manifest.get("contrasts")
+    named = ", ".join(known or ())
+    if known is not None and corpus.contrast is not None:
+        raise DataError(f"{corpus.storage.url} has the contrasts {named}: leave contrast out of pretrain.corpus")
+    if contrasts is None and known is not None:
+        raise DataError(
+            f"{corpus.storage.url} has the contrasts {named}: choose some of them in pretrain.model.contrasts"
+        )
+    if contrasts is None:
+        return
+    if known is None and corpus.contrast is None:
+        raise DataError(
+            f"{corpus.storage.url} has no named contrasts, pretrain.model.contrasts are {', '.join(contrasts)}: ingest it with "
+            "ingest.sessions, or name its contrast in pretrain.corpus"
+        )
+    found = {name for name, count in (known or {}).items() if count} | {corpus.contrast}
+    if found.isdisjoint(contrasts):
+        raise DataError(
+            f"{corpus.storage.url} has none of the contrasts {', '.join(contrasts)} (pretrain.model.contrasts); it has "
+            f"{named or corpus.contrast}"
+        )
 
 
 def order_of(corpora: Sequence[Corpus], *, image: ImageConfig, seed: int, global_batch: int) -> Order:

@@ -15,9 +15,10 @@ from typing import Any
 
 from isal.isal_zlib import crc32
 
+from p2r.data.index import MAX_INDEX_BYTES, IndexRow, index_name, index_shard, parse_index
 from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, parse_ledger
 from p2r.data.manifest import MAX_MANIFEST_BYTES, Manifest, ledger_path, parse_manifest, revision_path, thumbnails_path
-from p2r.data.shards import MAX_INDEX_BYTES, IndexRow, index_name, index_shard, local_ranges, parse_index
+from p2r.data.shards import count_records, local_ranges
 from p2r.errors import DataError, StorageError
 from p2r.storage import Storage, file_sha256, json_bytes
 
@@ -47,7 +48,7 @@ def verify_corpus(storage: Storage) -> list[str]:
     ledger, ledger_problems = _check_ledger(storage, manifest)
     by_shard: dict[str, Counter[str]] = {}
     for row in filter(is_accepted, ledger):
-        by_shard.setdefault(str(row.get("shard")), Counter())[str(row["key"])] += int(row["num_samples"])
+        by_shard.setdefault(str(row.get("shard")), Counter())[_volume_name(row)] += int(row["num_samples"])
     for entry in manifest["shards"]:
         problems += _problems_of_shard(storage, entry, by_shard.pop(entry["name"], Counter()) if ledger else None)
     problems += [f"ledger: it names the shard {name}, which the manifest lacks" for name in sorted(by_shard)]
@@ -133,6 +134,11 @@ def _check_ledger(storage: Storage, manifest: Manifest) -> tuple[list[LedgerRow]
     return rows, problems
 
 
+def _volume_name(row: LedgerRow) -> str:
+    """Return the name of a scan's volume in its shard."""
+    return str(row["key"]) if row.get("record") is None else f"{row['record']}.{row['contrast']}"
+
+
 def _problems_of_shard(storage: Storage, entry: Mapping[str, Any], accepted: Counter[str] | None) -> list[str]:
     name = entry["name"]
     try:
@@ -140,17 +146,13 @@ def _problems_of_shard(storage: Storage, entry: Mapping[str, Any], accepted: Cou
         rows = parse_index(content, name=index_name(name), sha256=entry["index_sha256"], num_bytes=entry["num_bytes"])
     except (StorageError, DataError) as error:
         return [_one_line(error)]
-    counts = {
-        "num_records": len(rows),
-        "num_samples": sum(row.num_planes for row in rows),
-        "num_volumes": sum(row.shape[3] for row in rows),
-    }
     problems = [
         f"{index_name(name)}: {field} is {count}, the manifest has {entry[field]}"
-        for field, count in counts.items()
+        for field, count in count_records(rows).items()
         if count != entry[field]
     ]
-    if accepted is not None and Counter({row.key: row.num_planes for row in rows}) != accepted:
+    found = {row.key if row.contrast is None else f"{row.key}.{row.contrast}": row.num_planes for row in rows}
+    if accepted is not None and Counter(found) != accepted:
         problems.append(f"{name}: its records differ from the scans that the ledger lists for it")
     try:
         with _fetch_tar(storage, name) as tar:
@@ -185,7 +187,7 @@ def _damaged_chunks(tar: Path, rows: list[IndexRow]) -> Iterator[str]:
     for row in rows:
         for number, (start, stop) in enumerate(pairwise(row.chunk_offsets)):
             if crc32(read(start, stop)) != row.chunk_crc32[number]:
-                yield f"chunk {number} of record {row.key}"
+                yield f"chunk {number} of record {row.key}" + (f", contrast {row.contrast}" if row.contrast else "")
 
 
 @contextmanager

@@ -116,6 +116,7 @@ def begin_run(
         image=config.image,
         seed=config.seed,
         global_batch=config.global_batch,
+        contrasts=config.model.contrasts,
         neighbours=config.neighbours,
         rank=rank,
         world_size=world_size,

@@ -31,7 +31,7 @@ from p2r.fewshot.protocol import (
     numbers_of,
 )
 from p2r.fewshot.setup import TrialSetup
-from p2r.fewshot.trial import slices_of
+from p2r.fewshot.trial_inputs import slices_of
 from p2r.files import file_sha256
 
 _INPUTS = {2: "slices", 3: "volumes"}

@@ -1,6 +1,6 @@
 """Model section of a job -> a network from an image (B, C, *S) to a dense representation (B, F, *S).
 
-The networks are MONAI's, in 2D and 3D, without their last layer: the representation is the output of the decoder. So a linear
+The networks are MONAI's and nnU-Net's, in 2D and 3D, without their last layer: the representation is the output of the decoder. So a linear
 probe can read it, and pretraining and segmentation share all weights below their heads. The blocks are run one by one, for
 two reasons: the representation may come from a coarser level of the decoder, without the later blocks; and blocks may be
 recomputed in the backward pass instead of storing their activations.
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from monai.networks.layers.factories import Conv, Norm
+from monai.networks.layers.utils import get_norm_layer
 from monai.networks.nets.basic_unet import BasicUNet
 from monai.networks.nets.dynunet import DynUNet
 from monai.networks.nets.swin_unetr import SwinUNETR
@@ -29,7 +30,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from p2r.config import ModelConfig
+from p2r.contrasts import balance
+from p2r.errors import InputError
 from p2r.model.normalisation import GroupNorm, InstanceNorm, LayerNorm
+from p2r.model.residual_encoder import ResidualEncoderUNet
 
 Norm.add_factory_callable("p2r_instance", lambda dimensions: InstanceNorm)
 Norm.add_factory_callable("p2r_group", lambda dimensions: GroupNorm)
@@ -78,14 +82,14 @@ def build_backbone(config: ModelConfig, *, dimensions: int = 2) -> "EncoderDecod
 
 
 class EncoderDecoder(nn.Module):
-    """One of MONAI's encoder-decoders, up to the decoder level of the representation.
+    """One of the encoder-decoders, up to the decoder level of the representation.
 
     Args:
         config: Model section of a job.
         dimensions: Dimensions of the image, 2 or 3.
 
     Attributes:
-        unet: MONAI's network, without unused parts. The attribute's name is part of the names of published weights.
+        unet: The network, without unused parts. The attribute's name is part of the names of published weights.
         projection: 1x1 convolution from the level's own channels to F; identity if the level has F channels already.
     """
 
@@ -104,17 +108,48 @@ class EncoderDecoder(nn.Module):
         Raises:
             ValueError: for another number of contrasts or axes, or a size that the levels cannot halve.
         """
+        return self._compute(image, None)
+
+    def levels(self, image: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        """Compute the maps of several decoder levels in one pass.
+
+        Args:
+            image: (B, C, *S).
+            levels: Levels from `config.level`, the features of `forward`, to `config.depth`, the encoder's last maps.
+
+        Returns:
+            Maps (B, channels of the level, *S / 2^level), in the order of `levels`.
+
+        Raises:
+            InputError: A level does not exist in this network.
+            ValueError: as in `forward`.
+        """
+        first, last = self.config.level, self.config.depth
+        missing = [level for level in levels if not first <= level <= last]
+        if missing or not levels:
+            finer = f"; finer levels were left out of this network (model.level {first})" if first else ""
+            raise InputError(
+                f"level {missing[0] if missing else 'none'} does not exist: {self.config.name} has levels {first} to {last}{finer}"
+            )
+        found: dict[int, Tensor] = {}
+        found[first] = self._compute(image, found)
+        return [found[level] for level in levels]
+
+    def _compute(self, image: Tensor, found: dict[int, Tensor] | None) -> Tensor:
+        """Return the features; put the maps of every level into `found`, if it is given."""
         channels, axes = self.config.in_channels, "H, W" if self.dimensions == 2 else "X, Y, Z"
         if image.ndim != 2 + self.dimensions or image.shape[1] != channels:
             raise ValueError(f"image must be (B, {channels}, {axes}), got {tuple(image.shape)}")
         self.config.check_size(*image.shape[2:], what="the sides of an image")
-        image = image.to(next(self.parameters()).dtype)
+        image = balance(image.to(next(self.parameters()).dtype))
         if self.config.channels_last is True or (self.config.channels_last == "auto" and image.is_cuda):
             # A copy: with one contrast both layouts are the same bytes, and torch would continue with channels first.
             image = image.clone(memory_format=torch.channels_last if self.dimensions == 2 else torch.channels_last_3d)
         *skips, maps = self._encode(self.unet, image, self._run_block)  # one per level, finest first
         decoder = self._decoder_blocks(self.unet)  # finest first, from the configured level
         for level, block in reversed(list(enumerate(decoder, start=self.config.level))):
+            if found is not None:
+                found[level + 1] = maps
             maps = self._run_block(block, maps, skips[level], level=level, is_encoder=False)
         features: Tensor = self.projection(maps)
         return features
@@ -270,6 +305,33 @@ def _swin_unetr_decoder_blocks(network: Any) -> list[Block]:
     return [getattr(network, name) for name in names if hasattr(network, name)]
 
 
+def _build_residual_encoder_unet(config: ModelConfig, dimensions: int) -> tuple[nn.Module, int]:
+    name, values = _norm_spec(config)
+    network = ResidualEncoderUNet(
+        dimensions=dimensions,
+        in_channels=config.in_channels,
+        channels=config.channels,
+        blocks=config.num_blocks,
+        norm=partial(_build_norm, name, values, dimensions),
+        level=config.level,
+    )
+    return network, config.channels[config.level]
+
+
+def _build_norm(name: str, values: dict[str, int], dimensions: int, channels: int) -> nn.Module:
+    norm: nn.Module = get_norm_layer((name, values), spatial_dims=dimensions, channels=channels)
+    return norm
+
+
+def _encode_residual_encoder_unet(network: Any, image: Tensor, run: Run) -> list[Tensor]:
+    blocks = [network.encoder_block(level) for level in range(len(network.encoder.stages))]
+    return _run_sequence(blocks, image, run)
+
+
+def _residual_encoder_unet_decoder_blocks(network: Any) -> list[Block]:
+    return [network.decoder_block(index) for index in reversed(range(len(network.decoder.stages)))]
+
+
 def _norm_spec(config: ModelConfig) -> tuple[str, dict[str, int]]:
     return ("p2r_group", {"num_groups": config.groups}) if config.normalisation == "group" else ("p2r_instance", {})
 
@@ -280,4 +342,9 @@ _NETWORKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[...,
     "dynunet": (_build_dynunet, _encode_dynunet, _dynunet_decoder_blocks),
     "residual_dynunet": (_build_dynunet, _encode_dynunet, _dynunet_decoder_blocks),
     "swin_unetr": (_build_swin_unetr, _encode_swin_unetr, _swin_unetr_decoder_blocks),
+    "residual_encoder_unet": (
+        _build_residual_encoder_unet,
+        _encode_residual_encoder_unet,
+        _residual_encoder_unet_decoder_blocks,
+    ),
 }

@@ -57,6 +57,14 @@ class Draws:
         """Select samples by index."""
         return Draws(self.keys[rows])
 
+    def of_contrasts(self, number: int) -> "Draws":
+        """Return independent draws of each of C contrasts of the samples: B C keys, the contrasts of a sample one after another.
+
+        The first contrast has the sample's own draws. So images of one contrast, and samples with `number` 1, draw as ever.
+        """
+        others = [self.named(f"contrast {index}").keys for index in range(1, number)]
+        return Draws(np.stack([self.keys, *others], axis=1).reshape(-1))
+
     def uniform(self, name: str, *shape: int) -> NDArray[np.float64]:
         """Return (B, *shape) numbers in [0, 1)."""
         index = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)

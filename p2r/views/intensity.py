@@ -13,8 +13,10 @@ exp and log.)
 Alternatives: kornia has most of these transforms in batches, but no ghosts, bias fields or Rician noise, and draws from the
 global generator. MONAI and TorchIO have all of them, one image at a time.
 
-Letters: B images, C contrasts, D spatial dimensions (2 or 3), *S sizes along them. All contrasts of an image share one draw,
-except that noise and percentiles are per contrast.
+Each contrast of an image has its own appearance: scanners, coils and sequences change one contrast independently of another. A
+missing contrast, a channel of zeros, stays missing.
+
+Letters: B images, C contrasts, D spatial dimensions (2 or 3), *S sizes along them.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.config import IntensityConfig
+from p2r.contrasts import find_present
 from p2r.device import on_device
 from p2r.views.draws import Draws
 from p2r.views.smooth import spline_field
@@ -94,7 +97,7 @@ def draw_intensity(
     spacing_mm: Sequence[float],
     inside: Tensor | None = None,
 ) -> Tensor:
-    """Draw one appearance per image, and apply it.
+    """Draw one appearance for each contrast of each image, and apply it.
 
     Args:
         image: (B, C, *S) float32 in [0, 1].
@@ -104,10 +107,17 @@ def draw_intensity(
         inside: (B, *S) bool, pixels of the scan, over which percentiles are computed; None: all.
 
     Returns:
-        (B, C, *S) float32 in [0, 1].
+        (B, C, *S) float32 in [0, 1]; missing contrasts stay zero.
     """
-    appearance = sample_appearance(draws, config=config, dimensions=image.ndim - 2)
-    return apply_appearance(image, appearance, spacing_mm=spacing_mm, inside=inside)
+    num_contrasts, dimensions = image.shape[1], image.ndim - 2
+    appearance = sample_appearance(draws.of_contrasts(num_contrasts), config=config, dimensions=dimensions)
+    if num_contrasts == 1:
+        return apply_appearance(image, appearance, spacing_mm=spacing_mm, inside=inside)
+    if inside is not None:
+        inside = inside.repeat_interleave(num_contrasts, 0)
+    single = image.flatten(0, 1)[:, None]  # (B C, 1, *S)
+    changed = apply_appearance(single, appearance, spacing_mm=spacing_mm, inside=inside).reshape(image.shape)
+    return changed * find_present(image).reshape(*image.shape[:2], *[1] * dimensions)
 
 
 def unchanged(draws: Draws, *, dimensions: int) -> Appearance:

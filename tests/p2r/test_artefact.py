@@ -92,6 +92,16 @@ def test_every_file_has_its_digest_in_its_name_and_in_the_manifest(folder: Path)
     assert open_artefact(Reference(str(folder))).unnamed_files() == ["evil.py"]
 
 
+def test_contrasts_are_published_by_name_and_without_them_nothing_is(folder: Path) -> None:
+    assert b"contrasts" not in file_of(folder, "config").read_bytes()
+    names = ("flair", "t1")
+    model, preparation = MODEL.model_dump() | {"contrasts": names, "in_channels": 2}, PREPARATION.model_dump()
+    config = ArtefactConfig.model_validate({"model": model, "preparation": preparation | {"contrasts": names}})
+    assert ArtefactConfig.model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ValueError, match=r"must be equal, got flair, t1 and one contrast without a name"):
+        ArtefactConfig.model_validate({"model": model, "preparation": preparation})
+
+
 def test_loading_gives_the_weights_that_were_published_and_draws_no_number(made: dict[str, Any]) -> None:
     torch.manual_seed(0)
     network, image = build_backbone(MODEL).eval(), torch.rand(1, 1, 32, 32)

@@ -66,7 +66,10 @@ def test_rules_between_fields_are_checked(tmp_path: Path) -> None:
         ("{level: 4}", 64, r"level must be below 4 \(U-Net depth 4\), got 4"),
         ("{normalisation: batch}", 64, "batch normalisation would make features depend on the other images"),
         ("{normalisation: group, feature_channels: 12}", 64, r"groups must divide .*, got 8 for \[12\]"),
-        ("{in_channels: 2}", 64, "model.in_channels must be 1, the contrasts in a record of a corpus, got 2"),
+        ("{in_channels: 2}", 64, "model.in_channels 2 needs the names of the contrasts: give model.contrasts"),
+        ("{in_channels: 2, contrasts: [t1]}", 64, r"in_channels must be 1, the number of contrasts \(t1\), got 2"),
+        ("{contrasts: [t1, flair, t1]}", 64, "must be different names, got t1 more than once"),
+        ("{contrasts: [T1w]}", 64, "pattern"),
         ("{checkpoint_activations: encodr}", 64, "'none', 'encoder' or 'all', got 'encodr'; did you mean encoder"),
     ],
 )

@@ -144,6 +144,71 @@ def test_every_layout_gives_volumes_planes_and_boxes(tmp_path: Path, record: Any
             reader.locate_volume(2)
 
 
+def a_session(
+    folder: Path, key: str, contrasts: dict[str, str], *, seed: int = 0
+) -> list[tuple[Volume, dict[str, Any]]]:
+    """Return the volumes of one session: contrast and dtype of each."""
+    found = []
+    for number, (contrast, dtype) in enumerate(contrasts.items()):
+        volume, meta = a_record(a_scan(folder, f"{key}_{contrast}", dtype=dtype, seed=seed + number))
+        found.append((volume, {**meta, "key": key, "subject": key, "contrast": contrast}))
+    return found
+
+
+SESSIONS = {
+    "one": {"t1": "int16", "flair": "uint8"},
+    "two": {"flair": "float32"},
+    "three": {"flair": "int16", "t1": "int16"},
+}
+
+
+@pytest.mark.parametrize("record", ["planes", "blocks", "npy"])
+def test_stock_webdataset_reads_each_contrast_of_a_session_as_it_reads_a_record(tmp_path: Path, record: Any) -> None:
+    sessions = {key: a_session(tmp_path, key, contrasts) for key, contrasts in SESSIONS.items()}
+    entry = write_shard(tmp_path / "shard.tar", [volume for key in sessions for volume in sessions[key]], record=record)
+    assert (entry["num_records"], entry["num_samples"], entry["num_volumes"]) == (3, 15, 3)
+    samples = {sample["__key__"]: sample for sample in stock_samples(tmp_path / "shard.tar")}
+    assert list(samples) == list(SESSIONS)
+    for key, volumes in sessions.items():
+        assert {name for name in samples[key] if name.endswith(record)} == {
+            f"{name}.{record}" for name in SESSIONS[key]
+        }
+        for volume, meta in volumes:
+            described = json.loads(samples[key][f"{meta['contrast']}.json"])
+            np.testing.assert_array_equal(
+                decode_record(samples[key][f"{meta['contrast']}.{record}"], described), volume.data
+            )
+
+
+def test_a_slice_of_a_session_is_read_in_every_contrast(tmp_path: Path) -> None:
+    sessions = {key: a_session(tmp_path, key, contrasts) for key, contrasts in SESSIONS.items()}
+    write_shard(tmp_path / "shard.tar", [volume for key in sessions for volume in sessions[key]])
+    assert index_shard(tmp_path / "shard.tar") == read_index(tmp_path / "shard.idx")
+    reader = open_shard(tmp_path / "shard.tar")
+    for sample in range(reader.num_samples):
+        row, plane = reader.locate(sample)
+        volumes = {volume.contrast: volume for volume in reader.volumes(row)}
+        assert set(volumes) == set(SESSIONS[row.key])
+        for volume, meta in sessions[row.key]:
+            found = np.empty(row.stored_shape[2:], volumes[meta["contrast"]].dtype)
+            reader.read_located(volumes[meta["contrast"]], plane, found)
+            np.testing.assert_array_equal(found, volume_to_planes(volume.data, 2)[plane])
+
+
+def test_contrasts_of_a_record_must_differ_and_share_one_grid(tmp_path: Path) -> None:
+    (first, meta), (second, other) = a_session(tmp_path, "one", {"t1": "int16", "flair": "int16"})
+    with pytest.raises(DataError, match="lists a record twice, or a contrast of it: 'one'"):
+        write_shard(tmp_path / "shard.tar", [(first, meta), (second, {**other, "contrast": "t1"})])
+    coarse, _ = a_record(a_scan(tmp_path, "coarse", shape=(20, 18, 4)))
+    with pytest.raises(DataError, match="contrasts of record 'one' are not on one grid"):
+        write_shard(tmp_path / "shard.tar", [(first, meta), (coarse, other)])
+    third = a_session(tmp_path, "three", {"t1": "int16"})
+    with pytest.raises(DataError, match="lists a record twice"):
+        write_shard(tmp_path / "shard.tar", [(first, meta), *third, (second, other)])
+    with pytest.raises(DataError, match="contrast is a name of a to z, 0 to 9 and _"):
+        write_shard(tmp_path / "shard.tar", [(first, {**meta, "contrast": "T1-w"})])
+
+
 def test_a_record_of_npy_needs_no_decoder_of_p2r(tmp_path: Path) -> None:
     volume, meta = a_record(a_scan(tmp_path, "scan", shape=(9, 8, 4)))
     write_shard(tmp_path / "shard.tar", [(volume, meta)], record="npy")

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 import p2r
 from p2r.config import ModelConfig
+from p2r.errors import InputError
 from p2r.model import build_backbone
-from p2r.model.backbones import cost_of
+from p2r.model.backbones import EncoderDecoder, cost_of
+from p2r.model.contrasts import adapt_contrasts, config_for, missing_contrasts
 from p2r.model.normalisation import GroupNorm, InstanceNorm, LayerNorm
 
 CHANNELS = {
@@ -24,6 +26,7 @@ CHANNELS = {
     "dynunet": (4, 8, 8),
     "residual_dynunet": (4, 8, 8),
     "swin_unetr": (12, 24, 48, 96, 192),
+    "residual_encoder_unet": (4, 8, 8),
 }
 QUICK = [name for name in CHANNELS if name != "swin_unetr"]
 SMALL = ModelConfig(channels=CHANNELS["basic_unet"], feature_channels=6)
@@ -48,6 +51,70 @@ def test_features_have_f_channels_at_the_resolution_of_their_level(name: str, di
         image = image_for(config, dimensions)
         features = build_backbone(config, dimensions=dimensions)(image)
         assert features.shape == (1, 6, *(side // 2**level for side in image.shape[2:]))
+
+
+def of_contrasts(name: str, *contrasts: str) -> tuple[ModelConfig, nn.Module]:
+    """Return a network of these contrasts whose norms do not hide a factor of the image."""
+    config = small(name, contrasts=contrasts)
+    torch.manual_seed(0)
+    return config, build_backbone(config)
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_a_backbone_of_one_contrast_sees_in_equal_or_missing_contrasts_what_it_saw_in_one(name: str) -> None:
+    config, one = of_contrasts(name, "flair")
+    image = image_for(config, num_images=2)
+    wide = build_backbone(config_for(config, ["flair", "t1", "t2"]))
+    wide.load_state_dict(adapt_contrasts(one.state_dict(), config, to=["flair", "t1", "t2"], dimensions=2))
+    expected, none = one(image), torch.zeros_like(image)
+    for equal in ([image, image, image], [none, image, none], [image, none, image]):
+        torch.testing.assert_close(wide(torch.cat(equal, 1)), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_a_backbone_of_some_contrasts_sees_what_that_of_all_sees_without_the_others(name: str) -> None:
+    config, full = of_contrasts(name, "flair", "t1", "t2")
+    for chosen in (["t1"], ["t2", "flair"]):
+        part_config = config_for(config, chosen)
+        part = build_backbone(part_config)
+        part.load_state_dict(adapt_contrasts(full.state_dict(), config, to=chosen, dimensions=2))
+        image = image_for(part_config, num_images=2)
+        whole = torch.zeros(2, 3, *image.shape[2:])
+        whole[:, [["flair", "t1", "t2"].index(contrast) for contrast in chosen]] = image
+        torch.testing.assert_close(part(image), full(whole), rtol=1e-3, atol=1e-4)
+
+
+def test_a_backbone_of_several_contrasts_has_no_weights_for_others() -> None:
+    config, network = of_contrasts("basic_unet", "flair", "t1")
+    with pytest.raises(ValueError, match="a network of flair, t1 has no weights for t2"):
+        adapt_contrasts(network.state_dict(), config, to=["t2"], dimensions=2)
+    assert missing_contrasts(config.contrasts, ["t2", "flair"]) == ("t2",)
+    assert missing_contrasts(["flair"], ["t2", "flair"]) == ()
+
+
+def test_an_images_features_do_not_depend_on_the_contrasts_of_its_batch() -> None:
+    config, network = of_contrasts("basic_unet", "flair", "t1")
+    both = image_for(config, num_images=2)
+    both[0, 1] = 0
+    with torch.no_grad():
+        together, alone = network(both), network(both[:1])
+    torch.testing.assert_close(together[:1], alone)
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_maps_of_any_level_come_from_one_pass_and_the_finest_are_the_features(name: str) -> None:
+    config = small(name, level=1)
+    backbone = build_backbone(config).eval()
+    assert isinstance(backbone, EncoderDecoder)
+    image = image_for(config)
+    wanted = [config.depth, 1, 2]
+    found = backbone.levels(image, wanted)
+    for level, maps in zip(wanted, found, strict=True):
+        assert maps.shape[2:] == tuple(side // 2**level for side in image.shape[2:])
+    assert torch.equal(found[1], backbone(image)) and found[1].shape[1] == 6
+    for missing in ([0], [1, config.depth + 1], [-1], []):
+        with pytest.raises(InputError, match=rf"does not exist: {name} has levels 1 to {config.depth}; finer levels"):
+            backbone.levels(image, missing)
 
 
 @pytest.mark.parametrize("name", CHANNELS)
@@ -208,7 +275,7 @@ def test_channels_last_are_kept_through_the_network_and_only_change_rounding(nam
         normalised.append(maps)
 
     for dimensions, layout in ((2, torch.channels_last), (3, torch.channels_last_3d)):
-        if dimensions == 3 and name == "residual_dynunet":
+        if dimensions == 3 and name in ("residual_dynunet", "residual_encoder_unet"):
             continue  # PyTorch's 1x1x1 convolution on CPUs returns channels first
         config = small(name, channels_last=True, normalisation=normalisation, groups=2)
         torch.manual_seed(0)

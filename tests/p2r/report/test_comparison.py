@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -20,7 +19,7 @@ from p2r.config import FinetuneConfig
 from p2r.errors import DataError, InputError
 from p2r.report.comparison import Comparison, compare_runs
 from p2r.report.comparison_page import write_comparison
-from p2r.report.comparison_tables import comparison_table, notes_of, reasons_of
+from p2r.report.comparison_tables import comparison_line, comparison_table, notes_of, reasons_of
 from p2r.report.runs import read_runs
 from p2r.storage import Storage
 
@@ -54,20 +53,21 @@ def two(make_rows: MakeRows, tmp_path: Path) -> tuple[list[dict[str, Any]], list
 
 
 @pytest.fixture
-def p2r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def p2r(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Call a command that is refused, and return its exit code and what it says on stderr."""
 
     def call(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["p2r", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(str(ended.value.code)), capsys.readouterr().err
+        return cli.main(arguments), capsys.readouterr().err
 
     return call
 
 
 def compared(tmp_path: Path, *rows: Any) -> Comparison:
     return compare_runs(read_runs([write(tmp_path / f"run-{number}", one) for number, one in enumerate(rows)]))
+
+
+def _lines(comparison: Comparison) -> list[str]:
+    return [" | ".join(comparison_line(comparison, cell)) for cell in comparison.cells]
 
 
 def test_the_difference_is_that_of_each_patient(two: Any, tmp_path: Path) -> None:
@@ -83,6 +83,9 @@ def test_the_difference_is_that_of_each_patient(two: Any, tmp_path: Path) -> Non
         assert one["difference"] == pytest.approx(naive)
         assert one["lower"] <= naive <= one["upper"]
         assert (one["run"], one["against"], one["patients"], one["draws"]) == ("B", "A", 6, 2)
+        by_draw = [np.mean([b[name] - a[name] for name in a]) for a, b in zip(ours, theirs, strict=True)]
+        assert one["draws_agree"] == sum(np.sign(by_draw) == np.sign(naive))
+    assert any(f"{one['draws_agree']} of 2" in line for one in found.values() for line in _lines(comparison))
     assert not comparison["unpaired"] and not comparison["not_compared"]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2r.config import IntensityConfig
+from p2r.contrasts import find_present
 from p2r.views.draws import Draws
 from p2r.views.intensity import (
     NARROWEST_WINDOW,
@@ -342,13 +343,21 @@ def test_the_result_is_new_and_stays_in_the_range_of_the_networks_input(image: T
     assert torch.equal(image, before)
 
 
-def test_contrasts_of_an_image_share_all_draws_except_noise(image: Tensor) -> None:
+def test_each_contrast_has_its_own_appearance_and_the_first_that_of_an_image_of_one(image: Tensor) -> None:
     both = image.expand(-1, 2, *image.shape[2:])
-    config = EVERYTHING.model_copy(update={"noise_probability": 0.0})
+    inside = torch.rand_like(image[:, 0]) > 0.2
+    result = draw_intensity(both, draws(16), config=EVERYTHING, spacing_mm=edges(image), inside=inside)
+    single = draw_intensity(image, draws(16), config=EVERYTHING, spacing_mm=edges(image), inside=inside)
+    torch.testing.assert_close(result[:, :1], single, rtol=0, atol=0)
+    assert ((result[:, 0] - result[:, 1]).abs().flatten(1).amax(1) > 0.01).all()
+
+
+def test_a_missing_contrast_stays_missing(image: Tensor) -> None:
+    both = torch.cat([image, image], 1)
+    both[::2, 1] = 0
+    config = EVERYTHING.model_copy(update={"inversion_probability": 1.0, "noise_probability": 1.0})
     result = draw_intensity(both, draws(16), config=config, spacing_mm=edges(image))
-    torch.testing.assert_close(result[:, 0], result[:, 1], rtol=0, atol=0)
-    noisy = draw(both, noise_probability=1.0)
-    assert not torch.equal(noisy[:, 0], noisy[:, 1])
+    assert torch.equal(find_present(result), find_present(both))
 
 
 def test_draws_and_pixel_edges_must_fit_the_image(image: Tensor) -> None:

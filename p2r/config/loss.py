@@ -1,0 +1,48 @@
+"""Section `pretrain.loss`: the objective over pixel pairs."""
+
+import math
+from typing import Literal, Self
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from p2r.config.section import Fraction, Section
+
+
+class LossConfig(Section):
+    """The objective over pixel pairs."""
+
+    name: Literal["info_nce", "barlow_twins"] = "info_nce"
+    """InfoNCE contrasts every pixel with all others (Pix2Rep); Barlow Twins decorrelates channels (Pix2Rep-v2)."""
+    pixel_pairs_per_image: PositiveInt = 256
+    """Corresponding pixels drawn from each pair of views. The N of a step is this times the global batch."""
+    foreground_share: Fraction = 0.0
+    """Fraction of these drawn among pixels brighter than their image's mean; the rest is drawn anywhere in the scan."""
+    negatives: Literal["global_batch", "micro_batch", "image"] = "global_batch"
+    """Pixels that serve as negatives. global_batch: all pixels of the step; combined with `micro_batch`, this encodes every image twice.
+    micro_batch: the pixels of one micro-batch of all workers. image (InfoNCE only): the pixels of the same image, so that the same
+    anatomy in other patients is not a negative."""
+    form: Literal["cross_view", "nt_xent"] = "nt_xent"
+    """InfoNCE only: negatives from the other view (N x N), or from both without the diagonal (2N x 2N, as Pix2Rep)."""
+    temperature: PositiveFloat = 0.2
+    """InfoNCE only: tau, the width of the softmax over cosine similarities."""
+    learn_temperature: bool = False
+    """InfoNCE only: train tau with the weights, starting at `temperature`. It is clamped to [0.013, 1]: below, float32 sums would overflow
+    or vanish."""
+    decoupled: bool = False
+    """InfoNCE only: leave the positive out of the denominator (decoupled contrastive learning)."""
+    exclude_within_mm: PositiveFloat | None = None
+    """InfoNCE only: exclude pixels of one image up to this distance from each other's negatives (.inf: all of an image). None: no limit."""
+    exchange: Literal["all_gather", "ring"] = "all_gather"
+    """InfoNCE only. all_gather: each worker holds all embeddings. ring (slower): each holds one other worker's at a time, passed around."""
+    off_diagonal_weight: NonNegativeFloat = 0.005
+    """Barlow Twins only: weight of the off-diagonal terms."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.negatives == "image" and self.name != "info_nce":
+            raise ValueError(f"negatives image needs name info_nce: {self.name} contrasts no pixels")
+        if self.negatives == "image" and self.exclude_within_mm == math.inf:
+            raise ValueError(
+                "negatives image and exclude_within_mm .inf leave no negatives: give a radius, or leave it out"
+            )
+        return self
