@@ -3,6 +3,7 @@
 survey of the names -> some scans and label maps read -> facts, a contact sheet, the text of a job and a task
 """
 
+import glob
 import re
 import shlex
 import textwrap
@@ -21,6 +22,7 @@ from p2r.data.names import scan_key
 from p2r.data.preparation import percentile_table, slice_axis
 from p2r.data.survey import NAMES, Form, Survey, survey
 from p2r.data.thumbnails import lot, thumbnail
+from p2r.data.twins import twins_of
 from p2r.data.volume import Volume, read_labels, read_volume
 from p2r.errors import InputError, RefusedScan
 from p2r.evaluate.drafts import (
@@ -63,6 +65,8 @@ class Found:
     tiles: list[Tile] = field(default_factory=list)
     values: dict[int, int] = field(default_factory=dict)
     """Number of label maps, among those read, that contain each value."""
+    twins: dict[str, str] = field(default_factory=dict)
+    """Subjects that have a copy of another subject's scan -> that subject."""
     seconds: float = 0.0
 
     @property
@@ -109,6 +113,7 @@ def look(
         found.spacings_mm.append(volume.spacing_mm)
         found.shapes.append(volume.data.shape[:3])
         _add_tile(found, volume, below, " x ".join(f"{mm:.3g}" for mm in volume.spacing_mm) + " mm")
+    found.twins = twins_of(found.names.subjects)
     pairing = found.names.pairing
     for _, path in _shuffle(pairing.pairs if pairing else (), lambda pair: str(pair[1]))[:_LABELS_READ]:
         try:
@@ -168,6 +173,11 @@ def _lines_of_scans(names: Survey) -> Iterator[tuple[str, str]]:
         yield (
             "one subject",
             "all scans seem to be of one person: write another ingest.subject_pattern, or ingest.one_subject: true",
+        )
+    for subject, owner in list(found.twins.items())[:10]:
+        yield (
+            "copy",
+            f"{subject} has the voxels of {owner}: one person under two names would leak, so {subject} is left out",
         )
     yield "contrasts", ", ".join(f"{name} {count}" for name, count in names.contrasts.items())
 
@@ -262,9 +272,12 @@ def drafts_of(
         why = f"{len(labelled)} labelled subjects are too few to train, validate and test on"
     task = None
     if pairing is not None and not why:
-        task = draft_task(names, pairing, name=name, cohort=cohort, classes=classes, folder=folder, **stated)
+        task = draft_task(
+            names, pairing, name=name, cohort=cohort, classes=classes, folder=folder, twins=found.twins, **stated
+        )
+    copies = [glob.escape(scan.below) for subject in found.twins for scan in names.subjects[subject]]
     job = draft_job(
-        name=name, sources=names.root, cohort=cohort, exclude=names.test_patterns, subject_pattern=names.subject_pattern,
+        name=name, sources=names.root, cohort=cohort, exclude=names.test_patterns, copies=copies, subject_pattern=names.subject_pattern,
         task="task.yaml" if task else None,
         voxels=found.voxels, num_labelled=len(labelled) // 2, storage=storage, **stated,
     )  # fmt: skip
