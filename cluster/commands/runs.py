@@ -37,9 +37,7 @@ def status(
         serve(reader, host=host, port=port, is_local=storage.is_local)
         return
     if json_:
-        from dataclasses import asdict
-
-        show_json(asdict(reader.read()))
+        show_json(reader.read().to_json())
         return
     from cluster.status_terminal import show_run, watch_run
 

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from p2r.config.imported import ImportedConfig
+from p2r.config.other import OtherConfig
 from p2r.config.search import Distribution, SearchConfig
 from p2r.config.section import Artefact, Fraction, Location, NumLabelled, Section, is_none
 from p2r.config.views import GeometryConfig, IntensityConfig, ViewsConfig
@@ -33,11 +34,14 @@ class FinetuneConfig(Section):
     imported: ImportedConfig | None = Field(default=None, exclude_if=is_none)
     """Only if `backbone` is a weights file (.safetensors, .pth, .pt, .ckpt) of MONAI's networks, nnU-Net or nnssl: its network, image and
     licence. Its pretraining patients are unknown, so `allow_transductive` must be set."""
+    other: OtherConfig | None = Field(default=None, exclude_if=is_none)
+    """Frozen network of another tool, for comparison. Required by the mode other_probe, and used by it only."""
     backbone_signed_by: Annotated[str, Field(pattern=r"^ed25519:[0-9a-f]{64}$")] | None = None
     """Public key that must have signed the backbone, as `p2r sign` prints it. None: no signature is required."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("scratch", "linear_probe", "fine_tune")
     """Modes to compare. scratch: no pretraining. scratch_long: the same with more steps. linear_probe: a 1x1 convolution on frozen
-    features. fine_tune: train all weights. mean_teacher: fine_tune, plus consistency with an average of its own weights on the train
+    features. other_probe: the same on the frozen network of `other`. fine_tune: train all weights.
+    mean_teacher: fine_tune, plus consistency with an average of its own weights on the train
     split's unlabelled patients. weak_to_strong: fine_tune, plus pseudo-labels from such an average on strongly augmented, mixed images of
     these patients. scratch_weak_to_strong: the same from random weights. prototype_self_training: weak_to_strong with rounds of
     pseudo-labels first, made from class prototypes on frozen features. prototype: nearest class prototype by cosine similarity on
@@ -213,6 +217,8 @@ class FinetuneConfig(Section):
             )
         if self.imported is not None and not is_file:
             raise ValueError("imported describes a weights file, and backbone names none: leave imported out")
+        if (self.other is None) == any(MODES[mode].weights == "other" for mode in self.modes):
+            raise ValueError("other and the mode other_probe need each other: give both, or neither")
 
     def steps_of(self, mode: Mode) -> int:
         """Return the optimizer steps of a mode's trials, unless the search chooses them."""

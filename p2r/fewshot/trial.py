@@ -220,7 +220,7 @@ def _compute_features(inputs: TrialInputs, network: nn.Module) -> list[FeaturesO
         inputs.training(size_read(inputs.preparation)),
         network,
         inputs.trial,
-        backbone_sha256=inputs.setup.backbone_sha256,
+        backbone_sha256=str(inputs.backbone.manifest["sha256"]),
         preparation=inputs.preparation,
         device=inputs.device,
     )

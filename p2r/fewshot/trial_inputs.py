@@ -11,10 +11,12 @@ from torch import nn
 from p2r.backbone import ArtefactConfig, Backbone, load_backbone
 from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Preparation
+from p2r.errors import DataError
 from p2r.evaluate.inference import size_read
 from p2r.evaluate.prepared import prepared_scan
 from p2r.evaluate.tasks import LabelledScan, Task, load_task
 from p2r.fewshot.leaks import Known
+from p2r.fewshot.others import load_other
 from p2r.fewshot.paper_compat import Crop, cropped, split_by_slice
 from p2r.fewshot.protocol import Trial
 from p2r.fewshot.scoring import Case, case_of_crop, cases_of
@@ -66,11 +68,23 @@ class TrialInputs:
 def prepare_trial(setup: TrialSetup, trial: Trial, *, device: str) -> TrialInputs:
     """Load task and backbone of a trial; scans are read when training and scoring need them."""
     task = load_task(Path(setup.task))
-    backbone = load_backbone(setup.backbone, sha256=setup.backbone_sha256)
+    is_other = MODES[trial.mode].weights == "other"
+    backbone = _load_other(setup) if is_other else load_backbone(setup.backbone, sha256=setup.backbone_sha256)
     preparation = setup.preparation(backbone)
-    known = Known(backbone, is_allowed=setup.config.allow_transductive)
+    known = Known(backbone, is_allowed=setup.config.allow_transductive or is_other)
     training, validation = _split_loaders(trial, task, preparation, seed=setup.config.seed)
     return TrialInputs(setup, trial, task, backbone, preparation, known, training, validation, device)
+
+
+def _load_other(setup: TrialSetup) -> Backbone:
+    assert setup.config.other is not None
+    found = load_other(setup.config.other)
+    if found.manifest["sha256"] != setup.other_sha256:
+        raise DataError(
+            f"finetune.other {setup.config.other.build} built another network than at the start of the job: its weights must be fixed, so "
+            "load them, or seed the function"
+        )
+    return found
 
 
 def _split_loaders(
@@ -121,17 +135,18 @@ def build_segmenter(trial: Trial, backbone: Backbone, *, num_classes: int, seed:
     """
     torch.manual_seed(seed)
     config = backbone.config
+    classes = {value: str(value) for value in range(1, num_classes)}
+    head = ArtefactConfig(model=config.model, preparation=config.preparation, classes=classes).head
+    if MODES[trial.mode].weights == "other":
+        return Segmenter(backbone.network, head())
     network: nn.Module = build_backbone(config.model, dimensions=config.preparation.dimensions)
     if not MODES[trial.mode].is_from_scratch:
         network.load_state_dict(backbone.network.state_dict())
     if MODES[trial.mode].weights == "frozen":
         network.requires_grad_(False)
-    classes = {value: str(value) for value in range(1, num_classes)}
-    return Segmenter(
-        network, ArtefactConfig(model=config.model, preparation=config.preparation, classes=classes).head()
-    )
+    return Segmenter(network, head())
 
 
 def weights_sha256(inputs: TrialInputs) -> str | None:
     """Return the digest of the backbone that provides the initial weights; None: from scratch."""
-    return None if MODES[inputs.trial.mode].is_from_scratch else inputs.setup.backbone_sha256
+    return None if MODES[inputs.trial.mode].is_from_scratch else str(inputs.backbone.manifest["sha256"])

@@ -29,6 +29,7 @@ from p2r.errors import DataError, JobError, OutOfTime
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.tasks import HELD_OUT, load_task
 from p2r.fewshot.checks import check_data, check_task
+from p2r.fewshot.others import load_other
 from p2r.fewshot.publishing import choose_model, publish_best, publish_on_all, publish_other_draws, trial_for_publishing
 from p2r.fewshot.readings import merge_readings
 from p2r.fewshot.results import FailedTrial, FewShot, TrialResult, failures_of
@@ -327,6 +328,12 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
     if job.finetune.imported is not None:
         url = publish_imported(url, job.finetune.imported, storage, say)
     backbone = load_backbone(url, key=job.finetune.backbone_signed_by)
+    other_sha256 = ""
+    if job.finetune.other is not None:
+        other = load_other(job.finetune.other)
+        other_sha256 = str(other.manifest["sha256"])
+        about = f"{job.finetune.other.name}, {other.config.model.feature_channels} features, sha256 {other_sha256[:12]}"
+        say(f"finetune | other network: {about}; its pretraining patients are unknown, and its rows say so")
     setups = []
     for path in job.finetune.tasks:
         task = load_task(Path(path))
@@ -338,6 +345,7 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
             architecture_sha256=backbone.config.sha256(),
             storage=storage.at(f"finetune/{task.name}"),
             root=storage.url,
+            other_sha256=other_sha256,
         )
         say(f"finetune | checking {len(task.scans)} scans of task {task.name}")
         setup = check_task(task, backbone, setup)
@@ -355,7 +363,11 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
     if job.finetune.publish_model:
         for setup in setups:
             name = load_task(Path(setup.task)).name
-            of_task = [result for result in found.results if result.trial.task == name]
+            of_task = [
+                result
+                for result in found.results
+                if result.trial.task == name and MODES[result.trial.mode].weights != "other"
+            ]
             if not of_task:
                 continue
             models |= _publish_models(

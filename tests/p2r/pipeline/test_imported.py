@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import p2r
-from p2r.config import ModelConfig
-from p2r.errors import CheckpointError, InputError, JobError
+from p2r.config import ModelConfig, OtherConfig
+from p2r.errors import CheckpointError, DataError, InputError, JobError
+from p2r.fewshot.others import load_other
 from p2r.job import read_job
 from p2r.model.backbones import build_backbone
 from p2r.pipeline.local import LocalExecutor
@@ -90,3 +91,42 @@ def test_a_weights_file_needs_its_description_and_only_it(write_toy_job: Callabl
     described = f"finetune.imported={{model: {MODEL}, image: {{size: 32}}, licence: MIT}}"
     with pytest.raises(JobError, match="imported describes a weights file, and backbone names none"):
         read_job(job, ("kind=finetune", "finetune.backbone=/x/a", described))
+
+
+def test_another_tools_frozen_network_has_a_row_of_its_own(
+    write_toy_job: Callable[..., Path], published: dict[str, str], tmp_path: Path
+) -> None:
+    job = write_toy_job(tmp_path)
+    other = (
+        "{name: edges, build: tests.other_network:edges, image: {size: 24, spacing_mm: 2.0}, options: {features: 3}}"
+    )
+    overrides = (
+        *("kind=finetune", f"finetune.backbone={published['backbone']}", f"finetune.other={other}"),
+        *("finetune.steps=4", "finetune.num_labelled=[1]", "finetune.modes=[linear_probe, other_probe]"),
+    )
+    made, said = run(job, *overrides, "finetune.search.learning_rates={linear_probe: [5.0e-2], other_probe: [5.0e-2]}")
+    assert "other network: edges, 3 features" in said
+    rows = {row["mode"]: row for row in Storage(made["storage"]).read_json("report/report.json")["rows"]}
+    ours, theirs = rows["linear_probe"], rows["other_probe"]
+    assert theirs["corpora"] == "unknown" and theirs["transductive"] and not ours["transductive"]
+    assert theirs["backbone_sha256"] != ours["backbone_sha256"] and theirs["dice_mean"] is not None
+    report = Path(made["report"].removeprefix("file://")).read_text(encoding="utf-8")
+    assert "other, probe" in report and "linear_probe" in made["models"]["disc"]
+    with pytest.raises(JobError, match="other and the mode other_probe need each other"):
+        read_job(job, (*overrides[:-1], "finetune.modes=[linear_probe]"))
+
+
+@pytest.mark.parametrize(
+    ("function", "rule"),
+    [
+        ("tests.other_network:none", "cannot be built: AttributeError"),
+        ("no_such_package:build", "cannot be built: ModuleNotFoundError"),
+        ("tests.other_network:vector", r"must return features \(B, F, H, W\), or on a coarser grid; got \(1, 5\)"),
+        ("tests.other_network:picky", r"refuses an image \(1, 1, 24, 24\): ValueError: not this size"),
+        ("tests.other_network:text", "returned str; it must return a torch.nn.Module"),
+    ],
+)
+def test_a_network_that_cannot_stand_in_is_refused(function: str, rule: str) -> None:
+    config = OtherConfig.model_validate({"name": "x", "build": function, "image": {"size": 24}})
+    with pytest.raises(DataError, match=rule):
+        load_other(config)
