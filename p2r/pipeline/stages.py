@@ -180,6 +180,10 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             "publish | CORPORA UNKNOWN: the pretraining data of the initial weights cannot be read; evaluation will refuse this backbone"
         )
     say(f"publish | {published['pin']} | licence {licence}" + " | was published already" * (not published["is_new"]))
+    if config.exports:
+        from p2r.pipeline.exporting import write_exports  # ONNX takes seconds to import
+
+        write_exports(config, storage, published, say)
     return published
 
 
