@@ -8,17 +8,17 @@ segmentation.to_filename("segmentation.nii.gz")
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from p2r.backbone import ArtefactConfig
 from p2r.backbone import load_model as load_segmenter
+from p2r.data.accepted import ScanLike, volume_from
 from p2r.data.preprocess import check_room
-from p2r.data.volume import Volume, nifti_image, read_volume, to_source_grid, volume_of
+from p2r.data.volume import Volume, nifti_image, to_source_grid
 from p2r.errors import InputError
 from p2r.evaluate.inference import images_read, predict_probabilities, predict_volume
 from p2r.evaluate.metrics import largest_components
@@ -43,20 +43,29 @@ class Model:
         """Name of each label; 0 is the background."""
         return self.config.classes
 
-    def predict(self, scan: str | Path | Volume | Any) -> Any:
+    def predict(
+        self,
+        scan: ScanLike,
+        *,
+        spacing_mm: float | Sequence[float] | None = None,
+        affine: ArrayLike | None = None,
+    ) -> Any:
         """Segment a scan.
 
         Args:
-            scan: A path or URL of NIfTI, a `nibabel` image, or a `Volume`.
+            scan: A scan in any form that `Backbone.prepare` takes.
+            spacing_mm: For an array without affine: voxel size, mm; its axes then point to the right, anterior and superior.
+            affine: For an array: (4, 4), voxel -> mm in RAS.
 
         Returns:
             A `nibabel.Nifti1Image` of labels on the scan's own grid, (X, Y, Z), or (X, Y, Z, T) for a series of frames; with the
             sform, qform, codes and units of the scan.
 
         Raises:
+            InputError: The scan has no such form, or no voxel size.
             RefusedScan: if the scan cannot be used; its code gives the reason.
         """
-        volume = _read_volume(scan)
+        volume = volume_from(scan, spacing_mm=spacing_mm, affine=affine)
         on_scan = to_source_grid(self.labels(volume), volume)
         flat = on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan
         return nifti_image(flat, volume.source_affine, like=volume)
@@ -178,9 +187,3 @@ def on_scan_grid(features: NDArray[np.float32], affine: NDArray[np.float64], vol
             features[..., channel], to_features[:3, :3], to_features[:3, 3], shape, found[..., channel], 1, "nearest"
         )
     return np.asarray(to_source_grid(found, volume))
-
-
-def _read_volume(scan: str | Path | Volume | Any) -> Volume:
-    if isinstance(scan, Volume):
-        return scan
-    return read_volume(scan) if isinstance(scan, str | Path) else volume_of(scan)
