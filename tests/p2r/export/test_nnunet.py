@@ -89,9 +89,9 @@ def test_the_configuration_is_added_to_plans_with_a_patch_that_the_network_can_h
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("basic_unet", {}, "nnU-Net has no basic_unet"),
+        ("basic_unet", {}, "the tool has no basic_unet, but dynunet"),
         ("dynunet", {"normalisation": "group", "groups": 2}, "instance normalisation, this one has group"),
-        ("dynunet", {"level": 1}, "ends at level 1 of the decoder"),
+        ("dynunet", {"level": 1}, "ends at level 1 of the decoder, and the tool's networks at level 0"),
     ],
 )
 def test_a_network_that_nnunet_lacks_is_refused_by_name(
