@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.dicom_output import ENDING, predict_series
 from p2r.console import show
 from p2r.data.folders import images_below
 from p2r.data.label_maps import label_map_by_name
@@ -40,6 +41,13 @@ def predict(
         InputError: The output cannot be written, the scan cannot be used, no scan of the folder can, or models differ in
             classes or preprocessing.
     """
+    if output.endswith(ENDING):
+        if has_probabilities:
+            raise InputError(
+                f"-o {output}: --probabilities are written as NIfTI only: give an output that ends in .nii.gz"
+            )
+        predict_series(urls, scan, output, device=device, say=say)
+        return
     targets = list(_list_targets(scan, output))
     from p2r.evaluate.models import ensemble, load_model  # after the cheap checks: torch takes seconds to import
 

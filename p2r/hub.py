@@ -75,8 +75,7 @@ def fetch_snapshot(url: HubURL) -> Snapshot:
     value = read_json(content, where=f"{url}, {MANIFEST}", max_bytes=_MAX_MANIFEST_BYTES, max_depth=16)
     for name in _named_files(value):
         _download(client, commit, name)
-    if commit.revision and not (manifest.parent / _OPTIONAL_FILE).exists():
-        _download_optional(client, commit, _OPTIONAL_FILE)
+    _download_optional(client, commit, _OPTIONAL_FILE)
     return Snapshot(commit, manifest.parent)
 
 
@@ -136,8 +135,9 @@ def hub_errors(url: HubURL, doing: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", None)
         token = "; the token is missing or may not do this: set HF_TOKEN, or run hf auth login" * (status in (401, 403))
         raise StorageError(f"{where}: the hub answers {status}{token}") from None
-    except (OSError, errors.HFValidationError, ValueError) as error:
-        raise StorageError(f"{where}: {type(error).__name__}: {str(error)[:300]}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        cause = error.__cause__ or error
+        raise StorageError(f"{where}: {str(error)[:300]} ({type(cause).__name__}: {str(cause)[:300]})") from None
 
 
 def _download(client: Any, url: HubURL, name: str) -> str:
@@ -147,12 +147,15 @@ def _download(client: Any, url: HubURL, name: str) -> str:
 
 
 def _download_optional(client: Any, url: HubURL, name: str) -> None:
+    """Fetch a file of a commit that may be absent, once: the cache also records absence."""
     from huggingface_hub import errors
 
+    if client.try_to_load_from_cache(url.repository, name, revision=url.revision) is not None:
+        return
     with hub_errors(url, "read"):
         try:
             client.hf_hub_download(url.repository, name, revision=url.revision, library_name="p2r")
-        except errors.EntryNotFoundError:  # absent, or not in the cache
+        except errors.EntryNotFoundError:  # absent, or the hub cannot be reached
             return
 
 

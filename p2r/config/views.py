@@ -151,6 +151,16 @@ VIEWS["pix2rep_v2"] = {
 }
 
 
+def is_same(value: object) -> bool:
+    """Return whether the views show the same contrasts; then the field is left out, as in configurations before it."""
+    return value == "same"
+
+
+def is_zero(value: object) -> bool:
+    """Return whether a number is 0; then its field is left out, as in configurations before it."""
+    return value == 0
+
+
 def _allow_preset_name(schema: dict[str, Any]) -> None:
     section = schema.copy()
     schema.clear()
@@ -170,6 +180,14 @@ class ViewsConfig(Section):
     shown_fraction: Annotated[Range, Within(0.02, 1)] | None = None
     """Pretraining only: smallest and largest fraction of the image that a view shows, in a box drawn for each view. The rest is zero, as
     outside the scan. It removes a shortcut: in scans smaller than the image, the distance to their edge reveals the position. None: all."""
+
+    contrasts: Literal["same", "cross", "mixed"] = Field(default="same", exclude_if=is_same)
+    """Pretraining with `model.contrasts` only: contrasts of the two views of an image. same: both show all contrasts that the image has.
+    cross: each shows one, not the same if the image has several, so that the representation does not depend on the contrast. mixed: same
+    or cross, drawn for each image."""
+    contrast_dropout: Fraction = Field(default=0.0, exclude_if=is_zero)
+    """Pretraining with `model.contrasts` only: probability of dropping each contrast of an image from both of its views, except one. It
+    applies where both views show the same contrasts, and prepares the network for missing ones."""
 
     @model_validator(mode="before")
     @classmethod

@@ -405,3 +405,9 @@ SOURCES = (
     _source("MONAI's UNet", r"model\.0\.conv\.unit0\.conv\.weight$", {"unet": _monai_unet}),
 )
 """Networks of other tools, the most specific first."""
+
+
+def names_in(tool: Literal["MONAI", "nnU-Net"], config: ModelConfig) -> Names | None:
+    """Return the renaming of our weights to those of a tool's network; None if the tool has no such network."""
+    found = (source.names.get(config.name) for source in SOURCES if source.title.startswith(tool))
+    return next((names for names in found if names is not None), None)
