@@ -43,6 +43,7 @@ from p2r.modes import MODES
 from p2r.pipeline.finished import digest_inputs, record_finished
 from p2r.pipeline.imported import check_initial_weights, publish_imported, published_record
 from p2r.pipeline.reporting import make_report, write_variants
+from p2r.pipeline.tracking import tracked
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
 from p2r.report.text import for_markdown
 from p2r.stages import KINDS
@@ -72,6 +73,11 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
     """
     storage = Storage(job.storage)
     storage.check_writable()
+    with tracked(job, storage, say) as tracked_say:
+        return _run_stages(job, storage, executor, tracked_say)
+
+
+def _run_stages(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
     made: dict[str, Any] = {"storage": storage.url}
     stages = KINDS[job.kind].stages
     inputs = digest_inputs(job)
