@@ -123,7 +123,9 @@ def _load_pickle(path: Path, where: str) -> Any:
             f"code of its author, so it is refused. {_CONVERT}"
         ) from None
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, IndexError, OSError) as error:
-        raise CheckpointError(f"{where} is not a readable PyTorch file: {error_text(error).splitlines()[0]:.200}") from None
+        raise CheckpointError(
+            f"{where} is not a readable PyTorch file: {error_text(error).splitlines()[0]:.200}"
+        ) from None
 
 
 def _refuse_compressed(content: bytes, where: str) -> None:
