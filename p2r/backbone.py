@@ -34,7 +34,8 @@ from p2r.artefact import (
 )
 from p2r.config import ModelConfig, Section
 from p2r.contrasts import describe
-from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
+from p2r.data.contrasts import on_one_grid
+from p2r.data.preprocess import Frames, Planes, Preparation, Scans, frames_of, planes_of
 from p2r.data.volume import Volume, read_volume
 from p2r.documents import read_json
 from p2r.errors import CheckpointError, DamagedError
@@ -50,6 +51,10 @@ from p2r.version import __version__, code_version
 BACKBONE_FORMAT = "p2r-backbone/2"
 MODEL_FORMAT = "p2r-model/2"
 _MAX_CONFIG_DEPTH = 8
+
+
+Scan = str | Path | Volume
+"""A scan: its path or URL, or as read."""
 
 
 class ArtefactConfig(Section):
@@ -116,11 +121,11 @@ class Backbone(nn.Module):
         features: Tensor = self.network(image)
         return features
 
-    def features(self, scan: str | Path | Volume | Tensor) -> Tensor:
+    def features(self, scan: Scan | Mapping[str, Scan] | Tensor) -> Tensor:
         """Return features without a gradient graph.
 
         Args:
-            scan: A scan, which `prepare` converts to images, or images (B, C, *S) in [0, 1].
+            scan: A scan, or scans by contrast, which `prepare` converts to images; or images (B, C, *S) in [0, 1].
 
         Returns:
             (B, F, *S). For a scan: (planes, F, H, W), or, for 3D backbones, (frames, F, X, Y, Z).
@@ -133,17 +138,30 @@ class Backbone(nn.Module):
             features: Tensor = self(images.to(next(self.parameters()).device))
         return features
 
-    def prepare(self, scan: str | Path | Volume) -> Planes | Frames:
+    def prepare(self, scan: Scan | Mapping[str, Scan]) -> Planes | Frames:
         """Convert a scan to images as in training: the same orientation, spacing, size and intensities.
 
         Returns planes cropped about their centre or, for 3D backbones, frames cropped about the middle.
 
+        Args:
+            scan: A scan; for a backbone of several contrasts, the scans by contrast, as in `{"flair": ..., "t1": ...}`. Contrasts may
+                be missing. Scans on other grids are resampled to that of the first.
+
         Raises:
             RefusedScan: The file cannot be used; the code gives the reason.
         """
-        volume = scan if isinstance(scan, Volume) else read_volume(scan)
         make = frames_of if self.preparation.dimensions == 3 else planes_of
-        return make(volume, preparation=self.preparation, size=self.preparation.image_size)
+        return make(_read_scans(scan), preparation=self.preparation, size=self.preparation.image_size)
+
+
+def _read_scans(scan: Scan | Mapping[str, Scan]) -> Scans:
+    if isinstance(scan, Mapping):
+        return on_one_grid({name: _read_scan(one) for name, one in scan.items()})
+    return _read_scan(scan)
+
+
+def _read_scan(scan: Scan) -> Volume:
+    return scan if isinstance(scan, Volume) else read_volume(scan)
 
 
 def load_backbone(url: str, *, sha256: str | None = None, key: str | None = None, device: str = "cpu") -> Backbone:

@@ -8,6 +8,7 @@ Source: Cardoso et al., Scale factor point spread function matching, MICCAI 2015
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +55,7 @@ def resample(volume: Volume, spacing_mm: tuple[float, float, float], *, max_mib:
         for old, new, factor in zip(volume.data.shape[:3], shape, factors, strict=True)
     ]
     for frame in range(data.shape[3]):
-        data[..., frame] = _resample_frame(volume.data[..., frame], factors, offset, shape, data.dtype)
+        data[..., frame] = resample_frame(volume.data[..., frame], factors, offset, shape, data.dtype, factors=factors)
     new_spacing = tuple(old * factor for old, factor in zip(volume.spacing_mm, factors, strict=True))
     return replace(
         volume,
@@ -66,20 +67,32 @@ def resample(volume: Volume, spacing_mm: tuple[float, float, float], *, max_mib:
     )
 
 
-def _resample_frame(
+def resample_frame(
     frame: NDArray[Any],
-    factors: tuple[float, ...],
-    offset: list[float],
+    matrix: tuple[float, ...] | NDArray[np.float64],
+    offset: Sequence[float] | NDArray[np.float64],
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
+    *,
+    factors: tuple[float, ...],
 ) -> NDArray[np.float32]:
+    """Resample one frame.
+
+    Args:
+        frame: (X, Y, Z).
+        matrix: (3,) or (3, 3) from voxels of the new grid to voxels of the frame.
+        offset: (3,) position of the new grid's first voxel.
+        shape: Shape of the new grid.
+        dtype: Integers are rounded.
+        factors: Voxels of the frame along each of its axes per voxel of the new grid.
+    """
     from scipy import ndimage  # imported here: it takes a second, and most jobs keep the acquired grid
 
     voxels: NDArray[np.float32] = frame.astype(np.float32)
     sigma = [math.sqrt(max(factor**2 - 1, 0)) / _FWHM_PER_SIGMA for factor in factors]
     if any(sigma):
         voxels = ndimage.gaussian_filter(voxels, sigma, mode="nearest")
-    voxels = ndimage.affine_transform(voxels, factors, offset, shape, order=1, mode="nearest")
+    voxels = ndimage.affine_transform(voxels, matrix, offset, shape, order=1, mode="nearest")
     if dtype.kind in "iu":
         np.rint(voxels, out=voxels)
     return voxels

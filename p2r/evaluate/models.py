@@ -17,7 +17,8 @@ from torch import nn
 
 from p2r.backbone import ArtefactConfig
 from p2r.backbone import load_model as load_segmenter
-from p2r.data.preprocess import check_room
+from p2r.data.contrasts import on_one_grid
+from p2r.data.preprocess import Scans, check_room, reference_of
 from p2r.data.volume import Volume, nifti_image, read_volume, to_source_grid, volume_of
 from p2r.errors import InputError
 from p2r.evaluate.inference import images_read, predict_probabilities, predict_volume
@@ -30,7 +31,7 @@ class Model:
     """A published model, or an ensemble of several, in evaluation mode."""
 
     segmenter: nn.Module
-    """The network: images (B, 1, *S) -> scores (B, 1 + classes, *S)."""
+    """The network: images (B, C, *S) -> scores (B, 1 + classes, *S)."""
     config: ArtefactConfig
     """Architecture, preparation and classes."""
     manifest: Mapping[str, Any]
@@ -43,43 +44,45 @@ class Model:
         """Name of each label; 0 is the background."""
         return self.config.classes
 
-    def predict(self, scan: str | Path | Volume | Any) -> Any:
-        """Segment a scan.
+    def predict(self, scan: str | Path | Volume | Any | Mapping[str, Any]) -> Any:
+        """Segment a scan, or the scans of a patient by contrast.
 
         Args:
-            scan: A path or URL of NIfTI, a `nibabel` image, or a `Volume`.
+            scan: A path or URL of NIfTI, a `nibabel` image, or a `Volume`. For a model of several contrasts: these by name, as in
+                `{"flair": ..., "t1": ...}`; contrasts may be missing.
 
         Returns:
             A `nibabel.Nifti1Image` of labels on the scan's own grid, (X, Y, Z), or (X, Y, Z, T) for a series of frames; with the
-            sform, qform, codes and units of the scan.
+            sform, qform, codes and units of the scan. With several contrasts, the grid is that of the first.
 
         Raises:
             RefusedScan: if the scan cannot be used; its code gives the reason.
         """
-        volume = _read_volume(scan)
-        on_scan = to_source_grid(self.labels(volume), volume)
+        scans = _read_scans(scan)
+        volume = reference_of(scans)
+        on_scan = to_source_grid(self.labels(scans), volume)
         flat = on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan
         return nifti_image(flat, volume.source_affine, like=volume)
 
-    def labels(self, volume: Volume) -> NDArray[np.uint8]:
-        """Return labels (X, Y, Z, T) on the grid of `volume.data`, in RAS order."""
+    def labels(self, scans: Scans) -> NDArray[np.uint8]:
+        """Return labels (X, Y, Z, T) on the grid of the volumes, in RAS order."""
         return predict_volume(
             self.segmenter,
-            volume,
+            scans,
             preparation=self.config.preparation,
             num_classes=len(self.classes) + 1,
             device=self.device,
             largest_component=self.config.largest_component,
         )
 
-    def probabilities(self, volume: Volume) -> NDArray[np.float32]:
-        """Return the probability of each class, (X, Y, Z, T, 1 + classes) on the grid of `volume.data`, background first.
+    def probabilities(self, scans: Scans) -> NDArray[np.float32]:
+        """Return the probability of each class, (X, Y, Z, T, 1 + classes) on the grid of the volumes, background first.
 
         They sum to 1 in every voxel, and take 4 bytes per voxel, frame and class.
         """
         return predict_probabilities(
             self.segmenter,
-            images_read(volume, self.config.preparation),
+            images_read(scans, self.config.preparation),
             preparation=self.config.preparation,
             num_classes=len(self.classes) + 1,
             device=self.device,
@@ -178,6 +181,12 @@ def on_scan_grid(features: NDArray[np.float32], affine: NDArray[np.float64], vol
             features[..., channel], to_features[:3, :3], to_features[:3, 3], shape, found[..., channel], 1, "nearest"
         )
     return np.asarray(to_source_grid(found, volume))
+
+
+def _read_scans(scan: str | Path | Volume | Any | Mapping[str, Any]) -> Scans:
+    if isinstance(scan, Mapping):
+        return on_one_grid({name: _read_volume(one) for name, one in scan.items()})
+    return _read_volume(scan)
 
 
 def _read_volume(scan: str | Path | Volume | Any) -> Volume:

@@ -24,7 +24,7 @@ from p2r.errors import DamagedError, StorageError
 from p2r.evaluate.inference import size_read
 from p2r.evaluate.metrics import Summary
 from p2r.evaluate.prepared import prepared_images, prepared_scan
-from p2r.evaluate.rows import CurvePoint, JsonModel, PseudoLabelRow, TrialRow, all_warnings
+from p2r.evaluate.rows import ContrastRow, CurvePoint, JsonModel, PseudoLabelRow, TrialRow, all_warnings
 from p2r.evaluate.tasks import LabelledScan, Split, Task, load_task
 from p2r.fewshot.frozen import FeaturesOfScan, frozen_features, plausibility_of, segmenter_by_prototypes
 from p2r.fewshot.leaks import Known
@@ -38,6 +38,7 @@ from p2r.fewshot.rounds import Rounds, Unlabelled
 from p2r.fewshot.saved_training import SavedTraining
 from p2r.fewshot.scoring import Case, Scored, case_of_crop, cases_of, npz_bytes, score_cases
 from p2r.fewshot.setup import TrialSetup
+from p2r.fewshot.subsets import score_subsets
 from p2r.fewshot.training import (
     Images,
     Look,
@@ -49,6 +50,7 @@ from p2r.fewshot.training import (
 )
 from p2r.logs import Say
 from p2r.model.backbones import build_backbone
+from p2r.model.contrasts import adapt_contrasts, config_for
 from p2r.model.heads import PrototypeHead
 from p2r.model.pix2rep import Segmenter
 from p2r.modes import MODES
@@ -143,7 +145,8 @@ def run_trial(
     for warning in all_warnings(facts):
         say(f"{trial.id} | WARNING: {warning}")
     reported = _score_test_patients(prepared, segmenter) if prepared.reports_test else validation
-    return _store_result(prepared, segmenter, facts, validation, reported, saved=saved)
+    by_contrasts = _score_subsets(prepared, segmenter)
+    return _store_result(prepared, segmenter, facts, validation, reported, by_contrasts, saved=saved)
 
 
 def _prepare(setup: TrialSetup, trial: Trial, *, device: str) -> _Prepared:
@@ -160,7 +163,7 @@ def _score(
 ) -> Scored:
     def see(case: Case) -> None:
         if split == "test" or prepared.trial.protocol == "leak_free":  # paper_compat validates on labelled patients
-            prepared.known.see_scan(case.scan, case.volume, split)
+            prepared.known.see_scan(case.scan, case.volumes, split)
 
     config = prepared.config
     return score_cases(
@@ -198,6 +201,23 @@ def _score_test_patients(prepared: _Prepared, segmenter: nn.Module) -> Scored:
     )
     cases = cases_of(scans, task, prepared.preparation, is_cropped=trial.protocol == "paper_compat")
     return _score(prepared, segmenter, cases, "test", is_reported=True)
+
+
+def _score_subsets(prepared: _Prepared, segmenter: nn.Module) -> list[ContrastRow]:
+    """Score the reported split with subsets of the contrasts, as a part of the same evaluation."""
+    subsets, task = prepared.config.contrast_subsets, prepared.task
+    if subsets is None or prepared.trial.purpose != "final":
+        return []
+    scans = task.scans_of(task.subjects[prepared.config.score_on])
+    return score_subsets(
+        segmenter,
+        partial(cases_of, scans, task, prepared.preparation, is_cropped=False),
+        task,
+        prepared.preparation,
+        subsets=subsets,
+        largest_component=prepared.config.largest_component,
+        device=prepared.device,
+    )
 
 
 def _weights_sha256(prepared: _Prepared) -> str | None:
@@ -239,7 +259,11 @@ def _load_earlier(prepared: _Prepared, earlier: TrialResult) -> tuple[Segmenter,
     """
     storage, row = Storage(prepared.setup.storage), earlier.reported()
     segmenter = build_segmenter(
-        prepared.trial, prepared.backbone, num_classes=prepared.task.num_classes, seed=prepared.config.seed
+        prepared.trial,
+        prepared.backbone,
+        prepared.preparation,
+        num_classes=prepared.task.num_classes,
+        seed=prepared.config.seed,
     )
     assert earlier.weights is not None
     try:
@@ -265,6 +289,7 @@ def _store_result(
     facts: _TrainingFacts,
     validation: Scored,
     reported: Scored,
+    by_contrasts: Sequence[ContrastRow],
     *,
     saved: SavedTraining,
 ) -> TrialResult:
@@ -281,7 +306,13 @@ def _store_result(
     seconds = round(saved.seconds, 3)
     if files:
         row = _make_row(
-            prepared, facts, validation.summary, reported, predictions=files["predictions"], seconds=seconds
+            prepared,
+            facts,
+            validation.summary,
+            reported,
+            by_contrasts,
+            predictions=files["predictions"],
+            seconds=seconds,
         )
     result = TrialResult.model_validate(
         {
@@ -308,12 +339,19 @@ def _make_row(
     facts: _TrainingFacts,
     validation: Summary,
     reported: Scored,
+    by_contrasts: Sequence[ContrastRow],
     *,
     predictions: str,
     seconds: float,
 ) -> TrialRow:
     training = {name: value for name, value in facts.to_json().items() if name != "train_loss"}
-    optional = {"calibration": reported.calibration, "soft_dice_with_background": reported.soft_dice_with_background}
+    contrasts = prepared.preparation.contrasts
+    optional = {
+        "calibration": reported.calibration,
+        "soft_dice_with_background": reported.soft_dice_with_background,
+        "contrasts": None if contrasts is None else list(contrasts),
+        "by_contrasts": [row.to_json() for row in by_contrasts] or None,
+    }
     return TrialRow.model_validate(
         {
             **prepared.trial.to_row(),
@@ -379,7 +417,9 @@ def slices_of(
 def _train(prepared: _Prepared, *, say: Say, report: ReportDice | None, saved: SavedTraining) -> Trained:
     """Train the segmenter of a trial."""
     trial, config, num_classes = prepared.trial, prepared.config, prepared.task.num_classes
-    segmenter = build_segmenter(trial, prepared.backbone, num_classes=num_classes, seed=config.seed).to(prepared.device)
+    segmenter = build_segmenter(
+        trial, prepared.backbone, prepared.preparation, num_classes=num_classes, seed=config.seed
+    ).to(prepared.device)
     steps = config.curve_steps if report is None else config.search.report_steps
     look = None if steps is None else partial(_validate_at_step, prepared=prepared, say=say, report=report)
     trains = MODES[trial.mode].trains
@@ -393,7 +433,7 @@ def _train(prepared: _Prepared, *, say: Say, report: ReportDice | None, saved: S
         # Images without labels: of patients that were not drawn, or of the labelled patients if all were drawn.
         others = prepared.unlabelled_subjects or trial.subjects
         scans = prepared.task.scans_of(others)
-        images = [prepared_images(scan, prepared.preparation) for scan in scans]
+        images = [prepared_images(scan, prepared.task, prepared.preparation) for scan in scans]
         if others == trial.subjects:
             warnings.append(_NO_UNLABELLED_PATIENTS)
         else:
@@ -490,22 +530,24 @@ def _to_device(images: Images, device: str) -> Images:
     return Images(images.images.to(device), images.inside.to(device), labels)
 
 
-def build_segmenter(trial: Trial, backbone: Backbone, *, num_classes: int, seed: int) -> Segmenter:
-    """Return the network of a mode, with the backbone's architecture.
+def build_segmenter(
+    trial: Trial, backbone: Backbone, preparation: Preparation, *, num_classes: int, seed: int
+) -> Segmenter:
+    """Return the network of a mode, with the backbone's architecture, for the contrasts of the task.
 
     It has the backbone's weights unless the mode is from scratch. They are frozen for a linear probe.
     """
     torch.manual_seed(seed)
-    config = backbone.config
-    network: nn.Module = build_backbone(config.model, dimensions=config.preparation.dimensions)
+    dimensions, contrasts = preparation.dimensions, preparation.contrasts
+    model = config_for(backbone.config.model, contrasts)
+    network: nn.Module = build_backbone(model, dimensions=dimensions)
     if not MODES[trial.mode].is_from_scratch:
-        network.load_state_dict(backbone.network.state_dict())
+        weights = backbone.network.state_dict()
+        network.load_state_dict(adapt_contrasts(weights, backbone.config.model, to=contrasts, dimensions=dimensions))
     if MODES[trial.mode].weights == "frozen":
         network.requires_grad_(False)
     classes = {value: str(value) for value in range(1, num_classes)}
-    return Segmenter(
-        network, ArtefactConfig(model=config.model, preparation=config.preparation, classes=classes).head()
-    )
+    return Segmenter(network, ArtefactConfig(model=model, preparation=preparation, classes=classes).head())
 
 
 def _device_name(device: str) -> str:
