@@ -32,7 +32,7 @@ from cluster.status_values import (
     masked_text,
     whole_number,
 )
-from p2r.data.manifest import load_manifest
+from p2r.data.manifest import describe_records, load_manifest
 from p2r.errors import InputError, StorageError, error_text
 from p2r.storage import FileFacts, Storage
 
@@ -168,7 +168,7 @@ class Reader:
             known = self._files["corpus"] = (facts, load_manifest(self._storage.child("corpus")))
         manifest = known[1]
         return (
-            f"{manifest['num_records']} scans, {manifest['num_samples']} planes, {len(manifest['shards'])} shards, "
+            f"{describe_records(manifest)}, {manifest['num_samples']} planes, {len(manifest['shards'])} shards, "
             f"revision {manifest['revision']}"
         )
 

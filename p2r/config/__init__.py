@@ -5,13 +5,13 @@ of a field is also its description in the JSON Schema.
 """
 
 from p2r.config.finetune import FinetuneConfig
-from p2r.config.ingest import IngestConfig, QualityConfig, SubjectsOf
+from p2r.config.ingest import IngestConfig, QualityConfig, SessionsConfig, SubjectsOf
 from p2r.config.loss import LossConfig
 from p2r.config.model import ModelConfig
 from p2r.config.pretrain import CorpusShare, OptimizerConfig, PretrainConfig, ProbeConfig
 from p2r.config.publish import PublishConfig
 from p2r.config.search import Candidates, Distribution, SearchConfig
-from p2r.config.section import Artefact, FilledIn, Fraction, Location, NumLabelled, Range, Section, Within
+from p2r.config.section import Artefact, ContrastName, FilledIn, Fraction, Location, NumLabelled, Range, Section, Within
 from p2r.config.views import PERCENTILES, VIEWS, GeometryConfig, ImageConfig, IntensityConfig, ViewsConfig
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "VIEWS",
     "Artefact",
     "Candidates",
+    "ContrastName",
     "CorpusShare",
     "Distribution",
     "FilledIn",
@@ -40,6 +41,7 @@ __all__ = [
     "Range",
     "SearchConfig",
     "Section",
+    "SessionsConfig",
     "SubjectsOf",
     "ViewsConfig",
     "Within",

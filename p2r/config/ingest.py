@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from p2r.config.section import FilledIn, Fraction, Location, Section
+from p2r.config.section import ContrastName, FilledIn, Fraction, Location, Section
 from p2r.patterns import check_subject_pattern
 
 
@@ -43,6 +43,49 @@ _VIRTUAL_SUBJECT_WORDS = {"licence": "icbm-152", "provenance": "virtual subjects
 """Words that identify statements about `template://` sources, so that they are refused for a corpus of real scans."""
 
 
+class SessionsConfig(Section):
+    """Sessions: the scans of one visit become one record with a named volume for each contrast, all on one grid.
+
+    A session is a subject and session of BIDS, a study of DICOM, a case of a `dataset.json`, or the rows of a list with the same
+    subject and `group`; otherwise all scans of a subject. A contrast that a session lacks stays missing.
+    """
+
+    contrasts: Annotated[
+        dict[ContrastName, Annotated[tuple[str, ...], Field(min_length=1)] | str], Field(min_length=1, max_length=64)
+    ]
+    """Contrasts by name, each with one or several patterns (`*` and `?`, in any case) of the words that state a scan's contrast. These
+    are the column `contrast` of a list, a DICOM series description, the channel in a `dataset.json`, entities and suffix of a BIDS name
+    (such as `ce-GADOLINIUM_T1w`, without sub, ses and run), or else the file's name. The first contrast that matches counts; a scan that
+    matches none is left out, as `no_contrast` in the ledger."""
+    reference: ContrastName | None = None
+    """Contrast whose grid all contrasts of a session share; others are resampled to it by their headers' positions, where their grids
+    differ. Nothing is registered. None: the first of `contrasts`."""
+    without_reference: Literal["next", "refuse"] = "next"
+    """Treatment of a session without the reference. next: the first of `contrasts` that it has takes its place. refuse: refuse its scans
+    as `no_reference`."""
+    min_coverage: Fraction = 0.9
+    """Smallest fraction of the reference's voxels that a contrast must cover; others are refused as `other_extent`."""
+    repeats: Literal["refuse", "first", "last"] = "refuse"
+    """Treatment of several scans of one contrast in a session, in the order of their names. refuse: refuse all of them as
+    `contrast_twice`. first, last: take that one."""
+    fourth_axis: Literal["time", "contrasts"] = "time"
+    """Meaning of the fourth axis of an image. contrasts: one contrast after the other, in the order of `contrasts`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.reference is not None and self.reference not in self.contrasts:
+            raise ValueError(
+                f"reference must be one of the contrasts {', '.join(self.contrasts)}, got {self.reference}"
+            )
+        return self
+
+    @property
+    def by_priority(self) -> tuple[str, ...]:
+        """Contrasts in the order in which they serve as the reference."""
+        first = (self.reference,) if self.reference is not None else ()
+        return (*first, *(name for name in self.contrasts if name not in first))
+
+
 class IngestConfig(Section):
     """Ingest: scans -> a corpus of WebDataset shards."""
 
@@ -78,6 +121,8 @@ class IngestConfig(Section):
     """Take only these subjects: names, or ranges such as `patient[001-014]`. None: all."""
     subjects_of: SubjectsOf | None = None
     """Take only the subjects of one split of a task. None: all."""
+    sessions: SessionsConfig | None = None
+    """Join the scans of a session into one record of several contrasts. None: each scan is a record."""
     slice_axis: Literal["auto", 0, 1, 2] = "auto"
     """Axis of the RAS volume across which planes are cut. auto: the axis with the largest spacing; the third if all are equal."""
     min_size: PositiveInt = 16

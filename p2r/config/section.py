@@ -22,6 +22,8 @@ Location = Annotated[str, FilledIn()]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 NumLabelled = PositiveInt | Literal["all"]
+ContrastName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
+"""Name of a contrast, such as t1 or flair."""
 
 
 def Within(low: float, high: float) -> AfterValidator:  # noqa: N802 (used in place of a type)

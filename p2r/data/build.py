@@ -7,24 +7,19 @@ resuming after a kill or a task that ran twice needs nothing else.
 
 import json
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from p2r.config import IngestConfig
-from p2r.data.growth import PlannedScan, ShardPlan
-from p2r.data.label_maps import CODE as LABEL_MAP
-from p2r.data.label_maps import WAY_OUT, label_map_by_voxels
-from p2r.data.ledger import LedgerRow, accepted_fields, check_row, is_accepted
+from p2r.data.growth import ShardPlan
+from p2r.data.ledger import LedgerRow, check_row, is_accepted
 from p2r.data.manifest import check_shard
-from p2r.data.preparation import percentile_table, slice_axis
-from p2r.data.read import read_scan
-from p2r.data.shards import index_name, voxels_sha256, write_shard
-from p2r.data.sidecar import closed_tags
+from p2r.data.records import Records
+from p2r.data.shards import index_name, write_shard
 from p2r.data.thumbnails import Thumbnails, drawn, from_rows, thumbnail, to_rows
-from p2r.data.volume import Volume, read_volume
-from p2r.documents import as_utf8, read_json
+from p2r.data.volume import read_volume
+from p2r.documents import read_json
 from p2r.errors import DamagedError, DataError, RefusedScan
 from p2r.storage import Storage
 
@@ -57,7 +52,7 @@ def build_shard(plan: ShardPlan, config: IngestConfig, storage: Storage) -> Buil
     thumbnails: Thumbnails = {}
     with tempfile.TemporaryDirectory(prefix="p2r-shard-") as folder:
         tar = Path(folder, "shard.tar")
-        records = _read_records(plan, config, rows, thumbnails)
+        records = Records(plan, config, rows, thumbnails).read()
         entry: Entry | None = write_shard(tar, records, record=config.record, codec=config.codec)
         assert entry is not None
         if entry["num_records"]:
@@ -109,72 +104,6 @@ def _upload(storage: Storage, file: Path, name: str) -> None:
 
 def _stored_size(storage: Storage, path: str) -> int | None:
     return storage.version(path)[0] if storage.exists(path) else None
-
-
-def _read_records(
-    plan: ShardPlan, config: IngestConfig, rows: list[LedgerRow], thumbnails: Thumbnails
-) -> Iterator[tuple[Volume, dict[str, Any]]]:
-    """Yield the usable volumes with their metadata; append a ledger row for every volume, used or refused."""
-    seen = {(subject, digest): key for subject, digest, key in plan.known}
-    copies = dict(plan.without)
-    taken: set[str] = set()
-
-    def refuse(planned: PlannedScan, error: RefusedScan, **more: Any) -> None:
-        message = "" if config.pseudonyms else as_utf8(error.message)
-        rows.append(planned.row("refused", error.code, message, **more))
-
-    for planned in plan.scans:
-        try:
-            volumes = read_scan(planned.scan, config)
-        except RefusedScan as error:
-            refuse(planned, error)
-            continue
-        for volume in volumes:
-            # A series with several images has several keys; each begins with the key of the scan.
-            part = volume.key.removeprefix(planned.scan.key)
-            key = planned.key + part if planned.key + part not in taken else f"{planned.key}-part{part}"
-            taken.add(key)
-            axis = slice_axis(volume.spacing_mm, config.slice_axis, shape=volume.data.shape)
-            if config.label_maps == "leave_out" and (reason := label_map_by_voxels(volume.data)):
-                message = f"{planned.scan.path} {reason}, so it is taken for a label map; {WAY_OUT}"
-                refuse(planned, RefusedScan(LABEL_MAP, message), key=key)
-                continue
-            try:
-                percentiles = percentile_table(volume.data, name=planned.scan.path)
-            except RefusedScan as error:
-                refuse(planned, error, key=key)
-                continue
-            digest = volume.acquired_sha256 or voxels_sha256(volume)
-            if original := seen.get((planned.subject, digest)):
-                message = f"{planned.scan.path} has the same voxels as {original}"
-                refuse(planned, RefusedScan("duplicate", message), key=key, copy_of=original)
-                continue
-            seen[planned.subject, digest] = key
-            if original := copies.get(key):
-                message = f"{planned.scan.path} has the same voxels as {original}, a scan of another subject"
-                refuse(planned, RefusedScan("cross_subject_copy", message), key=key, copy_of=original)
-                continue
-            fields = accepted_fields(volume, axis=axis, percentiles=percentiles, voxels_sha256=digest)
-            rows.append(planned.row("accepted", "accepted", key=key) | fields)
-            if planned.is_shown and volume is volumes[0]:
-                thumbnails[key] = thumbnail(volume)
-            meta = {
-                "key": key,
-                "subject": planned.subject,
-                "cohort": config.cohort,
-                "slice_axis": axis,
-                "percentiles": list(percentiles),
-                "source": planned.source if config.pseudonyms else as_utf8(planned.scan.name),
-                "voxels_sha256": digest,
-                "licence": config.licence,
-            }
-            known = {
-                "acquisition": closed_tags(volume.sidecar) if config.pseudonyms else dict(volume.sidecar),
-                "entities": dict(planned.entities),
-                "frames": None if volume.frames is None else list(volume.frames),
-                "resampled_from_mm": None if volume.resampled_from_mm is None else list(volume.resampled_from_mm),
-            }
-            yield volume, meta | {name: value for name, value in known.items() if value}
 
 
 def _draw_refused_thumbnails(plan: ShardPlan, config: IngestConfig, rows: list[LedgerRow]) -> Thumbnails:

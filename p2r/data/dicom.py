@@ -70,6 +70,10 @@ class Series:
     """PatientID. It identifies a person: it is used only where a job requests it, and to separate the series of two people."""
     place: Place | None = None
     """Position of its images, if all have the same one."""
+    description: str = ""
+    """SeriesDescription. It may contain a person's name."""
+    study_digest: str = ""
+    """Short digest of StudyInstanceUID; empty if the header has none."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def group_by_series(paths: Iterable[Path]) -> list[Series]:
         except RefusedScan:
             header = {}
         if uid := header.get("SeriesInstanceUID"):
-            key = str(path.parent), hashlib.sha256(uid.encode()).hexdigest()[:8]
+            key = str(path.parent), _short_digest(uid)
             place = place_of(header)
             if key in headers and _have_different_positions(places[key], place):
                 place = None  # the series has several positions
@@ -128,6 +132,8 @@ def group_by_series(paths: Iterable[Path]) -> list[Series]:
                 int(number) if number.isdecimal() and len(number) < 10 else None,
                 header["PatientID"] or None,
                 places[folder, digest],
+                header["SeriesDescription"],
+                _short_digest(header["StudyInstanceUID"]) if header["StudyInstanceUID"] else "",
             )
         )
     return found
@@ -149,12 +155,18 @@ def join_slices(found: Sequence[Series]) -> list[Series]:
             Series(
                 os.path.commonpath([one.folder for one in members]),
                 tuple(sorted(file for one in members for file in one.files)),
-                hashlib.sha256(digests.encode()).hexdigest()[:8],
+                _short_digest(digests),
                 min((one.number for one in members if one.number is not None), default=None),
                 members[0].patient_id,
+                description=members[0].description,
+                study_digest=members[0].study_digest,
             )
         )
     return joined
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _have_different_positions(one: Place | None, other: Place | None) -> bool:

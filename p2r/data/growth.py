@@ -22,6 +22,7 @@ from p2r.data.label_maps import WAY_OUT
 from p2r.data.ledger import LedgerRow, is_accepted, ledger_row
 from p2r.data.pseudonyms import Names
 from p2r.data.scans import Scan, expand_subjects
+from p2r.data.sessions import Place, Refusal, place_scans
 from p2r.data.subjects import subject_by_pattern
 from p2r.data.thumbnails import MOST, drawn
 from p2r.errors import DataError
@@ -34,6 +35,7 @@ _SELECTION = (
     "shard_size_mib", "seed", "pseudonyms", "max_refused_fraction", "cross_subject_copies", "dicom_subject",
     "one_subject",
 )  # fmt: skip
+_NEWER = ("sessions",)
 _LIMITS = ("max_scan_mib", "dcm2niix_timeout_s", "label_maps")  # may differ from run to run
 _DEFAULT_PATTERN = IngestConfig.model_fields["subject_pattern"].default
 _MIN_SUSPICIOUS_SCANS = 3  # this number of scans, all of one subject by the pattern, suggests a wrong pattern
@@ -53,6 +55,10 @@ class PlannedScan:
     entities: tuple[tuple[str, str], ...] = ()
     is_shown: bool = False
     """True if the report needs its thumbnail."""
+    session: str = ""
+    """Key of its session's record; empty if each scan is a record."""
+    contrast: str = ""
+    """Name of its contrast in the session; empty if its fourth axis holds all contrasts."""
 
     def row(self, status: str, reason: str, message: str = "", *, key: str | None = None, **more: Any) -> LedgerRow:
         """Return the scan's row in the ledger."""
@@ -94,6 +100,8 @@ class ShardPlan:
         members = []
         for planned in self.scans:
             fields = asdict(planned)
+            if not planned.session:
+                del fields["session"], fields["contrast"]  # as in the digests of shards without sessions
             # With pseudonyms the size is not published, but its digest is part of `modified`.
             members.append({**fields, "scan": fields.pop("num_bytes"), "files": len(planned.scan.files)})
         return hashlib.sha256(
@@ -130,7 +138,11 @@ class Growth:
 
 def preprocessing_of(config: IngestConfig) -> dict[str, Any]:
     """Return the fields of an ingest section that determine the record of a scan, or its refusal."""
-    return config.model_dump(mode="json", exclude={*_SELECTION, *_LIMITS})
+    unset = {name for name in _NEWER if getattr(config, name) is None}  # corpora made before these fields lack them
+    found = config.model_dump(mode="json", exclude={*_SELECTION, *_LIMITS, *unset})
+    if config.sessions is not None:
+        found["sessions"]["by_priority"] = list(config.sessions.by_priority)  # JSON objects have no order
+    return found
 
 
 def plan_growth(
@@ -196,15 +208,43 @@ def plan_growth(
         else:
             rows.append(row)
     kept = [row for row in ledger if row["source"] not in replaced]
+    places = _place_in_sessions({scan: subjects[scan] or "" for scan in to_read}, config, names, kept, rows)
     keys = _UniqueKeys(row["key"] for row in kept)
     for row in rows:
         row["key"] = keys.reserve(row["key"], row["source"])
-    planned = [_plan_scan(scan, subjects[scan] or "", names, keys) for scan in sorted(to_read)]
+    planned = [_plan_scan(scan, subjects[scan] or "", places[scan], names, keys) for scan in sorted(places)]
     plans = tuple(_plan_shards(planned, config, kept, first_number=first_number))
     return Growth(plans, (*kept, *rows), tuple(changed), is_new=bool(plans or rows))
 
 
-def _plan_scan(scan: Scan, subject: str, names: Names, keys: "_UniqueKeys") -> PlannedScan:
+def _place_in_sessions(
+    scans: Mapping[Scan, str],
+    config: IngestConfig,
+    names: Names,
+    kept: Sequence[LedgerRow],
+    rows: list[LedgerRow],
+) -> dict[Scan, Place | None]:
+    """Return the scans to read with their places in sessions, None without sessions; append a row for each of the others."""
+    if config.sessions is None:
+        return dict.fromkeys(scans)
+    held = {row["record"] for row in kept if is_accepted(row) and row.get("record") is not None}
+    places: dict[Scan, Place | None] = {}
+    for scan, found in place_scans(scans, config.sessions, is_hidden=config.pseudonyms).items():
+        if isinstance(found, Place) and names.key(found.session) in held:
+            message = (
+                "its session is in the corpus already, and records never change: make another corpus to add a contrast"
+            )
+            found = Refusal("late_contrast", message)
+        if isinstance(found, Place):
+            places[scan] = found
+            continue
+        status = "not_selected" if found.code == "no_contrast" else "refused"
+        message = names.message(f"{scan.name}: {found.message}")
+        rows.append(_unread_row(scan, scans[scan], names, status=status, reason=found.code, message=message))
+    return places
+
+
+def _plan_scan(scan: Scan, subject: str, place: Place | None, names: Names, keys: "_UniqueKeys") -> PlannedScan:
     num_bytes, modified = names.state(scan.num_bytes, scan.modified)
     return PlannedScan(
         scan=scan,
@@ -214,6 +254,8 @@ def _plan_scan(scan: Scan, subject: str, names: Names, keys: "_UniqueKeys") -> P
         modified=modified,
         num_bytes=num_bytes,
         entities=tuple(names.entities(dict(scan.entities)).items()),
+        session="" if place is None else names.key(place.session),
+        contrast="" if place is None else place.contrast,
     )
 
 
@@ -276,6 +318,10 @@ def _make_unread_row(
         return None
     else:
         reason, message = "not_selected", ""
+    return _unread_row(scan, subject, names, status=status, reason=reason, message=names.message(message))
+
+
+def _unread_row(scan: Scan, subject: str | None, names: Names, *, status: str, reason: str, message: str) -> LedgerRow:
     num_bytes, modified = names.state(scan.num_bytes, scan.modified)
     return ledger_row(
         key=names.key(scan.key),
@@ -285,7 +331,7 @@ def _make_unread_row(
         subject=None if subject is None else names.subject(subject),
         status=status,
         reason=reason,
-        message=names.message(message),
+        message=message,
     )
 
 

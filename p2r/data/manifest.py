@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, TypeAdapter
 
+from p2r.config import ContrastName
 from p2r.data.pseudonyms import names_for
 from p2r.documents import Digests, FewKeys, Sha256, checked, read_json, way_out
 from p2r.errors import DataError
@@ -90,6 +91,8 @@ class _Manifest(_Strict):
     num_bytes: _Count
     num_subjects: _Count
     num_cross_subject_copies: _Count
+    contrasts: Annotated[dict[ContrastName, _Count], FewKeys] | None = None
+    """Number of sessions with each contrast; None: records have one volume without a name."""
     reasons: Annotated[dict[str, _Count], FewKeys]
     summary: _Summary
     shards: list[Any]
@@ -209,7 +212,8 @@ def facts_of(manifest: Manifest) -> list[tuple[str, str]]:
         "cohort": manifest["cohort"],
         "sources": ", ".join(manifest["source"]),
         "subjects": f"{manifest['num_subjects']:,}",
-        "scans": f"{manifest['num_records']:,}",
+        "sessions" if manifest.get("contrasts") else "scans": f"{manifest['num_records']:,}",
+        "contrasts, by number of sessions": describe_contrasts(manifest),
         "of these, copies of another subject's": f"{manifest['num_cross_subject_copies']:,}",
         "volumes": f"{manifest['num_volumes']:,}",
         "planes": f"{manifest['num_samples']:,}",
@@ -219,6 +223,17 @@ def facts_of(manifest: Manifest) -> list[tuple[str, str]]:
         "code": " ".join(manifest["code"].values()),
     }
     return [(name, text) for name, text in facts.items() if text]
+
+
+def describe_contrasts(manifest: Manifest) -> str:
+    """Return the contrasts of a corpus with their numbers of sessions; empty if its records have no named contrasts."""
+    return ", ".join(f"{name} {count:,}" for name, count in (manifest.get("contrasts") or {}).items())
+
+
+def describe_records(manifest: Manifest) -> str:
+    """Return the number of records: `83 sessions (flair 83, t1 80)`, or `200 scans`."""
+    contrasts = describe_contrasts(manifest)
+    return f"{manifest['num_records']} " + (f"sessions ({contrasts})" if contrasts else "scans")
 
 
 def _list_settings(section: Mapping[str, Any]) -> Iterator[str]:
@@ -312,5 +327,10 @@ def _check_sums(manifest: Manifest, where: str) -> None:
         total, stated = sum(shard[field] for shard in shards), manifest[field]
         if total != stated:
             raise DataError(f"{where} {field} is {stated}, its shards add up to {total}")
+    for name, count in (manifest.get("contrasts") or {}).items():
+        if count > manifest["num_records"]:
+            raise DataError(
+                f"{where} contrasts gives {name} to {count} sessions, num_records is {manifest['num_records']}"
+            )
     if manifest["num_samples"] == 0:
         raise DataError(f"{where} the corpus has no samples")

@@ -86,6 +86,15 @@ def _read_and_check(path: str, key: str, config: IngestConfig) -> Volume:
         path, key=key, max_mib=config.max_scan_mib, max_frames=config.max_frames, nan=config.nan_voxels
     )
     check_quality(volume, config)
+    return volume if config.sessions is not None else to_grid_of_job(volume, config)
+
+
+def to_grid_of_job(volume: Volume, config: IngestConfig) -> Volume:
+    """Resample a volume if the job requires it, and check its size. Of a session only the reference is resampled this way.
+
+    Raises:
+        RefusedScan: as `resample` and `check_size`.
+    """
     if config.resample_mm is not None:
         requested = config.resample_mm
         spacing_mm = requested if isinstance(requested, tuple) else (requested, requested, requested)

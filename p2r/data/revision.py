@@ -137,6 +137,7 @@ def next_manifest(
         },
         "num_subjects": len(subjects),
         "num_cross_subject_copies": sum(row["copy_of"] is not None for row in accepted),
+        **_count_contrasts(accepted, config),
         "reasons": count_reasons(ledger),
         "summary": _summarise(accepted),
         "shards": shards,
@@ -147,6 +148,14 @@ def next_manifest(
         "voxel_digests": sorted(voxel_digest(salt, digest) for digest in voxels),
         "code": {"p2r": __version__, "commit": code_version()},
     }
+
+
+def _count_contrasts(accepted: Sequence[LedgerRow], config: IngestConfig) -> dict[str, Any]:
+    """Return the number of sessions with each contrast, also of contrasts that none has; nothing without sessions."""
+    if config.sessions is None:
+        return {}
+    counts = Counter(row["contrast"] for row in accepted)
+    return {"contrasts": {name: counts[name] for name in sorted(config.sessions.contrasts)}}
 
 
 def deidentification_of(names: Names) -> dict[str, str]:

@@ -37,6 +37,11 @@ class Scan:
     passed_over: str = ""
     """For a folder that is not read, the reason; empty for a scan."""
 
+    description: str = ""
+    """Series description of a DICOM series. It may contain a person's name, so it is never stored or logged."""
+    study: str = ""
+    """Short digest of the study of a DICOM series."""
+
     @property
     def name(self) -> str:
         """File name of the scan, or label of the series, in Unicode's composed form."""

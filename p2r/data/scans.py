@@ -244,6 +244,8 @@ def _make_series_scans(files: Iterable[Path], root: Path, search: _Search) -> It
             subject=series.patient_id if search.dicom_subject == "patient_id" else None,
             format="dicom",
             label=below[0] if below else root.name,
+            description=series.description,
+            study=series.study_digest,
         )
 
 

@@ -15,6 +15,7 @@ from p2r.artefact import CorpusFacts
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, Backbone, load_backbone, publish
 from p2r.config import ImageConfig, IngestConfig, PretrainConfig, PublishConfig
 from p2r.data.corpus import check_selection, load_manifest, manifest_sha256, subjects_found, was_asked
+from p2r.data.manifest import describe_records
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
 from p2r.engine.ancestry import added, ancestry, corpus_facts
@@ -282,7 +283,7 @@ def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
         manifest = load_manifest(corpus)
         counts = ", ".join(f"{count} {reason}" for reason, count in manifest["reasons"].items())
         say(
-            f"ingest | {manifest['num_records']} scans of {manifest['num_subjects']} subjects, {manifest['num_samples']} planes in "
+            f"ingest | {describe_records(manifest)} of {manifest['num_subjects']} subjects, {manifest['num_samples']} planes in "
             f"{len(manifest['shards'])} shards | revision {manifest['revision']} | ledger: {counts} | {corpus.url}"
         )
     if not corpus_report_is_current(corpus):
@@ -427,7 +428,7 @@ def _write_card(
         "as in config.json",
         **{
             f"corpus{f' {number}' if len(corpora) > 1 else ''}": f"{corpus.manifest['num_subjects']} subjects, "
-            f"{corpus.manifest['num_records']} scans, {corpus.manifest['num_samples']} planes; sha256 {manifest_sha256(corpus.manifest)}"
+            f"{describe_records(corpus.manifest)}, {corpus.manifest['num_samples']} planes; sha256 {manifest_sha256(corpus.manifest)}"
             for number, corpus in enumerate(corpora, start=1)
         },
         "licence": licence,

@@ -104,6 +104,8 @@ class ComparedDifference(CellName):
     upper: float
     p: float
     p_holm: float
+    draws_agree: int
+    """Number of draws whose difference has the sign of `difference`."""
 
 
 class Unpaired(CellName):
@@ -288,6 +290,7 @@ def _differences(letter: str, against: str, rows: Sequence[TrialRow]) -> Iterato
             upper=one.upper,
             p=one.p,
             p_holm=one.p_holm,
+            draws_agree=one.draws_agree,
         )
 
 

@@ -152,7 +152,11 @@ def _abbreviated(digests: str) -> str:
 
 
 def _flat_headers(letters: Sequence[str]) -> list[str]:
-    return [text for letter in letters[1:] for text in (f"{letter} − {letters[0]}, 95 % interval", "p (Holm)")]
+    return [
+        text
+        for letter in letters[1:]
+        for text in (f"{letter} − {letters[0]}, 95 % interval", "draws of its sign", "p (Holm)")
+    ]
 
 
 def _side_by_side(comparison: Comparison, of_task: Sequence[ComparedCell], task: str) -> Drawing:

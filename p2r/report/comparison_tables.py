@@ -34,6 +34,7 @@ def comparison_table(comparison: Comparison) -> Table:
         table.add_column(name, justify="left" if name in ("task", "mode") else "right", no_wrap=True)
     for letter in letters[1:]:
         table.add_column(f"{letter} - {letters[0]} [95 %]", justify="right")
+        table.add_column("draws of its sign", justify="right", no_wrap=True)
         table.add_column("p (Holm)", justify="right", no_wrap=True)
     for cell in comparison.cells:
         table.add_row(*(Text(one_line(text)) for text in comparison_line(comparison, cell)))
@@ -61,7 +62,8 @@ def comparison_line(comparison: Comparison, cell: ComparedCell) -> list[str]:
     for letter in letters[1:]:
         one = comparison.difference(cell, letter)
         if one is None:
-            line += ["unpaired", "–"]
+            line += ["unpaired", "–", "–"]
         else:
-            line += [figures_text(one.difference, one.lower, one.upper), p_text(one.p_holm)]
+            interval = figures_text(one.difference, one.lower, one.upper)
+            line += [interval, f"{one.draws_agree} of {one.draws}", p_text(one.p_holm)]
     return line

@@ -60,8 +60,10 @@ def write_corpus_report(corpus: Storage) -> str:
 def accepted_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes:
     """Draw the middle planes of up to 48 accepted scans, chosen at random."""
     accepted = {row["key"]: row for row in ledger if is_accepted(row)}
-    keys = sorted(drawn(accepted.keys() & thumbnails.keys(), MOST))
-    tiles = [(thumbnails[key], key, _format_spacing(accepted[key]), FAINT) for key in keys]
+    keys = sorted(
+        drawn(accepted.keys() & thumbnails.keys(), MOST), key=lambda key: (accepted[key].get("contrast") or "", key)
+    )
+    tiles = [(thumbnails[key], key, _describe_tile(accepted[key]), FAINT) for key in keys]
     return contact_sheet(
         tiles,
         f"Accepted: {len(tiles)} of {len(accepted)} scans",
@@ -202,9 +204,9 @@ def _list_blocks(manifest: Mapping[str, Any], pictures: Sequence[str]) -> Iterat
     yield Paragraph("Faces can be recognised in scans of heads. This corpus is not anonymous.", note=True)
 
 
-def _format_spacing(row: LedgerRow) -> str:
+def _describe_tile(row: LedgerRow) -> str:
     spacing = " x ".join(f"{mm:.3g}" for mm in row["spacing_mm"])
-    return f"{spacing} mm"
+    return f"{row['contrast']}, {spacing} mm" if row.get("contrast") else f"{spacing} mm"
 
 
 def _shorten_name(name: str) -> str:

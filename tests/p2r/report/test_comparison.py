@@ -20,7 +20,7 @@ from p2r.config import FinetuneConfig
 from p2r.errors import DataError, InputError
 from p2r.report.comparison import Comparison, compare_runs
 from p2r.report.comparison_page import write_comparison
-from p2r.report.comparison_tables import comparison_table, notes_of, reasons_of
+from p2r.report.comparison_tables import comparison_line, comparison_table, notes_of, reasons_of
 from p2r.report.runs import read_runs
 from p2r.storage import Storage
 
@@ -70,6 +70,10 @@ def compared(tmp_path: Path, *rows: Any) -> Comparison:
     return compare_runs(read_runs([write(tmp_path / f"run-{number}", one) for number, one in enumerate(rows)]))
 
 
+def _lines(comparison: Comparison) -> list[str]:
+    return [" | ".join(comparison_line(comparison, cell)) for cell in comparison.cells]
+
+
 def test_the_difference_is_that_of_each_patient(two: Any, tmp_path: Path) -> None:
     comparison = compared(tmp_path, *two)
     found = {(one["mode"], one["num_labelled"]): one for one in comparison["differences"]}
@@ -83,6 +87,9 @@ def test_the_difference_is_that_of_each_patient(two: Any, tmp_path: Path) -> Non
         assert one["difference"] == pytest.approx(naive)
         assert one["lower"] <= naive <= one["upper"]
         assert (one["run"], one["against"], one["patients"], one["draws"]) == ("B", "A", 6, 2)
+        by_draw = [np.mean([b[name] - a[name] for name in a]) for a, b in zip(ours, theirs, strict=True)]
+        assert one["draws_agree"] == sum(np.sign(by_draw) == np.sign(naive))
+    assert any(f"{one['draws_agree']} of 2" in line for one in found.values() for line in _lines(comparison))
     assert not comparison["unpaired"] and not comparison["not_compared"]
 
 

@@ -1,0 +1,141 @@
+"""Scans -> the sessions that they belong to, and their contrasts. Only names and headers are used; voxels are read elsewhere.
+
+list              columns `group` and `contrast`
+DICOM             study, series description
+dataset.json      case, channel
+BIDS              sub and ses; the other entities and the suffix
+other names       subject; the file's name
+"""
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from p2r.config import SessionsConfig
+from p2r.data import bids
+from p2r.data.names import composed, scan_key
+from p2r.data.scan import Scan
+
+_OWN_ENTITIES = frozenset(("sub", "ses", "run", "suffix"))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Reason why a scan is in no session."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """A scan's place in a session."""
+
+    session: str
+    """Key of the session's record."""
+    contrast: str
+    """Name of its contrast; empty for a scan whose fourth axis holds all of them."""
+
+
+def place_scans(scans: Mapping[Scan, str], sessions: SessionsConfig, *, is_hidden: bool) -> dict[Scan, Place | Refusal]:
+    """Return each scan's place in a session, or the reason why it has none.
+
+    Args:
+        scans: Subject of each scan.
+        sessions: The job's rules.
+        is_hidden: True if messages must not name files.
+    """
+    found: dict[Scan, Place | Refusal] = {}
+    together: dict[tuple[str, str], list[Scan]] = defaultdict(list)
+    for scan, subject in scans.items():
+        contrast = "" if sessions.fourth_axis == "contrasts" else _find_contrast(scan, sessions)
+        if contrast is None:
+            words = "" if is_hidden or scan.format == "dicom" else f" ({contrast_words(scan)!r})"
+            known = ", ".join(sessions.contrasts)
+            found[scan] = Refusal(
+                "no_contrast", f"its contrast{words} matches none of ingest.sessions.contrasts ({known})"
+            )
+            continue
+        place = Place(session_key(subject, _group_of(scan)), contrast)
+        found[scan] = place
+        together[place.session, contrast].append(scan)
+    for (_, contrast), repeats in together.items():
+        if len(repeats) > 1:
+            _settle_repeats(repeats, contrast, sessions, found)
+    return found
+
+
+def contrast_words(scan: Scan) -> str:
+    """Return the words that state a scan's contrast."""
+    entities = {name.lower(): value for name, value in scan.entities}
+    if "contrast" in entities:
+        return entities["contrast"]
+    if scan.format == "dicom":
+        return scan.description
+    if "channel" in entities:
+        return entities["channel"]
+    named = _bids_entities(scan)
+    if named:
+        others = [f"{name}-{value}" for name, value in named.items() if name not in _OWN_ENTITIES]
+        return "_".join([*others, named["suffix"]])
+    return scan_key(scan.path)
+
+
+def session_key(subject: str, group: str) -> str:
+    """Return the key of a session's record: subject and group, with a part of their digest where that may be ambiguous."""
+    group = "" if group == subject else group
+    plain = f"{subject}_{group}" if group else subject
+    key = re.sub(r"[^\w-]", "_", composed(plain))
+    if key != plain or (group and "_" in subject + group):
+        key += "-" + hashlib.sha256(f"{subject} {len(subject)} {group}".encode()).hexdigest()[:8]
+    return key
+
+
+def _bids_entities(scan: Scan) -> dict[str, str]:
+    """Return the entities of a BIDS name, also outside of a data set that declares itself; {} for another name."""
+    entities = bids.entities_of(scan.path.rpartition("/")[2])
+    return entities if "sub" in entities else {}
+
+
+def _group_of(scan: Scan) -> str:
+    """Return the name of a scan's session among the sessions of its subject; empty if nothing tells them apart."""
+    entities = {name.lower(): value for name, value in scan.entities}
+    if "group" in entities:
+        return entities["group"]
+    if scan.format == "dicom":
+        return scan.study
+    if scan.case is not None:
+        return scan.case
+    session = _bids_entities(scan).get("ses")
+    return "" if session is None else f"ses-{session}"
+
+
+def _find_contrast(scan: Scan, sessions: SessionsConfig) -> str | None:
+    """Return the first contrast with a pattern that matches; None if there is none."""
+    words = composed(contrast_words(scan)).lower()
+    for name, patterns in sessions.contrasts.items():
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+            if fnmatchcase(words, composed(pattern).lower()):
+                return name
+    return None
+
+
+def _settle_repeats(
+    repeats: Sequence[Scan], contrast: str, sessions: SessionsConfig, found: dict[Scan, Place | Refusal]
+) -> None:
+    """Replace the places of scans of one contrast in one session, except the one that the job takes, by a refusal."""
+    ordered = sorted(repeats)
+    taken = {"refuse": None, "first": ordered[0], "last": ordered[-1]}[sessions.repeats]
+    what = f"scans of contrast {contrast}" if contrast else "scans"
+    for scan in ordered:
+        if scan is taken:
+            continue
+        way_out = (
+            "give a list of scans with the columns group and contrast, ingest.exclude, or ingest.sessions.repeats"
+            if taken is None
+            else f"ingest.sessions.repeats takes the {sessions.repeats} one"
+        )
+        found[scan] = Refusal("contrast_twice", f"its session has {len(ordered)} {what}: {way_out}")
