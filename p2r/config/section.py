@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
+from p2r.contrasts import Contrast
 from p2r.errors import InputError
 from p2r.reference import parse_reference
 
@@ -22,8 +23,7 @@ Location = Annotated[str, FilledIn()]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 NumLabelled = PositiveInt | Literal["all"]
-ContrastName = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
-"""Name of a contrast, such as t1 or flair."""
+ContrastName = Contrast
 
 
 def Within(low: float, high: float) -> AfterValidator:  # noqa: N802 (used in place of a type)

@@ -41,8 +41,8 @@ def on_one_grid(
     name = next(iter(volumes)) if reference is None else reference
     aligned = {
         contrast: volume
-        if contrast == name
-        else align(volume, volumes[name], min_coverage=min_coverage, contrast=name).volume
+        if volume is volumes[name]
+        else align(volume, volumes[name], min_coverage=min_coverage, contrast=name, setting="min_coverage").volume
         for contrast, volume in volumes.items()
     }
     for first, second in combinations(aligned, 2):
