@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from p2r.config.section import Fraction, Range, Section, Within
+from p2r.config.section import Fraction, Range, Section, Within, is_zero
 
 Angle = Annotated[float, Field(ge=0, le=180)]
 NumGhosts = Annotated[int, Field(ge=2, le=16)]
@@ -167,6 +167,9 @@ class ViewsConfig(Section):
     """The warp between the views."""
     intensity: IntensityConfig = IntensityConfig()
     """Changes of contrast, drawn for each view."""
+    contrast_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, exclude_if=is_zero)
+    """Images of several contrasts: probability that a view loses a contrast, for each; at least one of those that the image has stays.
+    Fine-tuning: labelled images and strong views."""
     shown_fraction: Annotated[Range, Within(0.02, 1)] | None = None
     """Pretraining only: smallest and largest fraction of the image that a view shows, in a box drawn for each view. The rest is zero, as
     outside the scan. It removes a shortcut: in scans smaller than the image, the distance to their edge reveals the position. None: all."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.backbone import Backbone, load_model
-from p2r.data.preprocess import slice_axis, volume_to_planes
+from p2r.data.preprocess import intensity_window, percentile_table, slice_axis, volume_to_planes
 from p2r.data.stream import stream
 from p2r.engine.corpora import corpora_of
 from p2r.errors import DataError, StorageError, error_text
@@ -299,12 +299,12 @@ def _shared_planes(
     rotated against each other share a band.
 
     Args:
-        images: (B, 1, X, Y, Z).
+        images: (B, C, X, Y, Z).
         views: Views of the images.
         generators: One per volume, for the choice of points.
 
     Returns:
-        Planes (B', 1, X, Y), their views, and points (B', n, 2) in both. Volumes whose middle plane of view b is outside the
+        Planes (B', C, X, Y), their views, and points (B', n, 2) in both. Volumes whose middle plane of view b is outside the
         scan are left out.
 
     Raises:
@@ -381,7 +381,8 @@ def _draw_outlines(
         volume_to_planes(data, axis) for data in (scan.volume.data, prediction, scan.labels.data)
     )
     chosen = _choose_slices(scan.label_planes.numpy() if config.preparation.dimensions == 2 else reference)
-    low, high = scan.planes.low, scan.planes.high
+    window = config.preparation.intensity_percentiles
+    low, high = intensity_window(percentile_table(scan.volume.data, name=scan.volume.key), window)
     images = np.clip((planes[chosen].astype(np.float32) - low) / (high - low), 0, 1)
     return outlines(
         images,
