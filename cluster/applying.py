@@ -3,7 +3,6 @@
 For a folder, results keep the scans' relative paths below the output; an unusable scan is reported and left out.
 """
 
-import csv
 import os
 import re
 import time
@@ -21,6 +20,7 @@ from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import local_path, scan_key
 from p2r.data.volume import Volume, read_volume, to_source_grid, write_nifti
 from p2r.errors import InputError, RefusedScan
+from p2r.files import write_csv
 from p2r.logs import Say
 
 if TYPE_CHECKING:  # importing it takes seconds
@@ -53,7 +53,7 @@ def predict(
     from p2r.evaluate.models import ensemble, load_model
 
     model = ensemble([load_model(url, device=device) for url in urls])
-    rows: list[dict[str, str]] = []
+    rows: list[tuple[str | float, ...]] = []
 
     def segment(path: str, target: Path) -> str:
         given = _read(path, contrasts)
@@ -69,11 +69,7 @@ def predict(
         write_nifti(target, flat, volume.source_affine, like=volume)
         volumes = model.volumes_ml(labels, volume)
         rows.extend(
-            {
-                "scan": path,
-                "frame": str(frame + 1),
-                **{f"{name}_ml": f"{of[frame]:.4g}" for name, of in volumes.items()},
-            }
+            (path, frame + 1, *(float(f"{of_class[frame]:.4g}") for of_class in volumes.values()))
             for frame in range(labels.shape[3])
         )
         for note in volume.notes:
@@ -83,11 +79,8 @@ def predict(
     if contrasts is None and _is_folder(scan):
         _process_each(targets, segment, say)
         table = Path(output) / "volumes.csv"
-        with table.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["scan", "frame", *(f"{name}_ml" for name in model.classes.values())])
-            writer.writeheader()
-            writer.writerows(rows)
-        show(f"{len({row['scan'] for row in rows})} segmentations and {table}")
+        write_csv(table, ["scan", "frame", *(f"{name}_ml" for name in model.classes.values())], rows)
+        show(f"{len({row[0] for row in rows})} segmentations and {table}")
     else:
         for line in segment(scan, targets[0][1]).split("; "):
             show(line)

@@ -170,7 +170,7 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
             f"{len(names.label_maps)} left out of pretraining, such as {one.below or one.name}, which {one.label_map}",
         )
     for left_out in names.passed_over:
-        yield "not read", f"{left_out.path}: {left_out.passed_over}"
+        yield "passed over", f"{left_out.path}: {left_out.passed_over}"
     if names.test:
         yield (
             "test images",

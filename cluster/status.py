@@ -10,11 +10,11 @@ Text is not escaped here: callers escape it for their output.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.status_files import Points, Training
+from cluster.status_files import Fault, Points, Resumption, Training
 from p2r.errors import InputError
 from p2r.job import find_job, read_job
 from p2r.modes import MODES
@@ -51,6 +51,17 @@ class TrialState:
 
 
 @dataclass(frozen=True)
+class FewShotCurve:
+    """Final trials of one task and mode."""
+
+    task: str
+    split: str
+    mode: str
+    points: list[tuple[int, float, int]]
+    """Number of labelled patients, mean Dice over the draws so far, and number of these draws."""
+
+
+@dataclass(frozen=True)
 class Sweep:
     """Results of fine-tuning so far."""
 
@@ -59,10 +70,47 @@ class Sweep:
     num_unread: int = 0
     """Trials that have ended but are not read yet."""
     trials: tuple[TrialState, ...] = ()
-    curves: tuple[dict[str, Any], ...] = ()
-    """Curves of final trials: task, split, mode, and points (labelled patients, mean Dice over draws, number of draws)."""
+    curves: tuple[FewShotCurve, ...] = ()
     mode_titles: dict[str, str] = field(default_factory=lambda: {mode: facts.title for mode, facts in MODES.items()})
     """Title of every mode, in the order of `p2r.modes`."""
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A complete checkpoint; None: its manifest does not state a valid number."""
+
+    step: int | None
+    path: str
+    num_bytes: int
+    world_size: int | None
+    written_at_s: float
+
+
+@dataclass(frozen=True)
+class FailedTrial:
+    """A trial that the report lists as failed."""
+
+    trial: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShownPicture:
+    """A picture of the report or of the corpus."""
+
+    path: str
+    version: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Progress of a variant of an ablation."""
+
+    name: str
+    step: int | None
+    num_steps: int | None
+    loss: float | None
 
 
 @dataclass(frozen=True)
@@ -75,17 +123,19 @@ class Status:
     training: Training | None
     series: dict[str, Points]
     """By name: step and value; long series keep the extremes of every interval."""
-    resumed: tuple[dict[str, int], ...]
-    """Resumptions: `step` of the first report afterwards, and `from`, the checkpoint's step."""
-    faults: tuple[dict[str, Any], ...]
-    checkpoints: tuple[dict[str, Any], ...]
+    resumed: tuple[Resumption, ...]
+    faults: tuple[Fault, ...]
+    checkpoints: tuple[SavedCheckpoint, ...]
     sweep: Sweep
-    failed: tuple[dict[str, str], ...]
-    """Failed trials with reasons, from the report."""
-    pictures: tuple[dict[str, str], ...]
-    variants: tuple[dict[str, Any], ...]
+    failed: tuple[FailedTrial, ...]
+    pictures: tuple[ShownPicture, ...]
+    variants: tuple[Variant, ...]
     problems: tuple[str, ...]
     format: str = FORMAT
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the status as JSON values, as `p2r status --json` prints it."""
+        return asdict(self, dict_factory=lambda items: {name.rstrip("_"): value for name, value in items})
 
 
 def target_of(job_or_url: str, overrides: Sequence[str] = ()) -> tuple[str, Storage]:

@@ -57,6 +57,30 @@ class Training:
     """Counters of the first worker's stream."""
 
 
+@dataclass(frozen=True)
+class Resumption:
+    """A resumption of pretraining."""
+
+    step: int
+    """Step of the first report afterwards."""
+    from_: int
+    """Step of the checkpoint; called `from` in JSON."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row of `faults.jsonl`, shortened and without secrets; see `cluster.faults`."""
+
+    time: str
+    cause: str
+    what: str
+    decision: str
+    attempt: int | None
+    from_step: int | None
+    count: int | None
+    limit: int | None
+
+
 class GrowingFile:
     """Complete lines of a file of JSON objects. Appended lines are read incrementally; a rewritten file is read again."""
 
@@ -136,12 +160,24 @@ class GrowingFile:
 class FaultFile(GrowingFile):
     """`faults.jsonl`: each fault with its cause, the decision, and the step that the run resumed from."""
 
+    def _clear(self) -> None:
+        super()._clear()
+        self.faults: list[Fault] = []
+
     def _add_row(self, row: dict[str, Any]) -> bool:
-        texts = {name: masked_text(row.get(name)) for name in ("time", "cause", "what", "decision")}
-        if not (texts["cause"] or texts["what"]):
+        fault = Fault(
+            time=masked_text(row.get("time")),
+            cause=masked_text(row.get("cause")),
+            what=masked_text(row.get("what")),
+            decision=masked_text(row.get("decision")),
+            attempt=whole_number(row.get("attempt")),
+            from_step=whole_number(row.get("from_step")),
+            count=whole_number(row.get("count")),
+            limit=whole_number(row.get("limit")),
+        )
+        if not (fault.cause or fault.what):
             return False
-        numbers = {name: whole_number(row.get(name)) for name in ("attempt", "from_step", "count", "limit")}
-        self.rows.append({**texts, **numbers})
+        self.faults.append(fault)
         return True
 
 
@@ -151,7 +187,7 @@ class HistoryFile(GrowingFile):
     def _clear(self) -> None:
         super()._clear()
         self.series: dict[str, tuple[array[int], array[float]]] = {}
-        self.resumed: list[dict[str, int]] = []
+        self.resumed: list[Resumption] = []
         self._newest: dict[str, Any] = {}
         self._gaps: deque[int] = deque(maxlen=20)
 
@@ -194,7 +230,7 @@ class HistoryFile(GrowingFile):
             values.append(value)
         resumed_from = whole_number(row.get("resumed_from"))
         if resumed_from is not None:
-            self.resumed.append({"step": step, "from": resumed_from})
+            self.resumed.append(Resumption(step, resumed_from))
         before = step_of_row(self._newest)
         if before is not None and step > before:
             self._gaps.append(step - before)

@@ -6,9 +6,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from cluster.status import Stage, Status, Sweep, TrialState
+from cluster.status import (
+    FailedTrial,
+    FewShotCurve,
+    SavedCheckpoint,
+    ShownPicture,
+    Stage,
+    Status,
+    Sweep,
+    TrialState,
+    Variant,
+)
 from cluster.status_files import (
     FAULTS,
     HISTORY,
@@ -46,6 +57,21 @@ Found = TypeVar("Found")
 Other = TypeVar("Other")
 
 
+@dataclass(frozen=True)
+class _Slow:
+    """Parts of a status that change seldom or need a listing."""
+
+    corpus: str | None
+    backbones: str | None
+    checkpoints: tuple[SavedCheckpoint, ...]
+    sweep: Sweep
+    report: str | None
+    failed: tuple[FailedTrial, ...]
+    pictures: tuple[ShownPicture, ...]
+    variants: tuple[Variant, ...]
+    problems: tuple[str, ...]
+
+
 class Reader:
     """Reads the status of a run repeatedly, each time only the changes. Not thread-safe."""
 
@@ -56,7 +82,7 @@ class Reader:
         self._files: dict[str, tuple[FileFacts, Any]] = {}
         self._trials: dict[str, TrialState | None] = {}
         self._num_unread = 0
-        self._slow: dict[str, Any] = {}
+        self._slow: _Slow | None = None
         self._slow_at = -math.inf
         self._problems: list[str] = []
 
@@ -70,19 +96,19 @@ class Reader:
         self._history.refresh()
         self._faults.refresh()
         slow_s = _LOCAL_SLOW_S if self._storage.is_local else _REMOTE_SLOW_S
-        if time.monotonic() - self._slow_at > slow_s:
+        if self._slow is None or time.monotonic() - self._slow_at > slow_s:
             self._slow = self._read_slow()
             self._slow_at = time.monotonic()
         slow, history = self._slow, self._history
         training = history.training()
         stages = (
-            Stage("ingest", slow["corpus"]),
-            Stage("pretrain", None if training is None else _training_line(training, len(slow["checkpoints"]))),
-            Stage("publish", slow["backbones"]),
-            Stage("finetune", _sweep_line(slow["sweep"])),
-            Stage("report", slow["report"]),
+            Stage("ingest", slow.corpus),
+            Stage("pretrain", None if training is None else _training_line(training, len(slow.checkpoints))),
+            Stage("publish", slow.backbones),
+            Stage("finetune", _sweep_line(slow.sweep)),
+            Stage("report", slow.report),
         )
-        if not (any(stage.text for stage in stages) or slow["variants"] or slow["checkpoints"] or self._problems):
+        if not (any(stage.text for stage in stages) or slow.variants or slow.checkpoints or self._problems):
             raise StorageError(
                 f"{self._storage.url} holds no run: neither a corpus, nor pretrain/history.jsonl, backbones, trials or a report. "
                 "Give the job, or the storage that `p2r run` prints. A run that has just started may not have written anything yet"
@@ -94,13 +120,13 @@ class Reader:
             training=training,
             series={name: thinned_points(*points) for name, points in history.series.items()},
             resumed=tuple(history.resumed),
-            faults=tuple(self._faults.rows[-MAX_FAULTS:]),
-            checkpoints=slow["checkpoints"],
-            sweep=slow["sweep"],
-            failed=slow["failed"],
-            pictures=slow["pictures"],
-            variants=slow["variants"],
-            problems=(*history.problems(), *self._faults.problems(), *slow["problems"]),
+            faults=tuple(self._faults.faults[-MAX_FAULTS:]),
+            checkpoints=slow.checkpoints,
+            sweep=slow.sweep,
+            failed=slow.failed,
+            pictures=slow.pictures,
+            variants=slow.variants,
+            problems=(*history.problems(), *self._faults.problems(), *slow.problems),
         )
 
     def picture(self, path: str) -> bytes:
@@ -109,7 +135,7 @@ class Reader:
         Raises:
             StorageError: It is not listed, or not a PNG of a reasonable size.
         """
-        if path not in {one["path"] for one in self._slow.get("pictures", ())}:
+        if self._slow is None or path not in {one.path for one in self._slow.pictures}:
             raise StorageError(f"{path} is not a picture of this run")
         facts = self._storage.facts(path)
         if facts is None or facts.num_bytes > MAX_FILE_BYTES:
@@ -119,19 +145,18 @@ class Reader:
             raise StorageError(f"{self._storage.at(path)} is not a PNG")
         return content
 
-    def _read_slow(self) -> dict[str, Any]:
-        """Read the parts that change seldom or need a listing."""
-        found = {
-            "corpus": self._read_part("corpus/manifest.json", self._read_corpus, None),
-            "backbones": self._read_part("backbones", self._read_backbones, None),
-            "checkpoints": self._read_part("pretrain/checkpoints", self._read_checkpoints, ()),
-            "sweep": self._read_part("finetune", self._read_sweep, Sweep()),
-            "report": self._read_part("report", self._read_report, None),
-            "failed": self._read_part("report/report.json", self._read_failed, ()),
-            "pictures": self._read_part("report/pictures", self._read_pictures, ()),
-            "variants": self._read_part("variants", self._read_variants, ()),
-        }
-        return {**found, "problems": tuple(self._problems)}
+    def _read_slow(self) -> "_Slow":
+        return _Slow(
+            corpus=self._read_part("corpus/manifest.json", self._read_corpus, None),
+            backbones=self._read_part("backbones", self._read_backbones, None),
+            checkpoints=self._read_part("pretrain/checkpoints", self._read_checkpoints, ()),
+            sweep=self._read_part("finetune", self._read_sweep, Sweep()),
+            report=self._read_part("report", self._read_report, None),
+            failed=self._read_part("report/report.json", self._read_failed, ()),
+            pictures=self._read_part("report/pictures", self._read_pictures, ()),
+            variants=self._read_part("variants", self._read_variants, ()),
+            problems=tuple(self._problems),  # the arguments are evaluated in this order
+        )
 
     def _read_part(self, path: str, read: Callable[[], Found], otherwise: Other) -> Found | Other:
         """Return the result of `read`; if it fails, record the problem and return `otherwise`."""
@@ -182,7 +207,7 @@ class Reader:
                 return self._storage.at(name)
         return None
 
-    def _read_checkpoints(self) -> tuple[dict[str, Any], ...]:
+    def _read_checkpoints(self) -> tuple[SavedCheckpoint, ...]:
         found = []
         names = [name for name in self._storage.list("pretrain/checkpoints") if name.endswith("/manifest.json")]
         for name in names[-MAX_CHECKPOINTS:]:
@@ -192,13 +217,13 @@ class Reader:
             files = manifest.get("files")
             sizes = [mapping_or_empty(entry).get("num_bytes") for entry in mapping_or_empty(files).values()]
             found.append(
-                {
-                    "step": whole_number(manifest.get("step")),
-                    "path": name.removesuffix("/manifest.json"),
-                    "num_bytes": sum(size for size in sizes if isinstance(size, int)),
-                    "world_size": whole_number(manifest.get("world_size")),
-                    "written_at_s": self._files[name][0].modified_s,
-                }
+                SavedCheckpoint(
+                    step=whole_number(manifest.get("step")),
+                    path=name.removesuffix("/manifest.json"),
+                    num_bytes=sum(size for size in sizes if isinstance(size, int)),
+                    world_size=whole_number(manifest.get("world_size")),
+                    written_at_s=self._files[name][0].modified_s,
+                )
             )
         return tuple(found)
 
@@ -231,18 +256,18 @@ class Reader:
         except _BROKEN:
             return None
 
-    def _read_failed(self) -> tuple[dict[str, str], ...]:
+    def _read_failed(self) -> tuple[FailedTrial, ...]:
         context = mapping_or_empty(mapping_or_empty(self._read_json("report/report.json")).get("context"))
         rows = [mapping_or_empty(row) for row in list_or_empty(context.get("failed"))]
         return tuple(
-            {
-                "trial": masked_text(row.get("trial")),
-                "reason": masked_text(row.get("failed", row.get("reason", row.get("error")))),
-            }
+            FailedTrial(
+                trial=masked_text(row.get("trial")),
+                reason=masked_text(row.get("failed", row.get("reason", row.get("error")))),
+            )
             for row in rows[:MAX_TRIALS]
         )
 
-    def _read_pictures(self) -> tuple[dict[str, str], ...]:
+    def _read_pictures(self) -> tuple[ShownPicture, ...]:
         """Return the existing pictures: training images first, the corpus last."""
         captions = mapping_or_empty(
             mapping_or_empty(mapping_or_empty(self._read_json("report/report.json")).get("context")).get("captions")
@@ -261,10 +286,10 @@ class Reader:
                 stem = name.rsplit("/", 1)[-1].removesuffix(".png")
                 otherwise = f"{'corpus: ' * name.startswith('corpus/')}{stem.replace('-', ' ')}"
                 caption = masked_text(captions.get(stem)) or otherwise[:1].upper() + otherwise[1:]
-                found.append({"path": name, "version": re.sub(r"\W", "", facts.version), "caption": caption})
+                found.append(ShownPicture(name, re.sub(r"\W", "", facts.version), caption))
         return tuple(found)
 
-    def _read_variants(self) -> tuple[dict[str, Any], ...]:
+    def _read_variants(self) -> tuple[Variant, ...]:
         names = [name for name in self._storage.list("variants") if name.endswith("/" + HISTORY)]
         found = []
         for name in names[:MAX_VARIANTS]:
@@ -272,12 +297,12 @@ class Reader:
             lines.refresh()
             last: dict[str, Any] = next((row for row in reversed(lines.rows) if step_of_row(row) is not None), {})
             found.append(
-                {
-                    "name": name.removeprefix("variants/").removesuffix("/" + HISTORY),
-                    "step": step_of_row(last),
-                    "num_steps": whole_number(last.get("num_steps")),
-                    "loss": finite_number(last.get("loss")),
-                }
+                Variant(
+                    name=name.removeprefix("variants/").removesuffix("/" + HISTORY),
+                    step=step_of_row(last),
+                    num_steps=whole_number(last.get("num_steps")),
+                    loss=finite_number(last.get("loss")),
+                )
             )
         return tuple(found)
 
@@ -304,7 +329,7 @@ def _trial_order(trial: TrialState) -> tuple[Any, ...]:
     return trial.task, trial.purpose, trial.num_labelled or 0, trial.mode, trial.draw or 0, trial.id
 
 
-def _curves(finals: Sequence[TrialState]) -> Iterator[dict[str, Any]]:
+def _curves(finals: Sequence[TrialState]) -> Iterator[FewShotCurve]:
     """Yield mean Dice over the available draws for each task and mode; on test patients if any trial read them."""
     for task in sorted({trial.task for trial in finals}):
         of_task = [trial for trial in finals if trial.task == task]
@@ -317,7 +342,7 @@ def _curves(finals: Sequence[TrialState]) -> Iterator[dict[str, Any]]:
                     dice.setdefault(trial.num_labelled, []).append(value)
             points = [(number, statistics.fmean(found), len(found)) for number, found in sorted(dice.items())]
             if points:
-                yield {"task": task, "split": split, "mode": mode, "points": points}
+                yield FewShotCurve(task, split, mode, points)
 
 
 def _training_line(training: Training, num_checkpoints: int) -> str:

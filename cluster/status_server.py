@@ -28,7 +28,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -85,7 +85,7 @@ class Feed:
 
     def __init__(self, reader: Reader, *, is_local: bool) -> None:
         self._reader, self._pause_s = reader, _LOCAL_PAUSE_S if is_local else _REMOTE_PAUSE_S
-        self._status: Mapping[str, Any] = asdict(reader.read())
+        self._status: Mapping[str, Any] = reader.read().to_json()
         self._asked, self._asked_at, self._read_at = threading.Event(), 0.0, time.monotonic()
         self._answer = _encode_answer(self._status, None)
         self._pictures: OrderedDict[tuple[str, str], bytes] = OrderedDict()
@@ -139,7 +139,7 @@ class Feed:
                 continue
             trouble = None
             try:
-                self._status = asdict(self._reader.read())
+                self._status = self._reader.read().to_json()
                 self._read_at = time.monotonic()
             except P2RError as error:
                 trouble = str(error)

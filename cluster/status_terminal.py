@@ -4,8 +4,7 @@ Content of a run's files is shown only as text: rich and the terminal never inte
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from cluster.inspect import plain
 from cluster.status import Status
-from cluster.status_files import Points, Training
+from cluster.status_files import Fault, Points, Training
 from cluster.status_reader import Reader
 from p2r.console import console, show
 from p2r.errors import StorageError
@@ -113,17 +112,17 @@ def plain_lines(status: Status) -> Iterator[str]:
     if status.training is not None:
         yield f"newest    {_report_line(status.training)} | {_format_state(status.training)}"
     for one in status.resumed:
-        yield f"resumed   from step {one['from']}"
+        yield f"resumed   from step {one.from_}"
     for fault in status.faults[-_MAX_FAULTS:]:
-        yield plain(f"fault     {fault['time']} | {fault['cause']}: {fault['what']} | {_format_decision(fault)}").plain
+        yield plain(f"fault     {fault.time} | {fault.cause}: {fault.what} | {_format_decision(fault)}").plain
     for curve in status.sweep.curves:
         yield plain(
-            f"few-shot  {curve['task']} | {_mode_title(curve['mode'])} | {_format_points(curve['points'])} | {curve['split']} Dice"
+            f"few-shot  {curve.task} | {_mode_title(curve.mode)} | {_format_points(curve.points)} | {curve.split} Dice"
         ).plain
     for variant in status.variants:
-        yield plain(f"variant   {variant['name']} | step {variant['step']}/{variant['num_steps']}").plain
+        yield plain(f"variant   {variant.name} | step {variant.step}/{variant.num_steps}").plain
     for failed in status.failed:
-        yield plain(f"failed    {failed['trial']}: {failed['reason']}").plain
+        yield plain(f"failed    {failed.trial}: {failed.reason}").plain
     for problem in status.problems:
         yield plain(f"problem   {problem}").plain
 
@@ -196,9 +195,9 @@ def _draw_curve(status: Status, width: int) -> Iterator[RenderableType]:
     marks = [" "] * columns
     colours = {}
     for steps, mark, colour in (
-        ([one["step"] for one in status.checkpoints], "▴", "green"),
-        ([one["from"] for one in status.resumed], "┆", "yellow"),
-        ([one["from_step"] for one in status.faults], "✕", "red"),
+        ([one.step for one in status.checkpoints], "▴", "green"),
+        ([one.from_ for one in status.resumed], "┆", "yellow"),
+        ([one.from_step for one in status.faults], "✕", "red"),
     ):
         for step in steps:
             if step is not None and first <= step <= last:
@@ -286,30 +285,30 @@ def _faults_table(status: Status) -> Iterator[RenderableType]:
             "time", "cause", "what", "decision", title="Faults", title_justify="left", title_style="bold", box=None
         )
         for fault in status.faults[-_MAX_FAULTS:]:
-            when = plain(fault["time"][:19].replace("T", " "))
-            table.add_row(when, plain(fault["cause"]), plain(fault["what"]), plain(_format_decision(fault)))
+            when = plain(fault.time[:19].replace("T", " "))
+            table.add_row(when, plain(fault.cause), plain(fault.what), plain(_format_decision(fault)))
         yield Text()
         yield table
 
 
-def _format_decision(fault: Mapping[str, Any]) -> str:
-    where = "" if fault["from_step"] is None else f" from step {fault['from_step']}"
-    limit = "" if fault["limit"] is None else f" of {fault['limit']}"
-    count = "" if fault["count"] is None else f" ({fault['count']}{limit})"
-    return f"{fault['decision']}{where}{count}"
+def _format_decision(fault: Fault) -> str:
+    where = "" if fault.from_step is None else f" from step {fault.from_step}"
+    limit = "" if fault.limit is None else f" of {fault.limit}"
+    count = "" if fault.count is None else f" ({fault.count}{limit})"
+    return f"{fault.decision}{where}{count}"
 
 
 def _sweep_tables(status: Status) -> Iterator[RenderableType]:
     curves = status.sweep.curves
-    for task in dict.fromkeys(curve["task"] for curve in curves):
-        of_task = [curve for curve in curves if curve["task"] == task]
-        numbers = sorted({point[0] for curve in of_task for point in curve["points"]})
-        title = plain(f"{task}: {of_task[0]['split']} Dice by labelled patients (draws), so far")
+    for task in dict.fromkeys(curve.task for curve in curves):
+        of_task = [curve for curve in curves if curve.task == task]
+        numbers = sorted({point[0] for curve in of_task for point in curve.points})
+        title = plain(f"{task}: {of_task[0].split} Dice by labelled patients (draws), so far")
         title.stylize("bold")
         table = Table("mode", *map(str, numbers), box=None)
         for curve in of_task:
-            found = {number: f"{mean:.3f} ({draws})" for number, mean, draws in curve["points"]}
-            table.add_row(plain(_mode_title(curve["mode"])), *(found.get(number, "–") for number in numbers))
+            found = {number: f"{mean:.3f} ({draws})" for number, mean, draws in curve.points}
+            table.add_row(plain(_mode_title(curve.mode)), *(found.get(number, "–") for number in numbers))
         yield Text()
         yield title
         yield table
@@ -319,13 +318,13 @@ def _other_parts(status: Status) -> Iterator[RenderableType]:
     if status.checkpoints or status.variants or status.failed:
         yield Text()
     for one in status.checkpoints[-_MAX_CHECKPOINTS:]:
-        size = f"{one['num_bytes'] / 2**20:,.1f} MiB"
-        age = _format_duration(time.time() - one["written_at_s"])
-        yield plain(f"checkpoint of step {one['step']}   {size}   {age} ago   {one['path']}")
+        size = f"{one.num_bytes / 2**20:,.1f} MiB"
+        age = _format_duration(time.time() - one.written_at_s)
+        yield plain(f"checkpoint of step {one.step}   {size}   {age} ago   {one.path}")
     for variant in status.variants:
-        yield plain(f"variant {variant['name']}   step {variant['step']} of {variant['num_steps']}")
+        yield plain(f"variant {variant.name}   step {variant.step} of {variant.num_steps}")
     for failed in status.failed:
-        yield Text(_visible_text(f"failed: {failed['trial']}: {failed['reason']}"), style="red")
+        yield Text(_visible_text(f"failed: {failed.trial}: {failed.reason}"), style="red")
 
 
 def _new_grid(rows: Sequence[Sequence[RenderableType]], *, gap: int = 0) -> Table:

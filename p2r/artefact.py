@@ -134,6 +134,8 @@ class BackboneManifest(Manifest):
     samples_seen: Count | None = None
     pretrain: Details | None = None
     negatives: Text | None = None
+    initial_weights: Details | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Origin of initial weights from another tool, with the table of what was matched; None: none were used."""
 
 
 class ModelManifest(Manifest):

@@ -70,8 +70,9 @@ class ModeFacts:
     """Marker of matplotlib."""
     settings: tuple[Setting, ...]
     """Settings of the fine-tuning section that the mode uses, besides a learning rate (which prototype does not have)."""
-    weights: Literal["random", "frozen", "pretrained"] = "random"
-    """Initial weights of the backbone; frozen: pretrained, and not trained further."""
+    weights: Literal["random", "frozen", "pretrained", "other"] = "random"
+    """Initial weights of the backbone. frozen: pretrained, and not trained further. other: another tool's frozen network takes the
+    backbone's place (`finetune.other`)."""
     unlabelled: Literal["none", "consistency", "pseudo_labels"] = "none"
     """Training signal from images of the train patients who were not drawn; their label files are not opened."""
     trains: Literal["network", "head", "nothing"] = "network"
@@ -107,6 +108,16 @@ MODES: dict[str, ModeFacts] = {
         "s",
         _TRAINING_SETTINGS,
         weights="frozen",
+        trains="head",
+        learning_rates=(3e-3, 1e-2),
+    ),
+    "other_probe": ModeFacts(
+        "other, probe",
+        "#7a7a00",
+        "#cdc94f",
+        "P",
+        _TRAINING_SETTINGS,
+        weights="other",
         trains="head",
         learning_rates=(3e-3, 1e-2),
     ),

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from p2r.errors import DamagedError, InputError
 
+WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".model")
+"""Endings of weights files of other tools; any other reference names a folder of p2r."""
+
 _PIN_LIKE = re.compile(r"@(?:sha\d+|md5)\b", re.IGNORECASE)
 _RULE = "a pin is URL@sha256: and the 64 digits, 0 to f, that `p2r verify URL` prints"
 
@@ -36,6 +39,11 @@ class Reference(NamedTuple):
                 f"{self.url} is pinned to the manifest with sha256 {self.sha256}, and its manifest.json has {found}: it was "
                 "exchanged or damaged, or the pin is for another version"
             )
+
+
+def names_weights_file(text: str) -> bool:
+    """Return whether a reference names a weights file, by its ending."""
+    return text.partition("@sha256:")[0].endswith(WEIGHTS_SUFFIXES)
 
 
 def parse_reference(text: str) -> Reference:

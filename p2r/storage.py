@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -20,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
-from urllib.parse import urlparse
 
 from pydantic import TypeAdapter
 
@@ -42,6 +42,7 @@ MAX_ROWS_BYTES = 2**30
 """Largest file of JSON lines that is read, unless the caller gives another limit."""
 _MAX_ROWS_MEMORY_BYTES = 2**33
 
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _CHUNK_BYTES = 2**20
 _DELETE_THREADS = 8
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -60,24 +61,29 @@ class FileFacts(NamedTuple):
 def normalise_url(url: str) -> str:
     """Return `url` as an absolute URL with a scheme and no trailing slash.
 
+    Every other character is part of the name: a folder may be called `run #1?`.
+
     Raises:
-        StorageError: for a scheme other than `file` and `s3`, or an S3 URL without a bucket.
+        StorageError: for a scheme other than `file` and `s3`, an S3 URL without a bucket, or a control character.
     """
-    parsed = urlparse(url)
-    if parsed.scheme in ("", "file"):
-        if parsed.scheme == "file" and parsed.netloc:
+    if _CONTROL.search(url):
+        raise StorageError(f"storage URL {url!r} holds a control character or a line break; rename the folder")
+    scheme, has_scheme, name = url.partition("://")
+    if not has_scheme and not url.startswith(("file:", "s3:")):
+        return "file://" + str(Path(url).expanduser().absolute())
+    if url.startswith("file:"):
+        if not name.startswith("/"):
             raise StorageError(f"storage URL {url!r}: a file URL has three slashes, as in file:///data/run")
-        path = parsed.path if parsed.scheme == "file" else url
-        return "file://" + str(Path(path).expanduser().absolute())
-    if parsed.scheme == "s3":
+        return "file://" + str(Path(name).absolute())
+    if url.startswith("s3:"):
         if looks_secret(url):
             raise StorageError(
                 "a storage URL holds credentials; they come from the environment only (AWS_ACCESS_KEY_ID and the like)"
             )
-        if not parsed.netloc:
+        if not name.partition("/")[0]:
             raise StorageError(f"storage URL {url!r} names no bucket: write s3://BUCKET/PREFIX")
         return url.rstrip("/")
-    raise StorageError(f"storage URL {url!r}: scheme {parsed.scheme!r} is not supported; use file:// or s3://")
+    raise StorageError(f"storage URL {url!r}: scheme {scheme!r} is not supported; use file:// or s3://")
 
 
 class Storage:

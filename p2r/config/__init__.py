@@ -5,13 +5,15 @@ of a field is also its description in the JSON Schema.
 """
 
 from p2r.config.finetune import FinetuneConfig
+from p2r.config.imported import ImportedConfig
 from p2r.config.ingest import IngestConfig, QualityConfig, SessionsConfig, SubjectsOf
 from p2r.config.loss import LossConfig
 from p2r.config.model import ModelConfig
+from p2r.config.other import OtherConfig
 from p2r.config.pretrain import CorpusShare, OptimizerConfig, PretrainConfig, ProbeConfig
 from p2r.config.publish import PublishConfig
 from p2r.config.search import Candidates, Distribution, SearchConfig
-from p2r.config.section import Artefact, ContrastName, FilledIn, Fraction, Location, NumLabelled, Range, Section, Within
+from p2r.config.section import Artefact, FilledIn, Fraction, Location, NumLabelled, Range, Section, Within
 from p2r.config.views import PERCENTILES, VIEWS, GeometryConfig, ImageConfig, IntensityConfig, ViewsConfig
 
 __all__ = [
@@ -19,7 +21,6 @@ __all__ = [
     "VIEWS",
     "Artefact",
     "Candidates",
-    "ContrastName",
     "CorpusShare",
     "Distribution",
     "FilledIn",
@@ -27,6 +28,7 @@ __all__ = [
     "Fraction",
     "GeometryConfig",
     "ImageConfig",
+    "ImportedConfig",
     "IngestConfig",
     "IntensityConfig",
     "Location",
@@ -34,6 +36,7 @@ __all__ = [
     "ModelConfig",
     "NumLabelled",
     "OptimizerConfig",
+    "OtherConfig",
     "PretrainConfig",
     "ProbeConfig",
     "PublishConfig",

@@ -14,11 +14,14 @@ from pydantic import (
     model_validator,
 )
 
+from p2r.config.imported import ImportedConfig
+from p2r.config.other import OtherConfig
 from p2r.config.search import Distribution, SearchConfig
 from p2r.config.section import Artefact, Fraction, Location, NumLabelled, Section, is_none
 from p2r.config.views import GeometryConfig, IntensityConfig, ViewsConfig
 from p2r.contrasts import Contrasts
 from p2r.modes import MODES, Mode
+from p2r.reference import names_weights_file
 
 
 class FinetuneConfig(Section):
@@ -27,12 +30,19 @@ class FinetuneConfig(Section):
     tasks: Annotated[tuple[Location, ...], Field(min_length=1)]
     """Paths of task YAMLs, relative to the job file."""
     backbone: Artefact | None = None
-    """URL of a published backbone; `URL@sha256:HEX` pins its manifest. None: the backbone that this job publishes."""
+    """URL of a published backbone; `URL@sha256:HEX` pins its manifest. Or a weights file of another tool (see `imported`), which is first
+    published as `backbones/imported/<digest>` in the job's storage. None: the backbone that this job publishes."""
+    imported: ImportedConfig | None = Field(default=None, exclude_if=is_none)
+    """Only if `backbone` is a weights file (.safetensors, .pth, .pt, .ckpt) of MONAI's networks, nnU-Net or nnssl: its network, image and
+    licence. Its pretraining patients are unknown, so `allow_transductive` must be set."""
+    other: OtherConfig | None = Field(default=None, exclude_if=is_none)
+    """Frozen network of another tool, for comparison. Required by the mode other_probe, and used by it only."""
     backbone_signed_by: Annotated[str, Field(pattern=r"^ed25519:[0-9a-f]{64}$")] | None = None
     """Public key that must have signed the backbone, as `p2r sign` prints it. None: no signature is required."""
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("scratch", "linear_probe", "fine_tune")
     """Modes to compare. scratch: no pretraining. scratch_long: the same with more steps. linear_probe: a 1x1 convolution on frozen
-    features. fine_tune: train all weights. mean_teacher: fine_tune, plus consistency with an average of its own weights on the train
+    features. other_probe: the same on the frozen network of `other`. fine_tune: train all weights.
+    mean_teacher: fine_tune, plus consistency with an average of its own weights on the train
     split's unlabelled patients. weak_to_strong: fine_tune, plus pseudo-labels from such an average on strongly augmented, mixed images of
     these patients. scratch_weak_to_strong: the same from random weights. prototype_self_training: weak_to_strong with rounds of
     pseudo-labels first, made from class prototypes on frozen features. prototype: nearest class prototype by cosine similarity on
@@ -153,6 +163,7 @@ class FinetuneConfig(Section):
         for key, given in (("tasks", self.tasks), ("modes", self.modes)):
             if len(set(given)) < len(given):
                 raise ValueError(f"{key} must differ, got {', '.join(given)}")
+        self._check_imported()
         trained = [mode for mode in self.modes if "steps" in MODES[mode].settings]
         missing = [mode for mode in trained if mode not in self.search.learning_rates]
         if missing:
@@ -205,6 +216,18 @@ class FinetuneConfig(Section):
                 except ValidationError as error:
                     raise ValueError(f"search.space.{name}: {error.errors()[0]['msg']}, got {value}") from None
         return self
+
+    def _check_imported(self) -> None:
+        is_file = self.backbone is not None and names_weights_file(self.backbone)
+        if is_file and self.imported is None:
+            raise ValueError(
+                f"backbone {self.backbone} is a weights file, which states neither network nor image nor licence: give them as imported: "
+                "{model: ..., image: ..., licence: ...}"
+            )
+        if self.imported is not None and not is_file:
+            raise ValueError("imported describes a weights file, and backbone names none: leave imported out")
+        if (self.other is None) == any(MODES[mode].weights == "other" for mode in self.modes):
+            raise ValueError("other and the mode other_probe need each other: give both, or neither")
 
     def steps_of(self, mode: Mode) -> int:
         """Return the optimizer steps of a mode's trials, unless the search chooses them."""

@@ -4,7 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from p2r.config.section import ContrastName, FilledIn, Fraction, Location, Section
+from p2r.config.section import FilledIn, Fraction, Location, Section, is_none
+from p2r.contrasts import Contrast
 from p2r.patterns import check_subject_pattern
 
 
@@ -51,13 +52,13 @@ class SessionsConfig(Section):
     """
 
     contrasts: Annotated[
-        dict[ContrastName, Annotated[tuple[str, ...], Field(min_length=1)] | str], Field(min_length=1, max_length=64)
+        dict[Contrast, Annotated[tuple[str, ...], Field(min_length=1)] | str], Field(min_length=1, max_length=64)
     ]
     """Contrasts by name, each with one or several patterns (`*` and `?`, in any case) of the words that state a scan's contrast. These
     are the column `contrast` of a list, a DICOM series description, the channel in a `dataset.json`, entities and suffix of a BIDS name
     (such as `ce-GADOLINIUM_T1w`, without sub, ses and run), or else the file's name. The first contrast that matches counts; a scan that
     matches none is left out, as `no_contrast` in the ledger."""
-    reference: ContrastName | None = None
+    reference: Contrast | None = None
     """Contrast whose grid all contrasts of a session share; others are resampled to it by their headers' positions, where their grids
     differ. Nothing is registered. None: the first of `contrasts`."""
     without_reference: Literal["next", "refuse"] = "next"
@@ -121,7 +122,7 @@ class IngestConfig(Section):
     """Take only these subjects: names, or ranges such as `patient[001-014]`. None: all."""
     subjects_of: SubjectsOf | None = None
     """Take only the subjects of one split of a task. None: all."""
-    sessions: SessionsConfig | None = None
+    sessions: SessionsConfig | None = Field(default=None, exclude_if=is_none)
     """Join the scans of a session into one record of several contrasts. None: each scan is a record."""
     slice_axis: Literal["auto", 0, 1, 2] = "auto"
     """Axis of the RAS volume across which planes are cut. auto: the axis with the largest spacing; the third if all are equal."""

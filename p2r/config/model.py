@@ -11,9 +11,11 @@ from p2r.contrasts import Contrasts
 class ModelConfig(Section):
     """Encoder-decoder with the dimensions of its image, and the projection head used only in pretraining."""
 
-    name: Literal["basic_unet", "unet", "dynunet", "residual_dynunet", "swin_unetr"] = "basic_unet"
+    name: Literal["basic_unet", "unet", "dynunet", "residual_dynunet", "swin_unetr", "residual_encoder_unet"] = (
+        "basic_unet"
+    )
     """MONAI's BasicUNet (two convolutions per level), UNet (residual units), DynUNet (nnU-Net's network, with plain or residual blocks)
-    or SwinUNETR (attention within windows)."""
+    or SwinUNETR (attention within windows). residual_encoder_unet: nnU-Net's ResEnc, the network of the OpenMind checkpoints."""
     in_channels: PositiveInt = 1
     """C, contrasts of an image. Default with `contrasts`: their number."""
     contrasts: Contrasts | None = Field(default=None, exclude_if=is_none)
@@ -22,6 +24,8 @@ class ModelConfig(Section):
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=3, max_length=8)] = (16, 32, 64, 128, 256)
     """Channels per level, finest first; each level halves the size. basic_unet has five levels. swin_unetr has five token levels below
     the image's own resolution; their channels double from a multiple of 12."""
+    blocks: Annotated[tuple[PositiveInt, ...], Field(max_length=8)] | None = Field(default=None, exclude_if=is_none)
+    """residual_encoder_unet only: residual blocks per level, as many numbers as in `channels`. None: nnU-Net's 1, 3, 4, then 6."""
     feature_channels: PositiveInt = 32
     """F, channels of the dense representation that a backbone returns for every pixel."""
     level: NonNegativeInt = 0
@@ -71,6 +75,12 @@ class ModelConfig(Section):
             raise ValueError(
                 f"channels of swin_unetr must be five that double from a multiple of 12, such as 24, 48, 96, 192, 384, got {channels}"
             )
+        if self.blocks is not None and self.name != "residual_encoder_unet":
+            raise ValueError(f"blocks are for residual_encoder_unet; {self.name} has none: leave them out")
+        if self.blocks is not None and len(self.blocks) != len(channels):
+            raise ValueError(
+                f"blocks must have one number per level, got {len(self.blocks)} for {len(channels)} levels"
+            )
         if self.level >= self.depth:
             raise ValueError(f"level must be below {self.depth} ({self._kind} depth {self.depth}), got {self.level}")
         if self.normalisation == "group":
@@ -78,6 +88,11 @@ class ModelConfig(Section):
             if uneven:
                 raise ValueError(f"groups must divide channels and feature_channels, got {self.groups} for {uneven}")
         return self
+
+    @property
+    def num_blocks(self) -> tuple[int, ...]:
+        """Residual blocks of every level of residual_encoder_unet."""
+        return self.blocks or tuple((1, 3, 4)[level] if level < 3 else 6 for level in range(len(self.channels)))
 
     @property
     def depth(self) -> int:

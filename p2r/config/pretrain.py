@@ -6,8 +6,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from p2r.config.loss import LossConfig
 from p2r.config.model import ModelConfig
-from p2r.config.section import Artefact, Fraction, Location, Section
+from p2r.config.section import Artefact, Fraction, Location, Section, is_none
 from p2r.config.views import ImageConfig, ViewsConfig
+from p2r.contrasts import Contrast
 
 
 class OptimizerConfig(Section):
@@ -32,6 +33,8 @@ class CorpusShare(Section):
     """Weight of this corpus in every batch, relative to the others. None for all: in proportion to their sizes."""
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """SHA-256 of a manifest. None: the current revision when the run starts; a resumed run keeps it."""
+    contrast: Contrast | None = Field(default=None, exclude_if=is_none)
+    """Name of the contrast of a corpus whose records do not state it; it is needed beside `model.contrasts`."""
 
 
 class ProbeConfig(Section):
@@ -113,9 +116,10 @@ class PretrainConfig(Section):
     keep_every: NonNegativeInt = 0
     """Keep checkpoints whose step is a multiple of this permanently, besides the newest. 0 disables."""
     init_from: Artefact | None = None
-    """URL of the initial weights, in safetensors. A published backbone (`STORAGE/backbones/NAME/1`): its projection head is new. Another
-    run's checkpoint: `STORAGE/pretrain/checkpoints/step-00001000`. `@sha256:HEX` pins either. Step, schedule and order start from zero.
-    None: random weights, drawn by `seed`."""
+    """URL of the initial weights. A published backbone (`STORAGE/backbones/NAME/1`): its projection head is new. Another run's checkpoint:
+    `STORAGE/pretrain/checkpoints/step-00001000`. A weights file (.safetensors, .pth, .pt, .ckpt) of MONAI's networks, nnU-Net or nnssl,
+    whose names are mapped to `model`. `@sha256:HEX` pins each. Step, schedule and order start from zero. None: random weights, drawn by
+    `seed`."""
     probe: ProbeConfig | None = None
     """Linear probe on a labelled task during training. None: no probe."""
 

@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
-from p2r.contrasts import Contrast
 from p2r.errors import InputError
 from p2r.reference import parse_reference
 
@@ -28,7 +27,6 @@ Location = Annotated[str, FilledIn()]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 NumLabelled = PositiveInt | Literal["all"]
-ContrastName = Contrast
 
 
 def Within(low: float, high: float) -> AfterValidator:  # noqa: N802 (used in place of a type)

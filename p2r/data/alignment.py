@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from p2r.data.index import covered_voxels
 from p2r.data.resample import resample_frame
 from p2r.data.volume import Volume, voxels_sha256
 from p2r.errors import RefusedScan
 
 _SAME_GRID_VOXELS = 0.05  # largest distance between corresponding corners
 _SAME_SPACING = 1e-3
-_ROUNDING = 1e-4  # of half the extent
 _COPY_CORRELATION = 0.99999
 _MAX_COMPARED = 1 << 18
 
@@ -75,7 +75,8 @@ def align(
     half = np.array(volume.data.shape[:3]) / 2
     coverage = to_own[:3] / half[:, None]
     coverage[:, 3] -= (half - 0.5) / half
-    covered = covered_voxels(coverage, reference.data.shape[:3])
+    x, y, z = reference.data.shape[:3]
+    covered = covered_voxels(coverage, (slice(0, x), slice(0, y), slice(0, z)))
     fraction = float(covered.mean())
     if fraction < min_coverage:
         raise RefusedScan(
@@ -108,15 +109,6 @@ def is_same_grid(volume: Volume, other: Volume) -> bool:
     corners = np.array([[*(np.array(corner) * shape), 1] for corner in np.ndindex(2, 2, 2)], dtype=np.float64)
     apart = np.linalg.inv(other.affine) @ volume.affine @ corners.T - corners.T
     return bool(np.abs(apart[:3]).max() <= _SAME_GRID_VOXELS)
-
-
-def covered_voxels(coverage: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Return the voxels (X, Y, Z) that a contrast covers, from its coverage (3, 4)."""
-    covered = np.ones(shape[:3], dtype=np.bool_)
-    x, y, z = np.ogrid[tuple(slice(0, n) for n in shape[:3])]
-    for a, b, c, d in coverage:
-        covered &= np.abs(a * x + b * y + c * z + d) <= 1 + _ROUNDING
-    return covered
 
 
 def find_copy(volume: Volume, other: Volume, covered: NDArray[np.bool_] | None = None) -> bool:

@@ -51,7 +51,7 @@ from p2r.storage import Storage, cache_folder, json_bytes
 BuildAll = Callable[[Sequence[ShardPlan]], Generator[tuple[ShardPlan, Built], None, None]]
 
 _MIN_ROWS_TO_STOP = 20
-_NEWER_FIELDS = ("label_maps", "one_subject", "sessions")
+_NEWER_FIELDS = ("label_maps", "one_subject")
 _MAX_SHOWN = 5
 
 

@@ -35,7 +35,6 @@ _SELECTION = (
     "shard_size_mib", "seed", "pseudonyms", "max_refused_fraction", "cross_subject_copies", "dicom_subject",
     "one_subject",
 )  # fmt: skip
-_NEWER = ("sessions",)
 _LIMITS = ("max_scan_mib", "dcm2niix_timeout_s", "label_maps")  # may differ from run to run
 _DEFAULT_PATTERN = IngestConfig.model_fields["subject_pattern"].default
 _MIN_SUSPICIOUS_SCANS = 3  # this number of scans, all of one subject by the pattern, suggests a wrong pattern
@@ -138,8 +137,7 @@ class Growth:
 
 def preprocessing_of(config: IngestConfig) -> dict[str, Any]:
     """Return the fields of an ingest section that determine the record of a scan, or its refusal."""
-    unset = {name for name in _NEWER if getattr(config, name) is None}  # corpora made before these fields lack them
-    found = config.model_dump(mode="json", exclude={*_SELECTION, *_LIMITS, *unset})
+    found = config.model_dump(mode="json", exclude={*_SELECTION, *_LIMITS})
     if config.sessions is not None:
         found["sessions"]["by_priority"] = list(config.sessions.by_priority)  # JSON objects have no order
     return found

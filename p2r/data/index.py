@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 from isal.isal_zlib import crc32
+from numpy.typing import NDArray
 
 from p2r.config import PERCENTILES
 from p2r.data.header import is_physical
@@ -38,6 +39,7 @@ _MAX_AXIS = 1 << 20
 _MAX_OFFSET = 1 << 50
 _MAX_KEY = 1024
 _CONTRAST = re.compile(r"[a-z0-9_]{1,64}")
+_COVERAGE_ROUNDING = 1e-4  # of half the extent
 _OPTIONAL = ("contrast", "coverage")
 _PARSE_ERRORS = (AttributeError, KeyError, ValueError, TypeError, OverflowError, RecursionError)
 
@@ -102,6 +104,24 @@ class IndexRow:
             for at, chunk, n in zip(place, self.chunk_shape, self.stored_shape[1:], strict=True)
         )
         return (planes, rows, columns)
+
+
+def covered_box(row: IndexRow, box: Box) -> NDArray[np.bool_]:
+    """Return the voxels of a box of slices, rows and columns that are inside the scan as acquired."""
+    if row.coverage is None:
+        return np.ones([part.stop - part.start for part in box], dtype=np.bool_)
+    coverage = np.reshape(row.coverage, (3, 4))
+    stored = [row.slice_axis, *(axis for axis in range(3) if axis != row.slice_axis), 3]
+    return covered_voxels(coverage[:, stored], box)
+
+
+def covered_voxels(coverage: NDArray[np.float64], box: Box) -> NDArray[np.bool_]:
+    """Return the voxels of a box at which a coverage (3, 4), along the axes of the box, gives numbers in [-1, 1]."""
+    covered = np.ones([part.stop - part.start for part in box], dtype=np.bool_)
+    x, y, z = np.ogrid[box]
+    for a, b, c, d in coverage:
+        covered &= np.abs(a * x + b * y + c * z + d) <= 1 + _COVERAGE_ROUNDING
+    return covered
 
 
 def index_name(tar_name: str) -> str:

@@ -2,7 +2,7 @@
 
 The replacement of a damaged sample depends only on the sample's own position, so that all runs choose the same one.
 
-Shapes: B samples of this rank, b of them on one grid; T P h w as in `shards`.
+Shapes: B samples of this rank of C contrasts each, b of these on one grid; T P h w as in `shards`.
 """
 
 import math
@@ -25,10 +25,11 @@ from p2r.config import ImageConfig
 from p2r.counters import Counters
 from p2r.data.batch import Batch, Group, Replaced
 from p2r.data.fetch import OpenShards
+from p2r.data.index import Box, IndexRow, covered_box
 from p2r.data.order import Order, Samples
 from p2r.data.preparation import intensity_window, plane_axes, plane_spacing
 from p2r.data.preprocess import check_plane
-from p2r.data.shards import Box, IndexRow, ShardReader
+from p2r.data.shards import ShardReader
 from p2r.errors import DataError
 from p2r.randomness import keyed_generator
 
@@ -74,9 +75,19 @@ class _Part(NamedTuple):
     """Patches only: centre in voxels of the box, along X, Y, Z."""
 
     @property
+    def covered(self) -> Array:
+        """Voxels of the slice, or of the box, inside the scan as acquired."""
+        row = self.row
+        if self.box is not None:
+            return covered_box(row, self.box)
+        plane = self.number % row.stored_shape[1]
+        covered: Array = covered_box(row, (slice(plane, plane + 1), *row.whole[1:]))[0]
+        return covered
+
+    @property
     def grid(self) -> tuple[Any, ...]:
         """Key that is equal for samples stacked in one array; a patch is never stacked."""
-        return self.row.plane_grid if self.box is None else (id(self),)
+        return (*self.row.plane_grid, self.row.coverage is None) if self.box is None else (id(self),)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -126,6 +137,8 @@ class Loader:
         order: Sample order of the run.
         image: The network's grid.
         seed: Seed of the run.
+        contrasts: Names of the contrasts to read, in the order of the channels; None: records have one without a name.
+        names: For each corpus, the name of the contrast of records that do not state it.
         share: This rank's samples of each global batch.
         neighbours: Fraction of samples that are the neighbour of the previous sample.
         quarantine: Policy for damaged samples.
@@ -140,6 +153,8 @@ class Loader:
         *,
         image: ImageConfig,
         seed: int,
+        contrasts: tuple[str, ...] | None,
+        names: Sequence[str | None],
         share: range,
         neighbours: float,
         quarantine: Quarantine,
@@ -148,6 +163,8 @@ class Loader:
     ) -> None:
         self._shards, self._order, self._image, self._seed = shards, order, image, seed
         self._share, self._neighbours, self._pin_memory = share, neighbours, pin_memory
+        self._contrasts, self._names = contrasts, names
+        self._num_channels = 1 if contrasts is None else len(contrasts)
         # The first of a pair of neighbours may belong to another rank.
         self._numbers = range(share.start - (share.start % 2 if neighbours else 0), share.stop)
         self._quarantine, self._counters = quarantine, counters
@@ -194,23 +211,29 @@ class Loader:
         places = [_Place(*place) for place in located]
         needed = {(place.corpus, place.shard) for place in places}
         readers = {(corpus, shard): self._shards[corpus].reader(shard) for corpus, shard in needed}
-        parts = [self._locate_part(place, readers[place.corpus, place.shard]) for place in places]
+        parts: dict[int, _Part] = {}  # by channel of the batch: sample * C + contrast
+        for index, place in enumerate(places):
+            places[index], found = self._locate_sample(place, readers[place.corpus, place.shard])
+            positions[index] += places[index].sample - place.sample
+            parts |= {index * self._num_channels + channel: part for channel, part in found.items()}
 
         together: dict[Any, list[int]] = defaultdict(list)
-        for index, part in enumerate(parts):
-            together[part.grid].append(index)
+        for channel, part in parts.items():
+            together[part.grid].append(channel)
         arrays = self._allocate([(parts[members[0]], len(members)) for members in together.values()])
         voxels = dict(zip(together, arrays, strict=True))
         jobs = {
-            index: (places[index], parts[index], out)
+            channel: (places[channel // self._num_channels], parts[channel], out)
             for grid, members in together.items()
-            for index, out in zip(members, voxels[grid].numpy(), strict=True)
+            for channel, out in zip(members, voxels[grid].numpy(), strict=True)
         }
-        damage = self._read_all(jobs)
+        damage: dict[int, DataError] = {}  # by sample
+        for channel, error in self._read_all(jobs).items():
+            damage.setdefault(channel // self._num_channels, error)
 
         groups = []
         for grid, members in together.items():
-            sound = [row for row, index in enumerate(members) if index not in damage]
+            sound = [row for row, channel in enumerate(members) if channel // self._num_channels not in damage]
             if sound:
                 array = voxels[grid] if len(sound) == len(members) else voxels[grid][sound]
                 groups.append(
@@ -218,12 +241,70 @@ class Loader:
                 )
         replaced = []
         for index, error in damage.items():
-            part, array, note = self._read_replacement(places[index], error)
-            groups.append(self._make_group([index], [part], array))
+            others, note = self._read_replacement(places[index], error)
+            first = index * self._num_channels
+            for channel in range(first, first + self._num_channels):
+                parts.pop(channel, None)
+            for contrast, (part, array) in others.items():
+                parts[first + contrast] = part
+                groups.append(self._make_group([first + contrast], [part], array))
             positions[index] += note.by - note.sample
             replaced.append(note)
         self._counters.add("decode_seconds", time.perf_counter() - began)
-        return Batch(tuple(groups), positions, epochs, self._image, replaced=tuple(replaced))
+        return Batch(
+            tuple(groups),
+            positions,
+            epochs,
+            self._image,
+            replaced=tuple(replaced),
+            contrasts=self._contrasts,
+            present=self._mark_present(parts, len(places)),
+        )
+
+    def _mark_present(self, parts: Mapping[int, _Part], num_samples: int) -> NDArray[np.bool_] | None:
+        if self._contrasts is None:
+            return None
+        present = np.zeros(num_samples * self._num_channels, dtype=np.bool_)
+        present[list(parts)] = True
+        return present.reshape(num_samples, -1)
+
+    def _locate_sample(self, place: _Place, reader: ShardReader) -> tuple[_Place, dict[int, _Part]]:
+        """Return the parts to read for a sample by contrast; those of another sample if its record has none of the contrasts.
+
+        The other sample is of the same shard, and depends only on the sample's own position. If no record of the shard has one of the
+        contrasts, the sample has no parts.
+        """
+        parts = self._locate_contrasts(place, reader)
+        if parts:
+            return place, parts
+        self._counters.add("samples_without_contrast")
+        counts = np.array([num * self._has_contrast(place, reader, row) for row, num in self._samples_of(reader)])
+        if not counts.sum():
+            return place, {}
+        generator = keyed_generator(self._seed, "contrast", place.corpus, place.epoch, place.shard, place.sample)
+        number = int(generator.bit_generator.random_raw()) % int(counts.sum())
+        record = int(np.searchsorted(np.cumsum(counts), number, side="right"))
+        before = sum(num for _, num in self._samples_of(reader)[:record])
+        other = place._replace(sample=before + number - int(counts[:record].sum()))
+        return other, self._locate_contrasts(other, reader)
+
+    def _locate_contrasts(self, place: _Place, reader: ShardReader) -> dict[int, _Part]:
+        """Return the parts to read for a sample by contrast."""
+        part = self._locate_part(place, reader)
+        if self._contrasts is None:
+            return {0: part}
+        rows = {row.contrast or self._names[place.corpus]: row for row in reader.volumes(part.row)}
+        return {channel: part._replace(row=rows[name]) for channel, name in enumerate(self._contrasts) if name in rows}
+
+    def _has_contrast(self, place: _Place, reader: ShardReader, row: IndexRow) -> bool:
+        names = {one.contrast or self._names[place.corpus] for one in reader.volumes(row)}
+        return not names.isdisjoint(self._contrasts or ())
+
+    def _samples_of(self, reader: ShardReader) -> list[tuple[IndexRow, int]]:
+        """Return the number of samples of each record of a shard."""
+        if self._image.dimensions == 2:
+            return [(row, row.num_planes) for row in reader.records]
+        return [(row, row.shape[3] * self._image.patches_per_volume) for row in reader.records]
 
     def _choose_samples(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return positions and epochs of this rank's samples; of pairs 2k, 2k + 1 of the global batch, the second may be a neighbour."""
@@ -308,24 +389,28 @@ class Loader:
         row = parts[0].row
         windows = [_window(part.row.percentiles, self._image.intensity_percentiles) for part in parts]
         low, high = torch.tensor(windows, dtype=torch.float32).unbind(1)
+        covered = None if row.coverage is None else torch.from_numpy(np.stack([part.covered for part in parts]))
         if self._image.dimensions == 2:
             spacing_mm = plane_spacing(row.spacing_mm, row.slice_axis)
-            return Group(torch.tensor(members), voxels, low, high, spacing_mm)  # (b, h, w)
+            return Group(torch.tensor(members), voxels, low, high, spacing_mm, covered=covered)  # (b, h, w)
         canonical = torch.movedim(voxels, 1, 1 + row.slice_axis)  # (b, X, Y, Z)
-        return Group(torch.tensor(members), canonical, low, high, row.spacing_mm, parts[0].centre)
+        if covered is not None:
+            covered = torch.movedim(covered, 1, 1 + row.slice_axis)
+        return Group(torch.tensor(members), canonical, low, high, row.spacing_mm, parts[0].centre, covered=covered)
 
-    def _read_replacement(self, place: _Place, error: DataError) -> tuple[_Part, Tensor, Replaced]:
-        """Read another sample of the same shard in place of a damaged one."""
+    def _read_replacement(self, place: _Place, error: DataError) -> tuple[dict[int, tuple[_Part, Tensor]], Replaced]:
+        """Read another sample of the same shard in place of a damaged one: its parts and voxels by contrast."""
         count = self._order.num_samples(place.corpus, place.shard)
         generator = keyed_generator(self._seed, "replacement", place.corpus, place.epoch, place.shard, place.sample)
         for word in generator.bit_generator.random_raw(_MAX_REPLACEMENTS).tolist():
             other = _Place(place.corpus, place.shard, word % count, place.epoch)
-            part = self._locate_part(other, self._shards[place.corpus].reader(place.shard))
-            (voxels,) = self._allocate([(part, 1)])
-            if other != place and not self._read_all({0: (other, part, voxels[0].numpy())}):
+            parts = self._locate_contrasts(other, self._shards[place.corpus].reader(place.shard))
+            found = {channel: (part, self._allocate([(part, 1)])[0]) for channel, part in parts.items()}
+            jobs = {channel: (other, part, voxels[0].numpy()) for channel, (part, voxels) in found.items()}
+            if other != place and found and not self._read_all(jobs):
                 note = Replaced(self._shards[place.corpus].name(place.shard), place.sample, other.sample, str(error))
                 self._count_replacement(place, note, error)
-                return part, voxels, note
+                return found, note
         raise DataError(
             f"{_MAX_REPLACEMENTS} replacements of a damaged sample cannot be read either: {error}"
         ) from error

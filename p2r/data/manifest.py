@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, TypeAdapter
 
-from p2r.config import ContrastName
+from p2r.contrasts import Contrast
 from p2r.data.pseudonyms import names_for
 from p2r.documents import Digests, FewKeys, Sha256, checked, read_json, way_out
 from p2r.errors import DataError
@@ -91,7 +91,7 @@ class _Manifest(_Strict):
     num_bytes: _Count
     num_subjects: _Count
     num_cross_subject_copies: _Count
-    contrasts: Annotated[dict[ContrastName, _Count], FewKeys] | None = None
+    contrasts: Annotated[dict[Contrast, _Count], FewKeys] | None = None
     """Number of sessions with each contrast; None: records have one volume without a name."""
     reasons: Annotated[dict[str, _Count], FewKeys]
     summary: _Summary

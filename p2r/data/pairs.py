@@ -19,7 +19,7 @@ def key_of(below: str, name: str) -> str | None:
     if "{key}" not in name:
         return folder if stem == composed(name) and folder else None
     before, after = (re.escape(composed(part)) for part in name.split("{key}"))
-    match = re.fullmatch(f"{before}(.+){after}", stem)
+    match = re.fullmatch(f"{before}(.+){after}", stem, re.DOTALL)
     return None if match is None else match[1]
 
 

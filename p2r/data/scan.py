@@ -51,5 +51,5 @@ class Scan:
 def folder_passed_over(path: str, num_files: int) -> Scan:
     """Return the entry of a folder of a BIDS data set that is not read, because it holds results or sources."""
     name = path.rpartition("/")[2]
-    reason = f"{name} of a BIDS data set is not read ({num_files} images); to read it, list it in ingest.sources"
+    reason = f"{name} of a BIDS data set, not read as scans ({num_files} images); to ingest them, list this folder in ingest.sources"
     return Scan(path, name, 0, f"{num_files} files", passed_over=reason)

@@ -185,12 +185,12 @@ class ShardReader:
     def __init__(self, name: str, index: list[IndexRow], read: ReadRange) -> None:
         self.name = name
         records = records_of(index)
-        self._rows = [record[0] for record in records]
+        self.records = tuple(record[0] for record in records)
         self._volumes = {record[0].key: record for record in records if len(record) > 1}
         self._read = read
-        self._ends = list(accumulate(row.num_planes for row in self._rows))
+        self._ends = list(accumulate(row.num_planes for row in self.records))
         self.num_records, self.num_samples = len(records), self._ends[-1] if self._ends else 0
-        self._volume_ends = list(accumulate(row.shape[3] for row in self._rows))
+        self._volume_ends = list(accumulate(row.shape[3] for row in self.records))
         self.num_volumes = self._volume_ends[-1] if self._volume_ends else 0
 
     def locate(self, sample: int) -> tuple[IndexRow, int]:
@@ -198,14 +198,14 @@ class ShardReader:
         if not 0 <= sample < self.num_samples:
             raise ValueError(f"{self.name} has {self.num_samples} samples, got number {sample}")
         record = bisect_right(self._ends, sample)
-        return self._rows[record], sample - (self._ends[record - 1] if record else 0)
+        return self.records[record], sample - (self._ends[record - 1] if record else 0)
 
     def locate_volume(self, number: int) -> tuple[IndexRow, int]:
         """Return the record and the frame of a volume (0 to `num_volumes` - 1)."""
         record = bisect_right(self._volume_ends, number)
-        if number < 0 or record == len(self._rows):
+        if number < 0 or record == len(self.records):
             raise ValueError(f"{self.name} has no volume number {number}")
-        return self._rows[record], number - (self._volume_ends[record - 1] if record else 0)
+        return self.records[record], number - (self._volume_ends[record - 1] if record else 0)
 
     def volumes(self, row: IndexRow) -> tuple[IndexRow, ...]:
         """Return the volumes of a record, one for each of its contrasts, given any of them."""

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from p2r.cache import node_cache
@@ -35,6 +35,8 @@ class Corpus:
     manifest: Mapping[str, Any]
     weight: float | None = None
     """Weight in every batch relative to the other corpora; None for all corpora: proportional to their sizes."""
+    contrast: str | None = None
+    """Name of the contrast of its records, if they do not state it."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,18 @@ class StreamState:
         """
         if not isinstance(value.get("step"), int) or value["step"] < 0:
             raise CheckpointError(f"the stream state has no valid step: {value.get('step')!r}")
-        for name, expected in {**self.to_dict(), "step": value["step"]}.items():
-            if value.get(name) != expected:
+        expected_state = {**self.to_dict(), "step": value["step"]}
+        if unknown := sorted(value.keys() - expected_state.keys()):
+            raise CheckpointError(
+                f"the checkpoint's data stream has {', '.join(unknown)}, which this version of p2r does not know: resume with the "
+                "version that wrote it, or start from the weights with --fork NAME"
+            )
+        # A version that had no such key behaved like its default.
+        saved = {field.name: field.default for field in fields(self) if field.default is not MISSING} | dict(value)
+        for name, expected in expected_state.items():
+            if saved.get(name) != expected:
                 raise CheckpointError(
-                    f"the checkpoint's data stream has {name} {value.get(name)!r}, this run has {expected!r}: "
+                    f"the checkpoint's data stream has {name} {saved.get(name)!r}, this run has {expected!r}: "
                     "resume with the same corpus, seed and global batch, or start from the weights with --fork NAME"
                 )
         return replace(self, step=value["step"])
@@ -86,6 +96,7 @@ def stream(
     image: ImageConfig,
     seed: int,
     global_batch: int,
+    contrasts: tuple[str, ...] | None = None,
     rank: int = 0,
     world_size: int = 1,
     state: StreamState | None = None,
@@ -103,6 +114,7 @@ def stream(
         image: The network's grid.
         seed: Seed of the order.
         global_batch: Samples per step over all ranks.
+        contrasts: Names of the contrasts of an image, in the order of its channels; None: records have one without a name.
         rank: Rank of this process.
         world_size: Number of ranks; must divide the lanes of the order.
         state: State to resume from; None: start from the beginning.
@@ -123,6 +135,8 @@ def stream(
     fresh = stream_state(corpora, seed=seed, global_batch=global_batch, neighbours=neighbours)
     if state is not None:
         fresh.resumed(state.to_dict())
+    for corpus in corpora:
+        check_contrasts(corpus, contrasts)
     order = order_of(corpora, image=image, seed=seed, global_batch=global_batch)
     check_world_size(global_batch, world_size)
     cache = node_cache(counters) if not all(corpus.storage.is_local for corpus in corpora) else None
@@ -131,6 +145,8 @@ def stream(
         order,
         image=image,
         seed=seed,
+        contrasts=contrasts,
+        names=[corpus.contrast for corpus in corpora],
         share=range(rank * global_batch // world_size, (rank + 1) * global_batch // world_size),
         neighbours=neighbours,
         quarantine=quarantine,
@@ -148,6 +164,35 @@ def stream_state(corpora: Sequence[Corpus], *, seed: int, global_batch: int, nei
         global_batch=global_batch,
         neighbours=neighbours,
     )
+
+
+def check_contrasts(corpus: Corpus, contrasts: tuple[str, ...] | None) -> None:
+    """Refuse a corpus that does not have the contrasts of a network.
+
+    Raises:
+        DataError: if only one of the two has named contrasts, or the corpus has none of the network's.
+    """
+    known = corpus.manifest.get("contrasts")
+    named = ", ".join(known or ())
+    if known is not None and corpus.contrast is not None:
+        raise DataError(f"{corpus.storage.url} has the contrasts {named}: leave contrast out of pretrain.corpus")
+    if contrasts is None and known is not None:
+        raise DataError(
+            f"{corpus.storage.url} has the contrasts {named}: choose some of them in pretrain.model.contrasts"
+        )
+    if contrasts is None:
+        return
+    if known is None and corpus.contrast is None:
+        raise DataError(
+            f"{corpus.storage.url} has no named contrasts, pretrain.model.contrasts are {', '.join(contrasts)}: ingest it with "
+            "ingest.sessions, or name its contrast in pretrain.corpus"
+        )
+    found = {name for name, count in (known or {}).items() if count} | {corpus.contrast}
+    if found.isdisjoint(contrasts):
+        raise DataError(
+            f"{corpus.storage.url} has none of the contrasts {', '.join(contrasts)} (pretrain.model.contrasts); it has "
+            f"{named or corpus.contrast}"
+        )
 
 
 def order_of(corpora: Sequence[Corpus], *, image: ImageConfig, seed: int, global_batch: int) -> Order:

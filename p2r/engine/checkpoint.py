@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, TypeAdapter
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -59,7 +59,8 @@ class _Config(BaseModel):
     """Keys of a run's configuration that are used before it is compared with the job's."""
 
     model_config = ConfigDict(strict=True)  # other keys are compared unchanged
-    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    steps: Annotated[int, Field(ge=1)]
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = PretrainConfig.model_fields["zero_stage"].default
 
 
 class _Manifest(BaseModel):
@@ -319,20 +320,43 @@ def _do_nothing() -> None:
 
 
 def refuse_other_config(manifest: Mapping[str, Any], config: PretrainConfig, *, where: str) -> None:
-    """Raise `CheckpointError` with every differing key if a checkpoint belongs to another run."""
-    saved, wanted = _flatten_keys(manifest["config"]), _flatten_keys(config.model_dump(mode="json"))
+    """Raise `CheckpointError` with every differing key if a checkpoint belongs to another run.
+
+    A key that the version of the checkpoint did not have counts as its default.
+    """
+    saved, wanted = _flatten_keys(_complete_config(manifest)), _flatten_keys(config.model_dump(mode="json"))
     differing = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
     differing = [key for key in differing if key not in _CHANGEABLE_KEYS]
-    if differing:
-        lines = "\n".join(
-            f"  pretrain.{key}: {saved.get(key)!r} in the checkpoint, {wanted.get(key)!r} in the job"
-            for key in differing
-        )
-        raise CheckpointError(
-            f"{where} was made with another configuration:\n{lines}\n"
-            "Restore these values. Or start a new run from its weights with --fork NAME. "
-            "Or give the job another storage URL to start from scratch."
-        )
+    if not differing:
+        return
+    lines = [f"  pretrain.{key}: {_describe_difference(key, saved, wanted)}" for key in differing]
+    way = (
+        "Restore these values. Or start a new run from its weights with --fork NAME. "
+        "Or give the job another storage URL to start from scratch."
+    )
+    wrote = manifest.get("code_version")
+    if wrote != __version__ and any(key not in saved or key not in wanted for key in differing):
+        way = f"p2r {wrote} wrote it, this is p2r {__version__}: resume with that version. {way}"
+    raise CheckpointError("\n".join([f"{where} was made with another configuration:", *lines, way]))
+
+
+def _complete_config(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's configuration, with the defaults of keys that its version did not have.
+
+    The default of a new key must keep the earlier behaviour (CONTRIBUTING.md). A configuration that this version cannot read
+    is returned unchanged, and the comparison names the keys.
+    """
+    try:
+        return PretrainConfig.model_validate(manifest["config"]).model_dump(mode="json")
+    except ValidationError:
+        return dict(manifest["config"])
+
+
+def _describe_difference(key: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    if key not in wanted:
+        return f"{saved[key]!r} in the checkpoint; this version of p2r has no such key"
+    before = repr(saved[key]) if key in saved else "absent"
+    return f"{before} in the checkpoint, {wanted[key]!r} in the job"
 
 
 def refuse_other_ranks(manifest: Mapping[str, Any], config: PretrainConfig, *, world_size: int, where: str) -> None:
@@ -449,7 +473,7 @@ def _set_aside(storage: Storage, path: str, reason: str) -> None:
 
 
 def _ranks_and_stage(manifest: Mapping[str, Any]) -> tuple[int, int]:
-    return int(manifest["world_size"]), int(manifest["config"]["zero_stage"])
+    return int(manifest["world_size"]), _Config.model_validate(manifest["config"]).zero_stage
 
 
 def _tensor_file(folder: Path, name: str) -> Path:

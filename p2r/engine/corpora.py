@@ -47,7 +47,7 @@ def corpora_of(config: PretrainConfig, own: Storage, *, stream: Mapping[str, Any
             raise _revision_error(storage, revision, share.revision)
         if stream is not None and revision is not None and not storage.exists(revision_path(revision)):
             raise _revision_error(storage, revision, manifest_sha256(load_manifest(storage)))
-        found.append(Corpus(storage, load_manifest(storage, revision=revision), share.weight))
+        found.append(Corpus(storage, load_manifest(storage, revision=revision), share.weight, share.contrast))
     return found
 
 

@@ -46,8 +46,8 @@ def _copy_ahead(batches: Batches, device: torch.device, timed: Timed) -> Batches
             current = torch.cuda.current_stream(device)
             current.wait_stream(side)
             for group in here.groups:
-                for tensor in (group.voxels, group.low, group.high, group.index):
-                    if tensor.is_cuda:
+                for tensor in (group.voxels, group.low, group.high, group.index, group.covered):
+                    if tensor is not None and tensor.is_cuda:
                         tensor.record_stream(current)
             yield replace(here, wait_s=batch.wait_s if is_idle else 0.0), state
             end = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -62,6 +62,7 @@ def _copy_to_device(batch: Batch, device: torch.device) -> Batch:
         # The host computes with the position of a patch, so it stays there.
         index = to_device(group.index, device) if batch.image.dimensions == 2 else group.index
         voxels, low, high = (to_device(tensor, device) for tensor in (group.voxels, group.low, group.high))
-        return replace(group, index=index, voxels=voxels, low=low, high=high)
+        covered = None if group.covered is None else to_device(group.covered, device)
+        return replace(group, index=index, voxels=voxels, low=low, high=high, covered=covered)
 
     return replace(batch, groups=tuple(group_on_device(group) for group in batch.groups))

@@ -16,7 +16,7 @@ from p2r.config import LossConfig, PretrainConfig
 from p2r.engine.build import DTYPES
 from p2r.errors import InputError
 from p2r.loss import Findings, SameImage, barlow_twins, info_nce, info_nce_within_images
-from p2r.loss.info_nce import PANEL
+from p2r.loss.contrast import PANEL
 from p2r.loss.tiles import TILE, num_panels
 from p2r.loss.within_image import images_at_once
 

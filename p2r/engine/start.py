@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -116,6 +116,7 @@ def begin_run(
         image=config.image,
         seed=config.seed,
         global_batch=config.global_batch,
+        contrasts=config.model.contrasts,
         neighbours=config.neighbours,
         rank=rank,
         world_size=world_size,
@@ -161,11 +162,18 @@ def _check_batch_and_checkpoint(
     config: PretrainConfig, checkpoint: Mapping[str, Any] | None, storage: Storage, *, world_size: int
 ) -> None:
     """Raise `InputError` if this number of workers cannot share a batch, or cannot resume from a checkpoint."""
-    if checkpoint is not None and "skipped_steps" not in checkpoint["state"]["running"]:
-        raise CheckpointError(
-            f"{storage.at(checkpoint['path'])} cannot be resumed: the optimizer that wrote it could not skip steps. "
-            f"Use the version of p2r that wrote it ({checkpoint['code_version']}), or another storage URL"
-        )
+    if checkpoint is not None:
+        running = checkpoint["state"].get("running", {})
+        reason = None
+        if unknown := sorted(running.keys() - {field.name for field in fields(Sums)}):
+            reason = f"its state has {', '.join(unknown)}, which this version of p2r does not know"
+        elif "skipped_steps" not in running:
+            reason = "the optimizer that wrote it could not skip steps"
+        if reason is not None:
+            raise CheckpointError(
+                f"{storage.at(checkpoint['path'])} cannot be resumed: {reason}. Use the version of p2r that wrote it "
+                f"({checkpoint.get('code_version')}), or start a new run from its weights with --fork NAME"
+            )
     if config.global_batch % world_size:
         raise InputError(
             f"pretrain.global_batch must be divisible by the number of workers, got {config.global_batch} for {world_size}"

@@ -1,7 +1,8 @@
 """Initial weights of a run, from a published backbone or another run's checkpoint.
 
-Only safetensors are read, after their digest was checked: their author cannot run code here. All tensors must fit. A backbone
-leaves the projection head at its random weights. A temperature that is learnt on only one side is left out.
+Of p2r's own formats, only safetensors are read, after their digest was checked: their author cannot run code here. All tensors
+must fit. A backbone leaves the projection head at its random weights. A temperature that is learnt on only one side is left out.
+A weights file of another tool passes through `p2r.weights_file`, which runs no code, and a key map, `p2r.model.foreign`.
 """
 
 import hashlib
@@ -9,19 +10,24 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from p2r.artefact import MAX_MANIFEST_BYTES, BackboneManifest, open_artefact
+from p2r.config import ModelConfig
 from p2r.documents import read_json
 from p2r.engine.ancestry import origins_of_backbone, origins_of_checkpoint
 from p2r.engine.checkpoint import FORMAT, check_manifest
 from p2r.errors import CheckpointError, DamagedError
+from p2r.model.backbones import EncoderDecoder, build_backbone
+from p2r.model.foreign import Transfer, transfer
 from p2r.model.pix2rep import Pix2Rep
 from p2r.reference import Reference, parse_reference
 from p2r.storage import Storage
-from p2r.tensors import check_fit, read_tensors, shapes_of
+from p2r.tensors import check_fit, read_tensors, shapes_of, unallocated
+from p2r.weights_file import is_weights_file, read_weights_file
 
 _FILE = "model.safetensors"
+_MAX_CITATIONS = 4000
 _OPTIONAL = {"log_temperature"}
 _WAY_OUT = "Take over its model section, or leave init_from out."
 
@@ -31,18 +37,26 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
 
     Args:
         model: Model of the run.
-        url: Folder of a published backbone or of a checkpoint, or the safetensors file in one of them. `@sha256:HEX` adds the
-            digest of its `manifest.json`.
+        url: Folder of a published backbone or of a checkpoint, or the safetensors file in one of them; or a weights file of another
+            tool. `@sha256:HEX` adds the digest of `manifest.json`, or of that file.
 
     Returns:
         Record for the checkpoint: URL, format, SHA-256 of the weights and of the manifest, pins of the pretraining data (None:
-        unknown), and the step of a checkpoint.
+        unknown), the step of a checkpoint, and the table of another tool's weights.
 
     Raises:
         StorageError: The weights are absent or damaged, or differ from the pin.
         CheckpointError: The URL holds something else, or the weights do not fit the model.
     """
     given = parse_reference(url)
+    if is_weights_file(given):
+        backbone = model.backbone
+        assert isinstance(backbone, EncoderDecoder)
+        found, record = foreign_weights(
+            given, backbone.config, dimensions=backbone.dimensions, key="pretrain.init_from"
+        )
+        backbone.load_state_dict(found.weights, strict=False)
+        return record
     reference = Reference(re.sub(r"/model(-[0-9a-f]{64})?\.safetensors$", "", given.url.rstrip("/")), given.sha256)
     storage = Storage(reference.url)
     where = f"pretrain.init_from {storage.url}"
@@ -74,6 +88,41 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
         "origins": origins_of_checkpoint(manifest, storage.url),
         "step": manifest["step"],
     }
+
+
+def foreign_weights(
+    reference: Reference, config: ModelConfig, *, dimensions: int, key: str
+) -> tuple[Transfer, dict[str, Any]]:
+    """Read a weights file of another tool, and map its tensors to a backbone.
+
+    Args:
+        reference: The file.
+        config: Model section for the backbone.
+        dimensions: Dimensions of the image, 2 or 3.
+        key: Key of the job that names the file, for messages.
+
+    Returns:
+        The matched weights, and the record of their origin.
+
+    Raises:
+        StorageError, CheckpointError: See `p2r.weights_file.read_weights_file` and `p2r.model.foreign.transfer`.
+    """
+    where = f"{key} {reference.url}"
+
+    def build(section: ModelConfig) -> nn.Module:
+        return unallocated(lambda: build_backbone(section, dimensions=dimensions), where=where)
+
+    file = read_weights_file(reference, where=where)
+    found = transfer(file.tensors, build, config, where=where)
+    citations = str(file.facts.get("citations") or "")[:_MAX_CITATIONS]
+    record = {
+        "url": reference.url,
+        "format": "foreign",
+        "weights_sha256": file.sha256,
+        "origins": None,
+        **found.facts(),
+    }
+    return found, {**record, **({"citations": citations} if citations else {})}
 
 
 def checked_weights(storage: Storage, path: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -12,14 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import unquote, urlparse
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from p2r.config import Fraction, Section
 from p2r.contrasts import Contrast, describe
 from p2r.data.folders import images_below
-from p2r.data.names import composed, scan_key
+from p2r.data.names import composed, local_path, scan_key
 from p2r.data.pairs import key_of, label_finder
 from p2r.data.preparation import Preparation, SliceAxis
 from p2r.data.subjects import expand_subjects, subject_by_pattern
@@ -529,17 +528,16 @@ def _group_files(config: TaskConfig, path: Path, cache: Path | None) -> dict[tup
 
 
 def _resolve_folder(source: str, key: str, path: Path, cache: Path | None) -> Path:
-    scheme = urlparse(source).scheme
-    if scheme == "template":
+    if source.startswith("template:"):
         from p2r.data.phantom import resolve_source  # imported here: SciPy takes a second
 
         return resolve_source(source, cache or cache_folder())
-    if scheme not in ("", "file"):
+    found = local_path(source)
+    if found is None:
         raise DataError(
             f"task {path}: {key} is {source!r}; a task's folders must be paths, file:// or template:// URLs"
         )
-    found = Path(unquote(urlparse(source).path) if scheme == "file" else source).expanduser()
-    folder = path.absolute().parent / found
+    folder = path.absolute().parent / found.expanduser()
     if not folder.is_dir():
         raise DataError(
             f"task {path}: {key} is {source}, but there is no folder {folder}; get the data, or correct the path"

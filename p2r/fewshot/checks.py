@@ -32,9 +32,10 @@ from p2r.fewshot.protocol import (
     numbers_of,
 )
 from p2r.fewshot.setup import TrialSetup
-from p2r.fewshot.trial import slices_of
+from p2r.fewshot.trial_inputs import slices_of
 from p2r.files import file_sha256
 from p2r.model.contrasts import missing_contrasts
+from p2r.modes import MODES
 
 _INPUTS = {2: "slices", 3: "volumes"}
 
@@ -154,6 +155,11 @@ def _check_contrasts(task: Task, backbone: Backbone, config: FinetuneConfig) -> 
         raise DataError(
             f"task {task.name} wants the contrast {', '.join(unseen)}, which the backbone {url} never saw: it reads "
             f"{describe(of_backbone)}. Leave it out (finetune.contrasts), or use a backbone of these contrasts or of one"
+        )
+    if len(read or ("",)) > 1 and (others := [mode for mode in config.modes if MODES[mode].weights == "other"]):
+        raise DataError(
+            f"finetune.modes has {', '.join(others)}, whose network reads images of one contrast, task {task.name} {describe(read)}: "
+            "name one in finetune.contrasts, or leave the mode out"
         )
     if config.protocol == "paper_compat" and len(read or ("",)) > 1:
         raise DataError(

@@ -40,6 +40,9 @@ class TrialSetup:
     test_sha256: str = ""
     """Digest of the files of test patients; part of the recipe of trials that report test patients."""
 
+    other_sha256: str = ""
+    """Digest of the network of `config.other`; a trial refuses one with another digest."""
+
     def preparation(self, backbone: Backbone) -> Preparation:
         """Return the preparation of scans for the trials' models; see `preparation_for`."""
         return preparation_for(read_task_config(Path(self.task)), self.config, backbone.preparation)
@@ -79,6 +82,8 @@ class TrialSetup:
 
     def _backbone_digest(self, trial: Trial) -> str:
         """Return the digest of the parts of the backbone that the trial uses."""
+        if MODES[trial.mode].weights == "other":
+            return self.other_sha256
         # The label transductive of a row depends on the backbone's corpus, so not only on its architecture.
         if MODES[trial.mode].is_from_scratch and not self.config.allow_transductive:
             return self.architecture_sha256

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from p2r.loss.info_nce import Form, number_in, refuse_form_and_temperature
+from p2r.loss.arguments import number_in, refuse_form_and_temperature
+from p2r.loss.contrast import Form
 from p2r.loss.ranks import (
     Findings,
     GradientScale,

@@ -1,6 +1,6 @@
 """Model section of a job -> a network from an image (B, C, *S) to a dense representation (B, F, *S).
 
-The networks are MONAI's, in 2D and 3D, without their last layer: the representation is the output of the decoder. So a linear
+The networks are MONAI's and nnU-Net's, in 2D and 3D, without their last layer: the representation is the output of the decoder. So a linear
 probe can read it, and pretraining and segmentation share all weights below their heads. The blocks are run one by one, for
 two reasons: the representation may come from a coarser level of the decoder, without the later blocks; and blocks may be
 recomputed in the backward pass instead of storing their activations.
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from monai.networks.layers.factories import Conv, Norm
+from monai.networks.layers.utils import get_norm_layer
 from monai.networks.nets.basic_unet import BasicUNet
 from monai.networks.nets.dynunet import DynUNet
 from monai.networks.nets.swin_unetr import SwinUNETR
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from p2r.config import ModelConfig
 from p2r.contrasts import balance
 from p2r.model.normalisation import GroupNorm, InstanceNorm, LayerNorm
+from p2r.model.residual_encoder import ResidualEncoderUNet
 
 Norm.add_factory_callable("p2r_instance", lambda dimensions: InstanceNorm)
 Norm.add_factory_callable("p2r_group", lambda dimensions: GroupNorm)
@@ -79,14 +81,14 @@ def build_backbone(config: ModelConfig, *, dimensions: int = 2) -> "EncoderDecod
 
 
 class EncoderDecoder(nn.Module):
-    """One of MONAI's encoder-decoders, up to the decoder level of the representation.
+    """One of the encoder-decoders, up to the decoder level of the representation.
 
     Args:
         config: Model section of a job.
         dimensions: Dimensions of the image, 2 or 3.
 
     Attributes:
-        unet: MONAI's network, without unused parts. The attribute's name is part of the names of published weights.
+        unet: The network, without unused parts. The attribute's name is part of the names of published weights.
         projection: 1x1 convolution from the level's own channels to F; identity if the level has F channels already.
     """
 
@@ -271,6 +273,33 @@ def _swin_unetr_decoder_blocks(network: Any) -> list[Block]:
     return [getattr(network, name) for name in names if hasattr(network, name)]
 
 
+def _build_residual_encoder_unet(config: ModelConfig, dimensions: int) -> tuple[nn.Module, int]:
+    name, values = _norm_spec(config)
+    network = ResidualEncoderUNet(
+        dimensions=dimensions,
+        in_channels=config.in_channels,
+        channels=config.channels,
+        blocks=config.num_blocks,
+        norm=partial(_build_norm, name, values, dimensions),
+        level=config.level,
+    )
+    return network, config.channels[config.level]
+
+
+def _build_norm(name: str, values: dict[str, int], dimensions: int, channels: int) -> nn.Module:
+    norm: nn.Module = get_norm_layer((name, values), spatial_dims=dimensions, channels=channels)
+    return norm
+
+
+def _encode_residual_encoder_unet(network: Any, image: Tensor, run: Run) -> list[Tensor]:
+    blocks = [network.encoder_block(level) for level in range(len(network.encoder.stages))]
+    return _run_sequence(blocks, image, run)
+
+
+def _residual_encoder_unet_decoder_blocks(network: Any) -> list[Block]:
+    return [network.decoder_block(index) for index in reversed(range(len(network.decoder.stages)))]
+
+
 def _norm_spec(config: ModelConfig) -> tuple[str, dict[str, int]]:
     return ("p2r_group", {"num_groups": config.groups}) if config.normalisation == "group" else ("p2r_instance", {})
 
@@ -281,4 +310,9 @@ _NETWORKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[...,
     "dynunet": (_build_dynunet, _encode_dynunet, _dynunet_decoder_blocks),
     "residual_dynunet": (_build_dynunet, _encode_dynunet, _dynunet_decoder_blocks),
     "swin_unetr": (_build_swin_unetr, _encode_swin_unetr, _swin_unetr_decoder_blocks),
+    "residual_encoder_unet": (
+        _build_residual_encoder_unet,
+        _encode_residual_encoder_unet,
+        _residual_encoder_unet_decoder_blocks,
+    ),
 }

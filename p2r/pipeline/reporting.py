@@ -221,6 +221,7 @@ def _report_context(
             "corpus" if len(corpora) == 1 else f"corpus {number}": {key: corpus.get(key) for key in _CORPUS_KEYS}
             for number, corpus in enumerate(corpora, start=1)
         },
+        "initial_weights": backbone.manifest.get("initial_weights"),
         "licence": backbone.manifest["licence"],
         "code": code,
         "seed": job.finetune.seed,

@@ -19,6 +19,7 @@ from p2r.data.manifest import describe_records
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
 from p2r.engine.ancestry import added, ancestry, corpus_facts
+from p2r.engine.checkpoint import newest_checkpoint
 from p2r.engine.corpora import corpora_of
 from p2r.engine.history import read_history
 from p2r.engine.pretrain import finished_checkpoint
@@ -28,6 +29,7 @@ from p2r.errors import DataError, JobError, OutOfTime
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.tasks import HELD_OUT, load_task
 from p2r.fewshot.checks import check_data, check_task
+from p2r.fewshot.others import load_other
 from p2r.fewshot.publishing import choose_model, publish_best, publish_on_all, publish_other_draws, trial_for_publishing
 from p2r.fewshot.readings import merge_readings
 from p2r.fewshot.results import FailedTrial, FewShot, TrialResult, failures_of
@@ -39,6 +41,7 @@ from p2r.logs import Say, within
 from p2r.model.backbones import cost_of
 from p2r.modes import MODES
 from p2r.pipeline.finished import digest_inputs, record_finished
+from p2r.pipeline.imported import check_initial_weights, publish_imported, published_record
 from p2r.pipeline.reporting import make_report, write_variants
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
 from p2r.report.text import for_markdown
@@ -132,7 +135,8 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
         raise JobError("kind publish needs the pretrain section of the run whose checkpoint it publishes")
     checkpoint = finished_checkpoint(storage.child("pretrain"), job.pretrain)
     corpora = corpora_of(job.pretrain, storage.child("corpus"), stream=checkpoint["state"]["stream"])
-    inherited = ancestry(checkpoint.get("init_from"))
+    before = checkpoint.get("init_from")
+    inherited = ancestry(before)
     licence = _choose_licence(config, [*(corpus.manifest["licence"] for corpus in corpora), *inherited.licences])
     rules = {corpus.manifest["preprocessing"]["slice_axis"] for corpus in corpora}
     dimensions = job.pretrain.image.dimensions
@@ -165,6 +169,7 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             "pretrain": {key: value for key, value in checkpoint["config"].items() if key != "probe"},
             "negatives": job.pretrain.negatives,
             "description": config.description,
+            "initial_weights": published_record(before) if before and before.get("format") == "foreign" else None,
             "corpora": None
             if inherited.corpora is None
             else added(list(map(_corpus_facts, corpora)), inherited.corpora),
@@ -295,6 +300,8 @@ def _pretrain(job: Job, storage: Storage, executor: Executor, say: Say) -> str |
     assert job.pretrain is not None
     where = storage.child("pretrain")
     say(f"pretrain | {_describe_network(job.pretrain)}")
+    if newest_checkpoint(where) is None:
+        check_initial_weights(job.pretrain, say)
     if not executor.pretrain(job.pretrain, storage=where, corpus=storage.child("corpus"), say=say):
         return None
     checkpoint = finished_checkpoint(where, job.pretrain)
@@ -314,7 +321,15 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
     if url is None:
         assert job.publish is not None
         url = storage.at(f"backbones/{job.publish.name}/{job.publish.version}")
+    if job.finetune.imported is not None:
+        url = publish_imported(url, job.finetune.imported, storage, say)
     backbone = load_backbone(url, key=job.finetune.backbone_signed_by)
+    other_sha256 = ""
+    if job.finetune.other is not None:
+        other = load_other(job.finetune.other)
+        other_sha256 = str(other.manifest["sha256"])
+        about = f"{job.finetune.other.name}, {other.config.model.feature_channels} features, sha256 {other_sha256[:12]}"
+        say(f"finetune | other network: {about}; its pretraining patients are unknown, and its rows say so")
     setups = []
     for path in job.finetune.tasks:
         task = load_task(Path(path))
@@ -326,6 +341,7 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
             architecture_sha256=backbone.config.sha256(),
             storage=storage.at(f"finetune/{task.name}"),
             root=storage.url,
+            other_sha256=other_sha256,
         )
         say(f"finetune | checking {len(task.scans)} scans of task {task.name}")
         setup = check_task(task, backbone, setup)
@@ -343,7 +359,11 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
     if job.finetune.publish_model:
         for setup in setups:
             name = load_task(Path(setup.task)).name
-            of_task = [result for result in found.results if result.trial.task == name]
+            of_task = [
+                result
+                for result in found.results
+                if result.trial.task == name and MODES[result.trial.mode].weights != "other"
+            ]
             if not of_task:
                 continue
             models |= _publish_models(

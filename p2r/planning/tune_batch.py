@@ -170,20 +170,20 @@ def run_batch_trial(config: PretrainConfig, trial: BatchTrial, *, device: torch.
         raise TrainingError(str(error)) from None
 
 
-def noise_batch(image: ImageConfig, num_images: int) -> Batch:
-    """Return a batch of noise in the form of a batch from shards."""
+def noise_batch(image: ImageConfig, num_images: int, *, contrasts: tuple[str, ...] | None = None) -> Batch:
+    """Return a batch of noise in the form of a batch from shards, with every contrast of every image."""
     generator = torch.Generator().manual_seed(0)
-    shape = [image.size] * image.dimensions
-    voxels = torch.randint(0, 1000, (num_images, *shape), generator=generator, dtype=torch.int16)
+    shape, num_channels = [image.size] * image.dimensions, num_images * len(contrasts or ("",))
+    voxels = torch.randint(0, 1000, (num_channels, *shape), generator=generator, dtype=torch.int16)
     spacing_mm, centre = (image.spacing_mm,) * image.dimensions, ((image.size - 1) / 2,) * 3
     # Planes of one grid come together, patches one at a time.
-    parts = [torch.arange(num_images)] if image.dimensions == 2 else list(torch.arange(num_images)[:, None])
+    parts = [torch.arange(num_channels)] if image.dimensions == 2 else list(torch.arange(num_channels)[:, None])
     groups = tuple(
         Group(part, voxels[part], torch.zeros(len(part)), torch.full((len(part),), 1000.0), spacing_mm, centre)
         for part in parts
     )
     positions = np.arange(num_images, dtype=np.int64)
-    return Batch(groups, positions, np.zeros_like(positions), image)
+    return Batch(groups, positions, np.zeros_like(positions), image, contrasts=contrasts)
 
 
 def _largest_fitting(first: int, last: int, fits: Callable[[int], bool], *, halvings: int) -> int:
@@ -225,7 +225,7 @@ def _run_steps(config: PretrainConfig, trial: BatchTrial, *, device: torch.devic
     learnt_temperature = loss.temperature if loss.learn_temperature else None
     model = Pix2Rep(config.model, dimensions=config.image.dimensions, learnt_temperature=learnt_temperature)
     engine = build_engine(model.to(device), config, world_size=1)
-    batch = noise_batch(config.image, trial.images)
+    batch = noise_batch(config.image, trial.images, contrasts=config.model.contrasts)
     began = math.nan
     for step in range(1 + _NUM_STEPS):
         if step == 1:

@@ -50,6 +50,8 @@ class ReportContext(JsonModel):
     """Sentences about parts that could not be shown."""
     backbone: Any = None
     """A mapping with its `url`, or a name."""
+    initial_weights: dict[str, Any] | None = None
+    """Weights of another tool from which the backbone began: `source`, `file`, `weights_sha256`, and the `table` of what was matched."""
     code: str | None = None
     """Commit that wrote the report."""
 

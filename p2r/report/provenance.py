@@ -119,6 +119,7 @@ def provenance(rows: Sequence[TrialRow], context: ReportContext, names: Sequence
     facts = [line for line in facts if line not in of_trials]
     if facts:
         yield Grid(("fact", "value"), facts)
+    yield from _initial_weights(context.initial_weights)
     if of_trials:
         yield Folded(f"All settings of the trials ({len(of_trials)})", [Grid(("setting", "value"), of_trials)])
     for name in names:
@@ -135,6 +136,21 @@ def provenance(rows: Sequence[TrialRow], context: ReportContext, names: Sequence
         else:
             yield Heading(3, f"Labelled patients of {name}")
             yield draws
+
+
+def _initial_weights(record: Mapping[str, Any] | None) -> Iterator[Block]:
+    """Yield the origin of weights from another tool, and the table of what was matched, left out, and why."""
+    if not record:
+        return
+    yield Heading(3, "Weights of another tool")
+    yield Paragraph(
+        f"The backbone began with {record.get('source')}, file {record.get('file')}, sha256 {record.get('weights_sha256')}."
+    )
+    if citations := record.get("citations"):
+        yield Paragraph(f"Citations in the file: {citations}")
+    names = ("outcome", "part", "num_tensors", "num_values", "reason")
+    lines = [tuple(str(row.get(name, "")) for name in names) for row in record.get("table", [])]
+    yield Grid(("outcome", "part", "tensors", "values", "reason"), lines)
 
 
 def _draws(rows: Sequence[TrialRow]) -> Grid:

@@ -103,7 +103,7 @@ def test_inspect_shows_backbones_and_models_as_tables(p2r: P2R, published: dict[
 
 def test_version_and_short_help_import_nothing_that_is_slow() -> None:
     for argument, words in (("--version", "p2r 0."), ("-h", "validate")):
-        code = f"import sys; sys.argv = ['p2r', '{argument}']; from cluster import cli\ntry: cli.main()\nexcept SystemExit: pass\n"
+        code = f"import sys; sys.argv = ['p2r', '{argument}']; from cluster import cli; assert cli.main() == 0\n"
         code += "assert not {'torch', 'ray', 'numpy', 'pydantic', 'nibabel'} & set(sys.modules)"
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=dict(os.environ)
@@ -112,7 +112,7 @@ def test_version_and_short_help_import_nothing_that_is_slow() -> None:
 
 
 def test_validating_a_job_and_its_task_imports_neither_torch_nor_ray(toy_data: Path) -> None:
-    code = f"import sys; sys.argv = ['p2r', 'validate', '{toy_data}/task.yaml']; from cluster import cli; cli.main()\n"
+    code = f"import sys; sys.argv = ['p2r', 'validate', '{toy_data}/task.yaml']; from cluster import cli; assert cli.main() == 0\n"
     code += "assert not {'torch', 'ray', 'nibabel', 'scipy', 'pydicom'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "5 patients to train" in done.stdout, done.stderr

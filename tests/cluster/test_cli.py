@@ -20,12 +20,12 @@ Call = Callable[..., str]
 
 
 @pytest.fixture
-def p2r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Call the `p2r` command in this process and return what it printed to stdout."""
+def p2r(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Call the `p2r` command in this process and return what it printed to stdout; raise SystemExit for other codes than 0."""
 
     def call(*arguments: str | Path) -> str:
-        monkeypatch.setattr(sys, "argv", ["p2r", *map(str, arguments)])
-        cli.main()
+        if code := cli.main([*map(str, arguments)]):
+            raise SystemExit(code)
         return capsys.readouterr().out
 
     return call
@@ -291,9 +291,9 @@ backbone = p2r.load_backbone({published["backbone"]!r})
 print(backbone(backbone.prepare({str(scan)!r}).images).shape[1])
 sys.argv = ["p2r", "predict", {published["model"]!r}, {str(scan)!r}, "-o", "segmentation.nii.gz"]
 from cluster.cli import main
-main()
+assert main() == 0
 sys.argv = ["p2r", "verify", {published["backbone"]!r}]
-main()
+assert main() == 0
 """
     )
     assert done.returncode == 0, done.stderr
@@ -310,7 +310,7 @@ def test_a_command_that_needs_more_than_the_core_says_what_to_install(
     in_core: Core, published: dict[str, str], arguments: list[str], package: str
 ) -> None:
     words = ["p2r", *(word.format(**published) for word in arguments)]
-    done = in_core(f"sys.argv = {words!r}\nfrom cluster.cli import main\nmain()\n")
+    done = in_core(f"sys.argv = {words!r}\nfrom cluster.cli import main\nsys.exit(main())\n")
     assert done.returncode == 2
     assert f"needs the package {package}" in done.stderr and "pip install 'p2r[cluster]'" in done.stderr
     assert "Traceback" not in done.stderr

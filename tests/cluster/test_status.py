@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster import cli, status_files, status_reader
 from cluster.status import target_of
-from cluster.status_files import FAULTS, HISTORY
+from cluster.status_files import FAULTS, HISTORY, Resumption
 from cluster.status_reader import Reader
 from cluster.status_terminal import plain_lines, view
 from p2r.errors import InputError, StorageError
@@ -75,16 +75,9 @@ def reader(folder: Path) -> Reader:
 
 
 @pytest.fixture
-def p2r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def p2r(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["p2r", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        else:
-            code = 0
-        return code, *capsys.readouterr()
+        return cli.main([*map(str, arguments)]), *capsys.readouterr()
 
     return call
 
@@ -95,12 +88,13 @@ def test_the_status_is_what_the_files_say(reader: Reader) -> None:
     assert (found.training.step, found.training.num_steps, found.training.state) == (80, 100, "running")
     assert found.training.last["loss"] == 6.4 and found.training.last["health.effective_rank"] == 12.5
     assert found.series["loss"] == [(step, 8.0 - step / 50) for step in range(10, 90, 10)]
-    assert found.resumed == ({"step": 30, "from": 20}, {"step": 70, "from": 60})
-    assert [(fault["cause"], fault["from_step"], fault["limit"]) for fault in found.faults] == [("worker", 20, 3)]
+    assert found.resumed == (Resumption(30, 20), Resumption(70, 60))
+    assert [(fault.cause, fault.from_step, fault.limit) for fault in found.faults] == [("worker", 20, 3)]
     (checkpoint,) = found.checkpoints
-    assert (checkpoint["step"], checkpoint["num_bytes"], checkpoint["world_size"]) == (60, 124, 2)
+    assert (checkpoint.step, checkpoint.num_bytes, checkpoint.world_size) == (60, 124, 2)
     (curve,) = found.sweep.curves
-    assert curve == {"task": "heart", "split": "test", "mode": "fine_tune", "points": [(1, pytest.approx(0.6), 2)]}
+    assert (curve.task, curve.split, curve.mode) == ("heart", "test", "fine_tune")
+    assert curve.points == [(1, pytest.approx(0.6), 2)]
     assert found.problems == ()
     json.dumps(found.__dict__["series"], allow_nan=False)
 
@@ -254,7 +248,7 @@ def test_a_run_that_is_silent_for_long_says_so(folder: Path, reader: Reader) -> 
 
 def test_secrets_in_what_a_fault_says_are_masked(folder: Path, reader: Reader) -> None:
     (folder / FAULTS).write_text(lines_of({"cause": "node", "what": "cannot read http://user:planted@host/x"}))
-    assert reader.read().faults[0]["what"] == "cannot read http://***@host/x"
+    assert reader.read().faults[0].what == "cannot read http://***@host/x"
 
 
 def test_variants_of_an_ablation_are_listed(tmp_path: Path) -> None:
@@ -262,7 +256,7 @@ def test_variants_of_an_ablation_are_listed(tmp_path: Path) -> None:
         (tmp_path / "variants" / name / "pretrain").mkdir(parents=True)
         (tmp_path / "variants" / name / HISTORY).write_text(lines_of(row(10), row(20)))
     found = Reader("run", Storage(str(tmp_path))).read()
-    assert [(one["name"], one["step"], one["num_steps"]) for one in found.variants] == [
+    assert [(one.name, one.step, one.num_steps) for one in found.variants] == [
         ("few", 20, 100),
         ("many", 20, 100),
     ]
@@ -324,6 +318,10 @@ def test_a_job_and_its_storage_have_the_same_status(
     assert "few-shot  heart | fine-tuned | 1: 0.600 (2 draws) | test Dice" in by_url[1]
     as_json = json.loads(p2r("status", folder, "--json")[1])
     assert as_json["training"]["step"] == 80 and as_json["format"] == "p2r-status/1"
+    assert as_json["resumed"] == [{"step": 30, "from": 20}, {"step": 70, "from": 60}]
+    assert [*as_json["faults"][0]] == ["time", "cause", "what", "decision", "attempt", "from_step", "count", "limit"]
+    assert [*as_json["checkpoints"][0]] == ["step", "path", "num_bytes", "world_size", "written_at_s"]
+    assert [*as_json["sweep"]["curves"][0]] == ["task", "split", "mode", "points"]
 
 
 def test_set_without_a_job_is_refused(tmp_path: Path) -> None:

@@ -202,14 +202,10 @@ def test_a_token_is_asked_for_on_loopback_too(run: Path, host: str) -> None:
 
 
 def test_a_port_in_use_and_a_host_that_is_none_are_named(
-    run: Path, server: StatusServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, server: StatusServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["p2r", "status", str(run), "--web", "--port", str(server.server_port)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
+    assert cli.main(["status", str(run), "--web", "--port", str(server.server_port)]) == 2
     said = capsys.readouterr().err
-    assert stop.value.code == 2
     assert f"port {server.server_port} of 127.0.0.1 is in use: give another with --port, or --port 0" in said
     feed = server.feed
     for host, port in (("203.0.113.7", 0), ("no.such.host.invalid", 0), ("127.0.0.1", 70_000)):

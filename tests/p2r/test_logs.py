@@ -172,12 +172,7 @@ def test_a_refused_job_is_an_event(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "absent.yaml")])
-    if arguments[0] == "p2r":
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        code = stop.value.code
-    else:
-        code = one_process.main()
+    code = cli.main() if arguments[0] == "p2r" else one_process.main()
     (event,) = events(capsys.readouterr().err)
     assert code == 2
     assert (event["level"], event["error"], event["exit_code"]) == ("error", "JobError", 2)

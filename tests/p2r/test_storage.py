@@ -66,7 +66,20 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         Storage(f"{tmp_path}/file/below").check_writable()
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/x", "s3:///x", "file://host/x"])
+@pytest.mark.parametrize("name", ["run #1", "what?x=1", "a%20b", "a;b&c", "<b>", "Läufe 心臓"])
+def test_every_character_of_a_folder_s_name_is_kept(name: str, tmp_path: Path) -> None:
+    for url in (f"{tmp_path}/{name}", f"file://{tmp_path}/{name}/"):
+        storage = Storage(url)
+        storage.child("below").write_bytes("x", b"1")
+        assert storage.url == Storage(storage.url).url == f"file://{tmp_path}/{name}"
+        assert (tmp_path / name / "below/x").read_bytes() == b"1"
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["gs://bucket/x", "s3:///x", "s3:bucket/x", "file://host/x", "file:/x", "files:///x", "/x\ny", "file:///x\x1b[2J"],
+)
 def test_a_url_that_cannot_be_is_refused(url: str) -> None:
     with pytest.raises(StorageError):
         Storage(url)

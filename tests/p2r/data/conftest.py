@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
-from p2r.config import IngestConfig
+from p2r.config import IngestConfig, SessionsConfig
 from p2r.data.corpus import ingest_locally, load_manifest
 from p2r.storage import Storage
 
@@ -132,4 +132,33 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, dic
     progress = list(ingest_locally(config, storage))
     manifest = load_manifest(storage)
     assert len(progress) == len(manifest["shards"]) >= 3
+    return storage, manifest
+
+
+CONTRASTS_OF_SESSIONS = ("t1 t1ce flair", "flair", "t1 flair", "t1ce flair", "t1", "t1 t1ce flair", "t1 flair", "t1")
+
+
+@pytest.fixture(scope="session")
+def session_corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, dict[str, Any]]:
+    """Eight sessions of four subjects with up to three contrasts, in three shards: 40 slices. Tests must not change it.
+
+    The contrast t1ce covers 18 of 20 rows.
+    """
+    folder = tmp_path_factory.mktemp("sessions")
+    names = {"t1": "T1w", "t1ce": "ce-G_T1w", "flair": "FLAIR"}
+    for number, contrasts in enumerate(CONTRASTS_OF_SESSIONS):
+        for place, contrast in enumerate(contrasts.split()):
+            shape = (18 if contrast == "t1ce" else 20, 24, 4 + number % 3)
+            path = folder / "scans" / f"sub-{number // 2:02d}_ses-{number % 2}_{names[contrast]}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            voxels = some_voxels(10 * number + place, shape)
+            nibabel.save(nibabel.Nifti1Image(voxels, np.diag([1.5, 1.5, 8.0, 1.0])), path)
+    storage = Storage(str(folder / "corpus"))
+    sessions = SessionsConfig(
+        contrasts={"t1": "T1w", "t1ce": "ce-*", "flair": "FLAIR"}, reference="flair", min_coverage=0.8
+    )
+    config = IngestConfig(sources=(str(folder / "scans"),), licence="CC0-1.0", shard_size_mib=0.005, sessions=sessions)
+    list(ingest_locally(config, storage))
+    manifest = load_manifest(storage)
+    assert len(manifest["shards"]) >= 3 and manifest["num_records"] == 8
     return storage, manifest

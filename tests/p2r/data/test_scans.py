@@ -232,7 +232,7 @@ def test_a_bids_data_set_is_read_by_its_names(tmp_path: Path) -> None:
     ]
     folders = search_scans([str(tmp_path)], cache=tmp_path).passed_over
     assert [Path(folder.path).name for folder in folders] == ["code", "derivatives", "sourcedata"]
-    assert all("is not read (1 images)" in folder.passed_over for folder in folders)
+    assert all("not read as scans (1 images)" in folder.passed_over for folder in folders)
     assert not search_scans([str(tmp_path)], cache=tmp_path, exclude=["ds/code/*", "ds/der*", "*raw*"]).passed_over
 
 

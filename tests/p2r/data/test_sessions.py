@@ -11,8 +11,9 @@ import webdataset
 from numpy.typing import NDArray
 
 from p2r.config import IngestConfig, SessionsConfig
-from p2r.data.alignment import align, covered_voxels
+from p2r.data.alignment import align
 from p2r.data.corpus import ingest_locally, load_manifest, verify_corpus
+from p2r.data.index import covered_box
 from p2r.data.ledger import read_ledger
 from p2r.data.manifest import facts_of
 from p2r.data.shards import decode_record, open_shard
@@ -188,8 +189,8 @@ def test_partial_coverage_is_stored_and_less_than_the_tolerance_is_refused(tmp_p
     reader = open_shard(storage.local(manifest["shards"][0]["name"]))
     volumes = {one.contrast: one for one in reader.volumes(reader.locate(0)[0])}
     assert volumes["flair"].coverage is None and volumes["t1"].coverage is not None
-    covered = covered_voxels(np.reshape(volumes["t1"].coverage, (3, 4)), (20, 24, 5))
-    assert covered[:18].all() and not covered[18:].any()
+    covered = covered_box(volumes["t1"], volumes["t1"].whole)  # slices, rows, columns
+    assert covered[:, :18].all() and not covered[:, 18:].any()
     stored = records(storage, manifest)["sub-1"]["t1"][..., 0]
     np.testing.assert_array_equal(stored[:18], some_voxels(1, (18, 24, 5)))
     assert np.unique(stored[18:]).size == 1

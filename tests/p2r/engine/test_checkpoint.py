@@ -27,6 +27,7 @@ from p2r.engine.corpora import refuse_other_stream
 from p2r.engine.peers import Peers
 from p2r.engine.pretrain import pretrain
 from p2r.engine.report import PretrainReport
+from p2r.engine.uploading import step_of
 from p2r.engine.weights import init_weights
 from p2r.errors import CheckpointError, JobError, StorageError
 from p2r.job import Job, read_job
@@ -292,6 +293,69 @@ def test_stages_1_and_2_take_over_from_each_other_and_no_other_ones_do(job_of: J
     reports = train(job_of(tmp_path, "pretrain.zero_stage=2"))
     assert reports[0].resumed_from == 2
     assert losses(job) == pytest.approx(whole, rel=1e-6)
+
+
+def rewrite(job: Job, step: int, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a checkpoint's manifest, and remove later checkpoints."""
+    for path in Path(job.storage).glob("pretrain/checkpoints/step-*"):
+        if step_of(f"checkpoints/{path.name}") > step:
+            shutil.rmtree(path)
+    path = a_file_of(job, step, "manifest.json")
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_of_an_older_version_resumes_with_the_defaults_of_newer_keys(job: Job) -> None:
+    whole = losses(job)
+
+    def age(manifest: dict[str, Any]) -> None:
+        manifest["code_version"] = "0.0.1"
+        for name in ("zero_stage", "neighbours", "max_skipped_steps", "deterministic", "views"):
+            del manifest["config"][name]
+        del manifest["config"]["optimizer"]["weight_decay"], manifest["config"]["loss"]["form"]
+        del manifest["state"]["stream"]["neighbours"], manifest["state"]["running"]["skipped_in_a_row"]
+
+    rewrite(job, 4, age)
+    report, *_ = train(job)
+    assert report.resumed_from == 4 and losses(job) == whole
+
+
+def test_an_older_checkpoint_is_refused_if_the_job_sets_a_newer_key(job_of: JobOf, job: Job, tmp_path: Path) -> None:
+    rewrite(job, 4, lambda manifest: manifest["config"].pop("neighbours"))
+    with pytest.raises(CheckpointError, match=r"pretrain\.neighbours: 0\.0 in the checkpoint, 0\.5 in the job"):
+        train(job_of(tmp_path, "pretrain.neighbours=0.5"))
+
+
+NEWER: dict[str, tuple[tuple[str, ...], str]] = {
+    "a key of the configuration": (
+        ("config", "sharper"),
+        r"(?s)pretrain\.sharper: 1 in the checkpoint; this version of p2r has no such key\n"
+        r"p2r 99\.0 wrote it, this is p2r .*: resume with that version.*--fork NAME",
+    ),
+    "a nested key": (("config", "views", "sharper"), r"pretrain\.views\.sharper: 1 in the checkpoint; this version"),
+    "a sum": (
+        ("state", "running", "sharper"),
+        r"has sharper, which this version .*version of p2r that wrote it \(99\.0\)",
+    ),
+    "the data stream": (("state", "stream", "sharper"), r"stream has sharper, which this version .*--fork NAME"),
+}
+
+
+@pytest.mark.parametrize("case", NEWER)
+def test_a_checkpoint_of_a_newer_version_is_refused_by_the_name_of_the_key(job: Job, case: str) -> None:
+    (*place, last), message = NEWER[case]
+
+    def renew(manifest: dict[str, Any]) -> None:
+        manifest["code_version"] = "99.0"
+        part = manifest
+        for name in place:
+            part = part[name]
+        part[last] = 1
+
+    rewrite(job, 4, renew)
+    with pytest.raises(CheckpointError, match=message):
+        train(job)
 
 
 def test_another_revision_of_the_corpus_is_refused_with_both_values_and_the_way_out(job: Job, tmp_path: Path) -> None:

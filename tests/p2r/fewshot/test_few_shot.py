@@ -489,7 +489,7 @@ def test_the_report_omits_failed_trials_and_the_exit_code_reports_them(
     )
     arguments = [word for override in overrides for word in ("--set", override)]
     monkeypatch.setattr(sys, "argv", ["p2r", str(write_toy_job(tmp_path)), *arguments])
-    monkeypatch.setattr("p2r.fewshot.trial.code_version", lambda: "ran-by")
+    monkeypatch.setattr("p2r.fewshot.trial_outcome.code_version", lambda: "ran-by")
     monkeypatch.setattr("p2r.pipeline.reporting.code_version", lambda: "reported-by")
     assert one_process.main() == 1
     said = capsys.readouterr()

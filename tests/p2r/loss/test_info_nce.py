@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p2r.errors import EmbeddingError
-from p2r.loss import Findings, SameImage, info_nce
+from p2r.loss import Findings, SameImage, contrast, info_nce, tiles
 from p2r.loss.tiles import TILE, sharpest, static_shift
 
 Form = Literal["cross_view", "nt_xent"]
@@ -112,18 +112,17 @@ def test_the_result_does_not_depend_on_tiles(form: Form) -> None:
 def test_entries_within_a_view_are_computed_once_for_two_panels(
     num_panels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("p2r.loss.info_nce")  # its name is that of the function
-    monkeypatch.setattr(module, "PANEL", 8)
+    monkeypatch.setattr(contrast, "PANEL", 8)
     queries, keys = (x.requires_grad_() for x in embeddings(8 * num_panels, 6, seed=2))
     computed = 0
-    sums = module.tiles.sums
+    sums = tiles.sums
 
     def counting(anchors: Any, candidates: Any, *arguments: Any, **options: Any) -> Any:
         nonlocal computed
         computed += len(anchors) * len(candidates)
         return sums(anchors, candidates, *arguments, **options)
 
-    monkeypatch.setattr(module.tiles, "sums", counting)
+    monkeypatch.setattr(tiles, "sums", counting)
     exclude = SameImage(torch.arange(8 * num_panels) // 3)
     expected = written_out(queries, keys, temperature=0.2, form="nt_xent", exclude=exclude)
     loss = info_nce(queries, keys, temperature=0.2, form="nt_xent", exclude=exclude)

@@ -4,7 +4,6 @@ Four processes are started once, over gloo. Each computes everything in groups o
 for the tests.
 """
 
-import importlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from p2r.errors import EmbeddingError
-from p2r.loss import SameImage, barlow_twins, info_nce, info_nce_within_images
+from p2r.loss import SameImage, barlow_twins, contrast, info_nce, info_nce_within_images
 from p2r.loss.tiles import TILE
 
 PROCESSES = 4
@@ -47,9 +46,8 @@ PANEL = NUM // PROCESSES
 @contextmanager
 def panels_of(num_rows: int) -> Iterator[None]:
     """Compute entries within a view once for two panels of so many rows."""
-    module = importlib.import_module("p2r.loss.info_nce")  # its name is that of the function
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PANEL", num_rows)
+        patch.setattr(contrast, "PANEL", num_rows)
         yield
 
 

@@ -25,6 +25,7 @@ CHANNELS = {
     "dynunet": (4, 8, 8),
     "residual_dynunet": (4, 8, 8),
     "swin_unetr": (12, 24, 48, 96, 192),
+    "residual_encoder_unet": (4, 8, 8),
 }
 QUICK = [name for name in CHANNELS if name != "swin_unetr"]
 SMALL = ModelConfig(channels=CHANNELS["basic_unet"], feature_channels=6)
@@ -257,7 +258,7 @@ def test_channels_last_are_kept_through_the_network_and_only_change_rounding(nam
         normalised.append(maps)
 
     for dimensions, layout in ((2, torch.channels_last), (3, torch.channels_last_3d)):
-        if dimensions == 3 and name == "residual_dynunet":
+        if dimensions == 3 and name in ("residual_dynunet", "residual_encoder_unet"):
             continue  # PyTorch's 1x1x1 convolution on CPUs returns channels first
         config = small(name, channels_last=True, normalisation=normalisation, groups=2)
         torch.manual_seed(0)

@@ -21,7 +21,7 @@ from p2r.engine.counting import LiveTensors, SavedTensors, storages_of
 from p2r.engine.step import take_step
 from p2r.errors import DataError, InputError
 from p2r.job import read_job
-from p2r.loss.info_nce import PANEL
+from p2r.loss.contrast import PANEL
 from p2r.model.pix2rep import Pix2Rep
 from p2r.planning.estimate import measured_rate, plan, refuse_what_does_not_fit
 from p2r.planning.forecast import Plan, Rate

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -54,14 +53,11 @@ def two(make_rows: MakeRows, tmp_path: Path) -> tuple[list[dict[str, Any]], list
 
 
 @pytest.fixture
-def p2r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def p2r(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Call a command that is refused, and return its exit code and what it says on stderr."""
 
     def call(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["p2r", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(str(ended.value.code)), capsys.readouterr().err
+        return cli.main(arguments), capsys.readouterr().err
 
     return call
 

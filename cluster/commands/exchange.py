@@ -1,0 +1,28 @@
+"""Commands that move a published backbone or model to another tool."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.commands.options import Debug
+from p2r.console import show
+
+
+def export(
+    reference: Annotated[
+        str, typer.Argument(metavar="URL", help="A published backbone or model; @sha256:HEX pins its manifest.")
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="TOOL", help="monai, onnx, huggingface or nnunet.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New or empty folder.")],
+    key: Annotated[
+        str | None, typer.Option(help="Public key that must have signed it: a PEM file, or ed25519:HEX.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a published backbone or model for another tool, and check that it gives the same outputs there."""
+    from p2r.export import export as write_export
+    from p2r.export import export_name
+
+    for line in write_export(reference, to=export_name(to), folder=output, key=key):
+        show(line)

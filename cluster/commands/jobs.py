@@ -1,0 +1,149 @@
+"""Commands that read, run or submit a job: validate, run, submit, schema."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from p2r.console import show, show_json
+from p2r.errors import InputError, JobError, TrainingError
+from p2r.exits import STOPPED
+from p2r.logs import configure, say
+
+if TYPE_CHECKING:
+    from p2r.job import Job
+
+from cluster.commands.options import AllowTransductive, Debug, Fork, JobPath, Overrides, print_made
+
+
+def validate(
+    files: Annotated[list[Path], typer.Argument(metavar="JOB-or-TASK...", help="Job files or task files.")],
+    set_: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Check job and task files, and every path in them, without running anything."""
+    from cluster.validate import is_task, job_facts, task_facts
+
+    refused = 0
+    for path in files:
+        try:
+            if is_task(path):
+                unset_in_task: dict[str, str] = {}
+                facts, unset, words = [*task_facts(path, unset=unset_in_task)], list(unset_in_task), "task"
+            else:
+                job, unset, facts = job_facts(path, tuple(set_ or ()))
+                words = f"{job.kind}  {job.storage}"
+                if ranks := _allowed_ranks(job):
+                    facts.append(f"pretrain on {', '.join(map(str, ranks))} workers")
+            needs = "".join(f"  needs {name}" for name in unset)
+            lines = [f"valid    {path}  {words}{needs}", *(f"         {fact}" for fact in facts)]
+        except InputError as error:
+            refused += 1
+            say(f"refused  {error}")
+        else:
+            for line in lines:
+                show(line)
+    if refused:
+        raise JobError(f"{refused} of {len(files)} files refused")
+
+
+def _allowed_ranks(job: "Job") -> list[int]:
+    """Return the numbers of workers that can share the job's global batch; refuse a job whose number cannot."""
+    from p2r.data.order import allowed_world_sizes, check_world_size, sizes_for_micro_batch, world_sizes_between
+
+    if job.pretrain is None or job.kind in ("publish", "finetune"):
+        return []
+    wanted, micro_batch = job.resources.num_workers, job.pretrain.micro_batch
+    if isinstance(wanted, int):
+        check_world_size(job.pretrain.global_batch, wanted)
+        sizes_for_micro_batch(job.pretrain.global_batch, [wanted], micro_batch)
+    sizes = allowed_world_sizes(job.pretrain.global_batch)
+    if isinstance(wanted, tuple):
+        sizes = world_sizes_between(job.pretrain.global_batch, *wanted)
+    return sizes_for_micro_batch(job.pretrain.global_batch, sizes, micro_batch)
+
+
+def run(
+    path: JobPath,
+    set_: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, or this machine.")] = None,
+    allow_transductive: AllowTransductive = False,
+    profile: Annotated[
+        int, typer.Option(metavar="STEPS", min=0, help="Number of pretraining steps to profile, after a few others.")
+    ] = 0,
+    fork: Fork = None,
+    log_format: Annotated[
+        str | None,
+        typer.Option(help="text, json, or auto: text on a terminal, JSON elsewhere; default: P2R_LOG_FORMAT, or auto."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Run a job on Ray; running it again resumes it."""
+    from p2r.job import find_job, ignored_variables, overrides_of, read_job
+
+    configure(log_format)
+    job = read_job(path, overrides_of(set_, allow_transductive=allow_transductive))
+    for note in ignored_variables(path, job):
+        say(f"note: {note}")
+    if fork:
+        from p2r.pipeline.fork import forked
+
+        job = forked(job, fork)
+    configure(log_format, run=job.name)
+    if (brought := find_job(path)) != path:
+        say(f"job | {path}: no such file; using the job that comes with p2r, {brought}")
+    from p2r.pipeline.finished import made_before
+    from p2r.pipeline.lines import FINISHED
+
+    made = None if profile else made_before(job)
+    if made is None:
+        made = _run_on_ray(job, path, address, profile_steps=profile, debug=debug)
+    else:
+        say(FINISHED)
+    failed = made.pop("failed", [])
+    print_made(made)
+    if "unfinished" in made:
+        raise typer.Exit(STOPPED)
+    if failed:
+        from p2r.fewshot.search import failure_message
+
+        raise TrainingError(failure_message(failed))
+
+
+def _run_on_ray(job: Any, path: Path, address: str | None, *, profile_steps: int, debug: bool) -> dict[str, Any]:
+    from cluster.starting import started_session
+
+    with started_session(address, job=path, show_worker_logs=debug, say=say):
+        # Torch takes seconds to import; `p2r validate` needs neither it nor Ray.
+        from cluster.executor import RayExecutor
+        from p2r.pipeline.stages import run_job
+
+        with RayExecutor(job, profile_steps=profile_steps) as executor:
+            return run_job(job, executor, say=say)
+
+
+def submit(
+    path: JobPath,
+    set_: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="Job server, http://HOST:8265; default: RAY_API_SERVER_ADDRESS.")
+    ] = None,
+    allow_transductive: AllowTransductive = False,
+    fork: Fork = None,
+    debug: Debug = False,
+) -> None:
+    """Submit a job to a Ray cluster from the repository's root, and follow its log."""
+    from p2r.job import overrides_of, read_job
+
+    overrides = overrides_of(set_, allow_transductive=allow_transductive)
+    read_job(path, overrides)
+    from cluster.submit import submit as submit_to_ray
+
+    submit_to_ray(path, overrides, address=address, fork=fork)
+
+
+def schema() -> None:
+    """Print the JSON Schema of job files."""
+    from p2r.job import json_schema
+
+    show_json(json_schema())

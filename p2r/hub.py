@@ -1,0 +1,173 @@
+"""Published backbones and models on a Hugging Face hub: `hf://ORG/NAME@REVISION` -> a local folder, read-only.
+
+The client is `huggingface_hub`, an optional package. It keeps files in its own cache by content, so a second load needs no
+network, and a hub that is down does not matter for files that are there. A revision is a branch, a tag or a commit; the folder
+is that of the commit. Only the manifest and the files that it names are fetched.
+
+The client reads its token from HF_TOKEN or its own file. p2r neither reads nor writes it, and masks it in messages.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from p2r.documents import read_json
+from p2r.errors import InputError, StorageError
+
+SCHEME = "hf://"
+MANIFEST = "manifest.json"
+_OPTIONAL_FILE = "manifest.sig"
+_MAX_MANIFEST_BYTES = 2**27
+_URL = re.compile(
+    r"hf://(?P<repository>[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})"
+    r"(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{0,127}))?/?"
+)
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_RULE = "write hf://ORG/NAME, or hf://ORG/NAME@REVISION with a branch, tag or commit"
+
+
+class HubURL(NamedTuple):
+    """A repository of a hub, and the revision."""
+
+    repository: str
+    """ORG/NAME."""
+    revision: str | None = None
+    """Branch, tag or commit; None: the branch main."""
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.repository}" + (f"@{self.revision}" if self.revision else "")
+
+
+class Snapshot(NamedTuple):
+    """The files of one commit in the client's cache."""
+
+    url: HubURL
+    """The repository, with the commit as revision."""
+    folder: Path
+
+
+def parse_hub_url(url: str) -> HubURL:
+    """Split `hf://ORG/NAME@REVISION`.
+
+    Raises:
+        StorageError: The URL does not have this form.
+    """
+    match = _URL.fullmatch(url)
+    if match is None or any(".." in part for part in match.groups() if part):
+        raise StorageError(f"{url[:300]!r} is no address on a hub: {_RULE}")
+    return HubURL(match["repository"], match["revision"])
+
+
+def fetch_snapshot(url: HubURL) -> Snapshot:
+    """Fetch the manifest of a revision, and the files that it names, unless they are in the cache.
+
+    Raises:
+        StorageError: The repository, the revision or a file does not exist, a token is missing, or the hub cannot be reached
+            and the files are not in the cache.
+        InputError: `huggingface_hub` is not installed.
+    """
+    client = import_client()
+    manifest = Path(_download(client, url, MANIFEST))
+    commit = HubURL(url.repository, manifest.parent.name)
+    content = _read_bounded(manifest, str(url))
+    value = read_json(content, where=f"{url}, {MANIFEST}", max_bytes=_MAX_MANIFEST_BYTES, max_depth=16)
+    for name in _named_files(value):
+        _download(client, commit, name)
+    if commit.revision and not (manifest.parent / _OPTIONAL_FILE).exists():
+        _download_optional(client, commit, _OPTIONAL_FILE)
+    return Snapshot(commit, manifest.parent)
+
+
+def import_client() -> Any:
+    """Return the module `huggingface_hub`.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "huggingface_hub":
+            raise
+        raise InputError(
+            "hf:// needs the package huggingface_hub, which is not installed here: pip install 'p2r[hub]'"
+        ) from None
+    return huggingface_hub
+
+
+@contextmanager
+def hub_errors(url: HubURL, doing: str) -> Iterator[None]:
+    """Turn errors of the client into one message that names the cause and the way out.
+
+    Raises:
+        StorageError: The client failed.
+    """
+    from huggingface_hub import errors
+
+    where = f"cannot {doing} {url}"
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise StorageError(
+            f"{where}: it is gated; accept its terms on its page, then set HF_TOKEN, or run hf auth login"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise StorageError(
+            f"{where}: there is no such repository, or it is private and the token is missing or may not read it; correct the "
+            "name, or set HF_TOKEN, or run hf auth login"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise StorageError(
+            f"{where}: it has no revision {url.revision}; name a branch, tag or commit of its page"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise StorageError(
+            f"{where}: the hub cannot be reached, or HF_HUB_OFFLINE is set, and the files are not in the cache; run the command "
+            "once with a network, or copy the folder here with p2r pull"
+        ) from None
+    except errors.EntryNotFoundError:
+        raise StorageError(
+            f"{where}: it holds no {MANIFEST} of p2r, or a file that this names is absent; only backbones and models that p2r push "
+            "uploaded can be read"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        token = "; the token is missing or may not do this: set HF_TOKEN, or run hf auth login" * (status in (401, 403))
+        raise StorageError(f"{where}: the hub answers {status}{token}") from None
+    except (OSError, errors.HFValidationError, ValueError) as error:
+        raise StorageError(f"{where}: {type(error).__name__}: {str(error)[:300]}") from None
+
+
+def _download(client: Any, url: HubURL, name: str) -> str:
+    with hub_errors(url, "read"):
+        path: str = client.hf_hub_download(url.repository, name, revision=url.revision, library_name="p2r")
+    return path
+
+
+def _download_optional(client: Any, url: HubURL, name: str) -> None:
+    from huggingface_hub import errors
+
+    with hub_errors(url, "read"):
+        try:
+            client.hf_hub_download(url.repository, name, revision=url.revision, library_name="p2r")
+        except errors.EntryNotFoundError:  # absent, or not in the cache
+            return
+
+
+def _read_bounded(path: Path, where: str) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(_MAX_MANIFEST_BYTES + 1)
+    if len(content) > _MAX_MANIFEST_BYTES:
+        raise StorageError(f"{where}: its {MANIFEST} has more than {_MAX_MANIFEST_BYTES:,} bytes")
+    return content
+
+
+def _named_files(manifest: Any) -> list[str]:
+    """Return the files that a manifest of version 1 or 2 names; `p2r.artefact` checks the manifest itself."""
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        return []
+    named = [entry.get("name", key) for key, entry in files.items() if isinstance(entry, dict)]
+    return [name for name in named if isinstance(name, str) and _FILE.fullmatch(name)]

@@ -1,0 +1,206 @@
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from p2r.backbone import BACKBONE_FORMAT, MODEL_FORMAT, ArtefactConfig, load_backbone, load_model, publish
+from p2r.config import ModelConfig
+from p2r.data.preprocess import Preparation
+from p2r.errors import InputError
+from p2r.evaluate.models import load_model as load_predictor
+from p2r.export import export
+from p2r.export.monai_bundle import REQUIRED
+from p2r.model.backbones import build_backbone
+from p2r.model.pix2rep import Segmenter
+from p2r.storage import Storage
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "basic_unet": {"channels": (4, 4, 8, 8, 8)},
+    "unet": {"channels": (4, 8, 8)},
+    "dynunet": {"channels": (4, 8, 8)},
+    "residual_dynunet": {"channels": (4, 8, 8), "normalisation": "group", "groups": 2},
+    "swin_unetr": {"channels": (12, 24, 48, 96, 192)},
+}
+Publish = Callable[..., str]
+
+
+@pytest.fixture
+def publish_toy(tmp_path: Path) -> Publish:
+    """A function that publishes a tiny backbone or model of one network, with random weights."""
+
+    def make(name: str, *, dimensions: int = 2, kind: str = "backbone", **more: Any) -> str:
+        torch.manual_seed(0)
+        model = ModelConfig(
+            **{
+                "name": name,
+                "feature_channels": 6,
+                "head_channels": 4,
+                "embedding_channels": 4,
+                **NETWORKS[name],
+                **more,
+            }
+        )
+        size = 64 if name == "swin_unetr" else 32
+        preparation = Preparation(dimensions=dimensions, spacing_mm=2.0, image_size=size)  # type: ignore[arg-type]
+        facts: dict[str, Any] = {"model": model, "preparation": preparation}
+        if kind != "backbone":
+            facts |= {"classes": {1: "A", 2: "B"}, "largest_component": kind == "model"}
+        if kind == "prototypes":
+            facts["num_prototypes"] = (3, 2, 1)
+        config = ArtefactConfig(**facts)
+        network: Any = build_backbone(model, dimensions=dimensions)
+        if kind != "backbone":
+            network = Segmenter(network, config.head())
+        if kind == "prototypes":
+            torch.nn.init.normal_(network.head.prototypes)
+        url = str(tmp_path / f"{name}-{kind}" / "1")
+        publish(
+            Storage(url),
+            format=BACKBONE_FORMAT if kind == "backbone" else MODEL_FORMAT,
+            weights=network.state_dict(),
+            config=config,
+            card="# toy\n",
+            facts={"licence": "CC0-1.0", "corpora": []},
+        )
+        return url
+
+    return make
+
+
+def _load_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ConfigParser, Any]:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "scripts"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(folder))
+    parser = ConfigParser()
+    parser.read_config(folder / "configs" / "inference.json")
+    network = parser.get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(folder / "models" / "model.pt", weights_only=True))
+    return parser, network
+
+
+@pytest.mark.parametrize(
+    ("name", "dimensions", "kind"),
+    [
+        ("basic_unet", 2, "model"),
+        ("basic_unet", 3, "backbone"),
+        ("unet", 3, "model"),
+        ("unet", 2, "prototypes"),
+        ("dynunet", 3, "model"),
+        ("dynunet", 2, "backbone"),
+        ("residual_dynunet", 2, "model"),
+        ("swin_unetr", 2, "model"),
+    ],
+)
+def test_a_bundle_gives_the_outputs_of_p2r(
+    publish_toy: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dimensions: int, kind: str
+) -> None:
+    url = publish_toy(name, dimensions=dimensions, kind=kind)
+    lines = export(url, to="monai", folder=tmp_path / "bundle")
+    assert any("of the " in line and "wrote" in line for line in lines)
+    _, network = _load_bundle(tmp_path / "bundle", monkeypatch)
+    own = load_backbone(url).network if kind == "backbone" else load_model(url)[0]
+    image = torch.rand(2, 1, *[32 * (2 if name == "swin_unetr" else 1)] * dimensions)
+    with torch.no_grad():
+        torch.testing.assert_close(network(image), own(image), rtol=1e-5, atol=1e-5)
+
+
+def test_backbones_of_basic_unet_are_bitwise_equal_in_stock_monai(
+    publish_toy: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from monai.networks.nets.basic_unet import BasicUNet
+
+    url = publish_toy("basic_unet")
+    export(url, to="monai", folder=tmp_path / "bundle")
+    _, network = _load_bundle(tmp_path / "bundle", monkeypatch)
+    assert type(network) is BasicUNet
+    image = torch.rand(1, 1, 48, 32)
+    with torch.no_grad():
+        assert torch.equal(network(image), load_backbone(url)(image))
+
+
+def test_a_bundle_segments_real_files_like_p2r_predict_without_p2r(
+    published: dict[str, str], toy_data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ignite", reason="monai.bundle run needs pytorch-ignite")
+    pytest.importorskip("fire", reason="python -m monai.bundle needs fire")
+    bundle = tmp_path / "bundle"
+    export(published["model"], to="monai", folder=bundle)
+    code = (
+        "import sys; sys.modules['p2r'] = None; sys.argv = ['monai.bundle', 'run', '--config_file', 'configs/inference.json',"
+        f" '--dataset_dir', {str(toy_data / 'images')!r}, '--output_dir', {str(tmp_path / 'results')!r}];"
+        "import runpy; runpy.run_module('monai.bundle', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=bundle, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = load_predictor(published["model"])
+    labelled = 0
+    for scan in sorted((toy_data / "images").glob("*.nii.gz")):
+        wanted = model.predict(str(scan))
+        found: Any = nibabel.load(tmp_path / "results" / scan.name.replace(".nii", "_segmentation.nii"))
+        np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(wanted.dataobj))
+        np.testing.assert_allclose(found.affine, wanted.affine, atol=1e-5)
+        labelled += int(np.asarray(wanted.dataobj).any())
+    assert labelled >= 6
+
+
+def test_the_metadata_pass_monais_verifications(published: dict[str, str], tmp_path: Path) -> None:
+    from monai.bundle.scripts import ckpt_export, verify_metadata, verify_net_in_out
+
+    bundle = tmp_path / "bundle"
+    export(published["backbone"], to="monai", folder=bundle)
+    files = {"meta_file": str(bundle / "configs/metadata.json"), "config_file": str(bundle / "configs/inference.json")}
+    verify_net_in_out(net_id="network_def", device="cpu", **files)
+    # MONAI's own schema must be downloaded; a file in its place has the same required keys.
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"type": "object", "required": sorted(REQUIRED)}))
+    digest = hashlib.sha256(schema.read_bytes()).hexdigest()
+    verify_metadata(meta_file=files["meta_file"], filepath=str(schema), hash_val=digest, hash_type="sha256")
+    with pytest.warns(DeprecationWarning, match="jit"):
+        ckpt_export(
+            net_id="network_def",
+            filepath=str(bundle / "models/model.ts"),
+            ckpt_file=str(bundle / "models/model.pt"),
+            **files,
+        )
+    image = torch.rand(1, 1, 32, 32)
+    with torch.no_grad():
+        scripted = torch.jit.load(bundle / "models/model.ts")(image)
+        torch.testing.assert_close(scripted, load_backbone(published["backbone"])(image))
+
+
+def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(publish_toy: Publish, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("keep")
+    with pytest.raises(InputError, match="not empty: name a new folder"):
+        export(publish_toy("unet"), to="monai", folder=tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
+
+
+def test_a_failed_export_leaves_nothing_behind(
+    publish_toy: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from p2r.export import monai_bundle
+
+    monkeypatch.setattr(monai_bundle, "_MAX_DIFFERENCE", -1.0)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="nothing was exported"):
+        export(publish_toy("unet"), to="monai", folder=tmp_path / "out" / "bundle")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_coarser_representation_has_no_bundle_and_the_message_says_so(publish_toy: Publish, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match="level 1 of the decoder, and MONAI's unet only the finest: export it with --to onnx"
+    ):
+        export(publish_toy("unet", level=1), to="monai", folder=tmp_path / "bundle")
