@@ -11,11 +11,12 @@ been checked, and only from safetensors: loading a stranger's model never runs c
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, overload
 
 import torch
+from numpy.typing import ArrayLike
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,13 +35,12 @@ from p2r.artefact import (
 )
 from p2r.config import ModelConfig, Section
 from p2r.contrasts import describe
-from p2r.data.contrasts import on_one_grid
-from p2r.data.preprocess import Frames, Planes, Preparation, Scans, frames_of, planes_of
-from p2r.data.volume import Volume, read_volume
+from p2r.data.contrasts import ScansLike, scans_from
+from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
 from p2r.documents import read_json
-from p2r.errors import CheckpointError, DamagedError
+from p2r.errors import CheckpointError, DamagedError, InputError
 from p2r.job import validated
-from p2r.model.backbones import build_backbone
+from p2r.model.backbones import EncoderDecoder, build_backbone
 from p2r.model.heads import PrototypeHead, SegmentationHead
 from p2r.model.pix2rep import Segmenter
 from p2r.reference import pinned
@@ -51,10 +51,6 @@ from p2r.version import __version__, code_version
 BACKBONE_FORMAT = "p2r-backbone/2"
 MODEL_FORMAT = "p2r-model/2"
 _MAX_CONFIG_DEPTH = 8
-
-
-Scan = str | Path | Volume
-"""A scan: its path or URL, or as read."""
 
 
 class ArtefactConfig(Section):
@@ -121,47 +117,64 @@ class Backbone(nn.Module):
         features: Tensor = self.network(image)
         return features
 
-    def features(self, scan: Scan | Mapping[str, Scan] | Tensor) -> Tensor:
+    @overload
+    def features(self, scan: ScansLike, *, levels: None = None) -> Tensor: ...
+
+    @overload
+    def features(self, scan: ScansLike, *, levels: Sequence[int]) -> list[Tensor]: ...
+
+    def features(self, scan: ScansLike, *, levels: Sequence[int] | None = None) -> Tensor | list[Tensor]:
         """Return features without a gradient graph.
 
         Args:
-            scan: A scan, or scans by contrast, which `prepare` converts to images; or images (B, C, *S) in [0, 1].
+            scan: Images (B, C, *S) in [0, 1] as a tensor; or a scan in any form that `prepare` takes and that is not a tensor.
+            levels: Decoder levels whose maps to return, in this order. Level l has one vector per 2^l pixels along each axis.
+                `config.model.level`: the backbone's own features. `config.model.depth`: the encoder's last maps. None: only the
+                backbone's own features.
 
         Returns:
-            (B, F, *S). For a scan: (planes, F, H, W), or, for 3D backbones, (frames, F, X, Y, Z).
+            (B, F, *S). For a scan: (planes, F, H, W), or, for 3D backbones, (frames, F, X, Y, Z). With `levels`: a list of maps, each
+            with the channels of its level.
 
         Raises:
+            InputError: A level does not exist in this backbone.
             RefusedScan: The scan cannot be used; the code gives the reason.
         """
         images = scan if isinstance(scan, Tensor) else self.prepare(scan).images
         with torch.no_grad():
-            features: Tensor = self(images.to(next(self.parameters()).device))
-        return features
+            images = images.to(next(self.parameters()).device)
+            if levels is None:
+                features: Tensor = self(images)
+                return features
+            if not isinstance(self.network, EncoderDecoder):
+                raise InputError(f"{type(self.network).__name__} has no decoder levels: leave levels out")
+            return self.network.levels(images, levels)
 
-    def prepare(self, scan: Scan | Mapping[str, Scan]) -> Planes | Frames:
+    def prepare(
+        self,
+        scan: ScansLike,
+        *,
+        spacing_mm: float | Sequence[float] | None = None,
+        affine: ArrayLike | None = None,
+    ) -> Planes | Frames:
         """Convert a scan to images as in training: the same orientation, spacing, size and intensities.
 
         Returns planes cropped about their centre or, for 3D backbones, frames cropped about the middle.
 
         Args:
-            scan: A scan; for a backbone of several contrasts, the scans by contrast, as in `{"flair": ..., "t1": ...}`. Contrasts may
-                be missing. Scans on other grids are resampled to that of the first.
+            scan: A path or URL of NIfTI, a folder of DICOM, a `Volume`, a nibabel image, a MONAI MetaTensor, a TorchIO image, or an
+                array or tensor (X, Y, Z) or (X, Y, Z, T). For a backbone of several contrasts: these by name, as in
+                `{"flair": ..., "t1": ...}`; some may be missing, and scans on other grids are resampled to that of the first.
+            spacing_mm: For an array without affine: voxel size, mm; its axes then point to the right, anterior and superior.
+            affine: For an array: (4, 4), voxel -> mm in RAS.
 
         Raises:
-            RefusedScan: The file cannot be used; the code gives the reason.
+            InputError: The scan has no such form, or no voxel size.
+            RefusedScan: The scan cannot be used; the code gives the reason.
         """
+        scans = scans_from(scan, spacing_mm=spacing_mm, affine=affine)
         make = frames_of if self.preparation.dimensions == 3 else planes_of
-        return make(_read_scans(scan), preparation=self.preparation, size=self.preparation.image_size)
-
-
-def _read_scans(scan: Scan | Mapping[str, Scan]) -> Scans:
-    if isinstance(scan, Mapping):
-        return on_one_grid({name: _read_scan(one) for name, one in scan.items()})
-    return _read_scan(scan)
-
-
-def _read_scan(scan: Scan) -> Volume:
-    return scan if isinstance(scan, Volume) else read_volume(scan)
+        return make(scans, preparation=self.preparation, size=self.preparation.image_size)
 
 
 def load_backbone(url: str, *, sha256: str | None = None, key: str | None = None, device: str = "cpu") -> Backbone:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from p2r.errors import CheckpointError
+from p2r.errors import CheckpointError, error_text
 from p2r.files import file_sha256
 from p2r.reference import Reference, names_weights_file
 from p2r.storage import Storage
@@ -117,13 +117,15 @@ def _load_pickle(path: Path, where: str) -> Any:
         with torch.serialization.safe_globals(_REPLACED):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        name = _blocked_name(str(error))
+        name = _blocked_name(error_text(error))
         raise CheckpointError(
             f"{where} is a pickle that holds {name or 'objects besides tensors and plain values'}: reading it could run "
             f"code of its author, so it is refused. {_CONVERT}"
         ) from None
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, IndexError, OSError) as error:
-        raise CheckpointError(f"{where} is not a readable PyTorch file: {str(error).splitlines()[0]:.200}") from None
+        raise CheckpointError(
+            f"{where} is not a readable PyTorch file: {error_text(error).splitlines()[0]:.200}"
+        ) from None
 
 
 def _refuse_compressed(content: bytes, where: str) -> None:

@@ -130,6 +130,10 @@ class PretrainConfig(Section):
             raise ValueError(
                 f"model.in_channels {self.model.in_channels} needs the names of the contrasts: give model.contrasts, such as [t1, flair]"
             )
+        several = self.model.contrasts is not None and len(self.model.contrasts) > 1
+        for name, default in (("contrasts", "same"), ("contrast_dropout", 0.0)):
+            if not several and getattr(self.views, name) != default:
+                raise ValueError(f"views.{name} {getattr(self.views, name)} needs model.contrasts with several names")
         if self.compile and self.zero_stage == 3:
             raise ValueError(
                 "compile needs zero_stage 0, 1 or 2: stage 3 fetches weights between layers, where a compiled graph breaks"

@@ -13,11 +13,6 @@ def is_none(value: object) -> bool:
     return value is None
 
 
-def is_zero(value: object) -> bool:
-    """Return whether a number is 0: the field is then left out of files, as with `is_none`."""
-    return value == 0
-
-
 class FilledIn:
     """Marker of job fields in which `${NAME}` and `${NAME:-default}` are replaced by environment variables."""
 

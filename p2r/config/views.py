@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from p2r.config.section import Fraction, Range, Section, Within, is_zero
+from p2r.config.section import Fraction, Range, Section, Within
 
 Angle = Annotated[float, Field(ge=0, le=180)]
 NumGhosts = Annotated[int, Field(ge=2, le=16)]
@@ -151,6 +151,16 @@ VIEWS["pix2rep_v2"] = {
 }
 
 
+def is_same(value: object) -> bool:
+    """Return whether the views show the same contrasts; then the field is left out, as in configurations before it."""
+    return value == "same"
+
+
+def is_zero(value: object) -> bool:
+    """Return whether a number is 0; then its field is left out, as in configurations before it."""
+    return value == 0
+
+
 def _allow_preset_name(schema: dict[str, Any]) -> None:
     section = schema.copy()
     schema.clear()
@@ -167,12 +177,17 @@ class ViewsConfig(Section):
     """The warp between the views."""
     intensity: IntensityConfig = IntensityConfig()
     """Changes of contrast, drawn for each view."""
-    contrast_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, exclude_if=is_zero)
-    """Images of several contrasts: probability that a view loses a contrast, for each; at least one of those that the image has stays.
-    Fine-tuning: labelled images and strong views."""
     shown_fraction: Annotated[Range, Within(0.02, 1)] | None = None
     """Pretraining only: smallest and largest fraction of the image that a view shows, in a box drawn for each view. The rest is zero, as
     outside the scan. It removes a shortcut: in scans smaller than the image, the distance to their edge reveals the position. None: all."""
+
+    contrasts: Literal["same", "cross", "mixed"] = Field(default="same", exclude_if=is_same)
+    """Pretraining with `model.contrasts` only: contrasts of the two views of an image. same: both show all contrasts that the image has.
+    cross: each shows one, not the same if the image has several, so that the representation does not depend on the contrast. mixed: same
+    or cross, drawn for each image."""
+    contrast_dropout: Fraction = Field(default=0.0, exclude_if=is_zero)
+    """Images of several contrasts only: probability of dropping each contrast, except one; it prepares the network for missing ones.
+    Pretraining: from both views of an image, where they show the same contrasts. Fine-tuning: from each labelled image and strong view."""
 
     @model_validator(mode="before")
     @classmethod

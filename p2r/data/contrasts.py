@@ -4,16 +4,40 @@ The grid is that of a reference, the first scan by default. Scans whose grid agr
 it by their headers' positions (`alignment`). Nothing is registered.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
+from numpy.typing import ArrayLike
+
+from p2r.data.accepted import ScanLike, volume_from
 from p2r.data.alignment import align, find_copy
+from p2r.data.preprocess import Scans
 from p2r.data.volume import Volume, read_volume
 from p2r.errors import RefusedScan
 
 MIN_COVERAGE = 0.9
 """Default of the smallest fraction of the reference's voxels that each scan must cover."""
+
+
+ScansLike = ScanLike | Mapping[str, ScanLike]
+"""A scan in any form, or scans by contrast, as in `{"flair": "flair.nii.gz", "t1": volume}`."""
+
+
+def scans_from(
+    scan: ScansLike, *, spacing_mm: float | Sequence[float] | None = None, affine: ArrayLike | None = None
+) -> Scans:
+    """Convert a scan, or scans by contrast, of any accepted form; several are brought to the grid of the first.
+
+    Raises:
+        InputError: as `volume_from`.
+        RefusedScan: as `volume_from` and `on_one_grid`.
+    """
+    convert = partial(volume_from, spacing_mm=spacing_mm, affine=affine)
+    if isinstance(scan, Mapping) and not hasattr(scan, "affine"):  # images of TorchIO are mappings, too
+        return on_one_grid({name: convert(one) for name, one in scan.items()})
+    return convert(scan)
 
 
 def read_contrasts(paths: Mapping[str, str | Path], *, min_coverage: float = MIN_COVERAGE) -> dict[str, Volume]:
@@ -38,6 +62,8 @@ def on_one_grid(
     Raises:
         RefusedScan: `other_extent` or `other_frames` as `align`; `copy` if two contrasts are the same image.
     """
+    if not volumes:
+        raise RefusedScan("no_contrast", "no scan of any contrast is given: give at least one")
     name = next(iter(volumes)) if reference is None else reference
     aligned = {
         contrast: volume

@@ -1,7 +1,8 @@
 """The ICBM-152 template of nilearn -> virtual subjects: T1-like brains with exact labels, without a download.
 
 Every subject is the template with a random deformation (affine and smooth elastic), tissue contrast, bias field and noise.
-Labels undergo the same deformation, so they are exact by construction. Virtual subjects allow the whole system to be tried
+Labels undergo the same deformation, so they are exact by construction. There are two kinds: tissues, which brightness nearly
+gives, and regions of the brain, which look alike and differ in place. Virtual subjects allow the whole system to be tried
 and its results checked where no data set may be shipped. Results on them do not predict results on people.
 
 Everything is a function of (seed, subject number): subject 7 is the same in a group of 8 and of 800.
@@ -26,20 +27,45 @@ from p2r.randomness import keyed_generator
 from p2r.storage import cache_folder
 
 CLASSES = {1: "GM", 2: "WM"}
+"""Classes of the folder `labels`."""
+REGIONS = {1: "frontal", 2: "parietal", 3: "occipital", 4: "temporal", 5: "hindbrain"}
+"""Classes of the folder `regions`: grey and white matter together, cut by planes in MNI coordinates; hindbrain is the cerebellum and
+the brain stem. The two sides have the same classes, so mirrored images keep their labels."""
 
-_RECIPE = "1"  # increment with every change that affects the voxels
+_RECIPE = "2"  # increment with every change that affects the files; images and labels have the bytes of recipe 1
 _SPACING_MM = 2
 _MARGIN = 5  # voxels around the brain, for the deformation
 _MAX_SUBJECTS = 10_000
 _MARKER = "complete.json"
+# Each region, and half-spaces a |x| + b y + c z <= d, mm, whose intersection it fills. A position belongs to the first region that
+# contains it. The planes follow the tentorium, the lateral fissure, the parieto-occipital and the central sulcus only roughly.
+_CEREBELLUM = ((0.28, 0.0, 1.0, -7.0), (0.28, -0.45, 1.0, 14.0), (0.0, 1.0, 0.0, -36.0))
+_BRAIN_STEM = ((1.0, 0.0, 0.0, 18.0), (0.0, 1.0, 0.0, -10.0), (0.0, 0.0, 1.0, -10.0))
+_TEMPORAL = ((-1.0, 0.0, 0.0, -22.0), (0.0, 0.25, 1.0, 2.0), (0.0, 1.0, 0.0, 20.0), (0.0, -1.0, 0.0, 60.0))
+_TEMPORAL_POLE = ((-1.0, 0.0, 0.0, -14.0), (0.0, 0.0, 1.0, -22.0), (0.0, 1.0, 0.0, 24.0), (0.0, -1.0, 0.0, 60.0))
+_OCCIPITAL = ((0.0, 1.0, 0.35, -62.0),)
+_FRONTAL = ((0.55, -1.0, 0.0, 35.0),)
+_CUTS = (
+    (5, _CEREBELLUM),
+    (5, _BRAIN_STEM),
+    (4, _TEMPORAL),
+    (4, _TEMPORAL_POLE),
+    (3, _OCCIPITAL),
+    (1, _FRONTAL),
+    (2, ()),
+)
 _TISSUE = (0.0, 0.30, 0.65, 0.87, 1.0)  # template intensities: air, fluid, grey matter, white matter, brightest
+
+_FOLDERS = ("images", "labels", "regions")
 
 _README = """Virtual subjects, made by p2r: not scans of people.
 
 Each file in images/ is the ICBM-152 (2009a, nonlinear, symmetric) T1 template at 2 mm with a random deformation,
 contrast, bias field and noise (seed {seed}, {num_subjects} subjects). labels/ holds the template's tissue maps after
-the same deformation: 0 background and fluid, 1 grey matter (GM), 2 white matter (WM). Use them to try out a system;
-results on them do not predict results on real scans.
+the same deformation: 0 background and fluid, 1 grey matter (GM), 2 white matter (WM). regions/ holds grey and white
+matter together, cut by planes in MNI coordinates before the deformation: 1 frontal, 2 parietal, 3 occipital,
+4 temporal, 5 hindbrain (cerebellum and brain stem). The planes follow the sulci only roughly. Use them to try out a
+system; results on them do not predict results on real scans.
 
 """
 
@@ -60,7 +86,7 @@ Map = NDArray[np.float32]
 
 
 def resolve_source(url: str, cache: Path | None = None) -> Path:
-    """Return the folder of `template://icbm152[/images|/labels]?subjects=N&seed=S`, generating it if it does not exist.
+    """Return the folder of `template://icbm152[/images|/labels|/regions]?subjects=N&seed=S`, generating it if it does not exist.
 
     Args:
         url: The URL; subjects defaults to 24, seed to 0.
@@ -74,8 +100,8 @@ def resolve_source(url: str, cache: Path | None = None) -> Path:
     usage = "write template://icbm152/images?subjects=24&seed=0"
     if parts.scheme != "template" or parts.netloc != "icbm152":
         raise DataError(f"{url}: the only template is icbm152; {usage}")
-    if parts.path.strip("/") not in ("", "images", "labels"):
-        raise DataError(f"{url}: a template has the folders images and labels, not {parts.path!r}; {usage}")
+    if parts.path.strip("/") not in ("", *_FOLDERS):
+        raise DataError(f"{url}: a template has the folders {', '.join(_FOLDERS)}, not {parts.path!r}; {usage}")
     if unknown := sorted(query.keys() - {"subjects", "seed"}):
         raise DataError(f"{url}: unknown parameter {unknown[0]!r}; {usage}")
     subjects, seed = query.get("subjects", "24"), query.get("seed", "0")
@@ -86,7 +112,7 @@ def resolve_source(url: str, cache: Path | None = None) -> Path:
 
 
 def virtual_subjects(folder: Path, *, num_subjects: int, seed: int) -> Path:
-    """Write `images/sub-001_T1w.nii.gz`, `labels/sub-001_T1w.nii.gz`, ... into a folder below `folder`, and return it.
+    """Write `sub-001_T1w.nii.gz`, ... into `images`, `labels` and `regions` of a folder below `folder`, and return it.
 
     An existing complete folder is reused. The folder gets its final name only when it is complete.
     """
@@ -104,14 +130,13 @@ def virtual_subjects(folder: Path, *, num_subjects: int, seed: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".making-", dir=folder))
     try:
-        (work / "images").mkdir()
-        (work / "labels").mkdir()
+        for name in _FOLDERS:
+            (work / name).mkdir()
         template = _Template()
         for number in range(1, num_subjects + 1):
-            image, label = template.subject(keyed_generator(seed, "phantom", number))
-            name = f"sub-{number:03d}_T1w.nii.gz"
-            write_nifti(work / "images" / name, image, template.affine)
-            write_nifti(work / "labels" / name, label, template.affine)
+            volumes: tuple[NDArray[Any], ...] = template.subject(keyed_generator(seed, "phantom", number))
+            for name, volume in zip(_FOLDERS, volumes, strict=True):
+                write_nifti(work / name / f"sub-{number:03d}_T1w.nii.gz", volume, template.affine)
         (work / "README").write_text(_README.format(seed=seed, num_subjects=num_subjects) + _LICENCE)
         (work / "LICENSE").write_text(_LICENCE)
         (work / _MARKER).write_text(json.dumps(recipe, indent=2, sort_keys=True) + "\n")
@@ -153,13 +178,25 @@ class _Template:
         self.affine = np.array(t1.affine, dtype=np.float64)
         self.affine[:3, 3] += self.affine[:3, :3] @ first
 
-    def subject(self, generator: np.random.Generator) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
-        """Draw one subject: (X, Y, Z) image and labels."""
+    def subject(self, generator: np.random.Generator) -> tuple[NDArray[np.int16], NDArray[np.uint8], NDArray[np.uint8]]:
+        """Draw one subject: (X, Y, Z) image, tissues and regions."""
         where = self._draw_deformation(generator)
         t1 = np.clip(ndimage.map_coordinates(self._t1_splines, where, order=3, prefilter=False), 0.0, 1.0)
         grey, white = (ndimage.map_coordinates(one, where, order=1) for one in (self._grey, self._white))
         label = np.argmax(np.stack([1.0 - grey - white, grey, white]), axis=0).astype(np.uint8)
-        return _simulate_scanner(_change_contrast(t1, generator), generator), label
+        image = _simulate_scanner(_change_contrast(t1, generator), generator)
+        return image, label, np.where(label > 0, self._find_regions(where), np.uint8(0))
+
+    def _find_regions(self, where: NDArray[Any]) -> NDArray[np.uint8]:
+        """Return the region (X, Y, Z) of positions in the template (3, X, Y, Z), in voxels."""
+        x, y, z = np.einsum("ij,jxyz->ixyz", self.affine[:3, :3], where) + self.affine[:3, 3, None, None, None]
+        regions = np.zeros(x.shape, np.uint8)
+        for region, half_spaces in _CUTS:
+            is_inside = regions == 0
+            for a, b, c, d in half_spaces:
+                is_inside &= a * np.abs(x) + b * y + c * z <= d
+            regions[is_inside] = region
+        return regions
 
     def _draw_deformation(self, generator: np.random.Generator) -> NDArray[Any]:
         """Draw a deformation, (3, X, Y, Z): for each voxel of the subject, its position in the template, in voxels."""

@@ -16,6 +16,7 @@ Shape letters: B images, n pixel pairs per image, m of them sampled, M sampled f
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +39,56 @@ def sample_pairs(queries: Tensor, keys: Tensor, weights: Tensor, *, pairs_per_im
     Returns:
         (B * m, 2E + 1) float32: query, key, weight.
     """
-    stride = -(-pairs_per_image // max(1, _MOST_PAIRS // global_batch))
+    stride = sampling_stride(pairs_per_image, global_batch)
     rows = torch.cat([queries.detach().float(), keys.detach().float(), weights.float()[:, None]], 1)
     return rows.view(-1, pairs_per_image, rows.shape[1])[:, ::stride].flatten(0, 1)
+
+
+def sampling_stride(pairs_per_image: int, global_batch: int) -> int:
+    """Return the distance between sampled pairs of an image."""
+    return -(-pairs_per_image // max(1, _MOST_PAIRS // global_batch))
+
+
+def health_by_contrasts(
+    pairs: Tensor, numbers: Tensor, *, names: Sequence[str], temperature: float | None
+) -> dict[str, dict[str, float]]:
+    """Compute the metrics of each pair of contrasts, from the sampled pairs.
+
+    Args:
+        pairs: (M, 2E + 1) of all ranks, as for `embedding_health`.
+        numbers: (M,) number of the pair of contrasts of each.
+        names: Name of each number, from `p2r.views.contrasts.pair_names`.
+        temperature: tau of InfoNCE; None: the objective is another one.
+
+    Returns:
+        By name: `pairs`, their number; `equivariance_error`, the deviation from the warp relative to pairs of different pixels of the
+        same contrasts, as for the whole step; `loss` (InfoNCE only), the mean cost of finding the pixel's partner among all sampled
+        pixels of the other view, nats, which are fewer than in training; and the metrics of `embedding_health`. Pairs of contrasts
+        with fewer than two pixel pairs are left out.
+    """
+    has_content = pairs[:, -1] > 0
+    present, of = pairs[has_content], numbers[has_content]
+    if len(present) < 2 or not torch.isfinite(present).all():
+        return {}
+    queries, keys = (F.normalize(rows, dim=1) for rows in present[:, :-1].double().chunk(2, dim=1))
+    cosines = queries @ keys.T  # (M', M')
+    found = {}
+    for number in sorted(set(of.tolist())):
+        rows = of == number
+        count = int(rows.sum())
+        if count < 2:
+            continue
+        block = cosines[rows][:, rows]
+        of_pairs = float(block.diagonal().mean())
+        of_others = (float(block.sum()) - count * of_pairs) / (count * (count - 1))
+        metrics = {"pairs": float(count), "equivariance_error": max(0.0, 1 - of_pairs) / max(1 - of_others, 1e-6)}
+        if temperature is not None:
+            chances = (cosines[rows] / temperature).log_softmax(1), (cosines[:, rows] / temperature).log_softmax(0)
+            own = torch.nonzero(rows)[:, 0]
+            along = torch.arange(count)
+            metrics["loss"] = -float(chances[0][along, own].mean() + chances[1][own, along].mean()) / 2
+        found[names[number]] = metrics | (embedding_health(present[rows]) or {})
+    return found
 
 
 def embedding_health(pairs: Tensor) -> dict[str, float] | None:

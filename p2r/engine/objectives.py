@@ -39,6 +39,8 @@ class PixelPairs:
     """(n,) sample that each pair comes from."""
     position_mm: Tensor
     """(n, 2 or 3) position in the sample."""
+    contrasts: Tensor | None = None
+    """(n,) number of the pair of contrasts, from `p2r.views.contrasts.number_pairs`; None: images of one contrast."""
 
 
 Loss = Callable[[PixelPairs, LossConfig, "float | Tensor", Findings | None, dict[str, Tensor] | None], Tensor]

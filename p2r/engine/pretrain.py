@@ -30,6 +30,7 @@ from p2r.engine.report import PretrainReport
 from p2r.engine.running import (
     BadStep,
     Clock,
+    gather_contrast_health,
     gather_equivariance_error,
     gather_health,
     gather_loss_parts,
@@ -246,6 +247,7 @@ def _make_report(run: PretrainRun, step: int, taken: Step, *, ends_interval: boo
         world_size=torch.distributed.get_world_size(),
         loss_parts=gather_loss_parts(taken),
         health=gather_health(taken),
+        contrast_pairs=gather_contrast_health(taken, config),
         equivariance_error=gather_equivariance_error(taken),
         checkpoint=path_of(step) if is_last else run.checkpoints.completed(),
         **_upload_facts(run.checkpoints),

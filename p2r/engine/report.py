@@ -53,6 +53,9 @@ class PretrainReport:
     dead_dimensions_fraction; see `p2r.engine.health`."""
     equivariance_error: float | None = None
     """For the last step: 0 if embeddings follow the warp perfectly, 1 if no better than chance; see `p2r.engine.step`."""
+    contrast_pairs: dict[str, dict[str, float]] | None = None
+    """For images of several contrasts, with the equivariance error: metrics of each pair of contrasts that the two views showed, such as
+    `flair-t1`, or `several`; see `p2r.engine.health.health_by_contrasts`."""
     probe_dice: float | None = None
     """Newest online probe since the previous report, on rank 0: mean Dice of the labelled task; see `p2r.engine.online_probe`."""
     resumed_from: int | None = None
@@ -81,6 +84,7 @@ class PretrainReport:
             f"wait {self.wait_fraction:.1%} | lr {self.learning_rate:.1e} | grad {self.gradient_norm:.2f} | "
             + (f"equivariance error {self.equivariance_error:.3f} | " if self.equivariance_error is not None else "")
             + (f"effective rank {self.health['effective_rank']:.1f} | " if self.health is not None else "")
+            + self._contrasts_line()
             + (f"probe Dice {self.probe_dice:.3f} | " if self.probe_dice is not None else "")
             + f"ETA {minutes}:{seconds:02d}"
             + (f" | {self.compiled}" if self.compiled else "")
@@ -93,3 +97,11 @@ class PretrainReport:
             + (f" | {self.profile}" if self.profile else "")
             + (f" | {self.fell_back}" if self.fell_back else "")
         )
+
+    def _contrasts_line(self) -> str:
+        """Return the equivariance error of the best and the worst pair of contrasts."""
+        errors = {name: metrics["equivariance_error"] for name, metrics in (self.contrast_pairs or {}).items()}
+        if len(errors) < 2:
+            return ""
+        best, worst = min(errors, key=lambda name: errors[name]), max(errors, key=lambda name: errors[name])
+        return f"from {errors[best]:.3f} ({best}) to {errors[worst]:.3f} ({worst}) | "

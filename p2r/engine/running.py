@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from p2r.engine.health import embedding_health
+from p2r.config import PretrainConfig
+from p2r.engine.health import embedding_health, health_by_contrasts
 from p2r.engine.history import history_bytes, read_history
 from p2r.engine.report import HISTORY, PretrainReport
 from p2r.engine.step import Step, equivariance_error, loss_parts
 from p2r.errors import EmbeddingError
 from p2r.storage import Storage
+from p2r.views.contrasts import pair_names
 
 
 @dataclass
@@ -176,6 +178,20 @@ def gather_health(taken: Step) -> dict[str, float] | None:
     if taken.pairs is None:
         return None
     return embedding_health(torch.cat(gather_values(taken.pairs)).cpu())
+
+
+def gather_contrast_health(taken: Step, config: PretrainConfig) -> dict[str, dict[str, float]] | None:
+    """Return the health of each pair of contrasts over all ranks; None for images of one contrast."""
+    if taken.pairs is None or taken.contrasts is None or config.model.contrasts is None:
+        return None
+    pairs, numbers = (torch.cat(gather_values(part)).cpu() for part in (taken.pairs, taken.contrasts))
+    is_info_nce = config.loss.name == "info_nce" and taken.temperature is not None
+    return health_by_contrasts(
+        pairs,
+        numbers,
+        names=pair_names(config.model.contrasts),
+        temperature=float(taken.temperature) if is_info_nce and taken.temperature is not None else None,
+    )
 
 
 def gather_equivariance_error(taken: Step) -> float | None:

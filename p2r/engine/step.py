@@ -26,13 +26,14 @@ from p2r.data.batch import Batch
 from p2r.device import on_device
 from p2r.engine.build import DTYPES, gather_parameter
 from p2r.engine.feed import Timed
-from p2r.engine.health import sample_pairs
+from p2r.engine.health import sample_pairs, sampling_stride
 from p2r.engine.objectives import PixelPairs, objective_of, pixel_pair_loss
 from p2r.engine.update import Update, update
 from p2r.loss import Findings, corresponding_points, without_kernels
 from p2r.randomness import keyed_generator
+from p2r.views.contrasts import number_pairs
 from p2r.views.geometric import apply_warp
-from p2r.views.pair import make_views
+from p2r.views.pair import ViewPair, make_views
 
 COLDEST, _WARMEST = 0.013, 1.0
 """Bounds of a learnt temperature. Below, no static shift serves more than 10^8 candidates, and GPUs cannot use the loss kernels."""
@@ -56,6 +57,10 @@ class Step:
     """(2E + 2,) of this rank, for `equivariance_error`; None if not requested."""
     pairs: Tensor | None
     """(m, 2E + 1) of this rank, for `embedding_health`; None if not requested."""
+    contrasts: Tensor | None = None
+    """(m,) of this rank, the number of the pair of contrasts of each row of `pairs`; None if images have one contrast."""
+    temperature: Tensor | None = None
+    """Scalar, tau of InfoNCE; None if `pairs` is."""
 
 
 def pretrain_step(engine: Any, batch: Batch, *, config: PretrainConfig, learning_rate: float) -> Tensor:
@@ -103,6 +108,8 @@ def take_step(
         objective.parts,
         torch.stack(objective.alignments).sum(0) if aligns else None,
         torch.cat(objective.samples) if aligns else None,
+        torch.cat(objective.contrasts) if objective.contrasts else None,
+        objective.temperature,
     )
 
 
@@ -124,11 +131,14 @@ class _Drawn:
     """(B, n) sample that each pair comes from."""
     position_mm: Tensor
     """(B, n, 2 or 3) position in the sample."""
+    contrasts: Tensor | None = None
+    """(B, n) number of the pair of contrasts of the views; None: images of one contrast."""
 
     def split(self, size: int) -> "list[_Drawn]":
         """Return micro-batches of `size` images."""
-        parts = (torch.split(getattr(self, field.name), size) for field in fields(self))
-        return [_Drawn(*of_batch) for of_batch in zip(*parts, strict=True)]
+        whole = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts = {name: torch.split(tensor, size) for name, tensor in whole.items() if tensor is not None}
+        return [_Drawn(**dict(zip(parts, of_batch, strict=True))) for of_batch in zip(*parts.values(), strict=True)]
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -137,14 +147,15 @@ class _Drawn:
 
     def pairs(self, queries: Tensor, keys: Tensor) -> PixelPairs:
         """Return the pixel pairs with their embeddings (B * n, E)."""
-        facts = (fact.flatten(0, 1) for fact in (self.weights, self.image, self.position_mm))
-        return PixelPairs(queries, keys, *facts)
+        weights, image, position_mm = (fact.flatten(0, 1) for fact in (self.weights, self.image, self.position_mm))
+        contrasts = None if self.contrasts is None else self.contrasts.flatten(0, 1)
+        return PixelPairs(queries, keys, weights, image, position_mm, contrasts)
 
 
 def _draw_pairs(batch: Batch, device: torch.device, *, config: PretrainConfig, timed: Timed) -> _Drawn:
     """Draw two views of every image, and pixel pairs that show the same anatomy in both."""
     with timed("images"):
-        image, inside = batch.images(device)
+        image, inside, covered = batch.prepare(device)
     with timed("views"):
         views = make_views(
             image,
@@ -154,6 +165,8 @@ def _draw_pairs(batch: Batch, device: torch.device, *, config: PretrainConfig, t
             seed=config.seed,
             epochs=batch.epochs,
             positions=batch.positions,
+            present=batch.present,
+            covered=covered,
         )
     with timed("points"):
         foreground = None
@@ -180,7 +193,16 @@ def _draw_pairs(batch: Batch, device: torch.device, *, config: PretrainConfig, t
         weights=pairs.weight,
         image=on_device(batch.positions, device, dtype=torch.int64)[:, None].expand_as(pairs.weight),
         position_mm=pairs.a * batch.spacing_mm,
+        contrasts=_number_pairs(views, pairs.weight),
     )
+
+
+def _number_pairs(views: ViewPair, like: Tensor) -> Tensor | None:
+    """Return the number (B, n) of each pixel pair's pair of contrasts; None for images of one contrast."""
+    if views.shown_a is None or views.shown_b is None:
+        return None
+    numbers = number_pairs(views.shown_a, views.shown_b)
+    return on_device(numbers, like.device, dtype=torch.int64)[:, None].expand_as(like)
 
 
 class _Objective:
@@ -189,11 +211,14 @@ class _Objective:
     def __init__(self, engine: Any, config: PretrainConfig, *, aligns: bool) -> None:
         self._engine, self._config, self._aligns = engine, config, aligns
         self.findings, self.parts = Findings(), dict[str, Tensor]()
-        self.alignments, self.samples = list[Tensor](), list[Tensor]()
+        self.alignments, self.samples, self.contrasts = list[Tensor](), list[Tensor](), list[Tensor]()
+        self.temperature: Tensor | None = None
 
     def __call__(self, pairs: PixelPairs) -> Tensor:
         config = self._config
+        temperature = _bounded_temperature(self._engine, config.loss)
         if self._aligns:
+            self.temperature = torch.as_tensor(temperature).detach()
             self.alignments.append(_alignment_sums(pairs.queries.detach(), pairs.keys.detach(), pairs.weights))
             self.samples.append(
                 sample_pairs(
@@ -204,7 +229,10 @@ class _Objective:
                     global_batch=config.global_batch,
                 )
             )
-        temperature, parts = _bounded_temperature(self._engine, config.loss), dict[str, Tensor]()
+            if pairs.contrasts is not None:
+                every = sampling_stride(config.loss.pixel_pairs_per_image, config.global_batch)
+                self.contrasts.append(pairs.contrasts.view(-1, config.loss.pixel_pairs_per_image)[:, ::every].flatten())
+        parts = dict[str, Tensor]()
         loss = pixel_pair_loss(pairs, config.loss, temperature=temperature, findings=self.findings, parts=parts)
         for name, part in parts.items():
             self.parts[name] = self.parts[name] + part if name in self.parts else part

@@ -8,18 +8,17 @@ segmentation.to_filename("segmentation.nii.gz")
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from p2r.backbone import ArtefactConfig
 from p2r.backbone import load_model as load_segmenter
-from p2r.data.contrasts import on_one_grid
+from p2r.data.contrasts import ScansLike, scans_from
 from p2r.data.preprocess import Scans, check_room, reference_of
-from p2r.data.volume import Volume, nifti_image, read_volume, to_source_grid, volume_of
+from p2r.data.volume import Volume, nifti_image, to_source_grid
 from p2r.errors import InputError
 from p2r.evaluate.inference import images_read, predict_probabilities, predict_volume
 from p2r.evaluate.metrics import largest_components
@@ -31,7 +30,7 @@ class Model:
     """A published model, or an ensemble of several, in evaluation mode."""
 
     segmenter: nn.Module
-    """The network: images (B, C, *S) -> scores (B, 1 + classes, *S)."""
+    """The network: images (B, 1, *S) -> scores (B, 1 + classes, *S)."""
     config: ArtefactConfig
     """Architecture, preparation and classes."""
     manifest: Mapping[str, Any]
@@ -44,21 +43,29 @@ class Model:
         """Name of each label; 0 is the background."""
         return self.config.classes
 
-    def predict(self, scan: str | Path | Volume | Any | Mapping[str, Any]) -> Any:
+    def predict(
+        self,
+        scan: ScansLike,
+        *,
+        spacing_mm: float | Sequence[float] | None = None,
+        affine: ArrayLike | None = None,
+    ) -> Any:
         """Segment a scan, or the scans of a patient by contrast.
 
         Args:
-            scan: A path or URL of NIfTI, a `nibabel` image, or a `Volume`. For a model of several contrasts: these by name, as in
-                `{"flair": ..., "t1": ...}`; contrasts may be missing.
+            scan: A scan in any form that `Backbone.prepare` takes.
+            spacing_mm: For an array without affine: voxel size, mm; its axes then point to the right, anterior and superior.
+            affine: For an array: (4, 4), voxel -> mm in RAS.
 
         Returns:
             A `nibabel.Nifti1Image` of labels on the scan's own grid, (X, Y, Z), or (X, Y, Z, T) for a series of frames; with the
             sform, qform, codes and units of the scan. With several contrasts, the grid is that of the first.
 
         Raises:
+            InputError: The scan has no such form, or no voxel size.
             RefusedScan: if the scan cannot be used; its code gives the reason.
         """
-        scans = _read_scans(scan)
+        scans = scans_from(scan, spacing_mm=spacing_mm, affine=affine)
         volume = reference_of(scans)
         on_scan = to_source_grid(self.labels(scans), volume)
         flat = on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan
@@ -181,15 +188,3 @@ def on_scan_grid(features: NDArray[np.float32], affine: NDArray[np.float64], vol
             features[..., channel], to_features[:3, :3], to_features[:3, 3], shape, found[..., channel], 1, "nearest"
         )
     return np.asarray(to_source_grid(found, volume))
-
-
-def _read_scans(scan: str | Path | Volume | Any | Mapping[str, Any]) -> Scans:
-    if isinstance(scan, Mapping):
-        return on_one_grid({name: _read_volume(one) for name, one in scan.items()})
-    return _read_volume(scan)
-
-
-def _read_volume(scan: str | Path | Volume | Any) -> Volume:
-    if isinstance(scan, Volume):
-        return scan
-    return read_volume(scan) if isinstance(scan, str | Path) else volume_of(scan)

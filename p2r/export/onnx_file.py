@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from p2r.errors import InputError
+from p2r.errors import InputError, error_text
 from p2r.export import bundle_script
 from p2r.export.source import Source, Written, largest_difference
 from p2r.version import __version__
@@ -126,7 +126,7 @@ def _convert(source: Source, path: Path, output: str) -> None:
             assert program is not None
             program.save(str(path), external_data=False)
     except (RuntimeError, torch.onnx.OnnxExporterError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        first = next((line for line in error_text(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"{source.name} ({source.model.name}) cannot become an ONNX file: {first[:300]}") from error
 
 

@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from p2r.config import ModelConfig
 from p2r.contrasts import balance
+from p2r.errors import InputError
 from p2r.model.normalisation import GroupNorm, InstanceNorm, LayerNorm
 from p2r.model.residual_encoder import ResidualEncoderUNet
 
@@ -107,6 +108,35 @@ class EncoderDecoder(nn.Module):
         Raises:
             ValueError: for another number of contrasts or axes, or a size that the levels cannot halve.
         """
+        return self._compute(image, None)
+
+    def levels(self, image: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        """Compute the maps of several decoder levels in one pass.
+
+        Args:
+            image: (B, C, *S).
+            levels: Levels from `config.level`, the features of `forward`, to `config.depth`, the encoder's last maps.
+
+        Returns:
+            Maps (B, channels of the level, *S / 2^level), in the order of `levels`.
+
+        Raises:
+            InputError: A level does not exist in this network.
+            ValueError: as in `forward`.
+        """
+        first, last = self.config.level, self.config.depth
+        missing = [level for level in levels if not first <= level <= last]
+        if missing or not levels:
+            finer = f"; finer levels were left out of this network (model.level {first})" if first else ""
+            raise InputError(
+                f"level {missing[0] if missing else 'none'} does not exist: {self.config.name} has levels {first} to {last}{finer}"
+            )
+        found: dict[int, Tensor] = {}
+        found[first] = self._compute(image, found)
+        return [found[level] for level in levels]
+
+    def _compute(self, image: Tensor, found: dict[int, Tensor] | None) -> Tensor:
+        """Return the features; put the maps of every level into `found`, if it is given."""
         channels, axes = self.config.in_channels, "H, W" if self.dimensions == 2 else "X, Y, Z"
         if image.ndim != 2 + self.dimensions or image.shape[1] != channels:
             raise ValueError(f"image must be (B, {channels}, {axes}), got {tuple(image.shape)}")
@@ -118,6 +148,8 @@ class EncoderDecoder(nn.Module):
         *skips, maps = self._encode(self.unet, image, self._run_block)  # one per level, finest first
         decoder = self._decoder_blocks(self.unet)  # finest first, from the configured level
         for level, block in reversed(list(enumerate(decoder, start=self.config.level))):
+            if found is not None:
+                found[level + 1] = maps
             maps = self._run_block(block, maps, skips[level], level=level, is_encoder=False)
         features: Tensor = self.projection(maps)
         return features

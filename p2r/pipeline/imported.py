@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, publish
-from p2r.config import ImageConfig, ImportedConfig, PretrainConfig
+from p2r.config import ImportedConfig, PretrainConfig
 from p2r.data.preprocess import Preparation
 from p2r.engine.weights import foreign_weights
 from p2r.logs import Say
@@ -53,7 +53,7 @@ def publish_imported(url: str, config: ImportedConfig, storage: Storage, say: Sa
         torch.manual_seed(0)
         network = build_backbone(config.model, dimensions=dimensions)
     network.load_state_dict(found.weights, strict=False)
-    artefact = ArtefactConfig(model=config.model, preparation=preparation_of(config.image))
+    artefact = ArtefactConfig(model=config.model, preparation=preparation_of(config))
     name = f"{record['weights_sha256'][:_DIGITS]}-{artefact.sha256()[:_DIGITS]}"
     made = publish(
         storage.child(f"backbones/imported/{name}"),
@@ -76,13 +76,15 @@ def published_record(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"file": record["url"].rpartition("/")[2], **{key: record[key] for key in kept if key in record}}
 
 
-def preparation_of(image: ImageConfig) -> Preparation:
-    """Return the preparation of scans for images of a section, with slices across the axis of the largest spacing."""
+def preparation_of(config: ImportedConfig) -> Preparation:
+    """Return the preparation of scans for an imported network, with slices across the axis of the largest spacing."""
+    image = config.image
     return Preparation(
         dimensions=image.dimensions,
         intensity_percentiles=image.intensity_percentiles,
         spacing_mm=image.spacing_mm,
         image_size=image.size,
+        contrasts=config.model.contrasts,
     )
 
 

@@ -65,6 +65,11 @@ class Draws:
         others = [self.named(f"contrast {index}").keys for index in range(1, number)]
         return Draws(np.stack([self.keys, *others], axis=1).reshape(-1))
 
+    def named_rows(self, names: Sequence[str], rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Return the keys (R,) of independent draws of samples, by index of sample and of name in `rows` (R, 2)."""
+        hashes = np.array([_hash_name(name) for name in names], dtype=np.uint64)
+        return _mix_bits(self.keys[rows[:, 0]] ^ hashes[rows[:, 1]])
+
     def uniform(self, name: str, *shape: int) -> NDArray[np.float64]:
         """Return (B, *shape) numbers in [0, 1)."""
         index = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)

@@ -8,6 +8,10 @@ View a is the image with a new appearance; view b is the *warped* image with ano
 warp is the correspondence, and no inverse is needed. Appearance is applied after the warp, so that interpolation does not
 smooth the noise. Pixels outside the scan are zero in both views, like the padding at inference.
 
+An image of several contrasts shows some of them in each view (see `contrasts`); the channels of the others are zero, as for
+contrasts that the image lacks. The warp is one for all contrasts; appearance is drawn for each contrast of each view. A pixel is
+compared if it is inside the scan of every contrast that a view shows.
+
 With `shown_fraction`, each view shows only its own box of the image; the rest is zero, as outside the scan. The distance to the
 scan's edge is then no cue for the position. Otherwise a contrastive loss may learn this shortcut instead of anatomy, if the
 scan is smaller than the image.
@@ -24,11 +28,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.config import GeometryConfig, IntensityConfig, ViewsConfig
+from p2r.device import on_device
+from p2r.views.contrasts import choose_contrasts
 from p2r.views.cutmix import draw_boxes
 from p2r.views.draws import Draws
 from p2r.views.dropout import drop_contrasts
 from p2r.views.geometric import apply_warp, sample_geometry, shown_mask, warp_of
 from p2r.views.intensity import draw_intensity
+
+_WHOLE = 0.9999  # 1 up to rounding
 
 Spacing = float | Sequence[float]
 """Pixel size, mm: one number, or one for each of the D axes."""
@@ -46,6 +54,10 @@ class ViewPair:
     """(B, *S, D) float32: for each pixel of b, the position of the same anatomy in a, pixels along each axis."""
     valid: Tensor
     """(B, *S) bool: pixels of b inside the scan, where the warp does not fold."""
+    shown_a: NDArray[np.bool_] | None = None
+    """(B, C) contrasts that view a shows; None: images of one contrast."""
+    shown_b: NDArray[np.bool_] | None = None
+    """(B, C) contrasts that view b shows."""
 
 
 def make_views(
@@ -57,6 +69,8 @@ def make_views(
     seed: int,
     epochs: NDArray[np.int64],
     positions: NDArray[np.int64],
+    present: NDArray[np.bool_] | None = None,
+    covered: Tensor | None = None,
 ) -> ViewPair:
     """Make two views of every image.
 
@@ -72,6 +86,8 @@ def make_views(
         seed: Seed of the run.
         epochs: (B,) completed passes over each image's corpus.
         positions: (B,) position of each image in the corpus.
+        present: (B, C), contrasts that each image has; None: all.
+        covered: (B, C, *S) bool, pixels inside the scan of each contrast; None: `inside` for all of them.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -84,22 +100,130 @@ def make_views(
     draws = Draws.of_samples(seed, epochs=epochs, positions=positions)
     mm = _spacing_per_axis(spacing_mm, image)
     size = tuple(image.shape[2:])
+    if image.shape[1] > 1:
+        return _contrast_views(image, inside, draws, config=config, spacing_mm=mm, present=present, covered=covered)
     warped, warp, valid = _warp_image(image, inside, draws, geometry=config.geometry, size_out=size, spacing_mm=mm)
     shown_a, shown_b = inside, valid
     if config.shown_fraction is not None:
-        boxes = [
-            draw_boxes(draws.named(name), size=size, device=image.device, fraction=config.shown_fraction)
-            for name in ("box a", "box b")
-        ]
+        boxes = _draw_view_boxes(draws, size, image.device, config.shown_fraction)
         shown_a, shown_b = inside & boxes[0], valid & boxes[1]
-        valid = shown_b & (apply_warp(boxes[0][:, None].float(), warp)[:, 0] > 0.9999)  # all interpolated pixels
+        valid = shown_b & _warp_mask(boxes[0], warp)
     # Both views in one batch: fewer and larger kernels.
     both_draws = Draws(np.concatenate([draws.named("view a").keys, draws.named("view b").keys]))
     masks = torch.cat([shown_a, shown_b])
     views = draw_intensity(torch.cat([image, warped]), both_draws, config=config.intensity, spacing_mm=mm, inside=masks)
-    shown = views.masked_fill_(~masks[:, None], 0)
-    a, b = drop_contrasts(shown, both_draws, probability=config.contrast_dropout).chunk(2)
+    a, b = views.masked_fill_(~masks[:, None], 0).chunk(2)
     return ViewPair(a=a, b=b, warp=warp, valid=valid)
+
+
+def _contrast_views(
+    image: Tensor,
+    inside: Tensor,
+    draws: Draws,
+    *,
+    config: ViewsConfig,
+    spacing_mm: tuple[float, ...],
+    present: NDArray[np.bool_] | None,
+    covered: Tensor | None,
+) -> ViewPair:
+    """Make two views of images of several contrasts; only the contrasts that a view shows are warped and changed."""
+    batch, num_contrasts = image.shape[:2]
+    present = np.ones((batch, num_contrasts), dtype=np.bool_) if present is None else present
+    if present.shape != (batch, num_contrasts) or (covered is not None and covered.shape != image.shape):
+        raise ValueError(
+            f"expected present {(batch, num_contrasts)} and covered {tuple(image.shape)}, got {present.shape}"
+        )
+    shown_a, shown_b = choose_contrasts(present, draws.named("contrasts"), config=config)
+    of_a, of_b = np.argwhere(shown_a), np.argwhere(shown_b)  # (rows, 2): image, contrast
+    size = tuple(image.shape[2:])
+    # A pixel is compared if every contrast shown in either view covers it.
+    shared = inside if covered is None else inside & _cover_all(covered, shown_a | shown_b)
+    slots, place = _slots_of(shown_b)
+    stack = _take_channels(image, slots)
+    if covered is not None:
+        stack = torch.cat([stack, _take_channels(covered, slots).to(image.dtype)], dim=1)
+    warped, warp, valid = _warp_image(
+        stack, shared, draws, geometry=config.geometry, size_out=size, spacing_mm=spacing_mm
+    )
+    inside_b = valid if covered is None else shown_mask(warp, _warp_plainly(inside, warp), size_in=size)
+    box_a = box_b = torch.ones((), dtype=torch.bool, device=image.device).expand_as(inside)
+    if config.shown_fraction is not None:
+        box_a, box_b = _draw_view_boxes(draws, size, image.device, config.shown_fraction)
+        valid = valid & box_b & _warp_mask(box_a, warp)
+    rows_a, rows_b = (_take_rows(image, of_a), _take_rows(warped, np.stack([of_b[:, 0], place], 1)))
+    mask_a, mask_b = (
+        (inside & box_a)[_host_index(of_a[:, 0], image)],
+        (inside_b & box_b)[_host_index(of_b[:, 0], image)],
+    )
+    if covered is not None:
+        mask_a = mask_a & _take_rows(covered, of_a)
+        mask_b = mask_b & (_take_rows(warped, np.stack([of_b[:, 0], place + slots.shape[1]], 1)) > _WHOLE)
+    keys = [
+        draws.named(name).named_rows([f"contrast {number}" for number in range(num_contrasts)], rows)
+        for name, rows in (("view a", of_a), ("view b", of_b))
+    ]
+    masks, rows = torch.cat([mask_a, mask_b]), torch.cat([rows_a, rows_b])[:, None]
+    if len(rows):
+        appearance = Draws(np.concatenate(keys))
+        rows = draw_intensity(rows, appearance, config=config.intensity, spacing_mm=spacing_mm, inside=masks)
+    rows = rows.masked_fill(~masks[:, None], 0)[:, 0]
+    a, b = _put_rows(rows[: len(of_a)], of_a, image), _put_rows(rows[len(of_a) :], of_b, image)
+    return ViewPair(a=a, b=b, warp=warp, valid=valid, shown_a=shown_a, shown_b=shown_b)
+
+
+def _slots_of(shown: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the contrasts to warp of each image (B, m), and the place among them of each shown contrast, row by row."""
+    most = max(1, int(shown.sum(1).max(initial=0)))
+    slots = np.argsort(~shown, axis=1, kind="stable")[:, :most]
+    places = (shown.cumsum(1) - 1)[shown]
+    return slots.astype(np.int64), places.astype(np.int64)
+
+
+def _take_channels(image: Tensor, slots: NDArray[np.int64]) -> Tensor:
+    """Return the channels (B, m, *S) of images (B, C, *S)."""
+    rows = np.repeat(np.arange(len(slots)), slots.shape[1])
+    taken = _take_rows(image, np.stack([rows, slots.reshape(-1)], 1))
+    return taken.reshape(len(slots), slots.shape[1], *image.shape[2:])
+
+
+def _take_rows(image: Tensor, rows: NDArray[np.int64]) -> Tensor:
+    """Return the channels (rows, *S) of images (B, C, *S), by image and channel."""
+    flat = rows[:, 0] * image.shape[1] + rows[:, 1]
+    return image.flatten(0, 1)[_host_index(flat, image)]
+
+
+def _put_rows(values: Tensor, rows: NDArray[np.int64], like: Tensor) -> Tensor:
+    """Return images (B, C, *S) with these channels (rows, *S), and zeros elsewhere."""
+    image = torch.zeros_like(like)
+    image.flatten(0, 1)[_host_index(rows[:, 0] * like.shape[1] + rows[:, 1], like)] = values
+    return image
+
+
+def _host_index(numbers: NDArray[np.int64], like: Tensor) -> Tensor:
+    return on_device(numbers, like.device, dtype=torch.int64)
+
+
+def _cover_all(covered: Tensor, shown: NDArray[np.bool_]) -> Tensor:
+    """Return the pixels (B, *S) that every shown contrast covers."""
+    ignored = on_device(~shown, covered.device, dtype=torch.bool)
+    return (covered | ignored.reshape(*shown.shape, *[1] * (covered.ndim - 2))).all(1)
+
+
+def _warp_plainly(mask: Tensor, warp: Tensor) -> Tensor:
+    return apply_warp(mask[:, None].float(), warp)[:, 0]
+
+
+def _warp_mask(mask: Tensor, warp: Tensor) -> Tensor:
+    """Warp a mask (B, *S); a pixel counts if all interpolated pixels do."""
+    return _warp_plainly(mask, warp) > _WHOLE
+
+
+def _draw_view_boxes(
+    draws: Draws, size: tuple[int, ...], device: torch.device, fraction: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Draw the box that each of the two views shows."""
+    a, b = (draw_boxes(draws.named(name), size=size, device=device, fraction=fraction) for name in ("box a", "box b"))
+    return a, b
 
 
 def augment_labelled(

@@ -204,7 +204,7 @@ def test_labels_of_close_curves_do_not_overlap() -> None:
 def test_view_pairs_are_drawn_with_points_on_the_same_anatomy() -> None:
     image = torch.rand(2, 1, 48, 48)
     inside = torch.ones(2, 48, 48, dtype=torch.bool)
-    places = {"epochs": np.zeros(2, np.int64), "positions": np.arange(2)}
+    places: dict[str, Any] = {"epochs": np.zeros(2, np.int64), "positions": np.arange(2)}
     views = make_views(image, inside, config=ViewsConfig(), spacing_mm=1.5, seed=0, **places)
     points = torch.randint(0, 48, (2, 30, 2)).float()
     assert pixels(view_pairs(image, views, points, points)).ndim == 3

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from p2r.data.phantom import resolve_source, virtual_subjects
+from p2r.data.phantom import REGIONS, resolve_source, virtual_subjects
 from p2r.data.volume import read_labels, read_volume
 from p2r.errors import DataError
 
@@ -40,6 +40,38 @@ def test_labels_match_the_tissues(two_subjects: Path) -> None:
         assert 700 < volumes_ml[0] < 1500 and 350 < volumes_ml[1] < 900
 
 
+def test_regions_are_all_of_grey_and_white_matter_at_their_place_in_the_brain(two_subjects: Path) -> None:
+    for path in (two_subjects / "regions").iterdir():
+        regions, tissues = read_labels(path), read_labels(two_subjects / "labels" / path.name).data[..., 0]
+        values = regions.data[..., 0]
+        assert np.array_equal(values > 0, tissues > 0)
+        shares = np.bincount(values.ravel())[1:] / np.count_nonzero(values)
+        assert len(shares) == len(REGIONS) and shares.min() > 0.08
+        centres = {name: np.argwhere(values == value).mean(axis=0) for value, name in REGIONS.items()}  # RAS voxels
+        assert centres["frontal"][1] > centres["parietal"][1] > centres["occipital"][1]
+        assert centres["parietal"][2] > centres["temporal"][2] > centres["hindbrain"][2]
+
+
+def test_regions_cannot_be_told_by_brightness(two_subjects: Path) -> None:
+    for path in (two_subjects / "images").iterdir():
+        image, regions = read_volume(path).data, read_labels(two_subjects / "regions" / path.name).data
+        white = image > np.percentile(image[regions > 0], 60)
+        medians = [np.median(image[white & (regions == value)]) for value in REGIONS]
+        assert max(medians) < 1.25 * min(medians)
+
+
+def test_regions_are_symmetric_so_mirrored_images_keep_their_labels(two_subjects: Path) -> None:
+    from p2r.data.phantom import _Template
+
+    template = _Template()
+    undeformed = np.stack(np.meshgrid(*(np.arange(n) for n in template._t1.shape), indexing="ij"))
+    regions = template._find_regions(undeformed)
+    middle = -template.affine[0, 3] / template.affine[0, 0]  # x = 0 mm
+    half = min(int(middle), regions.shape[0] - 1 - int(middle))
+    part = regions[int(middle) - half : int(middle) + half + 1]
+    assert middle == int(middle) and np.array_equal(part, part[::-1])
+
+
 def test_subjects_differ_in_anatomy_and_in_contrast(two_subjects: Path) -> None:
     paths = sorted((two_subjects / "images").iterdir())
     images = [read_volume(path).data for path in paths]
@@ -61,7 +93,7 @@ def test_the_same_seed_gives_the_same_bytes_and_a_larger_group_begins_with_the_s
     assert {name: both[name] for name in alone if "sub-" in name} == {
         name: digest for name, digest in alone.items() if "sub-" in name
     }
-    assert len(alone) == 5
+    assert len(alone) == 6
 
 
 def test_another_seed_gives_other_subjects(two_subjects: Path, tmp_path: Path) -> None:
@@ -100,13 +132,14 @@ def test_a_url_names_the_folder_or_its_images_or_labels(two_subjects: Path) -> N
     assert resolve_source("template://icbm152?subjects=2", cache) == root
     assert resolve_source("template://icbm152/images?subjects=2", cache) == root / "images"
     assert resolve_source("template://icbm152/labels/?subjects=2", cache) == root / "labels"
+    assert resolve_source("template://icbm152/regions?subjects=2", cache) == root / "regions"
 
 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
         ("template://mni305?subjects=2", "the only template is icbm152"),
-        ("template://icbm152/masks", "the folders images and labels"),
+        ("template://icbm152/masks", "the folders images, labels, regions"),
         ("template://icbm152?subject=2", "unknown parameter 'subject'"),
         ("template://icbm152?subjects=0", "subjects must be 1 to 10000"),
         ("template://icbm152?subjects=many", "subjects must be 1 to 10000"),

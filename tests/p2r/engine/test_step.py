@@ -248,9 +248,9 @@ def plain(settings: PretrainConfig, skipped: int) -> dict[str, Any]:
     for step in range(STEPS_GUARDED):
         of_all = batch(step, 0, 1)
         image, inside = of_all.images(torch.device("cpu"))
-        keys = {"epochs": of_all.epochs, "positions": of_all.positions}
+        places: dict[str, Any] = {"epochs": of_all.epochs, "positions": of_all.positions}
         views = make_views(
-            image, inside, config=settings.views, spacing_mm=of_all.spacing_mm, seed=settings.seed, **keys
+            image, inside, config=settings.views, spacing_mm=of_all.spacing_mm, seed=settings.seed, **places
         )
         pairs = corresponding_points(
             views.warp,

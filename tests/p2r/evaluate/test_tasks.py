@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from p2r.data.corpus import expand_subjects
+from p2r.data.phantom import CLASSES, REGIONS
 from p2r.data.preprocess import Preparation
 from p2r.data.volume import read_labels, write_nifti
 from p2r.errors import DataError
@@ -340,24 +341,27 @@ def test_the_lower_third_of_a_heart_is_its_base_where_the_right_ventricle_is_wid
     assert np.mean(lower_is_wider) > 0.95
 
 
-def test_the_template_task_uses_every_virtual_subject_that_it_makes() -> None:
-    config = TaskConfig.model_validate(yaml.safe_load((TASKS / "template.yaml").read_text()))
+@pytest.mark.parametrize(("name", "folder"), [("template", "labels"), ("regions", "regions")])
+def test_a_task_of_virtual_subjects_uses_all_that_it_makes(name: str, folder: str) -> None:
+    config = TaskConfig.model_validate(yaml.safe_load((TASKS / f"{name}.yaml").read_text()))
     assert config.splits is not None
     subjects = [subject for patterns in config.splits.model_dump().values() for subject in expand_subjects(patterns)]
     assert subjects == [f"sub-{number:03d}" for number in range(1, len(subjects) + 1)]
     assert config.images == f"template://icbm152/images?subjects={len(subjects)}&seed=0"
-    assert config.labels == config.images.replace("images", "labels")
+    assert config.labels == config.images.replace("images", folder)
+    assert config.classes == {"labels": CLASSES, "regions": REGIONS}[folder]
 
 
 def test_virtual_subjects_load_with_their_labels(tmp_path: Path) -> None:
-    values = yaml.safe_load((TASKS / "template.yaml").read_text())
-    values["splits"] = {"train": ["sub-001"], "validation": ["sub-002"], "test": ["sub-003"]}
-    for key in ("images", "labels"):
-        values[key] = f"template://icbm152/{key}?subjects=3&seed=0"
-    (tmp_path / "template.yaml").write_text(yaml.safe_dump(values))
-    task = load_task(tmp_path / "template.yaml", cache=tmp_path)
-    scan = load_scan(task.scans[0], task, Preparation(spacing_mm=2.0, image_size=96))
-    assert set(scan.label_planes.unique().tolist()) == {0, 1, 2}
+    for name in ("template", "regions"):
+        values = yaml.safe_load((TASKS / f"{name}.yaml").read_text())
+        values["splits"] = {"train": ["sub-001"], "validation": ["sub-002"], "test": ["sub-003"]}
+        for key in ("images", "labels"):
+            values[key] = values[key].replace("subjects=16", "subjects=3")
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+        task = load_task(tmp_path / f"{name}.yaml", cache=tmp_path)
+        scan = load_scan(task.scans[0], task, Preparation(spacing_mm=2.0, image_size=96))
+        assert set(scan.label_planes.unique().tolist()) == {0, *values["classes"]}
 
 
 def test_every_task_file_says_what_it_is_its_licence_and_its_citation() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import p2r
 from p2r.config import ModelConfig
+from p2r.errors import InputError
 from p2r.model import build_backbone
-from p2r.model.backbones import cost_of
+from p2r.model.backbones import EncoderDecoder, cost_of
 from p2r.model.contrasts import adapt_contrasts, config_for, missing_contrasts
 from p2r.model.normalisation import GroupNorm, InstanceNorm, LayerNorm
 
@@ -98,6 +99,22 @@ def test_an_images_features_do_not_depend_on_the_contrasts_of_its_batch() -> Non
     with torch.no_grad():
         together, alone = network(both), network(both[:1])
     torch.testing.assert_close(together[:1], alone)
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_maps_of_any_level_come_from_one_pass_and_the_finest_are_the_features(name: str) -> None:
+    config = small(name, level=1)
+    backbone = build_backbone(config).eval()
+    assert isinstance(backbone, EncoderDecoder)
+    image = image_for(config)
+    wanted = [config.depth, 1, 2]
+    found = backbone.levels(image, wanted)
+    for level, maps in zip(wanted, found, strict=True):
+        assert maps.shape[2:] == tuple(side // 2**level for side in image.shape[2:])
+    assert torch.equal(found[1], backbone(image)) and found[1].shape[1] == 6
+    for missing in ([0], [1, config.depth + 1], [-1], []):
+        with pytest.raises(InputError, match=rf"does not exist: {name} has levels 1 to {config.depth}; finer levels"):
+            backbone.levels(image, missing)
 
 
 @pytest.mark.parametrize("name", CHANNELS)

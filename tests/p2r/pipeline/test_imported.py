@@ -110,7 +110,8 @@ def test_another_tools_frozen_network_has_a_row_of_its_own(
     ours, theirs = rows["linear_probe"], rows["other_probe"]
     assert theirs["corpora"] == "unknown" and theirs["transductive"] and not ours["transductive"]
     assert theirs["backbone_sha256"] != ours["backbone_sha256"] and theirs["dice_mean"] is not None
-    assert "other, probe" in str(made["table"]) and list(made["models"])
+    report = Path(made["report"].removeprefix("file://")).read_text(encoding="utf-8")
+    assert "other, probe" in report and "linear_probe" in made["models"]["disc"]
     with pytest.raises(JobError, match="other and the mode other_probe need each other"):
         read_job(job, (*overrides[:-1], "finetune.modes=[linear_probe]"))
 

@@ -87,6 +87,5 @@ def test_points_of_volumes_lie_in_both_planes_that_are_shown() -> None:
     assert len(of_b.unique(dim=0)) > 20
 
     with pytest.raises(DataError, match="no volume shows any"):
-        _shared_planes(
-            images[1:], ViewPair(*(part[1:] for part in (views.a, views.b, warp, valid))), [np.random.default_rng()]
-        )
+        later = ViewPair(a=views.a[1:], b=views.b[1:], warp=warp[1:], valid=valid[1:])
+        _shared_planes(images[1:], later, [np.random.default_rng()])
