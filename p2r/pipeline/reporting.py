@@ -6,6 +6,7 @@ use the stored predictions of its trials: no model reads a test patient here.
 
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -262,13 +263,16 @@ def _draw_view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
     config = job.pretrain
     assert config is not None
     corpora = corpora_of(config, storage.child("corpus"))
-    batches = stream(corpora, image=config.image, seed=config.seed, global_batch=config.global_batch)
+    contrasts = config.model.contrasts
+    batches = stream(
+        corpora, image=config.image, seed=config.seed, global_batch=config.global_batch, contrasts=contrasts
+    )
     try:
         batch, _ = next(batches)
     finally:
         batches.close()
     # Show the fullest images of the batch, since pictures of air explain nothing.
-    images, insides = batch.images()
+    images, insides, covered = batch.prepare()
     fullest = images.flatten(1).mean(1).argsort(descending=True)[:_NUM_VIEWS]
     images, epochs, positions = images[fullest], batch.epochs[fullest.numpy()], batch.positions[fullest.numpy()]
     views = make_views(
@@ -279,16 +283,47 @@ def _draw_view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
         seed=config.seed,
         epochs=epochs,
         positions=positions,
+        present=None if batch.present is None else batch.present[fullest.numpy()],
+        covered=None if covered is None else covered[fullest],
     )
+    images, views, labels = _shown_contrasts(images, views, contrasts)
     generators = [
         keyed_generator(config.seed, "points", int(epoch), int(position))
         for epoch, position in zip(epochs, positions, strict=True)
     ]
     if config.image.dimensions == 3:
-        return view_pairs(*_shared_planes(images, views, generators), of_volumes=True, source=source)
+        is_shown = views.valid[..., images.shape[-1] // 2].flatten(1).any(1).tolist()
+        labels = [label for label, shown in zip(labels, is_shown, strict=False) if shown]
+        return view_pairs(*_shared_planes(images, views, generators), of_volumes=True, labels=labels, source=source)
     # The picture shows a few of these, far apart.
     pairs = corresponding_points(views.warp, views.valid, num_points=_NUM_POINTS, generators=generators)
-    return view_pairs(images, views, pairs.a, pairs.b, source=source)
+    return view_pairs(images, views, pairs.a, pairs.b, labels=labels, source=source)
+
+
+def _shown_contrasts(
+    images: Tensor, views: ViewPair, contrasts: Sequence[str] | None
+) -> tuple[Tensor, ViewPair, list[tuple[str, str, str]]]:
+    """Reduce images and views to the first contrast that each view shows; return them with the names of what they show.
+
+    Args:
+        images: (B, C, *S).
+        views: Views of the images.
+        contrasts: Names of the contrasts; None: images of one contrast.
+
+    Returns:
+        Images (B, 1, *S), their views, and the contrasts in the image, in view a and in view b, of each image.
+    """
+    if contrasts is None or views.shown_a is None or views.shown_b is None:
+        return images, views, []
+    rows = torch.arange(len(images))
+    of_a, of_b = torch.from_numpy(views.shown_a.argmax(1)), torch.from_numpy(views.shown_b.argmax(1))
+    names = [
+        [" + ".join(name for name, is_shown in zip(contrasts, row, strict=True) if is_shown) for row in shown]
+        for shown in (views.shown_a, views.shown_b)
+    ]
+    labels = [(contrasts[int(first)], a, b) for first, a, b in zip(of_a, *names, strict=True)]
+    shown = replace(views, a=views.a[rows, of_a][:, None], b=views.b[rows, of_b][:, None])
+    return images[rows, of_a][:, None], shown, labels
 
 
 def _shared_planes(
