@@ -4,9 +4,11 @@ For a folder, results keep the scans' relative paths below the output; an unusab
 """
 
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +23,21 @@ from p2r.errors import InputError, RefusedScan
 from p2r.files import write_csv
 from p2r.logs import Say
 
+if TYPE_CHECKING:  # importing it takes seconds
+    from p2r.data.preprocess import Scans
+
 _ENDINGS = (".nii", ".nii.gz")
+_NAMED = re.compile(r"([a-z0-9_]+)=(.+)")
 
 
 def predict(
-    urls: Sequence[str], scan: str, output: str, *, has_probabilities: bool = False, device: str, say: Say
+    urls: Sequence[str], scans: Sequence[str], output: str, *, has_probabilities: bool = False, device: str, say: Say
 ) -> None:
     """Segment a scan, or a folder of scans.
 
     Args:
         urls: Of the model; of several, the mean of their probabilities is used.
-        scan: A scan, or a folder of scans.
+        scans: A scan, or a folder of scans; or the scans of one patient by contrast, `NAME=SCAN` each.
         output: File, or folder, of the segmentations.
         has_probabilities: Write the probability of each class beside each segmentation, too.
         device: Where the networks run.
@@ -41,27 +47,34 @@ def predict(
         InputError: The output cannot be written, the scan cannot be used, no scan of the folder can, or models differ in
             classes or preprocessing.
     """
+    scan, contrasts = _parse_scans(scans)
     if output.endswith(ENDING):
         if has_probabilities:
             raise InputError(
                 f"-o {output}: --probabilities are written as NIfTI only: give an output that ends in .nii.gz"
             )
+        if contrasts is not None:
+            raise InputError(
+                f"-o {output}: a DICOM segmentation refers to one series; for named contrasts, end it in .nii.gz"
+            )
         predict_series(urls, scan, output, device=device, say=say)
         return
-    targets = list(_list_targets(scan, output))
-    from p2r.evaluate.models import ensemble, load_model  # after the cheap checks: torch takes seconds to import
+    targets = list(_list_targets(scan, output, is_single=contrasts is not None))
+    from p2r.data.preprocess import reference_of  # after the cheap checks: torch takes seconds to import
+    from p2r.evaluate.models import ensemble, load_model
 
     model = ensemble([load_model(url, device=device) for url in urls])
     rows: list[tuple[str | float, ...]] = []
 
     def segment(path: str, target: Path) -> str:
-        volume = read_volume(path)
+        given = _read(path, contrasts)
+        volume = reference_of(given)
         if has_probabilities:
-            probabilities = model.probabilities(volume)
+            probabilities = model.probabilities(given)
             labels = model.labels_of(probabilities)
             _write_probabilities(beside(target), probabilities, volume)
         else:
-            labels = model.labels(volume)
+            labels = model.labels(given)
         on_scan = to_source_grid(labels, volume)
         flat = on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan
         write_nifti(target, flat, volume.source_affine, like=volume)
@@ -74,7 +87,7 @@ def predict(
             say(f"{path}: {note}")
         return _describe_volumes(volumes)
 
-    if _is_folder(scan):
+    if contrasts is None and _is_folder(scan):
         _process_each(targets, segment, say)
         table = Path(output) / "volumes.csv"
         write_csv(table, ["scan", "frame", *(f"{name}_ml" for name in model.classes.values())], rows)
@@ -100,24 +113,27 @@ def _write_probabilities(path: Path, probabilities: NDArray[np.float32], volume:
     write_nifti(path, to_source_grid(flat, volume), volume.source_affine, like=volume)
 
 
-def embed(url: str, scan: str, output: str, *, native: bool, device: str, say: Say) -> None:
-    """Write the features of a scan, or of a folder of scans.
+def embed(url: str, scans: Sequence[str], output: str, *, native: bool, device: str, say: Say) -> None:
+    """Write the features of a scan, or of a folder of scans. Arguments as in `predict`.
 
     Raises:
         InputError: See `predict`.
     """
-    targets = list(_list_targets(scan, output))
+    scan, contrasts = _parse_scans(scans)
+    targets = list(_list_targets(scan, output, is_single=contrasts is not None))
     from p2r.backbone import load_backbone
+    from p2r.data.preprocess import reference_of
     from p2r.evaluate.inference import embed_volume
     from p2r.evaluate.models import on_scan_grid
 
     backbone = load_backbone(url, device=device)
 
     def write(path: str, target: Path) -> str:
-        volume: Volume = read_volume(path)
+        given = _read(path, contrasts)
+        volume = reference_of(given)
         divisor = backbone.config.model.size_divisor
         features, affine = embed_volume(
-            backbone, volume, preparation=backbone.preparation, size_divisor=divisor, device=device
+            backbone, given, preparation=backbone.preparation, size_divisor=divisor, device=device
         )
         frames, channels = features.shape[3:]
         flat = features.reshape(*features.shape[:3], frames * channels)
@@ -129,7 +145,7 @@ def embed(url: str, scan: str, output: str, *, native: bool, device: str, say: S
         size = " x ".join(map(str, flat.shape[:3]))
         return f"{channels} features of {size} voxels{f', {frames} frames' if frames > 1 else ''}"
 
-    if _is_folder(scan):
+    if contrasts is None and _is_folder(scan):
         show(f"{_process_each(targets, write, say)} files of features in {output}")
     else:
         show(f"{output}: {write(scan, targets[0][1])}")
@@ -157,9 +173,41 @@ def _is_folder(scan: str) -> bool:
     return path is not None and path.expanduser().is_dir()
 
 
-def _list_targets(scan: str, output: str) -> Iterator[tuple[str, Path]]:
+def _parse_scans(arguments: Sequence[str]) -> tuple[str, dict[str, str] | None]:
+    """Return a scan, and the scans by contrast if they have names; then the first is the scan.
+
+    Raises:
+        InputError: Scans without names are mixed with others, or a contrast is named twice.
+    """
+    named = [_NAMED.fullmatch(argument) for argument in arguments]
+    if len(arguments) == 1 and (named[0] is None or Path(arguments[0]).exists()):
+        return arguments[0], None
+    contrasts: dict[str, str] = {}
+    for argument, match in zip(arguments, named, strict=True):
+        if match is None:
+            raise InputError(
+                f"{argument} has no contrast: give one scan, or several by contrast, as in t1=t1.nii.gz flair=flair.nii.gz"
+            )
+        name, path = match[1], match[2]
+        if name in contrasts:
+            raise InputError(f"the contrast {name} is named twice, {contrasts[name]} and {path}: give it once")
+        if _is_folder(path):
+            raise InputError(f"{argument} is a folder: give the scan of each contrast of one patient")
+        contrasts[name] = path
+    return next(iter(contrasts.values())), contrasts
+
+
+def _read(path: str, contrasts: Mapping[str, str] | None) -> "Scans":
+    if contrasts is None:
+        return read_volume(path)
+    from p2r.data.contrasts import read_contrasts  # torch takes seconds to import
+
+    return read_contrasts(contrasts)
+
+
+def _list_targets(scan: str, output: str, *, is_single: bool) -> Iterator[tuple[str, Path]]:
     """Yield each scan with the path of its result."""
-    if not _is_folder(scan):
+    if is_single or not _is_folder(scan):
         check_output(output)
         yield scan, Path(output)
         return

@@ -131,6 +131,12 @@ class Job(Section):
     """Resources that the job requests from the cluster."""
     metrics: MetricsConfig | None = MetricsConfig()
     """Prometheus endpoints of the job's processes, under Ray (`p2r run`) only. null: no port is opened."""
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        default=(), exclude_if=lambda names: not names
+    )
+    """Trackers that the driver sends metrics, settings, and the report's table and pictures to; pictures show slices of patients. Addresses
+    and keys come from the tools' environment variables. A resumed job continues its runs; a tracker that fails is switched off with a
+    warning."""
     ingest: IngestConfig | None = None
     """Scans -> corpus. In a pretrain job: used if the corpus is absent."""
     pretrain: PretrainConfig | None = None

@@ -41,7 +41,14 @@ def embed(
     backbone: Annotated[
         str, typer.Argument(metavar="BACKBONE", help="URL of a published backbone; @sha256:HEX pins its manifest.")
     ],
-    scan: Annotated[str, typer.Argument(help="A NIfTI scan (a path, file:// or s3://), or a folder of scans.")],
+    scan: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SCAN...",
+            help="A NIfTI scan (a path, file:// or s3://), or a folder of scans; or the scans of one patient by contrast, as in "
+            "t1=t1.nii.gz flair=flair.nii.gz. The grid of the result is that of the first.",
+        ),
+    ],
     output: Annotated[
         str, typer.Option("-o", "--output", help="NIfTI file for the features (X, Y, Z, F); for a folder: a folder.")
     ],
@@ -61,7 +68,14 @@ def predict(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="URL of a published model; @sha256:HEX pins its manifest.")
     ],
-    scan: Annotated[str, typer.Argument(help="A NIfTI scan (a path, file:// or s3://), or a folder of scans.")],
+    scan: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SCAN...",
+            help="A NIfTI scan (a path, file:// or s3://), or a folder of scans; or the scans of one patient by contrast, as in "
+            "t1=t1.nii.gz flair=flair.nii.gz. The grid of the result is that of the first.",
+        ),
+    ],
     output: Annotated[
         str,
         typer.Option(

@@ -28,7 +28,7 @@ from p2r.engine.weights import backbone_weights, checked_weights
 from p2r.errors import DataError, JobError, OutOfTime
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.tasks import HELD_OUT, load_task
-from p2r.fewshot.checks import check_data, check_task
+from p2r.fewshot.checks import check_contrasts, check_data, check_subsets, check_task
 from p2r.fewshot.others import load_other
 from p2r.fewshot.publishing import choose_model, publish_best, publish_on_all, publish_other_draws, trial_for_publishing
 from p2r.fewshot.readings import merge_readings
@@ -43,6 +43,7 @@ from p2r.modes import MODES
 from p2r.pipeline.finished import digest_inputs, record_finished
 from p2r.pipeline.imported import check_initial_weights, publish_imported, published_record
 from p2r.pipeline.reporting import make_report, write_variants
+from p2r.pipeline.tracking import tracked
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
 from p2r.report.text import for_markdown
 from p2r.stages import KINDS
@@ -72,6 +73,11 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
     """
     storage = Storage(job.storage)
     storage.check_writable()
+    with tracked(job, storage, say) as tracked_say:
+        return _run_stages(job, storage, executor, tracked_say)
+
+
+def _run_stages(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
     made: dict[str, Any] = {"storage": storage.url}
     stages = KINDS[job.kind].stages
     inputs = digest_inputs(job)
@@ -215,6 +221,10 @@ def _check_tasks(job: Job, storage: Storage, say: Say) -> None:
         raise JobError(
             f"finetune.tasks: two tasks have one name, {', '.join(names)}; their results would share a folder"
         )
+    check_subsets(tasks, config)
+    if job.pretrain is not None and config.backbone is None:
+        for task in tasks:
+            check_contrasts(task, config, of_backbone=job.pretrain.model.contrasts, backbone="the job's backbone")
     if job.pretrain is None or job.ingest is None or storage.exists(f"pretrain/{HISTORY}"):
         return
     image = job.pretrain.image
