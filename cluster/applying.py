@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from cluster.dicom_output import ENDING, predict_series
 from p2r.console import show
-from p2r.data.contrasts import read_contrasts
 from p2r.data.folders import images_below
 from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import local_path, scan_key
@@ -199,7 +198,11 @@ def _parse_scans(arguments: Sequence[str]) -> tuple[str, dict[str, str] | None]:
 
 
 def _read(path: str, contrasts: Mapping[str, str] | None) -> "Scans":
-    return read_volume(path) if contrasts is None else read_contrasts(contrasts)
+    if contrasts is None:
+        return read_volume(path)
+    from p2r.data.contrasts import read_contrasts  # torch takes seconds to import
+
+    return read_contrasts(contrasts)
 
 
 def _list_targets(scan: str, output: str, *, is_single: bool) -> Iterator[tuple[str, Path]]:
