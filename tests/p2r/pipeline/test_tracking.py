@@ -173,7 +173,14 @@ def test_tensorboard_gets_curves_the_table_and_pictures(job: Job, monkeypatch: p
     pytest.importorskip("tensorboardX")
     storage = Storage(job.storage)
     row = {"task": "disc", "mode": "fine_tune", "num_labelled": 1, "draw": 0, "subjects": ["s"], "dice_mean": 0.5}
-    row |= {"id": "a", "backbone_sha256": None, "split": "test", "dice": {"DISC": 0.5}, "protocol": "leak_free", "predictions": "p"}
+    row |= {
+        "id": "a",
+        "backbone_sha256": None,
+        "split": "test",
+        "dice": {"DISC": 0.5},
+        "protocol": "leak_free",
+        "predictions": "p",
+    }
     storage.write_json("report/report.json", {"format": "p2r-report/1", "rows": [row]})
     png = io.BytesIO()
     Image.new("RGB", (8, 8)).save(png, "png")
