@@ -5,6 +5,7 @@ out. Results that are there already are not computed again.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from cluster.dicom_output import ENDING, predict_series
-from cluster.outputs import ENDINGS, Result, Target, is_many, list_targets, process_each
+from cluster.outputs import ENDINGS, Result, Target, is_folder, is_many, list_targets, process_each
 from p2r.console import show
 from p2r.data.volume import Volume, to_source_grid, write_nifti
 from p2r.data.zarr_output import ENDING as ZARR
@@ -21,6 +22,9 @@ from p2r.errors import InputError
 from p2r.files import write_csv
 from p2r.logs import Say
 from p2r.version import __version__
+
+_NAMED = re.compile(r"([a-z0-9_]+)=(.+)")
+"""A scan by contrast: `t1=t1.nii.gz`."""
 
 
 def predict(
@@ -37,7 +41,7 @@ def predict(
 
     Args:
         urls: Of the model; of several, the mean of their probabilities is used.
-        scans: Scans, or folders of scans.
+        scans: Scans, or folders of scans; or the scans of one patient by contrast, `NAME=SCAN` each.
         output: File of one segmentation, or folder of several.
         has_probabilities: Write the probability of each class beside each segmentation, too.
         form: Form of the files in a folder: nifti or zarr.
@@ -48,29 +52,38 @@ def predict(
         InputError: The output cannot be written, the scan cannot be used, no scan of the folder can, or models differ in
             classes or preprocessing.
     """
+    paths, contrasts = _parse_scans(scans)
     if output.endswith(ENDING):
         if has_probabilities:
             raise InputError(
                 f"-o {output}: --probabilities are written as NIfTI only: give an output that ends in .nii.gz"
             )
-        predict_series(urls, scans[0], output, device=device, say=say)
+        if contrasts is not None or len(paths) > 1:
+            raise InputError(
+                f"-o {output}: a DICOM segmentation refers to one series; for several scans or contrasts, end it in .nii.gz"
+            )
+        predict_series(urls, paths[0], output, device=device, say=say)
         return
-    targets = _targets(scans, output, form)
-    from p2r.evaluate.models import ensemble, load_model  # after the cheap checks: torch takes seconds to import
+    has_many = contrasts is None and is_many(paths, output)
+    targets = _targets(paths, output, form, has_many=has_many)
+    from p2r.data.contrasts import scans_from  # after the cheap checks: torch takes seconds to import
+    from p2r.data.preprocess import reference_of
+    from p2r.evaluate.models import ensemble, load_model
 
     model = ensemble([load_model(url, device=device) for url in urls])
 
     def segment(target: Target) -> Result:
-        volume = _read(target.scan)
+        given = scans_from(contrasts or target.scan)
+        volume = reference_of(given)
         if has_probabilities:
-            probabilities = model.probabilities(volume)
+            probabilities = model.probabilities(given)
             labels = model.labels_of(probabilities)
             frames, classes = probabilities.shape[3:]
             # Class by class within a frame, background first, frame after frame.
             flat = probabilities.reshape(*probabilities.shape[:3], frames * classes)
             _write_on_scan(beside(target.path), flat, volume, last="class")
         else:
-            labels = model.labels(volume)
+            labels = model.labels(given)
         _write_on_scan(target.path, labels, volume, last="frame")
         volumes = model.volumes_ml(labels, volume)
         for note in volume.notes:
@@ -81,7 +94,7 @@ def predict(
         ]
         return Result(_describe_volumes(volumes), rows)
 
-    if is_many(scans, output):
+    if has_many:
         members = model.manifest.get("members", [model.manifest])
         inputs = {"models": [one["sha256"] for one in members], "probabilities": has_probabilities, "code": __version__}
         results = process_each(targets, segment, Path(output), inputs=inputs, say=say)
@@ -97,17 +110,35 @@ def predict(
         show(f"{beside(targets[0].path)}: {', '.join(['background', *model.classes.values()])}")
 
 
-def _targets(scans: Sequence[str], output: str, form: str) -> list[Target]:
-    if is_many(scans, output):
+def _parse_scans(arguments: Sequence[str]) -> tuple[list[str], dict[str, str] | None]:
+    """Return the scans, and the scans by contrast if they have names; then the first is the scan.
+
+    Raises:
+        InputError: Scans without names are mixed with others, or a contrast is named twice.
+    """
+    named = [None if Path(argument).exists() else _NAMED.fullmatch(argument) for argument in arguments]
+    if not any(named):
+        return list(arguments), None
+    contrasts: dict[str, str] = {}
+    for argument, match in zip(arguments, named, strict=True):
+        if match is None:
+            raise InputError(
+                f"{argument} has no contrast: give scans without names, or all by contrast, as in t1=t1.nii.gz flair=flair.nii.gz"
+            )
+        name, path = match[1], match[2]
+        if name in contrasts:
+            raise InputError(f"the contrast {name} is named twice, {contrasts[name]} and {path}: give it once")
+        if is_folder(path):
+            raise InputError(f"{argument} is a folder: give the scan of each contrast of one patient")
+        contrasts[name] = path
+    return [next(iter(contrasts.values()))], contrasts
+
+
+def _targets(scans: Sequence[str], output: str, form: str, *, has_many: bool) -> list[Target]:
+    if has_many:
         return list_targets(scans, output, form=form)
     check_output(output, ENDINGS)
     return [Target(scans[0], Path(output))]
-
-
-def _read(scan: str) -> Volume:
-    from p2r.data.accepted import volume_from
-
-    return volume_from(scan)
 
 
 def beside(segmentation: Path) -> Path:
@@ -135,18 +166,23 @@ def embed(
     Raises:
         InputError: See `predict`.
     """
-    targets = _targets(scans, output, form)
+    paths, contrasts = _parse_scans(scans)
+    has_many = contrasts is None and is_many(paths, output)
+    targets = _targets(paths, output, form, has_many=has_many)
     from p2r.backbone import load_backbone
+    from p2r.data.contrasts import scans_from
+    from p2r.data.preprocess import reference_of
     from p2r.evaluate.inference import embed_volume
     from p2r.evaluate.models import on_scan_grid
 
     backbone = load_backbone(url, device=device)
 
     def write(target: Target) -> Result:
-        volume = _read(target.scan)
+        given = scans_from(contrasts or target.scan)
+        volume = reference_of(given)
         divisor = backbone.config.model.size_divisor
         features, affine = embed_volume(
-            backbone, volume, preparation=backbone.preparation, size_divisor=divisor, device=device
+            backbone, given, preparation=backbone.preparation, size_divisor=divisor, device=device
         )
         frames, channels = features.shape[3:]
         flat = features.reshape(*features.shape[:3], frames * channels)
@@ -161,7 +197,7 @@ def embed(
         size = " x ".join(map(str, flat.shape[:3]))
         return Result(f"{channels} features of {size} voxels{f', {frames} frames' if frames > 1 else ''}", [])
 
-    if is_many(scans, output):
+    if has_many:
         inputs = {"backbone": backbone.manifest["sha256"], "native": native, "code": __version__}
         results = process_each(targets, write, Path(output), inputs=inputs, say=say)
         show(f"{len(results)} files of features in {output}")

@@ -62,7 +62,7 @@ def list_targets(scans: Sequence[str], output: str, *, form: str = "nifti") -> l
     """Return each scan of a list, or of folders, with the path of its result.
 
     Args:
-        scans: Scans and folders of scans.
+        scans: Scans (NIfTI, or folders of one DICOM series) and folders of NIfTI scans.
         output: Folder of the results.
         form: nifti or zarr.
 
@@ -73,9 +73,9 @@ def list_targets(scans: Sequence[str], output: str, *, form: str = "nifti") -> l
         raise InputError(f"--as {form}: results are written as {' or '.join(_FORMS)}")
     if "://" in output or output.endswith(ENDINGS) or Path(output).is_file():
         raise InputError(f"output {output}: results of a folder or of several scans go into a folder; name one")
-    singles = [scan for scan in scans if not is_folder(scan)]
+    singles = [scan for scan in scans if not is_folder(scan) or _holds_only_dicom(scan)]
     found = [(scan, _below_common(scan, singles)) for scan in singles]
-    for folder in (scan for scan in scans if is_folder(scan)):
+    for folder in (scan for scan in scans if scan not in singles):
         root = (local_path(folder) or Path(folder)).expanduser()
         paths = [
             path for path in sorted(images_below(root)) if label_map_by_name(path.relative_to(root).as_posix()) is None
@@ -147,7 +147,7 @@ def process_each(
 
 def _scan_sha256(scan: str) -> str:
     path = local_path(scan)
-    return file_sha256(path.expanduser()) if path is not None and path.expanduser().is_file() else ""
+    return "" if path is None else _digest(path.expanduser())
 
 
 def _digest(path: Path) -> str:

@@ -141,7 +141,7 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
     """Yield the facts to print: name and text."""
     names = found.names
     yield "folder", f"{names.root}: {NAMES[names.form]}{', by its dataset.json' * (names.dataset is not None)}"
-    yield from _lines_of_scans(names)
+    yield from _lines_of_scans(found)
     if found.shapes:
         yield "voxels", _format_voxels(found)
     yield from _lines_of_left_out(names)
@@ -156,7 +156,8 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
         )
 
 
-def _lines_of_scans(names: Survey) -> Iterator[tuple[str, str]]:
+def _lines_of_scans(found: Found) -> Iterator[tuple[str, str]]:
+    names = found.names
     subjects = {subject: scans for subject, scans in names.subjects.items() if subject}
     first = next(iter(subjects), "none")
     yield (

@@ -50,16 +50,20 @@ def task_facts(path: Path, *, unset: dict[str, str]) -> Iterator[str]:
         DataError: See `load_task`.
     """
     config = read_task_config(path, unset=unset)
-    for key in ("images", "labels"):
-        _refuse_placeholder(getattr(config, key), f"task {path}: {key}")
-    if config.images.startswith("template://"):
+    for folder in config.image_folders:
+        _refuse_placeholder(folder, f"task {path}: images")
+    _refuse_placeholder(config.labels, f"task {path}: labels")
+    if any(folder.startswith("template://") for folder in config.image_folders):
         yield f"task {config.name}: virtual subjects, made when they are needed"
         return
-    if _VARIABLE.search(config.images) or _VARIABLE.search(config.labels):
-        yield f"task {config.name}: not read: images {config.images}, labels {config.labels}"
+    if any(_VARIABLE.search(folder) for folder in (*config.image_folders, config.labels)):
+        yield f"task {config.name}: not read: images {', '.join(config.image_folders)}, labels {config.labels}"
         return
     task = load_task(path, unset=unset)
     yield f"task {task.name}: {len(task.scans)} scans with label maps; " + "; ".join(_split_facts(task))
+    if config.contrasts is not None:
+        counts = {name: sum(name in scan.contrasts for scan in task.scans) for name in config.contrasts}
+        yield f"task {task.name}: cases by contrast: {', '.join(f'{name} {count}' for name, count in counts.items())}"
 
 
 def job_facts(path: Path, overrides: tuple[str, ...]) -> tuple[Job, list[str], list[str]]:

@@ -35,7 +35,7 @@ from p2r.artefact import (
 )
 from p2r.config import ModelConfig, Section
 from p2r.contrasts import describe
-from p2r.data.accepted import ScanLike, volume_from
+from p2r.data.contrasts import ScansLike, scans_from
 from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
 from p2r.documents import read_json
 from p2r.errors import CheckpointError, DamagedError, InputError
@@ -127,12 +127,12 @@ class Backbone(nn.Module):
         return features
 
     @overload
-    def features(self, scan: ScanLike, *, levels: None = None) -> Tensor: ...
+    def features(self, scan: ScansLike, *, levels: None = None) -> Tensor: ...
 
     @overload
-    def features(self, scan: ScanLike, *, levels: Sequence[int]) -> list[Tensor]: ...
+    def features(self, scan: ScansLike, *, levels: Sequence[int]) -> list[Tensor]: ...
 
-    def features(self, scan: ScanLike, *, levels: Sequence[int] | None = None) -> Tensor | list[Tensor]:
+    def features(self, scan: ScansLike, *, levels: Sequence[int] | None = None) -> Tensor | list[Tensor]:
         """Return features without a gradient graph.
 
         Args:
@@ -161,7 +161,7 @@ class Backbone(nn.Module):
 
     def prepare(
         self,
-        scan: ScanLike,
+        scan: ScansLike,
         *,
         spacing_mm: float | Sequence[float] | None = None,
         affine: ArrayLike | None = None,
@@ -172,7 +172,8 @@ class Backbone(nn.Module):
 
         Args:
             scan: A path or URL of NIfTI, a folder of DICOM, a `Volume`, a nibabel image, a MONAI MetaTensor, a TorchIO image, or an
-                array or tensor (X, Y, Z) or (X, Y, Z, T).
+                array or tensor (X, Y, Z) or (X, Y, Z, T). For a backbone of several contrasts: these by name, as in
+                `{"flair": ..., "t1": ...}`; some may be missing, and scans on other grids are resampled to that of the first.
             spacing_mm: For an array without affine: voxel size, mm; its axes then point to the right, anterior and superior.
             affine: For an array: (4, 4), voxel -> mm in RAS.
 
@@ -180,9 +181,9 @@ class Backbone(nn.Module):
             InputError: The scan has no such form, or no voxel size.
             RefusedScan: The scan cannot be used; the code gives the reason.
         """
-        volume = volume_from(scan, spacing_mm=spacing_mm, affine=affine)
+        scans = scans_from(scan, spacing_mm=spacing_mm, affine=affine)
         make = frames_of if self.preparation.dimensions == 3 else planes_of
-        return make(volume, preparation=self.preparation, size=self.preparation.image_size)
+        return make(scans, preparation=self.preparation, size=self.preparation.image_size)
 
 
 def load_backbone(url: str, *, sha256: str | None = None, key: str | None = None, device: str = "cpu") -> Backbone:

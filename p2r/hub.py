@@ -2,7 +2,7 @@
 
 The client is `huggingface_hub`, an optional package. It keeps files in its own cache by content, so a second load needs no
 network, and a hub that is down does not matter for files that are there. A revision is a branch, a tag or a commit; the folder
-is that of the commit. Only the manifest and the files that it names are fetched.
+belongs to the commit. Only the manifest and the files that it names are fetched.
 
 The client reads its token from HF_TOKEN or its own file. p2r neither reads nor writes it, and masks it in messages.
 """
@@ -56,7 +56,7 @@ def parse_hub_url(url: str) -> HubURL:
     """
     match = _URL.fullmatch(url)
     if match is None or any(".." in part for part in match.groups() if part):
-        raise StorageError(f"{url[:300]!r} is no address on a hub: {_RULE}")
+        raise StorageError(f"{url[:300]!r} is not an address on a hub: {_RULE}")
     return HubURL(match["repository"], match["revision"])
 
 
@@ -114,7 +114,7 @@ def hub_errors(url: HubURL, doing: str) -> Iterator[None]:
         ) from None
     except errors.RepositoryNotFoundError:
         raise StorageError(
-            f"{where}: there is no such repository, or it is private and the token is missing or may not read it; correct the "
+            f"{where}: the repository does not exist, or is private and the token is missing or may not read it; correct the "
             "name, or set HF_TOKEN, or run hf auth login"
         ) from None
     except errors.RevisionNotFoundError:

@@ -33,7 +33,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """State of the hub, and what was asked of it."""
+    """State of the hub, and the requests that it got."""
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -79,13 +79,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.objects[hashlib.sha256(body).hexdigest()] = body
             self._send(200, b"")
         elif (match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(.+?)/([^/]+)", path)) is not None:
-            self._resolve(*match.groups())
+            self._resolve(match[1], match[2], match[3])
         elif path == "/api/validate-yaml":
             self._validate(json.loads(body))
         elif path == "/api/repos/create":
             self._create(json.loads(body))
         elif (match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(\w+)/(.+)", path)) is not None:
-            self._api(*match.groups(), body)
+            self._api(match[1], match[2], match[3], body)
         elif (match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path)) is not None:
             self._batch(json.loads(body))
         elif (match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path)) is not None and self._may_read(match[1]):
@@ -165,8 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404, "RevisionNotFound")
         elif verb == "revision":
             assert found is not None
-            files = [{"rfilename": name} for name in found[1]]
-            self._json({"id": repository, "sha": found[0], "siblings": files})
+            siblings = [{"rfilename": name} for name in found[1]]
+            self._json({"id": repository, "sha": found[0], "siblings": siblings})
         elif verb == "tree":
             assert found is not None
             rows = [
@@ -177,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif not self._has_token:
             self._error(401, None)
         elif verb == "preupload":
-            files = [
+            modes = [
                 {
                     "path": one["path"],
                     "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular",
@@ -185,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
                 }
                 for one in json.loads(body)["files"]
             ]
-            self._json({"files": files})
+            self._json({"files": modes})
         elif verb == "commit":
             assert found is not None
             self._commit(repository, revision, dict(found[1]), body)

@@ -28,6 +28,7 @@ from p2r.config import ModelConfig
 from p2r.data.preprocess import Preparation
 from p2r.errors import CheckpointError, StorageError
 from p2r.model.backbones import build_backbone
+from p2r.model.contrasts import config_for
 from p2r.reference import parse_reference
 from p2r.storage import Storage
 
@@ -41,15 +42,22 @@ WRITES = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "shutil.copyf
 
 
 def publish_toy(
-    url: str, *, seed: int = 0, licence: str = "CC0-1.0", card: str = "# toy\n", **facts: Any
+    url: str,
+    *,
+    seed: int = 0,
+    licence: str = "CC0-1.0",
+    card: str = "# toy\n",
+    contrasts: tuple[str, ...] | None = None,
+    **facts: Any,
 ) -> dict[str, Any]:
     """Publish a tiny backbone whose weights a seed decides."""
     torch.manual_seed(seed)
+    model = config_for(MODEL, contrasts)
     return publish(
         Storage(url),
         format=BACKBONE_FORMAT,
-        weights=build_backbone(MODEL).state_dict(),
-        config=ArtefactConfig(model=MODEL, preparation=PREPARATION),
+        weights=build_backbone(model).state_dict(),
+        config=ArtefactConfig(model=model, preparation=PREPARATION.model_copy(update={"contrasts": contrasts})),
         card=card,
         facts={"licence": licence, "corpora": [], **facts},
     )

@@ -15,7 +15,7 @@ import typer
 import webdataset
 
 from cluster.cli import app
-from p2r.config import IngestConfig
+from p2r.config import IngestConfig, SessionsConfig
 from p2r.data.corpus import ingest_locally
 from p2r.storage import Storage
 
@@ -117,16 +117,43 @@ def test_the_stock_library_and_five_lines_read_the_shards(tmp_path: Path, kind: 
     for _ in ingest_locally(config, Storage(str(tmp_path / "corpus"))):
         pass
 
-    code = re.search(r"```python\n(def voxels.*?)```", DOCS["docs/how-to/stream.md"], re.DOTALL)
-    assert code is not None
-    names: dict[str, Any] = {"json": json, "np": np, "blosc2": blosc2}
-    exec(code[1], names)
+    voxels = _five_lines()
     (shard,) = (tmp_path / "corpus").glob("*.tar")
     records = list(webdataset.WebDataset(str(shard), shardshuffle=False))
     assert len(records) == 1
     assert {type(records[0][name]) for name in ("json", "planes")} == {bytes}
     expected = np.asarray(nibabel.as_closest_canonical(image).dataobj)
-    found = names["voxels"](records[0])
+    found = voxels(records[0])
     assert np.array_equal(found, expected if kind == "cine" else expected[..., None])
     with tarfile.open(shard) as tar:
         assert sorted(tar.getnames()) == ["sub-01_T1w.json", "sub-01_T1w.planes"]
+
+
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # webdataset's
+def test_the_same_five_lines_read_each_contrast_of_a_session(tmp_path: Path) -> None:
+    written = {}
+    for number, name in enumerate(["T1w", "FLAIR"]):
+        data = np.random.default_rng(number).integers(0, 3000, (20, 24, 5)).astype(np.int16)
+        path = tmp_path / "scans" / f"sub-01_{name}.nii.gz"
+        path.parent.mkdir(exist_ok=True)
+        image = nibabel.Nifti1Image(data, np.diag([-2.0, 1.5, 8.0, 1.0]))
+        image.to_filename(path)
+        written[name] = np.asarray(nibabel.as_closest_canonical(image).dataobj)[..., None]
+    sessions = SessionsConfig(contrasts={"t1": "T1w", "flair": "FLAIR", "t2": "T2w"})
+    config = IngestConfig(sources=(str(tmp_path / "scans"),), licence="CC0-1.0", sessions=sessions)
+    list(ingest_locally(config, Storage(str(tmp_path / "corpus"))))
+    (shard,) = (tmp_path / "corpus").glob("*.tar")
+    (record,) = webdataset.WebDataset(str(shard), shardshuffle=False)
+    assert {name for name in record if name.endswith("planes")} == {"t1.planes", "flair.planes"}
+    np.testing.assert_array_equal(_five_lines()(record, "t1."), written["T1w"])
+    np.testing.assert_array_equal(_five_lines()(record, "flair."), written["FLAIR"])
+
+
+def _five_lines() -> Any:
+    code = re.search(r"```python\n(def voxels.*?)```", DOCS["docs/how-to/stream.md"], re.DOTALL)
+    assert code is not None and len(code[1].splitlines()) == 6
+    names: dict[str, Any] = {"json": json, "np": np, "blosc2": blosc2}
+    exec(code[1], names)
+    return names["voxels"]

@@ -37,7 +37,7 @@ def push(
     tag: Annotated[str | None, typer.Option(help="Name of the new commit, such as v1.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Upload a published backbone or model to a Hugging Face hub, in one commit. The token is that of `hf auth login`."""
+    """Upload a published backbone or model to a Hugging Face hub, in one commit. The token comes from `hf auth login` or HF_TOKEN."""
     from p2r.export.transfer import push as upload
 
     for line in upload(reference, target, is_private=private, tag=tag):

@@ -44,7 +44,9 @@ def embed(
     scans: Annotated[
         list[str],
         typer.Argument(
-            metavar="SCAN...", help="Scans (NIfTI: a path, file:// or s3://; DICOM: a folder), or folders of scans."
+            metavar="SCAN...",
+            help="Scans (NIfTI: a path, file:// or s3://; DICOM: a folder), or folders of scans; or the scans of one patient by contrast, "
+            "as in t1=t1.nii.gz flair=flair.nii.gz. The grid of the result is that of the first.",
         ),
     ],
     output: Annotated[
@@ -77,7 +79,9 @@ def predict(
     scans: Annotated[
         list[str],
         typer.Argument(
-            metavar="SCAN...", help="Scans (NIfTI: a path, file:// or s3://; DICOM: a folder), or folders of scans."
+            metavar="SCAN...",
+            help="Scans (NIfTI: a path, file:// or s3://; DICOM: a folder), or folders of scans; or the scans of one patient by contrast, "
+            "as in t1=t1.nii.gz flair=flair.nii.gz. The grid of the result is that of the first.",
         ),
     ],
     output: Annotated[

@@ -19,6 +19,7 @@ from p2r.config.other import OtherConfig
 from p2r.config.search import Distribution, SearchConfig
 from p2r.config.section import Artefact, Fraction, Location, NumLabelled, Section, is_none
 from p2r.config.views import GeometryConfig, IntensityConfig, ViewsConfig
+from p2r.contrasts import Contrasts
 from p2r.modes import MODES, Mode
 from p2r.reference import names_weights_file
 
@@ -50,6 +51,14 @@ class FinetuneConfig(Section):
     """leak_free: whole scans, split by patient. paper_compat: the released code of Pix2Rep, only for comparison with the paper; its rows
     say so. It crops every scan to its label's box + 10 px and drops empty slices, even at test. It validates on slices of the labelled
     patients."""
+    contrasts: Contrasts | None = Field(default=None, exclude_if=is_none)
+    """Contrasts that the models read, of those of the task. None: all. A backbone of several contrasts must have seen them; one of one
+    contrast has its first layer repeated."""
+    contrast_subsets: Annotated[tuple[Contrasts, ...], Field(min_length=1)] | None = Field(
+        default=None, exclude_if=is_none
+    )
+    """Contrasts of the reported patients that each model is also scored with, the others withheld, as in `[[flair], [flair, t1]]`. None:
+    only with all that a patient has."""
     num_labelled: Annotated[tuple[NumLabelled, ...], Field(min_length=1)] = (1, 5)
     """Numbers of labelled patients; all: the whole train split."""
     num_labelled_by_mode: dict[Mode, Annotated[tuple[NumLabelled, ...], Field(min_length=1)]] = {}

@@ -186,8 +186,8 @@ class ViewsConfig(Section):
     cross: each shows one, not the same if the image has several, so that the representation does not depend on the contrast. mixed: same
     or cross, drawn for each image."""
     contrast_dropout: Fraction = Field(default=0.0, exclude_if=is_zero)
-    """Pretraining with `model.contrasts` only: probability of dropping each contrast of an image from both of its views, except one. It
-    applies where both views show the same contrasts, and prepares the network for missing ones."""
+    """Images of several contrasts only: probability of dropping each contrast, except one; it prepares the network for missing ones.
+    Pretraining: from both views of an image, where they show the same contrasts. Fine-tuning: from each labelled image and strong view."""
 
     @model_validator(mode="before")
     @classmethod

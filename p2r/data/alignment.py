@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from p2r.data.index import covered_voxels
 from p2r.data.resample import resample_frame
-from p2r.data.shards import voxels_sha256
-from p2r.data.volume import Volume
+from p2r.data.volume import Volume, voxels_sha256
 from p2r.errors import RefusedScan
 
 _SAME_GRID_VOXELS = 0.05  # largest distance between corresponding corners
@@ -37,7 +36,14 @@ class Aligned:
     is_resampled: bool
 
 
-def align(volume: Volume, reference: Volume, *, min_coverage: float, contrast: str) -> Aligned:
+def align(
+    volume: Volume,
+    reference: Volume,
+    *,
+    min_coverage: float,
+    contrast: str,
+    setting: str = "ingest.sessions.min_coverage",
+) -> Aligned:
     """Resample a volume to the grid of another, where their grids differ.
 
     Args:
@@ -45,6 +51,7 @@ def align(volume: Volume, reference: Volume, *, min_coverage: float, contrast: s
         reference: The contrast whose grid is kept.
         min_coverage: Smallest fraction of the reference's voxels that the volume must cover.
         contrast: Name of the reference's contrast, for messages.
+        setting: Name of `min_coverage`, for messages.
 
     Raises:
         RefusedScan: `other_frames` or `other_extent`.
@@ -53,7 +60,8 @@ def align(volume: Volume, reference: Volume, *, min_coverage: float, contrast: s
         raise RefusedScan(
             "other_frames",
             f"{volume.key} has {volume.data.shape[3]} frames, {contrast} of its session has {reference.data.shape[3]}; frames are not "
-            "interpolated. If its fourth axis holds contrasts, set ingest.sessions.fourth_axis: contrasts",
+            "interpolated. If its fourth axis holds contrasts, not time, save a file of each contrast; for a corpus, "
+            "set ingest.sessions.fourth_axis: contrasts",
         )
     if is_same_grid(volume, reference):
         return on_own_grid(replace(volume, affine=reference.affine, spacing_mm=reference.spacing_mm))
@@ -73,7 +81,7 @@ def align(volume: Volume, reference: Volume, *, min_coverage: float, contrast: s
     if fraction < min_coverage:
         raise RefusedScan(
             "other_extent",
-            f"{volume.key} covers {fraction:.0%} of the voxels of {contrast} by the headers' positions, ingest.sessions.min_coverage is "
+            f"{volume.key} covers {fraction:.0%} of the voxels of {contrast} by the headers' positions, {setting} is "
             f"{min_coverage:.0%}; nothing is registered: register the scans of this session, or leave this one out",
         )
     is_whole = bool(covered.all())

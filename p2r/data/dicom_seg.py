@@ -78,7 +78,7 @@ def write_segmentation(
 
     Raises:
         InputError: `highdicom` is not installed.
-        RefusedScan: The images do not lie on the voxels of the volume, or have headers that a segmentation cannot refer to.
+        RefusedScan: The pixels of the images are not voxels of the volume, or the images have headers that a segmentation cannot refer to.
     """
     hd, pydicom = _import_packages()
     images = [pydicom.dcmread(file) for file in scan.files]

@@ -4,15 +4,16 @@ Choices: slices are perpendicular to the axis with the largest spacing, where in
 normalised between two percentiles of the whole volume, so that slices of one scan stay comparable. Slices are resampled to
 one pixel size *before* they are cropped or padded about their centre, so that a pixel has the same length in every scan.
 Training and inference use the same code, so the backbone always gets the input that it was trained on. A network that reads
-volumes gets cubic voxels about the same centre, independent of the slice axis.
+volumes gets cubic voxels about the same centre, independent of the slice axis. A network of several contrasts gets the volumes
+of a session, all on one grid, as channels; a missing contrast is a channel of zeros.
 
-Shapes: X Y Z T a volume; P = T * Z slices, frame by frame; h w voxels of a slice; H W its pixels after resampling; where
+Shapes: X Y Z T a volume; C contrasts; P = T * Z slices, frame by frame; h w voxels of a slice; H W its pixels after resampling; where
 X Y Z are voxels after resampling, x y z are the volume's own voxels.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from p2r.contrasts import describe
 from p2r.data.preparation import Preparation as Preparation
 from p2r.data.preparation import SliceAxis as SliceAxis
 from p2r.data.preparation import intensity_window as intensity_window
@@ -35,6 +37,9 @@ from p2r.data.volume import Volume
 from p2r.device import to_device
 from p2r.errors import RefusedScan
 
+Scans = Volume | Mapping[str, Volume]
+"""A scan, or the scans of a session by contrast, all on one grid; missing contrasts are left out."""
+
 MAX_IMAGES_MIB = 8192.0
 """Largest memory for the images or maps of one scan, including intermediate arrays."""
 
@@ -48,15 +53,15 @@ class Planes:
     """All slices of one volume, ready for a network."""
 
     images: Tensor
-    """(P, 1, H, W) float32 in [0, 1]."""
+    """(P, C, H, W) float32 in [0, 1]; missing contrasts are zero."""
     inside: Tensor
     """(P, H, W) bool: True in the scan, False in the padding."""
     axis: int
     """Axis of the volume perpendicular to the slices."""
     low: float
-    """Intensity that became 0."""
+    """Intensity that became 0, of the first contrast."""
     high: float
-    """Intensity that became 1."""
+    """Intensity that became 1, of the first contrast."""
     shape: tuple[int, int]
     """(h, w) of a slice on the volume's own grid."""
     spacing_mm: tuple[float, float]
@@ -70,13 +75,13 @@ class Frames:
     """All frames of one volume, ready for a network that reads volumes."""
 
     images: Tensor
-    """(T, 1, X, Y, Z) float32 in [0, 1]."""
+    """(T, C, X, Y, Z) float32 in [0, 1]; missing contrasts are zero."""
     inside: Tensor
     """(T, X, Y, Z) bool: True in the scan, False in the padding."""
     low: float
-    """Intensity that became 0."""
+    """Intensity that became 0, of the first contrast."""
     high: float
-    """Intensity that became 1."""
+    """Intensity that became 1, of the first contrast."""
     shape: tuple[int, int, int]
     """(x, y, z) on the volume's own grid."""
     spacing_mm: tuple[float, float, float]
@@ -327,17 +332,69 @@ def from_cubic(maps: Tensor, shape: tuple[int, int, int], *, spacing_mm: tuple[f
     return _apply_weights(maps, weights)
 
 
-def frames_of(volume: Volume, *, preparation: Preparation, size: int | None) -> Frames:
-    """Resample a volume to cubic voxels.
+def reference_of(scans: Scans) -> Volume:
+    """Return a scan, or the first of a session, whose grid all have."""
+    return scans if isinstance(scans, Volume) else next(iter(scans.values()))
+
+
+def by_contrast(scans: Scans, preparation: Preparation) -> list[Volume | None]:
+    """Return the volume of each channel of an image, in order; None: missing.
+
+    Raises:
+        RefusedScan: `no_contrast` if the contrast of a volume is not stated, is unknown, or none of them is there; names them.
+        ValueError: if the volumes are on different grids.
+    """
+    names = preparation.contrasts
+    if isinstance(scans, Volume):
+        if names is not None and len(names) > 1:
+            raise RefusedScan(
+                "no_contrast",
+                f"{scans.key} is one scan without the name of its contrast, the network reads {describe(names)}: name it, as in "
+                f"{names[0]}={scans.key}.nii.gz, or in Python {{{names[0]!r}: scan}}",
+            )
+        return [scans]
+    if unknown := [name for name in scans if name not in (names or ())]:
+        raise RefusedScan(
+            "no_contrast",
+            f"the network never saw the contrast {', '.join(unknown)}, it reads {describe(names)}: leave it out, or name it as one of "
+            "these, or use another network",
+        )
+    if not scans:
+        raise RefusedScan("no_contrast", f"no scan of any contrast is given, the network reads {describe(names)}")
+    if len({(volume.data.shape, volume.spacing_mm) for volume in scans.values()}) > 1:
+        raise ValueError("the volumes of a session must be on one grid: see p2r.data.contrasts")
+    return [scans.get(name) for name in names or ()]
+
+
+def _stack(images: Sequence[Tensor | None]) -> Tensor:
+    """Concatenate the channels (P, 1, *S) of an image; missing ones are zero."""
+    if len(images) == 1 and images[0] is not None:
+        return images[0]
+    like = next(one for one in images if one is not None)
+    check_room(len(images) * like.numel(), f"images of {len(images)} contrasts", _COARSER)
+    return torch.cat([torch.zeros_like(like) if one is None else one for one in images], dim=1)
+
+
+def frames_of(scans: Scans, *, preparation: Preparation, size: int | None) -> Frames:
+    """Resample a volume, or those of a session, to cubic voxels.
 
     Args:
-        volume: The scan.
+        scans: The scan, or the scans by contrast.
         preparation: Rules of the backbone.
         size: Edge of the central cube, usually `preparation.image_size`; None: the whole volume.
 
     Raises:
-        RefusedScan: `not_3d` for a single slice; `constant` as `percentile_table`.
+        RefusedScan: `not_3d` for a single slice; `constant` as `percentile_table`; `no_contrast` as `by_contrast`.
     """
+    frames = [
+        None if volume is None else _frames_of_volume(volume, preparation=preparation, size=size)
+        for volume in by_contrast(scans, preparation)
+    ]
+    first = next(one for one in frames if one is not None)
+    return replace(first, images=_stack([None if one is None else one.images for one in frames]))
+
+
+def _frames_of_volume(volume: Volume, *, preparation: Preparation, size: int | None) -> Frames:
     own, spacing_mm, target_mm = volume.data.shape[:3], volume.spacing_mm, preparation.spacing_mm
     if 1 in own:
         raise RefusedScan(
@@ -386,14 +443,26 @@ def prepare(
     return to_grid(normalise(stored[:, None], *window), spacing_mm, target_mm=target_mm, size=size)
 
 
-def planes_of(volume: Volume, *, preparation: Preparation, size: int | None) -> Planes:
-    """Cut a volume into images.
+def planes_of(scans: Scans, *, preparation: Preparation, size: int | None) -> Planes:
+    """Cut a volume, or those of a session, into images.
 
     Args:
-        volume: The scan.
+        scans: The scan, or the scans by contrast.
         preparation: Rules of the backbone.
         size: Height and width of the images, usually `preparation.image_size`; None: the whole slices.
+
+    Raises:
+        RefusedScan: `constant` as `percentile_table`; `no_contrast` as `by_contrast`.
     """
+    planes = [
+        None if volume is None else _planes_of_volume(volume, preparation=preparation, size=size)
+        for volume in by_contrast(scans, preparation)
+    ]
+    first = next(one for one in planes if one is not None)
+    return replace(first, images=_stack([None if one is None else one.images for one in planes]))
+
+
+def _planes_of_volume(volume: Volume, *, preparation: Preparation, size: int | None) -> Planes:
     axis = slice_axis(volume.spacing_mm, preparation.slice_axis, shape=volume.data.shape)
     window = intensity_window(percentile_table(volume.data, name=volume.key), preparation.intensity_percentiles)
     planes = volume_to_planes(volume.data, axis)  # (P, h, w)

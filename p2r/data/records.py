@@ -17,10 +17,9 @@ from p2r.data.label_maps import WAY_OUT, label_map_by_voxels
 from p2r.data.ledger import LedgerRow, accepted_fields
 from p2r.data.preparation import percentile_table, slice_axis
 from p2r.data.read import read_scan, to_grid_of_job
-from p2r.data.shards import voxels_sha256
 from p2r.data.sidecar import closed_tags
 from p2r.data.thumbnails import Thumbnails, thumbnail
-from p2r.data.volume import Volume
+from p2r.data.volume import Volume, voxels_sha256
 from p2r.documents import as_utf8
 from p2r.errors import RefusedScan
 

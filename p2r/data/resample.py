@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from p2r.data.shards import voxels_sha256
-from p2r.data.volume import MAX_SCAN_MIB, Volume
+from p2r.data.volume import MAX_SCAN_MIB, Volume, voxels_sha256
 from p2r.errors import RefusedScan
 
 _FWHM_PER_SIGMA = 2 * math.sqrt(2 * math.log(2))

@@ -17,7 +17,6 @@ Shapes: (X, Y, Z, T) as in `volume`; stored as (T, P, h, w): frames of slices pe
 shard is its n-th slice, frame by frame.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -45,6 +44,7 @@ from p2r.data.index import parse_index as parse_index
 from p2r.data.index import read_index as read_index
 from p2r.data.preparation import planes_to_volume, volume_to_planes
 from p2r.data.volume import Volume
+from p2r.data.volume import voxels_sha256 as voxels_sha256
 from p2r.errors import DataError
 from p2r.storage import file_sha256
 
@@ -119,17 +119,6 @@ def decode_record(content: bytes, meta: Mapping[str, Any]) -> Array:
     reader = ShardReader(f"of record {row.key}", [row], lambda start, stop: content[start:stop])
     stored = np.stack([reader.read_box(row, frame, row.whole) for frame in range(row.shape[3])])
     return planes_to_volume(stored.reshape(-1, *stored.shape[2:]), row.slice_axis, len(stored))
-
-
-def voxels_sha256(volume: Volume) -> str:
-    """Return the digest of the voxel values; it is independent of compression, header and dtype of the file."""
-    data = volume.data
-    dtype = "<f4"  # a `Volume` holds whole numbers as floats only if they exceed 16 bits
-    if data.dtype.kind in "iu":
-        dtype = "<i2" if data.dtype != np.uint16 or data.max() < 1 << 15 else "<u2"
-    digest = hashlib.sha256(f"{dtype}{data.shape}".encode())
-    digest.update(np.ascontiguousarray(data, dtype=dtype).data)
-    return digest.hexdigest()
 
 
 def write_shard(

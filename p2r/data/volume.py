@@ -17,6 +17,7 @@ Shapes: X Y Z voxels towards Right, Anterior, Superior (one of them may be 1: a 
 """
 
 import gzip
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -140,6 +141,17 @@ def read_labels(path: str | Path, *, key: str | None = None) -> Volume:
             f"{path} holds values from {low} to {high}; labels are whole numbers from 0 to 32767: replace others by 0 or a class",
         )
     return replace(volume, data=volume.data.astype(np.int16))
+
+
+def voxels_sha256(volume: Volume) -> str:
+    """Return the digest of the voxel values; it is independent of compression, header and dtype of the file."""
+    data = volume.data
+    dtype = "<f4"  # a `Volume` holds whole numbers as floats only if they exceed 16 bits
+    if data.dtype.kind in "iu":
+        dtype = "<i2" if data.dtype != np.uint16 or data.max() < 1 << 15 else "<u2"
+    digest = hashlib.sha256(f"{dtype}{data.shape}".encode())
+    digest.update(np.ascontiguousarray(data, dtype=dtype).data)
+    return digest.hexdigest()
 
 
 def to_source_grid(canonical: NDArray[Any], volume: Volume) -> NDArray[Any]:

@@ -22,12 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p2r.config import PretrainConfig
+from p2r.contrasts import describe
 from p2r.data.preprocess import Frames, Planes, Preparation
+from p2r.errors import DataError
 from p2r.evaluate.inference import features_of_images
 from p2r.evaluate.prepared import prepared_scan
 from p2r.evaluate.sampling import draw_subjects
 from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, check_classes_present, classes_shown, load_task
 from p2r.model.backbones import build_backbone
+from p2r.model.contrasts import adapt_contrasts, config_for, missing_contrasts
 
 _IMAGES_AT_ONCE = 4
 _RIDGE = 1e-3
@@ -59,6 +62,12 @@ class OnlineProbe:
         )
         self._preparation = task.config.preparation(own_way)
         self._device, self._num_classes = device, task.num_classes
+        self._model, contrasts = config.model, self._preparation.contrasts
+        if others := missing_contrasts(config.model.contrasts, contrasts):
+            raise DataError(
+                f"pretrain.probe: task {task.name} wants the contrast {', '.join(others)}, pretrain.model.contrasts are "
+                f"{describe(config.model.contrasts)}; use a task of these contrasts"
+            )
         train = draw_subjects(task.subjects["train"], num_labelled=probe.num_labelled, draw=0, seed=probe.seed)
         others = task.subjects["validation"]
         num_validation = min(probe.num_validation, len(others))
@@ -69,7 +78,7 @@ class OnlineProbe:
         )
         check_classes_present(dict.fromkeys(train, classes_shown(self._train)), task, subjects=train)
         with torch.random.fork_rng(devices=[]):
-            network = build_backbone(config.model, dimensions=image.dimensions)
+            network = build_backbone(config_for(config.model, contrasts), dimensions=image.dimensions)
         self._network = network.to(device).requires_grad_(False)
 
     def _read_scan(self, scan: TaskScan, task: Task, most: int) -> LabelledScan:
@@ -84,7 +93,8 @@ class OnlineProbe:
         Args:
             weights: The backbone's weights, under the names of its state, in any precision.
         """
-        self._network.load_state_dict(dict(weights))
+        contrasts, dimensions = self._preparation.contrasts, self._preparation.dimensions
+        self._network.load_state_dict(adapt_contrasts(weights, self._model, to=contrasts, dimensions=dimensions))
         labelled = (pixels for scan in self._train for pixels in self._pixel_features(scan))
         readout = fit_readout(labelled, num_classes=self._num_classes)
         both, either = torch.zeros(2, self._num_classes, dtype=torch.int64)

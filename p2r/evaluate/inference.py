@@ -26,6 +26,7 @@ from p2r.data.preprocess import (
     Frames,
     Planes,
     Preparation,
+    Scans,
     check_room,
     cubic_to_voxel,
     frames_of,
@@ -34,8 +35,8 @@ from p2r.data.preprocess import (
     plane_axes,
     planes_of,
     planes_to_volume,
+    reference_of,
 )
-from p2r.data.volume import Volume
 from p2r.evaluate.metrics import largest_components
 
 SeeProbabilities = Callable[[Tensor, int], None]
@@ -47,7 +48,7 @@ _BATCH_SIZE = {2: 8, 3: 1}
 
 def predict_volume(
     segmenter: nn.Module,
-    volume: Volume,
+    volume: Scans,
     *,
     preparation: Preparation,
     num_classes: int,
@@ -58,8 +59,8 @@ def predict_volume(
     """Segment a scan.
 
     Args:
-        segmenter: Image (B, 1, *S) -> logits (B, K, *S), already on `device`.
-        volume: The scan; `to_source_grid` reorders the result to its file's voxel order.
+        segmenter: Image (B, C, *S) -> logits (B, K, *S), already on `device`.
+        volume: The scan, or the scans by contrast; `to_source_grid` reorders the result to its file's voxel order.
         preparation: Preparation of scans for the segmenter; every side of S is its `image_size`.
         num_classes: K, including background.
         device: Device of the network.
@@ -80,7 +81,7 @@ def predict_volume(
     )
 
 
-def images_read(volume: Volume, preparation: Preparation) -> Planes | Frames:
+def images_read(volume: Scans, preparation: Preparation) -> Planes | Frames:
     """Return the images of a scan for a segmentation model."""
     make = frames_of if preparation.dimensions == 3 else planes_of
     return make(volume, preparation=preparation, size=size_read(preparation))
@@ -149,7 +150,7 @@ def predict_probabilities(
 def probabilities_of_images(
     segmenter: nn.Module, images: Tensor, *, preparation: Preparation, batch_size: int | None = None
 ) -> Tensor:
-    """Return probabilities (B, K, *S) of images (B, 1, *S) of any size, on their own grid and device, read by windows."""
+    """Return probabilities (B, K, *S) of images (B, C, *S) of any size, on their own grid and device, read by windows."""
 
     def probabilities(windows: Tensor) -> Tensor:
         logits: Tensor = segmenter(windows)
@@ -250,7 +251,7 @@ def _assemble_volume(maps: Tensor, images: Planes | Frames) -> NDArray[Any]:
 
 def embed_volume(
     backbone: nn.Module,
-    volume: Volume,
+    volume: Scans,
     *,
     preparation: Preparation,
     size_divisor: int = 16,
@@ -262,8 +263,8 @@ def embed_volume(
     Slices are read whole. Volumes are read in overlapping windows, whose features are blended.
 
     Args:
-        backbone: Image (B, 1, *S) -> features (B, F, *S), or coarser, already on `device`.
-        volume: The scan.
+        backbone: Image (B, C, *S) -> features (B, F, *S), or coarser, already on `device`.
+        volume: The scan, or the scans by contrast.
         preparation: Preparation of scans for the backbone.
         size_divisor: Divisor of the sides of the backbone's image (`ModelConfig.size_divisor`).
         device: Device of the network.
@@ -271,7 +272,7 @@ def embed_volume(
 
     Returns:
         Features (X', Y', Z', T, F), resampled along the axes that the network reads; and the affine (4, 4) of that grid,
-        voxel (centre) -> mm, in the world of `volume.affine`.
+        voxel (centre) -> mm, in the world of the scan's affine.
     """
     batch_size = batch_size or _BATCH_SIZE[preparation.dimensions]
 
@@ -280,6 +281,7 @@ def embed_volume(
         return found.float()
 
     read: Callable[[Tensor], Tensor] = features
+    reference = reference_of(volume)
     if preparation.dimensions == 3:
         frames = frames_of(volume, preparation=preparation, size=None)
         images, at_once = frames.images, 1
@@ -294,7 +296,7 @@ def embed_volume(
             parts.append(read(part.to(device)).cpu())
             check_room(
                 2 * parts[0][0].numel() * len(padded),
-                f"{volume.key}: {parts[0].shape[1]} features of {' x '.join(map(str, padded.shape[2:]))} pixels of {len(padded)} images",
+                f"{reference.key}: {parts[0].shape[1]} features of {' x '.join(map(str, padded.shape[2:]))} pixels of {len(padded)} images",
                 "embed a part of the scan",
             )
     found = torch.cat(parts)
@@ -316,7 +318,7 @@ def embed_volume(
     for axis, (scale, offset) in zip(axes, grid, strict=True):
         to_voxel[axis, axis] = scale * stride
         to_voxel[axis, 3] = offset + scale * (stride - 1) / 2  # the centre of the first `stride` pixels
-    return embedded, volume.affine @ to_voxel
+    return embedded, reference.affine @ to_voxel
 
 
 def _blend_windows(

@@ -16,8 +16,8 @@ from torch import nn
 
 from p2r.backbone import ArtefactConfig
 from p2r.backbone import load_model as load_segmenter
-from p2r.data.accepted import ScanLike, volume_from
-from p2r.data.preprocess import check_room
+from p2r.data.contrasts import ScansLike, scans_from
+from p2r.data.preprocess import Scans, check_room, reference_of
 from p2r.data.volume import Volume, nifti_image, to_source_grid
 from p2r.errors import InputError
 from p2r.evaluate.inference import images_read, predict_probabilities, predict_volume
@@ -45,12 +45,12 @@ class Model:
 
     def predict(
         self,
-        scan: ScanLike,
+        scan: ScansLike,
         *,
         spacing_mm: float | Sequence[float] | None = None,
         affine: ArrayLike | None = None,
     ) -> Any:
-        """Segment a scan.
+        """Segment a scan, or the scans of a patient by contrast.
 
         Args:
             scan: A scan in any form that `Backbone.prepare` takes.
@@ -59,36 +59,37 @@ class Model:
 
         Returns:
             A `nibabel.Nifti1Image` of labels on the scan's own grid, (X, Y, Z), or (X, Y, Z, T) for a series of frames; with the
-            sform, qform, codes and units of the scan.
+            sform, qform, codes and units of the scan. With several contrasts, the grid is that of the first.
 
         Raises:
             InputError: The scan has no such form, or no voxel size.
             RefusedScan: if the scan cannot be used; its code gives the reason.
         """
-        volume = volume_from(scan, spacing_mm=spacing_mm, affine=affine)
-        on_scan = to_source_grid(self.labels(volume), volume)
+        scans = scans_from(scan, spacing_mm=spacing_mm, affine=affine)
+        volume = reference_of(scans)
+        on_scan = to_source_grid(self.labels(scans), volume)
         flat = on_scan[..., 0] if on_scan.shape[-1] == 1 else on_scan
         return nifti_image(flat, volume.source_affine, like=volume)
 
-    def labels(self, volume: Volume) -> NDArray[np.uint8]:
-        """Return labels (X, Y, Z, T) on the grid of `volume.data`, in RAS order."""
+    def labels(self, scans: Scans) -> NDArray[np.uint8]:
+        """Return labels (X, Y, Z, T) on the grid of the volumes, in RAS order."""
         return predict_volume(
             self.segmenter,
-            volume,
+            scans,
             preparation=self.config.preparation,
             num_classes=len(self.classes) + 1,
             device=self.device,
             largest_component=self.config.largest_component,
         )
 
-    def probabilities(self, volume: Volume) -> NDArray[np.float32]:
-        """Return the probability of each class, (X, Y, Z, T, 1 + classes) on the grid of `volume.data`, background first.
+    def probabilities(self, scans: Scans) -> NDArray[np.float32]:
+        """Return the probability of each class, (X, Y, Z, T, 1 + classes) on the grid of the volumes, background first.
 
         They sum to 1 in every voxel, and take 4 bytes per voxel, frame and class.
         """
         return predict_probabilities(
             self.segmenter,
-            images_read(volume, self.config.preparation),
+            images_read(scans, self.config.preparation),
             preparation=self.config.preparation,
             num_classes=len(self.classes) + 1,
             device=self.device,

@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from p2r.data import header, opening, preprocess, volume
+from p2r.data import alignment, contrasts, header, opening, preprocess, resample, volume
 from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
-from p2r.data.volume import Volume, read_volume
+from p2r.data.volume import Volume
 from p2r.documents import read_json
 from p2r.errors import InputError, StorageError
 from p2r.evaluate import inference, tasks
-from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, load_scan
+from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, load_scan, read_images
 from p2r.files import file_sha256, mark_used, replacing
 from p2r.storage import cache_folder, json_bytes
 
@@ -54,44 +54,56 @@ def prepared_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size:
 
     def make() -> tuple[Arrays, dict[str, Any]]:
         loaded = load_scan(scan, task, preparation, size=size)
-        parts = {"volume": loaded.volume, "labels": loaded.labels}
+        parts = {"labels": loaded.labels} | (
+            {f"contrast {name}": one for name, one in loaded.contrasts.items()} or {"volume": loaded.volume}
+        )
         arrays = {f"{name}.{key}": getattr(part, key) for name, part in parts.items() for key in _ARRAYS_OF_A_VOLUME}
         facts: dict[str, Any] = {name: _volume_facts(part) for name, part in parts.items()}
+        facts["reference"] = next((name for name, one in loaded.contrasts.items() if one is loaded.volume), None)
         arrays["label_planes"] = loaded.label_planes.numpy().astype(np.uint8)
         images, facts["planes"] = _split_images(loaded.planes)
         return {**arrays, **images}, facts
 
     key = {
-        "image": file_sha256(scan.image),
+        **_image_digests(scan, task),
         "label": file_sha256(scan.label),
-        "names": [scan.image.name, scan.label.name],
+        "names": [*(image.name for image in scan.images), scan.label.name],
         "classes": {str(value): name for value, name in task.config.classes.items()},
         "preparation": preparation.model_dump(mode="json"),
         "size": size,
     }
 
     def use(arrays: Arrays, facts: dict[str, Any]) -> LabelledScan:
-        volumes = {
-            name: _restore_volume({key: arrays[f"{name}.{key}"] for key in _ARRAYS_OF_A_VOLUME}, facts[name])
-            for name in ("volume", "labels")
-        }
+        def restored(name: str) -> Volume:
+            return _restore_volume({key: arrays[f"{name}.{key}"] for key in _ARRAYS_OF_A_VOLUME}, facts[name])
+
         label_planes = torch.from_numpy(arrays["label_planes"]).long()
         planes = _restore_images(arrays, facts["planes"])
-        return LabelledScan(scan, volumes["volume"], volumes["labels"], planes, label_planes)
+        by_contrast = {name: restored(f"contrast {name}") for name in scan.contrasts}
+        reference = by_contrast[facts["reference"]] if by_contrast else restored("volume")
+        return LabelledScan(scan, reference, restored("labels"), planes, label_planes, by_contrast)
 
     return kept("scan", key, make, use=use)
 
 
-def prepared_images(scan: TaskScan, preparation: Preparation) -> Planes | Frames:
+def prepared_images(scan: TaskScan, task: Task, preparation: Preparation) -> Planes | Frames:
     """Return the images of a scan at their whole extent, without opening its label map."""
 
     def make() -> tuple[Arrays, dict[str, Any]]:
-        loaded = read_volume(scan.image)
+        loaded = read_images(scan, task, preparation)
         make_images = frames_of if preparation.dimensions == 3 else planes_of
         return _split_images(make_images(loaded, preparation=preparation, size=None))
 
-    key = {"image": file_sha256(scan.image), "preparation": preparation.model_dump(mode="json")}
+    key = {**_image_digests(scan, task), "preparation": preparation.model_dump(mode="json")}
     return kept("images", key, make, use=_restore_images)
+
+
+def _image_digests(scan: TaskScan, task: Task) -> dict[str, Any]:
+    """Return the part of a key for the images of a case."""
+    if not scan.contrasts:
+        return {"image": file_sha256(scan.image)}
+    images = {name: file_sha256(path) for name, path in scan.contrasts.items()}
+    return {"images": list(images.items()), "min_coverage": task.config.min_coverage}
 
 
 def kept(
@@ -188,7 +200,7 @@ def _max_bytes() -> int:
 def _code_sha256() -> str:
     """Return the digest of the code that prepares scans: a change of the code invalidates the cache."""
     digest = hashlib.sha256()
-    for module in (opening, header, volume, preprocess, tasks, inference):
+    for module in (opening, header, volume, resample, alignment, contrasts, preprocess, tasks, inference):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 

@@ -120,6 +120,19 @@ class CalibrationRow(JsonModel):
     reliability: Reliability
 
 
+class ContrastRow(JsonModel):
+    """Scores on the reported split with some contrasts only, the others withheld."""
+
+    contrasts: list[str]
+    """The contrasts that are given."""
+    num_subjects: int
+    """Patients who have at least one of them."""
+    dice_mean: float | None = None
+    dice: dict[str, float | None] = Field(default_factory=dict)
+    """By class."""
+    dice_by_subject: dict[str, float | None] = Field(default_factory=dict)
+
+
 class TrialRow(JsonModel):
     """One final trial with its scores on the reported split."""
 
@@ -164,6 +177,10 @@ class TrialRow(JsonModel):
     validation_dice_mean: float | None = None
     soft_dice_with_background: float | None = None
     cases: list[CaseRow] | None = None
+    contrasts: list[str] | None = None
+    """Contrasts that the model reads; None: one contrast without a name."""
+    by_contrasts: list[ContrastRow] | None = None
+    """Scores with subsets of these contrasts."""
     predictions: str | None = None
     """Path of the predictions below the task's storage."""
     calibration: CalibrationRow | None = None

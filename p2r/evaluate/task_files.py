@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from p2r.config import Section
+from p2r.config import Fraction, Section
+from p2r.contrasts import Contrast, describe
 from p2r.data.folders import images_below
 from p2r.data.names import composed, local_path, scan_key
 from p2r.data.pairs import key_of, label_finder
@@ -92,13 +93,19 @@ class TaskConfig(Section):
     """Short name: part of folders, trial ids and rows."""
     title: str
     """Title for headings: the organs and the images."""
-    images: str
-    """Folder of the scans: a path relative to this file (variables such as `${P2R_DATA}` are substituted), or `template://`."""
+    images: str | Annotated[dict[Contrast, str], Field(min_length=1)]
+    """Folder of the scans: a path relative to this file (variables such as `${P2R_DATA}` are substituted), or `template://`. With several
+    contrasts in several folders: the folder of each, as in `{flair: flair/, t1: t1/}`."""
     labels: str
     """Folder of the label maps; may be the folder of the scans."""
-    image_name: FileName = "{key}"
+    image_name: FileName | Annotated[dict[Contrast, FileName], Field(min_length=1)] = "{key}"
     """Name of a scan without its suffix; `{key}` is the part shared with its label map. `{key}_0000` selects the first channel of nnU-Net's
-    folders. A name without `{key}`, such as `t1`, selects the file of that name in each patient's folder."""
+    folders. A name without `{key}`, such as `t1`, selects the file of that name in each patient's folder. With several contrasts, the
+    name of each: `{flair: "{key}_0000", t1: "{key}_0001"}`, or `{flair: "{key}_FLAIR", t1: "{key}_T1w"}` in BIDS. The files of one key
+    in one folder are one case, which may lack contrasts. The order of the contrasts is that of their priority as reference."""
+    min_coverage: Fraction = 0.9
+    """Several contrasts: smallest fraction of the voxels of a case's grid that each contrast must cover. The grid is that of the first
+    contrast with the grid of the label map; others are resampled to it by their headers' positions. Nothing is registered."""
     label_name: FileName = "{key}"
     """Name of a scan's label map without its suffix, such as `{key}_gt`. It is searched at the same relative path as the scan; if it is not
     there, the only label map of that name is used."""
@@ -137,10 +144,29 @@ class TaskConfig(Section):
     slice_axis: SliceAxis | None = None
     """Axis perpendicular to the slices for models of this task. None: the backbone's rule."""
 
+    @property
+    def contrasts(self) -> tuple[str, ...] | None:
+        """Names of the contrasts of a case; None: one scan, of any contrast."""
+        named = next((value for value in (self.images, self.image_name) if isinstance(value, dict)), None)
+        return None if named is None else tuple(named)
+
+    def images_of(self, contrast: str | None) -> tuple[str, str]:
+        """Return the folder and the name of a contrast's files."""
+        folder, name = (
+            value[contrast or ""] if isinstance(value, dict) else value for value in (self.images, self.image_name)
+        )
+        return folder, name
+
+    @property
+    def image_folders(self) -> tuple[str, ...]:
+        """Folders of the scans, each once."""
+        return tuple(dict.fromkeys(self.images_of(name)[0] for name in self.contrasts or (None,)))
+
     def preparation(self, of_backbone: Preparation) -> Preparation:
-        """Return the preparation of scans for this task: the backbone's, with the settings of the task."""
+        """Return the preparation of scans for this task: the backbone's, with the settings and the contrasts of the task."""
         stated = {name: getattr(self, name) for name in ("spacing_mm", "slice_axis")}
-        return of_backbone.model_copy(update={name: value for name, value in stated.items() if value is not None})
+        given = {name: value for name, value in stated.items() if value is not None}
+        return of_backbone.model_copy(update={**given, "contrasts": self.contrasts})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -152,6 +178,7 @@ class TaskConfig(Section):
             raise ValueError("split_rule.stratified needs strata")
         if sorted(self.classes) != list(range(1, len(self.classes) + 1)):
             raise ValueError(f"classes must number the labels 1, 2, ... without a gap, got {sorted(self.classes)}")
+        self._check_contrasts()
         if self.dimensions == 3 and self.slice_axis is not None:
             raise ValueError("slice_axis is for slices, but dimensions: 3 is for volumes: leave one of both out")
         if len(set(self.classes.values())) < len(self.classes):
@@ -166,15 +193,36 @@ class TaskConfig(Section):
             raise ValueError(f"subject_pattern {error}") from None
         return self
 
+    def _check_contrasts(self) -> None:
+        both = [tuple(value) for value in (self.images, self.image_name) if isinstance(value, dict)]
+        if len(both) == 2 and set(both[0]) != set(both[1]):
+            raise ValueError(
+                f"images and image_name must name the same contrasts, got {describe(both[0])} and {describe(both[1])}"
+            )
+        files = [self.images_of(contrast) for contrast in self.contrasts or ()]
+        if twice := [name for name, place in zip(self.contrasts or (), files, strict=True) if files.count(place) > 1]:
+            raise ValueError(
+                f"{' and '.join(twice)} would be the same files, {files[0][1]!r} in {files[0][0]}: give each contrast its own "
+                "image_name, or its own folder in images"
+            )
+
 
 @dataclass(frozen=True)
 class TaskScan:
-    """One scan of a task and its reference."""
+    """One case of a task: its scan, or its scans of several contrasts, and its reference."""
 
     key: str
     subject: str
     image: Path
+    """The scan; with several contrasts, the first of them that the case has."""
     label: Path
+    contrasts: Mapping[str, Path] = field(default_factory=dict)
+    """Scans by contrast, without the missing ones; empty for a task of one scan without a name."""
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """All scans of the case."""
+        return tuple(self.contrasts.values()) or (self.image,)
 
 
 @dataclass(frozen=True)
@@ -216,33 +264,33 @@ def load_task(path: Path, *, cache: Path | None = None, unset: dict[str, str] | 
         DataError: naming the file or the subject, the rule, and the way out.
     """
     config = read_task_config(path, unset=unset)
-    images = _resolve_folder(config.images, "images", path, cache)
     labels = _resolve_folder(config.labels, "labels", path, cache)
     found = [
-        pair
-        for pair in _pair_files(config, images, labels, path)
-        if pair[3] is not None or config.unlabelled == "refuse"
+        case
+        for case in _pair_files(config, labels, path, cache)
+        if case.label is not None or config.unlabelled == "refuse"
     ]
     strata = _expand_strata(config, path)
     if config.splits is not None:
         subjects = _expand_splits(config.splits, path)
     else:
-        subjects = _split_by_rule(config, {subject for _, subject, _, _ in found}, strata, path)
+        subjects = _split_by_rule(config, {case.subject for case in found}, strata, path)
     wanted = {subject for split in subjects.values() for subject in split}
     scans: dict[str, TaskScan] = {}
     unlabelled = []
-    for name, subject, image, label in found:
-        key = name.replace("/", "_")
-        if subject not in wanted:
+    for case in found:
+        key = case.name.replace("/", "_")
+        if case.subject not in wanted:
             continue
-        if label is None:
-            unlabelled.append(image.name)
+        if case.label is None:
+            unlabelled.append(case.image.name)
         elif key in scans:
             raise DataError(
-                f"task {path}: {scans[key].image} and {image} would have the same key {key}; rename one of them"
+                f"task {path}: {scans[key].image} and {case.image} would have the same key {key}; rename one of them"
             )
         else:
-            scans[key] = TaskScan(key=key, subject=subject, image=image, label=label)
+            scans[key] = TaskScan(key, case.subject, case.image, case.label, case.contrasts)
+    images = ", ".join(config.image_folders)
     if unlabelled:
         raise DataError(
             f"task {path}: {few(unlabelled)} in {images} ha{'s' if len(unlabelled) == 1 else 've'} no label map of "
@@ -275,8 +323,11 @@ def task_sha256(path: Path) -> str:
     decides: dict[str, Any] = config.model_dump(
         mode="json", exclude=_TEXT_FIELDS | {"images", "labels", "find_mix_ups"}
     )
-    if config.unlabelled == TaskConfig.model_fields["unlabelled"].default:
-        del decides["unlabelled"]  # a newer field, left out at its default to keep older digests
+    for newer in ("unlabelled", "min_coverage"):
+        if getattr(config, newer) == TaskConfig.model_fields[newer].default:
+            del decides[newer]  # left out at its default to keep older digests
+    if isinstance(config.images, dict):
+        decides["contrasts"] = config.contrasts
     if config.split_rule is not None:
         decides["subjects"] = load_task(path).subjects
     return hashlib.sha256(json_bytes(decides)).hexdigest()
@@ -303,6 +354,13 @@ def read_task_config(path: Path, *, unset: dict[str, str] | None = None) -> Task
             for key in ("images", "labels", "licence", "citation"):
                 if isinstance(values.get(key), str):
                     values[key] = fill_in_variables(values[key], where=key, unset=missing)
+            if isinstance(values.get("images"), dict):
+                values["images"] = {
+                    name: fill_in_variables(folder, where=f"images.{name}", unset=missing)
+                    if isinstance(folder, str)
+                    else folder
+                    for name, folder in values["images"].items()
+                }
             if unset is not None:
                 unset |= missing
             elif missing:
@@ -413,32 +471,60 @@ def _choose_first(number: int, pool: set[str], split: str, rule: SplitRule, stra
     }
 
 
-def _pair_files(
-    config: TaskConfig, images: Path, labels: Path, path: Path
-) -> Iterable[tuple[str, str, Path, Path | None]]:
-    """Yield name, subject, image and label map of each scan; files whose names contain no subject are ignored."""
+@dataclass(frozen=True)
+class _Case:
+    """Files of one case."""
+
+    name: str
+    subject: str
+    image: Path
+    label: Path | None
+    contrasts: Mapping[str, Path]
+
+
+def _pair_files(config: TaskConfig, labels: Path, path: Path, cache: Path | None) -> Iterable[_Case]:
+    """Yield the cases with their label maps; files whose names contain no subject are ignored."""
     maps = {path.relative_to(labels).as_posix(): path for path in _list_files(labels).values()}
     find = label_finder(maps, config.label_name)
-    scans = []
-    scan_of: dict[Path, Path] = {}
-    for name, image in _list_files(images).items():
-        key = key_of(name, config.image_name)
-        if key is None:
-            continue
+    found = []
+    image_of: dict[Path, Path] = {}
+    for (_, key), files in _group_files(config, path, cache).items():
+        name, image, folder = next(iter(files.values()))
         label = find(name, key)
-        if label is not None and (other := scan_of.setdefault(label, image)) != image:
+        if label is not None and (other := image_of.setdefault(label, image)) != image:
             raise DataError(
                 f"task {path}: {other} and {image} have the same label map, {label}, by label_name {config.label_name!r}; name label "
                 "maps like their scans, or put them into folders with the same relative path"
             )
-        scans.append((Path(name).with_name(key).as_posix() if "{key}" in config.image_name else key, image, label))
+        found.append((key, files, name, image, folder, label))
     pattern = subject_pattern(config.subject_pattern)
-    for key, image, label in scans:
-        below = composed(image.relative_to(images).as_posix())
-        subject = subject_by_pattern(pattern, composed(image.name), below)
+    for key, files, name, image, folder, label in found:
+        subject = subject_by_pattern(pattern, composed(image.name), composed(image.relative_to(folder).as_posix()))
         # In a folder of scans and label maps, a label map does not count as a scan.
-        if subject is not None and not (label is None and image in scan_of):
-            yield key, subject, image, label
+        if subject is not None and not (label is None and image in image_of):
+            has_key = "{key}" in config.images_of(next(iter(files)))[1]
+            contrasts = {contrast: file for contrast, (_, file, _) in files.items() if contrast is not None}
+            yield _Case(Path(name).with_name(key).as_posix() if has_key else key, subject, image, label, contrasts)
+
+
+_File = tuple[str, Path, Path]
+"""Relative path without the suffix, path, and the folder that it is relative to."""
+
+
+def _group_files(config: TaskConfig, path: Path, cache: Path | None) -> dict[tuple[str, str], dict[str | None, _File]]:
+    """Return the files of each case, by relative folder and key; then by contrast, in the task's order."""
+    names: tuple[str | None, ...] = config.contrasts or (None,)
+    folders = {name: _resolve_folder(config.images_of(name)[0], "images", path, cache) for name in names}
+    cases: dict[tuple[str, str], dict[str | None, _File]] = {}
+    for folder in dict.fromkeys(folders.values()):
+        patterns = {name: config.images_of(name)[1] for name in names if folders[name] == folder}
+        for below, file in _list_files(folder).items():
+            keys = {name: key for name, pattern in patterns.items() if (key := key_of(below, pattern)) is not None}
+            if keys:
+                # Of several patterns, the one with the longest fixed part: {key}_T1w also matches sub-01_ce-GD_T1w.
+                name, key = min(keys.items(), key=lambda item: len(item[1]))
+                cases.setdefault((below.rpartition("/")[0], key), {})[name] = (below, file, folder)
+    return {case: {name: files[name] for name in names if name in files} for case, files in cases.items()}
 
 
 def _resolve_folder(source: str, key: str, path: Path, cache: Path | None) -> Path:

@@ -17,24 +17,27 @@ another patient that fits the image in name, grid, position and appearance.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 from torch import Tensor
 
+from p2r.contrasts import describe
+from p2r.data.contrasts import on_one_grid, read_contrasts
 from p2r.data.preprocess import (
     Frames,
     Planes,
     Preparation,
+    Scans,
     frames_of,
     label_frames_of,
     label_planes_of,
     planes_of,
 )
-from p2r.data.shards import voxels_sha256
-from p2r.data.volume import Volume, read_labels, read_volume
-from p2r.errors import DataError
+from p2r.data.volume import Volume, read_labels, read_volume, voxels_sha256
+from p2r.errors import DataError, RefusedScan
 from p2r.evaluate.task_files import HELD_OUT as HELD_OUT
 from p2r.evaluate.task_files import Split as Split
 from p2r.evaluate.task_files import Task as Task
@@ -57,12 +60,24 @@ class LabelledScan:
 
     scan: TaskScan
     volume: Volume
+    """The scan; with several contrasts, the one whose grid all have."""
     labels: Volume
     """Label map on the grid of `volume`: (X, Y, Z, T) int16."""
     planes: Planes | Frames
-    """Images (P, 1, H, W), or (T, 1, X, Y, Z)."""
+    """Images (P, C, H, W), or (T, C, X, Y, Z)."""
     label_planes: Tensor
     """(P, H, W), or (T, X, Y, Z), int64, on the images' grid."""
+    contrasts: Mapping[str, Volume] = field(default_factory=dict)
+    """Volumes by contrast, on the grid of `volume`; empty for a scan without a name."""
+
+    def scans_for(self, preparation: Preparation) -> Scans:
+        """Return the input of a network: the volume, or the volumes of the contrasts that the network reads."""
+        return self.volume if not self.contrasts else choose_contrasts(self.contrasts, preparation)
+
+    @property
+    def volumes(self) -> tuple[Volume, ...]:
+        """All volumes of the case."""
+        return tuple(self.contrasts.values()) or (self.volume,)
 
 
 def check_scans(
@@ -89,20 +104,21 @@ def check_scans(
         RefusedScan: if a file is unusable.
     """
     split_of = {subject: split for split in get_args(Split) for subject in task.subjects[split]}
-    images: dict[str, TaskScan] = {}
+    images: dict[str, tuple[Path, TaskScan]] = {}
     labels: dict[str, TaskScan] = {}
     classes: dict[str, frozenset[int]] = {}
     for scan in task.scans:
         loaded = (load or load_scan)(scan, task, preparation)
         see(loaded, split_of[scan.subject])
-        twin = images.setdefault(voxels_sha256(loaded.volume), scan)
-        if twin.subject != scan.subject:
-            raise DataError(
-                f"task {task.name}: {twin.image} of subject {twin.subject} ({split_of[twin.subject]}) and {scan.image} of "
-                f"subject {scan.subject} ({split_of[scan.subject]}) have the same voxels: one patient under two names would "
-                f"leak between splits, or count twice. Leave {scan.subject} out: by splits, or split_rule.leave_out, in the task, and "
-                "by ingest.exclude in a job that pretrains on these files"
-            )
+        for volume, image in zip(loaded.volumes, scan.images, strict=True):
+            other, twin = images.setdefault(acquired_sha256(volume), (image, scan))
+            if twin.subject != scan.subject:
+                raise DataError(
+                    f"task {task.name}: {other} of subject {twin.subject} ({split_of[twin.subject]}) and {image} of "
+                    f"subject {scan.subject} ({split_of[scan.subject]}) have the same voxels: one patient under two names would "
+                    f"leak between splits, or count twice. Leave {scan.subject} out: by splits, or split_rule.leave_out, in the "
+                    "task, and by ingest.exclude in a job that pretrains on these files"
+                )
         twin = labels.setdefault(voxels_sha256(loaded.labels), scan) if loaded.labels.data.any() else scan
         if twin.subject != scan.subject:
             raise DataError(
@@ -159,24 +175,8 @@ def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int
         DataError: if the label map is on another grid, or has a value that the task does not name.
         RefusedScan: if a file is unusable.
     """
-    volume, labels = read_volume(scan.image), read_labels(scan.label)
-    grids = f"{scan.label} has {_describe_grid(labels)}, its image {scan.image} {_describe_grid(volume)}"
-    if volume.data.shape != labels.data.shape or volume.source_shape != labels.source_shape:
-        raise DataError(
-            f"task {task.name}: the grids differ: {grids}; {_RESTORE}, or resample the label map to its image"
-        )
-    difference = float(np.abs(volume.source_affine - labels.source_affine).max())
-    if difference > _AFFINE_TOLERANCE:
-        raise DataError(
-            f"task {task.name}: the affines differ by up to {difference:.3g} (allowed: {_AFFINE_TOLERANCE}): {grids}; "
-            f"{_RESTORE}, or copy the image's affine if the voxels do match"
-        )
-    if not np.allclose(volume.spacing_mm, labels.spacing_mm, rtol=_SPACING_TOLERANCE, atol=0):
-        raise DataError(
-            f"task {task.name}: {scan.label} states voxels of {_describe_spacing(labels)} mm, its image {scan.image} "
-            f"{_describe_spacing(volume)}; "
-            f"{_RESTORE}, or copy the image's header if the voxels do match"
-        )
+    labels = read_labels(scan.label)
+    volume, contrasts = _read_images(scan, task, labels)
     unknown = sorted(set(np.unique(labels.data).tolist()) - {0, *task.config.classes})
     if unknown:
         named = ", ".join(f"{value} {name}" for value, name in task.config.classes.items())
@@ -184,22 +184,101 @@ def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int
             f"task {task.name}: {scan.label} holds the value{'s' * (len(unknown) > 1)} {', '.join(map(str, unknown))}, "
             f"but the task names 0 background, {named}; add the class to the task, or correct the label map"
         )
-    for frame in range(labels.data.shape[3]):
-        image, is_labelled = volume.data[..., frame], labels.data[..., frame] > 0
-        if is_labelled.any() and (image[is_labelled] == image.min()).mean() > _MAX_EMPTY_FRACTION:
-            raise DataError(
-                f"task {task.name}: the labels of {scan.label}{f' in frame {frame}' * (labels.data.shape[3] > 1)} are where its "
-                f"image {scan.image} is empty (its minimum, {image.min():g}): the two belong to different scans, or one "
-                "of them is rotated or shifted; restore the pair"
-            )
+    _refuse_labels_on_nothing(scan, task, labels, contrasts or {"": volume})
+    if contrasts and not choose_contrasts(contrasts, preparation):
+        raise DataError(
+            f"task {task.name}: case {scan.key} has none of the contrasts {describe(preparation.contrasts)}, only "
+            f"{describe(tuple(contrasts))}: add its scans, take its subject out of the splits, or read more contrasts"
+        )
+    scans: Scans = choose_contrasts(contrasts, preparation) or volume
     planes: Planes | Frames
     if preparation.dimensions == 3:
-        planes = frames_of(volume, preparation=preparation, size=size)
+        planes = frames_of(scans, preparation=preparation, size=size)
         label_planes = label_frames_of(labels, preparation=preparation, size=size)
     else:
-        planes = planes_of(volume, preparation=preparation, size=size)
+        planes = planes_of(scans, preparation=preparation, size=size)
         label_planes = label_planes_of(labels, preparation=preparation, axis=planes.axis, size=size)
-    return LabelledScan(scan, volume, labels, planes, label_planes)
+    return LabelledScan(scan, volume, labels, planes, label_planes, contrasts)
+
+
+def choose_contrasts(contrasts: Mapping[str, Volume], preparation: Preparation) -> dict[str, Volume]:
+    """Return the volumes of the contrasts that a network reads, in its order."""
+    return {name: contrasts[name] for name in preparation.contrasts or () if name in contrasts}
+
+
+def read_images(scan: TaskScan, task: Task, preparation: Preparation) -> Scans:
+    """Read the images of a case that a network reads, without its label map, on the grid of the first contrast.
+
+    Raises:
+        RefusedScan: if a file is unusable, or the contrasts do not fit together.
+    """
+    if not scan.contrasts:
+        return read_volume(scan.image)
+    return choose_contrasts(read_contrasts(scan.contrasts, min_coverage=task.config.min_coverage), preparation)
+
+
+def _read_images(scan: TaskScan, task: Task, labels: Volume) -> tuple[Volume, dict[str, Volume]]:
+    """Read the images of a case; return the one with the grid of the label map, and all by contrast on that grid.
+
+    Raises:
+        DataError: if no image has the grid of the label map.
+    """
+    if not scan.contrasts:
+        volume = read_volume(scan.image)
+        if problem := _grid_problem(scan, scan.image, volume, labels):
+            raise DataError(f"task {task.name}: {problem}")
+        return volume, {}
+    volumes = {name: read_volume(path) for name, path in scan.contrasts.items()}
+    problems = {name: _grid_problem(scan, scan.contrasts[name], volume, labels) for name, volume in volumes.items()}
+    reference = next((name for name, problem in problems.items() if problem is None), None)
+    if reference is None:
+        frames = max(volume.data.shape[3] for volume in volumes.values())
+        fourth = "; if the fourth axis is of contrasts, save one file for each" * (frames > labels.data.shape[3])
+        raise DataError(f"task {task.name}: {next(iter(problems.values()))}{fourth}")
+    try:
+        aligned = on_one_grid(volumes, reference=reference, min_coverage=task.config.min_coverage)
+    except RefusedScan as error:
+        raise DataError(f"task {task.name}: case {scan.key}: {error}") from None
+    return aligned[reference], aligned
+
+
+def _grid_problem(scan: TaskScan, image: Path, volume: Volume, labels: Volume) -> str | None:
+    """Return why a label map is not on the grid of an image; None if it is."""
+    grids = f"{scan.label} has {_describe_grid(labels)}, its image {image} {_describe_grid(volume)}"
+    if volume.data.shape != labels.data.shape or volume.source_shape != labels.source_shape:
+        return f"the grids differ: {grids}; {_RESTORE}, or resample the label map to its image"
+    difference = float(np.abs(volume.source_affine - labels.source_affine).max())
+    if difference > _AFFINE_TOLERANCE:
+        return (
+            f"the affines differ by up to {difference:.3g} (allowed: {_AFFINE_TOLERANCE}): {grids}; "
+            f"{_RESTORE}, or copy the image's affine if the voxels do match"
+        )
+    if not np.allclose(volume.spacing_mm, labels.spacing_mm, rtol=_SPACING_TOLERANCE, atol=0):
+        return (
+            f"{scan.label} states voxels of {_describe_spacing(labels)} mm, its image {image} {_describe_spacing(volume)}; "
+            f"{_RESTORE}, or copy the image's header if the voxels do match"
+        )
+    return None
+
+
+def _refuse_labels_on_nothing(scan: TaskScan, task: Task, labels: Volume, volumes: Mapping[str, Volume]) -> None:
+    """Refuse labels where every image of the case is empty."""
+    for frame in range(labels.data.shape[3]):
+        is_labelled = labels.data[..., frame] > 0
+        if not is_labelled.any():
+            continue
+        images = [volume.data[..., frame] for volume in volumes.values()]
+        if all((image[is_labelled] == image.min()).mean() > _MAX_EMPTY_FRACTION for image in images):
+            raise DataError(
+                f"task {task.name}: the labels of {scan.label}{f' in frame {frame}' * (labels.data.shape[3] > 1)} are where its "
+                f"image {scan.image} is empty (its minimum, {images[0].min():g}): the two belong to different scans, or one "
+                "of them is rotated or shifted; restore the pair"
+            )
+
+
+def acquired_sha256(volume: Volume) -> str:
+    """Return the digest of a scan's voxels as acquired, by which corpora know it."""
+    return volume.acquired_sha256 or voxels_sha256(volume)
 
 
 def _describe_spacing(volume: Volume) -> str:

@@ -22,7 +22,7 @@ def export_name(text: str) -> ExportName:
     """Return the name of a format.
 
     Raises:
-        InputError: There is no such format.
+        InputError: The format is unknown.
     """
     for name in EXPORTS:
         if name == text:

@@ -26,7 +26,7 @@ def push(reference: str, target: str, *, is_private: bool = False, tag: str | No
         tag: Name that the commit gets.
 
     Raises:
-        StorageError: The target is no repository, a token is missing, or the hub cannot be reached.
+        StorageError: The target is not a repository, a token is missing, or the hub cannot be reached.
     """
     url = parse_hub_url(target)
     if url.revision is not None:

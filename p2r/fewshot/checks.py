@@ -7,6 +7,7 @@ from functools import partial
 
 from p2r.backbone import Backbone
 from p2r.config import FinetuneConfig
+from p2r.contrasts import describe
 from p2r.data.preprocess import Preparation
 from p2r.errors import DataError
 from p2r.evaluate.inference import size_read
@@ -33,6 +34,8 @@ from p2r.fewshot.protocol import (
 from p2r.fewshot.setup import TrialSetup
 from p2r.fewshot.trial_inputs import slices_of
 from p2r.files import file_sha256
+from p2r.model.contrasts import missing_contrasts
+from p2r.modes import MODES
 
 _INPUTS = {2: "slices", 3: "volumes"}
 
@@ -57,7 +60,7 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
 
     def see(scan: LabelledScan, split: Split) -> None:
         if split in HELD_OUT:
-            known.see_scan(scan.scan, scan.volume, split)
+            known.see_scan(scan.scan, scan.volumes, split)
 
     check_data(task, config, setup.preparation(backbone), see=see)
     test = set(task.subjects["test"])
@@ -110,12 +113,7 @@ def check_data(
 
 
 def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> None:
-    model = backbone.config.model
-    if model.in_channels != 1:
-        raise DataError(
-            f"task {task.name}: a scan has one contrast, the backbone {backbone.manifest['url']} reads {model.in_channels}; "
-            "use a backbone of one contrast"
-        )
+    _check_contrasts(task, backbone, config)
     dimensions = backbone.preparation.dimensions
     asked = task.config.dimensions or (2 if task.config.slice_axis is not None else dimensions)
     if dimensions != asked:
@@ -128,6 +126,44 @@ def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> N
         raise DataError(
             f"finetune.protocol paper_compat crops and splits slices, the backbone {backbone.manifest['url']} reads volumes: "
             "use a backbone of slices, or leak_free"
+        )
+
+
+def _check_contrasts(task: Task, backbone: Backbone, config: FinetuneConfig) -> None:
+    """Refuse contrasts that the task does not have, or that the backbone never saw."""
+    url, of_backbone = backbone.manifest["url"], backbone.preparation.contrasts
+    for key, names in (
+        ("contrasts", config.contrasts),
+        *(("contrast_subsets", one) for one in config.contrast_subsets or ()),
+    ):
+        if others := [name for name in names or () if name not in (task.config.contrasts or ())]:
+            raise DataError(
+                f"finetune.{key} names {', '.join(others)}, the task {task.name} has {describe(task.config.contrasts)}: correct the "
+                "names, or the task's image_name"
+            )
+    read = config.contrasts or task.config.contrasts
+    if others := [name for subset in config.contrast_subsets or () for name in subset if name not in (read or ())]:
+        raise DataError(
+            f"finetune.contrast_subsets names {', '.join(others)}, but the trials read {describe(read)} only"
+        )
+    if read is None and len(of_backbone or ("",)) > 1:
+        raise DataError(
+            f"task {task.name}: the contrast of its scans has no name, the backbone {url} reads {describe(of_backbone)}: name it, as in "
+            f"image_name: {{{(of_backbone or ('t1',))[0]}: {task.config.images_of(None)[1]!r}}}, or use a backbone of one contrast"
+        )
+    if unseen := missing_contrasts(of_backbone, read):
+        raise DataError(
+            f"task {task.name} wants the contrast {', '.join(unseen)}, which the backbone {url} never saw: it reads "
+            f"{describe(of_backbone)}. Leave it out (finetune.contrasts), or use a backbone of these contrasts or of one"
+        )
+    if len(read or ("",)) > 1 and (others := [mode for mode in config.modes if MODES[mode].weights == "other"]):
+        raise DataError(
+            f"finetune.modes has {', '.join(others)}, whose network reads images of one contrast, task {task.name} {describe(read)}: "
+            "name one in finetune.contrasts, or leave the mode out"
+        )
+    if config.protocol == "paper_compat" and len(read or ("",)) > 1:
+        raise DataError(
+            f"finetune.protocol paper_compat reads one contrast, task {task.name} {describe(read)}: use leak_free"
         )
 
 
@@ -144,5 +180,6 @@ def _list_draws(config: FinetuneConfig, task: Task) -> dict[tuple[int, int], tup
 def _files_sha256(scans: Sequence[TaskScan]) -> str:
     digest = hashlib.sha256()
     for scan in scans:
-        digest.update(f"{scan.key} {scan.subject} {file_sha256(scan.image)} {file_sha256(scan.label)}\n".encode())
+        files = " ".join(file_sha256(file) for file in (*scan.images, scan.label))
+        digest.update(f"{scan.key} {scan.subject} {' '.join([*scan.contrasts, files])}\n".encode())
     return digest.hexdigest()

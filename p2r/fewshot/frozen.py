@@ -44,7 +44,7 @@ def frozen_features(
             features = _as_tensor(*make())
         else:
             key = {
-                "image": file_sha256(scan.scan.image),
+                "image": [file_sha256(image) for image in scan.scan.images],
                 "preparation": preparation.model_dump(mode="json"),
                 "backbone": backbone_sha256,
                 "device": device,

@@ -1,14 +1,13 @@
 """Detection of leaks: validation and test patients in the corpus of a backbone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from p2r.backbone import Backbone
 from p2r.data.corpus import contains
-from p2r.data.shards import voxels_sha256
 from p2r.data.volume import Volume
 from p2r.errors import DataError
-from p2r.evaluate.tasks import Split, Task, TaskScan
+from p2r.evaluate.tasks import Split, Task, TaskScan, acquired_sha256
 
 _WAYS_OUT = (
     "Pretrain without it (ingest.subjects_of), remove it from the split, or label every row with --allow-transductive"
@@ -47,15 +46,15 @@ class Known:
             if contains(corpus, cohort=task.config.cohort, subject=subject):
                 self._report_leak(f"subject {subject} of the {split} split of task {task.name}", corpus)
 
-    def see_scan(self, scan: TaskScan, volume: Volume, split: Split) -> None:
-        """Record whether a scan, under any name, is in a corpus.
+    def see_scan(self, scan: TaskScan, volumes: Iterable[Volume], split: Split) -> None:
+        """Record whether one of the volumes of a case, under any name, is in a corpus.
 
         Raises:
             DataError: if it is, and the job does not allow that.
         """
-        digest = voxels_sha256(volume)
+        digests = [acquired_sha256(volume) for volume in volumes]
         for corpus in self._corpora:
-            if contains(corpus, voxels_sha256=digest):
+            if any(contains(corpus, voxels_sha256=digest) for digest in digests):
                 self._report_leak(f"scan {scan.key} of the {split} split", corpus)
 
     def _report_leak(self, item: str, corpus: Mapping[str, Any]) -> None:

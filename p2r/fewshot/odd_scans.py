@@ -70,14 +70,25 @@ def _measure_distances(
     """Return the distance of each unlabelled scan to the nearest labelled one."""
     ours = [_compute_quantiles(scan) for scan in labelled]
     return {
-        name: min(float(np.abs(found - other).mean()) for other in ours)
+        name: min(_distance(found, other) for other in ours)
         for name, scan in unlabelled.items()
         for found in [_compute_quantiles(scan)]
     }
 
 
+def _distance(found: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Return the distance of two scans: of several contrasts, the largest of those that both have; 0 without such."""
+    apart = np.abs(found - other).mean(1)
+    return float(np.nanmax(apart)) if not np.isnan(apart).all() else 0.0
+
+
 def _compute_quantiles(scan: Planes | Frames) -> NDArray[np.float64]:
-    values = scan.images[:, 0][scan.inside][::_STRIDE].numpy()
-    present = values[values > 0]
-    found: NDArray[np.float64] = np.quantile(present if present.size else np.zeros(1), _QUANTILES)
-    return found
+    """Return the quantiles (C, number of quantiles) of each contrast; NaN for missing ones."""
+    found = []
+    for channel in range(scan.images.shape[1]):
+        values = scan.images[:, channel][scan.inside][::_STRIDE].numpy()
+        present = values[values > 0]
+        is_missing = scan.images.shape[1] > 1 and not present.size
+        nothing = np.full(1, np.nan if is_missing else 0.0)
+        found.append(np.quantile(present if present.size else nothing, _QUANTILES))
+    return np.array(found)

@@ -20,6 +20,7 @@ from p2r.fewshot.protocol import (
 )
 from p2r.fewshot.results import TrialResult
 from p2r.fewshot.setup import TrialSetup
+from p2r.model.contrasts import config_for
 from p2r.modes import MODES
 from p2r.report.text import for_markdown, one_line
 from p2r.storage import Storage, json_bytes
@@ -109,18 +110,20 @@ def _publish_result(
     classes = ", ".join(f"{value} {for_markdown(name)}" for value, name in task.config.classes.items())
     seen = _UNKNOWN_CARD if row.corpora == "unknown" else _TRANSDUCTIVE_CARD
     warnings = seen * trial_is_transductive + _PAPER_COMPAT_CARD * (trial.protocol == "paper_compat")
+    preparation = setup.preparation(backbone)
+    scans = " ".join(f"{name}={name}.nii.gz" for name in preparation.contrasts or ()) or "scan.nii.gz"
     about = f"""# {for_markdown(task.config.title)}
 
 Segments {classes} (0: background). Mode {trial.mode} ({MODES[trial.mode].title}) with {patients}: {why}.
 Not a medical device.{warnings}
 
-    p2r predict {one_line(storage.at(task.config.name))}/%s scan.nii.gz -o segmentation.nii.gz
+    p2r predict {one_line(storage.at(task.config.name))}/%s {scans} -o segmentation.nii.gz
 
 Licence of the weights: {for_markdown(licence)}. {for_markdown(task.config.citation)}
 """
     config = ArtefactConfig(
-        model=backbone.config.model,
-        preparation=setup.preparation(backbone),
+        model=config_for(backbone.config.model, preparation.contrasts),
+        preparation=preparation,
         classes=task.config.classes,
         largest_component=setup.config.largest_component,
         num_prototypes=tuple(best.num_prototypes or ()),

@@ -44,7 +44,9 @@ class Case:
     reference: NDArray[np.int16]
     """(X, Y, Z, T), with T the number of `frames`."""
     volume: Volume
-    """The whole scan."""
+    """The whole scan; with several contrasts, the one whose grid all have."""
+    volumes: tuple[Volume, ...]
+    """The whole scans of all contrasts."""
     places: tuple[NDArray[np.int64], ...] | None = None
     """Voxel indices of `reference` along each axis of the whole scan; None: all."""
 
@@ -74,13 +76,13 @@ def cases_of(scans: Sequence[TaskScan], task: Task, preparation: Preparation, *,
         else:
             loaded = prepared_scan(scan, task, preparation, size=size)
             frames = tuple(range(loaded.labels.data.shape[3]))
-            yield Case(scan, frames, loaded.planes, loaded.labels.data, loaded.volume)
+            yield Case(scan, frames, loaded.planes, loaded.labels.data, loaded.volume, loaded.volumes)
 
 
 def case_of_crop(crop: Crop) -> Case:
     """Return the case of a frame cropped by its label."""
     scan = crop.scan
-    return Case(scan.scan, (crop.frame,), scan.planes, scan.labels.data, crop.whole, crop.places)
+    return Case(scan.scan, (crop.frame,), scan.planes, scan.labels.data, crop.whole, (crop.whole,), crop.places)
 
 
 def score_cases(

@@ -57,6 +57,8 @@ class TrialSetup:
         )
         if MODES[trial.mode].unlabelled == "pseudo_labels":
             config |= self.config.model_dump(mode="json", include={"strong_intensity"})
+        if self.config.contrasts is not None:
+            config["contrasts"] = self.config.contrasts
         if self.config.compile:
             config["compile"] = True
         if MODES[trial.mode].trains == "head":
@@ -70,6 +72,8 @@ class TrialSetup:
         }
         if trial.purpose == "final":
             recipe["score_on"] = score_on
+            if self.config.contrast_subsets is not None:
+                recipe["contrast_subsets"] = self.config.contrast_subsets
             if score_on == "test":
                 recipe["test"] = self.test_sha256
         if self.config.allow_transductive:
@@ -134,5 +138,6 @@ class TrialSetup:
 
 
 def preparation_for(task: TaskConfig, config: FinetuneConfig, of_backbone: Preparation) -> Preparation:
-    """Return the preparation of scans for a task's models: the backbone's, with the section's `planes` and the task's values."""
-    return task.preparation(of_backbone.model_copy(update={"planes": config.planes}))
+    """Return the preparation of scans for a task's models: the backbone's, with the values of the task and the section."""
+    preparation = task.preparation(of_backbone.model_copy(update={"planes": config.planes}))
+    return preparation if config.contrasts is None else preparation.model_copy(update={"contrasts": config.contrasts})

@@ -62,7 +62,7 @@ class Images:
     """Images of several scans on one grid, on one device."""
 
     images: Tensor
-    """(P, 1, *S) in [0, 1]."""
+    """(P, C, *S) in [0, 1]."""
     inside: Tensor
     """(P, *S) bool: pixels of the scan."""
     labels: Tensor | None
@@ -265,6 +265,7 @@ def _draw_views(
         spacing_mm=preparation.spacing_mm,
         generators=generators,
         labels=labels,
+        contrast_dropout=config.views.contrast_dropout,
     )
     (a, b), labels = views.strong, views.labels
     on_device = WeakAndStrong(

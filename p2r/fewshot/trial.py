@@ -16,7 +16,7 @@ from torch import nn
 from p2r.data.preprocess import Frames, Planes
 from p2r.evaluate.inference import size_read
 from p2r.evaluate.prepared import prepared_images
-from p2r.evaluate.rows import CurvePoint, all_warnings
+from p2r.evaluate.rows import ContrastRow, CurvePoint, all_warnings
 from p2r.evaluate.tasks import LabelledScan, Split
 from p2r.fewshot.frozen import FeaturesOfScan, frozen_features, plausibility_of, segmenter_by_prototypes
 from p2r.fewshot.odd_scans import odd_scans
@@ -28,6 +28,7 @@ from p2r.fewshot.rounds import Rounds, Unlabelled
 from p2r.fewshot.saved_training import SavedTraining
 from p2r.fewshot.scoring import Case, Scored, cases_of, score_cases
 from p2r.fewshot.setup import TrialSetup
+from p2r.fewshot.subsets import score_subsets
 from p2r.fewshot.training import (
     Images,
     Look,
@@ -96,7 +97,8 @@ def run_trial(
     for warning in all_warnings(facts):
         say(f"{trial.id} | WARNING: {warning}")
     reported = _score_test_patients(inputs, segmenter) if inputs.reports_test else validation
-    return store_result(inputs, segmenter, facts, validation, reported, saved=saved)
+    by_contrasts = _score_subsets(inputs, segmenter)
+    return store_result(inputs, segmenter, facts, validation, reported, by_contrasts=by_contrasts, saved=saved)
 
 
 def _score(
@@ -104,7 +106,7 @@ def _score(
 ) -> Scored:
     def see(case: Case) -> None:
         if split == "test" or inputs.trial.protocol == "leak_free":  # paper_compat validates on labelled patients
-            inputs.known.see_scan(case.scan, case.volume, split)
+            inputs.known.see_scan(case.scan, case.volumes, split)
 
     config = inputs.config
     return score_cases(
@@ -144,10 +146,29 @@ def _score_test_patients(inputs: TrialInputs, segmenter: nn.Module) -> Scored:
     return _score(inputs, segmenter, cases, "test", is_reported=True)
 
 
+def _score_subsets(inputs: TrialInputs, segmenter: nn.Module) -> list[ContrastRow]:
+    """Score the reported split with subsets of the contrasts, as a part of the same evaluation."""
+    subsets, task = inputs.config.contrast_subsets, inputs.task
+    if subsets is None or inputs.trial.purpose != "final":
+        return []
+    scans = task.scans_of(task.subjects[inputs.config.score_on])
+    return score_subsets(
+        segmenter,
+        partial(cases_of, scans, task, inputs.preparation, is_cropped=False),
+        task,
+        inputs.preparation,
+        subsets=subsets,
+        largest_component=inputs.config.largest_component,
+        device=inputs.device,
+    )
+
+
 def _train(inputs: TrialInputs, *, say: Say, report: ReportDice | None, saved: SavedTraining) -> Trained:
     """Train the segmenter of a trial."""
     trial, config, num_classes = inputs.trial, inputs.config, inputs.task.num_classes
-    segmenter = build_segmenter(trial, inputs.backbone, num_classes=num_classes, seed=config.seed).to(inputs.device)
+    segmenter = build_segmenter(
+        trial, inputs.backbone, inputs.preparation, num_classes=num_classes, seed=config.seed
+    ).to(inputs.device)
     steps = config.curve_steps if report is None else config.search.report_steps
     look = None if steps is None else partial(_validate_at_step, inputs=inputs, say=say, report=report)
     trains = MODES[trial.mode].trains
@@ -161,7 +182,7 @@ def _train(inputs: TrialInputs, *, say: Say, report: ReportDice | None, saved: S
         # Images without labels: of patients that were not drawn, or of the labelled patients if all were drawn.
         others = inputs.unlabelled_subjects or trial.subjects
         scans = inputs.task.scans_of(others)
-        images = [prepared_images(scan, inputs.preparation) for scan in scans]
+        images = [prepared_images(scan, inputs.task, inputs.preparation) for scan in scans]
         if others == trial.subjects:
             warnings.append(_NO_UNLABELLED_PATIENTS)
         else:

@@ -22,6 +22,7 @@ from p2r.fewshot.protocol import Trial
 from p2r.fewshot.scoring import Case, case_of_crop, cases_of
 from p2r.fewshot.setup import TrialSetup
 from p2r.model.backbones import build_backbone
+from p2r.model.contrasts import adapt_contrasts, config_for
 from p2r.model.pix2rep import Segmenter
 from p2r.modes import MODES
 from p2r.randomness import keyed_generator
@@ -128,20 +129,28 @@ def slices_of(
     return split_by_slice(crops, keyed_generator(seed, "slices", num_labelled, draw))
 
 
-def build_segmenter(trial: Trial, backbone: Backbone, *, num_classes: int, seed: int) -> Segmenter:
-    """Return the network of a mode, with the backbone's architecture.
+def build_segmenter(
+    trial: Trial, backbone: Backbone, preparation: Preparation, *, num_classes: int, seed: int
+) -> Segmenter:
+    """Return the network of a mode, with the backbone's architecture, for the contrasts of the task.
 
     It has the backbone's weights unless the mode is from scratch. They are frozen for a linear probe.
     """
     torch.manual_seed(seed)
-    config = backbone.config
+    model = config_for(backbone.config.model, preparation.contrasts)
     classes = {value: str(value) for value in range(1, num_classes)}
-    head = ArtefactConfig(model=config.model, preparation=config.preparation, classes=classes).head
+    head = ArtefactConfig(model=model, preparation=preparation, classes=classes).head
     if MODES[trial.mode].weights == "other":
         return Segmenter(backbone.network, head())
-    network: nn.Module = build_backbone(config.model, dimensions=config.preparation.dimensions)
+    network: nn.Module = build_backbone(model, dimensions=preparation.dimensions)
     if not MODES[trial.mode].is_from_scratch:
-        network.load_state_dict(backbone.network.state_dict())
+        weights = adapt_contrasts(
+            backbone.network.state_dict(),
+            backbone.config.model,
+            to=preparation.contrasts,
+            dimensions=preparation.dimensions,
+        )
+        network.load_state_dict(weights)
     if MODES[trial.mode].weights == "frozen":
         network.requires_grad_(False)
     return Segmenter(network, head())

@@ -1,5 +1,6 @@
 """The outcome of a few-shot trial: description of the training, result and row, weights and predictions on the storage."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load, save
 
 from p2r.errors import DamagedError, StorageError
 from p2r.evaluate.metrics import Summary
-from p2r.evaluate.rows import CurvePoint, JsonModel, PseudoLabelRow, TrialRow
+from p2r.evaluate.rows import ContrastRow, CurvePoint, JsonModel, PseudoLabelRow, TrialRow
 from p2r.fewshot.results import TrialResult
 from p2r.fewshot.saved_training import SavedTraining
 from p2r.fewshot.scoring import Scored, npz_bytes
@@ -56,7 +57,11 @@ def load_earlier(inputs: TrialInputs, earlier: TrialResult) -> tuple[Segmenter, 
     """
     storage, row = Storage(inputs.setup.storage), earlier.reported()
     segmenter = build_segmenter(
-        inputs.trial, inputs.backbone, num_classes=inputs.task.num_classes, seed=inputs.config.seed
+        inputs.trial,
+        inputs.backbone,
+        inputs.preparation,
+        num_classes=inputs.task.num_classes,
+        seed=inputs.config.seed,
     )
     assert earlier.weights is not None
     try:
@@ -83,6 +88,7 @@ def store_result(
     validation: Scored,
     reported: Scored,
     *,
+    by_contrasts: Sequence[ContrastRow],
     saved: SavedTraining,
 ) -> TrialResult:
     """Store weights and predictions, except for search trials; then the result."""
@@ -97,7 +103,15 @@ def store_result(
         storage.write_bytes(files["predictions"], npz_bytes(reported.predictions))
     seconds = round(saved.seconds, 3)
     if files:
-        row = _make_row(inputs, facts, validation.summary, reported, predictions=files["predictions"], seconds=seconds)
+        row = _make_row(
+            inputs,
+            facts,
+            validation.summary,
+            reported,
+            by_contrasts=by_contrasts,
+            predictions=files["predictions"],
+            seconds=seconds,
+        )
     result = TrialResult.model_validate(
         {
             "trial": trial.to_row(),
@@ -124,11 +138,18 @@ def _make_row(
     validation: Summary,
     reported: Scored,
     *,
+    by_contrasts: Sequence[ContrastRow],
     predictions: str,
     seconds: float,
 ) -> TrialRow:
     training = {name: value for name, value in facts.to_json().items() if name != "train_loss"}
-    optional = {"calibration": reported.calibration, "soft_dice_with_background": reported.soft_dice_with_background}
+    contrasts = inputs.preparation.contrasts
+    optional = {
+        "calibration": reported.calibration,
+        "soft_dice_with_background": reported.soft_dice_with_background,
+        "contrasts": None if contrasts is None else list(contrasts),
+        "by_contrasts": [row.to_json() for row in by_contrasts] or None,
+    }
     return TrialRow.model_validate(
         {
             **inputs.trial.to_row(),

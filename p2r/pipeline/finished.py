@@ -92,8 +92,9 @@ def _tasks_of(job: Job) -> list[str]:
 
 def _task_states(path: str) -> Iterator[tuple[str, int, int]]:
     files = [Path(path)]
-    if not read_task_config(Path(path)).images.startswith("template://"):  # those are generated, and never change
-        files += [file for scan in load_task(Path(path)).scans for file in (scan.image, scan.label)]
+    folders = read_task_config(Path(path)).image_folders
+    if not any(folder.startswith("template://") for folder in folders):  # those are generated, and never change
+        files += [file for scan in load_task(Path(path)).scans for file in (*scan.images, scan.label)]
     for file in files:
         state = file.stat() if file.exists() else file.lstat()  # a link may lead nowhere: reading says so
         yield str(file), state.st_size, state.st_mtime_ns

@@ -6,6 +6,7 @@ use the stored predictions of its trials: no model reads a test patient here.
 
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.backbone import Backbone, load_model
-from p2r.data.preprocess import slice_axis, volume_to_planes
+from p2r.data.preprocess import intensity_window, percentile_table, slice_axis, volume_to_planes
 from p2r.data.stream import stream
 from p2r.engine.corpora import corpora_of
 from p2r.errors import DataError, StorageError, error_text
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.statistics import few_shot_statistics
-from p2r.evaluate.tasks import LabelledScan, Task, load_scan, load_task
+from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, load_scan, load_task
 from p2r.fewshot.results import FailedTrial
 from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job
@@ -118,7 +119,7 @@ def make_report(
         else:
             put("view-pairs", picture, "Two views of training images, and points that show the same anatomy in both.")
     for task in tasks:
-        scan = load_scan(task.scans_of(task.subjects["validation"][:1])[0], task, backbone.preparation)
+        scan = _load_for_pictures(task.scans_of(task.subjects["validation"][:1])[0], task, backbone)
         who = f"validation patient {scan.scan.subject}"
         put(
             f"embedding-{task.name}",
@@ -262,13 +263,16 @@ def _draw_view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
     config = job.pretrain
     assert config is not None
     corpora = corpora_of(config, storage.child("corpus"))
-    batches = stream(corpora, image=config.image, seed=config.seed, global_batch=config.global_batch)
+    contrasts = config.model.contrasts
+    batches = stream(
+        corpora, image=config.image, seed=config.seed, global_batch=config.global_batch, contrasts=contrasts
+    )
     try:
         batch, _ = next(batches)
     finally:
         batches.close()
     # Show the fullest images of the batch, since pictures of air explain nothing.
-    images, insides = batch.images()
+    images, insides, covered = batch.prepare()
     fullest = images.flatten(1).mean(1).argsort(descending=True)[:_NUM_VIEWS]
     images, epochs, positions = images[fullest], batch.epochs[fullest.numpy()], batch.positions[fullest.numpy()]
     views = make_views(
@@ -279,16 +283,47 @@ def _draw_view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
         seed=config.seed,
         epochs=epochs,
         positions=positions,
+        present=None if batch.present is None else batch.present[fullest.numpy()],
+        covered=None if covered is None else covered[fullest],
     )
+    images, views, labels = _shown_contrasts(images, views, contrasts)
     generators = [
         keyed_generator(config.seed, "points", int(epoch), int(position))
         for epoch, position in zip(epochs, positions, strict=True)
     ]
     if config.image.dimensions == 3:
-        return view_pairs(*_shared_planes(images, views, generators), of_volumes=True, source=source)
+        is_shown = views.valid[..., images.shape[-1] // 2].flatten(1).any(1).tolist()
+        labels = [label for label, shown in zip(labels, is_shown, strict=False) if shown]
+        return view_pairs(*_shared_planes(images, views, generators), of_volumes=True, labels=labels, source=source)
     # The picture shows a few of these, far apart.
     pairs = corresponding_points(views.warp, views.valid, num_points=_NUM_POINTS, generators=generators)
-    return view_pairs(images, views, pairs.a, pairs.b, source=source)
+    return view_pairs(images, views, pairs.a, pairs.b, labels=labels, source=source)
+
+
+def _shown_contrasts(
+    images: Tensor, views: ViewPair, contrasts: Sequence[str] | None
+) -> tuple[Tensor, ViewPair, list[tuple[str, str, str]]]:
+    """Reduce images and views to the first contrast that each view shows; return them with the names of what they show.
+
+    Args:
+        images: (B, C, *S).
+        views: Views of the images.
+        contrasts: Names of the contrasts; None: images of one contrast.
+
+    Returns:
+        Images (B, 1, *S), their views, and the contrasts in the image, in view a and in view b, of each image.
+    """
+    if contrasts is None or views.shown_a is None or views.shown_b is None:
+        return images, views, []
+    rows = torch.arange(len(images))
+    of_a, of_b = torch.from_numpy(views.shown_a.argmax(1)), torch.from_numpy(views.shown_b.argmax(1))
+    names = [
+        [" + ".join(name for name, is_shown in zip(contrasts, row, strict=True) if is_shown) for row in shown]
+        for shown in (views.shown_a, views.shown_b)
+    ]
+    labels = [(contrasts[int(first)], a, b) for first, a, b in zip(of_a, *names, strict=True)]
+    shown = replace(views, a=views.a[rows, of_a][:, None], b=views.b[rows, of_b][:, None])
+    return images[rows, of_a][:, None], shown, labels
 
 
 def _shared_planes(
@@ -300,12 +335,12 @@ def _shared_planes(
     rotated against each other share a band.
 
     Args:
-        images: (B, 1, X, Y, Z).
+        images: (B, C, X, Y, Z).
         views: Views of the images.
         generators: One per volume, for the choice of points.
 
     Returns:
-        Planes (B', 1, X, Y), their views, and points (B', n, 2) in both. Volumes whose middle plane of view b is outside the
+        Planes (B', C, X, Y), their views, and points (B', n, 2) in both. Volumes whose middle plane of view b is outside the
         scan are left out.
 
     Raises:
@@ -329,8 +364,21 @@ def _shared_planes(
     return planes, ViewPair(a=a, b=b, warp=warp, valid=valid), points_a, points_b
 
 
+def _load_for_pictures(scan: TaskScan, task: Task, backbone: Backbone) -> LabelledScan:
+    """Read a scan with the backbone's own pixel size, and all contrasts of the task."""
+    return load_scan(scan, task, backbone.preparation.model_copy(update={"contrasts": task.config.contrasts}))
+
+
+def _images_for(backbone: Backbone, scan: LabelledScan) -> Tensor:
+    """Return the images of a case for the backbone itself: of a case with names, the contrasts that it reads, or else any."""
+    if backbone.preparation.num_contrasts > 1:
+        return backbone.prepare(scan.scans_for(backbone.preparation)).images
+    own = (backbone.preparation.contrasts or ("",))[0]
+    return backbone.prepare(scan.contrasts.get(own, scan.volume)).images
+
+
 def _draw_embedding(backbone: Backbone, scan: LabelledScan, *, source: str) -> Drawing:
-    images = backbone.prepare(scan.volume).images
+    images = _images_for(backbone, scan)
     images = images[_choose_slices(scan.label_planes.numpy())] if images.ndim == 4 else images[:1]
     with torch.inference_mode():
         features = backbone(images)
@@ -359,7 +407,7 @@ def _draw_outlines(
     trial = next(row for row in rows if row.id == manifest["trial"]["id"])
     prediction = predict_volume(
         segmenter,
-        scan.volume,
+        scan.scans_for(config.preparation),
         preparation=config.preparation,
         num_classes=task.num_classes,
         largest_component=config.largest_component,
@@ -369,7 +417,8 @@ def _draw_outlines(
         volume_to_planes(data, axis) for data in (scan.volume.data, prediction, scan.labels.data)
     )
     chosen = _choose_slices(scan.label_planes.numpy() if config.preparation.dimensions == 2 else reference)
-    low, high = scan.planes.low, scan.planes.high
+    window = config.preparation.intensity_percentiles
+    low, high = intensity_window(percentile_table(scan.volume.data, name=scan.volume.key), window)
     images = np.clip((planes[chosen].astype(np.float32) - low) / (high - low), 0, 1)
     return outlines(
         images,
@@ -387,7 +436,7 @@ def _draw_case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbon
     found = [one for one in task.scans_of((case.subject,)) if one.key == case.scan]
     if not found:
         raise DataError(f"the task has no scan {case.scan} of {case.subject} any more")
-    scan = load_scan(found[0], task, backbone.preparation)
+    scan = _load_for_pictures(found[0], task, backbone)
     axis = slice_axis(scan.volume.spacing_mm, backbone.preparation.slice_axis, shape=scan.volume.data.shape)
     frame = slice(case.frame, case.frame + 1)
     predictions = {

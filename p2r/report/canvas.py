@@ -282,12 +282,13 @@ def as_array(values: Tensor | NDArray[Any]) -> NDArray[Any]:
 
 
 def as_slices(images: Tensor | NDArray[Any]) -> NDArray[np.float32]:
-    """Return (P, H, W) of (P, 1, H, W) or (P, H, W)."""
+    """Return (P, H, W) of (P, H, W) or (P, C, H, W): of several contrasts, the first that a slice has."""
     array = as_array(images).astype(np.float32)
-    if array.ndim == 4 and array.shape[1] == 1:
-        array = array[:, 0]
+    if array.ndim == 4:
+        first = array.any((2, 3)).argmax(1)
+        array = array[np.arange(len(array)), first]
     if array.ndim != 3:
-        raise ValueError(f"slices must be (P, H, W) or (P, 1, H, W), got {array.shape}")
+        raise ValueError(f"slices must be (P, H, W) or (P, C, H, W), got {array.shape}")
     return array
 
 

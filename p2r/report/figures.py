@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.statistics import LabelEfficiency
 from p2r.modes import SCRATCH
+from p2r.report.contrasts import contrast_blocks
 from p2r.report.curve import few_shot_curve
 from p2r.report.distributions import by_stratum, class_boxes, where_in_the_organ
 from p2r.report.forest import Difference, figures_text, forest, p_text
@@ -69,6 +70,7 @@ def figures(material: Material, rows: Sequence[TrialRow], protocol: str) -> Iter
         )
     yield from _failures(material, patients, rows, task, tag, source)
     yield from calibration_blocks(rows, task=task, tag=tag, source=source, put=material.put)
+    yield from contrast_blocks(rows)
     facts = material.context.tasks.get(task)
     classes = facts.classes if facts is not None and facts.classes else sorted(rows[0].dice)
     yield from pseudo_label_blocks(rows, task=task, classes=classes, tag=tag, source=source, put=material.put)

@@ -58,6 +58,7 @@ def view_pairs(
     num_rows: int = 3,
     num_points: int = 8,
     of_volumes: bool = False,
+    labels: Sequence[tuple[str, str, str]] = (),
     source: str = "",
 ) -> Drawing:
     """Draw images, their two views, and some of the pixel pairs that the loss compares.
@@ -70,6 +71,7 @@ def view_pairs(
         num_rows: Number of images shown.
         num_points: Pairs shown per image, far apart from one another, and on tissue where possible.
         of_volumes: The images are planes of volumes, rotated against each other.
+        labels: Contrast in the image, in view a and in view b, of each image; empty: images of one contrast.
         source: Line below that states the source of the images.
     """
     originals, firsts, seconds = as_slices(image), as_slices(views.a), as_slices(views.b)
@@ -95,8 +97,11 @@ def view_pairs(
             show_plane(panels[0], originals[row], vmin=0, vmax=1)
             show_plane(panels[1], firsts[row], vmin=0, vmax=1)
             show_plane(panels[2], _shade_outside(seconds[row], valid[row]))
+            for panel, label in zip(panels, labels[row] if labels else (), strict=False):
+                _draw_label(panel, label)
             if row == 0:
-                names = ("image", "view a: contrast", "view b: contrast and geometry")
+                word = "appearance" if labels else "contrast"
+                names = ("image", f"view a: {word}", f"view b: {word} and geometry")
                 for panel, name in zip(panels, names if width > NARROW else ("image", "view a", "view b"), strict=True):
                     panel.set_title(name, fontsize=9.5, color=INK, pad=4)
             chosen = _choose_far_apart(at_a[row], at_b[row], originals[row], num_points)
@@ -105,6 +110,11 @@ def view_pairs(
         return sheet.figure
 
     return drawing(figure(WIDE), figure(NARROW))
+
+
+def _draw_label(panel: Axes, label: str) -> None:
+    box = {"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1.5}
+    panel.text(0.03, 0.97, label, ha="left", va="top", fontsize=8, color="white", transform=panel.transAxes, bbox=box)
 
 
 def embedding_pca(image: Slices, features: Slices, *, num_slices: int = 6, source: str = "") -> Drawing:

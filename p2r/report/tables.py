@@ -250,17 +250,18 @@ def _cell(
         mode=mode,
         num_labelled=num_labelled,
         num_draws=len(rows),
-        dice_mean=_spread(row.dice_mean for row in rows),
-        dice={name: _spread(row.dice.get(name) for row in rows) for name in classes},
-        hd95_mm=_spread(row.hd95_mm for row in rows),
-        nsd=_spread(row.nsd for row in rows),
+        dice_mean=spread_of(row.dice_mean for row in rows),
+        dice={name: spread_of(row.dice.get(name) for row in rows) for name in classes},
+        hd95_mm=spread_of(row.hd95_mm for row in rows),
+        nsd=spread_of(row.nsd for row in rows),
         gain=fmean(gains) if gains else None,
         backbone=backbone,
-        ece=_spread(calibration_of(row, "ece") for row in rows),
-        brier=_spread(calibration_of(row, "brier") for row in rows),
+        ece=spread_of(calibration_of(row, "ece") for row in rows),
+        brier=spread_of(calibration_of(row, "brier") for row in rows),
     )
 
 
-def _spread(figures: Iterable[float | None]) -> Spread:
+def spread_of(figures: Iterable[float | None]) -> Spread:
+    """Return mean and standard deviation of the values that are present."""
     present = [figure for figure in figures if figure is not None]
     return Spread(fmean(present) if present else None, stdev(present) if len(present) > 1 else None)

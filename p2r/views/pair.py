@@ -32,6 +32,7 @@ from p2r.device import on_device
 from p2r.views.contrasts import choose_contrasts
 from p2r.views.cutmix import draw_boxes
 from p2r.views.draws import Draws
+from p2r.views.dropout import drop_contrasts
 from p2r.views.geometric import apply_warp, sample_geometry, shown_mask, warp_of
 from p2r.views.intensity import draw_intensity
 
@@ -261,8 +262,11 @@ def augment_labelled(
     mm = _spacing_per_axis(spacing_mm, image)
     warped, warp, shown = _warp_image(image, inside, draws, geometry=config.geometry, size_out=size_out, spacing_mm=mm)
     warped = draw_intensity(warped, draws.named("view"), config=config.intensity, spacing_mm=mm, inside=shown)
+    warped = drop_contrasts(
+        warped.masked_fill_(~shown[:, None], 0), draws.named("view"), probability=config.contrast_dropout
+    )
     classes = apply_warp(label[:, None].float(), warp, mode="nearest")[:, 0].long()
-    return warped.masked_fill_(~shown[:, None], 0), classes.masked_fill_(~shown, 0)
+    return warped, classes.masked_fill_(~shown, 0)
 
 
 @dataclass(frozen=True)
@@ -289,6 +293,7 @@ def augment_weakly_and_strongly(
     spacing_mm: Spacing,
     generators: Sequence[np.random.Generator],
     labels: Tensor | None = None,
+    contrast_dropout: float = 0.0,
 ) -> WeakAndStrong:
     """Augment and crop as `augment_labelled`, with one geometric draw per image and two draws of its appearance.
 
@@ -301,6 +306,7 @@ def augment_weakly_and_strongly(
         spacing_mm: Pixel size, before and after.
         generators: B generators, one per image; exactly one number is taken from each.
         labels: (B, *S) integers, warped with the images.
+        contrast_dropout: Probability that a strong view loses a contrast, for each.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -315,7 +321,8 @@ def augment_weakly_and_strongly(
     both_draws = Draws(np.concatenate([draws.named("view a").keys, draws.named("view b").keys]))
     masks = torch.cat([shown, shown])
     views = draw_intensity(torch.cat([warped, warped]), both_draws, config=intensity, spacing_mm=mm, inside=masks)
-    a, b = views.masked_fill_(~masks[:, None], 0).chunk(2)
+    shown_views = views.masked_fill_(~masks[:, None], 0)
+    a, b = drop_contrasts(shown_views, both_draws, probability=contrast_dropout).chunk(2)
     warped_labels = None if labels is None else apply_warp(labels[:, None].float(), warp, mode="nearest")[:, 0].long()
     return WeakAndStrong(warped.masked_fill_(~shown[:, None], 0), (a, b), shown, warped_labels)
 

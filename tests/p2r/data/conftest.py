@@ -140,7 +140,7 @@ CONTRASTS_OF_SESSIONS = ("t1 t1ce flair", "flair", "t1 flair", "t1ce flair", "t1
 
 
 @pytest.fixture(scope="session")
-def session_corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, dict[str, Any]]:
+def session_corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, Manifest]:
     """Eight sessions of four subjects with up to three contrasts, in three shards: 40 slices. Tests must not change it.
 
     The contrast t1ce covers 18 of 20 rows.

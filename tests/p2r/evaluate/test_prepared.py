@@ -71,7 +71,7 @@ def test_images_of_unlabelled_patients_are_those_of_labelled_ones_and_need_no_la
     truth = load_scan(scan, task, PREPARATION).planes
     scan.label.unlink()
     for _ in range(2):
-        found = prepared_images(scan, PREPARATION)
+        found = prepared_images(scan, task, PREPARATION)
         assert torch.equal(found.images, truth.images) and torch.equal(found.inside, truth.inside)
 
 

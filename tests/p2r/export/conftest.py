@@ -41,7 +41,7 @@ def publish_toy(tmp_path: Path) -> Callable[..., str]:
             }
         )
         size = 64 if name == "swin_unetr" else 32
-        preparation = Preparation(dimensions=dimensions, spacing_mm=2.0, image_size=size)  # type: ignore[arg-type]
+        preparation = Preparation(dimensions=dimensions, spacing_mm=2.0, image_size=size)
         facts: dict[str, Any] = {"model": model, "preparation": preparation}
         if kind != "backbone":
             facts |= {"classes": {1: "A", 2: "B"}, "largest_component": kind == "model"}

@@ -89,7 +89,7 @@ def test_a_new_version_replaces_the_files_of_the_old_one_which_its_commit_keeps(
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("hf://team/absent", "no such repository, or it is private and the token is missing"),
+        ("hf://team/absent", "the repository does not exist, or is private and the token is missing"),
         ("hf://team/brain@v9", "it has no revision v9"),
         ("hf://team/empty", "holds no manifest.json of p2r"),
         ("hf://team", "write hf://ORG/NAME"),

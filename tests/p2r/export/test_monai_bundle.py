@@ -146,6 +146,6 @@ def test_a_failed_export_leaves_nothing_behind(
 
 def test_a_coarser_representation_has_no_bundle_and_the_message_says_so(publish_toy: Publish, tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match="level 1 of the decoder, and MONAI's unet only the finest: export it with --to onnx"
+        InputError, match="ends at level 1 of the decoder, and the tool's networks at level 0; the format onnx"
     ):
         export(publish_toy("unet", level=1), to="monai", folder=tmp_path / "bundle")

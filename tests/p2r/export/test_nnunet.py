@@ -89,9 +89,9 @@ def test_the_configuration_is_added_to_plans_with_a_patch_that_the_network_can_h
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("basic_unet", {}, "nnU-Net has no basic_unet"),
+        ("basic_unet", {}, "the tool has no basic_unet, but dynunet"),
         ("dynunet", {"normalisation": "group", "groups": 2}, "instance normalisation, this one has group"),
-        ("dynunet", {"level": 1}, "ends at level 1 of the decoder"),
+        ("dynunet", {"level": 1}, "ends at level 1 of the decoder, and the tool's networks at level 0"),
     ],
 )
 def test_a_network_that_nnunet_lacks_is_refused_by_name(
@@ -136,11 +136,11 @@ def test_nnunets_own_commands_train_from_the_checkpoint(publish_toy: Publish, to
     run("-c", plan, "-d", "1", "-c", "2d", "-np", "1", "-npfp", "1")
     plans = tmp_path / "preprocessed" / "Dataset001_Disc" / "nnUNetPlans.json"
     for name in ("dynunet", "residual_encoder_unet"):
-        folder = tmp_path / name
-        lines = export(publish_toy(name, channels=(8, 16, 16)), to="nnunet", folder=folder)
+        exported = tmp_path / name
+        lines = export(publish_toy(name, channels=(8, 16, 16)), to="nnunet", folder=exported)
         assert any("nnU-Net's own network" in line and "0.0e+00" in line for line in lines)
-        run(str(folder / "add_to_plans.py"), str(plans))
-        told = run("-c", TRAIN, "2d_p2r", str(folder / "checkpoint.pth"), nnUNet_n_proc_DA="0")
+        run(str(exported / "add_to_plans.py"), str(plans))
+        told = run("-c", TRAIN, "2d_p2r", str(exported / "checkpoint.pth"), nnUNet_n_proc_DA="0")
         (line,) = (line for line in told.splitlines() if line.startswith("STEPS 5"))
         print(name, line)
         assert "CHANGED 0" not in line

@@ -379,17 +379,6 @@ def test_a_search_algorithm_of_tune_needs_ray(make: Make) -> None:
         run(make(search={"searcher": "optuna"}))
 
 
-def test_a_backbone_of_two_contrasts_is_refused_before_anything_runs(
-    make: Make, published: dict[str, str], toy_data: Path
-) -> None:
-    setup, backbone = make(), p2r.load_backbone(published["backbone"])
-    backbone.config = backbone.config.model_copy(
-        update={"model": backbone.config.model.model_copy(update={"in_channels": 2})}
-    )
-    with pytest.raises(DataError, match=r"a scan has one contrast, the backbone .* reads 2"):
-        check_task(load_task(toy_data / "task.yaml"), backbone, setup)
-
-
 @pytest.mark.parametrize(
     ("stated", "field"),
     [({"dimensions": 3}, "dimensions"), ({"dimensions": 2}, "dimensions"), ({"slice_axis": 0}, "slice_axis")],

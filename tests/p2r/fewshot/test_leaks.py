@@ -33,7 +33,7 @@ def test_patients_that_are_in_no_corpus_are_no_leak(backbone: Backbone, task: Ta
     subject = task.subjects["test"][0]
     (scan, *_) = task.scans_of((subject,))
     known.see_subject(subject, "test", task=task)
-    known.see_scan(scan, read_volume(scan.image), "test")
+    known.see_scan(scan, [read_volume(scan.image)], "test")
     assert (known.is_any, known.is_unknown) == (False, False)
 
 
@@ -50,10 +50,10 @@ def test_a_subject_of_a_corpus_is_found_by_name(backbone: Backbone, task: Task) 
 def test_a_scan_of_a_corpus_is_found_by_its_voxels(backbone: Backbone, task: Task) -> None:
     (scan, *_) = task.scans_of((task.subjects["train"][0],))
     known = Known(backbone, is_allowed=True)
-    known.see_scan(scan, read_volume(scan.image), "validation")
+    known.see_scan(scan, [read_volume(scan.image)], "validation")
     assert (known.is_any, known.is_unknown) == (True, False)
     with pytest.raises(DataError, match="of the validation split is in the backbone's corpus"):
-        Known(backbone, is_allowed=False).see_scan(scan, read_volume(scan.image), "validation")
+        Known(backbone, is_allowed=False).see_scan(scan, [read_volume(scan.image)], "validation")
 
 
 def test_unknown_corpora_are_refused_or_recorded_from_the_start(backbone: Backbone, task: Task) -> None:

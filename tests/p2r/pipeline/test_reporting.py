@@ -13,7 +13,8 @@ import torch
 from p2r.errors import DataError
 from p2r.evaluate.rows import TrialRow
 from p2r.fewshot.scoring import npz_bytes
-from p2r.pipeline.reporting import _UNREADABLE, _read_prediction, _shared_planes
+from p2r.pipeline.reporting import _UNREADABLE, _read_prediction, _shared_planes, _shown_contrasts
+from p2r.report import view_pairs
 from p2r.storage import Storage
 from p2r.views.pair import ViewPair
 
@@ -89,3 +90,25 @@ def test_points_of_volumes_lie_in_both_planes_that_are_shown() -> None:
     with pytest.raises(DataError, match="no volume shows any"):
         later = ViewPair(a=views.a[1:], b=views.b[1:], warp=warp[1:], valid=valid[1:])
         _shared_planes(images[1:], later, [np.random.default_rng()])
+
+
+def test_a_picture_of_views_names_the_contrasts_that_they_show() -> None:
+    images = torch.rand(2, 3, 24, 24)
+    shown_a = np.array([[1, 0, 0], [0, 1, 1]], dtype=np.bool_)
+    shown_b = np.array([[0, 0, 1], [0, 1, 1]], dtype=np.bool_)
+    views = ViewPair(
+        a=torch.rand(2, 3, 24, 24),
+        b=torch.rand(2, 3, 24, 24),
+        warp=torch.zeros(2, 24, 24, 2),
+        valid=torch.ones(2, 24, 24, dtype=torch.bool),
+        shown_a=shown_a,
+        shown_b=shown_b,
+    )
+    image, shown, labels = _shown_contrasts(images, views, ("flair", "t1", "t1ce"))
+    assert labels == [("flair", "flair", "t1ce"), ("t1", "t1 + t1ce", "t1 + t1ce")]
+    assert torch.equal(image[:, 0], torch.stack([images[0, 0], images[1, 1]]))
+    assert torch.equal(shown.b[:, 0], torch.stack([views.b[0, 2], views.b[1, 1]]))
+    points = torch.randint(0, 24, (2, 30, 2)).float()
+    picture = view_pairs(image, shown, points, points, labels=labels).svg.decode()
+    assert "t1 + t1ce" in picture and "view b: appearance and geometry" in picture
+    assert _shown_contrasts(images, views, None) == (images, views, [])

@@ -1,0 +1,81 @@
+"""The scans of a session by contrast -> volumes on one grid, or a refusal by name. Used where a scan is read for a model.
+
+The grid is that of a reference, the first scan by default. Scans whose grid agrees stay as they are; others are resampled to
+it by their headers' positions (`alignment`). Nothing is registered.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+from numpy.typing import ArrayLike
+
+from p2r.data.accepted import ScanLike, volume_from
+from p2r.data.alignment import align, find_copy
+from p2r.data.preprocess import Scans
+from p2r.data.volume import Volume, read_volume
+from p2r.errors import RefusedScan
+
+MIN_COVERAGE = 0.9
+"""Default of the smallest fraction of the reference's voxels that each scan must cover."""
+
+
+ScansLike = ScanLike | Mapping[str, ScanLike]
+"""A scan in any form, or scans by contrast, as in `{"flair": "flair.nii.gz", "t1": volume}`."""
+
+
+def scans_from(
+    scan: ScansLike, *, spacing_mm: float | Sequence[float] | None = None, affine: ArrayLike | None = None
+) -> Scans:
+    """Convert a scan, or scans by contrast, of any accepted form; several are brought to the grid of the first.
+
+    Raises:
+        InputError: as `volume_from`.
+        RefusedScan: as `volume_from` and `on_one_grid`.
+    """
+    convert = partial(volume_from, spacing_mm=spacing_mm, affine=affine)
+    if isinstance(scan, Mapping) and not hasattr(scan, "affine"):  # images of TorchIO are mappings, too
+        return on_one_grid({name: convert(one) for name, one in scan.items()})
+    return convert(scan)
+
+
+def read_contrasts(paths: Mapping[str, str | Path], *, min_coverage: float = MIN_COVERAGE) -> dict[str, Volume]:
+    """Read the scans of a session, and bring them to the grid of the first.
+
+    Raises:
+        RefusedScan: as `read_volume` and `on_one_grid`.
+    """
+    return on_one_grid({name: read_volume(path) for name, path in paths.items()}, min_coverage=min_coverage)
+
+
+def on_one_grid(
+    volumes: Mapping[str, Volume], *, reference: str | None = None, min_coverage: float = MIN_COVERAGE
+) -> dict[str, Volume]:
+    """Bring the volumes of a session to one grid.
+
+    Args:
+        volumes: Volumes by contrast.
+        reference: Contrast whose grid is kept; None: the first.
+        min_coverage: Smallest fraction of the reference's voxels that each volume must cover.
+
+    Raises:
+        RefusedScan: `other_extent` or `other_frames` as `align`; `copy` if two contrasts are the same image.
+    """
+    if not volumes:
+        raise RefusedScan("no_contrast", "no scan of any contrast is given: give at least one")
+    name = next(iter(volumes)) if reference is None else reference
+    aligned = {
+        contrast: volume
+        if volume is volumes[name]
+        else align(volume, volumes[name], min_coverage=min_coverage, contrast=name, setting="min_coverage").volume
+        for contrast, volume in volumes.items()
+    }
+    for first, second in combinations(aligned, 2):
+        if find_copy(aligned[first], aligned[second]):
+            raise RefusedScan(
+                "copy",
+                f"{aligned[first].key} and {aligned[second].key} are one image, given as {first} and as {second}: leave the one out "
+                "whose contrast it is not",
+            )
+    return aligned
