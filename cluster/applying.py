@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.dicom_output import ENDING, predict_series
 from p2r.console import show
 from p2r.data.folders import images_below
 from p2r.data.label_maps import label_map_by_name
@@ -47,6 +48,17 @@ def predict(
             classes or preprocessing.
     """
     scan, contrasts = _parse_scans(scans)
+    if output.endswith(ENDING):
+        if has_probabilities:
+            raise InputError(
+                f"-o {output}: --probabilities are written as NIfTI only: give an output that ends in .nii.gz"
+            )
+        if contrasts is not None:
+            raise InputError(
+                f"-o {output}: a DICOM segmentation refers to one series; for named contrasts, end it in .nii.gz"
+            )
+        predict_series(urls, scan, output, device=device, say=say)
+        return
     targets = list(_list_targets(scan, output, is_single=contrasts is not None))
     from p2r.data.preprocess import reference_of  # after the cheap checks: torch takes seconds to import
     from p2r.evaluate.models import ensemble, load_model

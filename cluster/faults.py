@@ -161,15 +161,18 @@ def cause_of(error: Exception, *, lost: Mapping[int, str], addresses: Mapping[in
             return "node", _describe_ranks("node", died) + " is gone"
     if died:
         return "worker", _describe_ranks("worker", died) + " died"
+    return _cause_by_message(found) or ("unknown", error_text(error))
+
+
+def _cause_by_message(found: Mapping[int, BaseException]) -> tuple[Cause, str] | None:
+    """Return cause and description by the messages of the ranks' exceptions; None without any exception."""
     for rank, failure in found.items():
         if _HANG.search(str(failure)):
             return "hang", f"rank {rank}: {failure}"
     for rank, failure in found.items():
         if _PEER_IS_GONE.search(str(failure)):
             return "worker", f"rank {rank} lost another one: {failure}"
-    for rank, failure in found.items():
-        return "unknown", f"rank {rank}: {error_text(failure)}"
-    return "unknown", error_text(error)
+    return next((("unknown", f"rank {rank}: {error_text(failure)}") for rank, failure in found.items()), None)
 
 
 def refusal_of(error: Exception, *, was_running: bool) -> InputError | None:

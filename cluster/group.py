@@ -13,6 +13,7 @@ controller and channel import it.
 
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -98,6 +99,45 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+@dataclass(frozen=True)
+class GroupState:
+    """State of a worker group, as its workers last reported it."""
+
+    reason: Reason | None
+    """Reason to end in order; None: the group continues."""
+    what: str
+    """Description of the reason."""
+    nodes: dict[int, tuple[str, str]]
+    """Node and address by rank."""
+    rows: list[dict[str, Any]]
+    """New rows for the fault log."""
+    step: int | None
+    """Step of the newest report."""
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Arguments of a pretraining worker, the same on every rank."""
+
+    config: Any
+    """`PretrainConfig`; this module does not import it."""
+    storage: str
+    corpus: str
+    profile_steps: int
+    credentials: Any
+    """`cluster.session.Credentials` of the driver."""
+    metrics: Mapping[str, Any]
+    """Arguments of the worker's `Exporter` except the rank."""
+    queue: Any
+    """Queue for log lines."""
+    channel: Any
+    """The `DriverChannel` actor."""
+    timeout_s: float
+    """Timeout of collectives."""
+    group: int = 0
+    """Number of the group."""
+
+
 class DriverChannel:
     """Actor through which the driver talks to successive worker groups.
 
@@ -139,7 +179,7 @@ class DriverChannel:
         """Accept a row for the fault log from a worker that recovered by itself."""
         self._rows.append(row)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> GroupState:
         """Return the state of the group, and clear the rows."""
         rows, self._rows = self._rows, []
-        return {"reason": self._reason, "what": self._what, "nodes": self._nodes, "rows": rows, "step": self._step}
+        return GroupState(self._reason, self._what, self._nodes, rows, self._step)

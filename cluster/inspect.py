@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from p2r.console import console, show, show_json, visible
-from p2r.data.manifest import FORMAT, MAX_MANIFEST_BYTES, Manifest, facts_of, load_manifest, manifest_sha256, ranges_of
+from p2r.data.manifest import FORMAT, MAX_MANIFEST_BYTES, Manifest, facts_of, load_manifest, ranges_of
 from p2r.documents import read_json, way_out
 from p2r.errors import InputError
 from p2r.modes import facts_of as facts_of_mode
@@ -116,20 +116,20 @@ def corpus_tables(storage: Storage) -> list[Table]:
     for row in ranges_of(manifest):
         ranges.add_row(*row)
     reasons = Table("inputs", "", title="Outcome of every input", title_justify="left")
-    for reason, count in manifest["reasons"].items():
+    for reason, count in manifest.facts.reasons.items():
         reasons.add_row(f"{count:,}", plain(reason))
-    for name, count in manifest["summary"]["dtypes"].items():
+    for name, count in manifest.facts.summary.dtypes.items():
         reasons.add_row(f"{count:,}", plain(f"stored as {name}"))
     revisions = Table("revision", "scans", "shards", "sha256", title="Revisions", title_justify="left")
     for sha256, older in _newest_revisions(storage, manifest):
-        revisions.add_row(str(older["revision"]), f"{older['num_records']:,}", f"{len(older['shards']):,}", sha256)
+        revisions.add_row(str(older.facts.revision), f"{older.facts.num_records:,}", f"{len(older.shards):,}", sha256)
     return [facts, ranges, reasons, revisions]
 
 
 def _newest_revisions(storage: Storage, manifest: Manifest) -> list[tuple[str, Manifest]]:
     """Return the newest revisions, newest first."""
-    found = [(manifest_sha256(manifest), manifest)]
-    while (previous := found[-1][1]["previous"]) is not None and len(found) < _MAX_REVISIONS:
+    found = [(manifest.sha256, manifest)]
+    while (previous := found[-1][1].facts.previous) is not None and len(found) < _MAX_REVISIONS:
         found.append((previous, load_manifest(storage, revision=previous)))
     return found
 

@@ -3,6 +3,7 @@
 survey of the names -> some scans and label maps read -> facts, a contact sheet, the text of a job and a task
 """
 
+import glob
 import re
 import shlex
 import textwrap
@@ -21,6 +22,7 @@ from p2r.data.names import scan_key
 from p2r.data.preparation import percentile_table, slice_axis
 from p2r.data.survey import NAMES, Form, Pairing, Survey, survey
 from p2r.data.thumbnails import lot, thumbnail
+from p2r.data.twins import twins_of
 from p2r.data.volume import Volume, read_labels, read_volume
 from p2r.errors import InputError, RefusedScan
 from p2r.evaluate.drafts import (
@@ -63,6 +65,8 @@ class Found:
     tiles: list[Tile] = field(default_factory=list)
     values: dict[int, int] = field(default_factory=dict)
     """Number of label maps, among those read, that contain each value."""
+    twins: dict[str, str] = field(default_factory=dict)
+    """Subjects that have a copy of another subject's scan -> that subject."""
     seconds: float = 0.0
 
     @property
@@ -109,6 +113,7 @@ def look(
         found.spacings_mm.append(volume.spacing_mm)
         found.shapes.append(volume.data.shape[:3])
         _add_tile(found, volume, below, " x ".join(f"{mm:.3g}" for mm in volume.spacing_mm) + " mm")
+    found.twins = twins_of(found.names.subjects)
     pairing = found.names.pairing
     for _, path in _shuffle(pairing.pairs if pairing else (), lambda pair: str(pair[1]))[:_LABELS_READ]:
         try:
@@ -134,8 +139,25 @@ def classes_of(found: Found) -> dict[int, str]:
 
 def lines_of(found: Found) -> Iterator[tuple[str, str]]:
     """Yield the facts to print: name and text."""
-    names, pairing = found.names, found.names.pairing
+    names = found.names
     yield "folder", f"{names.root}: {NAMES[names.form]}{', by its dataset.json' * (names.dataset is not None)}"
+    yield from _lines_of_scans(found)
+    if found.shapes:
+        yield "voxels", _format_voxels(found)
+    yield from _lines_of_left_out(names)
+    yield from _lines_of_labels(found)
+    yield "read", f"{found.num_read} of {len(names.scans)} scans in {found.seconds:.1f} s, {len(found.refused)} refused"
+    for path, reason in list(found.refused.items())[:10]:
+        yield "refused", f"{path}: {reason}"
+    if names.dataset is not None and names.dataset.ignored:
+        yield (
+            "ignored",
+            f"labels {', '.join(names.dataset.ignored)} of dataset.json are regions or ignored: not part of a task",
+        )
+
+
+def _lines_of_scans(found: Found) -> Iterator[tuple[str, str]]:
+    names = found.names
     subjects = {subject: scans for subject, scans in names.subjects.items() if subject}
     first = next(iter(subjects), "none")
     yield (
@@ -153,16 +175,23 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
             "one subject",
             "all scans seem to be of one person: write another ingest.subject_pattern, or ingest.one_subject: true",
         )
-    yield "contrasts", ", ".join(f"{name} {count}" for name, count in names.contrasts.items())
-    if found.shapes:
+    for subject, owner in list(found.twins.items())[:10]:
         yield (
-            "voxels",
-            f"{_format_range([max(s) for s in found.spacings_mm], 'mm')} at most, planes of "
-            + (
-                f"{_format_range([_plane_size(s, n)[0] for s, n in zip(found.spacings_mm, found.shapes, strict=True)], 'mm')}; "
-                f"{' x '.join(_format_range([shape[axis] for shape in found.shapes]) for axis in range(3))} voxels"
-            ),
+            "copy",
+            f"{subject} has the voxels of {owner}: one person under two names would leak, so {subject} is left out",
         )
+    yield "contrasts", ", ".join(f"{name} {count}" for name, count in names.contrasts.items())
+
+
+def _format_voxels(found: Found) -> str:
+    largest = _format_range([max(spacing) for spacing in found.spacings_mm], "mm")
+    in_plane = _format_range([_plane_size(s, n)[0] for s, n in zip(found.spacings_mm, found.shapes, strict=True)], "mm")
+    extents = " x ".join(_format_range([shape[axis] for shape in found.shapes]) for axis in range(3))
+    return f"{largest} at most, planes of {in_plane}; {extents} voxels"
+
+
+def _lines_of_left_out(names: Survey) -> Iterator[tuple[str, str]]:
+    """Yield what pretraining leaves out."""
     if names.label_maps:
         one = names.label_maps[0]
         yield (
@@ -176,14 +205,17 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
             "test images",
             f"{len(names.test)} scans, {', '.join(names.test_patterns[:3])}: held out by the data set, so left out of pretraining",
         )
+
+
+def _lines_of_labels(found: Found) -> Iterator[tuple[str, str]]:
+    """Yield how label maps fit the scans, or why they are not used."""
+    names, pairing = found.names, found.names.pairing
     if pairing is not None:
-        classes = classes_of(found)
+        classes = ", ".join(f"{value} {name}" for value, name in classes_of(found).items())
         yield (
             "labelled",
-            (
-                f"{len(pairing.pairs)} scans of {len(labelled_subjects(names, pairing))} subjects: scans {pairing.image_name}, label maps "
-                f"{pairing.label_name} in {pairing.labels}; {', '.join(f'{value} {name}' for value, name in classes.items())}"
-            ),
+            f"{len(pairing.pairs)} scans of {len(labelled_subjects(names, pairing))} subjects: scans {pairing.image_name}, label maps "
+            f"{pairing.label_name} in {pairing.labels}; {classes}",
         )
         if pairing.num_unlabelled:
             yield (
@@ -200,14 +232,6 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
         yield (
             "labelled",
             "no label map fits a scan by its name; give their folder by --labels, or rename them (jobs/tasks/folder.yaml)",
-        )
-    yield "read", f"{found.num_read} of {len(names.scans)} scans in {found.seconds:.1f} s, {len(found.refused)} refused"
-    for path, reason in list(found.refused.items())[:10]:
-        yield "refused", f"{path}: {reason}"
-    if found.names.dataset is not None and found.names.dataset.ignored:
-        yield (
-            "ignored",
-            f"labels {', '.join(found.names.dataset.ignored)} of dataset.json are regions or ignored: not part of a task",
         )
 
 
@@ -265,9 +289,12 @@ def drafts_of(
         why = f"{len(labelled)} labelled subjects are too few to train, validate and test on"
     task = None
     if pairing is not None and not why:
-        task = draft_task(names, pairing, name=name, cohort=cohort, classes=classes, folder=folder, **stated)
+        task = draft_task(
+            names, pairing, name=name, cohort=cohort, classes=classes, folder=folder, twins=found.twins, **stated
+        )
+    copies = [glob.escape(scan.below) for subject in found.twins for scan in names.subjects[subject]]
     job = draft_job(
-        name=name, sources=names.root, cohort=cohort, exclude=names.test_patterns, subject_pattern=names.subject_pattern,
+        name=name, sources=names.root, cohort=cohort, exclude=names.test_patterns, copies=copies, subject_pattern=names.subject_pattern,
         task="task.yaml" if task else None,
         voxels=found.voxels, num_labelled=len(labelled) // 2, storage=storage, **stated,
     )  # fmt: skip

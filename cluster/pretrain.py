@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -27,10 +27,9 @@ import ray.train
 import ray.train.torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.util.queue import Queue
 
 from cluster.faults import Cause, FaultLog, cause_of, refusal_of
-from cluster.group import DriverChannel, Reason, TorchGroup, Trainer
+from cluster.group import DriverChannel, GroupState, Reason, TorchGroup, Trainer, WorkerSettings
 from cluster.pretrain_worker import POLL_S, WAIT_TO_SAVE_S, run_worker
 from cluster.progress import relay
 from cluster.session import credentials, draining_nodes, gpu_types, num_cpus, num_gpus, this_node, usable_nodes
@@ -77,12 +76,12 @@ def pretrain(
     if checkpoint is None:
         order_of(corpora_of(config, corpus), image=config.image, seed=config.seed, global_batch=config.global_batch)
     else:
-        refuse_other_config(checkpoint, config, where=storage.at(checkpoint["path"]))
-        if checkpoint["step"] >= config.steps:
+        refuse_other_config(checkpoint.manifest, config, where=storage.at(checkpoint.path))
+        if checkpoint.step >= config.steps:
             return True
         for size in sizes:
-            refuse_other_ranks(checkpoint, config, world_size=size, where=storage.at(checkpoint["path"]))
-        refuse_other_stream(config, corpus, checkpoint["state"]["stream"])
+            refuse_other_ranks(checkpoint.manifest, config, world_size=size, where=storage.at(checkpoint.path))
+        refuse_other_stream(config, corpus, checkpoint.manifest.state.stream)
     with relay(say) as queue, _open_channel() as channel, _catch_sigterm() as stop:
         run = GroupRun(
             config=config,
@@ -91,15 +90,17 @@ def pretrain(
             retries=retries,
             gpus=gpus,
             sizes=sizes,
-            settings={
-                "config": config,
-                "storage": storage.url,
-                "corpus": corpus.url,
-                "profile_steps": profile_steps,
-                "credentials": credentials(),
-                "metrics": metrics or {"run": "", "storage_url": storage.url, "endpoint": None},
-            },
-            queue=queue,
+            settings=WorkerSettings(
+                config=config,
+                storage=storage.url,
+                corpus=corpus.url,
+                profile_steps=profile_steps,
+                credentials=credentials(),
+                metrics=metrics or {"run": "", "storage_url": storage.url, "endpoint": None},
+                queue=queue,
+                channel=channel,
+                timeout_s=resources.collective_timeout_s,
+            ),
             channel=channel,
             stop=stop,
             faults=FaultLog(storage, say=say, on_fault=on_fault),
@@ -110,7 +111,7 @@ def pretrain(
                 "driver",
                 "the previous run ended without recording a cause",
                 decision="restart",
-                from_step=checkpoint["step"],
+                from_step=checkpoint.step,
             )
         return _train_to_end(run)
 
@@ -131,8 +132,7 @@ class GroupRun:
     retries: int
     gpus: int
     sizes: list[int]
-    settings: dict[str, Any]
-    queue: Queue
+    settings: WorkerSettings
     channel: Any
     """The `DriverChannel` actor."""
     stop: threading.Event
@@ -147,7 +147,7 @@ class GroupRun:
     def step(self) -> int | None:
         """Return the step of the newest checkpoint."""
         checkpoint = newest_checkpoint(self.storage)
-        return None if checkpoint is None else checkpoint["step"]
+        return None if checkpoint is None else checkpoint.step
 
 
 def _train_to_end(run: GroupRun) -> bool:
@@ -167,11 +167,11 @@ def _train_to_end(run: GroupRun) -> bool:
                 _new_trainer(run, group, num_workers, folder).fit()
             except (TrainingFailedError, RayError) as error:
                 failure = error
-        state: dict[str, Any] = ray.get(run.channel.state.remote())
+        state: GroupState = ray.get(run.channel.state.remote())
         before, saved = saved, run.step()
         if saved is not None and saved >= run.config.steps:
             return True
-        if failure is None and state["reason"] is not None:
+        if failure is None and state.reason is not None:
             if not _record_planned_end(run, state, saved):
                 return False
             in_a_row = 0
@@ -180,23 +180,22 @@ def _train_to_end(run: GroupRun) -> bool:
         _record_failure(run, failure, state, from_step=saved, in_a_row=in_a_row)
 
 
-def _record_planned_end(run: GroupRun, state: Mapping[str, Any], saved: int | None) -> bool:
+def _record_planned_end(run: GroupRun, state: GroupState, saved: int | None) -> bool:
     """Record why a group ended in order before the last step; return whether another follows."""
-    reason: Reason = state["reason"]
-    if reason == "stop":
+    if state.reason == "stop":
         run.faults.add("stop", "SIGTERM", decision="end", from_step=saved)
         return False
-    if reason == "preemption":
-        run.faults.add("preemption", state["what"], decision="restart", from_step=saved)
+    if state.reason == "preemption":
+        run.faults.add("preemption", state.what, decision="restart", from_step=saved)
     else:
-        run.faults.add("node", state["what"], decision="resize", from_step=saved)
+        run.faults.add("node", state.what, decision="resize", from_step=saved)
     return True
 
 
 def _record_failure(
     run: GroupRun,
     failure: Exception | None,
-    state: Mapping[str, Any],
+    state: GroupState,
     *,
     from_step: int | None,
     in_a_row: int,
@@ -211,11 +210,11 @@ def _record_failure(
         cause: Cause = "unknown"
         what = "the workers ended before the last step"
     else:
-        if (refused := refusal_of(failure, was_running=state["step"] is not None)) is not None:
+        if (refused := refusal_of(failure, was_running=state.step is not None)) is not None:
             raise refused
         usable = usable_nodes()
-        addresses = {rank: address for rank, (_, address) in state["nodes"].items()}
-        lost = {rank: addresses[rank] for rank, (node, _) in state["nodes"].items() if node not in usable}
+        addresses = {rank: address for rank, (_, address) in state.nodes.items()}
+        lost = {rank: addresses[rank] for rank, (node, _) in state.nodes.items() if node not in usable}
         cause, what = cause_of(failure, lost=lost, addresses=addresses)
         if run.stop.is_set():
             run.faults.add("stop", f"SIGTERM; {what}", decision="end", from_step=from_step)
@@ -242,13 +241,7 @@ def _new_trainer(run: GroupRun, group: int, num_workers: int, folder: str) -> Tr
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     return Trainer(
         run_worker,
-        train_loop_config={
-            **run.settings,
-            "queue": run.queue,
-            "channel": run.channel,
-            "group": group,
-            "timeout_s": timeout_s,
-        },
+        train_loop_config={"settings": replace(run.settings, group=group)},
         backend_config=TorchGroup(backend="nccl" if run.gpus else "gloo", timeout_s=timeout_s),
         scaling_config=ScalingConfig(
             num_workers=num_workers, use_gpu=run.gpus > 0, resources_per_worker=run.per_worker
@@ -293,21 +286,21 @@ def _watch_group(run: GroupRun, num_workers: int) -> Iterator[None]:
         looked_at = time.monotonic()
         while True:
             is_last = ended.wait(POLL_S)
-            state = ray.get(run.channel.state.remote())
-            for row in state["rows"]:
+            state: GroupState = ray.get(run.channel.state.remote())
+            for row in state.rows:
                 run.faults.add_row(row)
             if is_last:
                 return
             if run.stop.is_set() and asked != "stop":
                 asked = "stop"
                 ray.get(run.channel.ask_to_end.remote("stop", "SIGTERM"))
-                run.say(_stop_message(run, state["step"]))
-            if asked is None and (what := _preemption_message(state["nodes"])):
+                run.say(_stop_message(run, state.step))
+            if asked is None and (what := _preemption_message(state.nodes)):
                 asked = "preemption"
                 ray.get(run.channel.ask_to_end.remote("preemption", what))
                 run.say(f"pretrain | {what}; saving a checkpoint after this step, then moving to other nodes")
             is_time = time.monotonic() - looked_at > run.resources.resize_interval_s
-            if asked is None and num_workers < max(run.sizes) and state["nodes"] and is_time:
+            if asked is None and num_workers < max(run.sizes) and state.nodes and is_time:
                 looked_at = time.monotonic()
                 could_be = _largest_fitting(run)
                 if could_be is not None and could_be > num_workers:

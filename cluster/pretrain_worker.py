@@ -15,6 +15,7 @@ import ray.train.torch
 import torch
 from ray.exceptions import GetTimeoutError, RayError
 
+from cluster.group import WorkerSettings
 from cluster.metrics import Exporter
 from p2r.errors import masked_errors
 from p2r.logs import Line, configure
@@ -24,14 +25,19 @@ POLL_S = 0.5
 WAIT_TO_SAVE_S = 30
 
 
-def run_worker(settings: dict[str, Any]) -> None:
-    """Train in this process with the driver's credentials; errors are masked."""
-    settings["credentials"].take()
+def run_worker(loop_config: dict[str, WorkerSettings]) -> None:
+    """Train in this process with the driver's credentials; errors are masked.
+
+    Args:
+        loop_config: The settings by the name `settings`: Ray Train passes on a mapping.
+    """
+    settings = loop_config["settings"]
+    settings.credentials.take()
     with masked_errors():
         _train(settings)
 
 
-def _train(settings: dict[str, Any]) -> None:
+def _train(settings: WorkerSettings) -> None:
     began = time.monotonic()
     # Imported here, because the driver does not need DeepSpeed.
     from p2r.engine.pretrain import pretrain as run
@@ -39,7 +45,7 @@ def _train(settings: dict[str, Any]) -> None:
     from p2r.pipeline.lines import report_lines
 
     imported = time.monotonic()
-    channel, group = settings["channel"], settings["group"]
+    channel, group = settings.channel, settings.group
     rank, lines_of = ray.train.get_context().get_world_rank(), uuid.uuid4().hex
     configure(rank=rank)
     node = ray.get_runtime_context().get_node_id()
@@ -49,32 +55,32 @@ def _train(settings: dict[str, Any]) -> None:
         torch.cuda.set_device(device)
     # Ray sets OMP_NUM_THREADS by the worker's CPUs; torch reads it on import, which may have happened before.
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    _limit_collectives(settings["timeout_s"])
-    storage = Storage(settings["storage"])
+    _limit_collectives(settings.timeout_s)
+    storage = Storage(settings.storage)
     reports = run(
-        settings["config"],
+        settings.config,
         storage=storage,
-        corpus=Storage(settings["corpus"]),
+        corpus=Storage(settings.corpus),
         device=device,
-        profile_steps=settings["profile_steps"],
+        profile_steps=settings.profile_steps,
         should_stop=_poll_end_flag(channel, group),
         note=lambda row: channel.note.remote(dict(row)),
     )
-    with closing(Exporter(**settings["metrics"], rank=rank)) as exporter:
+    with closing(Exporter(**settings.metrics, rank=rank)) as exporter:
         for report in reports:
             exporter.observe(report)
             if rank == 0:
                 channel.reached.remote(group, report.step)
                 for line in report_lines(report):
-                    settings["queue"].put(Line(line, group=lines_of))
+                    settings.queue.put(Line(line, group=lines_of))
                 if report.resumed_from is not None:
                     first_s = time.monotonic() - imported
                     took = f"pretrain | imports {imported - began:.1f} s, load and first report {first_s:.1f} s"
-                    settings["queue"].put(Line(took, group=lines_of, rank=rank, step=report.step))
+                    settings.queue.put(Line(took, group=lines_of, rank=rank, step=report.step))
                 if report.profile is not None:
-                    settings["queue"].put(profile_text(storage))
+                    settings.queue.put(profile_text(storage))
             # Ray fetches a report when it polls, every 2 s, and the next report waits for that: report rarely, and on all ranks alike.
-            if report.step % settings["config"].checkpoint_interval == 0:
+            if report.step % settings.config.checkpoint_interval == 0:
                 where = None if report.checkpoint is None else storage.at(report.checkpoint)
                 ray.train.report({"step": report.step, "loss": report.loss, "checkpoint": where})
 

@@ -187,14 +187,15 @@ class Reader:
         if self._read_json("corpus/manifest.json") is None:
             num_built = len(self._storage.list("corpus/receipts"))
             return f"{num_built} shards built, no revision yet" if num_built else None
-        facts = self._files["corpus/manifest.json"][0]
+        state = self._files["corpus/manifest.json"][0]
         known = self._files.get("corpus")
-        if known is None or known[0] != facts:
-            known = self._files["corpus"] = (facts, load_manifest(self._storage.child("corpus")))
+        if known is None or known[0] != state:
+            known = self._files["corpus"] = (state, load_manifest(self._storage.child("corpus")))
         manifest = known[1]
+        facts = manifest.facts
         return (
-            f"{describe_records(manifest)}, {manifest['num_samples']} planes, {len(manifest['shards'])} shards, "
-            f"revision {manifest['revision']}"
+            f"{describe_records(manifest)}, {facts.num_samples} planes, {len(facts.shards)} shards, "
+            f"revision {facts.revision}"
         )
 
     def _read_backbones(self) -> str | None:

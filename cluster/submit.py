@@ -48,7 +48,7 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
     try:
         client = JobSubmissionClient(address)
         submission = client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "cluster", "run", relative.as_posix(), *arguments]),
+            entrypoint=shlex.join(["python", "-m", "cluster", "run", f"./{relative.as_posix()}", *arguments]),
             runtime_env={"working_dir": ".", "excludes": _IGNORED, "env_vars": forwarded_settings()},
         )
     except AuthenticationError as error:

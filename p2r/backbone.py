@@ -45,7 +45,16 @@ from p2r.model.heads import PrototypeHead, SegmentationHead
 from p2r.model.pix2rep import Segmenter
 from p2r.reference import pinned
 from p2r.storage import Storage, json_bytes
-from p2r.tensors import MAX_HEADER_BYTES, check_fit, check_values, load_into, num_bytes_of, shapes_of, unallocated
+from p2r.tensors import (
+    MAX_HEADER_BYTES,
+    check_fit,
+    check_values,
+    load_into,
+    num_bytes_of,
+    read_tensors,
+    shapes_of,
+    unallocated,
+)
 from p2r.version import __version__, code_version
 
 BACKBONE_FORMAT = "p2r-backbone/2"
@@ -266,7 +275,8 @@ def publish(
     check_values(weights, where=storage.url)
     with tempfile.TemporaryDirectory(prefix="p2r-publish-") as name:
         files: dict[Role, Path] = {role: Path(name, role) for role in ("weights", "config", "card")}
-        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, files["weights"])
+        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+        save_file(tensors, files["weights"], metadata={"format": "pt"})  # other libraries ask for it
         files["config"].write_bytes(json_bytes(config.model_dump(mode="json")))
         files["card"].write_text(card, encoding="utf-8")
         entries: dict[Role, FileEntry] = {role: entry_of(role, local) for role, local in files.items()}
@@ -281,9 +291,16 @@ def publish(
             storage,
             manifest,
             files,
-            is_same_config=lambda content: _parse_config(content, where=storage.url) == config,
+            is_same={
+                "config": lambda content: _parse_config(content, where=storage.url) == config,
+                "weights": lambda content: _are_equal(read_tensors(content, where=storage.url), tensors),
+            },
         )
     return {**artefact.facts(), "is_new": is_new}
+
+
+def _are_equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 def _format_kind(format: str) -> str:

@@ -164,7 +164,7 @@ Digests = Annotated[list[Sha256], FailFast()]
 class FileEntry(BaseModel):
     """Digest and size of a file in a manifest."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, frozen=True)
     sha256: Sha256
     num_bytes: Annotated[int, Field(ge=0, lt=2**53)]
 
@@ -322,18 +322,28 @@ def _parse_fast(content: bytes, max_depth: int) -> Any:
         raise _Unsure from None
     num_keys, level = 0, [value]
     for _ in range(max_depth + 1):
-        kinds = set(map(type, level))
-        if int in kinds and not _are_bounded([item for item in level if type(item) is int]):
-            raise _Unsure
-        if float in kinds and not all(math.isfinite(item) for item in level if type(item) is float):
-            raise _Unsure
-        lists = [item for item in level if type(item) is list] if list in kinds else []
-        objects = [item for item in level if type(item) is dict] if dict in kinds else []
-        num_keys += sum(map(len, objects))
-        level = [*chain.from_iterable(lists), *chain.from_iterable(item.values() for item in objects)]
+        num_here, level = _next_level(level)
+        num_keys += num_here
     if level or num_keys != num_quoted:
         raise _Unsure
     return value
+
+
+def _next_level(level: list[Any]) -> tuple[int, list[Any]]:
+    """Check the numbers of one level of a document; return the number of its keys, and the values one level deeper.
+
+    Raises:
+        _Unsure: A number may break a rule.
+    """
+    kinds = set(map(type, level))
+    if int in kinds and not _are_bounded([item for item in level if type(item) is int]):
+        raise _Unsure
+    if float in kinds and not all(math.isfinite(item) for item in level if type(item) is float):
+        raise _Unsure
+    lists = [item for item in level if type(item) is list] if list in kinds else []
+    objects = [item for item in level if type(item) is dict] if dict in kinds else []
+    deeper = [*chain.from_iterable(lists), *chain.from_iterable(item.values() for item in objects)]
+    return sum(map(len, objects)), deeper
 
 
 @contextlib.contextmanager

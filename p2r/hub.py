@@ -2,7 +2,7 @@
 
 The client is `huggingface_hub`, an optional package. It keeps files in its own cache by content, so a second load needs no
 network, and a hub that is down does not matter for files that are there. A revision is a branch, a tag or a commit; the folder
-is that of the commit. Only the manifest and the files that it names are fetched.
+belongs to the commit. Only the manifest and the files that it names are fetched.
 
 The client reads its token from HF_TOKEN or its own file. p2r neither reads nor writes it, and masks it in messages.
 """
@@ -56,7 +56,7 @@ def parse_hub_url(url: str) -> HubURL:
     """
     match = _URL.fullmatch(url)
     if match is None or any(".." in part for part in match.groups() if part):
-        raise StorageError(f"{url[:300]!r} is no address on a hub: {_RULE}")
+        raise StorageError(f"{url[:300]!r} is not an address on a hub: {_RULE}")
     return HubURL(match["repository"], match["revision"])
 
 
@@ -75,8 +75,7 @@ def fetch_snapshot(url: HubURL) -> Snapshot:
     value = read_json(content, where=f"{url}, {MANIFEST}", max_bytes=_MAX_MANIFEST_BYTES, max_depth=16)
     for name in _named_files(value):
         _download(client, commit, name)
-    if commit.revision and not (manifest.parent / _OPTIONAL_FILE).exists():
-        _download_optional(client, commit, _OPTIONAL_FILE)
+    _download_optional(client, commit, _OPTIONAL_FILE)
     return Snapshot(commit, manifest.parent)
 
 
@@ -115,7 +114,7 @@ def hub_errors(url: HubURL, doing: str) -> Iterator[None]:
         ) from None
     except errors.RepositoryNotFoundError:
         raise StorageError(
-            f"{where}: there is no such repository, or it is private and the token is missing or may not read it; correct the "
+            f"{where}: the repository does not exist, or is private and the token is missing or may not read it; correct the "
             "name, or set HF_TOKEN, or run hf auth login"
         ) from None
     except errors.RevisionNotFoundError:
@@ -136,8 +135,9 @@ def hub_errors(url: HubURL, doing: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", None)
         token = "; the token is missing or may not do this: set HF_TOKEN, or run hf auth login" * (status in (401, 403))
         raise StorageError(f"{where}: the hub answers {status}{token}") from None
-    except (OSError, errors.HFValidationError, ValueError) as error:
-        raise StorageError(f"{where}: {type(error).__name__}: {str(error)[:300]}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        cause = error.__cause__ or error
+        raise StorageError(f"{where}: {str(error)[:300]} ({type(cause).__name__}: {str(cause)[:300]})") from None
 
 
 def _download(client: Any, url: HubURL, name: str) -> str:
@@ -147,12 +147,15 @@ def _download(client: Any, url: HubURL, name: str) -> str:
 
 
 def _download_optional(client: Any, url: HubURL, name: str) -> None:
+    """Fetch a file of a commit that may be absent, once: the cache also records absence."""
     from huggingface_hub import errors
 
+    if client.try_to_load_from_cache(url.repository, name, revision=url.revision) is not None:
+        return
     with hub_errors(url, "read"):
         try:
             client.hf_hub_download(url.repository, name, revision=url.revision, library_name="p2r")
-        except errors.EntryNotFoundError:  # absent, or not in the cache
+        except errors.EntryNotFoundError:  # absent, or the hub cannot be reached
             return
 
 

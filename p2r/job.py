@@ -30,6 +30,7 @@ from p2r.config import FilledIn, FinetuneConfig, IngestConfig, Location, Pretrai
 from p2r.console import visible
 from p2r.documents import MAX_DEPTH, read_start
 from p2r.errors import JobError
+from p2r.exports import reason_against
 from p2r.masking import is_secret_name, looks_secret
 from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
 from p2r.stages import KINDS
@@ -130,6 +131,12 @@ class Job(Section):
     """Resources that the job requests from the cluster."""
     metrics: MetricsConfig | None = MetricsConfig()
     """Prometheus endpoints of the job's processes, under Ray (`p2r run`) only. null: no port is opened."""
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        default=(), exclude_if=lambda names: not names
+    )
+    """Trackers that the driver sends metrics, settings, and the report's table and pictures to; pictures show slices of patients. Addresses
+    and keys come from the tools' environment variables. A resumed job continues its runs; a tracker that fails is switched off with a
+    warning."""
     ingest: IngestConfig | None = None
     """Scans -> corpus. In a pretrain job: used if the corpus is absent."""
     pretrain: PretrainConfig | None = None
@@ -162,7 +169,23 @@ class Job(Section):
             raise ValueError("kind ablation needs variants, and no other kind has them")
         if self.kind == "ablation" and self.finetune and self.finetune.score_on != "validation":
             raise ValueError(_ABLATION_RULE)
+        self._check_exports()
         return self
+
+    def _check_exports(self) -> None:
+        if self.publish is None or self.pretrain is None:
+            return
+        model = self.pretrain.model
+        for name in self.publish.exports:
+            reason = reason_against(
+                name,
+                network=model.name,
+                level=model.level,
+                normalisation=model.normalisation,
+                num_contrasts=model.in_channels,
+            )
+            if reason is not None:
+                raise ValueError(f"publish.exports {name}: {reason}")
 
 
 def jobs_folder() -> Path:

@@ -1,6 +1,7 @@
 """Storage of a job: a local folder or an S3 bucket behind one small interface.
 
-`Storage("file:///data/run")`, `Storage("/data/run")` and `Storage("s3://bucket/run")` behave alike. Every write is atomic:
+`Storage("file:///data/run")`, `Storage("/data/run")` and `Storage("s3://bucket/run")` behave alike. `hf://ORG/NAME@REVISION` is a
+published folder on a hub, which can only be read (`p2r.hub`). Every write is atomic:
 a folder gets a temporary file that is renamed, and a bucket's PUT is atomic by itself. `create` and `replace` resolve races
 between writers: exactly one succeeds, and each learns whether it did. This module reads no credentials: botocore takes them
 from the environment or `~/.aws`, so no job file needs one.
@@ -31,6 +32,7 @@ from p2r.counters import Counters
 from p2r.errors import DamagedError, StorageError
 from p2r.files import file_sha256 as file_sha256
 from p2r.files import locked, open_regular, replacing, temporary_beside
+from p2r.hub import SCHEME, fetch_snapshot, parse_hub_url
 from p2r.masking import looks_secret
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def normalise_url(url: str) -> str:
     Every other character is part of the name: a folder may be called `run #1?`.
 
     Raises:
-        StorageError: for a scheme other than `file` and `s3`, an S3 URL without a bucket, or a control character.
+        StorageError: for a scheme other than `file`, `s3` and `hf`, a URL without a bucket or repository, or a control character.
     """
     if _CONTROL.search(url):
         raise StorageError(f"storage URL {url!r} holds a control character or a line break; rename the folder")
@@ -83,6 +85,8 @@ def normalise_url(url: str) -> str:
         if not name.partition("/")[0]:
             raise StorageError(f"storage URL {url!r} names no bucket: write s3://BUCKET/PREFIX")
         return url.rstrip("/")
+    if scheme == "hf":
+        return str(parse_hub_url(url))
     raise StorageError(f"storage URL {url!r}: scheme {scheme!r} is not supported; use file:// or s3://")
 
 
@@ -93,7 +97,7 @@ class Storage:
     process its own storage, with its own counters.
 
     Args:
-        url: `file:///folder`, a plain path, or `s3://bucket/prefix`.
+        url: `file:///folder`, a plain path, `s3://bucket/prefix`, or `hf://ORG/NAME@REVISION`.
         counters: Counters of bytes, seconds and retries; None: not counted.
     """
 
@@ -105,6 +109,10 @@ class Storage:
         if self.url.startswith("s3://"):
             bucket, _, self._root = self._root.partition("/")
             self._s3 = _open_bucket(bucket, self.counters)
+        self._is_hub = self.url.startswith(SCHEME)
+        if self._is_hub:
+            found = fetch_snapshot(parse_hub_url(self.url))
+            self.url, self._root = str(found.url), str(found.folder)
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -199,7 +207,7 @@ class Storage:
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write `data` to `path` atomically."""
-        full = self._full_path(path)
+        full = self._writable_path(path)
         if self._s3 is not None:
             self._s3.write(full, data)
             return
@@ -212,7 +220,7 @@ class Storage:
 
     def create(self, path: str, data: bytes) -> bool:
         """Write `data` to `path` if it is absent, and return whether it was. Exactly one of several writers gets True."""
-        full = self._full_path(path)
+        full = self._writable_path(path)
         if self._s3 is not None:
             return self._s3.write(full, data, if_absent=True)
         with _translate_os_errors("write", self.at(path)), temporary_beside(Path(full)) as temporary:
@@ -227,7 +235,7 @@ class Storage:
             data: New content.
             tag: Tag from `read_tagged` when the content was computed; None: the file was absent.
         """
-        full = self._full_path(path)
+        full = self._writable_path(path)
         if tag is None:
             return self.create(path, data)
         if self._s3 is not None:
@@ -251,7 +259,7 @@ class Storage:
         Returns:
             True if the file was written.
         """
-        full = self._full_path(path)
+        full = self._writable_path(path)
         with _translate_os_errors("write", self.at(path)):
             if self._s3 is not None:
                 return self._s3.upload(local, full, if_absent=if_absent)
@@ -368,7 +376,7 @@ class Storage:
 
     def delete(self, prefix: str) -> None:
         """Remove the file or everything below `prefix`; an absent prefix is not an error."""
-        full = self._full_path(prefix)
+        full = self._writable_path(prefix)
         if self._s3 is not None:
             keys = [self._full_path(path) for path in self._walk(prefix)] + ([full] if full else [])
             with ThreadPoolExecutor(_DELETE_THREADS, thread_name_prefix="p2r-s3") as pool:
@@ -405,6 +413,13 @@ class Storage:
                 )
         finally:
             self.delete(probe)
+
+    def _writable_path(self, path: str) -> str:
+        if self._is_hub:
+            raise StorageError(
+                f"{self.url} is a published folder on a hub, which is only read: write to a folder or a bucket, then p2r push"
+            )
+        return self._full_path(path)
 
     def _full_path(self, path: str) -> str:
         """Return the local path or the S3 key."""

@@ -18,6 +18,7 @@ import yaml
 import p2r
 from docs.drawings import DRAWINGS
 from docs.reference_pages import PAGES, commands_page, docstring_lines, job_page
+from p2r.evaluate.task_files import TaskConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES_OF_THE_REPOSITORY = [
@@ -120,8 +121,12 @@ def paths_in(value: Any, prefix: tuple[str, ...] = ()) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("block", code_blocks("yaml"))
-def test_every_key_of_a_yaml_block_is_a_key_of_a_job(block: str) -> None:
-    for path in paths_in(yaml.safe_load(block)):
+def test_every_key_of_a_yaml_block_is_a_key_of_a_job_or_of_a_task(block: str) -> None:
+    values = yaml.safe_load(block)
+    if "image_name" in values:
+        assert values.keys() <= TaskConfig.model_fields.keys()
+        return
+    for path in paths_in(values):
         assert field_at(path) is not None, ".".join(path)
 
 

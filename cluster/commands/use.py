@@ -79,7 +79,10 @@ def predict(
     output: Annotated[
         str,
         typer.Option(
-            "-o", "--output", help="NIfTI file for the segmentation, on the scan's own grid; for a folder: a folder."
+            "-o",
+            "--output",
+            help="NIfTI file for the segmentation, on the scan's own grid; for a folder: a folder. For the folder of one DICOM series: "
+            "a file that ends in .dcm, a DICOM segmentation.",
         ),
     ],
     probabilities: Annotated[

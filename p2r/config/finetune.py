@@ -164,23 +164,30 @@ class FinetuneConfig(Section):
             if len(set(given)) < len(given):
                 raise ValueError(f"{key} must differ, got {', '.join(given)}")
         self._check_imported()
-        trained = [mode for mode in self.modes if "steps" in MODES[mode].settings]
-        missing = [mode for mode in trained if mode not in self.search.learning_rates]
-        if missing:
-            raise ValueError(f"search.learning_rates has no candidates for {', '.join(missing)}")
         if self.views.shown_fraction is not None:
             raise ValueError(
                 "views.shown_fraction is for pretraining only: a labelled image is shown whole; leave it out"
             )
-        if self.protocol == "paper_compat":
-            for mode in self.modes:
-                if MODES[mode].unlabelled != "none":
-                    raise ValueError(
-                        f"protocol paper_compat crops by the label, and {mode} reads no label of unlabelled patients: "
-                        f"take {mode} out of modes"
-                    )
+        self._check_protocol()
+        self._check_modes()
+        self._check_draws()
+        self._check_search()
+        return self
+
+    def _check_protocol(self) -> None:
+        """Refuse modes with images of unlabelled patients where images are cropped by their labels."""
+        unlabelled = [mode for mode in self.modes if MODES[mode].unlabelled != "none"]
+        if self.protocol == "paper_compat" and unlabelled:
+            mode = unlabelled[0]
+            raise ValueError(
+                f"protocol paper_compat crops by the label, and {mode} reads no label of unlabelled patients: "
+                f"take {mode} out of modes"
+            )
+
+    def _check_modes(self) -> None:
+        """Refuse settings of single modes that the job does not run."""
         for mode in self.steps_by_mode:
-            if mode not in self.modes or "steps" not in MODES[mode].settings:
+            if mode not in self._trained_modes:
                 why = "is not in modes" if mode not in self.modes else "trains nothing"
                 raise ValueError(f"steps_by_mode names {mode}, which {why}")
         for mode, numbers in self.num_labelled_by_mode.items():
@@ -191,11 +198,19 @@ class FinetuneConfig(Section):
                     f"num_labelled_by_mode.{mode} has {', '.join(map(str, others))}, which is not in num_labelled "
                     f"{list(self.num_labelled)}"
                 )
+
+    def _check_draws(self) -> None:
         if isinstance(self.draws, dict):
             without = [number for number in self.num_labelled if number not in self.draws]
             if without:
                 raise ValueError(f"draws gives no number of draws for {', '.join(map(str, without))} labelled patients")
-        sizes = {mode: self._num_candidates(mode) for mode in trained}
+
+    def _check_search(self) -> None:
+        """Refuse a search that lacks a mode, treats modes unequally, or has candidates that break their setting's rule."""
+        missing = [mode for mode in self._trained_modes if mode not in self.search.learning_rates]
+        if missing:
+            raise ValueError(f"search.learning_rates has no candidates for {', '.join(missing)}")
+        sizes = {mode: self._num_candidates(mode) for mode in self._trained_modes}
         if len(set(sizes.values())) > 1:
             found = ", ".join(f"{mode} {size}" for mode, size in sizes.items())
             raise ValueError(
@@ -215,7 +230,10 @@ class FinetuneConfig(Section):
                     rule.validate_python(value)
                 except ValidationError as error:
                     raise ValueError(f"search.space.{name}: {error.errors()[0]['msg']}, got {value}") from None
-        return self
+
+    @property
+    def _trained_modes(self) -> list[Mode]:
+        return [mode for mode in self.modes if "steps" in MODES[mode].settings]
 
     def _check_imported(self) -> None:
         is_file = self.backbone is not None and names_weights_file(self.backbone)

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from p2r.config.section import Section
+from p2r.exports import ExportName
 
 
 class PublishConfig(Section):
@@ -18,3 +19,6 @@ class PublishConfig(Section):
     """Licence of the weights. None: the corpus's licence, which is also the only one allowed where the corpus forbids others."""
     description: str = ""
     """One paragraph for the model card."""
+    exports: tuple[ExportName, ...] = ()
+    """Formats of other tools in which the backbone is written, too, as `<storage>/exports/NAME-VERSION/FORMAT/`: monai (a MONAI bundle),
+    onnx, huggingface, nnunet. `p2r export` writes them later, and models, too."""

@@ -1,7 +1,7 @@
 """Scans in a bucket: by one listing of a prefix, or object by object."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from p2r.data import bids, dicom
@@ -30,33 +30,42 @@ def scans_in_bucket(url: str, wants: Callable[[str], bool], datasets: dict[str, 
     bids_roots = {path.rpartition("/")[0] for path in objects if path.endswith(f"/{bids.DESCRIPTION}")}
     is_bids = _is_in_dataset(prefix.rpartition("/")[0], bucket_client(), {})
     left_out: Counter[str] = Counter()
-    folders_listed = {folder for path in objects for folder in _list_folders(path) if len(folder) >= len(prefix)}
-    datasets |= {f"s3://{folder}": None for folder in folders_listed if f"{folder}/{DATASET_JSON}" not in objects}
+    datasets |= {
+        f"s3://{folder}": None for folder in _list_folders(objects, prefix) if f"{folder}/{DATASET_JSON}" not in objects
+    }
     for path in sorted(objects):
         below = path.removeprefix(prefix).lstrip("/") or path.rpartition("/")[2]
-        folders = path.split("/")[:-1]
-        inside = [level for level in range(1, len(folders) + 1) if "/".join(folders[:level]) in bids_roots]
-        not_raw = [level for level in inside if folders[level : level + 1] and folders[level] in bids.NOT_RAW]
         if any(is_passed_over(part) for part in below.split("/")) or not wants(below):
             continue
-        if not_raw:
-            is_counted = path.lower().endswith(dicom.SUFFIXES) or (is_image(path) and not has_header(path, objects))
-            left_out["/".join(folders[: not_raw[0] + 1])] += is_counted
-            continue
-        if path.lower().endswith(dicom.SUFFIXES):
+        is_dicom = path.lower().endswith(dicom.SUFFIXES)
+        is_scan = is_image(path) and not has_header(path, objects)
+        is_inside, not_raw = _place_in_dataset(path, bids_roots)
+        if not_raw is not None:
+            left_out[not_raw] += is_dicom or is_scan
+        elif is_dicom:
             raise DataError(
                 f"source {url} holds DICOM (s3://{path}), which is read from folders only: copy it to a folder, "
                 "or leave it out with ingest.exclude"
             )
-        if is_image(path) and not has_header(path, objects):
-            yield _make_object_scan(path, objects, is_bids or bool(inside))
+        elif is_scan:
+            yield _make_object_scan(path, objects, is_bids or is_inside)
     yield from (folder_passed_over(f"s3://{folder}", count) for folder, count in sorted(left_out.items()) if count)
 
 
-def _list_folders(path: str) -> tuple[str, str]:
-    """Return the folder of an object, and the parent of that folder."""
-    folder = path.rpartition("/")[0]
-    return folder, folder.rpartition("/")[0]
+def _place_in_dataset(path: str, bids_roots: Set[str]) -> tuple[bool, str | None]:
+    """Return whether an object is in a BIDS data set, and the folder of that data set that is not raw data, if it is in one."""
+    folders = path.split("/")[:-1]
+    inside = [level for level in range(1, len(folders) + 1) if "/".join(folders[:level]) in bids_roots]
+    not_raw = [level for level in inside if folders[level : level + 1] and folders[level] in bids.NOT_RAW]
+    return bool(inside), "/".join(folders[: not_raw[0] + 1]) if not_raw else None
+
+
+def _list_folders(objects: Iterable[str], prefix: str) -> set[str]:
+    """Return the folders of the objects, and the parents of these folders, as far as they are not above the prefix."""
+    folders = {path.rpartition("/")[0] for path in objects}
+    return {
+        folder for folder in folders | {folder.rpartition("/")[0] for folder in folders} if len(folder) >= len(prefix)
+    }
 
 
 def small_object(url: str, *, max_bytes: int) -> bytes | None:

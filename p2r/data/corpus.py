@@ -235,7 +235,7 @@ def was_asked(manifest: Manifest, config: IngestConfig, allowed_subjects: Set[st
     digest = corpus_digest(config, allowed_subjects)
     names = names_if_known(config.cohort, pseudonyms=config.pseudonyms)
     known = {digest} if names is None else {digest, names.asked(digest)}  # earlier versions wrote the digest unkeyed
-    return not known.isdisjoint(manifest["asked"])
+    return not known.isdisjoint(manifest.facts.asked)
 
 
 def _build(
@@ -340,19 +340,7 @@ def _check_only_grows(
     if base.manifest is None:
         return
     way_out = "a corpus only grows: give the job another storage URL, or the section that made the corpus"
-    # Fields newer than the corpus had their defaults when it was made.
-    defaults = preprocessing_of(IngestConfig(sources=config.sources, licence=config.licence))
-    statement = base.manifest["deidentification"]
-    theirs = {**defaults, **base.manifest["preprocessing"], "names": (statement.get("names"), statement.get("key_id"))}
-    ours = {**preprocessing_of(config), "names": (names.statement()["names"], names.statement().get("key_id"))}
-    for name in ("licence", "cohort"):
-        theirs[name], ours[name] = base.manifest[name], getattr(config, name)
-    differing = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
-    if differing:
-        differences = "; ".join(
-            f"{name}: {theirs.get(name)!r} in the corpus, {ours.get(name)!r} in the job" for name in differing
-        )
-        raise DataError(f"{storage.url} holds a corpus made with other settings ({differences}); {way_out}")
+    _refuse_other_settings(base.manifest, config, names, way_out, storage)
     accepted = [row for row in base.rows if is_accepted(row)]
     selected = allowed_subjects
     if config.subjects is not None:
@@ -367,6 +355,25 @@ def _check_only_grows(
     if missing and (config.include or config.exclude):
         everything = find_scans(config.sources, cache=cache or cache_folder(), dicom_subject=config.dicom_subject)
         _refuse_left_out("scans", missing & {names.source(scan.path) for scan in everything}, way_out, storage)
+
+
+def _refuse_other_settings(
+    manifest: Manifest, config: IngestConfig, names: Names, way_out: str, storage: Storage
+) -> None:
+    """Refuse a job whose settings differ from those of the corpus; names each of them."""
+    # Fields newer than the corpus had their defaults when it was made.
+    defaults = preprocessing_of(IngestConfig(sources=config.sources, licence=config.licence))
+    statement = manifest.facts.deidentification
+    theirs = {**defaults, **manifest["preprocessing"], "names": (statement.get("names"), statement.get("key_id"))}
+    ours = {**preprocessing_of(config), "names": (names.statement()["names"], names.statement().get("key_id"))}
+    for name in ("licence", "cohort"):
+        theirs[name], ours[name] = manifest[name], getattr(config, name)
+    differing = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+    if differing:
+        differences = "; ".join(
+            f"{name}: {theirs.get(name)!r} in the corpus, {ours.get(name)!r} in the job" for name in differing
+        )
+        raise DataError(f"{storage.url} holds a corpus made with other settings ({differences}); {way_out}")
 
 
 def _refuse_left_out(kind: str, left_out: Set[str], way_out: str, storage: Storage) -> None:

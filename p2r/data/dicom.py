@@ -53,6 +53,7 @@ SUFFIXES = (".dcm", ".ima")
 _MAGIC_OFFSET = 128
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _DIRECTORY = "1.2.840.10008.1.3.10"
+_SINGLE_FRAME = "export the series as single-frame DICOM, at the scanner or with emf2sf of dcm4che"
 
 
 @dataclass(frozen=True)
@@ -259,24 +260,28 @@ def _find_defect(images: Sequence[Path], files: Sequence[str], exit_code: int) -
     num_planes, num_files = sum(depth * times for depth, times in shapes), num_images(files)
     if len(files) == 1 and num_files > 1 and mixes_frames(files[0], images):
         return _Defect(
-            "dcm2niix mixed up slices and times of a multi-frame image, or they cannot be distinguished: export the series as "
-            "single-frame DICOM"
+            f"dcm2niix mixed up slices and times of a multi-frame image, or they cannot be distinguished: {_SINGLE_FRAME}"
         )
     if num_planes < num_files:
         return _Defect(f"dcm2niix made {num_planes} slices of its {num_files} images: some would be lost")
-    gaps = [np.linalg.norm(header.get_best_affine()[:3, 2]) for header in headers]
+    gaps = [float(np.linalg.norm(header.get_best_affine()[:3, 2])) for header in headers]
     stated_mm = slice_distance_mm(files[0]) if len(files) == 1 and num_files > 1 else None
-    if stated_mm and any(
-        depth > 1 and abs(gap - stated_mm) > 0.05 * stated_mm for (depth, _), gap in zip(shapes, gaps, strict=True)
-    ):
-        return _Defect(
-            f"dcm2niix wrote {max(gaps):.4g} mm between slices whose positions are {stated_mm:.4g} mm apart: export the series as "
-            "single-frame DICOM"
-        )
-    if any(depth > 1 and not gap > 0 for (depth, _), gap in zip(shapes, gaps, strict=True)):
-        return _Defect("dcm2niix wrote 0 mm between its slices: they have the same position, or none")
-    if len(images) > 1 and all(depth == 1 for depth, _ in shapes):
+    depths = [depth for depth, _ in shapes]
+    if defect := _find_wrong_distance([gap for depth, gap in zip(depths, gaps, strict=True) if depth > 1], stated_mm):
+        return defect
+    if len(images) > 1 and max(depths) == 1:
         return _Defect(f"dcm2niix split it into {len(images)} single slices", is_harmless=True)
+    return None
+
+
+def _find_wrong_distance(gaps: Sequence[float], stated_mm: float | None) -> _Defect | None:
+    """Compare distances between slices, mm, with the distance of their positions in the DICOM file, if it states one."""
+    if stated_mm and any(abs(gap - stated_mm) > 0.05 * stated_mm for gap in gaps):
+        return _Defect(
+            f"dcm2niix wrote {max(gaps):.4g} mm between slices whose positions are {stated_mm:.4g} mm apart: {_SINGLE_FRAME}"
+        )
+    if any(not gap > 0 for gap in gaps):
+        return _Defect("dcm2niix wrote 0 mm between its slices: they have the same position, or none")
     return None
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from p2r.cache import Lease, ShardCache
 from p2r.counters import Counters
+from p2r.data.manifest import Shard, shards_of
 from p2r.data.shards import MAX_INDEX_BYTES, ShardReader, index_name, local_ranges, parse_index
 from p2r.errors import DataError
 from p2r.storage import Storage
@@ -57,7 +58,7 @@ class OpenShards:
         num_fetchers: int = 4,
     ) -> None:
         self._storage = Storage(storage.url, counters=counters)
-        self._entries = manifest["shards"]
+        self._entries = shards_of(manifest)
         self._cache, self._counters = cache, counters
         self._open: OrderedDict[int, Future[_Opened]] = OrderedDict()
         self._needed_until: dict[int, int] = {}
@@ -82,7 +83,7 @@ class OpenShards:
 
     def name(self, number: int) -> str:
         """Return the URL of a shard."""
-        return self._storage.at(self._entries[number]["name"])
+        return self._storage.at(self._entries[number].name)
 
     def reader(self, number: int) -> ShardReader:
         """Return the reader of a shard, fetching the shard first if necessary."""
@@ -132,7 +133,7 @@ class OpenShards:
     def _fetch(self, number: int) -> _Opened:
         entry = self._entries[number]
         if not self.is_remote:
-            path = self._storage.local(entry["name"], num_bytes=entry["num_bytes"])
+            path = self._storage.local(entry.name, num_bytes=entry.num_bytes)
             return _Opened(self._make_reader(number, local_ranges(path)), None, by_range=False)
         for _ in range(2):
             lease = self._lease_copy(entry)
@@ -141,37 +142,38 @@ class OpenShards:
             self._release_idle()
         return self._open_by_range(number)
 
-    def _lease_copy(self, entry: Mapping[str, Any]) -> Lease | None:
+    def _lease_copy(self, entry: Shard) -> Lease | None:
         if self._cache is None:
             return None
-        return self._cache.lease(self._storage, entry["name"], sha256=entry["sha256"], num_bytes=entry["num_bytes"])
+        return self._cache.lease(self._storage, entry.name, sha256=entry.sha256, num_bytes=entry.num_bytes)
 
     def _open_by_range(self, number: int) -> _Opened:
         return _Opened(
-            self._make_reader(number, partial(self._storage.read_range, self._entries[number]["name"])),
+            self._make_reader(number, partial(self._storage.read_range, self._entries[number].name)),
             None,
             by_range=True,
         )
 
     def _make_reader(self, number: int, read: Callable[[int, int], bytes]) -> ShardReader:
         entry = self._entries[number]
-        name = index_name(entry["name"])
+        name = index_name(entry.name)
         index = parse_index(
             self._storage.read_bytes(name, max_bytes=MAX_INDEX_BYTES),
             name=self._storage.at(name),
-            sha256=entry["index_sha256"],
-            num_bytes=entry["num_bytes"],
+            sha256=entry.index_sha256,
+            num_bytes=entry.num_bytes,
         )
-        reader = ShardReader(self._storage.at(entry["name"]), index, read)
+        reader = ShardReader(self._storage.at(entry.name), index, read)
         found = {
             "num_records": reader.num_records,
             "num_samples": reader.num_samples,
             "num_volumes": reader.num_volumes,
         }
         for field, count in found.items():
-            if count != entry[field]:
+            stated = getattr(entry, field)
+            if count != stated:
                 raise DataError(
-                    f"{self._storage.at(name)}: {field} is {count}, the manifest has {entry[field]}; ingest this corpus again"
+                    f"{self._storage.at(name)}: {field} is {count}, the manifest has {stated}; ingest this corpus again"
                 )
         return reader
 

@@ -173,46 +173,58 @@ def plan_growth(
     found = {subject for subject in subjects.values() if subject is not None}
     selected = _select_subjects(found, config, allowed_subjects)
     if not selected:
-        raise DataError(
-            f"none of the {len(scans)} scans found belongs to a selected subject; subjects found by ingest.subject_pattern "
-            f"{config.subject_pattern!r}: {_list_names(found)}; "
-            + (
-                f"selected: {_list_names(allowed_subjects)} (ingest.subjects_of); correct ingest.subject_pattern, or ingest.sources"
-                if allowed_subjects is not None
-                else "correct ingest.subjects or ingest.subject_pattern"
-            )
-        )
-    known = _group_by_source(ledger)
-    replaced: set[str] = set()
-    rows: list[LedgerRow] = []
-    to_read: list[Scan] = []
-    changed = []
-    for scan, subject in (*subjects.items(), *((folder, None) for folder in passed_over)):
-        source = names.source(scan.path)
-        old = known.get(source, [])
-        is_same = all(names.is_state(row, scan.num_bytes, scan.modified) for row in old)
-        if any(is_accepted(row) for row in old):
-            if not is_same:
-                changed.append(source)
-            continue
-        row = _make_unread_row(scan, subject, selected, config, names)
-        if old and is_same:
-            was_read = old[0]["reason"] not in ("not_selected", "no_subject") and not _is_accepted_now(old[0], config)
-            if was_read or (row is not None and row["reason"] == old[0]["reason"]):
-                continue
-        replaced.add(source)
-        if row is None:
-            to_read.append(scan)
-        else:
-            rows.append(row)
-    kept = [row for row in ledger if row["source"] not in replaced]
-    places = _place_in_sessions({scan: subjects[scan] or "" for scan in to_read}, config, names, kept, rows)
+        raise _make_no_subject_error(len(scans), found, config, allowed_subjects)
+    inputs = (*subjects.items(), *((folder, None) for folder in passed_over))
+    news = _compare_with_ledger(inputs, ledger, selected, config, names)
+    kept = [row for row in ledger if row["source"] not in news.replaced]
+    rows = list(news.rows)
+    places = _place_in_sessions({scan: subjects[scan] or "" for scan in news.to_read}, config, names, kept, rows)
     keys = _UniqueKeys(row["key"] for row in kept)
     for row in rows:
         row["key"] = keys.reserve(row["key"], row["source"])
     planned = [_plan_scan(scan, subjects[scan] or "", places[scan], names, keys) for scan in sorted(places)]
     plans = tuple(_plan_shards(planned, config, kept, first_number=first_number))
-    return Growth(plans, (*kept, *rows), tuple(changed), is_new=bool(plans or rows))
+    return Growth(plans, (*kept, *rows), tuple(news.changed), is_new=bool(plans or rows))
+
+
+@dataclass(frozen=True)
+class _News:
+    """Inputs of a job that the corpus does not hold yet, or holds differently."""
+
+    to_read: list[Scan]
+    rows: list[LedgerRow]
+    """Rows of inputs that are not read."""
+    replaced: set[str]
+    """Sources whose rows in the ledger are outdated."""
+    changed: list[str]
+    """Sources that changed after they were accepted."""
+
+
+def _compare_with_ledger(
+    inputs: Iterable[tuple[Scan, str | None]],
+    ledger: Sequence[LedgerRow],
+    selected: Set[str],
+    config: IngestConfig,
+    names: Names,
+) -> _News:
+    known, news = _group_by_source(ledger), _News([], [], set(), [])
+    for scan, subject in inputs:
+        source = names.source(scan.path)
+        old = known.get(source, [])
+        is_same = all(names.is_state(row, scan.num_bytes, scan.modified) for row in old)
+        if any(is_accepted(row) for row in old):
+            if not is_same:
+                news.changed.append(source)
+            continue
+        row = _make_unread_row(scan, subject, selected, config, names)
+        if old and is_same and _keeps_outcome(old[0], row, config):
+            continue
+        news.replaced.add(source)
+        if row is None:
+            news.to_read.append(scan)
+        else:
+            news.rows.append(row)
+    return news
 
 
 def _place_in_sessions(
@@ -293,6 +305,32 @@ def _assign_subjects(groups: Mapping[str, Sequence[PlannedScan]], config: Ingest
             part, num_bytes = [], 0
     if part:
         yield part
+
+
+def _make_no_subject_error(
+    num_scans: int, found: Set[str], config: IngestConfig, allowed_subjects: Set[str] | None
+) -> DataError:
+    way_out = (
+        f"selected: {_list_names(allowed_subjects)} (ingest.subjects_of); correct ingest.subject_pattern, or ingest.sources"
+        if allowed_subjects is not None
+        else "correct ingest.subjects or ingest.subject_pattern"
+    )
+    return DataError(
+        f"none of the {num_scans} scans found belongs to a selected subject; subjects found by ingest.subject_pattern "
+        f"{config.subject_pattern!r}: {_list_names(found)}; {way_out}"
+    )
+
+
+def _keeps_outcome(old: LedgerRow, row: LedgerRow | None, config: IngestConfig) -> bool:
+    """Return whether an unchanged scan keeps its row: it was read and refused, or is left out for the same reason.
+
+    Args:
+        old: Its row in the ledger.
+        row: Its row if it is not read now; None: it is to be read.
+        config: The job's ingest section.
+    """
+    was_read = old["reason"] not in ("not_selected", "no_subject") and not _is_accepted_now(old, config)
+    return was_read or (row is not None and row["reason"] == old["reason"])
 
 
 def _is_accepted_now(row: LedgerRow, config: IngestConfig) -> bool:

@@ -8,10 +8,10 @@ import hashlib
 import math
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -263,63 +263,67 @@ def check_row(row: IndexRow, *, num_bytes: int | None) -> IndexRow:
     Raises:
         DataError: if the row breaks a rule; names the record and the rule.
     """
-
-    def require(is_valid: bool, rule: str) -> None:
+    for is_valid, rule in chain(_rules_of_volume(row), _rules_of_chunks(row, num_bytes)):
         if not is_valid:
             raise DataError(f"record {str(row.key)[:80]!r} of an index breaks a rule: {rule}")
+    return row
 
+
+def _rules_of_volume(row: IndexRow) -> Iterator[tuple[bool, str]]:
+    """Yield whether a row keeps each rule about numbers, names and the volume, and the rule. Each relies on those before it."""
     whole = (row.offset, row.size, *row.shape, *row.chunk_shape, *row.chunk_offsets, *row.chunk_crc32)
-    require(
+    yield (
         all(type(value) is int and 0 <= value <= _MAX_OFFSET for value in whole),
         "offsets, sizes and shapes are whole numbers up to 2**50",
     )
-    require(
+    yield (
         all(isinstance(text, str) and len(text) <= _MAX_KEY for text in (row.key, row.subject)),
         f"key and subject are texts of up to {_MAX_KEY} characters",
     )
-    require(
+    yield (
         len(row.shape) == 4 and min(row.shape) >= 1 and max(row.shape) <= _MAX_AXIS,
         f"shape has four axes of 1 to {_MAX_AXIS:,} voxels",
     )
-    require(type(row.slice_axis) is int and row.slice_axis in (0, 1, 2), "slice_axis is 0, 1 or 2")
-    require(row.dtype in DTYPES, f"dtype is one of {', '.join(DTYPES)}")
-    numbers = (*row.spacing_mm, *row.percentiles)
-    require(
-        all(type(value) in (int, float) and math.isfinite(value) for value in numbers),
-        "spacing and percentiles are finite",
-    )
-    require(
+    yield type(row.slice_axis) is int and row.slice_axis in (0, 1, 2), "slice_axis is 0, 1 or 2"
+    yield row.dtype in DTYPES, f"dtype is one of {', '.join(DTYPES)}"
+    yield _are_finite(row.spacing_mm, row.percentiles), "spacing and percentiles are finite"
+    yield (
         len(row.spacing_mm) == 3 and is_physical(row.shape, row.spacing_mm),
         f"spacing_mm has three values that are plausible for a scan, got {list(row.spacing_mm)[:4]}",
     )
-    require(
+    yield (
         is_percentile_table(row.percentiles),
         f"percentiles has {len(PERCENTILES)} values that never decrease, span a range and fit 32 bits",
     )
-    require(isinstance(row.is_compressed, bool), "is_compressed is true or false")
-    require(
+    yield isinstance(row.is_compressed, bool), "is_compressed is true or false"
+    yield (
         row.contrast is None or (isinstance(row.contrast, str) and _CONTRAST.fullmatch(row.contrast) is not None),
         "contrast is a name of a to z, 0 to 9 and _",
     )
-    require(
-        row.coverage is None
-        or (
-            isinstance(row.coverage, tuple)
-            and len(row.coverage) == 12
-            and all(type(value) in (int, float) and abs(value) < 1e9 for value in row.coverage)
-        ),
-        "coverage has 12 numbers",
-    )
-    require(len(row.chunk_shape) == 3 and min(row.chunk_shape) >= 1, "chunk_shape has three positive axes")
-    require(
-        math.prod(row.chunk_shape) * np.dtype(row.dtype).itemsize <= _MAX_CHUNK_BYTES, "a chunk has at most 256 MiB"
-    )
+    yield row.coverage is None or _is_coverage(row.coverage), "coverage has 12 numbers"
+
+
+def _rules_of_chunks(row: IndexRow, num_bytes: int | None) -> Iterator[tuple[bool, str]]:
+    """Yield the rules about chunks, for a row that keeps those of its volume."""
+    yield len(row.chunk_shape) == 3 and min(row.chunk_shape) >= 1, "chunk_shape has three positive axes"
+    yield math.prod(row.chunk_shape) * np.dtype(row.dtype).itemsize <= _MAX_CHUNK_BYTES, "a chunk has at most 256 MiB"
     num_chunks = math.prod(row.grid) * row.shape[3]
-    require(len(row.chunk_crc32) == num_chunks and len(row.chunk_offsets) == num_chunks + 1, "chunks fill the shape")
-    require(list(row.chunk_offsets) == sorted(row.chunk_offsets), "chunks follow one another")
-    require(
+    yield len(row.chunk_crc32) == num_chunks and len(row.chunk_offsets) == num_chunks + 1, "chunks fill the shape"
+    yield list(row.chunk_offsets) == sorted(row.chunk_offsets), "chunks follow one another"
+    yield (
         row.offset <= row.chunk_offsets[0] and row.chunk_offsets[-1] <= row.offset + row.size,
         "chunks are inside their member",
     )
-    require(num_bytes is None or row.offset + row.size <= num_bytes, "members are inside the tar")
-    return row
+    yield num_bytes is None or row.offset + row.size <= num_bytes, "members are inside the tar"
+
+
+def _are_finite(*values: Sequence[float]) -> bool:
+    return all(type(value) in (int, float) and math.isfinite(value) for value in chain(*values))
+
+
+def _is_coverage(coverage: object) -> bool:
+    return (
+        isinstance(coverage, tuple)
+        and len(coverage) == 12
+        and all(type(value) in (int, float) and abs(value) < 1e9 for value in coverage)
+    )

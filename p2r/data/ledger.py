@@ -144,7 +144,7 @@ def read_ledger(storage: Storage, manifest: Manifest) -> list[LedgerRow]:
     """
     path = ledger_path(manifest)
     found = storage.read_tagged(path, max_bytes=MAX_BYTES)
-    if found is None or hashlib.sha256(found[0]).hexdigest() != manifest["ledger_sha256"]:
+    if found is None or hashlib.sha256(found[0]).hexdigest() != manifest.facts.ledger_sha256:
         state = "absent" if found is None else "damaged"
         raise DataError(f"{storage.at(path)} is {state}: the corpus cannot grow without it; restore the file")
     return parse_ledger(found[0], name=storage.at(path))

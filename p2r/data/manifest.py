@@ -14,8 +14,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, TypeAdapter
 
@@ -31,8 +33,6 @@ MAX_MANIFEST_BYTES = 2**28
 MOST = 2**53
 """Upper bound of every count and every sum of counts: arrays and JSON represent smaller ones exactly."""
 
-Manifest = Mapping[str, Any]
-
 _WAY_OUT = (
     "restore the file (the folder `manifests` of a corpus has a copy of each revision), or ingest this corpus again"
 )
@@ -43,7 +43,7 @@ _ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{6,9}-[0-9a-f]{12}\.tar$
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True)  # not extra="forbid": later versions may add keys
+    model_config = ConfigDict(strict=True, frozen=True)  # not extra="forbid": later versions may add keys
 
 
 class _Shard(_Strict):
@@ -57,7 +57,7 @@ class _Shard(_Strict):
 
 
 class _Preprocessing(_Strict):
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
     slice_axis: Literal["auto", 0, 1, 2]
     __pydantic_extra__: dict[str, JsonValue]
 
@@ -74,7 +74,9 @@ class _Summary(_Strict):
     shape: _Ranges
 
 
-class _Manifest(_Strict):
+class ManifestFacts(_Strict):
+    """Content of `manifest.json`, validated."""
+
     revision: Annotated[int, Field(ge=1)]
     previous: Sha256 | None
     licence: str
@@ -96,7 +98,7 @@ class _Manifest(_Strict):
     reasons: Annotated[dict[str, _Count], FewKeys]
     summary: _Summary
     shards: list[Any]
-    """Checked by `_are_valid_shards`, or by `_Shards`."""
+    """Checked by `_are_valid_shards`, or by `_Shards`; see `Manifest.shards`."""
     ledger_sha256: Sha256
     thumbnails_sha256: Sha256
     salt: Sha256
@@ -109,7 +111,51 @@ class _Shards(_Strict):
     shards: Annotated[list[_Shard], FailFast()]
 
 
-_MANIFEST, _SHARDS, _SHARD = TypeAdapter(_Manifest), TypeAdapter(_Shards), TypeAdapter(_Shard)
+_FACTS, _SHARDS, _SHARD = TypeAdapter(ManifestFacts), TypeAdapter(_Shards), TypeAdapter(_Shard)
+
+
+class Shard(NamedTuple):
+    """Entry of a shard; a tuple, because a corpus may have 300,000."""
+
+    name: str
+    num_records: int
+    num_samples: int
+    num_volumes: int
+    num_bytes: int
+    sha256: str
+    index_sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest(Mapping[str, Any]):
+    """A valid manifest: the mapping in `manifest.json`, unchanged, and its content as typed attributes."""
+
+    values_by_key: Mapping[str, Any]
+    facts: ManifestFacts
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        """Entries of the shards, in the order of their samples."""
+        return shards_of(self.values_by_key)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest that names the revision."""
+        return manifest_sha256(self)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values_by_key[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_key)
+
+    def __len__(self) -> int:
+        return len(self.values_by_key)
+
+
+def shards_of(manifest: Mapping[str, Any]) -> tuple[Shard, ...]:
+    """Return the entries of a manifest's shards, in the order of their samples."""
+    return tuple(map(Shard._make, map(itemgetter(*Shard._fields), manifest["shards"])))
 
 
 def check_shard(entry: object, *, where: str) -> None:
@@ -121,7 +167,7 @@ def check_shard(entry: object, *, where: str) -> None:
     checked(_SHARD, entry, where=where, error=DataError)
 
 
-def load_manifest(storage: Storage, *, revision: str | None = None) -> dict[str, Any]:
+def load_manifest(storage: Storage, *, revision: str | None = None) -> Manifest:
     """Read a manifest of the corpus at `storage`.
 
     Args:
@@ -143,7 +189,7 @@ def load_manifest(storage: Storage, *, revision: str | None = None) -> dict[str,
     return parse_manifest(content, name=storage.at(path))
 
 
-def parse_manifest(content: bytes, *, name: str) -> dict[str, Any]:
+def parse_manifest(content: bytes, *, name: str) -> Manifest:
     """Parse and validate the bytes of a manifest.
 
     Raises:
@@ -153,26 +199,36 @@ def parse_manifest(content: bytes, *, name: str) -> dict[str, Any]:
         return _parsed(content, name)
 
 
-def _parsed(content: bytes, name: str) -> dict[str, Any]:
+def _parsed(content: bytes, name: str) -> Manifest:
     manifest = read_json(content, where=name, max_bytes=MAX_MANIFEST_BYTES, error=DataError)
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise DataError(f"{name}: format is {str(found)[:80]!r}, this version reads {FORMAT!r}")
     assert isinstance(manifest, dict)
+    return make_manifest(manifest, name=name)
+
+
+def make_manifest(values: Mapping[str, Any], *, name: str) -> Manifest:
+    """Validate the content of a manifest.
+
+    Raises:
+        DataError: if it breaks a rule; names the key and the rule.
+    """
     where = f"{name} is not a valid manifest:"
-    checked(_MANIFEST, manifest, where=where, error=DataError)
-    if not _are_valid_shards(manifest["shards"]):
-        checked(_SHARDS, manifest, where=where, error=DataError)
+    facts = checked(_FACTS, values, where=where, error=DataError)
+    if not _are_valid_shards(facts.shards):
+        checked(_SHARDS, values, where=where, error=DataError)
+    manifest = Manifest(values, facts)
     _check_sums(manifest, where)
     return manifest
 
 
-def manifest_sha256(manifest: Manifest) -> str:
+def manifest_sha256(manifest: Mapping[str, Any]) -> str:
     """Return the digest that names a revision: the SHA-256 of its `manifest.json`."""
     return hashlib.sha256(manifest_bytes(manifest)).hexdigest()
 
 
-def manifest_bytes(manifest: Manifest) -> bytes:
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
     """Serialise a manifest: equal manifests give equal bytes. One line per key, because indenting all takes ten times as long."""
     lines = (
         f"{json.dumps(key)}: {json.dumps(manifest[key], sort_keys=True, allow_nan=False)}" for key in sorted(manifest)
@@ -195,42 +251,43 @@ def revision_path(sha256: str) -> str:
 
 def ledger_path(manifest: Manifest) -> str:
     """Return the path of the ledger of a revision."""
-    return f"ledgers/{manifest['ledger_sha256']}.jsonl"
+    return f"ledgers/{manifest.facts.ledger_sha256}.jsonl"
 
 
 def thumbnails_path(manifest: Manifest) -> str:
     """Return the path of the thumbnails of a revision."""
-    return f"thumbnails/{manifest['thumbnails_sha256']}.jsonl"
+    return f"thumbnails/{manifest.facts.thumbnails_sha256}.jsonl"
 
 
 def facts_of(manifest: Manifest) -> list[tuple[str, str]]:
     """Return the facts about a revision that users see, as names and texts."""
-    facts = {
-        "revision": f"{manifest['revision']}, sha256 {manifest_sha256(manifest)}",
-        "licence": manifest["licence"],
-        "provenance": manifest["provenance"],
-        "cohort": manifest["cohort"],
-        "sources": ", ".join(manifest["source"]),
-        "subjects": f"{manifest['num_subjects']:,}",
-        "sessions" if manifest.get("contrasts") else "scans": f"{manifest['num_records']:,}",
+    facts = manifest.facts
+    texts = {
+        "revision": f"{facts.revision}, sha256 {manifest.sha256}",
+        "licence": facts.licence,
+        "provenance": facts.provenance,
+        "cohort": facts.cohort,
+        "sources": ", ".join(facts.source),
+        "subjects": f"{facts.num_subjects:,}",
+        "sessions" if facts.contrasts else "scans": f"{facts.num_records:,}",
         "contrasts, by number of sessions": describe_contrasts(manifest),
-        "of these, copies of another subject's": f"{manifest['num_cross_subject_copies']:,}",
-        "volumes": f"{manifest['num_volumes']:,}",
-        "planes": f"{manifest['num_samples']:,}",
-        "size": f"{manifest['num_bytes'] / 1e6:,.1f} MB in {len(manifest['shards']):,} shards",
+        "of these, copies of another subject's": f"{facts.num_cross_subject_copies:,}",
+        "volumes": f"{facts.num_volumes:,}",
+        "planes": f"{facts.num_samples:,}",
+        "size": f"{facts.num_bytes / 1e6:,.1f} MB in {len(facts.shards):,} shards",
         "preprocessing": ", ".join(_list_settings(manifest["preprocessing"])),
-        "names": "as they are" if manifest["deidentification"].get("names") == "plain" else "keyed hashes",
-        "code": " ".join(manifest["code"].values()),
+        "names": "as they are" if facts.deidentification.get("names") == "plain" else "keyed hashes",
+        "code": " ".join(facts.code.values()),
     }
-    return [(name, text) for name, text in facts.items() if text]
+    return [(name, text) for name, text in texts.items() if text]
 
 
-def describe_contrasts(manifest: Manifest) -> str:
+def describe_contrasts(manifest: Mapping[str, Any]) -> str:
     """Return the contrasts of a corpus with their numbers of sessions; empty if its records have no named contrasts."""
     return ", ".join(f"{name} {count:,}" for name, count in (manifest.get("contrasts") or {}).items())
 
 
-def describe_records(manifest: Manifest) -> str:
+def describe_records(manifest: Mapping[str, Any]) -> str:
     """Return the number of records: `83 sessions (flair 83, t1 80)`, or `200 scans`."""
     contrasts = describe_contrasts(manifest)
     return f"{manifest['num_records']} " + (f"sessions ({contrasts})" if contrasts else "scans")
@@ -248,9 +305,9 @@ def _list_settings(section: Mapping[str, Any]) -> Iterator[str]:
 def ranges_of(manifest: Manifest) -> list[tuple[str, ...]]:
     """Return rows of (quantity, axis, smallest, median, largest) over the accepted scans."""
     rows = []
-    for name, title, axes in (("spacing_mm", "spacing, mm", "RAS"), ("shape", "extent, voxels", "RAST")):
-        of = manifest["summary"][name]
-        for axis, *numbers in zip(axes, of["min"], of["median"], of["max"], strict=False):
+    summary = manifest.facts.summary
+    for of, title, axes in ((summary.spacing_mm, "spacing, mm", "RAS"), (summary.shape, "extent, voxels", "RAST")):
+        for axis, *numbers in zip(axes, of.min, of.median, of.max, strict=False):
             rows.append((title, "frames" if axis == "T" else axis, *(f"{number:.4g}" for number in numbers)))
     return rows
 
@@ -266,7 +323,11 @@ def voxel_digest(salt: str, sha256: str) -> str:
 
 
 def contains(
-    manifest: Manifest, *, cohort: str | None = None, subject: str | None = None, voxels_sha256: str | None = None
+    manifest: Mapping[str, Any],
+    *,
+    cohort: str | None = None,
+    subject: str | None = None,
+    voxels_sha256: str | None = None,
 ) -> bool:
     """Return whether a subject, or a scan with exactly these voxels, is in the corpus. Used to rule out leaks.
 
@@ -320,17 +381,15 @@ def _are_valid_shards(entries: list[Any]) -> bool:
 
 
 def _check_sums(manifest: Manifest, where: str) -> None:
-    shards = manifest["shards"]
-    if len({shard["name"] for shard in shards}) < len(shards):
+    shards, facts = manifest.shards, manifest.facts
+    if len({shard.name for shard in shards}) < len(shards):
         raise DataError(f"{where} a shard is listed twice")
     for field in _COUNTS:
-        total, stated = sum(shard[field] for shard in shards), manifest[field]
+        total, stated = sum(getattr(shard, field) for shard in shards), getattr(facts, field)
         if total != stated:
             raise DataError(f"{where} {field} is {stated}, its shards add up to {total}")
-    for name, count in (manifest.get("contrasts") or {}).items():
-        if count > manifest["num_records"]:
-            raise DataError(
-                f"{where} contrasts gives {name} to {count} sessions, num_records is {manifest['num_records']}"
-            )
-    if manifest["num_samples"] == 0:
+    for name, count in (facts.contrasts or {}).items():
+        if count > facts.num_records:
+            raise DataError(f"{where} contrasts gives {name} to {count} sessions, num_records is {facts.num_records}")
+    if facts.num_samples == 0:
         raise DataError(f"{where} the corpus has no samples")

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from p2r.config import IngestConfig
 from p2r.data.growth import preprocessing_of
@@ -23,11 +23,15 @@ from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, ledger_bytes,
 from p2r.data.manifest import (
     FORMAT,
     MAX_MANIFEST_BYTES,
+    Manifest,
+    Shard,
     ledger_path,
     load_manifest,
+    make_manifest,
     manifest_bytes,
     parse_manifest,
     revision_path,
+    shards_of,
     subject_digest,
     thumbnails_path,
     voxel_digest,
@@ -45,7 +49,7 @@ _MAX_ATTEMPTS = 10
 class Revision:
     """A corpus at one moment; empty if there is no corpus yet."""
 
-    manifest: dict[str, Any] | None = None
+    manifest: Manifest | None = None
     tag: str | None = None
     """Version of `manifest.json`, for `Storage.replace`."""
     sha256: str | None = None
@@ -53,9 +57,9 @@ class Revision:
     thumbnails: Thumbnails = field(default_factory=dict)
 
     @property
-    def shards(self) -> list[dict[str, Any]]:
+    def shards(self) -> tuple[Shard, ...]:
         """Manifest entries of its shards."""
-        return [] if self.manifest is None else list(self.manifest["shards"])
+        return () if self.manifest is None else self.manifest.shards
 
 
 def current_revision(storage: Storage) -> Revision:
@@ -78,7 +82,7 @@ def current_revision(storage: Storage) -> Revision:
     )
 
 
-def read_thumbnails(storage: Storage, manifest: Mapping[str, Any]) -> Thumbnails:
+def read_thumbnails(storage: Storage, manifest: Manifest) -> Thumbnails:
     """Read the thumbnails of a revision.
 
     Raises:
@@ -86,7 +90,7 @@ def read_thumbnails(storage: Storage, manifest: Mapping[str, Any]) -> Thumbnails
     """
     path = thumbnails_path(manifest)
     found = storage.read_tagged(path, max_bytes=MAX_BYTES)
-    if found is None or hashlib.sha256(found[0]).hexdigest() != manifest["thumbnails_sha256"]:
+    if found is None or hashlib.sha256(found[0]).hexdigest() != manifest.facts.thumbnails_sha256:
         raise DataError(f"{storage.at(path)} is {'absent' if found is None else 'damaged'}; restore the file")
     return from_bytes(found[0])
 
@@ -100,7 +104,7 @@ def next_manifest(
     entries: Sequence[Mapping[str, Any]],
     ledger: Sequence[LedgerRow],
     thumbnails: Thumbnails,
-) -> dict[str, Any]:
+) -> Manifest:
     """Assemble the manifest of the next revision.
 
     Args:
@@ -112,27 +116,27 @@ def next_manifest(
         ledger: Complete ledger of the next revision.
         thumbnails: All thumbnails of the next revision.
     """
-    before: Mapping[str, Any] = base.manifest or {}
-    shards = [*base.shards, *map(dict, entries)]
-    salt = before.get("salt") or hashlib.sha256("".join(entry["sha256"] for entry in shards).encode()).hexdigest()
+    before = _Inherited() if base.manifest is None else _Inherited.of(base.manifest)
+    shards = [*base.shards, *shards_of({"shards": entries})]
+    salt = before.salt or hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
     accepted = [row for row in ledger if is_accepted(row)]
     subjects, voxels = ({str(row[name]) for row in accepted} for name in ("subject", "voxels_sha256"))
     preprocessing = preprocessing_of(config)
-    provenance = [text for text in (before.get("provenance", ""), config.provenance) if text]
-    return {
+    provenance = [text for text in (before.provenance, config.provenance) if text]
+    values = {
         "format": FORMAT,
-        "revision": int(before.get("revision", 0)) + 1,
+        "revision": before.revision + 1,
         "previous": base.sha256,
         "licence": config.licence,
         "provenance": "\n".join(dict.fromkeys(line for text in provenance for line in text.split("\n"))),
         "cohort": config.cohort,
-        "source": list(dict.fromkeys([*before.get("source", []), *map(names.source, config.sources)])),
-        "asked": list(dict.fromkeys([*before.get("asked", []), asked])),
+        "source": list(dict.fromkeys([*before.source, *map(names.source, config.sources)])),
+        "asked": list(dict.fromkeys([*before.asked, asked])),
         "preprocessing": preprocessing,
         "preprocessing_sha256": hashlib.sha256(json_bytes(preprocessing)).hexdigest(),
         "deidentification": deidentification_of(names),
         **{
-            name: sum(shard[name] for shard in shards)
+            name: sum(getattr(shard, name) for shard in shards)
             for name in ("num_samples", "num_records", "num_volumes", "num_bytes")
         },
         "num_subjects": len(subjects),
@@ -140,7 +144,7 @@ def next_manifest(
         **_count_contrasts(accepted, config),
         "reasons": count_reasons(ledger),
         "summary": _summarise(accepted),
-        "shards": shards,
+        "shards": [shard._asdict() for shard in shards],
         "ledger_sha256": hashlib.sha256(ledger_bytes(ledger)).hexdigest(),
         "thumbnails_sha256": hashlib.sha256(to_bytes(thumbnails)).hexdigest(),
         "salt": salt,
@@ -148,6 +152,21 @@ def next_manifest(
         "voxel_digests": sorted(voxel_digest(salt, digest) for digest in voxels),
         "code": {"p2r": __version__, "commit": code_version()},
     }
+    return make_manifest(values, name="the next revision")
+
+
+class _Inherited(NamedTuple):
+    """Content of the base revision that the next one continues; empty for the first one."""
+
+    revision: int = 0
+    salt: str = ""
+    provenance: str = ""
+    source: Sequence[str] = ()
+    asked: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "_Inherited":
+        return cls(*(getattr(manifest.facts, name) for name in cls._fields))
 
 
 def _count_contrasts(accepted: Sequence[LedgerRow], config: IngestConfig) -> dict[str, Any]:
@@ -170,7 +189,7 @@ def deidentification_of(names: Names) -> dict[str, str]:
 
 
 def publish_revision(
-    storage: Storage, base: Revision, manifest: Mapping[str, Any], ledger: Sequence[LedgerRow], thumbnails: Thumbnails
+    storage: Storage, base: Revision, manifest: Manifest, ledger: Sequence[LedgerRow], thumbnails: Thumbnails
 ) -> bool:
     """Make `manifest` the current revision if `base` still is; return whether it was.
 
@@ -205,7 +224,7 @@ def settle_ledger(storage: Storage) -> None:
         content, found = storage.read_bytes(ledger_path(manifest)), storage.read_tagged("ledger.jsonl")
         if found is None or found[0] != content:
             storage.write_bytes("ledger.jsonl", content)
-        if load_manifest(storage)["ledger_sha256"] == manifest["ledger_sha256"]:
+        if load_manifest(storage).facts.ledger_sha256 == manifest.facts.ledger_sha256:
             return
 
 

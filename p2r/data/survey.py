@@ -129,13 +129,18 @@ def survey(
     subjects: dict[str, list[Scan]] = defaultdict(list)
     for scan in scans:
         subjects[subject_of(scan, config) or ""].append(scan)
-    folders = [labels.expanduser().absolute()] if labels is not None else _find_label_folders(folder, form)
     by_path = {scan.path: scan for scan in scans}
-    pairings = [
-        pairing for one in folders if folder and (pairing := _find_pairing(folder, one, form, contrast, by_path))
-    ]
     patterns = _test_patterns(dataset, scans)
-    stated = dataset or (bids.read_description(folder / bids.DESCRIPTION) if folder else bids.Description())
+    label_folders: list[Path] = []
+    pairing, description = None, bids.Description()
+    if labels is not None:
+        label_folders = [labels.expanduser().absolute()]
+    elif folder is not None:
+        label_folders = _find_label_folders(folder, form)
+    if folder is not None:
+        pairing = _find_best_pairing(folder, label_folders, form, contrast, by_path)
+        description = bids.read_description(folder / bids.DESCRIPTION)
+    stated = dataset or description
     return Survey(
         where,
         form,
@@ -145,14 +150,16 @@ def survey(
         pattern,
         {subject: tuple(subjects[subject]) for subject in sorted(subjects)},
         dict(sorted(Counter(map(contrast_of, scans)).items())),
-        max(pairings, key=lambda one: len(one.pairs), default=None),
+        pairing,
         tuple(everything.passed_over),
         tuple(scan for scan in scans if matches(scan.below, patterns)),
         patterns,
         stated.title,
         stated.licence,
         stated.reference,
-        dataset.labels if dataset is not None else bids.label_names([folder, *folders] if folder else folders),
+        dataset.labels
+        if dataset is not None
+        else bids.label_names([folder, *label_folders] if folder else label_folders),
     )
 
 
@@ -222,10 +229,8 @@ def _is_bids_subject(below: str) -> bool:
     return re.match(r"sub-[A-Za-z0-9]+/", below) is not None
 
 
-def _find_label_folders(root: Path | None, form: Form) -> list[Path]:
+def _find_label_folders(root: Path, form: Form) -> list[Path]:
     """Return the folders below `root` that may contain label maps, the root itself last."""
-    if root is None:
-        return []
     if form in ("nnunet", "msd"):
         return [root / "labelsTr"] if (root / "labelsTr").is_dir() else []
     if form == "bids":
@@ -236,26 +241,26 @@ def _find_label_folders(root: Path | None, form: Form) -> list[Path]:
     return [path for path in below if re.match(r"labels?|masks?|seg|gt|annot", path.name.lower())] + [root]
 
 
+def _find_best_pairing(
+    root: Path, folders: Sequence[Path], form: Form, contrast: str | None, by_path: Mapping[str, Scan]
+) -> Pairing | None:
+    """Return the pairing with the most pairs among these folders of label maps."""
+    pairings = [pairing for one in folders if (pairing := _find_pairing(root, one, form, contrast, by_path))]
+    return max(pairings, key=lambda one: len(one.pairs), default=None)
+
+
 def _find_pairing(
     root: Path, labels: Path, form: Form, contrast: str | None, by_path: Mapping[str, Scan]
 ) -> Pairing | None:
     """Return the rule that pairs the most label maps of a folder with a scan."""
     if not labels.is_dir():
         raise DataError(f"the folder of label maps {labels} does not exist; correct the path")
-    images = root
-    if form in ("nnunet", "msd") and (root / "imagesTr").is_dir():
-        images = root / "imagesTr"
-    elif form == "folder" and (root / "images").is_dir():
-        images = root / "images"
-    elif form == "folder" and (root / "imagesTr").is_dir():
-        images = root / "imagesTr"
-    maps = {composed(path.relative_to(labels).as_posix()): path for path in images_below(labels)}
-    if labels == images or images in labels.parents:
-        maps = {below: path for below, path in maps.items() if labels != images or LABEL_SUFFIX.search(scan_key(below))}
+    images = _images_folder(root, form)
+    maps = _files_by_path(labels)
+    if labels == images:
+        maps = {below: path for below, path in maps.items() if LABEL_SUFFIX.search(scan_key(below))}
     label_paths = set(maps.values())
-    scans = {
-        composed(path.relative_to(images).as_posix()): path for path in images_below(images) if path not in label_paths
-    }
+    scans = {below: path for below, path in _files_by_path(images).items() if path not in label_paths}
     if form == "bids" and labels != images:
         scans = {below: path for below, path in scans.items() if not below.startswith("derivatives/")}
     rules = [rule for rule in _rank_rules(scans, maps) if contrast is None or contrast.lower() in rule[0].lower()]
@@ -266,6 +271,17 @@ def _find_pairing(
     others = tuple(name for name, rule in zip(names[1:], rules[1:], strict=True) if len(rule[2]) == len(pairs))
     contrasts = {} if contrast is not None else _name_contrasts(rules, by_path)
     return Pairing(images, labels, image_name, label_name, pairs, num_unlabelled, others, contrasts)
+
+
+def _images_folder(root: Path, form: Form) -> Path:
+    """Return the folder of the scans that label maps may belong to."""
+    names = {"nnunet": ("imagesTr",), "msd": ("imagesTr",), "folder": ("images", "imagesTr")}.get(form, ())
+    return next((root / name for name in names if (root / name).is_dir()), root)
+
+
+def _files_by_path(folder: Path) -> dict[str, Path]:
+    """Return the images of a folder by their paths below it."""
+    return {composed(path.relative_to(folder).as_posix()): path for path in images_below(folder)}
 
 
 _Rule = tuple[str, str, tuple[tuple[Path, Path], ...], int]

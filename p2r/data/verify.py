@@ -7,17 +7,24 @@ found. The checksums of the index locate damage in a tar: a chunk of a record, o
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from isal.isal_zlib import crc32
 
 from p2r.data.index import MAX_INDEX_BYTES, IndexRow, index_name, index_shard, parse_index
 from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, parse_ledger
-from p2r.data.manifest import MAX_MANIFEST_BYTES, Manifest, ledger_path, parse_manifest, revision_path, thumbnails_path
+from p2r.data.manifest import (
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    Shard,
+    ledger_path,
+    parse_manifest,
+    revision_path,
+    thumbnails_path,
+)
 from p2r.data.shards import count_records, local_ranges
 from p2r.errors import DataError, StorageError
 from p2r.storage import Storage, file_sha256, json_bytes
@@ -43,14 +50,14 @@ def verify_corpus(storage: Storage) -> list[str]:
     except DataError as error:
         return [str(error)]
     problems = _problems_of_history(storage, content, manifest)
-    if hashlib.sha256(json_bytes(manifest["preprocessing"])).hexdigest() != manifest["preprocessing_sha256"]:
+    if hashlib.sha256(json_bytes(manifest["preprocessing"])).hexdigest() != manifest.facts.preprocessing_sha256:
         problems.append("manifest.json: preprocessing_sha256 is not the digest of preprocessing")
     ledger, ledger_problems = _check_ledger(storage, manifest)
     by_shard: dict[str, Counter[str]] = {}
     for row in filter(is_accepted, ledger):
         by_shard.setdefault(str(row.get("shard")), Counter())[_volume_name(row)] += int(row["num_samples"])
-    for entry in manifest["shards"]:
-        problems += _problems_of_shard(storage, entry, by_shard.pop(entry["name"], Counter()) if ledger else None)
+    for shard in manifest.shards:
+        problems += _problems_of_shard(storage, shard, by_shard.pop(shard.name, Counter()) if ledger else None)
     problems += [f"ledger: it names the shard {name}, which the manifest lacks" for name in sorted(by_shard)]
     return problems + ledger_problems + _problems_of_thumbnails(storage, manifest)
 
@@ -65,10 +72,10 @@ def unreferenced_files(storage: Storage) -> list[str]:
     while True:
         manifest = parse_manifest(content, name=storage.url)
         known |= {revision_path(hashlib.sha256(content).hexdigest()), ledger_path(manifest), thumbnails_path(manifest)}
-        known |= {name for shard in manifest["shards"] for name in (shard["name"], index_name(shard["name"]))}
-        if manifest["previous"] is None:
+        known |= {name for shard in manifest.shards for name in (shard.name, index_name(shard.name))}
+        if manifest.facts.previous is None:
             break
-        content = storage.read_bytes(revision_path(manifest["previous"]), max_bytes=MAX_MANIFEST_BYTES)
+        content = storage.read_bytes(revision_path(manifest.facts.previous), max_bytes=MAX_MANIFEST_BYTES)
     return [name for name in storage.list() if name not in known and not name.startswith(("receipts/", "report/"))]
 
 
@@ -80,7 +87,7 @@ def _problems_of_history(storage: Storage, content: bytes, manifest: Manifest) -
         state = "absent" if copy is None else "damaged"
         return [f"{path}: {state}, although manifest.json is this revision; or manifest.json itself is damaged"]
     problems: list[str] = []
-    while (previous := manifest["previous"]) is not None:
+    while (previous := manifest.facts.previous) is not None:
         path = revision_path(previous)
         found = storage.read_tagged(path, max_bytes=MAX_MANIFEST_BYTES)
         if found is None or hashlib.sha256(found[0]).hexdigest() != previous:
@@ -89,12 +96,12 @@ def _problems_of_history(storage: Storage, content: bytes, manifest: Manifest) -
             older = parse_manifest(found[0], name=path)
         except DataError as error:
             return [*problems, str(error)]
-        if list(manifest["shards"][: len(older["shards"])]) != older["shards"]:
+        if manifest.shards[: len(older.shards)] != older.shards:
             problems.append(f"{path}: the next revision does not begin with its shards")
-        if older["revision"] != manifest["revision"] - 1 or older["salt"] != manifest["salt"]:
+        if older.facts.revision != manifest.facts.revision - 1 or older.facts.salt != manifest.facts.salt:
             problems.append(f"{path}: its number or salt does not fit the next revision")
-        problems += _problems_of_digest(storage, ledger_path(older), older["ledger_sha256"])
-        problems += _problems_of_digest(storage, thumbnails_path(older), older["thumbnails_sha256"])
+        problems += _problems_of_digest(storage, ledger_path(older), older.facts.ledger_sha256)
+        problems += _problems_of_digest(storage, thumbnails_path(older), older.facts.thumbnails_sha256)
         manifest = older
     return problems
 
@@ -111,13 +118,13 @@ def _problems_of_digest(storage: Storage, path: str, sha256: str) -> list[str]:
 
 
 def _problems_of_thumbnails(storage: Storage, manifest: Manifest) -> list[str]:
-    return _problems_of_digest(storage, thumbnails_path(manifest), manifest["thumbnails_sha256"])
+    return _problems_of_digest(storage, thumbnails_path(manifest), manifest.facts.thumbnails_sha256)
 
 
 def _check_ledger(storage: Storage, manifest: Manifest) -> tuple[list[LedgerRow], list[str]]:
     """Return the rows of the current ledger, and its problems."""
     path = ledger_path(manifest)
-    problems = _problems_of_digest(storage, path, manifest["ledger_sha256"])
+    problems = _problems_of_digest(storage, path, manifest.facts.ledger_sha256)
     if problems:
         return [], problems
     content = storage.read_bytes(path)
@@ -129,8 +136,10 @@ def _check_ledger(storage: Storage, manifest: Manifest) -> tuple[list[LedgerRow]
         rows = parse_ledger(content, name=path)
     except DataError as error:
         return [], [*problems, str(error)]
-    if count_reasons(rows) != manifest["reasons"]:
-        problems.append(f"{path}: counts by reason are {count_reasons(rows)}, the manifest has {manifest['reasons']}")
+    if count_reasons(rows) != manifest.facts.reasons:
+        problems.append(
+            f"{path}: counts by reason are {count_reasons(rows)}, the manifest has {manifest.facts.reasons}"
+        )
     return rows, problems
 
 
@@ -139,17 +148,17 @@ def _volume_name(row: LedgerRow) -> str:
     return str(row["key"]) if row.get("record") is None else f"{row['record']}.{row['contrast']}"
 
 
-def _problems_of_shard(storage: Storage, entry: Mapping[str, Any], accepted: Counter[str] | None) -> list[str]:
-    name = entry["name"]
+def _problems_of_shard(storage: Storage, entry: Shard, accepted: Counter[str] | None) -> list[str]:
+    name = entry.name
     try:
         content = storage.read_bytes(index_name(name), max_bytes=MAX_INDEX_BYTES)
-        rows = parse_index(content, name=index_name(name), sha256=entry["index_sha256"], num_bytes=entry["num_bytes"])
+        rows = parse_index(content, name=index_name(name), sha256=entry.index_sha256, num_bytes=entry.num_bytes)
     except (StorageError, DataError) as error:
         return [_one_line(error)]
     problems = [
-        f"{index_name(name)}: {field} is {count}, the manifest has {entry[field]}"
+        f"{index_name(name)}: {field} is {count}, the manifest has {getattr(entry, field)}"
         for field, count in count_records(rows).items()
-        if count != entry[field]
+        if count != getattr(entry, field)
     ]
     found = {row.key if row.contrast is None else f"{row.key}.{row.contrast}": row.num_planes for row in rows}
     if accepted is not None and Counter(found) != accepted:
@@ -161,11 +170,11 @@ def _problems_of_shard(storage: Storage, entry: Mapping[str, Any], accepted: Cou
         return [*problems, _one_line(error)]
 
 
-def _problems_of_tar(tar: Path, entry: Mapping[str, Any], rows: list[IndexRow]) -> list[str]:
-    name, num_bytes = entry["name"], tar.stat().st_size
-    if num_bytes != entry["num_bytes"]:
-        return [f"{name}: it has {num_bytes} bytes, the manifest has {entry['num_bytes']}"]
-    is_intact = file_sha256(tar) == entry["sha256"]
+def _problems_of_tar(tar: Path, entry: Shard, rows: list[IndexRow]) -> list[str]:
+    name, num_bytes = entry.name, tar.stat().st_size
+    if num_bytes != entry.num_bytes:
+        return [f"{name}: it has {num_bytes} bytes, the manifest has {entry.num_bytes}"]
+    is_intact = file_sha256(tar) == entry.sha256
     damaged = list(_damaged_chunks(tar, rows))
     if damaged:
         more = f" and {len(damaged) - _MAX_SHOWN} more" if len(damaged) > _MAX_SHOWN else ""

@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import nibabel
 import numpy as np
@@ -377,6 +377,43 @@ def _choose_dtype(
     native = stored.dtype.newbyteorder("=")
     if native in _KEPT_DTYPES and scaling == (1.0, 0.0):
         return np.dtype(native), 0, 0.0
+    found = _scan_values(stored, scaling)
+    is_empty = found.low > found.high
+    if found.num_infinite or is_empty or (found.num_nan and nan == "refuse"):
+        way_out = (
+            "replace them by finite values"
+            if found.num_infinite or is_empty
+            else "set them to 0 if that is correct, or read them as background (ingest.nan_voxels: background)"
+        )
+        raise RefusedScan(
+            "nonfinite", f"{path} has {found.num_nan + found.num_infinite} voxels that are NaN or infinite; {way_out}"
+        )
+    background = min(0.0, float(found.low)) if found.num_nan else 0.0
+    low, high = found.low, found.high
+    if found.num_nan:
+        low, high = min(low, background), max(high, background)
+    for dtype in (np.int16, np.uint16) if found.is_whole else ():
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return np.dtype(dtype), found.num_nan, background
+    if max(-low, high) > np.finfo(np.float32).max:
+        raise RefusedScan("nonfinite", f"{path} has values that exceed 32-bit numbers; scale them down")
+    # float32 is exact for whole numbers up to 2**24, far beyond the resolution of a scanner's converter.
+    return np.dtype(np.float32), found.num_nan, background
+
+
+class _Values(NamedTuple):
+    """Facts about the scaled voxels of a scan."""
+
+    low: float
+    """Smallest finite value; above `high` if no value is finite."""
+    high: float
+    num_infinite: int
+    num_nan: int
+    is_whole: bool
+    """True if all finite values are whole numbers."""
+
+
+def _scan_values(stored: NDArray[Any], scaling: tuple[float, float]) -> _Values:
     low, high, num_infinite, num_nan, is_whole = np.inf, -np.inf, 0, 0, True
     for part in _split_into_slabs(stored.shape):
         values = _apply_scaling(stored[part], scaling)
@@ -388,24 +425,7 @@ def _choose_dtype(
             is_whole = is_whole and bool((np.rint(values) == values).all())
         if values.size:
             low, high = min(low, values.min()), max(high, values.max())
-    if num_infinite or low > high or (num_nan and nan == "refuse"):
-        way_out = (
-            "replace them by finite values"
-            if num_infinite or low > high
-            else "set them to 0 if that is correct, or read them as background (ingest.nan_voxels: background)"
-        )
-        raise RefusedScan(
-            "nonfinite", f"{path} has {num_nan + num_infinite} voxels that are NaN or infinite; {way_out}"
-        )
-    background = min(0.0, float(low)) if num_nan else 0.0
-    low, high = min(low, background) if num_nan else low, max(high, background) if num_nan else high
-    for dtype in (np.int16, np.uint16) if is_whole else ():
-        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
-            return np.dtype(dtype), num_nan, background
-    if max(-low, high) > np.finfo(np.float32).max:
-        raise RefusedScan("nonfinite", f"{path} has values that exceed 32-bit numbers; scale them down")
-    # float32 is exact for whole numbers up to 2**24, far beyond the resolution of a scanner's converter.
-    return np.dtype(np.float32), num_nan, background
+    return _Values(low, high, num_infinite, num_nan, is_whole)
 
 
 def _split_into_slabs(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice, int]]:

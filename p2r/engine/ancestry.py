@@ -94,7 +94,7 @@ def _read_origin(origin: str) -> Ancestry:
             return Ancestry(manifest.corpora, [manifest.licence])
         corpus = load_manifest(storage, revision=reference.sha256)
         return Ancestry(
-            [corpus_facts(corpus, url=storage.url, sha256=reference.sha256, weight=None)], [corpus["licence"]]
+            [corpus_facts(corpus, url=storage.url, sha256=reference.sha256, weight=None)], [corpus.facts.licence]
         )
     except InputError:  # deleted, or replaced
         return Ancestry(None, ["unknown"])

@@ -22,24 +22,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from p2r.config import PretrainConfig, ProbeConfig
-from p2r.documents import FewKeys, FileEntry, RelativePath, checked
 from p2r.engine.build import full_weights
+from p2r.engine.checkpoint_manifest import FORMAT, MANIFEST, CheckpointManifest, SavedCheckpoint, read_checkpoint
 from p2r.engine.peers import Peers
 from p2r.engine.universal import TAG, convert, is_plain, load_universal, refuse_inconvertible
-from p2r.engine.uploading import MANIFEST, Uploaded, Uploader, own_folder, path_of, step_of
+from p2r.engine.uploading import Uploaded, Uploader, own_folder, path_of, step_of
 from p2r.errors import CheckpointError, DamagedError
 from p2r.storage import Storage, json_bytes
 from p2r.version import __version__, code_version
 
-FORMAT = "p2r-checkpoint/1"
 Note = Callable[[Mapping[str, Any]], None]
 """Receives a fault, as a row of faults.jsonl without time and attempt."""
 
@@ -50,41 +49,15 @@ _CHANGEABLE_KEYS = (
     *("deterministic", "max_skipped_steps"),
     *("probe", *(f"probe.{name}" for name in ProbeConfig.model_fields)),
 )
-_MAX_MANIFEST_BYTES = 1 << 26
 _DAMAGED = "damaged.json"
 _LOG = logging.getLogger(__name__)
-
-
-class _Config(BaseModel):
-    """Keys of a run's configuration that are used before it is compared with the job's."""
-
-    model_config = ConfigDict(strict=True)  # other keys are compared unchanged
-    steps: Annotated[int, Field(ge=1)]
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = PretrainConfig.model_fields["zero_stage"].default
-
-
-class _Manifest(BaseModel):
-    """A checkpoint's `manifest.json`. Its paths and names cannot lead outside its folder."""
-
-    model_config = ConfigDict(strict=True)
-    step: Annotated[int, Field(ge=0, lt=2**53)]
-    state: dict[str, JsonValue]
-    config: _Config
-    world_size: Annotated[int, Field(ge=1, le=2**24)]
-    files: Annotated[dict[RelativePath, FileEntry], FewKeys]
-    tensors: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]], FailFast()] = []
-    init_from: dict[str, JsonValue] | None = None
-
-
-_MANIFEST = TypeAdapter(_Manifest)
 
 
 @dataclass(frozen=True)
 class Fetched:
     """A checkpoint with all bytes intact, in a folder on this node."""
 
-    manifest: dict[str, Any]
-    """Manifest, plus the checkpoint's `path` below `<storage>/pretrain`."""
+    saved: SavedCheckpoint
     url: str
     """URL of the checkpoint, for messages."""
     folder: Path
@@ -169,14 +142,14 @@ class Checkpoints:
         self._uploader.finish()
 
 
-def newest_checkpoint(storage: Storage) -> dict[str, Any] | None:
-    """Return the manifest of the newest complete checkpoint below `storage` (`<storage>/pretrain`), or None.
+def newest_checkpoint(storage: Storage) -> SavedCheckpoint | None:
+    """Return the newest complete checkpoint below `storage` (`<storage>/pretrain`), or None.
 
     Its files are not checked; see `usable_checkpoint`.
     """
     for path in _complete_checkpoints(storage):
         try:
-            return _read_manifest(storage, path)
+            return read_checkpoint(storage, path)
         except DamagedError:
             continue
     return None
@@ -203,13 +176,13 @@ def usable_checkpoint(
     found = peers.first(lambda: _fetch_newest_sound(storage, config, peers.world_size, folder, note))
     if found is None:
         return None
-    manifest, told = found
+    saved, told = found
     hosts = peers.gather((socket.gethostname(), str(folder)))
     leader = next(rank for rank, (host, _) in enumerate(hosts) if host == hosts[peers.rank][0])
 
     def fetch_unless_there() -> None:
         if not folder.is_dir():
-            _fetch_files(storage, manifest, folder)
+            _fetch_files(storage, saved, folder)
 
     is_mine = leader == peers.rank
     peers.together(fetch_unless_there if is_mine else _do_nothing)
@@ -218,7 +191,7 @@ def usable_checkpoint(
     else:
         is_mine = True  # another machine with the same host name
     peers.together(fetch_unless_there)
-    return Fetched(manifest, storage.at(manifest["path"]), folder, is_mine, told)
+    return Fetched(saved, storage.at(saved.path), folder, is_mine, told)
 
 
 def save_checkpoint(
@@ -266,20 +239,23 @@ def save_checkpoint(
     _generator_file(folder, peers.rank).parent.mkdir(exist_ok=True)
     save_file(generators, _generator_file(folder, peers.rank))
     configuration = config.model_dump(mode="json")
-    facts = {
-        "format": FORMAT,
-        "step": step,
-        "state": dict(state),
-        "config": configuration,
-        "config_sha256": hashlib.sha256(json_bytes(configuration)).hexdigest(),
-        "world_size": peers.world_size,
-        "init_from": None if init_from is None else dict(init_from),
-        "tensors": sorted(tensors or {}),
-        "code_version": __version__,
-        "code": code_version(),
-        "torch_version": torch.__version__,
-    }
-    uploader.start(folder, step, facts=facts, began_s=began_s)
+    manifest = CheckpointManifest.model_validate(
+        {
+            "format": FORMAT,
+            "step": step,
+            "state": dict(state),
+            "config": configuration,
+            "config_sha256": hashlib.sha256(json_bytes(configuration)).hexdigest(),
+            "world_size": peers.world_size,
+            "init_from": None if init_from is None else dict(init_from),
+            "tensors": sorted(tensors or {}),
+            "code_version": __version__,
+            "code": code_version(),
+            "torch_version": str(torch.__version__),
+            "files": {},  # known once they are uploaded
+        }
+    )
+    uploader.start(folder, step, manifest=manifest, began_s=began_s)
 
 
 def load_checkpoint(
@@ -295,7 +271,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: DeepSpeed cannot convert the checkpoint.
     """
-    then, now = _ranks_and_stage(fetched.manifest), (peers.world_size, config.zero_stage)
+    then, now = fetched.saved.manifest.ranks_and_stage, (peers.world_size, config.zero_stage)
     if is_plain(then, now):
         engine.load_checkpoint(str(fetched.folder), tag=TAG)
     else:
@@ -308,7 +284,7 @@ def load_checkpoint(
         torch.set_rng_state(states["cpu"])
         if engine.device.type == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], engine.device)
-    tensors = {name: load_file(_tensor_file(fetched.folder, name)) for name in fetched.manifest.get("tensors", [])}
+    tensors = {name: load_file(_tensor_file(fetched.folder, name)) for name in fetched.saved.manifest.tensors}
     peers.gather(None)
     if fetched.is_mine:
         shutil.rmtree(fetched.folder, ignore_errors=True)
@@ -319,7 +295,7 @@ def _do_nothing() -> None:
     """Take part in a collective without work of this rank."""
 
 
-def refuse_other_config(manifest: Mapping[str, Any], config: PretrainConfig, *, where: str) -> None:
+def refuse_other_config(manifest: CheckpointManifest, config: PretrainConfig, *, where: str) -> None:
     """Raise `CheckpointError` with every differing key if a checkpoint belongs to another run.
 
     A key that the version of the checkpoint did not have counts as its default.
@@ -334,22 +310,22 @@ def refuse_other_config(manifest: Mapping[str, Any], config: PretrainConfig, *, 
         "Restore these values. Or start a new run from its weights with --fork NAME. "
         "Or give the job another storage URL to start from scratch."
     )
-    wrote = manifest.get("code_version")
+    wrote = manifest.code_version
     if wrote != __version__ and any(key not in saved or key not in wanted for key in differing):
         way = f"p2r {wrote} wrote it, this is p2r {__version__}: resume with that version. {way}"
     raise CheckpointError("\n".join([f"{where} was made with another configuration:", *lines, way]))
 
 
-def _complete_config(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _complete_config(manifest: CheckpointManifest) -> dict[str, Any]:
     """Return a checkpoint's configuration, with the defaults of keys that its version did not have.
 
     The default of a new key must keep the earlier behaviour (CONTRIBUTING.md). A configuration that this version cannot read
     is returned unchanged, and the comparison names the keys.
     """
     try:
-        return PretrainConfig.model_validate(manifest["config"]).model_dump(mode="json")
+        return PretrainConfig.model_validate(manifest.config.to_json()).model_dump(mode="json")
     except ValidationError:
-        return dict(manifest["config"])
+        return manifest.config.to_json()
 
 
 def _describe_difference(key: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -359,9 +335,9 @@ def _describe_difference(key: str, saved: Mapping[str, Any], wanted: Mapping[str
     return f"{before} in the checkpoint, {wanted[key]!r} in the job"
 
 
-def refuse_other_ranks(manifest: Mapping[str, Any], config: PretrainConfig, *, world_size: int, where: str) -> None:
+def refuse_other_ranks(manifest: CheckpointManifest, config: PretrainConfig, *, world_size: int, where: str) -> None:
     """Raise `CheckpointError` if `world_size` ranks on the configured ZeRO stage cannot load a checkpoint."""
-    refuse_inconvertible(_ranks_and_stage(manifest), (world_size, config.zero_stage), where=where)
+    refuse_inconvertible(manifest.ranks_and_stage, (world_size, config.zero_stage), where=where)
 
 
 def _complete_checkpoints(storage: Storage) -> list[str]:
@@ -371,55 +347,23 @@ def _complete_checkpoints(storage: Storage) -> list[str]:
     return [path.removesuffix(ending) for path in sorted(paths, key=step_of, reverse=True)]
 
 
-def _read_manifest(storage: Storage, path: str) -> dict[str, Any]:
-    """Return a checkpoint's manifest with its path.
-
-    Raises:
-        DamagedError: The manifest is absent or invalid.
-        CheckpointError: Another version wrote it.
-    """
-    where = f"{path}/{MANIFEST}"
-    manifest = storage.read_json(where, max_bytes=_MAX_MANIFEST_BYTES)
-    if not isinstance(manifest, dict):
-        raise DamagedError(f"{storage.at(where)} is not a manifest: it is damaged")
-    check_manifest(manifest, where=storage.at(where))
-    return {**manifest, "path": path}
-
-
-def check_manifest(manifest: Mapping[str, Any], *, where: str) -> None:
-    """Validate the manifest of a checkpoint.
-
-    Raises:
-        DamagedError: The manifest breaks a rule; names the key.
-        CheckpointError: Another version wrote it.
-    """
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{where} has format {manifest.get('format')!r}, this version reads {FORMAT!r}; "
-            "use the version of p2r that wrote it, or another storage URL"
-        )
-    found = checked(_MANIFEST, manifest, where=f"{where} is damaged:", error=DamagedError)
-    if absent := [name for name in ("model", *found.tensors) if f"{name}.safetensors" not in found.files]:
-        raise DamagedError(f"{where} is damaged: files lacks {absent[0]}.safetensors")
-
-
 def _fetch_newest_sound(
     storage: Storage, config: PretrainConfig, world_size: int, folder: Path, note: Note | None
-) -> tuple[dict[str, Any], str | None] | None:
-    """Fetch the newest sound checkpoint into a folder; return its manifest, and the problems of newer ones."""
+) -> tuple[SavedCheckpoint, str | None] | None:
+    """Fetch the newest sound checkpoint into a folder; return it, and the problems of newer ones."""
     complete = _complete_checkpoints(storage)
     damaged: dict[str, str] = {}
     taken = None
     for path in complete:
         try:
-            manifest = _read_manifest(storage, path)
-            refuse_other_config(manifest, config, where=storage.at(path))
-            refuse_other_ranks(manifest, config, world_size=world_size, where=storage.at(path))
-            _fetch_files(storage, manifest, folder)
+            saved = read_checkpoint(storage, path)
+            refuse_other_config(saved.manifest, config, where=storage.at(path))
+            refuse_other_ranks(saved.manifest, config, world_size=world_size, where=storage.at(path))
+            _fetch_files(storage, saved, folder)
         except DamagedError as error:
             damaged[path] = str(error)
             continue
-        taken = manifest
+        taken = saved
         break
     if damaged and taken is None:
         reasons = "\n".join(f"  {reason}" for reason in damaged.values())
@@ -427,12 +371,12 @@ def _fetch_newest_sound(
             f"{storage.at('checkpoints')}: none of its {len(damaged)} checkpoints can be used:\n{reasons}\n"
             "Restore their files. Or remove the folder, or give the job another storage URL, to start from scratch."
         )
-    step = -1 if taken is None else int(taken["step"])
+    step = -1 if taken is None else taken.step
     for path in _incomplete_checkpoints(storage, above=step):
         damaged[path] = f"{storage.at(path)} has no manifest: its upload was interrupted"
     if not damaged:
         return None if taken is None else (taken, None)
-    way = "the run starts from scratch" if taken is None else f"using instead: {storage.at(taken['path'])}"
+    way = "the run starts from scratch" if taken is None else f"using instead: {storage.at(taken.path)}"
     for path in damaged.keys() & set(complete):
         _set_aside(storage, path, damaged[path])
     told = "; ".join(damaged.values()) + f"; {way}"
@@ -449,17 +393,15 @@ def _incomplete_checkpoints(storage: Storage, *, above: int) -> list[str]:
     return [path_of(step) for step in sorted({step_of(path) for path in paths} - ended, reverse=True) if step > above]
 
 
-def _fetch_files(storage: Storage, manifest: Mapping[str, Any], folder: Path) -> None:
+def _fetch_files(storage: Storage, saved: SavedCheckpoint, folder: Path) -> None:
     """Download a checkpoint's files into a folder, all verified, or leave none.
 
     Raises:
         DamagedError: A file is absent, or differs from the manifest.
     """
     try:
-        for name, entry in manifest["files"].items():
-            storage.download(
-                f"{manifest['path']}/{name}", folder / name, sha256=entry["sha256"], num_bytes=entry["num_bytes"]
-            )
+        for name, entry in saved.manifest.files.items():
+            storage.download(f"{saved.path}/{name}", folder / name, sha256=entry.sha256, num_bytes=entry.num_bytes)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -470,10 +412,6 @@ def _set_aside(storage: Storage, path: str, reason: str) -> None:
     content = storage.read_bytes(f"{path}/{MANIFEST}").decode(errors="replace")
     storage.write_json(f"{path}/{_DAMAGED}", {"reason": reason, "manifest": content})
     storage.delete(f"{path}/{MANIFEST}")
-
-
-def _ranks_and_stage(manifest: Mapping[str, Any]) -> tuple[int, int]:
-    return int(manifest["world_size"]), _Config.model_validate(manifest["config"]).zero_stage
 
 
 def _tensor_file(folder: Path, name: str) -> Path:

@@ -23,6 +23,7 @@ from p2r.config import PretrainConfig
 from p2r.device import is_waited_for
 from p2r.engine.build import full_weights, join_process_group, masters
 from p2r.engine.checkpoint import Checkpoints, Note, newest_checkpoint, refuse_other_config
+from p2r.engine.checkpoint_manifest import SavedCheckpoint
 from p2r.engine.determinism import deterministic
 from p2r.engine.peers import refuse_mixed_gpus
 from p2r.engine.profile import peak_mib
@@ -86,7 +87,7 @@ def pretrain(
         refuse_mixed_gpus(device)
         with Checkpoints(storage, config, note=note) as checkpoints:
             fetched = checkpoints.newest()
-            if fetched is not None and fetched.manifest["step"] >= config.steps:
+            if fetched is not None and fetched.saved.step >= config.steps:
                 return
             run = begin_run(
                 config,
@@ -292,8 +293,8 @@ def _is_due(step: int, interval: int, num_steps: int) -> bool:
     return interval > 0 and (step % interval == 0 or step == num_steps)
 
 
-def finished_checkpoint(storage: Storage, config: PretrainConfig) -> dict[str, Any]:
-    """Return the manifest of the last step's checkpoint.
+def finished_checkpoint(storage: Storage, config: PretrainConfig) -> SavedCheckpoint:
+    """Return the last step's checkpoint.
 
     Raises:
         CheckpointError: There is none yet, or it belongs to another run.
@@ -301,5 +302,5 @@ def finished_checkpoint(storage: Storage, config: PretrainConfig) -> dict[str, A
     checkpoint = newest_checkpoint(storage)
     if checkpoint is None:
         raise CheckpointError(f"{storage.at('checkpoints')} holds no checkpoint: run the pretrain stage first")
-    refuse_other_config(checkpoint, config, where=storage.at(checkpoint["path"]))
+    refuse_other_config(checkpoint.manifest, config, where=storage.at(checkpoint.path))
     return checkpoint

@@ -1,7 +1,7 @@
 """Start of a run: configuration and newest checkpoint -> a run that is ready for its next step."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from p2r.data.order import check_micro_batch
 from p2r.data.stream import Quarantine, Replaced, StreamState, stream, stream_state
 from p2r.engine.build import DTYPES, build_engine, set_mean_weights
 from p2r.engine.checkpoint import Checkpoints, Fetched
+from p2r.engine.checkpoint_manifest import CheckpointManifest, SavedCheckpoint
 from p2r.engine.corpora import agreed_corpora
 from p2r.engine.feed import Batches, Timed, feed
 from p2r.engine.online_probe import OnlineProbe
@@ -86,26 +87,26 @@ def begin_run(
 ) -> PretrainRun:
     """Prepare the first step, restoring the newest checkpoint if there is one. Collective."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    checkpoint = None if fetched is None else fetched.manifest
-    _check_batch_and_checkpoint(config, checkpoint, storage, world_size=world_size)
-    saved_stream = None if checkpoint is None else checkpoint["state"]["stream"]
+    saved = None if fetched is None else fetched.saved
+    checkpoint = None if saved is None else saved.manifest
+    _check_batch_and_checkpoint(config, saved, storage, world_size=world_size)
+    saved_stream = None if checkpoint is None else checkpoint.state.stream
     corpora = agreed_corpora(config, corpus, stream=saved_stream, device=device)
     state = stream_state(corpora, seed=config.seed, global_batch=config.global_batch, neighbours=config.neighbours)
     model, init_from = _build_network(config, checkpoint)
     engine, compiled = _build_compiled_engine(model.to(device), config, world_size=world_size)
     reason = explain_missing_kernels(config, device=device) if device.type == "cuda" else None
     pending = PendingReport(compiled=compiled, loss_without_kernels=reason)
-    for slow in (compiled if compiled is not None and compiled.startswith("not compiled") else None, reason):
-        if slow is not None and rank == 0:
-            _LOG.warning("steps will be slow: %s", slow)
+    if rank == 0:
+        _warn_of_slow_steps(compiled, reason)
     running = Sums()
     if fetched is not None and checkpoint is not None:
         tensors = checkpoints.load(engine, fetched)
         if "ema" in tensors:
             set_mean_weights(engine, tensors["ema"])
-        pending.resumed_from, pending.fell_back = checkpoint["step"], fetched.note
-        running = Sums(**checkpoint["state"]["running"])
-        state = state.resumed(checkpoint["state"]["stream"])
+        pending.resumed_from, pending.fell_back = checkpoint.step, fetched.note
+        running = Sums(**checkpoint.state.running)
+        state = state.resumed(checkpoint.state.stream)
     resumed_from = pending.resumed_from or 0
     history = HistoryRows(storage, rank, first_step=resumed_from)
     is_over_anywhere = never if is_over is None else OnAnyRank(is_over, device)
@@ -125,14 +126,7 @@ def begin_run(
         counters=counters,
         pin_memory=device.type == "cuda",
     )
-    profiler = None
-    if profile_steps and rank == 0:
-        profiler = Profiler(
-            storage,
-            num_steps=profile_steps,
-            device=device,
-            decode_s=lambda: counters.snapshot().get("decode_seconds", 0.0),
-        )
+    profiler = _make_profiler(storage, profile_steps, device, counters) if profile_steps and rank == 0 else None
     timed = record_function if profiler is None else profiler.timed
     return PretrainRun(
         config=config,
@@ -152,18 +146,33 @@ def begin_run(
         state=state,
         running=running,
         unread=UnreadSteps(config.max_skipped_steps),
-        good=None if checkpoint is None else checkpoint["path"],
+        good=None if saved is None else saved.path,
         pending=pending,
         clock=Clock(),
     )
 
 
+def _warn_of_slow_steps(compiled: str | None, without_kernels: str | None) -> None:
+    not_compiled = compiled if compiled is not None and compiled.startswith("not compiled") else None
+    for reason in filter(None, (not_compiled, without_kernels)):
+        _LOG.warning("steps will be slow: %s", reason)
+
+
+def _make_profiler(storage: Storage, num_steps: int, device: torch.device, counters: Counters) -> Profiler:
+    return Profiler(
+        storage,
+        num_steps=num_steps,
+        device=device,
+        decode_s=lambda: counters.snapshot().get("decode_seconds", 0.0),
+    )
+
+
 def _check_batch_and_checkpoint(
-    config: PretrainConfig, checkpoint: Mapping[str, Any] | None, storage: Storage, *, world_size: int
+    config: PretrainConfig, checkpoint: SavedCheckpoint | None, storage: Storage, *, world_size: int
 ) -> None:
     """Raise `InputError` if this number of workers cannot share a batch, or cannot resume from a checkpoint."""
     if checkpoint is not None:
-        running = checkpoint["state"].get("running", {})
+        running = checkpoint.manifest.state.running
         reason = None
         if unknown := sorted(running.keys() - {field.name for field in fields(Sums)}):
             reason = f"its state has {', '.join(unknown)}, which this version of p2r does not know"
@@ -171,8 +180,8 @@ def _check_batch_and_checkpoint(
             reason = "the optimizer that wrote it could not skip steps"
         if reason is not None:
             raise CheckpointError(
-                f"{storage.at(checkpoint['path'])} cannot be resumed: {reason}. Use the version of p2r that wrote it "
-                f"({checkpoint.get('code_version')}), or start a new run from its weights with --fork NAME"
+                f"{storage.at(checkpoint.path)} cannot be resumed: {reason}. Use the version of p2r that wrote it "
+                f"({checkpoint.manifest.code_version}), or start a new run from its weights with --fork NAME"
             )
     if config.global_batch % world_size:
         raise InputError(
@@ -182,14 +191,14 @@ def _check_batch_and_checkpoint(
 
 
 def _build_network(
-    config: PretrainConfig, checkpoint: Mapping[str, Any] | None
+    config: PretrainConfig, checkpoint: CheckpointManifest | None
 ) -> tuple[Pix2Rep, dict[str, Any] | None]:
     """Return the network with its initial weights, and their origin if they are not random."""
     torch.manual_seed(config.seed)
     learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
     model = Pix2Rep(config.model, dimensions=config.image.dimensions, learnt_temperature=learnt_temperature)
     if checkpoint is not None:
-        return model, checkpoint.get("init_from")
+        return model, checkpoint.init_from
     return model, None if config.init_from is None else init_weights(model, config.init_from)
 
 

@@ -16,21 +16,21 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from p2r.documents import FewKeys, FileEntry, RelativePath, checked
+from p2r.engine.checkpoint_manifest import MANIFEST, CheckpointManifest
 from p2r.engine.peers import Peers
 from p2r.errors import DamagedError, P2RError, StorageError
 from p2r.files import locked
 from p2r.storage import Storage, file_sha256
 
-MANIFEST = "manifest.json"
 _PREFIX = "p2r-checkpoint-"
 _MAX_RECEIPT_BYTES = 1 << 26
 _LOG = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _LOG = logging.getLogger(__name__)
 class _Receipt(BaseModel):
     """Files that a rank uploaded, or its failure."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, frozen=True)
     attempt: str
     files: Annotated[dict[RelativePath, FileEntry], FewKeys]
     failure: str | None = None
@@ -99,20 +99,20 @@ class Uploader:
         """The newest checkpoint that this uploader completed; only known on rank 0."""
         return self._newest
 
-    def start(self, folder: Path, step: int, *, facts: Mapping[str, Any], began_s: float) -> None:
+    def start(self, folder: Path, step: int, *, manifest: CheckpointManifest, began_s: float) -> None:
         """Start to upload all files of a folder, which is removed afterwards. `finish` must have returned before.
 
         Args:
             folder: This rank's part of the checkpoint.
             step: Step of the checkpoint.
-            facts: Entries of its manifest besides the digests.
+            manifest: Manifest of the checkpoint, still without files.
             began_s: Monotonic time at which saving started.
         """
         assert self._thread is None
 
         def upload() -> None:
             try:
-                self._upload(folder, path_of(step), facts, began_s)
+                self._upload(folder, path_of(step), manifest, began_s)
             except P2RError as error:
                 self._failure = StorageError(
                     f"the checkpoint of step {step} could not be uploaded: {error}; "
@@ -152,28 +152,27 @@ class Uploader:
         if self._failure is not None:
             _LOG.warning("%s", self._failure)
 
-    def _upload(self, folder: Path, path: str, facts: Mapping[str, Any], began_s: float) -> None:
+    def _upload(self, folder: Path, path: str, manifest: CheckpointManifest, began_s: float) -> None:
         """Upload this rank's files; on rank 0, also wait for the others and complete the checkpoint."""
-        receipt: dict[str, Any] = {"attempt": self._attempt, "files": {}}
+        files: dict[str, FileEntry] = {}
         try:
             for file in sorted(folder.rglob("*")):
                 if file.is_file():
                     name = file.relative_to(folder).as_posix()
-                    receipt["files"][name] = {"sha256": file_sha256(file), "num_bytes": file.stat().st_size}
+                    files[name] = FileEntry(sha256=file_sha256(file), num_bytes=file.stat().st_size)
                     self.storage.upload(file, f"{path}/{name}")
         except P2RError as error:
             if self.peers.rank > 0:
                 with suppress(StorageError):  # so that rank 0 need not wait for its timeout
-                    self._write_receipt(path, {**receipt, "failure": str(error)})
+                    self._write_receipt(path, _Receipt(attempt=self._attempt, files=files, failure=str(error)))
             raise
         if self.peers.rank > 0:
-            self._write_receipt(path, receipt)
+            self._write_receipt(path, _Receipt(attempt=self._attempt, files=files))
             return
-        files = dict(receipt["files"])
         for other in self._wait_for_receipts(path):
             files.update(other)
-        self.storage.write_json(f"{path}/{MANIFEST}", {**facts, "files": files})
-        num_bytes = sum(entry["num_bytes"] for entry in files.values())
+        self.storage.write_json(f"{path}/{MANIFEST}", manifest.model_copy(update={"files": files}).to_json())
+        num_bytes = sum(entry.num_bytes for entry in files.values())
         self._newest = Uploaded(path, time.monotonic() - began_s, num_bytes)
         try:
             self.storage.delete(f"{path}/receipts")
@@ -181,10 +180,10 @@ class Uploader:
         except StorageError as error:
             _LOG.warning("checkpoint %s is complete, but outdated files could not be removed: %s", path, error)
 
-    def _write_receipt(self, path: str, receipt: Mapping[str, Any]) -> None:
-        self.storage.write_json(_receipt_path(path, self.peers.rank), receipt)
+    def _write_receipt(self, path: str, receipt: _Receipt) -> None:
+        self.storage.write_json(_receipt_path(path, self.peers.rank), receipt.model_dump(exclude_unset=True))
 
-    def _wait_for_receipts(self, path: str) -> Iterator[dict[str, Any]]:
+    def _wait_for_receipts(self, path: str) -> Iterator[dict[str, FileEntry]]:
         """Yield the files of all other ranks as their receipts arrive."""
         deadline_s, pause_s = time.monotonic() + self._timeout_s, 0.02
         for rank in range(1, self.peers.world_size):
@@ -195,17 +194,17 @@ class Uploader:
                 if time.monotonic() > deadline_s or self._gives_up.wait(pause_s):
                     raise StorageError(f"rank {rank} has not uploaded its part")
                 pause_s = min(2 * pause_s, 1.0)
-            if "failure" in receipt:
-                raise StorageError(f"rank {rank}: {receipt['failure']}")
-            yield receipt["files"]
+            if receipt.failure is not None:
+                raise StorageError(f"rank {rank}: {receipt.failure}")
+            yield receipt.files
 
-    def _read_receipt(self, path: str, rank: int) -> dict[str, Any] | None:
+    def _read_receipt(self, path: str, rank: int) -> _Receipt | None:
         where = _receipt_path(path, rank)
         if not self.storage.exists(where):
             return None
-        receipt: dict[str, Any] = self.storage.read_json(where, max_bytes=_MAX_RECEIPT_BYTES)
-        checked(_RECEIPT, receipt, where=f"{self.storage.at(where)} is damaged:", error=DamagedError)
-        return receipt if receipt["attempt"] == self._attempt else None
+        value = self.storage.read_json(where, max_bytes=_MAX_RECEIPT_BYTES)
+        receipt = checked(_RECEIPT, value, where=f"{self.storage.at(where)} is damaged:", error=DamagedError)
+        return receipt if receipt.attempt == self._attempt else None
 
 
 def remove_old(storage: Storage, newest: int, *, keep: int, keep_every: int) -> None:

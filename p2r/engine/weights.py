@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from p2r.artefact import MAX_MANIFEST_BYTES, BackboneManifest, open_artefact
 from p2r.config import ModelConfig
-from p2r.documents import read_json
+from p2r.documents import FileEntry, read_json
 from p2r.engine.ancestry import origins_of_backbone, origins_of_checkpoint
-from p2r.engine.checkpoint import FORMAT, check_manifest
+from p2r.engine.checkpoint_manifest import FORMAT, parse_manifest
 from p2r.errors import CheckpointError, DamagedError
 from p2r.model.backbones import EncoderDecoder, build_backbone
 from p2r.model.foreign import Transfer, transfer
@@ -79,14 +79,14 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
         return {**facts, "weights_sha256": entry.sha256, "origins": origins_of_backbone(artefact), **step}
     if format != FORMAT:
         raise CheckpointError(f"{where} has format {format!r}; weights are taken from p2r-backbone/2 and {FORMAT}")
-    check_manifest(manifest, where=where)
+    saved = parse_manifest(manifest, where=where)
     reference.check(content)
-    _load_fitting(model, checked_weights(storage, _FILE, manifest["files"][_FILE]), where=where, optional=_OPTIONAL)
+    _load_fitting(model, checked_weights(storage, _FILE, saved.files[_FILE]), where=where, optional=_OPTIONAL)
     return {
         **facts,
-        "weights_sha256": manifest["files"][_FILE]["sha256"],
+        "weights_sha256": saved.files[_FILE].sha256,
         "origins": origins_of_checkpoint(manifest, storage.url),
-        "step": manifest["step"],
+        "step": saved.step,
     }
 
 
@@ -125,15 +125,15 @@ def foreign_weights(
     return found, {**record, **({"citations": citations} if citations else {})}
 
 
-def checked_weights(storage: Storage, path: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+def checked_weights(storage: Storage, path: str, entry: FileEntry) -> dict[str, Tensor]:
     """Read safetensors and check them: digest, float32, finite; parsed from the same bytes that were hashed.
 
     Raises:
         DamagedError: They are absent, or have another digest.
         CheckpointError: They are not safetensors in float32, or not finite.
     """
-    content = storage.local(path, sha256=entry["sha256"], num_bytes=entry["num_bytes"]).read_bytes()
-    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+    content = storage.local(path, sha256=entry.sha256, num_bytes=entry.num_bytes).read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
         raise DamagedError(f"{storage.at(path)} does not have the sha256 of its manifest: it is damaged")
     return read_tensors(content, where=storage.at(path))
 

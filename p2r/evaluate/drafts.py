@@ -9,9 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 
+from p2r.console import visible
 from p2r.data.survey import Pairing, Survey
 
 LICENCE, PROVENANCE = "${P2R_LICENCE}", "${P2R_PROVENANCE}"
@@ -40,15 +42,20 @@ class Voxels:
 def draft_job(
     *, name: str, sources: str, licence: str, provenance: str, cohort: str, subject_pattern: str, task: str | None,
     voxels: Voxels | None, num_labelled: int, storage: str | None = None, exclude: Sequence[str] = (),
+    copies: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """Return a job's YAML: the whole pipeline with a task, otherwise only pretraining."""
+    """Return a job's YAML: the whole pipeline with a task, otherwise only pretraining.
+
+    `exclude` and `copies` are patterns of files that are left out: test images, and copies of other subjects' scans.
+    """
     spacing, size = (1.5, 128) if voxels is None else voxels.image()
     kind = "pretrain" if task is None else "pipeline"
+    reasons = ["the data set's own test images; without this line, pretraining uses them"] * bool(exclude)
+    reasons += ["copies of other subjects' scans"] * bool(copies)
+    left_out = ", ".join(map(quoted, [*exclude, *copies]))
     ingest = [
         f"  sources: [{quoted(sources)}] # label maps among them are left out",
-        *[
-            f"  exclude: [{', '.join(map(quoted, exclude))}] # the data set's own test images; without this line, pretraining uses them"
-        ][: len(exclude)],
+        *([f"  exclude: [{left_out}] # {'; '.join(reasons)}"] if reasons else []),
         f"  licence: {quoted(licence)} # SPDX identifier or name; stored with everything made from the data",
         f"  provenance: {quoted(provenance)} # where the data come from, and how to cite them",
         f"  cohort: {quoted(cohort)} # as in the task: within a cohort, the same name is the same person",
@@ -98,6 +105,7 @@ def draft_task(
     licence: str,
     provenance: str,
     folder: Path,
+    twins: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Return a task's YAML for the pairs found by a survey.
 
@@ -110,8 +118,11 @@ def draft_task(
         licence: Licence of the data.
         provenance: Citation of the data.
         folder: Folder of the new file; data folders below it are written as relative paths.
+        twins: Subjects to leave out, because they have a scan of another subject -> that subject.
     """
-    num_subjects = len(labelled_subjects(found, pairing))
+    subjects = labelled_subjects(found, pairing)
+    left_out = {subject: owner for subject, owner in twins.items() if subject in subjects}
+    num_subjects = len(subjects) - len(left_out)
     title = found.title or f"Segmentation of {', '.join(classes.values())}"
     lines = [
         f"name: {name}",
@@ -127,11 +138,24 @@ def draft_task(
         f"subject_pattern: {quoted(found.subject_pattern)} # its first group is the patient, who is in one split only",
         "classes: # values of the label maps, from 1 on without a gap; correct their names",
         *(f"  {value}: {quoted(label)}" for value, label in sorted(classes.items())),
-        f"split_rule: {{seed: 0, {_choose_split_sizes(num_subjects)}}} # of {num_subjects} labelled patients; the others train",
+        *_draft_split(num_subjects, left_out),
     ]
     if pairing.num_unlabelled:
         lines.append("unlabelled: leave_out # scans without a label map; pretraining still uses them")
     return "\n".join(lines) + "\n"
+
+
+def _draft_split(num_subjects: int, left_out: Mapping[str, str]) -> list[str]:
+    rule, comment = _choose_split_sizes(num_subjects), f"# of {num_subjects} labelled patients; the others train"
+    if not left_out:
+        return [f"split_rule: {{seed: 0, {rule}}} {comment}"]
+    copies = visible(", ".join(f"{subject} as {owner}" for subject, owner in list(left_out.items())[:5]))
+    return [
+        f"split_rule: {comment}",
+        "  seed: 0",
+        *(f"  {size}" for size in rule.split(", ")),
+        f"  leave_out: [{', '.join(map(quoted, left_out))}] # the same voxels: {copies}",
+    ]
 
 
 def labelled_subjects(found: Survey, pairing: Pairing) -> set[str]:

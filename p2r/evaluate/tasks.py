@@ -116,7 +116,8 @@ def check_scans(
                 raise DataError(
                     f"task {task.name}: {other} of subject {twin.subject} ({split_of[twin.subject]}) and {image} of "
                     f"subject {scan.subject} ({split_of[scan.subject]}) have the same voxels: one patient under two names would "
-                    "leak between splits, or count twice; remove one of them from the splits"
+                    f"leak between splits, or count twice. Leave {scan.subject} out: by splits, or split_rule.leave_out, in the "
+                    "task, and by ingest.exclude in a job that pretrains on these files"
                 )
         twin = labels.setdefault(voxels_sha256(loaded.labels), scan) if loaded.labels.data.any() else scan
         if twin.subject != scan.subject:

@@ -1,50 +1,28 @@
 """Exports: a published backbone or model -> a folder that another tool reads with its own commands.
 
-Each format is one module with a function `write(source, folder)`, and one row of `EXPORTS`. A module checks that the written
+Each format is one module with a function `write(source, folder)`, and one row of `p2r.exports.EXPORTS`. A module checks that the written
 thing gives the outputs of p2r, and raises otherwise. The folder appears under its name only after that.
 """
 
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from p2r.errors import InputError
+from p2r.exports import EXPORTS, Export, ExportName, reason_against
 
 if TYPE_CHECKING:
     from p2r.export.source import Source, Written
-
-ExportName = Literal["monai", "onnx", "huggingface", "nnunet"]
-
-
-@dataclass(frozen=True)
-class Export:
-    """A format of other tools."""
-
-    module: str
-    """Module with the function `write`."""
-    title: str
-    """Description of the format, for people."""
-    extra: str | None
-    """Extra of p2r that installs its packages; None: the core has them."""
-
-
-EXPORTS: dict[ExportName, Export] = {
-    "monai": Export("p2r.export.monai_bundle", "MONAI bundle", None),
-    "onnx": Export("p2r.export.onnx_file", "ONNX file", "onnx"),
-    "huggingface": Export("p2r.export.hub_folder", "Hugging Face folder", None),
-    "nnunet": Export("p2r.export.nnunet", "nnU-Net checkpoint", None),
-}
 
 
 def export_name(text: str) -> ExportName:
     """Return the name of a format.
 
     Raises:
-        InputError: There is no such format.
+        InputError: The format is unknown.
     """
     for name in EXPORTS:
         if name == text:
@@ -94,22 +72,48 @@ def check_folder(folder: Path) -> None:
 def export_source(source: "Source", *, to: ExportName, folder: Path) -> list[str]:
     """Export a loaded backbone or model. Arguments and errors as in `export`."""
     found = EXPORTS[to]
+    model = source.model
+    reason = reason_against(
+        to,
+        network=model.name,
+        level=model.level,
+        normalisation=model.normalisation,
+        num_contrasts=model.in_channels,
+    )
+    if reason is not None:
+        raise InputError(f"{source.name} cannot become a {found.title}: {reason}")
     write: Callable[[Source, Path], Written] = _import(found).write
+    lines: list[str] = []
+
+    def fill(temporary: Path) -> None:
+        written = write(source, temporary)
+        lines.extend(
+            [
+                f"wrote {folder}: {found.title} of the {source.noun} {source.name}, {_describe_size(temporary)}",
+                *(f"  {path}  {size}" for path, size in _list_files(temporary)),
+                *(f"checked: {check}" for check in written.checks),
+                *(f"note: {note}" for note in written.notes),
+                *(f"next: {command}" for command in written.commands),
+            ]
+        )
+
+    write_folder(folder, fill)
+    return lines
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a temporary folder beside `folder`, and give it that name only once it is complete.
+
+    Raises:
+        InputError: The name was taken meanwhile.
+    """
     target = folder.expanduser().absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as name:
         temporary = Path(name, target.name)
         temporary.mkdir()
-        written = write(source, temporary)
-        lines = [
-            f"wrote {folder}: {found.title} of the {source.noun} {source.name}, {_describe_size(temporary)}",
-            *(f"  {path}  {size}" for path, size in _list_files(temporary)),
-            *(f"checked: {check}" for check in written.checks),
-            *(f"note: {note}" for note in written.notes),
-            *(f"next: {command}" for command in written.commands),
-        ]
+        fill(temporary)
         _move(temporary, target)
-    return lines
 
 
 def _import(found: Export) -> Any:

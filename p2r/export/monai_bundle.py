@@ -72,7 +72,7 @@ def write(source: Source, folder: Path) -> Written:
     """Write the bundle into an empty folder.
 
     Raises:
-        InputError: The network has no counterpart in MONAI, or the bundle does not give the outputs of p2r.
+        InputError: The bundle does not give the outputs of p2r.
     """
     network = _build(source, scripts=bundle_script.__name__)
     load_stock(network, source)

@@ -1,4 +1,4 @@
-"""An ONNX file with a dynamic batch and dynamic sides, and the preparation of a scan as JSON.
+"""An ONNX file with a dynamic batch and, except for swin_unetr, dynamic sides; and the preparation of a scan as JSON.
 
     model.onnx          image (B, C, *S) in [0, 1] -> features or logits (B, F or K, *S)
     preparation.json    preparation of a scan, names of inputs and outputs, divisor of the sides
@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import onnx  # noqa: F401 (a missing package is named before anything is compute
 import onnxruntime
 import onnxscript  # noqa: F401
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim
 
 from p2r.errors import InputError, error_text
@@ -54,11 +55,13 @@ def write(source: Source, folder: Path) -> Written:
         "preparation": source.preparation.model_dump(mode="json"),
         "input": {
             "name": "image",
-            "shape": ["batch", source.model.in_channels, *_AXES[source.dimensions]],
+            "shape": ["batch", source.model.in_channels, *_sides(source)],
             "dtype": "float32",
             "range": [0, 1],
             "sides_divisible_by": source.model.size_divisor,
-            "smallest_side": 2 * source.model.size_divisor,
+            "smallest_side": source.preparation.image_size
+            if _has_fixed_sides(source)
+            else 2 * source.model.size_divisor,
         },
         "output": {
             "name": output,
@@ -78,43 +81,40 @@ def write(source: Source, folder: Path) -> Written:
     (folder / "pixels.py").write_bytes(Path(str(bundle_script.__file__)).read_bytes())
     (folder / "README.md").write_text(source.card, encoding="utf-8")
     version = importlib.metadata.version("onnxruntime")
+    tried = "batches of 1 and 3" + ("" if _has_fixed_sides(source) else ", two sizes")
     return Written(
         checks=(
-            f"onnxruntime {version}, batches of 1 and 3, two sizes: largest difference from p2r {difference:.1e} "
-            f"(allowed {_MAX_DIFFERENCE:g})",
+            f"onnxruntime {version}, {tried}: largest difference from p2r {difference:.1e} (allowed {_MAX_DIFFERENCE:g})",
         ),
         commands=(
             f"python -c \"import onnxruntime; print([i.shape for i in onnxruntime.InferenceSession('{folder.name}/model.onnx')"
             '.get_inputs()])"',
         ),
+        notes=("swin_unetr has fixed sides in ONNX: read larger images in windows of this size",)
+        if _has_fixed_sides(source)
+        else (),
     )
 
 
-class _Exportable(nn.Module):
-    """The network with the sides of its image unchecked: a check of symbolic sizes would become a constraint of the file."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: Tensor) -> Tensor:
-        found: Tensor = self.network(image)
-        return found
+def _sides(source: Source) -> list[str | int]:
+    return (
+        [source.preparation.image_size] * source.dimensions if _has_fixed_sides(source) else [*_AXES[source.dimensions]]
+    )
 
 
 def _convert(source: Source, path: Path, output: str) -> None:
     divisor = source.model.size_divisor
-    sides = {
-        2 + axis: divisor * Dim(f"{name}_blocks", min=2, max=4096) for axis, name in enumerate(_AXES[source.dimensions])
-    }
-    shapes: dict[int, Any] = {0: Dim("batch", min=1, max=4096), **sides}
-    example = source.images(batch=2, blocks=4)
+    shapes: dict[int, Any] = {0: Dim("batch", min=1, max=4096)}
+    if not _has_fixed_sides(source):
+        for axis, name in enumerate(_AXES[source.dimensions], start=2):
+            shapes[axis] = divisor * Dim(f"{name}_blocks", min=2, max=4096)
+    example = source.images(batch=2, blocks=None if _has_fixed_sides(source) else 4)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
             program = torch.onnx.export(
-                _Exportable(source.network).eval(),
+                source.network,
                 (example,),
                 dynamo=True,
                 dynamic_shapes=(shapes,),
@@ -130,17 +130,48 @@ def _convert(source: Source, path: Path, output: str) -> None:
         raise InputError(f"{source.name} ({source.model.name}) cannot become an ONNX file: {first[:300]}") from error
 
 
+def _has_fixed_sides(source: Source) -> bool:
+    """Return whether the sides are fixed: attention within windows has a mask that the conversion computes for one size."""
+    return source.model.name == "swin_unetr"
+
+
 def _compare(source: Source, path: Path) -> float:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    run = _open_session(source, path)
     found = 0.0
-    for images in (source.images(), source.images(batch=3, blocks=3, seed=1)[..., : 2 * source.model.size_divisor]):
+    other = source.images(batch=3, seed=1)
+    if not _has_fixed_sides(source):
+        other = source.images(batch=3, blocks=3, seed=1)[..., : 2 * source.model.size_divisor]
+    for images in (source.images(), other):
         with torch.no_grad():
             wanted = source.network(images)
-        (output,) = session.run(None, {"image": images.numpy()})
+        output = run(images)
         found = max(
             found,
-            largest_difference(
-                torch.from_numpy(np.asarray(output)), wanted, at_most=_MAX_DIFFERENCE, what="ONNX Runtime"
-            ),
+            largest_difference(output, wanted, at_most=_MAX_DIFFERENCE, what="ONNX Runtime"),
         )
     return found
+
+
+def _open_session(source: Source, path: Path) -> Callable[[Tensor], Tensor]:
+    """Open the file in ONNX Runtime, which may lack an operator or a version of one."""
+
+    def refusal(error: Exception) -> InputError:
+        version = importlib.metadata.version("onnxruntime")
+        return InputError(
+            f"onnxruntime {version} cannot run the ONNX file of {source.name} (opset {_OPSET}): {str(error)[:300]}; install another "
+            "version of onnxruntime"
+        )
+
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no common class
+        raise refusal(error) from error
+
+    def run(images: Tensor) -> Tensor:
+        try:
+            (output,) = session.run(None, {"image": images.numpy()})
+        except Exception as error:
+            raise refusal(error) from error
+        return torch.from_numpy(np.asarray(output))
+
+    return run

@@ -64,7 +64,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Short name: that of the backbone's or the model's folder, with its version."""
+        """Short name: the last two parts of the URL, name and version."""
         parts = [part for part in str(self.manifest["url"]).split("?")[0].rstrip("/").split("/") if part]
         return "-".join(parts[-2:])
 

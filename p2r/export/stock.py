@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from p2r.errors import InputError
 from p2r.export.source import Source
+from p2r.model.foreign import names_in
 from p2r.model.heads import PrototypeHead
 
 _LAST_LAYER = {
@@ -30,11 +31,7 @@ def definition(source: Source, *, scripts: str) -> dict[str, Any]:
     Args:
         source: The backbone or model.
         scripts: Module with the classes of `bundle_script`, as the bundle imports it.
-
-    Raises:
-        InputError: MONAI has no such network: it is nnU-Net's, reads several contrasts, or returns a coarser level.
     """
-    _check_counterpart(source)
     head = source.config.head() if source.is_model else None
     network = _network(source, num_outputs=_channels(source))
     if isinstance(head, PrototypeHead):
@@ -73,21 +70,6 @@ def load_stock(network: nn.Module, source: Source) -> None:
         raise InputError(
             f"the installed MONAI builds another {source.model.name} than p2r: no weights for {missing[:3]}, no place for "
             f"{unexpected[:3]}; install the version of MONAI that p2r requires"
-        )
-
-
-def _check_counterpart(source: Source) -> None:
-    model, way_out = source.model, "export it with --to onnx"
-    if model.name == "residual_encoder_unet":
-        raise InputError(f"MONAI has no {model.name}: {way_out}, or with --to nnunet")
-    if model.level:
-        raise InputError(
-            f"the {source.noun} returns level {model.level} of the decoder, and MONAI's {model.name} only the finest: {way_out}"
-        )
-    if model.in_channels > 1:
-        raise InputError(
-            f"the {source.noun} reads {model.in_channels} contrasts, of which some may be missing, which MONAI's {model.name} cannot "
-            f"weigh: {way_out}"
         )
 
 
@@ -141,8 +123,9 @@ def _weights(source: Source) -> dict[str, Tensor]:
     unet = {
         name.removeprefix("backbone.unet."): value for name, value in own.items() if name.startswith("backbone.unet.")
     }
-    if source.model.name == "unet":
-        unet = {_nested_name(name, source.model.depth): value for name, value in unet.items()}
+    rename = names_in("MONAI", source.model)
+    assert rename is not None
+    unet = {rename(name, source.model.depth): value for name, value in unet.items()}
     weight, bias = _projection(source, own)
     is_wrapped = _needs_wrapper(source)
     if source.is_model and not is_wrapped:
@@ -171,12 +154,3 @@ def _multiply(weight: Tensor, bias: Tensor, first: Tensor, first_bias: Tensor) -
     product = (matrix @ first.flatten(1).double()).float()
     shifted = (matrix @ first_bias.double() + bias.double()).float()
     return product.reshape(*product.shape, *weight.shape[2:]), shifted
-
-
-def _nested_name(name: str, depth: int) -> str:
-    """Return the name of a block in MONAI's UNet, which nests each level in the one above."""
-    kind, _, rest = name.partition(".")
-    if kind == "bottom":
-        return "model" + ".1.submodule" * depth + f".{rest}"
-    level, _, inner = rest.partition(".")
-    return "model" + ".1.submodule" * int(level) + f".{0 if kind == 'down' else 2}.{inner}"

@@ -154,35 +154,23 @@ def train_segmenter(
     segmenter.train()
     if config.compile:
         say(f"{trial.id} | {run.compile(config.batch_size, preparation)}")
+    after_step = _AfterStep(trial, say, None if look is None else lambda done: look(done, run.found), look_steps)
     start = run.resume(saved, say=say)
     for step in range(start, steps):
         run.set_rates(step)
         if rounds is not None and (line := rounds.at(step, run.found)) is not None:
             say(f"{trial.id} | step {step} | {line}")
-        key = ("finetune", trial.task, trial.num_labelled, trial.draw, step)
+        key = _key_of_step(trial, step)
         batch = _draw_labelled_batch(labelled, key, config=config, preparation=preparation, device=device)
-        unlabelled_loss: Tensor | None = None
         if unlabelled is None or run.teacher is None:
-            logits = run.student(batch.images)
+            loss = criterion(run.student(batch.images), batch.labels[:, None])
         else:
             step_images = unlabelled if rounds is None else replace(unlabelled, labels=rounds.labels)
             views, draws = _draw_views(step_images, key, config=config, preparation=preparation, device=device)
-            if run.tally is None:
-                logits = run.student(batch.images)
-                unlabelled_loss = _consistency_loss(run.student, run.as_teacher, views)
-            else:
-                logits, unlabelled_loss = _weak_to_strong_loss(run, step, batch, views, draws)
-        loss = criterion(logits, batch.labels[:, None])
-        if unlabelled_loss is not None:
-            loss = loss + _consistency_weight(step, trial) * unlabelled_loss
+            logits, unlabelled_loss = _semi_supervised(run, step, batch, views, draws)
+            loss = criterion(logits, batch.labels[:, None]) + _consistency_weight(step, trial) * unlabelled_loss
         run.update(step, loss)
-        is_look = look is not None and (step + 1) % look_steps == 0 and step + 1 < steps
-        if (step + 1) % _CHECK_STEPS == 0 or step + 1 == steps or is_look:
-            _check_finite(loss, trial, step)
-        if (step + 1) % 100 == 0:
-            say(f"{trial.id} | step {step + 1}/{steps} | loss {float(loss.detach()):.3f}")
-        if look is not None and is_look:
-            run.curve.append(look(step + 1, run.found))
+        after_step(step, loss, run.curve)
         if saved is not None and (step + 1) % _CHECK_STEPS == 0 and step + 1 < steps and saved.is_due:
             saved.save(run.state(step + 1))
             if saved.is_over:
@@ -195,6 +183,42 @@ def train_segmenter(
         () if rounds is None else rounds.told,
         () if rounds is None else rounds.warnings(),
     )
+
+
+@dataclass(frozen=True)
+class _AfterStep:
+    """Checks, log lines and validations between the steps of a training."""
+
+    trial: Trial
+    say: Say
+    look: Callable[[int], dict[str, Any]] | None
+    look_steps: int
+
+    def __call__(self, step: int, loss: Tensor, curve: list[dict[str, Any]]) -> None:
+        """Check a step's loss from time to time, log it, and add the result of a due validation to `curve`."""
+        done, steps = step + 1, self.trial.settings.steps or 1
+        look = self.look if done % self.look_steps == 0 and done < steps else None
+        if done % _CHECK_STEPS == 0 or done == steps or look is not None:
+            _check_finite(loss, self.trial, step)
+        if done % 100 == 0:
+            self.say(f"{self.trial.id} | step {done}/{steps} | loss {float(loss.detach()):.3f}")
+        if look is not None:
+            curve.append(look(done))
+
+
+def _key_of_step(trial: Trial, step: int) -> tuple[int | str, ...]:
+    """Return the key of a step's random numbers: equal for all modes."""
+    return ("finetune", trial.task, trial.num_labelled, trial.draw, step)
+
+
+def _semi_supervised(
+    run: Learner, step: int, batch: Labelled, views: WeakAndStrong, draws: Draws
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of the labelled images and the loss on the unlabelled ones, by pseudo-labels or by consistency."""
+    if run.tally is not None:
+        return _weak_to_strong_loss(run, step, batch, views, draws)
+    logits = run.student(batch.images)
+    return logits, _consistency_loss(run.student, run.as_teacher, views)
 
 
 def _draw_labelled_batch(
@@ -402,23 +426,16 @@ def train_head(
         head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay or 0.0
     )
     first, tail, curve = torch.tensor(0.0), list[Tensor](), list[dict[str, Any]]()
+    after_step = _AfterStep(trial, say, look, look_steps)
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 step, peak=settings.learning_rate, num_steps=settings.steps, warmup_fraction=WARMUP_FRACTION
             )
-        key = ("finetune", trial.task, trial.num_labelled, trial.draw, step)
-        chosen = keyed_generator(config.seed, *key).integers(len(images), size=config.batch_size)
-        logits, labels = [], []
-        for index in chosen:
-            maps, label, is_scan = images[int(index)]
-            found = head(maps[None].to(device))
-            if found.shape[2:] != label.shape:
-                mode = "bilinear" if label.ndim == 2 else "trilinear"
-                found = F.interpolate(found, size=label.shape, mode=mode, align_corners=False)
-            at = is_scan.flatten().nonzero()[:, 0]
-            logits.append(found.flatten(2)[:, :, at.to(device)])  # (1, K, n)
-            labels.append(label.flatten()[at].to(device))
+        chosen = keyed_generator(config.seed, *_key_of_step(trial, step)).integers(len(images), size=config.batch_size)
+        logits, labels = zip(
+            *(_pixels_of_scan(head, *images[int(index)], device=device) for index in chosen), strict=True
+        )
         loss = criterion(torch.cat(logits, dim=2), torch.cat(labels)[None, None])
         first = loss.detach() if step == 0 else first
         optimizer.zero_grad(set_to_none=True)
@@ -427,11 +444,17 @@ def train_head(
         optimizer.step()
         if step >= settings.steps * 0.9 or step == settings.steps - 1:
             tail.append(loss.detach())
-        is_look = look is not None and (step + 1) % look_steps == 0 and step + 1 < settings.steps
-        if (step + 1) % _CHECK_STEPS == 0 or step + 1 == settings.steps or is_look:
-            _check_finite(loss, trial, step)
-        if (step + 1) % 100 == 0:
-            say(f"{trial.id} | step {step + 1}/{settings.steps} | loss {float(loss.detach()):.3f}")
-        if look is not None and is_look:
-            curve.append(look(step + 1))
+        after_step(step, loss, curve)
     return _final_loss(head, first, tail, trial), tuple(curve)
+
+
+def _pixels_of_scan(
+    head: nn.Module, maps: Tensor, label: Tensor, is_scan: Tensor, *, device: str
+) -> tuple[Tensor, Tensor]:
+    """Return the logits (1, K, n) and labels (n,) of the n pixels of an image that are in the scan."""
+    logits = head(maps[None].to(device))
+    if logits.shape[2:] != label.shape:
+        mode = "bilinear" if label.ndim == 2 else "trilinear"
+        logits = F.interpolate(logits, size=label.shape, mode=mode, align_corners=False)
+    at = is_scan.flatten().nonzero()[:, 0]
+    return logits.flatten(2)[:, :, at.to(device)], label.flatten()[at].to(device)

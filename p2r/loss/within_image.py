@@ -13,6 +13,8 @@ Source: the local loss of Chaitanya et al. 2020 (negatives of the same image), a
 Shape letters: B images of this rank, n pixel pairs of each, E embedding channels, D spatial dimensions.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,10 +85,7 @@ def info_nce_within_images(
         must_not_wait = isinstance(temperature, Tensor) and postpones(findings, temperature)
         refuse_form_and_temperature(form, temperature, None if must_not_wait else number_in(temperature))
         refuse_pair(queries=queries, keys=keys)
-        if num_images < 1 or len(queries) % num_images:
-            raise ValueError(f"{len(queries)} pixel pairs do not divide into {num_images} images")
-        if radius_mm and (position_mm is None or len(position_mm) != len(queries)):
-            raise ValueError("radius_mm needs position_mm, one for each pixel pair")
+        _refuse_images(len(queries), num_images, position_mm, radius_mm)
         if weights is not None:
             refuse_weights(weights, queries, findings)
             # Rows of weight 0 may hold anything, including zeros, which have no direction.
@@ -106,15 +105,7 @@ def info_nce_within_images(
         num_pairs = len(queries) // num_images
         at_once = images_at_once(num_pairs, is_gpu=queries.device.type == "cuda")
         tensors = (*rows, weight, position_mm if radius_mm else None)
-        by_images = zip(
-            *(
-                [None] * -(-num_images // at_once)
-                if x is None
-                else torch.split(x.reshape(num_images, num_pairs, *x.shape[1:]), at_once)
-                for x in tensors
-            ),
-            strict=True,
-        )
+        by_images = zip(*(_split_images(x, num_images, num_pairs, at_once) for x in tensors), strict=True)
         losses = [
             checkpoint(
                 _sum_losses,
@@ -138,6 +129,20 @@ def info_nce_within_images(
         differentiable = factor * own / total_weight
         loss: Tensor = differentiable + (total / total_weight - differentiable).detach()
         return loss
+
+
+def _refuse_images(num_pairs: int, num_images: int, position_mm: Tensor | None, radius_mm: float) -> None:
+    if num_images < 1 or num_pairs % num_images:
+        raise ValueError(f"{num_pairs} pixel pairs do not divide into {num_images} images")
+    if radius_mm and (position_mm is None or len(position_mm) != num_pairs):
+        raise ValueError("radius_mm needs position_mm, one for each pixel pair")
+
+
+def _split_images(x: Tensor | None, num_images: int, num_pairs: int, at_once: int) -> Sequence[Tensor | None]:
+    """Split (B * n, ...) into parts of (up to `at_once`, n, ...); None: one None per part."""
+    if x is None:
+        return [None] * -(-num_images // at_once)
+    return torch.split(x.reshape(num_images, num_pairs, *x.shape[1:]), at_once)
 
 
 def images_at_once(num_pairs: int, *, is_gpu: bool) -> int:

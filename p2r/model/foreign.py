@@ -229,16 +229,13 @@ def _match(
     """Return our weights that are in the checkpoint, and the others with a reason."""
     found = shapes_of(theirs)
     fits = {name: found.get(their) == tuple(wanted[name].shape) for name, their in ours.items()}
-    norms = {
-        name for name in ours if _NORM.search(name) and "swinViT." not in name
-    }  # those of tokens always have a scale
-    has_norms = any(fits[name] for name in norms)
-    is_identity = {name for name in norms if ours[name] not in found and not has_norms}
-    missing = [name for name in ours if not fits[name] and name not in is_identity]
-    encoder = [name for name in missing if _part(name, config) == "encoder"]
-    decoder = [name for name in missing if _part(name, config) == "decoder"]
-    counted = [name for name in ours if _part(name, config) == "decoder" and name not in is_identity]
-    if encoder or 0 < len(decoder) < len(counted):
+    is_identity = _find_absent_norms(ours, fits, found)
+    expected: dict[Part, list[str]] = {"encoder": [], "decoder": [], "head": []}
+    for name in ours:
+        if name not in is_identity:
+            expected[_part(name, config)].append(name)
+    encoder, decoder = ([name for name in expected[part] if not fits[name]] for part in ("encoder", "decoder"))
+    if encoder or 0 < len(decoder) < len(expected["decoder"]):
         part = "encoder" if encoder else "decoder"
         rule = "complete" if encoder else "complete, or absent"
         raise CheckpointError(_explain(encoder or decoder, part, rule, found, ours, wanted, where))
@@ -248,6 +245,14 @@ def _match(
     if not all(fits.get(name, False) for name in own):
         new |= dict.fromkeys(own, "layers to this network's own number of channels")
     return [name for name in ours if name not in new], new
+
+
+def _find_absent_norms(ours: Mapping[str, str], fits: Mapping[str, bool], found: Mapping[str, Shape]) -> set[str]:
+    """Return our scales and shifts of normalisations that the checkpoint lacks, if it has none of them at all."""
+    norms = {
+        name for name in ours if _NORM.search(name) and "swinViT." not in name
+    }  # those of tokens always have a scale
+    return set() if any(fits[name] for name in norms) else {name for name in norms if ours[name] not in found}
 
 
 def _explain(
@@ -405,3 +410,9 @@ SOURCES = (
     _source("MONAI's UNet", r"model\.0\.conv\.unit0\.conv\.weight$", {"unet": _monai_unet}),
 )
 """Networks of other tools, the most specific first."""
+
+
+def names_in(tool: Literal["MONAI", "nnU-Net"], config: ModelConfig) -> Names | None:
+    """Return the renaming of our weights to those of a tool's network; None if the tool has no such network."""
+    found = (source.names.get(config.name) for source in SOURCES if source.title.startswith(tool))
+    return next((names for names in found if names is not None), None)

@@ -45,7 +45,7 @@ def forked(job: Job, name: str) -> Job:
         raise JobError(f"--fork {name}: this is the storage of the run itself; give another name or URL")
     begun = newest_checkpoint(storage.child("pretrain"))
     if begun is not None:
-        init_from = begun["config"].get("init_from")
+        init_from = begun.manifest.config.to_json().get("init_from")
         if init_from is None:
             raise JobError(f"--fork {name}: {storage.url} holds a run that was not forked; give another name or URL")
     else:
@@ -55,7 +55,7 @@ def forked(job: Job, name: str) -> Job:
                 f"--fork {name}: {old.at('pretrain/checkpoints')} holds no checkpoint to take weights from; "
                 "run the job without --fork first, or set its storage"
             )
-        init_from = old.at(f"pretrain/{newest['path']}")
+        init_from = old.at(f"pretrain/{newest.path}")
     update: dict[str, object] = {"init_from": init_from}
     ingest = job.ingest
     if job.pretrain.corpus is None and old.exists("corpus/manifest.json"):

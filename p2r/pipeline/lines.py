@@ -8,7 +8,15 @@ from p2r.logs import Line
 
 FINISHED = "this job is finished, and nothing that it was made from or has made has changed"
 
-_METRICS = ("loss", "images_per_s", "wait_fraction", "learning_rate", "gradient_norm", "equivariance_error")
+_METRICS = (
+    "loss",
+    "images_per_s",
+    "wait_fraction",
+    "learning_rate",
+    "gradient_norm",
+    "equivariance_error",
+    "probe_dice",
+)
 
 
 def made_lines(made: Mapping[str, Any]) -> Iterator[str]:

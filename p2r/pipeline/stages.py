@@ -43,6 +43,7 @@ from p2r.modes import MODES
 from p2r.pipeline.finished import digest_inputs, record_finished
 from p2r.pipeline.imported import check_initial_weights, publish_imported, published_record
 from p2r.pipeline.reporting import make_report, write_variants
+from p2r.pipeline.tracking import tracked
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
 from p2r.report.text import for_markdown
 from p2r.stages import KINDS
@@ -72,6 +73,11 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
     """
     storage = Storage(job.storage)
     storage.check_writable()
+    with tracked(job, storage, say) as tracked_say:
+        return _run_stages(job, storage, executor, tracked_say)
+
+
+def _run_stages(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
     made: dict[str, Any] = {"storage": storage.url}
     stages = KINDS[job.kind].stages
     inputs = digest_inputs(job)
@@ -134,8 +140,8 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
     if job.pretrain is None:
         raise JobError("kind publish needs the pretrain section of the run whose checkpoint it publishes")
     checkpoint = finished_checkpoint(storage.child("pretrain"), job.pretrain)
-    corpora = corpora_of(job.pretrain, storage.child("corpus"), stream=checkpoint["state"]["stream"])
-    before = checkpoint.get("init_from")
+    corpora = corpora_of(job.pretrain, storage.child("corpus"), stream=checkpoint.manifest.state.stream)
+    before = checkpoint.manifest.init_from
     inherited = ancestry(before)
     licence = _choose_licence(config, [*(corpus.manifest["licence"] for corpus in corpora), *inherited.licences])
     rules = {corpus.manifest["preprocessing"]["slice_axis"] for corpus in corpora}
@@ -146,7 +152,7 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             "a backbone has one rule; ingest them alike"
         )
     name = "model.safetensors" if job.pretrain.ema_decay is None else "ema.safetensors"
-    weights = checked_weights(storage.child("pretrain"), f"{checkpoint['path']}/{name}", checkpoint["files"][name])
+    weights = checked_weights(storage.child("pretrain"), f"{checkpoint.path}/{name}", checkpoint.manifest.files[name])
     published = publish(
         where,
         format=BACKBONE_FORMAT,
@@ -159,14 +165,14 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
                 contrasts=job.pretrain.model.contrasts,
             ),
         ),
-        card=_write_card(job, config, corpora, where.url, licence, step=checkpoint["step"]),
+        card=_write_card(job, config, corpora, where.url, licence, step=checkpoint.step),
         facts={
             "licence": licence,
             "job": job.name,
-            "step": checkpoint["step"],
-            "samples_seen": checkpoint["step"] * job.pretrain.global_batch,
+            "step": checkpoint.step,
+            "samples_seen": checkpoint.step * job.pretrain.global_batch,
             # Without the probe, which does not affect the weights and has a path of this machine.
-            "pretrain": {key: value for key, value in checkpoint["config"].items() if key != "probe"},
+            "pretrain": {key: value for key, value in checkpoint.manifest.config.to_json().items() if key != "probe"},
             "negatives": job.pretrain.negatives,
             "description": config.description,
             "initial_weights": published_record(before) if before and before.get("format") == "foreign" else None,
@@ -180,6 +186,10 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
             "publish | CORPORA UNKNOWN: the pretraining data of the initial weights cannot be read; evaluation will refuse this backbone"
         )
     say(f"publish | {published['pin']} | licence {licence}" + " | was published already" * (not published["is_new"]))
+    if config.exports:
+        from p2r.pipeline.exporting import write_exports  # ONNX takes seconds to import
+
+        write_exports(config, storage, published, say)
     return published
 
 
@@ -290,10 +300,11 @@ def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
     else:
         executor.ingest(config, corpus, subjects=subjects, say=say)
         manifest = load_manifest(corpus)
-        counts = ", ".join(f"{count} {reason}" for reason, count in manifest["reasons"].items())
+        facts = manifest.facts
+        counts = ", ".join(f"{count} {reason}" for reason, count in facts.reasons.items())
         say(
-            f"ingest | {describe_records(manifest)} of {manifest['num_subjects']} subjects, {manifest['num_samples']} planes in "
-            f"{len(manifest['shards'])} shards | revision {manifest['revision']} | ledger: {counts} | {corpus.url}"
+            f"ingest | {describe_records(manifest)} of {facts.num_subjects} subjects, {facts.num_samples} planes in "
+            f"{len(facts.shards)} shards | revision {facts.revision} | ledger: {counts} | {corpus.url}"
         )
     if not corpus_report_is_current(corpus):
         say(f"ingest | report: {write_corpus_report(corpus)}")
@@ -309,8 +320,8 @@ def _pretrain(job: Job, storage: Storage, executor: Executor, say: Say) -> str |
     if not executor.pretrain(job.pretrain, storage=where, corpus=storage.child("corpus"), say=say):
         return None
     checkpoint = finished_checkpoint(where, job.pretrain)
-    say(f"pretrain | done at step {checkpoint['step']} | {where.at(checkpoint['path'])}")
-    return where.at(checkpoint["path"])
+    say(f"pretrain | done at step {checkpoint.step} | {where.at(checkpoint.path)}")
+    return where.at(checkpoint.path)
 
 
 def _describe_network(config: PretrainConfig) -> str:

@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any
 
 from p2r.config import PretrainConfig
+from p2r.data.manifest import shards_of
 from p2r.data.order import allowed_world_sizes, check_micro_batch, check_world_size
 from p2r.data.stream import Corpus, order_of
 from p2r.errors import InputError
@@ -104,9 +105,9 @@ def _read_size(config: PretrainConfig, corpora: Sequence[Corpus] | None) -> tupl
     name, times = (
         ("num_samples", 1) if config.image.dimensions == 2 else ("num_volumes", config.image.patches_per_volume)
     )
-    shards = [shard for corpus in corpora for shard in corpus.manifest["shards"]]
-    num_images = sum(shard[name] * times for shard in shards)
-    return sum(shard["num_bytes"] for shard in shards) / max(1, num_images), num_images
+    shards = [shard for corpus in corpora for shard in shards_of(corpus.manifest)]
+    num_images = sum(getattr(shard, name) * times for shard in shards)
+    return sum(shard.num_bytes for shard in shards) / max(1, num_images), num_images
 
 
 def measured_rate(rows: Sequence[Mapping[str, Any]], *, where: str) -> Rate | None:

@@ -6,7 +6,6 @@ It depends only on one revision, reads no shard, and can be made again at any ti
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from p2r.config import PERCENTILES
 from p2r.data.ledger import LedgerRow, is_accepted, read_ledger
-from p2r.data.manifest import facts_of, load_manifest, manifest_sha256, ranges_of
+from p2r.data.manifest import Manifest, facts_of, load_manifest, ranges_of
 from p2r.data.preparation import slice_axis
 from p2r.data.revision import read_thumbnails
 from p2r.data.thumbnails import MOST, Thumbnails, drawn
@@ -34,7 +33,7 @@ _NUM_BINS = 36
 def corpus_report_is_current(corpus: Storage) -> bool:
     """Return whether the report beside a corpus is of its current revision."""
     found = corpus.read_tagged("report/report.md")
-    return found is not None and manifest_sha256(load_manifest(corpus)).encode() in found[0]
+    return found is not None and load_manifest(corpus).sha256.encode() in found[0]
 
 
 def write_corpus_report(corpus: Storage) -> str:
@@ -181,11 +180,11 @@ def _label_sparsely(axes: Axes, low: float, high: float) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _list_blocks(manifest: Mapping[str, Any], pictures: Sequence[str]) -> Iterator[Block]:
-    yield Heading(1, f"Corpus of cohort {manifest['cohort']}")
+def _list_blocks(manifest: Manifest, pictures: Sequence[str]) -> Iterator[Block]:
+    yield Heading(1, f"Corpus of cohort {manifest.facts.cohort}")
     yield Grid(("fact", "value"), facts_of(manifest))
     yield Heading(2, "Outcome of every input")
-    yield Grid(("reason", "inputs"), [(reason, str(count)) for reason, count in manifest["reasons"].items()])
+    yield Grid(("reason", "inputs"), [(reason, str(count)) for reason, count in manifest.facts.reasons.items()])
     yield Paragraph("`ledger.jsonl` has a row for each of them, with the message behind the reason.")
     captions = {
         "accepted": "Accepted scans, chosen at random.",
@@ -196,10 +195,10 @@ def _list_blocks(manifest: Mapping[str, Any], pictures: Sequence[str]) -> Iterat
         yield Picture(name, captions[name])
     yield Heading(2, "Accepted scans")
     yield Grid(("", "axis", "smallest", "median", "largest"), ranges_of(manifest))
-    dtypes = ", ".join(f"{count} {name}" for name, count in manifest["summary"]["dtypes"].items())
+    dtypes = ", ".join(f"{count} {name}" for name, count in manifest.facts.summary.dtypes.items())
     yield Paragraph(f"Voxels are stored as: {dtypes}. Axes refer to the volume in RAS order.")
     yield Heading(2, "Deidentification")
-    statement = manifest["deidentification"]
+    statement = manifest.facts.deidentification
     yield Grid(("item", "state"), [(name.replace("_", " "), state) for name, state in statement.items()])
     yield Paragraph("Faces can be recognised in scans of heads. This corpus is not anonymous.", note=True)
 

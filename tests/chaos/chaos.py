@@ -385,8 +385,8 @@ def read_run(url: str) -> dict[str, Any]:
     loose = sorted({"/".join(path.split("/")[:2]) for path in paths} - whole)
     return {
         "losses": {row["step"]: row["loss"] for row in rows},
-        "last_step": None if newest is None else newest["step"],
-        "stream": None if newest is None else newest["state"]["stream"],
+        "last_step": None if newest is None else newest.step,
+        "stream": None if newest is None else newest.manifest.state.stream,
         "damaged": damaged,
         "without_manifest": loose,
     }

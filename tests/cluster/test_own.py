@@ -169,6 +169,20 @@ def test_check_says_what_it_would_write_and_draws_the_scans(tmp_path: Path, p2r:
     assert not Path("job.yaml").exists()
 
 
+def test_a_patient_under_two_names_is_left_out_of_task_and_corpus(tmp_path: Path, p2r: P2R) -> None:
+    _nnunet(tmp_path / "data")
+    shutil.copy(tmp_path / "data/imagesTr/heart_002_0000.nii.gz", tmp_path / "data/imagesTr/heart_006_0000.nii.gz")
+    code, said = p2r("init", "mine", "--scans", tmp_path / "data", "--contrast", "0000", *STATED)
+    assert code == 0 and "heart_006 has the voxels of heart_002: one person under two names" in said, said
+    assert "of 7 labelled patients" in Path("mine/task.yaml").read_text()
+    task, job = load_task(Path("mine/task.yaml")), read_job(Path("mine/job.yaml"))
+    assert "heart_006" not in {subject for subjects in task.subjects.values() for subject in subjects}
+    assert job.ingest is not None
+    assert {f"imagesTr/heart_006_000{channel}.nii.gz" for channel in (0, 1)} < set(job.ingest.exclude)
+    code, said = p2r("validate", "mine/job.yaml", "mine/task.yaml")
+    assert code == 0, said
+
+
 def test_a_licence_and_a_source_that_nobody_stated_are_asked_for_by_name(tmp_path: Path, p2r: P2R) -> None:
     _two_folders(tmp_path / "data")
     code, said = p2r("init", "mine", "--scans", tmp_path / "data")

@@ -13,6 +13,7 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 from p2r.config import IngestConfig, SessionsConfig
 from p2r.data.corpus import ingest_locally, load_manifest
+from p2r.data.manifest import Manifest
 from p2r.storage import Storage
 
 WriteScan = Callable[..., Path]
@@ -119,7 +120,7 @@ def some_voxels(seed: int, shape: tuple[int, ...] = (20, 24, 5)) -> NDArray[np.i
 
 
 @pytest.fixture(scope="session")
-def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, dict[str, Any]]:
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, Manifest]:
     """Twelve scans of six subjects, of different shapes, in three shards: 62 slices. Tests must not change it."""
     folder = tmp_path_factory.mktemp("corpus")
     for number in range(12):
@@ -139,7 +140,7 @@ CONTRASTS_OF_SESSIONS = ("t1 t1ce flair", "flair", "t1 flair", "t1ce flair", "t1
 
 
 @pytest.fixture(scope="session")
-def session_corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, dict[str, Any]]:
+def session_corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, Manifest]:
     """Eight sessions of four subjects with up to three contrasts, in three shards: 40 slices. Tests must not change it.
 
     The contrast t1ce covers 18 of 20 rows.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from p2r.data.manifest import Manifest
 from p2r.data.shards import decode_record, open_shard
 from p2r.storage import Storage
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture
-def shard(small_corpus: tuple[Storage, dict[str, Any]]) -> Path:
+def shard(small_corpus: tuple[Storage, Manifest]) -> Path:
     storage, manifest = small_corpus
     return storage.local(manifest["shards"][0]["name"])
 

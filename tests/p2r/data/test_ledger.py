@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from p2r import documents
 from p2r.data.ledger import ledger_bytes, parse_ledger, read_ledger
-from p2r.data.manifest import manifest_bytes, parse_manifest
+from p2r.data.manifest import Manifest, manifest_bytes, parse_manifest
 from p2r.data.order import Order, counts_of
 from p2r.data.shards import index_name, parse_index
 from p2r.data.thumbnails import from_bytes
 from p2r.errors import DataError
 from p2r.storage import Storage
 
-Corpus = tuple[Storage, dict[str, Any]]
+Corpus = tuple[Storage, Manifest]
 HUGE = 2**60
 
 

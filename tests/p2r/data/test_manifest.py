@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from p2r.data.manifest import (
+    Manifest,
     contains,
     facts_of,
     load_manifest,
@@ -17,7 +18,7 @@ from p2r.data.manifest import (
 from p2r.errors import DataError
 from p2r.storage import Storage
 
-Corpus = tuple[Storage, dict[str, Any]]
+Corpus = tuple[Storage, Manifest]
 
 
 def test_a_revision_is_stored_under_the_digest_of_its_bytes(small_corpus: Corpus) -> None:
@@ -144,7 +145,7 @@ def test_membership_of_subjects_is_answered(small_corpus: Corpus) -> None:
 
 
 def test_the_manifest_names_no_subject(small_corpus: Corpus) -> None:
-    assert "sub-0" not in json.dumps(small_corpus[1])
+    assert "sub-0" not in json.dumps(dict(small_corpus[1]))
 
 
 def test_the_facts_of_a_manifest_match_the_scans(small_corpus: Corpus) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from p2r.config import IngestConfig
 from p2r.data.corpus import contains, corpus_digest, ingest_locally, load_manifest, verify_corpus, was_asked
+from p2r.data.manifest import Manifest
 from p2r.data.pseudonyms import Names, names_for, names_of
 from p2r.data.sidecar import closed_tags
 from p2r.errors import DataError
@@ -62,7 +63,7 @@ def config_of(folder: Path, **changes: Any) -> IngestConfig:
     return IngestConfig(**{**fields, **changes})
 
 
-def make(storage: Storage, config: IngestConfig) -> dict[str, Any]:
+def make(storage: Storage, config: IngestConfig) -> Manifest:
     for _ in ingest_locally(config, storage):
         pass
     return load_manifest(storage)
@@ -107,7 +108,7 @@ def test_a_leak_is_found_with_the_secret_and_unknown_without_it(
     assert contains(manifest, subject="sub-JaneAbernathy")
     assert not contains(manifest, subject="sub-JimAbernathy")
     assert manifest["deidentification"]["names"] == "hmac-sha256"
-    assert SECRET not in json.dumps(manifest)
+    assert SECRET not in json.dumps(dict(manifest))
     monkeypatch.setenv("P2R_PSEUDONYM_KEY", "another secret of some length")
     with pytest.raises(DataError, match="made with another secret"):
         contains(manifest, subject="sub-JaneAbernathy")

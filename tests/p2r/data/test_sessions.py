@@ -15,7 +15,7 @@ from p2r.data.alignment import align
 from p2r.data.corpus import ingest_locally, load_manifest, verify_corpus
 from p2r.data.index import covered_box
 from p2r.data.ledger import read_ledger
-from p2r.data.manifest import facts_of
+from p2r.data.manifest import Manifest, facts_of
 from p2r.data.shards import decode_record, open_shard
 from p2r.data.volume import read_volume
 from p2r.errors import DataError, RefusedScan
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 GRID = np.diag([1.5, 1.5, 8.0, 1.0])
 CONTRASTS = {"t1": "T1w", "t1ce": "ce-*_T1w", "flair": "FLAIR"}
-Corpus = tuple[Storage, dict[str, Any], dict[str, dict[str, Any]]]
+Corpus = tuple[Storage, Manifest, dict[str, dict[str, Any]]]
 
 
 def save(
@@ -75,7 +75,7 @@ def ingested(
     return storage, manifest, {row["key"]: row for row in read_ledger(storage, manifest)}
 
 
-def records(storage: Storage, manifest: dict[str, Any]) -> dict[str, dict[str, NDArray[Any]]]:
+def records(storage: Storage, manifest: Manifest) -> dict[str, dict[str, NDArray[Any]]]:
     """Return all voxels (X, Y, Z, T) by record and contrast, as stock webdataset reads them."""
     found: dict[str, dict[str, NDArray[Any]]] = {}
     for shard in manifest["shards"]:

@@ -17,6 +17,7 @@ from p2r.config import ImageConfig, IngestConfig
 from p2r.counters import Counters
 from p2r.data.batch import Batch
 from p2r.data.corpus import find_scans, ingest_locally, load_manifest, verify_corpus
+from p2r.data.manifest import Manifest
 from p2r.data.order import global_batch, locate, steps_per_epoch
 from p2r.data.preprocess import intensity_window, plane_spacing, prepare
 from p2r.data.shards import open_shard, read_index
@@ -24,7 +25,7 @@ from p2r.data.stream import Corpus, Quarantine, Replaced, StreamState, order_of,
 from p2r.errors import CheckpointError, DataError, InputError
 from p2r.storage import Storage
 
-SmallCorpus = tuple[Storage, dict[str, Any]]
+SmallCorpus = tuple[Storage, Manifest]
 
 IMAGE = ImageConfig(spacing_mm=2.0, size=32)
 SIZE = 8

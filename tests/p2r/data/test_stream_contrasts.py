@@ -14,6 +14,7 @@ import torch
 from p2r.config import ImageConfig
 from p2r.counters import Counters
 from p2r.data.batch import Batch
+from p2r.data.manifest import Manifest
 from p2r.data.order import locate
 from p2r.data.preprocess import intensity_window, normalise, plane_spacing, to_grid
 from p2r.data.shards import IndexRow, ShardReader, open_shard, read_index
@@ -21,7 +22,7 @@ from p2r.data.stream import Corpus, Quarantine, StreamState, stream, stream_stat
 from p2r.errors import DataError
 from p2r.storage import Storage
 
-SessionCorpus = tuple[Storage, dict[str, Any]]
+SessionCorpus = tuple[Storage, Manifest]
 
 IMAGE = ImageConfig(spacing_mm=2.0, size=32)
 PATCHES = ImageConfig(dimensions=3, spacing_mm=2.0, size=16, patches_per_volume=4)

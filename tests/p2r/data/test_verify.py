@@ -12,7 +12,7 @@ import pytest
 
 from p2r.config import ImageConfig
 from p2r.data.ledger import ledger_bytes
-from p2r.data.manifest import ledger_path, load_manifest, manifest_bytes, manifest_sha256, revision_path
+from p2r.data.manifest import load_manifest, manifest_bytes, manifest_sha256, revision_path
 from p2r.data.revision import current_revision
 from p2r.data.shards import index_name, open_shard
 from p2r.data.stream import Corpus, stream
@@ -139,7 +139,7 @@ def test_files_outside_every_revision_are_listed(copy: Path) -> None:
 def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], None]) -> Storage:
     """Forge a manifest, a row of an index and a row of the ledger, with all digests of them correct."""
     storage = Storage(str(folder))
-    manifest = load_manifest(storage)
+    manifest = storage.read_json("manifest.json")
     shard = manifest["shards"][0]
     index = [json.loads(line) for line in storage.read_bytes(index_name(shard["name"])).splitlines()]
     ledger = [json.loads(line) for line in storage.read_bytes("ledger.jsonl").splitlines()]
@@ -149,7 +149,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Any], dict
     storage.write_bytes(index_name(shard["name"]), content)
     shard["index_sha256"] = hashlib.sha256(content).hexdigest()
     manifest["ledger_sha256"] = hashlib.sha256(ledger_bytes(ledger)).hexdigest()
-    storage.write_bytes(ledger_path(manifest), ledger_bytes(ledger))
+    storage.write_bytes(f"ledgers/{manifest['ledger_sha256']}.jsonl", ledger_bytes(ledger))
     storage.write_bytes("ledger.jsonl", ledger_bytes(ledger))
     storage.write_bytes("manifest.json", manifest_bytes(manifest))
     storage.write_bytes(revision_path(manifest_sha256(manifest)), manifest_bytes(manifest))
@@ -159,7 +159,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Any], dict
 def rewrite_lines(folder: Path, which: str, change: Callable[[list[bytes]], list[bytes]]) -> Storage:
     """Change the lines of the first index, or of the ledger, and every digest that names them."""
     storage = Storage(str(folder))
-    manifest = load_manifest(storage)
+    manifest = storage.read_json("manifest.json")
     path = index_name(manifest["shards"][0]["name"]) if which == "index" else "ledger.jsonl"
     content = b"".join(change(storage.read_bytes(path).splitlines(keepends=True)))
     sha256 = hashlib.sha256(content).hexdigest()
@@ -168,7 +168,7 @@ def rewrite_lines(folder: Path, which: str, change: Callable[[list[bytes]], list
         manifest["shards"][0]["index_sha256"] = sha256
     else:
         manifest["ledger_sha256"] = sha256
-        storage.write_bytes(ledger_path(manifest), content)
+        storage.write_bytes(f"ledgers/{manifest['ledger_sha256']}.jsonl", content)
     storage.write_bytes("manifest.json", manifest_bytes(manifest))
     storage.write_bytes(revision_path(manifest_sha256(manifest)), manifest_bytes(manifest))
     return storage

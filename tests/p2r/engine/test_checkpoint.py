@@ -87,7 +87,7 @@ def found(job: Job, folder: Path) -> tuple[int | None, list[Mapping[str, Any]]]:
     join_process_group(CPU)
     with Checkpoints(Storage(job.storage).child("pretrain"), job.pretrain, note=notes.append) as checkpoints:
         fetched = checkpoints.newest()
-    return None if fetched is None else fetched.manifest["step"], notes
+    return None if fetched is None else fetched.saved.step, notes
 
 
 def a_file_of(job: Job, step: int, pattern: str = "*.pt") -> Path:
@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
         assert re.search(rf"step-00000006.*{reason}.*using instead: .*step-00000004", text)
     assert found(job, tmp_path)[0] == 4  # and it is not asked again
     newest = newest_checkpoint(Storage(job.storage).child("pretrain"))
-    assert newest is not None and newest["step"] == 4
+    assert newest is not None and newest.step == 4
 
 
 def test_a_run_goes_on_from_the_one_before_to_the_same_digits(job: Job, trained: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_storage_that_cannot_be_read_is_no_reason_to_fall_back(
     with pytest.raises(StorageError, match="does not answer"):
         found(job, tmp_path)
     newest = newest_checkpoint(Storage(job.storage).child("pretrain"))
-    assert newest is not None and newest["step"] == 6
+    assert newest is not None and newest.step == 6
 
 
 KILLED = """
@@ -244,7 +244,7 @@ def test_an_upload_that_fails_is_named_at_the_next_save_and_the_last_good_checkp
     with pytest.raises(StorageError, match=r"checkpoint of step 4 could not be uploaded: cannot write .*step-00000004"):
         train(job)
     newest = newest_checkpoint(Storage(job.storage).child("pretrain"))
-    assert newest is not None and newest["step"] == 2
+    assert newest is not None and newest.step == 2
     (folder / "checkpoints/step-00000004").unlink()
     assert train(job)[-1].step == 6
 
@@ -272,12 +272,12 @@ def test_generators_are_part_of_a_checkpoint(job: Job, tmp_path: Path) -> None:
     loaded: list[str] = []
     engine = SimpleNamespace(load_checkpoint=lambda folder, tag: loaded.append(tag), device=CPU)
     storage = Storage(job.storage).child("pretrain")
-    manifest = newest_checkpoint(storage)
-    assert manifest is not None
+    saved = newest_checkpoint(storage)
+    assert saved is not None
     before = torch.get_rng_state()
     copy = tmp_path / "copy"
     shutil.copytree(path.parents[1], copy)
-    load_checkpoint(engine, Fetched(manifest, "", copy, True), peers, config=job.pretrain)
+    load_checkpoint(engine, Fetched(saved, "", copy, True), peers, config=job.pretrain)
     drawn = torch.rand(3)
     torch.set_rng_state(before)
     assert torch.equal(drawn, torch.rand(3, generator=generator))
@@ -362,7 +362,7 @@ def test_another_revision_of_the_corpus_is_refused_with_both_values_and_the_way_
     assert job.pretrain is not None
     checkpoint = newest_checkpoint(Storage(job.storage).child("pretrain"))
     assert checkpoint is not None
-    stream, corpus = checkpoint["state"]["stream"], Storage(job.storage).child("corpus")
+    stream, corpus = checkpoint.manifest.state.stream, Storage(job.storage).child("corpus")
     refuse_other_stream(job.pretrain, corpus, stream)
     began_with = stream["corpora"][0]["manifest_sha256"]
     pinned = job.pretrain.model_copy(update={"corpus": (CorpusShare(url=corpus.url, revision="0" * 64),)})
@@ -450,12 +450,13 @@ def test_a_fork_starts_anew_from_the_newest_weights_beside_the_run_and_resumes_a
     assert fork.storage == f"file://{tmp_path}/storage-warmer" and fork.ingest is None
     reports = train(fork)
     assert [report.step for report in reports] == [1, 2, 3, 4] and reports[0].resumed_from is None
-    manifest = newest_checkpoint(Storage(fork.storage).child("pretrain"))
-    assert manifest is not None
+    newest = newest_checkpoint(Storage(fork.storage).child("pretrain"))
+    assert newest is not None and newest.manifest.init_from is not None
+    init_from = newest.manifest.init_from
     source = f"{Storage(job.storage).url}/pretrain/checkpoints/step-00000006"
-    assert manifest["init_from"]["url"] == source == manifest["config"]["init_from"]
+    assert init_from["url"] == source == newest.manifest.config.to_json()["init_from"]
     corpus = Storage(job.storage).child("corpus")
-    assert manifest["init_from"]["origins"] == [f"{corpus.url}@sha256:{manifest_sha256(load_manifest(corpus))}"]
+    assert init_from["origins"] == [f"{corpus.url}@sha256:{manifest_sha256(load_manifest(corpus))}"]
     made = publish_backbone(fork, Storage(fork.storage), lambda line: None)
     assert [one["url"] for one in made["corpora"]] == [corpus.url] and made["licence"] == "CC0-1.0"
     assert {path: path.stat().st_mtime_ns for path in Path(job.storage).rglob("*")} == before

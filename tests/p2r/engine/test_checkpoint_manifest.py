@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2r.documents import is_relative_path
-from p2r.engine.checkpoint import FORMAT, newest_checkpoint
+from p2r.engine.checkpoint import newest_checkpoint
+from p2r.engine.checkpoint_manifest import FORMAT, SavedCheckpoint
 from p2r.errors import CheckpointError, DamagedError
 from p2r.storage import Storage
 
@@ -27,14 +28,17 @@ SOUND: dict[str, Any] = {
 PATH = "checkpoints/step-00000004/manifest.json"
 
 
-def read(folder: Path, text: str) -> dict[str, Any] | None:
+def read(folder: Path, text: str) -> SavedCheckpoint | None:
     storage = Storage(str(folder))
     storage.write_bytes(PATH, text.encode())
     return newest_checkpoint(storage)
 
 
 def test_a_sound_manifest_is_read(tmp_path: Path) -> None:
-    assert read(tmp_path, json.dumps(SOUND)) == {**SOUND, "path": "checkpoints/step-00000004"}
+    saved = read(tmp_path, json.dumps({**SOUND, "of a later version": [1]}))
+    assert saved is not None
+    assert (saved.path, saved.step) == ("checkpoints/step-00000004", 4)
+    assert saved.manifest.to_json() == {**SOUND, "of a later version": [1]}
 
 
 @pytest.mark.parametrize(
@@ -84,4 +88,4 @@ def test_no_damage_to_a_manifest_ends_in_another_error(
         found = newest_checkpoint(storage)
     except (DamagedError, CheckpointError):
         return
-    assert found is None or all(map(is_relative_path, found["files"]))
+    assert found is None or all(map(is_relative_path, found.manifest.files))

@@ -81,7 +81,7 @@ def test_training_reports_checkpoints_and_a_history(job: Job, corpus: Storage, t
     kept = sorted({path.split("/")[1] for path in storage.list("checkpoints")})
     assert kept == ["step-00000004", "step-00000006"]  # keep_checkpoints: 2
     assert job.pretrain is not None
-    assert finished_checkpoint(storage, job.pretrain)["step"] == 6
+    assert finished_checkpoint(storage, job.pretrain).step == 6
 
 
 def test_a_run_that_stops_after_a_checkpoint_goes_on_to_the_same_digits(

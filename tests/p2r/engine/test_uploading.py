@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from p2r.engine.checkpoint_manifest import CheckpointManifest, SavedConfig, SavedState
 from p2r.engine.uploading import Uploader, outdated, own_folder, path_of, step_of
 from p2r.errors import StorageError
 from p2r.files import file_sha256, locked
@@ -34,7 +35,10 @@ def start(made: Uploader, folder: Path, step: int, **files: str) -> None:
     for name, text in (files or {"weights": f"of step {step}"}).items():
         (folder / f"{step}").mkdir(exist_ok=True)
         (folder / f"{step}" / name).write_text(text)
-    made.start(folder / f"{step}", step, facts={"step": step}, began_s=time.monotonic())
+    manifest = CheckpointManifest(
+        step=step, state=SavedState(), config=SavedConfig(steps=10, zero_stage=1), world_size=1, files={}
+    )
+    made.start(folder / f"{step}", step, manifest=manifest, began_s=time.monotonic())
 
 
 class Slow(Storage):

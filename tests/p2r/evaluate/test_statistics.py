@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from p2r.errors import DataError
-from p2r.evaluate.rows import rows_of
-from p2r.evaluate.statistics import (
+from p2r.evaluate.resampling import (
     _patients_needed,
     bootstrap_interval,
     draws_agree,
     efficiency_interval,
-    few_shot_statistics,
     holm,
     patients_needed,
     signed_rank_p,
 )
+from p2r.evaluate.rows import rows_of
+from p2r.evaluate.statistics import few_shot_statistics
 from p2r.randomness import keyed_generator
 
 

@@ -12,68 +12,13 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from p2r.backbone import BACKBONE_FORMAT, MODEL_FORMAT, ArtefactConfig, load_backbone, load_model, publish
-from p2r.config import ModelConfig
-from p2r.data.preprocess import Preparation
+from p2r.backbone import load_backbone, load_model
 from p2r.errors import InputError
 from p2r.evaluate.models import load_model as load_predictor
 from p2r.export import export
 from p2r.export.monai_bundle import REQUIRED
-from p2r.model.backbones import build_backbone
-from p2r.model.pix2rep import Segmenter
-from p2r.storage import Storage
 
-NETWORKS: dict[str, dict[str, Any]] = {
-    "basic_unet": {"channels": (4, 4, 8, 8, 8)},
-    "unet": {"channels": (4, 8, 8)},
-    "dynunet": {"channels": (4, 8, 8)},
-    "residual_dynunet": {"channels": (4, 8, 8), "normalisation": "group", "groups": 2},
-    "swin_unetr": {"channels": (12, 24, 48, 96, 192)},
-}
 Publish = Callable[..., str]
-
-
-@pytest.fixture
-def publish_toy(tmp_path: Path) -> Publish:
-    """A function that publishes a tiny backbone or model of one network, with random weights."""
-
-    def make(name: str, *, dimensions: int = 2, kind: str = "backbone", **more: Any) -> str:
-        torch.manual_seed(0)
-        model = ModelConfig(
-            **{
-                "name": name,
-                "feature_channels": 6,
-                "head_channels": 4,
-                "embedding_channels": 4,
-                **NETWORKS[name],
-                **more,
-            }
-        )
-        size = 64 if name == "swin_unetr" else 32
-        preparation = Preparation(dimensions=dimensions, spacing_mm=2.0, image_size=size)
-        facts: dict[str, Any] = {"model": model, "preparation": preparation}
-        if kind != "backbone":
-            facts |= {"classes": {1: "A", 2: "B"}, "largest_component": kind == "model"}
-        if kind == "prototypes":
-            facts["num_prototypes"] = (3, 2, 1)
-        config = ArtefactConfig(**facts)
-        network: Any = build_backbone(model, dimensions=dimensions)
-        if kind != "backbone":
-            network = Segmenter(network, config.head())
-        if kind == "prototypes":
-            torch.nn.init.normal_(network.head.prototypes)
-        url = str(tmp_path / f"{name}-{kind}" / "1")
-        publish(
-            Storage(url),
-            format=BACKBONE_FORMAT if kind == "backbone" else MODEL_FORMAT,
-            weights=network.state_dict(),
-            config=config,
-            card="# toy\n",
-            facts={"licence": "CC0-1.0", "corpora": []},
-        )
-        return url
-
-    return make
 
 
 def _load_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ConfigParser, Any]:
@@ -201,6 +146,6 @@ def test_a_failed_export_leaves_nothing_behind(
 
 def test_a_coarser_representation_has_no_bundle_and_the_message_says_so(publish_toy: Publish, tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match="level 1 of the decoder, and MONAI's unet only the finest: export it with --to onnx"
+        InputError, match="ends at level 1 of the decoder, and the tool's networks at level 0; the format onnx"
     ):
         export(publish_toy("unet", level=1), to="monai", folder=tmp_path / "bundle")

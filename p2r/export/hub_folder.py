@@ -1,0 +1,193 @@
+"""A folder for a Hugging Face hub: the published files byte for byte, and a card with front matter.
+
+    manifest.json, manifest.sig            as published: the pin and the signature stay valid
+    model-<sha256>.safetensors, ...        as published
+    model.safetensors, config.json         the same weights and configuration under the names that the hub and other libraries read
+    README.md                              the published card below YAML front matter
+
+`p2r push` uploads such a folder, and `hf://ORG/NAME@REVISION` reads it wherever a backbone or a model is named.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from p2r.artefact import MANIFEST, Artefact, open_artefact
+from p2r.backbone import verify_artefact
+from p2r.errors import InputError
+from p2r.export.source import Source, Written
+from p2r.reference import Reference, parse_reference
+from p2r.signature import SIGNATURE, SIGNATURE_BYTES
+
+LICENCES = frozenset(
+    {
+        *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
+        *(
+            "cc-by-nc-sa-4.0",
+            "cc-by-nc-nd-4.0",
+            "cc-by-nd-4.0",
+            "cc-by-3.0",
+            "cc-by-sa-3.0",
+            "odbl",
+            "unlicense",
+            "gpl-3.0",
+        ),
+        *("cc-by-2.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "pddl", "mpl-2.0", "isc", "zlib", "bsl-1.0"),
+    }
+)
+"""Licences that the hub knows, by its own names: SPDX in lower case. Others are `other`, with their name beside it."""
+_PATHS = {"config": "config.json", "weights": "model.safetensors"}
+
+
+def write(source: Source, folder: Path) -> Written:
+    """Write the folder.
+
+    Raises:
+        StorageError: A published file is absent or damaged.
+    """
+    artefact = open_artefact(parse_reference(str(source.manifest["pin"])))
+    copy_artefact(artefact, folder)
+    for role, entry in artefact.manifest.files.entries().items():
+        if role in _PATHS and not (folder / _PATHS[role]).exists():
+            _link(folder / entry.name, folder / _PATHS[role])
+    card = write_card(source)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    copied = open_artefact(Reference(str(folder), artefact.sha256))
+    verify_artefact(copied)
+    name = folder.name
+    return Written(
+        checks=(
+            f"the copy has the pin sha256:{artefact.sha256}, and every digest is right",
+            f"front matter: {', '.join(front_matter(card))}{_check_card(folder / 'README.md')}",
+        ),
+        commands=(
+            f"p2r push {source.manifest['url']} hf://ORG/{name}",
+            f"python -c \"import p2r; print(p2r.load_{source.noun}({str(name)!r}).manifest['licence'])\"",
+        ),
+        notes=("--to huggingface writes nothing to a hub; p2r push does",),
+    )
+
+
+def copy_artefact(artefact: Artefact, folder: Path) -> None:
+    """Copy a published folder, with every file hashed on the way, and the manifest last.
+
+    Raises:
+        StorageError: A file is absent or damaged.
+    """
+    for role, entry in artefact.manifest.files.entries().items():
+        (folder / entry.name).write_bytes(artefact.read(role))
+    if artefact.storage.exists(SIGNATURE):
+        (folder / SIGNATURE).write_bytes(artefact.storage.read_bytes(SIGNATURE, max_bytes=SIGNATURE_BYTES))
+    (folder / MANIFEST).write_bytes(artefact.content)
+
+
+def write_card(source: Source) -> str:
+    """Return the card: front matter, the published card, and how to load the weights."""
+    matter = yaml.safe_dump(_matter(source), sort_keys=False, allow_unicode=True, width=10_000)
+    loaded = "model" if source.is_model else "backbone"
+    use = "model.predict" if source.is_model else "backbone.features"
+    return f"""---
+{matter}---
+
+{source.card.strip()}
+
+## Use
+
+    pip install 'p2r[hub]'
+
+```python
+import p2r
+
+{loaded} = p2r.load_{loaded}("hf://ORG/NAME@REVISION")  # this repository, and a commit of its page
+{use}("scan.nii.gz")
+```
+
+Pin: `sha256:{source.manifest["sha256"]}`, the digest of `manifest.json`, which names every file. {source.model.name},
+{source.dimensions}D, {source.num_parameters:,} weights, {source.preparation.spacing_mm:g} mm per pixel. Not a medical device.
+"""
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """Return the YAML front matter of a card.
+
+    Raises:
+        InputError: The card has none.
+    """
+    match = re.match(r"---\n(.*?\n)---\n", card, re.DOTALL)
+    value = yaml.safe_load(match[1]) if match else None
+    if not isinstance(value, dict):
+        raise InputError("the card has no front matter")
+    return value
+
+
+def _matter(source: Source) -> dict[str, Any]:
+    manifest = source.manifest
+    task = "image-segmentation" if source.is_model else "image-feature-extraction"
+    matter: dict[str, Any] = {
+        **_licence(str(manifest["licence"])),
+        "library_name": "p2r",
+        "pipeline_tag": task,
+        "tags": ["p2r", "mri", "medical", "self-supervised", f"{source.dimensions}d", source.model.name],
+    }
+    if datasets := list(dict.fromkeys(_dataset_names(manifest))):
+        matter["datasets"] = datasets
+    if source.is_model:
+        matter["metrics"] = ["dice"]
+    dice = (manifest.get("validation") or {}).get("dice_mean")
+    if source.is_model and isinstance(dice, int | float):
+        name = str(manifest.get("task") or "task")
+        matter["model-index"] = [
+            {
+                "name": source.name,
+                "results": [
+                    {
+                        "task": {"type": task},
+                        "dataset": {"type": _slug(name), "name": f"{name}, validation patients"},
+                        "metrics": [
+                            {"type": "dice", "value": round(float(dice), 4), "name": "Dice, mean of the classes"}
+                        ],
+                    }
+                ],
+            }
+        ]
+    return matter
+
+
+def _licence(text: str) -> dict[str, str]:
+    known = text.strip().lower()
+    if known in LICENCES:
+        return {"license": known}
+    return {"license": "other", "license_name": _slug(text) or "unknown", "license_link": "README.md"}
+
+
+def _dataset_names(manifest: Any) -> Iterator[str]:
+    for corpus in manifest.get("corpora") or ():
+        if slug := _slug(str(corpus.get("cohort") or "")):
+            yield slug
+
+
+def _slug(text: str) -> str:
+    """Return text as the hub's names are written: lower case, digits, and hyphens."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:96]
+
+
+def _check_card(path: Path) -> str:
+    """Parse the card with the hub's own client where it is installed, and say so."""
+    try:
+        from huggingface_hub import ModelCard
+    except ModuleNotFoundError:
+        return ""
+    return f" (huggingface_hub reads {len(ModelCard.load(path).data.to_dict())} keys)"
+
+
+def _link(path: Path, name: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no links."""
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)

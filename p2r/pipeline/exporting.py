@@ -1,0 +1,55 @@
+"""`publish.exports`: a published backbone -> folders for other tools in the job's storage.
+
+<storage>/exports/NAME-VERSION/FORMAT/    the files of `p2r export`, and export.json, which is written last
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from p2r.config import PublishConfig
+from p2r.export import export
+from p2r.logs import Say
+from p2r.storage import Storage
+
+_RECORD = "export.json"
+_MAX_RECORD_BYTES = 2**20
+
+
+def write_exports(config: PublishConfig, storage: Storage, published: Mapping[str, Any], say: Say) -> list[str]:
+    """Write the formats of `publish.exports` unless they are there already, and return their URLs.
+
+    Args:
+        config: Section publish.
+        storage: The job's storage.
+        published: Manifest of the published backbone, with its `pin`.
+        say: Receives a line for each format.
+
+    Raises:
+        InputError: A format cannot hold the backbone, or its package is missing.
+    """
+    urls = []
+    for to in config.exports:
+        where = storage.child(f"exports/{config.name}-{config.version}/{to}")
+        urls.append(where.url)
+        if _is_exported(where, str(published["pin"])):
+            say(f"publish | {to} | {where.url} | was exported already")
+            continue
+        with tempfile.TemporaryDirectory(prefix="p2r-export-") as name:
+            folder = Path(name, to)
+            lines = export(str(published["pin"]), to=to, folder=folder)
+            paths = sorted(path for path in folder.rglob("*") if path.is_file())
+            for path in paths:
+                where.upload(path, path.relative_to(folder).as_posix())
+            checks = [line.removeprefix("checked: ") for line in lines if line.startswith("checked: ")]
+            where.write_json(_RECORD, {"pin": published["pin"], "format": to, "checks": checks})
+        say(f"publish | {to} | {where.url} | {len(paths)} files | {'; '.join(checks)}")
+    return urls
+
+
+def _is_exported(where: Storage, pin: str) -> bool:
+    if not where.exists(_RECORD):
+        return False
+    record = where.read_json(_RECORD, max_bytes=_MAX_RECORD_BYTES)
+    return isinstance(record, dict) and record.get("pin") == pin

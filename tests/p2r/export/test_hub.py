@@ -1,0 +1,194 @@
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from p2r.artefact import open_artefact
+from p2r.backbone import load_backbone, load_model
+from p2r.errors import InputError, StorageError
+from p2r.export import export
+from p2r.export.hub_folder import front_matter
+from p2r.export.transfer import pull, push
+from p2r.hub import parse_hub_url
+from p2r.reference import parse_reference
+from p2r.storage import Storage
+from tests.fake_hub import TOKEN, Hub, fake_hub
+
+huggingface_hub = pytest.importorskip(
+    "huggingface_hub", reason="huggingface_hub is not installed: pip install 'p2r[hub]'"
+)
+Publish = Callable[..., str]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on this machine, a cache of this test's own, and a token."""
+    from huggingface_hub import constants
+
+    with fake_hub() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        yield running
+        huggingface_hub.close_session()
+
+
+def _commit_of(lines: list[str]) -> str:
+    return lines[0].split("@")[1].split(" ")[0]
+
+
+def test_a_pushed_backbone_is_loaded_by_its_address_with_pin_and_features_unchanged(
+    publish_toy: Publish, hub: Hub, tmp_path: Path
+) -> None:
+    own = load_backbone(publish_toy("unet"))
+    lines = push(own.manifest["pin"], "hf://team/brain", tag="v1")
+    commit = _commit_of(lines)
+    assert len(commit) == 40
+    for address in ("hf://team/brain", "hf://team/brain@v1", f"hf://team/brain@{commit}"):
+        found = load_backbone(f"{address}@sha256:{own.manifest['sha256']}")
+        assert found.manifest["url"] == f"hf://team/brain@{commit}"
+    image = torch.rand(1, 1, 32, 32)
+    assert torch.equal(found.features(image), own.features(image))
+    files = hub.repositories["team/brain"].commits[commit]
+    assert files["model.safetensors"] == files[own.manifest["files"]["weights"]["name"]]
+    (tmp_path / "model.safetensors").write_bytes(files["model.safetensors"])
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+def test_what_is_in_the_cache_loads_while_the_hub_is_down_and_without_a_request_by_commit(
+    publish_toy: Publish, hub: Hub
+) -> None:
+    commit = _commit_of(push(publish_toy("unet"), "hf://team/brain"))
+    load_backbone("hf://team/brain")
+    hub.is_down = True
+    before = len(hub.requests)
+    load_backbone(f"hf://team/brain@{commit}")
+    assert hub.requests[before:] in ([], ["HEAD /team/brain/resolve/" + commit + "/manifest.sig"])
+    load_backbone("hf://team/brain")
+
+
+def test_a_new_version_replaces_the_files_of_the_old_one_which_its_commit_keeps(publish_toy: Publish, hub: Hub) -> None:
+    first = _commit_of(push(publish_toy("unet"), "hf://team/brain"))
+    second = _commit_of(push(publish_toy("dynunet"), "hf://team/brain"))
+    files = hub.repositories["team/brain"].commits[second]
+    assert sum(name.startswith("model-") for name in files) == 1
+    assert load_backbone(f"hf://team/brain@{first}").config.model.name == "unet"
+    assert load_backbone("hf://team/brain").config.model.name == "dynunet"
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("hf://team/absent", "the repository does not exist, or is private and the token is missing"),
+        ("hf://team/brain@v9", "it has no revision v9"),
+        ("hf://team/empty", "holds no manifest.json of p2r"),
+        ("hf://team", "write hf://ORG/NAME"),
+        ("hf://team/brain@../../etc", "write hf://ORG/NAME"),
+    ],
+)
+def test_an_address_that_cannot_be_read_is_refused_by_name(
+    publish_toy: Publish, hub: Hub, address: str, message: str
+) -> None:
+    push(publish_toy("unet"), "hf://team/brain")
+    huggingface_hub.HfApi().create_repo("team/empty")
+    with pytest.raises(StorageError, match=message):
+        load_backbone(address)
+
+
+def test_a_private_repository_needs_a_token_and_no_message_or_log_shows_it(
+    publish_toy: Publish, hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    lines = push(publish_toy("unet"), "hf://team/secret", is_private=True)
+    assert hub.repositories["team/secret"].is_private
+    load_backbone("hf://team/secret")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nonexistent")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(Path(hub.url).name))
+    with pytest.raises(StorageError, match="set HF_TOKEN") as refused:
+        load_backbone("hf://team/secret")
+    with pytest.raises(StorageError, match="set HF_TOKEN"):
+        push(publish_toy("dynunet"), "hf://team/other")
+    assert TOKEN not in str(refused.value) + "".join(lines) + caplog.text
+
+
+def test_a_hub_that_is_down_and_an_empty_cache_are_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        StorageError, match="cannot be reached, or HF_HUB_OFFLINE is set, and the files are not in the cache"
+    ):
+        load_backbone("hf://team/brain")
+
+
+def test_nothing_is_written_to_an_address_on_a_hub(publish_toy: Publish, hub: Hub) -> None:
+    push(publish_toy("unet"), "hf://team/brain")
+    storage = Storage("hf://team/brain")
+    for write in (
+        lambda: storage.write_bytes("x", b""),
+        lambda: storage.create("x", b""),
+        lambda: storage.delete("manifest.json"),
+        storage.check_writable,
+    ):
+        with pytest.raises(StorageError, match="only read"):
+            write()
+
+
+def test_a_pulled_folder_is_the_published_one(publish_toy: Publish, hub: Hub, tmp_path: Path) -> None:
+    url = publish_toy("unet", kind="model")
+    push(url, "hf://team/liver")
+    lines = pull("hf://team/liver", folder=tmp_path / "liver")
+    pin = lines[-1].removeprefix("pin: ")
+    assert open_artefact(parse_reference(pin)).sha256 == open_artefact(parse_reference(url)).sha256
+    load_model(pin)
+    with pytest.raises(InputError, match="not empty"):
+        pull(url, folder=tmp_path / "liver")
+
+
+def test_the_card_has_front_matter_that_the_hubs_client_reads(published: dict[str, str], tmp_path: Path) -> None:
+    lines = export(published["model"], to="huggingface", folder=tmp_path / "folder")
+    assert any("huggingface_hub reads" in line for line in lines)
+    data = huggingface_hub.ModelCard.load(tmp_path / "folder" / "README.md").data
+    assert data.license == "cc0-1.0"
+    assert data.library_name == "p2r"
+    assert data.pipeline_tag == "image-segmentation"
+    (result,) = data.eval_results
+    assert result.metric_type == "dice"
+    assert 0 <= result.metric_value <= 1
+    assert load_model(str(tmp_path / "folder"))[1].classes == {1: "DISC"}
+
+
+def test_a_licence_that_the_hub_does_not_know_is_other_with_its_name(publish_toy: Publish, tmp_path: Path) -> None:
+    from p2r.export.hub_folder import _licence
+
+    assert _licence("LicenseRef-ICBM-152") == {
+        "license": "other",
+        "license_name": "licenseref-icbm-152",
+        "license_link": "README.md",
+    }
+    hostile = front_matter("---\n" + "license: |\n  a\n  ---\n" + "---\n# x\n")
+    assert hostile == {"license": "a\n---\n"} or "license" in hostile
+
+
+def test_addresses_are_split_into_repository_and_revision() -> None:
+    assert parse_hub_url("hf://team/brain@v1.0") == ("team/brain", "v1.0")
+    assert str(parse_hub_url("hf://team/brain/")) == "hf://team/brain"
+
+
+def test_without_the_client_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    real: Any = sys.modules["huggingface_hub"]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match=r"pip install 'p2r\[hub\]'"):
+        load_backbone("hf://team/brain")
+    assert real is huggingface_hub

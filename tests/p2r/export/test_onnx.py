@@ -1,0 +1,58 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from p2r.backbone import load_backbone, load_model
+from p2r.errors import InputError
+from p2r.export import export
+
+onnxruntime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'p2r[onnx]'")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'p2r[onnx]'")
+Publish = Callable[..., str]
+
+
+@pytest.mark.parametrize(
+    ("name", "dimensions", "kind", "settings"),
+    [("unet", 2, "model", {"level": 1}), ("dynunet", 3, "backbone", {})],
+)
+def test_an_onnx_file_gives_the_outputs_of_p2r_for_any_batch_and_size(
+    publish_toy: Publish, tmp_path: Path, name: str, dimensions: int, kind: str, settings: dict[str, Any]
+) -> None:
+    url = publish_toy(name, dimensions=dimensions, kind=kind, **settings)
+    export(url, to="onnx", folder=tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    facts = json.loads((tmp_path / "onnx" / "preparation.json").read_text())
+    own: Any = load_backbone(url).network if kind == "backbone" else load_model(url)[0]
+    side = facts["input"]["smallest_side"]
+    for batch, last in ((1, side), (2, side + facts["input"]["sides_divisible_by"])):
+        image = torch.rand(batch, 1, *[side] * (dimensions - 1), last)
+        (found,) = session.run([facts["output"]["name"]], {"image": image.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), own(image), rtol=1e-4, atol=1e-4)
+    assert facts["preparation"]["spacing_mm"] == 2.0
+    assert len(facts["output"]["channels"]) == found.shape[1]
+
+
+def test_without_its_package_the_extra_is_named(
+    publish_toy: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.delitem(sys.modules, "p2r.export.onnx_file", raising=False)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(InputError, match=r"needs the package onnx, .* pip install 'p2r\[onnx\]'"):
+        export(publish_toy("unet"), to="onnx", folder=tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_a_file_that_the_runtime_cannot_read_is_refused_by_name(publish_toy: Publish, tmp_path: Path) -> None:
+    from p2r.export.onnx_file import _open_session
+    from p2r.export.source import open_source
+
+    (tmp_path / "model.onnx").write_bytes(b"no protobuf")
+    with pytest.raises(InputError, match="install another version of onnxruntime"):
+        _open_session(open_source(publish_toy("unet")), tmp_path / "model.onnx")
