@@ -96,12 +96,14 @@ def field_at(path: list[str]) -> dict[str, Any] | None:
     """The schema of a job's key, `pretrain.loss.temperature` as a list; None if there is none."""
     fields: list[dict[str, Any]] = [SCHEMA]
     for key in path:
-        found = [
-            one["properties"][key] if key in one.get("properties", {}) else one["additionalProperties"]
-            for field in fields
-            for one in expanded(field)
-            if key in one.get("properties", {}) or isinstance(one.get("additionalProperties"), dict)
-        ]
+        sections = [one for field in fields for one in expanded(field)]
+        found = [one["properties"][key] for one in sections if key in one.get("properties", {})]
+        if not found:  # names that the user chooses
+            found = [
+                one["additionalProperties"] for one in sections if isinstance(one.get("additionalProperties"), dict)
+            ]
+            patterns = [item for one in sections for item in one.get("patternProperties", {}).items()]
+            found += [field for pattern, field in patterns if re.search(pattern, key)]
         if not found:
             return None
         fields = found
