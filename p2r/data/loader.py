@@ -87,7 +87,7 @@ class _Part(NamedTuple):
     @property
     def grid(self) -> tuple[Any, ...]:
         """Key that is equal for samples stacked in one array; a patch is never stacked."""
-        return (*self.row.plane_grid, self.row.coverage is None) if self.box is None else (id(self),)
+        return self.row.plane_grid if self.box is None else (id(self),)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = make_corpus(Path(folder), sessions=given.sessions, planes=given.planes)
         measured = take_turns(
-            {
-                name: lambda name=name: measure(corpus, name, batch=given.batch, steps=given.steps)
-                for name in CONTENDERS
-            },
+            {name: partial(measure, corpus, name, batch=given.batch, steps=given.steps) for name in CONTENDERS},
             rounds=given.rounds,
         )
     totals = {name: [one["total"] for one in rounds] for name, rounds in measured.items()}
