@@ -20,7 +20,7 @@ from p2r.console import show
 from p2r.data.label_maps import label_map_by_voxels
 from p2r.data.names import scan_key
 from p2r.data.preparation import percentile_table, slice_axis
-from p2r.data.survey import NAMES, Form, Survey, survey
+from p2r.data.survey import NAMES, Form, Pairing, Survey, survey
 from p2r.data.thumbnails import lot, thumbnail
 from p2r.data.twins import twins_of
 from p2r.data.volume import Volume, read_labels, read_volume
@@ -222,7 +222,9 @@ def _lines_of_labels(found: Found) -> Iterator[tuple[str, str]]:
                 "unlabelled",
                 f"{pairing.num_unlabelled} scans called {pairing.image_name} have no label map: for pretraining only",
             )
-        if pairing.others:
+        if pairing.contrasts:
+            yield from _contrast_lines(pairing)
+        elif pairing.others:
             yield "also", f"label maps fit scans called {', '.join(pairing.others[:4])}, too: --contrast NAME chooses"
     elif names.label_maps and "://" in names.root:
         yield "labelled", "not read: tasks read scans and label maps from local folders; copy the data to one"
@@ -231,6 +233,20 @@ def _lines_of_labels(found: Found) -> Iterator[tuple[str, str]]:
             "labelled",
             "no label map fits a scan by its name; give their folder by --labels, or rename them (jobs/tasks/folder.yaml)",
         )
+
+
+def _contrast_lines(pairing: Pairing) -> Iterator[tuple[str, str]]:
+    """Yield the changes by which a job and a task read all contrasts of a case."""
+    names = ", ".join(pairing.contrasts)
+    files = ", ".join(f'{name}: "{image_name}"' for name, (image_name, _) in pairing.contrasts.items())
+    words = ", ".join(f'{name}: "{words}"' for name, (_, words) in pairing.contrasts.items())
+    yield (
+        "several",
+        f"each case has up to {len(pairing.contrasts)} contrasts, {names}: the files below read one, {pairing.image_name}, which "
+        "--contrast NAME changes. To read all:",
+    )
+    yield "", f"in the task: image_name: {{{files}}}"
+    yield "", f"in the job: ingest.sessions: {{contrasts: {{{words}}}}}, and pretrain.model.contrasts: [{names}]"
 
 
 @dataclass(frozen=True)

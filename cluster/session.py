@@ -5,6 +5,7 @@ this process's variables -> settings: Ray's runtime environment, which Ray logs 
                          -> the pseudonym key: stays in the driver
 """
 
+import logging
 import os
 import socket
 import uuid
@@ -49,7 +50,7 @@ def session(address: str | None = None, *, show_worker_logs: bool = False) -> It
         folder = None if where else ray_folder()
         if folder is not None:
             say(f"TMPDIR is too long for Ray's sockets: using {folder}; set RAY_TMPDIR for another short folder")
-        with _hide_pseudonym_key():
+        with _hide_pseudonym_key(), _hide_start_errors(is_shown=show_worker_logs):
             ray.init(
                 address=where or "local",
                 runtime_env={"env_vars": forwarded_settings()},
@@ -65,6 +66,18 @@ def session(address: str | None = None, *, show_worker_logs: bool = False) -> It
         if not already:
             _session_credentials.clear()
             ray.shutdown()
+
+
+@contextmanager
+def _hide_start_errors(*, is_shown: bool) -> Iterator[None]:
+    """Keep Ray's log of a slow start off the terminal: one message of ours follows, and Ray's log folder has the rest."""
+    logger = logging.getLogger("ray._private.services")
+    level = logger.level
+    logger.setLevel(level if is_shown else logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

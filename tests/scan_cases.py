@@ -169,7 +169,7 @@ READ = [
     Case("no orientation at all .nii.gz", Scan(sform=0, qform=0)),
     Case("sform of a template, qform of the scanner .nii.gz", Scan(affine=LARGER, sform=4, qform_of=GRID), mm=(1.8, 1.8, 7.2)),
     Case("sform and qform mirrored to each other .nii.gz", Scan(affine=MIRRORED, qform_of=GRID)),
-    Case("sform of ones, size in pixdim alone .nii.gz", Scan(affine=ONES, sform=2, qform=0, fields=SIZES)),
+    Case("sform of ones, size only in pixdim .nii.gz", Scan(affine=ONES, sform=2, qform=0, fields=SIZES)),
     Case("sform of ones, size in a qform .nii.gz", Scan(affine=ONES, sform=1, qform=1, fields=SIZES)),
     Case("sform of the scanner of 1 mm, old pixdim .nii.gz", Scan(affine=ONES, qform=0, fields=SIZES), mm=(1.0, 1.0, 1.0)),
     Case("negative pixdim .nii.gz", Scan(sform=0, fields=((80, "f", (-1.5,)),))),
@@ -387,7 +387,7 @@ def table() -> str:
     rows = [*(case.row() for case in CASES), *(case.row() for case in DICOM_CASES)]
     return (
         "# Scans as people have them\n\n"
-        "What p2r does with files that are odd or broken. Everything that is read keeps its place: an image that `p2r predict` writes on\n"
+        "Treatment of odd and broken files. Everything that is read keeps its place: an image that `p2r predict` writes on\n"
         "a scan's grid has the scan's sform, qform, codes, units and spacing in time, so that it overlays the scan in every viewer. A\n"
         "refusal has a reason code and names the way out; in a corpus, both are in the ledger.\n\n"
         "This table is written by `python -m tests.scan_cases > docs/inputs.md`; a test holds every line of it.\n\n"

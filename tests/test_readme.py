@@ -49,7 +49,7 @@ def test_every_p2r_command_exists_with_its_options() -> None:
         assert {word for word in words[2:] if word.startswith("-")} <= options, command
     assert seen == {
         *("run", "validate", "status", "inspect", "verify", "schema", "views", "tune-batch", "embed", "predict"),
-        *("submit", "compare", "plan", "check", "init", "publish", "sign"),
+        *("submit", "compare", "plan", "check", "init", "publish", "sign", "export", "push", "pull"),
     }
 
 

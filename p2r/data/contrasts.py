@@ -1,6 +1,6 @@
 """The scans of a session by contrast -> volumes on one grid, or a refusal by name. Used where a scan is read for a model.
 
-The grid is that of a reference, the first scan by default. Scans whose grid agrees stay as they are; others are resampled to
+The grid is the one of a reference, by default of the first scan. Scans whose grid agrees stay as they are; others are resampled to
 it by their headers' positions (`alignment`). Nothing is registered.
 """
 

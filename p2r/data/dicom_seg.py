@@ -84,25 +84,7 @@ def write_segmentation(
     images = [pydicom.dcmread(file) for file in scan.files]
     _complete_headers(images)
     frames = np.stack([_labels_of_image(image, labels, scan.volume) for image in images])
-    algorithm = hd.AlgorithmIdentificationSequence(
-        name=name[:64],
-        family=pydicom.sr.codedict.codes.DCM.ArtificialIntelligence,
-        version=__version__,
-        source="p2r",
-        parameters={"model": details},
-    )
-    category = pydicom.sr.codedict.codes.SCT.AnatomicalStructure
-    segments = [
-        hd.seg.SegmentDescription(
-            segment_number=value,
-            segment_label=title[:64],
-            segmented_property_category=category,
-            segmented_property_type=hd.sr.CodedConcept(f"p2r-{value}", _SCHEME, title[:64]),
-            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-            algorithm_identification=algorithm,
-        )
-        for value, title in classes.items()
-    ]
+    segments = _describe_segments(hd, pydicom, classes, name=name, details=details)
     try:
         made = hd.seg.Segmentation(
             source_images=images,
@@ -128,6 +110,28 @@ def write_segmentation(
     with replacing(path) as temporary:
         made.save_as(temporary)
     return len(images)
+
+
+def _describe_segments(hd: Any, pydicom: Any, classes: Mapping[int, str], *, name: str, details: str) -> list[Any]:
+    algorithm = hd.AlgorithmIdentificationSequence(
+        name=name[:64],
+        family=pydicom.sr.codedict.codes.DCM.ArtificialIntelligence,
+        version=__version__,
+        source="p2r",
+        parameters={"model": details},
+    )
+    category = pydicom.sr.codedict.codes.SCT.AnatomicalStructure
+    return [
+        hd.seg.SegmentDescription(
+            segment_number=value,
+            segment_label=title[:64],
+            segmented_property_category=category,
+            segmented_property_type=hd.sr.CodedConcept(f"p2r-{value}", _SCHEME, title[:64]),
+            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_identification=algorithm,
+        )
+        for value, title in classes.items()
+    ]
 
 
 def _import_packages() -> tuple[Any, Any]:

@@ -87,7 +87,7 @@ class IndexRow:
     @cached_property
     def plane_grid(self) -> tuple[Any, ...]:
         """Key that is equal for records whose slices can be stacked in one array and resampled together."""
-        return (self.stored_shape[2:], self.dtype, self.slice_axis, self.spacing_mm)
+        return (self.stored_shape[2:], self.dtype, self.slice_axis, self.spacing_mm, self.coverage is None)
 
     @cached_property
     def grid(self) -> tuple[int, int, int]:

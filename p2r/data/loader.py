@@ -87,7 +87,7 @@ class _Part(NamedTuple):
     @property
     def grid(self) -> tuple[Any, ...]:
         """Key that is equal for samples stacked in one array; a patch is never stacked."""
-        return (*self.row.plane_grid, self.row.coverage is None) if self.box is None else (id(self),)
+        return self.row.plane_grid if self.box is None else (id(self),)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -213,6 +213,9 @@ class Loader:
         readers = {(corpus, shard): self._shards[corpus].reader(shard) for corpus, shard in needed}
         parts: dict[int, _Part] = {}  # by channel of the batch: sample * C + contrast
         for index, place in enumerate(places):
+            if self._contrasts is None:
+                parts[index] = self._locate_part(place, readers[place.corpus, place.shard])
+                continue
             places[index], found = self._locate_sample(place, readers[place.corpus, place.shard])
             positions[index] += places[index].sample - place.sample
             parts |= {index * self._num_channels + channel: part for channel, part in found.items()}

@@ -58,6 +58,8 @@ class Pairing:
     """Number of scans that match the rule but have no label map."""
     others: tuple[str, ...] = ()
     """Other `image_name`s with as many pairs: further contrasts."""
+    contrasts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """`image_name` and words of each contrast of a case, by name; empty if cases have one contrast."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def survey(
     subjects: dict[str, list[Scan]] = defaultdict(list)
     for scan in scans:
         subjects[subject_of(scan, config) or ""].append(scan)
+    by_path = {scan.path: scan for scan in scans}
     patterns = _test_patterns(dataset, scans)
     label_folders: list[Path] = []
     pairing, description = None, bids.Description()
@@ -135,7 +138,7 @@ def survey(
     elif folder is not None:
         label_folders = _find_label_folders(folder, form)
     if folder is not None:
-        pairing = _find_best_pairing(folder, label_folders, form, contrast)
+        pairing = _find_best_pairing(folder, label_folders, form, contrast, by_path)
         description = bids.read_description(folder / bids.DESCRIPTION)
     stated = dataset or description
     return Survey(
@@ -238,13 +241,17 @@ def _find_label_folders(root: Path, form: Form) -> list[Path]:
     return [path for path in below if re.match(r"labels?|masks?|seg|gt|annot", path.name.lower())] + [root]
 
 
-def _find_best_pairing(root: Path, folders: Sequence[Path], form: Form, contrast: str | None) -> Pairing | None:
+def _find_best_pairing(
+    root: Path, folders: Sequence[Path], form: Form, contrast: str | None, by_path: Mapping[str, Scan]
+) -> Pairing | None:
     """Return the pairing with the most pairs among these folders of label maps."""
-    pairings = [pairing for one in folders if (pairing := _find_pairing(root, one, form, contrast))]
+    pairings = [pairing for one in folders if (pairing := _find_pairing(root, one, form, contrast, by_path))]
     return max(pairings, key=lambda one: len(one.pairs), default=None)
 
 
-def _find_pairing(root: Path, labels: Path, form: Form, contrast: str | None) -> Pairing | None:
+def _find_pairing(
+    root: Path, labels: Path, form: Form, contrast: str | None, by_path: Mapping[str, Scan]
+) -> Pairing | None:
     """Return the rule that pairs the most label maps of a folder with a scan."""
     if not labels.is_dir():
         raise DataError(f"the folder of label maps {labels} does not exist; correct the path")
@@ -262,7 +269,8 @@ def _find_pairing(root: Path, labels: Path, form: Form, contrast: str | None) ->
     best, names = rules[0], [rule[0] for rule in rules]
     image_name, label_name, pairs, num_unlabelled = best
     others = tuple(name for name, rule in zip(names[1:], rules[1:], strict=True) if len(rule[2]) == len(pairs))
-    return Pairing(images, labels, image_name, label_name, pairs, num_unlabelled, others)
+    contrasts = {} if contrast is not None else _name_contrasts(rules, by_path)
+    return Pairing(images, labels, image_name, label_name, pairs, num_unlabelled, others, contrasts)
 
 
 def _images_folder(root: Path, form: Form) -> Path:
@@ -277,6 +285,23 @@ def _files_by_path(folder: Path) -> dict[str, Path]:
 
 
 _Rule = tuple[str, str, tuple[tuple[Path, Path], ...], int]
+
+
+def _name_contrasts(rules: Sequence[_Rule], by_path: Mapping[str, Scan]) -> dict[str, tuple[str, str]]:
+    """Return the contrasts of the cases: rules with one label map, each for at least half as many cases as the first."""
+    _, label_name, best, _ = rules[0]
+    named: dict[str, tuple[str, str]] = {}
+    for image_name, label, pairs, _ in rules:
+        scan = by_path.get(str(pairs[0][0]))
+        if label != label_name or 2 * len(pairs) < len(best) or scan is None:
+            continue
+        words = contrast_of(scan)
+        name = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[0-9])w$", "", words).lower()).strip("_")
+        if not name or name in named:
+            return {}
+        is_stated = "channel" in dict(scan.entities) or bids.entities_of(scan.path.rpartition("/")[2]).get("sub")
+        named[name] = (image_name, words if is_stated else image_name.replace("{key}", "*"))
+    return named if len(named) > 1 else {}
 
 
 def _rank_rules(scans: Mapping[str, Path], maps: Mapping[str, Path]) -> list[_Rule]:

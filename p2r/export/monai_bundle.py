@@ -67,6 +67,28 @@ args=(sys.stdout,)
 format=%(asctime)s - %(name)s - %(levelname)s - %(message)s
 """
 
+_DATASET = {
+    "_target_": "Dataset",
+    "data": "$[{'image': path} for path in @datalist]",
+    "transform": "@preprocessing",
+}
+_DATALOADER = {
+    "_target_": "DataLoader",
+    "dataset": "@dataset",
+    "batch_size": 1,
+    "shuffle": False,
+    "num_workers": 0,
+}
+_EVALUATOR = {
+    "_target_": "SupervisedEvaluator",
+    "device": "@device",
+    "val_data_loader": "@dataloader",
+    "network": "@network",
+    "inferer": "@inferer",
+    "postprocessing": "@postprocessing",
+    "val_handlers": "@handlers",
+}
+
 
 def write(source: Source, folder: Path) -> Written:
     """Write the bundle into an empty folder.
@@ -120,30 +142,8 @@ def _compare_networks(network: Any, source: Source) -> float:
 
 
 def _metadata(source: Source) -> dict[str, Any]:
-    manifest, preparation = source.manifest, source.preparation
-    shape = [preparation.image_size] * source.dimensions
+    manifest = source.manifest
     what = f"Segments {', '.join(source.config.classes.values())}" if source.is_model else "Features of every pixel"
-    image = {
-        "type": "image",
-        "format": "magnitude",
-        "modality": "MR",
-        "num_channels": source.model.in_channels,
-        "spatial_shape": shape,
-        "dtype": "float32",
-        "value_range": [0, 1],
-        "is_patch_data": True,
-        "channel_def": {str(channel): "image" for channel in range(source.model.in_channels)},
-    }
-    prediction = {
-        "type": "image" if source.is_model else "feature",
-        "format": "segmentation" if source.is_model else "features",
-        "num_channels": source.num_outputs,
-        "spatial_shape": shape,
-        "dtype": "float32",
-        "value_range": [0, 1] if source.is_model else [],
-        "is_patch_data": True,
-        "channel_def": {str(number): name for number, name in source.outputs.items()},
-    }
     return {
         "schema": SCHEMA,
         "version": "0.1.0",
@@ -172,8 +172,34 @@ def _metadata(source: Source) -> dict[str, Any]:
         "intended_use": "research; not a medical device",
         "references": ["Seince et al., Pix2Rep, MIDL 2024, https://arxiv.org/abs/2407.20395"],
         "p2r": {"pin": manifest["pin"], "python_version": platform.python_version(), **_preparation(source)},
-        "network_data_format": {"inputs": {"image": image}, "outputs": {"pred": prediction}},
+        "network_data_format": _data_format(source),
     }
+
+
+def _data_format(source: Source) -> dict[str, Any]:
+    shape = [source.preparation.image_size] * source.dimensions
+    image = {
+        "type": "image",
+        "format": "magnitude",
+        "modality": "MR",
+        "num_channels": source.model.in_channels,
+        "spatial_shape": shape,
+        "dtype": "float32",
+        "value_range": [0, 1],
+        "is_patch_data": True,
+        "channel_def": {str(channel): "image" for channel in range(source.model.in_channels)},
+    }
+    prediction = {
+        "type": "image" if source.is_model else "feature",
+        "format": "segmentation" if source.is_model else "features",
+        "num_channels": source.num_outputs,
+        "spatial_shape": shape,
+        "dtype": "float32",
+        "value_range": [0, 1] if source.is_model else [],
+        "is_patch_data": True,
+        "channel_def": {str(number): name for number, name in source.outputs.items()},
+    }
+    return {"inputs": {"image": image}, "outputs": {"pred": prediction}}
 
 
 def _needs_einops(source: Source) -> bool:
@@ -210,37 +236,10 @@ def _inference(source: Source, *, scripts: str) -> dict[str, Any]:
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
         "network_def": definition(source, scripts=scripts),
         "network": "$@network_def.to(@device)",
-        "preprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                {"_target_": "LoadImaged", "keys": "image"},
-                {"_target_": "EnsureChannelFirstd", "keys": "image"},
-                {
-                    "_target_": "Orientationd",
-                    "keys": "image",
-                    "axcodes": "RAS",
-                    "labels": [["L", "R"], ["P", "A"], ["I", "S"]],
-                },
-                {
-                    "_target_": f"{scripts}.NonzeroPercentilesd",
-                    "keys": "image",
-                    "percentiles": list(preparation.intensity_percentiles),
-                },
-            ],
-        },
+        "preprocessing": _preprocessing(source, scripts=scripts),
         "datalist": "$sorted(glob.glob(@dataset_dir + '/*.nii*'))",
-        "dataset": {
-            "_target_": "Dataset",
-            "data": "$[{'image': path} for path in @datalist]",
-            "transform": "@preprocessing",
-        },
-        "dataloader": {
-            "_target_": "DataLoader",
-            "dataset": "@dataset",
-            "batch_size": 1,
-            "shuffle": False,
-            "num_workers": 0,
-        },
+        "dataset": _DATASET,
+        "dataloader": _DATALOADER,
         "inferer": inferer,
         "postprocessing": {"_target_": "Compose", "transforms": _postprocessing(source, grid, scripts=scripts)},
         "handlers": [
@@ -251,17 +250,31 @@ def _inference(source: Source, *, scripts: str) -> dict[str, Any]:
             },
             {"_target_": "StatsHandler", "iteration_log": False},
         ],
-        "evaluator": {
-            "_target_": "SupervisedEvaluator",
-            "device": "@device",
-            "val_data_loader": "@dataloader",
-            "network": "@network",
-            "inferer": "@inferer",
-            "postprocessing": "@postprocessing",
-            "val_handlers": "@handlers",
-        },
+        "evaluator": _EVALUATOR,
         "initialize": ["$monai.utils.set_determinism(seed=0)"],
         "run": ["$@evaluator.run()"],
+    }
+
+
+def _preprocessing(source: Source, *, scripts: str) -> dict[str, Any]:
+    preparation = source.preparation
+    return {
+        "_target_": "Compose",
+        "transforms": [
+            {"_target_": "LoadImaged", "keys": "image"},
+            {"_target_": "EnsureChannelFirstd", "keys": "image"},
+            {
+                "_target_": "Orientationd",
+                "keys": "image",
+                "axcodes": "RAS",
+                "labels": [["L", "R"], ["P", "A"], ["I", "S"]],
+            },
+            {
+                "_target_": f"{scripts}.NonzeroPercentilesd",
+                "keys": "image",
+                "percentiles": list(preparation.intensity_percentiles),
+            },
+        ],
     }
 
 

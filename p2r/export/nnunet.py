@@ -49,6 +49,37 @@ def write(source: Source, folder: Path) -> Written:
     base = "2d" if source.dimensions == 2 else "3d_fullres"
     name = f"{base}_p2r"
     architecture = _architecture(source)
+    _write_files(source, folder, state, architecture, name=name, base=base)
+    own = sum(
+        value.numel() for key, value in state.items() if ".all_modules." not in key and "decoder.encoder." not in key
+    )
+    return Written(
+        checks=(
+            f"read back by p2r: the same weights, {own:,} numbers in {len(state)} entries",
+            _check_in_nnunet(source, architecture, state),
+        ),
+        commands=(
+            f"python {folder.name}/add_to_plans.py $nnUNet_preprocessed/DATASET/nnUNetPlans.json",
+            f"nnUNetv2_train DATASET {name} 0 -pretrained_weights {folder.name}/checkpoint.pth",
+        ),
+        notes=(
+            f"pretrained on pixels of {source.preparation.spacing_mm:g} mm, with intensities mapped to [0, 1] between percentiles; nnU-Net "
+            "keeps its own spacing. Its z-score differs by a factor and an offset, which instance normalisation removes, and by the "
+            "clipped voxels",
+            *(["nnU-Net makes new output layers: the head of the model is left out"] if source.is_model else []),
+        ),
+    )
+
+
+def _write_files(
+    source: Source,
+    folder: Path,
+    state: Mapping[str, Tensor],
+    architecture: Mapping[str, Any],
+    *,
+    name: str,
+    base: str,
+) -> None:
     configuration = {
         name: {"inherits_from": base, "architecture": architecture},
         "_size_divisor": source.model.size_divisor,
@@ -64,38 +95,16 @@ def write(source: Source, folder: Path) -> Written:
         "key_to_encoder": "encoder.stages",
         "key_to_stem": "encoder.stem" if source.model.name == "residual_encoder_unet" else "encoder.stages.0",
     }
-    citations = [{"type": "Pretraining", "name": "Pix2Rep", "url": "https://arxiv.org/abs/2407.20395"}]
-    torch.save(
-        {
-            "network_weights": state,
-            "nnssl_adaptation_plan": plan,
-            "citations": citations,
-            "pin": source.manifest["pin"],
-        },
-        folder / "checkpoint.pth",
-    )
+    saved = {
+        "network_weights": dict(state),
+        "nnssl_adaptation_plan": plan,
+        "citations": [{"type": "Pretraining", "name": "Pix2Rep", "url": "https://arxiv.org/abs/2407.20395"}],
+        "pin": source.manifest["pin"],
+    }
+    torch.save(saved, folder / "checkpoint.pth")
     (folder / "configuration.json").write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
     (folder / "add_to_plans.py").write_bytes(Path(str(add_to_plans.__file__)).read_bytes())
     (folder / "README.md").write_text(source.card, encoding="utf-8")
-    own = sum(
-        value.numel() for key, value in state.items() if ".all_modules." not in key and "decoder.encoder." not in key
-    )
-    return Written(
-        checks=(
-            f"read back by p2r: the same weights, {own:,} numbers in {len(state)} entries",
-            _check_in_nnunet(source, architecture, state),
-        ),
-        commands=(
-            f"python {folder.name}/add_to_plans.py $nnUNet_preprocessed/DATASET/nnUNetPlans.json",
-            f"nnUNetv2_train DATASET {name} 0 -pretrained_weights {folder.name}/checkpoint.pth",
-        ),
-        notes=(
-            f"pretrained on pixels of {source.preparation.spacing_mm:g} mm, with intensities mapped to [0, 1] between percentiles; nnU-Net "
-            "keeps its own spacing and z-score. Both differ by a factor and an offset, which instance normalisation removes, and by "
-            "the clipped voxels",
-            *(["nnU-Net makes new output layers: the head of the model is left out"] if source.is_model else []),
-        ),
-    )
 
 
 def _rename(source: Source, names: Names) -> dict[str, Tensor]:

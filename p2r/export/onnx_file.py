@@ -48,7 +48,29 @@ def write(source: Source, folder: Path) -> Written:
     output = "logits" if source.is_model else "features"
     _convert(source, path, output)
     difference = _compare(source, path)
-    facts = {
+    facts = _facts(source, output, difference)
+    (folder / "preparation.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / "pixels.py").write_bytes(Path(str(bundle_script.__file__)).read_bytes())
+    (folder / "README.md").write_text(source.card, encoding="utf-8")
+    version = importlib.metadata.version("onnxruntime")
+    tried = "batches of 1 and 3" + ("" if _has_fixed_sides(source) else ", two sizes")
+    return Written(
+        checks=(
+            f"onnxruntime {version}, {tried}: largest difference from p2r {difference:.1e} (allowed {_MAX_DIFFERENCE:g})",
+        ),
+        commands=(
+            f"python -c \"import onnxruntime; print([i.shape for i in onnxruntime.InferenceSession('{folder.name}/model.onnx')"
+            '.get_inputs()])"',
+        ),
+        notes=("swin_unetr has fixed sides in ONNX: read larger images in windows of this size",)
+        if _has_fixed_sides(source)
+        else (),
+    )
+
+
+def _facts(source: Source, output: str, difference: float) -> dict[str, Any]:
+    """Return the content of `preparation.json`."""
+    return {
         "format": "p2r-onnx/1",
         "pin": source.manifest["pin"],
         "licence": source.manifest["licence"],
@@ -77,23 +99,6 @@ def write(source: Source, folder: Path) -> Written:
         | {"p2r": __version__},
         "largest_difference": difference,
     }
-    (folder / "preparation.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    (folder / "pixels.py").write_bytes(Path(str(bundle_script.__file__)).read_bytes())
-    (folder / "README.md").write_text(source.card, encoding="utf-8")
-    version = importlib.metadata.version("onnxruntime")
-    tried = "batches of 1 and 3" + ("" if _has_fixed_sides(source) else ", two sizes")
-    return Written(
-        checks=(
-            f"onnxruntime {version}, {tried}: largest difference from p2r {difference:.1e} (allowed {_MAX_DIFFERENCE:g})",
-        ),
-        commands=(
-            f"python -c \"import onnxruntime; print([i.shape for i in onnxruntime.InferenceSession('{folder.name}/model.onnx')"
-            '.get_inputs()])"',
-        ),
-        notes=("swin_unetr has fixed sides in ONNX: read larger images in windows of this size",)
-        if _has_fixed_sides(source)
-        else (),
-    )
 
 
 def _sides(source: Source) -> list[str | int]:

@@ -31,7 +31,7 @@ from p2r.fewshot.protocol import (
     is_searched,
     numbers_of,
 )
-from p2r.fewshot.setup import TrialSetup
+from p2r.fewshot.setup import TrialSetup, contrasts_read
 from p2r.fewshot.trial_inputs import slices_of
 from p2r.files import file_sha256
 from p2r.model.contrasts import missing_contrasts
@@ -52,6 +52,8 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
             `check_data`.
     """
     config = setup.config
+    url = backbone.manifest["url"]
+    check_contrasts(task, config, of_backbone=backbone.preparation.contrasts, backbone=f"the backbone {url}")
     _check_backbone(task, backbone, config)
     known = Known(backbone, is_allowed=config.allow_transductive)
     for split in HELD_OUT:
@@ -113,7 +115,6 @@ def check_data(
 
 
 def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> None:
-    _check_contrasts(task, backbone, config)
     dimensions = backbone.preparation.dimensions
     asked = task.config.dimensions or (2 if task.config.slice_axis is not None else dimensions)
     if dimensions != asked:
@@ -129,39 +130,55 @@ def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> N
         )
 
 
-def _check_contrasts(task: Task, backbone: Backbone, config: FinetuneConfig) -> None:
-    """Refuse contrasts that the task does not have, or that the backbone never saw."""
-    url, of_backbone = backbone.manifest["url"], backbone.preparation.contrasts
-    for key, names in (
-        ("contrasts", config.contrasts),
-        *(("contrast_subsets", one) for one in config.contrast_subsets or ()),
-    ):
-        if others := [name for name in names or () if name not in (task.config.contrasts or ())]:
-            raise DataError(
-                f"finetune.{key} names {', '.join(others)}, the task {task.name} has {describe(task.config.contrasts)}: correct the "
-                "names, or the task's image_name"
-            )
-    read = config.contrasts or task.config.contrasts
-    if others := [name for subset in config.contrast_subsets or () for name in subset if name not in (read or ())]:
+def check_subsets(tasks: Sequence[Task], config: FinetuneConfig) -> None:
+    """Refuse a subset of contrasts with a name that the models of no task read.
+
+    Raises:
+        DataError: naming the contrast.
+    """
+    known = sorted({name for task in tasks for name in contrasts_read(task.config, config) or ()})
+    if others := [name for subset in config.contrast_subsets or () for name in subset if name not in known]:
         raise DataError(
-            f"finetune.contrast_subsets names {', '.join(others)}, but the trials read {describe(read)} only"
+            f"finetune.contrast_subsets names {', '.join(others)}, but the models read {', '.join(known) or describe(None)}: correct it"
+        )
+
+
+def check_contrasts(task: Task, config: FinetuneConfig, *, of_backbone: Sequence[str] | None, backbone: str) -> None:
+    """Refuse contrasts that the task does not have, or that the backbone never saw.
+
+    Args:
+        task: The task.
+        config: Fine-tuning section.
+        of_backbone: Contrasts of the backbone; None: one, of any kind.
+        backbone: Name of the backbone, for messages.
+
+    Raises:
+        DataError: naming the contrast, and the way out.
+    """
+    read = contrasts_read(task.config, config)
+    if others := [name for name in config.contrasts or () if name not in (task.config.contrasts or ())]:
+        raise DataError(
+            f"finetune.contrasts names {', '.join(others)}, the task {task.name} has {describe(task.config.contrasts)}: correct the "
+            "names, or the task's image_name"
         )
     if read is None and len(of_backbone or ("",)) > 1:
         raise DataError(
-            f"task {task.name}: the contrast of its scans has no name, the backbone {url} reads {describe(of_backbone)}: name it, as in "
+            f"task {task.name}: the contrast of its scans has no name, {backbone} reads {describe(of_backbone)}: name it, as in "
             f"image_name: {{{(of_backbone or ('t1',))[0]}: {task.config.images_of(None)[1]!r}}}, or use a backbone of one contrast"
         )
     if unseen := missing_contrasts(of_backbone, read):
         raise DataError(
-            f"task {task.name} wants the contrast {', '.join(unseen)}, which the backbone {url} never saw: it reads "
-            f"{describe(of_backbone)}. Leave it out (finetune.contrasts), or use a backbone of these contrasts or of one"
+            f"task {task.name} wants the contrast {', '.join(unseen)}, which {backbone} never saw: it reads {describe(of_backbone)}. "
+            "Leave it out (finetune.contrasts), or use a backbone of these contrasts or of one"
         )
-    if len(read or ("",)) > 1 and (others := [mode for mode in config.modes if MODES[mode].weights == "other"]):
+    if len(read or ("",)) < 2:
+        return
+    if others := [mode for mode in config.modes if MODES[mode].weights == "other"]:
         raise DataError(
             f"finetune.modes has {', '.join(others)}, whose network reads images of one contrast, task {task.name} {describe(read)}: "
             "name one in finetune.contrasts, or leave the mode out"
         )
-    if config.protocol == "paper_compat" and len(read or ("",)) > 1:
+    if config.protocol == "paper_compat":
         raise DataError(
             f"finetune.protocol paper_compat reads one contrast, task {task.name} {describe(read)}: use leak_free"
         )

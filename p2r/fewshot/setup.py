@@ -137,7 +137,12 @@ class TrialSetup:
         )
 
 
+def contrasts_read(task: TaskConfig, config: FinetuneConfig) -> tuple[str, ...] | None:
+    """Return the contrasts that a task's models read; None: one without a name."""
+    return config.contrasts or task.contrasts
+
+
 def preparation_for(task: TaskConfig, config: FinetuneConfig, of_backbone: Preparation) -> Preparation:
     """Return the preparation of scans for a task's models: the backbone's, with the values of the task and the section."""
     preparation = task.preparation(of_backbone.model_copy(update={"planes": config.planes}))
-    return preparation if config.contrasts is None else preparation.model_copy(update={"contrasts": config.contrasts})
+    return preparation.model_copy(update={"contrasts": contrasts_read(task, config)})

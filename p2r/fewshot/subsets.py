@@ -1,6 +1,6 @@
 """A segmenter of several contrasts -> its scores on patients of whom only some contrasts are given.
 
-The patients and the weights are those of a row; only the images change: the channels of the withheld contrasts are zero. A case
+Patients and weights stay the same; only the images change: the channels of the withheld contrasts are zero. A case
 that has none of the given contrasts is left out, and the number of patients is stated.
 """
 

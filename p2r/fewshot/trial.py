@@ -148,8 +148,10 @@ def _score_test_patients(inputs: TrialInputs, segmenter: nn.Module) -> Scored:
 
 def _score_subsets(inputs: TrialInputs, segmenter: nn.Module) -> list[ContrastRow]:
     """Score the reported split with subsets of the contrasts, as a part of the same evaluation."""
-    subsets, task = inputs.config.contrast_subsets, inputs.task
-    if subsets is None or inputs.trial.purpose != "final":
+    task, read = inputs.task, inputs.preparation.contrasts or ()
+    # Another task of the job may have other contrasts.
+    subsets = [one for one in inputs.config.contrast_subsets or () if set(one) <= set(read) and len(read) > 1]
+    if not subsets or inputs.trial.purpose != "final":
         return []
     scans = task.scans_of(task.subjects[inputs.config.score_on])
     return score_subsets(

@@ -21,7 +21,7 @@ def without_kernels(
         channels: E.
         temperature: Temperature; of a learnt one, the smallest.
         num_pairs: N.
-        device: The GPU; for a CPU, the answer is that of an H100.
+        device: The GPU; a CPU gets the answer for an H100.
         allows_tf32: True if products of float32 may be rounded to TF32.
     """
     if find_spec("triton") is None:

@@ -28,7 +28,7 @@ from p2r.engine.weights import backbone_weights, checked_weights
 from p2r.errors import DataError, JobError, OutOfTime
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.tasks import HELD_OUT, load_task
-from p2r.fewshot.checks import check_data, check_task
+from p2r.fewshot.checks import check_contrasts, check_data, check_subsets, check_task
 from p2r.fewshot.others import load_other
 from p2r.fewshot.publishing import choose_model, publish_best, publish_on_all, publish_other_draws, trial_for_publishing
 from p2r.fewshot.readings import merge_readings
@@ -221,6 +221,10 @@ def _check_tasks(job: Job, storage: Storage, say: Say) -> None:
         raise JobError(
             f"finetune.tasks: two tasks have one name, {', '.join(names)}; their results would share a folder"
         )
+    check_subsets(tasks, config)
+    if job.pretrain is not None and config.backbone is None:
+        for task in tasks:
+            check_contrasts(task, config, of_backbone=job.pretrain.model.contrasts, backbone="the job's backbone")
     if job.pretrain is None or job.ingest is None or storage.exists(f"pretrain/{HISTORY}"):
         return
     image = job.pretrain.image

@@ -1,7 +1,9 @@
 """Commands as people expect them: on folders, with volumes as a table, with a version and short help."""
 
 import csv
+import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 
 from cluster.outputs import RECORD
+from cluster.session import session
 from cluster.starting import started_session
 from p2r.errors import TrainingError
 from tests.dicom_cases import Series
@@ -126,14 +129,14 @@ def test_a_ray_that_does_not_start_is_tried_once_more_and_named_in_one_message(m
     attempts: list[str | None] = []
 
     @contextmanager
-    def session(address: str | None, *, show_worker_logs: bool) -> Iterator[None]:
+    def attempt(address: str | None, *, show_worker_logs: bool) -> Iterator[None]:
         """What Ray does on a machine that is too busy for its 30 s."""
         attempts.append(address)
         if len(attempts) < 3:
             raise RuntimeError("the node did not start within 30 seconds\nand much more")
         yield
 
-    monkeypatch.setattr("cluster.session.session", session)
+    monkeypatch.setattr("cluster.session.session", attempt)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     said: list[str] = []
     job = Path("mine/job.yaml")
@@ -205,3 +208,24 @@ def test_a_dicom_series_is_segmented_to_one_file(p2r: P2R, published: dict[str, 
     assert code == 0 and nibabel.load(tmp_path / "out.nii.gz").shape == (18, 20, 8), said
     code, said = p2r("predict", published["model"], tmp_path / "series", "-o", tmp_path / "out")
     assert code == 0 and (tmp_path / "out/series.nii.gz").is_file(), said
+
+
+def test_the_log_of_a_failed_start_of_ray_is_not_printed_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger, printed = logging.getLogger("ray._private.services"), io.StringIO()
+    handler = logging.StreamHandler(printed)
+
+    def init(**_: object) -> None:
+        logger.error("Failed to start the dashboard")
+        raise RuntimeError("the node did not start")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    logger.addHandler(handler)
+    try:
+        for show_worker_logs, shown in ((False, ""), (True, "Failed to start the dashboard\n")):
+            with pytest.raises(RuntimeError, match="did not start"), session(show_worker_logs=show_worker_logs):
+                pass
+            assert printed.getvalue() == shown
+    finally:
+        logger.removeHandler(handler)

@@ -14,7 +14,7 @@ import yaml
 
 import p2r
 from p2r.data.contrasts import on_one_grid
-from p2r.data.preprocess import Preparation, planes_of
+from p2r.data.preprocess import Preparation, frames_of, planes_of
 from p2r.data.volume import read_volume, write_nifti
 from p2r.errors import DataError, RefusedScan
 from p2r.evaluate.prepared import prepared_images, prepared_scan
@@ -89,20 +89,23 @@ def test_the_channels_of_nnunet_and_folders_by_contrast_are_the_same_task(sessio
         assert [scan.key for scan in task.scans] == [f"sub-{number:02d}" for number in range(1, 9)]
 
 
-def test_an_image_has_the_channels_of_its_contrasts_and_zeros_for_missing_ones(copy: Path) -> None:
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_an_image_has_the_channels_of_its_contrasts_and_zeros_for_missing_ones(copy: Path, dimensions: int) -> None:
     task = load_task(copy / "task.yaml")
+    preparation = PREPARATION.model_copy(update={"dimensions": dimensions})
+    single = preparation.model_copy(update={"contrasts": None})
+    make = planes_of if dimensions == 2 else frames_of
     for scan in task.scans[:2]:
-        loaded = load_scan(scan, task, PREPARATION)
-        single = Preparation(spacing_mm=2.0, image_size=32)
+        loaded = load_scan(scan, task, preparation)
         for channel, name in enumerate(NAMES):
             images = loaded.planes.images[:, channel]
             if name in scan.contrasts:
-                alone = planes_of(read_volume(scan.contrasts[name]), preparation=single, size=None)
+                alone = make(read_volume(scan.contrasts[name]), preparation=single, size=None)
                 assert torch.equal(images, alone.images[:, 0])
             else:
                 assert (scan.subject, name) == ("sub-02", "t1") and not images.any()
         for _ in range(2):
-            kept = prepared_scan(scan, task, PREPARATION)
+            kept = prepared_scan(scan, task, preparation)
             assert torch.equal(kept.planes.images, loaded.planes.images)
             assert kept.contrasts.keys() == loaded.contrasts.keys()
             assert np.array_equal(kept.volume.data, loaded.volume.data)

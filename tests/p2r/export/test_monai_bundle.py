@@ -77,11 +77,14 @@ def test_a_bundle_segments_real_files_like_p2r_predict_without_p2r(
 ) -> None:
     pytest.importorskip("ignite", reason="monai.bundle run needs pytorch-ignite")
     pytest.importorskip("fire", reason="python -m monai.bundle needs fire")
-    bundle = tmp_path / "bundle"
+    bundle, scans = tmp_path / "bundle", tmp_path / "scans"
+    scans.mkdir()
+    for scan in sorted((toy_data / "images").glob("*.nii.gz"))[:3]:
+        (scans / scan.name).write_bytes(scan.read_bytes())
     export(published["model"], to="monai", folder=bundle)
     code = (
         "import sys; sys.modules['p2r'] = None; sys.argv = ['monai.bundle', 'run', '--config_file', 'configs/inference.json',"
-        f" '--dataset_dir', {str(toy_data / 'images')!r}, '--output_dir', {str(tmp_path / 'results')!r}];"
+        f" '--dataset_dir', {str(scans)!r}, '--output_dir', {str(tmp_path / 'results')!r}];"
         "import runpy; runpy.run_module('monai.bundle', run_name='__main__')"
     )
     done = subprocess.run(
@@ -90,13 +93,13 @@ def test_a_bundle_segments_real_files_like_p2r_predict_without_p2r(
     assert done.returncode == 0, done.stderr[-2000:]
     model = load_predictor(published["model"])
     labelled = 0
-    for scan in sorted((toy_data / "images").glob("*.nii.gz")):
+    for scan in sorted(scans.iterdir()):
         wanted = model.predict(str(scan))
         found: Any = nibabel.load(tmp_path / "results" / scan.name.replace(".nii", "_segmentation.nii"))
         np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(wanted.dataobj))
         np.testing.assert_allclose(found.affine, wanted.affine, atol=1e-5)
         labelled += int(np.asarray(wanted.dataobj).any())
-    assert labelled >= 6
+    assert labelled >= 2
 
 
 def test_the_metadata_pass_monais_verifications(published: dict[str, str], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from cluster.applying import predict
 from p2r.config import FinetuneConfig
 from p2r.errors import DataError, InputError
 from p2r.evaluate.tasks import load_task
-from p2r.fewshot.checks import check_task
+from p2r.fewshot.checks import check_subsets, check_task
 from p2r.fewshot.protocol import final_trials, settings_of
 from p2r.fewshot.publishing import publish_best
 from p2r.fewshot.results import TrialResult
@@ -147,8 +147,6 @@ def test_labels_of_unlabelled_and_of_test_patients_do_not_train(make: Make, data
     [
         (("flair", "t2"), {}, "wants the contrast t1, t1ce, which the backbone .* never saw: it reads flair, t2"),
         (NAMES, {"contrasts": ["t2"]}, "finetune.contrasts names t2, the task discs has flair, t1, t1ce"),
-        (None, {"contrast_subsets": [["t2"]]}, "finetune.contrast_subsets names t2"),
-        (None, {"contrasts": ["t1"], "contrast_subsets": [["flair"]]}, "names flair, but the trials read t1 only"),
         (None, {"contrasts": ["t1"]}, "case sub-02_anat_sub-02 has none of the contrasts t1"),
         (None, {"protocol": "paper_compat"}, "paper_compat reads one contrast"),
     ],
@@ -158,6 +156,15 @@ def test_contrasts_that_cannot_be_are_refused_before_anything_is_trained(
 ) -> None:
     with pytest.raises(DataError, match=message):
         make(of=of, **values)
+
+
+def test_a_subset_of_contrasts_that_no_task_has_is_refused(make: Make, data: Path) -> None:
+    tasks = [load_task(data / "task.yaml")]
+    check_subsets(tasks, make(contrast_subsets=[["flair", "t1"]]).config)
+    with pytest.raises(DataError, match="contrast_subsets names t2, but the models read flair, t1, t1ce"):
+        check_subsets(tasks, make(contrast_subsets=[["t2", "flair"]]).config)
+    with pytest.raises(DataError, match="contrast_subsets names t1, but the models read flair"):
+        check_subsets(tasks, make(contrasts=["flair"], contrast_subsets=[["t1"]]).config)
 
 
 def test_a_task_without_names_needs_a_backbone_of_one_contrast(make: Make, data: Path) -> None:
