@@ -18,6 +18,7 @@ import yaml
 import p2r
 from docs.drawings import DRAWINGS
 from docs.reference_pages import PAGES, commands_page, docstring_lines, job_page
+from p2r.evaluate.task_files import TaskConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES_OF_THE_REPOSITORY = [
@@ -95,12 +96,14 @@ def field_at(path: list[str]) -> dict[str, Any] | None:
     """The schema of a job's key, `pretrain.loss.temperature` as a list; None if there is none."""
     fields: list[dict[str, Any]] = [SCHEMA]
     for key in path:
-        found = [
-            one["properties"][key] if key in one.get("properties", {}) else one["additionalProperties"]
-            for field in fields
-            for one in expanded(field)
-            if key in one.get("properties", {}) or isinstance(one.get("additionalProperties"), dict)
-        ]
+        sections = [one for field in fields for one in expanded(field)]
+        found = [one["properties"][key] for one in sections if key in one.get("properties", {})]
+        if not found:  # names that the user chooses
+            found = [
+                one["additionalProperties"] for one in sections if isinstance(one.get("additionalProperties"), dict)
+            ]
+            patterns = [item for one in sections for item in one.get("patternProperties", {}).items()]
+            found += [field for pattern, field in patterns if re.search(pattern, key)]
         if not found:
             return None
         fields = found
@@ -120,8 +123,12 @@ def paths_in(value: Any, prefix: tuple[str, ...] = ()) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("block", code_blocks("yaml"))
-def test_every_key_of_a_yaml_block_is_a_key_of_a_job(block: str) -> None:
-    for path in paths_in(yaml.safe_load(block)):
+def test_every_key_of_a_yaml_block_is_a_key_of_a_job_or_of_a_task(block: str) -> None:
+    values = yaml.safe_load(block)
+    if "image_name" in values:
+        assert values.keys() <= TaskConfig.model_fields.keys()
+        return
+    for path in paths_in(values):
         assert field_at(path) is not None, ".".join(path)
 
 

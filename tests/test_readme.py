@@ -74,11 +74,11 @@ def test_the_tree_is_the_tree(repository: Path) -> None:
     block = README.split("## The tree\n")[1].split("\n## ")[0]
     folder = ""
     listed: dict[str, set[str]] = {"": set(), "p2r/": set()}
-    for line in re.findall(r"^    ( *)(\S+) ", block, re.MULTILINE):
-        indent, name = line
+    for indent, names in re.findall(r"^    ( *)((?:\S+, )*\S+)  ", block, re.MULTILINE):
         folder = "p2r/" if indent else ""
-        assert (repository / folder / name).exists(), name
-        listed[folder].add(name.rstrip("/"))
+        for name in names.split(", "):
+            assert (repository / folder / name).exists(), name
+            listed[folder].add(name.rstrip("/"))
     folders = ("p2r", "cluster", "jobs", "infra", "docs", "examples", "tests")
     assert listed[""] == {name for name in folders if (repository / name).is_dir()}
     there = {path.name for path in (repository / "p2r").iterdir() if not path.name.startswith("__")}

@@ -41,39 +41,47 @@ def embed(
     backbone: Annotated[
         str, typer.Argument(metavar="BACKBONE", help="URL of a published backbone; @sha256:HEX pins its manifest.")
     ],
-    scan: Annotated[
+    scans: Annotated[
         list[str],
         typer.Argument(
             metavar="SCAN...",
-            help="A NIfTI scan (a path, file:// or s3://), or a folder of scans; or the scans of one patient by contrast, as in "
-            "t1=t1.nii.gz flair=flair.nii.gz. The grid of the result is that of the first.",
+            help="Scans (NIfTI: a path, file:// or s3://; DICOM: a folder), or folders of scans; or the scans of one patient by contrast, "
+            "as in t1=t1.nii.gz flair=flair.nii.gz. The grid of the result is that of the first.",
         ),
     ],
     output: Annotated[
-        str, typer.Option("-o", "--output", help="NIfTI file for the features (X, Y, Z, F); for a folder: a folder.")
+        str,
+        typer.Option(
+            "-o",
+            "--output",
+            help="File for the features (X, Y, Z, F), .nii.gz or .zarr; for several scans: a folder.",
+        ),
     ],
     native: Annotated[
         bool, typer.Option("--native", help="Use the scan's own grid instead of the backbone's.")
     ] = False,
+    form: Annotated[
+        str, typer.Option("--as", metavar="FORM", help="Form of the files in a folder: nifti or zarr.")
+    ] = "nifti",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
     """Write the features of every pixel of a scan, or of all scans of a folder, in the scan's world coordinates."""
     from cluster.applying import embed as apply
 
-    apply(backbone, scan, output, native=native, device=device, say=say)
+    apply(backbone, scans, output, native=native, form=form, device=device, say=say)
 
 
 def predict(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="URL of a published model; @sha256:HEX pins its manifest.")
     ],
-    scan: Annotated[
+    scans: Annotated[
         list[str],
         typer.Argument(
             metavar="SCAN...",
-            help="A NIfTI scan (a path, file:// or s3://), or a folder of scans; or the scans of one patient by contrast, as in "
-            "t1=t1.nii.gz flair=flair.nii.gz. The grid of the result is that of the first.",
+            help="Scans (NIfTI: a path, file:// or s3://; DICOM: a folder), or folders of scans; or the scans of one patient by contrast, "
+            "as in t1=t1.nii.gz flair=flair.nii.gz. The grid of the result is that of the first.",
         ),
     ],
     output: Annotated[
@@ -99,10 +107,14 @@ def predict(
             help="One more model, whose probabilities are averaged with MODEL's; may be repeated. Same classes, same preparation.",
         ),
     ] = None,
+    form: Annotated[
+        str, typer.Option("--as", metavar="FORM", help="Form of the files in a folder: nifti or zarr.")
+    ] = "nifti",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     debug: Debug = False,
 ) -> None:
     """Segment a scan, or all scans of a folder; for a folder, volumes per class are also written to volumes.csv."""
     from cluster.applying import predict as apply
 
-    apply([model, *(ensemble or ())], scan, output, has_probabilities=probabilities, device=device, say=say)
+    models = [model, *(ensemble or ())]
+    apply(models, scans, output, has_probabilities=probabilities, form=form, device=device, say=say)

@@ -121,7 +121,7 @@ class Records:
             self._refuse(planned, RefusedScan("contrast_twice", message))
             return []
         if not volumes or sessions.fourth_axis == "time":
-            return [(planned.contrast, volume) for volume in volumes]
+            return [(planned.contrast, volume) for volume in volumes if not self._holds_contrasts(planned, volume)]
         (volume,) = volumes
         if volume.data.shape[3] != len(sessions.contrasts):
             message = (
@@ -134,6 +134,17 @@ class Records:
             (name, replace(volume, data=volume.data[..., number, None].copy(), key=f"{volume.key}_{name}", frames=None))
             for number, name in enumerate(sessions.contrasts)
         ]
+
+    def _holds_contrasts(self, planned: PlannedScan, volume: Volume) -> bool:
+        """Refuse a volume whose fourth axis holds contrasts, by its `dataset.json`."""
+        if planned.scan.num_channels == 1 or volume.data.shape[3] != planned.scan.num_channels:
+            return False
+        message = (
+            f"{planned.scan.path} has {volume.data.shape[3]} images along its fourth axis, and its dataset.json states as many "
+            "contrasts: set ingest.sessions.fourth_axis: contrasts"
+        )
+        self._refuse(planned, RefusedScan("other_frames", message))
+        return True
 
     def _examine(self, planned: PlannedScan, volume: Volume) -> _Found | None:
         """Return a volume that can be used; refuse others."""

@@ -41,6 +41,8 @@ class Scan:
     """Series description of a DICOM series. It may contain a person's name, so it is never stored or logged."""
     study: str = ""
     """Short digest of the study of a DICOM series."""
+    num_channels: int = 1
+    """Number of contrasts that a `dataset.json` states for each image; more than 1 if they are on its fourth axis."""
 
     @property
     def name(self) -> str:

@@ -2,7 +2,8 @@
 
 A record is one volume, stored as two members of a plain tar: `<key>.json` with metadata, and the voxels, in chunks that are
 compressed separately. So any WebDataset reader gets whole volumes, and p2r reads one chunk with one `pread` or one range
-request. Three layouts, named by the member's extension:
+request. A record of a session has these two members for each contrast, `<key>.<contrast>.json` and its voxels, all on one
+grid; a missing contrast has none. Three layouts, named by the member's extension:
 
 - `.planes`: a chunk is a slice; for 2D training.
 - `.blocks`: a chunk is a cube of 32 voxels; for 3D patches, three times faster than from `.planes`.

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from p2r.data.scan import Scan
-from p2r.data.shards import voxels_sha256
-from p2r.data.volume import read_volume
+from p2r.data.volume import read_volume, voxels_sha256
 from p2r.errors import RefusedScan
 
 _PIECE_BYTES = 1 << 16

@@ -2,11 +2,13 @@
 
 import csv
 import io
+import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +17,11 @@ import nibabel
 import numpy as np
 import pytest
 
+from cluster.outputs import RECORD
 from cluster.session import session
 from cluster.starting import started_session
 from p2r.errors import TrainingError
+from tests.dicom_cases import Series
 
 P2R = Callable[..., tuple[int, str]]
 
@@ -41,14 +45,14 @@ def test_predict_segments_a_folder_with_progress_and_a_table_of_volumes(
     assert code == 0, said
     assert "1/3 | " in said and "3/3 | " in said and "[not_nifti]" in said and "sub-07_seg" not in said
     made = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
-    assert made == ["later/sub-08_T1w.nii.gz", "sub-07_T1w.nii.gz", "volumes.csv"]
+    assert made == [RECORD, "later/sub-08_T1w.nii.gz", "sub-07_T1w.nii.gz", "volumes.csv"]
     with (tmp_path / "out/volumes.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     labels = np.asarray(nibabel.load(tmp_path / "out/sub-07_T1w.nii.gz").dataobj)
     (row,) = [row for row in rows if row["scan"].endswith("sub-07_T1w.nii.gz")]
     assert float(row["DISC_ml"]) == pytest.approx((labels == 1).sum() * 2 * 2 * 8 / 1000, rel=1e-3)
     code, said = p2r("predict", published["model"], folder, "-o", tmp_path / "out.nii.gz")
-    assert code == 2 and "results go into a folder" in said
+    assert code == 2 and "several scans go into a folder" in said
 
 
 def test_probabilities_of_an_ensemble_are_written_beside_its_segmentation(
@@ -174,3 +178,54 @@ def test_the_log_of_a_failed_start_of_ray_is_not_printed_unless_asked_for(monkey
             assert printed.getvalue() == shown
     finally:
         logger.removeHandler(handler)
+
+
+def test_a_list_of_scans_is_resumed_and_a_damaged_result_is_made_again(
+    p2r: P2R, published: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    scans = [folder / "sub-07_T1w.nii.gz", folder / "later/sub-08_T1w.nii.gz"]
+    command = ("predict", published["model"], *scans, "-o", tmp_path / "out")
+    code, said = p2r(*command)
+    assert code == 0 and "1/2 | " in said and "there already" not in said, said
+    results = [tmp_path / "out/sub-07_T1w.nii.gz", tmp_path / "out/later/sub-08_T1w.nii.gz"]
+    first, table = results[0].read_bytes(), (tmp_path / "out/volumes.csv").read_text()
+    results[0].write_bytes(first[:-9])  # cut off
+    with (tmp_path / "out" / RECORD).open("a") as file:
+        file.write('{"result": "sub-07_T1w.nii.gz", "inp')
+    code, said = p2r(*command)
+    assert code == 0 and said.count("there already") == 1 and results[0].read_bytes() == first
+    assert (tmp_path / "out/volumes.csv").read_text() == table
+    code, said = p2r(*command, "--probabilities")
+    assert code == 0 and "there already" not in said, "other inputs"
+    code, said = p2r("predict", published["model"], *scans, "-o", tmp_path / "one.nii.gz")
+    assert code == 2 and "several scans go into a folder" in said
+    code, said = p2r("predict", published["model"], scans[0], f"t1={scans[1]}", "-o", tmp_path / "out")
+    assert code == 2 and "has no contrast" in said
+
+
+def test_features_in_zarr_are_those_in_nifti(
+    p2r: P2R, published: dict[str, str], toy_data: Path, tmp_path: Path
+) -> None:
+    scan = toy_data / "images/sub-07_T1w.nii.gz"
+    for name in ("a.nii.gz", "a.zarr"):
+        code, said = p2r("embed", published["backbone"], scan, "-o", tmp_path / name)
+        assert code == 0, said
+    image = nibabel.load(tmp_path / "a.nii.gz")
+    about = json.loads((tmp_path / "a.zarr/.zarray").read_text())
+    attributes = json.loads((tmp_path / "a.zarr/.zattrs").read_text())
+    assert about["shape"] == list(image.shape) and np.allclose(attributes["affine"], image.affine)
+    content = zlib.decompress((tmp_path / "a.zarr/0.0.0.0").read_bytes())
+    chunk = np.frombuffer(content, about["dtype"]).reshape(about["chunks"])
+    assert np.allclose(chunk, image.get_fdata(), atol=1e-6)
+    code, said = p2r("embed", published["backbone"], toy_data / "images", "-o", tmp_path / "out", "--as", "zarr")
+    assert code == 0 and (tmp_path / "out/sub-08_T1w.zarr/.zarray").is_file()
+    code, said = p2r("embed", published["backbone"], toy_data / "images", "-o", tmp_path / "out", "--as", "hdf5")
+    assert code == 2 and "nifti or zarr" in said
+
+
+def test_a_dicom_series_is_segmented_to_one_file(p2r: P2R, published: dict[str, str], tmp_path: Path) -> None:
+    Series().write(tmp_path / "series")
+    code, said = p2r("predict", published["model"], tmp_path / "series", "-o", tmp_path / "out.nii.gz")
+    assert code == 0 and nibabel.load(tmp_path / "out.nii.gz").shape == (18, 20, 8), said
+    code, said = p2r("predict", published["model"], tmp_path / "series", "-o", tmp_path / "out")
+    assert code == 0 and (tmp_path / "out/series.nii.gz").is_file(), said

@@ -273,6 +273,21 @@ def test_a_fourth_axis_of_contrasts_is_split_only_if_the_job_says_so(tmp_path: P
     assert reason(ledger, "P3") == "other_frames" and verify_corpus(storage) == []
 
 
+def test_a_fourth_axis_of_contrasts_is_recognised_by_a_dataset_json(tmp_path: Path) -> None:
+    for number in (1, 2):
+        save(tmp_path, f"brats/imagesTr/BRATS_{number:03d}.nii.gz", number, shape=(20, 24, 5, 3))
+    described = {"modality": {"0": "FLAIR", "1": "T1w", "2": "T1gd"}, "labels": {"0": "background", "1": "tumour"}}
+    (tmp_path / "brats/dataset.json").write_text(json.dumps(described))
+    with pytest.raises(DataError, match=r"no scan is usable \(2 other_frames\)"):
+        ingested(tmp_path, sources=tmp_path / "brats")
+    _, manifest, _ = ingested(
+        tmp_path / "split",
+        sources=tmp_path / "brats",
+        sessions={"contrasts": {"flair": "*", "t1": "*", "t1gd": "*"}, "fourth_axis": "contrasts"},
+    )
+    assert manifest["contrasts"] == {"flair": 2, "t1": 2, "t1gd": 2}
+
+
 def test_an_rgb_image_is_no_contrast(tmp_path: Path) -> None:
     save(tmp_path / "bids", "sub-1_FLAIR.nii.gz")
     colours = np.zeros((20, 24, 5), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])

@@ -191,7 +191,7 @@ def test_a_published_model_takes_scans_by_name_and_misses_some(make: Make, data:
     assert np.array_equal(np.asarray(written.dataobj), np.asarray(found.dataobj)) and written.shape == (36, 40, 3)
     for given, message in (
         ([arguments[0], arguments[0]], "the contrast t1 is named twice"),
-        ([str(scans["t1"]), arguments[1]], "has no contrast: give one scan, or several by contrast"),
+        ([str(scans["t1"]), arguments[1]], "has no contrast: give scans without names, or all by contrast"),
         ([str(scans["t1"])], "is one scan without the name of its contrast"),
         ([f"t2={scans['t1']}"], "never saw the contrast t2"),
     ):

@@ -243,6 +243,21 @@ def test_options_equal_the_definition(form: Form, options: str, temperature: flo
         torch.testing.assert_close(ours, their, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize(("exchange", "temperature"), [("ring", 0.2), ("ring", 0.002), ("all_gather", 0.002)])
+@pytest.mark.parametrize("form", FORMS)
+def test_directions_computed_one_by_one_equal_the_definition(
+    form: Form, exchange: Literal["ring", "all_gather"], temperature: float
+) -> None:
+    queries, keys = embeddings(9, 5, seed=3)
+    keys = keys.roll(1, dims=0)  # unrelated pairs: the negatives of both views count, also with a sharp softmax
+    queries, keys = queries.requires_grad_(), keys.detach().requires_grad_()
+    expected = written_out(queries, keys, temperature=temperature, form=form)
+    loss = info_nce(queries, keys, temperature=temperature, form=form, exchange=exchange)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(gradients(loss, queries, keys), gradients(expected, queries, keys), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("options", ["decoupled", "radius"])
 @pytest.mark.parametrize("form", FORMS)
 def test_gradient_with_options_and_temperature_equals_finite_differences(form: Form, options: str) -> None:

@@ -1,0 +1,181 @@
+"""Results of many scans: which scan becomes which file, and which results are there already.
+
+A folder's results keep the relative paths of the scans; a list's results keep their paths below the scans' common folder. The file
+`.p2r-results.jsonl` in the output folder names each result with the digests of scan, inputs and result. A later call with the same inputs
+skips a result that is still whole, so an interrupted call is resumed by repeating it.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from p2r.data.folders import images_below
+from p2r.data.label_maps import label_map_by_name
+from p2r.data.names import local_path, scan_key
+from p2r.errors import InputError, RefusedScan
+from p2r.files import file_sha256
+from p2r.logs import Say
+
+ENDINGS = (".nii", ".nii.gz", ".zarr")
+RECORD = ".p2r-results.jsonl"
+_FORMS = {"nifti": ".nii.gz", "zarr": ".zarr"}
+_MAX_RECORD_BYTES = 2**28
+
+
+class Target(NamedTuple):
+    """A scan and the path of its result."""
+
+    scan: str
+    path: Path
+
+
+class Result(NamedTuple):
+    """Outcome of one scan."""
+
+    text: str
+    """Description for the log."""
+    rows: list[list[Any]]
+    """Rows of the table of volumes."""
+
+
+def is_many(scans: Sequence[str], output: str) -> bool:
+    """Return whether the results go into a folder: several scans, or a folder of scans; not one DICOM series with a file as output."""
+    return len(scans) > 1 or (is_folder(scans[0]) and not (output.endswith(ENDINGS) and _holds_only_dicom(scans[0])))
+
+
+def _holds_only_dicom(folder: str) -> bool:
+    root = (local_path(folder) or Path(folder)).expanduser()
+    return next(images_below(root), None) is None and any(path.is_file() for path in root.rglob("*"))
+
+
+def is_folder(scan: str) -> bool:
+    """Return whether a scan is a local folder."""
+    path = local_path(scan)
+    return path is not None and path.expanduser().is_dir()
+
+
+def list_targets(scans: Sequence[str], output: str, *, form: str = "nifti") -> list[Target]:
+    """Return each scan of a list, or of folders, with the path of its result.
+
+    Args:
+        scans: Scans (NIfTI, or folders of one DICOM series) and folders of NIfTI scans.
+        output: Folder of the results.
+        form: nifti or zarr.
+
+    Raises:
+        InputError: The output is not a folder, a folder holds no scan, or two scans have one result.
+    """
+    if form not in _FORMS:
+        raise InputError(f"--as {form}: results are written as {' or '.join(_FORMS)}")
+    if "://" in output or output.endswith(ENDINGS) or Path(output).is_file():
+        raise InputError(f"output {output}: results of a folder or of several scans go into a folder; name one")
+    singles = [scan for scan in scans if not is_folder(scan) or _holds_only_dicom(scan)]
+    found = [(scan, _below_common(scan, singles)) for scan in singles]
+    for folder in (scan for scan in scans if scan not in singles):
+        root = (local_path(folder) or Path(folder)).expanduser()
+        paths = [
+            path for path in sorted(images_below(root)) if label_map_by_name(path.relative_to(root).as_posix()) is None
+        ]
+        if not paths:
+            raise InputError(f"{folder} holds no NIfTI scan, at any depth; name the folder that has them")
+        found += [(str(path), path.relative_to(root).parent) for path in paths]
+    targets = [Target(scan, Path(output) / below / f"{scan_key(scan)}{_FORMS[form]}") for scan, below in found]
+    by_path: dict[Path, str] = {}
+    for target in targets:
+        other = by_path.setdefault(target.path, target.scan)
+        if other != target.scan:
+            raise InputError(f"{other} and {target.scan} would both become {target.path}: give them in two calls")
+    return list(dict.fromkeys(targets))
+
+
+def _below_common(scan: str, scans: Sequence[str]) -> Path:
+    """Return the folder of a scan below the common folder of the local scans of a list."""
+    local = [path.expanduser().absolute() for one in scans if (path := local_path(one)) is not None]
+    mine = local_path(scan)
+    if mine is None or len(local) < 2:
+        return Path()
+    return mine.expanduser().absolute().parent.relative_to(os.path.commonpath([path.parent for path in local]))
+
+
+def process_each(
+    targets: Sequence[Target], work: Callable[[Target], Result], folder: Path, *, inputs: Mapping[str, Any], say: Say
+) -> list[Result]:
+    """Process every scan that has no whole result yet, with a log line for each.
+
+    Args:
+        targets: The scans.
+        work: Writes the result of a scan.
+        folder: Output folder.
+        inputs: Everything besides the scan that a result depends on.
+        say: Receives the log lines.
+
+    Returns:
+        The results, also those of earlier calls.
+
+    Raises:
+        InputError: No scan can be used.
+    """
+    digest = hashlib.sha256(json.dumps(dict(inputs), sort_keys=True).encode()).hexdigest()
+    known = _read_record(folder / RECORD)
+    began, num_new, results, refused = time.monotonic(), 0, list[Result](), 0
+    for number, target in enumerate(targets, start=1):
+        facts = {"result": target.path.relative_to(folder).as_posix(), "inputs": digest}
+        try:
+            facts["scan_sha256"] = _scan_sha256(target.scan)
+            before = known.get(facts["result"])
+            if before is not None and facts.items() <= before.items() and _digest(target.path) == before["sha256"]:
+                results.append(Result(str(before["text"]), list(before["rows"])))
+                told = "there already"
+            else:
+                num_new += 1
+                results.append(work(target))
+                told = results[-1].text
+                _append(folder / RECORD, {**facts, "sha256": _digest(target.path), **results[-1]._asdict()})
+        except RefusedScan as error:
+            refused += 1
+            told = f"refused: {error}"
+        left_s = (time.monotonic() - began) / max(1, num_new) * (len(targets) - number)
+        say(f"{number}/{len(targets)} | {target.scan} | {told}" + f" | {left_s:.0f} s left" * (number < len(targets)))
+    if refused == len(targets):
+        raise InputError(f"none of the {len(targets)} scans could be used; the lines above say why")
+    return results
+
+
+def _scan_sha256(scan: str) -> str:
+    path = local_path(scan)
+    return "" if path is None else _digest(path.expanduser())
+
+
+def _digest(path: Path) -> str:
+    """Return the digest of a file, or of all files of a folder; empty if there is none."""
+    if path.is_file():
+        return file_sha256(path)
+    digest = hashlib.sha256()
+    for one in sorted(path.rglob("*")) if path.is_dir() else ():
+        if one.is_file():
+            digest.update(f"{one.relative_to(path)} {file_sha256(one)}\n".encode())
+    return digest.hexdigest() if path.is_dir() else ""
+
+
+def _read_record(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the newest record of each result. A line that was cut off by an interruption is ignored: its scan is processed again."""
+    found: dict[str, dict[str, Any]] = {}
+    if not path.is_file() or path.stat().st_size > _MAX_RECORD_BYTES:
+        return found
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"result", "inputs", "scan_sha256", "sha256", "text", "rows"} <= row.keys():
+            found[str(row["result"])] = row
+    return found
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dict(row)) + "\n")
