@@ -126,6 +126,8 @@ METRICS = (
     Metric("p2r_data_decode_seconds_total", "seconds", "Decoding time, summed over threads.", "process", "data", "data.decode_seconds"),
     Metric("p2r_data_wait_seconds_total", "seconds", "Time spent waiting for batches.", "process", "data", "data.wait_seconds"),
     Metric("p2r_data_batches_total", "", "Batches taken.", "process", "data", "data.batches"),
+    Metric("p2r_data_samples_without_contrast_total", "", "Samples exchanged because their session lacks every contrast drawn.", "process",
+           "data", "data.samples_without_contrast"),
     Metric("p2r_data_ready_batches_total", "", "Batches ready when one was taken, summed over batches.", "process", "data",
            "data.ready_batches"),
     Metric("p2r_data_range_reads_total", "", "Range reads from object storage, made without a local copy of the shard.", "process", "data",

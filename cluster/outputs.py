@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from p2r.data.folders import images_below
 from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import local_path, scan_key
+from p2r.documents import read_json
 from p2r.errors import InputError, RefusedScan
 from p2r.files import file_sha256
 from p2r.logs import Say
@@ -168,8 +169,8 @@ def _read_record(path: Path) -> dict[str, dict[str, Any]]:
         return found
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = read_json(line.encode(), where=str(path), max_bytes=_MAX_RECORD_BYTES)
+        except InputError:
             continue
         if isinstance(row, dict) and {"result", "inputs", "scan_sha256", "sha256", "text", "rows"} <= row.keys():
             found[str(row["result"])] = row

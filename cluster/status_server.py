@@ -245,12 +245,12 @@ def serve(reader: Reader, *, host: str, port: int, is_local: bool) -> None:
         InputError: The storage holds no run, the port is in use, or the host is not an address of this machine.
     """
     server = StatusServer(Feed(reader, is_local=is_local), host=host, port=port)
-    show(f"page: {server.page_url}", flush=True)
-    say("everyone with this URL can read the page")
-    if not server.is_loopback:
-        say("the page is not encrypted: on an untrusted network, leave out --host and use ssh -L")
-    say("Ctrl-C ends the page; the run is not affected")
     try:
+        show(f"page: {server.page_url}", flush=True)
+        say("everyone with this URL can read the page")
+        if not server.is_loopback:
+            say("the page is not encrypted: on an untrusted network, leave out --host and use ssh -L")
+        say("Ctrl-C ends the page; the run is not affected")
         server.serve_forever()
     except KeyboardInterrupt:
         say("the page has ended")

@@ -39,7 +39,7 @@ def main() -> int:
     try:
         name = add_configuration(plans, configuration)
     except KeyError as error:
-        print(f"{path} has no configuration {error}: run nnUNetv2_plan_and_preprocess first", file=sys.stderr)
+        print(f"{path} has no configuration {error.args[0]}: run nnUNetv2_plan_and_preprocess first", file=sys.stderr)
         return 2
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(plans, indent=4), encoding="utf-8")

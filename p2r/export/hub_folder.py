@@ -21,6 +21,7 @@ from p2r.artefact import MANIFEST, Artefact, open_artefact
 from p2r.backbone import verify_artefact
 from p2r.errors import InputError
 from p2r.export.source import Source, Written
+from p2r.plain_yaml import read_yaml
 from p2r.reference import Reference, parse_reference
 from p2r.signature import SIGNATURE, SIGNATURE_BYTES
 
@@ -119,7 +120,7 @@ def front_matter(card: str) -> dict[str, Any]:
         InputError: The card has none.
     """
     match = re.match(r"---\n(.*?\n)---\n", card, re.DOTALL)
-    value = yaml.safe_load(match[1]) if match else None
+    value = read_yaml(match[1], where="the card's front matter") if match else None
     if not isinstance(value, dict):
         raise InputError("the card has no front matter")
     return value

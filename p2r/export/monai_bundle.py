@@ -27,6 +27,7 @@ from monai.transforms import SaveImaged
 from numpy.typing import NDArray
 
 from p2r.data.volume import read_volume, to_source_grid, write_nifti
+from p2r.documents import read_json
 from p2r.errors import InputError
 from p2r.evaluate.inference import embed_volume, predict_volume
 from p2r.export import bundle_script
@@ -43,6 +44,7 @@ REQUIRED = {
 
 _SCRIPTS = "scripts.pixels"
 _MAX_DIFFERENCE = 1e-5
+_MAX_CONFIG_BYTES = 2**20
 _MAX_VOXELS_DIFFERENT = 1e-3  # rounding may decide between two equally probable classes
 _LOGGING = """[loggers]
 keys=root
@@ -344,7 +346,8 @@ def _compare_inference(source: Source, folder: Path) -> str:
 def _run_bundle(source: Source, folder: Path, scan: Path) -> NDArray[Any]:
     """Run preprocessing, network, inferer and postprocessing of the written files; return the result in the order of `SaveImaged`."""
     text = (folder / "configs" / "inference.json").read_text()
-    parser = ConfigParser(json.loads(text.replace(_SCRIPTS, bundle_script.__name__)))
+    content = text.replace(_SCRIPTS, bundle_script.__name__).encode()
+    parser = ConfigParser(read_json(content, where="inference.json", max_bytes=_MAX_CONFIG_BYTES))
     network = parser.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(folder / "models" / "model.pt", weights_only=True))
     with warnings.catch_warnings():

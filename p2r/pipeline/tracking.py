@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from p2r.engine.history import read_history
 from p2r.engine.report import HISTORY
-from p2r.errors import P2RError
+from p2r.errors import P2RError, error_text
 from p2r.evaluate.rows import TrialRow
 from p2r.fewshot.stored import read_report_rows
 from p2r.job import Job
@@ -108,7 +108,7 @@ class _Worker:
                     return
                 task(tracker)
         except BaseException as error:  # a tool may raise anything, also SystemExit
-            self._switch_off(f"{type(error).__name__}: {str(error).strip()[:300]}")
+            self._switch_off(f"{type(error).__name__}: {error_text(error).strip()[:300]}")
 
     def _switch_off(self, reason: str) -> None:
         if not self._is_off.is_set():

@@ -51,7 +51,8 @@ def test_every_character_that_a_terminal_obeys_is_shown_as_a_question_mark() -> 
 def test_nothing_prints_past_the_one_function() -> None:
     found = []
     for path in (path for folder in ("p2r", "cluster") for path in (ROOT / folder).rglob("*.py")):
-        if path.relative_to(ROOT).as_posix() in ("p2r/console.py", "p2r/logs.py"):
+        # The last one runs without p2r.
+        if path.relative_to(ROOT).as_posix() in ("p2r/console.py", "p2r/logs.py", "p2r/export/add_to_plans.py"):
             continue
         text = path.read_text()
         for node in ast.walk(ast.parse(text)) if re.search("print|Console|echo|stdout|stderr", text) else ():
