@@ -108,7 +108,7 @@ class _Worker:
                     return
                 task(tracker)
         except BaseException as error:  # a tool may raise anything, also SystemExit
-            self._switch_off(f"{type(error).__name__}: {error_text(error).strip()[:300]}")
+            self._switch_off(error_text(error).strip()[:300])
 
     def _switch_off(self, reason: str) -> None:
         if not self._is_off.is_set():
