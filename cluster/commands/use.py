@@ -1,17 +1,22 @@
 """Commands that apply views, a backbone or a model to scans: views, embed, predict."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from cluster.commands.options import Debug, JobPath, Overrides, pretrain_config
 from p2r.console import show
 from p2r.logs import say
 
-if TYPE_CHECKING:
-    pass
-
-from cluster.commands.options import Debug, JobPath, Overrides, pretrain_config
+Scans = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SCAN...",
+        help="Scans (NIfTI: a path, file:// or s3://; DICOM: a folder), or folders of scans; or the scans of one patient by contrast, "
+        "as in t1=t1.nii.gz flair=flair.nii.gz. The grid of the result is that of the first.",
+    ),
+]
 
 
 def views(
@@ -41,14 +46,7 @@ def embed(
     backbone: Annotated[
         str, typer.Argument(metavar="BACKBONE", help="URL of a published backbone; @sha256:HEX pins its manifest.")
     ],
-    scans: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SCAN...",
-            help="Scans (NIfTI: a path, file:// or s3://; DICOM: a folder), or folders of scans; or the scans of one patient by contrast, "
-            "as in t1=t1.nii.gz flair=flair.nii.gz. The grid of the result is that of the first.",
-        ),
-    ],
+    scans: Scans,
     output: Annotated[
         str,
         typer.Option(
@@ -76,14 +74,7 @@ def predict(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="URL of a published model; @sha256:HEX pins its manifest.")
     ],
-    scans: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SCAN...",
-            help="Scans (NIfTI: a path, file:// or s3://; DICOM: a folder), or folders of scans; or the scans of one patient by contrast, "
-            "as in t1=t1.nii.gz flair=flair.nii.gz. The grid of the result is that of the first.",
-        ),
-    ],
+    scans: Scans,
     output: Annotated[
         str,
         typer.Option(
