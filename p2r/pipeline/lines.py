@@ -8,7 +8,7 @@ from p2r.logs import Line
 
 FINISHED = "this job is finished, and nothing that it was made from or has made has changed"
 
-_METRICS = (
+METRICS = (
     "loss",
     "images_per_s",
     "wait_fraction",
@@ -17,6 +17,7 @@ _METRICS = (
     "equivariance_error",
     "probe_dice",
 )
+"""Fields of a report that become fields of its line, which trackers read."""
 
 
 def made_lines(made: Mapping[str, Any]) -> Iterator[str]:
@@ -33,7 +34,7 @@ def report_lines(report: PretrainReport, *, rank: int = 0) -> Iterator[Line]:
     """Yield the lines of a report; the first report of a resumed run also states the step."""
     if report.resumed_from is not None:
         yield Line(f"pretrain | resumed from step {report.resumed_from}", rank=rank, step=report.resumed_from)
-    figures = {name: getattr(report, name) for name in _METRICS}
+    figures = {name: getattr(report, name) for name in METRICS}
     yield Line(
         f"pretrain | {report.line()}",
         rank=rank,

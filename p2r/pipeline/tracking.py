@@ -24,6 +24,7 @@ from p2r.evaluate.rows import TrialRow
 from p2r.fewshot.stored import read_report_rows
 from p2r.job import Job
 from p2r.logs import Say, fields_of
+from p2r.pipeline.lines import METRICS
 from p2r.pipeline.trackers import TRACKERS, Target, Tracker, check_packages, flat_parameters
 from p2r.storage import Storage
 
@@ -32,15 +33,6 @@ _STATE = "trackers.json"
 _MAX_STATE_BYTES = 2**16
 _MAX_WAITING = 10_000
 _CLOSE_S = 60.0
-_METRICS = (
-    "loss",
-    "images_per_s",
-    "wait_fraction",
-    "learning_rate",
-    "gradient_norm",
-    "equivariance_error",
-    "probe_dice",
-)
 _SECTIONS = {"ingest", "pretrain", "finetune", "resources"}
 
 
@@ -191,7 +183,7 @@ def _sending(say: Say, workers: list[_Worker]) -> Say:
         say(line)
         fields = fields_of(line)
         if "loss" in fields and fields.get("rank", 0) == 0:
-            values = {name: fields[name] for name in _METRICS if name in fields}
+            values = {name: fields[name] for name in METRICS if name in fields}
             for worker in workers:
                 worker.send_step(values, fields["step"])
         elif "trial" in fields and _is_number(fields.get("validation_dice")):
@@ -210,7 +202,7 @@ def _send_history(workers: list[_Worker], storage: Storage) -> None:
         rows = read_history(storage, path) if storage.exists(path) else rows
     for row in rows:
         for worker in workers:
-            worker.send_step({name: row[name] for name in _METRICS if name in row}, row["step"])
+            worker.send_step({name: row[name] for name in METRICS if name in row}, row["step"])
 
 
 def _send_report(workers: list[_Worker], storage: Storage) -> None:
