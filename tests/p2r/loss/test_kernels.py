@@ -233,7 +233,7 @@ def test_a_gpu_with_little_shared_memory_takes_smaller_tiles_or_fewer_channels(m
 
 
 def test_a_temperature_that_sums_of_float32_cannot_take_is_named() -> None:
-    from p2r.engine.step import COLDEST
+    from p2r.engine.objectives import COLDEST
     from p2r.loss import without_kernels
 
     def found(temperature: float, num_pairs: int) -> str | None:
