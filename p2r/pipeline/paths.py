@@ -167,7 +167,7 @@ def _gpu_notes(job: Job) -> Iterator[str]:
         # Imported here: the engine takes seconds to import.
         import torch
 
-        from p2r.engine.step import explain_missing_kernels
+        from p2r.engine.objectives import explain_missing_kernels
 
         if (reason := explain_missing_kernels(config, device=torch.device("cpu"))) is not None:
             yield f"on GPUs, {reason}"
