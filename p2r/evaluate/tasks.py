@@ -267,7 +267,8 @@ def _grid_problem(scan: TaskScan, image: Path, volume: Volume, labels: Volume) -
 
 def _turn_of(volume: Volume) -> NDArray[np.float64]:
     """Return the axes of a file (3, 3) by which RAS order goes: one of 1 or -1 in each column."""
-    return np.rint(np.linalg.solve(volume.source_affine[:3, :3], volume.affine[:3, :3]))
+    turn: NDArray[np.float64] = np.rint(np.linalg.solve(volume.source_affine[:3, :3], volume.affine[:3, :3]))
+    return turn
 
 
 def _refuse_labels_on_nothing(scan: TaskScan, task: Task, labels: Volume, volumes: Mapping[str, Volume]) -> None:
