@@ -1,5 +1,6 @@
 """DICOM series as scanners and archives leave them, each with its outcome: a part of docs/inputs.md."""
 
+import io
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,16 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, RLELossless
+from PIL import Image
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    UID,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    MRImageStorage,
+    RLELossless,
+)
 
 ROWS, COLUMNS, SLICES = 20, 18, 8
 
@@ -106,6 +116,25 @@ def _compress(folder: Path) -> None:
         header.save_as(path, enforce_file_format=True)
 
 
+def _encode(syntax: UID, form: str, **options: Any) -> Callable[[Path], None]:
+    """Return a change of files to a transfer syntax that Pillow can encode."""
+
+    def encode(folder: Path) -> None:
+        for path in folder.iterdir():
+            header, encoded = pydicom.dcmread(path), io.BytesIO()
+            pixels = header.pixel_array
+            if form == "JPEG":  # 8 bits
+                pixels = (pixels // 4).astype(np.uint8)
+                header.BitsAllocated, header.BitsStored, header.HighBit = 8, 8, 7
+            Image.fromarray(pixels).save(encoded, form, **options)
+            header.PixelData = encapsulate([encoded.getvalue()])
+            header.file_meta.TransferSyntaxUID = syntax
+            header["PixelData"].is_undefined_length = True
+            header.save_as(path, enforce_file_format=True)
+
+    return encode
+
+
 def _copy_all(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         shutil.copy(path, folder / f"copy_{path.name}")
@@ -195,6 +224,10 @@ DICOM_CASES = [
         values=lambda stored: stored * (1 + np.arange(SLICES) / 8),
     ),
     DicomCase("compressed by run lengths", Series(after=_compress)),
+    DicomCase(
+        "JPEG 2000 without loss", Series(after=_encode(JPEG2000Lossless, "JPEG2000", irreversible=False, no_jp2=True))
+    ),
+    DicomCase("JPEG of 8 bits, with loss", Series(after=_encode(JPEGBaseline8Bit, "JPEG", quality=95)), values=None),
     DicomCase("two echoes", Series(echoes=2), shapes=((COLUMNS, ROWS, SLICES, 1),) * 2),
     DicomCase("a cine: each slice at four times", Series(times=4), shapes=((COLUMNS, ROWS, SLICES, 4),)),
     DicomCase(
