@@ -232,6 +232,36 @@ def test_a_gpu_with_little_shared_memory_takes_smaller_tiles_or_fewer_channels(m
     )
 
 
+def test_a_gpu_of_an_older_architecture_and_a_missing_compiler_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from p2r.loss import kernels
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(kernels, "_has_compiler", lambda: True)
+    old = kernels.unfit(BF16, 128, device=gpu, allows_tf32=False)
+    assert old == "they need a GPU of compute capability 8.0 or newer, this one has 7.5"
+    monkeypatch.undo()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    kernels._has_compiler.cache_clear()
+    bare = kernels.unfit(BF16, 128, device=gpu, allows_tf32=False)
+    kernels._has_compiler.cache_clear()
+    assert bare == "Triton finds no C compiler: install gcc or clang, or name one in CC"
+
+
+def test_a_descriptor_is_only_used_where_the_gpu_has_them() -> None:
+    from p2r.loss import kernels
+
+    most = (
+        166_912  # shared memory of an A100, which has none; that of other GPUs before compute capability 9.0 is smaller
+    )
+    for dtype, widths in kernels.CHANNELS.items():
+        for channels in widths:
+            tables = (kernels._SUMS_TILES, kernels._PUSH_TILES)
+            fitting = [kernels._fitting_tiles(table, dtype, channels, most, has_image=True) for table in tables]
+            assert not all(fitting) or not any(tile.by_descriptor for tiles in fitting for tile in tiles)
+
+
 def test_a_temperature_that_sums_of_float32_cannot_take_is_named() -> None:
     from p2r.engine.objectives import COLDEST
     from p2r.loss import without_kernels
