@@ -144,11 +144,12 @@ _TILES = {
 
 def tiles_of_kernels(sizes: Sizes) -> Iterator[Fact]:
     """Time of each kernel by itself, for several tiles."""
+    from p2r.loss import kernel_tiles
     from p2r.loss import kernels as ours
     from p2r.loss.tiles import Scale
 
     num, dtype = sizes.pick(65_536, 130), sizes.pick(torch.bfloat16, torch.float32)
-    chosen = ours._choose_tile
+    chosen = kernel_tiles.choose_tile
     for channels, shapes in sizes.pick(_TILES, {16: ((64, 64, 4, 3), (64, 64, 4, 3, True))}).items():
         rows = _rows(num, 0, channels, dtype, "none", sizes.device, 1)
         for shape, name in itertools.product(shapes, ("sums", "push")):
@@ -160,13 +161,13 @@ def tiles_of_kernels(sizes: Sizes) -> Iterator[Fact]:
                     ours.push(rows, rows, Scale(10.0))
 
             case = {"kernel": name, "channels": channels, "tile": shape}
-            ours._choose_tile = lambda table, anchors, shape=shape: ours._Tile(*shape)  # type: ignore[misc]
+            kernel_tiles.choose_tile = lambda table, anchors, shape=shape: kernel_tiles.Tile(*shape)  # type: ignore[misc]
             try:
                 yield {**case, "ms": 1e3 * seconds(run, sizes, repeats=sizes.pick(10, 1))}
             except Exception as error:  # the others are still wanted
                 yield {**case, "error": f"{type(error).__name__}: {error}"[:200]}
             finally:
-                ours._choose_tile = chosen
+                kernel_tiles.choose_tile = chosen
 
 
 def tools(sizes: Sizes) -> Iterator[Fact]:
