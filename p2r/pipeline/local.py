@@ -118,6 +118,4 @@ def run(job: str | Path | Job, *, say: Say = say_line, **overrides: Any) -> dict
         texts = (f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in overrides.items())
         ready = read_job(Path(job), tuple(texts))
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    made = run_job(ready, LocalExecutor(device, None, retries=ready.retries), say=say)
-    made.pop("table", None)
-    return made
+    return run_job(ready, LocalExecutor(device, None, retries=ready.retries), say=say).to_json()
