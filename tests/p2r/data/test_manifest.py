@@ -163,15 +163,15 @@ def test_a_shard_that_is_listed_twice_is_refused(small_corpus: Corpus) -> None:
 
 def test_membership_of_subjects_is_answered(small_corpus: Corpus) -> None:
     storage, manifest = small_corpus
-    assert contains(manifest, subject="sub-03")
-    assert contains(manifest, cohort="default", subject="sub-03")
-    assert not contains(manifest, subject="sub-06")
-    assert not contains(manifest, cohort="elsewhere", subject="sub-03")
+    assert contains(manifest.facts, subject="sub-03")
+    assert contains(manifest.facts, cohort="default", subject="sub-03")
+    assert not contains(manifest.facts, subject="sub-06")
+    assert not contains(manifest.facts, cohort="elsewhere", subject="sub-03")
     rows = [json.loads(line) for line in storage.read_bytes("ledger.jsonl").splitlines()]
-    assert all(contains(manifest, voxels_sha256=row["voxels_sha256"]) for row in rows)
-    assert not contains(manifest, voxels_sha256="0" * 64)
+    assert all(contains(manifest.facts, voxels_sha256=row["voxels_sha256"]) for row in rows)
+    assert not contains(manifest.facts, voxels_sha256="0" * 64)
     with pytest.raises(ValueError, match="needs a subject"):
-        contains(manifest)
+        contains(manifest.facts)
 
 
 def test_the_manifest_names_no_subject(small_corpus: Corpus) -> None:

@@ -32,7 +32,7 @@ from p2r.errors import CheckpointError, DataError, InputError, StorageError, Tra
 from p2r.job import Job
 from p2r.loss import corresponding_points
 from p2r.model.pix2rep import Pix2Rep
-from p2r.pipeline.stages import publish_backbone
+from p2r.pipeline.publishing import publish_backbone
 from p2r.storage import Storage
 from p2r.views.pair import make_views
 
