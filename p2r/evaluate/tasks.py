@@ -39,12 +39,12 @@ from p2r.data.preprocess import (
 )
 from p2r.data.volume import Volume, read_labels, read_volume, voxels_sha256
 from p2r.errors import DataError, RefusedScan
-from p2r.evaluate.task_files import HELD_OUT as HELD_OUT
-from p2r.evaluate.task_files import Split as Split
+from p2r.evaluate.splits import HELD_OUT as HELD_OUT
+from p2r.evaluate.splits import Split as Split
+from p2r.evaluate.splits import few
 from p2r.evaluate.task_files import Task as Task
 from p2r.evaluate.task_files import TaskConfig as TaskConfig
 from p2r.evaluate.task_files import TaskScan as TaskScan
-from p2r.evaluate.task_files import few
 from p2r.evaluate.task_files import load_task as load_task
 from p2r.evaluate.task_files import read_task_config as read_task_config
 from p2r.evaluate.task_files import task_sha256 as task_sha256

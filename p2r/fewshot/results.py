@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, FailFast, Field
 
@@ -206,7 +206,7 @@ class FewShot:
     failed: list[FailedTrial] = field(default_factory=list)
     overhead: Overhead = field(default_factory=lambda: NO_OVERHEAD)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """Return the part of a report beside its rows, as JSON values."""
         lists = {name: [one.to_json() for one in getattr(self, name)] for name in ("searched", "chosen", "failed")}
         return {**lists, "overhead": self.overhead.to_json()}

@@ -9,14 +9,18 @@ identified by the digest of its files.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from p2r.errors import P2RError
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.task_files import load_task, read_task_config
 from p2r.job import Job
+from p2r.pipeline.made import Made
 from p2r.report import table
 from p2r.storage import Storage, json_bytes
 from p2r.version import code_version
@@ -27,7 +31,16 @@ _KINDS = ("pipeline", "pretrain", "publish", "finetune")
 _MAX_BYTES = 16 << 20
 
 
-def made_before(job: Job) -> dict[str, Any] | None:
+class _Record(BaseModel):
+    """`finished.json`."""
+
+    model_config = ConfigDict(strict=True)
+    inputs: str
+    made: dict[str, Any]
+    files: dict[str, list[int | str]]
+
+
+def made_before(job: Job) -> Made | None:
     """Return the result of a finished job, as `run_job` returns it; None if anything is left to do, or has changed."""
     if not _is_recorded(job):
         return None
@@ -35,19 +48,19 @@ def made_before(job: Job) -> dict[str, Any] | None:
     try:
         if not storage.exists(_RECORD):
             return None
-        record = storage.read_json(_RECORD, max_bytes=_MAX_BYTES)
-        if record["inputs"] != digest_inputs(job) or record["files"] != _states(storage):
+        record = _Record.model_validate(storage.read_json(_RECORD, max_bytes=_MAX_BYTES))
+        if record.inputs != digest_inputs(job) or record.files != _states(storage):
             return None
-        made = {str(name): value for name, value in record["made"]}
-        if "report" in made:
-            rows = storage.read_json("report/report.json")["rows"]
-            made["table"] = table([TrialRow.model_validate(row) for row in rows])
-    except (P2RError, ValueError, KeyError, TypeError, AttributeError):  # the stages will report the cause
+        made = Made(**record.made)
+        if made.report is None:
+            return made
+        rows = storage.read_json("report/report.json")["rows"]
+        return replace(made, table=table([TrialRow.model_validate(row) for row in rows]))
+    except (P2RError, ValidationError, KeyError, TypeError):  # the stages will report the cause
         return None
-    return made
 
 
-def record_finished(job: Job, storage: Storage, made: Mapping[str, Any], *, inputs: str) -> None:
+def record_finished(job: Job, storage: Storage, made: Made, *, inputs: str) -> None:
     """Write the record of a finished job.
 
     Args:
@@ -56,10 +69,9 @@ def record_finished(job: Job, storage: Storage, made: Mapping[str, Any], *, inpu
         made: The result of its stages; nothing is written if a part is unfinished or failed.
         inputs: `digest_inputs` of the job, from before its first stage.
     """
-    if not _is_recorded(job) or "unfinished" in made or made.get("failed"):
+    if not _is_recorded(job) or made.unfinished is not None or made.failed:
         return
-    said = [(name, value) for name, value in made.items() if name != "table"]  # pairs: JSON objects are sorted
-    content = json_bytes({"format": 1, "inputs": inputs, "made": said, "files": _states(storage)})
+    content = json_bytes({"format": 1, "inputs": inputs, "made": made.outputs(), "files": _states(storage)})
     if not (storage.exists(_RECORD) and storage.read_bytes(_RECORD, max_bytes=_MAX_BYTES) == content):
         storage.write_bytes(_RECORD, content)
 

@@ -6,13 +6,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
+from p2r.fewshot.results import FailedTrial
 from p2r.job import Job, read_job
 from p2r.pipeline import finished
 from p2r.pipeline.finished import digest_inputs, made_before, record_finished
+from p2r.pipeline.made import Made
 from p2r.storage import Storage
 
 
@@ -29,19 +33,14 @@ def path(write_toy_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest
     return path
 
 
-def made_of(job: Job) -> dict[str, object]:
-    return {
-        "storage": job.storage,
-        "report": f"{job.storage}/report/report.md",
-        "models": {"disc": "url"},
-        "table": object(),
-    }
+def made_of(job: Job) -> Made:
+    return Made(job.storage, report=f"{job.storage}/report/report.md", models={"disc": "url"}, table=Table())
 
 
 def test_a_finished_job_gives_what_it_made_with_its_table(path: Path) -> None:
     made = made_before(read_job(path))
-    assert made is not None and made.pop("table").row_count == 0
-    assert list(made.items()) == [item for item in made_of(read_job(path)).items() if item[0] != "table"], "in order"
+    assert made is not None and made.table is not None and made.table.row_count == 0
+    assert made == made_of(read_job(path))
 
 
 def test_any_change_of_job_code_task_or_result_makes_it_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,8 +81,9 @@ def test_code_without_a_commit_is_identified_by_its_files(
 def test_what_is_unfinished_or_failed_has_no_record(path: Path) -> None:
     job = read_job(path)
     (Path(job.storage.removeprefix("file://")) / "finished.json").unlink()
-    for more in ({"unfinished": "pretrain"}, {"failed": [{"trial": "a", "reason": "b"}]}):
-        record_finished(job, Storage(job.storage), {**made_of(job), **more}, inputs=digest_inputs(job))
+    made = made_of(job)
+    for partial in (replace(made, unfinished="pretrain"), replace(made, failed=(FailedTrial(trial="a", reason="b"),))):
+        record_finished(job, Storage(job.storage), partial, inputs=digest_inputs(job))
         assert made_before(job) is None
 
 
