@@ -4,6 +4,7 @@
     status, reason, message, copy_of                    its outcome, and the reason
     num_samples, shape, spacing_mm, dtype, percentiles, voxels_sha256, shard      accepted inputs only
     notes                                               codes of defects that were ignored, such as a broken sidecar
+    outline                                             accepted inputs only: coarse shape of the image, see `likeness`
 
 `status` is `accepted`, `refused` or `not_selected`. `reason` is the same word, or the code of the `RefusedScan`. With
 pseudonyms, `num_bytes` is null and `modified` is a keyed digest of size and time.
@@ -78,6 +79,8 @@ class _Accepted(_Row):
     percentiles: Annotated[list[float], AfterValidator(_check_percentiles)]
     voxels_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     shard: _Name
+    outline: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{159}=$")] | None = None
+    """See `likeness`; None in corpora of versions before it."""
 
 
 _ROW, _ACCEPTED = TypeAdapter(_Row), TypeAdapter(_Accepted)

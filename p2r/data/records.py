@@ -15,6 +15,7 @@ from p2r.data.growth import PlannedScan, ShardPlan
 from p2r.data.label_maps import CODE as LABEL_MAP
 from p2r.data.label_maps import WAY_OUT, label_map_by_voxels
 from p2r.data.ledger import LedgerRow, accepted_fields
+from p2r.data.likeness import outline
 from p2r.data.preparation import percentile_table, slice_axis
 from p2r.data.read import read_scan, to_grid_of_job
 from p2r.data.sidecar import closed_tags
@@ -261,6 +262,7 @@ class Records:
         """Append the row of a volume, and return it with its metadata."""
         planned, volume = found.planned, found.volume
         fields = accepted_fields(volume, axis=axis, percentiles=found.percentiles, voxels_sha256=found.digest)
+        fields["outline"] = outline(volume)
         self.rows.append(planned.row("accepted", "accepted", key=found.key) | fields | (more or {}))
         if planned.is_shown and is_shown:
             self.thumbnails[found.key] = thumbnail(volume)
