@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from p2r.data.ledger import LedgerRow
+from p2r.data.ledger import AcceptedRow
 from p2r.data.volume import Volume
 
 THRESHOLD = 0.9
@@ -73,7 +73,7 @@ def outline(volume: Volume) -> str:
     return base64.b64encode(levels.tobytes()).decode()
 
 
-def find_alike(accepted: Sequence[LedgerRow], *, threshold: float = THRESHOLD) -> list[Alike]:
+def find_alike(accepted: Sequence[AcceptedRow], *, threshold: float = THRESHOLD) -> list[Alike]:
     """Compare the scans of different subjects, within each contrast.
 
     Args:
@@ -83,24 +83,24 @@ def find_alike(accepted: Sequence[LedgerRow], *, threshold: float = THRESHOLD) -
     Returns:
         Pairs in decreasing order of similarity, at most `MAX_PAIRS`.
     """
-    of_contrast: dict[str, list[LedgerRow]] = defaultdict(list)
+    of_contrast: dict[str, list[AcceptedRow]] = defaultdict(list)
     for row in accepted:
-        if row.get("outline") and row["copy_of"] is None:
-            of_contrast[row.get("contrast") or ""].append(row)
+        if row.outline is not None and row.copy_of is None:
+            of_contrast[row.contrast or ""].append(row)
     pairs = [
         pair
         for contrast, rows in sorted(of_contrast.items())
-        for pair in _alike_of_contrast(contrast, sorted(rows, key=lambda row: str(row["key"])), threshold)
+        for pair in _alike_of_contrast(contrast, sorted(rows, key=lambda row: row.key), threshold)
     ]
     return sorted(pairs, key=lambda pair: (-pair.similarity, pair.first, pair.second))[:MAX_PAIRS]
 
 
-def _alike_of_contrast(contrast: str, rows: Sequence[LedgerRow], threshold: float) -> list[Alike]:
+def _alike_of_contrast(contrast: str, rows: Sequence[AcceptedRow], threshold: float) -> list[Alike]:
     rows = rows[:MAX_SCANS]
     if len(rows) < MIN_SCANS:
         return []
-    deviations = _deviations(np.array([_levels(row["outline"]) for row in rows]))
-    _, subject = np.unique([str(row["subject"]) for row in rows], return_inverse=True)
+    deviations = _deviations(np.array([_coefficients(row.outline or "") for row in rows]))
+    _, subject = np.unique([row.subject for row in rows], return_inverse=True)
     found: list[Alike] = []
     for start in range(0, len(rows), _AT_ONCE):
         stop = min(start + _AT_ONCE, len(rows))
@@ -109,11 +109,8 @@ def _alike_of_contrast(contrast: str, rows: Sequence[LedgerRow], threshold: floa
         for i, j in np.argwhere(np.triu(is_pair, k=1)).tolist():
             first, second = rows[start + i], rows[start + j]
             found.append(
-                Alike(
-                    first["key"], first["subject"], second["key"], second["subject"], contrast,
-                    round(float(similarity[i, j]), 4),
-                )
-            )  # fmt: skip
+                Alike(first.key, first.subject, second.key, second.subject, contrast, round(float(similarity[i, j]), 4))
+            )
         found = sorted(found, key=lambda pair: -pair.similarity)[:MAX_PAIRS]
     return found
 
@@ -140,7 +137,7 @@ def _mean_rows(values: NDArray[np.int64], *, axis: int) -> NDArray[np.int64]:
     return np.stack(means, axis=axis)
 
 
-def _levels(text: str) -> NDArray[np.float64]:
+def _coefficients(text: str) -> NDArray[np.float64]:
     """Return the coefficients (K,) of an outline, scaled to length 1."""
     levels = np.frombuffer(base64.b64decode(text), np.int8).astype(np.float64)
     coefficients = np.sign(levels) * levels**2

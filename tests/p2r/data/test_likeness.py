@@ -8,11 +8,13 @@ import pytest
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, zoom
 
-from p2r.data.ledger import LedgerRow, accepted_fields, check_row, ledger_row
+from p2r.config import PERCENTILES
+from p2r.data.ledger import AcceptedRow, accepted_row, parse_row
 from p2r.data.likeness import MIN_SCANS, Alike, find_alike, outline
 from p2r.data.volume import Volume
 
 SHAPE = (40, 36, 20)
+PERCENTILE_TABLE = [float(number) for number in range(len(PERCENTILES))]
 
 
 def head(seed: int) -> NDArray[np.int16]:
@@ -30,17 +32,26 @@ def volume_of(data: NDArray[Any]) -> Volume:
     return Volume(data[..., None], affine, affine, data.shape, (1.0, 1.0, 1.0), "scan")
 
 
-def row_of(data: NDArray[Any], *, key: str, subject: str, **changes: Any) -> LedgerRow:
+def row_of(data: NDArray[Any], *, key: str, subject: str, **changes: object) -> AcceptedRow:
     volume = volume_of(data)
-    row = ledger_row(
-        key=key, source=key, num_bytes=1, modified="", subject=subject, status="accepted", reason="accepted"
+    row = accepted_row(
+        key=key,
+        source=key,
+        num_bytes=1,
+        modified="",
+        subject=subject,
+        volume=volume,
+        axis=2,
+        percentiles=PERCENTILE_TABLE,
+        voxels_sha256="0" * 64,
+        outline=outline(volume),
+        place=None,
     )
-    fields = accepted_fields(volume, axis=2, percentiles=(0.0,) * 17, voxels_sha256="0" * 64)
-    return {**row, **fields, "shard": "a.tar", "outline": outline(volume), **changes}
+    return row.model_copy(update=changes)
 
 
 @pytest.fixture(scope="module")
-def others() -> list[LedgerRow]:
+def others() -> list[AcceptedRow]:
     return [row_of(head(seed), key=f"scan-{seed}", subject=f"subject-{seed}") for seed in range(30)]
 
 
@@ -58,7 +69,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_copy_under_another_name_is_found(change: str, others: list[LedgerRow]) -> None:
+def test_a_changed_copy_under_another_name_is_found(change: str, others: list[AcceptedRow]) -> None:
     copy = row_of(CHANGES[change](head(7)), key="x", subject="another")
     found = find_alike([*others, copy])
     assert [(pair.first, pair.first_subject, pair.second, pair.second_subject) for pair in found] == [
@@ -67,32 +78,32 @@ def test_a_changed_copy_under_another_name_is_found(change: str, others: list[Le
     assert 0.9 <= found[0].similarity <= 1
 
 
-def test_different_subjects_do_not_look_alike(others: list[LedgerRow]) -> None:
+def test_different_subjects_do_not_look_alike(others: list[AcceptedRow]) -> None:
     assert find_alike(others) == []
     assert find_alike(others, threshold=0.0)  # they were compared
 
 
-def test_scans_of_one_subject_and_known_copies_are_not_listed(others: list[LedgerRow]) -> None:
+def test_scans_of_one_subject_and_known_copies_are_not_listed(others: list[AcceptedRow]) -> None:
     own = row_of(head(7), key="x", subject="subject-7")
     known = row_of(head(8), key="y", subject="another", copy_of="scan-8")
     assert find_alike([*others, own, known]) == []
 
 
-def test_only_scans_of_one_contrast_are_compared(others: list[LedgerRow]) -> None:
-    t1 = [{**row, "contrast": "t1"} for row in others]
+def test_only_scans_of_one_contrast_are_compared(others: list[AcceptedRow]) -> None:
+    t1 = [row.model_copy(update={"contrast": "t1"}) for row in others]
     flair = row_of(head(7), key="x", subject="another", contrast="flair")
     assert find_alike([*t1, flair]) == []
-    assert [pair.contrast for pair in find_alike([*t1, {**flair, "contrast": "t1"}])] == ["t1"]
+    assert [pair.contrast for pair in find_alike([*t1, flair.model_copy(update={"contrast": "t1"})])] == ["t1"]
 
 
-def test_rows_without_outline_and_small_corpora_are_not_compared(others: list[LedgerRow]) -> None:
+def test_rows_without_outline_and_small_corpora_are_not_compared(others: list[AcceptedRow]) -> None:
     copy = row_of(head(7), key="x", subject="another")
-    old = {name: value for name, value in copy.items() if name != "outline"}
+    old = copy.model_copy(update={"outline": None})
     assert find_alike([*others, old]) == []
     assert find_alike([*others[: MIN_SCANS - 2], row_of(head(1), key="x", subject="another")]) == []
 
 
-def test_pairs_are_in_decreasing_order_of_similarity(others: list[LedgerRow]) -> None:
+def test_pairs_are_in_decreasing_order_of_similarity(others: list[AcceptedRow]) -> None:
     worse = row_of(CHANGES["a narrow margin cut off"](head(3)), key="a", subject="another")
     same = row_of(head(9), key="b", subject="another")
     found = find_alike([*others, worse, same])
@@ -104,9 +115,9 @@ def test_pairs_are_in_decreasing_order_of_similarity(others: list[LedgerRow]) ->
 @pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.float32])
 def test_any_shape_and_type_has_a_valid_outline(shape: tuple[int, ...], dtype: Any) -> None:
     data = np.random.default_rng(1).integers(0, 100, shape).astype(dtype)
-    row = row_of(data, key="x", subject="s", percentiles=[float(i) for i in range(17)])
-    assert len(base64.b64decode(row["outline"])) == 119
-    check_row(row, where="here:")
+    row = row_of(data, key="x", subject="s")
+    assert len(base64.b64decode(row.outline or "")) == 119
+    assert parse_row(row.to_json(), where="here:") == row
 
 
 def test_an_outline_is_the_same_on_every_machine() -> None:
