@@ -150,4 +150,5 @@ def _deviations(coefficients: NDArray[np.float64]) -> NDArray[np.float32]:
     spread = coefficients.std(axis=0) + _LEAST_DEVIATION
     deviations = (coefficients - coefficients.mean(axis=0)) / spread
     lengths = np.linalg.norm(deviations, axis=1, keepdims=True)
-    return (deviations / np.maximum(lengths, 1e-12)).astype(np.float32)
+    unit: NDArray[np.float32] = (deviations / np.maximum(lengths, 1e-12)).astype(np.float32)
+    return unit

@@ -115,7 +115,8 @@ def test_scans_of_different_subjects_that_look_alike_are_listed(tmp_path: Path) 
         write(tmp_path / f"scans/sub-{number:02d}.nii.gz", gaussian_filter(some_voxels(number).astype(np.float32), 2))
     copy = gaussian_filter(some_voxels(4).astype(np.float32), 2) * 3 + 10
     write(tmp_path / "scans/sub-13.nii.gz", copy)
-    corpus, said = corpus_of(tmp_path / "scans", tmp_path), []
+    corpus = corpus_of(tmp_path / "scans", tmp_path)
+    said: list[str] = []
     write_corpus_report(corpus, say=said.append)
     (line,) = said
     assert line.startswith(
