@@ -110,7 +110,7 @@ class Provenance(_Strict):
     """Commit of the program that published the artefact."""
     licence: Text = "unknown"
     corpora: Annotated[list[CorpusFacts], Field(max_length=1000)] | None = None
-    """Corpora on which the weights were pretrained; None: unknown."""
+    """Corpora on which the weights were pretrained; None: unknown. Of a backbone, an empty list counts as unknown, too."""
 
 
 class Manifest(Provenance):

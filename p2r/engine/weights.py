@@ -68,7 +68,7 @@ def init_weights(model: Pix2Rep, url: str) -> InitialWeights:
     content = storage.read_bytes("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
     manifest = read_json(content, where=where, max_bytes=MAX_MANIFEST_BYTES, error=CheckpointError)
     format = manifest.get("format") if isinstance(manifest, dict) else None
-    facts = InitialWeights(url=storage.url, format=format, manifest_sha256=hashlib.sha256(content).hexdigest())
+    facts = InitialWeights(url=storage.url, format=format)
     if str(format).startswith("p2r-backbone/"):
         artefact = open_artefact(reference, format="p2r-backbone")
         assert isinstance(artefact.manifest, BackboneManifest)
@@ -76,7 +76,12 @@ def init_weights(model: Pix2Rep, url: str) -> InitialWeights:
         weights = read_tensors(artefact.read("weights"), where=storage.at(entry.name))
         _load_fitting(model.backbone, weights, where=where, optional=set())
         step: dict[str, object] = {} if artefact.manifest.step is None else {"step": artefact.manifest.step}
-        origin = {"weights_sha256": entry.sha256, "origins": origins_of_backbone(artefact), **step}
+        origin = {
+            "manifest_sha256": artefact.sha256,
+            "weights_sha256": entry.sha256,
+            "origins": origins_of_backbone(artefact),
+            **step,
+        }
         return facts.model_copy(update=origin)
     if format != FORMAT:
         raise CheckpointError(f"{where} has format {format!r}; weights are taken from p2r-backbone/2 and {FORMAT}")
@@ -84,6 +89,7 @@ def init_weights(model: Pix2Rep, url: str) -> InitialWeights:
     reference.check(content)
     _load_fitting(model, checked_weights(storage, _FILE, saved.files[_FILE]), where=where, optional=_OPTIONAL)
     origin = {
+        "manifest_sha256": hashlib.sha256(content).hexdigest(),
         "weights_sha256": saved.files[_FILE].sha256,
         "origins": origins_of_checkpoint(saved, storage.url),
         "step": saved.step,
