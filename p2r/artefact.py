@@ -36,7 +36,8 @@ MAX_TEXT_BYTES = 2**20
 _MAX_WEIGHTS_BYTES = 2**40
 MAX_MANIFEST_BYTES = 2**27
 """Largest manifest of an artefact: of backbones that have seen two million scans."""
-_MAX_MEMORY_BYTES = 2**29
+MAX_MANIFEST_MEMORY_BYTES = 2**29
+"""Largest memory of a manifest while it is parsed."""
 _MAX_DEPTH = 16
 _WAY_OUT = "restore the file from a copy of the folder, or publish another version"
 _NAMES: dict[Role, tuple[str, str, str]] = {
@@ -337,7 +338,7 @@ def _value_of(content: bytes, where: str) -> Any:
             content,
             where=where,
             max_bytes=MAX_MANIFEST_BYTES,
-            max_memory_bytes=_MAX_MEMORY_BYTES,
+            max_memory_bytes=MAX_MANIFEST_MEMORY_BYTES,
             max_depth=_MAX_DEPTH,
             error=CheckpointError,
         )

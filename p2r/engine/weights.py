@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from p2r.artefact import MAX_MANIFEST_BYTES, BackboneManifest, open_artefact
+from p2r.artefact import MAX_MANIFEST_BYTES, MAX_MANIFEST_MEMORY_BYTES, BackboneManifest, open_artefact
 from p2r.config import ModelConfig
 from p2r.documents import FileEntry, read_json
 from p2r.engine.ancestry import origins_of_backbone, origins_of_checkpoint
@@ -66,7 +66,13 @@ def init_weights(model: Pix2Rep, url: str) -> InitialWeights:
             "or of a checkpoint, such as STORAGE/pretrain/checkpoints/step-00001000"
         )
     content = storage.read_bytes("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
-    manifest = read_json(content, where=where, max_bytes=MAX_MANIFEST_BYTES, error=CheckpointError)
+    manifest = read_json(
+        content,
+        where=where,
+        max_bytes=MAX_MANIFEST_BYTES,
+        max_memory_bytes=MAX_MANIFEST_MEMORY_BYTES,
+        error=CheckpointError,
+    )
     format = manifest.get("format") if isinstance(manifest, dict) else None
     facts = InitialWeights(url=storage.url, format=format)
     if str(format).startswith("p2r-backbone/"):

@@ -181,8 +181,8 @@ class Overhead(JsonModel):
         """Return a log line for one trial or more."""
         share = 0.0 if self.overhead_fraction is None else self.overhead_fraction
         return (
-            f"{self.num_trials} of the trials took {self.trials_s:.0f} s in total, up to {self.num_concurrent} at a time; the sweep "
-            f"took {self.sweep_s:.0f} s: overhead {share:.1%}"
+            f"{self.num_trials} trial{'s' * (self.num_trials > 1)}: {self.trials_s:.0f} s in total, up to {self.num_concurrent} at a "
+            f"time, in a sweep of {self.sweep_s:.0f} s: overhead {share:.1%}"
         )
 
 

@@ -4,7 +4,8 @@
 file below `report/`, `backbones/` and `models/`. `made_before` returns the results if job, code, tasks, scans, label maps and files are
 unchanged. After any change the stages run again, and do only the work that is missing.
 
-A job of kind ingest is never finished, because its sources may have more scans. Neither is code with changes that are not committed.
+A job of kind ingest is never finished, because its sources may have more scans. Code with changes that are not committed is
+identified by the digest of its files.
 """
 
 import hashlib
@@ -76,7 +77,7 @@ def record_finished(job: Job, storage: Storage, made: Made, *, inputs: str) -> N
 
 
 def digest_inputs(job: Job) -> str:
-    """Return a digest of job, code, tasks, and size and time of every scan and label map of the tasks; empty if none is kept.
+    """Return a digest of job, code, tasks, and size and time of every scan and label map of the tasks; empty if no record is kept.
 
     Raises:
         InputError: as `load_task`.
@@ -84,11 +85,22 @@ def digest_inputs(job: Job) -> str:
     if not _is_recorded(job):
         return ""
     tasks = {path: list(_task_states(path)) for path in _tasks_of(job)}
-    return hashlib.sha256(json_bytes([job.model_dump(mode="json"), code_version(), tasks])).hexdigest()
+    return hashlib.sha256(json_bytes([job.model_dump(mode="json"), _code(), tasks])).hexdigest()
 
 
 def _is_recorded(job: Job) -> bool:
-    return job.kind in _KINDS and code_version() != "unknown" and not code_version().endswith("-dirty")
+    return job.kind in _KINDS
+
+
+def _code() -> str:
+    """Return the commit of the code; if it is unknown or was changed, a digest of p2r's files."""
+    version = code_version()
+    if version != "unknown" and not version.endswith("-dirty"):
+        return version
+    digest, package = hashlib.sha256(), Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(json_bytes([path.relative_to(package).as_posix(), path.read_bytes().hex()]))
+    return digest.hexdigest()
 
 
 def _tasks_of(job: Job) -> list[str]:

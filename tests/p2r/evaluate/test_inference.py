@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from p2r.config import ModelConfig
-from p2r.data import preprocess
+from p2r.data import grids
 from p2r.data.preprocess import Preparation
 from p2r.data.volume import Volume, read_labels, read_volume, to_source_grid, write_nifti
 from p2r.errors import RefusedScan

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from p2r.fewshot.results import FailedTrial
 from p2r.job import Job, read_job
+from p2r.pipeline import finished
 from p2r.pipeline.finished import digest_inputs, made_before, record_finished
 from p2r.pipeline.made import Made
 from p2r.storage import Storage
@@ -58,8 +60,22 @@ def test_any_change_of_job_code_task_or_result_makes_it_run(path: Path, monkeypa
     assert made_before(job) is None
     (storage / "finished.json").write_text("[]")
     assert made_before(job) is None, "a broken record is none"
-    monkeypatch.setattr("p2r.pipeline.finished.code_version", lambda: "0123456789ab-dirty")
-    assert digest_inputs(job) == ""
+    assert digest_inputs(read_job(path, ("kind=ingest",))) == ""
+
+
+@pytest.mark.parametrize("version", ["0123456789ab-dirty", "unknown"])
+def test_code_without_a_commit_is_identified_by_its_files(
+    path: Path, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, committed = read_job(path), digest_inputs(read_job(path))
+    monkeypatch.setattr("p2r.pipeline.finished.code_version", lambda: version)
+    shutil.copytree(Path(finished.__file__).parents[1], tmp_path / "p2r", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(finished, "__file__", str(tmp_path / "p2r/pipeline/finished.py"))
+    before = digest_inputs(job)
+    assert committed != before == digest_inputs(job) != ""
+    with (tmp_path / "p2r/loss/info_nce.py").open("a") as file:
+        file.write("# changed")
+    assert digest_inputs(job) != before
 
 
 def test_what_is_unfinished_or_failed_has_no_record(path: Path) -> None:
