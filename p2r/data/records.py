@@ -1,7 +1,7 @@
 """The scans of a shard plan -> volumes with their metadata, for `write_shard`; every volume also gets a ledger row.
 
 Without sessions, each volume is a record. With sessions, the scans of a session are read, checked, and brought to the grid of
-its reference; a scan that cannot be used is refused by itself, and its session goes into the corpus with the others.
+its reference. A scan that cannot be used is refused by itself, and its session goes into the corpus with the others.
 """
 
 from collections import defaultdict
