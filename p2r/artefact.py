@@ -14,11 +14,12 @@ Folders of version 1 (model.safetensors, config.json, README.md) are read and re
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -35,7 +36,8 @@ MAX_TEXT_BYTES = 2**20
 _MAX_WEIGHTS_BYTES = 2**40
 MAX_MANIFEST_BYTES = 2**27
 """Largest manifest of an artefact: of backbones that have seen two million scans."""
-_MAX_MEMORY_BYTES = 2**29
+MAX_MANIFEST_MEMORY_BYTES = 2**29
+"""Largest memory of a manifest while it is parsed."""
 _MAX_DEPTH = 16
 _WAY_OUT = "restore the file from a copy of the folder, or publish another version"
 _NAMES: dict[Role, tuple[str, str, str]] = {
@@ -101,17 +103,22 @@ class CorpusFacts(_Strict):
     deidentification: Annotated[dict[Text, Text], FewKeys]
 
 
-class Manifest(_Strict):
-    """`manifest.json` of a backbone or a model."""
+class Provenance(_Strict):
+    """Origin of weights, and the terms of their use."""
 
-    format: Annotated[str, Field(pattern=r"^p2r-(backbone|model)/[12]$")]
-    files: Files
     p2r_version: Annotated[str, Field(max_length=100)] = ""
     code: Annotated[str, Field(max_length=100)] = ""
     """Commit of the program that published the artefact."""
     licence: Text = "unknown"
     corpora: Annotated[list[CorpusFacts], Field(max_length=1000)] | None = None
     """Corpora on which the weights were pretrained; None: unknown. Of a backbone, an empty list counts as unknown, too."""
+
+
+class Manifest(Provenance):
+    """`manifest.json` of a backbone or a model."""
+
+    format: Annotated[str, Field(pattern=r"^p2r-(backbone|model)/[12]$")]
+    files: Files
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -148,6 +155,41 @@ class ModelManifest(Manifest):
     backbone_sha256: Sha256 | None = None
 
 
+Facts = TypeVar("Facts", bound=Provenance, covariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Published(Mapping[str, Any], Generic[Facts]):
+    """A manifest for its users: typed attributes, and the same content by key, with `sha256`, `url` and `pin`."""
+
+    url: str
+    """Folder of the artefact."""
+    sha256: str
+    """Digest of `manifest.json`."""
+    facts: Facts
+    """Content of `manifest.json`."""
+    is_new: bool = False
+    """True if this process published it."""
+
+    @property
+    def pin(self) -> str:
+        """Reference pinned to this artefact: `URL@sha256:HEX`."""
+        return str(Reference(self.url, self.sha256))
+
+    @cached_property
+    def _by_key(self) -> dict[str, object]:
+        return {**self.facts.model_dump(), "sha256": self.sha256, "url": self.url, "pin": self.pin}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._by_key[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_key)
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+
 _MANIFESTS: dict[str, type[Manifest]] = {"p2r-backbone": BackboneManifest, "p2r-model": ModelManifest}
 _CHECKS: dict[str, TypeAdapter[Any]] = {kind: TypeAdapter(model) for kind, model in _MANIFESTS.items()}
 
@@ -170,10 +212,6 @@ class Artefact:
     def pin(self) -> str:
         """Reference pinned to this artefact: `URL@sha256:HEX`."""
         return str(Reference(self.storage.url, self.sha256))
-
-    def facts(self) -> dict[str, Any]:
-        """Return the manifest's entries, plus `sha256`, `url` and `pin`."""
-        return {**self.manifest.model_dump(), "sha256": self.sha256, "url": self.storage.url, "pin": self.pin}
 
     def read(self, role: Role) -> bytes:
         """Return the content of a file, hashed after reading, so that it cannot be exchanged between check and use.
@@ -300,7 +338,7 @@ def _value_of(content: bytes, where: str) -> Any:
             content,
             where=where,
             max_bytes=MAX_MANIFEST_BYTES,
-            max_memory_bytes=_MAX_MEMORY_BYTES,
+            max_memory_bytes=MAX_MANIFEST_MEMORY_BYTES,
             max_depth=_MAX_DEPTH,
             error=CheckpointError,
         )
@@ -316,7 +354,7 @@ def _weights_sha256(content: bytes) -> str | None:
         return None
 
 
-def _upgrade_version_1(value: dict[str, Any], model: type[Manifest]) -> dict[str, Any]:
+def _upgrade_version_1(value: dict[str, object], model: type[Manifest]) -> dict[str, object]:
     """Convert a manifest of version 1 to version 2, dropping unused entries."""
     files = value.get("files")
     named = {

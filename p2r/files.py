@@ -8,6 +8,7 @@ import csv
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from p2r.errors import StorageError
 _DISK_FULL = re.compile(
     r"No space left on device|Disk quota exceeded|basic_ios::clear: iostream error|PytorchStreamWriter failed"
 )
+_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _FORMULA = re.compile(r"(?:^|(?<=[,;|\"]))(?=\s*[=+\-@\uff0b\uff0d\uff1d\uff20])")
 """Places where a spreadsheet could begin a formula: at the start of a cell, or after any character that it may take for a separator."""
 
@@ -106,17 +108,24 @@ def temporary_beside(target: Path) -> Iterator[Path]:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str | float]]) -> None:
-    """Write a table, whole or not at all, that a spreadsheet opens without executing any of its text.
+    """Write a table as `csv_bytes`, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(csv_bytes(columns, rows))
+
+
+def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[str | float]]) -> bytes:
+    """Return a table that a spreadsheet opens without executing any of its text.
 
     Names come from strangers. In text, control characters become `?`, and an apostrophe precedes each `=`, `+`, `-` or `@`
     that could begin a formula. Numbers are written as they are.
 
     Source: OWASP, CSV Injection.
     """
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([_neutralise(column) for column in columns])
-        writer.writerows([_neutralise(value) if isinstance(value, str) else value for value in row] for row in rows)
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow([_neutralise(column) for column in columns])
+    writer.writerows([_neutralise(value) if isinstance(value, str) else value for value in row] for row in rows)
+    return table.getvalue().encode()
 
 
 def _neutralise(text: str) -> str:
@@ -148,3 +157,25 @@ def is_file_at(path: Path, handle: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:
         return False
+
+
+def link_if_absent(temporary: Path, target: Path) -> bool:
+    """Rename a complete file to `target` if that name is free; return whether it was."""
+    try:
+        target.hardlink_to(temporary)
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+    with locked(lock_path(target)):
+        is_free = not target.exists()
+        if is_free:
+            temporary.replace(target)
+        return is_free
+
+
+def lock_path(target: Path) -> Path:
+    """Return the file that is locked while `target` is replaced."""
+    return target.with_name(f".tmp-lock-{target.name}")

@@ -12,7 +12,7 @@ from p2r.logs import say
 if TYPE_CHECKING:
     pass
 
-from cluster.commands.options import Debug, JobPath, Overrides, Sign, print_made
+from cluster.commands.options import Debug, JobPath, Overrides, Sign
 
 
 def inspect(
@@ -44,16 +44,17 @@ def verify(
 def publish(path: JobPath, set_: Overrides = None, sign: Sign = None, debug: Debug = False) -> None:
     """Publish the last checkpoint of a job's pretraining, as set in its section publish; in this process, without Ray."""
     from p2r.job import read_job
-    from p2r.pipeline.stages import publish_backbone
+    from p2r.pipeline.publishing import publish_backbone
     from p2r.storage import Storage
 
     job = read_job(path, tuple(set_ or ()))
     if job.publish is None:
         raise JobError(f"job {path} has no section publish; give a job of kind publish, pipeline or ablation")
     published = publish_backbone(job, Storage(job.storage), say)
-    print_made({"backbone": published["url"], "backbone_pin": published["pin"]})
+    show(f"backbone: {published.url}")
+    show(f"backbone_pin: {published.pin}")
     if sign is not None:
-        show(_verify_and_sign(published["pin"], sign))
+        show(_verify_and_sign(published.pin, sign))
 
 
 def sign(

@@ -1,7 +1,7 @@
 """A network and a whole scan -> a segmentation, or features, on a grid with a known position in the patient.
 
-A slice (or a volume, for a network of volumes) is read at its full extent; or about its centre, if the model was trained for
-that (`Preparation.planes`); never about a label. Larger images are covered by overlapping windows of the training size,
+A slice (or a volume, for a network of volumes) is read at its full extent, or about its centre, if the model was trained for
+that (`Preparation.planes`). It is never read about a label. Larger images are covered by overlapping windows of the training size,
 because instance normalisation would otherwise get another field of view. Probabilities, not logits, are blended and resampled
 to the scan's own voxels, where they become labels. So an edge is as sharp as the scan, not as the network's grid.
 
@@ -22,16 +22,13 @@ from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from p2r.data.grids import check_room, cubic_to_voxel, from_cubic, from_grid
 from p2r.data.preprocess import (
     Frames,
     Planes,
     Preparation,
     Scans,
-    check_room,
-    cubic_to_voxel,
     frames_of,
-    from_cubic,
-    from_grid,
     plane_axes,
     planes_of,
     planes_to_volume,

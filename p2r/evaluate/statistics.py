@@ -20,7 +20,7 @@ Measured coverage of the nominal 95 % interval, on normal models with 20 patient
     1   : 1 : 1                           45 %      88 %       91 %       95 %
 
 So if the choice of labelled patients matters as much as the test patients, as for n = 1, intervals of 3 or 5 draws are **too
-narrow**; intervals of one draw do not cover the variation between draws at all.
+narrow**. Intervals of one draw do not cover the variation between draws at all.
 
 **Differences** are paired: the same labelled patients, the same test patients. Draws are averaged within a patient. Wilcoxon's
 signed-rank test (two-sided) then tests whether the patients' differences are symmetric about zero. Zero differences are
@@ -41,8 +41,8 @@ Shapes: D draws, P test patients, R resamples.
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,9 +80,28 @@ class _Group:
     backbone: str
     mode: str
 
-    def names(self) -> dict[str, Any]:
+    def names(self) -> "_Names":
         """Return the fields of `_Entry`."""
-        return {**asdict(self.setting), "backbone": self.backbone or None, "mode": self.mode}
+        setting = self.setting
+        return {
+            "task": setting.task,
+            "protocol": setting.protocol,
+            "transductive": setting.transductive,
+            "split": setting.split,
+            "backbone": self.backbone or None,
+            "mode": self.mode,
+        }
+
+
+class _Names(TypedDict):
+    """Fields of an entry of the statistics, as keyword arguments."""
+
+    task: str
+    protocol: str
+    transductive: bool
+    split: str
+    backbone: str | None
+    mode: str
 
 
 class _Entry(JsonModel):

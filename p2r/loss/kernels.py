@@ -170,7 +170,7 @@ def _presence(rows: Rows) -> Tensor:
     return (rows.present != 0).float()
 
 
-def _mask_options(anchors: Rows, candidates: Rows) -> dict[str, Any]:
+def _mask_options(anchors: Rows, candidates: Rows) -> dict[str, object]:
     has_image = anchors.image is not None and candidates.image is not None
     has_position = has_image and anchors.position_mm is not None and candidates.position_mm is not None
     dimensions = anchors.position_mm.shape[1] if has_position and anchors.position_mm is not None else 0

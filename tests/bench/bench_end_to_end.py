@@ -6,7 +6,7 @@
 
 The corpus is that of `bench_stream.py` (int16 planes of virtual subjects with Rician noise, 1 x 1 x 2 mm, lz4), cut to
 planes or, in 3D, patches of 1.5 mm. One engine takes our step on the same batches in the same order: from memory (on a GPU: its own), which
-is the yardstick; from the local disk (its page cache) by `p2r.data.stream`; from object storage (SeaweedFS on loopback)
+is the yardstick; from the local disk (its page cache) by `p2r.data.stream`. Then from object storage (SeaweedFS on loopback)
 with a cache that holds the shards already; and with an empty cache. There every turn is the first minute of a run: stream
 set up, shards fetched, batches taken, all counted. Elsewhere a turn counts after a few steps, so that nothing counts that
 was made ahead. On a CPU one core is left to the server for all contenders alike, since a server has its own in use.
@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from bench_stream import BUCKET, bucket_on, prepare, uploaded
+from bench_stream import BUCKET, bucket_on, prepare, read_shards, uploaded
 from charts import OTHERS_COLOUR, OURS_COLOUR, bar_picture
 from rounds import cpu_name, ratios, spread, take_turns
 from training import LEARNING_RATE, Setting, add_options, add_variant, engine_of, loss_of, setting_of, wait_for
@@ -146,7 +146,7 @@ def measure(
     cores: set[int] | None,
 ) -> list[dict[str, Any]]:
     """Measure every contender; without `cores` for its server, nothing from object storage."""
-    manifest = json.loads((folder / "lz4" / "manifest.json").read_text())
+    manifest = read_shards(folder / "lz4")
     engine, device = engine_of(config, setting.device), setting.device
     disk = partial(streamed, Corpus(Storage(str(folder / "lz4")), manifest), config, device=device)
     with contextlib.closing(disk()) as batches:

@@ -6,12 +6,12 @@ The samples are 256 x 256 planes of virtual subjects with Rician noise, int16; l
 Every contender gets the same ones in the form that its own writer gives, one core for all of its threads, and delivers
 batches (B, 256, 256) of integers in shuffled order. What it delivers is compared with the truth before anything is timed.
 
-From the local disk (its page cache) every contender runs on from turn to turn, as in a training; a turn is as many batches
+From the local disk (its page cache) every contender runs on from turn to turn, as in a training. A turn is as many batches
 as an epoch has, after a few that do not count, so that nothing counts that was made ahead. The yardstick is `numpy.take` of
-planes in memory into one batch buffer, as it is written by default; beside it stands the same with `mode="clip"`, which spares
-numpy a buffer of its own: what no loader can reach, since it neither reads, checks nor decodes. From
+planes in memory into one batch buffer, as it is written by default. Beside it is the same with `mode="clip"`, which spares
+numpy a buffer of its own. It is the limit that no loader can reach, since it neither reads, checks nor decodes. From
 object storage (SeaweedFS on loopback, on another core if there is one) a turn is a whole pass with an empty cache, all
-set-up included; the yardstick is GET to a file, SHA-256 of the file, then decoding the same planes in the same order.
+set-up included. The yardstick is GET to a file, SHA-256 of the file, then decoding the same planes in the same order.
 
 Contenders take turns; each is compared with the yardstick of the same round, and medians over the rounds are stated. Peers
 that are not installed or cannot run here are named with the reason: `pip install litdata mosaicml-streaming` brings them.
@@ -52,6 +52,7 @@ from rounds import cpu_name, pin_to_one_core, progress, ratios, resident_mib, sp
 
 from infra.local.s3 import S3Server, make_bucket
 from p2r.config import ImageConfig
+from p2r.data.manifest import Manifest, ManifestFacts
 from p2r.data.order import Order
 from p2r.data.phantom import virtual_subjects
 from p2r.data.preprocess import percentile_table
@@ -92,8 +93,7 @@ class Data:
 
     def corpus(self, name: str, storage: Storage | None = None) -> Corpus:
         """Return one of our own forms."""
-        manifest = json.loads((self.folder / name / "manifest.json").read_text())
-        return Corpus(storage or Storage(str(self.folder / name)), manifest)
+        return Corpus(storage or Storage(str(self.folder / name)), read_shards(self.folder / name))
 
     @cached_property
     def steps(self) -> list[NDArray[np.int64]]:
@@ -105,6 +105,12 @@ class Data:
     def truth(self) -> set[int]:
         """What tells planes apart."""
         return {crc32(plane.data) for plane in self.planes}
+
+
+def read_shards(folder: Path) -> Manifest:
+    """Read a manifest that has nothing but shards."""
+    lacking: dict[str, Any] = {}
+    return Manifest(json.loads((folder / "manifest.json").read_bytes()), ManifestFacts.model_construct(**lacking))
 
 
 def make_planes(folder: Path, *, num_volumes: int, size: int) -> list[tuple[Volume, dict[str, Any]]]:
@@ -155,7 +161,7 @@ def prepare(folder: Path, *, num_volumes: int, size: int, batch: int) -> Data:
                 write_shard(folder / name / f"shard-{start:06d}.tar", records[start:][:VOLUMES_PER_SHARD], **options)
                 for start in range(0, len(records), VOLUMES_PER_SHARD)
             ]
-            (folder / name / "manifest.json").write_text(json.dumps({"shards": entries}))
+            (folder / name / "manifest.json").write_text(json.dumps({"shards": [entry._asdict() for entry in entries]}))
         shutil.rmtree(folder / "subjects")
         marker.write_text(json.dumps(recipe))
     return Data(folder, np.load(folder / "planes.npy"), batch)
@@ -466,7 +472,7 @@ def measured(
 def memory_over_epochs(folder: Path, batch: int, num_epochs: int) -> list[float]:
     """Resident MiB of a fresh process after each epoch of our stream."""
     pin_to_one_core()
-    corpus = Corpus(Storage(str(folder)), json.loads((folder / "manifest.json").read_text()))
+    corpus = Corpus(Storage(str(folder)), read_shards(folder))
     order = order_of([corpus], image=IMAGE, seed=SEED, global_batch=batch)
     after = []
     with contextlib.closing(stream(corpus, image=IMAGE, seed=SEED, global_batch=batch, num_threads=1)) as source:
@@ -496,7 +502,7 @@ def order_at_scale(
     del counts
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     before, began = resident_mib(), time.perf_counter()
-    corpus = Corpus(Storage(str(folder)), json.loads(path.read_bytes()))
+    corpus = Corpus(Storage(str(folder)), read_shards(folder))
     read_s = time.perf_counter() - began
     stream_state([corpus], seed=SEED, global_batch=global_batch)
     named_s = time.perf_counter() - began

@@ -4,10 +4,11 @@
     make alerts                                          # all of them, some minutes
     python -m tests.infra.alerts_fire --only disk stall  # some
 
-A scenario starts a training in a process of its own, causes a fault, waits until Prometheus says that the alert fires, mends the
-fault, waits until the alert is resolved, and asks Prometheus whether it fired exactly once meanwhile. No metric is written by hand: a
-process is killed, a bucket stalls, bytes of a shard are turned, a disk is filled, weights decay to nothing. What drives a run under Ray
-(starting workers again, counting that) is done here by a loop, so that the machine needs no cluster.
+A scenario starts a training in a process of its own, causes a fault, waits until Prometheus says that the alert fires. Then it
+mends the fault, waits until the alert is resolved, and asks Prometheus whether it fired exactly once meanwhile. No metric is
+written by hand: a process is killed, a bucket stalls, bytes of a shard are turned, a disk is filled, weights decay to nothing.
+What drives a run under Ray (starting workers again, counting that) is done here by a loop, so that the machine needs no
+cluster.
 
 Exit code: 0 every alert fired once and was resolved, 1 one did not, 2 something is not installed.
 """
@@ -31,6 +32,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cluster.faults import Fault as RunFault
 from cluster.metrics import Exporter
 from infra.local.s3 import S3Server, find_program, make_bucket, stopped_by_signals
 from infra.local.stack import Prometheus
@@ -209,7 +211,7 @@ def not_finite(stage: Stage, note: Note) -> None:
         training = running.enter_context(Training(stage, "not-finite", *rate))
         training.process.join(LIMIT_S)
         if training.process.exitcode == _DIVERGED:
-            driver.fault({"cause": "divergence", "count": 1, "limit": 1})
+            driver.fault(RunFault(cause="divergence", what="", decision="restart", count=1, limit=1))
 
         def go_on() -> None:
             shutil.rmtree(stage.folder / "runs" / "not-finite")
@@ -254,7 +256,7 @@ def restarts(stage: Stage, note: Note) -> None:
         training = running.enter_context(Training(stage, "restarts"))
         training.kill()
         note("P2RProcessUnreachable", "restarts", lambda: running.enter_context(Training(stage, "restarts")))
-        driver.fault({"cause": "worker", "count": 1, "limit": 2})
+        driver.fault(RunFault(cause="worker", what="", decision="restart", count=1, limit=2))
         note("P2RRestartsNearLimit", "restarts", lambda: None)  # an hour without another one
 
 

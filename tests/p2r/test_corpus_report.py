@@ -10,6 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from scipy.ndimage import gaussian_filter
 
 from p2r.config import IngestConfig
 from p2r.data.corpus import ingest_locally, load_manifest, manifest_sha256
@@ -107,3 +108,24 @@ def test_scans_without_negative_or_varied_values_can_be_drawn(tmp_path: Path) ->
     corpus = corpus_of(tmp_path / "scans", tmp_path)
     write_corpus_report(corpus)
     assert corpus.exists("report/histograms.png")
+
+
+def test_scans_of_different_subjects_that_look_alike_are_listed(tmp_path: Path) -> None:
+    for number in range(13):
+        write(tmp_path / f"scans/sub-{number:02d}.nii.gz", gaussian_filter(some_voxels(number).astype(np.float32), 2))
+    copy = gaussian_filter(some_voxels(4).astype(np.float32), 2) * 3 + 10
+    write(tmp_path / "scans/sub-13.nii.gz", copy)
+    corpus = corpus_of(tmp_path / "scans", tmp_path)
+    said: list[str] = []
+    write_corpus_report(corpus, say=said.append)
+    (line,) = said
+    assert line.startswith(
+        "1 pair of scans of different subjects look alike, such as sub-04 and sub-13 (similarity 1.00)"
+    )
+    assert corpus.at("report/alike.csv") in line
+    page, table = (corpus.read_bytes(f"report/{name}").decode() for name in ("report.md", "alike.csv"))
+    assert "| sub-04 | sub-04 | sub-13 | sub-13 | 1.00 |" in page
+    assert table.splitlines() == [
+        "first,first_subject,second,second_subject,contrast,similarity",
+        f"sub-04,sub-04,sub-13,sub-13,,{table.rpartition(',')[2].strip()}",
+    ]

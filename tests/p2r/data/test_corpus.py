@@ -19,6 +19,7 @@ from p2r.config import IngestConfig
 from p2r.data.build import Built, build_shard
 from p2r.data.corpus import (
     BuildAll,
+    IngestProgress,
     contains,
     corpus_digest,
     ingest,
@@ -170,8 +171,8 @@ def test_adding_scans_keeps_old_shards_and_old_revisions_readable(folder: Path, 
     assert len(ledger_of(storage)) == 11
     assert (verify_corpus(storage), unreferenced_files(storage)) == ([], [])
     for manifest in (first, second):
-        assert contains(manifest, subject="sub-0")
-    assert [contains(manifest, subject="sub-4") for manifest in (first, second)] == [False, True]
+        assert contains(manifest.facts, subject="sub-0")
+    assert [contains(manifest.facts, subject="sub-4") for manifest in (first, second)] == [False, True]
 
 
 def test_sources_may_be_added_one_job_at_a_time(folder: Path, more: Path, storage: Storage) -> None:
@@ -589,20 +590,26 @@ def test_progress_is_reported_first_last_and_at_intervals(folder: Path, storage:
     said: list[str] = []
     report_progress(ingest_locally(config_of(folder), storage), said.append, interval_s=60)
     assert len(said) == 2
-    assert said[0].startswith("scans ") and "MB/s" in said[0] and "left" in said[0]
+    assert said[0].startswith("scans ") and "B/s" in said[0] and "left" in said[0]
     assert said[1].startswith("scans 9/9 | shards ") and said[1].endswith("refused: 1 not_nifti")
+
+
+@pytest.mark.parametrize(("mb_per_s", "text"), [(123.4, "123 MB/s"), (4.56, "4.6 MB/s"), (0.0064, "6 kB/s")])
+def test_a_slow_rate_is_not_shown_as_zero(mb_per_s: float, text: str) -> None:
+    progress = IngestProgress(None, 1, 2, (), 3, 4, {}, mb_per_s, None)
+    assert progress.line() == f"scans 3/4 | shards 1/2 | {text}"
 
 
 def test_membership_is_answered_without_naming_a_subject(folder: Path, storage: Storage) -> None:
     make(storage, config_of(folder, cohort="ours", subjects=("sub-[0-2]",)))
     manifest = load_manifest(storage)
-    assert contains(manifest, subject="sub-0")
-    assert contains(manifest, cohort="ours", subject="sub-2")
-    assert not contains(manifest, subject="sub-3")
-    assert not contains(manifest, cohort="theirs", subject="sub-0")
+    assert contains(manifest.facts, subject="sub-0")
+    assert contains(manifest.facts, cohort="ours", subject="sub-2")
+    assert not contains(manifest.facts, subject="sub-3")
+    assert not contains(manifest.facts, cohort="theirs", subject="sub-0")
     digest = ledger_of(storage)["sub-0_run-0"]["voxels_sha256"]
-    assert contains(manifest, voxels_sha256=digest)
-    assert not contains(manifest, voxels_sha256=hashlib.sha256(b"other").hexdigest())
+    assert contains(manifest.facts, voxels_sha256=digest)
+    assert not contains(manifest.facts, voxels_sha256=hashlib.sha256(b"other").hexdigest())
     assert "sub-0" not in json.dumps({key: manifest[key] for key in manifest if key.endswith("digests")})
 
 
@@ -612,7 +619,7 @@ def test_a_scan_is_known_by_its_voxels_also_after_resampling(folder: Path, stora
     assert ledger_of(storage)["sub-3_run-0"]["spacing_mm"] == [2.0, 2.0, 2.0]
     assert load_manifest(storage)["reasons"] == {"accepted": 8, "duplicate": 1}
     for path in folder.iterdir():
-        assert contains(load_manifest(storage), voxels_sha256=voxels_sha256(read_volume(path)))
+        assert contains(load_manifest(storage).facts, voxels_sha256=voxels_sha256(read_volume(path)))
 
 
 def test_the_digest_of_a_corpus_depends_on_the_request(tmp_path: Path) -> None:

@@ -132,6 +132,15 @@ def test_entries_within_a_view_are_computed_once_for_two_panels(
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+def test_ranks_whose_rows_are_no_whole_panels_compute_every_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrast, "PANEL", 8)
+    queries, keys = embeddings(29, 6, seed=2)
+    expected = written_out(queries, keys, temperature=0.2, form="nt_xent")
+    torch.testing.assert_close(
+        info_nce(queries, keys, temperature=0.2, form="nt_xent"), expected, rtol=1e-12, atol=1e-12
+    )
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_float32_keeps_its_digits_when_training_has_converged(form: Form) -> None:
     queries, keys = embeddings(300, 64, seed=3, noise=0.01)
