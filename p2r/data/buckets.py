@@ -96,7 +96,11 @@ def _list_objects(url: str) -> dict[str, _Object]:
         raise DataError(
             f"source {url} cannot be listed: {type(error).__name__}: {error}; check the bucket, AWS_ENDPOINT_URL and keys"
         ) from error
-    return {path: _Object(int(state["size"]), str(state.get("ETag", "")).strip('"')) for path, state in found.items()}
+    return {path: _as_object(state) for path, state in found.items()}
+
+
+def _as_object(state: Mapping[str, Any]) -> _Object:
+    return _Object(int(state["size"]), str(state.get("ETag", "")).strip('"'))
 
 
 def _make_object_scan(path: str, objects: Mapping[str, _Object], is_bids: bool) -> Scan:
@@ -142,7 +146,8 @@ def scans_at(target: str, bucket: Any, known: dict[str, bool]) -> list[Scan]:
     """
     path = target.removeprefix("s3://")
     try:
-        objects = {file: bucket.info(file) for file in pair_of(path) or (path,)} if is_image(path) else {}
+        files = (pair_of(path) or (path,)) if is_image(path) else ()
+        objects = {file: _as_object(bucket.info(file)) for file in files}
         is_bids = bool(bids.entities_of(path)) and _is_in_dataset(path.rpartition("/")[0], bucket, known)
     except FileNotFoundError:
         return []

@@ -321,6 +321,8 @@ def test_clients_that_never_read_make_room_and_a_thousand_change_nothing(exporte
     silent = [socket.create_connection((host, int(port)), timeout=5) for _ in range(16)]
     time.sleep(1.2)
     assert scrape(exporter)
+    silent[0].settimeout(2)
+    assert silent[0].recv(1) == b"", "the oldest connection was not dropped"
     num_threads = threading.active_count()
     many = []
     for _ in range(1000):
