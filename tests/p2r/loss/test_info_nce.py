@@ -1,4 +1,13 @@
-"""InfoNCE against a naive implementation of its definition, one anchor at a time, in float64."""
+"""InfoNCE against a naive implementation of its definition, one anchor at a time, in float64.
+
+Mutants of `p2r/loss/contrast.py` that this file cannot kill, and why:
+
+    of_ranks; to_anchors, to_candidates of `all_queries`     used by several ranks only, see `test_ranks.py`
+    len(contrast.counts) == 1 -> != 1                        equal sums, in two products instead of one
+    contrast.num_pairs // PANEL -> * PANEL                   equal sums, shared less evenly among ranks
+    first < last -> <=                                       an empty block adds nothing
+    of_columns=False -> True                                 column sums that are not used
+"""
 
 import importlib
 import math
