@@ -6,7 +6,7 @@ It depends only on one revision, reads no shard, and can be made again at any ti
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, fields
+from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ from p2r.config import PERCENTILES
 from p2r.data.ledger import AcceptedRow, LedgerRow, is_accepted, read_ledger
 from p2r.data.likeness import MAX_PAIRS, Alike, find_alike
 from p2r.data.manifest import Manifest, facts_of, load_manifest, ranges_of
-from p2r.data.preparation import slice_axis
+from p2r.data.preparation import SliceAxis, slice_axis
 from p2r.data.revision import read_thumbnails
 from p2r.data.thumbnails import MOST, Thumbnails, drawn
 from p2r.files import csv_bytes
@@ -53,7 +53,7 @@ def write_corpus_report(corpus: Storage, *, say: Say = lambda line: None) -> str
     pictures = {
         "accepted": accepted_sheet(ledger, thumbnails),
         "refused": refused_sheet(ledger, thumbnails),
-        "histograms": histograms(accepted),
+        "histograms": histograms(accepted, rule=manifest.facts.preprocessing.slice_axis),
     }
     for name, content in pictures.items():
         if content is None:
@@ -98,22 +98,40 @@ def refused_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes 
     return contact_sheet(tiles, f"Refused: {len(tiles)} of {len(refused)} scans", subtitle)
 
 
-def histograms(accepted: Sequence[AcceptedRow]) -> bytes:
-    """Draw the distributions of voxel size, extent and intensity of the accepted scans."""
-    spacing = np.sort(np.array([row.spacing_mm for row in accepted], dtype=np.float64), axis=1)
+@dataclass(frozen=True)
+class _Sizes:
+    """Sizes of scans, split as the corpus cuts them into slices."""
+
+    in_plane_mm: NDArray[np.float64]
+    across_mm: NDArray[np.float64]
+    in_plane: NDArray[np.float64]
+    """Geometric mean of the numbers of rows and columns."""
+    num_slices: NDArray[np.float64]
+
+
+def sizes_of(accepted: Sequence[AcceptedRow], rule: SliceAxis) -> _Sizes:
+    """Return the sizes of scans along and across the slices that `ingest.slice_axis` gives."""
+    spacing = np.array([row.spacing_mm for row in accepted], dtype=np.float64)
     shape = np.array([row.shape[:3] for row in accepted], dtype=np.float64)
-    across = np.array([slice_axis(tuple(row.spacing_mm), shape=tuple(row.shape)) for row in accepted])
-    planes = np.take_along_axis(shape, across[:, None], axis=1)[:, 0]
-    in_plane = np.sqrt(shape.prod(axis=1) / planes)
+    across = np.array([slice_axis(tuple(row.spacing_mm), rule, shape=tuple(row.shape)) for row in accepted])[:, None]
+    across_mm, num_slices = (np.take_along_axis(values, across, axis=1)[:, 0] for values in (spacing, shape))
+    return _Sizes(
+        (spacing.sum(axis=1) - across_mm) / 2, across_mm, np.sqrt(shape.prod(axis=1) / num_slices), num_slices
+    )
+
+
+def histograms(accepted: Sequence[AcceptedRow], *, rule: SliceAxis) -> bytes:
+    """Draw the distributions of voxel size, extent and intensity of the accepted scans."""
+    sizes = sizes_of(accepted, rule)
     percentiles = np.array([row.percentiles for row in accepted], dtype=np.float64)
     figure = new_figure(11.4, 3.2)
     panels = [figure.add_axes((0.05 + 0.32 * column, 0.165, 0.275, 0.62)) for column in range(3)]
     _draw_histogram(
         panels[0],
         "voxel size, mm",
-        {"in plane": spacing[:, :2].mean(axis=1), "across planes": spacing[:, 2]},
+        {"in plane": sizes.in_plane_mm, "across planes": sizes.across_mm},
     )
-    _draw_histogram(panels[1], "extent, voxels", {"in plane": in_plane, "across planes": planes})
+    _draw_histogram(panels[1], "extent, voxels", {"in plane": sizes.in_plane, "across planes": sizes.num_slices})
     _draw_histogram(
         panels[2],
         "intensity, percentiles of the non-zero voxels",

@@ -14,7 +14,9 @@ from scipy.ndimage import gaussian_filter
 
 from p2r.config import IngestConfig
 from p2r.data.corpus import ingest_locally, load_manifest, manifest_sha256
+from p2r.data.ledger import is_accepted, read_ledger
 from p2r.report import corpus_report_is_current, write_corpus_report
+from p2r.report.corpus_report import sizes_of
 from p2r.storage import Storage
 
 Make = Callable[..., Storage]
@@ -71,6 +73,20 @@ def test_the_page_and_its_pictures_are_those_of_the_revision(scans: Path, tmp_pa
         assert f"({name}.png)" in page
         picture = imread(BytesIO(corpus.read_bytes(f"report/{name}.png")))
         assert picture.shape[0] > 150 and picture.shape[1] > 900 and picture.std() > 0.05
+
+
+@pytest.mark.parametrize(("rule", "across"), [("auto", 2), (0, 0)])
+def test_sizes_are_split_along_the_axis_of_the_cut_also_on_ties(rule: Any, across: int, tmp_path: Path) -> None:
+    path = tmp_path / "scans" / "sub-0_T1w.nii.gz"
+    path.parent.mkdir()
+    nibabel.Nifti1Image(some_voxels(0, (40, 30, 20)), np.diag([2.0, 2.0, 2.0, 1.0])).to_filename(path)
+    corpus = corpus_of(path.parent, tmp_path, slice_axis=rule)
+    manifest = load_manifest(corpus)
+    accepted = [row for row in read_ledger(corpus, manifest) if is_accepted(row)]
+    sizes = sizes_of(accepted, manifest.facts.preprocessing.slice_axis)
+    assert sizes.num_slices.tolist() == [(40, 30, 20)[across]] == [manifest.facts.num_samples]
+    assert sizes.in_plane == pytest.approx(np.sqrt(40 * 30 * 20 / sizes.num_slices))
+    assert sizes.in_plane_mm == sizes.across_mm == [2.0]
 
 
 def test_equal_revisions_give_equal_bytes(scans: Path, tmp_path: Path) -> None:
