@@ -14,7 +14,8 @@ from p2r.errors import DataError, InputError, JobError
 from p2r.evaluate.task_files import HELD_OUT, Task, load_task, read_task_config
 from p2r.job import Job, find_job, ignored_variables, nearest_file, read_job
 from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
-from p2r.reference import names_weights_file
+from p2r.pointers import file_of
+from p2r.reference import names_weights_file, parse_reference
 
 _PLACEHOLDER = re.compile(
     r"your[-_ ]?(bucket|folder|path|data|name|scans)|^/?path/to/|<[^<>]+>|change[-_]?me|example\.(com|org)|\bTODO\b",
@@ -166,10 +167,17 @@ def _source_facts(source: str, where: str) -> Iterator[str]:
 def _check_artefact(url: str, where: str) -> None:
     if _VARIABLE.search(url) or ("://" in url and not url.startswith("file://")):
         return
-    path = Path(url.partition("@sha256:")[0].removeprefix("file://")).expanduser()
+    reference = parse_reference(url)
+    path = Path(reference.url.removeprefix("file://")).expanduser()
     if names_weights_file(url):
         if not path.is_file():
             raise DataError(f"{where}: {url} does not exist; correct the path of the weights file")
+        return
+    if reference.pointer is not None:
+        if not (path / file_of(reference.pointer)).is_file():
+            raise DataError(
+                f"{where}: {path} has no pointer {reference.pointer}: p2r promote makes it; or name a version"
+            )
         return
     if not (path / "manifest.json").is_file():
         raise DataError(f"{where}: {url} has no manifest.json: nothing was made or published there; correct the URL")

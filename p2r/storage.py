@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -134,6 +135,14 @@ class Storage:
         child = Storage(self.at(path), counters=self.counters)
         child._s3 = self._s3
         return child
+
+    def with_deadline(self, deadline_s: float) -> "Storage":
+        """Return the same storage, whose requests are retried for at most this time."""
+        hurried = Storage(self.url, counters=self.counters)
+        if hurried._s3 is not None:
+            settings = hurried._s3.settings
+            hurried._s3.settings = replace(settings, deadline_s=min(deadline_s, settings.deadline_s))
+        return hurried
 
     def read_bytes(self, path: str, *, max_bytes: int | None = None) -> bytes:
         """Return the content of `path`. Content over `max_bytes` is a `DamagedError`, raised before all of it is read."""

@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from p2r.artefact import Artefact, CorpusFacts, open_artefact
+from p2r.artefact import Artefact, open_artefact
+from p2r.artefact_manifest import CorpusFacts
 from p2r.data.manifest import load_manifest, revision_path
 from p2r.errors import InputError
 from p2r.reference import Reference, parse_reference

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from p2r.artefact import BackboneManifest, open_artefact
+from p2r.artefact import open_artefact
+from p2r.artefact_manifest import BackboneManifest
 from p2r.backbone import ArtefactConfig, load_backbone, load_model
 from p2r.config import ModelConfig
 from p2r.data.preprocess import Preparation

@@ -5,26 +5,19 @@ Everything else is implemented here, once. Each stage continues from what earlie
 by running it again.
 """
 
-import json
 import math
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
-from p2r.artefact import CorpusFacts
-from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, Backbone, load_backbone, publish
-from p2r.config import ImageConfig, IngestConfig, PretrainConfig, PublishConfig
-from p2r.data.corpus import check_selection, load_manifest, manifest_sha256, subjects_found, was_asked
+from p2r.backbone import Backbone, load_backbone
+from p2r.config import IngestConfig, PretrainConfig
+from p2r.data.corpus import check_selection, load_manifest, subjects_found, was_asked
 from p2r.data.manifest import describe_records
-from p2r.data.preprocess import Preparation, SliceAxis
-from p2r.data.stream import Corpus
-from p2r.engine.ancestry import added, ancestry, corpus_facts
 from p2r.engine.checkpoint import newest_checkpoint
-from p2r.engine.corpora import corpora_of
 from p2r.engine.history import read_history
 from p2r.engine.pretrain import finished_checkpoint
 from p2r.engine.report import HISTORY
-from p2r.engine.weights import backbone_weights, checked_weights
 from p2r.errors import DataError, JobError, OutOfTime
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.tasks import HELD_OUT, load_task
@@ -38,14 +31,14 @@ from p2r.fewshot.setup import TrialSetup, preparation_for
 from p2r.fewshot.stored import read_report_rows
 from p2r.job import Job, variants_of
 from p2r.logs import Say, within
-from p2r.model.backbones import cost_of
 from p2r.modes import MODES
 from p2r.pipeline.finished import digest_inputs, record_finished
-from p2r.pipeline.imported import check_initial_weights, publish_imported, published_record
+from p2r.pipeline.imported import check_initial_weights, publish_imported
+from p2r.pipeline.publishing import describe_network, preparation_of_images, publish_backbone
 from p2r.pipeline.reporting import make_report, write_variants
 from p2r.pipeline.tracking import tracked
+from p2r.reference import parse_reference
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
-from p2r.report.text import for_markdown
 from p2r.stages import KINDS
 from p2r.storage import Storage
 
@@ -129,75 +122,6 @@ def _run_variants(job: Job, storage: Storage, executor: Executor, say: Say) -> d
     return {**found, "failed": [one.to_json() for one in failed]} if failed else found
 
 
-def publish_backbone(job: Job, storage: Storage, say: Say) -> dict[str, Any]:
-    """Publish the weights of the last checkpoint, without the projection head, and return the artefact's manifest.
-
-    If a moving average of the weights was kept, it is published instead.
-    """
-    config = job.publish
-    assert config is not None
-    where = storage.child(f"backbones/{config.name}/{config.version}")
-    if job.pretrain is None:
-        raise JobError("kind publish needs the pretrain section of the run whose checkpoint it publishes")
-    checkpoint = finished_checkpoint(storage.child("pretrain"), job.pretrain)
-    corpora = corpora_of(job.pretrain, storage.child("corpus"), stream=checkpoint.manifest.state.stream)
-    before = checkpoint.manifest.init_from
-    inherited = ancestry(before)
-    licence = _choose_licence(config, [*(corpus.manifest["licence"] for corpus in corpora), *inherited.licences])
-    rules = {corpus.manifest["preprocessing"]["slice_axis"] for corpus in corpora}
-    dimensions = job.pretrain.image.dimensions
-    if len(rules) > 1 and dimensions == 2:
-        raise DataError(
-            f"the corpora cut planes across different axes (slice_axis {', '.join(map(str, sorted(rules, key=str)))}): "
-            "a backbone has one rule; ingest them alike"
-        )
-    name = "model.safetensors" if job.pretrain.ema_decay is None else "ema.safetensors"
-    weights = checked_weights(storage.child("pretrain"), f"{checkpoint.path}/{name}", checkpoint.manifest.files[name])
-    published = publish(
-        where,
-        format=BACKBONE_FORMAT,
-        weights=backbone_weights(weights),
-        config=ArtefactConfig(
-            model=job.pretrain.model,
-            preparation=_preparation(
-                job.pretrain.image,
-                rules.pop() if dimensions == 2 else "auto",
-                contrasts=job.pretrain.model.contrasts,
-            ),
-        ),
-        card=_write_card(job, config, corpora, where.url, licence, step=checkpoint.step),
-        facts={
-            "licence": licence,
-            "job": job.name,
-            "step": checkpoint.step,
-            "samples_seen": checkpoint.step * job.pretrain.global_batch,
-            # Without the probe, which does not affect the weights and has a path of this machine.
-            "pretrain": {key: value for key, value in checkpoint.manifest.config.to_json().items() if key != "probe"},
-            "negatives": job.pretrain.negatives,
-            "description": config.description,
-            "initial_weights": published_record(before) if before and before.get("format") == "foreign" else None,
-            "corpora": None
-            if inherited.corpora is None
-            else added(list(map(_corpus_facts, corpora)), inherited.corpora),
-        },
-    )
-    if inherited.corpora is None:
-        say(
-            "publish | CORPORA UNKNOWN: the pretraining data of the initial weights cannot be read; evaluation will refuse this backbone"
-        )
-    say(f"publish | {published['pin']} | licence {licence}" + " | was published already" * (not published["is_new"]))
-    if config.exports:
-        from p2r.pipeline.exporting import write_exports  # ONNX takes seconds to import
-
-        write_exports(config, storage, published, say)
-    return published
-
-
-def _corpus_facts(corpus: Corpus) -> CorpusFacts:
-    sha256 = manifest_sha256(corpus.manifest)
-    return corpus_facts(corpus.manifest, url=corpus.storage.url, sha256=sha256, weight=corpus.weight)
-
-
 def _time_spent(storage: Storage, found: FewShot) -> dict[str, float]:
     """Return the time spent so far, by any call: seconds per worker of pretraining, and of all trials."""
     spent = {"search_s": math.fsum(one.seconds or 0.0 for one in found.searched)}
@@ -229,22 +153,10 @@ def _check_tasks(job: Job, storage: Storage, say: Say) -> None:
         return
     image = job.pretrain.image
     slice_axis = job.ingest.slice_axis if image.dimensions == 2 else "auto"
-    of_backbone = _preparation(image, slice_axis, contrasts=job.pretrain.model.contrasts)
+    of_backbone = preparation_of_images(image, slice_axis, contrasts=job.pretrain.model.contrasts)
     for task in tasks:
         say(f"checking {len(task.scans)} scans of task {task.name}")
         check_data(task, config, preparation_for(task.config, config, of_backbone))
-
-
-def _preparation(image: ImageConfig, slice_axis: SliceAxis, *, contrasts: tuple[str, ...] | None = None) -> Preparation:
-    """Return the preprocessing of a backbone that is pretrained on such images."""
-    return Preparation(
-        dimensions=image.dimensions,
-        slice_axis=slice_axis,
-        intensity_percentiles=image.intensity_percentiles,
-        spacing_mm=image.spacing_mm,
-        image_size=image.size,
-        contrasts=contrasts,
-    )
 
 
 def _select_subjects(config: IngestConfig) -> tuple[IngestConfig, frozenset[str] | None]:
@@ -314,7 +226,7 @@ def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
 def _pretrain(job: Job, storage: Storage, executor: Executor, say: Say) -> str | None:
     assert job.pretrain is not None
     where = storage.child("pretrain")
-    say(f"pretrain | {_describe_network(job.pretrain)}")
+    say(f"pretrain | {describe_network(job.pretrain)}")
     if newest_checkpoint(where) is None:
         check_initial_weights(job.pretrain, say)
     if not executor.pretrain(job.pretrain, storage=where, corpus=storage.child("corpus"), say=say):
@@ -322,12 +234,6 @@ def _pretrain(job: Job, storage: Storage, executor: Executor, say: Say) -> str |
     checkpoint = finished_checkpoint(where, job.pretrain)
     say(f"pretrain | done at step {checkpoint.step} | {where.at(checkpoint.path)}")
     return where.at(checkpoint.path)
-
-
-def _describe_network(config: PretrainConfig) -> str:
-    model, image = config.model, config.image
-    cost = cost_of(model, dimensions=image.dimensions, size=image.size)
-    return f"{model.name}, channels {', '.join(map(str, model.channels))}; {cost}"
 
 
 def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
@@ -339,6 +245,8 @@ def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[
     if job.finetune.imported is not None:
         url = publish_imported(url, job.finetune.imported, storage, say)
     backbone = load_backbone(url, key=job.finetune.backbone_signed_by)
+    if parse_reference(url).pointer is not None:
+        say(f"finetune | {url} is {backbone.manifest['pin']}")
     other_sha256 = ""
     if job.finetune.other is not None:
         other = load_other(job.finetune.other)
@@ -434,57 +342,3 @@ def _publish_models(
     models[f"{name}/all"] = str(publish_on_all(setup, result, backbone, storage)["url"])
     say(f"finetune | model of {name} by all labelled patients: {models[f'{name}/all']}")
     return models
-
-
-def _choose_licence(config: PublishConfig, of_corpora: Sequence[str]) -> str:
-    corpus_licence = " AND ".join(sorted(set(of_corpora)))
-    if config.licence is None or config.licence == corpus_licence:
-        return corpus_licence
-    if any(word in corpus_licence.upper() for word in ("NC", "SA", "ND")):
-        raise JobError(
-            f"publish.licence is {config.licence!r}, but the corpus is under {corpus_licence!r}, which forbids other terms: leave it out"
-        )
-    return config.licence
-
-
-def _write_card(
-    job: Job, config: PublishConfig, corpora: Sequence[Corpus], url: str, licence: str, *, step: int
-) -> str:
-    assert job.pretrain is not None
-    model, loss, image = job.pretrain.model, job.pretrain.loss, job.pretrain.image
-    batch = job.pretrain.global_batch
-    pixel, scan = ("pixel", "slice") if image.dimensions == 2 else ("voxel", "scan")
-    block = "" if model.level == 0 else f"{' x '.join([str(model.stride)] * image.dimensions)} "
-    facts = {
-        "method": f"{loss.name} over {loss.pixel_pairs_per_image * batch} pixel pairs a step, {step} steps of {batch} images",
-        "negatives": job.pretrain.negatives,
-        "network": _describe_network(job.pretrain),
-        "input": f"one contrast, {' x '.join([str(image.size)] * image.dimensions)} {pixel}s of {image.spacing_mm:g} mm; intensities "
-        "as in config.json",
-        **{
-            f"corpus{f' {number}' if len(corpora) > 1 else ''}": f"{corpus.manifest['num_subjects']} subjects, "
-            f"{describe_records(corpus.manifest)}, {corpus.manifest['num_samples']} planes; sha256 {manifest_sha256(corpus.manifest)}"
-            for number, corpus in enumerate(corpora, start=1)
-        },
-        "licence": licence,
-    }
-    rows = "\n".join(f"| {name} | {for_markdown(value)} |" for name, value in facts.items())
-    sources = "\n\n".join(for_markdown(corpus.manifest["provenance"]) for corpus in corpora)
-    return f"""# {config.name} {config.version}
-
-A backbone that gives {model.feature_channels} features for every {block}{pixel}{"s" * bool(block)} of an MRI {scan}, pretrained without
-labels by p2r.
-{for_markdown(config.description)}
-
-    import p2r
-    backbone = p2r.load_backbone({json.dumps(url)})
-    features = backbone(backbone.prepare("scan.nii.gz").images)
-
-| | |
-|---|---|
-{rows}
-
-{sources}
-
-Not a medical device. Its results depend on the test patients: see the report of the job that made this backbone.
-"""

@@ -33,7 +33,7 @@ from p2r.errors import CheckpointError, JobError, StorageError
 from p2r.job import Job, read_job
 from p2r.model.pix2rep import Pix2Rep
 from p2r.pipeline.fork import forked
-from p2r.pipeline.stages import publish_backbone
+from p2r.pipeline.publishing import publish_backbone
 from p2r.reference import parse_reference
 from p2r.storage import Storage, file_sha256
 from tests.fault_proxy import ALWAYS, Fault, FaultProxy

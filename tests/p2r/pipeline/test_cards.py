@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from p2r.job import read_job
-from p2r.pipeline import stages as pipeline
+from p2r.pipeline import publishing as pipeline
 
 HOSTILE = "![x](http://evil.example/a.png) <img src=x> | a\n# heading [x](javascript:1)"
 
