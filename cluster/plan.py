@@ -118,6 +118,8 @@ def _list_facts(found: Plan, config: PretrainConfig) -> Sequence[tuple[str, str]
                 "an H100's rate)",
             )
         )
+    elif found.loss_without_kernels is not None:
+        rows.append(("loss of a step", f"slow, and its time is unknown: {found.loss_without_kernels}"))
     rows += _pace_rows(found) if found.pace is not None else [("speed", "not measured: give --images-per-s-per-worker")]
     rows.append(("allowed workers", ", ".join(map(str, found.world_sizes))))
     return rows

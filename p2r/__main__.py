@@ -20,6 +20,7 @@ from p2r.job import FORK_HELP, Job, ignored_variables, overrides_of, read_job
 from p2r.logs import LogFormat, configure, say
 from p2r.pipeline.finished import made_before
 from p2r.pipeline.lines import FINISHED, made_lines
+from p2r.pipeline.paths import check_job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,15 +63,18 @@ def _run_job(arguments: argparse.Namespace) -> int:
     configure(arguments.log_format)
     overrides = overrides_of(arguments.set, allow_transductive=arguments.allow_transductive)
     job = read_job(arguments.job, overrides)
+    configure(arguments.log_format, run=job.name)
+    say(f"job | {job.name} of kind {job.kind}, in {job.storage}")
     for note in ignored_variables(arguments.job, job):
         say(f"note: {note}")
+    as_asked = job
     if arguments.fork:
         from p2r.pipeline.fork import forked
 
         job = forked(job, arguments.fork)
-    configure(arguments.log_format, run=job.name)
     made = None if arguments.profile else made_before(job)
     if made is None:
+        check_job(arguments.job, as_asked)
         made = _execute(job, arguments)
     else:
         say(FINISHED)

@@ -122,7 +122,7 @@ class Manifest(_Strict):
     """Commit of the program that published the artefact."""
     licence: Text = "unknown"
     corpora: Annotated[list[CorpusFacts], Field(max_length=1000)] | None = None
-    """Corpora on which the weights were pretrained; None: unknown."""
+    """Corpora on which the weights were pretrained; None: unknown. Of a backbone, an empty list counts as unknown, too."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -49,6 +49,7 @@ _AUTHORITY_WITH_SLASH = r"\b[a-z][a-z0-9+.-]{0,31}://(?=[^/?#\s'\"@:\[]{0,512}:(
 """A password may hold a slash, as secret keys of AWS do; digits before the first slash are a port."""
 _OPTION = r"(?<![\w-])--?[\w-]{0,40}(?:token|password|passwd|passphrase|secret|credentials?|(?:api|access|secret|private)-?key)"
 """An option of a command; its value follows after `=` or a blank, or is the next text of a list."""
+_QUOTED = r"'[^'\n]{6,512}'|\"[^\"\n]{6,512}\""
 _AUTHORIZATION = r"\b(?:proxy-)?authorization['\"]?\s{0,9}[:=]\s{0,9}['\"]?(?:[\w-]{1,20}\s{1,9})?"
 _PATTERNS = (
     # https://user:password@host, and s3://KEY:SECRET@bucket
@@ -59,7 +60,9 @@ _PATTERNS = (
     (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE), rf"\1 {_MASK}"),
     (re.compile(r"\b(AWS4-HMAC-SHA256)\s+Credential=.{0,400}?Signature=[^\s'\"]+", re.IGNORECASE), rf"\1 {_MASK}"),
     (
-        re.compile(rf"({_OPTION}['\"]?(?:=|\s{{0,9}},\s{{0,9}}|\s{{1,9}})['\"]?)[^\s'\",;]{{6,}}", re.IGNORECASE),
+        re.compile(
+            rf"({_OPTION}['\"]?(?:=|\s{{0,9}},\s{{0,9}}|\s{{1,9}}))(?:{_QUOTED}|['\"]?[^\s'\",;]{{6,}})", re.IGNORECASE
+        ),
         rf"\1{_MASK}",
     ),
     (re.compile(rf"({_AUTHORIZATION})[^\s'\",;]{{4,}}", re.IGNORECASE), rf"\1{_MASK}"),

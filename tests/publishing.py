@@ -13,11 +13,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -133,6 +133,15 @@ def kills(url: str) -> dict[str, Any]:
 
     After each: what is there loads whole or is not published; publishing again ends with what loads, and leaves nothing damaged.
     """
+    with tempfile.TemporaryDirectory() as folder:  # killed publishers leave their temporary files
+        tempfile.tempdir = folder
+        try:
+            return _kills(url)
+        finally:
+            tempfile.tempdir = None
+
+
+def _kills(url: str) -> dict[str, Any]:
     broken: list[str] = []
     committed = 0
     for write in range(1, 1000):
@@ -180,7 +189,7 @@ def _killed_at(where: str, write: int) -> None:
 
 def _together(work: Callable[[int], dict[str, Any]], num_processes: int) -> list[dict[str, Any]]:
     """Fork processes that begin at one moment, and return what each of them made."""
-    with TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
 
         def write(number: int) -> None:
             Path(folder, str(number)).write_text(json.dumps(work(number)))
@@ -223,6 +232,8 @@ def main() -> int:
     parser.add_argument("--races", type=int, default=100)
     parser.add_argument("--publishers", type=int, default=4)
     arguments = parser.parse_args()
+    if there := Storage(arguments.url).list():
+        parser.error(f"{arguments.url} is not empty, which decides every race: it has {there[0]}")
     torch.set_num_threads(1)
     began = time.monotonic()
     found: dict[str, Any] = {"on": arguments.url.partition(":")[0]}

@@ -1,19 +1,15 @@
 """Commands that read, run or submit a job: validate, run, submit, schema."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from cluster.commands.options import AllowTransductive, Debug, Fork, JobPath, Overrides, print_made
 from p2r.console import show, show_json
 from p2r.errors import InputError, JobError, TrainingError
 from p2r.exits import STOPPED
 from p2r.logs import configure, say
-
-if TYPE_CHECKING:
-    from p2r.job import Job
-
-from cluster.commands.options import AllowTransductive, Debug, Fork, JobPath, Overrides, print_made
 
 
 def validate(
@@ -22,7 +18,7 @@ def validate(
     debug: Debug = False,
 ) -> None:
     """Check job and task files, and every path in them, without running anything."""
-    from cluster.validate import is_task, job_facts, task_facts
+    from p2r.pipeline.paths import is_task, job_facts, task_facts
 
     refused = 0
     for path in files:
@@ -33,8 +29,6 @@ def validate(
             else:
                 job, unset, facts = job_facts(path, tuple(set_ or ()))
                 words = f"{job.kind}  {job.storage}"
-                if ranks := _allowed_ranks(job):
-                    facts.append(f"pretrain on {', '.join(map(str, ranks))} workers")
             needs = "".join(f"  needs {name}" for name in unset)
             lines = [f"valid    {path}  {words}{needs}", *(f"         {fact}" for fact in facts)]
         except InputError as error:
@@ -45,22 +39,6 @@ def validate(
                 show(line)
     if refused:
         raise JobError(f"{refused} of {len(files)} files refused")
-
-
-def _allowed_ranks(job: "Job") -> list[int]:
-    """Return the numbers of workers that can share the job's global batch; refuse a job whose number cannot."""
-    from p2r.data.order import allowed_world_sizes, check_world_size, sizes_for_micro_batch, world_sizes_between
-
-    if job.pretrain is None or job.kind in ("publish", "finetune"):
-        return []
-    wanted, micro_batch = job.resources.num_workers, job.pretrain.micro_batch
-    if isinstance(wanted, int):
-        check_world_size(job.pretrain.global_batch, wanted)
-        sizes_for_micro_batch(job.pretrain.global_batch, [wanted], micro_batch)
-    sizes = allowed_world_sizes(job.pretrain.global_batch)
-    if isinstance(wanted, tuple):
-        sizes = world_sizes_between(job.pretrain.global_batch, *wanted)
-    return sizes_for_micro_batch(job.pretrain.global_batch, sizes, micro_batch)
 
 
 def run(
@@ -83,20 +61,24 @@ def run(
 
     configure(log_format)
     job = read_job(path, overrides_of(set_, allow_transductive=allow_transductive))
+    configure(log_format, run=job.name)
+    say(f"job | {job.name} of kind {job.kind}, in {job.storage}")
+    if (brought := find_job(path)) != path:
+        say(f"job | {path}: no such file; using the job that comes with p2r, {brought}")
     for note in ignored_variables(path, job):
         say(f"note: {note}")
+    from p2r.pipeline.finished import made_before
+    from p2r.pipeline.lines import FINISHED
+    from p2r.pipeline.paths import check_job
+
+    as_asked = job
     if fork:
         from p2r.pipeline.fork import forked
 
         job = forked(job, fork)
-    configure(log_format, run=job.name)
-    if (brought := find_job(path)) != path:
-        say(f"job | {path}: no such file; using the job that comes with p2r, {brought}")
-    from p2r.pipeline.finished import made_before
-    from p2r.pipeline.lines import FINISHED
-
     made = None if profile else made_before(job)
     if made is None:
+        check_job(path, as_asked)
         made = _run_on_ray(job, path, address, profile_steps=profile, debug=debug)
     else:
         say(FINISHED)

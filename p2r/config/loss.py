@@ -24,7 +24,8 @@ class LossConfig(Section):
     form: Literal["cross_view", "nt_xent"] = "nt_xent"
     """InfoNCE only: negatives from the other view (N x N), or from both without the diagonal (2N x 2N, as Pix2Rep)."""
     temperature: PositiveFloat = 0.2
-    """InfoNCE only: tau, the width of the softmax over cosine similarities."""
+    """InfoNCE only: tau, the width of the softmax over cosine similarities. Below about 0.0124, float32 sums of exp(s / tau) would overflow
+    or vanish: rows then need a maximum each, which GPUs compute without their kernels, many times slower. `p2r validate` notes it."""
     learn_temperature: bool = False
     """InfoNCE only: train tau with the weights, starting at `temperature`. It is clamped to [0.013, 1]: below, float32 sums would overflow
     or vanish."""

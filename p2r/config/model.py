@@ -36,7 +36,8 @@ class ModelConfig(Section):
     groups: PositiveInt = 8
     """Group normalisation only: number of groups; must divide every number of channels."""
     channels_last: Literal["auto"] | bool = "auto"
-    """Use the channels-last memory format. auto: on GPUs, where convolutions are faster in it; on CPUs they are slower."""
+    """Use the channels-last memory format, in which convolutions are faster on GPUs and slower on CPUs. auto: on GPUs with
+    `pretrain.compile`. Without it, instance normalisation copies its maps to channels first and back, which costs more."""
     checkpoint_activations: Literal["none", "encoder", "all"] | PositiveInt = "none"
     """Blocks whose activations are recomputed in the backward pass instead of stored: less memory, more time, the same numbers. A number:
     the blocks of that many levels, starting at the finest, which hold the most."""

@@ -34,11 +34,23 @@ def lower_suffix(path: str) -> str:
 
 
 def local_path(path: str | Path) -> Path | None:
-    """Return the file of a path or `file://` URL; None for another URL."""
+    """Return the file of a path or `file://` URL; None for another URL.
+
+    As in a storage's URL, every character is part of the name: `%20` is not a space.
+    """
     text = str(path)
     if text.startswith("file://"):
-        return Path(unquote(text.removeprefix("file://")))
+        return Path(text.removeprefix("file://"))
     return None if "://" in text else Path(path)
+
+
+def unquoted_hint(url: str) -> str:
+    """Return the end of a message about an absent file: its name without `%20` and the like, if that file exists."""
+    path = unquote(url.partition("@sha256:")[0].removeprefix("file://"))
+    is_quoted = url.startswith("file://") and path != url.removeprefix("file://")
+    return (
+        f"; a file URL is not percent-encoded: did you mean file://{path}?" if is_quoted and Path(path).exists() else ""
+    )
 
 
 def pair_of(path: str) -> tuple[str, str] | None:

@@ -38,7 +38,7 @@ from p2r.data.dataset_json import NAME as DATASET_JSON
 from p2r.data.dataset_json import DatasetJson, case_of, parse_dataset_json, read_dataset_json
 from p2r.data.folders import has_header, is_dead_link, is_image, walk
 from p2r.data.label_maps import label_map_by_name
-from p2r.data.names import composed, local_path, pair_of, scan_key
+from p2r.data.names import composed, local_path, pair_of, scan_key, unquoted_hint
 from p2r.data.opening import bucket_client
 from p2r.data.scan import Scan as Scan
 from p2r.data.scan import folder_passed_over
@@ -150,7 +150,9 @@ def _scan_source(source: str, cache: Path, search: _Search, datasets: dict[str, 
     if root.is_dir():
         return list(_scan_folder(root, search))
     if not root.exists():
-        raise DataError(f"source {source} does not exist (looked for {root})")
+        raise DataError(
+            f"source {source} does not exist (looked for {root}); get the data, or correct the path{unquoted_hint(source)}"
+        )
     if _is_list(root.name):
         return list(_scan_list(str(root), search))
     if not is_image(root.name) and not dicom.is_dicom(root):
@@ -340,7 +342,9 @@ def _scan_list(path: str, search: _Search) -> Iterator[Scan]:
     for row, target, scans in zip(rows, targets, _look_up_targets(targets, search), strict=True):
         where = f"list {path}, line {row.line}"
         if not scans:
-            raise DataError(f"{where}: there is no {_KINDS} at {target}; correct the path, or remove the row")
+            raise DataError(
+                f"{where}: there is no {_KINDS} at {target}; correct the path, or remove the row{unquoted_hint(row.path)}"
+            )
         for scan in scans:
             if scan.path in lines:
                 raise DataError(f"{where} names {scan.path}, as line {lines[scan.path]} does; keep one row per scan")

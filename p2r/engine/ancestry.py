@@ -92,7 +92,7 @@ def _read_origin(origin: str) -> Ancestry:
         storage = Storage(reference.url)
         if not storage.exists(revision_path(reference.sha256)):
             manifest = open_artefact(reference, format="p2r-backbone").manifest
-            return Ancestry(manifest.corpora, [manifest.licence])
+            return Ancestry(manifest.corpora or None, [manifest.licence])
         corpus = load_manifest(storage, revision=reference.sha256)
         return Ancestry(
             [corpus_facts(corpus, url=storage.url, sha256=reference.sha256, weight=None)], [corpus.facts.licence]

@@ -9,17 +9,21 @@ Letters: W ranks, n pixel pairs of a rank, N of all, E embedding channels.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from p2r.config import LossConfig, PretrainConfig
 from p2r.engine.build import DTYPES
 from p2r.errors import InputError
-from p2r.loss import Findings, SameImage, barlow_twins, info_nce, info_nce_within_images
+from p2r.loss import Findings, SameImage, barlow_twins, info_nce, info_nce_within_images, without_kernels
 from p2r.loss.contrast import PANEL
 from p2r.loss.tiles import TILE, num_panels
 from p2r.loss.within_image import images_at_once
 
+COLDEST = 0.013
+"""Smallest learnt temperature. Below, no static shift serves more than 10^8 candidates, and GPUs cannot use the loss kernels."""
 FP32_BYTES = 4
 _PANEL_ON_CUDA = 16_384  # rows per panel of column sums in the kernels
 _SPLIT_ON_CUDA, _MOST_SPLITS_ON_CUDA, _PARTIAL_ON_CUDA = 16_384, 8, 2**28  # for the kernels' gradients
@@ -101,13 +105,38 @@ def pixel_pair_loss(
     return objective_of(config).loss(pairs, config, temperature, findings, parts)
 
 
+def explain_missing_kernels(config: PretrainConfig, *, device: torch.device) -> str | None:
+    """Return why GPUs will compute the loss without its kernels, and the way out; None if they use them or need none.
+
+    Args:
+        config: Configuration of the run.
+        device: The GPU. A CPU represents an H100.
+    """
+    loss = config.loss
+    if objective_of(loss).products is None:
+        return None
+    return without_kernels(
+        DTYPES[config.precision],
+        config.model.embedding_channels,
+        temperature=COLDEST if loss.learn_temperature else loss.temperature,
+        num_pairs=config.global_batch * loss.pixel_pairs_per_image,
+        device=device,
+        allows_tf32=config.precision == "tf32",
+    )
+
+
 def has_kernels(config: PretrainConfig, device: str) -> bool:
-    """Return whether the loss uses the kernels. In fp32, GPUs compute it in torch's tiles."""
-    return device == "cuda" and config.precision != "fp32"
+    """Return whether a device like an H100 computes the loss with its kernels.
+
+    Without Triton on this machine, only the precision is known.
+    """
+    if device != "cuda" or config.precision == "fp32":
+        return False
+    return find_spec("triton") is None or explain_missing_kernels(config, device=torch.device("cpu")) is None
 
 
 def _product_bytes(config: PretrainConfig, device: str) -> int:
-    return DTYPES[config.precision].itemsize if device == "cuda" else FP32_BYTES
+    return DTYPES[config.precision].itemsize if has_kernels(config, device) else FP32_BYTES
 
 
 def _num_panels(rows: int, *, on_kernels: bool) -> int:

@@ -18,11 +18,11 @@ from p2r.engine.checkpoint import Checkpoints, Fetched
 from p2r.engine.checkpoint_manifest import CheckpointManifest, SavedCheckpoint
 from p2r.engine.corpora import agreed_corpora
 from p2r.engine.feed import Batches, Timed, feed
+from p2r.engine.objectives import explain_missing_kernels
 from p2r.engine.online_probe import OnlineProbe
 from p2r.engine.peers import Peers
 from p2r.engine.profile import Profiler
 from p2r.engine.running import Clock, HistoryRows, OnAnyRank, Sums, UnreadSteps, never
-from p2r.engine.step import explain_missing_kernels
 from p2r.engine.weights import init_weights
 from p2r.errors import CheckpointError, InputError
 from p2r.model.compiling import compile_in_place, warm_up

@@ -27,16 +27,16 @@ from p2r.device import on_device
 from p2r.engine.build import DTYPES, gather_parameter
 from p2r.engine.feed import Timed
 from p2r.engine.health import sample_pairs, sampling_stride
-from p2r.engine.objectives import PixelPairs, objective_of, pixel_pair_loss
+from p2r.engine.objectives import COLDEST, PixelPairs, pixel_pair_loss
 from p2r.engine.update import Update, update
-from p2r.loss import Findings, corresponding_points, without_kernels
+from p2r.loss import Findings, corresponding_points
 from p2r.randomness import keyed_generator
 from p2r.views.contrasts import number_pairs
 from p2r.views.geometric import apply_warp
 from p2r.views.pair import ViewPair, make_views
 
-COLDEST, _WARMEST = 0.013, 1.0
-"""Bounds of a learnt temperature. Below, no static shift serves more than 10^8 candidates, and GPUs cannot use the loss kernels."""
+_WARMEST = 1.0
+"""Largest learnt temperature; `COLDEST` is the smallest."""
 
 
 @dataclass(frozen=True)
@@ -305,26 +305,6 @@ def _alignment_sums(queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     units = [F.normalize(rows.float().masked_fill(absent, 0), dim=1) for rows in (queries, keys)]
     of_pairs = (units[0] * units[1]).sum().reshape(1)
     return torch.cat([*(unit.sum(0) for unit in units), of_pairs, (weights > 0).sum().float().reshape(1)])
-
-
-def explain_missing_kernels(config: PretrainConfig, *, device: torch.device) -> str | None:
-    """Return why GPUs will compute the loss without its kernels, and the way out; None if they use them or need none.
-
-    Args:
-        config: Configuration of the run.
-        device: The GPU. A CPU represents an H100.
-    """
-    loss = config.loss
-    if objective_of(loss).products is None:
-        return None
-    return without_kernels(
-        DTYPES[config.precision],
-        config.model.embedding_channels,
-        temperature=COLDEST if loss.learn_temperature else loss.temperature,
-        num_pairs=config.global_batch * loss.pixel_pairs_per_image,
-        device=device,
-        allows_tf32=config.precision == "tf32",
-    )
 
 
 def _run_two_passes(

@@ -72,7 +72,7 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
     content = storage.read_bytes("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
     manifest = read_json(content, where=where, max_bytes=MAX_MANIFEST_BYTES, error=CheckpointError)
     format = manifest.get("format") if isinstance(manifest, dict) else None
-    facts = {"url": storage.url, "format": format, "manifest_sha256": hashlib.sha256(content).hexdigest()}
+    facts = {"url": storage.url, "format": format}
     if str(format).startswith("p2r-backbone/"):
         artefact = open_artefact(reference, format="p2r-backbone")
         assert isinstance(artefact.manifest, BackboneManifest)
@@ -81,7 +81,14 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
         _load_fitting(model.backbone, weights, where=where, optional=set())
         head = _take_over_head(model, artefact)
         step = {} if artefact.manifest.step is None else {"step": artefact.manifest.step}
-        return {**facts, "weights_sha256": entry.sha256, "origins": origins_of_backbone(artefact), **head, **step}
+        return {
+            **facts,
+            "manifest_sha256": artefact.sha256,
+            "weights_sha256": entry.sha256,
+            "origins": origins_of_backbone(artefact),
+            **head,
+            **step,
+        }
     if format != FORMAT:
         raise CheckpointError(f"{where} has format {format!r}; weights are taken from p2r-backbone/2 and {FORMAT}")
     saved = parse_manifest(manifest, where=where)
@@ -89,6 +96,7 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
     _load_fitting(model, checked_weights(storage, _FILE, saved.files[_FILE]), where=where, optional=_OPTIONAL)
     return {
         **facts,
+        "manifest_sha256": hashlib.sha256(content).hexdigest(),
         "weights_sha256": saved.files[_FILE].sha256,
         "origins": origins_of_checkpoint(manifest, storage.url),
         "step": saved.step,

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_va
 from p2r.config import Fraction, Section
 from p2r.contrasts import Contrast, describe
 from p2r.data.folders import images_below
-from p2r.data.names import composed, local_path, scan_key
+from p2r.data.names import composed, local_path, scan_key, unquoted_hint
 from p2r.data.pairs import key_of, label_finder
 from p2r.data.preparation import Preparation, SliceAxis
 from p2r.data.subjects import expand_subjects, subject_by_pattern
@@ -540,7 +540,7 @@ def _resolve_folder(source: str, key: str, path: Path, cache: Path | None) -> Pa
     folder = path.absolute().parent / found.expanduser()
     if not folder.is_dir():
         raise DataError(
-            f"task {path}: {key} is {source}, but there is no folder {folder}; get the data, or correct the path"
+            f"task {path}: {key} is {source}, but there is no folder {folder}; get the data, or correct the path{unquoted_hint(source)}"
         )
     return folder
 

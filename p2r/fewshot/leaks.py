@@ -19,17 +19,17 @@ class Known:
 
     Attributes:
         is_any: True if a patient was found, or may be in a corpus.
-        is_unknown: True if the backbone's manifest does not list its corpora, which may contain any patient.
+        is_unknown: True if the backbone's manifest lists no corpus: its pretraining may have seen any patient.
 
     Raises:
-        DataError: if the manifest does not list the corpora, and the job does not allow that.
+        DataError: if the manifest lists no corpus, and the job does not allow that.
     """
 
     def __init__(self, backbone: Backbone, *, is_allowed: bool) -> None:
         corpora = backbone.manifest["corpora"]
         self._corpora = corpora or []
         self._is_allowed = is_allowed
-        self.is_any = self.is_unknown = corpora is None
+        self.is_any = self.is_unknown = not corpora  # an empty list says as little as none
         if self.is_unknown and not is_allowed:
             raise DataError(
                 f"the manifest of backbone {backbone.manifest['url']} does not list the corpora of its pretraining: they may contain "

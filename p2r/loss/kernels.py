@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from p2r.loss.tiles import Rows, Scale, blocks
 
@@ -145,6 +146,9 @@ def _push_to_anchors(anchors: Rows, candidates: Rows, scale: Scale) -> Tensor:
         return moved
     tile = _choose_tile(_PUSH_TILES, anchors)
     arguments = _common_arguments(anchors, candidates, scale, tile)
+    if tile.by_descriptor:
+        descriptor = TensorDescriptor.from_tensor(arguments[1], [tile.block_candidates, arguments[1].shape[1]])
+        arguments = (arguments[0], descriptor, *arguments[2:])
     split = _PUSH_SPLIT * math.ceil(m / (_PUSH_SPLIT * _MAX_PUSH_SPLITS))
     at_once = max(1, _PARTIAL_BYTES // (moved.numel() * moved.element_size()))
     for splits in blocks(math.ceil(m / split), at_once):
@@ -157,6 +161,7 @@ def _push_to_anchors(anchors: Rows, candidates: Rows, scale: Scale) -> Tensor:
             partial,
             splits.start,
             split,
+            BY_DESCRIPTOR=tile.by_descriptor,
             **tile.options(anchors.values.shape[1]),
             **_mask_options(anchors, candidates),
         )
@@ -173,6 +178,8 @@ class _Tile:
     block_candidates: int
     num_warps: int
     num_stages: int
+    by_descriptor: bool = False
+    """Load candidates by the tensor memory accelerator (compute capability 9.0), which computes addresses itself."""
 
     def options(self, channels: int) -> dict[str, int]:
         """Return the constants of a launch."""
@@ -201,10 +208,10 @@ _PUSH_TILES: dict[int, tuple[_Tile, ...]] = {
     128: (_Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)),
     256: (_Tile(128, 128, 8, 3), _Tile(128, 64, 8, 2)),
     512: (_Tile(128, 64, 8, 2), _Tile(64, 32, 8, 2)),
-    1024: (_Tile(64, 64, 8, 2), _Tile(64, 32, 8, 2)),
+    1024: (_Tile(64, 32, 8, 2, by_descriptor=True),),
 }
 """Tiles by the maximum bytes of a row, in order of preference: a GPU uses the first tile that fits its shared memory. With 128
-anchors instead of 64, half as much is read from the L2 cache."""
+anchors instead of 64, half as much is read from the L2 cache. Rows of 1024 bytes leave no registers for the candidates' addresses."""
 
 
 def _fitting_tiles(
@@ -426,6 +433,7 @@ def _push_kernel(
     moved,
     first_split,
     split_size,
+    BY_DESCRIPTOR: tl.constexpr,
     E: tl.constexpr,
     D: tl.constexpr,
     HAS_IMAGE: tl.constexpr,
@@ -449,7 +457,10 @@ def _push_kernel(
     total = tl.zeros([BLOCK_A, E], tl.float32)
     for number in range(begin, end - high + low):
         tile = tl.where(number < low, number, number + high - low)
-        candidate = tl.load(candidates + tile.to(tl.int64) * (BLOCK_C * E) + in_tile)
+        if BY_DESCRIPTOR:
+            candidate = candidates.load([tile * BLOCK_C, 0])
+        else:
+            candidate = tl.load(candidates + tile.to(tl.int64) * (BLOCK_C * E) + in_tile)
         of_candidate = tl.load(weight_c + tile * BLOCK_C + within)
         entries = tl.exp2(tl.dot(anchor, tl.trans(candidate), input_precision="tf32") * k_log2 - shift_log2)
         weights = entries * (of_anchor[:, None] + of_candidate[None, :])
@@ -458,7 +469,11 @@ def _push_kernel(
         tile = tl.where(number < high, number, end)
         columns = tile * BLOCK_C + within
         inside = columns < m
-        candidate = tl.load(candidates + tile.to(tl.int64) * (BLOCK_C * E) + in_tile, mask=inside[:, None], other=0.0)
+        if BY_DESCRIPTOR:
+            candidate = candidates.load([tile * BLOCK_C, 0])  # zeros beyond the last row
+        else:
+            at_rows = candidates + tile.to(tl.int64) * (BLOCK_C * E) + in_tile
+            candidate = tl.load(at_rows, mask=inside[:, None], other=0.0)
         of_candidate = tl.load(weight_c + columns, mask=inside, other=0.0)
         entries = tl.exp2(tl.dot(anchor, tl.trans(candidate), input_precision="tf32") * k_log2 - shift_log2)
         excluded = _is_no_negative(

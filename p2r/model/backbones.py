@@ -16,7 +16,7 @@ level l has 1 / 2^l of the image's pixels along each axis.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from monai.networks.layers.factories import Conv, Norm
@@ -142,7 +142,7 @@ class EncoderDecoder(nn.Module):
             raise ValueError(f"image must be (B, {channels}, {axes}), got {tuple(image.shape)}")
         self.config.check_size(*image.shape[2:], what="the sides of an image")
         image = balance(image.to(next(self.parameters()).dtype))
-        if self.config.channels_last is True or (self.config.channels_last == "auto" and image.is_cuda):
+        if is_channels_last(self.config.channels_last, on_gpu=image.is_cuda, compiled=torch.compiler.is_compiling()):
             # A copy: with one contrast both layouts are the same bytes, and torch would continue with channels first.
             image = image.clone(memory_format=torch.channels_last if self.dimensions == 2 else torch.channels_last_3d)
         *skips, maps = self._encode(self.unet, image, self._run_block)  # one per level, finest first
@@ -164,6 +164,15 @@ class EncoderDecoder(nn.Module):
         # The networks draw no random numbers, so no generator state has to be saved.
         recomputed: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return recomputed
+
+
+def is_channels_last(setting: Literal["auto"] | bool, *, on_gpu: bool, compiled: bool) -> bool:
+    """Return whether maps have the channels-last layout.
+
+    Without torch.compile, instance normalisation copies its maps to channels first and back. An nnU-Net trained 24 % slower with
+    channels last for this reason. Source: https://github.com/pytorch/pytorch/issues/59168
+    """
+    return on_gpu and compiled if setting == "auto" else setting
 
 
 def _run_sequence(blocks: Sequence[Block], image: Tensor, run: Run) -> list[Tensor]:

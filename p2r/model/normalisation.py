@@ -5,7 +5,8 @@ imprecise where it is large compared with the standard deviation. With fp32 scal
 fp32 and still reads and writes the map in bfloat16. So only these few numbers are widened, never the map.
 
 PyTorch's kernel of instance normalisation needs channels first. Maps with channels last are copied there and back, in the forward
-pass and in the backward pass: two more reads and writes of the map each. torch.compile can fuse them; not measured on a GPU yet.
+pass and in the backward pass: two more reads and writes of the map each. torch.compile generates code for either layout, without
+copies, so `model.channels_last: auto` means channels last only for compiled networks on GPUs.
 
 Letters: B images, C channels, *S spatial.
 """

@@ -26,6 +26,7 @@ from p2r.logs import Line, Say, within
 from p2r.logs import say as say_line
 from p2r.modes import Mode
 from p2r.pipeline.lines import report_lines
+from p2r.pipeline.paths import check_job
 from p2r.pipeline.stages import run_job
 from p2r.storage import Storage
 
@@ -114,9 +115,12 @@ def run(job: str | Path | Job, *, say: Say = say_line, **overrides: Any) -> dict
                 target = target[parent]
             target[last] = value
         ready = validated(Job, values, where="the job")
+        path = Path(f"{ready.name} (from Python)")
     else:
         texts = (f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in overrides.items())
-        ready = read_job(Path(job), tuple(texts))
+        path = Path(job)
+        ready = read_job(path, tuple(texts))
+    check_job(path, ready)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     made = run_job(ready, LocalExecutor(device, None, retries=ready.retries), say=say)
     made.pop("table", None)

@@ -19,13 +19,17 @@ Letters: W ranks, P weights, B images of a rank, n pixel pairs of a rank, N of a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
+
+import torch
 
 from p2r.config import PretrainConfig
 from p2r.data.manifest import shards_of
 from p2r.data.order import allowed_world_sizes, check_micro_batch, check_world_size
 from p2r.data.stream import Corpus, order_of
+from p2r.engine.objectives import explain_missing_kernels
 from p2r.errors import InputError
 from p2r.planning.forecast import Pace, Plan, Rate
 from p2r.planning.memory import count_step
@@ -93,9 +97,17 @@ def plan(
         steps_per_epoch=epoch,
         pace=None,
         loss_time=loss_time(config, world_size=world_size, device=device),
+        loss_without_kernels=_missing_kernels(config, device),
         world_sizes=tuple(allowed_world_sizes(config.global_batch)),
     )
     return found if rate is None else replace(found, pace=_estimate_pace(config, found, rate, cost_per_hour))
+
+
+def _missing_kernels(config: PretrainConfig, device: str) -> str | None:
+    """Return why GPUs like an H100 compute the loss without its kernels; None if they use them, or Triton is not installed here."""
+    if device != "cuda" or find_spec("triton") is None:
+        return None
+    return explain_missing_kernels(config, device=torch.device("cpu"))
 
 
 def _read_size(config: PretrainConfig, corpora: Sequence[Corpus] | None) -> tuple[float, int | None]:

@@ -107,6 +107,8 @@ class Plan:
     """None: no throughput was measured or stated."""
     loss_time: LossTime | None
     """Time of the loss per worker and step; None: unknown."""
+    loss_without_kernels: str | None
+    """Reason that GPUs compute the loss without its kernels, many times slower, and the way out; None: not known."""
     world_sizes: tuple[int, ...]
     """Numbers of workers that can share the global batch."""
 

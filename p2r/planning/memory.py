@@ -8,6 +8,7 @@ from p2r.config import PretrainConfig
 from p2r.engine.build import DTYPES
 from p2r.engine.counting import LiveTensors, SavedTensors, storages_of
 from p2r.engine.objectives import FP32_BYTES, objective_of
+from p2r.model.backbones import is_channels_last
 from p2r.model.pix2rep import Pix2Rep
 from p2r.planning.forecast import Moment
 
@@ -83,8 +84,9 @@ class _Network:
 def _count_network(config: PretrainConfig, *, num_images: int, device: str) -> _Network:
     """Run forward and backward on meta tensors."""
     model_config, dimensions = config.model, config.image.dimensions
-    if device == "cuda" and model_config.channels_last == "auto":  # "auto" depends on the image's device
-        model_config = model_config.model_copy(update={"channels_last": True})
+    # On meta tensors, "auto" would be decided for this machine.
+    layout = is_channels_last(model_config.channels_last, on_gpu=device == "cuda", compiled=bool(config.compile))
+    model_config = model_config.model_copy(update={"channels_last": layout})
     learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
     with torch.random.fork_rng(devices=[]):
         model = Pix2Rep(model_config, dimensions=dimensions, learnt_temperature=learnt_temperature)

@@ -13,7 +13,7 @@ Letters: n pixel pairs of a rank, N of all, E embedding channels.
 from dataclasses import dataclass
 
 from p2r.config import PretrainConfig
-from p2r.engine.objectives import objective_of
+from p2r.engine.objectives import has_kernels, objective_of
 
 RATES = {"bf16": 798e12, "tf32": 399e12}
 """Operations per second of an H100's matrix products, by `pretrain.precision`."""
@@ -33,9 +33,9 @@ class LossTime:
 
 
 def loss_time(config: PretrainConfig, *, world_size: int, device: str) -> LossTime | None:
-    """Return the time of the loss; None where it is unknown: on CPUs, in fp32, and for other losses and negatives."""
+    """Return the time of the loss; None where it is unknown: on CPUs, without kernels, and for other losses and negatives."""
     loss, products_of = config.loss, objective_of(config.loss).products
-    if device != "cuda" or config.precision not in RATES or products_of is None:
+    if products_of is None or not has_kernels(config, device):
         return None
     passes = 1
     if loss.negatives == "micro_batch" and config.micro_batch is not None:

@@ -321,26 +321,34 @@ def test_the_block_of_the_readme_leads_from_own_scans_to_a_segmentation(
     assert segmentation.shape == nibabel.load(data / "images/P001.nii.gz").shape
 
 
-# p2r validate
+# p2r validate, and the same checks at the start of p2r run
 
 
-def test_validate_follows_every_path(tmp_path: Path, p2r: P2R) -> None:
+def test_validate_and_run_follow_every_path_before_ray_starts(tmp_path: Path, p2r: P2R) -> None:
     _two_folders(tmp_path / "data")
     p2r("init", "mine", "--scans", tmp_path / "data", *STATED)
     job = "mine/job.yaml"
     for override, words in {
         "ingest.sources=[/nowhere]": "ingest.sources: /nowhere does not exist",
+        f"ingest.sources=['file://{tmp_path}/da%74a']": f"did you mean file://{tmp_path}/data?",
         "ingest.sources=['s3://your-bucket/scans']": "your-bucket is a placeholder",
+        "ingest.sources=[/data/<scans>]": "<scans> is a placeholder",
         "storage=/path/to/runs": "/path/to/ is a placeholder",
         "finetune.tasks=[absent.yaml]": "absent.yaml cannot be read",
         "finetune.backbone=/nowhere": "finetune.backbone: /nowhere has no manifest.json",
         "pretrain.init_from=/nowhere": "pretrain.init_from: /nowhere has no manifest.json",
+        "pretrain.micro_batch=3": "pretrain.micro_batch must divide a worker's part of the global batch, got 3",
     }.items():
-        code, said = p2r("validate", job, "--set", override)
-        assert code == 2 and words in said, said
+        for command in ("validate", "run"):
+            code, said = p2r(command, job, "--set", override)
+            assert code == 2 and words in said and "starting Ray" not in said, said
     (tmp_path / "data/masks/03_seg.nii.gz").unlink()
-    code, said = p2r("validate", job)
-    assert code == 2 and "finetune.tasks" in said and "03.nii.gz" in said and "unlabelled: leave_out" in said
+    for command in ("validate", "run"):
+        code, said = p2r(command, job)
+        assert code == 2 and "finetune.tasks" in said and "03.nii.gz" in said and "unlabelled: leave_out" in said
+        assert "starting Ray" not in said and not (tmp_path / "runs").exists()
+    code, said = p2r("validate", job, "--set", "kind=publish")
+    assert code == 0 and "task" not in said, "only sections that the job's kind uses are checked"
     code, said = p2r("validate", "mine/jop.yaml")
     assert code == 2 and "did you mean mine/job.yaml?" in said
 

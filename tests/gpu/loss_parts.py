@@ -139,9 +139,12 @@ def tiles_of_kernels(sizes: Sizes) -> Iterator[Fact]:
     num, dtype = sizes.pick(65_536, 130), sizes.pick(torch.bfloat16, torch.float32)
     channels = sizes.pick(128, 16)
     rows = _rows(num, 0, channels, dtype, "none", sizes.device, 1)
-    shapes = ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3))
+    shapes = (
+        *((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
+        *((128, 128, 8, 3, True), (128, 64, 4, 3, True)),  # candidates by descriptor
+    )
     chosen = ours._choose_tile
-    for shape in sizes.pick(shapes, shapes[-1:]):
+    for shape in sizes.pick(shapes, ((64, 64, 4, 3), (64, 64, 4, 3, True))):
         for name in ("sums", "push"):
 
             def run(name: str = name) -> None:

@@ -37,8 +37,14 @@ LAUNCHES = {
 """Launches of the loss's kernels in a step. Other cases need no kernels, or compute in fp32."""
 JOBS = {"acdc": 1, "pretrain-8gpu": 8, "pretrain-64gpu": 64}
 """Number of GPUs by job."""
-SUMS = {"acdc": 3, "pretrain-8gpu": 5, "pretrain-64gpu": 5}
-"""Launches of sums in a step: across views, and within each of two views. Several panels take two launches for a view."""
+SUMS = {
+    "acdc": {0: 3},
+    "pretrain-8gpu": {0: 5, 6: 7, 7: 5},
+    "pretrain-64gpu": {0: 5, 48: 7, 63: 5},
+}
+"""Launches of sums in a step by rank: across views, and within each of two views. Ranks have equal shapes but for the panels within
+a view: a panel with itself, and the following half of the ring, which wraps around for a rank in the second half."""
+RANKS_OF_JOBS = [(name, rank) for name, of_ranks in SUMS.items() for rank in of_ranks]
 FOLDER = Path(__file__).parents[2] / "jobs"
 
 
@@ -69,20 +75,25 @@ def pretraining() -> dict[str, Any]:
 def steps(pretraining: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Copies that wait, kernel launches and operators of each case and job."""
     jobs = [
-        {"name": name, "config": config.model_dump(mode="json"), "world_size": JOBS[name], "rank": JOBS[name] - 1}
-        for name, config in pretraining.items()
+        {
+            "name": f"{name}, rank {rank}",
+            "config": pretraining[name].model_dump(mode="json"),
+            "world_size": JOBS[name],
+            "rank": rank,
+        }
+        for name, rank in RANKS_OF_JOBS
     ]
     cases = [*map(of_case, CASES), *({**job, "steps": 2} for job in jobs)]
     return run_cases(cases, tmp_path_factory.mktemp("device"), timeout_s=900)
 
 
-@pytest.mark.parametrize("name", [*CASES, *JOBS])
+@pytest.mark.parametrize("name", [*CASES, *(f"{name}, rank {rank}" for name, rank in RANKS_OF_JOBS)])
 def test_no_copy_of_a_step_waits_and_nothing_is_read(steps: dict[str, dict[str, Any]], name: str) -> None:
     assert steps[name]["waits"] == {}
     assert len(steps[name]["operators"]) > 100
 
 
-@pytest.mark.parametrize("name", [*CASES, *JOBS])
+@pytest.mark.parametrize("name", [*CASES, *(f"{name}, rank {rank}" for name, rank in RANKS_OF_JOBS)])
 def test_every_operator_has_a_deterministic_implementation_on_cuda(steps: dict[str, dict[str, Any]], name: str) -> None:
     assert not_deterministic(steps[name]["operators"]) == []
 
@@ -93,10 +104,11 @@ def test_the_loss_launches_its_kernels(steps: dict[str, dict[str, Any]], name: s
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_job_for_gpus_takes_two_steps_at_its_full_size_and_fits_its_gpus(
+def test_a_job_for_gpus_takes_two_steps_at_its_full_size_on_every_kind_of_rank_and_fits_its_gpus(
     pretraining: dict[str, Any], steps: dict[str, dict[str, Any]], name: str
 ) -> None:
-    assert steps[name]["launches"] == {"sums": 2 * SUMS[name], "push": 2 * 4}
+    for rank, num_sums in SUMS[name].items():
+        assert steps[f"{name}, rank {rank}"]["launches"] == {"sums": 2 * num_sums, "push": 2 * 4}
     hardware = re.search(r"Hardware: .*?(\d+) GB", (FOLDER / f"{name}.yaml").read_text())
     assert hardware is not None
     nodes = max(1, JOBS[name] // 8)

@@ -164,6 +164,15 @@ def test_every_service_of_compose_has_its_health_and_no_more_rights_than_it_need
                 assert other in own or "test" in compose["services"][other]["healthcheck"]
 
 
+def test_only_this_machine_reaches_the_ports_of_compose_and_every_node_has_the_token(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        assert not {"network_mode", "pid", "ipc", "privileged"} & service.keys(), name
+        assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in service.get("ports", [])), name
+    for name in ("head", "worker"):
+        assert "ray_auth_token" in compose["services"][name]["secrets"]
+        assert compose["services"][name]["environment"]["RAY_AUTH_TOKEN_PATH"] == "/run/secrets/ray_auth_token"
+
+
 def test_secrets_of_compose_are_files_that_one_script_makes(
     compose: dict[str, Any], tmp_path: Path, repository: Path
 ) -> None:

@@ -115,6 +115,8 @@ def test_the_password_of_a_proxy_and_the_lines_of_a_key_are_secret_without_a_sec
         "['ray', '--redis-password', 'pl4nted-1', 'x']",
         "-api-key pl4nted-1",
         '--client-secret "pl4nted-1"',
+        "--password 'a b pl4nted-1'",
+        '--password="a, pl4nted-1"',
         "Authorization: token pl4nted-1",
         "Authorization: pl4nted-1",
         "{'authorization': 'ApiKey pl4nted-1'}",

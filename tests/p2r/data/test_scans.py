@@ -408,9 +408,16 @@ def test_the_images_of_a_split_series_never_get_a_scans_key(tmp_path: Path, writ
     assert keys == ["000000_p1_s003_0", "000001_p1_s003"] or keys == ["000000_p1_s003_0", "000001_p1_s003"][::-1]
 
 
-def test_a_file_url_may_be_quoted_and_needs_three_slashes(tmp_path: Path) -> None:
-    touch(tmp_path / "a b.nii")
-    assert only((tmp_path / "a b.nii").as_uri()).path == str(tmp_path / "a b.nii")
+def test_a_file_url_is_not_percent_encoded_and_needs_three_slashes(tmp_path: Path) -> None:
+    touch(tmp_path / "a b.nii", tmp_path / "100%20.nii")
+    for name in ("a b.nii", "100%20.nii"):
+        assert only(f"file://{tmp_path}/{name}").path == str(tmp_path / name)
+    quoted = (tmp_path / "a b.nii").as_uri()
+    with pytest.raises(DataError, match=rf"did you mean file://{tmp_path}/a b\.nii\?"):
+        find_scans([quoted], cache=tmp_path)
+    (tmp_path / "list.csv").write_text(f"path\n{quoted}\n")
+    with pytest.raises(DataError, match=r"line 2: .* did you mean"):
+        find_scans([str(tmp_path / "list.csv")], cache=tmp_path)
     with pytest.raises(DataError, match="three slashes"):
         find_scans(["file://data/scans"], cache=tmp_path)
 

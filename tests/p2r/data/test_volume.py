@@ -356,7 +356,7 @@ def test_names_of_header_and_voxel_files() -> None:
     assert pair_of("a/b.hdr") == pair_of("a/b.img") == ("a/b.hdr", "a/b.img")
     assert pair_of("b.HDR.GZ") == ("b.HDR.GZ", "b.IMG.GZ")
     assert pair_of("b.nii") is None
-    assert local_path("file:///a%20b") == Path("/a b")
+    assert local_path("file:///a%20b") == Path("/a%20b"), "as in a storage's URL"
     assert local_path("a%20b") == Path("a%20b")
     assert local_path("s3://bucket/a") is None
 

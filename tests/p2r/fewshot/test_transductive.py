@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 import p2r.__main__ as one_process
-from p2r.errors import JobError
+from p2r.backbone import load_backbone
+from p2r.errors import DataError, JobError
 from p2r.evaluate.rows import rows_of
+from p2r.fewshot.leaks import Known
 from p2r.job import overrides_of, read_job
 from p2r.report import label_of, table
 from p2r.report.tables import is_transductive
+from tests.publishing import publish_toy
 
 
 def test_every_row_and_title_is_labelled_if_allowed(
@@ -92,3 +95,12 @@ def test_rows_without_a_leak_are_not_labelled(published: dict[str, str]) -> None
     assert not is_transductive(rows) and label_of(rows) == ""
     page = Path(published["report"].removeprefix("file://")).read_text()
     assert "Transductive" not in page and "(transductive" not in page
+
+
+@pytest.mark.parametrize("corpora", [None, []])
+def test_an_empty_list_of_corpora_says_as_little_as_none(corpora: list[str] | None, tmp_path: Path) -> None:
+    backbone = load_backbone(publish_toy(str(tmp_path), corpora=corpora)["pin"])
+    with pytest.raises(DataError, match="does not list the corpora of its pretraining"):
+        Known(backbone, is_allowed=False)
+    known = Known(backbone, is_allowed=True)
+    assert known.is_any and known.is_unknown

@@ -3,7 +3,7 @@
     python -m tests.p2r.loss.machine_code [--arch 80,90,100] [--dtype bfloat16] [--channels 64,128] [--masks none,image,radius_2d]
 
 Triton's wheel includes the assembler and the disassembler. Arguments and options come from the project's own host code. It
-prints a row per kernel; all kernels that `fit` accepts take about five minutes of CPU time.
+prints a row per kernel; all kernels that `fit` accepts take about ten minutes of CPU time.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from p2r.loss import kernels
 from p2r.loss.tiles import Rows, Scale
@@ -153,6 +154,8 @@ def compiled(name: str, dtype: torch.dtype, channels: int, *, masks: str, arch: 
 def _type(value: object) -> str:
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype][1:]}{[*value.block_shape]}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if isinstance(value, int) else "constexpr"
@@ -198,22 +201,38 @@ def accepted(arch: int) -> Iterator[tuple[str, torch.dtype, int, str]]:
                 yield from ((name, dtype, channels, masks) for masks in MASKS for name in KERNELS)
 
 
-def main() -> None:
-    """Print a row per requested kernel."""
+def problems(found: Counted, arch: int) -> list[str]:
+    """Return which rules a kernel's machine code breaks."""
+    most = ARCHITECTURES[arch]
+    rules = {
+        f"takes {found.shared_bytes} bytes of shared memory, of {most}": found.shared_bytes > most,
+        f"spills {found.spills} registers": found.spills > 0,
+        "has no products": found.products == 0,
+        "has no products of warpgroups": arch == 90 and found.warpgroup_products == 0,
+    }
+    return [rule for rule, is_broken in rules.items() if is_broken]
+
+
+def main() -> int:
+    """Print a row per requested kernel; return 1 if one breaks a rule."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", default="80,90,100")
     parser.add_argument("--dtype", default="bfloat16,float16,float32")
     parser.add_argument("--channels", default="16,32,64,128,256,512")
     parser.add_argument("--masks", default=",".join(MASKS))
-    asked = parser.parse_args()
-    for arch in map(int, asked.arch.split(",")):
+    asked = {name: text.split(",") for name, text in vars(parser.parse_args()).items()}
+    num_broken = 0
+    for arch in map(int, asked["arch"]):
         for name, dtype, channels, masks in accepted(arch):
             kind = str(dtype).removeprefix("torch.")
-            if kind in asked.dtype.split(",") and str(channels) in asked.channels.split(",") and masks in asked.masks:
-                facts = asdict(compiled(name, dtype, channels, masks=masks, arch=arch))
-                row = {"kernel": name, "arch": arch, "dtype": kind, "channels": channels, "masks": masks, **facts}
-                print(json.dumps(row), flush=True)
+            if kind in asked["dtype"] and str(channels) in asked["channels"] and masks in asked["masks"]:
+                found = compiled(name, dtype, channels, masks=masks, arch=arch)
+                case = {"kernel": name, "arch": arch, "dtype": kind, "channels": channels, "masks": masks}
+                broken = problems(found, arch)
+                num_broken += bool(broken)
+                print(json.dumps({**case, **asdict(found), "problems": broken}), flush=True)
+    return int(num_broken > 0)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

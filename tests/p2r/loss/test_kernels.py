@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from p2r.loss import kernels, tiles
 from p2r.loss.tiles import Rows, Scale
 
-device, dtypes, channels = json.loads(sys.argv[1])
+device, kinds = json.loads(sys.argv[1])
 kernels._PANEL, kernels._SPLIT, kernels._PUSH_SPLIT = 256, 256, 128  # several of each at sizes that an interpreter can bear
 generator = torch.Generator().manual_seed(0)
 
@@ -52,8 +52,8 @@ def error(ours, theirs):
     return float((ours.double() - theirs).norm() / theirs.norm())
 
 
-for dtype, (num, num_candidates, first), exclude in itertools.product(
-    dtypes, [(300, 257, 0), (129, 300, 100)], [None, "image", "radius"]
+for (dtype, channels), (num, num_candidates, first), exclude in itertools.product(
+    kinds, [(300, 257, 0), (129, 300, 100)], [None, "image", "radius"]
 ):
     dtype = getattr(torch, dtype)
     for width in channels:
@@ -75,9 +75,64 @@ for dtype, (num, num_candidates, first), exclude in itertools.product(
 """
 
 
-def run(device: str, dtypes: list[str], channels: list[int], **environment: str) -> list[dict[str, Any]]:
+LOSS = """
+import json
+import torch
+from torch.nn.functional import normalize
+from p2r.loss import backends, contrast, info_nce, kernels
+
+backends.choose_backend = lambda rows: kernels
+computed = {"sums": 0, "push": 0}
+
+
+def counted(name, compute):
+    def count(anchors, candidates, *arguments, to_anchors=True, to_candidates=False, **options):
+        directions = dict(to_anchors=to_anchors, to_candidates=to_candidates) if name == "push" else {}
+        computed[name] += len(anchors) * len(candidates) * max(1, sum(directions.values()))
+        return compute(anchors, candidates, *arguments, **directions, **options)
+
+    return count
+
+
+kernels.sums, kernels.push = counted("sums", kernels.sums), counted("push", kernels.push)
+
+
+def definition(queries, keys, form):  # cross-entropy of each embedding and its partner among its candidates
+    queries, keys = normalize(queries, dim=1), normalize(keys, dim=1)
+    num = len(queries)
+    if form == "cross_view":
+        logits, partner = torch.cat([queries @ keys.T, keys @ queries.T]), torch.arange(num).repeat(2)
+    else:
+        both = torch.cat([queries, keys])
+        logits, partner = (both @ both.T).fill_diagonal_(-torch.inf), torch.arange(2 * num).roll(num)
+    return torch.nn.functional.cross_entropy(logits / 0.1, partner)
+
+
+def loss_and_gradients(function, rows, form):
+    rows = [row.clone().requires_grad_() for row in rows]
+    value = function(*rows, form)
+    return [value.detach(), *torch.autograd.grad(value, rows)]
+
+
+generator = torch.Generator().manual_seed(0)
+for form, panel, num in (("cross_view", 128, 384), ("nt_xent", 128, 384), ("nt_xent", 128, 512), ("nt_xent", 16_384, 384)):
+    contrast.PANEL = kernels._PANEL = panel
+    rows = [torch.randn(num, 32, generator=generator) for _ in range(2)]
+    run = lambda queries, keys, form: info_nce(queries, keys, temperature=0.1, form=form)
+    computed.update(sums=0, push=0)
+    found = loss_and_gradients(run, rows, form)
+    squares = {name: num / panel**2 for name, num in computed.items()}
+    again = loss_and_gradients(run, rows, form)
+    exact = loss_and_gradients(definition, [row.double() for row in rows], form)
+    errors = [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, exact)]
+    same = all(map(torch.equal, found, again))
+    print(json.dumps({"form": form, "panels": -(-num // panel), "computed": squares, "errors": errors, "same": same}))
+"""
+
+
+def run(script: str, *arguments: object, **environment: str) -> list[dict[str, Any]]:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps([device, dtypes, channels])],
+        [sys.executable, "-c", script, json.dumps(arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
@@ -88,12 +143,28 @@ def run(device: str, dtypes: list[str], channels: list[int], **environment: str)
 
 
 def test_interpreted_kernels_equal_the_tiles_and_themselves() -> None:
-    cases = run("cpu", ["float32", "float16"], [32], TRITON_INTERPRET="1")
-    assert len(cases) == 12
+    kinds = [("float32", [32]), ("float16", [32, 512])]  # rows of 1024 bytes are loaded by a descriptor
+    cases = run(SCRIPT, "cpu", kinds, TRITON_INTERPRET="1")
+    assert len(cases) == 18
     for case in cases:
         assert max(case["errors"]) < 1e-6, case
         assert case["same"], case
         assert case["same_in_parts"], case  # as ranks compute them
+
+
+def test_the_loss_by_interpreted_kernels_equals_its_definition_and_computes_pairs_of_panels_once() -> None:
+    cases = run(LOSS, TRITON_INTERPRET="1")
+    for case in cases:
+        assert max(case["errors"]) < 1e-6, case
+        assert case["same"], case
+    # Entries of the similarity matrix, in units of panel x panel.
+    computed = {(case["form"], case["panels"]): case["computed"] for case in cases}
+    assert computed.pop(("nt_xent", 1)) == {"sums": 3 * (384 / 16_384) ** 2, "push": 4 * (384 / 16_384) ** 2}
+    assert computed == {
+        ("cross_view", 3): {"sums": 9, "push": 2 * 9},
+        ("nt_xent", 3): {"sums": 9 + 2 * (3 + 3), "push": 4 * 9},  # panels with themselves, and pairs of panels
+        ("nt_xent", 4): {"sums": 16 + 2 * (4 + 6), "push": 4 * 16},
+    }
 
 
 @pytest.mark.gpu
@@ -104,7 +175,7 @@ def test_interpreted_kernels_equal_the_tiles_and_themselves() -> None:
 )
 def test_compiled_kernels_equal_the_tiles_and_themselves(dtype: str, channels: list[int], bound: float) -> None:
     # Weights are rounded to bfloat16 or TF32, float32 rows to TF32.
-    for case in run("cuda", [dtype], channels):
+    for case in run(SCRIPT, "cuda", [(dtype, channels)]):
         assert max(case["errors"]) < bound, case
         assert case["same"], case
         assert case["same_in_parts"], case
@@ -162,7 +233,7 @@ def test_a_gpu_with_little_shared_memory_takes_smaller_tiles_or_fewer_channels(m
 
 
 def test_a_temperature_that_sums_of_float32_cannot_take_is_named() -> None:
-    from p2r.engine.step import COLDEST
+    from p2r.engine.objectives import COLDEST
     from p2r.loss import without_kernels
 
     def found(temperature: float, num_pairs: int) -> str | None:

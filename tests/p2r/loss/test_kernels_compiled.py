@@ -1,12 +1,13 @@
 """The loss kernels' machine code, compiled on a CPU for absent GPUs.
 
 A subset that covers every kernel, dtype, number of channels, mask and architecture is compiled and counted; a command compiles
-the whole product (`python -m tests.p2r.loss.machine_code`). Triton caches compiled kernels in pytest's cache. Versions of
+the whole product, every night (`python -m tests.p2r.loss.machine_code`). Triton caches compiled kernels in pytest's cache. Versions of
 Triton schedule registers differently, so the numbers are bounds, slightly above those of Triton 3.7.
 """
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from tests.p2r.loss.machine_code import ARCHITECTURES, KERNELS, Counted, accepted, compiled
+from tests.p2r.loss.machine_code import ARCHITECTURES, KERNELS, Counted, accepted, compiled, problems
 
 Case = tuple[int, str, torch.dtype, int, str]
 Compile = Callable[[int, str, torch.dtype, int, str], Counted]
@@ -31,7 +32,8 @@ CEILINGS: dict[Case, float] = {
     (90, "push", BF16, 16, "none"): 7.0,
     (90, "sums", BF16, 256, "none"): 9.5,
     (90, "push", BF16, 256, "none"): 10.0,
-    (90, "push", BF16, 512, "none"): 36.0,
+    (90, "push", BF16, 512, "radius_3d"): 54.0,
+    (100, "push", BF16, 512, "none"): 46.0,
     (90, "push", FP16, 128, "none"): 13.0,
     (90, "push", FP32, 128, "none"): 14.5,
     (80, "sums", BF16, 128, "none"): 10.0,
@@ -40,8 +42,6 @@ CEILINGS: dict[Case, float] = {
     (100, "push", BF16, 128, "none"): 7.5,
 }
 """Instructions of the hot loop per entry."""
-SPILLS: dict[Case, int] = {(90, "push", BF16, 512, "none"): 34}
-"""Sums of 512 channels fill all registers of a program of 8 warps. Half the tile spills nothing and takes 62 instructions an entry."""
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,20 @@ def compile_kernel(request: pytest.FixtureRequest) -> Compile:
 @pytest.mark.parametrize("case", CEILINGS, ids=lambda case: "-".join(map(str, case)))
 def test_a_kernel_fits_its_gpu_and_its_hot_loop_is_short(compile_kernel: Compile, case: Case) -> None:
     found = compile_kernel(*case)
-    assert found.shared_bytes <= ARCHITECTURES[case[0]]
-    assert found.programs >= 1
-    assert found.products > 0
-    assert (found.warpgroup_products > 0) == (case[0] == 90)
-    assert found.spills <= SPILLS.get(case, 0)
+    assert problems(found, case[0]) == []
     assert found.per_entry <= CEILINGS[case]
+
+
+def test_machine_code_that_a_gpu_cannot_launch_or_that_spills_is_named() -> None:
+    good = Counted((128, 64), 4, 3, 230, 82_000, 2, 350, 5.5, spills=0, products=8, warpgroup_products=8)
+    assert problems(good, 90) == []
+    bad = replace(good, shared_bytes=262_432, spills=30, products=0, warpgroup_products=0)
+    assert problems(bad, 100) == [
+        "takes 262432 bytes of shared memory, of 232448",
+        "spills 30 registers",
+        "has no products",
+    ]
+    assert problems(replace(good, warpgroup_products=0), 90) == ["has no products of warpgroups"]
 
 
 def test_the_subset_covers_all_that_fit_accepts() -> None:

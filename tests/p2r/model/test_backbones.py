@@ -16,7 +16,7 @@ import p2r
 from p2r.config import ModelConfig
 from p2r.errors import InputError
 from p2r.model import build_backbone
-from p2r.model.backbones import EncoderDecoder, cost_of
+from p2r.model.backbones import EncoderDecoder, cost_of, is_channels_last
 from p2r.model.contrasts import adapt_contrasts, config_for, missing_contrasts
 from p2r.model.normalisation import GroupNorm, InstanceNorm, LayerNorm
 
@@ -290,6 +290,17 @@ def test_channels_last_are_kept_through_the_network_and_only_change_rounding(nam
         features = backbone(image)
         assert normalised and all(maps.is_contiguous(memory_format=layout) for maps in normalised)
         torch.testing.assert_close(features, plain(image), rtol=1e-3, atol=1e-4)
+
+
+def test_the_layout_is_channels_last_by_itself_only_for_compiled_networks_on_gpus() -> None:
+    chosen = {
+        (on_gpu, compiled): is_channels_last("auto", on_gpu=on_gpu, compiled=compiled)
+        for on_gpu in (False, True)
+        for compiled in (False, True)
+    }
+    assert [case for case, last in chosen.items() if last] == [(True, True)]
+    assert is_channels_last(True, on_gpu=False, compiled=False)
+    assert not is_channels_last(False, on_gpu=True, compiled=True)
 
 
 @pytest.mark.parametrize("make", [InstanceNorm, lambda channels: GroupNorm(4, channels)])

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from p2r.config import PretrainConfig
 from p2r.engine.build import build_engine, join_process_group
 from p2r.engine.counting import LiveTensors, SavedTensors, storages_of
+from p2r.engine.objectives import has_kernels
 from p2r.engine.step import take_step
 from p2r.errors import DataError, InputError
 from p2r.job import read_job
@@ -212,6 +213,27 @@ def test_a_rate_that_leaves_no_time_for_the_loss_is_called_impossible(
     assert fast is not None and slow is not None
     assert fast.impossible is not None and fast.impossible.endswith("take more workers")
     assert slow.impossible is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "way_out"),
+    [
+        ({"precision": "bf16", "model": {**SMALL, "embedding_channels": 48}}, "set pretrain.model.embedding_channels"),
+        ({"precision": "bf16", "loss": {"temperature": 0.005}}, "set pretrain.loss.temperature"),
+        ({"precision": "fp32"}, "set pretrain.precision to bf16 or tf32"),
+    ],
+)
+def test_a_loss_without_kernels_has_no_modelled_time_and_is_counted_in_float32(
+    changes: dict[str, Any], way_out: str
+) -> None:
+    pytest.importorskip("triton")
+    settings = config(**changes)
+    found = planned(settings, device="cuda")
+    assert found.loss_time is None and not has_kernels(settings, "cuda")
+    assert found.loss_without_kernels is not None and way_out in found.loss_without_kernels
+    with_kernels = planned(config(precision="bf16"), device="cuda")
+    assert with_kernels.loss_time is not None and with_kernels.loss_without_kernels is None
+    assert planned(settings, device="cpu").loss_without_kernels is None
 
 
 def test_a_rate_is_the_median_of_a_worker_s() -> None:
