@@ -6,9 +6,10 @@ out. Results that are there already are not computed again.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -22,6 +23,9 @@ from p2r.errors import InputError
 from p2r.files import write_csv
 from p2r.logs import Say
 from p2r.version import __version__
+
+if TYPE_CHECKING:  # imports torch
+    from p2r.evaluate.models import Model
 
 _NAMED = re.compile(r"([a-z0-9_]+)=(.+)")
 """A scan by contrast: `t1=t1.nii.gz`."""
@@ -54,49 +58,23 @@ def predict(
     """
     paths, contrasts = _parse_scans(scans)
     if output.endswith(ENDING):
-        if has_probabilities:
-            raise InputError(
-                f"-o {output}: --probabilities are written as NIfTI only: give an output that ends in .nii.gz"
-            )
-        if contrasts is not None or len(paths) > 1:
-            raise InputError(
-                f"-o {output}: a DICOM segmentation refers to one series; for several scans or contrasts, end it in .nii.gz"
-            )
+        _check_dicom_output(
+            output, has_probabilities=has_probabilities, is_single=contrasts is None and len(paths) == 1
+        )
         predict_series(urls, paths[0], output, device=device, say=say)
         return
     has_many = contrasts is None and is_many(paths, output)
     targets = _targets(paths, output, form, has_many=has_many)
-    from p2r.data.contrasts import scans_from  # after the cheap checks: torch takes seconds to import
-    from p2r.data.preprocess import reference_of
-    from p2r.evaluate.models import ensemble, load_model
+    from p2r.evaluate.models import ensemble, load_model  # after the cheap checks: torch takes seconds to import
 
     model = ensemble([load_model(url, device=device) for url in urls])
-
-    def segment(target: Target) -> Result:
-        given = scans_from(contrasts or target.scan)
-        volume = reference_of(given)
-        if has_probabilities:
-            probabilities = model.probabilities(given)
-            labels = model.labels_of(probabilities)
-            frames, classes = probabilities.shape[3:]
-            # Class by class within a frame, background first, frame after frame.
-            flat = probabilities.reshape(*probabilities.shape[:3], frames * classes)
-            _write_on_scan(beside(target.path), flat, volume, last="class")
-        else:
-            labels = model.labels(given)
-        _write_on_scan(target.path, labels, volume, last="frame")
-        volumes = model.volumes_ml(labels, volume)
-        for note in volume.notes:
-            say(f"{target.scan}: {note}")
-        rows = [
-            [target.scan, frame + 1, *(float(f"{of_class[frame]:.4g}") for of_class in volumes.values())]
-            for frame in range(labels.shape[3])
-        ]
-        return Result(_describe_volumes(volumes), rows)
-
+    segment = partial(_segment, model=model, contrasts=contrasts, has_probabilities=has_probabilities, say=say)
     if has_many:
-        members = model.manifest.get("members", [model.manifest])
-        inputs = {"models": [one["sha256"] for one in members], "probabilities": has_probabilities, "code": __version__}
+        inputs = {
+            "models": [one.sha256 for one in model.members],
+            "probabilities": has_probabilities,
+            "code": __version__,
+        }
         results = process_each(targets, segment, Path(output), inputs=inputs, say=say)
         table = Path(output) / "volumes.csv"
         columns = ["scan", "frame", *(f"{name}_ml" for name in model.classes.values())]
@@ -108,6 +86,44 @@ def predict(
     show(output)
     if has_probabilities:
         show(f"{beside(targets[0].path)}: {', '.join(['background', *model.classes.values()])}")
+
+
+def _check_dicom_output(output: str, *, has_probabilities: bool, is_single: bool) -> None:
+    if has_probabilities:
+        raise InputError(f"-o {output}: --probabilities are written as NIfTI only: give an output that ends in .nii.gz")
+    if not is_single:
+        raise InputError(
+            f"-o {output}: a DICOM segmentation refers to one series; for several scans or contrasts, end it in .nii.gz"
+        )
+
+
+def _segment(
+    target: Target, *, model: "Model", contrasts: Mapping[str, str] | None, has_probabilities: bool, say: Say
+) -> Result:
+    """Write the labels of a scan, and the probabilities beside them; return the volumes of the classes."""
+    from p2r.data.contrasts import scans_from
+    from p2r.data.preprocess import reference_of
+
+    given = scans_from(contrasts or target.scan)
+    volume = reference_of(given)
+    if has_probabilities:
+        probabilities = model.probabilities(given)
+        labels = model.labels_of(probabilities)
+        frames, classes = probabilities.shape[3:]
+        # Class by class within a frame, background first, frame after frame.
+        flat = probabilities.reshape(*probabilities.shape[:3], frames * classes)
+        _write_on_scan(beside(target.path), flat, volume, last="class")
+    else:
+        labels = model.labels(given)
+    _write_on_scan(target.path, labels, volume, last="frame")
+    volumes = model.volumes_ml(labels, volume)
+    for note in volume.notes:
+        say(f"{target.scan}: {note}")
+    rows: list[list[str | int | float]] = [
+        [target.scan, frame + 1, *(float(f"{of_class[frame]:.4g}") for of_class in volumes.values())]
+        for frame in range(labels.shape[3])
+    ]
+    return Result(_describe_volumes(volumes), rows)
 
 
 def _parse_scans(arguments: Sequence[str]) -> tuple[list[str], dict[str, str] | None]:
@@ -198,7 +214,7 @@ def embed(
         return Result(f"{channels} features of {size} voxels{f', {frames} frames' if frames > 1 else ''}", [])
 
     if has_many:
-        inputs = {"backbone": backbone.manifest["sha256"], "native": native, "code": __version__}
+        inputs = {"backbone": backbone.manifest.sha256, "native": native, "code": __version__}
         results = process_each(targets, write, Path(output), inputs=inputs, say=say)
         show(f"{len(results)} files of features in {output}")
     else:

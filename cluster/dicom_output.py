@@ -39,7 +39,7 @@ def predict_series(urls: Sequence[str], folder: str, output: str, *, device: str
     scan = read_series(path.expanduser())
     model = ensemble([load_model(url, device=device) for url in urls])
     labels = model.labels(scan.volume)
-    pins = [str(manifest["pin"]) for manifest in model.manifest.get("members") or [model.manifest]]
+    pins = [member.pin for member in model.members]
     name = "-".join(pins[0].partition("@")[0].rstrip("/").split("/")[-2:])
     num_images = write_segmentation(
         Path(output),

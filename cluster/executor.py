@@ -1,10 +1,9 @@
 """Executor that runs the heavy parts of a job on Ray; `p2r run` passes it to `p2r.pipeline.stages.run_job`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from cluster import finetune, ingest, pretrain
-from cluster.metrics import Exporter
+from cluster.metrics import ExporterSettings
 from cluster.session import refuse_unshared_folder
 from p2r.config import IngestConfig, PretrainConfig
 from p2r.fewshot.protocol import Trial
@@ -26,8 +25,8 @@ class RayExecutor:
         self._resources, self._retries, self._profile_steps = job.resources, job.retries, profile_steps
         storage = Storage(job.storage)
         refuse_unshared_folder(storage)
-        self._metrics: dict[str, Any] = {"run": job.name, "storage_url": storage.url, "endpoint": job.metrics}
-        self.exporter = Exporter(**self._metrics, role="driver")
+        self._metrics = ExporterSettings(job.name, storage.url, job.metrics)
+        self.exporter = self._metrics.open(role="driver")
 
     def __enter__(self) -> "RayExecutor":
         return self

@@ -9,15 +9,14 @@ later as a consequence; the cause is the error that explains the rest.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 from ray.exceptions import RayActorError
 
-from p2r.documents import checked
+from p2r.documents import JsonRow, checked
 from p2r.errors import DamagedError, InputError, StorageError, TrainingError, error_text
 from p2r.masking import masked
 from p2r.storage import Storage
@@ -32,25 +31,24 @@ _PEER_IS_GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|remot
 _NODE_IS_GONE = re.compile(r"node (has )?died|node failure|node is dead|raylet (has )?died|node was", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(JsonRow):
     """A row of `faults.jsonl`."""
 
-    time: str
+    time: str | None = None
     """Time of recording: ISO 8601, UTC."""
-    attempt: int
+    attempt: int | None = None
     """Number of the affected worker group, over all drivers of the run; 1 is the first."""
-    cause: Cause
-    """Cause that explains the fault."""
+    cause: str
+    """Cause that explains the fault: a `Cause`, or one that another version of p2r knows."""
     what: str
     """Observation, in one line."""
     decision: Decision
     """Reaction of the driver."""
-    from_step: int | None
+    from_step: int | None = None
     """Step of the checkpoint from which the run resumes, or would; None: from the beginning."""
-    count: int
+    count: int | None = None
     """Faults of this kind in a row, without a new checkpoint in between."""
-    limit: int | None
+    limit: int | None = None
     """Largest allowed count; None: no limit."""
 
     def line(self) -> str:
@@ -66,16 +64,23 @@ class Fault:
         return f"fault | {self.cause}: {self.what} | {decided}{counted}"
 
 
-class _Row(BaseModel):
-    """Keys of a row that are used again; others are kept unchanged."""
-
-    model_config = ConfigDict(strict=True)
-    cause: str
-    what: str
-    decision: Decision
+_FAULT = TypeAdapter(Fault)
 
 
-_ROW = TypeAdapter(_Row)
+def read_faults(storage: Storage) -> list[Fault]:
+    """Return the faults of earlier starts of a run.
+
+    Args:
+        storage: `<storage>/pretrain`.
+
+    Raises:
+        DamagedError: A row is invalid; names the line, the key and the rule.
+    """
+    rows = storage.read_rows(FAULTS) if storage.exists(FAULTS) else []
+    return [
+        checked(_FAULT, row, where=f"{storage.at(FAULTS)}, row {number}:", error=DamagedError)
+        for number, row in enumerate(rows, start=1)
+    ]
 
 
 class FaultLog:
@@ -84,7 +89,7 @@ class FaultLog:
     Args:
         storage: `<storage>/pretrain`. Object storage cannot append, so the short file is rewritten.
         say: Receives the lines.
-        on_fault: Receives the rows.
+        on_fault: Receives every new fault.
     """
 
     def __init__(
@@ -92,24 +97,20 @@ class FaultLog:
         storage: Storage,
         *,
         say: Callable[[str], None],
-        on_fault: Callable[[Mapping[str, Any]], None] | None = None,
+        on_fault: Callable[[Fault], None] | None = None,
     ) -> None:
         self._storage, self._say, self._on_fault = storage, say, on_fault
-        self._rows: list[dict[str, Any]] = []
-        if storage.exists(FAULTS):
-            self._rows = storage.read_rows(FAULTS)
-            for number, row in enumerate(self._rows, start=1):
-                checked(_ROW, row, where=f"{storage.at(FAULTS)}, row {number}:", error=DamagedError)
+        self._faults = read_faults(storage)
 
     @property
     def attempt(self) -> int:
         """Number of the current or next worker group."""
-        return 1 + len([row for row in self._rows if row["decision"] != "fall back"])
+        return 1 + sum(fault.decision != "fall back" for fault in self._faults)
 
     @property
     def has_ended(self) -> bool:
         """True if the last row records that the run ended, for a known cause."""
-        return bool(self._rows) and self._rows[-1]["decision"] == "end"
+        return bool(self._faults) and self._faults[-1].decision == "end"
 
     def add(
         self,
@@ -122,21 +123,23 @@ class FaultLog:
         limit: int | None = None,
     ) -> Fault:
         """Record a fault and log it."""
-        fault = Fault(_utc_now(), self.attempt, cause, one_line(masked(what)), decision, from_step, count, limit)
-        self._write_row(asdict(fault))
-        self._say(fault.line())
-        return fault
-
-    def add_row(self, row: Mapping[str, Any]) -> None:
-        """Record a fault that a worker handled by itself; the row has cause, what, decision and from_step."""
-        self.add(row["cause"], row["what"], decision=row["decision"], from_step=row["from_step"])
-
-    def _write_row(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-        text = "".join(json.dumps(each) + "\n" for each in self._rows)
+        fault = Fault(
+            time=_utc_now(),
+            attempt=self.attempt,
+            cause=cause,
+            what=one_line(masked(what)),
+            decision=decision,
+            from_step=from_step,
+            count=count,
+            limit=limit,
+        )
+        self._faults.append(fault)
+        text = "".join(json.dumps(each.to_json()) + "\n" for each in self._faults)
         self._storage.write_bytes(FAULTS, text.encode())
         if self._on_fault is not None:
-            self._on_fault(row)
+            self._on_fault(fault)
+        self._say(fault.line())
+        return fault
 
 
 def cause_of(error: Exception, *, lost: Mapping[int, str], addresses: Mapping[int, str]) -> tuple[Cause, str]:
@@ -202,7 +205,7 @@ def _unwrap_errors(error: Exception) -> Iterator[tuple[int, BaseException]]:
         yield rank, failure
 
 
-def _is_preempted(error: Exception, failures: Any) -> bool:
+def _is_preempted(error: Exception, failures: Iterable[BaseException]) -> bool:
     return hasattr(error, "preemption_info") or any(
         isinstance(failure, RayActorError) and failure.preempted for failure in failures
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
+from pydantic import BaseModel
 from ray import tune
 from ray.tune.schedulers import create_scheduler
 from ray.tune.search import create_searcher
@@ -60,9 +61,9 @@ def run_trials(
         DataError: A trial found invalid input.
     """
 
-    def ended(index: int, metrics: Mapping[str, Any]) -> None:
+    def ended(index: int, last: _LastReport) -> None:
         setup, trial = trials[index]
-        stopped = _stopped_result(trial, metrics)
+        stopped = _stopped_result(trial, last)
         if stopped is not None and not setup.is_done(trial):
             Storage(setup.storage).write_json(setup.stopped_path(trial), stopped.to_json())
 
@@ -189,26 +190,33 @@ def _is_scheduled(setup: TrialSetup, trial: Trial) -> bool:
 
 def _missing_result(trial: Trial, outcome: Any) -> TrialResult:
     """Return the reason that a trial left no result: it failed, diverged, or was stopped for falling behind."""
-    metrics: Mapping[str, Any] = outcome.metrics or {}
-    if "refused" in metrics:
-        raise DataError(metrics["refused"])
-    stopped = None if outcome.error is not None else _stopped_result(trial, metrics)
+    last = _LastReport.model_validate(outcome.metrics or {})
+    if last.refused is not None:
+        raise DataError(last.refused)
+    stopped = None if outcome.error is not None else _stopped_result(trial, last)
     if stopped is not None:
         return stopped
-    reason = metrics.get("failed") or masked(str(outcome.error or "it ended without a result")).strip().splitlines()[-1]
-    return failed_result(trial, reason, diverged="failed" in metrics)
+    reason = last.failed or masked(str(outcome.error or "it ended without a result")).strip().splitlines()[-1]
+    return failed_result(trial, reason, diverged=last.failed is not None)
 
 
-def _stopped_result(trial: Trial, metrics: Mapping[str, Any]) -> TrialResult | None:
+class _LastReport(BaseModel):
+    """The last report of a trial to Tune, which adds keys of its own."""
+
+    step: int | None = None
+    validation_dice: float = 0.0
+    time_total_s: float = 0.0
+    failed: str | None = None
+    """Reason that the training failed."""
+    refused: str | None = None
+    """Reason that the job's input cannot be used."""
+
+
+def _stopped_result(trial: Trial, last: _LastReport) -> TrialResult | None:
     """Return a stopped trial's last report; None if it made none, or was not stopped."""
-    if {"failed", "refused"} & metrics.keys() or "step" not in metrics:
+    if last.failed is not None or last.refused is not None or last.step is None:
         return None
-    return stopped_result(
-        trial,
-        step=metrics["step"],
-        validation_dice=metrics["validation_dice"],
-        seconds=metrics.get("time_total_s", 0.0),
-    )
+    return stopped_result(trial, step=last.step, validation_dice=last.validation_dice, seconds=last.time_total_s)
 
 
 def _lost_result(trial: Trial) -> TrialResult:
@@ -216,7 +224,7 @@ def _lost_result(trial: Trial) -> TrialResult:
 
 
 def _run_listed(
-    config: dict[str, Any], *, trials: list[tuple[TrialSetup, Trial]], queue: Any, given: Credentials
+    config: dict[str, int], *, trials: list[tuple[TrialSetup, Trial]], queue: Any, given: Credentials
 ) -> None:
     given.take()
     with masked_errors():
@@ -224,7 +232,7 @@ def _run_listed(
 
 
 def _run_proposed(
-    config: dict[str, Any], *, setup: TrialSetup, mode: Mode, num_labelled: int, queue: Any, given: Credentials
+    config: dict[str, float], *, setup: TrialSetup, mode: Mode, num_labelled: int, queue: Any, given: Credentials
 ) -> None:
     given.take()
     with masked_errors():
@@ -280,7 +288,7 @@ class _TrialCounter(tune.Callback):  # type: ignore[misc]
     """
 
     count: ClassVar[Count | None] = None
-    ended: ClassVar[Callable[[int, Mapping[str, Any]], None] | None] = None
+    ended: ClassVar[Callable[[int, "_LastReport"], None] | None] = None
     """Receives the index of a listed trial, and its last report."""
     _counted_at_s = 0.0
 
@@ -290,7 +298,7 @@ class _TrialCounter(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if _TrialCounter.ended is not None and "index" in trial.config:
-            _TrialCounter.ended(trial.config["index"], trial.last_result or {})
+            _TrialCounter.ended(trial.config["index"], _LastReport.model_validate(trial.last_result or {}))
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         if _TrialCounter.count is not None:
@@ -310,7 +318,7 @@ def _run_config(name: str, setup: TrialSetup, retries: int) -> tune.RunConfig:
 
 def _new_scheduler(setup: TrialSetup) -> Any:
     search = setup.config.search
-    options: dict[str, Any] = {"time_attr": "training_iteration"}
+    options: dict[str, object] = {"time_attr": "training_iteration"}
     if search.scheduler in (*_ASHA, "hyperband"):
         longest = max((setup.config.steps, *_listed_values(search.space.get("steps", ()))))
         options["max_t"] = max(1, -(-int(longest) // search.report_steps))

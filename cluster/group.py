@@ -13,7 +13,6 @@ controller and channel import it.
 
 import os
 import socket
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -109,8 +108,8 @@ class GroupState:
     """Description of the reason."""
     nodes: dict[int, tuple[str, str]]
     """Node and address by rank."""
-    rows: list[dict[str, Any]]
-    """New rows for the fault log."""
+    fallbacks: list[tuple[str, int]]
+    """Checkpoints that could not be used since the last state: a description, and the step of the one used instead."""
     step: int | None
     """Step of the newest report."""
 
@@ -126,8 +125,8 @@ class WorkerSettings:
     profile_steps: int
     credentials: Any
     """`cluster.session.Credentials` of the driver."""
-    metrics: Mapping[str, Any]
-    """Arguments of the worker's `Exporter` except the rank."""
+    metrics: Any
+    """`cluster.metrics.ExporterSettings` of the job."""
     queue: Any
     """Queue for log lines."""
     channel: Any
@@ -145,7 +144,7 @@ class DriverChannel:
     """
 
     def __init__(self) -> None:
-        self._rows: list[dict[str, Any]] = []
+        self._fallbacks: list[tuple[str, int]] = []
         self.begin(0)
 
     def begin(self, group: int) -> None:
@@ -175,11 +174,11 @@ class DriverChannel:
         if group == self._group:
             self._step = step
 
-    def note(self, row: dict[str, Any]) -> None:
-        """Accept a row for the fault log from a worker that recovered by itself."""
-        self._rows.append(row)
+    def note(self, what: str, from_step: int) -> None:
+        """Record that a worker could not use a checkpoint, and the step of the one that it used instead."""
+        self._fallbacks.append((what, from_step))
 
     def state(self) -> GroupState:
-        """Return the state of the group, and clear the rows."""
-        rows, self._rows = self._rows, []
-        return GroupState(self._reason, self._what, self._nodes, rows, self._step)
+        """Return the state of the group, and forget the fallbacks."""
+        fallbacks, self._fallbacks = self._fallbacks, []
+        return GroupState(self._reason, self._what, self._nodes, fallbacks, self._step)

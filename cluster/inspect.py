@@ -57,7 +57,7 @@ def _print_tables(tables: list[Table]) -> None:
         shown.print(table)
 
 
-def artefact_tables(manifest: dict[str, Any], *, pin: str) -> list[Table]:
+def artefact_tables(manifest: dict[str, object], *, pin: str) -> list[Table]:
     """Return tables of a backbone's or model's manifest: facts, and the corpora of its pretraining.
 
     Args:
@@ -78,7 +78,7 @@ def artefact_tables(manifest: dict[str, Any], *, pin: str) -> list[Table]:
     return [facts, table]
 
 
-def _artefact_facts(manifest: dict[str, Any], pin: str) -> Iterator[tuple[str, str]]:
+def _artefact_facts(manifest: dict[str, object], pin: str) -> Iterator[tuple[str, str]]:
     yield "kind", str(manifest["format"])
     yield "pin", pin
     yield "licence", str(manifest.get("licence", "unknown"))
@@ -151,7 +151,7 @@ def _facts_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def _section(mapping: dict[str, Any], name: str) -> dict[str, Any]:
+def _section(mapping: dict[str, object], name: str) -> dict[str, object]:
     found = mapping.get(name)
     return found if isinstance(found, dict) else {}
 

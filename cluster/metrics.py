@@ -33,6 +33,7 @@ from p2r.job import MetricsConfig
 from p2r.storage import Storage
 
 if TYPE_CHECKING:
+    from cluster.faults import Fault
     from p2r.engine.report import PretrainReport
 
 Role = Literal["worker", "driver"]
@@ -170,6 +171,19 @@ _OPTIONAL = ("equivariance_error", "health", "probe_dice", "checkpoint_s", "chec
 """Report fields that are not in every report: the newest value is kept."""
 
 
+@dataclass(frozen=True)
+class ExporterSettings:
+    """Arguments of the `Exporter` of every process of a job."""
+
+    run: str
+    storage_url: str
+    endpoint: MetricsConfig | None
+
+    def open(self, *, role: Role = "worker", rank: int = 0) -> "Exporter":
+        """Start the exporter of this process."""
+        return Exporter(run=self.run, storage_url=self.storage_url, endpoint=self.endpoint, role=role, rank=rank)
+
+
 class Exporter(Collector):
     """Metrics of one process. Thread-safe; its failures never stop training.
 
@@ -195,10 +209,12 @@ class Exporter(Collector):
         self._lock = threading.Lock()
         self._started_at = self._progress_at = self._checkpoint_at = time.time()
         self._report: PretrainReport | None = None
-        self._kept: dict[str, Any] = {}
+        self._kept: dict[str, object] = {}
         self._first_step = self._first_skipped = self._without_pairs = 0
         self._checkpoint_step: int | None = None
-        self._faults: dict[str, dict[str, float]] = {name: {} for name in ("count", "limit", "at")}
+        self._fault_counts: dict[str, float] = {}
+        self._fault_limits: dict[str, float] = {}
+        self._fault_at: dict[str, float] = {}
         self._num_faults = dict.fromkeys(FAULT_CAUSES, 0.0)
         self._trials: dict[str, float] = {}
         self._folders = {"cache": cache_folder()}
@@ -243,10 +259,10 @@ class Exporter(Collector):
             if report.checkpoint is not None:
                 self._checkpoint_at, self._checkpoint_step = now, report.step
 
-    def fault(self, row: Mapping[str, Any]) -> None:
-        """Count a fault, given its row of `faults.jsonl`."""
+    def fault(self, fault: "Fault") -> None:
+        """Count a fault."""
         with self._lock:
-            self._num_faults[self._record_fault(row, at=time.time())] += 1
+            self._num_faults[self._record_fault(fault, at=time.time())] += 1
 
     def trials(self, counts: Mapping[str, int]) -> None:
         """Export the number of trials in each state."""
@@ -299,37 +315,35 @@ class Exporter(Collector):
             "checkpoint": self._checkpoint_at,
             "checkpoint_step": self._checkpoint_step,
             "faults": dict(self._num_faults),
-            "run_faults": {cause: self._faults["count"].get(cause, 0.0) for cause in FAULT_CAUSES},
-            "fault_limit": dict(self._faults["limit"]),
-            "fault_at": dict(self._faults["at"]),
+            "run_faults": {cause: self._fault_counts.get(cause, 0.0) for cause in FAULT_CAUSES},
+            "fault_limit": dict(self._fault_limits),
+            "fault_at": dict(self._fault_at),
             "trials": self._trials,
         }
         return {name: value for name, value in own.items() if value is not None}
 
-    def _record_fault(self, row: Mapping[str, Any], *, at: float) -> str:
-        cause = row.get("cause")
-        cause = cause if isinstance(cause, str) and cause in FAULT_CAUSES else "unknown"
-        self._faults["at"][cause] = at
-        for name in ("count", "limit"):
-            value = row.get(name)
-            if isinstance(value, int):
-                self._faults[name][cause] = float(value)
+    def _record_fault(self, fault: "Fault", *, at: float) -> str:
+        cause = fault.cause if fault.cause in FAULT_CAUSES else "unknown"
+        self._fault_at[cause] = at
+        if fault.count is not None:
+            self._fault_counts[cause] = float(fault.count)
+        if fault.limit is not None:
+            self._fault_limits[cause] = float(fault.limit)
         return cause
 
     def _restore_faults(self, storage_url: str) -> None:
-        path = "pretrain/faults.jsonl"
+        from cluster.faults import read_faults  # imports Ray, which workers' exporters do not need
+
         try:
-            storage = Storage(storage_url)
-            if storage.exists(path):
-                for row in storage.read_rows(path):
-                    self._record_fault(row, at=self._started_at)
-                self._faults["at"].clear()  # old faults must not raise an alert
+            for fault in read_faults(Storage(storage_url).child("pretrain")):
+                self._record_fault(fault, at=self._started_at)
+            self._fault_at.clear()  # old faults must not raise an alert
         except (P2RError, ValueError) as error:
             _LOG.warning("faults of earlier starts are not in the metrics: %s", error)
 
 
 def _samples(
-    metric: Metric, report: "PretrainReport | None", kept: Mapping[str, Any], own: Mapping[str, float | Values]
+    metric: Metric, report: "PretrainReport | None", kept: Mapping[str, object], own: Mapping[str, float | Values]
 ) -> Iterator[tuple[str, float]]:
     """Yield the value of a metric for each value of its label."""
     kind, name, *keys = metric.source.split(".")

@@ -11,12 +11,14 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pydantic import TypeAdapter
 
 from p2r.data.folders import images_below
 from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import local_path, scan_key
-from p2r.documents import read_json
+from p2r.documents import JsonRow, checked, read_json
 from p2r.errors import InputError, RefusedScan
 from p2r.files import file_sha256
 from p2r.logs import Say
@@ -39,7 +41,7 @@ class Result(NamedTuple):
 
     text: str
     """Description for the log."""
-    rows: list[list[Any]]
+    rows: list[list[str | int | float]]
     """Rows of the table of volumes."""
 
 
@@ -103,7 +105,7 @@ def _below_common(scan: str, scans: Sequence[str]) -> Path:
 
 
 def process_each(
-    targets: Sequence[Target], work: Callable[[Target], Result], folder: Path, *, inputs: Mapping[str, Any], say: Say
+    targets: Sequence[Target], work: Callable[[Target], Result], folder: Path, *, inputs: Mapping[str, object], say: Say
 ) -> list[Result]:
     """Process every scan that has no whole result yet, with a log line for each.
 
@@ -124,18 +126,27 @@ def process_each(
     known = _read_record(folder / RECORD)
     began, num_new, results, refused = time.monotonic(), 0, list[Result](), 0
     for number, target in enumerate(targets, start=1):
-        facts = {"result": target.path.relative_to(folder).as_posix(), "inputs": digest}
+        name = target.path.relative_to(folder).as_posix()
         try:
-            facts["scan_sha256"] = _scan_sha256(target.scan)
-            before = known.get(facts["result"])
-            if before is not None and facts.items() <= before.items() and _digest(target.path) == before["sha256"]:
-                results.append(Result(str(before["text"]), list(before["rows"])))
+            scan_sha256 = _scan_sha256(target.scan)
+            before = known.get(name)
+            if before is not None and before.is_of(scan_sha256, digest) and _digest(target.path) == before.sha256:
+                results.append(Result(before.text, before.rows))
                 told = "there already"
             else:
                 num_new += 1
-                results.append(work(target))
-                told = results[-1].text
-                _append(folder / RECORD, {**facts, "sha256": _digest(target.path), **results[-1]._asdict()})
+                found = work(target)
+                results.append(found)
+                told = found.text
+                done = _Done(
+                    result=name,
+                    inputs=digest,
+                    scan_sha256=scan_sha256,
+                    sha256=_digest(target.path),
+                    text=found.text,
+                    rows=found.rows,
+                )
+                _append(folder / RECORD, done)
         except RefusedScan as error:
             refused += 1
             told = f"refused: {error}"
@@ -162,21 +173,42 @@ def _digest(path: Path) -> str:
     return digest.hexdigest() if path.is_dir() else ""
 
 
-def _read_record(path: Path) -> dict[str, dict[str, Any]]:
+class _Done(JsonRow):
+    """Record of a result in the folder."""
+
+    result: str
+    """Its path below the folder."""
+    inputs: str
+    """Digest of everything besides the scan that it depends on."""
+    scan_sha256: str
+    sha256: str
+    """Digest of the result."""
+    text: str
+    rows: list[list[str | int | float]]
+
+    def is_of(self, scan_sha256: str, inputs: str) -> bool:
+        """Return whether it is the result of this scan and these inputs."""
+        return (self.scan_sha256, self.inputs) == (scan_sha256, inputs)
+
+
+_DONE = TypeAdapter(_Done)
+
+
+def _read_record(path: Path) -> dict[str, _Done]:
     """Return the newest record of each result. A line that was cut off by an interruption is ignored: its scan is processed again."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, _Done] = {}
     if not path.is_file() or path.stat().st_size > _MAX_RECORD_BYTES:
         return found
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = read_json(line.encode(), where=str(path), max_bytes=_MAX_RECORD_BYTES)
+            done = checked(_DONE, row, where=str(path))
         except InputError:
             continue
-        if isinstance(row, dict) and {"result", "inputs", "scan_sha256", "sha256", "text", "rows"} <= row.keys():
-            found[str(row["result"])] = row
+        found[done.result] = done
     return found
 
 
-def _append(path: Path, row: Mapping[str, Any]) -> None:
+def _append(path: Path, done: _Done) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dict(row)) + "\n")
+        file.write(json.dumps(done.to_json()) + "\n")

@@ -199,7 +199,10 @@ def _lines_of_left_out(names: Survey) -> Iterator[tuple[str, str]]:
             f"{len(names.label_maps)} left out of pretraining, such as {one.below or one.name}, which {one.label_map}",
         )
     for left_out in names.passed_over:
-        yield "passed over", f"{left_out.path}: {left_out.passed_over}"
+        folder, reason = Path(left_out.path), left_out.passed_over
+        if names.pairing is not None and folder in (names.pairing.labels, *names.pairing.labels.parents):
+            reason = f"{reason.partition(';')[0]}; the task reads its label maps"
+        yield "passed over", f"{left_out.path}: {reason}"
     if names.test:
         yield (
             "test images",
@@ -347,20 +350,33 @@ def init(
     name = name or name_for(folder.absolute())
     drafts = drafts_of(found, folder.absolute(), name=name, licence=licence, provenance=provenance)
     _print_facts(lines_of(found))
+    try:
+        lines = list(_write_drafts(targets, drafts, found))
+    except InputError:  # a file that cannot be used would be in the way of the next call
+        for path in targets.values():
+            path.unlink(missing_ok=True)
+        raise
+    for line in lines:
+        show(line)
+
+
+def _write_drafts(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> Iterator[str]:
+    """Write and check the files, and yield the lines to print.
+
+    Raises:
+        InputError: A file that was written is not valid.
+    """
     targets["job"].write_text(drafts.job, encoding="utf-8")
     targets["job"].chmod(0o755)
-    show(f"wrote       {targets['job']}")
+    yield f"wrote       {targets['job']}"
     if drafts.task is None:
-        show(f"no task     {drafts.why_no_task}: the job only pretrains, without scores")
+        yield f"no task     {drafts.why_no_task}: the job only pretrains, without scores"
     else:
         targets["task"].write_text(drafts.task, encoding="utf-8")
         splits = load_task(targets["task"], unset={}).subjects
         counts = ", ".join(f"{len(subjects)} {split}" for split, subjects in splits.items())
-        show(f"wrote       {targets['task']}: {counts} patients")
-    show()
-    show("next:")
-    for line in next_commands(targets, drafts, found):
-        show(f"    {line}")
+        yield f"wrote       {targets['task']}: {counts} patients"
+    yield from ("", "next:", *(f"    {line}" for line in next_commands(targets, drafts, found)))
 
 
 def next_commands(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> list[str]:

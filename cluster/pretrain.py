@@ -28,8 +28,9 @@ import ray.train.torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
-from cluster.faults import Cause, FaultLog, cause_of, refusal_of
+from cluster.faults import Cause, Fault, FaultLog, cause_of, refusal_of
 from cluster.group import DriverChannel, GroupState, Reason, TorchGroup, Trainer, WorkerSettings
+from cluster.metrics import ExporterSettings
 from cluster.pretrain_worker import POLL_S, WAIT_TO_SAVE_S, run_worker
 from cluster.progress import relay
 from cluster.session import credentials, draining_nodes, gpu_types, num_cpus, num_gpus, this_node, usable_nodes
@@ -55,12 +56,12 @@ def pretrain(
     retries: int,
     say: Say,
     profile_steps: int = 0,
-    metrics: Mapping[str, Any] | None = None,
-    on_fault: Callable[[Mapping[str, Any]], None] | None = None,
+    metrics: ExporterSettings | None = None,
+    on_fault: Callable[[Fault], None] | None = None,
 ) -> bool:
     """Train to the last step on the workers that `resources` asks for; rank 0 may profile some of its steps.
 
-    `metrics` are the arguments of every worker's `Exporter` except the rank; `on_fault` receives every row of faults.jsonl.
+    `metrics` are the settings of every worker's `Exporter`; `on_fault` receives every row of faults.jsonl.
 
     Returns:
         True if the last step was reached; False if the run was asked to stop (SIGTERM) and saved a checkpoint.
@@ -96,7 +97,7 @@ def pretrain(
                 corpus=corpus.url,
                 profile_steps=profile_steps,
                 credentials=credentials(),
-                metrics=metrics or {"run": "", "storage_url": storage.url, "endpoint": None},
+                metrics=metrics or ExporterSettings("", storage.url, None),
                 queue=queue,
                 channel=channel,
                 timeout_s=resources.collective_timeout_s,
@@ -278,7 +279,7 @@ def _open_channel() -> Iterator[Any]:
 
 @contextmanager
 def _watch_group(run: GroupRun, num_workers: int) -> Iterator[None]:
-    """While a group runs, watch for reasons to end it in order, and record the rows that its workers send."""
+    """While a group runs, watch for reasons to end it in order, and record the checkpoints that its workers could not use."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -287,8 +288,8 @@ def _watch_group(run: GroupRun, num_workers: int) -> Iterator[None]:
         while True:
             is_last = ended.wait(POLL_S)
             state: GroupState = ray.get(run.channel.state.remote())
-            for row in state.rows:
-                run.faults.add_row(row)
+            for told, from_step in state.fallbacks:
+                run.faults.add("checkpoint", told, decision="fall back", from_step=from_step)
             if is_last:
                 return
             if run.stop.is_set() and asked != "stop":

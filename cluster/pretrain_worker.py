@@ -16,7 +16,6 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 
 from cluster.group import WorkerSettings
-from cluster.metrics import Exporter
 from p2r.errors import masked_errors
 from p2r.logs import Line, configure
 from p2r.storage import Storage
@@ -64,9 +63,9 @@ def _train(settings: WorkerSettings) -> None:
         device=device,
         profile_steps=settings.profile_steps,
         should_stop=_poll_end_flag(channel, group),
-        note=lambda row: channel.note.remote(dict(row)),
+        note=channel.note.remote,
     )
-    with closing(Exporter(**settings.metrics, rank=rank)) as exporter:
+    with closing(settings.metrics.open(rank=rank)) as exporter:
         for report in reports:
             exporter.observe(report)
             if rank == 0:

@@ -43,7 +43,7 @@ def _number_attempt(line: str, groups: list[str]) -> str:
     """Return the line with its group's number, in order of appearance from 1."""
     fields = dict(fields_of(line))
     group = fields.pop("group", None)
-    if group is None:
+    if not isinstance(group, str):
         return line
     if group not in groups:
         groups.append(group)

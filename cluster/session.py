@@ -44,6 +44,7 @@ def session(address: str | None = None, *, show_worker_logs: bool = False) -> It
     # that both name.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our tables replace Tune's
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise a Ray that starts here reports to Ray's authors
     already = ray.is_initialized()
     if not already:
         where = address or os.environ.get("RAY_ADDRESS")

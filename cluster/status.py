@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from cluster.status_files import Fault, Points, Resumption, Training
 from p2r.errors import InputError
@@ -133,7 +132,7 @@ class Status:
     problems: tuple[str, ...]
     format: str = FORMAT
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the status as JSON values, as `p2r status --json` prints it."""
         return asdict(self, dict_factory=lambda items: {name.rstrip("_"): value for name, value in items})
 

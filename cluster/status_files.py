@@ -7,7 +7,6 @@ from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cluster.status_values import (
     MAX_COUNTERS,
@@ -86,7 +85,7 @@ class GrowingFile:
 
     def __init__(self, storage: Storage, path: str, *, most_bytes: int = _MAX_HISTORY_BYTES) -> None:
         self._storage, self._path, self._most_bytes = storage, path, most_bytes
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, object]] = []
         self.facts: FileFacts | None = None
         self._clear()
 
@@ -152,7 +151,7 @@ class GrowingFile:
                 if row is None or not self._add_row(row):
                     self._num_bad += 1
 
-    def _add_row(self, row: dict[str, Any]) -> bool:
+    def _add_row(self, row: dict[str, object]) -> bool:
         self.rows.append(row)
         return True
 
@@ -164,7 +163,7 @@ class FaultFile(GrowingFile):
         super()._clear()
         self.faults: list[Fault] = []
 
-    def _add_row(self, row: dict[str, Any]) -> bool:
+    def _add_row(self, row: dict[str, object]) -> bool:
         fault = Fault(
             time=masked_text(row.get("time")),
             cause=masked_text(row.get("cause")),
@@ -188,7 +187,7 @@ class HistoryFile(GrowingFile):
         super()._clear()
         self.series: dict[str, tuple[array[int], array[float]]] = {}
         self.resumed: list[Resumption] = []
-        self._newest: dict[str, Any] = {}
+        self._newest: dict[str, object] = {}
         self._gaps: deque[int] = deque(maxlen=20)
 
     def training(self) -> Training | None:
@@ -218,7 +217,7 @@ class HistoryFile(GrowingFile):
             data={masked_text(name): number for name, number in data.items()},
         )
 
-    def _add_row(self, row: dict[str, Any]) -> bool:
+    def _add_row(self, row: dict[str, object]) -> bool:
         step = step_of_row(row)
         if step is None:
             return False
@@ -238,7 +237,7 @@ class HistoryFile(GrowingFile):
         return True
 
 
-def _numbers_of_row(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _numbers_of_row(row: Mapping[str, object]) -> Iterator[tuple[str, float]]:
     """Yield the numbers of a report by name; nested ones as `health.alignment`."""
     for name in SERIES:
         if (number := finite_number(row.get(name))) is not None:
@@ -262,7 +261,7 @@ def thinned_points(steps: Sequence[int], values: Sequence[float]) -> Points:
     return [(steps[index], values[index]) for index in sorted(chosen)]
 
 
-def _parse_object(line: bytes) -> dict[str, Any] | None:
+def _parse_object(line: bytes) -> dict[str, object] | None:
     try:
         value = read_json(line, where="a row", max_bytes=MAX_FILE_BYTES, nan_as_none=True)
     except InputError:
@@ -270,6 +269,6 @@ def _parse_object(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def step_of_row(row: Mapping[str, Any]) -> int | None:
+def step_of_row(row: Mapping[str, object]) -> int | None:
     """Return the step of a row, or None."""
     return whole_number(row.get("step"))

@@ -194,7 +194,7 @@ class Reader:
         manifest = known[1]
         facts = manifest.facts
         return (
-            f"{describe_records(manifest)}, {facts.num_samples} planes, {len(facts.shards)} shards, "
+            f"{describe_records(facts)}, {facts.num_samples} planes, {len(facts.shards)} shards, "
             f"revision {facts.revision}"
         )
 
@@ -296,7 +296,7 @@ class Reader:
         for name in names[:MAX_VARIANTS]:
             lines = GrowingFile(self._storage, name, most_bytes=2**16)
             lines.refresh()
-            last: dict[str, Any] = next((row for row in reversed(lines.rows) if step_of_row(row) is not None), {})
+            last: dict[str, object] = next((row for row in reversed(lines.rows) if step_of_row(row) is not None), {})
             found.append(
                 Variant(
                     name=name.removeprefix("variants/").removesuffix("/" + HISTORY),

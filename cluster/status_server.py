@@ -36,6 +36,7 @@ from importlib import resources
 from typing import Any, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from cluster.status import Status
 from cluster.status_reader import Reader
 from p2r.console import show
 from p2r.errors import InputError, P2RError, error_text
@@ -85,7 +86,7 @@ class Feed:
 
     def __init__(self, reader: Reader, *, is_local: bool) -> None:
         self._reader, self._pause_s = reader, _LOCAL_PAUSE_S if is_local else _REMOTE_PAUSE_S
-        self._status: Mapping[str, Any] = reader.read().to_json()
+        self._status = reader.read()
         self._asked, self._asked_at, self._read_at = threading.Event(), 0.0, time.monotonic()
         self._answer = _encode_answer(self._status, None)
         self._pictures: OrderedDict[tuple[str, str], bytes] = OrderedDict()
@@ -112,7 +113,7 @@ class Feed:
 
     def picture(self, path: str) -> tuple[bytes, str] | None:
         """Return a picture of the run and its version; None if there is none at this path."""
-        version = next((str(one["version"]) for one in self._status["pictures"] if one["path"] == path), None)
+        version = next((one.version for one in self._status.pictures if one.path == path), None)
         if version is None:
             return None
         with self._picture_slots:
@@ -139,7 +140,7 @@ class Feed:
                 continue
             trouble = None
             try:
-                self._status = self._reader.read().to_json()
+                self._status = self._reader.read()
                 self._read_at = time.monotonic()
             except P2RError as error:
                 trouble = str(error)
@@ -150,8 +151,10 @@ class Feed:
             time.sleep(self._pause_s)
 
 
-def _encode_answer(status: Mapping[str, Any], trouble: str | None, *, before: Answer | None = None) -> Answer:
-    plain = json.dumps({"status": status, "trouble": trouble}, allow_nan=False, separators=(",", ":")).encode()
+def _encode_answer(status: Status, trouble: str | None, *, before: Answer | None = None) -> Answer:
+    plain = json.dumps(
+        {"status": status.to_json(), "trouble": trouble}, allow_nan=False, separators=(",", ":")
+    ).encode()
     if before is not None and before.plain == plain:
         return before
     return Answer(plain, gzip.compress(plain, 5), f'"{hashlib.sha256(plain).hexdigest()[:24]}"')

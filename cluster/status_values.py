@@ -24,7 +24,7 @@ def finite_number(value: Any) -> float | None:
     return float(value)
 
 
-def mapping_or_empty(value: Any) -> Mapping[str, Any]:
+def mapping_or_empty(value: Any) -> Mapping[str, object]:
     """Return the value if it is a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from p2r.console import console, show
 from p2r.errors import TrainingError
@@ -19,7 +19,8 @@ from p2r.exits import exit_code_of
 from p2r.job import FORK_HELP, Job, ignored_variables, overrides_of, read_job
 from p2r.logs import LogFormat, configure, say
 from p2r.pipeline.finished import made_before
-from p2r.pipeline.lines import FINISHED, made_lines
+from p2r.pipeline.lines import FINISHED
+from p2r.pipeline.made import Made
 from p2r.pipeline.paths import check_job
 
 
@@ -78,20 +79,18 @@ def _run_job(arguments: argparse.Namespace) -> int:
         made = _execute(job, arguments)
     else:
         say(FINISHED)
-    table = made.pop("table", None)
-    if table is not None:
-        console().print(table)
-    failed = made.pop("failed", [])
-    for line in made_lines(made):
+    if made.table is not None:
+        console().print(made.table)
+    for line in made.lines():
         show(line)
-    if failed:
+    if made.failed:
         from p2r.fewshot.search import failure_message
 
-        raise TrainingError(failure_message(failed))
+        raise TrainingError(failure_message(made.failed))
     return 0
 
 
-def _execute(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
+def _execute(job: Job, arguments: argparse.Namespace) -> Made:
     # Torch takes seconds to import, which a finished job and a refused one do not need.
     from p2r.device import this_device
     from p2r.pipeline.local import LocalExecutor

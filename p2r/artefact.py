@@ -19,15 +19,21 @@ Folders of version 1 (model.safetensors, config.json, README.md) are read and re
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from p2r.artefact_manifest import BackboneManifest, CorpusFacts, FileEntry, Manifest, ModelManifest, Role
+from p2r.artefact_manifest import BackboneManifest as BackboneManifest
+from p2r.artefact_manifest import CorpusFacts as CorpusFacts
+from p2r.artefact_manifest import FileEntry, Role
+from p2r.artefact_manifest import Manifest as Manifest
+from p2r.artefact_manifest import ModelManifest as ModelManifest
+from p2r.artefact_manifest import Provenance as Provenance
 from p2r.documents import checked, read_json, way_out
 from p2r.errors import CheckpointError, DamagedError, InputError, StorageError
 from p2r.pointers import resolve
@@ -42,13 +48,49 @@ REMOVED = "p2r-removed/1"
 """Format of the document that `p2r gc` puts in the place of a manifest before it removes the files."""
 MAX_MANIFEST_BYTES = 2**27
 """Largest manifest of an artefact: of backbones that have seen two million scans."""
-_MAX_MEMORY_BYTES = 2**29
+MAX_MANIFEST_MEMORY_BYTES = 2**29
+"""Largest memory of a manifest while it is parsed."""
 _MAX_DEPTH = 16
 _WAY_OUT = "restore the file from a copy of the folder, or publish another version"
 _VERSION_1: dict[Role, str] = {"weights": "model.safetensors", "config": "config.json", "card": "README.md"}
 _GENERATED = ("metrics", "picture")
 """Files that are computed from the training's history: another publisher of the same weights may write them differently."""
 _PROGRAM = ("p2r_version", "code")
+
+Facts = TypeVar("Facts", bound=Provenance, covariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Published(Mapping[str, Any], Generic[Facts]):
+    """A manifest for its users: typed attributes, and the same content by key, with `sha256`, `url` and `pin`."""
+
+    url: str
+    """Folder of the artefact."""
+    sha256: str
+    """Digest of `manifest.json`."""
+    facts: Facts
+    """Content of `manifest.json`."""
+    is_new: bool = False
+    """True if this process published it."""
+
+    @property
+    def pin(self) -> str:
+        """Reference pinned to this artefact: `URL@sha256:HEX`."""
+        return str(Reference(self.url, self.sha256))
+
+    @cached_property
+    def _by_key(self) -> dict[str, object]:
+        return {**self.facts.model_dump(), "sha256": self.sha256, "url": self.url, "pin": self.pin}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._by_key[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_key)
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
 
 _MANIFESTS: dict[str, type[Manifest]] = {"p2r-backbone": BackboneManifest, "p2r-model": ModelManifest}
 _CHECKS: dict[str, TypeAdapter[Any]] = {kind: TypeAdapter(model) for kind, model in _MANIFESTS.items()}
@@ -72,10 +114,6 @@ class Artefact:
     def pin(self) -> str:
         """Reference pinned to this artefact: `URL@sha256:HEX`."""
         return str(Reference(self.storage.url, self.sha256))
-
-    def facts(self) -> dict[str, Any]:
-        """Return the manifest's entries, plus `sha256`, `url` and `pin`."""
-        return {**self.manifest.model_dump(), "sha256": self.sha256, "url": self.storage.url, "pin": self.pin}
 
     def read(self, role: Role) -> bytes:
         """Return the content of a file, hashed after reading, so that it cannot be exchanged between check and use.
@@ -212,7 +250,7 @@ def _value_of(content: bytes, where: str) -> Any:
             content,
             where=where,
             max_bytes=MAX_MANIFEST_BYTES,
-            max_memory_bytes=_MAX_MEMORY_BYTES,
+            max_memory_bytes=MAX_MANIFEST_MEMORY_BYTES,
             max_depth=_MAX_DEPTH,
             error=CheckpointError,
         )
@@ -240,7 +278,7 @@ def removed_on(content: bytes) -> str | None:
     return str(value.get("removed"))[:40] if is_removed else None
 
 
-def _upgrade_version_1(value: dict[str, Any], model: type[Manifest]) -> dict[str, Any]:
+def _upgrade_version_1(value: dict[str, object], model: type[Manifest]) -> dict[str, object]:
     """Convert a manifest of version 1 to version 2, dropping unused entries."""
     files = value.get("files")
     named = {

@@ -112,17 +112,22 @@ class CorpusFacts(_Strict):
     deidentification: Annotated[dict[Text, Text], FewKeys]
 
 
-class Manifest(_Strict):
-    """`manifest.json` of a backbone or a model."""
+class Provenance(_Strict):
+    """Origin of weights, and the terms of their use."""
 
-    format: Annotated[str, Field(pattern=r"^p2r-(backbone|model)/[12]$")]
-    files: Files
     p2r_version: Annotated[str, Field(max_length=100)] = ""
     code: Annotated[str, Field(max_length=100)] = ""
     """Commit of the program that published the artefact."""
     licence: Text = "unknown"
     corpora: Annotated[list[CorpusFacts], Field(max_length=1000)] | None = None
     """Corpora on which the weights were pretrained; None: unknown. Of a backbone, an empty list counts as unknown, too."""
+
+
+class Manifest(Provenance):
+    """`manifest.json` of a backbone or a model."""
+
+    format: Annotated[str, Field(pattern=r"^p2r-(backbone|model)/[12]$")]
+    files: Files
 
     @model_validator(mode="after")
     def _check(self) -> Self:

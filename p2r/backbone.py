@@ -13,7 +13,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, overload
+from typing import Annotated, Self, overload
 
 import torch
 from numpy.typing import ArrayLike
@@ -21,13 +21,15 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from p2r.artefact import Artefact, commit, open_artefact
+from p2r.artefact import Artefact, Facts, Published, commit, open_artefact
 from p2r.artefact_manifest import (
     MAX_TEXT_BYTES,
     BackboneManifest,
     FileEntry,
     Files,
+    Manifest,
     ModelManifest,
+    Provenance,
     Role,
     entry_of,
 )
@@ -105,10 +107,11 @@ class Backbone(nn.Module):
 
     Attributes:
         preparation: Preprocessing used by `prepare`.
-        manifest: The artefact's manifest, plus its digest as `sha256`, and `pin`: the reference pinned to this backbone.
+        manifest: The artefact's manifest, by attribute and by key, plus its digest as `sha256`, and `pin`: the reference pinned
+            to this backbone.
     """
 
-    def __init__(self, network: nn.Module, config: ArtefactConfig, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, network: nn.Module, config: ArtefactConfig, manifest: Published[Provenance]) -> None:
         super().__init__()
         self.network = network
         self.config = config
@@ -200,18 +203,23 @@ def load_backbone(url: str, *, sha256: str | None = None, key: str | None = None
     artefact = open_artefact(pinned(url, sha256), format=_format_kind(BACKBONE_FORMAT), key=key)
     config = read_config(artefact)
     network = _load_network(artefact, config, is_model=False)
-    return Backbone(network, config, artefact.facts()).to(device).eval()
+    return Backbone(network, config, _published(artefact, BackboneManifest)).to(device).eval()
 
 
 def load_model(
     url: str, *, sha256: str | None = None, key: str | None = None, device: str = "cpu"
-) -> tuple[Segmenter, ArtefactConfig, dict[str, Any]]:
+) -> tuple[Segmenter, ArtefactConfig, Published[ModelManifest]]:
     """Load a published segmentation model in evaluation mode, with configuration and manifest. Arguments as in `load_backbone`."""
     artefact = open_artefact(pinned(url, sha256), format=_format_kind(MODEL_FORMAT), key=key)
     config = read_config(artefact)
     segmenter = _load_network(artefact, config, is_model=True)
     assert isinstance(segmenter, Segmenter)
-    return segmenter.to(device).eval(), config, artefact.facts()
+    return segmenter.to(device).eval(), config, _published(artefact, ModelManifest)
+
+
+def _published(artefact: Artefact, kind: type[Facts], *, is_new: bool = False) -> Published[Facts]:
+    assert isinstance(artefact.manifest, kind)
+    return Published(artefact.storage.url, artefact.sha256, artefact.manifest, is_new)
 
 
 def verify_artefact(artefact: Artefact) -> None:
@@ -250,11 +258,11 @@ def publish(
     weights: Mapping[str, Tensor],
     config: ArtefactConfig,
     card: str,
-    facts: Mapping[str, Any],
+    facts: Mapping[str, object],
     tensors: Mapping[Role, Mapping[str, Tensor]] | None = None,
     documents: Mapping[Role, bytes] | None = None,
-) -> dict[str, Any]:
-    """Publish an artefact, and return its manifest's entries with `sha256`, `url`, `pin` and `is_new`.
+) -> Published[Manifest]:
+    """Publish an artefact, and return its manifest.
 
     Publishing an equal artefact again only rewrites files that are damaged or missing.
 
@@ -293,7 +301,9 @@ def publish(
         entries: dict[Role, FileEntry] = {role: entry_of(role, local) for role, local in files.items()}
         values = {"format": format, "p2r_version": __version__, "code": code_version(), **facts}
         try:
-            manifest = (ModelManifest if is_model else BackboneManifest)(files=Files(**entries), **values)
+            manifest = (ModelManifest if is_model else BackboneManifest).model_validate(
+                {**values, "files": Files(**entries)}
+            )
         except ValidationError as error:
             problem = error.errors(include_url=False, include_context=False)[0]
             key = ".".join(map(str, problem["loc"]))
@@ -307,7 +317,7 @@ def publish(
                 **{role: _equality(of_role, where=storage.url) for role, of_role in saved.items()},
             },
         )
-    return {**artefact.facts(), "is_new": is_new}
+    return _published(artefact, Manifest, is_new=is_new)
 
 
 def _equality(wanted: Mapping[str, Tensor], *, where: str) -> Callable[[bytes], bool]:

@@ -161,6 +161,16 @@ Digests = Annotated[list[Sha256], FailFast()]
 """List of digests. The check ends at the first invalid one, because pydantic takes a kilobyte per finding."""
 
 
+class JsonRow(BaseModel):
+    """An immutable JSON object from a file. Keys of other versions are kept, and keys that it lacks are not written."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the keys that were set, as JSON values."""
+        return self.model_dump(exclude_unset=True)
+
+
 class FileEntry(BaseModel):
     """Digest and size of a file in a manifest."""
 

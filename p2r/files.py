@@ -25,6 +25,7 @@ from p2r.errors import StorageError
 _DISK_FULL = re.compile(
     r"No space left on device|Disk quota exceeded|basic_ios::clear: iostream error|PytorchStreamWriter failed"
 )
+_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _FORMULA = re.compile(r"(?:^|(?<=[,;|\"]))(?=\s*[=+\-@\uff0b\uff0d\uff1d\uff20])")
 """Places where a spreadsheet could begin a formula: at the start of a cell, or after any character that it may take for a separator."""
 
@@ -148,3 +149,25 @@ def is_file_at(path: Path, handle: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:
         return False
+
+
+def link_if_absent(temporary: Path, target: Path) -> bool:
+    """Rename a complete file to `target` if that name is free; return whether it was."""
+    try:
+        target.hardlink_to(temporary)
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+    with locked(lock_path(target)):
+        is_free = not target.exists()
+        if is_free:
+            temporary.replace(target)
+        return is_free
+
+
+def lock_path(target: Path) -> Path:
+    """Return the file that is locked while `target` is replaced."""
+    return target.with_name(f".tmp-lock-{target.name}")

@@ -2,7 +2,7 @@
 
 The client is `huggingface_hub`, an optional package. It keeps files in its own cache by content, so a second load needs no
 network, and a hub that is down does not matter for files that are there. A revision is a branch, a tag or a commit; the folder
-belongs to the commit. Only the manifest and the files that it names are fetched.
+belongs to the commit. Only the manifest and the files that it names are fetched, after the sizes that the hub states were checked.
 
 The client reads its token from HF_TOKEN or its own file. p2r neither reads nor writes it, and masks it in messages.
 """
@@ -20,10 +20,12 @@ SCHEME = "hf://"
 MANIFEST = "manifest.json"
 _OPTIONAL_FILE = "manifest.sig"
 _MAX_MANIFEST_BYTES = 2**27
+_MAX_FILES = 8
 _URL = re.compile(
     r"hf://(?P<repository>[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})"
     r"(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{0,127}))?/?"
 )
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RULE = "write hf://ORG/NAME, or hf://ORG/NAME@REVISION with a branch, tag or commit"
 
@@ -64,17 +66,17 @@ def fetch_snapshot(url: HubURL) -> Snapshot:
     """Fetch the manifest of a revision, and the files that it names, unless they are in the cache.
 
     Raises:
-        StorageError: The repository, the revision or a file does not exist, a token is missing, or the hub cannot be reached
-            and the files are not in the cache.
+        StorageError: The repository, the revision or a file does not exist, a file is larger than the manifest states, a token is
+            missing, or the hub cannot be reached and the files are not in the cache.
         InputError: `huggingface_hub` is not installed.
     """
     client = import_client()
-    manifest = Path(_download(client, url, MANIFEST))
+    manifest = Path(_download(client, url, MANIFEST, max_bytes=_MAX_MANIFEST_BYTES))
     commit = HubURL(url.repository, manifest.parent.name)
     content = _read_bounded(manifest, str(url))
     value = read_json(content, where=f"{url}, {MANIFEST}", max_bytes=_MAX_MANIFEST_BYTES, max_depth=16)
-    for name in _named_files(value):
-        _download(client, commit, name)
+    for name, num_bytes in _named_files(value).items():
+        _download(client, commit, name, max_bytes=num_bytes)
     _download_optional(client, commit, _OPTIONAL_FILE)
     return Snapshot(commit, manifest.parent)
 
@@ -140,10 +142,34 @@ def hub_errors(url: HubURL, doing: str) -> Iterator[None]:
         raise StorageError(f"{where}: {str(error)[:300]} ({type(cause).__name__}: {str(cause)[:300]})") from None
 
 
-def _download(client: Any, url: HubURL, name: str) -> str:
+def _download(client: Any, url: HubURL, name: str, *, max_bytes: int) -> str:
+    with hub_errors(url, "read"):
+        num_bytes = _stated_size(client, url, name)
+    if num_bytes is not None and num_bytes > max_bytes:
+        raise StorageError(
+            f"{name} of {url} has {num_bytes:,} bytes, more than the {max_bytes:,} that it may have: it is not what was published"
+        )
     with hub_errors(url, "read"):
         path: str = client.hf_hub_download(url.repository, name, revision=url.revision, library_name="p2r")
     return path
+
+
+def _stated_size(client: Any, url: HubURL, name: str) -> int | None:
+    """Return the size of a file by the hub, bytes; None if the file is cached, or the hub does not answer.
+
+    Where the hub does not answer, the download raises the error, or finds the file in the cache.
+    """
+    from httpx import HTTPError
+
+    is_commit = url.revision is not None and _COMMIT.fullmatch(url.revision) is not None
+    if is_commit and client.try_to_load_from_cache(url.repository, name, revision=url.revision) is not None:
+        return None
+    try:
+        address = client.hf_hub_url(url.repository, name, revision=url.revision)
+        size: int | None = client.get_hf_file_metadata(address, library_name="p2r").size
+    except (HTTPError, OSError):
+        return None
+    return size
 
 
 def _download_optional(client: Any, url: HubURL, name: str) -> None:
@@ -167,10 +193,14 @@ def _read_bounded(path: Path, where: str) -> bytes:
     return content
 
 
-def _named_files(manifest: Any) -> list[str]:
-    """Return the files that a manifest of version 1 or 2 names; `p2r.artefact` checks the manifest itself."""
+def _named_files(manifest: Any) -> dict[str, int]:
+    """Return the files that a manifest of version 1 or 2 names, and their sizes; `p2r.artefact` checks the manifest itself."""
     files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict):
-        return []
-    named = [entry.get("name", key) for key, entry in files.items() if isinstance(entry, dict)]
-    return [name for name in named if isinstance(name, str) and _FILE.fullmatch(name)]
+    if not isinstance(files, dict) or len(files) > _MAX_FILES:
+        return {}
+    named = {entry.get("name", key): entry.get("num_bytes") for key, entry in files.items() if isinstance(entry, dict)}
+    return {
+        name: num_bytes
+        for name, num_bytes in named.items()
+        if isinstance(name, str) and _FILE.fullmatch(name) and isinstance(num_bytes, int)
+    }

@@ -9,10 +9,9 @@ Errors name the key's full path, the rule and the way out. The file is self-cont
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -24,9 +23,9 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
 from p2r.config import FilledIn, FinetuneConfig, IngestConfig, Location, PretrainConfig, PublishConfig, Section
+from p2r.config.findings import child_annotations, explain_finding, flatten_annotation
 from p2r.console import visible
 from p2r.documents import MAX_DEPTH, read_start
 from p2r.errors import JobError
@@ -58,7 +57,6 @@ JOB_VARIABLES = {
     "P2R_TASK": "finetune.tasks",
 }
 """Environment variables that jobs read in place of a key, besides `P2R_DATA`, which is set for every job."""
-_MAX_SHOWN = 300  # characters of a value in a message
 _SHOWN = 30  # findings of a model in a message
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
@@ -145,7 +143,7 @@ class Job(Section):
     """Checkpoint -> published backbone."""
     finetune: FinetuneConfig | None = None
     """Backbone -> few-shot results."""
-    variants: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")], dict[str, Any]] = Field(default={})
+    variants: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")], dict[str, object]] = Field(default={})
     """Ablation only: changes of each variant to the sections above, as dotted keys and values."""
 
     @model_validator(mode="after")
@@ -333,7 +331,7 @@ def validated(model: type[Model], values: object, *, where: str) -> Model:
         return model.model_validate(values)
     except ValidationError as error:
         findings = error.errors(include_url=False)
-        lines = [_explain_finding(model, finding) for finding in findings[:_SHOWN]]
+        lines = [explain_finding(model, finding) for finding in findings[:_SHOWN]]
         lines += [f"and {len(findings) - _SHOWN:,} more"] if len(findings) > _SHOWN else []
         raise JobError(f"{where} is not valid:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
@@ -360,7 +358,7 @@ def fill_in_variables(text: str, *, where: str, unset: dict[str, str] | None = N
     return _VARIABLE.sub(value, text)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: dict[str, object], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise JobError(f"--set {override}: write KEY=VALUE, as in --set pretrain.steps=20")
@@ -369,11 +367,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if len(parents) >= MAX_DEPTH:
         raise JobError(f"--set {override:.80}...: a key has at most {MAX_DEPTH} parts, got {len(parents) + 1:,}")
     for depth, parent in enumerate(parents):
-        if target.get(parent) is None:
-            target[parent] = {}
-        target = target[parent]
-        if not isinstance(target, dict):
+        child = target.setdefault(parent, {}) or {}
+        if not isinstance(child, dict):
             raise JobError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value and has no keys below it")
+        target[parent] = target = child
     target[last] = read_yaml(text, where=f"--set {key}", error=JobError)
 
 
@@ -409,12 +406,12 @@ def _fill_in_values(
             for name, child in value.items()
         }
     if isinstance(value, list):
-        below = [annotation for one in annotations for annotation in _child_annotations(one, None)]
+        below = [annotation for one in annotations for annotation in child_annotations(one, None)]
         return [_fill_in_values(child, below, path, (*key, str(index)), unset) for index, child in enumerate(value)]
     if not isinstance(value, str) or not annotations or not (match := _VARIABLE.search(value)):
         return value
     where = f"job {path}: {visible('.'.join(key))}"
-    if not any(isinstance(part, FilledIn) for annotation in annotations for part in _flatten_annotation(annotation)):
+    if not any(isinstance(part, FilledIn) for annotation in annotations for part in flatten_annotation(annotation)):
         raise JobError(
             f"{where}: ${{{match[1]}}} is not filled in here, because this field is published. Variables are allowed in paths, "
             "URLs, and a corpus's licence and provenance. "
@@ -426,37 +423,15 @@ def _fill_in_values(
 def _annotations_at(annotations: Sequence[Any], key: tuple[str, ...], name: str) -> list[Any]:
     """Return the annotations of a key; for a key of a variant, those that the changed field has in its section."""
     if len(key) != 2 or key[0] != "variants":
-        return [annotation for one in annotations for annotation in _child_annotations(one, name)]
+        return [annotation for one in annotations for annotation in child_annotations(one, name)]
     found: list[Any] = [Job]
     for part in name.split("."):
-        found = [annotation for one in found for annotation in _child_annotations(one, part)]
+        found = [annotation for one in found for annotation in child_annotations(one, part)]
     return found
 
 
-def _child_annotations(annotation: Any, name: str | None) -> Iterator[Any]:
-    """Yield the annotations of a field of a model, or of the elements of a collection."""
-    for part in _flatten_annotation(annotation):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            field = part.model_fields.get(name or "")
-            if field is not None:
-                yield Annotated[field.annotation, *(field.metadata or [None])]
-        elif get_origin(part) is dict:
-            yield get_args(part)[1]
-        elif get_origin(part) in (tuple, list):
-            yield from (one for one in get_args(part) if one is not ...)
-
-
-def _flatten_annotation(annotation: Any) -> Iterator[Any]:
-    """Yield the members of a union and the metadata of an annotation."""
-    if get_origin(annotation) in (Annotated, Union, UnionType):
-        for part in get_args(annotation):
-            yield from _flatten_annotation(part)
-    else:
-        yield annotation
-
-
 def _make_tasks_absolute(job: Job, folder: Path) -> Job:
-    update: dict[str, Any] = {}
+    update: dict[str, object] = {}
     if job.finetune is not None:
         tasks = tuple(str(folder / task) for task in job.finetune.tasks)
         update["finetune"] = job.finetune.model_copy(update={"tasks": tasks})
@@ -467,38 +442,3 @@ def _make_tasks_absolute(job: Job, folder: Path) -> Job:
         chosen = job.ingest.subjects_of.model_copy(update={"task": str(folder / job.ingest.subjects_of.task)})
         update["ingest"] = job.ingest.model_copy(update={"subjects_of": chosen})
     return job.model_copy(update=update)
-
-
-def _explain_finding(model: type[BaseModel], finding: ErrorDetails) -> str:
-    location = [visible(str(part)) for part in finding["loc"]]
-    key = ".".join(location) or "the job"
-    if finding["type"] == "extra_forbidden":
-        names = _field_names_at(model, location[:-1])
-        nearest = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-        return f"{key}: unknown key; " + (
-            f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(names)}"
-        )
-    if finding["type"] == "missing":
-        return f"{key}: missing; it has no default"
-    message = finding["msg"].removeprefix("Value error, ")
-    shown = finding.get("input")
-    explained = f"{key}: {message}" + ("" if isinstance(shown, dict | list) else f", got {_shorten(shown)}")
-    if finding["type"] == "literal_error" and isinstance(shown, str):
-        names = re.findall(r"'([^']+)'", finding["ctx"]["expected"])
-        nearest = difflib.get_close_matches(shown, names, n=1, cutoff=0.5)
-        explained += f"; did you mean {nearest[0]}?" if nearest else ""
-    return explained
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
-
-
-def _field_names_at(model: type[BaseModel], location: list[str]) -> list[str]:
-    found: list[Any] = [model]
-    for part in location:
-        found = [annotation for one in found for annotation in _child_annotations(one, part)]
-    parts = [part for annotation in found for part in _flatten_annotation(annotation)]
-    models = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
-    return sorted(models[0].model_fields) if models else []

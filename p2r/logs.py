@@ -45,7 +45,7 @@ _UNSEEN_IN_JSON = re.compile(f"[{UNSEEN}]")
 class Line(str):
     """A line of progress with fields, such as `step`, `rank`, a trial or results; to most callers it is only its text."""
 
-    fields: dict[str, Any]
+    fields: dict[str, object]
 
     def __new__(cls, text: str, /, **fields: Any) -> "Line":
         """Return the text with these fields, added to those it already has."""
@@ -57,11 +57,11 @@ class Line(str):
         return _restore_line, (str(self), self.fields)
 
 
-def _restore_line(text: str, fields: dict[str, Any]) -> Line:
+def _restore_line(text: str, fields: dict[str, object]) -> Line:
     return Line(text, **fields)
 
 
-def fields_of(line: str) -> dict[str, Any]:
+def fields_of(line: str) -> dict[str, object]:
     """Return the fields of a line."""
     return line.fields if isinstance(line, Line) else {}
 
@@ -193,7 +193,7 @@ class JsonFormatter(logging.Formatter):
         """Return the object as one line."""
         message = record.getMessage()
         stage = message.split(" | ", 1)[0]
-        event: dict[str, Any] = {
+        event: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "run": os.environ.get(_RUN),
@@ -201,7 +201,7 @@ class JsonFormatter(logging.Formatter):
             "rank": self._rank,
             "message": message,
             **({} if record.name == _PROGRESS else {"logger": record.name}),
-            **cast("dict[str, Any]", getattr(record, "fields", {})),
+            **cast("dict[str, object]", getattr(record, "fields", {})),
         }
         if record.exc_info:
             event["traceback"] = self.formatException(record.exc_info)

@@ -10,7 +10,6 @@ from the environment or from files such as `~/.aws`, so no job file needs one.
 Writers store the manifest last, so a reader that finds a manifest finds every file that it names.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -33,7 +32,7 @@ from p2r.cache import node_cache
 from p2r.counters import Counters
 from p2r.errors import DamagedError, StorageError
 from p2r.files import file_sha256 as file_sha256
-from p2r.files import locked, open_regular, replacing, temporary_beside
+from p2r.files import link_if_absent, lock_path, locked, open_regular, replacing, temporary_beside
 from p2r.hub import SCHEME, fetch_snapshot, parse_hub_url
 from p2r.masking import looks_secret
 
@@ -51,7 +50,6 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _BUCKETS = ("s3", "gs", "az")
 _CHUNK_BYTES = 2**20
 _DELETE_THREADS = 8
-_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class FileFacts(NamedTuple):
@@ -183,7 +181,7 @@ class Storage:
 
     def read_rows(
         self, path: str, *, max_bytes: int = MAX_ROWS_BYTES, nan_as_none: bool = False
-    ) -> list[dict[str, Any]]:
+    ) -> list[dict[str, object]]:
         """Return the JSON objects in `path`, one per line, within the limits of `p2r.documents`."""
         content = self.read_bytes(path, max_bytes=max_bytes)
         rows = []
@@ -238,7 +236,7 @@ class Storage:
             return self._s3.write(full, data, if_absent=True)
         with _translate_os_errors("write", self.at(path)), temporary_beside(Path(full)) as temporary:
             temporary.write_bytes(data)
-            return _link_if_absent(temporary, Path(full))
+            return link_if_absent(temporary, Path(full))
 
     def replace(self, path: str, data: bytes, *, tag: str | None) -> bool:
         """Write `data` to `path` if it is unchanged since `tag`, and return whether it was. Exactly one of several writers gets True.
@@ -254,7 +252,7 @@ class Storage:
         if self._s3 is not None:
             return self._s3.write(full, data, if_match=tag)
         target = Path(full)
-        with _translate_os_errors("write", self.at(path)), locked(_lock_path(target)):
+        with _translate_os_errors("write", self.at(path)), locked(lock_path(target)):
             if not target.is_file() or file_sha256(target) != tag:
                 return False
             with replacing(target) as temporary:
@@ -279,7 +277,7 @@ class Storage:
             with temporary_beside(Path(full)) as temporary:
                 shutil.copyfile(local, temporary)
                 if if_absent:
-                    return _link_if_absent(temporary, Path(full))
+                    return link_if_absent(temporary, Path(full))
                 temporary.replace(full)
         return True
 
@@ -492,27 +490,6 @@ def _open_bucket(scheme: str, name: str, counters: Counters) -> "S3 | Cloud":
     from p2r.s3 import S3
 
     return S3(name, counters=counters)
-
-
-def _link_if_absent(temporary: Path, target: Path) -> bool:
-    """Rename a complete file to `target` if that name is free; return whether it was."""
-    try:
-        target.hardlink_to(temporary)
-        return True
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-    with locked(_lock_path(target)):
-        is_free = not target.exists()
-        if is_free:
-            temporary.replace(target)
-        return is_free
-
-
-def _lock_path(target: Path) -> Path:
-    return target.with_name(f".tmp-lock-{target.name}")
 
 
 def _raise_unless_absent(error: OSError) -> None:

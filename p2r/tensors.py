@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from p2r.documents import FewKeys, checked, read_json
+from p2r.documents import Checked, FewKeys, checked, read_json
 from p2r.errors import CheckpointError
 
 MAX_HEADER_BYTES = 2**24
@@ -135,8 +135,8 @@ def read_tensors(
     return weights
 
 
-def read_facts(content: bytes, adapter: TypeAdapter[Any], *, where: str) -> dict[str, Any]:
-    """Return the JSON under `facts` in the metadata of a safetensors file, after a pydantic model has checked it.
+def read_facts(content: bytes, adapter: TypeAdapter[Checked], *, where: str) -> Checked:
+    """Return the JSON under `facts` in the metadata of a safetensors file, as a pydantic model.
 
     Raises:
         CheckpointError: The file is not safetensors, or its facts are absent or break a rule.
@@ -146,11 +146,8 @@ def read_facts(content: bytes, adapter: TypeAdapter[Any], *, where: str) -> dict
     text = metadata.get("facts") if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise CheckpointError(f"{where} has no facts in its header")
-    facts: dict[str, Any] = read_json(
-        text.encode(), where=f"the facts of {where}", max_bytes=MAX_HEADER_BYTES, error=CheckpointError
-    )
-    checked(adapter, facts, where=f"the facts of {where}:", error=CheckpointError)
-    return facts
+    facts = read_json(text.encode(), where=f"the facts of {where}", max_bytes=MAX_HEADER_BYTES, error=CheckpointError)
+    return checked(adapter, facts, where=f"the facts of {where}:", error=CheckpointError)
 
 
 def _parse_header(content: bytes, where: str) -> dict[str, _Entry]:

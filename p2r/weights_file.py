@@ -34,7 +34,7 @@ class WeightsFile(NamedTuple):
     """Tensors as stored, on the CPU, not yet checked against any network."""
     sha256: str
     """Digest of the file."""
-    facts: dict[str, Any]
+    facts: dict[str, object]
     """Plain values stored beside the weights."""
 
 
@@ -148,7 +148,7 @@ def _blocked_name(message: str) -> str | None:
     return None
 
 
-def _find_tensors(value: Any, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _find_tensors(value: Any, where: str) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Return the state dictionary in a checkpoint, and the plain values beside it."""
     for container in _CONTAINERS:
         found = value.get(container) if isinstance(value, Mapping) else None

@@ -132,7 +132,7 @@ def published(write_toy_job: Callable[..., Path], tmp_path_factory: pytest.TempP
 
     job = read_job(write_toy_job(tmp_path_factory.mktemp("published")))
     lines: list[str] = []
-    made = run_job(job, LocalExecutor(torch.device("cpu"), None), say=lines.append)
+    made = run_job(job, LocalExecutor(torch.device("cpu"), None), say=lines.append).to_json()
     return {
         "storage": made["storage"],
         "corpus": made["corpus"],

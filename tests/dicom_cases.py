@@ -111,6 +111,28 @@ def _copy_all(folder: Path) -> None:
         shutil.copy(path, folder / f"copy_{path.name}")
 
 
+def _strip_preamble(folder: Path) -> None:
+    """Write the files as old archives do: implicit types, and neither preamble nor file meta information."""
+    for path in folder.iterdir():
+        header = pydicom.dcmread(path)
+        del header.file_meta
+        header.preamble = None
+        header.save_as(path, implicit_vr=True, little_endian=True, enforce_file_format=False)
+
+
+def _add_other_series(folder: Path) -> None:
+    other = Series(each=lambda k: {"SeriesInstanceUID": "1.2.9", "SeriesNumber": 4, "SOPInstanceUID": f"1.2.8.{k + 1}"})
+    other.write(folder / "other")
+    for path in (folder / "other").iterdir():
+        path.rename(folder / f"other_{path.name}")
+    (folder / "other").rmdir()
+
+
+def _copy_one(folder: Path) -> None:
+    path = min(folder.iterdir())
+    shutil.copy(path, folder / f"copy_{path.name}")
+
+
 TURNED = ([1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1], [1, 0, 0, 0, 0, -1])
 UNEVEN: dict[str, Any] = {"refused": "uneven_slices", "way_out": "copy the series again"}
 
@@ -144,6 +166,25 @@ DICOM_CASES = [
     ),
     DicomCase("a slice absent in the middle", Series(slices=tuple(k for k in range(SLICES) if k != 4)), **UNEVEN),
     DicomCase(
+        "a slice absent in the middle, another one twice",
+        Series(slices=tuple(k for k in range(SLICES) if k != 4), after=_copy_one),
+        **UNEVEN,
+    ),
+    DicomCase(
+        "every second slice absent",
+        Series(slices=tuple(range(0, SLICES, 2))),
+        shapes=((COLUMNS, ROWS, SLICES // 2, 1),),
+        mm=(1.0, 1.0, 6.0),
+        values=None,
+    ),
+    DicomCase(
+        "two series in one folder",
+        Series(after=_add_other_series),
+        shapes=((COLUMNS, ROWS, SLICES, 1),) * 2,
+    ),
+    DicomCase("neither preamble nor file meta information", Series(after=_strip_preamble)),
+    DicomCase("signed numbers", Series(each=lambda k: {"PixelRepresentation": 1, "BitsStored": 16, "HighBit": 15})),
+    DicomCase(
         "rescale slope and intercept",
         Series(each=lambda k: {"RescaleSlope": 2.5, "RescaleIntercept": -10.0}),
         values=lambda stored: stored * 2.5 - 10,
@@ -166,6 +207,11 @@ DICOM_CASES = [
         Series(times=4, after=lambda folder: sorted(folder.iterdir())[10].unlink()),
         refused="uneven_slices",
         way_out="copy the series again",
+    ),
+    DicomCase(
+        "a cine that lacks a slice",
+        Series(times=4, slices=tuple(k for k in range(SLICES) if k != 4)),
+        **UNEVEN,
     ),
     DicomCase(
         "a localizer in three orientations",

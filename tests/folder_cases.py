@@ -108,6 +108,23 @@ def _decomposed(root: Path) -> Path:
     return path
 
 
+def _self_link(root: Path) -> Path:
+    (root / "again.nii").symlink_to(root / "again.nii")
+    return root
+
+
+ODD_NAMES = (
+    *(
+        "with space.nii",
+        "hash#1.nii",
+        "percent%20.nii",
+        "plus+1.nii",
+        "quote'1.nii",
+        "semi;colon.nii",
+        "brackets[1].nii",
+    ),
+    *("star*.nii", "-dash.nii", "newline\n.nii", "\u60a3\u8005.nii", "y" * 240 + ".nii", "Scan.nii", "scan.nii"),
+)
 SNAPSHOT = tuple(
     f"{part}/.snapshot/hourly.0/P{number:02d}.nii.gz" for part in ("images", "labels") for number in SUBJECTS
 )
@@ -134,6 +151,42 @@ FOLDER_CASES = [
             _named("P{}.nii")(root), ("._P0.nii", ".snapshot/h/P0.nii", "__MACOSX/P0.nii", ".git/annex/objects/a.nii")
         ),
         "6 scans of 6 subjects",
+    ),
+    FolderCase(
+        "spaces, quotes, brackets, line breaks, %20 and other scripts in names",
+        "folder",
+        lambda root: touch(root, ODD_NAMES),
+        f"{len(ODD_NAMES)} scans of {len(ODD_NAMES)} subjects",
+    ),
+    FolderCase(
+        "two scans of a patient, one named by a Mac",
+        "folder",
+        lambda root: touch(
+            root,
+            (
+                unicodedata.normalize("NFD", "M\u00fcller") + "_T1.nii",
+                unicodedata.normalize("NFC", "M\u00fcller_T2.nii"),
+            ),
+        ),
+        "2 scans of 1 subject, M\u00fcller",
+    ),
+    FolderCase(
+        "the same name with two endings",
+        "folder",
+        lambda root: touch(root, ("x.nii", "x.nii.gz")),
+        "2 scans of 1 subject, x",
+    ),
+    FolderCase(
+        "checkpoints of a notebook, objects of git-annex",
+        "folder",
+        lambda root: touch(
+            _named("P{}.nii")(root),
+            (".ipynb_checkpoints/P0-checkpoint.nii", ".git/annex/objects/MD5E-s9--9.nii", "Thumbs.db"),
+        ),
+        "6 scans of 6 subjects",
+    ),
+    FolderCase(
+        "a link to itself", "folder", lambda root: _self_link(touch(root, ("P0.nii",))), "2 scans of 2 subjects"
     ),
     FolderCase(
         "label maps beside the scans",
@@ -221,6 +274,12 @@ FOLDER_CASES = [
     ),
     FolderCase("images and labels", "task", _task(), "6 cases of 6 patients"),
     FolderCase("a file server's snapshots in both folders", "task", _task(more=SNAPSHOT), "6 cases of 6 patients"),
+    FolderCase(
+        "checkpoints of a notebook and objects of git-annex",
+        "task",
+        _task(more=("images/.ipynb_checkpoints/P00-checkpoint.nii.gz", "images/.git/annex/objects/MD5E-s9--9.nii.gz")),
+        "6 cases of 6 patients",
+    ),
     FolderCase(
         "images whose endings are in upper case", "task", _task(images="P{:02d}.NII.GZ"), "6 cases of 6 patients"
     ),

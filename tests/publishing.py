@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from p2r.artefact import open_artefact
+from p2r.artefact import Manifest, Published, open_artefact
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, load_backbone, publish, verify_artefact
 from p2r.config import ModelConfig
 from p2r.data.preprocess import Preparation
@@ -49,7 +49,7 @@ def publish_toy(
     card: str = "# toy\n",
     contrasts: tuple[str, ...] | None = None,
     **facts: Any,
-) -> dict[str, Any]:
+) -> Published[Manifest]:
     """Publish a tiny backbone whose weights a seed decides."""
     torch.manual_seed(seed)
     model = config_for(MODEL, contrasts)
@@ -101,7 +101,7 @@ def _entrant(where: str, kind: str, number: int, meeting: Any) -> dict[str, Any]
         made = publish_toy(where, **differing.get(kind, {}))  # type: ignore[arg-type]
     except CheckpointError as error:
         return {"outcome": "refused", "message": str(error)}
-    return {"outcome": "published" if made["is_new"] else "was published", "pin": made["pin"]}
+    return {"outcome": "published" if made.is_new else "was published", "pin": made.pin}
 
 
 def _broken_rules(where: str, kind: str, found: list[dict[str, Any]]) -> list[str]:

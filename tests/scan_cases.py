@@ -154,6 +154,27 @@ AS_FLOAT128 = Scan(
     fields=((42, "h", (18,)), (70, "2h", (1536, 128))),
 )
 
+BEHIND_AXES = np.array([[0, 0, 6.0, 5], [-1.5, 0, 0, 6], [0, -1.5, 0, 7], [0, 0, 0, 1]])
+
+
+def big_endian(data: NDArray[Any], affine: Any, dtype: Any) -> nibabel.Nifti1Image:
+    """An image with the byte order of old scanners."""
+    return nibabel.Nifti1Image(data, affine, nibabel.Nifti1Header(endianness=">"), dtype=dtype)
+
+
+def extended(data: NDArray[Any], affine: Any, dtype: Any) -> nibabel.Nifti1Image:
+    """An image with 8 MiB of text in its header."""
+    image = nibabel.Nifti1Image(data, affine, dtype=dtype)
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"x" * (8 << 20)))
+    return image
+
+
+def half(magic: bytes) -> bytes:
+    """The header of a scan in two files."""
+    header = nibabel.Nifti1Image(values(), GRID).header
+    return bytes(header.binaryblock[:344] + magic)
+
+
 READ = [
     Case("as a scanner's converter writes it .nii.gz", Scan()),
     Case("upper-case ending .NII.GZ", Scan()),
@@ -202,10 +223,24 @@ READ = [
     Case("gzip in several members .nii.gz", Scan(pack=lambda raw: gzip.compress(raw[:500]) + gzip.compress(raw[500:]))),
     Case("zeros after the gzip stream .nii.gz", Scan(pack=lambda raw: gzip.compress(raw) + bytes(512))),
     Case("other bytes after the gzip stream .nii.gz", Scan(pack=lambda raw: gzip.compress(raw) + b"more" * 99), notes=("trailing_bytes",)),
+    Case("big-endian .nii.gz", Scan(kind=big_endian)),
+    Case("8 MiB of text in the header .nii.gz", Scan(kind=extended)),
+    Case("axes in another order .nii.gz", Scan(affine=BEHIND_AXES), mm=(6.0, 1.5, 1.5), shape=(6, 18, 20, 1)),
+    Case("turned by 45 degrees .nii.gz", Scan(affine=turned(0.0, np.pi / 4), qform=0)),
+    Case("whole numbers stored as real ones .nii.gz", Scan(data=lambda: values().astype(np.float32))),
     Case("zeros after the voxels .nii", Scan(pack=lambda raw: raw + bytes(2 << 20)), notes=("trailing_bytes",)),
 ]  # fmt: skip
 
 REFUSED = [
+    Case(
+        "time as the fifth axis .nii.gz",
+        Scan(data=lambda: frames(4)()[..., None, :]),
+        refused="not_3d",
+        way_out="save one volume",
+    ),
+    Case("a header without its voxels .hdr", half(b"ni1\0"), refused="unreadable", way_out="needs both"),
+    Case("voxels without their header .img", bytes(4320), refused="unreadable", way_out="needs both"),
+    Case("a header of ANALYZE 7.5 .hdr", half(bytes(4)), refused="not_nifti", way_out="convert it again"),
     Case(
         "extent of 12 m: micron without a unit .nii.gz",
         Scan(affine=np.diag([700.0, 700, 700, 1])),
@@ -382,21 +417,68 @@ LABELS = [
 CASES = [*READ, *REFUSED, *LABELS]
 
 
+@dataclass(frozen=True)
+class PairCase:
+    """A label map beside its scan in a task, and its outcome."""
+
+    name: str
+    label: Scan
+    refused: str = ""
+    """Part of the refusal's message; empty: the pair is read."""
+
+    def row(self) -> str:
+        """Line of the table."""
+        return f"| {self.name} | label map of a task | {f'refused: {self.refused}' if self.refused else 'read'} |"
+
+
+CANONICAL = affines.from_matvec(np.diag(MM), [-13.5, -15.0, -18.0])
+
+PAIRS = [
+    PairCase("on the scan's grid", Scan(data=label_map)),
+    PairCase("0.0001 mm beside the scan", Scan(data=label_map, affine=GRID + 1e-4)),
+    PairCase(
+        "0.002 mm beside the scan",
+        Scan(data=label_map, affine=GRID + np.eye(4, k=3) * 2e-3),
+        "copy the image's affine if the voxels do match",
+    ),
+    PairCase("saved in another orientation", Scan(data=lambda: label_map()[::-1], affine=CANONICAL)),
+    PairCase("mirrored", Scan(data=label_map, affine=MIRRORED), "restore the pairs"),
+    PairCase(
+        "without orientation and voxel size",
+        Scan(data=label_map, affine=ONES),
+        "copy the image's affine if the voxels do match",
+    ),
+    PairCase("a slice short", Scan(data=lambda: label_map()[..., :5]), "resample the label map to its image"),
+    PairCase(
+        "a channel for each class",
+        Scan(data=lambda: np.stack([label_map() == 1, label_map() == 2], -1).astype(np.uint8)),
+        "resample the label map to its image",
+    ),
+    PairCase("255 for the organ", Scan(data=lambda: (label_map() > 0) * np.uint8(255)), "add the class to the task"),
+]
+
+
 def table() -> str:
     """The page of documentation."""
-    rows = [*(case.row() for case in CASES), *(case.row() for case in DICOM_CASES)]
+    files = [*(case.row() for case in CASES), *(case.row() for case in DICOM_CASES)]
+    label_maps, sources = [case.row() for case in PAIRS], [case.row() for case in FOLDER_CASES]
     return (
         "# Scans as people have them\n\n"
         "Treatment of odd and broken files. Everything that is read keeps its place: an image that `p2r predict` writes on\n"
         "a scan's grid has the scan's sform, qform, codes, units and spacing in time, so that it overlays the scan in every viewer. A\n"
         "refusal has a reason code and names the way out; in a corpus, both are in the ledger.\n\n"
         "This table is written by `python -m tests.scan_cases > docs/inputs.md`; a test holds every line of it.\n\n"
-        "| file | ending | outcome |\n|---|---|---|\n"
-        + "".join(f"{row}\n" for row in rows)
+        + _rows("file | ending | outcome", files)
+        + "\n## Label maps of a task\n\n"
+        "A label map must be on the grid of its scan, in any orientation.\n\n"
+        + _rows("label map | kind | outcome", label_maps)
         + "\n## Folders, lists and tasks\n\n"
-        "A refusal names the file, and of a list the line.\n\n"
-        "| source | kind | outcome |\n|---|---|---|\n" + "".join(f"{case.row()}\n" for case in FOLDER_CASES)
+        "A refusal names the file, and of a list the line.\n\n" + _rows("source | kind | outcome", sources)
     )
+
+
+def _rows(heading: str, rows: list[str]) -> str:
+    return f"| {heading} |\n|---|---|---|\n" + "".join(f"{row}\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The scripts in examples/ run, on small data."""
+"""The notebook in examples/ runs, cell by cell, on small data."""
 
-import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import pytest
@@ -14,12 +15,10 @@ def test_the_first_hour_leads_from_scans_to_a_segmentation(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name in ("P2R_LICENCE", "P2R_PROVENANCE"):
-        monkeypatch.setenv(name, "CC0-1.0")
-    spec = importlib.util.spec_from_file_location("first_hour", repository / "examples/first_hour.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    notebook = json.loads((repository / "examples/first_hour.ipynb").read_text())
+    cells = {cell["id"]: cell for cell in notebook["cells"] if cell["cell_type"] == "code"}
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells.values())
     small = {
         "pretrain__steps": 2,
         "pretrain__global_batch": 4,
@@ -31,8 +30,18 @@ def test_the_first_hour_leads_from_scans_to_a_segmentation(
         "finetune__modes": ["fine_tune"],
         "finetune__batch_size": 2,
     }
-    output = script.main(tmp_path, toy_data, **small)
-    assert nibabel.load(output).shape == (36, 40, 3)
+    names: dict[str, Any] = {}
+    for name, cell in cells.items():
+        exec(compile("".join(cell["source"]), f"first_hour.ipynb, cell {name}", "exec"), names)
+        if name == "settings":
+            names |= {
+                "folder": tmp_path,
+                "scans": toy_data,
+                "licence": "CC0-1.0",
+                "provenance": "Toys",
+                "changes": small,
+            }
+    assert nibabel.load(tmp_path / "segmentation.nii.gz").shape == (36, 40, 3)
     said = capsys.readouterr().out
-    assert "fine_tune       1 labelled, draw 0: test Dice" in said and "features (3, 4, 32, 32)" in said
-    assert "label1: " in said
+    assert "fine_tune       1 labelled, draw 0: test Dice" in said and "(3, 4, 32, 32)" in said
+    assert "label1: " in said and "licence: CC0-1.0" in (tmp_path / "job.yaml").read_text()

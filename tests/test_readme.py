@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import typer
 import webdataset
+import yaml
 
 from cluster.cli import app
 from p2r.config import IngestConfig, SessionsConfig
@@ -69,6 +70,13 @@ def test_every_file_that_it_names_exists(repository: Path) -> None:
     assert len(names) > 40
     for name in names:
         assert (repository / name).exists(), name
+
+
+def test_every_storage_that_it_names_is_made_by_a_job_that_it_names(repository: Path) -> None:
+    jobs = {yaml.safe_load(path.read_text())["name"] for path in (repository / "jobs").glob("*.yaml")}
+    everything = "\n".join(TEXTS)
+    given = set(re.findall(r"(?:storage=|-o )~/p2r-runs/([\w-]+)", everything))
+    assert set(re.findall(r"p2r-runs/([\w-]+)", everything)) <= {*jobs, *given, "mine"}
 
 
 def test_the_tree_is_the_tree(repository: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands.options import Debug, JobPath, Overrides, Sign, print_made
+from cluster.commands.options import Debug, JobPath, Overrides, Sign
 from p2r.console import show
 from p2r.errors import JobError
 from p2r.logs import say
@@ -60,9 +60,10 @@ def publish(
     if job.publish is None:
         raise JobError(f"job {path} has no section publish; give a job of kind publish, pipeline or ablation")
     published = publish_backbone(job, Storage(job.storage), say, step=step)
-    print_made({"backbone": published["url"], "backbone_pin": published["pin"]})
+    show(f"backbone: {published.url}")
+    show(f"backbone_pin: {published.pin}")
     if sign is not None:
-        show(_verify_and_sign(published["pin"], sign))
+        show(_verify_and_sign(published.pin, sign))
 
 
 def sign(

@@ -1,7 +1,7 @@
 """Commands that read, run or submit a job: validate, run, submit, schema."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,9 @@ from p2r.console import show, show_json
 from p2r.errors import InputError, JobError, TrainingError
 from p2r.exits import STOPPED
 from p2r.logs import configure, say
+
+if TYPE_CHECKING:
+    from p2r.pipeline.made import Made
 
 
 def validate(
@@ -82,17 +85,16 @@ def run(
         made = _run_on_ray(job, path, address, profile_steps=profile, debug=debug)
     else:
         say(FINISHED)
-    failed = made.pop("failed", [])
     print_made(made)
-    if "unfinished" in made:
+    if made.unfinished is not None:
         raise typer.Exit(STOPPED)
-    if failed:
+    if made.failed:
         from p2r.fewshot.search import failure_message
 
-        raise TrainingError(failure_message(failed))
+        raise TrainingError(failure_message(made.failed))
 
 
-def _run_on_ray(job: Any, path: Path, address: str | None, *, profile_steps: int, debug: bool) -> dict[str, Any]:
+def _run_on_ray(job: Any, path: Path, address: str | None, *, profile_steps: int, debug: bool) -> "Made":
     from cluster.starting import started_session
 
     with started_session(address, job=path, show_worker_logs=debug, say=say):

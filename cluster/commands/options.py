@@ -1,16 +1,17 @@
 """Arguments and options that several commands share, and output that they share."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from p2r.console import console, show
 from p2r.errors import JobError
 
-if TYPE_CHECKING:  # `p2r --help` imports neither
+if TYPE_CHECKING:  # `p2r --help` imports none of them
     from p2r.config import PretrainConfig
     from p2r.job import Job
+    from p2r.pipeline.made import Made
 
 Overrides = Annotated[
     list[str] | None,
@@ -57,14 +58,11 @@ def pretrain_config(job: "Job", path: Path) -> "PretrainConfig":
     return job.pretrain
 
 
-def print_made(made: dict[str, Any]) -> None:
+def print_made(made: "Made") -> None:
     """Print the table and the outputs of a job."""
-    table = made.pop("table", None)
-    if table is not None:
-        console().print(table)
-    from p2r.pipeline.lines import made_lines
-
-    for line in made_lines(made):
+    if made.table is not None:
+        console().print(made.table)
+    for line in made.lines():
         show(line)
 
 

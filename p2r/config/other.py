@@ -1,6 +1,6 @@
 """Section `finetune.other`: a frozen network of another tool, for a row of its own in the few-shot table."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -16,7 +16,7 @@ class OtherConfig(Section):
     build: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
     """Function that returns the network, as `package.module:function`. The job runs this code, so the package must be installed on every
     machine. The network maps images (B, 1, *S) in [0, 1] to features (B, F, *S), or on a coarser grid."""
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     """Arguments of the function, such as the path of its weights."""
     image: ImageConfig
     """Input image of the network: dimensions, spacing, size and intensities."""

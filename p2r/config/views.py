@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic.config import JsonDict
 
 from p2r.config.section import Fraction, Range, Section, Within
 
@@ -126,7 +127,7 @@ class IntensityConfig(Section):
         return self
 
 
-VIEWS: dict[str, dict[str, dict[str, Any]]] = {
+VIEWS: dict[str, dict[str, dict[str, object]]] = {
     "p2r": {},
     "pix2rep": {
         "geometry": {"rotation_deg": 90.0, "scale": (1.05, 3.0), "shear_deg": 0.0, "elastic_mm": 0.0},
@@ -161,7 +162,7 @@ def is_zero(value: object) -> bool:
     return value == 0
 
 
-def _allow_preset_name(schema: dict[str, Any]) -> None:
+def _allow_preset_name(schema: JsonDict) -> None:
     section = schema.copy()
     schema.clear()
     schema["anyOf"] = [{"enum": list(VIEWS)}, section]

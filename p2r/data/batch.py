@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.config import ImageConfig
-from p2r.data.preprocess import normalise, to_grid, to_patch
+from p2r.data.grids import to_grid, to_patch
+from p2r.data.preprocess import normalise
 from p2r.device import to_device
 
 _COVERED = 0.9999  # 1 up to rounding

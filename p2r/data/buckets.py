@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 from p2r.data import bids, dicom
 from p2r.data.dataset_json import NAME as DATASET_JSON
@@ -82,17 +82,24 @@ def small_object(url: str, *, max_bytes: int) -> bytes | None:
         raise DataError(f"{url} cannot be read: {type(error).__name__}: {error}; check network and keys") from error
 
 
-def _list_objects(url: str) -> dict[str, dict[str, Any]]:
+class _Object(NamedTuple):
+    """An object of a listing."""
+
+    num_bytes: int
+    etag: str
+
+
+def _list_objects(url: str) -> dict[str, _Object]:
     try:
         found: dict[str, dict[str, Any]] = bucket_client().find(url, detail=True)
     except Exception as error:  # botocore's errors have no common base class
         raise DataError(
             f"source {url} cannot be listed: {type(error).__name__}: {error}; check the bucket, AWS_ENDPOINT_URL and keys"
         ) from error
-    return found
+    return {path: _Object(int(state["size"]), str(state.get("ETag", "")).strip('"')) for path, state in found.items()}
 
 
-def _make_object_scan(path: str, objects: Mapping[str, Mapping[str, Any]], is_bids: bool) -> Scan:
+def _make_object_scan(path: str, objects: Mapping[str, _Object], is_bids: bool) -> Scan:
     pair = pair_of(path)
     if pair is not None and pair[0] in objects:
         path = pair[0]
@@ -101,8 +108,8 @@ def _make_object_scan(path: str, objects: Mapping[str, Mapping[str, Any]], is_bi
     return Scan(
         f"s3://{path}",
         scan_key(path),
-        sum(int(state["size"]) for state in states),
-        " ".join(str(state.get("ETag", "")).strip('"') for state in states),
+        sum(state.num_bytes for state in states),
+        " ".join(state.etag for state in states),
         files=() if pair is None else (f"s3://{pair[0]}", f"s3://{pair[1]}"),
         subject=bids.subject_of(entities),
         entities=tuple(sorted(entities.items())),

@@ -9,12 +9,11 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from p2r.config import IngestConfig
 from p2r.data.growth import ShardPlan
-from p2r.data.ledger import LedgerRow, check_row, is_accepted
-from p2r.data.manifest import check_shard
+from p2r.data.ledger import LedgerRow, is_accepted, parse_row
+from p2r.data.manifest import Shard, parse_shard
 from p2r.data.records import Records
 from p2r.data.shards import index_name, write_shard
 from p2r.data.thumbnails import Thumbnails, drawn, from_rows, thumbnail, to_rows
@@ -22,8 +21,6 @@ from p2r.data.volume import read_volume
 from p2r.documents import read_json
 from p2r.errors import DamagedError, DataError, RefusedScan
 from p2r.storage import Storage
-
-Entry = dict[str, Any]
 
 _FORMAT = "p2r-receipt/1"
 _MAX_RECEIPT_BYTES = 1 << 28
@@ -33,7 +30,7 @@ _MAX_RECEIPT_BYTES = 1 << 28
 class Built:
     """Result of building a plan."""
 
-    entry: Entry | None
+    entry: Shard | None
     """The shard's entry in the manifest; None if every scan was refused."""
     rows: tuple[LedgerRow, ...]
     """Ledger rows of the scans, in the plan's order."""
@@ -53,18 +50,21 @@ def build_shard(plan: ShardPlan, config: IngestConfig, storage: Storage) -> Buil
     with tempfile.TemporaryDirectory(prefix="p2r-shard-") as folder:
         tar = Path(folder, "shard.tar")
         records = Records(plan, config, rows, thumbnails).read()
-        entry: Entry | None = write_shard(tar, records, record=config.record, codec=config.codec)
-        assert entry is not None
-        if entry["num_records"]:
-            entry["name"] = f"shard-{plan.number:06d}-{entry['sha256'][:12]}.tar"
-            _upload(storage, tar.with_suffix(".idx"), index_name(entry["name"]))
-            _upload(storage, tar, entry["name"])
-            for row in rows:
-                row["shard"] = entry["name"] if is_accepted(row) else None
-        else:
-            entry = None
+        written = write_shard(tar, records, record=config.record, codec=config.codec)
+        entry: Shard | None = None
+        if written.num_records:
+            entry = written._replace(name=f"shard-{plan.number:06d}-{written.sha256[:12]}.tar")
+            _upload(storage, tar.with_suffix(".idx"), index_name(entry.name))
+            _upload(storage, tar, entry.name)
+            named = {"shard": entry.name}
+            rows = [row.model_copy(update=named) if is_accepted(row) else row for row in rows]
     thumbnails |= _draw_refused_thumbnails(plan, config, rows)
-    content = {"format": _FORMAT, "entry": entry, "rows": rows, "thumbnails": to_rows(thumbnails)}
+    content = {
+        "format": _FORMAT,
+        "entry": None if entry is None else entry._asdict(),
+        "rows": [row.to_json() for row in rows],
+        "thumbnails": to_rows(thumbnails),
+    }
     storage.write_bytes(receipt, (json.dumps(content, sort_keys=True, allow_nan=False) + "\n").encode())
     return Built(entry, tuple(rows), thumbnails)
 
@@ -79,15 +79,14 @@ def _read_receipt(storage: Storage, path: str) -> Built | None:
         return None
     try:
         receipt = read_json(found[0], where=path, max_bytes=_MAX_RECEIPT_BYTES, error=DataError)
-        entry, rows, thumbnails = receipt["entry"], receipt["rows"], from_rows(receipt["thumbnails"])
         if receipt["format"] != _FORMAT:
             return None
-        for row in rows:
-            check_row(row, where=path)
+        thumbnails = from_rows(receipt["thumbnails"])
+        rows = [parse_row(row, where=path) for row in receipt["rows"]]
+        entry = None if receipt["entry"] is None else parse_shard(receipt["entry"], where=path)
         if entry is not None:
-            check_shard(entry, where=path)
-            tar, index = entry["name"], index_name(entry["name"])
-            if _stored_size(storage, tar) != entry["num_bytes"] or not _stored_size(storage, index):
+            index = index_name(entry.name)
+            if _stored_size(storage, entry.name) != entry.num_bytes or not _stored_size(storage, index):
                 return None
     except (ValueError, TypeError, KeyError, AttributeError, DataError):
         return None  # damaged, or written by another version: build the shard again
@@ -109,9 +108,7 @@ def _stored_size(storage: Storage, path: str) -> int | None:
 def _draw_refused_thumbnails(plan: ShardPlan, config: IngestConfig, rows: list[LedgerRow]) -> Thumbnails:
     """Return thumbnails of refused scans that are readable, so that users can see the refused images."""
     scans = {planned.key: planned.scan for planned in plan.scans}
-    refused = drawn(
-        (row["key"] for row in rows if not is_accepted(row) and row["key"] in scans), plan.max_refused_thumbnails
-    )
+    refused = drawn((row.key for row in rows if not is_accepted(row) and row.key in scans), plan.max_refused_thumbnails)
     found: Thumbnails = {}
     for key in refused:
         try:

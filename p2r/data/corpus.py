@@ -260,10 +260,10 @@ def _build(
             scans_read += len(plan.scans)
             bytes_done += plan.num_bytes
             bytes_read += 0 if result.is_found else plan.num_bytes
-            refused.update(row["reason"] for row in result.rows if not is_accepted(row))
+            refused.update(row.reason for row in result.rows if not is_accepted(row))
             elapsed_s = max(time.monotonic() - began, 1e-6)
             yield IngestProgress(
-                shard=None if result.entry is None else str(result.entry["name"]),
+                shard=None if result.entry is None else result.entry.name,
                 done=len(done),
                 num_shards=len(plans),
                 rows=result.rows,
@@ -291,18 +291,21 @@ def _mark_copies(
     Returns:
         The results, and the whole ledger.
     """
-    first = {row["voxels_sha256"]: row["key"] for row in growth.rows if is_accepted(row) and row["copy_of"] is None}
+    first = {row.voxels_sha256: row.key for row in growth.rows if is_accepted(row) and row.copy_of is None}
     again: dict[int, ShardPlan] = {}
+    marked: dict[int, Built] = {}
     for plan, result in zip(growth.plans, built, strict=True):
-        copies = []
-        for row in result.rows:
-            if is_accepted(row) and first.setdefault(row["voxels_sha256"], row["key"]) != row["key"]:
-                copies.append((row["key"], first[row["voxels_sha256"]]))
-                row["copy_of"] = first[row["voxels_sha256"]]
+        copies, rows = [], list(result.rows)
+        for number, row in enumerate(rows):
+            if is_accepted(row) and (original := first.setdefault(row.voxels_sha256, row.key)) != row.key:
+                copies.append((row.key, original))
+                rows[number] = row.model_copy(update={"copy_of": original})
+        marked[plan.number] = replace(result, rows=tuple(rows))
         if copies and config.cross_subject_copies == "refuse":
             again[plan.number] = replace(plan, without=tuple(copies))
-    rebuilt = {plan.number: result for plan, result in build_all(tuple(again.values()))} if again else {}
-    final = [rebuilt.get(plan.number, result) for plan, result in zip(growth.plans, built, strict=True)]
+    if again:
+        marked |= {plan.number: result for plan, result in build_all(tuple(again.values()))}
+    final = [marked[plan.number] for plan in growth.plans]
     return final, [*growth.rows, *(row for result in final for row in result.rows)]
 
 
@@ -310,7 +313,7 @@ def _check_refused(
     ledger: Sequence[LedgerRow], inputs: Sequence[LedgerRow], config: IngestConfig, storage: Storage
 ) -> None:
     """Stop the job if too many inputs were refused, after writing the ledger."""
-    read = [row for row in inputs if row["status"] != "not_selected"]
+    read = [row for row in inputs if row.status != "not_selected"]
     failed = [row for row in read if is_failure(row)]
     if len(failed) <= config.max_refused_fraction * len(read):
         return
@@ -348,10 +351,8 @@ def _check_only_grows(
         selected = listed if selected is None else selected & listed
     if selected is not None:
         published = {names.subject(name) for name in selected}
-        _refuse_left_out(
-            "subjects", {str(row["subject"]) for row in accepted if row["subject"] not in published}, way_out, storage
-        )
-    missing = {str(row["source"]) for row in accepted} - {names.source(scan.path) for scan in found}
+        _refuse_left_out("subjects", {row.subject for row in accepted} - published, way_out, storage)
+    missing = {row.source for row in accepted} - {names.source(scan.path) for scan in found}
     if missing and (config.include or config.exclude):
         everything = find_scans(config.sources, cache=cache or cache_folder(), dicom_subject=config.dicom_subject)
         _refuse_left_out("scans", missing & {names.source(scan.path) for scan in everything}, way_out, storage)
@@ -385,15 +386,15 @@ def _refuse_left_out(kind: str, left_out: Set[str], way_out: str, storage: Stora
 
 
 def _report_oddities(growth: Growth, say: Say) -> None:
-    label_maps = [row for row in growth.rows if row["reason"] == LABEL_MAP]
+    label_maps = [row for row in growth.rows if row.reason == LABEL_MAP]
     if label_maps:
         say(
-            f"{len(label_maps)} label map{'s' * (len(label_maps) > 1)} left out, such as {label_maps[0]['source']} (see the ledger); "
+            f"{len(label_maps)} label map{'s' * (len(label_maps) > 1)} left out, such as {label_maps[0].source} (see the ledger); "
             f"{WAY_OUT}"
         )
     for row in growth.rows:
-        if row["reason"] == "not_raw":
-            say(str(row["message"]))
+        if row.reason == "not_raw":
+            say(row.message)
     if growth.changed:
         shown = ", ".join(growth.changed[:_MAX_SHOWN]) + (", ..." if len(growth.changed) > _MAX_SHOWN else "")
         say(

@@ -111,7 +111,7 @@ def case_of(name: str, dataset: DatasetJson) -> tuple[str, int]:
     return (key, 0) if match is None else (match[1], int(match[2]))
 
 
-def _parse_channels(found: Mapping[str, Any], path: str) -> tuple[str, ...]:
+def _parse_channels(found: Mapping[str, object], path: str) -> tuple[str, ...]:
     named = found.get("channel_names", found.get("modality"))
     if isinstance(named, list):
         named = {str(number): name for number, name in enumerate(named)}
@@ -146,7 +146,7 @@ def _parse_labels(found: Any, path: str) -> tuple[dict[int, str], tuple[str, ...
     return {number: name for number, name in sorted(labels.items()) if number > 0}, tuple(ignored)
 
 
-def _parse_cases(found: Mapping[str, Any], path: str) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+def _parse_cases(found: Mapping[str, object], path: str) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
     training: list[tuple[str, str]] = []
     cases = found.get("dataset")
     if isinstance(cases, dict):
@@ -155,8 +155,8 @@ def _parse_cases(found: Mapping[str, Any], path: str) -> tuple[tuple[tuple[str, 
                 training += [
                     (_relative_path(image, path), _relative_path(case["label"], path)) for image in case["images"]
                 ]
-    elif isinstance(found.get("training"), list):
-        for pair in found["training"]:
+    elif isinstance(pairs := found.get("training"), list):
+        for pair in pairs:
             if not isinstance(pair, dict) or not {"image", "label"} <= pair.keys():
                 raise DataError(f'{path}: training must list {{"image": ..., "label": ...}}, got {_shorten(pair)}')
             training.append((_relative_path(pair["image"], path), _relative_path(pair["label"], path)))

@@ -83,7 +83,7 @@ class Part:
 
     path: Path | None
     """A `.nii` file; None if only tags were requested."""
-    tags: dict[str, Any]
+    tags: dict[str, object]
     """Tags on the allow-list of `sidecar`."""
     num_ignored: int
     """Number of listed tags without a usable value."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from p2r.cache import Lease, ShardCache
 from p2r.counters import Counters
@@ -51,7 +51,7 @@ class OpenShards:
     def __init__(
         self,
         storage: Storage,
-        manifest: Mapping[str, Any],
+        manifest: Mapping[str, object],
         *,
         cache: ShardCache | None,
         counters: Counters,

@@ -12,7 +12,6 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -59,18 +58,20 @@ class PlannedScan:
     contrast: str = ""
     """Name of its contrast in the session; empty if its fourth axis holds all contrasts."""
 
-    def row(self, status: str, reason: str, message: str = "", *, key: str | None = None, **more: Any) -> LedgerRow:
-        """Return the scan's row in the ledger."""
+    def refused_row(
+        self, reason: str, message: str, *, key: str | None = None, copy_of: str | None = None
+    ) -> LedgerRow:
+        """Return the scan's row in the ledger, or that of one of its volumes, if it is refused."""
         return ledger_row(
             key=self.key if key is None else key,
             source=self.source,
             num_bytes=self.num_bytes,
             modified=self.modified,
             subject=self.subject,
-            status=status,
+            status="refused",
             reason=reason,
             message=message,
-            **more,
+            copy_of=copy_of,
         )
 
 
@@ -135,7 +136,7 @@ class Growth:
     """True if anything is added."""
 
 
-def preprocessing_of(config: IngestConfig) -> dict[str, Any]:
+def preprocessing_of(config: IngestConfig) -> dict[str, object]:
     """Return the fields of an ingest section that determine the record of a scan, or its refusal."""
     found = config.model_dump(mode="json", exclude={*_SELECTION, *_LIMITS})
     if config.sessions is not None:
@@ -176,12 +177,11 @@ def plan_growth(
         raise _make_no_subject_error(len(scans), found, config, allowed_subjects)
     inputs = (*subjects.items(), *((folder, None) for folder in passed_over))
     news = _compare_with_ledger(inputs, ledger, selected, config, names)
-    kept = [row for row in ledger if row["source"] not in news.replaced]
+    kept = [row for row in ledger if row.source not in news.replaced]
     rows = list(news.rows)
     places = _place_in_sessions({scan: subjects[scan] or "" for scan in news.to_read}, config, names, kept, rows)
-    keys = _UniqueKeys(row["key"] for row in kept)
-    for row in rows:
-        row["key"] = keys.reserve(row["key"], row["source"])
+    keys = _UniqueKeys(row.key for row in kept)
+    rows = [row.model_copy(update={"key": keys.reserve(row.key, row.source)}) for row in rows]
     planned = [_plan_scan(scan, subjects[scan] or "", places[scan], names, keys) for scan in sorted(places)]
     plans = tuple(_plan_shards(planned, config, kept, first_number=first_number))
     return Growth(plans, (*kept, *rows), tuple(news.changed), is_new=bool(plans or rows))
@@ -211,7 +211,7 @@ def _compare_with_ledger(
     for scan, subject in inputs:
         source = names.source(scan.path)
         old = known.get(source, [])
-        is_same = all(names.is_state(row, scan.num_bytes, scan.modified) for row in old)
+        is_same = all(names.is_state((row.num_bytes, row.modified), scan.num_bytes, scan.modified) for row in old)
         if any(is_accepted(row) for row in old):
             if not is_same:
                 news.changed.append(source)
@@ -237,7 +237,7 @@ def _place_in_sessions(
     """Return the scans to read with their places in sessions, None without sessions; append a row for each of the others."""
     if config.sessions is None:
         return dict.fromkeys(scans)
-    held = {row["record"] for row in kept if is_accepted(row) and row.get("record") is not None}
+    held = {row.record for row in kept if is_accepted(row) and row.record is not None}
     places: dict[Scan, Place | None] = {}
     for scan, found in place_scans(scans, config.sessions, is_hidden=config.pseudonyms).items():
         if isinstance(found, Place) and names.key(found.session) in held:
@@ -278,8 +278,8 @@ def _plan_shards(
         groups[it.subject].append(replace(it, is_shown=it.key in shown))
     held: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     for row in kept:
-        if is_accepted(row) and row["subject"] in groups:
-            held[row["subject"]].append((row["subject"], row["voxels_sha256"], row["key"]))
+        if is_accepted(row) and row.subject in groups:
+            held[row.subject].append((row.subject, row.voxels_sha256, row.key))
     parts = list(_assign_subjects(groups, config))
     for number, part in enumerate(parts):
         yield ShardPlan(
@@ -329,13 +329,13 @@ def _keeps_outcome(old: LedgerRow, row: LedgerRow | None, config: IngestConfig) 
         row: Its row if it is not read now; None: it is to be read.
         config: The job's ingest section.
     """
-    was_read = old["reason"] not in ("not_selected", "no_subject") and not _is_accepted_now(old, config)
-    return was_read or (row is not None and row["reason"] == old["reason"])
+    was_read = old.reason not in ("not_selected", "no_subject") and not _is_accepted_now(old, config)
+    return was_read or (row is not None and row.reason == old.reason)
 
 
 def _is_accepted_now(row: LedgerRow, config: IngestConfig) -> bool:
     """Return whether a scan was left out as a label map, and the job now takes label maps."""
-    return bool(row["reason"] == LABEL_MAP and config.label_maps == "take")
+    return row.reason == LABEL_MAP and config.label_maps == "take"
 
 
 def _make_unread_row(
@@ -387,7 +387,7 @@ class _UniqueKeys:
 def _group_by_source(ledger: Iterable[LedgerRow]) -> dict[str, list[LedgerRow]]:
     found: dict[str, list[LedgerRow]] = defaultdict(list)
     for row in ledger:
-        found[row["source"]].append(row)
+        found[row.source].append(row)
     return found
 
 

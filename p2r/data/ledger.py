@@ -16,19 +16,18 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal, TypeGuard
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from p2r.data.label_maps import CODE as LABEL_MAP
 from p2r.data.manifest import Manifest, ledger_path
 from p2r.data.preprocess import is_percentile_table
 from p2r.data.volume import Volume
-from p2r.documents import checked, read_lines
+from p2r.documents import JsonRow, Sha256, checked, read_lines
 from p2r.errors import DataError
 from p2r.storage import Storage
-
-LedgerRow = dict[str, Any]
 
 
 def _check_percentiles(percentiles: list[float]) -> list[float]:
@@ -48,10 +47,9 @@ _Axis = Annotated[int, Field(ge=1, le=2**20)]
 _Size = Annotated[float, Field(gt=0, lt=1e4)]
 
 
-class _Row(BaseModel):
-    """Fields of every row."""
+class LedgerRow(JsonRow):
+    """Row of an input."""
 
-    model_config = ConfigDict(strict=True)  # not extra="forbid": later versions may add keys
     key: _Name
     source: _Name
     num_bytes: Annotated[int, Field(ge=0, lt=2**53)] | None
@@ -62,13 +60,13 @@ class _Row(BaseModel):
     message: str
     copy_of: _Name | None
     num_samples: Annotated[int, Field(ge=0, lt=2**40)]
-    voxels_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    voxels_sha256: Sha256 | None
     shard: _Name | None
     notes: Annotated[list[_Code], Field(max_length=100)]
 
 
-class _Accepted(_Row):
-    """Fields of the row of an accepted scan."""
+class AcceptedRow(LedgerRow):
+    """Row of an accepted scan."""
 
     subject: _Name
     num_samples: Annotated[int, Field(ge=1, lt=2**40)]
@@ -76,11 +74,29 @@ class _Accepted(_Row):
     spacing_mm: Annotated[list[_Size], Field(min_length=3, max_length=3)]
     dtype: Literal["int8", "uint8", "int16", "uint16", "float32"]
     percentiles: Annotated[list[float], AfterValidator(_check_percentiles)]
-    voxels_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    voxels_sha256: Sha256
     shard: _Name
+    """Name of the tar; empty until the shard has a name."""
+    record: _Name | None = None
+    """Key of its session's record; None if the scan is a record."""
+    contrast: _Name | None = None
+    resampled_to: _Name | None = None
+    """Contrast to whose grid it was resampled; None: it had this grid."""
+    covered_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Part of the grid that the scan covers; None: all of it."""
 
 
-_ROW, _ACCEPTED = TypeAdapter(_Row), TypeAdapter(_Accepted)
+@dataclass(frozen=True)
+class SessionPlace:
+    """Place of a scan in the record of its session."""
+
+    record: str
+    contrast: str
+    resampled_to: str | None = None
+    covered_fraction: float | None = None
+
+
+_ROW, _ACCEPTED = TypeAdapter(LedgerRow), TypeAdapter(AcceptedRow)
 
 
 def ledger_row(
@@ -95,8 +111,8 @@ def ledger_row(
     message: str = "",
     copy_of: str | None = None,
 ) -> LedgerRow:
-    """Return the row of an input that is not accepted, or not yet."""
-    return {
+    """Return the row of an input that is not accepted."""
+    values: dict[str, object] = {
         "key": key,
         "source": source,
         "num_bytes": num_bytes,
@@ -115,25 +131,64 @@ def ledger_row(
         "shard": None,
         "notes": [],
     }
+    return checked(_ROW, values, where=f"the ledger row of {source}:", error=DataError)
 
 
-def accepted_fields(volume: Volume, *, axis: int, percentiles: Sequence[float], voxels_sha256: str) -> dict[str, Any]:
-    """Return the fields of an accepted scan's row that describe its voxels."""
-    return {
+def accepted_row(
+    *,
+    key: str,
+    source: str,
+    num_bytes: int | None,
+    modified: str,
+    subject: str,
+    volume: Volume,
+    axis: int,
+    percentiles: Sequence[float],
+    voxels_sha256: str,
+    place: SessionPlace | None,
+) -> AcceptedRow:
+    """Return the row of an accepted volume, in a shard without a name yet.
+
+    Args:
+        key: Key of the volume's record, or of the volume in its session's record.
+        source: Published name of the file.
+        num_bytes: Published size of the file.
+        modified: Published state of the file.
+        subject: Published name of the subject.
+        volume: The volume.
+        axis: Axis across its planes.
+        percentiles: From `percentile_table`.
+        voxels_sha256: Digest of the acquired voxels.
+        place: Place in the record of its session; None: the volume is a record.
+    """
+    in_session = {} if place is None else {name: value for name, value in asdict(place).items() if value is not None}
+    values: dict[str, object] = {
+        "key": key,
+        "source": source,
+        "num_bytes": num_bytes,
+        "modified": modified,
+        "subject": subject,
+        "status": "accepted",
+        "reason": "accepted",
+        "message": "",
+        "copy_of": None,
         "num_samples": volume.data.shape[axis] * volume.data.shape[3],
         "shape": list(volume.data.shape),
         "spacing_mm": list(volume.spacing_mm),
         "dtype": volume.data.dtype.name,
         "percentiles": list(percentiles),
         "voxels_sha256": voxels_sha256,
+        "shard": "",
         "notes": list(volume.notes),
+        **in_session,
     }
+    return checked(_ACCEPTED, values, where=f"the ledger row of {source}:", error=DataError)
 
 
 def ledger_bytes(rows: Iterable[LedgerRow]) -> bytes:
     """Serialise a ledger: one JSON object per line, sorted by key. Equal rows give equal bytes."""
-    ordered = sorted(rows, key=lambda row: (str(row["key"]), str(row["source"])))
-    return b"".join(json.dumps(row, sort_keys=True, allow_nan=False).encode() + b"\n" for row in ordered)
+    ordered = sorted(rows, key=lambda row: (row.key, row.source))
+    return b"".join(json.dumps(row.to_json(), sort_keys=True, allow_nan=False).encode() + b"\n" for row in ordered)
 
 
 def read_ledger(storage: Storage, manifest: Manifest) -> list[LedgerRow]:
@@ -167,32 +222,30 @@ def parse_ledger(content: bytes, *, name: str) -> list[LedgerRow]:
         error=DataError,
     )
     for number, row in lines:
-        check_row(row, where=f"{name}, line {number}:")
-        rows.append(row)
+        rows.append(parse_row(row, where=f"{name}, line {number}:"))
     return rows
 
 
-def check_row(row: object, *, where: str) -> None:
-    """Check that an object is a row of a ledger.
+def parse_row(value: object, *, where: str) -> LedgerRow:
+    """Validate the row of a ledger; that of an accepted scan is an `AcceptedRow`.
 
     Raises:
-        DataError: if it is not; names the field and the rule.
+        DataError: if it is not a row; names the field and the rule.
     """
-    found = checked(_ROW, row, where=where, error=DataError)
-    if found.status == "accepted":
-        checked(_ACCEPTED, row, where=where, error=DataError)
+    row = checked(_ROW, value, where=where, error=DataError)
+    return checked(_ACCEPTED, value, where=where, error=DataError) if row.status == "accepted" else row
 
 
 def count_reasons(rows: Iterable[LedgerRow]) -> dict[str, int]:
     """Count rows by reason."""
-    return dict(sorted(Counter(str(row["reason"]) for row in rows).items()))
+    return dict(sorted(Counter(row.reason for row in rows).items()))
 
 
-def is_accepted(row: LedgerRow) -> bool:
+def is_accepted(row: LedgerRow) -> TypeGuard[AcceptedRow]:
     """Return whether a row's scan is in the corpus."""
-    return bool(row["status"] == "accepted")
+    return isinstance(row, AcceptedRow)
 
 
 def is_failure(row: LedgerRow) -> bool:
     """Return whether a row's scan was refused as unusable; copies of good scans and label maps do not count."""
-    return bool(row["status"] == "refused" and row["reason"] not in ("duplicate", "cross_subject_copy", LABEL_MAP))
+    return row.status == "refused" and row.reason not in ("duplicate", "cross_subject_copy", LABEL_MAP)

@@ -75,7 +75,7 @@ def parse_list(content: bytes, name: str) -> list[Row]:
     return [_make_row(line, values, f"list {name}, line {line}") for line, values in rows]
 
 
-def _parse_csv(text: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _parse_csv(text: str, name: str) -> Iterator[tuple[int, Mapping[str, object]]]:
     lines = _iterate_lines(text, name)
     reader = csv.reader(lines, delimiter=_find_delimiter(text, name), skipinitialspace=True, strict=True)
     columns: list[str] | None = None
@@ -127,7 +127,7 @@ def _column_name(name: str) -> str:
     return name.lower() if name.lower() in ("path", *SUBJECT_COLUMNS) else name
 
 
-def _parse_jsonl(content: bytes, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _parse_jsonl(content: bytes, name: str) -> Iterator[tuple[int, Mapping[str, object]]]:
     for line, value in read_lines(content, where=f"list {name}", max_bytes=MAX_BYTES, max_depth=4, error=DataError):
         found = {_column_name(key): item for key, item in value.items()} if isinstance(value, dict) else {}
         if len(found) > _MAX_COLUMNS:
@@ -139,7 +139,7 @@ def _parse_jsonl(content: bytes, name: str) -> Iterator[tuple[int, Mapping[str, 
         yield line, found
 
 
-def _make_row(line: int, values: Mapping[str, Any], where: str) -> Row:
+def _make_row(line: int, values: Mapping[str, object], where: str) -> Row:
     texts = {
         _check_text(key, "a column name", where): _check_text(value, f"`{_shorten(key)}`", where)
         for key, value in values.items()

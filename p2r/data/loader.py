@@ -25,10 +25,10 @@ from p2r.config import ImageConfig
 from p2r.counters import Counters
 from p2r.data.batch import Batch, Group, Replaced
 from p2r.data.fetch import OpenShards
+from p2r.data.grids import check_plane
 from p2r.data.index import Box, IndexRow, covered_box
 from p2r.data.order import Order, Samples
 from p2r.data.preparation import intensity_window, plane_axes, plane_spacing
-from p2r.data.preprocess import check_plane
 from p2r.data.shards import ShardReader
 from p2r.errors import DataError
 from p2r.randomness import keyed_generator

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, TypeAdapter
 
@@ -158,13 +158,13 @@ def shards_of(manifest: Mapping[str, Any]) -> tuple[Shard, ...]:
     return tuple(map(Shard._make, map(itemgetter(*Shard._fields), manifest["shards"])))
 
 
-def check_shard(entry: object, *, where: str) -> None:
-    """Check that an object is the entry of a shard.
+def parse_shard(entry: object, *, where: str) -> Shard:
+    """Validate the entry of a shard.
 
     Raises:
-        DataError: if it is not; names the field and the rule.
+        DataError: if it is not one; names the field and the rule.
     """
-    checked(_SHARD, entry, where=where, error=DataError)
+    return Shard(**checked(_SHARD, entry, where=where, error=DataError).model_dump())
 
 
 def load_manifest(storage: Storage, *, revision: str | None = None) -> Manifest:
@@ -270,7 +270,7 @@ def facts_of(manifest: Manifest) -> list[tuple[str, str]]:
         "sources": ", ".join(facts.source),
         "subjects": f"{facts.num_subjects:,}",
         "sessions" if facts.contrasts else "scans": f"{facts.num_records:,}",
-        "contrasts, by number of sessions": describe_contrasts(manifest),
+        "contrasts, by number of sessions": describe_contrasts(facts),
         "of these, copies of another subject's": f"{facts.num_cross_subject_copies:,}",
         "volumes": f"{facts.num_volumes:,}",
         "planes": f"{facts.num_samples:,}",
@@ -282,18 +282,18 @@ def facts_of(manifest: Manifest) -> list[tuple[str, str]]:
     return [(name, text) for name, text in texts.items() if text]
 
 
-def describe_contrasts(manifest: Mapping[str, Any]) -> str:
+def describe_contrasts(facts: ManifestFacts) -> str:
     """Return the contrasts of a corpus with their numbers of sessions; empty if its records have no named contrasts."""
-    return ", ".join(f"{name} {count:,}" for name, count in (manifest.get("contrasts") or {}).items())
+    return ", ".join(f"{name} {count:,}" for name, count in (facts.contrasts or {}).items())
 
 
-def describe_records(manifest: Mapping[str, Any]) -> str:
+def describe_records(facts: ManifestFacts) -> str:
     """Return the number of records: `83 sessions (flair 83, t1 80)`, or `200 scans`."""
-    contrasts = describe_contrasts(manifest)
-    return f"{manifest['num_records']} " + (f"sessions ({contrasts})" if contrasts else "scans")
+    contrasts = describe_contrasts(facts)
+    return f"{facts.num_records} " + (f"sessions ({contrasts})" if contrasts else "scans")
 
 
-def _list_settings(section: Mapping[str, Any]) -> Iterator[str]:
+def _list_settings(section: Mapping[str, object]) -> Iterator[str]:
     """Yield the settings that are set, as texts: `record planes`, `quality.preset openmind`."""
     for name, value in section.items():
         if isinstance(value, Mapping):
@@ -322,8 +322,23 @@ def voxel_digest(salt: str, sha256: str) -> str:
     return hashlib.sha256(f"{salt}{sha256}".encode()).hexdigest()
 
 
+class SubjectDigests(Protocol):
+    """Part of a corpus's manifest that tells whether a subject or scan is in it; backbones keep it, too."""
+
+    @property
+    def cohort(self) -> str: ...  # noqa: D102
+    @property
+    def salt(self) -> str: ...  # noqa: D102
+    @property
+    def subject_digests(self) -> list[str]: ...  # noqa: D102
+    @property
+    def voxel_digests(self) -> list[str]: ...  # noqa: D102
+    @property
+    def deidentification(self) -> dict[str, str]: ...  # noqa: D102
+
+
 def contains(
-    manifest: Mapping[str, Any],
+    corpus: SubjectDigests,
     *,
     cohort: str | None = None,
     subject: str | None = None,
@@ -332,7 +347,7 @@ def contains(
     """Return whether a subject, or a scan with exactly these voxels, is in the corpus. Used to rule out leaks.
 
     Args:
-        manifest: Manifest of the corpus, or the part of it stored with a published backbone.
+        corpus: Facts of a corpus's manifest, or the part of them stored with a published backbone.
         cohort: Namespace of `subject`; None: the corpus's own.
         subject: A subject's name: the plain name, also if the corpus has pseudonyms.
         voxels_sha256: Digest from `p2r.data.shards.voxels_sha256`.
@@ -342,13 +357,12 @@ def contains(
     """
     if subject is None and voxels_sha256 is None:
         raise ValueError("contains needs a subject, voxels_sha256, or both")
-    salt = manifest["salt"]
     by_subject = False
     if subject is not None:
-        where = manifest.get("cohort", "default") if cohort is None else cohort
-        name = names_for(manifest.get("deidentification", {}), where).subject(subject)
-        by_subject = subject_digest(salt, where, name) in manifest["subject_digests"]
-    by_voxels = voxels_sha256 is not None and voxel_digest(salt, voxels_sha256) in manifest["voxel_digests"]
+        where = corpus.cohort if cohort is None else cohort
+        name = names_for(corpus.deidentification, where).subject(subject)
+        by_subject = subject_digest(corpus.salt, where, name) in corpus.subject_digests
+    by_voxels = voxels_sha256 is not None and voxel_digest(corpus.salt, voxels_sha256) in corpus.voxel_digests
     return by_subject or by_voxels
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from isal import igzip, isal_zlib
 from numpy.typing import NDArray
 
-from p2r.data.names import local_path
+from p2r.data.names import local_path, pair_of
 from p2r.errors import RefusedScan, StorageError
 
 _BLOCK_BYTES = 1 << 20
@@ -196,6 +196,11 @@ def _refuse_unreadable(local: Path, path: str | Path, error: OSError) -> Refused
         return RefusedScan(
             "unreadable",
             f"cannot read {path}: it is a link to {target}, which does not exist; mount or restore the target",
+        )
+    if isinstance(error, FileNotFoundError) and (pair := pair_of(str(path))):
+        return RefusedScan(
+            "unreadable",
+            f"cannot read {path}: no such file; a scan in two files needs both, {' and '.join(pair)}: restore it, or leave the other out",
         )
     reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
     return RefusedScan("unreadable", f"cannot read {path}: {reason}; check the path and its permissions")

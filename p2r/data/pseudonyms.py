@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from p2r.documents import as_utf8
 from p2r.errors import DataError
@@ -65,12 +64,12 @@ class Names:
             return num_bytes, modified
         return None, _digest(self.secret, "state", f"{num_bytes}\n{modified}")
 
-    def is_state(self, row: Mapping[str, Any], num_bytes: int, modified: str) -> bool:
-        """Return whether a ledger row matches the current state of a file. Older corpora store the size beside the digest."""
+    def is_state(self, recorded: tuple[int | None, str], num_bytes: int, modified: str) -> bool:
+        """Return whether the state in a ledger is that of a file now. Older corpora store the size beside the digest."""
         states = [self.state(num_bytes, modified)]
         if self.secret is not None:
             states.append((num_bytes, _digest(self.secret, "modified", modified) if modified else ""))
-        return (row["num_bytes"], row["modified"]) in states
+        return recorded in states
 
     def asked(self, digest: str) -> str:
         """Return the published digest of an ingest section; keyed, because unkeyed it would allow guesses of paths and names."""
@@ -124,7 +123,7 @@ def names_if_known(cohort: str, *, pseudonyms: bool) -> Names | None:
         return None
 
 
-def names_for(statement: Mapping[str, Any], cohort: str) -> Names:
+def names_for(statement: Mapping[str, str], cohort: str) -> Names:
     """Return the names of a corpus, from the `deidentification` of its manifest.
 
     Raises:

@@ -55,8 +55,10 @@ def check_size(volume: Volume, config: IngestConfig) -> None:
     axis = slice_axis(volume.spacing_mm, config.slice_axis, shape=shape)
     rows, columns = (shape[other] for other in plane_axes(axis))
     if min(rows, columns) < config.min_size:
+        time_first = "; if its first axis is time, save time as the fourth" * (shape[3] > 1)
         raise RefusedScan(
-            "too_small", f"{volume.key} has slices of {rows} x {columns} voxels; ingest.min_size is {config.min_size}"
+            "too_small",
+            f"{volume.key} has slices of {rows} x {columns} voxels; ingest.min_size is {config.min_size}{time_first}",
         )
 
 

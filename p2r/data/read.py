@@ -8,7 +8,6 @@ usable images are kept; `Volume.notes` records the refusals of the others.
 """
 
 from dataclasses import replace
-from typing import Any
 
 from p2r.config import IngestConfig
 from p2r.data.dicom import converted
@@ -44,7 +43,7 @@ def read_scan(scan: Scan, config: IngestConfig) -> list[Volume]:
     return [replace(volume, sidecar=tags, notes=_repeat_note(num_ignored))]
 
 
-def sidecar_of(scan: Scan) -> dict[str, Any]:
+def sidecar_of(scan: Scan) -> dict[str, object]:
     """Return the technical tags of a scan's acquisition: from the JSON files beside NIfTI, or from DICOM by dcm2niix.
 
     `read_scan` returns them with each volume; this function reads no voxels. For a series with several images it returns

@@ -7,14 +7,13 @@ its reference; a scan that cannot be used is refused by itself, and its session 
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from p2r.config import IngestConfig, SessionsConfig
 from p2r.data.alignment import Aligned, align, find_copy, on_own_grid
 from p2r.data.growth import PlannedScan, ShardPlan
 from p2r.data.label_maps import CODE as LABEL_MAP
 from p2r.data.label_maps import WAY_OUT, label_map_by_voxels
-from p2r.data.ledger import LedgerRow, accepted_fields
+from p2r.data.ledger import LedgerRow, SessionPlace, accepted_row
 from p2r.data.preparation import percentile_table, slice_axis
 from p2r.data.read import read_scan, to_grid_of_job
 from p2r.data.sidecar import closed_tags
@@ -23,7 +22,7 @@ from p2r.data.volume import Volume, voxels_sha256
 from p2r.documents import as_utf8
 from p2r.errors import RefusedScan
 
-Described = tuple[Volume, dict[str, Any]]
+Described = tuple[Volume, dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,8 @@ class Records:
             one = found[contrast]
             self._seen[one.planned.subject, one.digest] = one.key
             if not self._is_left_out(one):
-                more = {
-                    "record": one.planned.session,
-                    "contrast": contrast,
-                    **_grid_facts(aligned[contrast], reference),
-                }
-                yield self._accept(one, axis=axis, is_shown=True, more=more, coverage=aligned[contrast].coverage)
+                place = _place_in_session(one.planned.session, contrast, aligned[contrast], reference)
+                yield self._accept(one, axis=axis, is_shown=True, place=place, coverage=aligned[contrast].coverage)
 
     def _read_volumes(self, planned: PlannedScan) -> list[Volume]:
         """Return the volumes of a scan; none if it is refused."""
@@ -255,18 +250,30 @@ class Records:
         *,
         axis: int,
         is_shown: bool,
-        more: dict[str, Any] | None = None,
+        place: SessionPlace | None = None,
         coverage: tuple[float, ...] | None = None,
     ) -> Described:
         """Append the row of a volume, and return it with its metadata."""
         planned, volume = found.planned, found.volume
-        fields = accepted_fields(volume, axis=axis, percentiles=found.percentiles, voxels_sha256=found.digest)
-        self.rows.append(planned.row("accepted", "accepted", key=found.key) | fields | (more or {}))
+        self.rows.append(
+            accepted_row(
+                key=found.key,
+                source=planned.source,
+                num_bytes=planned.num_bytes,
+                modified=planned.modified,
+                subject=planned.subject,
+                volume=volume,
+                axis=axis,
+                percentiles=found.percentiles,
+                voxels_sha256=found.digest,
+                place=place,
+            )
+        )
         if planned.is_shown and is_shown:
             self.thumbnails[found.key] = thumbnail(volume)
         is_hidden = self.config.pseudonyms
         meta = {
-            "key": found.key if more is None else more["record"],
+            "key": found.key if place is None else place.record,
             "subject": planned.subject,
             "cohort": self.config.cohort,
             "slice_axis": axis,
@@ -280,21 +287,20 @@ class Records:
             "entities": dict(planned.entities),
             "frames": None if volume.frames is None else list(volume.frames),
             "resampled_from_mm": None if volume.resampled_from_mm is None else list(volume.resampled_from_mm),
-            "contrast": None if more is None else more["contrast"],
+            "contrast": None if place is None else place.contrast,
             "coverage": None if coverage is None else list(coverage),
         }
         return volume, meta | {name: value for name, value in known.items() if value}
 
-    def _refuse(self, planned: PlannedScan, error: RefusedScan, **more: Any) -> None:
+    def _refuse(
+        self, planned: PlannedScan, error: RefusedScan, *, key: str | None = None, copy_of: str | None = None
+    ) -> None:
         message = "" if self.config.pseudonyms else as_utf8(error.message)
-        self.rows.append(planned.row("refused", error.code, message, **more))
+        self.rows.append(planned.refused_row(error.code, message, key=key, copy_of=copy_of))
 
 
-def _grid_facts(aligned: Aligned, reference: str) -> dict[str, Any]:
-    """Return the fields of a ledger row that state how a contrast came to its session's grid; none if it had that grid."""
+def _place_in_session(record: str, contrast: str, aligned: Aligned, reference: str) -> SessionPlace:
     if not aligned.is_resampled:
-        return {}
-    facts: dict[str, Any] = {"resampled_to": reference}
-    if aligned.coverage is not None:
-        facts["covered_fraction"] = round(aligned.covered_fraction, 4)
-    return facts
+        return SessionPlace(record, contrast)
+    covered_fraction = None if aligned.coverage is None else round(aligned.covered_fraction, 4)
+    return SessionPlace(record, contrast, resampled_to=reference, covered_fraction=covered_fraction)

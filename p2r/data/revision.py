@@ -12,14 +12,14 @@ salt of the first one, so digests of subjects stay comparable.
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from p2r.config import IngestConfig
 from p2r.data.growth import preprocessing_of
-from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, ledger_bytes, read_ledger
+from p2r.data.ledger import AcceptedRow, LedgerRow, count_reasons, is_accepted, ledger_bytes, read_ledger
 from p2r.data.manifest import (
     FORMAT,
     MAX_MANIFEST_BYTES,
@@ -31,7 +31,6 @@ from p2r.data.manifest import (
     manifest_bytes,
     parse_manifest,
     revision_path,
-    shards_of,
     subject_digest,
     thumbnails_path,
     voxel_digest,
@@ -101,7 +100,7 @@ def next_manifest(
     names: Names,
     *,
     asked: str,
-    entries: Sequence[Mapping[str, Any]],
+    entries: Sequence[Shard],
     ledger: Sequence[LedgerRow],
     thumbnails: Thumbnails,
 ) -> Manifest:
@@ -117,10 +116,10 @@ def next_manifest(
         thumbnails: All thumbnails of the next revision.
     """
     before = _Inherited() if base.manifest is None else _Inherited.of(base.manifest)
-    shards = [*base.shards, *shards_of({"shards": entries})]
+    shards = [*base.shards, *entries]
     salt = before.salt or hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
     accepted = [row for row in ledger if is_accepted(row)]
-    subjects, voxels = ({str(row[name]) for row in accepted} for name in ("subject", "voxels_sha256"))
+    subjects, voxels = {row.subject for row in accepted}, {row.voxels_sha256 for row in accepted}
     preprocessing = preprocessing_of(config)
     provenance = [text for text in (before.provenance, config.provenance) if text]
     values = {
@@ -140,7 +139,7 @@ def next_manifest(
             for name in ("num_samples", "num_records", "num_volumes", "num_bytes")
         },
         "num_subjects": len(subjects),
-        "num_cross_subject_copies": sum(row["copy_of"] is not None for row in accepted),
+        "num_cross_subject_copies": sum(row.copy_of is not None for row in accepted),
         **_count_contrasts(accepted, config),
         "reasons": count_reasons(ledger),
         "summary": _summarise(accepted),
@@ -169,11 +168,11 @@ class _Inherited(NamedTuple):
         return cls(*(getattr(manifest.facts, name) for name in cls._fields))
 
 
-def _count_contrasts(accepted: Sequence[LedgerRow], config: IngestConfig) -> dict[str, Any]:
+def _count_contrasts(accepted: Sequence[AcceptedRow], config: IngestConfig) -> dict[str, dict[str, int]]:
     """Return the number of sessions with each contrast, also of contrasts that none has; nothing without sessions."""
     if config.sessions is None:
         return {}
-    counts = Counter(row["contrast"] for row in accepted)
+    counts = Counter(row.contrast for row in accepted)
     return {"contrasts": {name: counts[name] for name in sorted(config.sessions.contrasts)}}
 
 
@@ -241,17 +240,20 @@ def write_refused_ledger(storage: Storage, ledger: Sequence[LedgerRow]) -> str:
 
 def choose_thumbnails(found: Thumbnails, ledger: Sequence[LedgerRow]) -> Thumbnails:
     """Return the thumbnails to show in a report of this ledger."""
-    accepted = {row["key"] for row in ledger if is_accepted(row)}
-    refused = {row["key"] for row in ledger if row["status"] == "refused"}
+    accepted = {row.key for row in ledger if is_accepted(row)}
+    refused = {row.key for row in ledger if row.status == "refused"}
     groups = (drawn(found.keys() & keys, MOST) for keys in (accepted, refused))
     return {key: found[key] for group in groups for key in group}
 
 
-def _summarise(accepted: Sequence[LedgerRow]) -> dict[str, Any]:
+def _summarise(accepted: Sequence[AcceptedRow]) -> dict[str, object]:
     """Return the summary for `p2r inspect`: types, and the smallest, median and largest spacing and shape along each axis."""
-    columns = {name: list(zip(*(row[name] for row in accepted), strict=True)) for name in ("spacing_mm", "shape")}
+    columns: dict[str, list[tuple[float, ...]]] = {
+        "spacing_mm": list(zip(*(row.spacing_mm for row in accepted), strict=True)),
+        "shape": list(zip(*(row.shape for row in accepted), strict=True)),
+    }
     return {
-        "dtypes": dict(sorted(Counter(str(row["dtype"]) for row in accepted).items())),
+        "dtypes": dict(sorted(Counter(row.dtype for row in accepted).items())),
         **{
             name: {
                 word: [float(of(axis)) for axis in axes]

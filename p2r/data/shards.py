@@ -43,6 +43,7 @@ from p2r.data.index import index_name as index_name
 from p2r.data.index import index_shard as index_shard
 from p2r.data.index import parse_index as parse_index
 from p2r.data.index import read_index as read_index
+from p2r.data.manifest import Shard
 from p2r.data.preparation import planes_to_volume, volume_to_planes
 from p2r.data.volume import Volume
 from p2r.data.volume import voxels_sha256 as voxels_sha256
@@ -124,11 +125,11 @@ def decode_record(content: bytes, meta: Mapping[str, Any]) -> Array:
 
 def write_shard(
     path: Path,
-    records: Iterable[tuple[Volume, Mapping[str, Any]]],
+    records: Iterable[tuple[Volume, Mapping[str, object]]],
     *,
     record: Record = "planes",
     codec: Codec = "lz4",
-) -> dict[str, Any]:
+) -> Shard:
     """Write `<path>` (a `.tar`) and its `.idx` beside it, each atomically; equal records give equal bytes.
 
     Args:
@@ -160,13 +161,13 @@ def write_shard(
                 writer.write({"__key__": meta["key"], f"{prefix}json": text.encode(), f"{prefix}{record}": voxels})
         rows = index_shard(tar)
         index.write_text("".join(json.dumps(row_as_dict(row), sort_keys=True) + "\n" for row in rows))
-        entry = {
-            "name": path.name,
+        entry = Shard(
+            name=path.name,
             **count_records(rows),
-            "num_bytes": tar.stat().st_size,
-            "sha256": file_sha256(tar),
-            "index_sha256": file_sha256(index),
-        }
+            num_bytes=tar.stat().st_size,
+            sha256=file_sha256(tar),
+            index_sha256=file_sha256(index),
+        )
         index.replace(path.with_suffix(".idx"))
         tar.replace(path)
     return entry

@@ -67,7 +67,7 @@ _VOCABULARY = {tag: frozenset(words.split()) for tag, words in _WORDS.items()}
 typed at the scanner."""
 
 
-def closed_tags(tags: Mapping[str, Any]) -> dict[str, Any]:
+def closed_tags(tags: Mapping[str, object]) -> dict[str, object]:
     """Return the tags without free text: numbers, flags, and text of a closed vocabulary."""
     return {
         tag: value for tag, value in tags.items() if TAGS.get(tag) in ("number", "flag") or _is_vocabulary(tag, value)
@@ -83,7 +83,7 @@ def _is_vocabulary(tag: str, value: Any) -> bool:
     return all(word in known or word.upper() in known for word in words)
 
 
-def read_sidecar(path: str) -> tuple[dict[str, Any], int]:
+def read_sidecar(path: str) -> tuple[dict[str, object], int]:
     """Return the tags of the scan at `path`, and the number of unusable JSON files or values.
 
     Args:
@@ -92,7 +92,7 @@ def read_sidecar(path: str) -> tuple[dict[str, Any], int]:
     Raises:
         StorageError: if a bucket cannot be read.
     """
-    tags: dict[str, Any] = {}
+    tags: dict[str, object] = {}
     num_ignored = 0
     bucket = bucket_client() if path.startswith("s3://") else None
     for sidecar in _find_sidecars(path, bucket):
@@ -104,7 +104,7 @@ def read_sidecar(path: str) -> tuple[dict[str, Any], int]:
     return tags, num_ignored
 
 
-def allowed_tags(content: bytes) -> tuple[dict[str, Any], int]:
+def allowed_tags(content: bytes) -> tuple[dict[str, object], int]:
     """Return the listed tags of a JSON object, and the number of those without a usable value (1 for an unusable file)."""
     try:
         # Other programs write NaN; it becomes None, which no kind allows.
@@ -118,7 +118,7 @@ def allowed_tags(content: bytes) -> tuple[dict[str, Any], int]:
     return usable, len(listed) - len(usable)
 
 
-def common_tags(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def common_tags(parts: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """Return the tags that all parts of a series share."""
     first, *others = parts
     return {tag: value for tag, value in first.items() if all(other.get(tag) == value for other in others)}

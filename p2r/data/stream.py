@@ -21,7 +21,7 @@ from p2r.data.batch import Replaced as Replaced
 from p2r.data.fetch import OpenShards
 from p2r.data.loader import Loader
 from p2r.data.loader import Quarantine as Quarantine
-from p2r.data.manifest import manifest_sha256
+from p2r.data.manifest import Manifest, manifest_sha256
 from p2r.data.order import ORDER, Order, check_world_size
 from p2r.errors import CheckpointError, DataError
 from p2r.storage import Storage
@@ -32,7 +32,7 @@ class Corpus:
     """A corpus to stream from, at one revision."""
 
     storage: Storage
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     weight: float | None = None
     """Weight in every batch relative to the other corpora; None for all corpora: proportional to their sizes."""
     contrast: str | None = None
@@ -54,7 +54,7 @@ class StreamState:
     step: int = 0
     """Batches consumed since the run began, over all epochs."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the state for a checkpoint, along with the version of the order."""
         return {
             "order": ORDER,
@@ -172,7 +172,7 @@ def check_contrasts(corpus: Corpus, contrasts: tuple[str, ...] | None) -> None:
     Raises:
         DataError: if only one of the two has named contrasts, or the corpus has none of the network's.
     """
-    known = corpus.manifest.get("contrasts")
+    known = corpus.manifest.facts.contrasts
     named = ", ".join(known or ())
     if known is not None and corpus.contrast is not None:
         raise DataError(f"{corpus.storage.url} has the contrasts {named}: leave contrast out of pretrain.corpus")
@@ -204,8 +204,13 @@ def order_of(corpora: Sequence[Corpus], *, image: ImageConfig, seed: int, global
     weights = [corpus.weight for corpus in corpora if corpus.weight is not None]
     if len(weights) not in (0, len(corpora)):
         raise DataError("give a weight to every corpus, or to none of them")
-    name, times = ("num_samples", 1) if image.dimensions == 2 else ("num_volumes", image.patches_per_volume)
-    counts = [[entry[name] * times for entry in corpus.manifest["shards"]] for corpus in corpora]
+    counts = [
+        [
+            shard.num_samples if image.dimensions == 2 else shard.num_volumes * image.patches_per_volume
+            for shard in corpus.manifest.shards
+        ]
+        for corpus in corpora
+    ]
     return Order(counts, seed=seed, global_batch=global_batch, weights=weights or None)
 
 

@@ -113,7 +113,7 @@ def survey(
         DataError: as `find_scans`; also if the folder does not have the requested layout.
     """
     local = local_path(root)
-    folder = local.expanduser().absolute() if local is not None else None
+    folder = _without_dots(local) if local is not None else None
     where = str(root).rstrip("/") if folder is None else str(folder)
     everything = search_scans([where], cache=cache)
     found = everything.scans
@@ -134,7 +134,7 @@ def survey(
     label_folders: list[Path] = []
     pairing, description = None, bids.Description()
     if labels is not None:
-        label_folders = [labels.expanduser().absolute()]
+        label_folders = [_without_dots(labels)]
     elif folder is not None:
         label_folders = _find_label_folders(folder, form)
     if folder is not None:
@@ -161,6 +161,12 @@ def survey(
         if dataset is not None
         else bids.label_names([folder, *label_folders] if folder else label_folders),
     )
+
+
+def _without_dots(path: Path) -> Path:
+    """Return an absolute path without `..`; links stay, because people recognise the names that they gave."""
+    absolute = path.expanduser().absolute()
+    return absolute.resolve() if ".." in absolute.parts else absolute
 
 
 def _test_patterns(dataset: DatasetJson | None, scans: Sequence[Scan]) -> tuple[str, ...]:

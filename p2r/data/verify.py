@@ -15,7 +15,7 @@ from pathlib import Path
 from isal.isal_zlib import crc32
 
 from p2r.data.index import MAX_INDEX_BYTES, IndexRow, index_name, index_shard, parse_index
-from p2r.data.ledger import LedgerRow, count_reasons, is_accepted, parse_ledger
+from p2r.data.ledger import AcceptedRow, LedgerRow, count_reasons, is_accepted, parse_ledger
 from p2r.data.manifest import (
     MAX_MANIFEST_BYTES,
     Manifest,
@@ -55,7 +55,7 @@ def verify_corpus(storage: Storage) -> list[str]:
     ledger, ledger_problems = _check_ledger(storage, manifest)
     by_shard: dict[str, Counter[str]] = {}
     for row in filter(is_accepted, ledger):
-        by_shard.setdefault(str(row.get("shard")), Counter())[_volume_name(row)] += int(row["num_samples"])
+        by_shard.setdefault(row.shard, Counter())[_volume_name(row)] += row.num_samples
     for shard in manifest.shards:
         problems += _problems_of_shard(storage, shard, by_shard.pop(shard.name, Counter()) if ledger else None)
     problems += [f"ledger: it names the shard {name}, which the manifest lacks" for name in sorted(by_shard)]
@@ -143,9 +143,9 @@ def _check_ledger(storage: Storage, manifest: Manifest) -> tuple[list[LedgerRow]
     return rows, problems
 
 
-def _volume_name(row: LedgerRow) -> str:
+def _volume_name(row: AcceptedRow) -> str:
     """Return the name of a scan's volume in its shard."""
-    return str(row["key"]) if row.get("record") is None else f"{row['record']}.{row['contrast']}"
+    return row.key if row.record is None else f"{row.record}.{row.contrast}"
 
 
 def _problems_of_shard(storage: Storage, entry: Shard, accepted: Counter[str] | None) -> list[str]:

@@ -75,7 +75,7 @@ class Volume:
     """Voxel size before resampling; None if not resampled."""
     acquired_sha256: str | None = None
     """`voxels_sha256` before resampling, to recognise the scan; None if not resampled."""
-    sidecar: Mapping[str, Any] = field(default_factory=dict)
+    sidecar: Mapping[str, object] = field(default_factory=dict)
     """Technical tags of the acquisition, if known (see `sidecar`)."""
     notes: tuple[str, ...] = ()
     """Defects that were ignored, as codes for the ledger."""

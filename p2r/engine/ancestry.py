@@ -5,19 +5,17 @@ weights as pins of corpora and backbones (`origins`). Publishing reads them, so 
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from p2r.artefact import Artefact, open_artefact
-from p2r.artefact_manifest import CorpusFacts
-from p2r.data.manifest import load_manifest, revision_path
+from pydantic import BaseModel, ValidationError
+
+from p2r.artefact import Artefact, CorpusFacts, open_artefact
+from p2r.data.manifest import ManifestFacts, load_manifest, revision_path
+from p2r.engine.checkpoint_manifest import CheckpointManifest, InitialWeights
 from p2r.errors import InputError
 from p2r.reference import Reference, parse_reference
 from p2r.storage import Storage
-
-_CORPUS_KEYS = ("licence", "provenance", "cohort", "num_samples", "num_subjects")
-# Needed by fine-tuning to refuse a task whose validation or test patients are in the corpus.
-_LEAK_KEYS = ("salt", "subject_digests", "voxel_digests", "deidentification")
 
 
 class Ancestry(NamedTuple):
@@ -28,13 +26,28 @@ class Ancestry(NamedTuple):
     licences: list[str]
 
 
-def corpus_facts(manifest: Mapping[str, Any], *, url: str, sha256: str, weight: float | None) -> CorpusFacts:
-    """Return the facts about a corpus revision that a backbone keeps."""
-    facts = {key: manifest[key] for key in (*_CORPUS_KEYS, *_LEAK_KEYS)}
-    return CorpusFacts(url=url, sha256=sha256, weight=weight, **facts)
+def corpus_facts(facts: ManifestFacts, *, url: str, sha256: str, weight: float | None) -> CorpusFacts:
+    """Return the facts about a corpus revision that a backbone keeps.
+
+    Fine-tuning needs the digests, to refuse a task whose validation or test patients are in the corpus.
+    """
+    return CorpusFacts(
+        url=url,
+        sha256=sha256,
+        weight=weight,
+        licence=facts.licence,
+        provenance=facts.provenance,
+        cohort=facts.cohort,
+        num_samples=facts.num_samples,
+        num_subjects=facts.num_subjects,
+        salt=facts.salt,
+        subject_digests=facts.subject_digests,
+        voxel_digests=facts.voxel_digests,
+        deidentification=facts.deidentification,
+    )
 
 
-def origins_of_checkpoint(manifest: Mapping[str, Any], url: str) -> list[str] | None:
+def origins_of_checkpoint(manifest: CheckpointManifest, url: str) -> list[str] | None:
     """Return pins of all pretraining data of a checkpoint's weights; None: unknown.
 
     Args:
@@ -43,20 +56,47 @@ def origins_of_checkpoint(manifest: Mapping[str, Any], url: str) -> list[str] | 
     """
     try:
         return _list_origins(manifest, url)
-    except (KeyError, TypeError, AttributeError, ValueError, InputError):  # of another version, or invalid
+    except (ValidationError, ValueError, InputError):  # of another version, or invalid
         return None
 
 
-def _list_origins(manifest: Mapping[str, Any], url: str) -> list[str] | None:
-    before = manifest.get("init_from")
-    origins = [] if before is None else before.get("origins")
+class _Streamed(BaseModel):
+    """A corpus in the stream state of a checkpoint."""
+
+    manifest_sha256: str
+
+
+class _Share(BaseModel):
+    """A corpus in the section pretrain of a checkpoint."""
+
+    url: str
+
+
+class _Stream(BaseModel):
+    """The stream state of a checkpoint."""
+
+    corpora: list[_Streamed] = []
+
+
+class _Data(BaseModel):
+    """Pretraining data of a checkpoint."""
+
+    corpus: str | list[_Share] | None = None
+    stream: _Stream = _Stream()
+
+
+def _list_origins(manifest: CheckpointManifest, url: str) -> list[str] | None:
+    before = manifest.init_from
+    origins = [] if before is None else before.origins
+    stream, corpus = manifest.state.stream, manifest.config.to_json().get("corpus")
+    data = _Data.model_validate({"corpus": corpus} | ({} if stream is None else {"stream": stream}))
+    streamed = data.stream.corpora
     own = re.fullmatch(r"(.+)/pretrain/checkpoints/[^/]+", url)
-    corpus = manifest["config"].get("corpus") or (f"{own[1]}/corpus" if own else None)
-    streamed = manifest["state"].get("stream", {}).get("corpora", [])
-    urls = [corpus] if isinstance(corpus, str) else [share["url"] for share in corpus or []]
+    of_job = data.corpus or (f"{own[1]}/corpus" if own else [])
+    urls = [of_job] if isinstance(of_job, str) else [share.url for share in of_job]
     if origins is None or not streamed or len(urls) != len(streamed):
         return None
-    pins = [str(Reference(Storage(one).url, part["manifest_sha256"])) for one, part in zip(urls, streamed, strict=True)]
+    pins = [str(Reference(Storage(one).url, part.manifest_sha256)) for one, part in zip(urls, streamed, strict=True)]
     return [*origins, *(pin for pin in pins if pin not in origins)]
 
 
@@ -65,7 +105,7 @@ def origins_of_backbone(artefact: Artefact) -> list[str]:
     return [artefact.pin]
 
 
-def ancestry(init_from: Mapping[str, Any] | None) -> Ancestry:
+def ancestry(init_from: InitialWeights | None) -> Ancestry:
     """Return the corpora and licences of a run's initial weights.
 
     Args:
@@ -73,11 +113,11 @@ def ancestry(init_from: Mapping[str, Any] | None) -> Ancestry:
     """
     if init_from is None:
         return Ancestry([], [])
-    if init_from.get("origins") is None:
+    if init_from.origins is None:
         return Ancestry(None, ["unknown"])
     corpora: list[CorpusFacts] | None = []
     licences: list[str] = []
-    for origin in init_from["origins"]:
+    for origin in init_from.origins:
         found = _read_origin(origin)
         licences += found.licences
         corpora = None if corpora is None or found.corpora is None else corpora + found.corpora
@@ -95,7 +135,7 @@ def _read_origin(origin: str) -> Ancestry:
             return Ancestry(manifest.corpora or None, [manifest.licence])
         corpus = load_manifest(storage, revision=reference.sha256)
         return Ancestry(
-            [corpus_facts(corpus, url=storage.url, sha256=reference.sha256, weight=None)], [corpus.facts.licence]
+            [corpus_facts(corpus.facts, url=storage.url, sha256=reference.sha256, weight=None)], [corpus.facts.licence]
         )
     except InputError:  # deleted, or replaced
         return Ancestry(None, ["unknown"])

@@ -31,7 +31,14 @@ from torch import Tensor
 
 from p2r.config import PretrainConfig, ProbeConfig
 from p2r.engine.build import full_weights
-from p2r.engine.checkpoint_manifest import FORMAT, MANIFEST, CheckpointManifest, SavedCheckpoint, read_checkpoint
+from p2r.engine.checkpoint_manifest import (
+    FORMAT,
+    MANIFEST,
+    CheckpointManifest,
+    InitialWeights,
+    SavedCheckpoint,
+    read_checkpoint,
+)
 from p2r.engine.peers import Peers
 from p2r.engine.universal import TAG, convert, is_plain, load_universal, refuse_inconvertible
 from p2r.engine.uploading import Uploaded, Uploader, own_folder, path_of, step_of
@@ -39,7 +46,7 @@ from p2r.errors import CheckpointError, DamagedError
 from p2r.storage import Storage, json_bytes
 from p2r.version import __version__, code_version
 
-Note = Callable[[Mapping[str, Any]], None]
+Note = Callable[[str, int], None]
 """Receives a fault, as a row of faults.jsonl without time and attempt."""
 
 # Keys that may change between a run and its resumption: they do not affect the results beyond rounding.
@@ -117,8 +124,8 @@ class Checkpoints:
         engine: Any,
         *,
         step: int,
-        state: Mapping[str, Any],
-        init_from: Mapping[str, Any] | None = None,
+        state: Mapping[str, object],
+        init_from: InitialWeights | None = None,
         tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         """Save the engine; the upload runs in the background. See `save_checkpoint`."""
@@ -201,8 +208,8 @@ def save_checkpoint(
     into: Path,
     step: int,
     config: PretrainConfig,
-    state: Mapping[str, Any],
-    init_from: Mapping[str, Any] | None = None,
+    state: Mapping[str, object],
+    init_from: InitialWeights | None = None,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Save the engine at the same step on every rank. Waits for the previous upload, but not for its own.
@@ -247,7 +254,7 @@ def save_checkpoint(
             "config": configuration,
             "config_sha256": hashlib.sha256(json_bytes(configuration)).hexdigest(),
             "world_size": peers.world_size,
-            "init_from": None if init_from is None else dict(init_from),
+            "init_from": None if init_from is None else init_from.to_json(),
             "tensors": sorted(tensors or {}),
             "code_version": __version__,
             "code": code_version(),
@@ -316,7 +323,7 @@ def refuse_other_config(manifest: CheckpointManifest, config: PretrainConfig, *,
     raise CheckpointError("\n".join([f"{where} was made with another configuration:", *lines, way]))
 
 
-def _complete_config(manifest: CheckpointManifest) -> dict[str, Any]:
+def _complete_config(manifest: CheckpointManifest) -> dict[str, object]:
     """Return a checkpoint's configuration, with the defaults of keys that its version did not have.
 
     The default of a new key must keep the earlier behaviour (CONTRIBUTING.md). A configuration that this version cannot read
@@ -328,7 +335,7 @@ def _complete_config(manifest: CheckpointManifest) -> dict[str, Any]:
         return manifest.config.to_json()
 
 
-def _describe_difference(key: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def _describe_difference(key: str, saved: Mapping[str, object], wanted: Mapping[str, object]) -> str:
     if key not in wanted:
         return f"{saved[key]!r} in the checkpoint; this version of p2r has no such key"
     before = repr(saved[key]) if key in saved else "absent"
@@ -387,7 +394,7 @@ def _fetch_newest_sound(
     told = "; ".join(damaged.values()) + f"; {way}"
     _LOG.warning("%s", told)
     if note is not None:
-        note({"cause": "checkpoint", "what": told, "decision": "fall back", "from_step": max(step, 0)})
+        note(told, max(step, 0))
     return None if taken is None else (taken, told)
 
 
@@ -427,7 +434,7 @@ def _generator_file(folder: Path, rank: int) -> Path:
     return folder / "generators" / f"rank-{rank:05d}.safetensors"
 
 
-def _flatten_keys(value: Any, key: str = "") -> dict[str, Any]:
+def _flatten_keys(value: Any, key: str = "") -> dict[str, object]:
     if isinstance(value, dict):
         return {
             name: leaf

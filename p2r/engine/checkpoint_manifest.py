@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, TypeAdapter
 
 from p2r.config import PretrainConfig
-from p2r.documents import FewKeys, FileEntry, RelativePath, checked
+from p2r.documents import FewKeys, FileEntry, JsonRow, RelativePath, checked
 from p2r.errors import CheckpointError, DamagedError
 from p2r.storage import Storage
 
@@ -29,7 +29,7 @@ class SavedConfig(_Strict):
     steps: Annotated[int, Field(ge=1)]
     zero_stage: Annotated[int, Field(ge=0, le=3)] = PretrainConfig.model_fields["zero_stage"].default
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return all keys with their values."""
         return self.model_dump(exclude_unset=True)
 
@@ -43,6 +43,26 @@ class SavedState(_Strict):
     """Running sums since the last report, see `p2r.engine.running.Sums`."""
 
 
+class InitialWeights(JsonRow):
+    """Origin of a run's initial weights."""
+
+    url: str = ""
+    """Location of the weights; empty in checkpoints of older versions."""
+    format: str | None = None
+    """Format of the artefact or checkpoint; `foreign`: a weights file of another tool."""
+    manifest_sha256: str | None = None
+    weights_sha256: str | None = None
+    origins: list[str] | None = None
+    """Pins of all pretraining data of the weights; None: unknown."""
+    step: int | None = None
+    source: str = ""
+    """Name of another tool's network."""
+    table: list[dict[str, JsonValue]] | None = None
+    """What was matched of another tool's weights, and what was left out, with reasons; see `p2r.model.foreign.Row`."""
+    citations: str | None = None
+    """Citations in another tool's file."""
+
+
 class CheckpointManifest(_Strict):
     """`manifest.json` of a checkpoint. Its paths and names cannot lead outside its folder."""
 
@@ -53,7 +73,7 @@ class CheckpointManifest(_Strict):
     world_size: Annotated[int, Field(ge=1, le=2**24)]
     files: Annotated[dict[RelativePath, FileEntry], FewKeys]
     tensors: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]], FailFast()] = []
-    init_from: dict[str, JsonValue] | None = None
+    init_from: InitialWeights | None = None
     """Origin of the initial weights; None: random."""
     code_version: str = "unknown"
     """Version of p2r that wrote it."""
@@ -63,7 +83,7 @@ class CheckpointManifest(_Strict):
         """Number of ranks and ZeRO stage of the run."""
         return self.world_size, self.config.zero_stage
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the fields that were set, as JSON values."""
         return self.model_dump(exclude_unset=True)
 
@@ -99,7 +119,7 @@ def read_checkpoint(storage: Storage, path: str) -> SavedCheckpoint:
     return SavedCheckpoint(path, parse_manifest(value, where=storage.at(where)))
 
 
-def parse_manifest(value: Mapping[str, Any], *, where: str) -> CheckpointManifest:
+def parse_manifest(value: Mapping[str, object], *, where: str) -> CheckpointManifest:
     """Validate the manifest of a checkpoint.
 
     Raises:

@@ -3,31 +3,30 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
-from p2r.documents import checked
+from p2r.documents import JsonRow, checked
 from p2r.errors import DamagedError
 from p2r.storage import Storage
 
 _Number = Annotated[float, Field(ge=0, le=1e12)]
 
 
-class _Row(BaseModel):
-    """Keys of a row that p2r computes with; others are kept unchanged."""
+class HistoryRow(JsonRow):
+    """A report of a run: the keys that p2r computes with. `p2r.engine.report` has all."""
 
-    model_config = ConfigDict(strict=True)
     step: Annotated[int, Field(ge=0, lt=2**53)]
     world_size: Annotated[int, Field(ge=1, le=2**24)] | None = None
     step_s: _Number | None = None
     images_per_s: _Number | None = None
 
 
-_ROW = TypeAdapter(_Row)
+_ROW = TypeAdapter(HistoryRow)
 
 
-def read_history(storage: Storage, path: str) -> list[dict[str, Any]]:
+def read_history(storage: Storage, path: str) -> list[HistoryRow]:
     """Return the rows of a run's history.
 
     Args:
@@ -39,17 +38,18 @@ def read_history(storage: Storage, path: str) -> list[dict[str, Any]]:
     """
     # Earlier versions may have written NaN, which JSON does not have: read as None.
     rows = storage.read_rows(path, nan_as_none=True)
-    for number, row in enumerate(rows, start=1):
+    return [
         checked(_ROW, row, where=f"{storage.at(path)}, row {number}:", error=DamagedError)
-    return rows
+        for number, row in enumerate(rows, start=1)
+    ]
 
 
-def history_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
+def history_bytes(rows: Iterable[Mapping[str, object]]) -> bytes:
     """Serialise the rows of a history. NaN and infinities, which JSON does not have, become null."""
     return "".join(json.dumps(_replace_nan(row), allow_nan=False) + "\n" for row in rows).encode()
 
 
-def _replace_nan(value: Any) -> Any:
+def _replace_nan(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _replace_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -149,7 +149,7 @@ def _train_steps(run: "PretrainRun") -> Generator[PretrainReport, None, None]:
                     _save_checkpoint(run, step)
                 if is_last:
                     checkpoints.finish()  # the last report must not precede its checkpoint
-                    report = replace(report, **_upload_facts(checkpoints))
+                    report = _add_upload(report, checkpoints)
                 yield report
             if stops:
                 return
@@ -227,7 +227,7 @@ def _make_report(run: PretrainRun, step: int, taken: Step, *, ends_interval: boo
         running.reset()
     pending, run.pending = run.pending, PendingReport()
     seconds = clock.lap()
-    return PretrainReport(
+    report = PretrainReport(
         step=step,
         num_steps=config.steps,
         samples_seen=step * config.global_batch,
@@ -251,9 +251,9 @@ def _make_report(run: PretrainRun, step: int, taken: Step, *, ends_interval: boo
         contrast_pairs=gather_contrast_health(taken, config),
         equivariance_error=gather_equivariance_error(taken),
         checkpoint=path_of(step) if is_last else run.checkpoints.completed(),
-        **_upload_facts(run.checkpoints),
         **asdict(pending),
     )
+    return _add_upload(report, run.checkpoints)
 
 
 def _save_checkpoint(run: PretrainRun, step: int) -> None:
@@ -269,9 +269,12 @@ def _save_checkpoint(run: PretrainRun, step: int) -> None:
         run.good = path_of(step)
 
 
-def _upload_facts(checkpoints: Checkpoints) -> dict[str, Any]:
+def _add_upload(report: PretrainReport, checkpoints: Checkpoints) -> PretrainReport:
+    """Add time and size of the last upload, if there was one."""
     uploaded = checkpoints.uploaded
-    return {} if uploaded is None else {"checkpoint_s": uploaded.seconds, "checkpoint_bytes": uploaded.num_bytes}
+    if uploaded is None:
+        return report
+    return replace(report, checkpoint_s=uploaded.seconds, checkpoint_bytes=uploaded.num_bytes)
 
 
 def _divergence_error(run: PretrainRun, step: int, error: object) -> TrainingError:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,9 +151,9 @@ class HistoryRows:
 
     def __init__(self, storage: Storage, rank: int, *, first_step: int) -> None:
         self._storage, self._rank, self._written_at = storage, rank, 0.0
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[dict[str, object]] = []
         if rank == 0 and first_step and storage.exists(HISTORY):
-            self._rows = [row for row in read_history(storage, HISTORY) if row["step"] <= first_step]
+            self._rows = [row.to_json() for row in read_history(storage, HISTORY) if row.step <= first_step]
 
     def add(self, report: PretrainReport, *, flush: bool) -> None:
         """Add the row of a report; the file is written at most every 10 s unless `flush` is set."""

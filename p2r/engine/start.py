@@ -15,7 +15,7 @@ from p2r.data.order import check_micro_batch
 from p2r.data.stream import Quarantine, Replaced, StreamState, stream, stream_state
 from p2r.engine.build import DTYPES, build_engine, set_mean_weights
 from p2r.engine.checkpoint import Checkpoints, Fetched
-from p2r.engine.checkpoint_manifest import CheckpointManifest, SavedCheckpoint
+from p2r.engine.checkpoint_manifest import CheckpointManifest, InitialWeights, SavedCheckpoint
 from p2r.engine.corpora import agreed_corpora
 from p2r.engine.feed import Batches, Timed, feed
 from p2r.engine.objectives import explain_missing_kernels
@@ -64,7 +64,7 @@ class PretrainRun:
     probe: OnlineProbe | None
     """On rank 0 only."""
     timed: Timed
-    init_from: dict[str, Any] | None
+    init_from: InitialWeights | None
     """Origin of the initial weights."""
     first_step: int
     state: StreamState
@@ -195,7 +195,7 @@ def _check_batch_and_checkpoint(
 
 def _build_network(
     config: PretrainConfig, checkpoint: CheckpointManifest | None
-) -> tuple[Pix2Rep, dict[str, Any] | None]:
+) -> tuple[Pix2Rep, InitialWeights | None]:
     """Return the network with its initial weights, and their origin if they are not random."""
     torch.manual_seed(config.seed)
     learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None

@@ -13,12 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from p2r.artefact import MAX_MANIFEST_BYTES, Artefact, open_artefact
-from p2r.artefact_manifest import BackboneManifest
+from p2r.artefact import MAX_MANIFEST_BYTES, MAX_MANIFEST_MEMORY_BYTES, Artefact, BackboneManifest, open_artefact
 from p2r.config import ModelConfig
 from p2r.documents import FileEntry, read_json
 from p2r.engine.ancestry import origins_of_backbone, origins_of_checkpoint
-from p2r.engine.checkpoint_manifest import FORMAT, parse_manifest
+from p2r.engine.checkpoint_manifest import FORMAT, InitialWeights, parse_manifest
 from p2r.errors import CheckpointError, DamagedError
 from p2r.model.backbones import EncoderDecoder, build_backbone
 from p2r.model.foreign import Transfer, transfer
@@ -36,7 +35,7 @@ _OPTIONAL = {"log_temperature"}
 _WAY_OUT = "Take over its model section, or leave init_from out."
 
 
-def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
+def init_weights(model: Pix2Rep, url: str) -> InitialWeights:
     """Load the weights stored at a URL into a model.
 
     Args:
@@ -70,9 +69,15 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
             "or of a checkpoint, such as STORAGE/pretrain/checkpoints/step-00001000"
         )
     content = storage.read_bytes("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
-    manifest = read_json(content, where=where, max_bytes=MAX_MANIFEST_BYTES, error=CheckpointError)
+    manifest = read_json(
+        content,
+        where=where,
+        max_bytes=MAX_MANIFEST_BYTES,
+        max_memory_bytes=MAX_MANIFEST_MEMORY_BYTES,
+        error=CheckpointError,
+    )
     format = manifest.get("format") if isinstance(manifest, dict) else None
-    facts = {"url": storage.url, "format": format}
+    facts = InitialWeights(url=storage.url, format=format, manifest_sha256=hashlib.sha256(content).hexdigest())
     if str(format).startswith("p2r-backbone/"):
         artefact = open_artefact(reference, format="p2r-backbone")
         assert isinstance(artefact.manifest, BackboneManifest)
@@ -80,27 +85,26 @@ def init_weights(model: Pix2Rep, url: str) -> dict[str, Any]:
         weights = read_tensors(artefact.read("weights"), where=storage.at(entry.name))
         _load_fitting(model.backbone, weights, where=where, optional=set())
         head = _take_over_head(model, artefact)
-        step = {} if artefact.manifest.step is None else {"step": artefact.manifest.step}
-        return {
-            **facts,
+        step: dict[str, object] = {} if artefact.manifest.step is None else {"step": artefact.manifest.step}
+        origin = {
             "manifest_sha256": artefact.sha256,
             "weights_sha256": entry.sha256,
             "origins": origins_of_backbone(artefact),
             **head,
             **step,
         }
+        return facts.model_copy(update=origin)
     if format != FORMAT:
         raise CheckpointError(f"{where} has format {format!r}; weights are taken from p2r-backbone/2 and {FORMAT}")
     saved = parse_manifest(manifest, where=where)
     reference.check(content)
     _load_fitting(model, checked_weights(storage, _FILE, saved.files[_FILE]), where=where, optional=_OPTIONAL)
-    return {
-        **facts,
-        "manifest_sha256": hashlib.sha256(content).hexdigest(),
+    origin = {
         "weights_sha256": saved.files[_FILE].sha256,
-        "origins": origins_of_checkpoint(manifest, storage.url),
+        "origins": origins_of_checkpoint(saved, storage.url),
         "step": saved.step,
     }
+    return facts.model_copy(update=origin)
 
 
 def _take_over_head(model: Pix2Rep, artefact: Artefact) -> dict[str, str]:
@@ -122,7 +126,7 @@ def _take_over_head(model: Pix2Rep, artefact: Artefact) -> dict[str, str]:
 
 def foreign_weights(
     reference: Reference, config: ModelConfig, *, dimensions: int, key: str
-) -> tuple[Transfer, dict[str, Any]]:
+) -> tuple[Transfer, InitialWeights]:
     """Read a weights file of another tool, and map its tensors to a backbone.
 
     Args:
@@ -151,8 +155,9 @@ def foreign_weights(
         "weights_sha256": file.sha256,
         "origins": None,
         **found.facts(),
+        **({"citations": citations} if citations else {}),
     }
-    return found, {**record, **({"citations": citations} if citations else {})}
+    return found, InitialWeights.model_validate(record)
 
 
 def checked_weights(storage: Storage, path: str, entry: FileEntry) -> dict[str, Tensor]:

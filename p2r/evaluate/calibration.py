@@ -27,6 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from p2r.evaluate.rows import CalibrationRow, Reliability
+
 NUM_BINS = 15
 MARGIN_MM = 10.0
 REGIONS = ("near", "whole")
@@ -111,7 +113,7 @@ def near_organs(reference: NDArray[Any], spacing_mm: tuple[float, ...]) -> NDArr
     return near
 
 
-def calibration_row(by_subject: Mapping[str, CalibrationSums]) -> dict[str, Any]:
+def calibration_row(by_subject: Mapping[str, CalibrationSums]) -> CalibrationRow:
     """Return the `calibration` of a row of `report.json`.
 
     Returns:
@@ -127,17 +129,17 @@ def calibration_row(by_subject: Mapping[str, CalibrationSums]) -> dict[str, Any]
     def means(column: int) -> list[float | None]:
         return [float(value / count) if count else None for value, count in zip(total[:, column], counts, strict=True)]
 
-    return {
-        "num_bins": NUM_BINS,
-        "margin_mm": MARGIN_MM,
+    return CalibrationRow(
+        num_bins=NUM_BINS,
+        margin_mm=MARGIN_MM,
         **{name: _mean_present([metrics[name] for metrics in figures.values()]) for name in names},
-        "by_subject": figures,
-        "reliability": {
-            "num_voxels": counts.astype(int).tolist(),
-            "confidence": means(_CONFIDENCE),
-            "accuracy": means(_CORRECT),
-        },
-    }
+        by_subject=figures,
+        reliability=Reliability(
+            num_voxels=counts.astype(int).tolist(),
+            confidence=means(_CONFIDENCE),
+            accuracy=means(_CORRECT),
+        ),
+    )
 
 
 def _mean_present(figures: list[float | None]) -> float | None:

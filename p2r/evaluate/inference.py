@@ -22,16 +22,13 @@ from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from p2r.data.grids import check_room, cubic_to_voxel, from_cubic, from_grid
 from p2r.data.preprocess import (
     Frames,
     Planes,
     Preparation,
     Scans,
-    check_room,
-    cubic_to_voxel,
     frames_of,
-    from_cubic,
-    from_grid,
     plane_axes,
     planes_of,
     planes_to_volume,

@@ -60,7 +60,7 @@ class Summary:
     num_test_subjects: int
     num_scans: int
 
-    def to_row(self) -> dict[str, Any]:
+    def to_row(self) -> dict[str, object]:
         """Return the metrics as in a row of `report.json`."""
         return asdict(self)
 

@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
+from p2r.artefact import ModelManifest, Published
 from p2r.backbone import ArtefactConfig
 from p2r.backbone import load_model as load_segmenter
 from p2r.data.contrasts import ScansLike, scans_from
-from p2r.data.preprocess import Scans, check_room, reference_of
+from p2r.data.grids import check_room
+from p2r.data.preprocess import Scans, reference_of
 from p2r.data.volume import Volume, nifti_image, to_source_grid
 from p2r.errors import InputError
 from p2r.evaluate.inference import images_read, predict_probabilities, predict_volume
@@ -33,10 +35,17 @@ class Model:
     """The network: images (B, 1, *S) -> scores (B, 1 + classes, *S)."""
     config: ArtefactConfig
     """Architecture, preparation and classes."""
-    manifest: Mapping[str, Any]
-    """The artefact's manifest, with `sha256` and `url`; for an ensemble, the manifests of its `members`."""
+    members: tuple[Published[ModelManifest], ...]
+    """Manifest of the model, or of each model of an ensemble."""
     device: str = "cpu"
     """Device of the weights."""
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """The artefact's manifest, with `sha256` and `url`; for an ensemble, the manifests of its `members`."""
+        if len(self.members) == 1:
+            return self.members[0]
+        return {"members": [dict(member) for member in self.members]}
 
     @property
     def classes(self) -> Mapping[int, str]:
@@ -121,7 +130,7 @@ def load_model(url: str, *, sha256: str | None = None, key: str | None = None, d
         CheckpointError: if it is not a model, or this version cannot build it.
     """
     segmenter, config, manifest = load_segmenter(url, sha256=sha256, key=key, device=device)
-    return Model(segmenter, config, manifest, device)
+    return Model(segmenter, config, (manifest,), device)
 
 
 def ensemble(models: Sequence[Model]) -> Model:
@@ -140,7 +149,7 @@ def ensemble(models: Sequence[Model]) -> Model:
         for name in ("classes", "preparation", "largest_component"):
             ours, theirs = (getattr(model.config, name) for model in (first, other))
             if ours != theirs:
-                where = f"{other.manifest['url']} cannot join an ensemble with {first.manifest['url']}"
+                where = f"{other.members[0].url} cannot join an ensemble with {first.members[0].url}"
                 raise InputError(
                     f"{where}: its {name} {'differ' if name == 'classes' else 'differs'}, {_describe_difference(theirs, ours)}; "
                     "use models of one task and one preparation"
@@ -149,9 +158,9 @@ def ensemble(models: Sequence[Model]) -> Model:
             raise InputError(f"the models of an ensemble must be on one device, got {first.device} and {other.device}")
     if len(models) == 1:
         return first
-    manifest = {"members": [dict(model.manifest) for model in models]}
+    members = tuple(member for model in models for member in model.members)
     segmenter = EnsembleSegmenter([model.segmenter for model in models])
-    return Model(segmenter.eval(), first.config, manifest, first.device)
+    return Model(segmenter.eval(), first.config, members, first.device)
 
 
 def _describe_difference(theirs: Any, ours: Any) -> str:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from p2r.data import alignment, contrasts, header, opening, preprocess, resample, volume
+from p2r.data import alignment, contrasts, grids, header, opening, preprocess, resample, volume
 from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
 from p2r.data.volume import Volume
 from p2r.documents import read_json
@@ -36,6 +36,8 @@ from p2r.files import file_sha256, mark_used, replacing
 from p2r.storage import cache_folder, json_bytes
 
 Arrays = Mapping[str, NDArray[Any]]
+Facts = dict[str, Any]
+"""JSON values beside the arrays of an entry: keyword arguments of what it is restored to."""
 Made = TypeVar("Made")
 
 _VARIABLE = "P2R_PREPARED_GIB"
@@ -52,13 +54,13 @@ def prepared_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size:
         DataError: as `load_scan`; refused scans are not cached.
     """
 
-    def make() -> tuple[Arrays, dict[str, Any]]:
+    def make() -> tuple[Arrays, Facts]:
         loaded = load_scan(scan, task, preparation, size=size)
         parts = {"labels": loaded.labels} | (
             {f"contrast {name}": one for name, one in loaded.contrasts.items()} or {"volume": loaded.volume}
         )
         arrays = {f"{name}.{key}": getattr(part, key) for name, part in parts.items() for key in _ARRAYS_OF_A_VOLUME}
-        facts: dict[str, Any] = {name: _volume_facts(part) for name, part in parts.items()}
+        facts: Facts = {name: _volume_facts(part) for name, part in parts.items()}
         facts["reference"] = next((name for name, one in loaded.contrasts.items() if one is loaded.volume), None)
         arrays["label_planes"] = loaded.label_planes.numpy().astype(np.uint8)
         images, facts["planes"] = _split_images(loaded.planes)
@@ -73,7 +75,7 @@ def prepared_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size:
         "size": size,
     }
 
-    def use(arrays: Arrays, facts: dict[str, Any]) -> LabelledScan:
+    def use(arrays: Arrays, facts: Facts) -> LabelledScan:
         def restored(name: str) -> Volume:
             return _restore_volume({key: arrays[f"{name}.{key}"] for key in _ARRAYS_OF_A_VOLUME}, facts[name])
 
@@ -89,7 +91,7 @@ def prepared_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size:
 def prepared_images(scan: TaskScan, task: Task, preparation: Preparation) -> Planes | Frames:
     """Return the images of a scan at their whole extent, without opening its label map."""
 
-    def make() -> tuple[Arrays, dict[str, Any]]:
+    def make() -> tuple[Arrays, Facts]:
         loaded = read_images(scan, task, preparation)
         make_images = frames_of if preparation.dimensions == 3 else planes_of
         return _split_images(make_images(loaded, preparation=preparation, size=None))
@@ -98,7 +100,7 @@ def prepared_images(scan: TaskScan, task: Task, preparation: Preparation) -> Pla
     return kept("images", key, make, use=_restore_images)
 
 
-def _image_digests(scan: TaskScan, task: Task) -> dict[str, Any]:
+def _image_digests(scan: TaskScan, task: Task) -> dict[str, object]:
     """Return the part of a key for the images of a case."""
     if not scan.contrasts:
         return {"image": file_sha256(scan.image)}
@@ -108,10 +110,10 @@ def _image_digests(scan: TaskScan, task: Task) -> dict[str, Any]:
 
 def kept(
     kind: str,
-    key: Mapping[str, Any],
-    make: Callable[[], tuple[Arrays, dict[str, Any]]],
+    key: Mapping[str, object],
+    make: Callable[[], tuple[Arrays, Facts]],
     *,
-    use: Callable[[Arrays, dict[str, Any]], Made],
+    use: Callable[[Arrays, Facts], Made],
 ) -> Made:
     """Return the result of `use` for arrays and JSON facts from the cache, or make and cache them first.
 
@@ -131,7 +133,7 @@ def kept(
     return use(arrays, facts)
 
 
-def _read_entry(path: Path, use: Callable[[Arrays, dict[str, Any]], Made]) -> Made | None:
+def _read_entry(path: Path, use: Callable[[Arrays, Facts], Made]) -> Made | None:
     try:
         with safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
@@ -154,7 +156,7 @@ def _read_entry(path: Path, use: Callable[[Arrays, dict[str, Any]], Made]) -> Ma
     return used
 
 
-def _write_entry(path: Path, arrays: Arrays, facts: dict[str, Any]) -> None:
+def _write_entry(path: Path, arrays: Arrays, facts: Facts) -> None:
     max_bytes = _max_bytes()
     num_bytes = sum(array.nbytes for array in arrays.values())
     if num_bytes > max_bytes:
@@ -200,7 +202,7 @@ def _max_bytes() -> int:
 def _code_sha256() -> str:
     """Return the digest of the code that prepares scans: a change of the code invalidates the cache."""
     digest = hashlib.sha256()
-    for module in (opening, header, volume, resample, alignment, contrasts, preprocess, tasks, inference):
+    for module in (opening, header, volume, resample, alignment, contrasts, grids, preprocess, tasks, inference):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 
@@ -208,26 +210,26 @@ def _code_sha256() -> str:
 _ARRAYS_OF_A_VOLUME = ("data", "affine", "source_affine")
 
 
-def _volume_facts(part: Volume) -> dict[str, Any]:
+def _volume_facts(part: Volume) -> Facts:
     return {key: value for key, value in asdict(part).items() if key not in _ARRAYS_OF_A_VOLUME}
 
 
-def _restore_volume(arrays: Arrays, facts: Mapping[str, Any]) -> Volume:
+def _restore_volume(arrays: Arrays, facts: Facts) -> Volume:
     return Volume(**{**arrays, **_with_tuples(facts)})
 
 
-def _split_images(planes: Planes | Frames) -> tuple[Arrays, dict[str, Any]]:
+def _split_images(planes: Planes | Frames) -> tuple[Arrays, Facts]:
     facts = {key: value for key, value in vars(planes).items() if key not in ("images", "inside")}
     return {"images": planes.images.numpy(), "inside": planes.inside.numpy()}, facts
 
 
-def _restore_images(arrays: Arrays, facts: Mapping[str, Any]) -> Planes | Frames:
+def _restore_images(arrays: Arrays, facts: Facts) -> Planes | Frames:
     values = _with_tuples(facts)
     images, inside = (torch.from_numpy(arrays[name]) for name in ("images", "inside"))
     return Planes(images, inside, **values) if "axis" in values else Frames(images, inside, **values)
 
 
-def _with_tuples(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _with_tuples(facts: Facts) -> Facts:
     """Convert lists back to tuples, which JSON does not have."""
     return {
         key: _with_tuples(value) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value

@@ -7,20 +7,14 @@ kept, so that a report can be rewritten without loss; `to_json` returns exactly 
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter
+from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
 
-from p2r.documents import checked
+from p2r.documents import JsonRow, checked
 from p2r.errors import DataError
 
 
-class JsonModel(BaseModel):
+class JsonModel(JsonRow):
     """An immutable JSON object; unknown fields are kept."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields that were set, as JSON values."""
-        return self.model_dump(exclude_unset=True)
 
     def __getitem__(self, name: str) -> Any:
         """Return a field by its JSON name, as a plain value. For notebooks; p2r itself uses attributes."""
@@ -81,7 +75,10 @@ class RoundRow(JsonModel):
     counted_fraction: float
     plausible_frames: int
     frames: int
+    class_fractions: dict[str, float] = Field(default_factory=dict)
+    """Fraction of the counted pixels by class, background included."""
     change: float | None
+    ended_at_step: int | None = None
     ended_by: str | None = None
     """Reason that this round is the last one."""
 
@@ -95,6 +92,7 @@ class PseudoLabelRow(JsonModel):
     """Fraction of the scans' pixels that count."""
     class_fractions: dict[str, list[float]] = Field(default_factory=dict)
     """Fraction of these pixels by class, background included."""
+    classes_never_found: list[str] = Field(default_factory=list)
     rounds: list[RoundRow] | None = None
     """Rounds of self-training."""
     warnings: list[str] = Field(default_factory=list)
@@ -117,6 +115,8 @@ class CalibrationRow(JsonModel):
     brier: float | None = None
     ece_whole: float | None = None
     brier_whole: float | None = None
+    by_subject: dict[str, dict[str, float | None]] = Field(default_factory=dict)
+    """The same metrics per patient."""
     reliability: Reliability
 
 
@@ -144,7 +144,7 @@ class TrialRow(JsonModel):
     subjects: list[str]
     """The labelled patients."""
     id: str = ""
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, object] = Field(default_factory=dict)
     seed: int | None = None
     code: str | None = None
     """Commit that ran the trial."""

@@ -41,8 +41,8 @@ Shapes: D draws, P test patients, R resamples.
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,9 +80,28 @@ class _Group:
     backbone: str
     mode: str
 
-    def names(self) -> dict[str, Any]:
+    def names(self) -> "_Names":
         """Return the fields of `_Entry`."""
-        return {**asdict(self.setting), "backbone": self.backbone or None, "mode": self.mode}
+        setting = self.setting
+        return {
+            "task": setting.task,
+            "protocol": setting.protocol,
+            "transductive": setting.transductive,
+            "split": setting.split,
+            "backbone": self.backbone or None,
+            "mode": self.mode,
+        }
+
+
+class _Names(TypedDict):
+    """Fields of an entry of the statistics, as keyword arguments."""
+
+    task: str
+    protocol: str
+    transductive: bool
+    split: str
+    backbone: str | None
+    mode: str
 
 
 class _Entry(JsonModel):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.contrasts import describe
@@ -38,12 +39,12 @@ from p2r.data.preprocess import (
 )
 from p2r.data.volume import Volume, read_labels, read_volume, voxels_sha256
 from p2r.errors import DataError, RefusedScan
-from p2r.evaluate.task_files import HELD_OUT as HELD_OUT
-from p2r.evaluate.task_files import Split as Split
+from p2r.evaluate.splits import HELD_OUT as HELD_OUT
+from p2r.evaluate.splits import Split as Split
+from p2r.evaluate.splits import few
 from p2r.evaluate.task_files import Task as Task
 from p2r.evaluate.task_files import TaskConfig as TaskConfig
 from p2r.evaluate.task_files import TaskScan as TaskScan
-from p2r.evaluate.task_files import few
 from p2r.evaluate.task_files import load_task as load_task
 from p2r.evaluate.task_files import read_task_config as read_task_config
 from p2r.evaluate.task_files import task_sha256 as task_sha256
@@ -245,9 +246,12 @@ def _read_images(scan: TaskScan, task: Task, labels: Volume) -> tuple[Volume, di
 def _grid_problem(scan: TaskScan, image: Path, volume: Volume, labels: Volume) -> str | None:
     """Return why a label map is not on the grid of an image; None if it is."""
     grids = f"{scan.label} has {_describe_grid(labels)}, its image {image} {_describe_grid(volume)}"
-    if volume.data.shape != labels.data.shape or volume.source_shape != labels.source_shape:
+    if volume.data.shape != labels.data.shape:
         return f"the grids differ: {grids}; {_RESTORE}, or resample the label map to its image"
-    difference = float(np.abs(volume.source_affine - labels.source_affine).max())
+    # A label map that was saved in another orientation is on the same grid if it is in RAS order.
+    is_turned = not np.array_equal(_turn_of(volume), _turn_of(labels))
+    ours, theirs = (one.affine if is_turned else one.source_affine for one in (volume, labels))
+    difference = float(np.abs(ours - theirs).max())
     if difference > _AFFINE_TOLERANCE:
         return (
             f"the affines differ by up to {difference:.3g} (allowed: {_AFFINE_TOLERANCE}): {grids}; "
@@ -259,6 +263,12 @@ def _grid_problem(scan: TaskScan, image: Path, volume: Volume, labels: Volume) -
             f"{_RESTORE}, or copy the image's header if the voxels do match"
         )
     return None
+
+
+def _turn_of(volume: Volume) -> NDArray[np.float64]:
+    """Return the axes of a file (3, 3) by which RAS order goes: one of 1 or -1 in each column."""
+    turn: NDArray[np.float64] = np.rint(np.linalg.solve(volume.source_affine[:3, :3], volume.affine[:3, :3]))
+    return turn
 
 
 def _refuse_labels_on_nothing(scan: TaskScan, task: Task, labels: Volume, volumes: Mapping[str, Volume]) -> None:

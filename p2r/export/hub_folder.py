@@ -13,11 +13,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from p2r.artefact import MANIFEST, Artefact, open_artefact
+from p2r.artefact import MANIFEST, Artefact, ModelManifest, Provenance, open_artefact
 from p2r.backbone import verify_artefact
 from p2r.errors import InputError
 from p2r.export.source import Source, Written
@@ -51,7 +50,7 @@ def write(source: Source, folder: Path) -> Written:
     Raises:
         StorageError: A published file is absent or damaged.
     """
-    artefact = open_artefact(parse_reference(str(source.manifest["pin"])))
+    artefact = open_artefact(parse_reference(source.manifest.pin))
     copy_artefact(artefact, folder)
     for role, entry in artefact.manifest.files.entries().items():
         if role in _PATHS and not (folder / _PATHS[role]).exists():
@@ -67,7 +66,7 @@ def write(source: Source, folder: Path) -> Written:
             f"front matter: {', '.join(front_matter(card))}{_check_card(folder / 'README.md')}",
         ),
         commands=(
-            f"p2r push {source.manifest['url']} hf://ORG/{name}",
+            f"p2r push {source.manifest.url} hf://ORG/{name}",
             f"python -c \"import p2r; print(p2r.load_{source.noun}({str(name)!r}).manifest['licence'])\"",
         ),
         notes=("--to huggingface writes nothing to a hub; p2r push does",),
@@ -108,12 +107,12 @@ import p2r
 {use}("scan.nii.gz")
 ```
 
-Pin: `sha256:{source.manifest["sha256"]}`, the digest of `manifest.json`, which names every file. {source.model.name},
+Pin: `sha256:{source.manifest.sha256}`, the digest of `manifest.json`, which names every file. {source.model.name},
 {source.dimensions}D, {source.num_parameters:,} weights, {source.preparation.spacing_mm:g} mm per pixel. Not a medical device.
 """
 
 
-def front_matter(card: str) -> dict[str, Any]:
+def front_matter(card: str) -> dict[str, object]:
     """Return the YAML front matter of a card.
 
     Raises:
@@ -126,22 +125,21 @@ def front_matter(card: str) -> dict[str, Any]:
     return value
 
 
-def _matter(source: Source) -> dict[str, Any]:
-    manifest = source.manifest
+def _matter(source: Source) -> dict[str, object]:
+    facts = source.manifest.facts
     task = "image-segmentation" if source.is_model else "image-feature-extraction"
-    matter: dict[str, Any] = {
-        **_licence(str(manifest["licence"])),
+    matter: dict[str, object] = {
+        **_licence(facts.licence),
         "library_name": "p2r",
         "pipeline_tag": task,
         "tags": ["p2r", "mri", "medical", "self-supervised", f"{source.dimensions}d", source.model.name],
     }
-    if datasets := list(dict.fromkeys(_dataset_names(manifest))):
+    if datasets := list(dict.fromkeys(_dataset_names(facts))):
         matter["datasets"] = datasets
     if source.is_model:
         matter["metrics"] = ["dice"]
-    dice = (manifest.get("validation") or {}).get("dice_mean")
-    if source.is_model and isinstance(dice, int | float):
-        name = str(manifest.get("task") or "task")
+    if isinstance(facts, ModelManifest) and source.validation_dice is not None:
+        name = facts.task or "task"
         matter["model-index"] = [
             {
                 "name": source.name,
@@ -150,7 +148,7 @@ def _matter(source: Source) -> dict[str, Any]:
                         "task": {"type": task},
                         "dataset": {"type": _slug(name), "name": f"{name}, validation patients"},
                         "metrics": [
-                            {"type": "dice", "value": round(float(dice), 4), "name": "Dice, mean of the classes"}
+                            {"type": "dice", "value": source.validation_dice, "name": "Dice, mean of the classes"}
                         ],
                     }
                 ],
@@ -166,9 +164,9 @@ def _licence(text: str) -> dict[str, str]:
     return {"license": "other", "license_name": _slug(text) or "unknown", "license_link": "README.md"}
 
 
-def _dataset_names(manifest: Any) -> Iterator[str]:
-    for corpus in manifest.get("corpora") or ():
-        if slug := _slug(str(corpus.get("cohort") or "")):
+def _dataset_names(facts: Provenance) -> Iterator[str]:
+    for corpus in facts.corpora or ():
+        if slug := _slug(corpus.cohort):
             yield slug
 
 

@@ -143,13 +143,13 @@ def _compare_networks(network: Any, source: Source) -> float:
     return found
 
 
-def _metadata(source: Source) -> dict[str, Any]:
+def _metadata(source: Source) -> dict[str, object]:
     manifest = source.manifest
     what = f"Segments {', '.join(source.config.classes.values())}" if source.is_model else "Features of every pixel"
     return {
         "schema": SCHEMA,
         "version": "0.1.0",
-        "changelog": {"0.1.0": f"exported by p2r {__version__} from {manifest['pin']}"},
+        "changelog": {"0.1.0": f"exported by p2r {__version__} from {manifest.pin}"},
         "monai_version": importlib.metadata.version("monai"),
         "pytorch_version": torch.__version__.partition("+")[0],
         "numpy_version": np.__version__,
@@ -162,8 +162,8 @@ def _metadata(source: Source) -> dict[str, Any]:
         "task": f"{what} of MRI, {source.dimensions}D",
         "description": f"{what}. {source.model.name}, {source.num_parameters:,} weights, pretrained by p2r without labels.",
         "authors": "the publisher of the weights",
-        "copyright": f"weights: {manifest['licence']}; scripts: Apache-2.0",
-        "data_source": "; ".join(corpus["provenance"] for corpus in manifest.get("corpora") or []) or "unknown",
+        "copyright": f"weights: {manifest.facts.licence}; scripts: Apache-2.0",
+        "data_source": "; ".join(corpus.provenance for corpus in manifest.facts.corpora or []) or "unknown",
         "data_type": "nibabel",
         "image_classes": "single-channel MRI of any contrast in the corpora",
         "label_classes": ", ".join(f"{value}: {name}" for value, name in source.outputs.items())
@@ -173,12 +173,12 @@ def _metadata(source: Source) -> dict[str, Any]:
         "eval_metrics": _validation(source),
         "intended_use": "research; not a medical device",
         "references": ["Seince et al., Pix2Rep, MIDL 2024, https://arxiv.org/abs/2407.20395"],
-        "p2r": {"pin": manifest["pin"], "python_version": platform.python_version(), **_preparation(source)},
+        "p2r": {"pin": manifest.pin, "python_version": platform.python_version(), **_preparation(source)},
         "network_data_format": _data_format(source),
     }
 
 
-def _data_format(source: Source) -> dict[str, Any]:
+def _data_format(source: Source) -> dict[str, object]:
     shape = [source.preparation.image_size] * source.dimensions
     image = {
         "type": "image",
@@ -209,18 +209,17 @@ def _needs_einops(source: Source) -> bool:
 
 
 def _validation(source: Source) -> dict[str, float]:
-    dice = (source.manifest.get("validation") or {}).get("dice_mean")
-    return {"mean_dice_validation": round(float(dice), 4)} if isinstance(dice, int | float) else {}
+    return {} if source.validation_dice is None else {"mean_dice_validation": source.validation_dice}
 
 
-def _preparation(source: Source) -> dict[str, Any]:
+def _preparation(source: Source) -> dict[str, object]:
     return {"preparation": source.preparation.model_dump(mode="json")}
 
 
-def _inference(source: Source, *, scripts: str) -> dict[str, Any]:
+def _inference(source: Source, *, scripts: str) -> dict[str, object]:
     """Return `inference.json`, which imports the classes of `bundle_script` from the module `scripts`."""
     preparation = source.preparation
-    grid = {
+    grid: dict[str, object] = {
         "dimensions": source.dimensions,
         "slice_axis": preparation.slice_axis,
         "spacing_mm": preparation.spacing_mm,
@@ -258,7 +257,7 @@ def _inference(source: Source, *, scripts: str) -> dict[str, Any]:
     }
 
 
-def _preprocessing(source: Source, *, scripts: str) -> dict[str, Any]:
+def _preprocessing(source: Source, *, scripts: str) -> dict[str, object]:
     preparation = source.preparation
     return {
         "_target_": "Compose",
@@ -280,8 +279,8 @@ def _preprocessing(source: Source, *, scripts: str) -> dict[str, Any]:
     }
 
 
-def _postprocessing(source: Source, grid: dict[str, Any], *, scripts: str) -> list[dict[str, Any]]:
-    save = {
+def _postprocessing(source: Source, grid: dict[str, object], *, scripts: str) -> list[dict[str, object]]:
+    save: dict[str, object] = {
         "_target_": "SaveImaged",
         "keys": "pred",
         "output_dir": "@output_dir",
@@ -292,7 +291,7 @@ def _postprocessing(source: Source, grid: dict[str, Any], *, scripts: str) -> li
     }
     if not source.is_model:
         return [{"_target_": f"{scripts}.FeatureGridd", "keys": "pred", "image": "image", **grid}, save]
-    labels = {
+    labels: dict[str, object] = {
         "_target_": f"{scripts}.Labelsd",
         "keys": "pred",
         "num_classes": source.num_outputs,

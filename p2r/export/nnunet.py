@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,23 +71,33 @@ def write(source: Source, folder: Path) -> Written:
     )
 
 
+class _Architecture(NamedTuple):
+    """nnU-Net's description of a network."""
+
+    network_class_name: str
+    arch_kwargs: dict[str, Any]
+
+    def to_json(self) -> dict[str, object]:
+        return {**self._asdict(), "_kw_requires_import": _IMPORTED}
+
+
 def _write_files(
     source: Source,
     folder: Path,
     state: Mapping[str, Tensor],
-    architecture: Mapping[str, Any],
+    architecture: _Architecture,
     *,
     name: str,
     base: str,
 ) -> None:
     configuration = {
-        name: {"inherits_from": base, "architecture": architecture},
+        name: {"inherits_from": base, "architecture": architecture.to_json()},
         "_size_divisor": source.model.size_divisor,
     }
     plan = {
         "architecture_plans": {
-            "arch_class_name": architecture["network_class_name"],
-            "arch_kwargs": architecture["arch_kwargs"],
+            "arch_class_name": architecture.network_class_name,
+            "arch_kwargs": architecture.arch_kwargs,
             "arch_kwargs_requiring_import": _IMPORTED,
         },
         "pretrain_num_input_channels": source.model.in_channels,
@@ -99,7 +109,7 @@ def _write_files(
         "network_weights": dict(state),
         "nnssl_adaptation_plan": plan,
         "citations": [{"type": "Pretraining", "name": "Pix2Rep", "url": "https://arxiv.org/abs/2407.20395"}],
-        "pin": source.manifest["pin"],
+        "pin": source.manifest.pin,
     }
     torch.save(saved, folder / "checkpoint.pth")
     (folder / "configuration.json").write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
@@ -125,7 +135,7 @@ def _rename(source: Source, names: Names) -> dict[str, Tensor]:
     return state | {f"decoder.{name}": value for name, value in state.items() if name.startswith("encoder.")}
 
 
-def _architecture(source: Source) -> dict[str, Any]:
+def _architecture(source: Source) -> _Architecture:
     model, dimensions = source.model, source.dimensions
     levels = len(model.channels)
     conv, norm = _OPERATIONS[dimensions]
@@ -149,11 +159,7 @@ def _architecture(source: Source) -> dict[str, Any]:
     else:
         name = "PlainConvUNet"
         arguments |= {"n_conv_per_stage": [2] * levels, "n_conv_per_stage_decoder": [2] * (levels - 1)}
-    return {
-        "network_class_name": f"dynamic_network_architectures.architectures.unet.{name}",
-        "arch_kwargs": arguments,
-        "_kw_requires_import": _IMPORTED,
-    }
+    return _Architecture(f"dynamic_network_architectures.architectures.unet.{name}", arguments)
 
 
 def _check_round_trip(source: Source, state: Mapping[str, Tensor]) -> None:
@@ -169,14 +175,14 @@ def _check_round_trip(source: Source, state: Mapping[str, Tensor]) -> None:
             raise InputError(f"{name} read back from the checkpoint differs: nothing was exported")
 
 
-def _check_in_nnunet(source: Source, architecture: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+def _check_in_nnunet(source: Source, architecture: _Architecture, state: Mapping[str, Tensor]) -> str:
     """Compute features with nnU-Net's own network, if its package is installed."""
-    network_class: Any = locate(architecture["network_class_name"])
+    network_class: Any = locate(architecture.network_class_name)
     if network_class is None:
         return "not compared with nnU-Net's own network: dynamic-network-architectures is not installed here"
     arguments = {
         key: locate(value) if key in _IMPORTED and value is not None else value
-        for key, value in architecture["arch_kwargs"].items()
+        for key, value in architecture.arch_kwargs.items()
     }
     network = network_class(source.model.in_channels, num_classes=2, deep_supervision=True, **arguments).eval()
     missing, unexpected = network.load_state_dict(state, strict=False)

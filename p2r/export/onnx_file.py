@@ -68,12 +68,12 @@ def write(source: Source, folder: Path) -> Written:
     )
 
 
-def _facts(source: Source, output: str, difference: float) -> dict[str, Any]:
+def _facts(source: Source, output: str, difference: float) -> dict[str, object]:
     """Return the content of `preparation.json`."""
     return {
         "format": "p2r-onnx/1",
-        "pin": source.manifest["pin"],
-        "licence": source.manifest["licence"],
+        "pin": source.manifest.pin,
+        "licence": source.manifest.facts.licence,
         "preparation": source.preparation.model_dump(mode="json"),
         "input": {
             "name": "image",

@@ -1,16 +1,13 @@
 """Input and result of an export: a published backbone or model, and the facts about the written folder."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from p2r.artefact import open_artefact
-from p2r.artefact_manifest import BackboneManifest
+from p2r.artefact import BackboneManifest, ModelManifest, Provenance, Published, open_artefact
 from p2r.backbone import ArtefactConfig, load_backbone, load_model
 from p2r.config import ModelConfig
 from p2r.data.preprocess import Preparation
@@ -26,8 +23,8 @@ class Source:
     """Image (B, C, *S) -> features (B, F, *S) or logits (B, K, *S)."""
     config: ArtefactConfig
     """Architecture, preparation and classes."""
-    manifest: Mapping[str, Any]
-    """The artefact's manifest, with `sha256`, `url` and `pin`."""
+    manifest: Published[Provenance]
+    """The artefact's manifest."""
     card: str
     """Model card, as Markdown."""
 
@@ -66,13 +63,20 @@ class Source:
     @property
     def name(self) -> str:
         """Short name: the last two parts of the URL, name and version."""
-        parts = [part for part in str(self.manifest["url"]).split("?")[0].rstrip("/").split("/") if part]
+        parts = [part for part in self.manifest.url.split("?")[0].rstrip("/").split("/") if part]
         return "-".join(parts[-2:])
 
     @property
     def noun(self) -> str:
         """`model` or `backbone`."""
         return "model" if self.is_model else "backbone"
+
+    @property
+    def validation_dice(self) -> float | None:
+        """Mean Dice of a model on its validation patients; None if it is not known."""
+        facts = self.manifest.facts
+        found = (facts.validation or {}).get("dice_mean") if isinstance(facts, ModelManifest) else None
+        return round(float(found), 4) if isinstance(found, int | float) else None
 
     @cached_property
     def num_parameters(self) -> int:

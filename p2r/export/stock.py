@@ -25,7 +25,7 @@ _ALIASES = ("skip_layers.",)
 """Names under which a network registers its blocks a second time."""
 
 
-def definition(source: Source, *, scripts: str) -> dict[str, Any]:
+def definition(source: Source, *, scripts: str) -> dict[str, object]:
     """Return the definition of the network for a MONAI bundle.
 
     Args:
@@ -81,7 +81,7 @@ def _channels(source: Source) -> int:
     return source.model.feature_channels if _needs_wrapper(source) else source.num_outputs
 
 
-def _network(source: Source, *, num_outputs: int) -> dict[str, Any]:
+def _network(source: Source, *, num_outputs: int) -> dict[str, object]:
     model, dimensions = source.model, source.dimensions
     norm: list[Any] = ["instance", {"affine": True}]
     if model.normalisation == "group":

@@ -48,13 +48,13 @@ def push(reference: str, target: str, *, is_private: bool = False, tag: str | No
             commit = api.upload_folder(
                 repo_id=url.repository,
                 folder_path=folder,
-                commit_message=f"p2r: {source.name}, sha256:{source.manifest['sha256']}",
+                commit_message=f"p2r: {source.name}, sha256:{source.manifest.sha256}",
                 delete_patterns=_OWN_FILES,
             )
             if tag is not None:
                 api.create_tag(url.repository, tag=tag, revision=commit.oid)
     pushed = HubURL(url.repository, str(commit.oid))
-    pin = Reference(str(pushed), str(source.manifest["sha256"]))
+    pin = Reference(str(pushed), source.manifest.sha256)
     return [
         f"pushed {source.noun} {source.name}: {pushed}" + (f" (tag {tag})" if tag else ""),
         f"pin: {pin}",

@@ -52,7 +52,7 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
             `check_data`.
     """
     config = setup.config
-    url = backbone.manifest["url"]
+    url = backbone.manifest.url
     check_contrasts(task, config, of_backbone=backbone.preparation.contrasts, backbone=f"the backbone {url}")
     _check_backbone(task, backbone, config)
     known = Known(backbone, is_allowed=config.allow_transductive)

@@ -1,14 +1,13 @@
 """Labelled scans before any training -> features of a frozen backbone, a segmenter by class prototypes, rules of plausibility."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from p2r.data.preprocess import Preparation
 from p2r.evaluate.inference import features_of_images
-from p2r.evaluate.prepared import kept
+from p2r.evaluate.prepared import Arrays, Facts, kept
 from p2r.evaluate.tasks import LabelledScan
 from p2r.fewshot.plausibility import Plausibility, frames_of_scans, learn_plausibility
 from p2r.fewshot.protocol import Trial
@@ -36,7 +35,7 @@ def frozen_features(
     found = []
     for scan in scans:
 
-        def make(scan: LabelledScan = scan) -> tuple[dict[str, Any], dict[str, Any]]:
+        def make(scan: LabelledScan = scan) -> tuple[Arrays, Facts]:
             features = features_of_images(network, scan.planes, preparation=preparation, device=device)
             return {"features": features.numpy()}, {}
 
@@ -54,7 +53,7 @@ def frozen_features(
     return found
 
 
-def _as_tensor(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> Tensor:
+def _as_tensor(arrays: Arrays, facts: Facts) -> Tensor:
     return torch.from_numpy(arrays["features"])
 
 

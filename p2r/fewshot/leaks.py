@@ -1,8 +1,8 @@
 """Detection of leaks: validation and test patients in the corpus of a backbone."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
+from p2r.artefact import CorpusFacts
 from p2r.backbone import Backbone
 from p2r.data.corpus import contains
 from p2r.data.volume import Volume
@@ -26,13 +26,13 @@ class Known:
     """
 
     def __init__(self, backbone: Backbone, *, is_allowed: bool) -> None:
-        corpora = backbone.manifest["corpora"]
+        corpora = backbone.manifest.facts.corpora
         self._corpora = corpora or []
         self._is_allowed = is_allowed
         self.is_any = self.is_unknown = not corpora  # an empty list says as little as none
         if self.is_unknown and not is_allowed:
             raise DataError(
-                f"the manifest of backbone {backbone.manifest['url']} does not list the corpora of its pretraining: they may contain "
+                f"the manifest of backbone {backbone.manifest.url} does not list the corpora of its pretraining: they may contain "
                 "validation and test patients. Use a backbone with this list, or label every row with --allow-transductive"
             )
 
@@ -57,7 +57,7 @@ class Known:
             if any(contains(corpus, voxels_sha256=digest) for digest in digests):
                 self._report_leak(f"scan {scan.key} of the {split} split", corpus)
 
-    def _report_leak(self, item: str, corpus: Mapping[str, Any]) -> None:
+    def _report_leak(self, item: str, corpus: CorpusFacts) -> None:
         if not self._is_allowed:
-            raise DataError(f"{item} is in the backbone's corpus {corpus['url']}: its results would leak. {_WAYS_OUT}")
+            raise DataError(f"{item} is in the backbone's corpus {corpus.url}: its results would leak. {_WAYS_OUT}")
         self.is_any = True

@@ -5,16 +5,18 @@ backbone is trained after it.
 """
 
 import copy
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from p2r.data.preprocess import Preparation
+from p2r.evaluate.rows import CurvePoint
 from p2r.fewshot.protocol import Settings, Trial
 from p2r.fewshot.pseudo_labels import PseudoLabelTally
 from p2r.fewshot.rounds import Rounds
 from p2r.fewshot.saved_training import (
+    LearnerFacts,
     SavedTraining,
     TrainingState,
     module_tensors,
@@ -57,7 +59,7 @@ class Learner:
             weight_decay=settings.weight_decay or 0.0,
         )
         self.first, self.tail = torch.tensor(0.0), list[Tensor]()
-        self.curve: list[dict[str, Any]] = []
+        self.curve: list[CurvePoint] = []
 
     @property
     def settings(self) -> Settings:
@@ -125,10 +127,13 @@ class Learner:
             "first": self.first,
             "tail": torch.stack(self.tail) if self.tail else torch.zeros(0),
         }
-        facts = {"curve": self.curve, "tally": None if self.tally is None else self.tally.state()}
         if self.rounds is not None:
             tensors |= self.rounds.tensors()
-            facts["rounds"] = self.rounds.facts()
+        facts = LearnerFacts(
+            curve=self.curve,
+            tally=None if self.tally is None else self.tally.state(),
+            rounds=None if self.rounds is None else self.rounds.state(),
+        )
         return TrainingState(step, tensors, facts)
 
     def resume(self, saved: SavedTraining | None, *, say: Say) -> int:
@@ -143,11 +148,11 @@ class Learner:
         device = next(self.segmenter.parameters()).device
         self.first = state.tensors["first"].to(device)
         self.tail = list(state.tensors["tail"].to(device))
-        self.curve = list(state.facts["curve"])
-        if self.tally is not None:
-            self.tally.restore(state.facts["tally"])
-        if self.rounds is not None:
-            self.rounds.restore(state.tensors, state.facts["rounds"])
+        self.curve = list(state.facts.curve)
+        if self.tally is not None and state.facts.tally is not None:
+            self.tally.restore(state.facts.tally)
+        if self.rounds is not None and state.facts.rounds is not None:
+            self.rounds.restore(state.tensors, state.facts.rounds)
         say(f"{self._trial.id} | resumes after step {state.step}/{self._steps}")
         return state.step
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2r.data.preprocess import Frames, Planes
-from p2r.evaluate.task_files import few
+from p2r.evaluate.splits import few
 
 _SPACING_FACTOR = 2.0  # beyond the range of labelled spacings
 _MIN_RATIO = 5.0

@@ -9,6 +9,7 @@ import importlib
 import torch
 from torch import Tensor, nn
 
+from p2r.artefact import Provenance, Published
 from p2r.backbone import ArtefactConfig, Backbone
 from p2r.config import ModelConfig, OtherConfig
 from p2r.data.preprocess import Preparation
@@ -23,7 +24,7 @@ def load_other(config: OtherConfig) -> Backbone:
         config: Section `finetune.other`.
 
     Returns:
-        A backbone in evaluation mode. `manifest["sha256"]` is a digest of the section and of the weights.
+        A backbone in evaluation mode. `manifest.sha256` is a digest of the section and of the weights.
 
     Raises:
         DataError: The function or its network cannot be used.
@@ -47,8 +48,7 @@ def load_other(config: OtherConfig) -> Backbone:
     )
     # Only the number of features is read from the model section: the network is not one of p2r's.
     own = ArtefactConfig(model=ModelConfig(feature_channels=features.shape[1]), preparation=preparation)
-    manifest = {"url": config.build, "sha256": _digest(network, config), "corpora": None, "licence": "unknown"}
-    return Backbone(network, own, manifest)
+    return Backbone(network, own, Published(config.build, _digest(network, config), Provenance()))
 
 
 def _features_of_empty_image(network: nn.Module, config: OtherConfig, where: str) -> Tensor:

@@ -107,7 +107,7 @@ class Trial:
         values = asdict(self.settings)
         return name + "".join(f"-{'lr' if key == 'learning_rate' else key}{values[key]!r}" for key in self.searched)
 
-    def to_recipe(self) -> dict[str, Any]:
+    def to_recipe(self) -> dict[str, object]:
         """Return the values that the digest of the trial covers."""
         values = asdict(self)
         settings = values["settings"].items()
@@ -116,7 +116,7 @@ class Trial:
         }
         return values
 
-    def to_row(self) -> dict[str, Any]:
+    def to_row(self) -> dict[str, object]:
         """Return the trial's fields of a row of `report.json`."""
         row = {**asdict(self), "subjects": list(self.subjects), "id": self.id}
         del row["searched"]

@@ -11,9 +11,8 @@ labelled images do.
 Letters: B images, K classes, *S their sizes. Sources: Sohn et al. 2020 (FixMatch); Yang et al. 2023 (UniMatch); Bai et al. 2023 (BCP).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p2r.device import on_device
+from p2r.documents import JsonRow
+from p2r.evaluate.rows import PseudoLabelRow
 from p2r.fewshot.protocol import Settings
 from p2r.model.pix2rep import Segmenter
 from p2r.views.cutmix import Labelled, draw_boxes, exchange
@@ -125,6 +126,14 @@ def logits_without_channels(student: Segmenter, weak: Tensor, *, fraction: float
     return student.logits_of(dropped, size=weak.shape[2:])
 
 
+class TallyState(JsonRow):
+    """State of a tally in an unfinished trial."""
+
+    intervals: list[list[int]]
+    open: list[int] | None
+    """Counts of the current interval."""
+
+
 @dataclass
 class PseudoLabelTally:
     """Counts of pseudo-labels over training, in equal intervals of its steps."""
@@ -147,16 +156,16 @@ class PseudoLabelTally:
             self.intervals.append([step + 1, *self._open.tolist()])
             self._open = None
 
-    def state(self) -> dict[str, Any]:
-        """Return the state for `restore`, as JSON values."""
-        return {"intervals": self.intervals, "open": None if self._open is None else self._open.tolist()}
+    def state(self) -> "TallyState":
+        """Return the state for `restore`."""
+        return TallyState(intervals=self.intervals, open=None if self._open is None else self._open.tolist())
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: "TallyState") -> None:
         """Restore a state."""
-        self.intervals = [list(one) for one in state["intervals"]]
-        self._open = None if state["open"] is None else torch.tensor(state["open"], device=self.device)
+        self.intervals = [list(one) for one in state.intervals]
+        self._open = None if state.open is None else torch.tensor(state.open, device=self.device)
 
-    def to_row(self, names: Sequence[str], *, threshold: float) -> dict[str, Any]:
+    def to_row(self, names: Sequence[str], *, threshold: float) -> PseudoLabelRow:
         """Return the statistics for a row of `report.json`.
 
         Args:
@@ -166,18 +175,19 @@ class PseudoLabelTally:
         counts = np.array(self.intervals, dtype=np.float64).reshape(-1, 2 + self.num_classes)
         confident = counts[:, 2:].sum(1)
         share = counts[:, 2:] / np.maximum(confident, 1)[:, None]
-        row: dict[str, Any] = {
-            "steps": counts[:, 0].astype(int).tolist(),
-            "confident_fraction": (confident / np.maximum(counts[:, 1], 1)).round(4).tolist(),
-            "class_fractions": {name: share[:, index].round(5).tolist() for index, name in enumerate(names)},
-            "classes_never_found": [name for index, name in enumerate(names) if not counts[:, 2 + index].any()],
-            "warnings": [],
-        }
+        never_found = [name for index, name in enumerate(names) if not counts[:, 2 + index].any()]
+        warnings = []
         if not confident.any():
-            row["warnings"].append(
+            warnings.append(
                 f"no pixel reached confidence_threshold {threshold:g}, so unlabelled images had no effect; lower it, or train longer"
             )
-        elif row["classes_never_found"]:
-            missing = ", ".join(row["classes_never_found"])
-            row["warnings"].append(f"no pseudo-label had class {missing}: it was learnt from labelled images only")
-        return row
+        elif never_found:
+            missing = ", ".join(never_found)
+            warnings.append(f"no pseudo-label had class {missing}: it was learnt from labelled images only")
+        return PseudoLabelRow(
+            steps=counts[:, 0].astype(int).tolist(),
+            confident_fraction=(confident / np.maximum(counts[:, 1], 1)).round(4).tolist(),
+            class_fractions={name: share[:, index].round(5).tolist() for index, name in enumerate(names)},
+            classes_never_found=never_found,
+            warnings=warnings,
+        )

@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors.torch import load
 
+from p2r.artefact import Manifest, Published
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
 from p2r.config import FinetuneConfig
 from p2r.errors import CheckpointError
@@ -52,7 +53,7 @@ def trial_for_publishing(setup: TrialSetup, best: TrialResult) -> Trial | None:
 
 def publish_best(
     setup: TrialSetup, results: Sequence[TrialResult], backbone: Backbone, storage: Storage
-) -> dict[str, Any]:
+) -> Published[Manifest]:
     """Publish the best model below `storage` (`<storage>/models`), and return its manifest."""
     best = choose_model(setup.config, results)
     return _publish_result(setup, best, backbone, storage, why=reason_for(setup.config, best, results))
@@ -66,7 +67,7 @@ def reason_for(config: FinetuneConfig, best: TrialResult, results: Sequence[Tria
     return f"the best validation Dice ({_dice_of(best):.3f}) of {among}"
 
 
-def publish_on_all(setup: TrialSetup, result: TrialResult, backbone: Backbone, storage: Storage) -> dict[str, Any]:
+def publish_on_all(setup: TrialSetup, result: TrialResult, backbone: Backbone, storage: Storage) -> Published[Manifest]:
     """Publish the model trained on all labelled patients as `<task>/all`, and return its manifest.
 
     Published models never change: if `all` already is another model, this one is published as `all-<digest>`.
@@ -77,7 +78,7 @@ def publish_on_all(setup: TrialSetup, result: TrialResult, backbone: Backbone, s
 
 def publish_other_draws(
     setup: TrialSetup, results: Sequence[TrialResult], backbone: Backbone, storage: Storage
-) -> dict[int, dict[str, Any]]:
+) -> dict[int, Published[Manifest]]:
     """Publish the other draws of the best model's mode and number of labelled patients; return their manifests by draw."""
     best, published = choose_model(setup.config, results).trial, {}
     for one in results:
@@ -94,7 +95,7 @@ def _dice_of(result: TrialResult) -> float:
 
 def _publish_result(
     setup: TrialSetup, best: TrialResult, backbone: Backbone, storage: Storage, *, why: str, name: str | None = None
-) -> dict[str, Any]:
+) -> Published[Manifest]:
     task = load_task(Path(setup.task))
     trial = best.trial
     row = best.reported()
@@ -102,7 +103,7 @@ def _publish_result(
     weights = load(Storage(setup.storage).read_bytes(best.weights))
     # A model from scratch has only the backbone's architecture, so its licence and corpora do not apply.
     is_scratch = MODES[trial.mode].is_from_scratch
-    licences = [task.config.licence] if is_scratch else [backbone.manifest["licence"], task.config.licence]
+    licences = [task.config.licence] if is_scratch else [backbone.manifest.facts.licence, task.config.licence]
     licence = " AND ".join(dict.fromkeys(licences))
     names, number = ", ".join(map(for_markdown, trial.subjects)), trial.num_labelled
     patients = f"{number} labelled patient{'s' * (number > 1)} ({names})"
@@ -141,7 +142,7 @@ Licence of the weights: {for_markdown(licence)}. {for_markdown(task.config.citat
     description = hashlib.sha256(json_bytes([about, facts, config.model_dump(mode="json")])).hexdigest()
     own_version = f"{Path(best.weights).stem}-{description[:12]}"
 
-    def publish_as(version: str) -> dict[str, Any]:
+    def publish_as(version: str) -> Published[Manifest]:
         where = storage.child(f"{task.config.name}/{version}")
         card = about.replace("%s", version)
         return publish(where, format=MODEL_FORMAT, weights=weights, config=config, card=card, facts=facts)

@@ -9,7 +9,6 @@ these objects, oldest first.
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
 
 from p2r.fewshot.stored import Reading, read_readings
 from p2r.storage import Storage, json_bytes
@@ -18,7 +17,7 @@ from p2r.version import code_version
 _FOLDER = "report/test_reads"
 
 
-def record_reading(storage: Storage, reading: Mapping[str, Any]) -> None:
+def record_reading(storage: Storage, reading: Mapping[str, object]) -> None:
     """Record a test-set evaluation, before test patients are read.
 
     Args:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, FailFast, Field
 
@@ -181,8 +181,8 @@ class Overhead(JsonModel):
         """Return a log line for one trial or more."""
         share = 0.0 if self.overhead_fraction is None else self.overhead_fraction
         return (
-            f"{self.num_trials} of the trials took {self.trials_s:.0f} s in total, up to {self.num_concurrent} at a time; the sweep "
-            f"took {self.sweep_s:.0f} s: overhead {share:.1%}"
+            f"{self.num_trials} trial{'s' * (self.num_trials > 1)}: {self.trials_s:.0f} s in total, up to {self.num_concurrent} at a "
+            f"time, in a sweep of {self.sweep_s:.0f} s: overhead {share:.1%}"
         )
 
 
@@ -206,7 +206,7 @@ class FewShot:
     failed: list[FailedTrial] = field(default_factory=list)
     overhead: Overhead = field(default_factory=lambda: NO_OVERHEAD)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """Return the part of a report beside its rows, as JSON values."""
         lists = {name: [one.to_json() for one in getattr(self, name)] for name in ("searched", "chosen", "failed")}
         return {**lists, "overhead": self.overhead.to_json()}

@@ -16,7 +16,6 @@ student under stronger augmentation); Yang et al. 2022 (ST++: stability of predi
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,9 @@ from torch import Tensor, nn
 
 from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Preparation
+from p2r.documents import JsonRow
 from p2r.evaluate.inference import probabilities_of_images
+from p2r.evaluate.rows import RoundRow
 from p2r.fewshot.plausibility import Plausibility, plausible
 from p2r.fewshot.protocol import Settings, Trial
 from p2r.randomness import keyed_generator
@@ -45,6 +46,13 @@ class Unlabelled:
     """(P, *S) bool: pixels of the scan."""
     frames: Sequence[slice]
     """Images of each frame."""
+
+
+class RoundsState(JsonRow):
+    """State of the rounds in an unfinished trial."""
+
+    told: list[RoundRow]
+    is_over: bool
 
 
 class Rounds:
@@ -75,8 +83,8 @@ class Rounds:
         self._trial, self._config, self._preparation, self._names = trial, config, preparation, names
         self.labels: Tensor | None = None
         """(P, *S) int16 class, or `NOT_COUNTED`; None before the first and after the last round."""
-        self.told: list[dict[str, Any]] = []
-        """Facts of each round, JSON values."""
+        self.told: list[RoundRow] = []
+        """Description of each round."""
         self._is_over = False
 
     @property
@@ -108,7 +116,7 @@ class Rounds:
 
     def _end(self, step: int, why: str) -> str:
         self.labels, self._is_over = None, True
-        self.told[-1] |= {"ended_at_step": step, "ended_by": why}
+        self.told[-1] = self.told[-1].model_copy(update={"ended_at_step": step, "ended_by": why})
         return f"rounds end before step {step + 1}: from now on the teacher labels the images of every step"
 
     def _label(self, network: nn.Module, number: int, threshold: float | None) -> tuple[Tensor, list[bool]]:
@@ -141,26 +149,26 @@ class Rounds:
 
     def _describe_round(
         self, step: int, number: int, labels: Tensor, frames: list[bool], change: float | None
-    ) -> dict[str, Any]:
+    ) -> RoundRow:
         counted = labels >= 0
         total = max(1, int(counted.sum()))
         box = _read_box(self._unlabelled.images, self._preparation)
         read = int(self._unlabelled.inside[(slice(None), *box)].sum())
-        return {
-            "step": step,
-            "by": "teacher" if number else "prototypes",
-            "counted_fraction": round(int(counted.sum()) / max(1, read), 4),  # of the pixels that the model reads
-            "plausible_frames": sum(frames),
-            "frames": len(frames),
-            "class_fractions": {
+        return RoundRow(
+            step=step,
+            by="teacher" if number else "prototypes",
+            counted_fraction=round(int(counted.sum()) / max(1, read), 4),  # of the pixels that the model reads
+            plausible_frames=sum(frames),
+            frames=len(frames),
+            class_fractions={
                 name: round(float((labels == value).sum()) / total, 5) for value, name in enumerate(self._names)
             },
-            "change": None if change is None else round(change, 5),
-        }
+            change=None if change is None else round(change, 5),
+        )
 
     def warnings(self) -> list[str]:
         """Return problems that did not end the training."""
-        if self.told and not self.told[0]["plausible_frames"]:
+        if self.told and not self.told[0].plausible_frames:
             return [
                 "no unlabelled frame has organs of a plausible size in the first pseudo-labels, so they had no effect; widen "
                 "plausible_size_factor or plausible_margin_mm"
@@ -174,13 +182,13 @@ class Rounds:
         packed = zlib.compress(self.labels.cpu().numpy().tobytes(), 1)
         return {"rounds.labels": torch.from_numpy(np.frombuffer(packed, np.uint8).copy())}
 
-    def facts(self) -> dict[str, Any]:
-        """Return JSON values for `restore`."""
-        return {"told": self.told, "is_over": self._is_over}
+    def state(self) -> "RoundsState":
+        """Return the state for `restore`, besides the tensors."""
+        return RoundsState(told=self.told, is_over=self._is_over)
 
-    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], state: "RoundsState") -> None:
         """Restore a state."""
-        self.told, self._is_over = [dict(one) for one in facts["told"]], bool(facts["is_over"])
+        self.told, self._is_over = list(state.told), state.is_over
         packed = tensors.get("rounds.labels")
         if packed is not None:
             flat = np.frombuffer(zlib.decompress(packed.cpu().numpy().tobytes()), np.int16)
@@ -257,10 +265,10 @@ def _read_box(images: Tensor, preparation: Preparation) -> tuple[slice, ...]:
     return tuple(slice(start, start + side) for start in starts)
 
 
-def _format_round(told: Mapping[str, Any]) -> str:
-    classes = ", ".join(f"{name} {100 * share:.2f} %" for name, share in told["class_fractions"].items())
-    change = "" if told["change"] is None else f", {100 * told['change']:.1f} % of the foreground changed"
+def _format_round(told: RoundRow) -> str:
+    classes = ", ".join(f"{name} {100 * share:.2f} %" for name, share in told.class_fractions.items())
+    change = "" if told.change is None else f", {100 * told.change:.1f} % of the foreground changed"
     return (
-        f"pseudo-labels by {told['by']}: {100 * told['counted_fraction']:.1f} % of pixels count ({classes}), "
-        f"{told['plausible_frames']} of {told['frames']} frames are plausible{change}"
+        f"pseudo-labels by {told.by}: {100 * told.counted_fraction:.1f} % of pixels count ({classes}), "
+        f"{told.plausible_frames} of {told.frames} frames are plausible{change}"
     )

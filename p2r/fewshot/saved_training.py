@@ -8,15 +8,19 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from p2r.documents import JsonRow
 from p2r.errors import InputError
+from p2r.evaluate.rows import CurvePoint
+from p2r.fewshot.pseudo_labels import TallyState
+from p2r.fewshot.rounds import RoundsState
 from p2r.storage import Storage
 from p2r.tensors import read_facts
 
@@ -25,10 +29,18 @@ SAVE_INTERVAL_S = 120.0
 _FORMAT = "p2r-training/1"
 
 
-class _Facts(BaseModel):
-    """Facts that this module uses; the learner stores more."""
+class LearnerFacts(JsonRow):
+    """State of a learner besides its tensors."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    curve: list[CurvePoint] = Field(default_factory=list)
+    tally: TallyState | None = None
+    rounds: RoundsState | None = None
+    """None: the mode has no rounds of self-training."""
+
+
+class _Facts(LearnerFacts):
+    """JSON in the header of the file."""
+
     format: str
     step: Annotated[int, Field(ge=0, lt=2**53)]
     seconds: Annotated[float, Field(ge=0, le=1e12)]
@@ -44,8 +56,7 @@ class TrainingState:
     step: int
     """Number of completed steps."""
     tensors: Mapping[str, Tensor]
-    facts: Mapping[str, Any]
-    """JSON values."""
+    facts: LearnerFacts
 
 
 class SavedTraining:
@@ -83,7 +94,7 @@ class SavedTraining:
 
     def save(self, state: TrainingState) -> None:
         """Replace the stored state."""
-        facts = {"format": _FORMAT, "step": state.step, "seconds": self.seconds, **state.facts}
+        facts = {"format": _FORMAT, "step": state.step, "seconds": self.seconds, **state.facts.to_json()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
         self._storage.write_bytes(self._path, save(tensors, metadata={"facts": json.dumps(facts)}))
         self._saved = time.monotonic()
@@ -98,10 +109,10 @@ class SavedTraining:
             facts = read_facts(content, _FACTS, where=self._storage.at(self._path))
         except (SafetensorError, ValueError, InputError):
             return None
-        if facts["format"] != _FORMAT:
+        if facts.format != _FORMAT:
             return None
-        self._seconds_before = float(facts["seconds"])
-        return TrainingState(facts["step"], tensors, facts)
+        self._seconds_before = facts.seconds
+        return TrainingState(facts.step, tensors, facts)
 
     def delete(self) -> None:
         """Delete the stored state, after the trial is done."""

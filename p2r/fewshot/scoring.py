@@ -30,6 +30,7 @@ from p2r.evaluate.metrics import (
     summarise,
 )
 from p2r.evaluate.prepared import prepared_scan
+from p2r.evaluate.rows import CalibrationRow, CaseRow, CaseScore
 from p2r.evaluate.tasks import Task, TaskScan
 from p2r.fewshot.paper_compat import Crop, cropped
 
@@ -56,14 +57,13 @@ class Scored:
     """Metrics of a split."""
 
     summary: Summary
-    cases: tuple[dict[str, Any], ...]
-    """Cases as in a row of `report.json`."""
+    cases: tuple[CaseRow, ...]
     predictions: Mapping[str, NDArray[np.uint8]]
     """Labels (X, Y, Z, T) on each scan's own grid, by the scan's key."""
     soft_dice_with_background: float | None
     """Mean over patients, only with paper_compat."""
-    calibration: dict[str, Any] | None
-    """The `calibration` of a row of `report.json`, if requested."""
+    calibration: CalibrationRow | None
+    """If requested."""
 
 
 def cases_of(scans: Sequence[TaskScan], task: Task, preparation: Preparation, *, is_cropped: bool) -> Iterator[Case]:
@@ -111,7 +111,7 @@ def score_cases(
         see: Called with every case before its prediction; it may raise an error to refuse the case.
     """
     scores: list[tuple[str, dict[str, Score]]] = []
-    rows: list[dict[str, Any]] = []
+    rows: list[CaseRow] = []
     predictions: dict[str, NDArray[np.uint8]] = {}
     soft: dict[str, list[float]] = {}
     calibration: dict[str, CalibrationSums] = {}
@@ -138,14 +138,14 @@ def score_cases(
             )
             scores.append((subject, frame_scores))
             rows.append(
-                {
-                    "subject": subject,
-                    "scan": case.scan.key,
-                    "frame": frame,
-                    "stratum": task.strata.get(subject),
-                    "scores": {name: asdict(score) for name, score in frame_scores.items()},
-                    "thirds": dice_by_thirds(found, true, classes=task.config.classes, axis=axis),
-                }
+                CaseRow(
+                    subject=subject,
+                    scan=case.scan.key,
+                    frame=frame,
+                    stratum=task.strata.get(subject),
+                    scores={name: CaseScore.model_validate(asdict(one)) for name, one in frame_scores.items()},
+                    thirds=dice_by_thirds(found, true, classes=task.config.classes, axis=axis),
+                )
             )
             if probabilities is not None:
                 class_maps = torch.from_numpy(probabilities[..., index, :]).movedim(-1, 0)
@@ -185,11 +185,20 @@ def _predict_case(
     device: str,
     tally: _CalibrationTally | None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
-    options: dict[str, Any] = {"preparation": preparation, "num_classes": task.num_classes, "device": device}
     if case.places is None:
-        see = None if tally is None else tally.see
-        return predict_images(segmenter, case.images, largest_component=largest_component, see=see, **options), None
-    probabilities = predict_probabilities(segmenter, case.images, **options)
+        predicted = predict_images(
+            segmenter,
+            case.images,
+            preparation=preparation,
+            num_classes=task.num_classes,
+            device=device,
+            largest_component=largest_component,
+            see=None if tally is None else tally.see,
+        )
+        return predicted, None
+    probabilities = predict_probabilities(
+        segmenter, case.images, preparation=preparation, num_classes=task.num_classes, device=device
+    )
     if tally is not None:
         images = [_cut_like_images(probabilities[..., value], case.images) for value in range(task.num_classes)]
         tally.see(torch.stack(images, dim=1), 0)

@@ -8,7 +8,7 @@ a killed job continues where it stopped. Failed trials are listed with their rea
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -207,9 +207,9 @@ def attempt(setup: TrialSetup, trial: Trial, *, device: str, retries: int, say: 
     return failed_result(trial, reason)
 
 
-def failure_message(failed: Sequence[Mapping[str, str]]) -> str:
+def failure_message(failed: Sequence[FailedTrial]) -> str:
     """Return the command line's message about failed trials."""
-    names = "\n".join(f"  {failure['trial']}: {failure['reason']}" for failure in failed)
+    names = "\n".join(f"  {failure.trial}: {failure.reason}" for failure in failed)
     return (
         f"{len(failed)} trial{'s' * (len(failed) > 1)} failed; the report has the others; run the job again to retry them, and change "
         f"the settings of trials that diverged:\n{names}"

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from p2r.backbone import Backbone
 from p2r.config import FinetuneConfig
@@ -63,7 +63,7 @@ class TrialSetup:
             config["compile"] = True
         if MODES[trial.mode].trains == "head":
             config["probe_augmentation"] = self.config.probe_augmentation
-        recipe: dict[str, Any] = {
+        recipe: dict[str, object] = {
             "config": config,
             "trial": trial.to_recipe(),
             "task": task_sha256(Path(self.task)),

@@ -14,9 +14,8 @@ common size `*S` (`H W`, or `X Y Z`).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Frames, Planes, Preparation
 from p2r.errors import OutOfTime, TrainingError
+from p2r.evaluate.rows import CurvePoint, RoundRow
 from p2r.evaluate.tasks import LabelledScan
 from p2r.fewshot.learner import WARMUP_FRACTION, Learner
 from p2r.fewshot.protocol import Trial
@@ -50,8 +50,8 @@ from p2r.views.cutmix import Labelled
 from p2r.views.draws import Draws
 from p2r.views.pair import WeakAndStrong, augment_labelled, augment_weakly_and_strongly
 
-Look = Callable[[int, Segmenter], dict[str, Any]]
-"""Validation callback: number of steps done, and the current network -> JSON values for the curve."""
+Look = Callable[[int, Segmenter], CurvePoint]
+"""Validation callback: number of steps done, and the current network -> a point of the curve."""
 
 _CHECK_STEPS = 25
 _MAX_RISE = 5.0  # of the loss relative to the first step, where predictions are guesses
@@ -100,11 +100,11 @@ class Trained:
     """The teacher, if there is one; otherwise the student."""
     loss: float | None
     """Mean of the last tenth of the steps; None without training."""
-    curve: tuple[dict[str, Any], ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
     """All return values of `look`."""
     pseudo_labels: PseudoLabelTally | None = None
-    rounds: Sequence[Mapping[str, Any]] = ()
-    """Facts of each round of self-training, JSON values."""
+    rounds: Sequence[RoundRow] = ()
+    """Each round of self-training."""
     warnings: Sequence[str] = ()
     """Problems that did not end the training."""
 
@@ -191,10 +191,10 @@ class _AfterStep:
 
     trial: Trial
     say: Say
-    look: Callable[[int], dict[str, Any]] | None
+    look: Callable[[int], CurvePoint] | None
     look_steps: int
 
-    def __call__(self, step: int, loss: Tensor, curve: list[dict[str, Any]]) -> None:
+    def __call__(self, step: int, loss: Tensor, curve: list[CurvePoint]) -> None:
         """Check a step's loss from time to time, log it, and add the result of a due validation to `curve`."""
         done, steps = step + 1, self.trial.settings.steps or 1
         look = self.look if done % self.look_steps == 0 and done < steps else None
@@ -395,9 +395,9 @@ def train_head(
     config: FinetuneConfig,
     device: str,
     say: Say = lambda line: None,
-    look: Callable[[int], dict[str, Any]] | None = None,
+    look: Callable[[int], CurvePoint] | None = None,
     look_steps: int = 1,
-) -> tuple[float, tuple[dict[str, Any], ...]]:
+) -> tuple[float, tuple[CurvePoint, ...]]:
     """Train a head with Dice + cross-entropy on fixed features.
 
     Args:
@@ -425,7 +425,7 @@ def train_head(
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay or 0.0
     )
-    first, tail, curve = torch.tensor(0.0), list[Tensor](), list[dict[str, Any]]()
+    first, tail, curve = torch.tensor(0.0), list[Tensor](), list[CurvePoint]()
     after_step = _AfterStep(trial, say, look, look_steps)
     for step in range(settings.steps):
         for group in optimizer.param_groups:

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from torch import nn
 
@@ -213,14 +212,14 @@ def _train(inputs: TrialInputs, *, say: Say, report: ReportDice | None, saved: S
 
 def _validate_at_step(
     step: int, segmenter: nn.Module, *, inputs: TrialInputs, say: Say, report: ReportDice | None
-) -> dict[str, Any]:
+) -> CurvePoint:
     """Validate during training."""
     summary = _score(inputs, segmenter, inputs.validation(), "validation").summary
     point = CurvePoint(step=step, dice_mean=summary.dice_mean, dice=summary.dice)
     say(f"{inputs.trial.id} | step {step} | {point.text()}")
     if report is not None:
         report(step, summary.dice_mean or 0.0)
-    return point.to_json()
+    return point
 
 
 def _train_probe(inputs: TrialInputs, segmenter: Segmenter, *, say: Say, look: Look | None, look_steps: int) -> Trained:
@@ -243,7 +242,7 @@ def _compute_features(inputs: TrialInputs, network: nn.Module) -> list[FeaturesO
         inputs.training(size_read(inputs.preparation)),
         network,
         inputs.trial,
-        backbone_sha256=str(inputs.backbone.manifest["sha256"]),
+        backbone_sha256=inputs.backbone.manifest.sha256,
         preparation=inputs.preparation,
         device=inputs.device,
     )

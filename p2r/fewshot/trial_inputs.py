@@ -80,7 +80,7 @@ def prepare_trial(setup: TrialSetup, trial: Trial, *, device: str) -> TrialInput
 def _load_other(setup: TrialSetup) -> Backbone:
     assert setup.config.other is not None
     found = load_other(setup.config.other)
-    if found.manifest["sha256"] != setup.other_sha256:
+    if found.manifest.sha256 != setup.other_sha256:
         raise DataError(
             f"finetune.other {setup.config.other.build} built another network than at the start of the job: its weights must be fixed, so "
             "load them, or seed the function"
@@ -158,4 +158,4 @@ def build_segmenter(
 
 def weights_sha256(inputs: TrialInputs) -> str | None:
     """Return the digest of the backbone that provides the initial weights; None: from scratch."""
-    return None if MODES[inputs.trial.mode].is_from_scratch else str(inputs.backbone.manifest["sha256"])
+    return None if MODES[inputs.trial.mode].is_from_scratch else inputs.backbone.manifest.sha256

@@ -1,7 +1,6 @@
 """The outcome of a few-shot trial: description of the training, result and row, weights and predictions on the storage."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -35,15 +34,15 @@ class TrainingFacts(JsonModel):
 def describe_training(inputs: TrialInputs, trained: Trained, validation: Summary) -> TrainingFacts:
     """Describe a training that has just ended, with the validation scores of its last weights."""
     trial, task = inputs.trial, inputs.task
-    facts: dict[str, Any] = {}
+    facts: dict[str, object] = {}
     if inputs.config.curve_steps is not None and "steps" in MODES[trial.mode].settings:
         last = CurvePoint(step=trial.settings.steps, dice_mean=validation.dice_mean, dice=validation.dice)
-        facts["curve"] = [*trained.curve, last.to_json()]
+        facts["curve"] = [*trained.curve, last]
     if trained.pseudo_labels is not None:
         names = ["background", *task.config.classes.values()]
         threshold = trial.settings.confidence_threshold or 0.0
         row = trained.pseudo_labels.to_row(names, threshold=threshold)
-        facts["pseudo_labels"] = {**row, **({"rounds": trained.rounds} if trained.rounds else {})}
+        facts["pseudo_labels"] = row.model_copy(update={"rounds": list(trained.rounds)}) if trained.rounds else row
     if trained.warnings:
         facts["warnings"] = list(trained.warnings)
     return TrainingFacts.model_validate({"train_loss": trained.loss, **facts})

@@ -17,7 +17,6 @@ Shape letters: n anchors, m candidates, E channels (a power of two), D spatial d
 import math
 import os
 import shutil
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -27,10 +26,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from p2r.loss import kernel_tiles
+from p2r.loss.kernel_tiles import CHANNELS, PUSH_TILES, SUMS_TILES, Tile
 from p2r.loss.tiles import Rows, Scale, blocks
 
-CHANNELS = {torch.bfloat16: (16, 32, 64, 128, 256, 512), torch.float16: (16, 32, 64, 128), torch.float32: (32, 64, 128)}
-"""Values of E for which the tests compile the kernels, by dtype; others use the torch tiles."""
 _PANEL = 16384
 """Number of anchors whose column sums are kept separately at a time: m numbers for each block of anchors."""
 _SPLIT = 8192
@@ -41,7 +40,6 @@ _MAX_PUSH_SPLITS = 8
 _PARTIAL_BYTES = 2**28
 """Memory limit for partial sums of `push`; larger problems take several launches."""
 _MIN_CAPABILITY = (8, 0)
-_INTERPRETER_SHARED_BYTES = 232_448  # shared memory of an H100
 _LOG2_E = math.log2(math.e)
 
 
@@ -65,8 +63,11 @@ def unfit(dtype: torch.dtype, channels: int, *, device: torch.device, allows_tf3
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _MIN_CAPABILITY
     if capability < _MIN_CAPABILITY:
         return f"they need a GPU of compute capability 8.0 or newer, this one has {'.'.join(map(str, capability))}"
-    limit = _shared_limit(device)
-    if not all(_fitting_tiles(table, dtype, channels, limit, has_image=True) for table in (_SUMS_TILES, _PUSH_TILES)):
+    limit, descriptors = kernel_tiles.shared_limit(device), kernel_tiles.has_descriptors(device)
+    if not all(
+        kernel_tiles.fitting_tiles(table, dtype, channels, limit, has_image=True, descriptors=descriptors)
+        for table in (SUMS_TILES, PUSH_TILES)
+    ):
         return f"{channels} channels of {dtype} need more shared memory than this GPU's {limit} bytes: choose fewer"
     return None
 
@@ -78,18 +79,10 @@ def _has_compiler() -> bool:
     return any(map(shutil.which, names))
 
 
-def _shared_limit(device: torch.device) -> int:
-    """Return the limit of shared memory per program, in bytes."""
-    if device.type != "cuda":
-        return _INTERPRETER_SHARED_BYTES
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-    return int(properties["max_shared_mem"])
-
-
 def sums(anchors: Rows, candidates: Rows, scale: Scale, *, of_columns: bool) -> tuple[Tensor, Tensor]:
     """See `tiles.sums`."""
     n, m, device = len(anchors), len(candidates), anchors.values.device
-    tile = _choose_tile(_SUMS_TILES, anchors)
+    tile = kernel_tiles.choose_tile(SUMS_TILES, anchors)
     arguments = _common_arguments(anchors, candidates, scale, tile)
     shift = _to_log2(scale.shift, candidates.values).repeat(m)
     if candidates.present is not None:
@@ -144,7 +137,7 @@ def _push_to_anchors(anchors: Rows, candidates: Rows, scale: Scale) -> Tensor:
     moved = torch.zeros_like(anchors.values, dtype=torch.float32)
     if not n or not m:
         return moved
-    tile = _choose_tile(_PUSH_TILES, anchors)
+    tile = kernel_tiles.choose_tile(PUSH_TILES, anchors)
     arguments = _common_arguments(anchors, candidates, scale, tile)
     if tile.by_descriptor:
         descriptor = TensorDescriptor.from_tensor(arguments[1], [tile.block_candidates, arguments[1].shape[1]])
@@ -170,65 +163,6 @@ def _push_to_anchors(anchors: Rows, candidates: Rows, scale: Scale) -> Tensor:
     return moved
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """Size of a tile, and its compile options."""
-
-    block_anchors: int
-    block_candidates: int
-    num_warps: int
-    num_stages: int
-    by_descriptor: bool = False
-    """Load candidates by the tensor memory accelerator (compute capability 9.0), which computes addresses itself."""
-
-    def options(self, channels: int) -> dict[str, int]:
-        """Return the constants of a launch."""
-        return {
-            "BLOCK_A": self.block_anchors,
-            "BLOCK_C": self.block_candidates,
-            "E": channels,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-    def shared_bytes(self, dtype: torch.dtype, channels: int) -> int:
-        """Estimate the shared memory of a program: the block of anchors, and a candidate tile per stage."""
-        rows = self.block_anchors + self.num_stages * self.block_candidates
-        # Weights of more than two bytes go through shared memory.
-        weights = 0 if dtype == torch.bfloat16 else 4 * self.block_anchors * self.block_candidates
-        return rows * channels * dtype.itemsize + weights + 2048
-
-
-_SUMS_TILES: dict[int, tuple[_Tile, ...]] = {
-    256: (_Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)),
-    512: (_Tile(128, 64, 8, 2), _Tile(64, 64, 8, 2)),
-    1024: (_Tile(64, 64, 8, 2),),
-}
-_PUSH_TILES: dict[int, tuple[_Tile, ...]] = {
-    128: (_Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)),
-    256: (_Tile(128, 128, 8, 3), _Tile(128, 64, 8, 2)),
-    512: (_Tile(128, 64, 8, 2), _Tile(64, 32, 8, 2)),
-    1024: (_Tile(64, 32, 8, 2, by_descriptor=True),),
-}
-"""Tiles by the maximum bytes of a row, in order of preference: a GPU uses the first tile that fits its shared memory. With 128
-anchors instead of 64, half as much is read from the L2 cache. Rows of 1024 bytes leave no registers for the candidates' addresses."""
-
-
-def _fitting_tiles(
-    table: dict[int, tuple[_Tile, ...]], dtype: torch.dtype, channels: int, limit: int, *, has_image: bool
-) -> tuple[_Tile, ...]:
-    """Return the tiles of a table that fit into shared memory, best first."""
-    tiles = table[min(most for most in table if most >= channels * dtype.itemsize)]
-    if has_image or dtype != torch.bfloat16:  # masks, and weights of four bytes, need the registers of larger tiles
-        tiles = tuple(tile for tile in tiles if tile.num_warps == 8 and tile.block_candidates <= 64)
-    return tuple(tile for tile in tiles if tile.shared_bytes(dtype, channels) <= limit)
-
-
-def _choose_tile(table: dict[int, tuple[_Tile, ...]], anchors: Rows) -> _Tile:
-    values, has_image = anchors.values, anchors.image is not None
-    return _fitting_tiles(table, values.dtype, values.shape[1], _shared_limit(values.device), has_image=has_image)[0]
-
-
 def _presence(rows: Rows) -> Tensor:
     """Return (n,) float32: 1 for present rows, 0 for excluded ones."""
     if rows.present is None:
@@ -236,14 +170,14 @@ def _presence(rows: Rows) -> Tensor:
     return (rows.present != 0).float()
 
 
-def _mask_options(anchors: Rows, candidates: Rows) -> dict[str, Any]:
+def _mask_options(anchors: Rows, candidates: Rows) -> dict[str, object]:
     has_image = anchors.image is not None and candidates.image is not None
     has_position = has_image and anchors.position_mm is not None and candidates.position_mm is not None
     dimensions = anchors.position_mm.shape[1] if has_position and anchors.position_mm is not None else 0
     return {"HAS_IMAGE": has_image, "D": dimensions}
 
 
-def _common_arguments(anchors: Rows, candidates: Rows, scale: Scale, tile: _Tile) -> tuple[Any, ...]:
+def _common_arguments(anchors: Rows, candidates: Rows, scale: Scale, tile: Tile) -> tuple[Any, ...]:
     """Return the arguments that both kernels have in common."""
     unused = anchors.values  # passed for absent tensors, which the kernels do not read
     row_tensors = []

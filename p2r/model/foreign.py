@@ -88,7 +88,7 @@ class Transfer:
             for line in cells
         )
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """Return the transfer as JSON, for a checkpoint's record and the report."""
         return {"source": self.source, "prefix": self.prefix, "table": [row._asdict() for row in self.rows]}
 

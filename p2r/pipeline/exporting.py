@@ -4,10 +4,9 @@
 """
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from p2r.artefact import Manifest, Published
 from p2r.config import PublishConfig
 from p2r.export import export
 from p2r.logs import Say
@@ -17,13 +16,13 @@ _RECORD = "export.json"
 _MAX_RECORD_BYTES = 2**20
 
 
-def write_exports(config: PublishConfig, storage: Storage, published: Mapping[str, Any], say: Say) -> list[str]:
+def write_exports(config: PublishConfig, storage: Storage, published: Published[Manifest], say: Say) -> list[str]:
     """Write the formats of `publish.exports` unless they are there already, and return their URLs.
 
     Args:
         config: Section publish.
         storage: The job's storage.
-        published: Manifest of the published backbone, with its `pin`.
+        published: Manifest of the published backbone.
         say: Receives a line for each format.
 
     Raises:
@@ -33,17 +32,17 @@ def write_exports(config: PublishConfig, storage: Storage, published: Mapping[st
     for to in config.exports:
         where = storage.child(f"exports/{config.name}-{config.version}/{to}")
         urls.append(where.url)
-        if _is_exported(where, str(published["pin"])):
+        if _is_exported(where, published.pin):
             say(f"publish | {to} | {where.url} | was exported already")
             continue
         with tempfile.TemporaryDirectory(prefix="p2r-export-") as name:
             folder = Path(name, to)
-            lines = export(str(published["pin"]), to=to, folder=folder)
+            lines = export(published.pin, to=to, folder=folder)
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
             for path in paths:
                 where.upload(path, path.relative_to(folder).as_posix())
             checks = [line.removeprefix("checked: ") for line in lines if line.startswith("checked: ")]
-            where.write_json(_RECORD, {"pin": published["pin"], "format": to, "checks": checks})
+            where.write_json(_RECORD, {"pin": published.pin, "format": to, "checks": checks})
         say(f"publish | {to} | {where.url} | {len(paths)} files | {'; '.join(checks)}")
     return urls
 

@@ -4,21 +4,24 @@
 file below `report/`, `backbones/` and `models/`. `made_before` returns the results if job, code, tasks, scans, label maps and files are
 unchanged. After any change the stages run again, and do only the work that is missing.
 
-A job of kind ingest is never finished, because its sources may have more scans. Neither is code with changes that are not committed.
+A job of kind ingest is never finished, because its sources may have more scans. Code with changes that are not committed is
+identified by the digest of its files.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from p2r.artefact import RESULTS
 from p2r.errors import P2RError
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.task_files import load_task, read_task_config
 from p2r.job import Job
+from p2r.pipeline.made import Made
 from p2r.pointers import pointer_in, resolve
 from p2r.reference import parse_reference
 from p2r.report import table
@@ -31,7 +34,16 @@ _KINDS = ("pipeline", "pretrain", "publish", "finetune")
 _MAX_BYTES = 16 << 20
 
 
-def made_before(job: Job) -> dict[str, Any] | None:
+class _Record(BaseModel):
+    """`finished.json`."""
+
+    model_config = ConfigDict(strict=True)
+    inputs: str
+    made: dict[str, Any]
+    files: dict[str, list[int | str]]
+
+
+def made_before(job: Job) -> Made | None:
     """Return the result of a finished job, as `run_job` returns it; None if anything is left to do, or has changed."""
     if not _is_recorded(job):
         return None
@@ -39,19 +51,19 @@ def made_before(job: Job) -> dict[str, Any] | None:
     try:
         if not storage.exists(_RECORD):
             return None
-        record = storage.read_json(_RECORD, max_bytes=_MAX_BYTES)
-        if record["inputs"] != digest_inputs(job) or record["files"] != _states(storage):
+        record = _Record.model_validate(storage.read_json(_RECORD, max_bytes=_MAX_BYTES))
+        if record.inputs != digest_inputs(job) or record.files != _states(storage):
             return None
-        made = {name: value for name, value in record["made"].items() if isinstance(name, str)}
-        if "report" in made:
-            rows = storage.read_json("report/report.json")["rows"]
-            made["table"] = table([TrialRow.model_validate(row) for row in rows])
-    except (P2RError, ValidationError, KeyError, TypeError, AttributeError):  # the stages will report the cause
+        made = Made(**record.made)
+        if made.report is None:
+            return made
+        rows = storage.read_json("report/report.json")["rows"]
+        return replace(made, table=table([TrialRow.model_validate(row) for row in rows]))
+    except (P2RError, ValidationError, KeyError, TypeError):  # the stages will report the cause
         return None
-    return made
 
 
-def record_finished(job: Job, storage: Storage, made: Mapping[str, Any], *, inputs: str) -> None:
+def record_finished(job: Job, storage: Storage, made: Made, *, inputs: str) -> None:
     """Write the record of a finished job.
 
     Args:
@@ -60,16 +72,15 @@ def record_finished(job: Job, storage: Storage, made: Mapping[str, Any], *, inpu
         made: The result of its stages; nothing is written if a part is unfinished or failed.
         inputs: `digest_inputs` of the job, from before its first stage.
     """
-    if not _is_recorded(job) or "unfinished" in made or made.get("failed"):
+    if not _is_recorded(job) or made.unfinished is not None or made.failed:
         return
-    said = {name: value for name, value in made.items() if name != "table"}
-    content = json_bytes({"format": 1, "inputs": inputs, "made": said, "files": _states(storage)})
+    content = json_bytes({"format": 1, "inputs": inputs, "made": made.outputs(), "files": _states(storage)})
     if not (storage.exists(_RECORD) and storage.read_bytes(_RECORD, max_bytes=_MAX_BYTES) == content):
         storage.write_bytes(_RECORD, content)
 
 
 def digest_inputs(job: Job) -> str:
-    """Return a digest of job, code, tasks, and size and time of every scan and label map of the tasks; empty if none is kept.
+    """Return a digest of job, code, tasks, and size and time of every scan and label map of the tasks; empty if no record is kept.
 
     Raises:
         InputError: as `load_task`.
@@ -78,7 +89,7 @@ def digest_inputs(job: Job) -> str:
         return ""
     tasks = {path: list(_task_states(path)) for path in _tasks_of(job)}
     named = [str(resolve(parse_reference(url))) for url in _pointers_of(job)]
-    inputs = [job.model_dump(mode="json"), code_version(), tasks, *([named] if named else [])]
+    inputs = [job.model_dump(mode="json"), _code(), tasks, *([named] if named else [])]
     return hashlib.sha256(json_bytes(inputs)).hexdigest()
 
 
@@ -90,7 +101,18 @@ def _pointers_of(job: Job) -> Iterator[str]:
 
 
 def _is_recorded(job: Job) -> bool:
-    return job.kind in _KINDS and code_version() != "unknown" and not code_version().endswith("-dirty")
+    return job.kind in _KINDS
+
+
+def _code() -> str:
+    """Return the commit of the code; if it is unknown or was changed, a digest of p2r's files."""
+    version = code_version()
+    if version != "unknown" and not version.endswith("-dirty"):
+        return version
+    digest, package = hashlib.sha256(), Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(json_bytes([path.relative_to(package).as_posix(), path.read_bytes().hex()]))
+    return digest.hexdigest()
 
 
 def _tasks_of(job: Job) -> list[str]:

@@ -1,16 +1,17 @@
 """Weights of another tool: checked against a job's network before training, or published as a backbone for fine-tuning."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, publish
 from p2r.config import ImportedConfig, PretrainConfig
 from p2r.data.preprocess import Preparation
+from p2r.engine.checkpoint_manifest import InitialWeights
 from p2r.engine.weights import foreign_weights
 from p2r.logs import Say
 from p2r.model.backbones import build_backbone
+from p2r.model.foreign import Row
 from p2r.reference import parse_reference
 from p2r.storage import Storage
 from p2r.weights_file import is_weights_file
@@ -29,7 +30,8 @@ def check_initial_weights(config: PretrainConfig, say: Say) -> None:
     found, record = foreign_weights(
         reference, config.model, dimensions=config.image.dimensions, key="pretrain.init_from"
     )
-    say(f"pretrain | initial weights of {found.source}, sha256 {record['weights_sha256'][:_DIGITS]}\n{found.table()}")
+    digest = (record.weights_sha256 or "")[:_DIGITS]
+    say(f"pretrain | initial weights of {found.source}, sha256 {digest}\n{found.table()}")
 
 
 def publish_imported(url: str, config: ImportedConfig, storage: Storage, say: Say) -> str:
@@ -48,32 +50,33 @@ def publish_imported(url: str, config: ImportedConfig, storage: Storage, say: Sa
     """
     reference, dimensions = parse_reference(url), config.image.dimensions
     found, record = foreign_weights(reference, config.model, dimensions=dimensions, key="finetune.backbone")
-    say(f"finetune | weights of {found.source}, sha256 {record['weights_sha256'][:_DIGITS]}\n{found.table()}")
+    digest = (record.weights_sha256 or "")[:_DIGITS]
+    say(f"finetune | weights of {found.source}, sha256 {digest}\n{found.table()}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = build_backbone(config.model, dimensions=dimensions)
     network.load_state_dict(found.weights, strict=False)
     artefact = ArtefactConfig(model=config.model, preparation=preparation_of(config))
-    name = f"{record['weights_sha256'][:_DIGITS]}-{artefact.sha256()[:_DIGITS]}"
+    name = f"{digest}-{artefact.sha256()[:_DIGITS]}"
     made = publish(
         storage.child(f"backbones/imported/{name}"),
         format=BACKBONE_FORMAT,
         weights=network.state_dict(),
         config=artefact,
-        card=_write_card(config, record),
+        card=_write_card(config, record, found.rows),
         facts={
             "licence": config.licence,
             "description": config.provenance or None,
             "initial_weights": published_record(record),
         },
     )
-    return str(made["url"])
+    return made.url
 
 
-def published_record(record: Mapping[str, Any]) -> dict[str, Any]:
+def published_record(record: InitialWeights) -> dict[str, object]:
     """Return the record of another tool's weights for a manifest: with the file's name in place of a path of this machine."""
-    kept = ("source", "weights_sha256", "table", "citations")
-    return {"file": record["url"].rpartition("/")[2], **{key: record[key] for key in kept if key in record}}
+    kept = record.model_dump(include={"source", "weights_sha256", "table", "citations"}, exclude_unset=True)
+    return {"file": record.url.rpartition("/")[2], **kept}
 
 
 def preparation_of(config: ImportedConfig) -> Preparation:
@@ -88,10 +91,10 @@ def preparation_of(config: ImportedConfig) -> Preparation:
     )
 
 
-def _write_card(config: ImportedConfig, record: Mapping[str, Any]) -> str:
-    name, sha256 = record["url"].rpartition("/")[2], record["weights_sha256"]
+def _write_card(config: ImportedConfig, record: InitialWeights, rows: Sequence[Row]) -> str:
+    name, sha256 = record.url.rpartition("/")[2], record.weights_sha256
     lines = [
-        f"# Weights of {record['source']}",
+        f"# Weights of {record.source}",
         "",
         f"Imported from `{name}`, sha256 `{sha256}`. Licence: {config.licence}. {config.provenance}",
         "",
@@ -99,9 +102,6 @@ def _write_card(config: ImportedConfig, record: Mapping[str, Any]) -> str:
         "",
         "| outcome | part | tensors | values | reason |",
         "| --- | --- | --- | --- | --- |",
-        *(
-            f"| {row['outcome']} | {row['part']} | {row['num_tensors']:,} | {row['num_values']:,} | {row['reason']} |"
-            for row in record["table"]
-        ),
+        *(f"| {row.outcome} | {row.part} | {row.num_tensors:,} | {row.num_values:,} | {row.reason} |" for row in rows),
     ]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,6 @@
 """Lines of a `PretrainReport` for people, with metrics as fields for readers of JSON logs."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from p2r.engine.report import PretrainReport
 from p2r.logs import Line
@@ -18,16 +17,6 @@ METRICS = (
     "probe_dice",
 )
 """Fields of a report that become fields of its line, which trackers read."""
-
-
-def made_lines(made: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines that a run prints about its outputs: name and URL; several of one kind are indented below it."""
-    for name, value in made.items():
-        if isinstance(value, dict):
-            yield f"{name}:"
-            yield from (f"  {key}: {child}" for key, child in value.items())
-        else:
-            yield f"{name}: {value}"
 
 
 def report_lines(report: PretrainReport, *, rank: int = 0) -> Iterator[Line]:

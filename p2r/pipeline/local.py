@@ -122,6 +122,4 @@ def run(job: str | Path | Job, *, say: Say = say_line, **overrides: Any) -> dict
         ready = read_job(path, tuple(texts))
     check_job(path, ready)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    made = run_job(ready, LocalExecutor(device, None, retries=ready.retries), say=say)
-    made.pop("table", None)
-    return made
+    return run_job(ready, LocalExecutor(device, None, retries=ready.retries), say=say).to_json()

@@ -14,7 +14,8 @@ from p2r.data.names import local_path, unquoted_hint
 from p2r.data.order import allowed_world_sizes, check_world_size, sizes_for_micro_batch, world_sizes_between
 from p2r.documents import read_start
 from p2r.errors import DataError, InputError, JobError
-from p2r.evaluate.task_files import HELD_OUT, Task, load_task, read_task_config
+from p2r.evaluate.splits import HELD_OUT
+from p2r.evaluate.task_files import Task, load_task, read_task_config
 from p2r.job import Job, find_job, ignored_variables, nearest_file, read_job, variants_of
 from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
 from p2r.pointers import file_of

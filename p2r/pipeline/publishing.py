@@ -1,22 +1,20 @@
-"""Publishing: a checkpoint of a run -> a backbone with its head, metrics, curves, lineage and card; and the pointer `latest`."""
+"""The stage publish: a checkpoint -> a backbone on the storage, with its head, metrics, curves, lineage and card; the pointer `latest`."""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from p2r.artefact import MANIFEST, MAX_MANIFEST_BYTES
-from p2r.artefact_manifest import CorpusFacts, Lineage, Parent, Role
+from p2r.artefact import MANIFEST, MAX_MANIFEST_BYTES, CorpusFacts, Manifest, Published
+from p2r.artefact_manifest import Lineage, Parent, Role
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, publish
 from p2r.config import ImageConfig, PretrainConfig, PublishConfig
-from p2r.data.corpus import manifest_sha256
 from p2r.data.manifest import describe_records
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
 from p2r.engine.ancestry import added, ancestry, corpus_facts
-from p2r.engine.checkpoint_manifest import SavedCheckpoint
+from p2r.engine.checkpoint_manifest import InitialWeights, SavedCheckpoint
 from p2r.engine.corpora import corpora_of
 from p2r.engine.history import read_history
 from p2r.engine.pretrain import checkpoint_at, finished_checkpoint
@@ -35,7 +33,7 @@ from p2r.report.text import for_markdown
 from p2r.storage import Storage, json_bytes
 
 
-def publish_backbone(job: Job, storage: Storage, say: Say, *, step: int | None = None) -> dict[str, Any]:
+def publish_backbone(job: Job, storage: Storage, say: Say, *, step: int | None = None) -> Published[Manifest]:
     """Publish the weights of a checkpoint, move the pointer `latest` to them, and return the artefact's manifest.
 
     If a moving average of the weights was kept, it is published, with the last step's weights beside it. The projection head has a file
@@ -48,53 +46,46 @@ def publish_backbone(job: Job, storage: Storage, say: Say, *, step: int | None =
         step: Step of a complete checkpoint, which may be one of a run at work; it is published as VERSION-step-N. None: the last step.
 
     Raises:
-        CheckpointError: There is no such checkpoint, or another backbone is published there.
+        CheckpointError: The checkpoint is absent, or another backbone is published there.
     """
-    config = job.publish
+    config, pretrain = job.publish, job.pretrain
     assert config is not None
-    if job.pretrain is None:
+    if pretrain is None:
         raise JobError("kind publish needs the pretrain section of the run whose checkpoint it publishes")
     where = storage.child(f"backbones/{config.name}/{config.version}" + ("" if step is None else f"-step-{step}"))
-    pretrained = storage.child("pretrain")
-    checkpoint = (
-        finished_checkpoint(pretrained, job.pretrain) if step is None else checkpoint_at(pretrained, job.pretrain, step)
-    )
-    corpora = corpora_of(job.pretrain, storage.child("corpus"), stream=checkpoint.manifest.state.stream)
-    before = checkpoint.manifest.init_from
-    inherited = ancestry(before)
-    licence = _choose_licence(config, [*(corpus.manifest["licence"] for corpus in corpora), *inherited.licences])
-    artefact_config = _config_of(job.pretrain, corpora)
-    weights, tensors = _read_weights(pretrained, checkpoint, job.pretrain)
+    trained = storage.child("pretrain")
+    checkpoint = finished_checkpoint(trained, pretrain) if step is None else checkpoint_at(trained, pretrain, step)
+    corpora = corpora_of(pretrain, storage.child("corpus"), stream=checkpoint.manifest.state.stream)
+    inherited = ancestry(checkpoint.manifest.init_from)
+    licence = _choose_licence(config, [*(corpus.manifest.facts.licence for corpus in corpora), *inherited.licences])
+    slice_axis = _slice_axis_of(corpora) if pretrain.image.dimensions == 2 else "auto"
+    preparation = preparation_of_backbone(pretrain.image, slice_axis, contrasts=pretrain.model.contrasts)
+    weights, tensors = _read_weights(trained, checkpoint, pretrain)
     published = publish(
         where,
         format=BACKBONE_FORMAT,
         weights=weights,
-        config=artefact_config,
+        config=ArtefactConfig(model=pretrain.model, preparation=preparation),
         card=_write_card(job, config, corpora, where.url, licence, step=checkpoint.step),
         facts={
             "licence": licence,
             "job": job.name,
-            "step": checkpoint.step,
-            "samples_seen": checkpoint.step * job.pretrain.global_batch,
-            # Without the probe, which does not affect the weights and has a path of this machine.
-            "pretrain": {key: value for key, value in checkpoint.manifest.config.to_json().items() if key != "probe"},
-            "negatives": job.pretrain.negatives,
             "description": config.description,
-            "initial_weights": published_record(before) if before and before.get("format") == "foreign" else None,
-            "lineage": _lineage(pretrained, checkpoint),
             "corpora": None
             if inherited.corpora is None
             else added(list(map(_corpus_facts, corpora)), inherited.corpora),
+            **_describe_training(checkpoint, pretrain),
+            "lineage": _lineage(trained, checkpoint),
         },
         tensors=tensors,
-        documents=_documents(pretrained, step=checkpoint.step, title=f"{config.name}, pretraining"),
+        documents=_documents(trained, step=checkpoint.step, title=f"{config.name}, pretraining"),
     )
-    move_latest(where, published["sha256"], is_new=published["is_new"])
+    move_latest(where, published.sha256, is_new=published.is_new)
     if inherited.corpora is None:
         say(
             "publish | CORPORA UNKNOWN: the pretraining data of the initial weights cannot be read; evaluation will refuse this backbone"
         )
-    say(f"publish | {published['pin']} | licence {licence}" + " | was published already" * (not published["is_new"]))
+    say(f"publish | {published.pin} | licence {licence}" + " | was published already" * (not published.is_new))
     if config.exports:
         from p2r.pipeline.exporting import write_exports  # ONNX takes seconds to import
 
@@ -102,23 +93,25 @@ def publish_backbone(job: Job, storage: Storage, say: Say, *, step: int | None =
     return published
 
 
-def _config_of(config: PretrainConfig, corpora: Sequence[Corpus]) -> ArtefactConfig:
-    rules = {corpus.manifest["preprocessing"]["slice_axis"] for corpus in corpora}
-    dimensions = config.image.dimensions
-    if len(rules) > 1 and dimensions == 2:
+def _slice_axis_of(corpora: Sequence[Corpus]) -> SliceAxis:
+    """Return the rule by which corpora cut their planes.
+
+    Raises:
+        DataError: They have different rules.
+    """
+    rules = {corpus.manifest.facts.preprocessing.slice_axis for corpus in corpora}
+    if len(rules) > 1:
         raise DataError(
             f"the corpora cut planes across different axes (slice_axis {', '.join(map(str, sorted(rules, key=str)))}): "
             "a backbone has one rule; ingest them alike"
         )
-    slice_axis: SliceAxis = rules.pop() if dimensions == 2 else "auto"
-    preparation = preparation_of_images(config.image, slice_axis, contrasts=config.model.contrasts)
-    return ArtefactConfig(model=config.model, preparation=preparation)
+    return rules.pop()
 
 
 def _read_weights(
     storage: Storage, checkpoint: SavedCheckpoint, config: PretrainConfig
 ) -> tuple[dict[str, Tensor], dict[Role, dict[str, Tensor]]]:
-    """Return the published weights of a checkpoint, and those that get files of their own: head, and weights that are not averaged."""
+    """Return the published weights of a checkpoint, and the weights that get files of their own: head, and not averaged ones."""
 
     def read(name: str) -> dict[str, Tensor]:
         return checked_weights(storage, f"{checkpoint.path}/{name}", checkpoint.manifest.files[name])
@@ -138,42 +131,56 @@ def _read_weights(
 
 
 def _lineage(storage: Storage, checkpoint: SavedCheckpoint) -> Lineage:
-    before: Mapping[str, Any] = checkpoint.manifest.init_from or {}
+    before = checkpoint.manifest.init_from
     content = storage.read_bytes(f"{checkpoint.path}/{MANIFEST}", max_bytes=MAX_MANIFEST_BYTES)
     return Lineage(
-        parents=[_parent(before)] if before else [],
-        origins=list(before.get("origins") or []),
+        parents=[] if before is None else [_parent(before)],
+        origins=[] if before is None else list(before.origins or []),
         checkpoint_sha256=hashlib.sha256(content).hexdigest(),
         code=str((checkpoint.manifest.model_extra or {}).get("code", ""))[:100],
     )
 
 
-def _parent(before: Mapping[str, Any]) -> Parent:
-    url, sha256 = str(before["url"]), before.get("manifest_sha256")
-    if sha256 is None:  # another tool's weights: the name of the file, without a path of this machine
-        return Parent(reference=url.rpartition("/")[2], format=str(before["format"]), sha256=before["weights_sha256"])
-    return Parent(
-        reference=str(Reference(url, sha256)), format=str(before["format"]), sha256=sha256, step=before.get("step")
-    )
+def _parent(before: InitialWeights) -> Parent:
+    format = before.format or "unknown"
+    if before.manifest_sha256 is None:  # another tool's weights: the name of the file, without a path of this machine
+        return Parent(reference=before.url.rpartition("/")[2], format=format, sha256=before.weights_sha256 or "0" * 64)
+    pin = Reference(before.url, before.manifest_sha256)
+    return Parent(reference=str(pin), format=format, sha256=before.manifest_sha256, step=before.step)
 
 
 def _documents(storage: Storage, *, step: int, title: str) -> dict[Role, bytes]:
     """Return the metrics of a run at a step, and their curves; empty without a history."""
     if not storage.exists(HISTORY):
         return {}
-    rows = read_history(storage, HISTORY)
+    rows = [row.to_json() for row in read_history(storage, HISTORY)]
     metrics = TrainingMetrics.from_history(rows, step=step)
     documents: dict[Role, bytes] = {"metrics": json_bytes(metrics.model_dump(mode="json"))}
     picture = pretraining_curves(rows, step=step, title=title)
     return documents if picture is None else {**documents, "picture": picture}
 
 
+def _describe_training(checkpoint: SavedCheckpoint, config: PretrainConfig) -> dict[str, object]:
+    """Return the facts about the training of a checkpoint's weights."""
+    manifest = checkpoint.manifest
+    before = manifest.init_from
+    return {
+        "step": checkpoint.step,
+        "samples_seen": checkpoint.step * config.global_batch,
+        # Without the probe, which does not affect the weights and has a path of this machine.
+        "pretrain": {key: value for key, value in manifest.config.to_json().items() if key != "probe"},
+        "negatives": config.negatives,
+        "initial_weights": published_record(before) if before and before.format == "foreign" else None,
+    }
+
+
 def _corpus_facts(corpus: Corpus) -> CorpusFacts:
-    sha256 = manifest_sha256(corpus.manifest)
-    return corpus_facts(corpus.manifest, url=corpus.storage.url, sha256=sha256, weight=corpus.weight)
+    return corpus_facts(
+        corpus.manifest.facts, url=corpus.storage.url, sha256=corpus.manifest.sha256, weight=corpus.weight
+    )
 
 
-def preparation_of_images(
+def preparation_of_backbone(
     image: ImageConfig, slice_axis: SliceAxis, *, contrasts: tuple[str, ...] | None = None
 ) -> Preparation:
     """Return the preprocessing of a backbone that is pretrained on such images."""
@@ -185,6 +192,13 @@ def preparation_of_images(
         image_size=image.size,
         contrasts=contrasts,
     )
+
+
+def describe_network(config: PretrainConfig) -> str:
+    """Return the network with its channels and its cost, for the log and the card."""
+    model, image = config.model, config.image
+    cost = cost_of(model, dimensions=image.dimensions, size=image.size)
+    return f"{model.name}, channels {', '.join(map(str, model.channels))}; {cost}"
 
 
 def _choose_licence(config: PublishConfig, of_corpora: Sequence[str]) -> str:
@@ -213,14 +227,14 @@ def _write_card(
         "input": f"one contrast, {' x '.join([str(image.size)] * image.dimensions)} {pixel}s of {image.spacing_mm:g} mm; intensities "
         "as in config.json",
         **{
-            f"corpus{f' {number}' if len(corpora) > 1 else ''}": f"{corpus.manifest['num_subjects']} subjects, "
-            f"{describe_records(corpus.manifest)}, {corpus.manifest['num_samples']} planes; sha256 {manifest_sha256(corpus.manifest)}"
+            f"corpus{f' {number}' if len(corpora) > 1 else ''}": f"{corpus.manifest.facts.num_subjects} subjects, "
+            f"{describe_records(corpus.manifest.facts)}, {corpus.manifest.facts.num_samples} planes; sha256 {corpus.manifest.sha256}"
             for number, corpus in enumerate(corpora, start=1)
         },
         "licence": licence,
     }
     rows = "\n".join(f"| {name} | {for_markdown(value)} |" for name, value in facts.items())
-    sources = "\n\n".join(for_markdown(corpus.manifest["provenance"]) for corpus in corpora)
+    sources = "\n\n".join(for_markdown(corpus.manifest.facts.provenance) for corpus in corpora)
     return f"""# {config.name} {config.version}
 
 A backbone that gives {model.feature_channels} features for every {block}{pixel}{"s" * bool(block)} of an MRI {scan}, pretrained without
@@ -239,10 +253,3 @@ labels by p2r.
 
 Not a medical device. Its results depend on the test patients: see the report of the job that made this backbone.
 """
-
-
-def describe_network(config: PretrainConfig) -> str:
-    """Return network and cost of a pretraining, for people."""
-    model, image = config.model, config.image
-    cost = cost_of(model, dimensions=image.dimensions, size=image.size)
-    return f"{model.name}, channels {', '.join(map(str, model.channels))}; {cost}"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2r.artefact import open_artefact
+from p2r.artefact import BackboneManifest, open_artefact
 from p2r.backbone import Backbone, load_model
 from p2r.data.preprocess import intensity_window, percentile_table, slice_axis, volume_to_planes
 from p2r.data.stream import stream
@@ -27,7 +27,7 @@ from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, load_scan, load_task
-from p2r.fewshot.results import FailedTrial
+from p2r.fewshot.results import FailedTrial, TrialFacts
 from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job
 from p2r.loss import corresponding_points
@@ -45,7 +45,6 @@ from p2r.report import (
     shown_cases,
     source_line,
     split_of,
-    table,
     trials_line,
     variants_picture,
     view_pairs,
@@ -57,7 +56,7 @@ from p2r.storage import Storage
 from p2r.version import code_version
 from p2r.views.pair import ViewPair, make_views
 
-_CORPUS_KEYS = ("url", "sha256", "weight", "licence", "provenance", "num_samples", "num_subjects")
+_CORPUS_KEYS = {"url", "sha256", "weight", "licence", "provenance", "num_samples", "num_subjects"}
 _NUM_VIEWS = 4
 _NUM_POINTS = 64  # candidates from which a picture of views chooses
 _NUM_SLICES = 3
@@ -74,9 +73,9 @@ def make_report(
     setups: Sequence[TrialSetup],
     rows: Sequence[TrialRow],
     models: dict[str, str],
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Write the report to `<storage>/report`; return its URLs, and the table for a terminal.
+    facts: Mapping[str, object],
+) -> Storage:
+    """Write the report to `<storage>/report`, and return this folder.
 
     Args:
         job: The job.
@@ -148,16 +147,11 @@ def make_report(
     assert job.finetune is not None
     statistics = few_shot_statistics(rows, seed=job.finetune.seed) if rows else None
     write_report(where, rows=list(rows), context=context, pictures=pictures, statistics=statistics)
-    if statistics is not None and str(backbone.manifest["url"]).startswith(storage.at("backbones/")):
+    if statistics is not None and backbone.manifest.url.startswith(storage.at("backbones/")):
         # Backbones of other storages get them by `p2r promote --report`.
-        artefact = open_artefact(parse_reference(backbone.manifest["pin"]), is_fresh=True)
+        artefact = open_artefact(parse_reference(backbone.manifest.pin), is_fresh=True)
         add_results(artefact, results_from(statistics, report=where.at("report.json")))
-    return {
-        "report": where.at("report.md"),
-        "page": where.at("report.html"),
-        "pictures": where.at("pictures"),
-        "table": table(rows),
-    }
+    return where
 
 
 def write_variants(job: Job, storage: Storage, rows: Sequence[TrialRow], *, failed: Sequence[FailedTrial] = ()) -> str:
@@ -175,7 +169,7 @@ def write_variants(job: Job, storage: Storage, rows: Sequence[TrialRow], *, fail
     picture = variants_picture(rows, title=f"{job.name}: Dice of each variant", source=source)
     where.write_bytes("pictures/variants.png", picture.png)
     where.write_bytes("pictures/variants.svg", picture.svg)
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "job": job.name,
         "variants": job.variants,
         "seed": job.finetune.seed if job.finetune else None,
@@ -206,26 +200,28 @@ def write_variants(job: Job, storage: Storage, rows: Sequence[TrialRow], *, fail
 
 def _report_context(
     job: Job, backbone: Backbone, tasks: Sequence[Task], models: dict[str, str], code: str
-) -> dict[str, Any]:
+) -> dict[str, object]:
     assert job.finetune is not None
-    corpora = backbone.manifest["corpora"] or []
+    published = backbone.manifest
+    facts, corpora = published.facts, published.facts.corpora or []
+    assert isinstance(facts, BackboneManifest)
     return {
         "title": f"Few-shot report of {job.name}",
         "job": job.name,
         "backbone": {
-            "url": backbone.manifest["url"],
-            "sha256": backbone.manifest["sha256"],
-            "pin": backbone.manifest["pin"],
-            "step": backbone.manifest["step"],
-            "negatives": backbone.manifest["negatives"],
-            "code": backbone.manifest["code"],
+            "url": published.url,
+            "sha256": published.sha256,
+            "pin": published.pin,
+            "step": facts.step,
+            "negatives": facts.negatives,
+            "code": facts.code,
         },
         **{
-            "corpus" if len(corpora) == 1 else f"corpus {number}": {key: corpus.get(key) for key in _CORPUS_KEYS}
+            "corpus" if len(corpora) == 1 else f"corpus {number}": corpus.model_dump(include=_CORPUS_KEYS)
             for number, corpus in enumerate(corpora, start=1)
         },
-        "initial_weights": backbone.manifest.get("initial_weights"),
-        "licence": backbone.manifest["licence"],
+        "initial_weights": facts.initial_weights,
+        "licence": facts.licence,
         "code": code,
         "seed": job.finetune.seed,
         "finetune": job.finetune.model_dump(mode="json", exclude={"tasks", "backbone"}),
@@ -251,10 +247,10 @@ def _warnings(rows: Sequence[TrialRow]) -> list[str]:
 
 def _backbone_line(backbone: Backbone) -> str:
     """Return the source line of a picture that depends only on the backbone, not on a task, draw or protocol."""
-    digests = [corpus["sha256"][:12] for corpus in backbone.manifest["corpora"] or []]
-    code = backbone.manifest["code"]
+    digests = [corpus.sha256[:12] for corpus in backbone.manifest.facts.corpora or []]
+    code = backbone.manifest.facts.code
     parts = [
-        f"backbone {backbone.manifest['sha256'][:12]}",
+        f"backbone {backbone.manifest.sha256[:12]}",
         f"pretrained on corpus {', '.join(digests)}" if digests else "",
         f"by code {code}" if code else "",
     ]
@@ -393,7 +389,7 @@ def _draw_embedding(backbone: Backbone, scan: LabelledScan, *, source: str) -> D
 
 def _mode_title(model: str) -> str:
     """Return the title of the mode in which a published model was trained."""
-    return MODES[load_model(model)[2]["trial"]["mode"]].title
+    return MODES[TrialFacts.model_validate(load_model(model)[2].facts.trial).mode].title
 
 
 def _draw_outlines(
@@ -406,7 +402,8 @@ def _draw_outlines(
     who: str,
 ) -> Drawing:
     segmenter, config, manifest = load_model(model)
-    trial = next(row for row in rows if row.id == manifest["trial"]["id"])
+    trial_id = TrialFacts.model_validate(manifest.facts.trial).id
+    trial = next(row for row in rows if row.id == trial_id)
     prediction = predict_volume(
         segmenter,
         scan.scans_for(config.preparation),

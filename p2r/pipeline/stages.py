@@ -5,39 +5,34 @@ Everything else is implemented here, once. Each stage continues from what earlie
 by running it again.
 """
 
-import math
 from collections.abc import Sequence, Set
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from p2r.backbone import Backbone, load_backbone
 from p2r.config import IngestConfig, PretrainConfig
 from p2r.data.corpus import check_selection, load_manifest, subjects_found, was_asked
 from p2r.data.manifest import describe_records
 from p2r.engine.checkpoint import newest_checkpoint
-from p2r.engine.history import read_history
 from p2r.engine.pretrain import finished_checkpoint
 from p2r.engine.report import HISTORY
 from p2r.errors import DataError, JobError, OutOfTime
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.tasks import HELD_OUT, load_task
-from p2r.fewshot.checks import check_contrasts, check_data, check_subsets, check_task
-from p2r.fewshot.others import load_other
-from p2r.fewshot.publishing import choose_model, publish_best, publish_on_all, publish_other_draws, trial_for_publishing
-from p2r.fewshot.readings import merge_readings
-from p2r.fewshot.results import FailedTrial, FewShot, TrialResult, failures_of
-from p2r.fewshot.search import TrialRunner, few_shot
-from p2r.fewshot.setup import TrialSetup, preparation_for
+from p2r.fewshot.checks import check_contrasts, check_data, check_subsets
+from p2r.fewshot.results import FailedTrial
+from p2r.fewshot.search import TrialRunner
+from p2r.fewshot.setup import preparation_for
 from p2r.fewshot.stored import read_report_rows
 from p2r.job import Job, variants_of
-from p2r.logs import Say, within
-from p2r.modes import MODES
+from p2r.logs import Say
+from p2r.pipeline.finetuning import finetune
 from p2r.pipeline.finished import digest_inputs, record_finished
-from p2r.pipeline.imported import check_initial_weights, publish_imported
-from p2r.pipeline.publishing import describe_network, preparation_of_images, publish_backbone
-from p2r.pipeline.reporting import make_report, write_variants
+from p2r.pipeline.imported import check_initial_weights
+from p2r.pipeline.made import Made
+from p2r.pipeline.publishing import describe_network, preparation_of_backbone, publish_backbone
+from p2r.pipeline.reporting import write_variants
 from p2r.pipeline.tracking import tracked
-from p2r.reference import parse_reference
 from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
 from p2r.stages import KINDS
 from p2r.storage import Storage
@@ -53,8 +48,8 @@ class Executor(TrialRunner, Protocol):
         """Train to the end, or as far as time allows; return whether the end was reached."""
 
 
-def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
-    """Run the stages of a job's kind, and return their outputs: URLs and results.
+def run_job(job: Job, executor: Executor, *, say: Say) -> Made:
+    """Run the stages of a job's kind, and return their outputs.
 
     Args:
         job: Job from `p2r.job.read_job`.
@@ -70,8 +65,8 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> dict[str, Any]:
         return _run_stages(job, storage, executor, tracked_say)
 
 
-def _run_stages(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
-    made: dict[str, Any] = {"storage": storage.url}
+def _run_stages(job: Job, storage: Storage, executor: Executor, say: Say) -> Made:
+    made = Made(storage.url)
     stages = KINDS[job.kind].stages
     inputs = digest_inputs(job)
     if "finetune" in stages or "variants" in stages:
@@ -79,60 +74,49 @@ def _run_stages(job: Job, storage: Storage, executor: Executor, say: Say) -> dic
             _check_selection(job, storage)
         _check_tasks(job, storage, say)
     if job.ingest is not None and ("ingest" in stages or "pretrain" in stages):  # a fork uses an existing corpus
-        made["corpus"] = _ingest(job, storage, executor, say)
+        made = replace(made, corpus=_ingest(job, storage, executor, say))
     if "variants" in stages:
-        return {**made, **_run_variants(job, storage, executor, say)}
-    made |= _train_and_score(job, storage, executor, stages, say)
+        return _run_variants(job, made, executor, say)
+    made = _train_and_score(job, made, executor, stages, say)
     record_finished(job, storage, made, inputs=inputs)
     return made
 
 
-def _train_and_score(job: Job, storage: Storage, executor: Executor, stages: Sequence[str], say: Say) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+def _train_and_score(job: Job, made: Made, executor: Executor, stages: Sequence[str], say: Say) -> Made:
+    """Run the stages after ingest; return their outputs with those of ingest."""
+    storage = Storage(job.storage)
     if "pretrain" in stages:
-        made["checkpoint"] = _pretrain(job, storage, executor, say)
-        if made["checkpoint"] is None:
-            return {**made, "unfinished": "pretrain"}
+        made = replace(made, checkpoint=_pretrain(job, storage, executor, say))
+        if made.checkpoint is None:
+            return replace(made, unfinished="pretrain")
     if "publish" in stages:
         published = publish_backbone(job, storage, say)
-        made["backbone"], made["backbone_pin"] = published["url"], published["pin"]
+        made = replace(made, backbone=published.url, backbone_pin=published.pin)
     if "finetune" in stages:
         try:
-            made.update(_finetune(job, storage, executor, say))
+            return finetune(job, made, storage, executor, say)
         except OutOfTime as error:
             say(str(error))
-            return {**made, "unfinished": "finetune"}
+            return replace(made, unfinished="finetune")
     return made
 
 
-def _run_variants(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
+def _run_variants(job: Job, made: Made, executor: Executor, say: Say) -> Made:
     """Run every variant of an ablation in turn, and write a comparison of their results."""
+    storage = Storage(job.storage)
     rows: list[TrialRow] = []
     failed: list[FailedTrial] = []
     for name, variant in variants_of(job).items():
         where = Storage(variant.storage)
         say(f"variant {name} | " + ", ".join(f"{key}: {value}" for key, value in job.variants[name].items()))
         stages = ("finetune",) if variant.pretrain is None else KINDS[job.kind].sections
-        made = _train_and_score(variant, where, executor, stages, say)
-        if "unfinished" in made:
-            return {"unfinished": f"variant {name}"}
+        of_variant = _train_and_score(variant, Made(where.url), executor, stages, say)
+        if of_variant.unfinished is not None:
+            return replace(made, unfinished=f"variant {name}")
         rows += [row.replaced(variant=name) for row in read_report_rows(where, "report/report.json")]
-        failed += [FailedTrial(trial=f"{name}: {one['trial']}", reason=one["reason"]) for one in made.get("failed", [])]
-    found = {"report": write_variants(job, storage, rows, failed=failed), "table": variants_table(rows)}
-    return {**found, "failed": [one.to_json() for one in failed]} if failed else found
-
-
-def _time_spent(storage: Storage, found: FewShot) -> dict[str, float]:
-    """Return the time spent so far, by any call: seconds per worker of pretraining, and of all trials."""
-    spent = {"search_s": math.fsum(one.seconds or 0.0 for one in found.searched)}
-    if storage.exists(f"pretrain/{HISTORY}"):
-        rows = read_history(storage, f"pretrain/{HISTORY}")
-        before = [0, *(row["step"] for row in rows)]
-        spent["pretraining_s"] = math.fsum(
-            (row["step"] - step) * (row.get("step_s") or 0.0) for row, step in zip(rows, before, strict=False)
-        )
-        spent["num_pretraining_workers"] = max((row.get("world_size") or 1 for row in rows), default=0)
-    return spent
+        failed += [FailedTrial(trial=f"{name}: {one.trial}", reason=one.reason) for one in of_variant.failed]
+    report = write_variants(job, storage, rows, failed=failed)
+    return replace(made, report=report, table=variants_table(rows), failed=tuple(failed))
 
 
 def _check_tasks(job: Job, storage: Storage, say: Say) -> None:
@@ -153,7 +137,7 @@ def _check_tasks(job: Job, storage: Storage, say: Say) -> None:
         return
     image = job.pretrain.image
     slice_axis = job.ingest.slice_axis if image.dimensions == 2 else "auto"
-    of_backbone = preparation_of_images(image, slice_axis, contrasts=job.pretrain.model.contrasts)
+    of_backbone = preparation_of_backbone(image, slice_axis, contrasts=job.pretrain.model.contrasts)
     for task in tasks:
         say(f"checking {len(task.scans)} scans of task {task.name}")
         check_data(task, config, preparation_for(task.config, config, of_backbone))
@@ -215,7 +199,7 @@ def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
         facts = manifest.facts
         counts = ", ".join(f"{count} {reason}" for reason, count in facts.reasons.items())
         say(
-            f"ingest | {describe_records(manifest)} of {facts.num_subjects} subjects, {facts.num_samples} planes in "
+            f"ingest | {describe_records(facts)} of {facts.num_subjects} subjects, {facts.num_samples} planes in "
             f"{len(facts.shards)} shards | revision {facts.revision} | ledger: {counts} | {corpus.url}"
         )
     if not corpus_report_is_current(corpus):
@@ -234,111 +218,3 @@ def _pretrain(job: Job, storage: Storage, executor: Executor, say: Say) -> str |
     checkpoint = finished_checkpoint(where, job.pretrain)
     say(f"pretrain | done at step {checkpoint.step} | {where.at(checkpoint.path)}")
     return where.at(checkpoint.path)
-
-
-def _finetune(job: Job, storage: Storage, executor: Executor, say: Say) -> dict[str, Any]:
-    assert job.finetune is not None
-    url = job.finetune.backbone
-    if url is None:
-        assert job.publish is not None
-        url = storage.at(f"backbones/{job.publish.name}/{job.publish.version}")
-    if job.finetune.imported is not None:
-        url = publish_imported(url, job.finetune.imported, storage, say)
-    backbone = load_backbone(url, key=job.finetune.backbone_signed_by)
-    if parse_reference(url).pointer is not None:
-        say(f"finetune | {url} is {backbone.manifest['pin']}")
-    other_sha256 = ""
-    if job.finetune.other is not None:
-        other = load_other(job.finetune.other)
-        other_sha256 = str(other.manifest["sha256"])
-        about = f"{job.finetune.other.name}, {other.config.model.feature_channels} features, sha256 {other_sha256[:12]}"
-        say(f"finetune | other network: {about}; its pretraining patients are unknown, and its rows say so")
-    setups = []
-    for path in job.finetune.tasks:
-        task = load_task(Path(path))
-        setup = TrialSetup(
-            config=job.finetune,
-            task=path,
-            backbone=backbone.manifest["url"],
-            backbone_sha256=backbone.manifest["sha256"],
-            architecture_sha256=backbone.config.sha256(),
-            storage=storage.at(f"finetune/{task.name}"),
-            root=storage.url,
-            other_sha256=other_sha256,
-        )
-        say(f"finetune | checking {len(task.scans)} scans of task {task.name}")
-        setup = check_task(task, backbone, setup)
-        if setup.is_transductive:
-            are = "may be" if backbone.manifest["corpora"] is None else "are"
-            say(
-                f"finetune | task {task.name}: TRANSDUCTIVE, validation or test patients {are} in the backbone's corpus"
-            )
-        setups.append(setup)
-    try:
-        found = few_shot(setups, runner=executor, say=within(say, "finetune"))
-    finally:  # readings of test patients are recorded, whatever the outcome
-        test_reads = merge_readings(storage)
-    models: dict[str, str] = {}
-    if job.finetune.publish_model:
-        for setup in setups:
-            name = load_task(Path(setup.task)).name
-            of_task = [
-                result
-                for result in found.results
-                if result.trial.task == name and MODES[result.trial.mode].weights != "other"
-            ]
-            if not of_task:
-                continue
-            models |= _publish_models(
-                setup, name, of_task, backbone, executor, storage.child("models"), say, found.failed
-            )
-    report = make_report(
-        job,
-        storage,
-        backbone=backbone,
-        setups=setups,
-        rows=[result.reported() for result in found.results],
-        models=models,
-        facts={
-            **found.facts(),
-            "test_reads": [one.to_json() for one in test_reads],
-            "spent": _time_spent(storage, found),
-        },
-    )
-    failed = [one.to_json() for one in found.failed]
-    return {"models": models, **report, **({"failed": failed} if failed else {})}
-
-
-def _publish_models(
-    setup: TrialSetup,
-    name: str,
-    results: Sequence[TrialResult],
-    backbone: Backbone,
-    executor: Executor,
-    storage: Storage,
-    say: Say,
-    failed: list[FailedTrial],
-) -> dict[str, str]:
-    """Publish a task's best model, and a model trained in the same mode on all labelled patients; return their URLs by name."""
-    best = choose_model(setup.config, results)
-    mode = MODES[best.trial.mode].title
-    models = {name: str(publish_best(setup, results, backbone, storage)["url"])}
-    say(f"finetune | published model of {name}: {mode}, best by validation Dice | {models[name]}")
-    if setup.config.publish_draws:
-        others = publish_other_draws(setup, results, backbone, storage)
-        models |= {f"{name}/draw-{draw}": str(manifest["url"]) for draw, manifest in sorted(others.items())}
-        urls = [url for key, url in models.items() if key != name]
-        say(
-            f"finetune | ensemble of {name}: p2r predict {models[name]} SCAN -o OUT {' '.join(f'--ensemble {url}' for url in urls)}"
-        )
-    trial = trial_for_publishing(setup, best)
-    result = best
-    if trial is not None:
-        say(f"finetune | training {mode} on all {trial.num_labelled} labelled patients of {name}, to be published")
-        (result,) = executor.run_trials([(setup, trial)], say=within(say, "finetune"))
-    if failures := failures_of([result]):
-        failed += failures
-        return models
-    models[f"{name}/all"] = str(publish_on_all(setup, result, backbone, storage)["url"])
-    say(f"finetune | model of {name} by all labelled patients: {models[f'{name}/all']}")
-    return models

@@ -13,11 +13,11 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from p2r.engine.history import read_history
+from p2r.engine.history import HistoryRow, read_history
 from p2r.engine.report import HISTORY
 from p2r.errors import P2RError, error_text
 from p2r.evaluate.rows import TrialRow
@@ -67,7 +67,7 @@ class _Worker:
         except queue.Full:
             self._switch_off(f"has not answered for {_MAX_WAITING:,} records")
 
-    def send_step(self, values: Mapping[str, Any], step: int) -> None:
+    def send_step(self, values: Mapping[str, object], step: int) -> None:
         """Queue the metrics of a pretraining step, unless the tracker has them from an earlier call."""
         found = {f"pretrain/{name}": float(value) for name, value in values.items() if _is_number(value)}
         if not found or step <= self.step:
@@ -108,7 +108,7 @@ class _Worker:
             _LOG.warning("tracker %s is off for the rest of this run: %s", self.name, reason)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -182,13 +182,14 @@ def _sending(say: Say, workers: list[_Worker]) -> Say:
         nonlocal trials
         say(line)
         fields = fields_of(line)
-        if "loss" in fields and fields.get("rank", 0) == 0:
+        step, dice = fields.get("step"), fields.get("validation_dice")
+        if "loss" in fields and isinstance(step, int) and fields.get("rank", 0) == 0:
             values = {name: fields[name] for name in METRICS if name in fields}
             for worker in workers:
-                worker.send_step(values, fields["step"])
-        elif "trial" in fields and _is_number(fields.get("validation_dice")):
+                worker.send_step(values, step)
+        elif "trial" in fields and _is_number(dice):
             trials += 1
-            found, number = {"finetune/validation_dice": float(fields["validation_dice"])}, trials
+            found, number = {"finetune/validation_dice": float(dice)}, trials
             for worker in workers:
                 worker.send(lambda tracker: tracker.metrics(found, step=number))
 
@@ -197,12 +198,13 @@ def _sending(say: Say, workers: list[_Worker]) -> Say:
 
 def _send_history(workers: list[_Worker], storage: Storage) -> None:
     """Send the steps of earlier calls that a tracker lacks, because it was down or not asked for."""
-    path, rows = f"pretrain/{HISTORY}", list[dict[str, Any]]()
+    path, rows = f"pretrain/{HISTORY}", list[HistoryRow]()
     with _warned("the steps of earlier calls are not sent"):
         rows = read_history(storage, path) if storage.exists(path) else rows
     for row in rows:
         for worker in workers:
-            worker.send_step({name: row[name] for name in METRICS if name in row}, row["step"])
+            values = row.to_json()
+            worker.send_step({name: values[name] for name in METRICS if name in values}, row.step)
 
 
 def _send_report(workers: list[_Worker], storage: Storage) -> None:

@@ -17,7 +17,7 @@ sends 2 n (W - 1) / W. The same amount leaves a node of a ring over nodes, whate
 Letters: W ranks, P weights, B images of a rank, n pixel pairs of a rank, N of all, E embedding channels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from statistics import median
@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from p2r.config import PretrainConfig
-from p2r.data.manifest import shards_of
 from p2r.data.order import allowed_world_sizes, check_micro_batch, check_world_size
 from p2r.data.stream import Corpus, order_of
+from p2r.engine.history import HistoryRow
 from p2r.engine.objectives import explain_missing_kernels
 from p2r.errors import InputError
 from p2r.planning.forecast import Pace, Plan, Rate
@@ -114,17 +114,17 @@ def _read_size(config: PretrainConfig, corpora: Sequence[Corpus] | None) -> tupl
     """Return the bytes read per image, and the number of images."""
     if corpora is None:
         return 2.0 * config.image.size**config.image.dimensions, None
-    name, times = (
-        ("num_samples", 1) if config.image.dimensions == 2 else ("num_volumes", config.image.patches_per_volume)
+    shards = [shard for corpus in corpora for shard in corpus.manifest.shards]
+    num_images = sum(
+        shard.num_samples if config.image.dimensions == 2 else shard.num_volumes * config.image.patches_per_volume
+        for shard in shards
     )
-    shards = [shard for corpus in corpora for shard in shards_of(corpus.manifest)]
-    num_images = sum(getattr(shard, name) * times for shard in shards)
     return sum(shard.num_bytes for shard in shards) / max(1, num_images), num_images
 
 
-def measured_rate(rows: Sequence[Mapping[str, Any]], *, where: str) -> Rate | None:
+def measured_rate(rows: Sequence[HistoryRow], *, where: str) -> Rate | None:
     """Return the median throughput of a worker in the rows of a `history.jsonl`; None if there is none."""
-    rates = [row["images_per_s"] / max(1, row.get("world_size") or 1) for row in rows if row.get("images_per_s")]
+    rates = [row.images_per_s / max(1, row.world_size or 1) for row in rows if row.images_per_s]
     return Rate(median(rates), f"median of {len(rates)} reports in {where}") if rates else None
 
 
@@ -191,13 +191,13 @@ def _gib(num_bytes: float) -> str:
     return f"{num_bytes / _GIB:.3g} GiB"
 
 
-def _list_ways_out(config: PretrainConfig, images: int) -> list[dict[str, Any]]:
+def _list_ways_out(config: PretrainConfig, images: int) -> list[dict[str, object]]:
     """List changes that save memory without changing the training result, the mildest first."""
     micro_batches = [
         part for part in range(images - 1, 0, -1) if images % part == 0 and part < (config.micro_batch or images)
     ]
-    ways: list[dict[str, Any]] = [{"micro_batch": part} for part in micro_batches]
-    last: dict[str, Any] = dict(ways[-1]) if ways else {}
+    ways: list[dict[str, object]] = [{"micro_batch": part} for part in micro_batches]
+    last: dict[str, object] = dict(ways[-1]) if ways else {}
     if config.zero_stage < 2:
         last = {**last, "zero_stage": 2}
         ways.append(last)

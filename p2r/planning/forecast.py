@@ -1,7 +1,6 @@
 """Result of a plan: memory, traffic, pace and cost of a pretraining job, as plain values."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from p2r.planning.roofline import LossTime
 from p2r.planning.tune_batch import HEADROOM
@@ -127,7 +126,7 @@ class Plan:
         """True if the peak leaves the headroom free, or no limit is known."""
         return self.limit_bytes is None or self.peak.total <= (1 - HEADROOM) * self.limit_bytes
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the plan as JSON values."""
         memory = {moment.name: {**asdict(moment), "total": moment.total} for moment in self.memory}
         for moment in memory.values():

@@ -17,7 +17,7 @@ from typing import Any
 from p2r.errors import DataError
 from p2r.evaluate.rows import JsonModel, TrialRow
 from p2r.evaluate.statistics import Interval, PairedDifference, few_shot_statistics
-from p2r.report.runs import Run, Setting, setting_of
+from p2r.report.runs import Choice, Run, Setting, setting_of
 from p2r.report.settings_compared import ComparedSettings, compare_settings
 from p2r.report.tables import LEAK_FREE, aggregate, series_name, series_order
 
@@ -127,8 +127,8 @@ class ComparedRun(JsonModel):
     code: str
     seed: str
     licence: str
-    finetune: dict[str, Any]
-    chosen: list[dict[str, Any]]
+    finetune: dict[str, object]
+    chosen: list[Choice]
 
 
 class Comparison(JsonModel):

@@ -23,6 +23,18 @@ class TaskFacts(JsonModel):
     """Patients of each split."""
 
 
+class ForeignWeights(JsonModel):
+    """Weights of another tool from which a backbone began."""
+
+    source: str | None = None
+    """Name of the other network."""
+    file: str | None = None
+    weights_sha256: str | None = None
+    citations: str | None = None
+    table: list[dict[str, object]] = Field(default_factory=list)
+    """What was matched, and what was left out, with reasons."""
+
+
 class ReportContext(JsonModel):
     """Origin of the rows. The fields below have places of their own on the page; unknown fields become lines of the provenance."""
 
@@ -38,24 +50,24 @@ class ReportContext(JsonModel):
     """Trials of the search: a list of mappings."""
     chosen: Any = None
     """Settings that won: a mapping, or a list of mappings."""
-    failed: list[dict[str, Any]] | None = None
+    failed: list[dict[str, object]] | None = None
     """Trials that failed, with their reasons."""
     overhead: Any = None
     """Time of the sweep outside its trials."""
-    spent: dict[str, Any] = Field(default_factory=dict)
+    spent: dict[str, object] = Field(default_factory=dict)
     """Time of pretraining and search."""
-    test_reads: list[dict[str, Any]] | None = None
+    test_reads: list[dict[str, object]] | None = None
     """Test-set evaluations."""
     left_out: list[str] = Field(default_factory=list)
     """Sentences about parts that could not be shown."""
     backbone: Any = None
     """A mapping with its `url`, or a name."""
-    initial_weights: dict[str, Any] | None = None
-    """Weights of another tool from which the backbone began: `source`, `file`, `weights_sha256`, and the `table` of what was matched."""
+    initial_weights: "ForeignWeights | None" = None
+    """Weights of another tool from which the backbone began."""
     code: str | None = None
     """Commit that wrote the report."""
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, object]:
         """Return the facts without a place of their own."""
         return {name: value for name, value in self.to_json().items() if name not in _OWN_PLACE}
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from p2r.config import PERCENTILES
-from p2r.data.ledger import LedgerRow, is_accepted, read_ledger
+from p2r.data.ledger import AcceptedRow, LedgerRow, is_accepted, read_ledger
 from p2r.data.manifest import Manifest, facts_of, load_manifest, ranges_of
 from p2r.data.preparation import slice_axis
 from p2r.data.revision import read_thumbnails
@@ -58,10 +58,8 @@ def write_corpus_report(corpus: Storage) -> str:
 
 def accepted_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes:
     """Draw the middle planes of up to 48 accepted scans, chosen at random."""
-    accepted = {row["key"]: row for row in ledger if is_accepted(row)}
-    keys = sorted(
-        drawn(accepted.keys() & thumbnails.keys(), MOST), key=lambda key: (accepted[key].get("contrast") or "", key)
-    )
+    accepted = {row.key: row for row in ledger if is_accepted(row)}
+    keys = sorted(drawn(accepted.keys() & thumbnails.keys(), MOST), key=lambda key: (accepted[key].contrast or "", key))
     tiles = [(thumbnails[key], key, _describe_tile(accepted[key]), FAINT) for key in keys]
     return contact_sheet(
         tiles,
@@ -72,27 +70,27 @@ def accepted_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes
 
 def refused_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes | None:
     """Draw up to 48 refused scans with their reasons, unreadable ones as empty tiles; None if there are none."""
-    refused = {row["key"]: row for row in ledger if row["status"] == "refused"}
+    refused = {row.key: row for row in ledger if row.status == "refused"}
     if not refused:
         return None
     # Readable scans come first: a sheet of empty tiles shows nothing.
     seen = drawn(refused.keys() & thumbnails.keys(), MOST)
     keys = sorted(
-        [*seen, *drawn(refused.keys() - set(seen), MOST - len(seen))], key=lambda key: (refused[key]["reason"], key)
+        [*seen, *drawn(refused.keys() - set(seen), MOST - len(seen))], key=lambda key: (refused[key].reason, key)
     )
-    tiles = [(thumbnails.get(key), key, str(refused[key]["reason"]), CLASS_COLOURS[5]) for key in keys]
+    tiles = [(thumbnails.get(key), key, refused[key].reason, CLASS_COLOURS[5]) for key in keys]
     subtitle = "grey tiles: no picture of the scan can be made" if any(tile[0] is None for tile in tiles) else ""
     return contact_sheet(tiles, f"Refused: {len(tiles)} of {len(refused)} scans", subtitle)
 
 
-def histograms(accepted: Sequence[LedgerRow]) -> bytes:
+def histograms(accepted: Sequence[AcceptedRow]) -> bytes:
     """Draw the distributions of voxel size, extent and intensity of the accepted scans."""
-    spacing = np.sort(np.array([row["spacing_mm"] for row in accepted], dtype=np.float64), axis=1)
-    shape = np.array([row["shape"][:3] for row in accepted], dtype=np.float64)
-    across = np.array([slice_axis(tuple(row["spacing_mm"]), shape=tuple(row["shape"])) for row in accepted])
+    spacing = np.sort(np.array([row.spacing_mm for row in accepted], dtype=np.float64), axis=1)
+    shape = np.array([row.shape[:3] for row in accepted], dtype=np.float64)
+    across = np.array([slice_axis(tuple(row.spacing_mm), shape=tuple(row.shape)) for row in accepted])
     planes = np.take_along_axis(shape, across[:, None], axis=1)[:, 0]
     in_plane = np.sqrt(shape.prod(axis=1) / planes)
-    percentiles = np.array([row["percentiles"] for row in accepted], dtype=np.float64)
+    percentiles = np.array([row.percentiles for row in accepted], dtype=np.float64)
     figure = new_figure(11.4, 3.2)
     panels = [figure.add_axes((0.05 + 0.32 * column, 0.165, 0.275, 0.62)) for column in range(3)]
     _draw_histogram(
@@ -203,9 +201,9 @@ def _list_blocks(manifest: Manifest, pictures: Sequence[str]) -> Iterator[Block]
     yield Paragraph("Faces can be recognised in scans of heads. This corpus is not anonymous.", note=True)
 
 
-def _describe_tile(row: LedgerRow) -> str:
-    spacing = " x ".join(f"{mm:.3g}" for mm in row["spacing_mm"])
-    return f"{row['contrast']}, {spacing} mm" if row.get("contrast") else f"{spacing} mm"
+def _describe_tile(row: AcceptedRow) -> str:
+    spacing = " x ".join(f"{mm:.3g}" for mm in row.spacing_mm)
+    return f"{row.contrast}, {spacing} mm" if row.contrast else f"{spacing} mm"
 
 
 def _shorten_name(name: str) -> str:

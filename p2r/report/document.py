@@ -7,7 +7,6 @@ the results; digests, seeds, patients and test-set evaluations below them. Facts
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.statistics import Statistics
@@ -52,7 +51,7 @@ def write_report(
     context: ReportContext,
     pictures: Mapping[str, Drawing | bytes],
     statistics: Statistics | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write the report and return the content of `report.json`.
 
     Args:
@@ -72,7 +71,7 @@ def write_report(
             storage.write_bytes(f"pictures/{name}.svg", picture.svg)
     storage.write_bytes("report.md", markdown(blocks).encode())
     storage.write_bytes("report.html", html(blocks, material.drawn).encode())
-    report = {
+    report: dict[str, object] = {
         "format": FORMAT,
         "rows": [row.to_json() for row in rows],
         "context": context.to_json(),

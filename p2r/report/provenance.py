@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from p2r.evaluate.rows import TrialRow, digests_of
-from p2r.report.context import ReportContext
+from p2r.report.context import ForeignWeights, ReportContext
 from p2r.report.page import Block, Folded, Grid, Heading, Paragraph
 from p2r.report.tables import series_name, series_of, series_order
 
@@ -84,7 +84,7 @@ def _abbreviated(text: str) -> str:
     return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
-def _compute(rows: Sequence[TrialRow], overhead: Any, before: Mapping[str, Any]) -> list[Block]:
+def _compute(rows: Sequence[TrialRow], overhead: Any, before: Mapping[str, object]) -> list[Block]:
     """Return the time of final trials by mode, of the steps before them, and of the sweep outside its trials."""
     spent: dict[tuple[tuple[str, str], str], list[float]] = {}
     for row in rows:
@@ -138,18 +138,16 @@ def provenance(rows: Sequence[TrialRow], context: ReportContext, names: Sequence
             yield draws
 
 
-def _initial_weights(record: Mapping[str, Any] | None) -> Iterator[Block]:
+def _initial_weights(record: ForeignWeights | None) -> Iterator[Block]:
     """Yield the origin of weights from another tool, and the table of what was matched, left out, and why."""
     if not record:
         return
     yield Heading(3, "Weights of another tool")
-    yield Paragraph(
-        f"The backbone began with {record.get('source')}, file {record.get('file')}, sha256 {record.get('weights_sha256')}."
-    )
-    if citations := record.get("citations"):
-        yield Paragraph(f"Citations in the file: {citations}")
+    yield Paragraph(f"The backbone began with {record.source}, file {record.file}, sha256 {record.weights_sha256}.")
+    if record.citations:
+        yield Paragraph(f"Citations in the file: {record.citations}")
     names = ("outcome", "part", "num_tensors", "num_values", "reason")
-    lines = [tuple(str(row.get(name, "")) for name in names) for row in record.get("table", [])]
+    lines = [tuple(str(row.get(name, "")) for name in names) for row in record.table]
     yield Grid(("outcome", "part", "tensors", "values", "reason"), lines)
 
 

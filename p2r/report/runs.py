@@ -7,14 +7,14 @@ scratch, in its storage's report.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
-from pydantic import FailFast, Field, ValidationError
+from pydantic import FailFast, Field, TypeAdapter, ValidationError
 
 from p2r.artefact import open_artefact
 from p2r.documents import FewKeys
 from p2r.errors import CheckpointError, DataError, StorageError
-from p2r.evaluate.rows import TrialRow, digests_of
+from p2r.evaluate.rows import JsonModel, TrialRow, digests_of
 from p2r.pointers import resolve
 from p2r.reference import parse_reference
 from p2r.report.tables import code_of, protocol_of
@@ -39,6 +39,17 @@ class _ReportRow(TrialRow):
     dice_by_subject: Annotated[dict[str, Dice | None], FewKeys]
 
 
+class Choice(JsonModel):
+    """Settings that a search chose for a task and mode."""
+
+    task: str | None = None
+    mode: str | None = None
+    settings: dict[str, object] = Field(default_factory=dict)
+
+
+_CHOICES = TypeAdapter(list[Choice])
+
+
 @dataclass(frozen=True)
 class Run:
     """One report, and the letter by which it is named."""
@@ -51,10 +62,10 @@ class Run:
     code: str
     seed: str
     licence: str
-    finetune: dict[str, Any]
+    finetune: dict[str, object]
     """The job's section; empty: not in the report."""
-    chosen: tuple[dict[str, Any], ...]
-    """Choices of the search: `task`, `mode` and `settings`."""
+    chosen: tuple[Choice, ...]
+    """Choices of the search."""
     rows: tuple[TrialRow, ...]
 
 
@@ -150,10 +161,12 @@ def _refuse_repeated_trials(rows: Sequence[TrialRow], where: str) -> None:
             raise DataError(f"{where}: rows {trials.index(trial)} and {number} are of one trial: {one_line(trial)}")
 
 
-def _chosen_settings(chosen: object) -> tuple[dict[str, Any], ...]:
-    if not isinstance(chosen, list):
+def _chosen_settings(chosen: object) -> tuple[Choice, ...]:
+    """Return the choices in a report; older reports have none, or other ones."""
+    try:
+        return tuple(_CHOICES.validate_python(chosen))
+    except ValidationError:
         return ()
-    return tuple({**one, "settings": _mapping_or_empty(one.get("settings"))} for one in chosen if isinstance(one, dict))
 
 
 def _find_report(url: str) -> tuple[Storage, str, _Published | None]:
@@ -203,7 +216,7 @@ def _select_rows(published: _Published, rows: Sequence[TrialRow], where: str) ->
     return [row for row in rows if row.backbone_sha256 in (None, published.sha256)]
 
 
-def _mapping_or_empty(value: object) -> dict[str, Any]:
+def _mapping_or_empty(value: object) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
 
 

@@ -27,7 +27,7 @@ class DifferingSetting(JsonModel):
     """A setting of the section finetune, by letter of the run; runs without it are left out."""
 
     name: str
-    values: dict[str, Any]
+    values: dict[str, object]
 
 
 class DifferingChoice(JsonModel):
@@ -35,7 +35,7 @@ class DifferingChoice(JsonModel):
 
     task: str
     mode: str
-    values: dict[str, dict[str, Any]]
+    values: dict[str, dict[str, object]]
 
 
 class ComparedSettings(JsonModel):
@@ -68,12 +68,7 @@ def compare_settings(runs: Sequence[Run], compared: Sequence[tuple[str, str]]) -
 
 
 def _chosen_differently(runs: Sequence[Run], task: str, mode: str) -> Iterator[DifferingChoice]:
-    found = {
-        run.letter: one["settings"]
-        for run in runs
-        for one in run.chosen
-        if (one.get("task"), one.get("mode")) == (task, mode)
-    }
+    found = {run.letter: one.settings for run in runs for one in run.chosen if (one.task, one.mode) == (task, mode)}
     names = [
         name
         for name in _names_that_differ(found)
@@ -85,7 +80,7 @@ def _chosen_differently(runs: Sequence[Run], task: str, mode: str) -> Iterator[D
         yield DifferingChoice(task=task, mode=mode, values=values)
 
 
-def _names_that_differ(values: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _names_that_differ(values: Mapping[str, Mapping[str, object]]) -> list[str]:
     names = dict.fromkeys(name for of in values.values() for name in of)
     return [
         name

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.config import ImageConfig, ViewsConfig
-from p2r.data.preprocess import Preparation, intensity_window, normalise, percentile_table, planes_of, to_patch
+from p2r.data.grids import to_patch
+from p2r.data.preprocess import Preparation, intensity_window, normalise, percentile_table, planes_of
 from p2r.data.volume import Volume
 from p2r.report.canvas import FAINT, INK, OUTSIDE, headline, new_figure, show_plane, to_png
 from p2r.views import Draws, apply_appearance, apply_warp, inside_mask, make_views, warp_of

@@ -5,7 +5,6 @@ logarithmic: a class that collapses drops out of it. Dotted lines mark the steps
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -141,11 +140,10 @@ def _draw(axes: Axes, told: PseudoLabelRow, colours: Mapping[str, str]) -> None:
     steps = told.steps
     for one in told.rounds or ():
         axes.axvline(one.step, color=FAINT, linestyle="dotted", linewidth=1)
-    style: dict[str, Any] = {"linewidth": 1.5, "marker": "o", "markersize": 2.5}
-    axes.plot(steps, [max(share, _LEAST) for share in told.confident_fraction], color=INK, **style)
-    for name, shares in told.class_fractions.items():
-        if name in colours:
-            axes.plot(steps, [max(share, _LEAST) for share in shares], color=colours[name], **style)
+    of_classes = ((colours[name], shares) for name, shares in told.class_fractions.items() if name in colours)
+    for colour, shares in ((INK, told.confident_fraction), *of_classes):
+        shown = [max(share, _LEAST) for share in shares]
+        axes.plot(steps, shown, color=colour, linewidth=1.5, marker="o", markersize=2.5)
     axes.set_yscale("log")
     axes.set_ylim(_LEAST, 1.5)
     axes.set_xlim(0, steps[-1] * 1.02)

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from bench_stream import BUCKET, bucket_on, prepare, uploaded
+from bench_stream import BUCKET, bucket_on, prepare, read_shards, uploaded
 from charts import OTHERS_COLOUR, OURS_COLOUR, bar_picture
 from rounds import cpu_name, ratios, spread, take_turns
 from training import LEARNING_RATE, Setting, add_options, add_variant, engine_of, loss_of, setting_of, wait_for
@@ -146,7 +146,7 @@ def measure(
     cores: set[int] | None,
 ) -> list[dict[str, Any]]:
     """Measure every contender; without `cores` for its server, nothing from object storage."""
-    manifest = json.loads((folder / "lz4" / "manifest.json").read_text())
+    manifest = read_shards(folder / "lz4")
     engine, device = engine_of(config, setting.device), setting.device
     disk = partial(streamed, Corpus(Storage(str(folder / "lz4")), manifest), config, device=device)
     with contextlib.closing(disk()) as batches:

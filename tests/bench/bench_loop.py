@@ -107,10 +107,11 @@ class GatedQueue:
         """Hand a line over, and wait if it is a report."""
         self._queue.put(line)
         fields = fields_of(line)
-        if "loss" in fields and self._turns_left:
+        step, loss = fields.get("step"), fields.get("loss")
+        if isinstance(step, int) and isinstance(loss, float) and self._turns_left:
             self._turns_left -= 1
             self._gate = self._gate or Gate(Client(self._address))
-            self._gate.wait(step=fields["step"], loss=fields["loss"])
+            self._gate.wait(step=step, loss=loss)
 
 
 @dataclass(frozen=True)

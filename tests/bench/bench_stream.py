@@ -52,6 +52,7 @@ from rounds import cpu_name, pin_to_one_core, progress, ratios, resident_mib, sp
 
 from infra.local.s3 import S3Server, make_bucket
 from p2r.config import ImageConfig
+from p2r.data.manifest import Manifest, ManifestFacts
 from p2r.data.order import Order
 from p2r.data.phantom import virtual_subjects
 from p2r.data.preprocess import percentile_table
@@ -92,8 +93,7 @@ class Data:
 
     def corpus(self, name: str, storage: Storage | None = None) -> Corpus:
         """Return one of our own forms."""
-        manifest = json.loads((self.folder / name / "manifest.json").read_text())
-        return Corpus(storage or Storage(str(self.folder / name)), manifest)
+        return Corpus(storage or Storage(str(self.folder / name)), read_shards(self.folder / name))
 
     @cached_property
     def steps(self) -> list[NDArray[np.int64]]:
@@ -105,6 +105,12 @@ class Data:
     def truth(self) -> set[int]:
         """What tells planes apart."""
         return {crc32(plane.data) for plane in self.planes}
+
+
+def read_shards(folder: Path) -> Manifest:
+    """Read a manifest that has nothing but shards."""
+    lacking: dict[str, Any] = {}
+    return Manifest(json.loads((folder / "manifest.json").read_bytes()), ManifestFacts.model_construct(**lacking))
 
 
 def make_planes(folder: Path, *, num_volumes: int, size: int) -> list[tuple[Volume, dict[str, Any]]]:
@@ -155,7 +161,7 @@ def prepare(folder: Path, *, num_volumes: int, size: int, batch: int) -> Data:
                 write_shard(folder / name / f"shard-{start:06d}.tar", records[start:][:VOLUMES_PER_SHARD], **options)
                 for start in range(0, len(records), VOLUMES_PER_SHARD)
             ]
-            (folder / name / "manifest.json").write_text(json.dumps({"shards": entries}))
+            (folder / name / "manifest.json").write_text(json.dumps({"shards": [entry._asdict() for entry in entries]}))
         shutil.rmtree(folder / "subjects")
         marker.write_text(json.dumps(recipe))
     return Data(folder, np.load(folder / "planes.npy"), batch)
@@ -466,7 +472,7 @@ def measured(
 def memory_over_epochs(folder: Path, batch: int, num_epochs: int) -> list[float]:
     """Resident MiB of a fresh process after each epoch of our stream."""
     pin_to_one_core()
-    corpus = Corpus(Storage(str(folder)), json.loads((folder / "manifest.json").read_text()))
+    corpus = Corpus(Storage(str(folder)), read_shards(folder))
     order = order_of([corpus], image=IMAGE, seed=SEED, global_batch=batch)
     after = []
     with contextlib.closing(stream(corpus, image=IMAGE, seed=SEED, global_batch=batch, num_threads=1)) as source:
@@ -496,7 +502,7 @@ def order_at_scale(
     del counts
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     before, began = resident_mib(), time.perf_counter()
-    corpus = Corpus(Storage(str(folder)), json.loads(path.read_bytes()))
+    corpus = Corpus(Storage(str(folder)), read_shards(folder))
     read_s = time.perf_counter() - began
     stream_state([corpus], seed=SEED, global_batch=global_batch)
     named_s = time.perf_counter() - began

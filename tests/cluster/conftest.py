@@ -1,6 +1,7 @@
 """What tests of the command share."""
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,10 @@ def p2r(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
         return code, captured.out + captured.err
 
     return call
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose name is short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="p2r-", dir="/tmp") as folder:
+        yield Path(folder)

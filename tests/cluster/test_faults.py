@@ -67,7 +67,7 @@ def test_faults_are_rows_on_the_storage_and_lines_of_the_log(tmp_path: Path) -> 
     lines: list[str] = []
     log = FaultLog(Storage(str(tmp_path)), say=lines.append)
     log.add("worker", "rank 1 died\nwith a long trace", decision="restart", from_step=40, count=1, limit=2)
-    log.add_row({"cause": "checkpoint", "what": "step 40 is damaged", "decision": "fall back", "from_step": 20})
+    log.add("checkpoint", "step 40 is damaged", decision="fall back", from_step=20)
     again = FaultLog(Storage(str(tmp_path)), say=lines.append)
     assert (again.attempt, again.has_ended) == (2, False)
     again.add("stop", "SIGTERM", decision="end", from_step=60)

@@ -19,6 +19,8 @@ from cluster.status_server import Feed, StatusServer
 from p2r.storage import Storage
 from tests.browser import Browser
 from tests.conftest import TOY_JOB
+from tests.ray_head import MARK, MARKED, environment, head, jobs_of, leaks, watched_commands
+from tests.ray_head import p2r as p2r_process
 from tests.toy import write_toy_data
 
 P2R = Callable[..., tuple[int, str]]
@@ -81,6 +83,32 @@ def test_a_run_prints_text_and_writes_where_it_should(
         code, said = p2r(*words)
         assert code == 0, said
         assert_harmless(said)
+
+
+@pytest.mark.ray
+def test_run_and_submit_on_a_cluster_print_text_and_leave_no_secret(tmp_path: Path, short: Path) -> None:
+    """One head for both; the submitted job finds the work of the first one done."""
+    job = write_job(tmp_path)
+    data = job.parent
+    with watched_commands() as commands, head(short) as (address, dashboard):
+        said = [
+            p2r_process(*words, env=environment(**MARKED), cwd=data)
+            for words in (
+                ("run", job.name, "--address", address),
+                ("submit", job.name, "--address", f"http://127.0.0.1:{dashboard}"),
+            )
+        ]
+        jobs = jobs_of(dashboard)
+    for text in said:
+        assert_harmless(text)
+        assert "report | " in text or "page: " in text, text
+    assert jobs.count('"entrypoint"') == 2 and "SUCCEEDED" in jobs
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([NAME, URL_NAME])
+    (row,) = json.loads((tmp_path / URL_NAME / "report/report.json").read_text())["rows"]
+    assert list(row["dice"]) == [TEXT]
+    assert [*leaks(short), *leaks(tmp_path)] == []
+    for text in (*said, jobs, *(command.decode(errors="replace") for command in commands)):
+        assert MARK not in text
 
 
 def test_segmentations_have_a_table_that_executes_nothing(p2r: P2R, job: Path, tmp_path: Path) -> None:

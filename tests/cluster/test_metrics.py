@@ -24,6 +24,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.endpoint import NUM_PORTS, discovery_folder
+from cluster.faults import Fault
 from cluster.metrics import FAULT_CAUSES, METRICS, RETRY_CAUSES, Exporter
 from p2r.data.corpus import ingest_locally
 from p2r.engine.pretrain import pretrain
@@ -108,7 +109,7 @@ def test_every_metric_is_in_a_scrape_of_a_real_run(reports: list[PretrainReport]
     worker, driver = (Exporter(run="toy", storage_url=f"file://{tmp_path}", role=x, endpoint=None) for x in ROLES)
     worker.observe(reports[-1])
     driver.trials({"running": 1})
-    driver.fault({"cause": "worker", "count": 1, "limit": 2})
+    driver.fault(Fault(cause="worker", what="", decision="restart", count=1, limit=2))
     names = {name for page in (worker.page(), driver.page()) for name, _ in parsed(page.decode())}
     known = {field.name for field in dataclasses.fields(PretrainReport)}
     absent = {metric.name: metric.source.split(".")[1] for metric in METRICS if metric.name not in names}
@@ -178,7 +179,7 @@ def test_labels_are_bounded_and_carry_no_secret_and_no_name(reports: list[Pretra
     worker = Exporter(run=run, storage_url=f"file://{tmp_path}/{secret}", endpoint=None)
     driver = Exporter(run="toy", storage_url=f"file://{tmp_path}", role="driver", endpoint=None)
     worker.observe(report)
-    driver.fault({"cause": secret, "what": secret, "count": secret, "limit": None})
+    driver.fault(Fault(cause=secret, what=secret, decision="end"))
     driver.trials({secret: 3})
     for page in (worker.page().decode(), driver.page().decode()):
         assert "hunter2" not in page.replace("hunter2_Jane_Doe", "") and "Jane Doe" not in page
@@ -192,13 +193,13 @@ def test_labels_are_bounded_and_carry_no_secret_and_no_name(reports: list[Pretra
 def test_a_driver_remembers_the_faults_of_its_run(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     rows = [
-        {"cause": "worker", "count": 1, "limit": 3},
-        {"cause": "worker", "count": 2, "limit": 3},
-        {"cause": "stop", "count": 1, "limit": None},
+        {"cause": "worker", "what": "died", "decision": "restart", "count": 1, "limit": 3},
+        {"cause": "worker", "what": "died", "decision": "restart", "count": 2, "limit": 3},
+        {"cause": "stop", "what": "SIGTERM", "decision": "end", "count": 1, "limit": None},
     ]
     storage.write_bytes("pretrain/faults.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     driver = Exporter(run="toy", storage_url=storage.url, role="driver", endpoint=None)
-    driver.fault({"cause": "worker", "count": 3, "limit": 3})
+    driver.fault(Fault(cause="worker", what="", decision="end", count=3, limit=3))
     series = parsed(driver.page().decode())
     assert [value(series, "p2r_run_faults", cause=x) for x in ("worker", "stop", "node")] == [3, 1, 0]
     assert [value(series, "p2r_faults_total", cause=x) for x in ("worker", "stop", "node")] == [1, 0, 0]

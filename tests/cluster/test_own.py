@@ -154,6 +154,26 @@ def test_a_folder_as_people_have_it_becomes_a_valid_job_and_task(kind: str, tmp_
     assert code == 0 and "patients to train" in said, said
 
 
+def test_files_that_would_not_be_valid_are_not_left_in_the_way(tmp_path: Path, p2r: P2R) -> None:
+    _two_folders(tmp_path / "data")
+    given = ("init", "mine", "--scans", tmp_path / "data", "--licence", "CC0-1.0", "--provenance")
+    code, said = p2r(*given, "Virtual subjects of the demo")
+    assert code == 2 and "provenance speaks of virtual subjects" in said, said
+    code, said = p2r(*given, "Our clinic")
+    assert code == 0, said
+
+
+def test_written_paths_have_no_dots_and_label_maps_in_derivatives_are_named_as_such(tmp_path: Path, p2r: P2R) -> None:
+    _bids(tmp_path / "data")
+    (tmp_path / "other").mkdir()
+    code, said = p2r("init", "mine", "--scans", tmp_path / "other/../data", *STATED)
+    assert code == 0 and "/.." not in said + Path("mine/job.yaml").read_text() + Path("mine/task.yaml").read_text()
+    assert (
+        "derivatives: derivatives of a BIDS data set, not read as scans (8 images); the task reads its label maps"
+        in said
+    )
+
+
 def test_check_says_what_it_would_write_and_draws_the_scans(tmp_path: Path, p2r: P2R) -> None:
     _nnunet(tmp_path / "data")
     (tmp_path / "data/imagesTr/heart_900_0000.nii.gz").write_bytes(b"no scan")

@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LIMIT_MIB = 64
 """Limit for the repository's tracked files and the wheels together."""
+WHEELS_MIB = 24
+"""Upper bound of the wheels' size; for Python 3.12 they take 20.2 MiB."""
 PACKAGES = (
     *("annotated-types", "pydantic", "pydantic-core", "typing-inspection", "google-re2"),
     *("blosc2", "ndindex", "numexpr", "isal", "nibabel", "pydicom", "webdataset", "braceexpand"),
@@ -59,7 +61,7 @@ def weigh(folder: Path) -> dict[str, float]:
 
 
 def main() -> int:
-    """Fetch the wheels and print their sizes; return 1 if they exceed the limit."""
+    """Fetch the wheels and print their sizes; return 1 if they exceed a limit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", default="3.12")
@@ -70,7 +72,7 @@ def main() -> int:
     for name, mib in weights.items():
         print(f"{mib:8.2f} MiB  {name}")
     print(f"{sum(weights.values()):8.2f} MiB  of {LIMIT_MIB}")
-    return int(sum(weights.values()) > LIMIT_MIB)
+    return int(sum(weights.values()) > LIMIT_MIB or sum(weights.values()) - weights["repository"] > WHEELS_MIB)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def _fake(waits: Counter[str], launches: Counter[str], operators: set[str]) -> I
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from p2r.loss import kernels
+    from p2r.loss import kernel_tiles, kernels
 
     class Launch:
         def __init__(self, name: str) -> None:
@@ -192,7 +192,7 @@ def _fake(waits: Counter[str], launches: Counter[str], operators: set[str]) -> I
         for place, name, value in (
             (kernels, "_sums_kernel", Launch("sums")),
             (kernels, "_push_kernel", Launch("push")),
-            (kernels, "_shared_limit", lambda device: 232_448),
+            (kernel_tiles, "shared_limit", lambda device: 232_448),
             (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
             (torch.cuda, "get_rng_state", lambda *_: state),
             (torch.cuda, "set_rng_state", lambda *_: None),

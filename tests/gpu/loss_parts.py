@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib.metadata
+import itertools
 import math
 import shutil
 import subprocess
@@ -131,35 +132,42 @@ def precisions(sizes: Sizes) -> Iterator[Fact]:
         yield {"N": num, "precision": precision, "ms": 1e3 * seconds(step, sizes, repeats=sizes.pick(5, 1))}
 
 
+_TILES = {
+    128: (
+        *((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
+        *((128, 128, 8, 3, True), (128, 64, 4, 3, True)),
+    ),
+    512: ((64, 32, 8, 2, True), (64, 64, 8, 2, True), (64, 64, 8, 2)),
+}
+"""Tiles to compare, by channels; True: `push` loads candidates by descriptor."""
+
+
 def tiles_of_kernels(sizes: Sizes) -> Iterator[Fact]:
     """Time of each kernel by itself, for several tiles."""
+    from p2r.loss import kernel_tiles
     from p2r.loss import kernels as ours
     from p2r.loss.tiles import Scale
 
     num, dtype = sizes.pick(65_536, 130), sizes.pick(torch.bfloat16, torch.float32)
-    channels = sizes.pick(128, 16)
-    rows = _rows(num, 0, channels, dtype, "none", sizes.device, 1)
-    shapes = (
-        *((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
-        *((128, 128, 8, 3, True), (128, 64, 4, 3, True)),  # candidates by descriptor
-    )
-    chosen = ours._choose_tile
-    for shape in sizes.pick(shapes, ((64, 64, 4, 3), (64, 64, 4, 3, True))):
-        for name in ("sums", "push"):
+    chosen = kernel_tiles.choose_tile
+    for channels, shapes in sizes.pick(_TILES, {16: ((64, 64, 4, 3), (64, 64, 4, 3, True))}).items():
+        rows = _rows(num, 0, channels, dtype, "none", sizes.device, 1)
+        for shape, name in itertools.product(shapes, ("sums", "push")):
 
-            def run(name: str = name) -> None:
+            def run(name: str = name, rows: Any = rows) -> None:
                 if name == "sums":
                     ours.sums(rows, rows, Scale(10.0), of_columns=True)
                 else:
                     ours.push(rows, rows, Scale(10.0))
 
-            ours._choose_tile = lambda table, anchors, shape=shape: ours._Tile(*shape)  # type: ignore[misc]
+            case = {"kernel": name, "channels": channels, "tile": shape}
+            kernel_tiles.choose_tile = lambda table, anchors, shape=shape: kernel_tiles.Tile(*shape)  # type: ignore[misc]
             try:
-                yield {"kernel": name, "tile": shape, "ms": 1e3 * seconds(run, sizes, repeats=sizes.pick(10, 1))}
+                yield {**case, "ms": 1e3 * seconds(run, sizes, repeats=sizes.pick(10, 1))}
             except Exception as error:  # the others are still wanted
-                yield {"kernel": name, "tile": shape, "error": f"{type(error).__name__}: {error}"[:200]}
+                yield {**case, "error": f"{type(error).__name__}: {error}"[:200]}
             finally:
-                ours._choose_tile = chosen
+                kernel_tiles.choose_tile = chosen
 
 
 def tools(sizes: Sizes) -> Iterator[Fact]:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.gpu.carry import requirements
+from tests.gpu.carry import LIMIT_MIB, WHEELS_MIB, requirements, weigh
 from tests.gpu.probe import PARTS
 
 
@@ -29,6 +29,14 @@ def test_a_part_that_takes_too_long_is_named_and_the_others_run(repository: Path
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
     assert [json.loads(line)["part"] for line in out.read_text().splitlines()] == list(PARTS)
+
+
+def test_the_repository_leaves_room_for_the_wheels(tmp_path: Path) -> None:
+    (tmp_path / "one.whl").write_bytes(bytes(2**20))
+    weights = weigh(tmp_path)
+    assert weights.pop("one.whl") == 1
+    assert 1 < weights.pop("repository") < LIMIT_MIB - WHEELS_MIB
+    assert weights == {}
 
 
 def test_all_that_the_probe_carries_has_a_pinned_version() -> None:

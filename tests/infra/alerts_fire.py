@@ -31,6 +31,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cluster.faults import Fault as RunFault
 from cluster.metrics import Exporter
 from infra.local.s3 import S3Server, find_program, make_bucket, stopped_by_signals
 from infra.local.stack import Prometheus
@@ -209,7 +210,7 @@ def not_finite(stage: Stage, note: Note) -> None:
         training = running.enter_context(Training(stage, "not-finite", *rate))
         training.process.join(LIMIT_S)
         if training.process.exitcode == _DIVERGED:
-            driver.fault({"cause": "divergence", "count": 1, "limit": 1})
+            driver.fault(RunFault(cause="divergence", what="", decision="restart", count=1, limit=1))
 
         def go_on() -> None:
             shutil.rmtree(stage.folder / "runs" / "not-finite")
@@ -254,7 +255,7 @@ def restarts(stage: Stage, note: Note) -> None:
         training = running.enter_context(Training(stage, "restarts"))
         training.kill()
         note("P2RProcessUnreachable", "restarts", lambda: running.enter_context(Training(stage, "restarts")))
-        driver.fault({"cause": "worker", "count": 1, "limit": 2})
+        driver.fault(RunFault(cause="worker", what="", decision="restart", count=1, limit=2))
         note("P2RRestartsNearLimit", "restarts", lambda: None)  # an hour without another one
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.source_names import calls_of
+
 ROOT = Path(__file__).parents[2]
 SECURITY = (ROOT / "SECURITY.md").read_text()
 
@@ -32,24 +34,12 @@ LOADERS = {"numpy.load": ("allow_pickle", "False"), "torch.load": ("weights_only
 
 def unsafe_loads(text: str) -> list[int]:
     """The lines that call a loader, under whichever name it was imported, without the argument that forbids pickle."""
-    tree = ast.parse(text)
-    names: dict[str, str] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                first = alias.name.split(".")[0]
-                names[alias.asname or first] = alias.name if alias.asname else first
-        if isinstance(node, ast.ImportFrom):
-            names.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
     found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            first, _, rest = ast.unparse(node.func).partition(".")
-            function = f"{names.get(first, first)}.{rest}".rstrip(".")
-            if function in LOADERS:
-                word, value = LOADERS[function]
-                if {one.arg: ast.unparse(one.value) for one in node.keywords}.get(word) != value:
-                    found.append(node.lineno)
+    for function, node in calls_of(text):
+        if function in LOADERS:
+            word, value = LOADERS[function]
+            if {one.arg: ast.unparse(one.value) for one in node.keywords}.get(word) != value:
+                found.append(node.lineno)
     return found
 
 

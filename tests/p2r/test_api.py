@@ -55,7 +55,11 @@ def test_what_an_ensemble_cannot_join_is_refused_by_name(published: dict[str, st
         ({"largest_component": True}, "its largest_component differs, True instead of False"),
     ]
     for change, words in changes:
-        other = replace(model, config=model.config.model_copy(update=change), manifest={"url": "file:///other"})
+        other = replace(
+            model,
+            config=model.config.model_copy(update=change),
+            members=(replace(model.members[0], url="file:///other"),),
+        )
         with pytest.raises(InputError, match=re.escape(words)) as refused:
             ensemble([model, other])
         assert str(refused.value).startswith(f"file:///other cannot join an ensemble with {model.manifest['url']}")

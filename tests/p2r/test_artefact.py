@@ -22,7 +22,7 @@ import torch
 import p2r
 import p2r.artefact
 import p2r.backbone
-from p2r.artefact import Artefact, open_artefact
+from p2r.artefact import Artefact, Manifest, Published, open_artefact
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, load_backbone, load_model, publish, verify_artefact
 from p2r.errors import CheckpointError, DamagedError, InputError
 from p2r.model.backbones import build_backbone
@@ -36,12 +36,12 @@ ROLES = ("weights", "config", "card")
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> dict[str, Any]:
+def made(tmp_path: Path) -> Published[Manifest]:
     return publish_toy(str(tmp_path / "toy/1"))
 
 
 @pytest.fixture
-def folder(made: dict[str, Any]) -> Path:
+def folder(made: Published[Manifest]) -> Path:
     return Path(made["url"].removeprefix("file://"))
 
 
@@ -102,7 +102,7 @@ def test_contrasts_are_published_by_name_and_without_them_nothing_is(folder: Pat
         ArtefactConfig.model_validate({"model": model, "preparation": preparation})
 
 
-def test_loading_gives_the_weights_that_were_published_and_draws_no_number(made: dict[str, Any]) -> None:
+def test_loading_gives_the_weights_that_were_published_and_draws_no_number(made: Published[Manifest]) -> None:
     torch.manual_seed(0)
     network, image = build_backbone(MODEL).eval(), torch.rand(1, 1, 32, 32)
     before = torch.get_rng_state()
@@ -131,7 +131,9 @@ def test_every_network_is_compared_without_memory_and_loads_whole(name: str, dim
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("damage", ["flipped", "cut off", "missing"])
-def test_publishing_again_repairs_what_is_damaged(folder: Path, made: dict[str, Any], role: str, damage: str) -> None:
+def test_publishing_again_repairs_what_is_damaged(
+    folder: Path, made: Published[Manifest], role: str, damage: str
+) -> None:
     path = file_of(folder, role)
     content = path.read_bytes()
     if damage == "missing":
@@ -141,7 +143,7 @@ def test_publishing_again_repairs_what_is_damaged(folder: Path, made: dict[str, 
     with pytest.raises(DamagedError, match=path.name):
         verify(folder)
     again = publish_toy(made["url"])
-    assert not again["is_new"] and again["pin"] == made["pin"] and path.read_bytes() == content
+    assert not again.is_new and again["pin"] == made["pin"] and path.read_bytes() == content
     verify(folder)
 
 
@@ -157,7 +159,7 @@ def test_publishing_again_repairs_what_is_damaged(folder: Path, made: dict[str, 
     ],
 )
 def test_publishing_something_else_is_refused_and_says_who_was_first_and_what_differs(
-    made: dict[str, Any], folder: Path, change: dict[str, Any], message: str
+    made: Published[Manifest], folder: Path, change: dict[str, Any], message: str
 ) -> None:
     before = (folder / "manifest.json").read_bytes()
     with pytest.raises(CheckpointError, match=f"already published with {message}") as refusal:
@@ -168,11 +170,11 @@ def test_publishing_something_else_is_refused_and_says_who_was_first_and_what_di
 
 
 def test_another_version_of_p2r_finds_its_own_work_published_though_it_words_the_card_differently(
-    made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    made: Published[Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(p2r.backbone, "code_version", lambda: "a later commit")
     again = publish_toy(made["url"], card="# newer words\n")
-    assert not again["is_new"] and again["pin"] == made["pin"]
+    assert not again.is_new and again["pin"] == made["pin"]
     with pytest.raises(CheckpointError, match="other licence"):
         publish_toy(made["url"], card="# newer words\n", licence="MIT")
 
@@ -188,14 +190,16 @@ def to_version_1(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(older))
 
 
-def test_what_was_published_before_loads_is_found_published_and_is_repaired(made: dict[str, Any], folder: Path) -> None:
+def test_what_was_published_before_loads_is_found_published_and_is_repaired(
+    made: Published[Manifest], folder: Path
+) -> None:
     image = torch.rand(1, 1, 32, 32)
     features = load_backbone(made["url"])(image)
     to_version_1(folder)
     assert torch.equal(load_backbone(made["url"])(image), features)
     verify(folder)
     (folder / "model.safetensors").unlink()
-    assert not publish_toy(made["url"])["is_new"]
+    assert not publish_toy(made["url"]).is_new
     assert torch.equal(load_backbone(made["url"])(image), features)
     with pytest.raises(CheckpointError, match="other licence"):
         publish_toy(made["url"], licence="MIT")
@@ -508,7 +512,7 @@ def test_what_is_parsed_is_what_was_hashed(folder: Path, monkeypatch: pytest.Mon
 # Pins
 
 
-def test_a_pin_is_the_digest_of_the_manifest_and_holds_every_file(made: dict[str, Any], folder: Path) -> None:
+def test_a_pin_is_the_digest_of_the_manifest_and_holds_every_file(made: Published[Manifest], folder: Path) -> None:
     sha256 = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     assert made["pin"] == f"{made['url']}@sha256:{sha256}"
     for loaded in (load_backbone(made["pin"]), p2r.load_backbone(made["url"], sha256=sha256)):
@@ -520,7 +524,7 @@ def test_a_pin_is_the_digest_of_the_manifest_and_holds_every_file(made: dict[str
         load_backbone(made["pin"])
 
 
-def test_the_digest_of_the_weights_is_no_pin_and_the_message_says_so(made: dict[str, Any]) -> None:
+def test_the_digest_of_the_weights_is_no_pin_and_the_message_says_so(made: Published[Manifest]) -> None:
     with pytest.raises(DamagedError, match=f"has the digest of the weights; a pin is .* {made['pin']}"):
         load_backbone(made["url"], sha256=made["files"]["weights"]["sha256"])
 
@@ -545,7 +549,7 @@ def test_a_pin_that_is_none_is_refused(reference: str) -> None:
         parse_reference(reference)
 
 
-def test_two_pins_must_be_equal(made: dict[str, Any]) -> None:
+def test_two_pins_must_be_equal(made: Published[Manifest]) -> None:
     assert load_backbone(made["pin"], sha256=made["sha256"]).manifest["pin"] == made["pin"]
     with pytest.raises(InputError, match="has a pin, and sha256 gives another"):
         load_backbone(made["pin"], sha256="0" * 64)

@@ -1,6 +1,5 @@
 """Standard output: names from outside are text there, and nothing prints past `p2r.console`."""
 
-import ast
 import json
 import re
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 from rich.table import Table
 
 from p2r.console import console, harmless, show, show_json, visible
+from tests.source_names import calls_of
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = "\x1b[2J\x1b]0;title\x07\r\x08\x7f\x9b31m\u202e\u2066\u200f\u2028\udc80"
@@ -55,19 +55,37 @@ def test_nothing_prints_past_the_one_function() -> None:
         if path.relative_to(ROOT).as_posix() in ("p2r/console.py", "p2r/logs.py", "p2r/export/add_to_plans.py"):
             continue
         text = path.read_text()
-        for node in ast.walk(ast.parse(text)) if re.search("print|Console|echo|stdout|stderr", text) else ():
-            if not isinstance(node, ast.Call):
-                continue
-            name = ast.unparse(node.func)
-            if name in (
-                "print",
-                "Console",
-                "pprint",
-                "sys.stdout.write",
-                "sys.stderr.write",
-                "sys.stdout.buffer.write",
-            ):
-                found.append(f"{path}:{node.lineno}: {name}")
-            if name.split(".")[-1] in ("echo", "secho", "print_json", "echo_via_pager") or name == "rich.print":
-                found.append(f"{path}:{node.lineno}: {name}")
+        if not re.search("print|Console|echo|stdout|stderr", text):
+            continue
+        found += [f"{path}:{node.lineno}: {name}" for name, node in calls_of(text) if _prints(name)]
     assert found == [], "stdout is p2r.console's, stderr p2r.logs'"
+
+
+def _prints(function: str) -> bool:
+    *before, last = function.split(".")
+    is_stream = {"stdout", "stderr"} & set(before) and last in ("write", "writelines")
+    return (
+        bool(is_stream)
+        or last in ("print_json", "echo", "secho", "echo_via_pager", "Console", "pprint")
+        or function
+        in (
+            "print",
+            "rich.print",
+            "builtins.print",
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "print(x)",
+        "from rich import print as show\nshow(x)",
+        "from sys import stdout as out\nout.write(x)",
+        "import sys as system\nsystem.stdout.buffer.write(x)",
+        "import rich.console\nrich.console.Console()",
+        "from typer import echo as say\nsay(x)",
+    ],
+)
+def test_what_prints_is_found_under_any_name(text: str) -> None:
+    assert any(_prints(name) for name, _ in calls_of(text))

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from p2r.artefact import open_artefact
+from p2r.artefact import Manifest, Published, open_artefact
 from p2r.backbone import load_backbone
 from p2r.errors import CheckpointError, DamagedError, InputError
 from p2r.reference import parse_reference
@@ -37,15 +37,17 @@ def write_keys(folder: Path, name: str, private: Any = None, *, password: bytes 
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> dict[str, Any]:
+def made(tmp_path: Path) -> Published[Manifest]:
     return publish_toy(str(tmp_path / "toy/1"))
 
 
-def sign(made: dict[str, Any], key: Path) -> str:
+def sign(made: Published[Manifest], key: Path) -> str:
     return open_artefact(parse_reference(made["pin"])).sign(key)
 
 
-def test_what_its_owner_signed_loads_with_the_public_key_as_file_or_text(made: dict[str, Any], tmp_path: Path) -> None:
+def test_what_its_owner_signed_loads_with_the_public_key_as_file_or_text(
+    made: Published[Manifest], tmp_path: Path
+) -> None:
     private, public = write_keys(tmp_path, "mine")
     name = sign(made, private)
     assert name.startswith("ed25519:") and sign(made, private) == name
@@ -55,7 +57,7 @@ def test_what_its_owner_signed_loads_with_the_public_key_as_file_or_text(made: d
     assert publish_toy(made["url"])["pin"] == made["pin"]  # a signature changes nothing that is compared
 
 
-def test_no_signature_another_key_and_another_manifest_are_refused(made: dict[str, Any], tmp_path: Path) -> None:
+def test_no_signature_another_key_and_another_manifest_are_refused(made: Published[Manifest], tmp_path: Path) -> None:
     (mine, _), (_, theirs) = write_keys(tmp_path, "mine"), write_keys(tmp_path, "theirs")
     with pytest.raises(DamagedError, match=r"is not signed: it has no manifest\.sig"):
         load_backbone(made["url"], key=str(theirs))
@@ -70,7 +72,7 @@ def test_no_signature_another_key_and_another_manifest_are_refused(made: dict[st
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 63, b"x" * 64, b"x" * 65, b"x" * 10_000])
-def test_what_is_no_signature_is_refused(made: dict[str, Any], tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_signature_is_refused(made: Published[Manifest], tmp_path: Path, content: bytes) -> None:
     private, public = write_keys(tmp_path, "mine")
     signature = Path(made["url"].removeprefix("file://"), "manifest.sig")
     signature.write_bytes(content)
@@ -86,7 +88,7 @@ def test_what_is_no_signature_is_refused(made: dict[str, Any], tmp_path: Path, c
 
 
 def test_a_private_key_in_the_home_folder_is_found(
-    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Published[Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     private, _ = write_keys(tmp_path, "mine")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -100,7 +102,7 @@ def test_a_key_for_which_anybody_can_sign_is_refused(key: str) -> None:
         check_signature(b"any bytes", forged, key=f"ed25519:{key}", where="a manifest")
 
 
-def test_keys_that_cannot_be_used_are_refused(made: dict[str, Any], tmp_path: Path) -> None:
+def test_keys_that_cannot_be_used_are_refused(made: Published[Manifest], tmp_path: Path) -> None:
     private, public = write_keys(tmp_path, "mine")
     other = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     rsa_private, rsa_public = write_keys(tmp_path, "rsa", other)
@@ -133,7 +135,7 @@ def test_keys_that_cannot_be_used_are_refused(made: dict[str, Any], tmp_path: Pa
 
 
 def test_openssl_makes_the_keys_and_checks_the_signature_as_the_documentation_says(
-    made: dict[str, Any], tmp_path: Path
+    made: Published[Manifest], tmp_path: Path
 ) -> None:
     openssl = shutil.which("openssl")
     if openssl is None:

@@ -170,8 +170,8 @@ def test_adding_scans_keeps_old_shards_and_old_revisions_readable(folder: Path, 
     assert len(ledger_of(storage)) == 11
     assert (verify_corpus(storage), unreferenced_files(storage)) == ([], [])
     for manifest in (first, second):
-        assert contains(manifest, subject="sub-0")
-    assert [contains(manifest, subject="sub-4") for manifest in (first, second)] == [False, True]
+        assert contains(manifest.facts, subject="sub-0")
+    assert [contains(manifest.facts, subject="sub-4") for manifest in (first, second)] == [False, True]
 
 
 def test_sources_may_be_added_one_job_at_a_time(folder: Path, more: Path, storage: Storage) -> None:
@@ -596,13 +596,13 @@ def test_progress_is_reported_first_last_and_at_intervals(folder: Path, storage:
 def test_membership_is_answered_without_naming_a_subject(folder: Path, storage: Storage) -> None:
     make(storage, config_of(folder, cohort="ours", subjects=("sub-[0-2]",)))
     manifest = load_manifest(storage)
-    assert contains(manifest, subject="sub-0")
-    assert contains(manifest, cohort="ours", subject="sub-2")
-    assert not contains(manifest, subject="sub-3")
-    assert not contains(manifest, cohort="theirs", subject="sub-0")
+    assert contains(manifest.facts, subject="sub-0")
+    assert contains(manifest.facts, cohort="ours", subject="sub-2")
+    assert not contains(manifest.facts, subject="sub-3")
+    assert not contains(manifest.facts, cohort="theirs", subject="sub-0")
     digest = ledger_of(storage)["sub-0_run-0"]["voxels_sha256"]
-    assert contains(manifest, voxels_sha256=digest)
-    assert not contains(manifest, voxels_sha256=hashlib.sha256(b"other").hexdigest())
+    assert contains(manifest.facts, voxels_sha256=digest)
+    assert not contains(manifest.facts, voxels_sha256=hashlib.sha256(b"other").hexdigest())
     assert "sub-0" not in json.dumps({key: manifest[key] for key in manifest if key.endswith("digests")})
 
 
@@ -612,7 +612,7 @@ def test_a_scan_is_known_by_its_voxels_also_after_resampling(folder: Path, stora
     assert ledger_of(storage)["sub-3_run-0"]["spacing_mm"] == [2.0, 2.0, 2.0]
     assert load_manifest(storage)["reasons"] == {"accepted": 8, "duplicate": 1}
     for path in folder.iterdir():
-        assert contains(load_manifest(storage), voxels_sha256=voxels_sha256(read_volume(path)))
+        assert contains(load_manifest(storage).facts, voxels_sha256=voxels_sha256(read_volume(path)))
 
 
 def test_the_digest_of_a_corpus_depends_on_the_request(tmp_path: Path) -> None:

@@ -1,14 +1,15 @@
 """Growth of a corpus is planned only from names, sizes and times of files."""
 
+import hashlib
 from collections import Counter
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from p2r.config import IngestConfig
+from p2r.config import PERCENTILES, IngestConfig
 from p2r.data.growth import Growth, plan_growth, preprocessing_of
-from p2r.data.ledger import LedgerRow
+from p2r.data.ledger import LedgerRow, parse_row
 from p2r.data.pseudonyms import Names
 from p2r.data.scans import Scan
 from p2r.errors import DataError
@@ -29,9 +30,22 @@ def keys_of(growth: Growth) -> list[str]:
 
 
 def row_of(scan: Scan, reason: str = "accepted", **changes: Any) -> LedgerRow:
-    known = {"accepted": "accepted", "not_selected": "not_selected"}
     (plan,) = plan_growth([scan], config_of(), PLAIN).plans
-    return plan.scans[0].row(known.get(reason, "refused"), reason) | {"voxels_sha256": scan.key, **changes}
+    row = plan.scans[0].refused_row(reason, "").to_json() | {"voxels_sha256": digest_of(scan.key), **changes}
+    if reason == "accepted":
+        voxels = {
+            "shape": [8, 8, 4, 1],
+            "spacing_mm": [1.0] * 3,
+            "dtype": "int16",
+            "percentiles": list(map(float, PERCENTILES)),
+        }
+        row |= {"num_samples": 4, "shard": "shard", **voxels}
+    status = reason if reason in ("accepted", "not_selected") else "refused"
+    return parse_row({**row, "status": status}, where="row")
+
+
+def digest_of(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def test_a_subject_never_straddles_shards_and_every_scan_is_planned_once() -> None:
@@ -78,7 +92,7 @@ def test_unselected_subjects_and_nameless_scans_are_in_the_ledger_only() -> None
     config = config_of(subject_pattern=r"^(sub-\d)", subjects=("sub-[1-2]",))
     growth = plan_growth(scans, config, PLAIN, allowed_subjects={"sub-2", "sub-3"})
     assert keys_of(growth) == ["sub-2_a"]
-    assert {row["key"]: (row["status"], row["reason"]) for row in growth.rows} == {
+    assert {row.key: (row.status, row.reason) for row in growth.rows} == {
         "sub-1_a": ("not_selected", "not_selected"),
         "sub-3_a": ("not_selected", "not_selected"),
         "other": ("refused", "no_subject"),
@@ -124,7 +138,7 @@ def test_only_new_scans_and_changed_refused_scans_are_read(reason: str, changes:
     (scan,) = scans_of("sub-1_a")
     growth = plan_growth([scan], config_of(), PLAIN, ledger=[row_of(scan, reason, **changes)])
     assert keys_of(growth) == (["sub-1_a"] if is_read else [])
-    assert [row["reason"] for row in growth.rows] == ([] if is_read else [reason])
+    assert [row.reason for row in growth.rows] == ([] if is_read else [reason])
     assert growth.is_new == is_read
     assert growth.changed == ((scan.path,) if reason == "accepted" and changes else ())
 
@@ -132,7 +146,7 @@ def test_only_new_scans_and_changed_refused_scans_are_read(reason: str, changes:
 def test_rows_of_deleted_scans_stay() -> None:
     gone, new = scans_of("sub-1_a", "sub-2_a")
     growth = plan_growth([new], config_of(), PLAIN, ledger=[row_of(gone)])
-    assert ([row["key"] for row in growth.rows], keys_of(growth)) == (["sub-1_a"], ["sub-2_a"])
+    assert ([row.key for row in growth.rows], keys_of(growth)) == (["sub-1_a"], ["sub-2_a"])
 
 
 def test_a_second_file_of_the_same_name_gets_another_key() -> None:
@@ -146,7 +160,7 @@ def test_a_second_file_of_the_same_name_gets_another_key() -> None:
 def test_a_plan_lists_the_scans_of_its_subjects_in_the_corpus() -> None:
     first, second, other = scans_of("sub-1_a", "sub-1_b", "sub-2_a")
     (plan,) = plan_growth([second], config_of(), PLAIN, ledger=[row_of(first), row_of(other)]).plans
-    assert plan.known == (("sub-1", "sub-1_a", "sub-1_a"),)
+    assert plan.known == (("sub-1", digest_of("sub-1_a"), "sub-1_a"),)
 
 
 def test_the_number_of_thumbnails_is_bounded() -> None:

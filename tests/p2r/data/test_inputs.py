@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 
 from p2r.config import IngestConfig
 from p2r.data.growth import subject_of
-from p2r.data.preprocess import percentile_table
+from p2r.data.preprocess import Preparation, percentile_table
 from p2r.data.read import read_scan
 from p2r.data.scans import find_scans, search_scans
 from p2r.data.volume import Volume, read_labels, read_volume, to_source_grid, write_nifti
 from p2r.errors import DataError, RefusedScan
 from p2r.evaluate.task_files import load_task
+from p2r.evaluate.tasks import load_scan
 from tests.dicom_cases import DICOM_CASES, DicomCase, voxels
 from tests.folder_cases import FOLDER_CASES, FolderCase
-from tests.scan_cases import CASES, READ, Case, table
+from tests.scan_cases import CASES, PAIRS, READ, Case, PairCase, Scan, label_map, table
 
 # Files that nibabel or ITK do not read, or read as other values; they cannot be compared.
 NOT_FOR_NIBABEL = ("gzipped, under", "quaternion rounded", "vox_offset of 0")
@@ -54,20 +55,43 @@ def test_every_file_has_the_outcome_of_the_table(case: Case, tmp_path: Path) -> 
 @pytest.mark.parametrize("case", DICOM_CASES, ids=lambda case: case.name)
 def test_every_series_has_the_outcome_of_the_table(case: DicomCase, tmp_path: Path) -> None:
     case.series.write(tmp_path / "p1")
-    (scan,) = find_scans([str(tmp_path)], cache=tmp_path)
+    scans = find_scans([str(tmp_path)], cache=tmp_path)
     config = IngestConfig(sources=("anywhere",), licence="CC0-1.0", min_size=8)
     if case.refused:
+        (scan,) = scans
         with pytest.raises(RefusedScan) as refusal:
             read_scan(scan, config)
         assert refusal.value.code == case.refused
         assert scan.path in refusal.value.message and case.way_out in refusal.value.message
         return
-    volumes = read_scan(scan, config)
+    volumes = [volume for scan in scans for volume in read_scan(scan, config)]
     assert sorted(volume.data.shape for volume in volumes) == sorted(case.shapes)
     if case.values is not None:
         assert volumes[0].spacing_mm == pytest.approx(case.mm, abs=0.01)
         # Columns run to the Left and rows to Posterior in the files; RAS turns both around.
         np.testing.assert_allclose(volumes[0].data[..., 0], case.values(voxels())[::-1, ::-1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
+def test_every_label_map_has_the_outcome_of_the_table(case: PairCase, tmp_path: Path) -> None:
+    for name in ("P1", "P2", "P3"):
+        for part, scan in (("images", Scan()), ("labels", case.label)):
+            (tmp_path / part).mkdir(exist_ok=True)
+            scan.write(tmp_path / part / f"{name}.nii.gz")
+    path = tmp_path / "task.yaml"
+    path.write_text(
+        "name: organs\ntitle: Organs\nimages: images\nlabels: labels\nlicence: CC0-1.0\ncohort: organs\n"
+        "subject_pattern: ^(.+?)\\.nii\nclasses: {1: liver, 2: spleen}\nsplit_rule: {seed: 0, validation: 1, test: 1}\n"
+    )
+    task = load_task(path)
+    preparation = Preparation(spacing_mm=1.5, image_size=32)
+    if not case.refused:
+        found = load_scan(task.scans[0], task, preparation).labels
+        np.testing.assert_array_equal(found.data[..., 0], label_map()[::-1], "in RAS order, as the scan")
+        return
+    with pytest.raises(DataError) as refusal:
+        load_scan(task.scans[0], task, preparation)
+    assert str(task.scans[0].label) in str(refusal.value) and case.refused in str(refusal.value)
 
 
 @pytest.mark.parametrize("case", FOLDER_CASES, ids=lambda case: f"{case.kind}: {case.name}")

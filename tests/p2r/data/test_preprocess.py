@@ -11,14 +11,10 @@ from pydantic import ValidationError
 
 from p2r.config import PERCENTILES
 from p2r.data import preprocess
+from p2r.data.grids import axis_weights, cubic_shape, cubic_to_voxel, from_cubic, from_grid, to_grid, to_patch
 from p2r.data.preprocess import (
     Preparation,
-    axis_weights,
-    cubic_shape,
-    cubic_to_voxel,
     frames_of,
-    from_cubic,
-    from_grid,
     intensity_window,
     label_frames_of,
     label_planes_of,
@@ -27,8 +23,6 @@ from p2r.data.preprocess import (
     planes_of,
     planes_to_volume,
     slice_axis,
-    to_grid,
-    to_patch,
     volume_to_planes,
 )
 from p2r.data.volume import Volume

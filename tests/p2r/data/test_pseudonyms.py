@@ -105,18 +105,18 @@ def test_a_leak_is_found_with_the_secret_and_unknown_without_it(
 ) -> None:
     storage = Storage(str(tmp_path / "corpus"))
     manifest = make(storage, config_of(patients))
-    assert contains(manifest, subject="sub-JaneAbernathy")
-    assert not contains(manifest, subject="sub-JimAbernathy")
+    assert contains(manifest.facts, subject="sub-JaneAbernathy")
+    assert not contains(manifest.facts, subject="sub-JimAbernathy")
     assert manifest["deidentification"]["names"] == "hmac-sha256"
     assert SECRET not in json.dumps(dict(manifest))
     monkeypatch.setenv("P2R_PSEUDONYM_KEY", "another secret of some length")
     with pytest.raises(DataError, match="made with another secret"):
-        contains(manifest, subject="sub-JaneAbernathy")
+        contains(manifest.facts, subject="sub-JaneAbernathy")
     monkeypatch.delenv("P2R_PSEUDONYM_KEY")
     with pytest.raises(DataError, match=r"P2R_PSEUDONYM_KEY \(it is not set\)"):
-        contains(manifest, subject="sub-JaneAbernathy")
+        contains(manifest.facts, subject="sub-JaneAbernathy")
     voxels = next(json.loads(line) for line in storage.read_bytes("ledger.jsonl").splitlines() if b"accepted" in line)
-    assert contains(manifest, voxels_sha256=voxels["voxels_sha256"])  # needs no secret
+    assert contains(manifest.facts, voxels_sha256=voxels["voxels_sha256"])  # needs no secret
 
 
 def test_a_corpus_grows_under_its_own_secret_only(

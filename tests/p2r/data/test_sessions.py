@@ -72,7 +72,7 @@ def ingested(
     )
     list(ingest_locally(config, storage))
     manifest = load_manifest(storage)
-    return storage, manifest, {row["key"]: row for row in read_ledger(storage, manifest)}
+    return storage, manifest, {row.key: row.to_json() for row in read_ledger(storage, manifest)}
 
 
 def records(storage: Storage, manifest: Manifest) -> dict[str, dict[str, NDArray[Any]]]:

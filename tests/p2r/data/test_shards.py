@@ -107,8 +107,8 @@ def test_every_slice_is_read_by_its_number(tmp_path: Path, scans: list[Path]) ->
     entry = write_shard(tmp_path / "shard.tar", records)
     reader = open_shard(tmp_path / "shard.tar")
     planes = [plane for volume, meta in records for plane in volume_to_planes(volume.data, meta["slice_axis"])]
-    assert reader.num_samples == entry["num_samples"] == len(planes)
-    assert entry["num_records"] == len(scans)
+    assert reader.num_samples == entry.num_samples == len(planes)
+    assert entry.num_records == len(scans)
     for number, plane in enumerate(planes):
         found = reader.read_plane(number)
         assert found.dtype == plane.dtype and found.flags.writeable
@@ -166,7 +166,7 @@ SESSIONS = {
 def test_stock_webdataset_reads_each_contrast_of_a_session_as_it_reads_a_record(tmp_path: Path, record: Any) -> None:
     sessions = {key: a_session(tmp_path, key, contrasts) for key, contrasts in SESSIONS.items()}
     entry = write_shard(tmp_path / "shard.tar", [volume for key in sessions for volume in sessions[key]], record=record)
-    assert (entry["num_records"], entry["num_samples"], entry["num_volumes"]) == (3, 15, 3)
+    assert (entry.num_records, entry.num_samples, entry.num_volumes) == (3, 15, 3)
     samples = {sample["__key__"]: sample for sample in stock_samples(tmp_path / "shard.tar")}
     assert list(samples) == list(SESSIONS)
     for key, volumes in sessions.items():
@@ -232,8 +232,8 @@ def test_equal_records_give_equal_bytes(tmp_path: Path, scans: list[Path]) -> No
     for name in ("shard.tar", "shard.idx"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     content = (tmp_path / "first/shard.tar").read_bytes()
-    assert entries[0]["sha256"] == hashlib.sha256(content).hexdigest()
-    assert entries[0]["num_bytes"] == len(content)
+    assert entries[0].sha256 == hashlib.sha256(content).hexdigest()
+    assert entries[0].num_bytes == len(content)
     assert sorted(path.name for path in (tmp_path / "first").iterdir()) == ["shard.idx", "shard.tar"]
 
 
@@ -299,7 +299,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, scans: list[Path], damage: A
     index = tmp_path / "shard.idx"
     index.write_text(damage(index.read_text()))
     with pytest.raises(DataError, match="the index is damaged"):
-        read_index(index, sha256=entry["index_sha256"])
+        read_index(index, sha256=entry.index_sha256)
     with pytest.raises(DataError, match=r"line \d: the index cannot be parsed|line 5 is not JSON"):
         read_index(index)
 

@@ -17,7 +17,7 @@ from p2r.config import ImageConfig, IngestConfig
 from p2r.counters import Counters
 from p2r.data.batch import Batch
 from p2r.data.corpus import find_scans, ingest_locally, load_manifest, verify_corpus
-from p2r.data.manifest import Manifest
+from p2r.data.manifest import Manifest, make_manifest
 from p2r.data.order import global_batch, locate, steps_per_epoch
 from p2r.data.preprocess import intensity_window, plane_spacing, prepare
 from p2r.data.shards import open_shard, read_index
@@ -193,13 +193,16 @@ def test_an_invalid_world_size_is_refused_at_once(small_corpus: SmallCorpus) -> 
         ({"seed": 4}, "seed 3, this run has 4"),
         ({"global_batch": 4}, "global_batch 8, this run has 4"),
         ({"neighbours": 0.5}, "neighbours 0.0, this run has 0.5"),
-        ({"corpora": [Corpus(Storage("/nowhere"), {"another": 1})]}, "corpora .*manifest_sha256"),
+        ({"corpora": "others"}, "corpora .*manifest_sha256"),
     ],
 )
 def test_a_state_of_another_stream_is_refused(small_corpus: SmallCorpus, change: dict[str, Any], message: str) -> None:
     _, state = batches(small_corpus, 1)[0]
     run: dict[str, Any] = {"corpora": [Corpus(*small_corpus)], "seed": 3, "global_batch": SIZE}
     assert stream_state(**run).resumed(state.to_dict()) == state
+    if change == {"corpora": "others"}:
+        storage, manifest = small_corpus
+        change = {"corpora": [Corpus(storage, make_manifest({**manifest, "revision": 7}, name="another"))]}
     with pytest.raises(CheckpointError, match=message):
         stream_state(**{**run, **change}).resumed(state.to_dict())
 

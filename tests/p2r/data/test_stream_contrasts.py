@@ -14,9 +14,10 @@ import torch
 from p2r.config import ImageConfig
 from p2r.counters import Counters
 from p2r.data.batch import Batch
+from p2r.data.grids import to_grid
 from p2r.data.manifest import Manifest
 from p2r.data.order import locate
-from p2r.data.preprocess import intensity_window, normalise, plane_spacing, to_grid
+from p2r.data.preprocess import intensity_window, normalise, plane_spacing
 from p2r.data.shards import IndexRow, ShardReader, open_shard, read_index
 from p2r.data.stream import Corpus, Quarantine, StreamState, stream, stream_state
 from p2r.errors import DataError

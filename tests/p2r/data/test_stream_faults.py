@@ -18,6 +18,7 @@ from infra.local.s3 import S3Server, make_bucket
 from p2r.config import ImageConfig
 from p2r.counters import Counters
 from p2r.data.batch import Batch
+from p2r.data.manifest import Manifest
 from p2r.data.shards import index_name
 from p2r.data.stream import Corpus, Quarantine, stream
 from p2r.errors import DataError, StorageError
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.s3
 
 IMAGE = ImageConfig(spacing_mm=2.0, size=32)
 STEPS = 14  # two epochs
-SmallCorpus = tuple[Storage, dict[str, Any]]
+SmallCorpus = tuple[Storage, Manifest]
 Run = Callable[..., list[Batch]]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from p2r.config import ImageConfig
-from p2r.data.ledger import ledger_bytes
 from p2r.data.manifest import load_manifest, manifest_bytes, manifest_sha256, revision_path
 from p2r.data.revision import current_revision
 from p2r.data.shards import index_name, open_shard
@@ -148,9 +147,10 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Any], dict
     content = "".join(json.dumps(row, sort_keys=True) + "\n" for row in index).encode()
     storage.write_bytes(index_name(shard["name"]), content)
     shard["index_sha256"] = hashlib.sha256(content).hexdigest()
-    manifest["ledger_sha256"] = hashlib.sha256(ledger_bytes(ledger)).hexdigest()
-    storage.write_bytes(f"ledgers/{manifest['ledger_sha256']}.jsonl", ledger_bytes(ledger))
-    storage.write_bytes("ledger.jsonl", ledger_bytes(ledger))
+    lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in ledger).encode()
+    manifest["ledger_sha256"] = hashlib.sha256(lines).hexdigest()
+    storage.write_bytes(f"ledgers/{manifest['ledger_sha256']}.jsonl", lines)
+    storage.write_bytes("ledger.jsonl", lines)
     storage.write_bytes("manifest.json", manifest_bytes(manifest))
     storage.write_bytes(revision_path(manifest_sha256(manifest)), manifest_bytes(manifest))
     return storage

@@ -9,6 +9,8 @@ from p2r.artefact import open_artefact
 from p2r.artefact_manifest import CorpusFacts
 from p2r.data.manifest import load_manifest, manifest_sha256
 from p2r.engine.ancestry import added, ancestry, corpus_facts, origins_of_backbone, origins_of_checkpoint
+from p2r.engine.checkpoint_manifest import FORMAT, InitialWeights, parse_manifest
+from p2r.errors import DamagedError
 from p2r.reference import parse_reference
 from p2r.storage import Storage
 from tests.publishing import publish_toy
@@ -32,7 +34,7 @@ def backbone(folder: Path, **values: Any) -> str:
 
 def test_corpora_and_licence_of_a_backbone_are_inherited(tmp_path: Path) -> None:
     origin = backbone(tmp_path / "1", corpora=[facts()], licence="CC BY-NC 4.0")
-    assert ancestry({"origins": [origin]}) == ([facts()], ["CC BY-NC 4.0"])
+    assert ancestry(InitialWeights(origins=[origin])) == ([facts()], ["CC BY-NC 4.0"])
     assert ancestry(None) == ([], [])
 
 
@@ -50,7 +52,7 @@ def test_what_cannot_be_read_any_more_is_unknown_and_not_clean(case: str, tmp_pa
     elif case == "not a pin":
         origin = parse_reference(origin).url
     other = backbone(tmp_path / "2", corpora=[facts(B)])
-    known = {} if case == "of an older checkpoint" else {"origins": [origin, other]}
+    known = InitialWeights() if case == "of an older checkpoint" else InitialWeights(origins=[origin, other])
     assert ancestry(known).corpora is None
 
 
@@ -59,25 +61,33 @@ def test_corpora_of_a_checkpoint_are_pinned_at_the_revisions_that_it_streamed(pu
     manifest = load_manifest(corpus)
     sha256 = manifest_sha256(manifest)
     stream = {"corpora": [{"manifest_sha256": sha256, "weight": None}]}
-    checkpoint: dict[str, Any] = {"config": {"corpus": None}, "state": {"stream": stream}, "init_from": None}
+    checkpoint: dict[str, Any] = {
+        **{"format": FORMAT, "step": 6, "world_size": 1, "init_from": None},
+        **{"config": {"steps": 6, "corpus": None}, "state": {"stream": stream}},
+        "files": {"model.safetensors": {"sha256": A, "num_bytes": 1}},
+    }
+
+    def origins(**changes: object) -> list[str] | None:
+        return origins_of_checkpoint(parse_manifest({**checkpoint, **changes}, where="it"), url)
+
     url = f"{published['storage']}/pretrain/checkpoints/step-00000006"
     pin = f"{corpus.url}@sha256:{sha256}"
-    assert origins_of_checkpoint(checkpoint, url) == [pin]
+    assert origins() == [pin]
     before = {"origins": ["/x@sha256:" + A, pin]}
-    assert origins_of_checkpoint({**checkpoint, "init_from": before}, url) == before["origins"]
-    assert origins_of_checkpoint({**checkpoint, "init_from": {"sha256": A}}, url) is None
-    assert origins_of_checkpoint(checkpoint, "s3://elsewhere/step-00000006") is None
-    hostile: list[dict[str, Any]] = [
-        {"config": []},
-        {"state": {"stream": 1}},
-        {"config": {"corpus": [1]}},
-        {"init_from": "/x"},
-    ]
+    assert origins(init_from=before) == before["origins"]
+    assert origins(init_from={"sha256": A}) is None
+    elsewhere = parse_manifest(checkpoint, where="it")
+    assert origins_of_checkpoint(elsewhere, "s3://elsewhere/step-00000006") is None
+    assert origins(state={"stream": 1}) is None
+    assert origins(state={"stream": {"corpora": [1]}}) is None
+    assert origins(config={"steps": 6, "corpus": [1]}) is None
+    hostile: list[dict[str, Any]] = [{"config": []}, {"init_from": "/x"}, {"init_from": {"origins": "/x"}}]
     for rubbish in hostile:
-        assert origins_of_checkpoint({**checkpoint, **rubbish}, url) is None
-    found = ancestry({"origins": [pin]})
+        with pytest.raises(DamagedError):
+            origins(**rubbish)
+    found = ancestry(InitialWeights(origins=[pin]))
     assert found.licences == ["CC0-1.0"]
-    assert found.corpora == [corpus_facts(manifest, url=corpus.url, sha256=sha256, weight=None)]
+    assert found.corpora == [corpus_facts(manifest.facts, url=corpus.url, sha256=sha256, weight=None)]
 
 
 def test_revisions_of_one_corpus_are_named_once_and_others_each() -> None:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,12 +80,13 @@ def losses(job: Job) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in map(json.loads, lines)}
 
 
-def found(job: Job, folder: Path) -> tuple[int | None, list[Mapping[str, Any]]]:
+def found(job: Job, folder: Path) -> tuple[int | None, list[tuple[str, int]]]:
     """Return the step that the job would go on from, and what it says of others."""
     assert job.pretrain is not None
-    notes: list[Mapping[str, Any]] = []
+    notes: list[tuple[str, int]] = []
     join_process_group(CPU)
-    with Checkpoints(Storage(job.storage).child("pretrain"), job.pretrain, note=notes.append) as checkpoints:
+    storage = Storage(job.storage).child("pretrain")
+    with Checkpoints(storage, job.pretrain, note=lambda what, step: notes.append((what, step))) as checkpoints:
         fetched = checkpoints.newest()
     return None if fetched is None else fetched.saved.step, notes
 
@@ -127,8 +128,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     change(a_file_of(job, 6, pattern))
     step, (note,) = found(job, tmp_path)
     assert step == 4
-    assert (note["cause"], note["decision"], note["from_step"]) == ("checkpoint", "fall back", 4)
-    for text in (note["what"], caplog.text):
+    what, from_step = note
+    assert from_step == 4
+    for text in (what, caplog.text):
         assert re.search(rf"step-00000006.*{reason}.*using instead: .*step-00000004", text)
     assert found(job, tmp_path)[0] == 4  # and it is not asked again
     newest = newest_checkpoint(Storage(job.storage).child("pretrain"))
@@ -408,10 +410,10 @@ def test_first_weights_may_be_a_published_backbone_s(job: Job, backbone: str) ->
     published = load_file(file)
     assert all(torch.equal(value, published[name]) for name, value in model.backbone.state_dict().items())
     assert all(torch.equal(value, head[name]) for name, value in model.head.state_dict().items())
-    assert facts["url"] == backbone and facts["format"] == BACKBONE_FORMAT
-    assert [parse_reference(one).url for one in facts["origins"]] == [backbone]
-    assert facts["weights_sha256"] == file_sha256(file) != facts["manifest_sha256"]
-    assert init_weights(model, f"{backbone}@sha256:{facts['manifest_sha256']}") == facts
+    assert facts.url == backbone and facts.format == BACKBONE_FORMAT
+    assert [parse_reference(one).url for one in facts.origins or ()] == [backbone]
+    assert facts.weights_sha256 == file_sha256(file) != facts.manifest_sha256
+    assert init_weights(model, f"{backbone}@sha256:{facts.manifest_sha256}") == facts
     assert init_weights(model, f"{backbone}/{file.name}") == facts
     with pytest.raises(StorageError, match="is pinned to the manifest with sha256 0000"):
         init_weights(model, f"{backbone}@sha256:{'0' * 64}")
@@ -428,7 +430,7 @@ def test_first_weights_that_do_not_fit_or_are_damaged_are_refused(job: Job, back
     with pytest.raises(CheckpointError, match=r"(?s)backbone\..* there, .* here"):
         init_weights(Pix2Rep(wider), checkpoint)
     learnt = Pix2Rep(job.pretrain.model, learnt_temperature=0.3)
-    assert init_weights(learnt, f"{checkpoint}/model.safetensors")["step"] == 4
+    assert init_weights(learnt, f"{checkpoint}/model.safetensors").step == 4
     with pytest.raises(StorageError, match="is pinned to the manifest with sha256 0000"):
         init_weights(learnt, f"{checkpoint}@sha256:{'0' * 64}")
     assert learnt.log_temperature is not None and learnt.log_temperature.exp().item() == pytest.approx(0.3)
@@ -454,9 +456,9 @@ def test_a_fork_starts_anew_from_the_newest_weights_beside_the_run_and_resumes_a
     assert newest is not None and newest.manifest.init_from is not None
     init_from = newest.manifest.init_from
     source = f"{Storage(job.storage).url}/pretrain/checkpoints/step-00000006"
-    assert init_from["url"] == source == newest.manifest.config.to_json()["init_from"]
+    assert init_from.url == source == newest.manifest.config.to_json()["init_from"]
     corpus = Storage(job.storage).child("corpus")
-    assert init_from["origins"] == [f"{corpus.url}@sha256:{manifest_sha256(load_manifest(corpus))}"]
+    assert init_from.origins == [f"{corpus.url}@sha256:{manifest_sha256(load_manifest(corpus))}"]
     made = publish_backbone(fork, Storage(fork.storage), lambda line: None)
     assert [one["url"] for one in made["corpora"]] == [corpus.url] and made["licence"] == "CC0-1.0"
     assert {path: path.stat().st_mtime_ns for path in Path(job.storage).rglob("*")} == before

@@ -20,12 +20,13 @@ import safetensors.torch
 import torch
 
 from p2r.artefact import open_artefact
+from p2r.config import PretrainConfig
 from p2r.data.corpus import ingest_locally
 from p2r.data.manifest import load_manifest, manifest_sha256
 from p2r.data.shards import open_shard
 from p2r.data.stream import Corpus, stream
 from p2r.engine.build import build_engine, join_process_group, masters
-from p2r.engine.pretrain import _count_lost_weights, finished_checkpoint, pretrain
+from p2r.engine.pretrain import _count_lost_weights, _round_products, finished_checkpoint, pretrain
 from p2r.engine.profile import PARTS, profile_text
 from p2r.engine.report import PretrainReport
 from p2r.engine.step import Step, take_step
@@ -409,6 +410,24 @@ def test_a_run_that_does_not_wait_for_its_device_has_the_same_digits(
     assert _weights(broken, "step-00000006") == _weights(waiting, "step-00000006")
 
 
+def test_tf32_is_refused_on_devices_without_it_and_allowed_only_for_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PretrainConfig.model_validate({"steps": 1, "global_batch": 2, "precision": "tf32"})
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    for device in (CPU, gpu):
+        with (
+            pytest.raises(
+                InputError, match=rf"tf32 needs a GPU of compute capability 8\.0 or newer, not {device}: set"
+            ),
+            _round_products(config, device),
+        ):
+            pass
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with _round_products(config, gpu):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 @pytest.mark.usefixtures("waited_for")
 def test_a_step_that_went_wrong_unnoticed_is_named_before_a_checkpoint_is_made(
     job_of: JobOf, corpus: Storage, tmp_path: Path
@@ -522,7 +541,7 @@ def test_the_mean_of_weights_is_what_is_published(job_of: JobOf, corpus: Storage
     assert job.pretrain is not None
     model = Pix2Rep(job.pretrain.model)
     record = init_weights(model, f"{storage.url}/backbones/toy@latest")
-    assert record["head"] == "taken over" and record["manifest_sha256"] == made["sha256"]
+    assert record.to_json()["head"] == "taken over" and record.manifest_sha256 == made["sha256"]
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in mean.items())
 

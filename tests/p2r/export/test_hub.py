@@ -1,3 +1,4 @@
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from p2r.export.transfer import pull, push
 from p2r.hub import parse_hub_url
 from p2r.reference import parse_reference
 from p2r.storage import Storage
-from tests.fake_hub import TOKEN, Hub, fake_hub
+from tests.fake_hub import TOKEN, Hub, Repository, fake_hub
 
 huggingface_hub = pytest.importorskip(
     "huggingface_hub", reason="huggingface_hub is not installed: pip install 'p2r[hub]'"
@@ -120,6 +121,24 @@ def test_a_private_repository_needs_a_token_and_no_message_or_log_shows_it(
     with pytest.raises(StorageError, match="set HF_TOKEN"):
         push(publish_toy("dynunet"), "hf://team/other")
     assert TOKEN not in str(refused.value) + "".join(lines) + caplog.text
+
+
+def test_a_file_beyond_its_stated_size_is_refused_before_it_is_downloaded(publish_toy: Publish, hub: Hub) -> None:
+    commit = _commit_of(push(publish_toy("unet"), "hf://team/brain"))
+    files = hub.repositories["team/brain"].commits[commit]
+    manifest = json.loads(files["manifest.json"])
+    (weights,) = (name for name in files if name.startswith("model-"))
+    files[weights] += bytes(1)
+    before = len(hub.requests)
+    with pytest.raises(StorageError, match=rf"{weights} of hf://team/brain@{commit} has [\d,]+ bytes, more than"):
+        load_backbone("hf://team/brain")
+    many = {f"f{number}": {"name": f"f{number}", "num_bytes": 1} for number in range(100)}
+    content = {"manifest.json": json.dumps({**manifest, "files": many}).encode(), **dict.fromkeys(many, b"x")}
+    hub.repositories["team/many"] = Repository(commits={"0" * 40: content}, names={"main": "0" * 40})
+    with pytest.raises(InputError, match="is not a valid manifest"):
+        load_backbone("hf://team/many")
+    fetched = [one.rpartition("/")[2] for one in hub.requests[before:] if one.startswith("GET")]
+    assert "manifest.json" in fetched and not {weights, *many} & set(fetched)
 
 
 def test_a_hub_that_is_down_and_an_empty_cache_are_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

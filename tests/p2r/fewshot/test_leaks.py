@@ -1,10 +1,11 @@
 """A search for validation and test patients refuses what it finds, or records it where the job allows it."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from p2r.artefact import CorpusFacts
 from p2r.backbone import Backbone, load_backbone
 from p2r.data.volume import read_volume
 from p2r.errors import DataError
@@ -22,8 +23,9 @@ def task(toy_data: Path) -> Task:
     return load_task(toy_data / "task.yaml")
 
 
-def with_corpora(backbone: Backbone, corpora: list[dict[str, Any]] | None) -> Backbone:
-    backbone.manifest = {**backbone.manifest, "corpora": corpora}
+def with_corpora(backbone: Backbone, corpora: list[CorpusFacts] | None) -> Backbone:
+    facts = backbone.manifest.facts.model_copy(update={"corpora": corpora})
+    backbone.manifest = replace(backbone.manifest, facts=facts)
     return backbone
 
 

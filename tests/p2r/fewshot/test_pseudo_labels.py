@@ -161,10 +161,10 @@ def test_a_class_without_pseudo_labels_is_named() -> None:
     for step in range(40):
         tally.add(step, classes, torch.tensor([[True, True, True, True, False]]), torch.ones(1, 5, dtype=torch.bool))
     told = tally.to_row(["background", "left", "right"], threshold=0.9)
-    assert told["steps"] == list(range(2, 41, 2)) and set(told["confident_fraction"]) == {0.8}
-    assert told["class_fractions"]["right"][0] == 0.25
-    assert told["classes_never_found"] == ["left"]
-    assert told["warnings"] == ["no pseudo-label had class left: it was learnt from labelled images only"]
+    assert told.steps == list(range(2, 41, 2)) and set(told.confident_fraction) == {0.8}
+    assert told.class_fractions["right"][0] == 0.25
+    assert told.classes_never_found == ["left"]
+    assert told.warnings == ["no pseudo-label had class left: it was learnt from labelled images only"]
 
 
 def test_a_tally_resumed_within_an_interval_continues_to_count() -> None:

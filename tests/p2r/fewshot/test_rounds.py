@@ -108,12 +108,12 @@ def test_prototypes_label_the_first_round_and_the_teacher_all_others(dimensions:
     made = rounds(Bright(0.5), images, self_training_min_change=0.0)
     lines = {step: made.at(step, Bright(0.1 * (step + 2))) for step in range(20)}
     assert [step for step, line in lines.items() if line] == [0, 4, 8, 12]
-    assert [(one["step"], one["by"]) for one in made.told] == [(0, "prototypes"), (4, "teacher"), (8, "teacher")]
-    assert made.told[-1]["ended_by"] == "rounds" and made.told[-1]["ended_at_step"] == 12 and made.labels is None
+    assert [(one.step, one.by) for one in made.told] == [(0, "prototypes"), (4, "teacher"), (8, "teacher")]
+    assert made.told[-1].ended_by == "rounds" and made.told[-1].ended_at_step == 12 and made.labels is None
     before, after = ((images[:, 0] >= level).to(torch.int16) for level in (0.5, 0.6))
-    assert made.told[1]["change"] == pytest.approx(changed_fraction(before, after), abs=1e-5)
-    assert made.told[1]["class_fractions"]["DISC"] == pytest.approx(float((after > 0).float().mean()), abs=1e-5)
-    assert made.told[0]["change"] is None and made.told[0]["counted_fraction"] == 1
+    assert made.told[1].change == pytest.approx(changed_fraction(before, after), abs=1e-5)
+    assert made.told[1].class_fractions["DISC"] == pytest.approx(float((after > 0).float().mean()), abs=1e-5)
+    assert made.told[0].change is None and made.told[0].counted_fraction == 1
 
 
 def test_rounds_end_as_soon_as_pseudo_labels_hardly_change() -> None:
@@ -121,7 +121,7 @@ def test_rounds_end_as_soon_as_pseudo_labels_hardly_change() -> None:
     made = rounds(Bright(0.5), images, self_training_min_change=0.05)
     lines = [made.at(step, Bright(0.5 + 0.01 * (step == 4))) for step in range(20)]
     assert [step for step, line in enumerate(lines) if line] == [0, 4]
-    assert made.told[-1]["ended_by"] == "change" and 0 < made.told[-1]["change"] < 0.05
+    assert made.told[-1].ended_by == "change" and 0 < (made.told[-1].change or 0.0) < 0.05
     assert "from now on the teacher labels the images of every step" in str(lines[4]) and made.labels is None
 
 
@@ -136,7 +136,7 @@ def test_a_pixel_without_a_plausible_class_does_not_count_and_a_teacher_counts_w
     assert (labels[:, 12:14] == 1).all() and (labels[:, 14:] == NOT_COUNTED).all()
     made.at(4, Bright())
     assert made.labels is not None and torch.eq(made.labels, NOT_COUNTED).all(), "sure by 0.88 is not sure"
-    assert made.told[1]["counted_fraction"] == 0
+    assert made.told[1].counted_fraction == 0
 
 
 def test_a_model_of_the_centre_labels_the_centre() -> None:
@@ -145,7 +145,7 @@ def test_a_model_of_the_centre_labels_the_centre() -> None:
     made.at(0, Bright())
     assert made.labels is not None
     assert (made.labels[:, 4:20] == 1).all() and (made.labels[:, :4] == NOT_COUNTED).all()
-    assert made.told[0]["counted_fraction"] == 1, "of what it reads"
+    assert made.told[0].counted_fraction == 1, "of what it reads"
 
 
 def test_a_warning_names_a_first_round_without_plausible_frames() -> None:
@@ -162,7 +162,7 @@ def test_rounds_continue_from_a_saved_state() -> None:
     whole = rounds(Bright(), images)
     whole.at(0, Bright())
     restored = rounds(Bright(), images)
-    restored.restore(whole.tensors(), whole.facts())
+    restored.restore(whole.tensors(), whole.state())
     assert whole.labels is not None and restored.labels is not None
     assert torch.equal(restored.labels, whole.labels) and restored.told == whole.told
     assert sum(tensor.numel() for tensor in whole.tensors().values()) < whole.labels.numel()

@@ -148,8 +148,8 @@ def test_trials_in_slices_of_time_give_the_report_of_one_run(
         job = read_job(write_toy_job(tmp_path), (*given, *modes, rates, f"storage={tmp_path / name}"))
         while True:
             made = run_job(job, _Slice(torch.device("cpu"), max_seconds), say=lambda line: None)
-            ends.append(made.get("unfinished"))
-            if "unfinished" not in made:
+            ends.append(made.unfinished)
+            if made.unfinished is None:
                 break
         (rows[name],) = Storage(job.storage).read_json("report/report.json")["rows"]
         del rows[name]["seconds"]
@@ -216,8 +216,8 @@ def test_a_row_has_the_pseudo_labels_of_every_round(make: Make) -> None:
 def test_settings_of_self_training_do_not_change_digests_of_other_modes(make: Make) -> None:
     setup = make()
     for mode in MODES:
-        recipe = final(setup, mode).to_recipe() if mode != "prototype" else {"settings": {}}
-        of_rounds = {"self_training_rounds", "agreement_views", "plausible_margin_mm"} & recipe["settings"].keys()
+        settings: Any = final(setup, mode).to_recipe()["settings"] if mode != "prototype" else {}
+        of_rounds = {"self_training_rounds", "agreement_views", "plausible_margin_mm"} & settings.keys()
         assert bool(of_rounds) == MODES[mode].has_rounds
 
 

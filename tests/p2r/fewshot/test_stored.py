@@ -1,6 +1,5 @@
 """Documents of trials on the storage are read within limits, and checked."""
 
-import ast
 import contextlib
 import json
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from p2r.errors import DamagedError
 from p2r.fewshot import stored
 from p2r.fewshot.stored import read_candidates, read_readings, read_report_rows, read_result, read_sweeps
 from p2r.storage import Storage
+from tests.source_names import uses_of
 
 ROOT = Path(__file__).parents[3]
 TRIAL = {
@@ -191,11 +191,19 @@ def test_the_size_of_documents_is_limited(tmp_path: Path, monkeypatch: pytest.Mo
 def test_every_document_from_outside_is_read_within_limits() -> None:
     """Python's own readers accept any depth, number and size, so only three modules may use them, and a script that runs without p2r."""
     allowed = {"p2r/documents.py", "p2r/plain_yaml.py", "p2r/logs.py", "p2r/export/add_to_plans.py"}
-    readers = {"json": {"load", "loads"}, "yaml": {"load", "safe_load", "full_load"}, "pickle": {"load", "loads"}}
-    found = set()
-    for path in [*ROOT.glob("p2r/**/*.py"), *ROOT.glob("cluster/**/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            of = node.value if isinstance(node, ast.Attribute) else None
-            if isinstance(node, ast.Attribute) and isinstance(of, ast.Name) and node.attr in readers.get(of.id, ()):
-                found.add(str(path.relative_to(ROOT)))
+    readers = {
+        "json.load",
+        "json.loads",
+        "yaml.load",
+        "yaml.safe_load",
+        "yaml.full_load",
+        "pickle.load",
+        "pickle.loads",
+    }
+    found = {
+        str(path.relative_to(ROOT))
+        for path in [*ROOT.glob("p2r/**/*.py"), *ROOT.glob("cluster/**/*.py")]
+        for name, _ in uses_of(path.read_text())
+        if name in readers
+    }
     assert found <= allowed, found - allowed

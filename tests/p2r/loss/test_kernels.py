@@ -219,17 +219,48 @@ def test_float32_uses_the_kernels_if_tf32_is_allowed(monkeypatch: pytest.MonkeyP
 
 
 def test_a_gpu_with_little_shared_memory_takes_smaller_tiles_or_fewer_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from p2r.loss import kernels
+    from p2r.loss import kernel_tiles, kernels
     from p2r.loss.tiles import Rows
 
     rows = Rows(torch.ones(4, 128, dtype=BF16), 0)
-    usual = kernels._choose_tile(kernels._PUSH_TILES, rows)
-    monkeypatch.setattr(kernels, "_shared_limit", lambda device: 101_376)  # of an RTX 4090
-    assert kernels._choose_tile(kernels._PUSH_TILES, rows).block_candidates < usual.block_candidates
+    usual = kernel_tiles.choose_tile(kernel_tiles.PUSH_TILES, rows)
+    monkeypatch.setattr(kernel_tiles, "shared_limit", lambda device: 101_376)  # of an RTX 4090
+    assert kernel_tiles.choose_tile(kernel_tiles.PUSH_TILES, rows).block_candidates < usual.block_candidates
     assert kernels.unfit(BF16, 128, device=CPU, allows_tf32=False) is None
     assert "more shared memory than this GPU's 101376 bytes" in (
         kernels.unfit(BF16, 512, device=CPU, allows_tf32=False) or ""
     )
+
+
+def test_a_gpu_of_an_older_architecture_and_a_missing_compiler_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from p2r.loss import kernels
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(kernels, "_has_compiler", lambda: True)
+    old = kernels.unfit(BF16, 128, device=gpu, allows_tf32=False)
+    assert old == "they need a GPU of compute capability 8.0 or newer, this one has 7.5"
+    monkeypatch.undo()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    kernels._has_compiler.cache_clear()
+    bare = kernels.unfit(BF16, 128, device=gpu, allows_tf32=False)
+    kernels._has_compiler.cache_clear()
+    assert bare == "Triton finds no C compiler: install gcc or clang, or name one in CC"
+
+
+def test_candidates_are_loaded_by_descriptor_only_on_gpus_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    from p2r.loss.kernel_tiles import PUSH_TILES, fitting_tiles, has_descriptors
+
+    gpu, capability = torch.device("cuda", 0), [(8, 9), (9, 0), (10, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability.pop(0))
+    assert [has_descriptors(gpu) for _ in range(3)] == [False, True, True]
+    assert has_descriptors(CPU)
+    of_old, of_new = (
+        fitting_tiles(PUSH_TILES, BF16, 256, 166_912, has_image=False, descriptors=descriptors)[0]
+        for descriptors in (False, True)
+    )
+    assert of_new.by_descriptor and not of_old.by_descriptor
 
 
 def test_a_temperature_that_sums_of_float32_cannot_take_is_named() -> None:

@@ -73,7 +73,7 @@ def test_variants_are_run_and_put_side_by_side(ablation: Callable[..., Job]) -> 
     of_rows = [f"code {report['rows'][0]['code']}", *(row["backbone_sha256"][:12] for row in report["rows"])]
     for fact in ("variant", "task disc", "leak_free, validation patients", "n = 1, 3", "1 draw", "seed 0", *of_rows):
         assert fact in picture, fact
-    assert made["report"].endswith("report/report.md")
+    assert made.report == storage.at("report/report.md") and made.failed
     trials = [storage.read_json(path) for path in storage.list() if "/trials/" in path and path.endswith(".json")]
     assert trials
     assert "sub-07" not in json.dumps(trials) and "sub-08" not in json.dumps(trials)  # the test subjects

@@ -7,21 +7,19 @@ from types import SimpleNamespace
 from typing import Any
 
 from p2r.job import read_job
-from p2r.pipeline import publishing as pipeline
+from p2r.pipeline import publishing
 
 HOSTILE = "![x](http://evil.example/a.png) <img src=x> | a\n# heading [x](javascript:1)"
 
 
-def test_a_card_shows_hostile_names_as_names(
-    write_toy_job: Callable[..., Path], tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_a_card_shows_hostile_names_as_names(write_toy_job: Callable[..., Path], tmp_path: Path) -> None:
     job = read_job(write_toy_job(tmp_path))
     assert job.publish is not None
-    monkeypatch.setattr(pipeline, "manifest_sha256", lambda manifest: "0" * 64)
-    manifest = {"num_subjects": 1, "num_records": 1, "num_samples": 1, "provenance": HOSTILE}
+    facts = SimpleNamespace(num_subjects=1, num_records=1, num_samples=1, provenance=HOSTILE, contrasts=None)
+    manifest = SimpleNamespace(facts=facts, sha256="0" * 64)
     config = job.publish.model_copy(update={"description": HOSTILE})
     corpora: Any = [SimpleNamespace(manifest=manifest)]
-    card = pipeline._write_card(job, config, corpora, f"file:///{HOSTILE}", HOSTILE, step=1)
+    card = publishing._write_card(job, config, corpora, f"file:///{HOSTILE}", HOSTILE, step=1)
     text = "\n".join(line for line in card.splitlines() if not line.startswith("    "))  # but for code
     assert "<img" not in text and not re.search(r"(?<!\\)[\]\[]\(", text)
     assert "\n# heading" not in card and "| a" not in text.replace("\\| a", "")

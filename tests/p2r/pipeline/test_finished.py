@@ -2,15 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
+from p2r.fewshot.results import FailedTrial
 from p2r.job import Job, read_job
+from p2r.pipeline import finished
 from p2r.pipeline.finished import digest_inputs, made_before, record_finished
+from p2r.pipeline.made import Made
 from p2r.storage import Storage
 
 
@@ -27,19 +33,14 @@ def path(write_toy_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest
     return path
 
 
-def made_of(job: Job) -> dict[str, object]:
-    return {
-        "storage": job.storage,
-        "report": f"{job.storage}/report/report.md",
-        "models": {"disc": "url"},
-        "table": object(),
-    }
+def made_of(job: Job) -> Made:
+    return Made(job.storage, report=f"{job.storage}/report/report.md", models={"disc": "url"}, table=Table())
 
 
 def test_a_finished_job_gives_what_it_made_with_its_table(path: Path) -> None:
     made = made_before(read_job(path))
-    assert made is not None and made.pop("table").row_count == 0
-    assert made == {name: value for name, value in made_of(read_job(path)).items() if name != "table"}
+    assert made is not None and made.table is not None and made.table.row_count == 0
+    assert made == made_of(read_job(path))
 
 
 def test_any_change_of_job_code_task_or_result_makes_it_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,15 +60,30 @@ def test_any_change_of_job_code_task_or_result_makes_it_run(path: Path, monkeypa
     assert made_before(job) is None
     (storage / "finished.json").write_text("[]")
     assert made_before(job) is None, "a broken record is none"
-    monkeypatch.setattr("p2r.pipeline.finished.code_version", lambda: "0123456789ab-dirty")
-    assert digest_inputs(job) == ""
+    assert digest_inputs(read_job(path, ("kind=ingest",))) == ""
+
+
+@pytest.mark.parametrize("version", ["0123456789ab-dirty", "unknown"])
+def test_code_without_a_commit_is_identified_by_its_files(
+    path: Path, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, committed = read_job(path), digest_inputs(read_job(path))
+    monkeypatch.setattr("p2r.pipeline.finished.code_version", lambda: version)
+    shutil.copytree(Path(finished.__file__).parents[1], tmp_path / "p2r", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(finished, "__file__", str(tmp_path / "p2r/pipeline/finished.py"))
+    before = digest_inputs(job)
+    assert committed != before == digest_inputs(job) != ""
+    with (tmp_path / "p2r/loss/info_nce.py").open("a") as file:
+        file.write("# changed")
+    assert digest_inputs(job) != before
 
 
 def test_what_is_unfinished_or_failed_has_no_record(path: Path) -> None:
     job = read_job(path)
     (Path(job.storage.removeprefix("file://")) / "finished.json").unlink()
-    for more in ({"unfinished": "pretrain"}, {"failed": [{"trial": "a", "reason": "b"}]}):
-        record_finished(job, Storage(job.storage), {**made_of(job), **more}, inputs=digest_inputs(job))
+    made = made_of(job)
+    for partial in (replace(made, unfinished="pretrain"), replace(made, failed=(FailedTrial(trial="a", reason="b"),))):
+        record_finished(job, Storage(job.storage), partial, inputs=digest_inputs(job))
         assert made_before(job) is None
 
 

@@ -33,7 +33,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def run(job: Path, *overrides: str) -> tuple[dict[str, Any], str]:
     lines: list[str] = []
-    made = run_job(read_job(job, overrides), LocalExecutor(torch.device("cpu"), None), say=lines.append)
+    made = run_job(read_job(job, overrides), LocalExecutor(torch.device("cpu"), None), say=lines.append).to_json()
     return made, "\n".join(lines)
 
 

@@ -23,11 +23,11 @@ def test_a_bucket_holds_everything_that_a_job_makes(
     overrides = (f"storage={s3_url}/toy", "finetune.num_labelled=[1]", "finetune.steps=4", "pretrain.steps=4")
     job = read_job(write_toy_job(tmp_path), overrides)
     made = run_job(job, LocalExecutor(torch.device("cpu"), None), say=lambda line: None)
-    assert made["report"] == f"{s3_url}/toy/report/report.md"
+    assert made.report == f"{s3_url}/toy/report/report.md"
     storage = Storage(job.storage)
     assert storage.read_json("report/report.json")["rows"]
     assert storage.exists("report/pictures/few-shot-disc.png")
-    assert p2r.load_backbone(made["backbone"])(torch.rand(1, 1, 32, 32)).shape == (1, 4, 32, 32)
+    assert p2r.load_backbone(made.backbone or "")(torch.rand(1, 1, 32, 32)).shape == (1, 4, 32, 32)
 
     lines: list[str] = []
     run_job(job, LocalExecutor(torch.device("cpu"), None), say=lines.append)

@@ -69,7 +69,7 @@ def run(data: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, str], Stora
         path = tmp_path / "balls.yaml"
         path.write_text(JOB.format(data=data) + f"storage: {tmp_path}/storage\n")
         job = read_job(path, overrides)
-        made = run_job(job, LocalExecutor(torch.device("cpu"), None), say=lambda line: None)
+        made = run_job(job, LocalExecutor(torch.device("cpu"), None), say=lambda line: None).to_json()
         return made, Storage(job.storage)
 
     return run

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from p2r.config import PretrainConfig
 from p2r.engine.build import build_engine, join_process_group
 from p2r.engine.counting import LiveTensors, SavedTensors, storages_of
+from p2r.engine.history import HistoryRow
 from p2r.engine.objectives import has_kernels
 from p2r.engine.step import take_step
 from p2r.errors import DataError, InputError
@@ -237,7 +238,8 @@ def test_a_loss_without_kernels_has_no_modelled_time_and_is_counted_in_float32(
 
 
 def test_a_rate_is_the_median_of_a_worker_s() -> None:
-    rows = [{"images_per_s": 8.0, "world_size": 2}, {"images_per_s": 100.0}, {"images_per_s": 6.0, "world_size": 1}]
+    rates = [(8.0, 2), (100.0, None), (6.0, 1)]
+    rows = [HistoryRow(step=10, images_per_s=rate, world_size=size) for rate, size in rates]
     assert measured_rate(rows, where="here") == Rate(6.0, "median of 3 reports in here")
     assert measured_rate([], where="here") is None
 
