@@ -71,7 +71,7 @@ def run_trials(
     missing = [index for index, (setup, trial) in enumerate(trials) if not setup.is_done(trial)]
     others: dict[int, TrialResult] = {}
     if missing:
-        say(f"{len(missing)} trials to run, {len(trials) - len(missing)} done already")
+        say(f"{len(missing)} trial{'s' * (len(missing) > 1)} to run, {len(trials) - len(missing)} done already")
         say_each = counted(say, len(missing))
         for number, indices in enumerate(_group_trials(trials, missing)):
             with relay(say_each) as queue:

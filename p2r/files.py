@@ -8,6 +8,7 @@ import csv
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -107,17 +108,24 @@ def temporary_beside(target: Path) -> Iterator[Path]:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str | float]]) -> None:
-    """Write a table, whole or not at all, that a spreadsheet opens without executing any of its text.
+    """Write a table as `csv_bytes`, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(csv_bytes(columns, rows))
+
+
+def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[str | float]]) -> bytes:
+    """Return a table that a spreadsheet opens without executing any of its text.
 
     Names come from strangers. In text, control characters become `?`, and an apostrophe precedes each `=`, `+`, `-` or `@`
     that could begin a formula. Numbers are written as they are.
 
     Source: OWASP, CSV Injection.
     """
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([_neutralise(column) for column in columns])
-        writer.writerows([_neutralise(value) if isinstance(value, str) else value for value in row] for row in rows)
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow([_neutralise(column) for column in columns])
+    writer.writerows([_neutralise(value) if isinstance(value, str) else value for value in row] for row in rows)
+    return table.getvalue().encode()
 
 
 def _neutralise(text: str) -> str:

@@ -1,6 +1,8 @@
 """DICOM series as scanners and archives leave them, each with its outcome: a part of docs/inputs.md."""
 
+import io
 import shutil
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,16 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, RLELossless
+from PIL import Image
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    UID,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    MRImageStorage,
+    RLELossless,
+)
 
 ROWS, COLUMNS, SLICES = 20, 18, 8
 
@@ -106,6 +117,64 @@ def _compress(folder: Path) -> None:
         header.save_as(path, enforce_file_format=True)
 
 
+def _encode(syntax: UID, form: str, **options: Any) -> Callable[[Path], None]:
+    """Return a change of files to a transfer syntax that Pillow can encode."""
+
+    def encode(folder: Path) -> None:
+        for path in folder.iterdir():
+            header, encoded = pydicom.dcmread(path), io.BytesIO()
+            pixels = header.pixel_array
+            if form == "JPEG":  # 8 bits
+                pixels = (pixels // 4).astype(np.uint8)
+                header.BitsAllocated, header.BitsStored, header.HighBit = 8, 8, 7
+            Image.fromarray(pixels).save(encoded, form, **options)
+            header.PixelData = encapsulate([encoded.getvalue()])
+            header.file_meta.TransferSyntaxUID = syntax
+            header["PixelData"].is_undefined_length = True
+            header.save_as(path, enforce_file_format=True)
+
+    return encode
+
+
+def _element(name: str, items: tuple[str, ...]) -> bytes:
+    """An element of Siemens' CSA header, version 2."""
+    padded = (*items, *[""] * (6 - len(items)))
+    texts = [f"{item}\0".encode() if item else b"" for item in padded]
+    head = name.encode().ljust(64, b"\0") + struct.pack("<i4s3i", len(items), b"US\0\0", 0, 6, 77)
+    return head + b"".join(
+        struct.pack("<4i", *[len(text)] * 2, 77, len(text)) + text + bytes(-len(text) % 4) for text in texts
+    )
+
+
+def _tile(*, with_private_tags: bool) -> Callable[[Path], None]:
+    """Return a change of a series into Siemens mosaics: one file per time, all slices in it as tiles."""
+    private = [("NumberOfImagesInMosaic", (str(SLICES),)), ("SliceNormalVector", ("0.0", "0.0", "1.0"))]
+    csa = b"SV10\4\3\2\1" + struct.pack("<2I", len(private), 77) + b"".join(_element(*one) for one in private)
+
+    def tile(folder: Path) -> None:
+        first, *others = sorted(folder.iterdir())
+        header = pydicom.dcmread(first)
+        for path in (first, *others):
+            path.unlink()
+        for time in range(3):
+            tiles = np.zeros((3 * ROWS, 3 * COLUMNS), "<u2")
+            for k in range(SLICES):
+                row, column = k // 3 * ROWS, k % 3 * COLUMNS
+                tiles[row : row + ROWS, column : column + COLUMNS] = voxels(time)[:, :, k].T
+            header.ImageType = ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]
+            header.Rows, header.Columns, header.PixelData = *tiles.shape, tiles.tobytes()
+            header.ImagePositionPatient = [-9 - COLUMNS, -10 - ROWS, 0]  # of the tiles' corner, about the same centre
+            header.InstanceNumber = header.AcquisitionNumber = time + 1
+            header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.3.9.{time + 1}")
+            if with_private_tags:
+                block = header.private_block(0x0029, "SIEMENS CSA HEADER", create=True)
+                block.add_new(0x08, "CS", "IMAGE NUM 4")
+                block.add_new(0x10, "OB", csa)
+            header.save_as(folder / f"{time}.dcm", enforce_file_format=True)
+
+    return tile
+
+
 def _copy_all(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         shutil.copy(path, folder / f"copy_{path.name}")
@@ -195,6 +264,10 @@ DICOM_CASES = [
         values=lambda stored: stored * (1 + np.arange(SLICES) / 8),
     ),
     DicomCase("compressed by run lengths", Series(after=_compress)),
+    DicomCase(
+        "JPEG 2000 without loss", Series(after=_encode(JPEG2000Lossless, "JPEG2000", irreversible=False, no_jp2=True))
+    ),
+    DicomCase("JPEG of 8 bits, with loss", Series(after=_encode(JPEGBaseline8Bit, "JPEG", quality=95)), values=None),
     DicomCase("two echoes", Series(echoes=2), shapes=((COLUMNS, ROWS, SLICES, 1),) * 2),
     DicomCase("a cine: each slice at four times", Series(times=4), shapes=((COLUMNS, ROWS, SLICES, 4),)),
     DicomCase(
@@ -212,6 +285,17 @@ DICOM_CASES = [
         "a cine that lacks a slice",
         Series(times=4, slices=tuple(k for k in range(SLICES) if k != 4)),
         **UNEVEN,
+    ),
+    DicomCase(
+        "mosaics of three times",
+        Series(after=_tile(with_private_tags=True)),
+        shapes=((COLUMNS, ROWS, SLICES, 3),),
+    ),
+    DicomCase(
+        "mosaics without private tags",
+        Series(after=_tile(with_private_tags=False)),
+        refused="mosaic",
+        way_out="one image per slice",
     ),
     DicomCase(
         "a localizer in three orientations",

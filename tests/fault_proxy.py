@@ -1,6 +1,6 @@
 """A proxy before an S3 server that lets happen, on demand, what networks and servers do wrong.
 
-Requests reach the server byte for byte, the Host header included, so that their signatures stay valid; the server must
+Requests reach the server byte for byte, the Host header included, so that their signatures stay valid. The server must
 check them against the Host that it is told, as S3 servers do. What passes is noted, so that a test can count it.
 """
 

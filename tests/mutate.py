@@ -3,7 +3,7 @@
     python -m tests.mutate p2r/data/order.py --tests tests/p2r/data/test_order.py --minutes 5
 
 A survivor is either a missing assertion or an equivalent change; a person decides. Mutants run in a copy of the repository, one
-at a time, in children forked from a process that has already imported torch: a mutant costs its tests and no start-up. mutmut
+at a time, in children forked from a process that has already imported torch. A mutant costs its tests and no start-up. mutmut
 skips decorated functions, and with them the gradients of our losses (static methods of `autograd.Function`); cosmic-ray imports
 torch again for every mutant. Messages, docstrings and annotations stay.
 """

@@ -55,6 +55,14 @@ def test_the_four_checks_of_the_tour_are_those_of_make_test() -> None:
     assert told == re.findall(r"\t\$\(BIN\)/(.+)", recipe)
 
 
+def test_each_of_the_ten_questions_leads_to_files_that_say_so_in_their_first_line() -> None:
+    rows = re.findall(r"^\| (.+\?) \| (`.+`) \|$", CONTRIBUTING, re.MULTILINE)
+    assert len(rows) == 10 == len({question for question, _ in rows})
+    for _, named in rows:
+        for name in re.findall(r"`(.+?)`", named):
+            assert re.match('r?"""', (ROOT / name).read_text()), f"{name} has no docstring"
+
+
 def test_hooks_need_no_network_and_call_programs_that_an_extra_installs() -> None:
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     assert {repo["repo"] for repo in config["repos"]} == {"local"}

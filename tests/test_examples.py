@@ -1,6 +1,8 @@
-"""The notebook in examples/ runs, cell by cell, on small data."""
+"""The notebook in examples/ runs, cell by cell, on small data, with as few open files as some systems allow."""
 
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,16 @@ import nibabel
 import pytest
 
 
+@pytest.fixture
+def few_open_files() -> Iterator[None]:
+    """A limit of 256 open files, as on older systems."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("few_open_files")
 def test_the_first_hour_leads_from_scans_to_a_segmentation(
     repository: Path,
     toy_data: Path,

@@ -48,14 +48,14 @@ class SessionsConfig(Section):
     """Sessions: the scans of one visit become one record with a named volume for each contrast, all on one grid.
 
     A session is a subject and session of BIDS, a study of DICOM, a case of a `dataset.json`, or the rows of a list with the same
-    subject and `group`; otherwise all scans of a subject. A contrast that a session lacks stays missing.
+    subject and `group`. Otherwise all scans of a subject. A contrast that a session lacks stays missing.
     """
 
     contrasts: Annotated[
         dict[Contrast, Annotated[tuple[str, ...], Field(min_length=1)] | str], Field(min_length=1, max_length=64)
     ]
     """Contrasts by name, each with one or several patterns (`*` and `?`, in any case) of the words that state a scan's contrast. These
-    are the column `contrast` of a list, a DICOM series description, the channel in a `dataset.json`, entities and suffix of a BIDS name
+    are the column `contrast` of a list, a DICOM series description, the channel in a `dataset.json`; entities and suffix of a BIDS name
     (such as `ce-GADOLINIUM_T1w`, without sub, ses and run), or else the file's name. The first contrast that matches counts; a scan that
     matches none is left out, as `no_contrast` in the ledger."""
     reference: Contrast | None = None

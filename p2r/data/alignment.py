@@ -1,7 +1,7 @@
 """The contrasts of a session -> one grid: that of a reference. Positions are those of the headers; nothing is registered.
 
 Volumes whose grids agree stay as they are. Others are resampled by the affines of both headers, with the filter of
-`resample`; voxels that a contrast does not cover get its minimum, and are described by `coverage`, so that training never
+`resample`. Voxels that a contrast does not cover get its minimum, and are described by `coverage`, so that training never
 compares them.
 
 Letters: X Y Z voxels of the reference; T frames.

@@ -84,7 +84,8 @@ class IngestProgress:
         left = (
             "" if self.remaining_s is None or self.done == self.num_shards else f" | {duration(self.remaining_s)} left"
         )
-        rate = f"{self.mb_per_s:.{1 if self.mb_per_s < 10 else 0}f} MB/s"
+        digits = 0 if self.mb_per_s >= 10 else 1
+        rate = f"{self.mb_per_s:.{digits}f} MB/s" if self.mb_per_s >= 0.1 else f"{self.mb_per_s * 1000:.0f} kB/s"
         return f"scans {self.scans_read}/{self.num_scans} | shards {self.done}/{self.num_shards} | {rate}{left}" + (
             f" | refused: {refused}" if refused else ""
         )

@@ -185,7 +185,7 @@ def converted(files: Sequence[str], name: str, *, timeout_s: float, only_tags: b
         only_tags: Read the tags without making images.
 
     Raises:
-        RefusedScan: `not_mr`, `secondary_capture`, `burned_in_annotation`, `uneven_slices`, `timeout`, or `unreadable`.
+        RefusedScan: `not_mr`, `secondary_capture`, `burned_in_annotation`, `uneven_slices`, `mosaic`, `timeout`, or `unreadable`.
     """
     _check_kind(files, name)
     with tempfile.TemporaryDirectory(prefix="p2r-dicom-") as folder:
@@ -195,6 +195,7 @@ def converted(files: Sequence[str], name: str, *, timeout_s: float, only_tags: b
             return
         images, exit_code = _run_dcm2niix(files, name, Path(folder, "whole"), timeout_s=timeout_s, only_tags=only_tags)
         _check_even_spacing(images, name)
+        _check_mosaic([] if only_tags else images, files, name)
         defect = None if only_tags and images else _find_defect(images, files, exit_code)
         parts = [_read_part(image) for image in images]
         if defect is not None:
@@ -225,6 +226,7 @@ def _convert_groups(
         rest_s = max(1.0, until_s - time.monotonic())
         made, exit_code = _run_dcm2niix(group, name, folder / f"{number:04d}", timeout_s=rest_s, only_tags=only_tags)
         _check_even_spacing(made, name)
+        _check_mosaic([] if only_tags else made, group, name)
         defect = None if only_tags and made else _find_defect(made, group, exit_code)
         if defect is not None and not defect.is_harmless:
             raise RefusedScan(
@@ -242,6 +244,17 @@ def _check_even_spacing(images: Sequence[Path], name: str) -> None:
     if any("_Eq" in image.stem for image in images):  # dcm2niix's suffix for interpolated images
         raise RefusedScan(
             "uneven_slices", f"{name} has slices at uneven distances: one may be missing; copy the series again"
+        )
+
+
+def _check_mosaic(images: Sequence[Path], files: Sequence[str], name: str) -> None:
+    """Refuse an image of tiles, which is no slice. dcm2niix separates them if Siemens' private tags are present."""
+    shapes = [(*nibabel.nifti1.Nifti1Image.from_filename(image).shape, 1)[2] for image in images]
+    if 1 in shapes and "MOSAIC" in header_of(Path(files[0]), "ImageType")["ImageType"].upper():
+        raise RefusedScan(
+            "mosaic",
+            f"{name} is a mosaic: each image holds all slices as tiles, and the private tags that state their number and place were "
+            "removed; export the series with its private tags (0029,xx10), or as one image per slice",
         )
 
 

@@ -4,6 +4,7 @@
     status, reason, message, copy_of                    its outcome, and the reason
     num_samples, shape, spacing_mm, dtype, percentiles, voxels_sha256, shard      accepted inputs only
     notes                                               codes of defects that were ignored, such as a broken sidecar
+    outline                                             accepted inputs only: coarse shape of the image, see `likeness`
 
 `status` is `accepted`, `refused` or `not_selected`. `reason` is the same word, or the code of the `RefusedScan`. With
 pseudonyms, `num_bytes` is null and `modified` is a keyed digest of size and time.
@@ -84,6 +85,8 @@ class AcceptedRow(LedgerRow):
     """Contrast to whose grid it was resampled; None: it had this grid."""
     covered_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     """Part of the grid that the scan covers; None: all of it."""
+    outline: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{159}=$")] | None = None
+    """See `likeness`; None in corpora of versions before it."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ def accepted_row(
     axis: int,
     percentiles: Sequence[float],
     voxels_sha256: str,
+    outline: str,
     place: SessionPlace | None,
 ) -> AcceptedRow:
     """Return the row of an accepted volume, in a shard without a name yet.
@@ -159,6 +163,7 @@ def accepted_row(
         axis: Axis across its planes.
         percentiles: From `percentile_table`.
         voxels_sha256: Digest of the acquired voxels.
+        outline: From `likeness.outline`.
         place: Place in the record of its session; None: the volume is a record.
     """
     in_session = {} if place is None else {name: value for name, value in asdict(place).items() if value is not None}
@@ -180,6 +185,7 @@ def accepted_row(
         "voxels_sha256": voxels_sha256,
         "shard": "",
         "notes": list(volume.notes),
+        "outline": outline,
         **in_session,
     }
     return checked(_ACCEPTED, values, where=f"the ledger row of {source}:", error=DataError)

@@ -207,19 +207,7 @@ class Loader:
         """
         began = time.perf_counter()
         positions, epochs = self._choose_samples(step)
-        located = zip(*(part.tolist() for part in self._order.locate(positions)), epochs.tolist(), strict=True)
-        places = [_Place(*place) for place in located]
-        needed = {(place.corpus, place.shard) for place in places}
-        readers = {(corpus, shard): self._shards[corpus].reader(shard) for corpus, shard in needed}
-        parts: dict[int, _Part] = {}  # by channel of the batch: sample * C + contrast
-        for index, place in enumerate(places):
-            if self._contrasts is None:
-                parts[index] = self._locate_part(place, readers[place.corpus, place.shard])
-                continue
-            places[index], found = self._locate_sample(place, readers[place.corpus, place.shard])
-            positions[index] += places[index].sample - place.sample
-            parts |= {index * self._num_channels + channel: part for channel, part in found.items()}
-
+        places, parts = self._locate_batch(positions, epochs)
         together: dict[Any, list[int]] = defaultdict(list)
         for channel, part in parts.items():
             together[part.grid].append(channel)
@@ -233,7 +221,6 @@ class Loader:
         damage: dict[int, DataError] = {}  # by sample
         for channel, error in self._read_all(jobs).items():
             damage.setdefault(channel // self._num_channels, error)
-
         groups = []
         for grid, members in together.items():
             sound = [row for row, channel in enumerate(members) if channel // self._num_channels not in damage]
@@ -242,6 +229,48 @@ class Loader:
                 groups.append(
                     self._make_group([members[row] for row in sound], [parts[members[row]] for row in sound], array)
                 )
+        replaced = self._replace_damaged(damage, places, parts, positions, groups)
+        self._counters.add("decode_seconds", time.perf_counter() - began)
+        return Batch(
+            tuple(groups),
+            positions,
+            epochs,
+            self._image,
+            replaced=replaced,
+            contrasts=self._contrasts,
+            present=self._mark_present(parts, len(places)),
+        )
+
+    def _locate_batch(
+        self, positions: NDArray[np.int64], epochs: NDArray[np.int64]
+    ) -> tuple[list[_Place], dict[int, _Part]]:
+        """Return the place of each sample, and the parts to read by channel of the batch: sample * C + contrast.
+
+        Positions of samples without any of the contrasts are exchanged in place.
+        """
+        located = zip(*(part.tolist() for part in self._order.locate(positions)), epochs.tolist(), strict=True)
+        places = [_Place(*place) for place in located]
+        needed = {(place.corpus, place.shard) for place in places}
+        readers = {(corpus, shard): self._shards[corpus].reader(shard) for corpus, shard in needed}
+        parts: dict[int, _Part] = {}
+        for index, place in enumerate(places):
+            if self._contrasts is None:
+                parts[index] = self._locate_part(place, readers[place.corpus, place.shard])
+                continue
+            places[index], found = self._locate_sample(place, readers[place.corpus, place.shard])
+            positions[index] += places[index].sample - place.sample
+            parts |= {index * self._num_channels + channel: part for channel, part in found.items()}
+        return places, parts
+
+    def _replace_damaged(
+        self,
+        damage: Mapping[int, DataError],
+        places: Sequence[_Place],
+        parts: dict[int, _Part],
+        positions: NDArray[np.int64],
+        groups: list[Group],
+    ) -> tuple[Replaced, ...]:
+        """Read other samples in place of damaged ones: changes parts and positions, appends to groups, returns the notes."""
         replaced = []
         for index, error in damage.items():
             others, note = self._read_replacement(places[index], error)
@@ -253,16 +282,7 @@ class Loader:
                 groups.append(self._make_group([first + contrast], [part], array))
             positions[index] += note.by - note.sample
             replaced.append(note)
-        self._counters.add("decode_seconds", time.perf_counter() - began)
-        return Batch(
-            tuple(groups),
-            positions,
-            epochs,
-            self._image,
-            replaced=tuple(replaced),
-            contrasts=self._contrasts,
-            present=self._mark_present(parts, len(places)),
-        )
+        return tuple(replaced)
 
     def _mark_present(self, parts: Mapping[int, _Part], num_samples: int) -> NDArray[np.bool_] | None:
         if self._contrasts is None:

@@ -7,7 +7,7 @@ Training and inference use the same code, so the backbone always gets the input 
 volumes gets cubic voxels about the same centre, independent of the slice axis. A network of several contrasts gets the volumes
 of a session, all on one grid, as channels; a missing contrast is a channel of zeros.
 
-Shapes: X Y Z T a volume; C contrasts; P = T * Z slices, frame by frame; h w voxels of a slice; H W its pixels after resampling; where
+Shapes: X Y Z T a volume; C contrasts; P = T * Z slices, frame by frame. h w voxels of a slice; H W its pixels after resampling; where
 X Y Z are voxels after resampling, x y z are the volume's own voxels.
 """
 

@@ -1,7 +1,7 @@
 """The scans of a shard plan -> volumes with their metadata, for `write_shard`; every volume also gets a ledger row.
 
 Without sessions, each volume is a record. With sessions, the scans of a session are read, checked, and brought to the grid of
-its reference; a scan that cannot be used is refused by itself, and its session goes into the corpus with the others.
+its reference. A scan that cannot be used is refused by itself, and its session goes into the corpus with the others.
 """
 
 from collections import defaultdict
@@ -14,6 +14,7 @@ from p2r.data.growth import PlannedScan, ShardPlan
 from p2r.data.label_maps import CODE as LABEL_MAP
 from p2r.data.label_maps import WAY_OUT, label_map_by_voxels
 from p2r.data.ledger import LedgerRow, SessionPlace, accepted_row
+from p2r.data.likeness import outline
 from p2r.data.preparation import percentile_table, slice_axis
 from p2r.data.read import read_scan, to_grid_of_job
 from p2r.data.sidecar import closed_tags
@@ -266,6 +267,7 @@ class Records:
                 axis=axis,
                 percentiles=found.percentiles,
                 voxels_sha256=found.digest,
+                outline=outline(volume),
                 place=place,
             )
         )

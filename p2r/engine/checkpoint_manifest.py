@@ -58,7 +58,7 @@ class InitialWeights(JsonRow):
     source: str = ""
     """Name of another tool's network."""
     table: list[dict[str, JsonValue]] | None = None
-    """What was matched of another tool's weights, and what was left out, with reasons; see `p2r.model.foreign.Row`."""
+    """Tensors of another tool that were matched and left out, with reasons; see `p2r.model.foreign.Row`."""
     citations: str | None = None
     """Citations in another tool's file."""
 

@@ -62,8 +62,8 @@ def health_by_contrasts(
 
     Returns:
         By name: `pairs`, their number; `equivariance_error`, the deviation from the warp relative to pairs of different pixels of the
-        same contrasts, as for the whole step; `loss` (InfoNCE only), the mean cost of finding the pixel's partner among all sampled
-        pixels of the other view, nats, which are fewer than in training; and the metrics of `embedding_health`. Pairs of contrasts
+        same contrasts, as for the whole step. `loss` (InfoNCE only), the mean cost of finding the pixel's partner among all sampled
+        pixels of the other view, nats, which are fewer than in training. Also the metrics of `embedding_health`. Pairs of contrasts
         with fewer than two pixel pairs are left out.
     """
     has_content = pairs[:, -1] > 0

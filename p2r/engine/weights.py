@@ -77,7 +77,7 @@ def init_weights(model: Pix2Rep, url: str) -> InitialWeights:
         error=CheckpointError,
     )
     format = manifest.get("format") if isinstance(manifest, dict) else None
-    facts = InitialWeights(url=storage.url, format=format, manifest_sha256=hashlib.sha256(content).hexdigest())
+    facts = InitialWeights(url=storage.url, format=format)
     if str(format).startswith("p2r-backbone/"):
         artefact = open_artefact(reference, format="p2r-backbone")
         assert isinstance(artefact.manifest, BackboneManifest)
@@ -100,6 +100,7 @@ def init_weights(model: Pix2Rep, url: str) -> InitialWeights:
     reference.check(content)
     _load_fitting(model, checked_weights(storage, _FILE, saved.files[_FILE]), where=where, optional=_OPTIONAL)
     origin = {
+        "manifest_sha256": hashlib.sha256(content).hexdigest(),
         "weights_sha256": saved.files[_FILE].sha256,
         "origins": origins_of_checkpoint(saved, storage.url),
         "step": saved.step,

@@ -1,7 +1,7 @@
 """A network and a whole scan -> a segmentation, or features, on a grid with a known position in the patient.
 
-A slice (or a volume, for a network of volumes) is read at its full extent; or about its centre, if the model was trained for
-that (`Preparation.planes`); never about a label. Larger images are covered by overlapping windows of the training size,
+A slice (or a volume, for a network of volumes) is read at its full extent, or about its centre, if the model was trained for
+that (`Preparation.planes`). It is never read about a label. Larger images are covered by overlapping windows of the training size,
 because instance normalisation would otherwise get another field of view. Probabilities, not logits, are blended and resampled
 to the scan's own voxels, where they become labels. So an edge is as sharp as the scan, not as the network's grid.
 

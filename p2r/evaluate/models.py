@@ -67,8 +67,8 @@ class Model:
             affine: For an array: (4, 4), voxel -> mm in RAS.
 
         Returns:
-            A `nibabel.Nifti1Image` of labels on the scan's own grid, (X, Y, Z), or (X, Y, Z, T) for a series of frames; with the
-            sform, qform, codes and units of the scan. With several contrasts, the grid is that of the first.
+            A `nibabel.Nifti1Image` of labels on the scan's own grid, (X, Y, Z), or (X, Y, Z, T) for a series of frames. It has
+            the sform, qform, codes and units of the scan. With several contrasts, the grid is that of the first.
 
         Raises:
             InputError: The scan has no such form, or no voxel size.

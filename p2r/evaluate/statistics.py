@@ -20,7 +20,7 @@ Measured coverage of the nominal 95 % interval, on normal models with 20 patient
     1   : 1 : 1                           45 %      88 %       91 %       95 %
 
 So if the choice of labelled patients matters as much as the test patients, as for n = 1, intervals of 3 or 5 draws are **too
-narrow**; intervals of one draw do not cover the variation between draws at all.
+narrow**. Intervals of one draw do not cover the variation between draws at all.
 
 **Differences** are paired: the same labelled patients, the same test patients. Draws are averaged within a patient. Wilcoxon's
 signed-rank test (two-sided) then tests whether the patients' differences are symmetric about zero. Zero differences are

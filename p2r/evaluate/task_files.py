@@ -200,6 +200,17 @@ class Task:
         return tuple(scan for scan in self.scans if scan.subject in subjects)
 
 
+@dataclass(frozen=True)
+class _Case:
+    """Files of one case."""
+
+    name: str
+    subject: str
+    image: Path
+    label: Path | None
+    contrasts: Mapping[str, Path]
+
+
 def load_task(path: Path, *, cache: Path | None = None, unset: dict[str, str] | None = None) -> Task:
     """Read a task's YAML and find its files.
 
@@ -225,12 +236,23 @@ def load_task(path: Path, *, cache: Path | None = None, unset: dict[str, str] | 
         assert config.split_rule is not None
         subjects = split_by_rule(config.split_rule, {case.subject for case in found}, strata, path)
     wanted = {subject for split in subjects.values() for subject in split}
+    scans = _list_scans([case for case in found if case.subject in wanted], labels, config, path)
+    lacking = sorted(wanted - {scan.subject for scan in scans})
+    if lacking:
+        raise DataError(
+            f"task {path}: no scan of {few(lacking)} in {', '.join(config.image_folders)}, although splits names "
+            f"{'it' if len(lacking) == 1 else 'them'}; check splits and subject_pattern {config.subject_pattern!r}"
+        )
+    used = {subject: stratum for subject, stratum in sorted(strata.items()) if subject in wanted}
+    return Task(config, scans, subjects, used)
+
+
+def _list_scans(cases: Iterable[_Case], labels: Path, config: TaskConfig, path: Path) -> tuple[TaskScan, ...]:
+    """Return the scans of the splits' subjects by key; refuse two of one key, and images without a label map."""
     scans: dict[str, TaskScan] = {}
     unlabelled = []
-    for case in found:
+    for case in cases:
         key = case.name.replace("/", "_")
-        if case.subject not in wanted:
-            continue
         if case.label is None:
             unlabelled.append(case.image.name)
         elif key in scans:
@@ -239,25 +261,14 @@ def load_task(path: Path, *, cache: Path | None = None, unset: dict[str, str] | 
             )
         else:
             scans[key] = TaskScan(key, case.subject, case.image, case.label, case.contrasts)
-    images = ", ".join(config.image_folders)
     if unlabelled:
         raise DataError(
-            f"task {path}: {few(unlabelled)} in {images} ha{'s' if len(unlabelled) == 1 else 've'} no label map of "
+            f"task {path}: {few(unlabelled)} in {', '.join(config.image_folders)} "
+            f"ha{'s' if len(unlabelled) == 1 else 've'} no label map of "
             f"the same name in {labels} (label_name {config.label_name!r}); add it, remove the subject from the splits, or set "
             "unlabelled: leave_out"
         )
-    lacking = sorted(wanted - {scan.subject for scan in scans.values()})
-    if lacking:
-        raise DataError(
-            f"task {path}: no scan of {few(lacking)} in {images}, although splits names "
-            f"{'it' if len(lacking) == 1 else 'them'}; check splits and subject_pattern {config.subject_pattern!r}"
-        )
-    return Task(
-        config,
-        tuple(scans[key] for key in sorted(scans)),
-        subjects,
-        {subject: stratum for subject, stratum in sorted(strata.items()) if subject in wanted},
-    )
+    return tuple(scans[key] for key in sorted(scans))
 
 
 def task_sha256(path: Path) -> str:
@@ -325,17 +336,6 @@ def read_task_config(path: Path, *, unset: dict[str, str] | None = None) -> Task
 
 def _expand_strata(config: TaskConfig, path: Path) -> dict[str, str]:
     return assign_owners(config.strata, "strata", "results by stratum would count it twice", path)
-
-
-@dataclass(frozen=True)
-class _Case:
-    """Files of one case."""
-
-    name: str
-    subject: str
-    image: Path
-    label: Path | None
-    contrasts: Mapping[str, Path]
 
 
 def _pair_files(config: TaskConfig, labels: Path, path: Path, cache: Path | None) -> Iterable[_Case]:

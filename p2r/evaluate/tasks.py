@@ -100,7 +100,7 @@ def check_scans(
         The labels in each subject's images, on the network's grid, for `check_classes_present`.
 
     Raises:
-        DataError: as `load_scan`; also if two subjects have the same image or the same non-empty label map, or if the label
+        DataError: as `load_scan`. Also if two subjects have the same image or the same non-empty label map. Also if the label
             maps of all validation or all test patients are empty.
         RefusedScan: if a file is unusable.
     """

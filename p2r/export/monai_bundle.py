@@ -8,7 +8,7 @@
     docs/README.md            model card
     docs/data_license.txt     licence of the weights
 
-Two checks run before the folder gets its name: the network gives the outputs of p2r, and the whole inference gives the
+Two checks run before the folder gets its name. The network gives the outputs of p2r. The whole inference gives the
 segmentation or the features of p2r on a test scan that is rotated, mirrored and anisotropic.
 """
 

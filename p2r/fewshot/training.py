@@ -4,7 +4,7 @@
     train_head          linear_probe on features that are computed once, without augmentation
 
 All trials of one (n, draw) get the same images in the same order, in every mode. A mean teacher (Tarvainen and Valpola 2017) is
-an average of the student's weights; the student is also trained to agree with it on unlabelled images, with the same geometry
+an average of the student's weights. The student is also trained to agree with it on unlabelled images, with the same geometry
 and different appearances. Weak-to-strong consistency (`p2r.fewshot.pseudo_labels`) uses the same teacher; the student learns its
 confident classes. The weight of either loss rises as in the paper, and training returns the teacher. Only a check of the loss
 every 25 steps synchronises with the device.

@@ -20,7 +20,7 @@ pairs' weights. The loss depends on k only through k s, so its derivative is a d
 Ranks exchange embeddings and log-sums in the forward pass, so the backward pass needs no communication for the gradient of
 a rank's own rows. Tiles start at a rank's own rows: if their number is a multiple of the tile, every rank does the same
 arithmetic as a single process. With `ring`, a rank holds the rows of one other rank at a time, for rows of all ranks that do
-not fit into memory; the backward pass sends them around again.
+not fit into memory. The backward pass sends them around again.
 
 Source: van den Oord et al. 2018, arXiv:1807.03748; Chen et al. 2020 (SimCLR), eq. 1, arXiv:2002.05709; Yeh et al. 2022
 (decoupled), arXiv:2110.06848.

@@ -2,7 +2,7 @@
 
 The networks are MONAI's and nnU-Net's, in 2D and 3D, without their last layer: the representation is the output of the decoder. So a linear
 probe can read it, and pretraining and segmentation share all weights below their heads. The blocks are run one by one, for
-two reasons: the representation may come from a coarser level of the decoder, without the later blocks; and blocks may be
+two reasons. The representation may come from a coarser level of the decoder, without the later blocks. And blocks may be
 recomputed in the backward pass instead of storing their activations.
 
 Normalisation never mixes samples: an image's features do not depend on its batch, its rank, or on train() and eval(). It

@@ -203,7 +203,7 @@ def _ingest(job: Job, storage: Storage, executor: Executor, say: Say) -> str:
             f"{len(facts.shards)} shards | revision {facts.revision} | ledger: {counts} | {corpus.url}"
         )
     if not corpus_report_is_current(corpus):
-        say(f"ingest | report: {write_corpus_report(corpus)}")
+        say(f"ingest | report: {write_corpus_report(corpus, say=lambda line: say(f'ingest | {line}'))}")
     return corpus.url
 
 

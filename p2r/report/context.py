@@ -32,7 +32,7 @@ class ForeignWeights(JsonModel):
     weights_sha256: str | None = None
     citations: str | None = None
     table: list[dict[str, object]] = Field(default_factory=list)
-    """What was matched, and what was left out, with reasons."""
+    """Tensors that were matched and left out, with reasons."""
 
 
 class ReportContext(JsonModel):

@@ -1,11 +1,12 @@
 """Corpus report: a page with pictures of accepted and refused scans, from manifest, ledger and thumbnails.
 
-    <corpus>/report/report.md · accepted.png · refused.png (if any scan was) · histograms.png
+    <corpus>/report/report.md · accepted.png · refused.png (if any scan was) · histograms.png · alike.csv (if any are)
 
 It depends only on one revision, reads no shard, and can be made again at any time: equal revisions give equal bytes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,10 +16,13 @@ from numpy.typing import NDArray
 
 from p2r.config import PERCENTILES
 from p2r.data.ledger import AcceptedRow, LedgerRow, is_accepted, read_ledger
+from p2r.data.likeness import MAX_PAIRS, Alike, find_alike
 from p2r.data.manifest import Manifest, facts_of, load_manifest, ranges_of
-from p2r.data.preparation import slice_axis
+from p2r.data.preparation import SliceAxis, slice_axis
 from p2r.data.revision import read_thumbnails
 from p2r.data.thumbnails import MOST, Thumbnails, drawn
+from p2r.files import csv_bytes
+from p2r.logs import Say
 from p2r.report.canvas import CLASS_COLOURS, FAINT, INK, headline, new_figure, plain, show_plane, to_png
 from p2r.report.page import Block, Grid, Heading, Paragraph, Picture, markdown
 from p2r.storage import Storage
@@ -28,6 +32,7 @@ _TILE, _GAP, _CAPTION, _TOP = 1.18, 0.1, 0.3, 0.72  # inches
 _MOST_LETTERS = 20
 _EMPTY = "#ececec"
 _NUM_BINS = 36
+_MOST_ALIKE = 50
 
 
 def corpus_report_is_current(corpus: Storage) -> bool:
@@ -36,23 +41,33 @@ def corpus_report_is_current(corpus: Storage) -> bool:
     return found is not None and load_manifest(corpus).sha256.encode() in found[0]
 
 
-def write_corpus_report(corpus: Storage) -> str:
-    """Write the report of the current revision of a corpus, and return the URL of its page."""
+def write_corpus_report(corpus: Storage, *, say: Say = lambda line: None) -> str:
+    """Write the report of the current revision of a corpus, and return the URL of its page.
+
+    `say` receives a line if scans of different subjects look alike.
+    """
     manifest = load_manifest(corpus)
     ledger, thumbnails = read_ledger(corpus, manifest), read_thumbnails(corpus, manifest)
+    accepted = [row for row in ledger if is_accepted(row)]
     where = corpus.child("report")
     pictures = {
         "accepted": accepted_sheet(ledger, thumbnails),
         "refused": refused_sheet(ledger, thumbnails),
-        "histograms": histograms([row for row in ledger if is_accepted(row)]),
+        "histograms": histograms(accepted, rule=manifest.facts.preprocessing.slice_axis),
     }
     for name, content in pictures.items():
         if content is None:
             where.delete(f"{name}.png")
         else:
             where.write_bytes(f"{name}.png", content)
+    alike = find_alike(accepted)
+    if alike:
+        where.write_bytes("alike.csv", csv_bytes([field.name for field in fields(Alike)], map(astuple, alike)))
+        say(_describe_alike(alike, where.at("alike.csv")))
+    else:
+        where.delete("alike.csv")
     made = [name for name, content in pictures.items() if content is not None]
-    where.write_bytes("report.md", markdown(list(_list_blocks(manifest, made)), pictures="").encode())
+    where.write_bytes("report.md", markdown(list(_list_blocks(manifest, made, alike)), pictures="").encode())
     return where.at("report.md")
 
 
@@ -83,22 +98,40 @@ def refused_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes 
     return contact_sheet(tiles, f"Refused: {len(tiles)} of {len(refused)} scans", subtitle)
 
 
-def histograms(accepted: Sequence[AcceptedRow]) -> bytes:
-    """Draw the distributions of voxel size, extent and intensity of the accepted scans."""
-    spacing = np.sort(np.array([row.spacing_mm for row in accepted], dtype=np.float64), axis=1)
+@dataclass(frozen=True)
+class _Sizes:
+    """Sizes of scans, split as the corpus cuts them into slices."""
+
+    in_plane_mm: NDArray[np.float64]
+    across_mm: NDArray[np.float64]
+    in_plane: NDArray[np.float64]
+    """Geometric mean of the numbers of rows and columns."""
+    num_slices: NDArray[np.float64]
+
+
+def sizes_of(accepted: Sequence[AcceptedRow], rule: SliceAxis) -> _Sizes:
+    """Return the sizes of scans along and across the slices that `ingest.slice_axis` gives."""
+    spacing = np.array([row.spacing_mm for row in accepted], dtype=np.float64)
     shape = np.array([row.shape[:3] for row in accepted], dtype=np.float64)
-    across = np.array([slice_axis(tuple(row.spacing_mm), shape=tuple(row.shape)) for row in accepted])
-    planes = np.take_along_axis(shape, across[:, None], axis=1)[:, 0]
-    in_plane = np.sqrt(shape.prod(axis=1) / planes)
+    across = np.array([slice_axis(tuple(row.spacing_mm), rule, shape=tuple(row.shape)) for row in accepted])[:, None]
+    across_mm, num_slices = (np.take_along_axis(values, across, axis=1)[:, 0] for values in (spacing, shape))
+    return _Sizes(
+        (spacing.sum(axis=1) - across_mm) / 2, across_mm, np.sqrt(shape.prod(axis=1) / num_slices), num_slices
+    )
+
+
+def histograms(accepted: Sequence[AcceptedRow], *, rule: SliceAxis) -> bytes:
+    """Draw the distributions of voxel size, extent and intensity of the accepted scans."""
+    sizes = sizes_of(accepted, rule)
     percentiles = np.array([row.percentiles for row in accepted], dtype=np.float64)
     figure = new_figure(11.4, 3.2)
     panels = [figure.add_axes((0.05 + 0.32 * column, 0.165, 0.275, 0.62)) for column in range(3)]
     _draw_histogram(
         panels[0],
         "voxel size, mm",
-        {"in plane": spacing[:, :2].mean(axis=1), "across planes": spacing[:, 2]},
+        {"in plane": sizes.in_plane_mm, "across planes": sizes.across_mm},
     )
-    _draw_histogram(panels[1], "extent, voxels", {"in plane": in_plane, "across planes": planes})
+    _draw_histogram(panels[1], "extent, voxels", {"in plane": sizes.in_plane, "across planes": sizes.num_slices})
     _draw_histogram(
         panels[2],
         "intensity, percentiles of the non-zero voxels",
@@ -178,7 +211,16 @@ def _label_sparsely(axes: Axes, low: float, high: float) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _list_blocks(manifest: Manifest, pictures: Sequence[str]) -> Iterator[Block]:
+def _describe_alike(alike: Sequence[Alike], where: str) -> str:
+    most = "" if len(alike) < MAX_PAIRS else "at least "
+    pair = alike[0]
+    return (
+        f"{most}{len(alike)} pair{'s' * (len(alike) > 1)} of scans of different subjects look alike, such as {pair.first} and "
+        f"{pair.second} (similarity {pair.similarity:.2f}); one person under two names leaks between splits: check {where}"
+    )
+
+
+def _list_blocks(manifest: Manifest, pictures: Sequence[str], alike: Sequence[Alike]) -> Iterator[Block]:
     yield Heading(1, f"Corpus of cohort {manifest.facts.cohort}")
     yield Grid(("fact", "value"), facts_of(manifest))
     yield Heading(2, "Outcome of every input")
@@ -195,6 +237,19 @@ def _list_blocks(manifest: Manifest, pictures: Sequence[str]) -> Iterator[Block]
     yield Grid(("", "axis", "smallest", "median", "largest"), ranges_of(manifest))
     dtypes = ", ".join(f"{count} {name}" for name, count in manifest.facts.summary.dtypes.items())
     yield Paragraph(f"Voxels are stored as: {dtypes}. Axes refer to the volume in RAS order.")
+    if alike:
+        yield Heading(2, "Scans of different subjects that look alike")
+        yield Grid(
+            ("scan", "subject", "scan", "subject", "similarity"),
+            [
+                (pair.first, pair.first_subject, pair.second, pair.second_subject, f"{pair.similarity:.2f}")
+                for pair in alike[:_MOST_ALIKE]
+            ],
+        )
+        yield Paragraph(
+            "The same scan with other intensities or voxels has a similarity of about 1. One person under two names leaks between "
+            "splits: leave one of the two out, or give both one subject. `alike.csv` lists all pairs."
+        )
     yield Heading(2, "Deidentification")
     statement = manifest.facts.deidentification
     yield Grid(("item", "state"), [(name.replace("_", " "), state) for name, state in statement.items()])

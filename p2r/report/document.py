@@ -22,6 +22,12 @@ from p2r.storage import Storage
 
 FORMAT = "p2r-report/1"
 
+_WORDS = (
+    "Dice: twice the overlap of two segmentations, divided by the sum of their sizes. HD95: the 95th percentile of the distances between "
+    "their surfaces. NSD: the share of both surfaces that is within a tolerance of the other. A draw is one random choice of the labelled "
+    "patients. A mode is a way to learn from them: from scratch starts from random weights, fine-tuned from the backbone, and a linear "
+    "probe trains one linear layer on the backbone's frozen features. Leak-free: no validation or test patient was used in any training."
+)
 _HOW_TO_READ = (
     "Dice is hard, in 3D, on the scan's own grid, per patient (frames averaged first), then over patients. "
     "± is the standard deviation over draws of the labelled patients; every mode has the same draws, and “over "
@@ -90,6 +96,7 @@ def _blocks(rows: Sequence[TrialRow], material: Material) -> Iterator[Block]:
     if rows:
         yield Heading(2, "At a glance")
         yield from glance(material, rows)
+        yield Paragraph(_WORDS)
         yield Heading(2, "Setup")
         yield setup_grid(material, rows)
     else:

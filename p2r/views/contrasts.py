@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from itertools import combinations_with_replacement
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from p2r.config import ViewsConfig
 from p2r.views.draws import Draws
+from p2r.views.dropout import find_kept
 
 Shown = NDArray[np.bool_]
 
@@ -50,9 +52,7 @@ def keep_contrasts(present: Shown, draws: Draws, *, dropout: float) -> Shown:
     if not dropout:
         return present
     numbers = draws.uniform("contrast", present.shape[1])
-    kept = present & (numbers >= dropout)
-    one = np.where(present, numbers, -1.0).argmax(1)
-    kept[np.arange(len(present)), one] |= present[np.arange(len(present)), one]
+    kept: Shown = find_kept(torch.from_numpy(present), torch.from_numpy(numbers), probability=dropout).numpy()
     return kept
 
 

@@ -24,7 +24,17 @@ def drop_contrasts(image: Tensor, draws: Draws, *, probability: float) -> Tensor
     if probability == 0 or num_contrasts == 1:
         return image
     number = on_device(draws.uniform("contrast dropout", num_contrasts), image.device)  # (B, C)
-    has = find_present(image)
-    last = torch.where(has, number, -1.0).argmax(1, keepdim=True)  # kept if all others are dropped
-    is_kept = (number >= probability) | (torch.arange(num_contrasts, device=image.device) == last)
+    is_kept = find_kept(find_present(image), number, probability=probability)
     return image * is_kept.reshape(*image.shape[:2], *[1] * (image.ndim - 2))
+
+
+def find_kept(present: Tensor, number: Tensor, *, probability: float) -> Tensor:
+    """Return which contrasts are kept, (B, C) bool: at least one of those that an image has.
+
+    Args:
+        present: (B, C) bool, contrasts that each image has.
+        number: (B, C) drawn numbers, uniform in [0, 1).
+        probability: Probability of dropping a contrast.
+    """
+    last = torch.where(present, number, -1.0).argmax(1, keepdim=True)  # kept if all others are dropped
+    return present & ((number >= probability) | (torch.arange(present.shape[1], device=present.device) == last))

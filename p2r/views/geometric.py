@@ -7,7 +7,7 @@ size.
 
 A rotation in 3D is about the first axis, then the second, then the third, each by an angle of its own range, as in
 nnU-Net and TorchIO. Alternatives: kornia works in batches, but interpolates twice (affine, then elastic) and has no elastic
-deformation in 3D; MONAI works image by image; neither returns the source position of each pixel.
+deformation in 3D. MONAI works image by image. Neither returns the source position of each pixel.
 
 A warp is (B, *s, D): for each pixel of the output, its position in the input, in pixels.
 

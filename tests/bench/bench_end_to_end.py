@@ -6,7 +6,7 @@
 
 The corpus is that of `bench_stream.py` (int16 planes of virtual subjects with Rician noise, 1 x 1 x 2 mm, lz4), cut to
 planes or, in 3D, patches of 1.5 mm. One engine takes our step on the same batches in the same order: from memory (on a GPU: its own), which
-is the yardstick; from the local disk (its page cache) by `p2r.data.stream`; from object storage (SeaweedFS on loopback)
+is the yardstick; from the local disk (its page cache) by `p2r.data.stream`. Then from object storage (SeaweedFS on loopback)
 with a cache that holds the shards already; and with an empty cache. There every turn is the first minute of a run: stream
 set up, shards fetched, batches taken, all counted. Elsewhere a turn counts after a few steps, so that nothing counts that
 was made ahead. On a CPU one core is left to the server for all contenders alike, since a server has its own in use.

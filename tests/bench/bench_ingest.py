@@ -4,7 +4,7 @@
     python tests/bench/bench_ingest.py                                          # virtual subjects
 
 The loop is what users write: `nibabel.load`, canonical orientation, `get_fdata` as float32 (or, kinder, the stored integers),
-one `.npy` and `.json` a slice into shards by `TarWriter`; it neither checks nor compresses. Ours reads, checks, digests,
+one `.npy` and `.json` a slice into shards by `TarWriter`. It neither checks nor compresses. Ours reads, checks, digests,
 compresses, indexes, and writes ledger, manifest and thumbnails, with as many processes as there are cores, as Ray's tasks
 would be. Contenders take turns; ratios are of the same round. At last two corpora are compared byte by byte: one made
 undisturbed, one by a process that was killed with `kill -9` on the way, and by the run after it.

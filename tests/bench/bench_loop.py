@@ -4,12 +4,13 @@
     python tests/bench/bench_loop.py --size 96 --batch 8 --width 16 --json loop.json --picture loop.png
     python tests/bench/bench_loop.py --scans /data/acdc/images --spacing 1.5
 
-Ours is the path of a job: a Ray Train worker of its own, started by `cluster.pretrain`, with DeepSpeed's engine, our stream,
-checks, reports (one a turn, with health and history), lines to the driver and the endpoint of metrics. Checkpoints are not in it:
-`bench_checkpoint.py` measures them. Bare is what one would write without all this, and nothing slower: the same network from the
-same seed; batches of the same corpus by the same stream; the same views, points and loss; torch's fused AdamW, clip_grad_norm_;
-the loss read once a turn. It has neither Ray nor DeepSpeed, checks and reports nothing, and runs in a process of its own with the
-number of threads and the niceness that Ray gave our worker. bf16 is autocast there. Mean losses of the first turn must agree.
+Ours is the path of a job: a Ray Train worker of its own, started by `cluster.pretrain`, with DeepSpeed's engine. It includes
+our stream, checks, reports (one a turn, with health and history), lines to the driver and the endpoint of metrics. Checkpoints
+are not in it: `bench_checkpoint.py` measures them. Bare is what one would write without all this, and nothing slower. It has
+the same network from the same seed, and batches of the same corpus by the same stream. It has the same views, points and loss;
+torch's fused AdamW, clip_grad_norm_; the loss read once a turn. It has neither Ray nor DeepSpeed, and checks and reports
+nothing. It runs in a process of its own with the number of threads and the niceness that Ray gave our worker. bf16 is autocast
+there. Mean losses of the first turn must agree.
 
 Both live at the same time and take turns: ours is held inside its worker where it has handed a report over, bare after as many
 steps. A turn is timed by who gives turns, from the word to the answer; the first does not count. Batches that a stream has made

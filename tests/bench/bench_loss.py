@@ -7,8 +7,8 @@ Contenders take turns, so that a slow minute of the machine falls on all of them
 that are not installed or cannot run here are named with the reason. `pip install -e '.[bench]'` brings those that need
 nothing but torch; open_clip's and lightly's losses are measured too where these packages are installed.
 
-FLOP are counted as 10 N^2 E for every contender (one product forward, four backward: the least without atomic additions),
-so its rate says how long a contender takes, not how busy it is. Gradient errors are relative, against float64, over both towers.
+FLOP are counted as 10 N^2 E for every contender (one product forward, four backward: the least without atomic additions).
+So its rate says how long a contender takes, not how busy it is. Gradient errors are relative, against float64, over both towers.
 """
 
 import argparse

@@ -5,7 +5,7 @@
     python tests/bench/bench_scaling.py --json scaling.json --picture scaling.png
 
 Strong scaling: the ranks share one global batch, so the step stays the same. Weak scaling: every rank has the batch that a
-rank of the largest group has in strong scaling, so pixel pairs, and each rank's share of the loss, grow with the ranks.
+rank of the largest group has in strong scaling. So pixel pairs, and each rank's share of the loss, grow with the ranks.
 Batches lie in memory; what shards cost is measured by `bench_end_to_end.py`. Numbers of ranks that have no GPU each are
 left out, with the reason.
 
@@ -13,7 +13,7 @@ Efficiency is images a second over those of one rank times the ranks. Where ther
 turns on them: `over cores` divides by what there is. All groups of processes live at the same time, and take turns, so
 that a slow minute of the machine falls on all of them; who has no turn sleeps.
 
-Bytes are those that a rank must send in a step at least, counted from the tensors that torch.distributed is given: an
+Bytes are those that a rank must send in a step at least, counted from the tensors that torch.distributed is given. An
 all-gather of n bytes sends n to each of the W - 1 others, a reduction to all sends 2 n (W - 1) / W, one to each part
 n (W - 1) / W. Embeddings are what the loss exchanges (all-gather of both towers, and its sums), gradients what DeepSpeed
 reduces, weights what ZeRO gathers after the update.

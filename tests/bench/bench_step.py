@@ -5,19 +5,19 @@
 
 Ours is the product's own step: integers in memory -> images, two views, points, one pass of the network over both views,
 loss, backward, update, by `p2r.engine`. The published manner is written after the code that Pix2Rep's authors released:
-TorchIO's intensity transforms per sample in a torch DataLoader, in its workers or, as released, without any; one affine
+TorchIO's intensity transforms per sample in a torch DataLoader, in its workers or, as released, without any. One affine
 warp on the device; projection head (1x1 convolutions, batch norm) and warp over whole maps; every pixel normalised, then
-some sampled; the 2N x 2N matrix, its mask and cross entropy (NT-Xent); fp32, nothing compiled, AdamW, the loss read in
+some sampled. The 2N x 2N matrix, its mask and cross entropy (NT-Xent); fp32, nothing compiled, AdamW, the loss read in
 every step. Images in memory, network, widths of the head, batch, number of pairs and ranges of the transforms are equal.
 Without TorchIO in the loop (views are the image itself) it says what TorchIO costs. `--views p2r` draws more of ours.
 
-Contenders take turns, so that a slow minute of the machine falls on all of them; ratios are medians of the rounds' ratios,
+Contenders take turns, so that a slow minute of the machine falls on all of them. Ratios are medians of the rounds' ratios,
 and those to the published manner are to the faster of its loops. Steps that would still profit from what was made ahead
 do not count. A slower contender takes fewer steps in a turn, so that turns last about as long. Peak memory is this
 process's, above what the contender holds between its steps (weights, gradients, state of the optimizer). Parts are timed
 in further steps in which the device is waited for after each part; `loss` is both of its passes. `% of matmul` is what of
 a large product's rate, in the faster of fp32 and bf16, the backbone's own products reach over the whole step (forward
-three times, for two views; what is computed besides counts as time only).
+three times, for two views). What is computed besides counts as time only.
 """
 
 import argparse

@@ -6,12 +6,12 @@ The samples are 256 x 256 planes of virtual subjects with Rician noise, int16; l
 Every contender gets the same ones in the form that its own writer gives, one core for all of its threads, and delivers
 batches (B, 256, 256) of integers in shuffled order. What it delivers is compared with the truth before anything is timed.
 
-From the local disk (its page cache) every contender runs on from turn to turn, as in a training; a turn is as many batches
+From the local disk (its page cache) every contender runs on from turn to turn, as in a training. A turn is as many batches
 as an epoch has, after a few that do not count, so that nothing counts that was made ahead. The yardstick is `numpy.take` of
-planes in memory into one batch buffer, as it is written by default; beside it stands the same with `mode="clip"`, which spares
-numpy a buffer of its own: what no loader can reach, since it neither reads, checks nor decodes. From
+planes in memory into one batch buffer, as it is written by default. Beside it is the same with `mode="clip"`, which spares
+numpy a buffer of its own. It is the limit that no loader can reach, since it neither reads, checks nor decodes. From
 object storage (SeaweedFS on loopback, on another core if there is one) a turn is a whole pass with an empty cache, all
-set-up included; the yardstick is GET to a file, SHA-256 of the file, then decoding the same planes in the same order.
+set-up included. The yardstick is GET to a file, SHA-256 of the file, then decoding the same planes in the same order.
 
 Contenders take turns; each is compared with the yardstick of the same round, and medians over the rounds are stated. Peers
 that are not installed or cannot run here are named with the reason: `pip install litdata mosaicml-streaming` brings them.

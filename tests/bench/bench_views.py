@@ -3,7 +3,7 @@
     python tests/bench/bench_views.py                                   # this machine: the GPU if there is one
     python tests/bench/bench_views.py --dimensions 2 --size 128 --batch 32 --json rows.json --picture views.png
 
-Everybody makes two views of each image with the ranges of p2r's defaults: rotation, scale, shear, shift, flips and elastic
+Everybody makes two views of each image with the ranges of p2r's defaults. These are rotation, scale, shear, shift, flips and elastic
 deformation for one of them; gamma, contrast, bias field, blur and noise for both. What a library lacks stands in the last
 column, and is left out. TorchIO works on one sample on the CPU, MONAI on one sample on the device; kornia and p2r on
 batches on the device. Only p2r returns where each pixel comes from and which pixels to trust.

@@ -3,11 +3,11 @@
     three nodes in namespaces, a real S3 server -> run A without faults -> run B, a fault every 20 to 40 steps -> verdict
 
 Faults are drawn by seed: `kill -9` of a worker, of a raylet, of all of a node, of the driver, of the head with all that runs
-there; a cable pulled for longer than the collective timeout; the store killed and started again; SIGTERM to a node; a notice of
+there. Also a cable pulled for longer than the collective timeout; the store killed and started again; SIGTERM to a node; a notice of
 preemption. What a cluster's own machinery would do is done here: a node that is gone comes back after some seconds, a job whose
 driver died is submitted again.
 
-With a fixed number of workers the losses must be the same bits, with an elastic one within 1e-3; either way the run must end by
+With a fixed number of workers the losses must be the same bits, with an elastic one within 1e-3. Either way the run must end by
 itself at the last step, all checkpoints must be whole, and no process may be left over.
 
     python -m tests.chaos.chaos --faults 10 --seed 0 --world fixed --output jobs/results/chaos

@@ -118,6 +118,13 @@ def test_version_and_short_help_import_nothing_that_is_slow() -> None:
         assert done.returncode == 0 and words in done.stdout, done.stderr
 
 
+def test_a_shell_completes_commands() -> None:
+    asked = {"_P2R_COMPLETE": "complete_bash", "COMP_WORDS": "p2r va", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "cluster"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **asked})
+    assert done.stdout.split() == ["validate"], done.stderr
+
+
 def test_validating_a_job_and_its_task_imports_neither_torch_nor_ray(toy_data: Path) -> None:
     code = f"import sys; sys.argv = ['p2r', 'validate', '{toy_data}/task.yaml']; from cluster import cli; assert cli.main() == 0\n"
     code += "assert not {'torch', 'ray', 'nibabel', 'scipy', 'pydicom'} & set(sys.modules)"

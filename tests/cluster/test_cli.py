@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import nibabel
@@ -213,6 +214,8 @@ def test_plan_takes_rate_and_corpus_from_the_job_s_own_storage(
     printed = p2r("plan", job, "--images-per-s-per-worker", "50", "--device", "cuda")
     for words in ("1 on cuda: 1 node of 1", "0 B: gradients 0 B", "50.0 img/s", "allowed workers", "1, 2, 4"):
         assert words in printed
+    if find_spec("triton") is not None:  # fp32 has no kernels
+        assert "slow, and its time is unknown: the loss has no kernels" in " ".join(printed.split())
 
 
 def test_plan_refuses_what_cannot_fit(

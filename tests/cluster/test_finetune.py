@@ -74,7 +74,7 @@ def test_candidates_are_stopped_and_proposed_and_what_was_found_lies_on_the_stor
     # Run again: who was stopped stays stopped, and can never win against fewer rivals; who diverged is tried once more.
     said = len(lines)
     again = run_trials(trials, resources=RESOURCES, retries=0, say=lines.append)
-    assert again == results and lines[said] == "1 trials to run, 4 done already"
+    assert again == results and lines[said] == "1 trial to run, 4 done already"
 
     proposing, elsewhere = (
         make(

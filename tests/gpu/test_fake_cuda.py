@@ -43,7 +43,7 @@ SUMS = {
     "pretrain-64gpu": {0: 5, 48: 7, 63: 5},
 }
 """Launches of sums in a step by rank: across views, and within each of two views. Ranks have equal shapes but for the panels within
-a view: a panel with itself, and the following half of the ring, which wraps around for a rank in the second half."""
+a view. These are a panel with itself, and the following half of the ring, which wraps around for a rank in the second half."""
 RANKS_OF_JOBS = [(name, rank) for name, of_ranks in SUMS.items() for rank in of_ranks]
 FOLDER = Path(__file__).parents[2] / "jobs"
 

@@ -4,10 +4,11 @@
     make alerts                                          # all of them, some minutes
     python -m tests.infra.alerts_fire --only disk stall  # some
 
-A scenario starts a training in a process of its own, causes a fault, waits until Prometheus says that the alert fires, mends the
-fault, waits until the alert is resolved, and asks Prometheus whether it fired exactly once meanwhile. No metric is written by hand: a
-process is killed, a bucket stalls, bytes of a shard are turned, a disk is filled, weights decay to nothing. What drives a run under Ray
-(starting workers again, counting that) is done here by a loop, so that the machine needs no cluster.
+A scenario starts a training in a process of its own, causes a fault, waits until Prometheus says that the alert fires. Then it
+mends the fault, waits until the alert is resolved, and asks Prometheus whether it fired exactly once meanwhile. No metric is
+written by hand: a process is killed, a bucket stalls, bytes of a shard are turned, a disk is filled, weights decay to nothing.
+What drives a run under Ray (starting workers again, counting that) is done here by a loop, so that the machine needs no
+cluster.
 
 Exit code: 0 every alert fired once and was resolved, 1 one did not, 2 something is not installed.
 """

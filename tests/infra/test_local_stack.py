@@ -34,7 +34,7 @@ def wait_for(prometheus: Prometheus, query: str) -> Any:
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus: apt install prometheus")
 def test_a_real_prometheus_finds_a_process_reads_it_and_sees_it_end(tmp_path: Path) -> None:
     discovery = tmp_path / "metrics"
-    # Prometheus hands on what its discovery finds at most every five seconds, whatever the speed: until then a process
+    # Prometheus hands on what its discovery finds at most every five seconds, whatever the speed. Until then a process
     # that has gone stays a target that is down, so the alert's own wait (5 min / speed) must be well over those five.
     prometheus = Prometheus(tmp_path / "prometheus", discovery=discovery, ray_file=tmp_path / "none.json", speed=15)
     try:

@@ -10,10 +10,13 @@ import nibabel
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from scipy.ndimage import gaussian_filter
 
 from p2r.config import IngestConfig
 from p2r.data.corpus import ingest_locally, load_manifest, manifest_sha256
+from p2r.data.ledger import is_accepted, read_ledger
 from p2r.report import corpus_report_is_current, write_corpus_report
+from p2r.report.corpus_report import sizes_of
 from p2r.storage import Storage
 
 Make = Callable[..., Storage]
@@ -72,6 +75,20 @@ def test_the_page_and_its_pictures_are_those_of_the_revision(scans: Path, tmp_pa
         assert picture.shape[0] > 150 and picture.shape[1] > 900 and picture.std() > 0.05
 
 
+@pytest.mark.parametrize(("rule", "across"), [("auto", 2), (0, 0)])
+def test_sizes_are_split_along_the_axis_of_the_cut_also_on_ties(rule: Any, across: int, tmp_path: Path) -> None:
+    path = tmp_path / "scans" / "sub-0_T1w.nii.gz"
+    path.parent.mkdir()
+    nibabel.Nifti1Image(some_voxels(0, (40, 30, 20)), np.diag([2.0, 2.0, 2.0, 1.0])).to_filename(path)
+    corpus = corpus_of(path.parent, tmp_path, slice_axis=rule)
+    manifest = load_manifest(corpus)
+    accepted = [row for row in read_ledger(corpus, manifest) if is_accepted(row)]
+    sizes = sizes_of(accepted, manifest.facts.preprocessing.slice_axis)
+    assert sizes.num_slices.tolist() == [(40, 30, 20)[across]] == [manifest.facts.num_samples]
+    assert sizes.in_plane == pytest.approx(np.sqrt(40 * 30 * 20 / sizes.num_slices))
+    assert sizes.in_plane_mm == sizes.across_mm == [2.0]
+
+
 def test_equal_revisions_give_equal_bytes(scans: Path, tmp_path: Path) -> None:
     found = []
     for name in ("a", "b"):
@@ -107,3 +124,24 @@ def test_scans_without_negative_or_varied_values_can_be_drawn(tmp_path: Path) ->
     corpus = corpus_of(tmp_path / "scans", tmp_path)
     write_corpus_report(corpus)
     assert corpus.exists("report/histograms.png")
+
+
+def test_scans_of_different_subjects_that_look_alike_are_listed(tmp_path: Path) -> None:
+    for number in range(13):
+        write(tmp_path / f"scans/sub-{number:02d}.nii.gz", gaussian_filter(some_voxels(number).astype(np.float32), 2))
+    copy = gaussian_filter(some_voxels(4).astype(np.float32), 2) * 3 + 10
+    write(tmp_path / "scans/sub-13.nii.gz", copy)
+    corpus = corpus_of(tmp_path / "scans", tmp_path)
+    said: list[str] = []
+    write_corpus_report(corpus, say=said.append)
+    (line,) = said
+    assert line.startswith(
+        "1 pair of scans of different subjects look alike, such as sub-04 and sub-13 (similarity 1.00)"
+    )
+    assert corpus.at("report/alike.csv") in line
+    page, table = (corpus.read_bytes(f"report/{name}").decode() for name in ("report.md", "alike.csv"))
+    assert "| sub-04 | sub-04 | sub-13 | sub-13 | 1.00 |" in page
+    assert table.splitlines() == [
+        "first,first_subject,second,second_subject,contrast,similarity",
+        f"sub-04,sub-04,sub-13,sub-13,,{table.rpartition(',')[2].strip()}",
+    ]

@@ -19,6 +19,7 @@ from p2r.config import IngestConfig
 from p2r.data.build import Built, build_shard
 from p2r.data.corpus import (
     BuildAll,
+    IngestProgress,
     contains,
     corpus_digest,
     ingest,
@@ -589,8 +590,14 @@ def test_progress_is_reported_first_last_and_at_intervals(folder: Path, storage:
     said: list[str] = []
     report_progress(ingest_locally(config_of(folder), storage), said.append, interval_s=60)
     assert len(said) == 2
-    assert said[0].startswith("scans ") and "MB/s" in said[0] and "left" in said[0]
+    assert said[0].startswith("scans ") and "B/s" in said[0] and "left" in said[0]
     assert said[1].startswith("scans 9/9 | shards ") and said[1].endswith("refused: 1 not_nifti")
+
+
+@pytest.mark.parametrize(("mb_per_s", "text"), [(123.4, "123 MB/s"), (4.56, "4.6 MB/s"), (0.0064, "6 kB/s")])
+def test_a_slow_rate_is_not_shown_as_zero(mb_per_s: float, text: str) -> None:
+    progress = IngestProgress(None, 1, 2, (), 3, 4, {}, mb_per_s, None)
+    assert progress.line() == f"scans 3/4 | shards 1/2 | {text}"
 
 
 def test_membership_is_answered_without_naming_a_subject(folder: Path, storage: Storage) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from p2r.config import PERCENTILES
-from p2r.data import preprocess
+from p2r.data import grids
 from p2r.data.grids import axis_weights, cubic_shape, cubic_to_voxel, from_cubic, from_grid, to_grid, to_patch
 from p2r.data.preprocess import (
     Preparation,
@@ -368,8 +368,8 @@ def test_the_memory_limit_counts_the_memory_of_the_images(monkeypatch: pytest.Mo
     data = np.random.default_rng(0).integers(0, 9, (20, 30, 4, 1)).astype(np.int16)
     needed = 4 * (20 * 60 + 40 * 60) * 4 / 2**20  # float32, after columns and after rows
     rules = Preparation(spacing_mm=0.75, image_size=32)
-    monkeypatch.setattr(preprocess, "MAX_IMAGES_MIB", needed)
+    monkeypatch.setattr(grids, "MAX_IMAGES_MIB", needed)
     assert planes_of(volume_of(data), preparation=rules, size=None).images.shape == (4, 1, 40, 60)
-    monkeypatch.setattr(preprocess, "MAX_IMAGES_MIB", needed * 0.999)
+    monkeypatch.setattr(grids, "MAX_IMAGES_MIB", needed * 0.999)
     with pytest.raises(RefusedScan):
         planes_of(volume_of(data), preparation=rules, size=None)

@@ -1,6 +1,5 @@
 """Pretraining from a corpus of sessions: any subset of three contrasts, views across them, and figures of each pair."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ import torch
 from p2r.config import IngestConfig, SessionsConfig
 from p2r.data.corpus import ingest_locally
 from p2r.engine.health import embedding_health, health_by_contrasts
-from p2r.engine.pretrain import pretrain
-from p2r.engine.report import PretrainReport
 from p2r.engine.step import equivariance_error
 from p2r.job import Job
 from p2r.storage import Storage
 from p2r.views.contrasts import pair_names
+from tests.engine_runs import losses, train
 
 JobOf = Callable[..., Job]
 NAMES = ("flair", "t1", "t1ce")
@@ -43,23 +41,6 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     config = IngestConfig(sources=(str(folder / "scans"),), licence="CC0-1.0", shard_size_mib=0.03, sessions=rules)
     list(ingest_locally(config, storage))
     return storage
-
-
-def train(job: Job, storage: Storage, corpus: Storage, *, most: int | None = None) -> list[PretrainReport]:
-    assert job.pretrain is not None
-    run = pretrain(job.pretrain, storage=storage, corpus=corpus, device=torch.device("cpu"))
-    reports = []
-    for report in run:
-        reports.append(report)
-        if len(reports) == most:
-            run.close()
-            break
-    return reports
-
-
-def losses(storage: Storage) -> dict[int, float]:
-    rows = [json.loads(line) for line in storage.read_bytes("history.jsonl").decode().splitlines()]
-    return {row["step"]: row["loss"] for row in rows}
 
 
 def test_a_run_across_contrasts_resumes_to_the_same_digits_and_states_each_pair(

@@ -1,6 +1,6 @@
 """Between reports, a step neither synchronises with its device nor reads from it; and `deterministic` has what it needs.
 
-The steps are real, DeepSpeed's included. The CPU plays the part of a device that works on its own: every call that would
+The steps are real, DeepSpeed's included. The CPU plays the part of a device that works on its own. Every call that would
 make the host wait for a GPU is counted, and every operator is compared with those for which CUDA has no deterministic
 implementation.
 """

@@ -28,7 +28,6 @@ from p2r.data.stream import Corpus, stream
 from p2r.engine.build import build_engine, join_process_group, masters
 from p2r.engine.pretrain import _count_lost_weights, _round_products, finished_checkpoint, pretrain
 from p2r.engine.profile import PARTS, profile_text
-from p2r.engine.report import PretrainReport
 from p2r.engine.step import Step, take_step
 from p2r.engine.weights import init_weights
 from p2r.errors import CheckpointError, DataError, InputError, StorageError, TrainingError
@@ -41,6 +40,7 @@ from p2r.published.metrics import metrics_of
 from p2r.reference import parse_reference
 from p2r.storage import Storage
 from p2r.views.pair import make_views
+from tests.engine_runs import losses, train
 
 CPU = torch.device("cpu")
 
@@ -53,28 +53,9 @@ def job(job_of: JobOf, tmp_path: Path) -> Job:
     return job_of(tmp_path)
 
 
-def _train(
-    job: Job, storage: Storage, corpus: Storage, *, most: int | None = None, seconds: float | None = None
-) -> list[PretrainReport]:
-    assert job.pretrain is not None
-    reports = []
-    run = pretrain(job.pretrain, storage=storage, corpus=corpus, device=CPU, max_seconds=seconds)
-    for report in run:
-        reports.append(report)
-        if len(reports) == most:
-            run.close()
-            break
-    return reports
-
-
-def _losses(storage: Storage) -> dict[int, float]:
-    rows = [json.loads(line) for line in storage.read_bytes("history.jsonl").decode().splitlines()]
-    return {row["step"]: row["loss"] for row in rows}
-
-
 def test_training_reports_checkpoints_and_a_history(job: Job, corpus: Storage, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "pretrain"))
-    reports = _train(job, storage, corpus)
+    reports = train(job, storage, corpus)
     assert [report.step for report in reports] == [2, 4, 6]
     assert [report.samples_seen for report in reports] == [8, 16, 24]
     for report in reports:
@@ -84,7 +65,7 @@ def test_training_reports_checkpoints_and_a_history(job: Job, corpus: Storage, t
         assert set(report.loss_parts) == {"positive", "negatives"} and report.loss_parts["positive"] < 1
         assert report.health is not None and 1 <= report.health["effective_rank"] <= 8
         assert f"rank {report.health['effective_rank']:.1f}" in report.line() and "skipped" not in report.line()
-    assert list(_losses(storage)) == [2, 4, 6]
+    assert list(losses(storage)) == [2, 4, 6]
     kept = sorted({path.split("/")[1] for path in storage.list("checkpoints")})
     assert kept == ["step-00000004", "step-00000006"]  # keep_checkpoints: 2
     assert job.pretrain is not None
@@ -95,11 +76,11 @@ def test_a_run_that_stops_after_a_checkpoint_goes_on_to_the_same_digits(
     job: Job, corpus: Storage, tmp_path: Path
 ) -> None:
     whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"))
-    _train(job, whole, corpus)
-    _train(job, broken, corpus, most=1)
-    resumed = _train(job, broken, corpus)
+    train(job, whole, corpus)
+    train(job, broken, corpus, most=1)
+    resumed = train(job, broken, corpus)
     assert resumed[0].resumed_from == 2
-    assert _losses(broken) == _losses(whole)
+    assert losses(broken) == losses(whole)
     assert _weights(broken, "step-00000006") == _weights(whole, "step-00000006")
 
 
@@ -108,19 +89,19 @@ def test_a_checkpoint_between_two_reports_keeps_the_running_mean(
 ) -> None:
     job = job_of(tmp_path, "pretrain.report_interval=3", "pretrain.checkpoint_interval=2")
     whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"))
-    _train(job, whole, corpus)
-    _train(job, broken, corpus, most=1)  # at step 2, in the middle of a report's interval
-    _train(job, broken, corpus)
-    assert _losses(broken)[3] == _losses(whole)[3]
-    assert _losses(broken)[6] == _losses(whole)[6]
+    train(job, whole, corpus)
+    train(job, broken, corpus, most=1)  # at step 2, in the middle of a report's interval
+    train(job, broken, corpus)
+    assert losses(broken)[3] == losses(whole)[3]
+    assert losses(broken)[6] == losses(whole)[6]
 
 
 def test_slices_of_time_add_up_to_the_same_run(job: Job, corpus: Storage, tmp_path: Path) -> None:
     whole, sliced = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "sliced"))
-    _train(job, whole, corpus)
+    train(job, whole, corpus)
     for _ in range(6):
-        assert len(_train(job, sliced, corpus, seconds=0.0)) == 1  # every slice: one step, one checkpoint
-    assert _train(job, sliced, corpus) == []
+        assert len(train(job, sliced, corpus, seconds=0.0)) == 1  # every slice: one step, one checkpoint
+    assert train(job, sliced, corpus) == []
     assert _weights(sliced, "step-00000006") == _weights(whole, "step-00000006")
 
 
@@ -130,13 +111,13 @@ def test_a_run_keeps_the_revision_of_the_corpus_that_it_began_with(job: Job, cor
     assert job.ingest is not None
     few = job.ingest.model_copy(update={"subjects_of": None, "subjects": ("sub-[01-05]",)})
     list(ingest_locally(few, mine))
-    _train(job, whole, mine)
-    _train(job, broken, mine, most=1)
+    train(job, whole, mine)
+    train(job, broken, mine, most=1)
     before = manifest_sha256(load_manifest(mine))
     list(ingest_locally(few.model_copy(update={"subjects": None}), mine))
     assert manifest_sha256(load_manifest(mine)) != before
-    _train(job, broken, mine)
-    assert _losses(broken) == _losses(whole)
+    train(job, broken, mine)
+    assert losses(broken) == losses(whole)
 
 
 def test_a_damaged_sample_costs_a_note_and_not_the_run(job: Job, corpus: Storage, tmp_path: Path) -> None:
@@ -148,29 +129,29 @@ def test_a_damaged_sample_costs_a_note_and_not_the_run(job: Job, corpus: Storage
     content[row.chunk_offsets[0] + 30] ^= 1
     (folder / name).write_bytes(content)
     storage = Storage(str(tmp_path / "pretrain"))
-    reports = _train(job, storage, Storage(str(folder)))
+    reports = train(job, storage, Storage(str(folder)))
     assert reports[-1].num_replaced >= 1 and "damaged samples replaced" in reports[-1].line()
     (note,) = storage.list("quarantine")
     assert storage.read_json(note)["shard"].endswith(name) and storage.read_json(note)["sample"] == 0
     strict = job.model_copy(update={"pretrain": job.pretrain.model_copy(update={"max_replaced": 0})})  # type: ignore[union-attr]
     with pytest.raises(DataError, match=f"{name}.*is damaged"):
-        _train(strict, Storage(str(tmp_path / "strict")), Storage(str(folder)))
+        train(strict, Storage(str(tmp_path / "strict")), Storage(str(folder)))
 
 
 def test_a_finished_run_is_left_as_it_is(job: Job, corpus: Storage, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "pretrain"))
-    _train(job, storage, corpus)
-    assert _train(job, storage, corpus) == []
+    train(job, storage, corpus)
+    assert train(job, storage, corpus) == []
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_key_by_key(
     job_of: JobOf, job: Job, corpus: Storage, tmp_path: Path
 ) -> None:
     storage = Storage(str(tmp_path / "pretrain"))
-    _train(job, storage, corpus, most=1)
+    train(job, storage, corpus, most=1)
     other = job_of(tmp_path, "pretrain.loss.temperature=0.5", "pretrain.seed=3")
     with pytest.raises(CheckpointError) as caught:
-        _train(other, storage, corpus)
+        train(other, storage, corpus)
     assert "pretrain.loss.temperature: 0.2 in the checkpoint, 0.5 in the job" in str(caught.value)
     assert "pretrain.seed: 0 in the checkpoint, 3 in the job" in str(caught.value)
 
@@ -179,9 +160,9 @@ def test_the_intervals_of_reports_and_checkpoints_may_change_on_the_way(
     job_of: JobOf, job: Job, corpus: Storage, tmp_path: Path
 ) -> None:
     storage = Storage(str(tmp_path / "pretrain"))
-    _train(job, storage, corpus, most=1)
+    train(job, storage, corpus, most=1)
     other = job_of(tmp_path, "pretrain.report_interval=1", "pretrain.checkpoint_interval=3")
-    assert [report.step for report in _train(other, storage, corpus)] == [3, 4, 5, 6]
+    assert [report.step for report in train(other, storage, corpus)] == [3, 4, 5, 6]
 
 
 def test_so_may_what_makes_a_network_fast_and_small(
@@ -189,12 +170,12 @@ def test_so_may_what_makes_a_network_fast_and_small(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     storage = Storage(str(tmp_path / "pretrain"))
-    _train(job, storage, corpus, most=1)
+    train(job, storage, corpus, most=1)
     faster = job_of(
         tmp_path,
         *("pretrain.compile=true", "pretrain.model.channels_last=true", "pretrain.model.checkpoint_activations=1"),
     )
-    reports = _train(faster, storage, corpus)
+    reports = train(faster, storage, corpus)
     assert [report.step for report in reports] == [4, 6]
     assert "not compiled: no compiler (no-such-compiler)" in reports[0].line()
     assert reports[1].compiled is None
@@ -204,30 +185,30 @@ def test_so_may_what_makes_a_network_fast_and_small(
 def test_every_network_trains_in_bfloat16(job_of: JobOf, corpus: Storage, tmp_path: Path, name: str) -> None:
     model = f"{{name: {name}, channels: [4, 8, 8], feature_channels: 4, head_channels: 16, embedding_channels: 8}}"
     job = job_of(tmp_path, f"pretrain.model={model}", "pretrain.precision=bf16", "pretrain.micro_batch=2")
-    assert len(_train(job, Storage(str(tmp_path / "pretrain")), corpus)) == 3
+    assert len(train(job, Storage(str(tmp_path / "pretrain")), corpus)) == 3
 
 
 def test_a_checkpoint_of_an_optimizer_that_could_not_leave_out_a_step_is_refused(
     job: Job, corpus: Storage, tmp_path: Path
 ) -> None:
     storage = Storage(str(tmp_path / "pretrain"))
-    _train(job, storage, corpus, most=1)
+    train(job, storage, corpus, most=1)
     manifest = storage.read_json("checkpoints/step-00000002/manifest.json")
     manifest["state"]["running"] = {"total": 0.0, "count": 0, "num_images_without_pairs": 0}
     storage.write_json("checkpoints/step-00000002/manifest.json", manifest)
     with pytest.raises(CheckpointError, match=r"could not skip steps\. Use the version of p2r that wrote it"):
-        _train(job, storage, corpus)
+        train(job, storage, corpus)
 
 
 def test_a_corpus_smaller_than_a_global_batch_is_refused(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
     job = job_of(tmp_path, "pretrain.global_batch=512")
     with pytest.raises(DataError, match=r"24 .*512"):
-        _train(job, Storage(str(tmp_path / "pretrain")), corpus)
+        train(job, Storage(str(tmp_path / "pretrain")), corpus)
 
 
 def test_a_missing_corpus_is_refused(job: Job, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no corpus at"):
-        _train(job, Storage(str(tmp_path / "pretrain")), Storage(str(tmp_path / "nothing")))
+        train(job, Storage(str(tmp_path / "pretrain")), Storage(str(tmp_path / "nothing")))
 
 
 def test_a_damaged_shard_is_refused_by_name(job: Job, corpus: Storage, tmp_path: Path) -> None:
@@ -237,7 +218,7 @@ def test_a_damaged_shard_is_refused_by_name(job: Job, corpus: Storage, tmp_path:
     (first, *_) = [path for path in copy.list() if path.endswith(".tar")]
     copy.write_bytes(first, copy.read_bytes(first)[:-2048])
     with pytest.raises((StorageError, DataError), match="shard-000000"):
-        _train(job, Storage(str(tmp_path / "pretrain")), copy)
+        train(job, Storage(str(tmp_path / "pretrain")), copy)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
@@ -252,7 +233,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(job_of: JobOf, corpus: Storage,
         match=r"^step 4: queries: .* embeddings are not finite; skipped steps in a row: 3, "
         r"pretrain.max_skipped_steps allows 2; the last good checkpoint is .*/checkpoints/step-00000001\. Lower",
     ):
-        _train(job, storage, corpus)
+        train(job, storage, corpus)
     # None was made while steps were left out.
     assert {path.split("/")[1] for path in storage.list("checkpoints")} == {"step-00000001"}
 
@@ -284,7 +265,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(
     job = job_of(tmp_path, f"pretrain.loss.name={loss}", "pretrain.report_interval=1", "pretrain.checkpoint_interval=3")
     waiting, going = Storage(str(tmp_path / "waiting")), Storage(str(tmp_path / "going"))
     spoil(3)
-    reports = _train(job, waiting, corpus)
+    reports = train(job, waiting, corpus)
     assert [report.skipped_steps for report in reports] == [0, 0, 1, 1, 1, 1]
     assert reports[2].loss == reports[1].loss and reports[2].gradient_norm == reports[1].gradient_norm
     assert "| 1 steps skipped" in reports[2].line()
@@ -300,15 +281,15 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(
     *_, last = pretrain(job.pretrain, storage=going, corpus=corpus, device=CPU, should_stop=lambda: next(steps) == 3)
     assert last.checkpoint == "checkpoints/step-00000003" and last.skipped_steps == 1
     spoil(0)
-    *_, last = _train(job, going, corpus)
+    *_, last = train(job, going, corpus)
     assert last.skipped_steps == 1
-    assert _losses(going) == _losses(waiting)
+    assert losses(going) == losses(waiting)
     assert _weights(going, "step-00000006") == _weights(waiting, "step-00000006")
 
 
 def test_barlow_twins_is_one_key_away(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
     job = job_of(tmp_path, "pretrain.loss.name=barlow_twins")
-    assert len(_train(job, Storage(str(tmp_path / "pretrain")), corpus)) == 3
+    assert len(train(job, Storage(str(tmp_path / "pretrain")), corpus)) == 3
 
 
 def test_a_run_killed_at_a_random_moment_ends_with_the_same_digits(
@@ -343,7 +324,7 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_digits(
     _, log = process.communicate(timeout=300)
     assert process.returncode == 0, log
     assert "resumed from step" in log
-    assert _losses(Storage(str(broken / "storage/pretrain"))) == _losses(Storage(str(whole / "storage/pretrain")))
+    assert losses(Storage(str(broken / "storage/pretrain"))) == losses(Storage(str(whole / "storage/pretrain")))
 
 
 def _weights(storage: Storage, checkpoint: str) -> str:
@@ -356,10 +337,10 @@ def test_a_profile_says_where_time_and_memory_go(job_of: JobOf, corpus: Storage,
     job = job_of(tmp_path, "pretrain.micro_batch=2")
     assert job.pretrain is not None
     plain, profiled = Storage(str(tmp_path / "plain")), Storage(str(tmp_path / "profiled"))
-    _train(job, plain, corpus)
+    train(job, plain, corpus)
     run = pretrain(job.pretrain, storage=profiled, corpus=corpus, device=CPU, profile_steps=2)
     assert [report.profile for report in run] == [None, None, "profile"]  # steps 4 and 5, told of at step 6
-    assert _losses(profiled) == _losses(plain)
+    assert losses(profiled) == losses(plain)
     found = profiled.read_json("profile/profile.json")
     assert (found["first_step"], found["num_steps"]) == (4, 2)
     assert [part["name"] for part in found["parts"]] == [*PARTS, "other"]
@@ -400,13 +381,13 @@ def test_a_run_that_does_not_wait_for_its_device_has_the_same_digits(
 ) -> None:
     job = job_of(tmp_path, "pretrain.report_interval=3", "pretrain.checkpoint_interval=2")
     waiting, going, broken = (Storage(str(tmp_path / name)) for name in ("waiting", "going", "broken"))
-    _train(job, waiting, corpus)
+    train(job, waiting, corpus)
     request.getfixturevalue("waited_for")
-    _train(job, going, corpus)
-    assert _losses(going) == _losses(waiting)
-    _train(job, broken, corpus, most=1)  # at step 2, in the middle of a report's interval
-    _train(job, broken, corpus)
-    assert _losses(broken).items() >= {step: _losses(going)[step] for step in (3, 6)}.items()
+    train(job, going, corpus)
+    assert losses(going) == losses(waiting)
+    train(job, broken, corpus, most=1)  # at step 2, in the middle of a report's interval
+    train(job, broken, corpus)
+    assert losses(broken).items() >= {step: losses(going)[step] for step in (3, 6)}.items()
     assert _weights(broken, "step-00000006") == _weights(waiting, "step-00000006")
 
 
@@ -442,7 +423,7 @@ def test_a_step_that_went_wrong_unnoticed_is_named_before_a_checkpoint_is_made(
         TrainingError,
         match=r"^step 2: queries: .* not finite; pretrain.max_skipped_steps allows 0; there is no checkpoint yet",
     ):
-        _train(job, storage, corpus)
+        train(job, storage, corpus)
     assert storage.list("checkpoints") == []
 
 
@@ -473,7 +454,7 @@ def test_a_run_saves_no_weights_that_were_lost(
     job_of: JobOf, corpus: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
     job, storage = job_of(tmp_path, f"pretrain.zero_stage={stage}"), Storage(str(tmp_path / "pretrain"))
-    _train(job, storage, corpus, most=1)
+    train(job, storage, corpus, most=1)
     num_steps = itertools.count(3)
 
     def step_that_loses_weights(engine: Any, *arguments: Any, **settings: Any) -> Step:
@@ -484,7 +465,7 @@ def test_a_run_saves_no_weights_that_were_lost(
 
     monkeypatch.setattr("p2r.engine.pretrain.take_step", step_that_loses_weights)
     with pytest.raises(TrainingError, match=r"step 4: 2 weights are no longer finite; the last good .*step-00000002"):
-        _train(job, storage, corpus)
+        train(job, storage, corpus)
     assert {path.split("/")[1] for path in storage.list("checkpoints")} == {"step-00000002"}
 
 
@@ -518,7 +499,7 @@ def test_deterministic_algorithms_are_asked_for_as_long_as_a_run_lasts(
 def test_the_mean_of_weights_is_what_is_published(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
     job = job_of(tmp_path, "kind=pretrain", "pretrain.ema_decay=0.5", "ingest=null", f"pretrain.corpus={corpus.url}")
     storage = Storage(job.storage)
-    _train(job, storage.child("pretrain"), corpus)
+    train(job, storage.child("pretrain"), corpus)
     made = publish_backbone(job, storage, lambda line: None)
     published = Storage(made["url"]).read_bytes(made["files"]["weights"]["name"])
     last, mean = (
@@ -589,7 +570,7 @@ def test_images_that_show_nothing_are_counted_and_teach_nothing(
         request.getfixturevalue("waited_for")
     # Of 64 mm, a view shows something if it is moved by less along both axes: most batches show nothing at all.
     job = job_of(tmp_path, f"pretrain.loss.name={loss}", "pretrain.views.geometry.translation_mm=1000")
-    reports = _train(job, Storage(str(tmp_path / "pretrain")), corpus)
+    reports = train(job, Storage(str(tmp_path / "pretrain")), corpus)
     assert sum(report.num_images_without_pairs for report in reports) >= 20
     assert any(report.num_images_without_pairs == 8 and report.loss == 0 for report in reports)
     assert all(math.isfinite(report.loss) and math.isfinite(report.gradient_norm) for report in reports)
@@ -603,7 +584,7 @@ def test_the_equivariance_error_falls_in_training(job_of: JobOf, corpus: Storage
         *("pretrain.optimizer.learning_rate=1.0e-2", "pretrain.loss.pixel_pairs_per_image=64"),
         *("pretrain.checkpoint_interval=60", "pretrain.global_batch=8"),
     )
-    reports = _train(job, Storage(str(tmp_path / "pretrain")), corpus)
+    reports = train(job, Storage(str(tmp_path / "pretrain")), corpus)
     errors = {report.step: report.equivariance_error for report in reports if report.equivariance_error is not None}
     assert list(errors) == [30, 60]
     assert 0 < errors[60] < errors[30] < 1
@@ -614,7 +595,7 @@ def test_a_scan_smaller_than_the_crop_is_padded_and_its_padding_gives_no_pairs(
 ) -> None:
     job = job_of(tmp_path, "pretrain.image.size=64", "pretrain.steps=2")  # 128 mm, of scans of 72 x 80 mm
     assert job.pretrain is not None
-    (report,) = _train(job, Storage(str(tmp_path / "pretrain")), corpus)
+    (report,) = train(job, Storage(str(tmp_path / "pretrain")), corpus)
     assert math.isfinite(report.loss) and report.num_images_without_pairs == 0
     corpora = Corpus(corpus, load_manifest(corpus))
     batches = stream(corpora, image=job.pretrain.image, seed=0, global_batch=4)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from p2r.config import ModelConfig
-from p2r.data import preprocess
+from p2r.data import grids
 from p2r.data.preprocess import Preparation
 from p2r.data.volume import Volume, read_labels, read_volume, to_source_grid, write_nifti
 from p2r.errors import RefusedScan
@@ -347,10 +347,10 @@ def test_features_beyond_the_memory_of_a_scan_are_refused(tmp_path: Path, monkey
     volume, _ = scan_with_blob(tmp_path, spacing_mm=(1.0, 1.0, 2.0), shape=(40, 40, 12))
     rules = Preparation(spacing_mm=1.0, image_size=32)
     features, affine = embed_volume(Identity(), volume, preparation=rules)
-    monkeypatch.setattr(preprocess, "MAX_IMAGES_MIB", 0.18)
+    monkeypatch.setattr(grids, "MAX_IMAGES_MIB", 0.18)
     with pytest.raises(RefusedScan, match=r"2 features of 48 x 48 pixels of 12 images would take"):
         embed_volume(Identity(), volume, preparation=rules)
-    monkeypatch.setattr(preprocess, "MAX_IMAGES_MIB", 0.1)
+    monkeypatch.setattr(grids, "MAX_IMAGES_MIB", 0.1)
     with pytest.raises(RefusedScan, match=r"2 features of 40 x 12 x 40 voxels would take .*: leave out --native"):
         on_scan_grid(features[:, :, :, 0], affine, volume)
 

@@ -199,7 +199,7 @@ def ball(
 @pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), (1.0, 1.25, 2.0)])
 def test_balls_have_the_dice_hd95_and_nsd_of_geometry(spacing_mm: tuple[float, float, float]) -> None:
     # RV: two balls of radius R whose centres are d apart. They share a lens of volume pi (4R + d) (2R - d)^2 / 12. The
-    # distance between a point of one sphere and the other sphere is | |R u - d| - R |; over the sphere it is spread evenly
+    # distance between a point of one sphere and the other sphere is | |R u - d| - R |. Over the sphere it is spread evenly
     # between 0 and d: (R - t)^2 <= R^2 + d^2 - 2 R d cos <= (R + t)^2 holds for a range 2 t / d of cos. So the 95th
     # percentile is 0.95 d, and a fraction t / d is within a tolerance t.
     # LV: concentric balls, r < R: Dice 2 r^3 / (r^3 + R^3), every distance R - r.
@@ -228,7 +228,7 @@ def test_balls_have_the_dice_hd95_and_nsd_of_geometry(spacing_mm: tuple[float, f
 def test_nested_boxes_have_exactly_the_figures_of_their_distance(
     grown: tuple[int, int, int], spacing_mm: tuple[float, float, float]
 ) -> None:
-    # A voxel outside of a box is as far from it as the norm of its excess over the box's sides; one inside of a box as
+    # A voxel outside of a box is as far from it as the norm of its excess over the box's sides. One inside of a box as
     # far from its border as the smallest depth below a side.
     inner = (8, 7, 5)
     outer = tuple(n + 2 * g for n, g in zip(inner, grown, strict=True))

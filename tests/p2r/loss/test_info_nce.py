@@ -1,4 +1,13 @@
-"""InfoNCE against a naive implementation of its definition, one anchor at a time, in float64."""
+"""InfoNCE against a naive implementation of its definition, one anchor at a time, in float64.
+
+Mutants of `p2r/loss/contrast.py` that this file cannot kill, and why:
+
+    of_ranks; to_anchors, to_candidates of `all_queries`     used by several ranks only, see `test_ranks.py`
+    len(contrast.counts) == 1 -> != 1                        equal sums, in two products instead of one
+    contrast.num_pairs // PANEL -> * PANEL                   equal sums, shared less evenly among ranks
+    first < last -> <=                                       an empty block adds nothing
+    of_columns=False -> True                                 column sums that are not used
+"""
 
 import importlib
 import math
@@ -130,6 +139,15 @@ def test_entries_within_a_view_are_computed_once_for_two_panels(
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(gradients(loss, queries, keys), gradients(expected, queries, keys), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_ranks_whose_rows_are_no_whole_panels_compute_every_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrast, "PANEL", 8)
+    queries, keys = embeddings(29, 6, seed=2)
+    expected = written_out(queries, keys, temperature=0.2, form="nt_xent")
+    torch.testing.assert_close(
+        info_nce(queries, keys, temperature=0.2, form="nt_xent"), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)

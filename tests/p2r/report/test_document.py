@@ -103,6 +103,10 @@ def test_the_page_shows_every_part(standard: Path) -> None:
         assert part in page.text and part in text
     for part in ("1 trial failed", "nan at step 31", "test split was evaluated once", "Search winners", "Cost"):
         assert part in page.text and part in text
+    for word in ("HD95: ", "NSD: ", "A draw is", "linear probe trains", "Leak-free: "):
+        assert word in text and text.index(word) < text.index("| labelled patients | mode |"), (
+            "explained before its use"
+        )
     assert {path.stem for path in (standard / "pictures").glob("*.svg")} == {
         f"{kind}-acdc" for kind in ("few-shot", "classes", "differences", "thirds", "strata", "reliability")
     }
