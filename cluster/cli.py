@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.commands import artefacts, exchange, jobs, own_data, planning, runs, use
+from cluster.commands import artefacts, exchange, jobs, own_data, planning, published, runs, use
 from p2r.console import show, visible
 from p2r.exits import INTERRUPTED, INVALID_INPUT, exit_code_of
 from p2r.logs import say
@@ -25,6 +25,10 @@ app.command()(own_data.init)
 app.command()(jobs.submit)
 app.command()(jobs.schema)
 app.command()(artefacts.inspect)
+app.command(name="show")(artefacts.inspect)
+app.command(name="list")(published.list_versions)
+app.command()(published.promote)
+app.command()(published.gc)
 app.command()(artefacts.verify)
 app.command()(artefacts.publish)
 app.command()(artefacts.sign)

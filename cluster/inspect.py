@@ -1,18 +1,22 @@
 """`p2r inspect`: the contents of a URL. A corpus is shown as a table, an artefact as its manifest, a folder as a list."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from p2r.artefact import Artefact, open_artefact
+from p2r.artefact_manifest import BackboneManifest
 from p2r.console import console, show, show_json, visible
 from p2r.data.manifest import FORMAT, MAX_MANIFEST_BYTES, Manifest, facts_of, load_manifest, ranges_of
 from p2r.documents import read_json, way_out
 from p2r.errors import InputError
 from p2r.modes import facts_of as facts_of_mode
-from p2r.reference import parse_reference
+from p2r.pointers import resolve
+from p2r.published.collection import read_figures
+from p2r.reference import Reference, parse_reference
 from p2r.storage import Storage
 
 _HIDDEN = {"subject_digests", "voxel_digests", "salt"}
@@ -25,7 +29,7 @@ def inspect(url: str, *, as_json: bool) -> None:
     Raises:
         InputError: The URL holds nothing of p2r, or its manifest differs from the pin.
     """
-    reference = parse_reference(url)
+    reference = resolve(parse_reference(url))
     storage = Storage(reference.url)
     if not storage.exists("manifest.json"):
         _list_contents(storage)
@@ -36,11 +40,11 @@ def inspect(url: str, *, as_json: bool) -> None:
         manifest = read_json(content, where=storage.at("manifest.json"), max_bytes=MAX_MANIFEST_BYTES)
     kind = str(manifest.get("format")) if isinstance(manifest, dict) else ""
     if not as_json and kind.startswith(("p2r-backbone/", "p2r-model/")):
-        sha256 = hashlib.sha256(content).hexdigest()
-        _print_tables(artefact_tables(manifest, pin=str(reference._replace(url=storage.url, sha256=sha256))))
+        of_artefact = Reference(storage.url, hashlib.sha256(content).hexdigest())
+        _print_tables([*artefact_tables(manifest, pin=str(of_artefact)), *_figures_tables(open_artefact(of_artefact))])
         return
     if as_json or kind != FORMAT:
-        pin = {"pin": str(reference._replace(url=storage.url, sha256=hashlib.sha256(content).hexdigest()))}
+        pin = {"pin": str(Reference(storage.url, hashlib.sha256(content).hexdigest()))}
         shown = _hide_keys(manifest, _HIDDEN)
         show_json({**shown, **pin} if isinstance(shown, dict) else shown)
         return
@@ -99,6 +103,52 @@ def _artefact_facts(manifest: dict[str, object], pin: str) -> Iterator[tuple[str
     if isinstance(num_bytes, int):
         yield "weights", f"{num_bytes / 2**20:.1f} MiB"
     yield "published by", f"p2r {manifest.get('p2r_version', '?')}, commit {manifest.get('code', '?')}"
+
+
+def _figures_tables(artefact: Artefact) -> list[Table]:
+    """Return tables of an artefact's lineage, metrics and results; those without content are left out."""
+    metrics, results, problems = read_figures(artefact)
+    tables = []
+    manifest = artefact.manifest
+    if isinstance(manifest, BackboneManifest) and (lineage := manifest.lineage) is not None:
+        rows = [("parent", f"{one.reference} ({one.format})") for one in lineage.parents]
+        rows += [
+            ("origin", one) for one in lineage.origins if one not in {parent.reference for parent in lineage.parents}
+        ]
+        rows += [("checkpoint", f"sha256 {lineage.checkpoint_sha256}"), ("trained by", f"commit {lineage.code or '?'}")]
+        tables.append(_facts_table("Lineage", rows))
+    if metrics is not None:
+        facts = {
+            key: value for key, value in metrics.model_dump(exclude={"format", "health"}).items() if value is not None
+        }
+        named = {**facts, **(metrics.health or {})}
+        tables.append(
+            _facts_table("Pretraining", [(name.replace("_", " "), f"{one:.4g}") for name, one in named.items()])
+        )
+    if results:
+        table = Table(
+            "task", "mode", "labelled", "Dice", "interval", "patients", "split", title_justify="left", title="Results"
+        )
+        for one in results:
+            figures = (
+                str(one.num_labelled),
+                f"{one.mean:.3f}",
+                f"{one.lower:.3f} to {one.upper:.3f}",
+                str(one.patients),
+            )
+            split = one.split + ", transductive" * one.transductive
+            table.add_row(*map(plain, (one.task, one.mode, *figures, split)))
+        tables.append(table)
+    if problems:
+        tables.append(_facts_table("Problems", [("damaged", problem) for problem in problems]))
+    return tables
+
+
+def _facts_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows:
+        table.add_row(plain(name), plain(value))
+    return table
 
 
 def _section(mapping: dict[str, object], name: str) -> dict[str, object]:

@@ -26,7 +26,7 @@ from p2r.logs import say
 from p2r.masking import is_secret_name, looks_secret
 from p2r.storage import Storage
 
-_FORWARDED_PREFIXES = ("AWS_", "P2R_", "NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_")
+_FORWARDED_PREFIXES = ("AWS_", "AZURE_", "GOOGLE_", "P2R_", "NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_")
 _CONNECT_S = 2.0
 
 

@@ -6,6 +6,7 @@ from p2r.artefact import MANIFEST, open_artefact
 from p2r.data.manifest import FORMAT, MAX_MANIFEST_BYTES
 from p2r.documents import way_out
 from p2r.errors import InputError
+from p2r.pointers import resolve
 from p2r.reference import Reference, parse_reference
 from p2r.signature import SIGNATURE
 from p2r.storage import Storage
@@ -21,7 +22,7 @@ def verify(url: str, *, key: str | None) -> list[str]:
     Raises:
         InputError: It is damaged, differs from the pin, or is not signed by this key; names every problem.
     """
-    reference = parse_reference(url)
+    reference = resolve(parse_reference(url))
     storage = Storage(reference.url)
     if not storage.exists(MANIFEST):
         raise InputError(
@@ -40,7 +41,7 @@ def _is_artefact(storage: Storage) -> bool:
 def _verify_artefact(reference: Reference, key: str | None) -> list[str]:
     from p2r.backbone import verify_artefact
 
-    artefact = open_artefact(reference, key=key)
+    artefact = open_artefact(reference, key=key, is_fresh=True)
     verify_artefact(artefact)
     lines = [f"unreferenced  {name}" for name in artefact.unnamed_files()]
     lines += [f"sound    {artefact.manifest.format}  {artefact.storage.url}", f"pin      {artefact.pin}"]

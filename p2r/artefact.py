@@ -3,8 +3,13 @@
     model-<sha256>.safetensors   weights
     config-<sha256>.json         architecture, and the preprocessing of a scan
     README-<sha256>.md           model card
+    head-<sha256>.safetensors    optional: projection head of pretraining
+    unaveraged-<sha256>...       optional: the last step's weights, if the moving average is published
+    metrics-<sha256>.json        optional: health and losses at the published step
+    training-<sha256>.png        optional: their curves; no picture of a scan is published with weights
     manifest.json                list of these files, with corpora, licence and origin; created once, last
     manifest.sig                 optional: a signature over manifest.json (`p2r.signature`)
+    results.json                 optional: test results, added by later jobs (`p2r.published.results`); not part of the pin
 
 File names contain digests, so racing publishers never overwrite one another's files. The conditional creation of
 `manifest.json` is the only commit: one publisher succeeds, and every other compares the whole manifest with its own. The
@@ -19,141 +24,38 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import TypeAdapter, ValidationError
 
-from p2r.documents import Details, Digests, FewKeys, Sha256, checked, read_json, way_out
+from p2r.artefact_manifest import BackboneManifest as BackboneManifest
+from p2r.artefact_manifest import CorpusFacts as CorpusFacts
+from p2r.artefact_manifest import FileEntry, Role
+from p2r.artefact_manifest import Manifest as Manifest
+from p2r.artefact_manifest import ModelManifest as ModelManifest
+from p2r.artefact_manifest import Provenance as Provenance
+from p2r.documents import checked, read_json, way_out
 from p2r.errors import CheckpointError, DamagedError, InputError, StorageError
+from p2r.pointers import resolve
+from p2r.recent import find, read_bounded, read_current
 from p2r.reference import Reference
 from p2r.signature import SIGNATURE, SIGNATURE_BYTES, check_signature, sign
-from p2r.storage import Storage, file_sha256, json_bytes
-
-Role = Literal["weights", "config", "card"]
+from p2r.storage import Storage, json_bytes
 
 MANIFEST = "manifest.json"
-MAX_TEXT_BYTES = 2**20
-_MAX_WEIGHTS_BYTES = 2**40
+RESULTS = "results.json"
+REMOVED = "p2r-removed/1"
+"""Format of the document that `p2r gc` puts in the place of a manifest before it removes the files."""
 MAX_MANIFEST_BYTES = 2**27
 """Largest manifest of an artefact: of backbones that have seen two million scans."""
 MAX_MANIFEST_MEMORY_BYTES = 2**29
 """Largest memory of a manifest while it is parsed."""
 _MAX_DEPTH = 16
 _WAY_OUT = "restore the file from a copy of the folder, or publish another version"
-_NAMES: dict[Role, tuple[str, str, str]] = {
-    "weights": ("model", ".safetensors", "model.safetensors"),
-    "config": ("config", ".json", "config.json"),
-    "card": ("README", ".md", "README.md"),
-}
-"""Stem and suffix of each file, and its name in version 1."""
+_VERSION_1: dict[Role, str] = {"weights": "model.safetensors", "config": "config.json", "card": "README.md"}
+_GENERATED = ("metrics", "picture")
+"""Files that are computed from the training's history: another publisher of the same weights may write them differently."""
 _PROGRAM = ("p2r_version", "code")
-
-Text = Annotated[str, Field(max_length=20_000)]
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class FileEntry(_Strict):
-    """Name, digest and size of a file in the folder."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-    sha256: Sha256
-    num_bytes: Annotated[int, Field(ge=0, le=_MAX_WEIGHTS_BYTES)]
-
-
-class Files(_Strict):
-    """Files of an artefact, by role."""
-
-    weights: FileEntry
-    config: FileEntry
-    card: FileEntry | None = None
-    """Model card; None only in version 1."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for role in ("config", "card"):
-            entry: FileEntry | None = getattr(self, role)
-            if entry is not None and entry.num_bytes > MAX_TEXT_BYTES:
-                raise ValueError(f"{role} may have {MAX_TEXT_BYTES:,} bytes, got {entry.num_bytes:,}")
-        return self
-
-    def entries(self) -> dict[Role, FileEntry]:
-        """Return the files that exist."""
-        found: dict[Role, FileEntry | None] = {"weights": self.weights, "config": self.config, "card": self.card}
-        return {role: entry for role, entry in found.items() if entry is not None}
-
-
-class CorpusFacts(_Strict):
-    """Facts about a corpus, kept with a backbone: enough to tell whether it contains a patient or scan."""
-
-    url: Text
-    sha256: Sha256
-    weight: Annotated[float, Field(gt=0)] | None
-    licence: Text
-    provenance: Text
-    cohort: Text
-    num_samples: Count
-    num_subjects: Count
-    salt: Sha256
-    subject_digests: Digests
-    voxel_digests: Digests
-    deidentification: Annotated[dict[Text, Text], FewKeys]
-
-
-class Provenance(_Strict):
-    """Origin of weights, and the terms of their use."""
-
-    p2r_version: Annotated[str, Field(max_length=100)] = ""
-    code: Annotated[str, Field(max_length=100)] = ""
-    """Commit of the program that published the artefact."""
-    licence: Text = "unknown"
-    corpora: Annotated[list[CorpusFacts], Field(max_length=1000)] | None = None
-    """Corpora on which the weights were pretrained; None: unknown. Of a backbone, an empty list counts as unknown, too."""
-
-
-class Manifest(Provenance):
-    """`manifest.json` of a backbone or a model."""
-
-    format: Annotated[str, Field(pattern=r"^p2r-(backbone|model)/[12]$")]
-    files: Files
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.format.endswith("/1"):
-            return self
-        if self.files.card is None:
-            raise ValueError("files.card: missing")
-        for role, entry in self.files.entries().items():
-            if entry.name != file_name(role, entry.sha256):
-                raise ValueError(f"files.{role}: its name must be {file_name(role, entry.sha256)}, got {entry.name}")
-        return self
-
-
-class BackboneManifest(Manifest):
-    """`manifest.json` of a backbone."""
-
-    job: Text | None = None
-    description: Text | None = None
-    step: Count | None = None
-    samples_seen: Count | None = None
-    pretrain: Details | None = None
-    negatives: Text | None = None
-    initial_weights: Details | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Origin of initial weights from another tool, with the table of what was matched; None: none were used."""
-
-
-class ModelManifest(Manifest):
-    """`manifest.json` of a segmentation model."""
-
-    task: Text | None = None
-    trial: Details | None = None
-    validation: Details | None = None
-    transductive: bool | None = None
-    backbone_sha256: Sha256 | None = None
-
 
 Facts = TypeVar("Facts", bound=Provenance, covariant=True)
 
@@ -242,7 +144,7 @@ class Artefact:
 
     def unnamed_files(self) -> list[str]:
         """List files in the folder that are not part of the artefact: leftovers of publishers that lost a race, or foreign files."""
-        known = {MANIFEST, SIGNATURE, *(entry.name for entry in self.manifest.files.entries().values())}
+        known = {MANIFEST, SIGNATURE, RESULTS, *(entry.name for entry in self.manifest.files.entries().values())}
         return [name for name in self.storage.list() if name not in known]
 
     def check_signature(self, key: str) -> str:
@@ -251,7 +153,7 @@ class Artefact:
         Raises:
             InputError: See `p2r.signature.check_signature`.
         """
-        signature = _read_bounded(self.storage, SIGNATURE, SIGNATURE_BYTES)
+        signature = read_current(self.storage, SIGNATURE, max_bytes=SIGNATURE_BYTES)
         return check_signature(self.content, signature, key=key, where=self.storage.url)
 
     def sign(self, key: Path) -> str:
@@ -262,7 +164,7 @@ class Artefact:
         """
         signature, name = sign(self.content, key=key)
         if not self.storage.create(SIGNATURE, signature):
-            found = _read_bounded(self.storage, SIGNATURE, SIGNATURE_BYTES)
+            found = read_bounded(self.storage, SIGNATURE, SIGNATURE_BYTES)
             if found is not None and len(found) != SIGNATURE_BYTES:
                 self.storage.write_bytes(SIGNATURE, signature)  # the existing file is not a signature
             elif found != signature:
@@ -273,26 +175,26 @@ class Artefact:
         return name
 
 
-def file_name(role: Role, sha256: str) -> str:
-    """Return the name of a file with this content."""
-    stem, suffix, _ = _NAMES[role]
-    return f"{stem}-{sha256}{suffix}"
-
-
-def open_artefact(reference: Reference, *, format: str | None = None, key: str | None = None) -> Artefact:
+def open_artefact(
+    reference: Reference, *, format: str | None = None, key: str | None = None, is_fresh: bool = False
+) -> Artefact:
     """Read the manifest of a published folder.
 
+    A pinned manifest that this machine has read before needs no request.
+
     Args:
-        reference: Location of the folder, with an optional pin of its manifest.
+        reference: Location of the folder, with an optional pin of its manifest; or of the versions, with a pointer.
         format: Required format, `p2r-backbone` or `p2r-model`; None: either.
         key: Public key that must have signed the manifest; None: no signature required.
+        is_fresh: Read the manifest from the storage, whatever this machine has read before.
 
     Raises:
         StorageError: The manifest is absent, differs from the pin, or is not signed by this key.
         CheckpointError: The manifest is not one of the required format.
     """
+    reference = resolve(reference)
     storage = Storage(reference.url)
-    content = _read_bounded(storage, MANIFEST, MAX_MANIFEST_BYTES)
+    content = _read_manifest(storage, reference, is_fresh=is_fresh)
     if content is None:
         raise StorageError(
             f"{storage.url} holds no manifest.json: give the folder of one published version, such as backbones/NAME/1"
@@ -304,7 +206,17 @@ def open_artefact(reference: Reference, *, format: str | None = None, key: str |
     return artefact
 
 
+def _read_manifest(storage: Storage, reference: Reference, *, is_fresh: bool) -> bytes | None:
+    if is_fresh:
+        return read_bounded(storage, MANIFEST, MAX_MANIFEST_BYTES)
+    if reference.sha256 is not None and not storage.is_local and (content := find(reference.sha256)) is not None:
+        return content
+    return read_current(storage, MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+
+
 def _parse(content: bytes, reference: Reference, *, where: str, needed: str | None) -> Manifest:
+    if (removed := removed_on(content)) is not None:
+        raise StorageError(f"{where} was put out of use by p2r gc on {removed}: choose another version")
     try:
         reference.check(content)
     except DamagedError as error:
@@ -349,9 +261,21 @@ def _weights_sha256(content: bytes) -> str | None:
     try:
         value = _value_of(content, "")
         files = value["files"]
-        return str((files.get("weights") or files.get(_NAMES["weights"][2]))["sha256"])
+        return str((files.get("weights") or files.get(_VERSION_1["weights"]))["sha256"])
     except (InputError, TypeError, KeyError, AttributeError):
         return None
+
+
+def removed_on(content: bytes) -> str | None:
+    """Return the date on which `p2r gc` put an artefact out of use, given the content of its manifest; None: it is in use."""
+    if REMOVED.encode() not in content[:200]:
+        return None
+    try:
+        value = _value_of(content, "")
+    except InputError:
+        return None
+    is_removed = isinstance(value, dict) and value.get("format") == REMOVED
+    return str(value.get("removed"))[:40] if is_removed else None
 
 
 def _upgrade_version_1(value: dict[str, object], model: type[Manifest]) -> dict[str, object]:
@@ -359,7 +283,7 @@ def _upgrade_version_1(value: dict[str, object], model: type[Manifest]) -> dict[
     files = value.get("files")
     named = {
         role: {"name": name, **files[name]}
-        for role, (_, _, name) in _NAMES.items()
+        for role, name in _VERSION_1.items()
         if isinstance(files, dict) and isinstance(files.get(name), dict)
     }
     corpora = value.get("corpora")
@@ -399,13 +323,17 @@ def commit(
         for role, entry in manifest.files.entries().items():
             _upload_if_damaged(storage, entry, files[role])
         if storage.create(MANIFEST, content):
+            for role, entry in manifest.files.entries().items():
+                if not storage.exists(entry.name):  # an earlier publisher's file, which `p2r gc` removed in between
+                    storage.upload(files[role], entry.name)
             return Artefact(storage, manifest, content), True
-    published = open_artefact(Reference(storage.url))
+    published = open_artefact(Reference(storage.url), is_fresh=True)
     differ = _list_differences(manifest, published, is_same)
     if differ:
         raise _conflict_error(published, differ)
+    mine = manifest.files.entries()
     for role, entry in published.manifest.files.entries().items():
-        if entry.sha256 == manifest.files.entries()[role].sha256:
+        if role in mine and entry.sha256 == mine[role].sha256:
             _upload_if_damaged(storage, entry, files[role])
         elif not _is_sound(storage, entry):
             raise DamagedError(
@@ -444,7 +372,9 @@ def _list_differences(
     differ: list[str] = []
     for role, entry in mine.files.entries().items():
         other = theirs.files.entries().get(role)
-        if other is None or other.sha256 == entry.sha256 or (role == "card" and not is_same_program):
+        if other is None or other.sha256 == entry.sha256 or role in _GENERATED:
+            continue
+        if role == "card" and not is_same_program:
             continue
         if role in is_same and _has_same(published, role, is_same[role]):
             continue
@@ -453,8 +383,8 @@ def _list_differences(
         return [*differ, "format"]
     for name in type(mine).model_fields:
         found, wanted = getattr(theirs, name), getattr(mine, name)
-        if name in ("files", "format", *_PROGRAM) or found == wanted:
-            continue
+        if name in ("files", "format", "lineage", *_PROGRAM) or found == wanted:
+            continue  # equal weights may come from a checkpoint that was saved again
         if theirs.format.endswith("/1") and name not in theirs.model_fields_set:
             continue  # version 1 did not record this yet
         differ.append(f"{name} ({found!r:.60} there, {wanted!r:.60} here)" if isinstance(wanted, str | int) else name)
@@ -477,17 +407,3 @@ def _conflict_error(published: Artefact, differ: list[str]) -> CheckpointError:
         f"choose another publish.version. Found {published.pin}, published{when} by p2r {manifest.p2r_version}, code "
         f"{manifest.code}"
     )
-
-
-def _read_bounded(storage: Storage, path: str, max_bytes: int) -> bytes | None:
-    """Return at most `max_bytes` + 1 bytes of a file; None if it is absent."""
-    facts = storage.facts(path)
-    if facts is None:
-        return None
-    return storage.read_range(path, 0, min(facts.num_bytes, max_bytes + 1))
-
-
-def entry_of(role: Role, local: Path) -> FileEntry:
-    """Return the entry for a local file that is to be published."""
-    sha256 = file_sha256(local)
-    return FileEntry(name=file_name(role, sha256), sha256=sha256, num_bytes=local.stat().st_size)

@@ -11,7 +11,7 @@ been checked, and only from safetensors: loading a stranger's model never runs c
 
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Self, overload
 
@@ -21,21 +21,17 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from p2r.artefact import (
+from p2r.artefact import Artefact, Facts, Published, commit, open_artefact
+from p2r.artefact_manifest import (
     MAX_TEXT_BYTES,
-    Artefact,
     BackboneManifest,
-    Facts,
     FileEntry,
     Files,
     Manifest,
     ModelManifest,
     Provenance,
-    Published,
     Role,
-    commit,
     entry_of,
-    open_artefact,
 )
 from p2r.config import ModelConfig, Section
 from p2r.contrasts import describe
@@ -263,6 +259,8 @@ def publish(
     config: ArtefactConfig,
     card: str,
     facts: Mapping[str, object],
+    tensors: Mapping[Role, Mapping[str, Tensor]] | None = None,
+    documents: Mapping[Role, bytes] | None = None,
 ) -> Published[Manifest]:
     """Publish an artefact, and return its manifest.
 
@@ -275,6 +273,8 @@ def publish(
         config: Architecture and preprocessing.
         card: Content of README.md.
         facts: Further entries of the manifest: corpora, licence, job, step.
+        tensors: Further weights in files of their own, float32: `head`, `unaveraged`.
+        documents: Content of further files: `metrics`, `picture`.
 
     Raises:
         CheckpointError: A different artefact is published there, or the weights are not finite or do not fit the configuration.
@@ -284,11 +284,20 @@ def publish(
     check_fit(shapes_of(weights), shapes_of(network.state_dict()), where=storage.url, of="the configuration")
     check_values(weights, where=storage.url)
     with tempfile.TemporaryDirectory(prefix="p2r-publish-") as name:
-        files: dict[Role, Path] = {role: Path(name, role) for role in ("weights", "config", "card")}
-        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-        save_file(tensors, files["weights"], metadata={"format": "pt"})  # other libraries ask for it
-        files["config"].write_bytes(json_bytes(config.model_dump(mode="json")))
-        files["card"].write_text(card, encoding="utf-8")
+        saved: dict[Role, dict[str, Tensor]] = {
+            role: {key: value.detach().cpu().contiguous() for key, value in of_role.items()}
+            for role, of_role in {"weights": weights, **(tensors or {})}.items()
+        }
+        contents: dict[Role, bytes] = {
+            "config": json_bytes(config.model_dump(mode="json")),
+            "card": card.encode(),
+            **(documents or {}),
+        }
+        files: dict[Role, Path] = {role: Path(name, role) for role in (*saved, *contents)}
+        for role, of_role in saved.items():
+            save_file(of_role, files[role], metadata={"format": "pt"})  # other libraries ask for it
+        for role, content in contents.items():
+            files[role].write_bytes(content)
         entries: dict[Role, FileEntry] = {role: entry_of(role, local) for role, local in files.items()}
         values = {"format": format, "p2r_version": __version__, "code": code_version(), **facts}
         try:
@@ -305,10 +314,15 @@ def publish(
             files,
             is_same={
                 "config": lambda content: _parse_config(content, where=storage.url) == config,
-                "weights": lambda content: _are_equal(read_tensors(content, where=storage.url), tensors),
+                **{role: _equality(of_role, where=storage.url) for role, of_role in saved.items()},
             },
         )
     return _published(artefact, Manifest, is_new=is_new)
+
+
+def _equality(wanted: Mapping[str, Tensor], *, where: str) -> Callable[[bytes], bool]:
+    """Return a function that tells whether the content of a file holds these tensors."""
+    return lambda content: _are_equal(read_tensors(content, where=where), wanted)
 
 
 def _are_equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:

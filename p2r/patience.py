@@ -106,10 +106,13 @@ class Patience:
         counters: Counter of retries{cause}.
         what: The operation: verb and URL.
         clean: Masks secrets in a text.
+        hint: Advice at the end of the error.
     """
 
-    def __init__(self, settings: S3Settings, counters: Counters, what: str, clean: Callable[[str], str]) -> None:
-        self._settings, self._counters, self._what, self._clean = settings, counters, what, clean
+    def __init__(
+        self, settings: S3Settings, counters: Counters, what: str, clean: Callable[[str], str], *, hint: str = HINT
+    ) -> None:
+        self._settings, self._counters, self._what, self._clean, self._hint = settings, counters, what, clean, hint
         self._num_refetches = 0
         self._num_consecutive = 0
         self._failing_since_s = 0.0
@@ -138,7 +141,7 @@ class Patience:
         if failing_s + pause_s > deadline_s:
             raise StorageError(
                 f"cannot {self._what}: {self._num_consecutive} attempts in {failing_s:.1f} s failed, the last with {text}; "
-                f"{HINT}"
+                f"{self._hint}"
                 + f". {_variable_name('deadline_s')} ({self._settings.deadline_s:g}) sets the time limit"
                 * (cause not in _STRANGERS)
             )

@@ -1,10 +1,11 @@
-"""Storage of a job: a local folder or an S3 bucket behind one small interface.
+"""Storage of a job: a local folder or a bucket behind one small interface.
 
-`Storage("file:///data/run")`, `Storage("/data/run")` and `Storage("s3://bucket/run")` behave alike. `hf://ORG/NAME@REVISION` is a
+`Storage("file:///data/run")`, `Storage("/data/run")` and `Storage("s3://bucket/run")` behave alike. So do `gs://` (Google Cloud
+Storage) and `az://` (Azure Blob Storage), with an optional package (`p2r.clouds`). `hf://ORG/NAME@REVISION` is a
 published folder on a hub, which can only be read (`p2r.hub`). Every write is atomic:
 a folder gets a temporary file that is renamed, and a bucket's PUT is atomic by itself. `create` and `replace` resolve races
-between writers: exactly one succeeds, and each learns whether it did. This module reads no credentials: botocore takes them
-from the environment or `~/.aws`, so no job file needs one.
+between writers: exactly one succeeds, and each learns whether it did. This module reads no credentials: the clients take them
+from the environment or from files such as `~/.aws`, so no job file needs one.
 
 Writers store the manifest last, so a reader that finds a manifest finds every file that it names.
 """
@@ -19,6 +20,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -35,6 +37,7 @@ from p2r.hub import SCHEME, fetch_snapshot, parse_hub_url
 from p2r.masking import looks_secret
 
 if TYPE_CHECKING:
+    from p2r.clouds import Cloud
     from p2r.s3 import S3
 
 MAX_JSON_BYTES = 2**28
@@ -44,6 +47,7 @@ MAX_ROWS_BYTES = 2**30
 _MAX_ROWS_MEMORY_BYTES = 2**33
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_BUCKETS = ("s3", "gs", "az")
 _CHUNK_BYTES = 2**20
 _DELETE_THREADS = 8
 
@@ -64,28 +68,29 @@ def normalise_url(url: str) -> str:
     Every other character is part of the name: a folder may be called `run #1?`.
 
     Raises:
-        StorageError: for a scheme other than `file`, `s3` and `hf`, a URL without a bucket or repository, or a control character.
+        StorageError: for a scheme other than `file`, `s3`, `gs`, `az` and `hf`, a URL without a bucket or repository, or a control
+            character.
     """
     if _CONTROL.search(url):
         raise StorageError(f"storage URL {url!r} holds a control character or a line break; rename the folder")
     scheme, has_scheme, name = url.partition("://")
-    if not has_scheme and not url.startswith(("file:", "s3:")):
+    if not has_scheme and not url.startswith(("file:", *(f"{one}:" for one in _BUCKETS))):
         return "file://" + str(Path(url).expanduser().absolute())
     if url.startswith("file:"):
         if not name.startswith("/"):
             raise StorageError(f"storage URL {url!r}: a file URL has three slashes, as in file:///data/run")
         return "file://" + str(Path(name).absolute())
-    if url.startswith("s3:"):
+    if (kind := url.partition(":")[0]) in _BUCKETS:
         if looks_secret(url):
             raise StorageError(
                 "a storage URL holds credentials; they come from the environment only (AWS_ACCESS_KEY_ID and the like)"
             )
         if not name.partition("/")[0]:
-            raise StorageError(f"storage URL {url!r} names no bucket: write s3://BUCKET/PREFIX")
+            raise StorageError(f"storage URL {url!r} names no bucket: write {kind}://BUCKET/PREFIX")
         return url.rstrip("/")
     if scheme == "hf":
         return str(parse_hub_url(url))
-    raise StorageError(f"storage URL {url!r}: scheme {scheme!r} is not supported; use file:// or s3://")
+    raise StorageError(f"storage URL {url!r}: scheme {scheme!r} is not supported; use file://, s3://, gs:// or az://")
 
 
 class Storage:
@@ -95,18 +100,18 @@ class Storage:
     process its own storage, with its own counters.
 
     Args:
-        url: `file:///folder`, a plain path, `s3://bucket/prefix`, or `hf://ORG/NAME@REVISION`.
+        url: `file:///folder`, a plain path, `s3://bucket/prefix`, the same with `gs` or `az`, or `hf://ORG/NAME@REVISION`.
         counters: Counters of bytes, seconds and retries; None: not counted.
     """
 
     def __init__(self, url: str, *, counters: Counters | None = None) -> None:
         self.url = normalise_url(url)
         self.counters = Counters() if counters is None else counters
-        self._root = self.url.removeprefix("file://").removeprefix("s3://")
-        self._s3: S3 | None = None
-        if self.url.startswith("s3://"):
+        scheme, _, self._root = self.url.partition("://")
+        self._s3: S3 | Cloud | None = None
+        if scheme in _BUCKETS:
             bucket, _, self._root = self._root.partition("/")
-            self._s3 = _open_bucket(bucket, self.counters)
+            self._s3 = _open_bucket(scheme, bucket, self.counters)
         self._is_hub = self.url.startswith(SCHEME)
         if self._is_hub:
             found = fetch_snapshot(parse_hub_url(self.url))
@@ -132,6 +137,14 @@ class Storage:
         child = Storage(self.at(path), counters=self.counters)
         child._s3 = self._s3
         return child
+
+    def with_deadline(self, deadline_s: float) -> "Storage":
+        """Return the same storage, whose requests are retried for at most this time."""
+        hurried = Storage(self.url, counters=self.counters)
+        if hurried._s3 is not None:
+            settings = hurried._s3.settings
+            hurried._s3.settings = replace(settings, deadline_s=min(deadline_s, settings.deadline_s))
+        return hurried
 
     def read_bytes(self, path: str, *, max_bytes: int | None = None) -> bytes:
         """Return the content of `path`. Content over `max_bytes` is a `DamagedError`, raised before all of it is read."""
@@ -469,7 +482,11 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _open_bucket(name: str, counters: Counters) -> "S3":
+def _open_bucket(scheme: str, name: str, counters: Counters) -> "S3 | Cloud":
+    if scheme != "s3":
+        from p2r.clouds import Cloud
+
+        return Cloud(scheme, name, counters=counters)
     from p2r.s3 import S3
 
     return S3(name, counters=counters)

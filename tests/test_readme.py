@@ -51,6 +51,7 @@ def test_every_p2r_command_exists_with_its_options() -> None:
     assert seen == {
         *("run", "validate", "status", "inspect", "verify", "schema", "views", "tune-batch", "embed", "predict"),
         *("submit", "compare", "plan", "check", "init", "publish", "sign", "export", "push", "pull"),
+        *("list", "show", "promote", "gc"),
     }
 
 

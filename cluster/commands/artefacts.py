@@ -1,26 +1,22 @@
 """Commands for corpora, backbones and models: inspect, verify, publish, sign."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from cluster.commands.options import Debug, JobPath, Overrides, Sign
 from p2r.console import show
 from p2r.errors import JobError
 from p2r.logs import say
 
-if TYPE_CHECKING:
-    pass
-
-from cluster.commands.options import Debug, JobPath, Overrides, Sign
-
 
 def inspect(
-    url: Annotated[str, typer.Argument(help="A corpus, backbone, model, or a job's storage.")],
-    json_: Annotated[bool, typer.Option("--json", help="Print a corpus's manifest instead of a table.")] = False,
+    url: Annotated[str, typer.Argument(help="A corpus, backbone, model, NAME@POINTER, or a job's storage.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print the manifest instead of tables.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show the contents of a URL."""
+    """Show the contents of a URL: a corpus, the manifest, lineage, metrics and results of a backbone or model, or a list."""
     from cluster.inspect import inspect as show_contents
 
     show_contents(url, as_json=json_)
@@ -41,7 +37,20 @@ def verify(
         show(line)
 
 
-def publish(path: JobPath, set_: Overrides = None, sign: Sign = None, debug: Debug = False) -> None:
+def publish(
+    path: JobPath,
+    set_: Overrides = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Publish the complete checkpoint of this step, as VERSION-step-N, also while training runs.",
+        ),
+    ] = None,
+    sign: Sign = None,
+    debug: Debug = False,
+) -> None:
     """Publish the last checkpoint of a job's pretraining, as set in its section publish; in this process, without Ray."""
     from p2r.job import read_job
     from p2r.pipeline.publishing import publish_backbone
@@ -50,7 +59,7 @@ def publish(path: JobPath, set_: Overrides = None, sign: Sign = None, debug: Deb
     job = read_job(path, tuple(set_ or ()))
     if job.publish is None:
         raise JobError(f"job {path} has no section publish; give a job of kind publish, pipeline or ablation")
-    published = publish_backbone(job, Storage(job.storage), say)
+    published = publish_backbone(job, Storage(job.storage), say, step=step)
     show(f"backbone: {published.url}")
     show(f"backbone_pin: {published.pin}")
     if sign is not None:

@@ -30,8 +30,9 @@ class FinetuneConfig(Section):
     tasks: Annotated[tuple[Location, ...], Field(min_length=1)]
     """Paths of task YAMLs, relative to the job file."""
     backbone: Artefact | None = None
-    """URL of a published backbone; `URL@sha256:HEX` pins its manifest. Or a weights file of another tool (see `imported`), which is first
-    published as `backbones/imported/<digest>` in the job's storage. None: the backbone that this job publishes."""
+    """URL of a published backbone; `URL@sha256:HEX` pins its manifest, and `NAME@stable` follows a pointer when the job
+    starts. Or a weights file of another tool (see `imported`), which is first published as `backbones/imported/<digest>` in the job's
+    storage. None: the backbone that this job publishes."""
     imported: ImportedConfig | None = Field(default=None, exclude_if=is_none)
     """Only if `backbone` is a weights file (.safetensors, .pth, .pt, .ckpt) of MONAI's networks, nnU-Net or nnssl: its network, image and
     licence. Its pretraining patients are unknown, so `allow_transductive` must be set."""

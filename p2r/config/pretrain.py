@@ -116,7 +116,8 @@ class PretrainConfig(Section):
     keep_every: NonNegativeInt = 0
     """Keep checkpoints whose step is a multiple of this permanently, besides the newest. 0 disables."""
     init_from: Artefact | None = None
-    """URL of the initial weights. A published backbone (`STORAGE/backbones/NAME/1`): its projection head is new. Another run's checkpoint:
+    """URL of the initial weights. A published backbone (`STORAGE/backbones/NAME/1`, or `STORAGE/backbones/NAME@stable`): its projection
+    head is taken over if it was published and has the same shapes. Another run's checkpoint:
     `STORAGE/pretrain/checkpoints/step-00001000`. A weights file (.safetensors, .pth, .pt, .ckpt) of MONAI's networks, nnU-Net or nnssl,
     whose names are mapped to `model`. `@sha256:HEX` pins each. Step, schedule and order start from zero. None: random weights, drawn by
     `seed`."""

@@ -44,7 +44,7 @@ def _check_reference(text: str) -> str:
 
 
 Artefact = Annotated[Location, AfterValidator(_check_reference)]
-"""Reference to a published backbone: a URL, or `URL@sha256:HEX`, which pins its manifest."""
+"""Reference to a published backbone: a URL; `URL@sha256:HEX`, which pins its manifest; or `NAME@stable`, a pointer."""
 
 
 class Section(BaseModel):

@@ -347,6 +347,11 @@ def refuse_other_ranks(manifest: CheckpointManifest, config: PretrainConfig, *, 
     refuse_inconvertible(manifest.ranks_and_stage, (world_size, config.zero_stage), where=where)
 
 
+def complete_steps(storage: Storage) -> list[int]:
+    """Return the steps of the complete checkpoints below `<storage>/pretrain`, oldest first."""
+    return sorted(map(step_of, _complete_checkpoints(storage)))
+
+
 def _complete_checkpoints(storage: Storage) -> list[str]:
     """Return the paths of the checkpoints that have a manifest, newest first."""
     ending = f"/{MANIFEST}"

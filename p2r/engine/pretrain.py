@@ -22,8 +22,8 @@ import torch
 from p2r.config import PretrainConfig
 from p2r.device import is_waited_for
 from p2r.engine.build import full_weights, join_process_group, masters
-from p2r.engine.checkpoint import Checkpoints, Note, newest_checkpoint, refuse_other_config
-from p2r.engine.checkpoint_manifest import SavedCheckpoint
+from p2r.engine.checkpoint import Checkpoints, Note, complete_steps, newest_checkpoint, refuse_other_config
+from p2r.engine.checkpoint_manifest import MANIFEST, SavedCheckpoint, read_checkpoint
 from p2r.engine.determinism import deterministic
 from p2r.engine.peers import refuse_mixed_gpus
 from p2r.engine.profile import peak_mib
@@ -300,10 +300,34 @@ def finished_checkpoint(storage: Storage, config: PretrainConfig) -> SavedCheckp
     """Return the last step's checkpoint.
 
     Raises:
-        CheckpointError: There is none yet, or it belongs to another run.
+        CheckpointError: There is none yet, it belongs to another run, or training has not ended.
     """
     checkpoint = newest_checkpoint(storage)
     if checkpoint is None:
         raise CheckpointError(f"{storage.at('checkpoints')} holds no checkpoint: run the pretrain stage first")
     refuse_other_config(checkpoint.manifest, config, where=storage.at(checkpoint.path))
+    if checkpoint.step < config.steps:
+        raise CheckpointError(
+            f"{storage.at(checkpoint.path)} is the newest checkpoint of {config.steps} steps: run the job to its end, or publish a "
+            f"checkpoint on the way with p2r publish JOB --step {checkpoint.step}"
+        )
+    return checkpoint
+
+
+def checkpoint_at(storage: Storage, config: PretrainConfig, step: int) -> SavedCheckpoint:
+    """Return the complete checkpoint of a step, also of a run at work.
+
+    Raises:
+        CheckpointError: There is none of this step, or it belongs to another run.
+    """
+    path = path_of(step)
+    if not storage.exists(f"{path}/{MANIFEST}"):
+        found = complete_steps(storage)
+        there = f"complete are the steps {', '.join(map(str, found))}" if found else "none is complete yet"
+        raise CheckpointError(
+            f"{storage.at(path)} is not a complete checkpoint: {there}. Training keeps the newest pretrain.keep_checkpoints "
+            f"({config.keep_checkpoints}) and multiples of pretrain.keep_every ({config.keep_every})"
+        )
+    checkpoint = read_checkpoint(storage, path)
+    refuse_other_config(checkpoint.manifest, config, where=storage.at(path))
     return checkpoint

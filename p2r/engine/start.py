@@ -20,12 +20,15 @@ from p2r.engine.corpora import agreed_corpora
 from p2r.engine.feed import Batches, Timed, feed
 from p2r.engine.objectives import explain_missing_kernels
 from p2r.engine.online_probe import OnlineProbe
+from p2r.engine.peers import Peers
 from p2r.engine.profile import Profiler
 from p2r.engine.running import Clock, HistoryRows, OnAnyRank, Sums, UnreadSteps, never
 from p2r.engine.weights import init_weights
 from p2r.errors import CheckpointError, InputError
 from p2r.model.compiling import compile_in_place, warm_up
 from p2r.model.pix2rep import Pix2Rep
+from p2r.pointers import resolve
+from p2r.reference import parse_reference
 from p2r.storage import Storage
 
 _LOG = logging.getLogger(__name__)
@@ -199,7 +202,12 @@ def _build_network(
     model = Pix2Rep(config.model, dimensions=config.image.dimensions, learnt_temperature=learnt_temperature)
     if checkpoint is not None:
         return model, checkpoint.init_from
-    return model, None if config.init_from is None else init_weights(model, config.init_from)
+    if config.init_from is None:
+        return model, None
+    reference = parse_reference(config.init_from)
+    if reference.pointer is not None:  # it may be moved while the ranks read it
+        reference = Peers().first(lambda: resolve(reference))
+    return model, init_weights(model, str(reference))
 
 
 def _build_compiled_engine(model: Pix2Rep, config: PretrainConfig, *, world_size: int) -> tuple[Any, str | None]:

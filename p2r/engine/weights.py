@@ -1,7 +1,8 @@
 """Initial weights of a run, from a published backbone or another run's checkpoint.
 
 Of p2r's own formats, only safetensors are read, after their digest was checked: their author cannot run code here. All tensors
-must fit. A backbone leaves the projection head at its random weights. A temperature that is learnt on only one side is left out.
+must fit. A backbone's projection head is taken over if it was published and has the model's shapes; otherwise it keeps its random
+weights. A temperature that is learnt on only one side is left out.
 A weights file of another tool passes through `p2r.weights_file`, which runs no code, and a key map, `p2r.model.foreign`.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from p2r.artefact import MAX_MANIFEST_BYTES, MAX_MANIFEST_MEMORY_BYTES, BackboneManifest, open_artefact
+from p2r.artefact import MAX_MANIFEST_BYTES, MAX_MANIFEST_MEMORY_BYTES, Artefact, BackboneManifest, open_artefact
 from p2r.config import ModelConfig
 from p2r.documents import FileEntry, read_json
 from p2r.engine.ancestry import origins_of_backbone, origins_of_checkpoint
@@ -21,12 +22,14 @@ from p2r.errors import CheckpointError, DamagedError
 from p2r.model.backbones import EncoderDecoder, build_backbone
 from p2r.model.foreign import Transfer, transfer
 from p2r.model.pix2rep import Pix2Rep
+from p2r.pointers import resolve
 from p2r.reference import Reference, parse_reference
 from p2r.storage import Storage
 from p2r.tensors import check_fit, read_tensors, shapes_of, unallocated
 from p2r.weights_file import is_weights_file, read_weights_file
 
 _FILE = "model.safetensors"
+_BACKBONE = "backbone."
 _MAX_CITATIONS = 4000
 _OPTIONAL = {"log_temperature"}
 _WAY_OUT = "Take over its model section, or leave init_from out."
@@ -48,7 +51,7 @@ def init_weights(model: Pix2Rep, url: str) -> InitialWeights:
         StorageError: The weights are absent or damaged, or differ from the pin.
         CheckpointError: The URL holds something else, or the weights do not fit the model.
     """
-    given = parse_reference(url)
+    given = resolve(parse_reference(url))
     if is_weights_file(given):
         backbone = model.backbone
         assert isinstance(backbone, EncoderDecoder)
@@ -81,11 +84,13 @@ def init_weights(model: Pix2Rep, url: str) -> InitialWeights:
         entry = artefact.manifest.files.weights
         weights = read_tensors(artefact.read("weights"), where=storage.at(entry.name))
         _load_fitting(model.backbone, weights, where=where, optional=set())
+        head = _take_over_head(model, artefact)
         step: dict[str, object] = {} if artefact.manifest.step is None else {"step": artefact.manifest.step}
         origin = {
             "manifest_sha256": artefact.sha256,
             "weights_sha256": entry.sha256,
             "origins": origins_of_backbone(artefact),
+            **head,
             **step,
         }
         return facts.model_copy(update=origin)
@@ -101,6 +106,23 @@ def init_weights(model: Pix2Rep, url: str) -> InitialWeights:
         "step": saved.step,
     }
     return facts.model_copy(update=origin)
+
+
+def _take_over_head(model: Pix2Rep, artefact: Artefact) -> dict[str, str]:
+    """Load the published projection head if it has the model's shapes, and return the outcome; empty if none was published."""
+    entry = artefact.manifest.files.head
+    if entry is None:
+        return {}
+    weights = read_tensors(artefact.read("head"), where=artefact.storage.at(entry.name))
+    wanted = head_weights(model.state_dict())
+    for name in _OPTIONAL:
+        if (name in weights) != (name in wanted):
+            weights.pop(name, None)
+            wanted.pop(name, None)
+    if shapes_of(weights) != shapes_of(wanted):
+        return {"head": "random: the published head has other shapes"}
+    model.load_state_dict(weights, strict=False)
+    return {"head": "taken over"}
 
 
 def foreign_weights(
@@ -162,7 +184,11 @@ def _load_fitting(module: Any, weights: dict[str, Tensor], *, where: str, option
     module.load_state_dict(weights, strict=False)
 
 
+def head_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the other part of a whole model's weights: the projection head, and a learnt temperature."""
+    return {name: value for name, value in weights.items() if not name.startswith(_BACKBONE)}
+
+
 def backbone_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the backbone's part of a whole model's weights, under the backbone's own names."""
-    prefix = "backbone."
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return {name.removeprefix(_BACKBONE): value for name, value in weights.items() if name.startswith(_BACKBONE)}

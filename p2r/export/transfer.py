@@ -12,7 +12,10 @@ from p2r.export.source import open_source
 from p2r.hub import SCHEME, HubURL, hub_errors, import_client, parse_hub_url
 from p2r.reference import Reference, parse_reference
 
-_OWN_FILES = ["model-*.safetensors", "config-*.json", "README-*.md", "manifest.sig"]
+_OWN_FILES = [
+    *("model-*.safetensors", "config-*.json", "README-*.md", "manifest.sig"),
+    *("head-*.safetensors", "unaveraged-*.safetensors", "metrics-*.json", "training-*.png"),
+]
 """Patterns of the files that an older version may have left in the repository; its commit keeps them."""
 
 

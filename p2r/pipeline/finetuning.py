@@ -22,6 +22,7 @@ from p2r.modes import MODES
 from p2r.pipeline.imported import publish_imported
 from p2r.pipeline.made import Made
 from p2r.pipeline.reporting import make_report
+from p2r.reference import parse_reference
 from p2r.report import table
 from p2r.storage import Storage
 
@@ -86,7 +87,10 @@ def _load_backbone(job: Job, storage: Storage, say: Say) -> Backbone:
         url = storage.at(f"backbones/{job.publish.name}/{job.publish.version}")
     if config.imported is not None:
         url = publish_imported(url, config.imported, storage, say)
-    return load_backbone(url, key=config.backbone_signed_by)
+    backbone = load_backbone(url, key=config.backbone_signed_by)
+    if parse_reference(url).pointer is not None:
+        say(f"finetune | {url} is {backbone.manifest.pin}")
+    return backbone
 
 
 def _digest_other(config: OtherConfig, say: Say) -> str:

@@ -16,11 +16,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from p2r.artefact import RESULTS
 from p2r.errors import P2RError
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.task_files import load_task, read_task_config
 from p2r.job import Job
 from p2r.pipeline.made import Made
+from p2r.pointers import pointer_in, resolve
+from p2r.reference import parse_reference
 from p2r.report import table
 from p2r.storage import Storage, json_bytes
 from p2r.version import code_version
@@ -85,7 +88,16 @@ def digest_inputs(job: Job) -> str:
     if not _is_recorded(job):
         return ""
     tasks = {path: list(_task_states(path)) for path in _tasks_of(job)}
-    return hashlib.sha256(json_bytes([job.model_dump(mode="json"), _code(), tasks])).hexdigest()
+    named = [str(resolve(parse_reference(url))) for url in _pointers_of(job)]
+    inputs = [job.model_dump(mode="json"), _code(), tasks, *([named] if named else [])]
+    return hashlib.sha256(json_bytes(inputs)).hexdigest()
+
+
+def _pointers_of(job: Job) -> Iterator[str]:
+    """Yield the references of a job whose version may have changed since."""
+    named = None if job.finetune is None else job.finetune.backbone
+    if named is not None and parse_reference(named).pointer is not None:
+        yield named
 
 
 def _is_recorded(job: Job) -> bool:
@@ -124,8 +136,14 @@ def _task_states(path: str) -> Iterator[tuple[str, int, int]]:
 
 def _states(storage: Storage) -> dict[str, list[int | str]]:
     """Return size and version of every file that a finished job is judged by."""
-    paths = [path for folder in _FOLDERS for path in storage.list(folder)]
+    paths = [path for folder in _FOLDERS for path in storage.list(folder) if not _changes_later(path)]
     return {path: list(storage.version(path)) for path in (*paths, *_existing(storage))}
+
+
+def _changes_later(path: str) -> bool:
+    """Return whether a file beside published versions is changed by other commands: pointers, and results of later jobs."""
+    name = path.rpartition("/")[2]
+    return name == RESULTS or pointer_in(name) is not None
 
 
 def _existing(storage: Storage) -> Iterator[str]:

@@ -18,7 +18,8 @@ from p2r.evaluate.splits import HELD_OUT
 from p2r.evaluate.task_files import Task, load_task, read_task_config
 from p2r.job import Job, find_job, ignored_variables, nearest_file, read_job, variants_of
 from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
-from p2r.reference import names_weights_file
+from p2r.pointers import file_of
+from p2r.reference import names_weights_file, parse_reference
 from p2r.stages import KINDS
 
 _PLACEHOLDER = re.compile(
@@ -224,7 +225,16 @@ def _check_artefact(url: str, where: str) -> None:
         if not path.expanduser().is_file():
             raise DataError(f"{where}: {url} does not exist; correct the path of the weights file{unquoted_hint(url)}")
         return
-    if not (path.expanduser() / "manifest.json").is_file():
+    if (path.expanduser() / "manifest.json").is_file():
+        return
+    reference = parse_reference(url)
+    versions = None if reference.pointer is None else local_path(reference.url)
+    if reference.pointer is not None and versions is not None and versions.is_dir():
+        if not (versions.expanduser() / file_of(reference.pointer)).is_file():
+            raise DataError(
+                f"{where}: {versions} has no pointer {reference.pointer}: p2r promote makes it; or name a version, as p2r list shows them"
+            )
+    else:
         raise DataError(
             f"{where}: {url} has no manifest.json: nothing was made or published there; correct the URL{unquoted_hint(url)}"
         )

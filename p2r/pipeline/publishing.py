@@ -1,50 +1,70 @@
-"""The stage publish: the weights of the last checkpoint -> a backbone on the storage, with its corpora, licence and card."""
+"""The stage publish: a checkpoint -> a backbone on the storage, with its head, metrics, curves, lineage and card; the pointer `latest`."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 
-from p2r.artefact import CorpusFacts, Manifest, Published
+from torch import Tensor
+
+from p2r.artefact import MANIFEST, MAX_MANIFEST_BYTES, CorpusFacts, Manifest, Published
+from p2r.artefact_manifest import Lineage, Parent, Role
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, publish
 from p2r.config import ImageConfig, PretrainConfig, PublishConfig
 from p2r.data.manifest import describe_records
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
 from p2r.engine.ancestry import added, ancestry, corpus_facts
-from p2r.engine.checkpoint_manifest import SavedCheckpoint
+from p2r.engine.checkpoint_manifest import InitialWeights, SavedCheckpoint
 from p2r.engine.corpora import corpora_of
-from p2r.engine.pretrain import finished_checkpoint
-from p2r.engine.weights import backbone_weights, checked_weights
-from p2r.errors import DataError, JobError
+from p2r.engine.history import read_history
+from p2r.engine.pretrain import checkpoint_at, finished_checkpoint
+from p2r.engine.report import HISTORY
+from p2r.engine.weights import backbone_weights, checked_weights, head_weights
+from p2r.errors import DamagedError, DataError, JobError
 from p2r.job import Job
 from p2r.logs import Say
 from p2r.model.backbones import cost_of
 from p2r.pipeline.imported import published_record
+from p2r.published.metrics import TrainingMetrics
+from p2r.published.promotion import move_latest
+from p2r.reference import Reference
+from p2r.report import pretraining_curves
 from p2r.report.text import for_markdown
-from p2r.storage import Storage
+from p2r.storage import Storage, json_bytes
 
 
-def publish_backbone(job: Job, storage: Storage, say: Say) -> Published[Manifest]:
-    """Publish the weights of the last checkpoint, without the projection head, and return the artefact's manifest.
+def publish_backbone(job: Job, storage: Storage, say: Say, *, step: int | None = None) -> Published[Manifest]:
+    """Publish the weights of a checkpoint, move the pointer `latest` to them, and return the artefact's manifest.
 
-    If a moving average of the weights was kept, it is published instead.
+    If a moving average of the weights was kept, it is published, with the last step's weights beside it. The projection head has a file
+    of its own.
+
+    Args:
+        job: The job.
+        storage: Its storage.
+        say: Receives lines of progress.
+        step: Step of a complete checkpoint, which may be one of a run at work; it is published as VERSION-step-N. None: the last step.
+
+    Raises:
+        CheckpointError: The checkpoint is absent, or another backbone is published there.
     """
     config, pretrain = job.publish, job.pretrain
     assert config is not None
     if pretrain is None:
         raise JobError("kind publish needs the pretrain section of the run whose checkpoint it publishes")
-    where = storage.child(f"backbones/{config.name}/{config.version}")
-    checkpoint = finished_checkpoint(storage.child("pretrain"), pretrain)
+    where = storage.child(f"backbones/{config.name}/{config.version}" + ("" if step is None else f"-step-{step}"))
+    trained = storage.child("pretrain")
+    checkpoint = finished_checkpoint(trained, pretrain) if step is None else checkpoint_at(trained, pretrain, step)
     corpora = corpora_of(pretrain, storage.child("corpus"), stream=checkpoint.manifest.state.stream)
     inherited = ancestry(checkpoint.manifest.init_from)
     licence = _choose_licence(config, [*(corpus.manifest.facts.licence for corpus in corpora), *inherited.licences])
     slice_axis = _slice_axis_of(corpora) if pretrain.image.dimensions == 2 else "auto"
     preparation = preparation_of_backbone(pretrain.image, slice_axis, contrasts=pretrain.model.contrasts)
-    name = "model.safetensors" if pretrain.ema_decay is None else "ema.safetensors"
-    weights = checked_weights(storage.child("pretrain"), f"{checkpoint.path}/{name}", checkpoint.manifest.files[name])
+    weights, tensors = _read_weights(trained, checkpoint, pretrain)
     published = publish(
         where,
         format=BACKBONE_FORMAT,
-        weights=backbone_weights(weights),
+        weights=weights,
         config=ArtefactConfig(model=pretrain.model, preparation=preparation),
         card=_write_card(job, config, corpora, where.url, licence, step=checkpoint.step),
         facts={
@@ -55,8 +75,12 @@ def publish_backbone(job: Job, storage: Storage, say: Say) -> Published[Manifest
             if inherited.corpora is None
             else added(list(map(_corpus_facts, corpora)), inherited.corpora),
             **_describe_training(checkpoint, pretrain),
+            "lineage": _lineage(trained, checkpoint),
         },
+        tensors=tensors,
+        documents=_documents(trained, step=checkpoint.step, title=f"{config.name}, pretraining"),
     )
+    move_latest(where, published.sha256, is_new=published.is_new)
     if inherited.corpora is None:
         say(
             "publish | CORPORA UNKNOWN: the pretraining data of the initial weights cannot be read; evaluation will refuse this backbone"
@@ -82,6 +106,58 @@ def _slice_axis_of(corpora: Sequence[Corpus]) -> SliceAxis:
             "a backbone has one rule; ingest them alike"
         )
     return rules.pop()
+
+
+def _read_weights(
+    storage: Storage, checkpoint: SavedCheckpoint, config: PretrainConfig
+) -> tuple[dict[str, Tensor], dict[Role, dict[str, Tensor]]]:
+    """Return the published weights of a checkpoint, and the weights that get files of their own: head, and not averaged ones."""
+
+    def read(name: str) -> dict[str, Tensor]:
+        return checked_weights(storage, f"{checkpoint.path}/{name}", checkpoint.manifest.files[name])
+
+    try:
+        last = read("model.safetensors")
+        published = last if config.ema_decay is None else read("ema.safetensors")
+    except DamagedError as error:
+        raise DamagedError(
+            f"{error}; training removes checkpoints that are older than the newest pretrain.keep_checkpoints "
+            f"({config.keep_checkpoints}), unless pretrain.keep_every keeps their step"
+        ) from None
+    tensors: dict[Role, dict[str, Tensor]] = {"head": head_weights(published)}
+    if published is not last:
+        tensors["unaveraged"] = backbone_weights(last)
+    return backbone_weights(published), tensors
+
+
+def _lineage(storage: Storage, checkpoint: SavedCheckpoint) -> Lineage:
+    before = checkpoint.manifest.init_from
+    content = storage.read_bytes(f"{checkpoint.path}/{MANIFEST}", max_bytes=MAX_MANIFEST_BYTES)
+    return Lineage(
+        parents=[] if before is None else [_parent(before)],
+        origins=[] if before is None else list(before.origins or []),
+        checkpoint_sha256=hashlib.sha256(content).hexdigest(),
+        code=str((checkpoint.manifest.model_extra or {}).get("code", ""))[:100],
+    )
+
+
+def _parent(before: InitialWeights) -> Parent:
+    format = before.format or "unknown"
+    if before.manifest_sha256 is None:  # another tool's weights: the name of the file, without a path of this machine
+        return Parent(reference=before.url.rpartition("/")[2], format=format, sha256=before.weights_sha256 or "0" * 64)
+    pin = Reference(before.url, before.manifest_sha256)
+    return Parent(reference=str(pin), format=format, sha256=before.manifest_sha256, step=before.step)
+
+
+def _documents(storage: Storage, *, step: int, title: str) -> dict[Role, bytes]:
+    """Return the metrics of a run at a step, and their curves; empty without a history."""
+    if not storage.exists(HISTORY):
+        return {}
+    rows = [row.to_json() for row in read_history(storage, HISTORY)]
+    metrics = TrainingMetrics.from_history(rows, step=step)
+    documents: dict[Role, bytes] = {"metrics": json_bytes(metrics.model_dump(mode="json"))}
+    picture = pretraining_curves(rows, step=step, title=title)
+    return documents if picture is None else {**documents, "picture": picture}
 
 
 def _describe_training(checkpoint: SavedCheckpoint, config: PretrainConfig) -> dict[str, object]:

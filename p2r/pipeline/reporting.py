@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2r.artefact import BackboneManifest
+from p2r.artefact import BackboneManifest, open_artefact
 from p2r.backbone import Backbone, load_model
 from p2r.data.preprocess import intensity_window, percentile_table, slice_axis, volume_to_planes
 from p2r.data.stream import stream
@@ -32,7 +32,9 @@ from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job
 from p2r.loss import corresponding_points
 from p2r.modes import MODES
+from p2r.published.results import add_results, results_from
 from p2r.randomness import keyed_generator
+from p2r.reference import parse_reference
 from p2r.report import (
     Drawing,
     ShownCase,
@@ -143,13 +145,12 @@ def make_report(
         }
     )
     assert job.finetune is not None
-    write_report(
-        where,
-        rows=list(rows),
-        context=context,
-        pictures=pictures,
-        statistics=few_shot_statistics(rows, seed=job.finetune.seed) if rows else None,
-    )
+    statistics = few_shot_statistics(rows, seed=job.finetune.seed) if rows else None
+    write_report(where, rows=list(rows), context=context, pictures=pictures, statistics=statistics)
+    if statistics is not None and backbone.manifest.url.startswith(storage.at("backbones/")):
+        # Backbones of other storages get them by `p2r promote --report`.
+        artefact = open_artefact(parse_reference(backbone.manifest.pin), is_fresh=True)
+        add_results(artefact, results_from(statistics, report=where.at("report.json")))
     return where
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from p2r.report.cases import ShownCase, shown_cases
     from p2r.report.corpus_report import corpus_report_is_current, write_corpus_report
     from p2r.report.curve import few_shot_curve
+    from p2r.report.curves_of_pretraining import pretraining_curves
     from p2r.report.document import write_report
     from p2r.report.pictures import embedding_pca, outlines, view_pairs
     from p2r.report.sheet import image_of, view_sheet
@@ -33,6 +34,7 @@ __all__ = [
     "label_of",
     "markdown_variants",
     "outlines",
+    "pretraining_curves",
     "shown_cases",
     "source_line",
     "split_of",
@@ -58,6 +60,7 @@ _MODULES = {
     "few_shot_curve": "p2r.report.curve",
     "embedding_pca": "p2r.report.pictures",
     "outlines": "p2r.report.pictures",
+    "pretraining_curves": "p2r.report.curves_of_pretraining",
     "view_pairs": "p2r.report.pictures",
     "Cell": "p2r.report.tables",
     "Spread": "p2r.report.tables",

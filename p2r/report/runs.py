@@ -15,6 +15,7 @@ from p2r.artefact import open_artefact
 from p2r.documents import FewKeys
 from p2r.errors import CheckpointError, DataError, StorageError
 from p2r.evaluate.rows import JsonModel, TrialRow, digests_of
+from p2r.pointers import resolve
 from p2r.reference import parse_reference
 from p2r.report.tables import code_of, protocol_of
 from p2r.report.text import one_line
@@ -170,7 +171,7 @@ def _chosen_settings(chosen: object) -> tuple[Choice, ...]:
 
 def _find_report(url: str) -> tuple[Storage, str, _Published | None]:
     """Return the location of a URL's report, and the backbone whose rows are meant, if the URL is of one."""
-    reference = parse_reference(url)
+    reference = resolve(parse_reference(url))
     if url.endswith(".json"):
         folder, _, path = url.rpartition("/")
         storage, paths = Storage(folder or "."), [path]

@@ -293,7 +293,7 @@ def test_a_run_that_does_not_exist_is_named(
         (f"file://{tmp_path}/nothing", "holds no run"),
         (tmp_path / "nothing", "neither a job file (.yaml) nor the folder or URL"),
         (tmp_path / "absent.yaml", "cannot be read"),
-        ("gs://bucket/run", "scheme 'gs' is not supported"),
+        ("ftp://bucket/run", "scheme 'ftp' is not supported"),
     ):
         for options in ((), ("--web", "--port", "0"), ("--watch",), ("--json",)):
             code, said, why = p2r("status", target, *options)

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from p2r.artefact import CorpusFacts, open_artefact
+from p2r.artefact import open_artefact
+from p2r.artefact_manifest import CorpusFacts
 from p2r.data.manifest import load_manifest, manifest_sha256
 from p2r.engine.ancestry import added, ancestry, corpus_facts, origins_of_backbone, origins_of_checkpoint
 from p2r.engine.checkpoint_manifest import FORMAT, InitialWeights, parse_manifest

@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from p2r.artefact import open_artefact
 from p2r.config import PretrainConfig
 from p2r.data.corpus import ingest_locally
 from p2r.data.manifest import load_manifest, manifest_sha256
@@ -27,11 +29,15 @@ from p2r.engine.build import build_engine, join_process_group, masters
 from p2r.engine.pretrain import _count_lost_weights, _round_products, finished_checkpoint, pretrain
 from p2r.engine.profile import PARTS, profile_text
 from p2r.engine.step import Step, take_step
+from p2r.engine.weights import init_weights
 from p2r.errors import CheckpointError, DataError, InputError, StorageError, TrainingError
 from p2r.job import Job
 from p2r.loss import corresponding_points
 from p2r.model.pix2rep import Pix2Rep
 from p2r.pipeline.publishing import publish_backbone
+from p2r.pointers import resolve
+from p2r.published.metrics import metrics_of
+from p2r.reference import parse_reference
 from p2r.storage import Storage
 from p2r.views.pair import make_views
 from tests.engine_runs import losses, train
@@ -501,10 +507,58 @@ def test_the_mean_of_weights_is_what_is_published(job_of: JobOf, corpus: Storage
         for name in ("model", "ema")
     )
     found = safetensors.torch.load(published)
-    assert set(mean) == set(last) and 0 < len(found) < len(mean)  # the projection head stays behind
+    assert set(mean) == set(last) and 0 < len(found) < len(mean)  # the projection head is in a file of its own
     for name, value in found.items():
         assert torch.equal(value, mean[f"backbone.{name}"])
     assert any(not torch.equal(last[name], mean[name]) for name in mean)
+    head, unaveraged = (
+        safetensors.torch.load(Storage(made["url"]).read_bytes(made["files"][role]["name"]))
+        for role in ("head", "unaveraged")
+    )
+    assert set(head) == {name for name in mean if name.startswith("head.")}
+    assert all(torch.equal(value, mean[name]) for name, value in head.items())
+    assert all(torch.equal(value, last[f"backbone.{name}"]) for name, value in unaveraged.items())
+    # A run that starts from it takes both parts over, and its own backbone names it as its parent.
+    assert job.pretrain is not None
+    model = Pix2Rep(job.pretrain.model)
+    record = init_weights(model, f"{storage.url}/backbones/toy@latest")
+    assert record.to_json()["head"] == "taken over" and record.manifest_sha256 == made["sha256"]
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in mean.items())
+
+
+def test_a_checkpoint_on_the_way_is_published_as_its_step_while_the_run_is_at_work(
+    job_of: JobOf, corpus: Storage, tmp_path: Path
+) -> None:
+    overrides = ("kind=pretrain", "ingest=null", f"pretrain.corpus={corpus.url}", "pretrain.equivariance_interval=1")
+    job = job_of(tmp_path, *overrides)
+    storage = Storage(job.storage)
+    run = pretrain(job.pretrain, storage=storage.child("pretrain"), corpus=corpus, device=CPU)  # type: ignore[arg-type]
+    while not storage.exists("pretrain/checkpoints/step-00000002/manifest.json"):
+        next(run)
+    with pytest.raises(CheckpointError, match=r"is the newest checkpoint of 6 steps: .* p2r publish JOB --step \d"):
+        publish_backbone(job, storage, lambda line: None)
+    made = publish_backbone(job, storage, lambda line: None, step=2)
+    assert made["url"].endswith("/backbones/toy/1-step-2") and made["step"] == 2
+    artefact = open_artefact(resolve(parse_reference(f"{storage.url}/backbones/toy@latest")))
+    assert artefact.pin == made["pin"]
+    metrics = metrics_of(artefact)
+    assert (
+        metrics is not None
+        and metrics.step == 2
+        and metrics.health is not None
+        and metrics.health["effective_rank"] > 1
+    )
+    assert made["files"]["picture"]["num_bytes"] > 1000
+    content = storage.read_bytes("pretrain/checkpoints/step-00000002/manifest.json")
+    assert (
+        made["lineage"]["checkpoint_sha256"] == hashlib.sha256(content).hexdigest() and made["lineage"]["parents"] == []
+    )
+    with pytest.raises(CheckpointError, match=r"step-00000003 is not a complete checkpoint: complete are the steps 2"):
+        publish_backbone(job, storage, lambda line: None, step=3)
+    list(run)
+    again = publish_backbone(job, storage, lambda line: None)
+    assert again["url"].endswith("/backbones/toy/1") and again["step"] == 6
 
 
 @pytest.mark.parametrize("waits", [True, False])

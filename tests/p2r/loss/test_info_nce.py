@@ -6,6 +6,7 @@ Mutants of `p2r/loss/contrast.py` that this file cannot kill, and why:
     len(contrast.counts) == 1 -> != 1                        equal sums, in two products instead of one
     contrast.num_pairs // PANEL -> * PANEL                   equal sums, shared less evenly among ranks
     first < last -> <=                                       an empty block adds nothing
+    any(count % PANEL ...) -> all(...)                       one rank has one count
     of_columns=False -> True                                 column sums that are not used
 """
 

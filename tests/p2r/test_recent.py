@@ -1,0 +1,71 @@
+"""Loading again: a pin needs no request, and a storage that is down is replaced by what was read from it last."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+import p2r
+from p2r import recent
+from p2r.errors import StorageError
+from p2r.published.promotion import promote
+from p2r.storage import Storage
+from tests.publishing import publish_toy
+
+pytestmark = pytest.mark.s3
+NOWHERE = "http://127.0.0.1:9"  # nothing listens there
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("P2R_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(recent, "_DEADLINE_S", 0.2)
+    return tmp_path / "cache"
+
+
+def test_what_was_loaded_once_loads_again_without_its_storage(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, other = publish_toy(f"{s3_url}/toy/1"), publish_toy(f"{s3_url}/toy/2", seed=1)
+    promote(made["pin"], "stable", forced="a toy without health", say=lambda line: None)
+    references = (made["pin"], made["url"], f"{s3_url}/toy@stable")
+    for reference in references:
+        p2r.load_backbone(reference)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", NOWHERE)
+    monkeypatch.setenv("P2R_S3_DEADLINE_S", "0.2")
+    with caplog.at_level(logging.WARNING):
+        assert p2r.load_backbone(made["pin"]).manifest["pin"] == made["pin"]
+    assert caplog.text == ""
+    for reference in references[1:]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert p2r.load_backbone(reference).manifest["pin"] == made["pin"]
+        assert "using the content that" in caplog.text and NOWHERE in caplog.text
+    with pytest.raises(StorageError, match="cannot read"):
+        p2r.load_backbone(other["pin"])
+
+
+def test_a_document_that_was_damaged_in_the_cache_is_read_from_the_storage_again(s3_url: str, own_cache: Path) -> None:
+    made = publish_toy(f"{s3_url}/toy/1")
+    p2r.load_backbone(made["pin"])
+    kept = own_cache / "documents" / made["sha256"]
+    assert kept.read_bytes() == Storage(made["url"]).read_bytes("manifest.json")
+    kept.write_bytes(b"{}")
+    assert p2r.load_backbone(made["pin"]).manifest["sha256"] == made["sha256"]
+    assert kept.read_bytes() != b"{}"
+
+
+def test_a_version_that_was_exchanged_in_its_storage_is_noticed_without_a_pin(s3_url: str) -> None:
+    made, other = publish_toy(f"{s3_url}/toy/1"), publish_toy(f"{s3_url}/toy/2", seed=1)
+    p2r.load_backbone(made["url"])
+    for name in Storage(other["url"]).list():
+        Storage(made["url"]).write_bytes(name, Storage(other["url"]).read_bytes(name))
+    assert p2r.load_backbone(made["url"]).manifest["sha256"] == other["sha256"]
+
+
+def test_the_documents_used_last_are_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recent, "_MAX_FILES", 4)
+    for number in range(5):
+        recent.keep(str(number).encode(), url=f"s3://b/{number}")
+    assert len(list((own_cache / "documents").iterdir())) == 4
+    assert recent._last_content("s3://b/4") == b"4" and recent._last_content("s3://b/0") is None
