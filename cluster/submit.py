@@ -16,6 +16,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.session import forwarded_secrets, forwarded_settings
+from p2r.console import is_plain
 from p2r.data.pseudonyms import VARIABLE as PSEUDONYM_KEY
 from p2r.errors import JobError, TrainingError
 from p2r.logs import as_text, say
@@ -27,7 +28,8 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
     """Submit the job, or a fork of it, follow its log, and return when it has succeeded.
 
     Raises:
-        JobError: The job file is outside the current folder, which is uploaded to the cluster. Or the cluster refuses the job:
+        JobError: The job file is outside the current folder, which is uploaded to the cluster. Its name or an override has a control
+            character. Or the cluster refuses the job:
             its token is missing or wrong, or no job server answers at the address.
         TrainingError: The job did not succeed.
     """
@@ -37,6 +39,11 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
         raise JobError(
             f"job {path} must be inside the current folder {Path.cwd()}: the cluster gets this folder"
         ) from None
+    if unsafe := [word for word in (relative.as_posix(), *overrides) if not is_plain(word)]:
+        raise JobError(
+            f"{unsafe[0]!r} cannot be submitted: Ray writes the command of a job into its logs as it is, so a line break or another "
+            "control character would forge lines there; rename the file, or write the value into it"
+        )
     left_out = [*forwarded_secrets(), *(name for name in [PSEUDONYM_KEY] if name in os.environ)]
     if left_out:
         say(

@@ -85,22 +85,35 @@ def test_a_run_prints_text_and_writes_where_it_should(
         assert_harmless(said)
 
 
+def test_a_name_that_would_forge_lines_in_ray_s_logs_is_not_submitted(
+    p2r: P2R, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray logs the command of a job as it is."""
+    monkeypatch.chdir(job.parent)
+    (job.parent / "plain.yaml").write_bytes(job.read_bytes())
+    for words in ((job.name,), ("plain.yaml", "--set", "publish.description='a\n\nforged: line'")):
+        code, said = p2r("submit", *words, "--address", "http://127.0.0.1:9")
+        assert code == 2 and "cannot be submitted" in said, said
+        assert_harmless(said)
+
+
 @pytest.mark.ray
 def test_run_and_submit_on_a_cluster_print_text_and_leave_no_secret(tmp_path: Path, short: Path) -> None:
     """One head for both; the submitted job finds the work of the first one done."""
     job = write_job(tmp_path)
     data = job.parent
+    (data / "job.yaml").write_bytes(job.read_bytes())
     with watched_commands() as commands, head(short) as (address, dashboard):
         said = [
             p2r_process(*words, env=environment(**MARKED), cwd=data)
             for words in (
                 ("run", job.name, "--address", address),
-                ("submit", job.name, "--address", f"http://127.0.0.1:{dashboard}"),
+                ("submit", "job.yaml", "--address", f"http://127.0.0.1:{dashboard}"),
             )
         ]
         jobs = jobs_of(dashboard)
     for text in said:
-        assert_harmless(text)
+        assert_harmless(text.replace("\tINFO ", " INFO "))  # Ray's own
         assert "report | " in text or "page: " in text, text
     assert jobs.count('"entrypoint"') == 2 and "SUCCEEDED" in jobs
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([NAME, URL_NAME])
