@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import ray
 from pydantic import BaseModel
 from ray import tune
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.schedulers import create_scheduler
 from ray.tune.search import create_searcher
 
@@ -34,7 +35,7 @@ from p2r.fewshot.setup import TrialSetup
 from p2r.fewshot.stored import read_candidates, read_result
 from p2r.job import Resources
 from p2r.logs import Line, Say, counted
-from p2r.masking import masked
+from p2r.masking import is_secret_name, masked
 from p2r.modes import Mode
 from p2r.storage import Storage, json_bytes
 
@@ -43,6 +44,9 @@ Count = Callable[[Mapping[str, int]], None]
 _STATES = {"PENDING": "pending", "RUNNING": "running", "PAUSED": "paused", "TERMINATED": "done", "ERROR": "failed"}
 _COUNT_S = 1.0
 _ASHA = ("asha", "async_hyperband", "asynchyperband")
+# Tune copies these variables into the runtime environment of each trial, which Ray logs. Trials get keys as all workers do, from
+# `cluster.session`.
+ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if is_secret_name(name)])
 
 
 def run_trials(

@@ -11,6 +11,7 @@ import ray
 
 from cluster.session import forwarded_secrets, forwarded_settings, session
 from p2r.errors import masked_errors
+from p2r.masking import is_secret_name
 from p2r.storage import Storage
 from tests.ray_head import MARK, MARKED, environment, head, jobs_of, leaks, p2r, watched_commands
 
@@ -23,23 +24,26 @@ def test_a_job_on_this_machine_leaves_no_secret_anywhere(
     job = write_toy_job(tmp_path)
     with watched_commands() as commands:
         said = p2r(
-            *(
-                "run",
-                str(job),
-                "--set",
-                "kind=pretrain",
-                "--set",
-                "pretrain.steps=2",
-                "--set",
-                "ingest.pseudonyms=true",
-            ),
+            "run",
+            str(job),
+            *("--set", "pretrain.steps=2", "--set", "ingest.pseudonyms=true"),
+            *("--set", "finetune.steps=2", "--set", "finetune.num_labelled=[1]", "--set", "finetune.modes=[fine_tune]"),
             env=environment(**MARKED, RAY_TMPDIR=str(short)),
             cwd=tmp_path,
         )
     assert Storage(f"{tmp_path}/storage/corpus").read_json("manifest.json")["num_records"] > 0
+    assert len(Storage(f"{tmp_path}/storage/report").read_json("report.json")["rows"]) == 1
     assert list(short.rglob("runtime_env_agent.log")) and list(short.rglob("raylet.out"))
     assert [*leaks(short), *leaks(tmp_path / "storage")] == []
     assert MARK not in said and not any(MARK.encode() in command for command in commands)
+
+
+def test_ray_tune_copies_no_secret_into_the_runtime_environment_of_a_trial() -> None:
+    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+
+    import cluster.finetune  # noqa: F401  # takes them out
+
+    assert not ENV_VARS_TO_PROPAGATE & MARKED.keys() and not any(map(is_secret_name, ENV_VARS_TO_PROPAGATE))
 
 
 def test_a_cluster_s_workers_get_the_driver_s_keys_in_memory_and_a_submitted_job_gets_none(
