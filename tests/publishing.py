@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from p2r.artefact import Manifest, Published, open_artefact
+from p2r.artefact_manifest import CorpusFacts
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, load_backbone, publish, verify_artefact
 from p2r.config import ModelConfig
 from p2r.data.preprocess import Preparation
@@ -39,6 +40,16 @@ PREPARATION = Preparation(
 FORK = multiprocessing.get_context("fork")
 WRITES = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "shutil.copyfile", "http.client.send"}
 """Python's audit events before each thing that changes a folder, or is sent to a server."""
+
+
+def corpus_facts(
+    salt: str = "a" * 64, *, subjects: tuple[str, ...] = ("a" * 64,), voxels: tuple[str, ...] = ("b" * 64,)
+) -> CorpusFacts:
+    """Return facts of a corpus, with digests of subjects and scans that no task has."""
+    return CorpusFacts(
+        url="s3://b/corpus", sha256="a" * 64, weight=None, licence="CC BY 4.0", provenance="", cohort="c", num_samples=1,
+        num_subjects=1, salt=salt, subject_digests=list(subjects), voxel_digests=list(voxels), deidentification={},
+    )  # fmt: skip
 
 
 def publish_toy(

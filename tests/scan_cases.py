@@ -464,7 +464,7 @@ def table() -> str:
     label_maps, sources = [case.row() for case in PAIRS], [case.row() for case in FOLDER_CASES]
     return (
         "# Scans as people have them\n\n"
-        "Treatment of odd and broken files. Everything that is read keeps its place: an image that `p2r predict` writes on\n"
+        "Treatment of odd and broken files. Everything that is read keeps its place. An image that `p2r predict` writes on\n"
         "a scan's grid has the scan's sform, qform, codes, units and spacing in time, so that it overlays the scan in every viewer. A\n"
         "refusal has a reason code and names the way out; in a corpus, both are in the ledger.\n\n"
         "This table is written by `python -m tests.scan_cases > docs/inputs.md`; a test holds every line of it.\n\n"

@@ -6,23 +6,16 @@ from typing import Any
 import pytest
 
 from p2r.artefact import open_artefact
-from p2r.artefact_manifest import CorpusFacts
 from p2r.data.manifest import load_manifest, manifest_sha256
 from p2r.engine.ancestry import added, ancestry, corpus_facts, origins_of_backbone, origins_of_checkpoint
 from p2r.engine.checkpoint_manifest import FORMAT, InitialWeights, parse_manifest
 from p2r.errors import DamagedError
 from p2r.reference import parse_reference
 from p2r.storage import Storage
+from tests.publishing import corpus_facts as facts
 from tests.publishing import publish_toy
 
 A, B = "a" * 64, "b" * 64
-
-
-def facts(salt: str = A, *, subjects: tuple[str, ...] = (A,), voxels: tuple[str, ...] = (B,)) -> CorpusFacts:
-    return CorpusFacts(
-        url="s3://b/corpus", sha256=A, weight=None, licence="CC BY 4.0", provenance="", cohort="c", num_samples=1,
-        num_subjects=1, salt=salt, subject_digests=list(subjects), voxel_digests=list(voxels), deidentification={},
-    )  # fmt: skip
 
 
 def backbone(folder: Path, **values: Any) -> str:

@@ -25,7 +25,7 @@ from p2r.modes import MODES
 from p2r.report.contrasts import contrast_blocks
 from p2r.report.page import Grid
 from p2r.storage import Storage
-from tests.publishing import publish_toy
+from tests.publishing import corpus_facts, publish_toy
 from tests.toy import CONTRASTS, write_toy_sessions
 
 NAMES = tuple(CONTRASTS)
@@ -47,7 +47,9 @@ def make(data: Path, tmp_path: Path) -> Make:
     def make(*, of: tuple[str, ...] | None = None, storage: str = "storage", **values: Any) -> TrialSetup:
         rates = {mode: [1e-2] for mode, facts in MODES.items() if "steps" in facts.settings}
         given = {"modes": ["fine_tune"], "num_labelled": [1], "draws": 1, "steps": 3, "batch_size": 2, **values}
-        url = publish_toy(str(tmp_path / f"backbone-{'-'.join(of or ())}"), contrasts=of)["url"]
+        url = publish_toy(str(tmp_path / f"backbone-{'-'.join(of or ())}"), contrasts=of, corpora=[corpus_facts()])[
+            "url"
+        ]
         backbone, root = p2r.load_backbone(url), Storage(str(tmp_path / storage))
         config = FinetuneConfig.model_validate({"tasks": ["t"], "search": {"learning_rates": rates}, **given})
         setup = TrialSetup(
