@@ -13,6 +13,7 @@ one, an hour later: until then it may be at work.
 
 import contextlib
 import hashlib
+import math
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -71,7 +72,8 @@ def plan_removal(url: str, *, min_age_days: float, now_s: float | None = None) -
 
 
 def _decide(collection: Collection, parents: dict[str, str], *, now_s: float, min_age_s: float) -> Iterator[Item]:
-    newest = next((one for one in reversed(collection.versions) if one.artefact is not None), None)
+    # A storage's clock may count seconds only: of versions written in one second, none is known to be older.
+    newest_s = max((one.modified_s for one in collection.versions if one.artefact is not None), default=math.inf)
     young_s = now_s - min_age_s
     for version in collection.versions:
         if version.removed is not None:
@@ -82,7 +84,7 @@ def _decide(collection: Collection, parents: dict[str, str], *, now_s: float, mi
                     version, version.files, f"put out of use on {version.removed} by a removal that did not end"
                 )
             continue
-        reason = _reason_to_keep(collection, version, parents, newest=newest, young_s=young_s)
+        reason = _reason_to_keep(collection, version, parents, newest_s=newest_s, young_s=young_s)
         if reason is None:
             cause = "nothing names it" if version.artefact is not None else "it was never completed"
             yield _removal(version, version.files, f"{cause}; written {version.published}")
@@ -99,7 +101,7 @@ def _removal(version: Version, files: Sequence[str], reason: str, *, is_whole: b
 
 
 def _reason_to_keep(
-    collection: Collection, version: Version, parents: dict[str, str], *, newest: Version | None, young_s: float
+    collection: Collection, version: Version, parents: dict[str, str], *, newest_s: float, young_s: float
 ) -> str | None:
     if collection.damaged_pointers:
         return f"pointer {', '.join(collection.damaged_pointers)} is damaged and may name it"
@@ -111,7 +113,7 @@ def _reason_to_keep(
         return "model"
     if version.artefact is not None and version.artefact.sha256 in parents:
         return f"parent of {parents[version.artefact.sha256]}"
-    if version is newest:
+    if version.artefact is not None and version.modified_s >= newest_s:
         return "newest version"
     if version.modified_s > young_s:
         return f"young: written {version.published}"
