@@ -5,7 +5,6 @@ stays until the lease ends. Besides shards, named by the SHA-256 of their conten
 (`.tmp-*`) and locks.
 
 Choices: no index and no server. The files are the state, and `flock`s on them are the leases, which end with their process.
-Choices: no index and no server. The files are the state, and `flock`s on them are the leases, which end with their process.
 Space is reserved before the first byte arrives, by giving the new file its final size, so the bound holds at every moment.
 Files without a lease are evicted, least recently used first. A shard that does not fit into the bound or on the disk gets
 no lease and no error; the caller then reads ranges from the storage.

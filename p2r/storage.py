@@ -108,10 +108,10 @@ class Storage:
         self.url = normalise_url(url)
         self.counters = Counters() if counters is None else counters
         scheme, _, self._root = self.url.partition("://")
-        self._s3: S3 | Cloud | None = None
+        self._bucket: S3 | Cloud | None = None
         if scheme in _BUCKETS:
             bucket, _, self._root = self._root.partition("/")
-            self._s3 = _open_bucket(scheme, bucket, self.counters)
+            self._bucket = _open_bucket(scheme, bucket, self.counters)
         self._is_hub = self.url.startswith(SCHEME)
         if self._is_hub:
             found = fetch_snapshot(parse_hub_url(self.url))
@@ -126,7 +126,7 @@ class Storage:
     @property
     def is_local(self) -> bool:
         """True for a folder, whose files can be opened in place."""
-        return self._s3 is None
+        return self._bucket is None
 
     def at(self, path: str) -> str:
         """Return the full URL of `path`."""
@@ -135,15 +135,15 @@ class Storage:
     def child(self, path: str) -> "Storage":
         """Return the storage below `path`, with the same counters and connections."""
         child = Storage(self.at(path), counters=self.counters)
-        child._s3 = self._s3
+        child._bucket = self._bucket
         return child
 
     def with_deadline(self, deadline_s: float) -> "Storage":
         """Return the same storage, whose requests are retried for at most this time."""
         hurried = Storage(self.url, counters=self.counters)
-        if hurried._s3 is not None:
-            settings = hurried._s3.settings
-            hurried._s3.settings = replace(settings, deadline_s=min(deadline_s, settings.deadline_s))
+        if hurried._bucket is not None:
+            settings = hurried._bucket.settings
+            hurried._bucket.settings = replace(settings, deadline_s=min(deadline_s, settings.deadline_s))
         return hurried
 
     def read_bytes(self, path: str, *, max_bytes: int | None = None) -> bytes:
@@ -159,7 +159,7 @@ class Storage:
         Content over `max_bytes` is a `DamagedError`, raised before all of it is read.
         """
         tagged = self._read(path, max_bytes)
-        if tagged is not None and self._s3 is None:
+        if tagged is not None and self._bucket is None:
             return tagged[0], hashlib.sha256(tagged[0]).hexdigest()
         return tagged
 
@@ -205,8 +205,8 @@ class Storage:
         if not 0 <= start <= stop:
             raise ValueError(f"a byte range needs 0 <= start <= stop, got {start} to {stop}")
         self.counters.add("range_reads")
-        if self._s3 is not None:
-            return self._s3.read_range(full, start, stop) if start < stop else b""
+        if self._bucket is not None:
+            return self._bucket.read_range(full, start, stop) if start < stop else b""
         with _translate_os_errors("read", self.at(path)), open_regular(Path(full)) as file:
             file.seek(start)
             content = b"".join(iter(lambda: file.read(stop - file.tell()), b""))
@@ -219,8 +219,8 @@ class Storage:
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write `data` to `path` atomically."""
         full = self._writable_path(path)
-        if self._s3 is not None:
-            self._s3.write(full, data)
+        if self._bucket is not None:
+            self._bucket.write(full, data)
             return
         with _translate_os_errors("write", self.at(path)), replacing(Path(full)) as temporary:
             temporary.write_bytes(data)
@@ -232,8 +232,8 @@ class Storage:
     def create(self, path: str, data: bytes) -> bool:
         """Write `data` to `path` if it is absent, and return whether it was. Exactly one of several writers gets True."""
         full = self._writable_path(path)
-        if self._s3 is not None:
-            return self._s3.write(full, data, if_absent=True)
+        if self._bucket is not None:
+            return self._bucket.write(full, data, if_absent=True)
         with _translate_os_errors("write", self.at(path)), temporary_beside(Path(full)) as temporary:
             temporary.write_bytes(data)
             return link_if_absent(temporary, Path(full))
@@ -249,8 +249,8 @@ class Storage:
         full = self._writable_path(path)
         if tag is None:
             return self.create(path, data)
-        if self._s3 is not None:
-            return self._s3.write(full, data, if_match=tag)
+        if self._bucket is not None:
+            return self._bucket.write(full, data, if_match=tag)
         target = Path(full)
         with _translate_os_errors("write", self.at(path)), locked(lock_path(target)):
             if not target.is_file() or file_sha256(target) != tag:
@@ -272,8 +272,8 @@ class Storage:
         """
         full = self._writable_path(path)
         with _translate_os_errors("write", self.at(path)):
-            if self._s3 is not None:
-                return self._s3.upload(local, full, if_absent=if_absent)
+            if self._bucket is not None:
+                return self._bucket.upload(local, full, if_absent=if_absent)
             with temporary_beside(Path(full)) as temporary:
                 shutil.copyfile(local, temporary)
                 if if_absent:
@@ -284,8 +284,8 @@ class Storage:
     def exists(self, path: str) -> bool:
         """Return whether `path` is a file, not a folder."""
         full = self._full_path(path)
-        if self._s3 is not None:
-            return self._s3.head(full) is not None
+        if self._bucket is not None:
+            return self._bucket.head(full) is not None
         with _translate_os_errors("read", self.at(path)):
             return Path(full).is_file()
 
@@ -299,8 +299,8 @@ class Storage:
     def facts(self, path: str) -> FileFacts | None:
         """Return size, version and age of the file `path` without reading it; None if it is absent."""
         full = self._full_path(path)
-        if self._s3 is not None:
-            head = self._s3.head(full)
+        if self._bucket is not None:
+            head = self._bucket.head(full)
             return None if head is None else FileFacts(head.num_bytes, head.etag, head.modified_s)
         with _translate_os_errors("read", self.at(path)):
             try:
@@ -334,7 +334,7 @@ class Storage:
             StorageError: The file is absent, has another size or digest, or is larger than the cache.
         """
         full = self._full_path(path)
-        if self._s3 is not None:
+        if self._bucket is not None:
             cache = node_cache(self.counters)
             lease = cache.lease(self, path, sha256=sha256, num_bytes=num_bytes)
             if lease is None:
@@ -367,8 +367,8 @@ class Storage:
             OSError: The local file cannot be written, for example on a full disk.
         """
         full = self._full_path(path)
-        if self._s3 is not None:
-            self._s3.fetch(full, file, sha256=sha256, num_bytes=num_bytes)
+        if self._bucket is not None:
+            self._bucket.fetch(full, file, sha256=sha256, num_bytes=num_bytes)
             return
         if not Path(full).is_file():
             raise DamagedError(f"{self.at(path)} does not exist")
@@ -388,10 +388,10 @@ class Storage:
     def delete(self, prefix: str) -> None:
         """Remove the file or everything below `prefix`; an absent prefix is not an error."""
         full = self._writable_path(prefix)
-        if self._s3 is not None:
+        if self._bucket is not None:
             keys = [self._full_path(path) for path in self._walk(prefix)] + ([full] if full else [])
             with ThreadPoolExecutor(_DELETE_THREADS, thread_name_prefix="p2r-s3") as pool:
-                list(pool.map(self._s3.delete, keys))
+                list(pool.map(self._bucket.delete, keys))
             return
         with _translate_os_errors("delete", self.at(prefix)):
             if Path(full).is_dir() and not Path(full).is_symlink():
@@ -441,8 +441,8 @@ class Storage:
     def _read(self, path: str, max_bytes: int | None = None) -> tuple[bytes, str] | None:
         """Return the content of `path`, with its ETag if it is in a bucket; None if it is absent."""
         full = self._full_path(path)
-        if self._s3 is not None:
-            return self._s3.read(full, max_bytes=max_bytes)
+        if self._bucket is not None:
+            return self._bucket.read(full, max_bytes=max_bytes)
         with _translate_os_errors("read", self.at(path)):
             try:
                 with open_regular(Path(full)) as file:
@@ -456,9 +456,9 @@ class Storage:
     def _walk(self, prefix: str) -> Iterator[str]:
         """Yield the paths of all files below a folder, unsorted."""
         full = self._full_path(prefix)
-        if self._s3 is not None:
+        if self._bucket is not None:
             start = len(self._root) + 1 if self._root else 0
-            yield from (key[start:] for key in self._s3.keys(f"{full.rstrip('/')}/" if full else ""))
+            yield from (key[start:] for key in self._bucket.keys(f"{full.rstrip('/')}/" if full else ""))
             return
         with _translate_os_errors("list", self.at(prefix)):
             seen: set[str] = set()

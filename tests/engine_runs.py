@@ -4,6 +4,7 @@ import json
 
 import torch
 
+from p2r.config import PretrainConfig
 from p2r.engine.pretrain import pretrain
 from p2r.engine.report import PretrainReport
 from p2r.job import Job
@@ -15,8 +16,15 @@ def train(
 ) -> list[PretrainReport]:
     """Run the pretraining of a job on the CPU; with `most`, stop after this number of reports."""
     assert job.pretrain is not None
+    return train_config(job.pretrain, storage, corpus, most=most, seconds=seconds)
+
+
+def train_config(
+    config: PretrainConfig, storage: Storage, corpus: Storage, *, most: int | None = None, seconds: float | None = None
+) -> list[PretrainReport]:
+    """Pretrain as `train` does, by a section of a job."""
     reports = []
-    run = pretrain(job.pretrain, storage=storage, corpus=corpus, device=torch.device("cpu"), max_seconds=seconds)
+    run = pretrain(config, storage=storage, corpus=corpus, device=torch.device("cpu"), max_seconds=seconds)
     for report in run:
         reports.append(report)
         if len(reports) == most:

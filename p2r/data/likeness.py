@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2r.data.ledger import AcceptedRow
+from p2r.data.thumbnails import average, parts
 from p2r.data.volume import Volume
 
 THRESHOLD = 0.9
@@ -119,22 +120,11 @@ def _block_means(data: NDArray[np.generic]) -> NDArray[np.int64]:
     """Return the means (16, 16, 16) of blocks of a volume (X, Y, Z), times a constant; axes shorter than 16 repeat voxels."""
     low, high = float(data.min()), float(data.max())
     scale = _LEVELS / max(high - low, 1e-30)
-    edges = np.arange(_BLOCKS + 1) * len(data)
     slabs = []
-    for first, last in zip(edges[:-1] // _BLOCKS, -(-edges[1:] // _BLOCKS), strict=True):
+    for first, last in zip(*parts(len(data), _BLOCKS), strict=True):  # one slab at a time, since a volume is large
         levels = np.rint((data[first:last].astype(np.float64) - low) * scale).astype(np.int64)
         slabs.append(levels.sum(axis=0) * 256 // (last - first))
-    return _mean_rows(_mean_rows(np.stack(slabs), axis=1), axis=2)
-
-
-def _mean_rows(values: NDArray[np.int64], *, axis: int) -> NDArray[np.int64]:
-    edges = np.arange(_BLOCKS + 1) * values.shape[axis]
-    first, last = edges[:-1] // _BLOCKS, -(-edges[1:] // _BLOCKS)
-    means = [
-        values.take(range(a, b), axis=axis).sum(axis=axis) // (b - a)
-        for a, b in zip(first.tolist(), last.tolist(), strict=True)
-    ]
-    return np.stack(means, axis=axis)
+    return average(average(np.stack(slabs), _BLOCKS, axis=1), _BLOCKS, axis=2)
 
 
 def _coefficients(text: str) -> NDArray[np.float64]:

@@ -44,7 +44,7 @@ def thumbnail(volume: Volume) -> Pixels:
     levels = np.rint(levels.clip(0, 1) * _LEVELS).astype(np.int64)
     sizes_mm = [n * mm for n, mm in zip(plane.shape, plane_spacing(volume.spacing_mm, axis), strict=True)]
     rows, columns = (max(1, round(SIZE * mm / max(sizes_mm))) for mm in sizes_mm)
-    small = _average_rows(_average_rows(levels, rows).T, columns).T  # (rows, columns)
+    small = average(average(levels, rows, axis=0), columns, axis=1)
     canvas = np.zeros((SIZE, SIZE), np.uint8)
     top, left = (SIZE - rows) // 2, (SIZE - columns) // 2
     canvas[top : top + rows, left : left + columns] = small // ((_LEVELS + 1) // 256)
@@ -100,10 +100,16 @@ def from_rows(rows: Sequence[Any]) -> Thumbnails:
     return found
 
 
-def _average_rows(levels: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """Resample to `length` rows, each the mean of the rows that it covers; exact in integers."""
-    edges = np.arange(length + 1) * len(levels)
-    first, last = edges[:-1] // length, -(-edges[1:] // length)
-    sums = np.concatenate([np.zeros_like(levels[:1]), levels.cumsum(axis=0)])
-    means: NDArray[np.int64] = (sums[last] - sums[first]) // (last - first)[:, None]
-    return means
+def average(levels: NDArray[np.int64], length: int, *, axis: int) -> NDArray[np.int64]:
+    """Resample an axis to `length` values, each the mean of the values in its part (`parts`); exact in integers."""
+    moved = np.moveaxis(levels, axis, 0)
+    first, last = parts(len(moved), length)
+    sums = np.concatenate([np.zeros_like(moved[:1]), moved.cumsum(axis=0)])
+    means: NDArray[np.int64] = (sums[last] - sums[first]) // (last - first).reshape(-1, *[1] * (moved.ndim - 1))
+    return np.moveaxis(means, 0, axis)
+
+
+def parts(num: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the first and last index, exclusive, of each of `length` equal parts of `num` values; neighbours share a value cut by both."""
+    edges = np.arange(length + 1) * num
+    return edges[:-1] // length, -(-edges[1:] // length)

@@ -17,7 +17,7 @@ from p2r.artefact_manifest import BackboneManifest, ModelManifest
 from p2r.backbone import verify_artefact
 from p2r.errors import InputError, StorageError, error_text
 from p2r.logs import Say
-from p2r.pointers import MAX_HISTORY, Pointer, file_of, move, name_of, read_pointer, resolve
+from p2r.pointers import Pointer, file_of, move, name_of, read_pointer, resolve
 from p2r.published.metrics import metrics_of
 from p2r.published.results import Result, results_of
 from p2r.reference import Reference, parse_reference
@@ -242,8 +242,7 @@ def _check_in_use(artefact: Artefact, versions: Storage, pointer: str, since: tu
         if since is None:
             versions.delete(file_of(pointer))
         else:
-            before = since[0].model_copy(update={"history": since[0].history[:MAX_HISTORY]})
-            versions.replace(file_of(pointer), json_bytes(before.model_dump(mode="json")), tag=found[1])
+            versions.replace(file_of(pointer), json_bytes(since[0].model_dump(mode="json")), tag=found[1])
     raise StorageError(
         f"{artefact.storage.url} was removed while it was promoted, and {pointer} was moved back: {problem}"
     )

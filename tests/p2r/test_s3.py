@@ -230,9 +230,9 @@ def test_a_large_file_is_uploaded_in_parts_through_faults(
     with pytest.raises(StorageError, match=r"cannot write s3://.*/run/other"):
         storage.upload(local, "other")
     assert storage.list() == ["large", "x"]
-    assert storage._s3 is not None
-    client, _ = storage._s3._client()
-    assert "Uploads" not in client.list_multipart_uploads(Bucket=storage._s3.bucket)
+    assert storage._bucket is not None
+    client, _ = storage._bucket._client()
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=storage._bucket.bucket)
 
 
 def test_a_listing_goes_on_over_all_its_pages(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,11 @@ import torch
 
 from p2r.config import PretrainConfig, ProbeConfig
 from p2r.engine.online_probe import OnlineProbe, _even_indices, fit_readout
-from p2r.engine.pretrain import pretrain
-from p2r.engine.report import PretrainReport
 from p2r.errors import DataError
 from p2r.job import Job, read_job
 from p2r.model.backbones import build_backbone
 from p2r.storage import Storage
+from tests.engine_runs import train_config
 
 CPU = torch.device("cpu")
 JobOf = Callable[..., Job]
@@ -35,17 +34,6 @@ def _config(job: Job, task: Path, **options: object) -> PretrainConfig:
     assert job.pretrain is not None
     probe = ProbeConfig.model_validate({"task": str(task), "interval": 3, **options})
     return job.pretrain.model_copy(update={"probe": probe})
-
-
-def _run(config: PretrainConfig, storage: Storage, corpus: Storage, *, most: int | None = None) -> list[PretrainReport]:
-    reports = []
-    run = pretrain(config, storage=storage, corpus=corpus, device=CPU)
-    for report in run:
-        reports.append(report)
-        if len(reports) == most:
-            run.close()
-            break
-    return reports
 
 
 def test_the_readout_is_the_weighted_ridge_regression_written_out() -> None:
@@ -102,9 +90,9 @@ def test_training_does_not_notice_the_probe_which_opens_no_test_patient(
     job = job_of(tmp_path)
     assert job.pretrain is not None
     plain, probed = Storage(str(tmp_path / "plain")), Storage(str(tmp_path / "probed"))
-    without = _run(job.pretrain, plain, corpus)
+    without = train_config(job.pretrain, plain, corpus)
     # Probes after steps 3 and 6 are stated in the reports of steps 4 and 6.
-    found = _run(_config(job, disc_task), probed, corpus)
+    found = train_config(_config(job, disc_task), probed, corpus)
     assert [report.probe_dice is not None for report in found] == [False, True, True]
     assert all(0 <= (report.probe_dice or 0) <= 1 for report in found)
     assert f"| probe Dice {found[1].probe_dice:.3f} |" in found[1].line()
@@ -121,10 +109,10 @@ def test_training_does_not_notice_the_probe_which_opens_no_test_patient(
 def test_a_run_may_go_on_with_another_probe(job_of: JobOf, corpus: Storage, disc_task: Path, tmp_path: Path) -> None:
     job, storage = job_of(tmp_path), Storage(str(tmp_path / "pretrain"))
     assert job.pretrain is not None
-    assert [report.probe_dice for report in _run(job.pretrain, storage, corpus, most=1)] == [None]
-    resumed = _run(_config(job, disc_task, interval=4, seed=3), storage, corpus, most=1)
+    assert [report.probe_dice for report in train_config(job.pretrain, storage, corpus, most=1)] == [None]
+    resumed = train_config(_config(job, disc_task, interval=4, seed=3), storage, corpus, most=1)
     assert resumed[0].resumed_from == 2 and resumed[0].probe_dice is not None
-    last = _run(job.pretrain, storage, corpus)
+    last = train_config(job.pretrain, storage, corpus)
     assert last[0].resumed_from == 4 and last[0].probe_dice is None
 
 
