@@ -178,8 +178,16 @@ def test_wrong_grids_values_and_spacings_are_refused() -> None:
         score(mask * 7, mask)
     with pytest.raises(ValueError, match="three positive numbers"):
         score(mask, mask, spacing_mm=(1.0, 0.0, 1.0))
+    with pytest.raises(ValueError, match="the same 3D grid"):
+        dice_by_thirds(mask, mask[:-1], classes=CLASSES, axis=0)
     with pytest.raises(ValueError, match="no scores"):
         summarise([])
+
+
+def test_scans_scored_on_different_classes_are_not_averaged() -> None:
+    one, other = ({name: Score(1.0, 0.0, 1.0, "none")} for name in ("RV", "LV"))
+    with pytest.raises(ValueError, match=r"the same classes \['RV'\]"):
+        summarise([("sub-1", one), ("sub-2", one), ("sub-2", other)])
 
 
 # Planted truth: phantoms of two organs whose figures are known without measuring.
