@@ -248,6 +248,14 @@ def test_the_terminal_table_has_a_line_for_each_cell_within_80_columns(make_rows
     )
 
 
+def test_the_card_of_what_a_patient_is_worth_states_its_interval(make_rows: MakeRows, tmp_path: Path) -> None:
+    page, _ = written(tmp_path / "more", make_rows(num_draws=3, gain=0.3))
+    assert "labelled patients from scratch, for the same Dice; 95 % above 5" in page.text
+    page, _ = written(tmp_path / "between", make_rows(num_draws=3, gain=0.04))
+    worth = re.search(r"labelled patients from scratch, for the same Dice; 95 % (\S+ ?\S*) to ", page.text)
+    assert worth is not None and worth[1] in {"below 1"} | {f"{number / 10}" for number in range(10, 50)}
+
+
 def test_the_table_of_differences_says_how_many_draws_agree(make_rows: MakeRows, tmp_path: Path) -> None:
     _, text = written(tmp_path, make_rows(num_draws=3, gain=0.2, numbers=(1,)))
     assert "| draws of its sign |" in text and "| 3 of 3 |" in text
