@@ -32,8 +32,8 @@ def class_prototypes(
     """Compute the prototypes of every class.
 
     Args:
-        images: For each labelled scan: features (P, F, *s), on its grid or coarser; labels (P, *S); and inside (P, *S) bool, the
-            pixels of the scan, to which the computation is restricted.
+        images: For each labelled scan: features (P, F, *s), on its grid or coarser; labels (P, *S); and inside (P, *S) bool.
+            The computation is restricted to the pixels inside.
         num_classes: Number of classes, including background.
         background_prototypes: Maximum number of background prototypes.
         generator: Random generator for the sampled background pixels and the initial centres.
