@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from bench_stream import BUCKET, bucket_on
 from charts import OURS_COLOUR, bar_picture
 from rounds import cpu_name, progress, spread
+from stream_data import BUCKET, bucket_on
 from training import (
     add_options,
     add_variant,

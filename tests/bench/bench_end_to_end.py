@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from bench_stream import BUCKET, bucket_on, prepare, read_shards, uploaded
 from charts import OTHERS_COLOUR, OURS_COLOUR, bar_picture
 from rounds import cpu_name, ratios, spread, take_turns
+from stream_data import BUCKET, bucket_on, prepare, read_shards, uploaded
 from training import LEARNING_RATE, Setting, add_options, add_variant, engine_of, loss_of, setting_of, wait_for
 
 from p2r.config import PretrainConfig
