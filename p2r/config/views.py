@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from pydantic.config import JsonDict
 
-from p2r.config.section import Fraction, Range, Section, Within
+from p2r.config.section import Fraction, Range, Section, Within, is_zero
 
 Angle = Annotated[float, Field(ge=0, le=180)]
 NumGhosts = Annotated[int, Field(ge=2, le=16)]
@@ -13,11 +13,6 @@ NumGhosts = Annotated[int, Field(ge=2, le=16)]
 
 PERCENTILES = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)
 """Intensity percentiles recorded with every scan, so that training can choose among them without a new ingest."""
-
-
-def is_zero(value: object) -> bool:
-    """Return whether a number is 0; then its field is left out, as in configurations before it."""
-    return value == 0
 
 
 class ImageConfig(Section):

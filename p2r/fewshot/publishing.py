@@ -107,6 +107,9 @@ def _publish_result(
         classes=task.config.classes,
         largest_component=setup.config.largest_component,
         num_prototypes=tuple(best.num_prototypes or ()),
+        prototype_smoothing_pixels=trial.settings.get("prototype_smoothing_pixels", 0.0)
+        if best.num_prototypes
+        else 0.0,
     )
     facts = {
         "task": task.config.name,

@@ -280,14 +280,14 @@ def test_probes_without_augmentation_share_features_computed_once(make: Make, tm
 
 
 def test_prototypes_segment_without_training_and_are_published(make: Make, toy_data: Path, tmp_path: Path) -> None:
-    setup = make(modes=["prototype"], num_labelled=["all"], background_prototypes=3)
+    setup = make(modes=["prototype"], num_labelled=["all"], prototypes_per_class=2, background_prototypes=3)
     results = run(setup).results
     assert results[0]["row"]["num_labelled"] == 5 and results[0]["row"]["learning_rate"] is None
     assert results[0]["train_loss"] is None and results[0]["row"]["dice_mean"] > 0.5
     backbone = p2r.load_backbone(setup.backbone)
     manifest = publish_best(setup, results, backbone, Storage(str(tmp_path / "models")))
     segmenter, config, _ = load_model(manifest["url"])
-    assert config.num_prototypes == (3, 1)
+    assert config.num_prototypes == (3, 2) and config.prototype_smoothing_pixels == 2.0
     found = predict_volume(
         segmenter, read_volume(toy_data / "images/sub-07_T1w.nii.gz"), preparation=config.preparation, num_classes=2
     )
