@@ -108,9 +108,13 @@ class FinetuneConfig(Section):
     """The same modes: fraction of the backbone's output channels dropped in a third view of unchanged appearance. 0: no third view."""
     strong_intensity: IntensityConfig | None = None
     """The same modes: appearance of the strong views. None: as in `views`."""
-    background_prototypes: PositiveInt = 8
-    """prototype and prototype_self_training: number of background prototypes (k-means); each other class has one, its mean. Mean
-    validation Dice on ACDC, one labelled patient, three draws, a small backbone: 0.24 with 1, 0.34 with 4, 0.35 with 8, 0.30 with 32."""
+    prototypes_per_class: PositiveInt = 4
+    """prototype and prototype_self_training: number of prototypes of each class but the background (k-means). 1: its mean. A class with
+    fewer pixels has fewer prototypes. RESULTS.md ("Better prototypes") compares these settings."""
+    background_prototypes: PositiveInt = 16
+    """The same modes: number of background prototypes (k-means). With many more than `prototypes_per_class`, small classes vanish."""
+    prototype_smoothing_pixels: Annotated[float, Field(ge=0, le=20)] = 2.0
+    """The same modes: standard deviation of a Gaussian filter on the similarity map of each class, pixels of the image; 0 disables."""
     self_training_rounds: PositiveInt = 3
     """prototype_self_training: largest number of rounds. Each labels all unlabelled images at once, the first by prototypes, the others by
     the teacher. After the last round the teacher labels the images of each step, as in weak_to_strong."""

@@ -59,10 +59,10 @@ class SessionsConfig(Section):
     contrasts: Annotated[
         dict[Contrast, Annotated[tuple[str, ...], Field(min_length=1)] | str], Field(min_length=1, max_length=64)
     ]
-    """Contrasts by name, each with one or several patterns (`*` and `?`, in any case) of the words that state a scan's contrast. These
-    are the column `contrast` of a list, a DICOM series description, the channel in a `dataset.json`; entities and suffix of a BIDS name
-    (such as `ce-GADOLINIUM_T1w`, without sub, ses and run), or else the file's name. The first contrast that matches counts; a scan that
-    matches none is left out, as `no_contrast` in the ledger."""
+    """Contrasts by name, each with one or several patterns (`*` and `?`, in any case) of the words that state a scan's contrast.
+    These are the column `contrast` of a list, a DICOM series description, or the channel in a `dataset.json`. Without them, they
+    are the entities and suffix of a BIDS name (such as `ce-GADOLINIUM_T1w`, without sub, ses and run), or else the file's name. The
+    first contrast that matches counts; a scan that matches none is left out, as `no_contrast` in the ledger."""
     reference: Contrast | None = None
     """Contrast whose grid all contrasts of a session share; others are resampled to it by their headers' positions, where their grids
     differ. Nothing is registered. None: the first of `contrasts`."""

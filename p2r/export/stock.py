@@ -41,6 +41,7 @@ def definition(source: Source, *, scripts: str) -> dict[str, object]:
             "feature_channels": source.model.feature_channels,
             "num_prototypes": list(head.num_prototypes),
             "temperature": head.temperature,
+            "kernel": list(head.kernel),
         }
     if _needs_wrapper(source):
         return {

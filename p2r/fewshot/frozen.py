@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from p2r.backbone import ArtefactConfig
+from p2r.config import ModelConfig
 from p2r.data.preprocess import Preparation
 from p2r.evaluate.inference import features_of_images
 from p2r.evaluate.prepared import Arrays, Facts, kept
@@ -14,7 +16,6 @@ from p2r.fewshot.plausibility import Plausibility, frames_of_scans, learn_plausi
 from p2r.fewshot.protocol import Trial
 from p2r.fewshot.prototypes import class_prototypes
 from p2r.files import file_sha256
-from p2r.model.heads import PrototypeHead
 from p2r.model.pix2rep import Segmenter
 from p2r.randomness import keyed_generator
 
@@ -58,16 +59,30 @@ def _as_tensor(arrays: Arrays, facts: Facts) -> Tensor:
 
 
 def segmenter_by_prototypes(
-    network: nn.Module, scans: Sequence[FeaturesOfScan], trial: Trial, *, num_classes: int, seed: int
+    network: nn.Module,
+    scans: Sequence[FeaturesOfScan],
+    trial: Trial,
+    *,
+    model: ModelConfig,
+    preparation: Preparation,
+    num_classes: int,
+    seed: int,
 ) -> Segmenter:
     """Return a segmenter with class prototypes from labelled features, on the network's device."""
+    settings = trial.settings
     found = class_prototypes(
         scans,
         num_classes=num_classes,
-        background_prototypes=trial.settings.background_prototypes or 1,
+        prototypes_per_class=settings.prototypes_per_class or 1,
+        background_prototypes=settings.background_prototypes or 1,
         generator=keyed_generator(seed, "prototypes", trial.num_labelled, trial.draw),
     )
-    head = PrototypeHead(found[0].shape[1], [len(prototypes) for prototypes in found])
+    head = ArtefactConfig(
+        model=model,
+        preparation=preparation,
+        num_prototypes=tuple(len(prototypes) for prototypes in found),
+        prototype_smoothing_pixels=settings.prototype_smoothing_pixels or 0.0,
+    ).head()
     head.load_state_dict({"prototypes": torch.cat(found)})
     return Segmenter(network, head.to(next(network.parameters()).device)).eval()
 

@@ -46,7 +46,7 @@ def publish_toy(tmp_path: Path) -> Callable[..., str]:
         if kind != "backbone":
             facts |= {"classes": {1: "A", 2: "B"}, "largest_component": kind == "model"}
         if kind == "prototypes":
-            facts["num_prototypes"] = (3, 2, 1)
+            facts["num_prototypes"], facts["prototype_smoothing_pixels"] = (3, 2, 1), 1.0
         config = ArtefactConfig(**facts)
         network: Any = build_backbone(model, dimensions=dimensions)
         if kind != "backbone":
