@@ -52,7 +52,15 @@ class TrialSetup:
         score_on = score_on or self.config.score_on
         config = self.config.model_dump(
             mode="json",
-            include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"},
+            include={
+                "seed",
+                "batch_size",
+                "foreground_share",
+                "views",
+                "planes",
+                "nsd_tolerance_mm",
+                "largest_component",
+            },
             exclude={"views": {"shown_fraction"}},  # only for pretraining
         )
         if MODES[trial.mode].unlabelled == "pseudo_labels":

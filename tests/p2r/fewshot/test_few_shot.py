@@ -144,6 +144,12 @@ def test_a_frozen_recipe_reads_the_test_patients_once_and_a_changed_recipe_again
     assert [found["recipe_sha256"] for found in merge_readings(storage)].count(reading["recipe_sha256"]) == 2
 
 
+@pytest.mark.parametrize("changes", [{"batch_size": 3}, {"foreground_share": 0.5}, {"seed": 1}])
+def test_a_changed_setting_of_the_training_is_another_recipe(make: Make, changes: dict[str, Any]) -> None:
+    first, other = make(), make(**changes)
+    assert first.result_path(final(first, "scratch")) != other.result_path(final(other, "scratch"))
+
+
 def test_from_scratch_depends_only_on_the_backbones_shape(make: Make) -> None:
     first = make()
     (scratch,) = run(first).results
