@@ -180,8 +180,8 @@ class Backbone(nn.Module):
         Returns planes cropped about their centre or, for 3D backbones, frames cropped about the middle.
 
         Args:
-            scan: A path or URL of NIfTI, a folder of DICOM, a `Volume`, a nibabel image, a MONAI MetaTensor, a TorchIO image, or an
-                array or tensor (X, Y, Z) or (X, Y, Z, T). For a backbone of several contrasts: these by name, as in
+            scan: A path or URL of NIfTI, a folder of DICOM, a `Volume`, or an image of nibabel, MONAI (MetaTensor) or TorchIO. Or
+                an array or tensor (X, Y, Z) or (X, Y, Z, T). For a backbone of several contrasts: these by name, as in
                 `{"flair": ..., "t1": ...}`; some may be missing, and scans on other grids are resampled to that of the first.
             spacing_mm: For an array without affine: voxel size, mm; its axes then point to the right, anterior and superior.
             affine: For an array: (4, 4), voxel -> mm in RAS.

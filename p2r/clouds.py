@@ -5,7 +5,7 @@ body where it broke, and read the keys again when they are refused. A conditiona
 and the repetition is refused, the token shows that the first attempt succeeded. Digests are checked here: the library checks none.
 
 S3 keeps its own client. Measured on one core against SeaweedFS, obstore reads large objects with 15 % more CPU time, and small ones with an
-eighth of it; it reports a conditional write whose answer is lost as refused, does not notice a flipped byte, and keeps refused keys.
+eighth of it. It reports a conditional write whose answer is lost as refused, does not notice a flipped byte, and keeps refused keys.
 
 The library starts threads that do not survive a fork, so a process must not fork after its first request; p2r does not fork.
 """

@@ -17,7 +17,7 @@ from pydantic import (
 from p2r.config.imported import ImportedConfig
 from p2r.config.other import OtherConfig
 from p2r.config.search import Distribution, SearchConfig
-from p2r.config.section import Artefact, Fraction, Location, NumLabelled, Section, is_none
+from p2r.config.section import Artefact, Fraction, Location, NumLabelled, Section, is_none, is_zero
 from p2r.config.views import GeometryConfig, IntensityConfig, ViewsConfig
 from p2r.contrasts import Contrasts
 from p2r.modes import MODES, Mode
@@ -78,6 +78,9 @@ class FinetuneConfig(Section):
     its steps."""
     batch_size: PositiveInt = 8
     """Images per step."""
+    foreground_share: Fraction = Field(default=0.0, exclude_if=is_zero)
+    """Fraction of these images drawn among labelled images with foreground; volumes and large planes are then cut about a pixel of it. The
+    rest is drawn anywhere. It helps where structures are small or rare, such as tumours. A linear probe on stored features ignores it."""
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay of AdamW."""
     warmup_head_steps: NonNegativeInt = 0

@@ -50,7 +50,7 @@ def build_shard(plan: ShardPlan, config: IngestConfig, storage: Storage) -> Buil
     with tempfile.TemporaryDirectory(prefix="p2r-shard-") as folder:
         tar = Path(folder, "shard.tar")
         records = Records(plan, config, rows, thumbnails).read()
-        written = write_shard(tar, records, record=config.record, codec=config.codec)
+        written = write_shard(tar, records, record=config.record, codec=config.codec, block_size=config.block_size)
         entry: Shard | None = None
         if written.num_records:
             entry = written._replace(name=f"shard-{plan.number:06d}-{written.sha256[:12]}.tar")

@@ -413,8 +413,8 @@ def _check_subject_pattern(subjects: Mapping[Scan, str | None], config: IngestCo
         return
     shown = "" if config.pseudonyms else f", {found.pop()}, such as {scans[0].name} and {scans[-1].name}"
     raise DataError(
-        f"all {len(scans)} scans found are of one subject by ingest.subject_pattern {config.subject_pattern!r}{shown}: write a "
-        "pattern whose first group is the subject's name, such as ^(.+?)\\.nii if every file is a subject; if they do show one "
+        f"all {len(scans)} scans found are of one subject by ingest.subject_pattern {config.subject_pattern!r}{shown}. Write a "
+        "pattern whose first group is the subject's name, such as ^(.+?)\\.nii if every file is a subject. If they do show one "
         "person, set ingest.one_subject: true"
     )
 

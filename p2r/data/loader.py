@@ -28,7 +28,8 @@ from p2r.data.fetch import OpenShards
 from p2r.data.grids import check_plane
 from p2r.data.index import Box, IndexRow, covered_box
 from p2r.data.order import Order, Samples
-from p2r.data.preparation import intensity_window, plane_axes, plane_spacing
+from p2r.data.patches import choose_patch
+from p2r.data.preparation import intensity_window, plane_spacing
 from p2r.data.shards import ShardReader
 from p2r.errors import DataError
 from p2r.randomness import keyed_generator
@@ -370,7 +371,10 @@ class Loader:
             return _Part(reader, row, number)
         row, frame = reader.locate_volume(place.sample // self._image.patches_per_volume)
         generator = keyed_generator(self._seed, "patch", place.corpus, place.epoch, place.shard, place.sample)
-        return _Part(reader, row, frame, *_choose_patch(row, self._image, generator))
+        try:
+            return _Part(reader, row, frame, *choose_patch(row, self._image, generator))
+        except DataError as error:
+            raise DataError(f"{reader.name}: {error}") from None
 
     def _allocate(self, groups: Sequence[tuple[_Part, int]]) -> list[Tensor]:
         """Allocate an array for each (part, count): room for `count` samples of the shape and type of the part."""
@@ -461,21 +465,3 @@ def _round_up(num_bytes: int) -> int:
     """Round up to a multiple of an eighth to a quarter of the size, so that a batch of slightly larger slices fits, too."""
     step = max(1 << 20, 1 << max(0, num_bytes.bit_length() - 3))
     return -(-num_bytes // step) * step
-
-
-def _choose_patch(row: IndexRow, image: ImageConfig, generator: np.random.Generator) -> tuple[Box, tuple[float, ...]]:
-    """Choose a patch of a frame: at random along each axis, or centred where the axis is shorter than the patch."""
-    sides, centres = [], []
-    for axis in range(3):
-        num_voxels, scale = row.shape[axis], image.spacing_mm / row.spacing_mm[axis]
-        extent = image.size * scale  # in voxels
-        free = num_voxels - extent
-        first_edge = generator.random() * free if free > 0 else free / 2
-        centre = first_edge + extent / 2 - 0.5
-        margin = extent / 2 + max(1.0, scale)  # includes the reach of the filter
-        start, stop = max(0, math.floor(centre - margin)), min(num_voxels, math.ceil(centre + margin) + 1)
-        sides.append(slice(start, stop))
-        centres.append(centre - start)
-    stored = (row.slice_axis, *plane_axes(row.slice_axis))
-    planes, rows, columns = (sides[axis] for axis in stored)
-    return (planes, rows, columns), tuple(centres)

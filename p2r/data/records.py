@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from p2r.config import IngestConfig, SessionsConfig
 from p2r.data.alignment import Aligned, align, find_copy, on_own_grid
+from p2r.data.foreground import foreground
 from p2r.data.growth import PlannedScan, ShardPlan
 from p2r.data.label_maps import CODE as LABEL_MAP
 from p2r.data.label_maps import WAY_OUT, label_map_by_voxels
@@ -291,6 +292,7 @@ class Records:
             "resampled_from_mm": None if volume.resampled_from_mm is None else list(volume.resampled_from_mm),
             "contrast": None if place is None else place.contrast,
             "coverage": None if coverage is None else list(coverage),
+            "foreground": foreground(volume) if self.config.record == "blocks" else None,
         }
         return volume, meta | {name: value for name, value in known.items() if value}
 

@@ -281,8 +281,8 @@ def _refuse_labels_on_nothing(scan: TaskScan, task: Task, labels: Volume, volume
         if all((image[is_labelled] == image.min()).mean() > _MAX_EMPTY_FRACTION for image in images):
             raise DataError(
                 f"task {task.name}: the labels of {scan.label}{f' in frame {frame}' * (labels.data.shape[3] > 1)} are where its "
-                f"image {scan.image} is empty (its minimum, {images[0].min():g}): the two belong to different scans, or one "
-                "of them is rotated or shifted; restore the pair"
+                f"image {scan.image} is empty (its minimum, {images[0].min():g}). They belong to different scans, or one is "
+                "rotated or shifted; restore the pair"
             )
 
 

@@ -6,8 +6,8 @@ The transforms and inferers repeat `p2r.data.preprocess` and `p2r.evaluate.infer
     LoadImaged, EnsureChannelFirstd, Orientationd(RAS) -> NonzeroPercentilesd -> PixelInferer -> Labelsd, Invertd, SaveImaged
                                                                               -> FeatureInferer -> FeatureGridd, SaveImaged
 
-Letters: T frames, X Y Z the scan's voxels in RAS order, P = T * Z slices, h w voxels of a slice, H W and *S pixels of the
-network, K classes, F features.
+Letters: T frames, X Y Z the scan's voxels in RAS order, P = T * Z slices, h w voxels of a slice.
+H W and *S pixels of the network, K classes, F features.
 """
 
 import math

@@ -11,10 +11,10 @@ from p2r.data.preprocess import Preparation
 from p2r.evaluate.inference import features_of_images
 from p2r.evaluate.prepared import Arrays, Facts, kept
 from p2r.evaluate.tasks import LabelledScan
+from p2r.fewshot.images import labelled_images
 from p2r.fewshot.plausibility import Plausibility, frames_of_scans, learn_plausibility
 from p2r.fewshot.protocol import Trial
 from p2r.fewshot.prototypes import class_prototypes
-from p2r.fewshot.training import labelled_images
 from p2r.files import file_sha256
 from p2r.model.pix2rep import Segmenter
 from p2r.randomness import keyed_generator

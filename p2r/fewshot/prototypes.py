@@ -36,8 +36,8 @@ def class_prototypes(
     """Compute the prototypes of every class, and the centre to which they refer.
 
     Args:
-        images: For each labelled scan: features (P, F, *s), on its grid or coarser; labels (P, *S); and inside (P, *S) bool, the
-            pixels of the scan, to which the computation is restricted.
+        images: For each labelled scan: features (P, F, *s), on its grid or coarser; labels (P, *S); and inside (P, *S) bool.
+            The computation is restricted to the pixels inside.
         num_classes: Number of classes, including background.
         prototypes_per_class: Maximum number of prototypes of each class but the background. 1: its mean direction.
         background_prototypes: Maximum number of background prototypes.
