@@ -77,6 +77,8 @@ class ArtefactConfig(Section):
     prototype_smoothing_pixels: Annotated[float, Field(ge=0, le=20)] = Field(default=0.0, exclude_if=is_zero)
     """Models with a prototype head: standard deviation of the Gaussian filter on the similarity maps of the classes, pixels; 0: no
     filter."""
+    prototypes_are_centred: bool = Field(default=False, exclude_if=is_zero)
+    """Models with a prototype head: a centre is subtracted from unit vectors of features. False: a model from before this rule."""
     largest_component: bool = False
     """Models only: keep only the largest connected component of each predicted class."""
 
@@ -100,7 +102,9 @@ class ArtefactConfig(Section):
         channels, dimensions = self.model.feature_channels, self.preparation.dimensions
         if self.num_prototypes:
             smoothing = self.prototype_smoothing_pixels / self.model.stride
-            return PrototypeHead(channels, self.num_prototypes, smoothing_pixels=smoothing)
+            return PrototypeHead(
+                channels, self.num_prototypes, smoothing_pixels=smoothing, is_centred=self.prototypes_are_centred
+            )
         return SegmentationHead(channels, len(self.classes) + 1, dimensions=dimensions)
 
 

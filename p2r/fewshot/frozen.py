@@ -70,7 +70,7 @@ def segmenter_by_prototypes(
 ) -> Segmenter:
     """Return a segmenter with class prototypes from labelled features, on the network's device."""
     settings = trial.settings
-    found = class_prototypes(
+    centre, found = class_prototypes(
         scans,
         num_classes=num_classes,
         prototypes_per_class=settings.prototypes_per_class or 1,
@@ -82,8 +82,9 @@ def segmenter_by_prototypes(
         preparation=preparation,
         num_prototypes=tuple(len(prototypes) for prototypes in found),
         prototype_smoothing_pixels=settings.prototype_smoothing_pixels or 0.0,
+        prototypes_are_centred=True,
     ).head()
-    head.load_state_dict({"prototypes": torch.cat(found)})
+    head.load_state_dict({"centre": centre, "prototypes": torch.cat(found)})
     return Segmenter(network, head.to(next(network.parameters()).device)).eval()
 
 
