@@ -34,7 +34,7 @@ from p2r.artefact_manifest import (
     entry_of,
 )
 from p2r.config import ModelConfig, Section
-from p2r.config.views import is_zero
+from p2r.config.section import is_zero
 from p2r.contrasts import describe
 from p2r.data.contrasts import ScansLike, scans_from
 from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
