@@ -63,7 +63,7 @@ class TrialSetup:
                 "nsd_tolerance_mm",
                 "largest_component",
             },
-            exclude={"views": {"shown_fraction"}},  # only for pretraining
+            exclude={"views": {"shown_fraction", "frames_apart"}},  # only for pretraining
         )
         if MODES[trial.mode].unlabelled == "pseudo_labels":
             config |= self.config.model_dump(mode="json", include={"strong_intensity"})
