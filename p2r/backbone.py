@@ -52,6 +52,7 @@ from p2r.tensors import (
     check_values,
     load_into,
     num_bytes_of,
+    read_shapes,
     read_tensors,
     shapes_of,
     unallocated,
@@ -77,6 +78,8 @@ class ArtefactConfig(Section):
     prototype_smoothing_pixels: Annotated[float, Field(ge=0, le=20)] = Field(default=0.0, exclude_if=is_zero)
     """Models with a prototype head: standard deviation of the Gaussian filter on the similarity maps of the classes, pixels; 0: no
     filter."""
+    prototypes_are_centred: bool = Field(default=False, exclude_if=is_zero)
+    """Models with a prototype head: a centre is subtracted from unit vectors of features. False: a model from before this rule."""
     largest_component: bool = False
     """Models only: keep only the largest connected component of each predicted class."""
 
@@ -100,7 +103,9 @@ class ArtefactConfig(Section):
         channels, dimensions = self.model.feature_channels, self.preparation.dimensions
         if self.num_prototypes:
             smoothing = self.prototype_smoothing_pixels / self.model.stride
-            return PrototypeHead(channels, self.num_prototypes, smoothing_pixels=smoothing)
+            return PrototypeHead(
+                channels, self.num_prototypes, smoothing_pixels=smoothing, is_centred=self.prototypes_are_centred
+            )
         return SegmentationHead(channels, len(self.classes) + 1, dimensions=dimensions)
 
 
@@ -237,6 +242,25 @@ def verify_artefact(artefact: Artefact) -> None:
     if problems:
         raise DamagedError(f"{artefact.storage.url} is damaged:\n" + "\n".join(f"  {problem}" for problem in problems))
     _load_network(artefact, read_config(artefact), is_model=isinstance(artefact.manifest, ModelManifest))
+
+
+def check_pulled(folder: Path, artefact: Artefact) -> None:
+    """Check that the weights of a folder whose digests are right fit its configuration, by names and shapes; read no values.
+
+    Args:
+        folder: Copy of the artefact's files.
+        artefact: The artefact.
+
+    Raises:
+        CheckpointError: The configuration or the weights break a rule.
+    """
+    local = Artefact(Storage(str(folder)), artefact.manifest, artefact.content)
+    where, entry = artefact.storage.url, artefact.manifest.files.weights
+    network = _build_unallocated(read_config(local), is_model=isinstance(artefact.manifest, ModelManifest), where=where)
+    with (folder / entry.name).open("rb") as file:
+        start = file.read(MAX_HEADER_BYTES)
+    where = f"{where}, {entry.name}"
+    check_fit(read_shapes(start, where=where), shapes_of(network.state_dict()), where=where, of="its config.json")
 
 
 def read_config(artefact: Artefact) -> ArtefactConfig:

@@ -63,6 +63,7 @@ class WithPrototypes(nn.Module):
         num_prototypes: Number of prototypes of each class, background first.
         temperature: Divisor of the cosines.
         kernel: Weights of a filter along each axis of the map of each class; one weight: no filter.
+        is_centred: Subtract `centre` (F,) from the unit vectors of the features before the comparison.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class WithPrototypes(nn.Module):
         num_prototypes: list[int],
         temperature: float,
         kernel: Sequence[float] = (1.0,),
+        is_centred: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -79,10 +81,14 @@ class WithPrototypes(nn.Module):
         self.temperature = temperature
         self.kernel = tuple(kernel)
         self.prototypes = nn.Parameter(torch.zeros(sum(num_prototypes), feature_channels), requires_grad=False)
+        self.centre = nn.Parameter(torch.zeros(feature_channels), requires_grad=False) if is_centred else None
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute the logits of every pixel."""
         directions = F.normalize(self.network(image), dim=1)
+        if self.centre is not None:
+            centre = self.centre.reshape(1, -1, *[1] * (image.ndim - 2))
+            directions = F.normalize(directions - centre, dim=1)
         cosines = torch.einsum("pf,bf...->bp...", F.normalize(self.prototypes, dim=1), directions)
         by_class = torch.split(cosines, self.num_prototypes, dim=1)
         nearest = torch.stack([one.amax(1) for one in by_class], dim=1)

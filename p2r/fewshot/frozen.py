@@ -9,7 +9,7 @@ from p2r.backbone import ArtefactConfig
 from p2r.config import ModelConfig
 from p2r.data.preprocess import Preparation
 from p2r.evaluate.inference import features_of_images
-from p2r.evaluate.prepared import Arrays, Facts, kept
+from p2r.evaluate.prepared import Arrays, Facts, cached
 from p2r.evaluate.tasks import LabelledScan
 from p2r.fewshot.images import labelled_images
 from p2r.fewshot.plausibility import Plausibility, frames_of_scans, learn_plausibility
@@ -49,7 +49,7 @@ def frozen_features(
                 "backbone": backbone_sha256,
                 "device": device,
             }
-            features = kept("features", key, make, use=_as_tensor)
+            features = cached("features", key, make, use=_as_tensor)
         found.append((features, scan.label_planes, scan.planes.inside))
     return found
 
@@ -70,7 +70,7 @@ def segmenter_by_prototypes(
 ) -> Segmenter:
     """Return a segmenter with class prototypes from labelled features, on the network's device."""
     settings = trial.settings
-    found = class_prototypes(
+    centre, found = class_prototypes(
         scans,
         num_classes=num_classes,
         prototypes_per_class=settings.prototypes_per_class or 1,
@@ -82,8 +82,9 @@ def segmenter_by_prototypes(
         preparation=preparation,
         num_prototypes=tuple(len(prototypes) for prototypes in found),
         prototype_smoothing_pixels=settings.prototype_smoothing_pixels or 0.0,
+        prototypes_are_centred=True,
     ).head()
-    head.load_state_dict({"prototypes": torch.cat(found)})
+    head.load_state_dict({"centre": centre, "prototypes": torch.cat(found)})
     return Segmenter(network, head.to(next(network.parameters()).device)).eval()
 
 

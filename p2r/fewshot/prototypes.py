@@ -3,10 +3,12 @@
 A prototype is the mean direction of pixels' features, a point on the unit sphere. A class with several prototypes is split by
 k-means on the sphere, initialised by k-means++: the background is heterogeneous, and an organ looks different near its border,
 base and apex. A pixel gets the class of the prototype with the largest cosine similarity (`p2r.model.heads.PrototypeHead`).
+All features share a direction that says nothing about the class, so the mean of the class means is subtracted first.
 
 Shapes: P images; *S their sides; F features; n pixels
 
-Source: Snell et al. 2017 (class means as prototypes); Dhillon and Modha 2001 (k-means on the sphere).
+Sources: Snell et al. 2017 (class means as prototypes); Dhillon and Modha 2001 (k-means on the sphere); Wang et al. 2019 (SimpleShot:
+centred features).
 """
 
 from collections.abc import Iterable
@@ -30,8 +32,8 @@ def class_prototypes(
     prototypes_per_class: int,
     background_prototypes: int,
     generator: np.random.Generator,
-) -> list[Tensor]:
-    """Compute the prototypes of every class.
+) -> tuple[Tensor, list[Tensor]]:
+    """Compute the prototypes of every class, and the centre to which they refer.
 
     Args:
         images: For each labelled scan: features (P, F, *s), on its grid or coarser; labels (P, *S); and inside (P, *S) bool.
@@ -42,7 +44,8 @@ def class_prototypes(
         generator: Random generator for the sampled pixels and the initial centres.
 
     Returns:
-        Unit vectors (n, F) of each class, background first.
+        The centre (F,): mean over the classes of the mean direction of their pixels. And unit vectors (n, F) of each class, background
+        first, of directions relative to the centre.
 
     Raises:
         DataError: if a class has no pixels in the images.
@@ -68,8 +71,11 @@ def class_prototypes(
             "use another seed, or more patients"
         )
     numbers = [background_prototypes] + [prototypes_per_class] * (num_classes - 1)
-    return [
-        _spherical_k_means(torch.cat(found), number, generator) for found, number in zip(pixels, numbers, strict=True)
+    by_class = [torch.cat(found) for found in pixels]
+    centre = torch.stack([found.mean(0) for found in by_class]).mean(0)
+    return centre, [
+        _spherical_k_means(F.normalize(found - centre, dim=1), number, generator)
+        for found, number in zip(by_class, numbers, strict=True)
     ]
 
 

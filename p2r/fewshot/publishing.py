@@ -110,6 +110,7 @@ def _publish_result(
         prototype_smoothing_pixels=trial.settings.get("prototype_smoothing_pixels", 0.0)
         if best.num_prototypes
         else 0.0,
+        prototypes_are_centred="head.centre" in weights,
     )
     facts = {
         "task": task.config.name,

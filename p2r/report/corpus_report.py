@@ -21,7 +21,7 @@ from p2r.data.likeness import MAX_PAIRS, Alike, find_alike
 from p2r.data.manifest import Manifest, facts_of, load_manifest, ranges_of
 from p2r.data.preparation import SliceAxis, slice_axis
 from p2r.data.revision import read_thumbnails
-from p2r.data.thumbnails import MOST, Thumbnails, drawn
+from p2r.data.thumbnails import MOST, Thumbnails, lowest_lots
 from p2r.files import csv_bytes
 from p2r.logs import Say
 from p2r.report.canvas import CLASS_COLOURS, FAINT, INK, headline, new_figure, plain, show_plane, to_png
@@ -78,7 +78,9 @@ def write_corpus_report(corpus: Storage, *, say: Say = lambda line: None) -> str
 def accepted_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes:
     """Draw the middle planes of up to 48 accepted scans, chosen at random."""
     accepted = {row.key: row for row in ledger if is_accepted(row)}
-    keys = sorted(drawn(accepted.keys() & thumbnails.keys(), MOST), key=lambda key: (accepted[key].contrast or "", key))
+    keys = sorted(
+        lowest_lots(accepted.keys() & thumbnails.keys(), MOST), key=lambda key: (accepted[key].contrast or "", key)
+    )
     tiles = [(thumbnails[key], key, _describe_tile(accepted[key]), FAINT) for key in keys]
     return contact_sheet(
         tiles,
@@ -93,9 +95,9 @@ def refused_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes 
     if not refused:
         return None
     # Readable scans come first: a sheet of empty tiles shows nothing.
-    seen = drawn(refused.keys() & thumbnails.keys(), MOST)
+    seen = lowest_lots(refused.keys() & thumbnails.keys(), MOST)
     keys = sorted(
-        [*seen, *drawn(refused.keys() - set(seen), MOST - len(seen))], key=lambda key: (refused[key].reason, key)
+        [*seen, *lowest_lots(refused.keys() - set(seen), MOST - len(seen))], key=lambda key: (refused[key].reason, key)
     )
     tiles = [(thumbnails.get(key), key, refused[key].reason, CLASS_COLOURS[5]) for key in keys]
     subtitle = "grey tiles: no picture of the scan can be made" if any(tile[0] is None for tile in tiles) else ""

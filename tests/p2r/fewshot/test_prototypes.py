@@ -28,21 +28,27 @@ def scene(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch
     return features, labels, inside
 
 
-def test_a_class_is_the_mean_direction_of_its_pixels_in_the_scan() -> None:
+def test_a_class_is_the_mean_direction_of_its_pixels_in_the_scan_relative_to_the_mean_of_class_means() -> None:
     features, labels, inside = scene(torch.Generator().manual_seed(0))
+    features[:, :, labels[0] == 0] = torch.tensor([0.0, 0.0, 1.0, 2.0, 2.0])[:, None]  # any sample has the same mean
     labels[:, -1] = 1  # outside the scan: not used
-    _, *found = class_prototypes(
+    centre, found = class_prototypes(
         [(features, labels, inside)],
         num_classes=3,
         prototypes_per_class=1,
         background_prototypes=3,
         generator=np.random.default_rng(0),
     )
-    for value, prototype in enumerate(found, start=1):
+    pixels: list[list[torch.Tensor]] = [[], [], []]
+    for image, row, column in inside.nonzero().tolist():
+        pixel = features[image, :, row, column]
+        pixels[int(labels[image, row, column])].append(pixel / pixel.norm())
+    expected = torch.stack([torch.stack(of_class).mean(0) for of_class in pixels]).mean(0)
+    torch.testing.assert_close(centre, expected)
+    for of_class, prototype in zip(pixels, found, strict=True):
         total = torch.zeros(5)
-        for image, row, column in (inside & (labels == value)).nonzero().tolist():
-            pixel = features[image, :, row, column]
-            total += pixel / pixel.norm()
+        for pixel in of_class:
+            total += (pixel - expected) / (pixel - expected).norm()
         torch.testing.assert_close(prototype, (total / total.norm())[None])
 
 
@@ -52,7 +58,7 @@ def test_a_background_of_several_kinds_is_distinguished_from_the_classes(stride:
     if stride == 2:
         labels = labels.repeat_interleave(2, 1).repeat_interleave(2, 2)
         inside = inside.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    found = class_prototypes(
+    centre, found = class_prototypes(
         [(features, labels, inside)],
         num_classes=3,
         prototypes_per_class=1,
@@ -61,11 +67,12 @@ def test_a_background_of_several_kinds_is_distinguished_from_the_classes(stride:
     )
     assert [len(of_class) for of_class in found] == [3, 1, 1]
     torch.testing.assert_close(torch.cat(found).norm(dim=1), torch.ones(5))
-    head = PrototypeHead(5, [3, 1, 1])
-    head.load_state_dict({"prototypes": torch.cat(found)})
+    head = PrototypeHead(5, [3, 1, 1], is_centred=True)
+    head.load_state_dict({"centre": centre, "prototypes": torch.cat(found)})
     logits = head(features)
     predicted = logits.argmax(1)
-    cosines = torch.stack([F.cosine_similarity(features, p[None, :, None, None], dim=1) for p in torch.cat(found)], 1)
+    moved = F.normalize(features, dim=1) - centre[None, :, None, None]
+    cosines = torch.stack([F.cosine_similarity(moved, p[None, :, None, None], dim=1) for p in torch.cat(found)], 1)
     nearest = torch.tensor([0, 0, 0, 1, 2])[cosines.argmax(1)]
     assert torch.equal(predicted, nearest)
     if stride == 1:
@@ -86,8 +93,9 @@ def test_a_class_of_several_kinds_has_a_prototype_of_each() -> None:
         )
         for _ in range(2)
     ]
-    assert torch.equal(torch.cat(found[0]), torch.cat(found[1]))
-    nearest = found[0][1] @ torch.eye(5)[:2].T
+    (centre, (_, of_class)), again = found
+    assert torch.equal(of_class, again[1][1])
+    nearest = of_class @ F.normalize(torch.eye(5)[:2] - centre, dim=1).T
     assert sorted(nearest.argmax(1).tolist()) == [0, 1] and nearest.amax(1).min() > 0.97
 
 
@@ -116,7 +124,7 @@ def test_few_pixels_of_a_class_give_few_prototypes() -> None:
     labels[0, 0, 0] = 0
     labels[0, 1:, :] = 2
     labels[0, 0, 1] = -1
-    found = class_prototypes(
+    _, found = class_prototypes(
         [(features, labels, labels >= 0)],
         num_classes=3,
         prototypes_per_class=4,
