@@ -3,9 +3,14 @@
 import math
 from typing import Literal, Self
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from p2r.config.section import Fraction, Section
+
+
+def is_empty(values: object) -> bool:
+    """Return whether a list is empty; then its field is left out, as in configurations before it."""
+    return not values
 
 
 class LossConfig(Section):
@@ -15,6 +20,10 @@ class LossConfig(Section):
     """InfoNCE contrasts every pixel with all others (Pix2Rep); Barlow Twins decorrelates channels (Pix2Rep-v2)."""
     pixel_pairs_per_image: PositiveInt = 256
     """Corresponding pixels drawn from each pair of views. The N of a step is this times the global batch."""
+    levels: tuple[PositiveInt, ...] = Field(default=(), exclude_if=is_empty)
+    """Multi-level contrast: coarser decoder levels at which the pixel pairs are compared as well, such as [1, 2], each through a projection
+    head of its own. The loss is the mean over all levels; reports state the health of the finest. Level 2 has one vector per 4 pixels along
+    each axis. These heads are not published."""
     foreground_share: Fraction = 0.0
     """Fraction of these drawn among pixels brighter than their image's mean; the rest is drawn anywhere in the scan."""
     negatives: Literal["global_batch", "micro_batch", "image"] = "global_batch"

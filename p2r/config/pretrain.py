@@ -135,6 +135,13 @@ class PretrainConfig(Section):
         for name, default in (("contrasts", "same"), ("contrast_dropout", 0.0)):
             if not several and getattr(self.views, name) != default:
                 raise ValueError(f"views.{name} {getattr(self.views, name)} needs model.contrasts with several names")
+        levels, first, last = self.loss.levels, self.model.level, self.model.depth
+        if len(set(levels)) < len(levels) or not all(first < level <= last for level in levels):
+            raise ValueError(
+                f"loss.levels must be different levels from {first + 1} to {last}, coarser than model.level, got {list(levels)}"
+            )
+        if levels and self.compile:
+            raise ValueError("loss.levels need compile: false, which compiles only the features of the finest level")
         if self.neighbours and self.image.dimensions == 3:
             raise ValueError(
                 f"neighbours {self.neighbours:g} are planes next to each other: they need image.dimensions 2; views.frames_apart pairs the "

@@ -13,7 +13,7 @@ broke a rule) stay on the device until they are read.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -218,6 +218,7 @@ class _Objective:
     def __call__(self, pairs: PixelPairs) -> Tensor:
         config = self._config
         temperature = _bounded_temperature(self._engine, config.loss)
+        pairs, *coarser = _split_levels(pairs, num_levels=1 + len(config.loss.levels))
         if self._aligns:
             self.temperature = torch.as_tensor(temperature).detach()
             self.alignments.append(_alignment_sums(pairs.queries.detach(), pairs.keys.detach(), pairs.weights))
@@ -237,7 +238,18 @@ class _Objective:
         loss = pixel_pair_loss(pairs, config.loss, temperature=temperature, findings=self.findings, parts=parts)
         for name, part in parts.items():
             self.parts[name] = self.parts[name] + part if name in self.parts else part
-        return loss
+        if not coarser:
+            return loss
+        losses = [pixel_pair_loss(one, config.loss, temperature=temperature, findings=self.findings) for one in coarser]
+        return torch.stack([loss, *losses]).mean()
+
+
+def _split_levels(pairs: PixelPairs, *, num_levels: int) -> list[PixelPairs]:
+    """Return the pairs of each level, whose embeddings follow one another in a row."""
+    if num_levels == 1:
+        return [pairs]
+    towers = (rows.chunk(num_levels, dim=1) for rows in (pairs.queries, pairs.keys))
+    return [replace(pairs, queries=a.contiguous(), keys=b.contiguous()) for a, b in zip(*towers, strict=True)]
 
 
 def _accumulate(

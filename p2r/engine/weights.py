@@ -189,8 +189,8 @@ def _load_fitting(module: Any, weights: dict[str, Tensor], *, where: str, option
 
 
 def head_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the other part of a whole model's weights: the projection head, and a learnt temperature."""
-    return {name: value for name, value in weights.items() if not name.startswith(_BACKBONE)}
+    """Return the projection head of a whole model's weights, and a learnt temperature; not the heads of further levels."""
+    return {name: value for name, value in weights.items() if not name.startswith((_BACKBONE, "level_heads."))}
 
 
 def backbone_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -81,6 +81,16 @@ def build_backbone(config: ModelConfig, *, dimensions: int = 2) -> "EncoderDecod
     return EncoderDecoder(config, dimensions=dimensions)
 
 
+def channels_of_levels(config: ModelConfig, levels: Sequence[int], *, dimensions: int) -> list[int]:
+    """Return the channels of the maps of decoder levels, without running the network on data."""
+    with torch.random.fork_rng(devices=[]):
+        backbone = build_backbone(config, dimensions=dimensions).to("meta")
+    sides = [2 * config.size_divisor] * dimensions
+    with torch.no_grad():
+        maps = backbone.levels(torch.empty(1, config.in_channels, *sides, device="meta"), levels)
+    return [one.shape[1] for one in maps]
+
+
 class EncoderDecoder(nn.Module):
     """One of the encoder-decoders, up to the decoder level of the representation.
 

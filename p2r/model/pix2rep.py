@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from p2r.config import ModelConfig
-from p2r.model.backbones import build_backbone
+from p2r.model.backbones import EncoderDecoder, build_backbone, channels_of_levels
 from p2r.model.heads import ProjectionHead
 
 
@@ -32,9 +32,17 @@ class Pix2Rep(nn.Module):
         config: Model section of a job.
         dimensions: Dimensions of the image, 2 or 3.
         learnt_temperature: Initial temperature of the loss if it is learnt; None if it is fixed.
+        levels: Coarser decoder levels whose features are embedded as well, by a head each.
     """
 
-    def __init__(self, config: ModelConfig, *, dimensions: int = 2, learnt_temperature: float | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dimensions: int = 2,
+        learnt_temperature: float | None = None,
+        levels: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.log_temperature: nn.Parameter | None = None
         if learnt_temperature is not None:
@@ -42,6 +50,11 @@ class Pix2Rep(nn.Module):
         self.stride = config.stride
         self.backbone: nn.Module = build_backbone(config, dimensions=dimensions)
         self.head = ProjectionHead(config.feature_channels, config.head_channels, config.embedding_channels)
+        self.levels = tuple(levels)
+        self.level_heads = nn.ModuleList(
+            ProjectionHead(channels, config.head_channels, config.embedding_channels)
+            for channels in (channels_of_levels(config, levels, dimensions=dimensions) if levels else ())
+        )
 
     def forward(self, view_a: Tensor, view_b: Tensor, points_a: Tensor, points_b: Tensor) -> tuple[Tensor, Tensor]:
         """Embed corresponding points of two views, in one pass of the backbone over both.
@@ -53,9 +66,13 @@ class Pix2Rep(nn.Module):
             points_b: (B, n, D) positions of the same anatomy in view b, whole pixels.
 
         Returns:
-            Queries from a and keys from b, (B * n, E) each; row i of both shows the same anatomy.
+            Queries from a and keys from b, (B * n, E) each; row i of both shows the same anatomy. With further levels, the embeddings of
+            all levels follow one another in a row.
         """
-        features = self.backbone(torch.cat([view_a, view_b]))  # (2B, F, *S / stride)
+        images = torch.cat([view_a, view_b])
+        if self.levels:
+            return self._embed_levels(images, torch.cat([points_a, points_b]))
+        features = self.backbone(images)  # (2B, F, *S / stride)
         features_a, features_b = features.chunk(2)
         if self.stride == 1:
             at_points = torch.cat([read_at(features_a, points_a), read_pixels(features_b, points_b)])  # (2B, n, F)
@@ -63,6 +80,18 @@ class Pix2Rep(nn.Module):
             points = torch.cat([points_a, points_b])
             at_points = read_at(features, (points + 0.5) / self.stride - 0.5)
         queries, keys = self.head(at_points).flatten(0, 1).chunk(2)  # (B * n, E) each
+        return queries, keys
+
+    def _embed_levels(self, images: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed points (2B, n, D) of both views at every level."""
+        assert isinstance(self.backbone, EncoderDecoder)
+        strides = [self.stride, *(1 << level for level in self.levels)]
+        maps = self.backbone.levels(images, [stride.bit_length() - 1 for stride in strides])
+        rows = [
+            head(read_at(features, (points + 0.5) / stride - 0.5)).flatten(0, 1)
+            for head, features, stride in zip([self.head, *self.level_heads], maps, strides, strict=True)
+        ]
+        queries, keys = torch.cat(rows, dim=1).chunk(2)  # (B * n, levels * E) each
         return queries, keys
 
 

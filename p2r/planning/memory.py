@@ -7,7 +7,7 @@ import torch
 from p2r.config import PretrainConfig
 from p2r.engine.build import DTYPES
 from p2r.engine.counting import LiveTensors, SavedTensors, storages_of
-from p2r.engine.objectives import FP32_BYTES, objective_of
+from p2r.engine.objectives import FP32_BYTES, LossMemory, objective_of
 from p2r.model.backbones import is_channels_last
 from p2r.model.pix2rep import Pix2Rep
 from p2r.planning.forecast import Moment
@@ -33,7 +33,10 @@ def count_step(config: PretrainConfig, *, world_size: int, device: str) -> Count
     pairs = config.loss.pixel_pairs_per_image
     rows = (images if in_two_passes else size) * pairs
     loss = objective_of(config.loss).memory(config, rows, world_size, device)
-    towers = 2 * rows * config.model.embedding_channels * DTYPES[config.precision].itemsize
+    # The losses of further levels are computed one after another, and keep what they save.
+    others = len(config.loss.levels)
+    loss = LossMemory((1 + others) * loss.saved_bytes, others * loss.saved_bytes + loss.peak_bytes)
+    towers = (1 + others) * 2 * rows * config.model.embedding_channels * DTYPES[config.precision].itemsize
     accumulates = size < images
 
     in_backward = _gradients_in_backward(config, network, world_size=world_size, accumulates=accumulates)
@@ -89,7 +92,9 @@ def _count_network(config: PretrainConfig, *, num_images: int, device: str) -> _
     model_config = model_config.model_copy(update={"channels_last": layout})
     learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
     with torch.random.fork_rng(devices=[]):
-        model = Pix2Rep(model_config, dimensions=dimensions, learnt_temperature=learnt_temperature)
+        model = Pix2Rep(
+            model_config, dimensions=dimensions, learnt_temperature=learnt_temperature, levels=config.loss.levels
+        )
     dtype = DTYPES[config.precision]
     model = model.to(device="meta", dtype=dtype)
     image = (num_images, model_config.in_channels, *[config.image.size] * dimensions)

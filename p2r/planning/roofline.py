@@ -42,7 +42,14 @@ def loss_time(config: PretrainConfig, *, world_size: int, device: str) -> LossTi
         passes = config.global_batch // (world_size * config.micro_batch)
     pairs = config.global_batch * loss.pixel_pairs_per_image // passes
     products = products_of(config, pairs, world_size)
-    operations = products * passes * pairs * (pairs / world_size) * config.model.embedding_channels
+    operations = (
+        products
+        * passes
+        * pairs
+        * (pairs / world_size)
+        * config.model.embedding_channels
+        * (1 + len(config.loss.levels))
+    )
     least_s = operations / RATES[config.precision]
     return LossTime(operations, least_s, least_s / EFFICIENCY)
 

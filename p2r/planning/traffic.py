@@ -23,4 +23,5 @@ def traffic_of(config: PretrainConfig, *, world_size: int, num_weights: int, dev
     losses = num_passes if config.loss.negatives != "global_batch" else 1
     rows = images * config.loss.pixel_pairs_per_image // losses
     of_loss = objective_of(config.loss).traffic
+    losses *= 1 + len(config.loss.levels)
     return Traffic(gradients, weights, losses * of_loss(config, rows, world_size, device))

@@ -55,6 +55,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "two ranks, ring": (2, {"loss": {"exchange": "ring", "pixel_pairs_per_image": 512}}),
     "two ranks, barlow": (2, {"zero_stage": 2, "loss": {"name": "barlow_twins"}}),
     "three contrasts": (1, {"model": {**SMALL, "contrasts": ["flair", "t1", "t2"]}}),
+    "three levels": (1, {"loss": {"levels": [1, 2], "pixel_pairs_per_image": 256}}),
+    "two ranks, two levels": (2, {"loss": {"levels": [1], "pixel_pairs_per_image": 256}, "micro_batch": 2}),
     "volumes": (1, {**VOLUMES, "loss": {"pixel_pairs_per_image": 256}}),
     "volumes, micro-batches, bf16": (1, {**VOLUMES, "micro_batch": 1, "precision": "bf16"}),
     "volumes of three contrasts, checkpointing": (
@@ -123,7 +125,7 @@ def measure(settings: PretrainConfig, rank: int, world_size: int) -> dict[str, f
     batch = noise_batch(settings.image, settings.global_batch // world_size, contrasts=settings.model.contrasts)
     with live:
         torch.manual_seed(0)
-        model = Pix2Rep(settings.model, dimensions=settings.image.dimensions)
+        model = Pix2Rep(settings.model, dimensions=settings.image.dimensions, levels=settings.loss.levels)
         engine = build_engine(model, settings, world_size=world_size)
         del model
         take_step(engine, batch, config=settings, learning_rate=1e-3)
