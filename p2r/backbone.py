@@ -52,6 +52,7 @@ from p2r.tensors import (
     check_values,
     load_into,
     num_bytes_of,
+    read_shapes,
     read_tensors,
     shapes_of,
     unallocated,
@@ -254,6 +255,25 @@ def verify_artefact(artefact: Artefact) -> None:
     if problems:
         raise DamagedError(f"{artefact.storage.url} is damaged:\n" + "\n".join(f"  {problem}" for problem in problems))
     _load_network(artefact, read_config(artefact), is_model=isinstance(artefact.manifest, ModelManifest))
+
+
+def check_pulled(folder: Path, artefact: Artefact) -> None:
+    """Check that the weights of a folder whose digests are right fit its configuration, by names and shapes; read no values.
+
+    Args:
+        folder: Copy of the artefact's files.
+        artefact: The artefact.
+
+    Raises:
+        CheckpointError: The configuration or the weights break a rule.
+    """
+    local = Artefact(Storage(str(folder)), artefact.manifest, artefact.content)
+    where, entry = artefact.storage.url, artefact.manifest.files.weights
+    network = _build_unallocated(read_config(local), is_model=isinstance(artefact.manifest, ModelManifest), where=where)
+    with (folder / entry.name).open("rb") as file:
+        start = file.read(MAX_HEADER_BYTES)
+    where = f"{where}, {entry.name}"
+    check_fit(read_shapes(start, where=where), shapes_of(network.state_dict()), where=where, of="its config.json")
 
 
 def read_config(artefact: Artefact) -> ArtefactConfig:

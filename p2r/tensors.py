@@ -121,18 +121,28 @@ def read_tensors(
     Raises:
         CheckpointError: The file is not safetensors, or a tensor is not float32 or not finite.
     """
-    header = _parse_header(content, where)
-    for name, entry in header.items():
-        if entry.dtype != "F32":
-            raise CheckpointError(f"{where}: {name:.120} is {entry.dtype}; published weights are float32 (F32)")
+    shapes = read_shapes(content, where=where)
     if check is not None:
-        check({name: tuple(entry.shape) for name, entry in header.items()})
+        check(shapes)
     try:
         weights: dict[str, Tensor] = load(content)
     except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{where} is not a safetensors file: {error}") from None
     check_values(weights, where=where)
     return weights
+
+
+def read_shapes(content: bytes, *, where: str) -> dict[str, Shape]:
+    """Return the shapes in the header of a safetensors file, of which `content` may be only the start.
+
+    Raises:
+        CheckpointError: The file is not safetensors, or a tensor is not float32.
+    """
+    header = _parse_header(content, where)
+    for name, entry in header.items():
+        if entry.dtype != "F32":
+            raise CheckpointError(f"{where}: {name:.120} is {entry.dtype}; published weights are float32 (F32)")
+    return {name: tuple(entry.shape) for name, entry in header.items()}
 
 
 def read_facts(content: bytes, adapter: TypeAdapter[Checked], *, where: str) -> Checked:

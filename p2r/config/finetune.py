@@ -149,8 +149,13 @@ class FinetuneConfig(Section):
     views: ViewsConfig = ViewsConfig(geometry=GeometryConfig(rotation_deg=180.0))
     """Augmentation of labelled images, equal for all modes."""
     planes: Literal["whole", "centre"] = "whole"
-    """Region that a model reads of a plane or volume. whole: all of it, in overlapping windows of the backbone's image size; training
-    windows are drawn anywhere. centre: that size about its centre; the rest is background. Neither uses a label."""
+    """Region that a model reads of a plane or volume. whole: all of it, in overlapping windows of the image size; training windows
+    are drawn anywhere. centre: that size about its centre; the rest is background. Neither uses a label."""
+    spacing_mm: Annotated[float, Field(ge=1e-3, lt=1e4)] | None = Field(default=None, exclude_if=is_none)
+    """Pixel size of the trials' models, mm. None: the task's, or else the backbone's. Finer pixels suit a backbone whose pretraining
+    views were enlarged (`views.geometry.scale` above 1)."""
+    image_size: Annotated[int, Field(ge=1, le=2**14)] | None = Field(default=None, exclude_if=is_none)
+    """Every side of the trials' images, pixels. None: the backbone's."""
     largest_component: bool = False
     """Keep only the largest connected component of each predicted class; assumes that every organ is in one piece."""
     nsd_tolerance_mm: PositiveFloat = 2.0

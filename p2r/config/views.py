@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.config import JsonDict
 
 from p2r.config.section import Fraction, Range, Section, Within, is_zero
@@ -182,6 +182,10 @@ class ViewsConfig(Section):
     """Pretraining only: smallest and largest fraction of the image that a view shows, in a box drawn for each view. The rest is zero, as
     outside the scan. It removes a shortcut: in scans smaller than the image, the distance to their edge reveals the position. None: all."""
 
+    frames_apart: NonNegativeInt = Field(default=0, exclude_if=is_zero)
+    """Pretraining on series (cine and other 4D scans) only: view b shows another frame of the series, drawn among those at most this many
+    frames before or after the frame of view a. The pixel pairs ignore motion between the two. Scans of one frame show it in both views.
+    0: both views show the same frame."""
     contrasts: Literal["same", "cross", "mixed"] = Field(default="same", exclude_if=is_same)
     """Pretraining with `model.contrasts` only: contrasts of the two views of an image. same: both show all contrasts that the image has.
     cross: each shows one, not the same if the image has several, so that the representation does not depend on the contrast. mixed: same

@@ -16,7 +16,7 @@ from p2r.data.ledger import LedgerRow, is_accepted, parse_row
 from p2r.data.manifest import Shard, parse_shard
 from p2r.data.records import Records
 from p2r.data.shards import index_name, write_shard
-from p2r.data.thumbnails import Thumbnails, drawn, from_rows, thumbnail, to_rows
+from p2r.data.thumbnails import Thumbnails, from_rows, lowest_lots, thumbnail, to_rows
 from p2r.data.volume import read_volume
 from p2r.documents import read_json
 from p2r.errors import DamagedError, DataError, RefusedScan
@@ -108,7 +108,9 @@ def _stored_size(storage: Storage, path: str) -> int | None:
 def _draw_refused_thumbnails(plan: ShardPlan, config: IngestConfig, rows: list[LedgerRow]) -> Thumbnails:
     """Return thumbnails of refused scans that are readable, so that users can see the refused images."""
     scans = {planned.key: planned.scan for planned in plan.scans}
-    refused = drawn((row.key for row in rows if not is_accepted(row) and row.key in scans), plan.max_refused_thumbnails)
+    refused = lowest_lots(
+        (row.key for row in rows if not is_accepted(row) and row.key in scans), plan.max_refused_thumbnails
+    )
     found: Thumbnails = {}
     for key in refused:
         try:

@@ -257,6 +257,8 @@ class Records:
     ) -> Described:
         """Append the row of a volume, and return it with its metadata."""
         planned, volume = found.planned, found.volume
+        is_hidden = self.config.pseudonyms
+        acquisition = closed_tags(volume.sidecar) if is_hidden else dict(volume.sidecar)
         self.rows.append(
             accepted_row(
                 key=found.key,
@@ -270,11 +272,11 @@ class Records:
                 voxels_sha256=found.digest,
                 outline=outline(volume),
                 place=place,
+                acquisition=acquisition,
             )
         )
         if planned.is_shown and is_shown:
             self.thumbnails[found.key] = thumbnail(volume)
-        is_hidden = self.config.pseudonyms
         meta = {
             "key": found.key if place is None else place.record,
             "subject": planned.subject,
@@ -286,7 +288,7 @@ class Records:
             "licence": self.config.licence,
         }
         known = {
-            "acquisition": closed_tags(volume.sidecar) if is_hidden else dict(volume.sidecar),
+            "acquisition": acquisition,
             "entities": dict(planned.entities),
             "frames": None if volume.frames is None else list(volume.frames),
             "resampled_from_mm": None if volume.resampled_from_mm is None else list(volume.resampled_from_mm),

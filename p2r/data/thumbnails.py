@@ -56,7 +56,7 @@ def lot(key: str) -> str:
     return hashlib.sha256(f"thumbnail/{key}".encode()).hexdigest()
 
 
-def drawn(keys: Iterable[str], most: int) -> list[str]:
+def lowest_lots(keys: Iterable[str], most: int) -> list[str]:
     """Return the `most` keys with the lowest lots, in increasing order of lot."""
     return sorted(keys, key=lot)[:most]
 

@@ -156,6 +156,7 @@ def _open_stream(
         global_batch=config.global_batch,
         contrasts=config.model.contrasts,
         neighbours=config.neighbours,
+        frames_apart=config.views.frames_apart,
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
         state=state,

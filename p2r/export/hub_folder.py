@@ -74,13 +74,13 @@ def write(source: Source, folder: Path) -> Written:
 
 
 def copy_artefact(artefact: Artefact, folder: Path) -> None:
-    """Copy a published folder, with every file hashed on the way, and the manifest last.
+    """Copy a published folder past the cache, with every file hashed on the way, and the manifest last.
 
     Raises:
         StorageError: A file is absent or damaged.
     """
-    for role, entry in artefact.manifest.files.entries().items():
-        (folder / entry.name).write_bytes(artefact.read(role))
+    for entry in artefact.manifest.files.entries().values():
+        artefact.storage.download(entry.name, folder / entry.name, sha256=entry.sha256, num_bytes=entry.num_bytes)
     if artefact.storage.exists(SIGNATURE):
         (folder / SIGNATURE).write_bytes(artefact.storage.read_bytes(SIGNATURE, max_bytes=SIGNATURE_BYTES))
     (folder / MANIFEST).write_bytes(artefact.content)

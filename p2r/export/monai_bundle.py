@@ -192,8 +192,9 @@ def _data_format(source: Source) -> dict[str, object]:
         "channel_def": {str(channel): "image" for channel in range(source.model.in_channels)},
     }
     prediction = {
-        "type": "image" if source.is_model else "feature",
-        "format": "segmentation" if source.is_model else "features",
+        "type": "image",
+        "format": "segmentation" if source.is_model else "latent",
+        "modality": "n/a",
         "num_channels": source.num_outputs,
         "spatial_shape": shape,
         "dtype": "float32",

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from p2r.artefact import open_artefact
-from p2r.backbone import verify_artefact
+from p2r.backbone import check_pulled
 from p2r.errors import StorageError
 from p2r.export import check_folder, write_folder
 from p2r.export.hub_folder import copy_artefact, write
@@ -78,7 +78,7 @@ def pull(reference: str, *, folder: Path, key: str | None = None) -> list[str]:
 
     def copy(temporary: Path) -> None:
         copy_artefact(artefact, temporary)
-        verify_artefact(open_artefact(Reference(str(temporary), artefact.sha256)))
+        check_pulled(temporary, artefact)
 
     write_folder(folder, copy)
     num_bytes = sum(entry.num_bytes for entry in artefact.manifest.files.entries().values())

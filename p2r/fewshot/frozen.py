@@ -9,7 +9,7 @@ from p2r.backbone import ArtefactConfig
 from p2r.config import ModelConfig
 from p2r.data.preprocess import Preparation
 from p2r.evaluate.inference import features_of_images
-from p2r.evaluate.prepared import Arrays, Facts, kept
+from p2r.evaluate.prepared import Arrays, Facts, cached
 from p2r.evaluate.tasks import LabelledScan
 from p2r.fewshot.images import labelled_images
 from p2r.fewshot.plausibility import Plausibility, frames_of_scans, learn_plausibility
@@ -49,7 +49,7 @@ def frozen_features(
                 "backbone": backbone_sha256,
                 "device": device,
             }
-            features = kept("features", key, make, use=_as_tensor)
+            features = cached("features", key, make, use=_as_tensor)
         found.append((features, scan.label_planes, scan.planes.inside))
     return found
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from p2r.config import ModelConfig
 from p2r.errors import CheckpointError
+from p2r.model.anatomix import MARKER as ANATOMIX
 from p2r.tensors import Shape, shapes_of
 from p2r.weights_file import as_float32
 
@@ -107,6 +108,7 @@ def transfer(
     Raises:
         CheckpointError: The network is of an unknown kind, or does not fit; the message gives the rule and the way out.
     """
+    _refuse_anatomix(tensors, where)
     _refuse_batch_norm(tensors, where)
     source = _recognise(tensors, config, where)
     where = f"{where} ({source.title})"
@@ -138,6 +140,14 @@ def transfer(
 def _names_of(state: Mapping[str, Tensor], source: Source, config: ModelConfig) -> dict[str, str]:
     rename = source.names[config.name]
     return {name: rename(name.removeprefix("unet."), config.depth) for name in state if name.startswith("unet.")}
+
+
+def _refuse_anatomix(tensors: Mapping[str, Tensor], where: str) -> None:
+    if any(ANATOMIX.search(name) for name in tensors):
+        raise CheckpointError(
+            f"{where} is anatomix's U-Net, which no network of p2r can continue (reflected borders, its own normalisation): use it frozen, "
+            'as finetune.other with build: "p2r.model.anatomix:anatomix" and options: {weights: FILE}'
+        )
 
 
 def _refuse_batch_norm(tensors: Mapping[str, Tensor], where: str) -> None:

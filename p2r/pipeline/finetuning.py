@@ -20,14 +20,14 @@ from p2r.job import Job
 from p2r.logs import Say, within
 from p2r.modes import MODES
 from p2r.pipeline.imported import publish_imported
-from p2r.pipeline.made import Made
+from p2r.pipeline.outputs import Outputs
 from p2r.pipeline.reporting import make_report
 from p2r.reference import parse_reference
 from p2r.report import table
 from p2r.storage import Storage
 
 
-def finetune(job: Job, made: Made, storage: Storage, runner: TrialRunner, say: Say) -> Made:
+def finetune(job: Job, made: Outputs, storage: Storage, runner: TrialRunner, say: Say) -> Outputs:
     """Run the trials of all tasks, publish their models, and write the report.
 
     Args:

@@ -154,14 +154,19 @@ def _draw_view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
     corpora = corpora_of(config, storage.child("corpus"))
     contrasts = config.model.contrasts
     batches = stream(
-        corpora, image=config.image, seed=config.seed, global_batch=config.global_batch, contrasts=contrasts
+        corpora,
+        image=config.image,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        contrasts=contrasts,
+        frames_apart=config.views.frames_apart,
     )
     try:
         batch, _ = next(batches)
     finally:
         batches.close()
     # Show the fullest images of the batch, since pictures of air explain nothing.
-    images, insides, covered = batch.prepare()
+    images, insides, covered, other = batch.prepare_frames()
     fullest = images.flatten(1).mean(1).argsort(descending=True)[:_NUM_VIEWS]
     images, epochs, positions = images[fullest], batch.epochs[fullest.numpy()], batch.positions[fullest.numpy()]
     views = make_views(
@@ -174,6 +179,7 @@ def _draw_view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
         positions=positions,
         present=None if batch.present is None else batch.present[fullest.numpy()],
         covered=None if covered is None else covered[fullest],
+        other=None if other is None else other[fullest],
     )
     images, views, labels = _shown_contrasts(images, views, contrasts)
     generators = [

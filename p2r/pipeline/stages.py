@@ -29,7 +29,7 @@ from p2r.logs import Say
 from p2r.pipeline.finetuning import finetune
 from p2r.pipeline.finished import digest_inputs, record_finished
 from p2r.pipeline.imported import check_initial_weights
-from p2r.pipeline.made import Made
+from p2r.pipeline.outputs import Outputs
 from p2r.pipeline.publishing import describe_network, preparation_of_backbone, publish_backbone
 from p2r.pipeline.reporting import write_variants
 from p2r.pipeline.tracking import tracked
@@ -48,7 +48,7 @@ class Executor(TrialRunner, Protocol):
         """Train to the end, or as far as time allows; return whether the end was reached."""
 
 
-def run_job(job: Job, executor: Executor, *, say: Say) -> Made:
+def run_job(job: Job, executor: Executor, *, say: Say) -> Outputs:
     """Run the stages of a job's kind, and return their outputs.
 
     Args:
@@ -65,8 +65,8 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> Made:
         return _run_stages(job, storage, executor, tracked_say)
 
 
-def _run_stages(job: Job, storage: Storage, executor: Executor, say: Say) -> Made:
-    made = Made(storage.url)
+def _run_stages(job: Job, storage: Storage, executor: Executor, say: Say) -> Outputs:
+    made = Outputs(storage.url)
     stages = KINDS[job.kind].stages
     inputs = digest_inputs(job)
     if "finetune" in stages or "variants" in stages:
@@ -82,7 +82,7 @@ def _run_stages(job: Job, storage: Storage, executor: Executor, say: Say) -> Mad
     return made
 
 
-def _train_and_score(job: Job, made: Made, executor: Executor, stages: Sequence[str], say: Say) -> Made:
+def _train_and_score(job: Job, made: Outputs, executor: Executor, stages: Sequence[str], say: Say) -> Outputs:
     """Run the stages after ingest; return their outputs with those of ingest."""
     storage = Storage(job.storage)
     if "pretrain" in stages:
@@ -101,7 +101,7 @@ def _train_and_score(job: Job, made: Made, executor: Executor, stages: Sequence[
     return made
 
 
-def _run_variants(job: Job, made: Made, executor: Executor, say: Say) -> Made:
+def _run_variants(job: Job, made: Outputs, executor: Executor, say: Say) -> Outputs:
     """Run every variant of an ablation in turn, and write a comparison of their results."""
     storage = Storage(job.storage)
     rows: list[TrialRow] = []
@@ -110,7 +110,7 @@ def _run_variants(job: Job, made: Made, executor: Executor, say: Say) -> Made:
         where = Storage(variant.storage)
         say(f"variant {name} | " + ", ".join(f"{key}: {value}" for key, value in job.variants[name].items()))
         stages = ("finetune",) if variant.pretrain is None else KINDS[job.kind].sections
-        of_variant = _train_and_score(variant, Made(where.url), executor, stages, say)
+        of_variant = _train_and_score(variant, Outputs(where.url), executor, stages, say)
         if of_variant.unfinished is not None:
             return replace(made, unfinished=f"variant {name}")
         rows += [row.replaced(variant=name) for row in read_report_rows(where, "report/report.json")]

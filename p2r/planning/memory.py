@@ -167,4 +167,5 @@ def _batch_bytes(config: PretrainConfig, num_images: int) -> int:
     pixels: int = num_images * config.image.size**dimensions
     of_views = 2 * FP32_BYTES + (2 * DTYPES[config.precision].itemsize if config.precision == "bf16" else 0)
     masks = 2 + 2  # inside and valid, and both again for the two views
-    return pixels * (contrasts * (FP32_BYTES + of_views) + FP32_BYTES * dimensions + masks)
+    frames = 2 if config.views.frames_apart else 1
+    return pixels * (contrasts * (frames * FP32_BYTES + of_views) + FP32_BYTES * dimensions + masks)

@@ -171,6 +171,13 @@ def test_a_pulled_folder_is_the_published_one(publish_toy: Publish, hub: Hub, tm
     load_model(pin)
     with pytest.raises(InputError, match="not empty"):
         pull(url, folder=tmp_path / "liver")
+    (weights,) = (tmp_path / "liver").glob("model-*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(StorageError, match="damaged"):
+        pull(str(tmp_path / "liver"), folder=tmp_path / "copy")
+    assert not [path.name for path in tmp_path.iterdir() if "copy" in path.name]
 
 
 def test_the_card_has_front_matter_that_the_hubs_client_reads(published: dict[str, str], tmp_path: Path) -> None:

@@ -21,6 +21,58 @@ from p2r.export.monai_bundle import REQUIRED
 Publish = Callable[..., str]
 
 
+_TEXT = {"type": "string", "minLength": 1}
+_TENSORS = {
+    "type": "object",
+    "minProperties": 1,
+    "additionalProperties": {
+        "type": "object",
+        "properties": {
+            "type": {"enum": ["image", "series", "tuples", "probabilities"]},
+            "format": {
+                "enum": [
+                    *("magnitude", "hounsfield", "kspace", "raw", "labels", "classes", "segmentation", "points"),
+                    *("normals", "indices", "sequence", "latent", "gradient"),
+                ]
+            },
+            "modality": _TEXT,
+            "num_channels": {"type": "integer", "minimum": 1},
+            "spatial_shape": {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": 3,
+                "items": {"anyOf": [{"type": "integer", "minimum": 1}, _TEXT]},
+            },
+            "dtype": {"enum": ["float32", "float16", "int32", "int64"]},
+            "value_range": {"type": "array", "maxItems": 2, "items": {"type": "number"}},
+            "is_patch_data": {"type": "boolean"},
+            "channel_def": {"type": "object", "minProperties": 1, "additionalProperties": _TEXT},
+        },
+        "required": [
+            *("type", "format", "modality", "num_channels", "spatial_shape", "dtype", "value_range", "is_patch_data"),
+            "channel_def",
+        ],
+    },
+}
+METADATA_SCHEMA = {
+    "type": "object",
+    "required": sorted(REQUIRED),
+    "properties": {
+        **dict.fromkeys(REQUIRED - {"changelog", "network_data_format"}, _TEXT),
+        "changelog": {"type": "object", "additionalProperties": _TEXT},
+        "required_packages_version": {"type": "object", "additionalProperties": _TEXT},
+        **dict.fromkeys(("intended_use", "data_source", "data_type"), _TEXT),
+        "references": {"type": "array", "items": _TEXT},
+        "network_data_format": {
+            "type": "object",
+            "required": ["inputs", "outputs"],
+            "properties": {"inputs": _TENSORS, "outputs": _TENSORS},
+        },
+    },
+}
+"""Fields of `metadata.json` as MONAI's bundle specification documents them, with the types and words that it lists."""
+
+
 def _load_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ConfigParser, Any]:
     for name in [name for name in sys.modules if name.partition(".")[0] == "scripts"]:
         monkeypatch.delitem(sys.modules, name)
@@ -109,11 +161,20 @@ def test_the_metadata_pass_monais_verifications(published: dict[str, str], tmp_p
     export(published["backbone"], to="monai", folder=bundle)
     files = {"meta_file": str(bundle / "configs/metadata.json"), "config_file": str(bundle / "configs/inference.json")}
     verify_net_in_out(net_id="network_def", device="cpu", **files)
-    # MONAI's own schema must be downloaded; a file in its place has the same required keys.
+    # MONAI's own schema must be downloaded; a file in its place states the fields that MONAI documents.
     schema = tmp_path / "schema.json"
-    schema.write_text(json.dumps({"type": "object", "required": sorted(REQUIRED)}))
-    digest = hashlib.sha256(schema.read_bytes()).hexdigest()
-    verify_metadata(meta_file=files["meta_file"], filepath=str(schema), hash_val=digest, hash_type="sha256")
+    schema.write_text(json.dumps(METADATA_SCHEMA))
+    given = {
+        "filepath": str(schema),
+        "hash_val": hashlib.sha256(schema.read_bytes()).hexdigest(),
+        "hash_type": "sha256",
+    }
+    verify_metadata(meta_file=files["meta_file"], **given)
+    metadata = json.loads((bundle / "configs/metadata.json").read_text())
+    metadata["network_data_format"]["outputs"]["pred"] |= {"type": "feature", "num_channels": "16"}
+    (tmp_path / "wrong.json").write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match=r"'feature' is not one of|'16' is not of type 'integer'"):
+        verify_metadata(meta_file=str(tmp_path / "wrong.json"), **given)
     with pytest.warns(DeprecationWarning, match="jit"):
         ckpt_export(
             net_id="network_def",

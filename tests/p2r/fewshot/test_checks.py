@@ -43,6 +43,11 @@ def test_a_backbone_of_another_dimension_is_refused_before_anything_runs(
         check_task(load_task(path), backbone, setup)
 
 
+def test_an_image_size_that_the_network_cannot_take_is_refused_before_anything_runs(make: Make) -> None:
+    with pytest.raises(DataError, match=r"finetune\.image_size must be divisible by \d+ .*, got 33"):
+        make(image_size=33)
+
+
 def test_a_class_that_no_labelled_patient_has_is_refused_before_anything_runs(make: Make, copy: Path) -> None:
     (subject,) = final(make(data=copy), "scratch").subjects
     path = copy / f"labels/{subject}_T1w.nii.gz"

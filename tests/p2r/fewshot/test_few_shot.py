@@ -144,6 +144,14 @@ def test_a_frozen_recipe_reads_the_test_patients_once_and_a_changed_recipe_again
     assert [found["recipe_sha256"] for found in merge_readings(storage)].count(reading["recipe_sha256"]) == 2
 
 
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 3}, {"foreground_share": 0.5}, {"seed": 1}, {"spacing_mm": 1.5}, {"image_size": 48}]
+)
+def test_a_changed_setting_of_the_training_is_another_recipe(make: Make, changes: dict[str, Any]) -> None:
+    first, other = make(), make(**changes)
+    assert first.result_path(final(first, "scratch")) != other.result_path(final(other, "scratch"))
+
+
 def test_from_scratch_depends_only_on_the_backbones_shape(make: Make) -> None:
     first = make()
     (scratch,) = run(first).results
@@ -293,6 +301,16 @@ def test_prototypes_segment_without_training_and_are_published(make: Make, toy_d
     )
     with np.load(Storage(setup.storage).local(results[0]["row"]["predictions"]), allow_pickle=False) as predictions:
         assert np.array_equal(found, predictions["sub-07_T1w"])
+
+
+def test_models_of_finer_pixels_than_the_backbones_are_trained_and_published(make: Make, tmp_path: Path) -> None:
+    setup = make(modes=["prototype"], num_labelled=["all"], spacing_mm=1.25, image_size=48)
+    results, backbone = run(setup).results, p2r.load_backbone(setup.backbone)
+    assert (backbone.preparation.spacing_mm, backbone.preparation.image_size) == (2.0, 32)
+    manifest = publish_best(setup, results, backbone, Storage(str(tmp_path / "models")))
+    preparation = load_model(manifest["url"])[1].preparation
+    assert (preparation.spacing_mm, preparation.image_size) == (1.25, 48)
+    assert results[0]["row"]["dice_mean"] > 0.5
 
 
 def test_the_other_draws_of_the_best_model_are_published_for_an_ensemble(make: Make, tmp_path: Path) -> None:

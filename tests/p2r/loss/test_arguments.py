@@ -141,6 +141,11 @@ def test_without_waiting_bad_values_are_counted_and_refused_when_they_are_read()
     info_nce(torch.ones(5, 4), torch.ones(5, 4), temperature=0.1, exclude=lonely, decoupled=True, findings=findings)
     with pytest.raises(EmbeddingError, match="5 of 5 have none"):
         findings.refuse([int(count) for count in findings.counts()])
+    findings = Findings()
+    nowhere = SameImage(torch.zeros(5).long(), torch.full((5, 2), math.nan), radius_mm=1.0)
+    info_nce(torch.ones(5, 4), torch.ones(5, 4), temperature=0.1, exclude=nowhere, findings=findings)
+    with pytest.raises(EmbeddingError, match=r"10 numbers of exclude\.position_mm are not finite"):
+        findings.refuse([int(count) for count in findings.counts()])
 
 
 def test_with_findings_values_on_a_cpu_are_still_checked_at_once() -> None:

@@ -244,7 +244,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 OPTIONS["all"] = {key: value for name in ("decoupled", "weights", "radius") for key, value in OPTIONS[name].items()}
 
 
-@pytest.mark.parametrize("temperature", [0.2, 0.002])  # a static shift, and a maximum per row
+@pytest.mark.parametrize("temperature", [0.2, 0.001])  # a static shift, and a maximum per row
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("form", FORMS)
 def test_options_equal_the_definition(form: Form, options: str, temperature: float) -> None:
@@ -258,7 +258,7 @@ def test_options_equal_the_definition(form: Form, options: str, temperature: flo
         torch.testing.assert_close(ours, their, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize(("exchange", "temperature"), [("ring", 0.2), ("ring", 0.002), ("all_gather", 0.002)])
+@pytest.mark.parametrize(("exchange", "temperature"), [("ring", 0.2), ("ring", 0.001), ("all_gather", 0.001)])
 @pytest.mark.parametrize("form", FORMS)
 def test_directions_computed_one_by_one_equal_the_definition(
     form: Form, exchange: Literal["ring", "all_gather"], temperature: float
@@ -446,6 +446,11 @@ def test_the_sharpest_temperature_is_the_last_with_a_static_shift(dtype: torch.d
     limits = torch.finfo(torch.float32 if dtype == torch.bfloat16 else dtype)
     assert most - shift + math.log(num_candidates) < math.log(limits.max)
     assert -most - shift > math.log(limits.tiny)
+
+
+def test_half_precision_is_summed_in_the_range_of_float32_and_float64_has_its_own() -> None:
+    assert sharpest(18, torch.bfloat16) == sharpest(18, torch.float16) == sharpest(18, torch.float32) < 1 / 0.01
+    assert 1 / 0.002 < sharpest(18, torch.float64) < 1 / 0.001, "tests of both ways to sum use these temperatures"
 
 
 @pytest.mark.parametrize("is_waited_for", [False, True])

@@ -101,6 +101,12 @@ def test_only_the_ratios_of_weights_matter() -> None:
     torch.testing.assert_close(small, large)
 
 
+def test_without_any_pair_loss_and_gradient_are_zero() -> None:
+    a, b = rows()
+    loss = info_nce_within_images(a, b, num_images=B, temperature=0.2, weights=torch.zeros(B * N))
+    assert loss == 0 and not any(gradient.any() for gradient in torch.autograd.grad(loss, (a, b)))
+
+
 def test_inconsistent_arguments_are_refused() -> None:
     a, b = rows()
     for weights, words in ((-torch.ones(B * N), "finite and not negative"), (torch.ones(B), r"weights \(21,\)")):
