@@ -64,6 +64,11 @@ MODEL_FORMAT = "p2r-model/2"
 _MAX_CONFIG_DEPTH = 8
 
 
+def _is_one(value: object) -> bool:
+    """Return whether a number is 1; then its field is left out, as in configurations before it."""
+    return value == 1
+
+
 class ArtefactConfig(Section):
     """`config.json` of a backbone or model."""
 
@@ -73,8 +78,10 @@ class ArtefactConfig(Section):
     """Preprocessing of a scan."""
     classes: dict[int, Annotated[str, Field(max_length=200)]] = Field(default_factory=dict, max_length=1000)
     """Models only: name of each label value; 0 is the background."""
-    num_prototypes: Annotated[tuple[PositiveInt, ...], Field(max_length=1001)] = ()
-    """Models with a prototype head: number of prototypes of each class, background first."""
+    num_prototypes: Annotated[tuple[PositiveInt, ...], Field(max_length=20_000)] = ()
+    """Models with a prototype head: number of prototypes of each class, background first; of several clusterings one after another."""
+    prototype_clusterings: PositiveInt = Field(default=1, exclude_if=_is_one)
+    """Models with a prototype head: number of clusterings, whose similarity maps are averaged."""
     prototype_smoothing_pixels: Annotated[float, Field(ge=0, le=20)] = Field(default=0.0, exclude_if=is_zero)
     """Models with a prototype head: standard deviation of the Gaussian filter on the similarity maps of the classes, pixels; 0: no
     filter."""
@@ -87,6 +94,8 @@ class ArtefactConfig(Section):
     def _check(self) -> Self:
         if sorted(self.classes) != list(range(1, len(self.classes) + 1)):
             raise ValueError("classes must number the labels 1, 2, ... without a gap")
+        if self.num_prototypes and len(self.num_prototypes) % self.prototype_clusterings:
+            raise ValueError("num_prototypes must give as many numbers for every clustering")
         if self.model.contrasts != self.preparation.contrasts:
             raise ValueError(
                 f"model.contrasts and preparation.contrasts must be equal, got {describe(self.model.contrasts)} and "
@@ -104,7 +113,11 @@ class ArtefactConfig(Section):
         if self.num_prototypes:
             smoothing = self.prototype_smoothing_pixels / self.model.stride
             return PrototypeHead(
-                channels, self.num_prototypes, smoothing_pixels=smoothing, is_centred=self.prototypes_are_centred
+                channels,
+                self.num_prototypes,
+                smoothing_pixels=smoothing,
+                is_centred=self.prototypes_are_centred,
+                num_clusterings=self.prototype_clusterings,
             )
         return SegmentationHead(channels, len(self.classes) + 1, dimensions=dimensions)
 

@@ -25,6 +25,7 @@ Setting = Literal[
     "feature_dropout",
     "prototypes_per_class",
     "background_prototypes",
+    "prototype_clusterings",
     "prototype_smoothing_pixels",
     "self_training_rounds",
     "self_training_fraction",
@@ -50,6 +51,7 @@ _PSEUDO_LABEL_SETTINGS: tuple[Setting, ...] = (
 _PROTOTYPE_SETTINGS: tuple[Setting, ...] = (
     "prototypes_per_class",
     "background_prototypes",
+    "prototype_clusterings",
     "prototype_smoothing_pixels",
 )
 _ROUND_SETTINGS: tuple[Setting, ...] = (

@@ -113,6 +113,8 @@ class FinetuneConfig(Section):
     fewer pixels has fewer prototypes. RESULTS.md ("Better prototypes") compares these settings."""
     background_prototypes: PositiveInt = 16
     """The same modes: number of background prototypes (k-means). With many more than `prototypes_per_class`, small classes vanish."""
+    prototype_clusterings: PositiveInt = 4
+    """The same modes: number of k-means clusterings whose similarity maps are averaged. One depends on its initial centres."""
     prototype_smoothing_pixels: Annotated[float, Field(ge=0, le=20)] = 2.0
     """The same modes: standard deviation of a Gaussian filter on the similarity map of each class, pixels of the image; 0 disables."""
     self_training_rounds: PositiveInt = 3

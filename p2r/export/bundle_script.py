@@ -60,10 +60,11 @@ class WithPrototypes(nn.Module):
     Args:
         network: Image (B, C, *S) -> features (B, F, *S).
         feature_channels: F.
-        num_prototypes: Number of prototypes of each class, background first.
+        num_prototypes: Number of prototypes of each class, background first; of several clusterings one after another.
         temperature: Divisor of the cosines.
         kernel: Weights of a filter along each axis of the map of each class; one weight: no filter.
         is_centred: Subtract `centre` (F,) from the unit vectors of the features before the comparison.
+        num_clusterings: Number of clusterings, whose similarity maps are averaged.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class WithPrototypes(nn.Module):
         temperature: float,
         kernel: Sequence[float] = (1.0,),
         is_centred: bool = False,
+        num_clusterings: int = 1,
     ) -> None:
         super().__init__()
         self.network = network
         self.num_prototypes = num_prototypes
+        self.num_clusterings = num_clusterings
         self.temperature = temperature
         self.kernel = tuple(kernel)
         self.prototypes = nn.Parameter(torch.zeros(sum(num_prototypes), feature_channels), requires_grad=False)
@@ -92,6 +95,8 @@ class WithPrototypes(nn.Module):
         cosines = torch.einsum("pf,bf...->bp...", F.normalize(self.prototypes, dim=1), directions)
         by_class = torch.split(cosines, self.num_prototypes, dim=1)
         nearest = torch.stack([one.amax(1) for one in by_class], dim=1)
+        if self.num_clusterings > 1:
+            nearest = nearest.reshape(len(nearest), self.num_clusterings, -1, *nearest.shape[2:]).mean(1)
         if len(self.kernel) > 1:
             nearest = separable_filtering(nearest, nearest.new_tensor(self.kernel), mode="replicate")
         return nearest / self.temperature

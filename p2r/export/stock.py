@@ -43,6 +43,7 @@ def definition(source: Source, *, scripts: str) -> dict[str, object]:
             "temperature": head.temperature,
             "kernel": list(head.kernel),
             "is_centred": head.centre is not None,
+            "num_clusterings": head.num_clusterings,
         }
     if _needs_wrapper(source):
         return {

@@ -75,6 +75,7 @@ def segmenter_by_prototypes(
         num_classes=num_classes,
         prototypes_per_class=settings.prototypes_per_class or 1,
         background_prototypes=settings.background_prototypes or 1,
+        num_clusterings=settings.prototype_clusterings or 1,
         generator=keyed_generator(seed, "prototypes", trial.num_labelled, trial.draw),
     )
     head = ArtefactConfig(
@@ -83,6 +84,7 @@ def segmenter_by_prototypes(
         num_prototypes=tuple(len(prototypes) for prototypes in found),
         prototype_smoothing_pixels=settings.prototype_smoothing_pixels or 0.0,
         prototypes_are_centred=True,
+        prototype_clusterings=settings.prototype_clusterings or 1,
     ).head()
     head.load_state_dict({"centre": centre, "prototypes": torch.cat(found)})
     return Segmenter(network, head.to(next(network.parameters()).device)).eval()

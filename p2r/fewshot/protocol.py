@@ -30,11 +30,13 @@ _INTEGER_SETTINGS = (
     "warmup_head_steps",
     "prototypes_per_class",
     "background_prototypes",
+    "prototype_clusterings",
     "self_training_rounds",
     "agreement_views",
 )
 _ADDED_SETTINGS = (
     "prototypes_per_class",
+    "prototype_clusterings",
     "prototype_smoothing_pixels",
     "self_training_rounds",
     "self_training_fraction",
@@ -81,6 +83,7 @@ class Settings:
     feature_dropout: float | None = None
     prototypes_per_class: int | None = None
     background_prototypes: int | None = None
+    prototype_clusterings: int | None = None
     prototype_smoothing_pixels: float | None = None
     self_training_rounds: int | None = None
     self_training_fraction: float | None = None

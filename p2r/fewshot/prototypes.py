@@ -31,6 +31,7 @@ def class_prototypes(
     num_classes: int,
     prototypes_per_class: int,
     background_prototypes: int,
+    num_clusterings: int = 1,
     generator: np.random.Generator,
 ) -> tuple[Tensor, list[Tensor]]:
     """Compute the prototypes of every class, and the centre to which they refer.
@@ -41,11 +42,12 @@ def class_prototypes(
         num_classes: Number of classes, including background.
         prototypes_per_class: Maximum number of prototypes of each class but the background. 1: its mean direction.
         background_prototypes: Maximum number of background prototypes.
+        num_clusterings: Number of clusterings from different initial centres.
         generator: Random generator for the sampled pixels and the initial centres.
 
     Returns:
         The centre (F,): mean over the classes of the mean direction of their pixels. And unit vectors (n, F) of each class, background
-        first, of directions relative to the centre.
+        first, of directions relative to the centre; of several clusterings one after another.
 
     Raises:
         DataError: if a class has no pixels in the images.
@@ -73,9 +75,11 @@ def class_prototypes(
     numbers = [background_prototypes] + [prototypes_per_class] * (num_classes - 1)
     by_class = [torch.cat(found) for found in pixels]
     centre = torch.stack([found.mean(0) for found in by_class]).mean(0)
+    relative = [F.normalize(found - centre, dim=1) for found in by_class]
     return centre, [
-        _spherical_k_means(F.normalize(found - centre, dim=1), number, generator)
-        for found, number in zip(by_class, numbers, strict=True)
+        _spherical_k_means(found, number, generator)
+        for _ in range(num_clusterings)
+        for found, number in zip(relative, numbers, strict=True)
     ]
 
 

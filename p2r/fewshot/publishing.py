@@ -1,11 +1,12 @@
 """Results of final trials -> the model to publish, with its card and facts."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load
+from torch import Tensor
 
 from p2r.artefact import Manifest, Published
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
@@ -106,11 +107,7 @@ def _publish_result(
         preparation=preparation,
         classes=task.config.classes,
         largest_component=setup.config.largest_component,
-        num_prototypes=tuple(best.num_prototypes or ()),
-        prototype_smoothing_pixels=trial.settings.get("prototype_smoothing_pixels", 0.0)
-        if best.num_prototypes
-        else 0.0,
-        prototypes_are_centred="head.centre" in weights,
+        **_prototype_settings(best, weights),
     )
     facts = {
         "task": task.config.name,
@@ -158,3 +155,16 @@ Not a medical device.{warnings}
 
 Licence of the weights: {for_markdown(licence)}. {for_markdown(task.config.citation)}
 """
+
+
+def _prototype_settings(best: TrialResult, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the fields of the configuration that describe a prototype head; none for other heads."""
+    if not best.num_prototypes:
+        return {}
+    settings = best.trial.settings
+    return {
+        "num_prototypes": tuple(best.num_prototypes),
+        "prototype_clusterings": settings.get("prototype_clusterings", 1),
+        "prototype_smoothing_pixels": settings.get("prototype_smoothing_pixels", 0.0),
+        "prototypes_are_centred": "head.centre" in weights,
+    }

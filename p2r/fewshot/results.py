@@ -60,7 +60,7 @@ class TrialResult(JsonModel):
     device: str | None = None
     curve: list[CurvePoint] | None = None
     pseudo_labels: PseudoLabelRow | None = None
-    num_prototypes: Annotated[list[Count], Field(max_length=1000)] | None = None
+    num_prototypes: Annotated[list[Count], Field(max_length=20_000)] | None = None
     weights: RelativePath | None = None
     """Path below the task's storage; None for search trials."""
     row: TrialRow | None = None

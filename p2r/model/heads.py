@@ -74,9 +74,10 @@ class PrototypeHead(nn.Module):
 
     Args:
         feature_channels: F.
-        num_prototypes: Number of prototypes of each class, background first.
+        num_prototypes: Number of prototypes of each class, background first; of several clusterings one after another.
         smoothing_pixels: Standard deviation of the Gaussian filter on the map of each class, pixels of the features; 0: no filter.
         is_centred: Subtract `centre` (F,) from the unit vectors of the features before the comparison.
+        num_clusterings: Number of clusterings, whose similarity maps are averaged.
     """
 
     temperature = 0.1
@@ -89,9 +90,11 @@ class PrototypeHead(nn.Module):
         *,
         smoothing_pixels: float = 0.0,
         is_centred: bool = False,
+        num_clusterings: int = 1,
     ) -> None:
         super().__init__()
         self.num_prototypes = tuple(num_prototypes)
+        self.num_clusterings = num_clusterings
         self.kernel = gaussian_kernel(smoothing_pixels)
         self.prototypes = nn.Parameter(torch.zeros(sum(num_prototypes), feature_channels), requires_grad=False)
         self.centre = nn.Parameter(torch.zeros(feature_channels), requires_grad=False) if is_centred else None
@@ -105,6 +108,8 @@ class PrototypeHead(nn.Module):
         cosines = torch.einsum("pf,bf...->bp...", F.normalize(self.prototypes.float(), dim=1), directions)
         by_class = torch.split(cosines, list(self.num_prototypes), dim=1)
         nearest = torch.stack([class_cosines.amax(1) for class_cosines in by_class], dim=1)
+        if self.num_clusterings > 1:
+            nearest = nearest.reshape(len(nearest), self.num_clusterings, -1, *nearest.shape[2:]).mean(1)
         if len(self.kernel) > 1:
             nearest = separable_filtering(nearest, nearest.new_tensor(self.kernel), mode="replicate")
         return nearest / self.temperature

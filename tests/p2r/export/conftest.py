@@ -46,8 +46,8 @@ def publish_toy(tmp_path: Path) -> Callable[..., str]:
         if kind != "backbone":
             facts |= {"classes": {1: "A", 2: "B"}, "largest_component": kind == "model"}
         if kind == "prototypes":
-            facts["num_prototypes"], facts["prototype_smoothing_pixels"] = (3, 2, 1), 1.0
-            facts["prototypes_are_centred"] = True
+            facts |= {"num_prototypes": (3, 2, 1, 2, 2, 1), "prototype_clusterings": 2}
+            facts |= {"prototype_smoothing_pixels": 1.0, "prototypes_are_centred": True}
         config = ArtefactConfig(**facts)
         network: Any = build_backbone(model, dimensions=dimensions)
         if kind != "backbone":

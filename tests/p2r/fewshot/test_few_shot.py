@@ -295,7 +295,7 @@ def test_prototypes_segment_without_training_and_are_published(make: Make, toy_d
     backbone = p2r.load_backbone(setup.backbone)
     manifest = publish_best(setup, results, backbone, Storage(str(tmp_path / "models")))
     segmenter, config, _ = load_model(manifest["url"])
-    assert config.num_prototypes == (3, 2) and config.prototype_smoothing_pixels == 2.0
+    assert config.num_prototypes == (3, 2) * 4 and config.prototype_smoothing_pixels == 2.0
     found = predict_volume(
         segmenter, read_volume(toy_data / "images/sub-07_T1w.nii.gz"), preparation=config.preparation, num_classes=2
     )

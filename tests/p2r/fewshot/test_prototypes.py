@@ -118,6 +118,29 @@ def test_similarity_maps_are_smoothed_by_a_normalised_gaussian_up_to_the_edge() 
     assert PrototypeHead(3, [2, 1], smoothing_pixels=0.7)(torch.rand(1, 3, 4, 5, 6)).shape == (1, 2, 4, 5, 6)
 
 
+def test_similarity_maps_of_several_clusterings_are_averaged() -> None:
+    features, labels, inside = scene(torch.Generator().manual_seed(0))
+    centre, found = class_prototypes(
+        [(features, labels, inside)],
+        num_classes=3,
+        prototypes_per_class=2,
+        background_prototypes=4,
+        num_clusterings=3,
+        generator=np.random.default_rng(0),
+    )
+    numbers = [len(of_class) for of_class in found]
+    assert numbers == [4, 2, 2] * 3
+    together = PrototypeHead(5, numbers, is_centred=True, num_clusterings=3)
+    together.load_state_dict({"centre": centre, "prototypes": torch.cat(found)})
+    maps = []
+    for start in (0, 3, 6):
+        head = PrototypeHead(5, numbers[:3], is_centred=True)
+        head.load_state_dict({"centre": centre, "prototypes": torch.cat(found[start : start + 3])})
+        maps.append(head(features))
+    torch.testing.assert_close(together(features), sum(maps) / torch.tensor(3.0))
+    assert not torch.equal(maps[0], maps[1])
+
+
 def test_few_pixels_of_a_class_give_few_prototypes() -> None:
     features = torch.rand(1, 4, 3, 3)
     labels = torch.ones(1, 3, 3, dtype=torch.int64)
