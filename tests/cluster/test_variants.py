@@ -96,7 +96,7 @@ def test_after_a_kill_of_the_driver_finished_variants_stay_and_half_ones_resume(
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        end = time.monotonic() + 300
+        end = time.monotonic() + 500
         while not (_steps(job, "short")[-1:] == [4] and max(_steps(job, "long"), default=0) >= 8):
             assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
             time.sleep(0.2)
