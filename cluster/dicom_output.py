@@ -30,8 +30,8 @@ def predict_series(urls: Sequence[str], folder: str, output: str, *, device: str
     path = local_path(folder)
     if path is None or not path.expanduser().is_dir():
         raise InputError(
-            f"-o {output}: a DICOM segmentation refers to the images of a series, and {folder} is not a folder of this machine; give "
-            "the folder of a DICOM series, or an output that ends in .nii.gz"
+            f"-o {output}: a DICOM segmentation refers to the images of a series, and {folder} is not a local folder. Give the "
+            "folder of a DICOM series, or an output that ends in .nii.gz"
         )
     from p2r.data.dicom_seg import read_series, write_segmentation
     from p2r.evaluate.models import ensemble, load_model

@@ -131,6 +131,7 @@ def suggest(
     if storage.exists(done):
         candidates = read_candidates(storage, done)
     else:
+        candidates = []
         with relay(say) as queue:
             trainable = _with_resources(
                 tune.with_parameters(
@@ -138,27 +139,8 @@ def suggest(
                 ),
                 resources,
             )
-            name = f"search-{task.name}-{mode}-{digest}"
-            where = f"{_run_config(name, setup, retries).storage_path}/{name}"
-            if tune.Tuner.can_restore(where):
-                say(f"search of {mode} resumes where it was stopped")
-                tuner = tune.Tuner.restore(where, trainable=trainable, param_space=space, restart_errored=True)
-            else:
-                tuner = tune.Tuner(
-                    trainable,
-                    param_space=space,
-                    tune_config=tune.TuneConfig(
-                        metric="validation_dice",
-                        mode="max",
-                        num_samples=search.num_samples,
-                        search_alg=_new_searcher(search, setup.config.seed),
-                        scheduler=_new_scheduler(setup) if search.scheduler != "none" else None,
-                        reuse_actors=True,
-                    ),
-                    run_config=_run_config(name, setup, retries),
-                )
-            candidates = []
-            for outcome in tuner.fit():
+            run_config = _run_config(f"search-{task.name}-{mode}-{digest}", setup, retries)
+            for outcome in _new_or_restored_tuner(trainable, space, setup, mode, run_config, say=say).fit():
                 if outcome.config is not None:
                     trial = search_trial(setup.config, task, mode, num_labelled, outcome.config)
                     is_whole = storage.exists(setup.result_path(trial))
@@ -170,6 +152,30 @@ def suggest(
         trial = search_trial(setup.config, task, mode, num_labelled, candidate)
         found.append((trial, other or read_result(storage, setup.result_path(trial))))
     return found
+
+
+def _new_or_restored_tuner(
+    trainable: Any, space: dict[str, Any], setup: TrialSetup, mode: Mode, run_config: tune.RunConfig, *, say: Say
+) -> tune.Tuner:
+    """Return the tuner of a search, restored with its searcher's knowledge if the search was stopped."""
+    where = f"{run_config.storage_path}/{run_config.name}"
+    if tune.Tuner.can_restore(where):
+        say(f"search of {mode} resumes where it was stopped")
+        return tune.Tuner.restore(where, trainable=trainable, param_space=space, restart_errored=True)
+    search = setup.config.search
+    return tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric="validation_dice",
+            mode="max",
+            num_samples=search.num_samples,
+            search_alg=_new_searcher(search, setup.config.seed),
+            scheduler=_new_scheduler(setup) if search.scheduler != "none" else None,
+            reuse_actors=True,
+        ),
+        run_config=run_config,
+    )
 
 
 def num_concurrent(num_trials: int, resources: Resources) -> int:

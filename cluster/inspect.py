@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -10,6 +11,8 @@ from rich.text import Text
 from p2r.artefact import Artefact, open_artefact
 from p2r.artefact_manifest import BackboneManifest
 from p2r.console import console, show, show_json, visible
+from p2r.data.drift import Drift, measure_drift
+from p2r.data.ledger import AcceptedRow, is_accepted, read_ledger
 from p2r.data.manifest import FORMAT, MAX_MANIFEST_BYTES, Manifest, facts_of, load_manifest, ranges_of
 from p2r.documents import read_json, way_out
 from p2r.errors import InputError
@@ -21,6 +24,7 @@ from p2r.storage import Storage
 
 _HIDDEN = {"subject_digests", "voxel_digests", "salt"}
 _MAX_REVISIONS = 10
+_MAX_SHIFTS = 30
 
 
 def inspect(url: str, *, as_json: bool) -> None:
@@ -49,6 +53,45 @@ def inspect(url: str, *, as_json: bool) -> None:
         show_json({**shown, **pin} if isinstance(shown, dict) else shown)
         return
     _print_tables(corpus_tables(storage))
+
+
+def inspect_drift(url: str, other: str, *, as_json: bool) -> None:
+    """Print the drift from one corpus or revision to another; a pin `URL@sha256:HEX` selects a revision.
+
+    Raises:
+        InputError: A URL holds no corpus, or not this revision.
+    """
+    drift = measure_drift(_accepted_of(url), _accepted_of(other))
+    if as_json:
+        show_json(asdict(drift))
+        return
+    _print_tables(drift_tables(drift))
+
+
+def _accepted_of(url: str) -> list[AcceptedRow]:
+    reference = parse_reference(url)
+    storage = Storage(reference.url)
+    manifest = load_manifest(storage, revision=reference.sha256)
+    return [row for row in read_ledger(storage, manifest) if is_accepted(row)]
+
+
+def drift_tables(drift: Drift) -> list[Table]:
+    """Return tables of a drift: numbers of scans, their groups, and the quantities that differ most."""
+    what = "new scans" if drift.compares_new else "second"
+    facts = [
+        ("scans", f"{drift.num_before:,}, then {drift.num_after:,}; {drift.num_shared:,} in both"),
+        ("compared", "the first with the new scans of the second" if drift.compares_new else "all scans of both"),
+    ]
+    groups = Table("scans", "first", what, title="Groups", title_justify="left")
+    for name, *counts in drift.groups:
+        groups.add_row(plain(name), *(f"{count:,}" for count in counts))
+    table = Table("contrast", "quantity", "first", what, "D", "", title="Medians and distances", title_justify="left")
+    for shift in drift.shifts[:_MAX_SHIFTS]:
+        medians = (f"{shift.before:.4g}", f"{shift.after:.4g}", f"{shift.distance:.2f}")
+        table.add_row(
+            plain(shift.contrast or "not named"), shift.quantity, *medians, "changed" if shift.is_change else ""
+        )
+    return [_facts_table("Drift", facts), groups, table]
 
 
 def _print_tables(tables: list[Table]) -> None:

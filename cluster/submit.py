@@ -41,8 +41,8 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
         ) from None
     if unsafe := [word for word in (relative.as_posix(), *overrides) if not is_plain(word)]:
         raise JobError(
-            f"{unsafe[0]!r} cannot be submitted: Ray writes the command of a job into its logs as it is, so a line break or another "
-            "control character would forge lines there; rename the file, or write the value into it"
+            f"{unsafe[0]!r} cannot be submitted: Ray writes the command of a job into its logs, and a control character such as a line "
+            "break would forge lines there. Rename the file, or write the value into it"
         )
     left_out = [*forwarded_secrets(), *(name for name in [PSEUDONYM_KEY] if name in os.environ)]
     if left_out:

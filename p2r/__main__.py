@@ -18,9 +18,9 @@ from p2r.errors import TrainingError
 from p2r.exits import exit_code_of
 from p2r.job import FORK_HELP, Job, ignored_variables, overrides_of, read_job
 from p2r.logs import LogFormat, configure, say
-from p2r.pipeline.finished import made_before
+from p2r.pipeline.finished import recorded_outputs
 from p2r.pipeline.lines import FINISHED
-from p2r.pipeline.made import Made
+from p2r.pipeline.outputs import Outputs
 from p2r.pipeline.paths import check_job
 
 
@@ -73,7 +73,7 @@ def _run_job(arguments: argparse.Namespace) -> int:
         from p2r.pipeline.fork import forked
 
         job = forked(job, arguments.fork)
-    made = None if arguments.profile else made_before(job)
+    made = None if arguments.profile else recorded_outputs(job)
     if made is None:
         check_job(arguments.job, as_asked)
         made = _execute(job, arguments)
@@ -90,7 +90,7 @@ def _run_job(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _execute(job: Job, arguments: argparse.Namespace) -> Made:
+def _execute(job: Job, arguments: argparse.Namespace) -> Outputs:
     # Torch takes seconds to import, which a finished job and a refused one do not need.
     from p2r.device import this_device
     from p2r.pipeline.local import LocalExecutor

@@ -34,6 +34,7 @@ from p2r.artefact_manifest import (
     entry_of,
 )
 from p2r.config import ModelConfig, Section
+from p2r.config.section import is_zero
 from p2r.contrasts import describe
 from p2r.data.contrasts import ScansLike, scans_from
 from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
@@ -74,7 +75,11 @@ class ArtefactConfig(Section):
     """Models only: name of each label value; 0 is the background."""
     num_prototypes: Annotated[tuple[PositiveInt, ...], Field(max_length=1001)] = ()
     """Models with a prototype head: number of prototypes of each class, background first."""
-
+    prototype_smoothing_pixels: Annotated[float, Field(ge=0, le=20)] = Field(default=0.0, exclude_if=is_zero)
+    """Models with a prototype head: standard deviation of the Gaussian filter on the similarity maps of the classes, pixels; 0: no
+    filter."""
+    prototypes_are_centred: bool = Field(default=False, exclude_if=is_zero)
+    """Models with a prototype head: a centre is subtracted from unit vectors of features. False: a model from before this rule."""
     largest_component: bool = False
     """Models only: keep only the largest connected component of each predicted class."""
 
@@ -97,7 +102,10 @@ class ArtefactConfig(Section):
         """Build the segmentation head of a model, with new weights."""
         channels, dimensions = self.model.feature_channels, self.preparation.dimensions
         if self.num_prototypes:
-            return PrototypeHead(channels, self.num_prototypes)
+            smoothing = self.prototype_smoothing_pixels / self.model.stride
+            return PrototypeHead(
+                channels, self.num_prototypes, smoothing_pixels=smoothing, is_centred=self.prototypes_are_centred
+            )
         return SegmentationHead(channels, len(self.classes) + 1, dimensions=dimensions)
 
 
@@ -173,8 +181,8 @@ class Backbone(nn.Module):
         Returns planes cropped about their centre or, for 3D backbones, frames cropped about the middle.
 
         Args:
-            scan: A path or URL of NIfTI, a folder of DICOM, a `Volume`, a nibabel image, a MONAI MetaTensor, a TorchIO image, or an
-                array or tensor (X, Y, Z) or (X, Y, Z, T). For a backbone of several contrasts: these by name, as in
+            scan: A path or URL of NIfTI, a folder of DICOM, a `Volume`, or an image of nibabel, MONAI (MetaTensor) or TorchIO. Or
+                an array or tensor (X, Y, Z) or (X, Y, Z, T). For a backbone of several contrasts: these by name, as in
                 `{"flair": ..., "t1": ...}`; some may be missing, and scans on other grids are resampled to that of the first.
             spacing_mm: For an array without affine: voxel size, mm; its axes then point to the right, anterior and superior.
             affine: For an array: (4, 4), voxel -> mm in RAS.

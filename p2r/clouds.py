@@ -1,11 +1,11 @@
 """Objects of a bucket of Google Cloud Storage, or of a container of Azure Blob Storage, with the interface of `p2r.s3.S3`.
 
-Choices: the library is obstore, an optional package, with its own retries off. Ours (`patience`) are counted by cause, resume a broken
+Choices: the library is obstore, an optional package, with its own retries off. Ours (`retries`) are counted by cause, resume a broken
 body where it broke, and read the keys again when they are refused. A conditional write carries a token, as for S3: if its answer is lost
 and the repetition is refused, the token shows that the first attempt succeeded. Digests are checked here: the library checks none.
 
 S3 keeps its own client. Measured on one core against SeaweedFS, obstore reads large objects with 15 % more CPU time, and small ones with an
-eighth of it; it reports a conditional write whose answer is lost as refused, does not notice a flipped byte, and keeps refused keys.
+eighth of it. It reports a conditional write whose answer is lost as refused, does not notice a flipped byte, and keeps refused keys.
 
 The library starts threads that do not survive a fork, so a process must not fork after its first request; p2r does not fork.
 """
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 from p2r.counters import Counters
 from p2r.downloads import limit_size
 from p2r.errors import DamagedError, InputError, StorageError
-from p2r.patience import Patience, S3Settings
+from p2r.retries import RetryBudget, S3Settings
 from p2r.s3 import ObjectFacts
 
 HINTS = {
@@ -105,7 +105,7 @@ class Cloud:
             StorageError: The object cannot be read, has another size, or repeatedly has another digest.
             OSError: `file` cannot be written.
         """
-        patience = self._new_patience("read", key)
+        budget = self._new_budget("read", key)
         while True:
             file.seek(0)
             digest = hashlib.sha256()
@@ -120,7 +120,7 @@ class Cloud:
             if sha256 in (None, digest.hexdigest()):
                 file.truncate()
                 return
-            patience.refetch(is_whole=True)
+            budget.refetch(is_whole=True)
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> bool:
         """Write `data` to an object: always, only if it is absent, or only if it has this tag.
@@ -131,14 +131,14 @@ class Cloud:
         mode: Any = "create" if if_absent else "overwrite" if if_match is None else _mode_of(if_match)
         token = uuid.uuid4().hex
         attributes = {_TOKEN: token} if mode != "overwrite" else None
-        patience = self._new_patience("write", key)
+        budget = self._new_budget("write", key)
 
         def put(store: Any) -> None:
             self._client.put(store, key, data, mode=mode, attributes=attributes, use_multipart=False)
 
         errors = self._client.exceptions
         try:
-            self._request("write", key, put, patience=patience)
+            self._request("write", key, put, budget=budget)
             return True
         except (errors.AlreadyExistsError, errors.PreconditionError, FileNotFoundError):
             if mode == "overwrite":
@@ -146,7 +146,7 @@ class Cloud:
                     f"cannot write {self.url(key)}: its bucket is absent; {HINTS[self.scheme]}"
                 ) from None
         # An earlier request may have succeeded with only its answer lost.
-        return bool(patience.num_failures) and self._token_of(key) == token
+        return bool(budget.num_failures) and self._token_of(key) == token
 
     def upload(self, local: Path, key: str, *, if_absent: bool = False) -> bool:
         """Upload a local file atomically, in parts if it is large and need not be absent.
@@ -190,7 +190,7 @@ class Cloud:
         value = found.get(_TOKEN)
         return None if value is None else str(value)
 
-    def _request(self, verb: str, key: str, send: Callable[[Any], T], *, patience: Patience | None = None) -> T:
+    def _request(self, verb: str, key: str, send: Callable[[Any], T], *, budget: RetryBudget | None = None) -> T:
         """Return the result of a request, retrying while that can help.
 
         Raises:
@@ -198,7 +198,7 @@ class Cloud:
             StorageError: The request is refused, or the deadline for retries has passed.
         """
         errors = self._client.exceptions
-        patience = patience or self._new_patience(verb, key)
+        budget = budget or self._new_budget(verb, key)
         is_renewed = False
         while True:
             try:
@@ -214,13 +214,13 @@ class Cloud:
             except errors.BaseError as error:
                 if (cause := cause_of(error)) is None:
                     raise self._refusal(verb, key, error) from None
-                patience.wait(cause, _Shortened(_message_of(error)))
+                budget.wait(cause, _Shortened(_message_of(error)))
 
     def _refusal(self, verb: str, key: str, error: Exception) -> StorageError:
         return StorageError(f"cannot {verb} {self.url(key)}: {_message_of(error)}; {HINTS[self.scheme]}")
 
-    def _new_patience(self, verb: str, key: str) -> Patience:
-        return Patience(self.settings, self.counters, f"{verb} {self.url(key)}", str, hint=HINTS[self.scheme])
+    def _new_budget(self, verb: str, key: str) -> RetryBudget:
+        return RetryBudget(self.settings, self.counters, f"{verb} {self.url(key)}", str, hint=HINTS[self.scheme])
 
     def _open(self) -> Any:
         with self._lock:
@@ -271,10 +271,10 @@ class _Body:
 
     def __iter__(self) -> Iterator[bytes]:
         cloud, client = self._cloud, self._cloud._client
-        patience = cloud._new_patience("read", self._key)
+        budget = cloud._new_budget("read", self._key)
         while self._stop is None or self._position < self._stop:
             try:
-                answer = cloud._request("read", self._key, self._get, patience=patience)
+                answer = cloud._request("read", self._key, self._get, budget=budget)
             except (client.exceptions.PreconditionError, client.exceptions.AlreadyExistsError):
                 raise DamagedError(f"{cloud.url(self._key)} changed while it was read: try again") from None
             self._check(answer.meta)
@@ -282,14 +282,14 @@ class _Body:
                 for piece in answer.stream(min_chunk_size=_PIECE_BYTES):
                     content = bytes(piece)
                     self._position += len(content)
-                    patience.progress()
+                    budget.progress()
                     cloud.counters.add("bytes_fetched", len(content))
                     yield content
             except client.exceptions.BaseError as error:
-                patience.wait("connection", _Shortened(_message_of(error)))
+                budget.wait("connection", _Shortened(_message_of(error)))
                 continue
             if self._stop is not None and self._position < self._stop:
-                patience.wait("truncated", EOFError(f"the body ended at byte {self._position} of {self._stop}"))
+                budget.wait("truncated", EOFError(f"the body ended at byte {self._position} of {self._stop}"))
 
     def _get(self, store: Any) -> Any:
         options: dict[str, Any] = {}

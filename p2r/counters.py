@@ -1,8 +1,8 @@
 """Thread-safe counters and timers.
 
 Names in use: bytes_fetched, fetch_seconds, retries{cause}, range_reads; cache_hits, cache_misses, cache_evictions,
-cache_evicted_bytes, cache_refusals{cause}, cache_drops; decode_seconds, wait_seconds, replaced_records; batches, and
-ready_batches, the sum over taken batches of the number ready at that time.
+cache_evicted_bytes, cache_refusals{cause}, cache_drops; decode_seconds, wait_seconds, replaced_records, batches, ready_batches.
+`ready_batches` is the sum over taken batches of the number ready at that time.
 """
 
 import threading

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import botocore.exceptions as failures
 
 from p2r.errors import DamagedError, StorageError
-from p2r.patience import (
+from p2r.retries import (
     BODY_FAILURES,
     HINT,
-    Patience,
+    RetryBudget,
     cause_of,
     status_of,
 )
@@ -28,7 +28,7 @@ class Download:
     Args:
         s3: The bucket.
         key: Key of the object.
-        patience: Retry budget for the whole object.
+        budget: Retry budget for the whole object.
         start: First byte.
         stop: End of the range, exclusive; None: the object's end.
         num_bytes: Required size of the object.
@@ -38,13 +38,13 @@ class Download:
         self,
         s3: "S3",
         key: str,
-        patience: Patience,
+        budget: RetryBudget,
         *,
         start: int = 0,
         stop: int | None = None,
         num_bytes: int | None = None,
     ) -> None:
-        self._s3, self._key, self._patience, self._num_bytes = s3, key, patience, num_bytes
+        self._s3, self._key, self._budget, self._num_bytes = s3, key, budget, num_bytes
         self._position, self._stop = start, stop
         self.etag = ""  # from the first answer
         self.crc32: str | None = None  # of the whole object in base64, if the bucket has it
@@ -69,7 +69,7 @@ class Download:
         if self.etag:
             parameters["IfMatch"] = self.etag
         began_s = time.perf_counter()
-        answer = self._s3.request("get_object", self._patience, Key=self._key, **parameters)
+        answer = self._s3.request("get_object", self._budget, Key=self._key, **parameters)
         self._s3.counters.add("fetch_seconds", time.perf_counter() - began_s)
         url, span = self._s3.url(self._key), answer.get("ContentRange", "")
         num_bytes, etag = answer.get("ContentLength"), answer.get("ETag")
@@ -104,18 +104,18 @@ class Download:
                     # that arrived before a connection broke.
                     piece = body._raw_stream.read1(_CHUNK_BYTES)
                 except BODY_FAILURES as error:
-                    self._patience.wait(cause_of(error) or "connection", error)
+                    self._budget.wait(cause_of(error) or "connection", error)
                     return
                 finally:
                     self._s3.counters.add("fetch_seconds", time.perf_counter() - began_s)
                 if not piece:
                     break
-                self._patience.progress()
+                self._budget.progress()
                 self._position += len(piece)
                 self._s3.counters.add("bytes_fetched", len(piece))
                 yield piece
         if self._stop is not None and self._position < self._stop:
-            self._patience.wait("truncated", EOFError(f"the body ended at byte {self._position} of {self._stop}"))
+            self._budget.wait("truncated", EOFError(f"the body ended at byte {self._position} of {self._stop}"))
 
 
 def limit_size(body: Iterable[bytes], max_bytes: int, where: str) -> Iterator[bytes]:

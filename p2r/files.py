@@ -58,6 +58,17 @@ def mark_used(file: Path | int) -> None:
         os.utime(file, ns=(time.time_ns(),) * 2)
 
 
+@contextmanager
+def translate_os_errors(verb: str, where: str) -> Iterator[None]:
+    """Raise an `OSError` of the block as a `StorageError`: `cannot VERB WHERE`, the cause, and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot {verb} {where}: {type(error).__name__}: {error}; check the path, its permissions and the free space"
+        ) from error
+
+
 def lack_of_space(error: BaseException) -> StorageError | None:
     """Return an error for a full disk if that is the cause of `error`, at any depth of its chain; None otherwise.
 

@@ -66,8 +66,8 @@ def fetch_snapshot(url: HubURL) -> Snapshot:
     """Fetch the manifest of a revision, and the files that it names, unless they are in the cache.
 
     Raises:
-        StorageError: The repository, the revision or a file does not exist, a file is larger than the manifest states, a token is
-            missing, or the hub cannot be reached and the files are not in the cache.
+        StorageError: The repository, the revision or a file does not exist, or a file is larger than the manifest states. Or a
+            token is missing, or the hub cannot be reached and the files are not in the cache.
         InputError: `huggingface_hub` is not installed.
     """
     client = import_client()
@@ -125,8 +125,8 @@ def hub_errors(url: HubURL, doing: str) -> Iterator[None]:
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise StorageError(
-            f"{where}: the hub cannot be reached, or HF_HUB_OFFLINE is set, and the files are not in the cache; run the command "
-            "once with a network, or copy the folder here with p2r pull"
+            f"{where}: the files are not in the cache, and the hub cannot be reached or HF_HUB_OFFLINE is set. Run once with a "
+            "network, or copy the folder here with p2r pull"
         ) from None
     except errors.EntryNotFoundError:
         raise StorageError(

@@ -23,7 +23,9 @@ Setting = Literal[
     "cutmix_probability",
     "cutmix_labelled_fraction",
     "feature_dropout",
+    "prototypes_per_class",
     "background_prototypes",
+    "prototype_smoothing_pixels",
     "self_training_rounds",
     "self_training_fraction",
     "self_training_min_change",
@@ -45,8 +47,13 @@ _PSEUDO_LABEL_SETTINGS: tuple[Setting, ...] = (
     "cutmix_labelled_fraction",
     "feature_dropout",
 )
-_ROUND_SETTINGS: tuple[Setting, ...] = (
+_PROTOTYPE_SETTINGS: tuple[Setting, ...] = (
+    "prototypes_per_class",
     "background_prototypes",
+    "prototype_smoothing_pixels",
+)
+_ROUND_SETTINGS: tuple[Setting, ...] = (
+    *_PROTOTYPE_SETTINGS,
     "self_training_rounds",
     "self_training_fraction",
     "self_training_min_change",
@@ -155,7 +162,7 @@ MODES: dict[str, ModeFacts] = {
         control="scratch_weak_to_strong",
     ),
     "prototype": ModeFacts(
-        "prototypes", "#a8488a", "#dd92c4", "v", ("background_prototypes",), weights="frozen", trains="nothing"
+        "prototypes", "#a8488a", "#dd92c4", "v", _PROTOTYPE_SETTINGS, weights="frozen", trains="nothing"
     ),
 }
 

@@ -1,6 +1,6 @@
 """S3 objects of one bucket: reading, conditional writing, resumed downloads, retries.
 
-Choices: botocore, for its signatures and its search for keys. Its own retries are off: ours (`patience`) are counted by
+Choices: botocore, for its signatures and its search for keys. Its own retries are off: ours (`retries`) are counted by
 cause and resume a broken body where it broke. A refused request (403, 404) fails with the URL, after the keys have been
 read again: they may be replaced while a job runs. A conditional write carries a token: if its answer is lost and the
 repetition is refused, the token shows that the first attempt succeeded.
@@ -29,10 +29,10 @@ from botocore.session import Session
 from p2r.counters import Counters
 from p2r.downloads import Download, limit_size
 from p2r.errors import DamagedError, StorageError, error_text
-from p2r.patience import (
+from p2r.retries import (
     HINT,
     REQUEST_FAILURES,
-    Patience,
+    RetryBudget,
     S3Settings,
     cause_of,
     code_of,
@@ -86,7 +86,7 @@ class S3:
         """Return size, ETag and metadata of an object; None if it is absent."""
         with self._translate_errors("read", key):
             try:
-                answer = self.request("head_object", self._new_patience("read", key), Key=key)
+                answer = self.request("head_object", self._new_budget("read", key), Key=key)
             except failures.ClientError as error:
                 if status_of(error) == 404:  # a HEAD has no body to tell a missing bucket from a missing object
                     return None
@@ -122,12 +122,12 @@ class S3:
             StorageError: The object cannot be read, has another size, or repeatedly has another digest.
             OSError: `file` cannot be written.
         """
-        patience = self._new_patience("read", key)
+        budget = self._new_budget("read", key)
         with self._translate_errors("read", key):
             while True:
                 file.seek(0)
                 digest = hashlib.sha256()
-                body = Download(self, key, patience, num_bytes=num_bytes)
+                body = Download(self, key, budget, num_bytes=num_bytes)
                 for chunk in body:
                     file.write(chunk)
                     if sha256 is not None:
@@ -135,7 +135,7 @@ class S3:
                 if body.is_whole and sha256 in (None, digest.hexdigest()):
                     file.truncate()
                     return
-                patience.refetch(body.is_whole)
+                budget.refetch(body.is_whole)
 
     def write(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> bool:
         """Write `data` to an object: always, only if it is absent, or only if it has this ETag.
@@ -147,7 +147,7 @@ class S3:
             return self._send_write(
                 "put_object",
                 key,
-                self._new_patience("write", key),
+                self._new_budget("write", key),
                 token=uuid.uuid4().hex,
                 condition=_condition_header(if_absent, if_match),
                 Body=data,
@@ -169,15 +169,15 @@ class S3:
             return self.write(key, local.read_bytes(), if_absent=if_absent)
         if if_absent and self.head(key) is not None:
             return False  # saves sending gigabytes; the condition of the last request decides
-        patience, token, is_written = self._new_patience("write", key), uuid.uuid4().hex, False
+        budget, token, is_written = self._new_budget("write", key), uuid.uuid4().hex, False
         with self._translate_errors("write", key):
-            begun = self.request("create_multipart_upload", patience, Key=key, Metadata={_TOKEN: token})
+            begun = self.request("create_multipart_upload", budget, Key=key, Metadata={_TOKEN: token})
             upload = {"Key": key, "UploadId": begun["UploadId"]}
             try:
                 is_written = self._send_write(
                     "complete_multipart_upload",
                     key,
-                    patience,
+                    budget,
                     token=token,
                     condition=_condition_header(if_absent, None),
                     UploadId=upload["UploadId"],
@@ -190,12 +190,12 @@ class S3:
 
     def keys(self, prefix: str) -> Iterator[str]:
         """Yield the keys that start with `prefix`, in order."""
-        patience = self._new_patience("list", prefix)
+        budget = self._new_budget("list", prefix)
         following: dict[str, str] = {}
         with self._translate_errors("list", prefix):
             while True:
-                answer = self.request("list_objects_v2", patience, Prefix=prefix, **following)
-                patience.progress()
+                answer = self.request("list_objects_v2", budget, Prefix=prefix, **following)
+                budget.progress()
                 yield from (item["Key"] for item in answer.get("Contents", ()))
                 if not answer.get("IsTruncated"):
                     return
@@ -204,9 +204,9 @@ class S3:
     def delete(self, key: str) -> None:
         """Remove an object; an absent object is not an error."""
         with self._translate_errors("delete", key):
-            self.request("delete_object", self._new_patience("delete", key), Key=key)
+            self.request("delete_object", self._new_budget("delete", key), Key=key)
 
-    def request(self, operation: str, patience: Patience, **parameters: Any) -> dict[str, Any]:
+    def request(self, operation: str, budget: RetryBudget, **parameters: Any) -> dict[str, Any]:
         """Return botocore's answer to one request on the bucket, retrying while that can help.
 
         Raises:
@@ -223,7 +223,7 @@ class S3:
             except REQUEST_FAILURES as error:
                 cause = cause_of(error, has_answered=client.meta.endpoint_url in _ANSWERED)
                 if cause is not None:
-                    patience.wait(cause, error)
+                    budget.wait(cause, error)
                     continue
                 refused.add(keys)
                 if not (is_about_keys(error) and self._renew_keys(refused)):
@@ -233,19 +233,19 @@ class S3:
     def _read_content(
         self, key: str, *, start: int = 0, stop: int | None = None, max_bytes: int | None = None
     ) -> tuple[bytes, str]:
-        patience = self._new_patience("read", key)
+        budget = self._new_budget("read", key)
         while True:
-            body = Download(self, key, patience, start=start, stop=stop)
+            body = Download(self, key, budget, start=start, stop=stop)
             content = b"".join(body if max_bytes is None else limit_size(body, max_bytes, self.url(key)))
             if body.is_whole and body.crc32 in (None, _crc32(content)):
                 return content, body.etag
-            patience.refetch(body.is_whole)
+            budget.refetch(body.is_whole)
 
     def _send_write(
         self,
         operation: str,
         key: str,
-        patience: Patience,
+        budget: RetryBudget,
         *,
         token: str,
         condition: dict[str, str],
@@ -255,11 +255,11 @@ class S3:
         if operation == "put_object" and condition:
             parameters["Metadata"] = {_TOKEN: token}
         try:
-            self.request(operation, patience, Key=key, **condition, **parameters)
+            self.request(operation, budget, Key=key, **condition, **parameters)
             return True
         except failures.ClientError as error:
             is_refused = bool(condition) and (status_of(error) == 412 or code_of(error) == "NoSuchKey")
-            if patience.num_failures and (is_refused or code_of(error) == "NoSuchUpload"):
+            if budget.num_failures and (is_refused or code_of(error) == "NoSuchUpload"):
                 # An earlier request may have succeeded with only its answer lost.
                 facts = self.head(key)
                 if facts is not None and facts.metadata.get(_TOKEN) == token:
@@ -277,7 +277,7 @@ class S3:
                 data = file.read(part_bytes)
             answer = self.request(
                 "upload_part",
-                self._new_patience("write", upload["Key"]),
+                self._new_budget("write", upload["Key"]),
                 PartNumber=number + 1,
                 Body=data,
                 ContentMD5=_md5(data),
@@ -301,8 +301,8 @@ class S3:
                 "parts of %s may be left in the bucket: %s", self.url(upload["Key"]), self._mask_keys(error_text(error))
             )
 
-    def _new_patience(self, verb: str, key: str) -> Patience:
-        return Patience(self.settings, self.counters, f"{verb} {self.url(key)}", self._mask_keys)
+    def _new_budget(self, verb: str, key: str) -> RetryBudget:
+        return RetryBudget(self.settings, self.counters, f"{verb} {self.url(key)}", self._mask_keys)
 
     def _client(self) -> "tuple[Any, _Keys]":
         """Return this process's client, and the keys it signs with."""

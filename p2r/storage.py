@@ -19,7 +19,7 @@ import stat
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -32,7 +32,7 @@ from p2r.cache import node_cache
 from p2r.counters import Counters
 from p2r.errors import DamagedError, StorageError
 from p2r.files import file_sha256 as file_sha256
-from p2r.files import link_if_absent, lock_path, locked, open_regular, replacing, temporary_beside
+from p2r.files import link_if_absent, lock_path, locked, open_regular, replacing, temporary_beside, translate_os_errors
 from p2r.hub import SCHEME, fetch_snapshot, parse_hub_url
 from p2r.masking import looks_secret
 
@@ -207,7 +207,7 @@ class Storage:
         self.counters.add("range_reads")
         if self._bucket is not None:
             return self._bucket.read_range(full, start, stop) if start < stop else b""
-        with _translate_os_errors("read", self.at(path)), open_regular(Path(full)) as file:
+        with translate_os_errors("read", self.at(path)), open_regular(Path(full)) as file:
             file.seek(start)
             content = b"".join(iter(lambda: file.read(stop - file.tell()), b""))
         if len(content) != stop - start:
@@ -222,7 +222,7 @@ class Storage:
         if self._bucket is not None:
             self._bucket.write(full, data)
             return
-        with _translate_os_errors("write", self.at(path)), replacing(Path(full)) as temporary:
+        with translate_os_errors("write", self.at(path)), replacing(Path(full)) as temporary:
             temporary.write_bytes(data)
 
     def write_json(self, path: str, value: Any) -> None:
@@ -234,7 +234,7 @@ class Storage:
         full = self._writable_path(path)
         if self._bucket is not None:
             return self._bucket.write(full, data, if_absent=True)
-        with _translate_os_errors("write", self.at(path)), temporary_beside(Path(full)) as temporary:
+        with translate_os_errors("write", self.at(path)), temporary_beside(Path(full)) as temporary:
             temporary.write_bytes(data)
             return link_if_absent(temporary, Path(full))
 
@@ -252,7 +252,7 @@ class Storage:
         if self._bucket is not None:
             return self._bucket.write(full, data, if_match=tag)
         target = Path(full)
-        with _translate_os_errors("write", self.at(path)), locked(lock_path(target)):
+        with translate_os_errors("write", self.at(path)), locked(lock_path(target)):
             if not target.is_file() or file_sha256(target) != tag:
                 return False
             with replacing(target) as temporary:
@@ -271,7 +271,7 @@ class Storage:
             True if the file was written.
         """
         full = self._writable_path(path)
-        with _translate_os_errors("write", self.at(path)):
+        with translate_os_errors("write", self.at(path)):
             if self._bucket is not None:
                 return self._bucket.upload(local, full, if_absent=if_absent)
             with temporary_beside(Path(full)) as temporary:
@@ -286,7 +286,7 @@ class Storage:
         full = self._full_path(path)
         if self._bucket is not None:
             return self._bucket.head(full) is not None
-        with _translate_os_errors("read", self.at(path)):
+        with translate_os_errors("read", self.at(path)):
             return Path(full).is_file()
 
     def version(self, path: str) -> tuple[int, str]:
@@ -302,7 +302,7 @@ class Storage:
         if self._bucket is not None:
             head = self._bucket.head(full)
             return None if head is None else FileFacts(head.num_bytes, head.etag, head.modified_s)
-        with _translate_os_errors("read", self.at(path)):
+        with translate_os_errors("read", self.at(path)):
             try:
                 found = Path(full).stat()
             except (FileNotFoundError, NotADirectoryError):
@@ -356,7 +356,7 @@ class Storage:
         Raises:
             StorageError: The file is absent, cannot be copied, or has another size or digest.
         """
-        with _translate_os_errors("write", str(target)), replacing(target) as temporary, temporary.open("wb") as file:
+        with translate_os_errors("write", str(target)), replacing(target) as temporary, temporary.open("wb") as file:
             self.fetch(path, file, sha256=sha256, num_bytes=num_bytes)
 
     def fetch(self, path: str, file: BinaryIO, *, sha256: str | None = None, num_bytes: int | None = None) -> None:
@@ -374,7 +374,7 @@ class Storage:
             raise DamagedError(f"{self.at(path)} does not exist")
         digest = hashlib.sha256()
         with ExitStack() as opened:
-            with _translate_os_errors("read", self.at(path)):
+            with translate_os_errors("read", self.at(path)):
                 source = opened.enter_context(open_regular(Path(full)))
             self._check_size(path, os.fstat(source.fileno()).st_size, num_bytes)
             file.seek(0)
@@ -393,7 +393,7 @@ class Storage:
             with ThreadPoolExecutor(_DELETE_THREADS, thread_name_prefix="p2r-s3") as pool:
                 list(pool.map(self._bucket.delete, keys))
             return
-        with _translate_os_errors("delete", self.at(prefix)):
+        with translate_os_errors("delete", self.at(prefix)):
             if Path(full).is_dir() and not Path(full).is_symlink():
                 shutil.rmtree(full)
             else:
@@ -443,7 +443,7 @@ class Storage:
         full = self._full_path(path)
         if self._bucket is not None:
             return self._bucket.read(full, max_bytes=max_bytes)
-        with _translate_os_errors("read", self.at(path)):
+        with translate_os_errors("read", self.at(path)):
             try:
                 with open_regular(Path(full)) as file:
                     content = file.read() if max_bytes is None else file.read(max_bytes + 1)
@@ -460,7 +460,7 @@ class Storage:
             start = len(self._root) + 1 if self._root else 0
             yield from (key[start:] for key in self._bucket.keys(f"{full.rstrip('/')}/" if full else ""))
             return
-        with _translate_os_errors("list", self.at(prefix)):
+        with translate_os_errors("list", self.at(prefix)):
             seen: set[str] = set()
             for folder, folders, names in os.walk(full, onerror=_raise_unless_absent, followlinks=True):
                 # Links are followed, each folder is listed once: links to a folder above would never end.
@@ -496,13 +496,3 @@ def _raise_unless_absent(error: OSError) -> None:
     """Raise for a folder that cannot be listed; an absent or just deleted folder counts as empty."""
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error
-
-
-@contextmanager
-def _translate_os_errors(verb: str, where: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot {verb} {where}: {type(error).__name__}: {error}; check the path, its permissions and the free space"
-        ) from error

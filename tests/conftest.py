@@ -196,7 +196,7 @@ def s3_url(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """S3 clients give up after seconds, not minutes."""
     for name, value in {"DEADLINE": "30", "FIRST_BACKOFF": "0.02", "MAX_BACKOFF": "0.3", "READ_TIMEOUT": "10"}.items():
         monkeypatch.setenv(f"P2R_S3_{name}_S", value)
@@ -204,7 +204,7 @@ def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def proxy(
-    s3_url: str, s3_server: dict[str, str], little_patience: None, monkeypatch: pytest.MonkeyPatch
+    s3_url: str, s3_server: dict[str, str], few_retries: None, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FaultProxy]:
     """A proxy before the S3 server that makes faults; `s3_url` leads through it."""
     proxy = FaultProxy(s3_server["AWS_ENDPOINT_URL"])

@@ -13,12 +13,23 @@ from p2r.logs import say
 
 def inspect(
     url: Annotated[str, typer.Argument(help="A corpus, backbone, model, NAME@POINTER, or a job's storage.")],
-    json_: Annotated[bool, typer.Option("--json", help="Print the manifest instead of tables.")] = False,
+    other: Annotated[
+        str | None,
+        typer.Argument(help="A later corpus, or a revision (CORPUS@sha256:HEX): shows the drift from the first to it."),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the manifest, or the drift, instead of tables.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show the contents of a URL: a corpus, the manifest, lineage, metrics and results of a backbone or model, or a list."""
-    from cluster.inspect import inspect as show_contents
+    """Show the contents of a URL: a corpus, the manifest, lineage, metrics and results of a backbone or model, or a list.
 
+    With two corpora or revisions: the drift of voxel sizes, extents, intensities, contrasts and scanners between them.
+    """
+    from cluster.inspect import inspect as show_contents
+    from cluster.inspect import inspect_drift
+
+    if other is not None:
+        inspect_drift(url, other, as_json=json_)
+        return
     show_contents(url, as_json=json_)
 
 

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.commands.options import AllowTransductive, Debug, Fork, JobPath, Overrides, print_made
+from cluster.commands.options import AllowTransductive, Debug, Fork, JobPath, Overrides, print_outputs
 from p2r.console import show, show_json
 from p2r.errors import InputError, JobError, TrainingError
 from p2r.exits import STOPPED
 from p2r.logs import configure, say
 
 if TYPE_CHECKING:
-    from p2r.pipeline.made import Made
+    from p2r.pipeline.outputs import Outputs
 
 
 def validate(
@@ -70,7 +70,7 @@ def run(
         say(f"job | {path}: no such file; using the job that comes with p2r, {brought}")
     for note in ignored_variables(path, job):
         say(f"note: {note}")
-    from p2r.pipeline.finished import made_before
+    from p2r.pipeline.finished import recorded_outputs
     from p2r.pipeline.lines import FINISHED
     from p2r.pipeline.paths import check_job
 
@@ -79,13 +79,13 @@ def run(
         from p2r.pipeline.fork import forked
 
         job = forked(job, fork)
-    made = None if profile else made_before(job)
+    made = None if profile else recorded_outputs(job)
     if made is None:
         check_job(path, as_asked)
         made = _run_on_ray(job, path, address, profile_steps=profile, debug=debug)
     else:
         say(FINISHED)
-    print_made(made)
+    print_outputs(made)
     if made.unfinished is not None:
         raise typer.Exit(STOPPED)
     if made.failed:
@@ -94,7 +94,7 @@ def run(
         raise TrainingError(failure_message(made.failed))
 
 
-def _run_on_ray(job: Any, path: Path, address: str | None, *, profile_steps: int, debug: bool) -> "Made":
+def _run_on_ray(job: Any, path: Path, address: str | None, *, profile_steps: int, debug: bool) -> "Outputs":
     from cluster.starting import started_session
 
     with started_session(address, job=path, show_worker_logs=debug, say=say):

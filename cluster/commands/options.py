@@ -11,7 +11,7 @@ from p2r.errors import JobError
 if TYPE_CHECKING:  # `p2r --help` imports none of them
     from p2r.config import PretrainConfig
     from p2r.job import Job
-    from p2r.pipeline.made import Made
+    from p2r.pipeline.outputs import Outputs
 
 Overrides = Annotated[
     list[str] | None,
@@ -58,7 +58,7 @@ def pretrain_config(job: "Job", path: Path) -> "PretrainConfig":
     return job.pretrain
 
 
-def print_made(made: "Made") -> None:
+def print_outputs(made: "Outputs") -> None:
     """Print the table and the outputs of a job."""
     if made.table is not None:
         console().print(made.table)

@@ -25,11 +25,11 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Report within seconds how p2r reads a folder: scans, subjects, label maps, and the job and task it would write."""
-    from cluster import own
+    from cluster import first_job
     from cluster.applying import check_output
 
     check_output(output, (".png",))
-    own.check(folder, labels=labels, form=_check_form(form), contrast=contrast, output=output, read_all=read_all)
+    first_job.check(folder, labels=labels, form=_check_form(form), contrast=contrast, output=output, read_all=read_all)
 
 
 def init(
@@ -44,9 +44,9 @@ def init(
     debug: Debug = False,
 ) -> None:
     """Write the first job and task for your own scans, and print the next three commands."""
-    from cluster import own
+    from cluster import first_job
 
-    own.init(
+    first_job.init(
         folder,
         scans=scans,
         labels=labels,

@@ -17,7 +17,7 @@ from pydantic import (
 from p2r.config.imported import ImportedConfig
 from p2r.config.other import OtherConfig
 from p2r.config.search import Distribution, SearchConfig
-from p2r.config.section import Artefact, Fraction, Location, NumLabelled, Section, is_none
+from p2r.config.section import Artefact, Fraction, Location, NumLabelled, Section, is_none, is_zero
 from p2r.config.views import GeometryConfig, IntensityConfig, ViewsConfig
 from p2r.contrasts import Contrasts
 from p2r.modes import MODES, Mode
@@ -78,6 +78,9 @@ class FinetuneConfig(Section):
     its steps."""
     batch_size: PositiveInt = 8
     """Images per step."""
+    foreground_share: Fraction = Field(default=0.0, exclude_if=is_zero)
+    """Fraction of these images drawn among labelled images with foreground; volumes and large planes are then cut about a pixel of it. The
+    rest is drawn anywhere. It helps where structures are small or rare, such as tumours. A linear probe on stored features ignores it."""
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay of AdamW."""
     warmup_head_steps: NonNegativeInt = 0
@@ -105,9 +108,13 @@ class FinetuneConfig(Section):
     """The same modes: fraction of the backbone's output channels dropped in a third view of unchanged appearance. 0: no third view."""
     strong_intensity: IntensityConfig | None = None
     """The same modes: appearance of the strong views. None: as in `views`."""
-    background_prototypes: PositiveInt = 8
-    """prototype and prototype_self_training: number of background prototypes (k-means); each other class has one, its mean. Mean
-    validation Dice on ACDC, one labelled patient, three draws, a small backbone: 0.24 with 1, 0.34 with 4, 0.35 with 8, 0.30 with 32."""
+    prototypes_per_class: PositiveInt = 4
+    """prototype and prototype_self_training: number of prototypes of each class but the background (k-means). 1: its mean. A class with
+    fewer pixels has fewer prototypes. RESULTS.md ("Better prototypes") compares these settings."""
+    background_prototypes: PositiveInt = 16
+    """The same modes: number of background prototypes (k-means). With many more than `prototypes_per_class`, small classes vanish."""
+    prototype_smoothing_pixels: Annotated[float, Field(ge=0, le=20)] = 2.0
+    """The same modes: standard deviation of a Gaussian filter on the similarity map of each class, pixels of the image; 0 disables."""
     self_training_rounds: PositiveInt = 3
     """prototype_self_training: largest number of rounds. Each labels all unlabelled images at once, the first by prototypes, the others by
     the teacher. After the last round the teacher labels the images of each step, as in weak_to_strong."""
@@ -140,8 +147,13 @@ class FinetuneConfig(Section):
     views: ViewsConfig = ViewsConfig(geometry=GeometryConfig(rotation_deg=180.0))
     """Augmentation of labelled images, equal for all modes."""
     planes: Literal["whole", "centre"] = "whole"
-    """Region that a model reads of a plane or volume. whole: all of it, in overlapping windows of the backbone's image size; training
-    windows are drawn anywhere. centre: that size about its centre; the rest is background. Neither uses a label."""
+    """Region that a model reads of a plane or volume. whole: all of it, in overlapping windows of the image size; training windows
+    are drawn anywhere. centre: that size about its centre; the rest is background. Neither uses a label."""
+    spacing_mm: Annotated[float, Field(ge=1e-3, lt=1e4)] | None = Field(default=None, exclude_if=is_none)
+    """Pixel size of the trials' models, mm. None: the task's, or else the backbone's. Finer pixels suit a backbone whose pretraining
+    views were enlarged (`views.geometry.scale` above 1)."""
+    image_size: Annotated[int, Field(ge=1, le=2**14)] | None = Field(default=None, exclude_if=is_none)
+    """Every side of the trials' images, pixels. None: the backbone's."""
     largest_component: bool = False
     """Keep only the largest connected component of each predicted class; assumes that every organ is in one piece."""
     nsd_tolerance_mm: PositiveFloat = 2.0

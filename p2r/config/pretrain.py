@@ -135,6 +135,11 @@ class PretrainConfig(Section):
         for name, default in (("contrasts", "same"), ("contrast_dropout", 0.0)):
             if not several and getattr(self.views, name) != default:
                 raise ValueError(f"views.{name} {getattr(self.views, name)} needs model.contrasts with several names")
+        if self.neighbours and self.image.dimensions == 3:
+            raise ValueError(
+                f"neighbours {self.neighbours:g} are planes next to each other: they need image.dimensions 2; views.frames_apart pairs the "
+                "frames of a series"
+            )
         if self.compile and self.zero_stage == 3:
             raise ValueError(
                 "compile needs zero_stage 0, 1 or 2: stage 3 fetches weights between layers, where a compiled graph breaks"

@@ -13,6 +13,11 @@ def is_none(value: object) -> bool:
     return value is None
 
 
+def is_zero(value: object) -> bool:
+    """Return whether a number is 0; then its field is left out, as in configurations before it."""
+    return value == 0
+
+
 class FilledIn:
     """Marker of job fields in which `${NAME}` and `${NAME:-default}` are replaced by environment variables."""
 

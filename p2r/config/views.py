@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.config import JsonDict
 
-from p2r.config.section import Fraction, Range, Section, Within
+from p2r.config.section import Fraction, Range, Section, Within, is_zero
 
 Angle = Annotated[float, Field(ge=0, le=180)]
 NumGhosts = Annotated[int, Field(ge=2, le=16)]
@@ -26,11 +26,16 @@ class ImageConfig(Section):
     """Edge of the image, pixels. Planes are cropped or padded about their centre."""
     patches_per_volume: PositiveInt = 1
     """Patches only: number of patches drawn from each volume (or frame) per epoch."""
+    foreground_share: Fraction = Field(default=0.0, exclude_if=is_zero)
+    """Patches only: fraction of the patches that are centred, as far as the scan reaches, in a part of it brighter than its mean. The rest
+    is drawn anywhere. It needs a corpus with `ingest.record: blocks`, which stores these parts."""
     intensity_percentiles: tuple[float, float] = (0.5, 99.5)
     """Percentiles of a scan's non-zero voxels that are mapped to 0 and 1; two of the percentiles recorded with every scan."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.foreground_share and self.dimensions == 2:
+            raise ValueError("foreground_share chooses patches: it needs dimensions 3")
         low, high = self.intensity_percentiles
         if low >= high or not {low, high} <= set(PERCENTILES):
             raise ValueError(
@@ -157,11 +162,6 @@ def is_same(value: object) -> bool:
     return value == "same"
 
 
-def is_zero(value: object) -> bool:
-    """Return whether a number is 0; then its field is left out, as in configurations before it."""
-    return value == 0
-
-
 def _allow_preset_name(schema: JsonDict) -> None:
     section = schema.copy()
     schema.clear()
@@ -182,6 +182,10 @@ class ViewsConfig(Section):
     """Pretraining only: smallest and largest fraction of the image that a view shows, in a box drawn for each view. The rest is zero, as
     outside the scan. It removes a shortcut: in scans smaller than the image, the distance to their edge reveals the position. None: all."""
 
+    frames_apart: NonNegativeInt = Field(default=0, exclude_if=is_zero)
+    """Pretraining on series (cine and other 4D scans) only: view b shows another frame of the series, drawn among those at most this many
+    frames before or after the frame of view a. The pixel pairs ignore motion between the two. Scans of one frame show it in both views.
+    0: both views show the same frame."""
     contrasts: Literal["same", "cross", "mixed"] = Field(default="same", exclude_if=is_same)
     """Pretraining with `model.contrasts` only: contrasts of the two views of an image. same: both show all contrasts that the image has.
     cross: each shows one, not the same if the image has several, so that the representation does not depend on the contrast. mixed: same

@@ -68,8 +68,8 @@ def align(
     if not (_has_position(volume) and _has_position(reference)):
         raise RefusedScan(
             "other_extent",
-            f"{volume.key} has {_describe(volume)}, {contrast} of its session {_describe(reference)}, and their headers do not state "
-            "positions by which one could be resampled to the other; bring them to one grid, or set their sforms",
+            f"{volume.key} has {_describe(volume)}, {contrast} of its session {_describe(reference)}, and their headers state no "
+            "positions to resample them by; bring them to one grid, or set their sforms",
         )
     to_own = np.linalg.inv(volume.affine) @ reference.affine  # voxel of the reference -> voxel of the volume
     half = np.array(volume.data.shape[:3]) / 2

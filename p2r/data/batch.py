@@ -27,7 +27,8 @@ class Group:
     """Samples of a batch that share one grid, as stored; each contrast of a sample by itself."""
 
     index: Tensor
-    """(b,) positions among the B * C channels of the batch: sample * C + contrast."""
+    """(b,) positions among the B * C channels of the batch: sample * C + contrast. If other frames were read, among B * 2C: a sample's C
+    contrasts of its own frame, then those of the other."""
     voxels: Tensor
     """(b, *S') in the dtype of the scans; pinned where the device is a GPU."""
     low: Tensor
@@ -74,6 +75,8 @@ class Batch:
     """Names of the channels of an image; None: one contrast without a name."""
     present: NDArray[np.bool_] | None = None
     """(B, C): contrasts that each sample has; None: all."""
+    has_other_frame: NDArray[np.bool_] | None = None
+    """(B,): samples with voxels of another frame of their series, for view b; None: no other frames were read."""
 
     @property
     def num_channels(self) -> int:
@@ -91,7 +94,7 @@ class Batch:
         Returns:
             (B, C, *S) float32 in [0, 1], zero for missing contrasts; and (B, *S) bool, True inside the scan.
         """
-        images, inside, _ = self.prepare(device)
+        images, inside, _, _ = self.prepare_frames(device)
         return images, inside
 
     def prepare(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
@@ -101,10 +104,19 @@ class Batch:
             Images and mask as `images`; and (B, C, *S) bool, True inside the scan as acquired, or None if this equals the mask for
             every contrast that is there.
         """
+        return self.prepare_frames(device)[:3]
+
+    def prepare_frames(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Compute the result of `prepare`, and the images of the other frames.
+
+        Returns:
+            As `prepare`; and (B, C, *S), images of another frame of each sample's series, or of the same frame where there is no other.
+            None if no other frames were read.
+        """
         device = torch.device(device)
         size, target_mm = self.image.size, self.image.spacing_mm
         shape = [size] * self.image.dimensions
-        channels = self.num_channels
+        channels = self._width
         images = torch.zeros(len(self.positions) * channels, 1, *shape, device=device)
         insides = torch.zeros(len(self.positions), *shape, dtype=torch.bool, device=device)
         uncovered: list[tuple[Tensor, Tensor]] = []
@@ -125,11 +137,18 @@ class Batch:
                 )
             if group.covered is not None:
                 uncovered.append((group.index, self._cover(group, device)))
-        return (
-            images.reshape(len(self.positions), channels, *shape),
-            insides,
-            self._join_covered(insides, uncovered) if uncovered else None,
-        )
+        images = images.reshape(len(self.positions), channels, *shape)
+        covered = self._join_covered(insides, uncovered)[:, : self.num_channels] if uncovered else None
+        if self.has_other_frame is None:
+            return images, insides, covered, None
+        first, other = images.chunk(2, dim=1)
+        has_other = to_device(torch.from_numpy(self.has_other_frame), device).reshape(-1, 1, *[1] * len(shape))
+        return first, insides, covered, torch.where(has_other, other, first)
+
+    @property
+    def _width(self) -> int:
+        """Images of a sample: contrasts, times frames."""
+        return self.num_channels * (1 if self.has_other_frame is None else 2)
 
     def _cover(self, group: Group, device: torch.device) -> Tensor:
         """Return the pixels (b, *S) that a group's contrasts cover; a pixel interpolated from a voxel outside does not count."""
@@ -149,7 +168,7 @@ class Batch:
         return mask[None] > _COVERED
 
     def _join_covered(self, insides: Tensor, uncovered: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        covered = insides[:, None].repeat(1, self.num_channels, *[1] * self.image.dimensions)
+        covered = insides[:, None].repeat(1, self._width, *[1] * self.image.dimensions)
         flat = covered.flatten(0, 1)
         for index, mask in uncovered:
             flat[to_device(index, flat.device)] &= mask

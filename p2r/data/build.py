@@ -16,7 +16,7 @@ from p2r.data.ledger import LedgerRow, is_accepted, parse_row
 from p2r.data.manifest import Shard, parse_shard
 from p2r.data.records import Records
 from p2r.data.shards import index_name, write_shard
-from p2r.data.thumbnails import Thumbnails, drawn, from_rows, thumbnail, to_rows
+from p2r.data.thumbnails import Thumbnails, from_rows, lowest_lots, thumbnail, to_rows
 from p2r.data.volume import read_volume
 from p2r.documents import read_json
 from p2r.errors import DamagedError, DataError, RefusedScan
@@ -50,7 +50,7 @@ def build_shard(plan: ShardPlan, config: IngestConfig, storage: Storage) -> Buil
     with tempfile.TemporaryDirectory(prefix="p2r-shard-") as folder:
         tar = Path(folder, "shard.tar")
         records = Records(plan, config, rows, thumbnails).read()
-        written = write_shard(tar, records, record=config.record, codec=config.codec)
+        written = write_shard(tar, records, record=config.record, codec=config.codec, block_size=config.block_size)
         entry: Shard | None = None
         if written.num_records:
             entry = written._replace(name=f"shard-{plan.number:06d}-{written.sha256[:12]}.tar")
@@ -108,7 +108,9 @@ def _stored_size(storage: Storage, path: str) -> int | None:
 def _draw_refused_thumbnails(plan: ShardPlan, config: IngestConfig, rows: list[LedgerRow]) -> Thumbnails:
     """Return thumbnails of refused scans that are readable, so that users can see the refused images."""
     scans = {planned.key: planned.scan for planned in plan.scans}
-    refused = drawn((row.key for row in rows if not is_accepted(row) and row.key in scans), plan.max_refused_thumbnails)
+    refused = lowest_lots(
+        (row.key for row in rows if not is_accepted(row) and row.key in scans), plan.max_refused_thumbnails
+    )
     found: Thumbnails = {}
     for key in refused:
         try:

@@ -253,8 +253,8 @@ def _check_mosaic(images: Sequence[Path], files: Sequence[str], name: str) -> No
     if 1 in shapes and "MOSAIC" in header_of(Path(files[0]), "ImageType")["ImageType"].upper():
         raise RefusedScan(
             "mosaic",
-            f"{name} is a mosaic: each image holds all slices as tiles, and the private tags that state their number and place were "
-            "removed; export the series with its private tags (0029,xx10), or as one image per slice",
+            f"{name} is a mosaic: each image holds all slices as tiles, and the private tags that describe them were removed. "
+            "Export the series with its private tags (0029,xx10), or as one image per slice",
         )
 
 

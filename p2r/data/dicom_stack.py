@@ -1,8 +1,8 @@
 """Slices of one DICOM acquisition -> one volume, by their positions.
 
-dcm2niix joins the slices of most series, with three exceptions. These are a cine stored as one series per slice; several images at
-one position with times that it does not understand (it then writes 0 mm between slices); and dates or numbers that differ
-from slice to slice. For these, each position is converted separately and the slices are stacked.
+dcm2niix joins the slices of most series, with three exceptions. The first is a cine stored as one series per slice. The second
+is several images at one position with times that it does not understand: it then writes 0 mm between slices. The third is dates
+or numbers that differ from slice to slice. For these, each position is converted separately and the slices are stacked.
 
 The slices must be evenly spaced along one normal, with the same number of images at each position: nothing is interpolated.
 """

@@ -23,7 +23,7 @@ from p2r.data.pseudonyms import Names
 from p2r.data.scans import Scan, expand_subjects
 from p2r.data.sessions import Place, Refusal, place_scans
 from p2r.data.subjects import subject_by_pattern
-from p2r.data.thumbnails import MOST, drawn
+from p2r.data.thumbnails import MOST, lowest_lots
 from p2r.errors import DataError
 from p2r.patterns import subject_pattern
 from p2r.randomness import keyed_generator
@@ -176,19 +176,19 @@ def plan_growth(
     if not selected:
         raise _make_no_subject_error(len(scans), found, config, allowed_subjects)
     inputs = (*subjects.items(), *((folder, None) for folder in passed_over))
-    news = _compare_with_ledger(inputs, ledger, selected, config, names)
-    kept = [row for row in ledger if row.source not in news.replaced]
-    rows = list(news.rows)
-    places = _place_in_sessions({scan: subjects[scan] or "" for scan in news.to_read}, config, names, kept, rows)
+    additions = _compare_with_ledger(inputs, ledger, selected, config, names)
+    kept = [row for row in ledger if row.source not in additions.replaced]
+    rows = list(additions.rows)
+    places = _place_in_sessions({scan: subjects[scan] or "" for scan in additions.to_read}, config, names, kept, rows)
     keys = _UniqueKeys(row.key for row in kept)
     rows = [row.model_copy(update={"key": keys.reserve(row.key, row.source)}) for row in rows]
     planned = [_plan_scan(scan, subjects[scan] or "", places[scan], names, keys) for scan in sorted(places)]
     plans = tuple(_plan_shards(planned, config, kept, first_number=first_number))
-    return Growth(plans, (*kept, *rows), tuple(news.changed), is_new=bool(plans or rows))
+    return Growth(plans, (*kept, *rows), tuple(additions.changed), is_new=bool(plans or rows))
 
 
 @dataclass(frozen=True)
-class _News:
+class _Additions:
     """Inputs of a job that the corpus does not hold yet, or holds differently."""
 
     to_read: list[Scan]
@@ -206,25 +206,25 @@ def _compare_with_ledger(
     selected: Set[str],
     config: IngestConfig,
     names: Names,
-) -> _News:
-    known, news = _group_by_source(ledger), _News([], [], set(), [])
+) -> _Additions:
+    known, additions = _group_by_source(ledger), _Additions([], [], set(), [])
     for scan, subject in inputs:
         source = names.source(scan.path)
         old = known.get(source, [])
         is_same = all(names.is_state((row.num_bytes, row.modified), scan.num_bytes, scan.modified) for row in old)
         if any(is_accepted(row) for row in old):
             if not is_same:
-                news.changed.append(source)
+                additions.changed.append(source)
             continue
         row = _make_unread_row(scan, subject, selected, config, names)
         if old and is_same and _keeps_outcome(old[0], row, config):
             continue
-        news.replaced.add(source)
+        additions.replaced.add(source)
         if row is None:
-            news.to_read.append(scan)
+            additions.to_read.append(scan)
         else:
-            news.rows.append(row)
-    return news
+            additions.rows.append(row)
+    return additions
 
 
 def _place_in_sessions(
@@ -272,7 +272,7 @@ def _plan_scan(scan: Scan, subject: str, place: Place | None, names: Names, keys
 def _plan_shards(
     planned: Sequence[PlannedScan], config: IngestConfig, kept: Sequence[LedgerRow], *, first_number: int
 ) -> Iterator[ShardPlan]:
-    shown = set(drawn((it.key for it in planned), 2 * MOST))  # twice the needed number: some will be refused
+    shown = set(lowest_lots((it.key for it in planned), 2 * MOST))  # twice the needed number: some will be refused
     groups: dict[str, list[PlannedScan]] = defaultdict(list)
     for it in planned:
         groups[it.subject].append(replace(it, is_shown=it.key in shown))
@@ -413,8 +413,8 @@ def _check_subject_pattern(subjects: Mapping[Scan, str | None], config: IngestCo
         return
     shown = "" if config.pseudonyms else f", {found.pop()}, such as {scans[0].name} and {scans[-1].name}"
     raise DataError(
-        f"all {len(scans)} scans found are of one subject by ingest.subject_pattern {config.subject_pattern!r}{shown}: write a "
-        "pattern whose first group is the subject's name, such as ^(.+?)\\.nii if every file is a subject; if they do show one "
+        f"all {len(scans)} scans found are of one subject by ingest.subject_pattern {config.subject_pattern!r}{shown}. Write a "
+        "pattern whose first group is the subject's name, such as ^(.+?)\\.nii if every file is a subject. If they do show one "
         "person, set ingest.one_subject: true"
     )
 

@@ -20,6 +20,7 @@ from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from p2r.config import PERCENTILES
+from p2r.data.foreground import is_foreground
 from p2r.data.header import is_physical
 from p2r.data.preparation import is_percentile_table
 from p2r.documents import read_json, read_lines, read_start
@@ -40,7 +41,7 @@ _MAX_OFFSET = 1 << 50
 _MAX_KEY = 1024
 _CONTRAST = re.compile(r"[a-z0-9_]{1,64}")
 _COVERAGE_ROUNDING = 1e-4  # of half the extent
-_OPTIONAL = ("contrast", "coverage")
+_OPTIONAL = ("contrast", "coverage", "foreground")
 _PARSE_ERRORS = (AttributeError, KeyError, ValueError, TypeError, OverflowError, RecursionError)
 
 
@@ -66,6 +67,8 @@ class IndexRow:
     """Name of the volume's contrast in its session; None: the record has one volume without a name."""
     coverage: tuple[float, ...] | None = None
     """(3 * 4): affine from a voxel X, Y, Z to three numbers that are in [-1, 1] inside the scan as acquired. None: all voxels are."""
+    foreground: str | None = None
+    """From `p2r.data.foreground`; None: not known, as in corpora of planes."""
 
     @cached_property
     def stored_shape(self) -> tuple[int, int, int, int]:
@@ -94,14 +97,6 @@ class IndexRow:
         """Number of chunks along slices, rows and columns of one frame."""
         planes, rows, columns = (
             math.ceil(n / chunk) for n, chunk in zip(self.stored_shape[1:], self.chunk_shape, strict=True)
-        )
-        return (planes, rows, columns)
-
-    def chunk_box(self, place: tuple[int, int, int]) -> Box:
-        """Return the box of a frame that the chunk at `place` of the grid holds; chunks at the far edges are smaller."""
-        planes, rows, columns = (
-            slice(at * chunk, min((at + 1) * chunk, n))
-            for at, chunk, n in zip(place, self.chunk_shape, self.stored_shape[1:], strict=True)
         )
         return (planes, rows, columns)
 
@@ -301,6 +296,7 @@ def _rules_of_volume(row: IndexRow) -> Iterator[tuple[bool, str]]:
         "contrast is a name of a to z, 0 to 9 and _",
     )
     yield row.coverage is None or _is_coverage(row.coverage), "coverage has 12 numbers"
+    yield row.foreground is None or is_foreground(row.foreground), "foreground has 512 bits in base64"
 
 
 def _rules_of_chunks(row: IndexRow, num_bytes: int | None) -> Iterator[tuple[bool, str]]:

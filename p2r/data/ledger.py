@@ -16,7 +16,7 @@ Each volume has a row, so a series with several volumes has several rows. Each r
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal, TypeGuard
 
@@ -40,6 +40,7 @@ def _check_percentiles(percentiles: list[float]) -> list[float]:
 MAX_BYTES = 1 << 30
 """Largest ledger that is read, of about a million scans."""
 _MAX_LINE_BYTES = 1 << 16
+_MAX_FIELD_STRENGTH_T = 100.0
 _MAX_MEMORY_BYTES = 1 << 33
 
 _Name = Annotated[str, Field(max_length=4096)]
@@ -87,6 +88,9 @@ class AcceptedRow(LedgerRow):
     """Part of the grid that the scan covers; None: all of it."""
     outline: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{159}=$")] | None = None
     """See `likeness`; None in corpora of versions before it."""
+    scanner: Annotated[str, Field(max_length=200)] | None = None
+    """Manufacturer and model, as far as the scan's sidecar states them; with pseudonyms only a known manufacturer."""
+    field_strength_t: Annotated[float, Field(gt=0, lt=100)] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,7 @@ def accepted_row(
     voxels_sha256: str,
     outline: str,
     place: SessionPlace | None,
+    acquisition: Mapping[str, object],
 ) -> AcceptedRow:
     """Return the row of an accepted volume, in a shard without a name yet.
 
@@ -165,6 +170,7 @@ def accepted_row(
         voxels_sha256: Digest of the acquired voxels.
         outline: From `likeness.outline`.
         place: Place in the record of its session; None: the volume is a record.
+        acquisition: Tags of its sidecar that the corpus publishes.
     """
     in_session = {} if place is None else {name: value for name, value in asdict(place).items() if value is not None}
     values: dict[str, object] = {
@@ -187,8 +193,18 @@ def accepted_row(
         "notes": list(volume.notes),
         "outline": outline,
         **in_session,
+        **_describe_scanner(acquisition),
     }
     return checked(_ACCEPTED, values, where=f"the ledger row of {source}:", error=DataError)
+
+
+def _describe_scanner(tags: Mapping[str, object]) -> dict[str, object]:
+    words = [str(tags[tag]) for tag in ("Manufacturer", "ManufacturersModelName") if tags.get(tag)]
+    found: dict[str, object] = {"scanner": " ".join(words)} if words else {}
+    strength = tags.get("MagneticFieldStrength")
+    if isinstance(strength, int | float) and 0 < strength < _MAX_FIELD_STRENGTH_T:
+        found["field_strength_t"] = float(strength)
+    return found
 
 
 def ledger_bytes(rows: Iterable[LedgerRow]) -> bytes:

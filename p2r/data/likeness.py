@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2r.data.ledger import AcceptedRow
-from p2r.data.thumbnails import average, parts
+from p2r.data.thumbnails import block_means
 from p2r.data.volume import Volume
 
 THRESHOLD = 0.9
@@ -34,7 +34,6 @@ MAX_PAIRS = 1000
 """Largest number of pairs that are returned, the most similar first."""
 
 _BLOCKS, _MAX_ORDER = 16, 7
-_LEVELS = 65_535
 _COSINES = np.rint(1024 * np.cos(np.pi / _BLOCKS * np.outer(np.arange(_MAX_ORDER + 1), np.arange(_BLOCKS) + 0.5)))
 _BASIS = _COSINES.astype(np.int64)  # (8, 16)
 _ORDERS = np.indices((_MAX_ORDER + 1,) * 3).sum(axis=0)
@@ -63,7 +62,7 @@ def outline(volume: Volume) -> str:
 
     The ranks of 16 x 16 x 16 block means replace intensities, so a change of contrast that keeps their order has no effect.
     """
-    means = _block_means(volume.data[..., 0])
+    means = block_means(volume.data[..., 0], _BLOCKS)
     _, number, counts = np.unique(means, return_inverse=True, return_counts=True)
     twice_ranks = 2 * (np.cumsum(counts) - counts) + counts - means.size  # ties share their mean rank; centred on 0
     cube = twice_ranks[number].reshape(means.shape)
@@ -114,17 +113,6 @@ def _alike_of_contrast(contrast: str, rows: Sequence[AcceptedRow], threshold: fl
             )
         found = sorted(found, key=lambda pair: -pair.similarity)[:MAX_PAIRS]
     return found
-
-
-def _block_means(data: NDArray[np.generic]) -> NDArray[np.int64]:
-    """Return the means (16, 16, 16) of blocks of a volume (X, Y, Z), times a constant; axes shorter than 16 repeat voxels."""
-    low, high = float(data.min()), float(data.max())
-    scale = _LEVELS / max(high - low, 1e-30)
-    slabs = []
-    for first, last in zip(*parts(len(data), _BLOCKS), strict=True):  # one slab at a time, since a volume is large
-        levels = np.rint((data[first:last].astype(np.float64) - low) * scale).astype(np.int64)
-        slabs.append(levels.sum(axis=0) * 256 // (last - first))
-    return average(average(np.stack(slabs), _BLOCKS, axis=1), _BLOCKS, axis=2)
 
 
 def _coefficients(text: str) -> NDArray[np.float64]:

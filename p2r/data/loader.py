@@ -28,7 +28,8 @@ from p2r.data.fetch import OpenShards
 from p2r.data.grids import check_plane
 from p2r.data.index import Box, IndexRow, covered_box
 from p2r.data.order import Order, Samples
-from p2r.data.preparation import intensity_window, plane_axes, plane_spacing
+from p2r.data.patches import choose_patch
+from p2r.data.preparation import intensity_window, plane_spacing
 from p2r.data.shards import ShardReader
 from p2r.errors import DataError
 from p2r.randomness import keyed_generator
@@ -141,6 +142,7 @@ class Loader:
         names: For each corpus, the name of the contrast of records that do not state it.
         share: This rank's samples of each global batch.
         neighbours: Fraction of samples that are the neighbour of the previous sample.
+        frames_apart: Largest distance of the other frame that is read for each sample of a series; 0: none is read.
         quarantine: Policy for damaged samples.
         counters: Receives the event counts.
         pin_memory: Decode into pinned memory.
@@ -157,6 +159,7 @@ class Loader:
         names: Sequence[str | None],
         share: range,
         neighbours: float,
+        frames_apart: int,
         quarantine: Quarantine,
         counters: Counters,
         pin_memory: bool,
@@ -164,7 +167,9 @@ class Loader:
         self._shards, self._order, self._image, self._seed = shards, order, image, seed
         self._share, self._neighbours, self._pin_memory = share, neighbours, pin_memory
         self._contrasts, self._names = contrasts, names
-        self._num_channels = 1 if contrasts is None else len(contrasts)
+        self._frames_apart = frames_apart
+        self._num_contrasts = 1 if contrasts is None else len(contrasts)
+        self._num_channels = self._num_contrasts * (2 if frames_apart else 1)
         # The first of a pair of neighbours may belong to another rank.
         self._numbers = range(share.start - (share.start % 2 if neighbours else 0), share.stop)
         self._quarantine, self._counters = quarantine, counters
@@ -239,12 +244,13 @@ class Loader:
             replaced=replaced,
             contrasts=self._contrasts,
             present=self._mark_present(parts, len(places)),
+            has_other_frame=self._mark_other_frames(parts, len(places)),
         )
 
     def _locate_batch(
         self, positions: NDArray[np.int64], epochs: NDArray[np.int64]
     ) -> tuple[list[_Place], dict[int, _Part]]:
-        """Return the place of each sample, and the parts to read by channel of the batch: sample * C + contrast.
+        """Return the place of each sample, and the parts to read by channel of the batch, see `Group.index`.
 
         Positions of samples without any of the contrasts are exchanged in place.
         """
@@ -254,11 +260,12 @@ class Loader:
         readers = {(corpus, shard): self._shards[corpus].reader(shard) for corpus, shard in needed}
         parts: dict[int, _Part] = {}
         for index, place in enumerate(places):
+            reader = readers[place.corpus, place.shard]
             if self._contrasts is None:
-                parts[index] = self._locate_part(place, readers[place.corpus, place.shard])
-                continue
-            places[index], found = self._locate_sample(place, readers[place.corpus, place.shard])
-            positions[index] += places[index].sample - place.sample
+                found = self._locate_contrasts(place, reader)
+            else:
+                places[index], found = self._locate_sample(place, reader)
+                positions[index] += places[index].sample - place.sample
             parts |= {index * self._num_channels + channel: part for channel, part in found.items()}
         return places, parts
 
@@ -289,7 +296,14 @@ class Loader:
             return None
         present = np.zeros(num_samples * self._num_channels, dtype=np.bool_)
         present[list(parts)] = True
-        return present.reshape(num_samples, -1)
+        return present.reshape(num_samples, -1)[:, : self._num_contrasts]
+
+    def _mark_other_frames(self, parts: Mapping[int, _Part], num_samples: int) -> NDArray[np.bool_] | None:
+        if not self._frames_apart:
+            return None
+        read = np.zeros(num_samples * self._num_channels, dtype=np.bool_)
+        read[list(parts)] = True
+        return np.asarray(read.reshape(num_samples, -1)[:, self._num_contrasts :].any(1))
 
     def _locate_sample(self, place: _Place, reader: ShardReader) -> tuple[_Place, dict[int, _Part]]:
         """Return the parts to read for a sample by contrast; those of another sample if its record has none of the contrasts.
@@ -312,12 +326,31 @@ class Loader:
         return other, self._locate_contrasts(other, reader)
 
     def _locate_contrasts(self, place: _Place, reader: ShardReader) -> dict[int, _Part]:
-        """Return the parts to read for a sample by contrast."""
+        """Return the parts to read for a sample by contrast; those of its other frame follow."""
         part = self._locate_part(place, reader)
         if self._contrasts is None:
-            return {0: part}
-        rows = {row.contrast or self._names[place.corpus]: row for row in reader.volumes(part.row)}
-        return {channel: part._replace(row=rows[name]) for channel, name in enumerate(self._contrasts) if name in rows}
+            parts = {0: part}
+        else:
+            rows = {row.contrast or self._names[place.corpus]: row for row in reader.volumes(part.row)}
+            names = enumerate(self._contrasts)
+            parts = {channel: part._replace(row=rows[name]) for channel, name in names if name in rows}
+        number = self._choose_other_frame(place, part)
+        if number is None:
+            return parts
+        others = {self._num_contrasts + channel: one._replace(number=number) for channel, one in parts.items()}
+        return parts | others
+
+    def _choose_other_frame(self, place: _Place, part: _Part) -> int | None:
+        """Return `number` of the same slice or box in another frame of the series; None if there is none, or none is wanted."""
+        num_frames, num_planes = part.row.shape[3], part.row.stored_shape[1]
+        if not self._frames_apart or num_frames == 1:
+            return None
+        frame, plane = divmod(part.number, num_planes) if part.box is None else (part.number, 0)
+        first, last = max(0, frame - self._frames_apart), min(num_frames - 1, frame + self._frames_apart)
+        generator = keyed_generator(self._seed, "frame", place.corpus, place.epoch, place.shard, place.sample)
+        other = first + int(generator.bit_generator.random_raw()) % (last - first)
+        other += other >= frame
+        return other * num_planes + plane if part.box is None else other
 
     def _has_contrast(self, place: _Place, reader: ShardReader, row: IndexRow) -> bool:
         names = {one.contrast or self._names[place.corpus] for one in reader.volumes(row)}
@@ -370,7 +403,10 @@ class Loader:
             return _Part(reader, row, number)
         row, frame = reader.locate_volume(place.sample // self._image.patches_per_volume)
         generator = keyed_generator(self._seed, "patch", place.corpus, place.epoch, place.shard, place.sample)
-        return _Part(reader, row, frame, *_choose_patch(row, self._image, generator))
+        try:
+            return _Part(reader, row, frame, *choose_patch(row, self._image, generator))
+        except DataError as error:
+            raise DataError(f"{reader.name}: {error}") from None
 
     def _allocate(self, groups: Sequence[tuple[_Part, int]]) -> list[Tensor]:
         """Allocate an array for each (part, count): room for `count` samples of the shape and type of the part."""
@@ -461,21 +497,3 @@ def _round_up(num_bytes: int) -> int:
     """Round up to a multiple of an eighth to a quarter of the size, so that a batch of slightly larger slices fits, too."""
     step = max(1 << 20, 1 << max(0, num_bytes.bit_length() - 3))
     return -(-num_bytes // step) * step
-
-
-def _choose_patch(row: IndexRow, image: ImageConfig, generator: np.random.Generator) -> tuple[Box, tuple[float, ...]]:
-    """Choose a patch of a frame: at random along each axis, or centred where the axis is shorter than the patch."""
-    sides, centres = [], []
-    for axis in range(3):
-        num_voxels, scale = row.shape[axis], image.spacing_mm / row.spacing_mm[axis]
-        extent = image.size * scale  # in voxels
-        free = num_voxels - extent
-        first_edge = generator.random() * free if free > 0 else free / 2
-        centre = first_edge + extent / 2 - 0.5
-        margin = extent / 2 + max(1.0, scale)  # includes the reach of the filter
-        start, stop = max(0, math.floor(centre - margin)), min(num_voxels, math.ceil(centre + margin) + 1)
-        sides.append(slice(start, stop))
-        centres.append(centre - start)
-    stored = (row.slice_axis, *plane_axes(row.slice_axis))
-    planes, rows, columns = (sides[axis] for axis in stored)
-    return (planes, rows, columns), tuple(centres)

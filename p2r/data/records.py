@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from p2r.config import IngestConfig, SessionsConfig
 from p2r.data.alignment import Aligned, align, find_copy, on_own_grid
+from p2r.data.foreground import foreground
 from p2r.data.growth import PlannedScan, ShardPlan
 from p2r.data.label_maps import CODE as LABEL_MAP
 from p2r.data.label_maps import WAY_OUT, label_map_by_voxels
@@ -256,6 +257,8 @@ class Records:
     ) -> Described:
         """Append the row of a volume, and return it with its metadata."""
         planned, volume = found.planned, found.volume
+        is_hidden = self.config.pseudonyms
+        acquisition = closed_tags(volume.sidecar) if is_hidden else dict(volume.sidecar)
         self.rows.append(
             accepted_row(
                 key=found.key,
@@ -269,11 +272,11 @@ class Records:
                 voxels_sha256=found.digest,
                 outline=outline(volume),
                 place=place,
+                acquisition=acquisition,
             )
         )
         if planned.is_shown and is_shown:
             self.thumbnails[found.key] = thumbnail(volume)
-        is_hidden = self.config.pseudonyms
         meta = {
             "key": found.key if place is None else place.record,
             "subject": planned.subject,
@@ -285,12 +288,13 @@ class Records:
             "licence": self.config.licence,
         }
         known = {
-            "acquisition": closed_tags(volume.sidecar) if is_hidden else dict(volume.sidecar),
+            "acquisition": acquisition,
             "entities": dict(planned.entities),
             "frames": None if volume.frames is None else list(volume.frames),
             "resampled_from_mm": None if volume.resampled_from_mm is None else list(volume.resampled_from_mm),
             "contrast": None if place is None else place.contrast,
             "coverage": None if coverage is None else list(coverage),
+            "foreground": foreground(volume) if self.config.record == "blocks" else None,
         }
         return volume, meta | {name: value for name, value in known.items() if value}
 

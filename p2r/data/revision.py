@@ -36,7 +36,7 @@ from p2r.data.manifest import (
     voxel_digest,
 )
 from p2r.data.pseudonyms import Names
-from p2r.data.thumbnails import MAX_BYTES, MOST, Thumbnails, drawn, from_bytes, to_bytes
+from p2r.data.thumbnails import MAX_BYTES, MOST, Thumbnails, from_bytes, lowest_lots, to_bytes
 from p2r.errors import DataError, StorageError
 from p2r.storage import Storage, json_bytes
 from p2r.version import __version__, code_version
@@ -242,7 +242,7 @@ def choose_thumbnails(found: Thumbnails, ledger: Sequence[LedgerRow]) -> Thumbna
     """Return the thumbnails to show in a report of this ledger."""
     accepted = {row.key for row in ledger if is_accepted(row)}
     refused = {row.key for row in ledger if row.status == "refused"}
-    groups = (drawn(found.keys() & keys, MOST) for keys in (accepted, refused))
+    groups = (lowest_lots(found.keys() & keys, MOST) for keys in (accepted, refused))
     return {key: found[key] for group in groups for key in group}
 
 

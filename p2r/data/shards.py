@@ -6,7 +6,7 @@ request. A record of a session has these two members for each contrast, `<key>.<
 grid; a missing contrast has none. Three layouts, named by the member's extension:
 
 - `.planes`: a chunk is a slice; for 2D training.
-- `.blocks`: a chunk is a cube of 32 voxels; for 3D patches, three times faster than from `.planes`.
+- `.blocks`: a chunk is a cube of 16, 24 or 32 voxels; for 3D patches, which read a fraction of the bytes of `.planes`.
 - `.npy`: all slices, uncompressed, in numpy's format. Any reader decodes it without p2r; a chunk is a slice.
 
 Chunks are blosc2: lz4 after byte shuffle (20,000 slices of 256 x 256 per second and core; about the size of `.nii.gz`), or
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import accumulate, pairwise, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import blosc2
 import numpy as np
@@ -55,7 +55,7 @@ Record = Literal["planes", "blocks", "npy"]
 Codec = Literal["lz4", "zstd"]
 ReadRange = Callable[[int, int], bytes]
 
-_BLOCK = 32
+_BLOCK_SIZE = 32
 _COMPRESSION = {
     "lz4": (blosc2.Codec.LZ4, 5, blosc2.Filter.SHUFFLE),
     "zstd": (blosc2.Codec.ZSTD, 1, blosc2.Filter.BITSHUFFLE),
@@ -68,7 +68,12 @@ _SPLIT_BYTES = (
 
 
 def encode_record(
-    volume: Volume, meta: Mapping[str, Any], *, record: Record = "planes", codec: Codec = "lz4"
+    volume: Volume,
+    meta: Mapping[str, Any],
+    *,
+    record: Record = "planes",
+    codec: Codec = "lz4",
+    block_size: int = _BLOCK_SIZE,
 ) -> tuple[bytes, dict[str, Any]]:
     """Lay out and compress a volume.
 
@@ -77,6 +82,7 @@ def encode_record(
         meta: Metadata with at least `key`, `slice_axis` and `percentiles`; all of it is stored.
         record: Layout.
         codec: Compression; not used for `npy`.
+        block_size: Edge of the cubes of `blocks`, voxels.
 
     Returns:
         The bytes of the voxel member, and the content of the `.json` member.
@@ -84,7 +90,9 @@ def encode_record(
     data = volume.data.astype(volume.data.dtype.newbyteorder("<"), copy=False)
     planes = volume_to_planes(data, meta["slice_axis"])
     stored = planes.reshape(data.shape[3], -1, *planes.shape[1:])  # (T, P, h, w)
-    chunk_shape = (min(_BLOCK, stored.shape[1]), _BLOCK, _BLOCK) if record == "blocks" else (1, *stored.shape[2:])
+    chunk_shape = (1, *stored.shape[2:])
+    if record == "blocks":
+        chunk_shape = (min(block_size, stored.shape[1]), block_size, block_size)
     described = {
         **meta,
         "shape": list(data.shape),
@@ -129,6 +137,7 @@ def write_shard(
     *,
     record: Record = "planes",
     codec: Codec = "lz4",
+    block_size: int = _BLOCK_SIZE,
 ) -> Shard:
     """Write `<path>` (a `.tar`) and its `.idx` beside it, each atomically; equal records give equal bytes.
 
@@ -139,6 +148,7 @@ def write_shard(
             one another, with the same key and grid, and a `contrast` each.
         record: Layout of the voxels.
         codec: Compression of the voxels.
+        block_size: Edge of the cubes of `blocks`, voxels.
 
     Returns:
         The shard's entry in the manifest.
@@ -155,7 +165,7 @@ def write_shard(
             for volume, meta in records:
                 if not str(meta["key"]).replace("-", "").replace("_", "").isalnum():
                     raise ValueError(f"key {meta['key']!r} must consist of letters, digits, '-' and '_'")
-                voxels, described = encode_record(volume, meta, record=record, codec=codec)
+                voxels, described = encode_record(volume, meta, record=record, codec=codec, block_size=block_size)
                 text = json.dumps(described, sort_keys=True, allow_nan=False)
                 prefix = f"{meta['contrast']}." if meta.get("contrast") else ""
                 writer.write({"__key__": meta["key"], f"{prefix}json": text.encode(), f"{prefix}{record}": voxels})
@@ -295,39 +305,58 @@ class _Damage(Exception):
     """The bytes read differ from the bytes written."""
 
 
+class _Cut(NamedTuple):
+    """Overlap of a box with a row of chunks, along one axis."""
+
+    place: int
+    """Index of the chunk along the axis."""
+    length: int
+    """Voxels of the chunk; fewer at the far edge."""
+    source: slice
+    """Overlap, counted from the start of the chunk."""
+    target: slice
+    """Overlap, counted from the start of the box."""
+
+
+def _cut_axis(part: slice, chunk: int, length: int) -> Iterator[_Cut]:
+    """Yield the overlaps of `part` of an axis with its chunks."""
+    for place in range(part.start // chunk, math.ceil(part.stop / chunk)):
+        start, stop = place * chunk, min((place + 1) * chunk, length)
+        first, last = max(start, part.start), min(stop, part.stop)
+        yield _Cut(
+            place, stop - start, slice(first - start, last - start), slice(first - part.start, last - part.start)
+        )
+
+
 def _read_box(row: IndexRow, frame: int, box: Box, out: Array, read: ReadRange) -> None:
     """Fill `out` with a box of a frame. Neighbouring chunks are read together; each is checked, then decoded."""
-    places = [
-        range(part.start // chunk, math.ceil(part.stop / chunk))
-        for part, chunk in zip(box, row.chunk_shape, strict=True)
-    ]
+    _, num_lines, num_columns = row.grid
     first_of_frame = frame * math.prod(row.grid)
-    numbers = (
-        first_of_frame + (plane * row.grid[1] + line) * row.grid[2] + column for plane, line, column in product(*places)
-    )
-    for run in _group_runs(numbers):
+    cuts = {
+        first_of_frame + (plane.place * num_lines + line.place) * num_columns + column.place: (plane, line, column)
+        for plane, line, column in product(*map(_cut_axis, box, row.chunk_shape, row.stored_shape[1:]))
+    }
+    for run in _group_runs(cuts):
         start = row.chunk_offsets[run[0]]
         content = memoryview(read(start, row.chunk_offsets[run[-1] + 1]))
         for number in run:
             chunk = content[row.chunk_offsets[number] - start : row.chunk_offsets[number + 1] - start]
-            _decode_into_box(row, number, number - first_of_frame, chunk, box, out)
+            _decode_into_box(row, number, cuts[number], chunk, out)
 
 
-def _decode_into_box(row: IndexRow, number: int, in_frame: int, content: memoryview, box: Box, out: Array) -> None:
-    """Decode a chunk (number `in_frame` of its frame) into the part of `out` that it covers."""
-    plane, rest = divmod(in_frame, row.grid[1] * row.grid[2])
-    chunk_box = row.chunk_box((plane, *divmod(rest, row.grid[2])))
-    shape = tuple(part.stop - part.start for part in chunk_box)
-    overlap = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(chunk_box, box, strict=True)]
-    target = out[tuple(slice(o.start - b.start, o.stop - b.start) for o, b in zip(overlap, box, strict=True))]
+def _decode_into_box(
+    row: IndexRow, number: int, cuts: tuple[_Cut, _Cut, _Cut], content: memoryview, out: Array
+) -> None:
+    """Decode a chunk into the part of `out` that it covers."""
+    plane, line, column = cuts
+    shape = (plane.length, line.length, column.length)
+    target = out[plane.target, line.target, column.target]
     if target.shape == shape and target.flags.c_contiguous:
         _decode_chunk(row, number, content, target)
         return
     decoded = np.empty(shape, row.dtype)
     _decode_chunk(row, number, content, decoded)
-    target[...] = decoded[
-        tuple(slice(o.start - c.start, o.stop - c.start) for o, c in zip(overlap, chunk_box, strict=True))
-    ]
+    target[...] = decoded[plane.source, line.source, column.source]
 
 
 def _decode_chunk(row: IndexRow, number: int, content: bytes | memoryview, out: Array) -> None:

@@ -101,6 +101,7 @@ def stream(
     world_size: int = 1,
     state: StreamState | None = None,
     neighbours: float = 0.0,
+    frames_apart: int = 0,
     quarantine: Quarantine = Quarantine(),  # noqa: B008 (frozen)
     counters: Counters | None = None,
     num_threads: int = 2,
@@ -119,6 +120,7 @@ def stream(
         world_size: Number of ranks; must divide the lanes of the order.
         state: State to resume from; None: start from the beginning.
         neighbours: Fraction of samples, at most 0.5, that are the next slice of the previous sample.
+        frames_apart: Also read another frame of each sample's series, at most this far away: see `Batch.prepare_frames`. 0: none.
         quarantine: Policy for damaged samples.
         counters: Receives the event counts.
         num_threads: Number of batches decoded at the same time.
@@ -149,6 +151,7 @@ def stream(
         names=[corpus.contrast for corpus in corpora],
         share=range(rank * global_batch // world_size, (rank + 1) * global_batch // world_size),
         neighbours=neighbours,
+        frames_apart=frames_apart,
         quarantine=quarantine,
         counters=counters,
         pin_memory=pin_memory,

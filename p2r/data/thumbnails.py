@@ -56,7 +56,7 @@ def lot(key: str) -> str:
     return hashlib.sha256(f"thumbnail/{key}".encode()).hexdigest()
 
 
-def drawn(keys: Iterable[str], most: int) -> list[str]:
+def lowest_lots(keys: Iterable[str], most: int) -> list[str]:
     """Return the `most` keys with the lowest lots, in increasing order of lot."""
     return sorted(keys, key=lot)[:most]
 
@@ -107,6 +107,17 @@ def average(levels: NDArray[np.int64], length: int, *, axis: int) -> NDArray[np.
     sums = np.concatenate([np.zeros_like(moved[:1]), moved.cumsum(axis=0)])
     means: NDArray[np.int64] = (sums[last] - sums[first]) // (last - first).reshape(-1, *[1] * (moved.ndim - 1))
     return np.moveaxis(means, 0, axis)
+
+
+def block_means(data: NDArray[np.generic], length: int) -> NDArray[np.int64]:
+    """Return the means of blocks of a volume (X, Y, Z), times a constant: `length` along each axis; shorter axes repeat voxels."""
+    low, high = float(data.min()), float(data.max())
+    scale = _LEVELS / max(high - low, 1e-30)
+    slabs = []
+    for first, last in zip(*parts(len(data), length), strict=True):  # one slab at a time, since a volume is large
+        levels = np.rint((data[first:last].astype(np.float64) - low) * scale).astype(np.int64)
+        slabs.append(levels.sum(axis=0) * 256 // (last - first))
+    return average(average(np.stack(slabs), length, axis=1), length, axis=2)
 
 
 def parts(num: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

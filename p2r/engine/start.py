@@ -1,7 +1,7 @@
 """Start of a run: configuration and newest checkpoint -> a run that is ready for its next step."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from torch.profiler import record_function
 from p2r.config import PretrainConfig
 from p2r.counters import Counters
 from p2r.data.order import check_micro_batch
-from p2r.data.stream import Quarantine, Replaced, StreamState, stream, stream_state
+from p2r.data.stream import Corpus, Quarantine, Replaced, StreamState, stream, stream_state
 from p2r.engine.build import DTYPES, build_engine, set_mean_weights
 from p2r.engine.checkpoint import Checkpoints, Fetched
 from p2r.engine.checkpoint_manifest import CheckpointManifest, InitialWeights, SavedCheckpoint
@@ -111,24 +111,8 @@ def begin_run(
         running = Sums(**checkpoint.state.running)
         state = state.resumed(checkpoint.state.stream)
     resumed_from = pending.resumed_from or 0
-    history = HistoryRows(storage, rank, first_step=resumed_from)
-    is_over_anywhere = never if is_over is None else OnAnyRank(is_over, device)
-
     counters = Counters()
-    decoded = stream(
-        corpora,
-        image=config.image,
-        seed=config.seed,
-        global_batch=config.global_batch,
-        contrasts=config.model.contrasts,
-        neighbours=config.neighbours,
-        rank=rank,
-        world_size=world_size,
-        state=state,
-        quarantine=Quarantine(config.max_replaced, partial(record_damage, storage)),
-        counters=counters,
-        pin_memory=device.type == "cuda",
-    )
+    decoded = _open_stream(config, corpora, storage, state=state, counters=counters, device=device)
     profiler = _make_profiler(storage, profile_steps, device, counters) if profile_steps and rank == 0 else None
     timed = record_function if profiler is None else profiler.timed
     return PretrainRun(
@@ -139,8 +123,8 @@ def begin_run(
         engine=engine,
         batches=feed(decoded, device, timed=timed),
         counters=counters,
-        history=history,
-        is_over=is_over_anywhere,
+        history=HistoryRows(storage, rank, first_step=resumed_from),
+        is_over=never if is_over is None else OnAnyRank(is_over, device),
         profiler=profiler,
         probe=OnlineProbe(config, device) if config.probe is not None and rank == 0 else None,
         timed=timed,
@@ -152,6 +136,33 @@ def begin_run(
         good=None if saved is None else saved.path,
         pending=pending,
         clock=Clock(),
+    )
+
+
+def _open_stream(
+    config: PretrainConfig,
+    corpora: Sequence[Corpus],
+    storage: Storage,
+    *,
+    state: StreamState,
+    counters: Counters,
+    device: torch.device,
+) -> Batches:
+    """Return this rank's batches from `state` on; damaged samples are recorded in the run's storage."""
+    return stream(
+        corpora,
+        image=config.image,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        contrasts=config.model.contrasts,
+        neighbours=config.neighbours,
+        frames_apart=config.views.frames_apart,
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        state=state,
+        quarantine=Quarantine(config.max_replaced, partial(record_damage, storage)),
+        counters=counters,
+        pin_memory=device.type == "cuda",
     )
 
 

@@ -155,7 +155,7 @@ class _Drawn:
 def _draw_pairs(batch: Batch, device: torch.device, *, config: PretrainConfig, timed: Timed) -> _Drawn:
     """Draw two views of every image, and pixel pairs that show the same anatomy in both."""
     with timed("images"):
-        image, inside, covered = batch.prepare(device)
+        image, inside, covered, other = batch.prepare_frames(device)
     with timed("views"):
         views = make_views(
             image,
@@ -167,6 +167,7 @@ def _draw_pairs(batch: Batch, device: torch.device, *, config: PretrainConfig, t
             positions=batch.positions,
             present=batch.present,
             covered=covered,
+            other=other,
         )
     with timed("points"):
         foreground = None

@@ -79,21 +79,7 @@ def init_weights(model: Pix2Rep, url: str) -> InitialWeights:
     format = manifest.get("format") if isinstance(manifest, dict) else None
     facts = InitialWeights(url=storage.url, format=format)
     if str(format).startswith("p2r-backbone/"):
-        artefact = open_artefact(reference, format="p2r-backbone")
-        assert isinstance(artefact.manifest, BackboneManifest)
-        entry = artefact.manifest.files.weights
-        weights = read_tensors(artefact.read("weights"), where=storage.at(entry.name))
-        _load_fitting(model.backbone, weights, where=where, optional=set())
-        head = _take_over_head(model, artefact)
-        step: dict[str, object] = {} if artefact.manifest.step is None else {"step": artefact.manifest.step}
-        origin = {
-            "manifest_sha256": artefact.sha256,
-            "weights_sha256": entry.sha256,
-            "origins": origins_of_backbone(artefact),
-            **head,
-            **step,
-        }
-        return facts.model_copy(update=origin)
+        return facts.model_copy(update=_load_backbone(model, reference, where=where))
     if format != FORMAT:
         raise CheckpointError(f"{where} has format {format!r}; weights are taken from p2r-backbone/2 and {FORMAT}")
     saved = parse_manifest(manifest, where=where)
@@ -106,6 +92,24 @@ def init_weights(model: Pix2Rep, url: str) -> InitialWeights:
         "step": saved.step,
     }
     return facts.model_copy(update=origin)
+
+
+def _load_backbone(model: Pix2Rep, reference: Reference, *, where: str) -> dict[str, object]:
+    """Load the weights of a published backbone, and its projection head if it fits; return their record."""
+    artefact = open_artefact(reference, format="p2r-backbone")
+    assert isinstance(artefact.manifest, BackboneManifest)
+    entry = artefact.manifest.files.weights
+    weights = read_tensors(artefact.read("weights"), where=artefact.storage.at(entry.name))
+    _load_fitting(model.backbone, weights, where=where, optional=set())
+    head = _take_over_head(model, artefact)
+    step: dict[str, object] = {} if artefact.manifest.step is None else {"step": artefact.manifest.step}
+    return {
+        "manifest_sha256": artefact.sha256,
+        "weights_sha256": entry.sha256,
+        "origins": origins_of_backbone(artefact),
+        **head,
+        **step,
+    }
 
 
 def _take_over_head(model: Pix2Rep, artefact: Artefact) -> dict[str, str]:

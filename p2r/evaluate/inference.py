@@ -5,8 +5,8 @@ that (`Preparation.planes`). It is never read about a label. Larger images are c
 because instance normalisation would otherwise get another field of view. Probabilities, not logits, are blended and resampled
 to the scan's own voxels, where they become labels. So an edge is as sharp as the scan, not as the network's grid.
 
-Shapes: *S an image's sides, H W or X Y Z; X Y Z T a volume; P = T * Z slices; h w and x y z a scan's own voxels; K
-classes; F features.
+Shapes: *S an image's sides, H W or X Y Z; X Y Z T a volume; P = T * Z slices.
+h w and x y z a scan's own voxels; K classes; F features.
 """
 
 import math

@@ -85,7 +85,7 @@ def prepared_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size:
         reference = by_contrast[facts["reference"]] if by_contrast else restored("volume")
         return LabelledScan(scan, reference, restored("labels"), planes, label_planes, by_contrast)
 
-    return kept("scan", key, make, use=use)
+    return cached("scan", key, make, use=use)
 
 
 def prepared_images(scan: TaskScan, task: Task, preparation: Preparation) -> Planes | Frames:
@@ -97,7 +97,7 @@ def prepared_images(scan: TaskScan, task: Task, preparation: Preparation) -> Pla
         return _split_images(make_images(loaded, preparation=preparation, size=None))
 
     key = {**_image_digests(scan, task), "preparation": preparation.model_dump(mode="json")}
-    return kept("images", key, make, use=_restore_images)
+    return cached("images", key, make, use=_restore_images)
 
 
 def _image_digests(scan: TaskScan, task: Task) -> dict[str, object]:
@@ -108,7 +108,7 @@ def _image_digests(scan: TaskScan, task: Task) -> dict[str, object]:
     return {"images": list(images.items()), "min_coverage": task.config.min_coverage}
 
 
-def kept(
+def cached(
     kind: str,
     key: Mapping[str, object],
     make: Callable[[], tuple[Arrays, Facts]],

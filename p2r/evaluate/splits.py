@@ -111,11 +111,13 @@ def split_by_rule(
     except DataError as error:
         raise DataError(f"task {path}: split_rule.leave_out: {error}") from None
     if unknown := sorted(left_out - subjects):
-        raise DataError(f"task {path}: split_rule.leave_out names {few(unknown)} without any scan; correct the names")
+        raise DataError(
+            f"task {path}: split_rule.leave_out names {join_few(unknown)} without any scan; correct the names"
+        )
     subjects = subjects - left_out
     if rule.stratified and (without := sorted(subjects - strata.keys())):
         raise DataError(
-            f"task {path}: split_rule.stratified needs a stratum for every subject, {few(without)} ha"
+            f"task {path}: split_rule.stratified needs a stratum for every subject, {join_few(without)} ha"
             f"{'s' if len(without) == 1 else 've'} none; add a stratum, or name the subject in split_rule.leave_out"
         )
     by_bound = not rule.stratified and rule.test < 1
@@ -172,6 +174,6 @@ def _choose_first(number: int, pool: set[str], split: str, rule: SplitRule, stra
     }
 
 
-def few(names: list[str]) -> str:
+def join_few(names: list[str]) -> str:
     """Return up to five names, and the number of further names."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

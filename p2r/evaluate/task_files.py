@@ -23,7 +23,7 @@ from p2r.data.preparation import Preparation, SliceAxis
 from p2r.data.subjects import subject_by_pattern
 from p2r.documents import read_start
 from p2r.errors import DataError, JobError
-from p2r.evaluate.splits import Patterns, SplitRule, Splits, assign_owners, expand_splits, few, split_by_rule
+from p2r.evaluate.splits import Patterns, SplitRule, Splits, assign_owners, expand_splits, join_few, split_by_rule
 from p2r.job import fill_in_variables, validated
 from p2r.patterns import subject_pattern
 from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
@@ -240,7 +240,7 @@ def load_task(path: Path, *, cache: Path | None = None, unset: dict[str, str] | 
     lacking = sorted(wanted - {scan.subject for scan in scans})
     if lacking:
         raise DataError(
-            f"task {path}: no scan of {few(lacking)} in {', '.join(config.image_folders)}, although splits names "
+            f"task {path}: no scan of {join_few(lacking)} in {', '.join(config.image_folders)}, although splits names "
             f"{'it' if len(lacking) == 1 else 'them'}; check splits and subject_pattern {config.subject_pattern!r}"
         )
     used = {subject: stratum for subject, stratum in sorted(strata.items()) if subject in wanted}
@@ -263,7 +263,7 @@ def _list_scans(cases: Iterable[_Case], labels: Path, config: TaskConfig, path: 
             scans[key] = TaskScan(key, case.subject, case.image, case.label, case.contrasts)
     if unlabelled:
         raise DataError(
-            f"task {path}: {few(unlabelled)} in {', '.join(config.image_folders)} "
+            f"task {path}: {join_few(unlabelled)} in {', '.join(config.image_folders)} "
             f"ha{'s' if len(unlabelled) == 1 else 've'} no label map of "
             f"the same name in {labels} (label_name {config.label_name!r}); add it, remove the subject from the splits, or set "
             "unlabelled: leave_out"

@@ -41,7 +41,7 @@ from p2r.data.volume import Volume, read_labels, read_volume, voxels_sha256
 from p2r.errors import DataError, RefusedScan
 from p2r.evaluate.splits import HELD_OUT as HELD_OUT
 from p2r.evaluate.splits import Split as Split
-from p2r.evaluate.splits import few
+from p2r.evaluate.splits import join_few
 from p2r.evaluate.task_files import Task as Task
 from p2r.evaluate.task_files import TaskConfig as TaskConfig
 from p2r.evaluate.task_files import TaskScan as TaskScan
@@ -130,8 +130,8 @@ def check_scans(
     for split in HELD_OUT:
         if not any(classes[subject] for subject in task.subjects[split]):
             raise DataError(
-                f"task {task.name}: all label maps of the {split} patients ({few(list(task.subjects[split]))}) are empty, so nothing can "
-                "be evaluated; restore them, or choose other patients"
+                f"task {task.name}: all label maps of the {split} patients ({join_few(list(task.subjects[split]))}) are empty, so "
+                "nothing can be evaluated; restore them, or choose other patients"
             )
     return classes
 
@@ -158,7 +158,7 @@ def check_classes_present(
     for label, name in task.config.classes.items():
         if label not in present:
             raise DataError(
-                f"task {task.name}: class {label} {name} is empty in all labelled patients ({few(list(subjects))}) on the network's "
+                f"task {task.name}: class {label} {name} is empty in all labelled patients ({join_few(list(subjects))}) on the network's "
                 "grid, so a model could not learn it; draw more patients (finetune.num_labelled) or others (finetune.seed)"
             )
 
@@ -281,8 +281,8 @@ def _refuse_labels_on_nothing(scan: TaskScan, task: Task, labels: Volume, volume
         if all((image[is_labelled] == image.min()).mean() > _MAX_EMPTY_FRACTION for image in images):
             raise DataError(
                 f"task {task.name}: the labels of {scan.label}{f' in frame {frame}' * (labels.data.shape[3] > 1)} are where its "
-                f"image {scan.image} is empty (its minimum, {images[0].min():g}): the two belong to different scans, or one "
-                "of them is rotated or shifted; restore the pair"
+                f"image {scan.image} is empty (its minimum, {images[0].min():g}). They belong to different scans, or one is "
+                "rotated or shifted; restore the pair"
             )
 
 

@@ -40,7 +40,7 @@ def export(reference: str, *, to: ExportName, folder: Path, key: str | None = No
         key: Public key that must have signed the backbone or model; None: no signature required.
 
     Raises:
-        InputError: The folder is not empty, the backbone or model cannot be read, the format cannot hold it, a package is
+        InputError: The folder is not empty, the backbone or model cannot be read, or the format cannot hold it. Or a package is
             missing, or the result does not give the outputs of p2r.
     """
     check_folder(folder)

@@ -6,8 +6,8 @@ The transforms and inferers repeat `p2r.data.preprocess` and `p2r.evaluate.infer
     LoadImaged, EnsureChannelFirstd, Orientationd(RAS) -> NonzeroPercentilesd -> PixelInferer -> Labelsd, Invertd, SaveImaged
                                                                               -> FeatureInferer -> FeatureGridd, SaveImaged
 
-Letters: T frames, X Y Z the scan's voxels in RAS order, P = T * Z slices, h w voxels of a slice, H W and *S pixels of the
-network, K classes, F features.
+Letters: T frames, X Y Z the scan's voxels in RAS order, P = T * Z slices, h w voxels of a slice.
+H W and *S pixels of the network, K classes, F features.
 """
 
 import math
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.inferers import Inferer, sliding_window_inference
 from monai.networks.layers.factories import Conv
+from monai.networks.layers.simplelayers import separable_filtering
 from monai.transforms import MapTransform
 from torch import Tensor, nn
 
@@ -61,23 +62,39 @@ class WithPrototypes(nn.Module):
         feature_channels: F.
         num_prototypes: Number of prototypes of each class, background first.
         temperature: Divisor of the cosines.
+        kernel: Weights of a filter along each axis of the map of each class; one weight: no filter.
+        is_centred: Subtract `centre` (F,) from the unit vectors of the features before the comparison.
     """
 
     def __init__(
-        self, network: nn.Module, feature_channels: int, num_prototypes: list[int], temperature: float
+        self,
+        network: nn.Module,
+        feature_channels: int,
+        num_prototypes: list[int],
+        temperature: float,
+        kernel: Sequence[float] = (1.0,),
+        is_centred: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.num_prototypes = num_prototypes
         self.temperature = temperature
+        self.kernel = tuple(kernel)
         self.prototypes = nn.Parameter(torch.zeros(sum(num_prototypes), feature_channels), requires_grad=False)
+        self.centre = nn.Parameter(torch.zeros(feature_channels), requires_grad=False) if is_centred else None
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute the logits of every pixel."""
         directions = F.normalize(self.network(image), dim=1)
+        if self.centre is not None:
+            centre = self.centre.reshape(1, -1, *[1] * (image.ndim - 2))
+            directions = F.normalize(directions - centre, dim=1)
         cosines = torch.einsum("pf,bf...->bp...", F.normalize(self.prototypes, dim=1), directions)
         by_class = torch.split(cosines, self.num_prototypes, dim=1)
-        return torch.stack([one.amax(1) for one in by_class], dim=1) / self.temperature
+        nearest = torch.stack([one.amax(1) for one in by_class], dim=1)
+        if len(self.kernel) > 1:
+            nearest = separable_filtering(nearest, nearest.new_tensor(self.kernel), mode="replicate")
+        return nearest / self.temperature
 
 
 class NonzeroPercentilesd(MapTransform):  # type: ignore[misc]  # MONAI has no types

@@ -41,6 +41,8 @@ def definition(source: Source, *, scripts: str) -> dict[str, object]:
             "feature_channels": source.model.feature_channels,
             "num_prototypes": list(head.num_prototypes),
             "temperature": head.temperature,
+            "kernel": list(head.kernel),
+            "is_centred": head.centre is not None,
         }
     if _needs_wrapper(source):
         return {
@@ -136,7 +138,8 @@ def _weights(source: Source) -> dict[str, Tensor]:
         return unet
     named = {f"network.{name}": value for name, value in unet.items()}
     if source.config.num_prototypes:
-        return {**named, "prototypes": own["head.prototypes"]}
+        of_head = {name.removeprefix("head."): value for name, value in own.items() if name.startswith("head.")}
+        return {**named, **of_head}
     return {**named, "head.weight": own["head.convolution.weight"], "head.bias": own["head.convolution.bias"]}
 
 

@@ -115,6 +115,11 @@ def check_data(
 
 
 def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> None:
+    if config.image_size is not None:
+        try:
+            backbone.config.model.check_size(config.image_size, what="finetune.image_size")
+        except ValueError as error:
+            raise DataError(str(error)) from error
     dimensions = backbone.preparation.dimensions
     asked = task.config.dimensions or (2 if task.config.slice_axis is not None else dimensions)
     if dimensions != asked:

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from p2r.backbone import ArtefactConfig
+from p2r.config import ModelConfig
 from p2r.data.preprocess import Preparation
 from p2r.evaluate.inference import features_of_images
-from p2r.evaluate.prepared import Arrays, Facts, kept
+from p2r.evaluate.prepared import Arrays, Facts, cached
 from p2r.evaluate.tasks import LabelledScan
+from p2r.fewshot.images import labelled_images
 from p2r.fewshot.plausibility import Plausibility, frames_of_scans, learn_plausibility
 from p2r.fewshot.protocol import Trial
 from p2r.fewshot.prototypes import class_prototypes
-from p2r.fewshot.training import labelled_images
 from p2r.files import file_sha256
-from p2r.model.heads import PrototypeHead
 from p2r.model.pix2rep import Segmenter
 from p2r.randomness import keyed_generator
 
@@ -48,7 +49,7 @@ def frozen_features(
                 "backbone": backbone_sha256,
                 "device": device,
             }
-            features = kept("features", key, make, use=_as_tensor)
+            features = cached("features", key, make, use=_as_tensor)
         found.append((features, scan.label_planes, scan.planes.inside))
     return found
 
@@ -58,17 +59,32 @@ def _as_tensor(arrays: Arrays, facts: Facts) -> Tensor:
 
 
 def segmenter_by_prototypes(
-    network: nn.Module, scans: Sequence[FeaturesOfScan], trial: Trial, *, num_classes: int, seed: int
+    network: nn.Module,
+    scans: Sequence[FeaturesOfScan],
+    trial: Trial,
+    *,
+    model: ModelConfig,
+    preparation: Preparation,
+    num_classes: int,
+    seed: int,
 ) -> Segmenter:
     """Return a segmenter with class prototypes from labelled features, on the network's device."""
-    found = class_prototypes(
+    settings = trial.settings
+    centre, found = class_prototypes(
         scans,
         num_classes=num_classes,
-        background_prototypes=trial.settings.background_prototypes or 1,
+        prototypes_per_class=settings.prototypes_per_class or 1,
+        background_prototypes=settings.background_prototypes or 1,
         generator=keyed_generator(seed, "prototypes", trial.num_labelled, trial.draw),
     )
-    head = PrototypeHead(found[0].shape[1], [len(prototypes) for prototypes in found])
-    head.load_state_dict({"prototypes": torch.cat(found)})
+    head = ArtefactConfig(
+        model=model,
+        preparation=preparation,
+        num_prototypes=tuple(len(prototypes) for prototypes in found),
+        prototype_smoothing_pixels=settings.prototype_smoothing_pixels or 0.0,
+        prototypes_are_centred=True,
+    ).head()
+    head.load_state_dict({"centre": centre, "prototypes": torch.cat(found)})
     return Segmenter(network, head.to(next(network.parameters()).device)).eval()
 
 

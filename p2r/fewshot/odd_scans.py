@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2r.data.preprocess import Frames, Planes
-from p2r.evaluate.splits import few
+from p2r.evaluate.splits import join_few
 
 _SPACING_FACTOR = 2.0  # beyond the range of labelled spacings
 _MIN_RATIO = 5.0
@@ -45,13 +45,13 @@ def odd_scans(labelled: Sequence[Planes | Frames], unlabelled: Mapping[str, Plan
         sizes = " x ".join(f"{mm:g}" for mm in unlabelled[coarse[0]].spacing_mm)
         warnings.append(
             f"{_count_scans(coarse)} another voxel size than the labelled ones, such as {sizes} mm instead of {spacings.min():g} to "
-            f"{spacings.max():g} mm: {few(coarse)}; {_ADVICE}"
+            f"{spacings.max():g} mm: {join_few(coarse)}; {_ADVICE}"
         )
     distances = _measure_distances(labelled, unlabelled)
     limit = max(_MIN_DISTANCE, _MIN_RATIO * float(np.median(list(distances.values()))))
     if odd := [name for name, distance in distances.items() if distance >= limit]:
         warnings.append(
-            f"{_count_scans(odd)} other intensities than the labelled ones, like another contrast: {few(odd)}; {_ADVICE}"
+            f"{_count_scans(odd)} other intensities than the labelled ones, like another contrast: {join_few(odd)}; {_ADVICE}"
         )
     return warnings
 

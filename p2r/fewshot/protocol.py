@@ -25,8 +25,17 @@ ProtocolName = Literal["leak_free", "paper_compat"]
 Candidate = Mapping[str, float]
 """Values of a search trial by setting."""
 
-_INTEGER_SETTINGS = ("steps", "warmup_head_steps", "background_prototypes", "self_training_rounds", "agreement_views")
+_INTEGER_SETTINGS = (
+    "steps",
+    "warmup_head_steps",
+    "prototypes_per_class",
+    "background_prototypes",
+    "self_training_rounds",
+    "agreement_views",
+)
 _ADDED_SETTINGS = (
+    "prototypes_per_class",
+    "prototype_smoothing_pixels",
     "self_training_rounds",
     "self_training_fraction",
     "self_training_min_change",
@@ -70,7 +79,9 @@ class Settings:
     cutmix_probability: float | None = None
     cutmix_labelled_fraction: float | None = None
     feature_dropout: float | None = None
+    prototypes_per_class: int | None = None
     background_prototypes: int | None = None
+    prototype_smoothing_pixels: float | None = None
     self_training_rounds: int | None = None
     self_training_fraction: float | None = None
     self_training_min_change: float | None = None

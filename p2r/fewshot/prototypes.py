@@ -1,12 +1,14 @@
 """Features of a few labelled scans -> prototypes of each class: segmentation without training.
 
-The prototype of a class is the mean direction of its pixels' features, a point on the unit sphere. The background is
-heterogeneous, so its pixels are split by k-means on the sphere, initialised by k-means++. A pixel gets the class of the
-prototype with the largest cosine similarity (`p2r.model.heads.PrototypeHead`).
+A prototype is the mean direction of pixels' features, a point on the unit sphere. A class with several prototypes is split by
+k-means on the sphere, initialised by k-means++: the background is heterogeneous, and an organ looks different near its border,
+base and apex. A pixel gets the class of the prototype with the largest cosine similarity (`p2r.model.heads.PrototypeHead`).
+All features share a direction that says nothing about the class, so the mean of the class means is subtracted first.
 
 Shapes: P images; *S their sides; F features; n pixels
 
-Source: Snell et al. 2017 (class means as prototypes); Dhillon and Modha 2001 (k-means on the sphere).
+Sources: Snell et al. 2017 (class means as prototypes); Dhillon and Modha 2001 (k-means on the sphere); Wang et al. 2019 (SimpleShot:
+centred features).
 """
 
 from collections.abc import Iterable
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from p2r.errors import DataError
 
-_MAX_BACKGROUND_PIXELS = 20_000
+_MAX_PIXELS = 20_000
+_MAX_PIXELS_OF_IMAGE = 2_000  # of a class other than the background
 _NUM_ITERATIONS = 20
 
 
@@ -26,26 +29,28 @@ def class_prototypes(
     images: Iterable[tuple[Tensor, Tensor, Tensor]],
     *,
     num_classes: int,
+    prototypes_per_class: int,
     background_prototypes: int,
     generator: np.random.Generator,
-) -> list[Tensor]:
-    """Compute the prototypes of every class.
+) -> tuple[Tensor, list[Tensor]]:
+    """Compute the prototypes of every class, and the centre to which they refer.
 
     Args:
-        images: For each labelled scan: features (P, F, *s), on its grid or coarser; labels (P, *S); and inside (P, *S) bool, the
-            pixels of the scan, to which the computation is restricted.
+        images: For each labelled scan: features (P, F, *s), on its grid or coarser; labels (P, *S); and inside (P, *S) bool.
+            The computation is restricted to the pixels inside.
         num_classes: Number of classes, including background.
+        prototypes_per_class: Maximum number of prototypes of each class but the background. 1: its mean direction.
         background_prototypes: Maximum number of background prototypes.
-        generator: Random generator for the sampled background pixels and the initial centres.
+        generator: Random generator for the sampled pixels and the initial centres.
 
     Returns:
-        Unit vectors (n, F) of each class, background first.
+        The centre (F,): mean over the classes of the mean direction of their pixels. And unit vectors (n, F) of each class, background
+        first, of directions relative to the centre.
 
     Raises:
         DataError: if a class has no pixels in the images.
     """
-    sums: list[Tensor | None] = [None] * num_classes
-    background = []
+    pixels: list[list[Tensor]] = [[] for _ in range(num_classes)]
     for features, labels, inside in images:
         for maps, label, is_scan in zip(features, labels, inside, strict=True):
             whole = maps[None]
@@ -54,33 +59,39 @@ def class_prototypes(
                 whole = F.interpolate(whole, size=label.shape, mode=mode, align_corners=False)
             directions = F.normalize(whole[0].flatten(1), dim=0).T  # (n, F)
             flat = torch.where(is_scan, label, -1).flatten()
-            for value in range(1, num_classes):
-                class_sum = directions[flat == value].sum(0)
-                previous = sums[value]
-                sums[value] = class_sum if previous is None else previous + class_sum
-            background.append(_sample_tenth(directions[flat == 0], generator))
-    missing = [str(value) for value in range(1, num_classes) if sums[value] is None or not sums[value].any()]  # type: ignore[union-attr]
-    if missing or not any(len(pixels) for pixels in background):
+            for value in range(num_classes):
+                of_class = directions[flat == value]
+                # Neighbouring pixels are redundant, and the background has most of them.
+                at_most = -(-len(of_class) // 10) if value == 0 else _MAX_PIXELS_OF_IMAGE
+                pixels[value].append(_sample_pixels(of_class, at_most, generator))
+    missing = [str(value) for value, found in enumerate(pixels) if not any(map(len, found))]
+    if missing:
         raise DataError(
-            f"the labelled patients have no pixel of class {', '.join(missing) or '0'}, so it has no prototype; "
+            f"the labelled patients have no pixel of class {', '.join(missing)}, so it has no prototype; "
             "use another seed, or more patients"
         )
-    centres = _spherical_k_means(torch.cat(background), background_prototypes, generator)
-    return [centres, *(F.normalize(total[None], dim=1) for total in sums[1:] if total is not None)]
+    numbers = [background_prototypes] + [prototypes_per_class] * (num_classes - 1)
+    by_class = [torch.cat(found) for found in pixels]
+    centre = torch.stack([found.mean(0) for found in by_class]).mean(0)
+    return centre, [
+        _spherical_k_means(F.normalize(found - centre, dim=1), number, generator)
+        for found, number in zip(by_class, numbers, strict=True)
+    ]
 
 
-def _sample_tenth(directions: Tensor, generator: np.random.Generator) -> Tensor:
-    """Sample a tenth of the pixels of one image, because neighbouring pixels are redundant."""
-    count = -(-len(directions) // 10)
-    chosen = generator.choice(len(directions), size=count, replace=False) if count else np.zeros(0, np.int64)
+def _sample_pixels(directions: Tensor, at_most: int, generator: np.random.Generator) -> Tensor:
+    """Sample pixels without replacement, if there are more than `at_most`."""
+    if len(directions) <= at_most:
+        return directions
+    chosen = generator.choice(len(directions), size=at_most, replace=False)
     return directions[torch.from_numpy(np.sort(chosen))]
 
 
 def _spherical_k_means(directions: Tensor, num_centres: int, generator: np.random.Generator) -> Tensor:
-    """Cluster unit vectors around at most `num_centres` unit vectors (n, F)."""
-    if len(directions) > _MAX_BACKGROUND_PIXELS:
-        chosen = generator.choice(len(directions), size=_MAX_BACKGROUND_PIXELS, replace=False)
-        directions = directions[torch.from_numpy(np.sort(chosen))]
+    """Cluster unit vectors around at most `num_centres` unit vectors (n, F); one centre is the mean direction of all."""
+    if num_centres == 1:
+        return F.normalize(directions.sum(0, keepdim=True), dim=1)
+    directions = _sample_pixels(directions, _MAX_PIXELS, generator)
     centres = directions[[int(generator.integers(len(directions)))]]
     while len(centres) < min(num_centres, len(directions)):  # k-means++: far from previous centres
         distances = (1 - (directions @ centres.T).amax(1)).clamp_min(0).double().numpy()

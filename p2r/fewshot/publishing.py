@@ -11,14 +11,8 @@ from p2r.artefact import Manifest, Published
 from p2r.backbone import MODEL_FORMAT, ArtefactConfig, Backbone, publish
 from p2r.config import FinetuneConfig
 from p2r.errors import CheckpointError
-from p2r.evaluate.tasks import (
-    load_task,
-)
-from p2r.fewshot.protocol import (
-    Settings,
-    Trial,
-    trial_on_all,
-)
+from p2r.evaluate.tasks import Task, load_task
+from p2r.fewshot.protocol import Settings, Trial, trial_on_all
 from p2r.fewshot.results import TrialResult
 from p2r.fewshot.setup import TrialSetup
 from p2r.model.contrasts import config_for
@@ -105,36 +99,25 @@ def _publish_result(
     is_scratch = MODES[trial.mode].is_from_scratch
     licences = [task.config.licence] if is_scratch else [backbone.manifest.facts.licence, task.config.licence]
     licence = " AND ".join(dict.fromkeys(licences))
-    names, number = ", ".join(map(for_markdown, trial.subjects)), trial.num_labelled
-    patients = f"{number} labelled patient{'s' * (number > 1)} ({names})"
-    trial_is_transductive = row.transductive
-    classes = ", ".join(f"{value} {for_markdown(name)}" for value, name in task.config.classes.items())
-    seen = _UNKNOWN_CARD if row.corpora == "unknown" else _TRANSDUCTIVE_CARD
-    warnings = seen * trial_is_transductive + _PAPER_COMPAT_CARD * (trial.protocol == "paper_compat")
     preparation = setup.preparation(backbone)
-    scans = " ".join(f"{name}={name}.nii.gz" for name in preparation.contrasts or ()) or "scan.nii.gz"
-    about = f"""# {for_markdown(task.config.title)}
-
-Segments {classes} (0: background). Mode {trial.mode} ({MODES[trial.mode].title}) with {patients}: {why}.
-Not a medical device.{warnings}
-
-    p2r predict {one_line(storage.at(task.config.name))}/%s {scans} -o segmentation.nii.gz
-
-Licence of the weights: {for_markdown(licence)}. {for_markdown(task.config.citation)}
-"""
+    about = _card_template(best, task, storage, why=why, licence=licence, contrasts=preparation.contrasts)
     config = ArtefactConfig(
         model=config_for(backbone.config.model, preparation.contrasts),
         preparation=preparation,
         classes=task.config.classes,
         largest_component=setup.config.largest_component,
         num_prototypes=tuple(best.num_prototypes or ()),
+        prototype_smoothing_pixels=trial.settings.get("prototype_smoothing_pixels", 0.0)
+        if best.num_prototypes
+        else 0.0,
+        prototypes_are_centred="head.centre" in weights,
     )
     facts = {
         "task": task.config.name,
         "licence": licence,
         "trial": trial.to_json(),
         "validation": best.validation.to_json(),
-        "transductive": trial_is_transductive,
+        "transductive": row.transductive,
         "backbone_sha256": row.backbone_sha256,
         "corpora": [] if is_scratch else backbone.manifest["corpora"],
     }
@@ -153,3 +136,25 @@ Licence of the weights: {for_markdown(licence)}. {for_markdown(task.config.citat
         return publish_as(name)
     except CheckpointError:  # the name is taken; if this model cannot be published at all, the next line fails, too
         return publish_as(f"{name}-{description[:12]}")
+
+
+def _card_template(
+    best: TrialResult, task: Task, storage: Storage, *, why: str, licence: str, contrasts: Sequence[str] | None
+) -> str:
+    """Return the card of a model in Markdown, with `%s` in place of the version."""
+    trial, row = best.trial, best.reported()
+    names, number = ", ".join(map(for_markdown, trial.subjects)), trial.num_labelled
+    patients = f"{number} labelled patient{'s' * (number > 1)} ({names})"
+    classes = ", ".join(f"{value} {for_markdown(name)}" for value, name in task.config.classes.items())
+    seen = _UNKNOWN_CARD if row.corpora == "unknown" else _TRANSDUCTIVE_CARD
+    warnings = seen * row.transductive + _PAPER_COMPAT_CARD * (trial.protocol == "paper_compat")
+    scans = " ".join(f"{name}={name}.nii.gz" for name in contrasts or ()) or "scan.nii.gz"
+    return f"""# {for_markdown(task.config.title)}
+
+Segments {classes} (0: background). Mode {trial.mode} ({MODES[trial.mode].title}) with {patients}: {why}.
+Not a medical device.{warnings}
+
+    p2r predict {one_line(storage.at(task.config.name))}/%s {scans} -o segmentation.nii.gz
+
+Licence of the weights: {for_markdown(licence)}. {for_markdown(task.config.citation)}
+"""

@@ -52,8 +52,18 @@ class TrialSetup:
         score_on = score_on or self.config.score_on
         config = self.config.model_dump(
             mode="json",
-            include={"seed", "batch_size", "views", "planes", "nsd_tolerance_mm", "largest_component"},
-            exclude={"views": {"shown_fraction"}},  # only for pretraining
+            include={
+                "seed",
+                "batch_size",
+                "foreground_share",
+                "views",
+                "planes",
+                "spacing_mm",
+                "image_size",
+                "nsd_tolerance_mm",
+                "largest_component",
+            },
+            exclude={"views": {"shown_fraction", "frames_apart"}},  # only for pretraining
         )
         if MODES[trial.mode].unlabelled == "pseudo_labels":
             config |= self.config.model_dump(mode="json", include={"strong_intensity"})
@@ -144,5 +154,12 @@ def contrasts_read(task: TaskConfig, config: FinetuneConfig) -> tuple[str, ...] 
 
 def preparation_for(task: TaskConfig, config: FinetuneConfig, of_backbone: Preparation) -> Preparation:
     """Return the preparation of scans for a task's models: the backbone's, with the values of the task and the section."""
+    stated = {
+        "spacing_mm": config.spacing_mm,
+        "image_size": config.image_size,
+        "contrasts": contrasts_read(task, config),
+    }
     preparation = task.preparation(of_backbone.model_copy(update={"planes": config.planes}))
-    return preparation.model_copy(update={"contrasts": contrasts_read(task, config)})
+    return preparation.model_copy(
+        update={name: value for name, value in stated.items() if value is not None or name == "contrasts"}
+    )

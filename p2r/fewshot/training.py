@@ -17,18 +17,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceCELoss
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from p2r.config import FinetuneConfig
-from p2r.data.preprocess import Frames, Planes, Preparation
+from p2r.data.preprocess import Preparation
 from p2r.errors import OutOfTime, TrainingError
 from p2r.evaluate.rows import CurvePoint, RoundRow
-from p2r.evaluate.tasks import LabelledScan
+from p2r.fewshot.images import Images, cut_windows, draw_images, prefer_foreground
 from p2r.fewshot.learner import WARMUP_FRACTION, Learner
 from p2r.fewshot.protocol import Trial
 from p2r.fewshot.pseudo_labels import (
@@ -55,41 +53,6 @@ Look = Callable[[int, Segmenter], CurvePoint]
 
 _CHECK_STEPS = 25
 _MAX_RISE = 5.0  # of the loss relative to the first step, where predictions are guesses
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images of several scans on one grid, on one device."""
-
-    images: Tensor
-    """(P, C, *S) in [0, 1]."""
-    inside: Tensor
-    """(P, *S) bool: pixels of the scan."""
-    labels: Tensor | None
-    """(P, *S) int64, with `NOT_COUNTED` for pixels without a pseudo-label; None: unlabelled."""
-
-
-def labelled_images(scans: Sequence[LabelledScan]) -> Images:
-    """Concatenate the images of scans, padded about their centre, because augmentation rotates and crops about the centre."""
-    combined = unlabelled_images([scan.planes for scan in scans])
-    size = combined.inside.shape[1:]
-    labels = torch.cat([_pad_to_size(scan.label_planes, size) for scan in scans])
-    return Images(combined.images, combined.inside, labels)
-
-
-def unlabelled_images(scans: Sequence[Planes | Frames]) -> Images:
-    """Concatenate images without labels, padded about their centre to one size."""
-    size = [max(sides) for sides in zip(*(scan.images.shape[2:] for scan in scans), strict=True)]
-    return Images(
-        torch.cat([_pad_to_size(scan.images, size) for scan in scans]),
-        torch.cat([_pad_to_size(scan.inside, size) for scan in scans]),
-        None,
-    )
-
-
-def _pad_to_size(maps: Tensor, size: Sequence[int]) -> Tensor:
-    missing = [want - have for want, have in zip(size, maps.shape[-len(size) :], strict=True)]
-    return F.pad(maps, [amount for side in reversed(missing) for amount in (side // 2, side - side // 2)])
 
 
 @dataclass(frozen=True)
@@ -229,8 +192,9 @@ def _draw_labelled_batch(
     preparation: Preparation,
     device: str,
 ) -> Labelled:
-    chosen, generators = _draw_images(config, key, len(labelled.images))
-    windows, is_scan, label = _cut_windows(labelled, chosen, generators, preparation)
+    chosen, generators = draw_images(config, key, len(labelled.images))
+    num_shown = prefer_foreground(chosen, labelled, key, config)
+    windows, is_scan, label = cut_windows(labelled, chosen, generators, preparation, num_shown=num_shown)
     assert label is not None
     image, label = augment_labelled(
         windows,
@@ -254,8 +218,8 @@ def _draw_views(
     device: str,
 ) -> tuple[WeakAndStrong, Draws]:
     """Augment the unlabelled images of a step; return their views, and draws for CutMix and dropout."""
-    chosen, generators = _draw_images(config, (*key, "unlabelled"), len(unlabelled.images))
-    windows, is_scan, labels = _cut_windows(unlabelled, chosen, generators, preparation)
+    chosen, generators = draw_images(config, (*key, "unlabelled"), len(unlabelled.images))
+    windows, is_scan, labels = cut_windows(unlabelled, chosen, generators, preparation)
     views = augment_weakly_and_strongly(
         windows,
         is_scan,
@@ -329,13 +293,6 @@ def _make_divergence_error(trial: Trial, symptom: str) -> TrainingError:
     )
 
 
-def _draw_images(
-    config: FinetuneConfig, key: tuple[int | str, ...], num_images: int
-) -> tuple[NDArray[np.int64], list[np.random.Generator]]:
-    chosen = keyed_generator(config.seed, *key).integers(num_images, size=config.batch_size)
-    return chosen, [keyed_generator(config.seed, *key, slot) for slot in range(config.batch_size)]
-
-
 def _consistency_weight(step: int, trial: Trial) -> float:
     """Return the weight of a step, which rises from e^-5 of the full weight to 1: exp(-5 (1 - t)^2), as in the paper."""
     settings = trial.settings
@@ -352,39 +309,6 @@ def _consistency_loss(student: nn.Module, teacher: nn.Module, views: WeakAndStro
     squared = (student(student_view).softmax(1) - target).square().mean(1)
     loss: Tensor = (squared * views.shown).sum() / views.shown.sum().clamp(min=1)
     return loss
-
-
-def _cut_windows(
-    source: Images, chosen: NDArray[np.int64], generators: list[np.random.Generator], preparation: Preparation
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cut windows of the chosen images, about their centre or, if the model reads whole images, about a random position.
-
-    The windows have twice the edge of the network's image, so that augmentation can rotate and crop about their centre.
-    """
-    if preparation.planes == "centre":
-        index = torch.from_numpy(chosen)
-        return source.images[index], source.inside[index], None if source.labels is None else source.labels[index]
-    size = preparation.image_size
-    tensors = [source.images, source.inside] if source.labels is None else [source.images, source.inside, source.labels]
-    cut = []
-    for image, generator in zip(chosen, generators, strict=True):
-        # A window extends beyond the image only as far as necessary: an image that fits is always included whole.
-        extents = source.images.shape[2:]
-        starts = [_draw_start(extent, size, generator) - size // 2 for extent in extents]
-        padding = [
-            amount
-            for start, extent in zip(reversed(starts), reversed(extents), strict=True)
-            for amount in (-start, start + 2 * size - extent)
-        ]
-        cut.append([F.pad(tensor[int(image)], padding) for tensor in tensors])
-    images, inside, *labels = (torch.stack(parts) for parts in zip(*cut, strict=True))
-    return images, inside, labels[0] if labels else None
-
-
-def _draw_start(extent: int, size: int, generator: np.random.Generator) -> int:
-    if extent <= size:
-        return -((size - extent) // 2)
-    return int(generator.integers(extent - size + 1))
 
 
 def train_head(

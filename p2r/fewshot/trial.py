@@ -18,6 +18,7 @@ from p2r.evaluate.prepared import prepared_images
 from p2r.evaluate.rows import ContrastRow, CurvePoint, all_warnings
 from p2r.evaluate.tasks import LabelledScan, Split
 from p2r.fewshot.frozen import FeaturesOfScan, frozen_features, plausibility_of, segmenter_by_prototypes
+from p2r.fewshot.images import Images, labelled_images, unlabelled_images
 from p2r.fewshot.odd_scans import odd_scans
 from p2r.fewshot.plausibility import frames_of_scans
 from p2r.fewshot.protocol import Trial
@@ -28,18 +29,11 @@ from p2r.fewshot.saved_training import SavedTraining
 from p2r.fewshot.scoring import Case, Scored, cases_of, score_cases
 from p2r.fewshot.setup import TrialSetup
 from p2r.fewshot.subsets import score_subsets
-from p2r.fewshot.training import (
-    Images,
-    Look,
-    Trained,
-    labelled_images,
-    train_head,
-    train_segmenter,
-    unlabelled_images,
-)
+from p2r.fewshot.training import Look, Trained, train_head, train_segmenter
 from p2r.fewshot.trial_inputs import TrialInputs, build_segmenter, prepare_trial, weights_sha256
 from p2r.fewshot.trial_outcome import describe_training, load_earlier, store_result
 from p2r.logs import Say
+from p2r.model.contrasts import config_for
 from p2r.model.pix2rep import Segmenter
 from p2r.modes import MODES
 from p2r.storage import Storage
@@ -249,8 +243,15 @@ def _compute_features(inputs: TrialInputs, network: nn.Module) -> list[FeaturesO
 
 
 def _prototype_segmenter(inputs: TrialInputs, network: nn.Module) -> Segmenter:
-    features, num_classes = _compute_features(inputs, network), inputs.task.num_classes
-    return segmenter_by_prototypes(network, features, inputs.trial, num_classes=num_classes, seed=inputs.config.seed)
+    return segmenter_by_prototypes(
+        network,
+        _compute_features(inputs, network),
+        inputs.trial,
+        model=config_for(inputs.backbone.config.model, inputs.preparation.contrasts),
+        preparation=inputs.preparation,
+        num_classes=inputs.task.num_classes,
+        seed=inputs.config.seed,
+    )
 
 
 def _make_rounds(

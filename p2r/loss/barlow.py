@@ -98,23 +98,8 @@ def barlow_twins(
 
     dtype = torch.promote_types(a.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
-        a, b = a.to(dtype), b.to(dtype)
-        weights = a.new_ones(len(a)) if weights is None else weights.to(dtype)
-        channels = a.shape[1]
-        column = weights[:, None]
-        weight_sums = torch.stack((weights.sum(), (weights > 0).sum().to(dtype)))
-        sums = torch.cat(((column * a.detach()).sum(0), (column * b.detach()).sum(0), weight_sums))
-        totals = all_reduce_sum(sums, group)
-        # Without any pair the mean is 0, not 0 / 0.
-        total_weight, num_pairs = torch.where(totals[-2] > 0, totals[-2], 1), totals[-1]
-        a = a - totals[:channels] / total_weight
-        b = b - totals[channels:-2] / total_weight
-        moments = torch.cat(
-            ((column * a.square()).sum(0)[None], (column * b.square()).sum(0)[None], (column * a).T @ b)
-        )  # (2 + E, E)
-        moments = _SumOverRanks.apply(moments, group, factor) / total_weight  # type: ignore[no-untyped-call]
-        deviation_a, deviation_b = moments[:2].clamp_min(_MIN_VARIANCE).sqrt()
-        correlation = moments[2:] / (deviation_a[:, None] * deviation_b)
+        weights = a.new_ones(len(a), dtype=dtype) if weights is None else weights.to(dtype)
+        correlation, num_pairs = _correlate_channels(a.to(dtype), b.to(dtype), weights, group, factor)
         diagonal = correlation.diagonal()
         off_diagonal = correlation - torch.diag(diagonal)
         invariance, redundancy = (1 - diagonal).square().sum(), off_diagonal_weight * off_diagonal.square().sum()
@@ -123,6 +108,27 @@ def barlow_twins(
             for name, term in {"invariance": invariance, "redundancy": redundancy}.items():
                 parts[name] = torch.stack((term.detach(), term.new_ones(())))
         return torch.where(num_pairs < 2, 0 * loss, loss)
+
+
+def _correlate_channels(
+    a: Tensor, b: Tensor, weights: Tensor, group: ProcessGroup | None, factor: float
+) -> tuple[Tensor, Tensor]:
+    """Return the correlation (E, E) of the channels of a and b over the pairs of all ranks, and the number of pairs."""
+    channels = a.shape[1]
+    column = weights[:, None]
+    weight_sums = torch.stack((weights.sum(), (weights > 0).sum().to(weights.dtype)))
+    sums = torch.cat(((column * a.detach()).sum(0), (column * b.detach()).sum(0), weight_sums))
+    totals = all_reduce_sum(sums, group)
+    # Without any pair the mean is 0, not 0 / 0.
+    total_weight, num_pairs = torch.where(totals[-2] > 0, totals[-2], 1), totals[-1]
+    a = a - totals[:channels] / total_weight
+    b = b - totals[channels:-2] / total_weight
+    moments = torch.cat(
+        ((column * a.square()).sum(0)[None], (column * b.square()).sum(0)[None], (column * a).T @ b)
+    )  # (2 + E, E)
+    moments = _SumOverRanks.apply(moments, group, factor) / total_weight  # type: ignore[no-untyped-call]
+    deviation_a, deviation_b = moments[:2].clamp_min(_MIN_VARIANCE).sqrt()
+    return moments[2:] / (deviation_a[:, None] * deviation_b), num_pairs
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -20,7 +20,7 @@ from p2r.job import Job
 from p2r.logs import Say, within
 from p2r.modes import MODES
 from p2r.pipeline.imported import publish_imported
-from p2r.pipeline.made import Made
+from p2r.pipeline.outputs import Outputs
 from p2r.pipeline.reporting import make_report
 from p2r.reference import parse_reference
 from p2r.report import table
@@ -36,7 +36,7 @@ class Prepared:
     """One for each task."""
 
 
-def finetune(job: Job, made: Made, storage: Storage, runner: TrialRunner, say: Say) -> Made:
+def finetune(job: Job, made: Outputs, storage: Storage, runner: TrialRunner, say: Say) -> Outputs:
     """Run the trials of all tasks, publish their models, and write the report.
 
     Args:
@@ -73,8 +73,8 @@ def prepare_trials(job: Job, storage: Storage, say: Say) -> Prepared:
 
 
 def finish_trials(
-    job: Job, made: Made, storage: Storage, prepared: Prepared, found: FewShot, runner: TrialRunner, say: Say
-) -> Made:
+    job: Job, made: Outputs, storage: Storage, prepared: Prepared, found: FewShot, runner: TrialRunner, say: Say
+) -> Outputs:
     """Publish the models of finished trials, and write the report; return the outputs of `finetune`."""
     config = job.finetune
     assert config is not None

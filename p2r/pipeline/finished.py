@@ -1,8 +1,8 @@
 """Record of a finished job, so that running it again costs no import of torch and no drawing.
 
 `record_finished` writes `<storage>/finished.json` after the last stage: a digest of all inputs, the results, and the state of every
-file below `report/`, `backbones/` and `models/`. `made_before` returns the results if job, code, tasks, scans, label maps and files are
-unchanged. After any change the stages run again, and do only the work that is missing.
+file below `report/`, `backbones/` and `models/`. `recorded_outputs` returns the results if job, code, tasks, scans, label maps and
+files are unchanged. After any change the stages run again, and do only the work that is missing.
 
 A job of kind ingest is never finished, because its sources may have more scans. Code with changes that are not committed is
 identified by the digest of its files.
@@ -21,7 +21,7 @@ from p2r.errors import P2RError
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.task_files import load_task, read_task_config
 from p2r.job import Job
-from p2r.pipeline.made import Made
+from p2r.pipeline.outputs import Outputs
 from p2r.pointers import pointer_in, resolve
 from p2r.reference import parse_reference
 from p2r.report import table
@@ -43,7 +43,7 @@ class _Record(BaseModel):
     files: dict[str, list[int | str]]
 
 
-def made_before(job: Job) -> Made | None:
+def recorded_outputs(job: Job) -> Outputs | None:
     """Return the result of a finished job, as `run_job` returns it; None if anything is left to do, or has changed."""
     if not _is_recorded(job):
         return None
@@ -54,7 +54,7 @@ def made_before(job: Job) -> Made | None:
         record = _Record.model_validate(storage.read_json(_RECORD, max_bytes=_MAX_BYTES))
         if record.inputs != digest_inputs(job) or record.files != _states(storage):
             return None
-        made = Made(**record.made)
+        made = Outputs(**record.made)
         if made.report is None:
             return made
         rows = storage.read_json("report/report.json")["rows"]
@@ -63,7 +63,7 @@ def made_before(job: Job) -> Made | None:
         return None
 
 
-def record_finished(job: Job, storage: Storage, made: Made, *, inputs: str) -> None:
+def record_finished(job: Job, storage: Storage, made: Outputs, *, inputs: str) -> None:
     """Write the record of a finished job.
 
     Args:

@@ -1,63 +1,24 @@
-"""Last stage of a job: writes report.json, report.md and pictures from the rows of results and the backbone.
+"""Last stage of a job: writes report.json, report.md and the page from the rows of results, the backbone and pictures."""
 
-Pictures show training images (view pairs), validation patients (embedding, outlines), and cases of the reported split. The cases
-use the stored predictions of its trials: no model reads a test patient here.
-"""
-
-import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor
 
 from p2r.artefact import BackboneManifest, open_artefact
-from p2r.backbone import Backbone, load_model
-from p2r.data.preprocess import intensity_window, percentile_table, slice_axis, volume_to_planes
-from p2r.data.stream import stream
-from p2r.engine.corpora import corpora_of
-from p2r.errors import DataError, StorageError, error_text
-from p2r.evaluate.inference import predict_volume
+from p2r.backbone import Backbone
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.statistics import few_shot_statistics
-from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, load_scan, load_task
-from p2r.fewshot.results import TrialFacts
+from p2r.evaluate.tasks import Task, load_task
 from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job
-from p2r.loss import corresponding_points
-from p2r.modes import MODES
+from p2r.pipeline.report_pictures import draw_pictures
 from p2r.published.results import add_results, results_from
-from p2r.randomness import keyed_generator
 from p2r.reference import parse_reference
-from p2r.report import (
-    Drawing,
-    ShownCase,
-    embedding_pca,
-    outlines,
-    shown_cases,
-    split_of,
-    trials_line,
-    view_pairs,
-    write_report,
-)
+from p2r.report import write_report
 from p2r.report.context import context_of
 from p2r.storage import Storage
 from p2r.version import code_version
-from p2r.views.pair import ViewPair, make_views
 
 _CORPUS_KEYS = {"url", "sha256", "weight", "licence", "provenance", "num_samples", "num_subjects"}
-_NUM_VIEWS = 4
-_NUM_POINTS = 64  # candidates from which a picture of views chooses
-_NUM_SLICES = 3
-_NUM_CASE_SLICES = 5
-_UNREADABLE = (StorageError, DataError, ValueError, EOFError, zipfile.BadZipFile)
-"""Errors of a prediction that is missing, damaged, or of another scan; the report is then made without its picture."""
 
 
 def make_report(
@@ -85,63 +46,20 @@ def make_report(
     tasks = [load_task(Path(setup.task)) for setup in setups]
     where = storage.child("report")
     code = code_version()
-    pictures: dict[str, Drawing | bytes] = {}
-    captions: dict[str, str] = {}
-    places: dict[str, str] = {}
-    left_out: list[str] = []
-    of_backbone = _backbone_line(backbone)
-
-    def put(name: str, picture: Drawing, caption: str, *, task: Task | None = None) -> None:
-        pictures[name], captions[name] = picture, caption
-        if task is not None:
-            places[name] = task.name
-
-    for setup, task in zip(setups, tasks, strict=True):
-        of_task = [row for row in rows if row.task == task.name]
-        for case in shown_cases(of_task):
-            try:
-                picture = _draw_case(case, task, setup, backbone, code)
-            except _UNREADABLE as error:
-                left_out.append(f"{case.rank} case of {task.name}, {case.scan}: {error_text(error)}")
-                continue
-            dice = ", ".join(f"{name} {found:.2f}" for name, found in case.dice.items())
-            who = f"{case.subject}, frame {case.frame + 1}" + (f", {case.stratum}" if case.stratum else "")
-            caption = f"The {case.rank} case: {who}. Dice, mean of classes: {dice}."
-            put(f"case-{case.rank}-{task.name}", picture, caption, task=task)
-    if job.pretrain is not None:
-        try:
-            picture = _draw_view_pairs(job, storage, source=of_backbone)
-        except (StorageError, DataError) as error:
-            left_out.append(f"views of training images: {error}")
-        else:
-            put("view-pairs", picture, "Two views of training images, and points that show the same anatomy in both.")
-    for task in tasks:
-        scan = _load_for_pictures(task.scans_of(task.subjects["validation"][:1])[0], task, backbone)
-        who = f"validation patient {scan.scan.subject}"
-        put(
-            f"embedding-{task.name}",
-            _draw_embedding(backbone, scan, source=f"{of_backbone} · task {task.name}, {who}"),
-            f"Features of {who}: three principal components as red, green and blue.",
-        )
-        if task.name in models:
-            put(
-                f"outlines-{task.name}",
-                _draw_outlines(models[task.name], scan, task, rows, code, who=who),
-                f"The published model ({_mode_title(models[task.name])}) on {who}.",
-            )
+    pictures = draw_pictures(job, storage, backbone, setups, tasks, rows, models, code=code)
     context = context_of(
         {
             **_report_context(job, backbone, tasks, models, code),
             **facts,
             "caveats": [*(task.config.caveat for task in tasks if task.config.caveat), *_warnings(rows)],
-            "captions": captions,
-            "places": places,
-            **({"left_out": left_out} if left_out else {}),
+            "captions": pictures.captions,
+            "places": pictures.places,
+            **({"left_out": pictures.left_out} if pictures.left_out else {}),
         }
     )
     assert job.finetune is not None
     statistics = few_shot_statistics(rows, seed=job.finetune.seed) if rows else None
-    write_report(where, rows=list(rows), context=context, pictures=pictures, statistics=statistics)
+    write_report(where, rows=list(rows), context=context, pictures=pictures.drawn, statistics=statistics)
     if statistics is not None and backbone.manifest.url.startswith(storage.at("backbones/")):
         # Backbones of other storages get them by `p2r promote --report`.
         artefact = open_artefact(parse_reference(backbone.manifest.pin), is_fresh=True)
@@ -194,240 +112,3 @@ def _report_context(
 def _warnings(rows: Sequence[TrialRow]) -> list[str]:
     """Return warnings of single trials, which did not end them."""
     return [f"{row.id}: {warning}." for row in rows for warning in row.all_warnings]
-
-
-def _backbone_line(backbone: Backbone) -> str:
-    """Return the source line of a picture that depends only on the backbone, not on a task, draw or protocol."""
-    digests = [corpus.sha256[:12] for corpus in backbone.manifest.facts.corpora or []]
-    code = backbone.manifest.facts.code
-    parts = [
-        f"backbone {backbone.manifest.sha256[:12]}",
-        f"pretrained on corpus {', '.join(digests)}" if digests else "",
-        f"by code {code}" if code else "",
-    ]
-    return " · ".join(filter(None, parts))
-
-
-def _draw_view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
-    config = job.pretrain
-    assert config is not None
-    corpora = corpora_of(config, storage.child("corpus"))
-    contrasts = config.model.contrasts
-    batches = stream(
-        corpora, image=config.image, seed=config.seed, global_batch=config.global_batch, contrasts=contrasts
-    )
-    try:
-        batch, _ = next(batches)
-    finally:
-        batches.close()
-    # Show the fullest images of the batch, since pictures of air explain nothing.
-    images, insides, covered = batch.prepare()
-    fullest = images.flatten(1).mean(1).argsort(descending=True)[:_NUM_VIEWS]
-    images, epochs, positions = images[fullest], batch.epochs[fullest.numpy()], batch.positions[fullest.numpy()]
-    views = make_views(
-        images,
-        insides[fullest],
-        config=config.views,
-        spacing_mm=batch.spacing_mm,
-        seed=config.seed,
-        epochs=epochs,
-        positions=positions,
-        present=None if batch.present is None else batch.present[fullest.numpy()],
-        covered=None if covered is None else covered[fullest],
-    )
-    images, views, labels = _shown_contrasts(images, views, contrasts)
-    generators = [
-        keyed_generator(config.seed, "points", int(epoch), int(position))
-        for epoch, position in zip(epochs, positions, strict=True)
-    ]
-    if config.image.dimensions == 3:
-        is_shown = views.valid[..., images.shape[-1] // 2].flatten(1).any(1).tolist()
-        labels = [label for label, shown in zip(labels, is_shown, strict=False) if shown]
-        return view_pairs(*_shared_planes(images, views, generators), of_volumes=True, labels=labels, source=source)
-    # The picture shows a few of these, far apart.
-    pairs = corresponding_points(views.warp, views.valid, num_points=_NUM_POINTS, generators=generators)
-    return view_pairs(images, views, pairs.a, pairs.b, labels=labels, source=source)
-
-
-def _shown_contrasts(
-    images: Tensor, views: ViewPair, contrasts: Sequence[str] | None
-) -> tuple[Tensor, ViewPair, list[tuple[str, str, str]]]:
-    """Reduce images and views to the first contrast that each view shows; return them with the names of what they show.
-
-    Args:
-        images: (B, C, *S).
-        views: Views of the images.
-        contrasts: Names of the contrasts; None: images of one contrast.
-
-    Returns:
-        Images (B, 1, *S), their views, and the contrasts in the image, in view a and in view b, of each image.
-    """
-    if contrasts is None or views.shown_a is None or views.shown_b is None:
-        return images, views, []
-    rows = torch.arange(len(images))
-    of_a, of_b = torch.from_numpy(views.shown_a.argmax(1)), torch.from_numpy(views.shown_b.argmax(1))
-    names = [
-        [" + ".join(name for name, is_shown in zip(contrasts, row, strict=True) if is_shown) for row in shown]
-        for shown in (views.shown_a, views.shown_b)
-    ]
-    labels = [(contrasts[int(first)], a, b) for first, a, b in zip(of_a, *names, strict=True)]
-    shown = replace(views, a=views.a[rows, of_a][:, None], b=views.b[rows, of_b][:, None])
-    return images[rows, of_a][:, None], shown, labels
-
-
-def _shared_planes(
-    images: Tensor, views: ViewPair, generators: Sequence[np.random.Generator]
-) -> tuple[Tensor, ViewPair, Tensor, Tensor]:
-    """Reduce volumes and their views to one plane each across Z, with points of view b that are also in view a.
-
-    The plane of view b is its middle one. The plane of the volume and of view a is the one with most of that anatomy: planes
-    rotated against each other share a band.
-
-    Args:
-        images: (B, C, X, Y, Z).
-        views: Views of the images.
-        generators: One per volume, for the choice of points.
-
-    Returns:
-        Planes (B', C, X, Y), their views, and points (B', n, 2) in both. Volumes whose middle plane of view b is outside the
-        scan are left out.
-
-    Raises:
-        DataError: All volumes are left out.
-    """
-    middle = images.shape[-1] // 2
-    rows: list[tuple[Tensor, ...]] = []
-    for image, a, b, warp, valid, generator in zip(
-        images, views.a, views.b, views.warp[..., middle, :], views.valid[..., middle], generators, strict=True
-    ):
-        if not valid.any():
-            continue
-        plane = int(warp[..., 2][valid].round().long().mode().values)
-        shared = torch.nonzero(valid & (warp[..., 2].round() == plane))  # (m, 2): x, y in b
-        chosen = shared[torch.from_numpy(generator.choice(len(shared), _NUM_POINTS))]
-        of_a = warp[chosen[:, 0], chosen[:, 1], :2]
-        rows.append((image[..., plane], a[..., plane], b[..., middle], warp[..., :2], valid, of_a, chosen))
-    if not rows:
-        raise DataError("no volume shows any of its scan")
-    planes, a, b, warp, valid, points_a, points_b = (torch.stack(part) for part in zip(*rows, strict=True))
-    return planes, ViewPair(a=a, b=b, warp=warp, valid=valid), points_a, points_b
-
-
-def _load_for_pictures(scan: TaskScan, task: Task, backbone: Backbone) -> LabelledScan:
-    """Read a scan with the backbone's own pixel size, and all contrasts of the task."""
-    return load_scan(scan, task, backbone.preparation.model_copy(update={"contrasts": task.config.contrasts}))
-
-
-def _images_for(backbone: Backbone, scan: LabelledScan) -> Tensor:
-    """Return the images of a case for the backbone itself: of a case with names, the contrasts that it reads, or else any."""
-    if backbone.preparation.num_contrasts > 1:
-        return backbone.prepare(scan.scans_for(backbone.preparation)).images
-    own = (backbone.preparation.contrasts or ("",))[0]
-    return backbone.prepare(scan.contrasts.get(own, scan.volume)).images
-
-
-def _draw_embedding(backbone: Backbone, scan: LabelledScan, *, source: str) -> Drawing:
-    images = _images_for(backbone, scan)
-    images = images[_choose_slices(scan.label_planes.numpy())] if images.ndim == 4 else images[:1]
-    with torch.inference_mode():
-        features = backbone(images)
-    if features.shape[2:] != images.shape[2:]:
-        features = F.interpolate(features, size=images.shape[2:])
-    if images.ndim == 5:  # planes across the last axis: (1, C, X, Y, Z) -> (Z, C, X, Y)
-        images, features = (maps[0].permute(3, 0, 1, 2) for maps in (images, features))
-    return embedding_pca(images, features, num_slices=_NUM_SLICES, source=source)
-
-
-def _mode_title(model: str) -> str:
-    """Return the title of the mode in which a published model was trained."""
-    return MODES[TrialFacts.model_validate(load_model(model)[2].facts.trial).mode].title
-
-
-def _draw_outlines(
-    model: str,
-    scan: LabelledScan,
-    task: Task,
-    rows: Sequence[TrialRow],
-    code: str,
-    *,
-    who: str,
-) -> Drawing:
-    segmenter, config, manifest = load_model(model)
-    trial_id = TrialFacts.model_validate(manifest.facts.trial).id
-    trial = next(row for row in rows if row.id == trial_id)
-    prediction = predict_volume(
-        segmenter,
-        scan.scans_for(config.preparation),
-        preparation=config.preparation,
-        num_classes=task.num_classes,
-        largest_component=config.largest_component,
-    )
-    axis = slice_axis(scan.volume.spacing_mm, config.preparation.slice_axis, shape=scan.volume.data.shape)
-    planes, predicted, reference = (
-        volume_to_planes(data, axis) for data in (scan.volume.data, prediction, scan.labels.data)
-    )
-    chosen = _choose_slices(scan.label_planes.numpy() if config.preparation.dimensions == 2 else reference)
-    window = config.preparation.intensity_percentiles
-    low, high = intensity_window(percentile_table(scan.volume.data, name=scan.volume.key), window)
-    images = np.clip((planes[chosen].astype(np.float32) - low) / (high - low), 0, 1)
-    return outlines(
-        images,
-        predicted[chosen],
-        reference[chosen],
-        list(task.config.classes.values()),
-        spacing_mm=_plane_spacing(scan, axis),
-        title=f"The published model ({MODES[trial.mode].title}), {who}",
-        source=trials_line([trial], code, patient=who),
-    )
-
-
-def _draw_case(case: ShownCase, task: Task, setup: TrialSetup, backbone: Backbone, code: str) -> Drawing:
-    """Draw a scan of the reported split with the stored predictions of its trials; no model runs."""
-    found = [one for one in task.scans_of((case.subject,)) if one.key == case.scan]
-    if not found:
-        raise DataError(f"the task has no scan {case.scan} of {case.subject} any more")
-    scan = _load_for_pictures(found[0], task, backbone)
-    axis = slice_axis(scan.volume.spacing_mm, backbone.preparation.slice_axis, shape=scan.volume.data.shape)
-    frame = slice(case.frame, case.frame + 1)
-    predictions = {
-        name: volume_to_planes(_read_prediction(row, case.scan, setup, scan)[..., frame], axis)
-        for name, row in case.trials.items()
-    }
-    image, reference = (volume_to_planes(volume.data[..., frame], axis) for volume in (scan.volume, scan.labels))
-    dice = ", ".join(f"{name} {found:.2f}" for name, found in case.dice.items())
-    trials = list(case.trials.values())
-    return outlines(
-        image.astype(np.float32),
-        predictions,
-        reference,
-        list(task.config.classes.values()),
-        spacing_mm=_plane_spacing(scan, axis),
-        num_slices=_NUM_CASE_SLICES,
-        title=f"{case.rank.capitalize()} case: {case.subject}" + (f" ({case.stratum})" if case.stratum else ""),
-        subtitle=f"{trials[0].num_labelled} labelled; Dice: {dice}",
-        source=trials_line(trials, code, patient=f"{split_of(trials)} patient {case.subject}"),
-    )
-
-
-def _read_prediction(row: TrialRow, key: str, setup: TrialSetup, scan: LabelledScan) -> NDArray[Any]:
-    if row.predictions is None:
-        raise DataError(f"trial {row.id} left no predictions")
-    content = Storage(setup.storage).read_bytes(row.predictions)
-    with np.load(BytesIO(content), allow_pickle=False) as arrays:
-        if key not in arrays:
-            raise DataError(f"{row.predictions} holds no prediction of {key}")
-        found: NDArray[Any] = arrays[key]
-    if found.shape != scan.labels.data.shape:
-        raise DataError(f"the prediction has the grid {found.shape}, its scan {scan.labels.data.shape}")
-    return found
-
-
-def _plane_spacing(scan: LabelledScan, axis: int) -> tuple[float, float]:
-    first, second = (mm for number, mm in enumerate(scan.volume.spacing_mm) if number != axis)
-    return first, second
-
-
-def _choose_slices(labels: NDArray[Any]) -> list[int]:
-    """Return planes of `labels` (P, H, W), evenly spread over the planes with foreground."""
-    labelled = np.flatnonzero((labels > 0).any((1, 2))).tolist() or list(range(len(labels)))
-    return [labelled[len(labelled) * (2 * number + 1) // (2 * _NUM_SLICES)] for number in range(_NUM_SLICES)]

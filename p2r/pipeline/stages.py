@@ -25,7 +25,7 @@ from p2r.pipeline.executor import Executor
 from p2r.pipeline.finetuning import finetune
 from p2r.pipeline.finished import digest_inputs, record_finished
 from p2r.pipeline.imported import check_initial_weights
-from p2r.pipeline.made import Made
+from p2r.pipeline.outputs import Outputs
 from p2r.pipeline.publishing import describe_network, preparation_of_backbone, publish_backbone
 from p2r.pipeline.tracking import tracked
 from p2r.pipeline.variants import run_variants
@@ -34,7 +34,7 @@ from p2r.stages import KINDS
 from p2r.storage import Storage
 
 
-def run_job(job: Job, executor: Executor, *, say: Say) -> Made:
+def run_job(job: Job, executor: Executor, *, say: Say) -> Outputs:
     """Run the stages of a job's kind, and return their outputs.
 
     Args:
@@ -51,8 +51,8 @@ def run_job(job: Job, executor: Executor, *, say: Say) -> Made:
         return _run_stages(job, storage, executor, tracked_say)
 
 
-def _run_stages(job: Job, storage: Storage, executor: Executor, say: Say) -> Made:
-    made = Made(storage.url)
+def _run_stages(job: Job, storage: Storage, executor: Executor, say: Say) -> Outputs:
+    made = Outputs(storage.url)
     stages = KINDS[job.kind].stages
     inputs = digest_inputs(job)
     if "finetune" in stages or "variants" in stages:
@@ -68,7 +68,7 @@ def _run_stages(job: Job, storage: Storage, executor: Executor, say: Say) -> Mad
     return made
 
 
-def _train_and_score(job: Job, made: Made, executor: Executor, stages: Sequence[str], say: Say) -> Made:
+def _train_and_score(job: Job, made: Outputs, executor: Executor, stages: Sequence[str], say: Say) -> Outputs:
     """Run the stages after ingest; return their outputs with those of ingest."""
     storage = Storage(job.storage)
     if "pretrain" in stages:

@@ -22,7 +22,7 @@ from p2r.pipeline.executor import Executor, VariantOutcome, VariantRun
 from p2r.pipeline.finetuning import Prepared, finish_trials, prepare_trials
 from p2r.pipeline.imported import check_initial_weights
 from p2r.pipeline.lines import say_for_variant
-from p2r.pipeline.made import Made
+from p2r.pipeline.outputs import Outputs
 from p2r.pipeline.publishing import describe_network, publish_backbone
 from p2r.report import label_of, markdown_variants, source_line, split_of, variants_picture, variants_table
 from p2r.report.text import for_markdown, for_markdown_code
@@ -52,7 +52,7 @@ class _Found:
             self.errors[name] = error
 
 
-def run_variants(job: Job, made: Made, executor: Executor, say: Say) -> Made:
+def run_variants(job: Job, made: Outputs, executor: Executor, say: Say) -> Outputs:
     """Run the variants of an ablation, and write a comparison of their results.
 
     Args:
@@ -100,7 +100,7 @@ def _run_group(job: Job, variants: Mapping[str, Job], found: _Found, executor: E
             with found.naming(name):
                 storage, say_one = Storage(variants[name].storage), say_for_variant(say, name, len(variants))
                 made = finish_trials(
-                    variants[name], Made(storage.url), storage, prepared[name], result, executor, say_one
+                    variants[name], Outputs(storage.url), storage, prepared[name], result, executor, say_one
                 )
                 rows = read_report_rows(storage, "report/report.json")
                 found.rows[name] = [row.replaced(variant=name) for row in rows]

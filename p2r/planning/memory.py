@@ -92,7 +92,7 @@ def _count_network(config: PretrainConfig, *, num_images: int, device: str) -> _
         model = Pix2Rep(model_config, dimensions=dimensions, learnt_temperature=learnt_temperature)
     dtype = DTYPES[config.precision]
     model = model.to(device="meta", dtype=dtype)
-    image = (num_images, 1, *[config.image.size] * dimensions)
+    image = (num_images, model_config.in_channels, *[config.image.size] * dimensions)
     points = (num_images, config.loss.pixel_pairs_per_image, dimensions)
     views = [torch.empty(image, dtype=dtype, device="meta") for _ in range(2)]
     places = [torch.empty(points, device="meta") for _ in range(2)]
@@ -163,8 +163,9 @@ def _gradients_in_update(config: PretrainConfig, num_weights: int, *, world_size
 
 def _batch_bytes(config: PretrainConfig, num_images: int) -> int:
     """Return the bytes of a rank's images on the network's grid: images, their views, and the warp between the views."""
-    dimensions = config.image.dimensions
+    dimensions, contrasts = config.image.dimensions, config.model.in_channels
     pixels: int = num_images * config.image.size**dimensions
     of_views = 2 * FP32_BYTES + (2 * DTYPES[config.precision].itemsize if config.precision == "bf16" else 0)
     masks = 2 + 2  # inside and valid, and both again for the two views
-    return pixels * (FP32_BYTES + of_views + FP32_BYTES * dimensions + masks)
+    frames = 2 if config.views.frames_apart else 1
+    return pixels * (contrasts * (frames * FP32_BYTES + of_views) + FP32_BYTES * dimensions + masks)

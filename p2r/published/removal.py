@@ -5,10 +5,10 @@
     look      read all pointers and manifests again; a version that is named by now gets its manifest back
     sweep     delete the files, and the document last
 
-Kept are: models, because reports name them; backbones that a pointer names, or another artefact as parent or origin; the newest version
-of a name; whatever is younger than the given age; and whatever cannot be read. A publisher that meets the document is refused, so it
-cannot commit beside a removal. A promotion that meets it moves its pointer back. A removal that was killed is completed by the next
-one, an hour later: until then it may be at work.
+Models are kept, because reports name them. So are backbones that a pointer names, or another artefact as parent or origin, and the newest
+version of a name. Artefacts younger than the given age, and those that cannot be read, are kept, too. A publisher that meets the document
+is refused, so it cannot commit beside a removal. A promotion that meets it moves its pointer back. A removal that was killed is completed
+by the next one, an hour later: until then it may be at work.
 """
 
 import contextlib

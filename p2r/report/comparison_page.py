@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -200,31 +201,8 @@ def _side_by_side(comparison: Comparison, of_task: Sequence[ComparedCell], task:
                     offset = (number - (len(letters) - 1) / 2) * _DODGE * span
                     draw_series(axes, here, rows, bands, offset, span, _LINES[number % 4])
                     ends.append((letter, here[-1].num_labelled, here[-1].dice_mean.mean or 0.0))
-            places = apart([dice for _, _, dice in ends], 0.11)
-            for (letter, at, _), place in zip(ends, places, strict=True):
-                axes.annotate(
-                    letter,
-                    (at, place),
-                    xytext=(8, 0),
-                    textcoords="offset points",
-                    va="center",
-                    color=mode_colour(mode),
-                    weight="bold",
-                )
-            axes.set_ylim(0, 1)
-            axes.set_xscale("log")
-            axes.set_xlim(numbers[0] * math.exp(-0.08 * span), numbers[-1] * math.exp(0.08 * span))
-            axes.xaxis.set_major_locator(FixedLocator(numbers))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.set_xticklabels([str(number) for number in numbers])
-            plain(axes)
-            axes.set_title(
-                for_picture(series_name((mode, "")), 30),
-                fontsize=10,
-                loc="left",
-                color=mode_colour(mode),
-                weight="bold",
-            )
+            _name_lines(axes, ends, mode)
+            _style_panel(axes, mode, numbers, span)
             if column == 0:
                 axes.set_ylabel("Dice", color=INK)
             if index + columns >= len(modes):
@@ -232,6 +210,34 @@ def _side_by_side(comparison: Comparison, of_task: Sequence[ComparedCell], task:
         return sheet.figure
 
     return drawing(figure(WIDE), figure(NARROW))
+
+
+def _name_lines(axes: Axes, ends: Sequence[tuple[str, int, float]], mode: str) -> None:
+    """Write the letter of each run at the end of its line: letter, number of labelled patients, Dice."""
+    places = apart([dice for _, _, dice in ends], 0.11)
+    for (letter, at, _), place in zip(ends, places, strict=True):
+        axes.annotate(
+            letter,
+            (at, place),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            color=mode_colour(mode),
+            weight="bold",
+        )
+
+
+def _style_panel(axes: Axes, mode: str, numbers: Sequence[int], span: float) -> None:
+    """Title a panel by its mode, and scale it: Dice from 0 to 1 over the numbers of labelled patients, logarithmic."""
+    axes.set_ylim(0, 1)
+    axes.set_xscale("log")
+    axes.set_xlim(numbers[0] * math.exp(-0.08 * span), numbers[-1] * math.exp(0.08 * span))
+    axes.xaxis.set_major_locator(FixedLocator(numbers))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([str(number) for number in numbers])
+    plain(axes)
+    title = for_picture(series_name((mode, "")), 30)
+    axes.set_title(title, fontsize=10, loc="left", color=mode_colour(mode), weight="bold")
 
 
 def _rows_in(comparison: Comparison, cells: Sequence[CellName]) -> list[TrialRow]:

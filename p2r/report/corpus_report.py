@@ -15,12 +15,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from p2r.config import PERCENTILES
+from p2r.data.drift import ScanGroup, group_scans
 from p2r.data.ledger import AcceptedRow, LedgerRow, is_accepted, read_ledger
 from p2r.data.likeness import MAX_PAIRS, Alike, find_alike
 from p2r.data.manifest import Manifest, facts_of, load_manifest, ranges_of
 from p2r.data.preparation import SliceAxis, slice_axis
 from p2r.data.revision import read_thumbnails
-from p2r.data.thumbnails import MOST, Thumbnails, drawn
+from p2r.data.thumbnails import MOST, Thumbnails, lowest_lots
 from p2r.files import csv_bytes
 from p2r.logs import Say
 from p2r.report.canvas import CLASS_COLOURS, FAINT, INK, headline, new_figure, plain, show_plane, to_png
@@ -33,6 +34,7 @@ _MOST_LETTERS = 20
 _EMPTY = "#ececec"
 _NUM_BINS = 36
 _MOST_ALIKE = 50
+_MOST_GROUPS = 60
 
 
 def corpus_report_is_current(corpus: Storage) -> bool:
@@ -67,14 +69,18 @@ def write_corpus_report(corpus: Storage, *, say: Say = lambda line: None) -> str
     else:
         where.delete("alike.csv")
     made = [name for name, content in pictures.items() if content is not None]
-    where.write_bytes("report.md", markdown(list(_list_blocks(manifest, made, alike)), pictures="").encode())
+    where.write_bytes(
+        "report.md", markdown(list(_list_blocks(manifest, made, alike, group_scans(accepted))), pictures="").encode()
+    )
     return where.at("report.md")
 
 
 def accepted_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes:
     """Draw the middle planes of up to 48 accepted scans, chosen at random."""
     accepted = {row.key: row for row in ledger if is_accepted(row)}
-    keys = sorted(drawn(accepted.keys() & thumbnails.keys(), MOST), key=lambda key: (accepted[key].contrast or "", key))
+    keys = sorted(
+        lowest_lots(accepted.keys() & thumbnails.keys(), MOST), key=lambda key: (accepted[key].contrast or "", key)
+    )
     tiles = [(thumbnails[key], key, _describe_tile(accepted[key]), FAINT) for key in keys]
     return contact_sheet(
         tiles,
@@ -89,9 +95,9 @@ def refused_sheet(ledger: Sequence[LedgerRow], thumbnails: Thumbnails) -> bytes 
     if not refused:
         return None
     # Readable scans come first: a sheet of empty tiles shows nothing.
-    seen = drawn(refused.keys() & thumbnails.keys(), MOST)
+    seen = lowest_lots(refused.keys() & thumbnails.keys(), MOST)
     keys = sorted(
-        [*seen, *drawn(refused.keys() - set(seen), MOST - len(seen))], key=lambda key: (refused[key].reason, key)
+        [*seen, *lowest_lots(refused.keys() - set(seen), MOST - len(seen))], key=lambda key: (refused[key].reason, key)
     )
     tiles = [(thumbnails.get(key), key, refused[key].reason, CLASS_COLOURS[5]) for key in keys]
     subtitle = "grey tiles: no picture of the scan can be made" if any(tile[0] is None for tile in tiles) else ""
@@ -220,7 +226,9 @@ def _describe_alike(alike: Sequence[Alike], where: str) -> str:
     )
 
 
-def _list_blocks(manifest: Manifest, pictures: Sequence[str], alike: Sequence[Alike]) -> Iterator[Block]:
+def _list_blocks(
+    manifest: Manifest, pictures: Sequence[str], alike: Sequence[Alike], groups: Sequence[ScanGroup]
+) -> Iterator[Block]:
     yield Heading(1, f"Corpus of cohort {manifest.facts.cohort}")
     yield Grid(("fact", "value"), facts_of(manifest))
     yield Heading(2, "Outcome of every input")
@@ -237,6 +245,8 @@ def _list_blocks(manifest: Manifest, pictures: Sequence[str], alike: Sequence[Al
     yield Grid(("", "axis", "smallest", "median", "largest"), ranges_of(manifest))
     dtypes = ", ".join(f"{count} {name}" for name, count in manifest.facts.summary.dtypes.items())
     yield Paragraph(f"Voxels are stored as: {dtypes}. Axes refer to the volume in RAS order.")
+    if len(groups) > 1 or groups[0].contrast:
+        yield from _list_groups(groups)
     if alike:
         yield Heading(2, "Scans of different subjects that look alike")
         yield Grid(
@@ -254,6 +264,28 @@ def _list_blocks(manifest: Manifest, pictures: Sequence[str], alike: Sequence[Al
     statement = manifest.facts.deidentification
     yield Grid(("item", "state"), [(name.replace("_", " "), state) for name, state in statement.items()])
     yield Paragraph("Faces can be recognised in scans of heads. This corpus is not anonymous.", note=True)
+
+
+def _list_groups(groups: Sequence[ScanGroup]) -> Iterator[Block]:
+    yield Heading(2, "By contrast and scanner")
+    yield Grid(
+        ("contrast", "scanner", "field strength", "scans", "subjects", "voxels, mm (R A S)", "extent (R A S)"),
+        [
+            (
+                one.contrast or "not named",
+                one.scanner,
+                one.field_strength,
+                str(one.num_scans),
+                str(one.num_subjects),
+                " x ".join(f"{mm:.3g}" for mm in one.spacing_mm),
+                " x ".join(f"{length:.0f}" for length in one.shape),
+            )
+            for one in groups[:_MOST_GROUPS]
+        ],
+    )
+    rest = len(groups) - _MOST_GROUPS
+    more = f" {rest} further groups are not shown." if rest > 0 else ""
+    yield Paragraph(f"Sizes are medians. Scanner and field strength are those of the scans' sidecars.{more}")
 
 
 def _describe_tile(row: AcceptedRow) -> str:

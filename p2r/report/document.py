@@ -25,7 +25,7 @@ FORMAT = "p2r-report/1"
 _WORDS = (
     "Dice: twice the overlap of two segmentations, divided by the sum of their sizes. HD95: the 95th percentile of the distances between "
     "their surfaces. NSD: the share of both surfaces that is within a tolerance of the other. A draw is one random choice of the labelled "
-    "patients. A mode is a way to learn from them: from scratch starts from random weights, fine-tuned from the backbone, and a linear "
+    "patients. A mode is a way to learn from them. From scratch starts from random weights, fine-tuned from the backbone; a linear "
     "probe trains one linear layer on the backbone's frozen features. Leak-free: no validation or test patient was used in any training."
 )
 _HOW_TO_READ = (

@@ -110,17 +110,9 @@ def _differences(material: Material, rows: Sequence[TrialRow], task: str, tag: s
         picture,
         f"Difference in Dice to {against}, paired by patient, with its {material.level} interval: right of zero is better.",
     )
+    interval = f"difference, {material.level} interval"
     yield Grid(
-        (
-            "labelled patients",
-            "mode",
-            "against",
-            f"difference, {material.level} interval",
-            "draws of its sign",
-            "p",
-            "p (Holm)",
-            "patients",
-        ),
+        ("labelled patients", "mode", "against", interval, "draws of its sign", "p", "p (Holm)", "patients"),
         [
             (
                 str(one.num_labelled),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal, Protocol
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -61,7 +62,11 @@ class Spread:
         """Return `mean ± sd` with `digits` decimals, or a dash."""
         if self.mean is None:
             return "–"
-        return f"{self.mean:.{digits}f}" + ("" if self.sd is None else f" ± {self.sd:.{digits}f}")
+        return self.mean_text(digits) + ("" if self.sd is None else f" ± {self.sd:.{digits}f}")
+
+    def mean_text(self, digits: int) -> str:
+        """Return the mean with `digits` decimals, or a dash."""
+        return "–" if self.mean is None else f"{self.mean:.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,12 @@ class Cell:
     def series(self) -> tuple[str, str]:
         """Mode and backbone, one line of a picture."""
         return self.mode, self.backbone
+
+    @property
+    def lowest_class(self) -> str:
+        """Name and mean Dice of the class with the lowest Dice; a class without a value is the lowest."""
+        name, spread = min(self.dice.items(), key=lambda item: -1.0 if item[1].mean is None else item[1].mean)
+        return f"{name} {spread.mean_text(2)}"
 
 
 def protocol_of(row: HasProtocol) -> str:
@@ -143,33 +154,35 @@ def aggregate(rows: Sequence[TrialRow]) -> list[Cell]:
 
 
 def table(rows: Sequence[TrialRow]) -> Table:
-    """Return the results of all tasks as one table for the terminal."""
+    """Return the results of all tasks as one table for the terminal: a line a cell, within 80 columns for one task."""
     cells = aggregate(rows)
+    tasks = list(dict.fromkeys(_task_text(cell) for cell in cells))
+    of_one_task = f"{tasks[0]}, " if len(tasks) == 1 else ""
     result = Table(
-        title=f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws{label_of(rows)}",
+        title=Text(
+            f"{of_one_task}{split_of(rows)} patients: means over draws, Dice ± standard deviation{label_of(rows)}"
+        ),
         title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
-    for name in ("task", "patients", "mode"):
+    for name in ("patients", "mode") if of_one_task else ("task", "patients", "mode"):
         result.add_column(name, justify="right" if name == "patients" else "left", no_wrap=True)
-    for name in ("Dice", "over scratch", "per class", "HD95 mm", "NSD"):
-        result.add_column(name, justify="left" if name == "per class" else "right")
-    is_calibrated = any(cell.ece.mean is not None for cell in cells)
-    for name in ("ECE", "Brier") if is_calibrated else ():
-        result.add_column(name, justify="right")
+    for name in ("Dice", "over\nscratch", "lowest class", "HD95\nmm", "NSD"):
+        result.add_column(name, justify="left" if name == "lowest class" else "right")
     best = best_cells(cells)
     for index, cell in enumerate(cells):
-        per_class = ", ".join(f"{name} {spread.text(2).split(' ')[0]}" for name, spread in cell.dice.items())
         dice = cell.dice_mean.text(3)
         result.add_row(
-            Text(one_line(cell.task if cell.protocol == LEAK_FREE else f"{cell.task} ({cell.protocol})")),
+            *(() if of_one_task else (Text(_task_text(cell)),)),
             str(cell.num_labelled),
             Text(one_line(series_name(cell.series))),
             f"[bold]{dice}[/bold]" if cell in best else dice,
             gain_text(cell),
-            Text(one_line(per_class)),
-            cell.hd95_mm.text(1),
-            cell.nsd.text(3),
-            *((cell.ece.text(3), cell.brier.text(3)) if is_calibrated else ()),
+            Text(one_line(cell.lowest_class)),
+            cell.hd95_mm.mean_text(1),
+            cell.nsd.mean_text(3),
             end_section=index + 1 == len(cells) or _setting(cells[index + 1]) != _setting(cell),
         )
     return result
@@ -228,6 +241,10 @@ def calibration_of(row: TrialRow, name: CalibrationFigure) -> float | None:
 def gain_text(cell: Cell) -> str:
     """Return the gain over training from scratch with its sign, or nothing."""
     return "" if cell.gain is None or cell.mode == SCRATCH else signed(cell.gain, 3)
+
+
+def _task_text(cell: Cell) -> str:
+    return one_line(cell.task if cell.protocol == LEAK_FREE else f"{cell.task} ({cell.protocol})")
 
 
 def _setting(cell: Cell) -> tuple[str, str, int]:

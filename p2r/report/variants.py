@@ -118,7 +118,7 @@ def _lines(rows: Sequence[TrialRow], stopped: Mapping[str, str]) -> Iterator[tup
 
 
 def _line(name: str, cell: Cell, digests: str) -> tuple[str, ...]:
-    per_class = ", ".join(f"{of} {spread.text(2).split(' ')[0]}" for of, spread in cell.dice.items())
+    per_class = ", ".join(f"{of} {spread.mean_text(2)}" for of, spread in cell.dice.items())
     mode = mode_title(cell.mode)
     return name, cell.task, str(cell.num_labelled), mode, cell.dice_mean.text(3), per_class, digests
 

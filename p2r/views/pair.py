@@ -71,6 +71,7 @@ def make_views(
     positions: NDArray[np.int64],
     present: NDArray[np.bool_] | None = None,
     covered: Tensor | None = None,
+    other: Tensor | None = None,
 ) -> ViewPair:
     """Make two views of every image.
 
@@ -88,6 +89,7 @@ def make_views(
         positions: (B,) position of each image in the corpus.
         present: (B, C), contrasts that each image has; None: all.
         covered: (B, C, *S) bool, pixels inside the scan of each contrast; None: `inside` for all of them.
+        other: (B, C, *S), images of the same anatomy that view b shows instead, such as another frame of a series; None: `image`.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -97,12 +99,17 @@ def make_views(
         raise ValueError(
             f"expected one position and epoch per image, got {len(positions)} and {len(epochs)} for {len(image)} images"
         )
+    shown_in_b = image if other is None else other
+    if shown_in_b.shape != image.shape:
+        raise ValueError(f"expected other of the image's shape {tuple(image.shape)}, got {tuple(shown_in_b.shape)}")
     draws = Draws.of_samples(seed, epochs=epochs, positions=positions)
     mm = _spacing_per_axis(spacing_mm, image)
     size = tuple(image.shape[2:])
     if image.shape[1] > 1:
-        return _contrast_views(image, inside, draws, config=config, spacing_mm=mm, present=present, covered=covered)
-    warped, warp, valid = _warp_image(image, inside, draws, geometry=config.geometry, size_out=size, spacing_mm=mm)
+        return _contrast_views(
+            image, shown_in_b, inside, draws, config=config, spacing_mm=mm, present=present, covered=covered
+        )
+    warped, warp, valid = _warp_image(shown_in_b, inside, draws, geometry=config.geometry, size_out=size, spacing_mm=mm)
     shown_a, shown_b = inside, valid
     if config.shown_fraction is not None:
         boxes = _draw_view_boxes(draws, size, image.device, config.shown_fraction)
@@ -118,6 +125,7 @@ def make_views(
 
 def _contrast_views(
     image: Tensor,
+    shown_in_b: Tensor,
     inside: Tensor,
     draws: Draws,
     *,
@@ -139,7 +147,7 @@ def _contrast_views(
     # A pixel is compared if every contrast shown in either view covers it.
     shared = inside if covered is None else inside & _cover_all(covered, shown_a | shown_b)
     slots, place = _slots_of(shown_b)
-    stack = _take_channels(image, slots)
+    stack = _take_channels(shown_in_b, slots)
     if covered is not None:
         stack = torch.cat([stack, _take_channels(covered, slots).to(image.dtype)], dim=1)
     warped, warp, valid = _warp_image(

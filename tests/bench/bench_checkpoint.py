@@ -4,12 +4,12 @@
     python tests/bench/bench_checkpoint.py --json checkpoint.json
     python tests/bench/bench_checkpoint.py --folder /shared/disk --steps 50
 
-Our engine trains on batches in memory. A turn is some steps. Before every other one, a checkpoint is saved, as in a training.
-It is written to a local folder, then uploaded in the background, to a folder and to object storage (SeaweedFS on loopback; left out,
-with the reason, where it is not installed). `save` is a clock around the call, the device waited for before and after: training
-stands still. `upload` goes on beside the steps: `slower` is how much longer the steps of a turn take with it than those of the turn
-without in the same round. `share` is both together in a run that saves every 100 steps; `save, %` the first alone. All are medians
-over the rounds.
+Our engine trains on batches in memory. A turn is some steps. Before every other one, a checkpoint is saved, as in a training. It is
+written to a local folder, then uploaded in the background, to a folder and to object storage (SeaweedFS on loopback). Where SeaweedFS
+is not installed, that row gives the reason. `save` is a clock around the call, the device waited for before and after: training stands
+still. `upload` goes on beside the steps: `slower` is how much longer the steps of a turn take with it than those of the turn without
+in the same round. `share` is both together in a run that saves every 100 steps; `save, %` the first alone. All are medians over the
+rounds.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from bench_stream import BUCKET, bucket_on
 from charts import OURS_COLOUR, bar_picture
 from rounds import cpu_name, progress, spread
+from stream_data import BUCKET, bucket_on
 from training import (
     add_options,
     add_variant,

@@ -5,11 +5,12 @@
     python tests/bench/bench_end_to_end.py --dimensions 3
 
 The corpus is that of `bench_stream.py` (int16 planes of virtual subjects with Rician noise, 1 x 1 x 2 mm, lz4), cut to
-planes or, in 3D, patches of 1.5 mm. One engine takes our step on the same batches in the same order: from memory (on a GPU: its own), which
-is the yardstick; from the local disk (its page cache) by `p2r.data.stream`. Then from object storage (SeaweedFS on loopback)
-with a cache that holds the shards already; and with an empty cache. There every turn is the first minute of a run: stream
-set up, shards fetched, batches taken, all counted. Elsewhere a turn counts after a few steps, so that nothing counts that
-was made ahead. On a CPU one core is left to the server for all contenders alike, since a server has its own in use.
+planes or, in 3D, patches of 1.5 mm. One engine takes our step on the same batches in the same order. The yardstick
+reads them from memory (on a GPU: its own). `p2r.data.stream` reads them from the local disk (its page cache), then from
+object storage (SeaweedFS on loopback) with a cache that holds the shards already, and with an empty cache. There every
+turn is the first minute of a run: stream set up, shards fetched, batches taken, all counted. Elsewhere a turn counts
+after a few steps, so that nothing counts that was made ahead. On a CPU one core is left to the server for all
+contenders alike, since a server has its own in use.
 
 `wait` is the part of a turn in which the loop stood still for a batch while the device had at most one step left to do.
 Contenders take turns; each is compared with the yardstick of the same round, and medians over the rounds are stated.
@@ -34,9 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from bench_stream import BUCKET, bucket_on, prepare, read_shards, uploaded
 from charts import OTHERS_COLOUR, OURS_COLOUR, bar_picture
 from rounds import cpu_name, ratios, spread, take_turns
+from stream_data import BUCKET, bucket_on, prepare, read_shards, uploaded
 from training import LEARNING_RATE, Setting, add_options, add_variant, engine_of, loss_of, setting_of, wait_for
 
 from p2r.config import PretrainConfig

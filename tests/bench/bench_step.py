@@ -15,9 +15,9 @@ Contenders take turns, so that a slow minute of the machine falls on all of them
 and those to the published manner are to the faster of its loops. Steps that would still profit from what was made ahead
 do not count. A slower contender takes fewer steps in a turn, so that turns last about as long. Peak memory is this
 process's, above what the contender holds between its steps (weights, gradients, state of the optimizer). Parts are timed
-in further steps in which the device is waited for after each part; `loss` is both of its passes. `% of matmul` is what of
-a large product's rate, in the faster of fp32 and bf16, the backbone's own products reach over the whole step (forward
-three times, for two views). What is computed besides counts as time only.
+in further steps in which the device is waited for after each part; `loss` is both of its passes. `% of matmul` is the
+rate of the backbone's own products over the whole step, as a share of a large product's rate in the faster of fp32 and
+bf16. The backbone goes forward three times, for two views. Other computation counts as time only.
 """
 
 import argparse

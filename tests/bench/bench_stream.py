@@ -20,50 +20,37 @@ that are not installed or cannot run here are named with the reason: `pip instal
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import json
 import multiprocessing
 import os
-import shutil
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 from zlib import crc32
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from rounds import cpu_name, pin_to_one_core, progress, ratios, resident_mib, spread, take_turns
+from stream_data import BUCKET, FORMS, IMAGE, SEED, Batches, Data, bucket_on, prepare, read_shards, uploaded
+from stream_peers import litdata, mosaicml, webdataset
 
-from infra.local.s3 import S3Server, make_bucket
-from p2r.config import ImageConfig
-from p2r.data.manifest import Manifest, ManifestFacts
 from p2r.data.order import Order
-from p2r.data.phantom import virtual_subjects
-from p2r.data.preprocess import percentile_table
-from p2r.data.shards import index_name, open_shard, write_shard
+from p2r.data.shards import index_name, open_shard
 from p2r.data.stream import Corpus, order_of, stream, stream_state
-from p2r.data.volume import Volume, read_volume
 from p2r.report.canvas import FAINT, INK, headline, new_figure, to_png
 from p2r.storage import Storage
-
-Planes = NDArray[np.int16]  # (N, H, W)
-Batches = Generator[Any, None, None]  # of (B, H, W)
 
 TAKE, TAKE_CLIP = "numpy.take from memory", "numpy.take from memory, mode clip"
 GET, FETCH = "GET to file, check, decode", "GET to file and check alone"
@@ -73,98 +60,8 @@ OURS, OURS_IMAGES, OURS_COLD, OURS_RANGES = (
     "p2r, lz4, cold cache",
     "p2r, lz4, by ranges",
 )
-FORMS: dict[str, dict[str, Any]] = {"lz4": {"codec": "lz4"}, "zstd": {"codec": "zstd"}, "npy": {"record": "npy"}}
-IMAGE = ImageConfig(spacing_mm=1.0, size=256)
-VOLUMES_PER_SHARD = 4
-SNR = 25
-SEED = 0
-BUCKET = "bench"
 OURS_COLOUR = "#0072b2"
 UNCOUNTED = 4  # batches at the beginning of a turn
-
-
-@dataclass(frozen=True)
-class Data:
-    """What is streamed: a folder, which holds every contender's form of it, and the truth."""
-
-    folder: Path
-    planes: Planes
-    batch: int
-
-    def corpus(self, name: str, storage: Storage | None = None) -> Corpus:
-        """Return one of our own forms."""
-        return Corpus(storage or Storage(str(self.folder / name)), read_shards(self.folder / name))
-
-    @cached_property
-    def steps(self) -> list[NDArray[np.int64]]:
-        """The batches of one epoch in our order, as numbers of planes."""
-        order = order_of([self.corpus("lz4")], image=IMAGE, seed=SEED, global_batch=self.batch)
-        return [order.samples(step).positions for step in range(order.steps_per_epoch[0])]
-
-    @cached_property
-    def truth(self) -> set[int]:
-        """What tells planes apart."""
-        return {crc32(plane.data) for plane in self.planes}
-
-
-def read_shards(folder: Path) -> Manifest:
-    """Read a manifest that has nothing but shards."""
-    lacking: dict[str, Any] = {}
-    return Manifest(json.loads((folder / "manifest.json").read_bytes()), ManifestFacts.model_construct(**lacking))
-
-
-def make_planes(folder: Path, *, num_volumes: int, size: int) -> list[tuple[Volume, dict[str, Any]]]:
-    """Virtual subjects as volumes of (size, size) planes: magnified in the plane, with noise in the brain and around it."""
-    subjects = virtual_subjects(folder / "subjects", num_subjects=num_volumes, seed=SEED)
-    made = []
-    for number, path in enumerate(sorted((subjects / "images").iterdir())):
-        rng = np.random.default_rng([SEED, number])
-        small = torch.from_numpy(read_volume(path).data[..., 0].astype(np.float32)).permute(2, 0, 1)[:, None]
-        edge = max(small.shape[2:])
-        padded = torch.nn.functional.pad(
-            small, [side for n in (small.shape[3], small.shape[2]) for side in ((edge - n) // 2, (edge - n + 1) // 2)]
-        )
-        large = torch.nn.functional.interpolate(padded, (size, size), mode="bicubic")[:, 0].numpy()
-        signal = 1000 * large.clip(0) / np.percentile(large, 99.5)
-        real, imaginary = (rng.standard_normal(signal.shape, dtype=np.float32) * 700 / SNR for _ in range(2))
-        planes = np.rint(np.hypot(signal + real, imaginary)).astype(np.int16)
-        data = np.ascontiguousarray(np.moveaxis(planes, 0, 2))[..., None]  # (X, Y, Z, 1)
-        affine, key = np.diag([1.0, 1.0, 2.0, 1.0]), path.name.partition(".")[0]
-        volume = Volume(
-            data=data,
-            affine=affine,
-            source_affine=affine,
-            source_shape=data.shape[:3],
-            spacing_mm=(1.0, 1.0, 2.0),
-            key=key,
-        )
-        meta = {"key": key, "subject": key, "cohort": "bench", "slice_axis": 2}
-        made.append((volume, meta | {"percentiles": list(percentile_table(data))}))
-        progress(f"made volume {number + 1} of {num_volumes}")
-    return made
-
-
-def prepare(folder: Path, *, num_volumes: int, size: int, batch: int) -> Data:
-    """Make the planes and our own corpora of them in a folder, unless they are there."""
-    recipe = {"num_volumes": num_volumes, "size": size, "snr": SNR, "per_shard": VOLUMES_PER_SHARD}
-    marker = folder / "complete.json"
-    if not marker.is_file() or json.loads(marker.read_text()) != recipe:
-        if folder.exists() and any(folder.iterdir()) and not marker.is_file():
-            raise SystemExit(f"{folder} holds other things: name an empty or a new --folder")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        records = make_planes(folder, num_volumes=num_volumes, size=size)
-        np.save(folder / "planes.npy", np.concatenate([np.moveaxis(v.data[..., 0], 2, 0) for v, _ in records]))
-        for name, options in FORMS.items():
-            (folder / name).mkdir()
-            entries = [
-                write_shard(folder / name / f"shard-{start:06d}.tar", records[start:][:VOLUMES_PER_SHARD], **options)
-                for start in range(0, len(records), VOLUMES_PER_SHARD)
-            ]
-            (folder / name / "manifest.json").write_text(json.dumps({"shards": [entry._asdict() for entry in entries]}))
-        shutil.rmtree(folder / "subjects")
-        marker.write_text(json.dumps(recipe))
-    return Data(folder, np.load(folder / "planes.npy"), batch)
 
 
 def take(data: Data, *, mode: Literal["raise", "clip"]) -> Batches:
@@ -183,94 +80,6 @@ def ours(data: Data, name: str, storage: Storage | None = None, *, images: bool 
                 yield batch.images()[0]
             else:
                 yield from (group.voxels.numpy() for group in batch.groups)
-
-
-def webdataset(data: Data) -> Batches:
-    """Stock webdataset, as its users have it: one member per slice and its JSON, decoded by its own decoders."""
-    import webdataset as wds
-
-    folder = data.folder / "webdataset"
-    if not folder.exists():
-        work = Path(tempfile.mkdtemp(dir=data.folder))
-        per_shard = len(data.planes) // len(data.corpus("lz4").manifest["shards"])
-        with wds.ShardWriter(f"{work}/shard-%06d.tar", maxcount=per_shard, verbose=0) as writer:
-            for number, plane in enumerate(data.planes):
-                described = {"number": number, "spacing_mm": [1.0, 1.0]}
-                writer.write({"__key__": f"{number:08d}", "npy": plane, "json": described})
-        work.rename(folder)
-    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
-    shards = wds.WebDataset(urls, shardshuffle=len(urls)).repeat()
-    for planes, _ in shards.shuffle(1000).decode().to_tuple("npy", "json").batched(data.batch, partial=False):
-        yield planes
-
-
-def mosaicml(data: Data, compression: str | None, bucket: Mapping[str, str] | None = None) -> Batches:
-    """mosaicml-streaming: MDS of arrays of known shape, its own shuffling, torch's loader without processes."""
-    streaming = _base_of("streaming")
-    folder = data.folder / f"mds-{compression or 'raw'}"
-    if not folder.exists():
-        work = Path(tempfile.mkdtemp(dir=data.folder))
-        columns = {"plane": "ndarray:int16:{},{}".format(*data.planes.shape[1:]), "number": "int"}
-        with streaming.MDSWriter(out=str(work), columns=columns, compression=compression) as writer:
-            for number, plane in enumerate(data.planes):
-                writer.write({"plane": plane, "number": number})
-        work.rename(folder)
-    with tempfile.TemporaryDirectory(dir=data.folder) as cold:
-        where = {"local": str(folder)}
-        if bucket is not None:
-            os.environ["S3_ENDPOINT_URL"] = bucket["AWS_ENDPOINT_URL"]
-            where = {"local": cold, "remote": f"s3://{BUCKET}/{uploaded(folder)}"}
-        dataset = streaming.StreamingDataset(**where, shuffle=True, shuffle_seed=SEED, batch_size=data.batch)
-        loader = DataLoader(dataset, batch_size=data.batch, drop_last=True)
-        while True:
-            yield from (batch["plane"].numpy() for batch in loader)
-
-
-def litdata(data: Data, bucket: Mapping[str, str] | None = None) -> Batches:
-    """litdata: its own chunks, its own shuffling, its own loader without processes.
-
-    Decoded sample by sample: with its default it decodes whole windows of planes and, shuffled, throws most of them away.
-    Not compressed: with `compression="zstd"` version 0.2.76 wrote arrays that it could not read back, or raw ones.
-    """
-    import litdata as peer
-
-    folder = data.folder / "litdata"
-    if not folder.exists():
-        work = Path(tempfile.mkdtemp(dir=data.folder))
-        one = partial(_plane, str(data.folder / "planes.npy"))
-        numbers = list(range(len(data.planes)))
-        peer.optimize(one, numbers, output_dir=str(work), chunk_bytes="64MB", num_workers=1, verbose=False)
-        work.rename(folder)
-    options: dict[str, Any] = {"shuffle": True, "seed": SEED, "batch_decode": 0}
-    with tempfile.TemporaryDirectory(dir=data.folder) as cold:
-        if bucket is None:
-            dataset = peer.StreamingDataset(str(folder), **options)
-        else:
-            downloader = importlib.import_module("litdata.streaming.downloader")
-            downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = (
-                True  # it can be told no other way, and loopback has no https
-            )
-            options |= {"cache_dir": cold, "storage_options": {"endpoint_url": bucket["AWS_ENDPOINT_URL"]}}
-            dataset = peer.StreamingDataset(f"s3://{BUCKET}/{uploaded(folder)}", **options)
-        loader = peer.StreamingDataLoader(dataset, batch_size=data.batch, drop_last=True)
-        while True:
-            yield from (batch.numpy() for batch in loader)
-
-
-def _plane(path: str, number: int) -> Planes:
-    return np.load(path, mmap_mode="r")[number].copy()
-
-
-def _base_of(package: str) -> ModuleType:
-    """Import `<package>.base` without what the whole package would import: mosaicml-streaming's needs torchvision."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.submodule_search_locations is None:
-        raise ModuleNotFoundError(f"No module named {package!r}")
-    if package not in sys.modules:
-        module = ModuleType(package)
-        module.__path__, module.__spec__ = list(spec.submodule_search_locations), spec
-        sys.modules[package] = module
-    return importlib.import_module(f"{package}.base")
 
 
 LOCAL: dict[str, Callable[[Data], Batches]] = {
@@ -322,35 +131,6 @@ def ours_cold(data: Data, storage: Storage, cache_gib: float) -> Batches:
     with tempfile.TemporaryDirectory(dir=data.folder) as folder:
         os.environ["P2R_CACHE"], os.environ["P2R_CACHE_GIB"] = folder, str(cache_gib)
         yield from ours(data, "lz4", storage)
-
-
-@contextlib.contextmanager
-def bucket_on(cores: set[int], folder: Path) -> Iterator[Mapping[str, str]]:
-    """Run an S3 server on these cores with a bucket; yield what clients find it by, which this process does already.
-
-    Raises:
-        RuntimeError: No server is installed.
-    """
-    mine, server = os.sched_getaffinity(0), S3Server(folder)
-    os.sched_setaffinity(0, cores)
-    try:
-        server.start()
-    finally:
-        os.sched_setaffinity(0, mine)
-    try:
-        os.environ.update(server.environment)
-        make_bucket(server.environment, BUCKET)
-        yield server.environment
-    finally:
-        server.kill()
-
-
-def uploaded(folder: Path) -> str:
-    """Put a folder's files into the bucket, and return their prefix."""
-    storage = Storage(f"s3://{BUCKET}/{folder.name}")
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        storage.upload(path, str(path.relative_to(folder)), if_absent=True)
-    return folder.name
 
 
 def local_rows(data: Data, *, rounds: int, only: list[str] | None) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 from itertools import pairwise
 from typing import Any
 
-from tests.chaos.chaos import APART, KINDS, Made, draw_curves, draw_faults, verdict
+from tests.chaos.chaos import draw_curves, verdict
+from tests.chaos.faults import APART, KINDS, Made, draw_faults
 
 RUN: dict[str, Any] = {"losses": {1: 5.0, 2: 4.0, 3: 3.5}, "last_step": 3, "stream": {"step": 3}, "damaged": []}
 

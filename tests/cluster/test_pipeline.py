@@ -11,7 +11,7 @@ from cluster.executor import RayExecutor
 from p2r.errors import CheckpointError, InputError
 from p2r.job import Job, read_job
 from p2r.logs import fields_of
-from p2r.pipeline.made import Made
+from p2r.pipeline.outputs import Outputs
 from p2r.pipeline.stages import run_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -22,18 +22,20 @@ def job_file(write_toy_job: Callable[..., Path], tmp_path_factory: pytest.TempPa
     return write_toy_job(tmp_path_factory.mktemp("ray"), num_workers=2)
 
 
-def _run(job: Job) -> tuple[Made, list[str]]:
+def _run(job: Job) -> tuple[Outputs, list[str]]:
     lines: list[str] = []
     return run_job(job, RayExecutor(job), say=lines.append), lines
 
 
 @pytest.fixture(scope="module")
-def first(job_file: Path, ray_cluster: None) -> tuple[Made, list[str]]:
+def first(job_file: Path, ray_cluster: None) -> tuple[Outputs, list[str]]:
     """What the job made when it ran for the first time, and what it said."""
     return _run(read_job(job_file))
 
 
-def test_scans_become_a_report_and_running_again_repeats_nothing(job_file: Path, first: tuple[Made, list[str]]) -> None:
+def test_scans_become_a_report_and_running_again_repeats_nothing(
+    job_file: Path, first: tuple[Outputs, list[str]]
+) -> None:
     job = read_job(job_file)
     made, lines = first
     storage = Path(job.storage)

@@ -18,7 +18,7 @@ from p2r.config import PretrainConfig
 from p2r.job import AshaConfig, Job, read_job
 from p2r.pipeline.executor import VariantRun
 from p2r.pipeline.local import LocalExecutor
-from p2r.pipeline.made import Made
+from p2r.pipeline.outputs import Outputs
 from p2r.pipeline.stages import run_job
 from p2r.storage import Storage
 
@@ -32,7 +32,7 @@ ABLATION = (
 VARIANTS = "few: {pretrain.loss.pixel_pairs_per_image: 4}, many: {pretrain.loss.pixel_pairs_per_image: 32}"
 
 
-def _run(job: Job) -> tuple[Made, list[str]]:
+def _run(job: Job) -> tuple[Outputs, list[str]]:
     lines: list[str] = []
     with RayExecutor(job) as executor:
         return run_job(job, executor, say=lines.append), lines

@@ -47,7 +47,7 @@ def google() -> Iterator[int]:
 
 @pytest.fixture(params=["az", "gs"])
 def proxy(
-    request: pytest.FixtureRequest, little_patience: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    request: pytest.FixtureRequest, few_retries: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[FaultProxy]:
     """A proxy that makes faults, through which clients find the server of a scheme."""
     scheme = request.param

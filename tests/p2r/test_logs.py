@@ -145,7 +145,7 @@ def hides(text: str) -> bool:
 def test_no_secret_is_said(leak: str, log_format: str, capsys: pytest.CaptureFixture[str]) -> None:
     configure(log_format)
     say(Line(f"before {leak} after", url=leak, nested={leak: [leak]}))
-    logging.getLogger("p2r.patience").warning("asked again: %s", leak)
+    logging.getLogger("p2r.retries").warning("asked again: %s", leak)
     try:
         raise ValueError(leak)
     except ValueError as error:

@@ -207,7 +207,12 @@ def test_view_pairs_are_drawn_with_points_on_the_same_anatomy() -> None:
     places: dict[str, Any] = {"epochs": np.zeros(2, np.int64), "positions": np.arange(2)}
     views = make_views(image, inside, config=ViewsConfig(), spacing_mm=1.5, seed=0, **places)
     points = torch.randint(0, 48, (2, 30, 2)).float()
-    assert pixels(view_pairs(image, views, points, points)).ndim == 3
+    picture = view_pairs(image, views, points, points)
+    assert pixels(picture).ndim == 3
+    # White and yellow lines cross white pixels and paper: below each is a wider, dark one.
+    paths = re.findall(r"<path [^>]+>", picture.svg.decode())
+    lines, under = ([path for path in paths if f"stroke-width: {width}" in path] for width in (0.9, 1.7))
+    assert len(lines) == len(under) > 0 and all("#333333" in path for path in under)
 
 
 @pytest.mark.parametrize(("size", "name"), [((48, 40), "p2r"), ((16, 20, 12), "pix2rep_v2")])

@@ -14,7 +14,7 @@ from infra.local.s3 import S3Server, make_bucket
 from p2r.counters import Counters
 from p2r.errors import StorageError
 from p2r.files import file_sha256
-from p2r.patience import S3Settings
+from p2r.retries import S3Settings
 from p2r.storage import Storage
 from tests.fault_proxy import ALWAYS, Fault, FaultProxy
 
@@ -265,7 +265,7 @@ def test_a_deadline_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, val
 
 
 def test_a_server_that_is_killed_and_comes_back_costs_time_and_nothing_else(
-    own_s3: S3Server, little_patience: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    own_s3: S3Server, few_retries: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     bucket = own_bucket(own_s3, monkeypatch)
     local = tmp_path / "large"
@@ -291,7 +291,7 @@ def test_a_server_that_is_killed_and_comes_back_costs_time_and_nothing_else(
 
 
 def test_keys_that_are_replaced_in_the_file_are_taken_up_and_others_stop_at_once(
-    own_s3: S3Server, little_patience: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    own_s3: S3Server, few_retries: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     keys = tmp_path / "credentials"
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(keys))

@@ -46,6 +46,7 @@ def row_of(data: NDArray[Any], *, key: str, subject: str, **changes: object) -> 
         voxels_sha256="0" * 64,
         outline=outline(volume),
         place=None,
+        acquisition={},
     )
     return row.model_copy(update=changes)
 

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from p2r.data import order
 from p2r.data.order import (
     Order,
+    check_micro_batch,
     check_world_size,
     counts_of,
     global_batch,
     locate,
     num_lanes,
     rank_batch,
+    sizes_for_micro_batch,
     steps_per_epoch,
 )
 from p2r.errors import DataError
@@ -282,6 +284,17 @@ def test_a_world_size_that_does_not_divide_the_lanes_is_refused_with_those_that_
     for world_size in (5, 8, 24, 0):
         with pytest.raises(DataError, match="use 1, 2, 3, 4, 6, 12 ranks"):
             check_world_size(12, world_size)
+
+
+def test_a_micro_batch_must_divide_the_part_of_a_rank() -> None:
+    assert sizes_for_micro_batch(12, [1, 2, 3, 4], 3) == [1, 2, 4]  # parts of 12, 6, 4 and 3 images
+    assert sizes_for_micro_batch(12, [1, 2, 3, 4], None) == [1, 2, 3, 4]
+    check_micro_batch(12, 2, 3)
+    check_micro_batch(12, 2, None)
+    with pytest.raises(DataError, match="got 4 for 12 images over 2 workers: 6 each"):
+        check_micro_batch(12, 2, 4)
+    with pytest.raises(DataError, match="got 5 for 12 images over 3 workers: 4 each"):
+        sizes_for_micro_batch(12, [3, 4], 5)
 
 
 def test_a_corpus_smaller_than_a_global_batch_is_refused_with_both_numbers() -> None:

@@ -214,7 +214,7 @@ def test_headers_without_positions_are_not_resampled(tmp_path: Path) -> None:
     _, manifest, ledger = ingested(tmp_path)
     assert manifest["contrasts"] == {"flair": 2, "t1": 1, "t1ce": 0}
     assert reason(ledger, "sub-2_T1w") == "other_extent"
-    assert "do not state positions" in ledger["sub-2_T1w"]["message"]
+    assert "state no positions" in ledger["sub-2_T1w"]["message"]
 
 
 def test_a_session_without_the_reference_uses_the_next_contrast_or_is_refused(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_an_unreachable_server_stops_the_stream_with_the_url(
 
 @pytest.fixture
 def own_bucket(
-    own_s3: S3Server, small_corpus: SmallCorpus, cache: Path, little_patience: None, monkeypatch: pytest.MonkeyPatch
+    own_s3: S3Server, small_corpus: SmallCorpus, cache: Path, few_retries: None, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Corpus]:
     for name, value in own_s3.environment.items():
         monkeypatch.setenv(name, value)

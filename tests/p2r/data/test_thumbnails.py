@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from p2r.data.thumbnails import drawn, from_bytes, thumbnail, to_bytes
+from p2r.data.thumbnails import from_bytes, lowest_lots, thumbnail, to_bytes
 from p2r.data.volume import Volume
 from p2r.errors import DataError
 
@@ -60,5 +60,5 @@ def test_an_invalid_thumbnail_is_refused(content: bytes) -> None:
 
 def test_the_draw_of_a_larger_corpus_keeps_most_scans_of_a_smaller_one() -> None:
     small, large = [[f"scan-{number}" for number in range(count)] for count in (200, 220)]
-    assert drawn(small, 48) == drawn(small[::-1], 48)
-    assert len(set(drawn(small, 48)) & set(drawn(large, 48))) > 35
+    assert lowest_lots(small, 48) == lowest_lots(small[::-1], 48)
+    assert len(set(lowest_lots(small, 48)) & set(lowest_lots(large, 48))) > 35

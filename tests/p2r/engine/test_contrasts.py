@@ -12,11 +12,13 @@ import torch
 from p2r.config import IngestConfig, SessionsConfig
 from p2r.data.corpus import ingest_locally
 from p2r.engine.health import embedding_health, health_by_contrasts
+from p2r.engine.pretrain import pretrain
 from p2r.engine.step import equivariance_error
-from p2r.job import Job
+from p2r.job import Job, read_job
 from p2r.storage import Storage
 from p2r.views.contrasts import pair_names
 from tests.engine_runs import losses, train
+from tests.ranks import join_ranks, start_ranks
 
 JobOf = Callable[..., Job]
 NAMES = ("flair", "t1", "t1ce")
@@ -64,6 +66,42 @@ def test_a_run_across_contrasts_resumes_to_the_same_digits_and_states_each_pair(
     train(job, broken, sessions, most=1)
     resumed = train(job, broken, sessions)
     assert resumed[0].resumed_from == 2 and losses(broken) == losses(whole)
+
+
+def train_on_ranks(rank: int, job: Path, storage: str, corpus: str, settings: tuple[str, ...], until: int) -> None:
+    """Train as one of several ranks, from the newest checkpoint to a step."""
+    config = read_job(job, settings).pretrain
+    assert config is not None
+    run = pretrain(config, storage=Storage(storage), corpus=Storage(corpus), device=torch.device("cpu"))
+    for report in run:
+        if report.step >= until:
+            break
+    run.close()
+
+
+def test_a_run_across_contrasts_may_change_its_number_of_ranks(
+    write_toy_job: Callable[..., Path], sessions: Storage, tmp_path: Path
+) -> None:
+    views = "{contrasts: mixed, contrast_dropout: 0.3}"
+    job = write_toy_job(tmp_path)
+    settings = ("pretrain.model.contrasts=[flair, t1, t1ce]", f"pretrain.views={views}", "pretrain.report_interval=1")
+
+    def train_on(name: str, world_size: int, until: int) -> None:
+        given = (job, str(tmp_path / name), sessions.url, settings, until)
+        if world_size == 1:
+            train_on_ranks(0, *given)
+            return
+        folder = tmp_path / f"ranks-{name}"
+        folder.mkdir()
+        join_ranks(start_ranks(world_size, folder, train_on_ranks, *given))
+
+    for name, parts in {"1": [(1, 4)], "1-2": [(1, 2), (2, 4)], "2-1": [(2, 2), (1, 4)]}.items():
+        for world_size, until in parts:
+            train_on(name, world_size, until)
+    expected = losses(Storage(str(tmp_path / "1")))
+    assert sorted(expected) == [1, 2, 3, 4]
+    for name in ("1-2", "2-1"):
+        assert losses(Storage(str(tmp_path / name))) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_network_of_one_contrast_of_the_sessions_has_no_figures_by_pair(

@@ -178,8 +178,16 @@ def test_wrong_grids_values_and_spacings_are_refused() -> None:
         score(mask * 7, mask)
     with pytest.raises(ValueError, match="three positive numbers"):
         score(mask, mask, spacing_mm=(1.0, 0.0, 1.0))
+    with pytest.raises(ValueError, match="the same 3D grid"):
+        dice_by_thirds(mask, mask[:-1], classes=CLASSES, axis=0)
     with pytest.raises(ValueError, match="no scores"):
         summarise([])
+
+
+def test_scans_scored_on_different_classes_are_not_averaged() -> None:
+    one, other = ({name: Score(1.0, 0.0, 1.0, "none")} for name in ("RV", "LV"))
+    with pytest.raises(ValueError, match=r"the same classes \['RV'\]"):
+        summarise([("sub-1", one), ("sub-2", one), ("sub-2", other)])
 
 
 # Planted truth: phantoms of two organs whose figures are known without measuring.
@@ -199,9 +207,9 @@ def ball(
 @pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), (1.0, 1.25, 2.0)])
 def test_balls_have_the_dice_hd95_and_nsd_of_geometry(spacing_mm: tuple[float, float, float]) -> None:
     # RV: two balls of radius R whose centres are d apart. They share a lens of volume pi (4R + d) (2R - d)^2 / 12. The
-    # distance between a point of one sphere and the other sphere is | |R u - d| - R |. Over the sphere it is spread evenly
-    # between 0 and d: (R - t)^2 <= R^2 + d^2 - 2 R d cos <= (R + t)^2 holds for a range 2 t / d of cos. So the 95th
-    # percentile is 0.95 d, and a fraction t / d is within a tolerance t.
+    # distance between a point of one sphere and the other sphere is | |R u - d| - R |. It is spread evenly between 0 and d,
+    # because (R - t)^2 <= R^2 + d^2 - 2 R d cos <= (R + t)^2 holds for a range 2 t / d of cos. So the 95th percentile is
+    # 0.95 d, and a fraction t / d is within a tolerance t.
     # LV: concentric balls, r < R: Dice 2 r^3 / (r^3 + R^3), every distance R - r.
     shape = tuple(round(edge / mm) for edge, mm in zip((96.0, 40.0, 40.0), spacing_mm, strict=True))
     radius, apart, small = 16.0, 8.0, 12.0

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from p2r.data.preprocess import Preparation
 from p2r.errors import DataError, StorageError
-from p2r.evaluate.prepared import kept, prepared_images, prepared_scan
+from p2r.evaluate.prepared import cached, prepared_images, prepared_scan
 from p2r.evaluate.tasks import LabelledScan, Task, load_scan, load_task
 
 PREPARATION = Preparation(spacing_mm=1.5, image_size=32)
@@ -118,7 +118,7 @@ def test_the_folder_stays_below_its_bound_and_the_longest_unused_goes_first(
             made.append(number)
             return {"x": np.full(40_000, number, np.uint8)}, {"number": number}
 
-        arrays, facts = kept("test", {"number": number}, make, use=lambda arrays, facts: (arrays, facts))
+        arrays, facts = cached("test", {"number": number}, make, use=lambda arrays, facts: (arrays, facts))
         assert facts == {"number": number} and set(arrays["x"]) == {number}
 
     for number in (1, 2, 1, 3, 1, 2):  # 3 evicts 2, the least recently used

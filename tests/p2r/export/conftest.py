@@ -46,13 +46,15 @@ def publish_toy(tmp_path: Path) -> Callable[..., str]:
         if kind != "backbone":
             facts |= {"classes": {1: "A", 2: "B"}, "largest_component": kind == "model"}
         if kind == "prototypes":
-            facts["num_prototypes"] = (3, 2, 1)
+            facts["num_prototypes"], facts["prototype_smoothing_pixels"] = (3, 2, 1), 1.0
+            facts["prototypes_are_centred"] = True
         config = ArtefactConfig(**facts)
         network: Any = build_backbone(model, dimensions=dimensions)
         if kind != "backbone":
             network = Segmenter(network, config.head())
         if kind == "prototypes":
             torch.nn.init.normal_(network.head.prototypes)
+            torch.nn.init.normal_(network.head.centre, std=0.1)
         url = str(tmp_path / "published" / f"{name}-{dimensions}-{kind}" / "1")
         publish(
             Storage(url),

@@ -144,7 +144,7 @@ def test_a_file_beyond_its_stated_size_is_refused_before_it_is_downloaded(publis
 def test_a_hub_that_is_down_and_an_empty_cache_are_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        StorageError, match="cannot be reached, or HF_HUB_OFFLINE is set, and the files are not in the cache"
+        StorageError, match="the files are not in the cache, and the hub cannot be reached or HF_HUB_OFFLINE is set"
     ):
         load_backbone("hf://team/brain")
 

@@ -12,7 +12,6 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load
 
 import p2r
@@ -21,12 +20,11 @@ import p2r.fewshot.search as fewshot
 from p2r.backbone import load_model
 from p2r.config import FinetuneConfig
 from p2r.data.volume import read_volume
-from p2r.errors import DamagedError, DataError, JobError
+from p2r.errors import DamagedError, JobError
 from p2r.evaluate.calibration import near_organs
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.models import ensemble
 from p2r.evaluate.tasks import load_task
-from p2r.fewshot.checks import check_task
 from p2r.fewshot.protocol import Settings, Trial, final_trials, settings_of
 from p2r.fewshot.publishing import choose_model, publish_best, publish_other_draws, reason_for
 from p2r.fewshot.readings import merge_readings
@@ -144,6 +142,14 @@ def test_a_frozen_recipe_reads_the_test_patients_once_and_a_changed_recipe_again
     Storage(first.storage).delete(first.result_path(final(first, "scratch")))
     run(first)
     assert [found["recipe_sha256"] for found in merge_readings(storage)].count(reading["recipe_sha256"]) == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 3}, {"foreground_share": 0.5}, {"seed": 1}, {"spacing_mm": 1.5}, {"image_size": 48}]
+)
+def test_a_changed_setting_of_the_training_is_another_recipe(make: Make, changes: dict[str, Any]) -> None:
+    first, other = make(), make(**changes)
+    assert first.result_path(final(first, "scratch")) != other.result_path(final(other, "scratch"))
 
 
 def test_from_scratch_depends_only_on_the_backbones_shape(make: Make) -> None:
@@ -282,19 +288,29 @@ def test_probes_without_augmentation_share_features_computed_once(make: Make, tm
 
 
 def test_prototypes_segment_without_training_and_are_published(make: Make, toy_data: Path, tmp_path: Path) -> None:
-    setup = make(modes=["prototype"], num_labelled=["all"], background_prototypes=3)
+    setup = make(modes=["prototype"], num_labelled=["all"], prototypes_per_class=2, background_prototypes=3)
     results = run(setup).results
     assert results[0]["row"]["num_labelled"] == 5 and results[0]["row"]["learning_rate"] is None
     assert results[0]["train_loss"] is None and results[0]["row"]["dice_mean"] > 0.5
     backbone = p2r.load_backbone(setup.backbone)
     manifest = publish_best(setup, results, backbone, Storage(str(tmp_path / "models")))
     segmenter, config, _ = load_model(manifest["url"])
-    assert config.num_prototypes == (3, 1)
+    assert config.num_prototypes == (3, 2) and config.prototype_smoothing_pixels == 2.0
     found = predict_volume(
         segmenter, read_volume(toy_data / "images/sub-07_T1w.nii.gz"), preparation=config.preparation, num_classes=2
     )
     with np.load(Storage(setup.storage).local(results[0]["row"]["predictions"]), allow_pickle=False) as predictions:
         assert np.array_equal(found, predictions["sub-07_T1w"])
+
+
+def test_models_of_finer_pixels_than_the_backbones_are_trained_and_published(make: Make, tmp_path: Path) -> None:
+    setup = make(modes=["prototype"], num_labelled=["all"], spacing_mm=1.25, image_size=48)
+    results, backbone = run(setup).results, p2r.load_backbone(setup.backbone)
+    assert (backbone.preparation.spacing_mm, backbone.preparation.image_size) == (2.0, 32)
+    manifest = publish_best(setup, results, backbone, Storage(str(tmp_path / "models")))
+    preparation = load_model(manifest["url"])[1].preparation
+    assert (preparation.spacing_mm, preparation.image_size) == (1.25, 48)
+    assert results[0]["row"]["dice_mean"] > 0.5
 
 
 def test_the_other_draws_of_the_best_model_are_published_for_an_ensemble(make: Make, tmp_path: Path) -> None:
@@ -377,73 +393,6 @@ def test_a_search_algorithm_of_tune_needs_ray(make: Make) -> None:
         JobError, match=r"searcher 'optuna' is a search algorithm of Ray Tune: run the job with p2r run"
     ):
         run(make(search={"searcher": "optuna"}))
-
-
-@pytest.mark.parametrize(
-    ("stated", "field"),
-    [({"dimensions": 3}, "dimensions"), ({"dimensions": 2}, "dimensions"), ({"slice_axis": 0}, "slice_axis")],
-)
-def test_a_backbone_of_another_dimension_is_refused_before_anything_runs(
-    make: Make, copy: Path, published: dict[str, str], stated: dict[str, Any], field: str
-) -> None:
-    setup, backbone = make(data=copy), p2r.load_backbone(published["backbone"])
-    wanted = stated.get("dimensions", 2)
-    backbone.preparation = backbone.preparation.model_copy(update={"dimensions": 5 - wanted})
-    path = copy / "task.yaml"
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **stated}))
-    both = {2: "slices", 3: "volumes"}
-    expected = rf"task disc is for networks of {both[wanted]} \({field}\), the backbone .* reads {both[5 - wanted]}"
-    with pytest.raises(DataError, match=expected):
-        check_task(load_task(path), backbone, setup)
-
-
-def test_a_class_that_no_labelled_patient_has_is_refused_before_anything_runs(make: Make, copy: Path) -> None:
-    (subject,) = final(make(data=copy), "scratch").subjects
-    path = copy / f"labels/{subject}_T1w.nii.gz"
-    image = nibabel.load(path)
-    nibabel.Nifti1Image(np.zeros(image.shape, np.int16), image.affine).to_filename(path)
-    with pytest.raises(DataError, match=rf"class 1 DISC is empty in all labelled patients \({subject}\)"):
-        make(data=copy)
-
-
-@pytest.mark.parametrize(("split", "subject"), [("test", "sub-07"), ("validation", "sub-06")])
-def test_a_scan_that_the_backbone_saw_under_another_name_is_refused_before_anything_runs(
-    make: Make, copy: Path, split: str, subject: str
-) -> None:
-    for kind in ("images", "labels"):
-        (copy / f"{kind}/sub-01_T1w.nii.gz").replace(copy / f"{kind}/{subject}_T1w.nii.gz")
-    path = copy / "task.yaml"
-    task = yaml.safe_load(path.read_text())
-    task["splits"]["train"] = ["sub-[02-05]"]
-    path.write_text(yaml.safe_dump(task))
-    with pytest.raises(
-        DataError, match=rf"scan {subject}_T1w of the {split} split is in the backbone's corpus .*would leak"
-    ):
-        make(data=copy)
-    setup = make(data=copy, allow_transductive=True)
-    assert setup.is_transductive
-
-
-def test_exchanged_label_maps_are_refused_unless_the_task_allows_them(make: Make, copy: Path) -> None:
-    one, other = (copy / f"labels/sub-0{number}_T1w.nii.gz" for number in (1, 2))
-    kept = one.read_bytes()
-    other.replace(one)
-    other.write_bytes(kept)
-    with pytest.raises(DataError, match=r"task disc: sub-01_T1w.nii.gz and sub-02_T1w.nii.gz fit each other's images"):
-        make(data=copy)
-    with (copy / "task.yaml").open("a") as file:
-        file.write("find_mix_ups: false\n")
-    make(data=copy)
-
-
-def test_patients_without_a_search_need_not_have_every_class(make: Make, copy: Path) -> None:
-    (subject,) = final(make(data=copy), "scratch").subjects
-    path = copy / f"labels/{subject}_T1w.nii.gz"
-    image = nibabel.load(path)
-    nibabel.Nifti1Image(np.zeros(image.shape, np.int16), image.affine).to_filename(path)
-    make(data=copy, num_labelled=["all"])
-    with pytest.raises(DataError, match="class 1 DISC is empty"):
-        make(data=copy, num_labelled=["all"], search={"learning_rates": {"scratch": [1e-3, 1e-2]}})
 
 
 def test_settings_of_a_mode_are_its_own() -> None:

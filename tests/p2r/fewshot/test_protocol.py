@@ -212,7 +212,9 @@ def test_a_single_candidate_needs_no_trial_and_a_prototype_has_no_learning_rate(
     )
     assert search_trials(config, Task()) == []
     (only,) = candidates_of(config, "prototype")
-    assert settings_of(config, "prototype", only) == Settings(background_prototypes=8)
+    assert settings_of(config, "prototype", only) == Settings(
+        prototypes_per_class=4, background_prototypes=16, prototype_smoothing_pixels=2.0
+    )
 
 
 def test_a_grid_has_every_combination_of_the_modes_settings() -> None:

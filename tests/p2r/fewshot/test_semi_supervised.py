@@ -209,7 +209,7 @@ def test_a_row_has_the_pseudo_labels_of_every_round(make: Make) -> None:
     assert told[0]["frames"] == 4 and told[0]["plausible_frames"] > 0
     assert sum("pseudo-labels by prototypes" in line for line in lines) == 1
     named = row["settings"]
-    assert named["agreement_views"] == 2 and named["background_prototypes"] == 8
+    assert named["agreement_views"] == 2 and named["background_prototypes"] == 16
     assert "rounds" not in run(setup, final(setup, "weak_to_strong"))["row"]["pseudo_labels"]
 
 

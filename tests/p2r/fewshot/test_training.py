@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from p2r.config import FinetuneConfig
 from p2r.data.preprocess import Preparation, frames_of, label_frames_of, label_planes_of, planes_of
 from p2r.data.volume import Volume
 from p2r.evaluate.tasks import LabelledScan, TaskScan
-from p2r.fewshot.training import Images, _cut_windows, labelled_images
+from p2r.fewshot.images import Images, cut_windows, draw_images, labelled_images, prefer_foreground
 from p2r.randomness import keyed_generator
 
 
@@ -20,7 +21,7 @@ def _centres(planes: str, height: int, width: int) -> set[tuple[int, int]]:
     labels = (1 + rows * width + columns)[None]
     generators = [keyed_generator(0, "test", number) for number in range(200)]
     preparation = Preparation(spacing_mm=1.0, image_size=32, planes=planes)
-    _, inside, cut = _cut_windows(
+    _, inside, cut = cut_windows(
         Images(torch.zeros(1, 1, height, width), torch.ones(1, height, width, dtype=torch.bool), labels),
         np.zeros(200, np.int64),
         generators,
@@ -50,7 +51,7 @@ def test_training_windows_cover_every_part_of_a_volume_and_one_that_fits_is_used
     shape = (24, 12, 40)
     labels = 1 + torch.arange(math.prod(shape)).reshape(1, *shape)
     generators = [keyed_generator(0, "test", number) for number in range(100)]
-    _, inside, cut = _cut_windows(
+    _, inside, cut = cut_windows(
         Images(torch.zeros(1, 1, *shape), torch.ones(1, *shape, dtype=torch.bool), labels),
         np.zeros(100, np.int64),
         generators,
@@ -97,3 +98,36 @@ def test_images_of_unequal_scans_are_padded_about_their_centres(dimensions: int)
     for mask in inside:
         low, high = mask.nonzero().amin(0), mask.nonzero().amax(0)
         assert ((low - (torch.tensor(size) - 1 - high)).abs() <= 1).all()
+
+
+def _rare(shape: tuple[int, ...]) -> Images:
+    """Six images, of which one has a single pixel of foreground."""
+    labels = torch.zeros(6, *shape, dtype=torch.int64)
+    labels[4, *(3 for _ in shape)] = 2
+    return Images(torch.zeros(6, 1, *shape), torch.ones(6, *shape, dtype=torch.bool), labels)
+
+
+@pytest.mark.parametrize("shape", [(40, 56), (24, 20, 40)])
+def test_a_share_of_a_batch_shows_foreground_and_the_rest_is_as_without_it(shape: tuple[int, ...]) -> None:
+    images, preparation = _rare(shape), Preparation(dimensions=len(shape), spacing_mm=1.0, image_size=16)
+    plain = FinetuneConfig(tasks=("task.yaml",), batch_size=8)
+    config = plain.model_copy(update={"foreground_share": 0.5})
+    without, _ = draw_images(plain, ("key",), 6)
+    chosen, generators = draw_images(config, ("key",), 6)
+    num_shown = prefer_foreground(chosen, images, ("key",), config)
+    assert num_shown == 4 and chosen[:4].tolist() == [4] * 4 and chosen[4:].tolist() == without[4:].tolist()
+    _, _, labels = cut_windows(images, chosen, generators, preparation, num_shown=num_shown)
+    assert labels is not None
+    # Windows have twice the edge; their middle, which the network sees, shows the pixel.
+    middle = labels[(slice(None), *(slice(8, 24) for _ in shape))]
+    assert middle[:4].flatten(1).amax(1).tolist() == [2] * 4
+    assert prefer_foreground(without, images, ("key",), plain) == 0
+
+
+def test_images_without_any_foreground_are_drawn_as_they_are() -> None:
+    images = _rare((32, 32))
+    assert images.labels is not None
+    images.labels.zero_()
+    config = FinetuneConfig(tasks=("task.yaml",), foreground_share=0.5)
+    chosen = np.arange(6)
+    assert prefer_foreground(chosen, images, ("key",), config) == 0 and chosen.tolist() == list(range(6))

@@ -92,8 +92,26 @@ def test_a_pair_of_weight_zero_is_ignored() -> None:
     assert not gradient[-N:].any()
 
 
+def test_only_the_ratios_of_weights_matter() -> None:
+    a, b = rows()
+    weights = torch.rand(B * N, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    large, small = (
+        info_nce_within_images(a, b, num_images=B, temperature=0.2, weights=scale * weights) for scale in (1.0, 1e-3)
+    )
+    torch.testing.assert_close(small, large)
+
+
+def test_without_any_pair_loss_and_gradient_are_zero() -> None:
+    a, b = rows()
+    loss = info_nce_within_images(a, b, num_images=B, temperature=0.2, weights=torch.zeros(B * N))
+    assert loss == 0 and not any(gradient.any() for gradient in torch.autograd.grad(loss, (a, b)))
+
+
 def test_inconsistent_arguments_are_refused() -> None:
     a, b = rows()
+    for weights, words in ((-torch.ones(B * N), "finite and not negative"), (torch.ones(B), r"weights \(21,\)")):
+        with pytest.raises(ValueError, match=words):
+            info_nce_within_images(a, b, num_images=B, temperature=0.2, weights=weights)
     with pytest.raises(ValueError, match="21 pixel pairs do not divide into 4 images"):
         info_nce_within_images(a, b, num_images=4, temperature=0.2)
     with pytest.raises(ValueError, match="radius_mm needs position_mm"):

@@ -15,8 +15,8 @@ from rich.table import Table
 from p2r.fewshot.results import FailedTrial
 from p2r.job import Job, read_job
 from p2r.pipeline import finished
-from p2r.pipeline.finished import digest_inputs, made_before, record_finished
-from p2r.pipeline.made import Made
+from p2r.pipeline.finished import digest_inputs, record_finished, recorded_outputs
+from p2r.pipeline.outputs import Outputs
 from p2r.storage import Storage
 
 
@@ -33,12 +33,12 @@ def path(write_toy_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest
     return path
 
 
-def made_of(job: Job) -> Made:
-    return Made(job.storage, report=f"{job.storage}/report/report.md", models={"disc": "url"}, table=Table())
+def made_of(job: Job) -> Outputs:
+    return Outputs(job.storage, report=f"{job.storage}/report/report.md", models={"disc": "url"}, table=Table())
 
 
 def test_a_finished_job_gives_what_it_made_with_its_table(path: Path) -> None:
-    made = made_before(read_job(path))
+    made = recorded_outputs(read_job(path))
     assert made is not None and made.table is not None and made.table.row_count == 0
     assert made == made_of(read_job(path))
 
@@ -51,15 +51,15 @@ def test_any_change_of_job_code_task_or_result_makes_it_run(path: Path, monkeypa
     for changed in (next(iter(sorted((task.parent / "images").iterdir()))), task, storage / "report/report.json"):
         before = changed.stat()
         os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-        assert made_before(job) is None, changed
+        assert recorded_outputs(job) is None, changed
         os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert made_before(job) is not None
-    assert made_before(read_job(path, ("pretrain.steps=7",))) is None
-    assert made_before(read_job(path, ("kind=ingest",))) is None, "there may be more scans"
+    assert recorded_outputs(job) is not None
+    assert recorded_outputs(read_job(path, ("pretrain.steps=7",))) is None
+    assert recorded_outputs(read_job(path, ("kind=ingest",))) is None, "there may be more scans"
     (storage / "models/disc/all/manifest.json").unlink()
-    assert made_before(job) is None
+    assert recorded_outputs(job) is None
     (storage / "finished.json").write_text("[]")
-    assert made_before(job) is None, "a broken record is none"
+    assert recorded_outputs(job) is None, "a broken record is none"
     assert digest_inputs(read_job(path, ("kind=ingest",))) == ""
 
 
@@ -84,7 +84,7 @@ def test_what_is_unfinished_or_failed_has_no_record(path: Path) -> None:
     made = made_of(job)
     for partial in (replace(made, unfinished="pretrain"), replace(made, failed=(FailedTrial(trial="a", reason="b"),))):
         record_finished(job, Storage(job.storage), partial, inputs=digest_inputs(job))
-        assert made_before(job) is None
+        assert recorded_outputs(job) is None
 
 
 def test_running_a_finished_job_again_does_not_import_torch(path: Path) -> None:

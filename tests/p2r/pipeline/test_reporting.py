@@ -13,7 +13,7 @@ import torch
 from p2r.errors import DataError
 from p2r.evaluate.rows import TrialRow
 from p2r.fewshot.scoring import npz_bytes
-from p2r.pipeline.reporting import _UNREADABLE, _read_prediction, _shared_planes, _shown_contrasts
+from p2r.pipeline.report_pictures import _UNREADABLE, _read_prediction, _shared_planes, _shown_contrasts
 from p2r.report import view_pairs
 from p2r.storage import Storage
 from p2r.views.pair import ViewPair

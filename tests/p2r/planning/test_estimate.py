@@ -32,7 +32,7 @@ from p2r.planning.roofline import loss_time, ways_to_shorten
 from p2r.planning.traffic import traffic_of
 from p2r.planning.tune_batch import noise_batch
 
-TOLERANCE = 0.15
+TOLERANCE, TOLERANCE_OF_VOLUMES = 0.15, 0.10
 CPU = torch.device("cpu")
 SMALL = {
     "name": "unet",
@@ -41,6 +41,7 @@ SMALL = {
     "head_channels": 32,
     "embedding_channels": 32,
 }
+VOLUMES: dict[str, Any] = {"image": {"dimensions": 3, "size": 32, "spacing_mm": 2.0}, "global_batch": 2}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (1, {"zero_stage": 0}),
     "bf16": (1, {"precision": "bf16"}),
@@ -53,6 +54,18 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "two ranks, cheap negatives": (2, {"micro_batch": 2, "loss": {"negatives": "micro_batch"}}),
     "two ranks, ring": (2, {"loss": {"exchange": "ring", "pixel_pairs_per_image": 512}}),
     "two ranks, barlow": (2, {"zero_stage": 2, "loss": {"name": "barlow_twins"}}),
+    "three contrasts": (1, {"model": {**SMALL, "contrasts": ["flair", "t1", "t2"]}}),
+    "volumes": (1, {**VOLUMES, "loss": {"pixel_pairs_per_image": 256}}),
+    "volumes, micro-batches, bf16": (1, {**VOLUMES, "micro_batch": 1, "precision": "bf16"}),
+    "volumes of three contrasts, checkpointing": (
+        1,
+        {**VOLUMES, "model": {**SMALL, "contrasts": ["flair", "t1", "t2"], "checkpoint_activations": "all"}},
+    ),
+    "two ranks, volumes of three contrasts": (2, {**VOLUMES, "model": {**SMALL, "contrasts": ["flair", "t1", "t2"]}}),
+    "two ranks, three contrasts across, zero 2": (
+        2,
+        {"model": {**SMALL, "contrasts": ["flair", "t1", "t2"]}, "views": {"contrasts": "cross"}, "zero_stage": 2},
+    ),
     "two ranks, within images, running mean": (2, {"loss": {"negatives": "image"}, "ema_decay": 0.99}),
 }
 
@@ -107,7 +120,7 @@ def measure(settings: PretrainConfig, rank: int, world_size: int) -> dict[str, f
         if name in ("forward", "loss", "backward", "optimizer"):
             peaks.append(live.peak_bytes)
 
-    batch = noise_batch(settings.image, settings.global_batch // world_size)
+    batch = noise_batch(settings.image, settings.global_batch // world_size, contrasts=settings.model.contrasts)
     with live:
         torch.manual_seed(0)
         model = Pix2Rep(settings.model, dimensions=settings.image.dimensions)
@@ -146,7 +159,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, fl
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_plan_is_within_15_percent_of_what_real_steps_hold_and_send(
+def test_a_plan_is_within_15_percent_of_what_real_steps_hold_and_send_and_within_10_for_volumes(
     case: str, measured: dict[str, dict[str, float]], record_property: Callable[[str, object], None]
 ) -> None:
     ranks, changes = CASES[case]
@@ -164,7 +177,8 @@ def test_a_plan_is_within_15_percent_of_what_real_steps_hold_and_send(
     record_property("off", json.dumps(off))
     print(f"{case}: " + ", ".join(f"{name} {real[name] / 1e6:.3f} MB {value:+.1%}" for name, value in off.items()))
     assert (planned["sent"] == 0) == (real["sent"] == 0) == (ranks == 1)
-    assert all(abs(value) <= TOLERANCE for value in off.values()), off
+    tolerance = TOLERANCE_OF_VOLUMES if settings.image.dimensions == 3 else TOLERANCE
+    assert all(abs(value) <= tolerance for value in off.values()), off
 
 
 def planned(settings: PretrainConfig, **options: Any) -> Plan:

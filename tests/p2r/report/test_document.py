@@ -229,14 +229,31 @@ def test_the_page_and_the_table_say_how_far_confidence_can_be_trusted(make_rows:
     drawn = " ".join(ET.parse(tmp_path / "pictures/reliability-acdc.svg").getroot().itertext())
     for words in ("confidence and accuracy", "1 labelled patient", "5 labelled patients", "dashed: calibrated"):
         assert words in drawn
-    printed = Console(width=200, file=StringIO())
-    printed.print(table(rows_of(rows)))
-    shown = printed.file.getvalue()  # type: ignore[attr-defined]
-    assert "ECE" in shown and f"{0.6 - level / 2:.3f} ± 0.000" in shown
     for row in rows:
         row.pop("calibration", None)
-    printed.print(table(rows_of(rows)))
-    assert printed.file.getvalue().count("ECE") == 1, "rows without calibration have no such column"  # type: ignore[attr-defined]
+    _, text = written(tmp_path / "without", rows)
+    assert "Calibration" not in text, "rows without calibration have no such section"
+
+
+def test_the_terminal_table_has_a_line_for_each_cell_within_80_columns(make_rows: MakeRows) -> None:
+    rows = rows_of(make_rows(num_draws=3, gain=0.2, numbers=(1, 5)))
+    printed = Console(width=80, file=StringIO())
+    printed.print(table(rows))
+    lines = printed.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[0].startswith("acdc, test patients") and all(len(line) <= 80 for line in lines)
+    cells = [line.split() for line in lines if line.strip()[:1].isdigit()]
+    assert [(cell[0], cell[1]) for cell in cells].count(("1", "fine-tuned")) == 1
+    assert all(cell.count("±") == 1 for cell in cells) and len(cells) == len(
+        {(row.num_labelled, row.mode) for row in rows}
+    )
+
+
+def test_the_card_of_what_a_patient_is_worth_states_its_interval(make_rows: MakeRows, tmp_path: Path) -> None:
+    page, _ = written(tmp_path / "more", make_rows(num_draws=3, gain=0.3))
+    assert "labelled patients from scratch, for the same Dice; 95 % above 5" in page.text
+    page, _ = written(tmp_path / "between", make_rows(num_draws=3, gain=0.04))
+    worth = re.search(r"labelled patients from scratch, for the same Dice; 95 % (\S+ ?\S*) to ", page.text)
+    assert worth is not None and worth[1] in {"below 1"} | {f"{number / 10}" for number in range(10, 50)}
 
 
 def test_the_table_of_differences_says_how_many_draws_agree(make_rows: MakeRows, tmp_path: Path) -> None:

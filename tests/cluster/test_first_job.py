@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from cluster.own import classes_of, drafts_of, look
+from cluster.first_job import classes_of, drafts_of, survey_folder
 from p2r import run as p2r_run
 from p2r.data.corpus import subjects_found
 from p2r.data.survey import survey
@@ -129,7 +129,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], dict[str, Any]]] = {
 def test_a_folder_as_people_have_it_becomes_a_valid_job_and_task(kind: str, tmp_path: Path, p2r: P2R) -> None:
     make, expected = FOLDERS[kind]
     make(tmp_path / "data")
-    found = look(tmp_path / "data")
+    found = survey_folder(tmp_path / "data")
     names, pairing = found.names, found.names.pairing
     assert pairing is not None
     assert expected == {
@@ -215,22 +215,22 @@ def test_a_licence_and_a_source_that_nobody_stated_are_asked_for_by_name(tmp_pat
 
 def test_a_dataset_json_states_licence_and_reference(tmp_path: Path) -> None:
     _msd(tmp_path / "data")
-    drafts = drafts_of(look(tmp_path / "data"), tmp_path)
+    drafts = drafts_of(survey_folder(tmp_path / "data"), tmp_path)
     assert drafts.task is not None
     assert "licence: CC-BY-SA 4.0" in drafts.task and "citation: A clinic" in drafts.task
-    assert classes_of(look(tmp_path / "data")) == {1: "liver", 2: "cancer"}
+    assert classes_of(survey_folder(tmp_path / "data")) == {1: "liver", 2: "cancer"}
 
 
 def test_a_bids_data_set_states_licence_reference_and_classes(tmp_path: Path) -> None:
     _bids(tmp_path / "data")
-    found = look(tmp_path / "data")
+    found = survey_folder(tmp_path / "data")
     drafts = drafts_of(found, tmp_path)
     assert drafts.task is not None
     for words in ("licence: CC0-1.0", "citation: A paper; 2020", "title: Lesions"):
         assert words in drafts.task
     assert classes_of(found) == {1: "label1", 2: "label2"}
     (tmp_path / "data/dseg.tsv").write_text("index\tname\n1\tcore\n2\tedema\n9\tnowhere\n")
-    assert classes_of(look(tmp_path / "data")) == {1: "core", 2: "edema"}
+    assert classes_of(survey_folder(tmp_path / "data")) == {1: "core", 2: "edema"}
     found.values.clear()
     found.values[1] = 8
     assert classes_of(found) == {1: "lesion"}, "the entity of {key}_FLAIR_desc-lesion_mask"

@@ -42,10 +42,8 @@ from p2r.storage import cache_folder
 Item = TypeVar("Item")
 
 _READ_S = 8.0
-_LEAST_READ, _PATIENCE = (
-    8,
-    4.0,
-)  # scans; clock seconds allowed per second of work, for busy machines and remote files
+_LEAST_READ = 8  # scans
+_CLOCK_S_PER_CPU_S = 4.0  # clock seconds allowed per second of work, for busy machines and remote files
 _SHOWN = 24
 _LABELS_READ = 12
 _LEAST_LABELLED = 4  # one each to train, validate and test on, and one spare
@@ -78,7 +76,7 @@ class Found:
         return Voxels(*(float(np.median(values)) for values in zip(*planes, strict=True)))
 
 
-def look(
+def survey_folder(
     folder: str | Path,
     *,
     labels: Path | None = None,
@@ -94,7 +92,7 @@ def look(
     found = Found(survey(folder, labels=labels, form=form, contrast=contrast, cache=cache_folder()))
     began, cpu_began = time.monotonic(), time.process_time()
     for scan in _shuffle(found.names.scans, lambda scan: scan.path):
-        took_s = max(time.process_time() - cpu_began, (time.monotonic() - began) / _PATIENCE)
+        took_s = max(time.process_time() - cpu_began, (time.monotonic() - began) / _CLOCK_S_PER_CPU_S)
         if found.num_read >= _LEAST_READ and took_s > read_s:
             break
         found.num_read += 1
@@ -311,7 +309,9 @@ def check(
     from p2r.report.canvas import CLASS_COLOURS, FAINT
     from p2r.report.corpus_report import contact_sheet
 
-    found = look(folder, labels=labels, form=form, contrast=contrast, read_s=float("inf") if read_all else _READ_S)
+    found = survey_folder(
+        folder, labels=labels, form=form, contrast=contrast, read_s=float("inf") if read_all else _READ_S
+    )
     drafts = drafts_of(found, Path.cwd())
     _print_facts(lines_of(found))
     tiles = [(picture, name, line, CLASS_COLOURS[5] if bad else FAINT) for picture, name, line, bad in found.tiles]
@@ -345,7 +345,7 @@ def init(
         raise InputError(
             f"{', '.join(there)} exist{'s' * (len(there) == 1)} already: give another folder, or move them"
         )
-    found = look(scans, labels=labels, form=form, contrast=contrast, read_s=3.0)
+    found = survey_folder(scans, labels=labels, form=form, contrast=contrast, read_s=3.0)
     folder.mkdir(parents=True, exist_ok=True)
     name = name or name_for(folder.absolute())
     drafts = drafts_of(found, folder.absolute(), name=name, licence=licence, provenance=provenance)

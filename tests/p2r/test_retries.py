@@ -13,7 +13,7 @@ import pytest
 
 from p2r.counters import Counters
 from p2r.errors import StorageError
-from p2r.patience import Patience, S3Settings, cause_of, text_of
+from p2r.retries import RetryBudget, S3Settings, cause_of, text_of
 
 CLOSED = "http://127.0.0.1:1"
 
@@ -79,12 +79,12 @@ def test_an_absent_proxy_gets_seconds_and_not_minutes(monkeypatch: pytest.Monkey
     now_s = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now_s[0])
     monkeypatch.setattr("time.sleep", lambda pause_s: now_s.__setitem__(0, now_s[0] + max(1.0, pause_s)))
-    monkeypatch.setattr("p2r.patience._JITTER", SimpleNamespace(uniform=lambda low, high: (low + high) / 2))
+    monkeypatch.setattr("p2r.retries._JITTER", SimpleNamespace(uniform=lambda low, high: (low + high) / 2))
     for cause, most_s in (("proxy", 21.0), ("protocol", 21.0), ("connection", 301.0)):
-        patience, start_s = Patience(S3Settings(), Counters(), "read", str), now_s[0]
+        budget, start_s = RetryBudget(S3Settings(), Counters(), "read", str), now_s[0]
         with pytest.raises(StorageError, match="attempts"):
             while True:
-                patience.wait(cause, OSError("no"))
+                budget.wait(cause, OSError("no"))
         assert most_s / 2 < now_s[0] - start_s <= most_s
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # a finished job imports neither
 
 
 @dataclass(frozen=True)
-class Made:
+class Outputs:
     """Outputs of the stages that ran; None: the job does not have this stage."""
 
     storage: str

@@ -98,7 +98,7 @@ class S3Settings:
         return cls(**values)
 
 
-class Patience:
+class RetryBudget:
     """Retry budget of one operation.
 
     Args:
