@@ -17,7 +17,7 @@ from p2r.fewshot.results import FailedTrial, FewShot, failures_text
 from p2r.fewshot.search import few_shot_together
 from p2r.fewshot.stored import read_report_rows
 from p2r.job import Job, variants_of
-from p2r.logs import Say
+from p2r.logs import Say, within
 from p2r.pipeline.executor import Executor, VariantOutcome, VariantRun
 from p2r.pipeline.finetuning import Prepared, finish_trials, prepare_trials
 from p2r.pipeline.imported import check_initial_weights
@@ -153,13 +153,15 @@ def _run_trials(
     storage = Storage(job.storage)
     if len(groups) > 1:
         try:
-            return few_shot_together(groups, runner=executor, storage=storage, say=say)
+            return few_shot_together(groups, runner=executor, storage=storage, say=within(say, "finetune"))
         except InputError as error:
             say(f"finetune | {error_text(error)}; running the trials of one variant after another")
     results: dict[str, FewShot] = {}
     for name, setups in groups.items():
         with found.naming(name):
-            results |= few_shot_together({name: setups}, runner=executor, storage=Storage(setups[0].root), say=say)
+            results |= few_shot_together(
+                {name: setups}, runner=executor, storage=Storage(setups[0].root), say=within(say, "finetune")
+            )
     return results
 
 
