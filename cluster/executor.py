@@ -1,17 +1,18 @@
 """Executor that runs the heavy parts of a job on Ray; `p2r run` passes it to `p2r.pipeline.stages.run_job`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from cluster import finetune, ingest, pretrain
+from cluster import finetune, ingest, pretrain, variants
 from cluster.metrics import ExporterSettings
 from cluster.session import refuse_unshared_folder
 from p2r.config import IngestConfig, PretrainConfig
 from p2r.fewshot.protocol import Trial
 from p2r.fewshot.results import TrialResult
 from p2r.fewshot.setup import TrialSetup
-from p2r.job import Job
+from p2r.job import AshaConfig, Job
 from p2r.logs import Say
 from p2r.modes import Mode
+from p2r.pipeline.executor import VariantOutcome, VariantRun
 from p2r.storage import Storage
 
 
@@ -20,6 +21,8 @@ class RayExecutor:
 
     Closing it ends this process's metrics endpoint.
     """
+
+    runs_variants_together = True
 
     def __init__(self, job: Job, *, profile_steps: int = 0) -> None:
         self._resources, self._retries, self._profile_steps = job.resources, job.retries, profile_steps
@@ -58,6 +61,19 @@ class RayExecutor:
             metrics=self._metrics,
             on_fault=self.exporter.fault,
         )
+
+    def pretrain_variants(
+        self, runs: Mapping[str, VariantRun], *, asha: AshaConfig | None, say: Say
+    ) -> dict[str, VariantOutcome]:
+        """Run as many pretrainings at a time as the cluster has room for."""
+        settings = variants.VariantSettings(
+            self._resources,
+            self._retries,
+            self._metrics,
+            on_fault=self.exporter.fault,
+            profile_steps=self._profile_steps,
+        )
+        return variants.pretrain_variants(runs, settings, asha=asha, say=say)
 
     def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[TrialResult]:
         """Run the trials in a Ray Tune experiment; with a scheduler, in one per task and mode."""

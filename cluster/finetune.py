@@ -186,11 +186,11 @@ def num_concurrent(num_trials: int, resources: Resources) -> int:
 
 
 def _group_trials(trials: Sequence[tuple[TrialSetup, Trial]], missing: Sequence[int]) -> list[list[int]]:
-    """Group trials that Tune may compare: by task and mode with a scheduler, otherwise all together."""
+    """Group trials that Tune may compare: by job, task and mode with a scheduler, otherwise all together."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for index in missing:
         setup, trial = trials[index]
-        groups.setdefault((trial.task, trial.mode) if _is_scheduled(setup, trial) else (), []).append(index)
+        groups.setdefault((setup.root, trial.task, trial.mode) if _is_scheduled(setup, trial) else (), []).append(index)
     return list(groups.values())
 
 
@@ -237,8 +237,10 @@ def _run_listed(
     config: dict[str, int], *, trials: list[tuple[TrialSetup, Trial]], queue: Any, given: Credentials
 ) -> None:
     given.take()
+    is_several = len({setup.root for setup, _ in trials}) > 1
+    setup, trial = trials[config["index"]]
     with masked_errors():
-        _run_trial(*trials[config["index"]], queue=queue)
+        _run_trial(setup, trial, queue=queue, label=f"{setup.root.rpartition('/')[2]} | " if is_several else "")
 
 
 def _run_proposed(
@@ -250,7 +252,7 @@ def _run_proposed(
         _run_trial(setup, trial, queue=queue)
 
 
-def _run_trial(setup: TrialSetup, trial: Trial, *, queue: Any) -> None:
+def _run_trial(setup: TrialSetup, trial: Trial, *, queue: Any, label: str = "") -> None:
     import torch
 
     from p2r.errors import InputError, TrainingError
@@ -273,7 +275,7 @@ def _run_trial(setup: TrialSetup, trial: Trial, *, queue: Any) -> None:
         return
     dice, row = result.validation_dice, result.row
     text = (
-        f"{trial.id} | validation Dice {'none' if dice is None else f'{dice:.3f}'}"
+        f"{label}{trial.id} | validation Dice {'none' if dice is None else f'{dice:.3f}'}"
         + (f" | test Dice {row.dice_mean:.3f}" if row is not None and row.split == "test" and row.dice_mean else "")
         + f" | {result.seconds or 0.0:.0f} s"
     )

@@ -12,14 +12,12 @@ poll it; all save a checkpoint at the same step and exit in order.
 """
 
 import os
-import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Any
 
 import ray
@@ -33,7 +31,17 @@ from cluster.group import DriverChannel, GroupState, Reason, TorchGroup, Trainer
 from cluster.metrics import ExporterSettings
 from cluster.pretrain_worker import POLL_S, WAIT_TO_SAVE_S, run_worker
 from cluster.progress import relay
-from cluster.session import credentials, draining_nodes, gpu_types, num_cpus, num_gpus, this_node, usable_nodes
+from cluster.session import (
+    Places,
+    credentials,
+    draining_nodes,
+    gpu_types,
+    num_cpus,
+    num_gpus,
+    this_node,
+    usable_nodes,
+)
+from cluster.stopping import StopRequest, catch_sigterm
 from p2r.config import PretrainConfig
 from p2r.data.order import allowed_world_sizes, check_world_size, sizes_for_micro_batch, world_sizes_between
 from p2r.data.stream import order_of
@@ -58,21 +66,23 @@ def pretrain(
     profile_steps: int = 0,
     metrics: ExporterSettings | None = None,
     on_fault: Callable[[Fault], None] | None = None,
+    stop: StopRequest | None = None,
+    places: Places | None = None,
 ) -> bool:
     """Train to the last step on the workers that `resources` asks for; rank 0 may profile some of its steps.
 
-    `metrics` are the settings of every worker's `Exporter`; `on_fault` receives every row of faults.jsonl.
+    `metrics` are the settings of every worker's `Exporter`; `on_fault` receives every row of faults.jsonl. A caller with several runs
+    at a time passes `stop`, in place of SIGTERM, and the `places` that they share.
 
     Returns:
-        True if the last step was reached; False if the run was asked to stop (SIGTERM) and saved a checkpoint.
+        True if the last step was reached; False if the run was asked to stop and saved a checkpoint.
 
     Raises:
         InputError: Corpus, number of workers, GPUs or checkpoint do not fit; raised before any worker starts.
         TrainingError: Training failed more than `retries` times in a row without a new checkpoint, or there was no room for
             `resources.node_wait_s`.
     """
-    gpus = _gpus_per_worker(config, resources)
-    sizes = _allowed_world_sizes(config, resources, uses_gpu=gpus > 0)
+    sizes, per_worker = allowed_sizes(config, resources)
     checkpoint = newest_checkpoint(storage)
     if checkpoint is None:
         order_of(corpora_of(config, corpus), image=config.image, seed=config.seed, global_batch=config.global_batch)
@@ -83,13 +93,14 @@ def pretrain(
         for size in sizes:
             refuse_other_ranks(checkpoint.manifest, config, world_size=size, where=storage.at(checkpoint.path))
         refuse_other_stream(config, corpus, checkpoint.manifest.state.stream)
-    with relay(say) as queue, _open_channel() as channel, _catch_sigterm() as stop:
+    asked = nullcontext(stop) if stop is not None else catch_sigterm()
+    with relay(say) as queue, _open_channel() as channel, asked as stop:
         run = GroupRun(
             config=config,
             storage=storage,
             resources=resources,
             retries=retries,
-            gpus=gpus,
+            per_worker=per_worker,
             sizes=sizes,
             settings=WorkerSettings(
                 config=config,
@@ -104,6 +115,7 @@ def pretrain(
             ),
             channel=channel,
             stop=stop,
+            places=places or Places(),
             faults=FaultLog(storage, say=say, on_fault=on_fault),
             say=say,
         )
@@ -131,19 +143,21 @@ class GroupRun:
     storage: Storage
     resources: Resources
     retries: int
-    gpus: int
+    per_worker: dict[str, float]
+    """Resources of one worker, by Ray's names."""
     sizes: list[int]
     settings: WorkerSettings
     channel: Any
     """The `DriverChannel` actor."""
-    stop: threading.Event
+    stop: StopRequest
+    places: Places
     faults: FaultLog
     say: Say
 
     @property
-    def per_worker(self) -> dict[str, float]:
-        """Resources of one worker, by Ray's names."""
-        return {"CPU": self.resources.cpus_per_worker} | ({"GPU": self.gpus} if self.gpus else {})
+    def uses_gpu(self) -> bool:
+        """True if the workers run on GPUs."""
+        return "GPU" in self.per_worker
 
     def step(self) -> int | None:
         """Return the step of the newest checkpoint."""
@@ -156,10 +170,11 @@ def _train_to_end(run: GroupRun) -> bool:
     in_a_row, saved, group = 0, run.step(), 0
     while True:
         num_workers = _wait_for_room(run)
-        if num_workers is None or run.stop.is_set():
-            run.faults.add("stop", "SIGTERM between two groups", decision="end", from_step=saved)
+        if num_workers is None or run.stop.event.is_set():
+            run.places.hold(run.storage.url, 0)
+            run.faults.add("stop", f"{run.stop.why} between two groups", decision="end", from_step=saved)
             return False
-        workers = f"{num_workers} worker{'s' * (num_workers > 1)} on {'GPU' if run.gpus else 'CPU'}"
+        workers = f"{num_workers} worker{'s' * (num_workers > 1)} on {'GPU' if run.uses_gpu else 'CPU'}"
         run.say(f"pretrain | {workers}, {run.config.steps} steps of {run.config.global_batch} images")
         group, failure = group + 1, None
         run.channel.begin.remote(group)
@@ -168,6 +183,8 @@ def _train_to_end(run: GroupRun) -> bool:
                 _new_trainer(run, group, num_workers, folder).fit()
             except (TrainingFailedError, RayError) as error:
                 failure = error
+            finally:
+                run.places.hold(run.storage.url, 0)
         state: GroupState = ray.get(run.channel.state.remote())
         before, saved = saved, run.step()
         if saved is not None and saved >= run.config.steps:
@@ -184,7 +201,7 @@ def _train_to_end(run: GroupRun) -> bool:
 def _record_planned_end(run: GroupRun, state: GroupState, saved: int | None) -> bool:
     """Record why a group ended in order before the last step; return whether another follows."""
     if state.reason == "stop":
-        run.faults.add("stop", "SIGTERM", decision="end", from_step=saved)
+        run.faults.add("stop", run.stop.why, decision="end", from_step=saved)
         return False
     if state.reason == "preemption":
         run.faults.add("preemption", state.what, decision="restart", from_step=saved)
@@ -217,9 +234,11 @@ def _record_failure(
         addresses = {rank: address for rank, (_, address) in state.nodes.items()}
         lost = {rank: addresses[rank] for rank, (node, _) in state.nodes.items() if node not in usable}
         cause, what = cause_of(failure, lost=lost, addresses=addresses)
-        if run.stop.is_set():
-            run.faults.add("stop", f"SIGTERM; {what}", decision="end", from_step=from_step)
-            raise TrainingError("stopped by SIGTERM while workers failed; run the job again to resume") from failure
+        if run.stop.event.is_set():
+            run.faults.add("stop", f"{run.stop.why}; {what}", decision="end", from_step=from_step)
+            raise TrainingError(
+                f"stopped ({run.stop.why}) while workers failed; run the job again to resume"
+            ) from failure
     limit = None if cause == "preemption" else run.retries
     ends = cause == "divergence" or (limit is not None and in_a_row > limit)
     run.faults.add(cause, what, decision="end" if ends else "restart", from_step=from_step, count=in_a_row, limit=limit)
@@ -243,9 +262,9 @@ def _new_trainer(run: GroupRun, group: int, num_workers: int, folder: str) -> Tr
     return Trainer(
         run_worker,
         train_loop_config={"settings": replace(run.settings, group=group)},
-        backend_config=TorchGroup(backend="nccl" if run.gpus else "gloo", timeout_s=timeout_s),
+        backend_config=TorchGroup(backend="nccl" if run.uses_gpu else "gloo", timeout_s=timeout_s),
         scaling_config=ScalingConfig(
-            num_workers=num_workers, use_gpu=run.gpus > 0, resources_per_worker=run.per_worker
+            num_workers=num_workers, use_gpu=run.uses_gpu, resources_per_worker=run.per_worker
         ),
         run_config=RunConfig(
             name=f"pretrain-{time.strftime('%Y%m%d-%H%M%S')}",
@@ -292,9 +311,9 @@ def _watch_group(run: GroupRun, num_workers: int) -> Iterator[None]:
                 run.faults.add("checkpoint", told, decision="fall back", from_step=from_step)
             if is_last:
                 return
-            if run.stop.is_set() and asked != "stop":
+            if run.stop.event.is_set() and asked != "stop":
                 asked = "stop"
-                ray.get(run.channel.ask_to_end.remote("stop", "SIGTERM"))
+                ray.get(run.channel.ask_to_end.remote("stop", run.stop.why))
                 run.say(_stop_message(run, state.step))
             if asked is None and (what := _preemption_message(state.nodes)):
                 asked = "preemption"
@@ -318,9 +337,9 @@ def _watch_group(run: GroupRun, num_workers: int) -> Iterator[None]:
 
 
 def _stop_message(run: GroupRun, step: int | None) -> str:
-    """Return the log line for a SIGTERM, with the steps that are lost if the sender does not wait long enough."""
-    line = "pretrain | SIGTERM: saving a checkpoint after this step, then ending"
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+    """Return the log line for a request to stop; for SIGTERM, also the steps lost if the sender does not wait long enough."""
+    line = f"pretrain | {run.stop.why}: saving a checkpoint after this step, then ending"
+    if run.stop.why != "SIGTERM" or "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         return line
     wait_s = int(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3"))  # Ray's default; set on the head and inherited here
     if wait_s >= WAIT_TO_SAVE_S:
@@ -345,16 +364,20 @@ def _preemption_message(nodes: Mapping[int, tuple[str, str]]) -> str | None:
 
 
 def _wait_for_room(run: GroupRun) -> int | None:
-    """Return the number of workers to start; None if the run is asked to stop while it waits.
+    """Return the number of workers to start, and hold their places; None if the run is asked to stop while it waits.
 
     Raises:
-        TrainingError: There was no room for `resources.node_wait_s`.
+        TrainingError: There was no room for `resources.node_wait_s`. While other runs of this driver train, it waits for them.
     """
     began, has_said = time.monotonic(), False
-    while not run.stop.is_set():
-        found = _largest_fitting(run)
-        if found is not None:
-            return found
+    while not run.stop.event.is_set():
+        with run.places.lock:
+            found = _largest_fitting(run)
+            if found is not None:
+                run.places.hold(run.storage.url, found)
+                return found
+        if run.places.held_by_others(run.storage.url):
+            began = time.monotonic()
         wanted = f"{run.sizes[0]} worker{'s' * (run.sizes[0] > 1)} of " + ", ".join(
             f"{number:g} {name}" for name, number in run.per_worker.items()
         )
@@ -366,14 +389,19 @@ def _wait_for_room(run: GroupRun) -> int | None:
                 f"there was no room for {wanted} for {run.resources.node_wait_s:.0f} s (resources.node_wait_s): "
                 "add nodes, or lower the minimum of resources.num_workers=[min, max]"
             )
-        run.stop.wait(1.0)
+        run.stop.event.wait(1.0)
     return None
 
 
 def _largest_fitting(run: GroupRun) -> int | None:
     """Return the largest allowed number of workers that the nodes have room for now; None if there is none."""
-    room = _count_room(list(usable_nodes().values()), run.per_worker)
+    room = room_for(run.per_worker) - run.places.held_by_others(run.storage.url)
     return max((size for size in run.sizes if size <= room), default=None)
+
+
+def room_for(per_worker: Mapping[str, float]) -> int:
+    """Return the number of workers with these resources that all usable nodes have room for."""
+    return _count_room(list(usable_nodes().values()), per_worker)
 
 
 def _count_room(nodes: list[dict[str, float]], per_worker: Mapping[str, float]) -> int:
@@ -382,29 +410,19 @@ def _count_room(nodes: list[dict[str, float]], per_worker: Mapping[str, float]) 
     )
 
 
-@contextmanager
-def _catch_sigterm() -> Iterator[threading.Event]:
-    """Turn the first SIGTERM into an event; a second one ends the process by default."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.getsignal(signal.SIGTERM)
+def allowed_sizes(config: PretrainConfig, resources: Resources) -> tuple[list[int], dict[str, float]]:
+    """Return the numbers of workers that a run may use, in increasing order, and the resources of one worker by Ray's names.
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        event.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    # Ray installs its own handler in ray.init, which has already run.
-    signal.signal(signal.SIGTERM, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    Raises:
+        InputError: No number can share the batch, the cluster has no room for the smallest, or its GPUs do not fit.
+    """
+    gpus = _gpus_per_worker(config, resources)
+    per_worker = {"CPU": resources.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+    return _allowed_world_sizes(config, resources, gpus=gpus), per_worker
 
 
-def _gpus_per_worker(config: PretrainConfig, resources: Resources) -> int:
-    """Return the number of GPUs of each worker, 0 or 1.
+def _gpus_per_worker(config: PretrainConfig, resources: Resources) -> float:
+    """Return the number of GPUs of each worker: 0, 1, or a fraction.
 
     Raises:
         InputError: The cluster has no GPUs, or they lack the job's precision.
@@ -426,7 +444,7 @@ def _gpus_per_worker(config: PretrainConfig, resources: Resources) -> int:
     return gpus
 
 
-def _allowed_world_sizes(config: PretrainConfig, resources: Resources, *, uses_gpu: bool) -> list[int]:
+def _allowed_world_sizes(config: PretrainConfig, resources: Resources, *, gpus: float) -> list[int]:
     """Return the numbers of workers that this run may use.
 
     Raises:
@@ -436,13 +454,13 @@ def _allowed_world_sizes(config: PretrainConfig, resources: Resources, *, uses_g
     if isinstance(wanted, tuple):
         sizes = world_sizes_between(config.global_batch, *wanted)
     elif wanted == "auto":
-        room = max(1, num_gpus() if uses_gpu else int(num_cpus() / resources.cpus_per_worker))
+        room = max(1, int(num_gpus() / gpus if gpus else num_cpus() / resources.cpus_per_worker))
         sizes = [max(size for size in allowed_world_sizes(config.global_batch) if size <= room)]
     else:
         check_world_size(config.global_batch, wanted)
         sizes = [wanted]
     fitting = sizes_for_micro_batch(config.global_batch, sizes, config.micro_batch)
-    available = num_gpus() if uses_gpu else num_cpus() / resources.cpus_per_worker
+    available = num_gpus() / gpus if gpus else num_cpus() / resources.cpus_per_worker
     if fitting[0] > available:
         raise InputError(
             f"resources.num_workers asks for {fitting[0]} workers, but the cluster has room for {int(available)}: "

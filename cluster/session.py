@@ -8,6 +8,7 @@ this process's variables -> settings: Ray's runtime environment, which Ray logs 
 import logging
 import os
 import socket
+import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -193,6 +194,22 @@ def usable_nodes() -> dict[str, dict[str, float]]:
     with ThreadPoolExecutor(max_workers=32) as pool:
         answers = pool.map(lambda node: _is_reachable(node["NodeManagerAddress"], node["NodeManagerPort"]), nodes)
     return {node["NodeID"]: node["Resources"] for node, answer in zip(nodes, answers, strict=True) if answer}
+
+
+class Places:
+    """Workers of the runs of this driver that train at the same time, so that none plans with the room of another."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._held: dict[str, int] = {}
+
+    def hold(self, owner: str, num_workers: int) -> None:
+        """Record the workers of a run, named by its storage; 0: none."""
+        self._held[owner] = num_workers
+
+    def held_by_others(self, owner: str) -> int:
+        """Return the workers of all other runs."""
+        return sum(held for name, held in list(self._held.items()) if name != owner)
 
 
 def draining_nodes() -> dict[str, int]:

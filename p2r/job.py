@@ -57,6 +57,7 @@ JOB_VARIABLES = {
     "P2R_TASK": "finetune.tasks",
 }
 """Environment variables that jobs read in place of a key, besides `P2R_DATA`, which is set for every job."""
+_ARTEFACT_KEYS = ("pretrain.init_from", "finetune.backbone")
 _SHOWN = 30  # findings of a model in a message
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
@@ -83,8 +84,9 @@ class Resources(Section):
     precedence. Defaults: TORCH_NCCL_ASYNC_ERROR_HANDLING=1 (a hung collective ends the worker), NCCL_DEBUG=WARN."""
     cpus_per_worker: PositiveFloat = 1
     """CPU cores reserved for each pretraining process."""
-    gpus_per_worker: Literal[0, 1, "auto"] = "auto"
-    """GPUs of each pretraining process. auto: one, if the cluster has any."""
+    gpus_per_worker: Literal[0, 1, "auto"] | Annotated[float, Field(gt=0, lt=1)] = "auto"
+    """GPUs of each pretraining process. auto: one, if the cluster has any. A fraction lets variants of an ablation share a GPU and its
+    memory: 0.25 puts four on one. It needs num_workers: 1, because NCCL has one rank on each GPU."""
     cpus_per_trial: PositiveFloat = 1
     """CPU cores of one fine-tuning trial."""
     gpus_per_trial: NonNegativeFloat | Literal["auto"] = "auto"
@@ -96,6 +98,10 @@ class Resources(Section):
     def _check(self) -> Self:
         if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
             raise ValueError(f"num_workers [min, max] must not decrease, got {list(self.num_workers)}")
+        if self.gpus_per_worker not in (0, 1, "auto") and self.num_workers != 1:
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g} needs num_workers: 1, because NCCL refuses two workers of a run on one GPU"
+            )
         return self
 
 
@@ -111,6 +117,19 @@ class MetricsConfig(Section):
     folder: Location | None = None
     """Folder on each node with one file per process, for Prometheus (`file_sd_configs`). None: `$P2R_METRICS_FOLDER`, or
     `~/.cache/p2r/metrics`."""
+
+
+class AshaConfig(Section):
+    """Asynchronous successive halving (ASHA) of an ablation's variants by their online probes, under Ray (`p2r run`) only.
+
+    At `grace_steps`, and at each multiple of it by a power of `reduction_factor`, a variant is stopped if its probe Dice is not among
+    the best 1 / `reduction_factor` of the variants that have reached this step so far. Source: Li et al., MLSys 2020, algorithm 2.
+    """
+
+    grace_steps: PositiveInt | None = None
+    """Steps before which no variant is stopped. None: the interval of the probe."""
+    reduction_factor: Annotated[float, Field(gt=1, le=1000)] = 3
+    """After each of these steps, about one of this many variants continues."""
 
 
 class Job(Section):
@@ -134,7 +153,7 @@ class Job(Section):
     )
     """Trackers that the driver sends metrics, settings, and the report's table and pictures to; pictures show slices of patients. Addresses
     and keys come from the tools' environment variables. A resumed job continues its runs; a tracker that fails is switched off with a
-    warning."""
+    warning. Of an ablation they get the table and the trials, but no curves of pretraining."""
     ingest: IngestConfig | None = None
     """Scans -> corpus. In a pretrain job: used if the corpus is absent."""
     pretrain: PretrainConfig | None = None
@@ -144,7 +163,11 @@ class Job(Section):
     finetune: FinetuneConfig | None = None
     """Backbone -> few-shot results."""
     variants: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")], dict[str, object]] = Field(default={})
-    """Ablation only: changes of each variant to the sections above, as dotted keys and values."""
+    """Ablation only: changes of each variant to the sections above, as dotted keys and values. `p2r run` pretrains as many at a time as
+    the cluster has room for, and runs the trials of all together; `python -m p2r` runs one variant after another."""
+    asha: AshaConfig | None = Field(default=None, exclude_if=lambda section: section is None)
+    """Ablation under Ray only: stop the pretraining of variants whose online probe falls behind. The table names them with their last
+    step. None: every variant is trained to its end. Needs `pretrain.probe`, the same for all variants."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -167,6 +190,10 @@ class Job(Section):
             raise ValueError("kind ablation needs variants, and no other kind has them")
         if self.kind == "ablation" and self.finetune and self.finetune.score_on != "validation":
             raise ValueError(_ABLATION_RULE)
+        if self.asha is not None and (self.kind != "ablation" or self.pretrain is None or self.pretrain.probe is None):
+            raise ValueError(
+                "asha compares the online probes of an ablation's variants: it needs kind ablation and pretrain.probe"
+            )
         self._check_exports()
         return self
 
@@ -249,7 +276,9 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
             f"job {path}: storage must be a URL or an absolute path, got {storage!r}: "
             "a relative folder would vanish with the job's working directory on a cluster"
         )
-    job = _make_tasks_absolute(job.model_copy(update={"storage": storage}), path.absolute().parent)
+    job = _make_files_absolute(
+        _make_tasks_absolute(job.model_copy(update={"storage": storage}), path.absolute().parent)
+    )
     variants_of(job)
     return job
 
@@ -295,7 +324,7 @@ def variants_of(job: Job) -> dict[str, Job]:
     """
     found = {}
     for name, changes in job.variants.items():
-        values = job.model_dump(exclude={"variants"})
+        values = job.model_dump(exclude={"variants", "asha"})
         for key, value in changes.items():
             *parents, last = key.split(".")
             target = values
@@ -312,7 +341,10 @@ def variants_of(job: Job) -> dict[str, Job]:
             values["pretrain"]["corpus"] = f"{job.storage}/corpus"
         if values["finetune"]["score_on"] != "validation":
             raise JobError(f"variants.{name}: {_ABLATION_RULE}")
-        found[name] = validated(Job, values, where=f"variants.{name}")
+        found[name] = variant = validated(Job, values, where=f"variants.{name}")
+        probes = [one.pretrain.probe for one in (job, variant) if one.pretrain is not None]
+        if job.asha is not None and len(set(map(repr, probes))) > 1:
+            raise JobError(f"variants.{name}: asha compares online probes, so no variant may change pretrain.probe")
     return found
 
 
@@ -442,3 +474,23 @@ def _make_tasks_absolute(job: Job, folder: Path) -> Job:
         chosen = job.ingest.subjects_of.model_copy(update={"task": str(folder / job.ingest.subjects_of.task)})
         update["ingest"] = job.ingest.model_copy(update={"subjects_of": chosen})
     return job.model_copy(update=update)
+
+
+def _make_files_absolute(job: Job) -> Job:
+    """Resolve relative paths of backbones and weights against the current folder; workers run in folders of their own."""
+    update: dict[str, object] = {}
+    if job.pretrain is not None and job.pretrain.init_from is not None:
+        update["pretrain"] = job.pretrain.model_copy(update={"init_from": _absolute(job.pretrain.init_from)})
+    if job.finetune is not None and job.finetune.backbone is not None:
+        update["finetune"] = job.finetune.model_copy(update={"backbone": _absolute(job.finetune.backbone)})
+    update["variants"] = {
+        name: {key: _absolute(value) if key in _ARTEFACT_KEYS else value for key, value in changes.items()}
+        for name, changes in job.variants.items()
+    }
+    return job.model_copy(update=update)
+
+
+def _absolute(value: Any) -> Any:
+    if not isinstance(value, str) or not value or "://" in value or value.startswith(("/", "~")) or "${" in value:
+        return value
+    return str(Path(value).absolute())

@@ -21,6 +21,7 @@ class HistoryRow(JsonRow):
     world_size: Annotated[int, Field(ge=1, le=2**24)] | None = None
     step_s: _Number | None = None
     images_per_s: _Number | None = None
+    probe_dice: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 _ROW = TypeAdapter(HistoryRow)

@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from p2r.artefact import MANIFEST, Artefact, ModelManifest, Provenance, open_artefact
+from p2r.artefact_manifest import FileEntry
 from p2r.backbone import verify_artefact
 from p2r.errors import InputError
 from p2r.export.source import Source, Written
@@ -55,7 +56,7 @@ def write(source: Source, folder: Path) -> Written:
     for role, entry in artefact.manifest.files.entries().items():
         if role in _PATHS and not (folder / _PATHS[role]).exists():
             _link(folder / entry.name, folder / _PATHS[role])
-    card = write_card(source)
+    card = write_card(source, picture=artefact.manifest.files.picture)
     (folder / "README.md").write_text(card, encoding="utf-8")
     copied = open_artefact(Reference(str(folder), artefact.sha256))
     verify_artefact(copied)
@@ -86,8 +87,9 @@ def copy_artefact(artefact: Artefact, folder: Path) -> None:
     (folder / MANIFEST).write_bytes(artefact.content)
 
 
-def write_card(source: Source) -> str:
-    """Return the card: front matter, the published card, and how to load the weights."""
+def write_card(source: Source, *, picture: FileEntry | None = None) -> str:
+    """Return the card: front matter, the published card, the picture of the training if there is one, and how to load the weights."""
+    curves = f"## Training\n\n![Curves of pretraining, by step]({picture.name})\n\n" if picture is not None else ""
     matter = yaml.safe_dump(_matter(source), sort_keys=False, allow_unicode=True, width=10_000)
     loaded = "model" if source.is_model else "backbone"
     use = "model.predict" if source.is_model else "backbone.features"
@@ -96,7 +98,7 @@ def write_card(source: Source) -> str:
 
 {source.card.strip()}
 
-## Use
+{curves}## Use
 
     pip install 'p2r[hub]'
 

@@ -1,6 +1,6 @@
 """Results of trials, and of a whole search with its final trials: immutable models, validated where they are read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -109,8 +109,13 @@ class FailedTrial(JsonModel):
     """A trial without a result."""
 
     trial: str
-    """Id of the trial."""
+    """Id of the trial; in an ablation after its variant, or `variant NAME` for a variant without any result."""
     reason: str
+
+    @property
+    def is_variant(self) -> bool:
+        """True for a whole variant of an ablation; the id of a trial has no space."""
+        return self.trial.startswith("variant ")
 
 
 class SearchedTrial(JsonModel):
@@ -193,6 +198,13 @@ NO_OVERHEAD = Overhead(num_trials=0, num_concurrent=0, sweep_s=0.0, trials_s=0.0
 def failures_of(results: Iterable[TrialResult]) -> list[FailedTrial]:
     """Return the failed trials with their reasons."""
     return [FailedTrial(trial=one.trial.id, reason=one.failed) for one in results if one.failed is not None]
+
+
+def failures_text(failed: Sequence[FailedTrial]) -> str:
+    """Return the number of failures: `1 variant and 2 trials`."""
+    variants = sum(one.is_variant for one in failed)
+    counts = ((variants, "variant"), (len(failed) - variants, "trial"))
+    return " and ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in counts if count)
 
 
 @dataclass

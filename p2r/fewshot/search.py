@@ -8,7 +8,7 @@ a killed job continues where it stopped. Failed trials are listed with their rea
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,11 +37,12 @@ from p2r.fewshot.results import (
     TrialResult,
     failed_result,
     failures_of,
+    failures_text,
 )
 from p2r.fewshot.setup import TrialSetup
 from p2r.fewshot.stored import read_sweeps
 from p2r.fewshot.trial import run_trial
-from p2r.logs import Say
+from p2r.logs import Say, within
 from p2r.modes import Mode
 from p2r.storage import Storage, json_bytes
 
@@ -67,42 +68,73 @@ def few_shot(setups: Sequence[TrialSetup], *, runner: TrialRunner, say: Say) -> 
         runner: Runner of the trials.
         say: Called with a line per decision.
     """
-    sweep = _Sweep(runner, Storage(setups[0].root).child("finetune"), say)
-    tasks = [load_task(Path(setup.task)) for setup in setups]
-    outcomes = _run_searches(setups, tasks, sweep)
-    found = FewShot([])
-    finals: list[tuple[TrialSetup, Trial]] = []
-    for setup, task in zip(setups, tasks, strict=True):
-        of_task = [(trial, result) for owner, trial, result in outcomes if owner is setup]
-        found.searched += [SearchedTrial.of(trial, result) for trial, result in of_task]
-        # A candidate that diverged or was stopped is excluded, and listed in `searched`.
-        found.failed += failures_of(result for _, result in of_task if not result.diverged)
-        chosen = _choose_by_mode(setup, task, of_task, found)
-        for mode, settings in chosen.items():
-            values = ", ".join(f"{name} {value:g}" for name, value in settings.given().items())
-            how = "chosen on validation" if is_searched(setup.config, mode) else "the only candidate"
-            say(f"{task.name} | {mode} | {how}: {values}")
-        finals += [(setup, trial) for trial in final_trials(setup.config, task, chosen)]
-    results = sweep.run(finals)
-    found.failed += failures_of(results)
-    found.results = [result for result in results if result.failed is None]
-    found.overhead = sweep.overhead()
-    if found.overhead.num_trials:
-        say(found.overhead.text())
-    for failure in found.failed:
-        say(f"FAILED {failure.trial}: {failure.reason}")
+    storage = Storage(setups[0].root)
+    return few_shot_together({"": setups}, runner=runner, storage=storage, say=say)[""]
+
+
+def few_shot_together(
+    groups: Mapping[str, Sequence[TrialSetup]], *, runner: TrialRunner, storage: Storage, say: Say
+) -> dict[str, FewShot]:
+    """Run the whole protocol for several groups of tasks at a time, such as the variants of an ablation.
+
+    Groups share no choice and no result: only the runner has their trials together.
+
+    Args:
+        groups: Setups by name of the group.
+        runner: Runner of the trials.
+        storage: Storage whose `finetune/sweeps` has the time of the sweeps.
+        say: Called with a line per decision.
+    """
+    sweep = _Sweep(runner, storage.child("finetune"), say)
+    tasks = {setup.task: load_task(Path(setup.task)) for setups in groups.values() for setup in setups}
+    outcomes = _run_searches([setup for setups in groups.values() for setup in setups], tasks, sweep)
+    found = {name: FewShot([]) for name in groups}
+    finals: list[tuple[str, TrialSetup, Trial]] = []
+    for name, setups in groups.items():
+        say_one = within(say, name) if name and len(groups) > 1 else say
+        for setup in setups:
+            of_task = [(trial, result) for owner, trial, result in outcomes if owner is setup]
+            chosen = _choose(setup, tasks[setup.task], of_task, found[name], say_one)
+            finals += [(name, setup, trial) for trial in final_trials(setup.config, tasks[setup.task], chosen)]
+    results = sweep.run([(setup, trial) for _, setup, trial in finals])
+    for (name, _, _), result in zip(finals, results, strict=True):
+        found[name].failed += failures_of([result])
+        found[name].results += [result] if result.failed is None else []
+    overhead = sweep.overhead()
+    if overhead.num_trials:
+        say(overhead.text())
+    for name, one in found.items():
+        if len(groups) == 1:  # the time of several groups together is not the time of one
+            one.overhead = overhead
+        for failure in one.failed:
+            say(f"FAILED {f'{name} | ' * (len(groups) > 1)}{failure.trial}: {failure.reason}")
     return found
 
 
+def _choose(
+    setup: TrialSetup, task: Task, of_task: Sequence[tuple[Trial, TrialResult]], found: FewShot, say: Say
+) -> dict[Mode, Settings]:
+    """Return the settings by mode, and record the search in `found`."""
+    found.searched += [SearchedTrial.of(trial, result) for trial, result in of_task]
+    # A candidate that diverged or was stopped is excluded, and listed in `searched`.
+    found.failed += failures_of(result for _, result in of_task if not result.diverged)
+    chosen = _choose_by_mode(setup, task, of_task, found)
+    for mode, settings in chosen.items():
+        values = ", ".join(f"{name} {value:g}" for name, value in settings.given().items())
+        how = "chosen on validation" if is_searched(setup.config, mode) else "the only candidate"
+        say(f"{task.name} | {mode} | {how}: {values}")
+    return chosen
+
+
 def _run_searches(
-    setups: Sequence[TrialSetup], tasks: Sequence[Task], sweep: "_Sweep"
+    setups: Sequence[TrialSetup], tasks: Mapping[str, Task], sweep: "_Sweep"
 ) -> list[tuple[TrialSetup, Trial, TrialResult]]:
     """Run every search trial: grids together, search algorithms mode by mode."""
     grid = [
         (setup, trial)
-        for setup, task in zip(setups, tasks, strict=True)
+        for setup in setups
         if setup.config.search.searcher == "grid"
-        for trial in search_trials(setup.config, task)
+        for trial in search_trials(setup.config, tasks[setup.task])
     ]
     outcomes = [(setup, trial, result) for (setup, trial), result in zip(grid, sweep.run(grid), strict=True)]
     for setup in setups:
@@ -211,6 +243,6 @@ def failure_message(failed: Sequence[FailedTrial]) -> str:
     """Return the command line's message about failed trials."""
     names = "\n".join(f"  {failure.trial}: {failure.reason}" for failure in failed)
     return (
-        f"{len(failed)} trial{'s' * (len(failed) > 1)} failed; the report has the others; run the job again to retry them, and change "
+        f"{failures_text(failed)} failed; the report has the others; run the job again to retry them, and change "
         f"the settings of trials that diverged:\n{names}"
     )

@@ -1,7 +1,7 @@
 """The stage finetune: few-shot trials of every task -> published models and the report."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from p2r.backbone import Backbone, load_backbone
@@ -27,6 +27,15 @@ from p2r.report import table
 from p2r.storage import Storage
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose trials can run."""
+
+    backbone: Backbone
+    setups: list[TrialSetup]
+    """One for each task."""
+
+
 def finetune(job: Job, made: Outputs, storage: Storage, runner: TrialRunner, say: Say) -> Outputs:
     """Run the trials of all tasks, publish their models, and write the report.
 
@@ -40,16 +49,36 @@ def finetune(job: Job, made: Outputs, storage: Storage, runner: TrialRunner, say
     Returns:
         The outputs with models, report and failed trials.
     """
+    prepared = prepare_trials(job, storage, say)
+    try:
+        found = few_shot(prepared.setups, runner=runner, say=within(say, "finetune"))
+    finally:  # readings of test patients are recorded, whatever the outcome
+        merge_readings(storage)
+    return finish_trials(job, made, storage, prepared, found, runner, say)
+
+
+def prepare_trials(job: Job, storage: Storage, say: Say) -> Prepared:
+    """Load the backbone, and check the scans of all tasks.
+
+    Raises:
+        InputError: Backbone, network or scans cannot be used.
+    """
     config = job.finetune
     assert config is not None
     backbone = _load_backbone(job, storage, say)
     other_sha256 = "" if config.other is None else _digest_other(config.other, say)
-    setups = [_check_setup(path, config, backbone, storage, other_sha256, say) for path in config.tasks]
-    try:
-        found = few_shot(setups, runner=runner, say=within(say, "finetune"))
-    finally:  # readings of test patients are recorded, whatever the outcome
-        test_reads = merge_readings(storage)
-    models: dict[str, str] = {}
+    return Prepared(
+        backbone, [_check_setup(path, config, backbone, storage, other_sha256, say) for path in config.tasks]
+    )
+
+
+def finish_trials(
+    job: Job, made: Outputs, storage: Storage, prepared: Prepared, found: FewShot, runner: TrialRunner, say: Say
+) -> Outputs:
+    """Publish the models of finished trials, and write the report; return the outputs of `finetune`."""
+    config = job.finetune
+    assert config is not None
+    backbone, setups, models = prepared.backbone, prepared.setups, dict[str, str]()
     rows = [result.reported() for result in found.results]
     for setup in setups if config.publish_model else ():
         models |= _publish_models(setup, found, backbone, runner, storage.child("models"), say)
@@ -62,7 +91,7 @@ def finetune(job: Job, made: Outputs, storage: Storage, runner: TrialRunner, say
         models=models,
         facts={
             **found.facts(),
-            "test_reads": [one.to_json() for one in test_reads],
+            "test_reads": [one.to_json() for one in merge_readings(storage)],
             "spent": _time_spent(storage, found),
         },
     )

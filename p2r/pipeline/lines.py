@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from p2r.engine.report import PretrainReport
-from p2r.logs import Line
+from p2r.logs import Line, Say, fields_of
+from p2r.stages import STAGES
 
 FINISHED = "this job is finished, and nothing that it was made from or has made has changed"
 
@@ -32,3 +33,16 @@ def report_lines(report: PretrainReport, *, rank: int = 0) -> Iterator[Line]:
         checkpoint=report.checkpoint,
         **figures,
     )
+
+
+def say_for_variant(say: Say, name: str, num_variants: int) -> Say:
+    """Return a logger for the lines of a variant. If several run together, its name follows the stage."""
+
+    def say_one(line: str) -> None:
+        text = str(line)
+        if num_variants > 1:
+            stage, bar, rest = text.partition(" | ")
+            text = f"{stage} | {name} | {rest}" if bar and stage in STAGES else f"{name} | {text}"
+        say(Line(text, **{**fields_of(line), "variant": name}))
+
+    return say_one

@@ -6,7 +6,7 @@ report = p2r.open_report(made["storage"])
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ from p2r.config import IngestConfig, PretrainConfig
 from p2r.data.corpus import ingest_locally, report_progress
 from p2r.engine.pretrain import pretrain
 from p2r.engine.profile import profile_text
-from p2r.errors import JobError, OutOfTime
+from p2r.errors import JobError, OutOfTime, P2RError
 from p2r.fewshot.protocol import Trial
 from p2r.fewshot.results import TrialResult
 from p2r.fewshot.search import attempt
 from p2r.fewshot.setup import TrialSetup
-from p2r.job import Job, read_job, validated
+from p2r.job import AshaConfig, Job, read_job, validated
 from p2r.logs import Line, Say, within
 from p2r.logs import say as say_line
 from p2r.modes import Mode
-from p2r.pipeline.lines import report_lines
+from p2r.pipeline.executor import VariantOutcome, VariantRun
+from p2r.pipeline.lines import report_lines, say_for_variant
 from p2r.pipeline.paths import check_job
 from p2r.pipeline.stages import run_job
 from p2r.storage import Storage
@@ -33,6 +34,8 @@ from p2r.storage import Storage
 
 class LocalExecutor:
     """Runs every heavy part of a job as a loop in this process."""
+
+    runs_variants_together = False
 
     def __init__(
         self, device: torch.device, max_seconds: float | None, *, retries: int = 0, profile_steps: int = 0
@@ -63,6 +66,21 @@ class LocalExecutor:
                 say(profile_text(storage))
             step = report.step
         return step == config.steps
+
+    def pretrain_variants(
+        self, runs: Mapping[str, VariantRun], *, asha: AshaConfig | None, say: Say
+    ) -> dict[str, VariantOutcome]:
+        """Train variants one after another, each to its end: `asha` compares variants that run at a time."""
+        found = {}
+        for name, run in runs.items():
+            try:
+                is_done = self.pretrain(
+                    run.config, storage=run.storage, corpus=run.corpus, say=say_for_variant(say, name, len(runs))
+                )
+                found[name] = VariantOutcome(is_done=is_done)
+            except P2RError as error:
+                found[name] = VariantOutcome(error=error)
+        return found
 
     def run_trials(self, trials: Sequence[tuple[TrialSetup, Trial]], *, say: Say) -> list[TrialResult]:
         """Run trials one after another."""

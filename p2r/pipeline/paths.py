@@ -13,14 +13,18 @@ from pathlib import Path
 from p2r.data.names import local_path, unquoted_hint
 from p2r.data.order import allowed_world_sizes, check_world_size, sizes_for_micro_batch, world_sizes_between
 from p2r.documents import read_start
+from p2r.engine.history import read_history
+from p2r.engine.report import HISTORY
 from p2r.errors import DataError, InputError, JobError
 from p2r.evaluate.splits import HELD_OUT
 from p2r.evaluate.task_files import Task, load_task, read_task_config
 from p2r.job import Job, find_job, ignored_variables, nearest_file, read_job, variants_of
+from p2r.logs import duration
 from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
 from p2r.pointers import file_of
 from p2r.reference import names_weights_file, parse_reference
 from p2r.stages import KINDS
+from p2r.storage import Storage
 
 _PLACEHOLDER = re.compile(
     r"your[-_ ]?(bucket|folder|path|data|name|scans)|^/?path/to/|<[^<>]+>|change[-_]?me|example\.(com|org)|\bTODO\b",
@@ -87,7 +91,46 @@ def job_facts(path: Path, overrides: tuple[str, ...]) -> tuple[Job, list[str], l
     facts += [f"note: {note}" for note in (*ignored_variables(path, job), *_gpu_notes(job))]
     if ranks := allowed_ranks(job):
         facts.append(f"pretrain on {', '.join(map(str, ranks))} workers")
+    if job.kind == "ablation":
+        facts.append(_variants_fact(job))
     return job, list(unset), facts
+
+
+def _variants_fact(job: Job) -> str:
+    """Return a line on the pretrainings that run at a time, and on their length."""
+    runs = {name: one.pretrain for name, one in variants_of(job).items() if one.pretrain is not None}
+    if not runs:
+        return f"{len(job.variants)} variants without pretraining; p2r run runs the trials of all together"
+    resources = job.resources
+    gpus = "one GPU" if resources.gpus_per_worker in (1, "auto") else f"{resources.gpus_per_worker:g} GPU"
+    cpus = f"{resources.cpus_per_worker:g} CPU{'s' * (resources.cpus_per_worker > 1)}"
+    each = f"{cpus} each" if resources.gpus_per_worker == 0 else f"{cpus} each, with GPUs also {gpus}"
+    wanted = resources.num_workers
+    if isinstance(wanted, int):
+        room = f"all at once on {len(runs) * wanted} workers ({each}), and in turns on fewer"
+    else:
+        room = f"all at once on {len(runs)} workers ({each}), and in turns on fewer; each gets an equal part of more"
+    longest, total = max(run.steps for run in runs.values()), sum(run.steps for run in runs.values())
+    length = f"{longest:,} steps at once, {total:,} one after another"
+    seconds = _measured_step_s(job)
+    if seconds is not None:
+        length += (
+            f" ({duration(longest * seconds)} and {duration(total * seconds)} at {seconds:.3g} s a step, measured)"
+        )
+    stopped = "; asha stops variants that fall behind" if job.asha is not None else ""
+    return f"{len(runs)} variants: p2r run pretrains {room}: {length}{stopped}"
+
+
+def _measured_step_s(job: Job) -> float | None:
+    """Return the largest step time of the variants that have run in a local storage; None if there is none."""
+    folder = local_path(f"{job.storage}/variants")
+    if folder is None:
+        return None
+    found = []
+    for file in folder.expanduser().glob(f"*/pretrain/{HISTORY}"):
+        rows = read_history(Storage(str(file.parent)), file.name)
+        found += [row.step_s for row in rows[-1:] if row.step_s is not None]
+    return max(found, default=None)
 
 
 def check_job(path: Path, job: Job) -> None:

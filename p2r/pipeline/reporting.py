@@ -8,15 +8,13 @@ from p2r.backbone import Backbone
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.evaluate.tasks import Task, load_task
-from p2r.fewshot.results import FailedTrial
 from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job
 from p2r.pipeline.report_pictures import draw_pictures
 from p2r.published.results import add_results, results_from
 from p2r.reference import parse_reference
-from p2r.report import label_of, markdown_variants, source_line, split_of, variants_picture, write_report
+from p2r.report import write_report
 from p2r.report.context import context_of
-from p2r.report.text import for_markdown, for_markdown_code
 from p2r.storage import Storage
 from p2r.version import code_version
 
@@ -67,50 +65,6 @@ def make_report(
         artefact = open_artefact(parse_reference(backbone.manifest.pin), is_fresh=True)
         add_results(artefact, results_from(statistics, report=where.at("report.json")))
     return where
-
-
-def write_variants(job: Job, storage: Storage, rows: Sequence[TrialRow], *, failed: Sequence[FailedTrial] = ()) -> str:
-    """Write the comparison of an ablation's variants to `<storage>/report`, and return the URL of the page.
-
-    Args:
-        job: The ablation.
-        storage: Storage of the ablation.
-        rows: Rows of all variants' final trials, each with its `variant`.
-        failed: Trials without a result, with reasons.
-    """
-    where = storage.child("report")
-    # Two variants share their draws, so the variant replaces the backbone's name.
-    source = source_line([row.replaced(backbone=row.variant) for row in rows], None)
-    picture = variants_picture(rows, title=f"{job.name}: Dice of each variant", source=source)
-    where.write_bytes("pictures/variants.png", picture.png)
-    where.write_bytes("pictures/variants.svg", picture.svg)
-    facts: dict[str, object] = {
-        "job": job.name,
-        "variants": job.variants,
-        "seed": job.finetune.seed if job.finetune else None,
-    }
-    if failed:
-        facts["failed"] = [one.to_json() for one in failed]
-    where.write_json("report.json", {"format": "p2r-ablation/1", **facts, "rows": [row.to_json() for row in rows]})
-    lines = [
-        f"# {for_markdown(job.name)}",
-        "",
-        f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws{label_of(rows)}.",
-        "",
-    ]
-    if failed:
-        lines += [f"> **Note.** {len(failed)} trial{'s' * (len(failed) > 1)} failed; the results are without.", ""]
-    lines += markdown_variants(rows)
-    lines += ["", "![Dice of each variant](pictures/variants.png)", ""]
-    lines += ["| variant | changes | report |", "| --- | --- | --- |"]
-    for name, changes in job.variants.items():
-        settings = ", ".join(for_markdown_code(f"{key}: {value}") for key, value in changes.items())
-        lines.append(f"| {for_markdown(name)} | {settings} | [report](../variants/{name}/report/report.md) |")
-    if failed:
-        lines += ["", "| failed trial | reason |", "| --- | --- |"]
-        lines += [f"| {for_markdown(one.trial)} | {for_markdown(one.reason)} |" for one in failed]
-    where.write_bytes("report.md", ("\n".join(lines) + "\n").encode())
-    return where.at("report.md")
 
 
 def _report_context(

@@ -8,44 +8,30 @@ by running it again.
 from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
-from p2r.config import IngestConfig, PretrainConfig
+from p2r.config import IngestConfig
 from p2r.data.corpus import check_selection, load_manifest, subjects_found, was_asked
 from p2r.data.manifest import describe_records
 from p2r.engine.checkpoint import newest_checkpoint
 from p2r.engine.pretrain import finished_checkpoint
 from p2r.engine.report import HISTORY
 from p2r.errors import DataError, JobError, OutOfTime
-from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.tasks import HELD_OUT, load_task
 from p2r.fewshot.checks import check_contrasts, check_data, check_subsets
-from p2r.fewshot.results import FailedTrial
-from p2r.fewshot.search import TrialRunner
 from p2r.fewshot.setup import preparation_for
-from p2r.fewshot.stored import read_report_rows
-from p2r.job import Job, variants_of
+from p2r.job import Job
 from p2r.logs import Say
+from p2r.pipeline.executor import Executor
 from p2r.pipeline.finetuning import finetune
 from p2r.pipeline.finished import digest_inputs, record_finished
 from p2r.pipeline.imported import check_initial_weights
 from p2r.pipeline.outputs import Outputs
 from p2r.pipeline.publishing import describe_network, preparation_of_backbone, publish_backbone
-from p2r.pipeline.reporting import write_variants
 from p2r.pipeline.tracking import tracked
-from p2r.report import corpus_report_is_current, variants_table, write_corpus_report
+from p2r.pipeline.variants import run_variants
+from p2r.report import corpus_report_is_current, write_corpus_report
 from p2r.stages import KINDS
 from p2r.storage import Storage
-
-
-class Executor(TrialRunner, Protocol):
-    """Runs the heavy parts of a job."""
-
-    def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
-        """Make a corpus at `storage`, with its manifest."""
-
-    def pretrain(self, config: PretrainConfig, *, storage: Storage, corpus: Storage, say: Say) -> bool:
-        """Train to the end, or as far as time allows; return whether the end was reached."""
 
 
 def run_job(job: Job, executor: Executor, *, say: Say) -> Outputs:
@@ -76,7 +62,7 @@ def _run_stages(job: Job, storage: Storage, executor: Executor, say: Say) -> Out
     if job.ingest is not None and ("ingest" in stages or "pretrain" in stages):  # a fork uses an existing corpus
         made = replace(made, corpus=_ingest(job, storage, executor, say))
     if "variants" in stages:
-        return _run_variants(job, made, executor, say)
+        return run_variants(job, made, executor, say)
     made = _train_and_score(job, made, executor, stages, say)
     record_finished(job, storage, made, inputs=inputs)
     return made
@@ -99,24 +85,6 @@ def _train_and_score(job: Job, made: Outputs, executor: Executor, stages: Sequen
             say(str(error))
             return replace(made, unfinished="finetune")
     return made
-
-
-def _run_variants(job: Job, made: Outputs, executor: Executor, say: Say) -> Outputs:
-    """Run every variant of an ablation in turn, and write a comparison of their results."""
-    storage = Storage(job.storage)
-    rows: list[TrialRow] = []
-    failed: list[FailedTrial] = []
-    for name, variant in variants_of(job).items():
-        where = Storage(variant.storage)
-        say(f"variant {name} | " + ", ".join(f"{key}: {value}" for key, value in job.variants[name].items()))
-        stages = ("finetune",) if variant.pretrain is None else KINDS[job.kind].sections
-        of_variant = _train_and_score(variant, Outputs(where.url), executor, stages, say)
-        if of_variant.unfinished is not None:
-            return replace(made, unfinished=f"variant {name}")
-        rows += [row.replaced(variant=name) for row in read_report_rows(where, "report/report.json")]
-        failed += [FailedTrial(trial=f"{name}: {one.trial}", reason=one.reason) for one in of_variant.failed]
-    report = write_variants(job, storage, rows, failed=failed)
-    return replace(made, report=report, table=variants_table(rows), failed=tuple(failed))
 
 
 def _check_tasks(job: Job, storage: Storage, say: Say) -> None:

@@ -183,7 +183,8 @@ def _sending(say: Say, workers: list[_Worker]) -> Say:
         say(line)
         fields = fields_of(line)
         step, dice = fields.get("step"), fields.get("validation_dice")
-        if "loss" in fields and isinstance(step, int) and fields.get("rank", 0) == 0:
+        is_whole_run = "variant" not in fields  # steps of several variants are not one curve
+        if "loss" in fields and isinstance(step, int) and fields.get("rank", 0) == 0 and is_whole_run:
             values = {name: fields[name] for name in METRICS if name in fields}
             for worker in workers:
                 worker.send_step(values, step)

@@ -1,7 +1,8 @@
 """Table and picture of an ablation's variants, side by side."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from textwrap import wrap
+from types import MappingProxyType
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
@@ -28,19 +29,25 @@ from p2r.report.text import for_markdown, for_picture, one_line
 _COLUMNS = ("variant", "task", "labelled patients", "mode", "Dice", "per class", "backbone")
 
 
-def variants_table(rows: Sequence[TrialRow]) -> Table:
-    """Return the variants' results as a table for the terminal; rows have a `variant`."""
+def variants_table(rows: Sequence[TrialRow], *, stopped: Mapping[str, str] = MappingProxyType({})) -> Table:
+    """Return the variants' results as a table for the terminal.
+
+    Args:
+        rows: Rows with a `variant`.
+        stopped: Variants without results because their pretraining was stopped, and where.
+    """
     result = Table(
         *_COLUMNS, title=f"Dice on {split_of(rows)} patients, mean ± standard deviation over draws{label_of(rows)}"
     )
-    for line in _lines(rows):
+    for line in _lines(rows, stopped):
         result.add_row(*(Text(one_line(cell)) for cell in line))
     return result
 
 
-def markdown_variants(rows: Sequence[TrialRow]) -> list[str]:
+def markdown_variants(rows: Sequence[TrialRow], *, stopped: Mapping[str, str] = MappingProxyType({})) -> list[str]:
     """Return the same table as lines of Markdown."""
-    lines = (_COLUMNS, ("---",) * len(_COLUMNS), *([for_markdown(cell) for cell in line] for line in _lines(rows)))
+    found = ([for_markdown(cell) for cell in line] for line in _lines(rows, stopped))
+    lines = (_COLUMNS, ("---",) * len(_COLUMNS), *found)
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
@@ -100,12 +107,14 @@ def _figure(rows: Sequence[TrialRow], title: str, source: str, width: float) -> 
     return sheet.figure
 
 
-def _lines(rows: Sequence[TrialRow]) -> Iterator[tuple[str, ...]]:
+def _lines(rows: Sequence[TrialRow], stopped: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
     for name in dict.fromkeys(row.variant or "" for row in rows):
         of_variant = [row for row in rows if (row.variant or "") == name]
         digests = {digest[:12] for digest in digests_of(of_variant)}
         for cell in aggregate(of_variant):
             yield _line(name, cell, ", ".join(sorted(digests)))
+    for name, state in stopped.items():
+        yield name, "", "", "", state, "", ""
 
 
 def _line(name: str, cell: Cell, digests: str) -> tuple[str, ...]:

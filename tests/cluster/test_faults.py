@@ -132,16 +132,16 @@ class TestWorldSizes:
         self, wanted: object, allowed: list[int]
     ) -> None:
         resources = Resources.model_validate({"num_workers": wanted})
-        assert _allowed_world_sizes(config(), resources, uses_gpu=False) == allowed
+        assert _allowed_world_sizes(config(), resources, gpus=0) == allowed
 
     def test_numbers_that_cannot_share_it_are_refused_with_those_that_can(self) -> None:
         for wanted in (5, [7, 11]):
             with pytest.raises(DataError, match=r"use 1, 2, 3, 4, 6, 12 ranks"):
-                _allowed_world_sizes(config(), Resources.model_validate({"num_workers": wanted}), uses_gpu=False)
+                _allowed_world_sizes(config(), Resources.model_validate({"num_workers": wanted}), gpus=0)
 
     def test_a_micro_batch_that_does_not_divide_any_share_is_refused(self) -> None:
         with pytest.raises(InputError, match=r"pretrain\.micro_batch must divide"):
-            _allowed_world_sizes(config(micro_batch=5), Resources(num_workers=4), uses_gpu=False)
+            _allowed_world_sizes(config(micro_batch=5), Resources(num_workers=4), gpus=0)
 
 
 class TestGpus:

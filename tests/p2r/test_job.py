@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from p2r.errors import JobError
-from p2r.job import JOB_VARIABLES, ignored_variables, json_schema, read_job
+from p2r.job import JOB_VARIABLES, ignored_variables, json_schema, read_job, variants_of
 
 GOOD = "kind: pretrain\nname: x\npretrain: {steps: 10, global_batch: 4}\n"
 
@@ -302,6 +302,28 @@ def test_storage_defaults_to_the_environment_then_to_the_home(tmp_path: Path, mo
     assert read_job(write(tmp_path, GOOD)).storage == "s3://bucket/runs/x"
     monkeypatch.delenv("P2R_STORAGE")
     assert read_job(write(tmp_path, GOOD)).storage == str(Path.home() / "p2r-runs/x")
+
+
+def test_relative_paths_of_weights_are_resolved_where_the_command_runs_since_workers_run_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    text = """
+kind: ablation
+name: x
+ingest: {sources: ["/a"], licence: MIT}
+pretrain: {steps: 2, global_batch: 4, init_from: checkpoint_final.pth}
+publish: {name: x}
+finetune: {tasks: [t.yaml], backbone: "runs/b@stable", score_on: validation}
+variants: {a: {pretrain.init_from: w/a.pth}, b: {pretrain.init_from: "s3://bucket/b", pretrain.steps: 3}}
+"""
+    job = read_job(write(tmp_path, text))
+    assert job.pretrain and job.pretrain.init_from == f"{here}/checkpoint_final.pth"
+    assert job.finetune and job.finetune.backbone == f"{here}/runs/b@stable"
+    found = {name: variant.pretrain.init_from for name, variant in variants_of(job).items() if variant.pretrain}
+    assert found == {"a": f"{here}/w/a.pth", "b": "s3://bucket/b"}
 
 
 def test_a_relative_storage_is_refused(tmp_path: Path) -> None:

@@ -193,6 +193,14 @@ def test_the_card_has_front_matter_that_the_hubs_client_reads(published: dict[st
     assert load_model(str(tmp_path / "folder"))[1].classes == {1: "DISC"}
 
 
+def test_the_card_of_a_backbone_shows_the_curves_of_its_training(published: dict[str, str], tmp_path: Path) -> None:
+    export(published["backbone"], to="huggingface", folder=tmp_path / "folder")
+    (picture,) = (tmp_path / "folder").glob("training-*.png")
+    card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
+    assert f"![Curves of pretraining, by step]({picture.name})" in card
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_licence_that_the_hub_does_not_know_is_other_with_its_name() -> None:
     assert _licence("LicenseRef-ICBM-152") == {
         "license": "other",

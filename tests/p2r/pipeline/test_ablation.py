@@ -11,6 +11,7 @@ import torch
 from p2r.errors import JobError
 from p2r.fewshot.protocol import Trial
 from p2r.fewshot.results import TrialResult, failed_result
+from p2r.fewshot.search import failure_message
 from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job, read_job, variants_of
 from p2r.logs import Say
@@ -85,8 +86,14 @@ def test_variants_are_run_and_put_side_by_side(ablation: Callable[..., Job]) -> 
     assert not [line for line in lines if "| step " in line], lines
 
 
-def test_variants_of_fine_tuning_share_a_published_backbone_and_pretrain_nothing(
-    ablation: Callable[..., Job], published: dict[str, str]
+class Together(LocalExecutor):
+    """Runs the trials of all variants as one pool, as Ray does."""
+
+    runs_variants_together = True
+
+
+def test_variants_of_fine_tuning_share_a_published_backbone_and_a_lost_one_is_named(
+    ablation: Callable[..., Job], published: dict[str, str], tmp_path: Path
 ) -> None:
     given = (f"finetune.backbone={published['backbone']}", "ingest=null", "pretrain=null", "publish=null")
     variants = "variants={short: {finetune.steps: 1}, long: {finetune.steps: 2}}"
@@ -95,6 +102,22 @@ def test_variants_of_fine_tuning_share_a_published_backbone_and_pretrain_nothing
     rows = Storage(job.storage).read_json("report/report.json")["rows"]
     assert [(row["variant"], row["settings"]["steps"]) for row in rows] == [("short", 1), ("long", 2)]
     assert len({row["backbone_sha256"] for row in rows}) == 1
+
+    lost = "lost: {finetune.backbone: file:///nowhere/backbones/lost/1}"
+    variants = f"{variants[:-1]}, {lost}}}"
+    job = ablation(variants, "finetune.num_labelled=[1]", *given, f"storage={tmp_path}/together")
+    lines: list[str] = []
+    made = run_job(job, Together(torch.device("cpu"), None), say=lines.append)
+    assert [one.trial for one in made.failed] == ["variant lost"]
+    assert "1 variant failed" in failure_message(made.failed) and "/nowhere/" in failure_message(made.failed)
+    assert any("long | disc | linear_probe | the only candidate" in line for line in lines), "the trials are one pool"
+    pooled = Storage(job.storage).read_json("report/report.json")["rows"]
+    for row in (*rows, *pooled):
+        row.pop("seconds")
+    assert pooled == rows, "the same table as one variant after another gives"
+    page = Storage(job.storage).read_bytes("report/report.md").decode()
+    assert "| lost | `finetune.backbone: file:///nowhere/backbones/lost/1` | none |" in page
+    assert "| variant lost | " in page and "1 variant failed; the results are without" in page
 
 
 @pytest.mark.parametrize(
