@@ -102,6 +102,7 @@ def field_at(path: list[str]) -> dict[str, Any] | None:
             found = [
                 one["additionalProperties"] for one in sections if isinstance(one.get("additionalProperties"), dict)
             ]
+            found += [{} for one in sections if one.get("additionalProperties") is True]  # of any kind
             patterns = [item for one in sections for item in one.get("patternProperties", {}).items()]
             found += [field for pattern, field in patterns if re.search(pattern, key)]
         if not found:

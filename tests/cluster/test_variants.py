@@ -135,15 +135,16 @@ def test_asha_stops_a_variant_behind_and_the_table_names_it_with_its_step(
         f"variants={{{first}, behind: {{pretrain.steps: 5000}}}}",
         "asha={reduction_factor: 2}",
     )
-    made, lines = _run(read_job(path, overrides))
+    job = read_job(path, overrides)
+    made, lines = _run(job)
     assert made.unfinished is None and not made.failed
-    report = json.loads((Path(made.storage) / "report/report.json").read_text())
+    report = json.loads((Path(job.storage) / "report/report.json").read_text())
     assert [row["variant"] for row in report["rows"]] == ["first"]
     state = report["stopped"]["behind"]
-    stored = json.loads((Path(made.storage) / "variants/behind/pretrain/stopped.json").read_text())
+    stored = json.loads((Path(job.storage) / "variants/behind/pretrain/stopped.json").read_text())
     assert state == f"stopped at step {stored['step']}, probe Dice {stored['probe_dice']:.3f}"
     assert 0 < stored["step"] < 5000
-    page = (Path(made.storage) / "report/report.md").read_text()
+    page = (Path(job.storage) / "report/report.md").read_text()
     assert f"| behind |  |  |  | {state} |" in page and "| behind | `pretrain.steps: 5000` | none |" in page
 
     again, lines = _run(read_job(path, overrides))
