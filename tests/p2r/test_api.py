@@ -75,6 +75,12 @@ def test_a_backbone_gives_features_without_a_graph(published: dict[str, str], to
     assert torch.equal(backbone.features(images), features)
 
 
+def test_a_backbone_of_volumes_prepares_volumes(published: dict[str, str], toy_data: Path) -> None:
+    backbone = p2r.load_backbone(published["backbone"])
+    backbone.preparation = backbone.preparation.model_copy(update={"dimensions": 3})
+    assert backbone.prepare(toy_data / "images/sub-07_T1w.nii.gz").images.shape == (1, 1, 32, 32, 32)
+
+
 def test_the_published_model_is_what_its_words_say(published: dict[str, str]) -> None:
     best, on_all = p2r.load_model(published["model"]), p2r.load_model(f"{published['storage']}/models/disc/all")
     trial = on_all.manifest["trial"]

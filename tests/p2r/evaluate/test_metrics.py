@@ -61,6 +61,12 @@ def test_equal_masks_score_one_and_no_distance() -> None:
     assert score(mask, mask)["RV"] == Score(1.0, 0.0, 1.0, "none")
 
 
+def test_one_figure_that_is_not_a_number_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2r.evaluate.metrics.compute_surface_dice", lambda *given, **named: torch.tensor([[math.nan]]))
+    with pytest.raises(ValueError, match=r"MONAI gave \[.*nan\]"):
+        score(row_of(1, 2), row_of(2, 3))
+
+
 @pytest.mark.parametrize(("axis", "spacing_mm"), [(0, 1.5), (1, 2.0), (2, 10.0)])
 def test_hd95_of_two_single_voxels_is_their_distance_in_mm(axis: int, spacing_mm: float) -> None:
     found = score(row_of(2, along=axis), row_of(5, along=axis), spacing_mm=(1.5, 2.0, 10.0))["RV"]
