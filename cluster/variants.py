@@ -3,10 +3,10 @@
     room / workers of a variant -> threads -> `cluster.pretrain.pretrain` (a worker group of Ray Train each) -> outcomes
     lines with online probes -> Ray Tune's ASHA -> request to stop -> checkpoint, <variant>/pretrain/stopped.json
 
-Why threads, and not trials of Ray Tune around Ray Train: restarts, preemption, SIGTERM and resumption of a variant are those of a
-single run, and a thread that waits costs nothing. Tune restores no scheduler: the rungs of ASHA are lost and steps count from 1
-again (ray#30838). Here both follow from what is stored: finished variants are recognised by their checkpoints, half ones resume
-from theirs, and the rungs are filled again from every `history.jsonl`.
+Variants run in threads, not in trials of Ray Tune around Ray Train. So restarts, preemption, SIGTERM and resumption work as for a
+single run, and a waiting thread is cheap. Tune does not restore a scheduler: it loses the rungs of ASHA, and steps count from 1
+again (ray#30838). Here both are derived from stored files. Checkpoints show which variants are finished; unfinished ones resume from
+theirs. Every `history.jsonl` fills the rungs again.
 """
 
 import threading
@@ -187,6 +187,9 @@ class _Stopped(BaseModel):
     probe_dice: float
     asha: AshaConfig
 
+    def state(self) -> StoppedVariant:
+        return StoppedVariant(step=self.step, probe_dice=self.probe_dice)
+
 
 class _Halving:
     """ASHA over variants, by Ray Tune's own rule. Its state follows from the histories, so a new driver continues it."""
@@ -238,7 +241,7 @@ class _Halving:
             return None
         found = _Stopped(step=checkpoint.step, probe_dice=self._behind[name], asha=self._asha)
         storage.write_json(_STOPPED, found.model_dump(mode="json"))
-        return StoppedVariant(step=found.step, probe_dice=found.probe_dice)
+        return found.state()
 
     def stopped_before(self, name: str) -> StoppedVariant | None:
         """Return the state of a variant that an earlier call stopped by the same rule."""
@@ -249,8 +252,7 @@ class _Halving:
             found = _Stopped.model_validate(storage.read_json(_STOPPED, max_bytes=2**16))
         except ValidationError:
             return None  # written by another version: the variant is compared again
-        is_same = found.asha == self._asha
-        return StoppedVariant(step=found.step, probe_dice=found.probe_dice) if is_same else None
+        return found.state() if found.asha == self._asha else None
 
     def _is_behind(self, name: str, step: int, dice: float) -> bool:
         with self._lock:
@@ -259,7 +261,7 @@ class _Halving:
 
 
 def _trial(name: str) -> SimpleNamespace:
-    """Return what Ray Tune's scheduler reads of a trial: its id."""
+    """Return the only part of a trial that Ray Tune's scheduler reads: its id."""
     return SimpleNamespace(trial_id=name)
 
 

@@ -154,12 +154,7 @@ def contrasts_read(task: TaskConfig, config: FinetuneConfig) -> tuple[str, ...] 
 
 def preparation_for(task: TaskConfig, config: FinetuneConfig, of_backbone: Preparation) -> Preparation:
     """Return the preparation of scans for a task's models: the backbone's, with the values of the task and the section."""
-    stated = {
-        "spacing_mm": config.spacing_mm,
-        "image_size": config.image_size,
-        "contrasts": contrasts_read(task, config),
-    }
     preparation = task.preparation(of_backbone.model_copy(update={"planes": config.planes}))
-    return preparation.model_copy(
-        update={name: value for name, value in stated.items() if value is not None or name == "contrasts"}
-    )
+    stated = {"spacing_mm": config.spacing_mm, "image_size": config.image_size}
+    given = {name: value for name, value in stated.items() if value is not None}
+    return preparation.model_copy(update={**given, "contrasts": contrasts_read(task, config)})
