@@ -19,7 +19,7 @@ from torch import Tensor
 from p2r.backbone import Backbone, load_model
 from p2r.data.preprocess import intensity_window, percentile_table, slice_axis, volume_to_planes
 from p2r.data.stream import stream
-from p2r.engine.corpora import corpora_of
+from p2r.engine.corpora import balance_of, corpora_of
 from p2r.errors import DataError, StorageError, error_text
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.rows import TrialRow
@@ -159,6 +159,7 @@ def _draw_view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
         seed=config.seed,
         global_batch=config.global_batch,
         contrasts=contrasts,
+        balance=balance_of(config, corpora),
         frames_apart=config.views.frames_apart,
     )
     try:
