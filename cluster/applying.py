@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cluster.dicom_output import ENDING, predict_series
 from cluster.outputs import ENDINGS, Result, Target, is_folder, is_many, list_targets, process_each
+from p2r.allocator import keep_freed_memory
 from p2r.console import show
 from p2r.data.volume import Volume, to_source_grid, write_nifti
 from p2r.data.zarr_output import ENDING as ZARR
@@ -65,6 +66,8 @@ def predict(
         return
     has_many = contrasts is None and is_many(paths, output)
     targets = _targets(paths, output, form, has_many=has_many)
+    if device == "cpu":
+        keep_freed_memory()
     from p2r.evaluate.models import ensemble, load_model  # after the cheap checks: torch takes seconds to import
 
     model = ensemble([load_model(url, device=device) for url in urls])
@@ -185,6 +188,8 @@ def embed(
     paths, contrasts = _parse_scans(scans)
     has_many = contrasts is None and is_many(paths, output)
     targets = _targets(paths, output, form, has_many=has_many)
+    if device == "cpu":
+        keep_freed_memory()
     from p2r.backbone import load_backbone
     from p2r.data.contrasts import scans_from
     from p2r.data.preprocess import reference_of

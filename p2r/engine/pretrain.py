@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from p2r.allocator import keep_freed_memory
 from p2r.config import PretrainConfig
 from p2r.device import is_waited_for
 from p2r.engine.build import full_weights, join_process_group, masters
@@ -76,6 +77,8 @@ def pretrain(
         TrainingError: Too many steps in a row were not finite, or the network has died.
     """
     began = time.monotonic()
+    if device.type == "cpu":
+        keep_freed_memory()
 
     def is_over() -> bool:
         return (max_seconds is not None and time.monotonic() - began > max_seconds) or (

@@ -12,6 +12,7 @@ from functools import partial
 
 from torch import nn
 
+from p2r.allocator import keep_freed_memory
 from p2r.data.preprocess import Frames, Planes
 from p2r.evaluate.inference import size_read
 from p2r.evaluate.prepared import prepared_images
@@ -74,6 +75,8 @@ def run_trial(
     """
     if (finished := setup.finished(trial)) is not None:
         return finished
+    if device == "cpu":
+        keep_freed_memory()
     earlier = setup.scored_on_validation(trial) if MODES[trial.mode].trains != "nothing" else None
     saved = SavedTraining(Storage(setup.storage), setup.state_path(trial), deadline=deadline)
     inputs = prepare_trial(setup, trial, device=device)
