@@ -45,8 +45,8 @@ class BalanceConfig(Section):
     """
 
     by: Literal["contrast", "scanner", "field_strength"]
-    """Property, as the corpus states it: contrast (`t1`), scanner (manufacturer and model), or field strength (`1.5 T`). `p2r inspect`
-    lists the values."""
+    """Property, as the corpus states it: contrast (`t1`), scanner (manufacturer and model), or field strength (`1.5 T`). The
+    corpus's `report/report.md` lists the values."""
     weights: Annotated[dict[str, NonNegativeFloat], Field(min_length=1, max_length=1024)] | None = None
     """Weight of each value in every batch, rounded to the lanes of the sample order; 0 leaves its records out. None: equal weights."""
 
