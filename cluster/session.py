@@ -28,6 +28,8 @@ from p2r.masking import is_secret_name, looks_secret
 from p2r.storage import Storage
 
 _FORWARDED_PREFIXES = ("AWS_", "AZURE_", "GOOGLE_", "P2R_", "NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_")
+_FORWARDED_NAMES = {"HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"}
+"""Variables of `huggingface_hub` that hold on every node; those of its folders belong to one machine."""
 _CONNECT_S = 2.0
 
 
@@ -108,7 +110,7 @@ def forwarded_settings() -> dict[str, str]:
 
 
 def forwarded_secrets() -> dict[str, str]:
-    """Return the secret variables that every worker needs: credentials for the storage."""
+    """Return the secret variables that every worker needs: credentials for the storage and the hub."""
     return {
         name: value
         for name, value in _forwarded_variables().items()
@@ -117,7 +119,11 @@ def forwarded_secrets() -> dict[str, str]:
 
 
 def _forwarded_variables() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED_PREFIXES)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_FORWARDED_PREFIXES) or name in _FORWARDED_NAMES
+    }
 
 
 def _is_secret(name: str, value: str) -> bool:

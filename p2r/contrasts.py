@@ -29,6 +29,13 @@ Contrasts = Annotated[tuple[Contrast, ...], Field(min_length=1, max_length=64), 
 """Names of the contrasts of an image, in the order of its channels."""
 
 
+def example_scan(contrasts: Sequence[str] | None) -> str:
+    """Return the scan of a line of example code, in Python: a path, or a path for each contrast by its name."""
+    if contrasts is None:
+        return '"scan.nii.gz"'
+    return "{" + ", ".join(f'"{name}": "{name}.nii.gz"' for name in contrasts) + "}"
+
+
 def find_present(images: "Tensor") -> "Tensor":
     """Return the contrasts (B, C) bool that each image of (B, C, *S) has: those whose channel is not zero everywhere."""
     found: Tensor = images.flatten(2).abs().amax(2) > 0

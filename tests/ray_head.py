@@ -23,6 +23,7 @@ MARKED = {
     "AWS_SESSION_TOKEN": f"{MARK}-session",
     "P2R_PSEUDONYM_KEY": f"{MARK} key of 'pseudonyms', long enough",
     "P2R_SOURCE": f"https://bucket.example/scan.nii?X-Amz-Signature={MARK}",
+    "HF_TOKEN": f"hf_{MARK}0123456789",
     "AWS_ENDPOINT_URL": f"http://user:{MARK}@127.0.0.1:9",
 }
 
@@ -53,7 +54,9 @@ def watched_commands() -> Iterator[set[bytes]]:
 def environment(**changes: str) -> dict[str, str]:
     """Return the variables of a shell that has no credentials, and these."""
     plain = {
-        name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_ADDRESS", "RAY_AUTH"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("AWS_", "HF_TOKEN", "RAY_ADDRESS", "RAY_AUTH"))
     }
     return {**plain, "PYTHONPATH": str(Path.cwd()), "RAY_AUTH_MODE": "disabled", **changes}
 

@@ -10,7 +10,7 @@ from p2r.config.ingest import IngestConfig, QualityConfig, SessionsConfig, Subje
 from p2r.config.loss import LossConfig, ReconstructionConfig
 from p2r.config.model import ModelConfig
 from p2r.config.other import OtherConfig
-from p2r.config.pretrain import CorpusShare, OptimizerConfig, PretrainConfig, ProbeConfig
+from p2r.config.pretrain import BalanceConfig, CorpusShare, OptimizerConfig, PretrainConfig, ProbeConfig
 from p2r.config.publish import PublishConfig
 from p2r.config.search import Candidates, Distribution, SearchConfig
 from p2r.config.section import Artefact, FilledIn, Fraction, Location, NumLabelled, Range, Section, Within
@@ -20,6 +20,7 @@ __all__ = [
     "PERCENTILES",
     "VIEWS",
     "Artefact",
+    "BalanceConfig",
     "Candidates",
     "CorpusShare",
     "Distribution",

@@ -34,6 +34,8 @@ class PretrainReport:
     """Time to the end at the current speed, s."""
     negatives: str
     """Description of the negatives."""
+    images_by_value: dict[str, int] | None = None
+    """With `pretrain.balance`: images consumed by all ranks since the run began, for each contrast, scanner or field strength."""
     num_images_without_pairs: int = 0
     """Images of all ranks since the previous report of which no pixel could be paired; they do not contribute to the loss."""
     skipped_steps: int = 0

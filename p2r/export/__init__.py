@@ -81,7 +81,7 @@ def export_source(source: "Source", *, to: ExportName, folder: Path) -> list[str
         num_contrasts=model.in_channels,
     )
     if reason is not None:
-        raise InputError(f"{source.name} cannot become a {found.title}: {reason}")
+        raise InputError(f"{source.name} cannot be exported as {found.title}: {reason}")
     write: Callable[[Source, Path], Written] = _import(found).write
     lines: list[str] = []
 

@@ -227,28 +227,42 @@ class FeatureInferer(Inferer):  # type: ignore[misc]  # MONAI has no types
 
 
 class Labelsd(MapTransform):  # type: ignore[misc]  # MONAI has no types
-    """Probabilities (T * K, X, Y, Z) -> labels (T, X, Y, Z), the most probable class of each voxel.
+    """Probabilities (T * K, X, Y, Z) -> labels (T, X, Y, Z), the most probable class of each voxel; or the probabilities, normalised.
 
     Args:
         keys: Keys of the probabilities.
         num_classes: K, background included.
         largest_component: Keep only the largest connected component of each class.
+        probabilities: Return the probabilities (T * K, X, Y, Z); they sum to 1 in every voxel.
         allow_missing_keys: Ignore absent keys.
     """
 
     def __init__(
-        self, keys: Any, num_classes: int, largest_component: bool = False, allow_missing_keys: bool = False
+        self,
+        keys: Any,
+        num_classes: int,
+        largest_component: bool = False,
+        probabilities: bool = False,
+        allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.num_classes = num_classes
         self.largest_component = largest_component
+        self.probabilities = probabilities
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` with labels in place of probabilities."""
+        """Return `data` with labels, or normalised probabilities."""
         made = dict(data)
         for key in self.key_iterator(made):
             maps = torch.as_tensor(made[key])
-            labels = maps.reshape(-1, self.num_classes, *maps.shape[1:]).argmax(dim=1).to(torch.uint8)
+            by_frame = maps.reshape(-1, self.num_classes, *maps.shape[1:])
+            if self.probabilities:
+                total = by_frame.sum(1, keepdim=True)
+                whole = by_frame / total.clamp_min(torch.finfo(maps.dtype).tiny)
+                whole[:, :1] += total == 0  # background where the network did not read
+                made[key] = MetaTensor(whole.flatten(0, 1))
+                continue
+            labels = by_frame.argmax(dim=1).to(torch.uint8)
             if self.largest_component:
                 for frame in labels.cpu().numpy():
                     _keep_largest(frame, self.num_classes)

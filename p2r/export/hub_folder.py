@@ -19,6 +19,7 @@ import yaml
 from p2r.artefact import MANIFEST, Artefact, ModelManifest, Provenance, open_artefact
 from p2r.artefact_manifest import FileEntry
 from p2r.backbone import verify_artefact
+from p2r.contrasts import example_scan
 from p2r.errors import InputError
 from p2r.export.source import Source, Written
 from p2r.plain_yaml import read_yaml
@@ -43,10 +44,16 @@ LICENCES = frozenset(
 )
 """Licences that the hub knows, by its own names: SPDX in lower case. Others are `other`, with their name beside it."""
 _PATHS = {"config": "config.json", "weights": "model.safetensors"}
+_CODE = re.compile(r"^(?: {4}[^\n]*\n)+\n?", re.MULTILINE)
 
 
-def write(source: Source, folder: Path) -> Written:
+def write(source: Source, folder: Path, *, address: str = "hf://ORG/NAME") -> Written:
     """Write the folder.
+
+    Args:
+        source: The backbone or model.
+        folder: Empty folder.
+        address: Address on the hub, for the card.
 
     Raises:
         StorageError: A published file is absent or damaged.
@@ -56,7 +63,7 @@ def write(source: Source, folder: Path) -> Written:
     for role, entry in artefact.manifest.files.entries().items():
         if role in _PATHS and not (folder / _PATHS[role]).exists():
             _link(folder / entry.name, folder / _PATHS[role])
-    card = write_card(source, picture=artefact.manifest.files.picture)
+    card = write_card(source, address=address, picture=artefact.manifest.files.picture)
     (folder / "README.md").write_text(card, encoding="utf-8")
     copied = open_artefact(Reference(str(folder), artefact.sha256))
     verify_artefact(copied)
@@ -87,26 +94,33 @@ def copy_artefact(artefact: Artefact, folder: Path) -> None:
     (folder / MANIFEST).write_bytes(artefact.content)
 
 
-def write_card(source: Source, *, picture: FileEntry | None = None) -> str:
-    """Return the card: front matter, the published card, the picture of the training if there is one, and how to load the weights."""
+def write_card(source: Source, *, address: str, picture: FileEntry | None = None) -> str:
+    """Return the card: front matter, the published card, the picture of the training if there is one, and how to load the weights.
+
+    The published card's lines of code name its storage, which a reader of the hub cannot open: lines with the address replace them.
+    """
     curves = f"## Training\n\n![Curves of pretraining, by step]({picture.name})\n\n" if picture is not None else ""
     matter = yaml.safe_dump(_matter(source), sort_keys=False, allow_unicode=True, width=10_000)
-    loaded = "model" if source.is_model else "backbone"
+    published = _CODE.sub("", f"{source.card.strip()}\n")
+    contrasts = source.preparation.contrasts
+    scans = " ".join(f"{name}={name}.nii.gz" for name in contrasts or ()) or "scan.nii.gz"
+    command = f"\np2r predict {address} {scans} -o segmentation.nii.gz" if source.is_model else ""
     use = "model.predict" if source.is_model else "backbone.features"
     return f"""---
 {matter}---
 
-{source.card.strip()}
-
+{published}
 {curves}## Use
 
-    pip install 'p2r[hub]'
+```sh
+pip install 'p2r[hub]'{command}
+```
 
 ```python
 import p2r
 
-{loaded} = p2r.load_{loaded}("hf://ORG/NAME@REVISION")  # this repository, and a commit of its page
-{use}("scan.nii.gz")
+{source.noun} = p2r.load_{source.noun}("{address}")  # add @ and a commit of this page to keep this version
+{use}({example_scan(contrasts)})
 ```
 
 Pin: `sha256:{source.manifest.sha256}`, the digest of `manifest.json`, which names every file. {source.model.name},

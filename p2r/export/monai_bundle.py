@@ -235,6 +235,7 @@ def _inference(source: Source, *, scripts: str) -> dict[str, object]:
         "bundle_root": ".",
         "dataset_dir": "scans",
         "output_dir": "results",
+        **({"probabilities": False} if source.is_model else {}),
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
         "network_def": definition(source, scripts=scripts),
         "network": "$@network_def.to(@device)",
@@ -285,10 +286,10 @@ def _postprocessing(source: Source, grid: dict[str, object], *, scripts: str) ->
         "_target_": "SaveImaged",
         "keys": "pred",
         "output_dir": "@output_dir",
-        "output_postfix": "segmentation" if source.is_model else "features",
+        "output_postfix": "$'probabilities' if @probabilities else 'segmentation'" if source.is_model else "features",
         "separate_folder": False,
         "resample": False,
-        "output_dtype": "$numpy.uint8" if source.is_model else "$numpy.float32",
+        "output_dtype": "$numpy.float32 if @probabilities else numpy.uint8" if source.is_model else "$numpy.float32",
     }
     if not source.is_model:
         return [{"_target_": f"{scripts}.FeatureGridd", "keys": "pred", "image": "image", **grid}, save]
@@ -297,6 +298,7 @@ def _postprocessing(source: Source, grid: dict[str, object], *, scripts: str) ->
         "keys": "pred",
         "num_classes": source.num_outputs,
         "largest_component": source.config.largest_component,
+        "probabilities": "@probabilities",
     }
     invert = {
         "_target_": "Invertd",

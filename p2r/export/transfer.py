@@ -41,7 +41,7 @@ def push(reference: str, target: str, *, is_private: bool = False, tag: str | No
     with tempfile.TemporaryDirectory(prefix="p2r-push-") as name:
         folder = Path(name, "files")
         folder.mkdir()
-        write(source, folder)
+        write(source, folder, address=str(url))
         with hub_errors(url, "push to"):
             api = client.HfApi(library_name="p2r")
             api.create_repo(url.repository, private=is_private or None, exist_ok=True)

@@ -28,6 +28,9 @@ The corpora of its backbone are unknown and may include validation or test patie
 _PAPER_COMPAT_CARD = """
 It was trained and scored on scans cropped by their labels (paper_compat): it is only for comparison with a paper."""
 
+_MAX_NAMES = 10
+"""Labelled patients whose names the card lists."""
+
 
 def choose_model(config: FinetuneConfig, results: Sequence[TrialResult]) -> TrialResult:
     """Return the result of the model to publish: the best validation Dice among the modes of `published_mode`."""
@@ -140,7 +143,8 @@ def _card_template(
 ) -> str:
     """Return the card of a model in Markdown, with `%s` in place of the version."""
     trial, row = best.trial, best.reported()
-    names, number = ", ".join(map(for_markdown, trial.subjects)), trial.num_labelled
+    number = trial.num_labelled
+    names = ", ".join(map(for_markdown, trial.subjects)) if number <= _MAX_NAMES else "named in manifest.json"
     patients = f"{number} labelled patient{'s' * (number > 1)} ({names})"
     classes = ", ".join(f"{value} {for_markdown(name)}" for value, name in task.config.classes.items())
     seen = _UNKNOWN_CARD if row.corpora == "unknown" else _TRANSDUCTIVE_CARD

@@ -9,7 +9,8 @@ from torch import Tensor
 from p2r.artefact import MANIFEST, MAX_MANIFEST_BYTES, CorpusFacts, Manifest, Published
 from p2r.artefact_manifest import Lineage, Parent, Role
 from p2r.backbone import BACKBONE_FORMAT, ArtefactConfig, publish
-from p2r.config import ImageConfig, PretrainConfig, PublishConfig
+from p2r.config import ImageConfig, ModelConfig, PretrainConfig, PublishConfig
+from p2r.contrasts import example_scan
 from p2r.data.manifest import describe_records
 from p2r.data.preprocess import Preparation, SliceAxis
 from p2r.data.stream import Corpus
@@ -212,6 +213,12 @@ def _choose_licence(config: PublishConfig, of_corpora: Sequence[str]) -> str:
     return config.licence
 
 
+def _describe_contrasts(model: ModelConfig) -> str:
+    if model.contrasts is None:
+        return "one contrast" if model.in_channels == 1 else f"{model.in_channels} contrasts"
+    return f"contrasts {', '.join(model.contrasts)}, of which some may be missing"
+
+
 def _write_card(
     job: Job, config: PublishConfig, corpora: Sequence[Corpus], url: str, licence: str, *, step: int
 ) -> str:
@@ -224,8 +231,8 @@ def _write_card(
         "method": f"{loss.name} over {loss.pixel_pairs_per_image * batch} pixel pairs a step, {step} steps of {batch} images",
         "negatives": job.pretrain.negatives,
         "network": describe_network(job.pretrain),
-        "input": f"one contrast, {' x '.join([str(image.size)] * image.dimensions)} {pixel}s of {image.spacing_mm:g} mm; intensities "
-        "as in config.json",
+        "input": f"{_describe_contrasts(model)}, {' x '.join([str(image.size)] * image.dimensions)} {pixel}s of {image.spacing_mm:g} mm; "
+        "intensities as in config.json",
         **{
             f"corpus{f' {number}' if len(corpora) > 1 else ''}": f"{corpus.manifest.facts.num_subjects} subjects, "
             f"{describe_records(corpus.manifest.facts)}, {corpus.manifest.facts.num_samples} planes; sha256 {corpus.manifest.sha256}"
@@ -243,9 +250,9 @@ labels by p2r.
 
     import p2r
     backbone = p2r.load_backbone({json.dumps(url)})
-    features = backbone(backbone.prepare("scan.nii.gz").images)
+    features = backbone.features({example_scan(model.contrasts)})
 
-| | |
+| property | value |
 |---|---|
 {rows}
 

@@ -28,6 +28,13 @@ class Target(NamedTuple):
     """Storage of the job."""
     run: str | None
     """Identifier of the run to continue; None: a new one."""
+    variant: str | None = None
+    """Variant of an ablation, which has a run of its own; None: the whole job."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.variant or self.job
 
 
 class Tracker(Protocol):
@@ -53,12 +60,13 @@ class Tracker(Protocol):
 
 
 class _TensorBoard:
-    """Event files in `<storage>/tensorboard`; for a bucket they are written locally and uploaded at the end of a call."""
+    """Event files in `<storage>/tensorboard`, or `<storage>/tensorboard/<variant>`; for a bucket they are written locally and uploaded at
+    the end of a call."""
 
     def __init__(self, target: Target) -> None:
         from tensorboardX import SummaryWriter
 
-        self.run = "tensorboard"
+        self.run = "tensorboard" if target.variant is None else f"tensorboard/{target.variant}"
         self._storage = target.storage
         self._folder = None if target.storage.is_local else tempfile.TemporaryDirectory(prefix="p2r-tensorboard-")
         where = self._folder.name if self._folder else target.storage.at(self.run).removeprefix("file://")
@@ -106,7 +114,7 @@ class _MLflow:
         if target.run is None:
             experiment = self._client.get_experiment_by_name(target.job)
             number = experiment.experiment_id if experiment else self._client.create_experiment(target.job)
-            self.run = str(self._client.create_run(number, run_name=target.job).info.run_id)
+            self.run = str(self._client.create_run(number, run_name=target.name).info.run_id)
         else:
             self.run = target.run
             self._client.update_run(self.run, status="RUNNING")
@@ -144,9 +152,11 @@ class _WandB:
         folder = tempfile.gettempdir() if not target.storage.is_local else target.storage.url.removeprefix("file://")
         self._run = wandb.init(
             project=target.job,
-            name=target.job,
+            name=target.name,
+            group=target.job if target.variant else None,
             id=target.run,
             resume="allow",
+            reinit="create_new",  # the runs of an ablation's variants are open at the same time
             dir=folder,
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=30),
         )

@@ -4,13 +4,14 @@
 
 A tracker cannot delay or stop a job: its queue is bounded, it runs in a thread of its own, and its first error switches it off with
 one warning. `<storage>/trackers.json` holds the identifier of each run and the last step sent. The next call of the job continues
-this run, and first sends the rows of `history.jsonl` that the tracker lacks.
+this run, and first sends the rows of `history.jsonl` that the tracker lacks. Each pretrained variant of an ablation has a run of its own.
 """
 
 import logging
 import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeGuard
@@ -22,7 +23,7 @@ from p2r.engine.report import HISTORY
 from p2r.errors import P2RError, error_text
 from p2r.evaluate.rows import TrialRow
 from p2r.fewshot.stored import read_report_rows
-from p2r.job import Job
+from p2r.job import Job, variants_of
 from p2r.logs import Say, fields_of
 from p2r.pipeline.lines import METRICS
 from p2r.pipeline.trackers import TRACKERS, Target, Tracker, check_packages, flat_parameters
@@ -48,14 +49,15 @@ _STATES = TypeAdapter(dict[str, _Sent])
 
 
 class _Worker:
-    """A tracker and its thread."""
+    """A run in a tracker, and its thread."""
 
     def __init__(self, name: str, target: Target, *, last_step: int) -> None:
-        self.name, self.run, self.step, self.sent = name, target.run, last_step, last_step
+        self.key = _key(name, target.variant)
+        self.run, self.step, self.sent = target.run, last_step, last_step
         self._open, self._target = TRACKERS[name][1], target
         self._waiting: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(_MAX_WAITING)
         self._is_off = threading.Event()
-        self._thread = threading.Thread(target=self._work, name=f"p2r-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"p2r-{self.key}", daemon=True)
         self._thread.start()
 
     def send(self, task: Callable[[Tracker], None]) -> None:
@@ -80,14 +82,17 @@ class _Worker:
 
         self.send(send)
 
-    def close(self, *, is_done: bool) -> None:
-        """End the run; give up after a minute."""
+    def end(self, *, is_done: bool) -> None:
+        """Queue the end of the run."""
         self.send(lambda tracker: tracker.close(is_done=is_done))
         try:
             self._waiting.put_nowait(None)
         except queue.Full:
             self._is_off.set()
-        self._thread.join(_CLOSE_S)
+
+    def join(self, *, timeout_s: float) -> None:
+        """Wait for the end of the run, and give up after this time."""
+        self._thread.join(max(0.0, timeout_s))
         if self._thread.is_alive():
             self._switch_off(f"did not finish within {_CLOSE_S:.0f} s")
 
@@ -105,7 +110,7 @@ class _Worker:
     def _switch_off(self, reason: str) -> None:
         if not self._is_off.is_set():
             self._is_off.set()
-            _LOG.warning("tracker %s is off for the rest of this run: %s", self.name, reason)
+            _LOG.warning("tracker %s is off for the rest of this run: %s", self.key, reason)
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -124,30 +129,55 @@ def tracked(job: Job, storage: Storage, say: Say) -> Iterator[Say]:
         return
     check_packages(job.trackers)
     before = _read_state(storage)
-    workers = [
-        _Worker(
-            name,
-            Target(job.name, storage, before[name].run if name in before else None),
-            last_step=before[name].step if name in before else 0,
-        )
-        for name in job.trackers
-    ]
-    parameters = flat_parameters(job.model_dump(mode="json", include=_SECTIONS, exclude=_PRIVATE))
-    for worker in workers:
-        worker.send(lambda tracker: tracker.parameters(parameters))
-    _send_history(workers, storage)
+    runs: dict[str | None, Job] = {None: job}
+    runs |= {name: one for name, one in variants_of(job).items() if one.pretrain is not None}
+    workers = {variant: _open_workers(job, storage, variant, before) for variant in runs}
+    for variant, one in runs.items():
+        _send_settings(workers[variant], one)
+        _send_history(workers[variant], Storage(one.storage))
     is_done = False
     try:
         yield _sending(say, workers)
         is_done = True
-        with _warned("the report is not sent to trackers"):
-            _send_report(workers, storage)
+        for variant, one in runs.items():
+            with _warned("the report is not sent to trackers"):
+                _send_report(workers[variant], Storage(one.storage))
     finally:
-        for worker in workers:
-            worker.close(is_done=is_done)
-        found = before | {one.name: _Sent(run=one.run, step=one.sent) for one in workers if one.run is not None}
+        everything = [worker for group in workers.values() for worker in group]
+        _close(everything, is_done=is_done)
+        found = before | {one.key: _Sent(run=one.run, step=one.sent) for one in everything if one.run is not None}
         with _warned("the next call begins new runs in its trackers"):
-            storage.write_json(_STATE, {name: sent.model_dump() for name, sent in found.items()})
+            storage.write_json(_STATE, {key: sent.model_dump() for key, sent in found.items()})
+
+
+def _key(name: str, variant: str | None) -> str:
+    """Return the name of a tracker's run in `trackers.json` and in warnings."""
+    return name if variant is None else f"{name}/{variant}"
+
+
+def _open_workers(job: Job, storage: Storage, variant: str | None, before: Mapping[str, _Sent]) -> list[_Worker]:
+    """Open a run in every tracker, or continue the run of an earlier call."""
+    found = []
+    for name in job.trackers:
+        sent = before.get(_key(name, variant))
+        target = Target(job.name, storage, None if sent is None else sent.run, variant)
+        found.append(_Worker(name, target, last_step=0 if sent is None else sent.step))
+    return found
+
+
+def _close(workers: list[_Worker], *, is_done: bool) -> None:
+    """End all runs at once; give up after a minute."""
+    deadline = time.monotonic() + _CLOSE_S
+    for worker in workers:
+        worker.end(is_done=is_done)
+    for worker in workers:
+        worker.join(timeout_s=deadline - time.monotonic())
+
+
+def _send_settings(workers: list[_Worker], job: Job) -> None:
+    parameters = flat_parameters(job.model_dump(mode="json", include=_SECTIONS, exclude=_PRIVATE))
+    for worker in workers:
+        worker.send(lambda tracker: tracker.parameters(parameters))
 
 
 @contextmanager
@@ -175,23 +205,22 @@ def _read_state(storage: Storage) -> dict[str, _Sent]:
     return {}
 
 
-def _sending(say: Say, workers: list[_Worker]) -> Say:
+def _sending(say: Say, workers: Mapping[str | None, list[_Worker]]) -> Say:
     trials = 0
 
     def send(line: str) -> None:
         nonlocal trials
         say(line)
         fields = fields_of(line)
-        step, dice = fields.get("step"), fields.get("validation_dice")
-        is_whole_run = "variant" not in fields  # steps of several variants are not one curve
-        if "loss" in fields and isinstance(step, int) and fields.get("rank", 0) == 0 and is_whole_run:
+        step, dice, variant = fields.get("step"), fields.get("validation_dice"), fields.get("variant")
+        if "loss" in fields and isinstance(step, int) and fields.get("rank", 0) == 0:
             values = {name: fields[name] for name in METRICS if name in fields}
-            for worker in workers:
+            for worker in workers.get(variant if isinstance(variant, str) else None, ()):
                 worker.send_step(values, step)
         elif "trial" in fields and _is_number(dice):
             trials += 1
             found, number = {"finetune/validation_dice": float(dice)}, trials
-            for worker in workers:
+            for worker in workers[None]:  # the trials of all variants are one pool
                 worker.send(lambda tracker: tracker.metrics(found, step=number))
 
     return send

@@ -65,7 +65,9 @@ def count_step(config: PretrainConfig, *, world_size: int, device: str) -> Count
         embeddings=(3 if in_two_passes else 1) * towers,
         batch=batch,
     )
-    saved = max(network.saved_bytes, loss.saved_bytes) if in_two_passes else network.saved_bytes + loss.saved_bytes
+    # In the second pass autograd also keeps the gradients of all embeddings.
+    of_second = network.saved_bytes + towers
+    saved = max(of_second, loss.saved_bytes) if in_two_passes else network.saved_bytes + loss.saved_bytes
     return Counted(network.num_weights, saved, (backward, in_loss, update))
 
 

@@ -9,10 +9,19 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.session import forwarded_secrets, forwarded_settings, session
+from cluster.session import (
+    Credentials,
+    _session_credentials,
+    _share_secrets,
+    credentials,
+    forwarded_secrets,
+    forwarded_settings,
+    session,
+)
 from p2r.errors import masked_errors
 from p2r.masking import is_secret_name
 from p2r.storage import Storage
+from tests.fake_hub import TOKEN, Repository, fake_hub
 from tests.ray_head import MARK, MARKED, environment, head, jobs_of, leaks, p2r, watched_commands
 
 pytestmark = pytest.mark.ray
@@ -95,6 +104,36 @@ def test_ray_s_logs_hold_no_secret_of_an_error(ray_cluster: None) -> None:
     assert leaks(session / "logs") == []
 
 
+def test_a_worker_reads_a_private_repository_of_a_hub_with_the_driver_s_token(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install 'p2r[hub]'")
+    commit, url = "a" * 40, "hf://org/private"
+    with fake_hub() as hub:
+        hub.repositories["org/private"] = Repository(
+            is_private=True, commits={commit: {"manifest.json": b'{"name": "private"}'}}, names={"main": commit}
+        )
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        # As `session` does at the address of a cluster, whose nodes have no token.
+        settings = {**forwarded_settings(), "HF_HUB_CACHE": str(tmp_path / "hub")}
+        read = ray.remote(num_cpus=0)(reads).options(runtime_env={"env_vars": settings})
+        _share_secrets(forwarded_secrets())
+        try:
+            with pytest.raises(ray.exceptions.RayTaskError, match="is private and the token is missing"):
+                ray.get(read.remote(Credentials(), url))
+            assert ray.get(read.remote(credentials(), url)) == "private"
+        finally:
+            _session_credentials.clear()
+    session_folder = Path(ray._private.worker._global_node.get_session_dir_path())
+    assert [*leaks(session_folder / "logs", TOKEN), *leaks(tmp_path, TOKEN)] == []
+
+
+def reads(given: Credentials, url: str) -> str:
+    given.take()
+    return str(Storage(url).read_json("manifest.json")["name"])
+
+
 def fails() -> None:
     with masked_errors():
         try:
@@ -104,13 +143,15 @@ def fails() -> None:
 
 
 def test_what_is_secret_and_what_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(("AWS_", "P2R_"))]:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "HF_", "P2R_"))]:
         monkeypatch.delenv(name)
     settings = {"P2R_STORAGE": "s3://bucket/runs", "AWS_DEFAULT_REGION": "eu-central-1", "AWS_ROLE_ARN": "arn:x"}
+    settings["HF_ENDPOINT"] = "https://hub.example"
+    monkeypatch.setenv("HF_HOME", "/a/folder/of/this/machine")
     for name, value in {**MARKED, **settings}.items():
         monkeypatch.setenv(name, value)
     found: dict[str, Any] = forwarded_settings()
-    assert {name: value for name, value in found.items() if name.startswith(("AWS_", "P2R_"))} == {
+    assert {name: value for name, value in found.items() if name.startswith(("AWS_", "HF_", "P2R_"))} == {
         **settings,
         "AWS_EC2_METADATA_DISABLED": "true",
     }

@@ -185,6 +185,8 @@ def test_the_card_has_front_matter_that_the_hubs_client_reads(published: dict[st
     assert any("huggingface_hub reads" in line for line in lines)
     data = huggingface_hub.ModelCard.load(tmp_path / "folder" / "README.md").data
     assert data.license == "cc0-1.0"
+    card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
+    assert "\np2r predict hf://ORG/NAME scan.nii.gz -o" in card and published["storage"] not in card
     assert data.library_name == "p2r"
     assert data.pipeline_tag == "image-segmentation"
     (result,) = data.eval_results
@@ -199,6 +201,7 @@ def test_the_card_of_a_backbone_shows_the_curves_of_its_training(published: dict
     card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
     assert f"![Curves of pretraining, by step]({picture.name})" in card
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert card.count('load_backbone("hf://ORG/NAME")') == 1 and published["storage"] not in card
 
 
 def test_a_licence_that_the_hub_does_not_know_is_other_with_its_name() -> None:

@@ -13,6 +13,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from p2r.backbone import load_backbone, load_model
+from p2r.data.volume import read_volume, to_source_grid
 from p2r.errors import InputError
 from p2r.evaluate.models import load_model as load_predictor
 from p2r.export import export
@@ -134,11 +135,14 @@ def test_a_bundle_segments_real_files_like_p2r_predict_without_p2r(
     for scan in sorted((toy_data / "images").glob("*.nii.gz"))[:3]:
         (scans / scan.name).write_bytes(scan.read_bytes())
     export(published["model"], to="monai", folder=bundle)
-    code = (
-        "import sys; sys.modules['p2r'] = None; sys.argv = ['monai.bundle', 'run', '--config_file', 'configs/inference.json',"
-        f" '--dataset_dir', {str(scans)!r}, '--output_dir', {str(tmp_path / 'results')!r}];"
-        "import runpy; runpy.run_module('monai.bundle', run_name='__main__')"
-    )
+    code = f"""
+import runpy, sys
+sys.modules["p2r"] = None
+command = ["monai.bundle", "run", "--config_file", "configs/inference.json"]
+for more in ([], ["--probabilities", "True"]):
+    sys.argv = [*command, "--dataset_dir", {str(scans)!r}, "--output_dir", {str(tmp_path / "results")!r}, *more]
+    runpy.run_module("monai.bundle", run_name="__main__")
+"""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=bundle, capture_output=True, text=True, timeout=300
     )
@@ -150,6 +154,10 @@ def test_a_bundle_segments_real_files_like_p2r_predict_without_p2r(
         found: Any = nibabel.load(tmp_path / "results" / scan.name.replace(".nii", "_segmentation.nii"))
         np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(wanted.dataobj))
         np.testing.assert_allclose(found.affine, wanted.affine, atol=1e-5)
+        maps: Any = nibabel.load(tmp_path / "results" / scan.name.replace(".nii", "_probabilities.nii"))
+        volume = read_volume(scan)
+        expected = to_source_grid(model.probabilities(volume)[..., 0, :], volume)
+        np.testing.assert_allclose(np.asarray(maps.dataobj), expected, atol=1e-5)
         labelled += int(np.asarray(wanted.dataobj).any())
     assert labelled >= 2
 

@@ -1,4 +1,7 @@
 import json
+import re
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +10,9 @@ import pytest
 import torch
 
 from p2r.backbone import load_backbone, load_model
+from p2r.data.volume import read_volume
 from p2r.errors import InputError
+from p2r.evaluate.models import load_model as load_predictor
 from p2r.export import export
 
 onnxruntime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'p2r[onnx]'")
@@ -20,7 +25,14 @@ Publish = Callable[..., str]
     [("unet", 2, "model", {"level": 1}), ("dynunet", 3, "backbone", {})],
 )
 def test_an_onnx_file_gives_the_outputs_of_p2r_for_any_batch_and_size(
-    publish_toy: Publish, tmp_path: Path, name: str, dimensions: int, kind: str, settings: dict[str, Any]
+    publish_toy: Publish,
+    toy_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    dimensions: int,
+    kind: str,
+    settings: dict[str, Any],
 ) -> None:
     url = publish_toy(name, dimensions=dimensions, kind=kind, **settings)
     export(url, to="onnx", folder=tmp_path / "onnx")
@@ -35,6 +47,25 @@ def test_an_onnx_file_gives_the_outputs_of_p2r_for_any_batch_and_size(
             torch.testing.assert_close(torch.from_numpy(found), own(image), rtol=1e-4, atol=1e-4)
     assert facts["preparation"]["spacing_mm"] == 2.0
     assert len(facts["output"]["channels"]) == found.shape[1]
+    if kind == "model":
+        _check_guide(url, next((toy_data / "images").glob("*.nii.gz")), tmp_path / "onnx", monkeypatch)
+
+
+def _check_guide(url: str, scan: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the guide's code on a whole scan in the exported folder, and compare its probabilities with p2r."""
+    guide = (Path(__file__).parents[3] / "docs/how-to/export.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", guide.partition("## ONNX")[2].partition("\n## ")[0], re.DOTALL)
+    shutil.copyfile(scan, folder / "scan.nii.gz")
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "pixels", raising=False)
+    values: dict[str, Any] = {}
+    exec(code, values)
+    monkeypatch.delitem(sys.modules, "pixels")
+    wanted = load_predictor(url).probabilities(read_volume(scan))[..., 0, :]
+    torch.testing.assert_close(
+        torch.as_tensor(values["maps"][0]).movedim(0, -1), torch.from_numpy(wanted), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_without_its_package_the_extra_is_named(

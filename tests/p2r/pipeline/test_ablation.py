@@ -53,7 +53,7 @@ class OneFails(LocalExecutor):
 
 
 def test_variants_are_run_and_put_side_by_side(ablation: Callable[..., Job]) -> None:
-    job = ablation(VARIANTS, "finetune.steps=4")
+    job = ablation(VARIANTS, "finetune.steps=4", "trackers=[tensorboard]")
     lines: list[str] = []
     made = run_job(job, OneFails(torch.device("cpu"), None), say=lines.append)
     storage = Storage(job.storage)
@@ -75,6 +75,8 @@ def test_variants_are_run_and_put_side_by_side(ablation: Callable[..., Job]) -> 
     for fact in ("variant", "task disc", "leak_free, validation patients", "n = 1, 3", "1 draw", "seed 0", *of_rows):
         assert fact in picture, fact
     assert made.report == storage.at("report/report.md") and made.failed
+    curves = {path.rpartition("/")[0] for path in storage.list() if b"pretrain/loss" in storage.read_bytes(path)}
+    assert curves == {"tensorboard/few", "tensorboard/many"}
     trials = [storage.read_json(path) for path in storage.list() if "/trials/" in path and path.endswith(".json")]
     assert trials
     assert "sub-07" not in json.dumps(trials) and "sub-08" not in json.dumps(trials)  # the test subjects

@@ -24,16 +24,18 @@ class Recorder:
     """A tracker that keeps what it is given."""
 
     calls: ClassVar[list[tuple[str, Any]]] = []
+    by_run: ClassVar[dict[str, list[int]]] = {}
 
     def __init__(self, target: Target) -> None:
-        self.run = target.run or "run-1"
-        self.calls.append(("open", target.run))
+        self.run = target.run or ("run-1" if target.variant is None else f"run-{target.name}")
+        self.calls.append(("open", target.run if target.variant is None else (target.variant, target.run)))
 
     def parameters(self, values: Mapping[str, str]) -> None:
         self.calls.append(("parameters", dict(values)))
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         self.calls.append(("metrics", (step, dict(values))))
+        self.by_run.setdefault(self.run, []).append(step)
 
     def picture(self, name: str, png: bytes) -> None:
         self.calls.append(("picture", name))
@@ -54,7 +56,7 @@ class Down(Recorder):
 def tracker(kind: type, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
     with monkeypatch.context() as patch:
         patch.setitem(TRACKERS, "mlflow", ("torch", kind))
-        Recorder.calls = []
+        Recorder.calls, Recorder.by_run = [], {}
         yield Recorder.calls
 
 
@@ -110,6 +112,34 @@ def test_a_tracker_that_is_down_costs_one_warning_and_gets_the_steps_at_the_next
         with tracked(job, storage, lambda text: None):
             pass
         assert steps(calls) == [1, 2], "the history of the call in which it was down"
+
+
+def test_each_pretrained_variant_of_an_ablation_has_a_run_of_its_own_which_a_second_call_continues(
+    write_toy_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ("kind=ablation", "finetune.score_on=validation", "trackers=[mlflow]")
+    job = read_job(
+        write_toy_job(tmp_path), (*overrides, "variants={few: {pretrain.steps: 4}, many: {pretrain.steps: 8}}")
+    )
+    storage = Storage(job.storage)
+    with tracker(Recorder, monkeypatch) as calls:
+        with tracked(job, storage, lambda text: None) as say:
+            for step in (2, 4):
+                for name in ("few", "many"):
+                    say(Line(f"pretrain | {name} | step {step}", step=step, loss=0.5, variant=name))
+            say(Line("pretrain | step 2", step=2, loss=0.5, variant="of another job"))
+            say(Line("finetune | trial", trial="a", validation_dice=0.25))
+        assert Recorder.by_run == {"run-few": [2, 4], "run-many": [2, 4], "run-1": [1]}
+        sent = [value["pretrain.steps"] for kind, value in calls if kind == "parameters"]
+        assert sorted(sent) == ["4", "6", "8"], "the settings of the job and of each variant"
+        calls.clear()
+        rows = "".join(f'{{"step": {step}, "loss": 0.5, "world_size": 1}}\n' for step in (2, 4, 6))
+        storage.write_bytes("variants/many/pretrain/history.jsonl", rows.encode())
+        with tracked(job, storage, lambda text: None):
+            pass
+        opened = {value for kind, value in calls if kind == "open"}
+        assert opened == {"run-1", ("few", "run-few"), ("many", "run-many")}
+        assert Recorder.by_run["run-many"] == [2, 4, 6]
 
 
 def test_a_tracker_that_hangs_does_not_hold_the_job(
