@@ -7,7 +7,7 @@ of a field is also its description in the JSON Schema.
 from p2r.config.finetune import FinetuneConfig
 from p2r.config.imported import ImportedConfig
 from p2r.config.ingest import IngestConfig, QualityConfig, SessionsConfig, SubjectsOf
-from p2r.config.loss import LossConfig
+from p2r.config.loss import LossConfig, ReconstructionConfig
 from p2r.config.model import ModelConfig
 from p2r.config.other import OtherConfig
 from p2r.config.pretrain import BalanceConfig, CorpusShare, OptimizerConfig, PretrainConfig, ProbeConfig
@@ -43,6 +43,7 @@ __all__ = [
     "PublishConfig",
     "QualityConfig",
     "Range",
+    "ReconstructionConfig",
     "SearchConfig",
     "Section",
     "SessionsConfig",

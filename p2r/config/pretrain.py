@@ -1,5 +1,6 @@
 """Section `pretrain`: corpus -> pixel representation."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -164,6 +165,7 @@ class PretrainConfig(Section):
             )
         if levels and self.compile:
             raise ValueError("loss.levels need compile: false, which compiles only the features of the finest level")
+        self._check_reconstruction()
         if self.neighbours and self.image.dimensions == 3:
             raise ValueError(
                 f"neighbours {self.neighbours:g} are planes next to each other: they need image.dimensions 2; views.frames_apart pairs the "
@@ -192,6 +194,18 @@ class PretrainConfig(Section):
         if self.balance.by == "contrast" and self.model.contrasts is None:
             raise ValueError(
                 "balance.by contrast needs the names of the contrasts: give model.contrasts, such as [t1, flair]"
+            )
+
+    def _check_reconstruction(self) -> None:
+        reconstruction = self.loss.reconstruction
+        if reconstruction is None:
+            return
+        edge = reconstruction.block_size(self.image.spacing_mm)
+        num_blocks = math.ceil(self.image.size / edge) ** self.image.dimensions
+        if not 0 < (num_masked := reconstruction.num_masked(num_blocks)) < num_blocks:
+            raise ValueError(
+                f"loss.reconstruction must mask some blocks of an image and leave others, got {num_masked} of {num_blocks} blocks of "
+                f"{edge} pixels: give a smaller block_mm, or a masked_fraction nearer to a half"
             )
 
     @property

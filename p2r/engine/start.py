@@ -222,13 +222,7 @@ def _build_network(
 ) -> tuple[Pix2Rep, InitialWeights | None]:
     """Return the network with its initial weights, and their origin if they are not random."""
     torch.manual_seed(config.seed)
-    learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
-    model = Pix2Rep(
-        config.model,
-        dimensions=config.image.dimensions,
-        learnt_temperature=learnt_temperature,
-        levels=config.loss.levels,
-    )
+    model = Pix2Rep.of(config)
     if checkpoint is not None:
         return model, checkpoint.init_from
     if config.init_from is None:

@@ -6,7 +6,7 @@ use the stored predictions of its trials: no model reads a test patient here.
 
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import Any
 
@@ -41,6 +41,8 @@ from p2r.report import (
     view_pairs,
 )
 from p2r.storage import Storage
+from p2r.views.blocks import mask_view
+from p2r.views.draws import Draws
 from p2r.views.pair import ViewPair, make_views
 
 _NUM_VIEWS = 4
@@ -90,6 +92,8 @@ def draw_pictures(
             pictures.left_out.append(f"views of training images: {error}")
         else:
             caption = "Two views of training images, and points that show the same anatomy in both."
+            if job.pretrain.loss.reconstruction is not None:
+                caption += " Masked blocks of view b are shaded, too: the network predicts their intensities."
             pictures.add("view-pairs", views, caption)
     for task in tasks:
         _add_validation_patient(pictures, task, backbone, models, rows, code)
@@ -191,6 +195,10 @@ def _draw_view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
         covered=None if covered is None else covered[fullest],
         other=None if other is None else other[fullest],
     )
+    if config.loss.reconstruction is not None:
+        draws = Draws.of_samples(config.seed, epochs=epochs, positions=positions)
+        masked = mask_view(views, draws, config=config.loss.reconstruction, spacing_mm=batch.spacing_mm)
+        views = replace(views, b=masked.image, valid=masked.visible)
     generators = [
         keyed_generator(config.seed, "points", int(epoch), int(position))
         for epoch, position in zip(epochs, positions, strict=True)

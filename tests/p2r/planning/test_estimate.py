@@ -59,7 +59,16 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "two ranks, two levels": (2, {"loss": {"levels": [1], "pixel_pairs_per_image": 256}, "micro_batch": 2}),
     "volumes, two levels": (1, {**VOLUMES, "loss": {"levels": [1], "pixel_pairs_per_image": 256}}),
     "two ranks, volumes, two levels": (2, {**VOLUMES, "loss": {"levels": [1], "pixel_pairs_per_image": 256}}),
+    "reconstruction": (1, {"loss": {"reconstruction": {}}}),
+    "two ranks, reconstruction at a coarser level, micro-batches": (
+        2,
+        {"loss": {"reconstruction": {}}, "model": {**SMALL, "level": 1}, "micro_batch": 2},
+    ),
     "volumes": (1, {**VOLUMES, "loss": {"pixel_pairs_per_image": 256}}),
+    "volumes of two contrasts, reconstruction": (
+        1,
+        {**VOLUMES, "model": {**SMALL, "contrasts": ["flair", "t1"]}, "loss": {"reconstruction": {}}},
+    ),
     "volumes, micro-batches, bf16": (1, {**VOLUMES, "micro_batch": 1, "precision": "bf16"}),
     "volumes of three contrasts, checkpointing": (
         1,
@@ -127,9 +136,7 @@ def measure(settings: PretrainConfig, rank: int, world_size: int) -> dict[str, f
     batch = noise_batch(settings.image, settings.global_batch // world_size, contrasts=settings.model.contrasts)
     with live:
         torch.manual_seed(0)
-        model = Pix2Rep(settings.model, dimensions=settings.image.dimensions, levels=settings.loss.levels)
-        engine = build_engine(model, settings, world_size=world_size)
-        del model
+        engine = build_engine(Pix2Rep.of(settings), settings, world_size=world_size)
         take_step(engine, batch, config=settings, learning_rate=1e-3)
         gc.collect()
         states = live.num_bytes
