@@ -180,6 +180,18 @@ class PretrainConfig(Section):
             raise ValueError("precision bf16 needs zero_stage 1, 2 or 3 (DeepSpeed's stage 0 drifts), got 0")
         return self
 
+    def _check_reconstruction(self) -> None:
+        reconstruction = self.loss.reconstruction
+        if reconstruction is None:
+            return
+        edge = reconstruction.block_size(self.image.spacing_mm)
+        num_blocks = math.ceil(self.image.size / edge) ** self.image.dimensions
+        if not 0 < (num_masked := reconstruction.num_masked(num_blocks)) < num_blocks:
+            raise ValueError(
+                f"loss.reconstruction must mask some blocks of an image and leave others, got {num_masked} of {num_blocks} blocks of "
+                f"{edge} pixels: give a smaller block_mm, or a masked_fraction nearer to a half"
+            )
+
     def _check_balance(self) -> None:
         if self.balance is None:
             return
@@ -194,18 +206,6 @@ class PretrainConfig(Section):
         if self.balance.by == "contrast" and self.model.contrasts is None:
             raise ValueError(
                 "balance.by contrast needs the names of the contrasts: give model.contrasts, such as [t1, flair]"
-            )
-
-    def _check_reconstruction(self) -> None:
-        reconstruction = self.loss.reconstruction
-        if reconstruction is None:
-            return
-        edge = reconstruction.block_size(self.image.spacing_mm)
-        num_blocks = math.ceil(self.image.size / edge) ** self.image.dimensions
-        if not 0 < (num_masked := reconstruction.num_masked(num_blocks)) < num_blocks:
-            raise ValueError(
-                f"loss.reconstruction must mask some blocks of an image and leave others, got {num_masked} of {num_blocks} blocks of "
-                f"{edge} pixels: give a smaller block_mm, or a masked_fraction nearer to a half"
             )
 
     @property

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from p2r.config import LossConfig, ModelConfig, PretrainConfig, ReconstructionConfig
 from p2r.data.batch import Batch
 from p2r.engine.build import build_engine, join_process_group
-from p2r.engine.step import take_step
+from p2r.engine.step import _draw_pairs, take_step
 from p2r.engine.weights import head_weights, init_weights
 from p2r.job import Job
 from p2r.model.pix2rep import Pix2Rep
 from p2r.model.reconstruction import ReconstructionHead, reconstruction_errors
+from p2r.pipeline import report_pictures
 from p2r.planning.tune_batch import noise_batch
 from p2r.storage import Storage
 from p2r.views.blocks import draw_blocks, mask_view
@@ -194,6 +195,18 @@ def test_the_loss_is_the_contrast_plus_the_weighted_error_in_one_pass_and_in_two
     assert norms[0] == pytest.approx(norms[1], rel=tolerance)
 
 
+def test_pixel_pairs_are_drawn_outside_masked_blocks_of_the_view_that_the_network_sees() -> None:
+    settings = settings_of(loss={"reconstruction": {"block_mm": 8}})
+    batch = noise_batch(settings.image, 4)
+    drawn = _draw_pairs(batch, torch.device("cpu"), config=settings, timed=torch.profiler.record_function)
+    draws = Draws.of_samples(settings.seed, epochs=batch.epochs, positions=batch.positions)
+    assert settings.loss.reconstruction is not None
+    masked = draw_blocks(draws, (32, 32), config=settings.loss.reconstruction, spacing_mm=2.0)
+    assert not drawn.b[:, 0][masked].any() and drawn.b[:, 0][~masked].any()
+    rows, columns = drawn.points_b.long().unbind(-1)
+    assert drawn.weights.all() and not masked[torch.arange(4)[:, None], rows, columns].any()
+
+
 def test_a_run_with_reconstruction_resumes_to_the_same_bits_and_may_begin_from_one_without(
     job_of: JobOf, corpus: Storage, tmp_path: Path
 ) -> None:
@@ -213,6 +226,20 @@ def test_a_run_with_reconstruction_resumes_to_the_same_bits_and_may_begin_from_o
     assert job.pretrain is not None
     model = Pix2Rep.of(job.pretrain)
     init_weights(model, plain.at(newest.rpartition("/")[0]))
+
+
+def test_the_picture_of_view_pairs_shows_the_masked_view(
+    job_of: JobOf, corpus: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_pictures, "view_pairs", lambda images, views, *points, **options: views)
+    sections = ("ingest=null", "kind=pretrain", "finetune=null", f"pretrain.corpus={corpus.url}")
+    plain, masked = (
+        report_pictures._draw_view_pairs(job_of(tmp_path, *sections, *more), corpus, source="") for more in ((), (ON,))
+    )
+    assert isinstance(plain, ViewPair) and isinstance(masked, ViewPair)
+    hidden = plain.valid & ~masked.valid
+    assert torch.equal(plain.a, masked.a) and hidden.any() and masked.valid.any()
+    assert plain.b[:, 0][hidden].any() and not masked.b[:, 0][hidden].any()
 
 
 def test_a_damaged_error_skips_the_step_and_is_named() -> None:

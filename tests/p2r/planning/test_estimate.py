@@ -57,13 +57,13 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "three contrasts": (1, {"model": {**SMALL, "contrasts": ["flair", "t1", "t2"]}}),
     "three levels": (1, {"loss": {"levels": [1, 2], "pixel_pairs_per_image": 256}}),
     "two ranks, two levels": (2, {"loss": {"levels": [1], "pixel_pairs_per_image": 256}, "micro_batch": 2}),
-    "volumes, two levels": (1, {**VOLUMES, "loss": {"levels": [1], "pixel_pairs_per_image": 256}}),
-    "two ranks, volumes, two levels": (2, {**VOLUMES, "loss": {"levels": [1], "pixel_pairs_per_image": 256}}),
     "reconstruction": (1, {"loss": {"reconstruction": {}}}),
     "two ranks, reconstruction at a coarser level, micro-batches": (
         2,
         {"loss": {"reconstruction": {}}, "model": {**SMALL, "level": 1}, "micro_batch": 2},
     ),
+    "volumes, two levels": (1, {**VOLUMES, "loss": {"levels": [1], "pixel_pairs_per_image": 256}}),
+    "two ranks, volumes, two levels": (2, {**VOLUMES, "loss": {"levels": [1], "pixel_pairs_per_image": 256}}),
     "volumes": (1, {**VOLUMES, "loss": {"pixel_pairs_per_image": 256}}),
     "volumes of two contrasts, reconstruction": (
         1,
