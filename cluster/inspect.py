@@ -90,8 +90,12 @@ def drift_tables(drift: Drift) -> list[Table]:
     for name, *counts in drift.groups:
         groups.add_row(plain(name), *(f"{count:,}" for count in counts))
     table = Table("contrast", "quantity", "first", what, "D", "", title="Medians and distances", title_justify="left")
-    table.caption, table.caption_justify = _DISTANCE, "left"
-    for shift in drift.shifts[:_MAX_SHIFTS]:
+    differing = [shift for shift in drift.shifts if shift.distance]
+    left_out = len(drift.shifts) - len(differing[:_MAX_SHIFTS])
+    equal = "equal" if len(differing) <= _MAX_SHIFTS else "equal or nearly so"
+    table.caption = _DISTANCE + (f"; {left_out} further quantities are {equal}" if left_out else "")
+    table.caption_justify = "left"
+    for shift in differing[:_MAX_SHIFTS]:
         medians = (f"{shift.before:.4g}", f"{shift.after:.4g}", f"{shift.distance:.2f}")
         table.add_row(
             plain(shift.contrast or "not named"), shift.quantity, *medians, "changed" if shift.is_change else ""
