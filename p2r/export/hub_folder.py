@@ -110,7 +110,7 @@ def write_card(source: Source, *, address: str, picture: FileEntry | None = None
 {matter}---
 
 {published}
-{curves}## Use
+{_write_results(source)}{curves}## Use
 
 ```sh
 pip install 'p2r[hub]'{command}
@@ -124,8 +124,24 @@ import p2r
 ```
 
 Pin: `sha256:{source.manifest.sha256}`, the digest of `manifest.json`, which names every file. {source.model.name},
-{source.dimensions}D, {source.num_parameters:,} weights, {source.preparation.spacing_mm:g} mm per pixel. Not a medical device.
+{source.dimensions}D, {source.num_parameters:,} weights, {source.preparation.spacing_mm:g} mm per pixel.
 """
+
+
+def _write_results(source: Source) -> str:
+    """Return the section with a model's results on its validation patients; empty if they are not known."""
+    facts = source.manifest.facts
+    found = facts.validation if isinstance(facts, ModelManifest) else None
+    if not found:
+        return ""
+    columns = [found.get(key) for key in ("dice", "hd95_mm_by_class", "nsd_by_class")]
+    rows = []
+    for name in source.config.classes.values():
+        values = [column.get(name) if isinstance(column, dict) else None for column in columns]
+        cells = [f"{value:.3g}" if isinstance(value, int | float) else "unknown" for value in values]
+        rows.append(f"| {re.sub(r'[^A-Za-z0-9 _.+-]', '_', name)} | {' | '.join(cells)} |")
+    heading = "| class | Dice | HD95, mm | surface Dice |\n|---|---|---|---|"
+    return f"## Results\n\nMeans over the validation patients.\n\n{heading}\n" + "\n".join(rows) + "\n\n"
 
 
 def front_matter(card: str) -> dict[str, object]:
