@@ -25,6 +25,10 @@ from p2r.storage import Storage
 _HIDDEN = {"subject_digests", "voxel_digests", "salt"}
 _MAX_REVISIONS = 10
 _MAX_SHIFTS = 30
+_DISTANCE = (
+    "D: largest difference of the two cumulative distributions, from 0 to 1; changed: larger than in 99 % of comparisons of scans from "
+    "one distribution"
+)
 
 
 def inspect(url: str, *, as_json: bool) -> None:
@@ -86,7 +90,12 @@ def drift_tables(drift: Drift) -> list[Table]:
     for name, *counts in drift.groups:
         groups.add_row(plain(name), *(f"{count:,}" for count in counts))
     table = Table("contrast", "quantity", "first", what, "D", "", title="Medians and distances", title_justify="left")
-    for shift in drift.shifts[:_MAX_SHIFTS]:
+    differing = [shift for shift in drift.shifts if shift.distance]
+    left_out = len(drift.shifts) - len(differing[:_MAX_SHIFTS])
+    equal = "equal" if len(differing) <= _MAX_SHIFTS else "equal or nearly so"
+    table.caption = _DISTANCE + (f"; {left_out} further quantities are {equal}" if left_out else "")
+    table.caption_justify = "left"
+    for shift in differing[:_MAX_SHIFTS]:
         medians = (f"{shift.before:.4g}", f"{shift.after:.4g}", f"{shift.distance:.2f}")
         table.add_row(
             plain(shift.contrast or "not named"), shift.quantity, *medians, "changed" if shift.is_change else ""
@@ -213,7 +222,8 @@ def corpus_tables(storage: Storage) -> list[Table]:
         reasons.add_row(f"{count:,}", plain(reason))
     for name, count in manifest.facts.summary.dtypes.items():
         reasons.add_row(f"{count:,}", plain(f"stored as {name}"))
-    revisions = Table("revision", "scans", "shards", "sha256", title="Revisions", title_justify="left")
+    records = "sessions" if manifest.facts.contrasts else "scans"
+    revisions = Table("revision", records, "shards", "sha256", title="Revisions", title_justify="left")
     for sha256, older in _newest_revisions(storage, manifest):
         revisions.add_row(str(older.facts.revision), f"{older.facts.num_records:,}", f"{len(older.shards):,}", sha256)
     return [facts, ranges, reasons, revisions]

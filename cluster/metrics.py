@@ -86,7 +86,7 @@ METRICS = (
     # Progress of the run.
     Metric("p2r_train_loss", "nats", "Mean loss since the previous report.", "run", "training", "report.loss"),
     Metric("p2r_train_loss_part", "nats", "Parts of the loss, by name.", "run", "training", "report.loss_parts",
-           "part", ("positive", "negatives", "invariance", "redundancy")),
+           "part", ("positive", "negatives", "invariance", "redundancy", "reconstruction")),
     Metric("p2r_train_step", "", "Optimizer steps since the run began.", "run", "training", "report.step"),
     Metric("p2r_train_target_steps", "", "Length of the run in steps.", "run", "training", "report.num_steps"),
     Metric("p2r_train_images_seen", "", "Images since the run began.", "run", "training", "report.samples_seen"),

@@ -46,7 +46,7 @@ from p2r.config import PretrainConfig
 from p2r.data.order import allowed_world_sizes, check_world_size, sizes_for_micro_batch, world_sizes_between
 from p2r.data.stream import order_of
 from p2r.engine.checkpoint import newest_checkpoint, refuse_other_config, refuse_other_ranks
-from p2r.engine.corpora import corpora_of, refuse_other_stream
+from p2r.engine.corpora import balance_of, corpora_of, refuse_other_stream
 from p2r.errors import InputError, TrainingError
 from p2r.job import Resources
 from p2r.logs import Say
@@ -85,7 +85,11 @@ def pretrain(
     sizes, per_worker = allowed_sizes(config, resources)
     checkpoint = newest_checkpoint(storage)
     if checkpoint is None:
-        order_of(corpora_of(config, corpus), image=config.image, seed=config.seed, global_batch=config.global_batch)
+        corpora = corpora_of(config, corpus)
+        balance = balance_of(config, corpora)
+        order_of(corpora, image=config.image, seed=config.seed, global_batch=config.global_batch, balance=balance)
+        if balance is not None:
+            say(f"pretrain | {balance.line(config.global_batch)}")
     else:
         refuse_other_config(checkpoint.manifest, config, where=storage.at(checkpoint.path))
         if checkpoint.step >= config.steps:

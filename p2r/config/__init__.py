@@ -7,10 +7,10 @@ of a field is also its description in the JSON Schema.
 from p2r.config.finetune import FinetuneConfig
 from p2r.config.imported import ImportedConfig
 from p2r.config.ingest import IngestConfig, QualityConfig, SessionsConfig, SubjectsOf
-from p2r.config.loss import LossConfig
+from p2r.config.loss import LossConfig, ReconstructionConfig
 from p2r.config.model import ModelConfig
 from p2r.config.other import OtherConfig
-from p2r.config.pretrain import CorpusShare, OptimizerConfig, PretrainConfig, ProbeConfig
+from p2r.config.pretrain import BalanceConfig, CorpusShare, OptimizerConfig, PretrainConfig, ProbeConfig
 from p2r.config.publish import PublishConfig
 from p2r.config.search import Candidates, Distribution, SearchConfig
 from p2r.config.section import Artefact, FilledIn, Fraction, Location, NumLabelled, Range, Section, Within
@@ -20,6 +20,7 @@ __all__ = [
     "PERCENTILES",
     "VIEWS",
     "Artefact",
+    "BalanceConfig",
     "Candidates",
     "CorpusShare",
     "Distribution",
@@ -42,6 +43,7 @@ __all__ = [
     "PublishConfig",
     "QualityConfig",
     "Range",
+    "ReconstructionConfig",
     "SearchConfig",
     "Section",
     "SessionsConfig",

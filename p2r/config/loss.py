@@ -1,16 +1,35 @@
 """Section `pretrain.loss`: the objective over pixel pairs."""
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from p2r.config.section import Fraction, Section
+from p2r.config.section import Fraction, Section, is_none
 
 
 def is_empty(values: object) -> bool:
     """Return whether a list is empty; then its field is left out, as in configurations before it."""
     return not values
+
+
+class ReconstructionConfig(Section):
+    """Masked reconstruction: blocks of view b are set to zero, and a 1x1 convolution on the features predicts its intensities there."""
+
+    weight: PositiveFloat = 1.0
+    """Weight of the term: the mean squared error in units of the variance of each view (1: no better than its mean)."""
+    masked_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Fraction of an image's blocks that are masked, all contrasts alike; rounded to whole blocks."""
+    block_mm: PositiveFloat = 16.0
+    """Edge of a block, mm; rounded to whole pixels."""
+
+    def block_size(self, spacing_mm: float) -> int:
+        """Return the edge of a block, pixels."""
+        return max(1, round(self.block_mm / spacing_mm))
+
+    def num_masked(self, num_blocks: int) -> int:
+        """Return the number of masked blocks of an image."""
+        return round(self.masked_fraction * num_blocks)
 
 
 class LossConfig(Section):
@@ -46,6 +65,9 @@ class LossConfig(Section):
     """InfoNCE only. all_gather: each worker holds all embeddings. ring (slower): each holds one other worker's at a time, passed around."""
     off_diagonal_weight: NonNegativeFloat = 0.005
     """Barlow Twins only: weight of the off-diagonal terms."""
+    reconstruction: ReconstructionConfig | None = Field(default=None, exclude_if=is_none)
+    """Masked reconstruction beside the contrast; {}: with its defaults. Pixel pairs are then drawn outside the masked blocks of view b, so
+    a step encodes no further image. The head that predicts intensities is not published. None: the contrast only."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,5 +1,6 @@
 """Section `pretrain`: corpus -> pixel representation."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -35,6 +36,26 @@ class CorpusShare(Section):
     """SHA-256 of a manifest. None: the current revision when the run starts; a resumed run keeps it."""
     contrast: Contrast | None = Field(default=None, exclude_if=is_none)
     """Name of the contrast of a corpus whose records do not state it; it is needed beside `model.contrasts`."""
+
+
+class BalanceConfig(Section):
+    """Shares of a batch by a property of the scans, so that rare values are drawn as often as frequent ones.
+
+    Each value has its own passes over its records: a rare one repeats more often. A session with several contrasts, or scans of several
+    scanners, counts for each of them. Scans that do not state the property have the value `not stated`.
+    """
+
+    by: Literal["contrast", "scanner", "field_strength"]
+    """Property, as the corpus states it: contrast (`t1`), scanner (manufacturer and model), or field strength (`1.5 T`). The
+    corpus's `report/report.md` lists the values."""
+    weights: Annotated[dict[str, NonNegativeFloat], Field(min_length=1, max_length=1024)] | None = None
+    """Weight of each value in every batch, rounded to the lanes of the sample order; 0 leaves its records out. None: equal weights."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.weights is not None and not any(self.weights.values()):
+            raise ValueError("weights must not all be 0")
+        return self
 
 
 class ProbeConfig(Section):
@@ -78,6 +99,8 @@ class PretrainConfig(Section):
     """Images per optimizer step, over all workers."""
     neighbours: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Fraction of the batch's images that are the next plane of another image in it: nearly alike, hence hard negatives."""
+    balance: BalanceConfig | None = Field(default=None, exclude_if=is_none)
+    """Draw images so that contrasts, scanners or field strengths occur equally often, or by weight. None: each image equally often."""
     max_replaced: NonNegativeInt = 100
     """Damaged samples that a worker may replace by others before it stops. Each is recorded under `quarantine/` and counted. 0: none."""
     micro_batch: PositiveInt | None = None
@@ -142,11 +165,13 @@ class PretrainConfig(Section):
             )
         if levels and self.compile:
             raise ValueError("loss.levels need compile: false, which compiles only the features of the finest level")
+        self._check_reconstruction()
         if self.neighbours and self.image.dimensions == 3:
             raise ValueError(
                 f"neighbours {self.neighbours:g} are planes next to each other: they need image.dimensions 2; views.frames_apart pairs the "
                 "frames of a series"
             )
+        self._check_balance()
         if self.compile and self.zero_stage == 3:
             raise ValueError(
                 "compile needs zero_stage 0, 1 or 2: stage 3 fetches weights between layers, where a compiled graph breaks"
@@ -154,6 +179,34 @@ class PretrainConfig(Section):
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("precision bf16 needs zero_stage 1, 2 or 3 (DeepSpeed's stage 0 drifts), got 0")
         return self
+
+    def _check_reconstruction(self) -> None:
+        reconstruction = self.loss.reconstruction
+        if reconstruction is None:
+            return
+        edge = reconstruction.block_size(self.image.spacing_mm)
+        num_blocks = math.ceil(self.image.size / edge) ** self.image.dimensions
+        if not 0 < (num_masked := reconstruction.num_masked(num_blocks)) < num_blocks:
+            raise ValueError(
+                f"loss.reconstruction must mask some blocks of an image and leave others, got {num_masked} of {num_blocks} blocks of "
+                f"{edge} pixels: give a smaller block_mm, or a masked_fraction nearer to a half"
+            )
+
+    def _check_balance(self) -> None:
+        if self.balance is None:
+            return
+        if self.neighbours:
+            raise ValueError(
+                f"balance needs neighbours 0, got {self.neighbours:g}: the neighbour of an image replaces one of another value"
+            )
+        if not (self.corpus is None or isinstance(self.corpus, str)) and any(share.weight for share in self.corpus):
+            raise ValueError(
+                "balance gives the shares of a batch, and so do the weights of corpora: leave out one of them"
+            )
+        if self.balance.by == "contrast" and self.model.contrasts is None:
+            raise ValueError(
+                "balance.by contrast needs the names of the contrasts: give model.contrasts, such as [t1, flair]"
+            )
 
     @property
     def negatives(self) -> str:

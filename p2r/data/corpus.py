@@ -155,7 +155,9 @@ def ingest(
             base, config, names, asked=asked, entries=entries, ledger=ledger, thumbnails=thumbnails
         )
         is_published = publish_revision(storage, base, manifest, ledger, thumbnails)
-        if not is_published:
+        if is_published:
+            _report_absent_contrasts(manifest, ledger, config, say)
+        else:
             say("another run published a revision meanwhile: continuing from it")
 
 
@@ -384,6 +386,18 @@ def _refuse_left_out(kind: str, left_out: Set[str], way_out: str, storage: Stora
         raise DataError(
             f"{storage.url} holds {len(left_out)} {kind} that this job does not select ({shown}); {way_out}"
         )
+
+
+def _report_absent_contrasts(manifest: Manifest, ledger: Sequence[LedgerRow], config: IngestConfig, say: Say) -> None:
+    absent = [name for name, count in (manifest.facts.contrasts or {}).items() if not count]
+    if not absent or config.sessions is None:
+        return
+    line = f"no session has a usable scan of {', '.join(absent)}: see the ledger, and the patterns in ingest.sessions.contrasts"
+    if config.sessions.fourth_axis == "time" and any(is_accepted(row) and row.shape[3] > 1 for row in ledger):
+        line += (
+            "; if the fourth axis of the scans holds contrasts, not time, set ingest.sessions.fourth_axis: contrasts"
+        )
+    say(line)
 
 
 def _report_oddities(growth: Growth, say: Say) -> None:

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from p2r.config import PERCENTILES
 from p2r.data.ledger import AcceptedRow
 
+UNKNOWN = "not stated"
+"""Value of a property that a scan does not state."""
+
 _CRITICAL = 1.63
-_UNKNOWN = "not stated"
 _MIDDLE, _HIGH = PERCENTILES.index(50.0), PERCENTILES.index(99.5)
 
 QUANTITIES: dict[str, Callable[[AcceptedRow], float]] = {
@@ -86,7 +88,7 @@ def group_scans(accepted: Sequence[AcceptedRow]) -> list[ScanGroup]:
     """Return the scans of a corpus by contrast, scanner and field strength; the largest group of a contrast first."""
     groups: dict[tuple[str, str, str], list[AcceptedRow]] = defaultdict(list)
     for row in accepted:
-        groups[row.contrast or "", _scanner_of(row), _field_strength_of(row)].append(row)
+        groups[row.contrast or "", scanner_of(row), field_strength_of(row)].append(row)
     found = [
         ScanGroup(
             *names,
@@ -147,9 +149,9 @@ def _distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 
 def _count_groups(earlier: Sequence[AcceptedRow], later: Sequence[AcceptedRow]) -> list[tuple[str, int, int]]:
     names: tuple[tuple[str, Callable[[AcceptedRow], str]], ...] = (
-        ("contrast", lambda row: row.contrast or _UNKNOWN),
-        ("scanner", _scanner_of),
-        ("field strength", _field_strength_of),
+        ("contrast", lambda row: row.contrast or UNKNOWN),
+        ("scanner", scanner_of),
+        ("field strength", field_strength_of),
     )
     counts = []
     for name, of in names:
@@ -158,12 +160,14 @@ def _count_groups(earlier: Sequence[AcceptedRow], later: Sequence[AcceptedRow]) 
     return counts
 
 
-def _scanner_of(row: AcceptedRow) -> str:
-    return row.scanner or _UNKNOWN
+def scanner_of(row: AcceptedRow) -> str:
+    """Return manufacturer and model of a scan's scanner, or `UNKNOWN`."""
+    return row.scanner or UNKNOWN
 
 
-def _field_strength_of(row: AcceptedRow) -> str:
-    return _UNKNOWN if row.field_strength_t is None else f"{row.field_strength_t:g} T"
+def field_strength_of(row: AcceptedRow) -> str:
+    """Return a scan's field strength, such as `1.5 T`, or `UNKNOWN`."""
+    return UNKNOWN if row.field_strength_t is None else f"{row.field_strength_t:g} T"
 
 
 def _medians(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:

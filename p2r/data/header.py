@@ -184,10 +184,11 @@ def shape_of(header: Any, path: str | Path, max_mib: float) -> tuple[int, int, i
     while len(shape) > 4 and shape[-1] == 1:
         shape = shape[:-1]
     if not 3 <= len(shape) <= 4:
+        vectors = " (the fifth axis of NIfTI holds the components of vectors)" if len(shape) == 5 else ""
         raise RefusedScan(
             "not_3d",
-            f"{path} has {len(shape)} axes {list(shape)}; a scan has three, or four with time last: save one volume, or one slice as "
-            "(X, Y, 1)",
+            f"{path} has {len(shape)} axes {list(shape)}{vectors}; a scan has three, or four with time last: save one volume, "
+            "or one slice as (X, Y, 1)",
         )
     if min(shape) < 1:
         raise RefusedScan("empty", f"{path} has no voxels: its shape is {list(shape)}; correct the header's dim")

@@ -24,10 +24,10 @@ from torch import Tensor
 from p2r.config import ImageConfig
 from p2r.counters import Counters
 from p2r.data.batch import Batch, Group, Replaced
-from p2r.data.fetch import OpenShards
 from p2r.data.grids import check_plane
 from p2r.data.index import Box, IndexRow, covered_box
 from p2r.data.order import Order, Samples
+from p2r.data.parts import Shards
 from p2r.data.patches import choose_patch
 from p2r.data.preparation import intensity_window, plane_spacing
 from p2r.data.shards import ShardReader
@@ -134,7 +134,7 @@ class Loader:
     """Loader of the batch of any step. Thread-safe.
 
     Args:
-        shards: Open shards of each corpus.
+        shards: Open shards of each corpus, or of each part of them.
         order: Sample order of the run.
         image: The network's grid.
         seed: Seed of the run.
@@ -150,7 +150,7 @@ class Loader:
 
     def __init__(
         self,
-        shards: Sequence[OpenShards],
+        shards: Sequence[Shards],
         order: Order,
         *,
         image: ImageConfig,

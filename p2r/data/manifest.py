@@ -298,6 +298,8 @@ def _list_settings(section: Mapping[str, object]) -> Iterator[str]:
     for name, value in section.items():
         if isinstance(value, Mapping):
             yield from (f"{name}.{setting}" for setting in _list_settings(value))
+        elif isinstance(value, list):
+            yield f"{name} {' '.join(map(str, value))}"
         elif value not in (None, "none"):
             yield f"{name} {value}"
 

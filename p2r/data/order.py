@@ -59,6 +59,7 @@ class Order:
         seed: Seed of the run.
         global_batch: G, samples per step over all ranks.
         weights: Weight of each corpus in every batch, rounded to lanes; None: proportional to the sizes.
+        names: Name of each corpus, for messages; None: its number.
 
     Raises:
         DataError: if a corpus is smaller than its part of a global batch, or its part is less than a lane.
@@ -71,15 +72,23 @@ class Order:
         seed: int,
         global_batch: int,
         weights: Sequence[float] | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.num_lanes = num_lanes(global_batch)
         self._per_lane = global_batch // self.num_lanes
         self._global_batch = global_batch
         sizes = [sum(counts) for counts in corpora]
-        self._owner, self._lane = _deal_lanes(sizes if weights is None else weights, self.num_lanes)
+        self._owner, self._lane = _deal_lanes(sizes if weights is None else weights, self.num_lanes, names)
         self._first = np.cumsum([0, *sizes])
         self._rings = [
-            _Ring(np.asarray(counts, dtype=np.int64), seed, number, int((self._owner == number).sum()), self._per_lane)
+            _Ring(
+                np.asarray(counts, dtype=np.int64),
+                seed,
+                number,
+                int((self._owner == number).sum()),
+                self._per_lane,
+                name=None if names is None else names[number],
+            )
             for number, counts in enumerate(corpora)
         ]
 
@@ -154,9 +163,16 @@ class Order:
 class _Ring:
     """One corpus: its samples in the order of each epoch, cut into lanes."""
 
-    def __init__(self, counts: Positions, seed: int, number: int, lanes: int, per_lane: int) -> None:
+    def __init__(
+        self, counts: Positions, seed: int, number: int, lanes: int, per_lane: int, *, name: str | None
+    ) -> None:
         self.counts, self.ends = counts, np.cumsum(counts)
         num_samples = int(counts.sum())
+        if num_samples < lanes * per_lane and name is not None:
+            raise DataError(
+                f"{name} has {num_samples} samples, fewer than its {lanes * per_lane} of a global batch: lower its weight, or "
+                "global_batch, or ingest more such scans"
+            )
         if num_samples < lanes * per_lane:
             raise DataError(
                 f"the corpus has {num_samples} samples, fewer than one global batch of {lanes * per_lane}: "
@@ -335,7 +351,7 @@ def _cached_order(manifest: Manifest, *, seed: int, global_batch: int) -> Order:
     return order
 
 
-def _deal_lanes(weights: Sequence[float], num_lanes: int) -> tuple[Positions, Positions]:
+def _deal_lanes(weights: Sequence[float], num_lanes: int, names: Sequence[str] | None) -> tuple[Positions, Positions]:
     """Return for each lane its corpus, and its index among the lanes of that corpus; corpora are evenly interleaved."""
     credit = np.zeros(len(weights))
     owner = np.empty(num_lanes, dtype=np.int64)
@@ -345,9 +361,11 @@ def _deal_lanes(weights: Sequence[float], num_lanes: int) -> tuple[Positions, Po
         credit[owner[lane]] -= 1
     lanes = [int((owner == number).sum()) for number in range(len(weights))]
     if min(lanes) < 1:
+        number = lanes.index(0)
         raise DataError(
-            f"weights {', '.join(f'{weight:g}' for weight in weights)} give corpus number {lanes.index(0) + 1} less than one "
-            f"of the {num_lanes} lanes of a batch: raise its weight, or global_batch"
+            f"weights {', '.join(f'{weight:g}' for weight in weights)} give "
+            f"{f'corpus number {number + 1}' if names is None else names[number]} less than one of the {num_lanes} lanes of a batch: "
+            "raise its weight, or global_batch"
         )
     return owner, np.asarray([int((owner[:lane] == owner[lane]).sum()) for lane in range(num_lanes)], dtype=np.int64)
 

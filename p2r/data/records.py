@@ -123,7 +123,7 @@ class Records:
         if volume.data.shape[3] != len(sessions.contrasts):
             message = (
                 f"{planned.scan.path} has {volume.data.shape[3]} images along its fourth axis, ingest.sessions.contrasts names "
-                f"{len(sessions.contrasts)} contrasts"
+                f"{len(sessions.contrasts)} contrasts: name all images, in their order"
             )
             self._refuse(planned, RefusedScan("other_frames", message))
             return []
@@ -187,7 +187,10 @@ class Records:
                 return contrast
             if sessions.without_reference == "refuse":
                 break
-        message = f"its session has no usable scan of contrast {sessions.by_priority[0]}, the reference"
+        message = (
+            f"its session has no usable scan of contrast {sessions.by_priority[0]}, the reference: give that scan, or set "
+            "ingest.sessions.without_reference: next"
+        )
         for one in found.values():
             self._refuse(one.planned, RefusedScan("no_reference", f"{one.planned.scan.path}: {message}"), key=one.key)
         return None
@@ -242,7 +245,10 @@ class Records:
                 if one.digest == original.digest
                 else "is, up to a linear change of intensities,"
             )
-            message = f"{one.planned.scan.path} {how} {original.key}, the {other} of its session: one of the two names is wrong"
+            message = (
+                f"{one.planned.scan.path} {how} {original.key}, the {other} of its session: one of the two names is wrong; "
+                "leave that scan out with ingest.exclude, or list the scans with their contrasts in a column contrast"
+            )
             self._refuse(one.planned, RefusedScan("duplicate", message), key=one.key, copy_of=original.key)
             del aligned[name]
 

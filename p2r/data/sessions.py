@@ -56,7 +56,8 @@ def place_scans(scans: Mapping[Scan, str], sessions: SessionsConfig, *, is_hidde
             words = "" if is_hidden or scan.format == "dicom" else f" ({contrast_words(scan)!r})"
             known = ", ".join(sessions.contrasts)
             found[scan] = Refusal(
-                "no_contrast", f"its contrast{words} matches none of ingest.sessions.contrasts ({known})"
+                "no_contrast",
+                f"its contrast{words} matches none of ingest.sessions.contrasts ({known}); to take it, add a pattern there",
             )
             continue
         place = Place(session_key(subject, _group_of(scan)), contrast)

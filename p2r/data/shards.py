@@ -25,6 +25,7 @@ import tempfile
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from itertools import accumulate, pairwise, product
 from pathlib import Path
@@ -222,6 +223,18 @@ class ShardReader:
     def volumes(self, row: IndexRow) -> tuple[IndexRow, ...]:
         """Return the volumes of a record, one for each of its contrasts, given any of them."""
         return self._volumes.get(row.key, (row,))
+
+    def of_records(self, is_chosen: Callable[[str], bool], *, contrast: str | None) -> "ShardReader":
+        """Return a reader of some records of this shard.
+
+        Args:
+            is_chosen: Called with the key of each record.
+            contrast: Name of the contrast of records that do not state it.
+        """
+        rows = [volume for row in self.records if is_chosen(row.key) for volume in self.volumes(row)]
+        if contrast is not None:
+            rows = [replace(row, contrast=row.contrast or contrast) for row in rows]
+        return ShardReader(self.name, rows, self._read)
 
     def read_plane(self, sample: int, out: Array | None = None) -> Array:
         """Read, check and decode one slice of the first contrast, (h, w) in the dtype of its scan.

@@ -23,6 +23,7 @@ from p2r.data.loader import Loader
 from p2r.data.loader import Quarantine as Quarantine
 from p2r.data.manifest import Manifest, manifest_sha256
 from p2r.data.order import ORDER, Order, check_world_size
+from p2r.data.parts import Balance
 from p2r.errors import CheckpointError, DataError
 from p2r.storage import Storage
 
@@ -51,6 +52,8 @@ class StreamState:
     """Samples per step over all ranks."""
     neighbours: float = 0.0
     """Fraction of samples that are the neighbour of another sample."""
+    balance: Mapping[str, Any] | None = None
+    """Property by which the corpora are balanced, and the weight of each of its values; None: not balanced."""
     step: int = 0
     """Batches consumed since the run began, over all epochs."""
 
@@ -62,6 +65,7 @@ class StreamState:
             "seed": self.seed,
             "global_batch": self.global_batch,
             "neighbours": self.neighbours,
+            **({} if self.balance is None else {"balance": dict(self.balance)}),
             "step": self.step,
         }
 
@@ -73,7 +77,7 @@ class StreamState:
         """
         if not isinstance(value.get("step"), int) or value["step"] < 0:
             raise CheckpointError(f"the stream state has no valid step: {value.get('step')!r}")
-        expected_state = {**self.to_dict(), "step": value["step"]}
+        expected_state = {"balance": None, **self.to_dict(), "step": value["step"]}
         if unknown := sorted(value.keys() - expected_state.keys()):
             raise CheckpointError(
                 f"the checkpoint's data stream has {', '.join(unknown)}, which this version of p2r does not know: resume with the "
@@ -101,6 +105,7 @@ def stream(
     world_size: int = 1,
     state: StreamState | None = None,
     neighbours: float = 0.0,
+    balance: Balance | None = None,
     frames_apart: int = 0,
     quarantine: Quarantine = Quarantine(),  # noqa: B008 (frozen)
     counters: Counters | None = None,
@@ -120,6 +125,8 @@ def stream(
         world_size: Number of ranks; must divide the lanes of the order.
         state: State to resume from; None: start from the beginning.
         neighbours: Fraction of samples, at most 0.5, that are the next slice of the previous sample.
+        balance: Parts of the corpora to mix in place of the corpora, from `read_balance`; then a sample's position counts those of all
+            parts.
         frames_apart: Also read another frame of each sample's series, at most this far away: see `Batch.prepare_frames`. 0: none.
         quarantine: Policy for damaged samples.
         counters: Receives the event counts.
@@ -134,21 +141,22 @@ def stream(
     """
     corpora = [corpora] if isinstance(corpora, Corpus) else list(corpora)
     counters = counters or Counters()
-    fresh = stream_state(corpora, seed=seed, global_batch=global_batch, neighbours=neighbours)
+    fresh = stream_state(corpora, seed=seed, global_batch=global_batch, neighbours=neighbours, balance=balance)
     if state is not None:
         fresh.resumed(state.to_dict())
     for corpus in corpora:
         check_contrasts(corpus, contrasts)
-    order = order_of(corpora, image=image, seed=seed, global_batch=global_batch)
+    order = order_of(corpora, image=image, seed=seed, global_batch=global_batch, balance=balance)
     check_world_size(global_batch, world_size)
     cache = node_cache(counters) if not all(corpus.storage.is_local for corpus in corpora) else None
+    shards = [OpenShards(corpus.storage, corpus.manifest, cache=cache, counters=counters) for corpus in corpora]
     loader = Loader(
-        [OpenShards(corpus.storage, corpus.manifest, cache=cache, counters=counters) for corpus in corpora],
+        shards if balance is None else balance.open(shards),
         order,
         image=image,
         seed=seed,
         contrasts=contrasts,
-        names=[corpus.contrast for corpus in corpora],
+        names=[corpus.contrast for corpus in corpora] if balance is None else [None] * len(balance.values),
         share=range(rank * global_batch // world_size, (rank + 1) * global_batch // world_size),
         neighbours=neighbours,
         frames_apart=frames_apart,
@@ -159,13 +167,21 @@ def stream(
     return _load_ahead(loader, state or fresh, counters, num_threads=num_threads, depth=max(prefetch, num_threads))
 
 
-def stream_state(corpora: Sequence[Corpus], *, seed: int, global_batch: int, neighbours: float = 0.0) -> StreamState:
+def stream_state(
+    corpora: Sequence[Corpus],
+    *,
+    seed: int,
+    global_batch: int,
+    neighbours: float = 0.0,
+    balance: Balance | None = None,
+) -> StreamState:
     """Return the initial state of a stream."""
     return StreamState(
         corpora=tuple((manifest_sha256(corpus.manifest), corpus.weight) for corpus in corpora),
         seed=seed,
         global_batch=global_batch,
         neighbours=neighbours,
+        balance=None if balance is None else balance.to_dict(),
     )
 
 
@@ -198,12 +214,16 @@ def check_contrasts(corpus: Corpus, contrasts: tuple[str, ...] | None) -> None:
         )
 
 
-def order_of(corpora: Sequence[Corpus], *, image: ImageConfig, seed: int, global_batch: int) -> Order:
+def order_of(
+    corpora: Sequence[Corpus], *, image: ImageConfig, seed: int, global_batch: int, balance: Balance | None = None
+) -> Order:
     """Return the order of a stream: of slices, or of patches (`patches_per_volume` of each volume).
 
     Raises:
-        DataError: if a corpus is too small, or only some of the corpora have a weight.
+        DataError: if a corpus or a part is too small, or only some of the corpora have a weight.
     """
+    if balance is not None:
+        return balance.order(seed=seed, global_batch=global_batch)
     weights = [corpus.weight for corpus in corpora if corpus.weight is not None]
     if len(weights) not in (0, len(corpora)):
         raise DataError("give a weight to every corpus, or to none of them")

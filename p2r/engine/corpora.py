@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from p2r.config import CorpusShare, PretrainConfig
+from p2r.data.balance import read_balance
 from p2r.data.manifest import load_manifest, manifest_sha256, revision_path
+from p2r.data.parts import Balance
 from p2r.data.stream import Corpus, stream_state
 from p2r.errors import CheckpointError
 from p2r.storage import Storage
@@ -54,8 +56,34 @@ def corpora_of(config: PretrainConfig, own: Storage, *, stream: Mapping[str, Any
 def refuse_other_stream(config: PretrainConfig, own: Storage, saved: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` if a run with these corpora would not continue the stream saved in a checkpoint."""
     corpora = corpora_of(config, own, stream=saved)
-    state = stream_state(corpora, seed=config.seed, global_batch=config.global_batch, neighbours=config.neighbours)
+    state = stream_state(
+        corpora,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        neighbours=config.neighbours,
+        balance=balance_of(config, corpora),
+    )
     state.resumed(saved)
+
+
+def balance_of(config: PretrainConfig, corpora: Sequence[Corpus]) -> Balance | None:
+    """Return the shares of `pretrain.balance`; None if the job has none.
+
+    Raises:
+        DataError: The corpora lack the property, or a value.
+    """
+    if config.balance is None:
+        return None
+    return read_balance(corpora, config.balance, image=config.image, contrasts=config.model.contrasts)
+
+
+def agreed_balance(config: PretrainConfig, corpora: Sequence[Corpus], device: torch.device) -> Balance | None:
+    """Return the shares as `balance_of`, read by rank 0 for every rank: a ledger may have a million rows. Collective."""
+    if config.balance is None:
+        return None
+    agreed = [balance_of(config, corpora) if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(agreed, src=0, device=device)
+    return agreed[0]
 
 
 def _revision_error(storage: Storage, saved: str | None, wanted: str | None) -> CheckpointError:

@@ -243,6 +243,9 @@ def _make_report(run: PretrainRun, step: int, taken: Step, *, ends_interval: boo
         data=data,
         eta_s=(config.steps - step) * seconds / clock.steps,
         negatives=config.negatives,
+        images_by_value={value: step * num for value, num in run.images_per_step.items()}
+        if run.images_per_step
+        else None,
         num_images_without_pairs=num_without_pairs,
         skipped_steps=running.skipped_steps,
         pixel_pairs_per_s=clock.steps * config.global_batch * config.loss.pixel_pairs_per_image / seconds,

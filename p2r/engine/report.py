@@ -16,7 +16,8 @@ class PretrainReport:
     samples_seen: int
     """Images consumed by all ranks, each giving two views."""
     loss: float
-    """Mean loss of the steps that were not skipped (InfoNCE: nats); if all were, the value of the previous report."""
+    """Mean loss of the steps that were not skipped (InfoNCE: nats; with masked reconstruction, plus its weighted error); if all were, the
+    value of the previous report."""
     learning_rate: float
     """Learning rate of the last step."""
     gradient_norm: float
@@ -33,6 +34,8 @@ class PretrainReport:
     """Time to the end at the current speed, s."""
     negatives: str
     """Description of the negatives."""
+    images_by_value: dict[str, int] | None = None
+    """With `pretrain.balance`: images consumed by all ranks since the run began, for each contrast, scanner or field strength."""
     num_images_without_pairs: int = 0
     """Images of all ranks since the previous report of which no pixel could be paired; they do not contribute to the loss."""
     skipped_steps: int = 0
@@ -47,7 +50,8 @@ class PretrainReport:
     """Number of ranks."""
     loss_parts: dict[str, float] = field(default_factory=dict)
     """Parts of the last step's loss. InfoNCE: mean cosine of pairs (positive), mean log-sum-exp of logits over negatives (negatives,
-    nats). Barlow Twins: the two terms of the loss (invariance, redundancy)."""
+    nats). Barlow Twins: the two terms of the loss (invariance, redundancy). With masked reconstruction its error (reconstruction), to which
+    its weight in the loss is not applied; 1: no better than the mean of each view."""
     health: dict[str, float] | None = None
     """Metrics of the last step's embeddings, given with the equivariance error: alignment, uniformity, effective_rank,
     dead_dimensions_fraction; see `p2r.engine.health`."""
@@ -82,6 +86,11 @@ class PretrainReport:
         return (
             f"step {self.step}/{self.num_steps} | loss {self.loss:.4f} | {self.images_per_s:.1f} img/s | "
             f"wait {self.wait_fraction:.1%} | lr {self.learning_rate:.1e} | grad {self.gradient_norm:.2f} | "
+            + (
+                f"reconstruction error {error:.3f} | "
+                if (error := self.loss_parts.get("reconstruction")) is not None
+                else ""
+            )
             + (f"equivariance error {self.equivariance_error:.3f} | " if self.equivariance_error is not None else "")
             + (f"effective rank {self.health['effective_rank']:.1f} | " if self.health is not None else "")
             + self._contrasts_line()

@@ -12,11 +12,12 @@ from torch.profiler import record_function
 from p2r.config import PretrainConfig
 from p2r.counters import Counters
 from p2r.data.order import check_micro_batch
+from p2r.data.parts import Balance
 from p2r.data.stream import Corpus, Quarantine, Replaced, StreamState, stream, stream_state
 from p2r.engine.build import DTYPES, build_engine, set_mean_weights
 from p2r.engine.checkpoint import Checkpoints, Fetched
 from p2r.engine.checkpoint_manifest import CheckpointManifest, InitialWeights, SavedCheckpoint
-from p2r.engine.corpora import agreed_corpora
+from p2r.engine.corpora import agreed_balance, agreed_corpora
 from p2r.engine.feed import Batches, Timed, feed
 from p2r.engine.objectives import explain_missing_kernels
 from p2r.engine.online_probe import OnlineProbe
@@ -69,6 +70,8 @@ class PretrainRun:
     first_step: int
     state: StreamState
     """State of the data after the last step."""
+    images_per_step: dict[str, int] | None
+    """Images of each value of `pretrain.balance` in a global batch."""
     running: "Sums"
     unread: "UnreadSteps"
     good: str | None
@@ -95,7 +98,14 @@ def begin_run(
     _check_batch_and_checkpoint(config, saved, storage, world_size=world_size)
     saved_stream = None if checkpoint is None else checkpoint.state.stream
     corpora = agreed_corpora(config, corpus, stream=saved_stream, device=device)
-    state = stream_state(corpora, seed=config.seed, global_batch=config.global_batch, neighbours=config.neighbours)
+    balance = agreed_balance(config, corpora, device)
+    state = stream_state(
+        corpora,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        neighbours=config.neighbours,
+        balance=balance,
+    )
     model, init_from = _build_network(config, checkpoint)
     engine, compiled = _build_compiled_engine(model.to(device), config, world_size=world_size)
     reason = explain_missing_kernels(config, device=device) if device.type == "cuda" else None
@@ -112,7 +122,7 @@ def begin_run(
         state = state.resumed(checkpoint.state.stream)
     resumed_from = pending.resumed_from or 0
     counters = Counters()
-    decoded = _open_stream(config, corpora, storage, state=state, counters=counters, device=device)
+    decoded = _open_stream(config, corpora, storage, balance=balance, state=state, counters=counters, device=device)
     profiler = _make_profiler(storage, profile_steps, device, counters) if profile_steps and rank == 0 else None
     timed = record_function if profiler is None else profiler.timed
     return PretrainRun(
@@ -131,6 +141,7 @@ def begin_run(
         init_from=init_from,
         first_step=resumed_from + 1,
         state=state,
+        images_per_step=None if balance is None else balance.images_per_step(config.global_batch),
         running=running,
         unread=UnreadSteps(config.max_skipped_steps),
         good=None if saved is None else saved.path,
@@ -144,6 +155,7 @@ def _open_stream(
     corpora: Sequence[Corpus],
     storage: Storage,
     *,
+    balance: Balance | None,
     state: StreamState,
     counters: Counters,
     device: torch.device,
@@ -156,6 +168,7 @@ def _open_stream(
         global_batch=config.global_batch,
         contrasts=config.model.contrasts,
         neighbours=config.neighbours,
+        balance=balance,
         frames_apart=config.views.frames_apart,
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
@@ -209,13 +222,7 @@ def _build_network(
 ) -> tuple[Pix2Rep, InitialWeights | None]:
     """Return the network with its initial weights, and their origin if they are not random."""
     torch.manual_seed(config.seed)
-    learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
-    model = Pix2Rep(
-        config.model,
-        dimensions=config.image.dimensions,
-        learnt_temperature=learnt_temperature,
-        levels=config.loss.levels,
-    )
+    model = Pix2Rep.of(config)
     if checkpoint is not None:
         return model, checkpoint.init_from
     if config.init_from is None:

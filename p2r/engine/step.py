@@ -1,5 +1,7 @@
 """One optimizer step of pretraining: images -> two views -> N pixel pairs -> loss -> update.
 
+With masked reconstruction, blocks of view b are masked, and the loss gains the mean over images of the error in these blocks.
+
 If a rank cannot encode all its images at once, it uses micro-batches. The negatives are still the pixels of the whole global
 batch. All images are encoded without a graph; the gradient of the loss is computed for all embeddings together. Each
 micro-batch is then encoded again, with a graph, to propagate its part of that gradient to the weights. Splitting a step over
@@ -30,8 +32,11 @@ from p2r.engine.health import sample_pairs, sampling_stride
 from p2r.engine.objectives import COLDEST, PixelPairs, pixel_pair_loss
 from p2r.engine.update import Update, update
 from p2r.loss import Findings, corresponding_points
+from p2r.loss.ranks import all_reduce_sum
 from p2r.randomness import keyed_generator
+from p2r.views.blocks import mask_view
 from p2r.views.contrasts import number_pairs
+from p2r.views.draws import Draws
 from p2r.views.geometric import apply_warp
 from p2r.views.pair import ViewPair, make_views
 
@@ -133,6 +138,10 @@ class _Drawn:
     """(B, n, 2 or 3) position in the sample."""
     contrasts: Tensor | None = None
     """(B, n) number of the pair of contrasts of the views; None: images of one contrast."""
+    target: Tensor | None = None
+    """(B, C, *S) intensities of view b to predict; None: no reconstruction."""
+    scored: Tensor | None = None
+    """(B, C, *S) bool, pixels whose prediction is scored."""
 
     def split(self, size: int) -> "list[_Drawn]":
         """Return micro-batches of `size` images."""
@@ -141,9 +150,10 @@ class _Drawn:
         return [_Drawn(**dict(zip(parts, of_batch, strict=True))) for of_batch in zip(*parts.values(), strict=True)]
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(self) -> tuple[Tensor, ...]:
         """Arguments of the network."""
-        return self.a, self.b, self.points_a, self.points_b
+        views = (self.a, self.b, self.points_a, self.points_b)
+        return views if self.target is None or self.scored is None else (*views, self.target, self.scored)
 
     def pairs(self, queries: Tensor, keys: Tensor) -> PixelPairs:
         """Return the pixel pairs with their embeddings (B * n, E)."""
@@ -169,6 +179,10 @@ def _draw_pairs(batch: Batch, device: torch.device, *, config: PretrainConfig, t
             covered=covered,
             other=other,
         )
+        masked = None
+        if config.loss.reconstruction is not None:
+            draws = Draws.of_samples(config.seed, epochs=batch.epochs, positions=batch.positions)
+            masked = mask_view(views, draws, config=config.loss.reconstruction, spacing_mm=batch.spacing_mm)
     with timed("points"):
         foreground = None
         if config.loss.foreground_share:
@@ -176,7 +190,7 @@ def _draw_pairs(batch: Batch, device: torch.device, *, config: PretrainConfig, t
             foreground = apply_warp(bright.float(), views.warp, mode="nearest")[:, 0] > 0
         pairs = corresponding_points(
             views.warp,
-            views.valid,
+            views.valid if masked is None else masked.visible,
             num_points=config.loss.pixel_pairs_per_image,
             generators=[
                 keyed_generator(config.seed, "points", int(epoch), int(position))
@@ -188,13 +202,15 @@ def _draw_pairs(batch: Batch, device: torch.device, *, config: PretrainConfig, t
     dtype = DTYPES[config.precision]
     return _Drawn(
         a=views.a.to(dtype),
-        b=views.b.to(dtype),
+        b=(views.b if masked is None else masked.image).to(dtype),
         points_a=pairs.a,
         points_b=pairs.b,
         weights=pairs.weight,
         image=on_device(batch.positions, device, dtype=torch.int64)[:, None].expand_as(pairs.weight),
         position_mm=pairs.a * batch.spacing_mm,
         contrasts=_number_pairs(views, pairs.weight),
+        target=None if masked is None else masked.target,
+        scored=None if masked is None else masked.scored,
     )
 
 
@@ -207,7 +223,7 @@ def _number_pairs(views: ViewPair, like: Tensor) -> Tensor | None:
 
 
 class _Objective:
-    """Loss of a step over one or several sets of pixel pairs, with the data of these pairs that reports need."""
+    """Loss of a step over one or several sets of images, with the data of their pixel pairs that reports need."""
 
     def __init__(self, engine: Any, config: PretrainConfig, *, aligns: bool) -> None:
         self._engine, self._config, self._aligns = engine, config, aligns
@@ -215,7 +231,25 @@ class _Objective:
         self.alignments, self.samples, self.contrasts = list[Tensor](), list[Tensor](), list[Tensor]()
         self.temperature: Tensor | None = None
 
-    def __call__(self, pairs: PixelPairs) -> Tensor:
+    def __call__(self, drawn: _Drawn, queries: Tensor, keys: Tensor, *errors: Tensor) -> Tensor:
+        """Return the loss of embeddings (B * n, E) of all ranks, plus the weighted mean of the errors (B,) of a reconstruction."""
+        loss = self._contrast(drawn.pairs(queries, keys))
+        if self._config.loss.reconstruction is None:
+            return loss
+        return loss + self._config.loss.reconstruction.weight * self._reconstruction(*errors)
+
+    def _reconstruction(self, errors: Tensor) -> Tensor:
+        """Return the mean over the images of all ranks, with the gradient of this rank's images: the engine averages over ranks."""
+        message = "the reconstruction errors of {count} images are not finite"
+        self.findings.add(message, (~torch.isfinite(errors.detach())).sum(), may_pass=True)
+        own = errors.mean()
+        sums = torch.stack([errors.detach().sum(), torch.ones_like(errors).sum()])
+        self.parts["reconstruction"] = self.parts.get("reconstruction", 0) + sums
+        total, num = all_reduce_sum(sums, None)
+        mean: Tensor = total / num + (own - own.detach())
+        return mean
+
+    def _contrast(self, pairs: PixelPairs) -> Tensor:
         config = self._config
         temperature = _bounded_temperature(self._engine, config.loss)
         pairs, *coarser = _split_levels(pairs, num_levels=1 + len(config.loss.levels))
@@ -264,9 +298,9 @@ def _accumulate(
     losses, micro_batches = list[Tensor](), drawn.split(size)
     for number, micro_batch in enumerate(micro_batches):
         with timed("forward"):
-            queries, keys = engine(*micro_batch.inputs)  # (B*n, E) each
+            found = engine(*micro_batch.inputs)  # embeddings (B*n, E), (B*n, E); errors (B,) of a reconstruction
         with timed("loss"):
-            part = objective(micro_batch.pairs(queries, keys))
+            part = objective(micro_batch, *found)
         with timed("backward"):
             engine.backward(part)
         losses.append(part.detach())
@@ -334,16 +368,19 @@ def _run_two_passes(
         for micro_batch in micro_batches:
             generators.append(_generator_states(engine.device))
             towers.append(engine.module(*micro_batch.inputs))
-    queries, keys = (torch.cat(parts).requires_grad_() for parts in zip(*towers, strict=True))
+    found = [torch.cat(parts).requires_grad_() for parts in zip(*towers, strict=True)]
     log_temperature = engine.module.log_temperature
     learnt = [] if log_temperature is None else [log_temperature]
     with timed("loss"):
-        loss = objective(drawn.pairs(queries, keys))
-        of_queries, of_keys, *of_learnt = torch.autograd.grad(loss, [queries, keys, *learnt])
+        loss = objective(drawn, *found)
+        of_found = torch.autograd.grad(loss, [*found, *learnt])
+        of_learnt = of_found[len(found) :]
 
-    num_pairs = len(towers[0][0])
     # DeepSpeed averages over micro-batches; here their gradients must add up.
-    gradients = [torch.split(len(micro_batches) * gradient, num_pairs) for gradient in (of_queries, of_keys)]
+    gradients = [
+        torch.split(len(micro_batches) * gradient, len(part))
+        for gradient, part in zip(of_found, towers[0], strict=False)  # a learnt temperature is no part of a tower
+    ]
     for number, micro_batch in enumerate(micro_batches):
         _set_generator_states(generators[number], engine.device)  # repeats the random draws of the first pass
         of_micro_batch = (gradient[number] for gradient in gradients)

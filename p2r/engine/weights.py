@@ -2,7 +2,7 @@
 
 Of p2r's own formats, only safetensors are read, after their digest was checked: their author cannot run code here. All tensors
 must fit. A backbone's projection head is taken over if it was published and has the model's shapes; otherwise it keeps its random
-weights. A temperature that is learnt on only one side is left out.
+weights. A temperature that is learnt on only one side is left out, and so are the heads of other terms that only one side has.
 A weights file of another tool passes through `p2r.weights_file`, which runs no code, and a key map, `p2r.model.foreign`.
 """
 
@@ -32,6 +32,7 @@ _FILE = "model.safetensors"
 _BACKBONE = "backbone."
 _MAX_CITATIONS = 4000
 _OPTIONAL = {"log_temperature"}
+_OTHER_HEADS = ("level_heads.", "reconstruction_head.")  # not published
 _WAY_OUT = "Take over its model section, or leave init_from out."
 
 
@@ -84,7 +85,9 @@ def init_weights(model: Pix2Rep, url: str) -> InitialWeights:
         raise CheckpointError(f"{where} has format {format!r}; weights are taken from p2r-backbone/2 and {FORMAT}")
     saved = parse_manifest(manifest, where=where)
     reference.check(content)
-    _load_fitting(model, checked_weights(storage, _FILE, saved.files[_FILE]), where=where, optional=_OPTIONAL)
+    weights = checked_weights(storage, _FILE, saved.files[_FILE])
+    others = {name for name in weights.keys() | model.state_dict().keys() if name.startswith(_OTHER_HEADS)}
+    _load_fitting(model, weights, where=where, optional=_OPTIONAL | others)
     origin = {
         "manifest_sha256": hashlib.sha256(content).hexdigest(),
         "weights_sha256": saved.files[_FILE].sha256,
@@ -189,8 +192,8 @@ def _load_fitting(module: Any, weights: dict[str, Tensor], *, where: str, option
 
 
 def head_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the projection head of a whole model's weights, and a learnt temperature; not the heads of further levels."""
-    return {name: value for name, value in weights.items() if not name.startswith((_BACKBONE, "level_heads."))}
+    """Return the projection head of a whole model's weights, and a learnt temperature; not the heads of other terms."""
+    return {name: value for name, value in weights.items() if not name.startswith((_BACKBONE, *_OTHER_HEADS))}
 
 
 def backbone_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

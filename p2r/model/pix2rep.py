@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p2r.config import ModelConfig
+from p2r.config import ModelConfig, PretrainConfig
 from p2r.model.backbones import EncoderDecoder, build_backbone, channels_of_levels
 from p2r.model.heads import ProjectionHead
+from p2r.model.reconstruction import ReconstructionHead, reconstruction_errors
 
 
 class Pix2Rep(nn.Module):
@@ -33,6 +34,7 @@ class Pix2Rep(nn.Module):
         dimensions: Dimensions of the image, 2 or 3.
         learnt_temperature: Initial temperature of the loss if it is learnt; None if it is fixed.
         levels: Coarser decoder levels whose features are embedded as well, by a head each.
+        reconstructs: Also predict the intensities of view b, by a head.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Pix2Rep(nn.Module):
         dimensions: int = 2,
         learnt_temperature: float | None = None,
         levels: Sequence[int] = (),
+        reconstructs: bool = False,
     ) -> None:
         super().__init__()
         self.log_temperature: nn.Parameter | None = None
@@ -55,8 +58,32 @@ class Pix2Rep(nn.Module):
             ProjectionHead(channels, config.head_channels, config.embedding_channels)
             for channels in (channels_of_levels(config, levels, dimensions=dimensions) if levels else ())
         )
+        self.reconstruction_head: ReconstructionHead | None = None
+        if reconstructs:
+            self.reconstruction_head = ReconstructionHead(
+                config.feature_channels, config.in_channels, stride=config.stride, dimensions=dimensions
+            )
 
-    def forward(self, view_a: Tensor, view_b: Tensor, points_a: Tensor, points_b: Tensor) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def of(cls, config: PretrainConfig) -> "Pix2Rep":
+        """Build the network of a run, with random weights."""
+        return cls(
+            config.model,
+            dimensions=config.image.dimensions,
+            learnt_temperature=config.loss.temperature if config.loss.learn_temperature else None,
+            levels=config.loss.levels,
+            reconstructs=config.loss.reconstruction is not None,
+        )
+
+    def forward(
+        self,
+        view_a: Tensor,
+        view_b: Tensor,
+        points_a: Tensor,
+        points_b: Tensor,
+        target: Tensor | None = None,
+        scored: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """Embed corresponding points of two views, in one pass of the backbone over both.
 
         Args:
@@ -64,14 +91,23 @@ class Pix2Rep(nn.Module):
             view_b: (B, C, *S).
             points_a: (B, n, D) positions in view a, pixels along each axis; fractions are interpolated.
             points_b: (B, n, D) positions of the same anatomy in view b, whole pixels.
+            target: (B, C, *S) intensities of view b to predict; None: no reconstruction.
+            scored: (B, C, *S) bool, pixels whose prediction is scored.
 
         Returns:
             Queries from a and keys from b, (B * n, E) each; row i of both shows the same anatomy. With further levels, the embeddings of
-            all levels follow one another in a row.
+            all levels follow one another in a row. With a target also the errors (B,) of the reconstruction.
         """
         images = torch.cat([view_a, view_b])
-        if self.levels:
-            return self._embed_levels(images, torch.cat([points_a, points_b]))
+        embed = self._embed_levels if self.levels else self._embed
+        features, queries, keys = embed(images, points_a, points_b)
+        if self.reconstruction_head is None or target is None or scored is None:
+            return queries, keys
+        predicted = self.reconstruction_head(features.chunk(2)[1])
+        return queries, keys, reconstruction_errors(predicted, target, scored)
+
+    def _embed(self, images: Tensor, points_a: Tensor, points_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the features of both views, and the embeddings of their points."""
         features = self.backbone(images)  # (2B, F, *S / stride)
         features_a, features_b = features.chunk(2)
         if self.stride == 1:
@@ -80,11 +116,12 @@ class Pix2Rep(nn.Module):
             points = torch.cat([points_a, points_b])
             at_points = read_at(features, (points + 0.5) / self.stride - 0.5)
         queries, keys = self.head(at_points).flatten(0, 1).chunk(2)  # (B * n, E) each
-        return queries, keys
+        return features, queries, keys
 
-    def _embed_levels(self, images: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed points (2B, n, D) of both views at every level."""
+    def _embed_levels(self, images: Tensor, points_a: Tensor, points_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the finest features of both views, and the embeddings of their points at every level."""
         assert isinstance(self.backbone, EncoderDecoder)
+        points = torch.cat([points_a, points_b])
         strides = [self.stride, *(1 << level for level in self.levels)]
         maps = self.backbone.levels(images, [stride.bit_length() - 1 for stride in strides])
         rows = [
@@ -92,7 +129,7 @@ class Pix2Rep(nn.Module):
             for head, features, stride in zip([self.head, *self.level_heads], maps, strides, strict=True)
         ]
         queries, keys = torch.cat(rows, dim=1).chunk(2)  # (B * n, levels * E) each
-        return queries, keys
+        return maps[0], queries, keys
 
 
 def read_at(features: Tensor, points: Tensor) -> Tensor:

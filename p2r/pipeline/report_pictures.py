@@ -19,7 +19,7 @@ from torch import Tensor
 from p2r.backbone import Backbone, load_model
 from p2r.data.preprocess import intensity_window, percentile_table, slice_axis, volume_to_planes
 from p2r.data.stream import stream
-from p2r.engine.corpora import corpora_of
+from p2r.engine.corpora import balance_of, corpora_of
 from p2r.errors import DataError, StorageError, error_text
 from p2r.evaluate.inference import predict_volume
 from p2r.evaluate.rows import TrialRow
@@ -41,6 +41,8 @@ from p2r.report import (
     view_pairs,
 )
 from p2r.storage import Storage
+from p2r.views.blocks import mask_view
+from p2r.views.draws import Draws
 from p2r.views.pair import ViewPair, make_views
 
 _NUM_VIEWS = 4
@@ -90,6 +92,8 @@ def draw_pictures(
             pictures.left_out.append(f"views of training images: {error}")
         else:
             caption = "Two views of training images, and points that show the same anatomy in both."
+            if job.pretrain.loss.reconstruction is not None:
+                caption += " Masked blocks of view b are shaded, too: the network predicts their intensities."
             pictures.add("view-pairs", views, caption)
     for task in tasks:
         _add_validation_patient(pictures, task, backbone, models, rows, code)
@@ -128,6 +132,15 @@ def _add_validation_patient(
         _draw_embedding(backbone, scan, source=f"{_backbone_line(backbone)} · task {task.name}, {who}"),
         f"Features of {who}: three principal components as red, green and blue.",
     )
+    by_contrast = _draw_embedding_of_contrasts(
+        backbone, scan, source=f"{_backbone_line(backbone)} · task {task.name}, {who}"
+    )
+    if by_contrast is not None:
+        pictures.add(
+            f"embedding-contrasts-{task.name}",
+            by_contrast,
+            f"Features of {who}, from one contrast at a time: equal colours mean equal features, also in different contrasts.",
+        )
     if task.name in models:
         pictures.add(
             f"outlines-{task.name}",
@@ -159,6 +172,7 @@ def _draw_view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
         seed=config.seed,
         global_batch=config.global_batch,
         contrasts=contrasts,
+        balance=balance_of(config, corpora),
         frames_apart=config.views.frames_apart,
     )
     try:
@@ -181,44 +195,20 @@ def _draw_view_pairs(job: Job, storage: Storage, *, source: str) -> Drawing:
         covered=None if covered is None else covered[fullest],
         other=None if other is None else other[fullest],
     )
-    images, views, labels = _shown_contrasts(images, views, contrasts)
+    if config.loss.reconstruction is not None:
+        draws = Draws.of_samples(config.seed, epochs=epochs, positions=positions)
+        masked = mask_view(views, draws, config=config.loss.reconstruction, spacing_mm=batch.spacing_mm)
+        views = replace(views, b=masked.image, valid=masked.visible)
     generators = [
         keyed_generator(config.seed, "points", int(epoch), int(position))
         for epoch, position in zip(epochs, positions, strict=True)
     ]
+    names = contrasts or ()
     if config.image.dimensions == 3:
-        is_shown = views.valid[..., images.shape[-1] // 2].flatten(1).any(1).tolist()
-        labels = [label for label, shown in zip(labels, is_shown, strict=False) if shown]
-        return view_pairs(*_shared_planes(images, views, generators), of_volumes=True, labels=labels, source=source)
+        return view_pairs(*_shared_planes(images, views, generators), of_volumes=True, contrasts=names, source=source)
     # The picture shows a few of these, far apart.
     pairs = corresponding_points(views.warp, views.valid, num_points=_NUM_POINTS, generators=generators)
-    return view_pairs(images, views, pairs.a, pairs.b, labels=labels, source=source)
-
-
-def _shown_contrasts(
-    images: Tensor, views: ViewPair, contrasts: Sequence[str] | None
-) -> tuple[Tensor, ViewPair, list[tuple[str, str, str]]]:
-    """Reduce images and views to the first contrast that each view shows; return them with the names of what they show.
-
-    Args:
-        images: (B, C, *S).
-        views: Views of the images.
-        contrasts: Names of the contrasts; None: images of one contrast.
-
-    Returns:
-        Images (B, 1, *S), their views, and the contrasts in the image, in view a and in view b, of each image.
-    """
-    if contrasts is None or views.shown_a is None or views.shown_b is None:
-        return images, views, []
-    rows = torch.arange(len(images))
-    of_a, of_b = torch.from_numpy(views.shown_a.argmax(1)), torch.from_numpy(views.shown_b.argmax(1))
-    names = [
-        [" + ".join(name for name, is_shown in zip(contrasts, row, strict=True) if is_shown) for row in shown]
-        for shown in (views.shown_a, views.shown_b)
-    ]
-    labels = [(contrasts[int(first)], a, b) for first, a, b in zip(of_a, *names, strict=True)]
-    shown = replace(views, a=views.a[rows, of_a][:, None], b=views.b[rows, of_b][:, None])
-    return images[rows, of_a][:, None], shown, labels
+    return view_pairs(images, views, pairs.a, pairs.b, contrasts=names, source=source)
 
 
 def _shared_planes(
@@ -243,6 +233,7 @@ def _shared_planes(
     """
     middle = images.shape[-1] // 2
     rows: list[tuple[Tensor, ...]] = []
+    is_kept = views.valid[..., middle].flatten(1).any(1).numpy()
     for image, a, b, warp, valid, generator in zip(
         images, views.a, views.b, views.warp[..., middle, :], views.valid[..., middle], generators, strict=True
     ):
@@ -256,7 +247,8 @@ def _shared_planes(
     if not rows:
         raise DataError("no volume shows any of its scan")
     planes, a, b, warp, valid, points_a, points_b = (torch.stack(part) for part in zip(*rows, strict=True))
-    return planes, ViewPair(a=a, b=b, warp=warp, valid=valid), points_a, points_b
+    shown_a, shown_b = (None if shown is None else shown[is_kept] for shown in (views.shown_a, views.shown_b))
+    return planes, ViewPair(a, b, warp, valid, shown_a, shown_b), points_a, points_b
 
 
 def _load_for_pictures(scan: TaskScan, task: Task, backbone: Backbone) -> LabelledScan:
@@ -273,15 +265,41 @@ def _images_for(backbone: Backbone, scan: LabelledScan) -> Tensor:
 
 
 def _draw_embedding(backbone: Backbone, scan: LabelledScan, *, source: str) -> Drawing:
+    images = _choose_images(backbone, scan)
+    return embedding_pca(*_features_of(backbone, images), num_slices=_NUM_SLICES, source=source)
+
+
+def _draw_embedding_of_contrasts(backbone: Backbone, scan: LabelledScan, *, source: str) -> Drawing | None:
+    """Draw the features of each contrast by itself, of the same slices and in the same colours; None if there is one only."""
+    images, names = _choose_images(backbone, scan), backbone.preparation.contrasts or ()
+    present = images.flatten(2).abs().amax((0, 2)) > 0
+    found = {}
+    for number, name in enumerate(names):
+        if present[number]:
+            alone = torch.zeros_like(images)
+            alone[:, number] = images[:, number]  # the network takes channels of zeros for missing contrasts
+            found[name] = _features_of(backbone, alone)
+    if len(found) < 2:
+        return None
+    planes, features = ({name: pair[part] for name, pair in found.items()} for part in (0, 1))
+    return embedding_pca(planes, features, num_slices=_NUM_SLICES, source=source)
+
+
+def _choose_images(backbone: Backbone, scan: LabelledScan) -> Tensor:
+    """Return the slices of a scan that a picture shows, or the first of its volumes."""
     images = _images_for(backbone, scan)
-    images = images[_choose_slices(scan.label_planes.numpy())] if images.ndim == 4 else images[:1]
+    return images[_choose_slices(scan.label_planes.numpy())] if images.ndim == 4 else images[:1]
+
+
+def _features_of(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return slices (P, C, H, W) and their features (P, F, H, W), of images of slices or of one volume."""
     with torch.inference_mode():
         features = backbone(images)
     if features.shape[2:] != images.shape[2:]:
         features = F.interpolate(features, size=images.shape[2:])
     if images.ndim == 5:  # planes across the last axis: (1, C, X, Y, Z) -> (Z, C, X, Y)
         images, features = (maps[0].permute(3, 0, 1, 2) for maps in (images, features))
-    return embedding_pca(images, features, num_slices=_NUM_SLICES, source=source)
+    return images, features
 
 
 def _mode_title(model: str) -> str:

@@ -28,6 +28,7 @@ import torch
 from p2r.config import PretrainConfig
 from p2r.data.order import allowed_world_sizes, check_micro_batch, check_world_size
 from p2r.data.stream import Corpus, order_of
+from p2r.engine.corpora import balance_of
 from p2r.engine.history import HistoryRow
 from p2r.engine.objectives import explain_missing_kernels
 from p2r.errors import InputError
@@ -73,7 +74,13 @@ def plan(
     images = config.global_batch // world_size
     epoch = None
     if corpora is not None:
-        order = order_of(corpora, image=config.image, seed=config.seed, global_batch=config.global_batch)
+        order = order_of(
+            corpora,
+            image=config.image,
+            seed=config.seed,
+            global_batch=config.global_batch,
+            balance=balance_of(config, corpora),
+        )
         epoch = max(order.steps_per_epoch)
     counted = count_step(config, world_size=world_size, device=device)
     traffic = traffic_of(config, world_size=world_size, num_weights=counted.num_weights, device=device)

@@ -65,7 +65,9 @@ def count_step(config: PretrainConfig, *, world_size: int, device: str) -> Count
         embeddings=(3 if in_two_passes else 1) * towers,
         batch=batch,
     )
-    saved = max(network.saved_bytes, loss.saved_bytes) if in_two_passes else network.saved_bytes + loss.saved_bytes
+    # In the second pass autograd also keeps the gradients of all embeddings.
+    of_second = network.saved_bytes + towers
+    saved = max(of_second, loss.saved_bytes) if in_two_passes else network.saved_bytes + loss.saved_bytes
     return Counted(network.num_weights, saved, (backward, in_loss, update))
 
 
@@ -90,18 +92,18 @@ def _count_network(config: PretrainConfig, *, num_images: int, device: str) -> _
     # On meta tensors, "auto" would be decided for this machine.
     layout = is_channels_last(model_config.channels_last, on_gpu=device == "cuda", compiled=bool(config.compile))
     model_config = model_config.model_copy(update={"channels_last": layout})
-    learnt_temperature = config.loss.temperature if config.loss.learn_temperature else None
     with torch.random.fork_rng(devices=[]):
-        model = Pix2Rep(
-            model_config, dimensions=dimensions, learnt_temperature=learnt_temperature, levels=config.loss.levels
-        )
+        model = Pix2Rep.of(config.model_copy(update={"model": model_config}))
     dtype = DTYPES[config.precision]
     model = model.to(device="meta", dtype=dtype)
     image = (num_images, model_config.in_channels, *[config.image.size] * dimensions)
     points = (num_images, config.loss.pixel_pairs_per_image, dimensions)
     views = [torch.empty(image, dtype=dtype, device="meta") for _ in range(2)]
     places = [torch.empty(points, device="meta") for _ in range(2)]
-    of_weights = frozenset(storages_of([*model.parameters(), *views, *places]))
+    targets = []
+    if config.loss.reconstruction is not None:
+        targets = [torch.empty(image, dtype=kind, device="meta") for kind in (torch.float32, torch.bool)]
+    of_weights = frozenset(storages_of([*model.parameters(), *views, *places, *targets]))
     saved, live = SavedTensors(of_weights), LiveTensors(meta=True, apart=of_weights)
     complete, peak, peak_with_gradients = 0, 0, 0
 
@@ -121,10 +123,10 @@ def _count_network(config: PretrainConfig, *, num_images: int, device: str) -> _
         weight.register_post_accumulate_grad_hook(is_complete)  # type: ignore[no-untyped-call]
     with live:
         with saved.hooks():
-            queries, keys = model(*views, *places)
+            found = model(*views, *places, *targets)
         forward_bytes, saved_bytes = live.num_bytes, saved.peak_bytes
         live.forget_peak()
-        torch.autograd.backward([queries, keys], [torch.empty_like(rows) for rows in (queries, keys)])
+        torch.autograd.backward(found, [torch.empty_like(rows) for rows in found])
         look()
     num_weights = sum(weight.numel() for weight in model.parameters())
     return _Network(
@@ -173,4 +175,5 @@ def _batch_bytes(config: PretrainConfig, num_images: int) -> int:
     of_views = 2 * FP32_BYTES + (2 * DTYPES[config.precision].itemsize if config.precision == "bf16" else 0)
     masks = 2 + 2  # inside and valid, and both again for the two views
     frames = 2 if config.views.frames_apart else 1
-    return pixels * (contrasts * (frames * FP32_BYTES + of_views) + FP32_BYTES * dimensions + masks)
+    of_targets = 0 if config.loss.reconstruction is None else FP32_BYTES + 1  # intensities to predict, and a mask
+    return pixels * (contrasts * (frames * FP32_BYTES + of_views + of_targets) + FP32_BYTES * dimensions + masks)

@@ -222,14 +222,7 @@ def _run_steps(config: PretrainConfig, trial: BatchTrial, *, device: torch.devic
     join_process_group(device)
     loss = config.loss.model_copy(update={"pixel_pairs_per_image": trial.pairs})
     config = config.model_copy(update={"global_batch": trial.images, "micro_batch": None, "loss": loss})
-    learnt_temperature = loss.temperature if loss.learn_temperature else None
-    model = Pix2Rep(
-        config.model,
-        dimensions=config.image.dimensions,
-        learnt_temperature=learnt_temperature,
-        levels=config.loss.levels,
-    )
-    engine = build_engine(model.to(device), config, world_size=1)
+    engine = build_engine(Pix2Rep.of(config).to(device), config, world_size=1)
     batch = noise_batch(config.image, trial.images, contrasts=config.model.contrasts)
     began = math.nan
     for step in range(1 + _NUM_STEPS):

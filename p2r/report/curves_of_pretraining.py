@@ -11,6 +11,7 @@ from p2r.report.text import for_picture
 
 _PANELS = (
     ("loss", "loss"),
+    ("loss_parts.reconstruction", "reconstruction error"),
     ("health.effective_rank", "effective rank"),
     ("equivariance_error", "equivariance error"),
     ("probe_dice", "probe Dice"),

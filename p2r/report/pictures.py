@@ -40,12 +40,15 @@ from p2r.report.text import for_picture
 from p2r.views.pair import ViewPair
 
 Slices = Tensor | NDArray[Any]
+Named = tuple[str, NDArray[np.float32]]
+"""A contrast's name, empty for an image of one contrast, and a plane (H, W) or (H, W, 3)."""
 
 _LEFT = 0.42  # inches beside a row of panels, for its label
 _TALLEST = 3.6
 _TISSUE = 0.05  # of the intensity window; darker pixels are air
 _FULL = 0.05  # fraction of tissue, or of the largest label; emptier slices are not shown
 _EDGE = "#333333"
+_SMALL, _MAX_SMALL = 0.3, 3  # of a panel's edge: further contrasts of a view, and their largest number
 _PAIR_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7", "#ffffff", "#8fb9ff")
 
 
@@ -58,107 +61,155 @@ def view_pairs(
     num_rows: int = 3,
     num_points: int = 8,
     of_volumes: bool = False,
-    labels: Sequence[tuple[str, str, str]] = (),
+    contrasts: Sequence[str] = (),
     source: str = "",
 ) -> Drawing:
     """Draw images, their two views, and some of the pixel pairs that the loss compares.
 
     Args:
-        image: (B, 1, H, W) in [0, 1].
-        views: The views of these images.
+        image: (B, C, H, W) in [0, 1].
+        views: The views of these images, with the contrasts that each shows.
         points_a: (B, n, 2) row and column in view a.
         points_b: (B, n, 2) the same anatomy in view b.
         num_rows: Number of images shown.
         num_points: Pairs shown per image, far apart from one another, and on tissue where possible.
         of_volumes: The images are planes of volumes, rotated against each other.
-        labels: Contrast in the image, in view a and in view b, of each image; empty: images of one contrast.
+        contrasts: Names of the contrasts; empty: images of one contrast.
         source: Line below that states the source of the images.
     """
-    originals, firsts, seconds = as_slices(image), as_slices(views.a), as_slices(views.b)
-    valid, at_a, at_b = as_array(views.valid), as_array(points_a), as_array(points_b)
-    rows = min(num_rows, len(originals))
+    rows = _list_panels(image, views, contrasts)[:num_rows]
+    at_a, at_b = as_array(points_a), as_array(points_b)
+    subtitle = (
+        "the planes are rotated against each other, and share a band; " * of_volumes
+        + "joined points show the same anatomy: their features are pulled together; shaded: outside the scan, never compared"
+        + "; small: the other contrasts that a view shows" * any(len(panel) > 1 for row in rows for panel in row)
+    )
 
     def figure(width: float) -> Figure:
         gap, top = 0.12, 0.28
         edge = (width - 0.3 - 2 * gap) / 3
+        small = _SMALL * edge
+        heights = [edge + gap + (small + gap / 2) * any(len(panel) > 1 for panel in row) for row in rows]
         sheet = new_sheet(
             width,
-            rows * (edge + gap) + top,
+            sum(heights) + top,
             title="Two views of a volume, one plane of each" if of_volumes else "Two views of one slice",
-            subtitle="the planes are rotated against each other, and share a band; "
-            * of_volumes
-            + "joined points show the same anatomy: their features are pulled together; shaded: outside the scan, "
-            "never compared",
+            subtitle=subtitle,
             source=source,
         )
-        for row in range(rows):
-            low = gap + (rows - 1 - row) * (edge + gap)
-            panels = [sheet.panel(0.15 + column * (edge + gap), low, edge, edge) for column in range(3)]
-            show_plane(panels[0], originals[row], vmin=0, vmax=1)
-            show_plane(panels[1], firsts[row], vmin=0, vmax=1)
-            show_plane(panels[2], _shade_outside(seconds[row], valid[row]))
-            for panel, label in zip(panels, labels[row] if labels else (), strict=False):
-                _draw_label(panel, label)
-            if row == 0:
-                word = "appearance" if labels else "contrast"
+        for number, row in enumerate(rows):
+            low = gap + sum(heights[number:]) - gap - edge
+            panels = []
+            for column, (first, *others) in enumerate(row):
+                left = 0.15 + column * (edge + gap)
+                panels.append(_show_named(sheet.panel(left, low, edge, edge), *first))
+                for place, other in enumerate(others[:_MAX_SMALL]):
+                    box = sheet.panel(left + place * (small + gap / 4), low - gap / 2 - small, small, small)
+                    _show_named(box, *other, is_small=True)
+            if number == 0:
+                word = "appearance" if contrasts else "contrast"
                 names = ("image", f"view a: {word}", f"view b: {word} and geometry")
                 for panel, name in zip(panels, names if width > NARROW else ("image", "view a", "view b"), strict=True):
                     panel.set_title(name, fontsize=9.5, color=INK, pad=4)
-            chosen = _choose_far_apart(at_a[row], at_b[row], originals[row], num_points)
+            chosen = _choose_far_apart(at_a[number], at_b[number], row[0][0][1], num_points)
             for colour, index in zip(_PAIR_COLOURS * num_points, chosen, strict=False):
-                _connect_points(panels[1], at_a[row, index], panels[2], at_b[row, index], colour)
+                _connect_points(panels[1], at_a[number, index], panels[2], at_b[number, index], colour)
         return sheet.figure
 
     return drawing(figure(WIDE), figure(NARROW))
 
 
-def _draw_label(panel: Axes, label: str) -> None:
+def _list_panels(image: Slices, views: ViewPair, contrasts: Sequence[str]) -> list[list[list[Named]]]:
+    """Return the planes in the panels of each image: for the image, view a and view b, the contrasts that the view shows.
+
+    The image's panel has the contrasts of view a.
+    """
+    originals, firsts, seconds, valid = (as_array(part) for part in (image, views.a, views.b, views.valid))
+    every = np.ones(originals.shape[:2], np.bool_)
+    shown_a, shown_b = (every if shown is None else shown for shown in (views.shown_a, views.shown_b))
+    rows = []
+    for row in range(len(originals)):
+        of_a, of_b = (np.flatnonzero(shown[row]).tolist() or [0] for shown in (shown_a, shown_b))
+        names = contrasts or [""] * originals.shape[1]
+        rows.append(
+            [
+                [(names[number], originals[row, number]) for number in of_a],
+                [(names[number], firsts[row, number]) for number in of_a],
+                [(names[number], _shade_outside(seconds[row, number], valid[row])) for number in of_b],
+            ]
+        )
+    return rows
+
+
+def _show_named(panel: Axes, name: str, plane: NDArray[np.float32], *, is_small: bool = False) -> Axes:
+    """Show a plane with the name of its contrast, if it has one."""
+    show_plane(panel, plane, **({"vmin": 0, "vmax": 1} if plane.ndim == 2 else {}))
+    if name:
+        _draw_label(panel, name, size=6.5 if is_small else 8)
+    return panel
+
+
+def _draw_label(panel: Axes, label: str, *, size: float) -> None:
     box = {"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1.5}
-    panel.text(0.03, 0.97, label, ha="left", va="top", fontsize=8, color="white", transform=panel.transAxes, bbox=box)
+    panel.text(
+        0.03, 0.97, label, ha="left", va="top", fontsize=size, color="white", transform=panel.transAxes, bbox=box
+    )
 
 
-def embedding_pca(image: Slices, features: Slices, *, num_slices: int = 6, source: str = "") -> Drawing:
+def embedding_pca(
+    image: Slices | Mapping[str, Slices],
+    features: Slices | Mapping[str, Slices],
+    *,
+    num_slices: int = 6,
+    source: str = "",
+) -> Drawing:
     """Draw slices, and below them the first three principal components of their features as red, green and blue.
 
-    Components and colours are shared by all slices: equal colours mean equal features, also across slices.
+    Components and colours are shared by all slices: equal colours mean equal features, also across slices, and across contrasts.
 
     Args:
-        image: (P, 1, H, W) or (P, H, W) in [0, 1].
-        features: (P, F, H, W).
+        image: (P, 1, H, W) or (P, H, W) in [0, 1], or several contrasts of the same slices by name.
+        features: (P, F, H, W), or those of each contrast by name.
         num_slices: Number of slices, evenly spread.
         source: Line below that states the source of features and slices.
     """
-    slices, maps = as_slices(image), as_array(features).astype(np.float32)
-    if maps.ndim != 4 or maps.shape[0] != slices.shape[0] or maps.shape[2:] != slices.shape[1:]:
-        raise ValueError(f"features {maps.shape} do not fit the slices {slices.shape}")
+    by_name = image if isinstance(image, Mapping) else {"": image}
+    of_name = features if isinstance(features, Mapping) else {"": features}
+    slices = np.stack([as_slices(planes) for planes in by_name.values()])  # (K, P, H, W) of K contrasts
+    maps = np.stack([as_array(of_name[name]).astype(np.float32) for name in by_name])  # (K, P, F, H, W)
+    if maps.ndim != 5 or maps.shape[1] != slices.shape[1] or maps.shape[3:] != slices.shape[2:]:
+        raise ValueError(f"features {maps.shape[1:]} do not fit the slices {slices.shape[1:]}")
     # Averaged over neighbours, so that noise in air is not taken for tissue.
-    tissue = uniform_filter(slices, size=(1, 5, 5)) > 2 * _TISSUE
+    tissue = uniform_filter(slices.mean(axis=0), size=(1, 5, 5)) > 2 * _TISSUE
     full = np.flatnonzero(tissue.mean(axis=(1, 2)) > _FULL)
-    shown = evenly(full if full.size else np.arange(len(slices)), num_slices)
-    slices, maps, tissue = slices[shown], maps[shown], tissue[shown]
+    shown = evenly(full if full.size else np.arange(len(tissue)), num_slices)
+    slices, maps, tissue = slices[:, shown], maps[:, shown], tissue[shown]
     if not tissue.any():
         tissue = np.ones_like(tissue)
-    colours, explained = _principal_colours(maps, tissue)
+    colours, explained = _principal_colours(maps.reshape(-1, *maps.shape[2:]), np.tile(tissue, (len(maps), 1, 1)))
+    colours = colours.reshape(*slices.shape, 3)
     box = box_around(tissue, margin=2)
-    slices, tissue, colours = slices[:, *box], tissue[:, *box], colours[:, *box]
+    slices, tissue, colours = slices[:, :, *box], tissue[:, *box], colours[:, :, *box]
+    lines = [line for name in by_name for line in ((name, f"features of {name}") if name else ("slice", "features"))]
 
     def figure(width: float) -> Figure:
-        here = np.arange(len(slices)) if width > NARROW else inside(np.arange(len(slices)), 2)
+        here = np.arange(len(tissue)) if width > NARROW else inside(np.arange(len(tissue)), 2)
         sheet, panels = _new_grid(
-            ("slice", "features"),
+            lines,
             len(here),
-            slices.shape[1:],
+            slices.shape[2:],
             width=width,
-            title="Principal components of the representation",
-            subtitle=f"principal components 1 to 3 of {maps.shape[1]} features as red, green, blue: {explained:.0%} of the "
-            "variance",
+            title="Principal components of the representation" + ", contrast by contrast" * (len(by_name) > 1),
+            subtitle=f"principal components 1 to 3 of {maps.shape[2]} features as red, green, blue: {explained:.0%} of the "
+            "variance" + "; equal colours mean equal features, also in different contrasts" * (len(by_name) > 1),
             source=source,
         )
         for column, index in enumerate(here):
-            show_plane(panels[0][column], slices[index], vmin=0, vmax=1)
-            # Pixels outside tissue are transparent, because a page is light or dark.
-            opaque = np.concatenate([colours[index], tissue[index][..., None].astype(np.float32)], axis=2)
-            show_plane(panels[1][column], opaque)
+            for number in range(len(by_name)):
+                show_plane(panels[2 * number][column], slices[number, index], vmin=0, vmax=1)
+                # Pixels outside tissue are transparent, because a page is light or dark.
+                opaque = np.concatenate([colours[number, index], tissue[index][..., None].astype(np.float32)], axis=2)
+                show_plane(panels[2 * number + 1][column], opaque)
         return sheet.figure
 
     return drawing(figure(WIDE), figure(NARROW))

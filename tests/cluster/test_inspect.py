@@ -38,6 +38,8 @@ def test_the_drift_from_one_revision_to_the_next_is_shown(
     assert "12, then 24; 12 in both" in shown and "the new scans of the second" in shown
     (line,) = [line for line in shown.splitlines() if "spacing R, mm" in line]
     assert "1.00" in line and "changed" in line
+    assert not [line for line in shown.splitlines() if "extent R, voxels" in line]  # it is equal in both
+    assert "further quantities are equal" in " ".join(shown.split())
     assert cli.main(["inspect", f"{url}@sha256:{first}", url, "--json"]) == 0
     drift = json.loads(capsys.readouterr().out)
     changed = {shift["quantity"] for shift in drift["shifts"] if shift["is_change"]}

@@ -288,6 +288,28 @@ def test_a_fourth_axis_of_contrasts_is_recognised_by_a_dataset_json(tmp_path: Pa
     assert manifest["contrasts"] == {"flair": 2, "t1": 2, "t1gd": 2}
 
 
+def test_contrasts_that_no_session_has_are_named_with_a_way_out(tmp_path: Path) -> None:
+    """A cine and a stack of contrasts look the same, so the user is asked."""
+    lines: list[str] = []
+    for number in (1, 2):
+        save(tmp_path / "bids", f"sub-{number}_FLAIR.nii.gz", number, shape=(20, 24, 5, 3))
+    config = IngestConfig(
+        sources=(str(tmp_path / "bids"),), licence="CC0-1.0", sessions=SessionsConfig(contrasts=CONTRASTS)
+    )
+    list(ingest_locally(config, Storage(str(tmp_path / "corpus")), say=lines.append))
+    (line,) = [line for line in lines if "no session" in line]
+    assert line.startswith("no session has a usable scan of t1, t1ce: see the ledger")
+    assert line.endswith("set ingest.sessions.fourth_axis: contrasts")
+
+
+def test_a_vector_image_is_no_contrast(tmp_path: Path) -> None:
+    save(tmp_path / "bids", "sub-1_FLAIR.nii.gz", 1)
+    save(tmp_path / "bids", "sub-1_T1w.nii.gz", 2, shape=(20, 24, 5, 1, 3))
+    _, manifest, ledger = ingested(tmp_path, one_subject=True)
+    assert manifest["contrasts"] == {"flair": 1, "t1": 0, "t1ce": 0} and reason(ledger, "sub-1_T1w") == "not_3d"
+    assert "components of vectors" in ledger["sub-1_T1w"]["message"]
+
+
 def test_an_rgb_image_is_no_contrast(tmp_path: Path) -> None:
     save(tmp_path / "bids", "sub-1_FLAIR.nii.gz")
     colours = np.zeros((20, 24, 5), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])

@@ -52,6 +52,7 @@ def test_a_run_across_contrasts_resumes_to_the_same_digits_and_states_each_pair(
         "pretrain.model.contrasts=[flair, t1, t1ce]",
         "pretrain.views={contrasts: mixed, contrast_dropout: 0.3}",
         "pretrain.micro_batch=2",
+        "pretrain.balance={by: contrast}",
     )
     job = job_of(tmp_path, *settings)
     whole, broken = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "broken"))
@@ -66,6 +67,8 @@ def test_a_run_across_contrasts_resumes_to_the_same_digits_and_states_each_pair(
     train(job, broken, sessions, most=1)
     resumed = train(job, broken, sessions)
     assert resumed[0].resumed_from == 2 and losses(broken) == losses(whole)
+    assert resumed[-1].images_by_value == reports[-1].images_by_value
+    assert sum((reports[-1].images_by_value or {}).values()) == reports[-1].samples_seen
 
 
 def train_on_ranks(rank: int, job: Path, storage: str, corpus: str, settings: tuple[str, ...], until: int) -> None:
@@ -84,7 +87,12 @@ def test_a_run_across_contrasts_may_change_its_number_of_ranks(
 ) -> None:
     views = "{contrasts: mixed, contrast_dropout: 0.3}"
     job = write_toy_job(tmp_path)
-    settings = ("pretrain.model.contrasts=[flair, t1, t1ce]", f"pretrain.views={views}", "pretrain.report_interval=1")
+    settings = (
+        "pretrain.model.contrasts=[flair, t1, t1ce]",
+        f"pretrain.views={views}",
+        "pretrain.report_interval=1",
+        "pretrain.balance={by: contrast}",
+    )
 
     def train_on(name: str, world_size: int, until: int) -> None:
         given = (job, str(tmp_path / name), sessions.url, settings, until)

@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "zero 3": {"loss": {"learn_temperature": True, "negatives": "image"}, "zero_stage": 3},
     "coarser level": {"model": {"level": 1}},
+    "reconstruction": {"loss": {"reconstruction": {"block_mm": 8}}, "micro_batch": 1},
     "unet": {"model": {"name": "unet", "channels": (4, 8, 8)}},
     "dynunet": {"model": {"name": "dynunet", "channels": (4, 8, 8)}},
     "swin_unetr": {"image": {"size": 64}, "model": {"name": "swin_unetr", "channels": (12, 24, 48, 96, 192)}},
@@ -122,9 +123,7 @@ def waits(case: dict[str, Any], world_size: int) -> tuple[dict[str, int], list[s
             "loss": {"pixel_pairs_per_image": 20, **case.get("loss", {})},
         }
     )
-    learnt = config.loss.temperature if config.loss.learn_temperature else None
-    model = Pix2Rep(config.model, dimensions=config.image.dimensions, learnt_temperature=learnt)
-    engine = build_engine(model, config, world_size=world_size)
+    engine = build_engine(Pix2Rep.of(config), config, world_size=world_size)
     batch = noise_batch(config.image, config.global_batch // world_size)
     with pytest.MonkeyPatch.context() as patch:
         for module in ("ranks", "tiles"):

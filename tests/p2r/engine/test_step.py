@@ -27,6 +27,7 @@ STEPS = 2
 LOSSES: dict[str, dict[str, Any]] = {
     "info_nce": {"temperature": 0.3, "learn_temperature": True, "exclude_within_mm": 6.0, "foreground_share": 0.5},
     "barlow_twins": {"name": "barlow_twins"},
+    "reconstruction": {"reconstruction": {"weight": 2.0, "block_mm": 8.0}},
 }
 CUTS = {"1 x 4": (1, 1), "2 x 2": (2, 1), "4 x 1": (4, 1)}  # ranks, images of a micro-batch
 WHOLE = "1 x 1, whole"
@@ -60,8 +61,7 @@ def batch(step: int, rank: int, world_size: int) -> Batch:
 
 def train(settings: PretrainConfig, rank: int, world_size: int) -> dict[str, list[float]]:
     torch.manual_seed(0)
-    learnt = settings.loss.temperature if settings.loss.learn_temperature else None
-    engine = build_engine(Pix2Rep(settings.model, learnt_temperature=learnt), settings, world_size=world_size)
+    engine = build_engine(Pix2Rep.of(settings), settings, world_size=world_size)
     losses, norms = [], []
     for step in range(STEPS):
         taken = take_step(engine, batch(step, rank, world_size), config=settings, learning_rate=1e-3)
@@ -87,9 +87,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[f
         cases[1][f"{loss}, {WHOLE}"] = config(options, None)
         for cut, (world_size, micro_batch) in CUTS.items():
             cases[world_size][f"{loss}, {cut}"] = config(options, micro_batch)
-    cases[1]["zero 2"] = config(LOSSES["info_nce"], 1, zero_stage=2)
-    cases[1]["zero 0"] = config(LOSSES["info_nce"], 2, zero_stage=0)
-    cases[1]["zero 3"] = config(LOSSES["info_nce"], 2, zero_stage=3)
+    for loss in ("info_nce", "reconstruction"):
+        for stage, micro_batch in {0: 2, 2: 1, 3: 2}.items():
+            cases[1][f"{loss}, zero {stage}"] = config(LOSSES[loss], micro_batch, zero_stage=stage)
     cases[2]["cheap"] = config({**LOSSES["info_nce"], "negatives": "micro_batch"}, 1)
     starts = {size: start_ranks(size, folder, run_rank, str(folder), size, cases[size]) for size in (2, 4)}
     join_process_group(torch.device("cpu"))
@@ -114,9 +114,10 @@ def test_ranks_and_micro_batches_do_not_change_the_step(runs: dict[str, Any], lo
     assert ours["temperature"] == pytest.approx(whole["temperature"], rel=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["info_nce", "reconstruction"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_nor_does_the_zero_stage(runs: dict[str, Any], stage: int) -> None:
-    whole, ours = runs[f"info_nce, {WHOLE}"], runs[f"zero {stage}"]
+def test_nor_does_the_zero_stage(runs: dict[str, Any], stage: int, loss: str) -> None:
+    whole, ours = runs[f"{loss}, {WHOLE}"], runs[f"{loss}, zero {stage}"]
     assert ours["losses"] == pytest.approx(whole["losses"], rel=1e-5)
 
 

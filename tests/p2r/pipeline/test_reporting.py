@@ -4,7 +4,7 @@ import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,8 +13,9 @@ import torch
 from p2r.errors import DataError
 from p2r.evaluate.rows import TrialRow
 from p2r.fewshot.scoring import npz_bytes
-from p2r.pipeline.report_pictures import _UNREADABLE, _read_prediction, _shared_planes, _shown_contrasts
-from p2r.report import view_pairs
+from p2r.pipeline.report_pictures import _UNREADABLE, _draw_embedding_of_contrasts, _read_prediction, _shared_planes
+from p2r.report import embedding_pca, view_pairs
+from p2r.report.pictures import _list_panels
 from p2r.storage import Storage
 from p2r.views.pair import ViewPair
 
@@ -104,11 +105,54 @@ def test_a_picture_of_views_names_the_contrasts_that_they_show() -> None:
         shown_a=shown_a,
         shown_b=shown_b,
     )
-    image, shown, labels = _shown_contrasts(images, views, ("flair", "t1", "t1ce"))
-    assert labels == [("flair", "flair", "t1ce"), ("t1", "t1 + t1ce", "t1 + t1ce")]
-    assert torch.equal(image[:, 0], torch.stack([images[0, 0], images[1, 1]]))
-    assert torch.equal(shown.b[:, 0], torch.stack([views.b[0, 2], views.b[1, 1]]))
+    names = ("flair", "t1", "t1ce")
+    first, second = _list_panels(images, views, names)
+    assert [[name for name, _ in panel] for panel in first] == [["flair"], ["flair"], ["t1ce"]]
+    assert [[name for name, _ in panel] for panel in second] == [["t1", "t1ce"]] * 3
+    for panel, of in zip(second[:2], (images, views.a), strict=True):
+        for number, (_, plane) in enumerate(panel, start=1):
+            np.testing.assert_array_equal(plane, of[1, number].numpy())
+    np.testing.assert_array_equal(second[2][1][1][..., 0], views.b[1, 2].numpy())  # grey, as no pixel is outside
     points = torch.randint(0, 24, (2, 30, 2)).float()
-    picture = view_pairs(image, shown, points, points, labels=labels).svg.decode()
-    assert "t1 + t1ce" in picture and "view b: appearance and geometry" in picture
-    assert _shown_contrasts(images, views, None) == (images, views, [])
+    picture = view_pairs(images, views, points, points, contrasts=names).svg.decode()
+    assert picture.count(">t1ce<") == 4 and picture.count(">t1<") == 3 and "view b: appearance and geometry" in picture
+    plain = view_pairs(images[:, :1], ViewPair(views.a, views.b, views.warp, views.valid), points, points).svg.decode()
+    assert "view a: contrast" in plain and "small: the other contrasts" not in plain
+
+
+def test_features_of_contrasts_share_their_colours() -> None:
+    """Equal features of two contrasts have equal colours, and others have others."""
+    rng = np.random.default_rng(0)
+    image = {"flair": rng.uniform(0.3, 1, (2, 24, 24)), "t1": rng.uniform(0.3, 1, (2, 24, 24))}
+    maps = rng.normal(size=(2, 6, 24, 24))
+    same, other = (embedding_pca(image, {"flair": maps, "t1": of}).svg.decode() for of in (maps, maps + 3))
+    assert "contrast by contrast" in same and ">features of t1<" in same
+    pictures = [[part.partition('"')[0] for part in svg.split("data:image/png;base64,")[1:]] for svg in (same, other)]
+    flair, t1 = slice(2, 4), slice(6, 8)  # after the slices of each, in pairs of two planes
+    assert len(pictures[0]) == 8 and pictures[0][flair] == pictures[0][t1]
+    assert pictures[1][flair] != pictures[1][t1]
+
+
+def test_a_backbone_of_several_contrasts_shows_each_by_itself() -> None:
+    class Sums(torch.nn.Module):
+        preparation = SimpleNamespace(contrasts=("flair", "t1", "t2"), num_contrasts=3)
+        seen: ClassVar[list[torch.Tensor]] = []
+
+        def prepare(self, scans: object) -> SimpleNamespace:
+            images = torch.rand(5, 3, 24, 24)
+            images[:, 1] = 0  # this patient has no T1
+            return SimpleNamespace(images=images)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.seen.append(images)
+            return torch.cat([images.sum(1, keepdim=True), images.amax(1, keepdim=True) ** 2], 1)
+
+    scan: Any = SimpleNamespace(scans_for=lambda preparation: {}, label_planes=torch.ones(5, 24, 24))
+    backbone: Any = Sums()
+    drawn = _draw_embedding_of_contrasts(backbone, scan, source="here")
+    assert (
+        drawn is not None
+        and ">features of flair<" in drawn.svg.decode()
+        and "features of t1<" not in drawn.svg.decode()
+    )
+    assert [sorted(set(np.flatnonzero(images.flatten(2).any((0, 2))))) for images in backbone.seen] == [[0], [2]]
