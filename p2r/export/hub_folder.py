@@ -44,6 +44,8 @@ LICENCES = frozenset(
 )
 """Licences that the hub knows, by its own names: SPDX in lower case. Others are `other`, with their name beside it."""
 _PATHS = {"config": "config.json", "weights": "model.safetensors"}
+_RESULTS = {"Dice": "dice", "HD95, mm": "hd95_mm_by_class", "surface Dice": "nsd_by_class"}
+"""Columns of a model's results on its card, and the fields of its manifest."""
 _CODE = re.compile(r"^(?: {4}[^\n]*\n)+\n?", re.MULTILINE)
 
 
@@ -132,16 +134,17 @@ def _write_results(source: Source) -> str:
     """Return the section with a model's results on its validation patients; empty if they are not known."""
     facts = source.manifest.facts
     found = facts.validation if isinstance(facts, ModelManifest) else None
-    if not found:
+    by_class = {title: (found or {}).get(key) for title, key in _RESULTS.items()}
+    known = {title: one for title, one in by_class.items() if isinstance(one, dict) and any(one.values())}
+    if not known:
         return ""
-    columns = [found.get(key) for key in ("dice", "hd95_mm_by_class", "nsd_by_class")]
-    rows = []
+    rows: list[tuple[str, ...]] = [("class", *known), ("---",) * (1 + len(known))]
     for name in source.config.classes.values():
-        values = [column.get(name) if isinstance(column, dict) else None for column in columns]
+        values = [one.get(name) for one in known.values()]
         cells = [f"{value:.3g}" if isinstance(value, int | float) else "unknown" for value in values]
-        rows.append(f"| {re.sub(r'[^A-Za-z0-9 _.+-]', '_', name)} | {' | '.join(cells)} |")
-    heading = "| class | Dice | HD95, mm | surface Dice |\n|---|---|---|---|"
-    return f"## Results\n\nMeans over the validation patients.\n\n{heading}\n" + "\n".join(rows) + "\n\n"
+        rows.append((re.sub(r"[^A-Za-z0-9 _.+-]", "_", name), *cells))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"## Results\n\nMeans over the validation patients.\n\n{table}\n\n"
 
 
 def front_matter(card: str) -> dict[str, object]:
