@@ -137,7 +137,7 @@ def hub_errors(url: HubURL, doing: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", None)
         token = "; the token is missing or may not do this: set HF_TOKEN, or run hf auth login" * (status in (401, 403))
         raise StorageError(f"{where}: the hub answers {status}{token}") from None
-    except (OSError, ValueError, RuntimeError) as error:
+    except (_connection_error(), OSError, ValueError, RuntimeError) as error:
         cause = error.__cause__ or error
         raise StorageError(f"{where}: {str(error)[:300]} ({type(cause).__name__}: {str(cause)[:300]})") from None
 
@@ -159,17 +159,25 @@ def _stated_size(client: Any, url: HubURL, name: str) -> int | None:
 
     Where the hub does not answer, the download raises the error, or finds the file in the cache.
     """
-    from httpx import HTTPError
-
     is_commit = url.revision is not None and _COMMIT.fullmatch(url.revision) is not None
     if is_commit and client.try_to_load_from_cache(url.repository, name, revision=url.revision) is not None:
         return None
     try:
         address = client.hf_hub_url(url.repository, name, revision=url.revision)
         size: int | None = client.get_hf_file_metadata(address, library_name="p2r").size
-    except (HTTPError, OSError):
+    except (_connection_error(), OSError):
         return None
     return size
+
+
+def _connection_error() -> type[BaseException]:
+    """Return the base of the errors of the HTTP library that the client uses; versions of the client use different libraries."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    found: type[BaseException] = next(
+        (base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"), HfHubHTTPError
+    )
+    return found
 
 
 def _download_optional(client: Any, url: HubURL, name: str) -> None:

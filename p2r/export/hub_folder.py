@@ -44,6 +44,8 @@ LICENCES = frozenset(
 )
 """Licences that the hub knows, by its own names: SPDX in lower case. Others are `other`, with their name beside it."""
 _PATHS = {"config": "config.json", "weights": "model.safetensors"}
+_RESULTS = {"Dice": "dice", "HD95, mm": "hd95_mm_by_class", "surface Dice": "nsd_by_class"}
+"""Columns of a model's results on its card, and the fields of its manifest."""
 _CODE = re.compile(r"^(?: {4}[^\n]*\n)+\n?", re.MULTILINE)
 
 
@@ -110,7 +112,7 @@ def write_card(source: Source, *, address: str, picture: FileEntry | None = None
 {matter}---
 
 {published}
-{curves}## Use
+{_write_results(source)}{curves}## Use
 
 ```sh
 pip install 'p2r[hub]'{command}
@@ -124,8 +126,25 @@ import p2r
 ```
 
 Pin: `sha256:{source.manifest.sha256}`, the digest of `manifest.json`, which names every file. {source.model.name},
-{source.dimensions}D, {source.num_parameters:,} weights, {source.preparation.spacing_mm:g} mm per pixel. Not a medical device.
+{source.dimensions}D, {source.num_parameters:,} weights, {source.preparation.spacing_mm:g} mm per pixel.
 """
+
+
+def _write_results(source: Source) -> str:
+    """Return the section with a model's results on its validation patients; empty if they are not known."""
+    facts = source.manifest.facts
+    found = facts.validation if isinstance(facts, ModelManifest) else None
+    by_class = {title: (found or {}).get(key) for title, key in _RESULTS.items()}
+    known = {title: one for title, one in by_class.items() if isinstance(one, dict) and any(one.values())}
+    if not known:
+        return ""
+    rows: list[tuple[str, ...]] = [("class", *known), ("---",) * (1 + len(known))]
+    for name in source.config.classes.values():
+        values = [one.get(name) for one in known.values()]
+        cells = [f"{value:.3g}" if isinstance(value, int | float) else "unknown" for value in values]
+        rows.append((re.sub(r"[^A-Za-z0-9 _.+-]", "_", name), *cells))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"## Results\n\nMeans over the validation patients.\n\n{table}\n\n"
 
 
 def front_matter(card: str) -> dict[str, object]:

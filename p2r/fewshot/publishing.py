@@ -62,6 +62,8 @@ def reason_for(config: FinetuneConfig, best: TrialResult, results: Sequence[Tria
     num = sum(MODES[one.trial.mode].weights == MODES[best.trial.mode].weights for one in results)
     is_among_fine_tuned = config.published_mode == "fine_tuned" and num < len(results)
     among = f"{num} fine-tuned models" if is_among_fine_tuned else f"{len(results)} models"
+    if (num if is_among_fine_tuned else len(results)) == 1:
+        return f"validation Dice {_dice_of(best):.3f}; no other model was compared"
     return f"the best validation Dice ({_dice_of(best):.3f}) of {among}"
 
 

@@ -168,8 +168,8 @@ def _recognise(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -
             return source
     shown = ", ".join(list(tensors)[:3])
     raise CheckpointError(
-        f"{where} is of no known network; known are {', '.join(source.title for source in SOURCES)}. Its first names are {shown:.300}. "
-        "Use it frozen, as finetune.other"
+        f"{where} is of no known network, or lacks its first layer; known are {', '.join(source.title for source in SOURCES)}. Its "
+        f"first names are {shown:.300}. Use it frozen, as finetune.other"
     )
 
 

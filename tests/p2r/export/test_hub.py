@@ -1,5 +1,7 @@
 import json
 import logging
+import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from infra.local.s3 import free_ports
 from p2r.artefact import open_artefact
 from p2r.backbone import load_backbone, load_model
 from p2r.errors import InputError, StorageError
@@ -76,6 +79,24 @@ def test_what_is_in_the_cache_loads_while_the_hub_is_down_and_without_a_request_
     load_backbone(f"hf://team/brain@{commit}")
     assert hub.requests[before:] in ([], ["HEAD /team/brain/resolve/" + commit + "/manifest.sig"])
     load_backbone("hf://team/brain")
+
+
+def test_a_hub_that_refuses_connections_is_named_and_the_cache_still_loads(
+    publish_toy: Publish, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(publish_toy("unet"), "hf://team/brain")
+    load_backbone("hf://team/brain")
+    nowhere = f"http://127.0.0.1:{free_ports(1)[0]}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nowhere)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setitem(sys.modules, "httpx", None)  # the client may use another library
+    load_backbone("hf://team/brain")
+    with pytest.raises(StorageError, match="cannot read hf://team/absent: the files are not in the cache, and the hub"):
+        load_backbone("hf://team/absent")
+    with pytest.raises(StorageError, match=r"cannot push to hf://team/brain: .*refused"):
+        push(publish_toy("unet"), "hf://team/brain")
 
 
 def test_a_new_version_replaces_the_files_of_the_old_one_which_its_commit_keeps(publish_toy: Publish, hub: Hub) -> None:
@@ -187,6 +208,7 @@ def test_the_card_has_front_matter_that_the_hubs_client_reads(published: dict[st
     assert data.license == "cc0-1.0"
     card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
     assert "\np2r predict hf://ORG/NAME scan.nii.gz -o" in card and published["storage"] not in card
+    assert re.search(r"\n\| DISC \| [0-9.]+ \|", card)
     assert data.library_name == "p2r"
     assert data.pipeline_tag == "image-segmentation"
     (result,) = data.eval_results
