@@ -1,4 +1,4 @@
-"""Memory of a process that trains on the CPU: what it frees, it keeps.
+"""Reuse of freed memory by a process that computes on the CPU.
 
 By default glibc returns every large block to the system when it is freed. The next step then takes new pages, which the system fills with
 zeros: about a third of the CPU time of a training step. `tests/bench/bench_allocator.py` measures it.
@@ -20,7 +20,7 @@ def keep_freed_memory() -> bool:
     The process then holds as much memory as at its peak. Results do not change.
 
     Returns:
-        Whether the C library has this setting. glibc on Linux has it; others are left as they are.
+        True if the C library has this setting, as glibc on Linux does; otherwise nothing changes.
     """
     if not sys.platform.startswith("linux"):
         return False

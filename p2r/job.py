@@ -153,7 +153,7 @@ class Job(Section):
     )
     """Trackers that the driver sends metrics, settings, and the report's table and pictures to; pictures show slices of patients. Addresses
     and keys come from the tools' environment variables. A resumed job continues its runs; a tracker that fails is switched off with a
-    warning. Of an ablation they get the table and the trials, but no curves of pretraining."""
+    warning. Each pretrained variant of an ablation has a run of its own."""
     ingest: IngestConfig | None = None
     """Scans -> corpus. In a pretrain job: used if the corpus is absent."""
     pretrain: PretrainConfig | None = None
