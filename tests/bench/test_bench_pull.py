@@ -17,4 +17,7 @@ def test_a_small_run_writes_its_rows(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "rows.json").read_text())
     assert [row["name"] for row in found["rows"]] == ["plain GET", "p2r pull"]
     assert all(row["mib"] > 0.1 and row["of_plain"]["median"] > 0 for row in found["rows"])
-    assert all(load["cpu"] > 0 for load in found["later_loads_offline_s"]) and "second load, without the server" in done.stdout
+    assert (
+        all(load["cpu"] > 0 for load in found["later_loads_offline_s"])
+        and "second load, without the server" in done.stdout
+    )

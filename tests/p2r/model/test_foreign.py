@@ -194,7 +194,11 @@ STATE = _basic(2).state_dict()
             {},
             r"1 weights for which this network has no",
         ),
-        (lambda s: {"some.weight": torch.rand(2)}, {}, r"of no known network, or lacks its first layer; known are .*Use it frozen"),
+        (
+            lambda s: {"some.weight": torch.rand(2)},
+            {},
+            r"of no known network, or lacks its first layer; known are .*Use it frozen",
+        ),
         (lambda s: {**s, "conv_0.bn.running_mean": torch.rand(4)}, {}, r"batch normalisation"),
         (
             lambda s: {**s, "down_1.convs.conv_0.conv.weight": s["down_1.convs.conv_0.conv.weight"] * torch.nan},
