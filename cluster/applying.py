@@ -58,6 +58,8 @@ def predict(
             classes or preprocessing.
     """
     paths, contrasts = _parse_scans(scans)
+    if device == "cpu":
+        keep_freed_memory()
     if output.endswith(ENDING):
         _check_dicom_output(
             output, has_probabilities=has_probabilities, is_single=contrasts is None and len(paths) == 1
@@ -66,8 +68,6 @@ def predict(
         return
     has_many = contrasts is None and is_many(paths, output)
     targets = _targets(paths, output, form, has_many=has_many)
-    if device == "cpu":
-        keep_freed_memory()
     from p2r.evaluate.models import ensemble, load_model  # after the cheap checks: torch takes seconds to import
 
     model = ensemble([load_model(url, device=device) for url in urls])

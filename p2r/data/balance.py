@@ -24,7 +24,7 @@ class _Record:
     """A record of a corpus."""
 
     shard: int
-    """Number of its shard among those of all corpora."""
+    """Number of its shard, counted over all corpora."""
     num_samples: int
     values: set[str] = field(default_factory=set)
 

@@ -13,7 +13,7 @@ from p2r.config import CorpusShare, PretrainConfig
 from p2r.data.balance import read_balance
 from p2r.data.manifest import load_manifest, manifest_sha256, revision_path
 from p2r.data.parts import Balance
-from p2r.data.stream import Corpus, stream_state
+from p2r.data.stream import Corpus, StreamState, stream_state
 from p2r.errors import CheckpointError
 from p2r.storage import Storage
 
@@ -56,14 +56,14 @@ def corpora_of(config: PretrainConfig, own: Storage, *, stream: Mapping[str, Any
 def refuse_other_stream(config: PretrainConfig, own: Storage, saved: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` if a run with these corpora would not continue the stream saved in a checkpoint."""
     corpora = corpora_of(config, own, stream=saved)
-    state = stream_state(
-        corpora,
-        seed=config.seed,
-        global_batch=config.global_batch,
-        neighbours=config.neighbours,
-        balance=balance_of(config, corpora),
+    state_of(config, corpora, balance_of(config, corpora)).resumed(saved)
+
+
+def state_of(config: PretrainConfig, corpora: Sequence[Corpus], balance: Balance | None) -> StreamState:
+    """Return the initial state of a run's stream."""
+    return stream_state(
+        corpora, seed=config.seed, global_batch=config.global_batch, neighbours=config.neighbours, balance=balance
     )
-    state.resumed(saved)
 
 
 def balance_of(config: PretrainConfig, corpora: Sequence[Corpus]) -> Balance | None:

@@ -13,11 +13,11 @@ from p2r.config import PretrainConfig
 from p2r.counters import Counters
 from p2r.data.order import check_micro_batch
 from p2r.data.parts import Balance
-from p2r.data.stream import Corpus, Quarantine, Replaced, StreamState, stream, stream_state
+from p2r.data.stream import Corpus, Quarantine, Replaced, StreamState, stream
 from p2r.engine.build import DTYPES, build_engine, set_mean_weights
 from p2r.engine.checkpoint import Checkpoints, Fetched
 from p2r.engine.checkpoint_manifest import CheckpointManifest, InitialWeights, SavedCheckpoint
-from p2r.engine.corpora import agreed_balance, agreed_corpora
+from p2r.engine.corpora import agreed_balance, agreed_corpora, state_of
 from p2r.engine.feed import Batches, Timed, feed
 from p2r.engine.objectives import explain_missing_kernels
 from p2r.engine.online_probe import OnlineProbe
@@ -99,13 +99,7 @@ def begin_run(
     saved_stream = None if checkpoint is None else checkpoint.state.stream
     corpora = agreed_corpora(config, corpus, stream=saved_stream, device=device)
     balance = agreed_balance(config, corpora, device)
-    state = stream_state(
-        corpora,
-        seed=config.seed,
-        global_batch=config.global_batch,
-        neighbours=config.neighbours,
-        balance=balance,
-    )
+    state = state_of(config, corpora, balance)
     model, init_from = _build_network(config, checkpoint)
     engine, compiled = _build_compiled_engine(model.to(device), config, world_size=world_size)
     reason = explain_missing_kernels(config, device=device) if device.type == "cuda" else None

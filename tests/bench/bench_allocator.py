@@ -41,12 +41,16 @@ def measure(name: str, *, width: int, size: int, batch: int, steps: int) -> dict
     channels = tuple(width * 2**level for level in range(5))
     network = build_backbone(ModelConfig(name="unet", channels=channels, feature_channels=2 * width), dimensions=2)
     images = torch.rand(batch, 1, size, size)
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    for step in range(2 + steps):
-        if step == 2:
-            before = resource.getrusage(resource.RUSAGE_SELF)
+
+    def step() -> None:
         network.zero_grad(set_to_none=True)
         network(images).square().mean().backward()
+
+    step()
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    for _ in range(steps):
+        step()
     after = resource.getrusage(resource.RUSAGE_SELF)
     gradients = [weight.grad.double().sum().item() for weight in network.parameters() if weight.grad is not None]
     return {
