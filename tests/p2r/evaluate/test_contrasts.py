@@ -196,7 +196,7 @@ def test_contrasts_that_do_not_fit_together_are_refused_by_name(copy: Path, case
 def test_a_fourth_axis_of_contrasts_is_named_in_a_task_of_one_contrast(copy: Path) -> None:
     task = load_task(retask(copy, image_name="{key}_FLAIR"))
     rewrite(file_of(copy, "sub-01", "flair"), lambda data: np.stack([data, data], -1))
-    with pytest.raises(DataError, match="the grids differ: .*; if the fourth axis is of contrasts, save one file for"):
+    with pytest.raises(DataError, match=r"the grids differ: .*; if the fourth axis is of contrasts, save one file for"):
         load_scan(task.scans[0], task, PREPARATION.model_copy(update={"contrasts": None}))
 
 
