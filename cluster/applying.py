@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from cluster.dicom_output import ENDING, predict_series
-from cluster.outputs import ENDINGS, Result, Target, holds_only_dicom, is_folder, is_many, list_targets, process_each
+from cluster.outputs import (
+    ENDINGS,
+    Result,
+    Target,
+    check_targets,
+    holds_only_dicom,
+    is_folder,
+    is_many,
+    list_targets,
+    process_each,
+)
 from p2r.allocator import keep_freed_memory
 from p2r.console import show
 from p2r.data.volume import Volume, to_source_grid, write_nifti
@@ -67,11 +77,11 @@ def predict(
         predict_series(urls, paths[0], output, device=device, say=say)
         return
     has_many = contrasts is None and is_many(paths, output)
-    targets = _targets(paths, output, form, has_many=has_many)
+    targets = _targets(paths, output, form, has_many=has_many, contrasts=contrasts, has_probabilities=has_probabilities)
     from p2r.evaluate.models import ensemble, load_model  # after the cheap checks: torch takes seconds to import
 
     model = ensemble([load_model(url, device=device) for url in urls])
-    segment = partial(_segment, model=model, contrasts=contrasts, has_probabilities=has_probabilities, say=say)
+    segment = partial(_segment, model=model, contrasts=contrasts, say=say)
     if has_many:
         inputs = {
             "models": [one.sha256 for one in model.members],
@@ -87,8 +97,8 @@ def predict(
     for line in segment(targets[0]).text.split("; "):
         show(line)
     show(output)
-    if has_probabilities:
-        show(f"{beside(targets[0].path)}: {', '.join(['background', *model.classes.values()])}")
+    if targets[0].beside is not None:
+        show(f"{targets[0].beside}: {', '.join(['background', *model.classes.values()])}")
 
 
 def _check_dicom_output(output: str, *, has_probabilities: bool, is_single: bool) -> None:
@@ -100,22 +110,20 @@ def _check_dicom_output(output: str, *, has_probabilities: bool, is_single: bool
         )
 
 
-def _segment(
-    target: Target, *, model: "Model", contrasts: Mapping[str, str] | None, has_probabilities: bool, say: Say
-) -> Result:
+def _segment(target: Target, *, model: "Model", contrasts: Mapping[str, str] | None, say: Say) -> Result:
     """Write the labels of a scan, and the probabilities beside them; return the volumes of the classes."""
     from p2r.data.contrasts import scans_from
     from p2r.data.preprocess import reference_of
 
     given = scans_from(contrasts or target.scan)
     volume = reference_of(given)
-    if has_probabilities:
+    if target.beside is not None:
         probabilities = model.probabilities(given)
         labels = model.labels_of(probabilities)
         frames, classes = probabilities.shape[3:]
         # Class by class within a frame, background first, frame after frame.
         flat = probabilities.reshape(*probabilities.shape[:3], frames * classes)
-        _write_on_scan(beside(target.path), flat, volume, last="class")
+        _write_on_scan(target.beside, flat, volume, last="class")
     else:
         labels = model.labels(given)
     _write_on_scan(target.path, labels, volume, last="frame")
@@ -160,14 +168,27 @@ def _parse_scans(arguments: Sequence[str]) -> tuple[list[str], dict[str, str] | 
     return [next(iter(contrasts.values()))], contrasts
 
 
-def _targets(scans: Sequence[str], output: str, form: str, *, has_many: bool) -> list[Target]:
+def _targets(
+    scans: Sequence[str],
+    output: str,
+    form: str,
+    *,
+    has_many: bool,
+    contrasts: Mapping[str, str] | None,
+    has_probabilities: bool = False,
+) -> list[Target]:
     if has_many:
-        return list_targets(scans, output, form=form)
-    check_output(output, ENDINGS)
-    return [Target(scans[0], Path(output))]
+        targets = list_targets(scans, output, form=form)
+    else:
+        check_output(output, ENDINGS)
+        targets = [Target(scans[0], Path(output))]
+    if has_probabilities:
+        targets = [target._replace(beside=_path_beside(target.path)) for target in targets]
+    check_targets(targets, contrasts.values() if contrasts else [target.scan for target in targets])
+    return targets
 
 
-def beside(segmentation: Path) -> Path:
+def _path_beside(segmentation: Path) -> Path:
     """Return the file of the probabilities that belong to a segmentation."""
     ending = next(ending for ending in reversed(ENDINGS) if segmentation.name.endswith(ending))
     return segmentation.with_name(f"{segmentation.name.removesuffix(ending)}_probabilities{ending}")
@@ -194,7 +215,7 @@ def embed(
     """
     paths, contrasts = _parse_scans(scans)
     has_many = contrasts is None and is_many(paths, output)
-    targets = _targets(paths, output, form, has_many=has_many)
+    targets = _targets(paths, output, form, has_many=has_many, contrasts=contrasts)
     if device == "cpu":
         keep_freed_memory()
     from p2r.backbone import load_backbone

@@ -37,6 +37,8 @@ def predict_series(urls: Sequence[str], folder: str, output: str, *, device: str
     from p2r.evaluate.models import ensemble, load_model
 
     scan = read_series(path.expanduser())
+    if Path(output).resolve() in {Path(file).resolve() for file in scan.files}:
+        raise InputError(f"-o {output} would replace an image of the series: give another file")
     model = ensemble([load_model(url, device=device) for url in urls])
     labels = model.labels(scan.volume)
     pins = [member.pin for member in model.members]

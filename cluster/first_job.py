@@ -223,7 +223,8 @@ def _lines_of_labels(found: Found) -> Iterator[tuple[str, str]]:
         if pairing.num_unlabelled:
             yield (
                 "unlabelled",
-                f"{pairing.num_unlabelled} scans called {pairing.image_name} have no label map: for pretraining only",
+                f"{pairing.num_unlabelled} scans called {pairing.image_name} have no label map: for pretraining; with "
+                "unlabelled: use in the task, weak_to_strong learns from them, too",
             )
         if pairing.contrasts:
             yield from _contrast_lines(pairing)

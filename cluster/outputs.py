@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,13 @@ class Target(NamedTuple):
 
     scan: str
     path: Path
+    beside: Path | None = None
+    """A second file of the result."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the result."""
+        return (self.path,) if self.beside is None else (self.path, self.beside)
 
 
 class Result(NamedTuple):
@@ -71,29 +78,51 @@ def list_targets(scans: Sequence[str], output: str, *, form: str = "nifti") -> l
         form: nifti or zarr.
 
     Raises:
-        InputError: The output is not a folder, a folder holds no scan, or two scans have one result.
+        InputError: The output is not a folder, or a folder holds no scan.
     """
     if form not in _FORMS:
         raise InputError(f"--as {form}: results are written as {' or '.join(_FORMS)}")
     if "://" in output or output.endswith(ENDINGS) or Path(output).is_file():
         raise InputError(f"output {output}: results of a folder or of several scans go into a folder; name one")
+    made = Path(output).resolve()
     singles = [scan for scan in scans if not is_folder(scan) or holds_only_dicom(scan)]
     found = [(scan, _below_common(scan, singles)) for scan in singles]
     for folder in (scan for scan in scans if scan not in singles):
         root = (local_path(folder) or Path(folder)).expanduser()
+        is_inside = root.resolve() in made.parents  # results of an earlier call are not scans
         paths = [
-            path for path in sorted(images_below(root)) if label_map_by_name(path.relative_to(root).as_posix()) is None
+            path
+            for path in sorted(images_below(root))
+            if label_map_by_name(path.relative_to(root).as_posix()) is None
+            and not (is_inside and path.resolve().is_relative_to(made))
         ]
         if not paths:
             raise InputError(f"{folder} holds no NIfTI scan, at any depth; name the folder that has them")
         found += [(str(path), path.relative_to(root).parent) for path in paths]
-    targets = [Target(scan, Path(output) / below / f"{scan_key(scan)}{_FORMS[form]}") for scan, below in found]
+    return list(
+        dict.fromkeys(Target(scan, Path(output) / below / f"{scan_key(scan)}{_FORMS[form]}") for scan, below in found)
+    )
+
+
+def check_targets(targets: Sequence[Target], scans: Iterable[str]) -> None:
+    """Refuse results that would replace one another, or one of the scans.
+
+    Args:
+        targets: The scans with their results.
+        scans: All scans that are read.
+
+    Raises:
+        InputError: naming both files.
+    """
+    read = {path.expanduser().resolve(): scan for scan in scans if (path := local_path(scan)) is not None}
     by_path: dict[Path, str] = {}
     for target in targets:
-        other = by_path.setdefault(target.path, target.scan)
-        if other != target.scan:
-            raise InputError(f"{other} and {target.scan} would both become {target.path}: give them in two calls")
-    return list(dict.fromkeys(targets))
+        for file in target.files:
+            other = by_path.setdefault(file, target.scan)
+            if other != target.scan:
+                raise InputError(f"{other} and {target.scan} would both become {file}: give them in two calls")
+            if (scan := read.get(file.resolve())) is not None:
+                raise InputError(f"output {file} would replace the scan {scan}: give another output")
 
 
 def _below_common(scan: str, scans: Sequence[str]) -> Path:
@@ -131,7 +160,7 @@ def process_each(
         try:
             scan_sha256 = _scan_sha256(target.scan)
             before = known.get(name)
-            if before is not None and before.is_of(scan_sha256, digest) and _digest(target.path) == before.sha256:
+            if before is not None and before.is_of(scan_sha256, digest) and _digests(target) == before.sha256:
                 results.append(Result(before.text, before.rows))
                 told = "there already"
             else:
@@ -143,7 +172,7 @@ def process_each(
                     result=name,
                     inputs=digest,
                     scan_sha256=scan_sha256,
-                    sha256=_digest(target.path),
+                    sha256=_digests(target),
                     text=found.text,
                     rows=found.rows,
                 )
@@ -161,6 +190,11 @@ def process_each(
 def _scan_sha256(scan: str) -> str:
     path = local_path(scan)
     return "" if path is None else _digest(path.expanduser())
+
+
+def _digests(target: Target) -> str:
+    """Return the digests of all files of a result; empty for a file that is absent."""
+    return " ".join(_digest(file) for file in target.files)
 
 
 def _digest(path: Path) -> str:
@@ -183,7 +217,7 @@ class _Done(JsonRow):
     """Digest of everything besides the scan that it depends on."""
     scan_sha256: str
     sha256: str
-    """Digest of the result."""
+    """Digests of the result's files."""
     text: str
     rows: list[list[str | int | float]]
 

@@ -90,6 +90,8 @@ class ModeFacts:
     """Default candidates of the search for the peak learning rate; not used where nothing is trained."""
     has_rounds: bool = False
     """True if class prototypes give the first pseudo-labels, followed by rounds of self-training (`p2r.fewshot.rounds`)."""
+    training: str = ""
+    """Description of the training for the report's page, without a full stop."""
     control: str | None = None
     """The same training from random weights at equal settings; the difference is the effect of pretraining."""
 
@@ -100,8 +102,12 @@ class ModeFacts:
 
 
 MODES: dict[str, ModeFacts] = {
-    "scratch": ModeFacts("from scratch", "#6b6b6b", "#a9adb3", "o", _TRAINING_SETTINGS),
-    "scratch_long": ModeFacts("scratch, long", "#3f4a5a", "#c9d1dc", "h", _TRAINING_SETTINGS),
+    "scratch": ModeFacts(
+        "from scratch", "#6b6b6b", "#a9adb3", "o", _TRAINING_SETTINGS, training="all weights, from random ones"
+    ),
+    "scratch_long": ModeFacts(
+        "scratch, long", "#3f4a5a", "#c9d1dc", "h", _TRAINING_SETTINGS, training="from scratch with more steps"
+    ),
     "scratch_weak_to_strong": ModeFacts(
         "W2S, scratch",
         "#7d5a3c",
@@ -109,6 +115,7 @@ MODES: dict[str, ModeFacts] = {
         "X",
         (*_TRAINING_SETTINGS, *_PSEUDO_LABEL_SETTINGS),
         unlabelled="pseudo_labels",
+        training="weak to strong, from random weights",
     ),
     "linear_probe": ModeFacts(
         "linear probe",
@@ -119,6 +126,7 @@ MODES: dict[str, ModeFacts] = {
         weights="frozen",
         trains="head",
         learning_rates=(3e-3, 1e-2),
+        training="a linear layer on the backbone's frozen features",
     ),
     "other_probe": ModeFacts(
         "other, probe",
@@ -129,9 +137,17 @@ MODES: dict[str, ModeFacts] = {
         weights="other",
         trains="head",
         learning_rates=(3e-3, 1e-2),
+        training="a linear layer on another tool's frozen features",
     ),
     "fine_tune": ModeFacts(
-        "fine-tuned", "#0072b2", "#5ab1e6", "D", _BACKBONE_SETTINGS, weights="pretrained", control="scratch"
+        "fine-tuned",
+        "#0072b2",
+        "#5ab1e6",
+        "D",
+        _BACKBONE_SETTINGS,
+        weights="pretrained",
+        control="scratch",
+        training="all weights, from the backbone's",
     ),
     "mean_teacher": ModeFacts(
         "Mean Teacher",
@@ -141,6 +157,7 @@ MODES: dict[str, ModeFacts] = {
         (*_BACKBONE_SETTINGS, *_TEACHER_SETTINGS),
         weights="pretrained",
         unlabelled="consistency",
+        training="fine-tuned, and consistent with an average of its own weights on images without labels",
     ),
     "weak_to_strong": ModeFacts(
         "weak to strong",
@@ -151,6 +168,7 @@ MODES: dict[str, ModeFacts] = {
         weights="pretrained",
         unlabelled="pseudo_labels",
         control="scratch_weak_to_strong",
+        training="fine-tuned, and trained with confident pseudo-labels of an average of its own weights on augmented images without labels",
     ),
     "prototype_self_training": ModeFacts(
         "self-training",
@@ -162,9 +180,17 @@ MODES: dict[str, ModeFacts] = {
         unlabelled="pseudo_labels",
         has_rounds=True,
         control="scratch_weak_to_strong",
+        training="weak to strong, after rounds of pseudo-labels that start from class prototypes on frozen features",
     ),
     "prototype": ModeFacts(
-        "prototypes", "#a8488a", "#dd92c4", "v", _PROTOTYPE_SETTINGS, weights="frozen", trains="nothing"
+        "prototypes",
+        "#a8488a",
+        "#dd92c4",
+        "v",
+        _PROTOTYPE_SETTINGS,
+        weights="frozen",
+        trains="nothing",
+        training="the nearest class prototype on the backbone's frozen features",
     ),
 }
 

@@ -224,7 +224,10 @@ class FinetuneConfig(Section):
         """Refuse a search that lacks a mode, treats modes unequally, or has candidates that break their setting's rule."""
         missing = [mode for mode in self._trained_modes if mode not in self.search.learning_rates]
         if missing:
-            raise ValueError(f"search.learning_rates has no candidates for {', '.join(missing)}")
+            example = f"{missing[0]}: [{MODES[missing[0]].learning_rates[0]:g}]"
+            raise ValueError(
+                f"search.learning_rates has no candidates for {', '.join(missing)}: add them, as in {example}"
+            )
         sizes = {mode: self._num_candidates(mode) for mode in self._trained_modes}
         if len(set(sizes.values())) > 1:
             found = ", ".join(f"{mode} {size}" for mode, size in sizes.items())

@@ -141,7 +141,9 @@ def draft_task(
         *_draft_split(num_subjects, left_out),
     ]
     if pairing.num_unlabelled:
-        lines.append("unlabelled: leave_out # scans without a label map; pretraining still uses them")
+        lines.append(
+            "unlabelled: leave_out # scans without a label map; pretraining still uses them. use: weak_to_strong learns from them, too"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -138,7 +138,7 @@ def predict_probabilities(
     def classes_last(native: Tensor, first: int) -> Tensor:
         return _normalise_probabilities(native).movedim(1, -1)
 
-    _check_map_memory(num_classes, len(images.images) * math.prod(images.shape))
+    _check_map_memory(num_classes, len(images.images) * math.prod(images.shape), advice="leave out the probabilities, ")
     found = _map_native_probabilities(classes_last, segmenter, images, preparation, num_classes, device, batch_size)
     probabilities: NDArray[np.float32] = _assemble_volume(found, images)
     return probabilities
@@ -231,11 +231,11 @@ def _map_native_probabilities(
     return torch.cat(found)
 
 
-def _check_map_memory(num_classes: int, num_voxels: int) -> None:
+def _check_map_memory(num_classes: int, num_voxels: int, *, advice: str = "") -> None:
     check_room(
         num_classes * num_voxels,
         f"maps of {num_classes} classes on {num_voxels:,} voxels",
-        "segment a part of the scan, or use a model with fewer classes",
+        f"{advice}segment a part of the scan, or use a model with fewer classes",
     )
 
 

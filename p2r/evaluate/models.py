@@ -140,7 +140,7 @@ def ensemble(models: Sequence[Model]) -> Model:
         models: Models with the same classes and preparation, on the same device; their networks may differ.
 
     Raises:
-        InputError: if there is no model, or one differs from the first in classes, preparation or device.
+        InputError: if there is no model, one is given twice, or one differs from the first in classes, preparation or device.
     """
     if not models:
         raise InputError("an ensemble needs at least one model")
@@ -158,9 +158,22 @@ def ensemble(models: Sequence[Model]) -> Model:
             raise InputError(f"the models of an ensemble must be on one device, got {first.device} and {other.device}")
     if len(models) == 1:
         return first
+    _refuse_repeated(models)
     members = tuple(member for model in models for member in model.members)
     segmenter = EnsembleSegmenter([model.segmenter for model in models])
     return Model(segmenter.eval(), first.config, members, first.device)
+
+
+def _refuse_repeated(models: Sequence[Model]) -> None:
+    """Refuse a model that is given twice, by the digest of its weights: it would count twice in the mean."""
+    urls: dict[str, str] = {}
+    for model in models:
+        for member in model.members:
+            weights = member.facts.files.weights.sha256
+            if (url := urls.get(weights)) is not None:
+                again = "is given twice" if url == member.url else f"has the weights of {url}"
+                raise InputError(f"{member.url} {again}: give each model of an ensemble once")
+            urls[weights] = member.url
 
 
 def _describe_difference(theirs: Any, ours: Any) -> str:

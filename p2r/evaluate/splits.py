@@ -93,15 +93,16 @@ def assign_owners(patterns: Mapping[str, tuple[str, ...]], key: str, reason: str
 
 
 def split_by_rule(
-    rule: SplitRule, subjects: set[str], strata: Mapping[str, str], path: Path
+    rule: SplitRule, subjects: set[str], strata: Mapping[str, str], path: Path, *, known: set[str]
 ) -> dict[str, tuple[str, ...]]:
     """Return the subjects of each split.
 
     Args:
         rule: The rule.
-        subjects: All subjects of the task.
+        subjects: All labelled subjects of the task.
         strata: Stratum of each subject.
         path: The task's file, for messages.
+        known: All subjects that `leave_out` may name.
 
     Raises:
         DataError: The rule leaves a split without subjects, or names an unknown one.
@@ -110,7 +111,7 @@ def split_by_rule(
         left_out = set(expand_subjects(rule.leave_out))
     except DataError as error:
         raise DataError(f"task {path}: split_rule.leave_out: {error}") from None
-    if unknown := sorted(left_out - subjects):
+    if unknown := sorted(left_out - known):
         raise DataError(
             f"task {path}: split_rule.leave_out names {join_few(unknown)} without any scan; correct the names"
         )

@@ -17,13 +17,23 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from p2r.config import Fraction, Section
 from p2r.contrasts import Contrast, describe
 from p2r.data.folders import images_below
+from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import composed, local_path, scan_key, unquoted_hint
 from p2r.data.pairs import key_of, label_finder
 from p2r.data.preparation import Preparation, SliceAxis
-from p2r.data.subjects import subject_by_pattern
+from p2r.data.subjects import expand_subjects, subject_by_pattern
 from p2r.documents import read_start
 from p2r.errors import DataError, JobError
-from p2r.evaluate.splits import Patterns, SplitRule, Splits, assign_owners, expand_splits, join_few, split_by_rule
+from p2r.evaluate.splits import (
+    HELD_OUT,
+    Patterns,
+    SplitRule,
+    Splits,
+    assign_owners,
+    expand_splits,
+    join_few,
+    split_by_rule,
+)
 from p2r.job import fill_in_variables, validated
 from p2r.patterns import subject_pattern
 from p2r.plain_yaml import MAX_YAML_BYTES, read_yaml
@@ -57,9 +67,10 @@ class TaskConfig(Section):
     label_name: FileName = "{key}"
     """Name of a scan's label map without its suffix, such as `{key}_gt`. It is searched at the same relative path as the scan; if it is not
     there, the only label map of that name is used."""
-    unlabelled: Literal["refuse", "leave_out"] = "refuse"
+    unlabelled: Literal["refuse", "leave_out", "use"] = "refuse"
     """Scans without a label map. refuse: a missing label map is an error. leave_out: the scan does not belong to the task; pretraining may
-    use it."""
+    use it. use: modes that learn from unlabelled patients also learn from it, unless its subject is a validation or test patient or in
+    `split_rule.leave_out`."""
     licence: Annotated[str, Field(min_length=1)]
     """SPDX identifier or name of the data's licence (`${P2R_LICENCE}` is substituted). Reports and models state it."""
     citation: str = ""
@@ -172,6 +183,32 @@ class TaskScan:
         """All scans of the case."""
         return tuple(self.contrasts.values()) or (self.image,)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the case."""
+        return (*self.images, self.label)
+
+
+@dataclass(frozen=True)
+class UnlabelledScan:
+    """One case without a label map."""
+
+    key: str
+    subject: str
+    image: Path
+    """As in `TaskScan`."""
+    contrasts: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """All scans of the case."""
+        return tuple(self.contrasts.values()) or (self.image,)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the case."""
+        return self.images
+
 
 @dataclass(frozen=True)
 class Task:
@@ -184,6 +221,8 @@ class Task:
     """Subjects by split, sorted."""
     strata: Mapping[str, str] = field(default_factory=dict)
     """Stratum of each subject that has one."""
+    unlabelled: tuple[UnlabelledScan, ...] = ()
+    """Scans without a label map, sorted by key, if the task uses them."""
 
     @property
     def name(self) -> str:
@@ -224,17 +263,15 @@ def load_task(path: Path, *, cache: Path | None = None, unset: dict[str, str] | 
     """
     config = read_task_config(path, unset=unset)
     labels = _resolve_folder(config.labels, "labels", path, cache)
-    found = [
-        case
-        for case in _pair_files(config, labels, path, cache)
-        if case.label is not None or config.unlabelled == "refuse"
-    ]
+    cases = list(_pair_files(config, labels, path, cache))
+    found = [case for case in cases if case.label is not None or config.unlabelled == "refuse"]
     strata = _expand_strata(config, path)
     if config.splits is not None:
         subjects = expand_splits(config.splits, path)
     else:
         assert config.split_rule is not None
-        subjects = split_by_rule(config.split_rule, {case.subject for case in found}, strata, path)
+        known = {case.subject for case in (cases if config.unlabelled == "use" else found)}
+        subjects = split_by_rule(config.split_rule, {case.subject for case in found}, strata, path, known=known)
     wanted = {subject for split in subjects.values() for subject in split}
     scans = _list_scans([case for case in found if case.subject in wanted], labels, config, path)
     lacking = sorted(wanted - {scan.subject for scan in scans})
@@ -251,7 +288,8 @@ def load_task(path: Path, *, cache: Path | None = None, unset: dict[str, str] | 
                 f"written; correct image_name, or leave {name} out"
             )
     used = {subject: stratum for subject, stratum in sorted(strata.items()) if subject in wanted}
-    return Task(config, scans, subjects, used)
+    unlabelled = _list_unlabelled(cases, scans, subjects, config, path) if config.unlabelled == "use" else ()
+    return Task(config, scans, subjects, used, unlabelled)
 
 
 def _list_scans(cases: Iterable[_Case], labels: Path, config: TaskConfig, path: Path) -> tuple[TaskScan, ...]:
@@ -273,9 +311,35 @@ def _list_scans(cases: Iterable[_Case], labels: Path, config: TaskConfig, path: 
             f"task {path}: {join_few(unlabelled)} in {', '.join(config.image_folders)} "
             f"ha{'s' if len(unlabelled) == 1 else 've'} no label map of "
             f"the same name in {labels} (label_name {config.label_name!r}); add it, remove the subject from the splits, or set "
-            "unlabelled: leave_out"
+            "unlabelled: leave_out (or use, for modes that learn from unlabelled patients)"
         )
     return tuple(scans[key] for key in sorted(scans))
+
+
+def _list_unlabelled(
+    cases: Iterable[_Case],
+    labelled: Iterable[TaskScan],
+    subjects: Mapping[str, tuple[str, ...]],
+    config: TaskConfig,
+    path: Path,
+) -> tuple[UnlabelledScan, ...]:
+    """Return the cases without a label map; those of held-out patients are left out, and label maps of no scan."""
+    excluded = {subject for split in HELD_OUT for subject in subjects[split]}
+    if config.split_rule is not None:
+        excluded |= set(expand_subjects(config.split_rule.leave_out))
+    names = {scan.key: scan.image for scan in labelled}
+    found = []
+    for case in cases:
+        is_label_map = label_map_by_name(case.image.name) is not None or (
+            config.label_name != "{key}" and key_of(case.image.name, config.label_name) is not None
+        )
+        if case.label is not None or case.subject in excluded or is_label_map:
+            continue
+        key = case.name.replace("/", "_")
+        if (other := names.setdefault(key, case.image)) != case.image:
+            raise DataError(f"task {path}: {other} and {case.image} would have the same key {key}; rename one of them")
+        found.append(UnlabelledScan(key, case.subject, case.image, case.contrasts))
+    return tuple(sorted(found, key=lambda scan: scan.key))
 
 
 def task_sha256(path: Path) -> str:

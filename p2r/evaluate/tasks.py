@@ -19,7 +19,7 @@ another patient that fits the image in name, grid, position and appearance.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,7 @@ from p2r.evaluate.splits import join_few
 from p2r.evaluate.task_files import Task as Task
 from p2r.evaluate.task_files import TaskConfig as TaskConfig
 from p2r.evaluate.task_files import TaskScan as TaskScan
+from p2r.evaluate.task_files import UnlabelledScan as UnlabelledScan
 from p2r.evaluate.task_files import load_task as load_task
 from p2r.evaluate.task_files import read_task_config as read_task_config
 from p2r.evaluate.task_files import task_sha256 as task_sha256
@@ -187,10 +188,7 @@ def load_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size: int
         )
     _refuse_labels_on_nothing(scan, task, labels, contrasts or {"": volume})
     if contrasts and not choose_contrasts(contrasts, preparation):
-        raise DataError(
-            f"task {task.name}: case {scan.key} has none of the contrasts {describe(preparation.contrasts)}, only "
-            f"{describe(tuple(contrasts))}: add its scans, take its subject out of the splits, or read more contrasts"
-        )
+        _refuse_contrasts(scan, task, contrasts, preparation)
     scans: Scans = choose_contrasts(contrasts, preparation) or volume
     planes: Planes | Frames
     if preparation.dimensions == 3:
@@ -207,15 +205,26 @@ def choose_contrasts(contrasts: Mapping[str, Volume], preparation: Preparation) 
     return {name: contrasts[name] for name in preparation.contrasts or () if name in contrasts}
 
 
-def read_images(scan: TaskScan, task: Task, preparation: Preparation) -> Scans:
+def read_images(scan: TaskScan | UnlabelledScan, task: Task, preparation: Preparation) -> Scans:
     """Read the images of a case that a network reads, without its label map, on the grid of the first contrast.
 
     Raises:
+        DataError: if the case has none of the contrasts.
         RefusedScan: if a file is unusable, or the contrasts do not fit together.
     """
     if not scan.contrasts:
         return read_volume(scan.image)
-    return choose_contrasts(read_contrasts(scan.contrasts, min_coverage=task.config.min_coverage), preparation)
+    contrasts = read_contrasts(scan.contrasts, min_coverage=task.config.min_coverage)
+    return choose_contrasts(contrasts, preparation) or _refuse_contrasts(scan, task, contrasts, preparation)
+
+
+def _refuse_contrasts(
+    scan: TaskScan | UnlabelledScan, task: Task, contrasts: Mapping[str, Volume], preparation: Preparation
+) -> NoReturn:
+    raise DataError(
+        f"task {task.name}: case {scan.key} has none of the contrasts {describe(preparation.contrasts)}, only "
+        f"{describe(tuple(contrasts))}: add its scans, take its subject out of the splits, or read more contrasts"
+    )
 
 
 def _read_images(scan: TaskScan, task: Task, labels: Volume) -> tuple[Volume, dict[str, Volume]]:

@@ -1,24 +1,28 @@
 """A task and a backbone -> a checked setup of trials, or a refusal before anything is trained."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from p2r.backbone import Backbone
 from p2r.config import FinetuneConfig
 from p2r.contrasts import describe
+from p2r.data.label_maps import label_map_by_voxels
 from p2r.data.preprocess import Preparation
+from p2r.data.volume import read_volume
 from p2r.errors import DataError
 from p2r.evaluate.inference import size_read
 from p2r.evaluate.mix_ups import MixUps
-from p2r.evaluate.prepared import prepared_scan
+from p2r.evaluate.prepared import prepared_images, prepared_scan
 from p2r.evaluate.tasks import (
     HELD_OUT,
     LabelledScan,
     Split,
     Task,
     TaskScan,
+    UnlabelledScan,
+    acquired_sha256,
     check_classes_present,
     check_scans,
     classes_shown,
@@ -69,7 +73,7 @@ def check_task(task: Task, backbone: Backbone, setup: TrialSetup) -> TrialSetup:
     return replace(
         setup,
         is_transductive=setup.is_transductive or known.is_any,
-        data_sha256=_files_sha256([scan for scan in task.scans if scan.subject not in test]),
+        data_sha256=_files_sha256([*(scan for scan in task.scans if scan.subject not in test), *task.unlabelled]),
         test_sha256=_files_sha256([scan for scan in task.scans if scan.subject in test]),
     )
 
@@ -96,14 +100,20 @@ def check_data(
     draws = _list_draws(config, task)
     mix_ups = MixUps(task.name)
 
+    held_out: dict[str, TaskScan] = {}
+
     def look(scan: LabelledScan, split: Split) -> None:
         see(scan, split)
+        if split in HELD_OUT and task.unlabelled:
+            held_out.update({acquired_sha256(volume): scan.scan for volume in scan.volumes})
         if task.config.find_mix_ups:
             mix_ups.see(scan)
 
     load = partial(prepared_scan, size=size_read(preparation))
     labels_by_subject = check_scans(task, preparation, load=load, see=look)
     mix_ups.check()
+    for unlabelled in task.unlabelled:
+        _check_unlabelled(unlabelled, task, preparation, held_out)
     for (num_labelled, draw), subjects in draws.items():
         check_classes_present(labels_by_subject, task, subjects=subjects)
         if config.protocol == "paper_compat":
@@ -112,6 +122,26 @@ def check_data(
             )
             shown = classes_shown(crop.scan for crop in training)
             check_classes_present(dict.fromkeys(subjects, shown), task, subjects=subjects)
+
+
+def _check_unlabelled(
+    scan: UnlabelledScan, task: Task, preparation: Preparation, held_out: Mapping[str, TaskScan]
+) -> None:
+    """Refuse an unlabelled scan that cannot be prepared, is a label map, or is a copy of a validation or test patient's."""
+    way_out = f"Leave {scan.subject} out (split_rule.leave_out), or move the file out of the task's folder"
+    for image in scan.images:
+        volume = read_volume(image)
+        if reason := label_map_by_voxels(volume.data):
+            raise DataError(
+                f"task {task.name}: {image} has no label map and {reason}, like a label map. Give it the name of its scan's label "
+                f"map. {way_out}"
+            )
+        if (twin := held_out.get(acquired_sha256(volume))) is not None:
+            raise DataError(
+                f"task {task.name}: {image} has no label map and the voxels of {twin.image}, a scan of the validation or test patient "
+                f"{twin.subject}, from which no mode may learn. {way_out}"
+            )
+    prepared_images(scan, task, preparation)
 
 
 def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> None:
@@ -213,9 +243,9 @@ def _list_draws(config: FinetuneConfig, task: Task) -> dict[tuple[int, int], tup
     return dict(sorted(draws.items()))
 
 
-def _files_sha256(scans: Sequence[TaskScan]) -> str:
+def _files_sha256(scans: Sequence[TaskScan | UnlabelledScan]) -> str:
     digest = hashlib.sha256()
     for scan in scans:
-        files = " ".join(file_sha256(file) for file in (*scan.images, scan.label))
+        files = " ".join(file_sha256(file) for file in scan.files)
         digest.update(f"{scan.key} {scan.subject} {' '.join([*scan.contrasts, files])}\n".encode())
     return digest.hexdigest()

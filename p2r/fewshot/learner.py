@@ -79,7 +79,9 @@ class Learner:
         """
         backbone = self.segmenter.backbone
         num_views = 2 if self.tally is not None else 0
-        shape = (batch_size * (1 + num_views), 1, *[preparation.image_size] * preparation.dimensions)
+        num_contrasts = len(preparation.contrasts or ("",))
+        sides = [preparation.image_size] * preparation.dimensions
+        shape = (batch_size * (1 + num_views), num_contrasts, *sides)
         is_compiled, message = warm_up(backbone, shape=shape, dtype=torch.float32)
         if is_compiled:
             self.student = _compile_segmenter(self.segmenter)

@@ -6,8 +6,9 @@ sequence gives pseudo-labels of anatomy that the labelled patients never show, s
 
 The contrast of a scan is the distribution of its intensities after preparation. The distance between two scans is the mean
 difference of their quantiles (Wasserstein distance, from 0 to 1). A scan is odd if its distance to the nearest labelled scan is
-at least `_MIN_DISTANCE`, and `_MIN_RATIO` times the median of all unlabelled scans. On ACDC, distances to one labelled patient are
-at most 0.21; a scan with inverted intensities has 0.63.
+at least `_MIN_DISTANCE`, and `_MIN_RATIO` times the median of all unlabelled scans; if the median itself reaches
+`_MIN_DISTANCE`, most scans are odd, and the ratio is left out. On ACDC, distances to one labelled patient are at most 0.21; a
+scan with inverted intensities has 0.63.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,12 +44,14 @@ def odd_scans(labelled: Sequence[Planes | Frames], unlabelled: Mapping[str, Plan
     ]
     if coarse:
         sizes = " x ".join(f"{mm:g}" for mm in unlabelled[coarse[0]].spacing_mm)
+        ours = " to ".join(dict.fromkeys(f"{mm:g}" for mm in (spacings.min(), spacings.max())))
         warnings.append(
-            f"{_count_scans(coarse)} another voxel size than the labelled ones, such as {sizes} mm instead of {spacings.min():g} to "
-            f"{spacings.max():g} mm: {join_few(coarse)}; {_ADVICE}"
+            f"{_count_scans(coarse)} another voxel size than the labelled ones, such as {sizes} mm instead of {ours} mm: "
+            f"{join_few(coarse)}; {_ADVICE}"
         )
     distances = _measure_distances(labelled, unlabelled)
-    limit = max(_MIN_DISTANCE, _MIN_RATIO * float(np.median(list(distances.values()))))
+    median = float(np.median(list(distances.values())))
+    limit = _MIN_DISTANCE if median >= _MIN_DISTANCE else max(_MIN_DISTANCE, _MIN_RATIO * median)
     if odd := [name for name, distance in distances.items() if distance >= limit]:
         warnings.append(
             f"{_count_scans(odd)} other intensities than the labelled ones, like another contrast: {join_few(odd)}; {_ADVICE}"

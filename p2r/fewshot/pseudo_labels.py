@@ -30,6 +30,7 @@ from p2r.views.pair import WeakAndStrong
 
 _SMOOTHING = 1e-5  # as in MONAI, for the loss on labelled images
 _NUM_INTERVALS = 20  # intervals of the training with separate statistics of pseudo-labels
+_LAST_PART = 4  # a class without pseudo-labels in the last quarter of these has vanished
 
 
 @torch.no_grad()
@@ -184,6 +185,13 @@ class PseudoLabelTally:
         elif never_found:
             missing = ", ".join(never_found)
             warnings.append(f"no pseudo-label had class {missing}: it was learnt from labelled images only")
+        last = counts[-max(1, len(counts) // _LAST_PART) :, 2:]
+        vanished = [name for index, name in enumerate(names) if name not in never_found and not last[:, index].any()]
+        if vanished:
+            warnings.append(
+                f"pseudo-labels of class {', '.join(vanished)} vanished in the course of training, so the network may have lost it; lower "
+                "confidence_threshold, train longer, or label more patients"
+            )
         return PseudoLabelRow(
             steps=counts[:, 0].astype(int).tolist(),
             confident_fraction=(confident / np.maximum(counts[:, 1], 1)).round(4).tolist(),

@@ -177,10 +177,10 @@ def _train(inputs: TrialInputs, *, say: Say, report: ReportDice | None, saved: S
     unlabelled, rounds, warnings = None, None, list[str]()
     if MODES[trial.mode].unlabelled != "none":
         # Images without labels: of patients that were not drawn, or of the labelled patients if all were drawn.
-        others = inputs.unlabelled_subjects or trial.subjects
-        scans = inputs.task.scans_of(others)
+        others = inputs.unlabelled_scans
+        scans = others or inputs.task.scans_of(trial.subjects)
         images = [prepared_images(scan, inputs.task, inputs.preparation) for scan in scans]
-        if others == trial.subjects:
+        if not others:
             warnings.append(_NO_UNLABELLED_PATIENTS)
         else:
             by_name = {scan.key: image for scan, image in zip(scans, images, strict=True)}

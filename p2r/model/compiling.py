@@ -51,7 +51,7 @@ def warm_up(
     if missing is not None:
         return False, f"not compiled: {missing}; training continues without it"
     began = time.monotonic()
-    trial = copy.deepcopy(backbone).to(dtype)
+    trial = copy.deepcopy(backbone).to(dtype).requires_grad_(True)  # a backbone may be frozen only at first
     compile_in_place(trial, how)
     image = torch.zeros(shape, dtype=dtype, device=device)
     try:

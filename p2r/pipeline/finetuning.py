@@ -1,6 +1,8 @@
 """The stage finetune: few-shot trials of every task -> published models and the report."""
 
 import math
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from p2r.fewshot.checks import check_task
 from p2r.fewshot.others import load_other
 from p2r.fewshot.publishing import choose_model, publish_best, publish_on_all, publish_other_draws, trial_for_publishing
 from p2r.fewshot.readings import merge_readings
-from p2r.fewshot.results import FewShot, failures_of
+from p2r.fewshot.results import FewShot, TrialResult, failures_of
 from p2r.fewshot.search import TrialRunner, few_shot
 from p2r.fewshot.setup import TrialSetup
 from p2r.job import Job
@@ -185,10 +187,7 @@ def _publish_models(
     if setup.config.publish_draws:
         others = publish_other_draws(setup, results, backbone, storage)
         models |= {f"{name}/draw-{draw}": manifest.url for draw, manifest in sorted(others.items())}
-        urls = [url for key, url in models.items() if key != name]
-        say(
-            f"finetune | ensemble of {name}: p2r predict {models[name]} SCAN -o OUT {' '.join(f'--ensemble {url}' for url in urls)}"
-        )
+        say(f"finetune | {_describe_ensemble(name, models, best)}")
     trial = trial_for_publishing(setup, best)
     result = best
     if trial is not None:
@@ -200,3 +199,15 @@ def _publish_models(
     models[f"{name}/all"] = publish_on_all(setup, result, backbone, storage).url
     say(f"finetune | model of {name} by all labelled patients: {models[f'{name}/all']}")
     return models
+
+
+def _describe_ensemble(name: str, models: Mapping[str, str], best: TrialResult) -> str:
+    """Return the command that averages the published draws of a task, or why there is none."""
+    first, *others = map(shlex.quote, models.values())
+    if not others:
+        trial = best.trial
+        labelled = f"{trial.num_labelled} labelled patient{'s' * (trial.num_labelled > 1)}"
+        return f"no ensemble of {name}: {trial.mode} with {labelled} has one draw (finetune.draws)"
+    return (
+        f"ensemble of {name}: p2r predict {first} SCAN -o OUT.nii.gz {' '.join(f'--ensemble {url}' for url in others)}"
+    )

@@ -128,7 +128,9 @@ def _task_states(path: str) -> Iterator[tuple[str, int, int]]:
     files = [Path(path)]
     folders = read_task_config(Path(path)).image_folders
     if not any(folder.startswith("template://") for folder in folders):  # those are generated, and never change
-        files += [file for scan in load_task(Path(path)).scans for file in (*scan.images, scan.label)]
+        task = load_task(Path(path))
+        files += [file for scan in task.scans for file in scan.files]
+        files += [file for scan in task.unlabelled for file in scan.files]
     for file in files:
         state = file.stat() if file.exists() else file.lstat()  # a link may lead nowhere: reading says so
         yield str(file), state.st_size, state.st_mtime_ns

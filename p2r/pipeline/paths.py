@@ -71,6 +71,8 @@ def task_facts(path: Path, *, unset: dict[str, str] | None = None) -> Iterator[s
         return
     task = load_task(path, unset=unset)
     yield f"task {task.name}: {len(task.scans)} scans with label maps; " + "; ".join(_split_facts(task))
+    if task.config.unlabelled == "use":
+        yield f"task {task.name}: {len(task.unlabelled)} scans without label maps, for modes that learn from unlabelled patients"
     if config.contrasts is not None:
         counts = {name: sum(name in scan.contrasts for scan in task.scans) for name in config.contrasts}
         yield f"task {task.name}: cases by contrast: {', '.join(f'{name} {count}' for name, count in counts.items())}"

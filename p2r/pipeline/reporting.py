@@ -6,6 +6,7 @@ from pathlib import Path
 from p2r.artefact import BackboneManifest, open_artefact
 from p2r.backbone import Backbone
 from p2r.evaluate.rows import TrialRow
+from p2r.evaluate.splits import join_few
 from p2r.evaluate.statistics import few_shot_statistics
 from p2r.evaluate.tasks import Task, load_task
 from p2r.fewshot.setup import TrialSetup
@@ -110,5 +111,9 @@ def _report_context(
 
 
 def _warnings(rows: Sequence[TrialRow]) -> list[str]:
-    """Return warnings of single trials, which did not end them."""
-    return [f"{row.id}: {warning}." for row in rows for warning in row.all_warnings]
+    """Return warnings that did not end a trial, each once, with the trials that it concerns."""
+    trials: dict[str, list[str]] = {}
+    for row in rows:
+        for warning in row.all_warnings:
+            trials.setdefault(warning, []).append(row.id)
+    return [f"{join_few(names)}: {warning}." for warning, names in trials.items()]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from p2r.evaluate.rows import TrialRow
 from p2r.evaluate.statistics import Statistics
+from p2r.modes import MODES
 from p2r.report.canvas import Drawing
 from p2r.report.context import ReportContext, TaskFacts
 from p2r.report.figures import figures
@@ -25,8 +26,7 @@ FORMAT = "p2r-report/1"
 _WORDS = (
     "Dice: twice the overlap of two segmentations, divided by the sum of their sizes. HD95: the 95th percentile of the distances between "
     "their surfaces. NSD: the share of both surfaces that is within a tolerance of the other. A draw is one random choice of the labelled "
-    "patients. A mode is a way to learn from them. From scratch starts from random weights, fine-tuned from the backbone; a linear "
-    "probe trains one linear layer on the backbone's frozen features. Leak-free: no validation or test patient was used in any training."
+    "patients. A mode is a way to learn from them. Leak-free: no validation or test patient was used in any training."
 )
 _HOW_TO_READ = (
     "Dice is hard, in 3D, on the scan's own grid, per patient (frames averaged first), then over patients. "
@@ -96,7 +96,7 @@ def _blocks(rows: Sequence[TrialRow], material: Material) -> Iterator[Block]:
     if rows:
         yield Heading(2, "At a glance")
         yield from glance(material, rows)
-        yield Paragraph(_WORDS)
+        yield Paragraph(_WORDS + _describe_modes(rows))
         yield Heading(2, "Setup")
         yield setup_grid(material, rows)
     else:
@@ -113,6 +113,13 @@ def _blocks(rows: Sequence[TrialRow], material: Material) -> Iterator[Block]:
     yield from run_blocks(rows, context)
     yield Heading(2, "Provenance")
     yield from provenance(rows, context, names)
+
+
+def _describe_modes(rows: Sequence[TrialRow]) -> str:
+    """Return a sentence on the training of each mode on the page; empty if this version knows none of them."""
+    found = {row.mode for row in rows}
+    known = [f"{facts.title}: {facts.training}" for mode, facts in MODES.items() if mode in found and facts.training]
+    return f" Modes: {'; '.join(known)}." if known else ""
 
 
 def _notes(rows: Sequence[TrialRow], context: ReportContext) -> Iterator[Block]:

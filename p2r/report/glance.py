@@ -123,7 +123,7 @@ def setup_grid(material: Material, rows: Sequence[TrialRow]) -> Grid:
         ("task", ", ".join(sorted({row.task for row in rows}))),
         ("protocol", ", ".join(sorted({protocol_of(row) for row in rows}))),
         ("evaluated on", f"{split_of(rows)} patients"),
-        ("modes", ", ".join(map(series_name, series))),
+        ("modes", "; ".join(map(series_name, series))),
         ("labelled patients", "; ".join(f"{number} ({count} draw{'s' * (count > 1)})" for number, count in draws)),
         ("backbone", str(backbone.get("url") or "") if isinstance(backbone, Mapping) else str(backbone)),
         ("backbone, sha256", ", ".join(digests)),

@@ -32,6 +32,7 @@ from p2r.report.text import for_picture
 _MOST = 12  # panels
 _PANEL = 1.6  # inches
 _LEAST = 1e-5  # fraction of pixels at the lower end of the axis
+_ENDS = {"rounds": "it was the last one", "change": "little changed"}
 Put = Callable[[str, Drawing, str], Picture]
 """Function that adds a picture to the page: name, drawing, caption."""
 
@@ -65,7 +66,8 @@ def pseudo_label_blocks(
             title=f"{task}: pseudo-labels over training{label_of(rows)}",
             source=source,
         ),
-        f"Fraction of the unlabelled scans' pixels that count, and of these in each class, for every trial.{left_out}",
+        "Fraction of the unlabelled scans' pixels that count, and of these in each class, for every trial; zero is on the lower "
+        f"edge.{left_out}",
     )
     rounds = [(_name(row), one) for row in trials for one in _pseudo_labels_of(row).rounds or ()]
     if rounds:
@@ -82,7 +84,7 @@ def pseudo_label_blocks(
 
 def _round_line(told: RoundRow) -> tuple[str, ...]:
     change = told.change
-    ended = "" if told.ended_by is None else f"rounds end ({told.ended_by})"
+    ended = "" if told.ended_by is None else f"rounds end ({_ENDS.get(told.ended_by, told.ended_by)})"
     return (
         str(told.step + 1),
         told.by,

@@ -204,10 +204,41 @@ def test_a_list_of_scans_is_resumed_and_a_damaged_result_is_made_again(
     assert (tmp_path / "out/volumes.csv").read_text() == table
     code, said = p2r(*command, "--probabilities")
     assert code == 0 and "there already" not in said, "other inputs"
+    probabilities = tmp_path / "out/sub-07_T1w_probabilities.nii.gz"
+    second = probabilities.read_bytes()
+    probabilities.unlink()
+    code, said = p2r(*command, "--probabilities")
+    assert code == 0 and said.count("there already") == 1 and probabilities.read_bytes() == second, said
     code, said = p2r("predict", published["model"], *scans, "-o", tmp_path / "one.nii.gz")
     assert code == 2 and "several scans go into a folder" in said
     code, said = p2r("predict", published["model"], scans[0], f"t1={scans[1]}", "-o", tmp_path / "out")
     assert code == 2 and "has no contrast" in said
+
+
+def test_a_result_never_replaces_a_scan_or_another_result(
+    p2r: P2R, published: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    scan = folder / "sub-07_T1w.nii.gz"
+    shutil.copy(scan, folder / "sub-07_T1w_probabilities.nii.gz")
+    before = {path: path.read_bytes() for path in folder.rglob("*.gz")}
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    predict = ("predict", published["model"])
+    for given in (
+        (*predict, scan, "-o", scan),
+        (*predict, scan, "-o", link / scan.name),
+        (*predict, folder, "-o", folder),
+        (*predict, f"t1={folder / 'later/sub-08_T1w.nii.gz'}", f"flair={scan}", "-o", scan),
+        ("embed", published["backbone"], scan, "-o", scan),
+    ):
+        code, said = p2r(*given)
+        assert code == 2 and "would replace the scan" in said, said
+    code, said = p2r(*predict, folder, "-o", tmp_path / "out", "--probabilities")
+    assert code == 2 and "would both become" in said, said
+    for _ in range(2):  # results below the folder of the scans are not read as scans
+        code, said = p2r(*predict, folder, "-o", folder / "out")
+        assert code == 0 and "4/4 | " in said, said
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_features_in_zarr_are_those_in_nifti(

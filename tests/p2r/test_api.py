@@ -65,6 +65,10 @@ def test_what_an_ensemble_cannot_join_is_refused_by_name(published: dict[str, st
         assert str(refused.value).startswith(f"file:///other cannot join an ensemble with {model.manifest['url']}")
     with pytest.raises(InputError, match="at least one model"):
         ensemble([])
+    copied = replace(model, members=(replace(model.members[0], url="file:///copy"),))
+    for again, words in ((model, "is given twice"), (copied, f"has the weights of {model.manifest['url']}")):
+        with pytest.raises(InputError, match=re.escape(words)):
+            ensemble([model, again])
 
 
 def test_a_backbone_gives_features_without_a_graph(published: dict[str, str], toy_data: Path) -> None:

@@ -341,6 +341,11 @@ def test_maps_of_a_stranger_s_many_classes_are_refused_before_they_are_made(tmp_
         predict_volume(
             Threshold(), volume, preparation=Preparation(spacing_mm=1.0, image_size=32), num_classes=10_000_000
         )
+    images = images_read(volume, Preparation(spacing_mm=1.0, image_size=32))
+    with pytest.raises(RefusedScan, match=r"would take .*: leave out the probabilities, segment a part"):
+        predict_probabilities(
+            Threshold(), images, preparation=Preparation(spacing_mm=1.0, image_size=32), num_classes=10_000_000
+        )
 
 
 def test_features_beyond_the_memory_of_a_scan_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,24 @@ def test_a_tasks_digest_tells_that_a_rule_splits_others(tmp_path: Path, task_of:
     assert len({*digests, task_sha256(tmp_path / "toy.yaml")}) == 3
 
 
+def test_scans_without_a_label_map_are_used_unless_their_patient_is_held_out_or_left_out(
+    tmp_path: Path, task_of: Callable[..., Task]
+) -> None:
+    people(tmp_path, "a_1", "b_1", "c_1", "d_1")
+    for name in ("a_2", "b_2", "c_2", "e_1", "f_1", "g_seg"):
+        (tmp_path / f"images/{name}.nii.gz").touch()
+    splits = {"train": ["a", "d"], "validation": ["b"], "test": ["c"]}
+    task = task_of(splits=splits, unlabelled="use")
+    assert [scan.key for scan in task.unlabelled] == ["a_2", "e_1", "f_1"]
+    assert [scan.key for scan in task.scans] == ["a_1", "b_1", "c_1", "d_1"]
+    assert task_of(splits=splits, unlabelled="leave_out").unlabelled == ()
+    by_rule = task_of(split_rule={"validation": 1, "test": 1, "leave_out": ["e"]}, unlabelled="use")
+    found = {scan.subject for scan in by_rule.unlabelled}
+    assert "f" in found and not found & {"e", *by_rule.subjects["validation"], *by_rule.subjects["test"]}
+    with pytest.raises(DataError, match="leave_out names z without any scan"):
+        task_of(split_rule={"validation": 1, "test": 1, "leave_out": ["z"]}, unlabelled="use")
+
+
 def test_without_strata_nobody_has_one(make_task: MakeTask) -> None:
     assert load_task(make_task()).strata == {}
     strata = load_task(make_task(strata={"old": ["sub-[01-02]", "sub-99"], "young": ["sub-03"]})).strata

@@ -13,8 +13,9 @@ from safetensors.torch import load
 import p2r
 from cluster.applying import predict
 from p2r.config import FinetuneConfig
+from p2r.data.preprocess import Preparation
 from p2r.errors import DataError, InputError
-from p2r.evaluate.tasks import load_task
+from p2r.evaluate.tasks import load_task, read_images
 from p2r.fewshot.checks import check_subsets, check_task
 from p2r.fewshot.protocol import final_trials, settings_of
 from p2r.fewshot.publishing import publish_best
@@ -214,3 +215,33 @@ def test_a_published_model_takes_scans_by_name_and_misses_some(make: Make, data:
     ):
         with pytest.raises(InputError, match=message):
             predict([url], given, str(tmp_path / "other.nii.gz"), device="cpu", say=lambda line: None)
+
+
+def test_a_network_of_several_contrasts_is_compiled_for_images_of_all(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = []
+
+    def note_shape(backbone: object, *, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bool, str]:
+        shapes.append(shape)
+        return False, "not compiled"
+
+    monkeypatch.setattr("p2r.fewshot.learner.warm_up", note_shape)
+    run(make(of=("flair", "t1", "t1ce"), compile=True), "weak_to_strong")
+    assert [shape[1] for shape in shapes] == [3]
+
+
+def test_sessions_without_a_label_map_are_unlabelled_ones_with_the_contrasts_they_have(make: Make, data: Path) -> None:
+    task = (data / "task.yaml").read_text().replace("sub-[01-05]", "sub-[03-05]")
+    (data / "task.yaml").write_text(f"{task}unlabelled: use\n")
+    for name in ("sub-01", "sub-02"):
+        (data / f"labels/{name}.nii.gz").unlink()
+    found = load_task(data / "task.yaml")
+    assert [(scan.subject, set(scan.contrasts)) for scan in found.unlabelled] == [
+        ("sub-01", set(NAMES)),
+        ("sub-02", {"flair", "t1ce"}),
+    ]
+    run(make(of=NAMES, num_labelled=["all"]), "mean_teacher")
+    preparation = Preparation(spacing_mm=2.0, image_size=32, contrasts=("t1",))
+    with pytest.raises(DataError, match="has none of the contrasts t1, only"):
+        read_images(found.unlabelled[1], found, preparation)

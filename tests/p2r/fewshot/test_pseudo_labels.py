@@ -167,6 +167,19 @@ def test_a_class_without_pseudo_labels_is_named() -> None:
     assert told.warnings == ["no pseudo-label had class left: it was learnt from labelled images only"]
 
 
+def test_a_class_whose_pseudo_labels_vanish_is_named() -> None:
+    for last_step, is_lost in ((20, True), (36, False)):
+        tally = PseudoLabelTally(3, steps=40)
+        for step in range(40):
+            classes = torch.tensor([[0, 1, 2 if step <= last_step else 0]])
+            tally.add(step, classes, torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool))
+        told = tally.to_row(["background", "left", "right"], threshold=0.9)
+        assert told.classes_never_found == []
+        assert [warning.partition(" vanished")[0] for warning in told.warnings] == [
+            "pseudo-labels of class right"
+        ] * is_lost
+
+
 def test_a_tally_resumed_within_an_interval_continues_to_count() -> None:
     generator = np.random.default_rng(0)
     classes = torch.from_numpy(generator.integers(0, 2, (50, 1, 7)))

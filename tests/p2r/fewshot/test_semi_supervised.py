@@ -1,5 +1,6 @@
 """Modes that learn from unlabelled images: files read, effect of the teacher, and resuming of a killed trial."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from p2r.errors import DataError
 from p2r.evaluate.tasks import load_task
 from p2r.fewshot import saved_training
 from p2r.fewshot.protocol import Trial, final_trials, settings_of
@@ -238,7 +240,7 @@ def test_unlabelled_scans_of_another_spacing_or_contrast_are_named_and_used(make
     Storage(setup.storage).delete("trials")
     row = run_trial(setup, trial, device="cpu", say=lines.append)["row"]
     spacing, contrast = row["warnings"]
-    assert f"voxel size than the labelled ones, such as 8 x 8 mm instead of 2 to 2 mm: {coarse}_T1w" in spacing
+    assert f"voxel size than the labelled ones, such as 8 x 8 mm instead of 2 mm: {coarse}_T1w" in spacing
     assert f"like another contrast: {inverted}_T1w" in contrast
     assert sum(line.endswith(row["warnings"][0]) for line in lines) == 1 and " | WARNING: " in "".join(lines)
 
@@ -250,6 +252,34 @@ def test_if_all_patients_are_labelled_their_images_are_also_the_unlabelled_ones(
     assert row["warnings"] == [
         "no train patient is left without labels: the labelled patients' own images served as the unlabelled ones"
     ]
+
+
+def test_scans_without_a_label_map_serve_as_unlabelled_ones(make: Make, copy: Path) -> None:
+    task = (copy / "task.yaml").read_text().replace("sub-[01-05]", "sub-[01-03]")
+    (copy / "labels/sub-04_T1w.nii.gz").unlink()
+    found = []
+    for choice in ("leave_out", "use"):
+        (copy / "task.yaml").write_text(f"{task}unlabelled: {choice}\n")
+        setup = make(data=copy, steps=2, num_labelled=["all"], confidence_threshold=0.4)
+        trial = final(setup, "weak_to_strong")
+        assert trial.subjects == ("sub-01", "sub-02", "sub-03")
+        result = run(setup, trial)
+        found.append(weights(setup, result))
+        assert ("warnings" in result["row"]) == (choice == "leave_out")
+    assert not equal(*found)
+    recipe = setup.recipe_sha256(trial)
+    shutil.copy(copy / "images/sub-01_T1w.nii.gz", copy / "images/sub-09_T1w.nii.gz")
+    assert make(data=copy).recipe_sha256(trial) != recipe, "another unlabelled scan is another recipe"
+    for other, words in (
+        (
+            "images/sub-07_T1w.nii.gz",
+            "the voxels of .*sub-07_T1w.nii.gz, a scan of the validation or test patient sub-07",
+        ),
+        ("labels/sub-01_T1w.nii.gz", "holds only 2 different values, all whole numbers, like a label map"),
+    ):
+        shutil.copy(copy / other, copy / "images/sub-09_T1w.nii.gz")
+        with pytest.raises(DataError, match=words):
+            make(data=copy)
 
 
 def test_a_trial_that_cannot_be_compiled_warns_and_runs_uncompiled(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,3 +112,12 @@ def test_a_break_of_the_graph_is_counted() -> None:
 
     torch._dynamo.reset()
     assert torch._dynamo.explain(Deciding())(torch.ones(3)).graph_break_count > 0
+
+
+def test_a_backbone_that_is_frozen_at_first_is_compiled_with_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2r.model.compiling.compile_in_place", lambda module, how: None)
+    monkeypatch.setattr("p2r.model.compiling._find_missing_compiler", lambda device: None)
+    backbone = build_backbone(SMALL).requires_grad_(False)
+    is_compiled, said = warm_up(backbone, shape=(2, 1, 8, 8), dtype=torch.float32)
+    assert is_compiled, said
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())

@@ -13,7 +13,9 @@ import torch
 from p2r.errors import DataError
 from p2r.evaluate.rows import TrialRow
 from p2r.fewshot.scoring import npz_bytes
+from p2r.pipeline.finetuning import _describe_ensemble
 from p2r.pipeline.report_pictures import _UNREADABLE, _draw_embedding_of_contrasts, _read_prediction, _shared_planes
+from p2r.pipeline.reporting import _warnings
 from p2r.report import embedding_pca, view_pairs
 from p2r.report.pictures import _list_panels
 from p2r.storage import Storage
@@ -47,6 +49,32 @@ def test_the_report_of_a_job_says_what_its_pretraining_and_its_sweep_took(publis
     assert context["spent"]["num_pretraining_workers"] == 1 and context["overhead"]["num_trials"] > 0
     page = report.read_text()
     assert "pretraining of the backbone, each worker" in page and "overhead" in page
+
+
+def test_a_warning_of_several_trials_is_one_note() -> None:
+    rows: Any = [
+        SimpleNamespace(
+            id=f"trial-{number}", all_warnings=["all were labelled", f"alone {number}"][: 1 + (number == 2)]
+        )
+        for number in range(7)
+    ]
+    assert _warnings(rows) == [
+        "trial-0, trial-1, trial-2, trial-3, trial-4 and 2 more: all were labelled.",
+        "trial-2: alone 2.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("single", "said"),
+    [
+        (False, "ensemble of disc: p2r predict 'file:///a b' SCAN -o OUT.nii.gz --ensemble file:///c"),
+        (True, "no ensemble of disc: fine_tune with 1 labelled patient has one draw (finetune.draws)"),
+    ],
+)
+def test_the_command_of_an_ensemble_is_printed_if_there_is_one(single: bool, said: str) -> None:
+    models = {"disc": "file:///a b", "disc/draw-1": "file:///c"}
+    best: Any = SimpleNamespace(trial=SimpleNamespace(mode="fine_tune", num_labelled=1))
+    assert _describe_ensemble("disc", {"disc": "file:///a b"} if single else models, best) == said
 
 
 @pytest.mark.parametrize(

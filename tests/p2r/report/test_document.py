@@ -16,6 +16,7 @@ from rich.console import Console
 
 from p2r.evaluate.rows import rows_of
 from p2r.evaluate.statistics import few_shot_statistics
+from p2r.modes import MODES
 from p2r.report import source_line, table, trials_line, write_report
 from p2r.report.cases import shown_cases
 from p2r.report.context import context_of
@@ -103,7 +104,7 @@ def test_the_page_shows_every_part(standard: Path) -> None:
         assert part in page.text and part in text
     for part in ("1 trial failed", "nan at step 31", "test split was evaluated once", "Search winners", "Cost"):
         assert part in page.text and part in text
-    for word in ("HD95: ", "NSD: ", "A draw is", "linear probe trains", "Leak-free: "):
+    for word in ("HD95: ", "NSD: ", "A draw is", "fine-tuned: all weights", "Leak-free: "):
         assert word in text and text.index(word) < text.index("| labelled patients | mode |"), (
             "explained before its use"
         )
@@ -275,12 +276,24 @@ def test_the_page_shows_pseudo_labels_over_the_training_of_every_trial(make_rows
             }
     page, text = written(tmp_path, rows, tasks={"acdc": {"classes": ["RV", "LV"]}})
     assert "Pseudo-labels over training" in page.text and "Rounds of self-training (4)" in page.text
-    assert "| self-training, n = 1, draw 1 | 51 | teacher | 20.0 % | 7 of 9 | 3.1 % | rounds end (change) |" in text
+    assert (
+        "| self-training, n = 1, draw 1 | 51 | teacher | 20.0 % | 7 of 9 | 3.1 % | rounds end (little changed) |"
+        in text
+    )
     drawn = " ".join(ET.parse(tmp_path / "pictures/pseudo-labels-acdc.svg").getroot().itertext())
     assert drawn.index("RV") < drawn.index("LV"), "in the order of the labels, as in pictures of segmentations"
     for words in ("pixels that count", "RV", "LV", "self-training, n = 1, draw 0", "self-training, n = 1, draw 1"):
         assert words in drawn
     assert "background" not in drawn
+
+
+def test_every_mode_of_a_page_is_explained_and_no_other(make_rows: MakeRows, tmp_path: Path) -> None:
+    rows = make_rows(modes=("scratch_weak_to_strong", "weak_to_strong"), numbers=(1,))
+    page, text = written(tmp_path, rows)
+    assert "Modes: W2S, scratch: weak to strong, from random weights; weak to strong: fine-tuned, and" in page.text
+    assert "linear probe" not in text
+    assert "| modes | W2S, scratch; weak to strong |" in text
+    assert all(facts.training for facts in MODES.values())
 
 
 def test_protocols_are_kept_apart_and_named_everywhere(make_rows: MakeRows, tmp_path: Path) -> None:
