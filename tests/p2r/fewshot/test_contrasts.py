@@ -170,7 +170,7 @@ def test_a_subset_of_contrasts_that_no_task_has_is_refused(make: Make, data: Pat
         check_subsets(tasks, make(contrasts=["flair"], contrast_subsets=[["t1"]]).config)
 
 
-def test_contrasts_that_nobody_has_where_they_are_needed_are_refused(make: Make, data: Path) -> None:
+def test_contrasts_that_no_patient_has_where_they_are_needed_are_refused(make: Make, data: Path) -> None:
     for subject in ("sub-07", "sub-08"):
         (data / subject / "anat" / f"{subject}_T1w.nii.gz").unlink(missing_ok=True)
     tasks, config = [load_task(data / "task.yaml")], make(contrast_subsets=[["flair"], ["t1"]]).config
