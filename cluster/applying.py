@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from cluster.dicom_output import ENDING, predict_series
-from cluster.outputs import ENDINGS, Result, Target, check_targets, is_folder, is_many, list_targets, process_each
+from cluster.outputs import (
+    ENDINGS,
+    Result,
+    Target,
+    check_targets,
+    holds_only_dicom,
+    is_folder,
+    is_many,
+    list_targets,
+    process_each,
+)
 from p2r.allocator import keep_freed_memory
 from p2r.console import show
 from p2r.data.volume import Volume, to_source_grid, write_nifti
@@ -28,8 +38,8 @@ from p2r.version import __version__
 if TYPE_CHECKING:  # imports torch
     from p2r.evaluate.models import Model
 
-_NAMED = re.compile(r"([a-z0-9_]+)=(.+)")
-"""A scan by contrast: `t1=t1.nii.gz`."""
+_NAMED = re.compile(r"([A-Za-z0-9_]+)=(.*)")
+"""A scan by contrast: `t1=t1.nii.gz`. Names of contrasts are in lower case."""
 
 
 def predict(
@@ -131,7 +141,7 @@ def _parse_scans(arguments: Sequence[str]) -> tuple[list[str], dict[str, str] | 
     """Return the scans, and the scans by contrast if they have names; then the first is the scan.
 
     Raises:
-        InputError: Scans without names are mixed with others, or a contrast is named twice.
+        InputError: Scans without names are mixed with others, a contrast is named twice, or has no scan.
     """
     named = [None if Path(argument).exists() else _NAMED.fullmatch(argument) for argument in arguments]
     if not any(named):
@@ -142,11 +152,18 @@ def _parse_scans(arguments: Sequence[str]) -> tuple[list[str], dict[str, str] | 
             raise InputError(
                 f"{argument} has no contrast: give scans without names, or all by contrast, as in t1=t1.nii.gz flair=flair.nii.gz"
             )
-        name, path = match[1], match[2]
+        name, path = match[1].lower(), match[2]
+        if not path:
+            raise InputError(
+                f"{argument} names no scan: write its path after =, or leave out a contrast that is missing"
+            )
         if name in contrasts:
             raise InputError(f"the contrast {name} is named twice, {contrasts[name]} and {path}: give it once")
-        if is_folder(path):
-            raise InputError(f"{argument} is a folder: give the scan of each contrast of one patient")
+        path = str(Path(path).expanduser()) if path.startswith("~") else path  # shells do not expand it after =
+        if is_folder(path) and not holds_only_dicom(path):
+            raise InputError(
+                f"{argument} is a folder: give the scan, or the DICOM series, of each contrast of one patient"
+            )
         contrasts[name] = path
     return [next(iter(contrasts.values()))], contrasts
 

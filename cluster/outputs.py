@@ -54,10 +54,11 @@ class Result(NamedTuple):
 
 def is_many(scans: Sequence[str], output: str) -> bool:
     """Return whether the results go into a folder: several scans, or a folder of scans; not one DICOM series with a file as output."""
-    return len(scans) > 1 or (is_folder(scans[0]) and not (output.endswith(ENDINGS) and _holds_only_dicom(scans[0])))
+    return len(scans) > 1 or (is_folder(scans[0]) and not (output.endswith(ENDINGS) and holds_only_dicom(scans[0])))
 
 
-def _holds_only_dicom(folder: str) -> bool:
+def holds_only_dicom(folder: str) -> bool:
+    """Return whether a local folder holds files, and none of NIfTI."""
     root = (local_path(folder) or Path(folder)).expanduser()
     return next(images_below(root), None) is None and any(path.is_file() for path in root.rglob("*"))
 
@@ -84,7 +85,7 @@ def list_targets(scans: Sequence[str], output: str, *, form: str = "nifti") -> l
     if "://" in output or output.endswith(ENDINGS) or Path(output).is_file():
         raise InputError(f"output {output}: results of a folder or of several scans go into a folder; name one")
     made = Path(output).resolve()
-    singles = [scan for scan in scans if not is_folder(scan) or _holds_only_dicom(scan)]
+    singles = [scan for scan in scans if not is_folder(scan) or holds_only_dicom(scan)]
     found = [(scan, _below_common(scan, singles)) for scan in singles]
     for folder in (scan for scan in scans if scan not in singles):
         root = (local_path(folder) or Path(folder)).expanduser()

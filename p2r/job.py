@@ -194,6 +194,8 @@ class Job(Section):
             raise ValueError(
                 "asha compares the online probes of an ablation's variants: it needs kind ablation and pretrain.probe"
             )
+        if self.ingest is not None and self.pretrain is not None:
+            self.pretrain.check_sessions(self.ingest.sessions)
         self._check_exports()
         return self
 

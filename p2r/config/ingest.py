@@ -53,16 +53,18 @@ class SessionsConfig(Section):
     """Sessions: the scans of one visit become one record with a named volume for each contrast, all on one grid.
 
     A session is a subject and session of BIDS, a study of DICOM, a case of a `dataset.json`, or the rows of a list with the same
-    subject and `group`. Otherwise all scans of a subject. A contrast that a session lacks stays missing.
+    subject and `group` (or `session`, `session_id`, `visit`). Otherwise all scans of a subject, by session if their paths have
+    `ses-...`. A contrast that a session lacks stays missing.
     """
 
     contrasts: Annotated[
         dict[Contrast, Annotated[tuple[str, ...], Field(min_length=1)] | str], Field(min_length=1, max_length=64)
     ]
-    """Contrasts by name, each with one or several patterns (`*` and `?`, in any case) of the words that state a scan's contrast.
-    These are the column `contrast` of a list, a DICOM series description, or the channel in a `dataset.json`. Without them, they
-    are the entities and suffix of a BIDS name (such as `ce-GADOLINIUM_T1w`, without sub, ses and run), or else the file's name. The
-    first contrast that matches counts; a scan that matches none is left out, as `no_contrast` in the ledger."""
+    """Contrasts by name, each with one or several patterns (`*` and `?`, in any case). A pattern must match all the words that state
+    a scan's contrast: `T1w` does not match `acq-mprage_T1w`, `*T1w` does. The words are the column `contrast` of a list, a DICOM
+    series description, or the channel in a `dataset.json`. Without them, they are the entities and suffix of a BIDS name (such as
+    `ce-GADOLINIUM_T1w`, without sub, ses and run), or else the file's name. The first contrast that matches counts; a scan that
+    matches none is left out, as `no_contrast` in the ledger."""
     reference: Contrast | None = None
     """Contrast whose grid all contrasts of a session share; others are resampled to it by their headers' positions, where their grids
     differ. Nothing is registered. None: the first of `contrasts`."""
@@ -72,8 +74,8 @@ class SessionsConfig(Section):
     min_coverage: Fraction = 0.9
     """Smallest fraction of the reference's voxels that a contrast must cover; others are refused as `other_extent`."""
     repeats: Literal["refuse", "first", "last"] = "refuse"
-    """Treatment of several scans of one contrast in a session, in the order of their names. refuse: refuse all of them as
-    `contrast_twice`. first, last: take that one."""
+    """Treatment of several scans of one contrast in a session, in the order of their paths (run-2 before run-10). refuse: refuse all of
+    them as `contrast_twice`. first, last: take that one."""
     fourth_axis: Literal["time", "contrasts"] = "time"
     """Meaning of the fourth axis of an image. contrasts: one contrast after the other, in the order of `contrasts`."""
 
@@ -171,6 +173,10 @@ class IngestConfig(Section):
     def _check(self) -> Self:
         if self.subjects is not None and self.subjects_of is not None:
             raise ValueError("give either subjects or subjects_of, not both")
+        if self.max_frames is not None and self.sessions is not None and self.sessions.fourth_axis == "contrasts":
+            raise ValueError(
+                "max_frames shortens series in time, and by sessions.fourth_axis the fourth axis holds contrasts: leave max_frames out"
+            )
         is_real = [source for source in self.sources if not source.startswith("template://")]
         borrowed = [name for name, word in _VIRTUAL_SUBJECT_WORDS.items() if word in getattr(self, name).lower()]
         if is_real and borrowed:

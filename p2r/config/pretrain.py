@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from p2r.config.ingest import SessionsConfig
 from p2r.config.loss import LossConfig
 from p2r.config.model import ModelConfig
 from p2r.config.section import Artefact, Fraction, Location, Section, is_none
@@ -192,6 +193,26 @@ class PretrainConfig(Section):
                 f"{edge} pixels: give a smaller block_mm, or a masked_fraction nearer to a half"
             )
 
+    def check_sessions(self, sessions: SessionsConfig | None) -> None:
+        """Raise `ValueError` if the network reads contrasts that the job's own corpus will not have, before it is made."""
+        read = self.model.contrasts
+        if sessions is None:
+            if read is not None:
+                raise ValueError(
+                    f"pretrain.model.contrasts names {', '.join(read)}, and ingest joins no contrasts: give ingest.sessions, or leave "
+                    "pretrain.model.contrasts out"
+                )
+            return
+        known = ", ".join(sessions.contrasts)
+        if read is None:
+            raise ValueError(
+                f"ingest.sessions makes records of {known}: choose some of them in pretrain.model.contrasts"
+            )
+        if others := [name for name in read if name not in sessions.contrasts]:
+            raise ValueError(
+                f"pretrain.model.contrasts names {', '.join(others)}, ingest.sessions.contrasts {known}: correct one of them"
+            )
+
     def _check_balance(self) -> None:
         if self.balance is None:
             return
@@ -206,6 +227,11 @@ class PretrainConfig(Section):
         if self.balance.by == "contrast" and self.model.contrasts is None:
             raise ValueError(
                 "balance.by contrast needs the names of the contrasts: give model.contrasts, such as [t1, flair]"
+            )
+        others = sorted((self.balance.weights or {}).keys() - set(self.model.contrasts or ()))
+        if self.balance.by == "contrast" and others:
+            raise ValueError(
+                f"balance.weights names {', '.join(others)}, model.contrasts {', '.join(self.model.contrasts or ())}: correct one of them"
             )
 
     @property

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from p2r.data.accepted import ScanLike, volume_from
@@ -72,7 +73,9 @@ def on_one_grid(
         for contrast, volume in volumes.items()
     }
     for first, second in combinations(aligned, 2):
-        if find_copy(aligned[first], aligned[second]):
+        # Equal voxels are a copy even if the headers state other positions.
+        is_same = np.array_equal(volumes[first].data, volumes[second].data)
+        if is_same or find_copy(aligned[first], aligned[second]):
             raise RefusedScan(
                 "copy",
                 f"{aligned[first].key} and {aligned[second].key} are one image, given as {first} and as {second}: leave the one out "

@@ -36,6 +36,10 @@ _SELECTION = (
 )  # fmt: skip
 _LIMITS = ("max_scan_mib", "dcm2niix_timeout_s", "label_maps")  # may differ from run to run
 _DEFAULT_PATTERN = IngestConfig.model_fields["subject_pattern"].default
+_LATE_CONTRAST = Refusal(
+    "late_contrast",
+    "its session is in the corpus already, and records never change: make another corpus to add a contrast",
+)
 _MIN_SUSPICIOUS_SCANS = 3  # this number of scans, all of one subject by the pattern, suggests a wrong pattern
 
 
@@ -177,9 +181,9 @@ def plan_growth(
         raise _make_no_subject_error(len(scans), found, config, allowed_subjects)
     inputs = (*subjects.items(), *((folder, None) for folder in passed_over))
     additions = _compare_with_ledger(inputs, ledger, selected, config, names)
-    kept = [row for row in ledger if row.source not in additions.replaced]
     rows = list(additions.rows)
-    places = _place_in_sessions({scan: subjects[scan] or "" for scan in additions.to_read}, config, names, kept, rows)
+    places = _place_in_sessions(additions, subjects, config, names, ledger, rows)
+    kept = [row for row in ledger if row.source not in additions.replaced]
     keys = _UniqueKeys(row.key for row in kept)
     rows = [row.model_copy(update={"key": keys.reserve(row.key, row.source)}) for row in rows]
     planned = [_plan_scan(scan, subjects[scan] or "", places[scan], names, keys) for scan in sorted(places)]
@@ -192,6 +196,8 @@ class _Additions:
     """Inputs of a job that the corpus does not hold yet, or holds differently."""
 
     to_read: list[Scan]
+    waiting: dict[Scan, str]
+    """Unchanged scans that were refused because of others of their session, with the reason: others may have come or gone."""
     rows: list[LedgerRow]
     """Rows of inputs that are not read."""
     replaced: set[str]
@@ -207,7 +213,7 @@ def _compare_with_ledger(
     config: IngestConfig,
     names: Names,
 ) -> _Additions:
-    known, additions = _group_by_source(ledger), _Additions([], [], set(), [])
+    known, additions = _group_by_source(ledger), _Additions([], {}, [], set(), [])
     for scan, subject in inputs:
         source = names.source(scan.path)
         old = known.get(source, [])
@@ -218,6 +224,8 @@ def _compare_with_ledger(
             continue
         row = _make_unread_row(scan, subject, selected, config, names)
         if old and is_same and _keeps_outcome(old[0], row, config):
+            if row is None and _depends_on_session(old[0], config):
+                additions.waiting[scan] = old[0].reason
             continue
         additions.replaced.add(source)
         if row is None:
@@ -228,29 +236,41 @@ def _compare_with_ledger(
 
 
 def _place_in_sessions(
-    scans: Mapping[Scan, str],
+    additions: _Additions,
+    subjects: Mapping[Scan, str | None],
     config: IngestConfig,
     names: Names,
-    kept: Sequence[LedgerRow],
+    ledger: Sequence[LedgerRow],
     rows: list[LedgerRow],
 ) -> dict[Scan, Place | None]:
-    """Return the scans to read with their places in sessions, None without sessions; append a row for each of the others."""
+    """Return the scans to read with their places in sessions, None without sessions; append a row for each of the others.
+
+    A waiting scan keeps its row while nothing has changed for its session. Otherwise it is read, and its row replaced.
+    """
     if config.sessions is None:
-        return dict.fromkeys(scans)
-    held = {row.record for row in kept if is_accepted(row) and row.record is not None}
+        return dict.fromkeys(additions.to_read)
+    held = {row.record for row in ledger if is_accepted(row) and row.record is not None}
+    scans = {scan: subjects[scan] or "" for scan in (*additions.to_read, *additions.waiting)}
+    found = place_scans(scans, config.sessions, is_hidden=config.pseudonyms)
+    changed = {
+        place.session
+        for scan, place in found.items()
+        if isinstance(place, Place) and additions.waiting.get(scan) != "no_reference"
+    }
     places: dict[Scan, Place | None] = {}
-    for scan, found in place_scans(scans, config.sessions, is_hidden=config.pseudonyms).items():
-        if isinstance(found, Place) and names.key(found.session) in held:
-            message = (
-                "its session is in the corpus already, and records never change: make another corpus to add a contrast"
-            )
-            found = Refusal("late_contrast", message)
-        if isinstance(found, Place):
-            places[scan] = found
+    for scan, outcome in found.items():
+        is_held = isinstance(outcome, Place) and names.key(outcome.session) in held
+        if scan in additions.waiting:
+            if isinstance(outcome, Refusal) or not (is_held or outcome.session in changed):
+                continue
+            additions.replaced.add(names.source(scan.path))
+        if isinstance(outcome, Place) and not is_held:
+            places[scan] = outcome
             continue
-        status = "not_selected" if found.code == "no_contrast" else "refused"
-        message = names.message(f"{scan.name}: {found.message}")
-        rows.append(_unread_row(scan, scans[scan], names, status=status, reason=found.code, message=message))
+        refusal = outcome if isinstance(outcome, Refusal) else _LATE_CONTRAST
+        status = "not_selected" if refusal.code == "no_contrast" else "refused"
+        message = names.message(f"{scan.name}: {refusal.message}")
+        rows.append(_unread_row(scan, scans[scan], names, status=status, reason=refusal.code, message=message))
     return places
 
 
@@ -331,6 +351,13 @@ def _keeps_outcome(old: LedgerRow, row: LedgerRow | None, config: IngestConfig) 
     """
     was_read = old.reason not in ("not_selected", "no_subject") and not _is_accepted_now(old, config)
     return was_read or (row is not None and row.reason == old.reason)
+
+
+def _depends_on_session(row: LedgerRow, config: IngestConfig) -> bool:
+    """Return whether a scan was refused because of the other scans of its session."""
+    if config.sessions is None:
+        return False
+    return row.reason == "no_reference" or (row.reason == "contrast_twice" and config.sessions.repeats == "refuse")
 
 
 def _is_accepted_now(row: LedgerRow, config: IngestConfig) -> bool:

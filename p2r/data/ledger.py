@@ -3,7 +3,8 @@
     key, source, num_bytes, modified, subject           the input, and its version
     status, reason, message, copy_of                    its outcome, and the reason
     num_samples, shape, spacing_mm, dtype, percentiles, voxels_sha256, shard      accepted inputs only
-    notes                                               codes of defects that were ignored, such as a broken sidecar
+    notes                                               codes of defects that were ignored, such as a broken sidecar, some with a
+                                                        number, as in nan_voxels=600
     outline                                             accepted inputs only: coarse shape of the image, see `likeness`
 
 `status` is `accepted`, `refused` or `not_selected`. `reason` is the same word, or the code of the `RefusedScan`. With
@@ -45,6 +46,7 @@ _MAX_MEMORY_BYTES = 1 << 33
 
 _Name = Annotated[str, Field(max_length=4096)]
 _Code = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+_Note = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}(=[0-9]{1,15})?$")]
 _Axis = Annotated[int, Field(ge=1, le=2**20)]
 _Size = Annotated[float, Field(gt=0, lt=1e4)]
 
@@ -64,7 +66,7 @@ class LedgerRow(JsonRow):
     num_samples: Annotated[int, Field(ge=0, lt=2**40)]
     voxels_sha256: Sha256 | None
     shard: _Name | None
-    notes: Annotated[list[_Code], Field(max_length=100)]
+    notes: Annotated[list[_Note], Field(max_length=100)]
 
 
 class AcceptedRow(LedgerRow):

@@ -111,10 +111,15 @@ def by_contrast(scans: Scans, preparation: Preparation) -> list[Volume | None]:
         if names is not None and len(names) > 1:
             raise RefusedScan(
                 "no_contrast",
-                f"{scans.key} is one scan without the name of its contrast, the network reads {describe(names)}: name it, as in "
-                f"{names[0]}={scans.key}.nii.gz, or in Python {{{names[0]!r}: scan}}",
+                f"{scans.key} is one scan without the name of its contrast, the network reads {describe(names)}: name its contrast, as in "
+                f"{names[0]}=scan.nii.gz, or in Python {{{names[0]!r}: scan}}",
             )
         return [scans]
+    if scans and names is None:
+        raise RefusedScan(
+            "no_contrast",
+            f"the network reads one contrast without a name, not {', '.join(scans)}: give one scan without a name",
+        )
     if unknown := [name for name in scans if name not in (names or ())]:
         raise RefusedScan(
             "no_contrast",

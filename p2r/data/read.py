@@ -28,8 +28,8 @@ def read_scan(scan: Scan, config: IngestConfig) -> list[Volume]:
 
     Returns:
         One volume with the scan's key. For a DICOM series with several images, the usable ones with keys KEY_0, KEY_1, ...
-        Each has the tags of its sidecar. `notes` has `sidecar_ignored` for each unusable JSON file or value, and `part_CODE`
-        for each refused image of the series.
+        Each has the tags of its sidecar. Its `notes` are those of `read_volume`, then `sidecar_ignored` for each unusable JSON
+        file or value, and `part_CODE` for each refused image of the series.
 
     Raises:
         RefusedScan: if no image is usable, with the codes of `read_volume`, `converted`, `check_quality`, `check_size` and
@@ -40,7 +40,7 @@ def read_scan(scan: Scan, config: IngestConfig) -> list[Volume]:
         return _read_series(scan, config)
     volume = _read_and_check(scan.path, scan.key, config)
     tags, num_ignored = read_sidecar(scan.path)
-    return [replace(volume, sidecar=tags, notes=_repeat_note(num_ignored))]
+    return [replace(volume, sidecar=tags, notes=volume.notes + _repeat_note(num_ignored))]
 
 
 def sidecar_of(scan: Scan) -> dict[str, object]:
@@ -73,7 +73,8 @@ def _read_series(scan: Scan, config: IngestConfig) -> list[Volume]:
                 # The temporary path would make the messages of two runs differ.
                 refusals.append(RefusedScan(error.code, error.message.replace(str(part.path), scan.path)))
             else:
-                volumes.append(replace(volume, sidecar=part.tags, notes=_repeat_note(part.num_ignored)))
+                notes = volume.notes + _repeat_note(part.num_ignored)
+                volumes.append(replace(volume, sidecar=part.tags, notes=notes))
     if not volumes:
         raise refusals[0]
     refused = tuple(f"part_{error.code}" for error in refusals)

@@ -232,8 +232,8 @@ class Records:
             for first in names[:number]:
                 if first in copies:
                     continue
-                covered = aligned[second].covered
-                if find_copy(found[second].volume, found[first].volume, covered):
+                is_same = found[second].digest == found[first].digest  # also if their headers state other positions
+                if is_same or find_copy(found[second].volume, found[first].volume, aligned[second].covered):
                     copies[second] = first
                     if first != reference:
                         copies[first] = second

@@ -1,16 +1,16 @@
 """Scans -> the sessions that they belong to, and their contrasts. Only names and headers are used; voxels are read elsewhere.
 
-list              columns `group` and `contrast`
+list              columns `group` (or a synonym, such as `session`) and `contrast`
 DICOM             study, series description
 dataset.json      case, channel
 BIDS              sub and ses; the other entities and the suffix
-other names       subject; the file's name
+other names       subject, and `ses-...` in the path; the file's name
 """
 
 import hashlib
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -19,7 +19,11 @@ from p2r.data import bids
 from p2r.data.names import composed, scan_key
 from p2r.data.scan import Scan
 
+GROUP_COLUMNS = ("group", "session", "session_id", "visit")
+"""Columns of a list that name the session; the first one present is used."""
+
 _OWN_ENTITIES = frozenset(("sub", "ses", "run", "suffix"))
+_SESSION_IN_PATH = re.compile(r"(?:^|[/_])ses-([A-Za-z0-9]+)(?=[/_.]|$)")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ def place_scans(scans: Mapping[Scan, str], sessions: SessionsConfig, *, is_hidde
     """
     found: dict[Scan, Place | Refusal] = {}
     together: dict[tuple[str, str], list[Scan]] = defaultdict(list)
+    keys = _session_keys({(subject, _group_of(scan)) for scan, subject in scans.items()})
     for scan, subject in scans.items():
         contrast = "" if sessions.fourth_axis == "contrasts" else _find_contrast(scan, sessions)
         if contrast is None:
@@ -60,7 +65,7 @@ def place_scans(scans: Mapping[Scan, str], sessions: SessionsConfig, *, is_hidde
                 f"its contrast{words} matches none of ingest.sessions.contrasts ({known}); to take it, add a pattern there",
             )
             continue
-        place = Place(session_key(subject, _group_of(scan)), contrast)
+        place = Place(keys[subject, _group_of(scan)], contrast)
         found[scan] = place
         together[place.session, contrast].append(scan)
     for (_, contrast), repeats in together.items():
@@ -90,9 +95,18 @@ def session_key(subject: str, group: str) -> str:
     group = "" if group == subject else group
     plain = f"{subject}_{group}" if group else subject
     key = re.sub(r"[^\w-]", "_", composed(plain))
-    if key != plain or (group and "_" in subject + group):
-        key += "-" + hashlib.sha256(f"{subject} {len(subject)} {group}".encode()).hexdigest()[:8]
-    return key
+    return _with_digest(key, subject, group) if key != plain or (group and "_" in subject + group) else key
+
+
+def _session_keys(sessions: Collection[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Return the key of each session by subject and group. Subject A_x, and group x of subject A, get different ones."""
+    keys = {session: session_key(*session) for session in sessions}
+    counts = Counter(keys.values())
+    return {session: key if counts[key] == 1 else _with_digest(key, *session) for session, key in keys.items()}
+
+
+def _with_digest(key: str, subject: str, group: str) -> str:
+    return f"{key}-{hashlib.sha256(f'{subject} {len(subject)} {group}'.encode()).hexdigest()[:8]}"
 
 
 def _bids_entities(scan: Scan) -> dict[str, str]:
@@ -104,13 +118,16 @@ def _bids_entities(scan: Scan) -> dict[str, str]:
 def _group_of(scan: Scan) -> str:
     """Return the name of a scan's session among the sessions of its subject; empty if nothing tells them apart."""
     entities = {name.lower(): value for name, value in scan.entities}
-    if "group" in entities:
-        return entities["group"]
+    for column in GROUP_COLUMNS:
+        if column in entities:
+            return entities[column]
     if scan.format == "dicom":
         return scan.study
     if scan.case is not None:
         return scan.case
     session = _bids_entities(scan).get("ses")
+    if session is None and (match := _SESSION_IN_PATH.search(scan.below)):
+        session = match[1]
     return "" if session is None else f"ses-{session}"
 
 
@@ -127,8 +144,11 @@ def _find_contrast(scan: Scan, sessions: SessionsConfig) -> str | None:
 def _settle_repeats(
     repeats: Sequence[Scan], contrast: str, sessions: SessionsConfig, found: dict[Scan, Place | Refusal]
 ) -> None:
-    """Replace the places of scans of one contrast in one session, except the one that the job takes, by a refusal."""
-    ordered = sorted(repeats)
+    """Replace the places of scans of one contrast in one session, except the one that the job takes, by a refusal.
+
+    Numbers in names count as numbers: run-10 comes after run-2.
+    """
+    ordered = sorted(repeats, key=lambda scan: (_natural(scan.path), scan))
     taken = {"refuse": None, "first": ordered[0], "last": ordered[-1]}[sessions.repeats]
     what = f"scans of contrast {contrast}" if contrast else "scans"
     for scan in ordered:
@@ -140,3 +160,8 @@ def _settle_repeats(
             else f"ingest.sessions.repeats takes the {sessions.repeats} one"
         )
         found[scan] = Refusal("contrast_twice", f"its session has {len(ordered)} {what}: {way_out}")
+
+
+def _natural(path: str) -> tuple[tuple[str, int], ...]:
+    """Return a sort key of a path in which numbers count as numbers."""
+    return tuple((text, int(number or -1)) for text, number in re.findall(r"(\D*)(\d{0,18})", path))

@@ -146,6 +146,7 @@ def stream(
         fresh.resumed(state.to_dict())
     for corpus in corpora:
         check_contrasts(corpus, contrasts)
+    _refuse_absent_contrasts(corpora, contrasts)
     order = order_of(corpora, image=image, seed=seed, global_batch=global_batch, balance=balance)
     check_world_size(global_batch, world_size)
     cache = node_cache(counters) if not all(corpus.storage.is_local for corpus in corpora) else None
@@ -206,12 +207,27 @@ def check_contrasts(corpus: Corpus, contrasts: tuple[str, ...] | None) -> None:
             f"{corpus.storage.url} has no named contrasts, pretrain.model.contrasts are {', '.join(contrasts)}: ingest it with "
             "ingest.sessions, or name its contrast in pretrain.corpus"
         )
-    found = {name for name, count in (known or {}).items() if count} | {corpus.contrast}
-    if found.isdisjoint(contrasts):
+    if _contrasts_of(corpus).isdisjoint(contrasts):
         raise DataError(
             f"{corpus.storage.url} has none of the contrasts {', '.join(contrasts)} (pretrain.model.contrasts); it has "
             f"{named or corpus.contrast}"
         )
+
+
+def _refuse_absent_contrasts(corpora: Sequence[Corpus], contrasts: tuple[str, ...] | None) -> None:
+    """Refuse contrasts that no corpus has: the network would never see them, and its backbone would claim to read them."""
+    found = frozenset[str]().union(*map(_contrasts_of, corpora))
+    if absent := [name for name in contrasts or () if name not in found]:
+        raise DataError(
+            f"no scan of {', '.join(corpus.storage.url for corpus in corpora)} has the contrast {', '.join(absent)} "
+            f"(pretrain.model.contrasts); there are {', '.join(sorted(found))}: leave it out, or add such scans"
+        )
+
+
+def _contrasts_of(corpus: Corpus) -> frozenset[str]:
+    """Return the contrasts of a corpus's records."""
+    known = corpus.manifest.facts.contrasts or {}
+    return frozenset(name for name, count in known.items() if count) | ({corpus.contrast} if corpus.contrast else set())
 
 
 def order_of(

@@ -27,6 +27,7 @@ from p2r.data.label_maps import LABEL_SUFFIX
 from p2r.data.names import composed, local_path, lower_suffix, scan_key
 from p2r.data.pairs import key_of, label_finder
 from p2r.data.scans import Scan, dataset_in, matches, search_scans
+from p2r.data.sessions import contrast_words
 from p2r.errors import DataError
 
 Form = Literal["nnunet", "msd", "bids", "folder"]
@@ -306,7 +307,7 @@ def _name_contrasts(rules: Sequence[_Rule], by_path: Mapping[str, Scan]) -> dict
         if not name or name in named:
             return {}
         is_stated = "channel" in dict(scan.entities) or bids.entities_of(scan.path.rpartition("/")[2]).get("sub")
-        named[name] = (image_name, words if is_stated else image_name.replace("{key}", "*"))
+        named[name] = (image_name, contrast_words(scan) if is_stated else image_name.replace("{key}", "*"))
     return named if len(named) > 1 else {}
 
 

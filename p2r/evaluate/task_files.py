@@ -280,6 +280,13 @@ def load_task(path: Path, *, cache: Path | None = None, unset: dict[str, str] | 
             f"task {path}: no scan of {join_few(lacking)} in {', '.join(config.image_folders)}, although splits names "
             f"{'it' if len(lacking) == 1 else 'them'}; check splits and subject_pattern {config.subject_pattern!r}"
         )
+    for name in config.contrasts or ():
+        if not any(name in scan.contrasts for scan in scans):
+            folder, image_name = config.images_of(name)
+            raise DataError(
+                f"task {path}: no case has the contrast {name}: no scan in {folder} is called {image_name!r}, in upper and lower case as "
+                f"written; correct image_name, or leave {name} out"
+            )
     used = {subject: stratum for subject, stratum in sorted(strata.items()) if subject in wanted}
     unlabelled = _list_unlabelled(cases, scans, subjects, config, path) if config.unlabelled == "use" else ()
     return Task(config, scans, subjects, used, unlabelled)

@@ -35,7 +35,7 @@ from p2r.fewshot.protocol import (
     is_searched,
     numbers_of,
 )
-from p2r.fewshot.setup import TrialSetup, contrasts_read
+from p2r.fewshot.setup import TrialSetup, contrasts_read, subsets_of
 from p2r.fewshot.trial_inputs import slices_of
 from p2r.files import file_sha256
 from p2r.model.contrasts import missing_contrasts
@@ -166,7 +166,7 @@ def _check_backbone(task: Task, backbone: Backbone, config: FinetuneConfig) -> N
 
 
 def check_subsets(tasks: Sequence[Task], config: FinetuneConfig) -> None:
-    """Refuse a subset of contrasts with a name that the models of no task read.
+    """Refuse a subset of contrasts with a name that the models of no task read, or that no reported patient has.
 
     Raises:
         DataError: naming the contrast.
@@ -176,6 +176,14 @@ def check_subsets(tasks: Sequence[Task], config: FinetuneConfig) -> None:
         raise DataError(
             f"finetune.contrast_subsets names {', '.join(others)}, but the models read {', '.join(known) or describe(None)}: correct it"
         )
+    for task in tasks:
+        reported = task.scans_of(task.subjects[config.score_on])
+        for subset in subsets_of(task.config, config):
+            if not any(name in scan.contrasts for scan in reported for name in subset):
+                raise DataError(
+                    f"finetune.contrast_subsets: no {config.score_on} patient of task {task.name} has {' or '.join(subset)}, so there is "
+                    "nothing to score: leave this subset out"
+                )
 
 
 def check_contrasts(task: Task, config: FinetuneConfig, *, of_backbone: Sequence[str] | None, backbone: str) -> None:
@@ -205,6 +213,12 @@ def check_contrasts(task: Task, config: FinetuneConfig, *, of_backbone: Sequence
         raise DataError(
             f"task {task.name} wants the contrast {', '.join(unseen)}, which {backbone} never saw: it reads {describe(of_backbone)}. "
             "Leave it out (finetune.contrasts), or use a backbone of these contrasts or of one"
+        )
+    train = task.scans_of(task.subjects["train"])
+    if untrained := [name for name in read or () if not any(name in scan.contrasts for scan in train)]:
+        raise DataError(
+            f"task {task.name}: no train case has the contrast {', '.join(untrained)}, so a model could not learn to read it: leave it out "
+            "(finetune.contrasts), or choose other splits"
         )
     if len(read or ("",)) < 2:
         return

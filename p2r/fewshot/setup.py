@@ -152,6 +152,12 @@ def contrasts_read(task: TaskConfig, config: FinetuneConfig) -> tuple[str, ...] 
     return config.contrasts or task.contrasts
 
 
+def subsets_of(task: TaskConfig, config: FinetuneConfig) -> list[tuple[str, ...]]:
+    """Return the subsets of contrasts that a task's models are scored with; another task of the job may have other contrasts."""
+    read = contrasts_read(task, config) or ()
+    return [subset for subset in config.contrast_subsets or () if set(subset) <= set(read) and len(read) > 1]
+
+
 def preparation_for(task: TaskConfig, config: FinetuneConfig, of_backbone: Preparation) -> Preparation:
     """Return the preparation of scans for a task's models: the backbone's, with the values of the task and the section."""
     preparation = task.preparation(of_backbone.model_copy(update={"planes": config.planes}))

@@ -28,7 +28,7 @@ from p2r.fewshot.results import TrialResult
 from p2r.fewshot.rounds import Rounds, Unlabelled
 from p2r.fewshot.saved_training import SavedTraining
 from p2r.fewshot.scoring import Case, Scored, cases_of, score_cases
-from p2r.fewshot.setup import TrialSetup
+from p2r.fewshot.setup import TrialSetup, subsets_of
 from p2r.fewshot.subsets import score_subsets
 from p2r.fewshot.training import Look, Trained, train_head, train_segmenter
 from p2r.fewshot.trial_inputs import TrialInputs, build_segmenter, prepare_trial, weights_sha256
@@ -144,9 +144,8 @@ def _score_test_patients(inputs: TrialInputs, segmenter: nn.Module) -> Scored:
 
 def _score_subsets(inputs: TrialInputs, segmenter: nn.Module) -> list[ContrastRow]:
     """Score the reported split with subsets of the contrasts, as a part of the same evaluation."""
-    task, read = inputs.task, inputs.preparation.contrasts or ()
-    # Another task of the job may have other contrasts.
-    subsets = [one for one in inputs.config.contrast_subsets or () if set(one) <= set(read) and len(read) > 1]
+    task = inputs.task
+    subsets = subsets_of(task.config, inputs.config)
     if not subsets or inputs.trial.purpose != "final":
         return []
     scans = task.scans_of(task.subjects[inputs.config.score_on])

@@ -24,7 +24,16 @@ from p2r.pipeline.imported import check_initial_weights
 from p2r.pipeline.lines import say_for_variant
 from p2r.pipeline.outputs import Outputs
 from p2r.pipeline.publishing import describe_network, publish_backbone
-from p2r.report import label_of, markdown_variants, source_line, split_of, variants_picture, variants_table
+from p2r.report import (
+    differences_of_variants,
+    label_of,
+    markdown_differences,
+    markdown_variants,
+    source_line,
+    split_of,
+    variants_picture,
+    variants_table,
+)
 from p2r.report.text import for_markdown, for_markdown_code
 from p2r.storage import Storage
 
@@ -180,11 +189,11 @@ def _write_comparison(
     picture = variants_picture(rows, title=f"{job.name}: Dice of each variant", source=source)
     where.write_bytes("pictures/variants.png", picture.png)
     where.write_bytes("pictures/variants.svg", picture.svg)
-    facts: dict[str, object] = {
-        "job": job.name,
-        "variants": job.variants,
-        "seed": job.finetune.seed if job.finetune else None,
-    }
+    seed = job.finetune.seed if job.finetune else None
+    facts: dict[str, object] = {"job": job.name, "variants": job.variants, "seed": seed}
+    differences = differences_of_variants(rows, seed=seed or 0)
+    if differences:
+        facts["differences"] = [one.to_json() for one in differences]
     if failed:
         facts["failed"] = [one.to_json() for one in failed]
     if stopped:
@@ -200,6 +209,7 @@ def _write_comparison(
         lines += [f"> **Note.** {failures_text(failed)} failed; the results are without.", ""]
     lines += markdown_variants(rows, stopped=stopped)
     lines += ["", "![Dice of each variant](pictures/variants.png)", ""]
+    lines += markdown_differences(differences)
     lines += ["| variant | changes | report |", "| --- | --- | --- |"]
     with_report = {row.variant for row in rows}
     for name, changes in job.variants.items():

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from p2r.report.sheet import image_of, view_sheet
     from p2r.report.sources import source_line, trials_line
     from p2r.report.tables import Cell, Spread, aggregate, label_of, split_of, table
-    from p2r.report.variants import markdown_variants, variants_picture, variants_table
+    from p2r.report.variants import (
+        differences_of_variants,
+        markdown_differences,
+        markdown_variants,
+        variants_picture,
+        variants_table,
+    )
 
 __all__ = [
     "Cell",
@@ -28,10 +34,12 @@ __all__ = [
     "Spread",
     "aggregate",
     "corpus_report_is_current",
+    "differences_of_variants",
     "embedding_pca",
     "few_shot_curve",
     "image_of",
     "label_of",
+    "markdown_differences",
     "markdown_variants",
     "outlines",
     "pretraining_curves",
@@ -68,6 +76,8 @@ _MODULES = {
     "label_of": "p2r.report.tables",
     "split_of": "p2r.report.tables",
     "table": "p2r.report.tables",
+    "differences_of_variants": "p2r.report.variants",
+    "markdown_differences": "p2r.report.variants",
     "markdown_variants": "p2r.report.variants",
     "variants_picture": "p2r.report.variants",
     "variants_table": "p2r.report.variants",

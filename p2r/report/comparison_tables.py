@@ -1,5 +1,7 @@
 """Tables and sentences of a comparison, for the terminal."""
 
+from typing import Literal
+
 from rich.table import Table
 from rich.text import Text
 
@@ -27,17 +29,20 @@ def notes_of(comparison: Comparison) -> list[str]:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Return a comparison as a table for the terminal."""
-    letters = comparison.letters
+    """Return a comparison as a table for the terminal: one line for each run, so that its width depends on no number of runs."""
+    first = comparison.letters[0]
     table = Table(title="Dice, mean ± standard deviation over draws", title_justify="left")
-    for name in ("task", "patients", "mode", *letters):
-        table.add_column(name, justify="left" if name in ("task", "mode") else "right", no_wrap=True)
-    for letter in letters[1:]:
-        table.add_column(f"{letter} - {letters[0]} [95 %]", justify="right")
-        table.add_column("draws of its sign", justify="right", no_wrap=True)
-        table.add_column("p (Holm)", justify="right", no_wrap=True)
+    interval = f"minus {first} [95 %]"
+    for name in ("task", "patients", "mode", "run", "Dice", interval, "draws of its sign", "p (Holm)"):
+        justify: Literal["left", "right"] = "left" if name in ("task", "mode", "run") else "right"
+        table.add_column(name, justify=justify, no_wrap=name in ("Dice", interval))
     for cell in comparison.cells:
-        table.add_row(*(Text(one_line(text)) for text in comparison_line(comparison, cell)))
+        names = [cell.task_and_protocol, str(cell.num_labelled), series_name((cell.mode, ""))]
+        for letter in comparison.letters:
+            figures = ["", "", ""] if letter == first else _difference(comparison, cell, letter)
+            line = [*names, letter, _dice(cell, letter), *figures]
+            table.add_row(*(Text(one_line(text)) for text in line), end_section=letter == comparison.letters[-1])
+            names = ["", "", ""]
     return table
 
 
@@ -53,17 +58,21 @@ def reasons_of(comparison: Comparison) -> list[str]:
 
 
 def comparison_line(comparison: Comparison, cell: ComparedCell) -> list[str]:
-    """Return a line of the table: the compared cell, the result of every run, and the differences from the first run."""
-    letters = comparison.letters
+    """Return a line of the page's table: the compared cell, the result of every run, and the differences from the first run."""
     line = [cell.task_and_protocol, str(cell.num_labelled), series_name((cell.mode, ""))]
-    for letter in letters:
-        mean, sd = cell.dice[letter], cell.sd[letter]
-        line.append("–" if mean is None else f"{mean:.3f}" + ("" if sd is None else f" ± {sd:.3f}"))
-    for letter in letters[1:]:
-        one = comparison.difference(cell, letter)
-        if one is None:
-            line += ["unpaired", "–", "–"]
-        else:
-            interval = figures_text(one.difference, one.lower, one.upper)
-            line += [interval, f"{one.draws_agree} of {one.draws}", p_text(one.p_holm)]
-    return line
+    line += [_dice(cell, letter) for letter in comparison.letters]
+    return line + [text for letter in comparison.letters[1:] for text in _difference(comparison, cell, letter)]
+
+
+def _dice(cell: ComparedCell, letter: str) -> str:
+    mean, sd = cell.dice[letter], cell.sd[letter]
+    return "–" if mean is None else f"{mean:.3f}" + ("" if sd is None else f" ± {sd:.3f}")
+
+
+def _difference(comparison: Comparison, cell: ComparedCell, letter: str) -> list[str]:
+    """Return the texts of a run's difference from the first run: the interval, the draws with its sign, and the p value."""
+    one = comparison.difference(cell, letter)
+    if one is None:
+        return ["unpaired", "–", "–"]
+    interval = figures_text(one.difference, one.lower, one.upper)
+    return [interval, f"{one.draws_agree} of {one.draws}", p_text(one.p_holm)]

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from p2r.evaluate.rows import TrialRow, digests_of
+from p2r.evaluate.statistics import PairedDifference, few_shot_statistics
 from p2r.report.canvas import (
     INK,
     KEY_LINE,
@@ -23,6 +24,7 @@ from p2r.report.canvas import (
     new_sheet,
     plain,
 )
+from p2r.report.forest import figures_text, p_text
 from p2r.report.tables import Cell, aggregate, label_of, mode_title, split_of
 from p2r.report.text import for_markdown, for_picture, one_line
 
@@ -49,6 +51,44 @@ def markdown_variants(rows: Sequence[TrialRow], *, stopped: Mapping[str, str] = 
     found = ([for_markdown(cell) for cell in line] for line in _lines(rows, stopped))
     lines = (_COLUMNS, ("---",) * len(_COLUMNS), *found)
     return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def differences_of_variants(rows: Sequence[TrialRow], *, seed: int) -> list[PairedDifference]:
+    """Return the paired differences of each variant from the first one, named as `backbone` and `against_backbone`.
+
+    Args:
+        rows: Rows with a `variant`.
+        seed: Seed of the intervals' resamples.
+    """
+    names = list(dict.fromkeys(row.variant or "" for row in rows))
+    keys = {name: f"{place:06d}" for place, name in enumerate(names)}  # the statistics subtract what is first in order
+    name_of = {key: name for name, key in keys.items()}
+    numbered = [row.replaced(backbone=keys[row.variant or ""]) for row in rows]
+    return [
+        one.replaced(backbone=name_of[one.backbone or ""], against_backbone=names[0])
+        for one in few_shot_statistics(numbered, seed=seed).between_backbones
+        if one.against_backbone == keys[names[0]]
+    ]
+
+
+def markdown_differences(differences: Sequence[PairedDifference]) -> list[str]:
+    """Return the differences from the first variant as lines of Markdown; none without differences."""
+    if not differences:
+        return []
+    first = for_markdown(differences[0].against_backbone or "")
+    columns = (*_COLUMNS[:4], f"minus {first} [95 %]", "draws of its sign", "p (Holm)")
+    lines: list[tuple[str, ...]] = [columns, ("---",) * len(columns)]
+    for one in differences:
+        names = (for_markdown(one.backbone or ""), for_markdown(one.task), str(one.num_labelled), mode_title(one.mode))
+        interval = figures_text(one.difference, one.lower, one.upper)
+        lines.append((*names, interval, f"{one.draws_agree} of {one.draws}", p_text(one.p_holm)))
+    return [
+        "Differences of Dice, paired by labelled patients and by scored patients. Intervals: over draws, then patients. p: Wilcoxon by"
+        " patient, corrected over the numbers of labelled patients.",
+        "",
+        *(f"| {' | '.join(line)} |" for line in lines),
+        "",
+    ]
 
 
 def variants_picture(rows: Sequence[TrialRow], *, title: str, source: str = "") -> Drawing:

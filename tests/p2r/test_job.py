@@ -51,6 +51,26 @@ def test_rules_between_fields_are_checked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("sessions", "contrasts", "message"),
+    [
+        ("null", "[t1]", "pretrain.model.contrasts names t1, and ingest joins no contrasts: give ingest.sessions"),
+        ("{contrasts: {t1: T1w}}", "null", "ingest.sessions makes records of t1: choose some of them"),
+        ("{contrasts: {t1: T1w}}", "[t1, fliar]", "names fliar, ingest.sessions.contrasts t1: correct one of them"),
+    ],
+)
+def test_contrasts_of_corpus_and_network_must_fit_before_the_corpus_is_made(
+    tmp_path: Path, sessions: str, contrasts: str, message: str
+) -> None:
+    text = GOOD + f"ingest: {{sources: [/data], licence: CC0-1.0, sessions: {sessions}}}\n"
+    assert message in refusal(tmp_path, text, f"pretrain.model.contrasts={contrasts}")
+
+
+def test_a_balance_by_contrast_names_contrasts_of_the_network(tmp_path: Path) -> None:
+    changes = ("pretrain.model.contrasts=[t1]", "pretrain.balance={by: contrast, weights: {t2: 1}}")
+    assert "balance.weights names t2, model.contrasts t1: correct one of them" in refusal(tmp_path, GOOD, *changes)
+
+
+@pytest.mark.parametrize(
     ("model", "size", "message"),
     [
         ("{name: dyn_unet}", 96, "pretrain.model.name: Input should be .*, got 'dyn_unet'; did you mean dynunet"),

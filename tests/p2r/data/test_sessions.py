@@ -16,7 +16,9 @@ from p2r.data.corpus import ingest_locally, load_manifest, verify_corpus
 from p2r.data.index import covered_box
 from p2r.data.ledger import read_ledger
 from p2r.data.manifest import Manifest, facts_of
+from p2r.data.sessions import place_scans
 from p2r.data.shards import decode_record, open_shard
+from p2r.data.survey import survey
 from p2r.data.volume import read_volume
 from p2r.errors import DataError, RefusedScan
 from p2r.storage import Storage
@@ -153,6 +155,94 @@ def test_a_list_names_groups_and_contrasts(tmp_path: Path) -> None:
     ]
 
 
+def test_a_list_may_name_the_group_session(tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        save(tmp_path, f"{name}.nii.gz", number)
+    (tmp_path / "scans.csv").write_text("path,subject,Session,contrast\na.nii.gz,P1,v1,t1\nb.nii.gz,P1,v2,flair\n")
+    storage, manifest, _ = ingested(
+        tmp_path, sources=tmp_path / "scans.csv", sessions={"contrasts": {"t1": "t1", "flair": "flair"}}
+    )
+    assert {key: set(found) for key, found in records(storage, manifest).items()} == {
+        "P1_v1": {"t1"},
+        "P1_v2": {"flair"},
+    }
+
+
+def test_a_subject_and_a_session_of_another_subject_never_share_a_record(tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        save(tmp_path, f"{name}.nii.gz", number)
+    (tmp_path / "scans.csv").write_text("path,subject,group,contrast\na.nii.gz,A,x,t1\nb.nii.gz,A_x,,flair\n")
+    storage, manifest, ledger = ingested(
+        tmp_path, sources=tmp_path / "scans.csv", sessions={"contrasts": {"t1": "t1", "flair": "flair"}}
+    )
+    assert manifest["num_records"] == len(records(storage, manifest)) == 2
+    assert ledger["a"]["record"] != ledger["b"]["record"]
+
+
+@pytest.mark.parametrize(
+    ("t1", "flair"),
+    [
+        ("sub-1/ses-1/anat/T1w.nii.gz", "sub-1/ses-2/anat/FLAIR.nii.gz"),
+        ("sub-1/ses-1/sub-1_T1w.nii.gz", "sub-1/ses-2/sub-1_FLAIR.nii.gz"),
+        ("sub-1_ses-1_T1w_brain.nii.gz", "sub-1_ses-2_FLAIR_brain.nii.gz"),
+    ],
+)
+def test_visits_are_told_apart_by_the_path_where_names_are_not_bids(tmp_path: Path, t1: str, flair: str) -> None:
+    save(tmp_path / "bids", t1, 1)
+    save(tmp_path / "bids", flair, 2)
+    storage, manifest, _ = ingested(
+        tmp_path,
+        sessions={"contrasts": {"t1": "*T1w*", "flair": "*FLAIR*"}},
+        subject_pattern=r"^(sub-[0-9]+)[/_]",
+        one_subject=True,
+    )
+    found = {key: set(volumes) for key, volumes in records(storage, manifest).items()}
+    assert found == {"sub-1_ses-1": {"t1"}, "sub-1_ses-2": {"flair"}}
+
+
+def test_the_patterns_that_a_survey_suggests_match_its_scans(tmp_path: Path) -> None:
+    for number in (1, 2):
+        for seed, name in enumerate(["acq-mprage_T1w", "FLAIR"]):
+            save(tmp_path, f"sub-{number}/anat/sub-{number}_{name}.nii.gz", 10 * number + seed)
+        save(tmp_path, f"derivatives/labels/sub-{number}.nii.gz")
+    (tmp_path / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.8.0"}')
+    found = survey(tmp_path, cache=tmp_path)
+    assert found.pairing is not None
+    patterns = {name: words for name, (_, words) in found.pairing.contrasts.items()}
+    subjects = {scan: subject for subject, scans in found.subjects.items() for scan in scans}
+    places = place_scans(subjects, SessionsConfig(contrasts=patterns), is_hidden=False)
+    assert len(places) == 4 and {getattr(place, "contrast", None) for place in places.values()} == {"t1", "flair"}
+
+
+def test_run_10_is_later_than_run_2(tmp_path: Path) -> None:
+    for run in (1, 2, 10):
+        save(tmp_path / "bids", f"sub-1_run-{run}_FLAIR.nii.gz", run)
+    _, _, ledger = ingested(tmp_path, sessions={"repeats": "last"}, one_subject=True)
+    assert [key for key, row in ledger.items() if row["status"] == "accepted"] == ["sub-1_run-10_FLAIR"]
+
+
+def test_scans_refused_because_of_others_are_read_when_these_come_or_go(tmp_path: Path) -> None:
+    """Repeats after one of them is excluded; a session whose reference arrives; nothing while nothing has changed."""
+    for number, name in enumerate(["1_run-1_FLAIR", "1_run-2_FLAIR", "2_T1w", "3_FLAIR", "3_run-1_T1w", "3_run-2_T1w"]):
+        save(tmp_path / "bids", f"sub-{name}.nii.gz", number)
+    rules = {"without_reference": "refuse"}
+    _, first, ledger = ingested(tmp_path, sessions=rules)
+    assert first["num_records"] == 1 and reason(ledger, "sub-2_T1w") == "no_reference"
+    _, again, _ = ingested(tmp_path, sessions=rules)
+    assert again["revision"] == first["revision"]
+    save(tmp_path / "bids", "sub-2_FLAIR.nii.gz", 9)
+    for _ in range(2):
+        storage, manifest, ledger = ingested(tmp_path, sessions=rules, exclude=("*run-2*",))
+        assert manifest["revision"] == 2
+        assert {key: set(found) for key, found in records(storage, manifest).items()} == {
+            "sub-1": {"flair"},
+            "sub-2": {"t1", "flair"},
+            "sub-3": {"flair"},
+        }
+        assert reason(ledger, "sub-3_run-1_T1w") == "late_contrast", "the way out is another corpus"
+    assert len(ledger) == 7 and verify_corpus(storage) == []
+
+
 def test_contrasts_on_other_grids_are_resampled_to_the_reference_by_their_headers(tmp_path: Path) -> None:
     """A linear function of position is known at every point, whatever the grid and orientation."""
 
@@ -248,6 +338,20 @@ def test_a_contrast_that_copies_another_is_found_and_named(tmp_path: Path) -> No
     assert "has the same voxels as sub-1_FLAIR, the flair of its session" in ledger["sub-1_T1w"]["message"]
     assert {ledger[f"sub-2_{name}"]["copy_of"] for name in ("T1w", "ce-G_T1w")} == {"sub-2_T1w", "sub-2_ce-G_T1w"}
     assert "up to a linear change of intensities, sub-2_T1w" in ledger["sub-2_ce-G_T1w"]["message"]
+
+
+def test_equal_voxels_at_another_position_are_a_copy(tmp_path: Path) -> None:
+    shifted = GRID.copy()
+    shifted[0, 3] = 1.0
+    save(tmp_path / "bids", "sub-1_FLAIR.nii.gz")
+    save(tmp_path / "bids", "sub-1_T1w.nii.gz", affine=shifted)
+    _, manifest, ledger = ingested(tmp_path)
+    assert manifest["contrasts"]["t1"] == 0 and reason(ledger, "sub-1_T1w") == "duplicate"
+
+
+def test_images_along_the_fourth_axis_are_not_left_out_as_frames(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the fourth axis holds contrasts: leave max_frames out"):
+        ingested(tmp_path, sessions={"fourth_axis": "contrasts"}, max_frames=2)
 
 
 def test_a_fourth_axis_of_contrasts_is_split_only_if_the_job_says_so(tmp_path: Path) -> None:

@@ -173,6 +173,10 @@ def test_contrasts_of_corpus_and_network_must_fit(session_corpus: SessionCorpus,
         Corpus(*session_corpus), ("dwi",)
     )
     assert "has no named contrasts" in refusal(Corpus(*small_corpus), ("t1",))
+    # The network would never see it, and its backbone would claim to read it.
+    assert "has the contrast dwi (pretrain.model.contrasts); there are flair, t1, t1ce: leave it out" in refusal(
+        Corpus(*session_corpus), ("t1", "dwi")
+    )
     assert "leave contrast out" in refusal(Corpus(*session_corpus, contrast="t1"), ("t1",))
 
 

@@ -147,6 +147,14 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "sub-01_FLAIR and sub-01_T1w are one image",
     ),
+    "a contrast that is another at another position": (
+        lambda folder: write_nifti(
+            file_of(folder, "sub-01", "t1"),
+            np.asarray(nibabel.load(file_of(folder, "sub-01", "flair")).dataobj),
+            np.array([[-2.0, 0, 0, 2], [0, -2, 0, 0], [0, 0, 8, 0], [0, 0, 0, 1]]),
+        ),
+        "sub-01_FLAIR and sub-01_T1w are one image",
+    ),
     "a contrast of another place": (
         lambda folder: rewrite(
             file_of(folder, "sub-01", "t1"),
@@ -202,6 +210,10 @@ def test_a_contrast_of_one_patient_under_another_name_is_refused(copy: Path) -> 
     [
         ({"image_name": {"flair": "{key}_FLAIR", "t2": "{key}_FLAIR"}}, "flair and t2 would be the same files"),
         ({"image_name": {"FLAIR": "{key}_FLAIR"}}, "pattern"),
+        (
+            {"image_name": {"flair": "{key}_FLAIR", "t1": "{key}_t1w"}},
+            r"no case has the contrast t1: no scan in \. is called '\{key\}_t1w', in upper and lower case as written",
+        ),
         ({"images": {"flair": ".", "t1": "x"}}, "must name the same contrasts, got flair, t1 and flair, t1, t1ce"),
     ],
 )
@@ -230,6 +242,12 @@ def test_a_backbone_prepares_scans_by_contrast_and_names_those_it_never_saw(sess
     ):
         with pytest.raises(RefusedScan, match=re.escape(message)):
             backbone.prepare(scan)
+
+
+def test_a_network_of_one_contrast_without_a_name_takes_no_names(sessions: Path, tmp_path: Path) -> None:
+    backbone = p2r.load_backbone(publish_toy(str(tmp_path / "toy"))["url"])
+    with pytest.raises(RefusedScan, match="reads one contrast without a name, not flair: give one scan without a name"):
+        backbone.prepare({"flair": file_of(sessions, "sub-01", "flair")})
 
 
 def test_volumes_on_one_grid_stay_as_they_are(sessions: Path) -> None:

@@ -170,6 +170,19 @@ def test_a_subset_of_contrasts_that_no_task_has_is_refused(make: Make, data: Pat
         check_subsets(tasks, make(contrasts=["flair"], contrast_subsets=[["t1"]]).config)
 
 
+def test_contrasts_that_nobody_has_where_they_are_needed_are_refused(make: Make, data: Path) -> None:
+    for subject in ("sub-07", "sub-08"):
+        (data / subject / "anat" / f"{subject}_T1w.nii.gz").unlink(missing_ok=True)
+    tasks, config = [load_task(data / "task.yaml")], make(contrast_subsets=[["flair"], ["t1"]]).config
+    check_subsets(tasks, config.model_copy(update={"score_on": "validation", "contrast_subsets": (("t1ce",),)}))
+    with pytest.raises(DataError, match="no test patient of task discs has t1, so there is nothing to score"):
+        check_subsets(tasks, config)
+    for path in data.glob("sub-0[1-5]/anat/*_ce-GD_T1w.nii.gz"):
+        path.unlink()
+    with pytest.raises(DataError, match="no train case has the contrast t1ce"):
+        make()
+
+
 def test_a_task_without_names_needs_a_backbone_of_one_contrast(make: Make, data: Path) -> None:
     text = (data / "task.yaml").read_text().splitlines()
     names = [line for line in text if not line.startswith("image_name")] + ['image_name: "{key}_FLAIR"']
@@ -197,6 +210,8 @@ def test_a_published_model_takes_scans_by_name_and_misses_some(make: Make, data:
         ([str(scans["t1"]), arguments[1]], "has no contrast: give scans without names, or all by contrast"),
         ([str(scans["t1"])], "is one scan without the name of its contrast"),
         ([f"t2={scans['t1']}"], "never saw the contrast t2"),
+        ([arguments[0].upper(), arguments[0]], "the contrast t1 is named twice"),
+        (["t1=", arguments[1]], "t1= names no scan"),
     ):
         with pytest.raises(InputError, match=message):
             predict([url], given, str(tmp_path / "other.nii.gz"), device="cpu", say=lambda line: None)

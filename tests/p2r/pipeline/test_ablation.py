@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +70,12 @@ def test_variants_are_run_and_put_side_by_side(ablation: Callable[..., Job]) -> 
     assert r"| many: disc-final-linear_probe-n3-d0 | the loss is nan \| at step 3 |" in page
     assert "| few | `pretrain.loss.pixel_pairs_per_image: 4` | [report](../variants/few/report/report.md) |" in page
     assert storage.exists("variants/few/report/report.md")
+    (difference,) = report["differences"]  # with three patients, `many` has no result
+    of = {row["variant"]: row["dice_by_subject"] for row in report["rows"] if row["num_labelled"] == 1}
+    expected = np.mean([of["many"][name] - of["few"][name] for name in of["few"]])
+    assert (difference["backbone"], difference["against_backbone"], difference["num_labelled"]) == ("many", "few", 1)
+    assert difference["difference"] == pytest.approx(expected)
+    assert "| variant | task | labelled patients | mode | minus few [95 %] | draws of its sign | p (Holm) |" in page
     assert storage.read_bytes("report/pictures/variants.png").startswith(b"\x89PNG")
     picture = " ".join(" ".join(ET.fromstring(storage.read_bytes("report/pictures/variants.svg")).itertext()).split())
     of_rows = [f"code {report['rows'][0]['code']}", *(row["backbone_sha256"][:12] for row in report["rows"])]

@@ -20,6 +20,7 @@ from p2r.errors import DataError, InputError
 from p2r.report.comparison import Comparison, compare_runs
 from p2r.report.comparison_page import write_comparison
 from p2r.report.comparison_tables import comparison_line, comparison_table, notes_of, reasons_of
+from p2r.report.forest import figures_text
 from p2r.report.runs import read_runs
 from p2r.storage import Storage
 
@@ -92,6 +93,17 @@ def test_the_difference_is_that_of_each_patient(two: Any, tmp_path: Path) -> Non
 def test_a_run_equals_itself(make_rows: MakeRows, tmp_path: Path) -> None:
     comparison = compared(tmp_path, make_rows(), make_rows())
     assert {(one["difference"], one["p"]) for one in comparison["differences"]} == {(0.0, 1.0)}
+
+
+@pytest.mark.parametrize("width", [100, 140])
+def test_the_table_of_four_runs_shows_every_difference_in_full(make_rows: MakeRows, tmp_path: Path, width: int) -> None:
+    comparison = compared(tmp_path, *(make_rows(gain=gain, seed=1) for gain in (0.1, 0.2, 0.15, 0.05)))
+    console = Console(width=width, file=StringIO())
+    console.print(comparison_table(comparison))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert len(comparison["differences"]) == 12
+    for one in comparison["differences"]:
+        assert figures_text(one["difference"], one["lower"], one["upper"]) in shown
 
 
 def test_other_labelled_patients_are_shown_unpaired_with_the_reason(two: Any, tmp_path: Path) -> None:
@@ -192,7 +204,7 @@ def test_the_command_prints_a_table_and_writes_a_page(two: Any, tmp_path: Path) 
     urls = [write(tmp_path / "[red]a", two[0]), write(tmp_path / "b", two[1])]
     done = CliRunner().invoke(app, ["compare", *urls, "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert "fine-tuned" in done.stdout and "B - A" in done.stdout and "[red]a" in done.stdout
+    assert "fine-tuned" in done.stdout and "minus A" in done.stdout and "[red]a" in done.stdout
     assert f"page: file://{tmp_path}/out/comparison.html" in done.stdout
     report = json.loads((tmp_path / "out/comparison.json").read_text())
     assert report["pictures"] == ["pictures/runs-acdc.png", "pictures/differences-acdc.png"]

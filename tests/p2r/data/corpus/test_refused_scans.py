@@ -44,6 +44,18 @@ def test_every_scan_has_a_row_with_the_reason(write_scan: WriteScan, storage: St
     assert verify_corpus(storage) == []
 
 
+def test_defects_that_were_ignored_are_in_the_ledger(write_scan: WriteScan, storage: Storage) -> None:
+    """NaN voxels are counted; bytes after the voxels and a broken sidecar are named."""
+    with_nan = voxels(0).astype(np.float32)
+    with_nan[:3, 0, 0] = np.nan
+    path = write_scan("sub-0_T1w.nii", with_nan)
+    path.write_bytes(path.read_bytes() + b"more")
+    path.with_suffix(".json").write_text("{")
+    make(storage, config_of(path))
+    assert ledger_of(storage)["sub-0_T1w"]["notes"] == ["trailing_bytes", "nan_voxels=3", "sidecar_ignored"]
+    assert verify_corpus(storage) == []
+
+
 def test_a_corpus_without_samples_is_refused_with_the_count_of_each_reason(
     write_scan: WriteScan, storage: Storage
 ) -> None:
