@@ -211,6 +211,8 @@ def _lines_of_left_out(names: Survey) -> Iterator[tuple[str, str]]:
 def _lines_of_labels(found: Found) -> Iterator[tuple[str, str]]:
     """Yield how label maps fit the scans, or why they are not used."""
     names, pairing = found.names, found.names.pairing
+    if names.scans[0].num_channels > 1 and names.dataset is not None:
+        yield from _fourth_axis_lines(names.dataset.channels)
     if pairing is not None:
         classes = ", ".join(f"{value} {name}" for value, name in classes_of(found).items())
         yield (
@@ -249,6 +251,19 @@ def _contrast_lines(pairing: Pairing) -> Iterator[tuple[str, str]]:
     )
     yield "", f"in the task: image_name: {{{files}}}"
     yield "", f"in the job: ingest.sessions: {{contrasts: {{{words}}}}}, and pretrain.model.contrasts: [{names}]"
+
+
+def _fourth_axis_lines(channels: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the changes by which a job reads images whose fourth axis holds contrasts."""
+    names = {re.sub(r"[^a-z0-9]+", "_", channel.lower()).strip("_"): channel for channel in channels}
+    words = ", ".join(f'{name}: "{channel}"' for name, channel in names.items())
+    sessions, read = f"{{contrasts: {{{words}}}, fourth_axis: contrasts}}", f"[{', '.join(names)}]"
+    yield (
+        "fourth axis",
+        f"each image holds {len(channels)} contrasts, {', '.join(channels)}, which the files below take for frames in time. To read them:",
+    )
+    yield "", f"in the job: ingest.sessions: {sessions}, and pretrain.model.contrasts: {read}"
+    yield "", "in the task: a file of each contrast, made by splitting the images"
 
 
 @dataclass(frozen=True)

@@ -271,7 +271,7 @@ def facts_of(manifest: Manifest) -> list[tuple[str, str]]:
         "subjects": f"{facts.num_subjects:,}",
         "sessions" if facts.contrasts else "scans": f"{facts.num_records:,}",
         "contrasts, by number of sessions": describe_contrasts(facts),
-        "of these, copies of another subject's": f"{facts.num_cross_subject_copies:,}",
+        f"{'scans' if facts.contrasts else 'of these'}, copies of another subject's": f"{facts.num_cross_subject_copies:,}",
         "volumes": f"{facts.num_volumes:,}",
         "planes": f"{facts.num_samples:,}",
         "size": f"{facts.num_bytes / 1e6:,.1f} MB in {len(facts.shards):,} shards",

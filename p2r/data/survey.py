@@ -40,8 +40,10 @@ NAMES: dict[Form, str] = {
 
 _DEFAULT_PATTERN = str(IngestConfig.model_fields["subject_pattern"].default)
 _EVERY_FILE = r"^(.+?)\.nii"
-_NUMBERED = r"^((?:[A-Za-z]+[-_]?)*\d+)"
+_NUMBERED = r"^((?:[A-Za-z]+[-_])*[A-Za-z]*\d+)"
 _FIRST_FOLDER = r"^([^/]+)/"
+_OWN_FOLDER = r"([^/]+)/[^/]*$"
+_CONTRAST_WORD = re.compile(r"(t1|t2|pd|flair|dwi|adc|swi|tof|lge|cine)[a-z]{0,4}", re.IGNORECASE)
 _MAX_VOTERS, _MAX_RULES, _MAX_WORDS = 50, 24, 4
 
 
@@ -203,18 +205,33 @@ def subject_pattern_for(scans: Sequence[Scan], form: Form) -> str:
     elif form == "bids":
         patterns = [_DEFAULT_PATTERN]
     else:
-        names = [scan.name for scan in scans]
-        in_folders = len(set(names)) < len(names) and all("/" in scan.below for scan in scans)
-        # File names that repeat across folders name contrasts; the folder then names the patient.
-        patterns = [*([_FIRST_FOLDER] * in_folders), _NUMBERED, _EVERY_FILE]
+        patterns = [*_patterns_of_folders(scans), _NUMBERED, *_patterns_without_contrast(scans), _EVERY_FILE]
     for pattern in patterns:
-        matches = [
-            re.search(pattern, lower_suffix(scan.below if pattern == _FIRST_FOLDER else scan.name)) for scan in scans
-        ]
+        in_folders = pattern in (_FIRST_FOLDER, _OWN_FOLDER)
+        matches = [re.search(pattern, lower_suffix(scan.below if in_folders else scan.name)) for scan in scans]
         subjects = {match[1] for match in matches if match}
         if all(matches) and len(subjects) > 1:
             return pattern
     return patterns[-1]
+
+
+def _patterns_of_folders(scans: Sequence[Scan]) -> Iterator[str]:
+    """Yield the pattern by which folders name patients: `P1/t1.nii.gz`, or `BraTS_001/BraTS_001_t1.nii.gz`."""
+    if not all("/" in scan.below for scan in scans):
+        return
+    if all(scan.name.startswith(scan.below.split("/")[-2]) for scan in scans):
+        yield _OWN_FOLDER
+    names = [scan.name for scan in scans]
+    # File names that repeat across folders name contrasts, unless the folders do.
+    if len(set(names)) < len(names) and not all(_CONTRAST_WORD.fullmatch(scan.below.split("/")[0]) for scan in scans):
+        yield _FIRST_FOLDER
+
+
+def _patterns_without_contrast(scans: Sequence[Scan]) -> Iterator[str]:
+    """Yield a pattern for names that end in several contrasts, such as `anna_t1` and `anna_flair`."""
+    words = {re.split(r"[_-]", scan_key(scan.path))[-1] for scan in scans}
+    if len(words) > 1 and all(map(_CONTRAST_WORD.fullmatch, words)):
+        yield rf"^(.+)[_-](?:{'|'.join(sorted(words))})\.nii"
 
 
 def _choose_form(root: str, scans: Sequence[Scan], dataset: DatasetJson | None, asked: Form | None) -> Form:

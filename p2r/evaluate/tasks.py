@@ -236,20 +236,25 @@ def _read_images(scan: TaskScan, task: Task, labels: Volume) -> tuple[Volume, di
     if not scan.contrasts:
         volume = read_volume(scan.image)
         if problem := _grid_problem(scan, scan.image, volume, labels):
-            raise DataError(f"task {task.name}: {problem}")
+            raise DataError(f"task {task.name}: {problem}{_hint_at_contrasts([volume], labels)}")
         return volume, {}
     volumes = {name: read_volume(path) for name, path in scan.contrasts.items()}
     problems = {name: _grid_problem(scan, scan.contrasts[name], volume, labels) for name, volume in volumes.items()}
     reference = next((name for name, problem in problems.items() if problem is None), None)
     if reference is None:
-        frames = max(volume.data.shape[3] for volume in volumes.values())
-        fourth = "; if the fourth axis is of contrasts, save one file for each" * (frames > labels.data.shape[3])
-        raise DataError(f"task {task.name}: {next(iter(problems.values()))}{fourth}")
+        hint = _hint_at_contrasts(volumes.values(), labels)
+        raise DataError(f"task {task.name}: {next(iter(problems.values()))}{hint}")
     try:
         aligned = on_one_grid(volumes, reference=reference, min_coverage=task.config.min_coverage)
     except RefusedScan as error:
         raise DataError(f"task {task.name}: case {scan.key}: {error}") from None
     return aligned[reference], aligned
+
+
+def _hint_at_contrasts(volumes: Iterable[Volume], labels: Volume) -> str:
+    """Return the end of a message if images have more frames than their label map."""
+    is_longer = any(volume.data.shape[3] > labels.data.shape[3] for volume in volumes)
+    return "; if the fourth axis is of contrasts, save one file for each" * is_longer
 
 
 def _grid_problem(scan: TaskScan, image: Path, volume: Volume, labels: Volume) -> str | None:

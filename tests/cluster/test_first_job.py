@@ -253,6 +253,15 @@ def test_test_images_of_a_data_set_are_left_out_of_pretraining(tmp_path: Path, p
     assert survey(tmp_path / "other", cache=tmp_path).test_patterns == ("held/*", "imagesTr/liver_6.nii.gz")
 
 
+def test_a_fourth_axis_of_contrasts_is_named_with_the_way_to_read_it(tmp_path: Path, p2r: P2R) -> None:
+    _msd(tmp_path / "data")
+    (stated := json.loads((tmp_path / "data/dataset.json").read_text()))["modality"] = {"0": "FLAIR", "1": "T1w"}
+    (tmp_path / "data/dataset.json").write_text(json.dumps(stated))
+    code, said = p2r("check", tmp_path / "data")
+    assert code == 0 and "each image holds 2 contrasts, FLAIR, T1w" in said
+    assert 'ingest.sessions: {contrasts: {flair: "FLAIR", t1w: "T1w"}, fourth_axis: contrasts}' in said
+
+
 def test_init_overwrites_nothing(tmp_path: Path, p2r: P2R) -> None:
     _two_folders(tmp_path / "data")
     (tmp_path / "mine").mkdir()

@@ -193,6 +193,13 @@ def test_contrasts_that_do_not_fit_together_are_refused_by_name(copy: Path, case
         load_scan(task.scans[0], task, PREPARATION)
 
 
+def test_a_fourth_axis_of_contrasts_is_named_in_a_task_of_one_contrast(copy: Path) -> None:
+    task = load_task(retask(copy, image_name="{key}_FLAIR"))
+    rewrite(file_of(copy, "sub-01", "flair"), lambda data: np.stack([data, data], -1))
+    with pytest.raises(DataError, match=r"the grids differ: .*; if the fourth axis is of contrasts, save one file for"):
+        load_scan(task.scans[0], task, PREPARATION.model_copy(update={"contrasts": None}))
+
+
 def test_a_case_with_none_of_the_contrasts_read_is_refused_by_name(copy: Path) -> None:
     task = load_task(copy / "task.yaml")
     with pytest.raises(DataError, match=r"case sub-08_anat_sub-08 has none of the contrasts t1, only flair"):
