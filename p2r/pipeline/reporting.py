@@ -103,11 +103,18 @@ def _report_context(
                 "citation": task.config.citation,
                 "thirds": list(task.config.thirds),
                 "classes": list(task.config.classes.values()),
-                "splits": {split: list(subjects) for split, subjects in task.subjects.items()},
+                "splits": _list_splits(task),
             }
             for task in tasks
         },
     }
+
+
+def _list_splits(task: Task) -> dict[str, list[str]]:
+    """Return the subjects of each split, and of the scans without a label map that the task uses."""
+    splits = {split: list(subjects) for split, subjects in task.subjects.items()}
+    unlabelled = sorted({scan.subject for scan in task.unlabelled})
+    return {**splits, "without label maps": unlabelled} if unlabelled else splits
 
 
 def _warnings(rows: Sequence[TrialRow]) -> list[str]:

@@ -15,7 +15,7 @@ from p2r.evaluate.rows import TrialRow
 from p2r.fewshot.scoring import npz_bytes
 from p2r.pipeline.finetuning import _describe_ensemble
 from p2r.pipeline.report_pictures import _UNREADABLE, _draw_embedding_of_contrasts, _read_prediction, _shared_planes
-from p2r.pipeline.reporting import _warnings
+from p2r.pipeline.reporting import _list_splits, _warnings
 from p2r.report import embedding_pca, view_pairs
 from p2r.report.pictures import _list_panels
 from p2r.storage import Storage
@@ -49,6 +49,14 @@ def test_the_report_of_a_job_says_what_its_pretraining_and_its_sweep_took(publis
     assert context["spent"]["num_pretraining_workers"] == 1 and context["overhead"]["num_trials"] > 0
     page = report.read_text()
     assert "pretraining of the backbone, each worker" in page and "overhead" in page
+
+
+def test_a_report_lists_the_subjects_without_label_maps_if_the_task_uses_them() -> None:
+    scans = [SimpleNamespace(subject=name) for name in ("b", "a", "b")]
+    task: Any = SimpleNamespace(subjects={"train": ("c",)}, unlabelled=scans)
+    assert _list_splits(task) == {"train": ["c"], "without label maps": ["a", "b"]}
+    task.unlabelled = ()
+    assert _list_splits(task) == {"train": ["c"]}
 
 
 def test_a_warning_of_several_trials_is_one_note() -> None:
