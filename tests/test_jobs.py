@@ -1,6 +1,8 @@
+import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,21 @@ def test_jobs_read_no_variable_that_is_not_listed_and_have_no_default_for_any() 
     for path in (*JOBS, *(JOBS[0].parent / "tasks").glob("*.yaml")):
         for name, default in re.findall(r"\$\{(\w+)(:-[^}]*)?\}", path.read_text()):
             assert name in {"P2R_DATA", *JOB_VARIABLES} and not default, f"{path.name}: {name}{default}"
+
+
+def test_the_settings_of_every_documented_command_are_accepted(repository: Path) -> None:
+    pages = [*JOBS, *repository.glob("jobs/*.md"), *repository.glob("docs/**/*.md"), repository / "README.md"]
+    found = 0
+    for page in pages:
+        text = page.read_text().replace("\\\n", "")
+        for job, arguments in re.findall(r"(?:p2r run|python -m p2r) (jobs/[\w-]+\.yaml)([^`\n]*)", text):
+            if "--set" not in arguments or "..." in arguments:
+                continue
+            words = shlex.split(arguments, comments=True)
+            settings = [word for option, word in itertools.pairwise(words) if option == "--set"]
+            read_job(repository / job, settings)
+            found += 1
+    assert found > 10
 
 
 def test_the_committed_schema_is_current(repository: Path) -> None:
