@@ -1,7 +1,8 @@
-"""`p2r predict` and `p2r embed`: apply a published model or backbone to one scan, to several, or to every scan of a folder.
+"""`p2r predict` and `p2r embed`: apply a published model or backbone to one scan, to several, to every scan of a folder, or to the scans
+by contrast of one patient or many.
 
-For several scans, results keep the scans' relative paths below the output (`cluster.outputs`). An unusable scan is reported and left
-out. Results that are there already are not computed again.
+For several scans, results keep the scans' relative paths below the output (`cluster.outputs`); for several patients, they are named by
+their keys (`cluster.patients`). An unusable scan is reported and left out. Results that are there already are not computed again.
 """
 
 import os
@@ -25,6 +26,7 @@ from cluster.outputs import (
     list_targets,
     process_each,
 )
+from cluster.patients import KEY, describe_patients, has_keys, list_patients
 from p2r.allocator import keep_freed_memory
 from p2r.console import show
 from p2r.data.volume import Volume, to_source_grid, write_nifti
@@ -56,7 +58,8 @@ def predict(
 
     Args:
         urls: Of the model; of several, the mean of their probabilities is used.
-        scans: Scans, or folders of scans; or the scans of one patient by contrast, `NAME=SCAN` each.
+        scans: Scans, or folders of scans; or the scans of one patient by contrast, `NAME=SCAN` each; or of many patients, with `{key}` in
+            each path.
         output: File of one segmentation, or folder of several.
         has_probabilities: Write the probability of each class beside each segmentation, too.
         form: Form of the files in a folder: nifti or zarr.
@@ -64,8 +67,8 @@ def predict(
         say: Receives a line of progress for each scan.
 
     Raises:
-        InputError: The output cannot be written, the scan cannot be used, no scan of the folder can, or models differ in
-            classes or preprocessing.
+        InputError: The output cannot be written, the scan cannot be used, no scan of the folder can, the model does not read one of
+            the contrasts, or models differ in classes or preprocessing.
     """
     paths, contrasts = _parse_scans(scans)
     if device == "cpu":
@@ -76,12 +79,17 @@ def predict(
         )
         predict_series(urls, paths[0], output, device=device, say=say)
         return
-    has_many = contrasts is None and is_many(paths, output)
-    targets = _targets(paths, output, form, has_many=has_many, contrasts=contrasts, has_probabilities=has_probabilities)
+    has_many = is_many(paths, output) if contrasts is None else has_keys(contrasts)
+    targets = _targets(paths, output, form, has_many=has_many, contrasts=contrasts, say=say)
+    if has_probabilities:
+        targets = [target._replace(beside=_path_beside(target.path)) for target in targets]
+    check_targets(targets)
+    from p2r.data.preprocess import check_names
     from p2r.evaluate.models import ensemble, load_model  # after the cheap checks: torch takes seconds to import
 
     model = ensemble([load_model(url, device=device) for url in urls])
-    segment = partial(_segment, model=model, contrasts=contrasts, say=say)
+    check_names(list(contrasts or ()), model.config.preparation)
+    segment = partial(_segment, model=model, say=say)
     if has_many:
         inputs = {
             "models": [one.sha256 for one in model.members],
@@ -90,7 +98,8 @@ def predict(
         }
         results = process_each(targets, segment, Path(output), inputs=inputs, say=say)
         table = Path(output) / "volumes.csv"
-        columns = ["scan", "frame", *(f"{name}_ml" for name in model.classes.values())]
+        whose = ["scan"] if contrasts is None else ["key", "contrasts"]
+        columns = [*whose, "frame", *(f"{name}_ml" for name in model.classes.values())]
         write_csv(table, columns, [row for result in results for row in result.rows])
         show(f"{len(results)} segmentations and {table}")
         return
@@ -106,16 +115,17 @@ def _check_dicom_output(output: str, *, has_probabilities: bool, is_single: bool
         raise InputError(f"-o {output}: --probabilities are written as NIfTI only: give an output that ends in .nii.gz")
     if not is_single:
         raise InputError(
-            f"-o {output}: a DICOM segmentation refers to one series; for several scans or contrasts, end it in .nii.gz"
+            f"-o {output}: a DICOM segmentation refers to one series; for contrasts of a patient, end it in .nii.gz; for several scans or "
+            "patients, name a folder"
         )
 
 
-def _segment(target: Target, *, model: "Model", contrasts: Mapping[str, str] | None, say: Say) -> Result:
+def _segment(target: Target, *, model: "Model", say: Say) -> Result:
     """Write the labels of a scan, and the probabilities beside them; return the volumes of the classes."""
     from p2r.data.contrasts import scans_from
     from p2r.data.preprocess import reference_of
 
-    given = scans_from(contrasts or target.scan)
+    given = scans_from(target.given)
     volume = reference_of(given)
     if target.beside is not None:
         probabilities = model.probabilities(given)
@@ -129,9 +139,10 @@ def _segment(target: Target, *, model: "Model", contrasts: Mapping[str, str] | N
     _write_on_scan(target.path, labels, volume, last="frame")
     volumes = model.volumes_ml(labels, volume)
     for note in volume.notes:
-        say(f"{target.scan}: {note}")
+        say(f"{target.title}: {note}")
+    whose = [target.key, " ".join(dict(target.contrasts))] if target.key else [target.scan]
     rows: list[list[str | int | float]] = [
-        [target.scan, frame + 1, *(float(f"{of_class[frame]:.4g}") for of_class in volumes.values())]
+        [*whose, frame + 1, *(float(f"{of_class[frame]:.4g}") for of_class in volumes.values())]
         for frame in range(labels.shape[3])
     ]
     return Result(_describe_volumes(volumes), rows)
@@ -141,10 +152,15 @@ def _parse_scans(arguments: Sequence[str]) -> tuple[list[str], dict[str, str] | 
     """Return the scans, and the scans by contrast if they have names; then the first is the scan.
 
     Raises:
-        InputError: Scans without names are mixed with others, a contrast is named twice, or has no scan.
+        InputError: Scans without names are mixed with others, a contrast is named twice, or has no scan; a path with `{key}` has no name.
     """
     named = [None if Path(argument).exists() else _NAMED.fullmatch(argument) for argument in arguments]
     if not any(named):
+        for path in arguments:
+            if KEY in path and not Path(path).exists():
+                raise InputError(
+                    f"{path} has no contrast: {KEY} is for patients with several, as in flair={path}; without contrasts, give the folder"
+                )
         return list(arguments), None
     contrasts: dict[str, str] = {}
     for argument, match in zip(arguments, named, strict=True):
@@ -169,23 +185,18 @@ def _parse_scans(arguments: Sequence[str]) -> tuple[list[str], dict[str, str] | 
 
 
 def _targets(
-    scans: Sequence[str],
-    output: str,
-    form: str,
-    *,
-    has_many: bool,
-    contrasts: Mapping[str, str] | None,
-    has_probabilities: bool = False,
+    scans: Sequence[str], output: str, form: str, *, has_many: bool, contrasts: Mapping[str, str] | None, say: Say
 ) -> list[Target]:
+    """Return the scans or patients with the paths of their results; log the contrasts that many patients have."""
+    if has_many and contrasts is not None:
+        patients = list_patients(contrasts, output, form=form)
+        for line in describe_patients(patients, list(contrasts)):
+            say(line)
+        return patients
     if has_many:
-        targets = list_targets(scans, output, form=form)
-    else:
-        check_output(output, ENDINGS)
-        targets = [Target(scans[0], Path(output))]
-    if has_probabilities:
-        targets = [target._replace(beside=_path_beside(target.path)) for target in targets]
-    check_targets(targets, contrasts.values() if contrasts else [target.scan for target in targets])
-    return targets
+        return list_targets(scans, output, form=form)
+    check_output(output, ENDINGS)
+    return [Target(scans[0], Path(output), contrasts=tuple((contrasts or {}).items()))]
 
 
 def _path_beside(segmentation: Path) -> Path:
@@ -214,20 +225,22 @@ def embed(
         InputError: See `predict`.
     """
     paths, contrasts = _parse_scans(scans)
-    has_many = contrasts is None and is_many(paths, output)
-    targets = _targets(paths, output, form, has_many=has_many, contrasts=contrasts)
+    has_many = is_many(paths, output) if contrasts is None else has_keys(contrasts)
+    targets = _targets(paths, output, form, has_many=has_many, contrasts=contrasts, say=say)
+    check_targets(targets)
     if device == "cpu":
         keep_freed_memory()
     from p2r.backbone import load_backbone
     from p2r.data.contrasts import scans_from
-    from p2r.data.preprocess import reference_of
+    from p2r.data.preprocess import check_names, reference_of
     from p2r.evaluate.inference import embed_volume
     from p2r.evaluate.models import on_scan_grid
 
     backbone = load_backbone(url, device=device)
+    check_names(list(contrasts or ()), backbone.preparation)
 
     def write(target: Target) -> Result:
-        given = scans_from(contrasts or target.scan)
+        given = scans_from(target.given)
         volume = reference_of(given)
         divisor = backbone.config.model.size_divisor
         features, affine = embed_volume(

@@ -1,6 +1,7 @@
 """Results of many scans: which scan becomes which file, and which results are there already.
 
-A folder's results keep the relative paths of the scans; a list's results keep their paths below the scans' common folder. The file
+A folder's results keep the relative paths of the scans; a list's results keep their paths below the scans' common folder; results of
+patients with scans by contrast are named by their keys (`cluster.patients`). The file
 `.p2r-results.jsonl` in the output folder names each result with the digests of scan, inputs and result. A later call with the same inputs
 skips a result that is still whole, so an interrupted call is resumed by repeating it.
 """
@@ -9,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,12 +31,32 @@ _MAX_RECORD_BYTES = 2**28
 
 
 class Target(NamedTuple):
-    """A scan and the path of its result."""
+    """A scan, or the scans of a patient by contrast, and the path of the result."""
 
     scan: str
+    """The scan; of several, the first, whose grid the result has."""
     path: Path
     beside: Path | None = None
     """A second file of the result."""
+    contrasts: tuple[tuple[str, str], ...] = ()
+    """Name and scan of each contrast that the patient has; empty for a scan without a name."""
+    key: str = ""
+    """Name of one of many patients; empty for a scan."""
+
+    @property
+    def given(self) -> str | dict[str, str]:
+        """The scan, or the scans by contrast."""
+        return dict(self.contrasts) or self.scan
+
+    @property
+    def scans(self) -> tuple[str, ...]:
+        """All scans that the result depends on."""
+        return tuple(dict(self.contrasts).values()) or (self.scan,)
+
+    @property
+    def title(self) -> str:
+        """Name for the log: the scan, or the patient and the contrasts that are there."""
+        return f"{self.key} ({', '.join(dict(self.contrasts))})" if self.key else self.scan
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -80,11 +101,8 @@ def list_targets(scans: Sequence[str], output: str, *, form: str = "nifti") -> l
     Raises:
         InputError: The output is not a folder, or a folder holds no scan.
     """
-    if form not in _FORMS:
-        raise InputError(f"--as {form}: results are written as {' or '.join(_FORMS)}")
-    if "://" in output or output.endswith(ENDINGS) or Path(output).is_file():
-        raise InputError(f"output {output}: results of a folder or of several scans go into a folder; name one")
-    made = Path(output).resolve()
+    to, suffix = result_folder(output, form=form)
+    made = to.resolve()
     singles = [scan for scan in scans if not is_folder(scan) or holds_only_dicom(scan)]
     found = [(scan, _below_common(scan, singles)) for scan in singles]
     for folder in (scan for scan in scans if scan not in singles):
@@ -99,21 +117,31 @@ def list_targets(scans: Sequence[str], output: str, *, form: str = "nifti") -> l
         if not paths:
             raise InputError(f"{folder} holds no NIfTI scan, at any depth; name the folder that has them")
         found += [(str(path), path.relative_to(root).parent) for path in paths]
-    return list(
-        dict.fromkeys(Target(scan, Path(output) / below / f"{scan_key(scan)}{_FORMS[form]}") for scan, below in found)
-    )
+    return list(dict.fromkeys(Target(scan, to / below / f"{scan_key(scan)}{suffix}") for scan, below in found))
 
 
-def check_targets(targets: Sequence[Target], scans: Iterable[str]) -> None:
+def result_folder(output: str, *, form: str) -> tuple[Path, str]:
+    """Return the folder of several results, and the ending of their names.
+
+    Raises:
+        InputError: The output is not a folder of this machine, or there is no such form.
+    """
+    if form not in _FORMS:
+        raise InputError(f"--as {form}: results are written as {' or '.join(_FORMS)}")
+    if "://" in output or "{key}" in output or output.endswith(ENDINGS) or Path(output).is_file():
+        raise InputError(
+            f"output {output}: results of a folder or of several scans go into a folder; name one. Files in it are named by their scans"
+        )
+    return Path(output), _FORMS[form]
+
+
+def check_targets(targets: Sequence[Target]) -> None:
     """Refuse results that would replace one another, or one of the scans.
-
-    Args:
-        targets: The scans with their results.
-        scans: All scans that are read.
 
     Raises:
         InputError: naming both files.
     """
+    scans = (scan for target in targets for scan in target.scans)
     read = {path.expanduser().resolve(): scan for scan in scans if (path := local_path(scan)) is not None}
     by_path: dict[Path, str] = {}
     for target in targets:
@@ -158,7 +186,7 @@ def process_each(
     for number, target in enumerate(targets, start=1):
         name = target.path.relative_to(folder).as_posix()
         try:
-            scan_sha256 = _scan_sha256(target.scan)
+            scan_sha256 = _scan_sha256(target)
             before = known.get(name)
             if before is not None and before.is_of(scan_sha256, digest) and _digests(target) == before.sha256:
                 results.append(Result(before.text, before.rows))
@@ -181,14 +209,18 @@ def process_each(
             refused += 1
             told = f"refused: {error}"
         left_s = (time.monotonic() - began) / max(1, num_new) * (len(targets) - number)
-        say(f"{number}/{len(targets)} | {target.scan} | {told}" + f" | {left_s:.0f} s left" * (number < len(targets)))
+        say(f"{number}/{len(targets)} | {target.title} | {told}" + f" | {left_s:.0f} s left" * (number < len(targets)))
     if refused == len(targets):
         raise InputError(f"none of the {len(targets)} scans could be used; the lines above say why")
     return results
 
 
-def _scan_sha256(scan: str) -> str:
-    path = local_path(scan)
+def _scan_sha256(target: Target) -> str:
+    """Return the digest of a scan, or of the scans of a patient with their contrasts; empty for a scan of another machine."""
+    if target.contrasts:
+        lines = "".join(f"{name} {_digest(Path(scan))}\n" for name, scan in target.contrasts)
+        return hashlib.sha256(lines.encode()).hexdigest()
+    path = local_path(target.scan)
     return "" if path is None else _digest(path.expanduser())
 
 

@@ -14,7 +14,8 @@ Scans = Annotated[
     typer.Argument(
         metavar="SCAN...",
         help="Scans (NIfTI: a path, file:// or s3://; DICOM: a folder), or folders of scans; or the scans of one patient by contrast, "
-        "as in t1=t1.nii.gz flair=flair.nii.gz. The grid of the result is that of the first.",
+        "as in t1=t1.nii.gz flair=flair.nii.gz; or of many patients, as in 't1={key}_t1.nii.gz' 'flair={key}_flair.nii.gz', who may lack "
+        "contrasts. The grid of a result is that of the first.",
     ),
 ]
 
@@ -52,7 +53,7 @@ def embed(
         typer.Option(
             "-o",
             "--output",
-            help="File for the features (X, Y, Z, F), .nii.gz or .zarr; for several scans: a folder.",
+            help="File for the features (X, Y, Z, F), .nii.gz or .zarr; for several scans or patients: a folder.",
         ),
     ],
     native: Annotated[
@@ -80,8 +81,8 @@ def predict(
         typer.Option(
             "-o",
             "--output",
-            help="NIfTI file for the segmentation, on the scan's own grid; for a folder: a folder. For the folder of one DICOM series: "
-            "a file that ends in .dcm, a DICOM segmentation.",
+            help="NIfTI file for the segmentation, on the scan's own grid; for a folder or many patients: a folder. For the folder of one "
+            "DICOM series: a file that ends in .dcm, a DICOM segmentation.",
         ),
     ],
     probabilities: Annotated[

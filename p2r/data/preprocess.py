@@ -115,22 +115,32 @@ def by_contrast(scans: Scans, preparation: Preparation) -> list[Volume | None]:
                 f"{names[0]}=scan.nii.gz, or in Python {{{names[0]!r}: scan}}",
             )
         return [scans]
-    if scans and names is None:
-        raise RefusedScan(
-            "no_contrast",
-            f"the network reads one contrast without a name, not {', '.join(scans)}: give one scan without a name",
-        )
-    if unknown := [name for name in scans if name not in (names or ())]:
-        raise RefusedScan(
-            "no_contrast",
-            f"the network never saw the contrast {', '.join(unknown)}, it reads {describe(names)}: leave it out, or name it as one of "
-            "these, or use another network",
-        )
+    check_names(list(scans), preparation)
     if not scans:
         raise RefusedScan("no_contrast", f"no scan of any contrast is given, the network reads {describe(names)}")
     if len({(volume.data.shape, volume.spacing_mm) for volume in scans.values()}) > 1:
         raise ValueError("the volumes of a session must be on one grid: see p2r.data.contrasts")
     return [scans.get(name) for name in names or ()]
+
+
+def check_names(contrasts: Sequence[str], preparation: Preparation) -> None:
+    """Refuse names of contrasts that a network does not read.
+
+    Raises:
+        RefusedScan: `no_contrast`; names them.
+    """
+    names = preparation.contrasts
+    if contrasts and names is None:
+        raise RefusedScan(
+            "no_contrast",
+            f"the network reads one contrast without a name, not {', '.join(contrasts)}: give one scan without a name",
+        )
+    if unknown := [name for name in contrasts if name not in (names or ())]:
+        raise RefusedScan(
+            "no_contrast",
+            f"the network never saw the contrast {', '.join(unknown)}, it reads {describe(names)}: leave it out, or name it as one of "
+            "these, or use another network",
+        )
 
 
 def _stack(images: Sequence[Tensor | None]) -> Tensor:

@@ -1,5 +1,6 @@
 """Few-shot trials on several contrasts: weights for other contrasts, leaks, scores by subset, refusals, and the published model."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,40 @@ def test_a_published_model_takes_scans_by_name_and_misses_some(make: Make, data:
     ):
         with pytest.raises(InputError, match=message):
             predict([url], given, str(tmp_path / "other.nii.gz"), device="cpu", say=lambda line: None)
+
+
+def test_many_patients_are_segmented_by_contrast_and_resumed(make: Make, data: Path, tmp_path: Path) -> None:
+    setup = make(of=NAMES)
+    url = publish_best(setup, [run(setup)], p2r.load_backbone(setup.backbone), Storage(setup.root).child("models"))[
+        "url"
+    ]
+    given = [f"{name}={data}/{{key}}/anat/{CONTRASTS[name]}.nii.gz" for name in ("t1", "flair")]
+    lines: list[str] = []
+
+    def segment(*arguments: str) -> str:
+        lines.clear()
+        predict([url], arguments, str(tmp_path / "out"), has_probabilities=True, device="cpu", say=lines.append)
+        return "\n".join(lines)
+
+    said = segment(*given)
+    assert lines[:2] == ["8 patients: t1 of 5, flair of 8", "3 without t1: sub-02, sub-06, sub-08"], said
+    assert "2/8 | sub-02 (flair) | 1 DISC: " in said and "8/8 | " in said and "there already" not in said
+    scans = {name: data / f"sub-07/anat/{CONTRASTS[name].format(key='sub-07')}.nii.gz" for name in ("t1", "flair")}
+    found = p2r.load_model(url).predict(scans)
+    assert np.array_equal(found.dataobj, nibabel.load(tmp_path / "out/sub-07.nii.gz").dataobj)
+    assert nibabel.load(tmp_path / "out/sub-02_probabilities.nii.gz").shape == (36, 40, 3, 2)
+    table = (tmp_path / "out/volumes.csv").read_text().splitlines()
+    assert table[0] == "key,contrasts,frame,DISC_ml" and table[2].startswith("sub-02,flair,1,") and len(table) == 9
+    assert segment(*given).count("there already") == 8
+    # Another scan of any contrast, a contrast that comes or goes, and another order are other inputs.
+    shutil.copy(scans["t1"], data / "sub-08/anat/sub-08_T1w.nii.gz")
+    scans["flair"].write_bytes(b"no scan")
+    said = segment(*given)
+    assert said.count("there already") == 6 and "7/8 | sub-07 (t1, flair) | refused: " in said
+    assert segment(*reversed(given)).count("there already") == 2, "of patients with one contrast"
+    with pytest.raises(InputError, match="never saw the contrast t2"):
+        segment(given[0].replace("t1=", "t2="), given[1])
+    assert not any(line.startswith("1/8") for line in lines), "found before the first patient"
 
 
 def test_a_network_of_several_contrasts_is_compiled_for_images_of_all(
