@@ -53,7 +53,7 @@ def test_the_settings_of_every_documented_command_are_accepted(repository: Path)
             if "--set" not in arguments or "..." in arguments:
                 continue
             words = shlex.split(arguments, comments=True)
-            settings = [word for option, word in itertools.pairwise(words) if option == "--set"]
+            settings = tuple(word for option, word in itertools.pairwise(words) if option == "--set")
             read_job(repository / job, settings)
             found += 1
     assert found > 10
