@@ -31,7 +31,7 @@ from p2r.data.volume import Volume
 from p2r.documents import read_json
 from p2r.errors import InputError, StorageError
 from p2r.evaluate import inference, tasks
-from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, UnlabelledScan, load_scan, read_images
+from p2r.evaluate.tasks import LabelledScan, Task, TaskImages, TaskScan, load_scan, read_images
 from p2r.files import file_sha256, mark_used, replacing
 from p2r.storage import cache_folder, json_bytes
 
@@ -88,7 +88,7 @@ def prepared_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size:
     return cached("scan", key, make, use=use)
 
 
-def prepared_images(scan: TaskScan | UnlabelledScan, task: Task, preparation: Preparation) -> Planes | Frames:
+def prepared_images(scan: TaskImages, task: Task, preparation: Preparation) -> Planes | Frames:
     """Return the images of a scan at their whole extent, without opening its label map."""
 
     def make() -> tuple[Arrays, Facts]:
@@ -100,7 +100,7 @@ def prepared_images(scan: TaskScan | UnlabelledScan, task: Task, preparation: Pr
     return cached("images", key, make, use=_restore_images)
 
 
-def _image_digests(scan: TaskScan | UnlabelledScan, task: Task) -> dict[str, object]:
+def _image_digests(scan: TaskImages, task: Task) -> dict[str, object]:
     """Return the part of a key for the images of a case."""
     if not scan.contrasts:
         return {"image": file_sha256(scan.image)}

@@ -167,37 +167,15 @@ class TaskConfig(Section):
 
 
 @dataclass(frozen=True)
-class TaskScan:
-    """One case of a task: its scan, or its scans of several contrasts, and its reference."""
+class TaskImages:
+    """Images of one case: its scan, or its scans of several contrasts. The case may have no label map."""
 
     key: str
     subject: str
     image: Path
     """The scan; with several contrasts, the first of them that the case has."""
-    label: Path
-    contrasts: Mapping[str, Path] = field(default_factory=dict)
+    contrasts: Mapping[str, Path] = field(default_factory=dict, kw_only=True)
     """Scans by contrast, without the missing ones; empty for a task of one scan without a name."""
-
-    @property
-    def images(self) -> tuple[Path, ...]:
-        """All scans of the case."""
-        return tuple(self.contrasts.values()) or (self.image,)
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """All files of the case."""
-        return (*self.images, self.label)
-
-
-@dataclass(frozen=True)
-class UnlabelledScan:
-    """One case without a label map."""
-
-    key: str
-    subject: str
-    image: Path
-    """As in `TaskScan`."""
-    contrasts: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def images(self) -> tuple[Path, ...]:
@@ -211,6 +189,18 @@ class UnlabelledScan:
 
 
 @dataclass(frozen=True)
+class TaskScan(TaskImages):
+    """One case of a task: its images, and its reference."""
+
+    label: Path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the case."""
+        return (*self.images, self.label)
+
+
+@dataclass(frozen=True)
 class Task:
     """A task with existing files and disjoint splits."""
 
@@ -221,7 +211,7 @@ class Task:
     """Subjects by split, sorted."""
     strata: Mapping[str, str] = field(default_factory=dict)
     """Stratum of each subject that has one."""
-    unlabelled: tuple[UnlabelledScan, ...] = ()
+    unlabelled: tuple[TaskImages, ...] = ()
     """Scans without a label map, sorted by key, if the task uses them."""
 
     @property
@@ -305,7 +295,7 @@ def _list_scans(cases: Iterable[_Case], labels: Path, config: TaskConfig, path: 
                 f"task {path}: {scans[key].image} and {case.image} would have the same key {key}; rename one of them"
             )
         else:
-            scans[key] = TaskScan(key, case.subject, case.image, case.label, case.contrasts)
+            scans[key] = TaskScan(key, case.subject, case.image, case.label, contrasts=case.contrasts)
     if unlabelled:
         raise DataError(
             f"task {path}: {join_few(unlabelled)} in {', '.join(config.image_folders)} "
@@ -322,7 +312,7 @@ def _list_unlabelled(
     subjects: Mapping[str, tuple[str, ...]],
     config: TaskConfig,
     path: Path,
-) -> tuple[UnlabelledScan, ...]:
+) -> tuple[TaskImages, ...]:
     """Return the cases without a label map; those of held-out patients are left out, and label maps of no scan."""
     excluded = {subject for split in HELD_OUT for subject in subjects[split]}
     if config.split_rule is not None:
@@ -338,7 +328,7 @@ def _list_unlabelled(
         key = case.name.replace("/", "_")
         if (other := names.setdefault(key, case.image)) != case.image:
             raise DataError(f"task {path}: {other} and {case.image} would have the same key {key}; rename one of them")
-        found.append(UnlabelledScan(key, case.subject, case.image, case.contrasts))
+        found.append(TaskImages(key, case.subject, case.image, contrasts=case.contrasts))
     return tuple(sorted(found, key=lambda scan: scan.key))
 
 

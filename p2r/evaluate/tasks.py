@@ -44,8 +44,8 @@ from p2r.evaluate.splits import Split as Split
 from p2r.evaluate.splits import join_few
 from p2r.evaluate.task_files import Task as Task
 from p2r.evaluate.task_files import TaskConfig as TaskConfig
+from p2r.evaluate.task_files import TaskImages as TaskImages
 from p2r.evaluate.task_files import TaskScan as TaskScan
-from p2r.evaluate.task_files import UnlabelledScan as UnlabelledScan
 from p2r.evaluate.task_files import load_task as load_task
 from p2r.evaluate.task_files import read_task_config as read_task_config
 from p2r.evaluate.task_files import task_sha256 as task_sha256
@@ -205,7 +205,7 @@ def choose_contrasts(contrasts: Mapping[str, Volume], preparation: Preparation) 
     return {name: contrasts[name] for name in preparation.contrasts or () if name in contrasts}
 
 
-def read_images(scan: TaskScan | UnlabelledScan, task: Task, preparation: Preparation) -> Scans:
+def read_images(scan: TaskImages, task: Task, preparation: Preparation) -> Scans:
     """Read the images of a case that a network reads, without its label map, on the grid of the first contrast.
 
     Raises:
@@ -219,7 +219,7 @@ def read_images(scan: TaskScan | UnlabelledScan, task: Task, preparation: Prepar
 
 
 def _refuse_contrasts(
-    scan: TaskScan | UnlabelledScan, task: Task, contrasts: Mapping[str, Volume], preparation: Preparation
+    scan: TaskImages, task: Task, contrasts: Mapping[str, Volume], preparation: Preparation
 ) -> NoReturn:
     raise DataError(
         f"task {task.name}: case {scan.key} has none of the contrasts {describe(preparation.contrasts)}, only "

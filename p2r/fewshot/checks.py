@@ -20,8 +20,8 @@ from p2r.evaluate.tasks import (
     LabelledScan,
     Split,
     Task,
+    TaskImages,
     TaskScan,
-    UnlabelledScan,
     acquired_sha256,
     check_classes_present,
     check_scans,
@@ -124,9 +124,7 @@ def check_data(
             check_classes_present(dict.fromkeys(subjects, shown), task, subjects=subjects)
 
 
-def _check_unlabelled(
-    scan: UnlabelledScan, task: Task, preparation: Preparation, held_out: Mapping[str, TaskScan]
-) -> None:
+def _check_unlabelled(scan: TaskImages, task: Task, preparation: Preparation, held_out: Mapping[str, TaskScan]) -> None:
     """Refuse an unlabelled scan that cannot be prepared, is a label map, or is a copy of a validation or test patient's."""
     way_out = f"Leave {scan.subject} out (split_rule.leave_out), or move the file out of the task's folder"
     for image in scan.images:
@@ -243,7 +241,7 @@ def _list_draws(config: FinetuneConfig, task: Task) -> dict[tuple[int, int], tup
     return dict(sorted(draws.items()))
 
 
-def _files_sha256(scans: Sequence[TaskScan | UnlabelledScan]) -> str:
+def _files_sha256(scans: Sequence[TaskImages]) -> str:
     digest = hashlib.sha256()
     for scan in scans:
         files = " ".join(file_sha256(file) for file in scan.files)

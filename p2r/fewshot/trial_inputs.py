@@ -14,7 +14,7 @@ from p2r.data.preprocess import Preparation
 from p2r.errors import DataError
 from p2r.evaluate.inference import size_read
 from p2r.evaluate.prepared import prepared_scan
-from p2r.evaluate.tasks import LabelledScan, Task, TaskScan, UnlabelledScan, load_task
+from p2r.evaluate.tasks import LabelledScan, Task, TaskImages, load_task
 from p2r.fewshot.leaks import Known
 from p2r.fewshot.others import load_other
 from p2r.fewshot.paper_compat import Crop, cropped, split_by_slice
@@ -61,7 +61,7 @@ class TrialInputs:
         return self.trial.purpose == "final" and self.config.score_on == "validation"
 
     @property
-    def unlabelled_scans(self) -> tuple[TaskScan | UnlabelledScan, ...]:
+    def unlabelled_scans(self) -> tuple[TaskImages, ...]:
         """Scans of train patients that were not drawn, and scans without a label map."""
         others = tuple(sorted(set(self.task.subjects["train"]) - set(self.trial.subjects)))
         return (*self.task.scans_of(others), *self.task.unlabelled)

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from p2r.report.comparison import ComparedCell, Comparison
-from p2r.report.forest import figures_text, p_text
+from p2r.report.forest import difference_texts
 from p2r.report.settings_compared import notes_of_settings, settings_grid
 from p2r.report.tables import series_name
 from p2r.report.text import one_line, shortened
@@ -39,7 +39,7 @@ def comparison_table(comparison: Comparison) -> Table:
     for cell in comparison.cells:
         names = [cell.task_and_protocol, str(cell.num_labelled), series_name((cell.mode, ""))]
         for letter in comparison.letters:
-            figures = ["", "", ""] if letter == first else _difference(comparison, cell, letter)
+            figures = ("", "", "") if letter == first else _difference(comparison, cell, letter)
             line = [*names, letter, _dice(cell, letter), *figures]
             table.add_row(*(Text(one_line(text)) for text in line), end_section=letter == comparison.letters[-1])
             names = ["", "", ""]
@@ -69,10 +69,7 @@ def _dice(cell: ComparedCell, letter: str) -> str:
     return "–" if mean is None else f"{mean:.3f}" + ("" if sd is None else f" ± {sd:.3f}")
 
 
-def _difference(comparison: Comparison, cell: ComparedCell, letter: str) -> list[str]:
+def _difference(comparison: Comparison, cell: ComparedCell, letter: str) -> tuple[str, ...]:
     """Return the texts of a run's difference from the first run: the interval, the draws with its sign, and the p value."""
     one = comparison.difference(cell, letter)
-    if one is None:
-        return ["unpaired", "–", "–"]
-    interval = figures_text(one.difference, one.lower, one.upper)
-    return [interval, f"{one.draws_agree} of {one.draws}", p_text(one.p_holm)]
+    return ("unpaired", "–", "–") if one is None else difference_texts(one)

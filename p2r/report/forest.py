@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 
+from p2r.evaluate.statistics import PairedDifference
 from p2r.report.canvas import (
     FAINT,
     INK,
@@ -21,6 +22,7 @@ from p2r.report.canvas import (
     new_sheet,
     plain,
 )
+from p2r.report.comparison import ComparedDifference
 from p2r.report.text import for_picture, signed
 
 _LINE, _GAP = 0.25, 0.16  # inches
@@ -60,6 +62,11 @@ def forest(differences: Sequence[Difference], *, title: str, subtitle: str, axis
 def figures_text(difference: float, lower: float, upper: float) -> str:
     """Return a difference and its interval with their signs."""
     return f"{signed(difference, 3)} [{signed(lower, 3)}, {signed(upper, 3)}]"
+
+
+def difference_texts(one: PairedDifference | ComparedDifference) -> tuple[str, str, str]:
+    """Return a paired difference for a table: its interval, the draws with its sign, and the corrected p value."""
+    return figures_text(one.difference, one.lower, one.upper), f"{one.draws_agree} of {one.draws}", p_text(one.p_holm)
 
 
 def p_text(p: float | None) -> str:

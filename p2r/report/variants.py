@@ -24,7 +24,7 @@ from p2r.report.canvas import (
     new_sheet,
     plain,
 )
-from p2r.report.forest import figures_text, p_text
+from p2r.report.forest import difference_texts
 from p2r.report.tables import Cell, aggregate, label_of, mode_title, split_of
 from p2r.report.text import for_markdown, for_picture, one_line
 
@@ -61,7 +61,9 @@ def differences_of_variants(rows: Sequence[TrialRow], *, seed: int) -> list[Pair
         seed: Seed of the intervals' resamples.
     """
     names = list(dict.fromkeys(row.variant or "" for row in rows))
-    keys = {name: f"{place:06d}" for place, name in enumerate(names)}  # the statistics subtract what is first in order
+    keys = {
+        name: f"{place:06d}" for place, name in enumerate(names)
+    }  # the statistics subtract the one that sorts first
     name_of = {key: name for name, key in keys.items()}
     numbered = [row.replaced(backbone=keys[row.variant or ""]) for row in rows]
     return [
@@ -80,8 +82,7 @@ def markdown_differences(differences: Sequence[PairedDifference]) -> list[str]:
     lines: list[tuple[str, ...]] = [columns, ("---",) * len(columns)]
     for one in differences:
         names = (for_markdown(one.backbone or ""), for_markdown(one.task), str(one.num_labelled), mode_title(one.mode))
-        interval = figures_text(one.difference, one.lower, one.upper)
-        lines.append((*names, interval, f"{one.draws_agree} of {one.draws}", p_text(one.p_holm)))
+        lines.append((*names, *difference_texts(one)))
     return [
         "Differences of Dice, paired by labelled patients and by scored patients. Intervals: over draws, then patients. p: Wilcoxon by"
         " patient, corrected over the numbers of labelled patients.",
