@@ -22,6 +22,8 @@ from tests.ranks import join_ranks, start_ranks
 
 JobOf = Callable[..., Job]
 NAMES = ("flair", "t1", "t1ce")
+RULES = SessionsConfig(contrasts={"t1": "T1w", "t1ce": "ce-*", "flair": "FLAIR"}, reference="flair")
+JOINED = f"ingest.sessions={RULES.model_dump_json(exclude_unset=True)}"  # the job's own corpus has these contrasts, too
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +41,7 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Storage:
             path.parent.mkdir(exist_ok=True)
             nibabel.save(nibabel.Nifti1Image(voxels.astype(np.int16), np.diag([2.0, 2.0, 8.0, 1.0])), path)
     storage = Storage(str(folder / "corpus"))
-    rules = SessionsConfig(contrasts={"t1": "T1w", "t1ce": "ce-*", "flair": "FLAIR"}, reference="flair")
-    config = IngestConfig(sources=(str(folder / "scans"),), licence="CC0-1.0", shard_size_mib=0.03, sessions=rules)
+    config = IngestConfig(sources=(str(folder / "scans"),), licence="CC0-1.0", shard_size_mib=0.03, sessions=RULES)
     list(ingest_locally(config, storage))
     return storage
 
@@ -49,6 +50,7 @@ def test_a_run_across_contrasts_resumes_to_the_same_digits_and_states_each_pair(
     job_of: JobOf, sessions: Storage, tmp_path: Path
 ) -> None:
     settings = (
+        JOINED,
         "pretrain.model.contrasts=[flair, t1, t1ce]",
         "pretrain.views={contrasts: mixed, contrast_dropout: 0.3}",
         "pretrain.micro_batch=2",
@@ -88,6 +90,7 @@ def test_a_run_across_contrasts_may_change_its_number_of_ranks(
     views = "{contrasts: mixed, contrast_dropout: 0.3}"
     job = write_toy_job(tmp_path)
     settings = (
+        JOINED,
         "pretrain.model.contrasts=[flair, t1, t1ce]",
         f"pretrain.views={views}",
         "pretrain.report_interval=1",
@@ -115,7 +118,9 @@ def test_a_run_across_contrasts_may_change_its_number_of_ranks(
 def test_a_network_of_one_contrast_of_the_sessions_has_no_figures_by_pair(
     job_of: JobOf, sessions: Storage, tmp_path: Path
 ) -> None:
-    job = job_of(tmp_path, "pretrain.model.contrasts=[flair]", "pretrain.steps=2", "pretrain.checkpoint_interval=2")
+    job = job_of(
+        tmp_path, JOINED, "pretrain.model.contrasts=[flair]", "pretrain.steps=2", "pretrain.checkpoint_interval=2"
+    )
     (report,) = train(job, Storage(str(tmp_path / "pretrain")), sessions)
     assert report.contrast_pairs is None and report.health is not None and report.num_images_without_pairs == 0
 
