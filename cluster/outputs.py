@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from p2r.data.folders import images_below
 from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import local_path, scan_key
+from p2r.data.opening import remote_version
 from p2r.documents import JsonRow, checked, read_json
 from p2r.errors import InputError, RefusedScan
 from p2r.files import file_sha256
@@ -216,12 +217,17 @@ def process_each(
 
 
 def _scan_sha256(target: Target) -> str:
-    """Return the digest of a scan, or of the scans of a patient with their contrasts; empty for a scan of another machine."""
+    """Return the digest of a scan, or of the scans of a patient with their contrasts."""
     if target.contrasts:
-        lines = "".join(f"{name} {_digest(Path(scan))}\n" for name, scan in target.contrasts)
+        lines = "".join(f"{name} {_digest_of_scan(scan)}\n" for name, scan in target.contrasts)
         return hashlib.sha256(lines.encode()).hexdigest()
-    path = local_path(target.scan)
-    return "" if path is None else _digest(path.expanduser())
+    return _digest_of_scan(target.scan)
+
+
+def _digest_of_scan(scan: str) -> str:
+    """Return the digest of a scan's content; of a remote scan, that of its size and version, which are known without reading it."""
+    path = local_path(scan)
+    return hashlib.sha256(remote_version(scan).encode()).hexdigest() if path is None else _digest(path.expanduser())
 
 
 def _digests(target: Target) -> str:
@@ -248,6 +254,7 @@ class _Done(JsonRow):
     inputs: str
     """Digest of everything besides the scan that it depends on."""
     scan_sha256: str
+    """Digest of the scan, or of its size and version if it is remote."""
     sha256: str
     """Digests of the result's files."""
     text: str

@@ -214,14 +214,31 @@ def _fetch_file(path: str | Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="p2r-scan-") as folder:
         copy = Path(folder, "scan")
-        try:
-            files = bucket_client() if str(path).startswith("s3://") else fsspec.url_to_fs(str(path))[0]
+        with _remote_files(path) as files:
             files.get_file(str(path), str(copy))
-        except FileNotFoundError as error:
-            raise RefusedScan("unreadable", f"cannot read {path}: there is no such object") from error
-        except Exception as error:  # fsspec's file systems raise arbitrary exceptions
-            # A network failure is not the scan's fault: a refusal would drop the scan from the corpus.
-            raise StorageError(
-                f"cannot read {path}: {type(error).__name__}: {error}; check network and keys"
-            ) from error
         yield copy
+
+
+def remote_version(url: str) -> str:
+    """Return a text that differs if the content of a remote file differs, without reading it: its size and its ETag or time.
+
+    Raises:
+        RefusedScan: `unreadable`: there is no such file.
+        StorageError: if its server cannot be asked.
+    """
+    with _remote_files(url) as files:
+        facts = files.info(url)
+    stamps = (facts.get(name) for name in ("ETag", "etag", "LastModified", "mtime", "created"))
+    return f"{facts.get('size')} {next((stamp for stamp in stamps if stamp), '')}"
+
+
+@contextmanager
+def _remote_files(url: str | Path) -> Iterator[Any]:
+    """Yield fsspec's client for a remote file; errors inside the context become those of `opened`."""
+    try:
+        yield bucket_client() if str(url).startswith("s3://") else fsspec.url_to_fs(str(url))[0]
+    except FileNotFoundError as error:
+        raise RefusedScan("unreadable", f"cannot read {url}: there is no such object") from error
+    except Exception as error:  # fsspec's file systems raise arbitrary exceptions
+        # A network failure is not the scan's fault: a refusal would drop the scan from the corpus.
+        raise StorageError(f"cannot read {url}: {type(error).__name__}: {error}; check network and keys") from error

@@ -1,0 +1,65 @@
+"""Results of many scans: which are there already, also of scans in a bucket."""
+
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from cluster.outputs import Result, Target, process_each
+from p2r.errors import InputError
+
+
+def write(target: Target) -> Result:
+    target.path.write_text("labels")
+    return Result("one class", [[target.title, 1]])
+
+
+@pytest.mark.parametrize("place", ["folder", "file-url", "bucket"])
+@pytest.mark.parametrize("has_contrasts", [False, True])
+def test_a_scan_that_has_changed_is_processed_again_wherever_it_is(
+    place: str, has_contrasts: bool, s3_url: str, tmp_path: Path
+) -> None:
+    where = {"folder": str(tmp_path / "scans"), "file-url": f"file://{tmp_path}/scans", "bucket": s3_url}[place]
+    scans = [f"{where}/sub-{number}.nii.gz" for number in range(2)]
+    out = tmp_path / "out"
+    out.mkdir()
+    targets = [
+        Target(scan, out / f"{number}.nii.gz", key=str(number), contrasts=(("t1", scan),))
+        if has_contrasts
+        else Target(scan, out / f"{number}.nii.gz")
+        for number, scan in enumerate(scans)
+    ]
+
+    def told() -> list[bool]:
+        """Process both; return whether each was there already."""
+        lines: list[str] = []
+        process_each(targets, write, out, inputs={"model": "m"}, say=lines.append)
+        return ["there already" in line for line in lines]
+
+    for scan in scans:
+        put(scan, b"content")
+    assert told() == [False, False]
+    assert told() == [True, True]
+    put(scans[1], b"another")  # of the same length
+    assert told() == [True, False]
+    remove(scans[1])
+    lines: list[str] = []
+    if place == "bucket":
+        process_each(targets, write, out, inputs={"model": "m"}, say=lines.append)
+        assert "there already" in lines[0] and "there is no such object" in lines[1]
+        remove(scans[0])
+        with pytest.raises(InputError, match="none of the 2 scans could be used"):
+            process_each(targets, write, out, inputs={"model": "m"}, say=lines.append)
+
+
+def put(scan: str, content: bytes) -> None:
+    """Write a file of a folder or bucket."""
+    files, path = fsspec.url_to_fs(scan, skip_instance_cache=True)
+    files.makedirs(path.rpartition("/")[0], exist_ok=True)
+    files.pipe_file(path, content)
+
+
+def remove(scan: str) -> None:
+    """Remove a file of a folder or bucket."""
+    files, path = fsspec.url_to_fs(scan, skip_instance_cache=True)
+    files.rm_file(path)
