@@ -40,8 +40,8 @@ from p2r.version import __version__
 if TYPE_CHECKING:  # imports torch
     from p2r.evaluate.models import Model
 
-_NAMED = re.compile(r"([A-Za-z0-9_]+)=(.*)")
-"""A scan by contrast: `t1=t1.nii.gz`. Names of contrasts are in lower case."""
+_NAMED = re.compile(r"(\w+(?:,\w+)*)=(.*)", re.ASCII)
+"""A scan by contrast: `t1=t1.nii.gz`, or of several along its fourth axis: `t1,flair=scan.nii.gz`. Names of contrasts are in lower case."""
 
 
 def predict(
@@ -58,8 +58,8 @@ def predict(
 
     Args:
         urls: Of the model; of several, the mean of their probabilities is used.
-        scans: Scans, or folders of scans; or the scans of one patient by contrast, `NAME=SCAN` each; or of many patients, with `{key}` in
-            each path.
+        scans: Scans, or folders of scans; or the scans of one patient by contrast, `NAME=SCAN` each, or `NAME,NAME=SCAN` for contrasts
+            along its fourth axis; or of many patients, with `{key}` in each path.
         output: File of one segmentation, or folder of several.
         has_probabilities: Write the probability of each class beside each segmentation, too.
         form: Form of the files in a folder: nifti or zarr.
@@ -168,19 +168,27 @@ def _parse_scans(arguments: Sequence[str]) -> tuple[list[str], dict[str, str] | 
             raise InputError(
                 f"{argument} has no contrast: give scans without names, or all by contrast, as in t1=t1.nii.gz flair=flair.nii.gz"
             )
-        name, path = match[1].lower(), match[2]
+        names, path = match[1].lower().split(","), match[2]
         if not path:
             raise InputError(
                 f"{argument} names no scan: write its path after =, or leave out a contrast that is missing"
             )
-        if name in contrasts:
-            raise InputError(f"the contrast {name} is named twice, {contrasts[name]} and {path}: give it once")
+        for name in names:
+            if name in contrasts or names.count(name) > 1:
+                raise InputError(
+                    f"the contrast {name} is named twice, {contrasts.get(name, path)} and {path}: give it once"
+                )
         path = str(Path(path).expanduser()) if path.startswith("~") else path  # shells do not expand it after =
         if is_folder(path) and not holds_only_dicom(path):
             raise InputError(
                 f"{argument} is a folder: give the scan, or the DICOM series, of each contrast of one patient"
             )
-        contrasts[name] = path
+        if other := next((name for name, known in contrasts.items() if known == path), None):
+            raise InputError(
+                f"{path} is given as {other} and as {names[0]}: if its fourth axis holds several contrasts, name them in its order, as in "
+                f"{other},{names[0]}={path}"
+            )
+        contrasts |= dict.fromkeys(names, path)
     return [next(iter(contrasts.values()))], contrasts
 
 

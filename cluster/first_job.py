@@ -45,6 +45,7 @@ _READ_S = 8.0
 _LEAST_READ = 8  # scans
 _CLOCK_S_PER_CPU_S = 4.0  # clock seconds allowed per second of work, for busy machines and remote files
 _SHOWN = 24
+_LONGEST_NAME = 64  # of a contrast
 _LABELS_READ = 12
 _LEAST_LABELLED = 4  # one each to train, validate and test on, and one spare
 Tile = tuple[NDArray[np.uint8] | None, str, str, bool]
@@ -211,8 +212,8 @@ def _lines_of_left_out(names: Survey) -> Iterator[tuple[str, str]]:
 def _lines_of_labels(found: Found) -> Iterator[tuple[str, str]]:
     """Yield how label maps fit the scans, or why they are not used."""
     names, pairing = found.names, found.names.pairing
-    if names.scans[0].num_channels > 1 and names.dataset is not None:
-        yield from _fourth_axis_lines(names.dataset.channels)
+    if channels := _fourth_axis(names):
+        yield "fourth axis", f"each image holds {len(channels)} contrasts: {', '.join(channels.values())}"
     if pairing is not None:
         classes = ", ".join(f"{value} {name}" for value, name in classes_of(found).items())
         yield (
@@ -253,17 +254,15 @@ def _contrast_lines(pairing: Pairing) -> Iterator[tuple[str, str]]:
     yield "", f"in the job: ingest.sessions: {{contrasts: {{{words}}}}}, and pretrain.model.contrasts: [{names}]"
 
 
-def _fourth_axis_lines(channels: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the changes by which a job reads images whose fourth axis holds contrasts."""
-    names = {re.sub(r"[^a-z0-9]+", "_", channel.lower()).strip("_"): channel for channel in channels}
-    words = ", ".join(f'{name}: "{channel}"' for name, channel in names.items())
-    sessions, read = f"{{contrasts: {{{words}}}, fourth_axis: contrasts}}", f"[{', '.join(names)}]"
-    yield (
-        "fourth axis",
-        f"each image holds {len(channels)} contrasts, {', '.join(channels)}, which the files below take for frames in time. To read them:",
-    )
-    yield "", f"in the job: ingest.sessions: {sessions}, and pretrain.model.contrasts: {read}"
-    yield "", "in the task: a file of each contrast, made by splitting the images"
+def _fourth_axis(names: Survey) -> dict[str, str]:
+    """Return the contrasts along the fourth axis of the images: a name, and the channel in `dataset.json`; empty if it is time."""
+    if names.dataset is None or names.scans[0].num_channels == 1:
+        return {}
+    found: dict[str, str] = {}
+    for number, channel in enumerate(names.dataset.channels):
+        name = re.sub(r"[^a-z0-9]+", "_", channel.lower()).strip("_")[:_LONGEST_NAME]
+        found[name if name and name not in found else f"channel_{number}"] = channel
+    return found
 
 
 @dataclass(frozen=True)
@@ -307,13 +306,14 @@ def drafts_of(
     task = None
     if pairing is not None and not why:
         task = draft_task(
-            names, pairing, name=name, cohort=cohort, classes=classes, folder=folder, twins=found.twins, **stated
-        )
+            names, pairing, name=name, cohort=cohort, classes=classes, folder=folder, twins=found.twins,
+            fourth_axis=tuple(_fourth_axis(names)), **stated,
+        )  # fmt: skip
     copies = [glob.escape(scan.below) for subject in found.twins for scan in names.subjects[subject]]
     job = draft_job(
         name=name, sources=names.root, cohort=cohort, exclude=names.test_patterns, copies=copies, subject_pattern=names.subject_pattern,
         task="task.yaml" if task else None,
-        voxels=found.voxels, num_labelled=len(labelled) // 2, storage=storage, **stated,
+        voxels=found.voxels, num_labelled=len(labelled) // 2, storage=storage, fourth_axis=_fourth_axis(names), **stated,
     )  # fmt: skip
     return Drafts(_add_header(job, "job", found), None if task is None else _add_header(task, "task", found), why)
 
@@ -407,7 +407,8 @@ def next_commands(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> 
         if asked
         else ""
     )
-    scan = shlex.quote((found.names.test or found.names.scans)[0].path)
+    contrasts = ",".join(_fourth_axis(found.names))
+    scan = shlex.quote(f"{contrasts}=" * bool(contrasts) + (found.names.test or found.names.scans)[0].path)
     written = read_job(job, unset={})
     storage = shlex.quote(written.storage.removeprefix("file://"))
     last = (

@@ -59,7 +59,7 @@ def list_patients(contrasts: Mapping[str, str], output: str, *, form: str = "nif
     """Return each patient with the scans by contrast, in the order of the contrasts, and the path of the result.
 
     Args:
-        contrasts: A path with `{key}` for each contrast.
+        contrasts: A path with `{key}` for each contrast; the same for contrasts along the fourth axis of a file.
         output: Folder of the results; each is named by its key.
         form: nifti or zarr.
 
@@ -67,7 +67,10 @@ def list_patients(contrasts: Mapping[str, str], output: str, *, form: str = "nif
         InputError: The output is not a folder, a contrast has no scan, or two scans have the same contrast and key.
     """
     folder, suffix = result_folder(output, form=form)
-    patterns = {name: _parse(name, path) for name, path in contrasts.items()}
+    sharing: dict[str, list[str]] = {}
+    for name, given in contrasts.items():
+        sharing.setdefault(given, []).append(name)  # contrasts along the fourth axis of a file are searched once
+    patterns = {names[0]: _parse(names[0], given) for given, names in sharing.items()}
     found: dict[str, dict[str, Path]] = defaultdict(dict)
     for path, keys in _keys_by_file(patterns, folder).items():
         shortest = min(map(len, keys.values()))
@@ -80,7 +83,7 @@ def list_patients(contrasts: Mapping[str, str], output: str, *, form: str = "nif
             raise InputError(
                 f"{other} and {path} both are the contrast {name} of {keys[name]}: write the path of {name} so that it matches one of both"
             )
-    for name, given in contrasts.items():
+    for given, (name, *_) in sharing.items():
         if not any(name in scans for scans in found.values()):
             raise InputError(
                 f"no scan matches {name}={given}, in upper and lower case as written, below {patterns[name].root}: correct the path, or "
@@ -88,8 +91,14 @@ def list_patients(contrasts: Mapping[str, str], output: str, *, form: str = "nif
             )
     return [
         Target(str(next(iter(scans.values()))), folder / f"{key}{suffix}", key=key, contrasts=tuple(scans.items()))
-        for key, unordered in sorted(found.items())
-        for scans in [{name: str(unordered[name]) for name in contrasts if name in unordered}]
+        for key, by_first in sorted(found.items())
+        for scans in [
+            {
+                name: str(by_first[sharing[given][0]])
+                for name, given in contrasts.items()
+                if sharing[given][0] in by_first
+            }
+        ]
     ]
 
 

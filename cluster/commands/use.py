@@ -14,8 +14,8 @@ Scans = Annotated[
     typer.Argument(
         metavar="SCAN...",
         help="Scans (NIfTI: a path, file:// or s3://; DICOM: a folder), or folders of scans; or the scans of one patient by contrast, "
-        "as in t1=t1.nii.gz flair=flair.nii.gz; or of many patients, as in 't1={key}_t1.nii.gz' 'flair={key}_flair.nii.gz', who may lack "
-        "contrasts. The grid of a result is that of the first.",
+        "as in t1=t1.nii.gz flair=flair.nii.gz, or t1,flair=scan.nii.gz if its fourth axis holds them in this order; or of many patients, "
+        "as in 't1={key}_t1.nii.gz' 'flair={key}_flair.nii.gz', who may lack contrasts. The grid of a result is that of the first.",
     ),
 ]
 

@@ -1,13 +1,16 @@
 """The scans of a session by contrast -> volumes on one grid, or a refusal by name. Used where a scan is read for a model.
 
 The grid is the one of a reference, by default of the first scan. Scans whose grid agrees stay as they are; others are resampled to
-it by their headers' positions (`alignment`). Nothing is registered.
+it by their headers' positions (`alignment`). Nothing is registered. A file that is given for several contrasts holds them along its
+fourth axis.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,6 +25,8 @@ MIN_COVERAGE = 0.9
 """Default of the smallest fraction of the reference's voxels that each scan must cover."""
 
 
+Given = TypeVar("Given")
+
 ScansLike = ScanLike | Mapping[str, ScanLike]
 """A scan in any form, or scans by contrast, as in `{"flair": "flair.nii.gz", "t1": volume}`."""
 
@@ -33,11 +38,11 @@ def scans_from(
 
     Raises:
         InputError: as `volume_from`.
-        RefusedScan: as `volume_from` and `on_one_grid`.
+        RefusedScan: as `volume_from`, `split_contrasts` and `on_one_grid`.
     """
     convert = partial(volume_from, spacing_mm=spacing_mm, affine=affine)
     if isinstance(scan, Mapping) and not hasattr(scan, "affine"):  # images of TorchIO are mappings, too
-        return on_one_grid({name: convert(one) for name, one in scan.items()})
+        return on_one_grid(volumes_by_contrast(scan, convert))
     return convert(scan)
 
 
@@ -45,9 +50,44 @@ def read_contrasts(paths: Mapping[str, str | Path], *, min_coverage: float = MIN
     """Read the scans of a session, and bring them to the grid of the first.
 
     Raises:
-        RefusedScan: as `read_volume` and `on_one_grid`.
+        RefusedScan: as `read_volume`, `split_contrasts` and `on_one_grid`.
     """
-    return on_one_grid({name: read_volume(path) for name, path in paths.items()}, min_coverage=min_coverage)
+    return on_one_grid(volumes_by_contrast(paths, read_volume), min_coverage=min_coverage)
+
+
+def volumes_by_contrast(scans: Mapping[str, Given], read: Callable[[Given], Volume]) -> dict[str, Volume]:
+    """Read each scan of a session once. A file that is given for several contrasts holds them along its fourth axis, in this order.
+
+    Raises:
+        RefusedScan: as `read` and `split_contrasts`.
+    """
+    names: dict[str | int, list[str]] = {}
+    for name, scan in scans.items():
+        names.setdefault(str(scan) if isinstance(scan, str | Path) else id(scan), []).append(name)
+    found: dict[str, Volume] = {}
+    for first, *others in names.values():
+        volume = read(scans[first])
+        found |= split_contrasts(volume, [first, *others]) if others else {first: volume}
+    return {name: found[name] for name in scans}
+
+
+def split_contrasts(volume: Volume, names: Sequence[str]) -> dict[str, Volume]:
+    """Return the images along the fourth axis of a volume, (X, Y, Z, 1) each, by the names of their contrasts.
+
+    Raises:
+        RefusedScan: `other_frames` if there are not as many images as names.
+    """
+    number = volume.data.shape[3]
+    if number != len(names):
+        raise RefusedScan(
+            "other_frames",
+            f"{volume.key} has {number} image{'s' * (number > 1)} along its fourth axis, which {len(names)} contrasts are to share, "
+            f"{', '.join(names)}: name as many as it has, in their order, or give each contrast its own file",
+        )
+    return {
+        name: replace(volume, data=volume.data[..., index, None].copy(), key=f"{volume.key}_{name}", frames=None)
+        for index, name in enumerate(names)
+    }
 
 
 def on_one_grid(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from p2r.config import IngestConfig, SessionsConfig
 from p2r.data.alignment import Aligned, align, find_copy, on_own_grid
+from p2r.data.contrasts import split_contrasts
 from p2r.data.foreground import foreground
 from p2r.data.growth import PlannedScan, ShardPlan
 from p2r.data.label_maps import CODE as LABEL_MAP
@@ -119,18 +120,11 @@ class Records:
             return []
         if not volumes or sessions.fourth_axis == "time":
             return [(planned.contrast, volume) for volume in volumes if not self._holds_contrasts(planned, volume)]
-        (volume,) = volumes
-        if volume.data.shape[3] != len(sessions.contrasts):
-            message = (
-                f"{planned.scan.path} has {volume.data.shape[3]} images along its fourth axis, ingest.sessions.contrasts names "
-                f"{len(sessions.contrasts)} contrasts: name all images, in their order"
-            )
-            self._refuse(planned, RefusedScan("other_frames", message))
+        try:
+            return list(split_contrasts(volumes[0], list(sessions.contrasts)).items())
+        except RefusedScan as error:
+            self._refuse(planned, error)
             return []
-        return [
-            (name, replace(volume, data=volume.data[..., number, None].copy(), key=f"{volume.key}_{name}", frames=None))
-            for number, name in enumerate(sessions.contrasts)
-        ]
 
     def _holds_contrasts(self, planned: PlannedScan, volume: Volume) -> bool:
         """Refuse a volume whose fourth axis holds contrasts, by its `dataset.json`."""

@@ -4,6 +4,7 @@ Both files are meant to be read and edited: each key that may need a change has 
 reveal become variables, which a job requires by name: a licence and a source are never invented.
 """
 
+import glob
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -42,11 +43,12 @@ class Voxels:
 def draft_job(
     *, name: str, sources: str, licence: str, provenance: str, cohort: str, subject_pattern: str, task: str | None,
     voxels: Voxels | None, num_labelled: int, storage: str | None = None, exclude: Sequence[str] = (),
-    copies: Sequence[str] = (),
+    copies: Sequence[str] = (), fourth_axis: Mapping[str, str] = MappingProxyType({}),
 ) -> str:  # fmt: skip
     """Return a job's YAML: the whole pipeline with a task, otherwise only pretraining.
 
-    `exclude` and `copies` are patterns of files that are left out: test images, and copies of other subjects' scans.
+    `exclude` and `copies` are patterns of files that are left out: test images, and copies of other subjects' scans. `fourth_axis`: names
+    of the contrasts along the fourth axis of the images, and the data set's own words for them.
     """
     spacing, size = (1.5, 128) if voxels is None else voxels.image()
     kind = "pretrain" if task is None else "pipeline"
@@ -65,6 +67,12 @@ def draft_job(
         ingest.append(
             f"  subjects_of: {{task: {quoted(task)}, split: not_held_out}} # pretraining never sees validation or test patients"
         )
+    contrasts = f"contrasts: [{', '.join(map(quoted, fourth_axis))}], " * bool(fourth_axis)
+    if fourth_axis:
+        words = ", ".join(f"{quoted(key)}: {quoted(glob.escape(channel))}" for key, channel in fourth_axis.items())
+        ingest.append(
+            f"  sessions: {{contrasts: {{{words}}}, fourth_axis: contrasts}} # each image holds them along its fourth axis"
+        )
     lines = [
         f"kind: {kind}",
         f"name: {name}",
@@ -73,7 +81,7 @@ def draft_job(
         *ingest,
         "pretrain:",
         f"  image: {{spacing_mm: {spacing:g}, size: {size}}} # slices; dimensions: 3 for volumes",
-        "  model: {name: unet, channels: [16, 32, 64, 128, 256], feature_channels: 32}",
+        f"  model: {{name: unet, {contrasts}channels: [16, 32, 64, 128, 256], feature_channels: 32}}",
         "  loss: {name: info_nce, pixel_pairs_per_image: 128, temperature: 0.2}",
         "  optimizer: {learning_rate: 2.0e-3}",
         "  steps: 300 # minutes on two cores; on a GPU 20000 or more, and precision: bf16",
@@ -106,6 +114,7 @@ def draft_task(
     provenance: str,
     folder: Path,
     twins: Mapping[str, str] = MappingProxyType({}),
+    fourth_axis: Sequence[str] = (),
 ) -> str:
     """Return a task's YAML for the pairs found by a survey.
 
@@ -119,6 +128,7 @@ def draft_task(
         provenance: Citation of the data.
         folder: Folder of the new file; data folders below it are written as relative paths.
         twins: Subjects to leave out, because they have a scan of another subject -> that subject.
+        fourth_axis: Contrasts along the fourth axis of the images; empty if it is time.
     """
     subjects = labelled_subjects(found, pairing)
     left_out = {subject: owner for subject, owner in twins.items() if subject in subjects}
@@ -131,6 +141,11 @@ def draft_task(
         f"labels: {quoted(_shorten_path(pairing.labels, folder))}",
         f"image_name: {quoted(pairing.image_name)} # a scan's name without its suffix; {{key}} is the part shared with its label map"
         + (f"; others here: {', '.join(pairing.others[:4])}" if pairing.others else ""),
+        *(
+            [f"fourth_axis: [{', '.join(map(quoted, fourth_axis))}] # contrasts in each image, in this order"]
+            if fourth_axis
+            else []
+        ),
         f"label_name: {quoted(pairing.label_name)}",
         f"licence: {quoted(licence)}",
         f"citation: {quoted(provenance)}",

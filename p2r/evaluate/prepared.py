@@ -104,8 +104,9 @@ def _image_digests(scan: TaskImages, task: Task) -> dict[str, object]:
     """Return the part of a key for the images of a case."""
     if not scan.contrasts:
         return {"image": file_sha256(scan.image)}
-    images = {name: file_sha256(path) for name, path in scan.contrasts.items()}
-    return {"images": list(images.items()), "min_coverage": task.config.min_coverage}
+    digests = {path: file_sha256(path) for path in dict.fromkeys(scan.images)}
+    images = [(name, digests[path]) for name, path in scan.contrasts.items()]
+    return {"images": images, "min_coverage": task.config.min_coverage}
 
 
 def cached(

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from p2r.config import Fraction, Section
-from p2r.contrasts import Contrast, describe
+from p2r.contrasts import Contrast, Contrasts, describe
 from p2r.data.folders import images_below
 from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import composed, local_path, scan_key, unquoted_hint
@@ -61,6 +61,9 @@ class TaskConfig(Section):
     folders. A name without `{key}`, such as `t1`, selects the file of that name in each patient's folder. With several contrasts, the
     name of each: `{flair: "{key}_0000", t1: "{key}_0001"}`, or `{flair: "{key}_FLAIR", t1: "{key}_T1w"}` in BIDS. The files of one key
     in one folder are one case, which may lack contrasts. The order of the contrasts is that of their priority as reference."""
+    fourth_axis: Annotated[Contrasts, Field(min_length=2)] | None = None
+    """Contrasts that each scan holds along its fourth axis, in their order, as in tasks of the Medical Segmentation Decathlon:
+    `[flair, t1, t1gd, t2]`. None: a file is of one contrast, and its fourth axis is time."""
     min_coverage: Fraction = 0.9
     """Several contrasts: smallest fraction of the voxels of a case's grid that each contrast must cover. The grid is that of the first
     contrast with the grid of the label map; others are resampled to it by their headers' positions. Nothing is registered."""
@@ -106,6 +109,9 @@ class TaskConfig(Section):
     @property
     def contrasts(self) -> tuple[str, ...] | None:
         """Names of the contrasts of a case; None: one scan, of any contrast."""
+        return self.fourth_axis or self._contrasts_of_files()
+
+    def _contrasts_of_files(self) -> tuple[str, ...] | None:
         named = next((value for value in (self.images, self.image_name) if isinstance(value, dict)), None)
         return None if named is None else tuple(named)
 
@@ -158,8 +164,14 @@ class TaskConfig(Section):
             raise ValueError(
                 f"images and image_name must name the same contrasts, got {describe(both[0])} and {describe(both[1])}"
             )
-        files = [self.images_of(contrast) for contrast in self.contrasts or ()]
-        if twice := [name for name, place in zip(self.contrasts or (), files, strict=True) if files.count(place) > 1]:
+        of_files = self._contrasts_of_files()
+        if self.fourth_axis is not None and of_files is not None:
+            raise ValueError(
+                f"fourth_axis names the contrasts in each file, and images or image_name a file for each contrast ({describe(of_files)}): "
+                "give one or the other"
+            )
+        files = [self.images_of(contrast) for contrast in of_files or ()]
+        if twice := [name for name, place in zip(of_files or (), files, strict=True) if files.count(place) > 1]:
             raise ValueError(
                 f"{' and '.join(twice)} would be the same files, {files[0][1]!r} in {files[0][0]}: give each contrast its own "
                 "image_name, or its own folder in images"
@@ -175,17 +187,18 @@ class TaskImages:
     image: Path
     """The scan; with several contrasts, the first of them that the case has."""
     contrasts: Mapping[str, Path] = field(default_factory=dict, kw_only=True)
-    """Scans by contrast, without the missing ones; empty for a task of one scan without a name."""
+    """Scans by contrast, without the missing ones; the same file for all that it holds along its fourth axis. Empty for a task of one
+    scan without a name."""
 
     @property
     def images(self) -> tuple[Path, ...]:
-        """All scans of the case."""
+        """All scans of the case, one for each contrast."""
         return tuple(self.contrasts.values()) or (self.image,)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files of the case."""
-        return self.images
+        """All files of the case, each once."""
+        return tuple(dict.fromkeys(self.images))
 
 
 @dataclass(frozen=True)
@@ -196,8 +209,8 @@ class TaskScan(TaskImages):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files of the case."""
-        return (*self.images, self.label)
+        """All files of the case, each once."""
+        return (*super().files, self.label)
 
 
 @dataclass(frozen=True)
@@ -344,7 +357,7 @@ def task_sha256(path: Path) -> str:
     decides: dict[str, object] = config.model_dump(
         mode="json", exclude=_TEXT_FIELDS | {"images", "labels", "find_mix_ups"}
     )
-    for newer in ("unlabelled", "min_coverage"):
+    for newer in ("unlabelled", "min_coverage", "fourth_axis"):
         if getattr(config, newer) == TaskConfig.model_fields[newer].default:
             del decides[newer]  # left out at its default to keep older digests
     if isinstance(config.images, dict):
@@ -421,6 +434,7 @@ def _pair_files(config: TaskConfig, labels: Path, path: Path, cache: Path | None
         if subject is not None and not (label is None and image in image_of):
             has_key = "{key}" in config.images_of(next(iter(files)))[1]
             contrasts = {contrast: file for contrast, (_, file, _) in files.items() if contrast is not None}
+            contrasts |= dict.fromkeys(config.fourth_axis or (), image)
             yield _Case(Path(name).with_name(key).as_posix() if has_key else key, subject, image, label, contrasts)
 
 
@@ -430,7 +444,7 @@ _File = tuple[str, Path, Path]
 
 def _group_files(config: TaskConfig, path: Path, cache: Path | None) -> dict[tuple[str, str], dict[str | None, _File]]:
     """Return the files of each case, by relative folder and key; then by contrast, in the task's order."""
-    names: tuple[str | None, ...] = config.contrasts or (None,)
+    names: tuple[str | None, ...] = (None,) if config.fourth_axis else config.contrasts or (None,)
     folders = {name: _resolve_folder(config.images_of(name)[0], "images", path, cache) for name in names}
     cases: dict[tuple[str, str], dict[str | None, _File]] = {}
     for folder in dict.fromkeys(folders.values()):

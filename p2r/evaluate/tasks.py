@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2r.contrasts import describe
-from p2r.data.contrasts import on_one_grid, read_contrasts
+from p2r.data.contrasts import on_one_grid, read_contrasts, volumes_by_contrast
 from p2r.data.preprocess import (
     Frames,
     Planes,
@@ -238,7 +238,7 @@ def _read_images(scan: TaskScan, task: Task, labels: Volume) -> tuple[Volume, di
         if problem := _grid_problem(scan, scan.image, volume, labels):
             raise DataError(f"task {task.name}: {problem}{_hint_at_contrasts([volume], labels)}")
         return volume, {}
-    volumes = {name: read_volume(path) for name, path in scan.contrasts.items()}
+    volumes = volumes_by_contrast(scan.contrasts, read_volume)
     problems = {name: _grid_problem(scan, scan.contrasts[name], volume, labels) for name, volume in volumes.items()}
     reference = next((name for name, problem in problems.items() if problem is None), None)
     if reference is None:
@@ -254,7 +254,7 @@ def _read_images(scan: TaskScan, task: Task, labels: Volume) -> tuple[Volume, di
 def _hint_at_contrasts(volumes: Iterable[Volume], labels: Volume) -> str:
     """Return the end of a message if images have more frames than their label map."""
     is_longer = any(volume.data.shape[3] > labels.data.shape[3] for volume in volumes)
-    return "; if the fourth axis is of contrasts, save one file for each" * is_longer
+    return "; if the fourth axis holds contrasts, name them in the task, as in fourth_axis: [flair, t1]" * is_longer
 
 
 def _grid_problem(scan: TaskScan, image: Path, volume: Volume, labels: Volume) -> str | None:

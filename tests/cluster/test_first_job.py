@@ -253,13 +253,33 @@ def test_test_images_of_a_data_set_are_left_out_of_pretraining(tmp_path: Path, p
     assert survey(tmp_path / "other", cache=tmp_path).test_patterns == ("held/*", "imagesTr/liver_6.nii.gz")
 
 
-def test_a_fourth_axis_of_contrasts_is_named_with_the_way_to_read_it(tmp_path: Path, p2r: P2R) -> None:
+def test_contrasts_along_the_fourth_axis_enter_the_job_and_the_task(tmp_path: Path, p2r: P2R) -> None:
     _msd(tmp_path / "data")
     (stated := json.loads((tmp_path / "data/dataset.json").read_text()))["modality"] = {"0": "FLAIR", "1": "T1w"}
     (tmp_path / "data/dataset.json").write_text(json.dumps(stated))
-    code, said = p2r("check", tmp_path / "data")
-    assert code == 0 and "each image holds 2 contrasts, FLAIR, T1w" in said
-    assert 'ingest.sessions: {contrasts: {flair: "FLAIR", t1w: "T1w"}, fourth_axis: contrasts}' in said
+    code, said = p2r("init", "mine", "--scans", tmp_path / "data")
+    assert code == 0 and "each image holds 2 contrasts: FLAIR, T1w" in said and "flair,t1w=" in said
+    job, task = read_job(Path("mine/job.yaml")), load_task(Path("mine/task.yaml"))
+    assert job.ingest is not None and job.ingest.sessions is not None and job.pretrain is not None
+    assert job.ingest.sessions.fourth_axis == "contrasts" and tuple(job.ingest.sessions.contrasts) == ("flair", "t1w")
+    assert job.pretrain.model.contrasts == task.config.fourth_axis == ("flair", "t1w")
+
+
+@pytest.mark.parametrize("channels", [["MRI", "mri"], ["§", "T1*"], ["a" * 80, "b: {"]])
+def test_channels_of_any_name_become_contrasts(tmp_path: Path, channels: list[str]) -> None:
+    _msd(tmp_path / "data")
+    stated = json.loads((tmp_path / "data/dataset.json").read_text())
+    stated["modality"] = {str(number): name for number, name in enumerate(channels)}
+    (tmp_path / "data/dataset.json").write_text(json.dumps(stated))
+    drafts = drafts_of(survey_folder(tmp_path / "data"), tmp_path)
+    assert drafts.task is not None
+    for name, text in {"job": drafts.job, "task": drafts.task}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    names = load_task(tmp_path / "task.yaml").config.fourth_axis
+    model = read_job(tmp_path / "job.yaml", unset={})
+    assert (
+        names is not None and len(names) == 2 and model.pretrain is not None and model.pretrain.model.contrasts == names
+    )
 
 
 def test_init_overwrites_nothing(tmp_path: Path, p2r: P2R) -> None:

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
+import numpy as np
 import pytest
 
 from cluster.patients import describe_patients, has_keys, list_patients
+from p2r.data.volume import write_nifti
 from p2r.errors import InputError
 from tests.publishing import publish_toy
 from tests.toy import write_toy_sessions
@@ -60,6 +62,16 @@ def test_a_key_may_be_a_folder_and_occur_twice(write: Write) -> None:
     }
 
 
+def test_contrasts_along_the_fourth_axis_share_a_path(write: Write) -> None:
+    root = write("a.nii.gz", "b.nii.gz", "b_t2.nii.gz")
+    four = f"{root}/{{key}}.nii.gz"
+    found = list_patients({"flair": four, "t1": four, "t2": f"{root}/{{key}}_t2.nii.gz"}, str(root / "out"))
+    assert [(one.key, one.contrasts) for one in found] == [
+        ("a", (("flair", f"{root}/a.nii.gz"), ("t1", f"{root}/a.nii.gz"))),
+        ("b", (("flair", f"{root}/b.nii.gz"), ("t1", f"{root}/b.nii.gz"), ("t2", f"{root}/b_t2.nii.gz"))),
+    ]
+
+
 def test_a_key_never_leaves_the_output(write: Write) -> None:
     root = write("a../b/t1.nii.gz", "a/c/t1.nii.gz", "a1/t1.nii.gz")
     assert set(grouped(root, t1="a{key}/t1.nii.gz")) == {"1"}
@@ -86,7 +98,7 @@ def test_the_numbers_of_patients_show_a_name_that_fits_one_contrast_only(write: 
         ),
         ({"t1": "{root}/{subject}_t1.nii.gz"}, "out", "for a patient is {key}, not {subject}"),
         ({"t1": "{root}/{key}_t1"}, "out", "a_t1.nii and .*a_t1.nii.gz both are the contrast t1 of a"),
-        ({"t1": "{root}/{key}_t1.nii", "t2": "{root}/{key}_t1.nii"}, "out", "a_t1.nii matches t1=.* and t2="),
+        ({"t1": "{root}/{key}_t1.nii", "t2": "{root}/{key}_t1"}, "out", "a_t1.nii matches t1=.* and t2="),
         ({"t1": "{root}/absent/{key}.nii"}, "out", "there is no folder"),
         ({"t1": "s3://bucket/{key}_t1.nii"}, "out", "only folders of this machine are searched"),
         ({"t1": "{root}/{key}_t1.nii"}, "out/{key}.nii.gz", "go into a folder"),
@@ -100,6 +112,34 @@ def test_paths_that_do_not_name_patients_are_refused(
     with pytest.raises(InputError, match=message):
         assert has_keys(given)
         list_patients(given, output)
+
+
+def test_an_image_of_contrasts_along_its_fourth_axis_has_the_features_of_separate_scans(
+    p2r: P2R, tmp_path: Path
+) -> None:
+    data = write_toy_sessions(tmp_path / "data", num_subjects=1)
+    url = publish_toy(str(tmp_path / "backbone"), contrasts=("flair", "t1"))["url"]
+    flair, t1 = (data / f"sub-01/anat/sub-01_{name}.nii.gz" for name in ("FLAIR", "T1w"))
+    both = tmp_path / "both.nii.gz"
+    images = [nibabel.load(path) for path in (t1, flair)]
+    write_nifti(both, np.stack([np.asarray(image.dataobj) for image in images], -1), images[0].affine)
+    for name, scans in {"separate": [f"t1={t1}", f"flair={flair}"], "both": [f"t1,FLAIR={both}"]}.items():
+        code, said = p2r("embed", url, *scans, "-o", tmp_path / f"{name}.nii.gz")
+        assert code == 0, said
+    found = [nibabel.load(tmp_path / f"{name}.nii.gz").get_fdata() for name in ("separate", "both")]
+    np.testing.assert_array_equal(*found)
+    for given, message in {
+        (
+            f"t1={both}",
+            f"flair={both}",
+        ): "is given as t1 and as flair: if its fourth axis holds several contrasts, name them",
+        (f"t1,t1={both}",): "the contrast t1 is named twice",
+        (f"t1,flair={t1}",): "has 1 image along its fourth axis, which 2 contrasts are to share, t1, flair",
+        (f"t1,flair={both}", f"t1={t1}"): "the contrast t1 is named twice",
+        (f"t1,flair,t2={both}",): "never saw the contrast t2",
+    }.items():
+        code, said = p2r("embed", url, *given, "-o", tmp_path / "refused.nii.gz")
+        assert code == 2 and message in said, said
 
 
 def test_embed_writes_the_features_of_each_patient_into_a_folder(p2r: P2R, tmp_path: Path) -> None:

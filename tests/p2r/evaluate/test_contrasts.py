@@ -18,7 +18,7 @@ from p2r.data.preprocess import Preparation, frames_of, planes_of
 from p2r.data.volume import read_volume, write_nifti
 from p2r.errors import DataError, RefusedScan
 from p2r.evaluate.prepared import prepared_images, prepared_scan
-from p2r.evaluate.tasks import check_scans, load_scan, load_task, task_sha256
+from p2r.evaluate.tasks import Task, check_scans, load_scan, load_task, task_sha256
 from tests.publishing import publish_toy
 from tests.toy import CONTRASTS, write_toy_sessions
 
@@ -87,6 +87,80 @@ def test_the_channels_of_nnunet_and_folders_by_contrast_are_the_same_task(sessio
         task = load_task(retask(tmp_path, **changes))
         assert [(scan.subject, tuple(scan.contrasts)) for scan in task.scans] == expected
         assert [scan.key for scan in task.scans] == [f"sub-{number:02d}" for number in range(1, 9)]
+
+
+def stack(folder: Path, to: Path) -> Path:
+    """Write the task with one image of all contrasts along its fourth axis for each subject that has them all."""
+    for subject in ("sub-01", *(f"sub-{number:02d}" for number in range(3, 8))):
+        images = [nibabel.load(file_of(folder, subject, name)) for name in NAMES]
+        (to / "images").mkdir(exist_ok=True, parents=True)
+        write_nifti(
+            to / f"images/{subject}.nii.gz",
+            np.stack([np.asarray(image.dataobj) for image in images], axis=-1),
+            images[0].affine,
+        )
+    shutil.copytree(folder / "labels", to / "labels")
+    shutil.copy(folder / "task.yaml", to / "task.yaml")
+    rule = {"seed": 0, "validation": 1, "test": 2}
+    return retask(to, images="images", image_name=None, fourth_axis=list(NAMES), splits=None, split_rule=rule)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_contrasts_along_the_fourth_axis_are_those_of_files_of_their_own(
+    copy: Path, tmp_path: Path, dimensions: int
+) -> None:
+    stacked, separate = load_task(stack(copy, tmp_path / "stacked")), load_task(copy / "task.yaml")
+    preparation = PREPARATION.model_copy(update={"dimensions": dimensions})
+    assert stacked.config.contrasts == NAMES and len(stacked.scans) == 6
+    assert check_scans(stacked, preparation).keys() == {scan.subject for scan in stacked.scans}
+    alone = {scan.subject: load_scan(scan, separate, preparation) for scan in separate.scans}
+    for scan in stacked.scans:
+        assert scan.contrasts == dict.fromkeys(NAMES, scan.image) and scan.files == (scan.image, scan.label)
+        for loaded in (load_scan(scan, stacked, preparation), *(prepared_scan(scan, stacked, preparation),) * 2):
+            assert torch.equal(loaded.planes.images, alone[scan.subject].planes.images)
+            assert tuple(loaded.contrasts) == NAMES
+        images = prepared_images(scan, stacked, preparation)
+        assert torch.equal(images.images, prepared_images_of(separate, scan.subject, preparation))
+    fewer = preparation.model_copy(update={"contrasts": NAMES[1:]})
+    first = stacked.scans[0]
+    assert torch.equal(load_scan(first, stacked, fewer).planes.images, alone[first.subject].planes.images[:, 1:])
+
+
+def prepared_images_of(task: Task, subject: str, preparation: Preparation) -> torch.Tensor:
+    """Return the images of a subject, read without its label map."""
+    (scan,) = [scan for scan in task.scans if scan.subject == subject]
+    return prepared_images(scan, task, preparation).images
+
+
+def test_the_order_along_the_fourth_axis_is_part_of_a_task(copy: Path, tmp_path: Path) -> None:
+    path = stack(copy, tmp_path / "stacked")
+    digest = task_sha256(path)
+    other = [NAMES[1], NAMES[0], *NAMES[2:]]
+    assert task_sha256(retask(tmp_path / "stacked", fourth_axis=other)) != digest
+    task = load_task(path)
+    scan = task.scans[0]
+    assert task.config.contrasts == tuple(other)
+    loaded = prepared_scan(scan, task, PREPARATION)
+    np.testing.assert_array_equal(loaded.contrasts[NAMES[1]].data[..., 0], read_volume(scan.image).data[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fourth_axis": ["flair"]}, "fourth_axis: .* at least 2 items"),
+        ({"fourth_axis": ["flair", "t1", "flair"]}, "must be different names, got flair more than once"),
+        ({"image_name": {"flair": "{key}_FLAIR", "t1": "{key}_T1w"}}, "fourth_axis names the contrasts in each file"),
+        ({"fourth_axis": ["flair", "t1"]}, "sub-01 has 3 images along its fourth axis, .* name as many as it has"),
+        ({"fourth_axis": ["flair", "t1", "t1ce", "t2"]}, "sub-01 has 3 images along its fourth axis"),
+    ],
+)
+def test_a_fourth_axis_that_does_not_fit_its_names_is_refused(
+    copy: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    stack(copy, tmp_path / "stacked")
+    path = retask(tmp_path / "stacked", **changes)
+    with pytest.raises((DataError, RefusedScan), match=message):
+        check_scans(load_task(path), PREPARATION)
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
@@ -167,7 +241,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: [
             rewrite(path, lambda data: np.stack([data] * 4, -1)) for path in (folder / "sub-01/anat").iterdir()
         ],
-        "the grids differ: .*; if the fourth axis is of contrasts, save one file for each",
+        r"the grids differ: .*; if the fourth axis holds contrasts, name them in the task, as in fourth_axis: \[flair, t1\]",
     ),
     "a vector image": (
         lambda folder: nibabel.Nifti1Image(np.ones((36, 40, 3, 1, 3), np.float32), np.eye(4)).to_filename(
@@ -196,7 +270,9 @@ def test_contrasts_that_do_not_fit_together_are_refused_by_name(copy: Path, case
 def test_a_fourth_axis_of_contrasts_is_named_in_a_task_of_one_contrast(copy: Path) -> None:
     task = load_task(retask(copy, image_name="{key}_FLAIR"))
     rewrite(file_of(copy, "sub-01", "flair"), lambda data: np.stack([data, data], -1))
-    with pytest.raises(DataError, match=r"the grids differ: .*; if the fourth axis is of contrasts, save one file for"):
+    with pytest.raises(
+        DataError, match=r"the grids differ: .*; if the fourth axis holds contrasts, name them in the task"
+    ):
         load_scan(task.scans[0], task, PREPARATION.model_copy(update={"contrasts": None}))
 
 
@@ -245,7 +321,10 @@ def test_a_backbone_prepares_scans_by_contrast_and_names_those_it_never_saw(sess
     for scan, message in (
         ({"t2": t1}, "the network never saw the contrast t2, it reads flair, t1, t1ce"),
         (t1, "sub-01_T1w is one scan without the name of its contrast, the network reads flair, t1, t1ce: name it"),
-        ({"flair": flair, "t1": flair}, "sub-01_FLAIR and sub-01_FLAIR are one image"),
+        (
+            {"flair": flair, "t1": flair},
+            "sub-01_FLAIR has 1 image along its fourth axis, which 2 contrasts are to share",
+        ),
     ):
         with pytest.raises(RefusedScan, match=re.escape(message)):
             backbone.prepare(scan)
