@@ -120,7 +120,7 @@ def test_an_image_of_contrasts_along_its_fourth_axis_has_the_features_of_separat
     data = write_toy_sessions(tmp_path / "data", num_subjects=1)
     url = publish_toy(str(tmp_path / "backbone"), contrasts=("flair", "t1"))["url"]
     flair, t1 = (data / f"sub-01/anat/sub-01_{name}.nii.gz" for name in ("FLAIR", "T1w"))
-    both = tmp_path / "both.nii.gz"
+    both = tmp_path / "t1-flair.nii.gz"
     images = [nibabel.load(path) for path in (t1, flair)]
     write_nifti(both, np.stack([np.asarray(image.dataobj) for image in images], -1), images[0].affine)
     for name, scans in {"separate": [f"t1={t1}", f"flair={flair}"], "both": [f"t1,FLAIR={both}"]}.items():
