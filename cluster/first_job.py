@@ -45,7 +45,7 @@ _READ_S = 8.0
 _LEAST_READ = 8  # scans
 _CLOCK_S_PER_CPU_S = 4.0  # clock seconds allowed per second of work, for busy machines and remote files
 _SHOWN = 24
-_LONGEST_NAME = 64  # of a contrast
+_LONGEST_NAME, _MOST_CONTRASTS = 64, 64
 _LABELS_READ = 12
 _LEAST_LABELLED = 4  # one each to train, validate and test on, and one spare
 Tile = tuple[NDArray[np.uint8] | None, str, str, bool]
@@ -91,6 +91,7 @@ def survey_folder(
         DataError: See `survey`.
     """
     found = Found(survey(folder, labels=labels, form=form, contrast=contrast, cache=cache_folder()))
+    channels = list(_fourth_axis(found.names))
     began, cpu_began = time.monotonic(), time.process_time()
     for scan in _shuffle(found.names.scans, lambda scan: scan.path):
         took_s = max(time.process_time() - cpu_began, (time.monotonic() - began) / _CLOCK_S_PER_CPU_S)
@@ -101,7 +102,11 @@ def survey_folder(
         if scan.format == "dicom":
             continue
         try:
-            volume = read_volume(scan.path, max_frames=1)
+            volume = read_volume(scan.path, max_frames=None if channels else 1)
+            if channels:
+                from p2r.data.contrasts import split_contrasts  # imports torch
+
+                volume = next(iter(split_contrasts(volume, channels).values()))
             if reason := label_map_by_voxels(volume.data):
                 raise RefusedScan("label_map", f"{scan.path} {reason}")
             percentile_table(volume.data)
@@ -256,12 +261,16 @@ def _contrast_lines(pairing: Pairing) -> Iterator[tuple[str, str]]:
 
 def _fourth_axis(names: Survey) -> dict[str, str]:
     """Return the contrasts along the fourth axis of the images: a name, and the channel in `dataset.json`; empty if it is time."""
-    if names.dataset is None or names.scans[0].num_channels == 1:
+    if names.dataset is None or names.scans[0].num_channels == 1 or len(names.dataset.channels) > _MOST_CONTRASTS:
         return {}
     found: dict[str, str] = {}
     for number, channel in enumerate(names.dataset.channels):
         name = re.sub(r"[^a-z0-9]+", "_", channel.lower()).strip("_")[:_LONGEST_NAME]
-        found[name if name and name not in found else f"channel_{number}"] = channel
+        if not name or name in found:
+            name = f"channel_{number}"
+        while name in found:
+            name += "_"
+        found[name] = channel
     return found
 
 

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from p2r.data.folders import images_below
 from p2r.data.label_maps import label_map_by_name
-from p2r.data.names import local_path, scan_key
+from p2r.data.names import local_path, pair_of, scan_key
 from p2r.data.opening import remote_version
 from p2r.documents import JsonRow, checked, read_json
 from p2r.errors import InputError, RefusedScan
@@ -225,9 +225,12 @@ def _scan_sha256(target: Target) -> str:
 
 
 def _digest_of_scan(scan: str) -> str:
-    """Return the digest of a scan's content; of a remote scan, that of its size and version, which are known without reading it."""
-    path = local_path(scan)
-    return hashlib.sha256(remote_version(scan).encode()).hexdigest() if path is None else _digest(path.expanduser())
+    """Return the digests of a scan's files; of a remote file, that of its size and version, which are known without reading it."""
+    found = ((file, local_path(file)) for file in pair_of(scan) or (scan,))
+    return " ".join(
+        hashlib.sha256(remote_version(file).encode()).hexdigest() if path is None else _digest(path.expanduser())
+        for file, path in found
+    )
 
 
 def _digests(target: Target) -> str:

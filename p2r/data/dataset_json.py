@@ -11,6 +11,7 @@ Older nnU-Net files mix both forms. A `dataset.json` without labels and channels
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +56,11 @@ class DatasetJson:
     def label_maps(self) -> frozenset[str]:
         """Paths that are listed as label maps."""
         return frozenset(label for _, label in self.training)
+
+    @cached_property
+    def cases(self) -> frozenset[str]:
+        """Names of the listed images, without folder and suffix."""
+        return frozenset(map(scan_key, (*(image for image, _ in self.training), *self.test)))
 
 
 def read_dataset_json(path: Path) -> DatasetJson | None:
@@ -105,10 +111,15 @@ def parse_dataset_json(content: bytes, path: str) -> DatasetJson | None:
 
 
 def case_of(name: str, dataset: DatasetJson) -> tuple[str, int]:
-    """Return the case and the channel number in an image's file name."""
+    """Return the case and the channel number in an image's file name.
+
+    The first version of nnU-Net lists images without their numbers: CASE.nii.gz for CASE_0000.nii.gz.
+    """
     key = scan_key(name)
-    match = _CHANNEL.match(key) if dataset.form == "nnunet" else None
-    return (key, 0) if match is None else (match[1], int(match[2]))
+    match = _CHANNEL.match(key)
+    if match is None or (dataset.form == "msd" and (key in dataset.cases or match[1] not in dataset.cases)):
+        return key, 0
+    return match[1], int(match[2])
 
 
 def _parse_channels(found: Mapping[str, object], path: str) -> tuple[str, ...]:

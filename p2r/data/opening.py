@@ -6,6 +6,7 @@ writers pad their files, and a stream could be endless.
 
 import gzip
 import os
+import re
 import stat
 import tempfile
 import zlib
@@ -15,6 +16,7 @@ from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import fsspec
 import numpy as np
@@ -222,14 +224,16 @@ def _fetch_file(path: str | Path) -> Iterator[Path]:
 def remote_version(url: str) -> str:
     """Return a text that differs if the content of a remote file differs, without reading it: its size and its ETag or time.
 
+    It differs in each call if the server states neither.
+
     Raises:
         RefusedScan: `unreadable`: there is no such file.
         StorageError: if its server cannot be asked.
     """
     with _remote_files(url) as files:
-        facts = files.info(url)
-    stamps = (facts.get(name) for name in ("ETag", "etag", "LastModified", "mtime", "created"))
-    return f"{facts.get('size')} {next((stamp for stamp in stamps if stamp), '')}"
+        facts = {re.sub(r"[-_]", "", name).lower(): value for name, value in files.info(url).items()}
+    stamps = (facts.get(name) for name in ("etag", "lastmodified", "mtime", "modify", "created"))
+    return f"{facts.get('size')} {next((stamp for stamp in stamps if stamp), uuid4().hex)}"
 
 
 @contextmanager
@@ -237,8 +241,11 @@ def _remote_files(url: str | Path) -> Iterator[Any]:
     """Yield fsspec's client for a remote file; errors inside the context become those of `opened`."""
     try:
         yield bucket_client() if str(url).startswith("s3://") else fsspec.url_to_fs(str(url))[0]
-    except FileNotFoundError as error:
-        raise RefusedScan("unreadable", f"cannot read {url}: there is no such object") from error
     except Exception as error:  # fsspec's file systems raise arbitrary exceptions
+        # fsspec's client for http raises FileNotFoundError for every failed request.
+        cause = error.__cause__ if str(url).startswith("http") else None
+        if isinstance(error, FileNotFoundError) and isinstance(cause, FileNotFoundError | None):
+            raise RefusedScan("unreadable", f"cannot read {url}: there is no such object") from error
+        failure = cause or error
         # A network failure is not the scan's fault: a refusal would drop the scan from the corpus.
-        raise StorageError(f"cannot read {url}: {type(error).__name__}: {error}; check network and keys") from error
+        raise StorageError(f"cannot read {url}: {type(failure).__name__}: {failure}; check network and keys") from error

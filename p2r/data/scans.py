@@ -292,7 +292,8 @@ def _describe_scan(scan: Scan, root: str, datasets: dict[str, DatasetJson | None
     entities = dict(scan.entities)
     if channel < len(dataset.channels):
         entities.setdefault("channel", dataset.channels[channel])
-    num_channels = len(dataset.channels) if dataset.form == "msd" else 1
+    is_whole = dataset.form == "msd" and case == scan_key(path)
+    num_channels = len(dataset.channels) if is_whole else 1
     return replace(
         scan, below=below, label_map=reason or "", case=case, entities=tuple(sorted(entities.items())), num_channels=num_channels
     )  # fmt: skip

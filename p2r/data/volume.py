@@ -98,7 +98,7 @@ def read_volume(
         key: Name of the volume; None: the file name without its suffix.
         max_mib: Limit of the memory for its voxels.
         max_frames: Maximum number of frames to read, evenly spaced; None: all.
-        nan: background: NaN voxels become 0, or the minimum if that is lower, and `notes` counts them; refuse: one NaN voxel
+        nan: background: NaN voxels become 0, or the minimum of their frame if that is lower, and `notes` counts them; refuse: one NaN voxel
             refuses the scan.
 
     Raises:
@@ -311,13 +311,13 @@ def _decode_volume(path: str | Path, key: str | None, max_mib: float, max_frames
                 stored, notes = _read_stored(voxels, header, shape, frames)
     check_extent(place, shape, path)
     scaling = scaling_of(header, path)
-    dtype, num_nan, background = _choose_dtype(stored, scaling, path, nan)
+    dtype, num_nan, backgrounds = _choose_dtype(stored, scaling, path, nan)
     orientation = io_orientation(place.affine)
     data = np.empty([*(shape[axis] for axis in np.argsort(orientation[:, 0])), len(frames)], dtype)
     in_file_order = apply_orientation(data, ornt_transform(_RAS, orientation))  # a view
     for part in _split_into_slabs(stored.shape):
         scaled = _apply_scaling(stored[part], scaling)
-        in_file_order[part] = np.where(np.isnan(scaled), background, scaled) if num_nan else scaled
+        in_file_order[part] = np.where(np.isnan(scaled), backgrounds[part[3]], scaled) if num_nan else scaled
     spacing = place.spacing_mm[np.argsort(orientation[:, 0])]
     return Volume(
         data=data,
@@ -369,16 +369,16 @@ def _apply_scaling(stored: NDArray[Any], scaling: tuple[float, float]) -> NDArra
 
 def _choose_dtype(
     stored: NDArray[Any], scaling: tuple[float, float], path: str | Path, nan: Nan
-) -> tuple[np.dtype[Any], int, float]:
-    """Return the narrowest lossless type for the scaled voxels, the number of NaN voxels, and the value to replace them.
+) -> tuple[np.dtype[Any], int, NDArray[np.float64]]:
+    """Return the narrowest lossless type for the scaled voxels, the number of NaN voxels, and the value to replace them in each frame.
 
     The type is float32 if the voxels have fractions, or exceed 16 bits.
     """
     native = stored.dtype.newbyteorder("=")
     if native in _KEPT_DTYPES and scaling == (1.0, 0.0):
-        return np.dtype(native), 0, 0.0
+        return np.dtype(native), 0, np.zeros(stored.shape[3])
     found = _scan_values(stored, scaling)
-    is_empty = found.low > found.high
+    is_empty = found.lows.min() > found.high
     if found.num_infinite or is_empty or (found.num_nan and nan == "refuse"):
         way_out = (
             "replace them by finite values"
@@ -388,24 +388,24 @@ def _choose_dtype(
         raise RefusedScan(
             "nonfinite", f"{path} has {found.num_nan + found.num_infinite} voxels that are NaN or infinite; {way_out}"
         )
-    background = min(0.0, float(found.low)) if found.num_nan else 0.0
-    low, high = found.low, found.high
+    backgrounds = np.minimum(found.lows, 0.0)  # of each frame, because frames may be contrasts
+    low, high = found.lows.min(), found.high
     if found.num_nan:
-        low, high = min(low, background), max(high, background)
+        low, high = min(low, backgrounds.min()), max(high, backgrounds.max())
     for dtype in (np.int16, np.uint16) if found.is_whole else ():
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
-            return np.dtype(dtype), found.num_nan, background
+            return np.dtype(dtype), found.num_nan, backgrounds
     if max(-low, high) > np.finfo(np.float32).max:
         raise RefusedScan("nonfinite", f"{path} has values that exceed 32-bit numbers; scale them down")
     # float32 is exact for whole numbers up to 2**24, far beyond the resolution of a scanner's converter.
-    return np.dtype(np.float32), found.num_nan, background
+    return np.dtype(np.float32), found.num_nan, backgrounds
 
 
 class _Values(NamedTuple):
     """Facts about the scaled voxels of a scan."""
 
-    low: float
-    """Smallest finite value; above `high` if no value is finite."""
+    lows: NDArray[np.float64]
+    """Smallest finite value of each frame; infinite if no value is finite."""
     high: float
     num_infinite: int
     num_nan: int
@@ -414,7 +414,7 @@ class _Values(NamedTuple):
 
 
 def _scan_values(stored: NDArray[Any], scaling: tuple[float, float]) -> _Values:
-    low, high, num_infinite, num_nan, is_whole = np.inf, -np.inf, 0, 0, True
+    lows, high, num_infinite, num_nan, is_whole = np.full(stored.shape[3], np.inf), -np.inf, 0, 0, True
     for part in _split_into_slabs(stored.shape):
         values = _apply_scaling(stored[part], scaling)
         if values.dtype.kind == "f":
@@ -424,8 +424,8 @@ def _scan_values(stored: NDArray[Any], scaling: tuple[float, float]) -> _Values:
             values = finite
             is_whole = is_whole and bool((np.rint(values) == values).all())
         if values.size:
-            low, high = min(low, values.min()), max(high, values.max())
-    return _Values(low, high, num_infinite, num_nan, is_whole)
+            lows[part[3]], high = min(lows[part[3]], values.min()), max(high, values.max())
+    return _Values(lows, high, num_infinite, num_nan, is_whole)
 
 
 def _split_into_slabs(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice, slice, int]]:

@@ -8,6 +8,7 @@ from functools import partial
 from p2r.backbone import Backbone
 from p2r.config import FinetuneConfig
 from p2r.contrasts import describe
+from p2r.data.contrasts import volumes_by_contrast
 from p2r.data.label_maps import label_map_by_voxels
 from p2r.data.preprocess import Preparation
 from p2r.data.volume import read_volume
@@ -127,8 +128,9 @@ def check_data(
 def _check_unlabelled(scan: TaskImages, task: Task, preparation: Preparation, held_out: Mapping[str, TaskScan]) -> None:
     """Refuse an unlabelled scan that cannot be prepared, is a label map, or is a copy of a validation or test patient's."""
     way_out = f"Leave {scan.subject} out (split_rule.leave_out), or move the file out of the task's folder"
-    for image in scan.images:
-        volume = read_volume(image)
+    images = scan.contrasts or {"": scan.image}
+    for name, volume in volumes_by_contrast(images, read_volume).items():
+        image = images[name]
         if reason := label_map_by_voxels(volume.data):
             raise DataError(
                 f"task {task.name}: {image} has no label map and {reason}, like a label map. Give it the name of its scan's label "

@@ -1,5 +1,6 @@
 """Labelled scans before any training -> features of a frozen backbone, a segmenter by class prototypes, rules of plausibility."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,6 @@ from p2r.fewshot.images import labelled_images
 from p2r.fewshot.plausibility import Plausibility, frames_of_scans, learn_plausibility
 from p2r.fewshot.protocol import Trial
 from p2r.fewshot.prototypes import class_prototypes
-from p2r.files import file_sha256
 from p2r.model.pix2rep import Segmenter
 from p2r.randomness import keyed_generator
 
@@ -44,7 +44,7 @@ def frozen_features(
             features = _as_tensor(*make())
         else:
             key = {
-                "image": [file_sha256(image) for image in scan.scan.images],
+                "images": hashlib.sha256(scan.planes.images.contiguous().numpy().data).hexdigest(),
                 "preparation": preparation.model_dump(mode="json"),
                 "backbone": backbone_sha256,
                 "device": device,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from p2r.artefact import CorpusFacts
 from p2r.backbone import Backbone
 from p2r.data.corpus import contains
-from p2r.data.volume import Volume
+from p2r.data.volume import Volume, read_volume, voxels_sha256
 from p2r.errors import DataError
 from p2r.evaluate.tasks import Split, Task, TaskScan, acquired_sha256
 
@@ -53,6 +53,8 @@ class Known:
             DataError: if it is, and the job does not allow that.
         """
         digests = [acquired_sha256(volume) for volume in volumes]
+        # A corpus may have read contrasts along a fourth axis as frames of one series.
+        digests += [voxels_sha256(read_volume(file)) for file in set(scan.images) if scan.images.count(file) > 1]
         for corpus in self._corpora:
             if any(contains(corpus, voxels_sha256=digest) for digest in digests):
                 self._report_leak(f"scan {scan.key} of the {split} split", corpus)

@@ -1,6 +1,7 @@
 """From a folder as people have it to a job and a task: what is found, what is written, and that it is valid."""
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -265,7 +266,7 @@ def test_contrasts_along_the_fourth_axis_enter_the_job_and_the_task(tmp_path: Pa
     assert job.pretrain.model.contrasts == task.config.fourth_axis == ("flair", "t1w")
 
 
-@pytest.mark.parametrize("channels", [["MRI", "mri"], ["§", "T1*"], ["a" * 80, "b: {"]])
+@pytest.mark.parametrize("channels", [["MRI", "mri"], ["§", "T1*"], ["a" * 80, "b: {"], ["channel_1", "§"]])
 def test_channels_of_any_name_become_contrasts(tmp_path: Path, channels: list[str]) -> None:
     _msd(tmp_path / "data")
     stated = json.loads((tmp_path / "data/dataset.json").read_text())
@@ -280,6 +281,25 @@ def test_channels_of_any_name_become_contrasts(tmp_path: Path, channels: list[st
     assert (
         names is not None and len(names) == 2 and model.pretrain is not None and model.pretrain.model.contrasts == names
     )
+
+
+def test_images_with_other_contrasts_than_their_dataset_json_are_named(tmp_path: Path, p2r: P2R) -> None:
+    _msd(tmp_path / "data")
+    stated = json.loads((tmp_path / "data/dataset.json").read_text()) | {"modality": {"0": "T1", "1": "T2", "2": "PD"}}
+    (tmp_path / "data/dataset.json").write_text(json.dumps(stated))
+    code, said = p2r("init", "mine", "--scans", tmp_path / "data")
+    assert code == 0 and "along its fourth axis, which 3 contrasts are to share, t1, t2, pd" in said
+
+
+def test_the_first_version_of_nnunet_lists_images_without_the_numbers_of_their_files(tmp_path: Path, p2r: P2R) -> None:
+    _msd(tmp_path / "data")
+    stated = json.loads((tmp_path / "data/dataset.json").read_text()) | {"modality": {"0": "FLAIR", "1": "T1w"}}
+    (tmp_path / "data/dataset.json").write_text(json.dumps(stated))
+    for path in sorted((tmp_path / "data").glob("images*/*.nii.gz")):
+        shutil.copy(path, path.with_name(path.name.replace(".nii", "_0001.nii")))
+        path.rename(path.with_name(path.name.replace(".nii", "_0000.nii")))
+    code, said = p2r("check", tmp_path / "data")
+    assert code == 0 and "fourth" not in said and re.search(r"contrasts +FLAIR \d+, T1w \d+", said), said
 
 
 def test_init_overwrites_nothing(tmp_path: Path, p2r: P2R) -> None:

@@ -1,12 +1,14 @@
 """Results of many scans: which are there already, also of scans in a bucket."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 
 from cluster.outputs import Result, Target, process_each
-from p2r.errors import InputError
+from p2r.data.opening import remote_version
+from p2r.errors import InputError, StorageError
 
 
 def write(target: Target) -> Result:
@@ -50,6 +52,36 @@ def test_a_scan_that_has_changed_is_processed_again_wherever_it_is(
         remove(scans[0])
         with pytest.raises(InputError, match="none of the 2 scans could be used"):
             process_each(targets, write, out, inputs={"model": "m"}, say=lines.append)
+
+
+@pytest.mark.parametrize("state", [{}, {"Last-Modified": "Mon"}])
+def test_the_version_of_a_web_file_is_its_date_or_unknown(
+    monkeypatch: pytest.MonkeyPatch, state: dict[str, str]
+) -> None:
+    web = SimpleNamespace(info=lambda url: {"size": 4, "type": "file"} | state)
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda url: (web, url))
+    first, second = (remote_version("http://server/scan.nii.gz") for _ in range(2))
+    assert (first == second) == bool(state)
+    state["Last-Modified"] = "Tue"
+    assert remote_version("http://server/scan.nii.gz") != first
+
+
+def test_a_web_server_that_cannot_be_reached_is_not_an_absent_scan() -> None:
+    with pytest.raises(StorageError, match=r"cannot read http://127.* ClientConnectorError"):
+        remote_version("http://127.0.0.1:9/scan.nii.gz")
+
+
+def test_a_scan_in_two_files_is_processed_again_if_either_has_changed(tmp_path: Path) -> None:
+    for name in ("a.hdr", "a.img"):
+        (tmp_path / name).write_bytes(b"content")
+    (tmp_path / "out").mkdir()
+    lines: list[str] = []
+    for changed in ("", "a.img", "a.hdr", ""):
+        if changed:
+            (tmp_path / changed).write_bytes(b"another")
+        target = Target(str(tmp_path / "a.hdr"), tmp_path / "out/a.nii.gz")
+        process_each([target], write, tmp_path / "out", inputs={}, say=lines.append)
+    assert ["there already" in line for line in lines] == [False, False, False, True]
 
 
 def put(scan: str, content: bytes) -> None:

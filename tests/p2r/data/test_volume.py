@@ -174,6 +174,13 @@ def test_constant_scans_are_refused(write_scan: Any) -> None:
     assert code_of(write_scan("seven.nii", np.full((5, 5, 5), 7.0, np.float32))) == "constant"
 
 
+def test_nan_becomes_the_background_of_its_own_frame(write_scan: Any) -> None:
+    frames = np.stack([np.full((4, 4, 4), -500.0), np.full((4, 4, 4), 100.0)], -1).astype(np.float32)
+    frames[1, 2, 3, 1] = frames[1, 1, 1, 0] = np.nan
+    found = read_volume(write_scan("contrasts.nii", frames)).data
+    assert (found[1, 1, 1, 0], found[1, 2, 3, 1]) == (-500, 0)
+
+
 @pytest.mark.parametrize("broken", [[0, 0, 0], [1, 1, 0], [np.nan, 0, 1], [1e-9, 0, 0]])
 def test_degenerate_affines_are_refused(write_scan: Any, broken: list[float]) -> None:
     path = write_scan("scan.nii", voxels(np.int16), np.eye(4))

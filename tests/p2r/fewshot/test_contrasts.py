@@ -14,10 +14,13 @@ from safetensors.torch import load
 import p2r
 from cluster.applying import predict
 from p2r.config import FinetuneConfig
+from p2r.data.manifest import voxel_digest
 from p2r.data.preprocess import Preparation
+from p2r.data.volume import read_volume, voxels_sha256, write_nifti
 from p2r.errors import DataError, InputError
-from p2r.evaluate.tasks import load_task, read_images
+from p2r.evaluate.tasks import load_scan, load_task, read_images
 from p2r.fewshot.checks import check_subsets, check_task
+from p2r.fewshot.leaks import Known
 from p2r.fewshot.protocol import final_trials, settings_of
 from p2r.fewshot.publishing import publish_best
 from p2r.fewshot.results import TrialResult
@@ -66,6 +69,27 @@ def make(data: Path, tmp_path: Path) -> Make:
         return check_task(load_task(data / "task.yaml"), backbone, setup)
 
     return make
+
+
+def stack(data: Path, *, contrasts: tuple[str, ...] = NAMES) -> None:
+    """Turn the task into one of images with contrasts along their fourth axis, and noise for missing ones."""
+    noise = np.random.default_rng(2)
+    for label in sorted((data / "labels").iterdir()):
+        subject = label.name.split(".")[0]
+        files = [data / subject / "anat" / f"{name.format(key=subject)}.nii.gz" for name in CONTRASTS.values()]
+        images = [
+            nibabel.load(file).dataobj if file.exists() else noise.integers(1, 300, (36, 40, 3), np.int16)
+            for file in files
+        ]
+        write_nifti(data / f"stacks/{subject}.nii.gz", np.stack(images, -1), nibabel.load(label).affine)
+    name_contrasts(data, contrasts)
+
+
+def name_contrasts(data: Path, contrasts: tuple[str, ...]) -> None:
+    """Name the contrasts along the fourth axis."""
+    lines = (data / "task.yaml").read_text().splitlines()
+    kept = [line for line in lines if line.split(":")[0] not in ("images", "image_name", "fourth_axis")]
+    (data / "task.yaml").write_text("\n".join([*kept, "images: stacks", f"fourth_axis: [{', '.join(contrasts)}]", ""]))
 
 
 def run(setup: TrialSetup, mode: str = "fine_tune") -> TrialResult:
@@ -250,6 +274,42 @@ def test_many_patients_are_segmented_by_contrast_and_resumed(make: Make, data: P
     with pytest.raises(InputError, match="never saw the contrast t2"):
         segment(given[0].replace("t1=", "t2="), given[1])
     assert not any(line.startswith("1/8") for line in lines), "found before the first patient"
+
+
+def test_a_copy_of_a_test_patient_among_unlabelled_images_of_several_contrasts_is_refused(
+    make: Make, data: Path
+) -> None:
+    stack(data)
+    (data / "task.yaml").write_text(f"{(data / 'task.yaml').read_text()}unlabelled: use\n")
+    image = nibabel.load(data / "stacks/sub-01.nii.gz")
+    write_nifti(data / "stacks/sub-09.nii.gz", np.asarray(image.dataobj)[::-1], image.affine)
+    run(make(of=NAMES, contrast_subsets=[["flair"]], confidence_threshold=0.4), "weak_to_strong")
+    shutil.copy(data / "stacks/sub-07.nii.gz", data / "stacks/sub-09.nii.gz")
+    with pytest.raises(DataError, match=r"sub-09\.nii\.gz has no label map and the voxels of .*sub-07\.nii\.gz"):
+        make(of=NAMES)
+
+
+def test_other_names_along_the_fourth_axis_are_other_frozen_features(make: Make, data: Path) -> None:
+    stack(data)
+    found = []
+    for names in (NAMES, NAMES[::-1]):
+        name_contrasts(data, names)
+        setup = make(of=("flair", "t1"), contrasts=["flair", "t1"], probe_augmentation="none", storage="-".join(names))
+        found.append(weights(setup, run(setup, "linear_probe")))
+    assert not equal(*found)
+
+
+def test_a_corpus_that_read_the_contrasts_as_frames_is_recognised(make: Make, data: Path, tmp_path: Path) -> None:
+    stack(data)
+    task = load_task(data / "task.yaml")
+    (scan,) = task.scans_of(("sub-07",))
+    salt = "5a" * 32
+    digest = voxel_digest(salt, voxels_sha256(read_volume(scan.image)))
+    url = publish_toy(str(tmp_path / "leaky"), corpora=[corpus_facts(salt, voxels=(digest,))])["url"]
+    known = Known(p2r.load_backbone(url), is_allowed=False)
+    loaded = load_scan(scan, task, Preparation(spacing_mm=2.0, image_size=32, contrasts=NAMES))
+    with pytest.raises(DataError, match="scan sub-07 of the test split is in the backbone's corpus"):
+        known.see_scan(scan, loaded.volumes, "test")
 
 
 def test_a_network_of_several_contrasts_is_compiled_for_images_of_all(
