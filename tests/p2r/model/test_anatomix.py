@@ -73,7 +73,8 @@ def test_a_checkpoint_is_read_whole_and_the_log_says_so(
     features = network(filled("image", torch.Size((1, 1, 4, 4, 4))))
     assert features.shape == (1, 3, 4, 4, 4) and features.isfinite().all()
     if not layout.has_batch_norm:
-        assert features.mean(1).abs().max() < 1e-5, "standardised at each pixel"
+        # 3 channels of standard deviation 1; the rounding of their mean differs between processors.
+        assert features.mean(1).abs().max() < 1e-4, "standardised at each pixel"
 
 
 def test_other_files_are_refused_with_the_names_that_differ(tmp_path: Path) -> None:
