@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2r.console import show
+from p2r.contrasts import LONGEST_NAME, MOST_CONTRASTS
 from p2r.data.label_maps import label_map_by_voxels
 from p2r.data.names import scan_key
 from p2r.data.preparation import percentile_table, slice_axis
@@ -45,7 +46,6 @@ _READ_S = 8.0
 _LEAST_READ = 8  # scans
 _CLOCK_S_PER_CPU_S = 4.0  # clock seconds allowed per second of work, for busy machines and remote files
 _SHOWN = 24
-_LONGEST_NAME, _MOST_CONTRASTS = 64, 64
 _LABELS_READ = 12
 _LEAST_LABELLED = 4  # one each to train, validate and test on, and one spare
 Tile = tuple[NDArray[np.uint8] | None, str, str, bool]
@@ -261,11 +261,11 @@ def _contrast_lines(pairing: Pairing) -> Iterator[tuple[str, str]]:
 
 def _fourth_axis(names: Survey) -> dict[str, str]:
     """Return the contrasts along the fourth axis of the images: a name, and the channel in `dataset.json`; empty if it is time."""
-    if names.dataset is None or names.scans[0].num_channels == 1 or len(names.dataset.channels) > _MOST_CONTRASTS:
+    if names.dataset is None or names.scans[0].num_channels == 1 or len(names.dataset.channels) > MOST_CONTRASTS:
         return {}
     found: dict[str, str] = {}
     for number, channel in enumerate(names.dataset.channels):
-        name = re.sub(r"[^a-z0-9]+", "_", channel.lower()).strip("_")[:_LONGEST_NAME]
+        name = re.sub(r"[^a-z0-9]+", "_", channel.lower()).strip("_")[:LONGEST_NAME]
         if not name or name in found:
             name = f"channel_{number}"
         while name in found:

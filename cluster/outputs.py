@@ -225,7 +225,7 @@ def _scan_sha256(target: Target) -> str:
 
 
 def _digest_of_scan(scan: str) -> str:
-    """Return the digests of a scan's files; of a remote file, that of its size and version, which are known without reading it."""
+    """Return the digests of a scan's files. For a remote file, digest its size and version, which are known without reading it."""
     found = ((file, local_path(file)) for file in pair_of(scan) or (scan,))
     return " ".join(
         hashlib.sha256(remote_version(file).encode()).hexdigest() if path is None else _digest(path.expanduser())
@@ -257,7 +257,7 @@ class _Done(JsonRow):
     inputs: str
     """Digest of everything besides the scan that it depends on."""
     scan_sha256: str
-    """Digest of the scan, or of its size and version if it is remote."""
+    """Digest of the scan. Remote: digest of its size and version."""
     sha256: str
     """Digests of the result's files."""
     text: str

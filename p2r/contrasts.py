@@ -15,7 +15,9 @@ from pydantic import AfterValidator, Field
 if TYPE_CHECKING:  # reading a job must not import torch, which takes seconds
     from torch import Tensor
 
-Contrast = Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=64)]
+LONGEST_NAME, MOST_CONTRASTS = 64, 64
+
+Contrast = Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=LONGEST_NAME)]
 """Name of a contrast, such as t1, flair or t1_gd."""
 
 
@@ -25,7 +27,9 @@ def _check_different(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-Contrasts = Annotated[tuple[Contrast, ...], Field(min_length=1, max_length=64), AfterValidator(_check_different)]
+Contrasts = Annotated[
+    tuple[Contrast, ...], Field(min_length=1, max_length=MOST_CONTRASTS), AfterValidator(_check_different)
+]
 """Names of the contrasts of an image, in the order of its channels."""
 
 
