@@ -40,7 +40,7 @@ from p2r.version import __version__
 if TYPE_CHECKING:  # imports torch
     from p2r.evaluate.models import Model
 
-_NAMED = re.compile(r"(\w+(?:,\w+)*)=(.*)", re.ASCII)
+_NAMED = re.compile(r"(\w+(?:\s*,\s*\w+)*)\s*=(.*)", re.ASCII)
 """A scan by contrast: `t1=t1.nii.gz`, or of several along its fourth axis: `t1,flair=scan.nii.gz`. Names of contrasts are in lower case."""
 
 
@@ -168,7 +168,7 @@ def _parse_scans(arguments: Sequence[str]) -> tuple[list[str], dict[str, str] | 
             raise InputError(
                 f"{argument} has no contrast: give scans without names, or all by contrast, as in t1=t1.nii.gz flair=flair.nii.gz"
             )
-        names, path = match[1].lower().split(","), match[2]
+        names, path = re.split(r"\s*,\s*", match[1].lower()), match[2].lstrip()
         if not path:
             raise InputError(
                 f"{argument} names no scan: write its path after =, or leave out a contrast that is missing"

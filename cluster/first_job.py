@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2r.console import show
-from p2r.contrasts import LONGEST_NAME, MOST_CONTRASTS
 from p2r.data.label_maps import label_map_by_voxels
 from p2r.data.names import scan_key
 from p2r.data.preparation import percentile_table, slice_axis
@@ -91,7 +90,7 @@ def survey_folder(
         DataError: See `survey`.
     """
     found = Found(survey(folder, labels=labels, form=form, contrast=contrast, cache=cache_folder()))
-    channels = list(_fourth_axis(found.names))
+    channels = list(found.names.fourth_axis)
     began, cpu_began = time.monotonic(), time.process_time()
     for scan in _shuffle(found.names.scans, lambda scan: scan.path):
         took_s = max(time.process_time() - cpu_began, (time.monotonic() - began) / _CLOCK_S_PER_CPU_S)
@@ -145,6 +144,8 @@ def lines_of(found: Found) -> Iterator[tuple[str, str]]:
     """Yield the facts to print: name and text."""
     names = found.names
     yield "folder", f"{names.root}: {NAMES[names.form]}{', by its dataset.json' * (names.dataset is not None)}"
+    if (above := names.dataset_above) is not None:
+        yield "not used", f"{above}: name {above.parent} instead, and its channels, labels and test images are used"
     yield from _lines_of_scans(found)
     if found.shapes:
         yield "voxels", _format_voxels(found)
@@ -184,7 +185,10 @@ def _lines_of_scans(found: Found) -> Iterator[tuple[str, str]]:
             "copy",
             f"{subject} has the voxels of {owner}: one person under two names would leak, so {subject} is left out",
         )
-    yield "contrasts", ", ".join(f"{name} {count}" for name, count in names.contrasts.items())
+    if channels := names.fourth_axis:
+        yield "fourth axis", f"each image holds {len(channels)} contrasts: {', '.join(channels.values())}"
+    else:
+        yield "contrasts", ", ".join(f"{name} {count}" for name, count in names.contrasts.items())
 
 
 def _format_voxels(found: Found) -> str:
@@ -217,8 +221,6 @@ def _lines_of_left_out(names: Survey) -> Iterator[tuple[str, str]]:
 def _lines_of_labels(found: Found) -> Iterator[tuple[str, str]]:
     """Yield how label maps fit the scans, or why they are not used."""
     names, pairing = found.names, found.names.pairing
-    if channels := _fourth_axis(names):
-        yield "fourth axis", f"each image holds {len(channels)} contrasts: {', '.join(channels.values())}"
     if pairing is not None:
         classes = ", ".join(f"{value} {name}" for value, name in classes_of(found).items())
         yield (
@@ -257,21 +259,6 @@ def _contrast_lines(pairing: Pairing) -> Iterator[tuple[str, str]]:
     )
     yield "", f"in the task: image_name: {{{files}}}"
     yield "", f"in the job: ingest.sessions: {{contrasts: {{{words}}}}}, and pretrain.model.contrasts: [{names}]"
-
-
-def _fourth_axis(names: Survey) -> dict[str, str]:
-    """Return the contrasts along the fourth axis of the images: a name, and the channel in `dataset.json`; empty if it is time."""
-    if names.dataset is None or names.scans[0].num_channels == 1 or len(names.dataset.channels) > MOST_CONTRASTS:
-        return {}
-    found: dict[str, str] = {}
-    for number, channel in enumerate(names.dataset.channels):
-        name = re.sub(r"[^a-z0-9]+", "_", channel.lower()).strip("_")[:LONGEST_NAME]
-        if not name or name in found:
-            name = f"channel_{number}"
-        while name in found:
-            name += "_"
-        found[name] = channel
-    return found
 
 
 @dataclass(frozen=True)
@@ -316,13 +303,13 @@ def drafts_of(
     if pairing is not None and not why:
         task = draft_task(
             names, pairing, name=name, cohort=cohort, classes=classes, folder=folder, twins=found.twins,
-            fourth_axis=tuple(_fourth_axis(names)), **stated,
+            fourth_axis=tuple(names.fourth_axis), **stated,
         )  # fmt: skip
     copies = [glob.escape(scan.below) for subject in found.twins for scan in names.subjects[subject]]
     job = draft_job(
         name=name, sources=names.root, cohort=cohort, exclude=names.test_patterns, copies=copies, subject_pattern=names.subject_pattern,
         task="task.yaml" if task else None,
-        voxels=found.voxels, num_labelled=len(labelled) // 2, storage=storage, fourth_axis=_fourth_axis(names), **stated,
+        voxels=found.voxels, num_labelled=len(labelled) // 2, storage=storage, fourth_axis=names.fourth_axis, **stated,
     )  # fmt: skip
     return Drafts(_add_header(job, "job", found), None if task is None else _add_header(task, "task", found), why)
 
@@ -416,7 +403,7 @@ def next_commands(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> 
         if asked
         else ""
     )
-    contrasts = ",".join(_fourth_axis(found.names))
+    contrasts = ",".join(found.names.fourth_axis)
     scan = shlex.quote(f"{contrasts}=" * bool(contrasts) + (found.names.test or found.names.scans)[0].path)
     written = read_job(job, unset={})
     storage = shlex.quote(written.storage.removeprefix("file://"))

@@ -13,11 +13,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
 from p2r.config import IngestConfig
+from p2r.contrasts import LONGEST_NAME, MOST_CONTRASTS
 from p2r.data import bids
 from p2r.data.dataset_json import NAME as DATASET_JSON
 from p2r.data.dataset_json import DatasetJson
@@ -98,6 +100,30 @@ class Survey:
     """Citation that the data set requests."""
     label_names: Mapping[int, str] = field(default_factory=dict)
     """Names of label values, as the data set states them."""
+
+    @cached_property
+    def fourth_axis(self) -> Mapping[str, str]:
+        """Contrasts along the fourth axis of the images: a name, and the channel in `dataset.json`; empty if the axis is time."""
+        if self.dataset is None or self.scans[0].num_channels == 1 or len(self.dataset.channels) > MOST_CONTRASTS:
+            return {}
+        found: dict[str, str] = {}
+        for number, channel in enumerate(self.dataset.channels):
+            name = re.sub(r"[^a-z0-9]+", "_", channel.lower()).strip("_")[:LONGEST_NAME]
+            if not name or name in found:
+                name = f"channel_{number}"
+            while name in found:
+                name += "_"
+            found[name] = channel
+        return found
+
+    @cached_property
+    def dataset_above(self) -> Path | None:
+        """The `dataset.json` beside a folder of images, such as imagesTr, which was surveyed alone; None if there is none."""
+        local = local_path(self.root)
+        if self.dataset is not None or local is None or not local.name.lower().startswith("images"):
+            return None
+        above = local.parent / DATASET_JSON
+        return above if above.is_file() else None
 
 
 def survey(

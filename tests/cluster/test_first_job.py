@@ -254,12 +254,21 @@ def test_test_images_of_a_data_set_are_left_out_of_pretraining(tmp_path: Path, p
     assert survey(tmp_path / "other", cache=tmp_path).test_patterns == ("held/*", "imagesTr/liver_6.nii.gz")
 
 
+def test_a_dataset_json_above_the_folder_of_images_is_pointed_out(tmp_path: Path, p2r: P2R) -> None:
+    _msd(tmp_path / "data")
+    code, said = p2r("init", "mine", "--scans", tmp_path / "data/imagesTr")
+    assert code == 0 and f"{tmp_path}/data/dataset.json: name {tmp_path}/data instead" in said
+    code, said = p2r("init", "whole", "--scans", tmp_path / "data")
+    assert code == 0 and "instead" not in said
+
+
 def test_contrasts_along_the_fourth_axis_enter_the_job_and_the_task(tmp_path: Path, p2r: P2R) -> None:
     _msd(tmp_path / "data")
     (stated := json.loads((tmp_path / "data/dataset.json").read_text()))["modality"] = {"0": "FLAIR", "1": "T1w"}
     (tmp_path / "data/dataset.json").write_text(json.dumps(stated))
     code, said = p2r("init", "mine", "--scans", tmp_path / "data")
     assert code == 0 and "each image holds 2 contrasts: FLAIR, T1w" in said and "flair,t1w=" in said
+    assert not re.search("^contrasts", said, re.MULTILINE), "their names would say that there is but one"
     job, task = read_job(Path("mine/job.yaml")), load_task(Path("mine/task.yaml"))
     assert job.ingest is not None and job.ingest.sessions is not None and job.pretrain is not None
     assert job.ingest.sessions.fourth_axis == "contrasts" and tuple(job.ingest.sessions.contrasts) == ("flair", "t1w")

@@ -123,7 +123,7 @@ def test_an_image_of_contrasts_along_its_fourth_axis_has_the_features_of_separat
     both = tmp_path / "t1-flair.nii.gz"
     images = [nibabel.load(path) for path in (t1, flair)]
     write_nifti(both, np.stack([np.asarray(image.dataobj) for image in images], -1), images[0].affine)
-    for name, scans in {"separate": [f"t1={t1}", f"flair={flair}"], "both": [f"t1,FLAIR={both}"]}.items():
+    for name, scans in {"separate": [f"t1={t1}", f"flair={flair}"], "both": [f"t1, FLAIR = {both}"]}.items():
         code, said = p2r("embed", url, *scans, "-o", tmp_path / f"{name}.nii.gz")
         assert code == 0, said
     found = [nibabel.load(tmp_path / f"{name}.nii.gz").get_fdata() for name in ("separate", "both")]
