@@ -98,25 +98,25 @@ def test_a_name_that_would_forge_lines_in_ray_s_logs_is_not_submitted(
 
 
 @pytest.mark.ray
-def test_run_and_submit_on_a_cluster_print_text_and_leave_no_secret(tmp_path: Path, short: Path) -> None:
-    """One head for both; the submitted job finds the work of the first one done."""
+def test_run_on_this_machine_and_submit_to_a_head_print_text_and_leave_no_secret(tmp_path: Path, short: Path) -> None:
+    """The submitted job finds the work of the first one done."""
     job = write_job(tmp_path)
     data = job.parent
     (data / "job.yaml").write_bytes(job.read_bytes())
-    with watched_commands() as commands, head(short) as (address, dashboard):
-        said = [
-            p2r_process(*words, env=environment(**MARKED), cwd=data)
-            for words in (
-                ("run", job.name, "--address", address),
-                ("submit", "job.yaml", "--address", f"http://127.0.0.1:{dashboard}"),
-            )
-        ]
-        jobs = jobs_of(dashboard)
+    (short / "own").mkdir()
+    with watched_commands() as commands:
+        said = [p2r_process("run", job.name, env=environment(**MARKED, RAY_TMPDIR=str(short / "own")), cwd=data)]
+        assert list(short.rglob("runtime_env_agent.log")) and list(short.rglob("raylet.out"))
+        with head(short) as (_, dashboard):
+            submitted = ("submit", "job.yaml", "--address", f"http://127.0.0.1:{dashboard}")
+            said.append(p2r_process(*submitted, env=environment(**MARKED), cwd=data))
+            jobs = jobs_of(dashboard)
     for text in said:
         assert_harmless(text.replace("\tINFO ", " INFO "))  # Ray's own
         assert "report | " in text or "page: " in text, text
-    assert jobs.count('"entrypoint"') == 2 and "SUCCEEDED" in jobs
+    assert jobs.count('"entrypoint"') == 1 and "SUCCEEDED" in jobs
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([NAME, URL_NAME])
+    assert Storage(str(tmp_path / URL_NAME / "corpus")).read_json("manifest.json")["num_records"] > 0
     (row,) = json.loads((tmp_path / URL_NAME / "report/report.json").read_text())["rows"]
     assert list(row["dice"]) == [TEXT]
     assert [*leaks(short), *leaks(tmp_path)] == []

@@ -1,4 +1,7 @@
-"""Real jobs with marked secrets: whatever Ray, the storage, the reports and the terminal keep of them is searched for the marks."""
+"""Real jobs with marked secrets: whatever Ray, the storage, the reports and the terminal keep of them is searched for the marks.
+
+A whole job on one machine is searched in `test_hostile_names.py`.
+"""
 
 import os
 import tempfile
@@ -25,26 +28,6 @@ from tests.fake_hub import TOKEN, Repository, fake_hub
 from tests.ray_head import MARK, MARKED, environment, head, jobs_of, leaks, p2r, watched_commands
 
 pytestmark = pytest.mark.ray
-
-
-def test_a_job_on_this_machine_leaves_no_secret_anywhere(
-    write_toy_job: Callable[..., Path], tmp_path: Path, short: Path
-) -> None:
-    job = write_toy_job(tmp_path)
-    with watched_commands() as commands:
-        said = p2r(
-            "run",
-            str(job),
-            *("--set", "pretrain.steps=2", "--set", "ingest.pseudonyms=true"),
-            *("--set", "finetune.steps=2", "--set", "finetune.num_labelled=[1]", "--set", "finetune.modes=[fine_tune]"),
-            env=environment(**MARKED, RAY_TMPDIR=str(short)),
-            cwd=tmp_path,
-        )
-    assert Storage(f"{tmp_path}/storage/corpus").read_json("manifest.json")["num_records"] > 0
-    assert len(Storage(f"{tmp_path}/storage/report").read_json("report.json")["rows"]) == 1
-    assert list(short.rglob("runtime_env_agent.log")) and list(short.rglob("raylet.out"))
-    assert [*leaks(short), *leaks(tmp_path / "storage")] == []
-    assert MARK not in said and not any(MARK.encode() in command for command in commands)
 
 
 def test_ray_tune_copies_no_secret_into_the_runtime_environment_of_a_trial() -> None:
