@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -130,7 +131,8 @@ def test_a_sweep_whose_driver_was_killed_goes_on_to_the_report_of_one_that_was_n
     job = read_job(path, changes)
     lines: list[str] = []
     run_job(job, RayExecutor(job), say=lines.append)
-    assert "2 trials to run, 2 done already" in "\n".join(lines)
+    # A worker may end a third trial before it dies with its driver.
+    assert re.search("2 trials to run, 2 done already|1 trial to run, 3 done already", "\n".join(lines))
     undisturbed = read_job(path, (*changes, f"storage={tmp_path}/undisturbed"))
     run_job(undisturbed, LocalExecutor(torch.device("cpu"), None), say=lines.append)
 
