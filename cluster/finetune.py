@@ -90,7 +90,7 @@ def run_trials(
                         metric="validation_dice",
                         mode="max",
                         reuse_actors=True,
-                        scheduler=_new_scheduler(trials[indices[0]][0]) if _is_scheduled(*trials[indices[0]]) else None,
+                        scheduler=_scheduler_of(*trials[indices[0]]),
                     ),
                     run_config=_run_config(
                         f"finetune-{time.strftime('%Y%m%d-%H%M%S')}-{number}", trials[0][0], retries
@@ -171,7 +171,7 @@ def _new_or_restored_tuner(
             mode="max",
             num_samples=search.num_samples,
             search_alg=_new_searcher(search, setup.config.seed),
-            scheduler=_new_scheduler(setup) if search.scheduler != "none" else None,
+            scheduler=_new_scheduler(setup, mode) if search.scheduler != "none" else None,
             reuse_actors=True,
         ),
         run_config=run_config,
@@ -328,11 +328,16 @@ def _run_config(name: str, setup: TrialSetup, retries: int) -> tune.RunConfig:
     )
 
 
-def _new_scheduler(setup: TrialSetup) -> Any:
+def _scheduler_of(setup: TrialSetup, trial: Trial) -> Any:
+    """Return a new scheduler for a trial and those of its group, or None."""
+    return _new_scheduler(setup, trial.mode) if _is_scheduled(setup, trial) else None
+
+
+def _new_scheduler(setup: TrialSetup, mode: Mode) -> Any:
     search = setup.config.search
     options: dict[str, object] = {"time_attr": "training_iteration"}
     if search.scheduler in (*_ASHA, "hyperband"):
-        longest = max((setup.config.steps, *_listed_values(search.space.get("steps", ()))))
+        longest = max((setup.config.steps_of(mode), *_listed_values(search.space.get("steps", ()))))
         options["max_t"] = max(1, -(-int(longest) // search.report_steps))
     name = "async_hyperband" if search.scheduler == "asha" else search.scheduler
     try:

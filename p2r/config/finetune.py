@@ -270,6 +270,11 @@ class FinetuneConfig(Section):
         longer = 3 if mode == "scratch_long" else 1
         return self.steps_by_mode.get(mode, longer * self.steps)
 
+    def strong_intensity_of(self, mode: Mode) -> IntensityConfig:
+        """Return the appearance of the views of unlabelled images that a mode's student learns from."""
+        own = self.strong_intensity if MODES[mode].unlabelled == "pseudo_labels" else None
+        return own or self.views.intensity
+
     def _num_candidates(self, mode: Mode) -> int:
         space = [
             self.search.learning_rates[mode],

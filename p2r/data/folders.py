@@ -81,6 +81,12 @@ def images_below(root: Path) -> Iterator[Path]:
         yield from (folder.path / name for name in folder.names if name in images and not has_header(name, images))
 
 
+def files_of(scan: Path) -> tuple[Path, ...]:
+    """Return the files that hold a scan: header and voxels of a scan in two files, without absent ones; otherwise the scan's own."""
+    pair = pair_of(str(scan))
+    return tuple(path for path in map(Path, pair or ()) if path.exists()) or (scan,)
+
+
 def is_image(name: str) -> bool:
     """Return whether a name, or the last part of a path, belongs to a NIfTI file."""
     name = name.rpartition("/")[2]

@@ -2,7 +2,7 @@
 
     scan, preparation -> images and labels on the network's grid, from `<cache>/prepared/<key>.safetensors` if it exists
 
-The key is a digest of everything that affects the result: the bytes of both files, the preparation, and the code. So entries
+The key is a digest of everything that affects the result: the bytes of all files, the preparation, and the code. So entries
 are never stale, and the cache never has to be cleared. Files are written atomically, and any number of processes may use the
 folder. Its size is limited to `P2R_PREPARED_GIB` (8 by default); the least recently used files are evicted first. A full disk
 makes trials slower, but does not fail them.
@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from p2r.data import alignment, contrasts, grids, header, opening, preprocess, resample, volume
+from p2r.data.folders import files_of
 from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
 from p2r.data.volume import Volume
 from p2r.documents import read_json
@@ -68,7 +69,7 @@ def prepared_scan(scan: TaskScan, task: Task, preparation: Preparation, *, size:
 
     key = {
         **_image_digests(scan, task),
-        "label": file_sha256(scan.label),
+        "label": _digest(scan.label),
         "names": [*(image.name for image in scan.images), scan.label.name],
         "classes": {str(value): name for value, name in task.config.classes.items()},
         "preparation": preparation.model_dump(mode="json"),
@@ -103,10 +104,14 @@ def prepared_images(scan: TaskImages, task: Task, preparation: Preparation) -> P
 def _image_digests(scan: TaskImages, task: Task) -> dict[str, object]:
     """Return the part of a key for the images of a case."""
     if not scan.contrasts:
-        return {"image": file_sha256(scan.image)}
-    digests = {path: file_sha256(path) for path in dict.fromkeys(scan.images)}
+        return {"image": _digest(scan.image)}
+    digests = {path: _digest(path) for path in dict.fromkeys(scan.images)}
     images = [(name, digests[path]) for name, path in scan.contrasts.items()]
     return {"images": images, "min_coverage": task.config.min_coverage}
+
+
+def _digest(scan: Path) -> str:
+    return " ".join(map(file_sha256, files_of(scan)))
 
 
 def cached(

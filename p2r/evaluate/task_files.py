@@ -16,7 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from p2r.config import Fraction, Section
 from p2r.contrasts import Contrast, Contrasts, describe
-from p2r.data.folders import images_below
+from p2r.data.folders import files_of, images_below
 from p2r.data.label_maps import label_map_by_name
 from p2r.data.names import composed, local_path, scan_key, unquoted_hint
 from p2r.data.pairs import key_of, label_finder
@@ -198,7 +198,7 @@ class TaskImages:
     @property
     def files(self) -> tuple[Path, ...]:
         """All files of the case, each once."""
-        return tuple(dict.fromkeys(self.images))
+        return tuple(file for image in dict.fromkeys(self.images) for file in files_of(image))
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class TaskScan(TaskImages):
     @property
     def files(self) -> tuple[Path, ...]:
         """All files of the case, each once."""
-        return (*super().files, self.label)
+        return (*super().files, *files_of(self.label))
 
 
 @dataclass(frozen=True)

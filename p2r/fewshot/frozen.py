@@ -1,11 +1,14 @@
 """Labelled scans before any training -> features of a frozen backbone, a segmenter by class prototypes, rules of plausibility."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+import p2r.model
 from p2r.backbone import ArtefactConfig
 from p2r.config import ModelConfig
 from p2r.data.preprocess import Preparation
@@ -48,10 +51,20 @@ def frozen_features(
                 "preparation": preparation.model_dump(mode="json"),
                 "backbone": backbone_sha256,
                 "device": device,
+                "code": _network_code_sha256(),
             }
             features = cached("features", key, make, use=_as_tensor)
         found.append((features, scan.label_planes, scan.planes.inside))
     return found
+
+
+@functools.cache
+def _network_code_sha256() -> str:
+    """Return the digest of the code of the networks: a change of the code invalidates cached features."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(p2r.model.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _as_tensor(arrays: Arrays, facts: Facts) -> Tensor:

@@ -109,7 +109,12 @@ class TrialSetup:
 
     def stopped_path(self, trial: Trial) -> str:
         """Path below `storage` of the result of a trial that a scheduler stopped, which also depends on the search section."""
-        inputs = {"recipe": self.recipe_sha256(trial), "search": self.config.search.model_dump(mode="json")}
+        inputs: dict[str, object] = {
+            "recipe": self.recipe_sha256(trial),
+            "search": self.config.search.model_dump(mode="json"),
+        }
+        if (steps := self.config.steps_of(trial.mode)) != self.config.steps:
+            inputs["steps"] = steps  # schedulers once stopped such trials too early
         return f"searches/{trial.id}-{hashlib.sha256(json_bytes(inputs)).hexdigest()[:12]}.json"
 
     def is_done(self, trial: Trial) -> bool:

@@ -42,6 +42,7 @@ from p2r.fewshot.saved_training import (
 )
 from p2r.logs import Say
 from p2r.model.pix2rep import Segmenter
+from p2r.modes import Mode
 from p2r.randomness import keyed_generator
 from p2r.schedule import learning_rate
 from p2r.views.cutmix import Labelled
@@ -129,7 +130,9 @@ def train_segmenter(
             loss = criterion(run.student(batch.images), batch.labels[:, None])
         else:
             step_images = unlabelled if rounds is None else replace(unlabelled, labels=rounds.labels)
-            views, draws = _draw_views(step_images, key, config=config, preparation=preparation, device=device)
+            views, draws = _draw_views(
+                step_images, key, mode=trial.mode, config=config, preparation=preparation, device=device
+            )
             logits, unlabelled_loss = _semi_supervised(run, step, batch, views, draws)
             loss = criterion(logits, batch.labels[:, None]) + _consistency_weight(step, trial) * unlabelled_loss
         run.update(step, loss)
@@ -213,6 +216,7 @@ def _draw_views(
     unlabelled: Images,
     key: tuple[int | str, ...],
     *,
+    mode: Mode,
     config: FinetuneConfig,
     preparation: Preparation,
     device: str,
@@ -224,7 +228,7 @@ def _draw_views(
         windows,
         is_scan,
         geometry=config.views.geometry,
-        intensity=config.views.intensity if config.strong_intensity is None else config.strong_intensity,
+        intensity=config.strong_intensity_of(mode),
         size=preparation.image_size,
         spacing_mm=preparation.spacing_mm,
         generators=generators,

@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -212,7 +213,8 @@ class Segmenter(nn.Module):
     """Backbone and a head, for training on a task's labels.
 
     For a linear probe, freeze the backbone with `backbone.requires_grad_(False)`: its forward pass then stores no activations
-    for a backward pass, and its normalisation has no running statistics that could drift.
+    for a backward pass. A frozen backbone stays in evaluation mode, so that batch normalisation and dropout of other tools' networks
+    give in training the features that they give in evaluation.
 
     Args:
         backbone: Image (B, C, *S) -> features (B, F, *S), or coarser.
@@ -223,6 +225,13 @@ class Segmenter(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode of the head, and of the backbone unless it is frozen."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            self.backbone.eval()
+        return self
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute logits (B, num_classes, *S) of `image` (B, C, *S)."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 import p2r
 from cluster.executor import RayExecutor
-from cluster.finetune import num_concurrent, run_trials, suggest
+from cluster.finetune import _scheduler_of, num_concurrent, run_trials, suggest
 from p2r.config import FinetuneConfig
 from p2r.errors import JobError
 from p2r.evaluate.tasks import load_task
@@ -144,6 +145,19 @@ def test_a_sweep_whose_driver_was_killed_goes_on_to_the_report_of_one_that_was_n
     assert resumed["rows"] == whole["rows"] and resumed["statistics"] == whole["statistics"]
     assert resumed["context"]["chosen"] == whole["context"]["chosen"]
     assert len(resumed["context"]["test_reads"]) == len(whole["context"]["test_reads"]) == 4
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband"])
+def test_a_scheduler_lets_modes_with_more_steps_end(
+    published: dict[str, str], toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str
+) -> None:
+    rates = {"scratch": [1e-2, 3e-2]}
+    setup = make(published, toy_data, tmp_path, learning_rates=rates, scheduler=scheduler, report_steps=2)
+    longer = replace(setup, config=setup.config.model_copy(update={"steps_by_mode": {"scratch": 40}}))
+    trial, _ = search_trials(setup.config, load_task(toy_data / "task.yaml"))
+    monkeypatch.setattr("cluster.finetune.create_scheduler", lambda name, **options: options["max_t"])
+    assert [_scheduler_of(one, trial) for one in (setup, longer)] == [4, 20], "reports of 8 and of 40 steps"
+    assert setup.stopped_path(trial) != longer.stopped_path(trial)
 
 
 def test_a_searcher_or_scheduler_that_tune_does_not_have_is_refused(

@@ -13,6 +13,7 @@ from p2r.data.preprocess import Preparation
 from p2r.errors import DataError, StorageError
 from p2r.evaluate.prepared import cached, prepared_images, prepared_scan
 from p2r.evaluate.tasks import LabelledScan, Task, load_scan, load_task
+from p2r.fewshot.checks import _files_sha256
 
 PREPARATION = Preparation(spacing_mm=1.5, image_size=32)
 
@@ -64,6 +65,30 @@ def test_other_labels_or_another_preparation_are_prepared_again(folder: Path, ta
     coarser = prepared_scan(scan, task, PREPARATION.model_copy(update={"spacing_mm": 3.0}))
     assert coarser.planes.images.shape != before.planes.images.shape
     assert len(list(folder.iterdir())) == 3
+
+
+def test_scans_in_two_files_are_told_apart_by_their_voxels(folder: Path, task: Task, tmp_path: Path) -> None:
+    first, second = task.scans[:2]
+    headers, affine = [], nibabel.load(first.image).affine
+    for scan in (first, second):
+        for path in (scan.image, scan.label):
+            image = nibabel.load(path)
+            pair = nibabel.Nifti1Pair(np.asarray(image.dataobj), affine)
+            path.unlink()
+            pair.to_filename(path.with_name(path.name.replace(".nii.gz", ".hdr")))
+        headers.append(scan.image.with_name(scan.image.name.replace(".nii.gz", ".hdr")).read_bytes())
+    assert headers[0] == headers[1]
+    pairs = load_task(tmp_path / "data/task.yaml")
+    first, second = pairs.scans[:2]
+    assert {path.suffix for path in first.files} == {".hdr", ".img"} and len(first.files) == 4
+    images = [prepared_images(scan, pairs, PREPARATION).images for scan in (first, second)]
+    assert not torch.equal(*images)
+    before, data = prepared_scan(first, pairs, PREPARATION), _files_sha256([first])
+    voxels = first.label.with_suffix(".img")
+    content = voxels.read_bytes()
+    voxels.write_bytes(content[len(content) // 2 :] + content[: len(content) // 2])
+    assert not torch.equal(prepared_scan(first, pairs, PREPARATION).label_planes, before.label_planes)
+    assert _files_sha256([first]) != data, "other labels are another recipe"
 
 
 def test_images_of_unlabelled_patients_are_those_of_labelled_ones_and_need_no_label(folder: Path, task: Task) -> None:

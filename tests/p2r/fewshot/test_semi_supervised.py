@@ -80,6 +80,20 @@ def test_a_mean_teacher_without_memory_or_consistency_is_fine_tuning(make: Make)
     assert not equal(ours, fine_tuned)
 
 
+def test_the_appearance_of_strong_views_is_of_modes_with_pseudo_labels(make: Make) -> None:
+    strong = {"gamma": [0.2, 5.0], "noise": 0.3}
+    for mode in ("mean_teacher", "weak_to_strong"):
+        found, recipes = [], []
+        for setup in (
+            make(steps=3, confidence_threshold=0.4),
+            make(steps=3, confidence_threshold=0.4, strong_intensity=strong),
+        ):
+            trial = final(setup, mode, ramp_up_fraction=0.0)
+            found.append(weights(setup, run(setup, trial)))
+            recipes.append(setup.recipe_sha256(trial))
+        assert equal(*found) == (recipes[0] == recipes[1]) == (mode == "mean_teacher")
+
+
 def test_weak_to_strong_and_its_control_differ_only_by_their_first_weights(make: Make) -> None:
     setup = make(steps=2, confidence_threshold=0.4, ema_decay=0.0, warmup_head_steps=2)
     pretrained, control = (run(setup, final(setup, mode)) for mode in ("weak_to_strong", "scratch_weak_to_strong"))

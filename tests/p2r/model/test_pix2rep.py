@@ -168,6 +168,18 @@ def test_an_equivariant_backbone_gives_equal_queries_and_keys() -> None:
     torch.testing.assert_close(queries, keys)
 
 
+def test_only_a_frozen_backbone_keeps_the_statistics_of_its_batch_normalisation() -> None:
+    backbone = nn.Sequential(nn.Conv2d(1, 6, 1), nn.BatchNorm2d(6), nn.Dropout(0.5))
+    segmenter = Segmenter(backbone.requires_grad_(False), SegmentationHead(6, 4))
+    image = torch.rand(2, 1, 8, 8)
+    before = segmenter.eval()(image)
+    segmenter.train()
+    assert segmenter.head.training and torch.equal(segmenter(image), before)
+    assert torch.equal(segmenter.eval()(image), before)
+    backbone.requires_grad_(True)
+    assert not torch.equal(segmenter.train()(image), before)
+
+
 def test_a_frozen_backbone_stores_no_activations() -> None:
     backbone = build_backbone(SMALL)
     segmenter = Segmenter(backbone, SegmentationHead(6, 4))
