@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from p2r.config import IngestConfig
 from p2r.data.names import SUFFIXES, local_path
 from p2r.data.volume import Volume, read_volume, volume_of
-from p2r.errors import InputError, RefusedScan
+from p2r.errors import DataError, InputError, RefusedScan
 
 ScanLike = str | Path | Volume | Any
 """A path or URL, a `Volume`, an image of nibabel, MONAI or TorchIO, or an array or tensor with spacing or affine."""
@@ -117,8 +117,11 @@ def _read_path(scan: str | Path) -> Volume:
         from p2r.data.scans import find_scans
     except ModuleNotFoundError as error:
         raise InputError(f"{path}: reading a folder or DICOM needs {error.name}: pip install 'p2r[cluster]'") from None
-    with tempfile.TemporaryDirectory(prefix="p2r-scan-") as cache:
-        found = find_scans([str(path)], cache=Path(cache))
+    try:
+        with tempfile.TemporaryDirectory(prefix="p2r-scan-") as cache:
+            found = find_scans([str(path)], cache=Path(cache))
+    except DataError as error:
+        raise RefusedScan("unreadable", str(error)) from error
     if len(found) > 1:
         names = ", ".join(one.path for one in found[:4])
         raise RefusedScan("several", f"{path} holds {len(found)} scans ({names}): name one of them")

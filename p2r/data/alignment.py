@@ -10,6 +10,7 @@ Letters: X Y Z voxels of the reference; T frames.
 from dataclasses import dataclass, replace
 
 import numpy as np
+from nibabel.orientations import io_orientation
 from numpy.typing import NDArray
 
 from p2r.data.index import covered_voxels
@@ -100,11 +101,14 @@ def on_own_grid(volume: Volume) -> Aligned:
 
 
 def is_same_grid(volume: Volume, other: Volume) -> bool:
-    """Return whether two volumes have the same voxels, up to rounding; without positions, the same shape and voxel size."""
+    """Return whether two volumes have the same voxels, up to rounding; without positions, the same shape, voxel size and axes."""
     if volume.data.shape[:3] != other.data.shape[:3]:
         return False
     if not (_has_position(volume) and _has_position(other)):
-        return bool(np.allclose(volume.spacing_mm, other.spacing_mm, rtol=_SAME_SPACING))
+        # One file with a position and one without may have been turned to RAS in different ways.
+        axes, other_axes = (io_orientation(one.source_affine) for one in (volume, other))
+        is_same_spacing = np.allclose(volume.spacing_mm, other.spacing_mm, rtol=_SAME_SPACING)
+        return bool(is_same_spacing and np.array_equal(axes, other_axes))
     shape = np.array(volume.data.shape[:3]) - 1
     corners = np.array([[*(np.array(corner) * shape), 1] for corner in np.ndindex(2, 2, 2)], dtype=np.float64)
     apart = np.linalg.inv(other.affine) @ volume.affine @ corners.T - corners.T

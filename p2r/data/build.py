@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from p2r.config import IngestConfig
-from p2r.data.growth import ShardPlan
+from p2r.data.growth import MAY_PASS, ShardPlan
 from p2r.data.ledger import LedgerRow, is_accepted, parse_row
 from p2r.data.manifest import Shard, parse_shard
 from p2r.data.records import Records
@@ -90,6 +90,8 @@ def _read_receipt(storage: Storage, path: str) -> Built | None:
                 return None
     except (ValueError, TypeError, KeyError, AttributeError, DataError):
         return None  # damaged, or written by another version: build the shard again
+    if any(row.reason in MAY_PASS for row in rows):
+        return None
     return Built(entry, tuple(rows), thumbnails, is_found=True)
 
 

@@ -140,6 +140,10 @@ def ingest(
         built, ledger = _mark_copies(growth, built, config, build_all)
         _check_refused(ledger, ledger, config, storage)
         entries = [result.entry for result in built if result.entry is not None]
+        if not entries and base.manifest is not None and _same_rows(ledger, base.rows):
+            say(f"{storage.url} is complete; scans that could not be read before were tried again, in vain")
+            settle_ledger(storage)
+            return
         if not entries and base.manifest is None:
             reasons = (
                 ", ".join(f"{count} {reason}" for reason, count in count_reasons(ledger).items()) or "no scan at all"
@@ -159,6 +163,10 @@ def ingest(
             _report_absent_contrasts(manifest, ledger, config, say)
         else:
             say("another run published a revision meanwhile: continuing from it")
+
+
+def _same_rows(ledger: Iterable[LedgerRow], other: Iterable[LedgerRow]) -> bool:
+    return {row.key: row for row in ledger} == {row.key: row for row in other}
 
 
 def check_selection(
@@ -228,6 +236,8 @@ def corpus_digest(config: IngestConfig, allowed_subjects: Set[str] | None = None
     # Newer fields are left out at their defaults, so that corpora made before them keep their digests.
     newer = {name for name in _NEWER_FIELDS if getattr(config, name) == IngestConfig.model_fields[name].default}
     asked = config.model_dump(mode="json", exclude={"subjects_of", *newer})
+    if config.sessions is not None and (order := list(config.sessions.contrasts)) != sorted(order):
+        asked["order_of_contrasts"] = order  # JSON objects have none
     return hashlib.sha256(
         json_bytes({**asked, "allowed_subjects": None if allowed_subjects is None else sorted(allowed_subjects)})
     ).hexdigest()

@@ -40,6 +40,8 @@ _LATE_CONTRAST = Refusal(
     "late_contrast",
     "its session is in the corpus already, and records never change: make another corpus to add a contrast",
 )
+MAY_PASS = frozenset(("unreadable", "too_large", "timeout"))
+"""Reasons that may pass without a change of the scan: a mount comes back, permissions or limits change. Such scans are read again."""
 _MIN_SUSPICIOUS_SCANS = 3  # this number of scans, all of one subject by the pattern, suggests a wrong pattern
 
 
@@ -145,6 +147,8 @@ def preprocessing_of(config: IngestConfig) -> dict[str, object]:
     found = config.model_dump(mode="json", exclude={*_SELECTION, *_LIMITS})
     if config.sessions is not None:
         found["sessions"]["by_priority"] = list(config.sessions.by_priority)  # JSON objects have no order
+        if (order := list(config.sessions.contrasts)) != list(config.sessions.by_priority):
+            found["sessions"]["order"] = order  # of patterns, and along the fourth axis
     return found
 
 
@@ -197,7 +201,8 @@ class _Additions:
 
     to_read: list[Scan]
     waiting: dict[Scan, str]
-    """Unchanged scans that were refused because of others of their session, with the reason: others may have come or gone."""
+    """Unchanged scans to read again, with the reason why they were refused: others of their session may have come or gone, or the
+    reason may have passed."""
     rows: list[LedgerRow]
     """Rows of inputs that are not read."""
     replaced: set[str]
@@ -224,7 +229,7 @@ def _compare_with_ledger(
             continue
         row = _make_unread_row(scan, subject, selected, config, names)
         if old and is_same and _keeps_outcome(old[0], row, config):
-            if row is None and _depends_on_session(old[0], config):
+            if row is None and (_depends_on_session(old[0], config) or old[0].reason in MAY_PASS):
                 additions.waiting[scan] = old[0].reason
             continue
         additions.replaced.add(source)
@@ -248,7 +253,8 @@ def _place_in_sessions(
     A waiting scan keeps its row while nothing has changed for its session. Otherwise it is read, and its row replaced.
     """
     if config.sessions is None:
-        return dict.fromkeys(additions.to_read)
+        additions.replaced.update(names.source(scan.path) for scan in additions.waiting)
+        return dict.fromkeys((*additions.to_read, *additions.waiting))
     held = {row.record for row in ledger if is_accepted(row) and row.record is not None}
     scans = {scan: subjects[scan] or "" for scan in (*additions.to_read, *additions.waiting)}
     found = place_scans(scans, config.sessions, is_hidden=config.pseudonyms)
@@ -263,6 +269,8 @@ def _place_in_sessions(
         if scan in additions.waiting:
             if isinstance(outcome, Refusal) or not (is_held or outcome.session in changed):
                 continue
+            if is_held and additions.waiting[scan] in MAY_PASS:
+                continue  # its session's record does not change
             additions.replaced.add(names.source(scan.path))
         if isinstance(outcome, Place) and not is_held:
             places[scan] = outcome

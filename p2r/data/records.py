@@ -176,9 +176,9 @@ class Records:
                     volume = to_grid_of_job(found[contrast].volume, self.config)
                 except RefusedScan as error:
                     self._refuse(found[contrast].planned, error, key=found.pop(contrast).key)
-                    continue
-                found[contrast] = replace(found[contrast], volume=volume)
-                return contrast
+                else:
+                    found[contrast] = replace(found[contrast], volume=volume)
+                    return contrast
             if sessions.without_reference == "refuse":
                 break
         message = (

@@ -112,6 +112,7 @@ def search_scans(
     found: dict[str, Scan] = {}
     passed_over: dict[str, Scan] = {}
     datasets: dict[str, DatasetJson | None] = {}
+    listed: set[str] = set()
     for source in sources:
         everything = _scan_source(source, cache, search, datasets)
         scans = [scan for scan in everything if not scan.passed_over]
@@ -119,8 +120,12 @@ def search_scans(
         if not scans:
             rule = " that ingest.include and ingest.exclude select" if include or exclude else ""
             raise DataError(f"source {source} holds no {_KINDS}{rule}; name the folder that has them, at any depth")
-        # An entry of a list takes precedence over the same scan found in a folder.
-        found |= {scan.path: scan for scan in scans if scan.path not in found or scan.subject or scan.entities}
+        # An entry of a list takes precedence over the same scan found in a folder, whichever source is named first.
+        is_list = _is_list(source)
+        stating = {scan.path for scan in scans if scan.subject or scan.entities}
+        taking = stating if is_list else stating - listed
+        found |= {scan.path: scan for scan in scans if scan.path not in found or scan.path in taking}
+        listed |= stating if is_list else set()
         root = _root_of(source)
         found |= {scan.path: _describe_scan(found[scan.path], root, datasets) for scan in scans}
     keys = _unique_keys([found[path] for path in sorted(found)])

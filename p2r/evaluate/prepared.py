@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from p2r.data import alignment, contrasts, grids, header, opening, preprocess, resample, volume
+from p2r.data import alignment, contrasts, grids, header, index, opening, preparation, preprocess, resample, volume
 from p2r.data.folders import files_of
 from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
 from p2r.data.volume import Volume
@@ -204,11 +204,16 @@ def _max_bytes() -> int:
     return num_bytes
 
 
+_CODE = (
+    opening, header, volume, resample, index, alignment, contrasts, grids, preparation, preprocess, tasks, inference,
+)  # fmt: skip
+
+
 @functools.cache
 def _code_sha256() -> str:
     """Return the digest of the code that prepares scans: a change of the code invalidates the cache."""
     digest = hashlib.sha256()
-    for module in (opening, header, volume, resample, alignment, contrasts, grids, preprocess, tasks, inference):
+    for module in _CODE:
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 

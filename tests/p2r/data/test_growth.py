@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from p2r.config import PERCENTILES, IngestConfig
+from p2r.config import PERCENTILES, IngestConfig, SessionsConfig
+from p2r.data.corpus import corpus_digest
 from p2r.data.growth import Growth, plan_growth, preprocessing_of
 from p2r.data.ledger import LedgerRow, parse_row
 from p2r.data.pseudonyms import Names
@@ -128,6 +129,9 @@ def test_a_pattern_that_finds_no_subject_is_refused(pattern: str) -> None:
         ("accepted", {"modified": "0"}, False),
         ("accepted", {"num_bytes": 3}, False),
         ("truncated", {}, False),
+        ("unreadable", {}, True),
+        ("too_large", {}, True),
+        ("timeout", {}, True),
         ("truncated", {"modified": "0"}, True),
         ("truncated", {"num_bytes": 3}, True),
         ("duplicate", {}, False),
@@ -173,4 +177,16 @@ def test_preprocessing_excludes_keys_that_only_select_or_name() -> None:
     section = config_of(sources=("a", "b"), provenance="p", cohort="c", seed=3, shard_size_mib=1, pseudonyms=True)
     assert preprocessing_of(section) == preprocessing_of(config_of())
     assert preprocessing_of(config_of(record="npy")) != preprocessing_of(config_of())
+
+
+@pytest.mark.parametrize("reference", [None, "t1"])
+def test_the_order_of_contrasts_is_part_of_a_corpus(reference: str | None) -> None:
+    sections = [
+        config_of(
+            sessions=SessionsConfig(contrasts=dict.fromkeys(order, "*"), reference=reference, fourth_axis="contrasts")
+        )
+        for order in (("flair", "t1"), ("t1", "flair"))
+    ]
+    assert preprocessing_of(sections[0]) != preprocessing_of(sections[1])
+    assert corpus_digest(sections[0]) != corpus_digest(sections[1])
     assert preprocessing_of(config_of(slice_axis=1)) != preprocessing_of(config_of())

@@ -59,6 +59,14 @@ def test_a_list_has_precedence_over_its_folder(tmp_path: Path) -> None:
         assert [scan.subject for scan in scans] == ["anna", None]
 
 
+def test_a_list_has_precedence_over_a_bids_folder_whichever_is_named_first(tmp_path: Path) -> None:
+    touch(tmp_path / "bids/dataset_description.json", tmp_path / "bids/sub-01/anat/sub-01_T1w.nii.gz")
+    (tmp_path / "l.csv").write_text("path,subject,contrast\nbids/sub-01/anat/sub-01_T1w.nii.gz,anna,t1\n")
+    for sources in ([tmp_path / "bids", tmp_path / "l.csv"], [tmp_path / "l.csv", tmp_path / "bids"]):
+        (scan,) = find_scans(map(str, sources), cache=tmp_path)
+        assert scan.subject == "anna" and dict(scan.entities)["contrast"] == "t1"
+
+
 def test_a_list_may_name_dicom_folders_and_broken_links(tmp_path: Path, write_series: Any) -> None:
     write_series(tmp_path / "p1" / "t1", suffix="")
     (tmp_path / "gone.nii").symlink_to(tmp_path / "absent")

@@ -301,8 +301,13 @@ def test_headers_without_positions_are_not_resampled(tmp_path: Path) -> None:
     save(tmp_path / "bids", "sub-1_T1w.nii.gz", 1, has_position=False)
     save(tmp_path / "bids", "sub-2_FLAIR.nii.gz", 2)
     save(tmp_path / "bids", "sub-2_T1w.nii.gz", 3, shape=(20, 24, 6), has_position=False)
+    save(tmp_path / "bids", "sub-3_FLAIR.nii.gz", 4)
+    save(tmp_path / "bids", "sub-3_T1w.nii.gz", 5, has_position=False)
     _, manifest, ledger = ingested(tmp_path)
-    assert manifest["contrasts"] == {"flair": 2, "t1": 1, "t1ce": 0}
+    assert manifest["contrasts"] == {"flair": 3, "t1": 1, "t1ce": 0}
+    assert reason(ledger, "sub-3_T1w") == "other_extent", (
+        "without a position its first axis leads left, the reference's right"
+    )
     assert reason(ledger, "sub-2_T1w") == "other_extent"
     assert "state no positions" in ledger["sub-2_T1w"]["message"]
 
@@ -319,6 +324,11 @@ def test_a_session_without_the_reference_uses_the_next_contrast_or_is_refused(tm
     )
     assert manifest["num_records"] == 1 and reason(ledger, "sub-1_T1w") == "no_reference"
     assert "its session has no usable scan of contrast flair, the reference" in ledger["sub-1_ce-G_T1w"]["message"]
+    save(tmp_path / "small", "sub-3_FLAIR.nii.gz", 3, shape=(12, 12, 5))
+    save(tmp_path / "small", "sub-3_T1w.nii.gz", 4)
+    save(tmp_path / "small", "sub-4_FLAIR.nii.gz", 5)
+    _, _, ledger = ingested(tmp_path / "s", sources=tmp_path / "small", sessions={"without_reference": "refuse"})
+    assert reason(ledger, "sub-3_FLAIR") == "too_small" and reason(ledger, "sub-3_T1w") == "no_reference"
 
 
 def test_a_contrast_that_copies_another_is_found_and_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from p2r.data.corpus import ingest_locally, load_manifest, verify_corpus
 from p2r.errors import DataError
 from p2r.storage import Storage
-from tests.p2r.data.corpus.conftest import WriteScan, config_of, ledger_of, make, voxels
+from tests.p2r.data.corpus.conftest import WriteScan, bytes_below, config_of, ledger_of, make, voxels
 
 # Refusals
 
@@ -86,6 +86,21 @@ def test_a_job_that_refuses_too_many_scans_stops_early_with_the_reasons(many: Pa
     assert 20 <= reports[-1].scans_read < 30
     assert not storage.exists("manifest.json")
     assert 20 <= len(ledger_of(storage)) < 30
+
+
+def test_scans_that_were_too_large_are_read_again_and_nothing_is_published_in_vain(
+    folder: Path, storage: Storage, write_scan: WriteScan
+) -> None:
+    write_scan("sub-9_run-0.nii.gz", voxels(9, (200, 200, 8)))
+    small = config_of(folder, max_scan_mib=0.1)
+    make(storage, small)
+    assert load_manifest(storage)["reasons"] == {"accepted": 8, "too_large": 1}
+    before = bytes_below(storage)
+    assert any("were tried again, in vain" in line for line in make(storage, small))
+    assert {path: before[path] for path in before} == {path: bytes_below(storage)[path] for path in before}
+    assert load_manifest(storage)["revision"] == 1
+    make(storage, config_of(folder))
+    assert load_manifest(storage)["reasons"] == {"accepted": 9} and verify_corpus(storage) == []
 
 
 def test_shards_built_before_a_job_stopped_are_reused(many: Path, storage: Storage, tmp_path: Path) -> None:
