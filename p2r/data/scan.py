@@ -41,8 +41,13 @@ class Scan:
     """Series description of a DICOM series. It may contain a person's name, so it is never stored or logged."""
     study: str = ""
     """Short digest of the study of a DICOM series."""
-    num_channels: int = 1
-    """Number of contrasts that a `dataset.json` states for each image; more than 1 if they are on its fourth axis."""
+    channels: tuple[str, ...] = ()
+    """Contrasts that a `dataset.json` states for each image; several are on its fourth axis."""
+
+    @property
+    def num_channels(self) -> int:
+        """Number of contrasts of the image, as far as its names tell."""
+        return max(1, len(self.channels))
 
     @property
     def name(self) -> str:

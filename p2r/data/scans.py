@@ -298,9 +298,9 @@ def _describe_scan(scan: Scan, root: str, datasets: dict[str, DatasetJson | None
     if channel < len(dataset.channels):
         entities.setdefault("channel", dataset.channels[channel])
     is_whole = dataset.form == "msd" and case == scan_key(path)
-    num_channels = len(dataset.channels) if is_whole else 1
+    channels = dataset.channels if is_whole else ()
     return replace(
-        scan, below=below, label_map=reason or "", case=case, entities=tuple(sorted(entities.items())), num_channels=num_channels
+        scan, below=below, label_map=reason or "", case=case, entities=tuple(sorted(entities.items())), channels=channels
     )  # fmt: skip
 
 

@@ -133,12 +133,28 @@ def _group_of(scan: Scan) -> str:
 
 def _find_contrast(scan: Scan, sessions: SessionsConfig) -> str | None:
     """Return the first contrast with a pattern that matches; None if there is none."""
-    words = composed(contrast_words(scan)).lower()
-    for name, patterns in sessions.contrasts.items():
-        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-            if fnmatchcase(words, composed(pattern).lower()):
-                return name
+    words = contrast_words(scan)
+    return next((name for name, patterns in sessions.contrasts.items() if _matches(words, patterns)), None)
+
+
+def misnamed_channel(scan: Scan, sessions: SessionsConfig) -> tuple[str, str, str] | None:
+    """Return a channel of the fourth axis whose words match another contrast than the one that the job's order gives it.
+
+    Returns:
+        The channel in the `dataset.json`, the contrast by the order, and the contrast by the pattern; None if nothing contradicts.
+    """
+    if len(scan.channels) != len(sessions.contrasts):
+        return None
+    for channel, (name, patterns) in zip(scan.channels, sessions.contrasts.items(), strict=True):
+        others = (other for other, of_other in sessions.contrasts.items() if _matches(channel, of_other))
+        if not _matches(channel, patterns) and (other := next(others, None)) is not None:
+            return channel, name, other
     return None
+
+
+def _matches(words: str, patterns: str | tuple[str, ...]) -> bool:
+    each = (patterns,) if isinstance(patterns, str) else patterns
+    return any(fnmatchcase(composed(words).lower(), composed(pattern).lower()) for pattern in each)
 
 
 def _settle_repeats(

@@ -400,6 +400,12 @@ def test_a_fourth_axis_of_contrasts_is_recognised_by_a_dataset_json(tmp_path: Pa
         sessions={"contrasts": {"flair": "*", "t1": "*", "t1gd": "*"}, "fourth_axis": "contrasts"},
     )
     assert manifest["contrasts"] == {"flair": 2, "t1": 2, "t1gd": 2}
+    swapped = {"contrasts": {"t1": "T1w", "flair": "FLAIR", "t1gd": "*"}, "fourth_axis": "contrasts"}
+    with pytest.raises(DataError, match="2 other_frames"):
+        ingested(tmp_path / "swapped", sources=tmp_path / "brats", sessions=swapped)
+    right = {**swapped, "contrasts": {"flair": "FLAIR", "t1": "T1w", "t1gd": "*"}, "reference": "t1"}
+    _, manifest, _ = ingested(tmp_path / "right", sources=tmp_path / "brats", sessions=right)
+    assert manifest["contrasts"] == {"flair": 2, "t1": 2, "t1gd": 2}
 
 
 def test_contrasts_that_no_session_has_are_named_with_a_way_out(tmp_path: Path) -> None:
