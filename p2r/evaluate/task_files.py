@@ -7,7 +7,7 @@ label map, two scans of the same name. `tasks` reads the files.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -73,7 +73,7 @@ class TaskConfig(Section):
     unlabelled: Literal["refuse", "leave_out", "use"] = "refuse"
     """Scans without a label map. refuse: a missing label map is an error. leave_out: the scan does not belong to the task; pretraining may
     use it. use: modes that learn from unlabelled patients also learn from it, unless its subject is a validation or test patient or in
-    `split_rule.leave_out`."""
+    `split_rule.leave_out`. With several contrasts, files that continue the name of a case, such as `ce-GD`, are left out."""
     licence: Annotated[str, Field(min_length=1)]
     """SPDX identifier or name of the data's licence (`${P2R_LICENCE}` is substituted). Reports and models state it."""
     citation: str = ""
@@ -331,8 +331,12 @@ def _list_unlabelled(
     if config.split_rule is not None:
         excluded |= set(expand_subjects(config.split_rule.leave_out))
     names = {scan.key: scan.image for scan in labelled}
+    cases = tuple(cases)
+    names_of_cases = {case.name for case in cases}
     found = []
     for case in cases:
+        if len(case.contrasts) < len(config.contrasts or ()) and _extends_another(case.name, names_of_cases):
+            continue  # sub-01_ce-GD_T1w beside sub-01_T1w: another contrast, or a repeat
         is_label_map = label_map_by_name(case.image.name) is not None or (
             config.label_name != "{key}" and key_of(case.image.name, config.label_name) is not None
         )
@@ -343,6 +347,13 @@ def _list_unlabelled(
             raise DataError(f"task {path}: {other} and {case.image} would have the same key {key}; rename one of them")
         found.append(TaskImages(key, case.subject, case.image, contrasts=case.contrasts))
     return tuple(sorted(found, key=lambda scan: scan.key))
+
+
+def _extends_another(name: str, names: Set[str]) -> bool:
+    """Return whether a case's name continues another one's by words after an underscore."""
+    folder, _, last = name.rpartition("/")
+    words = last.split("_")
+    return any(f"{folder}/{'_'.join(words[:n])}".lstrip("/") in names for n in range(1, len(words)))
 
 
 def task_sha256(path: Path) -> str:

@@ -69,6 +69,16 @@ def test_the_files_of_a_case_are_found_by_contrast_and_missing_ones_are_missing(
     assert first.image == first.contrasts["flair"] and first.label == sessions / "labels/sub-01.nii.gz"
 
 
+def test_another_contrast_or_repeat_beside_a_case_is_no_unlabelled_case(copy: Path) -> None:
+    (copy / "labels/sub-03.nii.gz").unlink()
+    for name in ("sub-01_ce-OTHER", "sub-03_run-2"):
+        subject = name.partition("_")[0]
+        shutil.copy(file_of(copy, subject, "t1"), file_of(copy, subject, "t1").with_name(f"{name}_T1w.nii.gz"))
+    rule = {"seed": 0, "validation": 1, "test": 2}
+    task = load_task(retask(copy, unlabelled="use", splits=None, split_rule=rule))
+    assert [(scan.subject, scan.image.name) for scan in task.unlabelled] == [("sub-03", "sub-03_FLAIR.nii.gz")]
+
+
 def test_the_channels_of_nnunet_and_folders_by_contrast_are_the_same_task(sessions: Path, tmp_path: Path) -> None:
     for subject in (f"sub-{number:02d}" for number in range(1, 9)):
         for channel, contrast in enumerate(NAMES):
