@@ -107,10 +107,14 @@ class FaultLog:
         """Number of the current or next worker group."""
         return 1 + sum(fault.decision != "fall back" for fault in self._faults)
 
-    @property
-    def has_ended(self) -> bool:
-        """True if the last row records that the run ended, for a known cause."""
-        return bool(self._faults) and self._faults[-1].decision == "end"
+    def has_ended_at(self, step: int) -> bool:
+        """Return whether the last row records that the run ended, for a known cause, and a later start made no checkpoint since.
+
+        Args:
+            step: Step of the newest checkpoint.
+        """
+        last = self._faults[-1] if self._faults else None
+        return last is not None and last.decision == "end" and step <= (last.from_step or 0)
 
     def add(
         self,

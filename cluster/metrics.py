@@ -245,6 +245,8 @@ class Exporter(Collector):
 
     def observe(self, report: "PretrainReport") -> None:
         """Export the values of a report."""
+        from p2r.engine.uploading import step_of  # imports torch, which a process with reports has loaded
+
         now = time.time()
         with self._lock:
             if self._report is None:
@@ -257,7 +259,7 @@ class Exporter(Collector):
                 if value is not None:
                     self._kept[name] = value
             if report.checkpoint is not None:
-                self._checkpoint_at, self._checkpoint_step = now, report.step
+                self._checkpoint_at, self._checkpoint_step = now, step_of(report.checkpoint)
 
     def fault(self, fault: "Fault") -> None:
         """Count a fault."""

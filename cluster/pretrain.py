@@ -11,6 +11,7 @@ A group may have to end early: on SIGTERM, a notice of preemption, or room for m
 poll it; all save a checkpoint at the same step and exit in order.
 """
 
+import logging
 import os
 import tempfile
 import threading
@@ -26,7 +27,7 @@ import ray.train.torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
-from cluster.faults import Cause, Fault, FaultLog, cause_of, refusal_of
+from cluster.faults import Cause, Decision, Fault, FaultLog, cause_of, refusal_of
 from cluster.group import DriverChannel, GroupState, Reason, TorchGroup, Trainer, WorkerSettings
 from cluster.metrics import ExporterSettings
 from cluster.pretrain_worker import POLL_S, WAIT_TO_SAVE_S, run_worker
@@ -47,12 +48,13 @@ from p2r.data.order import allowed_world_sizes, check_world_size, sizes_for_micr
 from p2r.data.stream import order_of
 from p2r.engine.checkpoint import newest_checkpoint, refuse_other_config, refuse_other_ranks
 from p2r.engine.corpora import balance_of, corpora_of, refuse_other_stream
-from p2r.errors import InputError, TrainingError
+from p2r.errors import InputError, TrainingError, error_text
 from p2r.job import Resources
 from p2r.logs import Say
 from p2r.storage import Storage
 
 _WITHOUT_BF16 = ("K80", "P4", "P100", "V100", "T4")
+_LOG = logging.getLogger(__name__)
 
 
 def pretrain(
@@ -123,7 +125,7 @@ def pretrain(
             faults=FaultLog(storage, say=say, on_fault=on_fault),
             say=say,
         )
-        if checkpoint is not None and not run.faults.has_ended:
+        if checkpoint is not None and not run.faults.has_ended_at(checkpoint.step):
             run.faults.add(
                 "driver",
                 "the previous run ended without recording a cause",
@@ -198,8 +200,9 @@ def _train_to_end(run: GroupRun) -> bool:
                 return False
             in_a_row = 0
             continue
-        in_a_row = 1 if saved != before else in_a_row + 1
-        _record_failure(run, failure, state, from_step=saved, in_a_row=in_a_row)
+        if saved != before:
+            in_a_row = 0
+        in_a_row = _record_failure(run, failure, state, from_step=saved, in_a_row=in_a_row)
 
 
 def _record_planned_end(run: GroupRun, state: GroupState, saved: int | None) -> bool:
@@ -221,8 +224,18 @@ def _record_failure(
     *,
     from_step: int | None,
     in_a_row: int,
-) -> None:
+) -> int:
     """Record that a group failed; return if another group should follow.
+
+    Args:
+        run: The run.
+        failure: Exception from `trainer.fit()`; None: the workers ended early without one.
+        state: The group's last state.
+        from_step: Step of the newest checkpoint.
+        in_a_row: Failures before this one since the last new checkpoint, without preemptions.
+
+    Returns:
+        The same count with this failure.
 
     Raises:
         InputError: A worker found invalid input.
@@ -243,9 +256,13 @@ def _record_failure(
             raise TrainingError(
                 f"stopped ({run.stop.why}) while workers failed; run the job again to resume"
             ) from failure
-    limit = None if cause == "preemption" else run.retries
-    ends = cause == "divergence" or (limit is not None and in_a_row > limit)
-    run.faults.add(cause, what, decision="end" if ends else "restart", from_step=from_step, count=in_a_row, limit=limit)
+    if cause == "preemption":
+        run.faults.add(cause, what, decision="restart", from_step=from_step)
+        return in_a_row
+    in_a_row += 1
+    ends = cause == "divergence" or in_a_row > run.retries
+    decision: Decision = "end" if ends else "restart"
+    run.faults.add(cause, what, decision=decision, from_step=from_step, count=in_a_row, limit=run.retries)
     if cause == "divergence":
         raise TrainingError(what) from failure
     if ends:
@@ -253,6 +270,7 @@ def _record_failure(
             f"pretraining failed {in_a_row} times in a row without a new checkpoint (retries: {run.retries}); "
             f"the last time: {cause}: {what}"
         ) from failure
+    return in_a_row
 
 
 def _new_trainer(run: GroupRun, group: int, num_workers: int, folder: str) -> Trainer:
@@ -304,32 +322,43 @@ def _open_channel() -> Iterator[Any]:
 def _watch_group(run: GroupRun, num_workers: int) -> Iterator[None]:
     """While a group runs, watch for reasons to end it in order, and record the checkpoints that its workers could not use."""
     ended = threading.Event()
+    asked: Reason | None = None
+    looked_at = time.monotonic()
+
+    def look(*, is_last: bool) -> None:
+        nonlocal asked, looked_at
+        state: GroupState = ray.get(run.channel.state.remote())
+        for told, from_step in state.fallbacks:
+            run.faults.add("checkpoint", told, decision="fall back", from_step=from_step)
+        if is_last:
+            return
+        if run.stop.event.is_set() and asked != "stop":
+            ray.get(run.channel.ask_to_end.remote("stop", run.stop.why))
+            asked = "stop"
+            run.say(_stop_message(run, state.step))
+        if asked is None and (what := _preemption_message(state.nodes)):
+            ray.get(run.channel.ask_to_end.remote("preemption", what))
+            asked = "preemption"
+            run.say(f"pretrain | {what}; saving a checkpoint after this step, then moving to other nodes")
+        is_time = time.monotonic() - looked_at > run.resources.resize_interval_s
+        if asked is None and num_workers < max(run.sizes) and state.nodes and is_time:
+            looked_at = time.monotonic()
+            could_be = _largest_fitting(run)
+            if could_be is not None and could_be > num_workers:
+                ray.get(run.channel.ask_to_end.remote("resize", f"there is room for {could_be} workers"))
+                asked = "resize"
 
     def watch() -> None:
-        asked: Reason | None = None
-        looked_at = time.monotonic()
-        while True:
+        is_last, last_error = False, ""
+        while not is_last:
             is_last = ended.wait(POLL_S)
-            state: GroupState = ray.get(run.channel.state.remote())
-            for told, from_step in state.fallbacks:
-                run.faults.add("checkpoint", told, decision="fall back", from_step=from_step)
-            if is_last:
-                return
-            if run.stop.event.is_set() and asked != "stop":
-                asked = "stop"
-                ray.get(run.channel.ask_to_end.remote("stop", run.stop.why))
-                run.say(_stop_message(run, state.step))
-            if asked is None and (what := _preemption_message(state.nodes)):
-                asked = "preemption"
-                ray.get(run.channel.ask_to_end.remote("preemption", what))
-                run.say(f"pretrain | {what}; saving a checkpoint after this step, then moving to other nodes")
-            is_time = time.monotonic() - looked_at > run.resources.resize_interval_s
-            if asked is None and num_workers < max(run.sizes) and state.nodes and is_time:
-                looked_at = time.monotonic()
-                could_be = _largest_fitting(run)
-                if could_be is not None and could_be > num_workers:
-                    asked = "resize"
-                    ray.get(run.channel.ask_to_end.remote("resize", f"there is room for {could_be} workers"))
+            try:
+                look(is_last=is_last)
+            except Exception as error:  # the storage or Ray may answer again, and a stop must not be missed
+                text = error_text(error)
+                if text != last_error:  # not twice a second
+                    _LOG.warning("watching the worker group goes on after an error: %s", text)
+                last_error = text
 
     thread = threading.Thread(target=watch, name="p2r-watch", daemon=True)
     thread.start()

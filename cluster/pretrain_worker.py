@@ -13,7 +13,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
 from cluster.group import WorkerSettings
 from p2r.errors import masked_errors
@@ -93,7 +93,7 @@ def _poll_end_flag(channel: Any, group: int) -> Callable[[], bool]:
             try:
                 if ray.get(channel.is_to_end.remote(group), timeout=30):
                     is_to_end.set()
-            except GetTimeoutError:
+            except (GetTimeoutError, ActorUnavailableError):
                 continue  # the network may come back
             except RayError:
                 return  # the driver is gone, so Ray ends this worker

@@ -23,7 +23,8 @@ from cluster.metrics import ExporterSettings
 from cluster.pretrain import allowed_sizes, pretrain, room_for
 from cluster.session import Places
 from cluster.stopping import StopRequest, catch_sigterm
-from p2r.engine.checkpoint import newest_checkpoint
+from p2r.config import ProbeConfig
+from p2r.engine.checkpoint import newest_checkpoint, refuse_other_config
 from p2r.engine.history import read_history
 from p2r.engine.report import HISTORY
 from p2r.errors import P2RError
@@ -186,6 +187,8 @@ class _Stopped(BaseModel):
     step: int
     probe_dice: float
     asha: AshaConfig
+    probe: ProbeConfig | None = None
+    """Probe that measured the Dice; None: an older version wrote the file."""
 
     def state(self) -> StoppedVariant:
         return StoppedVariant(step=self.step, probe_dice=self.probe_dice)
@@ -235,24 +238,33 @@ class _Halving:
 
     def record(self, name: str) -> StoppedVariant | None:
         """Store and return the state of a variant that ended early; None if another request ended it."""
-        storage = self._runs[name].storage
+        storage, probe = self._runs[name].storage, self._runs[name].config.probe
         checkpoint = newest_checkpoint(storage)
         if name not in self._behind or checkpoint is None:
             return None
-        found = _Stopped(step=checkpoint.step, probe_dice=self._behind[name], asha=self._asha)
+        found = _Stopped(step=checkpoint.step, probe_dice=self._behind[name], asha=self._asha, probe=probe)
         storage.write_json(_STOPPED, found.model_dump(mode="json"))
         return found.state()
 
     def stopped_before(self, name: str) -> StoppedVariant | None:
-        """Return the state of a variant that an earlier call stopped by the same rule."""
-        storage = self._runs[name].storage
+        """Return the state of a variant that an earlier call stopped by the same rule and probe.
+
+        Raises:
+            CheckpointError: The variant was stopped with another configuration.
+        """
+        storage, config = self._runs[name].storage, self._runs[name].config
         if not storage.exists(_STOPPED):
             return None
         try:
             found = _Stopped.model_validate(storage.read_json(_STOPPED, max_bytes=2**16))
         except ValidationError:
             return None  # written by another version: the variant is compared again
-        return found.state() if found.asha == self._asha else None
+        if found.asha != self._asha or found.probe not in (None, config.probe):
+            return None
+        checkpoint = newest_checkpoint(storage)
+        if checkpoint is not None:
+            refuse_other_config(checkpoint.manifest, config, where=storage.at(checkpoint.path))
+        return found.state()
 
     def _is_behind(self, name: str, step: int, dice: float) -> bool:
         with self._lock:

@@ -4,11 +4,11 @@ Safetensors hold only numbers. PyTorch files are pickles: only `torch.load(weigh
 that is neither a tensor nor a plain value. nnU-Net stores numpy numbers beside its weights; inert objects replace them.
 """
 
+import hashlib
 import io
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from p2r.errors import CheckpointError, error_text
-from p2r.files import file_sha256
+from p2r.files import open_regular, translate_os_errors
 from p2r.reference import Reference, names_weights_file
 from p2r.storage import Storage
 
@@ -80,8 +80,8 @@ def read_weights_file(reference: Reference, *, where: str) -> WeightsFile:
         where: Name of the file, for messages.
 
     Raises:
-        StorageError: The file is absent.
-        CheckpointError: It differs from its pin, is neither safetensors nor a PyTorch file of tensors, or has code in it.
+        StorageError: The file cannot be read.
+        CheckpointError: It is absent, differs from its pin, is neither safetensors nor a PyTorch file of tensors, or has code in it.
     """
     folder, _, name = reference.url.rpartition("/")
     storage = Storage(folder or ".")
@@ -91,23 +91,25 @@ def read_weights_file(reference: Reference, *, where: str) -> WeightsFile:
     if facts.num_bytes > MAX_FILE_BYTES:
         raise CheckpointError(f"{where} has {facts.num_bytes:,} bytes; weights files have at most {MAX_FILE_BYTES:,}")
     local = storage.local(name)
-    found = file_sha256(local)
+    # The digest is of the bytes that are loaded: the file may be replaced at any time, and its copy in the cache evicted.
+    with translate_os_errors("read", storage.at(name)), open_regular(local) as file:
+        content = file.read()
+    found = hashlib.sha256(content).hexdigest()
     if reference.sha256 not in (None, found):
         raise CheckpointError(f"{where} is pinned to sha256 {reference.sha256}, and the file has {found}: another file")
-    value = _load_safetensors(local, where) if name.endswith(".safetensors") else _load_pickle(local, where)
+    value = _load_safetensors(content, where) if name.endswith(".safetensors") else _load_pickle(content, where)
     tensors, beside = _find_tensors(value, where)
     return WeightsFile(tensors, found, beside)
 
 
-def _load_safetensors(path: Path, where: str) -> Any:
+def _load_safetensors(content: bytes, where: str) -> Any:
     try:
-        return load(path.read_bytes())
+        return load(content)
     except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{where} is not a safetensors file: {error}") from None
 
 
-def _load_pickle(path: Path, where: str) -> Any:
-    content = path.read_bytes()
+def _load_pickle(content: bytes, where: str) -> Any:
     if not zipfile.is_zipfile(io.BytesIO(content)):
         raise CheckpointError(
             f"{where} is not a file of torch.save (a zip since PyTorch 1.6): it is damaged, or older. {_CONVERT}"

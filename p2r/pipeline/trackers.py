@@ -42,6 +42,8 @@ class Tracker(Protocol):
 
     run: str
     """Identifier with which the run is continued."""
+    sends_on_close: bool
+    """True if the tool has nothing before `close` succeeds."""
 
     def parameters(self, values: Mapping[str, str]) -> None:
         """Record the settings of the job."""
@@ -67,7 +69,7 @@ class _TensorBoard:
         from tensorboardX import SummaryWriter
 
         self.run = "tensorboard" if target.variant is None else f"tensorboard/{target.variant}"
-        self._storage = target.storage
+        self._storage, self.sends_on_close = target.storage, not target.storage.is_local
         self._folder = None if target.storage.is_local else tempfile.TemporaryDirectory(prefix="p2r-tensorboard-")
         where = self._folder.name if self._folder else target.storage.at(self.run).removeprefix("file://")
         self._where = Path(where)
@@ -93,12 +95,14 @@ class _TensorBoard:
     def close(self, *, is_done: bool) -> None:
         self._writer.close()
         if self._folder is not None:
-            for path in self._where.iterdir():
-                self._storage.upload(path, f"{self.run}/{path.name}")
-            self._folder.cleanup()
+            with self._folder:
+                for path in self._where.iterdir():
+                    self._storage.upload(path, f"{self.run}/{path.name}")
 
 
 class _MLflow:
+    sends_on_close = False
+
     def __init__(self, target: Target) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Metric
@@ -145,6 +149,8 @@ class _MLflow:
 
 
 class _WandB:
+    sends_on_close = False
+
     def __init__(self, target: Target) -> None:
         import wandb
 

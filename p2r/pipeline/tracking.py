@@ -78,13 +78,19 @@ class _Worker:
 
         def send(tracker: Tracker) -> None:
             tracker.metrics(found, step=step)
-            self.sent = step
+            if not tracker.sends_on_close:
+                self.sent = step
 
         self.send(send)
 
     def end(self, *, is_done: bool) -> None:
         """Queue the end of the run."""
-        self.send(lambda tracker: tracker.close(is_done=is_done))
+
+        def close(tracker: Tracker) -> None:
+            tracker.close(is_done=is_done)
+            self.sent = self.step
+
+        self.send(close)
         try:
             self._waiting.put_nowait(None)
         except queue.Full:

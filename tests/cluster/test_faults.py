@@ -1,17 +1,32 @@
 """What went wrong is told from Ray's errors, and written down; what cannot be right is refused before a worker starts."""
 
 import json
+import logging
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from cluster.faults import FaultLog, cause_of, refusal_of
-from cluster.pretrain import _allowed_world_sizes, _count_room, _gpus_per_worker, network_environment
+from cluster.group import GroupState
+from cluster.pretrain import (
+    _allowed_world_sizes,
+    _count_room,
+    _gpus_per_worker,
+    _record_failure,
+    _watch_group,
+    network_environment,
+)
+from cluster.pretrain_worker import _poll_end_flag
+from cluster.stopping import StopRequest
 from p2r.config import PretrainConfig
 from p2r.errors import DataError, InputError, StorageError, TrainingError
 from p2r.job import Resources, read_job
@@ -69,7 +84,7 @@ def test_faults_are_rows_on_the_storage_and_lines_of_the_log(tmp_path: Path) -> 
     log.add("worker", "rank 1 died\nwith a long trace", decision="restart", from_step=40, count=1, limit=2)
     log.add("checkpoint", "step 40 is damaged", decision="fall back", from_step=20)
     again = FaultLog(Storage(str(tmp_path)), say=lines.append)
-    assert (again.attempt, again.has_ended) == (2, False)
+    assert (again.attempt, again.has_ended_at(20)) == (2, False)
     again.add("stop", "SIGTERM", decision="end", from_step=60)
     rows = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
     assert [(row["attempt"], row["cause"], row["decision"], row["from_step"]) for row in rows] == [
@@ -78,7 +93,94 @@ def test_faults_are_rows_on_the_storage_and_lines_of_the_log(tmp_path: Path) -> 
         (2, "stop", "end", 60),
     ]
     assert lines[0] == "fault | worker: rank 1 died | restart from step 40 | 1 of 2"
-    assert again.has_ended
+    assert again.has_ended_at(60)
+    assert not again.has_ended_at(80), "a later start saved this checkpoint, and ended without a row"
+
+
+def test_preemptions_do_not_count_against_the_retries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.pretrain.usable_nodes", dict)
+    faults = FaultLog(Storage(str(tmp_path)), say=lambda line: None)
+    run: Any = SimpleNamespace(faults=faults, retries=1, stop=StopRequest())
+    state = GroupState(reason=None, what="", nodes={}, fallbacks=[], step=7)
+    preempted = PreemptionError(PreemptionInfo(0, {"node": [1]}))
+
+    def record(failure: Exception, in_a_row: int) -> int:
+        return _record_failure(run, failure, state, from_step=5, in_a_row=in_a_row)
+
+    assert record(preempted, 0) == 0
+    assert record(failed(rank1=died()), 0) == 1
+    assert record(preempted, 1) == 1
+    with pytest.raises(TrainingError, match="failed 2 times in a row"):
+        record(failed(rank1=died()), 1)
+    rows = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
+    assert [(row["cause"], row["decision"], row.get("limit")) for row in rows] == [
+        ("preemption", "restart", None),
+        ("worker", "restart", 1),
+        ("preemption", "restart", None),
+        ("worker", "end", 1),
+    ]
+
+
+class Remote:
+    """A method of an actor without an actor."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.remote = call
+
+
+def got(answer: Any, timeout: float | None = None) -> Any:
+    """Stand-in for `ray.get`."""
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+@pytest.mark.parametrize("away", [GetTimeoutError("slow"), ActorUnavailableError("the network is away", None)])
+def test_a_worker_polls_on_after_the_network_was_away(away: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.pretrain_worker.ray.get", got)
+    monkeypatch.setattr("cluster.pretrain_worker.POLL_S", 0.01)
+    answers = [away, False, True]
+    channel = SimpleNamespace(is_to_end=Remote(lambda group: answers.pop(0)))
+    should_stop = _poll_end_flag(channel, 1)
+    end = time.monotonic() + 30
+    while not should_stop() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert should_stop() and not answers
+
+
+def test_a_stop_is_passed_on_after_the_storage_refused_a_row(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cluster.pretrain.ray.get", got)
+    monkeypatch.setattr("cluster.pretrain.POLL_S", 0.01)
+    asked, fallbacks = threading.Event(), [[("step 4 is damaged", 2)]]
+    reasons: list[str] = []
+
+    def state() -> GroupState:
+        told = fallbacks.pop() if fallbacks else []
+        return GroupState(reason=None, what="", nodes={}, fallbacks=told, step=7)
+
+    def ask_to_end(reason: str, what: str) -> None:
+        reasons.append(reason)
+        asked.set()
+
+    def refuse(*row: object, **values: object) -> None:
+        raise StorageError("cannot write faults.jsonl")
+
+    stop = StopRequest()
+    stop.ask("asha")
+    run: Any = SimpleNamespace(
+        channel=SimpleNamespace(state=Remote(state), ask_to_end=Remote(ask_to_end)),
+        faults=SimpleNamespace(add=refuse),
+        resources=Resources(),
+        say=lambda line: None,
+        sizes=[1],
+        stop=stop,
+    )
+    with caplog.at_level(logging.WARNING), _watch_group(run, 1):
+        assert asked.wait(30)
+    assert reasons == ["stop"]
+    assert "cannot write faults.jsonl" in caplog.text
 
 
 def test_room_is_counted_node_by_node() -> None:

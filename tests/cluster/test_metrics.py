@@ -104,6 +104,13 @@ def test_a_scrape_says_what_the_reports_say(exporter: Exporter, reports: list[Pr
     )
 
 
+def test_the_step_of_a_checkpoint_is_its_own_not_that_of_the_report_in_which_it_is_complete(
+    exporter: Exporter, reports: list[PretrainReport]
+) -> None:
+    exporter.observe(dataclasses.replace(reports[-1], step=6, checkpoint="checkpoints/step-00000004"))
+    assert value(parsed(exporter.page().decode()), "p2r_checkpoint_step") == 4
+
+
 def test_every_metric_is_in_a_scrape_of_a_real_run(reports: list[PretrainReport], tmp_path: Path) -> None:
     """Those of a field that is optional in a report need one that has it; the fields of this version's reports are what counts."""
     worker, driver = (Exporter(run="toy", storage_url=f"file://{tmp_path}", role=x, endpoint=None) for x in ROLES)

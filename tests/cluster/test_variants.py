@@ -16,6 +16,8 @@ from cluster.executor import RayExecutor
 from cluster.variants import _Halving
 from p2r.config import PretrainConfig
 from p2r.engine.checkpoint import newest_checkpoint
+from p2r.engine.checkpoint_manifest import FORMAT
+from p2r.errors import CheckpointError
 from p2r.job import AshaConfig, Job, read_job
 from p2r.pipeline.executor import VariantRun
 from p2r.pipeline.local import LocalExecutor
@@ -179,3 +181,38 @@ def test_a_probe_is_compared_with_the_stored_probes_of_all_variants_at_the_same_
     assert not _Halving(AshaConfig(reduction_factor=3), runs)._is_behind("3", 10, 0.61)
     assert not halving._is_behind("2", 30, 0.3), "the first at a step is never stopped"
     assert not _Halving(AshaConfig(grace_steps=20), runs)._is_behind("3", 10, 0.1)
+
+
+def test_a_stopped_variant_that_was_changed_since_is_refused_and_one_with_another_probe_is_compared_again(
+    tmp_path: Path,
+) -> None:
+    storage, asha = Storage(str(tmp_path)), AshaConfig()
+    config = PretrainConfig.model_validate(
+        {"steps": 90, "global_batch": 4, "probe": {"task": "task.yaml", "interval": 10}}
+    )
+    manifest = {
+        "format": FORMAT,
+        "step": 10,
+        "state": {},
+        "config": config.model_dump(mode="json"),
+        "world_size": 1,
+        "files": {"model.safetensors": {"sha256": "0" * 64, "num_bytes": 1}},
+    }
+    storage.write_json("checkpoints/step-00000010/manifest.json", manifest)
+
+    def halving(**changes: object) -> _Halving:
+        changed = PretrainConfig.model_validate(config.model_dump(mode="json") | changes)
+        return _Halving(asha, {"a": VariantRun(config=changed, storage=storage, corpus=storage)})
+
+    first = halving()
+    first._behind["a"] = 0.25
+    stopped = first.record("a")
+    assert stopped is not None and halving().stopped_before("a") == stopped
+    with pytest.raises(CheckpointError, match=r"pretrain\.global_batch: 4 in the checkpoint, 8 in the job"):
+        halving(global_batch=8).stopped_before("a")
+    other_probe = halving(probe={"task": "task.yaml", "interval": 10, "num_labelled": 3})
+    assert other_probe.stopped_before("a") is None
+    old = storage.read_json("stopped.json")
+    del old["probe"]
+    storage.write_json("stopped.json", old)
+    assert other_probe.stopped_before("a") == stopped, "a file of an older version does not name the probe"

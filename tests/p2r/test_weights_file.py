@@ -1,5 +1,6 @@
 """Weights files of other tools: no code of theirs runs, and each broken or hostile file is refused by name."""
 
+import hashlib
 import os
 import pickle
 import zipfile
@@ -11,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from p2r.errors import CheckpointError
+from p2r import weights_file
+from p2r.errors import CheckpointError, StorageError
 from p2r.reference import parse_reference
+from p2r.storage import Storage
 from p2r.weights_file import is_weights_file, read_weights_file
 
 WEIGHTS = {"a.weight": torch.rand(2, 3), "a.bias": torch.rand(3)}
@@ -94,3 +97,32 @@ def test_a_file_of_p2r_is_not_taken_for_one_of_another_tool(tmp_path: Path) -> N
     assert is_weights_file(parse_reference(str(path))) and not is_weights_file(parse_reference(str(tmp_path)))
     (tmp_path / "manifest.json").write_text("{}")
     assert not is_weights_file(parse_reference(str(path)))
+
+
+@pytest.mark.parametrize(("suffix", "loader"), [("pth", "_load_pickle"), ("safetensors", "_load_safetensors")])
+def test_the_digest_is_of_the_bytes_that_are_loaded(
+    tmp_path: Path, suffix: str, loader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / f"a.{suffix}", tmp_path / f"other.{suffix}"
+    save: Any = torch.save if suffix == "pth" else save_file
+    save(WEIGHTS, path)
+    save({name: value + 1 for name, value in WEIGHTS.items()}, other)
+    pin = f"@sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    load = getattr(weights_file, loader)
+
+    def load_after_a_replacement(*arguments: Any) -> Any:
+        other.replace(path)
+        return load(*arguments)
+
+    monkeypatch.setattr(weights_file, loader, load_after_a_replacement)
+    found = read(path, pin)
+    assert all(torch.equal(found.tensors[name], value) for name, value in WEIGHTS.items())
+
+
+def test_a_copy_that_the_cache_evicts_before_it_is_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(WEIGHTS, tmp_path / "a.pth")
+    monkeypatch.setattr(Storage, "local", lambda storage, path: tmp_path / "evicted")
+    with pytest.raises(StorageError, match=r"cannot read file://.*/a\.pth: FileNotFoundError"):
+        read(tmp_path / "a.pth")

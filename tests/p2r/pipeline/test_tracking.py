@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 from PIL import Image
 
-from p2r.errors import InputError
+from p2r.errors import InputError, StorageError
 from p2r.job import Job, read_job
 from p2r.logs import Line
 from p2r.pipeline import tracking
@@ -25,6 +25,7 @@ class Recorder:
 
     calls: ClassVar[list[tuple[str, Any]]] = []
     by_run: ClassVar[dict[str, list[int]]] = {}
+    sends_on_close = False
 
     def __init__(self, target: Target) -> None:
         self.run = target.run or ("run-1" if target.variant is None else f"run-{target.name}")
@@ -112,6 +113,32 @@ def test_a_tracker_that_is_down_costs_one_warning_and_gets_the_steps_at_the_next
         with tracked(job, storage, lambda text: None):
             pass
         assert steps(calls) == [1, 2], "the history of the call in which it was down"
+
+
+def test_steps_that_tensorboard_could_not_upload_are_sent_at_the_next_call(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboardX")
+    job, storage, uploaded = job.model_copy(update={"trackers": ("tensorboard",)}), Storage(job.storage), list[bytes]()
+
+    def refuse(storage: Storage, local: Path, path: str) -> bool:
+        raise StorageError("cannot write to the bucket")
+
+    def upload(storage: Storage, local: Path, path: str) -> bool:
+        uploaded.append(local.read_bytes())
+        return True
+
+    monkeypatch.setattr(Storage, "is_local", False)
+    monkeypatch.setattr(Storage, "upload", refuse)
+    with tracked(job, storage, lambda text: None) as say:
+        say(line(2))
+    assert storage.read_json("trackers.json")["tensorboard"]["step"] == 0
+    storage.write_bytes("pretrain/history.jsonl", b'{"step": 2, "loss": 0.5, "world_size": 1}\n')
+    monkeypatch.setattr(Storage, "upload", upload)
+    with tracked(job, storage, lambda text: None):
+        pass
+    assert b"pretrain/loss" in b"".join(uploaded)
+    assert storage.read_json("trackers.json")["tensorboard"]["step"] == 2
 
 
 def test_each_pretrained_variant_of_an_ablation_has_a_run_of_its_own_which_a_second_call_continues(
