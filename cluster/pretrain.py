@@ -357,7 +357,7 @@ def _watch_group(run: GroupRun, num_workers: int) -> Iterator[None]:
             except Exception as error:  # the storage or Ray may answer again, and a stop must not be missed
                 text = error_text(error)
                 if text != last_error:  # not twice a second
-                    _LOG.warning("watching the worker group goes on after an error: %s", text)
+                    _LOG.warning("an error while the worker group was watched; watching continues: %s", text)
                 last_error = text
 
     thread = threading.Thread(target=watch, name="p2r-watch", daemon=True)
