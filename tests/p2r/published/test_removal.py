@@ -13,7 +13,7 @@ from p2r.backbone import verify_artefact
 from p2r.errors import StorageError
 from p2r.pointers import file_of, move, read_pointer
 from p2r.published import promotion, removal
-from p2r.published.collection import read_collections
+from p2r.published.collection import enclosing_storage, read_collections
 from p2r.published.promotion import promote
 from p2r.published.removal import plan_removal, remove
 from p2r.reference import Reference, parse_reference
@@ -72,6 +72,28 @@ def _publish_parent_and_newer(place: str) -> Artefact:
 def _publish_child(url: str, parent: Artefact) -> None:
     named = {"parents": [{"reference": parent.pin, "format": "p2r-backbone/2", "sha256": parent.sha256}]}
     publish_version(url, seed=3, lineage=LINEAGE | named)
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("backbones", ""),
+        ("models", ""),
+        ("backbones/toy", ""),
+        ("", None),
+        ("elsewhere/toy", None),
+        ("variants/first", None),
+        ("variants/first/backbones/toy", "variants/first/"),
+    ],
+)
+def test_the_storage_of_a_name_is_the_folder_above_backbones_or_models(
+    tmp_path: Path, part: str, expected: str | None
+) -> None:
+    # The storage itself is in a folder called `models`.
+    for folder in ("", "variants/first/"):
+        Storage(f"{tmp_path}/models/run").write_bytes(f"{folder}backbones/toy/1/manifest.json", b"{}")
+    found = enclosing_storage(f"{tmp_path}/models/run/{part}")
+    assert found == (None if expected is None else f"file://{tmp_path}/models/run/{expected}")
 
 
 def test_a_version_is_kept_that_another_name_of_the_storage_has_as_its_parent(tmp_path: Path) -> None:
