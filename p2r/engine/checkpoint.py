@@ -329,9 +329,8 @@ def refuse_other_config(manifest: CheckpointManifest, config: PretrainConfig, *,
 
 def _add_contrasts(saved: dict[str, object], wanted: dict[str, object]) -> None:
     """Give the contrast of each corpus a key of its own: it decides the channel. The rest of `corpus` is compared by the stream."""
-    both = zip(
-        _contrasts_in(saved), _contrasts_in(wanted), strict=False
-    )  # the stream refuses another number of corpora
+    # The stream refuses another number of corpora.
+    both = zip(_contrasts_in(saved), _contrasts_in(wanted), strict=False)
     for number, (before, now) in enumerate(both):
         saved[f"corpus[{number}].contrast"], wanted[f"corpus[{number}].contrast"] = before, now
 
