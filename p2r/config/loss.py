@@ -73,6 +73,8 @@ class LossConfig(Section):
     def _check(self) -> Self:
         if self.negatives == "image" and self.name != "info_nce":
             raise ValueError(f"negatives image needs name info_nce: {self.name} contrasts no pixels")
+        if self.learn_temperature and self.name != "info_nce":
+            raise ValueError(f"learn_temperature needs name info_nce: {self.name} has no temperature")
         if self.negatives == "image" and self.exclude_within_mm == math.inf:
             raise ValueError(
                 "negatives image and exclude_within_mm .inf leave no negatives: give a radius, or leave it out"

@@ -145,7 +145,8 @@ def full_weights(engine: Any, *, mean: bool = False) -> dict[str, Tensor]:
             name: _to_host(safe_get_full_fp32_param(weight) if partitioned else weight)
             for name, weight in engine.module.named_parameters()
         }
-    buffers = {name: _to_host(buffer) for name, buffer in engine.module.named_buffers()}
+    stored = engine.module.state_dict().keys()  # without buffers that follow from the architecture
+    buffers = {name: _to_host(buffer) for name, buffer in engine.module.named_buffers() if name in stored}
     return weights | buffers
 
 

@@ -53,7 +53,7 @@ Note = Callable[[str, int], None]
 _CHANGEABLE_KEYS = (
     *("report_interval", "equivariance_interval", "checkpoint_interval", "keep_checkpoints", "keep_every", "corpus"),
     *("compile", "model.channels_last", "model.checkpoint_activations", "zero_stage"),
-    *("deterministic", "max_skipped_steps"),
+    *("deterministic", "max_skipped_steps", "max_replaced"),
     *("probe", *(f"probe.{name}" for name in ProbeConfig.model_fields)),
 )
 _DAMAGED = "damaged.json"
@@ -308,8 +308,12 @@ def refuse_other_config(manifest: CheckpointManifest, config: PretrainConfig, *,
     A key that the version of the checkpoint did not have counts as its default.
     """
     saved, wanted = _flatten_keys(_complete_config(manifest)), _flatten_keys(config.model_dump(mode="json"))
+    _add_contrasts(saved, wanted)
+    changeable = set(_CHANGEABLE_KEYS)
+    if config.loss.negatives != "micro_batch":  # otherwise it decides the negatives
+        changeable.add("micro_batch")
     differing = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
-    differing = [key for key in differing if key not in _CHANGEABLE_KEYS]
+    differing = [key for key in differing if key not in changeable]
     if not differing:
         return
     lines = [f"  pretrain.{key}: {_describe_difference(key, saved, wanted)}" for key in differing]
@@ -321,6 +325,20 @@ def refuse_other_config(manifest: CheckpointManifest, config: PretrainConfig, *,
     if wrote != __version__ and any(key not in saved or key not in wanted for key in differing):
         way = f"p2r {wrote} wrote it, this is p2r {__version__}: resume with that version. {way}"
     raise CheckpointError("\n".join([f"{where} was made with another configuration:", *lines, way]))
+
+
+def _add_contrasts(saved: dict[str, object], wanted: dict[str, object]) -> None:
+    """Give the contrast of each corpus a key of its own: it decides the channel. The rest of `corpus` is compared by the stream."""
+    # The stream refuses another number of corpora.
+    both = zip(_contrasts_in(saved), _contrasts_in(wanted), strict=False)
+    for number, (before, now) in enumerate(both):
+        saved[f"corpus[{number}].contrast"], wanted[f"corpus[{number}].contrast"] = before, now
+
+
+def _contrasts_in(config: Mapping[str, object]) -> list[object]:
+    """Return the contrast that a configuration gives to each corpus."""
+    corpora = config.get("corpus")
+    return [share.get("contrast") for share in corpora] if isinstance(corpora, list) else [None]
 
 
 def _complete_config(manifest: CheckpointManifest) -> dict[str, object]:

@@ -7,6 +7,8 @@ batch. All images are encoded without a graph; the gradient of the loss is compu
 micro-batch is then encoded again, with a graph, to propagate its part of that gradient to the weights. Splitting a step over
 ranks and micro-batches therefore changes only rounding. Source: Gao et al. 2021 (GradCache), arXiv:2101.06983.
 
+With negatives of the same image, one pass is enough: the micro-batches' means, weighted by their pixel pairs, have the same mean.
+
 Nothing here waits for the device. The results of a step (its loss, whether it was skipped, images without pairs, values that
 broke a rule) stay on the device until they are read.
 
@@ -230,10 +232,16 @@ class _Objective:
         self.findings, self.parts = Findings(), dict[str, Tensor]()
         self.alignments, self.samples, self.contrasts = list[Tensor](), list[Tensor](), list[Tensor]()
         self.temperature: Tensor | None = None
+        self.is_within_images = config.loss.negatives == "image"
 
-    def __call__(self, drawn: _Drawn, queries: Tensor, keys: Tensor, *errors: Tensor) -> Tensor:
-        """Return the loss of embeddings (B * n, E) of all ranks, plus the weighted mean of the errors (B,) of a reconstruction."""
-        loss = self._contrast(drawn.pairs(queries, keys))
+    def __call__(
+        self, drawn: _Drawn, queries: Tensor, keys: Tensor, *errors: Tensor, scale: Tensor | float = 1.0
+    ) -> Tensor:
+        """Return the loss of embeddings (B * n, E) of all ranks, plus the weighted mean of the errors (B,) of a reconstruction.
+
+        The loss of the embeddings is multiplied by `scale`.
+        """
+        loss = scale * self._contrast(drawn.pairs(queries, keys))
         if self._config.loss.reconstruction is None:
             return loss
         return loss + self._config.loss.reconstruction.weight * self._reconstruction(*errors)
@@ -294,13 +302,16 @@ def _accumulate(
     finish: Callable[[Tensor], Update],
     timed: Timed,
 ) -> tuple[Tensor, Update]:
-    """Take the step on the mean of the micro-batches' own losses."""
+    """Take the step on the mean of the micro-batches' own losses; of pixel pairs within images, on the mean over all pairs."""
     losses, micro_batches = list[Tensor](), drawn.split(size)
+    scales: Sequence[Tensor | float] = [1.0] * len(micro_batches)
+    if objective.is_within_images and len(micro_batches) > 1:
+        scales = _scale_by_pairs(micro_batches)
     for number, micro_batch in enumerate(micro_batches):
         with timed("forward"):
             found = engine(*micro_batch.inputs)  # embeddings (B*n, E), (B*n, E); errors (B,) of a reconstruction
         with timed("loss"):
-            part = objective(micro_batch, *found)
+            part = objective(micro_batch, *found, scale=scales[number])
         with timed("backward"):
             engine.backward(part)
         losses.append(part.detach())
@@ -311,6 +322,16 @@ def _accumulate(
                 loss = torch.stack(losses).mean()
                 updated = finish(loss)
     return loss, updated
+
+
+def _scale_by_pairs(micro_batches: Sequence[_Drawn]) -> Sequence[Tensor]:
+    """Return the factors that turn the mean of the micro-batches' mean losses into the mean over the pixel pairs of all of them.
+
+    Without them, an image without pairs would give the other images of its micro-batch a larger part.
+    """
+    weights = all_reduce_sum(torch.stack([one.weights.sum() for one in micro_batches]), None)
+    total = weights.sum()
+    return (len(micro_batches) * weights / torch.where(total > 0, total, 1)).unbind()
 
 
 def loss_parts(parts: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -169,7 +169,7 @@ def foreign_weights(
 
 
 def checked_weights(storage: Storage, path: str, entry: FileEntry) -> dict[str, Tensor]:
-    """Read safetensors and check them: digest, float32, finite; parsed from the same bytes that were hashed.
+    """Read safetensors of a checkpoint and check them: digest, float32, finite; parsed from the same bytes that were hashed.
 
     Raises:
         DamagedError: They are absent, or have another digest.
@@ -178,7 +178,9 @@ def checked_weights(storage: Storage, path: str, entry: FileEntry) -> dict[str, 
     content = storage.local(path, sha256=entry.sha256, num_bytes=entry.num_bytes).read_bytes()
     if hashlib.sha256(content).hexdigest() != entry.sha256:
         raise DamagedError(f"{storage.at(path)} does not have the sha256 of its manifest: it is damaged")
-    return read_tensors(content, where=storage.at(path))
+    weights = read_tensors(content, where=storage.at(path))
+    # p2r 0.1.0 also saved this table of swin_unetr, which follows from the window size and is no part of a state.
+    return {name: value for name, value in weights.items() if not name.endswith(".relative_position_index")}
 
 
 def _load_fitting(module: Any, weights: dict[str, Tensor], *, where: str, optional: set[str]) -> None:

@@ -1,6 +1,8 @@
 """`publish.exports`: a published backbone -> folders for other tools in the job's storage.
 
 <storage>/exports/NAME-VERSION/FORMAT/    the files of `p2r export`, and export.json, which is written last
+
+VERSION is that of the backbone: for a checkpoint, `1-step-2`.
 """
 
 import tempfile
@@ -10,6 +12,7 @@ from p2r.artefact import Manifest, Published
 from p2r.config import PublishConfig
 from p2r.export import export
 from p2r.logs import Say
+from p2r.published.promotion import split_version
 from p2r.storage import Storage
 
 _RECORD = "export.json"
@@ -29,8 +32,9 @@ def write_exports(config: PublishConfig, storage: Storage, published: Published[
         InputError: A format cannot hold the backbone, or its package is missing.
     """
     urls = []
+    _, version = split_version(Storage(published.url))
     for to in config.exports:
-        where = storage.child(f"exports/{config.name}-{config.version}/{to}")
+        where = storage.child(f"exports/{config.name}-{version}/{to}")
         urls.append(where.url)
         if _is_exported(where, published.pin):
             say(f"publish | {to} | {where.url} | was exported already")
@@ -39,6 +43,7 @@ def write_exports(config: PublishConfig, storage: Storage, published: Published[
             folder = Path(name, to)
             lines = export(published.pin, to=to, folder=folder)
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
+            where.delete(_RECORD)  # until all files are of this backbone
             for path in paths:
                 where.upload(path, path.relative_to(folder).as_posix())
             checks = [line.removeprefix("checked: ") for line in lines if line.startswith("checked: ")]

@@ -203,6 +203,8 @@ def _list_ways_out(config: PretrainConfig, images: int) -> list[dict[str, object
     micro_batches = [
         part for part in range(images - 1, 0, -1) if images % part == 0 and part < (config.micro_batch or images)
     ]
+    if config.loss.negatives == "micro_batch":
+        micro_batches = []  # they would have other negatives
     ways: list[dict[str, object]] = [{"micro_batch": part} for part in micro_batches]
     last: dict[str, object] = dict(ways[-1]) if ways else {}
     if config.zero_stage < 2:

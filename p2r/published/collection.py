@@ -149,6 +149,15 @@ def _read_version(versions: Storage, name: str, files: Sequence[str]) -> Version
     return Version(storage, name, tuple(sorted(files)), artefact, max(times, default=0.0), removed, problem)
 
 
+def enclosing_storage(url: str) -> str | None:
+    """Return the URL of the job's storage that holds a folder of names, or the folder of one name; None if it is in none."""
+    storage = Storage(url)
+    if any(storage.list(root) for root in _ROOTS):
+        return None  # it is a job's storage itself
+    found = re.fullmatch(rf"(.+/)(?:{'|'.join(_ROOTS)})(?:/[^/]+)?", storage.url)
+    return None if found is None else found[1]
+
+
 def parents_named(collections: Sequence[Collection]) -> dict[str, str]:
     """Return the digests of all manifests that published artefacts name as their origin, and the URL of one that names each."""
     return {

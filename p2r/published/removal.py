@@ -24,7 +24,7 @@ from p2r.artefact import MANIFEST, MAX_MANIFEST_BYTES, REMOVED, open_artefact
 from p2r.artefact_manifest import ModelManifest, is_file_name
 from p2r.documents import read_json
 from p2r.errors import DamagedError, StorageError
-from p2r.published.collection import Collection, Version, parents_named, read_collections
+from p2r.published.collection import Collection, Version, enclosing_storage, parents_named, read_collections
 from p2r.reference import Reference
 from p2r.storage import Storage, json_bytes
 
@@ -67,8 +67,14 @@ def plan_removal(url: str, *, min_age_days: float, now_s: float | None = None) -
     """
     now_s = time.time() if now_s is None else now_s
     collections = read_collections(url)
-    parents = parents_named(collections)
+    parents = _parents_named(url, collections)
     return [item for one in collections for item in _decide(one, parents, now_s=now_s, min_age_s=min_age_days * _DAY_S)]
+
+
+def _parents_named(url: str, collections: Sequence[Collection]) -> dict[str, str]:
+    """Return what `parents_named` does, also of artefacts elsewhere in the job's storage that holds the URL."""
+    storage = enclosing_storage(url)
+    return parents_named(collections if storage is None else [*read_collections(storage), *collections])
 
 
 def _decide(collection: Collection, parents: dict[str, str], *, now_s: float, min_age_s: float) -> Iterator[Item]:
@@ -186,7 +192,7 @@ def _mark(version: Version) -> bool:
 def _named_now(url: str) -> dict[str, str]:
     """Return the URLs of all versions out of use that something names, with the name."""
     collections = read_collections(url)
-    parents = parents_named(collections)
+    parents = _parents_named(url, collections)
     named: dict[str, str] = {}
     for collection in collections:
         for version in collection.versions:

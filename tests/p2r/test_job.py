@@ -107,6 +107,10 @@ def test_a_network_that_cannot_be_is_refused_with_the_rule(tmp_path: Path, model
         ("pretrain.equivariance_interval=-1", "pretrain.equivariance_interval.*greater than or equal to 0"),
         ("pretrain.loss.name=infonce", "pretrain.loss.name.*did you mean info_nce"),
         ("pretrain.loss.foreground_share=1.1", "pretrain.loss.foreground_share.*less than or equal to 1"),
+        (
+            "pretrain.loss={name: barlow_twins, learn_temperature: true}",
+            "learn_temperature needs name info_nce: barlow_twins has no temperature",
+        ),
         ("pretrain.loss.pixel_pairs_per_image=0", "pretrain.loss.pixel_pairs_per_image.*greater than 0"),
         ("pretrain.views={rotation: 90}", "pretrain.views.rotation: unknown key"),
     ],

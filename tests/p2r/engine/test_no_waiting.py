@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "barlow_twins": {"loss": {"name": "barlow_twins"}},
     "micro-batches": {"micro_batch": 1},
     "within images": {"loss": {"negatives": "image"}},
+    "within images, micro-batches": {"loss": {"negatives": "image"}, "micro_batch": 1},
     "bf16": {"precision": "bf16", "zero_stage": 2},
     "learnt temperature": {"loss": {"learn_temperature": True}},
     "learnt temperature, ring, micro-batches": {

@@ -19,11 +19,12 @@ from p2r.config import PretrainConfig
 from p2r.data.manifest import load_manifest
 from p2r.data.shards import open_shard
 from p2r.data.stream import Corpus, stream
+from p2r.documents import FileEntry
 from p2r.engine.build import build_engine, join_process_group, masters
 from p2r.engine.pretrain import _count_lost_weights, _round_products, finished_checkpoint, pretrain
 from p2r.engine.profile import PARTS, profile_text
 from p2r.engine.step import Step, take_step
-from p2r.engine.weights import init_weights
+from p2r.engine.weights import checked_weights, init_weights
 from p2r.errors import CheckpointError, DataError, InputError, StorageError, TrainingError
 from p2r.job import Job
 from p2r.loss import corresponding_points
@@ -381,6 +382,34 @@ def test_the_mean_of_weights_is_what_is_published(job_of: JobOf, corpus: Storage
     assert record.to_json()["head"] == "taken over" and record.manifest_sha256 == made["sha256"]
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in mean.items())
+
+
+def test_a_swin_unetr_is_probed_published_and_starts_another_run(
+    job_of: JobOf, corpus: Storage, toy_data: Path, tmp_path: Path
+) -> None:
+    model = "{name: swin_unetr, channels: [12, 24, 48, 96, 192], feature_channels: 4, head_channels: 8, embedding_channels: 8}"
+    job = job_of(
+        tmp_path,
+        *("kind=pretrain", "ingest=null", f"pretrain.corpus={corpus.url}", f"pretrain.model={model}"),
+        *("pretrain.image.size=64", "pretrain.steps=1", "pretrain.global_batch=2", "pretrain.ema_decay=0.5"),
+        f"pretrain.probe={{task: {toy_data}/task.yaml, interval: 1, num_labelled: 1, num_validation: 1, planes_per_scan: 1}}",
+    )
+    storage = Storage(job.storage)
+    (report,) = train(job, storage.child("pretrain"), corpus)
+    assert report.probe_dice is not None and job.pretrain is not None
+    checkpoint = finished_checkpoint(storage.child("pretrain"), job.pretrain)
+    made = publish_backbone(job, storage, lambda line: None)
+    for url in (f"{storage.url}/pretrain/{checkpoint.path}", made["url"]):
+        assert init_weights(Pix2Rep(job.pretrain.model), url).weights_sha256
+
+
+def test_a_table_of_swin_unetr_in_an_older_checkpoint_is_not_read_as_a_weight(tmp_path: Path) -> None:
+    tensors = {"backbone.a.weight": torch.ones(2), "backbone.a.relative_position_index": torch.zeros(4, 4)}
+    content = safetensors.torch.save(tensors)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    entry = FileEntry(sha256=hashlib.sha256(content).hexdigest(), num_bytes=len(content))
+    found = checked_weights(Storage(str(tmp_path)), "model.safetensors", entry)
+    assert found.keys() == {"backbone.a.weight"}
 
 
 def test_a_checkpoint_on_the_way_is_published_as_its_step_while_the_run_is_at_work(

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,18 @@ def test_the_intervals_of_reports_and_checkpoints_may_change_on_the_way(
     assert [report.step for report in train(other, storage, corpus)] == [3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("negatives", ["global_batch", "image"])
+def test_so_may_the_micro_batch_and_the_limit_of_damage(
+    job_of: JobOf, corpus: Storage, tmp_path: Path, negatives: str
+) -> None:
+    loss = f"pretrain.loss.negatives={negatives}"
+    whole, changed = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "changed"))
+    train(job_of(tmp_path, loss), whole, corpus)
+    train(job_of(tmp_path, loss), changed, corpus, most=1)
+    train(job_of(tmp_path, loss, "pretrain.micro_batch=2", "pretrain.max_replaced=7"), changed, corpus)
+    assert losses(changed) == pytest.approx(losses(whole), rel=1e-4)
+
+
 def test_so_may_what_makes_a_network_fast_and_small(
     job_of: JobOf, job: Job, corpus: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +128,30 @@ def test_so_may_what_makes_a_network_fast_and_small(
     assert [report.step for report in reports] == [4, 6]
     assert "not compiled: no compiler (no-such-compiler)" in reports[0].line()
     assert reports[1].compiled is None
+
+
+def test_a_micro_batch_that_decides_the_negatives_may_not(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
+    storage, loss = Storage(str(tmp_path / "pretrain")), "pretrain.loss.negatives=micro_batch"
+    train(job_of(tmp_path, loss, "pretrain.micro_batch=2"), storage, corpus, most=1)
+    with pytest.raises(CheckpointError, match=r"pretrain\.micro_batch: 2 in the checkpoint, 1 in the job"):
+        train(job_of(tmp_path, loss, "pretrain.micro_batch=1"), storage, corpus)
+
+
+def test_nor_may_the_contrast_of_a_corpus(job_of: JobOf, corpus: Storage, tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "pretrain"))
+
+    def job_with(contrasts: tuple[str, str], url: str = corpus.url) -> Job:
+        shares = ", ".join(f"{{url: {url}, contrast: {name}}}" for name in contrasts)
+        model = f"pretrain.corpus=[{shares}]", "pretrain.model.contrasts=[t1, t2]", "pretrain.model.in_channels=2"
+        return job_of(tmp_path, "kind=pretrain", "ingest=null", *model)
+
+    train(job_with(("t1", "t2")), storage, corpus, most=1)
+    with pytest.raises(CheckpointError) as caught:
+        train(job_with(("t2", "t1")), storage, corpus)
+    assert "pretrain.corpus[0].contrast: 't1' in the checkpoint, 't2' in the job" in str(caught.value)
+    assert "pretrain.corpus[1].contrast: 't2' in the checkpoint, 't1' in the job" in str(caught.value)
+    moved = shutil.copytree(corpus.url.removeprefix("file://"), tmp_path / "moved")
+    assert train(job_with(("t1", "t2"), str(moved)), storage, corpus)
 
 
 def test_a_checkpoint_of_an_optimizer_that_could_not_leave_out_a_step_is_refused(

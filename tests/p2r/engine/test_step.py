@@ -28,6 +28,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "info_nce": {"temperature": 0.3, "learn_temperature": True, "exclude_within_mm": 6.0, "foreground_share": 0.5},
     "barlow_twins": {"name": "barlow_twins"},
     "reconstruction": {"reconstruction": {"weight": 2.0, "block_mm": 8.0}},
+    "within images": {"negatives": "image", "reconstruction": {"weight": 2.0, "block_mm": 8.0}},
 }
 CUTS = {"1 x 4": (1, 1), "2 x 2": (2, 1), "4 x 1": (4, 1)}  # ranks, images of a micro-batch
 WHOLE = "1 x 1, whole"

@@ -1,9 +1,10 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from p2r.config import PublishConfig
-from p2r.errors import JobError
+from p2r.errors import JobError, StorageError
 from p2r.job import read_job
 from p2r.pipeline.exporting import write_exports
 from p2r.storage import Storage
@@ -21,6 +22,38 @@ def test_publishing_writes_the_named_formats_once(tmp_path: Path) -> None:
     assert storage.exists("exports/toy-1/huggingface/README.md")
     write_exports(config, storage, made, lines.append)
     assert [str(line).endswith("was exported already") for line in lines] == [False, False, True, True]
+
+
+def test_a_checkpoint_s_exports_leave_those_of_the_final_version_alone(tmp_path: Path) -> None:
+    config = PublishConfig(name="toy", exports=("huggingface",))
+    storage = Storage(f"{tmp_path}/storage")
+    final = publish_toy(storage.at("backbones/toy/1"))
+    write_exports(config, storage, final, print)
+    step = publish_toy(storage.at("backbones/toy/1-step-2"), seed=1)
+    assert write_exports(config, storage, step, print) == [storage.at("exports/toy-1-step-2/huggingface")]
+    assert storage.read_json("exports/toy-1/huggingface/export.json")["pin"] == final.pin
+    assert storage.read_json("exports/toy-1-step-2/huggingface/export.json")["pin"] == step.pin
+
+
+def test_an_interrupted_export_over_another_is_not_taken_for_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PublishConfig(name="toy", exports=("huggingface",))
+    storage = Storage(f"{tmp_path}/storage")
+    first = publish_toy(storage.at("backbones/toy/1"))
+    write_exports(config, storage, first, print)
+    storage.delete("backbones")
+    second = publish_toy(storage.at("backbones/toy/1"), seed=1)
+
+    def fail(*_: Any) -> None:
+        raise StorageError("the bucket is gone")
+
+    with monkeypatch.context() as failing, pytest.raises(StorageError):
+        failing.setattr(Storage, "upload", fail)
+        write_exports(config, storage, second, print)
+    assert not storage.exists("exports/toy-1/huggingface/export.json")
+    write_exports(config, storage, second, print)
+    assert storage.read_json("exports/toy-1/huggingface/export.json")["pin"] == second.pin
 
 
 def test_a_job_whose_network_the_tool_lacks_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

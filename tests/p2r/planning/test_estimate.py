@@ -25,7 +25,7 @@ from p2r.errors import DataError, InputError
 from p2r.job import read_job
 from p2r.loss.contrast import PANEL
 from p2r.model.pix2rep import Pix2Rep
-from p2r.planning.estimate import measured_rate, plan, refuse_what_does_not_fit
+from p2r.planning.estimate import _list_ways_out, measured_rate, plan, refuse_what_does_not_fit
 from p2r.planning.forecast import Plan, Rate
 from p2r.planning.memory import count_step
 from p2r.planning.roofline import loss_time, ways_to_shorten
@@ -280,6 +280,13 @@ def test_what_does_not_fit_is_refused_with_the_field_to_change() -> None:
         refuse_what_does_not_fit(settings, found)
     with pytest.raises(InputError, match=r"even pretrain\.micro_batch=1 .*ring does not fit: take more workers"):
         refuse_what_does_not_fit(settings, planned(settings, memory_gib=0.001))
+
+
+def test_a_smaller_micro_batch_is_no_way_out_where_it_decides_the_negatives() -> None:
+    settings = config(loss={"negatives": "micro_batch"}, micro_batch=4)
+    ways = _list_ways_out(settings, images=8)
+    assert ways and not any("micro_batch" in fields for fields in ways)
+    assert {"micro_batch": 2} in _list_ways_out(config(micro_batch=4), images=8)
 
 
 def test_a_number_of_workers_that_cannot_share_the_batch_is_refused() -> None:

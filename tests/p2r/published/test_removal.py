@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 import p2r
-from p2r.artefact import MANIFEST, open_artefact
+from p2r.artefact import MANIFEST, Artefact, open_artefact
 from p2r.backbone import verify_artefact
 from p2r.errors import StorageError
 from p2r.pointers import file_of, move, read_pointer
 from p2r.published import promotion, removal
-from p2r.published.collection import read_collections
+from p2r.published.collection import enclosing_storage, read_collections
 from p2r.published.promotion import promote
 from p2r.published.removal import plan_removal, remove
 from p2r.reference import Reference, parse_reference
@@ -60,6 +60,65 @@ def test_only_what_nothing_names_is_removed_and_only_when_asked(place: str) -> N
     assert "parent of" in done["parent"].line() and "@stable" in done["stable"].line()
     for version in ("parent", "stable", "child"):
         verify_artefact(open_artefact(parse_reference(f"{place}/{version}"), is_fresh=True))
+
+
+def _publish_parent_and_newer(place: str) -> Artefact:
+    parent = publish_version(f"{place}/1")
+    publish_version(f"{place}/2", seed=1)
+    os.utime(f"{place}/1/manifest.json", (1_000_000, 1_000_000))
+    return parent
+
+
+def _publish_child(url: str, parent: Artefact) -> None:
+    named = {"parents": [{"reference": parent.pin, "format": "p2r-backbone/2", "sha256": parent.sha256}]}
+    publish_version(url, seed=3, lineage=LINEAGE | named)
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("backbones", ""),
+        ("models", ""),
+        ("backbones/toy", ""),
+        ("", None),
+        ("elsewhere/toy", None),
+        ("variants/first", None),
+        ("variants/first/backbones/toy", "variants/first/"),
+    ],
+)
+def test_the_storage_of_a_name_is_the_folder_above_backbones_or_models(
+    tmp_path: Path, part: str, expected: str | None
+) -> None:
+    # The storage itself is in a folder called `models`.
+    for folder in ("", "variants/first/"):
+        Storage(f"{tmp_path}/models/run").write_bytes(f"{folder}backbones/toy/1/manifest.json", b"{}")
+    found = enclosing_storage(f"{tmp_path}/models/run/{part}")
+    assert found == (None if expected is None else f"file://{tmp_path}/models/run/{expected}")
+
+
+def test_a_version_is_kept_that_another_name_of_the_storage_has_as_its_parent(tmp_path: Path) -> None:
+    parent = _publish_parent_and_newer(f"{tmp_path}/backbones/toy")
+    _publish_child(f"{tmp_path}/backbones/other/1", parent)
+    done = {item.version.storage.url: item for item in remove(f"{tmp_path}/backbones/toy", min_age_days=0)}
+    item = done[f"file://{tmp_path}/backbones/toy/1"]
+    assert not item.is_removed and "parent of" in item.line() and "other/1" in item.line()
+    p2r.load_backbone(parent.pin)
+
+
+def test_a_version_that_another_name_has_as_its_parent_after_the_plan_is_put_into_use_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = f"{tmp_path}/backbones/toy"
+    parent = _publish_parent_and_newer(place)
+    look = removal._named_now
+
+    def named_before(url: str) -> dict[str, str]:
+        _publish_child(f"{tmp_path}/backbones/other/1", parent)
+        return look(url)
+
+    monkeypatch.setattr(removal, "_named_now", named_before)
+    (item,) = [one for one in remove(place, min_age_days=0) if one.version.version == "1"]
+    assert not item.is_removed and "other/1 names it; it is in use again" in item.line()
 
 
 def test_of_versions_written_at_the_same_time_all_count_as_the_newest(tmp_path: Path) -> None:
