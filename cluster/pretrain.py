@@ -225,7 +225,7 @@ def _record_failure(
     from_step: int | None,
     in_a_row: int,
 ) -> int:
-    """Record that a group failed; return if another group should follow.
+    """Record that a group failed, and return the count of failures if another group should follow.
 
     Args:
         run: The run.

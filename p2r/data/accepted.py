@@ -4,7 +4,7 @@
     numpy array or torch tensor with spacing_mm or affine
 
 MONAI and TorchIO are not imported: their images are recognised by their array and their affine. A position is never guessed. Voxel
-order and units are those of nibabel: axes of the array along the columns of the affine, which leads to mm in RAS.
+order and units follow nibabel: axes of the array along the columns of the affine, which leads to mm in RAS.
 """
 
 import tempfile

@@ -1,4 +1,4 @@
-"""The contrasts of a session -> one grid: that of a reference. Positions are those of the headers; nothing is registered.
+"""The contrasts of a session -> the grid of a reference. Positions come from the headers; nothing is registered.
 
 Volumes whose grids agree stay as they are. Others are resampled by the affines of both headers, with the filter of
 `resample`. Voxels that a contrast does not cover get its minimum, and are described by `coverage`, so that training never

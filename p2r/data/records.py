@@ -19,7 +19,6 @@ from p2r.data.ledger import LedgerRow, SessionPlace, accepted_row
 from p2r.data.likeness import outline
 from p2r.data.preparation import percentile_table, slice_axis
 from p2r.data.read import read_scan, to_grid_of_job
-from p2r.data.sessions import misnamed_channel
 from p2r.data.sidecar import closed_tags
 from p2r.data.thumbnails import Thumbnails, thumbnail
 from p2r.data.volume import Volume, voxels_sha256
@@ -121,14 +120,6 @@ class Records:
             return []
         if not volumes or sessions.fourth_axis == "time":
             return [(planned.contrast, volume) for volume in volumes if not self._holds_contrasts(planned, volume)]
-        if (misnamed := misnamed_channel(planned.scan, sessions)) is not None:
-            channel, name, other = misnamed
-            message = (
-                f"{planned.scan.path}: by the order of ingest.sessions.contrasts its channel {channel} is {name}, by the patterns {other}: "
-                "give the contrasts in the order of its dataset.json; reference names the one whose grid is kept"
-            )
-            self._refuse(planned, RefusedScan("other_frames", message))
-            return []
         try:
             return list(split_contrasts(volumes[0], list(sessions.contrasts)).items())
         except RefusedScan as error:
@@ -225,7 +216,7 @@ class Records:
     def _refuse_copies(
         self, found: dict[str, _Found], aligned: dict[str, Aligned], reference: str, sessions: SessionsConfig
     ) -> None:
-        """Refuse contrasts of a session that are one image under two names: one of them is not what its name states.
+        """Refuse contrasts of a session that are one image under two names, one of which is wrong.
 
         The reference stays, because the session needs its grid. Of two others, neither is known to be the right one.
         """

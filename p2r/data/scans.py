@@ -125,7 +125,8 @@ def search_scans(
         stating = {scan.path for scan in scans if scan.subject or scan.entities}
         taking = stating if is_list else stating - listed
         found |= {scan.path: scan for scan in scans if scan.path not in found or scan.path in taking}
-        listed |= stating if is_list else set()
+        if is_list:
+            listed |= stating
         root = _root_of(source)
         found |= {scan.path: _describe_scan(found[scan.path], root, datasets) for scan in scans}
     keys = _unique_keys([found[path] for path in sorted(found)])

@@ -56,7 +56,13 @@ def place_scans(scans: Mapping[Scan, str], sessions: SessionsConfig, *, is_hidde
     together: dict[tuple[str, str], list[Scan]] = defaultdict(list)
     keys = _session_keys({(subject, _group_of(scan)) for scan, subject in scans.items()})
     for scan, subject in scans.items():
-        contrast = "" if sessions.fourth_axis == "contrasts" else _find_contrast(scan, sessions)
+        if sessions.fourth_axis == "contrasts":
+            contrast: str | None = ""
+            if (refusal := _refuse_misnamed_channel(scan, sessions)) is not None:
+                found[scan] = refusal
+                continue
+        else:
+            contrast = _find_contrast(contrast_words(scan), sessions)
         if contrast is None:
             words = "" if is_hidden or scan.format == "dicom" else f" ({contrast_words(scan)!r})"
             known = ", ".join(sessions.contrasts)
@@ -131,30 +137,29 @@ def _group_of(scan: Scan) -> str:
     return "" if session is None else f"ses-{session}"
 
 
-def _find_contrast(scan: Scan, sessions: SessionsConfig) -> str | None:
+def _find_contrast(words: str, sessions: SessionsConfig) -> str | None:
     """Return the first contrast with a pattern that matches; None if there is none."""
-    words = contrast_words(scan)
     return next((name for name, patterns in sessions.contrasts.items() if _matches(words, patterns)), None)
 
 
-def misnamed_channel(scan: Scan, sessions: SessionsConfig) -> tuple[str, str, str] | None:
-    """Return a channel of the fourth axis whose words match another contrast than the one that the job's order gives it.
+def _matches(words: str, patterns: str | tuple[str, ...]) -> bool:
+    words = composed(words).lower()
+    each = (patterns,) if isinstance(patterns, str) else patterns
+    return any(fnmatchcase(words, composed(pattern).lower()) for pattern in each)
 
-    Returns:
-        The channel in the `dataset.json`, the contrast by the order, and the contrast by the pattern; None if nothing contradicts.
-    """
+
+def _refuse_misnamed_channel(scan: Scan, sessions: SessionsConfig) -> Refusal | None:
+    """Return a refusal if a channel of the fourth axis matches only another contrast than the one that the job's order gives it."""
     if len(scan.channels) != len(sessions.contrasts):
         return None
     for channel, (name, patterns) in zip(scan.channels, sessions.contrasts.items(), strict=True):
-        others = (other for other, of_other in sessions.contrasts.items() if _matches(channel, of_other))
-        if not _matches(channel, patterns) and (other := next(others, None)) is not None:
-            return channel, name, other
+        if not _matches(channel, patterns) and (other := _find_contrast(channel, sessions)) is not None:
+            return Refusal(
+                "other_frames",
+                f"by the order of ingest.sessions.contrasts its channel {channel} is {name}, by the patterns {other}: give the "
+                "contrasts in the order of its dataset.json; reference names the one whose grid is kept",
+            )
     return None
-
-
-def _matches(words: str, patterns: str | tuple[str, ...]) -> bool:
-    each = (patterns,) if isinstance(patterns, str) else patterns
-    return any(fnmatchcase(composed(words).lower(), composed(pattern).lower()) for pattern in each)
 
 
 def _settle_repeats(

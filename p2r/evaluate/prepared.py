@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -38,7 +38,7 @@ from p2r.storage import cache_folder, json_bytes
 
 Arrays = Mapping[str, NDArray[Any]]
 Facts = dict[str, Any]
-"""JSON values beside the arrays of an entry: keyword arguments of what it is restored to."""
+"""JSON values beside the arrays of an entry: keyword arguments of the restored object."""
 Made = TypeVar("Made")
 
 _VARIABLE = "P2R_PREPARED_GIB"
@@ -212,9 +212,14 @@ _CODE = (
 @functools.cache
 def _code_sha256() -> str:
     """Return the digest of the code that prepares scans: a change of the code invalidates the cache."""
+    return digest_code(Path(str(module.__file__)) for module in _CODE)
+
+
+def digest_code(files: Iterable[Path]) -> str:
+    """Return the digest of source files, for keys of the cache."""
     digest = hashlib.sha256()
-    for module in _CODE:
-        digest.update(Path(str(module.__file__)).read_bytes())
+    for path in files:
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -60,7 +60,7 @@ class TaskConfig(Section):
     """Name of a scan without its suffix; `{key}` is the part shared with its label map. `{key}_0000` selects the first channel of nnU-Net's
     folders. A name without `{key}`, such as `t1`, selects the file of that name in each patient's folder. With several contrasts, the
     name of each: `{flair: "{key}_0000", t1: "{key}_0001"}`, or `{flair: "{key}_FLAIR", t1: "{key}_T1w"}` in BIDS. The files of one key
-    in one folder are one case, which may lack contrasts. The order of the contrasts is that of their priority as reference."""
+    in one folder are one case, which may lack contrasts. The first contrasts are preferred as the reference."""
     fourth_axis: Annotated[Contrasts, Field(min_length=2)] | None = None
     """Contrasts that each scan holds along its fourth axis, in their order, as in tasks of the Medical Segmentation Decathlon:
     `[flair, t1, t1gd, t2]`. None: a file is of one contrast, and its fourth axis is time."""
@@ -351,9 +351,9 @@ def _list_unlabelled(
 
 def _extends_another(name: str, names: Set[str]) -> bool:
     """Return whether a case's name continues another one's by words after an underscore."""
-    folder, _, last = name.rpartition("/")
+    folder, slash, last = name.rpartition("/")
     words = last.split("_")
-    return any(f"{folder}/{'_'.join(words[:n])}".lstrip("/") in names for n in range(1, len(words)))
+    return any(f"{folder}{slash}{'_'.join(words[:n])}" in names for n in range(1, len(words)))
 
 
 def task_sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ from p2r.backbone import ArtefactConfig
 from p2r.config import ModelConfig
 from p2r.data.preprocess import Preparation
 from p2r.evaluate.inference import features_of_images
-from p2r.evaluate.prepared import Arrays, Facts, cached
+from p2r.evaluate.prepared import Arrays, Facts, cached, digest_code
 from p2r.evaluate.tasks import LabelledScan
 from p2r.fewshot.images import labelled_images
 from p2r.fewshot.plausibility import Plausibility, frames_of_scans, learn_plausibility
@@ -61,10 +61,7 @@ def frozen_features(
 @functools.cache
 def _network_code_sha256() -> str:
     """Return the digest of the code of the networks: a change of the code invalidates cached features."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(p2r.model.__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return digest_code(sorted(Path(p2r.model.__file__).parent.glob("*.py")))
 
 
 def _as_tensor(arrays: Arrays, facts: Facts) -> Tensor:

@@ -1,8 +1,8 @@
 """The training state of an unfinished trial, on the job's storage: a killed trial resumes from it.
 
 One safetensors file, written atomically, holds everything that a step depends on: weights, teacher and optimizer state, and
-other values as JSON in its header. All random numbers are keyed by the step, so there is no generator state to save.
-On CPUs results are bitwise equal to those of an uninterrupted trial; CUDA kernels may add in a varying order.
+other values as JSON in its header. All random numbers are keyed by the step, so no generator has to be saved.
+On CPUs a resumed trial is bitwise equal to an uninterrupted one; CUDA kernels may add in a varying order.
 """
 
 import json

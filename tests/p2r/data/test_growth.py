@@ -177,6 +177,7 @@ def test_preprocessing_excludes_keys_that_only_select_or_name() -> None:
     section = config_of(sources=("a", "b"), provenance="p", cohort="c", seed=3, shard_size_mib=1, pseudonyms=True)
     assert preprocessing_of(section) == preprocessing_of(config_of())
     assert preprocessing_of(config_of(record="npy")) != preprocessing_of(config_of())
+    assert preprocessing_of(config_of(slice_axis=1)) != preprocessing_of(config_of())
 
 
 @pytest.mark.parametrize("reference", [None, "t1"])
@@ -189,4 +190,3 @@ def test_the_order_of_contrasts_is_part_of_a_corpus(reference: str | None) -> No
     ]
     assert preprocessing_of(sections[0]) != preprocessing_of(sections[1])
     assert corpus_digest(sections[0]) != corpus_digest(sections[1])
-    assert preprocessing_of(config_of(slice_axis=1)) != preprocessing_of(config_of())
