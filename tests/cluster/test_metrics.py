@@ -394,7 +394,7 @@ def test_a_short_job_pushes_where_it_is_told(
         Exporter(run="toy", storage_url="s3://b/x", endpoint=MetricsConfig(folder=str(folder))).close()
         server.shutdown()
     ((path, content),) = seen
-    assert path == "/metrics/job/p2r/rank/0/role/worker/run/toy" and b"p2r_train_steps_total" in content
+    assert path == "/metrics/job/p2r/pushed/1/rank/0/role/worker/run/toy" and b"p2r_train_steps_total" in content
     monkeypatch.setenv("P2R_PUSHGATEWAY", "http://me:hunter2@127.0.0.1:1")
     Exporter(run="toy", storage_url="s3://b/x", endpoint=MetricsConfig(folder=str(folder))).close()
     assert "not pushed" in caplog.text and "hunter2" not in caplog.text

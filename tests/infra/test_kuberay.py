@@ -258,6 +258,19 @@ def test_spot_machines_take_workers_only_and_there_is_time_to_leave(composed: di
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_head_that_must_go_leaves_its_driver_the_time_of_its_pod(
+    composed: dict[str, list[Object]], overlay: str
+) -> None:
+    from ray._private import ray_constants
+
+    spec = one(composed[overlay], "RayJob")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    name = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    assert hasattr(ray_constants, name), "another version of Ray has another variable"
+    (seconds,) = [int(each["value"]) for each in spec["containers"][0]["env"] if each["name"] == name]
+    assert 30 < seconds < spec["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_policies_and_monitor_speak_of_pods_and_ports_that_exist(
     composed: dict[str, list[Object]], overlay: str
 ) -> None:
