@@ -288,8 +288,12 @@ class Exporter(Collector):
                 family.add_metric([*self._constant, *([value_of_label] if metric.label else ())], value)
             yield family
 
-    def close(self) -> None:
-        """Push the metrics to `$P2R_PUSHGATEWAY` if set, and end the endpoint. A second call has no effect."""
+    def close(self, *, has_failed: bool = False) -> None:
+        """Push the metrics to `$P2R_PUSHGATEWAY` if set, and end the endpoint. A second call has no effect.
+
+        Args:
+            has_failed: The job ends with an error: tell Prometheus by a file that stays (`Endpoint.close`).
+        """
         if self._gateway:
             gateway, self._gateway = self._gateway, None
             key = {**dict(zip(LABELS, self._constant, strict=True)), "pushed": "1"}
@@ -300,7 +304,7 @@ class Exporter(Collector):
                 host = urlsplit(gateway if "//" in gateway else f"//{gateway}").hostname
                 _LOG.warning("metrics were not pushed to P2R_PUSHGATEWAY at %s: %s", host, type(error).__name__)
         if self._endpoint is not None:
-            self._endpoint.close()
+            self._endpoint.close(has_failed=has_failed)
             self._endpoint = None
 
     def _process_values(self) -> dict[str, float | Values]:

@@ -112,10 +112,18 @@ ALERTS = (
     ),
     Alert(
         "P2RProcessUnreachable",
-        'up{job="p2r"} == 0',
+        'up{job="p2r", ended=""} == 0',
         for_s=300,
         severity="page",
         summary="{{ $labels.instance }} does not answer: it was killed, or its node is gone",
+    ),
+    # The series of an ended run say only that it is gone, as after a stop. Its driver therefore leaves a target behind if it failed.
+    Alert(
+        "P2RRunEnded",
+        'up{job="p2r", ended="failed"} == 0',
+        for_s=300,
+        severity="page",
+        summary="{{ $labels.run }} has ended with an error",
     ),
     Alert(
         "P2RLossNotFinite",
