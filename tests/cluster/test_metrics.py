@@ -271,9 +271,7 @@ def test_only_an_error_of_a_job_is_told(
 ) -> None:
     monkeypatch.setattr("cluster.executor.refuse_unshared_folder", lambda storage: None)
     job = read_job(write_toy_job(tmp_path), (f"metrics.folder={folder}",))
-    with suppress(TrainingError, KeyboardInterrupt), RayExecutor(job):
-        if error is not None:
-            raise error
+    RayExecutor(job).__exit__(None if error is None else type(error), error, None)
     assert len(list(folder.glob("*.json"))) == num_files
 
 
@@ -284,7 +282,7 @@ def test_a_job_of_which_a_part_failed_is_told_too(
     monkeypatch.setattr("cluster.executor.refuse_unshared_folder", lambda storage: None)
     monkeypatch.setattr("cluster.starting.started_session", lambda *_, **__: nullcontext())
     for failed, num_files in (([], 0), (["variant lost"], 1)):
-        made = SimpleNamespace(failed=failed)
+        made: Any = SimpleNamespace(failed=failed)
         monkeypatch.setattr("p2r.pipeline.stages.run_job", lambda *_, made=made, **__: made)
         job = read_job(path, (f"metrics.folder={folder}",))
         assert _run_on_ray(job, path, None, profile_steps=0, debug=False) is made
