@@ -1,6 +1,7 @@
 """HTTP endpoint for one page of text, which Prometheus discovers, and whose clients cannot slow training.
 
     bind -> serve in daemon threads -> a file in the discovery folder names the endpoint -> both are removed at the end
+                                                                   -> the job failed: the file stays, labelled `ended`
 
 Choices: at most `_MAX_OPEN` connections. The oldest makes room for a new one, so clients that never read, or a thousand at
 once, cannot take more threads or memory. The page is rendered at most every `_FRESH_S`, for any number of clients.
@@ -97,6 +98,10 @@ class Endpoint:
             return
         self.target = f"{_reachable_host(host)}:{self._server.server_address[1]}"
         content = [{"targets": [self.target], "labels": dict(labels)}]
+        # Port 0 never answers, also when another process has taken this one's port.
+        self._last_content = [
+            {"targets": [f"{_reachable_host(host)}:0"], "labels": {**labels, "run": run, "ended": "failed"}}
+        ]
         self._discovery_file = _DiscoveryFile(
             folder, f"p2r-{socket.gethostname()}-{run}-", f"{name}-{os.getpid()}.json", content
         )
@@ -104,11 +109,17 @@ class Endpoint:
         threading.Thread(target=self._server.serve_forever, args=(_POLL_S,), name="p2r-metrics", daemon=True).start()
         threading.Thread(target=self._keep_discovery_file, name="p2r-metrics-file", daemon=True).start()
 
-    def close(self) -> None:
-        """Remove the discovery file, then end the endpoint. A second call has no effect."""
+    def close(self, *, has_failed: bool = False) -> None:
+        """Remove the discovery file, then end the endpoint. A second call has no effect.
+
+        Args:
+            has_failed: Leave a discovery file with the labels `run` and `ended`, because Prometheus may not see this process again.
+        """
+        if self._ended.is_set():
+            return
         self._ended.set()
         if self._discovery_file is not None:
-            self._discovery_file.close()
+            self._discovery_file.close(self._last_content if has_failed else None)
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -232,13 +243,16 @@ class _DiscoveryFile:
                     )
                 self._is_failing = True
 
-    def close(self) -> None:
+    def close(self, last_content: Any = None) -> None:
         with self._lock:
             self._is_closed = True
-            if self._handle is not None:
-                with suppress(OSError):
-                    if is_file_at(self._path, self._handle):
-                        self._path.unlink()
+            with suppress(OSError):
+                if last_content is not None:
+                    with temporary_beside(self._path) as temporary:
+                        temporary.write_text(json.dumps(last_content))
+                        temporary.rename(self._path)
+                elif self._handle is not None and is_file_at(self._path, self._handle):
+                    self._path.unlink()
             self._release()
 
     def _release(self) -> None:

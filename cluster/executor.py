@@ -34,8 +34,8 @@ class RayExecutor:
     def __enter__(self) -> "RayExecutor":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.exporter.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.exporter.close(has_failed=isinstance(error, Exception))  # not by Ctrl-C
 
     def ingest(self, config: IngestConfig, storage: Storage, *, subjects: frozenset[str] | None, say: Say) -> None:
         """Run one Ray task per shard."""

@@ -47,7 +47,7 @@ class Fault(JsonRow):
     from_step: int | None = None
     """Step of the checkpoint from which the run resumes, or would; None: from the beginning."""
     count: int | None = None
-    """Faults of this kind in a row, without a new checkpoint in between."""
+    """Failures in a row, of all causes but preemption, without a new checkpoint in between; 1 for what is not counted."""
     limit: int | None = None
     """Largest allowed count; None: no limit."""
 

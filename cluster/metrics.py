@@ -156,10 +156,10 @@ METRICS = (
            "report.checkpoint_s"),
     Metric("p2r_checkpoint_bytes", "bytes", "Size of the newest checkpoint.", "run", "checkpoint", "report.checkpoint_bytes"),
     Metric("p2r_faults_total", "", "Faults seen by this driver.", "driver", "faults", "own.faults", "cause", FAULT_CAUSES),
-    Metric("p2r_run_faults", "", "Faults that count against their limit, over all starts of the run.", "driver", "faults",
-           "own.run_faults", "cause", FAULT_CAUSES),
-    Metric("p2r_run_fault_limit", "", "Number of faults that the job allows.", "driver", "faults", "own.fault_limit",
-           "cause", FAULT_CAUSES),
+    Metric("p2r_run_faults", "", "Failures in a row without a new checkpoint, of all causes, up to the last one of this cause.", "driver",
+           "faults", "own.run_faults", "cause", FAULT_CAUSES),
+    Metric("p2r_run_fault_limit", "", "Failures in a row that the job allows; causes without a limit have none.", "driver", "faults",
+           "own.fault_limit", "cause", FAULT_CAUSES),
     Metric("p2r_fault_timestamp_seconds", "timestamp", "Time of the last fault seen by this driver.", "driver", "faults", "own.fault_at",
            "cause", FAULT_CAUSES),
     Metric("p2r_sweep_trials", "", "Trials of the current experiment, by state.", "driver", "sweep", "own.trials",
@@ -288,18 +288,23 @@ class Exporter(Collector):
                 family.add_metric([*self._constant, *([value_of_label] if metric.label else ())], value)
             yield family
 
-    def close(self) -> None:
-        """Push the metrics to `$P2R_PUSHGATEWAY` if set, and end the endpoint. A second call has no effect."""
+    def close(self, *, has_failed: bool = False) -> None:
+        """Push the metrics to `$P2R_PUSHGATEWAY` if set, and end the endpoint. A second call has no effect.
+
+        Args:
+            has_failed: The job ends with an error: tell Prometheus by a file that stays (`Endpoint.close`).
+        """
         if self._gateway:
             gateway, self._gateway = self._gateway, None
-            key = dict(zip(LABELS, self._constant, strict=True))
+            key = {**dict(zip(LABELS, self._constant, strict=True)), "pushed": "1"}
             try:
+                # A gateway keeps the last values for ever: `pushed` tells the rules on ages and levels that nobody is behind them.
                 push_to_gateway(gateway, "p2r", self._registry, grouping_key=key, timeout=_PUSH_LIMIT_S)
             except (OSError, ValueError) as error:
                 host = urlsplit(gateway if "//" in gateway else f"//{gateway}").hostname
                 _LOG.warning("metrics were not pushed to P2R_PUSHGATEWAY at %s: %s", host, type(error).__name__)
         if self._endpoint is not None:
-            self._endpoint.close()
+            self._endpoint.close(has_failed=has_failed)
             self._endpoint = None
 
     def _process_values(self) -> dict[str, float | Values]:

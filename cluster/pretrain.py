@@ -172,12 +172,18 @@ class GroupRun:
 
 
 def _train_to_end(run: GroupRun) -> bool:
-    """Start groups until one reaches the last step, or the run is asked to stop."""
+    """Start groups until one reaches the last step, or the run is asked to stop; return the run's places in any case."""
+    try:
+        return _train_groups(run)
+    finally:
+        run.places.hold(run.storage.url, 0)
+
+
+def _train_groups(run: GroupRun) -> bool:
     in_a_row, saved, group = 0, run.step(), 0
     while True:
         num_workers = _wait_for_room(run)
         if num_workers is None or run.stop.event.is_set():
-            run.places.hold(run.storage.url, 0)
             run.faults.add("stop", f"{run.stop.why} between two groups", decision="end", from_step=saved)
             return False
         workers = f"{num_workers} worker{'s' * (num_workers > 1)} on {'GPU' if run.uses_gpu else 'CPU'}"
@@ -245,7 +251,9 @@ def _record_failure(
         cause: Cause = "unknown"
         what = "the workers ended before the last step"
     else:
-        if (refused := refusal_of(failure, was_running=state.step is not None)) is not None:
+        # A run with a checkpoint has trained before, even if this group could not fetch it.
+        was_running = state.step is not None or from_step is not None
+        if (refused := refusal_of(failure, was_running=was_running)) is not None:
             raise refused
         usable = usable_nodes()
         addresses = {rank: address for rank, (_, address) in state.nodes.items()}

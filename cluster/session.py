@@ -30,6 +30,8 @@ from p2r.storage import Storage
 _FORWARDED_PREFIXES = ("AWS_", "AZURE_", "GOOGLE_", "P2R_", "NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_")
 _FORWARDED_NAMES = {"HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"}
 """Variables of `huggingface_hub` that hold on every node; those of its folders belong to one machine."""
+_PROFILE_NAMES = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE")
+"""A profile is an entry of ~/.aws of one machine; on a machine without it botocore fails instead of asking for a role."""
 _CONNECT_S = 2.0
 
 
@@ -95,11 +97,17 @@ def _hide_pseudonym_key() -> Iterator[None]:
             os.environ[PSEUDONYM_KEY] = key
 
 
-def forwarded_settings() -> dict[str, str]:
-    """Return the non-secret variables for every worker: settings of p2r, the storage and the network."""
+def forwarded_settings(*, has_own_identity: bool = False) -> dict[str, str]:
+    """Return the non-secret variables for every worker: settings of p2r, the storage and the network.
+
+    Args:
+        has_own_identity: The receiver gets no secrets from here, as a submitted job: its machine's role or profile must be looked for.
+    """
     forwarded = _forwarded_variables()
+    if has_own_identity:
+        forwarded = {name: value for name, value in forwarded.items() if name not in _PROFILE_NAMES}
     # With keys, the machine's role is not needed, and looking for it takes seconds on machines without one.
-    has_keys = "AWS_ACCESS_KEY_ID" in forwarded
+    has_keys = "AWS_ACCESS_KEY_ID" in forwarded and not has_own_identity
     return {
         "PYTHONUNBUFFERED": "1",
         "RAY_DEDUP_LOGS": "0",
@@ -107,6 +115,11 @@ def forwarded_settings() -> dict[str, str]:
         **({"AWS_EC2_METADATA_DISABLED": "true"} if has_keys else {}),
         **{name: value for name, value in forwarded.items() if not _is_secret(name, value)},
     }
+
+
+def profile_names() -> list[str]:
+    """Return the variables of this process that choose a profile of this machine's AWS files."""
+    return [name for name in _PROFILE_NAMES if name in os.environ]
 
 
 def forwarded_secrets() -> dict[str, str]:

@@ -12,13 +12,14 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+from aiohttp import ClientError
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.session import forwarded_secrets, forwarded_settings
+from cluster.session import forwarded_secrets, forwarded_settings, profile_names
 from p2r.console import is_plain
 from p2r.data.pseudonyms import VARIABLE as PSEUDONYM_KEY
-from p2r.errors import JobError, TrainingError
+from p2r.errors import JobError, P2RError, TrainingError, error_text
 from p2r.logs import as_text, say
 
 _IGNORED = [".venv", ".git", "runs", "*.nii", "*.nii.gz", "*.tar", "*.safetensors"]
@@ -32,6 +33,7 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
             character. Or the cluster refuses the job:
             its token is missing or wrong, or no job server answers at the address.
         TrainingError: The job did not succeed.
+        P2RError: The log can no longer be followed, by Ctrl-C or because the connection ended; the job runs on.
     """
     try:
         relative = path.absolute().relative_to(Path.cwd())
@@ -50,13 +52,19 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
             f"not passed on, because Ray stores them with the job: {', '.join(sorted(left_out))}. The cluster's nodes need their own "
             "identity: a role, a Secret, or these variables where ray start ran"
         )
+    if profiles := profile_names():
+        say(f"not passed on, because a profile belongs to this machine: {', '.join(profiles)}")
     arguments = [word for override in overrides for word in ("--set", override)]
     arguments += ["--fork", fork] if fork else []
     try:
         client = JobSubmissionClient(address)
         submission = client.submit_job(
             entrypoint=shlex.join(["python", "-m", "cluster", "run", f"./{relative.as_posix()}", *arguments]),
-            runtime_env={"working_dir": ".", "excludes": _IGNORED, "env_vars": forwarded_settings()},
+            runtime_env={
+                "working_dir": ".",
+                "excludes": _IGNORED,
+                "env_vars": forwarded_settings(has_own_identity=True),
+            },
         )
     except AuthenticationError as error:
         raise JobError(
@@ -76,10 +84,31 @@ def submit(path: Path, overrides: tuple[str, ...], *, address: str | None, fork:
             "give --address http://HOST:8265, and start the head with its dashboard"
         ) from None
     say(f"submitted {submission}")
-    asyncio.run(_follow_log(client, submission))
-    state = client.get_job_status(submission)
+    _follow_to_end(client, submission, address)
+
+
+def _follow_to_end(client: JobSubmissionClient, submission: str, address: str | None) -> None:
+    """Print the job's log until the job has ended; raise `submit`'s errors unless it succeeded."""
+    try:
+        asyncio.run(_follow_log(client, submission))
+        state = client.get_job_status(submission)
+    except KeyboardInterrupt:
+        raise _runs_on(submission, address, "interrupted") from None
+    except (RuntimeError, OSError, ClientError, AuthenticationError) as error:
+        raise _runs_on(submission, address, f"the connection to the cluster was lost ({error_text(error)})") from None
+    if not state.is_terminal():
+        raise _runs_on(submission, address, "the cluster closed the connection")
     if state != JobStatus.SUCCEEDED:
         raise TrainingError(f"job {submission} ended as {state}: its log is above")
+
+
+def _runs_on(submission: str, address: str | None, why: str) -> P2RError:
+    """Return an error for a job that nobody follows: submitting it again would start a second driver on the same storage."""
+    at = f" --address {address}" if address else ""
+    return P2RError(
+        f"{why}: job {submission} runs on; its log is no longer followed. `ray job logs -f{at} {submission}` follows it, "
+        f"`ray job stop{at} {submission}` ends it with a checkpoint; do not submit it again"
+    )
 
 
 def _size_limit_text(error: Exception) -> str:

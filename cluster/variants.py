@@ -112,15 +112,21 @@ def _share_out(
     """
     refused: dict[str, VariantOutcome] = {}
     shares: dict[str, _Share] = {}
+    wanted = resources.num_workers
     for name, run in runs.items():
+        # `auto` means the largest number for the whole cluster. An equal part of it may need any of the smaller ones.
+        asked = (
+            resources.model_copy(update={"num_workers": (1, run.config.global_batch)})
+            if wanted == "auto"
+            else resources
+        )
         try:
-            sizes, per_worker = allowed_sizes(run.config, resources)
+            sizes, per_worker = allowed_sizes(run.config, asked)
         except P2RError as error:
             refused[name] = VariantOutcome(error=error)
             continue
         room = room_for(per_worker)
         most = max([size for size in sizes if size <= max(1, room // len(runs))], default=sizes[0])
-        wanted = resources.num_workers
         if isinstance(wanted, tuple):
             given = resources.model_copy(update={"num_workers": (wanted[0], max(wanted[0], most))})
         elif wanted == "auto":

@@ -103,7 +103,10 @@ def _run_on_ray(job: Any, path: Path, address: str | None, *, profile_steps: int
         from p2r.pipeline.stages import run_job
 
         with RayExecutor(job, profile_steps=profile_steps) as executor:
-            return run_job(job, executor, say=say)
+            made = run_job(job, executor, say=say)
+            if made.failed:  # the table is written, and the exit code is 1
+                executor.exporter.close(has_failed=True)
+            return made
 
 
 def submit(

@@ -6,7 +6,8 @@
 
 `rules.yml` belongs to both configurations: `prometheus.yml` reads the discovery files of this node and of Ray, `kubernetes.yml`
 the annotations of pods. Expressions write a window as `window(seconds)` and a number of seconds as `seconds(n)`. Both are
-divided by the speed, so a fast demonstration uses the same rules as production. Every alert names its section of
+divided by the speed, so a fast demonstration uses the same rules as production. Ages and levels leave out `pushed`, the last values
+of ended processes in a Pushgateway, which keeps them until somebody deletes them. Every alert names its section of
 `infra/RUNBOOK.md`; `tests/infra/test_prometheus.py` compares everything with a scrape of a real run.
 """
 
@@ -52,7 +53,7 @@ class Alert:
 RECORDS = (
     Record(
         "run:p2r_train_progress_age:seconds",
-        "time() - max by (run) (p2r_train_progress_timestamp_seconds)",
+        'time() - max by (run) (p2r_train_progress_timestamp_seconds{pushed=""})',
         "Time since any rank last reported.",
         "seconds",
     ),
@@ -64,13 +65,13 @@ RECORDS = (
     ),
     Record(
         "run:p2r_train_wait_ratio:max",
-        "max by (run) (avg_over_time(p2r_train_wait_ratio[window(600)]))",
+        'max by (run) (avg_over_time(p2r_train_wait_ratio{pushed=""}[window(600)]))',
         "Largest fraction of time that a rank waited for data, over ten minutes.",
         "ratio",
     ),
     Record(
         "run:p2r_checkpoint_age:seconds",
-        "time() - max by (run) (p2r_checkpoint_timestamp_seconds)",
+        'time() - max by (run) (p2r_checkpoint_timestamp_seconds{pushed=""})',
         "Age of the newest checkpoint: the work that a fault would cost.",
         "seconds",
     ),
@@ -89,14 +90,14 @@ RECORDS = (
     ),
     Record(
         "node:p2r_disk_free:ratio",
-        "min by (run, node, folder) (p2r_disk_free_bytes / p2r_disk_size_bytes)",
+        'min by (run, node, folder) (p2r_disk_free_bytes{pushed=""} / p2r_disk_size_bytes{pushed=""})',
         "Free fraction of the disks that p2r writes to.",
         "ratio",
     ),
     Record(
         "run:p2r_run_faults_of_limit:ratio",
         "max by (run, cause) (p2r_run_faults / p2r_run_fault_limit)",
-        "Faults, as a fraction of those that the job allows.",
+        "Failures in a row without a new checkpoint, as a fraction of those that the job allows.",
         "ratio",
     ),
 )
@@ -111,23 +112,33 @@ ALERTS = (
     ),
     Alert(
         "P2RProcessUnreachable",
-        'up{job="p2r"} == 0',
+        'up{job="p2r", ended=""} == 0',
         for_s=300,
         severity="page",
         summary="{{ $labels.instance }} does not answer: it was killed, or its node is gone",
+    ),
+    # The series of an ended run say only that it is gone, as after a stop. Its driver therefore leaves a target behind if it failed.
+    Alert(
+        "P2RRunEnded",
+        'up{job="p2r", ended="failed"} == 0',
+        for_s=300,
+        severity="page",
+        summary="{{ $labels.run }} has ended with an error",
     ),
     Alert(
         "P2RLossNotFinite",
         "sum by (run) (increase(p2r_train_skipped_steps_total[window(900)])) > 0"
         ' or sum by (run) (increase(p2r_faults_total{cause="divergence"}[window(900)])) > 0'
-        " or max by (run) (p2r_train_loss != p2r_train_loss) or max by (run) (abs(p2r_train_loss) == Inf)",
+        ' or max by (run) (p2r_train_loss{pushed=""} != p2r_train_loss)'
+        ' or max by (run) (abs(p2r_train_loss{pushed=""}) == Inf)',
         for_s=0,
         severity="page",
         summary="{{ $labels.run }}: a loss or gradient was not finite",
     ),
     Alert(
         "P2RCollapse",
-        "min by (run) (p2r_embedding_effective_rank) < 2 or max by (run) (p2r_embedding_dead_dimensions_ratio) > 0.5",
+        'min by (run) (p2r_embedding_effective_rank{pushed=""}) < 2'
+        ' or max by (run) (p2r_embedding_dead_dimensions_ratio{pushed=""}) > 0.5',
         for_s=900,
         severity="page",
         summary="{{ $labels.run }}: embeddings use hardly any dimensions",
@@ -145,7 +156,8 @@ ALERTS = (
         " and on (run, cause) (time() - max by (run, cause) (p2r_fault_timestamp_seconds) < seconds(3600))",
         for_s=0,
         severity="page",
-        summary="{{ $labels.run }}: {{ $value | humanizePercentage }} of the faults of cause {{ $labels.cause }} that the job allows",
+        summary="{{ $labels.run }}: {{ $value | humanizePercentage }} of the failures in a row that the job allows, the last by "
+        "{{ $labels.cause }}",
     ),
     Alert(
         "P2RDataWaitHigh",

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
-from p2r.errors import InputError, P2RError, TrainingError
+from p2r.errors import InputError, P2RError, error_text
 
 T = TypeVar("T")
 
@@ -43,9 +43,10 @@ class Peers:
 
         Raises:
             P2RError: `work` failed; every rank raises the error of the first that failed.
+            RuntimeError: The same for any other exception, with its text, because not every exception can be sent.
         """
         mine: list[T] = []
-        failure: P2RError | None = None
+        failure: P2RError | RuntimeError | None = None
         try:
             mine.append(work())
         except P2RError as error:
@@ -53,7 +54,7 @@ class Peers:
         except Exception as error:
             if self._group is None:
                 raise
-            failure = TrainingError(f"rank {self.rank}: {type(error).__name__}: {error}")
+            failure = RuntimeError(f"rank {self.rank}: {error_text(error)}")
         found: list[T] = []
         for made, failed in self.gather((mine, failure)):
             if failed is not None:

@@ -1,10 +1,12 @@
 """What went wrong is told from Ray's errors, and written down; what cannot be right is refused before a worker starts."""
 
+import errno
 import json
 import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +24,15 @@ from cluster.pretrain import (
     _count_room,
     _gpus_per_worker,
     _record_failure,
+    _train_to_end,
     _watch_group,
     network_environment,
 )
 from cluster.pretrain_worker import _poll_end_flag
+from cluster.session import Places
 from cluster.stopping import StopRequest
 from p2r.config import PretrainConfig
+from p2r.engine.peers import Peers
 from p2r.errors import DataError, InputError, StorageError, TrainingError
 from p2r.job import Resources, read_job
 from p2r.storage import Storage
@@ -119,6 +124,59 @@ def test_preemptions_do_not_count_against_the_retries(tmp_path: Path, monkeypatc
         ("preemption", "restart", None),
         ("worker", "end", 1),
     ]
+
+
+def test_a_resumed_run_whose_storage_is_away_for_one_group_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.pretrain.usable_nodes", dict)
+    faults = FaultLog(Storage(str(tmp_path)), say=lambda line: None)
+    run: Any = SimpleNamespace(faults=faults, retries=1, stop=StopRequest())
+    state = GroupState(reason=None, what="", nodes={}, fallbacks=[], step=None)
+    away = failed(rank0=StorageError("cannot read the checkpoint"))
+    assert _record_failure(run, away, state, from_step=5, in_a_row=0) == 1
+    with pytest.raises(StorageError, match="cannot read the checkpoint"):
+        _record_failure(run, away, state, from_step=None, in_a_row=0)
+
+
+def test_places_are_returned_if_a_group_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(prefix: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cluster.pretrain.tempfile.TemporaryDirectory", full)
+    monkeypatch.setattr("cluster.pretrain.usable_nodes", lambda: {"node": {"CPU": 1.0}})
+    monkeypatch.setattr("cluster.pretrain._watch_group", lambda *_: nullcontext())
+    places = Places()
+    run: Any = SimpleNamespace(
+        channel=SimpleNamespace(begin=Remote(lambda group: None)),
+        config=config(),
+        per_worker={"CPU": 1.0},
+        places=places,
+        say=lambda line: None,
+        sizes=[1],
+        step=lambda: None,
+        stop=StopRequest(),
+        storage=Storage(str(tmp_path)),
+        uses_gpu=False,
+    )
+    with pytest.raises(OSError, match="No space left"):
+        _train_to_end(run)
+    assert places.held_by_others("another run") == 0
+
+
+def test_a_foreign_error_of_one_rank_is_no_divergence() -> None:
+    def divide() -> float:
+        return 1 / 0
+
+    peers = Peers.__new__(Peers)
+    peers.rank, peers.world_size = 1, 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "_group", object(), raising=False)
+        patch.setattr(peers, "gather", lambda mine: [([1.0], None), mine])
+        with pytest.raises(RuntimeError, match=r"^rank 1: ZeroDivisionError: ") as raised:
+            peers.together(divide)
+    found, what = cause_of(failed(rank0=raised.value), lost={}, addresses=ADDRESSES)
+    assert found == "unknown" and "ZeroDivisionError" in what
 
 
 class Remote:

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +23,15 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.commands.jobs import _run_on_ray
 from cluster.endpoint import NUM_PORTS, discovery_folder
+from cluster.executor import RayExecutor
 from cluster.faults import Fault
 from cluster.metrics import FAULT_CAUSES, METRICS, RETRY_CAUSES, Exporter
 from p2r.data.corpus import ingest_locally
 from p2r.engine.pretrain import pretrain
 from p2r.engine.report import PretrainReport
+from p2r.errors import TrainingError
 from p2r.job import MetricsConfig, read_job
 from p2r.storage import Storage
 
@@ -242,6 +245,50 @@ def test_prometheus_finds_an_endpoint_by_a_file_that_ends_with_it(exporter: Expo
     exporter.close()
 
 
+def test_a_job_that_failed_leaves_a_file_that_the_next_process_of_its_run_removes(folder: Path) -> None:
+    config = MetricsConfig(folder=str(folder))
+    driver = Exporter(run="b", storage_url="s3://b/x", role="driver", endpoint=config)
+    (path,) = folder.iterdir()
+    driver.close(has_failed=True)
+    driver.close()
+    (group,) = json.loads(path.read_text())
+    assert group["targets"] == ["127.0.0.1:0"], "a port that nobody can take"
+    assert group["labels"]["instance"].endswith("/b/driver/0")
+    assert (group["labels"]["run"], group["labels"]["ended"]) == ("b", "failed")
+    with Running(folder):
+        assert not path.exists()
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("error", "num_files"), [(TrainingError("no room"), 1), (KeyboardInterrupt(), 0), (None, 0)])
+def test_only_an_error_of_a_job_is_told(
+    folder: Path,
+    write_toy_job: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException | None,
+    num_files: int,
+) -> None:
+    monkeypatch.setattr("cluster.executor.refuse_unshared_folder", lambda storage: None)
+    job = read_job(write_toy_job(tmp_path), (f"metrics.folder={folder}",))
+    RayExecutor(job).__exit__(None if error is None else type(error), error, None)
+    assert len(list(folder.glob("*.json"))) == num_files
+
+
+def test_a_job_of_which_a_part_failed_is_told_too(
+    folder: Path, write_toy_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_toy_job(tmp_path)
+    monkeypatch.setattr("cluster.executor.refuse_unshared_folder", lambda storage: None)
+    monkeypatch.setattr("cluster.starting.started_session", lambda *_, **__: nullcontext())
+    for failed, num_files in (([], 0), (["variant lost"], 1)):
+        made: Any = SimpleNamespace(failed=failed)
+        monkeypatch.setattr("p2r.pipeline.stages.run_job", lambda *_, made=made, **__: made)
+        job = read_job(path, (f"metrics.folder={folder}",))
+        assert _run_on_ray(job, path, None, profile_steps=0, debug=False) is made
+        assert len(list(folder.glob("*.json"))) == num_files
+
+
 def test_the_file_of_a_process_that_was_killed_is_removed_by_the_next_of_its_run(
     folder: Path, repository: Path, tmp_path: Path
 ) -> None:
@@ -394,7 +441,7 @@ def test_a_short_job_pushes_where_it_is_told(
         Exporter(run="toy", storage_url="s3://b/x", endpoint=MetricsConfig(folder=str(folder))).close()
         server.shutdown()
     ((path, content),) = seen
-    assert path == "/metrics/job/p2r/rank/0/role/worker/run/toy" and b"p2r_train_steps_total" in content
+    assert path == "/metrics/job/p2r/pushed/1/rank/0/role/worker/run/toy" and b"p2r_train_steps_total" in content
     monkeypatch.setenv("P2R_PUSHGATEWAY", "http://me:hunter2@127.0.0.1:1")
     Exporter(run="toy", storage_url="s3://b/x", endpoint=MetricsConfig(folder=str(folder))).close()
     assert "not pushed" in caplog.text and "hunter2" not in caplog.text

@@ -9,14 +9,17 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from ray.job_submission import JobStatus
 
 from infra.local.s3 import free_ports
 from p2r.errors import JobError
+from p2r.exits import exit_code_of
 
 pytestmark = pytest.mark.ray
 
@@ -149,3 +152,84 @@ def test_a_folder_over_rays_limit_names_its_largest_parts(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(JobError, match=r"maximum size of .*largest in it are scans \(3 MiB\).*\.rayignore"):
         submit.submit(job, (), address="http://127.0.0.1:1")
+
+
+class _Followed:
+    """A client whose job is submitted, and whose log ends as a test says."""
+
+    end: BaseException | None = None
+    status = JobStatus.RUNNING
+    settings: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, address: str) -> None:
+        pass
+
+    def submit_job(self, *, runtime_env: dict[str, dict[str, str]], **_: object) -> str:
+        _Followed.settings = runtime_env["env_vars"]
+        return "raysubmit_x"
+
+    async def tail_job_logs(self, submission: str) -> AsyncIterator[str]:
+        yield "step 1\n"
+        if self.end is not None:
+            raise self.end
+
+    def get_job_status(self, submission: str) -> JobStatus:
+        return self.status
+
+
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (RuntimeError("WebSocket connection closed unexpectedly with close code 1006"), "closed unexpectedly"),
+        (ConnectionResetError("reset by peer"), "reset by peer"),
+        (None, "the cluster closed the connection"),
+    ],
+)
+def test_a_log_that_ends_before_its_job_says_that_the_job_runs_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write_toy_job: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    end: BaseException | None,
+    why: str,
+) -> None:
+    from cluster import submit
+
+    monkeypatch.setattr(submit, "JobSubmissionClient", _Followed)
+    monkeypatch.setattr(_Followed, "end", end)
+    job = write_toy_job(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def command() -> int:
+        submit.submit(job, (), address="http://127.0.0.1:1")
+        return 0
+
+    assert exit_code_of(command, what="p2r submit", is_debug=False) == 1
+    said = capsys.readouterr().err
+    assert why in said and "job raysubmit_x runs on" in said and "do not submit it again" in said
+    assert "ray job stop --address http://127.0.0.1:1 raysubmit_x" in said
+    assert "Traceback" not in said and "run the same command again" not in said
+
+
+def test_a_submitted_job_may_ask_for_its_node_s_own_role(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write_toy_job: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from cluster import submit
+
+    monkeypatch.setattr(submit, "JobSubmissionClient", _Followed)
+    monkeypatch.setattr(_Followed, "status", JobStatus.SUCCEEDED)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
+    monkeypatch.setenv("AWS_PROFILE", "laptop")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    job = write_toy_job(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    submit.submit(job, (), address=None)
+    assert {name for name in _Followed.settings if name.startswith("AWS_")} == {"AWS_DEFAULT_REGION"}
+    said = capsys.readouterr().err
+    assert "a profile belongs to this machine: AWS_PROFILE" in said and "laptop" not in said

@@ -13,12 +13,12 @@ import ray
 import torch
 
 from cluster.executor import RayExecutor
-from cluster.variants import _Halving
+from cluster.variants import _Halving, _share_out
 from p2r.config import PretrainConfig
 from p2r.engine.checkpoint import newest_checkpoint
 from p2r.engine.checkpoint_manifest import FORMAT
 from p2r.errors import CheckpointError
-from p2r.job import AshaConfig, Job, read_job
+from p2r.job import AshaConfig, Job, Resources, read_job
 from p2r.pipeline.executor import VariantRun
 from p2r.pipeline.local import LocalExecutor
 from p2r.pipeline.outputs import Outputs
@@ -181,6 +181,26 @@ def test_a_probe_is_compared_with_the_stored_probes_of_all_variants_at_the_same_
     assert not _Halving(AshaConfig(reduction_factor=3), runs)._is_behind("3", 10, 0.61)
     assert not halving._is_behind("2", 30, 0.3), "the first at a step is never stopped"
     assert not _Halving(AshaConfig(grace_steps=20), runs)._is_behind("3", 10, 0.1)
+
+
+def test_auto_gives_every_variant_an_equal_part_of_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.pretrain.num_gpus", lambda: 0)
+    monkeypatch.setattr("cluster.pretrain.num_cpus", lambda: 8)
+    monkeypatch.setattr("cluster.pretrain.usable_nodes", lambda: {"node": {"CPU": 8.0}})
+    storage = Storage(str(tmp_path))
+
+    def workers(num_variants: int, **config: object) -> list[int]:
+        made = PretrainConfig.model_validate({"steps": 1, "global_batch": 24, **config})
+        runs = {str(number): VariantRun(config=made, storage=storage, corpus=storage) for number in range(num_variants)}
+        refused, shares = _share_out(runs, Resources(num_workers="auto", cpus_per_worker=1))
+        assert not refused and all(share.num_workers == share.resources.num_workers for share in shares.values())
+        return [share.num_workers for share in shares.values()]
+
+    assert workers(1) == [8]
+    assert workers(2) == [4, 4]
+    assert workers(3) == [2, 2, 2]
+    assert workers(2, micro_batch=8) == [3, 3], "the micro-batch divides no part of four"
+    assert workers(9) == [1] * 9
 
 
 def test_a_stopped_variant_that_was_changed_since_is_refused_and_one_with_another_probe_is_compared_again(

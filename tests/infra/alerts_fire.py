@@ -260,6 +260,14 @@ def restarts(stage: Stage, note: Note) -> None:
         note("P2RRestartsNearLimit", "restarts", lambda: None)  # an hour without another one
 
 
+def ended(stage: Stage, note: Note) -> None:
+    """A job that fails for good, until somebody runs it again."""
+    with contextlib.ExitStack() as running:
+        with _driver(stage, "ended") as driver:
+            driver.close(has_failed=True)
+        note("P2RRunEnded", "ended", lambda: running.enter_context(_driver(stage, "ended")))
+
+
 def disk(stage: Stage, note: Note) -> None:
     """The cache's disk, filled by somebody else."""
     small = stage.folder / "small-disk"
@@ -284,6 +292,7 @@ SCENARIOS = {
     "not_finite": not_finite,
     "collapse": collapse,
     "restarts": restarts,
+    "ended": ended,
     "stall": stall,
 }
 

@@ -187,6 +187,13 @@ def test_every_service_of_compose_has_its_health_and_no_more_rights_than_it_need
                 assert other in own or "test" in compose["services"][other]["healthcheck"]
 
 
+def test_nodes_of_compose_may_execute_what_they_compile(compose: dict[str, Any]) -> None:
+    for name in ("head", "worker", "bucket"):
+        mounts = dict(mount.split(":", 1) for mount in compose["services"][name]["tmpfs"])
+        assert mounts.keys() == {"/tmp", "/home/p2r"}
+        assert all("exec" in options.split(",") for options in mounts.values()), name
+
+
 def test_only_this_machine_reaches_the_ports_of_compose_and_every_node_has_the_token(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
         assert not {"network_mode", "pid", "ipc", "privileged"} & service.keys(), name

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from infra.kuberay.leave import find_raylet, leave
+from infra.prometheus.generate import kubernetes
 from p2r.data.order import check_world_size
 from p2r.job import read_job
 
@@ -257,6 +258,19 @@ def test_spot_machines_take_workers_only_and_there_is_time_to_leave(composed: di
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_head_that_must_go_leaves_its_driver_the_time_of_its_pod(
+    composed: dict[str, list[Object]], overlay: str
+) -> None:
+    from ray._private import ray_constants
+
+    spec = one(composed[overlay], "RayJob")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    name = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    assert hasattr(ray_constants, name), "another version of Ray has another variable"
+    (seconds,) = [int(each["value"]) for each in spec["containers"][0]["env"] if each["name"] == name]
+    assert 30 < seconds < spec["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_policies_and_monitor_speak_of_pods_and_ports_that_exist(
     composed: dict[str, list[Object]], overlay: str
 ) -> None:
@@ -281,6 +295,17 @@ def test_policies_and_monitor_speak_of_pods_and_ports_that_exist(
     ray_pods = [pod for pod in pods if pod["spec"]["containers"][0]["name"].startswith("ray-")]
     assert len(ray_pods) == 2
     assert all(pod["metadata"]["annotations"] == {"prometheus.io/scrape": "true"} for pod in ray_pods)
+
+
+def test_the_monitor_of_the_operator_names_the_node_as_the_rules_expect() -> None:
+    monitor = yaml.safe_load((KUBERAY / "base/monitor.yaml").read_text())["spec"]["podMetricsEndpoints"]
+    (of_rules,) = [
+        {"sourceLabels": rule["source_labels"], "targetLabel": rule["target_label"]}
+        for rule in kubernetes()["scrape_configs"][0]["relabel_configs"]
+        if rule.get("target_label") == "node"
+    ]
+    assert len(monitor) == 9
+    assert all(endpoint["relabelings"] == [of_rules] for endpoint in monitor)
 
 
 def test_every_process_of_training_has_a_port_that_is_scraped(composed: dict[str, list[Object]]) -> None:

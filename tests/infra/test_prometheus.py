@@ -67,7 +67,7 @@ def test_every_name_in_rules_and_dashboards_exists() -> None:
 def test_every_alert_has_a_line_in_the_runbook_and_a_test(repository: Path) -> None:
     headings = re.findall(r"^## (\w+)$", (repository / "infra/RUNBOOK.md").read_text(), re.MULTILINE)
     assert headings == [
-        "P2RNoProgress", "P2RProcessUnreachable", "P2RLossNotFinite", "P2RCollapse", "P2RCheckpointTooOld",
+        "P2RNoProgress", "P2RProcessUnreachable", "P2RRunEnded", "P2RLossNotFinite", "P2RCollapse", "P2RCheckpointTooOld",
         "P2RRestartsNearLimit", "P2RDataWaitHigh", "P2RDiskFull", "P2RCacheFull", "P2RQuarantineGrowing",
     ] == [alert.name for alert in ALERTS]  # fmt: skip
     tests = (repository / "infra/prometheus/rules_test.yml").read_text()
@@ -80,7 +80,7 @@ def test_a_speed_divides_every_window_and_nothing_else() -> None:
     assert rendered("rate(x[window(600)]) > 0.3 and y < seconds(900)", speed=60) == "rate(x[10s]) > 0.3 and y < 15"
     assert [duration(x) for x in (0.5, 5, 90, 900, 7200)] == ["500ms", "5s", "90s", "15m", "2h"]
     slow, fast = (rules(speed=speed)["groups"][0]["rules"][len(RECORDS) :] for speed in (1, 60))
-    assert [rule.get("for") for rule in fast][:4] == [None, "5s", None, "15s"]
+    assert [rule.get("for") for rule in fast][:5] == [None, "5s", "5s", None, "15s"]
     assert [rule["alert"] for rule in fast] == [rule["alert"] for rule in slow]
     assert configuration(speed=60)["global"]["scrape_interval"] == "500ms"
 

@@ -146,13 +146,10 @@ def test_a_job_that_fails_fails_the_allocation_and_is_not_repeated(allocation: S
     assert not [line for line in slurm.lines("scontrol") if line.startswith("requeue")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_warning_stops_the_job_with_a_checkpoint_and_queues_the_allocation_again(
-    allocation: Start, number: signal.Signals
-) -> None:
+def test_a_warning_stops_the_job_with_a_checkpoint_and_queues_the_allocation_again(allocation: Start) -> None:
     slurm = allocation("job.yaml")
     slurm.wait_for("submitted")
-    slurm.process.send_signal(number)
+    slurm.process.send_signal(signal.SIGUSR1)
     status, said = slurm.end()
     assert status == 0, said
     assert slurm.lines("stopped") == ["checkpoint"]
@@ -161,10 +158,11 @@ def test_a_warning_stops_the_job_with_a_checkpoint_and_queues_the_allocation_aga
     assert slurm.lines("scontrol")[-1] == "requeue 4242"
 
 
-def test_an_interrupt_stops_with_a_checkpoint_for_good(allocation: Start) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_or_scancel_stops_with_a_checkpoint_for_good(allocation: Start, number: signal.Signals) -> None:
     slurm = allocation("job.yaml")
     slurm.wait_for("submitted")
-    slurm.process.send_signal(signal.SIGINT)
+    slurm.process.send_signal(number)
     status, said = slurm.end()
     assert status == 0, said
     assert slurm.lines("stopped") == ["checkpoint"]
