@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from p2r.documents import read_json
-from p2r.errors import InputError, StorageError
+from p2r.errors import DamagedError, InputError, StorageError
 
 SCHEME = "hf://"
 MANIFEST = "manifest.json"
@@ -120,7 +120,7 @@ def hub_errors(url: HubURL, doing: str) -> Iterator[None]:
             "name, or set HF_TOKEN, or run hf auth login"
         ) from None
     except errors.RevisionNotFoundError:
-        raise StorageError(
+        raise DamagedError(
             f"{where}: it has no revision {url.revision}; name a branch, tag or commit of its page"
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):

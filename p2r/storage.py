@@ -350,6 +350,25 @@ class Storage:
         self._check_size(path, local.stat().st_size, num_bytes)
         return local
 
+    def read_hashed(self, path: str, *, sha256: str, num_bytes: int) -> bytes:
+        """Return the content of `path`, hashed after reading, so that it cannot be exchanged between check and use.
+
+        The node's cache keeps a copy of a file in a bucket. A copy with wrong content is dropped, and the file is fetched once more.
+
+        Raises:
+            StorageError: The file is absent, cannot be read, or has another size or digest.
+        """
+        for is_last in (self._bucket is None, True):
+            local = self.local(path, sha256=sha256, num_bytes=num_bytes)
+            with translate_os_errors("read", self.at(path)), open_regular(local) as file:
+                content = file.read(num_bytes + 1)
+            if hashlib.sha256(content).hexdigest() == sha256:
+                return content
+            if is_last:
+                break
+            node_cache(self.counters).drop(sha256, num_bytes)
+        raise DamagedError(f"{self.at(path)} does not have the sha256 of its manifest: it is damaged")
+
     def download(self, path: str, target: Path, *, sha256: str | None = None, num_bytes: int | None = None) -> None:
         """Copy `path` to the local file `target`, checked and atomic.
 

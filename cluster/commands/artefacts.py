@@ -93,6 +93,6 @@ def _verify_and_sign(url: str, key: Path) -> str:
     from p2r.backbone import verify_artefact
     from p2r.reference import parse_reference
 
-    artefact = open_artefact(parse_reference(url))
+    artefact = open_artefact(parse_reference(url), is_fresh=True)
     verify_artefact(artefact)
     return f"signed: {artefact.sign(key)}"
