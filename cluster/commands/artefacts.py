@@ -75,6 +75,10 @@ def publish(
     show(f"backbone_pin: {published.pin}")
     if sign is not None:
         show(_verify_and_sign(published.pin, sign))
+        if job.publish.exports:
+            from p2r.pipeline.exporting import sign_exports
+
+            sign_exports(job.publish, Storage(job.storage), published)
 
 
 def sign(
