@@ -52,9 +52,12 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
 
 
 def mark_used(file: Path | int) -> None:
-    """Set the times of a file or open handle to now. A file of another user, in a shared folder, keeps its times."""
+    """Set the times of a file or open handle to now, if that is possible.
+
+    The times of another user's file, or on a read-only file system, stay. The file may have been evicted by another process.
+    """
     # The file system would use its last clock tick, milliseconds ago, which cannot order uses that follow one another closely.
-    with suppress(PermissionError):
+    with suppress(OSError):
         os.utime(file, ns=(time.time_ns(),) * 2)
 
 

@@ -129,7 +129,7 @@ def hub_errors(url: HubURL, doing: str) -> Iterator[None]:
             "network, or copy the folder here with p2r pull"
         ) from None
     except errors.EntryNotFoundError:
-        raise StorageError(
+        raise DamagedError(
             f"{where}: it holds no {MANIFEST} of p2r, or a file that this names is absent; only backbones and models that p2r push "
             "uploaded can be read"
         ) from None

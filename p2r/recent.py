@@ -34,7 +34,8 @@ def find(sha256: str) -> bytes | None:
     except OSError:
         return None
     if hashlib.sha256(content).hexdigest() != sha256:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
         return None
     mark_used(path)
     return content

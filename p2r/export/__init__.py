@@ -5,6 +5,7 @@ thing gives the outputs of p2r, and raises otherwise. The folder appears under i
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from importlib import import_module
@@ -16,6 +17,9 @@ from p2r.exports import EXPORTS, Export, ExportName, reason_against
 
 if TYPE_CHECKING:
     from p2r.export.source import Source, Written
+
+_URL = re.compile(r"(?:file|s3|gs|az|hf):/")
+"""Start of a URL after a `Path` has joined its slashes."""
 
 
 def export_name(text: str) -> ExportName:
@@ -55,7 +59,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         InputError: The folder cannot be used.
     """
-    if "://" in str(folder) or str(folder).startswith(("file:/", "s3:/", "hf:/")):
+    if "://" in str(folder) or _URL.match(str(folder)):
         raise InputError(
             f"-o {folder}: an export is written to a folder of this machine; give a path, and copy the folder"
         )

@@ -1,6 +1,9 @@
 """Loading again: a pin needs no request, and a storage that is down is replaced by what was read from it last."""
 
+import errno
+import hashlib
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -112,3 +115,19 @@ def test_a_document_that_is_replaced_while_it_is_read_is_read_whole(
     monkeypatch.setattr(Storage, "facts", facts)
     assert recent.read_bounded(storage, "@stable.json", 100) == b"longer than before"
     assert recent.read_bounded(storage, "@stable.json", 4) == b"longe"
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.ENOENT, errno.EPERM])
+def test_a_kept_document_is_found_where_nothing_can_be_changed(
+    error: int, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(error, "not here")
+
+    recent.keep(b"1", url="s3://b/1")
+    recent.keep(b"2", url="s3://b/2")
+    first, second = (hashlib.sha256(content).hexdigest() for content in (b"1", b"2"))
+    (own_cache / "documents" / second).write_bytes(b"damaged")
+    monkeypatch.setattr(os, "utime", fail)
+    monkeypatch.setattr(Path, "unlink", fail)
+    assert recent.find(first) == b"1" and recent.find(second) is None
