@@ -27,6 +27,7 @@ _DISK_FULL = re.compile(
     r"No space left on device|Disk quota exceeded|basic_ios::clear: iostream error|PytorchStreamWriter failed"
 )
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_TEMPORARY = re.compile(r"\.tmp-[a-z0-9_]{8}")
 _FORMULA = re.compile(r"(?:^|(?<=[,;|\"]))(?=\s*[=+\-@\uff0b\uff0d\uff1d\uff20])")
 """Places where a spreadsheet could begin a formula: at the start of a cell, or after any character that it may take for a separator."""
 
@@ -105,6 +106,11 @@ def replacing(target: Path) -> Iterator[Path]:
     with temporary_beside(target) as temporary:
         yield temporary
         temporary.replace(target)
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file has the name of a `temporary_beside`, which a killed writer leaves."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 @contextmanager

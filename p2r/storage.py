@@ -32,7 +32,16 @@ from p2r.cache import node_cache
 from p2r.counters import Counters
 from p2r.errors import DamagedError, StorageError
 from p2r.files import file_sha256 as file_sha256
-from p2r.files import link_if_absent, lock_path, locked, open_regular, replacing, temporary_beside, translate_os_errors
+from p2r.files import (
+    is_temporary,
+    link_if_absent,
+    lock_path,
+    locked,
+    open_regular,
+    replacing,
+    temporary_beside,
+    translate_os_errors,
+)
 from p2r.hub import SCHEME, fetch_snapshot, parse_hub_url
 from p2r.masking import looks_secret
 
@@ -311,13 +320,23 @@ class Storage:
             return None
         return FileFacts(found.st_size, str(found.st_mtime_ns), found.st_mtime)
 
-    def list(self, prefix: str = "") -> list[str]:
-        """Return the sorted paths of all files below `prefix`, which may itself be a file; empty if there are none."""
+    def list(self, prefix: str = "", *, with_temporary: bool = False) -> list[str]:
+        """Return the sorted paths of all files below `prefix`, which may itself be a file; empty if there are none.
+
+        Args:
+            prefix: Folder or file.
+            with_temporary: Also list the files that writers at work, and killed ones, have in a folder.
+        """
         found = list(self._walk(prefix))
         if not found and prefix and self.exists(prefix):
             found = [prefix]
         # A bucket may hold an empty object in place of a folder.
-        return sorted(path for path in found if not path.endswith("/") and not Path(path).name.startswith(".tmp-"))
+        return sorted(
+            path
+            for path in found
+            if not path.endswith("/")
+            and (not (name := Path(path).name).startswith(".tmp-") or (with_temporary and is_temporary(name)))
+        )
 
     def local(self, path: str, *, sha256: str | None = None, num_bytes: int | None = None) -> Path:
         """Return a local file with the content of `path`: the file itself, or a copy in the node's cache.
