@@ -52,6 +52,18 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def expanded(path: Path) -> Path:
+    """Return a path with the home folder in place of `~` or `~USER`.
+
+    Raises:
+        StorageError: There is no such home folder.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise StorageError(f"{str(path)!r}: there is no home folder for its ~; write the whole path") from None
+
+
 def mark_used(file: Path | int) -> None:
     """Set the times of a file or open handle to now, if that is possible.
 

@@ -19,7 +19,7 @@ import stat
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -31,8 +31,8 @@ from p2r.cache import cache_folder as cache_folder
 from p2r.cache import node_cache
 from p2r.counters import Counters
 from p2r.errors import DamagedError, StorageError
-from p2r.files import file_sha256 as file_sha256
 from p2r.files import (
+    expanded,
     is_temporary,
     link_if_absent,
     lock_path,
@@ -42,6 +42,7 @@ from p2r.files import (
     temporary_beside,
     translate_os_errors,
 )
+from p2r.files import file_sha256 as file_sha256
 from p2r.hub import SCHEME, fetch_snapshot, parse_hub_url
 from p2r.masking import looks_secret
 
@@ -84,7 +85,7 @@ def normalise_url(url: str) -> str:
         raise StorageError(f"storage URL {url!r} holds a control character or a line break; rename the folder")
     scheme, has_scheme, name = url.partition("://")
     if not has_scheme and not url.startswith(("file:", *(f"{one}:" for one in _BUCKETS))):
-        return "file://" + str(Path(url).expanduser().absolute())
+        return "file://" + str(expanded(Path(url)).absolute())
     if url.startswith("file:"):
         if not name.startswith("/"):
             raise StorageError(f"storage URL {url!r}: a file URL has three slashes, as in file:///data/run")
@@ -448,20 +449,32 @@ class Storage:
         self.delete(probe)
 
     def check_conditional(self) -> None:
-        """Check that `create` keeps an existing file: on S3 servers that ignore conditions, two racing writers would both win.
+        """Check that `create` keeps an existing file, and `replace` a changed one.
+
+        On S3 servers that ignore conditions, two racing writers would both win.
 
         Raises:
-            StorageError: The server ignores the condition.
+            StorageError: The server ignores a condition.
         """
         probe = f".tmp-probe-{uuid.uuid4().hex}"
+        ignored = None
         try:
             if not self.create(probe, b"1") or self.create(probe, b"2"):
-                raise StorageError(
-                    f"{self.url}: the server ignores If-None-Match, so two concurrent jobs could overwrite each other's files: "
-                    "use a server with conditional writes"
-                )
+                ignored = "If-None-Match"
+            elif (
+                (found := self.read_tagged(probe)) is None
+                or not self.replace(probe, b"3", tag=found[1])
+                or self.replace(probe, b"4", tag=found[1])
+            ):
+                ignored = "If-Match"
         finally:
-            self.delete(probe)
+            with suppress(StorageError):  # keys may allow to write only
+                self.delete(probe)
+        if ignored is not None:
+            raise StorageError(
+                f"{self.url}: the server ignores {ignored}, so two concurrent jobs could overwrite each other's files: "
+                "use a server with conditional writes"
+            )
 
     def _writable_path(self, path: str) -> str:
         if self._is_hub:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from p2r.errors import InputError
 from p2r.exports import EXPORTS, Export, ExportName, reason_against
+from p2r.files import expanded
 
 if TYPE_CHECKING:
     from p2r.export.source import Source, Written
@@ -63,7 +64,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(
             f"-o {folder}: an export is written to a folder of this machine; give a path, and copy the folder"
         )
-    folder = folder.expanduser().absolute()
+    folder = expanded(folder).absolute()
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"-o {folder} is not empty: name a new folder, or empty this one")
     if folder.exists() and not folder.is_dir():

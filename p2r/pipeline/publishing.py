@@ -68,6 +68,7 @@ def publish_backbone(job: Job, storage: Storage, say: Say, *, step: int | None =
     slice_axis = _slice_axis_of(corpora) if pretrain.image.dimensions == 2 else "auto"
     preparation = preparation_of_backbone(pretrain.image, slice_axis, contrasts=pretrain.model.contrasts)
     weights, tensors = _read_weights(trained, checkpoint, pretrain)
+    storage.child("backbones").check_conditional()
     published = publish(
         where,
         format=BACKBONE_FORMAT,

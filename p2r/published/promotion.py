@@ -54,10 +54,12 @@ def promote(reference: str, pointer: str, *, forced: str | None, say: Say) -> Po
 
     Raises:
         InputError: A check failed, the version is damaged, or is not below the folder of a name.
+        StorageError: The storage cannot be written, or ignores conditions.
     """
     file_of(pointer)
     artefact = open_artefact(parse_reference(reference), is_fresh=True)
     versions, version = split_version(artefact.storage)
+    versions.check_conditional()
     verify_artefact(artefact)
     for _ in range(_MAX_TRIES):
         since = read_pointer(versions, pointer)

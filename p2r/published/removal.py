@@ -144,9 +144,11 @@ def remove(url: str, *, min_age_days: float) -> list[Item]:
 
     Raises:
         InputError: As `plan_removal`.
-        StorageError: Something cannot be written or deleted; running it again continues.
+        StorageError: Something cannot be written or deleted; running it again continues. Or the storage ignores conditions.
     """
-    items = plan_removal(url, min_age_days=min_age_days, now_s=_clock_of(Storage(url)))
+    storage = Storage(url)
+    storage.check_conditional()
+    items = plan_removal(url, min_age_days=min_age_days, now_s=_clock_of(storage))
     whole = [item for item in items if item.is_removed and item.is_whole]
     marked = {item.version.storage.url for item in whole if _mark(item.version)}
     named = _named_now(url) if marked else {}

@@ -267,6 +267,17 @@ def test_temporary_files_of_killed_publishers_are_removed_and_those_of_writers_a
     verify_artefact(artefact)
 
 
+def test_nothing_is_promoted_or_removed_where_conditions_are_ignored(
+    place_of_two: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Storage, "replace", lambda self, path, data, tag: True)
+    with pytest.raises(StorageError, match="ignores If-Match"):
+        promote(f"{place_of_two}/1", "stable", forced=None, say=quiet)
+    with pytest.raises(StorageError, match="ignores If-Match"):
+        remove(place_of_two, min_age_days=0)
+    assert versions_of(place_of_two) == {"1", "2"} and read_pointer(Storage(place_of_two), "stable") is None
+
+
 @pytest.mark.parametrize("damage", ["manifest", "pointer"])
 def test_what_cannot_be_read_protects_what_it_may_name(damage: str, place_of_two: str) -> None:
     path = Path(place_of_two, file_of("stable")) if damage == "pointer" else Path(place_of_two, "1", MANIFEST)
